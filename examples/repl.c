@@ -1,0 +1,415 @@
+/*  repl.c - talk to a model in a terminal, or ask it one thing from a script.
+
+    build/repl -m MODEL              chat; /help lists the commands
+    build/repl -m MODEL -p TEXT      one answer
+    build/repl --help                all options
+
+    The model's text goes to standard output and everything else to standard error. Ctrl-C stops an answer; a second
+    one, before the first took effect, ends the program. The exit code is 1 after an error, 2 after a wrong option and
+    130 if the one answer of -p was stopped.
+*/
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+
+#define STB_DS_IMPLEMENTATION
+#include <stb/stb_ds.h>
+
+#include <argp.h>
+#include <errno.h>
+#include <histedit.h>
+#include <langinfo.h>
+#include <limits.h>
+#include <locale.h>
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ---- Options ------------------------------------------------------------------------------------------------- */
+
+typedef struct options {
+    const char *model, *prompt, *system;
+    bool raw, ids, temp_given, seed_given;
+    int max_tokens, n_threads, n_ctx;
+    llm_dtype dtype;
+    llm_sampler sampler;
+} options;
+
+enum { KEY_RAW = 256, KEY_IDS, KEY_TEMP, KEY_TOP_K, KEY_TOP_P, KEY_MIN_P, KEY_SEED, KEY_DTYPE, KEY_CTX, KEY_SYSTEM };
+
+static const struct argp_option option_list[] = {
+    {"model", 'm', "MODEL", 0, "the model's file (GGUF)", 1},
+    {"prompt", 'p', "TEXT", 0, "answer this and end; without it, chat", 1},
+    {"system", KEY_SYSTEM, "TEXT", 0, "what the model is told first (default: what its file says)", 1},
+    {"raw", KEY_RAW, NULL, 0, "continue the text as it is, without a chat template", 1},
+    {"tokens", 'n', "N", 0, "generate at most N tokens (default: until the model ends)", 1},
+    {"ids", KEY_IDS, NULL, 0, "print token ids instead of text", 1},
+    {"temp", KEY_TEMP, "T", 0, "temperature; 0 is greedy (default: 0.8 in a chat, 0 with -p or --raw)", 2},
+    {"top-k", KEY_TOP_K, "K", 0, "choose from the K most likely tokens, 0 from all (default: 40)", 2},
+    {"top-p", KEY_TOP_P, "P", 0, "choose from the most likely whose sum reaches P (default: 0.95)", 2},
+    {"min-p", KEY_MIN_P, "P", 0, "drop those P times less likely than the best (default: 0.05)", 2},
+    {"seed", KEY_SEED, "S", 0, "same seed, same text (default: from the clock)", 2},
+    {"threads", 't', "N", 0, "threads (default: one per core)", 3},
+    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32 or bf16 (default: bf16)", 3},
+    {"ctx", KEY_CTX, "N", 0, "tokens a conversation can hold (default: the model's limit, at most 4096)", 3},
+    {0}};
+
+static long long parse_integer(struct argp_state *state, const char *name, const char *text, long long min,
+                               long long max) {
+    char *end;
+    errno = 0;
+    long long value = strtoll(text, &end, 10);
+    if (end == text || *end || errno || value < min || value > max)
+        argp_error(state, "%s: '%s' is not a whole number from %lld to %lld", name, text, min, max);
+    return value;
+}
+
+static float parse_real(struct argp_state *state, const char *name, const char *text, double max) {
+    char *end;
+    double value = strtod(text, &end);
+    if (end == text || *end || !(value >= 0 && value <= max))
+        argp_error(state, "%s: '%s' is not a number from 0 to %g", name, text, max);
+    return (float)value;
+}
+
+static llm_dtype parse_dtype(struct argp_state *state, const char *text) {
+    if (!strcmp(text, "f32")) return LLM_DTYPE_F32;
+    if (strcmp(text, "bf16")) argp_error(state, "--dtype: '%s' is neither f32 nor bf16", text);
+    return LLM_DTYPE_BF16;
+}
+
+static void finish_options(struct argp_state *state, options *opt) {
+    if (!opt->model) argp_error(state, "which model? Name its file with -m");
+    if (opt->raw && opt->system) argp_error(state, "--system needs the chat template that --raw leaves out");
+    if (!opt->temp_given && (opt->prompt || opt->raw)) opt->sampler.temperature = 0;
+    if (!opt->seed_given) opt->sampler.seed = (uint64_t)time(NULL);
+}
+
+static error_t parse_option(int key, char *arg, struct argp_state *state) {
+    options *opt = state->input;
+    switch (key) {
+    case 'm': opt->model = arg; break;
+    case 'p': opt->prompt = arg; break;
+    case 'n': opt->max_tokens = (int)parse_integer(state, "-n", arg, 1, INT_MAX); break;
+    case 't': opt->n_threads = (int)parse_integer(state, "-t", arg, 1, 1024); break;
+    case KEY_SYSTEM: opt->system = arg; break;
+    case KEY_RAW: opt->raw = true; break;
+    case KEY_IDS: opt->ids = true; break;
+    case KEY_TEMP:
+        opt->sampler.temperature = parse_real(state, "--temp", arg, 100);
+        opt->temp_given = true;
+        break;
+    case KEY_TOP_K: opt->sampler.top_k = (int)parse_integer(state, "--top-k", arg, 0, INT_MAX); break;
+    case KEY_TOP_P: opt->sampler.top_p = parse_real(state, "--top-p", arg, 1); break;
+    case KEY_MIN_P: opt->sampler.min_p = parse_real(state, "--min-p", arg, 1); break;
+    case KEY_SEED:
+        opt->sampler.seed = (uint64_t)parse_integer(state, "--seed", arg, 0, LLONG_MAX);
+        opt->seed_given = true;
+        break;
+    case KEY_DTYPE: opt->dtype = parse_dtype(state, arg); break;
+    case KEY_CTX: opt->n_ctx = (int)parse_integer(state, "--ctx", arg, 1, INT_MAX); break;
+    case ARGP_KEY_ARG: argp_error(state, "'%s' is not an option; text to answer goes after -p", arg); break;
+    case ARGP_KEY_END: finish_options(state, opt); break;
+    default: return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+static const struct argp option_parser = {
+    .options = option_list,
+    .parser = parse_option,
+    .args_doc = "-m MODEL",
+    .doc = "Talks to a language model: a chat, or with -p one answer.\vText goes to standard output, all else to "
+           "standard error. Ctrl-C stops the answer. In a chat, /help lists the commands.",
+};
+
+/* ---- State ----------------------------------------------------------------------------------------------------- */
+
+typedef struct repl {
+    options opt;
+    llm_model *model;
+    llm_context *ctx;
+    double load_seconds;
+    double bandwidth;      /* bytes per second; 0 until it is measured                            */
+    llm_message *messages; /* stb_ds array: the conversation; owns the contents                   */
+    char *answer;          /* stb_ds array: the text of the last answer                           */
+    llm_stats stats;       /* of the last answer                                                  */
+    const char *echo;      /* shown on standard error before the answer                           */
+    bool started;          /* something of the answer has been printed                            */
+    EditLine *editor;      /* NULL if there is no terminal to edit on                             */
+    History *history;
+    char *line; /* the last line read                                                  */
+    size_t line_size;
+} repl;
+
+static volatile sig_atomic_t n_interrupts; /* since the last answer began */
+
+static void on_interrupt(int sig) {
+    if (n_interrupts++ == 0) return;
+    signal(sig, SIG_DFL);
+    raise(sig);
+}
+
+/* Without SA_RESTART, so that waiting for input ends too. */
+static void catch_interrupts(void) {
+    struct sigaction action = {0};
+    action.sa_handler = on_interrupt;
+    sigaction(SIGINT, &action, NULL);
+}
+
+static int complain(const char *message) {
+    fprintf(stderr, "repl: %s\n", message);
+    return 1;
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+/* ---- Loading ------------------------------------------------------------------------------------------------- */
+
+static bool show_progress(void *user, float done) {
+    (void)user;
+    fprintf(stderr, "\rloading %3.0f %%", (double)done * 100);
+    return true;
+}
+
+static llm_status load(repl *r, llm_error *err) {
+    bool watched = isatty(STDERR_FILENO);
+    llm_model_desc model_desc = {.dtype = r->opt.dtype, .n_threads = r->opt.n_threads};
+    llm_context_desc context_desc = {.n_ctx = r->opt.n_ctx, .n_threads = r->opt.n_threads};
+    if (watched) model_desc.host.progress = show_progress;
+    double start = now();
+    llm_status status = llm_model_load(&r->model, r->opt.model, &model_desc, err);
+    if (watched) fputs("\r\033[K", stderr);
+    if (status == LLM_OK) status = llm_context_create(&r->ctx, r->model, &context_desc, err);
+    r->load_seconds = now() - start;
+    return status;
+}
+
+static void greet(const repl *r) {
+    llm_model_info info = llm_model_get_info(r->model);
+    fprintf(stderr, "%s: %.0f M parameters in %s, %s, %d threads, room for %d tokens. /help lists commands.\n",
+            info.name[0] ? info.name : r->opt.model, (double)info.n_params * 1e-6,
+            info.dtype == LLM_DTYPE_F32 ? "f32" : "bf16", info.isa, llm_context_n_threads(r->ctx),
+            llm_context_n_ctx(r->ctx));
+}
+
+/* ---- The conversation ---------------------------------------------------------------------------------------- */
+
+static void push_message(repl *r, const char *role, const char *content, size_t n_bytes) {
+    llm_message message = {role, strndup(content, n_bytes)};
+    arrput(r->messages, message);
+}
+
+static void pop_message(repl *r) { free((char *)arrpop(r->messages).content); }
+
+static void reset(repl *r) {
+    while (arrlen(r->messages) > 0) pop_message(r);
+    if (r->opt.system) push_message(r, "system", r->opt.system, strlen(r->opt.system));
+}
+
+/* ---- One answer ---------------------------------------------------------------------------------------------- */
+
+static bool interrupted(void *user) {
+    (void)user;
+    return n_interrupts > 0;
+}
+
+static bool print(repl *r, const char *text, size_t n_bytes) {
+    if (!r->started && r->echo) fputs(r->echo, stderr);
+    r->started = true;
+    return fwrite(text, 1, n_bytes, stdout) == n_bytes && fflush(stdout) == 0;
+}
+
+static bool on_text(void *user, const char *text, size_t n_bytes) {
+    repl *r = user;
+    memcpy(arraddnptr(r->answer, n_bytes), text, n_bytes);
+    return r->opt.ids || print(r, text, n_bytes);
+}
+
+static bool on_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
+    repl *r = user;
+    char id[16];
+    (void)bytes, (void)n_bytes;
+    return !r->opt.ids || print(r, id, (size_t)snprintf(id, sizeof id, r->started ? " %d" : "%d", (int)token));
+}
+
+/* Answers the conversation, or continues `text`; r->answer and r->stats hold the outcome. */
+static llm_status generate(repl *r, const char *text, llm_error *err) {
+    llm_generate_desc desc = {.max_tokens = r->opt.max_tokens,
+                              .sampler = &r->opt.sampler,
+                              .on_text = on_text,
+                              .on_token = on_token,
+                              .cancel = interrupted,
+                              .user = r};
+    if (r->opt.raw) desc.prompt = text;
+    else desc.messages = r->messages;
+    desc.n_messages = (int)arrlen(r->messages);
+    r->echo = r->opt.raw && !r->opt.ids ? text : NULL;
+    r->started = false;
+    arrsetlen(r->answer, 0);
+    n_interrupts = 0;
+    return llm_generate(r->ctx, &desc, &r->stats, err);
+}
+
+/* Ends the answer's last line, and says why if it was cut short. */
+static void close_answer(repl *r) {
+    bool ended = !r->opt.ids && arrlen(r->answer) && arrlast(r->answer) == '\n';
+    if (r->started && !ended) print(r, "\n", 1);
+    if (r->stats.stop == LLM_STOP_CONTEXT)
+        fprintf(stderr, "The answer stops here: all %d positions of the context are taken; %s.\n",
+                llm_context_n_ctx(r->ctx), r->opt.prompt ? "--ctx gives more" : "/reset empties it");
+}
+
+/* Answers one input; 0, or 1 if that went wrong. A failure leaves the conversation as it was. */
+static int answer(repl *r, const char *text) {
+    llm_error err;
+    if (!r->opt.raw) push_message(r, "user", text, strlen(text));
+    llm_status status = generate(r, text, &err);
+    if (status == LLM_OK) close_answer(r);
+    bool nothing = status != LLM_OK || (r->stats.stop == LLM_STOP_CALLBACK && !arrlen(r->answer));
+    if (!r->opt.raw && nothing) pop_message(r);
+    else if (!r->opt.raw) push_message(r, "assistant", arrlen(r->answer) ? r->answer : "", (size_t)arrlen(r->answer));
+    if (status != LLM_OK) complain(err.message);
+    if (status == LLM_ERROR_CONTEXT_FULL && !r->opt.prompt) fputs("/reset starts a new conversation.\n", stderr);
+    if (ferror(stdout)) return complain("standard output cannot be written");
+    return status != LLM_OK;
+}
+
+/* ---- Figures ------------------------------------------------------------------------------------------------- */
+
+static double ratio(double a, double b) { return b > 0 ? a / b : 0; }
+
+/* The first token comes out of the prompt's pass, so generating n tokens takes n - 1 passes of decoding. */
+static void print_figures(repl *r) {
+    const llm_stats *stats = &r->stats;
+    int n_passes = stats->n_generated > 1 ? stats->n_generated - 1 : 0;
+    double bytes = (double)stats->decode_bytes;
+    if (r->bandwidth == 0) r->bandwidth = llm_measure_bandwidth(r->ctx);
+    fprintf(stderr,
+            "load %.2f s | prompt %d tokens, %.0f tok/s | generated %d, %.1f tok/s | %.1f MB/token | "
+            "MBU %.0f %% of %.1f GB/s\n",
+            r->load_seconds, stats->n_prompt, ratio(stats->n_prompt - stats->n_reused, stats->prefill_seconds),
+            stats->n_generated, ratio(n_passes, stats->decode_seconds), ratio(bytes, n_passes) * 1e-6,
+            100 * ratio(ratio(bytes, stats->decode_seconds), r->bandwidth), r->bandwidth * 1e-9);
+}
+
+/* ---- Reading lines ------------------------------------------------------------------------------------------- */
+
+static char *editor_prompt(EditLine *editor) {
+    static char prompt[] = "> ";
+    (void)editor;
+    return prompt;
+}
+
+static void open_editor(repl *r) {
+    HistEvent event;
+    r->editor = el_init("repl", stdin, stderr, stderr);
+    r->history = history_init();
+    history(r->history, &event, H_SETSIZE, 1000);
+    history(r->history, &event, H_SETUNIQUE, 1);
+    el_set(r->editor, EL_PROMPT, editor_prompt);
+    el_set(r->editor, EL_EDITOR, "emacs");
+    el_set(r->editor, EL_HIST, history, r->history);
+    el_set(r->editor, EL_SIGNAL, 1);
+    /* While a line is typed Ctrl-C is a key like others, and clears it. */
+    el_set(r->editor, EL_SETTY, "-d", "-isig", NULL);
+    el_set(r->editor, EL_BIND, "^C", "em-kill-line", NULL);
+    el_source(r->editor, NULL);
+}
+
+static char *edit_line(repl *r) {
+    HistEvent event;
+    int n_bytes;
+    const char *typed = el_gets(r->editor, &n_bytes);
+    if (!typed || n_bytes < 1) return NULL;
+    if (*typed != '\n') history(r->history, &event, H_ENTER, typed);
+    free(r->line);
+    return r->line = strdup(typed);
+}
+
+/* The next line without its newline, good until the next call; NULL at the end of the input. */
+static char *next_line(repl *r) {
+    char *line = r->editor ? edit_line(r) : getline(&r->line, &r->line_size, stdin) >= 0 ? r->line : NULL;
+    if (line) line[strcspn(line, "\r\n")] = 0;
+    return line;
+}
+
+/* ---- Chat ---------------------------------------------------------------------------------------------------- */
+
+static const char help[] = "/reset  forget the conversation\n"
+                           "/stats  figures of the last answer\n"
+                           "/help   this\n"
+                           "/quit   end; Ctrl-D does too\n"
+                           "Ctrl-C stops an answer, or clears the line being typed.\n";
+
+/* Runs a line that begins with a slash; false ends the program. */
+static bool command(repl *r, const char *line) {
+    if (!strcmp(line, "/quit")) return false;
+    if (!strcmp(line, "/reset")) reset(r);
+    else if (!strcmp(line, "/help")) fputs(help, stderr);
+    else if (strcmp(line, "/stats")) fprintf(stderr, "There is no command %s; /help lists them.\n", line);
+    else if (r->stats.n_prompt == 0) fputs("Nothing has been answered yet.\n", stderr);
+    else print_figures(r);
+    return true;
+}
+
+static int chat(repl *r) {
+    int failed = 0;
+    const char *line;
+    if (isatty(STDIN_FILENO) && isatty(STDERR_FILENO)) open_editor(r);
+    if (r->editor) greet(r);
+    while ((line = next_line(r)) && !ferror(stdout)) {
+        if (*line == '/') {
+            if (!command(r, line)) break;
+        } else if (*line) failed |= answer(r, line);
+    }
+    return r->editor ? 0 : failed;
+}
+
+static int answer_once(repl *r) {
+    int failed = answer(r, r->opt.prompt);
+    if (!failed) print_figures(r);
+    return failed ? failed : n_interrupts ? 130 : 0;
+}
+
+/* ---- Main ---------------------------------------------------------------------------------------------------- */
+
+/* The editor counts characters by the locale; a machine without one still has UTF-8 text to edit. */
+static void set_locale(void) {
+    setlocale(LC_CTYPE, "");
+    if (strcmp(nl_langinfo(CODESET), "UTF-8")) setlocale(LC_CTYPE, "C.UTF-8");
+}
+
+static void close_repl(repl *r) {
+    if (r->editor) el_end(r->editor);
+    if (r->history) history_end(r->history);
+    while (arrlen(r->messages) > 0) pop_message(r);
+    arrfree(r->messages);
+    arrfree(r->answer);
+    free(r->line);
+    llm_context_free(r->ctx);
+    llm_model_free(r->model);
+}
+
+int main(int argc, char **argv) {
+    repl r = {.opt.sampler = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f}};
+    llm_error err;
+    argp_err_exit_status = 2;
+    argp_parse(&option_parser, argc, argv, 0, NULL, &r.opt);
+    set_locale();
+    int code = load(&r, &err) ? complain(err.message) : 0;
+    if (!code) {
+        catch_interrupts();
+        reset(&r);
+        code = r.opt.prompt ? answer_once(&r) : chat(&r);
+    }
+    close_repl(&r);
+    return code;
+}

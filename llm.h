@@ -1,0 +1,6012 @@
+/*  llm.h - run Llama-family language models from one C file.                            MIT licence, see LICENSE
+
+    Put this file beside your program. In ONE source file write
+
+        #define LLM_IMPLEMENTATION
+        #include "llm.h"
+
+    and elsewhere just include it. Link with -lm and -lpthread; nothing else is needed.
+
+    QUICK START
+
+        static bool print(void *user, const char *text, size_t n_bytes) {
+            (void)user;
+            fwrite(text, 1, n_bytes, stdout);
+            return fflush(stdout) == 0;                         // false stops the answer
+        }
+
+        int main(int argc, char **argv) {
+            llm_model *model = NULL;
+            llm_context *ctx = NULL;
+            llm_error err;
+            llm_generate_desc desc = {.prompt = "Hello, my name is", .max_tokens = 200, .on_text = print};
+            if (llm_model_load(&model, argc > 1 ? argv[1] : "model.gguf", NULL, &err) ||
+                llm_context_create(&ctx, model, NULL, &err) || llm_generate(ctx, &desc, NULL, &err))
+                fprintf(stderr, "%s\n", err.message);
+            llm_context_free(ctx);
+            llm_model_free(model);
+        }
+
+    THE OBJECTS
+
+        llm_model      weights, hyperparameters, tokenizer. Immutable once loaded; any number of threads may share it.
+        llm_context    a static KV cache, scratch space and logits for up to n_seq sequences, and the threads that
+                       compute. One thread at a time may use it; many contexts of one model may run in parallel.
+        llm_batch      a packed, ragged list of tokens, each with its sequence. Prefill, decode and several users at
+                       once are the same call with different batches. There is no padding.
+        llm_sampler    settings and the state of a random generator; plain data, copied by assignment.
+
+    WHAT EVERY FUNCTION PROMISES
+
+        It never exits, aborts, prints or throws. It returns an llm_status and explains a failure in words in an
+        llm_error, which may be NULL. A failed load releases all it took. A forward pass allocates nothing. There are
+        no mutable globals. Functions taking a const object may be called from many threads at once.
+        Settings structs may be zero ({0}) or NULL for defaults. What llm_..._create or llm_..._load made is released
+        by llm_..._free, which takes NULL too; a context must go before its model. Strings are UTF-8.
+
+    ONE ARITHMETIC
+
+        On the CPU the logits of a token are the same bits whatever the instruction set, the compiler and its flags,
+        the number of threads, the other tokens in the batch, the way a prompt was cut into passes, and whether a
+        prefix came from a fork, a saved cache or was computed anew. See section 9.
+
+    COMPILE-TIME OPTIONS, defined before the include
+
+        LLM_IMPLEMENTATION      compile the implementation here
+        LLM_STATIC              make everything private to this source file
+        LLM_HEADER_FILENAME     this file's name if it is not "llm.h" (it includes itself once per instruction set)
+        LLM_NO_THREADS          compile without threads (n_threads is then always 1)
+
+    CONTENTS
+
+        declarations: errors . host callbacks . model . tokenizer . chat . context . forward pass . sampler . generation
+        1 base                    2 files               3 JSON reader        4 number formats
+        5 checkpoints             6 hyperparameters     7 tokenizers         8 chat templates
+        9 CPU kernels            10 weights            11 backend           12 KV cache
+       13 forward pass           14 sampler            15 generation
+*/
+#ifndef LLM_H
+#define LLM_H
+
+#if defined(LLM_IMPLEMENTATION) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE /* for mmap and threads under -std=c99 */
+#endif
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef LLM_STATIC
+#define LLM_API static
+#else
+#define LLM_API extern
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- Errors -------------------------------------------------------------------------------------------------- */
+
+typedef enum llm_status {
+    LLM_OK = 0,
+    LLM_ERROR_ARGUMENT,     /* the caller asked for something that makes no sense                             */
+    LLM_ERROR_IO,           /* a file cannot be opened or read                                                */
+    LLM_ERROR_FORMAT,       /* a file is damaged or contradicts itself                                        */
+    LLM_ERROR_UNSUPPORTED,  /* a file is sound but asks for what this library does not do                     */
+    LLM_ERROR_MEMORY,       /* an allocation failed                                                           */
+    LLM_ERROR_CONTEXT_FULL, /* the KV cache has no room; found before any work is done                        */
+    LLM_ERROR_CANCELLED,    /* a callback asked to stop                                                       */
+    LLM_ERROR_DEVICE        /* the backend's device failed                                                    */
+} llm_status;
+
+typedef struct llm_error {
+    llm_status code;
+    char message[500]; /* what, where, and what to do; always NUL-terminated, whole UTF-8 characters */
+} llm_error;
+
+/* ---- Host callbacks ------------------------------------------------------------------------------------------ */
+
+/* What the host program lends the library. All may be NULL. The allocator must be safe to call from several threads
+   if several objects that carry it are used from several threads. */
+typedef struct llm_host {
+    void *(*resize)(void *user, void *ptr, size_t size); /* realloc; size 0 frees and returns NULL            */
+    void (*log)(void *user, const char *line);           /* what happens, in words; silent if NULL            */
+    bool (*progress)(void *user, float done);            /* loading, 0 to 1; return false to cancel           */
+    void *user;                                          /* handed to each of these                           */
+} llm_host;
+
+/* ---- Model --------------------------------------------------------------------------------------------------- */
+
+typedef struct llm_model llm_model;
+typedef struct llm_tokenizer llm_tokenizer;
+
+/* The type weights are held in at run time; a file of any type is converted while it is loaded. */
+typedef enum llm_dtype {
+    LLM_DTYPE_DEFAULT = 0, /* bf16                                                                        */
+    LLM_DTYPE_F32,
+    LLM_DTYPE_BF16
+} llm_dtype;
+
+typedef struct llm_model_desc {
+    llm_dtype dtype;
+    int n_threads;         /* threads that convert while loading; 0: one per physical core                    */
+    const void *data;      /* a whole GGUF file in memory, instead of a path; must stay until loading is done */
+    size_t data_size;
+    const char *isa;       /* force an instruction set: "scalar", "avx2", "avx512"; NULL: the best there is   */
+    llm_host host;
+} llm_model_desc;
+
+typedef struct llm_model_info {
+    char name[64];         /* as the file calls itself, may be empty                                          */
+    char architecture[32]; /* "llama", ...                                                                    */
+    llm_dtype dtype;
+    const char *isa;       /* the instruction set in use                                                      */
+    int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_ctx_train;
+    uint64_t n_params;
+    uint64_t weight_bytes;          /* memory the weights take                                                */
+    uint64_t weight_bytes_per_token; /* of these, what one decoded token reads                                */
+    uint64_t cache_bytes_per_token; /* KV cache one position takes                                            */
+    uint64_t fingerprint;           /* of weights and hyperparameters; equal means interchangeable caches     */
+} llm_model_info;
+
+/* Loads a model file. *out is NULL after a failure. */
+LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_model_desc *desc, llm_error *err);
+LLM_API void llm_model_free(llm_model *model);
+LLM_API llm_model_info llm_model_get_info(const llm_model *model);
+LLM_API const llm_tokenizer *llm_model_tokenizer(const llm_model *model);
+
+/* ---- Tokenizer ----------------------------------------------------------------------------------------------- */
+
+typedef int32_t llm_token;
+
+enum {
+    LLM_ENCODE_BOS = 1,     /* begin (and end) with the tokens the model's file asks for; never adds a second BOS  */
+    LLM_ENCODE_SPECIAL = 2  /* text like "<|im_end|>" becomes the special token; without it, it is plain text      */
+};
+
+/* Loads a tokenizer alone; the file needs no weights. */
+LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, const llm_host *host, llm_error *err);
+LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer);
+
+/* Writes at most `capacity` ids to `ids` and returns how many the whole text has, like snprintf: n_bytes + 8 are enough
+   but for invalid UTF-8 and odd vocabularies, 4 * n_bytes + 8 always. Returns -1 and explains in *err when memory runs
+   out. Text need not be NUL-terminated and may hold any bytes: each byte that is not part of valid UTF-8 is taken as
+   U+FFFD. What a vocabulary has no token for is left out, or is its unknown token. */
+LLM_API int64_t llm_encode(const llm_tokenizer *tokenizer, const char *text, size_t n_bytes, unsigned flags,
+                           llm_token *ids, size_t capacity, llm_error *err);
+
+/* Writes the text of the ids and a NUL, at most `capacity` bytes in all, and returns the bytes the whole text has,
+   like snprintf. Ids that are not in the vocabulary give nothing. With LLM_ENCODE_SPECIAL special tokens are shown. */
+LLM_API size_t llm_decode(const llm_tokenizer *tokenizer, const llm_token *ids, size_t n_ids, unsigned flags,
+                          char *text, size_t capacity);
+
+/* Turns a stream of tokens into whole UTF-8 characters. Start with all zero. */
+typedef struct llm_text_stream {
+    unsigned flags;           /* LLM_ENCODE_SPECIAL: special tokens are shown                                     */
+    bool started;             /* false: the next token begins a text, so a space that only marks that is dropped  */
+    unsigned char pending[4]; /* the beginning of a character that is not yet whole                               */
+    int n_pending;
+} llm_text_stream;
+
+/* Writes the characters that `token` completes and a NUL, at most `capacity` bytes in all, and returns the bytes without
+   the NUL. A result of `capacity` or more says that there was too little room; then nothing has happened, and the call
+   can be made again. Token -1 ends the text. A byte that cannot become part of a character is shown as U+FFFD. */
+LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream *stream, llm_token token, char *text,
+                                size_t capacity);
+
+/* The bytes of one token, in the tokenizer's memory, not NUL-terminated and not always whole UTF-8 characters.
+   NULL for an id outside the vocabulary. */
+LLM_API const char *llm_token_bytes(const llm_tokenizer *tokenizer, llm_token id, size_t *n_bytes);
+LLM_API bool llm_token_is_special(const llm_tokenizer *tokenizer, llm_token id);
+LLM_API bool llm_token_is_end(const llm_tokenizer *tokenizer, llm_token id); /* ends a text or a turn          */
+LLM_API int llm_tokenizer_n_vocab(const llm_tokenizer *tokenizer);
+LLM_API llm_token llm_tokenizer_bos(const llm_tokenizer *tokenizer); /* -1 if there is none                    */
+LLM_API llm_token llm_tokenizer_eos(const llm_tokenizer *tokenizer); /* -1 if there is none                    */
+
+/* ---- Chat ---------------------------------------------------------------------------------------------------- */
+
+typedef struct llm_message {
+    const char *role; /* "system", "user" or "assistant" */
+    const char *content;
+} llm_message;
+
+/* Renders messages with the chat template named in the model's file (ChatML, Llama-2, Llama-3, Mistral and Zephyr are
+   known), followed by the opening of the assistant's turn if `open_answer`. Writes at most `capacity` bytes, a NUL
+   included, and the bytes of the whole text to *n_bytes. The text is meant for llm_encode with LLM_ENCODE_SPECIAL and
+   without LLM_ENCODE_BOS: it holds its own. */
+LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
+                                   bool open_answer, char *text, size_t capacity, size_t *n_bytes, llm_error *err);
+LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer); /* "chatml", ...; NULL: none is known   */
+
+/* ---- Context ------------------------------------------------------------------------------------------------- */
+
+typedef struct llm_context llm_context;
+
+typedef struct llm_context_desc {
+    int n_ctx;          /* positions a sequence can hold; 0: what the model was trained for, at most 4096         */
+    int n_seq;          /* sequences; 0: 1                                                                        */
+    int n_cache;        /* positions of all sequences together, forks sharing their parent's; 0: n_ctx * n_seq    */
+    int n_batch;        /* tokens computed in one pass; longer batches take several; 0: 512                       */
+    int n_logits;       /* rows of logits one llm_forward can return; 0: n_seq                                    */
+    int n_threads;      /* 0: one per physical core                                                               */
+    llm_dtype cache_dtype; /* type of the KV cache; 0: bf16 for bf16 weights, else f32                            */
+    bool (*cancel)(void *user); /* polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED       */
+    void *cancel_user;
+    /* The host's own threads instead of ours: must run task(arg, i) for i = 0 .. n-1 all at the same time (tasks
+       wait for each other) and return when all have returned; `user` is the host's. */
+    void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
+    llm_host host;      /* zero: the model's                                                                      */
+} llm_context_desc;
+
+LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
+                                      llm_error *err);
+LLM_API void llm_context_free(llm_context *ctx);
+LLM_API const llm_model *llm_context_model(const llm_context *ctx);
+LLM_API int llm_context_n_ctx(const llm_context *ctx);
+LLM_API int llm_context_n_threads(const llm_context *ctx);
+
+typedef struct llm_memory {
+    uint64_t weights, cache, scratch; /* bytes */
+} llm_memory;
+
+/* What loading `path` and one context would take, found from the file's header alone. */
+LLM_API llm_status llm_memory_estimate(const char *path, const llm_model_desc *model_desc,
+                                       const llm_context_desc *context_desc, llm_memory *out, llm_error *err);
+
+/* ---- Sequences ----------------------------------------------------------------------------------------------- */
+
+/* A sequence is a list of tokens whose keys and values are in the cache; it is named by a number below n_seq and is
+   empty at first. */
+LLM_API int llm_seq_length(const llm_context *ctx, int seq);
+LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq); /* llm_seq_length of them            */
+
+/* Keeps the first `length` tokens. */
+LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_error *err);
+
+/* Makes `seq` the first `length` tokens of `parent`, whose cache both then read; only what comes after is stored
+   anew. What `seq` held before is dropped. The parent may go on, be truncated or be dropped. */
+LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int length, llm_error *err);
+
+/* A sequence's cache as bytes, for llm_seq_restore into a context of the same model and cache type. */
+LLM_API size_t llm_seq_save_size(const llm_context *ctx, int seq);
+LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, size_t size, llm_error *err);
+LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer, size_t size, llm_error *err);
+
+/* ---- Forward pass -------------------------------------------------------------------------------------------- */
+
+typedef struct llm_batch {
+    int n_tokens;
+    const llm_token *tokens; /* [n_tokens]                                                                        */
+    const int *seqs;         /* [n_tokens] the sequence each is appended to; NULL: sequence 0                     */
+    const bool *logits;      /* [n_tokens] whose logits are wanted; NULL: the last of each sequence               */
+} llm_batch;
+
+/* Appends the batch's tokens to their sequences. All is checked before anything is done; when the pass is cancelled
+   the sequences are as they were before. */
+LLM_API llm_status llm_forward(llm_context *ctx, const llm_batch *batch, llm_error *err);
+
+/* The logits [n_vocab] of the batch's i-th token, valid until the next pass; NULL if they were not asked for. */
+LLM_API const float *llm_logits(const llm_context *ctx, int i);
+
+/* Bytes per second this context's threads reach when they only read the model's weights: the limit of decoding. */
+LLM_API double llm_measure_bandwidth(llm_context *ctx);
+
+/* ---- Sampler ------------------------------------------------------------------------------------------------- */
+
+typedef struct llm_logit_bias {
+    llm_token token;
+    float bias; /* added to the logit; -INFINITY forbids the token */
+} llm_logit_bias;
+
+typedef struct llm_sampler {
+    float temperature;    /* 0: greedy                                                                            */
+    int top_k;            /* keep the k most likely; 0: all                                                       */
+    float top_p;          /* keep the most likely until their sum reaches p; 0: all                               */
+    float min_p;          /* keep those at least min_p times as likely as the most likely; 0: all                 */
+    float repeat_penalty; /* divides (multiplies, if negative) the logits of recent tokens; 0: off                */
+    int repeat_window;    /* how many recent tokens; 0: 64                                                        */
+    const llm_logit_bias *biases; /* the host's; must outlive the sampler                                         */
+    int n_biases;
+    uint64_t seed;
+    uint64_t n_drawn;     /* the state: how many random numbers were used                                         */
+} llm_sampler;
+
+/* Picks a token by the logits of the batch's i-th token; `recent` is that sequence. The order is: biases, repetition
+   penalty, temperature, top-k, top-p, min-p. The same seed gives the same tokens on every machine. Ties go to the
+   lower id. Returns -1 if logits i were not asked for. */
+LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler);
+
+/* ---- Generation ---------------------------------------------------------------------------------------------- */
+
+typedef enum llm_stop {
+    LLM_STOP_NONE = 0,
+    LLM_STOP_END,       /* the model ended its text or turn                */
+    LLM_STOP_LENGTH,    /* max_tokens                                      */
+    LLM_STOP_CONTEXT,   /* the sequence is full                            */
+    LLM_STOP_TOKEN,     /* one of stop_tokens                              */
+    LLM_STOP_STRING,    /* one of stop_strings                             */
+    LLM_STOP_CALLBACK   /* on_text or on_token returned false, or `cancel` */
+} llm_stop;
+
+typedef struct llm_generate_desc {
+    /* What to answer: one of these three. The part of it that is already in the sequence is not computed again;
+       what else the sequence holds is dropped. */
+    const char *prompt;          /* text to continue                                                              */
+    const llm_message *messages; /* a conversation, rendered with the model's chat template                       */
+    int n_messages;
+    const llm_token *tokens;     /* ids, taken as they are                                                        */
+    int n_tokens;
+
+    int seq;
+    int max_tokens;              /* 0: until the model ends or the sequence is full                               */
+    llm_sampler *sampler;        /* NULL: greedy                                                                  */
+    const char *const *stop_strings; /* none of them is shown                                                     */
+    int n_stop_strings;
+    const llm_token *stop_tokens;
+    int n_stop_tokens;
+    bool ignore_end;             /* go on after the model's end-of-text tokens                                    */
+
+    bool (*on_text)(void *user, const char *text, size_t n_bytes);  /* whole UTF-8 characters, NUL-terminated     */
+    bool (*on_token)(void *user, llm_token token, const char *bytes, size_t n_bytes); /* raw, as they come        */
+    bool (*cancel)(void *user);  /* polled between layers, so also within a long prompt                           */
+    void *user;
+} llm_generate_desc;
+
+typedef struct llm_stats {
+    llm_stop stop;
+    int stop_index;         /* which of stop_strings or stop_tokens                                               */
+    int n_prompt;           /* tokens of the prompt                                                               */
+    int n_reused;           /* of these, found in the cache                                                       */
+    int n_generated;
+    int n_decode_passes;    /* forward passes after the prompt's                                                  */
+    double prefill_seconds, decode_seconds; /* until the first token's logits; after it                           */
+    uint64_t decode_bytes;  /* weights and cache read while decoding                                              */
+} llm_stats;
+
+/* Runs the prompt and generates. Cancellation is not an error: it is stats->stop. Afterwards the sequence holds the
+   prompt and what was generated, less the last token, which was never computed on. */
+LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err);
+
+/* ---- Backends ------------------------------------------------------------------------------------------------ */
+
+/* What computes. The CPU's is built in; llm_cuda.cu holds another. Everything else (tokens, sequences, sampling) is
+   the same for all of them. A host does not call these. */
+
+typedef struct llm_shape {
+    int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim;
+    float rms_eps;
+    const double *rope_frequencies; /* [rope_dim / 2] radians per position, for the pair (i, i + rope_dim / 2)    */
+    bool tied_head;                 /* the head is the embedding                                                  */
+} llm_shape;
+
+typedef enum llm_weight_kind {
+    LLM_WEIGHT_EMBEDDING,      /* [n_vocab][n_embd], also the head if that is tied                                */
+    LLM_WEIGHT_ATTENTION_NORM, /* [1][n_embd]                                                                     */
+    LLM_WEIGHT_QKV,            /* [(n_heads + 2 * n_kv_heads) * head_dim][n_embd]: queries, keys, values          */
+    LLM_WEIGHT_ATTENTION_OUT,  /* [n_embd][n_heads * head_dim]                                                    */
+    LLM_WEIGHT_FFN_NORM,       /* [1][n_embd]                                                                     */
+    LLM_WEIGHT_GATE_UP,        /* [2 * n_ff][n_embd]: gates, ups                                                  */
+    LLM_WEIGHT_DOWN,           /* [n_embd][n_ff]                                                                  */
+    LLM_WEIGHT_OUTPUT_NORM,    /* [1][n_embd]                                                                     */
+    LLM_WEIGHT_HEAD            /* [n_vocab][n_embd]                                                               */
+} llm_weight_kind;
+
+typedef struct llm_weight {
+    llm_weight_kind kind;
+    int layer, rows, cols;
+    const void *source;
+    void (*read_row)(const struct llm_weight *weight, int row, float *out); /* out[cols]; any thread may call it  */
+} llm_weight;
+
+/* One forward pass. Rows of one sequence stand together, in order of position. */
+typedef struct llm_pass {
+    int n_rows;
+    const llm_token *tokens;     /* [n_rows]                                                                      */
+    const int *positions;        /* [n_rows]                                                                      */
+    const int *seqs;             /* [n_rows]                                                                      */
+    int n_logits;
+    const int *logit_rows;       /* [n_logits] ascending                                                          */
+    int first_logits;            /* where in the context's logits the first of them goes                          */
+    const int *blocks;           /* [n_seq][blocks_per_seq] which cache block holds LLM_BLOCK positions of a sequence */
+    int blocks_per_seq;
+    bool (*cancel)(void *user);
+    void *cancel_user;
+} llm_pass;
+
+enum { LLM_BLOCK = 32 }; /* positions in a block of the KV cache */
+
+typedef struct llm_backend_desc {
+    int n_cache_blocks, n_batch, n_logits, n_threads;
+    llm_dtype cache_dtype;
+    void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
+    llm_host host;
+} llm_backend_desc;
+
+typedef struct llm_backend {
+    const char *name;
+    /* A model on the device; weights follow one by one. *out is freed by close, also after a failure. */
+    llm_status (*open)(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_error *err);
+    llm_status (*upload)(void *model, const llm_weight *weight, llm_error *err);
+    void (*close)(void *model);
+    uint64_t (*weight_bytes)(llm_dtype dtype, int rows, int cols);
+    uint64_t (*block_bytes)(const llm_shape *shape, llm_dtype cache_dtype);
+    uint64_t (*scratch_bytes)(const llm_shape *shape, const llm_backend_desc *desc);
+    llm_status (*context_create)(void **out, void *model, const llm_backend_desc *desc, llm_error *err);
+    void (*context_free)(void *context);
+    llm_status (*forward)(void *context, const llm_pass *pass, llm_error *err);
+    const float *(*logits)(void *context, int i);
+    llm_status (*copy_block)(void *context, int to, int from, llm_error *err);
+    llm_status (*read_block)(void *context, int block, void *bytes, llm_error *err);
+    llm_status (*write_block)(void *context, int block, const void *bytes, llm_error *err);
+    double (*measure_bandwidth)(void *context);
+} llm_backend;
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* LLM_H */
+
+/* ============================================================================================================== */
+
+#if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
+
+#include <errno.h>
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The arithmetic of section 9 is exact to the bit: -ffast-math and contraction end here. */
+#if defined(__clang__)
+#pragma float_control(push)
+#pragma float_control(precise, on)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC optimize("no-fast-math", "fp-contract=off")
+#endif
+
+/* ==== 1 Base ====================================================================================================
+
+   Everything an object owns hangs in its pool, so that freeing the pool frees the object. Work that can fail runs
+   under llm__guarded: llm__fail unwinds to it from any depth, and llm__alloc calls llm__fail when memory runs out, so
+   that loaders need not check each step. Nothing below the guard holds a resource outside the pool. */
+
+typedef struct llm__block {
+    struct llm__block *prev, *next;
+    size_t size;
+    void *raw;                   /* what the host's allocator returned; the block stands at an aligned address in it */
+    void (*release)(void *data); /* called before the block goes, for what is not memory; NULL: nothing to do        */
+} llm__block;
+
+typedef struct llm__pool {
+    llm_host host;
+    llm__block *blocks;
+} llm__pool;
+
+typedef struct llm__env {
+    llm__pool *pool;
+    llm_error *err;
+    llm_status status;
+    const char *file; /* named in messages, may be NULL */
+    jmp_buf unwind;
+} llm__env;
+
+enum { LLM__ALIGN = 64 };
+
+static void *llm__resize(const llm_host *host, void *ptr, size_t size) {
+    if (host->resize) return host->resize(host->user, ptr, size);
+    if (size) return realloc(ptr, size);
+    free(ptr);
+    return NULL;
+}
+
+/* Cuts a message so that it ends in a whole UTF-8 character. */
+static void llm__trim_utf8(char *text) {
+    size_t n = strlen(text), back = 0;
+    while (back < n && back < 3 && ((unsigned char)text[n - 1 - back] & 0xC0) == 0x80) back++;
+    if (back == n) return;
+    unsigned char lead = (unsigned char)text[n - 1 - back];
+    size_t need = lead >= 0xF0 ? 4 : lead >= 0xE0 ? 3 : lead >= 0xC0 ? 2 : 1;
+    if (need > back + 1) text[n - 1 - back] = 0;
+}
+
+#if defined(__GNUC__) || defined(__clang__)
+#define LLM__PRINTF(f, a) __attribute__((format(printf, f, a)))
+#define LLM__NORETURN __attribute__((noreturn))
+#define LLM__UNUSED __attribute__((unused))
+#else
+#define LLM__PRINTF(f, a)
+#define LLM__NORETURN
+#define LLM__UNUSED
+#endif
+
+static llm_status llm__verror(llm_error *err, llm_status code, const char *file, const char *format, va_list args) {
+    if (!err) return code;
+    int n = file ? snprintf(err->message, sizeof err->message, "%s: ", file) : 0;
+    if (n < 0 || (size_t)n >= sizeof err->message) n = 0;
+    vsnprintf(err->message + n, sizeof err->message - (size_t)n, format, args);
+    llm__trim_utf8(err->message);
+    err->code = code;
+    return code;
+}
+
+/* Fills *err and returns the code, for `return llm__error(...)`. */
+LLM__PRINTF(3, 4) static llm_status llm__error(llm_error *err, llm_status code, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    llm__verror(err, code, NULL, format, args);
+    va_end(args);
+    return code;
+}
+
+/* Fills the error and unwinds to the guard. */
+LLM__NORETURN LLM__PRINTF(3, 4) static void llm__fail(llm__env *env, llm_status code, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    llm__verror(env->err, code, env->file, format, args);
+    va_end(args);
+    env->status = code;
+    longjmp(env->unwind, 1);
+}
+
+/* Runs body(env, arg); returns LLM_OK, or the code of the llm__fail that ended it. */
+static llm_status llm__guarded(llm__env *env, void (*body)(llm__env *env, void *arg), void *arg) {
+    env->status = LLM_OK;
+    if (setjmp(env->unwind)) return env->status;
+    body(env, arg);
+    return LLM_OK;
+}
+
+LLM__PRINTF(2, 3) static void llm__log(const llm_host *host, const char *format, ...) {
+    char line[400];
+    if (!host->log) return;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    llm__trim_utf8(line);
+    host->log(host->user, line);
+}
+
+static void llm__report_progress(llm__env *env, float done) {
+    const llm_host *host = &env->pool->host;
+    if (host->progress && !host->progress(host->user, done)) llm__fail(env, LLM_ERROR_CANCELLED, "loading was cancelled");
+}
+
+/* count * size bytes, aligned to LLM__ALIGN; NULL if they cannot be had. The memory is not cleared. */
+static void *llm__try_alloc(llm__pool *pool, size_t count, size_t size) {
+    size_t room = sizeof(llm__block) + LLM__ALIGN;
+    if (size && count > (SIZE_MAX - room) / size) return NULL;
+    void *raw = llm__resize(&pool->host, NULL, count * size + room);
+    if (!raw) return NULL;
+    uintptr_t at = ((uintptr_t)raw + room) & ~(uintptr_t)(LLM__ALIGN - 1);
+    llm__block *block = (llm__block *)at - 1;
+    block->prev = NULL;
+    block->next = pool->blocks;
+    block->size = count * size;
+    block->raw = raw;
+    block->release = NULL;
+    if (pool->blocks) pool->blocks->prev = block;
+    pool->blocks = block;
+    return (void *)at;
+}
+
+static void *llm__alloc(llm__env *env, size_t count, size_t size) {
+    void *ptr = llm__try_alloc(env->pool, count, size);
+    if (!ptr) llm__fail(env, LLM_ERROR_MEMORY, "out of memory: %llu bytes were asked for",
+                        (unsigned long long)count * size);
+    return ptr;
+}
+
+static void *llm__alloc_zero(llm__env *env, size_t count, size_t size) {
+    return memset(llm__alloc(env, count, size), 0, count * size);
+}
+
+static void llm__free(llm__pool *pool, void *ptr) {
+    if (!ptr) return;
+    llm__block *block = (llm__block *)ptr - 1;
+    if (block->release) block->release(ptr);
+    if (block->prev) block->prev->next = block->next;
+    else pool->blocks = block->next;
+    if (block->next) block->next->prev = block->prev;
+    llm__resize(&pool->host, block->raw, 0);
+}
+
+static void llm__pool_free(llm__pool *pool) {
+    while (pool->blocks) llm__free(pool, pool->blocks + 1);
+}
+
+/* Has `release` called on the block when it is freed. */
+static void llm__on_free(void *ptr, void (*release)(void *data)) { ((llm__block *)ptr - 1)->release = release; }
+
+/* Room for one more item in a growing array of `*capacity` items; returns the array, perhaps moved. */
+static void *llm__grow(llm__env *env, void *items, size_t count, size_t *capacity, size_t size) {
+    if (count < *capacity) return items;
+    size_t wanted = *capacity ? *capacity * 2 : 16;
+    void *moved = llm__alloc(env, wanted, size);
+    if (count) memcpy(moved, items, count * size);
+    llm__free(env->pool, items);
+    *capacity = wanted;
+    return moved;
+}
+
+/* A NUL-terminated copy of n bytes. */
+static char *llm__copy_string(llm__env *env, const char *text, size_t n) {
+    char *copy = (char *)llm__alloc(env, n + 1, 1);
+    if (n) memcpy(copy, text, n);
+    copy[n] = 0;
+    return copy;
+}
+
+/* a * b, a + b and so on for sizes that came out of a file; fail rather than wrap. */
+static uint64_t llm__mul(llm__env *env, uint64_t a, uint64_t b) {
+    if (b && a > UINT64_MAX / b) llm__fail(env, LLM_ERROR_FORMAT, "%llu * %llu overflows 64 bits",
+                                           (unsigned long long)a, (unsigned long long)b);
+    return a * b;
+}
+
+static uint64_t llm__add(llm__env *env, uint64_t a, uint64_t b) {
+    if (a > UINT64_MAX - b) llm__fail(env, LLM_ERROR_FORMAT, "%llu + %llu overflows 64 bits", (unsigned long long)a,
+                                      (unsigned long long)b);
+    return a + b;
+}
+
+/* A run of bytes that is not NUL-terminated. */
+typedef struct llm__str {
+    const char *at;
+    size_t n;
+} llm__str;
+
+static bool llm__str_is(llm__str s, const char *text) { return s.n == strlen(text) && !memcmp(s.at, text, s.n); }
+static bool llm__str_equal(llm__str a, llm__str b) { return a.n == b.n && (a.n == 0 || !memcmp(a.at, b.at, a.n)); }
+
+/* Text of a file in a message: `%.*s` with these two, so that a hostile name cannot flood it. */
+#define LLM__SHOW(s) ((s).n > 80 ? 80 : (int)(s).n), (s).at
+
+/* ==== 2 Files ===================================================================================================
+
+   A file is one run of read-only bytes: mapped where the system can, so that nothing is read twice or copied. */
+
+#if defined(_WIN32)
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#else
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#endif
+
+typedef struct llm__file {
+    const uint8_t *data;
+    uint64_t size;
+    bool mapped;
+} llm__file;
+
+/* Seconds of a clock that only goes forward. */
+static double llm__now(void) {
+#if defined(_WIN32)
+    LARGE_INTEGER t, f;
+    QueryPerformanceCounter(&t);
+    QueryPerformanceFrequency(&f);
+    return (double)t.QuadPart / (double)f.QuadPart;
+#else
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+#endif
+}
+
+static void llm__file_close(void *data) {
+    llm__file *file = (llm__file *)data;
+    if (!file->mapped) return;
+#if defined(_WIN32)
+    UnmapViewOfFile(file->data);
+#else
+    munmap((void *)(uintptr_t)file->data, (size_t)file->size);
+#endif
+}
+
+#if defined(_WIN32)
+/* Fills data and size; returns NULL, or what went wrong. */
+static const char *llm__file_map(llm__file *file, const char *path) {
+    wchar_t wide[1024];
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 1024)) return "the path is too long or not UTF-8";
+    HANDLE handle = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
+    if (handle == INVALID_HANDLE_VALUE) return "cannot be opened";
+    LARGE_INTEGER size;
+    const char *problem = NULL;
+    HANDLE mapping = NULL;
+    if (!GetFileSizeEx(handle, &size) || size.QuadPart <= 0) problem = "is empty";
+    else if (!(mapping = CreateFileMappingW(handle, NULL, PAGE_READONLY, 0, 0, NULL))) problem = "cannot be mapped";
+    else if (!(file->data = (const uint8_t *)MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0))) problem = "cannot be mapped";
+    else file->size = (uint64_t)size.QuadPart;
+    if (mapping) CloseHandle(mapping);
+    CloseHandle(handle);
+    return problem;
+}
+#else
+static const char *llm__file_map(llm__file *file, const char *path) {
+    int fd = open(path, O_RDONLY);
+    if (fd < 0) return strerror(errno);
+    struct stat st;
+    const char *problem = NULL;
+    if (fstat(fd, &st)) problem = strerror(errno);
+    else if (!S_ISREG(st.st_mode)) problem = "is not a regular file";
+    else if (st.st_size <= 0) problem = "is empty";
+    else if ((uint64_t)st.st_size > SIZE_MAX) problem = "is too large for this machine's addresses";
+    if (!problem) {
+        void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+        if (data == MAP_FAILED) problem = strerror(errno);
+        file->data = (const uint8_t *)data;
+        file->size = (uint64_t)st.st_size;
+    }
+    close(fd);
+    return problem;
+}
+#endif
+
+/* Opens a file as bytes that stay until the returned object is freed. */
+static llm__file *llm__file_open(llm__env *env, const char *path) {
+    llm__file *file = (llm__file *)llm__alloc_zero(env, 1, sizeof *file);
+    const char *problem = llm__file_map(file, path);
+    if (problem) llm__fail(env, LLM_ERROR_IO, "the file cannot be read: %s", problem);
+    file->mapped = true;
+    llm__on_free(file, llm__file_close);
+    return file;
+}
+
+/* The same for bytes the host has in memory. */
+static llm__file *llm__file_memory(llm__env *env, const void *data, size_t size) {
+    llm__file *file = (llm__file *)llm__alloc_zero(env, 1, sizeof *file);
+    file->data = (const uint8_t *)data;
+    file->size = size;
+    return file;
+}
+
+/* ==== 4 Number formats ==========================================================================================
+
+   How files store numbers, and how to read a row of them as f32. All conversions are exact or rounded once, to
+   nearest even, and made of integer operations where the compiler's flags could change them. */
+
+static uint32_t llm__f32_bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+
+static float llm__bits_f32(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+static float llm__bf16_to_f32(uint16_t h) { return llm__bits_f32((uint32_t)h << 16); }
+
+/* Round to nearest even; NaN stays NaN; denormals become zero, as matrix units take them. */
+static uint16_t llm__f32_to_bf16(float x) {
+    uint32_t u = llm__f32_bits(x);
+    if ((u & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(u >> 16 | 0x40);
+    if ((u & 0x7F800000) == 0) return (uint16_t)(u >> 16 & 0x8000);
+    return (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
+}
+
+static float llm__f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3FF;
+    if (exponent == 31) return llm__bits_f32(sign | 0x7F800000 | mantissa << 13);
+    if (exponent) return llm__bits_f32(sign | (exponent + 112) << 23 | mantissa << 13);
+    if (!mantissa) return llm__bits_f32(sign);
+    for (exponent = 113; !(mantissa & 0x400); exponent--) mantissa <<= 1; /* a denormal f16 is a normal f32 */
+    return llm__bits_f32(sign | exponent << 23 | (mantissa & 0x3FF) << 13);
+}
+
+static uint16_t llm__load_u16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
+static uint32_t llm__load_u32(const uint8_t *p) { return llm__load_u16(p) | (uint32_t)llm__load_u16(p + 2) << 16; }
+static uint64_t llm__load_u64(const uint8_t *p) { return llm__load_u32(p) | (uint64_t)llm__load_u32(p + 4) << 32; }
+
+/* Types of tensors, numbered as in GGUF. */
+typedef enum llm__type {
+    LLM__F32 = 0,
+    LLM__F16 = 1,
+    LLM__Q4_0 = 2,
+    LLM__Q4_1 = 3,
+    LLM__Q8_0 = 8,
+    LLM__BF16 = 30
+} llm__type;
+
+static void llm__decode_f32(const uint8_t *src, size_t n, float *dst) {
+    for (size_t i = 0; i < n; i++) dst[i] = llm__bits_f32(llm__load_u32(src + 4 * i));
+}
+
+static void llm__decode_f16(const uint8_t *src, size_t n, float *dst) {
+    for (size_t i = 0; i < n; i++) dst[i] = llm__f16_to_f32(llm__load_u16(src + 2 * i));
+}
+
+static void llm__decode_bf16(const uint8_t *src, size_t n, float *dst) {
+    for (size_t i = 0; i < n; i++) dst[i] = llm__bf16_to_f32(llm__load_u16(src + 2 * i));
+}
+
+/* 32 weights: f16 scale d, then 16 bytes whose low and high halves are weights 0-15 and 16-31: (q - 8) * d. */
+static void llm__decode_q4_0(const uint8_t *src, size_t n, float *dst) {
+    for (; n; n -= 32, src += 18, dst += 32) {
+        float d = llm__f16_to_f32(llm__load_u16(src));
+        for (int i = 0; i < 16; i++) {
+            dst[i] = (float)((src[2 + i] & 15) - 8) * d;
+            dst[i + 16] = (float)((src[2 + i] >> 4) - 8) * d;
+        }
+    }
+}
+
+/* 32 weights: f16 scale d and minimum m, then as above: q * d + m. The product is exact, so the sum is rounded once
+   whether or not the compiler fuses them. */
+static void llm__decode_q4_1(const uint8_t *src, size_t n, float *dst) {
+    for (; n; n -= 32, src += 20, dst += 32) {
+        float d = llm__f16_to_f32(llm__load_u16(src)), m = llm__f16_to_f32(llm__load_u16(src + 2));
+        for (int i = 0; i < 16; i++) {
+            dst[i] = (float)(src[4 + i] & 15) * d + m;
+            dst[i + 16] = (float)(src[4 + i] >> 4) * d + m;
+        }
+    }
+}
+
+/* 32 weights: f16 scale d, then 32 signed bytes: q * d. */
+static void llm__decode_q8_0(const uint8_t *src, size_t n, float *dst) {
+    for (; n; n -= 32, src += 34, dst += 32) {
+        float d = llm__f16_to_f32(llm__load_u16(src));
+        for (int i = 0; i < 32; i++) dst[i] = (float)(int8_t)src[2 + i] * d;
+    }
+}
+
+typedef struct llm__type_info {
+    llm__type type;
+    const char *name;
+    uint32_t block_weights, block_bytes; /* a row is a whole number of blocks */
+    void (*decode)(const uint8_t *src, size_t n, float *dst);
+} llm__type_info;
+
+/* NULL for a type this library does not read. */
+static const llm__type_info *llm__find_type(uint32_t type) {
+    static const llm__type_info infos[] = {
+        {LLM__F32, "F32", 1, 4, llm__decode_f32},      {LLM__F16, "F16", 1, 2, llm__decode_f16},
+        {LLM__BF16, "BF16", 1, 2, llm__decode_bf16},   {LLM__Q4_0, "Q4_0", 32, 18, llm__decode_q4_0},
+        {LLM__Q4_1, "Q4_1", 32, 20, llm__decode_q4_1}, {LLM__Q8_0, "Q8_0", 32, 34, llm__decode_q8_0},
+    };
+    for (size_t i = 0; i < sizeof infos / sizeof *infos; i++)
+        if (infos[i].type == (llm__type)type) return &infos[i];
+    return NULL;
+}
+
+/* ==== 5 Checkpoints =============================================================================================
+
+   A checkpoint is a list of named tensors and, for GGUF, named values; both point into the file. GGUF is written down
+   at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: magic, version, counts, key-value pairs, tensor
+   descriptions, padding, data; all little-endian. Nothing in it is trusted: each count and offset is checked against
+   the bytes there are before it is used. */
+
+typedef struct llm__tensor {
+    llm__str name;
+    const llm__type_info *type;
+    uint64_t cols, rows; /* a row holds the inputs of one output; a vector is one row */
+    const uint8_t *data;
+    uint64_t row_bytes;
+} llm__tensor;
+
+enum llm__gguf_type {
+    LLM__GGUF_U8, LLM__GGUF_I8, LLM__GGUF_U16, LLM__GGUF_I16, LLM__GGUF_U32, LLM__GGUF_I32, LLM__GGUF_F32,
+    LLM__GGUF_BOOL, LLM__GGUF_STRING, LLM__GGUF_ARRAY, LLM__GGUF_U64, LLM__GGUF_I64, LLM__GGUF_F64, LLM__GGUF_N_TYPES
+};
+
+typedef struct llm__value {
+    llm__str key;
+    uint32_t type;       /* enum llm__gguf_type; of an array, that of its items */
+    bool is_array;
+    uint64_t count;      /* 1, or an array's items */
+    const uint8_t *data; /* the first item; a string is its length in 8 bytes, then its bytes */
+} llm__value;
+
+typedef struct llm__checkpoint {
+    llm__file *file;
+    llm__value *values;
+    size_t n_values;
+    llm__tensor *tensors; /* sorted by name */
+    size_t n_tensors;
+} llm__checkpoint;
+
+/* A place in a file that cannot run past its end. */
+typedef struct llm__reader {
+    llm__env *env;
+    const uint8_t *data;
+    uint64_t size, at;
+    const char *what; /* what is being read, for messages */
+} llm__reader;
+
+static const uint8_t *llm__read(llm__reader *r, uint64_t n) {
+    if (n > r->size - r->at)
+        llm__fail(r->env, LLM_ERROR_FORMAT, "the file ends inside %s: %llu bytes wanted at offset %llu of %llu", r->what,
+                  (unsigned long long)n, (unsigned long long)r->at, (unsigned long long)r->size);
+    const uint8_t *p = r->data + r->at;
+    r->at += n;
+    return p;
+}
+
+static uint32_t llm__read_u32(llm__reader *r) { return llm__load_u32(llm__read(r, 4)); }
+static uint64_t llm__read_u64(llm__reader *r) { return llm__load_u64(llm__read(r, 8)); }
+
+static llm__str llm__read_str(llm__reader *r) {
+    llm__str s;
+    uint64_t n = llm__read_u64(r);
+    s.at = (const char *)llm__read(r, n);
+    s.n = (size_t)n;
+    return s;
+}
+
+static uint32_t llm__gguf_size(uint32_t type) { /* 0: strings have no fixed size */
+    static const uint8_t sizes[LLM__GGUF_N_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+    return sizes[type];
+}
+
+static llm__value llm__read_value(llm__reader *r) {
+    llm__value v;
+    r->what = "a metadata key";
+    v.key = llm__read_str(r);
+    r->what = "a metadata value";
+    v.type = llm__read_u32(r);
+    v.is_array = v.type == LLM__GGUF_ARRAY;
+    v.count = 1;
+    if (v.is_array) {
+        v.type = llm__read_u32(r);
+        v.count = llm__read_u64(r);
+    }
+    if (v.type >= LLM__GGUF_N_TYPES || v.type == LLM__GGUF_ARRAY)
+        llm__fail(r->env, LLM_ERROR_FORMAT, "metadata %.*s has the unknown type %lu", LLM__SHOW(v.key),
+                  (unsigned long)v.type);
+    v.data = r->data + r->at;
+    uint32_t size = llm__gguf_size(v.type);
+    if (size) {
+        llm__read(r, llm__mul(r->env, v.count, size));
+    } else {
+        for (uint64_t i = 0; i < v.count; i++) llm__read_str(r);
+    }
+    return v;
+}
+
+static const llm__value *llm__find_value(const llm__checkpoint *ck, const char *key) {
+    for (size_t i = 0; i < ck->n_values; i++)
+        if (llm__str_is(ck->values[i].key, key)) return &ck->values[i];
+    return NULL;
+}
+
+/* Any number as a double; exact up to 2^53. */
+static double llm__value_number(const llm__value *v, uint64_t i) {
+    const uint8_t *p = v->data + i * llm__gguf_size(v->type);
+    uint64_t bits;
+    double d;
+    switch (v->type) {
+    case LLM__GGUF_U8: case LLM__GGUF_BOOL: return p[0];
+    case LLM__GGUF_I8: return (int8_t)p[0];
+    case LLM__GGUF_U16: return llm__load_u16(p);
+    case LLM__GGUF_I16: return (int16_t)llm__load_u16(p);
+    case LLM__GGUF_U32: return llm__load_u32(p);
+    case LLM__GGUF_I32: return (int32_t)llm__load_u32(p);
+    case LLM__GGUF_F32: return llm__bits_f32(llm__load_u32(p));
+    case LLM__GGUF_U64: return (double)llm__load_u64(p);
+    case LLM__GGUF_I64: return (double)(int64_t)llm__load_u64(p);
+    default:
+        bits = llm__load_u64(p);
+        memcpy(&d, &bits, 8);
+        return d;
+    }
+}
+
+/* A single number, or `missing` where the key is not there. */
+static double llm__get_number(llm__env *env, const llm__checkpoint *ck, const char *key, double missing) {
+    const llm__value *v = llm__find_value(ck, key);
+    if (!v) return missing;
+    if (v->is_array || v->type == LLM__GGUF_STRING) llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not a number", key);
+    return llm__value_number(v, 0);
+}
+
+/* A whole number from `least` to `most`, or `missing` where the key is not there; a negative `missing` requires it. */
+static int64_t llm__get_int(llm__env *env, const llm__checkpoint *ck, const char *key, int64_t missing, int64_t least,
+                            int64_t most) {
+    double d = llm__get_number(env, ck, key, -1e300);
+    if (d == -1e300) {
+        if (missing < 0) llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is missing", key);
+        return missing;
+    }
+    if (!(d >= (double)least && d <= (double)most) || d != (double)(int64_t)d)
+        llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is %g, not a whole number from %lld to %lld", key, d,
+                  (long long)least, (long long)most);
+    return (int64_t)d;
+}
+
+/* A string, empty where the key is not there. */
+static llm__str llm__get_str(llm__env *env, const llm__checkpoint *ck, const char *key) {
+    llm__str s = {"", 0};
+    const llm__value *v = llm__find_value(ck, key);
+    if (!v) return s;
+    if (v->is_array || v->type != LLM__GGUF_STRING) llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not a string", key);
+    s.n = (size_t)llm__load_u64(v->data);
+    s.at = (const char *)v->data + 8;
+    return s;
+}
+
+/* An array of strings, allocated; NULL and *n = 0 where the key is not there. */
+static llm__str *llm__get_strings(llm__env *env, const llm__checkpoint *ck, const char *key, size_t *n) {
+    const llm__value *v = llm__find_value(ck, key);
+    *n = 0;
+    if (!v) return NULL;
+    if (!v->is_array || v->type != LLM__GGUF_STRING)
+        llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not an array of strings", key);
+    llm__str *list = (llm__str *)llm__alloc(env, (size_t)v->count, sizeof *list);
+    const uint8_t *p = v->data;
+    for (uint64_t i = 0; i < v->count; i++) {
+        list[i].n = (size_t)llm__load_u64(p);
+        list[i].at = (const char *)p + 8;
+        p += 8 + list[i].n;
+    }
+    *n = (size_t)v->count;
+    return list;
+}
+
+static llm__tensor llm__read_tensor(llm__reader *r, uint64_t *offset) {
+    llm__tensor t;
+    llm__env *env = r->env;
+    r->what = "a tensor's description";
+    t.name = llm__read_str(r);
+    uint32_t n_dims = llm__read_u32(r);
+    if (n_dims < 1 || n_dims > 4)
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s has %lu dimensions", LLM__SHOW(t.name), (unsigned long)n_dims);
+    t.cols = llm__read_u64(r);
+    t.rows = 1;
+    for (uint32_t i = 1; i < n_dims; i++) t.rows = llm__mul(env, t.rows, llm__read_u64(r));
+    uint32_t type = llm__read_u32(r);
+    *offset = llm__read_u64(r);
+    t.type = llm__find_type(type);
+    if (!t.type)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s has type number %lu, which is not one of F32, F16, BF16, Q4_0, "
+                  "Q4_1, Q8_0", LLM__SHOW(t.name), (unsigned long)type);
+    if (!t.cols || !t.rows || t.cols % t.type->block_weights)
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s has %llu columns and %llu rows of type %s", LLM__SHOW(t.name),
+                  (unsigned long long)t.cols, (unsigned long long)t.rows, t.type->name);
+    t.row_bytes = llm__mul(env, t.cols / t.type->block_weights, t.type->block_bytes);
+    t.data = NULL;
+    return t;
+}
+
+static int llm__compare_str(llm__str a, llm__str b) {
+    int order = memcmp(a.at, b.at, a.n < b.n ? a.n : b.n);
+    return order ? order : (a.n > b.n) - (a.n < b.n);
+}
+
+static int llm__compare_tensor_names(const void *a, const void *b) {
+    return llm__compare_str(((const llm__tensor *)a)->name, ((const llm__tensor *)b)->name);
+}
+
+static int llm__compare_tensor_places(const void *a, const void *b) {
+    const uint8_t *x = ((const llm__tensor *)a)->data, *y = ((const llm__tensor *)b)->data;
+    return (x > y) - (x < y);
+}
+
+static void llm__sort_tensors(llm__env *env, llm__checkpoint *ck) {
+    if (!ck->n_tensors) return;
+    qsort(ck->tensors, ck->n_tensors, sizeof *ck->tensors, llm__compare_tensor_places);
+    for (size_t i = 1; i < ck->n_tensors; i++) {
+        const llm__tensor *a = &ck->tensors[i - 1], *b = &ck->tensors[i];
+        if (b->data < a->data + a->rows * a->row_bytes)
+            llm__fail(env, LLM_ERROR_FORMAT, "tensors %.*s and %.*s overlap", LLM__SHOW(a->name), LLM__SHOW(b->name));
+    }
+    qsort(ck->tensors, ck->n_tensors, sizeof *ck->tensors, llm__compare_tensor_names);
+    for (size_t i = 1; i < ck->n_tensors; i++)
+        if (llm__str_equal(ck->tensors[i - 1].name, ck->tensors[i].name))
+            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s is there twice", LLM__SHOW(ck->tensors[i].name));
+}
+
+static void llm__read_tensors(llm__reader *r, llm__checkpoint *ck, uint64_t n_tensors, uint64_t alignment) {
+    llm__env *env = r->env;
+    uint64_t *offsets = NULL;
+    size_t tensor_room = 0, offset_room = 0;
+    for (uint64_t i = 0; i < n_tensors; i++) {
+        ck->tensors = (llm__tensor *)llm__grow(env, ck->tensors, ck->n_tensors, &tensor_room, sizeof *ck->tensors);
+        offsets = (uint64_t *)llm__grow(env, offsets, ck->n_tensors, &offset_room, sizeof *offsets);
+        ck->tensors[ck->n_tensors] = llm__read_tensor(r, &offsets[ck->n_tensors]);
+        ck->n_tensors++;
+    }
+    uint64_t start = llm__add(env, r->at, alignment - 1) / alignment * alignment;
+    for (size_t i = 0; i < ck->n_tensors; i++) {
+        llm__tensor *t = &ck->tensors[i];
+        uint64_t at = llm__add(env, start, offsets[i]), bytes = llm__mul(env, t->rows, t->row_bytes);
+        if (offsets[i] % alignment)
+            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s has offset %llu, not a multiple of %llu", LLM__SHOW(t->name),
+                      (unsigned long long)offsets[i], (unsigned long long)alignment);
+        if (at > r->size || bytes > r->size - at)
+            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s needs %llu bytes at offset %llu, but the file ends at %llu",
+                      LLM__SHOW(t->name), (unsigned long long)bytes, (unsigned long long)at, (unsigned long long)r->size);
+        t->data = r->data + at;
+    }
+    llm__free(env->pool, offsets);
+    llm__sort_tensors(env, ck);
+}
+
+static llm__checkpoint *llm__read_gguf(llm__env *env, llm__file *file) {
+    llm__checkpoint *ck = (llm__checkpoint *)llm__alloc_zero(env, 1, sizeof *ck);
+    llm__reader r = {env, file->data, file->size, 0, "the header"};
+    ck->file = file;
+    if (memcmp(llm__read(&r, 4), "GGUF", 4)) llm__fail(env, LLM_ERROR_FORMAT, "this is not a GGUF file");
+    uint32_t version = llm__read_u32(&r);
+    if (version != 2 && version != 3)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is GGUF version %lu; versions 2 and 3 are known",
+                  (unsigned long)version);
+    uint64_t n_tensors = llm__read_u64(&r), n_values = llm__read_u64(&r);
+    size_t room = 0;
+    for (uint64_t i = 0; i < n_values; i++) {
+        ck->values = (llm__value *)llm__grow(env, ck->values, ck->n_values, &room, sizeof *ck->values);
+        ck->values[ck->n_values] = llm__read_value(&r);
+        ck->n_values++;
+    }
+    int64_t alignment = llm__get_int(env, ck, "general.alignment", 32, 1, 1 << 20);
+    if (alignment & (alignment - 1))
+        llm__fail(env, LLM_ERROR_FORMAT, "general.alignment is %lld, not a power of two", (long long)alignment);
+    llm__read_tensors(&r, ck, n_tensors, (uint64_t)alignment);
+    return ck;
+}
+
+static const llm__tensor *llm__find_tensor(const llm__checkpoint *ck, const char *name) {
+    llm__tensor wanted;
+    memset(&wanted, 0, sizeof wanted);
+    wanted.name.at = name;
+    wanted.name.n = strlen(name);
+    if (!ck->n_tensors) return NULL;
+    return (const llm__tensor *)bsearch(&wanted, ck->tensors, ck->n_tensors, sizeof wanted, llm__compare_tensor_names);
+}
+
+/* A tensor of just this shape. */
+static const llm__tensor *llm__get_tensor(llm__env *env, const llm__checkpoint *ck, const char *name, uint64_t rows,
+                                          uint64_t cols) {
+    const llm__tensor *t = llm__find_tensor(ck, name);
+    if (!t) llm__fail(env, LLM_ERROR_FORMAT, "tensor %s is missing", name);
+    if (t->rows != rows || t->cols != cols)
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor %s is %llu x %llu, but the hyperparameters ask for %llu x %llu", name,
+                  (unsigned long long)t->rows, (unsigned long long)t->cols, (unsigned long long)rows,
+                  (unsigned long long)cols);
+    return t;
+}
+
+/* ==== 6 Hyperparameters =========================================================================================
+
+   The numbers that shape a model, checked once so that nothing after this has to. */
+
+typedef struct llm__hparams {
+    llm__str name, architecture;
+    int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim, n_ctx_train;
+    float rms_eps;
+    double rope_base;
+    bool interleaved_rope; /* the file's Q and K rows pair dimension 2i with 2i + 1, not i with i + rope_dim / 2 */
+} llm__hparams;
+
+/* A whole number of the architecture's own keys, as in "llama.block_count". */
+static int llm__arch_int(llm__env *env, const llm__checkpoint *ck, const char *key, int64_t missing, int64_t most) {
+    char full[128];
+    llm__str arch = llm__get_str(env, ck, "general.architecture");
+    snprintf(full, sizeof full, "%.*s.%s", LLM__SHOW(arch), key);
+    return (int)llm__get_int(env, ck, full, missing, missing == 0 ? 0 : 1, most);
+}
+
+static double llm__arch_number(llm__env *env, const llm__checkpoint *ck, const char *key, double missing) {
+    char full[128];
+    llm__str arch = llm__get_str(env, ck, "general.architecture");
+    snprintf(full, sizeof full, "%.*s.%s", LLM__SHOW(arch), key);
+    double d = llm__get_number(env, ck, full, missing);
+    if (!(d > 0 && d < 1e12)) llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is %g", full, d);
+    return d;
+}
+
+/* What the tensors would show only as wrong text, refused by name. */
+static void llm__refuse_unsupported(llm__env *env, const llm__checkpoint *ck, llm__str arch) {
+    static const char *const keys[] = {"rope.scaling.type", "rope.scaling.factor", "expert_count", "attention.sliding_window",
+                                       "attention.scale", "logit_scale"};
+    char full[128];
+    if (!llm__str_is(arch, "llama"))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the architecture is \"%.*s\"; this library runs \"llama\"", LLM__SHOW(arch));
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        snprintf(full, sizeof full, "%.*s.%s", LLM__SHOW(arch), keys[i]);
+        const llm__value *v = llm__find_value(ck, full);
+        if (!v || (v->type == LLM__GGUF_STRING && llm__str_is(llm__get_str(env, ck, full), "none"))) continue;
+        if (v->type != LLM__GGUF_STRING && llm__get_number(env, ck, full, 0) == 0) continue;
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "metadata %s is set, which this library does not run", full);
+    }
+    if (llm__find_tensor(ck, "rope_freqs.weight"))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor rope_freqs.weight is there: scaled RoPE is not run by this library");
+}
+
+static llm__hparams llm__read_hparams(llm__env *env, const llm__checkpoint *ck) {
+    llm__hparams h;
+    memset(&h, 0, sizeof h);
+    h.name = llm__get_str(env, ck, "general.name");
+    h.architecture = llm__get_str(env, ck, "general.architecture");
+    llm__refuse_unsupported(env, ck, h.architecture);
+    const llm__tensor *embd = llm__find_tensor(ck, "token_embd.weight");
+    if (!embd) llm__fail(env, LLM_ERROR_FORMAT, "tensor token_embd.weight is missing");
+    if (embd->rows > 1 << 24) llm__fail(env, LLM_ERROR_FORMAT, "tensor token_embd.weight has %llu rows", (unsigned long long)embd->rows);
+    h.n_vocab = (int)embd->rows;
+    h.n_layers = llm__arch_int(env, ck, "block_count", -1, 4096);
+    h.n_embd = llm__arch_int(env, ck, "embedding_length", -1, 1 << 20);
+    h.n_ff = llm__arch_int(env, ck, "feed_forward_length", -1, 1 << 22);
+    h.n_heads = llm__arch_int(env, ck, "attention.head_count", -1, 4096);
+    h.n_kv_heads = llm__arch_int(env, ck, "attention.head_count_kv", h.n_heads, 4096);
+    h.n_ctx_train = llm__arch_int(env, ck, "context_length", -1, 1 << 28);
+    h.head_dim = llm__arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1, 4096);
+    h.rope_dim = llm__arch_int(env, ck, "rope.dimension_count", h.head_dim, 4096);
+    h.rms_eps = (float)llm__arch_number(env, ck, "attention.layer_norm_rms_epsilon", 1e-5);
+    h.rope_base = llm__arch_number(env, ck, "rope.freq_base", 10000);
+    h.interleaved_rope = true;
+    if (h.n_heads % h.n_kv_heads)
+        llm__fail(env, LLM_ERROR_FORMAT, "%d query heads cannot share %d key heads", h.n_heads, h.n_kv_heads);
+    if (h.n_heads / h.n_kv_heads > 64)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%d query heads share a key head; at most 64 can", h.n_heads / h.n_kv_heads);
+    if (h.rope_dim % 2 || h.rope_dim > h.head_dim)
+        llm__fail(env, LLM_ERROR_FORMAT, "RoPE over %d of a head's %d dimensions", h.rope_dim, h.head_dim);
+    if (llm__arch_int(env, ck, "attention.value_length", h.head_dim, 4096) != h.head_dim)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "values and keys have different lengths, which this library does not run");
+    return h;
+}
+
+/* ==== 7 Unicode and tokenizers ==================================================================================
+
+   From text to tokens: special tokens are cut out first; what is between them is normalised if the tokenizer does so
+   (NFC), cut into words by the pre-tokenizer's rules, and each word is merged. Merging starts from single bytes
+   (byte-level BPE) or characters (SentencePiece) and again and again joins the neighbours whose merge has the lowest
+   rank, the leftmost of equals, until no two neighbours merge.
+
+   Both kinds come down to two hash tables: one from a piece's bytes to its id, one from two ids to the rank and the id
+   of their merge. Most words are a piece, and which pieces come out of the merging of their own bytes is found out
+   when the tokenizer is built; so most words cost one look into the first table. What is no
+   piece is cut where no piece has the two bytes side by side, for no merge goes across. Short words are merged by
+   scanning, long ones with a queue, so that the time is linear (times a logarithm) in the text whatever it holds.
+
+   SentencePiece writes a space as U+2581 in its pieces; they are kept with plain spaces here, and U+2581 in a text is
+   taken as a space. Text need not be UTF-8: a byte is well formed if it is part of a sequence of table 3-7 of the
+   Unicode standard (no overlong forms, no surrogates, nothing above U+10FFFF); each other byte becomes U+FFFD. */
+
+enum { /* what a code point is to a pre-tokenizer: Unicode's general category in one bit, but spaces are White_Space */
+    LLM__UPPER = 1,    /* Lu, Lt */
+    LLM__LOWER = 2,    /* Ll     */
+    LLM__CASELESS = 4, /* Lm, Lo */
+    LLM__LETTER = 7,
+    LLM__MARK = 8,
+    LLM__NUMBER = 16,
+    LLM__PUNCTUATION = 32,
+    LLM__SYMBOL = 64,
+    LLM__SPACE = 128
+};
+
+/* The tables are printed by tokenizer/unicode.py. Classes: a letter and how many code points in a row have the class it
+   stands for; A is for pairs of an upper and a lower case letter. */
+static const char *const llm__class_runs[] = {
+    ".9s5.18sp3yp6yp4n10p2y3p2U26p3ypyl26pypy.6s.26spy5py2opy.y4n2ylp2ynopn3pU23yU7l24yl8A27Ul2A7Ul2A23U2lAUl3U2lA",
+    "U2lU3l2U4lU2lU3l3U2lU2lA2U2lUl2AU2lU3lAU2l2oUl3o4U2lU2lU2lA7Ul2A8Ul2U2lAU3lA28Ul7U2lU2l2AU4lA3Ul69ol27o18y4o12",
+    "y14o5y7oyoy17m112A2oyA.2ol3pU.4y2UpU3.U.U2lU17.U9l35Ul2U3l3A11Ul5AyAU2l2U51l48A17ym7A27U2lA5Ul2A48.U38.2op6l41",
+    "p2.2y3.m45pmpm2pm2pm.8o27.4o4p2.17y3p2yp2y2m11p.p3o43m21n10p4o2mo99pom7.ym6o2m2ym4o2n10o3y2op14.2omo30m27.2o89",
+    "m11o.14n10o33m9o2yp3o.2my2o22m4om9om3om5.2p15.o25m3.2p.o11.5o24yo6.8m9o42m24.m33o54m3om18om7o10m2p2n10po16m3.",
+    "o8.2o2.2o22.o7.o.3o4.2mom7.2m2.2m3o.8m.4o2.o3m2.2n10o2y2n6y2opm.2m3.o6.4o2.2o22.o7.o2.o2.o2.2m.m5.4m2.2m3.3m.7",
+    "o4.o.7n10m2o3mp.10m3.o9.o3.o22.o7.o2.o5.2mom8.m3.m3.2o.15o2m2.2n10py.7om6.m3.o8.2o2.2o22.o7.o2.o5.2mom7.2m2.2",
+    "m3.7m3.4o2.o3m2.2n10yon6.10mo.o6.3o3.o4.3o2.o.o2.3o2.3o3.3o12.4m5.3m3.m4.2o.6m.14n13y8.5m5o8.o3.o23.o16.2mom7.",
+    "m3.m4.7m2.o3.2o.2o2m2.2n10.7pn7yom3po8.o3.o23.o10.o5.2mom7.m3.m4.7m2.6o2.o2m2.2n10.o2m.12m4o9.o3.o41m2om7.m3.",
+    "m4oy.4o3mn7o3m2.2n19yo6.m3.o18.3o24.o9.o.2o7.3m.4m6.m.m8.6n10.2m2p.12o48mo2m7.4yo7m8pn10p2.37o2.o.o5.o24.o.o10",
+    "mo2m9o.2o5.o.m7.n10.2o4.32oy3p15ypy3m2y6n20ymymymp4m2o8.o36.4m20pm2o5m11.m36.y8my6.y2p5y4p2.37o43m20on10p6o6m4",
+    "o4m3om3o2m7o3m4o13m12omn10m4y2U38.U.5U.2l43pol3o329.o4.2o7.o.o4.2o41.o4.2o33.o4.2o7.o.o4.2o15.o57.o4.2o67.2m3",
+    "p9n20.3o16y10.6U86.2l6.2po620ypo17so26p2.3o75p3n3o8.7o18m4.9o19m3p2.9o18m2.12o13.o3.m2.12o52m32p3op3yom.2n10.6",
+    "n10.6p11m3.mn10.6o89.7o5m2o34mo.5o70.10o31.m12.4m12.4y.3p2n10o30.2o5.11o44.4o26.6n11.3y34o23m5.2p2o53m10.m29.2",
+    "mn10.6n10.6p7op6.2m31.49m5o47m17o8.p2n10p7y10m9y9p3m3o30m13o2n10o44m14.8p4o36m20.3p5n10.3o3n10o36p2l9A.5U43.2",
+    "U3p8.8m3pm21o4mo6mo2m3o.5l44o63l13ol34o37m64A74Ul9A48Ul9U8l6.2U6.2l8U8l8U8l6.2U6.2l8.U.U.U.Ul8U8l14.2l8U8l8U8",
+    "l8U8l5.l2U5yly3l3.l2U5y3l4.2l2U4.y3l8U5y3.2l3.l2U5y2.s11.5p24s2.5sp20yp13yp12s.16no.2n6y3p2on10y3p2.o13.3y33",
+    ".15m33.15y2Uy4Uy2lU3l2U3lyUy3U5y6UyUyUyU4ylU4lo4ly2l2U2y5Ul4y4lyn51An5y2.4y376p4y29p2y255.22y11.21n60y78n22",
+    "y616p14n30y49p2y31p10y403p22y63p4y32p2y374.2y32.y105U48l48AU3l2A3U4lUl2Ul6o2U3lA48Ul2y6A2m3A.5p4np2l38.l.5l.2",
+    "o56.7op.14mo23.9o7.o7.o7.o7.o7.o7.o7.o7.m32p47op32y2p12.34y26.y89.12y214.26y16sp3yo2np10y2p12yn9m6po5y2n3o2py2",
+    ".o86.2m2y2o3po90po4.5o43.o94.y2n4y10o32y38.9yo16y31.n10y30n8yn15y32n10y39n15y320o6592y64o22157.3y55.9o46p2o269",
+    "p3o16n10o2.20A23om4pm10poA14o2m2o70n10m2p6.8y23o9y2A6Ul3A31ol8A2U2lA4oy2A2oAUl3A10U5lU5lA7U4lAU2l.2A.l.lA3U.21",
+    "o3Ao3lo7mo3mo4mo23m5y4m.3n6y4.6o52p4.8m2o50m18.8p2n10.6m18o6p3opo2mn10o28m8p2o23m13.11po29.3m4o47m14p13.on10.4",
+    "p2o5mo10n10o5.o41m14.9o3mo8m2.2n10.2p4o23y3om3o50mom3o2m2o5m2omo.24o3p2o11m5p2o3m2.10o6.2o6.2o6.9o7.o7.l43yo4",
+    "l9oy2.4l80o35m8pm2.2n10.6o11172.12o23.4o49.8452o366.2o106.38l7.12l5.5omo10yo13.o5.o.o2.o2.o108y17.16o363p2y16",
+    "o64.2o54.7y.32o12y4m16p10.6m16p35.p14ypy3.pyp2.4o5.o135.4p3yp6yp4n10p2y3p2U26p3ypyl26pypyp7o89.3o6.2o6.2o6.2o3",
+    ".3y7.y7.13y2.2o12.o26.o19.o2.o15.2o14.34o123.5p3.4n45.3y9n57y17n2y3.y13.3y.47y45m.130o29.3o49.15mn27.4o32n4.9",
+    "o20no8n.5o38m5.5o30.po36.4o8pn5.42U40l40o78.2n10.6U36.4l36.4o40.8o52.11pU11.U15.U7.U2.l11.l15.l7.l2.3o52.12",
+    "o311.9o22.10o8.24o6.o42.o9.69o6.2o.o44.o2.3o.2o23.pn8o23y2n7o31.8n9.48o19.o2.5n5o22n6.3po26.5p.64o56.4n2o2n16",
+    ".2n46om3.m2.5m4o4.o3.o29.2m3.4mn9.7p9.7o29n2po29n3.32o8yo28m2.4n5p7.9o54.3p7o22.2n8o19.5n8o18.7p4.12n7.80o73",
+    ".55U51.13l51.7n6o36m4.8n10.6n10o6U22.3m5pol22.8y2.208n31.o42.m2p.2o2.16o3.55m4o29n10o.8o22m11n4p5.22o18m4p4.38",
+    "o21n7.20o23.9m3o53m15p7.4n30mo2m2o.9m4o45m11p2.p4m.13o25.7n10.6m3o36m14.n10p4om2o.8o35mp2o.9m3o48m14o4p4m4pm2",
+    "n10opop3.n20.11o18.o25m12p6mo2m.62o7.o.o4.o15.o10p.6o47m12.5n10.6m4.o8.2o2.2o22.o7.o2.o5.m2om7.2m2.2m3.2o.6m.5",
+    "o5m2.2m7.3m5.11o10.o.2o.o38.om9.m.2m.m4.m5omop2.p2.8m2.29o53m18o4p5n10p2.pmo3.30o48m20o2po.8n10.166o47m7.2m9",
+    "p23o4m2.34o48m17p3o.11n10.6p13.19o43m13op.6n10.6n20.28o27.2m15.4n12p3yo7.185o44m15p.100U32l32n19.12o8.2o.2o8.",
+    "o2.o24m6.m2.2m4omom2p3.9n10.70o8.2o39m7.2m7opom.27om10o40m7om4p8m.8om11o46m16p3op5.13o73.7p10.182o33p.14n10.6",
+    "o9.o37m8.m8op5.10n29.3p2o30.2m22.m14.73o7.o2.o38m6.3m.m2.m7om.8n10.6o6.o2.o32m5.m2.m5o.7n10.310o19m4p2.7m2om",
+    "o13.o34m7.3m5p13n10m.85o.15n21y29.13po922.102n111.p5.11o196.2636o97p2.13o1072.16mo6m15.10o3995.5o583.6841o30",
+    "m18n10.1734o569.7o31.n10.4p2o79.n10.6o30.2m5p.10o48m7p5y4o4py.10n10.n7.o21.5o19.432o45p3n10.198U32l32n23p4.101",
+    "o75.4mom55.7m4o13.64o2pom.11m2.14o6136.8o1238.41o10.8935o4.o7.o2.o291.15o.29o3.2o.14o4.8o396.2308o107.5o13.3o9",
+    ".7o10.2ym2p.3936y240n10.6y436.76m46.2m23.9y116.60y246.10y39.2y60m5y3m6.8m8y2m7y30m4y61.21y66m3y.122n20.12n20",
+    ".12y87.9n25.135U26l26U26l7.l18U26l26U.U2.2U.2U2.2U4.U8l4.l.l7.l11U26l26U2.U4.2U8.U7.l26U2.U4.U5.U.3U7.l26U26",
+    "l26U26l26U26l26U26l26U26l26U26l28.2U25yl25yl6U25yl25yl6U25yl25yl6U25yl25yl6U25yl25yl6A.2n50y512m55y4m50y8my14m",
+    "y2p5.15m5.m15.1104l10ol20.6l6.213m7.m17.2m7.m2.m5.5o62.33m.112o45.3m7o7.2n10.4oy.320o30m.17o44m4n10.5y.464o28",
+    "m4n10.214o30m2on10.4p.480o7.o4.o2.o15.o197.2n9m7.41U34l34m7o.4n10.4p2.785n59yn3yn4.76n45yn15.194o4.o27.o2.o.2o",
+    ".o10.o4.o.o.6o.4o.o.o.o3.o2.o.2o.o.o.o.o.o2.o.2o4.o7.o4.o4.o.o10.o17.5o3.o5.o17.52y2.270y44.4y100.12y15.2y15.",
+    "y15.y37.10n13y161.56y29.13y44.4y9.7y2.14y6.154y984.4y17.3y13.3y119.4y95.6y12.4y.15y12.4y56.8y10.6y40.8y30.2y12",
+    ".4y2.62y340.12y14.2y13.3y10.5y56.7y15.2y11.6y9.7y147.y92n10.1030o42720.32o4154.6o222.2o5762.14o7473.15o622",
+    ".2466o542.1506o4939.5o4192.712016m240.196112",
+    NULL};
+
+/* A table of classes for all code points, in pages of 128 of which each different one is kept once; page 0 is ASCII. */
+enum { LLM__N_PAGES = 0x110000 / 128, LLM__MAX_PAGES = 320 };
+
+typedef struct llm__classes {
+    uint8_t page[LLM__MAX_PAGES][128];
+    uint16_t index[LLM__N_PAGES];
+    int n_pages;
+} llm__classes;
+
+static uint16_t llm__page_index(llm__classes *c, const uint8_t *page) {
+    for (int i = c->n_pages; i-- > 0;)
+        if (!memcmp(c->page[i], page, 128)) return (uint16_t)i;
+    memcpy(c->page[c->n_pages], page, 128);
+    return (uint16_t)c->n_pages++;
+}
+
+static unsigned llm__class_of_letter(char letter) {
+    switch (letter) {
+    case 'A': case 'U': return LLM__UPPER;
+    case 'l': return LLM__LOWER;
+    case 'o': return LLM__CASELESS;
+    case 'm': return LLM__MARK;
+    case 'n': return LLM__NUMBER;
+    case 'p': return LLM__PUNCTUATION;
+    case 'y': return LLM__SYMBOL;
+    case 's': return LLM__SPACE;
+    default: return 0;
+    }
+}
+
+static llm__classes *llm__build_classes(llm__env *env) {
+    llm__classes *c = (llm__classes *)llm__alloc(env, 1, sizeof *c);
+    uint8_t page[128];
+    uint32_t code = 0;
+    c->n_pages = 0;
+    for (int line = 0; llm__class_runs[line]; line++) {
+        for (const char *p = llm__class_runs[line]; *p;) {
+            char letter = *p++;
+            uint32_t n = 0;
+            while (*p >= '0' && *p <= '9') n = 10 * n + (uint32_t)(*p++ - '0');
+            if (!n) n = 1;
+            if (letter == 'A') n *= 2;
+            for (uint32_t i = 0; i < n; i++) {
+                page[code & 127] = (uint8_t)(letter == 'A' && i % 2 ? LLM__LOWER : llm__class_of_letter(letter));
+                code++;
+                if (code % 128 == 0) c->index[code / 128 - 1] = llm__page_index(c, page);
+            }
+        }
+    }
+    return c;
+}
+
+/* The bytes of the well-formed character at p < end; 0 if there is none. */
+static size_t llm__utf8_length(const uint8_t *p, const uint8_t *end) {
+    if (p[0] < 0x80) return 1;
+    size_t n = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2;
+    if (p[0] < 0xC2 || p[0] > 0xF4 || n > (size_t)(end - p)) return 0;
+    for (size_t i = 1; i < n; i++)
+        if ((p[i] & 0xC0) != 0x80) return 0;
+    if (p[0] == 0xE0 && p[1] < 0xA0) return 0; /* overlong          */
+    if (p[0] == 0xED && p[1] > 0x9F) return 0; /* surrogates        */
+    if (p[0] == 0xF0 && p[1] < 0x90) return 0; /* overlong          */
+    if (p[0] == 0xF4 && p[1] > 0x8F) return 0; /* beyond U+10FFFF   */
+    return n;
+}
+
+/* The first byte that is not part of a well-formed character; end if there is none. */
+static const uint8_t *llm__utf8_check(const uint8_t *p, const uint8_t *end) {
+    while (p < end) {
+        uint64_t eight;
+        while (end - p >= 8 && (memcpy(&eight, p, 8), !(eight & 0x8080808080808080u))) p += 8;
+        if (p == end) break;
+        size_t n = llm__utf8_length(p, end);
+        if (!n) break;
+        p += n;
+    }
+    return p;
+}
+
+/* The code point at p, which is well formed; *next is where the one after it begins. */
+static uint32_t llm__utf8_decode(const uint8_t *p, const uint8_t **next) {
+    uint32_t c = p[0];
+    if (c < 0x80) {
+        *next = p + 1;
+        return c;
+    }
+    int n = c >= 0xF0 ? 4 : c >= 0xE0 ? 3 : 2;
+    c &= 0x7Fu >> n;
+    for (int i = 1; i < n; i++) c = c << 6 | (p[i] & 0x3F);
+    *next = p + n;
+    return c;
+}
+
+static size_t llm__utf8_encode(uint32_t c, uint8_t *out) {
+    if (c < 0x80) {
+        out[0] = (uint8_t)c;
+        return 1;
+    }
+    size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (uint8_t)(0x80 | (c & 0x3F));
+    out[0] = (uint8_t)((0xF00u >> n & 0xF0) | c);
+    return n;
+}
+
+static unsigned llm__class_at(const llm__classes *classes, const uint8_t *p, const uint8_t **next) {
+    if (*p < 0x80) {
+        *next = p + 1;
+        return classes->page[0][*p];
+    }
+    uint32_t c = llm__utf8_decode(p, next);
+    return classes->page[classes->index[c / 128]][c % 128];
+}
+
+/* How many bytes of a piece or merge to show in a message: whole characters, 80 bytes at most. */
+static int llm__shown(llm__str s) {
+    size_t n = s.n < 80 ? s.n : 80;
+    while (n && n < s.n && ((uint8_t)s.at[n] & 0xC0) == 0x80) n--;
+    return (int)n;
+}
+#define LLM__SHOW_PIECE(s) llm__shown(s), (s).at
+
+/* ---- Normalisation form C ----
+
+   Three numbers per canonical decomposition: how far the code point is from the last one, doubled, and odd if it is
+   never composed again; how far the first part is from the last one, zigzag; the second part, from U+02FF, 0 for none.
+   Three per run of one combining class: the gap before, the length, the class. Numbers are in base 45, lowest digit
+   first, all but the last digit from the upper half of the 90 characters used. Hangul is arithmetic. */
+static const char *const llm__decompositions[] = {
+    "j+z%$%#%%#&%#'%#,%#.''L%'$%#%%#&%#,%+$%#%%#&%#,'-'%%$%#%%#&%#'%#,)/$%#%%#&%#,%+%)3$%#%%#&%#'%#,%#.''L%'$%#%%#&",
+    "%#,%+$%#%%#&%#,'-'%%$%#%%#&%#'%#,)/$%#%%#&%#,%+%'#,%g%(%e$(%d$*%e$*%d$M%e$M%`$%%e$%%d$&%e$&%d$+%e$+%d$0%e$0",
+    "%b$0%e$0)b$(%e$(%d$*%e$*%d$+%e$+%d$M%e$M%d$0%e$0%`$&%e$&%d$*%e$*%d$+%e$+%d$L%e$L%b$&%e$&)b$'%e$'%d$(%e$(%d$*",
+    "%e$*%d$M%e$M%d$++%&%e$&%b$L%e$L'b$%%e$%%d$L%e$L%d$0%e$0-`$%%e$%%d$L%e$L%d$0%e$0+b$(%e$(%d$*%e$*%d$/%e$/)^$%",
+    "%e$%%d$L%e$L%d$0%e$0%b$%%e$%%d$&%e$&%d$L%e$L%d$0%e$0%b$L%e$L%d$0%e$0)b$'%e$'%d$(%e$(%d$*%e$*%d$.%e$.%d$/%e$/",
+    "%d$M%e$M%`$&%e$&%`$&%e$&%d$,%%%%e$%%d$+%e$+%d$0%e$0i$z$@%e$@@W$@%e$@_$_%0%e$0%S$0%e$0%W$0%e$0%W$0%e$0%l'(%e$(",
+    "%d$%%e$%%d$0%e$0%d$$%e$$'g%(%e$(%`1(%%(%p2(%e$()S*0%e$0%[$0%e$0%[$M%e$M%x3(%%(%_%0%s,0%i;0+j$%%e$%)U$$%e$$%y&%",
+    "%e$%%b$%%e$%%>%%e$%%V+3%e$3%d$5%e$5%[$3%e$3%d$5%e$5%[$3%e$3%d$5%e$5%W$3%e$3%d$5%e$5%^$3%e$3%d$5%e$5%^$3%e$3",
+    "%d$5%e$5%h$K%e$K%b$K%e$K)|$0%e$01r$+%e$+%[$L%e$L%R((%e$(%f$(%e$(%b*+%e$+%y6(%%(%y7(%e$(~.t@#&%#(H#&8%X%h&#8a@#",
+    "1x'%%VE%&eD#%nD%%'%%'%'/%'/%%+%%g$%X$X%,%;,%;%%+%%'%%'%%H%X$G,%;,%.%%/%%+%-5%%#,}$~%$%#,'&%+<,-L%%&$%9*98*",
+    "e$e$*R$($%#,'&%+k$,-[$%%&$%9*T$Y%3%%3_&Z'*%e$*@p$*%e$*%d$,%e$,)Y$*%e$*)]*,%%,%o+,%e$,%b$,%e$,)b$(%e$(%d$,%e$,",
+    "%W$,%e$,)k*,%%,%a+,%e$,%x$(%e$(%d$,%e$,%d$/%e$/%[$,%e$,)[$,%e$,Z0X8|5%#}5%g$}5%f$~5%k$}5x)Y)}5'K}5FF}5l=l=hG",
+    "33hG))hGn$`$hG&%hG&%hG&-hG&-hG&%hG&5hG&+hGv't)cJ%#|JEp$aJ&%aJ(=aJt&w(YM*/YMl$h$YM&%YM&-YM*BYMd-n/fS$)#{R$%#gS$",
+    "Ep$yR$&%yR$f%~'`V$d%`%tU$%%tU$%$`V$i(q(WY$a(c(}[$11}[$%#~[$'#j[$%+}[$o(i(__$%%__$%$x_$`)j)db$'#ib$%)db$%(yb$",
+    "z2S3bm$87bm$.-bm$.-bm$.-bm$>Y$`m$8Y%wk$(#yk$&z%Wl$(%Wl$6{%Wl$Ig$bm$87bm$.-bm$.-bm$.-bm$>Y$`m$x'n)Qp$ss%ss%sS&",
+    "''sS&''sS&''sS&''sS&++sS&w$w$sS&''sS&)'sS&%%sS&')sS&XC[w)J%e$J%b$+%e$+%d$H%e$H%d$V$%e$V$%h'%%e$%%[*+%e$+%d$H",
+    "%e$H%d$V$%e$V$%d$L%e$L%d$R$%e$R$%s*$%%$%$%%%%%W,R$%e$R$%d$U$%e$U$%S7*%%*%f8+%e$+%b$(%e$(%b$+%e$+%d$H%e$H%d$,",
+    "%e$,%d$L%e$L%d$S$%e$S$%b$U$%e$U$%j'%%e$%%^*%%e$%%d$H%e$H%d$V$%e$V$%b$H%e$H%|i*(%%(%ck*V$%e$V$%d$R$%e$R$%b$%",
+    "%e$%%d$+%e$+%d$H%e$H%b$+%e$+%d$H%e$H%d$V$%e$V$%d$R$%e$R$%l'%%e$%%d$,%e$,%y&$%%$%$%%%%%[.%%e$%%d$+%e$+%`$+%e$+",
+    "%d$H%e$H%^k*(%%(%rl*V$%e$V$%b$+%e$+%d$H%e$H%^-+%%+%-+%%+%Qa*+%%+%~l*+%e$+%d$H%e$H%d$V$%e$V$%d$R$%e$R$%b$I%e$I",
+    "%d$U$%e$U$%d$R$%e$R$%v-%%%%%%,%%,%_/'%e$'%d$H%e$H%b$$%e$$%d$%%e$%%d$,%e$,%d$+%e$+%d$H%e$H%b$+%e$+%d$,%e$,%b$+",
+    "%e$+%b$&%e$&%d$H%e$H%d$V$%e$V$%GV$%;,%).%'.'o.+-V1H%e$H%d$-%e$-%`'%%e$%%d$$%e$$%d$-%e$-%d$'%e$'%di*&%%&%Qh*%",
+    "%%%%$$%%$%$-%%-%$'%%'%|g**%%*%dp*H%e$H%d$-%e$-%d$'%e$'%h'%%e$%%d$$%e$$%d$-%e$-%d$'%e$'%Vj*&%%&%_q*-%e$-%d$H",
+    "%e$H%W$H%e$H%d$-%e$-%h'%%e$%%d$$%e$$%d$-%e$-%d$'%e$'%kj*&%%&%|b*%%%%%$$%%$%$-%%-%$'%%'%$H%%H%s1H%e$H%d$-%e$-",
+    "%}0%%%%%$$%%$%$-%%-%$'%%'%$H%%H%[2$%e$$%d$H%e$H%d$-%e$-%d$'%e$'1nH7%#8%rz)$%%$%$%%%%%$h$%%h$%X|)7%#8%h|)$%%$",
+    "%$%%%%%$h$%%h$%{z)7%#8%]{)$%%$%$%%%%)q|)7%#8%R})$%%$%$%%%%)j{)7%#8%y{)$%%$%$%%%%%$h$%%h$%`})7%#8%o})$%%$%$%%%%",
+    "%$h$%%h$%X|)7%#8%h|)$%%$%$%%%%%$h$%%h$%|})7%#8%^~)$%%$%$%%%%%$h$%%h$%m|)7%#8%||)$%%$%$%%%%)c~)7%#8%r~)$%%$%$%",
+    "%%%)S})7%#8%c})$%%$%$%%%%%$h$%%h$'w~)8'ZQ*$'#%'#h$%l})7%#8%{})$%%$%$%%%%%$h$%%h$%bQ*7%#8%qQ*$%%$%$%%%%%$h$%%h$",
+    "%bQ*$&,#%5$&2#%7$&4#%9$&6#%D$&=#%0$&3#%*$&-#)ey)k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$",
+    "%Fk$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%Y%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$%%k$",
+    "%%k$%%k$%%k$%%k$%%k$%nQ**%#(%qQ*k$%pQ*k$%,k$'-h$%vT*k$%ZV**%#(%#$&8#%9k$(u$#)yFh$%du*k$%lQ*k$%4k$'5h$%]U*k$",
+    "%sV*$&<#%B$&>#%@k$%bV*$%#%%#h$%wT**%#(%F$&k%#)w$h$%Fh$%X%*%#(%#$&A#'sY*$%#%%#h$%UW**%#(%/$&Y$#%F7%#8%+h$%/h$",
+    "%p$*%#(%#$&Q$#%J8%vE$&lD#&tG#)}x*k$%WQ*k$%-k$',h$%lV*k$%eX*$&I#%_$$&W$#%X$k$&nE#*Y{*#&%#S0kX*#,_J#&e(#|'V_+^$",
+    "%'^$J'^$c$p%^$%+^$%&^$b%Y%^$--^$))^$T$T$^$''^$Z$R$^$)1^$)'^$')^$R$`m+^$'fn+^$9K^$%lm+^$%'^$%jn+^$%%^$)=^$%%^$",
+    "))^$%%^$1)^$%%^$)1^$%%^$))^$%%^$k$Z$^$%/^$%%^$%'^$Y%T%^$%%^$%L^$%%^$1e$^$%%^$%%^$%%^$q%mb&#&%#l|$w_$^$",
+    "yb$ub$et(''et(''et(''et(''et(''et(''et(''et(''et(''et(''et(''et())et(''et(''et(11et(%#ft(')et(%#ft(')et(%#ft(",
+    "')et(%#ft(')et(%#ft(R$a%et(7y&et(@@et(''et(''et(''et(''et(''et(''et(''et(''et(''et(''et(''et())et(''et(''et(",
+    "11et(%#ft(')et(%#ft(')et(%#ft(')et(%#ft(')et(%#ft(R$a%et()]&et(%%et(%%et(%%et(+9et(pkV$rT:#&qe,#&]T-#&w9#&{k*#",
+    "&W]+#&xe$#&gW6#&##&tt4#&x^1#&|[2#&rN#&tY%#&pX(#&o_%#&jq$#&x3#&W1#&b{$#&ms,#&]G#&lN#&bF#&^W'#&{`&#&RX%#&]T6#",
+    "&`]$#&S}(#&pu$#&bT(#&dS)#&`c3#&qq'#&~i(#&xL#&[t,#&cx*#&el$#&]f-#&fU%#&}l$#&cd$#&_j*#&sh3#&|;#&V0#&oi'#&|i$#",
+    "&bw$#&T[$#&k_%#&hi$#&w&#&Y{$#&ca%#&[T$#&|@#&xf,#&v-#&~R$#&Uk$#&_x&#&nz%#&p}'#&gn/#&{j$#&Se*#&xR$#&ik&#&zm$#",
+    "&ZS(#&Wl%#&uq2#&^L#&uf&#&~N#&s0#&rk&#&s.#&}T)#&pS4#&[k.#&Wv.#&C#&pY-#&aM#&jk$#&pp'#&ot%#&}^-#&{v$#&_a+#&db2#",
+    "&of&#&eS$#&c{'#&s8#&up+#&Vl,#&We-#&TR'#&af'#&wt*#&bx$#&]~(#&qf-#&dX$#&ls*#&Vb&#&lm$#&~v*#&XU,#&~y+#&id%#&~S+#",
+    "&tz*#&Yh'#&gu,#&TC#&^'#&hs(#&UX(#&|c$#&eV%#&it$#&Uz2#&v1#&T`$#&^c$#&{r$#&`l%#&b`%#&dZ*#&{Y$#&iS$#&f%#&}]6#",
+    "&gU(#&cY$#&pT,#&qb/#&cG#&~'#&mA#&yo%#&f;#&~H#&u`$#&cS$#&[@#&er&#&]l%#&iw%#&yG#&vg3#&[)#&{:#&TU*#&vS)#&q8#&[U.#",
+    "&a0#&UL#&_T%#&fY'#&|Z%#&R],#&}R%#&U]$#&t7#&V>#&x|'#&W+#&aw%#&o*#&Qj'#&WZ$#&o&#&],#&fa5#&eo-#&aT)#&T^$#&km0#",
+    "&wn'#&h=#&Sv%#&m&#&db%#&YV$#&r}$#&pV$#&kr&#&xz%#&ev&#&sd1#&WS/#&nU4#&`_(#&a(#&ba$#&e2#&sb$#&|1#&|F#&xX$#&pz)#",
+    "&W|4#&n['#&|Z0#&xt4#&V^&#&a]'#&`d+#&vR/#&m6#&or$#&Wz%#&Yx+#&v^4#&m8#&xU%#&Wf%#&Q1#&c2#&[T$#&Vv$#&X8#&Ve%#&[b%#",
+    "&H#&g]%#&y^$#&jU4#&p|)#&ur)#&{h*#&oC#&uc'#&kZ'#&ze$#&}<#&V{0#&lk$#&xT(#&{u$#&u&#&f3#&rg%#&g;#&`t)#&d`2#&z]0#",
+    "&`c/#&]%#&mY&#&iS$#&}k)#&Se+#&[f'#&}m$#&V]-#&ys$#&aj&#&W[&#&Rv-#&ee&#&ZW$#*mA#(fk&#*ZZ(#&xd+#&]M#&w>#&i$#&1#",
+    "&y$#&vi*#&kr)#&UF#(Sm$#(s[$#*s`$#&t+#,dQ%#&=#&}$#&sW$#&R]&#&jg$#&Z}4#&{0#&j'#&z3#&Z$#&x'#&W=#&p'#&b'#&~7#&n'#",
+    "&hN#&7#&ZS$#&e,#&q$#&f'#&^J#&j)#&u*#&[9#&^]$#&]*#&s.#&W=#&d+#&b9#&fV$#&q*#&9#&$#&3#&/#&1#&W%#&%#&{*#&z%#&Y1#",
+    "&T<#&N#&h%#&k0#&j)#&q8#&[)#&##&]8#&sY$#&}(#&W3#&h%#&[5#&b%#&hB#&u(#&yp$#&n/#&p%#&kU1#&g~q%#&sgi%#*QW0#&hL#&d&#",
+    "&p8#&W7#&n%#&j1#&^%#&QB#&Y&#&R&#&]&#&U@#&}&#&f)#&D#&Q/#&v+#&qM#&1#&d)#&R&#&_0#&](#&U&#&}(#&R%#&h)#&|%#&u4#&{&#",
+    "&d%#&k.#&r/#&]*#&+#&n%#&TS$#&z%#&c4#&[5#&C#&y&#&Z.#&|1#&vk$#&|b$#&e(#&g(#&j1#&n)#&b%#&S-#&'#&m*#&F#&V$#&w&#&6#",
+    "&m4#&k8#&S/#&`+#&},#&v)#&p1#&x+#&kI#&~)#&^L#&^7#&T&#&D#&Z0#&j%#&~$#&d%#&(#&E#&c&#&m&#&~3#&z;#&}0#&V0#&w,#&uQ$#",
+    "&l'#&V(#&{(#&m$#&;#&W%#&`D#&oW$#&w^Z%#&.#&m{%#&ygw%#&~V$#&g$#&|Q~%#&uo%#&~l+#&a]q%#&a&#S&wxJd2(V$g2:4q2&#r2",
+    "&wRc$q2&#r2&{Sc$g2&#h2&#l2&%l2&%l2&%l2&%l2&%l2&%l2('l2&%l2&%l2&%l2&%l2('l2('l2&%l2('l2&%l2('l2&%l2&%l2&%l2&%l2",
+    "&Mi2&*o2&7o2&5o2]o%{qe$+Z$3+yq%^r%gUF''gUFB7gUFw([)zWF%%zWFQ;q:udF%#aeFf%n%ygF''kgF51rgF)-ygF`%[%rgF'#hgF%#ygF",
+    "v-~-[mF%#QmF'#_mFZ.a.prF%%prFqKoKmXGYY5YY5v]P%#S^P%#w]P%9w]P%8x]P%)w]P%%w]P%$x]PcU&oU&qvQ$%*qvQ$%/qvQ$",
+    "^^<~]<jf_$&%jf_$&1sf_$&#tf_$&#uf_$&#vf_$&#wf_$z&Q'jf_$&%jf_$&%sf_$&%sf_$&$tf_$&%tf_$|co$w}X%#&,#&5#&}|e%#",
+    "&Ype%#&g&#&=#&X&#&a(#&c$#&g&#&S$#&sV*#&mrm%#&[gf%#&1#&D#&J#&pWf%#&pdm%#&`]*#&q$#&uXf%#&`Xf%#&=#&aD#&rD#&5#",
+    "&gp[&#&mm[&#&@#&jb*#&Se*#&9#&}$#&-#&_e*#&yh*#&'#&Z$#&P#&9#&%#&F#&[%#&3#&5#&V$#&7#&'#&##&##&X{f%#&xl_%#&|[*#&N#",
+    "&rVg%#&XVg%#&/#&N#&t)#&i'#&D#&e$#&l%#&s&#&X$#&~%#&D#&g$#&##&N#&H#&3#&B#&V2#&T/#&W/#&u+#&k$#&aV$#&js$#&u/#&q$#",
+    "&V$#&t(#&e*#&$#&g(#&[`h%#&U]h%#&-#&B#&L#&3#&x%#&[lh%#&|%#&Qih%#&U%#&;#&h&#&`)#&j}+#&@#&WV,#&d%#&##&nzh%#&qth%#",
+    "&N#&B#&;#&iSi%#&}Ri%#&1#&kI#&_H#&s],#&i`,#&@#&o&#&]%#&hmi%#&cei%#&hei%#&kci%#&(#&F#&h'#&%#&{i,#&Wk,#&{$#&N#",
+    "&}$#&om,#&Zps%#&Ros%#&po,#&)#&)#&L#&Qx]&#&pu]&#&Raj%#&##&oga%#&sv+#&##&cq,#&h{w%#&^{.#&hTz%#&5#&cs,#&hu,#&^%#",
+    "&7#&i$#&S)#&y{,#&`$#&T~,#&bxj%#&Tvj%#&s(#&+#&'#&&#&S%#&L#&m$#&>#&9#&U%#&L#&+#&X$#&9#&|%#&s&#&k$#&i(#&][k%#",
+    "&T]k%#&y%#&v'#&Z$#&`'#&x_k%#&T]k%#&V'#&[$#&|g-#&hp-#&N#&c$#&p$#&an-#&}w-#&_$#&S}k%#&swk%#&`/#&t*#&b{-#&l~-#",
+    "&`Q.#&l$#&Ss(#&)#&qd(#&e'#&ll)#&Tc2#&~z+#&+#&/#&r%#&8#&tdl%#&vjw%#&h_.#&Y(#&V,#&^%#&r^l%#&_^l%#&{'#&z-#&^h.#",
+    "&aj.#&`'#&X&#&f+#&k_l%#&^]l%#&Rw.#&Xz.#&Vql%#&wnl%#&Qz.#&b{.#&Q%#&Z$#&%#&yQm%#&rf*#&lk*#&X~l%#&Yem%#&W`m%#&@#",
+    "&i'#&u*#&u$#&j%#&c%#&u$#&B#&=#&rZm%#&__m%#&X.#&v%#&Vf/#&^j/#&*#&s`m%#&yim%#&l3#&l_m%#&W%#&u]m%#&V(#&Y$#&(#",
+    "&ut/#&zv/#&^%#&.#&d%#&}]^%#&YV^%#&Qmm%#&Vim%#&rwm%#&gqm%#&=#&Z$#&m]n%#&fZn%#&N#&{gn%#&{,#&ngn%#&F#&jb0#&rc0#",
+    "&Xc0#&##&cj0#&N#&N#&L#&T&#&uk0#&vo0#&sUo%#&kTo%#&pXo%#&eVo%#&u]d%#&oUd%#&Wso%#&R$#&[)#&ok}%#&;#&zy0#&Rxo%#&$#",
+    "&s$#&X$#&~xo%#&%#&##&{$#&i{0#&e~0#&w}0#&k&#&mc~%#&n_p%#&t%#&x%#&VW1#&aw~%#&Skp%#&[pp%#&{$#&lop%#&U'#&ha1#&_e1#",
+    "&7#&-#&}Wq%#&_0#&##&X_q%#&nc1#&c|Q&#&Vaq%#&)#&rk1#&ZVR&#&p^q%#&Vr1#&Vs1#&,#&_$#&SQr%#&nzq%#&]t1#&rx1#&n%#&~%#",
+    "&R|1#&m^S&#&c$#&`^S&#&wdS&#&pZr%#&Y`r%#&}^r%#&h'#&9#&`lr%#&]&#&hkr%#&eqr%#&qpr%#&l}e%#&V_u%#&hc2#&m&#&pd2#",
+    "&`g2#&es,#&rr|%#&@#&WY0#&5#&fne%#&)#&te&#&lQ6#&Vr2#&.#&H#&WV/#&SW/#&'#&7#&w$#&Ygs%#&Zgs%#&h%#&V&#&_&#&V)#&x)#",
+    "&y$#&~'#&j.#&_(#&'#&D#&bgs%#&s0#&o)#&qgU&#&mV3#&'#&k$#&nTu%#&WQu%#&nws%#&URV&#&+#&xWV&#&x/#&[eV&#&bd3#&;#&9#",
+    "&'#&x%#&f$#&}(#&|$#&r)#&l&#&~%#&Z$#&`m3#&cq3#&e$#&^q3#&iu3#&)#&vzt%#&nut%#&1#&ex3#&qy3#&i_8#&jn]&#&Y+#&t]X&#",
+    "&5#&}W4#&e&#&~)#&R,#&Thu%#&[du%#&P#&Q'#&U'#&|wu%#&xVB#&`nV%#&A#&`%#&cvV%#&[lV%#&f'#&hTw%#&Z$#&Ztv%#&W'#&e$#",
+    "&||v%#&g|v%#&p/#&T*#&%#&T'#&|3#&]$#&Zdw%#&kRw%#&]Z6#&[]6#&kbw%#&Xj]&#&je6#&^e1#&ki1#&p}w%#&g,#&yk^&#&3#&vk6#",
+    "&ugx%#&z~^&#&WW_&#&Tlx%#&##&a$#&kwx%#&`ox%#&xn6#&Rr6#&m(#&Z$#&p%#&lt6#&ni`&#&sgy%#&e0#&d+#&_^7#&c$#&oa7#&W`z%#",
+    "&^oa&#&sqa&#&u.#&w(#&Sez%#&Tl7#&xn7#&-#&1#&7#&1#&o$#&fX{%#",
+    NULL};
+
+static const char *const llm__combining_runs[] = {
+    "T48V(#$X(#'z'#$X(#$v'#(z'#%h'#'z'#%h'#.z'#($#'z'#+V(#$a(#$V(#&z'#&V(#%z'$&V(#'z'#$V(#$X(#%z'#$V(#$Y(#%Z(#$Y(",
+    "#%Z(#$Y(#0V(V)(V(z($z'#'V(#$z'#&V(#$|'#$z'#)V(#)z'#%V(#$z'#%V(#$|'#$T(#$V(#$-#$.#$/#$0#$1#$2#$3#$4#$5#%6#$7#$8",
+    "#$9$$:$$;#$<$$V(#$z'$$5m$+V(#$B#$C#$DT$$>#$@#$A#$B#$C#$D#$E#$F#%V(#%z'#(V(#$z'#%V(#$z'3$G]%*V(%'V(#$z'#$V(%%V(",
+    "$$z'#%V(#$z'G$HB$V(#$z'#%V(#$z'#%V(#&z'#$V(#%z'#$V(#$z'#&V(#$z'#$V(#$z'#$V(#$z'#$V(#$z'#%V(k&*V(#$z'#$V(,$z'",
+    ";'V($,V($&V($(V(O&z'`$%V(#&z'#'V(N(V(#(z'#1V($$z'#%V(#$z'#%V(#$z'#&V(#&z'#$>#$@#$A#&V(#$z'#%V(#%z'#(V(a$$*3$,",
+    "&$V(#$z'#%V(_%$*3$,T$$V(b$$*3$,f%$*3$,f%$*3$,w%$,f%$*3$,*$y$#$R%]%$*3$,e%%,3$,t%$,e%%_%#$,0'c%d%%n%#$,0'r%",
+    "q$%z'>$z'$$z'$$v'[$$y%#$z%$$|%('z%%$z%$%V(#$,$%V(c$$z'h%$*$%,w$$z'~2&V(T8%,B$,h&$,-$V(i'$T(Y&$|'#$V(#$z'y'$V(",
+    "#$z'l$$,7+V(%$z'T$(V(#)z'#%V(#$z'$%z'#%V(#%z'#(V(#$z'#'V(]%$*2$,J$V(#$z'#*V(Z$%,_$$*.%,h$$*c&&V($$$#(z'#%V(",
+    "#'z'#$V($*$'$z')$V(&%V(d'%V(#$z'#*V(#$z'#%V(#$Z(#$t'#$z'#$h'#IV(#$X(#%T(#$z'#$x'#$V(#$Y(#$z'#$V(#$z'Q3%V(#%$",
+    "#'V(#&$#%V('$V(&%$#$V(#$z'#$V(#%$#'z'#$V([i$&V(W&$,W%DV(`/$x'#$T(#$X(#$|'#%~'a%%+`z1$V('-V(D%V(u$%V(W)$,I$,",
+    "b&$,>5V(^$&z'I$,V%$*/$,`($V($%V(#$z'%%V((%V($$V(X$$,g($,hQ-$=U4*V(#*z'#%V(n8$z'R($z'`&(V(cI$z'$$V(L$V(#$$#$z'",
+    "'$,p&$V(#$z's/'V(f$(V(S*%V(u$&z'k$%z'#&V(#$z'#$V(#'z'U$$V(#$z'#$V(#$z'^'$,M$,1$,^$$,#$*j$&V(T$%,c$$*q$$,,$*",
+    "b%$,#$*}&$*#$,u$%*3$,;*V(&(V(~$&,i%$,&$*:$V(Z%$,#$*l($,#$*v%$,n%$,#$*k%$,~($,#$*s(%,'$*g&$,x$$,5$,v$$,b,$,s($*",
+    "$%,v$$,f,%,Ra+$,g[$($`$*V(y=%)Yq,$$Yn%%v'#&$&$R(#(v'++z'%(V(#%z'B'V(_&&V(Vs$*V($4V(%*V($%V($(V([%$V(k&*V(a+$V(",
+    "b$'V(_.%X(#$z'#$V(o($V(#$z'b3*z'e%)V(#$*",
+    NULL};
+
+typedef struct llm__decomposition {
+    uint32_t code, first, second;
+    bool composes;
+} llm__decomposition;
+
+typedef struct llm__combining_run {
+    uint32_t begin, end;
+    uint8_t value;
+} llm__combining_run;
+
+enum { LLM__MAX_DECOMPOSITIONS = 2200, LLM__MAX_COMBINING_RUNS = 500 };
+
+typedef struct llm__nfc {
+    llm__decomposition by_code[LLM__MAX_DECOMPOSITIONS], by_parts[LLM__MAX_DECOMPOSITIONS];
+    llm__combining_run runs[LLM__MAX_COMBINING_RUNS];
+    size_t n_by_code, n_by_parts, n_runs;
+    bool page_changes[LLM__N_PAGES]; /* holds code points that NFC may change or join to the one before them */
+} llm__nfc;
+
+enum {
+    LLM__HANGUL = 0xAC00, LLM__HANGUL_L = 0x1100, LLM__HANGUL_V = 0x1161, LLM__HANGUL_T = 0x11A7,
+    LLM__HANGUL_NL = 19, LLM__HANGUL_NV = 21, LLM__HANGUL_NT = 28, LLM__N_HANGUL = 11172
+};
+
+/* The next number of a table, 0 at its end; *line and *at say where the reading is. */
+static uint32_t llm__next_number(const char *const *table, int *line, const char **at) {
+    uint32_t value = 0, scale = 1;
+    if (!**at) {
+        if (!table[*line + 1]) return 0;
+        *at = table[++*line];
+    }
+    for (;; scale *= 45) {
+        int c = *(*at)++, digit = c - 35 - (c > 63) - (c > 92);
+        value += scale * (uint32_t)(digit % 45);
+        if (digit < 45) return value;
+    }
+}
+
+static int llm__compare_parts(const void *a, const void *b) {
+    const llm__decomposition *x = (const llm__decomposition *)a, *y = (const llm__decomposition *)b;
+    if (x->first != y->first) return x->first < y->first ? -1 : 1;
+    return (x->second > y->second) - (x->second < y->second);
+}
+
+static void llm__read_decompositions(llm__nfc *nfc) {
+    int line = 0;
+    const char *at = llm__decompositions[0];
+    uint32_t step, code = 0, first = 0;
+    while ((step = llm__next_number(llm__decompositions, &line, &at)) != 0) {
+        uint32_t zigzag = llm__next_number(llm__decompositions, &line, &at);
+        llm__decomposition *d = &nfc->by_code[nfc->n_by_code++];
+        d->code = code += step / 2;
+        d->first = first += zigzag & 1 ? 0u - (zigzag + 1) / 2 : zigzag / 2;
+        d->second = llm__next_number(llm__decompositions, &line, &at);
+        if (d->second) d->second += 0x2FF;
+        d->composes = step % 2 == 0;
+        if (d->composes) nfc->by_parts[nfc->n_by_parts++] = *d;
+        nfc->page_changes[(d->composes ? d->second : code) / 128] = true;
+    }
+    qsort(nfc->by_parts, nfc->n_by_parts, sizeof *nfc->by_parts, llm__compare_parts);
+}
+
+static void llm__read_combining_runs(llm__nfc *nfc) {
+    int line = 0;
+    const char *at = llm__combining_runs[0];
+    uint32_t code = 0;
+    while (*at || llm__combining_runs[line + 1]) {
+        llm__combining_run *run = &nfc->runs[nfc->n_runs++];
+        run->begin = code += llm__next_number(llm__combining_runs, &line, &at);
+        run->end = code += llm__next_number(llm__combining_runs, &line, &at);
+        run->value = (uint8_t)llm__next_number(llm__combining_runs, &line, &at);
+        for (uint32_t c = run->begin; c < run->end; c++) nfc->page_changes[c / 128] = true;
+    }
+}
+
+static llm__nfc *llm__build_nfc(llm__env *env) {
+    llm__nfc *nfc = (llm__nfc *)llm__alloc_zero(env, 1, sizeof *nfc);
+    llm__read_decompositions(nfc);
+    llm__read_combining_runs(nfc);
+    nfc->page_changes[LLM__HANGUL_V / 128] = nfc->page_changes[LLM__HANGUL_T / 128] = true;
+    return nfc;
+}
+
+static uint8_t llm__combining(const llm__nfc *nfc, uint32_t code) {
+    size_t lo = 0, hi = nfc->n_runs;
+    while (lo < hi) {
+        size_t mid = (lo + hi) / 2;
+        if (code >= nfc->runs[mid].end) lo = mid + 1;
+        else hi = mid;
+    }
+    return lo < nfc->n_runs && code >= nfc->runs[lo].begin ? nfc->runs[lo].value : 0;
+}
+
+/* What first and second become together; 0 if they do not. */
+static uint32_t llm__compose(const llm__nfc *nfc, uint32_t first, uint32_t second) {
+    uint32_t l = first - LLM__HANGUL_L, v = second - LLM__HANGUL_V, s = first - LLM__HANGUL, t = second - LLM__HANGUL_T;
+    if (l < LLM__HANGUL_NL && v < LLM__HANGUL_NV) return LLM__HANGUL + (l * LLM__HANGUL_NV + v) * LLM__HANGUL_NT;
+    if (s < LLM__N_HANGUL && s % LLM__HANGUL_NT == 0 && t - 1 < LLM__HANGUL_NT - 1) return first + t;
+    size_t lo = 0, hi = nfc->n_by_parts;
+    while (lo < hi) {
+        size_t mid = (lo + hi) / 2;
+        const llm__decomposition *d = &nfc->by_parts[mid];
+        if (d->first == first && d->second == second) return d->code;
+        if (d->first < first || (d->first == first && d->second < second)) lo = mid + 1;
+        else hi = mid;
+    }
+    return 0;
+}
+
+/* A stretch of text being normalised: combining class << 56 | place << 21 | code point, so that sorting marks by class
+   keeps the order of equal ones. */
+typedef struct llm__marks {
+    llm__env *env;
+    const llm__nfc *nfc;
+    uint64_t *items;
+    size_t n, room;
+} llm__marks;
+
+#define LLM__MARK_CODE(item) ((uint32_t)(item) & 0x1FFFFF)
+#define LLM__MARK_CLASS(item) ((unsigned)((item) >> 56))
+
+static void llm__marks_add(llm__marks *m, uint32_t code) {
+    m->items = (uint64_t *)llm__grow(m->env, m->items, m->n, &m->room, sizeof *m->items);
+    m->items[m->n] = (uint64_t)llm__combining(m->nfc, code) << 56 | (uint64_t)m->n << 21 | code;
+    m->n++;
+}
+
+static void llm__decompose(llm__marks *m, uint32_t code) {
+    uint32_t s = code - LLM__HANGUL;
+    size_t lo = 0, hi = m->nfc->n_by_code;
+    if (s < LLM__N_HANGUL) {
+        llm__marks_add(m, LLM__HANGUL_L + s / (LLM__HANGUL_NV * LLM__HANGUL_NT));
+        llm__marks_add(m, LLM__HANGUL_V + s / LLM__HANGUL_NT % LLM__HANGUL_NV);
+        if (s % LLM__HANGUL_NT) llm__marks_add(m, LLM__HANGUL_T + s % LLM__HANGUL_NT);
+        return;
+    }
+    while (lo < hi) {
+        size_t mid = (lo + hi) / 2;
+        if (m->nfc->by_code[mid].code < code) lo = mid + 1;
+        else hi = mid;
+    }
+    if (lo == m->nfc->n_by_code || m->nfc->by_code[lo].code != code) {
+        llm__marks_add(m, code);
+        return;
+    }
+    llm__decompose(m, m->nfc->by_code[lo].first);
+    if (m->nfc->by_code[lo].second) llm__decompose(m, m->nfc->by_code[lo].second);
+}
+
+static int llm__compare_u64(const void *a, const void *b) {
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static void llm__sort_marks(llm__marks *m) {
+    for (size_t i = 0; i < m->n;) {
+        size_t begin = i;
+        bool sorted = true;
+        for (; i < m->n && LLM__MARK_CLASS(m->items[i]); i++)
+            if (i > begin && LLM__MARK_CLASS(m->items[i]) < LLM__MARK_CLASS(m->items[i - 1])) sorted = false;
+        if (!sorted) qsort(m->items + begin, i - begin, sizeof *m->items, llm__compare_u64);
+        if (i == begin) i++;
+    }
+}
+
+static void llm__compose_marks(llm__marks *m) {
+    size_t n = 0, starter = SIZE_MAX;
+    for (size_t i = 0; i < m->n; i++) {
+        unsigned c = LLM__MARK_CLASS(m->items[i]);
+        bool blocked = starter == SIZE_MAX || (n > starter + 1 && LLM__MARK_CLASS(m->items[n - 1]) >= c);
+        uint32_t joined = blocked ? 0 : llm__compose(m->nfc, LLM__MARK_CODE(m->items[starter]), LLM__MARK_CODE(m->items[i]));
+        if (joined) {
+            m->items[starter] = joined;
+            continue;
+        }
+        if (!c) starter = n;
+        m->items[n++] = m->items[i];
+    }
+    m->n = n;
+}
+
+/* The text in form C: itself, or memory to be freed. Only stretches with a code point that may change, and the one
+   before it, are looked at closely. */
+static uint8_t *llm__to_nfc(llm__env *env, const llm__nfc *nfc, const uint8_t *p, const uint8_t *end, size_t *n) {
+    llm__marks m;
+    memset(&m, 0, sizeof m);
+    m.env = env;
+    m.nfc = nfc;
+    uint8_t *out = NULL;
+    size_t n_out = 0;
+    const uint8_t *done = p, *before = p, *next;
+    for (; p < end; before = p, p = next) {
+        next = p + 1;
+        if (*p < 0xCC) { /* nothing below U+0300 changes */
+            if (*p >= 0x80) next++;
+            continue;
+        }
+        if (!nfc->page_changes[llm__utf8_decode(p, &next) / 128]) continue;
+        if (!out) out = (uint8_t *)llm__alloc(env, (size_t)(end - done), 3); /* NFC never grows text further */
+        memcpy(out + n_out, done, (size_t)(before - done));
+        n_out += (size_t)(before - done);
+        m.n = 0;
+        for (p = before; p < end; p = next) {
+            uint32_t code = llm__utf8_decode(p, &next);
+            if (p != before && !nfc->page_changes[code / 128]) break;
+            llm__decompose(&m, code);
+        }
+        llm__sort_marks(&m);
+        llm__compose_marks(&m);
+        for (size_t i = 0; i < m.n; i++) n_out += llm__utf8_encode(LLM__MARK_CODE(m.items[i]), out + n_out);
+        done = next = p;
+    }
+    llm__free(env->pool, m.items);
+    if (!out) return NULL;
+    memcpy(out + n_out, done, (size_t)(end - done));
+    *n = n_out + (size_t)(end - done);
+    return out;
+}
+
+/* ---- Vocabulary ---- */
+
+typedef enum llm__token_type { /* as GGUF numbers them */
+    LLM__TYPE_NORMAL = 1, LLM__TYPE_UNKNOWN, LLM__TYPE_CONTROL, LLM__TYPE_USER_DEFINED, LLM__TYPE_UNUSED, LLM__TYPE_BYTE
+} llm__token_type;
+
+enum { /* what is kept of each token */
+    LLM__TYPE_MASK = 7,     /* the type's bits                                                                         */
+    LLM__WHOLE = 8,    /* merging the piece's own bytes gives the piece                                           */
+    LLM__END = 16,     /* ends a text or a turn                                                                   */
+    LLM__LSTRIP = 32,  /* a special token that swallows the white space before it                                 */
+    LLM__RSTRIP = 64   /* ... after it                                                                            */
+};
+
+/* What a vocabulary is built from, whatever file it was in. The strings need only live while it is built. */
+typedef struct llm__merge_pair {
+    llm__str left, right;
+} llm__merge_pair;
+
+typedef struct llm__vocab_source {
+    bool sentencepiece;           /* else byte-level BPE                                                          */
+    const char *pieces_name, *scores_name, *types_name, *merges_name, *pre_name; /* of the fields, for messages   */
+    size_t n_pieces, n_merges;
+    const llm__str *pieces;       /* [n_pieces] as in the file: bytes or spaces still stand for themselves as code points */
+    const float *scores;          /* [n_pieces] SentencePiece only                                                */
+    const int32_t *types;         /* [n_pieces] llm__token_type; NULL: normal                                     */
+    const uint8_t *strip;         /* [n_pieces] LLM__LSTRIP, LLM__RSTRIP; NULL: none                              */
+    const llm__merge_pair *merges; /* [n_merges] best first; byte-level BPE only                                  */
+    llm__str pre;                 /* the pre-tokenizer's name in GGUF                                             */
+    llm_token bos, eos, unk;      /* -1: none                                                                     */
+    llm_token ends[4];            /* further tokens that end a text or a turn; -1: none                           */
+    bool add_bos, add_eos, add_space_prefix;
+    llm__str chat_template;
+} llm__vocab_source;
+
+/* How a pre-tokenizer cuts, one rule after the other: each cuts what the one before it left whole. */
+typedef struct llm__rule {
+    enum llm__rule_kind { LLM__NO_RULE, LLM__RULE_NUMBERS, LLM__RULE_GPT2, LLM__RULE_LLAMA3 } kind;
+    int digits; /* at most so many numbers in a word */
+} llm__rule;
+
+enum { LLM__MAX_RULES = 6, LLM__NONE = -1 };
+
+typedef struct llm__piece_slot {
+    uint32_t tag;
+    llm_token id; /* LLM__NONE: free */
+} llm__piece_slot;
+
+typedef struct llm__pair_slot {
+    llm_token left, right, merged; /* left LLM__NONE: free */
+    uint32_t rank;
+} llm__pair_slot;
+
+typedef struct llm__special {
+    llm_token id;
+    int32_t prefix; /* the longest other special token that this one begins with, as an index; LLM__NONE */
+} llm__special;
+
+struct llm_tokenizer {
+    llm__pool own; /* what the tokenizer is in, if it was loaded alone */
+    llm_host host;
+    llm__classes *classes;
+    llm__nfc *nfc; /* NULL: the text is not normalised */
+    bool sentencepiece, add_bos, add_eos, add_space_prefix;
+    int n_vocab;
+    llm_token bos, eos, unk;
+    uint8_t *flags;      /* [n_vocab]                                                      */
+    uint32_t *offsets;   /* [n_vocab + 1] into bytes                                       */
+    uint8_t *bytes;
+    llm__piece_slot *pieces;
+    size_t piece_mask, longest_piece;
+    llm__pair_slot *pairs;
+    size_t pair_mask, n_pairs;
+    uint32_t n_ranks;
+    uint8_t joined[256][32]; /* [byte][byte / 8] bits: which bytes follow one another in some piece */
+    llm_token byte_tokens[256];
+    llm__special *specials; /* sorted by their bytes */
+    int n_specials;
+    uint8_t special_kinds;       /* all of the next together                                               */
+    uint8_t special_starts[256]; /* 1: a user-defined token starts with this byte, 2: another special one   */
+    llm__rule rules[LLM__MAX_RULES + 1];
+    char *chat_template; /* the text in the file; NULL: none */
+};
+
+static llm__str llm__piece(const llm_tokenizer *t, llm_token id) {
+    llm__str s;
+    s.at = (const char *)t->bytes + t->offsets[id];
+    s.n = t->offsets[id + 1] - t->offsets[id];
+    return s;
+}
+
+static int llm__type_of(const llm_tokenizer *t, llm_token id) { return t->flags[id] & LLM__TYPE_MASK; }
+
+/* ---- Hash tables: open addressing, at most half full ---- */
+
+static uint64_t llm__load_native(const uint8_t *p, size_t n) { /* n <= 8 bytes, in any order that tells them apart */
+    uint64_t lo = 0, hi = 0;
+    if (n >= 4) {
+        memcpy(&lo, p, 4);
+        memcpy(&hi, p + n - 4, 4);
+        return lo | hi << 32;
+    }
+    return n ? (uint64_t)p[0] | (uint64_t)p[n / 2] << 8 | (uint64_t)p[n - 1] << 16 : 0;
+}
+
+static uint64_t llm__mix(uint64_t h) {
+    h = (h ^ h >> 32) * 0x9E3779B97F4A7C15u;
+    return h ^ h >> 29;
+}
+
+static uint64_t llm__hash(const uint8_t *p, size_t n) {
+    uint64_t h = llm__mix(n + 1), eight;
+    for (; n > 8; p += 8, n -= 8) {
+        memcpy(&eight, p, 8);
+        h = llm__mix(h ^ eight) * 0xD6E8FEB86659FD93u;
+    }
+    return llm__mix((h ^ llm__load_native(p, n)) * 0xD6E8FEB86659FD93u);
+}
+
+/* The slot that holds these bytes, or the free one where they would go. */
+static llm__piece_slot *llm__piece_slot_of(const llm_tokenizer *t, const uint8_t *p, size_t n, uint32_t *tag,
+                                           size_t *probes) {
+    uint64_t h = llm__hash(p, n);
+    *tag = (uint32_t)(h >> 32);
+    for (size_t i = h & t->piece_mask;; i = (i + 1) & t->piece_mask, ++*probes) {
+        llm__piece_slot *slot = &t->pieces[i];
+        if (slot->id == LLM__NONE) return slot;
+        if (slot->tag != *tag) continue;
+        llm__str s = llm__piece(t, slot->id);
+        if (s.n == n && !memcmp(s.at, p, n)) return slot;
+    }
+}
+
+static llm_token llm__find_piece(const llm_tokenizer *t, const uint8_t *p, size_t n) {
+    uint32_t tag;
+    size_t probes = 0;
+    return n && n <= t->longest_piece ? llm__piece_slot_of(t, p, n, &tag, &probes)->id : LLM__NONE;
+}
+
+static llm__pair_slot *llm__pair_slot_of(const llm_tokenizer *t, llm_token left, llm_token right, size_t *probes) {
+    uint64_t h = llm__mix(((uint64_t)(uint32_t)left << 32 | (uint32_t)right) * 0xD6E8FEB86659FD93u);
+    for (size_t i = h & t->pair_mask;; i = (i + 1) & t->pair_mask, ++*probes) {
+        llm__pair_slot *slot = &t->pairs[i];
+        if ((slot->left == left && slot->right == right) || slot->left == LLM__NONE) return slot;
+    }
+}
+
+/* The merge of two tokens, NULL if there is none. */
+static const llm__pair_slot *llm__find_pair(const llm_tokenizer *t, llm_token left, llm_token right) {
+    size_t probes = 0;
+    const llm__pair_slot *slot = llm__pair_slot_of(t, left, right, &probes);
+    return slot->left == LLM__NONE ? NULL : slot;
+}
+
+/* ---- Merging ---- */
+
+enum { LLM__SHORT_WORD = 32 };
+#define LLM__NO_RANK UINT32_MAX
+
+static size_t llm__merge_short(const llm_tokenizer *t, llm_token *ids, size_t n) {
+    uint32_t ranks[LLM__SHORT_WORD]; /* of merging i with i + 1 */
+    llm_token merged[LLM__SHORT_WORD];
+    size_t first = 0, last = n; /* where ranks have to be looked up */
+    for (;;) {
+        for (size_t i = first; i < last; i++) {
+            const llm__pair_slot *pair = i + 1 < n ? llm__find_pair(t, ids[i], ids[i + 1]) : NULL;
+            ranks[i] = pair ? pair->rank : LLM__NO_RANK;
+            merged[i] = pair ? pair->merged : LLM__NONE;
+        }
+        size_t best = 0;
+        for (size_t i = 1; i < n; i++)
+            if (ranks[i] < ranks[best]) best = i;
+        if (!n || ranks[best] == LLM__NO_RANK) return n;
+        ids[best] = merged[best];
+        n--;
+        size_t tail = n - best - 1;
+        memmove(ids + best + 1, ids + best + 2, tail * sizeof *ids);
+        memmove(ranks + best + 1, ranks + best + 2, tail * sizeof *ranks);
+        memmove(merged + best + 1, merged + best + 2, tail * sizeof *merged);
+        first = best ? best - 1 : 0;
+        last = best + 1;
+    }
+}
+
+/* Long words. */
+typedef struct llm__symbol {
+    llm_token id, merged;          /* merged: with the one after it */
+    uint32_t rank, previous, next; /* places; LLM__NO_PLACE at the ends */
+} llm__symbol;
+
+#define LLM__NO_PLACE UINT32_MAX
+
+static void llm__rank_symbol(const llm_tokenizer *t, llm__symbol *s, const llm__symbol *next) {
+    const llm__pair_slot *pair = next ? llm__find_pair(t, s->id, next->id) : NULL;
+    s->rank = pair ? pair->rank : LLM__NO_RANK;
+    s->merged = pair ? pair->merged : LLM__NONE;
+}
+
+/* First part: where one rank is common, as in a run of one letter, all its merges are done in one go from left to right.
+   The heap below would take them in the same order, unless a merge makes room for one of a lower rank: then this ends,
+   and so it does after some ranks that were rare. */
+static size_t llm__merge_rounds(const llm_tokenizer *t, llm__symbol *s, size_t n) {
+    for (int patience = 8; patience;) {
+        size_t count = 0, j = 0;
+        uint32_t rank = LLM__NO_RANK;
+        bool stop = false;
+        for (size_t i = 0; i < n; i++) rank = s[i].rank < rank ? s[i].rank : rank;
+        for (size_t i = 0; i < n; i++) count += s[i].rank == rank;
+        if (rank == LLM__NO_RANK) break;
+        if (count < n / 64) patience--;
+        for (size_t i = 0; i < n; j++) {
+            s[j] = s[i++];
+            while (!stop) {
+                if (j && s[j - 1].rank == rank) j--; /* s[j + 1] becomes part of s[j] */
+                else if (s[j].rank == rank) i++;     /* s[i - 1] does                 */
+                else break;
+                s[j].id = s[j].merged;
+                llm__rank_symbol(t, &s[j], i < n ? &s[i] : NULL);
+                if (j) llm__rank_symbol(t, &s[j - 1], &s[j]);
+                stop = s[j].rank < rank || (j && s[j - 1].rank < rank);
+            }
+        }
+        n = j;
+        if (stop) break;
+    }
+    return n;
+}
+
+/* Second part: symbols in a list, and a heap of the places that can be merged, by rank and then by place. Places that have
+   changed since they were put there are known by their rank not being what it was. */
+typedef struct llm__heap {
+    llm__env *env;
+    uint64_t *items; /* rank << 32 | place */
+    size_t n, room;
+} llm__heap;
+
+static void llm__heap_push(llm__heap *h, const llm__symbol *symbols, uint32_t place) {
+    if (symbols[place].rank == LLM__NO_RANK) return;
+    uint64_t item = (uint64_t)symbols[place].rank << 32 | place;
+    h->items = (uint64_t *)llm__grow(h->env, h->items, h->n, &h->room, sizeof *h->items);
+    size_t i = h->n++;
+    for (; i && h->items[(i - 1) / 2] > item; i = (i - 1) / 2) h->items[i] = h->items[(i - 1) / 2];
+    h->items[i] = item;
+}
+
+static uint64_t llm__heap_pop(llm__heap *h) {
+    uint64_t top = h->items[0], item = h->items[--h->n];
+    size_t i = 0, child;
+    while ((child = 2 * i + 1) < h->n) {
+        if (child + 1 < h->n && h->items[child + 1] < h->items[child]) child++;
+        if (h->items[child] >= item) break;
+        h->items[i] = h->items[child];
+        i = child;
+    }
+    h->items[i] = item;
+    return top;
+}
+
+static void llm__merge_by_heap(llm__env *env, const llm_tokenizer *t, llm__symbol *s, size_t n) {
+    llm__heap h = {env, NULL, 0, 0};
+    for (uint32_t i = 0; i < n; i++) {
+        s[i].previous = i ? i - 1 : LLM__NO_PLACE;
+        s[i].next = i + 1 < n ? i + 1 : LLM__NO_PLACE;
+        llm__heap_push(&h, s, i);
+    }
+    while (h.n) {
+        uint64_t top = llm__heap_pop(&h);
+        uint32_t place = (uint32_t)top, right = s[place].next, previous = s[place].previous;
+        if (s[place].rank != top >> 32) continue;
+        s[right].rank = LLM__NO_RANK; /* it becomes part of s[place] */
+        s[place].id = s[place].merged;
+        s[place].next = s[right].next;
+        if (s[right].next != LLM__NO_PLACE) s[s[right].next].previous = place;
+        llm__rank_symbol(t, &s[place], s[place].next == LLM__NO_PLACE ? NULL : &s[s[place].next]);
+        llm__heap_push(&h, s, place);
+        if (previous == LLM__NO_PLACE) continue;
+        llm__rank_symbol(t, &s[previous], &s[place]);
+        llm__heap_push(&h, s, previous);
+    }
+    llm__free(env->pool, h.items);
+}
+
+static size_t llm__merge_long(llm__env *env, const llm_tokenizer *t, llm_token *ids, size_t n) {
+    if (n > UINT32_MAX / 2) llm__fail(env, LLM_ERROR_UNSUPPORTED, "a word of %llu bytes", (unsigned long long)n);
+    llm__symbol *s = (llm__symbol *)llm__alloc(env, n, sizeof *s);
+    for (size_t i = 0; i < n; i++) s[i].id = ids[i];
+    for (size_t i = 0; i < n; i++) llm__rank_symbol(t, &s[i], i + 1 < n ? &s[i + 1] : NULL);
+    n = llm__merge_rounds(t, s, n);
+    llm__merge_by_heap(env, t, s, n);
+    size_t count = 0;
+    for (uint32_t i = 0; i != LLM__NO_PLACE; i = s[i].next) ids[count++] = s[i].id;
+    llm__free(env->pool, s);
+    return count;
+}
+
+/* Merges n ids in place and returns how many are left. */
+static size_t llm__merge(llm__env *env, const llm_tokenizer *t, llm_token *ids, size_t n) {
+    return n <= LLM__SHORT_WORD ? llm__merge_short(t, ids, n) : llm__merge_long(env, t, ids, n);
+}
+
+/* Whether a merge may go across the place between p[-1] and p[0]. */
+static bool llm__may_join(const llm_tokenizer *t, const uint8_t *p) {
+    if (t->sentencepiece && (*p & 0xC0) == 0x80) return true; /* characters stay whole */
+    return t->joined[p[-1]][*p / 8] >> *p % 8 & 1;
+}
+
+/* What merging starts from: a token per byte, or per character where there is one for it. Bytes without a token are left
+   out, as Hugging Face's tokenizers do; SentencePiece has an unknown token for them. */
+static size_t llm__first_ids(const llm_tokenizer *t, const uint8_t *p, size_t n, llm_token *ids) {
+    const uint8_t *end = p + n;
+    size_t count = 0;
+    while (p < end) {
+        size_t length = t->sentencepiece ? llm__utf8_length(p, end) : 1;
+        llm_token id = t->sentencepiece ? llm__find_piece(t, p, length) : t->byte_tokens[*p];
+        bool known = id != LLM__NONE;
+        if (known) {
+            ids[count++] = id;
+        } else if (t->sentencepiece && t->byte_tokens[*p] != LLM__NONE) {
+            for (size_t i = 0; i < length; i++) ids[count++] = t->byte_tokens[p[i]];
+        } else if (t->sentencepiece && t->unk != LLM__NONE) {
+            ids[count++] = t->unk;
+        }
+        p += length;
+    }
+    return count;
+}
+
+/* ---- Pre-tokenizers: the regular expressions of the models' own tokenizers, by hand ---- */
+
+/* The end of the run of code points whose class is in `mask`, or is not in it. */
+static const uint8_t *llm__skip(const llm__classes *c, const uint8_t *p, const uint8_t *end, unsigned mask, bool in) {
+    const uint8_t *next;
+    for (; p < end; p = next)
+        if (((llm__class_at(c, p, &next) & mask) != 0) != in) break;
+    return p;
+}
+
+/* 's 't 're 've 'm 'll 'd: the bytes of one at p, or 0. In any case `folded`, where a long s is an s too. */
+static size_t llm__contraction(const uint8_t *p, const uint8_t *end, bool folded) {
+    size_t n = (size_t)(end - p);
+    if (n < 2 || *p != '\'') return 0;
+    int a = p[1], b = n > 2 ? p[2] : 0;
+    if (folded) {
+        if (a == 0xC5 && b == 0xBF) return 3;
+        if (a >= 'A' && a <= 'Z') a += 'a' - 'A';
+        if (b >= 'A' && b <= 'Z') b += 'a' - 'A';
+    }
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+    return ((a == 'r' || a == 'v') && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
+}
+
+/* \s+(?!\S)|\s+ at p, where white space begins: a run leaves its last character to the word after it. */
+static const uint8_t *llm__space_word(const llm__classes *c, const uint8_t *p, const uint8_t *end) {
+    const uint8_t *last = p, *q = p, *next;
+    for (; q < end && (llm__class_at(c, q, &next) & LLM__SPACE); q = next) last = q;
+    return q == end || last == p ? q : last;
+}
+
+/* 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ */
+static const uint8_t *llm__gpt2_word(const llm__classes *c, const uint8_t *p, const uint8_t *end) {
+    const uint8_t *q = p + (*p == ' ' && p + 1 < end), *next;
+    size_t n = llm__contraction(p, end, false);
+    if (n) return p + n;
+    unsigned first = llm__class_at(c, q, &next);
+    if (first & LLM__SPACE) return llm__space_word(c, p, end);
+    if (first & LLM__LETTER) return llm__skip(c, next, end, LLM__LETTER, true);
+    if (first & LLM__NUMBER) return llm__skip(c, next, end, LLM__NUMBER, true);
+    return llm__skip(c, next, end, LLM__SPACE | LLM__LETTER | LLM__NUMBER, false);
+}
+
+/* (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|
+   \s+(?!\S)|\s+ */
+static const uint8_t *llm__llama3_word(const llm__classes *c, const uint8_t *p, const uint8_t *end, int digits) {
+    const uint8_t *q, *after, *newline = NULL;
+    size_t n = llm__contraction(p, end, true);
+    if (n) return p + n;
+    unsigned first = llm__class_at(c, p, &q);
+    if (first & LLM__LETTER) return llm__skip(c, q, end, LLM__LETTER, true);
+    if (first & LLM__NUMBER) {
+        for (int i = 1; i < digits && q < end && (llm__class_at(c, q, &after) & LLM__NUMBER); i++) q = after;
+        return q;
+    }
+    unsigned second = q < end ? llm__class_at(c, q, &after) : LLM__SPACE;
+    if (*p != '\r' && *p != '\n' && (second & LLM__LETTER)) return llm__skip(c, after, end, LLM__LETTER, true);
+    if (!(first & LLM__SPACE) || (*p == ' ' && !(second & (LLM__SPACE | LLM__NUMBER)))) {
+        q = llm__skip(c, q, end, LLM__SPACE | LLM__LETTER | LLM__NUMBER, false);
+        while (q < end && (*q == '\r' || *q == '\n')) q++;
+        return q;
+    }
+    for (q = p; q < end && (llm__class_at(c, q, &after) & LLM__SPACE); q = after)
+        if (*q == '\r' || *q == '\n') newline = q;
+    return newline ? newline + 1 : llm__space_word(c, p, end);
+}
+
+/* The next word a rule finds from p on: returns its end, and its beginning in *from. */
+static const uint8_t *llm__find_word(const llm__classes *c, llm__rule rule, const uint8_t *p, const uint8_t *end,
+                                     const uint8_t **from) {
+    const uint8_t *next;
+    *from = p;
+    switch (rule.kind) {
+    case LLM__RULE_GPT2: return llm__gpt2_word(c, p, end);
+    case LLM__RULE_LLAMA3: return llm__llama3_word(c, p, end, rule.digits);
+    case LLM__RULE_NUMBERS:
+        *from = p = llm__skip(c, p, end, LLM__NUMBER, false);
+        for (int i = 0; i < rule.digits && p < end && (llm__class_at(c, p, &next) & LLM__NUMBER); i++) p = next;
+        return p;
+    default: return end;
+    }
+}
+
+/* ---- Encoding ---- */
+
+typedef struct llm__span {
+    size_t begin, end;
+} llm__span;
+
+typedef struct llm__encode_job {
+    llm__env *env;
+    const llm_tokenizer *t;
+    const uint8_t *text, *end;
+    unsigned flags;
+    const llm__span *plain; /* stretches of the text, in order, where no special token is recognised */
+    size_t n_plain;
+    llm_token *ids;
+    size_t capacity, count;
+    llm_token last;
+    bool after_bos; /* the BOS that the file asks for was put first, and nothing since */
+} llm__encode_job;
+
+static void llm__emit(llm__encode_job *job, llm_token id) {
+    bool twice = job->after_bos && id == job->t->bos;
+    job->after_bos = false;
+    if (twice || (id == job->t->unk && id == job->last)) return; /* a run of unknown characters is one token */
+    if (job->count < job->capacity) job->ids[job->count] = id;
+    job->count++;
+    job->last = id;
+}
+
+static void llm__merge_word(llm__encode_job *job, const uint8_t *p, size_t n) {
+    const llm_tokenizer *t = job->t;
+    llm_token few[LLM__SHORT_WORD], *ids = few;
+    if (n > LLM__SHORT_WORD) ids = (llm_token *)llm__alloc(job->env, n, sizeof *ids);
+    size_t count = llm__merge(job->env, t, ids, llm__first_ids(t, p, n, ids));
+    for (size_t i = 0; i < count; i++) llm__emit(job, ids[i]);
+    if (ids != few) llm__free(job->env->pool, ids);
+}
+
+static void llm__encode_word(llm__encode_job *job, const uint8_t *p, const uint8_t *end) {
+    const llm_tokenizer *t = job->t;
+    llm_token id = llm__find_piece(t, p, (size_t)(end - p));
+    if (id != LLM__NONE && (t->flags[id] & LLM__WHOLE)) {
+        llm__emit(job, id);
+        return;
+    }
+    while (p < end) {
+        const uint8_t *q = p + 1;
+        while (q < end && llm__may_join(t, q)) q++;
+        llm__merge_word(job, p, (size_t)(q - p));
+        p = q;
+    }
+}
+
+static void llm__split(llm__encode_job *job, const llm__rule *rule, const uint8_t *p, const uint8_t *end) {
+    if (rule->kind == LLM__NO_RULE) {
+        llm__encode_word(job, p, end);
+        return;
+    }
+    while (p < end) {
+        const uint8_t *from, *to = llm__find_word(job->t->classes, *rule, p, end, &from);
+        if (from > p) llm__split(job, rule + 1, p, from);
+        if (to > from) llm__split(job, rule + 1, from, to);
+        p = to;
+    }
+}
+
+/* SentencePiece has no words; a place that no merge goes across ends one just as well. */
+static void llm__encode_scored(llm__encode_job *job, const uint8_t *p, const uint8_t *end) {
+    while (p < end) {
+        const uint8_t *q = p + 1;
+        while (q < end && llm__may_join(job->t, q)) q++;
+        llm__encode_word(job, p, q);
+        p = q;
+    }
+}
+
+/* A copy for SentencePiece: with a space before it, if the tokenizer wants one, and spaces for U+2581. */
+static uint8_t *llm__to_spaces(llm__env *env, bool prefix, const uint8_t *p, const uint8_t *end, size_t *n) {
+    uint8_t *out = (uint8_t *)llm__alloc(env, (size_t)(end - p) + 1, 1);
+    *n = 0;
+    if (prefix) out[(*n)++] = ' ';
+    while (p < end) {
+        bool mark = *p == 0xE2 && !memcmp(p, "\xE2\x96\x81", 3); /* well-formed text has all three bytes */
+        out[(*n)++] = mark ? ' ' : *p;
+        p += mark ? 3 : 1;
+    }
+    return out;
+}
+
+/* What is between two special tokens. */
+static void llm__encode_stretch(llm__encode_job *job, const uint8_t *p, const uint8_t *end) {
+    const llm_tokenizer *t = job->t;
+    size_t n = 0;
+    uint8_t *changed = NULL;
+    if (p == end) return;
+    if (t->sentencepiece) changed = llm__to_spaces(job->env, t->add_space_prefix, p, end, &n);
+    else if (t->nfc) changed = llm__to_nfc(job->env, t->nfc, p, end, &n);
+    if (changed) {
+        p = changed;
+        end = changed + n;
+    }
+    if (t->sentencepiece) llm__encode_scored(job, p, end);
+    else llm__split(job, t->rules, p, end);
+    llm__free(job->env->pool, changed);
+}
+
+/* The longest special token the text at p begins with, LLM__NONE if there is none. Control tokens must end before
+   `control_end`. */
+static llm_token llm__special_at(const llm_tokenizer *t, const uint8_t *p, const uint8_t *end,
+                                 const uint8_t *control_end) {
+    int lo = 0, hi = t->n_specials;
+    size_t n = (size_t)(end - p), same = 0;
+    while (lo < hi) { /* the first that sorts after the text; all its prefixes are before, and prefixes of one another */
+        int mid = (lo + hi) / 2;
+        llm__str s = llm__piece(t, t->specials[mid].id);
+        int order = memcmp(s.at, p, s.n < n ? s.n : n);
+        if (order < 0 || (order == 0 && s.n <= n)) lo = mid + 1;
+        else hi = mid;
+    }
+    if (!lo) return LLM__NONE;
+    llm__str nearest = llm__piece(t, t->specials[lo - 1].id);
+    while (same < n && same < nearest.n && (uint8_t)nearest.at[same] == p[same]) same++;
+    for (int i = lo - 1; i != LLM__NONE; i = t->specials[i].prefix) {
+        llm_token id = t->specials[i].id;
+        size_t length = llm__piece(t, id).n;
+        if (length > same) continue;
+        if (llm__type_of(t, id) == LLM__TYPE_USER_DEFINED || (control_end > p && length <= (size_t)(control_end - p))) return id;
+    }
+    return LLM__NONE;
+}
+
+static const uint8_t *llm__strip_back(const llm__classes *c, const uint8_t *begin, const uint8_t *p) {
+    while (p > begin) {
+        const uint8_t *q = p - 1, *next;
+        while ((*q & 0xC0) == 0x80) q--;
+        if (!(llm__class_at(c, q, &next) & LLM__SPACE)) break;
+        p = q;
+    }
+    return p;
+}
+
+/* How far from p on control tokens are recognised; *span is the first stretch of plain text that does not end before. */
+static const uint8_t *llm__control_end(const llm__encode_job *job, const uint8_t *p, size_t *span) {
+    size_t at = (size_t)(p - job->text);
+    if (!(job->flags & LLM_ENCODE_SPECIAL)) return p;
+    while (*span < job->n_plain && job->plain[*span].end <= at) ++*span;
+    if (*span == job->n_plain) return job->end;
+    return at >= job->plain[*span].begin ? p : job->text + job->plain[*span].begin;
+}
+
+static void llm__encode_text(llm__encode_job *job) {
+    const llm_tokenizer *t = job->t;
+    const uint8_t *begin = job->text, *p = begin, *end = job->end;
+    unsigned wanted = job->flags & LLM_ENCODE_SPECIAL ? 3 : 1;
+    size_t span = 0;
+    if (!(t->special_kinds & wanted)) p = end;
+    while (p < end) {
+        if (!(t->special_starts[*p] & wanted)) {
+            p++;
+            continue;
+        }
+        llm_token id = llm__special_at(t, p, end, llm__control_end(job, p, &span));
+        if (id == LLM__NONE) {
+            p++;
+            continue;
+        }
+        const uint8_t *stop = t->flags[id] & LLM__LSTRIP ? llm__strip_back(t->classes, begin, p) : p;
+        llm__encode_stretch(job, begin, stop);
+        llm__emit(job, id);
+        p += llm__piece(t, id).n;
+        if (t->flags[id] & LLM__RSTRIP) p = llm__skip(t->classes, p, end, LLM__SPACE, true);
+        begin = p;
+    }
+    llm__encode_stretch(job, begin, end);
+}
+
+/* A copy in which each byte that is not part of well-formed UTF-8 is U+FFFD. */
+static uint8_t *llm__repair_utf8(llm__env *env, const uint8_t *p, const uint8_t *end, size_t *n) {
+    uint8_t *out = (uint8_t *)llm__alloc(env, (size_t)(end - p), 3);
+    for (*n = 0; p < end;) {
+        size_t length = llm__utf8_length(p, end);
+        memcpy(out + *n, length ? p : (const uint8_t *)"\xEF\xBF\xBD", length ? length : 3);
+        *n += length ? length : 3;
+        p += length ? length : 1;
+    }
+    return out;
+}
+
+static void llm__encode_body(llm__env *env, void *arg) {
+    llm__encode_job *job = (llm__encode_job *)arg;
+    bool ends = (job->flags & LLM_ENCODE_BOS) != 0;
+    job->env = env;
+    if (llm__utf8_check(job->text, job->end) != job->end) {
+        size_t n;
+        job->text = llm__repair_utf8(env, job->text, job->end, &n);
+        job->end = job->text + n;
+    }
+    if (ends && job->t->add_bos && job->t->bos != LLM__NONE) {
+        llm__emit(job, job->t->bos);
+        job->after_bos = true;
+    }
+    llm__encode_text(job);
+    if (ends && job->t->add_eos && job->t->eos != LLM__NONE && job->last != job->t->eos) llm__emit(job, job->t->eos);
+}
+
+static llm__encode_job llm__new_encode_job(const llm_tokenizer *t, const char *text, size_t n_bytes, unsigned flags,
+                                           llm_token *ids, size_t capacity) {
+    llm__encode_job job;
+    memset(&job, 0, sizeof job);
+    job.t = t;
+    job.text = (const uint8_t *)(text ? text : "");
+    job.end = job.text + (text ? n_bytes : 0);
+    job.flags = flags;
+    job.ids = ids;
+    job.capacity = ids ? capacity : 0;
+    job.last = LLM__NONE;
+    return job;
+}
+
+/* llm_encode in a guarded place, with stretches in which special tokens are plain text; if there are any, the text must
+   be UTF-8. */
+static size_t llm__encode_spans(llm__env *env, const llm_tokenizer *t, const char *text, size_t n_bytes, unsigned flags,
+                                const llm__span *plain, size_t n_plain, llm_token *ids, size_t capacity) {
+    llm__encode_job job = llm__new_encode_job(t, text, n_bytes, flags, ids, capacity);
+    job.plain = plain;
+    job.n_plain = n_plain;
+    llm__encode_body(env, &job);
+    return job.count;
+}
+
+LLM_API int64_t llm_encode(const llm_tokenizer *tokenizer, const char *text, size_t n_bytes, unsigned flags,
+                           llm_token *ids, size_t capacity, llm_error *err) {
+    llm__encode_job job = llm__new_encode_job(tokenizer, text, n_bytes, flags, ids, capacity);
+    llm__pool pool;
+    llm__env env;
+    memset(&env, 0, sizeof env);
+    pool.host = tokenizer->host;
+    pool.blocks = NULL;
+    env.pool = &pool;
+    env.err = err;
+    llm_status status = llm__guarded(&env, llm__encode_body, &job);
+    llm__pool_free(&pool);
+    return status ? -1 : (int64_t)job.count;
+}
+
+/* ---- Decoding ---- */
+
+LLM_API const char *llm_token_bytes(const llm_tokenizer *tokenizer, llm_token id, size_t *n_bytes) {
+    *n_bytes = 0;
+    if (id < 0 || id >= tokenizer->n_vocab) return NULL;
+    llm__str s = llm__piece(tokenizer, id);
+    *n_bytes = s.n;
+    return s.at;
+}
+
+LLM_API bool llm_token_is_special(const llm_tokenizer *tokenizer, llm_token id) {
+    if (id < 0 || id >= tokenizer->n_vocab) return false;
+    int type = llm__type_of(tokenizer, id);
+    return type == LLM__TYPE_CONTROL || type == LLM__TYPE_UNKNOWN;
+}
+
+LLM_API bool llm_token_is_end(const llm_tokenizer *tokenizer, llm_token id) {
+    return id >= 0 && id < tokenizer->n_vocab && (tokenizer->flags[id] & LLM__END);
+}
+
+LLM_API int llm_tokenizer_n_vocab(const llm_tokenizer *tokenizer) { return tokenizer->n_vocab; }
+LLM_API llm_token llm_tokenizer_bos(const llm_tokenizer *tokenizer) { return tokenizer->bos; }
+LLM_API llm_token llm_tokenizer_eos(const llm_tokenizer *tokenizer) { return tokenizer->eos; }
+
+/* What a token adds to a text; the space that SentencePiece put before a text goes again. */
+static llm__str llm__shown_text(const llm_tokenizer *t, llm_token id, unsigned flags, bool text_begins) {
+    llm__str s = {"", 0};
+    if (id < 0 || id >= t->n_vocab || (llm_token_is_special(t, id) && !(flags & LLM_ENCODE_SPECIAL))) return s;
+    s = llm__piece(t, id);
+    if (text_begins && t->sentencepiece && t->add_space_prefix && s.n && s.at[0] == ' ') {
+        s.at++;
+        s.n--;
+    }
+    return s;
+}
+
+LLM_API size_t llm_decode(const llm_tokenizer *tokenizer, const llm_token *ids, size_t n_ids, unsigned flags,
+                          char *text, size_t capacity) {
+    size_t n = 0;
+    bool begins = true;
+    for (size_t i = 0; i < n_ids; i++) {
+        llm__str s = llm__shown_text(tokenizer, ids[i], flags, begins);
+        if (llm_token_is_special(tokenizer, ids[i]) && !s.n) continue;
+        begins = false;
+        if (n < capacity) memcpy(text + n, s.at, s.n < capacity - n ? s.n : capacity - n);
+        n += s.n;
+    }
+    if (capacity) text[n < capacity ? n : capacity - 1] = 0;
+    return n;
+}
+
+/* How the bytes at p < end begin: *n bytes that are a whole character (true) or, where there is none, one byte to be
+   shown as U+FFFD (false). *n is 0 if what there is may yet become a character. */
+static bool llm__next_character(const uint8_t *p, const uint8_t *end, size_t *n) {
+    static const uint8_t completion[3][3] = {{0x80, 0x80, 0x80}, {0x90, 0x80, 0x80}, {0xA0, 0x80, 0x80}};
+    uint8_t whole[8];
+    size_t have = (size_t)(end - p);
+    *n = llm__utf8_length(p, end);
+    if (*n) return true;
+    *n = 1;
+    for (int i = 0; i < 3 && have < 4; i++) { /* some continuation of 80, 90 or A0 completes whatever can be completed */
+        memcpy(whole, p, have);
+        memcpy(whole + have, completion[i], 3);
+        if (llm__utf8_length(whole, whole + have + 3) > have) *n = 0;
+    }
+    return false;
+}
+
+LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream *stream, llm_token token, char *text,
+                                size_t capacity) {
+    llm__str s = llm__shown_text(tokenizer, token, stream->flags, !stream->started);
+    uint8_t head[8]; /* what was pending and the first bytes of the token */
+    size_t n_out = 0, at = 0, n_pending = (size_t)stream->n_pending, total = n_pending + s.n;
+    for (bool ends = token < 0; at < total;) {
+        size_t n, n_head = 0;
+        while (n_head < 4 && at + n_head < total) {
+            size_t i = at + n_head;
+            head[n_head++] = i < n_pending ? stream->pending[i] : (uint8_t)s.at[i - n_pending];
+        }
+        bool whole = llm__next_character(head, head + n_head, &n);
+        if (!n && !ends) break;
+        if (!n) n = 1;
+        const char *shown = whole ? (const char *)head : "\xEF\xBF\xBD";
+        size_t n_shown = whole ? n : 3;
+        if (n_out + n_shown < capacity) memcpy(text + n_out, shown, n_shown);
+        n_out += n_shown;
+        at += n;
+    }
+    if (n_out >= capacity) return n_out; /* nothing has happened: the caller comes again with more room */
+    text[n_out] = 0;
+    for (size_t i = 0; at + i < total; i++) /* at most three bytes; those that were pending move to the front */
+        head[i] = at + i < n_pending ? stream->pending[at + i] : (uint8_t)s.at[at + i - n_pending];
+    stream->n_pending = (int)(total - at);
+    memcpy(stream->pending, head, total - at);
+    if (s.n) stream->started = true;
+    return n_out;
+}
+
+/* ---- Building a tokenizer ---- */
+
+enum { LLM__MAX_PIECE = 65535, LLM__MAX_SPM_PIECE = 512, LLM__MAX_SPECIAL = 512, LLM__MAX_PROBES = 2000 };
+
+static size_t llm__power_of_two(size_t least) {
+    size_t n = 16;
+    while (n < least) n *= 2;
+    return n;
+}
+
+/* The byte a code point stands for in the pieces of byte-level BPE, where each byte is a visible character; -1: none. */
+static int llm__byte_of_code(uint32_t c) {
+    if ((c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255)) return (int)c;
+    if (c < 256 || c > 323) return -1;
+    c -= 256; /* the others, in order: 0 to 32, 127 to 160, 173 */
+    return c <= 32 ? (int)c : c <= 66 ? (int)(c - 33 + 127) : 173;
+}
+
+/* Writes the bytes a byte-level piece stands for; false if it holds a character that is not one of those. */
+static bool llm__unmap_bytes(llm__str s, uint8_t *out, size_t *n) {
+    const uint8_t *p = (const uint8_t *)s.at, *end = p + s.n;
+    for (*n = 0; p < end;) {
+        int byte = llm__byte_of_code(llm__utf8_decode(p, &p));
+        if (byte < 0) return false;
+        out[(*n)++] = (uint8_t)byte;
+    }
+    return true;
+}
+
+static int llm__hex_digit(char c) {
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+}
+
+/* "<0x0A>" is 10; -1 for any other text. */
+static int llm__byte_piece(llm__str s) {
+    if (s.n != 6 || memcmp(s.at, "<0x", 3) || s.at[5] != '>') return -1;
+    int hi = llm__hex_digit(s.at[3]), lo = llm__hex_digit(s.at[4]);
+    return hi < 0 || lo < 0 ? -1 : 16 * hi + lo;
+}
+
+static llm__token_type llm__source_type(llm__env *env, const llm__vocab_source *v, size_t i) {
+    if (v->types) {
+        if (v->types[i] < LLM__TYPE_NORMAL || v->types[i] > LLM__TYPE_BYTE)
+            llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is %ld, not a type from 1 to 6", v->types_name,
+                      (unsigned long long)i, (long)v->types[i]);
+        return (llm__token_type)v->types[i];
+    }
+    if (v->sentencepiece && llm__byte_piece(v->pieces[i]) >= 0) return LLM__TYPE_BYTE;
+    bool special = (llm_token)i == v->bos || (llm_token)i == v->eos;
+    return (llm_token)i == v->unk ? LLM__TYPE_UNKNOWN : special ? LLM__TYPE_CONTROL : LLM__TYPE_NORMAL;
+}
+
+static void llm__check_piece(llm__env *env, const char *name, size_t i, llm__str s, size_t most) {
+    const uint8_t *p = (const uint8_t *)s.at;
+    if (!s.n) llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is empty", name, (unsigned long long)i);
+    if (s.n > most)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s[%llu] has %llu bytes; %llu are the most", name, (unsigned long long)i,
+                  (unsigned long long)s.n, (unsigned long long)most);
+    const uint8_t *bad = llm__utf8_check(p, p + s.n);
+    if (bad != p + s.n)
+        llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is not UTF-8: byte %d is 0x%02X", name, (unsigned long long)i,
+                  (int)(bad - p), *bad);
+}
+
+/* Adds a token to the table of pieces, which merging and words look into. */
+static void llm__index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, llm_token id) {
+    llm__str s = llm__piece(t, id);
+    uint32_t tag;
+    size_t probes = 0;
+    llm__piece_slot *slot = llm__piece_slot_of(t, (const uint8_t *)s.at, s.n, &tag, &probes);
+    if (slot->id != LLM__NONE)
+        llm__fail(env, LLM_ERROR_FORMAT, "%s[%ld] and [%ld] are the same piece: \"%.*s\"", v->pieces_name, (long)slot->id,
+                  (long)id, LLM__SHOW_PIECE(v->pieces[id]));
+    if (probes > LLM__MAX_PROBES)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s[%ld] collides with too many others", v->pieces_name, (long)id);
+    slot->tag = tag;
+    slot->id = id;
+    if (s.n > t->longest_piece) t->longest_piece = s.n;
+    for (size_t i = 1; i < s.n; i++) {
+        uint8_t left = (uint8_t)s.at[i - 1], right = (uint8_t)s.at[i];
+        t->joined[left][right / 8] |= (uint8_t)(1 << right % 8);
+    }
+}
+
+/* Copies a piece as the bytes it stands for; returns whether words can be made of it. */
+static bool llm__store_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, size_t i,
+                             llm__token_type type) {
+    llm__str s = v->pieces[i];
+    uint8_t *out = t->bytes + t->offsets[i];
+    size_t n = s.n;
+    bool normal = type == LLM__TYPE_NORMAL;
+    int byte = t->sentencepiece && type == LLM__TYPE_BYTE ? llm__byte_piece(s) : -1;
+    if (t->sentencepiece && type == LLM__TYPE_BYTE && byte < 0)
+        llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is \"%.*s\", not a byte like \"<0x0A>\"", v->pieces_name,
+                  (unsigned long long)i, LLM__SHOW_PIECE(s));
+    if (byte >= 0) {
+        out[0] = (uint8_t)byte;
+        n = 1;
+        t->byte_tokens[byte] = (llm_token)i;
+    } else if (!t->sentencepiece && normal && llm__unmap_bytes(s, out, &n)) {
+        if (n == 1) t->byte_tokens[out[0]] = (llm_token)i;
+    } else {
+        memcpy(out, s.at, n = s.n);
+        if (!t->sentencepiece) normal = false;
+        else for (size_t from = n = 0; from < s.n; n++) {
+            bool mark = s.n - from >= 3 && !memcmp(s.at + from, "\xE2\x96\x81", 3);
+            out[n] = mark ? ' ' : (uint8_t)s.at[from];
+            from += mark ? 3 : 1;
+        }
+    }
+    t->offsets[i + 1] = t->offsets[i] + (uint32_t)n;
+    return normal;
+}
+
+static void llm__build_pieces(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
+    uint64_t total = 0;
+    for (size_t i = 0; i < v->n_pieces; i++) {
+        llm__check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_PIECE);
+        total += v->pieces[i].n;
+    }
+    if (total > UINT32_MAX)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s has %llu bytes", v->pieces_name, (unsigned long long)total);
+    size_t room = llm__power_of_two(2 * v->n_pieces);
+    t->flags = (uint8_t *)llm__alloc_zero(env, v->n_pieces, 1);
+    t->offsets = (uint32_t *)llm__alloc_zero(env, v->n_pieces + 1, sizeof *t->offsets);
+    t->bytes = (uint8_t *)llm__alloc(env, (size_t)total, 1);
+    t->pieces = (llm__piece_slot *)llm__alloc(env, room, sizeof *t->pieces);
+    t->piece_mask = room - 1;
+    memset(t->pieces, 0xFF, room * sizeof *t->pieces);
+    memset(t->byte_tokens, 0xFF, sizeof t->byte_tokens);
+    for (size_t i = 0; i < v->n_pieces; i++) {
+        llm__token_type type = llm__source_type(env, v, i);
+        t->flags[i] = (uint8_t)(type | (v->strip ? v->strip[i] : 0));
+        if (llm__store_piece(env, t, v, i, type)) llm__index_piece(env, t, v, (llm_token)i);
+    }
+}
+
+static void llm__pairs_resize(llm__env *env, llm_tokenizer *t, size_t room) {
+    llm__pair_slot *old = t->pairs;
+    size_t n_old = old ? t->pair_mask + 1 : 0, probes = 0;
+    t->pairs = (llm__pair_slot *)llm__alloc(env, room, sizeof *t->pairs);
+    memset(t->pairs, 0xFF, room * sizeof *t->pairs);
+    t->pair_mask = room - 1;
+    for (size_t i = 0; i < n_old; i++)
+        if (old[i].left != LLM__NONE) *llm__pair_slot_of(t, old[i].left, old[i].right, &probes) = old[i];
+    llm__free(env->pool, old);
+}
+
+/* A pair that comes again has the rank of its last coming, as in Hugging Face's tokenizers. */
+static void llm__add_pair(llm__env *env, llm_tokenizer *t, llm_token left, llm_token right, llm_token merged,
+                          uint32_t rank) {
+    if (2 * (t->n_pairs + 1) > t->pair_mask + 1) llm__pairs_resize(env, t, 2 * (t->pair_mask + 1));
+    size_t probes = 0;
+    llm__pair_slot *slot = llm__pair_slot_of(t, left, right, &probes);
+    if (slot->left == LLM__NONE) t->n_pairs++;
+    if (probes > LLM__MAX_PROBES) llm__fail(env, LLM_ERROR_UNSUPPORTED, "too many merges collide");
+    slot->left = left;
+    slot->right = right;
+    slot->merged = merged;
+    slot->rank = rank;
+}
+
+static size_t llm__unmap_merge(llm__env *env, const llm__vocab_source *v, size_t i, llm__str s, uint8_t *out) {
+    size_t n;
+    llm__check_piece(env, v->merges_name, i, s, LLM__MAX_PIECE);
+    if (!llm__unmap_bytes(s, out, &n))
+        llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu]: \"%.*s\" is not made of byte characters", v->merges_name,
+                  (unsigned long long)i, LLM__SHOW_PIECE(s));
+    return n;
+}
+
+static llm_token llm__merge_token(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v, size_t i,
+                                  const uint8_t *p, size_t n, llm__str shown) {
+    llm_token id = llm__find_piece(t, p, n);
+    if (id == LLM__NONE)
+        llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] needs \"%.*s\", which is not in %s", v->merges_name,
+                  (unsigned long long)i, LLM__SHOW_PIECE(shown), v->pieces_name);
+    return id;
+}
+
+static void llm__build_merges(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
+    uint8_t *joined = (uint8_t *)llm__alloc(env, 2, LLM__MAX_PIECE);
+    for (size_t i = 0; i < v->n_merges; i++) {
+        llm__str left = v->merges[i].left, right = v->merges[i].right;
+        size_t n_left = llm__unmap_merge(env, v, i, left, joined);
+        size_t n_right = llm__unmap_merge(env, v, i, right, joined + n_left);
+        llm_token a = llm__merge_token(env, t, v, i, joined, n_left, left);
+        llm_token b = llm__merge_token(env, t, v, i, joined + n_left, n_right, right);
+        llm_token ab = llm__find_piece(t, joined, n_left + n_right);
+        if (ab == LLM__NONE)
+            llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] makes \"%.*s%.*s\", which is not in %s", v->merges_name,
+                      (unsigned long long)i, LLM__SHOW_PIECE(left), LLM__SHOW_PIECE(right), v->pieces_name);
+        llm__add_pair(env, t, a, b, ab, (uint32_t)i);
+    }
+    t->n_ranks = (uint32_t)v->n_merges;
+    llm__free(env->pool, joined);
+}
+
+typedef struct llm__scored {
+    float score;
+    llm_token id;
+} llm__scored;
+
+static int llm__compare_scores(const void *a, const void *b) { /* the highest first */
+    float x = ((const llm__scored *)a)->score, y = ((const llm__scored *)b)->score;
+    return (x < y) - (x > y);
+}
+
+/* SentencePiece merges any two neighbours that are a piece together, the highest score first: each way to cut a piece
+   into two pieces is a merge, and equal scores have the same rank. */
+static void llm__build_scored(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
+    llm__scored *order = (llm__scored *)llm__alloc(env, v->n_pieces, sizeof *order);
+    size_t n = 0;
+    for (size_t i = 0; i < v->n_pieces; i++) {
+        if (llm__type_of(t, (llm_token)i) != LLM__TYPE_NORMAL) continue;
+        if (v->scores[i] != v->scores[i])
+            llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is not a number", v->scores_name, (unsigned long long)i);
+        llm__check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_SPM_PIECE);
+        order[n].score = v->scores[i];
+        order[n++].id = (llm_token)i;
+    }
+    qsort(order, n, sizeof *order, llm__compare_scores);
+    for (size_t i = 0; i < n; i++) {
+        if (i && order[i].score != order[i - 1].score) t->n_ranks++;
+        llm__str s = llm__piece(t, order[i].id);
+        const uint8_t *p = (const uint8_t *)s.at, *end = p + s.n, *q = p;
+        while (llm__utf8_decode(q, &q), q < end) {
+            llm_token left = llm__find_piece(t, p, (size_t)(q - p)), right = llm__find_piece(t, q, (size_t)(end - q));
+            if (left != LLM__NONE && right != LLM__NONE) llm__add_pair(env, t, left, right, order[i].id, t->n_ranks);
+        }
+    }
+    t->n_ranks++;
+    llm__free(env->pool, order);
+}
+
+/* Finds the pieces that their own bytes merge into; with `all` (Hugging Face's ignore_merges) they are not asked. */
+static void llm__mark_whole(llm__env *env, llm_tokenizer *t, bool all) {
+    llm_token *ids = (llm_token *)llm__alloc(env, t->longest_piece + 1, sizeof *ids);
+    for (size_t i = 0; i <= t->piece_mask; i++) {
+        llm_token id = t->pieces[i].id;
+        if (id == LLM__NONE) continue;
+        llm__str s = llm__piece(t, id);
+        bool whole = all;
+        if (!whole) {
+            size_t n = llm__merge(env, t, ids, llm__first_ids(t, (const uint8_t *)s.at, s.n, ids));
+            whole = n == 1 && ids[0] == id;
+        }
+        if (whole) t->flags[id] |= LLM__WHOLE;
+    }
+    llm__free(env->pool, ids);
+}
+
+typedef struct llm__special_name {
+    llm__str text;
+    llm_token id;
+} llm__special_name;
+
+static int llm__compare_special_names(const void *a, const void *b) {
+    const llm__special_name *x = (const llm__special_name *)a, *y = (const llm__special_name *)b;
+    int order = memcmp(x->text.at, y->text.at, x->text.n < y->text.n ? x->text.n : y->text.n);
+    if (order) return order;
+    if (x->text.n != y->text.n) return x->text.n < y->text.n ? -1 : 1;
+    return (x->id < y->id) - (x->id > y->id); /* of two with the same text the lower id comes last and is found */
+}
+
+static void llm__build_specials(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
+    llm__special_name *names = (llm__special_name *)llm__alloc(env, (size_t)t->n_vocab, sizeof *names);
+    int n = 0;
+    for (llm_token id = 0; id < t->n_vocab; id++) {
+        int type = llm__type_of(t, id);
+        if (type != LLM__TYPE_CONTROL && type != LLM__TYPE_UNKNOWN && type != LLM__TYPE_USER_DEFINED) continue;
+        llm__check_piece(env, v->pieces_name, (size_t)id, v->pieces[id], LLM__MAX_SPECIAL);
+        names[n].text = llm__piece(t, id);
+        names[n++].id = id;
+        t->special_starts[(uint8_t)llm__piece(t, id).at[0]] |= type == LLM__TYPE_USER_DEFINED ? 1 : 2;
+        t->special_kinds |= type == LLM__TYPE_USER_DEFINED ? 1 : 2;
+    }
+    qsort(names, (size_t)n, sizeof *names, llm__compare_special_names);
+    t->specials = (llm__special *)llm__alloc(env, (size_t)n, sizeof *t->specials);
+    t->n_specials = n;
+    for (int i = 0; i < n; i++) {
+        int32_t prefix = i - 1;
+        while (prefix != LLM__NONE && (names[prefix].text.n > names[i].text.n ||
+                                       memcmp(names[prefix].text.at, names[i].text.at, names[prefix].text.n)))
+            prefix = t->specials[prefix].prefix;
+        t->specials[i].id = names[i].id;
+        t->specials[i].prefix = prefix;
+    }
+    llm__free(env->pool, names);
+}
+
+static void llm__build_ends(llm_tokenizer *t, const llm__vocab_source *v) {
+    static const char *const texts[] = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>",
+        "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "<|eot|>", "<|return|>", "<|end_of_sentence|>", "</s>",
+        "<|EOT|>", "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
+    if (v->eos != LLM__NONE) t->flags[v->eos] |= LLM__END;
+    for (size_t i = 0; i < sizeof v->ends / sizeof *v->ends; i++)
+        if (v->ends[i] != LLM__NONE) t->flags[v->ends[i]] |= LLM__END;
+    for (int i = 0; i < t->n_specials; i++) {
+        llm_token id = t->specials[i].id;
+        for (size_t k = 0; k < sizeof texts / sizeof *texts; k++)
+            if (llm_token_is_special(t, id) && llm__str_is(v->pieces[id], texts[k])) t->flags[id] |= LLM__END;
+    }
+}
+
+typedef struct llm__pre_tokenizer {
+    const char *names; /* in GGUF, each followed by a comma */
+    llm__rule rules[LLM__MAX_RULES];
+    bool nfc, ignore_merges;
+} llm__pre_tokenizer;
+
+static const llm__pre_tokenizer *llm__find_pre_tokenizer(llm__str name) {
+    static const llm__pre_tokenizer known[] = {
+        {"gpt-2,phi-2,olmo,jais,mellum,exaone4,", {{LLM__RULE_GPT2, 0}}, false, false},
+        {"mpt,", {{LLM__RULE_GPT2, 0}}, true, false},
+        {"smollm,starcoder,refact,codeshell,exaone,minerva-7b,", {{LLM__RULE_NUMBERS, 1}, {LLM__RULE_GPT2, 0}}, false, false},
+        {"command-r,", {{LLM__RULE_NUMBERS, 1}, {LLM__RULE_GPT2, 0}}, true, false},
+        {"llama-bpe,llama3,llama-v3,falcon3,falcon-h1,", {{LLM__RULE_LLAMA3, 3}}, false, true},
+        {"dbrx,smaug-bpe,", {{LLM__RULE_LLAMA3, 3}}, false, false},
+        {"qwen2,deepseek-r1-qwen,megrez,stablelm2,", {{LLM__RULE_LLAMA3, 1}}, true, false}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        for (const char *p = known[i].names, *comma; (comma = strchr(p, ',')) != NULL; p = comma + 1)
+            if (name.n == (size_t)(comma - p) && !memcmp(name.at, p, name.n)) return &known[i];
+    return NULL;
+}
+
+static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_source *v) {
+    llm_tokenizer *t = (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *t);
+    const llm__pre_tokenizer *pre = v->sentencepiece ? NULL : llm__find_pre_tokenizer(v->pre);
+    if (!v->sentencepiece && !pre)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s is \"%.*s\", which is not one of the pre-tokenizers known here",
+                  v->pre_name, LLM__SHOW(v->pre));
+    if (v->n_pieces < 1 || v->n_pieces > 1 << 24 || v->n_merges > 1 << 26)
+        llm__fail(env, LLM_ERROR_FORMAT, "%s has %llu entries, %s %llu", v->pieces_name, (unsigned long long)v->n_pieces,
+                  v->merges_name, (unsigned long long)v->n_merges);
+    t->host = env->pool->host;
+    t->sentencepiece = v->sentencepiece;
+    t->n_vocab = (int)v->n_pieces;
+    t->bos = v->bos;
+    t->eos = v->eos;
+    t->unk = v->unk;
+    t->add_bos = v->add_bos;
+    t->add_eos = v->add_eos;
+    t->add_space_prefix = v->add_space_prefix;
+    t->classes = llm__build_classes(env);
+    if (pre) memcpy(t->rules, pre->rules, sizeof pre->rules);
+    if (pre && pre->nfc) t->nfc = llm__build_nfc(env);
+    if (v->chat_template.n) t->chat_template = llm__copy_string(env, v->chat_template.at, v->chat_template.n);
+    llm__build_pieces(env, t, v);
+    llm__pairs_resize(env, t, llm__power_of_two(2 * v->n_merges));
+    if (v->sentencepiece) llm__build_scored(env, t, v);
+    else llm__build_merges(env, t, v);
+    llm__mark_whole(env, t, pre && pre->ignore_merges);
+    llm__build_specials(env, t, v);
+    llm__build_ends(t, v);
+    return t;
+}
+
+/* ---- Tokenizers in GGUF files ---- */
+
+static llm_token llm__get_token(llm__env *env, const llm__checkpoint *ck, const char *key, size_t n_pieces) {
+    if (!n_pieces || !llm__find_value(ck, key)) return LLM__NONE;
+    return (llm_token)llm__get_int(env, ck, key, 0, 0, (int64_t)n_pieces - 1);
+}
+
+static bool llm__get_bool(llm__env *env, const llm__checkpoint *ck, const char *key, bool missing) {
+    return llm__get_number(env, ck, key, missing) != 0;
+}
+
+/* An array of n numbers; NULL if it is not there. */
+static const llm__value *llm__get_numbers(llm__env *env, const llm__checkpoint *ck, const char *key, size_t n) {
+    const llm__value *v = llm__find_value(ck, key);
+    if (!v) return NULL;
+    if (!v->is_array || v->type == LLM__GGUF_STRING)
+        llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not an array of numbers", key);
+    if (v->count != n)
+        llm__fail(env, LLM_ERROR_FORMAT, "metadata %s has %llu entries, tokenizer.ggml.tokens %llu", key,
+                  (unsigned long long)v->count, (unsigned long long)n);
+    return v;
+}
+
+static int32_t *llm__gguf_types(llm__env *env, const llm__checkpoint *ck, size_t n) {
+    const llm__value *v = llm__get_numbers(env, ck, "tokenizer.ggml.token_type", n);
+    if (!v) return NULL;
+    int32_t *types = (int32_t *)llm__alloc(env, n, sizeof *types);
+    for (size_t i = 0; i < n; i++) {
+        double d = llm__value_number(v, i);
+        types[i] = d >= 1 && d <= 6 ? (int32_t)d : d >= -2147483647.0 && d <= 2147483647.0 ? (int32_t)d : 0;
+    }
+    return types;
+}
+
+static float *llm__gguf_scores(llm__env *env, const llm__checkpoint *ck, size_t n) {
+    const llm__value *v = llm__get_numbers(env, ck, "tokenizer.ggml.scores", n);
+    if (!v) llm__fail(env, LLM_ERROR_FORMAT, "metadata tokenizer.ggml.scores is missing");
+    float *scores = (float *)llm__alloc(env, n, sizeof *scores);
+    for (size_t i = 0; i < n; i++) scores[i] = (float)llm__value_number(v, i);
+    return scores;
+}
+
+/* "left right" */
+static llm__merge_pair *llm__gguf_merges(llm__env *env, const llm__checkpoint *ck, size_t *n) {
+    llm__str *lines = llm__get_strings(env, ck, "tokenizer.ggml.merges", n);
+    if (!lines) llm__fail(env, LLM_ERROR_FORMAT, "metadata tokenizer.ggml.merges is missing");
+    llm__merge_pair *merges = (llm__merge_pair *)llm__alloc(env, *n, sizeof *merges);
+    for (size_t i = 0; i < *n; i++) {
+        llm__str line = lines[i];
+        const char *space = line.n > 1 ? (const char *)memchr(line.at + 1, ' ', line.n - 1) : NULL;
+        if (!space || space + 1 == line.at + line.n)
+            llm__fail(env, LLM_ERROR_FORMAT, "tokenizer.ggml.merges[%llu] is \"%.*s\", not two pieces with a space between",
+                      (unsigned long long)i, LLM__SHOW_PIECE(line));
+        merges[i].left.at = line.at;
+        merges[i].left.n = (size_t)(space - line.at);
+        merges[i].right.at = space + 1;
+        merges[i].right.n = line.n - merges[i].left.n - 1;
+    }
+    llm__free(env->pool, lines);
+    return merges;
+}
+
+static llm_tokenizer *llm__tokenizer_from_gguf(llm__env *env, const llm__checkpoint *ck) {
+    llm__vocab_source v;
+    memset(&v, 0, sizeof v);
+    v.pieces_name = "tokenizer.ggml.tokens";
+    v.scores_name = "tokenizer.ggml.scores";
+    v.types_name = "tokenizer.ggml.token_type";
+    v.merges_name = "tokenizer.ggml.merges";
+    v.pre_name = "tokenizer.ggml.pre";
+    llm__str model = llm__get_str(env, ck, "tokenizer.ggml.model");
+    v.sentencepiece = llm__str_is(model, "llama");
+    if (!v.sentencepiece && !llm__str_is(model, "gpt2"))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tokenizer.ggml.model is \"%.*s\"; \"llama\" (SentencePiece BPE) and \"gpt2\" "
+                  "(byte-level BPE) are known here", LLM__SHOW(model));
+    llm__str *pieces = llm__get_strings(env, ck, "tokenizer.ggml.tokens", &v.n_pieces);
+    if (!pieces) llm__fail(env, LLM_ERROR_FORMAT, "metadata tokenizer.ggml.tokens is missing");
+    int32_t *types = llm__gguf_types(env, ck, v.n_pieces);
+    float *scores = v.sentencepiece ? llm__gguf_scores(env, ck, v.n_pieces) : NULL;
+    llm__merge_pair *merges = v.sentencepiece ? NULL : llm__gguf_merges(env, ck, &v.n_merges);
+    v.pieces = pieces;
+    v.types = types;
+    v.scores = scores;
+    v.merges = merges;
+    v.pre = llm__get_str(env, ck, "tokenizer.ggml.pre");
+    v.bos = llm__get_token(env, ck, "tokenizer.ggml.bos_token_id", v.n_pieces);
+    v.eos = llm__get_token(env, ck, "tokenizer.ggml.eos_token_id", v.n_pieces);
+    v.unk = llm__get_token(env, ck, "tokenizer.ggml.unknown_token_id", v.n_pieces);
+    v.ends[0] = llm__get_token(env, ck, "tokenizer.ggml.eot_token_id", v.n_pieces);
+    v.ends[1] = llm__get_token(env, ck, "tokenizer.ggml.eom_token_id", v.n_pieces);
+    v.ends[2] = v.ends[3] = LLM__NONE;
+    const llm__pre_tokenizer *pre = v.sentencepiece ? NULL : llm__find_pre_tokenizer(v.pre);
+    v.add_bos = llm__get_bool(env, ck, "tokenizer.ggml.add_bos_token", v.sentencepiece || (pre && pre->ignore_merges));
+    v.add_eos = llm__get_bool(env, ck, "tokenizer.ggml.add_eos_token", false);
+    v.add_space_prefix = v.sentencepiece && llm__get_bool(env, ck, "tokenizer.ggml.add_space_prefix", true);
+    v.chat_template = llm__get_str(env, ck, "tokenizer.chat_template");
+    if (llm__find_value(ck, "tokenizer.ggml.precompiled_charsmap"))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tokenizer.ggml.precompiled_charsmap is set: such a normaliser is not run here");
+    llm_tokenizer *t = llm__tokenizer_build(env, &v);
+    llm__free(env->pool, pieces);
+    llm__free(env->pool, types);
+    llm__free(env->pool, scores);
+    llm__free(env->pool, merges);
+    return t;
+}
+
+/* ---- Tokenizers alone ---- */
+
+typedef struct llm__tokenizer_load_job {
+    const char *path;
+    llm_tokenizer *tokenizer;
+} llm__tokenizer_load_job;
+
+static void llm__tokenizer_load_body(llm__env *env, void *arg) {
+    llm__tokenizer_load_job *job = (llm__tokenizer_load_job *)arg;
+    llm__file *file = llm__file_open(env, job->path);
+    llm__checkpoint *ck = llm__read_gguf(env, file);
+    job->tokenizer = llm__tokenizer_from_gguf(env, ck);
+    llm__free(env->pool, ck->values);
+    llm__free(env->pool, ck->tensors);
+    llm__free(env->pool, ck);
+    llm__free(env->pool, file);
+}
+
+LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, const llm_host *host, llm_error *err) {
+    llm__pool pool;
+    llm__env env;
+    llm__tokenizer_load_job job;
+    memset(&pool, 0, sizeof pool);
+    memset(&env, 0, sizeof env);
+    memset(&job, 0, sizeof job);
+    *out = NULL;
+    if (!path) return llm__error(err, LLM_ERROR_ARGUMENT, "llm_tokenizer_load: path is NULL");
+    if (host) pool.host = *host;
+    env.pool = &pool;
+    env.err = err;
+    env.file = path;
+    job.path = path;
+    llm_status status = llm__guarded(&env, llm__tokenizer_load_body, &job);
+    if (status) {
+        llm__pool_free(&pool);
+        return status;
+    }
+    job.tokenizer->own = pool;
+    *out = job.tokenizer;
+    return LLM_OK;
+}
+
+LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer) {
+    if (!tokenizer) return;
+    llm__pool pool = tokenizer->own; /* the tokenizer itself is in it */
+    llm__pool_free(&pool);
+}
+
+/* ==== 8 Chat templates ==========================================================================================
+
+   A model's file holds its chat template as a program in Jinja. Nearly all say one of a few things, so they are not run
+   here but recognised by what they must contain, and the small ways in which they differ (a default system message,
+   trimmed contents, a space here and there) are read off their text. What is not recognised is an error, for a prompt
+   that is nearly right is worse than none.
+
+   The stretches that came from messages are remembered: no special token is recognised in them, so that what a user
+   types cannot end his turn and speak as the assistant. */
+
+typedef struct llm__rendered {
+    char *text; /* NUL-terminated, UTF-8 */
+    size_t n, room;
+    llm__span *spans; /* where the messages' contents are */
+    size_t n_spans, span_room;
+} llm__rendered;
+
+typedef struct llm__chat {
+    llm__env *env;
+    const llm_tokenizer *t;
+    const llm_message *messages;
+    int n_messages;
+    bool trim; /* contents lose the white space around them */
+    llm__rendered out;
+} llm__chat;
+
+typedef struct llm__chat_form {
+    const char *name;
+    bool alternates; /* only user and assistant in turn after an optional system message */
+    void (*render)(llm__chat *c, bool open_answer);
+} llm__chat_form;
+
+static void llm__put_bytes(llm__chat *c, const char *text, size_t n) {
+    llm__rendered *out = &c->out;
+    while (out->room - out->n <= n) out->text = (char *)llm__grow(c->env, out->text, out->room, &out->room, 1);
+    memcpy(out->text + out->n, text, n);
+    out->n += n;
+    out->text[out->n] = 0;
+}
+
+static void llm__put(llm__chat *c, const char *text) { llm__put_bytes(c, text, strlen(text)); }
+
+static void llm__put_token(llm__chat *c, llm_token id) {
+    if (id == LLM__NONE) return;
+    llm__str s = llm__piece(c->t, id);
+    llm__put_bytes(c, s.at, s.n);
+}
+
+/* As Python's strip(). */
+static void llm__trim(const llm__classes *classes, const uint8_t **p, const uint8_t **end) {
+    const uint8_t *next;
+    for (; *p < *end; *p = next)
+        if (!(llm__class_at(classes, *p, &next) & LLM__SPACE) && (**p < 0x1C || **p > 0x1F)) break;
+    for (; *p < *end; *end = next) {
+        for (next = *end - 1; (*next & 0xC0) == 0x80;) next--;
+        const uint8_t *after;
+        if (!(llm__class_at(classes, next, &after) & LLM__SPACE) && (*next < 0x1C || *next > 0x1F)) break;
+    }
+}
+
+static void llm__put_content(llm__chat *c, const char *content) {
+    const uint8_t *p = (const uint8_t *)content, *end = p + strlen(content);
+    uint8_t *repaired = NULL;
+    if (llm__utf8_check(p, end) != end) {
+        size_t n;
+        p = repaired = llm__repair_utf8(c->env, p, end, &n);
+        end = p + n;
+    }
+    if (c->trim) llm__trim(c->t->classes, &p, &end);
+    llm__rendered *out = &c->out;
+    out->spans = (llm__span *)llm__grow(c->env, out->spans, out->n_spans, &out->span_room, sizeof *out->spans);
+    out->spans[out->n_spans].begin = out->n;
+    llm__put_bytes(c, (const char *)p, (size_t)(end - p));
+    out->spans[out->n_spans++].end = out->n;
+    llm__free(c->env->pool, repaired);
+}
+
+/* Takes the white space off the end of what is there so far. */
+static void llm__trim_end(llm__chat *c) {
+    const uint8_t *p = (const uint8_t *)c->out.text, *end = p + c->out.n;
+    llm__span *last = &c->out.spans[c->out.n_spans - 1];
+    llm__trim(c->t->classes, &p, &end);
+    c->out.n = (size_t)(end - (const uint8_t *)c->out.text);
+    c->out.text[c->out.n] = 0;
+    if (last->begin > c->out.n) last->begin = c->out.n;
+    if (last->end > c->out.n) last->end = c->out.n;
+}
+
+static bool llm__template_has(const llm__chat *c, const char *text) { return strstr(c->t->chat_template, text) != NULL; }
+
+/* What stands between `before` and the next of the characters `ends` in the template; empty if it is not there. A line's
+   end may be written as \n in it. */
+static llm__str llm__template_text(const llm__chat *c, const char *before, const char *ends) {
+    llm__str s = {"", 0};
+    const char *at = strstr(c->t->chat_template, before);
+    if (!at) return s;
+    s.at = at + strlen(before);
+    s.n = strcspn(s.at, ends);
+    return s;
+}
+
+static bool llm__begins_with_system(const llm__chat *c) {
+    return c->n_messages && !strcmp(c->messages[0].role, "system");
+}
+
+/* ---- ChatML: <|im_start|>role\ncontent<|im_end|>\n ---- */
+
+static void llm__chatml_message(llm__chat *c, const char *role) {
+    llm__put(c, "<|im_start|>");
+    llm__put(c, role);
+    llm__put(c, "\n");
+}
+
+/* The system message that the template puts in where the conversation has none. */
+static llm__str llm__chatml_default(const llm__chat *c) {
+    static const char *const before[] = {"<|im_start|>system\n", "<|im_start|>system\\n"};
+    llm__str s = {"", 0};
+    for (int i = 0; i < 2 && !s.n; i++) {
+        s = llm__template_text(c, before[i], "<'\"{}");
+        for (const char *at = s.at; !s.n && (at = strstr(at, before[i])) != NULL;) {
+            at += strlen(before[i]);
+            s.at = at;
+            s.n = strcspn(at, "<'\"{}");
+        }
+    }
+    return s;
+}
+
+static void llm__render_chatml(llm__chat *c, bool open_answer) {
+    llm__str system = llm__chatml_default(c);
+    if (llm__template_has(c, "bos_token")) llm__put_token(c, c->t->bos);
+    if (system.n && !llm__begins_with_system(c)) {
+        llm__chatml_message(c, "system");
+        llm__put_bytes(c, system.at, system.n);
+        llm__put(c, "<|im_end|>\n");
+    }
+    for (int i = 0; i < c->n_messages; i++) {
+        llm__chatml_message(c, c->messages[i].role);
+        llm__put_content(c, c->messages[i].content);
+        llm__put(c, "<|im_end|>\n");
+    }
+    if (open_answer) llm__chatml_message(c, "assistant");
+}
+
+/* ---- Llama 3: <|start_header_id|>role<|end_header_id|>\n\ncontent<|eot_id|> ---- */
+
+static void llm__llama3_header(llm__chat *c, const char *role) {
+    llm__put(c, "<|start_header_id|>");
+    llm__put(c, role);
+    llm__put(c, "<|end_header_id|>\n\n");
+}
+
+static void llm__llama3_message(llm__chat *c, const llm_message *m) {
+    llm__llama3_header(c, m->role);
+    llm__put_content(c, m->content);
+    llm__put(c, "<|eot_id|>");
+}
+
+/* From 3.1 on there always is a system message, which begins with two dates. "Today" is the one written in the template,
+   so that a prompt does not change from day to day. */
+static int llm__llama31_system(llm__chat *c) {
+    llm__str date = llm__template_text(c, "date_string = \"", "\"");
+    bool given = llm__begins_with_system(c);
+    llm__llama3_header(c, "system");
+    llm__put(c, "Cutting Knowledge Date: December 2023\nToday Date: ");
+    llm__put_bytes(c, date.at, date.n);
+    llm__put(c, "\n\n");
+    if (given) llm__put_content(c, c->messages[0].content);
+    llm__put(c, "<|eot_id|>");
+    return given;
+}
+
+static void llm__render_llama3(llm__chat *c, bool open_answer) {
+    int first = 0;
+    c->trim = true;
+    llm__put_token(c, c->t->bos);
+    if (llm__template_has(c, "Cutting Knowledge Date: December 2023")) first = llm__llama31_system(c);
+    for (int i = first; i < c->n_messages; i++) llm__llama3_message(c, &c->messages[i]);
+    if (open_answer) llm__llama3_header(c, "assistant");
+}
+
+/* ---- Llama 2: <s>[INST] <<SYS>>\nsystem\n<</SYS>>\n\nuser [/INST] assistant </s> ---- */
+
+static void llm__render_llama2(llm__chat *c, bool open_answer) {
+    int first = llm__begins_with_system(c);
+    (void)open_answer; /* "[/INST]" opens the answer */
+    for (int i = first; i < c->n_messages; i++) {
+        if (!strcmp(c->messages[i].role, "assistant")) {
+            llm__put(c, " ");
+            c->trim = true;
+            llm__put_content(c, c->messages[i].content);
+            llm__put(c, " ");
+            llm__put_token(c, c->t->eos);
+            continue;
+        }
+        llm__put_token(c, c->t->bos);
+        llm__put(c, "[INST] ");
+        c->trim = !(first && i == 1); /* of "<<SYS>>..." the whole is trimmed, not the messages in it */
+        if (!c->trim) {
+            llm__put(c, "<<SYS>>\n");
+            llm__put_content(c, c->messages[0].content);
+            llm__put(c, "\n<</SYS>>\n\n");
+        }
+        llm__put_content(c, c->messages[i].content);
+        llm__trim_end(c);
+        llm__put(c, " [/INST]");
+    }
+}
+
+/* ---- Mistral: <s>[INST] user [/INST] assistant</s>, with spaces in different places ---- */
+
+static void llm__render_mistral(llm__chat *c, bool open_answer) {
+    bool system = llm__begins_with_system(c), last = llm__template_has(c, "loop.last and system_message");
+    const char *open = llm__template_has(c, " [INST] ") ? " [INST] " : llm__template_has(c, "[INST] ") ? "[INST] " : "[INST]";
+    const char *close = llm__template_has(c, " [/INST]") ? " [/INST]" : "[/INST]";
+    bool space = llm__template_has(c, "' ' + message['content']") || llm__template_has(c, "\" \" + message[\"content\"]");
+    bool after = llm__template_has(c, "eos_token + ' '"), trim = llm__template_has(c, "message[\"content\"]|trim");
+    (void)open_answer;
+    if (system && !llm__template_has(c, "system_message"))
+        llm__fail(c->env, LLM_ERROR_ARGUMENT, "this model's chat template takes no system message");
+    if (system && last && (c->n_messages - system) % 2 == 0)
+        llm__fail(c->env, LLM_ERROR_ARGUMENT, "this model's chat template puts the system message into the last message, "
+                  "which must be the user's");
+    llm__put_token(c, c->t->bos);
+    for (int i = system; i < c->n_messages; i++) {
+        bool user = !strcmp(c->messages[i].role, "user");
+        llm__put(c, user ? open : space ? " " : "");
+        if (system && i == (last ? c->n_messages - 1 : 1) && user) {
+            llm__put_content(c, c->messages[0].content);
+            llm__put(c, "\n\n");
+        }
+        c->trim = trim && !user;
+        llm__put_content(c, c->messages[i].content);
+        c->trim = false;
+        if (user) {
+            llm__put(c, close);
+        } else {
+            llm__put_token(c, c->t->eos);
+            if (after) llm__put(c, " ");
+        }
+    }
+}
+
+/* ---- Zephyr: <|role|>\ncontent</s>\n ---- */
+
+static void llm__render_zephyr(llm__chat *c, bool open_answer) {
+    for (int i = 0; i < c->n_messages; i++) {
+        llm__put(c, "<|");
+        llm__put(c, c->messages[i].role);
+        llm__put(c, "|>\n");
+        llm__put_content(c, c->messages[i].content);
+        llm__put_token(c, c->t->eos);
+        llm__put(c, "\n");
+    }
+    if (open_answer) llm__put(c, "<|assistant|>\n");
+}
+
+/* ---- Which of them it is ---- */
+
+/* NULL if the template is none of those known. */
+static const llm__chat_form *llm__find_chat_form(const char *text) {
+    static const struct {
+        llm__chat_form form;
+        const char *has[3], *lacks[3];
+    } known[] = {
+        {{"chatml", false, llm__render_chatml}, {"<|im_start|>", "<|im_end|>", "role"}, {"reasoning_mode", NULL, NULL}},
+        {{"llama-3", false, llm__render_llama3}, {"<|start_header_id|>", "<|eot_id|>", "message['content'] | trim"}, {NULL, NULL, NULL}},
+        {{"llama-2", true, llm__render_llama2}, {"<<SYS>>", "bos_token + '[INST] '", "content.strip()"}, {NULL, NULL, NULL}},
+        {{"mistral", true, llm__render_mistral}, {"[INST]", "[/INST]", "eos_token"}, {"<<SYS>>", "[SYSTEM_PROMPT]", NULL}},
+        {{"zephyr", false, llm__render_zephyr}, {"<|user|>", "<|assistant|>", "eos_token"}, {"<|end|>", NULL, NULL}}};
+    for (size_t i = 0; text && i < sizeof known / sizeof *known; i++) {
+        bool fits = true;
+        for (int k = 0; k < 3; k++) {
+            if (!strstr(text, known[i].has[k])) fits = false;
+            if (known[i].lacks[k] && strstr(text, known[i].lacks[k])) fits = false;
+        }
+        if (fits) return &known[i].form;
+    }
+    return NULL;
+}
+
+static void llm__check_messages(llm__chat *c, bool alternates) {
+    for (int i = 0; i < c->n_messages; i++)
+        if (!c->messages[i].role || !c->messages[i].content)
+            llm__fail(c->env, LLM_ERROR_ARGUMENT, "messages[%d] has no role or no content", i);
+    int first = llm__begins_with_system(c);
+    for (int i = 0; i < c->n_messages; i++) {
+        const llm_message *m = &c->messages[i];
+        bool system = !strcmp(m->role, "system"), user = !strcmp(m->role, "user");
+        if (!system && !user && strcmp(m->role, "assistant"))
+            llm__fail(c->env, LLM_ERROR_ARGUMENT, "messages[%d] has the role \"%.40s\"; there are \"system\", \"user\" and "
+                      "\"assistant\"", i, m->role);
+        if (alternates && i >= first && (system || user != ((i - first) % 2 == 0)))
+            llm__fail(c->env, LLM_ERROR_ARGUMENT, "messages[%d] is of the %s, but this model's chat template wants user and "
+                      "assistant in turn, after one system message at most", i, m->role);
+    }
+}
+
+static llm__rendered llm__render_chat(llm__env *env, const llm_tokenizer *t, const llm_message *messages, int n_messages,
+                                      bool open_answer) {
+    llm__chat c;
+    const llm__chat_form *form = llm__find_chat_form(t->chat_template);
+    memset(&c, 0, sizeof c);
+    c.env = env;
+    c.t = t;
+    c.messages = messages;
+    c.n_messages = n_messages;
+    if (!t->chat_template)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model's file has no chat template; render the messages as text yourself");
+    if (!form)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the chat template in the model's file is not one of those known here (ChatML, "
+                  "Llama-2, Llama-3, Mistral, Zephyr); render the messages as text yourself");
+    if (n_messages < 1) llm__fail(env, LLM_ERROR_ARGUMENT, "there are %d messages", n_messages);
+    llm__check_messages(&c, form->alternates);
+    llm__put(&c, "");
+    form->render(&c, open_answer);
+    return c.out;
+}
+
+typedef struct llm__chat_render_job {
+    const llm_tokenizer *t;
+    const llm_message *messages;
+    int n_messages;
+    bool open_answer;
+    llm__rendered out;
+} llm__chat_render_job;
+
+static void llm__chat_render_body(llm__env *env, void *arg) {
+    llm__chat_render_job *job = (llm__chat_render_job *)arg;
+    job->out = llm__render_chat(env, job->t, job->messages, job->n_messages, job->open_answer);
+}
+
+LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
+                                   bool open_answer, char *text, size_t capacity, size_t *n_bytes, llm_error *err) {
+    llm__pool pool;
+    llm__env env;
+    llm__chat_render_job job;
+    memset(&env, 0, sizeof env);
+    memset(&job, 0, sizeof job);
+    pool.host = tokenizer->host;
+    pool.blocks = NULL;
+    env.pool = &pool;
+    env.err = err;
+    job.t = tokenizer;
+    job.messages = messages;
+    job.n_messages = n_messages;
+    job.open_answer = open_answer;
+    llm_status status = llm__guarded(&env, llm__chat_render_body, &job);
+    size_t n = status ? 0 : job.out.n, shown = n < capacity ? n : capacity ? capacity - 1 : 0;
+    if (shown) memcpy(text, job.out.text, shown);
+    if (capacity) text[shown] = 0;
+    if (n_bytes) *n_bytes = n;
+    llm__pool_free(&pool);
+    return status;
+}
+
+LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
+    const llm__chat_form *form = llm__find_chat_form(tokenizer->chat_template);
+    return form ? form->name : NULL;
+}
+
+#endif
+
+/* ==== 9 CPU kernels =============================================================================================
+
+   THE ONE ARITHMETIC. All that is computed on the CPU is defined here, once, over vectors of 16 floats; each
+   instruction set supplies the vectors, and the text below is compiled for each. The scalar set is the definition.
+
+   A product of activations x and weights w comes in two kinds:
+     f32    one chain:  y = fma(x[k], w[k], y)  for k = 0, 1, 2 ...
+     bf16   as the matrix unit instruction TDPBF16PS sums: x and w are bf16; for each 32 consecutive k,
+                e = fma(x[k], w[k], e) over the even k,  o likewise over the odd k,  both from 0;   y = y + (e + o).
+   k is padded with zeros to a multiple of 32. Weights lie in tiles of 16 outputs, so that a vector holds the same k of
+   16 outputs and each lane computes one output in just this order:
+     f32    [outputs/16][k][16]            bf16   [outputs/16][k/2][16][2]
+   A block of the KV cache is two such tiles: keys with k along the head, values with k along the positions.
+
+   Other sums (RMSNorm, softmax) run in 16 lanes, element i in lane i % 16, and end in one tree: lane i takes lane
+   i + 8, then i + 4, i + 2, i + 1. Denormal results become zero. exp is the polynomial below. FMA is written where it
+   is meant; the compiler may not form or split one, whatever flags the host compiles with. */
+
+#if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
+
+/* One way to compute. `rows` activations x[row * x_stride + k] meet one tile of 16 outputs, which are added to
+   y[row * y_stride + 0..15]. */
+typedef void llm__product_fn(const float *x, size_t x_stride, int rows, const void *tile, int k, float *y,
+                             size_t y_stride);
+
+typedef struct llm__kernels {
+    const char *name;
+    llm__product_fn *product_f32, *product_bf16;
+    /* y = x / sqrt(mean(x * x) + eps) * w, n values, then zeros up to a multiple of 32; y rounded to bf16 if `round`. */
+    void (*rms_norm)(const float *x, const float *w, int n, float eps, bool round, float *y);
+    /* y = silu(gate) * up = gate / (1 + exp(-gate)) * up */
+    void (*swiglu)(const float *gate, const float *up, int n, bool round, float *y);
+    /* Turns n scores into exp(scale * s - max), zeros up to `padded`; gives their maximum (of scale * s) and sum. */
+    void (*softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum);
+    /* Adds a partial attention result to a running one: (max, sum, out[n]) is what is known so far. */
+    void (*merge)(float *max, float *sum, float *out, float part_max, float part_sum, const float *part, int n);
+    /* y = x * factor, rounded to bf16 if `round`. */
+    void (*scale)(const float *x, float factor, int n, bool round, float *y);
+    void (*add)(float *y, const float *x, int n); /* y += x */
+    /* Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given. */
+    void (*rope)(float *x, const float *cosines, const float *sines, int half);
+    /* Reads n bytes and does nothing with them, as fast as can be. */
+    uint32_t (*read)(const void *p, size_t n);
+} llm__kernels;
+
+/* Sets the floating-point unit to round to nearest and flush denormals; returns what it was set to. */
+static uint64_t llm__float_mode_enter(void) {
+#if defined(__x86_64__)
+    uint32_t old, wanted = 0x9FC0; /* flush to zero, denormals are zero, all exceptions masked */
+    __asm__ volatile("stmxcsr %0" : "=m"(old));
+    __asm__ volatile("ldmxcsr %0" : : "m"(wanted));
+    return old;
+#elif defined(__aarch64__)
+    uint64_t old, wanted = 1u << 24;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(old));
+    __asm__ volatile("msr fpcr, %0" : : "r"(wanted));
+    return old;
+#else
+    return 0;
+#endif
+}
+
+static void llm__float_mode_leave(uint64_t old) {
+#if defined(__x86_64__)
+    uint32_t word = (uint32_t)old;
+    __asm__ volatile("ldmxcsr %0" : : "m"(word));
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(old));
+#else
+    (void)old;
+#endif
+}
+
+/* a * b + c rounded once, denormals flushed. */
+static inline float llm__fma(float a, float b, float c) {
+#if defined(_WIN32)
+    /* Not every Windows C library rounds fmaf once. In double the product is exact; rounding the sum to odd leaves the
+       last rounding, to float, correct (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008). */
+    double p = (double)a * b, s = p + c, t = s - p, error = (p - (s - t)) + (c - t);
+    uint64_t bits;
+    memcpy(&bits, &s, 8);
+    if (error != 0 && !(bits & 1)) bits += (error > 0) == (s > 0) ? 1 : (uint64_t)-1;
+    memcpy(&s, &bits, 8);
+    float r = (float)s;
+#else
+    float r = fmaf(a, b, c);
+#endif
+    return (llm__f32_bits(r) & 0x7F800000) ? r : llm__bits_f32(llm__f32_bits(r) & 0x80000000);
+}
+
+/* The kernels for one instruction set each: this file includes itself. */
+#ifndef LLM_HEADER_FILENAME
+#define LLM_HEADER_FILENAME "llm.h"
+#endif
+#define LLM__JOIN2(a, b) a##b
+#define LLM__JOIN(a, b) LLM__JOIN2(a, b)
+#define LLM__FN(name) LLM__JOIN(LLM__KERNEL_PASS, name)
+
+#define LLM__TARGET
+#define LLM__KERNEL_PASS llm__scalar_
+#include LLM_HEADER_FILENAME
+#undef LLM__KERNEL_PASS
+#undef LLM__TARGET
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define LLM__USE_AVX512
+#define LLM__TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define LLM__KERNEL_PASS llm__avx512_
+#include LLM_HEADER_FILENAME
+#undef LLM__KERNEL_PASS
+#undef LLM__TARGET
+#undef LLM__USE_AVX512
+
+#define LLM__USE_AVX2
+#define LLM__TARGET __attribute__((target("avx2,fma")))
+#define LLM__KERNEL_PASS llm__avx2_
+#include LLM_HEADER_FILENAME
+#undef LLM__KERNEL_PASS
+#undef LLM__TARGET
+#undef LLM__USE_AVX2
+#endif
+
+/* The best instruction set of this machine, or the one named; NULL if it is not to be had. */
+static const llm__kernels *llm__choose_kernels(const char *isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && (!isa || !strcmp(isa, "avx512"))) return &llm__avx512_kernels;
+    if (avx2 && (!isa || !strcmp(isa, "avx2"))) return &llm__avx2_kernels;
+#endif
+    return !isa || !strcmp(isa, "scalar") ? &llm__scalar_kernels : NULL;
+}
+
+#endif
+
+#ifdef LLM__KERNEL_PASS /* compiled once for each instruction set */
+
+#define LLM__INLINE static inline __attribute__((always_inline)) LLM__TARGET
+#define V LLM__FN(v)
+#define v_load LLM__FN(v_load)
+#define v_store LLM__FN(v_store)
+#define v_splat LLM__FN(v_splat)
+#define v_add LLM__FN(v_add)
+#define v_sub LLM__FN(v_sub)
+#define v_mul LLM__FN(v_mul)
+#define v_div LLM__FN(v_div)
+#define v_fma LLM__FN(v_fma)
+#define v_max LLM__FN(v_max)
+#define v_min LLM__FN(v_min)
+#define v_even LLM__FN(v_even)
+#define v_odd LLM__FN(v_odd)
+#define v_round_bf16 LLM__FN(v_round_bf16)
+#define v_pow2 LLM__FN(v_pow2)
+#define v_exp LLM__FN(v_exp)
+#define v_sum LLM__FN(v_sum)
+#define v_hmax LLM__FN(v_hmax)
+
+#if defined(LLM__USE_AVX512)
+
+typedef __m512 V;
+LLM__INLINE V v_load(const float *p) { return _mm512_loadu_ps(p); }
+LLM__INLINE void v_store(float *p, V a) { _mm512_storeu_ps(p, a); }
+LLM__INLINE V v_splat(float x) { return _mm512_set1_ps(x); }
+LLM__INLINE V v_add(V a, V b) { return _mm512_add_ps(a, b); }
+LLM__INLINE V v_sub(V a, V b) { return _mm512_sub_ps(a, b); }
+LLM__INLINE V v_mul(V a, V b) { return _mm512_mul_ps(a, b); }
+LLM__INLINE V v_div(V a, V b) { return _mm512_div_ps(a, b); }
+LLM__INLINE V v_fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+LLM__INLINE V v_max(V a, V b) { return _mm512_max_ps(a, b); }
+LLM__INLINE V v_min(V a, V b) { return _mm512_min_ps(a, b); }
+LLM__INLINE V v_even(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512((const void *)p), 16));
+}
+LLM__INLINE V v_odd(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512((const void *)p), _mm512_set1_epi32(-65536)));
+}
+LLM__INLINE V v_round_bf16(V a) {
+    __m512i u = _mm512_castps_si512(a);
+    __m512i up = _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7FFF));
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_add_epi32(u, up), _mm512_set1_epi32(-65536)));
+}
+LLM__INLINE V v_pow2(V shifted) {
+    __m512i u = _mm512_add_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(u, 23));
+}
+
+#elif defined(LLM__USE_AVX2)
+
+typedef struct V { __m256 lo, hi; } V;
+#define LLM__BOTH(l, h) V r; r.lo = l; r.hi = h; return r
+LLM__INLINE V v_load(const float *p) { LLM__BOTH(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+LLM__INLINE void v_store(float *p, V a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
+LLM__INLINE V v_splat(float x) { LLM__BOTH(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
+LLM__INLINE V v_add(V a, V b) { LLM__BOTH(_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)); }
+LLM__INLINE V v_sub(V a, V b) { LLM__BOTH(_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)); }
+LLM__INLINE V v_mul(V a, V b) { LLM__BOTH(_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)); }
+LLM__INLINE V v_div(V a, V b) { LLM__BOTH(_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)); }
+LLM__INLINE V v_fma(V a, V b, V c) { LLM__BOTH(_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)); }
+LLM__INLINE V v_max(V a, V b) { LLM__BOTH(_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)); }
+LLM__INLINE V v_min(V a, V b) { LLM__BOTH(_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)); }
+LLM__INLINE __m256i LLM__FN(half_round)(__m256i u) {
+    __m256i up = _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7FFF));
+    return _mm256_and_si256(_mm256_add_epi32(u, up), _mm256_set1_epi32(-65536));
+}
+LLM__INLINE __m256i LLM__FN(half_load)(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
+LLM__INLINE V v_even(const uint16_t *p) {
+    LLM__BOTH(_mm256_castsi256_ps(_mm256_slli_epi32(LLM__FN(half_load)(p), 16)),
+              _mm256_castsi256_ps(_mm256_slli_epi32(LLM__FN(half_load)(p + 16), 16)));
+}
+LLM__INLINE V v_odd(const uint16_t *p) {
+    __m256i high = _mm256_set1_epi32(-65536);
+    LLM__BOTH(_mm256_castsi256_ps(_mm256_and_si256(LLM__FN(half_load)(p), high)),
+              _mm256_castsi256_ps(_mm256_and_si256(LLM__FN(half_load)(p + 16), high)));
+}
+LLM__INLINE V v_round_bf16(V a) {
+    LLM__BOTH(_mm256_castsi256_ps(LLM__FN(half_round)(_mm256_castps_si256(a.lo))),
+              _mm256_castsi256_ps(LLM__FN(half_round)(_mm256_castps_si256(a.hi))));
+}
+LLM__INLINE V v_pow2(V s) {
+    __m256i bias = _mm256_set1_epi32(127);
+    LLM__BOTH(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(s.lo), bias), 23)),
+              _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(s.hi), bias), 23)));
+}
+
+#else /* scalar: the definition */
+
+typedef struct V { float f[16]; } V;
+#define LLM__LANES(expression) V r; for (int i = 0; i < 16; i++) r.f[i] = (expression); return r
+LLM__INLINE float LLM__FN(flush)(float x) {
+    return (llm__f32_bits(x) & 0x7F800000) ? x : llm__bits_f32(llm__f32_bits(x) & 0x80000000);
+}
+LLM__INLINE V v_load(const float *p) { LLM__LANES(p[i]); }
+LLM__INLINE void v_store(float *p, V a) { for (int i = 0; i < 16; i++) p[i] = a.f[i]; }
+LLM__INLINE V v_splat(float x) { LLM__LANES(x); }
+LLM__INLINE V v_add(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] + b.f[i])); }
+LLM__INLINE V v_sub(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] - b.f[i])); }
+LLM__INLINE V v_mul(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] * b.f[i])); }
+LLM__INLINE V v_div(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] / b.f[i])); }
+LLM__INLINE V v_fma(V a, V b, V c) { LLM__LANES(llm__fma(a.f[i], b.f[i], c.f[i])); }
+LLM__INLINE V v_max(V a, V b) { LLM__LANES(a.f[i] > b.f[i] ? a.f[i] : b.f[i]); }
+LLM__INLINE V v_min(V a, V b) { LLM__LANES(a.f[i] < b.f[i] ? a.f[i] : b.f[i]); }
+LLM__INLINE V v_even(const uint16_t *p) { LLM__LANES(llm__bf16_to_f32(p[2 * i])); }
+LLM__INLINE V v_odd(const uint16_t *p) { LLM__LANES(llm__bf16_to_f32(p[2 * i + 1])); }
+LLM__INLINE V v_round_bf16(V a) {
+    LLM__LANES(llm__bits_f32((llm__f32_bits(a.f[i]) + 0x7FFF + (llm__f32_bits(a.f[i]) >> 16 & 1)) & 0xFFFF0000));
+}
+LLM__INLINE V v_pow2(V s) { LLM__LANES(llm__bits_f32((llm__f32_bits(s.f[i]) + 127) << 23)); }
+
+#endif
+
+/* v_round_bf16 takes no NaN, and denormals are gone before it. v_pow2 gives 2^n for n + 12582912.0f. */
+
+/* exp(x) for x clamped to [-87, 88], relative error below 2e-7: 2^n times a Taylor polynomial on |r| <= log(2) / 2. */
+LLM__INLINE V v_exp(V x) {
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    x = v_max(v_min(x, v_splat(88.0f)), v_splat(-87.0f));
+    V n = v_fma(x, v_splat(1.44269504f), v_splat(shift));
+    V whole = v_sub(n, v_splat(shift));
+    V r = v_fma(whole, v_splat(-0.693145752f), x); /* log(2) in two parts, the first with few bits */
+    r = v_fma(whole, v_splat(-1.42860677e-6f), r);
+    V p = v_splat(1.0f / 5040);
+    p = v_fma(p, r, v_splat(1.0f / 720));
+    p = v_fma(p, r, v_splat(1.0f / 120));
+    p = v_fma(p, r, v_splat(1.0f / 24));
+    p = v_fma(p, r, v_splat(1.0f / 6));
+    p = v_fma(p, r, v_splat(0.5f));
+    p = v_fma(p, r, v_splat(1.0f));
+    p = v_fma(p, r, v_splat(1.0f));
+    return v_mul(p, v_pow2(n));
+}
+
+LLM__INLINE float v_sum(V a) {
+    float f[16];
+    v_store(f, a);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) f[i] = f[i] + f[i + width];
+    return f[0];
+}
+
+LLM__INLINE float v_hmax(V a) {
+    float f[16];
+    v_store(f, a);
+    for (int i = 1; i < 16; i++) f[0] = f[i] > f[0] ? f[i] : f[0];
+    return f[0];
+}
+
+#define LLM__UNROLL _Pragma("GCC unroll 16")
+#if defined(LLM__USE_AVX512)
+#define LLM__MOST_ROWS 8 /* as many as the registers hold sums for */
+#else
+#define LLM__MOST_ROWS 4
+#endif
+
+/* ROWS rows at once, so that a weight once loaded serves them all. ROWS is a constant where this is inlined. */
+LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const float *x, size_t x_stride, const float *w, int k, float *y,
+                                   size_t y_stride) {
+    V sum[LLM__MOST_ROWS];
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_load(y + (size_t)r * y_stride);
+    for (int i = 0; i < k; i++) {
+        V wi = v_load(w + (size_t)i * 16);
+        LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_fma(v_splat(x[(size_t)r * x_stride + (size_t)i]), wi, sum[r]);
+    }
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) v_store(y + (size_t)r * y_stride, sum[r]);
+}
+
+LLM__TARGET static void LLM__FN(product_f32)(const float *x, size_t x_stride, int rows, const void *tile, int k, float *y,
+                                             size_t y_stride) {
+    const float *w = (const float *)tile;
+    for (; rows >= LLM__MOST_ROWS; rows -= LLM__MOST_ROWS, x += LLM__MOST_ROWS * x_stride, y += LLM__MOST_ROWS * y_stride)
+        LLM__FN(f32_rows)(LLM__MOST_ROWS, x, x_stride, w, k, y, y_stride);
+    for (; rows >= 1; rows--, x += x_stride, y += y_stride) LLM__FN(f32_rows)(1, x, x_stride, w, k, y, y_stride);
+}
+
+LLM__INLINE void LLM__FN(bf16_rows)(const int ROWS, const float *x, size_t x_stride, const uint16_t *w, int k, float *y,
+                                    size_t y_stride) {
+    for (int block = 0; block < k; block += 32) {
+        V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS];
+        LLM__UNROLL for (int r = 0; r < ROWS; r++) even[r] = odd[r] = v_splat(0);
+        for (int i = block; i < block + 32; i += 2, w += 32) {
+            V we = v_even(w), wo = v_odd(w);
+            LLM__UNROLL for (int r = 0; r < ROWS; r++) {
+                const float *xi = x + (size_t)r * x_stride + (size_t)i;
+                even[r] = v_fma(v_splat(xi[0]), we, even[r]);
+                odd[r] = v_fma(v_splat(xi[1]), wo, odd[r]);
+            }
+        }
+        LLM__UNROLL for (int r = 0; r < ROWS; r++) {
+            float *yr = y + (size_t)r * y_stride;
+            v_store(yr, v_add(v_load(yr), v_add(even[r], odd[r])));
+        }
+    }
+}
+
+LLM__TARGET static void LLM__FN(product_bf16)(const float *x, size_t x_stride, int rows, const void *tile, int k, float *y,
+                                              size_t y_stride) {
+    const uint16_t *w = (const uint16_t *)tile;
+    for (; rows >= LLM__MOST_ROWS; rows -= LLM__MOST_ROWS, x += LLM__MOST_ROWS * x_stride, y += LLM__MOST_ROWS * y_stride)
+        LLM__FN(bf16_rows)(LLM__MOST_ROWS, x, x_stride, w, k, y, y_stride);
+    for (; rows >= 1; rows--, x += x_stride, y += y_stride) LLM__FN(bf16_rows)(1, x, x_stride, w, k, y, y_stride);
+}
+
+/* Loads and stores of the last, partial vector of a row; what is missing is zero. */
+LLM__INLINE V LLM__FN(load_part)(const float *p, int n) {
+    float f[16] = {0};
+    if (n >= 16) return v_load(p);
+    for (int i = 0; i < n; i++) f[i] = p[i];
+    return v_load(f);
+}
+
+LLM__INLINE void LLM__FN(store_part)(float *p, V a, int n, bool round) {
+    float f[16];
+    if (round) a = v_round_bf16(a);
+    if (n >= 16) {
+        v_store(p, a);
+        return;
+    }
+    v_store(f, a);
+    for (int i = 0; i < n; i++) p[i] = f[i];
+}
+
+LLM__TARGET static void LLM__FN(rms_norm)(const float *x, const float *w, int n, float eps, bool round, float *y) {
+    V squares = v_splat(0);
+    for (int i = 0; i < n; i += 16) {
+        V xi = LLM__FN(load_part)(x + i, n - i);
+        squares = v_fma(xi, xi, squares);
+    }
+    V factor = v_splat(1.0f / sqrtf(v_sum(squares) / (float)n + eps));
+    int i = 0;
+    for (; i < n; i += 16) {
+        V xi = v_mul(LLM__FN(load_part)(x + i, n - i), factor);
+        LLM__FN(store_part)(y + i, v_mul(xi, LLM__FN(load_part)(w + i, n - i)), 16, round);
+    }
+    if (i & 16) v_store(y + i, v_splat(0));
+}
+
+LLM__TARGET static void LLM__FN(swiglu)(const float *gate, const float *up, int n, bool round, float *y) {
+    for (int i = 0; i < n; i += 16) {
+        V g = LLM__FN(load_part)(gate + i, n - i), u = LLM__FN(load_part)(up + i, n - i);
+        V silu = v_div(g, v_add(v_splat(1.0f), v_exp(v_sub(v_splat(0), g))));
+        LLM__FN(store_part)(y + i, v_mul(silu, u), n - i, round);
+    }
+}
+
+LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum) {
+    V most = v_splat(-3.0e38f), total = v_splat(0), factor = v_splat(scale);
+    for (int i = n; i < padded; i++) s[i] = -INFINITY;
+    for (int i = 0; i < padded; i += 16) most = v_max(most, v_mul(v_load(s + i), factor));
+    *max = v_hmax(most);
+    for (int i = 0; i < padded; i += 16) {
+        V p = v_exp(v_sub(v_mul(v_load(s + i), factor), v_splat(*max)));
+        if (i + 16 > n) {
+            v_store(s + i, p);
+            for (int j = n > i ? n : i; j < i + 16; j++) s[j] = 0;
+            p = v_load(s + i);
+        }
+        if (round) p = v_round_bf16(p);
+        v_store(s + i, p);
+        total = v_add(total, p);
+    }
+    *sum = v_sum(total);
+}
+
+LLM__TARGET static void LLM__FN(merge)(float *max, float *sum, float *out, float part_max, float part_sum,
+                                       const float *part, int n) {
+    float both[16] = {*max, part_max}, most = *max > part_max ? *max : part_max;
+    v_store(both, v_exp(v_sub(v_load(both), v_splat(most))));
+    V old_factor = v_splat(both[0]), new_factor = v_splat(both[1]);
+    for (int i = 0; i < n; i += 16) {
+        V o = LLM__FN(load_part)(out + i, n - i), p = LLM__FN(load_part)(part + i, n - i);
+        LLM__FN(store_part)(out + i, v_fma(o, old_factor, v_mul(p, new_factor)), n - i, false);
+    }
+    float sums[16] = {*sum}, parts[16] = {part_sum};
+    v_store(sums, v_fma(v_load(sums), old_factor, v_mul(v_load(parts), new_factor)));
+    *sum = sums[0];
+    *max = most;
+}
+
+LLM__TARGET static void LLM__FN(scale)(const float *x, float factor, int n, bool round, float *y) {
+    for (int i = 0; i < n; i += 16)
+        LLM__FN(store_part)(y + i, v_mul(LLM__FN(load_part)(x + i, n - i), v_splat(factor)), n - i, round);
+}
+
+LLM__TARGET static void LLM__FN(add)(float *y, const float *x, int n) {
+    for (int i = 0; i < n; i += 16)
+        LLM__FN(store_part)(y + i, v_add(LLM__FN(load_part)(y + i, n - i), LLM__FN(load_part)(x + i, n - i)), n - i, false);
+}
+
+LLM__TARGET static void LLM__FN(rope)(float *x, const float *cosines, const float *sines, int half) {
+    for (int i = 0; i < half; i += 16) {
+        V a = LLM__FN(load_part)(x + i, half - i), b = LLM__FN(load_part)(x + half + i, half - i);
+        V c = LLM__FN(load_part)(cosines + i, half - i), s = LLM__FN(load_part)(sines + i, half - i);
+        V minus_b = v_sub(v_splat(0), b);
+        LLM__FN(store_part)(x + i, v_fma(minus_b, s, v_mul(a, c)), half - i, false);
+        LLM__FN(store_part)(x + half + i, v_fma(a, s, v_mul(b, c)), half - i, false);
+    }
+}
+
+LLM__TARGET static uint32_t LLM__FN(read)(const void *p, size_t n) {
+    const float *f = (const float *)p;
+    V a = v_splat(0), b = a, c = a, d = a;
+    for (size_t i = 0; i + 64 <= n / 4; i += 64) {
+        a = v_max(a, v_load(f + i));
+        b = v_max(b, v_load(f + i + 16));
+        c = v_max(c, v_load(f + i + 32));
+        d = v_max(d, v_load(f + i + 48));
+    }
+    return llm__f32_bits(v_hmax(v_max(v_max(a, b), v_max(c, d))));
+}
+
+static const llm__kernels LLM__FN(kernels) = {
+#if defined(LLM__USE_AVX512)
+    "avx512",
+#elif defined(LLM__USE_AVX2)
+    "avx2",
+#else
+    "scalar",
+#endif
+    LLM__FN(product_f32), LLM__FN(product_bf16), LLM__FN(rms_norm), LLM__FN(swiglu), LLM__FN(softmax), LLM__FN(merge),
+    LLM__FN(scale), LLM__FN(add), LLM__FN(rope), LLM__FN(read),
+};
+
+#undef V
+#undef v_load
+#undef v_store
+#undef v_splat
+#undef v_add
+#undef v_sub
+#undef v_mul
+#undef v_div
+#undef v_fma
+#undef v_max
+#undef v_min
+#undef v_even
+#undef v_odd
+#undef v_round_bf16
+#undef v_pow2
+#undef v_exp
+#undef v_sum
+#undef v_hmax
+#undef LLM__LANES
+#undef LLM__BOTH
+#undef LLM__INLINE
+#undef LLM__UNROLL
+#undef LLM__MOST_ROWS
+
+#endif /* LLM__KERNEL_PASS */
+
+#if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
+
+/* ==== 10 Weights ================================================================================================
+
+   From tensors in a file to matrices in the kernels' order. */
+
+/* The rows of a weight come from up to three tensors, one after the other. */
+typedef struct llm__source {
+    const llm__tensor *parts[3];
+    int n_parts;
+    int n_interleaved[3]; /* parts whose RoPE pairs are (2i, 2i + 1): their heads' length, else 0 */
+    int rope_dim;
+} llm__source;
+
+/* The row of an interleaved tensor that holds dimension `row` of the halved order this library computes in. */
+static int llm__interleaved_row(int row, int head_dim, int rope_dim) {
+    int head = row / head_dim, d = row % head_dim, half = rope_dim / 2;
+    if (d >= rope_dim) return row;
+    return head * head_dim + (d < half ? 2 * d : 2 * (d - half) + 1);
+}
+
+static void llm__read_weight_row(const llm_weight *weight, int row, float *out) {
+    const llm__source *source = (const llm__source *)weight->source;
+    int part = 0;
+    while ((uint64_t)row >= source->parts[part]->rows) row -= (int)source->parts[part++]->rows;
+    const llm__tensor *t = source->parts[part];
+    if (source->n_interleaved[part]) row = llm__interleaved_row(row, source->n_interleaved[part], source->rope_dim);
+    t->type->decode(t->data + (uint64_t)row * t->row_bytes, (size_t)t->cols, out);
+}
+
+/* A matrix in tiles of 16 outputs, see section 9. */
+typedef struct llm__matrix {
+    llm_dtype dtype;
+    int n, k;        /* outputs and inputs as the model has them; both are padded with zeros in memory */
+    size_t tile_bytes;
+    uint8_t *data;
+} llm__matrix;
+
+static int llm__round_up(int n, int step) { return (n + step - 1) / step * step; }
+static size_t llm__dtype_bytes(llm_dtype dtype) { return dtype == LLM_DTYPE_F32 ? 4 : 2; }
+static const char *llm__dtype_name(llm_dtype dtype) { return dtype == LLM_DTYPE_F32 ? "f32" : "bf16"; }
+
+/* Where a tiled matrix with k inputs (padded) holds its element. */
+static size_t llm__tile_index(llm_dtype dtype, size_t output, size_t input, size_t k) {
+    size_t tile = output / 16 * k * 16, lane = output % 16;
+    return dtype == LLM_DTYPE_F32 ? tile + input * 16 + lane : tile + input / 2 * 32 + lane * 2 + input % 2;
+}
+
+static float llm__tile_get(llm_dtype dtype, const void *tiles, size_t index) {
+    return dtype == LLM_DTYPE_F32 ? ((const float *)tiles)[index] : llm__bf16_to_f32(((const uint16_t *)tiles)[index]);
+}
+
+static void llm__tile_set(llm_dtype dtype, void *tiles, size_t index, float value) {
+    if (dtype == LLM_DTYPE_F32) ((float *)tiles)[index] = value;
+    else ((uint16_t *)tiles)[index] = llm__f32_to_bf16(value);
+}
+
+static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, int rows, int cols) {
+    return (uint64_t)llm__round_up(rows, 16) * (uint64_t)llm__round_up(cols, 32) * llm__dtype_bytes(dtype);
+}
+
+static llm__matrix llm__matrix_alloc(llm__env *env, llm_dtype dtype, int n, int k) {
+    llm__matrix m;
+    m.dtype = dtype;
+    m.n = n;
+    m.k = k;
+    m.tile_bytes = (size_t)llm__round_up(k, 32) * 16 * llm__dtype_bytes(dtype);
+    m.data = (uint8_t *)llm__alloc(env, (size_t)(llm__round_up(n, 16) / 16), m.tile_bytes);
+    return m;
+}
+
+/* Rows of one tile into their order; `row` is scratch for one. Absent rows (-1) are zero. */
+static void llm__pack_tile(const llm__matrix *m, int tile, const llm_weight *weight, const int rows[16], float *row) {
+    size_t k = (size_t)llm__round_up(m->k, 32);
+    uint8_t *to = m->data + (size_t)tile * m->tile_bytes;
+    for (size_t lane = 0; lane < 16; lane++) {
+        memset(row, 0, k * sizeof *row);
+        if (rows[lane] >= 0) weight->read_row(weight, rows[lane], row);
+        if (m->dtype == LLM_DTYPE_F32) {
+            for (size_t i = 0; i < k; i++) ((float *)to)[i * 16 + lane] = row[i];
+        } else {
+            for (size_t i = 0; i < k; i++) ((uint16_t *)to)[i / 2 * 32 + lane * 2 + i % 2] = llm__f32_to_bf16(row[i]);
+        }
+    }
+}
+
+/* Which rows of its weight a tile holds. Gates and ups take turns, tile by tile, so that they are computed together. */
+static void llm__tile_rows(const llm_weight *weight, int tile, int rows[16]) {
+    bool paired = weight->kind == LLM_WEIGHT_GATE_UP;
+    int n = paired ? weight->rows / 2 : weight->rows, first = paired ? tile / 2 * 16 : tile * 16;
+    for (int i = 0; i < 16; i++) {
+        rows[i] = first + i < n ? first + i : -1;
+        if (paired && tile % 2 && rows[i] >= 0) rows[i] += n;
+    }
+}
+
+/* 2^x and log2(x), sine and cosine in double, of fixed operations so that every compiler gives the same bits. */
+static double llm__log2(double x) {
+    int exponent;
+    double m = frexp(x, &exponent);
+    if (m < 0.70710678118654752) {
+        m *= 2;
+        exponent--;
+    }
+    double s = (m - 1) / (m + 1), s2 = s * s, sum = 0;
+    for (int i = 23; i >= 1; i -= 2) sum = sum * s2 + 1.0 / i; /* log(m) = 2 (s + s^3 / 3 + s^5 / 5 + ...) */
+    return exponent + 2 * s * sum * 1.4426950408889634;
+}
+
+static double llm__exp2(double x) {
+    double whole = floor(x + 0.5), r = (x - whole) * 0.69314718055994531, sum = 1;
+    for (int i = 16; i >= 1; i--) sum = 1 + r / i * sum;
+    return ldexp(sum, (int)whole);
+}
+
+static void llm__sincos(double x, float *sine, float *cosine) {
+    double n = floor(x * 0.63661977236758134 + 0.5);
+    double r = x - n * 1.5707963267341256 - n * 6.0771005063039655e-11 - n * 2.0222662487959506e-21;
+    double r2 = r * r, s = 0, c = 0;
+    for (int i = 15; i >= 3; i -= 2) s = -r2 / (i * (i - 1)) * (1 + s); /* sin r = r (1 + s), cos r = 1 + c */
+    for (int i = 16; i >= 2; i -= 2) c = -r2 / (i * (i - 1)) * (1 + c);
+    s = r * (1 + s);
+    c = 1 + c;
+    int quarter = (int)(n - 4 * floor(n / 4));
+    *sine = (float)(quarter == 0 ? s : quarter == 1 ? c : quarter == 2 ? -s : -c);
+    *cosine = (float)(quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s);
+}
+
+/* ==== 11 The CPU backend: threads, weights, memory ==============================================================
+
+   A team of threads runs one task on all its members at once; the calling thread is member 0. Inside the task they
+   meet at barriers. Members spin a little for the next task, then sleep, so an idle context costs nothing. */
+
+#ifndef LLM_NO_THREADS
+#if defined(_WIN32)
+typedef HANDLE llm__thread;
+typedef CRITICAL_SECTION llm__mutex;
+typedef CONDITION_VARIABLE llm__cond;
+#define LLM__THREAD_RESULT DWORD WINAPI
+static void llm__mutex_init(llm__mutex *m) { InitializeCriticalSection(m); }
+static void llm__mutex_destroy(llm__mutex *m) { DeleteCriticalSection(m); }
+static void llm__mutex_lock(llm__mutex *m) { EnterCriticalSection(m); }
+static void llm__mutex_unlock(llm__mutex *m) { LeaveCriticalSection(m); }
+static void llm__cond_init(llm__cond *c) { InitializeConditionVariable(c); }
+static void llm__cond_destroy(llm__cond *c) { (void)c; }
+static void llm__cond_wait(llm__cond *c, llm__mutex *m) { SleepConditionVariableCS(c, m, INFINITE); }
+static void llm__cond_broadcast(llm__cond *c) { WakeAllConditionVariable(c); }
+static bool llm__thread_start(llm__thread *t, DWORD (WINAPI *run)(void *), void *arg) {
+    return (*t = CreateThread(NULL, 0, run, arg, 0, NULL)) != NULL;
+}
+static void llm__thread_join(llm__thread t) {
+    WaitForSingleObject(t, INFINITE);
+    CloseHandle(t);
+}
+static void llm__thread_yield(void) { SwitchToThread(); }
+#else
+#include <pthread.h>
+#include <sched.h>
+typedef pthread_t llm__thread;
+typedef pthread_mutex_t llm__mutex;
+typedef pthread_cond_t llm__cond;
+#define LLM__THREAD_RESULT void *
+static void llm__mutex_init(llm__mutex *m) { pthread_mutex_init(m, NULL); }
+static void llm__mutex_destroy(llm__mutex *m) { pthread_mutex_destroy(m); }
+static void llm__mutex_lock(llm__mutex *m) { pthread_mutex_lock(m); }
+static void llm__mutex_unlock(llm__mutex *m) { pthread_mutex_unlock(m); }
+static void llm__cond_init(llm__cond *c) { pthread_cond_init(c, NULL); }
+static void llm__cond_destroy(llm__cond *c) { pthread_cond_destroy(c); }
+static void llm__cond_wait(llm__cond *c, llm__mutex *m) { pthread_cond_wait(c, m); }
+static void llm__cond_broadcast(llm__cond *c) { pthread_cond_broadcast(c); }
+static bool llm__thread_start(llm__thread *t, void *(*run)(void *), void *arg) {
+    return pthread_create(t, NULL, run, arg) == 0;
+}
+static void llm__thread_join(llm__thread t) { pthread_join(t, NULL); }
+static void llm__thread_yield(void) { sched_yield(); }
+#endif
+#endif
+
+typedef struct llm__team llm__team;
+
+typedef struct llm__member {
+    llm__team *team;
+    int index;
+#ifndef LLM_NO_THREADS
+    llm__thread thread;
+#endif
+} llm__member;
+
+struct llm__team {
+    int n;
+    void (*task)(void *arg, int index);
+    void *arg;
+    void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg); /* the host's, or NULL */
+    void *user;
+    int n_at_barrier, barrier_round;   /* atomic */
+    int n_working, job;                /* atomic; job counts the tasks so far */
+    int next;                          /* atomic; hands out pieces of work, see llm__take */
+    bool stop;
+    llm__member *members;              /* [n - 1], the caller is not among them */
+    int n_started;
+#ifndef LLM_NO_THREADS
+    llm__mutex mutex;
+    llm__cond wake;
+#endif
+};
+
+static void llm__spin_pause(int round) {
+#if defined(__x86_64__)
+    __asm__ volatile("pause");
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+#ifndef LLM_NO_THREADS
+    if (round % 1024 == 1023) llm__thread_yield(); /* there may be more threads than cores */
+#else
+    (void)round;
+#endif
+}
+
+/* Waits until all members are here. What any of them wrote before is seen by all after. */
+static void llm__barrier(llm__team *team) {
+    if (team->n == 1) return;
+    int round = __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&team->n_at_barrier, 1, __ATOMIC_ACQ_REL) == team->n) {
+        __atomic_store_n(&team->n_at_barrier, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&team->barrier_round, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int i = 0; __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE) == round; i++) llm__spin_pause(i);
+}
+
+/* One member's view of a task that goes through phases. In a phase the members take pieces 0 .. n-1 until none are
+   left, and meet. The shared counter only goes up: a phase of n pieces moves it by n plus one miss per member. */
+typedef struct llm__worker {
+    llm__team *team;
+    int index, base;
+} llm__worker;
+
+static int llm__take(llm__worker *w) { return __atomic_fetch_add(&w->team->next, 1, __ATOMIC_RELAXED) - w->base; }
+
+static void llm__finish(llm__worker *w, int n) {
+    w->base += n + w->team->n;
+    llm__barrier(w->team);
+}
+
+#ifndef LLM_NO_THREADS
+static bool llm__wait_for_job(llm__team *team, int done) {
+    for (int i = 0; i < 20000; i++) {
+        if (__atomic_load_n(&team->job, __ATOMIC_ACQUIRE) != done) return !team->stop;
+        llm__spin_pause(i);
+    }
+    llm__mutex_lock(&team->mutex);
+    while (__atomic_load_n(&team->job, __ATOMIC_ACQUIRE) == done) llm__cond_wait(&team->wake, &team->mutex);
+    llm__mutex_unlock(&team->mutex);
+    return !team->stop;
+}
+
+static LLM__THREAD_RESULT llm__member_main(void *arg) {
+    llm__member *member = (llm__member *)arg;
+    llm__team *team = member->team;
+    for (int done = 0; llm__wait_for_job(team, done); done++) {
+        team->task(team->arg, member->index);
+        __atomic_sub_fetch(&team->n_working, 1, __ATOMIC_ACQ_REL);
+    }
+    return 0;
+}
+
+static void llm__team_wake(llm__team *team) {
+    llm__mutex_lock(&team->mutex);
+    __atomic_add_fetch(&team->job, 1, __ATOMIC_ACQ_REL);
+    llm__cond_broadcast(&team->wake);
+    llm__mutex_unlock(&team->mutex);
+}
+#endif
+
+static void llm__team_stop(void *data) {
+    llm__team *team = (llm__team *)data;
+#ifndef LLM_NO_THREADS
+    team->stop = true;
+    if (team->n_started) llm__team_wake(team);
+    for (int i = 0; i < team->n_started; i++) llm__thread_join(team->members[i].thread);
+    llm__cond_destroy(&team->wake);
+    llm__mutex_destroy(&team->mutex);
+#else
+    (void)team;
+#endif
+}
+
+/* A team of n; its threads end when it is freed. Where the system gives fewer threads, the team is smaller. */
+static llm__team *llm__team_create(llm__env *env, int n) {
+    llm__member *members = (llm__member *)llm__alloc_zero(env, (size_t)n, sizeof *members);
+    llm__team *team = (llm__team *)llm__alloc_zero(env, 1, sizeof *team);
+    team->n = 1;
+    team->members = members;
+#ifndef LLM_NO_THREADS
+    llm__mutex_init(&team->mutex);
+    llm__cond_init(&team->wake);
+    llm__on_free(team, llm__team_stop);
+    for (; team->n < n; team->n++) {
+        llm__member *member = &members[team->n - 1];
+        member->team = team;
+        member->index = team->n;
+        if (!llm__thread_start(&member->thread, llm__member_main, member)) break;
+        team->n_started++;
+    }
+#endif
+    return team;
+}
+
+static void llm__team_run(llm__team *team, void (*task)(void *arg, int index), void *arg) {
+    team->next = 0;
+    if (team->parallel) {
+        team->parallel(team->user, team->n, task, arg);
+        return;
+    }
+    team->task = task;
+    team->arg = arg;
+#ifndef LLM_NO_THREADS
+    __atomic_store_n(&team->n_working, team->n_started, __ATOMIC_RELEASE);
+    if (team->n_started) llm__team_wake(team);
+#endif
+    task(arg, 0);
+#ifndef LLM_NO_THREADS
+    for (int i = 0; __atomic_load_n(&team->n_working, __ATOMIC_ACQUIRE) > 0; i++) llm__spin_pause(i);
+#endif
+}
+
+/* One thread per physical core this process may use. */
+static int llm__default_threads(void) {
+#if defined(LLM_NO_THREADS)
+    return 1;
+#elif defined(_WIN32)
+    SYSTEM_INFO info;
+    GetSystemInfo(&info);
+    return (int)info.dwNumberOfProcessors;
+#else
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+#if defined(__linux__)
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof set, &set) && CPU_COUNT(&set) < n) n = CPU_COUNT(&set);
+    char smt = '0';
+    int fd = open("/sys/devices/system/cpu/smt/active", O_RDONLY);
+    if (fd >= 0) {
+        if (read(fd, &smt, 1) == 1 && smt == '1' && n > 1) n /= 2;
+        close(fd);
+    }
+#endif
+    return n < 1 ? 1 : n > 256 ? 256 : (int)n;
+#endif
+}
+
+/* ---- The model on the CPU ---- */
+
+typedef struct llm__cpu_layer {
+    float *attention_norm, *ffn_norm; /* [n_embd] */
+    llm__matrix qkv, attention_out, gate_up, down;
+} llm__cpu_layer;
+
+typedef struct llm__cpu_model {
+    llm__pool pool;
+    llm_shape shape;
+    llm_dtype dtype;
+    const llm__kernels *kernels;
+    llm__team *team; /* for loading */
+    llm__cpu_layer *layers;
+    float *output_norm;
+    llm__matrix embedding, head; /* the same if tied */
+} llm__cpu_model;
+
+typedef struct llm__cpu_open_args {
+    void **out;
+    const llm_shape *shape;
+    const llm_model_desc *desc;
+} llm__cpu_open_args;
+
+static void llm__cpu_close(void *model) {
+    if (!model) return;
+    llm__pool pool = ((llm__cpu_model *)model)->pool;
+    llm__pool_free(&pool);
+}
+
+/* The pool lives inside the object it owns: it moves there once the object's memory is had. */
+static void llm__cpu_open_body(llm__env *env, void *arg) {
+    llm__cpu_open_args *args = (llm__cpu_open_args *)arg;
+    llm__cpu_model *m = (llm__cpu_model *)llm__alloc_zero(env, 1, sizeof *m);
+    m->shape = *args->shape;
+    m->dtype = args->desc->dtype;
+    m->kernels = llm__choose_kernels(args->desc->isa);
+    if (!m->kernels)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "the instruction set \"%s\" is unknown, or not on this machine", args->desc->isa);
+    m->layers = (llm__cpu_layer *)llm__alloc_zero(env, (size_t)m->shape.n_layers, sizeof *m->layers);
+    m->team = llm__team_create(env, args->desc->n_threads);
+    m->pool = *env->pool;
+    *args->out = m;
+}
+
+static llm_status llm__cpu_open(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_error *err) {
+    llm__pool pool = {desc->host, NULL};
+    llm__env env;
+    llm__cpu_open_args args = {out, shape, desc};
+    *out = NULL;
+    env.pool = &pool;
+    env.err = err;
+    env.file = NULL;
+    llm_status status = llm__guarded(&env, llm__cpu_open_body, &args);
+    if (status) llm__pool_free(&pool);
+    return status;
+}
+
+typedef struct llm__cpu_upload_args {
+    llm__cpu_model *model;
+    const llm_weight *weight;
+    llm__matrix *matrix;
+    float *rows; /* scratch, one row a thread */
+} llm__cpu_upload_args;
+
+static void llm__cpu_pack_task(void *arg, int index) {
+    llm__cpu_upload_args *a = (llm__cpu_upload_args *)arg;
+    int n_tiles = llm__round_up(a->matrix->n, 16) / 16, rows[16];
+    float *row = a->rows + (size_t)index * (size_t)llm__round_up(a->matrix->k, 32);
+    llm__worker w = {a->model->team, index, 0};
+    for (int tile; (tile = llm__take(&w)) < n_tiles;) {
+        llm__tile_rows(a->weight, tile, rows);
+        llm__pack_tile(a->matrix, tile, a->weight, rows, row);
+    }
+}
+
+static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const llm_weight *weight, llm__matrix *matrix) {
+    llm__cpu_upload_args args = {model, weight, matrix, NULL};
+    /* Gates and ups each fill whole tiles, so both are padded. */
+    int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__round_up(weight->rows / 2, 16) : weight->rows;
+    *matrix = llm__matrix_alloc(env, model->dtype, n, weight->cols);
+    args.rows = (float *)llm__alloc(env, (size_t)model->team->n * (size_t)llm__round_up(weight->cols, 32), sizeof(float));
+    llm__team_run(model->team, llm__cpu_pack_task, &args);
+    llm__free(env->pool, args.rows);
+}
+
+static float *llm__cpu_upload_vector(llm__env *env, const llm_weight *weight) {
+    float *v = (float *)llm__alloc(env, (size_t)weight->cols, sizeof *v);
+    weight->read_row(weight, 0, v);
+    return v;
+}
+
+static void llm__cpu_upload_body(llm__env *env, void *arg) {
+    llm__cpu_upload_args *a = (llm__cpu_upload_args *)arg;
+    llm__cpu_model *m = a->model;
+    const llm_weight *w = a->weight;
+    llm__cpu_layer *layer = &m->layers[w->layer];
+    switch (w->kind) {
+    case LLM_WEIGHT_EMBEDDING: llm__cpu_upload_matrix(env, m, w, &m->embedding); break;
+    case LLM_WEIGHT_ATTENTION_NORM: layer->attention_norm = llm__cpu_upload_vector(env, w); break;
+    case LLM_WEIGHT_QKV: llm__cpu_upload_matrix(env, m, w, &layer->qkv); break;
+    case LLM_WEIGHT_ATTENTION_OUT: llm__cpu_upload_matrix(env, m, w, &layer->attention_out); break;
+    case LLM_WEIGHT_FFN_NORM: layer->ffn_norm = llm__cpu_upload_vector(env, w); break;
+    case LLM_WEIGHT_GATE_UP: llm__cpu_upload_matrix(env, m, w, &layer->gate_up); break;
+    case LLM_WEIGHT_DOWN: llm__cpu_upload_matrix(env, m, w, &layer->down); break;
+    case LLM_WEIGHT_OUTPUT_NORM: m->output_norm = llm__cpu_upload_vector(env, w); break;
+    case LLM_WEIGHT_HEAD: llm__cpu_upload_matrix(env, m, w, &m->head); break;
+    }
+    if (w->kind == LLM_WEIGHT_EMBEDDING && m->shape.tied_head) m->head = m->embedding;
+}
+
+static llm_status llm__cpu_upload(void *model, const llm_weight *weight, llm_error *err) {
+    llm__cpu_model *m = (llm__cpu_model *)model;
+    llm__env env;
+    llm__cpu_upload_args args = {m, weight, NULL, NULL};
+    env.pool = &m->pool;
+    env.err = err;
+    env.file = NULL;
+    return llm__guarded(&env, llm__cpu_upload_body, &args);
+}
+
+/* ==== 12 KV cache ===============================================================================================
+
+   Keys and values live in blocks of LLM_BLOCK positions, all allocated when the context is created. A sequence is a
+   length and a table of blocks. A fork shares its parent's blocks by counting references; whoever appends to a block
+   that is shared takes a copy of it first. Here is the bookkeeping; the blocks' contents are the backend's. */
+
+typedef struct llm__cache {
+    int n_seq, n_ctx, blocks_per_seq, n_blocks, n_free;
+    int *free_blocks;   /* [n_blocks] a stack                                    */
+    int *n_users;       /* [n_blocks] sequences that hold the block              */
+    int *tables;        /* [n_seq][blocks_per_seq]                               */
+    int *lengths;       /* [n_seq]                                               */
+    llm_token *tokens;  /* [n_seq][n_ctx]                                        */
+} llm__cache;
+
+static int llm__blocks_for(int n_positions) { return (n_positions + LLM_BLOCK - 1) / LLM_BLOCK; }
+
+static void llm__cache_create(llm__env *env, llm__cache *cache, int n_seq, int n_ctx, int n_blocks) {
+    cache->n_seq = n_seq;
+    cache->n_ctx = n_ctx;
+    cache->blocks_per_seq = llm__blocks_for(n_ctx);
+    cache->n_blocks = cache->n_free = n_blocks;
+    cache->free_blocks = (int *)llm__alloc(env, (size_t)n_blocks, sizeof(int));
+    cache->n_users = (int *)llm__alloc_zero(env, (size_t)n_blocks, sizeof(int));
+    cache->tables = (int *)llm__alloc_zero(env, (size_t)n_seq * (size_t)cache->blocks_per_seq, sizeof(int));
+    cache->lengths = (int *)llm__alloc_zero(env, (size_t)n_seq, sizeof(int));
+    cache->tokens = (llm_token *)llm__alloc(env, (size_t)n_seq * (size_t)n_ctx, sizeof(llm_token));
+    for (int i = 0; i < n_blocks; i++) cache->free_blocks[i] = n_blocks - 1 - i; /* so that they come in order */
+}
+
+static int *llm__cache_table(const llm__cache *cache, int seq) {
+    return cache->tables + (size_t)seq * (size_t)cache->blocks_per_seq;
+}
+
+static llm_token *llm__cache_tokens(const llm__cache *cache, int seq) {
+    return cache->tokens + (size_t)seq * (size_t)cache->n_ctx;
+}
+
+/* Does appending to this sequence begin by copying its last block? */
+static bool llm__cache_must_copy(const llm__cache *cache, int seq) {
+    int length = cache->lengths[seq];
+    return length % LLM_BLOCK && cache->n_users[llm__cache_table(cache, seq)[length / LLM_BLOCK]] > 1;
+}
+
+/* Blocks that appending n tokens takes from the free ones. */
+static int llm__cache_needs(const llm__cache *cache, int seq, int n) {
+    int length = cache->lengths[seq];
+    return llm__blocks_for(length + n) - llm__blocks_for(length) + (n && llm__cache_must_copy(cache, seq));
+}
+
+static int llm__cache_take(llm__cache *cache) {
+    int block = cache->free_blocks[--cache->n_free];
+    cache->n_users[block] = 1;
+    return block;
+}
+
+static void llm__cache_drop(llm__cache *cache, int block) {
+    if (--cache->n_users[block] == 0) cache->free_blocks[cache->n_free++] = block;
+}
+
+static void llm__cache_truncate(llm__cache *cache, int seq, int length) {
+    for (int i = llm__blocks_for(length); i < llm__blocks_for(cache->lengths[seq]); i++)
+        llm__cache_drop(cache, llm__cache_table(cache, seq)[i]);
+    cache->lengths[seq] = length;
+}
+
+/* Puts an own block in the place of a shared last one; returns the shared one, from which to copy, or -1. */
+static int llm__cache_unshare(llm__cache *cache, int seq) {
+    if (!llm__cache_must_copy(cache, seq)) return -1;
+    int *place = &llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_BLOCK], shared = *place;
+    *place = llm__cache_take(cache);
+    llm__cache_drop(cache, shared);
+    return shared;
+}
+
+/* Appends one token to a sequence whose last block is its own. Room was made sure of before. */
+static void llm__cache_append(llm__cache *cache, int seq, llm_token token) {
+    int at = cache->lengths[seq]++;
+    if (at % LLM_BLOCK == 0) llm__cache_table(cache, seq)[at / LLM_BLOCK] = llm__cache_take(cache);
+    llm__cache_tokens(cache, seq)[at] = token;
+}
+
+static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) {
+    llm__cache_truncate(cache, seq, 0);
+    for (int i = 0; i < llm__blocks_for(length); i++) {
+        int block = llm__cache_table(cache, parent)[i];
+        llm__cache_table(cache, seq)[i] = block;
+        cache->n_users[block]++;
+    }
+    memcpy(llm__cache_tokens(cache, seq), llm__cache_tokens(cache, parent), (size_t)length * sizeof(llm_token));
+    cache->lengths[seq] = length;
+}
+
+/* ==== 13 Forward pass ===========================================================================================
+
+   The Llama transformer: Touvron et al. 2023 (arXiv:2302.13971), with RMSNorm (1910.07467), rotary embeddings
+   (2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245). For rows x[n_embd] of all tokens at once:
+
+       x = embedding[token]
+       for each layer:   q, k, v = Wqkv norm(x);  q, k = rope(q, k);  k, v go to the cache
+                         x += Wo attention(q, cache);   x += Wdown (silu(Wgate norm(x)) * Wup norm(x))
+       logits = Whead norm(x)
+
+   Every member of the team runs llm__forward_task; each phase of it is shared out in pieces and ends at a barrier. */
+
+enum {
+    LLM__CHUNK = 256,     /* keys whose softmax is taken at once; chunks are then merged in order (part of the arithmetic) */
+    LLM__QUERY_ROWS = 64, /* query rows, over the heads that share a key head, that meet a chunk together                  */
+    LLM__ROWS = 64,       /* activation rows that meet a group of tiles while it is in the near cache                      */
+    LLM__TILES = 4        /* tiles in such a group                                                                         */
+};
+
+/* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
+typedef struct llm__queries {
+    int first, n;
+} llm__queries;
+
+typedef struct llm__cpu_context {
+    llm__pool pool;
+    const llm__cpu_model *model;
+    llm_backend_desc desc;
+    llm__team *team;
+    bool round;                /* activations are rounded to bf16 before a product */
+    bool round_cache;          /* so are queries and softmax weights: the cache is bf16 */
+    llm__product_fn *product, *cache_product;
+    int head_stride;           /* head_dim padded for products */
+    size_t cache_block_bytes;  /* keys, or values, of one head in one block */
+    uint8_t *cache;            /* [n_layers][key, value][n_kv_heads][n_cache_blocks] tiles of a block */
+    size_t x_stride, qkv_stride, attention_stride, ffn_stride;
+    float *x, *normed, *qkv, *attention, *ffn; /* [n_batch][stride] */
+    float *cosines, *sines;    /* [n_batch][rope_dim / 2] */
+    float *scratch;            /* [n_threads][scratch_floats] for attention */
+    size_t scratch_floats;
+    float *logits;             /* [n_logits][n_vocab] */
+    int *all_rows;             /* 0, 1, 2 ... */
+    llm__queries *all_queries, *last_queries; /* of all rows; of the rows whose logits are wanted */
+    int n_all_queries, n_last_queries;
+    const llm_pass *pass;
+    bool cancelled;
+} llm__cpu_context;
+
+static uint8_t *llm__cache_block(const llm__cpu_context *c, int layer, int value, int head, int block) {
+    size_t plane = ((size_t)layer * 2 + (size_t)value) * (size_t)c->model->shape.n_kv_heads + (size_t)head;
+    return c->cache + (plane * (size_t)c->desc.n_cache_blocks + (size_t)block) * c->cache_block_bytes;
+}
+
+typedef enum llm__ending { LLM__STORE, LLM__ADD, LLM__SWIGLU } llm__ending;
+
+/* A few tiles against a few rows, and what becomes of the sums. With LLM__SWIGLU tiles are pairs of gates and ups. */
+static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, int first_tile, int n_tiles,
+                              const float *x, size_t x_stride, int rows, llm__ending ending, float *y, size_t y_stride) {
+    float sums[2][LLM__ROWS * 16];
+    int k = llm__round_up(m->k, 32), step = ending == LLM__SWIGLU ? 2 : 1;
+    for (int tile = first_tile; tile < first_tile + n_tiles; tile += step) {
+        int column = tile / step * 16, width = m->n - column < 16 ? m->n - column : 16;
+        for (int i = 0; i < step; i++) {
+            memset(sums[i], 0, (size_t)rows * 16 * sizeof(float));
+            c->product(x, x_stride, rows, m->data + (size_t)(tile + i) * m->tile_bytes, k, sums[i], 16);
+        }
+        for (int r = 0; r < rows; r++) {
+            float *to = y + (size_t)r * y_stride + column;
+            const float *sum = sums[0] + r * 16;
+            if (ending == LLM__SWIGLU) c->model->kernels->swiglu(sum, sums[1] + r * 16, 16, c->round, to);
+            else if (ending == LLM__ADD) c->model->kernels->add(to, sum, width);
+            else memcpy(to, sum, (size_t)width * sizeof(float));
+        }
+    }
+}
+
+/* y = W x, y += W x, or y = silu(gate) * up, for all rows; a phase. */
+static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x, size_t x_stride,
+                        int rows, llm__ending ending, float *y, size_t y_stride) {
+    int n_tiles = llm__round_up(m->n, 16) / 16, n_pieces = (n_tiles + LLM__TILES - 1) / LLM__TILES;
+    for (int piece; (piece = llm__take(w)) < n_pieces;) {
+        int first = piece * LLM__TILES, n = n_tiles - first < LLM__TILES ? n_tiles - first : LLM__TILES;
+        for (int r = 0; r < rows; r += LLM__ROWS) {
+            int some = rows - r < LLM__ROWS ? rows - r : LLM__ROWS;
+            llm__linear_piece(c, m, first, n, x + (size_t)r * x_stride, x_stride, some, ending, y + (size_t)r * y_stride,
+                              y_stride);
+        }
+    }
+    llm__finish(w, n_pieces);
+}
+
+static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const float *weight, int rows) {
+    for (int r; (r = llm__take(w)) < rows;)
+        c->model->kernels->rms_norm(c->x + (size_t)r * c->x_stride, weight, c->model->shape.n_embd, c->model->shape.rms_eps,
+                                    c->round, c->normed + (size_t)r * c->x_stride);
+    llm__finish(w, rows);
+}
+
+/* The embeddings, and the angles by which RoPE turns each row. */
+static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
+    const llm_pass *pass = c->pass;
+    const llm_shape *s = &c->model->shape;
+    const llm__matrix *m = &c->model->embedding;
+    size_t k = (size_t)llm__round_up(m->k, 32), half = (size_t)s->rope_dim / 2;
+    for (int r; (r = llm__take(w)) < pass->n_rows;) {
+        float *x = c->x + (size_t)r * c->x_stride;
+        for (size_t i = 0; i < (size_t)m->k; i++)
+            x[i] = llm__tile_get(m->dtype, m->data, llm__tile_index(m->dtype, (size_t)pass->tokens[r], i, k));
+        for (size_t i = 0; i < half; i++)
+            llm__sincos(pass->positions[r] * s->rope_frequencies[i], &c->sines[(size_t)r * half + i],
+                        &c->cosines[(size_t)r * half + i]);
+    }
+    llm__finish(w, pass->n_rows);
+}
+
+/* Puts one head's key or value of one position into its block. */
+static void llm__cache_store(const llm__cpu_context *c, int layer, int value, int head, int block, int place,
+                             const float *from) {
+    uint8_t *tiles = llm__cache_block(c, layer, value, head, block);
+    llm_dtype dtype = c->desc.cache_dtype;
+    size_t k = value ? LLM_BLOCK : (size_t)c->head_stride;
+    for (size_t d = 0; d < (size_t)c->model->shape.head_dim; d++)
+        llm__tile_set(dtype, tiles, value ? llm__tile_index(dtype, d, (size_t)place, k)
+                                          : llm__tile_index(dtype, (size_t)place, d, k), from[d]);
+}
+
+/* Rotates queries and keys, and stores keys and values. */
+static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer) {
+    const llm_pass *pass = c->pass;
+    const llm_shape *s = &c->model->shape;
+    size_t half = (size_t)s->rope_dim / 2;
+    for (int r; (r = llm__take(w)) < pass->n_rows;) {
+        float *q = c->qkv + (size_t)r * c->qkv_stride, *k = q + s->n_heads * s->head_dim, *v = k + s->n_kv_heads * s->head_dim;
+        for (int h = 0; h < s->n_heads + s->n_kv_heads; h++)
+            c->model->kernels->rope(q + h * s->head_dim, c->cosines + (size_t)r * half, c->sines + (size_t)r * half, (int)half);
+        int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
+        for (int h = 0; h < s->n_kv_heads; h++) {
+            llm__cache_store(c, layer, 0, h, block, at % LLM_BLOCK, k + h * s->head_dim);
+            llm__cache_store(c, layer, 1, h, block, at % LLM_BLOCK, v + h * s->head_dim);
+        }
+    }
+    llm__finish(w, pass->n_rows);
+}
+
+/* One chunk of keys against some query rows: fills scores[rows][LLM__CHUNK], then part[rows][head_stride]. */
+typedef struct llm__attention_work {
+    const float *q;        /* [rows][head_stride] */
+    float *scores, *part, *out; /* out[rows][head_stride] and its max and sum are what is known so far */
+    float *max, *sum;
+    int rows;
+} llm__attention_work;
+
+static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_work *a, int layer, int head,
+                              const int *blocks, int first_key, int n_keys, const int *last_keys) {
+    const llm__kernels *kernels = c->model->kernels;
+    size_t stride = (size_t)c->head_stride, tile = c->cache_block_bytes / 2, value_tile = 16 * c->cache_block_bytes / stride;
+    float scale = 1.0f / sqrtf((float)c->model->shape.head_dim);
+    int padded = llm__round_up(n_keys, LLM_BLOCK);
+    memset(a->scores, 0, (size_t)a->rows * LLM__CHUNK * sizeof(float));
+    memset(a->part, 0, (size_t)a->rows * stride * sizeof(float));
+    for (int key = 0; key < n_keys; key += 16) {
+        const uint8_t *keys = llm__cache_block(c, layer, 0, head, blocks[(first_key + key) / LLM_BLOCK]);
+        c->cache_product(a->q, stride, a->rows, keys + (size_t)(key / 16 % 2) * tile, c->head_stride, a->scores + key, LLM__CHUNK);
+    }
+    for (int r = 0; r < a->rows; r++) {
+        int n = last_keys[r] + 1 - first_key < n_keys ? last_keys[r] + 1 - first_key : n_keys;
+        if (n > 0) kernels->softmax(a->scores + r * LLM__CHUNK, n, padded, scale, c->round_cache, &a->max[r], &a->sum[r]);
+        else memset(a->scores + r * LLM__CHUNK, 0, (size_t)padded * sizeof(float));
+    }
+    for (int key = 0; key < n_keys; key += LLM_BLOCK) {
+        const uint8_t *values = llm__cache_block(c, layer, 1, head, blocks[(first_key + key) / LLM_BLOCK]);
+        for (int d = 0; d < c->head_stride; d += 16)
+            c->cache_product(a->scores + key, LLM__CHUNK, a->rows, values + (size_t)(d / 16) * value_tile, LLM_BLOCK,
+                             a->part + d, stride);
+    }
+}
+
+/* All chunks of keys, in order, for the query heads that share one key head, of a few rows of one sequence. */
+static void llm__attend(const llm__cpu_context *c, int index, int layer, int head, const int *rows, llm__queries queries) {
+    const llm_pass *pass = c->pass;
+    const llm_shape *s = &c->model->shape;
+    int group = s->n_heads / s->n_kv_heads, n = queries.n * group, last_keys[LLM__QUERY_ROWS];
+    size_t stride = (size_t)c->head_stride;
+    float *q = c->scratch + (size_t)index * c->scratch_floats, *out = q + (size_t)n * stride, *part = out + (size_t)n * stride;
+    float *scores = part + (size_t)n * stride, *stats = scores + (size_t)n * LLM__CHUNK; /* max and sum, known and new */
+    memset(q, 0, (size_t)n * stride * sizeof *q);
+    for (int i = 0; i < n; i++) {
+        int row = rows[queries.first + i / group];
+        const float *from = c->qkv + (size_t)row * c->qkv_stride + (head * group + i % group) * s->head_dim;
+        c->model->kernels->scale(from, 1.0f, s->head_dim, c->round_cache, q + (size_t)i * stride);
+        last_keys[i] = pass->positions[row];
+    }
+    llm__attention_work work = {q, scores, part, out, stats + 2 * n, stats + 3 * n, n};
+    const int *blocks = pass->blocks + (size_t)pass->seqs[rows[queries.first]] * (size_t)pass->blocks_per_seq;
+    int n_keys = last_keys[n - 1] + 1;
+    for (int first = 0; first < n_keys; first += LLM__CHUNK) {
+        int some = n_keys - first < LLM__CHUNK ? n_keys - first : LLM__CHUNK;
+        llm__attend_chunk(c, &work, layer, head, blocks, first, some, last_keys);
+        for (int i = 0; i < n; i++) {
+            float *known = out + (size_t)i * stride, *fresh = part + (size_t)i * stride;
+            if (first == 0) {
+                memcpy(known, fresh, stride * sizeof *known);
+                stats[i] = work.max[i];
+                stats[n + i] = work.sum[i];
+            } else if (last_keys[i] >= first) {
+                c->model->kernels->merge(&stats[i], &stats[n + i], known, work.max[i], work.sum[i], fresh, c->head_stride);
+            }
+        }
+    }
+    for (int i = 0; i < n; i++) {
+        float *to = c->attention + (size_t)(queries.first + i / group) * c->attention_stride + (head * group + i % group) * s->head_dim;
+        c->model->kernels->scale(out + (size_t)i * stride, 1.0f / stats[n + i], s->head_dim, c->round, to);
+    }
+}
+
+/* The later queries see more keys, so they are taken first. */
+static void llm__attention_rows(llm__worker *w, const llm__cpu_context *c, int layer, const int *rows,
+                                const llm__queries *queries, int n_queries) {
+    int n_heads = c->model->shape.n_kv_heads, n_pieces = n_queries * n_heads;
+    for (int piece; (piece = llm__take(w)) < n_pieces;)
+        llm__attend(c, w->index, layer, piece % n_heads, rows, queries[n_queries - 1 - piece / n_heads]);
+    llm__finish(w, n_pieces);
+}
+
+/* Moves the rows whose logits are wanted to the front; in the last layer no others are needed after the cache is fed. */
+static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c) {
+    if (w->index == 0)
+        for (int i = 0; i < c->pass->n_logits; i++)
+            memmove(c->x + (size_t)i * c->x_stride, c->x + (size_t)c->pass->logit_rows[i] * c->x_stride,
+                    c->x_stride * sizeof(float));
+    llm__barrier(w->team);
+}
+
+static bool llm__poll_cancel(llm__worker *w, llm__cpu_context *c) {
+    if (w->index == 0) c->cancelled = c->pass->cancel && c->pass->cancel(c->pass->cancel_user);
+    llm__barrier(w->team);
+    return c->cancelled;
+}
+
+static void llm__forward_task(void *arg, int index) {
+    llm__cpu_context *c = (llm__cpu_context *)arg;
+    llm__worker worker = {c->team, index, 0}, *w = &worker;
+    const llm__cpu_model *m = c->model;
+    const int *rows = c->all_rows;
+    int n = c->pass->n_rows;
+    uint64_t mode = llm__float_mode_enter();
+    llm__embed_rows(w, c);
+    for (int i = 0; i < m->shape.n_layers && n && !llm__poll_cancel(w, c); i++) {
+        const llm__cpu_layer *layer = &m->layers[i];
+        bool last = i == m->shape.n_layers - 1;
+        llm__norm_rows(w, c, layer->attention_norm, n);
+        llm__linear(w, c, &layer->qkv, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
+        llm__rope_rows(w, c, i);
+        if (last) {
+            rows = c->pass->logit_rows;
+            n = c->pass->n_logits;
+            llm__keep_rows(w, c);
+        }
+        llm__attention_rows(w, c, i, rows, last ? c->last_queries : c->all_queries, last ? c->n_last_queries : c->n_all_queries);
+        llm__linear(w, c, &layer->attention_out, c->attention, c->attention_stride, n, LLM__ADD, c->x, c->x_stride);
+        llm__norm_rows(w, c, layer->ffn_norm, n);
+        llm__linear(w, c, &layer->gate_up, c->normed, c->x_stride, n, LLM__SWIGLU, c->ffn, c->ffn_stride);
+        llm__linear(w, c, &layer->down, c->ffn, c->ffn_stride, n, LLM__ADD, c->x, c->x_stride);
+    }
+    if (n && !c->cancelled) {
+        float *logits = c->logits + (size_t)c->pass->first_logits * (size_t)m->shape.n_vocab;
+        llm__norm_rows(w, c, m->output_norm, n);
+        llm__linear(w, c, &m->head, c->normed, c->x_stride, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
+    }
+    llm__float_mode_leave(mode);
+}
+
+/* Cuts a list of rows into runs of one sequence that fit LLM__QUERY_ROWS; returns how many. */
+static int llm__group_queries(const llm__cpu_context *c, const int *rows, int n, llm__queries *queries) {
+    int most = LLM__QUERY_ROWS / (c->model->shape.n_heads / c->model->shape.n_kv_heads), n_queries = 0;
+    for (int i = 0; i < n; i++) {
+        llm__queries *q = &queries[n_queries - 1];
+        if (n_queries && q->n < most && c->pass->seqs[rows[i]] == c->pass->seqs[rows[q->first]]) {
+            q->n++;
+        } else {
+            queries[n_queries].first = i;
+            queries[n_queries++].n = 1;
+        }
+    }
+    return n_queries;
+}
+
+static llm_status llm__cpu_forward(void *context, const llm_pass *pass, llm_error *err) {
+    llm__cpu_context *c = (llm__cpu_context *)context;
+    c->pass = pass;
+    c->cancelled = false;
+    c->n_all_queries = llm__group_queries(c, c->all_rows, pass->n_rows, c->all_queries);
+    c->n_last_queries = llm__group_queries(c, pass->logit_rows, pass->n_logits, c->last_queries);
+    llm__team_run(c->team, llm__forward_task, c);
+    return c->cancelled ? llm__error(err, LLM_ERROR_CANCELLED, "the forward pass was cancelled") : LLM_OK;
+}
+
+static const float *llm__cpu_logits(void *context, int i) {
+    llm__cpu_context *c = (llm__cpu_context *)context;
+    return c->logits + (size_t)i * (size_t)c->model->shape.n_vocab;
+}
+
+/* ---- The context on the CPU ---- */
+
+static uint64_t llm__cpu_block_bytes(const llm_shape *s, llm_dtype cache_dtype) {
+    return (uint64_t)s->n_layers * 2 * (uint64_t)s->n_kv_heads * LLM_BLOCK * (uint64_t)llm__round_up(s->head_dim, 32) *
+           llm__dtype_bytes(cache_dtype);
+}
+
+static llm_status llm__cpu_copy_block(void *context, int to, int from, llm_error *err) {
+    llm__cpu_context *c = (llm__cpu_context *)context;
+    (void)err;
+    for (int layer = 0; layer < c->model->shape.n_layers; layer++)
+        for (int head = 0; head < c->model->shape.n_kv_heads; head++)
+            for (int value = 0; value < 2; value++)
+                memcpy(llm__cache_block(c, layer, value, head, to), llm__cache_block(c, layer, value, head, from), c->cache_block_bytes);
+    return LLM_OK;
+}
+
+static llm_status llm__cpu_read_block(void *context, int block, void *bytes, llm_error *err) {
+    llm__cpu_context *c = (llm__cpu_context *)context;
+    uint8_t *to = (uint8_t *)bytes;
+    (void)err;
+    for (int plane = 0; plane < 2 * c->model->shape.n_layers * c->model->shape.n_kv_heads; plane++, to += c->cache_block_bytes)
+        memcpy(to, llm__cache_block(c, 0, 0, plane, block), c->cache_block_bytes);
+    return LLM_OK;
+}
+
+static llm_status llm__cpu_write_block(void *context, int block, const void *bytes, llm_error *err) {
+    llm__cpu_context *c = (llm__cpu_context *)context;
+    const uint8_t *from = (const uint8_t *)bytes;
+    (void)err;
+    for (int plane = 0; plane < 2 * c->model->shape.n_layers * c->model->shape.n_kv_heads; plane++, from += c->cache_block_bytes)
+        memcpy(llm__cache_block(c, 0, 0, plane, block), from, c->cache_block_bytes);
+    return LLM_OK;
+}
+
+typedef struct llm__cpu_sizes {
+    size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats;
+    int head_stride;
+} llm__cpu_sizes;
+
+static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s) {
+    llm__cpu_sizes z;
+    size_t group = (size_t)(s->n_heads / s->n_kv_heads), rows = group > LLM__QUERY_ROWS ? group : LLM__QUERY_ROWS;
+    z.head_stride = llm__round_up(s->head_dim, 32);
+    z.x_stride = (size_t)llm__round_up(s->n_embd, 32);
+    z.qkv_stride = (size_t)llm__round_up((s->n_heads + 2 * s->n_kv_heads) * s->head_dim, 16);
+    z.attention_stride = (size_t)llm__round_up(s->n_heads * s->head_dim, 32);
+    z.ffn_stride = (size_t)llm__round_up(s->n_ff, 32);
+    z.scratch_floats = rows * (3 * (size_t)z.head_stride + LLM__CHUNK + 4);
+    return z;
+}
+
+static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
+    llm__cpu_sizes z = llm__cpu_find_sizes(s);
+    uint64_t row = 2 * z.x_stride + z.qkv_stride + z.attention_stride + z.ffn_stride + (uint64_t)s->rope_dim + 5;
+    return 4 * ((uint64_t)d->n_batch * row + (uint64_t)d->n_logits * (uint64_t)s->n_vocab +
+                (uint64_t)d->n_threads * z.scratch_floats);
+}
+
+typedef struct llm__cpu_context_args {
+    void **out;
+    const llm__cpu_model *model;
+    const llm_backend_desc *desc;
+} llm__cpu_context_args;
+
+static void llm__cpu_clear_cache_task(void *arg, int index) {
+    llm__cpu_context *c = (llm__cpu_context *)arg;
+    const llm_shape *s = &c->model->shape;
+    llm__worker w = {c->team, index, 0};
+    int n = s->n_layers * 2 * s->n_kv_heads;
+    size_t plane = (size_t)c->desc.n_cache_blocks * c->cache_block_bytes;
+    for (int i; (i = llm__take(&w)) < n;) memset(c->cache + (size_t)i * plane, 0, plane);
+}
+
+static void llm__cpu_context_body(llm__env *env, void *arg) {
+    llm__cpu_context_args *args = (llm__cpu_context_args *)arg;
+    llm__cpu_context *c = (llm__cpu_context *)llm__alloc_zero(env, 1, sizeof *c);
+    const llm_shape *s = &args->model->shape;
+    llm__cpu_sizes z = llm__cpu_find_sizes(s);
+    size_t n_batch = (size_t)args->desc->n_batch, half = (size_t)s->rope_dim / 2;
+    c->model = args->model;
+    c->desc = *args->desc;
+    c->round = args->model->dtype == LLM_DTYPE_BF16;
+    c->round_cache = c->desc.cache_dtype == LLM_DTYPE_BF16;
+    c->product = c->round ? c->model->kernels->product_bf16 : c->model->kernels->product_f32;
+    c->cache_product = c->round_cache ? c->model->kernels->product_bf16 : c->model->kernels->product_f32;
+    c->head_stride = z.head_stride;
+    c->cache_block_bytes = LLM_BLOCK * (size_t)z.head_stride * llm__dtype_bytes(c->desc.cache_dtype);
+    c->cache = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_cache_blocks, (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype));
+    c->x_stride = z.x_stride;
+    c->qkv_stride = z.qkv_stride;
+    c->attention_stride = z.attention_stride;
+    c->ffn_stride = z.ffn_stride;
+    c->scratch_floats = z.scratch_floats;
+    c->x = (float *)llm__alloc_zero(env, n_batch * z.x_stride, sizeof(float));
+    c->normed = (float *)llm__alloc_zero(env, n_batch * z.x_stride, sizeof(float));
+    c->qkv = (float *)llm__alloc_zero(env, n_batch * z.qkv_stride, sizeof(float));
+    c->attention = (float *)llm__alloc_zero(env, n_batch * z.attention_stride, sizeof(float));
+    c->ffn = (float *)llm__alloc_zero(env, n_batch * z.ffn_stride, sizeof(float));
+    c->cosines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
+    c->sines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
+    c->scratch = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.scratch_floats, sizeof(float));
+    c->logits = (float *)llm__alloc(env, (size_t)c->desc.n_logits * (size_t)s->n_vocab, sizeof(float));
+    c->all_rows = (int *)llm__alloc(env, n_batch, sizeof(int));
+    c->all_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
+    c->last_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
+    for (int i = 0; i < c->desc.n_batch; i++) c->all_rows[i] = i;
+    c->team = llm__team_create(env, c->desc.parallel ? 1 : c->desc.n_threads);
+    if (c->desc.parallel) {
+        c->team->parallel = c->desc.parallel;
+        c->team->user = c->desc.host.user;
+        c->team->n = c->desc.n_threads;
+    }
+    llm__team_run(c->team, llm__cpu_clear_cache_task, c);
+    c->pool = *env->pool;
+    *args->out = c;
+}
+
+static llm_status llm__cpu_context_create(void **out, void *model, const llm_backend_desc *desc, llm_error *err) {
+    llm__pool pool = {desc->host, NULL};
+    llm__env env;
+    llm__cpu_context_args args = {out, (const llm__cpu_model *)model, desc};
+    *out = NULL;
+    env.pool = &pool;
+    env.err = err;
+    env.file = NULL;
+    llm_status status = llm__guarded(&env, llm__cpu_context_body, &args);
+    if (status) llm__pool_free(&pool);
+    return status;
+}
+
+static void llm__cpu_context_free(void *context) {
+    if (!context) return;
+    llm__pool pool = ((llm__cpu_context *)context)->pool;
+    llm__pool_free(&pool);
+}
+
+/* ---- The limit of decoding ---- */
+
+typedef struct llm__bandwidth_args {
+    llm__cpu_context *context;
+    uint32_t sink;
+} llm__bandwidth_args;
+
+static void llm__bandwidth_matrix(llm__worker *w, llm__bandwidth_args *a, const llm__matrix *m) {
+    int n_tiles = llm__round_up(m->n, 16) / 16, n = (n_tiles + LLM__TILES - 1) / LLM__TILES;
+    for (int i; (i = llm__take(w)) < n;) {
+        int first = i * LLM__TILES, some = n_tiles - first < LLM__TILES ? n_tiles - first : LLM__TILES;
+        uint32_t got = a->context->model->kernels->read(m->data + (size_t)first * m->tile_bytes, (size_t)some * m->tile_bytes);
+        __atomic_fetch_xor(&a->sink, got, __ATOMIC_RELAXED);
+    }
+    llm__finish(w, n);
+}
+
+static void llm__bandwidth_task(void *arg, int index) {
+    llm__bandwidth_args *a = (llm__bandwidth_args *)arg;
+    const llm__cpu_model *m = a->context->model;
+    llm__worker worker = {a->context->team, index, 0}, *w = &worker;
+    for (int i = 0; i < m->shape.n_layers; i++) {
+        llm__bandwidth_matrix(w, a, &m->layers[i].qkv);
+        llm__bandwidth_matrix(w, a, &m->layers[i].attention_out);
+        llm__bandwidth_matrix(w, a, &m->layers[i].gate_up);
+        llm__bandwidth_matrix(w, a, &m->layers[i].down);
+    }
+    llm__bandwidth_matrix(w, a, &m->head);
+}
+
+/* The best of several passes over the weights, the first of which warms the caches. */
+static double llm__cpu_measure_bandwidth(void *context) {
+    llm__bandwidth_args args = {(llm__cpu_context *)context, 0};
+    const llm__cpu_model *m = args.context->model;
+    double bytes = (double)llm__round_up(m->head.n, 16) / 16 * (double)m->head.tile_bytes, best = 0, start = llm__now();
+    for (int i = 0; i < m->shape.n_layers; i++) {
+        const llm__matrix *all[4] = {&m->layers[i].qkv, &m->layers[i].attention_out, &m->layers[i].gate_up, &m->layers[i].down};
+        for (int j = 0; j < 4; j++) bytes += (double)llm__round_up(all[j]->n, 16) / 16 * (double)all[j]->tile_bytes;
+    }
+    for (int i = 0; i < 10 && (i < 3 || llm__now() - start < 0.5); i++) {
+        double before = llm__now();
+        llm__team_run(args.context->team, llm__bandwidth_task, &args);
+        double rate = bytes / (llm__now() - before);
+        if (rate > best) best = rate;
+    }
+    return best;
+}
+
+static const llm_backend llm__cpu_backend = {
+    "cpu", llm__cpu_open, llm__cpu_upload, llm__cpu_close, llm__cpu_weight_bytes, llm__cpu_block_bytes,
+    llm__cpu_scratch_bytes, llm__cpu_context_create, llm__cpu_context_free, llm__cpu_forward, llm__cpu_logits,
+    llm__cpu_copy_block, llm__cpu_read_block, llm__cpu_write_block, llm__cpu_measure_bandwidth,
+};
+
+/* ---- Models ---- */
+
+struct llm_model {
+    llm__pool pool;
+    const llm_backend *backend;
+    void *device; /* the backend's model */
+    llm_model_desc desc;
+    llm_shape shape;
+    llm_model_info info;
+    llm_tokenizer *tokenizer;
+    const llm__kernels *kernels; /* for what is computed on the host whatever the backend */
+};
+
+typedef struct llm__load_args {
+    llm_model **out;
+    const char *path;
+    llm_model_desc desc;
+    void *device; /* to be closed if loading fails after it was opened */
+} llm__load_args;
+
+static uint64_t llm__hash_bytes(uint64_t hash, const void *bytes, size_t n) { /* FNV-1a, eight bytes at a time */
+    const uint8_t *p = (const uint8_t *)bytes;
+    for (; n >= 8; n -= 8, p += 8) hash = (hash ^ llm__load_u64(p)) * 0x100000001B3u;
+    for (; n; n--, p++) hash = (hash ^ *p) * 0x100000001B3u;
+    return hash;
+}
+
+/* The angle a pair of dimensions turns by from one position to the next: base^(-2i / rope_dim). */
+static double *llm__rope_frequencies(llm__env *env, const llm__hparams *h) {
+    int half = h->rope_dim / 2;
+    double *f = (double *)llm__alloc(env, (size_t)half + 1, sizeof *f);
+    for (int i = 0; i < half; i++) f[i] = llm__exp2(-2.0 * i / h->rope_dim * llm__log2(h->rope_base));
+    return f;
+}
+
+static llm_shape llm__find_shape(llm__env *env, const llm__hparams *h, const llm__checkpoint *ck) {
+    llm_shape s;
+    s.n_vocab = h->n_vocab;
+    s.n_layers = h->n_layers;
+    s.n_embd = h->n_embd;
+    s.n_ff = h->n_ff;
+    s.n_heads = h->n_heads;
+    s.n_kv_heads = h->n_kv_heads;
+    s.head_dim = h->head_dim;
+    s.rope_dim = h->rope_dim;
+    s.rms_eps = h->rms_eps;
+    s.rope_frequencies = llm__rope_frequencies(env, h);
+    s.tied_head = !llm__find_tensor(ck, "output.weight");
+    return s;
+}
+
+/* A weight made of up to three tensors of the file, each with its rows. */
+static llm_weight llm__make_weight(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h, llm__source *source,
+                                   llm_weight_kind kind, int layer, int cols) {
+    static const struct {
+        const char *names[3];
+    } table[] = {
+        {{"token_embd.weight", NULL, NULL}}, {{"attn_norm.weight", NULL, NULL}},
+        {{"attn_q.weight", "attn_k.weight", "attn_v.weight"}}, {{"attn_output.weight", NULL, NULL}},
+        {{"ffn_norm.weight", NULL, NULL}}, {{"ffn_gate.weight", "ffn_up.weight", NULL}}, {{"ffn_down.weight", NULL, NULL}},
+        {{"output_norm.weight", NULL, NULL}}, {{"output.weight", NULL, NULL}},
+    };
+    int q = h->n_heads * h->head_dim, kv = h->n_kv_heads * h->head_dim;
+    int rows[3] = {1, 0, 0};
+    bool in_layer = kind != LLM_WEIGHT_EMBEDDING && kind != LLM_WEIGHT_OUTPUT_NORM && kind != LLM_WEIGHT_HEAD;
+    switch (kind) {
+    case LLM_WEIGHT_EMBEDDING: case LLM_WEIGHT_HEAD: rows[0] = h->n_vocab; break;
+    case LLM_WEIGHT_QKV: rows[0] = q; rows[1] = rows[2] = kv; break;
+    case LLM_WEIGHT_GATE_UP: rows[0] = rows[1] = h->n_ff; break;
+    case LLM_WEIGHT_ATTENTION_OUT: case LLM_WEIGHT_DOWN: rows[0] = h->n_embd; break;
+    default: break; /* a norm is one row */
+    }
+    llm_weight w = {kind, layer, 0, cols, source, llm__read_weight_row};
+    memset(source, 0, sizeof *source);
+    source->rope_dim = h->rope_dim;
+    for (int i = 0; i < 3 && rows[i]; i++) {
+        char name[64];
+        if (in_layer) snprintf(name, sizeof name, "blk.%d.%s", layer, table[kind].names[i]);
+        else snprintf(name, sizeof name, "%s", table[kind].names[i]);
+        source->parts[source->n_parts++] = llm__get_tensor(env, ck, name, (uint64_t)rows[i], (uint64_t)cols);
+        if (kind == LLM_WEIGHT_QKV && i < 2 && h->interleaved_rope) source->n_interleaved[i] = h->head_dim;
+        w.rows += rows[i];
+    }
+    return w;
+}
+
+static int llm__weight_cols(const llm__hparams *h, llm_weight_kind kind) {
+    if (kind == LLM_WEIGHT_ATTENTION_OUT) return h->n_heads * h->head_dim;
+    return kind == LLM_WEIGHT_DOWN ? h->n_ff : h->n_embd;
+}
+
+/* Calls visit for every weight of the model, in the order they are used. */
+typedef struct llm__weight_walk {
+    llm__env *env;
+    const llm__checkpoint *ck;
+    const llm__hparams *h;
+    bool tied_head;
+    void (*visit)(struct llm__weight_walk *walk, const llm_weight *weight);
+    const llm_backend *backend;
+    void *device;
+    llm_dtype dtype;
+    uint64_t n_params, weight_bytes, weight_bytes_per_token, fingerprint;
+} llm__weight_walk;
+
+static void llm__walk_weight(llm__weight_walk *walk, llm_weight_kind kind, int layer) {
+    llm__source source;
+    llm_weight w = llm__make_weight(walk->env, walk->ck, walk->h, &source, kind, layer, llm__weight_cols(walk->h, kind));
+    bool vector = w.rows == 1;
+    uint64_t bytes = vector ? (uint64_t)w.cols * 4 : walk->backend->weight_bytes(walk->dtype, w.rows, w.cols);
+    walk->n_params += (uint64_t)w.rows * (uint64_t)w.cols;
+    walk->weight_bytes += bytes;
+    if (kind != LLM_WEIGHT_EMBEDDING || walk->tied_head) walk->weight_bytes_per_token += bytes;
+    for (int i = 0; i < source.n_parts; i++) { /* the fingerprint takes samples: the whole would have to be read */
+        const llm__tensor *t = source.parts[i];
+        uint64_t bytes_of_tensor = t->rows * t->row_bytes, step = bytes_of_tensor / 16;
+        for (uint64_t at = 0; at < bytes_of_tensor; at += step ? step : 1)
+            walk->fingerprint = llm__hash_bytes(walk->fingerprint, t->data + at, (size_t)(bytes_of_tensor - at < 64 ? bytes_of_tensor - at : 64));
+    }
+    if (walk->visit) walk->visit(walk, &w);
+}
+
+static void llm__walk_weights(llm__weight_walk *walk) {
+    llm__walk_weight(walk, LLM_WEIGHT_EMBEDDING, 0);
+    for (int i = 0; i < walk->h->n_layers; i++)
+        for (int kind = LLM_WEIGHT_ATTENTION_NORM; kind <= LLM_WEIGHT_DOWN; kind++)
+            llm__walk_weight(walk, (llm_weight_kind)kind, i);
+    llm__walk_weight(walk, LLM_WEIGHT_OUTPUT_NORM, 0);
+    if (!walk->tied_head) llm__walk_weight(walk, LLM_WEIGHT_HEAD, 0);
+}
+
+static void llm__upload_weight(llm__weight_walk *walk, const llm_weight *weight) {
+    llm__env *env = walk->env;
+    llm_status status = walk->backend->upload(walk->device, weight, env->err);
+    if (status) {
+        env->status = status;
+        longjmp(env->unwind, 1);
+    }
+    llm__report_progress(env, (float)(weight->layer + 1) / (float)(walk->h->n_layers + 1));
+}
+
+static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *desc) {
+    llm_model_desc d = *desc;
+    if (d.dtype == LLM_DTYPE_DEFAULT) d.dtype = LLM_DTYPE_BF16;
+    if (d.dtype != LLM_DTYPE_F32 && d.dtype != LLM_DTYPE_BF16)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "desc.dtype is %d, which is no type to run in", (int)d.dtype);
+    if (d.n_threads < 0 || d.n_threads > 1024) llm__fail(env, LLM_ERROR_ARGUMENT, "desc.n_threads is %d", d.n_threads);
+    if (d.n_threads == 0) d.n_threads = llm__default_threads();
+    return d;
+}
+
+/* The file, and the numbers of its model. */
+static const llm__checkpoint *llm__open_checkpoint(llm__env *env, const char *path, const llm_model_desc *desc) {
+    if (!path && !desc->data) llm__fail(env, LLM_ERROR_ARGUMENT, "neither a path nor data to load from were given");
+    return llm__read_gguf(env, desc->data ? llm__file_memory(env, desc->data, desc->data_size) : llm__file_open(env, path));
+}
+
+static void llm__copy_name(char *to, size_t size, llm__str from) {
+    size_t n = from.n < size - 1 ? from.n : size - 1;
+    memcpy(to, from.at, n);
+    to[n] = 0;
+    llm__trim_utf8(to);
+}
+
+static void llm__fill_info(llm_model_info *info, const llm__hparams *h, const llm__weight_walk *walk) {
+    llm__copy_name(info->name, sizeof info->name, h->name);
+    llm__copy_name(info->architecture, sizeof info->architecture, h->architecture);
+    info->dtype = walk->dtype;
+    info->n_vocab = h->n_vocab;
+    info->n_layers = h->n_layers;
+    info->n_embd = h->n_embd;
+    info->n_ff = h->n_ff;
+    info->n_heads = h->n_heads;
+    info->n_kv_heads = h->n_kv_heads;
+    info->head_dim = h->head_dim;
+    info->n_ctx_train = h->n_ctx_train;
+    info->n_params = walk->n_params;
+    info->weight_bytes = walk->weight_bytes;
+    info->weight_bytes_per_token = walk->weight_bytes_per_token;
+    info->fingerprint = walk->fingerprint;
+}
+
+static llm__weight_walk llm__start_walk(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h,
+                                        const llm_backend *backend, llm_dtype dtype, bool tied_head) {
+    llm__weight_walk walk;
+    memset(&walk, 0, sizeof walk);
+    walk.env = env;
+    walk.ck = ck;
+    walk.h = h;
+    walk.tied_head = tied_head;
+    walk.backend = backend;
+    walk.dtype = dtype;
+    walk.fingerprint = llm__hash_bytes(0xCBF29CE484222325u, &dtype, sizeof dtype);
+    return walk;
+}
+
+static void llm__load_body(llm__env *env, void *arg) {
+    llm__load_args *args = (llm__load_args *)arg;
+    double start = llm__now();
+    llm_model *model = (llm_model *)llm__alloc_zero(env, 1, sizeof *model);
+    llm_model_desc desc = llm__model_defaults(env, &args->desc);
+    const llm__checkpoint *ck = llm__open_checkpoint(env, args->path, &desc);
+    llm__hparams h = llm__read_hparams(env, ck);
+    model->backend = &llm__cpu_backend;
+    model->shape = llm__find_shape(env, &h, ck);
+    model->tokenizer = llm__tokenizer_from_gguf(env, ck);
+    if (llm_tokenizer_n_vocab(model->tokenizer) > h.n_vocab)
+        llm__fail(env, LLM_ERROR_FORMAT, "the vocabulary has %d tokens, but the embedding only %d rows",
+                  llm_tokenizer_n_vocab(model->tokenizer), h.n_vocab);
+    llm__weight_walk walk = llm__start_walk(env, ck, &h, model->backend, desc.dtype, model->shape.tied_head);
+    llm_status status = model->backend->open(&args->device, &model->shape, &desc, env->err);
+    if (status) {
+        env->status = status;
+        longjmp(env->unwind, 1);
+    }
+    walk.device = args->device;
+    walk.visit = llm__upload_weight;
+    llm__walk_weights(&walk);
+    llm__fill_info(&model->info, &h, &walk);
+    model->kernels = llm__choose_kernels(desc.isa);
+    model->info.isa = model->kernels->name;
+    model->info.cache_bytes_per_token = model->backend->block_bytes(&model->shape, desc.dtype) / LLM_BLOCK;
+    llm__free(env->pool, ck->file); /* all of it has been converted */
+    model->device = args->device;
+    model->desc = desc;
+    model->pool = *env->pool;
+    *args->out = model;
+    llm__report_progress(env, 1);
+    llm__log(&desc.host, "loaded %s: %s, %llu parameters as %s, %.0f MB, %s, in %.2f s", args->path ? args->path : "memory",
+             model->info.architecture, (unsigned long long)walk.n_params, llm__dtype_name(desc.dtype),
+             (double)walk.weight_bytes / 1e6, model->info.isa, llm__now() - start);
+}
+
+LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_model_desc *desc, llm_error *err) {
+    llm__load_args args;
+    llm__pool pool;
+    llm__env env;
+    memset(&args, 0, sizeof args);
+    if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
+    *out = NULL;
+    args.out = out;
+    args.path = path;
+    if (desc) args.desc = *desc;
+    pool.host = args.desc.host;
+    pool.blocks = NULL;
+    env.pool = &pool;
+    env.err = err;
+    env.file = path;
+    llm_status status = llm__guarded(&env, llm__load_body, &args);
+    if (status) {
+        *out = NULL;
+        llm__cpu_backend.close(args.device);
+        llm__pool_free(&pool);
+    }
+    return status;
+}
+
+LLM_API void llm_model_free(llm_model *model) {
+    if (!model) return;
+    llm__pool pool = model->pool;
+    model->backend->close(model->device);
+    llm__pool_free(&pool);
+}
+
+LLM_API llm_model_info llm_model_get_info(const llm_model *model) { return model->info; }
+LLM_API const llm_tokenizer *llm_model_tokenizer(const llm_model *model) { return model->tokenizer; }
+
+/* ---- Contexts ---- */
+
+struct llm_context {
+    llm__pool pool;
+    const llm_model *model;
+    llm_context_desc desc;
+    llm_backend_desc backend_desc;
+    void *device; /* the backend's context */
+    llm__cache cache;
+    /* The pass being built: the batch's tokens in order of sequence. */
+    llm_token *tokens;          /* [n_batch] */
+    int *positions, *seqs, *logit_rows;
+    int *batch_index;           /* [n_batch] which of the batch's tokens a row's logits answer, -1: not wanted */
+    int *n_new;                 /* [n_seq] tokens the batch brings to each sequence */
+    int *first_row;             /* [n_seq + 1] where the sequence's rows begin */
+    int *old_lengths;           /* [n_seq] to go back to */
+    int *logits_of;             /* [n_logits] the batch's token each row of logits belongs to */
+    int n_logits;               /* rows of logits there are now */
+    float *probabilities;       /* [n_vocab padded to 16] for the sampler */
+    llm_token *candidates;      /* [n_vocab] likewise */
+};
+
+static llm_context_desc llm__context_defaults(llm__env *env, const llm_model_info *info, const llm_host *model_host,
+                                              const llm_context_desc *desc) {
+    llm_context_desc d;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    if (d.n_ctx < 0 || d.n_seq < 0 || d.n_cache < 0 || d.n_batch < 0 || d.n_logits < 0 || d.n_threads < 0 || d.n_threads > 1024)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is negative or absurd");
+    if (!d.n_ctx) d.n_ctx = info->n_ctx_train < 4096 ? info->n_ctx_train : 4096;
+    if (!d.n_seq) d.n_seq = 1;
+    if (!d.n_batch) d.n_batch = 512;
+    if (!d.n_logits) d.n_logits = d.n_seq;
+    if (!d.n_threads) d.n_threads = llm__default_threads();
+    if (!d.cache_dtype) d.cache_dtype = info->dtype;
+    if (d.cache_dtype != LLM_DTYPE_F32 && d.cache_dtype != LLM_DTYPE_BF16)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "cache_dtype is %d, which no cache can have", (int)d.cache_dtype);
+    if (d.n_ctx > 1 << 28 || d.n_seq > 1 << 20 || d.n_batch > 1 << 20 || d.n_logits > 1 << 20)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is absurdly large");
+    uint64_t n_cache = d.n_cache ? (uint64_t)d.n_cache : (uint64_t)llm__blocks_for(d.n_ctx) * LLM_BLOCK * (uint64_t)d.n_seq;
+    if (n_cache > 1 << 30) llm__fail(env, LLM_ERROR_ARGUMENT, "the cache would have %llu positions", (unsigned long long)n_cache);
+    d.n_cache = (int)n_cache;
+    if (!d.host.resize && !d.host.log && !d.host.progress && !d.host.user) d.host = *model_host;
+    return d;
+}
+
+typedef struct llm__context_defaults_args {
+    llm_context_desc *out;
+    const llm_model_info *info;
+    const llm_host *model_host;
+    const llm_context_desc *desc;
+} llm__context_defaults_args;
+
+static void llm__context_defaults_body(llm__env *env, void *arg) {
+    llm__context_defaults_args *a = (llm__context_defaults_args *)arg;
+    *a->out = llm__context_defaults(env, a->info, a->model_host, a->desc);
+}
+
+static llm_backend_desc llm__backend_desc(const llm_context_desc *d) {
+    llm_backend_desc b;
+    memset(&b, 0, sizeof b);
+    b.n_cache_blocks = llm__blocks_for(d->n_cache);
+    b.n_batch = d->n_batch;
+    b.n_logits = d->n_logits;
+    b.n_threads = d->n_threads;
+    b.cache_dtype = d->cache_dtype;
+    b.parallel = d->parallel;
+    b.host = d->host;
+    return b;
+}
+
+typedef struct llm__context_args {
+    llm_context **out;
+    const llm_model *model;
+    llm_context_desc desc;
+    void *device;
+} llm__context_args;
+
+static void llm__context_body(llm__env *env, void *arg) {
+    llm__context_args *args = (llm__context_args *)arg;
+    const llm_model *model = args->model;
+    llm_context *ctx = (llm_context *)llm__alloc_zero(env, 1, sizeof *ctx);
+    llm_context_desc d = args->desc;
+    size_t n_batch = (size_t)d.n_batch, n_seq = (size_t)d.n_seq;
+    ctx->model = model;
+    ctx->desc = d;
+    ctx->backend_desc = llm__backend_desc(&d);
+    llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
+    ctx->tokens = (llm_token *)llm__alloc(env, n_batch, sizeof *ctx->tokens);
+    ctx->positions = (int *)llm__alloc(env, n_batch, sizeof(int));
+    ctx->seqs = (int *)llm__alloc(env, n_batch, sizeof(int));
+    ctx->batch_index = (int *)llm__alloc(env, n_batch, sizeof(int));
+    ctx->logit_rows = (int *)llm__alloc(env, (size_t)d.n_logits, sizeof(int));
+    ctx->n_new = (int *)llm__alloc_zero(env, n_seq, sizeof(int));
+    ctx->first_row = (int *)llm__alloc(env, n_seq + 1, sizeof(int));
+    ctx->logits_of = (int *)llm__alloc(env, (size_t)d.n_logits, sizeof(int));
+    ctx->old_lengths = (int *)llm__alloc(env, n_seq, sizeof(int));
+    ctx->probabilities = (float *)llm__alloc(env, (size_t)llm__round_up(model->shape.n_vocab, 16), sizeof(float));
+    ctx->candidates = (llm_token *)llm__alloc(env, (size_t)model->shape.n_vocab, sizeof(llm_token));
+    llm_status status = model->backend->context_create(&args->device, model->device, &ctx->backend_desc, env->err);
+    if (status) {
+        env->status = status;
+        longjmp(env->unwind, 1);
+    }
+    ctx->device = args->device;
+    ctx->pool = *env->pool;
+    *args->out = ctx;
+}
+
+LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
+                                      llm_error *err) {
+    llm__context_args args;
+    llm__pool pool;
+    llm__env env;
+    if (!out || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out or model is NULL");
+    memset(&args, 0, sizeof args);
+    *out = NULL;
+    args.out = out;
+    args.model = model;
+    env.pool = &pool;
+    env.err = err;
+    env.file = NULL;
+    memset(&pool, 0, sizeof pool);
+    llm__context_defaults_args defaults = {&args.desc, &model->info, &model->desc.host, desc};
+    llm_status status = llm__guarded(&env, llm__context_defaults_body, &defaults);
+    if (status) return status;
+    pool.host = args.desc.host;
+    status = llm__guarded(&env, llm__context_body, &args);
+    if (status) {
+        *out = NULL;
+        model->backend->context_free(args.device);
+        llm__pool_free(&pool);
+    }
+    return status;
+}
+
+LLM_API void llm_context_free(llm_context *ctx) {
+    if (!ctx) return;
+    llm__pool pool = ctx->pool;
+    ctx->model->backend->context_free(ctx->device);
+    llm__pool_free(&pool);
+}
+
+LLM_API const llm_model *llm_context_model(const llm_context *ctx) { return ctx->model; }
+LLM_API int llm_context_n_ctx(const llm_context *ctx) { return ctx->desc.n_ctx; }
+LLM_API int llm_context_n_threads(const llm_context *ctx) { return ctx->desc.n_threads; }
+LLM_API double llm_measure_bandwidth(llm_context *ctx) { return ctx->model->backend->measure_bandwidth(ctx->device); }
+
+typedef struct llm__estimate_args {
+    const char *path;
+    const llm_model_desc *model_desc;
+    const llm_context_desc *context_desc;
+    llm_memory *out;
+} llm__estimate_args;
+
+static void llm__estimate_body(llm__env *env, void *arg) {
+    llm__estimate_args *args = (llm__estimate_args *)arg;
+    llm_model_desc desc = llm__model_defaults(env, args->model_desc);
+    const llm__checkpoint *ck = llm__open_checkpoint(env, args->path, &desc);
+    llm__hparams h = llm__read_hparams(env, ck);
+    llm_shape shape = llm__find_shape(env, &h, ck);
+    llm__weight_walk walk = llm__start_walk(env, ck, &h, &llm__cpu_backend, desc.dtype, shape.tied_head);
+    llm_model_info info;
+    llm__walk_weights(&walk);
+    llm__fill_info(&info, &h, &walk);
+    llm_context_desc c = llm__context_defaults(env, &info, &desc.host, args->context_desc);
+    llm_backend_desc b = llm__backend_desc(&c);
+    args->out->weights = walk.weight_bytes;
+    args->out->cache = (uint64_t)b.n_cache_blocks * llm__cpu_backend.block_bytes(&shape, b.cache_dtype);
+    args->out->scratch = llm__cpu_backend.scratch_bytes(&shape, &b) + (uint64_t)shape.n_vocab * 8 +
+                         (uint64_t)c.n_seq * ((uint64_t)c.n_ctx * 4 + (uint64_t)llm__blocks_for(c.n_ctx) * 4);
+}
+
+LLM_API llm_status llm_memory_estimate(const char *path, const llm_model_desc *model_desc,
+                                       const llm_context_desc *context_desc, llm_memory *out, llm_error *err) {
+    llm_model_desc zero;
+    llm__pool pool;
+    llm__env env;
+    memset(&zero, 0, sizeof zero);
+    if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
+    memset(out, 0, sizeof *out);
+    llm__estimate_args args = {path, model_desc ? model_desc : &zero, context_desc, out};
+    pool.host = args.model_desc->host;
+    pool.blocks = NULL;
+    env.pool = &pool;
+    env.err = err;
+    env.file = path;
+    llm_status status = llm__guarded(&env, llm__estimate_body, &args);
+    llm__pool_free(&pool);
+    return status;
+}
+
+/* ---- Sequences ---- */
+
+static llm_status llm__check_seq(const llm_context *ctx, int seq, llm_error *err) {
+    if (seq >= 0 && seq < ctx->desc.n_seq) return LLM_OK;
+    return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d was named, but the context has %d", seq, ctx->desc.n_seq);
+}
+
+LLM_API int llm_seq_length(const llm_context *ctx, int seq) {
+    return llm__check_seq(ctx, seq, NULL) ? 0 : ctx->cache.lengths[seq];
+}
+
+LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq) {
+    return llm__check_seq(ctx, seq, NULL) ? NULL : llm__cache_tokens(&ctx->cache, seq);
+}
+
+LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_error *err) {
+    llm_status status = llm__check_seq(ctx, seq, err);
+    if (status) return status;
+    if (length < 0 || length > ctx->cache.lengths[seq])
+        return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; it cannot be cut to %d", seq,
+                          ctx->cache.lengths[seq], length);
+    llm__cache_truncate(&ctx->cache, seq, length);
+    return LLM_OK;
+}
+
+LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int length, llm_error *err) {
+    llm_status status = llm__check_seq(ctx, seq, err);
+    if (!status) status = llm__check_seq(ctx, parent, err);
+    if (status) return status;
+    if (length < 0 || length > ctx->cache.lengths[parent])
+        return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; there is no fork at %d", parent,
+                          ctx->cache.lengths[parent], length);
+    if (seq == parent) return llm_seq_truncate(ctx, seq, length, err);
+    llm__cache_fork(&ctx->cache, seq, parent, length);
+    return LLM_OK;
+}
+
+/* A saved sequence: this, then its tokens, then its blocks as the backend keeps them. */
+typedef struct llm__saved {
+    char magic[8];
+    uint64_t fingerprint, hash; /* of model and cache type; of all that follows this struct */
+    uint64_t length, size;
+} llm__saved;
+
+static uint64_t llm__cache_fingerprint(const llm_context *ctx) {
+    uint64_t hash = llm__hash_bytes(ctx->model->info.fingerprint, &ctx->desc.cache_dtype, sizeof ctx->desc.cache_dtype);
+    return llm__hash_bytes(hash, ctx->model->backend->name, strlen(ctx->model->backend->name));
+}
+
+static size_t llm__saved_size(const llm_context *ctx, size_t length) {
+    size_t block = (size_t)ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype);
+    return sizeof(llm__saved) + length * sizeof(llm_token) + (size_t)llm__blocks_for((int)length) * block;
+}
+
+LLM_API size_t llm_seq_save_size(const llm_context *ctx, int seq) {
+    return llm__saved_size(ctx, (size_t)llm_seq_length(ctx, seq));
+}
+
+LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, size_t size, llm_error *err) {
+    llm_status status = llm__check_seq(ctx, seq, err);
+    if (status) return status;
+    int length = ctx->cache.lengths[seq];
+    size_t needed = llm__saved_size(ctx, (size_t)length), block = llm__saved_size(ctx, 1) - llm__saved_size(ctx, 0) - sizeof(llm_token);
+    if (size < needed)
+        return llm__error(err, LLM_ERROR_ARGUMENT, "saving takes %llu bytes, but the buffer has %llu", (unsigned long long)needed,
+                          (unsigned long long)size);
+    llm__saved head;
+    memset(&head, 0, sizeof head);
+    memcpy(head.magic, "llmcache", 8);
+    head.fingerprint = llm__cache_fingerprint(ctx);
+    head.length = (uint64_t)length;
+    head.size = needed;
+    uint8_t *at = (uint8_t *)buffer + sizeof head;
+    memcpy(at, llm__cache_tokens(&ctx->cache, seq), (size_t)length * sizeof(llm_token));
+    at += (size_t)length * sizeof(llm_token);
+    for (int i = 0; i < llm__blocks_for(length); i++, at += block) {
+        status = ctx->model->backend->read_block(ctx->device, llm__cache_table(&ctx->cache, seq)[i], at, err);
+        if (status) return status;
+    }
+    head.hash = llm__hash_bytes(0, (const uint8_t *)buffer + sizeof head, needed - sizeof head);
+    memcpy(buffer, &head, sizeof head);
+    return LLM_OK;
+}
+
+static llm_status llm__check_saved(const llm_context *ctx, int seq, const void *buffer, size_t size, llm__saved *head,
+                                   llm_error *err) {
+    if (size < sizeof *head || memcmp(buffer, "llmcache", 8))
+        return llm__error(err, LLM_ERROR_FORMAT, "the buffer does not hold a saved sequence");
+    memcpy(head, buffer, sizeof *head);
+    if (head->fingerprint != llm__cache_fingerprint(ctx))
+        return llm__error(err, LLM_ERROR_FORMAT, "the sequence was saved with another model or another type of cache");
+    if (head->length > (uint64_t)ctx->desc.n_ctx)
+        return llm__error(err, LLM_ERROR_CONTEXT_FULL, "the saved sequence has %llu tokens; this context holds %d",
+                          (unsigned long long)head->length, ctx->desc.n_ctx);
+    if (head->size != llm__saved_size(ctx, (size_t)head->length) || size < head->size ||
+        head->hash != llm__hash_bytes(0, (const uint8_t *)buffer + sizeof *head, (size_t)head->size - sizeof *head))
+        return llm__error(err, LLM_ERROR_FORMAT, "the saved sequence is damaged");
+    int own = 0; /* blocks that dropping what the sequence holds would free */
+    for (int i = 0; i < llm__blocks_for(ctx->cache.lengths[seq]); i++)
+        own += ctx->cache.n_users[llm__cache_table(&ctx->cache, seq)[i]] == 1;
+    if (llm__blocks_for((int)head->length) > ctx->cache.n_free + own)
+        return llm__error(err, LLM_ERROR_CONTEXT_FULL, "the saved sequence needs %d positions of the cache, but %d are free",
+                          llm__blocks_for((int)head->length) * LLM_BLOCK, (ctx->cache.n_free + own) * LLM_BLOCK);
+    return LLM_OK;
+}
+
+LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer, size_t size, llm_error *err) {
+    llm__saved head;
+    llm_status status = llm__check_seq(ctx, seq, err);
+    if (!status) status = llm__check_saved(ctx, seq, buffer, size, &head, err);
+    if (status) return status;
+    const uint8_t *at = (const uint8_t *)buffer + sizeof head;
+    size_t block = llm__saved_size(ctx, 1) - llm__saved_size(ctx, 0) - sizeof(llm_token);
+    for (uint64_t i = 0; i < head.length; i++) {
+        uint32_t token = llm__load_u32(at + 4 * i);
+        if (token >= (uint32_t)ctx->model->shape.n_vocab)
+            return llm__error(err, LLM_ERROR_FORMAT, "the saved sequence holds token %lu", (unsigned long)token);
+    }
+    llm__cache_truncate(&ctx->cache, seq, 0);
+    for (uint64_t i = 0; i < head.length; i++) llm__cache_append(&ctx->cache, seq, (llm_token)llm__load_u32(at + 4 * i));
+    at += head.length * sizeof(llm_token);
+    for (int i = 0; i < llm__blocks_for((int)head.length) && !status; i++, at += block)
+        status = ctx->model->backend->write_block(ctx->device, llm__cache_table(&ctx->cache, seq)[i], at, err);
+    if (status) llm__cache_truncate(&ctx->cache, seq, 0);
+    return status;
+}
+
+/* ---- llm_forward ---- */
+
+static int llm__batch_seq(const llm_batch *batch, int i) { return batch->seqs ? batch->seqs[i] : 0; }
+
+/* Everything that could stop the batch, before anything is done. Leaves n_new of each sequence behind. */
+static llm_status llm__check_batch(llm_context *ctx, const llm_batch *batch, llm_error *err) {
+    llm__cache *cache = &ctx->cache;
+    int n_logits = 0, n_touched = 0;
+    int64_t blocks = 0;
+    if (batch->n_tokens <= 0 || !batch->tokens) return llm__error(err, LLM_ERROR_ARGUMENT, "the batch has no tokens");
+    memset(ctx->n_new, 0, (size_t)ctx->desc.n_seq * sizeof(int));
+    for (int i = 0; i < batch->n_tokens; i++) {
+        llm_status status = llm__check_seq(ctx, llm__batch_seq(batch, i), err);
+        if (status) return status;
+        if (batch->tokens[i] < 0 || batch->tokens[i] >= ctx->model->shape.n_vocab)
+            return llm__error(err, LLM_ERROR_ARGUMENT, "token %d of the batch is %ld; the vocabulary has %d", i,
+                              (long)batch->tokens[i], ctx->model->shape.n_vocab);
+        n_touched += ctx->n_new[llm__batch_seq(batch, i)]++ == 0;
+        n_logits += batch->logits ? batch->logits[i] : 0;
+    }
+    if (!batch->logits) n_logits = n_touched;
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
+        if ((int64_t)cache->lengths[seq] + ctx->n_new[seq] > ctx->desc.n_ctx)
+            return llm__error(err, LLM_ERROR_CONTEXT_FULL, "sequence %d has %d tokens and is to get %d more, but holds %d (n_ctx)",
+                              seq, cache->lengths[seq], ctx->n_new[seq], ctx->desc.n_ctx);
+        blocks += llm__cache_needs(cache, seq, ctx->n_new[seq]);
+    }
+    if (blocks > cache->n_free)
+        return llm__error(err, LLM_ERROR_CONTEXT_FULL, "the batch needs %lld positions of the cache, but %d are free (n_cache)",
+                          (long long)blocks * LLM_BLOCK, cache->n_free * LLM_BLOCK);
+    if (n_logits > ctx->desc.n_logits)
+        return llm__error(err, LLM_ERROR_ARGUMENT, "the logits of %d tokens are wanted; the context holds %d (n_logits)", n_logits,
+                          ctx->desc.n_logits);
+    return LLM_OK;
+}
+
+/* Appends tokens [first, first + n) of the batch to their sequences, and lays them out by sequence. n_new counts down,
+   so that the last token of each sequence is known. */
+static void llm__build_pass(llm_context *ctx, const llm_batch *batch, int first, int n, llm_pass *pass) {
+    int n_seq = ctx->desc.n_seq;
+    memset(ctx->first_row, 0, (size_t)(n_seq + 1) * sizeof(int));
+    for (int i = first; i < first + n; i++) ctx->first_row[llm__batch_seq(batch, i) + 1]++;
+    for (int seq = 0; seq < n_seq; seq++) ctx->first_row[seq + 1] += ctx->first_row[seq];
+    for (int i = first; i < first + n; i++) {
+        int seq = llm__batch_seq(batch, i), row = ctx->first_row[seq]++;
+        bool last = --ctx->n_new[seq] == 0;
+        ctx->tokens[row] = batch->tokens[i];
+        ctx->seqs[row] = seq;
+        ctx->positions[row] = ctx->cache.lengths[seq];
+        ctx->batch_index[row] = (batch->logits ? batch->logits[i] : last) ? i : -1;
+        llm__cache_append(&ctx->cache, seq, batch->tokens[i]);
+    }
+    memset(pass, 0, sizeof *pass);
+    pass->n_rows = n;
+    pass->tokens = ctx->tokens;
+    pass->positions = ctx->positions;
+    pass->seqs = ctx->seqs;
+    pass->logit_rows = ctx->logit_rows;
+    pass->first_logits = ctx->n_logits;
+    pass->blocks = ctx->cache.tables;
+    pass->blocks_per_seq = ctx->cache.blocks_per_seq;
+    for (int row = 0; row < n; row++) {
+        if (ctx->batch_index[row] < 0) continue;
+        ctx->logit_rows[pass->n_logits++] = row;
+        ctx->logits_of[ctx->n_logits++] = ctx->batch_index[row];
+    }
+}
+
+static llm_status llm__forward_passes(llm_context *ctx, const llm_batch *batch, bool (*cancel)(void *user), void *user,
+                                      llm_error *err) {
+    const llm_backend *backend = ctx->model->backend;
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
+        int shared = ctx->n_new[seq] ? llm__cache_unshare(&ctx->cache, seq) : -1;
+        if (shared < 0) continue;
+        int own = llm__cache_table(&ctx->cache, seq)[ctx->cache.lengths[seq] / LLM_BLOCK];
+        llm_status status = backend->copy_block(ctx->device, own, shared, err);
+        if (status) return status;
+    }
+    for (int first = 0; first < batch->n_tokens; first += ctx->desc.n_batch) {
+        llm_pass pass;
+        int n = batch->n_tokens - first < ctx->desc.n_batch ? batch->n_tokens - first : ctx->desc.n_batch;
+        llm__build_pass(ctx, batch, first, n, &pass);
+        pass.cancel = cancel;
+        pass.cancel_user = user;
+        llm_status status = backend->forward(ctx->device, &pass, err);
+        if (status) return status;
+    }
+    return LLM_OK;
+}
+
+static llm_status llm__forward(llm_context *ctx, const llm_batch *batch, bool (*cancel)(void *user), void *user,
+                               llm_error *err) {
+    llm_status status = llm__check_batch(ctx, batch, err);
+    if (status) return status;
+    memcpy(ctx->old_lengths, ctx->cache.lengths, (size_t)ctx->desc.n_seq * sizeof(int));
+    ctx->n_logits = 0;
+    status = llm__forward_passes(ctx, batch, cancel, user, err);
+    if (!status) return LLM_OK;
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++) llm__cache_truncate(&ctx->cache, seq, ctx->old_lengths[seq]);
+    ctx->n_logits = 0;
+    return status;
+}
+
+LLM_API llm_status llm_forward(llm_context *ctx, const llm_batch *batch, llm_error *err) {
+    if (!ctx || !batch) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or batch is NULL");
+    return llm__forward(ctx, batch, ctx->desc.cancel, ctx->desc.cancel_user, err);
+}
+
+LLM_API const float *llm_logits(const llm_context *ctx, int i) {
+    for (int j = 0; j < ctx->n_logits; j++)
+        if (ctx->logits_of[j] == i) return ctx->model->backend->logits(ctx->device, j);
+    return NULL;
+}
+
+/* ==== 14 Sampler ================================================================================================
+
+   Logits become a distribution (biases, repetition penalty, temperature, top-k, top-p, min-p in this order), of which
+   one token is drawn. All arithmetic is fixed, so a seed means the same text everywhere. Top-p is from Holtzman et al.
+   2019 (arXiv:1904.09751), min-p from Nguyen et al. 2024 (2407.01082), the penalty from Keskar et al. 2019 (1909.05858). */
+
+static void llm__apply_biases(float *logits, int n_vocab, const llm_sampler *s) {
+    for (int i = 0; i < s->n_biases; i++)
+        if (s->biases[i].token >= 0 && s->biases[i].token < n_vocab) logits[s->biases[i].token] += s->biases[i].bias;
+}
+
+/* Once for each token, however often it stands in the window; `seen` [n_vocab] is scratch. */
+static void llm__apply_penalty(float *logits, int n_vocab, const llm_token *tokens, int n, const llm_sampler *s,
+                               llm_token *seen) {
+    int window = s->repeat_window > 0 ? s->repeat_window : 64;
+    if (s->repeat_penalty <= 0 || s->repeat_penalty == 1) return;
+    memset(seen, 0, (size_t)n_vocab * sizeof *seen);
+    for (int i = n > window ? n - window : 0; i < n; i++) {
+        float *logit = &logits[tokens[i]];
+        if (seen[tokens[i]]++) continue;
+        *logit = *logit > 0 ? *logit / s->repeat_penalty : *logit * s->repeat_penalty;
+    }
+}
+
+static llm_token llm__argmax(const float *logits, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (logits[i] > logits[best]) best = i;
+    return best;
+}
+
+/* A heap of tokens, the most probable at the top, the lower id first among equals. */
+static bool llm__likelier(const float *p, llm_token a, llm_token b) { return p[a] > p[b] || (p[a] == p[b] && a < b); }
+
+static void llm__sift_down(const float *p, llm_token *heap, int n, int i) {
+    for (;;) {
+        int best = i;
+        for (int child = 2 * i + 1; child <= 2 * i + 2 && child < n; child++)
+            if (llm__likelier(p, heap[child], heap[best])) best = child;
+        if (best == i) return;
+        llm_token moved = heap[i];
+        heap[i] = heap[best];
+        heap[best] = moved;
+        i = best;
+    }
+}
+
+/* Takes the most likely out of the heap of n and puts it behind the rest. */
+static llm_token llm__take_likeliest(const float *p, llm_token *heap, int n) {
+    llm_token top = heap[0];
+    heap[0] = heap[n - 1];
+    heap[n - 1] = top;
+    llm__sift_down(p, heap, n - 1, 0);
+    return top;
+}
+
+/* The tokens that may be drawn, most likely first, at the end of `ids` [n_vocab]: returns how many; *total is the sum of
+   their p. */
+static int llm__cut_candidates(const float *p, llm_token *ids, int n_vocab, const llm_sampler *s, double sum, double *total) {
+    int most = s->top_k > 0 && s->top_k < n_vocab ? s->top_k : n_vocab, n = 0;
+    bool by_p = s->top_p > 0 && s->top_p < 1;
+    for (int i = 0; i < n_vocab; i++) ids[i] = i;
+    for (int i = n_vocab / 2; i >= 0; i--) llm__sift_down(p, ids, n_vocab, i);
+    if (by_p && most < n_vocab) { /* top-p counts within what top-k left */
+        sum = 0;
+        for (; n < most; n++) sum += p[llm__take_likeliest(p, ids, n_vocab - n)];
+    }
+    int found = n;
+    *total = 0;
+    for (int i = 0; i < most; i++) {
+        if (i >= found) llm__take_likeliest(p, ids, n_vocab - i);
+        double next = p[ids[n_vocab - 1 - i]];
+        if (i && s->min_p > 0 && next < (double)s->min_p * p[ids[n_vocab - 1]]) return i;
+        *total += next;
+        if (by_p && *total >= (double)s->top_p * sum) return i + 1;
+    }
+    return most;
+}
+
+/* A number in [0, 1) from the seed and a count (splitmix64: Steele, Lea and Flood 2014). */
+static double llm__random(llm_sampler *s) {
+    uint64_t z = s->seed + ++s->n_drawn * 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return (double)((z ^ z >> 31) >> 11) * (1.0 / 9007199254740992.0);
+}
+
+static llm_token llm__draw(const float *p, const llm_token *ids, int n_vocab, int n, double total, double at) {
+    at *= total;
+    for (int i = 0; i < n; i++) {
+        at -= p[ids[n_vocab - 1 - i]];
+        if (at < 0) return ids[n_vocab - 1 - i];
+    }
+    return ids[n_vocab - n];
+}
+
+LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler) {
+    const float *logits = llm_logits(ctx, i);
+    int n_vocab = ctx->model->shape.n_vocab;
+    float *p = ctx->probabilities, max, sum;
+    double total;
+    if (!logits) return -1;
+    memcpy(p, logits, (size_t)n_vocab * sizeof *p);
+    llm__apply_biases(p, n_vocab, sampler);
+    llm__apply_penalty(p, n_vocab, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler, ctx->candidates);
+    if (sampler->temperature <= 0) return llm__argmax(p, n_vocab);
+    uint64_t mode = llm__float_mode_enter();
+    ctx->model->kernels->softmax(p, n_vocab, llm__round_up(n_vocab, 16), 1.0f / sampler->temperature, false, &max, &sum);
+    llm__float_mode_leave(mode);
+    int n = llm__cut_candidates(p, ctx->candidates, n_vocab, sampler, sum, &total);
+    return llm__draw(p, ctx->candidates, n_vocab, n, total, llm__random(sampler));
+}
+
+/* ==== 15 Generation =============================================================================================
+
+   Prompt in, text out: encode, run what the cache does not hold yet, then sample, show and run one token at a time. */
+
+/* Text on its way to the host. What might be the beginning of a stop string waits until that is known. */
+typedef struct llm__outbox {
+    const llm_generate_desc *desc;
+    char *text; /* waiting */
+    size_t n, capacity;
+    llm_text_stream stream;
+    int stop_index; /* the stop string that was found, or -1 */
+    bool refused;   /* a callback returned false */
+} llm__outbox;
+
+/* Bytes at the end of the waiting text that begin some stop string. */
+static size_t llm__possible_stop(const llm__outbox *box) {
+    for (size_t at = 0; at < box->n; at++)
+        for (int i = 0; i < box->desc->n_stop_strings; i++) {
+            const char *stop = box->desc->stop_strings[i];
+            if (strlen(stop) > box->n - at && !memcmp(box->text + at, stop, box->n - at)) return box->n - at;
+        }
+    return 0;
+}
+
+/* Where the first stop string in the waiting text begins; box->n if there is none. */
+static size_t llm__find_stop(llm__outbox *box) {
+    for (size_t at = 0; at < box->n; at++)
+        for (int i = 0; i < box->desc->n_stop_strings; i++) {
+            size_t length = strlen(box->desc->stop_strings[i]);
+            if (length && length <= box->n - at && !memcmp(box->text + at, box->desc->stop_strings[i], length)) {
+                box->stop_index = i;
+                return at;
+            }
+        }
+    return box->n;
+}
+
+static void llm__show(llm__outbox *box, size_t n) {
+    char next = box->text[n];
+    if (!n) return;
+    box->text[n] = 0;
+    if (box->desc->on_text && !box->desc->on_text(box->desc->user, box->text, n)) box->refused = true;
+    box->text[n] = next;
+    memmove(box->text, box->text + n, box->n - n);
+    box->n -= n;
+}
+
+/* Adds a token's text, or with token -1 what is left at the end, and shows what can be shown. */
+static void llm__outbox_add(llm__env *env, llm__outbox *box, const llm_tokenizer *tokenizer, llm_token token) {
+    size_t n_bytes = 0;
+    llm_token_bytes(tokenizer, token, &n_bytes);
+    size_t wanted = box->n + 3 * n_bytes + 32; /* each invalid byte may become three */
+    if (wanted > box->capacity) {
+        char *grown = (char *)llm__alloc(env, wanted * 2, 1);
+        if (box->n) memcpy(grown, box->text, box->n);
+        llm__free(env->pool, box->text);
+        box->text = grown;
+        box->capacity = wanted * 2;
+    }
+    box->n += llm_stream_token(tokenizer, &box->stream, token, box->text + box->n, box->capacity - box->n);
+    size_t safe = llm__find_stop(box);
+    if (safe == box->n && token >= 0) safe -= llm__possible_stop(box);
+    llm__show(box, safe);
+}
+
+typedef struct llm__generate_args {
+    llm_context *ctx;
+    const llm_generate_desc *desc;
+    llm_stats *stats;
+} llm__generate_args;
+
+/* The prompt's tokens, allocated. */
+static llm_token *llm__prompt_tokens(llm__env *env, const llm__generate_args *a, int *n) {
+    const llm_generate_desc *d = a->desc;
+    const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
+    llm__rendered chat;
+    unsigned flags = LLM_ENCODE_SPECIAL;
+    if ((d->prompt != NULL) + (d->messages != NULL) + (d->tokens != NULL) != 1)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "exactly one of prompt, messages and tokens must be given");
+    if (d->tokens) {
+        llm_token *copy = (llm_token *)llm__alloc(env, (size_t)d->n_tokens, sizeof *copy);
+        memcpy(copy, d->tokens, (size_t)d->n_tokens * sizeof *copy);
+        *n = d->n_tokens;
+        return copy;
+    }
+    memset(&chat, 0, sizeof chat);
+    if (d->messages) {
+        chat = llm__render_chat(env, tokenizer, d->messages, d->n_messages, true);
+    } else {
+        flags |= LLM_ENCODE_BOS;
+        chat.text = (char *)(uintptr_t)d->prompt;
+        chat.n = strlen(d->prompt);
+    }
+    if (chat.n > INT32_MAX / 8) llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has %llu bytes", (unsigned long long)chat.n);
+    llm_token *ids = (llm_token *)llm__alloc(env, 4 * chat.n + 8, sizeof *ids);
+    *n = (int)llm__encode_spans(env, tokenizer, chat.text, chat.n, flags, chat.spans, chat.n_spans, ids, 4 * chat.n + 8);
+    return ids;
+}
+
+/* Runs the part of the prompt that the sequence does not hold. At least one token is run, to have its logits. */
+static llm_status llm__prefill(llm__env *env, const llm__generate_args *a, const llm_token *ids, int n) {
+    llm_context *ctx = a->ctx;
+    int seq = a->desc->seq, reused = 0;
+    if (n == 0) llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens");
+    if (n > ctx->desc.n_ctx)
+        llm__fail(env, LLM_ERROR_CONTEXT_FULL, "the prompt has %d tokens, but a sequence of this context holds %d (n_ctx)", n,
+                  ctx->desc.n_ctx);
+    for (int i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= ctx->model->shape.n_vocab)
+            llm__fail(env, LLM_ERROR_ARGUMENT, "token %d of the prompt is %ld; the vocabulary has %d", i, (long)ids[i],
+                      ctx->model->shape.n_vocab);
+    while (reused < n - 1 && reused < llm_seq_length(ctx, seq) && llm_seq_tokens(ctx, seq)[reused] == ids[reused]) reused++;
+    llm__cache_truncate(&ctx->cache, seq, reused);
+    a->stats->n_prompt = n;
+    a->stats->n_reused = reused;
+    int *seqs = (int *)llm__alloc(env, (size_t)n, sizeof *seqs);
+    for (int i = 0; i < n; i++) seqs[i] = seq;
+    llm_batch batch = {n - reused, ids + reused, seqs, NULL};
+    llm_status status = llm__forward(ctx, &batch, a->desc->cancel, a->desc->user, env->err);
+    llm__free(env->pool, seqs);
+    return status;
+}
+
+/* Ends the generation if this token does, without showing it. */
+static bool llm__token_stops(const llm__generate_args *a, llm_token token) {
+    if (!a->desc->ignore_end && llm_token_is_end(a->ctx->model->tokenizer, token)) {
+        a->stats->stop = LLM_STOP_END;
+        return true;
+    }
+    for (int i = 0; i < a->desc->n_stop_tokens; i++)
+        if (a->desc->stop_tokens[i] == token) {
+            a->stats->stop = LLM_STOP_TOKEN;
+            a->stats->stop_index = i;
+            return true;
+        }
+    return false;
+}
+
+/* Shows a token and says whether something there ends the generation. */
+static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__outbox *box, llm_token token) {
+    const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
+    llm_stats *stats = a->stats;
+    size_t n_bytes = 0;
+    const char *bytes = llm_token_bytes(tokenizer, token, &n_bytes);
+    stats->n_generated++;
+    if (a->desc->on_token && !a->desc->on_token(a->desc->user, token, bytes, n_bytes)) box->refused = true;
+    llm__outbox_add(env, box, tokenizer, token);
+    if (box->stop_index >= 0) {
+        stats->stop = LLM_STOP_STRING;
+        stats->stop_index = box->stop_index;
+    } else if (box->refused) {
+        stats->stop = LLM_STOP_CALLBACK;
+    } else if (stats->n_generated == a->desc->max_tokens) {
+        stats->stop = LLM_STOP_LENGTH;
+    } else if (llm_seq_length(a->ctx, a->desc->seq) == a->ctx->desc.n_ctx) {
+        stats->stop = LLM_STOP_CONTEXT;
+    }
+    return stats->stop != LLM_STOP_NONE;
+}
+
+/* One token through the model. */
+static llm_status llm__step(const llm__generate_args *a, llm_token token, llm_error *err) {
+    llm_context *ctx = a->ctx;
+    const llm_model_info *info = &ctx->model->info;
+    llm_batch batch = {1, &token, &a->desc->seq, NULL};
+    llm_status status = llm__forward(ctx, &batch, a->desc->cancel, a->desc->user, err);
+    a->stats->n_decode_passes++;
+    a->stats->decode_bytes += info->weight_bytes_per_token + (uint64_t)llm_seq_length(ctx, a->desc->seq) *
+                              ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype) / LLM_BLOCK;
+    return status;
+}
+
+static void llm__generate_body(llm__env *env, void *arg) {
+    llm__generate_args *a = (llm__generate_args *)arg;
+    llm_context *ctx = a->ctx;
+    llm_sampler greedy, *sampler = a->desc->sampler ? a->desc->sampler : &greedy;
+    llm__outbox box;
+    double start = llm__now();
+    int n, last;
+    memset(&greedy, 0, sizeof greedy);
+    memset(&box, 0, sizeof box);
+    box.desc = a->desc;
+    box.stop_index = -1;
+    llm_token *ids = llm__prompt_tokens(env, a, &n);
+    llm_status status = llm__prefill(env, a, ids, n);
+    a->stats->prefill_seconds = llm__now() - start;
+    start = llm__now();
+    for (last = n - 1 - a->stats->n_reused; !status; last = 0) {
+        llm_token token = llm_sample(ctx, last, a->desc->seq, sampler);
+        if (llm__token_stops(a, token) || llm__show_token(env, a, &box, token)) break;
+        status = llm__step(a, token, env->err);
+    }
+    a->stats->decode_seconds = llm__now() - start;
+    if (status && status != LLM_ERROR_CANCELLED) {
+        env->status = status;
+        longjmp(env->unwind, 1);
+    }
+    if (status) a->stats->stop = LLM_STOP_CALLBACK;
+    if (a->stats->stop != LLM_STOP_STRING && !box.refused) llm__outbox_add(env, &box, ctx->model->tokenizer, -1);
+}
+
+LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err) {
+    llm_stats unwanted;
+    llm__pool pool;
+    llm__env env;
+    if (!ctx || !desc) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or desc is NULL");
+    llm_status status = llm__check_seq(ctx, desc->seq, err);
+    if (status) return status;
+    llm__generate_args args = {ctx, desc, stats ? stats : &unwanted};
+    memset(args.stats, 0, sizeof *args.stats);
+    pool.host = ctx->desc.host;
+    pool.blocks = NULL;
+    env.pool = &pool;
+    env.err = err;
+    env.file = NULL;
+    status = llm__guarded(&env, llm__generate_body, &args);
+    llm__pool_free(&pool);
+    return status;
+}
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT DEFAULT
+#pragma float_control(pop)
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+
+#define LLM__IMPLEMENTED
+#endif /* LLM_IMPLEMENTATION */

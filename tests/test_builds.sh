@@ -1,0 +1,57 @@
+#!/bin/sh
+# The header compiles without a warning in every supported way, and the documentation shows code that compiles.
+. tests/tap.sh
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+strict='-Wall -Wextra -pedantic -Werror -I. -c -o /dev/null'
+
+printf '#define LLM_IMPLEMENTATION\n#include "llm.h"\n' >"$tmp/whole.c"
+printf '#include "llm.h"\nint unused;\n' >"$tmp/declarations.c"
+printf '#define LLM_IMPLEMENTATION\n#define LLM_STATIC\n#include "llm.h"\nint unused;\n' >"$tmp/static.c"
+cat >"$tmp/late.c" <<'END'
+#include <stdio.h>
+#include <stdlib.h>
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+END
+for file in whole declarations static late; do cp "$tmp/$file.c" "$tmp/$file.cpp"; done
+
+in_every_language() { # NAME SOURCE FLAGS...
+    name=$1 source=$2
+    shift 2
+    check "$name, gcc C99" gcc -std=c99 -O2 $strict "$@" "$source.c"
+    check "$name, gcc C11" gcc -std=gnu11 -O1 $strict "$@" "$source.c"
+    check "$name, gcc C++17" g++ -std=c++17 -O1 $strict "$@" "$source.cpp"
+    check "$name, clang C99" clang -std=c99 -O1 $strict "$@" "$source.c"
+    check "$name, clang C++17" clang++ -std=c++17 -O1 $strict "$@" "$source.cpp"
+}
+
+in_every_language "declarations" "$tmp/declarations"
+in_every_language "implementation" "$tmp/whole"
+check "implementation after other headers" gcc -std=c99 -O0 $strict "$tmp/late.c"
+check "LLM_STATIC" gcc -std=c99 -O0 $strict "$tmp/static.c"
+check "LLM_STATIC, clang" clang -std=c99 -O0 $strict "$tmp/static.c"
+check "LLM_NO_THREADS" gcc -std=c99 -O0 $strict -DLLM_NO_THREADS "$tmp/whole.c"
+check "implementation without optimisation" gcc -std=c99 -O0 $strict "$tmp/whole.c"
+
+for program in examples/*.c tokenizer/*.c; do
+    check "$program, gcc" gcc -std=c99 -O0 $strict "$program"
+    check "$program, clang" clang -std=c99 -O0 $strict "$program"
+done
+for compiler in g++ clang++; do
+    check "examples/embed.cpp, $compiler" "$compiler" -std=c++17 -O0 $strict examples/embed.cpp
+done
+
+# The first code block of a language in a Markdown file.
+code_block() { awk -v fence="^\`\`\`$1\$" '$0 ~ fence { inside = 1; next } /^```/ && inside { exit } inside' "$2"; }
+code_block c README.md >"$tmp/readme.c"
+sed '1,/\*\//d' examples/hello.c >"$tmp/hello.c"
+check "the program in README.md is examples/hello.c" cmp "$tmp/readme.c" "$tmp/hello.c"
+
+{
+    printf '#include <stdio.h>\n#define LLM_IMPLEMENTATION\n#include "llm.h"\n'
+    sed -n '/^ *QUICK START/,/^ *THE OBJECTS/p' llm.h | sed '1d;$d'
+} >"$tmp/quick.c"
+check "the quick start in llm.h compiles" gcc -std=c99 -O0 $strict "$tmp/quick.c"
+check "the quick start in llm.h compiles with clang" clang -std=c99 -O0 $strict "$tmp/quick.c"
+finish

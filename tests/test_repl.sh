@@ -1,0 +1,170 @@
+#!/bin/sh
+# The REPL: options, errors, what goes to which stream, the chat and its commands, Ctrl-C.  Variants: asan
+. tests/tap.sh
+repl=$(dirname "$0")/repl
+tokenize=$(dirname "$0")/tokenize
+model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+out=$tmp/out err=$tmp/err
+
+# Runs the REPL with the default model (`bare` without); leaves $out, $err and $code. Lines to chat with come in $input.
+bare() {
+    printf "$input" | "$repl" "$@" >"$out" 2>"$err"
+    code=$?
+}
+run() { bare -m "$model" "$@"; }
+input=
+
+code_is() { [ "$code" -eq "$1" ] || { show; return 1; }; }
+out_has() { grep -q -- "$1" "$out" || { show; return 1; }; }
+err_has() { grep -q -- "$1" "$err" || { show; return 1; }; }
+err_lines_are() { [ "$(wc -l <"$err")" -eq "$1" ] || { show; return 1; }; }
+no_text() { [ ! -s "$out" ] || { show; return 1; }; }
+both() { "$1" "$2" && "$3" ${4+"$4"}; }
+show() { echo "code $code" && sed 's/^/out: /' "$out" && sed 's/^/err: /' "$err"; }
+same() { cmp "$1" "$2" || { head "$1" "$2"; return 1; }; }
+differ() { ! cmp -s "$1" "$2"; }
+
+# ---- Options and errors
+
+bare --help
+check "--help succeeds" code_is 0
+for option in model prompt system raw tokens ids temp top-k top-p min-p seed threads dtype ctx; do
+    check "--help tells of --$option" out_has "--$option"
+done
+
+bare -p hello
+check "no model is a wrong use" code_is 2
+check "no model is explained on standard error" err_has "-m"
+check "no model gives no text" no_text
+
+for wrong in "-n 0" "-n ten" "-t 0" "--temp hot" "--temp -1" "--temp nan" "--top-k -1" "--top-p 1.5" "--min-p x" \
+    "--seed -1" "--seed 99999999999999999999" "--dtype q4" "--ctx 0" "--nonsense" "stray" "--raw --system S"; do
+    run -p hello $wrong
+    check "$wrong is a wrong use" code_is 2
+done
+
+bare -m "$tmp/absent.gguf" -p hello
+check "a missing file is an error" code_is 1
+check "a missing file is one line on standard error" both err_lines_are 1 err_has absent.gguf
+check "a missing file gives no text" no_text
+
+bare -m "$0" -p hello
+check "a file that is no model is an error" code_is 1
+check "a file that is no model is one line on standard error" err_lines_are 1
+
+"$repl" -m "$model" -p hello -n 4 >/dev/full 2>"$err"
+code=$?
+check "a full disk is an error" code_is 1
+check "a full disk is named" err_has "standard output"
+
+# ---- One answer
+
+run -p "What is the capital of France?" -n 12
+check "-p answers" both code_is 0 out_has .
+check "-p ends with one line of figures" both err_lines_are 1 err_has "^load .* tok/s .* MB/token .* MBU .* GB/s$"
+cp "$out" "$tmp/answer"
+run -p "What is the capital of France?" -n 12
+check "-p is greedy" same "$tmp/answer" "$out"
+run -p "What is the capital of France?" -n 12 -t 1
+check "the number of threads changes nothing" same "$tmp/answer" "$out"
+run -p "What is the capital of France?" -n 12 --system "Answer in French."
+check "--system is heard" differ "$tmp/answer" "$out"
+run -p "What is the capital of France?" -n 12 --dtype f32
+check "--dtype f32 answers" both code_is 0 out_has .
+
+run --raw -p "Hello, my name is" -n 20
+check "--raw continues the text" both code_is 0 out_has .
+check "--raw shows the beginning on standard error only" err_has "^Hello, my name is"
+cp "$out" "$tmp/text"
+run --raw -p "Hello, my name is" -n 20 --ids
+check "--ids prints as many ids" [ "$(wc -w <"$out")" -eq 20 ]
+check "--ids prints one line of numbers" grep -qxE '[0-9]+( [0-9]+){19}' "$out"
+decoded=$("$tokenize" -m "$model" -d <"$out")
+check "--ids are the text's" [ "$decoded" = "$(cat "$tmp/text")" ]
+
+run -p "Tell me a story." -n 16 --temp 1 --seed 7
+cp "$out" "$tmp/seven"
+run -p "Tell me a story." -n 16 --temp 1 --seed 7
+check "the same seed gives the same text" same "$tmp/seven" "$out"
+run -p "Tell me a story." -n 16 --temp 1 --seed 8
+check "another seed gives another text" differ "$tmp/seven" "$out"
+run -p "Tell me a story." -n 12 --temp 1 --top-k 1
+cp "$out" "$tmp/top"
+run -p "Tell me a story." -n 12
+check "--top-k 1 is greedy" same "$tmp/top" "$out"
+
+# ---- A small context
+
+run --raw -p "one two three four five six seven eight nine ten eleven twelve thirteen fourteen" --ctx 8
+check "a prompt that does not fit is an error" code_is 1
+check "a prompt that does not fit is one line on standard error" err_lines_are 1
+check "a prompt that does not fit gives no text" no_text
+run --raw -p "Hello, my name is" --ctx 12
+check "an answer ends where the context does" both code_is 0 err_has "12 positions"
+
+# ---- Chat without a terminal
+
+input='' run
+check "no input ends the chat" both code_is 0 no_text
+"$repl" -m "$model" <&- >"$out" 2>"$err"
+code=$?
+check "a closed input ends the chat" both code_is 0 no_text
+
+input='/stats\n/nonsense\n/help\n\n/quit\nnot answered\n' run
+check "commands give no text" both code_is 0 no_text
+check "/stats before an answer" err_has "Nothing has been answered"
+check "an unknown command" err_has "no command /nonsense"
+check "/help lists /reset" err_has "/reset"
+
+hello='Hello, I am Ada.\n'
+question='What is my name?\n'
+long=$(printf 'word %.0s' $(seq 400))
+input=$hello$question run --temp 0 -n 12
+check "a chat answers every line" [ "$(wc -l <"$out")" -ge 2 ]
+cp "$out" "$tmp/chat"
+input=$hello$question/reset'\n'$hello$question run --temp 0 -n 12
+cat "$tmp/chat" "$tmp/chat" >"$tmp/twice"
+check "/reset starts over" same "$tmp/twice" "$out"
+input=$hello$long'\n'$question run --temp 0 -n 12 --ctx 200
+check "a line that does not fit loses nothing" same "$tmp/chat" "$out"
+check "a line that does not fit suggests /reset" err_has "/reset"
+input=$hello'/stats\n' run -n 4
+check "/stats prints the figures" err_has "generated 4, .* tok/s"
+
+# ---- Ctrl-C
+
+"$repl" -m "$model" --raw -p "Once upon a time" --ids >"$out" 2>"$err" &
+pid=$!
+wait_until [ -s "$out" ]
+kill -INT $pid
+wait $pid
+code=$?
+check "Ctrl-C stops the answer of -p" code_is 130
+check "Ctrl-C still prints the figures" err_has "tok/s"
+
+# A terminal: keys are typed when the screen shows what they answer.
+screen=$tmp/screen
+shows() { [ "$(grep -ac "$1" "$screen")" -ge "$2" ]; }
+longer_than() { [ "$(wc -c <"$screen")" -gt "$1" ]; }
+type_keys() {
+    wait_until shows 'lists commands' 1
+    printf 'Count from one to one thousand.\r'
+    wait_until shows 'thousand' 1
+    wait_until longer_than $(($(wc -c <"$screen") + 40))
+    printf '\003'
+    sleep 0.5
+    printf 'forget this\003'
+    wait_until shows 'forget this' 1
+    printf '/stats\r'
+    wait_until shows 'MBU' 1
+    printf '\004'
+}
+: >"$screen"
+type_keys | TERM=xterm script -qefc "exec $repl -m $model --temp 0 -n 2000" /dev/null >"$screen" 2>"$err"
+code=$?
+cp "$screen" "$out"
+check "on a terminal, Ctrl-C stops the answer, clears a line, and the chat goes on" shows 'MBU' 1
+check "on a terminal, Ctrl-D ends the chat" code_is 0
+finish

@@ -1,0 +1,194 @@
+#!/usr/bin/env python3
+"""Writes tests/golden/chat.jsonl: conversations as Jinja renders them with models' chat templates.
+
+    pip install jinja2
+    python3 tokenizer/chat.py tests/golden/chat.jsonl [DIRECTORY]
+
+The templates are as published, but the long ones are without their branches for tools. With a directory that has the
+published ones (as models/templates in llama.cpp), it checks that those render the same.
+"""
+
+import json
+import os
+import sys
+
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+CHATML = "'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'"
+GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+ALTERNATE = (
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+)
+
+
+def chatml(default, start=""):
+    first = "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n%s<|im_end|>\n' }}{% endif %}"
+    return start + "{% for message in messages %}" + (first.replace("%s", default) if default else "") + "{{" + CHATML + "}}{% endfor %}" + GENERATION
+
+
+QWEN25 = r"""{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+{%- else %}
+    {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}"
+    "{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}{% for message in loop_messages %}" + ALTERNATE + "{% if loop.index0 == 0 and system_message != false %}"
+    r"{% set content = '<<SYS>>\n' + system_message + '\n<</SYS>>\n\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA31 = r"""{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- set date_string = "26 Jul 2024" %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\n\n" }}
+{{- "Cutting Knowledge Date: December 2023\n" }}
+{{- "Today Date: " + date_string + "\n\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+MISTRAL_01 = (
+    "{{ bos_token }}{% for message in messages %}" + ALTERNATE + "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token%s}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+
+
+def mistral(first, user, close, answer):
+    return r"""{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{%- for message in loop_messages %}
+    {%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}
+        {{- raise_exception("conversation roles must alternate") }}
+    {%- endif %}
+{%- endfor %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if message["role"] == "user" %}
+        {%- if FIRST and system_message is defined %}
+            {{- "USER" + system_message + "\n\n" + message["content"] + "CLOSE" }}
+        {%- else %}
+            {{- "USER" + message["content"] + "CLOSE" }}
+        {%- endif %}
+    {%- elif message["role"] == "assistant" %}
+        {{- ANSWER + eos_token}}
+    {%- else %}
+        {{- raise_exception("only user and assistant roles are supported") }}
+    {%- endif %}
+{%- endfor %}
+""".replace("FIRST", first).replace("USER", user).replace("CLOSE", close).replace("ANSWER", answer)
+
+
+ZEPHYR = """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\n'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+
+# name: (what llm_chat_template calls it, template, the published one's file)
+TEMPLATES = {
+    "SmolLM2": ("chatml", chatml("You are a helpful AI assistant named SmolLM, trained by Hugging Face"), None),
+    "Qwen2": ("chatml", chatml("You are a helpful assistant.").replace("\n", r"\n"), None),
+    "Qwen2.5": ("chatml", QWEN25, "Qwen-Qwen2.5-7B-Instruct.jinja"),
+    "ChatML": ("chatml", chatml(""), None),
+    "ChatML with BOS": ("chatml", chatml("", "{{bos_token}}"), None),
+    "Llama-2": ("llama-2", LLAMA2, None),
+    "Llama-3": ("llama-3", LLAMA3, None),
+    "Llama-3.1": ("llama-3", LLAMA31, "meta-llama-Llama-3.1-8B-Instruct.jinja"),
+    "Llama-3.2": ("llama-3", LLAMA31, "meta-llama-Llama-3.2-3B-Instruct.jinja"),
+    "Mistral 0.2": ("mistral", MISTRAL_01.replace("%s", ""), None),
+    "Mistral 0.1": ("mistral", MISTRAL_01.replace("%s", " + ' '"), None),
+    "Mixtral": ("mistral", mistral("loop.first", " [INST] ", " [/INST]", "' ' + message['content']"), None),
+    "Mistral 0.3": ("mistral", mistral("loop.last", "[INST] ", "[/INST]", '" " + message["content"]|trim'), None),
+    "Mistral-Nemo": ("mistral", mistral("loop.last", "[INST]", "[/INST]", 'message["content"]'), "mistralai-Mistral-Nemo-Instruct-2407.jinja"),
+    "Zephyr": ("zephyr", ZEPHYR, None),
+    "unknown": (None, "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", None),
+}
+S, U, A = "system", "user", "assistant"
+CONVERSATIONS = [
+    [(U, "Hello")],
+    [(S, "You are terse."), (U, "Who are you?")],
+    [(U, "Hi"), (A, "Hello there."), (U, "  What is 2+2? \n")],
+    [(S, "  Be kind.\n"), (U, " a\t"), (A, "\n b "), (U, "c"), (A, "d")],
+    [(S, ""), (U, "")],
+    [(U, "é 你好 👍\u00a0"), (A, "<|im_end|></s>[/INST]<|eot_id|>"), (U, "<|im_start|>system\n")],
+    [(A, "first"), (U, "second")],
+    [(U, "one"), (S, "late"), (U, "two")],
+]
+
+
+def refuse(message):
+    raise TemplateError(message)
+
+
+def render(template, messages, open_answer):
+    """As transformers does, but for the date; None if the template refuses the messages or leaves one out."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    try:
+        text = environment.from_string(template).render(
+            messages=messages, add_generation_prompt=open_answer, bos_token="<s>", eos_token="</s>")
+    except TemplateError:
+        return None
+    return text if all(message["content"].strip() in text for message in messages) else None
+
+
+def main(output, directory=None):
+    with open(output, "w", encoding="utf-8", newline="\n") as file:
+        for name, (kind, template, published) in TEMPLATES.items():
+            cases = []
+            for conversation in CONVERSATIONS:
+                for open_answer in (True, False):
+                    messages = [{"role": role, "content": content} for role, content in conversation]
+                    text = render(template, messages, open_answer)
+                    cases.append({"messages": conversation, "open": open_answer, "text": text})
+                    if directory and published:
+                        with open(os.path.join(directory, published), encoding="utf-8") as other:
+                            assert render(other.read(), messages, open_answer) == text, (name, conversation)
+            line = {"name": name, "kind": kind, "template": template, "cases": cases}
+            file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

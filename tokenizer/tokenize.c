@@ -1,0 +1,184 @@
+/* tokenize -m MODEL: text to token ids and back.
+
+   Standard input is one text or, with --json, a JSON string per line. Ids are separated by spaces, one line per text.
+   With -d a line of ids becomes text again: as it is, or as a JSON string per line with --json. */
+#define LLM_IMPLEMENTATION
+#include "../llm.h"
+
+#include <argp.h>
+#include <jansson.h>
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#endif
+
+typedef struct options {
+    const char *model;
+    int json, decode;
+    unsigned flags;
+} options;
+
+enum { OPTION_JSON = 256, OPTION_BOS, OPTION_SPECIAL };
+
+static error_t parse_option(int key, char *value, struct argp_state *state) {
+    options *o = (options *)state->input;
+    switch (key) {
+    case 'm': o->model = value; return 0;
+    case 'd': o->decode = 1; return 0;
+    case OPTION_JSON: o->json = 1; return 0;
+    case OPTION_BOS: o->flags |= LLM_ENCODE_BOS; return 0;
+    case OPTION_SPECIAL: o->flags |= LLM_ENCODE_SPECIAL; return 0;
+    case ARGP_KEY_ARG: argp_error(state, "unexpected argument \"%s\"; text comes from standard input", value); return 0;
+    case ARGP_KEY_END:
+        if (!o->model) argp_error(state, "which model? Give -m MODEL");
+        return 0;
+    default: return ARGP_ERR_UNKNOWN;
+    }
+}
+
+/* ---- The two directions ---- */
+
+static void *need(void *ptr) {
+    if (ptr) return ptr;
+    fprintf(stderr, "tokenize: out of memory\n");
+    exit(1);
+}
+
+static int encode(const llm_tokenizer *tokenizer, const options *o, const char *text, size_t n_bytes) {
+    llm_error err;
+    size_t capacity = n_bytes + 8;
+    llm_token *ids = (llm_token *)need(malloc(capacity * sizeof *ids));
+    int64_t n = llm_encode(tokenizer, text, n_bytes, o->flags, ids, capacity, &err);
+    if (n > (int64_t)capacity) {
+        capacity = (size_t)n;
+        ids = (llm_token *)need(realloc(ids, capacity * sizeof *ids));
+        n = llm_encode(tokenizer, text, n_bytes, o->flags, ids, capacity, &err);
+    }
+    if (n < 0) fprintf(stderr, "tokenize: %s\n", err.message);
+    for (int64_t i = 0; i < n; i++) printf(i ? " %ld" : "%ld", (long)ids[i]);
+    printf("\n");
+    free(ids);
+    return n < 0;
+}
+
+/* JSON holds whole characters only: the others become U+FFFD, as a stream of tokens shows them. */
+static char *decode_characters(const llm_tokenizer *tokenizer, const llm_token *ids, size_t n_ids, unsigned flags,
+                               size_t *n_bytes) {
+    llm_text_stream stream = {0, false, {0}, 0};
+    size_t capacity = 256, n = 0;
+    char *text = (char *)need(malloc(capacity));
+    stream.flags = flags;
+    for (size_t i = 0; i <= n_ids; i++) {
+        llm_token token = i < n_ids ? ids[i] : -1;
+        size_t more;
+        if (i < n_ids && token < 0) continue;
+        while ((more = llm_stream_token(tokenizer, &stream, token, text + n, capacity - n)) >= capacity - n) {
+            capacity = 2 * (capacity + more);
+            text = (char *)need(realloc(text, capacity));
+        }
+        n += more;
+    }
+    *n_bytes = n;
+    return text;
+}
+
+static int decode(const llm_tokenizer *tokenizer, const options *o, const char *line) {
+    size_t n_ids = 0, capacity = strlen(line) / 2 + 1, n_bytes;
+    llm_token *ids = (llm_token *)need(malloc(capacity * sizeof *ids));
+    char *end, *text;
+    for (;; line = end) {
+        long id = strtol(line, &end, 10);
+        if (end == line) break;
+        ids[n_ids++] = id < 0 || id > INT32_MAX ? -1 : (llm_token)id;
+    }
+    while (*line == ' ' || *line == '\n' || *line == '\r') line++;
+    if (*line) {
+        fprintf(stderr, "tokenize: \"%.20s\" is not a token id\n", line);
+        free(ids);
+        return 1;
+    }
+    if (o->json) {
+        text = decode_characters(tokenizer, ids, n_ids, o->flags, &n_bytes);
+        json_t *string = (json_t *)need(json_stringn_nocheck(text, n_bytes));
+        json_dumpf(string, stdout, JSON_ENCODE_ANY);
+        json_decref(string);
+        printf("\n");
+    } else {
+        n_bytes = llm_decode(tokenizer, ids, n_ids, o->flags, NULL, 0);
+        text = (char *)need(malloc(n_bytes + 1));
+        llm_decode(tokenizer, ids, n_ids, o->flags, text, n_bytes + 1);
+        fwrite(text, 1, n_bytes, stdout);
+    }
+    free(text);
+    free(ids);
+    return 0;
+}
+
+/* ---- Standard input ---- */
+
+/* Reads up to and with a newline, or to the end if `all`; NULL at the end. Bytes may be anything, also 0. */
+static char *read_input(int all, size_t *n) {
+    size_t capacity = 1 << 16;
+    char *text = (char *)need(malloc(capacity));
+    int c;
+    *n = 0;
+    while ((c = getc(stdin)) != EOF) {
+        if (*n + 2 > capacity) text = (char *)need(realloc(text, capacity *= 2));
+        text[(*n)++] = (char)c;
+        if (c == '\n' && !all) break;
+    }
+    text[*n] = 0;
+    if (*n || all) return text;
+    free(text);
+    return NULL;
+}
+
+static int encode_json(const llm_tokenizer *tokenizer, const options *o, const char *line, size_t n) {
+    json_error_t err;
+    json_t *string = json_loadb(line, n, JSON_DECODE_ANY | JSON_ALLOW_NUL, &err);
+    int failed = !json_is_string(string);
+    if (failed) fprintf(stderr, "tokenize: a line is not a JSON string: %s\n", string ? line : err.text);
+    else failed = encode(tokenizer, o, json_string_value(string), json_string_length(string));
+    json_decref(string);
+    return failed;
+}
+
+static int run(const llm_tokenizer *tokenizer, const options *o) {
+    char *text;
+    size_t n;
+    int failed = 0, all = !o->json && !o->decode;
+    while (!failed && (text = read_input(all, &n)) != NULL) {
+        if (o->decode) failed = decode(tokenizer, o, text);
+        else failed = o->json ? encode_json(tokenizer, o, text, n) : encode(tokenizer, o, text, n);
+        free(text);
+        if (all) break;
+    }
+    if (fflush(stdout)) failed = 1;
+    return failed;
+}
+
+int main(int argc, char **argv) {
+    static const struct argp_option list[] = {
+        {"model", 'm', "FILE", 0, "the model, or a file with its vocabulary alone", 0},
+        {"decode", 'd', NULL, 0, "lines of ids in, text out", 0},
+        {"json", OPTION_JSON, NULL, 0, "texts are JSON strings, one per line", 0},
+        {"bos", OPTION_BOS, NULL, 0, "begin and end as the model's file asks for", 0},
+        {"special", OPTION_SPECIAL, NULL, 0, "recognise special tokens in the text, and show them with -d", 0},
+        {0}};
+    static const struct argp argp = {list, parse_option, NULL, "Text to token ids and back.", NULL, NULL, NULL};
+    options o = {NULL, 0, 0, 0};
+    llm_tokenizer *tokenizer = NULL;
+    llm_error err;
+#ifdef _WIN32
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+#endif
+    argp_parse(&argp, argc, argv, 0, NULL, &o);
+    if (llm_tokenizer_load(&tokenizer, o.model, NULL, &err)) {
+        fprintf(stderr, "tokenize: %s\n", err.message);
+        return 1;
+    }
+    int failed = run(tokenizer, &o);
+    llm_tokenizer_free(tokenizer);
+    return failed;
+}

@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+"""Prints the Unicode tables of llm.h, section 7: paste the output over the ones there.
+
+The tables are of Unicode 16.0, as in the regular expressions of Hugging Face `tokenizers`:
+
+    pip install unicodedata2==16.0.0
+    python3 tokenizer/unicode.py
+"""
+
+import unicodedata2 as unicode
+
+WIDTH = 110
+SPACES = {0x20, 0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000, *range(9, 14), *range(0x2000, 0x200B)}
+LETTERS = {"Lu": "U", "Lt": "U", "Ll": "l", "Lm": "o", "Lo": "o"}
+OTHERS = {"M": "m", "N": "n", "P": "p", "S": "y"}
+
+
+def symbol_class(code):
+    category = unicode.category(chr(code))
+    if code in SPACES:
+        return "s"
+    return LETTERS.get(category) or OTHERS.get(category[0], ".")
+
+
+def lengths(items):
+    """[a a b] -> [[a, 2], [b, 1]]"""
+    runs = []
+    for item in items:
+        if runs and runs[-1][0] == item:
+            runs[-1][1] += 1
+        else:
+            runs.append([item, 1])
+    return runs
+
+
+def class_words():
+    """A class's letter and how many code points have it, if not one; "A3" is "UlUlUl"."""
+    runs = lengths(symbol_class(code) for code in range(0x110000))
+    words, i = [], 0
+    while i < len(runs):
+        pairs = 0
+        while runs[i + 2 * pairs : i + 2 * pairs + 2] == [["U", 1], ["l", 1]]:
+            pairs += 1
+        letter, n = ("A", pairs) if pairs else runs[i]
+        words.append(letter + (str(n) if n > 1 else ""))
+        i += 2 * pairs or 1
+    return words
+
+
+DIGITS = [chr(c) for c in range(35, 127) if chr(c) not in "?\\"]
+
+
+def number(value):
+    """Base 45, lowest digit first; all digits but the last are from the second half of the 90 characters."""
+    text = ""
+    while value >= 45:
+        text += DIGITS[45 + value % 45]
+        value //= 45
+    return text + DIGITS[value]
+
+
+def zigzag(value):
+    return 2 * value if value >= 0 else -2 * value - 1
+
+
+def decomposition_words():
+    """Per canonical decomposition code -> first second: how far from the last code (doubled, odd if it is never
+    composed again), how far `first` is from the last one, `second` (0 if there is none, else counted from U+0300)."""
+    words, last_code, last_first = [], 0, 0
+    for code in range(0x110000):
+        mapping = unicode.decomposition(chr(code)) if not 0xD800 <= code < 0xE000 else ""
+        if not mapping or mapping.startswith("<"):
+            continue
+        first, second = ([int(part, 16) for part in mapping.split()] + [0])[:2]
+        composed = unicode.normalize("NFC", chr(code)) == chr(code)
+        step = 2 * (code - last_code) + (not composed)
+        words.append(number(step) + number(zigzag(first - last_first)) + number(second and second - 0x2FF))
+        last_code, last_first = code, first
+    return words
+
+
+def combining_words():
+    """Runs of code points with the same combining class other than 0: the gap before, the length, the class."""
+    words, gap = [], 0
+    for value, n in lengths(unicode.combining(chr(code)) for code in range(0x110000)):
+        if value:
+            words.append(number(gap) + number(n) + number(value))
+        gap = 0 if value else n
+    return words
+
+
+def table(name, words):
+    lines = [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > WIDTH:
+            lines.append("")
+        lines[-1] += word
+    print(f"static const char *const {name}[] = {{")
+    for line in lines:
+        print(f'    "{line}",')
+    print("    NULL};\n")
+
+
+table("llm__class_runs", class_words())
+table("llm__decompositions", decomposition_words())
+table("llm__combining_runs", combining_words())
