@@ -75,7 +75,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#ifdef LLM_STATIC
+#if defined(LLM_STATIC) && (defined(__GNUC__) || defined(__clang__))
+#define LLM_API static __attribute__((unused))
+#elif defined(LLM_STATIC)
 #define LLM_API static
 #else
 #define LLM_API extern
@@ -3526,6 +3528,11 @@ static inline float llm__fma(float a, float b, float c) {
 #undef LLM__TARGET
 
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push /* gcc 12 warns of its own intrinsics in C++ */
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #define LLM__USE_AVX512
 #define LLM__TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
@@ -3542,6 +3549,9 @@ static inline float llm__fma(float a, float b, float c) {
 #undef LLM__KERNEL_PASS
 #undef LLM__TARGET
 #undef LLM__USE_AVX2
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 /* The best instruction set of this machine, or the one named; NULL if it is not to be had. */
@@ -4559,7 +4569,7 @@ static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__ma
     for (int piece; (piece = llm__take(w)) < n_pieces;) {
         int first = piece * LLM__TILES, n = n_tiles - first < LLM__TILES ? n_tiles - first : LLM__TILES;
         for (int r = 0; r < rows; r += LLM__ROWS) {
-            int some = rows - r < LLM__ROWS ? rows - r : LLM__ROWS;
+            int some = rows - r < LLM__ROWS ? rows - r : (int)LLM__ROWS;
             llm__linear_piece(c, m, first, n, x + (size_t)r * x_stride, x_stride, some, ending, y + (size_t)r * y_stride,
                               y_stride);
         }
@@ -4820,7 +4830,7 @@ typedef struct llm__cpu_sizes {
 
 static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s) {
     llm__cpu_sizes z;
-    size_t group = (size_t)(s->n_heads / s->n_kv_heads), rows = group > LLM__QUERY_ROWS ? group : LLM__QUERY_ROWS;
+    size_t group = (size_t)(s->n_heads / s->n_kv_heads), rows = group > LLM__QUERY_ROWS ? group : (size_t)LLM__QUERY_ROWS;
     z.head_stride = llm__round_up(s->head_dim, 32);
     z.x_stride = (size_t)llm__round_up(s->n_embd, 32);
     z.qkv_stride = (size_t)llm__round_up((s->n_heads + 2 * s->n_kv_heads) * s->head_dim, 16);

@@ -1,4 +1,5 @@
-/* Chat templates against what Jinja makes of them (tokenizer/chat.py), and what a message must not be able to do. */
+/* Chat templates against what Jinja makes of them (tokenizer/chat.py), and what a message must not be able to do.
+   Variants: asan */
 #define LLM_IMPLEMENTATION
 #include "../llm.h"
 

@@ -1,0 +1,846 @@
+/* Tokenizers: the default model's against Hugging Face's (tokenizer/golden.py), Unicode tables against Python's, small
+   vocabularies by hand, streaming, hostile files, failing allocations, threads.
+   Variants: asan tsan */
+#define LLM_IMPLEMENTATION
+#include "../llm.h"
+
+#include <jansson.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdlib.h>
+
+#include <cmocka.h>
+
+enum { MAX_IDS = 200000 };
+
+static const char *model_path(void) {
+    const char *path = getenv("LLM_MODEL");
+    return path ? path : "models/SmolLM2-135M-Instruct.Q4_1.gguf";
+}
+
+static FILE *open_golden(const char *name) {
+    const char *dir = getenv("LLM_TEST_DIR");
+    char path[512];
+    snprintf(path, sizeof path, "%s/golden/%s", dir ? dir : "tests", name);
+    FILE *file = fopen(path, "rb");
+    if (!file) fail_msg("%s cannot be read", path);
+    return file;
+}
+
+static llm_tokenizer *load_model_tokenizer(const llm_host *host) {
+    llm_tokenizer *tokenizer;
+    llm_error err;
+    if (llm_tokenizer_load(&tokenizer, model_path(), host, &err))
+        fail_msg("%s (`make model` gets the default model)", err.message);
+    return tokenizer;
+}
+
+static uint64_t fnv(uint64_t hash, uint32_t value) { return (hash ^ value) * 0x100000001B3u; }
+static const uint64_t FNV = 0xCBF29CE484222325u;
+
+static void check_hash(const char *what, uint64_t hash, const json_t *expected) {
+    char text[20];
+    snprintf(text, sizeof text, "%016llx", (unsigned long long)hash);
+    if (strcmp(text, json_string_value(expected))) fail_msg("%s: hash %s, not %s", what, text, json_string_value(expected));
+}
+
+/* ---- Small vocabularies by hand ---- */
+
+typedef struct vocabulary {
+    bool sentencepiece;
+    const char *pre;
+    int n, n_merges;
+    const char *const *pieces;
+    const char *const *merges; /* two for each */
+    const int32_t *types;
+    const float *scores;
+    const uint8_t *strip;
+    llm_token bos, eos, unk;
+    bool add_bos, add_eos, add_space_prefix;
+    llm_tokenizer *built;
+} vocabulary;
+
+static llm__str str(const char *text) {
+    llm__str s;
+    s.at = text;
+    s.n = strlen(text);
+    return s;
+}
+
+static void build_body(llm__env *env, void *arg) {
+    vocabulary *in = (vocabulary *)arg;
+    llm__vocab_source v;
+    llm__str pieces[64];
+    llm__merge_pair merges[64];
+    memset(&v, 0, sizeof v);
+    for (int i = 0; i < in->n; i++) pieces[i] = str(in->pieces[i]);
+    for (int i = 0; i < in->n_merges; i++) {
+        merges[i].left = str(in->merges[2 * i]);
+        merges[i].right = str(in->merges[2 * i + 1]);
+    }
+    v.sentencepiece = in->sentencepiece;
+    v.pieces_name = "pieces";
+    v.scores_name = "scores";
+    v.types_name = "types";
+    v.merges_name = "merges";
+    v.pre_name = "pre";
+    v.n_pieces = (size_t)in->n;
+    v.n_merges = (size_t)in->n_merges;
+    v.pieces = pieces;
+    v.merges = merges;
+    v.types = in->types;
+    v.scores = in->scores;
+    v.strip = in->strip;
+    v.pre = str(in->pre ? in->pre : "gpt-2");
+    v.bos = in->bos;
+    v.eos = in->eos;
+    v.unk = in->unk;
+    v.ends[0] = v.ends[1] = v.ends[2] = v.ends[3] = -1;
+    v.add_bos = in->add_bos;
+    v.add_eos = in->add_eos;
+    v.add_space_prefix = in->add_space_prefix;
+    in->built = llm__tokenizer_build(env, &v);
+}
+
+static llm_status try_build(vocabulary *v, llm_error *err) {
+    llm__pool pool;
+    llm__env env;
+    memset(&pool, 0, sizeof pool);
+    memset(&env, 0, sizeof env);
+    env.pool = &pool;
+    env.err = err;
+    llm_status status = llm__guarded(&env, build_body, v);
+    if (status) llm__pool_free(&pool);
+    else v->built->own = pool;
+    return status;
+}
+
+static llm_tokenizer *build(vocabulary *v) {
+    llm_error err;
+    if (try_build(v, &err)) fail_msg("%s", err.message);
+    return v->built;
+}
+
+static void check_ids(const llm_tokenizer *tokenizer, const char *text, unsigned flags, const char *expected) {
+    llm_token ids[256];
+    llm_error err;
+    char shown[1024] = "";
+    int64_t n = llm_encode(tokenizer, text, strlen(text), flags, ids, 256, &err);
+    assert_in_range(n, 0, 256);
+    for (int64_t i = 0; i < n; i++) snprintf(shown + strlen(shown), 16, i ? " %d" : "%d", (int)ids[i]);
+    if (strcmp(shown, expected)) fail_msg("\"%s\" is %s, not %s", text, shown, expected);
+}
+
+static void check_text(const llm_tokenizer *tokenizer, const llm_token *ids, size_t n, unsigned flags, const char *expected) {
+    char text[256];
+    assert_int_equal(llm_decode(tokenizer, ids, n, flags, text, sizeof text), strlen(expected));
+    assert_string_equal(text, expected);
+}
+
+#define SPACE "\xE2\x96\x81"
+
+static const char *const spm_pieces[] = {"<unk>", "<s>", "</s>", SPACE, "a", "b", "c", "ab", "bc", "aa", SPACE "a", "<0x0A>",
+                                         "<0xC3>", "<0xA9>", "<u>"};
+static const int32_t spm_types[] = {2, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 6, 6, 6, 4};
+static const float spm_scores[] = {0, 0, 0, -9, -9, -9, -9, -3, -3, -2, -4, 0, 0, 0, 0};
+
+static vocabulary spm_vocabulary(void) {
+    vocabulary v;
+    memset(&v, 0, sizeof v);
+    v.sentencepiece = true;
+    v.n = 15;
+    v.pieces = spm_pieces;
+    v.types = spm_types;
+    v.scores = spm_scores;
+    v.bos = 1;
+    v.eos = 2;
+    v.add_bos = v.add_space_prefix = true;
+    return v;
+}
+
+static void test_sentencepiece(void **state) {
+    (void)state;
+    vocabulary v = spm_vocabulary();
+    llm_tokenizer *t = build(&v);
+    check_ids(t, "", 0, "");
+    check_ids(t, "", LLM_ENCODE_BOS, "1");
+    check_ids(t, "b", 0, "3 5");
+    check_ids(t, "a", 0, "10");
+    check_ids(t, " a", 0, "3 10");
+    check_ids(t, "aaa", 0, "3 9 4");           /* aa has the better score than " a", and the left one comes first */
+    check_ids(t, "abc", 0, "3 7 6");           /* ab and bc have the same score: the left one                     */
+    check_ids(t, "\xC3\xA9\n", 0, "3 12 13 11"); /* bytes                                                         */
+    check_ids(t, "\xC3\xA8", 0, "3 12");         /* a byte without a token is left out                            */
+    check_ids(t, "b" SPACE "a", 0, "3 5 10");
+    check_ids(t, "<s>b", 0, "3 5");
+    check_ids(t, "<s>b", LLM_ENCODE_SPECIAL, "1 3 5");
+    check_ids(t, "<s>b", LLM_ENCODE_SPECIAL | LLM_ENCODE_BOS, "1 3 5"); /* never two */
+    check_ids(t, "b<u>b", 0, "3 5 14 3 5");
+    const llm_token ids[] = {1, 3, 5, 10, 12, 13, 2, 99, -5};
+    check_text(t, ids, 9, 0, "b a\xC3\xA9");
+    check_text(t, ids, 9, LLM_ENCODE_SPECIAL, "<s> b a\xC3\xA9</s>");
+    check_text(t, ids + 1, 1, 0, "");
+    assert_true(llm_token_is_special(t, 0) && llm_token_is_special(t, 1) && !llm_token_is_special(t, 14));
+    assert_true(llm_token_is_end(t, 2) && !llm_token_is_end(t, 1) && !llm_token_is_end(t, -1) && !llm_token_is_end(t, 15));
+    llm_tokenizer_free(t);
+}
+
+static void test_no_byte_tokens(void **state) {
+    (void)state;
+    vocabulary v = spm_vocabulary();
+    v.n = 11;
+    v.add_eos = true;
+    v.add_space_prefix = false;
+    llm_tokenizer *t = build(&v);
+    check_ids(t, "b\xC3\xA9\xC3\xA8" "b\n", 0, "5 0 5 0"); /* a run of unknown characters is one token */
+    check_ids(t, "b", LLM_ENCODE_BOS, "1 5 2");
+    check_ids(t, "b</s>", LLM_ENCODE_BOS | LLM_ENCODE_SPECIAL, "1 5 2");
+    llm_tokenizer_free(t);
+}
+
+static void test_byte_level(void **state) {
+    (void)state;
+    static const char *const pieces[] = {"a", "b", "c", "ab", "bc", "abc", "\xC4\xA0", "<x>", "<x>y", "<x", "\xC4\xA0" "a", "<"};
+    static const char *const merges[] = {"b", "c", "a", "b", "ab", "c", "\xC4\xA0", "a"};
+    static const int32_t types[] = {1, 1, 1, 1, 1, 1, 1, 3, 4, 3, 1, 1};
+    static const uint8_t strip[] = {0, 0, 0, 0, 0, 0, 0, LLM__LSTRIP, LLM__RSTRIP, 0, 0, 0};
+    vocabulary v;
+    memset(&v, 0, sizeof v);
+    v.n = 12;
+    v.n_merges = 4;
+    v.pieces = pieces;
+    v.merges = merges;
+    v.types = types;
+    v.strip = strip;
+    v.bos = v.eos = v.unk = -1;
+    llm_tokenizer *t = build(&v);
+    check_ids(t, "abc", 0, "0 4");  /* "abc" is a piece, but the merges never get there */
+    check_ids(t, "ab a", 0, "3 10");
+    check_ids(t, "dab", 0, "3");    /* d has no token and is left out                   */
+    check_ids(t, "a<x>y  b", 0, "0 8 1");
+    check_ids(t, "a <x>a", 0, "0 6 11 0");
+    check_ids(t, "a <x>a", LLM_ENCODE_SPECIAL, "0 7 0");
+    check_ids(t, "<x<x>y", LLM_ENCODE_SPECIAL, "9 8"); /* the longest */
+    check_ids(t, "a", LLM_ENCODE_BOS, "0");
+    llm_tokenizer_free(t);
+    v.pre = "llama-bpe"; /* a word that is a piece is not merged */
+    t = build(&v);
+    check_ids(t, "abc", 0, "5");
+    llm_tokenizer_free(t);
+}
+
+/* ---- Unicode ---- */
+
+typedef struct unicode_job {
+    const json_t *golden;
+    llm__classes *classes;
+    llm__nfc *nfc;
+} unicode_job;
+
+static uint64_t hash_nfc(llm__env *env, const llm__nfc *nfc, const char *before, const char *after) {
+    uint64_t hash = FNV;
+    for (uint32_t c = 0; c < 0x110000; c++) {
+        if (c >= 0xD800 && c < 0xE000) continue;
+        uint8_t text[32], *p = text + strlen(before);
+        memcpy(text, before, strlen(before));
+        p += llm__utf8_encode(c, p);
+        memcpy(p, after, strlen(after));
+        p += strlen(after);
+        size_t n = (size_t)(p - text);
+        uint8_t *changed = llm__to_nfc(env, nfc, text, p, &n);
+        const uint8_t *q = changed ? changed : text, *end = q + n;
+        while (q < end) hash = fnv(hash, llm__utf8_decode(q, &q));
+        llm__free(env->pool, changed);
+    }
+    return hash;
+}
+
+static void unicode_body(llm__env *env, void *arg) {
+    unicode_job *job = (unicode_job *)arg;
+    job->classes = llm__build_classes(env);
+    job->nfc = llm__build_nfc(env);
+    uint64_t hash = FNV;
+    for (uint32_t c = 0; c < 0x110000; c++) {
+        uint8_t text[4];
+        const uint8_t *next;
+        if (c >= 0xD800 && c < 0xE000) continue;
+        llm__utf8_encode(c, text);
+        hash = fnv(hash, llm__class_at(job->classes, text, &next));
+    }
+    check_hash("classes", hash, json_object_get(job->golden, "classes"));
+    size_t i;
+    json_t *frame;
+    json_array_foreach(json_object_get(job->golden, "nfc"), i, frame) {
+        const char *before = json_string_value(json_object_get(frame, "before"));
+        const char *after = json_string_value(json_object_get(frame, "after"));
+        check_hash(before, hash_nfc(env, job->nfc, before, after), json_object_get(frame, "hash"));
+    }
+}
+
+static void test_unicode(void **state) {
+    (void)state;
+    FILE *file = open_golden("unicode.json");
+    json_t *golden = json_loadf(file, 0, NULL);
+    fclose(file);
+    assert_non_null(golden);
+    unicode_job job = {golden, NULL, NULL};
+    llm__pool pool;
+    llm__env env;
+    llm_error err;
+    memset(&pool, 0, sizeof pool);
+    memset(&env, 0, sizeof env);
+    env.pool = &pool;
+    env.err = &err;
+    if (llm__guarded(&env, unicode_body, &job)) fail_msg("%s", err.message);
+    llm__pool_free(&pool);
+    json_decref(golden);
+}
+
+/* ---- The default model ---- */
+
+typedef struct golden_run {
+    const llm_tokenizer *tokenizer;
+    llm_token *ids;
+    char *text, *streamed;
+    int n_texts, n_wrong;
+} golden_run;
+
+static void report(golden_run *run, const char *what, const char *text) {
+    if (run->n_wrong++ < 5) print_error("%s differ: %s\n", what, text);
+}
+
+static void compare_ids(golden_run *run, const char *text, size_t n, unsigned flags, const json_t *expected) {
+    llm_error err;
+    int64_t count = llm_encode(run->tokenizer, text, n, flags, run->ids, MAX_IDS, &err);
+    bool same = count == (int64_t)json_array_size(expected);
+    for (int64_t i = 0; same && i < count; i++)
+        same = run->ids[i] == json_integer_value(json_array_get(expected, (size_t)i));
+    if (!same) report(run, flags ? "ids" : "plain ids", text);
+}
+
+/* What decoding must give: the text, less the bytes the vocabulary has no token for. */
+static size_t representable(golden_run *run, const char *text, size_t n, char *out) {
+    size_t kept = 0;
+    for (size_t i = 0; i < n; i++) {
+        bool ascii = (unsigned char)text[i] < 0x80;
+        if (!ascii || llm_encode(run->tokenizer, text + i, 1, 0, NULL, 0, NULL) > 0) out[kept++] = text[i];
+    }
+    return kept;
+}
+
+static void compare_back(golden_run *run, const char *text, size_t n) {
+    llm_error err;
+    char wanted[4096];
+    assert_in_range(n, 0, sizeof wanted);
+    size_t n_wanted = representable(run, text, n, wanted), n_streamed = 0;
+    int64_t count = llm_encode(run->tokenizer, text, n, LLM_ENCODE_SPECIAL, run->ids, MAX_IDS, &err);
+    size_t n_text = llm_decode(run->tokenizer, run->ids, (size_t)count, LLM_ENCODE_SPECIAL, run->text, MAX_IDS);
+    if (n_text != n_wanted || memcmp(run->text, wanted, n_wanted)) report(run, "decoded texts", text);
+    llm_text_stream stream;
+    memset(&stream, 0, sizeof stream);
+    stream.flags = LLM_ENCODE_SPECIAL;
+    for (int64_t i = 0; i <= count; i++) {
+        char *out = run->streamed + n_streamed;
+        size_t more = llm_stream_token(run->tokenizer, &stream, i < count ? run->ids[i] : -1, out, MAX_IDS - n_streamed);
+        const uint8_t *p = (const uint8_t *)out;
+        if (llm__utf8_check(p, p + more) != p + more) report(run, "whole characters", text);
+        n_streamed += more;
+    }
+    if (n_streamed != n_wanted || memcmp(run->streamed, wanted, n_wanted)) report(run, "streamed texts", text);
+}
+
+static void compare_long(golden_run *run, const json_t *entry) {
+    const json_t *unit = json_object_get(entry, "unit");
+    size_t n = json_string_length(unit), times = (size_t)json_integer_value(json_object_get(entry, "times"));
+    char *text = (char *)malloc(n * times);
+    llm_error err;
+    assert_non_null(text);
+    for (size_t i = 0; i < times; i++) memcpy(text + i * n, json_string_value(unit), n);
+    int64_t count = llm_encode(run->tokenizer, text, n * times, 0, run->ids, MAX_IDS, &err);
+    assert_int_equal(count, json_integer_value(json_object_get(entry, "count")));
+    uint64_t hash = FNV;
+    for (int64_t i = 0; i < count; i++) hash = fnv(hash, (uint32_t)run->ids[i]);
+    check_hash(json_string_value(unit), hash, json_object_get(entry, "hash"));
+    free(text);
+}
+
+static void test_golden(void **state) {
+    (void)state;
+    static char line[1 << 16];
+    llm_tokenizer *tokenizer = load_model_tokenizer(NULL);
+    golden_run run = {tokenizer, (llm_token *)malloc(MAX_IDS * sizeof(llm_token)), (char *)malloc(MAX_IDS),
+                      (char *)malloc(MAX_IDS), 0, 0};
+    FILE *file = open_golden("tokens-smollm2.jsonl");
+    while (fgets(line, sizeof line, file)) {
+        json_t *entry = json_loads(line, JSON_ALLOW_NUL, NULL);
+        assert_non_null(entry);
+        if (json_is_object(entry)) {
+            compare_long(&run, entry);
+        } else {
+            const json_t *text = json_array_get(entry, 0), *ids = json_array_get(entry, 1), *plain = json_array_get(entry, 2);
+            compare_ids(&run, json_string_value(text), json_string_length(text), LLM_ENCODE_SPECIAL, ids);
+            compare_ids(&run, json_string_value(text), json_string_length(text), 0, plain ? plain : ids);
+            compare_back(&run, json_string_value(text), json_string_length(text));
+        }
+        run.n_texts++;
+        json_decref(entry);
+    }
+    fclose(file);
+    free(run.ids);
+    free(run.text);
+    free(run.streamed);
+    llm_tokenizer_free(tokenizer);
+    assert_int_equal(run.n_wrong, 0);
+    assert_true(run.n_texts >= 5000);
+}
+
+static void test_tokens(void **state) {
+    (void)state;
+    llm_tokenizer *t = load_model_tokenizer(NULL);
+    size_t n;
+    assert_int_equal(llm_tokenizer_n_vocab(t), 49152);
+    assert_int_equal(llm_tokenizer_bos(t), 1);
+    assert_int_equal(llm_tokenizer_eos(t), 2);
+    assert_true(llm_token_is_end(t, 0) && llm_token_is_end(t, 2) && !llm_token_is_end(t, 1) && !llm_token_is_end(t, 3));
+    assert_true(llm_token_is_special(t, 16) && !llm_token_is_special(t, 17));
+    assert_null(llm_token_bytes(t, 49152, &n));
+    assert_null(llm_token_bytes(t, -1, &n));
+    assert_non_null(llm_token_bytes(t, 2, &n));
+    assert_int_equal(n, strlen("<|im_end|>"));
+    check_ids(t, "<|im_end|>", LLM_ENCODE_BOS | LLM_ENCODE_SPECIAL, "2"); /* the file asks for no BOS */
+    llm_tokenizer_free(t);
+}
+
+static void test_buffers(void **state) {
+    (void)state;
+    llm_tokenizer *t = load_model_tokenizer(NULL);
+    llm_token ids[4] = {-7, -7, -7, -7};
+    char text[8] = "xxxxxxx";
+    llm_error err;
+    assert_int_equal(llm_encode(t, "1 2 3", 5, 0, ids, 2, &err), 5);
+    assert_int_equal(ids[1], 216);
+    assert_int_equal(ids[2], -7);
+    assert_int_equal(llm_encode(t, NULL, 0, 0, NULL, 0, &err), 0);
+    llm_encode(t, "1234", 4, 0, ids, 4, &err);
+    assert_int_equal(llm_decode(t, ids, 4, 0, text, 3), 4);
+    assert_string_equal(text, "12");
+    assert_int_equal(text[3], 'x');
+    assert_int_equal(llm_decode(t, ids, 4, 0, NULL, 0), 4);
+    llm_text_stream stream, before;
+    memset(&stream, 0, sizeof stream);
+    before = stream;
+    assert_int_equal(llm_stream_token(t, &stream, 0 + ids[0], text, 1), 1); /* no room for the NUL */
+    assert_memory_equal(&stream, &before, sizeof stream);
+    assert_int_equal(llm_stream_token(t, &stream, ids[0], text, 2), 1);
+    assert_string_equal(text, "1");
+    llm_tokenizer_free(t);
+}
+
+/* ---- Bytes that are not UTF-8 ---- */
+
+static void test_invalid(void **state) {
+    (void)state;
+#define BAD "\xEF\xBF\xBD"
+    static const char *const cases[][2] = {
+        {"a\xFF" "b", "a" BAD "b"},          {"\x80", BAD},                    {"\xC3", BAD},
+        {"\xC0\x80", BAD BAD},               {"\xE2\x82", BAD BAD},            {"\xE2\x82 ", BAD BAD " "},
+        {"\xED\xA0\x80", BAD BAD BAD},       {"\xF4\x90\x80\x80", BAD BAD BAD BAD}, {"\xF0\x9F\x91\x8D", "\xF0\x9F\x91\x8D"},
+        {"\xF0\x9F\x91", BAD BAD BAD},       {"\xC3\xC3\xA9", BAD "\xC3\xA9"}, {"\xE0\x9F\xBF", BAD BAD BAD},
+        {"\xF8\x88\x80\x80\x80", BAD BAD BAD BAD BAD}};
+    llm_tokenizer *t = load_model_tokenizer(NULL);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        llm_token a[64], b[64];
+        llm_error err;
+        int64_t n = llm_encode(t, cases[i][0], strlen(cases[i][0]), 0, a, 64, &err);
+        assert_int_equal(n, llm_encode(t, cases[i][1], strlen(cases[i][1]), 0, b, 64, &err));
+        assert_memory_equal(a, b, (size_t)n * sizeof *a);
+    }
+    llm_tokenizer_free(t);
+}
+
+/* Single bytes as tokens: a stream must hold back what may become a character and mark what cannot. */
+static void check_stream(const llm_tokenizer *t, const char *bytes, const char *expected) {
+    llm_text_stream stream;
+    char text[256] = "", piece[16];
+    memset(&stream, 0, sizeof stream);
+    stream.started = true;
+    for (const char *p = bytes;; p++) {
+        size_t n = llm_stream_token(t, &stream, *p ? t->byte_tokens[(unsigned char)*p] : -1, piece, sizeof piece);
+        assert_in_range(n, 0, sizeof piece - 1);
+        strcat(text, piece);
+        if (!*p) break;
+    }
+    if (strcmp(text, expected)) fail_msg("streamed \"%s\", not \"%s\"", text, expected);
+}
+
+static void test_stream(void **state) {
+    (void)state;
+    static char names[256][8];
+    static const char *pieces[256];
+    static int32_t types[256];
+    static float scores[256];
+    for (int i = 0; i < 256; i++) {
+        snprintf(names[i], sizeof names[i], "<0x%02X>", (unsigned)i);
+        pieces[i] = names[i];
+        types[i] = LLM__TYPE_BYTE;
+    }
+    llm__vocab_source v;
+    llm__str list[256];
+    memset(&v, 0, sizeof v);
+    for (int i = 0; i < 256; i++) list[i] = str(pieces[i]);
+    v.sentencepiece = true;
+    v.pieces_name = v.scores_name = v.types_name = v.merges_name = v.pre_name = "test";
+    v.n_pieces = 256;
+    v.pieces = list;
+    v.types = types;
+    v.scores = scores;
+    v.bos = v.eos = v.unk = v.ends[0] = v.ends[1] = v.ends[2] = v.ends[3] = -1;
+    llm__pool pool;
+    llm__env env;
+    memset(&pool, 0, sizeof pool);
+    memset(&env, 0, sizeof env);
+    env.pool = &pool;
+    llm_tokenizer *t = llm__tokenizer_build(&env, &v);
+    check_stream(t, "a\xC3\xA9\xE4\xBD\xA0\xF0\x9F\x91\x8D", "a\xC3\xA9\xE4\xBD\xA0\xF0\x9F\x91\x8D");
+    check_stream(t, "\xF0\x9F\x91", BAD BAD BAD);
+    check_stream(t, "\xF0\x9F" "a", BAD BAD "a");
+    check_stream(t, "\xE4\xBD\xC3\xA9", BAD BAD "\xC3\xA9");
+    check_stream(t, "\x80\xFF\xC1" "b", BAD BAD BAD "b");
+    check_stream(t, "\xED\xA0\x80", BAD BAD BAD);
+    check_stream(t, "\xF4\x8F\xBF\xBF\xF4\x90", "\xF4\x8F\xBF\xBF" BAD BAD);
+    check_stream(t, "\xE0\x80\x80", BAD BAD BAD);
+    llm__pool_free(&pool);
+}
+
+/* ---- Hostile vocabularies ---- */
+
+static void check_refused(vocabulary v, llm_status code, const char *words) {
+    llm_error err;
+    llm_status status = try_build(&v, &err);
+    if (!status) llm_tokenizer_free(v.built);
+    assert_int_equal(status, code);
+    if (!strstr(err.message, words)) fail_msg("\"%s\" does not say \"%s\"", err.message, words);
+}
+
+static void test_hostile(void **state) {
+    (void)state;
+    static const char *const pieces[] = {"a", "b", "ab", "c"}, *const merges[] = {"a", "b"};
+    const char *bad[] = {"a", "b", "ab", "c"}, *bad_merges[] = {"a", "c"};
+    int32_t types[] = {1, 1, 1, 1};
+    float scores[] = {0, 0, 0, 0};
+    vocabulary v, w;
+    memset(&v, 0, sizeof v);
+    v.n = 4;
+    v.n_merges = 1;
+    v.pieces = pieces;
+    v.merges = merges;
+    v.types = types;
+    v.bos = v.eos = v.unk = -1;
+    llm_tokenizer_free(build(&v));
+
+    w = v;
+    w.pre = "fancy";
+    check_refused(w, LLM_ERROR_UNSUPPORTED, "pre is \"fancy\"");
+    w = v;
+    w.n = 0;
+    check_refused(w, LLM_ERROR_FORMAT, "pieces has 0 entries");
+    w = v;
+    w.pieces = bad;
+    bad[3] = "";
+    check_refused(w, LLM_ERROR_FORMAT, "pieces[3] is empty");
+    bad[3] = "a\xFF";
+    check_refused(w, LLM_ERROR_FORMAT, "pieces[3] is not UTF-8: byte 1 is 0xFF");
+    bad[3] = "a";
+    check_refused(w, LLM_ERROR_FORMAT, "pieces[0] and [3] are the same piece: \"a\"");
+    w = v;
+    w.merges = bad_merges;
+    check_refused(w, LLM_ERROR_FORMAT, "merges[0] makes \"ac\", which is not in pieces");
+    bad_merges[1] = "x";
+    check_refused(w, LLM_ERROR_FORMAT, "merges[0] needs \"x\", which is not in pieces");
+    bad_merges[1] = "";
+    check_refused(w, LLM_ERROR_FORMAT, "merges[0] is empty");
+    bad_merges[1] = " ";
+    check_refused(w, LLM_ERROR_FORMAT, "merges[0]: \" \" is not made of byte characters");
+    w = v;
+    types[2] = 9;
+    check_refused(w, LLM_ERROR_FORMAT, "types[2] is 9");
+    types[2] = 6;
+    w.sentencepiece = true;
+    w.scores = scores;
+    check_refused(w, LLM_ERROR_FORMAT, "pieces[2] is \"ab\", not a byte like \"<0x0A>\"");
+    types[2] = 1;
+    scores[1] = NAN;
+    check_refused(w, LLM_ERROR_FORMAT, "scores[1] is not a number");
+    static char long_piece[70001];
+    memset(long_piece, 'x', 70000);
+    scores[1] = 0;
+    w.pieces = bad;
+    bad[3] = long_piece;
+    check_refused(w, LLM_ERROR_UNSUPPORTED, "pieces[3] has 70000 bytes; 65535 are the most");
+    long_piece[600] = 0;
+    check_refused(w, LLM_ERROR_UNSUPPORTED, "pieces[3] has 600 bytes; 512 are the most");
+}
+
+/* ---- Hostile GGUF metadata: the smallest file that loads, with one value changed ---- */
+
+typedef struct bytes {
+    uint8_t data[4096];
+    size_t n;
+} bytes;
+
+static void put(bytes *b, const void *data, size_t n) {
+    assert_in_range(b->n + n, 0, sizeof b->data);
+    memcpy(b->data + b->n, data, n);
+    b->n += n;
+}
+
+static void put_u32(bytes *b, uint32_t v) { put(b, &v, 4); }
+static void put_u64(bytes *b, uint64_t v) { put(b, &v, 8); }
+
+static void put_string(bytes *b, const char *text) {
+    put_u64(b, strlen(text));
+    put(b, text, strlen(text));
+}
+
+/* "key=text", "key#number", "key~number as float" or "key:a,b,c" (strings), "key;1,2,3" (int32). */
+static void put_value(bytes *b, const char *line) {
+    size_t n = strcspn(line, "=#~:;");
+    char key[64], list[256], kind = line[n];
+    const char *value = line + n + 1;
+    snprintf(key, sizeof key, "%.*s", (int)n, line);
+    put_string(b, key);
+    if (kind == '=') {
+        put_u32(b, LLM__GGUF_STRING);
+        put_string(b, value);
+    } else if (kind == '#') {
+        put_u32(b, LLM__GGUF_U32);
+        put_u32(b, (uint32_t)strtoul(value, NULL, 10));
+    } else if (kind == '~') {
+        float f = strtof(value, NULL);
+        put_u32(b, LLM__GGUF_F32);
+        put(b, &f, 4);
+    } else {
+        uint64_t count = *value != 0;
+        for (const char *p = value; *p; p++) count += *p == ',';
+        put_u32(b, LLM__GGUF_ARRAY);
+        put_u32(b, kind == ':' ? LLM__GGUF_STRING : LLM__GGUF_I32);
+        put_u64(b, count);
+        snprintf(list, sizeof list, "%s", value);
+        for (char *p = strtok(list, ","); p; p = strtok(NULL, ",")) {
+            if (kind == ':') put_string(b, p);
+            else put_u32(b, (uint32_t)strtol(p, NULL, 10));
+        }
+    }
+}
+
+/* Loads a file of these values; `changed` stands for the one with the same key, or comes in addition. */
+static llm_status load_values(const char *changed, llm_error *err) {
+    static const char *const good[] = {"tokenizer.ggml.model=gpt2", "tokenizer.ggml.pre=gpt-2", "tokenizer.ggml.tokens:a,b,ab",
+                                       "tokenizer.ggml.token_type;1,1,1", "tokenizer.ggml.merges:a b"};
+    bytes b;
+    char path[] = "/tmp/llm-test-XXXXXX";
+    llm_tokenizer *tokenizer;
+    size_t n_key = strcspn(changed, "=#~:;"), n_good = sizeof good / sizeof *good;
+    bool replaced = false, removed = !changed[n_key];
+    b.n = 0;
+    put(&b, "GGUF", 4);
+    put_u32(&b, 3);
+    put_u64(&b, 0);
+    size_t count_at = b.n;
+    put_u64(&b, 0);
+    uint64_t count = 0;
+    for (size_t i = 0; i < n_good; i++) {
+        bool same = !strncmp(good[i], changed, n_key) && strchr("=#~:;", good[i][n_key]);
+        replaced |= same;
+        if (same && removed) continue;
+        put_value(&b, same ? changed : good[i]);
+        count++;
+    }
+    if (!replaced && *changed) {
+        put_value(&b, changed);
+        count++;
+    }
+    memcpy(b.data + count_at, &count, 8);
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    assert_int_equal(write(fd, b.data, b.n), b.n);
+    close(fd);
+    llm_status status = llm_tokenizer_load(&tokenizer, path, NULL, err);
+    unlink(path);
+    llm_tokenizer_free(tokenizer);
+    return status;
+}
+
+static void test_hostile_gguf(void **state) {
+    (void)state;
+    static const char *const cases[][2] = {
+        {"tokenizer.ggml.model=bert", "tokenizer.ggml.model is \"bert\""},
+        {"tokenizer.ggml.model", "tokenizer.ggml.model is \"\""},
+        {"tokenizer.ggml.model#1", "tokenizer.ggml.model is not a string"},
+        {"tokenizer.ggml.pre=odd", "tokenizer.ggml.pre is \"odd\""},
+        {"tokenizer.ggml.pre", "tokenizer.ggml.pre is \"\""},
+        {"tokenizer.ggml.tokens", "tokenizer.ggml.tokens is missing"},
+        {"tokenizer.ggml.tokens:", "tokenizer.ggml.t"},
+        {"tokenizer.ggml.tokens=a", "tokenizer.ggml.tokens is not an array of strings"},
+        {"tokenizer.ggml.tokens:a,b,ab,c", "tokenizer.ggml.token_type has 3 entries, tokenizer.ggml.tokens 4"},
+        {"tokenizer.ggml.tokens:a,b,c", "tokenizer.ggml.merges[0] makes \"ab\", which is not in tokenizer.ggml.tokens"},
+        {"tokenizer.ggml.token_type;1,7,1", "tokenizer.ggml.token_type[1] is 7"},
+        {"tokenizer.ggml.token_type;1,-1,1", "tokenizer.ggml.token_type[1] is -1"},
+        {"tokenizer.ggml.token_type:a,b,c", "tokenizer.ggml.token_type is not an array of numbers"},
+        {"tokenizer.ggml.merges", "tokenizer.ggml.merges is missing"},
+        {"tokenizer.ggml.merges:ab", "tokenizer.ggml.merges[0] is \"ab\", not two pieces"},
+        {"tokenizer.ggml.merges:a ", "tokenizer.ggml.merges[0] is \"a \", not two pieces"},
+        {"tokenizer.ggml.merges:a x", "tokenizer.ggml.merges[0] needs \"x\""},
+        {"tokenizer.ggml.bos_token_id#3", "tokenizer.ggml.bos_token_id is 3, not a whole number from 0 to 2"},
+        {"tokenizer.ggml.eos_token_id#4294967295", "tokenizer.ggml.eos_token_id is 4.29497e+09"},
+        {"tokenizer.ggml.eot_token_id~1.5", "tokenizer.ggml.eot_token_id is 1.5"},
+        {"tokenizer.ggml.precompiled_charsmap;1,2", "tokenizer.ggml.precompiled_charsmap is set"},
+        {"tokenizer.ggml.model=llama", "tokenizer.ggml.scores is missing"}};
+    llm_error err;
+    if (load_values("", &err)) fail_msg("%s", err.message);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        llm_status status = load_values(cases[i][0], &err);
+        if (!status) fail_msg("%s was taken", cases[i][0]);
+        if (!strstr(err.message, cases[i][1])) fail_msg("%s: \"%s\" does not say \"%s\"", cases[i][0], err.message, cases[i][1]);
+        assert_non_null(strstr(err.message, "/tmp/llm-test-")); /* the file is named */
+    }
+}
+
+/* ---- Failing allocations ---- */
+
+typedef struct failing {
+    long n_calls, fail_at, n_live;
+} failing;
+
+static void *failing_resize(void *user, void *ptr, size_t size) {
+    failing *f = (failing *)user;
+    if (!size) {
+        if (ptr) f->n_live--;
+        free(ptr);
+        return NULL;
+    }
+    if (f->n_calls++ == f->fail_at) return NULL;
+    void *moved = realloc(ptr, size);
+    if (!ptr && moved) f->n_live++;
+    return moved;
+}
+
+static void test_allocation(void **state) {
+    (void)state;
+    static char words[3000]; /* invalid UTF-8 and a long word */
+    llm_error err;
+    failing f = {0, -1, 0};
+    llm_host host;
+    memset(&host, 0, sizeof host);
+    memset(words, 'q', sizeof words);
+    words[10] = '\xFF';
+    for (size_t i = 20; i < sizeof words; i++) words[i] = (char)('a' + i * i % 26);
+    host.resize = failing_resize;
+    host.user = &f;
+    llm_tokenizer *tokenizer = load_model_tokenizer(&host);
+    long n_load = f.n_calls;
+    int64_t n = llm_encode(tokenizer, words, sizeof words, 0, NULL, 0, &err);
+    long n_encode = f.n_calls - n_load;
+    assert_true(n > 0 && n_encode > 2);
+    for (long k = 0; k < n_encode; k++) {
+        long live = f.n_live;
+        f.n_calls = 0;
+        f.fail_at = k;
+        assert_int_equal(llm_encode(tokenizer, words, sizeof words, 0, NULL, 0, &err), -1);
+        assert_int_equal(err.code, LLM_ERROR_MEMORY);
+        assert_int_equal(f.n_live, live);
+    }
+    f.fail_at = -1;
+    assert_int_equal(llm_encode(tokenizer, words, sizeof words, 0, NULL, 0, &err), n);
+    llm_tokenizer_free(tokenizer);
+    assert_int_equal(f.n_live, 0);
+    for (long k = 0; k < n_load; k++) {
+        f.n_calls = 0;
+        f.fail_at = k;
+        assert_int_equal(llm_tokenizer_load(&tokenizer, model_path(), &host, &err), LLM_ERROR_MEMORY);
+        assert_null(tokenizer);
+        assert_int_equal(f.n_live, 0);
+    }
+}
+
+/* ---- Threads ---- */
+
+enum { N_THREADS = 8, N_SAMPLE = 4000 };
+
+typedef struct worker {
+    pthread_t thread;
+    const llm_tokenizer *tokenizer;
+    const char *text;
+    llm_token ids[N_SAMPLE];
+    int64_t n;
+} worker;
+
+static void *work(void *arg) {
+    worker *w = (worker *)arg;
+    for (int i = 0; i < 5; i++) w->n = llm_encode(w->tokenizer, w->text, N_SAMPLE, LLM_ENCODE_SPECIAL, w->ids, N_SAMPLE, NULL);
+    return NULL;
+}
+
+static void test_threads(void **state) {
+    (void)state;
+    static worker workers[N_THREADS];
+    static char text[N_SAMPLE];
+    llm_tokenizer *tokenizer = load_model_tokenizer(NULL);
+    for (int i = 0; i < N_SAMPLE; i++) text[i] = i % 500 < 400 ? "the quick  brown fox's 42\n"[i % 26] : 'x';
+    for (int i = 0; i < N_THREADS; i++) {
+        workers[i].tokenizer = tokenizer;
+        workers[i].text = text;
+        assert_int_equal(pthread_create(&workers[i].thread, NULL, work, &workers[i]), 0);
+    }
+    for (int i = 0; i < N_THREADS; i++) pthread_join(workers[i].thread, NULL);
+    for (int i = 1; i < N_THREADS; i++) {
+        assert_int_equal(workers[i].n, workers[0].n);
+        assert_memory_equal(workers[i].ids, workers[0].ids, (size_t)workers[0].n * sizeof(llm_token));
+    }
+    llm_tokenizer_free(tokenizer);
+}
+
+/* ---- Time ---- */
+
+static double seconds_for(const llm_tokenizer *tokenizer, const char *unit, llm_token *ids) {
+    enum { N = 1 << 20 };
+    char *text = (char *)malloc(N);
+    assert_non_null(text);
+    for (size_t i = 0; i < N; i++) text[i] = unit[i % strlen(unit)];
+    double best = 1e9;
+    for (int i = 0; i < 3; i++) {
+        double begin = llm__now();
+        llm_encode(tokenizer, text, N, 0, ids, N, NULL);
+        double took = llm__now() - begin;
+        if (took < best) best = took;
+    }
+    free(text);
+    return best;
+}
+
+/* A megabyte of anything costs about what a megabyte of prose does; far from it only where time is quadratic. */
+static void test_time(void **state) {
+    (void)state;
+    static const char *const units[] = {"a", " ", "ab", "\n", "1", "!", "aB", "\xC3\xA9", "\xE4\xBD\xA0", "e\xCC\x81", "<|im_", "'s"};
+    llm_tokenizer *tokenizer = load_model_tokenizer(NULL);
+    llm_token *ids = (llm_token *)malloc(((size_t)1 << 20) * sizeof *ids);
+    double prose = seconds_for(tokenizer, "It was a bright cold day in April, and the clocks were striking thirteen. ", ids);
+    for (size_t i = 0; i < sizeof units / sizeof *units; i++) {
+        double took = seconds_for(tokenizer, units[i], ids);
+        if (took > 30 * prose) fail_msg("1 MB of \"%s\" takes %.3f s, prose %.3f s", units[i], took, prose);
+    }
+    free(ids);
+    llm_tokenizer_free(tokenizer);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_sentencepiece), cmocka_unit_test(test_no_byte_tokens), cmocka_unit_test(test_byte_level),
+        cmocka_unit_test(test_unicode),       cmocka_unit_test(test_golden),         cmocka_unit_test(test_tokens),
+        cmocka_unit_test(test_buffers),       cmocka_unit_test(test_invalid),        cmocka_unit_test(test_stream),
+        cmocka_unit_test(test_hostile),       cmocka_unit_test(test_hostile_gguf),   cmocka_unit_test(test_allocation),
+        cmocka_unit_test(test_threads),       cmocka_unit_test(test_time),
+    };
+    return cmocka_run_group_tests_name("tokenizer", tests, NULL, NULL);
+}
