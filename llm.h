@@ -3496,11 +3496,26 @@ static void llm__float_mode_leave(uint64_t old) {
 #endif
 }
 
+/* clang's pragmas reach neither calls nor its code generator, which forms FMAs: under -ffast-math the results of a
+   product and of an FMA are hidden from it. `kind` is the register's constraint. */
+#if defined(__clang__) && defined(__FAST_MATH__)
+#define LLM__HIDE(kind, x) __asm__("" : kind(x))
+#if defined(__x86_64__)
+#define LLM__HIDE_FLOAT(x) LLM__HIDE("+x", x)
+#else
+#define LLM__HIDE_FLOAT(x) LLM__HIDE("+w", x)
+#endif
+#else
+#define LLM__HIDE_FLOAT(x) ((void)0)
+#define LLM__HIDE(kind, x) ((void)0)
+#endif
+
 /* a * b + c rounded once, denormals flushed. */
 static inline float llm__fma(float a, float b, float c) {
-#if defined(_WIN32)
-    /* Not every Windows C library rounds fmaf once. In double the product is exact; rounding the sum to odd leaves the
-       last rounding, to float, correct (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008). */
+#if defined(_WIN32) || (defined(__clang__) && defined(__FAST_MATH__))
+    /* Not every Windows C library rounds fmaf once, and clang under -ffast-math may replace it. In double the product is
+       exact; rounding the sum to odd leaves the last rounding, to float, correct (Boldo and Melquiond, "Emulation of FMA
+       and correctly rounded sums", 2008). */
     double p = (double)a * b, s = p + c, t = s - p, error = (p - (s - t)) + (c - t);
     uint64_t bits;
     memcpy(&bits, &s, 8);
@@ -3511,6 +3526,17 @@ static inline float llm__fma(float a, float b, float c) {
     float r = fmaf(a, b, c);
 #endif
     return (llm__f32_bits(r) & 0x7F800000) ? r : llm__bits_f32(llm__f32_bits(r) & 0x80000000);
+}
+
+/* The square root of a positive number in fixed operations: a call could be replaced by an estimate. */
+static double llm__sqrt(double x) {
+    uint64_t bits;
+    double r;
+    memcpy(&bits, &x, 8);
+    bits = (bits >> 1) + 0x1FF7A3BEA91D9B1Bu; /* halves the exponent; within 4 % */
+    memcpy(&r, &bits, 8);
+    for (int i = 0; i < 5; i++) r = 0.5 * (r + x / r);
+    return r;
 }
 
 /* The kernels for one instruction set each: this file includes itself. */
@@ -3597,11 +3623,19 @@ typedef __m512 V;
 LLM__INLINE V v_load(const float *p) { return _mm512_loadu_ps(p); }
 LLM__INLINE void v_store(float *p, V a) { _mm512_storeu_ps(p, a); }
 LLM__INLINE V v_splat(float x) { return _mm512_set1_ps(x); }
-LLM__INLINE V v_add(V a, V b) { return _mm512_add_ps(a, b); }
-LLM__INLINE V v_sub(V a, V b) { return _mm512_sub_ps(a, b); }
-LLM__INLINE V v_mul(V a, V b) { return _mm512_mul_ps(a, b); }
-LLM__INLINE V v_div(V a, V b) { return _mm512_div_ps(a, b); }
-LLM__INLINE V v_fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+LLM__INLINE V v_add(V a, V b) { return a + b; }
+LLM__INLINE V v_sub(V a, V b) { return a - b; }
+LLM__INLINE V v_mul(V a, V b) {
+    V r = a * b;
+    LLM__HIDE("+v", r);
+    return r;
+}
+LLM__INLINE V v_div(V a, V b) { return a / b; }
+LLM__INLINE V v_fma(V a, V b, V c) {
+    V r = _mm512_fmadd_ps(a, b, c);
+    LLM__HIDE("+v", r);
+    return r;
+}
 LLM__INLINE V v_max(V a, V b) { return _mm512_max_ps(a, b); }
 LLM__INLINE V v_min(V a, V b) { return _mm512_min_ps(a, b); }
 LLM__INLINE V v_even(const uint16_t *p) {
@@ -3627,11 +3661,21 @@ typedef struct V { __m256 lo, hi; } V;
 LLM__INLINE V v_load(const float *p) { LLM__BOTH(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
 LLM__INLINE void v_store(float *p, V a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
 LLM__INLINE V v_splat(float x) { LLM__BOTH(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
-LLM__INLINE V v_add(V a, V b) { LLM__BOTH(_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)); }
-LLM__INLINE V v_sub(V a, V b) { LLM__BOTH(_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)); }
-LLM__INLINE V v_mul(V a, V b) { LLM__BOTH(_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)); }
-LLM__INLINE V v_div(V a, V b) { LLM__BOTH(_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)); }
-LLM__INLINE V v_fma(V a, V b, V c) { LLM__BOTH(_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)); }
+LLM__INLINE V v_add(V a, V b) { LLM__BOTH(a.lo + b.lo, a.hi + b.hi); }
+LLM__INLINE V v_sub(V a, V b) { LLM__BOTH(a.lo - b.lo, a.hi - b.hi); }
+LLM__INLINE V v_mul(V a, V b) {
+    __m256 lo = a.lo * b.lo, hi = a.hi * b.hi;
+    LLM__HIDE("+x", lo);
+    LLM__HIDE("+x", hi);
+    LLM__BOTH(lo, hi);
+}
+LLM__INLINE V v_div(V a, V b) { LLM__BOTH(a.lo / b.lo, a.hi / b.hi); }
+LLM__INLINE V v_fma(V a, V b, V c) {
+    __m256 lo = _mm256_fmadd_ps(a.lo, b.lo, c.lo), hi = _mm256_fmadd_ps(a.hi, b.hi, c.hi);
+    LLM__HIDE("+x", lo);
+    LLM__HIDE("+x", hi);
+    LLM__BOTH(lo, hi);
+}
 LLM__INLINE V v_max(V a, V b) { LLM__BOTH(_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)); }
 LLM__INLINE V v_min(V a, V b) { LLM__BOTH(_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)); }
 LLM__INLINE __m256i LLM__FN(half_round)(__m256i u) {
@@ -3663,6 +3707,7 @@ LLM__INLINE V v_pow2(V s) {
 typedef struct V { float f[16]; } V;
 #define LLM__LANES(expression) V r; for (int i = 0; i < 16; i++) r.f[i] = (expression); return r
 LLM__INLINE float LLM__FN(flush)(float x) {
+    LLM__HIDE_FLOAT(x);
     return (llm__f32_bits(x) & 0x7F800000) ? x : llm__bits_f32(llm__f32_bits(x) & 0x80000000);
 }
 LLM__INLINE V v_load(const float *p) { LLM__LANES(p[i]); }
@@ -3800,7 +3845,7 @@ LLM__TARGET static void LLM__FN(rms_norm)(const float *x, const float *w, int n,
         V xi = LLM__FN(load_part)(x + i, n - i);
         squares = v_fma(xi, xi, squares);
     }
-    V factor = v_splat(1.0f / sqrtf(v_sum(squares) / (float)n + eps));
+    V factor = v_splat((float)(1.0 / llm__sqrt(v_sum(squares) / (float)n + eps)));
     int i = 0;
     for (; i < n; i += 16) {
         V xi = v_mul(LLM__FN(load_part)(x + i, n - i), factor);
@@ -3819,7 +3864,7 @@ LLM__TARGET static void LLM__FN(swiglu)(const float *gate, const float *up, int 
 
 LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum) {
     V most = v_splat(-3.0e38f), total = v_splat(0), factor = v_splat(scale);
-    for (int i = n; i < padded; i++) s[i] = -INFINITY;
+    for (int i = n; i < padded; i++) s[i] = -3.0e38f;
     for (int i = 0; i < padded; i += 16) most = v_max(most, v_mul(v_load(s + i), factor));
     *max = v_hmax(most);
     for (int i = 0; i < padded; i += 16) {
@@ -4519,6 +4564,7 @@ typedef struct llm__cpu_context {
     bool round_cache;          /* so are queries and softmax weights: the cache is bf16 */
     llm__product_fn *product, *cache_product;
     int head_stride;           /* head_dim padded for products */
+    float score_scale;         /* 1 / sqrt(head_dim) */
     size_t cache_block_bytes;  /* keys, or values, of one head in one block */
     uint8_t *cache;            /* [n_layers][key, value][n_kv_heads][n_cache_blocks] tiles of a block */
     size_t x_stride, qkv_stride, attention_stride, ffn_stride;
@@ -4642,7 +4688,7 @@ static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_wo
                               const int *blocks, int first_key, int n_keys, const int *last_keys) {
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride, tile = c->cache_block_bytes / 2, value_tile = 16 * c->cache_block_bytes / stride;
-    float scale = 1.0f / sqrtf((float)c->model->shape.head_dim);
+    float scale = c->score_scale;
     int padded = llm__round_up(n_keys, LLM_BLOCK);
     memset(a->scores, 0, (size_t)a->rows * LLM__CHUNK * sizeof(float));
     memset(a->part, 0, (size_t)a->rows * stride * sizeof(float));
@@ -4875,6 +4921,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->product = c->round ? c->model->kernels->product_bf16 : c->model->kernels->product_f32;
     c->cache_product = c->round_cache ? c->model->kernels->product_bf16 : c->model->kernels->product_f32;
     c->head_stride = z.head_stride;
+    c->score_scale = (float)(1.0 / llm__sqrt(s->head_dim));
     c->cache_block_bytes = LLM_BLOCK * (size_t)z.head_stride * llm__dtype_bytes(c->desc.cache_dtype);
     c->cache = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_cache_blocks, (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype));
     c->x_stride = z.x_stride;

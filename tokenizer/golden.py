@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Writes tests/golden/tokens-smollm2.jsonl: texts and their token ids by Hugging Face `tokenizers`, and
-tests/golden/unicode.json: what Unicode says of all code points, as hashes.
+tests/golden/unicode.json: what is known of all code points, as hashes.
 
 A line is [text, ids] or [text, ids, plain ids], where plain ids are those without recognising special tokens if they
 differ; or, for long texts, {"unit", "times", "count", "hash"}: the text is `unit` so many times, `count` its ids, and
 `hash` FNV-1a over them, a 32-bit number each.
 
-The hashes are FNV-1a over the class of each code point, as in reference.BITS, and over the code points of the form C of
-each code point between two others (NFC_FRAMES).
+The hashes are FNV-1a over the class of each code point, as in reference.BITS, and over the code points that the
+normaliser NFC of `tokenizers` makes of each code point between two others (NFC_FRAMES).
 
     python3 tokenizer/golden.py models/SmolLM2-135M-Instruct.Q4_1.gguf tests/golden
 """
@@ -16,7 +16,7 @@ import json
 import os
 import sys
 
-import unicodedata2 as unicode
+from tokenizers import normalizers
 
 import reference
 
@@ -46,7 +46,7 @@ def code_points():
 def unicode_hashes():
     frames = []
     for before, after in NFC_FRAMES:
-        texts = (unicode.normalize("NFC", before + c + after) for c in code_points())
+        texts = (normalizers.NFC().normalize_str(before + c + after) for c in code_points())
         frames.append({"before": before, "after": after, "hash": fnv(ord(c) for text in texts for c in text)})
     return {"classes": fnv(reference.class_bits(c) for c in code_points()), "nfc": frames}
 

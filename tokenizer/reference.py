@@ -1,11 +1,11 @@
 """Reference tokenizers (Hugging Face `tokenizers`, `sentencepiece`) made from GGUF files, and texts to try them on.
 
-    pip install tokenizers sentencepiece gguf protobuf unicodedata2==16.0.0
+    pip install tokenizers sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
 """
 
 import random
 
-import unicodedata2 as unicode
+import unicodedataplus as unicode
 from gguf import GGUFReader
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Sequence, Split

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Prints the Unicode tables of llm.h, section 7: paste the output over the ones there.
 
-The tables are of Unicode 16.0, as in the regular expressions of Hugging Face `tokenizers`:
+The classes are of Unicode 16.0 and normalisation is of Unicode 9.0, as in Hugging Face `tokenizers`, whose regular
+expressions and normaliser are of these versions:
 
-    pip install unicodedata2==16.0.0
+    pip install unicodedataplus==16.0.0.post1
     python3 tokenizer/unicode.py
 """
 
-import unicodedata2 as unicode
+import unicodedataplus as unicode
 
 WIDTH = 110
 SPACES = {0x20, 0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000, *range(9, 14), *range(0x2000, 0x200B)}
@@ -63,12 +64,18 @@ def zigzag(value):
     return 2 * value if value >= 0 else -2 * value - 1
 
 
+def normalised(code):
+    """Whether Unicode 9.0 had the code point; later ones are left as they are."""
+    age = unicode.age(chr(code))
+    return not 0xD800 <= code < 0xE000 and age[0].isdigit() and float(age) <= 9
+
+
 def decomposition_words():
     """Per canonical decomposition code -> first second: how far from the last code (doubled, odd if it is never
     composed again), how far `first` is from the last one, `second` (0 if there is none, else counted from U+0300)."""
     words, last_code, last_first = [], 0, 0
     for code in range(0x110000):
-        mapping = unicode.decomposition(chr(code)) if not 0xD800 <= code < 0xE000 else ""
+        mapping = unicode.decomposition(chr(code)) if normalised(code) else ""
         if not mapping or mapping.startswith("<"):
             continue
         first, second = ([int(part, 16) for part in mapping.split()] + [0])[:2]
@@ -82,7 +89,7 @@ def decomposition_words():
 def combining_words():
     """Runs of code points with the same combining class other than 0: the gap before, the length, the class."""
     words, gap = [], 0
-    for value, n in lengths(unicode.combining(chr(code)) for code in range(0x110000)):
+    for value, n in lengths(unicode.combining(chr(code)) if normalised(code) else 0 for code in range(0x110000)):
         if value:
             words.append(number(gap) + number(n) + number(value))
         gap = 0 if value else n

@@ -1,0 +1,194 @@
+/* One arithmetic: the logits are the same bits however they are computed. Each weight type has one committed hash; every
+   instruction set, thread count, batch, chunking and fork must give it, in every build.
+   Variants: asan tsan matrix */
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+#include "tests/tiny.h"
+
+#include <setjmp.h>
+#include <cmocka.h>
+
+enum { LENGTH = 300, N_VOCAB = 299 }; /* long enough for two chunks of keys */
+
+typedef struct expected {
+    llm_dtype dtype;
+    uint32_t file_type;
+    uint64_t tiny, real;
+} expected;
+
+/* Of the small model's logits at all positions, and of the default model's at 32. */
+static const expected EXPECTED[] = {
+    {LLM_DTYPE_F32, 0, 0x088d37f1918b9cee, 0xab1838c4c8a08bc9},
+    {LLM_DTYPE_BF16, 0, 0x8f216ea150479445, 0x58a30802c28b1450},
+};
+
+static llm_token token_at(int seq, int i) {
+    uint32_t x = (uint32_t)(seq * 7919 + i * 104729 + 12345) * 2654435761u;
+    return (llm_token)((x >> 8) % N_VOCAB);
+}
+
+static uint64_t hash_row(uint64_t hash, const float *logits, int n) {
+    for (int i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &logits[i], 4);
+        for (int j = 0; j < 4; j++) hash = (hash ^ (bits >> 8 * j & 255)) * 0x100000001B3u;
+    }
+    return hash;
+}
+
+static llm_model *load(llm_dtype dtype, const char *isa) {
+    llm_model_desc desc = {.dtype = dtype, .isa = isa, .n_threads = 2};
+    llm_model *model = NULL;
+    llm_error err;
+    uint8_t *data = tiny_model(&TINY_ODD, &desc.data_size);
+    desc.data = data;
+    llm_status status = llm_model_load(&model, NULL, &desc, &err);
+    free(data);
+    if (status && status != LLM_ERROR_ARGUMENT) fail_msg("%s", err.message);
+    return model;
+}
+
+static llm_context *create(const llm_model *model, int n_threads, int n_batch) {
+    llm_context_desc desc = {.n_ctx = 512, .n_seq = 8, .n_batch = n_batch, .n_logits = LENGTH, .n_threads = n_threads};
+    llm_context *ctx = NULL;
+    llm_error err;
+    if (llm_context_create(&ctx, model, &desc, &err)) print_message("%s\n", err.message);
+    assert_non_null(ctx);
+    return ctx;
+}
+
+/* Appends positions [from, to) of sequence `seq`'s text to sequence `as`, and hashes their logits. */
+static uint64_t append(llm_context *ctx, int as, int from, int to, uint64_t hash) {
+    llm_token tokens[LENGTH];
+    int seqs[LENGTH];
+    bool logits[LENGTH];
+    llm_error err;
+    for (int i = from; i < to; i++) {
+        tokens[i - from] = token_at(0, i);
+        seqs[i - from] = as;
+        logits[i - from] = true;
+    }
+    llm_batch batch = {to - from, tokens, seqs, logits};
+    if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
+    for (int i = 0; i < to - from; i++) hash = hash_row(hash, llm_logits(ctx, i), N_VOCAB);
+    return hash;
+}
+
+static uint64_t in_chunks(llm_context *ctx, int size) {
+    uint64_t hash = 0;
+    assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
+    for (int from = 0; from < LENGTH; from += size) hash = append(ctx, 0, from, from + size < LENGTH ? from + size : LENGTH, hash);
+    return hash;
+}
+
+/* Among seven other sequences of other lengths, their tokens taking turns. */
+static uint64_t in_a_crowd(llm_context *ctx) {
+    static llm_token tokens[8 * LENGTH];
+    static int seqs[8 * LENGTH];
+    static bool logits[8 * LENGTH];
+    llm_error err;
+    int n = 0;
+    for (int seq = 0; seq < 8; seq++) assert_int_equal(llm_seq_truncate(ctx, seq, 0, NULL), LLM_OK);
+    for (int i = 0; i < LENGTH; i++)
+        for (int seq = 0; seq < 8; seq++) {
+            if (seq != 3 && i >= LENGTH / (seq + 2)) continue;
+            tokens[n] = token_at(seq == 3 ? 0 : seq + 1, i);
+            seqs[n] = seq;
+            logits[n++] = seq == 3;
+        }
+    llm_batch batch = {n, tokens, seqs, logits};
+    uint64_t hash = 0;
+    if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
+    for (int i = 0; i < n; i++)
+        if (logits[i]) hash = hash_row(hash, llm_logits(ctx, i), N_VOCAB);
+    return hash;
+}
+
+/* The text goes on in forks, each cut at an odd place, while the parents go elsewhere. */
+static uint64_t through_forks(llm_context *ctx) {
+    static const int cuts[] = {0, 45, 64, 131, 257, LENGTH};
+    uint64_t hash = 0;
+    for (int seq = 0; seq < 8; seq++) assert_int_equal(llm_seq_truncate(ctx, seq, 0, NULL), LLM_OK);
+    for (int i = 0; i + 1 < 6; i++) {
+        hash = append(ctx, i, cuts[i], cuts[i + 1], hash);
+        if (i + 1 == 5) break;
+        append(ctx, i, 0, 9, 0); /* the parent is past the cut when the fork is made, and goes on after it */
+        assert_int_equal(llm_seq_fork(ctx, i + 1, i, cuts[i + 1], NULL), LLM_OK);
+        append(ctx, i, 20, 30, 0);
+    }
+    return hash;
+}
+
+static uint64_t restored(llm_context *ctx, llm_context *other) {
+    uint64_t hash;
+    assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
+    hash = append(ctx, 0, 0, 100, 0);
+    size_t size = llm_seq_save_size(ctx, 0);
+    void *buffer = malloc(size);
+    assert_non_null(buffer);
+    assert_int_equal(llm_seq_save(ctx, 0, buffer, size, NULL), LLM_OK);
+    assert_int_equal(llm_seq_restore(other, 5, buffer, size, NULL), LLM_OK);
+    free(buffer);
+    return append(other, 5, 100, LENGTH, hash);
+}
+
+static void check_tiny(const expected *e, const char *isa) {
+    llm_model *model = load(e->dtype, isa);
+    if (!model) skip(); /* this machine does not have the instruction set */
+    for (int n_threads = 1; n_threads <= 2; n_threads++) {
+        llm_context *ctx = create(model, n_threads, 0), *small = create(model, n_threads, 37);
+        static const int chunks[] = {LENGTH, 64, 7, 1};
+        for (int i = 0; i < 4; i++) assert_int_equal(in_chunks(ctx, chunks[i]), e->tiny);
+        assert_int_equal(in_chunks(small, LENGTH), e->tiny);
+        assert_int_equal(in_a_crowd(ctx), e->tiny);
+        assert_int_equal(in_a_crowd(small), e->tiny);
+        assert_int_equal(through_forks(ctx), e->tiny);
+        assert_int_equal(restored(ctx, small), e->tiny);
+        llm_context_free(ctx);
+        llm_context_free(small);
+    }
+    llm_model_free(model);
+}
+
+static void all_ways_agree(const char *isa) {
+    for (size_t i = 0; i < sizeof EXPECTED / sizeof *EXPECTED; i++) check_tiny(&EXPECTED[i], isa);
+}
+
+static void test_scalar(void **state) { (void)state; all_ways_agree("scalar"); }
+static void test_avx2(void **state) { (void)state; all_ways_agree("avx2"); }
+static void test_avx512(void **state) { (void)state; all_ways_agree("avx512"); }
+
+static uint64_t hash_real(const char *path, llm_dtype dtype, const char *isa, int n_tokens) {
+    llm_model_desc desc = {.dtype = dtype, .isa = isa};
+    llm_context_desc context_desc = {.n_ctx = 128, .n_logits = 1};
+    llm_model *model = NULL;
+    llm_context *ctx = NULL;
+    llm_token tokens[32];
+    llm_error err;
+    for (int i = 0; i < 32; i++) tokens[i] = token_at(0, i) * 160;
+    if (llm_model_load(&model, path, &desc, &err) || llm_context_create(&ctx, model, &context_desc, &err))
+        fail_msg("%s (make model fetches it)", err.message);
+    uint64_t hash = 0;
+    for (int i = 0; i < n_tokens; i++) {
+        llm_batch batch = {1, tokens + i, NULL, NULL};
+        if (i == 0) batch.n_tokens = n_tokens / 2, i = n_tokens / 2 - 1;
+        if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
+        hash = hash_row(hash, llm_logits(ctx, batch.n_tokens - 1), llm_model_get_info(model).n_vocab);
+    }
+    llm_context_free(ctx);
+    llm_model_free(model);
+    return hash;
+}
+
+static void test_default_model(void **state) {
+    const char *path = getenv("LLM_MODEL");
+    (void)state;
+    for (size_t i = 0; i < sizeof EXPECTED / sizeof *EXPECTED; i++)
+        assert_int_equal(hash_real(path ? path : "models/SmolLM2-135M-Instruct.Q4_1.gguf", EXPECTED[i].dtype, NULL, 32), EXPECTED[i].real);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_scalar), cmocka_unit_test(test_avx2),
+                                       cmocka_unit_test(test_avx512), cmocka_unit_test(test_default_model)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,221 @@
+/* Small random models, written as GGUF into memory, for tests that need many shapes and no downloads.
+   The weights come from a fixed integer generator, so every machine makes the same file. */
+#ifndef TINY_H
+#define TINY_H
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct tiny_spec {
+    int n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_ctx;
+    int n_extra;  /* tokens after the 256 bytes; the last two are <|end|> (EOS) and <|start|> (BOS) */
+    int untied;   /* 1: with output.weight */
+    uint32_t type; /* of the matrices: 0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 8 Q8_0, 30 BF16; blocks need dims of 32 */
+    uint32_t seed;
+} tiny_spec;
+
+/* Dimensions that are multiples of nothing. */
+static const tiny_spec TINY_ODD = {2, 72, 100, 6, 2, 20, 512, 43, 0, 0, 1};
+
+typedef struct tiny_file {
+    uint8_t *data;
+    size_t size, room;
+    size_t tensor_bytes; /* described so far */
+    uint32_t random;
+} tiny_file;
+
+static void tiny_put(tiny_file *f, const void *bytes, size_t n) {
+    while (f->size + n > f->room) {
+        f->room = f->room ? 2 * f->room : 65536;
+        f->data = (uint8_t *)realloc(f->data, f->room);
+        if (!f->data) abort();
+    }
+    memcpy(f->data + f->size, bytes, n);
+    f->size += n;
+}
+
+static void tiny_u32(tiny_file *f, uint32_t x) { tiny_put(f, &x, 4); }
+static void tiny_u64(tiny_file *f, uint64_t x) { tiny_put(f, &x, 8); }
+static void tiny_f32(tiny_file *f, float x) { tiny_put(f, &x, 4); }
+
+static void tiny_str(tiny_file *f, const char *s) {
+    tiny_u64(f, strlen(s));
+    tiny_put(f, s, strlen(s));
+}
+
+static void tiny_key_u32(tiny_file *f, const char *key, uint32_t x) {
+    tiny_str(f, key);
+    tiny_u32(f, 4);
+    tiny_u32(f, x);
+}
+
+static void tiny_key_f32(tiny_file *f, const char *key, float x) {
+    tiny_str(f, key);
+    tiny_u32(f, 6);
+    tiny_f32(f, x);
+}
+
+static void tiny_key_str(tiny_file *f, const char *key, const char *s) {
+    tiny_str(f, key);
+    tiny_u32(f, 8);
+    tiny_str(f, s);
+}
+
+static void tiny_key_array(tiny_file *f, const char *key, uint32_t type, uint64_t n) {
+    tiny_str(f, key);
+    tiny_u32(f, 9);
+    tiny_u32(f, type);
+    tiny_u64(f, n);
+}
+
+/* Uniform in [-1, 1), by a linear congruential generator. */
+static float tiny_random(tiny_file *f) {
+    f->random = f->random * 1664525u + 1013904223u;
+    return (float)(int32_t)f->random / 2147483648.0f;
+}
+
+/* How the byte-level alphabet writes a byte: printable ones as themselves, the others from U+0100 on. */
+static void tiny_byte_piece(int byte, char out[3]) {
+    int code = 256;
+    if ((byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174) code = byte;
+    else
+        for (int i = 0; i < byte; i++) code += !((i >= 33 && i <= 126) || (i >= 161 && i <= 172) || i >= 174);
+    if (code < 128) {
+        out[0] = (char)code;
+        out[1] = 0;
+    } else {
+        out[0] = (char)(0xC0 | code >> 6);
+        out[1] = (char)(0x80 | (code & 63));
+        out[2] = 0;
+    }
+}
+
+static void tiny_vocabulary(tiny_file *f, const tiny_spec *s) {
+    int n = 256 + s->n_extra;
+    char piece[32];
+    tiny_key_str(f, "tokenizer.ggml.model", "gpt2");
+    tiny_key_str(f, "tokenizer.ggml.pre", "gpt-2");
+    tiny_key_array(f, "tokenizer.ggml.tokens", 8, (uint64_t)n);
+    for (int i = 0; i < n; i++) {
+        if (i < 256) tiny_byte_piece(i, piece);
+        else if (i == n - 2) strcpy(piece, "<|end|>");
+        else if (i == n - 1) strcpy(piece, "<|start|>");
+        else if (i == 256) strcpy(piece, "aa");
+        else snprintf(piece, sizeof piece, "a%c%c", 'a' + (i - 256) / 26 % 26, 'a' + (i - 256) % 26);
+        tiny_str(f, piece);
+    }
+    tiny_key_array(f, "tokenizer.ggml.token_type", 5, (uint64_t)n);
+    for (int i = 0; i < n; i++) tiny_u32(f, i >= n - 2 ? 3 : 1);
+    tiny_key_array(f, "tokenizer.ggml.merges", 8, 1);
+    tiny_str(f, "a a");
+    tiny_key_u32(f, "tokenizer.ggml.eos_token_id", (uint32_t)n - 2);
+    tiny_key_u32(f, "tokenizer.ggml.bos_token_id", (uint32_t)n - 1);
+    tiny_key_str(f, "tokenizer.chat_template", "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}");
+}
+
+static size_t tiny_row_bytes(uint32_t type, int cols) {
+    switch (type) {
+    case 1: case 30: return (size_t)cols * 2;
+    case 2: return (size_t)cols / 32 * 18;
+    case 3: return (size_t)cols / 32 * 20;
+    case 8: return (size_t)cols / 32 * 34;
+    default: return (size_t)cols * 4;
+    }
+}
+
+static uint32_t tiny_type(const tiny_spec *s, int rows) { return rows == 1 ? 0 : s->type; }
+
+static void tiny_describe(tiny_file *f, const tiny_spec *s, const char *name, int rows, int cols) {
+    size_t bytes = (size_t)rows * tiny_row_bytes(tiny_type(s, rows), cols);
+    tiny_str(f, name);
+    tiny_u32(f, rows == 1 ? 1 : 2);
+    tiny_u64(f, (uint64_t)cols);
+    if (rows > 1) tiny_u64(f, (uint64_t)rows);
+    tiny_u32(f, tiny_type(s, rows));
+    tiny_u64(f, f->tensor_bytes);
+    f->tensor_bytes += (bytes + 31) / 32 * 32;
+}
+
+/* Blocks are random bits behind a scale (and minimum) that keeps the weights near 1 / sqrt(cols). */
+static void tiny_block(tiny_file *f, uint32_t type, float scale) {
+    uint16_t half = (uint16_t)(scale > 0.02f ? 0x2000 : 0x1C00), minimum = (uint16_t)((half + 0x0C00) | 0x8000);
+    tiny_put(f, &half, 2);
+    if (type == 3) tiny_put(f, &minimum, 2);
+    for (int i = 0; i < (type == 8 ? 32 : 16); i++) {
+        tiny_random(f);
+        uint8_t byte = (uint8_t)(type == 8 ? (f->random >> 24) % 31 - 15 : f->random >> 24);
+        tiny_put(f, &byte, 1);
+    }
+}
+
+static void tiny_tensor(tiny_file *f, const tiny_spec *s, const char *name, int rows, int cols) {
+    uint32_t type = tiny_type(s, rows);
+    float scale = 1.7f / 10.0f;
+    static const uint8_t zeros[32];
+    (void)name;
+    while (scale * scale * (float)cols > 3.0f) scale *= 0.9f; /* about sqrt(3 / cols), without sqrt */
+    for (int i = 0; i < rows * cols && (type < 2 || type == 30); i++) {
+        float x = rows == 1 ? 1.0f + 0.2f * tiny_random(f) : scale * tiny_random(f);
+        uint32_t bits;
+        memcpy(&bits, &x, 4);
+        uint16_t bf16 = (uint16_t)(bits >> 16);
+        uint16_t f16 = (uint16_t)((bits >> 16 & 0x8000) | (((bits >> 23 & 255) < 113 ? 0 : ((bits >> 23 & 255) - 112) << 10 | (bits >> 13 & 1023))));
+        if (type == 0) tiny_put(f, &bits, 4);
+        else tiny_put(f, type == 1 ? &f16 : &bf16, 2);
+    }
+    for (int i = 0; i < rows * cols / 32 && !(type < 2 || type == 30); i++) tiny_block(f, type, scale);
+    size_t bytes = (size_t)rows * tiny_row_bytes(type, cols);
+    tiny_put(f, zeros, (32 - bytes % 32) % 32);
+}
+
+static void tiny_tensors(tiny_file *f, const tiny_spec *s, void (*each)(tiny_file *, const tiny_spec *, const char *, int, int)) {
+    int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim, e = s->n_embd;
+    const struct {
+        const char *name;
+        int rows, cols;
+    } layer[] = {{"attn_norm", 1, e}, {"attn_q", q, e}, {"attn_k", kv, e}, {"attn_v", kv, e}, {"attn_output", e, q},
+                 {"ffn_norm", 1, e}, {"ffn_gate", s->n_ff, e}, {"ffn_up", s->n_ff, e}, {"ffn_down", e, s->n_ff}};
+    char name[64];
+    each(f, s, "token_embd.weight", 256 + s->n_extra, e);
+    for (int i = 0; i < s->n_layers; i++)
+        for (size_t j = 0; j < sizeof layer / sizeof *layer; j++) {
+            snprintf(name, sizeof name, "blk.%d.%s.weight", i, layer[j].name);
+            each(f, s, name, layer[j].rows, layer[j].cols);
+        }
+    each(f, s, "output_norm.weight", 1, e);
+    if (s->untied) each(f, s, "output.weight", 256 + s->n_extra, e);
+}
+
+/* The whole file; free it with free(). */
+static uint8_t *tiny_model(const tiny_spec *s, size_t *size) {
+    tiny_file f;
+    static const uint8_t zeros[32];
+    memset(&f, 0, sizeof f);
+    f.random = s->seed;
+    tiny_put(&f, "GGUF", 4);
+    tiny_u32(&f, 3);
+    tiny_u64(&f, (uint64_t)(2 + 9 * s->n_layers + s->untied));
+    tiny_u64(&f, 20);
+    tiny_key_str(&f, "general.architecture", "llama");
+    tiny_key_str(&f, "general.name", "tiny");
+    tiny_key_u32(&f, "llama.block_count", (uint32_t)s->n_layers);
+    tiny_key_u32(&f, "llama.embedding_length", (uint32_t)s->n_embd);
+    tiny_key_u32(&f, "llama.feed_forward_length", (uint32_t)s->n_ff);
+    tiny_key_u32(&f, "llama.attention.head_count", (uint32_t)s->n_heads);
+    tiny_key_u32(&f, "llama.attention.head_count_kv", (uint32_t)s->n_kv_heads);
+    tiny_key_u32(&f, "llama.attention.key_length", (uint32_t)s->head_dim);
+    tiny_key_u32(&f, "llama.attention.value_length", (uint32_t)s->head_dim);
+    tiny_key_u32(&f, "llama.context_length", (uint32_t)s->n_ctx);
+    tiny_key_f32(&f, "llama.attention.layer_norm_rms_epsilon", 1e-5f);
+    tiny_key_f32(&f, "llama.rope.freq_base", 10000.0f);
+    tiny_vocabulary(&f, s);
+    tiny_tensors(&f, s, tiny_describe);
+    tiny_put(&f, zeros, (32 - f.size % 32) % 32);
+    tiny_tensors(&f, s, tiny_tensor);
+    *size = f.size;
+    return f.data;
+}
+
+#endif
