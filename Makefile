@@ -6,12 +6,12 @@ SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CFLAGS   = -O2
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -pedantic
-LDLIBS   = $(if $(filter repl,$(@F)),-ledit) $(if $(filter tokenize,$(@F)),-ljansson) $(if $(filter test_%,$(@F)),-lcmocka) -lm -lpthread
+LDLIBS   = $(if $(filter repl,$(@F)),-ledit) $(if $(filter tokenize test_tokenizer test_chat,$(@F)),-ljansson) $(if $(filter test_%,$(@F)),-lcmocka) -lm -lpthread
 PROGRAMS = build/repl build/hello build/tokenize build/embed
 
 # Every .c file is a program. build/NAME is made with your compiler and flags, build/VARIANT/NAME with these:
 COMPILE_build              = $(CC) $(CFLAGS)
-COMPILE_asan               = gcc -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+COMPILE_asan               = clang -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 COMPILE_tsan               = gcc -O1 -g -fsanitize=thread
 COMPILE_gcc-O1             = gcc -O1
 COMPILE_gcc-O3-fast-math   = gcc -O3 -ffast-math

@@ -215,7 +215,8 @@ typedef struct llm_message {
 /* Renders messages with the chat template named in the model's file (ChatML, Llama-2, Llama-3, Mistral and Zephyr are
    known), followed by the opening of the assistant's turn if `open_answer`. Writes at most `capacity` bytes, a NUL
    included, and the bytes of the whole text to *n_bytes. The text is meant for llm_encode with LLM_ENCODE_SPECIAL and
-   without LLM_ENCODE_BOS: it holds its own. */
+   without LLM_ENCODE_BOS: it holds its own. A message that contains a special token's text then becomes that token;
+   llm_generate's `messages` do not let it. */
 LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
                                    bool open_answer, char *text, size_t capacity, size_t *n_bytes, llm_error *err);
 LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer); /* "chatml", ...; NULL: none is known   */
@@ -1388,7 +1389,7 @@ static llm__classes *llm__build_classes(llm__env *env) {
             if (!n) n = 1;
             if (letter == 'A') n *= 2;
             for (uint32_t i = 0; i < n; i++) {
-                page[code & 127] = (uint8_t)(letter == 'A' && i % 2 ? LLM__LOWER : llm__class_of_letter(letter));
+                page[code & 127] = (uint8_t)(llm__class_of_letter(letter == 'A' && i % 2 ? 'l' : letter));
                 code++;
                 if (code % 128 == 0) c->index[code / 128 - 1] = llm__page_index(c, page);
             }
@@ -1471,7 +1472,8 @@ static int llm__shown(llm__str s) {
    Three numbers per canonical decomposition: how far the code point is from the last one, doubled, and odd if it is
    never composed again; how far the first part is from the last one, zigzag; the second part, from U+02FF, 0 for none.
    Three per run of one combining class: the gap before, the length, the class. Numbers are in base 45, lowest digit
-   first, all but the last digit from the upper half of the 90 characters used. Hangul is arithmetic. */
+   first, all but the last digit from the upper half of the 90 characters used. Hangul is arithmetic. This is Unicode 9.0,
+   as in Hugging Face's normaliser, with which the models were trained: later marks are left where they are. */
 static const char *const llm__decompositions[] = {
     "j+z%$%#%%#&%#'%#,%#.''L%'$%#%%#&%#,%+$%#%%#&%#,'-'%%$%#%%#&%#'%#,)/$%#%%#&%#,%+%)3$%#%%#&%#'%#,%#.''L%'$%#%%#&",
     "%#,%+$%#%%#&%#,'-'%%$%#%%#&%#'%#,)/$%#%%#&%#,%+%'#,%g%(%e$(%d$*%e$*%d$M%e$M%`$%%e$%%d$&%e$&%d$+%e$+%d$0%e$0",
@@ -1531,50 +1533,47 @@ static const char *const llm__decompositions[] = {
     "&m4#&k8#&S/#&`+#&},#&v)#&p1#&x+#&kI#&~)#&^L#&^7#&T&#&D#&Z0#&j%#&~$#&d%#&(#&E#&c&#&m&#&~3#&z;#&}0#&V0#&w,#&uQ$#",
     "&l'#&V(#&{(#&m$#&;#&W%#&`D#&oW$#&w^Z%#&.#&m{%#&ygw%#&~V$#&g$#&|Q~%#&uo%#&~l+#&a]q%#&a&#S&wxJd2(V$g2:4q2&#r2",
     "&wRc$q2&#r2&{Sc$g2&#h2&#l2&%l2&%l2&%l2&%l2&%l2&%l2('l2&%l2&%l2&%l2&%l2('l2('l2&%l2('l2&%l2('l2&%l2&%l2&%l2&%l2",
-    "&Mi2&*o2&7o2&5o2]o%{qe$+Z$3+yq%^r%gUF''gUFB7gUFw([)zWF%%zWFQ;q:udF%#aeFf%n%ygF''kgF51rgF)-ygF`%[%rgF'#hgF%#ygF",
-    "v-~-[mF%#QmF'#_mFZ.a.prF%%prFqKoKmXGYY5YY5v]P%#S^P%#w]P%9w]P%8x]P%)w]P%%w]P%$x]PcU&oU&qvQ$%*qvQ$%/qvQ$",
-    "^^<~]<jf_$&%jf_$&1sf_$&#tf_$&#uf_$&#vf_$&#wf_$z&Q'jf_$&%jf_$&%sf_$&%sf_$&$tf_$&%tf_$|co$w}X%#&,#&5#&}|e%#",
-    "&Ype%#&g&#&=#&X&#&a(#&c$#&g&#&S$#&sV*#&mrm%#&[gf%#&1#&D#&J#&pWf%#&pdm%#&`]*#&q$#&uXf%#&`Xf%#&=#&aD#&rD#&5#",
-    "&gp[&#&mm[&#&@#&jb*#&Se*#&9#&}$#&-#&_e*#&yh*#&'#&Z$#&P#&9#&%#&F#&[%#&3#&5#&V$#&7#&'#&##&##&X{f%#&xl_%#&|[*#&N#",
-    "&rVg%#&XVg%#&/#&N#&t)#&i'#&D#&e$#&l%#&s&#&X$#&~%#&D#&g$#&##&N#&H#&3#&B#&V2#&T/#&W/#&u+#&k$#&aV$#&js$#&u/#&q$#",
-    "&V$#&t(#&e*#&$#&g(#&[`h%#&U]h%#&-#&B#&L#&3#&x%#&[lh%#&|%#&Qih%#&U%#&;#&h&#&`)#&j}+#&@#&WV,#&d%#&##&nzh%#&qth%#",
-    "&N#&B#&;#&iSi%#&}Ri%#&1#&kI#&_H#&s],#&i`,#&@#&o&#&]%#&hmi%#&cei%#&hei%#&kci%#&(#&F#&h'#&%#&{i,#&Wk,#&{$#&N#",
-    "&}$#&om,#&Zps%#&Ros%#&po,#&)#&)#&L#&Qx]&#&pu]&#&Raj%#&##&oga%#&sv+#&##&cq,#&h{w%#&^{.#&hTz%#&5#&cs,#&hu,#&^%#",
-    "&7#&i$#&S)#&y{,#&`$#&T~,#&bxj%#&Tvj%#&s(#&+#&'#&&#&S%#&L#&m$#&>#&9#&U%#&L#&+#&X$#&9#&|%#&s&#&k$#&i(#&][k%#",
-    "&T]k%#&y%#&v'#&Z$#&`'#&x_k%#&T]k%#&V'#&[$#&|g-#&hp-#&N#&c$#&p$#&an-#&}w-#&_$#&S}k%#&swk%#&`/#&t*#&b{-#&l~-#",
-    "&`Q.#&l$#&Ss(#&)#&qd(#&e'#&ll)#&Tc2#&~z+#&+#&/#&r%#&8#&tdl%#&vjw%#&h_.#&Y(#&V,#&^%#&r^l%#&_^l%#&{'#&z-#&^h.#",
-    "&aj.#&`'#&X&#&f+#&k_l%#&^]l%#&Rw.#&Xz.#&Vql%#&wnl%#&Qz.#&b{.#&Q%#&Z$#&%#&yQm%#&rf*#&lk*#&X~l%#&Yem%#&W`m%#&@#",
-    "&i'#&u*#&u$#&j%#&c%#&u$#&B#&=#&rZm%#&__m%#&X.#&v%#&Vf/#&^j/#&*#&s`m%#&yim%#&l3#&l_m%#&W%#&u]m%#&V(#&Y$#&(#",
-    "&ut/#&zv/#&^%#&.#&d%#&}]^%#&YV^%#&Qmm%#&Vim%#&rwm%#&gqm%#&=#&Z$#&m]n%#&fZn%#&N#&{gn%#&{,#&ngn%#&F#&jb0#&rc0#",
-    "&Xc0#&##&cj0#&N#&N#&L#&T&#&uk0#&vo0#&sUo%#&kTo%#&pXo%#&eVo%#&u]d%#&oUd%#&Wso%#&R$#&[)#&ok}%#&;#&zy0#&Rxo%#&$#",
-    "&s$#&X$#&~xo%#&%#&##&{$#&i{0#&e~0#&w}0#&k&#&mc~%#&n_p%#&t%#&x%#&VW1#&aw~%#&Skp%#&[pp%#&{$#&lop%#&U'#&ha1#&_e1#",
-    "&7#&-#&}Wq%#&_0#&##&X_q%#&nc1#&c|Q&#&Vaq%#&)#&rk1#&ZVR&#&p^q%#&Vr1#&Vs1#&,#&_$#&SQr%#&nzq%#&]t1#&rx1#&n%#&~%#",
-    "&R|1#&m^S&#&c$#&`^S&#&wdS&#&pZr%#&Y`r%#&}^r%#&h'#&9#&`lr%#&]&#&hkr%#&eqr%#&qpr%#&l}e%#&V_u%#&hc2#&m&#&pd2#",
-    "&`g2#&es,#&rr|%#&@#&WY0#&5#&fne%#&)#&te&#&lQ6#&Vr2#&.#&H#&WV/#&SW/#&'#&7#&w$#&Ygs%#&Zgs%#&h%#&V&#&_&#&V)#&x)#",
-    "&y$#&~'#&j.#&_(#&'#&D#&bgs%#&s0#&o)#&qgU&#&mV3#&'#&k$#&nTu%#&WQu%#&nws%#&URV&#&+#&xWV&#&x/#&[eV&#&bd3#&;#&9#",
-    "&'#&x%#&f$#&}(#&|$#&r)#&l&#&~%#&Z$#&`m3#&cq3#&e$#&^q3#&iu3#&)#&vzt%#&nut%#&1#&ex3#&qy3#&i_8#&jn]&#&Y+#&t]X&#",
-    "&5#&}W4#&e&#&~)#&R,#&Thu%#&[du%#&P#&Q'#&U'#&|wu%#&xVB#&`nV%#&A#&`%#&cvV%#&[lV%#&f'#&hTw%#&Z$#&Ztv%#&W'#&e$#",
-    "&||v%#&g|v%#&p/#&T*#&%#&T'#&|3#&]$#&Zdw%#&kRw%#&]Z6#&[]6#&kbw%#&Xj]&#&je6#&^e1#&ki1#&p}w%#&g,#&yk^&#&3#&vk6#",
-    "&ugx%#&z~^&#&WW_&#&Tlx%#&##&a$#&kwx%#&`ox%#&xn6#&Rr6#&m(#&Z$#&p%#&lt6#&ni`&#&sgy%#&e0#&d+#&_^7#&c$#&oa7#&W`z%#",
-    "&^oa&#&sqa&#&u.#&w(#&Sez%#&Tl7#&xn7#&-#&1#&7#&1#&o$#&fX{%#",
+    "&Mi2&*o2&7o2&5o2`c(jeh$gUF''gUFB7gUFw([)zWF%%zWFQ;q:udF%#aeF`3f3[mF%#QmF'#_mFZ.a.prF%%prF{eS$peS$jf_$&%jf_$",
+    "&1sf_$&#tf_$&#uf_$&#vf_$&#wf_$z&Q'jf_$&%jf_$&%sf_$&%sf_$&$tf_$&%tf_$|co$w}X%#&,#&5#&}|e%#&Ype%#&g&#&=#&X&#&a(#",
+    "&c$#&g&#&S$#&sV*#&mrm%#&[gf%#&1#&D#&J#&pWf%#&pdm%#&`]*#&q$#&uXf%#&`Xf%#&=#&aD#&rD#&5#&gp[&#&mm[&#&@#&jb*#&Se*#",
+    "&9#&}$#&-#&_e*#&yh*#&'#&Z$#&P#&9#&%#&F#&[%#&3#&5#&V$#&7#&'#&##&##&X{f%#&xl_%#&|[*#&N#&rVg%#&XVg%#&/#&N#&t)#",
+    "&i'#&D#&e$#&l%#&s&#&X$#&~%#&D#&g$#&##&N#&H#&3#&B#&V2#&T/#&W/#&u+#&k$#&aV$#&js$#&u/#&q$#&V$#&t(#&e*#&$#&g(#",
+    "&[`h%#&U]h%#&-#&B#&L#&3#&x%#&[lh%#&|%#&Qih%#&U%#&;#&h&#&`)#&j}+#&@#&WV,#&d%#&##&nzh%#&qth%#&N#&B#&;#&iSi%#",
+    "&}Ri%#&1#&kI#&_H#&s],#&i`,#&@#&o&#&]%#&hmi%#&cei%#&hei%#&kci%#&(#&F#&h'#&%#&{i,#&Wk,#&{$#&N#&}$#&om,#&Zps%#",
+    "&Ros%#&po,#&)#&)#&L#&Qx]&#&pu]&#&Raj%#&##&oga%#&sv+#&##&cq,#&h{w%#&^{.#&hTz%#&5#&cs,#&hu,#&^%#&7#&i$#&S)#&y{,#",
+    "&`$#&T~,#&bxj%#&Tvj%#&s(#&+#&'#&&#&S%#&L#&m$#&>#&9#&U%#&L#&+#&X$#&9#&|%#&s&#&k$#&i(#&][k%#&T]k%#&y%#&v'#&Z$#",
+    "&`'#&x_k%#&T]k%#&V'#&[$#&|g-#&hp-#&N#&c$#&p$#&an-#&}w-#&_$#&S}k%#&swk%#&`/#&t*#&b{-#&l~-#&`Q.#&l$#&Ss(#&)#",
+    "&qd(#&e'#&ll)#&Tc2#&~z+#&+#&/#&r%#&8#&tdl%#&vjw%#&h_.#&Y(#&V,#&^%#&r^l%#&_^l%#&{'#&z-#&^h.#&aj.#&`'#&X&#&f+#",
+    "&k_l%#&^]l%#&Rw.#&Xz.#&Vql%#&wnl%#&Qz.#&b{.#&Q%#&Z$#&%#&yQm%#&rf*#&lk*#&X~l%#&Yem%#&W`m%#&@#&i'#&u*#&u$#&j%#",
+    "&c%#&u$#&B#&=#&rZm%#&__m%#&X.#&v%#&Vf/#&^j/#&*#&s`m%#&yim%#&l3#&l_m%#&W%#&u]m%#&V(#&Y$#&(#&ut/#&zv/#&^%#&.#",
+    "&d%#&}]^%#&YV^%#&Qmm%#&Vim%#&rwm%#&gqm%#&=#&Z$#&m]n%#&fZn%#&N#&{gn%#&{,#&ngn%#&F#&jb0#&rc0#&Xc0#&##&cj0#&N#&N#",
+    "&L#&T&#&uk0#&vo0#&sUo%#&kTo%#&pXo%#&eVo%#&u]d%#&oUd%#&Wso%#&R$#&[)#&ok}%#&;#&zy0#&Rxo%#&$#&s$#&X$#&~xo%#&%#&##",
+    "&{$#&i{0#&e~0#&w}0#&k&#&mc~%#&n_p%#&t%#&x%#&VW1#&aw~%#&Skp%#&[pp%#&{$#&lop%#&U'#&ha1#&_e1#&7#&-#&}Wq%#&_0#&##",
+    "&X_q%#&nc1#&c|Q&#&Vaq%#&)#&rk1#&ZVR&#&p^q%#&Vr1#&Vs1#&,#&_$#&SQr%#&nzq%#&]t1#&rx1#&n%#&~%#&R|1#&m^S&#&c$#",
+    "&`^S&#&wdS&#&pZr%#&Y`r%#&}^r%#&h'#&9#&`lr%#&]&#&hkr%#&eqr%#&qpr%#&l}e%#&V_u%#&hc2#&m&#&pd2#&`g2#&es,#&rr|%#&@#",
+    "&WY0#&5#&fne%#&)#&te&#&lQ6#&Vr2#&.#&H#&WV/#&SW/#&'#&7#&w$#&Ygs%#&Zgs%#&h%#&V&#&_&#&V)#&x)#&y$#&~'#&j.#&_(#&'#",
+    "&D#&bgs%#&s0#&o)#&qgU&#&mV3#&'#&k$#&nTu%#&WQu%#&nws%#&URV&#&+#&xWV&#&x/#&[eV&#&bd3#&;#&9#&'#&x%#&f$#&}(#&|$#",
+    "&r)#&l&#&~%#&Z$#&`m3#&cq3#&e$#&^q3#&iu3#&)#&vzt%#&nut%#&1#&ex3#&qy3#&i_8#&jn]&#&Y+#&t]X&#&5#&}W4#&e&#&~)#&R,#",
+    "&Thu%#&[du%#&P#&Q'#&U'#&|wu%#&xVB#&`nV%#&A#&`%#&cvV%#&[lV%#&f'#&hTw%#&Z$#&Ztv%#&W'#&e$#&||v%#&g|v%#&p/#&T*#&%#",
+    "&T'#&|3#&]$#&Zdw%#&kRw%#&]Z6#&[]6#&kbw%#&Xj]&#&je6#&^e1#&ki1#&p}w%#&g,#&yk^&#&3#&vk6#&ugx%#&z~^&#&WW_&#&Tlx%#",
+    "&##&a$#&kwx%#&`ox%#&xn6#&Rr6#&m(#&Z$#&p%#&lt6#&ni`&#&sgy%#&e0#&d+#&_^7#&c$#&oa7#&W`z%#&^oa&#&sqa&#&u.#&w(#",
+    "&Sez%#&Tl7#&xn7#&-#&1#&7#&1#&o$#&fX{%#",
     NULL};
 
 static const char *const llm__combining_runs[] = {
     "T48V(#$X(#'z'#$X(#$v'#(z'#%h'#'z'#%h'#.z'#($#'z'#+V(#$a(#$V(#&z'#&V(#%z'$&V(#'z'#$V(#$X(#%z'#$V(#$Y(#%Z(#$Y(",
     "#%Z(#$Y(#0V(V)(V(z($z'#'V(#$z'#&V(#$|'#$z'#)V(#)z'#%V(#$z'#%V(#$|'#$T(#$V(#$-#$.#$/#$0#$1#$2#$3#$4#$5#%6#$7#$8",
     "#$9$$:$$;#$<$$V(#$z'$$5m$+V(#$B#$C#$DT$$>#$@#$A#$B#$C#$D#$E#$F#%V(#%z'#(V(#$z'#%V(#$z'3$G]%*V(%'V(#$z'#$V(%%V(",
-    "$$z'#%V(#$z'G$HB$V(#$z'#%V(#$z'#%V(#&z'#$V(#%z'#$V(#$z'#&V(#$z'#$V(#$z'#$V(#$z'#$V(#$z'#%V(k&*V(#$z'#$V(,$z'",
-    ";'V($,V($&V($(V(O&z'`$%V(#&z'#'V(N(V(#(z'#1V($$z'#%V(#$z'#%V(#$z'#&V(#&z'#$>#$@#$A#&V(#$z'#%V(#%z'#(V(a$$*3$,",
-    "&$V(#$z'#%V(_%$*3$,T$$V(b$$*3$,f%$*3$,f%$*3$,w%$,f%$*3$,*$y$#$R%]%$*3$,e%%,3$,t%$,e%%_%#$,0'c%d%%n%#$,0'r%",
-    "q$%z'>$z'$$z'$$v'[$$y%#$z%$$|%('z%%$z%$%V(#$,$%V(c$$z'h%$*$%,w$$z'~2&V(T8%,B$,h&$,-$V(i'$T(Y&$|'#$V(#$z'y'$V(",
-    "#$z'l$$,7+V(%$z'T$(V(#)z'#%V(#$z'$%z'#%V(#%z'#(V(#$z'#'V(]%$*2$,J$V(#$z'#*V(Z$%,_$$*.%,h$$*c&&V($$$#(z'#%V(",
-    "#'z'#$V($*$'$z')$V(&%V(d'%V(#$z'#*V(#$z'#%V(#$Z(#$t'#$z'#$h'#IV(#$X(#%T(#$z'#$x'#$V(#$Y(#$z'#$V(#$z'Q3%V(#%$",
-    "#'V(#&$#%V('$V(&%$#$V(#$z'#$V(#%$#'z'#$V([i$&V(W&$,W%DV(`/$x'#$T(#$X(#$|'#%~'a%%+`z1$V('-V(D%V(u$%V(W)$,I$,",
-    "b&$,>5V(^$&z'I$,V%$*/$,`($V($%V(#$z'%%V((%V($$V(X$$,g($,hQ-$=U4*V(#*z'#%V(n8$z'R($z'`&(V(cI$z'$$V(L$V(#$$#$z'",
-    "'$,p&$V(#$z's/'V(f$(V(S*%V(u$&z'k$%z'#&V(#$z'#$V(#'z'U$$V(#$z'#$V(#$z'^'$,M$,1$,^$$,#$*j$&V(T$%,c$$*q$$,,$*",
-    "b%$,#$*}&$*#$,u$%*3$,;*V(&(V(~$&,i%$,&$*:$V(Z%$,#$*l($,#$*v%$,n%$,#$*k%$,~($,#$*s(%,'$*g&$,x$$,5$,v$$,b,$,s($*",
-    "$%,v$$,f,%,Ra+$,g[$($`$*V(y=%)Yq,$$Yn%%v'#&$&$R(#(v'++z'%(V(#%z'B'V(_&&V(Vs$*V($4V(%*V($%V($(V([%$V(k&*V(a+$V(",
-    "b$'V(_.%X(#$z'#$V(o($V(#$z'b3*z'e%)V(#$*",
+    "$$z'#%V(#$z'G$HB$V(#$z'#%V(#$z'#%V(#&z'#$V(#%z'#$V(#$z'#&V(#$z'#$V(#$z'#$V(#$z'#$V(#$z'#%V(k&*V(#$z'#$V(F'V(",
+    "$,V($&V($(V(O&z'p%1V($$z'#%V(#$z'#%V(#$z'#&V(#&z'#$>#$@#$A#&V(#$z'#%V(#%z'#(V(a$$*3$,&$V(#$z'#%V(_%$*3$,f%$*",
+    "3$,f%$*3$,f%$*3$,w%$,w%$,*$y$#$R%]%$*3$,w%$,t%$,e%%_%#$,0'c%d%%n%1'r%q$%z'>$z'$$z'$$v'[$$y%#$z%$$|%('z%%$z%",
+    "$%V(#$,$%V(c$$z'h%$*$%,w$$z'~2&V(T8$,C$,h&$,-$V(i'$T(Y&$|'#$V(#$z'y'$V(#$z'l$$,7+V(%$z'T$(V(#)z'#%V(#$z'n%$*",
+    "2$,J$V(#$z'#*V(Z$%,_$$*.%,h$$*c&&V($$$#(z'#%V(#'z'#$V($*$'$z')$V(&%V(d'%V(#$z'#*V(#$z'#%V(#$Z(#$t'#$z'#$h'#IV(",
+    "($V(#$Y(#$z'#$V(#$z'Q3%V(#%$#'V(#&$#%V('$V(&%$#$V(#$z'#$V(#%$#'z'#$V([i$&V(W&$,W%DV(`/$x'#$T(#$X(#$|'#%~'a%%+",
+    "`z1$V('-V(D%V(u$%V(W)$,Z'$,>5V(^$&z'I$,V%$*/$,`($V($%V(#$z'%%V((%V($$V(X$$,g($,hQ-$=U4*V(#*z'#%V(n8$z'R($z'",
+    "`&(V(cI$z'$$V(L$V(#$$#$z''$,p&$V(#$z'kB$,]$$,^$$,#$*j$&V(T$%,c$$*q$$,,$*b%$,#$*}&$*#$,v$$*3$,;*V(&(V(k'$,&$*",
+    "s%$,#$*l($,#$*v%$,n%$,#$*k%$,y@$,o|,($`$*V(U_-$$Yn%%v'#&$&$R(#(v'++z'%(V(#%z'B'V(_&&V(Vs$*V($4V(%*V($%V($(V(",
+    "YU$*z'e%)V(#$*",
     NULL};
 
 typedef struct llm__decomposition {
@@ -1831,9 +1830,11 @@ typedef struct llm__vocab_source {
     llm__str chat_template;
 } llm__vocab_source;
 
+typedef enum llm__rule_kind { LLM__NO_RULE, LLM__RULE_NUMBERS, LLM__RULE_GPT2, LLM__RULE_LLAMA3 } llm__rule_kind;
+
 /* How a pre-tokenizer cuts, one rule after the other: each cuts what the one before it left whole. */
 typedef struct llm__rule {
-    enum llm__rule_kind { LLM__NO_RULE, LLM__RULE_NUMBERS, LLM__RULE_GPT2, LLM__RULE_LLAMA3 } kind;
+    llm__rule_kind kind;
     int digits; /* at most so many numbers in a word */
 } llm__rule;
 
@@ -1952,40 +1953,14 @@ static const llm__pair_slot *llm__find_pair(const llm_tokenizer *t, llm_token le
 
 /* ---- Merging ---- */
 
-enum { LLM__SHORT_WORD = 32 };
-#define LLM__NO_RANK UINT32_MAX
-
-static size_t llm__merge_short(const llm_tokenizer *t, llm_token *ids, size_t n) {
-    uint32_t ranks[LLM__SHORT_WORD]; /* of merging i with i + 1 */
-    llm_token merged[LLM__SHORT_WORD];
-    size_t first = 0, last = n; /* where ranks have to be looked up */
-    for (;;) {
-        for (size_t i = first; i < last; i++) {
-            const llm__pair_slot *pair = i + 1 < n ? llm__find_pair(t, ids[i], ids[i + 1]) : NULL;
-            ranks[i] = pair ? pair->rank : LLM__NO_RANK;
-            merged[i] = pair ? pair->merged : LLM__NONE;
-        }
-        size_t best = 0;
-        for (size_t i = 1; i < n; i++)
-            if (ranks[i] < ranks[best]) best = i;
-        if (!n || ranks[best] == LLM__NO_RANK) return n;
-        ids[best] = merged[best];
-        n--;
-        size_t tail = n - best - 1;
-        memmove(ids + best + 1, ids + best + 2, tail * sizeof *ids);
-        memmove(ranks + best + 1, ranks + best + 2, tail * sizeof *ranks);
-        memmove(merged + best + 1, merged + best + 2, tail * sizeof *merged);
-        first = best ? best - 1 : 0;
-        last = best + 1;
-    }
-}
-
-/* Long words. */
 typedef struct llm__symbol {
-    llm_token id, merged;          /* merged: with the one after it */
-    uint32_t rank, previous, next; /* places; LLM__NO_PLACE at the ends */
+    llm_token id, merged; /* merged: with the one after it                 */
+    uint32_t rank;        /* of that merge; LLM__NO_RANK if there is none  */
+    uint32_t previous, next; /* places; LLM__NO_PLACE at the ends          */
 } llm__symbol;
 
+enum { LLM__SHORT_WORD = 32 };
+#define LLM__NO_RANK UINT32_MAX
 #define LLM__NO_PLACE UINT32_MAX
 
 static void llm__rank_symbol(const llm_tokenizer *t, llm__symbol *s, const llm__symbol *next) {
@@ -1994,38 +1969,33 @@ static void llm__rank_symbol(const llm_tokenizer *t, llm__symbol *s, const llm__
     s->merged = pair ? pair->merged : LLM__NONE;
 }
 
-/* First part: where one rank is common, as in a run of one letter, all its merges are done in one go from left to right.
-   The heap below would take them in the same order, unless a merge makes room for one of a lower rank: then this ends,
-   and so it does after some ranks that were rare. */
-static size_t llm__merge_rounds(const llm_tokenizer *t, llm__symbol *s, size_t n) {
-    for (int patience = 8; patience;) {
-        size_t count = 0, j = 0;
-        uint32_t rank = LLM__NO_RANK;
-        bool stop = false;
-        for (size_t i = 0; i < n; i++) rank = s[i].rank < rank ? s[i].rank : rank;
-        for (size_t i = 0; i < n; i++) count += s[i].rank == rank;
-        if (rank == LLM__NO_RANK) break;
-        if (count < n / 64) patience--;
-        for (size_t i = 0; i < n; j++) {
-            s[j] = s[i++];
-            while (!stop) {
-                if (j && s[j - 1].rank == rank) j--; /* s[j + 1] becomes part of s[j] */
-                else if (s[j].rank == rank) i++;     /* s[i - 1] does                 */
-                else break;
-                s[j].id = s[j].merged;
-                llm__rank_symbol(t, &s[j], i < n ? &s[i] : NULL);
-                if (j) llm__rank_symbol(t, &s[j - 1], &s[j]);
-                stop = s[j].rank < rank || (j && s[j - 1].rank < rank);
-            }
+/* Does all merges of the lowest rank, from left to right, or until one makes room for a merge of a lower rank. Returns how
+   many symbols are left, and in *n_merged how many merges these were. */
+static size_t llm__merge_lowest(const llm_tokenizer *t, llm__symbol *s, size_t n, size_t *n_merged) {
+    uint32_t rank = LLM__NO_RANK;
+    size_t j = 0;
+    *n_merged = 0;
+    for (size_t i = 0; i < n; i++) rank = s[i].rank < rank ? s[i].rank : rank;
+    if (rank == LLM__NO_RANK) return n;
+    bool lower = false;
+    for (size_t i = 0; i < n; j++) {
+        s[j] = s[i++];
+        while (!lower) {
+            if (j && s[j - 1].rank == rank) j--; /* s[j + 1] becomes part of s[j] */
+            else if (s[j].rank == rank) i++;     /* s[i - 1] does                 */
+            else break;
+            ++*n_merged;
+            s[j].id = s[j].merged;
+            llm__rank_symbol(t, &s[j], i < n ? &s[i] : NULL);
+            if (j) llm__rank_symbol(t, &s[j - 1], &s[j]);
+            lower = s[j].rank < rank || (j && s[j - 1].rank < rank);
         }
-        n = j;
-        if (stop) break;
     }
-    return n;
+    return j;
 }
 
-/* Second part: symbols in a list, and a heap of the places that can be merged, by rank and then by place. Places that have
-   changed since they were put there are known by their rank not being what it was. */
+/* For long words: the places that can be merged, by rank and then by place. Places that have changed since they were put
+   there are known by their rank not being what it was. */
 typedef struct llm__heap {
     llm__env *env;
     uint64_t *items; /* rank << 32 | place */
@@ -2054,8 +2024,10 @@ static uint64_t llm__heap_pop(llm__heap *h) {
     return top;
 }
 
-static void llm__merge_by_heap(llm__env *env, const llm_tokenizer *t, llm__symbol *s, size_t n) {
+static size_t llm__merge_by_heap(llm__env *env, const llm_tokenizer *t, llm__symbol *s, size_t n) {
     llm__heap h = {env, NULL, 0, 0};
+    size_t count = 0;
+    if (n > UINT32_MAX / 2) llm__fail(env, LLM_ERROR_UNSUPPORTED, "a word of %llu bytes", (unsigned long long)n);
     for (uint32_t i = 0; i < n; i++) {
         s[i].previous = i ? i - 1 : LLM__NO_PLACE;
         s[i].next = i + 1 < n ? i + 1 : LLM__NO_PLACE;
@@ -2076,24 +2048,20 @@ static void llm__merge_by_heap(llm__env *env, const llm_tokenizer *t, llm__symbo
         llm__heap_push(&h, s, previous);
     }
     llm__free(env->pool, h.items);
-}
-
-static size_t llm__merge_long(llm__env *env, const llm_tokenizer *t, llm_token *ids, size_t n) {
-    if (n > UINT32_MAX / 2) llm__fail(env, LLM_ERROR_UNSUPPORTED, "a word of %llu bytes", (unsigned long long)n);
-    llm__symbol *s = (llm__symbol *)llm__alloc(env, n, sizeof *s);
-    for (size_t i = 0; i < n; i++) s[i].id = ids[i];
-    for (size_t i = 0; i < n; i++) llm__rank_symbol(t, &s[i], i + 1 < n ? &s[i + 1] : NULL);
-    n = llm__merge_rounds(t, s, n);
-    llm__merge_by_heap(env, t, s, n);
-    size_t count = 0;
-    for (uint32_t i = 0; i != LLM__NO_PLACE; i = s[i].next) ids[count++] = s[i].id;
-    llm__free(env->pool, s);
+    for (uint32_t i = 0; i != LLM__NO_PLACE; i = s[i].next) s[count++] = s[i];
     return count;
 }
 
-/* Merges n ids in place and returns how many are left. */
-static size_t llm__merge(llm__env *env, const llm_tokenizer *t, llm_token *ids, size_t n) {
-    return n <= LLM__SHORT_WORD ? llm__merge_short(t, ids, n) : llm__merge_long(env, t, ids, n);
+/* Merges n symbols and returns how many are left. The heap does whole long words in time, but slowly; where one rank is
+   common, as in a run of one letter, going over the word rank by rank is much faster. */
+static size_t llm__merge(llm__env *env, const llm_tokenizer *t, llm__symbol *s, size_t n) {
+    size_t n_merged = 1;
+    for (size_t i = 0; i < n; i++) llm__rank_symbol(t, &s[i], i + 1 < n ? &s[i + 1] : NULL);
+    for (int patience = 8; patience && n_merged;) {
+        n = llm__merge_lowest(t, s, n, &n_merged);
+        if (n_merged < n / 64) patience--;
+    }
+    return n_merged ? llm__merge_by_heap(env, t, s, n) : n;
 }
 
 /* Whether a merge may go across the place between p[-1] and p[0]. */
@@ -2102,22 +2070,21 @@ static bool llm__may_join(const llm_tokenizer *t, const uint8_t *p) {
     return t->joined[p[-1]][*p / 8] >> *p % 8 & 1;
 }
 
-/* What merging starts from: a token per byte, or per character where there is one for it. Bytes without a token are left
-   out, as Hugging Face's tokenizers do; SentencePiece has an unknown token for them. */
-static size_t llm__first_ids(const llm_tokenizer *t, const uint8_t *p, size_t n, llm_token *ids) {
+/* What merging starts from: a token per byte or, for SentencePiece, per character, which is its bytes or the unknown
+   token where it has none of its own. What there is no token for is left out, as Hugging Face's tokenizers do. */
+static size_t llm__first_symbols(const llm_tokenizer *t, const uint8_t *p, size_t n, llm__symbol *s) {
     const uint8_t *end = p + n;
     size_t count = 0;
+    for (; !t->sentencepiece && p < end; p++)
+        if (t->byte_tokens[*p] != LLM__NONE) s[count++].id = t->byte_tokens[*p];
     while (p < end) {
-        size_t length = t->sentencepiece ? llm__utf8_length(p, end) : 1;
-        llm_token id = t->sentencepiece ? llm__find_piece(t, p, length) : t->byte_tokens[*p];
-        bool known = id != LLM__NONE;
-        if (known) {
-            ids[count++] = id;
-        } else if (t->sentencepiece && t->byte_tokens[*p] != LLM__NONE) {
-            for (size_t i = 0; i < length; i++) ids[count++] = t->byte_tokens[p[i]];
-        } else if (t->sentencepiece && t->unk != LLM__NONE) {
-            ids[count++] = t->unk;
-        }
+        size_t length = llm__utf8_length(p, end), n_bytes = 0;
+        llm_token id = llm__find_piece(t, p, length);
+        if (id == LLM__NONE)
+            while (n_bytes < length && t->byte_tokens[p[n_bytes]] != LLM__NONE) n_bytes++;
+        if (id == LLM__NONE && n_bytes < length) id = t->unk;
+        if (id != LLM__NONE) s[count++].id = id;
+        else for (size_t i = 0; i < n_bytes && n_bytes == length; i++) s[count++].id = t->byte_tokens[p[i]];
         p += length;
     }
     return count;
@@ -2178,7 +2145,7 @@ static const uint8_t *llm__llama3_word(const llm__classes *c, const uint8_t *p, 
         for (int i = 1; i < digits && q < end && (llm__class_at(c, q, &after) & LLM__NUMBER); i++) q = after;
         return q;
     }
-    unsigned second = q < end ? llm__class_at(c, q, &after) : LLM__SPACE;
+    unsigned second = q < end ? llm__class_at(c, q, &after) : (unsigned)LLM__SPACE;
     if (*p != '\r' && *p != '\n' && (second & LLM__LETTER)) return llm__skip(c, after, end, LLM__LETTER, true);
     if (!(first & LLM__SPACE) || (*p == ' ' && !(second & (LLM__SPACE | LLM__NUMBER)))) {
         q = llm__skip(c, q, end, LLM__SPACE | LLM__LETTER | LLM__NUMBER, false);
@@ -2228,7 +2195,7 @@ typedef struct llm__encode_job {
 static void llm__emit(llm__encode_job *job, llm_token id) {
     bool twice = job->after_bos && id == job->t->bos;
     job->after_bos = false;
-    if (twice || (id == job->t->unk && id == job->last)) return; /* a run of unknown characters is one token */
+    if (twice) return;
     if (job->count < job->capacity) job->ids[job->count] = id;
     job->count++;
     job->last = id;
@@ -2236,11 +2203,14 @@ static void llm__emit(llm__encode_job *job, llm_token id) {
 
 static void llm__merge_word(llm__encode_job *job, const uint8_t *p, size_t n) {
     const llm_tokenizer *t = job->t;
-    llm_token few[LLM__SHORT_WORD], *ids = few;
-    if (n > LLM__SHORT_WORD) ids = (llm_token *)llm__alloc(job->env, n, sizeof *ids);
-    size_t count = llm__merge(job->env, t, ids, llm__first_ids(t, p, n, ids));
-    for (size_t i = 0; i < count; i++) llm__emit(job, ids[i]);
-    if (ids != few) llm__free(job->env->pool, ids);
+    llm__symbol few[LLM__SHORT_WORD], *s = few;
+    if (n > LLM__SHORT_WORD) s = (llm__symbol *)llm__alloc(job->env, n, sizeof *s);
+    size_t count = llm__merge(job->env, t, s, llm__first_symbols(t, p, n, s));
+    for (size_t i = 0; i < count; i++) {
+        bool again = t->sentencepiece && s[i].id == t->unk && job->last == t->unk;
+        if (!again) llm__emit(job, s[i].id); /* a run of unknown characters is one token */
+    }
+    if (s != few) llm__free(job->env->pool, s);
 }
 
 static void llm__encode_word(llm__encode_job *job, const uint8_t *p, const uint8_t *end) {
@@ -2785,19 +2755,15 @@ static void llm__build_scored(llm__env *env, llm_tokenizer *t, const llm__vocab_
 
 /* Finds the pieces that their own bytes merge into; with `all` (Hugging Face's ignore_merges) they are not asked. */
 static void llm__mark_whole(llm__env *env, llm_tokenizer *t, bool all) {
-    llm_token *ids = (llm_token *)llm__alloc(env, t->longest_piece + 1, sizeof *ids);
-    for (size_t i = 0; i <= t->piece_mask; i++) {
-        llm_token id = t->pieces[i].id;
-        if (id == LLM__NONE) continue;
-        llm__str s = llm__piece(t, id);
-        bool whole = all;
-        if (!whole) {
-            size_t n = llm__merge(env, t, ids, llm__first_ids(t, (const uint8_t *)s.at, s.n, ids));
-            whole = n == 1 && ids[0] == id;
-        }
-        if (whole) t->flags[id] |= LLM__WHOLE;
+    llm__symbol *s = (llm__symbol *)llm__alloc(env, t->longest_piece + 1, sizeof *s);
+    for (llm_token id = 0; id < t->n_vocab; id++) {
+        llm__str piece = llm__piece(t, id);
+        const uint8_t *p = (const uint8_t *)piece.at;
+        if (llm__find_piece(t, p, piece.n) != id) continue;
+        if (all || (llm__merge(env, t, s, llm__first_symbols(t, p, piece.n, s)) == 1 && s[0].id == id))
+            t->flags[id] |= LLM__WHOLE;
     }
-    llm__free(env->pool, ids);
+    llm__free(env->pool, s);
 }
 
 typedef struct llm__special_name {
@@ -2842,7 +2808,7 @@ static void llm__build_specials(llm__env *env, llm_tokenizer *t, const llm__voca
 static void llm__build_ends(llm_tokenizer *t, const llm__vocab_source *v) {
     static const char *const texts[] = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>",
         "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "<|eot|>", "<|return|>", "<|end_of_sentence|>", "</s>",
-        "<|EOT|>", "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
+        "<|EOT|>", "<\xEF\xBD\x9C\x65nd\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
     if (v->eos != LLM__NONE) t->flags[v->eos] |= LLM__END;
     for (size_t i = 0; i < sizeof v->ends / sizeof *v->ends; i++)
         if (v->ends[i] != LLM__NONE) t->flags[v->ends[i]] |= LLM__END;
@@ -4652,7 +4618,7 @@ static void llm__cache_store(const llm__cpu_context *c, int layer, int value, in
                              const float *from) {
     uint8_t *tiles = llm__cache_block(c, layer, value, head, block);
     llm_dtype dtype = c->desc.cache_dtype;
-    size_t k = value ? LLM_BLOCK : (size_t)c->head_stride;
+    size_t k = value ? (size_t)LLM_BLOCK : (size_t)c->head_stride;
     for (size_t d = 0; d < (size_t)c->model->shape.head_dim; d++)
         llm__tile_set(dtype, tiles, value ? llm__tile_index(dtype, d, (size_t)place, k)
                                           : llm__tile_index(dtype, (size_t)place, d, k), from[d]);

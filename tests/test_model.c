@@ -1,0 +1,240 @@
+/* The default model against independent references: logits of a float64 forward pass, greedy text of llama.cpp, and the
+   perplexity of bf16 beside f32. tests/golden/README.md tells where the data come from. */
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+
+#include <setjmp.h>
+#include <cmocka.h>
+
+static const char *model_path(void) {
+    const char *path = getenv("LLM_MODEL");
+    return path ? path : "models/SmolLM2-135M-Instruct.Q4_1.gguf";
+}
+
+static llm_context *open_model(llm_dtype dtype, int n_ctx, int n_seq, int n_logits) {
+    llm_model_desc desc = {.dtype = dtype};
+    llm_context_desc context_desc = {.n_ctx = n_ctx, .n_seq = n_seq, .n_logits = n_logits};
+    llm_model *model = NULL;
+    llm_context *ctx = NULL;
+    llm_error err;
+    if (llm_model_load(&model, model_path(), &desc, &err) || llm_context_create(&ctx, model, &context_desc, &err))
+        fail_msg("%s (make model fetches it)", err.message);
+    return ctx;
+}
+
+static void close_model(llm_context *ctx) {
+    llm_model *model = (llm_model *)(uintptr_t)llm_context_model(ctx);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+static char *read_file(const char *path, size_t *size) {
+    FILE *file = fopen(path, "rb");
+    if (!file) fail_msg("%s cannot be opened", path);
+    fseek(file, 0, SEEK_END);
+    *size = (size_t)ftell(file);
+    rewind(file);
+    char *text = (char *)malloc(*size + 1);
+    assert_non_null(text);
+    assert_int_equal(fread(text, 1, *size, file), *size);
+    text[*size] = 0;
+    fclose(file);
+    return text;
+}
+
+/* ---- Logits ---- */
+
+static uint32_t word(const char *data, size_t i) {
+    uint32_t x;
+    memcpy(&x, data + 4 * i, 4);
+    return x;
+}
+
+static float number(const char *data, size_t i) {
+    float x;
+    memcpy(&x, data + 4 * i, 4);
+    return x;
+}
+
+/* The file is made of 4-byte words: "LGT1", the counts of positions, vocabulary, probes and top ids; the tokens; the
+   probed ids; then for each position the largest |logit|, the argmax, the probes' logits, the top ids and logits. */
+static double worst_logit_error(llm_context *ctx, const char *data, int *n_argmax) {
+    size_t n = word(data, 1), n_vocab = word(data, 2), n_probe = word(data, 3), n_top = word(data, 4), at = 5 + n + n_probe;
+    llm_token tokens[64];
+    bool logits[64];
+    double worst = 0;
+    llm_error err;
+    assert_int_equal(n, 64);
+    for (size_t i = 0; i < n; i++) {
+        tokens[i] = (llm_token)word(data, 5 + i);
+        logits[i] = true;
+    }
+    llm_batch batch = {64, tokens, NULL, logits};
+    if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
+    for (size_t i = 0; i < n; i++, at += 2 + n_probe + 2 * n_top) {
+        const float *ours = llm_logits(ctx, (int)i);
+        double peak = number(data, at);
+        for (size_t j = 0; j < n_probe; j++) {
+            double error = fabs(ours[word(data, 5 + n + j)] - number(data, at + 2 + j)) / peak;
+            if (!(error <= worst)) worst = error;
+        }
+        for (size_t j = 0; j < n_top; j++) {
+            double error = fabs(ours[word(data, at + 2 + n_probe + j)] - number(data, at + 2 + n_probe + n_top + j)) / peak;
+            if (!(error <= worst)) worst = error;
+        }
+        *n_argmax += llm__argmax(ours, (int)n_vocab) == (int)word(data, at + 1);
+    }
+    return worst;
+}
+
+static void check_logits(llm_dtype dtype, double bound, int least_argmax) {
+    size_t size;
+    int n_argmax = 0;
+    char *data = read_file("tests/golden/logits.bin", &size);
+    llm_context *ctx = open_model(dtype, 64, 1, 64);
+    double worst = worst_logit_error(ctx, data, &n_argmax);
+    close_model(ctx);
+    free(data);
+    print_message("largest error %.2e of the largest logit, argmax %d of 64\n", worst, n_argmax);
+    assert_true(worst <= bound);
+    assert_true(n_argmax >= least_argmax);
+}
+
+static void test_logits_f32(void **state) {
+    (void)state;
+    check_logits(LLM_DTYPE_F32, 1e-4, 64);
+}
+
+/* Rounding the weights alone to bf16 moves the float64 reference's logits by 1e-2. */
+static void test_logits_bf16(void **state) {
+    (void)state;
+    check_logits(LLM_DTYPE_BF16, 2e-2, 62);
+}
+
+/* ---- Greedy text ---- */
+
+enum { PROMPTS = 20, TOKENS = 100, PROMPT_ROOM = 512 };
+
+typedef struct text {
+    int n_prompt, n_new, n_done;
+    llm_token prompt[PROMPT_ROOM], new_tokens[TOKENS];
+    double gaps[TOKENS];
+    bool over;
+} text;
+
+/* Lines of "n_prompt id ... n_new id gap id gap ..."; those that begin with # are comments. */
+static int read_texts(const char *data, text *texts) {
+    int n = 0;
+    for (const char *line = data; line && *line; line = strchr(line, '\n'), line += line != NULL) {
+        char *at = (char *)(uintptr_t)line;
+        if (*line == '#') continue;
+        assert_true(n < PROMPTS);
+        text *t = &texts[n++];
+        t->n_prompt = (int)strtol(at, &at, 10);
+        assert_true(t->n_prompt > 0 && t->n_prompt <= PROMPT_ROOM);
+        for (int i = 0; i < t->n_prompt; i++) t->prompt[i] = (llm_token)strtol(at, &at, 10);
+        t->n_new = (int)strtol(at, &at, 10);
+        assert_true(t->n_new > 0 && t->n_new <= TOKENS);
+        for (int i = 0; i < t->n_new; i++) {
+            t->new_tokens[i] = (llm_token)strtol(at, &at, 10);
+            t->gaps[i] = strtod(at, &at);
+        }
+    }
+    return n;
+}
+
+/* All prompts run side by side in one batch; each token is the reference's, or the reference was nearly undecided. */
+static void test_greedy(void **state) {
+    size_t size;
+    char *data = read_file("tests/golden/greedy.txt", &size);
+    text *texts = (text *)calloc(PROMPTS, sizeof *texts);
+    llm_context *ctx = open_model(LLM_DTYPE_F32, 1024, PROMPTS, PROMPTS);
+    int checked = 0, left = PROMPTS;
+    llm_error err;
+    (void)state;
+    assert_non_null(texts);
+    assert_int_equal(read_texts(data, texts), PROMPTS);
+    for (int round = 0; left; round++) {
+        llm_token tokens[PROMPTS * PROMPT_ROOM];
+        int seqs[PROMPTS * PROMPT_ROOM], n = 0, last[PROMPTS];
+        for (int i = 0; i < PROMPTS; i++) {
+            const text *t = &texts[i];
+            if (t->over) continue;
+            int count = round ? 1 : t->n_prompt;
+            for (int j = 0; j < count; j++, n++) {
+                tokens[n] = round ? t->new_tokens[t->n_done - 1] : t->prompt[j];
+                seqs[n] = i;
+            }
+            last[i] = n - 1;
+        }
+        llm_batch batch = {n, tokens, seqs, NULL};
+        if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
+        for (int i = 0; i < PROMPTS; i++) {
+            text *t = &texts[i];
+            if (t->over) continue;
+            llm_token got = llm__argmax(llm_logits(ctx, last[i]), llm_tokenizer_n_vocab(llm_model_tokenizer(llm_context_model(ctx))));
+            if (got != t->new_tokens[t->n_done]) {
+                print_message("prompt %d, token %d: %d instead of %d, whose lead was %g\n", i, t->n_done, got,
+                              t->new_tokens[t->n_done], t->gaps[t->n_done]);
+                assert_true(t->gaps[t->n_done] < 1e-3);
+                t->over = true;
+            }
+            checked++;
+            t->over = t->over || ++t->n_done == t->n_new;
+            left -= t->over;
+        }
+    }
+    print_message("%d greedy tokens of %d prompts\n", checked, PROMPTS);
+    close_model(ctx);
+    free(texts);
+    free(data);
+}
+
+/* ---- Perplexity ---- */
+
+enum { WINDOW = 512 };
+
+/* Mean of -log p over the second half of each window of 512 tokens, as llama.cpp counts. */
+static double perplexity(llm_dtype dtype, const char *data, size_t size) {
+    llm_context *ctx = open_model(dtype, WINDOW, 1, WINDOW / 2);
+    const llm_tokenizer *tokenizer = llm_model_tokenizer(llm_context_model(ctx));
+    int n_vocab = llm_tokenizer_n_vocab(tokenizer), n_scored = 0;
+    llm_token *ids = (llm_token *)malloc((size + 8) * sizeof *ids);
+    bool logits[WINDOW];
+    double sum = 0;
+    llm_error err;
+    assert_non_null(ids);
+    int64_t n = llm_encode(tokenizer, data, size, 0, ids, size + 8, &err);
+    for (int i = 0; i < WINDOW; i++) logits[i] = i >= WINDOW / 2 && i < WINDOW - 1;
+    for (int64_t first = 0; first + WINDOW <= n; first += WINDOW) {
+        llm_batch batch = {WINDOW, ids + first, NULL, logits};
+        assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
+        if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
+        for (int i = WINDOW / 2; i < WINDOW - 1; i++, n_scored++) {
+            const float *row = llm_logits(ctx, i);
+            double total = 0, most = row[llm__argmax(row, n_vocab)];
+            for (int j = 0; j < n_vocab; j++) total += exp(row[j] - most);
+            sum += log(total) - (row[ids[first + i + 1]] - most);
+        }
+    }
+    free(ids);
+    close_model(ctx);
+    return exp(sum / n_scored);
+}
+
+static void test_perplexity(void **state) {
+    size_t size;
+    char *data = read_file("tests/golden/heldout.txt", &size);
+    (void)state;
+    double f32 = perplexity(LLM_DTYPE_F32, data, size), bf16 = perplexity(LLM_DTYPE_BF16, data, size);
+    print_message("perplexity f32 %.4f, bf16 %.4f (%+.3f %%)\n", f32, bf16, 100 * (bf16 / f32 - 1));
+    assert_true(fabs(f32 / 28.8670 - 1) < 1e-3); /* llama.cpp's */
+    assert_true(fabs(bf16 / f32 - 1) < 2e-3);
+    free(data);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_logits_f32), cmocka_unit_test(test_logits_bf16),
+                                       cmocka_unit_test(test_greedy), cmocka_unit_test(test_perplexity)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
