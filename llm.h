@@ -685,6 +685,7 @@ static bool llm__str_equal(llm__str a, llm__str b) { return a.n == b.n && (a.n =
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 #endif
@@ -702,10 +703,14 @@ static double llm__now(void) {
     QueryPerformanceCounter(&t);
     QueryPerformanceFrequency(&f);
     return (double)t.QuadPart / (double)f.QuadPart;
-#else
+#elif defined(CLOCK_MONOTONIC)
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+#else /* -std=c99, and the host included system headers before this file could ask for more */
+    struct timeval t;
+    gettimeofday(&t, NULL);
+    return (double)t.tv_sec + 1e-6 * (double)t.tv_usec;
 #endif
 }
 
@@ -4205,20 +4210,16 @@ static void llm__team_wake(llm__team *team) {
     llm__cond_broadcast(&team->wake);
     llm__mutex_unlock(&team->mutex);
 }
-#endif
 
 static void llm__team_stop(void *data) {
     llm__team *team = (llm__team *)data;
-#ifndef LLM_NO_THREADS
     team->stop = true;
     if (team->n_started) llm__team_wake(team);
     for (int i = 0; i < team->n_started; i++) llm__thread_join(team->members[i].thread);
     llm__cond_destroy(&team->wake);
     llm__mutex_destroy(&team->mutex);
-#else
-    (void)team;
-#endif
 }
+#endif
 
 /* A team of n; its threads end when it is freed. Where the system gives fewer threads, the team is smaller. */
 static llm__team *llm__team_create(llm__env *env, int n) {
@@ -4270,8 +4271,10 @@ static int llm__default_threads(void) {
 #else
     long n = sysconf(_SC_NPROCESSORS_ONLN);
 #if defined(__linux__)
+#if defined(CPU_COUNT)
     cpu_set_t set;
     if (!sched_getaffinity(0, sizeof set, &set) && CPU_COUNT(&set) < n) n = CPU_COUNT(&set);
+#endif
     char smt = '0';
     int fd = open("/sys/devices/system/cpu/smt/active", O_RDONLY);
     if (fd >= 0) {

@@ -1,0 +1,855 @@
+/* What must not bring a host down: damaged files, memory that runs out at any moment, cancelled loads, many threads.
+   Every failure is a status, a message and nothing left behind.
+   Variants: asan tsan */
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+#include "tests/tiny.h"
+
+#include <pthread.h>
+#include <setjmp.h>
+#include <cmocka.h>
+
+/* Small, so that thousands of loads take seconds. */
+static const tiny_spec SMALL = {1, 32, 40, 2, 1, 16, 64, 5, 0, 0, 3};
+/* Large enough for what an estimate leaves out to be seen. */
+static const tiny_spec LARGE = {3, 256, 704, 8, 4, 32, 1024, 500, 1, 0, 5};
+
+/* ---- An allocator that counts and fails when told ---- */
+
+typedef struct heap {
+    int64_t live, peak; /* bytes */
+    int64_t n_blocks, n_calls, fail_at;
+} heap;
+
+enum { HEAP_HEAD = 16 };
+
+static void *heap_resize(void *user, void *ptr, size_t size) {
+    heap *h = (heap *)user;
+    uint8_t *old = ptr ? (uint8_t *)ptr - HEAP_HEAD : NULL;
+    uint64_t old_size = 0, new_size = size;
+    if (old) memcpy(&old_size, old, 8);
+    if (size && __atomic_add_fetch(&h->n_calls, 1, __ATOMIC_RELAXED) == h->fail_at) return NULL;
+    uint8_t *new_block = size ? (uint8_t *)realloc(old, size + HEAP_HEAD) : NULL;
+    if (size && !new_block) return NULL;
+    if (!size) free(old);
+    int64_t live = __atomic_add_fetch(&h->live, (int64_t)(new_size - old_size), __ATOMIC_RELAXED);
+    if (live > h->peak) h->peak = live; /* read only by tests of one thread */
+    __atomic_add_fetch(&h->n_blocks, (size != 0) - (old != NULL), __ATOMIC_RELAXED);
+    if (!size) return NULL;
+    memcpy(new_block, &new_size, 8);
+    return new_block + HEAP_HEAD;
+}
+
+static void assert_all_returned(const heap *h) {
+    assert_int_equal(h->live, 0);
+    assert_int_equal(h->n_blocks, 0);
+}
+
+/* ---- Loading ---- */
+
+static bool is_utf8(const char *text, size_t n) {
+    const uint8_t *p = (const uint8_t *)text;
+    return llm__utf8_check(p, p + n) == p + n;
+}
+
+static void assert_explained(llm_status status, const llm_error *err) {
+    assert_int_equal(err->code, status);
+    assert_non_null(memchr(err->message, 0, sizeof err->message));
+    if (strlen(err->message) < 10) fail_msg("status %d comes with the message \"%s\"", status, err->message);
+    if (!is_utf8(err->message, strlen(err->message))) fail_msg("the message is not UTF-8: %s", err->message);
+}
+
+/* Loads from memory; a failure must be explained and leave nothing. */
+static llm_model *load(heap *h, const uint8_t *data, size_t size, llm_error *err) {
+    llm_model_desc desc = {.dtype = LLM_DTYPE_F32, .n_threads = 1, .data = data, .data_size = size,
+                           .host = {.resize = heap_resize, .user = h}};
+    llm_model *model = (llm_model *)(uintptr_t)1;
+    memset(err, 0xEE, sizeof *err);
+    llm_status status = llm_model_load(&model, NULL, &desc, err);
+    if (!status) {
+        assert_non_null(model);
+        return model;
+    }
+    assert_null(model);
+    assert_explained(status, err);
+    assert_all_returned(h);
+    return NULL;
+}
+
+/* What a damaged file that still loads must be good for. */
+static void use(const llm_model *model) {
+    llm_context_desc desc = {.n_ctx = 40, .n_batch = 8, .n_threads = 1};
+    llm_sampler sampler = {.temperature = 1, .top_p = 0.9f, .repeat_penalty = 1.1f};
+    llm_generate_desc generate = {.prompt = "aab\xFF", .max_tokens = 4, .sampler = &sampler};
+    llm_context *ctx = NULL;
+    llm_error err;
+    llm_status status = llm_context_create(&ctx, model, &desc, &err);
+    if (!status) status = llm_generate(ctx, &generate, NULL, &err);
+    if (status) assert_explained(status, &err);
+    llm_context_free(ctx);
+}
+
+/* Loads, uses and frees a copy that ends where its memory ends; returns whether it loaded. */
+static bool try_file(const uint8_t *data, size_t size, llm_error *err) {
+    heap h = {0};
+    uint8_t *copy = (uint8_t *)malloc(size ? size : 1);
+    assert_non_null(copy);
+    if (size) memcpy(copy, data, size);
+    llm_model *model = load(&h, copy, size, err);
+    free(copy);
+    if (model) use(model);
+    llm_model_free(model);
+    assert_all_returned(&h);
+    return model != NULL;
+}
+
+/* ---- Damaged files ---- */
+
+static void test_truncated(void **state) {
+    size_t size;
+    llm_error err;
+    uint8_t *data = tiny_model(&SMALL, &size);
+    (void)state;
+    for (size_t n = 0; n < 600; n++) assert_false(try_file(data, n, &err));
+    for (size_t percent = 1; percent < 100; percent++) assert_false(try_file(data, size * percent / 100, &err));
+    assert_false(try_file(data, size - 32, &err));
+    assert_true(try_file(data, size, &err));
+    free(data);
+}
+
+/* Where the numbers of a file stand: counts, lengths, types, dimensions, offsets, and the values of the metadata. */
+typedef struct field {
+    size_t at;
+    int bytes;
+} field;
+
+typedef struct walk {
+    uint8_t *data;
+    size_t at;
+    field fields[512];
+    int n_fields;
+} walk;
+
+static uint64_t walk_number(walk *w, int bytes) {
+    uint64_t x = 0;
+    memcpy(&x, w->data + w->at, (size_t)bytes);
+    assert_true(w->n_fields < 512);
+    w->fields[w->n_fields].at = w->at;
+    w->fields[w->n_fields++].bytes = bytes;
+    w->at += (size_t)bytes;
+    return x;
+}
+
+static void walk_string(walk *w) { w->at += walk_number(w, 8); }
+
+static void walk_value(walk *w, uint32_t type) {
+    if (type == 8) walk_string(w);
+    else walk_number(w, 4); /* tiny.h writes only 4-byte numbers */
+}
+
+static walk *walk_file(uint8_t *data) {
+    walk *w = (walk *)calloc(1, sizeof *w);
+    assert_non_null(w);
+    w->data = data;
+    walk_number(w, 4);
+    walk_number(w, 4);
+    uint64_t n_tensors = walk_number(w, 8), n_values = walk_number(w, 8);
+    for (uint64_t i = 0; i < n_values; i++) {
+        walk_string(w);
+        uint32_t type = (uint32_t)walk_number(w, 4);
+        uint64_t count = 1;
+        if (type == 9) {
+            type = (uint32_t)walk_number(w, 4);
+            count = walk_number(w, 8);
+        }
+        for (uint64_t j = 0; j < count; j++) {
+            int n_fields = w->n_fields;
+            walk_value(w, type);
+            if (j > 2 && j + 3 < count) w->n_fields = n_fields; /* the middle of an array is as its ends */
+        }
+    }
+    for (uint64_t i = 0; i < n_tensors; i++) {
+        walk_string(w);
+        uint32_t n_dims = (uint32_t)walk_number(w, 4);
+        for (uint32_t j = 0; j < n_dims; j++) walk_number(w, 8);
+        walk_number(w, 4);
+        walk_number(w, 8);
+    }
+    return w;
+}
+
+static void test_fields(void **state) {
+    static const uint64_t values[] = {0, 1, 2, UINT64_C(1) << 31, UINT32_MAX, UINT64_C(1) << 63, UINT64_MAX - 31, UINT64_MAX};
+    size_t size;
+    llm_error err;
+    uint8_t *data = tiny_model(&SMALL, &size), kept[8];
+    walk *w = walk_file(data);
+    (void)state;
+    for (int i = 0; i < w->n_fields; i++) {
+        const field *f = &w->fields[i];
+        memcpy(kept, data + f->at, 8);
+        for (size_t j = 0; j < sizeof values / sizeof *values; j++) {
+            memcpy(data + f->at, &values[j], (size_t)f->bytes);
+            bool loaded = try_file(data, size, &err);
+            if (i < 2 && loaded && values[j] != 2) fail_msg("magic or version %d loaded", (int)values[j]);
+        }
+        memcpy(data + f->at, kept, 8);
+    }
+    free(w);
+    free(data);
+}
+
+static uint32_t next_random(uint32_t *x) {
+    *x ^= *x << 13;
+    *x ^= *x >> 17;
+    return *x ^= *x << 5;
+}
+
+/* Two of three hit the header, where the harm is. */
+static void test_flips(void **state) {
+    size_t size;
+    llm_error err;
+    uint8_t *data = tiny_model(&SMALL, &size);
+    uint32_t x = 20240607;
+    walk *w = walk_file(data);
+    int n_loaded = 0;
+    (void)state;
+    for (int i = 0; i < 3000; i++) {
+        size_t at[3];
+        uint8_t kept[3];
+        int n = 1 + i % 3;
+        for (int j = 0; j < n; j++) {
+            at[j] = next_random(&x) % (i % 3 == 2 ? size : w->at);
+            kept[j] = data[at[j]];
+            data[at[j]] ^= (uint8_t)(1 + next_random(&x) % 255);
+        }
+        n_loaded += try_file(data, size, &err);
+        while (n--) data[at[n]] = kept[n];
+    }
+    print_message("%d of 3000 damaged files still loaded\n", n_loaded);
+    free(w);
+    free(data);
+}
+
+/* ---- Files that contradict themselves ---- */
+
+/* Just behind the string `name` with its length before it. */
+static uint8_t *behind(uint8_t *data, size_t size, const char *name) {
+    uint64_t n = strlen(name);
+    for (size_t at = 0; at + 8 + n <= size; at++)
+        if (!memcmp(data + at, &n, 8) && !memcmp(data + at + 8, name, n)) return data + at + 8 + n;
+    fail_msg("%s is not in the file", name);
+    return NULL;
+}
+
+static void assert_refused(const uint8_t *data, size_t size, const char *named) {
+    llm_error err;
+    if (try_file(data, size, &err)) fail_msg("a file with a bad %s loaded", named);
+    if (!strstr(err.message, named)) fail_msg("the message does not name %s: %s", named, err.message);
+}
+
+/* The value of a metadata key is a number in 4 bytes. */
+static void refuse_value(const char *key, uint32_t bits) {
+    size_t size;
+    uint8_t *data = tiny_model(&SMALL, &size);
+    memcpy(behind(data, size, key) + 4, &bits, 4);
+    assert_refused(data, size, key);
+    free(data);
+}
+
+/* The key itself goes. */
+static void refuse_without(const char *name) {
+    size_t size;
+    uint8_t *data = tiny_model(&SMALL, &size);
+    behind(data, size, name)[-1] ^= 1;
+    assert_refused(data, size, name);
+    free(data);
+}
+
+static void test_hyperparameters(void **state) {
+    static const char *const counts[] = {"llama.block_count", "llama.embedding_length", "llama.feed_forward_length",
+                                         "llama.attention.head_count", "llama.attention.head_count_kv",
+                                         "llama.attention.key_length", "llama.context_length"};
+    static const char *const reals[] = {"llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base"};
+    static const uint32_t bad[] = {0x7FC00000, 0x7F800000, 0xFF800000, 0xBF800000, 0}; /* NaN, inf, -inf, -1, 0 */
+    (void)state;
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        refuse_value(counts[i], 0);
+        refuse_value(counts[i], UINT32_MAX);
+    }
+    for (size_t i = 0; i < sizeof reals / sizeof *reals; i++)
+        for (size_t j = 0; j < sizeof bad / sizeof *bad; j++) refuse_value(reals[i], bad[j]);
+    refuse_value("tokenizer.ggml.eos_token_id", 1 << 20);
+    refuse_value("tokenizer.ggml.bos_token_id", UINT32_MAX);
+}
+
+static void test_missing(void **state) {
+    static const char *const names[] = {"llama.block_count", "llama.embedding_length", "llama.feed_forward_length",
+        "llama.attention.head_count", "llama.context_length", "tokenizer.ggml.model", "tokenizer.ggml.tokens",
+        "tokenizer.ggml.merges", "token_embd.weight", "blk.0.attn_norm.weight", "blk.0.attn_q.weight",
+        "blk.0.attn_k.weight", "blk.0.attn_v.weight", "blk.0.attn_output.weight", "blk.0.ffn_norm.weight",
+        "blk.0.ffn_gate.weight", "blk.0.ffn_up.weight", "blk.0.ffn_down.weight", "output_norm.weight"};
+    (void)state;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) refuse_without(names[i]);
+}
+
+static void test_shapes(void **state) {
+    static const char *const names[] = {"token_embd.weight", "blk.0.attn_q.weight", "blk.0.attn_k.weight",
+        "blk.0.attn_output.weight", "blk.0.ffn_gate.weight", "blk.0.ffn_down.weight"};
+    size_t size;
+    (void)state;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        for (int dim = 0; dim < 2; dim++) {
+            uint8_t *data = tiny_model(&SMALL, &size);
+            uint8_t *at = behind(data, size, names[i]) + 4 + 8 * dim;
+            uint64_t n;
+            memcpy(&n, at, 8);
+            n--;
+            memcpy(at, &n, 8);
+            /* Fewer rows of the embedding are fewer tokens: the vocabulary no longer fits. */
+            assert_refused(data, size, i == 0 && dim == 1 ? "vocabulary" : names[i]);
+            free(data);
+        }
+}
+
+static void test_places(void **state) {
+    size_t size;
+    uint8_t *data = tiny_model(&SMALL, &size), *q = behind(data, size, "blk.0.attn_q.weight");
+    uint8_t *k = behind(data, size, "blk.0.attn_k.weight"), kept[8];
+    uint64_t offset;
+    (void)state;
+    memcpy(kept, k + 24, 8);
+    memcpy(k + 24, q + 24, 8); /* behind the dimensions and the type */
+    assert_refused(data, size, "overlap");
+    memcpy(&offset, kept, 8);
+    offset -= 32;
+    memcpy(k + 24, &offset, 8);
+    assert_refused(data, size, "blk.0.attn_k.weight");
+    offset += 33;
+    memcpy(k + 24, &offset, 8);
+    assert_refused(data, size, "blk.0.attn_k.weight");
+    memcpy(k + 24, kept, 8);
+    k[-(int)strlen("k.weight")] = 'q';
+    assert_refused(data, size, "blk.0.attn_q.weight is there twice");
+    free(data);
+}
+
+/* A file on disk is named in every message. */
+static char *write_file(const void *data, size_t size) {
+    static char path[64];
+    strcpy(path, "/tmp/llm_test_XXXXXX");
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    assert_int_equal(write(fd, data, size), (ssize_t)size);
+    close(fd);
+    return path;
+}
+
+static void refuse_path(const char *path, llm_status expected) {
+    heap h = {0};
+    llm_model_desc desc = {.host = {.resize = heap_resize, .user = &h}};
+    llm_model *model = NULL;
+    llm_tokenizer *tokenizer = NULL;
+    llm_memory memory;
+    llm_error err;
+    assert_int_equal(llm_model_load(&model, path, &desc, &err), expected);
+    assert_explained(expected, &err);
+    assert_non_null(strstr(err.message, path));
+    assert_null(model);
+    assert_int_equal(llm_tokenizer_load(&tokenizer, path, &desc.host, &err), expected);
+    assert_non_null(strstr(err.message, path));
+    assert_null(tokenizer);
+    assert_int_equal(llm_memory_estimate(path, &desc, NULL, &memory, &err), expected);
+    assert_non_null(strstr(err.message, path));
+    assert_int_equal(memory.weights + memory.cache + memory.scratch, 0);
+    assert_all_returned(&h);
+}
+
+static void test_paths(void **state) {
+    size_t size;
+    uint8_t *data = tiny_model(&SMALL, &size);
+    char *path = write_file(data, size / 50);
+    (void)state;
+    refuse_path(path, LLM_ERROR_FORMAT);
+    unlink(path);
+    refuse_path(path, LLM_ERROR_IO);
+    path = write_file(data, 0);
+    refuse_path(path, LLM_ERROR_IO);
+    unlink(path);
+    refuse_path("/tmp", LLM_ERROR_IO);
+    free(data);
+}
+
+/* ---- Wrong arguments ---- */
+
+static void test_arguments(void **state) {
+    size_t size;
+    heap h = {0};
+    llm_error err;
+    llm_context *ctx = NULL;
+    uint8_t *data = tiny_model(&SMALL, &size);
+    llm_model *model = load(&h, data, size, &err), *other = NULL;
+    static const llm_context_desc bad[] = {{.n_ctx = -1}, {.n_seq = -1}, {.n_cache = -1}, {.n_batch = -1}, {.n_logits = -1},
+        {.n_threads = -1}, {.n_ctx = INT32_MAX}, {.n_seq = INT32_MAX}, {.n_batch = INT32_MAX}, {.n_logits = INT32_MAX},
+        {.n_cache = INT32_MAX}, {.n_threads = INT32_MAX}, {.cache_dtype = (llm_dtype)99}};
+    static const llm_model_desc bad_models[] = {{.dtype = (llm_dtype)99}, {.n_threads = -1}, {.isa = "abacus"}};
+    (void)state;
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        assert_int_equal(llm_context_create(&ctx, model, &bad[i], &err), LLM_ERROR_ARGUMENT);
+        assert_explained(LLM_ERROR_ARGUMENT, &err);
+        assert_null(ctx);
+    }
+    for (size_t i = 0; i < sizeof bad_models / sizeof *bad_models; i++) {
+        llm_model_desc desc = bad_models[i];
+        desc.data = data;
+        desc.data_size = size;
+        assert_int_equal(llm_model_load(&other, NULL, &desc, &err), LLM_ERROR_ARGUMENT);
+        assert_explained(LLM_ERROR_ARGUMENT, &err);
+    }
+    assert_int_equal(llm_model_load(&other, NULL, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_model_load(NULL, "x", NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_tokenizer_load(NULL, "x", NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_context_create(&ctx, NULL, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_context_create(NULL, model, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_model_load(&other, "/nowhere", NULL, NULL), LLM_ERROR_IO); /* err may be NULL */
+    llm_model_free(NULL);
+    llm_context_free(NULL);
+    llm_tokenizer_free(NULL);
+    llm_model_free(model);
+    assert_all_returned(&h);
+    free(data);
+}
+
+/* ---- Memory that runs out ---- */
+
+typedef struct starved {
+    heap h;
+    const uint8_t *data;
+    size_t size;
+    const char *path;
+    llm_model *model;
+    llm_context *ctx;
+} starved;
+
+static llm_status do_load(starved *s, llm_error *err) {
+    llm_model_desc desc = {.n_threads = 2, .data = s->data, .data_size = s->size, .host = {.resize = heap_resize, .user = &s->h}};
+    llm_model *model = NULL;
+    llm_status status = llm_model_load(&model, NULL, &desc, err);
+    assert_int_equal(status == LLM_OK, model != NULL);
+    llm_model_free(model);
+    return status;
+}
+
+static llm_status do_create(starved *s, llm_error *err) {
+    llm_context_desc desc = {.n_threads = 2, .n_seq = 3, .n_batch = 16};
+    llm_context *ctx = NULL;
+    llm_status status = llm_context_create(&ctx, s->model, &desc, err);
+    assert_int_equal(status == LLM_OK, ctx != NULL);
+    llm_context_free(ctx);
+    return status;
+}
+
+static llm_status do_prompt(starved *s, llm_error *err) {
+    static const char *const stops[] = {"never in this text"};
+    llm_generate_desc desc = {.prompt = "aaaa\xC3 and more", .max_tokens = 40, .stop_strings = stops, .n_stop_strings = 1};
+    return llm_generate(s->ctx, &desc, NULL, err);
+}
+
+static llm_status do_messages(starved *s, llm_error *err) {
+    static const llm_message messages[] = {{"system", "a"}, {"user", "b\xFF" "c"}, {"assistant", "aaaa"}, {"user", ""}};
+    llm_generate_desc desc = {.messages = messages, .n_messages = 4, .max_tokens = 3};
+    return llm_generate(s->ctx, &desc, NULL, err);
+}
+
+static llm_status do_encode(starved *s, llm_error *err) {
+    char text[3000];
+    llm_token ids[8];
+    memset(text, 'a', sizeof text);
+    text[100] = (char)0xFF;
+    memset(err, 0, sizeof *err);
+    int64_t n = llm_encode(llm_model_tokenizer(s->model), text, sizeof text, LLM_ENCODE_BOS | LLM_ENCODE_SPECIAL, ids, 8, err);
+    assert_true(n > 8 || n == -1);
+    return n < 0 ? err->code : LLM_OK;
+}
+
+static llm_status do_tokenizer(starved *s, llm_error *err) {
+    llm_host host = {.resize = heap_resize, .user = &s->h};
+    llm_tokenizer *tokenizer = NULL;
+    llm_status status = llm_tokenizer_load(&tokenizer, s->path, &host, err);
+    assert_int_equal(status == LLM_OK, tokenizer != NULL);
+    llm_tokenizer_free(tokenizer);
+    return status;
+}
+
+static llm_status do_estimate(starved *s, llm_error *err) {
+    llm_model_desc desc = {.host = {.resize = heap_resize, .user = &s->h}};
+    llm_memory memory;
+    return llm_memory_estimate(s->path, &desc, NULL, &memory, err);
+}
+
+/* The first, second, third ... allocation fails, until none is left to fail. */
+static void starve(starved *s, llm_status (*act)(starved *s, llm_error *err), const char *name) {
+    int64_t live = s->h.live, n_blocks = s->h.n_blocks;
+    for (int k = 1;; k++) {
+        llm_error err;
+        s->h.n_calls = 0;
+        s->h.fail_at = k;
+        llm_status status = act(s, &err);
+        bool reached = s->h.n_calls >= k;
+        s->h.fail_at = 0;
+        if (s->h.live != live || s->h.n_blocks != n_blocks) fail_msg("%s leaks when allocation %d fails", name, k);
+        if (!reached) {
+            if (status) fail_msg("%s: %s", name, err.message);
+            print_message("%s: %d allocations\n", name, k - 1);
+            return;
+        }
+        if (status != LLM_ERROR_MEMORY) fail_msg("%s gives status %d when allocation %d fails", name, status, k);
+        assert_explained(status, &err);
+    }
+}
+
+static void test_starved(void **state) {
+    starved s;
+    llm_error err;
+    llm_context_desc desc = {.n_ctx = 256, .n_threads = 1};
+    memset(&s, 0, sizeof s);
+    uint8_t *data = tiny_model(&SMALL, &s.size);
+    (void)state;
+    s.data = data;
+    s.path = write_file(data, s.size);
+    starve(&s, do_load, "llm_model_load");
+    starve(&s, do_tokenizer, "llm_tokenizer_load");
+    starve(&s, do_estimate, "llm_memory_estimate");
+    s.model = load(&s.h, data, s.size, &err);
+    starve(&s, do_create, "llm_context_create");
+    starve(&s, do_encode, "llm_encode");
+    assert_int_equal(llm_context_create(&s.ctx, s.model, &desc, &err), LLM_OK);
+    starve(&s, do_prompt, "llm_generate of a prompt");
+    starve(&s, do_messages, "llm_generate of messages");
+    llm_context_free(s.ctx);
+    llm_model_free(s.model);
+    assert_all_returned(&s.h);
+    unlink(s.path);
+    free(data);
+}
+
+/* A forward pass allocates nothing. */
+static void test_forward_allocates_nothing(void **state) {
+    size_t size;
+    heap h = {0};
+    llm_error err;
+    llm_context *ctx = NULL;
+    llm_token tokens[40] = {1, 2, 3};
+    llm_batch batch = {40, tokens, NULL, NULL};
+    llm_context_desc desc = {.n_ctx = 128, .n_seq = 2, .n_batch = 16};
+    uint8_t *data = tiny_model(&SMALL, &size);
+    llm_model *model = load(&h, data, size, &err);
+    (void)state;
+    assert_int_equal(llm_context_create(&ctx, model, &desc, &err), LLM_OK);
+    h.n_calls = 0;
+    assert_int_equal(llm_forward(ctx, &batch, &err), LLM_OK);
+    assert_int_equal(llm_seq_fork(ctx, 1, 0, 33, &err), LLM_OK);
+    assert_int_equal(llm_seq_truncate(ctx, 0, 7, &err), LLM_OK);
+    assert_int_equal(h.n_calls, 0);
+    llm_context_free(ctx);
+    llm_model_free(model);
+    assert_all_returned(&h);
+    free(data);
+}
+
+/* ---- Many times ---- */
+
+/* Resident memory in pages; 0 where the sanitizers keep freed memory, so that it says nothing. */
+static long resident(void) {
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+    return 0;
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    return 0;
+#else
+    long total = 0, pages = 0;
+    FILE *file = fopen("/proc/self/statm", "r");
+    if (!file) return 0;
+    if (fscanf(file, "%ld %ld", &total, &pages) != 2) pages = 0;
+    fclose(file);
+    return pages;
+#endif
+}
+
+static void test_a_hundred_times(void **state) {
+    size_t size;
+    uint8_t *data = tiny_model(&SMALL, &size);
+    char *path = write_file(data, size);
+    long warm = 0;
+    heap h = {0};
+    (void)state;
+    for (int i = 0; i < 100; i++) {
+        llm_model_desc desc = {.n_threads = 2, .host = {.resize = heap_resize, .user = &h}};
+        llm_model *model = NULL;
+        assert_int_equal(llm_model_load(&model, path, &desc, NULL), LLM_OK);
+        use(model);
+        llm_model_free(model);
+        assert_all_returned(&h);
+        if (i == 20) warm = resident();
+    }
+    if (resident() - warm > 256) fail_msg("80 loads left %ld pages behind", resident() - warm);
+    unlink(path);
+    free(data);
+}
+
+/* ---- Threads ---- */
+
+static llm_model *load_shared(const tiny_spec *spec) {
+    llm_model_desc desc = {.n_threads = 2};
+    llm_model *model = NULL;
+    uint8_t *data = tiny_model(spec, &desc.data_size);
+    desc.data = data;
+    assert_int_equal(llm_model_load(&model, NULL, &desc, NULL), LLM_OK);
+    free(data);
+    return model;
+}
+
+typedef struct job {
+    const llm_model *model;
+    const tiny_spec *spec;
+    int n_threads;
+    void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
+    int n_parallel; /* calls */
+    int length;
+    llm_token tokens[64];
+} job;
+
+static bool keep_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
+    job *j = (job *)user;
+    (void)bytes;
+    (void)n_bytes;
+    j->tokens[j->length++] = token;
+    return true;
+}
+
+/* No assertions here: cmocka's leave by longjmp, which only its own thread may. A failure shows in `length`. */
+static void *run_job(void *arg) {
+    job *j = (job *)arg;
+    llm_context_desc desc = {.n_ctx = 96, .n_threads = j->n_threads, .n_batch = 16, .parallel = j->parallel, .host = {.user = j}};
+    llm_generate_desc generate = {.prompt = "The same text on every thread, please: aaab", .max_tokens = 32,
+                                  .ignore_end = true, .on_token = keep_token, .user = j};
+    llm_context *ctx = NULL;
+    llm_model *own = j->spec ? load_shared(j->spec) : NULL;
+    if (llm_context_create(&ctx, own ? own : j->model, &desc, NULL) || llm_generate(ctx, &generate, NULL, NULL)) j->length = -1;
+    llm_context_free(ctx);
+    llm_model_free(own);
+    return NULL;
+}
+
+static void assert_same_text(const job *a, const job *b) {
+    assert_int_equal(a->length, 32);
+    assert_int_equal(b->length, 32);
+    assert_memory_equal(a->tokens, b->tokens, 32 * sizeof *a->tokens);
+}
+
+static void run_jobs(job *jobs, int n) {
+    pthread_t threads[8];
+    for (int i = 0; i < n; i++) assert_int_equal(pthread_create(&threads[i], NULL, run_job, &jobs[i]), 0);
+    for (int i = 0; i < n; i++) pthread_join(threads[i], NULL);
+}
+
+static void test_eight_contexts(void **state) {
+    llm_model *model = load_shared(&TINY_ODD);
+    job jobs[8], alone = {.model = model, .n_threads = 1};
+    (void)state;
+    run_job(&alone);
+    memset(jobs, 0, sizeof jobs);
+    for (int i = 0; i < 8; i++) {
+        jobs[i].model = model;
+        jobs[i].n_threads = 1 + i % 2;
+    }
+    run_jobs(jobs, 8);
+    for (int i = 0; i < 8; i++) assert_same_text(&jobs[i], &alone);
+    llm_model_free(model);
+}
+
+static void test_two_loads(void **state) {
+    job jobs[2], alone = {.spec = &TINY_ODD, .n_threads = 1};
+    (void)state;
+    run_job(&alone);
+    memset(jobs, 0, sizeof jobs);
+    for (int i = 0; i < 2; i++) {
+        jobs[i].spec = &TINY_ODD;
+        jobs[i].n_threads = 1;
+    }
+    run_jobs(jobs, 2);
+    for (int i = 0; i < 2; i++) assert_same_text(&jobs[i], &alone);
+}
+
+typedef struct piece {
+    void (*task)(void *arg, int i);
+    void *arg;
+    int i;
+} piece;
+
+static void *run_piece(void *arg) {
+    piece *p = (piece *)arg;
+    p->task(p->arg, p->i);
+    return NULL;
+}
+
+static void host_parallel(void *user, int n, void (*task)(void *arg, int i), void *arg) {
+    pthread_t threads[8];
+    piece pieces[8];
+    ((job *)user)->n_parallel++;
+    for (int i = 1; i < n; i++) {
+        pieces[i].task = task;
+        pieces[i].arg = arg;
+        pieces[i].i = i;
+        if (pthread_create(&threads[i], NULL, run_piece, &pieces[i])) abort();
+    }
+    task(arg, 0);
+    for (int i = 1; i < n; i++) pthread_join(threads[i], NULL);
+}
+
+static void test_host_threads(void **state) {
+    llm_model *model = load_shared(&TINY_ODD);
+    job alone = {.model = model, .n_threads = 1};
+    (void)state;
+    run_job(&alone);
+    for (int n = 1; n <= 3; n++) {
+        job lent = {.model = model, .n_threads = n, .parallel = host_parallel};
+        run_job(&lent);
+        assert_same_text(&lent, &alone);
+        assert_true(lent.n_parallel >= 32);
+    }
+    llm_model_free(model);
+}
+
+/* ---- Progress ---- */
+
+typedef struct progress {
+    int n, stop_at;
+    float last;
+    bool forward; /* it never went back */
+} progress;
+
+static bool on_progress(void *user, float done) {
+    progress *p = (progress *)user;
+    p->forward = p->forward && done >= p->last && done >= 0 && done <= 1;
+    p->last = done;
+    return ++p->n != p->stop_at;
+}
+
+/* The allocator of the same host is then the library's own: its user is taken. */
+static void test_progress(void **state) {
+    size_t size;
+    uint8_t *data = tiny_model(&TINY_ODD, &size);
+    progress p = {0, 0, 0, true};
+    llm_model_desc desc = {.n_threads = 1, .data = data, .data_size = size, .host = {.progress = on_progress, .user = &p}};
+    llm_model *model = NULL;
+    llm_error err;
+    (void)state;
+    assert_int_equal(llm_model_load(&model, NULL, &desc, &err), LLM_OK);
+    llm_model_free(model);
+    int n = p.n;
+    assert_true(n > TINY_ODD.n_layers);
+    assert_true(p.last == 1);
+    assert_true(p.forward);
+    for (int stop_at = 1; stop_at <= n; stop_at++) {
+        memset(&p, 0, sizeof p);
+        p.stop_at = stop_at;
+        model = (llm_model *)(uintptr_t)1;
+        assert_int_equal(llm_model_load(&model, NULL, &desc, &err), LLM_ERROR_CANCELLED);
+        assert_explained(LLM_ERROR_CANCELLED, &err);
+        assert_null(model);
+        assert_int_equal(p.n, stop_at);
+    }
+    free(data);
+}
+
+/* ---- Memory estimates ---- */
+
+static void check_estimate(const tiny_spec *spec, llm_dtype dtype, const llm_context_desc *context_desc) {
+    heap h = {0};
+    size_t size;
+    uint8_t *data = tiny_model(spec, &size);
+    llm_model_desc desc = {.dtype = dtype, .n_threads = 2, .data = data, .data_size = size,
+                           .host = {.resize = heap_resize, .user = &h}};
+    llm_model *model = NULL;
+    llm_context *ctx = NULL;
+    llm_memory memory;
+    assert_int_equal(llm_memory_estimate(NULL, &desc, context_desc, &memory, NULL), LLM_OK);
+    assert_all_returned(&h);
+    assert_int_equal(llm_model_load(&model, NULL, &desc, NULL), LLM_OK);
+    assert_int_equal(memory.weights, llm_model_get_info(model).weight_bytes);
+    double loaded = (double)h.live;
+    assert_int_equal(llm_context_create(&ctx, model, context_desc, NULL), LLM_OK);
+    double estimate = (double)(memory.weights + memory.cache + memory.scratch);
+    print_message("estimated %.2f MB; the model took %.2f MB, with a context %.2f MB, at most %.2f MB\n", estimate / 1e6,
+                  loaded / 1e6, (double)h.live / 1e6, (double)h.peak / 1e6);
+    assert_true(fabs((double)h.live - estimate) <= 0.1 * estimate + 1e6);
+    assert_true(fabs((double)h.peak - estimate) <= 0.1 * estimate + 1e6);
+    llm_context_free(ctx);
+    llm_model_free(model);
+    assert_all_returned(&h);
+    free(data);
+}
+
+static void test_estimate(void **state) {
+    const llm_context_desc descs[] = {{0}, {.n_seq = 16, .n_threads = 4}, {.n_ctx = 4096, .cache_dtype = LLM_DTYPE_F32},
+                                      {.n_ctx = 512, .n_batch = 4096}, {.n_ctx = 512, .n_logits = 500},
+                                      {.n_ctx = 2048, .n_seq = 64, .n_cache = 4096}};
+    (void)state;
+    for (size_t i = 0; i < sizeof descs / sizeof *descs; i++)
+        for (int dtype = LLM_DTYPE_F32; dtype <= LLM_DTYPE_BF16; dtype++) check_estimate(&LARGE, (llm_dtype)dtype, &descs[i]);
+    check_estimate(&TINY_ODD, LLM_DTYPE_F32, NULL);
+}
+
+/* ---- Silence ---- */
+
+static int redirect(int fd, int to) {
+    fflush(NULL);
+    int old = dup(fd);
+    assert_true(old >= 0 && dup2(to, fd) == fd);
+    return old;
+}
+
+static void count_line(void *user, const char *line) {
+    if (*line) ++*(int *)user;
+}
+
+/* Loads, fails, generates: not a byte on standard output or error. The log callback hears of it. */
+static void test_silent(void **state) {
+    size_t size;
+    int n_lines = 0;
+    uint8_t *data = tiny_model(&SMALL, &size);
+    llm_model_desc desc = {.n_threads = 1, .data = data, .data_size = size, .host = {.log = count_line, .user = &n_lines}};
+    llm_model *model = NULL;
+    llm_error err;
+    FILE *file = tmpfile();
+    (void)state;
+    assert_non_null(file);
+    int out = redirect(1, fileno(file)), error = redirect(2, fileno(file));
+    bool loaded = try_file(data, size, &err), half = try_file(data, size / 2, &err);
+    llm_status status = llm_model_load(&model, NULL, &desc, &err);
+    llm_model_free(model);
+    close(redirect(1, out));
+    close(redirect(2, error));
+    close(out);
+    close(error);
+    assert_true(loaded && !half && !status);
+    assert_int_equal(lseek(fileno(file), 0, SEEK_END), 0);
+    assert_true(n_lines > 0);
+    fclose(file);
+    free(data);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_truncated), cmocka_unit_test(test_fields), cmocka_unit_test(test_flips),
+        cmocka_unit_test(test_hyperparameters), cmocka_unit_test(test_missing), cmocka_unit_test(test_shapes),
+        cmocka_unit_test(test_places), cmocka_unit_test(test_paths), cmocka_unit_test(test_arguments),
+        cmocka_unit_test(test_starved), cmocka_unit_test(test_forward_allocates_nothing),
+        cmocka_unit_test(test_a_hundred_times), cmocka_unit_test(test_eight_contexts), cmocka_unit_test(test_two_loads),
+        cmocka_unit_test(test_host_threads), cmocka_unit_test(test_progress), cmocka_unit_test(test_estimate),
+        cmocka_unit_test(test_silent)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
