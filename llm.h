@@ -126,8 +126,14 @@ typedef struct llm_tokenizer llm_tokenizer;
 typedef enum llm_dtype {
     LLM_DTYPE_DEFAULT = 0, /* bf16                                                                        */
     LLM_DTYPE_F32,
-    LLM_DTYPE_BF16
+    LLM_DTYPE_BF16,
+    LLM_DTYPE_INT8,        /* per output channel: q = round(127 w / max|row|)                             */
+    LLM_DTYPE_INT4         /* in groups of 32 with scale and minimum; Q4_0, Q4_1 and Q8_0 tensors exactly */
 } llm_dtype;
+
+/* "f32", "bf16", "int8", "int4"; NULL and LLM_DTYPE_DEFAULT for what is none of them. */
+LLM_API const char *llm_dtype_name(llm_dtype dtype);
+LLM_API llm_dtype llm_dtype_from_name(const char *name);
 
 typedef struct llm_model_desc {
     llm_dtype dtype;
@@ -399,6 +405,8 @@ typedef struct llm_weight {
     int layer, rows, cols;
     const void *source;
     void (*read_row)(const struct llm_weight *weight, int row, float *out); /* out[cols]; any thread may call it  */
+    const void *(*raw_row)(const struct llm_weight *weight, int row, int *type); /* as the file has it; GGUF's type */
+    bool has_q8_0;             /* some of its rows are of that type                                               */
 } llm_weight;
 
 /* One forward pass. Rows of one sequence stand together, in order of position. */
@@ -431,7 +439,7 @@ typedef struct llm_backend {
     llm_status (*open)(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_error *err);
     llm_status (*upload)(void *model, const llm_weight *weight, llm_error *err);
     void (*close)(void *model);
-    uint64_t (*weight_bytes)(llm_dtype dtype, int rows, int cols);
+    uint64_t (*weight_bytes)(llm_dtype dtype, const llm_weight *weight);
     uint64_t (*block_bytes)(const llm_shape *shape, llm_dtype cache_dtype);
     uint64_t (*scratch_bytes)(const llm_shape *shape, const llm_backend_desc *desc);
     llm_status (*context_create)(void **out, void *model, const llm_backend_desc *desc, llm_error *err);
@@ -820,6 +828,17 @@ static float llm__f16_to_f32(uint16_t h) {
 static uint16_t llm__load_u16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
 static uint32_t llm__load_u32(const uint8_t *p) { return llm__load_u16(p) | (uint32_t)llm__load_u16(p + 2) << 16; }
 static uint64_t llm__load_u64(const uint8_t *p) { return llm__load_u32(p) | (uint64_t)llm__load_u32(p + 4) << 32; }
+
+/* Round to nearest even; what is too large becomes infinite. */
+static uint16_t llm__f32_to_f16(float x) {
+    uint32_t u = llm__f32_bits(x), sign = u >> 16 & 0x8000, rest = u & 0x7FFFFFFF;
+    if (rest > 0x7F800000) return (uint16_t)(sign | 0x7E00);
+    if (rest >= 0x47800000) return (uint16_t)(sign | 0x7C00);
+    if (rest >= 0x38800000) return (uint16_t)(sign | ((rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13));
+    if (rest < 0x33000000) return (uint16_t)sign;
+    uint32_t shift = 126 - (rest >> 23), mantissa = (rest & 0x7FFFFF) | 0x800000; /* a denormal: mantissa * 2^-shift */
+    return (uint16_t)(sign | ((mantissa + (1u << (shift - 1)) - 1 + (mantissa >> shift & 1)) >> shift));
+}
 
 /* Types of tensors, numbered as in GGUF. */
 typedef enum llm__type {
@@ -3403,9 +3422,12 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
      f32    one chain:  y = fma(x[k], w[k], y)  for k = 0, 1, 2 ...
      bf16   as the matrix unit instruction TDPBF16PS sums: x and w are bf16; for each 32 consecutive k,
                 e = fma(x[k], w[k], e) over the even k,  o likewise over the odd k,  both from 0;   y = y + (e + o).
+     int8   the same sums over whole numbers, which bf16 holds exactly, and at the end  y = y + sum * scale[output].
+     groups of 32 whole numbers with scale d and minimum m:  y = fma(d, e + o, y),  then  y = fma(m, sum of x, y).
    k is padded with zeros to a multiple of 32. Weights lie in tiles of 16 outputs, so that a vector holds the same k of
    16 outputs and each lane computes one output in just this order:
-     f32    [outputs/16][k][16]            bf16   [outputs/16][k/2][16][2]
+     f32    [k][16]             bf16   [k/2][16][2]            int8   [k][16], then f32 scale[16]
+     int8 in groups: for each group [32][16], then f16 d[16], m[16];  int4: [4][16] words of 8 numbers, d[16], m[16]
    A block of the KV cache is two such tiles: keys with k along the head, values with k along the positions.
 
    Other sums (RMSNorm, softmax) run in 16 lanes, element i in lane i % 16, and end in one tree: lane i takes lane
@@ -3414,14 +3436,17 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
 
 #if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 
-/* One way to compute. `rows` activations x[row * x_stride + k] meet one tile of 16 outputs, which are added to
-   y[row * y_stride + 0..15]. */
-typedef void llm__product_fn(const float *x, size_t x_stride, int rows, const void *tile, int k, float *y,
-                             size_t y_stride);
+typedef enum llm__kind { LLM__W_F32, LLM__W_BF16, LLM__W_INT8, LLM__W_INT8_GROUPS, LLM__W_INT4_GROUPS, LLM__W_KINDS } llm__kind;
+
+/* `rows` activations x[row * x_stride + k] meet one tile of 16 outputs, which are added to y[row * y_stride + 0..15].
+   Products with groups need the sums of x over each 32: x_sums[row * k / 32 + group]. */
+typedef void llm__product_fn(const float *x, size_t x_stride, const float *x_sums, int rows, const void *tile, int k,
+                             float *y, size_t y_stride);
 
 typedef struct llm__kernels {
     const char *name;
-    llm__product_fn *product_f32, *product_bf16;
+    llm__product_fn *product[LLM__W_KINDS];
+    void (*group_sums)(const float *x, int k, float *sums); /* of each 32 */
     /* y = x / sqrt(mean(x * x) + eps) * w, n values, then zeros up to a multiple of 32; y rounded to bf16 if `round`. */
     void (*rms_norm)(const float *x, const float *w, int n, float eps, bool round, float *y);
     /* y = silu(gate) * up = gate / (1 + exp(-gate)) * up */
@@ -3532,7 +3557,7 @@ static double llm__sqrt(double x) {
 #endif
 #include <immintrin.h>
 #define LLM__USE_AVX512
-#define LLM__TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define LLM__TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define LLM__KERNEL_PASS llm__avx512_
 #include LLM_HEADER_FILENAME
 #undef LLM__KERNEL_PASS
@@ -3540,7 +3565,7 @@ static double llm__sqrt(double x) {
 #undef LLM__USE_AVX512
 
 #define LLM__USE_AVX2
-#define LLM__TARGET __attribute__((target("avx2,fma")))
+#define LLM__TARGET __attribute__((target("avx2,fma,f16c")))
 #define LLM__KERNEL_PASS llm__avx2_
 #include LLM_HEADER_FILENAME
 #undef LLM__KERNEL_PASS
@@ -3555,7 +3580,7 @@ static double llm__sqrt(double x) {
 static const llm__kernels *llm__choose_kernels(const char *isa) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* every such chip has f16c */
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && (!isa || !strcmp(isa, "avx512"))) return &llm__avx512_kernels;
@@ -3583,6 +3608,9 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
 #define v_even LLM__FN(v_even)
 #define v_odd LLM__FN(v_odd)
 #define v_round_bf16 LLM__FN(v_round_bf16)
+#define v_int8 LLM__FN(v_int8)
+#define v_half LLM__FN(v_half)
+#define v_nibble LLM__FN(v_nibble)
 #define v_pow2 LLM__FN(v_pow2)
 #define v_exp LLM__FN(v_exp)
 #define v_sum LLM__FN(v_sum)
@@ -3614,6 +3642,12 @@ LLM__INLINE V v_even(const uint16_t *p) {
 }
 LLM__INLINE V v_odd(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512((const void *)p), _mm512_set1_epi32(-65536)));
+}
+LLM__INLINE V v_int8(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p))); }
+LLM__INLINE V v_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
+LLM__INLINE V v_nibble(const uint32_t *p, int at) {
+    const V numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; /* looked up by the low four bits */
+    return _mm512_permutexvar_ps((__m512i)((__v16su)_mm512_loadu_si512((const void *)p) >> (4 * at)), numbers);
 }
 LLM__INLINE V v_round_bf16(V a) {
     __m512i u = _mm512_castps_si512(a);
@@ -3663,6 +3697,19 @@ LLM__INLINE V v_odd(const uint16_t *p) {
     LLM__BOTH(_mm256_castsi256_ps(_mm256_and_si256(LLM__FN(half_load)(p), high)),
               _mm256_castsi256_ps(_mm256_and_si256(LLM__FN(half_load)(p + 16), high)));
 }
+LLM__INLINE __m256 LLM__FN(half_int8)(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)));
+}
+LLM__INLINE V v_int8(const int8_t *p) { LLM__BOTH(LLM__FN(half_int8)(p), LLM__FN(half_int8)(p + 8)); }
+LLM__INLINE V v_half(const uint16_t *p) {
+    LLM__BOTH(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)),
+              _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + 8))));
+}
+LLM__INLINE __m256 LLM__FN(half_nibble)(const uint32_t *p, int at) {
+    __m256i words = (__m256i)((__v8su)_mm256_loadu_si256((const __m256i *)(const void *)p) >> (4 * at));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(15)));
+}
+LLM__INLINE V v_nibble(const uint32_t *p, int at) { LLM__BOTH(LLM__FN(half_nibble)(p, at), LLM__FN(half_nibble)(p + 8, at)); }
 LLM__INLINE V v_round_bf16(V a) {
     LLM__BOTH(_mm256_castsi256_ps(LLM__FN(half_round)(_mm256_castps_si256(a.lo))),
               _mm256_castsi256_ps(LLM__FN(half_round)(_mm256_castps_si256(a.hi))));
@@ -3693,6 +3740,9 @@ LLM__INLINE V v_max(V a, V b) { LLM__LANES(a.f[i] > b.f[i] ? a.f[i] : b.f[i]); }
 LLM__INLINE V v_min(V a, V b) { LLM__LANES(a.f[i] < b.f[i] ? a.f[i] : b.f[i]); }
 LLM__INLINE V v_even(const uint16_t *p) { LLM__LANES(llm__bf16_to_f32(p[2 * i])); }
 LLM__INLINE V v_odd(const uint16_t *p) { LLM__LANES(llm__bf16_to_f32(p[2 * i + 1])); }
+LLM__INLINE V v_int8(const int8_t *p) { LLM__LANES(p[i]); }
+LLM__INLINE V v_half(const uint16_t *p) { LLM__LANES(llm__f16_to_f32(p[i])); }
+LLM__INLINE V v_nibble(const uint32_t *p, int at) { LLM__LANES((float)(p[i] >> (4 * at) & 15)); }
 LLM__INLINE V v_round_bf16(V a) {
     LLM__LANES(llm__bits_f32((llm__f32_bits(a.f[i]) + 0x7FFF + (llm__f32_bits(a.f[i]) >> 16 & 1)) & 0xFFFF0000));
 }
@@ -3755,40 +3805,99 @@ LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const float *x, size_t x_stri
     LLM__UNROLL for (int r = 0; r < ROWS; r++) v_store(y + (size_t)r * y_stride, sum[r]);
 }
 
-LLM__TARGET static void LLM__FN(product_f32)(const float *x, size_t x_stride, int rows, const void *tile, int k, float *y,
-                                             size_t y_stride) {
-    const float *w = (const float *)tile;
-    for (; rows >= LLM__MOST_ROWS; rows -= LLM__MOST_ROWS, x += LLM__MOST_ROWS * x_stride, y += LLM__MOST_ROWS * y_stride)
-        LLM__FN(f32_rows)(LLM__MOST_ROWS, x, x_stride, w, k, y, y_stride);
-    for (; rows >= 1; rows--, x += x_stride, y += y_stride) LLM__FN(f32_rows)(1, x, x_stride, w, k, y, y_stride);
+/* The 32 weights of one block, even and odd ones as two chains, for each of the kinds. */
+LLM__INLINE V LLM__FN(weight)(const llm__kind KIND, const uint8_t *w, int i) {
+    if (KIND == LLM__W_BF16) return i % 2 ? v_odd((const uint16_t *)w + i / 2 * 32) : v_even((const uint16_t *)w + i / 2 * 32);
+    if (KIND == LLM__W_INT4_GROUPS) return v_nibble((const uint32_t *)w + i / 8 * 16, i % 8);
+    return v_int8((const int8_t *)w + i * 16);
 }
 
-LLM__INLINE void LLM__FN(bf16_rows)(const int ROWS, const float *x, size_t x_stride, const uint16_t *w, int k, float *y,
-                                    size_t y_stride) {
-    for (int block = 0; block < k; block += 32) {
-        V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS];
-        LLM__UNROLL for (int r = 0; r < ROWS; r++) even[r] = odd[r] = v_splat(0);
-        for (int i = block; i < block + 32; i += 2, w += 32) {
-            V we = v_even(w), wo = v_odd(w);
-            LLM__UNROLL for (int r = 0; r < ROWS; r++) {
-                const float *xi = x + (size_t)r * x_stride + (size_t)i;
-                even[r] = v_fma(v_splat(xi[0]), we, even[r]);
-                odd[r] = v_fma(v_splat(xi[1]), wo, odd[r]);
-            }
-        }
+LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const uint8_t *w, V *sum) {
+    V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS];
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) even[r] = odd[r] = v_splat(0);
+    LLM__UNROLL for (int i = 0; i < 32; i += 2) {
+        V we = LLM__FN(weight)(KIND, w, i), wo = LLM__FN(weight)(KIND, w, i + 1);
         LLM__UNROLL for (int r = 0; r < ROWS; r++) {
-            float *yr = y + (size_t)r * y_stride;
-            v_store(yr, v_add(v_load(yr), v_add(even[r], odd[r])));
+            const float *xi = x + (size_t)r * x_stride + i;
+            even[r] = v_fma(v_splat(xi[0]), we, even[r]);
+            odd[r] = v_fma(v_splat(xi[1]), wo, odd[r]);
         }
+    }
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_add(even[r], odd[r]);
+}
+
+/* A block's bytes in a tile. Groups end with 16 scales and 16 minimums in f16. */
+LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND) {
+    return KIND == LLM__W_BF16 ? 1024 : KIND == LLM__W_INT8 ? 512 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
+}
+
+/* bf16 and int8 per channel: the blocks' sums are added, and at the end scaled. */
+LLM__INLINE void LLM__FN(plain_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const uint8_t *w,
+                                     int k, float *y, size_t y_stride) {
+    V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS];
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] = KIND == LLM__W_INT8 ? v_splat(0) : v_load(y + (size_t)r * y_stride);
+    for (int i = 0; i < k; i += 32, w += LLM__FN(block_bytes)(KIND)) {
+        LLM__FN(block)(ROWS, KIND, x + i, x_stride, w, sum);
+        LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] = v_add(total[r], sum[r]);
+    }
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) {
+        float *yr = y + (size_t)r * y_stride;
+        if (KIND == LLM__W_INT8) total[r] = v_add(v_load(yr), v_mul(total[r], v_load((const float *)(const void *)w)));
+        v_store(yr, total[r]);
     }
 }
 
-LLM__TARGET static void LLM__FN(product_bf16)(const float *x, size_t x_stride, int rows, const void *tile, int k, float *y,
-                                              size_t y_stride) {
-    const uint16_t *w = (const uint16_t *)tile;
-    for (; rows >= LLM__MOST_ROWS; rows -= LLM__MOST_ROWS, x += LLM__MOST_ROWS * x_stride, y += LLM__MOST_ROWS * y_stride)
-        LLM__FN(bf16_rows)(LLM__MOST_ROWS, x, x_stride, w, k, y, y_stride);
-    for (; rows >= 1; rows--, x += x_stride, y += y_stride) LLM__FN(bf16_rows)(1, x, x_stride, w, k, y, y_stride);
+LLM__INLINE void LLM__FN(group_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const float *x_sums,
+                                     const uint8_t *w, int k, float *y, size_t y_stride) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND);
+    V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS];
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] = v_load(y + (size_t)r * y_stride);
+    for (int i = 0; i < k; i += 32, w += bytes, x_sums++) {
+        V scale = v_half((const uint16_t *)(const void *)(w + bytes) - 32), least = v_half((const uint16_t *)(const void *)(w + bytes) - 16);
+        LLM__FN(block)(ROWS, KIND, x + i, x_stride, w, sum);
+        LLM__UNROLL for (int r = 0; r < ROWS; r++)
+            total[r] = v_fma(least, v_splat(x_sums[(size_t)r * (size_t)(k / 32)]), v_fma(scale, sum[r], total[r]));
+    }
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) v_store(y + (size_t)r * y_stride, total[r]);
+}
+
+LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const float *x_sums,
+                                    const void *tile, int k, float *y, size_t y_stride) {
+    const uint8_t *w = (const uint8_t *)tile;
+    if (KIND == LLM__W_F32) LLM__FN(f32_rows)(ROWS, x, x_stride, (const float *)tile, k, y, y_stride);
+    else if (KIND == LLM__W_BF16 || KIND == LLM__W_INT8) LLM__FN(plain_rows)(ROWS, KIND, x, x_stride, w, k, y, y_stride);
+    else LLM__FN(group_rows)(ROWS, KIND, x, x_stride, x_sums, w, k, y, y_stride);
+}
+
+/* As many rows at once as the registers hold sums for, then one by one. */
+LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x_stride, const float *x_sums, int rows,
+                                  const void *tile, int k, float *y, size_t y_stride) {
+    const bool GROUPS = KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS;
+    const int MANY = KIND == LLM__W_F32 || KIND == LLM__W_BF16 ? LLM__MOST_ROWS : LLM__MOST_ROWS / 2;
+    for (; rows >= MANY; rows -= MANY, x += (size_t)MANY * x_stride, y += (size_t)MANY * y_stride) {
+        LLM__FN(some_rows)(MANY, KIND, x, x_stride, x_sums, tile, k, y, y_stride);
+        if (GROUPS) x_sums += MANY * (k / 32);
+    }
+    for (; rows >= 1; rows--, x += x_stride, y += y_stride) {
+        LLM__FN(some_rows)(1, KIND, x, x_stride, x_sums, tile, k, y, y_stride);
+        if (GROUPS) x_sums += k / 32;
+    }
+}
+
+#define LLM__PRODUCT(name, KIND)                                                                                        \
+    LLM__TARGET static void LLM__FN(name)(const float *x, size_t x_stride, const float *x_sums, int rows,               \
+                                          const void *tile, int k, float *y, size_t y_stride) {                         \
+        LLM__FN(product)(KIND, x, x_stride, x_sums, rows, tile, k, y, y_stride);                                        \
+    }
+LLM__PRODUCT(product_f32, LLM__W_F32)
+LLM__PRODUCT(product_bf16, LLM__W_BF16)
+LLM__PRODUCT(product_int8, LLM__W_INT8)
+LLM__PRODUCT(product_int8_groups, LLM__W_INT8_GROUPS)
+LLM__PRODUCT(product_int4_groups, LLM__W_INT4_GROUPS)
+#undef LLM__PRODUCT
+
+LLM__TARGET static void LLM__FN(group_sums)(const float *x, int k, float *sums) {
+    for (int i = 0; i < k; i += 32) *sums++ = v_sum(v_add(v_load(x + i), v_load(x + i + 16)));
 }
 
 /* Loads and stores of the last, partial vector of a row; what is missing is zero. */
@@ -3907,7 +4016,8 @@ static const llm__kernels LLM__FN(kernels) = {
 #else
     "scalar",
 #endif
-    LLM__FN(product_f32), LLM__FN(product_bf16), LLM__FN(rms_norm), LLM__FN(swiglu), LLM__FN(softmax), LLM__FN(merge),
+    {LLM__FN(product_f32), LLM__FN(product_bf16), LLM__FN(product_int8), LLM__FN(product_int8_groups), LLM__FN(product_int4_groups)},
+    LLM__FN(group_sums), LLM__FN(rms_norm), LLM__FN(swiglu), LLM__FN(softmax), LLM__FN(merge),
     LLM__FN(scale), LLM__FN(add), LLM__FN(rope), LLM__FN(read),
 };
 
@@ -3925,6 +4035,9 @@ static const llm__kernels LLM__FN(kernels) = {
 #undef v_even
 #undef v_odd
 #undef v_round_bf16
+#undef v_int8
+#undef v_half
+#undef v_nibble
 #undef v_pow2
 #undef v_exp
 #undef v_sum
@@ -3967,58 +4080,189 @@ static void llm__read_weight_row(const llm_weight *weight, int row, float *out) 
     t->type->decode(t->data + (uint64_t)row * t->row_bytes, (size_t)t->cols, out);
 }
 
+static const void *llm__raw_weight_row(const llm_weight *weight, int row, int *type) {
+    const llm__source *source = (const llm__source *)weight->source;
+    int part = 0;
+    while ((uint64_t)row >= source->parts[part]->rows) row -= (int)source->parts[part++]->rows;
+    const llm__tensor *t = source->parts[part];
+    if (source->n_interleaved[part]) row = llm__interleaved_row(row, source->n_interleaved[part], source->rope_dim);
+    *type = (int)t->type->type;
+    return t->data + (uint64_t)row * t->row_bytes;
+}
+
+LLM_API const char *llm_dtype_name(llm_dtype dtype) {
+    static const char *const names[] = {NULL, "f32", "bf16", "int8", "int4"};
+    return dtype >= LLM_DTYPE_DEFAULT && dtype <= LLM_DTYPE_INT4 ? names[dtype] : NULL;
+}
+
+LLM_API llm_dtype llm_dtype_from_name(const char *name) {
+    for (int i = LLM_DTYPE_F32; i <= LLM_DTYPE_INT4; i++)
+        if (name && !strcmp(name, llm_dtype_name((llm_dtype)i))) return (llm_dtype)i;
+    return LLM_DTYPE_DEFAULT;
+}
+
 /* A matrix in tiles of 16 outputs, see section 9. */
 typedef struct llm__matrix {
-    llm_dtype dtype;
+    llm__kind kind;
     int n, k;        /* outputs and inputs as the model has them; both are padded with zeros in memory */
     size_t tile_bytes;
     uint8_t *data;
 } llm__matrix;
 
 static int llm__round_up(int n, int step) { return (n + step - 1) / step * step; }
-static size_t llm__dtype_bytes(llm_dtype dtype) { return dtype == LLM_DTYPE_F32 ? 4 : 2; }
-static const char *llm__dtype_name(llm_dtype dtype) { return dtype == LLM_DTYPE_F32 ? "f32" : "bf16"; }
 
-/* Where a tiled matrix with k inputs (padded) holds its element. */
-static size_t llm__tile_index(llm_dtype dtype, size_t output, size_t input, size_t k) {
+static llm__kind llm__weight_kind(llm_dtype dtype, const llm_weight *weight) {
+    if (dtype == LLM_DTYPE_F32) return LLM__W_F32;
+    if (dtype == LLM_DTYPE_BF16) return LLM__W_BF16;
+    if (dtype == LLM_DTYPE_INT8) return LLM__W_INT8;
+    return weight->has_q8_0 ? LLM__W_INT8_GROUPS : LLM__W_INT4_GROUPS;
+}
+
+static size_t llm__tile_bytes(llm__kind kind, int k) {
+    static const size_t block_bytes[LLM__W_KINDS] = {2048, 1024, 512, 576, 320};
+    return (size_t)llm__round_up(k, 32) / 32 * block_bytes[kind] + (kind == LLM__W_INT8 ? 64 : 0);
+}
+
+/* Where in a tile of f32 or bf16 with k inputs (padded) an element is; the KV cache's blocks are such matrices. */
+static size_t llm__tile_index(llm__kind kind, size_t output, size_t input, size_t k) {
     size_t tile = output / 16 * k * 16, lane = output % 16;
-    return dtype == LLM_DTYPE_F32 ? tile + input * 16 + lane : tile + input / 2 * 32 + lane * 2 + input % 2;
+    return kind == LLM__W_F32 ? tile + input * 16 + lane : tile + input / 2 * 32 + lane * 2 + input % 2;
 }
 
-static float llm__tile_get(llm_dtype dtype, const void *tiles, size_t index) {
-    return dtype == LLM_DTYPE_F32 ? ((const float *)tiles)[index] : llm__bf16_to_f32(((const uint16_t *)tiles)[index]);
-}
-
-static void llm__tile_set(llm_dtype dtype, void *tiles, size_t index, float value) {
-    if (dtype == LLM_DTYPE_F32) ((float *)tiles)[index] = value;
+static void llm__tile_set(llm__kind kind, void *tiles, size_t index, float value) {
+    if (kind == LLM__W_F32) ((float *)tiles)[index] = value;
     else ((uint16_t *)tiles)[index] = llm__f32_to_bf16(value);
 }
 
-static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, int rows, int cols) {
-    return (uint64_t)llm__round_up(rows, 16) * (uint64_t)llm__round_up(cols, 32) * llm__dtype_bytes(dtype);
+/* One weight, as its kind holds it. */
+static float llm__matrix_get(const llm__matrix *m, size_t output, size_t input) {
+    size_t k = (size_t)llm__round_up(m->k, 32), lane = output % 16, i = input % 32;
+    const uint8_t *tile = m->data + output / 16 * m->tile_bytes;
+    if (m->kind == LLM__W_F32) return ((const float *)(const void *)tile)[llm__tile_index(m->kind, lane, input, k)];
+    if (m->kind == LLM__W_BF16) return llm__bf16_to_f32(((const uint16_t *)(const void *)tile)[llm__tile_index(m->kind, lane, input, k)]);
+    if (m->kind == LLM__W_INT8)
+        return (float)((const int8_t *)tile)[input * 16 + lane] * ((const float *)(const void *)(tile + k * 16))[lane];
+    size_t bytes = llm__tile_bytes(m->kind, 32);
+    const uint8_t *group = tile + input / 32 * bytes;
+    const uint16_t *d = (const uint16_t *)(const void *)(group + bytes) - 32;
+    int q = m->kind == LLM__W_INT8_GROUPS ? ((const int8_t *)group)[i * 16 + lane]
+                                          : (int)(((const uint32_t *)(const void *)group)[i / 8 * 16 + lane] >> (4 * (i % 8)) & 15);
+    return llm__fma((float)q, llm__f16_to_f32(d[lane]), llm__f16_to_f32(d[lane + 16]));
 }
 
-static llm__matrix llm__matrix_alloc(llm__env *env, llm_dtype dtype, int n, int k) {
+static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, const llm_weight *weight) {
+    int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__round_up(weight->rows / 2, 16) : weight->rows;
+    return (uint64_t)(llm__round_up(n, 16) / 16) * llm__tile_bytes(llm__weight_kind(dtype, weight), weight->cols);
+}
+
+static llm__matrix llm__matrix_alloc(llm__env *env, llm__kind kind, int n, int k) {
     llm__matrix m;
-    m.dtype = dtype;
+    m.kind = kind;
     m.n = n;
     m.k = k;
-    m.tile_bytes = (size_t)llm__round_up(k, 32) * 16 * llm__dtype_bytes(dtype);
+    m.tile_bytes = llm__tile_bytes(kind, k);
     m.data = (uint8_t *)llm__alloc(env, (size_t)(llm__round_up(n, 16) / 16), m.tile_bytes);
     return m;
+}
+
+/* Symmetric int8 of a whole row: q = round(127 w / max|row|). */
+static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, size_t k) {
+    float most = 0;
+    for (size_t i = 0; i < k; i++) most = row[i] > most ? row[i] : -row[i] > most ? -row[i] : most;
+    double inverse = most > 0 ? 127.0 / most : 0;
+    for (size_t i = 0; i < k; i++) ((int8_t *)tile)[i * 16 + lane] = (int8_t)floor(row[i] * inverse + 0.5);
+    ((float *)(void *)(tile + k * 16))[lane] = most / 127.0f;
+}
+
+/* 32 whole numbers with what turns them into weights. */
+typedef struct llm__group {
+    int8_t q[32];
+    uint16_t scale, minimum; /* f16: w = q * scale + minimum */
+} llm__group;
+
+/* The smallest error a 4-bit group with its least weight as minimum can have. */
+static llm__group llm__quantize_group(const float *w) {
+    llm__group g;
+    float least = w[0], most = w[0];
+    for (int i = 1; i < 32; i++) {
+        if (w[i] < least) least = w[i];
+        if (w[i] > most) most = w[i];
+    }
+    g.minimum = llm__f32_to_f16(least);
+    g.scale = llm__f32_to_f16((most - least) / 15);
+    double d = llm__f16_to_f32(g.scale), m = llm__f16_to_f32(g.minimum);
+    for (int i = 0; i < 32; i++) {
+        double q = d > 0 ? floor((w[i] - m) / d + 0.5) : 0;
+        g.q[i] = (int8_t)(q < 0 ? 0 : q > 15 ? 15 : q);
+    }
+    return g;
+}
+
+/* A group as the file has it, where it is of a type that fits; else made from its weights. */
+static llm__group llm__read_group(int type, const uint8_t *raw, size_t index, const float *w) {
+    llm__group g;
+    if (type == LLM__Q8_0) {
+        raw += index * 34;
+        g.scale = llm__load_u16(raw);
+        g.minimum = 0;
+        memcpy(g.q, raw + 2, 32);
+    } else if (type == LLM__Q4_0 || type == LLM__Q4_1) {
+        raw += index * (type == LLM__Q4_0 ? 18 : 20);
+        g.scale = llm__load_u16(raw);
+        g.minimum = type == LLM__Q4_1 ? llm__load_u16(raw + 2) : llm__f32_to_f16(-8 * llm__f16_to_f32(g.scale));
+        raw += type == LLM__Q4_0 ? 2 : 4;
+        for (int i = 0; i < 16; i++) {
+            g.q[i] = (int8_t)(raw[i] & 15);
+            g.q[i + 16] = (int8_t)(raw[i] >> 4);
+        }
+    } else {
+        g = llm__quantize_group(w);
+    }
+    return g;
+}
+
+static void llm__pack_group(llm__kind kind, uint8_t *to, size_t lane, const llm__group *g) {
+    size_t bytes = llm__tile_bytes(kind, 32);
+    uint16_t *d = (uint16_t *)(void *)(to + bytes) - 32;
+    d[lane] = g->scale;
+    d[lane + 16] = g->minimum;
+    if (kind == LLM__W_INT8_GROUPS) {
+        for (size_t i = 0; i < 32; i++) ((int8_t *)to)[i * 16 + lane] = g->q[i];
+        return;
+    }
+    for (size_t i = 0; i < 4; i++) {
+        uint32_t word = 0;
+        for (size_t j = 0; j < 8; j++) word |= (uint32_t)(g->q[i * 8 + j] & 15) << (4 * j);
+        ((uint32_t *)(void *)to)[i * 16 + lane] = word;
+    }
 }
 
 /* Rows of one tile into their order; `row` is scratch for one. Absent rows (-1) are zero. */
 static void llm__pack_tile(const llm__matrix *m, int tile, const llm_weight *weight, const int rows[16], float *row) {
     size_t k = (size_t)llm__round_up(m->k, 32);
     uint8_t *to = m->data + (size_t)tile * m->tile_bytes;
+    memset(row, 0, k * sizeof *row);
     for (size_t lane = 0; lane < 16; lane++) {
-        memset(row, 0, k * sizeof *row);
+        int type = LLM__F32;
+        const uint8_t *raw = NULL;
         if (rows[lane] >= 0) weight->read_row(weight, rows[lane], row);
-        if (m->dtype == LLM_DTYPE_F32) {
-            for (size_t i = 0; i < k; i++) ((float *)to)[i * 16 + lane] = row[i];
-        } else {
-            for (size_t i = 0; i < k; i++) ((uint16_t *)to)[i / 2 * 32 + lane * 2 + i % 2] = llm__f32_to_bf16(row[i]);
+        else memset(row, 0, k * sizeof *row);
+        if (rows[lane] >= 0) raw = (const uint8_t *)weight->raw_row(weight, rows[lane], &type);
+        switch (m->kind) {
+        case LLM__W_F32:
+            for (size_t i = 0; i < k; i++) ((float *)(void *)to)[i * 16 + lane] = row[i];
+            break;
+        case LLM__W_BF16:
+            for (size_t i = 0; i < k; i++) ((uint16_t *)(void *)to)[i / 2 * 32 + lane * 2 + i % 2] = llm__f32_to_bf16(row[i]);
+            break;
+        case LLM__W_INT8:
+            llm__pack_int8_row(to, lane, row, k);
+            break;
+        default:
+            for (size_t i = 0; i < k / 32; i++) {
+                llm__group g = llm__read_group(type, raw, i, row + i * 32);
+                llm__pack_group(m->kind, to + i * llm__tile_bytes(m->kind, 32), lane, &g);
+            }
         }
     }
 }
@@ -4366,7 +4610,7 @@ static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const l
     llm__cpu_upload_args args = {model, weight, matrix, NULL};
     /* Gates and ups each fill whole tiles, so both are padded. */
     int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__round_up(weight->rows / 2, 16) : weight->rows;
-    *matrix = llm__matrix_alloc(env, model->dtype, n, weight->cols);
+    *matrix = llm__matrix_alloc(env, llm__weight_kind(model->dtype, weight), n, weight->cols);
     args.rows = (float *)llm__alloc(env, (size_t)model->team->n * (size_t)llm__round_up(weight->cols, 32), sizeof(float));
     llm__team_run(model->team, llm__cpu_pack_task, &args);
     llm__free(env->pool, args.rows);
@@ -4531,7 +4775,8 @@ typedef struct llm__cpu_context {
     llm__team *team;
     bool round;                /* activations are rounded to bf16 before a product */
     bool round_cache;          /* so are queries and softmax weights: the cache is bf16 */
-    llm__product_fn *product, *cache_product;
+    llm__kind cache_kind;
+    float *sums;               /* [n_batch][most inputs / 32] of a product's activations, for weights in groups */
     int head_stride;           /* head_dim padded for products */
     float score_scale;         /* 1 / sqrt(head_dim) */
     size_t cache_block_bytes;  /* keys, or values, of one head in one block */
@@ -4558,14 +4803,15 @@ typedef enum llm__ending { LLM__STORE, LLM__ADD, LLM__SWIGLU } llm__ending;
 
 /* A few tiles against a few rows, and what becomes of the sums. With LLM__SWIGLU tiles are pairs of gates and ups. */
 static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, int first_tile, int n_tiles,
-                              const float *x, size_t x_stride, int rows, llm__ending ending, float *y, size_t y_stride) {
+                              const float *x, size_t x_stride, const float *x_sums, int rows, llm__ending ending, float *y,
+                              size_t y_stride) {
     float sums[2][LLM__ROWS * 16];
     int k = llm__round_up(m->k, 32), step = ending == LLM__SWIGLU ? 2 : 1;
     for (int tile = first_tile; tile < first_tile + n_tiles; tile += step) {
         int column = tile / step * 16, width = m->n - column < 16 ? m->n - column : 16;
         for (int i = 0; i < step; i++) {
             memset(sums[i], 0, (size_t)rows * 16 * sizeof(float));
-            c->product(x, x_stride, rows, m->data + (size_t)(tile + i) * m->tile_bytes, k, sums[i], 16);
+            c->model->kernels->product[m->kind](x, x_stride, x_sums, rows, m->data + (size_t)(tile + i) * m->tile_bytes, k, sums[i], 16);
         }
         for (int r = 0; r < rows; r++) {
             float *to = y + (size_t)r * y_stride + column;
@@ -4577,16 +4823,23 @@ static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, i
     }
 }
 
+/* The sums over 32 that weights in groups need; a phase. */
+static void llm__sum_rows(llm__worker *w, const llm__cpu_context *c, const float *x, size_t x_stride, int k, int rows) {
+    for (int r; (r = llm__take(w)) < rows;) c->model->kernels->group_sums(x + (size_t)r * x_stride, k, c->sums + (size_t)r * (size_t)(k / 32));
+    llm__finish(w, rows);
+}
+
 /* y = W x, y += W x, or y = silu(gate) * up, for all rows; a phase. */
 static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x, size_t x_stride,
                         int rows, llm__ending ending, float *y, size_t y_stride) {
-    int n_tiles = llm__round_up(m->n, 16) / 16, n_pieces = (n_tiles + LLM__TILES - 1) / LLM__TILES;
+    int n_tiles = llm__round_up(m->n, 16) / 16, n_pieces = (n_tiles + LLM__TILES - 1) / LLM__TILES, k = llm__round_up(m->k, 32);
+    if (m->kind >= LLM__W_INT8_GROUPS) llm__sum_rows(w, c, x, x_stride, k, rows);
     for (int piece; (piece = llm__take(w)) < n_pieces;) {
         int first = piece * LLM__TILES, n = n_tiles - first < LLM__TILES ? n_tiles - first : LLM__TILES;
         for (int r = 0; r < rows; r += LLM__ROWS) {
             int some = rows - r < LLM__ROWS ? rows - r : (int)LLM__ROWS;
-            llm__linear_piece(c, m, first, n, x + (size_t)r * x_stride, x_stride, some, ending, y + (size_t)r * y_stride,
-                              y_stride);
+            llm__linear_piece(c, m, first, n, x + (size_t)r * x_stride, x_stride, c->sums + (size_t)r * (size_t)(k / 32), some,
+                              ending, y + (size_t)r * y_stride, y_stride);
         }
     }
     llm__finish(w, n_pieces);
@@ -4604,11 +4857,11 @@ static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
     const llm_pass *pass = c->pass;
     const llm_shape *s = &c->model->shape;
     const llm__matrix *m = &c->model->embedding;
-    size_t k = (size_t)llm__round_up(m->k, 32), half = (size_t)s->rope_dim / 2;
+    size_t half = (size_t)s->rope_dim / 2;
     for (int r; (r = llm__take(w)) < pass->n_rows;) {
         float *x = c->x + (size_t)r * c->x_stride;
         for (size_t i = 0; i < (size_t)m->k; i++)
-            x[i] = llm__tile_get(m->dtype, m->data, llm__tile_index(m->dtype, (size_t)pass->tokens[r], i, k));
+            x[i] = llm__matrix_get(m, (size_t)pass->tokens[r], i);
         for (size_t i = 0; i < half; i++)
             llm__sincos(pass->positions[r] * s->rope_frequencies[i], &c->sines[(size_t)r * half + i],
                         &c->cosines[(size_t)r * half + i]);
@@ -4620,11 +4873,11 @@ static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
 static void llm__cache_store(const llm__cpu_context *c, int layer, int value, int head, int block, int place,
                              const float *from) {
     uint8_t *tiles = llm__cache_block(c, layer, value, head, block);
-    llm_dtype dtype = c->desc.cache_dtype;
+    llm__kind kind = c->cache_kind;
     size_t k = value ? (size_t)LLM_BLOCK : (size_t)c->head_stride;
     for (size_t d = 0; d < (size_t)c->model->shape.head_dim; d++)
-        llm__tile_set(dtype, tiles, value ? llm__tile_index(dtype, d, (size_t)place, k)
-                                          : llm__tile_index(dtype, (size_t)place, d, k), from[d]);
+        llm__tile_set(kind, tiles, value ? llm__tile_index(kind, d, (size_t)place, k) : llm__tile_index(kind, (size_t)place, d, k),
+                      from[d]);
 }
 
 /* Rotates queries and keys, and stores keys and values. */
@@ -4657,13 +4910,14 @@ static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_wo
                               const int *blocks, int first_key, int n_keys, const int *last_keys) {
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride, tile = c->cache_block_bytes / 2, value_tile = 16 * c->cache_block_bytes / stride;
+    llm__product_fn *product = kernels->product[c->cache_kind];
     float scale = c->score_scale;
     int padded = llm__round_up(n_keys, LLM_BLOCK);
     memset(a->scores, 0, (size_t)a->rows * LLM__CHUNK * sizeof(float));
     memset(a->part, 0, (size_t)a->rows * stride * sizeof(float));
     for (int key = 0; key < n_keys; key += 16) {
         const uint8_t *keys = llm__cache_block(c, layer, 0, head, blocks[(first_key + key) / LLM_BLOCK]);
-        c->cache_product(a->q, stride, a->rows, keys + (size_t)(key / 16 % 2) * tile, c->head_stride, a->scores + key, LLM__CHUNK);
+        product(a->q, stride, NULL, a->rows, keys + (size_t)(key / 16 % 2) * tile, c->head_stride, a->scores + key, LLM__CHUNK);
     }
     for (int r = 0; r < a->rows; r++) {
         int n = last_keys[r] + 1 - first_key < n_keys ? last_keys[r] + 1 - first_key : n_keys;
@@ -4673,7 +4927,7 @@ static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_wo
     for (int key = 0; key < n_keys; key += LLM_BLOCK) {
         const uint8_t *values = llm__cache_block(c, layer, 1, head, blocks[(first_key + key) / LLM_BLOCK]);
         for (int d = 0; d < c->head_stride; d += 16)
-            c->cache_product(a->scores + key, LLM__CHUNK, a->rows, values + (size_t)(d / 16) * value_tile, LLM_BLOCK,
+            product(a->scores + key, LLM__CHUNK, NULL, a->rows, values + (size_t)(d / 16) * value_tile, LLM_BLOCK,
                              a->part + d, stride);
     }
 }
@@ -4807,7 +5061,7 @@ static const float *llm__cpu_logits(void *context, int i) {
 
 static uint64_t llm__cpu_block_bytes(const llm_shape *s, llm_dtype cache_dtype) {
     return (uint64_t)s->n_layers * 2 * (uint64_t)s->n_kv_heads * LLM_BLOCK * (uint64_t)llm__round_up(s->head_dim, 32) *
-           llm__dtype_bytes(cache_dtype);
+           (cache_dtype == LLM_DTYPE_F32 ? 4 : 2);
 }
 
 static llm_status llm__cpu_copy_block(void *context, int to, int from, llm_error *err) {
@@ -4839,7 +5093,7 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
 }
 
 typedef struct llm__cpu_sizes {
-    size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats;
+    size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups;
     int head_stride;
 } llm__cpu_sizes;
 
@@ -4851,13 +5105,15 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s) {
     z.qkv_stride = (size_t)llm__round_up((s->n_heads + 2 * s->n_kv_heads) * s->head_dim, 16);
     z.attention_stride = (size_t)llm__round_up(s->n_heads * s->head_dim, 32);
     z.ffn_stride = (size_t)llm__round_up(s->n_ff, 32);
+    z.most_groups = (z.ffn_stride > z.attention_stride ? z.ffn_stride : z.attention_stride) / 32;
+    if (z.x_stride / 32 > z.most_groups) z.most_groups = z.x_stride / 32;
     z.scratch_floats = rows * (3 * (size_t)z.head_stride + LLM__CHUNK + 4);
     return z;
 }
 
 static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
     llm__cpu_sizes z = llm__cpu_find_sizes(s);
-    uint64_t row = 2 * z.x_stride + z.qkv_stride + z.attention_stride + z.ffn_stride + (uint64_t)s->rope_dim + 5;
+    uint64_t row = z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + z.ffn_stride + (uint64_t)s->rope_dim + 5;
     return 4 * ((uint64_t)d->n_batch * row + (uint64_t)d->n_logits * (uint64_t)s->n_vocab +
                 (uint64_t)d->n_threads * z.scratch_floats);
 }
@@ -4885,13 +5141,12 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     size_t n_batch = (size_t)args->desc->n_batch, half = (size_t)s->rope_dim / 2;
     c->model = args->model;
     c->desc = *args->desc;
-    c->round = args->model->dtype == LLM_DTYPE_BF16;
+    c->round = args->model->dtype != LLM_DTYPE_F32;
     c->round_cache = c->desc.cache_dtype == LLM_DTYPE_BF16;
-    c->product = c->round ? c->model->kernels->product_bf16 : c->model->kernels->product_f32;
-    c->cache_product = c->round_cache ? c->model->kernels->product_bf16 : c->model->kernels->product_f32;
+    c->cache_kind = c->round_cache ? LLM__W_BF16 : LLM__W_F32;
     c->head_stride = z.head_stride;
     c->score_scale = (float)(1.0 / llm__sqrt(s->head_dim));
-    c->cache_block_bytes = LLM_BLOCK * (size_t)z.head_stride * llm__dtype_bytes(c->desc.cache_dtype);
+    c->cache_block_bytes = LLM_BLOCK * (size_t)z.head_stride * (c->round_cache ? 2 : 4);
     c->cache = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_cache_blocks, (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype));
     c->x_stride = z.x_stride;
     c->qkv_stride = z.qkv_stride;
@@ -4903,6 +5158,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->qkv = (float *)llm__alloc_zero(env, n_batch * z.qkv_stride, sizeof(float));
     c->attention = (float *)llm__alloc_zero(env, n_batch * z.attention_stride, sizeof(float));
     c->ffn = (float *)llm__alloc_zero(env, n_batch * z.ffn_stride, sizeof(float));
+    c->sums = (float *)llm__alloc(env, n_batch * z.most_groups, sizeof(float));
     c->cosines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->sines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->scratch = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.scratch_floats, sizeof(float));
@@ -5067,7 +5323,7 @@ static llm_weight llm__make_weight(llm__env *env, const llm__checkpoint *ck, con
     case LLM_WEIGHT_ATTENTION_OUT: case LLM_WEIGHT_DOWN: rows[0] = h->n_embd; break;
     default: break; /* a norm is one row */
     }
-    llm_weight w = {kind, layer, 0, cols, source, llm__read_weight_row};
+    llm_weight w = {kind, layer, 0, cols, source, llm__read_weight_row, llm__raw_weight_row, false};
     memset(source, 0, sizeof *source);
     source->rope_dim = h->rope_dim;
     for (int i = 0; i < 3 && rows[i]; i++) {
@@ -5077,6 +5333,7 @@ static llm_weight llm__make_weight(llm__env *env, const llm__checkpoint *ck, con
         source->parts[source->n_parts++] = llm__get_tensor(env, ck, name, (uint64_t)rows[i], (uint64_t)cols);
         if (kind == LLM_WEIGHT_QKV && i < 2 && h->interleaved_rope) source->n_interleaved[i] = h->head_dim;
         w.rows += rows[i];
+        w.has_q8_0 = w.has_q8_0 || source->parts[i]->type->type == LLM__Q8_0;
     }
     return w;
 }
@@ -5103,7 +5360,7 @@ static void llm__walk_weight(llm__weight_walk *walk, llm_weight_kind kind, int l
     llm__source source;
     llm_weight w = llm__make_weight(walk->env, walk->ck, walk->h, &source, kind, layer, llm__weight_cols(walk->h, kind));
     bool vector = w.rows == 1;
-    uint64_t bytes = vector ? (uint64_t)w.cols * 4 : walk->backend->weight_bytes(walk->dtype, w.rows, w.cols);
+    uint64_t bytes = vector ? (uint64_t)w.cols * 4 : walk->backend->weight_bytes(walk->dtype, &w);
     walk->n_params += (uint64_t)w.rows * (uint64_t)w.cols;
     walk->weight_bytes += bytes;
     if (kind != LLM_WEIGHT_EMBEDDING || walk->tied_head) walk->weight_bytes_per_token += bytes;
@@ -5138,7 +5395,7 @@ static void llm__upload_weight(llm__weight_walk *walk, const llm_weight *weight)
 static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *desc) {
     llm_model_desc d = *desc;
     if (d.dtype == LLM_DTYPE_DEFAULT) d.dtype = LLM_DTYPE_BF16;
-    if (d.dtype != LLM_DTYPE_F32 && d.dtype != LLM_DTYPE_BF16)
+    if (!llm_dtype_name(d.dtype))
         llm__fail(env, LLM_ERROR_ARGUMENT, "desc.dtype is %d, which is no type to run in", (int)d.dtype);
     if (d.n_threads < 0 || d.n_threads > 1024) llm__fail(env, LLM_ERROR_ARGUMENT, "desc.n_threads is %d", d.n_threads);
     if (d.n_threads == 0) d.n_threads = llm__default_threads();
@@ -5215,7 +5472,8 @@ static void llm__load_body(llm__env *env, void *arg) {
     llm__fill_info(&model->info, &h, &walk);
     model->kernels = llm__choose_kernels(desc.isa);
     model->info.isa = model->kernels->name;
-    model->info.cache_bytes_per_token = model->backend->block_bytes(&model->shape, desc.dtype) / LLM_BLOCK;
+    model->info.cache_bytes_per_token =
+        model->backend->block_bytes(&model->shape, desc.dtype == LLM_DTYPE_F32 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16) / LLM_BLOCK;
     llm__free(env->pool, ck->file); /* all of it has been converted */
     model->device = args->device;
     model->desc = desc;
@@ -5223,7 +5481,7 @@ static void llm__load_body(llm__env *env, void *arg) {
     *args->out = model;
     llm__report_progress(env, 1);
     llm__log(&desc.host, "loaded %s: %s, %llu parameters as %s, %.0f MB, %s, in %.2f s", args->path ? args->path : "memory",
-             model->info.architecture, (unsigned long long)walk.n_params, llm__dtype_name(desc.dtype),
+             model->info.architecture, (unsigned long long)walk.n_params, llm_dtype_name(desc.dtype),
              (double)walk.weight_bytes / 1e6, model->info.isa, llm__now() - start);
 }
 
@@ -5295,7 +5553,7 @@ static llm_context_desc llm__context_defaults(llm__env *env, const llm_model_inf
     if (!d.n_batch) d.n_batch = 512;
     if (!d.n_logits) d.n_logits = d.n_seq;
     if (!d.n_threads) d.n_threads = llm__default_threads();
-    if (!d.cache_dtype) d.cache_dtype = info->dtype;
+    if (!d.cache_dtype) d.cache_dtype = info->dtype == LLM_DTYPE_F32 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16;
     if (d.cache_dtype != LLM_DTYPE_F32 && d.cache_dtype != LLM_DTYPE_BF16)
         llm__fail(env, LLM_ERROR_ARGUMENT, "cache_dtype is %d, which no cache can have", (int)d.cache_dtype);
     if (d.n_ctx > 1 << 28 || d.n_seq > 1 << 20 || d.n_batch > 1 << 20 || d.n_logits > 1 << 20)

@@ -53,7 +53,7 @@ static const struct argp_option option_list[] = {
     {"min-p", KEY_MIN_P, "P", 0, "drop those P times less likely than the best (default: 0.05)", 2},
     {"seed", KEY_SEED, "S", 0, "same seed, same text (default: from the clock)", 2},
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
-    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32 or bf16 (default: bf16)", 3},
+    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, bf16, int8 or int4 (default: bf16)", 3},
     {"ctx", KEY_CTX, "N", 0, "tokens a conversation can hold (default: the model's limit, at most 4096)", 3},
     {0}};
 
@@ -76,9 +76,9 @@ static float parse_real(struct argp_state *state, const char *name, const char *
 }
 
 static llm_dtype parse_dtype(struct argp_state *state, const char *text) {
-    if (!strcmp(text, "f32")) return LLM_DTYPE_F32;
-    if (strcmp(text, "bf16")) argp_error(state, "--dtype: '%s' is neither f32 nor bf16", text);
-    return LLM_DTYPE_BF16;
+    llm_dtype dtype = llm_dtype_from_name(text);
+    if (!dtype) argp_error(state, "--dtype: '%s' is none of f32, bf16, int8, int4", text);
+    return dtype;
 }
 
 static void finish_options(struct argp_state *state, options *opt) {
@@ -196,7 +196,7 @@ static void greet(const repl *r) {
     llm_model_info info = llm_model_get_info(r->model);
     fprintf(stderr, "%s: %.0f M parameters in %s, %s, %d threads, room for %d tokens. /help lists commands.\n",
             info.name[0] ? info.name : r->opt.model, (double)info.n_params * 1e-6,
-            info.dtype == LLM_DTYPE_F32 ? "f32" : "bf16", info.isa, llm_context_n_threads(r->ctx),
+            llm_dtype_name(info.dtype), info.isa, llm_context_n_threads(r->ctx),
             llm_context_n_ctx(r->ctx));
 }
 

@@ -3,6 +3,7 @@
    Variants: asan matrix */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
+#include "tests/tiny.h"
 
 #include <setjmp.h>
 #include <cmocka.h>
@@ -32,22 +33,35 @@ static void check_same(const char *what, const void *a, const void *b, size_t n)
     if (memcmp(a, b, n)) fail_msg("%s differs from the scalar kernel", what);
 }
 
-static float x[ROOM], w[ROOM], a[ROOM], b[ROOM];
-static uint16_t half[ROOM];
+static float x[ROOM], w[ROOM], a[ROOM], b[ROOM], sums[ROOM];
+static uint8_t tile[ROOM * 4];
 
-static void check_product(const llm__kernels *k, bool bf16) {
+/* A tile of random weights: whole numbers with scales, or floats. */
+static void random_tile(llm__kind kind, int k) {
+    llm__matrix m = {kind, 16, k, llm__tile_bytes(kind, k), tile};
+    for (size_t i = 0; i < m.tile_bytes; i++) tile[i] = (uint8_t)random_int(256);
+    for (size_t i = 0; i < (size_t)k * 16 && kind <= LLM__W_BF16; i++) llm__tile_set(kind, tile, i, random_float());
+    if (kind == LLM__W_INT8) random_floats((float *)(void *)(tile + k * 16), 16);
+    for (int g = 0; g < k / 32 && kind >= LLM__W_INT8_GROUPS; g++)
+        for (int i = 0; i < 32; i++) {
+            uint16_t half = llm__f32_to_f16(random_float() * 0.01f);
+            memcpy(tile + (size_t)(g + 1) * llm__tile_bytes(kind, 32) - 64 + 2 * i, &half, 2);
+        }
+}
+
+static void check_product(const llm__kernels *k, llm__kind kind) {
     int rows = 1 + (int)random_int(20), n = 32 * (1 + (int)random_int(6)), stride = n + (int)random_int(9), y_stride = 16 + (int)random_int(5);
     random_floats(x, rows * stride);
-    random_floats(w, n * 16);
+    random_tile(kind, n);
     random_floats(a, rows * y_stride);
     memcpy(b, a, sizeof a);
-    for (int i = 0; i < n * 16; i++) half[i] = llm__f32_to_bf16(w[i]);
-    if (bf16)
-        for (int i = 0; i < rows * stride; i++) x[i] = llm__bf16_to_f32(llm__f32_to_bf16(x[i]));
-    const void *tile = bf16 ? (const void *)half : (const void *)w;
-    (bf16 ? scalar->product_bf16 : scalar->product_f32)(x, (size_t)stride, rows, tile, n, a, (size_t)y_stride);
-    (bf16 ? k->product_bf16 : k->product_f32)(x, (size_t)stride, rows, tile, n, b, (size_t)y_stride);
-    check_same(bf16 ? "product_bf16" : "product_f32", a, b, sizeof a);
+    for (int i = 0; i < rows * stride && kind != LLM__W_F32; i++) x[i] = llm__bf16_to_f32(llm__f32_to_bf16(x[i]));
+    for (int i = 0; i < rows; i++) k->group_sums(x + i * stride, n, sums + i * (n / 32));
+    for (int i = 0; i < rows; i++) scalar->group_sums(x + i * stride, n, w + i * (n / 32));
+    check_same("group_sums", sums, w, (size_t)(rows * (n / 32)) * 4);
+    scalar->product[kind](x, (size_t)stride, sums, rows, tile, n, a, (size_t)y_stride);
+    k->product[kind](x, (size_t)stride, sums, rows, tile, n, b, (size_t)y_stride);
+    check_same("product", a, b, sizeof a);
 }
 
 static void check_rows(const llm__kernels *k) {
@@ -96,8 +110,7 @@ static void check_set(const char *isa) {
     if (!k) skip();
     uint64_t mode = llm__float_mode_enter();
     for (int i = 0; i < ROUNDS; i++) {
-        check_product(k, false);
-        check_product(k, true);
+        for (int kind = 0; kind < LLM__W_KINDS; kind++) check_product(k, (llm__kind)kind);
         check_rows(k);
     }
     llm__float_mode_leave(mode);
@@ -136,8 +149,49 @@ static void test_functions(void **state) {
     }
 }
 
+/* Quantised weights stay within half a step of what they were, and files in groups are held exactly. */
+static void test_packing(void **state) {
+    static const struct { uint32_t type; llm_dtype dtype; double steps; } cases[] = {
+        {0, LLM_DTYPE_INT8, 0.5001 / 127}, {0, LLM_DTYPE_INT4, 0.55 / 15 * 2}, {2, LLM_DTYPE_INT4, 0}, {3, LLM_DTYPE_INT4, 0},
+        {8, LLM_DTYPE_INT4, 0}, {0, LLM_DTYPE_F32, 0}, {0, LLM_DTYPE_BF16, 1.0 / 256}};
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        tiny_spec spec = {1, 96, 64, 3, 1, 32, 64, 43, 0, cases[i].type, 5};
+        llm_model_desc desc = {.dtype = cases[i].dtype, .n_threads = 1}, exact = {.dtype = LLM_DTYPE_F32, .n_threads = 1};
+        uint8_t *data = tiny_model(&spec, &desc.data_size);
+        llm_model *model, *reference;
+        llm_error err;
+        desc.data = exact.data = data;
+        exact.data_size = desc.data_size;
+        if (llm_model_load(&model, NULL, &desc, &err) || llm_model_load(&reference, NULL, &exact, &err)) fail_msg("%s", err.message);
+        const llm__matrix *m = &((llm__cpu_model *)model->device)->layers[0].gate_up, *r = &((llm__cpu_model *)reference->device)->layers[0].gate_up;
+        for (size_t row = 0; row < (size_t)m->n; row++) {
+            double most = 0;
+            for (size_t k = 0; k < 96; k++) most = fmax(most, fabs(llm__matrix_get(r, row, k)));
+            for (size_t k = 0; k < 96; k++)
+                assert_true(fabs(llm__matrix_get(m, row, k) - llm__matrix_get(r, row, k)) <= cases[i].steps * most);
+        }
+        llm_model_free(model);
+        llm_model_free(reference);
+        free(data);
+    }
+}
+
+/* Every f16 there and back, and rounding to nearest even in between. */
+static void test_f16(void **state) {
+    (void)state;
+    for (uint32_t h = 0; h < 65536; h++) {
+        if ((h & 0x7C00) == 0x7C00 && (h & 0x3FF)) continue;
+        assert_int_equal(llm__f32_to_f16(llm__f16_to_f32((uint16_t)h)), h);
+        if ((h & 0x7FFF) >= 0x7BFF) continue;
+        double low = llm__f16_to_f32((uint16_t)h), high = llm__f16_to_f32((uint16_t)(h + 1));
+        assert_int_equal(llm__f32_to_f16((float)((low + high) / 2)), h + (h & 1));
+        assert_int_equal(llm__f32_to_f16((float)(low * 0.51 + high * 0.49)), h);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512), cmocka_unit_test(test_exp),
-                                       cmocka_unit_test(test_functions)};
+                                       cmocka_unit_test(test_functions), cmocka_unit_test(test_packing), cmocka_unit_test(test_f16)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

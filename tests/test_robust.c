@@ -214,7 +214,7 @@ static void test_flips(void **state) {
     walk *w = walk_file(data);
     int n_loaded = 0;
     (void)state;
-    for (int i = 0; i < 3000; i++) {
+    for (int i = 0; i < 5000; i++) {
         size_t at[3];
         uint8_t kept[3];
         int n = 1 + i % 3;
@@ -226,7 +226,7 @@ static void test_flips(void **state) {
         n_loaded += try_file(data, size, &err);
         while (n--) data[at[n]] = kept[n];
     }
-    print_message("%d of 3000 damaged files still loaded\n", n_loaded);
+    print_message("%d of 5000 damaged files still loaded\n", n_loaded);
     free(w);
     free(data);
 }

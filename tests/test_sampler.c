@@ -1,0 +1,344 @@
+/* The sampler against a plain reference in double: which tokens may be drawn, and how often they are.
+   Variants: asan */
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+#include "tests/tiny.h"
+
+#include <setjmp.h>
+#include <cmocka.h>
+
+static const tiny_spec SPEC = {1, 32, 32, 2, 2, 16, 64, 5, 0, 0, 1};
+enum { N = 261 }; /* of SPEC's vocabulary */
+
+typedef struct fixture {
+    llm_model *model;
+    llm_context *ctx;
+    float *logits; /* the context's own, for the tests to write; those of batch token 0 */
+} fixture;
+
+static int open_isa(fixture *f, const char *isa) {
+    static const llm_token tokens[1] = {7};
+    llm_model_desc desc = {.isa = isa, .n_threads = 1};
+    llm_context_desc context_desc = {.n_threads = 1};
+    uint8_t *data = tiny_model(&SPEC, &desc.data_size);
+    desc.data = data;
+    if (llm_model_load(&f->model, NULL, &desc, NULL) || llm_context_create(&f->ctx, f->model, &context_desc, NULL)) return -1;
+    free(data);
+    if (llm_forward(f->ctx, &(llm_batch){1, tokens, NULL, NULL}, NULL)) return -1;
+    f->logits = (float *)(uintptr_t)llm_logits(f->ctx, 0);
+    return f->logits ? 0 : -1;
+}
+
+static void close_fixture(fixture *f) {
+    llm_context_free(f->ctx);
+    llm_model_free(f->model);
+}
+
+static int setup(void **state) {
+    fixture *f = (fixture *)calloc(1, sizeof *f);
+    *state = f;
+    return f ? open_isa(f, NULL) : -1;
+}
+
+static int teardown(void **state) {
+    close_fixture((fixture *)*state);
+    free(*state);
+    return 0;
+}
+
+static void fill(fixture *f, float x) {
+    for (int i = 0; i < N; i++) f->logits[i] = x;
+}
+
+static void fill_random(fixture *f, uint32_t seed, float scale) {
+    for (int i = 0; i < N; i++) {
+        seed = seed * 1664525u + 1013904223u;
+        f->logits[i] = scale * (float)(int32_t)seed / 2147483648.0f;
+    }
+}
+
+/* Makes the sequence these tokens, without losing the logits: what the pass computed is overwritten by the tests. */
+static void set_sequence(fixture *f, const llm_token *tokens, int n) {
+    float kept[N];
+    memcpy(kept, f->logits, sizeof kept);
+    assert_int_equal(llm_seq_truncate(f->ctx, 0, 0, NULL), LLM_OK);
+    assert_int_equal(llm_forward(f->ctx, &(llm_batch){n, tokens, NULL, NULL}, NULL), LLM_OK);
+    f->logits = (float *)(uintptr_t)llm_logits(f->ctx, n - 1);
+    memcpy(f->logits, kept, sizeof kept);
+}
+
+static llm_token sample(fixture *f, llm_sampler s) {
+    return llm_sample(f->ctx, llm_seq_length(f->ctx, 0) - 1, 0, &s);
+}
+
+/* ---- Greedy ---- */
+
+static void test_ties(void **state) {
+    fixture *f = (fixture *)*state;
+    fill(f, 1);
+    assert_int_equal(sample(f, (llm_sampler){0}), 0);
+    f->logits[100] = f->logits[200] = 2;
+    assert_int_equal(sample(f, (llm_sampler){0}), 100);
+    f->logits[N - 1] = 3;
+    assert_int_equal(sample(f, (llm_sampler){0}), N - 1);
+    fill(f, 0);
+    f->logits[50] = f->logits[40] = f->logits[60] = 9;
+    for (uint64_t seed = 0; seed < 50; seed++) {
+        assert_int_equal(sample(f, (llm_sampler){.temperature = 1, .top_k = 1, .seed = seed}), 40);
+        assert_int_equal(sample(f, (llm_sampler){.temperature = 1, .top_p = 1e-6f, .seed = seed}), 40);
+        assert_int_not_equal(sample(f, (llm_sampler){.temperature = 1, .top_k = 2, .seed = seed}), 60);
+    }
+}
+
+static void test_not_asked_for(void **state) {
+    fixture *f = (fixture *)*state;
+    llm_sampler s = {0};
+    assert_int_equal(llm_sample(f->ctx, 1, 0, &s), -1);
+    assert_int_equal(llm_sample(f->ctx, -1, 0, &s), -1);
+}
+
+/* ---- Biases and penalty ---- */
+
+static void test_biases(void **state) {
+    fixture *f = (fixture *)*state;
+    static const llm_logit_bias biases[] = {{10, -INFINITY}, {11, -5}, {12, 1}, {12, 1.5f}, {-1, 99}, {N, 99}, {INT32_MAX, 99}};
+    llm_sampler s = {.biases = biases, .n_biases = 1};
+    fill(f, 0);
+    f->logits[10] = 9;
+    f->logits[11] = 8;
+    f->logits[12] = 6;
+    f->logits[13] = 7;
+    assert_int_equal(sample(f, s), 11);
+    s.n_biases = 2;
+    assert_int_equal(sample(f, s), 13);
+    s.n_biases = 7; /* 6 + 1 + 1.5 is most; ids outside the vocabulary are left alone */
+    assert_int_equal(sample(f, s), 12);
+    assert_true(f->logits[12] == 6); /* the context's logits stay as they were */
+    s.temperature = 5;
+    for (s.n_drawn = 0; s.n_drawn < 5000;) assert_int_not_equal(llm_sample(f->ctx, 0, 0, &s), 10);
+}
+
+static void test_all_but_one_forbidden(void **state) {
+    fixture *f = (fixture *)*state;
+    llm_logit_bias biases[N];
+    static const float temperatures[] = {0, 0.1f, 1, 1e6f};
+    fill_random(f, 5, 20);
+    for (int i = 0; i < N; i++) {
+        biases[i].token = i;
+        biases[i].bias = i == 77 ? -50 : -INFINITY;
+    }
+    for (int i = 0; i < 4; i++) {
+        llm_sampler s = {.temperature = temperatures[i], .biases = biases, .n_biases = N};
+        for (int j = 0; j < 500; j++) assert_int_equal(llm_sample(f->ctx, 0, 0, &s), 77);
+    }
+}
+
+static void test_penalty(void **state) {
+    fixture *f = (fixture *)*state;
+    static const llm_token tokens[] = {20, 5, 5, 5, 5, 7, 7};
+    fill(f, -100);
+    set_sequence(f, tokens, 7);
+    f->logits[5] = 3;
+    f->logits[6] = 2;
+    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1.4f}), 5); /* 3 / 1.4, once for the four */
+    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1.6f}), 6);
+    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1.6f, .repeat_window = 2}), 5); /* only 7 is so recent */
+    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1.6f, .repeat_window = 3}), 6);
+    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1}), 5);
+    f->logits[5] = -1;
+    f->logits[6] = -1.3f;
+    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1.2f}), 5); /* -1 * 1.2 */
+    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1.4f}), 6);
+    f->logits[5] = 3;
+    f->logits[6] = 1;
+    static const llm_logit_bias bias = {5, -2.5f}; /* biases come first: the penalty halves 0.5, not 3 */
+    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 2, .biases = &bias, .n_biases = 1}), 6);
+    f->logits[6] = 0.3f;
+    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 2, .biases = &bias, .n_biases = 1}), 6);
+    f->logits[6] = 0.2f;
+    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 2, .biases = &bias, .n_biases = 1}), 5);
+}
+
+/* ---- Which tokens may be drawn ---- */
+
+typedef struct candidate {
+    double p;
+    int id;
+} candidate;
+
+static int compare(const void *a, const void *b) {
+    const candidate *x = (const candidate *)a, *y = (const candidate *)b;
+    if (x->p != y->p) return x->p < y->p ? 1 : -1;
+    return x->id - y->id;
+}
+
+/* The candidates that are left, most likely first, their p made to sum to 1; returns how many. */
+static int reference(const float *logits, const llm_sampler *s, candidate *list) {
+    double most = logits[0], sum = 0, seen = 0;
+    int n = N;
+    for (int i = 0; i < N; i++) most = logits[i] > most ? logits[i] : most;
+    for (int i = 0; i < N; i++) {
+        list[i].id = i;
+        list[i].p = exp((logits[i] - most) / (double)s->temperature);
+    }
+    qsort(list, N, sizeof *list, compare);
+    if (s->top_k > 0 && s->top_k < n) n = s->top_k;
+    for (int i = 0; i < n; i++) sum += list[i].p;
+    for (int i = 0; s->top_p > 0 && s->top_p < 1 && i < n; i++)
+        if ((seen += list[i].p / sum) >= (double)s->top_p) n = i + 1;
+    while (s->min_p > 0 && list[n - 1].p < (double)s->min_p * list[0].p) n--;
+    sum = 0;
+    for (int i = 0; i < n; i++) sum += list[i].p;
+    for (int i = 0; i < n; i++) list[i].p /= sum;
+    return n;
+}
+
+static void check_set(fixture *f, llm_sampler s) {
+    enum { DRAWS = 10000 };
+    candidate list[N];
+    int n = reference(f->logits, &s, list), seen[N] = {0};
+    for (int i = 0; i < DRAWS; i++) {
+        llm_token token = llm_sample(f->ctx, 0, 0, &s);
+        assert_in_range(token, 0, N - 1);
+        seen[token]++;
+    }
+    assert_int_equal(s.n_drawn, DRAWS);
+    for (int i = 0; i < n; i++) {
+        if (list[i].p * DRAWS > 30 && !seen[list[i].id])
+            fail_msg("candidate %d of %d with p %g was never drawn (k %d, p %g, min %g)", i, n, list[i].p, s.top_k, s.top_p, s.min_p);
+        seen[list[i].id] = 0;
+    }
+    for (int i = 0; i < N; i++)
+        if (seen[i]) fail_msg("token %d is no candidate (k %d, p %g, min %g)", i, s.top_k, s.top_p, s.min_p);
+}
+
+static void test_sets(void **state) {
+    fixture *f = (fixture *)*state;
+    static const llm_sampler samplers[] = {
+        {.temperature = 1}, {.temperature = 0.5f}, {.temperature = 3}, {.temperature = 1, .top_k = 1}, {.temperature = 1, .top_k = 2},
+        {.temperature = 1, .top_k = 20}, {.temperature = 1, .top_k = N - 1}, {.temperature = 1, .top_k = N}, {.temperature = 1, .top_k = 10 * N},
+        {.temperature = 1, .top_p = 0.1f}, {.temperature = 1, .top_p = 0.5f}, {.temperature = 1, .top_p = 0.95f}, {.temperature = 1, .top_p = 1},
+        {.temperature = 1, .min_p = 0.5f}, {.temperature = 1, .min_p = 0.05f}, {.temperature = 1, .min_p = 1},
+        {.temperature = 1, .top_k = 20, .top_p = 0.5f}, {.temperature = 0.7f, .top_k = 40, .top_p = 0.9f, .min_p = 0.1f},
+        {.temperature = 2, .top_p = 0.8f, .min_p = 0.3f}, {.temperature = 1, .top_k = 10, .min_p = 0.2f}};
+    for (uint32_t seed = 1; seed < 4; seed++) {
+        fill_random(f, seed, 2 * (float)seed);
+        for (size_t i = 0; i < sizeof samplers / sizeof *samplers; i++) check_set(f, samplers[i]);
+    }
+}
+
+/* ---- How often ---- */
+
+static void check_distribution(fixture *f, llm_sampler s) {
+    enum { DRAWS = 50000 };
+    candidate list[N];
+    int n = reference(f->logits, &s, list), seen[N] = {0};
+    double chi = 0;
+    assert_in_range(n, 5, 30);
+    for (int i = 0; i < DRAWS; i++) seen[llm_sample(f->ctx, 0, 0, &s)]++;
+    for (int i = 0; i < n; i++) {
+        double expected = list[i].p * DRAWS, off = seen[list[i].id] - expected;
+        assert_true(expected > 20);
+        chi += off * off / expected;
+    }
+    double k = n - 1, z = (pow(chi / k, 1.0 / 3) - 1 + 2 / (9 * k)) / sqrt(2 / (9 * k)); /* Wilson and Hilferty: normal */
+    print_message("%d candidates: chi-square %.1f, %.2f deviations from the mean\n", n, chi, z);
+    assert_true(fabs(z) < 3.3);
+}
+
+static void test_distribution(void **state) {
+    fixture *f = (fixture *)*state;
+    fill_random(f, 42, 4);
+    check_distribution(f, (llm_sampler){.temperature = 1, .top_k = 8, .seed = 1});
+    check_distribution(f, (llm_sampler){.temperature = 0.6f, .top_k = 12, .seed = 2});
+    check_distribution(f, (llm_sampler){.temperature = 1.7f, .top_k = 30, .seed = UINT64_MAX});
+    fill(f, -1000);
+    for (int i = 0; i < 6; i++) f->logits[40 * i] = (float)i / 2;
+    check_distribution(f, (llm_sampler){.temperature = 1, .min_p = 0.01f, .seed = 3});
+}
+
+/* ---- Seeds ---- */
+
+static void draw(fixture *f, llm_sampler *s, llm_token *tokens, int n) {
+    for (int i = 0; i < n; i++) tokens[i] = llm_sample(f->ctx, 0, 0, s);
+}
+
+static void test_seeds(void **state) {
+    fixture *f = (fixture *)*state, scalar;
+    llm_token a[100], b[100];
+    llm_sampler s = {.temperature = 1, .top_p = 0.95f, .seed = 123}, first = s, other = s;
+    fill_random(f, 9, 3);
+    draw(f, &first, a, 100);
+    other = s;
+    draw(f, &other, b, 40);
+    llm_sampler copy = other; /* goes on where the other is */
+    draw(f, &copy, b + 40, 60);
+    assert_memory_equal(a, b, sizeof a);
+    s.seed = 124;
+    draw(f, &s, b, 100);
+    assert_memory_not_equal(a, b, sizeof a);
+    memset(&scalar, 0, sizeof scalar);
+    assert_int_equal(open_isa(&scalar, "scalar"), 0);
+    fill_random(&scalar, 9, 3);
+    first.n_drawn = 0;
+    draw(&scalar, &first, b, 100);
+    close_fixture(&scalar);
+    assert_memory_equal(a, b, sizeof a);
+}
+
+/* ---- Extremes ---- */
+
+/* The colder, the surer; at no temperature anything but a token comes out. */
+static void test_temperatures(void **state) {
+    fixture *f = (fixture *)*state;
+    static const float cold[] = {1e-3f, 1e-6f, 1e-20f, 1e-37f, 1e-38f, 1e-42f, 1e-45f}, hot[] = {1e6f, 1e20f, 3e38f, INFINITY};
+    static const float offsets[] = {0, 500, -500};
+    for (size_t o = 0; o < 3; o++) {
+        fill_random(f, 3, 10);
+        for (int i = 0; i < N; i++) f->logits[i] += offsets[o];
+        llm_token best = sample(f, (llm_sampler){0});
+        for (size_t i = 0; i < sizeof cold / sizeof *cold; i++)
+            for (uint64_t seed = 0; seed < 20; seed++) {
+                llm_token token = sample(f, (llm_sampler){.temperature = cold[i], .seed = seed});
+                if (token != best) fail_msg("at temperature %g token %d comes instead of %d", cold[i], token, best);
+            }
+        for (size_t i = 0; i < sizeof hot / sizeof *hot; i++) {
+            int seen[N] = {0}, n = 0;
+            llm_sampler s = {.temperature = hot[i]};
+            for (int j = 0; j < 5000; j++) n += seen[llm_sample(f->ctx, 0, 0, &s)]++ == 0;
+            if (n < N - 5) fail_msg("at temperature %g only %d tokens come", hot[i], n);
+        }
+    }
+}
+
+static void test_strange_logits(void **state) {
+    fixture *f = (fixture *)*state;
+    static const float strange[] = {NAN, INFINITY, -INFINITY, 3e38f, -3e38f, 1e-45f};
+    static const float settings[] = {0, 1, NAN, -1, 1e30f};
+    for (size_t i = 0; i < sizeof strange / sizeof *strange; i++)
+        for (int some = 0; some < 2; some++)
+            for (size_t j = 0; j < sizeof settings / sizeof *settings; j++) {
+                fill(f, strange[i]);
+                if (some) fill_random(f, 1, 5);
+                if (some) f->logits[30] = strange[i];
+                llm_sampler s = {.temperature = settings[j], .top_p = settings[j], .min_p = settings[(j + 1) % 5],
+                                 .top_k = -3 + 5 * (int)j, .repeat_penalty = settings[(j + 2) % 5]};
+                for (int k = 0; k < 50; k++) assert_in_range(llm_sample(f->ctx, 0, 0, &s), 0, N - 1);
+            }
+    fill(f, -INFINITY); /* one token is left */
+    f->logits[30] = -3;
+    for (uint64_t seed = 0; seed < 50; seed++) {
+        assert_int_equal(sample(f, (llm_sampler){.temperature = 1, .seed = seed}), 30);
+        assert_int_equal(sample(f, (llm_sampler){.temperature = 0.01f, .top_p = 0.9f, .seed = seed}), 30);
+    }
+    assert_int_equal(sample(f, (llm_sampler){0}), 30);
+}
+
+#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+
+int main(void) {
+    const struct CMUnitTest tests[] = {TEST(test_ties), TEST(test_not_asked_for), TEST(test_biases),
+                                       TEST(test_all_but_one_forbidden), TEST(test_penalty), TEST(test_sets),
+                                       TEST(test_distribution), TEST(test_seeds), TEST(test_temperatures), TEST(test_strange_logits)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
