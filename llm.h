@@ -300,6 +300,9 @@ LLM_API const float *llm_logits(const llm_context *ctx, int i);
 /* Bytes per second this context's threads reach when they only read the model's weights: the limit of decoding. */
 LLM_API double llm_measure_bandwidth(llm_context *ctx);
 
+/* Floating-point operations per second they reach when they do nothing else: the limit of prefill. */
+LLM_API double llm_measure_flops(llm_context *ctx);
+
 /* ---- Sampler ------------------------------------------------------------------------------------------------- */
 
 typedef struct llm_logit_bias {
@@ -450,6 +453,7 @@ typedef struct llm_backend {
     llm_status (*read_block)(void *context, int block, void *bytes, llm_error *err);
     llm_status (*write_block)(void *context, int block, const void *bytes, llm_error *err);
     double (*measure_bandwidth)(void *context);
+    double (*measure_flops)(void *context);
 } llm_backend;
 
 #ifdef __cplusplus
@@ -3460,8 +3464,10 @@ typedef struct llm__kernels {
     void (*add)(float *y, const float *x, int n); /* y += x */
     /* Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given. */
     void (*rope)(float *x, const float *cosines, const float *sines, int half);
-    /* Reads n bytes and does nothing with them, as fast as can be. */
+    /* The limits benchmarks compare with: reads n bytes and does nothing with them; does n times 2 * 16 * 24 floating-
+       point operations that wait for nothing but each other. */
     uint32_t (*read)(const void *p, size_t n);
+    uint32_t (*multiply)(size_t n);
 } llm__kernels;
 
 /* Sets the floating-point unit to round to nearest and flush denormals; returns what it was set to. */
@@ -3786,7 +3792,7 @@ LLM__INLINE float v_hmax(V a) {
     return f[0];
 }
 
-#define LLM__UNROLL _Pragma("GCC unroll 16")
+#define LLM__UNROLL _Pragma("GCC unroll 32")
 #if defined(LLM__USE_AVX512)
 #define LLM__MOST_ROWS 8 /* as many as the registers hold sums for */
 #else
@@ -4008,6 +4014,16 @@ LLM__TARGET static uint32_t LLM__FN(read)(const void *p, size_t n) {
     return llm__f32_bits(v_hmax(v_max(v_max(a, b), v_max(c, d))));
 }
 
+LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
+    V sum[24], a = v_splat(0.999f), b = v_splat(0.001f), total = v_splat(0);
+    LLM__UNROLL for (int i = 0; i < 24; i++) sum[i] = v_splat((float)i);
+    for (; n; n--) {
+        LLM__UNROLL for (int i = 0; i < 24; i++) sum[i] = v_fma(sum[i], a, b);
+    }
+    LLM__UNROLL for (int i = 0; i < 24; i++) total = v_add(total, sum[i]);
+    return llm__f32_bits(v_sum(total));
+}
+
 static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_AVX512)
     "avx512",
@@ -4018,7 +4034,7 @@ static const llm__kernels LLM__FN(kernels) = {
 #endif
     {LLM__FN(product_f32), LLM__FN(product_bf16), LLM__FN(product_int8), LLM__FN(product_int8_groups), LLM__FN(product_int4_groups)},
     LLM__FN(group_sums), LLM__FN(rms_norm), LLM__FN(swiglu), LLM__FN(softmax), LLM__FN(merge),
-    LLM__FN(scale), LLM__FN(add), LLM__FN(rope), LLM__FN(read),
+    LLM__FN(scale), LLM__FN(add), LLM__FN(rope), LLM__FN(read), LLM__FN(multiply),
 };
 
 #undef V
@@ -5245,10 +5261,31 @@ static double llm__cpu_measure_bandwidth(void *context) {
     return best;
 }
 
+enum { LLM__MULTIPLY_ROUNDS = 2000000 };
+
+static void llm__multiply_task(void *arg, int index) {
+    llm__bandwidth_args *a = (llm__bandwidth_args *)arg;
+    (void)index;
+    __atomic_fetch_xor(&a->sink, a->context->model->kernels->multiply(LLM__MULTIPLY_ROUNDS), __ATOMIC_RELAXED);
+}
+
+static double llm__cpu_measure_flops(void *context) {
+    llm__bandwidth_args args = {(llm__cpu_context *)context, 0};
+    double best = 0;
+    for (int i = 0; i < 4; i++) {
+        double before = llm__now();
+        llm__team_run(args.context->team, llm__multiply_task, &args);
+        double rate = 2.0 * 16 * 24 * LLM__MULTIPLY_ROUNDS * args.context->team->n / (llm__now() - before);
+        if (rate > best) best = rate;
+    }
+    return best;
+}
+
 static const llm_backend llm__cpu_backend = {
     "cpu", llm__cpu_open, llm__cpu_upload, llm__cpu_close, llm__cpu_weight_bytes, llm__cpu_block_bytes,
     llm__cpu_scratch_bytes, llm__cpu_context_create, llm__cpu_context_free, llm__cpu_forward, llm__cpu_logits,
     llm__cpu_copy_block, llm__cpu_read_block, llm__cpu_write_block, llm__cpu_measure_bandwidth,
+    llm__cpu_measure_flops,
 };
 
 /* ---- Models ---- */
@@ -5666,6 +5703,7 @@ LLM_API const llm_model *llm_context_model(const llm_context *ctx) { return ctx-
 LLM_API int llm_context_n_ctx(const llm_context *ctx) { return ctx->desc.n_ctx; }
 LLM_API int llm_context_n_threads(const llm_context *ctx) { return ctx->desc.n_threads; }
 LLM_API double llm_measure_bandwidth(llm_context *ctx) { return ctx->model->backend->measure_bandwidth(ctx->device); }
+LLM_API double llm_measure_flops(llm_context *ctx) { return ctx->model->backend->measure_flops(ctx->device); }
 
 typedef struct llm__estimate_args {
     const char *path;

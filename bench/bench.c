@@ -1,0 +1,358 @@
+/*  bench.c - how fast a model runs, beside what the machine allows.
+
+    build/bench -m MODEL [-p 512] [-n 128] [-d 0,2048] [--dtype bf16,int8,int4] [-t 1,2] [-r 5] [-o md|csv|json]
+
+    For each type, thread count and depth: the median rate of prefill (p tokens after d others) and of decode (n tokens
+    after d others), interleaved over r rounds. The limits are measured in the same run with the same threads: bytes per
+    second when the model's weights are only read (MBU is the share of it that decoding reaches, its cache counted), and
+    operations per second when nothing is loaded (MFU is the share of it that prefill reaches). */
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+
+#include <argp.h>
+
+enum { MOST = 16, KEY_DTYPE = 256, KEY_RANDOM };
+
+typedef struct options {
+    const char *model, *random, *format;
+    int n_prefill, n_decode, n_rounds;
+    int depths[MOST], n_depths, threads[MOST], n_threads;
+    llm_dtype dtypes[MOST];
+    int n_dtypes;
+} options;
+
+typedef struct result {
+    const char *dtype, *isa;
+    int threads, depth;
+    double prefill, decode, mfu, mbu, load_seconds, peak_mib, megabytes_per_token, bandwidth, flops;
+} result;
+
+/* ---- Options ---- */
+
+static const struct argp_option OPTIONS[] = {
+    {"model", 'm', "FILE", 0, "the model", 0},
+    {"random", KEY_RANDOM, "SHAPE", 0, "instead: random weights of a published shape: llama2-7b, tinyllama-1.1b, llama3.2-1b or smollm2-135m", 0},
+    {"prefill", 'p', "N", 0, "tokens of a prompt (512)", 1},
+    {"decode", 'n', "N", 0, "tokens decoded after it (128)", 1},
+    {"depth", 'd', "LIST", 0, "tokens in the cache before that (0)", 1},
+    {"dtype", KEY_DTYPE, "LIST", 0, "types of the weights: f32, bf16, int8, int4 (bf16)", 2},
+    {"threads", 't', "LIST", 0, "threads (one per physical core)", 2},
+    {"rounds", 'r', "N", 0, "rounds of which the median is given (5)", 3},
+    {"output", 'o', "FORMAT", 0, "md, csv or json (md)", 3},
+    {0}};
+
+/* "0,2048" into numbers. */
+static int parse_list(struct argp_state *state, char *text, int least, int *list) {
+    int n = 0;
+    for (char *at = text, *end; n < MOST; at = end + 1) {
+        long value = strtol(at, &end, 10);
+        if (end == at || value < least || value > 1 << 20 || (*end && *end != ',')) break;
+        list[n++] = (int)value;
+        if (!*end) return n;
+    }
+    argp_error(state, "'%s' is no list of up to %d whole numbers from %d", text, MOST, least);
+    return 0;
+}
+
+static int parse_number(struct argp_state *state, char *text, int least) {
+    int list[MOST];
+    if (parse_list(state, text, least, list) != 1) argp_error(state, "'%s' is not one number", text);
+    return list[0];
+}
+
+static int parse_dtypes(struct argp_state *state, char *text, llm_dtype *list) {
+    int n = 0;
+    for (char *name = strtok(text, ","); name; name = strtok(NULL, ",")) {
+        if (n == MOST || !llm_dtype_from_name(name)) argp_error(state, "'%s' is none of f32, bf16, int8, int4", name);
+        list[n++] = llm_dtype_from_name(name);
+    }
+    return n;
+}
+
+static error_t parse_option(int key, char *arg, struct argp_state *state) {
+    options *opt = (options *)state->input;
+    switch (key) {
+    case 'm': opt->model = arg; break;
+    case KEY_RANDOM: opt->random = arg; break;
+    case 'p': opt->n_prefill = parse_number(state, arg, 1); break;
+    case 'n': opt->n_decode = parse_number(state, arg, 1); break;
+    case 'd': opt->n_depths = parse_list(state, arg, 0, opt->depths); break;
+    case KEY_DTYPE: opt->n_dtypes = parse_dtypes(state, arg, opt->dtypes); break;
+    case 't': opt->n_threads = parse_list(state, arg, 1, opt->threads); break;
+    case 'r': opt->n_rounds = parse_number(state, arg, 1); break;
+    case 'o':
+        if (strcmp(arg, "md") && strcmp(arg, "csv") && strcmp(arg, "json")) argp_error(state, "'%s' is none of md, csv, json", arg);
+        opt->format = arg;
+        break;
+    case ARGP_KEY_END:
+        if (!opt->model == !opt->random) argp_error(state, "give either -m or --random");
+        break;
+    default: return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+/* ---- Memory ---- */
+
+typedef struct memory {
+    size_t now, peak;
+} memory;
+
+/* realloc that counts; the size stands in front of each block. */
+static void *count_resize(void *user, void *ptr, size_t size) {
+    memory *m = (memory *)user;
+    size_t *block = ptr ? (size_t *)ptr - 2 : NULL;
+    if (block) m->now -= block[0];
+    if (!size) {
+        free(block);
+        return NULL;
+    }
+    block = (size_t *)realloc(block, size + 2 * sizeof *block);
+    if (!block) return NULL;
+    block[0] = size;
+    m->now += size;
+    if (m->now > m->peak) m->peak = m->now;
+    return block + 2;
+}
+
+/* ---- Random models ---- */
+
+typedef struct shape {
+    const char *name;
+    llm_shape shape;
+    int n_ctx;
+} shape;
+
+static const shape SHAPES[] = {
+    {"llama2-7b", {32000, 32, 4096, 11008, 32, 32, 128, 128, 1e-5f, NULL, false}, 4096},
+    {"tinyllama-1.1b", {32000, 22, 2048, 5632, 32, 4, 64, 64, 1e-5f, NULL, false}, 2048},
+    {"llama3.2-1b", {128256, 16, 2048, 8192, 32, 8, 64, 64, 1e-5f, NULL, true}, 131072},
+    {"smollm2-135m", {49152, 30, 576, 1536, 9, 3, 64, 64, 1e-5f, NULL, true}, 8192}};
+
+/* Rows differ, but cost little: a window onto one run of random numbers. */
+enum { RANDOM_RUN = 1 << 16 };
+
+static void random_row(const llm_weight *weight, int row, float *out) {
+    const float *run = (const float *)weight->source;
+    size_t at = ((size_t)row * 7919 + (size_t)weight->layer * 104729 + (size_t)weight->kind * 1299709) % RANDOM_RUN;
+    for (int i = 0; i < weight->cols; i++, at = (at + 1) % RANDOM_RUN) out[i] = weight->rows == 1 ? 1 : run[at];
+}
+
+static const void *no_raw_row(const llm_weight *weight, int row, int *type) {
+    (void)weight, (void)row;
+    *type = LLM__F32;
+    return NULL;
+}
+
+typedef struct random_args {
+    const shape *shape;
+    llm_model_desc desc;
+    const float *run;
+    llm_model *model;
+} random_args;
+
+static void upload_random(llm__env *env, random_args *a, llm_weight_kind kind, int layer) {
+    const llm_shape *s = &a->shape->shape;
+    int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
+    const struct {
+        int rows, cols;
+    } dims[] = {{s->n_vocab, s->n_embd}, {1, s->n_embd}, {q + 2 * kv, s->n_embd}, {s->n_embd, q}, {1, s->n_embd},
+                {2 * s->n_ff, s->n_embd}, {s->n_embd, s->n_ff}, {1, s->n_embd}, {s->n_vocab, s->n_embd}};
+    llm_weight w = {kind, layer, dims[kind].rows, dims[kind].cols, a->run, random_row, no_raw_row, false};
+    uint64_t bytes = w.rows == 1 ? 4 * (uint64_t)w.cols : a->model->backend->weight_bytes(a->desc.dtype, &w);
+    if (a->model->backend->upload(a->model->device, &w, env->err)) llm__fail(env, env->err->code, "%s", env->err->message);
+    a->model->info.n_params += (uint64_t)w.rows * (uint64_t)w.cols;
+    a->model->info.weight_bytes += bytes;
+    if (kind != LLM_WEIGHT_EMBEDDING || s->tied_head) a->model->info.weight_bytes_per_token += bytes;
+}
+
+static void random_body(llm__env *env, void *arg) {
+    random_args *a = (random_args *)arg;
+    llm_model *m = a->model = (llm_model *)llm__alloc_zero(env, 1, sizeof *m);
+    const llm_shape *s = &a->shape->shape;
+    llm__hparams h;
+    memset(&h, 0, sizeof h);
+    h.rope_dim = s->rope_dim;
+    h.rope_base = 10000;
+    m->backend = &llm__cpu_backend;
+    m->desc = a->desc;
+    m->shape = *s;
+    m->shape.rope_frequencies = llm__rope_frequencies(env, &h);
+    m->kernels = llm__choose_kernels(NULL);
+    m->info.isa = m->kernels->name;
+    m->info.n_vocab = s->n_vocab;
+    m->info.n_ctx_train = a->shape->n_ctx;
+    m->info.dtype = a->desc.dtype;
+    if (m->backend->open(&m->device, &m->shape, &a->desc, env->err)) llm__fail(env, env->err->code, "%s", env->err->message);
+    upload_random(env, a, LLM_WEIGHT_EMBEDDING, 0);
+    for (int i = 0; i < s->n_layers; i++)
+        for (int kind = LLM_WEIGHT_ATTENTION_NORM; kind <= LLM_WEIGHT_DOWN; kind++) upload_random(env, a, (llm_weight_kind)kind, i);
+    upload_random(env, a, LLM_WEIGHT_OUTPUT_NORM, 0);
+    if (!s->tied_head) upload_random(env, a, LLM_WEIGHT_HEAD, 0);
+    m->pool = *env->pool;
+}
+
+static llm_status load_random(llm_model **out, const char *name, const llm_model_desc *desc, llm_error *err) {
+    random_args args = {NULL, *desc, NULL, NULL};
+    llm__pool pool = {desc->host, NULL};
+    llm__env env;
+    float *run = (float *)malloc(RANDOM_RUN * sizeof *run);
+    if (!run) return llm__error(err, LLM_ERROR_MEMORY, "out of memory");
+    for (uint32_t i = 0, x = 1; i < RANDOM_RUN; i++, x = x * 1664525u + 1013904223u) run[i] = (float)(int32_t)x * (0.03f / 2147483648.0f);
+    for (size_t i = 0; i < sizeof SHAPES / sizeof *SHAPES; i++)
+        if (!strcmp(SHAPES[i].name, name)) args.shape = &SHAPES[i];
+    if (!args.shape) {
+        free(run);
+        return llm__error(err, LLM_ERROR_ARGUMENT, "there is no shape '%s'; see --help", name);
+    }
+    if (!args.desc.n_threads) args.desc.n_threads = llm__default_threads();
+    args.run = run;
+    env.pool = &pool;
+    env.err = err;
+    env.file = name;
+    llm_status status = llm__guarded(&env, random_body, &args);
+    free(run);
+    if (status) {
+        if (args.model) llm__cpu_backend.close(args.model->device);
+        llm__pool_free(&pool);
+        return status;
+    }
+    *out = args.model;
+    return LLM_OK;
+}
+
+/* ---- Measuring ---- */
+
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *values, int n) {
+    qsort(values, (size_t)n, sizeof *values, compare_doubles);
+    return (values[(n - 1) / 2] + values[n / 2]) / 2;
+}
+
+static void fail(const llm_error *err) {
+    fprintf(stderr, "bench: %s\n", err->message);
+    exit(1);
+}
+
+/* Appends n tokens, in passes of at most `step`; returns the seconds it took. */
+static double run(llm_context *ctx, int n, int step) {
+    static llm_token tokens[1 << 20];
+    llm_error err;
+    double start = llm__now();
+    for (int i = 0; i < n; i += step) {
+        int some = n - i < step ? n - i : step;
+        for (int j = 0; j < some; j++) tokens[j] = (llm_token)((i + j) * 37 % 5000 + 10);
+        llm_batch batch = {some, tokens, NULL, NULL};
+        if (llm_forward(ctx, &batch, &err)) fail(&err);
+    }
+    return llm__now() - start;
+}
+
+/* Operations of a prefill of n tokens after d others: products, and attention to all keys before. */
+static double prefill_operations(const llm_model *model, int n, int d) {
+    const llm_shape *s = &model->shape;
+    double q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
+    double weights = (double)s->n_layers * s->n_embd * (2 * q + 2 * kv + 3.0 * s->n_ff);
+    double keys = (double)n * d + (double)n * (n + 1) / 2;
+    return 2 * weights * n + 4 * q * keys * s->n_layers + 2.0 * s->n_vocab * s->n_embd;
+}
+
+static double decode_bytes(const llm_model *model, int n, int d) {
+    double cache = (double)model->backend->block_bytes(&model->shape, model->info.dtype == LLM_DTYPE_F32 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16) / LLM_BLOCK;
+    return (double)model->info.weight_bytes_per_token + cache * (d + n / 2.0);
+}
+
+static void measure(llm_context *ctx, const options *opt, const memory *mem, double load_seconds, result *results) {
+    const llm_model *model = llm_context_model(ctx);
+    double *prefill = (double *)calloc((size_t)(2 * MOST * opt->n_rounds), sizeof *prefill), *decode = prefill + MOST * opt->n_rounds;
+    double bandwidth = llm_measure_bandwidth(ctx), flops = llm_measure_flops(ctx);
+    if (!prefill) exit(1);
+    run(ctx, 8, 1); /* warms up */
+    for (int round = 0; round < opt->n_rounds; round++)
+        for (int i = 0; i < opt->n_depths; i++) {
+            llm_seq_truncate(ctx, 0, 0, NULL);
+            run(ctx, opt->depths[i], 512);
+            prefill[i * opt->n_rounds + round] = opt->n_prefill / run(ctx, opt->n_prefill, opt->n_prefill);
+            llm_seq_truncate(ctx, 0, opt->depths[i], NULL);
+            decode[i * opt->n_rounds + round] = opt->n_decode / run(ctx, opt->n_decode, 1);
+        }
+    double again = llm_measure_bandwidth(ctx); /* neighbours come and go: the better of before and after is the limit */
+    if (again > bandwidth) bandwidth = again;
+    for (int i = 0; i < opt->n_depths; i++) {
+        result r = {llm_dtype_name(model->info.dtype), model->info.isa, llm_context_n_threads(ctx), opt->depths[i], 0, 0, 0, 0, load_seconds,
+                    (double)mem->peak / 1048576, 0, bandwidth, flops};
+        r.prefill = median(prefill + i * opt->n_rounds, opt->n_rounds);
+        r.decode = median(decode + i * opt->n_rounds, opt->n_rounds);
+        r.megabytes_per_token = decode_bytes(model, opt->n_decode, r.depth) / 1e6;
+        r.mfu = prefill_operations(model, opt->n_prefill, r.depth) * r.prefill / opt->n_prefill / flops;
+        r.mbu = r.megabytes_per_token * 1e6 * r.decode / bandwidth;
+        results[i] = r;
+    }
+    free(prefill);
+}
+
+/* ---- Printing ---- */
+
+static void print_header(const char *format) {
+    if (!strcmp(format, "json")) printf("[");
+    if (!strcmp(format, "csv"))
+        printf("dtype,isa,threads,depth,prefill_tok_s,decode_tok_s,prefill_mfu,decode_mbu,load_s,peak_mib,mb_per_token,bandwidth_gb_s,gflop_s\n");
+    if (!strcmp(format, "md"))
+        printf("| weights | isa | threads | depth | prefill tok/s | MFU | decode tok/s | MB/token | MBU | limits GB/s, GFLOP/s | load s | peak MiB |\n"
+               "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
+}
+
+static void print_result(const char *format, const result *r, bool first) {
+    if (!strcmp(format, "json"))
+        printf("%s\n  {\"dtype\": \"%s\", \"isa\": \"%s\", \"threads\": %d, \"depth\": %d, \"prefill_tok_s\": %.2f, \"decode_tok_s\": %.2f, "
+               "\"prefill_mfu\": %.4f, \"decode_mbu\": %.4f, \"load_s\": %.4f, \"peak_mib\": %.1f, \"mb_per_token\": %.2f, "
+               "\"bandwidth_gb_s\": %.2f, \"gflop_s\": %.1f}", first ? "" : ",", r->dtype, r->isa, r->threads, r->depth, r->prefill,
+               r->decode, r->mfu, r->mbu, r->load_seconds, r->peak_mib, r->megabytes_per_token, r->bandwidth / 1e9, r->flops / 1e9);
+    if (!strcmp(format, "csv"))
+        printf("%s,%s,%d,%d,%.2f,%.2f,%.4f,%.4f,%.4f,%.1f,%.2f,%.2f,%.1f\n", r->dtype, r->isa, r->threads, r->depth, r->prefill, r->decode,
+               r->mfu, r->mbu, r->load_seconds, r->peak_mib, r->megabytes_per_token, r->bandwidth / 1e9, r->flops / 1e9);
+    if (!strcmp(format, "md"))
+        printf("| %s | %s | %d | %d | %.0f | %.0f %% | %.1f | %.1f | %.0f %% | %.1f, %.0f | %.2f | %.0f |\n", r->dtype, r->isa, r->threads,
+               r->depth, r->prefill, 100 * r->mfu, r->decode, r->megabytes_per_token, 100 * r->mbu, r->bandwidth / 1e9, r->flops / 1e9,
+               r->load_seconds, r->peak_mib);
+    fflush(stdout);
+}
+
+static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
+    for (int t = 0; t < opt->n_threads; t++) {
+        memory mem = {0, 0};
+        llm_model_desc desc = {.dtype = dtype, .n_threads = opt->threads[t], .isa = getenv("LLM_ISA"), .host = {.resize = count_resize, .user = &mem}};
+        int most = 0;
+        for (int i = 0; i < opt->n_depths; i++) most = opt->depths[i] > most ? opt->depths[i] : most;
+        llm_context_desc context_desc = {.n_ctx = most + opt->n_prefill + opt->n_decode, .n_batch = opt->n_prefill, .n_threads = opt->threads[t]};
+        llm_model *model = NULL;
+        llm_context *ctx = NULL;
+        result results[MOST];
+        llm_error err;
+        double start = llm__now();
+        if (opt->random ? load_random(&model, opt->random, &desc, &err) : llm_model_load(&model, opt->model, &desc, &err)) fail(&err);
+        double load_seconds = llm__now() - start;
+        if (llm_context_create(&ctx, model, &context_desc, &err)) fail(&err);
+        measure(ctx, opt, &mem, load_seconds, results);
+        for (int i = 0; i < opt->n_depths; i++, first = false) print_result(opt->format, &results[i], first);
+        llm_context_free(ctx);
+        llm_model_free(model);
+    }
+    return first;
+}
+
+int main(int argc, char **argv) {
+    options opt = {.format = "md", .n_prefill = 512, .n_decode = 128, .n_rounds = 5, .n_depths = 1, .n_threads = 1, .n_dtypes = 1,
+                   .dtypes = {LLM_DTYPE_BF16}, .threads = {llm__default_threads()}};
+    const struct argp argp = {OPTIONS, parse_option, NULL, "Measures how fast a model runs, beside what the machine allows.", NULL, NULL, NULL};
+    argp_parse(&argp, argc, argv, 0, NULL, &opt);
+    bool first = true;
+    print_header(opt.format);
+    for (int i = 0; i < opt.n_dtypes; i++) first = run_dtype(&opt, opt.dtypes[i], first);
+    if (!strcmp(opt.format, "json")) printf("\n]\n");
+    return 0;
+}
