@@ -3875,20 +3875,23 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const 
     else LLM__FN(group_rows)(ROWS, KIND, x, x_stride, x_sums, w, k, y, y_stride);
 }
 
-/* As many rows at once as the registers hold sums for, then one by one. */
+/* N rows at a time as long as there are so many. */
+#define LLM__ROWS_BY(N)                                                                                                 \
+    for (; rows >= (N); rows -= (N), x += (N) * x_stride, y += (N) * y_stride) {                                        \
+        LLM__FN(some_rows)((N), KIND, x, x_stride, x_sums, tile, k, y, y_stride);                                       \
+        if (GROUPS) x_sums += (N) * (k / 32);                                                                           \
+    }
+
+/* As many rows at once as the registers hold sums for, then fewer. */
 LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x_stride, const float *x_sums, int rows,
                                   const void *tile, int k, float *y, size_t y_stride) {
     const bool GROUPS = KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS;
-    const int MANY = KIND == LLM__W_F32 || KIND == LLM__W_BF16 ? LLM__MOST_ROWS : LLM__MOST_ROWS / 2;
-    for (; rows >= MANY; rows -= MANY, x += (size_t)MANY * x_stride, y += (size_t)MANY * y_stride) {
-        LLM__FN(some_rows)(MANY, KIND, x, x_stride, x_sums, tile, k, y, y_stride);
-        if (GROUPS) x_sums += MANY * (k / 32);
-    }
-    for (; rows >= 1; rows--, x += x_stride, y += y_stride) {
-        LLM__FN(some_rows)(1, KIND, x, x_stride, x_sums, tile, k, y, y_stride);
-        if (GROUPS) x_sums += k / 32;
-    }
+    LLM__ROWS_BY(LLM__MOST_ROWS)
+    if (LLM__MOST_ROWS > 4) LLM__ROWS_BY(4)
+    LLM__ROWS_BY(2)
+    LLM__ROWS_BY(1)
 }
+#undef LLM__ROWS_BY
 
 #define LLM__PRODUCT(name, KIND)                                                                                        \
     LLM__TARGET static void LLM__FN(name)(const float *x, size_t x_stride, const float *x_sums, int rows,               \
