@@ -350,7 +350,7 @@ typedef struct llm_generate_desc {
     int n_tokens;
 
     int seq;
-    int max_tokens;              /* 0: until the model ends or the sequence is full                               */
+    int max_tokens;              /* 0 or less: until the model ends or the sequence is full                               */
     llm_sampler *sampler;        /* NULL: greedy                                                                  */
     const char *const *stop_strings; /* none of them is shown                                                     */
     int n_stop_strings;
@@ -518,14 +518,33 @@ static void *llm__resize(const llm_host *host, void *ptr, size_t size) {
     return NULL;
 }
 
-/* Cuts a message so that it ends in a whole UTF-8 character. */
+/* The bytes of the well-formed character at p < end; 0 if there is none. */
+static size_t llm__utf8_length(const uint8_t *p, const uint8_t *end) {
+    if (p[0] < 0x80) return 1;
+    size_t n = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2;
+    if (p[0] < 0xC2 || p[0] > 0xF4 || n > (size_t)(end - p)) return 0;
+    for (size_t i = 1; i < n; i++)
+        if ((p[i] & 0xC0) != 0x80) return 0;
+    if (p[0] == 0xE0 && p[1] < 0xA0) return 0; /* overlong          */
+    if (p[0] == 0xED && p[1] > 0x9F) return 0; /* surrogates        */
+    if (p[0] == 0xF0 && p[1] < 0x90) return 0; /* overlong          */
+    if (p[0] == 0xF4 && p[1] > 0x8F) return 0; /* beyond U+10FFFF   */
+    return n;
+}
+
+/* Cuts text so that it ends in a whole UTF-8 character; what else a damaged file may have put into it becomes '?'. */
 static void llm__trim_utf8(char *text) {
     size_t n = strlen(text), back = 0;
     while (back < n && back < 3 && ((unsigned char)text[n - 1 - back] & 0xC0) == 0x80) back++;
-    if (back == n) return;
-    unsigned char lead = (unsigned char)text[n - 1 - back];
+    unsigned char lead = back < n ? (unsigned char)text[n - 1 - back] : 0;
     size_t need = lead >= 0xF0 ? 4 : lead >= 0xE0 ? 3 : lead >= 0xC0 ? 2 : 1;
     if (need > back + 1) text[n - 1 - back] = 0;
+    uint8_t *p = (uint8_t *)text, *end = p + strlen(text);
+    while (p < end) {
+        size_t length = llm__utf8_length(p, end);
+        if (!length) *p = '?';
+        p += length ? length : 1;
+    }
 }
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -1416,28 +1435,23 @@ static llm__classes *llm__build_classes(llm__env *env) {
             while (*p >= '0' && *p <= '9') n = 10 * n + (uint32_t)(*p++ - '0');
             if (!n) n = 1;
             if (letter == 'A') n *= 2;
-            for (uint32_t i = 0; i < n; i++) {
-                page[code & 127] = (uint8_t)(llm__class_of_letter(letter == 'A' && i % 2 ? 'l' : letter));
-                code++;
-                if (code % 128 == 0) c->index[code / 128 - 1] = llm__page_index(c, page);
+            int whole = -1; /* the page that the run fills wholly, if it does */
+            for (uint32_t i = 0, step; i < n; i += step, code += step) { /* what of the run is in one page */
+                uint32_t at = code % 128;
+                step = n - i < 128 - at ? n - i : 128 - at;
+                if (step == 128 && whole >= 0) {
+                    c->index[code / 128] = (uint16_t)whole;
+                    continue;
+                }
+                memset(page + at, (int)llm__class_of_letter(letter), step);
+                for (uint32_t j = 0; letter == 'A' && j < step; j++)
+                    if ((i + j) % 2) page[at + j] = LLM__LOWER;
+                if (at + step == 128) c->index[code / 128] = llm__page_index(c, page);
+                if (step == 128) whole = c->index[code / 128];
             }
         }
     }
     return c;
-}
-
-/* The bytes of the well-formed character at p < end; 0 if there is none. */
-static size_t llm__utf8_length(const uint8_t *p, const uint8_t *end) {
-    if (p[0] < 0x80) return 1;
-    size_t n = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2;
-    if (p[0] < 0xC2 || p[0] > 0xF4 || n > (size_t)(end - p)) return 0;
-    for (size_t i = 1; i < n; i++)
-        if ((p[i] & 0xC0) != 0x80) return 0;
-    if (p[0] == 0xE0 && p[1] < 0xA0) return 0; /* overlong          */
-    if (p[0] == 0xED && p[1] > 0x9F) return 0; /* surrogates        */
-    if (p[0] == 0xF0 && p[1] < 0x90) return 0; /* overlong          */
-    if (p[0] == 0xF4 && p[1] > 0x8F) return 0; /* beyond U+10FFFF   */
-    return n;
 }
 
 /* The first byte that is not part of a well-formed character; end if there is none. */
@@ -3031,6 +3045,7 @@ LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, con
     memset(&pool, 0, sizeof pool);
     memset(&env, 0, sizeof env);
     memset(&job, 0, sizeof job);
+    if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "llm_tokenizer_load: out is NULL");
     *out = NULL;
     if (!path) return llm__error(err, LLM_ERROR_ARGUMENT, "llm_tokenizer_load: path is NULL");
     if (host) pool.host = *host;
@@ -5050,8 +5065,8 @@ static void llm__forward_task(void *arg, int index) {
 static int llm__group_queries(const llm__cpu_context *c, const int *rows, int n, llm__queries *queries) {
     int most = LLM__QUERY_ROWS / (c->model->shape.n_heads / c->model->shape.n_kv_heads), n_queries = 0;
     for (int i = 0; i < n; i++) {
-        llm__queries *q = &queries[n_queries - 1];
-        if (n_queries && q->n < most && c->pass->seqs[rows[i]] == c->pass->seqs[rows[q->first]]) {
+        llm__queries *q = n_queries ? &queries[n_queries - 1] : NULL;
+        if (q && q->n < most && c->pass->seqs[rows[i]] == c->pass->seqs[rows[q->first]]) {
             q->n++;
         } else {
             queries[n_queries].first = i;
@@ -5429,7 +5444,8 @@ static void llm__upload_weight(llm__weight_walk *walk, const llm_weight *weight)
         env->status = status;
         longjmp(env->unwind, 1);
     }
-    llm__report_progress(env, (float)(weight->layer + 1) / (float)(walk->h->n_layers + 1));
+    bool behind_layers = weight->kind == LLM_WEIGHT_OUTPUT_NORM || weight->kind == LLM_WEIGHT_HEAD;
+    llm__report_progress(env, (float)(behind_layers ? walk->h->n_layers : weight->layer) / (float)(walk->h->n_layers + 1));
 }
 
 static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *desc) {
@@ -5483,7 +5499,10 @@ static llm__weight_walk llm__start_walk(llm__env *env, const llm__checkpoint *ck
     walk.tied_head = tied_head;
     walk.backend = backend;
     walk.dtype = dtype;
-    walk.fingerprint = llm__hash_bytes(0xCBF29CE484222325u, &dtype, sizeof dtype);
+    const int64_t numbers[] = {dtype, h->n_vocab, h->n_layers, h->n_embd, h->n_ff, h->n_heads, h->n_kv_heads, h->head_dim, h->rope_dim};
+    walk.fingerprint = llm__hash_bytes(0xCBF29CE484222325u, numbers, sizeof numbers);
+    walk.fingerprint = llm__hash_bytes(walk.fingerprint, &h->rms_eps, sizeof h->rms_eps);
+    walk.fingerprint = llm__hash_bytes(walk.fingerprint, &h->rope_base, sizeof h->rope_base);
     return walk;
 }
 
@@ -5883,11 +5902,27 @@ LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer
 
 static int llm__batch_seq(const llm_batch *batch, int i) { return batch->seqs ? batch->seqs[i] : 0; }
 
+/* Blocks that appending n_new tokens to each sequence takes. Of the sequences that share a block and go on, the last
+   keeps it if nobody else holds it, so the users are counted down as the copying will do, and then up again. */
+static int64_t llm__blocks_needed(llm_context *ctx) {
+    llm__cache *cache = &ctx->cache;
+    int64_t blocks = 0;
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
+        int *left = &ctx->first_row[seq]; /* the block this sequence copies and leaves, or -1 */
+        bool copies = ctx->n_new[seq] && llm__cache_must_copy(cache, seq);
+        blocks += llm__cache_needs(cache, seq, ctx->n_new[seq]);
+        *left = copies ? llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_BLOCK] : -1;
+        if (copies) cache->n_users[*left]--;
+    }
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++)
+        if (ctx->first_row[seq] >= 0) cache->n_users[ctx->first_row[seq]]++;
+    return blocks;
+}
+
 /* Everything that could stop the batch, before anything is done. Leaves n_new of each sequence behind. */
 static llm_status llm__check_batch(llm_context *ctx, const llm_batch *batch, llm_error *err) {
     llm__cache *cache = &ctx->cache;
     int n_logits = 0, n_touched = 0;
-    int64_t blocks = 0;
     if (batch->n_tokens <= 0 || !batch->tokens) return llm__error(err, LLM_ERROR_ARGUMENT, "the batch has no tokens");
     memset(ctx->n_new, 0, (size_t)ctx->desc.n_seq * sizeof(int));
     for (int i = 0; i < batch->n_tokens; i++) {
@@ -5900,12 +5935,11 @@ static llm_status llm__check_batch(llm_context *ctx, const llm_batch *batch, llm
         n_logits += batch->logits ? batch->logits[i] : 0;
     }
     if (!batch->logits) n_logits = n_touched;
-    for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++)
         if ((int64_t)cache->lengths[seq] + ctx->n_new[seq] > ctx->desc.n_ctx)
             return llm__error(err, LLM_ERROR_CONTEXT_FULL, "sequence %d has %d tokens and is to get %d more, but holds %d (n_ctx)",
                               seq, cache->lengths[seq], ctx->n_new[seq], ctx->desc.n_ctx);
-        blocks += llm__cache_needs(cache, seq, ctx->n_new[seq]);
-    }
+    int64_t blocks = llm__blocks_needed(ctx);
     if (blocks > cache->n_free)
         return llm__error(err, LLM_ERROR_CONTEXT_FULL, "the batch needs %lld positions of the cache, but %d are free (n_cache)",
                           (long long)blocks * LLM_BLOCK, cache->n_free * LLM_BLOCK);
@@ -6086,7 +6120,7 @@ static llm_token llm__draw(const float *p, const llm_token *ids, int n_vocab, in
         at -= p[ids[n_vocab - 1 - i]];
         if (at < 0) return ids[n_vocab - 1 - i];
     }
-    return ids[n_vocab - n];
+    return ids[n_vocab - 1]; /* rounding left a little over */
 }
 
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler) {
@@ -6098,7 +6132,10 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
     memcpy(p, logits, (size_t)n_vocab * sizeof *p);
     llm__apply_biases(p, n_vocab, sampler);
     llm__apply_penalty(p, n_vocab, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler, ctx->candidates);
-    if (sampler->temperature <= 0) return llm__argmax(p, n_vocab);
+    llm_token best = llm__argmax(p, n_vocab);
+    if (!(sampler->temperature >= 1e-30f)) return best;
+    float top = p[best];
+    for (int j = 0; j < n_vocab; j++) p[j] -= top; /* so that no temperature makes infinities of two logits */
     uint64_t mode = llm__float_mode_enter();
     ctx->model->kernels->softmax(p, n_vocab, llm__round_up(n_vocab, 16), 1.0f / sampler->temperature, false, &max, &sum);
     llm__float_mode_leave(mode);
@@ -6186,6 +6223,7 @@ static llm_token *llm__prompt_tokens(llm__env *env, const llm__generate_args *a,
     if ((d->prompt != NULL) + (d->messages != NULL) + (d->tokens != NULL) != 1)
         llm__fail(env, LLM_ERROR_ARGUMENT, "exactly one of prompt, messages and tokens must be given");
     if (d->tokens) {
+        if (d->n_tokens <= 0) llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens: n_tokens is %d", d->n_tokens);
         llm_token *copy = (llm_token *)llm__alloc(env, (size_t)d->n_tokens, sizeof *copy);
         memcpy(copy, d->tokens, (size_t)d->n_tokens * sizeof *copy);
         *n = d->n_tokens;
@@ -6203,6 +6241,13 @@ static llm_token *llm__prompt_tokens(llm__env *env, const llm__generate_args *a,
     llm_token *ids = (llm_token *)llm__alloc(env, 4 * chat.n + 8, sizeof *ids);
     *n = (int)llm__encode_spans(env, tokenizer, chat.text, chat.n, flags, chat.spans, chat.n_spans, ids, 4 * chat.n + 8);
     return ids;
+}
+
+/* A forward pass that the caller's cancel stops, or the context's where the caller has none. */
+static llm_status llm__generate_forward(const llm__generate_args *a, const llm_batch *batch, llm_error *err) {
+    const llm_context_desc *c = &a->ctx->desc;
+    if (a->desc->cancel) return llm__forward(a->ctx, batch, a->desc->cancel, a->desc->user, err);
+    return llm__forward(a->ctx, batch, c->cancel, c->cancel_user, err);
 }
 
 /* Runs the part of the prompt that the sequence does not hold. At least one token is run, to have its logits. */
@@ -6224,7 +6269,7 @@ static llm_status llm__prefill(llm__env *env, const llm__generate_args *a, const
     int *seqs = (int *)llm__alloc(env, (size_t)n, sizeof *seqs);
     for (int i = 0; i < n; i++) seqs[i] = seq;
     llm_batch batch = {n - reused, ids + reused, seqs, NULL};
-    llm_status status = llm__forward(ctx, &batch, a->desc->cancel, a->desc->user, env->err);
+    llm_status status = llm__generate_forward(a, &batch, env->err);
     llm__free(env->pool, seqs);
     return status;
 }
@@ -6244,6 +6289,11 @@ static bool llm__token_stops(const llm__generate_args *a, llm_token token) {
     return false;
 }
 
+/* Is there no place for one more token, in the sequence or in the cache? */
+static bool llm__seq_is_full(const llm_context *ctx, int seq) {
+    return ctx->cache.lengths[seq] == ctx->desc.n_ctx || llm__cache_needs(&ctx->cache, seq, 1) > ctx->cache.n_free;
+}
+
 /* Shows a token and says whether something there ends the generation. */
 static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__outbox *box, llm_token token) {
     const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
@@ -6260,7 +6310,7 @@ static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__out
         stats->stop = LLM_STOP_CALLBACK;
     } else if (stats->n_generated == a->desc->max_tokens) {
         stats->stop = LLM_STOP_LENGTH;
-    } else if (llm_seq_length(a->ctx, a->desc->seq) == a->ctx->desc.n_ctx) {
+    } else if (llm__seq_is_full(a->ctx, a->desc->seq)) {
         stats->stop = LLM_STOP_CONTEXT;
     }
     return stats->stop != LLM_STOP_NONE;
@@ -6271,11 +6321,12 @@ static llm_status llm__step(const llm__generate_args *a, llm_token token, llm_er
     llm_context *ctx = a->ctx;
     const llm_model_info *info = &ctx->model->info;
     llm_batch batch = {1, &token, &a->desc->seq, NULL};
-    llm_status status = llm__forward(ctx, &batch, a->desc->cancel, a->desc->user, err);
+    llm_status status = llm__generate_forward(a, &batch, err);
+    if (status) return status;
     a->stats->n_decode_passes++;
     a->stats->decode_bytes += info->weight_bytes_per_token + (uint64_t)llm_seq_length(ctx, a->desc->seq) *
                               ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype) / LLM_BLOCK;
-    return status;
+    return LLM_OK;
 }
 
 static void llm__generate_body(llm__env *env, void *arg) {
@@ -6289,6 +6340,7 @@ static void llm__generate_body(llm__env *env, void *arg) {
     memset(&box, 0, sizeof box);
     box.desc = a->desc;
     box.stop_index = -1;
+    box.stream.started = !a->desc->messages; /* what continues a prompt does not begin a text: its first space is shown */
     llm_token *ids = llm__prompt_tokens(env, a, &n);
     llm_status status = llm__prefill(env, a, ids, n);
     a->stats->prefill_seconds = llm__now() - start;
@@ -6304,7 +6356,11 @@ static void llm__generate_body(llm__env *env, void *arg) {
         longjmp(env->unwind, 1);
     }
     if (status) a->stats->stop = LLM_STOP_CALLBACK;
-    if (a->stats->stop != LLM_STOP_STRING && !box.refused) llm__outbox_add(env, &box, ctx->model->tokenizer, -1);
+    if (a->stats->stop == LLM_STOP_STRING || box.refused) return;
+    llm__outbox_add(env, &box, ctx->model->tokenizer, -1);
+    if (box.stop_index < 0) return;
+    a->stats->stop = LLM_STOP_STRING; /* in the U+FFFD that ends the text */
+    a->stats->stop_index = box.stop_index;
 }
 
 LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err) {
