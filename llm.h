@@ -3479,7 +3479,7 @@ typedef struct llm__kernels {
     void (*add)(float *y, const float *x, int n); /* y += x */
     /* Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given. */
     void (*rope)(float *x, const float *cosines, const float *sines, int half);
-    /* The limits benchmarks compare with: reads n bytes and does nothing with them; does n times 2 * 16 * 24 floating-
+    /* The limits benchmarks compare with: reads n bytes and does nothing with them; does n times 2 * 16 * 12 floating-
        point operations that wait for nothing but each other. */
     uint32_t (*read)(const void *p, size_t n);
     uint32_t (*multiply)(size_t n);
@@ -3807,11 +3807,19 @@ LLM__INLINE float v_hmax(V a) {
     return f[0];
 }
 
-#define LLM__UNROLL _Pragma("GCC unroll 32")
-#if defined(LLM__USE_AVX512)
-#define LLM__MOST_ROWS 8 /* as many as the registers hold sums for */
+#if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2)
+#define LLM__UNROLL _Pragma("GCC unroll 16")
 #else
+#define LLM__UNROLL
+#endif
+
+/* As many rows as the registers hold sums for. */
+#if defined(LLM__USE_AVX512)
+#define LLM__MOST_ROWS 8
+#elif defined(LLM__USE_AVX2)
 #define LLM__MOST_ROWS 4
+#else
+#define LLM__MOST_ROWS 1
 #endif
 
 /* ROWS rows at once, so that a weight once loaded serves them all. ROWS is a constant where this is inlined. */
@@ -3826,22 +3834,25 @@ LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const float *x, size_t x_stri
     LLM__UNROLL for (int r = 0; r < ROWS; r++) v_store(y + (size_t)r * y_stride, sum[r]);
 }
 
-/* The 32 weights of one block, even and odd ones as two chains, for each of the kinds. */
-LLM__INLINE V LLM__FN(weight)(const llm__kind KIND, const uint8_t *w, int i) {
-    if (KIND == LLM__W_BF16) return i % 2 ? v_odd((const uint16_t *)w + i / 2 * 32) : v_even((const uint16_t *)w + i / 2 * 32);
-    if (KIND == LLM__W_INT4_GROUPS) return v_nibble((const uint32_t *)w + i / 8 * 16, i % 8);
-    return v_int8((const int8_t *)w + i * 16);
+/* Weight i + J of a block, for each of the kinds; i is a multiple of 8. */
+LLM__INLINE V LLM__FN(weight)(const llm__kind KIND, const uint8_t *w, int i, const int J) {
+    if (KIND == LLM__W_INT4_GROUPS) return v_nibble((const uint32_t *)w + i * 2, J);
+    if (KIND != LLM__W_BF16) return v_int8((const int8_t *)w + (i + J) * 16);
+    return J % 2 ? v_odd((const uint16_t *)w + (i + J) / 2 * 32) : v_even((const uint16_t *)w + (i + J) / 2 * 32);
 }
 
+/* The sums over one block, its even and odd weights as two chains. */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const uint8_t *w, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) even[r] = odd[r] = v_splat(0);
-    LLM__UNROLL for (int i = 0; i < 32; i += 2) {
-        V we = LLM__FN(weight)(KIND, w, i), wo = LLM__FN(weight)(KIND, w, i + 1);
-        LLM__UNROLL for (int r = 0; r < ROWS; r++) {
-            const float *xi = x + (size_t)r * x_stride + i;
-            even[r] = v_fma(v_splat(xi[0]), we, even[r]);
-            odd[r] = v_fma(v_splat(xi[1]), wo, odd[r]);
+    for (int i = 0; i < 32; i += 8) {
+        LLM__UNROLL for (int j = 0; j < 8; j += 2) {
+            V we = LLM__FN(weight)(KIND, w, i, j), wo = LLM__FN(weight)(KIND, w, i, j + 1);
+            LLM__UNROLL for (int r = 0; r < ROWS; r++) {
+                const float *xi = x + (size_t)r * x_stride + i + j;
+                even[r] = v_fma(v_splat(xi[0]), we, even[r]);
+                odd[r] = v_fma(v_splat(xi[1]), wo, odd[r]);
+            }
         }
     }
     LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_add(even[r], odd[r]);
@@ -3901,9 +3912,9 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const 
 LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x_stride, const float *x_sums, int rows,
                                   const void *tile, int k, float *y, size_t y_stride) {
     const bool GROUPS = KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS;
-    LLM__ROWS_BY(LLM__MOST_ROWS)
-    if (LLM__MOST_ROWS > 4) LLM__ROWS_BY(4)
-    LLM__ROWS_BY(2)
+    if (LLM__MOST_ROWS > 4) LLM__ROWS_BY(8)
+    if (LLM__MOST_ROWS > 1) LLM__ROWS_BY(4)
+    if (LLM__MOST_ROWS > 1) LLM__ROWS_BY(2)
     LLM__ROWS_BY(1)
 }
 #undef LLM__ROWS_BY
@@ -4033,12 +4044,14 @@ LLM__TARGET static uint32_t LLM__FN(read)(const void *p, size_t n) {
 }
 
 LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
-    V sum[24], a = v_splat(0.999f), b = v_splat(0.001f), total = v_splat(0);
-    LLM__UNROLL for (int i = 0; i < 24; i++) sum[i] = v_splat((float)i);
+    float start[16];
+    for (int i = 0; i < 16; i++) start[i] = (float)i; /* lanes that differ, or the compiler computes half of them */
+    V sum[12], a = v_splat(0.999f), b = v_splat(0.001f), total = v_splat(0);
+    LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_add(v_load(start), v_splat((float)i));
     for (; n; n--) {
-        LLM__UNROLL for (int i = 0; i < 24; i++) sum[i] = v_fma(sum[i], a, b);
+        LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_fma(sum[i], a, b);
     }
-    LLM__UNROLL for (int i = 0; i < 24; i++) total = v_add(total, sum[i]);
+    LLM__UNROLL for (int i = 0; i < 12; i++) total = v_add(total, sum[i]);
     return llm__f32_bits(v_sum(total));
 }
 
@@ -5293,7 +5306,7 @@ static double llm__cpu_measure_flops(void *context) {
     for (int i = 0; i < 4; i++) {
         double before = llm__now();
         llm__team_run(args.context->team, llm__multiply_task, &args);
-        double rate = 2.0 * 16 * 24 * LLM__MULTIPLY_ROUNDS * args.context->team->n / (llm__now() - before);
+        double rate = 2.0 * 16 * 12 * LLM__MULTIPLY_ROUNDS * args.context->team->n / (llm__now() - before);
         if (rate > best) best = rate;
     }
     return best;
