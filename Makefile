@@ -7,7 +7,7 @@ CFLAGS   = -O2
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -pedantic
 LDLIBS   = $(if $(filter repl,$(@F)),-ledit) $(if $(filter tokenize test_tokenizer test_chat,$(@F)),-ljansson) $(if $(filter test_%,$(@F)),-lcmocka) -lm -lpthread
-PROGRAMS = build/repl build/hello build/tokenize build/embed
+PROGRAMS = build/repl build/hello build/tokenize build/embed build/bench
 
 # Every .c file is a program. build/NAME is made with your compiler and flags, build/VARIANT/NAME with these:
 COMPILE_build              = $(CC) $(CFLAGS)
@@ -26,7 +26,7 @@ NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h g++:g++
 NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory --silent
-vpath %.c examples tokenizer tests
+vpath %.c examples tokenizer tests bench
 vpath %.sh tests
 
 .SECONDARY:

@@ -1,0 +1,26 @@
+#!/bin/sh
+# bench.c: what it prints can be read by programs, and its options are checked.
+. tests/tap.sh
+bench=$(dirname "$0")/bench
+model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
+out=$(mktemp)
+trap 'rm -f "$out"' EXIT
+
+measure() { "$bench" -p 8 -n 2 -r 1 "$@" >"$out" 2>&1; }
+fields() {
+    for field in dtype threads depth prefill_tok_s decode_tok_s prefill_mfu decode_mbu load_s peak_mib; do
+        [ "$(grep -c "\"$field\": " "$out")" -eq "$1" ] || return 1
+    done
+}
+refuses() { ! "$bench" "$@" >"$out" 2>&1 && [ -s "$out" ]; }
+
+check "measures types, threads and depths" measure -m "$model" --dtype bf16,int8,int4 -t 1,2 -d 0,40 -o json
+check "an object for each" fields 12
+check "csv has a header and a line for each" eval 'measure -m "$model" -o csv && [ "$(wc -l <"$out")" -eq 2 ]'
+check "a table" eval 'measure -m "$model" -o md && [ "$(grep -c "^|" "$out")" -eq 3 ]'
+check "random weights of a published shape" measure --random smollm2-135m
+check "refuses an unknown shape" refuses --random gpt5
+check "refuses an unknown type" refuses -m "$model" --dtype int5
+check "refuses a bad list" refuses -m "$model" -d 0,,1
+check "refuses no model" refuses -p 8
+finish
