@@ -140,6 +140,11 @@ typedef struct llm_model_desc {
     int n_threads;         /* threads that convert while loading; 0: one per physical core                    */
     const void *data;      /* a whole GGUF file in memory, instead of a path; must stay until loading is done */
     size_t data_size;
+    /* Or a GGUF file of read_size bytes behind a function, which copies n_bytes of it from `offset` and returns false
+       if it cannot. It is called by the thread that loads, for the header and then for each tensor. */
+    bool (*read)(void *user, uint64_t offset, void *to, size_t n_bytes);
+    void *read_user;
+    uint64_t read_size;
     const char *isa;       /* force an instruction set: "scalar", "avx2", "avx512"; NULL: the best there is   */
     llm_host host;
 } llm_model_desc;
@@ -157,7 +162,9 @@ typedef struct llm_model_info {
     uint64_t fingerprint;           /* of weights and hyperparameters; equal means interchangeable caches     */
 } llm_model_info;
 
-/* Loads a model file. *out is NULL after a failure. */
+/* Loads a model: a GGUF file (of a split one, the first), or a directory as Hugging Face has them (or its config.json)
+   with safetensors. *out is NULL after a failure. What the file asks for and this library does not do is refused by
+   name. */
 LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_model_desc *desc, llm_error *err);
 LLM_API void llm_model_free(llm_model *model);
 LLM_API llm_model_info llm_model_get_info(const llm_model *model);
@@ -388,13 +395,19 @@ typedef struct llm_shape {
     int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim;
     float rms_eps;
     const double *rope_frequencies; /* [rope_dim / 2] radians per position, for the pair (i, i + rope_dim / 2)    */
+    float rope_scale;               /* sines and cosines are multiplied by it                                     */
+    int window;                     /* positions a token attends to, itself included; 0: all before it            */
     bool tied_head;                 /* the head is the embedding                                                  */
+    bool qkv_bias, qk_norm;         /* which of the weights below there are                                       */
 } llm_shape;
 
 typedef enum llm_weight_kind {
     LLM_WEIGHT_EMBEDDING,      /* [n_vocab][n_embd], also the head if that is tied                                */
     LLM_WEIGHT_ATTENTION_NORM, /* [1][n_embd]                                                                     */
     LLM_WEIGHT_QKV,            /* [(n_heads + 2 * n_kv_heads) * head_dim][n_embd]: queries, keys, values          */
+    LLM_WEIGHT_QKV_BIAS,       /* [(n_heads + 2 * n_kv_heads) * head_dim][1], if qkv_bias: added to these         */
+    LLM_WEIGHT_Q_NORM,         /* [1][head_dim], if qk_norm: each head's queries and keys go through an RMSNorm   */
+    LLM_WEIGHT_K_NORM,         /* [1][head_dim]  before they are rotated                                          */
     LLM_WEIGHT_ATTENTION_OUT,  /* [n_embd][n_heads * head_dim]                                                    */
     LLM_WEIGHT_FFN_NORM,       /* [1][n_embd]                                                                     */
     LLM_WEIGHT_GATE_UP,        /* [2 * n_ff][n_embd]: gates, ups                                                  */
@@ -656,6 +669,16 @@ static void llm__pool_free(llm__pool *pool) {
 /* Has `release` called on the block when it is freed. */
 static void llm__on_free(void *ptr, void (*release)(void *data)) { ((llm__block *)ptr - 1)->release = release; }
 
+static void llm__release_pool(void *data) { llm__pool_free((llm__pool *)data); }
+
+/* A pool in the pool, for what is needed only for a while: env->pool may point to it meanwhile. */
+static llm__pool *llm__inner_pool(llm__env *env) {
+    llm__pool *pool = (llm__pool *)llm__alloc_zero(env, 1, sizeof *pool);
+    pool->host = env->pool->host;
+    llm__on_free(pool, llm__release_pool);
+    return pool;
+}
+
 /* Room for one more item in a growing array of `*capacity` items; returns the array, perhaps moved. */
 static void *llm__grow(llm__env *env, void *items, size_t count, size_t *capacity, size_t size) {
     if (count < *capacity) return items;
@@ -702,7 +725,8 @@ static bool llm__str_equal(llm__str a, llm__str b) { return a.n == b.n && (a.n =
 
 /* ==== 2 Files ===================================================================================================
 
-   A file is one run of read-only bytes: mapped where the system can, so that nothing is read twice or copied. */
+   A file is one run of read-only bytes: mapped where the system can, so that nothing is read twice or copied. Of a file
+   behind a function only the beginning is in memory. */
 
 #if defined(_WIN32)
 #ifndef WIN32_LEAN_AND_MEAN
@@ -723,9 +747,21 @@ static bool llm__str_equal(llm__str a, llm__str b) { return a.n == b.n && (a.n =
 
 typedef struct llm__file {
     const uint8_t *data;
-    uint64_t size;
+    uint64_t size, have; /* the file's bytes; how many of them are at data */
     bool mapped;
+    bool (*read)(void *user, uint64_t offset, void *to, size_t n_bytes); /* for the others */
+    void *user;
 } llm__file;
+
+#ifndef LLM__FILE_START
+#define LLM__FILE_START (64u << 20) /* bytes read at once where a file cannot be mapped: headers are shorter */
+#endif
+
+#if defined(_WIN32)
+enum { LLM__SLASH = '\\' }; /* beside the usual one */
+#else
+enum { LLM__SLASH = '/' };
+#endif
 
 /* Seconds of a clock that only goes forward. */
 static double llm__now(void) {
@@ -800,6 +836,7 @@ static llm__file *llm__file_open(llm__env *env, const char *path) {
     const char *problem = llm__file_map(file, path);
     if (problem) llm__fail(env, LLM_ERROR_IO, "the file cannot be read: %s", problem);
     file->mapped = true;
+    file->have = file->size;
     llm__on_free(file, llm__file_close);
     return file;
 }
@@ -808,8 +845,334 @@ static llm__file *llm__file_open(llm__env *env, const char *path) {
 static llm__file *llm__file_memory(llm__env *env, const void *data, size_t size) {
     llm__file *file = (llm__file *)llm__alloc_zero(env, 1, sizeof *file);
     file->data = (const uint8_t *)data;
-    file->size = size;
+    file->size = file->have = size;
     return file;
+}
+
+/* n bytes of a file that is read by a function, in memory of their own. */
+static uint8_t *llm__file_read(llm__env *env, const llm__file *file, uint64_t offset, uint64_t n) {
+    if (n > SIZE_MAX)
+        llm__fail(env, LLM_ERROR_MEMORY, "out of memory: %llu bytes were asked for", (unsigned long long)n);
+    uint8_t *data = (uint8_t *)llm__alloc(env, (size_t)n, 1);
+    if (n && !file->read(file->user, offset, data, (size_t)n))
+        llm__fail(env, LLM_ERROR_IO, "desc.read gave no %llu bytes from offset %llu", (unsigned long long)n,
+                  (unsigned long long)offset);
+    return data;
+}
+
+static llm__file *llm__file_function(llm__env *env, bool (*read)(void *, uint64_t, void *, size_t), void *user,
+                                     uint64_t size) {
+    llm__file *file = (llm__file *)llm__alloc_zero(env, 1, sizeof *file);
+    file->read = read;
+    file->user = user;
+    file->size = size;
+    file->have = size < LLM__FILE_START ? size : LLM__FILE_START;
+    file->data = llm__file_read(env, file, 0, file->have);
+    return file;
+}
+
+typedef enum llm__path_kind { LLM__NOTHING, LLM__REGULAR, LLM__DIRECTORY } llm__path_kind;
+
+static llm__path_kind llm__find_path(const char *path) {
+#if defined(_WIN32)
+    wchar_t wide[1024];
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 1024)) return LLM__NOTHING;
+    DWORD attributes = GetFileAttributesW(wide);
+    if (attributes == INVALID_FILE_ATTRIBUTES) return LLM__NOTHING;
+    return attributes & FILE_ATTRIBUTE_DIRECTORY ? LLM__DIRECTORY : LLM__REGULAR;
+#else
+    struct stat st;
+    if (stat(path, &st)) return LLM__NOTHING;
+    return S_ISDIR(st.st_mode) ? LLM__DIRECTORY : LLM__REGULAR;
+#endif
+}
+
+/* Where the last part of a path begins. */
+static const char *llm__path_name(const char *path) {
+    const char *name = path;
+    for (; *path; path++)
+        if (*path == '/' || *path == LLM__SLASH) name = path + 1;
+    return name;
+}
+
+static char *llm__path_join(llm__env *env, const char *directory, const char *name) {
+    size_t n = strlen(directory), m = strlen(name);
+    char *path = (char *)llm__alloc(env, n + m + 2, 1);
+    bool slash = n && llm__path_name(directory) != directory + n;
+    memcpy(path, directory, n);
+    path[n] = '/';
+    memcpy(path + n + slash, name, m + 1);
+    return path;
+}
+
+/* ==== 3 JSON reader =============================================================================================
+
+   Reads a JSON text (RFC 8259) into a tree. Strings without escapes point into the text, so it must stay as long as the
+   tree. */
+
+typedef enum llm__json_type {
+    LLM__JSON_NULL, LLM__JSON_FALSE, LLM__JSON_TRUE, LLM__JSON_NUMBER, LLM__JSON_STRING, LLM__JSON_ARRAY,
+    LLM__JSON_OBJECT
+} llm__json_type;
+
+typedef struct llm__json {
+    llm__json_type type;
+    llm__str key;            /* of a member of an object                     */
+    llm__str string;         /* a string's text; a number as it is written   */
+    double number;
+    struct llm__json *first; /* an array's items, an object's members        */
+    struct llm__json *next;  /* the one after this in its array or object    */
+    size_t n;                /* how many an array or object has              */
+} llm__json;
+
+enum { LLM__JSON_DEPTH = 64, LLM__JSON_CHUNK = 200 }; /* nodes allocated at once */
+
+typedef struct llm__json_reader {
+    llm__env *env;
+    const char *start, *at, *end;
+    llm__json *nodes;
+    size_t n_nodes; /* of these, taken */
+} llm__json_reader;
+
+static llm__json *llm__json_node(llm__json_reader *r) {
+    if (r->n_nodes == LLM__JSON_CHUNK || !r->nodes) {
+        r->nodes = (llm__json *)llm__alloc_zero(r->env, LLM__JSON_CHUNK, sizeof *r->nodes);
+        r->n_nodes = 0;
+    }
+    return &r->nodes[r->n_nodes++];
+}
+
+LLM__NORETURN static void llm__json_fail(llm__json_reader *r, const char *problem) {
+    size_t line = 1, column = 1;
+    for (const char *p = r->start; p < r->at; p++, column++) {
+        if (*p != '\n') continue;
+        line++;
+        column = 0;
+    }
+    llm__fail(r->env, LLM_ERROR_FORMAT, "line %llu, column %llu of the JSON text: %s", (unsigned long long)line,
+              (unsigned long long)column, problem);
+}
+
+static char llm__json_peek(llm__json_reader *r) {
+    while (r->at < r->end && (*r->at == ' ' || *r->at == '\t' || *r->at == '\n' || *r->at == '\r')) r->at++;
+    return r->at < r->end ? *r->at : 0;
+}
+
+static void llm__json_expect(llm__json_reader *r, char wanted, const char *problem) {
+    if (llm__json_peek(r) != wanted) llm__json_fail(r, problem);
+    r->at++;
+}
+
+static uint32_t llm__json_hex(llm__json_reader *r) {
+    uint32_t value = 0;
+    for (int i = 0; i < 4; i++, r->at++) {
+        char c = r->at < r->end ? *r->at : 0;
+        if (c >= '0' && c <= '9') value = value * 16 + (uint32_t)(c - '0');
+        else if ((c | 32) >= 'a' && (c | 32) <= 'f') value = value * 16 + (uint32_t)((c | 32) - 'a' + 10);
+        else llm__json_fail(r, "\\u needs four hexadecimal digits");
+    }
+    return value;
+}
+
+/* A code point as UTF-8; at most 4 bytes. */
+static size_t llm__json_utf8(uint32_t c, char *out) {
+    if (c < 0x80) {
+        out[0] = (char)c;
+        return 1;
+    }
+    size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (char)(0x80 | (c & 0x3F));
+    out[0] = (char)((0xF00u >> n & 0xF0) | c);
+    return n;
+}
+
+/* What follows a backslash; returns how many bytes it wrote. */
+static size_t llm__json_escape(llm__json_reader *r, char *out) {
+    static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+    char c = r->at < r->end ? *r->at++ : 0;
+    const char *found = c ? strchr(letters, c) : NULL;
+    if (found) {
+        *out = meanings[found - letters];
+        return 1;
+    }
+    if (c != 'u') llm__json_fail(r, "an unknown escape");
+    uint32_t code = llm__json_hex(r);
+    if (code >= 0xD800 && code < 0xDC00 && r->end - r->at >= 6 && r->at[0] == '\\' && r->at[1] == 'u') {
+        r->at += 2;
+        uint32_t low = llm__json_hex(r);
+        if (low < 0xDC00 || low > 0xDFFF) llm__json_fail(r, "half of a surrogate pair");
+        code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+    }
+    if (code >= 0xD800 && code < 0xE000) llm__json_fail(r, "half of a surrogate pair");
+    return llm__json_utf8(code, out);
+}
+
+static llm__str llm__json_string(llm__json_reader *r) {
+    llm__str s;
+    bool escaped = false;
+    llm__json_expect(r, '"', "a string is expected");
+    const char *start = r->at;
+    for (; r->at < r->end && *r->at != '"'; r->at++) {
+        if ((unsigned char)*r->at < 0x20) llm__json_fail(r, "a control character in a string");
+        if (*r->at != '\\') continue;
+        escaped = true;
+        if (++r->at == r->end) break;
+    }
+    if (r->at >= r->end) llm__json_fail(r, "the text ends inside a string");
+    s.at = start;
+    s.n = (size_t)(r->at - start);
+    r->at++;
+    if (!escaped) return s;
+    const char *after = r->at, *end = r->end;
+    char *copy = (char *)llm__alloc(r->env, s.n, 1);
+    size_t n = 0;
+    r->end = after - 1;
+    for (r->at = start; r->at < r->end;) {
+        if (*r->at != '\\') {
+            copy[n++] = *r->at++;
+            continue;
+        }
+        r->at++;
+        n += llm__json_escape(r, copy + n);
+    }
+    r->at = after;
+    r->end = end;
+    s.at = copy;
+    s.n = n;
+    return s;
+}
+
+static size_t llm__json_digits(llm__json_reader *r) {
+    const char *start = r->at;
+    while (r->at < r->end && *r->at >= '0' && *r->at <= '9') r->at++;
+    return (size_t)(r->at - start);
+}
+
+/* The value of a number that is well formed: exact where digits and power fit a double, else within a few roundings. */
+static double llm__json_value(llm__str s) {
+    uint64_t digits = 0;
+    int power = 0, written = 0;
+    size_t i = s.at[0] == '-';
+    bool point = false;
+    for (; i < s.n && (s.at[i] | 32) != 'e'; i++) {
+        if (s.at[i] == '.') {
+            point = true;
+            continue;
+        }
+        if (digits < 1000000000000000000u) {
+            digits = digits * 10 + (uint64_t)(s.at[i] - '0');
+            power -= point;
+        } else {
+            power += !point;
+        }
+    }
+    if (i < s.n) {
+        bool negative = s.at[++i] == '-';
+        for (i += s.at[i] == '-' || s.at[i] == '+'; i < s.n && written < 10000; i++)
+            written = written * 10 + (s.at[i] - '0');
+        power += negative ? -written : written;
+    }
+    double value = (double)digits, ten = 10;
+    bool down = power < 0;
+    double factor = 1;
+    for (int p = down ? -power : power; p && factor < 1e300; p >>= 1, ten *= ten)
+        if (p & 1) factor *= ten;
+    value = down ? value / factor : value * factor;
+    return s.at[0] == '-' ? -value : value;
+}
+
+static void llm__json_number(llm__json_reader *r, llm__json *v) {
+    const char *start = r->at;
+    r->at += *r->at == '-';
+    bool zero = r->at < r->end && *r->at == '0';
+    size_t n = llm__json_digits(r);
+    if (!n || (zero && n > 1)) llm__json_fail(r, "a value is expected");
+    if (r->at < r->end && *r->at == '.') {
+        r->at++;
+        if (!llm__json_digits(r)) llm__json_fail(r, "a digit is missing after the point");
+    }
+    if (r->at < r->end && (*r->at | 32) == 'e') {
+        r->at++;
+        if (r->at < r->end && (*r->at == '-' || *r->at == '+')) r->at++;
+        if (!llm__json_digits(r)) llm__json_fail(r, "an exponent without digits");
+    }
+    v->type = LLM__JSON_NUMBER;
+    v->string.at = start;
+    v->string.n = (size_t)(r->at - start);
+    v->number = llm__json_value(v->string);
+}
+
+static void llm__json_word(llm__json_reader *r, llm__json *v) {
+    static const struct {
+        const char *word;
+        llm__json_type type;
+    } words[] = {{"null", LLM__JSON_NULL}, {"false", LLM__JSON_FALSE}, {"true", LLM__JSON_TRUE}};
+    for (int i = 0; i < 3; i++) {
+        size_t n = strlen(words[i].word);
+        if ((size_t)(r->end - r->at) < n || memcmp(r->at, words[i].word, n)) continue;
+        v->type = words[i].type;
+        r->at += n;
+        return;
+    }
+    llm__json_fail(r, "a value is expected");
+}
+
+static void llm__json_read(llm__json_reader *r, llm__json *v, int depth) {
+    char open = llm__json_peek(r);
+    if (open == '"') {
+        v->type = LLM__JSON_STRING;
+        v->string = llm__json_string(r);
+    } else if (open == '-' || (open >= '0' && open <= '9')) {
+        llm__json_number(r, v);
+    } else if (open != '[' && open != '{') {
+        llm__json_word(r, v);
+    } else {
+        char close = open == '[' ? ']' : '}';
+        llm__json **last = &v->first;
+        if (depth == LLM__JSON_DEPTH) llm__json_fail(r, "deeper than 64 levels");
+        v->type = open == '[' ? LLM__JSON_ARRAY : LLM__JSON_OBJECT;
+        r->at++;
+        if (llm__json_peek(r) == close) {
+            r->at++;
+            return;
+        }
+        do {
+            llm__json *item = llm__json_node(r);
+            if (open == '{') {
+                item->key = llm__json_string(r);
+                llm__json_expect(r, ':', "a colon is expected");
+            }
+            llm__json_read(r, item, depth + 1);
+            *last = item;
+            last = &item->next;
+            v->n++;
+        } while (llm__json_peek(r) == ',' && r->at++);
+        llm__json_expect(r, close, open == '[' ? "a comma or ] is expected" : "a comma or } is expected");
+    }
+}
+
+static llm__json *llm__json_parse(llm__env *env, const void *text, size_t n) {
+    llm__json_reader r = {env, (const char *)text, (const char *)text, (const char *)text + n, NULL, 0};
+    llm__json *v = llm__json_node(&r);
+    llm__json_read(&r, v, 0);
+    llm__json_peek(&r);
+    if (r.at < r.end) llm__json_fail(&r, "something stands after the value");
+    return v;
+}
+
+/* A member of an object; where a key is there twice the last one counts. NULL if it is not there. */
+static const llm__json *llm__json_find(const llm__json *object, const char *key) {
+    const llm__json *found = NULL;
+    if (object->type != LLM__JSON_OBJECT) return NULL;
+    for (const llm__json *m = object->first; m; m = m->next)
+        if (llm__str_is(m->key, key)) found = m;
+    return found;
+}
+
+/* The same, but NULL if it is null, too. */
+static const llm__json *llm__json_get(const llm__json *object, const char *key) {
+    const llm__json *found = llm__json_find(object, key);
+    return found && found->type != LLM__JSON_NULL ? found : NULL;
 }
 
 /* ==== 4 Number formats ==========================================================================================
@@ -863,14 +1226,23 @@ static uint16_t llm__f32_to_f16(float x) {
     return (uint16_t)(sign | ((mantissa + (1u << (shift - 1)) - 1 + (mantissa >> shift & 1)) >> shift));
 }
 
-/* Types of tensors, numbered as in GGUF. */
+/* Types of tensors, numbered as in GGUF; those this library only knows by name are in the table below. */
 typedef enum llm__type {
     LLM__F32 = 0,
     LLM__F16 = 1,
     LLM__Q4_0 = 2,
     LLM__Q4_1 = 3,
+    LLM__Q5_0 = 6,
+    LLM__Q5_1 = 7,
     LLM__Q8_0 = 8,
-    LLM__BF16 = 30
+    LLM__Q2_K = 10,
+    LLM__Q3_K = 11,
+    LLM__Q4_K = 12,
+    LLM__Q5_K = 13,
+    LLM__Q6_K = 14,
+    LLM__I8 = 24,
+    LLM__BF16 = 30,
+    LLM__NO_GGUF = 1000 /* and above: not in GGUF */
 } llm__type;
 
 static void llm__decode_f32(const uint8_t *src, size_t n, float *dst) {
@@ -908,6 +1280,30 @@ static void llm__decode_q4_1(const uint8_t *src, size_t n, float *dst) {
     }
 }
 
+/* 32 weights: f16 scale d, 32 fifth bits, then halves of bytes as above: (q - 16) * d. */
+static void llm__decode_q5_0(const uint8_t *src, size_t n, float *dst) {
+    for (; n; n -= 32, src += 22, dst += 32) {
+        float d = llm__f16_to_f32(llm__load_u16(src));
+        uint32_t high = llm__load_u32(src + 2);
+        for (int i = 0; i < 16; i++) {
+            dst[i] = (float)((src[6 + i] & 15) + (int)(high >> i & 1) * 16 - 16) * d;
+            dst[i + 16] = (float)((src[6 + i] >> 4) + (int)(high >> (i + 16) & 1) * 16 - 16) * d;
+        }
+    }
+}
+
+/* 32 weights: f16 scale d and minimum m, then as above: q * d + m. */
+static void llm__decode_q5_1(const uint8_t *src, size_t n, float *dst) {
+    for (; n; n -= 32, src += 24, dst += 32) {
+        float d = llm__f16_to_f32(llm__load_u16(src)), m = llm__f16_to_f32(llm__load_u16(src + 2));
+        uint32_t high = llm__load_u32(src + 4);
+        for (int i = 0; i < 16; i++) {
+            dst[i] = (float)((src[8 + i] & 15) + (int)(high >> i & 1) * 16) * d + m;
+            dst[i + 16] = (float)((src[8 + i] >> 4) + (int)(high >> (i + 16) & 1) * 16) * d + m;
+        }
+    }
+}
+
 /* 32 weights: f16 scale d, then 32 signed bytes: q * d. */
 static void llm__decode_q8_0(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 32, src += 34, dst += 32) {
@@ -916,38 +1312,143 @@ static void llm__decode_q8_0(const uint8_t *src, size_t n, float *dst) {
     }
 }
 
+/* The K formats: 256 weights share the f16 numbers d and m, by which small whole numbers for each 16 or 32 weights are
+   multiplied to give their scale and minimum. Weights are read here in 8 groups of 32, whose bits lie side by side: a
+   byte holds the bits of several groups. All products are exact, so again each weight is rounded at most once. */
+
+/* 16 bytes with a scale in the low and a minimum in the high half, 64 bytes of 2 bits a weight, d, m. */
+static void llm__decode_q2_k(const uint8_t *src, size_t n, float *dst) {
+    for (; n; n -= 256, src += 84, dst += 256) {
+        float d = llm__f16_to_f32(llm__load_u16(src + 80)), m = llm__f16_to_f32(llm__load_u16(src + 82));
+        for (int i = 0; i < 256; i++) {
+            int q = src[16 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3, scale = src[i / 16];
+            dst[i] = d * (float)(scale & 15) * (float)q - m * (float)(scale >> 4);
+        }
+    }
+}
+
+/* 32 bytes of third bits, 64 bytes of 2 bits a weight, 16 scales of 6 bits in 12 bytes, d. */
+static void llm__decode_q3_k(const uint8_t *src, size_t n, float *dst) {
+    for (; n; n -= 256, src += 110, dst += 256) {
+        const uint8_t *scales = src + 96;
+        float d = llm__f16_to_f32(llm__load_u16(src + 108));
+        for (int i = 0; i < 256; i++) {
+            int low = src[32 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3, high = src[i % 32] >> (i / 32) & 1;
+            int j = i / 16, scale = scales[j % 8] >> (j / 8 * 4) & 15;
+            scale += (scales[8 + j % 4] >> (j / 4 * 2) & 3) * 16;
+            dst[i] = d * (float)(scale - 32) * (float)(low + high * 4 - 4);
+        }
+    }
+}
+
+/* The scale and the minimum of group j, 6 bits each, of the 8 groups' 12 bytes. */
+static void llm__k_scale(const uint8_t *s, int j, float *scale, float *minimum) {
+    *scale = (float)(j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6 << 4));
+    *minimum = (float)(j < 4 ? s[j + 4] & 63 : (s[j + 4] >> 4) | (s[j] >> 6 << 4));
+}
+
+/* d, m, the scales' 12 bytes, 128 bytes of 4 bits a weight. */
+static void llm__decode_q4_k(const uint8_t *src, size_t n, float *dst) {
+    for (; n; n -= 256, src += 144, dst += 256) {
+        float d = llm__f16_to_f32(llm__load_u16(src)), m = llm__f16_to_f32(llm__load_u16(src + 2)), scale, minimum;
+        for (int j = 0; j < 8; j++) {
+            llm__k_scale(src + 4, j, &scale, &minimum);
+            for (int i = 0; i < 32; i++) {
+                int q = src[16 + j / 2 * 32 + i] >> (j % 2 * 4) & 15;
+                dst[j * 32 + i] = d * scale * (float)q - m * minimum;
+            }
+        }
+    }
+}
+
+/* d, m, the scales' 12 bytes, 32 bytes of fifth bits, 128 bytes of 4 bits a weight. */
+static void llm__decode_q5_k(const uint8_t *src, size_t n, float *dst) {
+    for (; n; n -= 256, src += 176, dst += 256) {
+        float d = llm__f16_to_f32(llm__load_u16(src)), m = llm__f16_to_f32(llm__load_u16(src + 2)), scale, minimum;
+        for (int j = 0; j < 8; j++) {
+            llm__k_scale(src + 4, j, &scale, &minimum);
+            for (int i = 0; i < 32; i++) {
+                int q = (src[48 + j / 2 * 32 + i] >> (j % 2 * 4) & 15) + (src[16 + i] >> j & 1) * 16;
+                dst[j * 32 + i] = d * scale * (float)q - m * minimum;
+            }
+        }
+    }
+}
+
+/* 128 bytes of 4 bits a weight, 64 bytes of 2 more, 16 signed scales, d. */
+static void llm__decode_q6_k(const uint8_t *src, size_t n, float *dst) {
+    for (; n; n -= 256, src += 210, dst += 256) {
+        float d = llm__f16_to_f32(llm__load_u16(src + 208));
+        for (int i = 0; i < 256; i++) {
+            int low = src[i / 128 * 64 + i % 64] >> (i / 64 % 2 * 4) & 15;
+            int high = src[128 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
+            dst[i] = d * (float)(int8_t)src[192 + i / 16] * (float)(low + high * 16 - 32);
+        }
+    }
+}
+
+static void llm__decode_i8(const uint8_t *src, size_t n, float *dst) {
+    for (size_t i = 0; i < n; i++) dst[i] = (float)(int8_t)src[i];
+}
+
 typedef struct llm__type_info {
-    llm__type type;
+    uint32_t type;
     const char *name;
     uint32_t block_weights, block_bytes; /* a row is a whole number of blocks */
-    void (*decode)(const uint8_t *src, size_t n, float *dst);
+    void (*decode)(const uint8_t *src, size_t n, float *dst); /* NULL: this library does not read it */
 } llm__type_info;
 
-/* NULL for a type this library does not read. */
+static const llm__type_info llm__types[] = {
+    {LLM__F32, "F32", 1, 4, llm__decode_f32},        {LLM__F16, "F16", 1, 2, llm__decode_f16},
+    {LLM__BF16, "BF16", 1, 2, llm__decode_bf16},     {LLM__Q4_0, "Q4_0", 32, 18, llm__decode_q4_0},
+    {LLM__Q4_1, "Q4_1", 32, 20, llm__decode_q4_1},   {LLM__Q5_0, "Q5_0", 32, 22, llm__decode_q5_0},
+    {LLM__Q5_1, "Q5_1", 32, 24, llm__decode_q5_1},   {LLM__Q8_0, "Q8_0", 32, 34, llm__decode_q8_0},
+    {LLM__Q2_K, "Q2_K", 256, 84, llm__decode_q2_k},  {LLM__Q3_K, "Q3_K", 256, 110, llm__decode_q3_k},
+    {LLM__Q4_K, "Q4_K", 256, 144, llm__decode_q4_k}, {LLM__Q5_K, "Q5_K", 256, 176, llm__decode_q5_k},
+    {LLM__Q6_K, "Q6_K", 256, 210, llm__decode_q6_k}, {LLM__I8, "I8", 1, 1, llm__decode_i8},
+    {9, "Q8_1", 32, 36, NULL},      {15, "Q8_K", 256, 292, NULL},   {16, "IQ2_XXS", 256, 66, NULL},
+    {17, "IQ2_XS", 256, 74, NULL},  {18, "IQ3_XXS", 256, 98, NULL}, {19, "IQ1_S", 256, 50, NULL},
+    {20, "IQ4_NL", 32, 18, NULL},   {21, "IQ3_S", 256, 110, NULL},  {22, "IQ2_S", 256, 82, NULL},
+    {23, "IQ4_XS", 256, 136, NULL}, {25, "I16", 1, 2, NULL},        {26, "I32", 1, 4, NULL},
+    {27, "I64", 1, 8, NULL},        {28, "F64", 1, 8, NULL},        {29, "IQ1_M", 256, 56, NULL},
+    {34, "TQ1_0", 256, 54, NULL},   {35, "TQ2_0", 256, 66, NULL},   {39, "MXFP4", 32, 17, NULL},
+    {40, "NVFP4", 64, 36, NULL},    {41, "Q1_0", 128, 18, NULL},    {42, "Q2_0", 64, 18, NULL},
+    {LLM__NO_GGUF, "BOOL", 1, 1, NULL},    {LLM__NO_GGUF, "U8", 1, 1, NULL},      {LLM__NO_GGUF, "U16", 1, 2, NULL},
+    {LLM__NO_GGUF, "U32", 1, 4, NULL},     {LLM__NO_GGUF, "U64", 1, 8, NULL},     {LLM__NO_GGUF, "F8_E4M3", 1, 1, NULL},
+    {LLM__NO_GGUF, "F8_E5M2", 1, 1, NULL}, {LLM__NO_GGUF, "F8_E8M0", 1, 1, NULL},
+};
+
+enum { LLM__N_TYPES = sizeof llm__types / sizeof *llm__types };
+
+/* NULL for a number that is unknown. */
 static const llm__type_info *llm__find_type(uint32_t type) {
-    static const llm__type_info infos[] = {
-        {LLM__F32, "F32", 1, 4, llm__decode_f32},      {LLM__F16, "F16", 1, 2, llm__decode_f16},
-        {LLM__BF16, "BF16", 1, 2, llm__decode_bf16},   {LLM__Q4_0, "Q4_0", 32, 18, llm__decode_q4_0},
-        {LLM__Q4_1, "Q4_1", 32, 20, llm__decode_q4_1}, {LLM__Q8_0, "Q8_0", 32, 34, llm__decode_q8_0},
-    };
-    for (size_t i = 0; i < sizeof infos / sizeof *infos; i++)
-        if (infos[i].type == (llm__type)type) return &infos[i];
+    for (size_t i = 0; i < LLM__N_TYPES; i++)
+        if (llm__types[i].type == type && type < LLM__NO_GGUF) return &llm__types[i];
+    return NULL;
+}
+
+/* The type of that name among those that are not in blocks, as safetensors has them; NULL if it is unknown. */
+static const llm__type_info *llm__find_plain_type(llm__str name) {
+    for (size_t i = 0; i < LLM__N_TYPES; i++)
+        if (llm__types[i].block_weights == 1 && llm__str_is(name, llm__types[i].name)) return &llm__types[i];
     return NULL;
 }
 
 /* ==== 5 Checkpoints =============================================================================================
 
-   A checkpoint is a list of named tensors and, for GGUF, named values; both point into the file. GGUF is written down
-   at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: magic, version, counts, key-value pairs, tensor
-   descriptions, padding, data; all little-endian. Nothing in it is trusted: each count and offset is checked against
-   the bytes there are before it is used. */
+   A checkpoint is a list of named tensors and what there is of hyperparameters: GGUF has named values, a directory in
+   Hugging Face's manner config.json. All point into the files. Nothing in them is trusted: each count and offset is
+   checked against the bytes there are before it is used. */
 
 typedef struct llm__tensor {
     llm__str name;
     const llm__type_info *type;
     uint64_t cols, rows; /* a row holds the inputs of one output; a vector is one row */
-    const uint8_t *data;
     uint64_t row_bytes;
+    const llm__file *file;
+    uint64_t offset;     /* in the file */
+    const uint8_t *data; /* NULL where the file is not in memory, see llm__bring */
+    const struct llm__tensor *scales; /* of int8 rows, a number for each by which it is multiplied; else NULL */
 } llm__tensor;
 
 enum llm__gguf_type {
@@ -963,26 +1464,162 @@ typedef struct llm__value {
     const uint8_t *data; /* the first item; a string is its length in 8 bytes, then its bytes */
 } llm__value;
 
+typedef enum llm__format { LLM__GGUF, LLM__HUGGING_FACE } llm__format;
+
 typedef struct llm__checkpoint {
-    llm__file *file;
-    llm__value *values;
+    llm__format format;
+    llm__value *values;       /* GGUF's */
     size_t n_values;
-    llm__tensor *tensors; /* sorted by name */
-    size_t n_tensors;
+    const char *directory;    /* Hugging Face's */
+    const char *config_path;  /* its config.json, for messages */
+    const llm__json *config;
+    llm__tensor *tensors;     /* sorted by name */
+    size_t n_tensors, tensor_room;
+    bool *used;               /* [n_tensors] which of them llm__get_tensor has given out */
 } llm__checkpoint;
+
+static void llm__add_tensor(llm__env *env, llm__checkpoint *ck, const llm__tensor *t) {
+    ck->tensors = (llm__tensor *)llm__grow(env, ck->tensors, ck->n_tensors, &ck->tensor_room, sizeof *t);
+    ck->tensors[ck->n_tensors++] = *t;
+}
+
+/* Puts a tensor's bytes at its offset of the file, if they are there. */
+static void llm__place_tensor(llm__env *env, llm__tensor *t, const llm__file *file, uint64_t offset) {
+    uint64_t bytes = llm__mul(env, t->rows, t->row_bytes);
+    if (offset > file->size || bytes > file->size - offset)
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s needs %llu bytes at offset %llu, but the file ends at %llu",
+                  LLM__SHOW(t->name), (unsigned long long)bytes, (unsigned long long)offset,
+                  (unsigned long long)file->size);
+    t->file = file;
+    t->offset = offset;
+    t->data = offset + bytes <= file->have ? file->data + offset : NULL;
+    t->scales = NULL;
+}
+
+static int llm__compare_str(llm__str a, llm__str b) {
+    int order = memcmp(a.at, b.at, a.n < b.n ? a.n : b.n);
+    return order ? order : (a.n > b.n) - (a.n < b.n);
+}
+
+static int llm__compare_tensor_names(const void *a, const void *b) {
+    return llm__compare_str(((const llm__tensor *)a)->name, ((const llm__tensor *)b)->name);
+}
+
+static int llm__compare_tensor_places(const void *a, const void *b) {
+    const llm__tensor *x = (const llm__tensor *)a, *y = (const llm__tensor *)b;
+    if (x->file != y->file) return (uintptr_t)x->file > (uintptr_t)y->file ? 1 : -1;
+    return (x->offset > y->offset) - (x->offset < y->offset);
+}
+
+static void llm__sort_tensors(llm__env *env, llm__checkpoint *ck) {
+    ck->used = (bool *)llm__alloc_zero(env, ck->n_tensors + 1, sizeof *ck->used);
+    if (!ck->n_tensors) return;
+    qsort(ck->tensors, ck->n_tensors, sizeof *ck->tensors, llm__compare_tensor_places);
+    for (size_t i = 1; i < ck->n_tensors; i++) {
+        const llm__tensor *a = &ck->tensors[i - 1], *b = &ck->tensors[i];
+        if (a->file == b->file && b->offset < a->offset + a->rows * a->row_bytes)
+            llm__fail(env, LLM_ERROR_FORMAT, "tensors %.*s and %.*s overlap at offset %llu", LLM__SHOW(a->name),
+                      LLM__SHOW(b->name), (unsigned long long)b->offset);
+    }
+    qsort(ck->tensors, ck->n_tensors, sizeof *ck->tensors, llm__compare_tensor_names);
+    for (size_t i = 1; i < ck->n_tensors; i++)
+        if (llm__str_equal(ck->tensors[i - 1].name, ck->tensors[i].name))
+            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s is there twice", LLM__SHOW(ck->tensors[i].name));
+}
+
+static const llm__tensor *llm__find_tensor(const llm__checkpoint *ck, const char *name) {
+    llm__tensor wanted;
+    memset(&wanted, 0, sizeof wanted);
+    wanted.name.at = name;
+    wanted.name.n = strlen(name);
+    if (!ck->n_tensors) return NULL;
+    return (const llm__tensor *)bsearch(&wanted, ck->tensors, ck->n_tensors, sizeof wanted, llm__compare_tensor_names);
+}
+
+static void llm__use_tensor(const llm__checkpoint *ck, const llm__tensor *t) { ck->used[t - ck->tensors] = true; }
+
+/* The numbers by which the rows of an int8 tensor are multiplied, named as compressed-tensors does. */
+static const llm__tensor *llm__find_scales(llm__env *env, const llm__checkpoint *ck, const llm__tensor *t) {
+    char name[200];
+    snprintf(name, sizeof name, "%.*s_scale", LLM__SHOW(t->name));
+    const llm__tensor *scales = ck->format == LLM__HUGGING_FACE ? llm__find_tensor(ck, name) : NULL; /* GGUF has none */
+    if (!scales)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s is of type I8, but there is no tensor %s",
+                  LLM__SHOW(t->name), name);
+    if (scales->rows * scales->cols != t->rows || scales->type->block_weights != 1 || !scales->type->decode ||
+        scales->type->type == LLM__I8)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "tensor %s is %llu x %llu of type %s; this library runs one number for each of "
+                  "the %llu rows it belongs to, of type F32, F16 or BF16",
+                  name, (unsigned long long)scales->rows, (unsigned long long)scales->cols, scales->type->name,
+                  (unsigned long long)t->rows);
+    llm__use_tensor(ck, scales);
+    return scales;
+}
+
+/* A tensor of just this shape, and of a type that can be read. */
+static llm__tensor llm__get_tensor(llm__env *env, const llm__checkpoint *ck, const char *name, uint64_t rows,
+                                   uint64_t cols) {
+    const llm__tensor *found = llm__find_tensor(ck, name);
+    if (!found) llm__fail(env, LLM_ERROR_FORMAT, "tensor %s is missing", name);
+    llm__tensor t = *found;
+    if (t.rows != rows || t.cols != cols)
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor %s is %llu x %llu, but the hyperparameters ask for %llu x %llu", name,
+                  (unsigned long long)t.rows, (unsigned long long)t.cols, (unsigned long long)rows,
+                  (unsigned long long)cols);
+    if (!t.type->decode)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %s is of type %s, which this library does not read", name,
+                  t.type->name);
+    llm__use_tensor(ck, found);
+    if (t.type->type == LLM__I8) t.scales = llm__find_scales(env, ck, found);
+    return t;
+}
+
+/* A tensor nobody has asked for is part of something that would be left out. */
+static void llm__refuse_unused_tensors(llm__env *env, const llm__checkpoint *ck) {
+    static const char *const known[] = {"rotary_emb.inv_freq"}; /* a table that older files carry along */
+    for (size_t i = 0; i < ck->n_tensors; i++) {
+        llm__str name = ck->tensors[i].name;
+        bool ignored = ck->used[i];
+        for (size_t j = 0; j < sizeof known / sizeof *known && !ignored; j++) {
+            size_t n = strlen(known[j]);
+            ignored = name.n >= n && !memcmp(name.at + name.n - n, known[j], n);
+        }
+        if (!ignored)
+            llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                      "tensor %.*s is there, which is no part of the models this library runs", LLM__SHOW(name));
+    }
+}
+
+/* A tensor's bytes, read if they are not in memory; to be freed if so. */
+static uint8_t *llm__bring(llm__env *env, llm__tensor *t) {
+    if (t->data) return NULL;
+    uint8_t *bytes = llm__file_read(env, t->file, t->offset, t->rows * t->row_bytes);
+    t->data = bytes;
+    return bytes;
+}
+
+/* ---- GGUF ----
+
+   https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: magic, version, counts, key-value pairs, tensor
+   descriptions, padding, data; all little-endian. A split file has its tensors in several files of this kind. */
 
 /* A place in a file that cannot run past its end. */
 typedef struct llm__reader {
     llm__env *env;
     const uint8_t *data;
-    uint64_t size, at;
-    const char *what; /* what is being read, for messages */
+    uint64_t size, have, at; /* as in llm__file */
+    const char *what;        /* what is being read, for messages */
 } llm__reader;
 
 static const uint8_t *llm__read(llm__reader *r, uint64_t n) {
     if (n > r->size - r->at)
         llm__fail(r->env, LLM_ERROR_FORMAT, "the file ends inside %s: %llu bytes wanted at offset %llu of %llu", r->what,
                   (unsigned long long)n, (unsigned long long)r->at, (unsigned long long)r->size);
+    if (n > r->have - r->at)
+        llm__fail(r->env, LLM_ERROR_UNSUPPORTED,
+                  "%s goes on at offset %llu: longer headers are only read from files by path", r->what,
+                  (unsigned long long)r->at);
     const uint8_t *p = r->data + r->at;
     r->at += n;
     return p;
@@ -1111,6 +1748,7 @@ static llm__str *llm__get_strings(llm__env *env, const llm__checkpoint *ck, cons
 static llm__tensor llm__read_tensor(llm__reader *r, uint64_t *offset) {
     llm__tensor t;
     llm__env *env = r->env;
+    memset(&t, 0, sizeof t);
     r->what = "a tensor's description";
     t.name = llm__read_str(r);
     uint32_t n_dims = llm__read_u32(r);
@@ -1123,75 +1761,40 @@ static llm__tensor llm__read_tensor(llm__reader *r, uint64_t *offset) {
     *offset = llm__read_u64(r);
     t.type = llm__find_type(type);
     if (!t.type)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s has type number %lu, which is not one of F32, F16, BF16, Q4_0, "
-                  "Q4_1, Q8_0", LLM__SHOW(t.name), (unsigned long)type);
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s has the unknown type number %lu", LLM__SHOW(t.name),
+                  (unsigned long)type);
     if (!t.cols || !t.rows || t.cols % t.type->block_weights)
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s has %llu columns and %llu rows of type %s", LLM__SHOW(t.name),
                   (unsigned long long)t.cols, (unsigned long long)t.rows, t.type->name);
     t.row_bytes = llm__mul(env, t.cols / t.type->block_weights, t.type->block_bytes);
-    t.data = NULL;
     return t;
 }
 
-static int llm__compare_str(llm__str a, llm__str b) {
-    int order = memcmp(a.at, b.at, a.n < b.n ? a.n : b.n);
-    return order ? order : (a.n > b.n) - (a.n < b.n);
-}
-
-static int llm__compare_tensor_names(const void *a, const void *b) {
-    return llm__compare_str(((const llm__tensor *)a)->name, ((const llm__tensor *)b)->name);
-}
-
-static int llm__compare_tensor_places(const void *a, const void *b) {
-    const uint8_t *x = ((const llm__tensor *)a)->data, *y = ((const llm__tensor *)b)->data;
-    return (x > y) - (x < y);
-}
-
-static void llm__sort_tensors(llm__env *env, llm__checkpoint *ck) {
-    if (!ck->n_tensors) return;
-    qsort(ck->tensors, ck->n_tensors, sizeof *ck->tensors, llm__compare_tensor_places);
-    for (size_t i = 1; i < ck->n_tensors; i++) {
-        const llm__tensor *a = &ck->tensors[i - 1], *b = &ck->tensors[i];
-        if (b->data < a->data + a->rows * a->row_bytes)
-            llm__fail(env, LLM_ERROR_FORMAT, "tensors %.*s and %.*s overlap", LLM__SHOW(a->name), LLM__SHOW(b->name));
-    }
-    qsort(ck->tensors, ck->n_tensors, sizeof *ck->tensors, llm__compare_tensor_names);
-    for (size_t i = 1; i < ck->n_tensors; i++)
-        if (llm__str_equal(ck->tensors[i - 1].name, ck->tensors[i].name))
-            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s is there twice", LLM__SHOW(ck->tensors[i].name));
-}
-
-static void llm__read_tensors(llm__reader *r, llm__checkpoint *ck, uint64_t n_tensors, uint64_t alignment) {
+static void llm__read_tensors(llm__reader *r, llm__checkpoint *ck, const llm__file *file, uint64_t n_tensors,
+                              uint64_t alignment) {
     llm__env *env = r->env;
-    uint64_t *offsets = NULL;
-    size_t tensor_room = 0, offset_room = 0;
     for (uint64_t i = 0; i < n_tensors; i++) {
-        ck->tensors = (llm__tensor *)llm__grow(env, ck->tensors, ck->n_tensors, &tensor_room, sizeof *ck->tensors);
-        offsets = (uint64_t *)llm__grow(env, offsets, ck->n_tensors, &offset_room, sizeof *offsets);
-        ck->tensors[ck->n_tensors] = llm__read_tensor(r, &offsets[ck->n_tensors]);
-        ck->n_tensors++;
+        uint64_t offset;
+        llm__tensor t = llm__read_tensor(r, &offset);
+        t.offset = offset; /* from where the data begins, for now */
+        llm__add_tensor(env, ck, &t);
     }
     uint64_t start = llm__add(env, r->at, alignment - 1) / alignment * alignment;
-    for (size_t i = 0; i < ck->n_tensors; i++) {
+    for (size_t i = ck->n_tensors - (size_t)n_tensors; i < ck->n_tensors; i++) {
         llm__tensor *t = &ck->tensors[i];
-        uint64_t at = llm__add(env, start, offsets[i]), bytes = llm__mul(env, t->rows, t->row_bytes);
-        if (offsets[i] % alignment)
+        if (t->offset % alignment)
             llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s has offset %llu, not a multiple of %llu", LLM__SHOW(t->name),
-                      (unsigned long long)offsets[i], (unsigned long long)alignment);
-        if (at > r->size || bytes > r->size - at)
-            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s needs %llu bytes at offset %llu, but the file ends at %llu",
-                      LLM__SHOW(t->name), (unsigned long long)bytes, (unsigned long long)at, (unsigned long long)r->size);
-        t->data = r->data + at;
+                      (unsigned long long)t->offset, (unsigned long long)alignment);
+        llm__place_tensor(env, t, file, llm__add(env, start, t->offset));
     }
-    llm__free(env->pool, offsets);
-    llm__sort_tensors(env, ck);
 }
 
-static llm__checkpoint *llm__read_gguf(llm__env *env, llm__file *file) {
-    llm__checkpoint *ck = (llm__checkpoint *)llm__alloc_zero(env, 1, sizeof *ck);
-    llm__reader r = {env, file->data, file->size, 0, "the header"};
-    ck->file = file;
-    if (memcmp(llm__read(&r, 4), "GGUF", 4)) llm__fail(env, LLM_ERROR_FORMAT, "this is not a GGUF file");
+/* One file; its values and tensors are added to the checkpoint's. */
+static void llm__read_gguf_part(llm__env *env, llm__checkpoint *ck, const llm__file *file) {
+    llm__reader r = {env, file->data, file->size, file->have, 0, "the header"};
+    if (memcmp(llm__read(&r, 4), "GGUF", 4))
+        llm__fail(env, LLM_ERROR_FORMAT,
+                  "this is not a GGUF file (what Hugging Face publishes is loaded by its directory)");
     uint32_t version = llm__read_u32(&r);
     if (version != 2 && version != 3)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is GGUF version %lu; versions 2 and 3 are known",
@@ -1206,84 +1809,360 @@ static llm__checkpoint *llm__read_gguf(llm__env *env, llm__file *file) {
     int64_t alignment = llm__get_int(env, ck, "general.alignment", 32, 1, 1 << 20);
     if (alignment & (alignment - 1))
         llm__fail(env, LLM_ERROR_FORMAT, "general.alignment is %lld, not a power of two", (long long)alignment);
-    llm__read_tensors(&r, ck, n_tensors, (uint64_t)alignment);
+    llm__read_tensors(&r, ck, file, n_tensors, (uint64_t)alignment);
+}
+
+/* One file; of a split one, what is in it. */
+static llm__checkpoint *llm__read_gguf(llm__env *env, const llm__file *file) {
+    llm__checkpoint *ck = (llm__checkpoint *)llm__alloc_zero(env, 1, sizeof *ck);
+    llm__read_gguf_part(env, ck, file);
+    llm__sort_tensors(env, ck);
     return ck;
 }
 
-static const llm__tensor *llm__find_tensor(const llm__checkpoint *ck, const char *name) {
-    llm__tensor wanted;
-    memset(&wanted, 0, sizeof wanted);
-    wanted.name.at = name;
-    wanted.name.n = strlen(name);
-    if (!ck->n_tensors) return NULL;
-    return (const llm__tensor *)bsearch(&wanted, ck->tensors, ck->n_tensors, sizeof wanted, llm__compare_tensor_names);
+/* The same for what has no path by which others could be found. */
+static llm__checkpoint *llm__read_whole_gguf(llm__env *env, const llm__file *file) {
+    llm__checkpoint *ck = llm__read_gguf(env, file);
+    int count = (int)llm__get_int(env, ck, "split.count", 1, 0, 65535);
+    if (count > 1)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is one of the %d parts of a split file, which is loaded by path", count);
+    return ck;
 }
 
-/* A tensor of just this shape. */
-static const llm__tensor *llm__get_tensor(llm__env *env, const llm__checkpoint *ck, const char *name, uint64_t rows,
-                                          uint64_t cols) {
-    const llm__tensor *t = llm__find_tensor(ck, name);
-    if (!t) llm__fail(env, LLM_ERROR_FORMAT, "tensor %s is missing", name);
-    if (t->rows != rows || t->cols != cols)
-        llm__fail(env, LLM_ERROR_FORMAT, "tensor %s is %llu x %llu, but the hyperparameters ask for %llu x %llu", name,
-                  (unsigned long long)t->rows, (unsigned long long)t->cols, (unsigned long long)rows,
-                  (unsigned long long)cols);
+/* The path of part `number` of a split file; NULL if the first one's path does not end in -00001-of-0000N.gguf. */
+static char *llm__split_path(llm__env *env, const char *path, int number, int count) {
+    char ending[40];
+    size_t n = strlen(path), m = (size_t)snprintf(ending, sizeof ending, "-00001-of-%05d.gguf", count);
+    if (n < m || strcmp(path + n - m, ending)) return NULL;
+    char *other = llm__copy_string(env, path, n);
+    snprintf(other + n - m, m + 1, "-%05d-of-%05d.gguf", number, count);
+    return other;
+}
+
+/* A file, and the others if it is the first of a split one. */
+static llm__checkpoint *llm__open_gguf(llm__env *env, const char *path) {
+    llm__checkpoint *ck = (llm__checkpoint *)llm__alloc_zero(env, 1, sizeof *ck);
+    llm__read_gguf_part(env, ck, llm__file_open(env, path));
+    int count = (int)llm__get_int(env, ck, "split.count", 1, 0, 65535);
+    int no = (int)llm__get_int(env, ck, "split.no", 0, 0, 65535);
+    if (count > 1 && (no || !llm__split_path(env, path, 1, count)))
+        llm__fail(env, LLM_ERROR_ARGUMENT,
+                  "this is part %d of %d: the first is to be loaded, its name ends in -00001-of-%05d.gguf", no + 1,
+                  count, count);
+    for (int i = 1; i < count; i++) {
+        llm__checkpoint part;
+        memset(&part, 0, sizeof part);
+        env->file = llm__split_path(env, path, i + 1, count);
+        llm__read_gguf_part(env, &part, llm__file_open(env, env->file));
+        if (llm__get_int(env, &part, "split.no", -1, 0, 65535) != i ||
+            llm__get_int(env, &part, "split.count", -1, 0, 65535) != count)
+            llm__fail(env, LLM_ERROR_FORMAT, "split.no and split.count do not say that this is part %d of %d", i + 1,
+                      count);
+        for (size_t j = 0; j < part.n_tensors; j++) llm__add_tensor(env, ck, &part.tensors[j]);
+    }
+    env->file = path;
+    uint64_t wanted = (uint64_t)llm__get_int(env, ck, "split.tensors.count", (int64_t)ck->n_tensors, 0, INT32_MAX);
+    if (wanted != ck->n_tensors)
+        llm__fail(env, LLM_ERROR_FORMAT, "split.tensors.count is %llu, but the %d parts hold %llu tensors",
+                  (unsigned long long)wanted, count, (unsigned long long)ck->n_tensors);
+    llm__sort_tensors(env, ck);
+    return ck;
+}
+
+/* ---- Hugging Face directories ----
+
+   config.json, and tensors in model.safetensors or in several files that model.safetensors.index.json lists. Such a
+   file (https://github.com/huggingface/safetensors) is the length of a JSON text in 8 bytes, the text, and data:
+       {"NAME": {"dtype": "BF16", "shape": [rows, cols], "data_offsets": [begin, end]}, ..., "__metadata__": {...}} */
+
+/* A whole number in the header; sizes in a file this machine can map are below 2^53. */
+static uint64_t llm__safetensors_number(llm__env *env, llm__str tensor, const llm__json *v) {
+    if (v->type != LLM__JSON_NUMBER || !(v->number >= 0 && v->number <= 9007199254740992.0) ||
+        v->number != (double)(uint64_t)v->number)
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s: \"%.*s\" in its shape or data_offsets is no size",
+                  LLM__SHOW(tensor), LLM__SHOW(v->string));
+    return (uint64_t)v->number;
+}
+
+static llm__tensor llm__safetensors_tensor(llm__env *env, const llm__file *file, uint64_t start,
+                                           const llm__json *entry) {
+    llm__tensor t;
+    const llm__json *dtype = llm__json_get(entry, "dtype"), *shape = llm__json_get(entry, "shape");
+    const llm__json *offsets = llm__json_get(entry, "data_offsets");
+    memset(&t, 0, sizeof t);
+    t.name = entry->key;
+    if (!dtype || dtype->type != LLM__JSON_STRING || !shape || shape->type != LLM__JSON_ARRAY || !offsets ||
+        offsets->type != LLM__JSON_ARRAY || offsets->n != 2)
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s lacks a dtype, a shape or two data_offsets", LLM__SHOW(t.name));
+    t.type = llm__find_plain_type(dtype->string);
+    if (!t.type)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s has the unknown dtype %.*s", LLM__SHOW(t.name),
+                  LLM__SHOW(dtype->string));
+    t.rows = t.cols = 1;
+    for (const llm__json *d = shape->first; d; d = d->next) {
+        t.rows = llm__mul(env, t.rows, t.cols);
+        t.cols = llm__safetensors_number(env, t.name, d);
+    }
+    t.row_bytes = llm__mul(env, t.cols, t.type->block_bytes);
+    uint64_t begin = llm__safetensors_number(env, t.name, offsets->first);
+    uint64_t end = llm__safetensors_number(env, t.name, offsets->first->next);
+    if (end < begin || end - begin != llm__mul(env, t.rows, t.row_bytes))
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s is %llu x %llu of %s, but its data_offsets are %llu and %llu",
+                  LLM__SHOW(t.name), (unsigned long long)t.rows, (unsigned long long)t.cols, t.type->name,
+                  (unsigned long long)begin, (unsigned long long)end);
+    llm__place_tensor(env, &t, file, llm__add(env, start, begin));
     return t;
+}
+
+/* Adds a file's tensors; env->file is its path. */
+static void llm__read_safetensors(llm__env *env, llm__checkpoint *ck) {
+    const llm__file *file = llm__file_open(env, env->file);
+    uint64_t n = file->size < 8 ? 0 : llm__load_u64(file->data);
+    if (file->size < 8 || n > file->size - 8)
+        llm__fail(env, LLM_ERROR_FORMAT, "the header is said to be %llu bytes long, but the file has %llu",
+                  (unsigned long long)n, (unsigned long long)file->size);
+    const llm__json *header = llm__json_parse(env, file->data + 8, (size_t)n);
+    if (header->type != LLM__JSON_OBJECT) llm__fail(env, LLM_ERROR_FORMAT, "the header is not a JSON object");
+    for (const llm__json *entry = header->first; entry; entry = entry->next) {
+        if (llm__str_is(entry->key, "__metadata__")) continue;
+        llm__tensor t = llm__safetensors_tensor(env, file, 8 + n, entry);
+        llm__add_tensor(env, ck, &t);
+    }
+}
+
+static const llm__json *llm__open_json(llm__env *env, const char *directory, const char *name) {
+    env->file = llm__path_join(env, directory, name);
+    const llm__file *file = llm__file_open(env, env->file);
+    const llm__json *v = llm__json_parse(env, file->data, (size_t)file->size);
+    if (v->type != LLM__JSON_OBJECT) llm__fail(env, LLM_ERROR_FORMAT, "this is not a JSON object");
+    return v;
+}
+
+/* The files an index names; its weight_map says for each tensor in which it is. */
+static void llm__read_shards(llm__env *env, llm__checkpoint *ck, const llm__json *index, const char *index_path) {
+    const llm__json *map = llm__json_get(index, "weight_map");
+    if (!map || map->type != LLM__JSON_OBJECT) llm__fail(env, LLM_ERROR_FORMAT, "weight_map is not an object");
+    llm__str *names = (llm__str *)llm__alloc(env, map->n + 1, sizeof *names);
+    size_t n = 0;
+    for (const llm__json *entry = map->first; entry; entry = entry->next) {
+        llm__str name = entry->string;
+        if (entry->type != LLM__JSON_STRING || !name.n || memchr(name.at, '/', name.n) ||
+            memchr(name.at, '\\', name.n) || memchr(name.at, 0, name.n))
+            llm__fail(env, LLM_ERROR_FORMAT,
+                      "weight_map: %.*s is in \"%.*s\", which is not the name of a file in the same directory",
+                      LLM__SHOW(entry->key), LLM__SHOW(name));
+        size_t i = 0;
+        while (i < n && !llm__str_equal(names[i], name)) i++;
+        names[i] = name;
+        if (i < n) continue;
+        n++;
+        env->file = llm__path_join(env, ck->directory, llm__copy_string(env, name.at, name.n));
+        llm__read_safetensors(env, ck);
+        env->file = index_path;
+    }
+}
+
+static llm__checkpoint *llm__open_directory(llm__env *env, const char *directory) {
+    const char *path = env->file;
+    llm__checkpoint *ck = (llm__checkpoint *)llm__alloc_zero(env, 1, sizeof *ck);
+    ck->format = LLM__HUGGING_FACE;
+    ck->directory = directory;
+    ck->config = llm__open_json(env, directory, "config.json");
+    ck->config_path = env->file;
+    env->file = llm__path_join(env, directory, "model.safetensors");
+    if (llm__find_path(env->file) == LLM__REGULAR) {
+        llm__read_safetensors(env, ck);
+    } else {
+        const char *name = "model.safetensors.index.json";
+        env->file = path;
+        if (llm__find_path(llm__path_join(env, directory, name)) != LLM__REGULAR)
+            llm__fail(env, LLM_ERROR_IO, "there is neither model.safetensors nor %s in this directory", name);
+        const llm__json *index = llm__open_json(env, directory, name);
+        llm__read_shards(env, ck, index, env->file);
+    }
+    env->file = path;
+    llm__sort_tensors(env, ck);
+    return ck;
+}
+
+/* The directory of a path that names one, or the config.json in one; NULL for other paths. */
+static const char *llm__model_directory(llm__env *env, const char *path) {
+    const char *name = llm__path_name(path);
+    if (llm__find_path(path) == LLM__DIRECTORY) return path;
+    if (strcmp(name, "config.json")) return NULL;
+    return name == path ? "." : llm__copy_string(env, path, (size_t)(name - path));
+}
+
+static llm__checkpoint *llm__open_checkpoint(llm__env *env, const char *path, const llm_model_desc *desc) {
+    if (desc->data) return llm__read_whole_gguf(env, llm__file_memory(env, desc->data, desc->data_size));
+    if (desc->read) return llm__read_whole_gguf(env, llm__file_function(env, desc->read, desc->read_user, desc->read_size));
+    if (!path) llm__fail(env, LLM_ERROR_ARGUMENT, "neither a path nor data to load from were given");
+    const char *directory = llm__model_directory(env, path);
+    return directory ? llm__open_directory(env, directory) : llm__open_gguf(env, path);
 }
 
 /* ==== 6 Hyperparameters =========================================================================================
 
-   The numbers that shape a model, checked once so that nothing after this has to. */
+   The numbers that shape a model, checked once so that nothing after this has to. What would show only as wrong text is
+   refused by name. */
+
+/* What config.json's sliding_window means. */
+typedef enum llm__window_rule { LLM__NO_WINDOW, LLM__WINDOW_ALWAYS, LLM__WINDOW_IF_USED } llm__window_rule;
+
+typedef struct llm__architecture {
+    const char *gguf, *hugging_face, *class_name; /* NULL: GGUF calls it by another's name */
+    bool interleaved_rope; /* GGUF's rows of Q and K pair dimension 2i with 2i + 1, not i with i + rope_dim / 2 */
+    bool qkv_bias, qk_norm;
+    llm__window_rule window;
+} llm__architecture;
+
+static const llm__architecture llm__architectures[] = {
+    {"llama", "llama", "LlamaForCausalLM", true, false, false, LLM__NO_WINDOW},
+    {NULL, "mistral", "MistralForCausalLM", true, false, false, LLM__WINDOW_ALWAYS},
+    {"qwen2", "qwen2", "Qwen2ForCausalLM", false, true, false, LLM__WINDOW_IF_USED},
+    {"qwen3", "qwen3", "Qwen3ForCausalLM", false, false, true, LLM__WINDOW_IF_USED},
+};
+
+enum { LLM__N_ARCHITECTURES = sizeof llm__architectures / sizeof *llm__architectures };
+
+/* A pair of dimensions makes `turns` full turns within the positions the model was first trained for. To reach further,
+   pairs that turn seldom are slowed down by a factor and those that turn often are left alone:
+     linear   all are slowed down
+     llama3   in between, the share of the two is linear in the turns
+     yarn     in between, it is linear in the pair's number (arXiv:2309.00071); sines and cosines are scaled, too */
+typedef enum llm__rope_kind { LLM__ROPE_PLAIN, LLM__ROPE_LINEAR, LLM__ROPE_LLAMA3, LLM__ROPE_YARN } llm__rope_kind;
+
+typedef struct llm__rope {
+    llm__rope_kind kind;
+    double base, factor;
+    double n_original;           /* the positions first trained for */
+    double few_turns, many_turns;
+    bool whole_pairs;            /* yarn: the limits are rounded to whole pairs */
+    double scale;                /* of sines and cosines; 0: as yarn says, */
+    double growth, growth_below; /* (1 + growth * log(factor) / 10) / (1 + growth_below * log(factor) / 10) */
+} llm__rope;
 
 typedef struct llm__hparams {
     llm__str name, architecture;
     int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim, n_ctx_train;
+    int window; /* 0: none */
     float rms_eps;
-    double rope_base;
-    bool interleaved_rope; /* the file's Q and K rows pair dimension 2i with 2i + 1, not i with i + rope_dim / 2 */
+    llm__rope rope;
+    bool interleaved_rope, qkv_bias, qk_norm, tied_head;
 } llm__hparams;
 
-/* A whole number of the architecture's own keys, as in "llama.block_count". */
-static int llm__arch_int(llm__env *env, const llm__checkpoint *ck, const char *key, int64_t missing, int64_t most) {
-    char full[128];
-    llm__str arch = llm__get_str(env, ck, "general.architecture");
-    snprintf(full, sizeof full, "%.*s.%s", LLM__SHOW(arch), key);
-    return (int)llm__get_int(env, ck, full, missing, missing == 0 ? 0 : 1, most);
+static void llm__set_architecture(llm__hparams *h, const llm__architecture *a, llm__format format) {
+    h->interleaved_rope = a->interleaved_rope && format == LLM__GGUF;
+    h->qkv_bias = a->qkv_bias;
+    h->qk_norm = a->qk_norm;
 }
 
-static double llm__arch_number(llm__env *env, const llm__checkpoint *ck, const char *key, double missing) {
-    char full[128];
+/* The base of RoPE's frequencies. */
+#define LLM__LEAST_BASE 2.0
+#define LLM__MOST_BASE 1e15
+
+/* What both formats' numbers must fulfil. */
+static void llm__check_hparams(llm__env *env, const llm__hparams *h) {
+    if (h->n_heads % h->n_kv_heads)
+        llm__fail(env, LLM_ERROR_FORMAT, "%d query heads cannot share %d key heads", h->n_heads, h->n_kv_heads);
+    if (h->n_heads / h->n_kv_heads > 64)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%d query heads share a key head; at most 64 can",
+                  h->n_heads / h->n_kv_heads);
+    if (h->rope_dim % 2 || h->rope_dim > h->head_dim)
+        llm__fail(env, LLM_ERROR_FORMAT, "RoPE over %d of a head's %d dimensions", h->rope_dim, h->head_dim);
+    if (h->rope.kind != LLM__ROPE_PLAIN && h->rope.kind != LLM__ROPE_LINEAR && h->rope.few_turns >= h->rope.many_turns)
+        llm__fail(env, LLM_ERROR_FORMAT, "RoPE is scaled between %g and %g turns", h->rope.few_turns,
+                  h->rope.many_turns);
+}
+
+/* ---- GGUF ---- */
+
+/* The architecture's own keys, as in "llama.block_count". */
+typedef struct llm__arch_key {
+    char text[128];
+} llm__arch_key;
+
+static llm__arch_key llm__make_arch_key(llm__env *env, const llm__checkpoint *ck, const char *key) {
+    llm__arch_key full;
     llm__str arch = llm__get_str(env, ck, "general.architecture");
-    snprintf(full, sizeof full, "%.*s.%s", LLM__SHOW(arch), key);
-    double d = llm__get_number(env, ck, full, missing);
-    if (!(d > 0 && d < 1e12)) llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is %g", full, d);
+    snprintf(full.text, sizeof full.text, "%.*s.%s", LLM__SHOW(arch), key);
+    return full;
+}
+
+static int llm__arch_int(llm__env *env, const llm__checkpoint *ck, const char *key, int64_t missing, int64_t most) {
+    return (int)llm__get_int(env, ck, llm__make_arch_key(env, ck, key).text, missing, missing == 0 ? 0 : 1, most);
+}
+
+static double llm__arch_number(llm__env *env, const llm__checkpoint *ck, const char *key, double missing, double least,
+                               double most) {
+    llm__arch_key full = llm__make_arch_key(env, ck, key);
+    if (!llm__find_value(ck, full.text)) return missing;
+    double d = llm__get_number(env, ck, full.text, 0);
+    if (!(d >= least && d <= most))
+        llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is %g, not from %g to %g", full.text, d, least, most);
     return d;
 }
 
-/* What the tensors would show only as wrong text, refused by name. */
-static void llm__refuse_unsupported(llm__env *env, const llm__checkpoint *ck, llm__str arch) {
-    static const char *const keys[] = {"rope.scaling.type", "rope.scaling.factor", "expert_count", "attention.sliding_window",
-                                       "attention.scale", "logit_scale"};
-    char full[128];
-    if (!llm__str_is(arch, "llama"))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the architecture is \"%.*s\"; this library runs \"llama\"", LLM__SHOW(arch));
+static void llm__refuse_gguf(llm__env *env, const llm__checkpoint *ck) {
+    static const struct {
+        const char *key;
+        double harmless;
+    } keys[] = {
+        {"expert_count", 0}, {"attention.scale", 0}, {"logit_scale", 0}, {"residual_scale", 0}, {"embedding_scale", 0},
+        {"attn_logit_softcapping", 0}, {"final_logit_softcapping", 0}, {"attention.clamp_kqv", 0},
+        {"attention.causal", 1}, {"attention.sliding_window_pattern", 0}, {"rope.scaling.attn_factor", 1},
+        {"rope.scaling.yarn_ext_factor", 1}, {"rope.scaling.yarn_log_multiplier", 0}, {"rope.scaling.alpha", 0},
+        {"rope.dimension_sections", 0},
+    };
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
-        snprintf(full, sizeof full, "%.*s.%s", LLM__SHOW(arch), keys[i]);
-        const llm__value *v = llm__find_value(ck, full);
-        if (!v || (v->type == LLM__GGUF_STRING && llm__str_is(llm__get_str(env, ck, full), "none"))) continue;
-        if (v->type != LLM__GGUF_STRING && llm__get_number(env, ck, full, 0) == 0) continue;
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "metadata %s is set, which this library does not run", full);
+        llm__arch_key key = llm__make_arch_key(env, ck, keys[i].key);
+        const llm__value *v = llm__find_value(ck, key.text);
+        if (!v || (!v->is_array && v->type != LLM__GGUF_STRING && llm__value_number(v, 0) == keys[i].harmless))
+            continue;
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "metadata %s is set, which this library does not run", key.text);
     }
-    if (llm__find_tensor(ck, "rope_freqs.weight"))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor rope_freqs.weight is there: scaled RoPE is not run by this library");
 }
 
-static llm__hparams llm__read_hparams(llm__env *env, const llm__checkpoint *ck) {
+static llm__rope llm__gguf_rope(llm__env *env, const llm__checkpoint *ck, int n_ctx_train) {
+    llm__rope r;
+    memset(&r, 0, sizeof r);
+    r.base = llm__arch_number(env, ck, "rope.freq_base", 10000, LLM__LEAST_BASE, LLM__MOST_BASE);
+    r.factor = llm__arch_number(env, ck, "rope.scaling.factor",
+                                llm__arch_number(env, ck, "rope.scale_linear", 0, 0, 1e6), 0, 1e6);
+    r.scale = 1;
+    llm__arch_key key = llm__make_arch_key(env, ck, "rope.scaling.type");
+    llm__str type = llm__get_str(env, ck, key.text);
+    if (llm__str_is(type, "yarn")) {
+        r.kind = LLM__ROPE_YARN;
+        if (r.factor == 0)
+            llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is yarn, but rope.scaling.factor is missing", key.text);
+        r.n_original = llm__arch_number(env, ck, "rope.scaling.original_context_length", n_ctx_train, 1, 1 << 28);
+        r.few_turns = llm__arch_number(env, ck, "rope.scaling.yarn_beta_slow", 1, 1e-3, 1e6);
+        r.many_turns = llm__arch_number(env, ck, "rope.scaling.yarn_beta_fast", 32, 1e-3, 1e6);
+        r.whole_pairs = true;
+        r.scale = llm__arch_number(env, ck, "rope.scaling.yarn_attn_factor", 0, 1e-3, 1e3);
+        r.growth = 1;
+    } else if (type.n && !llm__str_is(type, "linear") && !llm__str_is(type, "none")) {
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "metadata %s is \"%.*s\"; this library runs none, linear and yarn",
+                  key.text, LLM__SHOW(type));
+    } else if (r.factor != 0 && !llm__str_is(type, "none")) {
+        r.kind = LLM__ROPE_LINEAR;
+    }
+    return r;
+}
+
+static llm__hparams llm__gguf_hparams(llm__env *env, const llm__checkpoint *ck) {
     llm__hparams h;
     memset(&h, 0, sizeof h);
     h.name = llm__get_str(env, ck, "general.name");
     h.architecture = llm__get_str(env, ck, "general.architecture");
-    llm__refuse_unsupported(env, ck, h.architecture);
+    const llm__architecture *a = llm__architectures;
+    while (a < llm__architectures + LLM__N_ARCHITECTURES && !(a->gguf && llm__str_is(h.architecture, a->gguf))) a++;
+    if (a == llm__architectures + LLM__N_ARCHITECTURES)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the architecture is \"%.*s\"; this library runs llama, qwen2 and qwen3",
+                  LLM__SHOW(h.architecture));
+    llm__set_architecture(&h, a, ck->format);
+    llm__refuse_gguf(env, ck);
     const llm__tensor *embd = llm__find_tensor(ck, "token_embd.weight");
     if (!embd) llm__fail(env, LLM_ERROR_FORMAT, "tensor token_embd.weight is missing");
     if (embd->rows > 1 << 24) llm__fail(env, LLM_ERROR_FORMAT, "tensor token_embd.weight has %llu rows", (unsigned long long)embd->rows);
@@ -1295,18 +2174,252 @@ static llm__hparams llm__read_hparams(llm__env *env, const llm__checkpoint *ck) 
     h.n_kv_heads = llm__arch_int(env, ck, "attention.head_count_kv", h.n_heads, 4096);
     h.n_ctx_train = llm__arch_int(env, ck, "context_length", -1, 1 << 28);
     h.head_dim = llm__arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1, 4096);
-    h.rope_dim = llm__arch_int(env, ck, "rope.dimension_count", h.head_dim, 4096);
-    h.rms_eps = (float)llm__arch_number(env, ck, "attention.layer_norm_rms_epsilon", 1e-5);
-    h.rope_base = llm__arch_number(env, ck, "rope.freq_base", 10000);
-    h.interleaved_rope = true;
-    if (h.n_heads % h.n_kv_heads)
-        llm__fail(env, LLM_ERROR_FORMAT, "%d query heads cannot share %d key heads", h.n_heads, h.n_kv_heads);
-    if (h.n_heads / h.n_kv_heads > 64)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%d query heads share a key head; at most 64 can", h.n_heads / h.n_kv_heads);
-    if (h.rope_dim % 2 || h.rope_dim > h.head_dim)
-        llm__fail(env, LLM_ERROR_FORMAT, "RoPE over %d of a head's %d dimensions", h.rope_dim, h.head_dim);
     if (llm__arch_int(env, ck, "attention.value_length", h.head_dim, 4096) != h.head_dim)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "values and keys have different lengths, which this library does not run");
+    h.rope_dim = llm__arch_int(env, ck, "rope.dimension_count", h.head_dim, 4096);
+    h.window = llm__arch_int(env, ck, "attention.sliding_window", 0, 1 << 28);
+    h.rms_eps = (float)llm__arch_number(env, ck, "attention.layer_norm_rms_epsilon", 1e-5, 1e-12, 1);
+    h.rope = llm__gguf_rope(env, ck, h.n_ctx_train);
+    h.tied_head = !llm__find_tensor(ck, "output.weight");
+    return h;
+}
+
+/* ---- config.json ---- */
+
+/* In messages: "rope_scaling.factor". */
+#define LLM__SHOW_KEY(object, key) LLM__SHOW((object)->key), (object)->key.n ? "." : "", key
+
+static double llm__config_number(llm__env *env, const llm__json *object, const char *key, double missing, double least,
+                                 double most) {
+    const llm__json *v = llm__json_get(object, key);
+    if (!v) return missing;
+    if (v->type != LLM__JSON_NUMBER)
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is not a number", LLM__SHOW_KEY(object, key));
+    if (!(v->number >= least && v->number <= most))
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %g, not from %g to %g", LLM__SHOW_KEY(object, key), v->number,
+                  least, most);
+    return v->number;
+}
+
+/* A whole number from `least` to `most`; a negative `missing` requires it. */
+static int llm__config_int(llm__env *env, const llm__json *object, const char *key, int missing, int least, int most) {
+    double d = llm__config_number(env, object, key, missing, least, most);
+    if (missing < 0 && !llm__json_get(object, key))
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is missing", LLM__SHOW_KEY(object, key));
+    if (d != (double)(int)d)
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %g, not a whole number", LLM__SHOW_KEY(object, key), d);
+    return (int)d;
+}
+
+static bool llm__config_bool(llm__env *env, const llm__json *object, const char *key, bool missing) {
+    const llm__json *v = llm__json_get(object, key);
+    if (v && v->type != LLM__JSON_TRUE && v->type != LLM__JSON_FALSE)
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is neither true nor false", LLM__SHOW_KEY(object, key));
+    return v ? v->type == LLM__JSON_TRUE : missing;
+}
+
+/* A string, empty where it is not there. */
+static llm__str llm__config_str(llm__env *env, const llm__json *object, const char *key) {
+    llm__str none = {"", 0};
+    const llm__json *v = llm__json_get(object, key);
+    if (v && v->type != LLM__JSON_STRING)
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is not a string", LLM__SHOW_KEY(object, key));
+    return v ? v->string : none;
+}
+
+/* NULL where it is not there. */
+static const llm__json *llm__config_object(llm__env *env, const llm__json *object, const char *key) {
+    const llm__json *v = llm__json_get(object, key);
+    if (v && v->type != LLM__JSON_OBJECT)
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is not an object", LLM__SHOW_KEY(object, key));
+    return v;
+}
+
+static const llm__architecture *llm__config_architecture(llm__env *env, const llm__json *config, llm__str type) {
+    const llm__architecture *a = llm__architectures;
+    while (a < llm__architectures + LLM__N_ARCHITECTURES && !llm__str_is(type, a->hugging_face)) a++;
+    if (a == llm__architectures + LLM__N_ARCHITECTURES)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "model_type is \"%.*s\"; this library runs llama, mistral, qwen2 and qwen3", LLM__SHOW(type));
+    const llm__json *classes = llm__json_get(config, "architectures");
+    for (const llm__json *c = classes ? classes->first : NULL; c; c = c->next)
+        if (!llm__str_is(c->string, a->class_name))
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "architectures names \"%.*s\"; of model_type %s this library runs %s",
+                      LLM__SHOW(c->string), a->hugging_face, a->class_name);
+    return a;
+}
+
+/* Weights as compressed-tensors writes them: int8, one scale for each output. */
+static void llm__check_quantization(llm__env *env, const llm__json *q) {
+    if (!q) return;
+    llm__str method = llm__config_str(env, q, "quant_method"), format = llm__config_str(env, q, "format");
+    if (!llm__str_is(method, "compressed-tensors") ||
+        (!llm__str_is(format, "int-quantized") && !llm__str_is(format, "naive-quantized")))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "%.*s: quant_method is \"%.*s\" and format \"%.*s\"; this library runs compressed-tensors "
+                  "as int-quantized and naive-quantized",
+                  LLM__SHOW(q->key), LLM__SHOW(method), LLM__SHOW(format));
+    if (llm__json_get(q, "kv_cache_scheme"))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s.kv_cache_scheme is set, which this library does not run",
+                  LLM__SHOW(q->key));
+    const llm__json *groups = llm__config_object(env, q, "config_groups");
+    for (const llm__json *g = groups ? groups->first : NULL; g; g = g->next) {
+        const llm__json *w = llm__config_object(env, g, "weights");
+        llm__str own = llm__config_str(env, g, "format");
+        if (!w || (own.n && !llm__str_equal(own, format)) || llm__config_int(env, w, "num_bits", 0, 1, 64) != 8 ||
+            !llm__str_is(llm__config_str(env, w, "type"), "int") || !llm__config_bool(env, w, "symmetric", false) ||
+            !llm__str_is(llm__config_str(env, w, "strategy"), "channel"))
+            llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                      "config_groups.%.*s: the weights are not num_bits 8, type int, symmetric, strategy channel "
+                      "and of the whole's format, which is what this library runs",
+                      LLM__SHOW(g->key));
+    }
+}
+
+static void llm__refuse_config(llm__env *env, const llm__json *config, const llm__architecture *a) {
+    static const char *const flags[] = {"attention_bias", "mlp_bias"};
+    llm__str act = llm__config_str(env, config, "hidden_act");
+    if (act.n && !llm__str_is(act, "silu") && !llm__str_is(act, "swish"))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "hidden_act is \"%.*s\"; this library runs silu", LLM__SHOW(act));
+    /* Where there always is a bias they mean nothing. */
+    for (size_t i = 0; i < sizeof flags / sizeof *flags && !a->qkv_bias; i++)
+        if (llm__config_bool(env, config, flags[i], false))
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s is true, which this library does not run", flags[i]);
+    llm__check_quantization(env, llm__config_object(env, config, "quantization_config"));
+    llm__check_quantization(env, llm__config_object(env, config, "compression_config"));
+}
+
+static void llm__check_rotary_part(llm__env *env, const llm__json *object) {
+    double part = llm__config_number(env, object, "partial_rotary_factor", 1, 0, 1);
+    if (part != 1) llm__fail(env, LLM_ERROR_UNSUPPORTED, "partial_rotary_factor is %g; this library runs 1", part);
+}
+
+/* rope_scaling, or rope_parameters as it is called in newer files, which hold rope_theta too. */
+static llm__rope llm__config_rope(llm__env *env, const llm__json *config, int n_ctx_train) {
+    llm__rope r;
+    const llm__json *o = llm__config_object(env, config, "rope_scaling");
+    memset(&r, 0, sizeof r);
+    r.scale = 1;
+    r.base = llm__config_number(env, config, "rope_theta", 10000, LLM__LEAST_BASE, LLM__MOST_BASE);
+    llm__check_rotary_part(env, config);
+    if (!o) o = llm__config_object(env, config, "rope_parameters");
+    if (!o) return r;
+    llm__check_rotary_part(env, o);
+    for (const llm__json *m = o->first; m; m = m->next)
+        if (m->type == LLM__JSON_OBJECT || m->type == LLM__JSON_ARRAY)
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s.%.*s is set, which this library does not run",
+                      LLM__SHOW(o->key), LLM__SHOW(m->key));
+    r.base = llm__config_number(env, o, "rope_theta", r.base, LLM__LEAST_BASE, LLM__MOST_BASE);
+    llm__str type = llm__config_str(env, o, llm__json_get(o, "rope_type") ? "rope_type" : "type");
+    if (!type.n || llm__str_is(type, "default")) return r;
+    r.n_original = llm__config_number(env, o, "original_max_position_embeddings", n_ctx_train, 1, 1 << 28);
+    if (llm__str_is(type, "linear")) {
+        r.kind = LLM__ROPE_LINEAR;
+    } else if (llm__str_is(type, "llama3")) {
+        r.kind = LLM__ROPE_LLAMA3;
+        r.few_turns = llm__config_number(env, o, "low_freq_factor", 1, 1e-3, 1e6);
+        r.many_turns = llm__config_number(env, o, "high_freq_factor", 4, 1e-3, 1e6);
+    } else if (llm__str_is(type, "yarn")) {
+        r.kind = LLM__ROPE_YARN;
+        r.few_turns = llm__config_number(env, o, "beta_slow", 1, 1e-3, 1e6);
+        r.many_turns = llm__config_number(env, o, "beta_fast", 32, 1e-3, 1e6);
+        r.whole_pairs = llm__config_bool(env, o, "truncate", true);
+        r.scale = llm__config_number(env, o, "attention_factor", 0, 1e-3, 1e3);
+        r.growth = llm__config_number(env, o, "mscale", 0, 0, 1e3);
+        r.growth_below = llm__config_number(env, o, "mscale_all_dim", 0, 0, 1e3);
+        if (r.growth == 0 || r.growth_below == 0) { /* one without the other means nothing */
+            r.growth = 1;
+            r.growth_below = 0;
+        }
+    } else {
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "%.*s is of type \"%.*s\"; this library runs default, linear, llama3 and yarn", LLM__SHOW(o->key),
+                  LLM__SHOW(type));
+    }
+    if (r.kind != LLM__ROPE_YARN && !llm__json_get(o, "factor"))
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s.factor is missing", LLM__SHOW(o->key));
+    r.factor = llm__config_number(env, o, "factor", n_ctx_train / r.n_original, 1e-3, 1e6);
+    return r;
+}
+
+/* The positions a token attends to, 0 for all: the same in all layers, or it is refused. */
+static int llm__config_window(llm__env *env, const llm__json *config, const llm__architecture *a, int n_layers) {
+    const llm__json *types = llm__json_get(config, "layer_types");
+    bool used = a->window == LLM__WINDOW_ALWAYS ||
+                (a->window == LLM__WINDOW_IF_USED && llm__config_bool(env, config, "use_sliding_window", false));
+    int n = 0;
+    for (const llm__json *t = types ? types->first : NULL; t; t = t->next) {
+        if (!llm__str_is(t->string, "sliding_attention") && !llm__str_is(t->string, "full_attention"))
+            llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                      "layer_types names \"%.*s\"; this library runs full_attention and sliding_attention",
+                      LLM__SHOW(t->string));
+        n += llm__str_is(t->string, "sliding_attention");
+    }
+    if (types && types->n != (size_t)n_layers)
+        llm__fail(env, LLM_ERROR_FORMAT, "layer_types has %llu entries for %d layers", (unsigned long long)types->n,
+                  n_layers);
+    if (!types && a->window == LLM__WINDOW_ALWAYS) n = n_layers;
+    if (!types && a->window == LLM__WINDOW_IF_USED && used) {
+        int full = llm__config_int(env, config, "max_window_layers", 28, 0, 1 << 28);
+        n = full < n_layers ? n_layers - full : 0;
+    }
+    if (n == 0) return 0;
+    if (n != n_layers || !used)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "%d of %d layers have a sliding window; this library runs it in all layers or none", n, n_layers);
+    return llm__config_int(env, config, "sliding_window", llm__json_find(config, "sliding_window") ? 0 : 4096, 1,
+                           1 << 28);
+}
+
+static bool llm__config_tied_head(llm__env *env, const llm__checkpoint *ck) {
+    const llm__tensor *embedding = llm__find_tensor(ck, "model.embed_tokens.weight");
+    const llm__tensor *head = llm__find_tensor(ck, "lm_head.weight");
+    bool tied = llm__config_bool(env, ck->config, "tie_word_embeddings", !head);
+    if (!tied && !head)
+        llm__fail(env, LLM_ERROR_FORMAT, "tie_word_embeddings is false, but there is no tensor lm_head.weight");
+    if (!tied || !head) return tied;
+    if (!embedding || head->type != embedding->type || head->rows != embedding->rows || head->cols != embedding->cols ||
+        memcmp(head->data, embedding->data, (size_t)(head->rows * head->row_bytes)))
+        llm__fail(env, LLM_ERROR_FORMAT,
+                  "tie_word_embeddings is true, but tensor lm_head.weight is not model.embed_tokens.weight");
+    llm__use_tensor(ck, head);
+    return true;
+}
+
+static llm__hparams llm__config_hparams(llm__env *env, const llm__checkpoint *ck) {
+    llm__hparams h;
+    const llm__json *config = ck->config;
+    const char *path = env->file;
+    memset(&h, 0, sizeof h);
+    env->file = ck->config_path;
+    h.name = llm__config_str(env, config, "_name_or_path");
+    h.architecture = llm__config_str(env, config, "model_type");
+    const llm__architecture *a = llm__config_architecture(env, config, h.architecture);
+    llm__set_architecture(&h, a, ck->format);
+    llm__refuse_config(env, config, a);
+    h.n_vocab = llm__config_int(env, config, "vocab_size", -1, 1, 1 << 24);
+    h.n_layers = llm__config_int(env, config, "num_hidden_layers", -1, 1, 4096);
+    h.n_embd = llm__config_int(env, config, "hidden_size", -1, 1, 1 << 20);
+    h.n_ff = llm__config_int(env, config, "intermediate_size", -1, 1, 1 << 22);
+    h.n_heads = llm__config_int(env, config, "num_attention_heads", -1, 1, 4096);
+    h.n_kv_heads = llm__config_int(env, config, "num_key_value_heads", h.n_heads, 1, 4096);
+    h.n_ctx_train = llm__config_int(env, config, "max_position_embeddings", -1, 1, 1 << 28);
+    int usual = a->qk_norm ? 128 : h.n_embd / h.n_heads;
+    h.head_dim = llm__config_int(env, config, "head_dim", usual ? usual : 1, 1, 4096);
+    h.rope_dim = h.head_dim;
+    h.window = llm__config_window(env, config, a, h.n_layers);
+    h.rms_eps = (float)llm__config_number(env, config, "rms_norm_eps", 1e-6, 1e-12, 1);
+    h.rope = llm__config_rope(env, config, h.n_ctx_train);
+    h.tied_head = llm__config_tied_head(env, ck);
+    llm__check_hparams(env, &h);
+    env->file = path;
+    return h;
+}
+
+static llm__hparams llm__read_hparams(llm__env *env, const llm__checkpoint *ck) {
+    if (ck->format == LLM__HUGGING_FACE) return llm__config_hparams(env, ck);
+    llm__hparams h = llm__gguf_hparams(env, ck);
+    llm__check_hparams(env, &h);
     return h;
 }
 
@@ -3020,6 +4133,21 @@ static llm_tokenizer *llm__tokenizer_from_gguf(llm__env *env, const llm__checkpo
     return t;
 }
 
+/* STAND-IN: the tokenizer helper's reader of a directory goes here. */
+static llm_tokenizer *llm__tokenizer_from_directory(llm__env *env, const char *directory) {
+    llm__vocab_source v;
+    llm__str piece = {"a", 1};
+    memset(&v, 0, sizeof v);
+    (void)directory;
+    v.pieces_name = v.scores_name = v.types_name = v.merges_name = v.pre_name = "stand-in";
+    v.pieces = &piece;
+    v.n_pieces = 1;
+    v.bos = v.eos = v.unk = v.ends[0] = v.ends[1] = v.ends[2] = v.ends[3] = LLM__NONE;
+    v.pre.at = "gpt-2";
+    v.pre.n = 5;
+    return llm__tokenizer_build(env, &v);
+}
+
 /* ---- Tokenizers alone ---- */
 
 typedef struct llm__tokenizer_load_job {
@@ -4105,7 +5233,7 @@ static const llm__kernels LLM__FN(kernels) = {
 
 /* The rows of a weight come from up to three tensors, one after the other. */
 typedef struct llm__source {
-    const llm__tensor *parts[3];
+    llm__tensor parts[3];
     int n_parts;
     int n_interleaved[3]; /* parts whose RoPE pairs are (2i, 2i + 1): their heads' length, else 0 */
     int rope_dim;
@@ -4118,21 +5246,26 @@ static int llm__interleaved_row(int row, int head_dim, int rope_dim) {
     return head * head_dim + (d < half ? 2 * d : 2 * (d - half) + 1);
 }
 
-static void llm__read_weight_row(const llm_weight *weight, int row, float *out) {
+/* The tensor a weight's row comes from; *row becomes its number there. */
+static const llm__tensor *llm__find_row(const llm_weight *weight, int *row) {
     const llm__source *source = (const llm__source *)weight->source;
     int part = 0;
-    while ((uint64_t)row >= source->parts[part]->rows) row -= (int)source->parts[part++]->rows;
-    const llm__tensor *t = source->parts[part];
-    if (source->n_interleaved[part]) row = llm__interleaved_row(row, source->n_interleaved[part], source->rope_dim);
+    while ((uint64_t)*row >= source->parts[part].rows) *row -= (int)source->parts[part++].rows;
+    if (source->n_interleaved[part]) *row = llm__interleaved_row(*row, source->n_interleaved[part], source->rope_dim);
+    return &source->parts[part];
+}
+
+static void llm__read_weight_row(const llm_weight *weight, int row, float *out) {
+    const llm__tensor *t = llm__find_row(weight, &row);
     t->type->decode(t->data + (uint64_t)row * t->row_bytes, (size_t)t->cols, out);
+    if (!t->scales) return;
+    float scale;
+    t->scales->type->decode(t->scales->data + (uint64_t)row * t->scales->type->block_bytes, 1, &scale);
+    for (uint64_t i = 0; i < t->cols; i++) out[i] *= scale;
 }
 
 static const void *llm__raw_weight_row(const llm_weight *weight, int row, int *type) {
-    const llm__source *source = (const llm__source *)weight->source;
-    int part = 0;
-    while ((uint64_t)row >= source->parts[part]->rows) row -= (int)source->parts[part++]->rows;
-    const llm__tensor *t = source->parts[part];
-    if (source->n_interleaved[part]) row = llm__interleaved_row(row, source->n_interleaved[part], source->rope_dim);
+    const llm__tensor *t = llm__find_row(weight, &row);
     *type = (int)t->type->type;
     return t->data + (uint64_t)row * t->row_bytes;
 }
@@ -4581,6 +5714,8 @@ static int llm__default_threads(void) {
 
 typedef struct llm__cpu_layer {
     float *attention_norm, *ffn_norm; /* [n_embd] */
+    float *qkv_bias;                  /* [(n_heads + 2 * n_kv_heads) * head_dim] or NULL */
+    float *q_norm, *k_norm;           /* [head_dim] or NULL */
     llm__matrix qkv, attention_out, gate_up, down;
 } llm__cpu_layer;
 
@@ -4663,9 +5798,10 @@ static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const l
     llm__free(env->pool, args.rows);
 }
 
+/* A row, or a column. */
 static float *llm__cpu_upload_vector(llm__env *env, const llm_weight *weight) {
-    float *v = (float *)llm__alloc(env, (size_t)weight->cols, sizeof *v);
-    weight->read_row(weight, 0, v);
+    float *v = (float *)llm__alloc(env, (size_t)weight->rows * (size_t)weight->cols, sizeof *v);
+    for (int i = 0; i < weight->rows; i++) weight->read_row(weight, i, v + (size_t)i * (size_t)weight->cols);
     return v;
 }
 
@@ -4678,6 +5814,9 @@ static void llm__cpu_upload_body(llm__env *env, void *arg) {
     case LLM_WEIGHT_EMBEDDING: llm__cpu_upload_matrix(env, m, w, &m->embedding); break;
     case LLM_WEIGHT_ATTENTION_NORM: layer->attention_norm = llm__cpu_upload_vector(env, w); break;
     case LLM_WEIGHT_QKV: llm__cpu_upload_matrix(env, m, w, &layer->qkv); break;
+    case LLM_WEIGHT_QKV_BIAS: layer->qkv_bias = llm__cpu_upload_vector(env, w); break;
+    case LLM_WEIGHT_Q_NORM: layer->q_norm = llm__cpu_upload_vector(env, w); break;
+    case LLM_WEIGHT_K_NORM: layer->k_norm = llm__cpu_upload_vector(env, w); break;
     case LLM_WEIGHT_ATTENTION_OUT: llm__cpu_upload_matrix(env, m, w, &layer->attention_out); break;
     case LLM_WEIGHT_FFN_NORM: layer->ffn_norm = llm__cpu_upload_vector(env, w); break;
     case LLM_WEIGHT_GATE_UP: llm__cpu_upload_matrix(env, m, w, &layer->gate_up); break;
@@ -4797,7 +5936,7 @@ static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) 
    (2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245). For rows x[n_embd] of all tokens at once:
 
        x = embedding[token]
-       for each layer:   q, k, v = Wqkv norm(x);  q, k = rope(q, k);  k, v go to the cache
+       for each layer:   q, k, v = Wqkv norm(x) [+ bias];  q, k = rope([norm] q, [norm] k);  k, v go to the cache
                          x += Wo attention(q, cache);   x += Wdown (silu(Wgate norm(x)) * Wup norm(x))
        logits = Whead norm(x)
 
@@ -4909,9 +6048,11 @@ static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
         float *x = c->x + (size_t)r * c->x_stride;
         for (size_t i = 0; i < (size_t)m->k; i++)
             x[i] = llm__matrix_get(m, (size_t)pass->tokens[r], i);
-        for (size_t i = 0; i < half; i++)
-            llm__sincos(pass->positions[r] * s->rope_frequencies[i], &c->sines[(size_t)r * half + i],
-                        &c->cosines[(size_t)r * half + i]);
+        for (size_t i = (size_t)r * half, j = 0; j < half; i++, j++) {
+            llm__sincos(pass->positions[r] * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
+            c->sines[i] *= s->rope_scale;
+            c->cosines[i] *= s->rope_scale;
+        }
     }
     llm__finish(w, pass->n_rows);
 }
@@ -4927,6 +6068,22 @@ static void llm__cache_store(const llm__cpu_context *c, int layer, int value, in
                       from[d]);
 }
 
+/* One head's RMSNorm in place; `scratch` holds a head, for the kernel writes a little more than it. */
+static void llm__norm_head(const llm__cpu_context *c, const float *weight, float *scratch, float *x) {
+    const llm_shape *s = &c->model->shape;
+    c->model->kernels->rms_norm(x, weight, s->head_dim, s->rms_eps, false, scratch);
+    memcpy(x, scratch, (size_t)s->head_dim * sizeof *x);
+}
+
+/* What some models do to queries, keys and values before RoPE. */
+static void llm__adjust_row(const llm__cpu_context *c, int index, const llm__cpu_layer *layer, float *qkv) {
+    const llm_shape *s = &c->model->shape;
+    float *scratch = c->scratch + (size_t)index * c->scratch_floats;
+    if (s->qkv_bias) c->model->kernels->add(qkv, layer->qkv_bias, (s->n_heads + 2 * s->n_kv_heads) * s->head_dim);
+    for (int h = 0; h < s->n_heads + s->n_kv_heads && s->qk_norm; h++)
+        llm__norm_head(c, h < s->n_heads ? layer->q_norm : layer->k_norm, scratch, qkv + h * s->head_dim);
+}
+
 /* Rotates queries and keys, and stores keys and values. */
 static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer) {
     const llm_pass *pass = c->pass;
@@ -4934,6 +6091,7 @@ static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer)
     size_t half = (size_t)s->rope_dim / 2;
     for (int r; (r = llm__take(w)) < pass->n_rows;) {
         float *q = c->qkv + (size_t)r * c->qkv_stride, *k = q + s->n_heads * s->head_dim, *v = k + s->n_kv_heads * s->head_dim;
+        llm__adjust_row(c, w->index, &c->model->layers[layer], q);
         for (int h = 0; h < s->n_heads + s->n_kv_heads; h++)
             c->model->kernels->rope(q + h * s->head_dim, c->cosines + (size_t)r * half, c->sines + (size_t)r * half, (int)half);
         int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
@@ -4953,6 +6111,11 @@ typedef struct llm__attention_work {
     int rows;
 } llm__attention_work;
 
+/* The first position that one at `position` attends to. */
+static int llm__first_key(const llm_shape *s, int position) {
+    return s->window && position >= s->window ? position - s->window + 1 : 0;
+}
+
 static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_work *a, int layer, int head,
                               const int *blocks, int first_key, int n_keys, const int *last_keys) {
     const llm__kernels *kernels = c->model->kernels;
@@ -4967,9 +6130,14 @@ static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_wo
         product(a->q, stride, NULL, a->rows, keys + (size_t)(key / 16 % 2) * tile, c->head_stride, a->scores + key, LLM__CHUNK);
     }
     for (int r = 0; r < a->rows; r++) {
+        float *scores = a->scores + r * LLM__CHUNK;
         int n = last_keys[r] + 1 - first_key < n_keys ? last_keys[r] + 1 - first_key : n_keys;
-        if (n > 0) kernels->softmax(a->scores + r * LLM__CHUNK, n, padded, scale, c->round_cache, &a->max[r], &a->sum[r]);
-        else memset(a->scores + r * LLM__CHUNK, 0, (size_t)padded * sizeof(float));
+        int hidden = llm__first_key(&c->model->shape, last_keys[r]) - first_key; /* keys before the window */
+        /* Each of them adds exp(-87) to a sum of at least 1, which is nothing, and then is made 0. */
+        for (int i = 0; i < hidden && i < n; i++) scores[i] = -INFINITY;
+        if (n > 0 && n > hidden) kernels->softmax(scores, n, padded, scale, c->round_cache, &a->max[r], &a->sum[r]);
+        else hidden = padded;
+        if (hidden > 0) memset(scores, 0, (size_t)hidden * sizeof(float));
     }
     for (int key = 0; key < n_keys; key += LLM_BLOCK) {
         const uint8_t *values = llm__cache_block(c, layer, 1, head, blocks[(first_key + key) / LLM_BLOCK]);
@@ -4997,16 +6165,17 @@ static void llm__attend(const llm__cpu_context *c, int index, int layer, int hea
     llm__attention_work work = {q, scores, part, out, stats + 2 * n, stats + 3 * n, n};
     const int *blocks = pass->blocks + (size_t)pass->seqs[rows[queries.first]] * (size_t)pass->blocks_per_seq;
     int n_keys = last_keys[n - 1] + 1;
-    for (int first = 0; first < n_keys; first += LLM__CHUNK) {
+    for (int first = llm__first_key(s, last_keys[0]) / LLM__CHUNK * LLM__CHUNK; first < n_keys; first += LLM__CHUNK) {
         int some = n_keys - first < LLM__CHUNK ? n_keys - first : LLM__CHUNK;
         llm__attend_chunk(c, &work, layer, head, blocks, first, some, last_keys);
         for (int i = 0; i < n; i++) {
             float *known = out + (size_t)i * stride, *fresh = part + (size_t)i * stride;
-            if (first == 0) {
+            int first_key = llm__first_key(s, last_keys[i]);
+            if (first <= first_key && first_key < first + LLM__CHUNK) {
                 memcpy(known, fresh, stride * sizeof *known);
                 stats[i] = work.max[i];
                 stats[n + i] = work.sum[i];
-            } else if (last_keys[i] >= first) {
+            } else if (first > first_key && last_keys[i] >= first) {
                 c->model->kernels->merge(&stats[i], &stats[n + i], known, work.max[i], work.sum[i], fresh, c->head_stride);
             }
         }
@@ -5346,12 +6515,64 @@ static uint64_t llm__hash_bytes(uint64_t hash, const void *bytes, size_t n) { /*
     return hash;
 }
 
-/* The angle a pair of dimensions turns by from one position to the next: base^(-2i / rope_dim). */
-static double *llm__rope_frequencies(llm__env *env, const llm__hparams *h) {
+/* The number of the pair of dimensions that makes so many turns within the original positions. */
+static double llm__yarn_pair(const llm__hparams *h, double turns) {
+    return h->rope_dim * llm__log2(h->rope.n_original / (turns * 6.2831853071795865)) / (2 * llm__log2(h->rope.base));
+}
+
+/* How much of its frequency pair i keeps: 1 all of it, 0 it is divided by the factor. */
+static double llm__rope_kept(const llm__hparams *h, int i, double frequency) {
+    const llm__rope *r = &h->rope;
+    double turns = r->n_original * frequency / 6.2831853071795865, kept;
+    if (r->kind == LLM__ROPE_LLAMA3) {
+        kept = (turns - r->few_turns) / (r->many_turns - r->few_turns);
+    } else {
+        double first = llm__yarn_pair(h, r->many_turns), last = llm__yarn_pair(h, r->few_turns);
+        if (r->whole_pairs) {
+            first = floor(first);
+            last = ceil(last);
+        }
+        if (first < 0) first = 0;
+        if (last > h->rope_dim - 1) last = h->rope_dim - 1;
+        kept = 1 - (i - first) / (last == first ? 0.001 : last - first);
+    }
+    return kept < 0 ? 0 : kept > 1 ? 1 : kept;
+}
+
+/* The angle pair i turns by from one position to the next: base^(-2i / rope_dim), and what becomes of it. */
+static double llm__rope_frequency(const llm__hparams *h, int i) {
+    double f = llm__exp2(-2.0 * i / h->rope_dim * llm__log2(h->rope.base));
+    if (h->rope.kind == LLM__ROPE_PLAIN) return f;
+    double kept = h->rope.kind == LLM__ROPE_LINEAR ? 0 : llm__rope_kept(h, i, f);
+    return f * kept + f / h->rope.factor * (1 - kept);
+}
+
+/* GGUF has the effect of llama3's scaling in a tensor of divisors. */
+static double *llm__rope_frequencies(llm__env *env, const llm__hparams *h, const llm__checkpoint *ck) {
     int half = h->rope_dim / 2;
-    double *f = (double *)llm__alloc(env, (size_t)half + 1, sizeof *f);
-    for (int i = 0; i < half; i++) f[i] = llm__exp2(-2.0 * i / h->rope_dim * llm__log2(h->rope_base));
-    return f;
+    double *frequencies = (double *)llm__alloc(env, (size_t)half + 1, sizeof *frequencies);
+    for (int i = 0; i < half; i++) frequencies[i] = llm__rope_frequency(h, i);
+    if (ck->format != LLM__GGUF || !llm__find_tensor(ck, "rope_freqs.weight")) return frequencies;
+    llm__tensor t = llm__get_tensor(env, ck, "rope_freqs.weight", 1, (uint64_t)half);
+    uint8_t *bytes = llm__bring(env, &t);
+    float *divisors = (float *)llm__alloc(env, (size_t)half, sizeof *divisors);
+    t.type->decode(t.data, (size_t)half, divisors);
+    for (int i = 0; i < half; i++) {
+        if (!(divisors[i] > 0 && divisors[i] < 1e6f))
+            llm__fail(env, LLM_ERROR_FORMAT, "tensor rope_freqs.weight divides frequency %d by %g", i,
+                      (double)divisors[i]);
+        frequencies[i] /= divisors[i];
+    }
+    llm__free(env->pool, divisors);
+    llm__free(env->pool, bytes);
+    return frequencies;
+}
+
+static float llm__rope_scale(const llm__rope *r) {
+    if (r->scale != 0) return (float)r->scale;
+    if (r->kind != LLM__ROPE_YARN || r->factor <= 1) return 1;
+    double grown = 0.1 * 0.69314718055994531 * llm__log2(r->factor);
+    return (float)((1 + r->growth * grown) / (1 + r->growth_below * grown));
 }
 
 static llm_shape llm__find_shape(llm__env *env, const llm__hparams *h, const llm__checkpoint *ck) {
@@ -5365,49 +6586,89 @@ static llm_shape llm__find_shape(llm__env *env, const llm__hparams *h, const llm
     s.head_dim = h->head_dim;
     s.rope_dim = h->rope_dim;
     s.rms_eps = h->rms_eps;
-    s.rope_frequencies = llm__rope_frequencies(env, h);
-    s.tied_head = !llm__find_tensor(ck, "output.weight");
+    s.rope_frequencies = llm__rope_frequencies(env, h, ck);
+    s.rope_scale = llm__rope_scale(&h->rope);
+    s.window = h->window;
+    s.tied_head = h->tied_head;
+    s.qkv_bias = h->qkv_bias;
+    s.qk_norm = h->qk_norm;
     return s;
+}
+
+/* The names of the tensors that make up a weight, in GGUF and in Hugging Face's files; those of a layer have a prefix. */
+static const char *const llm__tensor_names[][2][3] = {
+    {{"token_embd.weight", NULL, NULL}, {"model.embed_tokens.weight", NULL, NULL}},
+    {{"attn_norm.weight", NULL, NULL}, {"input_layernorm.weight", NULL, NULL}},
+    {{"attn_q.weight", "attn_k.weight", "attn_v.weight"},
+     {"self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"}},
+    {{"attn_q.bias", "attn_k.bias", "attn_v.bias"},
+     {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"}},
+    {{"attn_q_norm.weight", NULL, NULL}, {"self_attn.q_norm.weight", NULL, NULL}},
+    {{"attn_k_norm.weight", NULL, NULL}, {"self_attn.k_norm.weight", NULL, NULL}},
+    {{"attn_output.weight", NULL, NULL}, {"self_attn.o_proj.weight", NULL, NULL}},
+    {{"ffn_norm.weight", NULL, NULL}, {"post_attention_layernorm.weight", NULL, NULL}},
+    {{"ffn_gate.weight", "ffn_up.weight", NULL}, {"mlp.gate_proj.weight", "mlp.up_proj.weight", NULL}},
+    {{"ffn_down.weight", NULL, NULL}, {"mlp.down_proj.weight", NULL, NULL}},
+    {{"output_norm.weight", NULL, NULL}, {"model.norm.weight", NULL, NULL}},
+    {{"output.weight", NULL, NULL}, {"lm_head.weight", NULL, NULL}},
+};
+
+/* The rows of the tensors a weight is made of, 0 where there are no more. */
+static void llm__part_rows(const llm__hparams *h, llm_weight_kind kind, int rows[3]) {
+    int q = h->n_heads * h->head_dim, kv = h->n_kv_heads * h->head_dim;
+    rows[0] = 1; /* a norm is one row */
+    rows[1] = rows[2] = 0;
+    switch (kind) {
+    case LLM_WEIGHT_EMBEDDING: case LLM_WEIGHT_HEAD: rows[0] = h->n_vocab; break;
+    case LLM_WEIGHT_QKV: case LLM_WEIGHT_QKV_BIAS: rows[0] = q; rows[1] = rows[2] = kv; break;
+    case LLM_WEIGHT_GATE_UP: rows[0] = rows[1] = h->n_ff; break;
+    case LLM_WEIGHT_ATTENTION_OUT: case LLM_WEIGHT_DOWN: rows[0] = h->n_embd; break;
+    default: break;
+    }
+}
+
+/* A bias is a row in the file; here it is a column, as it has a number for each row of its matrix. */
+static llm__tensor llm__get_column(llm__env *env, const llm__checkpoint *ck, const char *name, uint64_t rows) {
+    llm__tensor t = llm__get_tensor(env, ck, name, 1, rows);
+    if (t.type->block_weights != 1 || t.scales)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %s is of type %s; no bias is read from that", name, t.type->name);
+    t.rows = rows;
+    t.cols = 1;
+    t.row_bytes = t.type->block_bytes;
+    return t;
 }
 
 /* A weight made of up to three tensors of the file, each with its rows. */
 static llm_weight llm__make_weight(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h, llm__source *source,
                                    llm_weight_kind kind, int layer, int cols) {
-    static const struct {
-        const char *names[3];
-    } table[] = {
-        {{"token_embd.weight", NULL, NULL}}, {{"attn_norm.weight", NULL, NULL}},
-        {{"attn_q.weight", "attn_k.weight", "attn_v.weight"}}, {{"attn_output.weight", NULL, NULL}},
-        {{"ffn_norm.weight", NULL, NULL}}, {{"ffn_gate.weight", "ffn_up.weight", NULL}}, {{"ffn_down.weight", NULL, NULL}},
-        {{"output_norm.weight", NULL, NULL}}, {{"output.weight", NULL, NULL}},
-    };
-    int q = h->n_heads * h->head_dim, kv = h->n_kv_heads * h->head_dim;
-    int rows[3] = {1, 0, 0};
     bool in_layer = kind != LLM_WEIGHT_EMBEDDING && kind != LLM_WEIGHT_OUTPUT_NORM && kind != LLM_WEIGHT_HEAD;
-    switch (kind) {
-    case LLM_WEIGHT_EMBEDDING: case LLM_WEIGHT_HEAD: rows[0] = h->n_vocab; break;
-    case LLM_WEIGHT_QKV: rows[0] = q; rows[1] = rows[2] = kv; break;
-    case LLM_WEIGHT_GATE_UP: rows[0] = rows[1] = h->n_ff; break;
-    case LLM_WEIGHT_ATTENTION_OUT: case LLM_WEIGHT_DOWN: rows[0] = h->n_embd; break;
-    default: break; /* a norm is one row */
-    }
+    bool rotated = kind == LLM_WEIGHT_QKV || kind == LLM_WEIGHT_QKV_BIAS;
+    int rows[3];
     llm_weight w = {kind, layer, 0, cols, source, llm__read_weight_row, llm__raw_weight_row, false};
     memset(source, 0, sizeof *source);
     source->rope_dim = h->rope_dim;
+    llm__part_rows(h, kind, rows);
     for (int i = 0; i < 3 && rows[i]; i++) {
-        char name[64];
-        if (in_layer) snprintf(name, sizeof name, "blk.%d.%s", layer, table[kind].names[i]);
-        else snprintf(name, sizeof name, "%s", table[kind].names[i]);
-        source->parts[source->n_parts++] = llm__get_tensor(env, ck, name, (uint64_t)rows[i], (uint64_t)cols);
-        if (kind == LLM_WEIGHT_QKV && i < 2 && h->interleaved_rope) source->n_interleaved[i] = h->head_dim;
+        char name[80];
+        uint64_t n = (uint64_t)rows[i];
+        const char *prefix = ck->format == LLM__GGUF ? "blk" : "model.layers";
+        const char *last = llm__tensor_names[kind][ck->format][i];
+        if (in_layer) snprintf(name, sizeof name, "%s.%d.%s", prefix, layer, last);
+        else snprintf(name, sizeof name, "%s", last);
+        source->parts[i] = kind == LLM_WEIGHT_QKV_BIAS ? llm__get_column(env, ck, name, n)
+                                                       : llm__get_tensor(env, ck, name, n, (uint64_t)cols);
+        if (rotated && i < 2 && h->interleaved_rope) source->n_interleaved[i] = h->head_dim;
+        source->n_parts++;
         w.rows += rows[i];
-        w.has_q8_0 = w.has_q8_0 || source->parts[i]->type->type == LLM__Q8_0;
+        w.has_q8_0 = w.has_q8_0 || source->parts[i].type->type == LLM__Q8_0;
     }
     return w;
 }
 
 static int llm__weight_cols(const llm__hparams *h, llm_weight_kind kind) {
     if (kind == LLM_WEIGHT_ATTENTION_OUT) return h->n_heads * h->head_dim;
+    if (kind == LLM_WEIGHT_QKV_BIAS) return 1;
+    if (kind == LLM_WEIGHT_Q_NORM || kind == LLM_WEIGHT_K_NORM) return h->head_dim;
     return kind == LLM_WEIGHT_DOWN ? h->n_ff : h->n_embd;
 }
 
@@ -5416,7 +6677,6 @@ typedef struct llm__weight_walk {
     llm__env *env;
     const llm__checkpoint *ck;
     const llm__hparams *h;
-    bool tied_head;
     void (*visit)(struct llm__weight_walk *walk, const llm_weight *weight);
     const llm_backend *backend;
     void *device;
@@ -5424,30 +6684,45 @@ typedef struct llm__weight_walk {
     uint64_t n_params, weight_bytes, weight_bytes_per_token, fingerprint;
 } llm__weight_walk;
 
+/* The fingerprint takes samples: the whole would have to be read. */
+static uint64_t llm__sample_tensor(uint64_t hash, const llm__tensor *t) {
+    uint64_t n = t->rows * t->row_bytes, step = n / 16;
+    for (uint64_t at = 0; at < n; at += step ? step : 1)
+        hash = llm__hash_bytes(hash, t->data + at, (size_t)(n - at < 64 ? n - at : 64));
+    return hash;
+}
+
 static void llm__walk_weight(llm__weight_walk *walk, llm_weight_kind kind, int layer) {
+    llm__env *env = walk->env;
     llm__source source;
-    llm_weight w = llm__make_weight(walk->env, walk->ck, walk->h, &source, kind, layer, llm__weight_cols(walk->h, kind));
-    bool vector = w.rows == 1;
-    uint64_t bytes = vector ? (uint64_t)w.cols * 4 : walk->backend->weight_bytes(walk->dtype, &w);
+    llm_weight w = llm__make_weight(env, walk->ck, walk->h, &source, kind, layer, llm__weight_cols(walk->h, kind));
+    uint8_t *brought[3] = {NULL, NULL, NULL};
+    bool vector = w.rows == 1 || w.cols == 1;
+    uint64_t bytes = vector ? (uint64_t)w.rows * (uint64_t)w.cols * 4 : walk->backend->weight_bytes(walk->dtype, &w);
     walk->n_params += (uint64_t)w.rows * (uint64_t)w.cols;
     walk->weight_bytes += bytes;
-    if (kind != LLM_WEIGHT_EMBEDDING || walk->tied_head) walk->weight_bytes_per_token += bytes;
-    for (int i = 0; i < source.n_parts; i++) { /* the fingerprint takes samples: the whole would have to be read */
-        const llm__tensor *t = source.parts[i];
-        uint64_t bytes_of_tensor = t->rows * t->row_bytes, step = bytes_of_tensor / 16;
-        for (uint64_t at = 0; at < bytes_of_tensor; at += step ? step : 1)
-            walk->fingerprint = llm__hash_bytes(walk->fingerprint, t->data + at, (size_t)(bytes_of_tensor - at < 64 ? bytes_of_tensor - at : 64));
+    if (kind != LLM_WEIGHT_EMBEDDING || walk->h->tied_head) walk->weight_bytes_per_token += bytes;
+    if (!walk->visit) return;
+    for (int i = 0; i < source.n_parts; i++) {
+        brought[i] = llm__bring(env, &source.parts[i]);
+        walk->fingerprint = llm__sample_tensor(walk->fingerprint, &source.parts[i]);
     }
-    if (walk->visit) walk->visit(walk, &w);
+    walk->visit(walk, &w);
+    for (int i = 0; i < source.n_parts; i++) llm__free(env->pool, brought[i]);
 }
 
 static void llm__walk_weights(llm__weight_walk *walk) {
+    const llm__hparams *h = walk->h;
     llm__walk_weight(walk, LLM_WEIGHT_EMBEDDING, 0);
-    for (int i = 0; i < walk->h->n_layers; i++)
-        for (int kind = LLM_WEIGHT_ATTENTION_NORM; kind <= LLM_WEIGHT_DOWN; kind++)
+    for (int i = 0; i < h->n_layers; i++) {
+        for (int kind = LLM_WEIGHT_ATTENTION_NORM; kind <= LLM_WEIGHT_DOWN; kind++) {
+            if (kind == LLM_WEIGHT_QKV_BIAS && !h->qkv_bias) continue;
+            if ((kind == LLM_WEIGHT_Q_NORM || kind == LLM_WEIGHT_K_NORM) && !h->qk_norm) continue;
             llm__walk_weight(walk, (llm_weight_kind)kind, i);
+        }
+    }
     llm__walk_weight(walk, LLM_WEIGHT_OUTPUT_NORM, 0);
-    if (!walk->tied_head) llm__walk_weight(walk, LLM_WEIGHT_HEAD, 0);
+    if (!h->tied_head) llm__walk_weight(walk, LLM_WEIGHT_HEAD, 0);
 }
 
 static void llm__upload_weight(llm__weight_walk *walk, const llm_weight *weight) {
@@ -5469,12 +6744,6 @@ static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *d
     if (d.n_threads < 0 || d.n_threads > 1024) llm__fail(env, LLM_ERROR_ARGUMENT, "desc.n_threads is %d", d.n_threads);
     if (d.n_threads == 0) d.n_threads = llm__default_threads();
     return d;
-}
-
-/* The file, and the numbers of its model. */
-static const llm__checkpoint *llm__open_checkpoint(llm__env *env, const char *path, const llm_model_desc *desc) {
-    if (!path && !desc->data) llm__fail(env, LLM_ERROR_ARGUMENT, "neither a path nor data to load from were given");
-    return llm__read_gguf(env, desc->data ? llm__file_memory(env, desc->data, desc->data_size) : llm__file_open(env, path));
 }
 
 static void llm__copy_name(char *to, size_t size, llm__str from) {
@@ -5503,20 +6772,47 @@ static void llm__fill_info(llm_model_info *info, const llm__hparams *h, const ll
 }
 
 static llm__weight_walk llm__start_walk(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h,
-                                        const llm_backend *backend, llm_dtype dtype, bool tied_head) {
+                                        const llm_backend *backend, llm_dtype dtype) {
     llm__weight_walk walk;
     memset(&walk, 0, sizeof walk);
     walk.env = env;
     walk.ck = ck;
     walk.h = h;
-    walk.tied_head = tied_head;
     walk.backend = backend;
     walk.dtype = dtype;
-    const int64_t numbers[] = {dtype, h->n_vocab, h->n_layers, h->n_embd, h->n_ff, h->n_heads, h->n_kv_heads, h->head_dim, h->rope_dim};
-    walk.fingerprint = llm__hash_bytes(0xCBF29CE484222325u, numbers, sizeof numbers);
-    walk.fingerprint = llm__hash_bytes(walk.fingerprint, &h->rms_eps, sizeof h->rms_eps);
-    walk.fingerprint = llm__hash_bytes(walk.fingerprint, &h->rope_base, sizeof h->rope_base);
     return walk;
+}
+
+/* What the keys in a cache depend on beside the weights. */
+static uint64_t llm__hash_shape(const llm_shape *s, llm_dtype dtype) {
+    int numbers[] = {(int)dtype, s->n_vocab,    s->n_layers, s->n_embd,   s->n_ff,
+                     s->n_heads, s->n_kv_heads, s->head_dim, s->rope_dim, s->window};
+    float floats[] = {s->rms_eps, s->rope_scale};
+    uint64_t hash = llm__hash_bytes(0xCBF29CE484222325u, numbers, sizeof numbers);
+    hash = llm__hash_bytes(hash, floats, sizeof floats);
+    return llm__hash_bytes(hash, s->rope_frequencies, (size_t)(s->rope_dim / 2) * sizeof *s->rope_frequencies);
+}
+
+/* A model found in files: all its weights are there and in their shape, and there is nothing it would leave out. */
+typedef struct llm__plan {
+    llm__pool *pool; /* of the files, and all that points into them */
+    const llm__checkpoint *ck;
+    llm__hparams h;
+    llm_shape shape;
+    llm__weight_walk walk; /* what the weights come to */
+} llm__plan;
+
+static void llm__make_plan(llm__env *env, const char *path, const llm_model_desc *desc, llm__plan *plan) {
+    llm__pool *outer = env->pool;
+    plan->pool = llm__inner_pool(env);
+    env->pool = plan->pool;
+    plan->ck = llm__open_checkpoint(env, path, desc);
+    plan->h = llm__read_hparams(env, plan->ck);
+    env->pool = outer;
+    plan->shape = llm__find_shape(env, &plan->h, plan->ck);
+    plan->walk = llm__start_walk(env, plan->ck, &plan->h, &llm__cpu_backend, desc->dtype);
+    llm__walk_weights(&plan->walk);
+    llm__refuse_unused_tensors(env, plan->ck);
 }
 
 static void llm__load_body(llm__env *env, void *arg) {
@@ -5524,15 +6820,18 @@ static void llm__load_body(llm__env *env, void *arg) {
     double start = llm__now();
     llm_model *model = (llm_model *)llm__alloc_zero(env, 1, sizeof *model);
     llm_model_desc desc = llm__model_defaults(env, &args->desc);
-    const llm__checkpoint *ck = llm__open_checkpoint(env, args->path, &desc);
-    llm__hparams h = llm__read_hparams(env, ck);
+    llm__plan plan;
+    llm__make_plan(env, args->path, &desc, &plan);
+    const llm__checkpoint *ck = plan.ck;
     model->backend = &llm__cpu_backend;
-    model->shape = llm__find_shape(env, &h, ck);
-    model->tokenizer = llm__tokenizer_from_gguf(env, ck);
-    if (llm_tokenizer_n_vocab(model->tokenizer) > h.n_vocab)
+    model->shape = plan.shape;
+    model->tokenizer = ck->format == LLM__GGUF ? llm__tokenizer_from_gguf(env, ck)
+                                               : llm__tokenizer_from_directory(env, ck->directory);
+    if (llm_tokenizer_n_vocab(model->tokenizer) > plan.h.n_vocab)
         llm__fail(env, LLM_ERROR_FORMAT, "the vocabulary has %d tokens, but the embedding only %d rows",
-                  llm_tokenizer_n_vocab(model->tokenizer), h.n_vocab);
-    llm__weight_walk walk = llm__start_walk(env, ck, &h, model->backend, desc.dtype, model->shape.tied_head);
+                  llm_tokenizer_n_vocab(model->tokenizer), plan.h.n_vocab);
+    llm__weight_walk walk = llm__start_walk(env, ck, &plan.h, model->backend, desc.dtype);
+    walk.fingerprint = llm__hash_shape(&model->shape, desc.dtype);
     llm_status status = model->backend->open(&args->device, &model->shape, &desc, env->err);
     if (status) {
         env->status = status;
@@ -5541,12 +6840,12 @@ static void llm__load_body(llm__env *env, void *arg) {
     walk.device = args->device;
     walk.visit = llm__upload_weight;
     llm__walk_weights(&walk);
-    llm__fill_info(&model->info, &h, &walk);
+    llm__fill_info(&model->info, &plan.h, &walk);
     model->kernels = llm__choose_kernels(desc.isa);
     model->info.isa = model->kernels->name;
     model->info.cache_bytes_per_token =
         model->backend->block_bytes(&model->shape, desc.dtype == LLM_DTYPE_F32 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16) / LLM_BLOCK;
-    llm__free(env->pool, ck->file); /* all of it has been converted */
+    llm__free(env->pool, plan.pool); /* all of it has been converted */
     model->device = args->device;
     model->desc = desc;
     model->pool = *env->pool;
@@ -5750,18 +7049,16 @@ typedef struct llm__estimate_args {
 static void llm__estimate_body(llm__env *env, void *arg) {
     llm__estimate_args *args = (llm__estimate_args *)arg;
     llm_model_desc desc = llm__model_defaults(env, args->model_desc);
-    const llm__checkpoint *ck = llm__open_checkpoint(env, args->path, &desc);
-    llm__hparams h = llm__read_hparams(env, ck);
-    llm_shape shape = llm__find_shape(env, &h, ck);
-    llm__weight_walk walk = llm__start_walk(env, ck, &h, &llm__cpu_backend, desc.dtype, shape.tied_head);
+    llm__plan plan;
     llm_model_info info;
-    llm__walk_weights(&walk);
-    llm__fill_info(&info, &h, &walk);
+    llm__make_plan(env, args->path, &desc, &plan);
+    const llm_shape *shape = &plan.shape;
+    llm__fill_info(&info, &plan.h, &plan.walk);
     llm_context_desc c = llm__context_defaults(env, &info, &desc.host, args->context_desc);
     llm_backend_desc b = llm__backend_desc(&c);
-    args->out->weights = walk.weight_bytes;
-    args->out->cache = (uint64_t)b.n_cache_blocks * llm__cpu_backend.block_bytes(&shape, b.cache_dtype);
-    args->out->scratch = llm__cpu_backend.scratch_bytes(&shape, &b) + (uint64_t)shape.n_vocab * 8 +
+    args->out->weights = plan.walk.weight_bytes;
+    args->out->cache = (uint64_t)b.n_cache_blocks * llm__cpu_backend.block_bytes(shape, b.cache_dtype);
+    args->out->scratch = llm__cpu_backend.scratch_bytes(shape, &b) + (uint64_t)shape->n_vocab * 8 +
                          (uint64_t)c.n_seq * ((uint64_t)c.n_ctx * 4 + (uint64_t)llm__blocks_for(c.n_ctx) * 4);
 }
 

@@ -1,0 +1,706 @@
+/* Models as published: Hugging Face directories and GGUF files of every architecture and type against what transformers
+   and the gguf package say (golden/hf.py), other ways to load them, and bad files.
+   Variants: asan */
+#define LLM__FILE_START 5000 /* so that a small file is read in parts */
+#define LLM_IMPLEMENTATION
+#include "../llm.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdlib.h>
+
+#include <cmocka.h>
+
+static const char *golden(const char *name) {
+    static char paths[4][512];
+    static int next;
+    const char *dir = getenv("LLM_TEST_DIR");
+    char *path = paths[next++ % 4];
+    snprintf(path, sizeof paths[0], "%s/golden/hf/%s", dir ? dir : "tests", name);
+    return path;
+}
+
+typedef struct bytes {
+    uint8_t *at;
+    size_t n;
+} bytes;
+
+static bytes read_file(const char *path) {
+    bytes b = {NULL, 0};
+    FILE *file = fopen(path, "rb");
+    if (!file) fail_msg("%s cannot be read", path);
+    fseek(file, 0, SEEK_END);
+    b.n = (size_t)ftell(file);
+    rewind(file);
+    b.at = (uint8_t *)malloc(b.n + 1);
+    assert_int_equal(fread(b.at, 1, b.n, file), b.n);
+    b.at[b.n] = 0;
+    fclose(file);
+    return b;
+}
+
+static void write_file(const char *path, const void *data, size_t n) {
+    FILE *file = fopen(path, "wb");
+    if (!file) fail_msg("%s cannot be written", path);
+    assert_int_equal(fwrite(data, 1, n, file), n);
+    fclose(file);
+}
+
+/* ---- Blocks ---- */
+
+static void blocks_are_read_exactly(void **state) {
+    bytes b = read_file(golden("blocks.bin"));
+    int n_types = 0;
+    (void)state;
+    for (const uint8_t *p = b.at; p < b.at + b.n; n_types++) {
+        uint32_t type = llm__load_u32(p), n = llm__load_u32(p + 4), n_bytes = llm__load_u32(p + 8),
+                 n_weights = llm__load_u32(p + 12);
+        const llm__type_info *info = llm__find_type(type);
+        assert_non_null(info);
+        assert_int_equal(info->block_bytes, n_bytes);
+        assert_int_equal(info->block_weights, n_weights);
+        float *weights = (float *)malloc(n * n_weights * sizeof *weights);
+        info->decode(p + 16, n * n_weights, weights);
+        p += 16 + n * n_bytes;
+        if (memcmp(weights, p, n * n_weights * 4)) fail_msg("%s is not decoded exactly", info->name);
+        p += n * n_weights * 4;
+        free(weights);
+    }
+    assert_int_equal(n_types, 10);
+    free(b.at);
+}
+
+/* ---- Logits ---- */
+
+typedef struct reference {
+    bytes file;
+    int n_tokens, n_rows, n_vocab;
+    const llm_token *tokens;
+    const int *rows;
+    const float *logits;
+    float peak;
+} reference;
+
+static reference read_reference(const char *name) {
+    reference r;
+    char file[100];
+    snprintf(file, sizeof file, "%s.logits", name);
+    r.file = read_file(golden(file));
+    const int32_t *p = (const int32_t *)(void *)r.file.at;
+    r.n_tokens = p[0];
+    r.n_rows = p[1];
+    r.n_vocab = p[2];
+    r.tokens = p + 3;
+    r.rows = p + 3 + r.n_tokens;
+    r.logits = (const float *)(const void *)(r.rows + r.n_rows);
+    r.peak = 0;
+    for (int i = 0; i < r.n_rows * r.n_vocab; i++) r.peak = fmaxf(r.peak, fabsf(r.logits[i]));
+    return r;
+}
+
+static llm_model *load(const char *path, const llm_model_desc *more, llm_dtype dtype) {
+    llm_model *model;
+    llm_error err;
+    llm_model_desc desc;
+    memset(&desc, 0, sizeof desc);
+    if (more) desc = *more;
+    desc.dtype = dtype;
+    desc.n_threads = 2;
+    if (llm_model_load(&model, path, &desc, &err)) fail_msg("%s", err.message);
+    return model;
+}
+
+/* The logits of the reference's rows, in passes of n_batch tokens. */
+static float *compute(const llm_model *model, const reference *r, int n_batch) {
+    llm_context *ctx;
+    llm_error err;
+    llm_context_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.n_batch = n_batch;
+    desc.n_logits = r->n_rows;
+    desc.n_threads = 2;
+    bool *wanted = (bool *)calloc((size_t)r->n_tokens, 1);
+    float *logits = (float *)malloc((size_t)r->n_rows * (size_t)r->n_vocab * sizeof *logits);
+    for (int i = 0; i < r->n_rows; i++) wanted[r->rows[i]] = true;
+    llm_batch batch = {r->n_tokens, r->tokens, NULL, wanted};
+    if (llm_context_create(&ctx, model, &desc, &err) || llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
+    for (int i = 0; i < r->n_rows; i++)
+        memcpy(logits + i * r->n_vocab, llm_logits(ctx, r->rows[i]), (size_t)r->n_vocab * sizeof *logits);
+    llm_context_free(ctx);
+    free(wanted);
+    return logits;
+}
+
+/* The largest difference, as a part of the largest logit. */
+static float difference(const reference *r, const float *logits) {
+    float most = 0;
+    for (int i = 0; i < r->n_rows * r->n_vocab; i++) {
+        assert_true(isfinite(logits[i]));
+        most = fmaxf(most, fabsf(logits[i] - r->logits[i]));
+    }
+    return most / r->peak;
+}
+
+static float difference_of(const char *path, const reference *r) {
+    llm_model *model = load(path, NULL, LLM_DTYPE_F32);
+    float *logits = compute(model, r, 512), *again = compute(model, r, 37);
+    float d = difference(r, logits);
+    if (memcmp(logits, again, (size_t)r->n_rows * (size_t)r->n_vocab * sizeof *logits))
+        fail_msg("%s: the logits depend on how the text was cut", path);
+    free(logits);
+    free(again);
+    llm_model_free(model);
+    return d;
+}
+
+static void logits_are_those_of_transformers(void **state) {
+    static const struct {
+        const char *name, *gguf; /* NULL: what it asks for cannot be said in GGUF */
+    } models[] = {
+        {"llama", "llama.gguf"},
+        {"gqa", "gqa.gguf"},
+        {"llama3", "llama3.gguf"},
+        {"linear", "linear.gguf"},
+        {"yarn", "yarn.gguf"},
+        {"yarn-mscale", NULL},
+        {"mistral", "mistral.gguf"},
+        {"qwen2", "qwen2.gguf"},
+        {"qwen2-yarn", "qwen2-yarn.gguf"},
+        {"qwen3", "qwen3.gguf"},
+        {"sharded", "sharded-00001-of-00003.gguf"},
+        {"int8", "int8.gguf"},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof models / sizeof *models; i++) {
+        reference r = read_reference(models[i].name);
+        float directory = difference_of(golden(models[i].name), &r),
+              gguf = models[i].gguf ? difference_of(golden(models[i].gguf), &r) : 0;
+        print_message("  %-12s directory %.1e  GGUF %.1e\n", models[i].name, (double)directory, (double)gguf);
+        if (directory > 1e-4f || gguf > 1e-4f) fail_msg("%s is off", models[i].name);
+        free(r.file.at);
+    }
+}
+
+static void bf16_is_near(void **state) {
+    static const char *const names[] = {"llama3", "mistral", "qwen2", "qwen3", "int8"};
+    (void)state;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        reference r = read_reference(names[i]);
+        llm_model *model = load(golden(names[i]), NULL, LLM_DTYPE_BF16);
+        float *logits = compute(model, &r, 512), d = difference(&r, logits);
+        if (d > 0.05f) fail_msg("%s: %g", names[i], (double)d);
+        free(logits);
+        llm_model_free(model);
+        free(r.file.at);
+    }
+}
+
+static void models_are_described(void **state) {
+    llm_model *model = load(golden("qwen3/config.json"), NULL, LLM_DTYPE_F32);
+    llm_model_info info = llm_model_get_info(model);
+    llm_memory memory;
+    llm_error err;
+    (void)state;
+    assert_string_equal(info.architecture, "qwen3");
+    assert_int_equal(info.n_vocab, 48);
+    assert_int_equal(info.n_layers, 2);
+    assert_int_equal(info.n_heads, 4);
+    assert_int_equal(info.n_kv_heads, 2);
+    assert_int_equal(info.head_dim, 16);
+    assert_int_equal(info.n_ctx_train, 1024);
+    if (llm_memory_estimate(golden("qwen3"), NULL, NULL, &memory, &err)) fail_msg("%s", err.message);
+    assert_true(memory.weights > 0 && memory.cache > 0);
+    llm_model_free(model);
+}
+
+/* ---- Other ways to load ---- */
+
+static bool read_bytes(void *user, uint64_t offset, void *to, size_t n) {
+    const bytes *b = (const bytes *)user;
+    if (offset > b->n || n > b->n - offset) return false;
+    memcpy(to, b->at + offset, n);
+    return true;
+}
+
+static void memory_and_functions_serve_too(void **state) {
+    reference r = read_reference("qwen2");
+    bytes file = read_file(golden("qwen2.gguf"));
+    llm_model_desc memory, function;
+    (void)state;
+    memset(&memory, 0, sizeof memory);
+    memset(&function, 0, sizeof function);
+    memory.data = file.at;
+    memory.data_size = file.n;
+    function.read = read_bytes;
+    function.read_user = &file;
+    function.read_size = file.n;
+    llm_model *models[] = {load(golden("qwen2.gguf"), NULL, LLM_DTYPE_BF16), load(NULL, &memory, LLM_DTYPE_BF16),
+                           load(NULL, &function, LLM_DTYPE_BF16)};
+    float *first = NULL;
+    for (int i = 0; i < 3; i++) {
+        float *logits = compute(models[i], &r, 512);
+        if (i) assert_memory_equal(logits, first, (size_t)r.n_rows * (size_t)r.n_vocab * sizeof *logits);
+        if (i) free(logits);
+        else first = logits;
+        assert_true(llm_model_get_info(models[i]).fingerprint == llm_model_get_info(models[0]).fingerprint);
+    }
+    for (int i = 0; i < 3; i++) llm_model_free(models[i]);
+    free(first);
+    free(file.at);
+    free(r.file.at);
+}
+
+static bool read_only_the_start(void *user, uint64_t offset, void *to, size_t n) {
+    return offset == 0 && read_bytes(user, offset, to, n);
+}
+
+static void functions_that_fail_are_reported(void **state) {
+    bytes file = read_file(golden("qwen2.gguf"));
+    llm_model *model;
+    llm_model_desc desc;
+    llm_error err;
+    (void)state;
+    assert_true(file.n > 2 * LLM__FILE_START);
+    memset(&desc, 0, sizeof desc);
+    desc.read = read_only_the_start;
+    desc.read_user = &file;
+    desc.read_size = file.n;
+    assert_int_equal(llm_model_load(&model, NULL, &desc, &err), LLM_ERROR_IO);
+    assert_non_null(strstr(err.message, "desc.read gave no"));
+    desc.read = read_bytes;
+    desc.read_size = file.n - 1;
+    assert_int_equal(llm_model_load(&model, NULL, &desc, &err), LLM_ERROR_FORMAT);
+    assert_non_null(strstr(err.message, "but the file ends at"));
+    free(file.at);
+}
+
+/* ---- Memory that runs out ---- */
+
+typedef struct heap {
+    int n_blocks, n_calls, fail_at;
+} heap;
+
+static void *heap_resize(void *user, void *ptr, size_t size) {
+    heap *h = (heap *)user;
+    if (size && ++h->n_calls == h->fail_at) return NULL;
+    h->n_blocks += (size != 0) - (ptr != NULL);
+    if (size) return realloc(ptr, size);
+    free(ptr);
+    return NULL;
+}
+
+static void every_allocation_may_fail(void **state) {
+    static const char *const names[] = {"qwen3", "sharded", "sharded-00001-of-00003.gguf", "int8"};
+    (void)state;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        llm_status status = LLM_ERROR_MEMORY;
+        for (int fail_at = 1; status; fail_at++) {
+            heap h = {0, 0, fail_at};
+            llm_model *model;
+            llm_error err;
+            llm_model_desc desc;
+            memset(&desc, 0, sizeof desc);
+            desc.n_threads = 1;
+            desc.host.resize = heap_resize;
+            desc.host.user = &h;
+            status = llm_model_load(&model, golden(names[i]), &desc, &err);
+            if (status && status != LLM_ERROR_MEMORY) fail_msg("%s", err.message);
+            llm_model_free(model);
+            assert_int_equal(h.n_blocks, 0);
+        }
+    }
+}
+
+/* ---- Bad files ---- */
+
+static const char *folder; /* a directory of this run's own */
+
+static const char *in_folder(const char *name) {
+    static char paths[4][512];
+    static int next;
+    char *path = paths[next++ % 4];
+    snprintf(path, sizeof paths[0], "%s/%s", folder, name);
+    return path;
+}
+
+static int make_folder(void **state) {
+    static char path[] = "/tmp/llm-test-hf-XXXXXX";
+    (void)state;
+    folder = mkdtemp(path);
+    return folder ? 0 : -1;
+}
+
+static int remove_folder(void **state) {
+    static const char *const names[] = {
+        "config.json", "model.safetensors",     "model.safetensors.index.json", "a.safetensors",
+        "m.gguf",      "s-00001-of-00003.gguf", "s-00002-of-00003.gguf",        "s-00003-of-00003.gguf"};
+    (void)state;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) remove(in_folder(names[i]));
+    return rmdir(folder);
+}
+
+static void expect_failure(const char *path, const char *words, const char *file) {
+    llm_model *model;
+    llm_error err;
+    if (!llm_model_load(&model, path, NULL, &err)) fail_msg("loaded, where \"%s\" was expected", words);
+    if (model) fail_msg("a failed load gave a model");
+    if (!strstr(err.message, words)) fail_msg("\"%s\" was expected, not \"%s\"", words, err.message);
+    if (!strstr(err.message, file)) fail_msg("%s is not named in \"%s\"", file, err.message);
+}
+
+/* A copy of a text with one part replaced. */
+static char *replaced(const char *text, const char *old, const char *new_text) {
+    const char *at = strstr(text, old);
+    if (!at) fail_msg("\"%s\" is not in the text", old);
+    size_t n = strlen(text) + strlen(new_text) + 1;
+    char *copy = (char *)malloc(n);
+    snprintf(copy, n, "%.*s%s%s", (int)(at - text), text, new_text, at + strlen(old));
+    return copy;
+}
+
+static void bad_configs_are_refused(void **state) {
+    static const struct {
+        const char *model, *old, *new_text, *words;
+    } table[] = {
+        {"llama", "{", "[", "JSON"},
+        {"llama", "\"vocab_size\": 48", "\"vocab_size\": 48,,", "JSON"},
+        {"llama", "\"hidden_size\": 32", "\"hidden_size\": \"32\"", "hidden_size is not a number"},
+        {"llama", "\"hidden_size\": 32", "\"hidden_size\": 0", "hidden_size is 0"},
+        {"llama", "\"hidden_size\": 32", "\"hidden_size\": 32.5", "hidden_size is 32.5, not a whole number"},
+        {"llama", "\"hidden_size\": 32", "\"hidden_size\": 1e300", "hidden_size is 1e+300"},
+        {"llama", "\"hidden_size\": 32", "\"hidden_size\": 64", "the hyperparameters ask for"},
+        {"llama", "\"hidden_size\": 32,", "", "hidden_size is missing"},
+        {"llama", "\"vocab_size\": 48", "\"vocab_size\": -1", "vocab_size is -1"},
+        {"llama", "\"vocab_size\": 48", "\"vocab_size\": 47", "tensor model.embed_tokens.weight is 48 x 32"},
+        {"llama", "\"num_hidden_layers\": 1", "\"num_hidden_layers\": 2",
+         "tensor model.layers.1.input_layernorm.weight is missing"},
+        {"gqa", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", "tensor model.layers.1."},
+        {"llama", "\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "2 query heads cannot share 3 key heads"},
+        {"llama", "\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": -1", "rms_norm_eps is -1, not from"},
+        {"llama", "\"rope_theta\": 10000.0", "\"rope_theta\": 0", "rope_parameters.rope_theta is 0, not from"},
+        {"llama", "\"rope_type\": \"default\"", "\"rope_type\": \"dynamic\"", "rope_parameters is of type \"dynamic\""},
+        {"llama", "\"rope_type\": \"default\"", "\"rope_type\": \"longrope\"",
+         "rope_parameters is of type \"longrope\""},
+        {"llama", "\"rope_type\": \"default\"", "\"rope_type\": \"linear\"", "rope_parameters.factor is missing"},
+        {"llama", "\"rope_type\": \"default\"", "\"rope_type\": \"default\", \"partial_rotary_factor\": 0.5",
+         "partial_rotary_factor is 0.5"},
+        {"llama", "\"rope_type\": \"default\"", "\"full_attention\": {}", "rope_parameters.full_attention is set"},
+        {"linear", "\"factor\": 4.0", "\"factor\": \"x\"", "rope_scaling.factor is not a number"},
+        {"linear", "\"factor\": 4.0", "\"factor\": -4", "rope_scaling.factor is -4, not from"},
+        {"llama3", "\"high_freq_factor\": 4.0", "\"high_freq_factor\": 1.0", "RoPE is scaled between 1 and 1 turns"},
+        {"yarn", "\"beta_fast\": 16.0", "\"beta_fast\": 0.5", "RoPE is scaled between 1 and 0.5 turns"},
+        {"llama", "\"model_type\": \"llama\"", "\"model_type\": \"gemma2\"", "model_type is \"gemma2\""},
+        {"llama", "\"LlamaForCausalLM\"", "\"LlamaForSequenceClassification\"",
+         "architectures names \"LlamaForSequenceClassification\""},
+        {"llama", "\"hidden_act\": \"silu\"", "\"hidden_act\": \"gelu\"", "hidden_act is \"gelu\""},
+        {"llama", "\"attention_bias\": false", "\"attention_bias\": true", "attention_bias is true"},
+        {"llama", "\"mlp_bias\": false", "\"mlp_bias\": true", "mlp_bias is true"},
+        {"llama", "\"mlp_bias\": false", "\"mlp_bias\": 0", "mlp_bias is neither true nor false"},
+        {"llama", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true",
+         "tensor lm_head.weight is not model.embed_tokens.weight"},
+        {"gqa", "\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", "there is no tensor lm_head.weight"},
+        {"qwen3", "\"head_dim\": 16", "\"head_dim\": 8", "tensor model.layers.0.self_attn.q_proj.weight is 64 x 32"},
+        {"qwen3", "\"use_sliding_window\": false",
+         "\"use_sliding_window\": true, \"layer_types\": [\"full_attention\", \"sliding_attention\"]",
+         "1 of 2 layers have a sliding window"},
+        {"qwen3", "\"model_type\": \"qwen3\"", "\"model_type\": \"qwen3\", \"layer_types\": [\"full_attention\"]",
+         "layer_types has 1 entries for 2 layers"},
+        {"qwen3", "\"model_type\": \"qwen3\"", "\"model_type\": \"qwen3\", \"layer_types\": [\"linear_attention\"]",
+         "layer_types names \"linear_attention\""},
+        {"qwen2", "\"model_type\": \"qwen2\"", "\"model_type\": \"llama\", \"architectures\": [\"LlamaForCausalLM\"]",
+         "self_attn.k_proj.bias is there"},
+        {"qwen2", "\"model_type\": \"qwen2\"", "\"model_type\": \"qwen3\", \"architectures\": [], \"head_dim\": 16",
+         "self_attn.q_norm.weight is missing"},
+        {"int8", "\"quant_method\": \"compressed-tensors\"", "\"quant_method\": \"gptq\"", "quant_method is \"gptq\""},
+        {"int8", "\"format\": \"int-quantized\"", "\"format\": \"pack-quantized\"", "format \"pack-quantized\""},
+        {"int8", "\"num_bits\": 8", "\"num_bits\": 4", "config_groups.group_0: the weights are not num_bits 8"},
+        {"int8", "\"strategy\": \"channel\"", "\"strategy\": \"group\"", "strategy channel"},
+        {"int8", "\"kv_cache_scheme\": null", "\"kv_cache_scheme\": {}", "kv_cache_scheme is set"},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        char name[100];
+        snprintf(name, sizeof name, "%s/config.json", table[i].model);
+        bytes config = read_file(golden(name));
+        snprintf(name, sizeof name, "%s/model.safetensors", table[i].model);
+        bytes tensors = read_file(golden(name));
+        char *text = replaced((const char *)config.at, table[i].old, table[i].new_text);
+        write_file(in_folder("config.json"), text, strlen(text));
+        write_file(in_folder("model.safetensors"), tensors.at, tensors.n);
+        expect_failure(folder, table[i].words, folder);
+        free(text);
+        free(config.at);
+        free(tensors.at);
+    }
+}
+
+static void write_safetensors(const char *path, const char *header, size_t said, size_t n_data) {
+    size_t n = strlen(header);
+    uint8_t *file = (uint8_t *)calloc(8 + n + n_data, 1);
+    for (int i = 0; i < 8; i++) file[i] = (uint8_t)((uint64_t)said >> 8 * i);
+    memcpy(file + 8, header, n);
+    write_file(path, file, 8 + n + n_data);
+    free(file);
+}
+
+static void bad_safetensors_are_refused(void **state) {
+    static const struct {
+        const char *header, *words;
+    } table[] = {
+        {"", "JSON"},
+        {"[]", "the header is not a JSON object"},
+        {"{\"a\": 1}", "tensor a lacks a dtype"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [4]}}", "tensor a lacks a dtype"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [4], \"data_offsets\": [0, 16, 32]}}", "tensor a lacks a dtype"},
+        {"{\"a\": {\"dtype\": \"Q4_0\", \"shape\": [32], \"data_offsets\": [0, 18]}}", "unknown dtype Q4_0"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [4], \"data_offsets\": [0, 12]}}", "its data_offsets are 0 and 12"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [4], \"data_offsets\": [16, 0]}}", "its data_offsets are 16 and 0"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [4], \"data_offsets\": [64, 80]}}", "but the file ends at"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [-4], \"data_offsets\": [0, 16]}}",
+         "\"-4\" in its shape or data_offsets is no size"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [1.5], \"data_offsets\": [0, 16]}}",
+         "\"1.5\" in its shape or data_offsets is no size"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [18446744073709551615], \"data_offsets\": [0, 16]}}", "is no size"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [4294967296, 4294967296, 4], \"data_offsets\": [0, 16]}}",
+         "overflows 64 bits"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [9007199254740992, 4294967296], \"data_offsets\": [0, 0]}}",
+         "overflows 64 bits"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [4], \"data_offsets\": [0, 16]}, \"b\": {\"dtype\": \"F32\", "
+         "\"shape\": [4], \"data_offsets\": [12, 28]}}",
+         "tensors a and b overlap"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [4], \"data_offsets\": [0, 16]}, \"a\": {\"dtype\": \"F32\", "
+         "\"shape\": [4], \"data_offsets\": [16, 32]}}",
+         "tensor a is there twice"},
+        {"{\"a\": {\"dtype\": \"F32\", \"shape\": [4], \"data_offsets\": [0, 16]}}", "lm_head.weight"},
+        {"[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[", "JSON"},
+    };
+    bytes config = read_file(golden("llama/config.json"));
+    (void)state;
+    write_file(in_folder("config.json"), config.at, config.n);
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        write_safetensors(in_folder("model.safetensors"), table[i].header, strlen(table[i].header), 64);
+        expect_failure(folder, table[i].words, folder);
+    }
+    static const uint64_t lengths[] = {67, 1u << 31, 0xFFFFFFFFu, (uint64_t)1 << 63, UINT64_MAX};
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        write_safetensors(in_folder("model.safetensors"), "{}", (size_t)lengths[i], 64);
+        expect_failure(folder, "the header is said to be", "model.safetensors");
+    }
+    write_file(in_folder("model.safetensors"), "1234567", 7);
+    expect_failure(folder, "but the file has 7", "model.safetensors");
+    free(config.at);
+}
+
+static void truncated_files_are_refused(void **state) {
+    static const char *const names[] = {"llama/model.safetensors", "llama.gguf", "llama/config.json"};
+    static const char *const places[] = {"model.safetensors", "m.gguf", "config.json"};
+    llm_model *model;
+    llm_error err;
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        bytes whole = read_file(golden(names[i])), config = read_file(golden("llama/config.json"));
+        write_file(in_folder("config.json"), config.at, config.n);
+        for (size_t percent = 0; percent < 100; percent++) {
+            write_file(in_folder(places[i]), whole.at, whole.n * percent / 100);
+            if (!llm_model_load(&model, i == 1 ? in_folder("m.gguf") : folder, NULL, &err))
+                fail_msg("%s at %d %%", names[i], (int)percent);
+            assert_non_null(strstr(err.message, folder));
+        }
+        write_file(in_folder(places[i]), whole.at, whole.n);
+        free(whole.at);
+        free(config.at);
+    }
+    llm_model_free(load(folder, NULL, LLM_DTYPE_F32));
+    llm_model_free(load(in_folder("m.gguf"), NULL, LLM_DTYPE_F32));
+}
+
+static void bad_indexes_are_refused(void **state) {
+    static const struct {
+        const char *index, *words;
+    } table[] = {
+        {"{}", "weight_map is not an object"},
+        {"{\"weight_map\": []}", "weight_map is not an object"},
+        {"{\"weight_map\": {\"a\": 1}}", "which is not the name of a file"},
+        {"{\"weight_map\": {\"a\": \"../x.safetensors\"}}", "which is not the name of a file"},
+        {"{\"weight_map\": {\"a\": \"/etc/passwd\"}}", "which is not the name of a file"},
+        {"{\"weight_map\": {\"a\": \"b\\u0000c\"}}", "which is not the name of a file"},
+        {"{\"weight_map\": {\"a\": \"\"}}", "which is not the name of a file"},
+        {"{\"weight_map\": {\"a\": \"absent.safetensors\"}}", "absent.safetensors: the file cannot be read"},
+        {"{\"weight_map\": {\"a\": \"a.safetensors\"}}", "tensor lm_head.weight"},
+    };
+    bytes config = read_file(golden("llama/config.json"));
+    (void)state;
+    write_file(in_folder("config.json"), config.at, config.n);
+    write_safetensors(in_folder("a.safetensors"), "{}", 2, 0);
+    remove(in_folder("model.safetensors"));
+    remove(in_folder("model.safetensors.index.json"));
+    expect_failure(folder, "there is neither model.safetensors nor", folder);
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        write_file(in_folder("model.safetensors.index.json"), table[i].index, strlen(table[i].index));
+        expect_failure(folder, table[i].words, folder);
+    }
+    remove(in_folder("config.json"));
+    expect_failure(folder, "config.json: the file cannot be read", folder);
+    free(config.at);
+}
+
+static uint8_t *find(bytes file, const char *text) {
+    size_t n = strlen(text);
+    for (size_t i = 0; i + n <= file.n; i++)
+        if (!memcmp(file.at + i, text, n)) return file.at + i;
+    fail_msg("\"%s\" is not in the file", text);
+    return NULL;
+}
+
+static void other_types_are_refused_by_name(void **state) {
+    static const struct {
+        uint8_t type;
+        const char *words;
+    } table[] = {
+        {20, "tensor output.weight is of type IQ4_NL"},
+        {99, "tensor output.weight has the unknown type number 99"},
+        {12, "tensor output.weight has 32 columns and 48 rows of type Q4_K"},
+        {39, "tensor output.weight is of type MXFP4"},
+    };
+    bytes file = read_file(golden("qwen2.gguf"));
+    uint8_t *type =
+        find(file, "output.weight") + strlen("output.weight") + 4 + 16; /* after the dimensions: 2, 32, 48 */
+    (void)state;
+    assert_int_equal(*type, LLM__Q4_0);
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        *type = table[i].type;
+        write_file(in_folder("m.gguf"), file.at, file.n);
+        expect_failure(in_folder("m.gguf"), table[i].words, "m.gguf");
+    }
+    free(file.at);
+}
+
+static void put(uint8_t *to, size_t *at, uint64_t value, int n) {
+    for (int i = 0; i < n; i++) to[(*at)++] = (uint8_t)(value >> 8 * i);
+}
+
+/* Writes a GGUF file with one more number, or string, among its values, and a string that keeps the data aligned. */
+static void write_with(const char *path, bytes file, const char *key, float number, const char *string) {
+    uint8_t more[512];
+    size_t n = 0;
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    put(more, &n, strlen(key), 8);
+    for (const char *p = key; *p; p++) put(more, &n, (uint8_t)*p, 1);
+    put(more, &n, string ? LLM__GGUF_STRING : LLM__GGUF_F32, 4);
+    put(more, &n, string ? strlen(string) : bits, string ? 8 : 4);
+    for (const char *p = string; p && *p; p++) put(more, &n, (uint8_t)*p, 1);
+    size_t rest = 32 - (n + 8 + 1 + 4 + 8) % 32;
+    put(more, &n, 1, 8);
+    put(more, &n, '_', 1);
+    put(more, &n, LLM__GGUF_STRING, 4);
+    put(more, &n, rest, 8);
+    while (rest--) put(more, &n, '_', 1);
+    uint8_t *whole = (uint8_t *)malloc(file.n + n);
+    memcpy(whole, file.at, 24);
+    whole[16] = (uint8_t)(whole[16] + 2); /* the number of values */
+    memcpy(whole + 24, more, n);
+    memcpy(whole + 24 + n, file.at + 24, file.n - 24);
+    write_file(path, whole, file.n + n);
+    free(whole);
+}
+
+static void what_gguf_asks_for_is_refused_by_name(void **state) {
+    static const struct {
+        const char *key;
+        float number;
+        const char *string, *words; /* NULL: it does no harm */
+    } table[] = {
+        {"llama.expert_count", 8, NULL, "llama.expert_count is set"},
+        {"llama.expert_count", 0, NULL, NULL},
+        {"llama.attention.scale", 0.5f, NULL, "llama.attention.scale is set"},
+        {"llama.attn_logit_softcapping", 30, NULL, "llama.attn_logit_softcapping is set"},
+        {"llama.final_logit_softcapping", 30, NULL, "llama.final_logit_softcapping is set"},
+        {"llama.logit_scale", 2, NULL, "llama.logit_scale is set"},
+        {"llama.attention.sliding_window_pattern", 4, NULL, "sliding_window_pattern is set"},
+        {"llama.attention.value_length", 8, NULL, "values and keys have different lengths"},
+        {"llama.attention.sliding_window", -1, NULL, "llama.attention.sliding_window is -1"},
+        {"llama.attention.sliding_window", NAN, NULL, "llama.attention.sliding_window is nan"},
+        {"llama.rope.scaling.yarn_ext_factor", 0, NULL, "yarn_ext_factor is set"},
+        {"llama.rope.scaling.yarn_log_multiplier", 0.1f, NULL, "yarn_log_multiplier is set"},
+        {"llama.rope.scaling.attn_factor", 1, NULL, NULL},
+        {"llama.rope.scaling.type", 0, "longrope", "llama.rope.scaling.type is \"longrope\""},
+        {"llama.rope.scaling.type", 0, "none", NULL},
+        {"llama.rope.scaling.type", 0, "yarn", "rope.scaling.factor is missing"},
+        {"llama.rope.scaling.type", 1, NULL, "llama.rope.scaling.type is not a string"},
+        {"llama.rope.scaling.factor", -1, NULL, "llama.rope.scaling.factor is -1, not from"},
+        {"llama.rope.scaling.factor", NAN, NULL, "llama.rope.scaling.factor is nan, not from"},
+        {"split.count", 2, NULL, "this is part 1 of 2"},
+        {"split.tensors.count", 3, NULL, "split.tensors.count is 3, but the 1 parts hold 12 tensors"},
+    };
+    bytes file = read_file(golden("llama.gguf"));
+    (void)state;
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        write_with(in_folder("m.gguf"), file, table[i].key, table[i].number, table[i].string);
+        if (table[i].words) expect_failure(in_folder("m.gguf"), table[i].words, "m.gguf");
+        else llm_model_free(load(in_folder("m.gguf"), NULL, LLM_DTYPE_F32));
+    }
+    free(file.at);
+}
+
+static void other_names_are_refused(void **state) {
+    static const struct {
+        const char *model, *old, *new_text, *words; /* old and new_text are equally long */
+    } table[] = {
+        {"qwen2.gguf", "qwen2", "gemma", "the architecture is \"gemma\""},
+        {"llama3.gguf", "rope_freqs.weight", "rope_freqz.weight", "tensor rope_freqz.weight is there"},
+        {"qwen3.gguf", "blk.0.attn_q_norm", "blk.0.attn_q_nork", "blk.0.attn_q_norm.weight is missing"},
+        {"qwen2.gguf", "blk.0.attn_k.bias", "blk.0.attn_z.bias", "blk.0.attn_k.bias is missing"},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        bytes file = read_file(golden(table[i].model));
+        for (size_t at = 0, n = strlen(table[i].old); at + n <= file.n; at++)
+            if (!memcmp(file.at + at, table[i].old, n)) memcpy(file.at + at, table[i].new_text, n);
+        write_file(in_folder("m.gguf"), file.at, file.n);
+        expect_failure(in_folder("m.gguf"), table[i].words, "m.gguf");
+        free(file.at);
+    }
+}
+
+static void split_files_need_all_their_parts(void **state) {
+    bytes parts[3];
+    char name[100];
+    (void)state;
+    expect_failure(golden("sharded-00002-of-00003.gguf"), "this is part 2 of 3", "sharded-00002-of-00003.gguf");
+    for (int i = 0; i < 3; i++) {
+        snprintf(name, sizeof name, "sharded-%05d-of-00003.gguf", i + 1);
+        parts[i] = read_file(golden(name));
+    }
+    write_file(in_folder("m.gguf"), parts[0].at, parts[0].n);
+    expect_failure(in_folder("m.gguf"), "its name ends in -00001-of-00003.gguf", "m.gguf");
+    write_file(in_folder("s-00001-of-00003.gguf"), parts[0].at, parts[0].n);
+    write_file(in_folder("s-00002-of-00003.gguf"), parts[1].at, parts[1].n);
+    expect_failure(in_folder("s-00001-of-00003.gguf"), "the file cannot be read", "s-00003-of-00003.gguf");
+    write_file(in_folder("s-00003-of-00003.gguf"), parts[1].at, parts[1].n);
+    expect_failure(in_folder("s-00001-of-00003.gguf"), "do not say that this is part 3 of 3", "s-00003-of-00003.gguf");
+    write_file(in_folder("s-00003-of-00003.gguf"), parts[2].at, parts[2].n);
+    llm_model_free(load(in_folder("s-00001-of-00003.gguf"), NULL, LLM_DTYPE_F32));
+    for (int i = 0; i < 3; i++) free(parts[i].at);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(blocks_are_read_exactly),
+        cmocka_unit_test(logits_are_those_of_transformers),
+        cmocka_unit_test(bf16_is_near),
+        cmocka_unit_test(models_are_described),
+        cmocka_unit_test(memory_and_functions_serve_too),
+        cmocka_unit_test(functions_that_fail_are_reported),
+        cmocka_unit_test(every_allocation_may_fail),
+        cmocka_unit_test(bad_configs_are_refused),
+        cmocka_unit_test(bad_safetensors_are_refused),
+        cmocka_unit_test(truncated_files_are_refused),
+        cmocka_unit_test(bad_indexes_are_refused),
+        cmocka_unit_test(other_types_are_refused_by_name),
+        cmocka_unit_test(what_gguf_asks_for_is_refused_by_name),
+        cmocka_unit_test(other_names_are_refused),
+        cmocka_unit_test(split_files_need_all_their_parts),
+    };
+    return cmocka_run_group_tests(tests, make_folder, remove_folder);
+}
