@@ -6,7 +6,7 @@ SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CFLAGS   = -O2
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -pedantic
-LDLIBS   = $(if $(filter repl,$(@F)),-ledit) $(if $(filter tokenize test_tokenizer test_chat,$(@F)),-ljansson) $(if $(filter test_%,$(@F)),-lcmocka) -lm -lpthread
+LDLIBS   = $(if $(filter repl,$(@F)),-ledit) $(if $(filter tokenize test_tokenizer test_chat,$(@F)),-ljansson) $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
 PROGRAMS = build/repl build/hello build/tokenize build/embed build/bench
 
 # Every .c file is a program. build/NAME is made with your compiler and flags, build/VARIANT/NAME with these:
@@ -23,14 +23,15 @@ MATRIX                     = gcc-O1 gcc-O3-fast-math clang-O1 clang-O2 clang-O3-
 # Debian packages, each with what shows that it is there.
 NEEDED_TO_RUN   = libedit-dev:histedit.h libstb-dev:stb/stb_ds.h
 NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h g++:g++
-NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h
+NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
+                  libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory --silent
 vpath %.c examples tokenizer tests bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run test model deps clean help
+.PHONY: all run test test-cuda model deps clean help
 all:
 	.ci/need $(NEEDED_TO_BUILD)
 	$(MAKE) $(PROGRAMS)
@@ -60,11 +61,18 @@ build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 	echo "  compile $@"
 	$(CXX) $(CXXFLAGS) -std=c++17 $(WARNINGS) -I. $(CPPFLAGS) -o $@ $(filter %.cpp,$^) $(LDFLAGS) $(LDLIBS)
 
+# The GPU's kernels, run on the CPU.
+$(foreach dir,build build/asan,$(dir)/test_cuda): tests/test_cuda.cpp llm_cuda.cu llm.h $(wildcard tests/*.h tests/cuda_host/*)
+	mkdir -p $(@D)
+	echo "  compile $@"
+	$(if $(filter build/asan/%,$@),$(subst clang,clang++,$(COMPILE_asan)),$(CXX) $(CXXFLAGS)) -std=c++17 $(WARNINGS) -Wno-unknown-pragmas -fno-strict-aliasing \
+		-Itests/cuda_host -I. $(CPPFLAGS) -o $@ -x c++ $(filter %.cpp %.cu,$^) -x none $(LDFLAGS) $(LDLIBS)
+
 # ---- Tests ----------------------------------------------------------------------------------------------------------
 
-# Every tests/test_NAME.c (cmocka) or .sh (printing TAP) is a test. It runs as it is and in the variants that its text
+# Every tests/test_NAME.c (cmocka), .cpp (the same) or .sh (printing TAP) is a test. It runs as it is and in the variants that its text
 # names in a line "Variants: asan tsan matrix". A script finds the programs it tests beside itself.
-SOURCES := $(wildcard tests/test_*.c tests/test_*.sh)
+SOURCES := $(wildcard tests/test_*.c tests/test_*.cpp tests/test_*.sh)
 names    = $(basename $(notdir $1))
 variant  = $(call names,$(shell grep -l 'Variants:.*\b$1\b' $(SOURCES) /dev/null))
 ALL_TESTS    := $(call names,$(SOURCES))
@@ -88,6 +96,10 @@ test:
 	$(MAKE) -k -j$$(nproc) $(RUNS) || true
 	LLM_MODEL=$(SMOLLM2) tests/run.sh $(RUNS)
 
+# llm_cuda.cu, without a GPU.
+test-cuda:
+	$(MAKE) test T=cuda
+
 # ---- The rest -------------------------------------------------------------------------------------------------------
 
 deps:
@@ -100,6 +112,7 @@ help:
 	echo "make             build $(PROGRAMS)"
 	echo "make run         fetch the default model once and let it continue a text; MODEL=path takes another"
 	echo "make test        everything that is checked (about ten minutes); T=name runs the tests of that name"
+	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
 	echo "make model       fetch the default model"
 	echo "make deps        install what building and testing need (Debian)"
 	echo "make clean       remove build/; models/ stays"

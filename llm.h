@@ -56,6 +56,7 @@
         LLM_STATIC              make everything private to this source file
         LLM_HEADER_FILENAME     this file's name if it is not "llm.h" (it includes itself once per instruction set)
         LLM_NO_THREADS          compile without threads (n_threads is then always 1)
+        LLM_CUDA                declare the GPU backend that llm_cuda.cu holds
 
     CONTENTS
 
@@ -121,6 +122,7 @@ typedef struct llm_host {
 
 typedef struct llm_model llm_model;
 typedef struct llm_tokenizer llm_tokenizer;
+typedef struct llm_backend llm_backend;
 
 /* The type weights are held in at run time; a file of any type is converted while it is loaded. */
 typedef enum llm_dtype {
@@ -146,6 +148,7 @@ typedef struct llm_model_desc {
     void *read_user;
     uint64_t read_size;
     const char *isa;       /* force an instruction set: "scalar", "avx2", "avx512"; NULL: the best there is   */
+    const llm_backend *backend; /* what computes; NULL: the CPU. See llm_cuda_backend                         */
     llm_host host;
 } llm_model_desc;
 
@@ -443,13 +446,14 @@ typedef struct llm_pass {
 enum { LLM_BLOCK = 32 }; /* positions in a block of the KV cache */
 
 typedef struct llm_backend_desc {
+    int n_seq, blocks_per_seq;   /* of every pass's block tables                                                  */
     int n_cache_blocks, n_batch, n_logits, n_threads;
     llm_dtype cache_dtype;
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
     llm_host host;
 } llm_backend_desc;
 
-typedef struct llm_backend {
+struct llm_backend {
     const char *name;
     /* A model on the device; weights follow one by one. *out is freed by close, also after a failure. */
     llm_status (*open)(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_error *err);
@@ -467,7 +471,20 @@ typedef struct llm_backend {
     llm_status (*write_block)(void *context, int block, const void *bytes, llm_error *err);
     double (*measure_bandwidth)(void *context);
     double (*measure_flops)(void *context);
-} llm_backend;
+};
+
+#ifdef LLM_CUDA
+/* In llm_cuda.cu: compile that with nvcc, link with -lcublas, and name one of these in llm_model_desc. Without a usable
+   GPU llm_model_load fails with LLM_ERROR_DEVICE or LLM_ERROR_UNSUPPORTED; the host may then load for the CPU. */
+typedef enum llm_cuda_mode {
+    LLM_CUDA_GRAPH = 0, /* up to 16 rows: the fused kernels, launched as one recorded graph                       */
+    LLM_CUDA_FUSED,     /* the same kernels, launched one by one                                                  */
+    LLM_CUDA_EAGER      /* one plain kernel per operation, launched one by one                                    */
+} llm_cuda_mode;
+
+LLM_API const llm_backend *llm_cuda_backend(void); /* the fastest, LLM_CUDA_GRAPH */
+LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
+#endif
 
 #ifdef __cplusplus
 }
@@ -5749,8 +5766,6 @@ static void llm__cpu_open_body(llm__env *env, void *arg) {
     m->shape = *args->shape;
     m->dtype = args->desc->dtype;
     m->kernels = llm__choose_kernels(args->desc->isa);
-    if (!m->kernels)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "the instruction set \"%s\" is unknown, or not on this machine", args->desc->isa);
     m->layers = (llm__cpu_layer *)llm__alloc_zero(env, (size_t)m->shape.n_layers, sizeof *m->layers);
     m->team = llm__team_create(env, args->desc->n_threads);
     m->pool = *env->pool;
@@ -6505,6 +6520,7 @@ typedef struct llm__load_args {
     llm_model **out;
     const char *path;
     llm_model_desc desc;
+    const llm_backend *backend;
     void *device; /* to be closed if loading fails after it was opened */
 } llm__load_args;
 
@@ -6739,6 +6755,9 @@ static void llm__upload_weight(llm__weight_walk *walk, const llm_weight *weight)
 static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *desc) {
     llm_model_desc d = *desc;
     if (d.dtype == LLM_DTYPE_DEFAULT) d.dtype = LLM_DTYPE_BF16;
+    if (!d.backend) d.backend = &llm__cpu_backend;
+    if (!llm__choose_kernels(d.isa))
+        llm__fail(env, LLM_ERROR_ARGUMENT, "the instruction set \"%s\" is unknown, or not on this machine", d.isa);
     if (!llm_dtype_name(d.dtype))
         llm__fail(env, LLM_ERROR_ARGUMENT, "desc.dtype is %d, which is no type to run in", (int)d.dtype);
     if (d.n_threads < 0 || d.n_threads > 1024) llm__fail(env, LLM_ERROR_ARGUMENT, "desc.n_threads is %d", d.n_threads);
@@ -6810,7 +6829,7 @@ static void llm__make_plan(llm__env *env, const char *path, const llm_model_desc
     plan->h = llm__read_hparams(env, plan->ck);
     env->pool = outer;
     plan->shape = llm__find_shape(env, &plan->h, plan->ck);
-    plan->walk = llm__start_walk(env, plan->ck, &plan->h, &llm__cpu_backend, desc->dtype);
+    plan->walk = llm__start_walk(env, plan->ck, &plan->h, desc->backend, desc->dtype);
     llm__walk_weights(&plan->walk);
     llm__refuse_unused_tensors(env, plan->ck);
 }
@@ -6823,7 +6842,7 @@ static void llm__load_body(llm__env *env, void *arg) {
     llm__plan plan;
     llm__make_plan(env, args->path, &desc, &plan);
     const llm__checkpoint *ck = plan.ck;
-    model->backend = &llm__cpu_backend;
+    model->backend = args->backend = desc.backend;
     model->shape = plan.shape;
     model->tokenizer = ck->format == LLM__GGUF ? llm__tokenizer_from_gguf(env, ck)
                                                : llm__tokenizer_from_directory(env, ck->directory);
@@ -6874,7 +6893,7 @@ LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_m
     llm_status status = llm__guarded(&env, llm__load_body, &args);
     if (status) {
         *out = NULL;
-        llm__cpu_backend.close(args.device);
+        if (args.device) args.backend->close(args.device);
         llm__pool_free(&pool);
     }
     return status;
@@ -6951,6 +6970,8 @@ static void llm__context_defaults_body(llm__env *env, void *arg) {
 static llm_backend_desc llm__backend_desc(const llm_context_desc *d) {
     llm_backend_desc b;
     memset(&b, 0, sizeof b);
+    b.n_seq = d->n_seq;
+    b.blocks_per_seq = llm__blocks_for(d->n_ctx);
     b.n_cache_blocks = llm__blocks_for(d->n_cache);
     b.n_batch = d->n_batch;
     b.n_logits = d->n_logits;
@@ -7057,8 +7078,8 @@ static void llm__estimate_body(llm__env *env, void *arg) {
     llm_context_desc c = llm__context_defaults(env, &info, &desc.host, args->context_desc);
     llm_backend_desc b = llm__backend_desc(&c);
     args->out->weights = plan.walk.weight_bytes;
-    args->out->cache = (uint64_t)b.n_cache_blocks * llm__cpu_backend.block_bytes(shape, b.cache_dtype);
-    args->out->scratch = llm__cpu_backend.scratch_bytes(shape, &b) + (uint64_t)shape->n_vocab * 8 +
+    args->out->cache = (uint64_t)b.n_cache_blocks * desc.backend->block_bytes(shape, b.cache_dtype);
+    args->out->scratch = desc.backend->scratch_bytes(shape, &b) + (uint64_t)shape->n_vocab * 8 +
                          (uint64_t)c.n_seq * ((uint64_t)c.n_ctx * 4 + (uint64_t)llm__blocks_for(c.n_ctx) * 4);
 }
 

@@ -124,10 +124,10 @@ typedef struct shape {
 } shape;
 
 static const shape SHAPES[] = {
-    {"llama2-7b", {32000, 32, 4096, 11008, 32, 32, 128, 128, 1e-5f, NULL, false}, 4096},
-    {"tinyllama-1.1b", {32000, 22, 2048, 5632, 32, 4, 64, 64, 1e-5f, NULL, false}, 2048},
-    {"llama3.2-1b", {128256, 16, 2048, 8192, 32, 8, 64, 64, 1e-5f, NULL, true}, 131072},
-    {"smollm2-135m", {49152, 30, 576, 1536, 9, 3, 64, 64, 1e-5f, NULL, true}, 8192}};
+    {"llama2-7b", {32000, 32, 4096, 11008, 32, 32, 128, 128, 1e-5f, NULL, 1, 0, false, false, false}, 4096},
+    {"tinyllama-1.1b", {32000, 22, 2048, 5632, 32, 4, 64, 64, 1e-5f, NULL, 1, 0, false, false, false}, 2048},
+    {"llama3.2-1b", {128256, 16, 2048, 8192, 32, 8, 64, 64, 1e-5f, NULL, 1, 0, true, false, false}, 131072},
+    {"smollm2-135m", {49152, 30, 576, 1536, 9, 3, 64, 64, 1e-5f, NULL, 1, 0, true, false, false}, 8192}};
 
 /* Rows differ, but cost little: a window onto one run of random numbers. */
 enum { RANDOM_RUN = 1 << 16 };
@@ -154,11 +154,13 @@ typedef struct random_args {
 static void upload_random(llm__env *env, random_args *a, llm_weight_kind kind, int layer) {
     const llm_shape *s = &a->shape->shape;
     int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
-    const struct {
-        int rows, cols;
-    } dims[] = {{s->n_vocab, s->n_embd}, {1, s->n_embd}, {q + 2 * kv, s->n_embd}, {s->n_embd, q}, {1, s->n_embd},
-                {2 * s->n_ff, s->n_embd}, {s->n_embd, s->n_ff}, {1, s->n_embd}, {s->n_vocab, s->n_embd}};
-    llm_weight w = {kind, layer, dims[kind].rows, dims[kind].cols, a->run, random_row, no_raw_row, false};
+    llm_weight w = {kind, layer, 1, s->n_embd, a->run, random_row, no_raw_row, false};
+    if (kind == LLM_WEIGHT_EMBEDDING || kind == LLM_WEIGHT_HEAD) w.rows = s->n_vocab;
+    if (kind == LLM_WEIGHT_QKV) w.rows = q + 2 * kv;
+    if (kind == LLM_WEIGHT_GATE_UP) w.rows = 2 * s->n_ff;
+    if (kind == LLM_WEIGHT_ATTENTION_OUT || kind == LLM_WEIGHT_DOWN) w.rows = s->n_embd;
+    if (kind == LLM_WEIGHT_ATTENTION_OUT) w.cols = q;
+    if (kind == LLM_WEIGHT_DOWN) w.cols = s->n_ff;
     uint64_t bytes = w.rows == 1 ? 4 * (uint64_t)w.cols : a->model->backend->weight_bytes(a->desc.dtype, &w);
     if (a->model->backend->upload(a->model->device, &w, env->err)) llm__fail(env, env->err->code, "%s", env->err->message);
     a->model->info.n_params += (uint64_t)w.rows * (uint64_t)w.cols;
@@ -170,14 +172,12 @@ static void random_body(llm__env *env, void *arg) {
     random_args *a = (random_args *)arg;
     llm_model *m = a->model = (llm_model *)llm__alloc_zero(env, 1, sizeof *m);
     const llm_shape *s = &a->shape->shape;
-    llm__hparams h;
-    memset(&h, 0, sizeof h);
-    h.rope_dim = s->rope_dim;
-    h.rope_base = 10000;
+    double *frequencies = (double *)llm__alloc(env, (size_t)s->rope_dim / 2, sizeof *frequencies);
+    for (int i = 0; i < s->rope_dim / 2; i++) frequencies[i] = llm__exp2(-2.0 * i / s->rope_dim * llm__log2(10000));
     m->backend = &llm__cpu_backend;
     m->desc = a->desc;
     m->shape = *s;
-    m->shape.rope_frequencies = llm__rope_frequencies(env, &h);
+    m->shape.rope_frequencies = frequencies;
     m->kernels = llm__choose_kernels(NULL);
     m->info.isa = m->kernels->name;
     m->info.n_vocab = s->n_vocab;
@@ -185,8 +185,10 @@ static void random_body(llm__env *env, void *arg) {
     m->info.dtype = a->desc.dtype;
     if (m->backend->open(&m->device, &m->shape, &a->desc, env->err)) llm__fail(env, env->err->code, "%s", env->err->message);
     upload_random(env, a, LLM_WEIGHT_EMBEDDING, 0);
+    static const llm_weight_kind kinds[] = {LLM_WEIGHT_ATTENTION_NORM, LLM_WEIGHT_QKV, LLM_WEIGHT_ATTENTION_OUT, LLM_WEIGHT_FFN_NORM,
+                                            LLM_WEIGHT_GATE_UP, LLM_WEIGHT_DOWN};
     for (int i = 0; i < s->n_layers; i++)
-        for (int kind = LLM_WEIGHT_ATTENTION_NORM; kind <= LLM_WEIGHT_DOWN; kind++) upload_random(env, a, (llm_weight_kind)kind, i);
+        for (size_t j = 0; j < sizeof kinds / sizeof *kinds; j++) upload_random(env, a, kinds[j], i);
     upload_random(env, a, LLM_WEIGHT_OUTPUT_NORM, 0);
     if (!s->tied_head) upload_random(env, a, LLM_WEIGHT_HEAD, 0);
     m->pool = *env->pool;

@@ -31,6 +31,7 @@ in_every_language "implementation" "$tmp/whole"
 check "implementation after other headers" gcc -std=c99 -O0 $strict "$tmp/late.c"
 check "LLM_STATIC" gcc -std=c99 -O0 $strict "$tmp/static.c"
 check "LLM_STATIC, clang" clang -std=c99 -O0 $strict "$tmp/static.c"
+check "LLM_CUDA" gcc -std=c99 -O0 $strict -DLLM_CUDA "$tmp/whole.c"
 check "LLM_NO_THREADS" gcc -std=c99 -O0 $strict -DLLM_NO_THREADS "$tmp/whole.c"
 check "implementation without optimisation" gcc -std=c99 -O0 $strict "$tmp/whole.c"
 

@@ -153,7 +153,7 @@ static void tiny_block(tiny_file *f, uint32_t type, float scale) {
 static void tiny_tensor(tiny_file *f, const tiny_spec *s, const char *name, int rows, int cols) {
     uint32_t type = tiny_type(s, rows);
     float scale = 1.7f / 10.0f;
-    static const uint8_t zeros[32];
+    static const uint8_t zeros[32] = {0};
     (void)name;
     while (scale * scale * (float)cols > 3.0f) scale *= 0.9f; /* about sqrt(3 / cols), without sqrt */
     for (int i = 0; i < rows * cols && (type < 2 || type == 30); i++) {
@@ -191,7 +191,7 @@ static void tiny_tensors(tiny_file *f, const tiny_spec *s, void (*each)(tiny_fil
 /* The whole file; free it with free(). */
 static uint8_t *tiny_model(const tiny_spec *s, size_t *size) {
     tiny_file f;
-    static const uint8_t zeros[32];
+    static const uint8_t zeros[32] = {0};
     memset(&f, 0, sizeof f);
     f.random = s->seed;
     tiny_put(&f, "GGUF", 4);

@@ -1,0 +1,464 @@
+/*  cuda_runtime.h - enough of CUDA for a C++ compiler to build llm_cuda.cu and run its kernels on the CPU.
+
+    It stands in for the toolkit's header of that name. Memory "on the GPU" is the host's, filled with NaN when it is
+    allocated. Streams are queues of closures that run when somebody waits for them, so that a host which reuses a buffer
+    too early is caught. Graphs are recorded queues. A kernel's blocks run one after the other; the threads of a block are
+    fibers of the calling thread, which change at barriers and warp operations only. A fiber waits there until all that
+    must come have come; when nobody can go on, the program ends with a message. Tests can let the n-th call fail, have
+    the threads of a block run in the opposite order, and count what was not released. */
+#ifndef CUDA_HOST_RUNTIME_H
+#define CUDA_HOST_RUNTIME_H
+
+#include <boost/context/detail/fcontext.hpp>
+#include <functional>
+#include <math.h>
+#include <memory>
+#include <mutex>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define CUDA_HOST_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define CUDA_HOST_ASAN 1
+#endif
+#endif
+#ifdef CUDA_HOST_ASAN
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __host__
+#define __device__
+#define __global__
+#define __shared__ static thread_local
+#define __launch_bounds__(...)
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
+
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+
+static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return uint4{x, y, z, w}; }
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+/* ---- What tests may ask for ---- */
+
+struct cuda_host_settings {
+    int fail_at = 0;       /* the call of this number from now on fails; 0: none does                    */
+    bool reverse = false;  /* the threads of a block begin with the last                                 */
+    int n_live = 0;        /* allocations, streams, events, graphs that were not released                */
+    int n_devices = 1, major = 9;
+    int n_launches = 0, n_graph_launches = 0; /* by hand; of graphs                                      */
+};
+
+inline cuda_host_settings cuda_host;
+inline std::recursive_mutex cuda_host_lock; /* one thread at a time uses the GPU */
+
+/* ---- Threads of a block ---- */
+
+namespace cuda_host_fibers {
+
+using boost::context::detail::fcontext_t;
+using boost::context::detail::transfer_t;
+
+enum { MOST_THREADS = 1024, STACK = 192 << 10 };
+
+struct fiber {
+    std::unique_ptr<uint8_t[]> stack;
+    fcontext_t context = nullptr;
+    void *fake_stack = nullptr;
+    bool done = true;
+};
+
+struct meeting { /* where threads wait for each other */
+    int n_here = 0, round = 0;
+};
+
+struct block {
+    fiber fibers[MOST_THREADS];
+    meeting all, warps[MOST_THREADS / 32];
+    uint64_t lanes[2][MOST_THREADS]; /* what warp operations exchange; the two take turns */
+    int parity[MOST_THREADS];
+    const std::function<void()> *body = nullptr;
+    int n = 0, current = 0;
+    bool progress = false;
+    fcontext_t scheduler = nullptr;
+    void *fake_stack = nullptr;
+    const void *scheduler_stack = nullptr;
+    size_t scheduler_size = 0;
+};
+
+inline block &here() {
+    static thread_local std::unique_ptr<block> b;
+    if (!b) b.reset(new block);
+    return *b;
+}
+
+inline void before_switch(void **fake_stack, const void *stack, size_t size) {
+#ifdef CUDA_HOST_ASAN
+    __sanitizer_start_switch_fiber(fake_stack, stack, size);
+#else
+    (void)fake_stack, (void)stack, (void)size;
+#endif
+}
+
+inline void after_switch(void *fake_stack, const void **stack, size_t *size) {
+#ifdef CUDA_HOST_ASAN
+    __sanitizer_finish_switch_fiber(fake_stack, stack, size);
+#else
+    (void)fake_stack, (void)stack, (void)size;
+#endif
+}
+
+/* From a fiber to the scheduler, until it comes back. */
+inline void yield() {
+    block &b = here();
+    fiber &f = b.fibers[b.current];
+    before_switch(&f.fake_stack, b.scheduler_stack, b.scheduler_size);
+    transfer_t back = boost::context::detail::jump_fcontext(b.scheduler, nullptr);
+    after_switch(f.fake_stack, &b.scheduler_stack, &b.scheduler_size);
+    b.scheduler = back.fctx;
+}
+
+/* A fiber lives on from block to block. */
+inline void fiber_main(transfer_t from) {
+    block &b = here();
+    after_switch(nullptr, &b.scheduler_stack, &b.scheduler_size);
+    b.scheduler = from.fctx;
+    for (;;) {
+        (*b.body)();
+        b.fibers[b.current].done = true;
+        b.progress = true;
+        yield();
+    }
+}
+
+inline void resume(int i) {
+    block &b = here();
+    fiber &f = b.fibers[i];
+    if (!f.stack) {
+        f.stack.reset(new uint8_t[STACK]);
+        f.context = boost::context::detail::make_fcontext(f.stack.get() + STACK, STACK, fiber_main);
+    }
+    b.current = i;
+    threadIdx = dim3((unsigned)i % blockDim.x, (unsigned)i / blockDim.x % blockDim.y, (unsigned)i / blockDim.x / blockDim.y);
+    before_switch(&b.fake_stack, f.stack.get(), STACK);
+    transfer_t back = boost::context::detail::jump_fcontext(f.context, nullptr);
+    after_switch(b.fake_stack, nullptr, nullptr);
+    f.context = back.fctx;
+}
+
+/* Waits until n threads are here. */
+inline void meet(meeting &m, int n) {
+    block &b = here();
+    int round = m.round;
+    b.progress = true;
+    if (++m.n_here == n) {
+        m.n_here = 0;
+        m.round++;
+        return;
+    }
+    while (m.round == round) yield();
+}
+
+inline void run_block(const std::function<void()> &body, int n) {
+    block &b = here();
+    b.body = &body;
+    b.n = n;
+    b.all = meeting();
+    for (meeting &m : b.warps) m = meeting();
+    for (int i = 0; i < n; i++) b.fibers[i].done = false, b.parity[i] = 0;
+    for (int n_done = 0; n_done < n;) {
+        b.progress = false;
+        n_done = 0;
+        for (int j = 0; j < n; j++) {
+            int i = cuda_host.reverse ? n - 1 - j : j;
+            if (!b.fibers[i].done) resume(i);
+            n_done += b.fibers[i].done;
+        }
+        if (b.progress) continue;
+        fprintf(stderr, "cuda_host: the threads of a block wait for each other for ever\n");
+        abort();
+    }
+}
+
+/* What lane `source` of this warp brings to the same operation. All 32 lanes take part. */
+template <typename T>
+inline T exchange(T value, int source) {
+    block &b = here();
+    int i = b.current, warp = i / 32, parity = b.parity[i] ^= 1, lanes = b.n - warp * 32 < 32 ? b.n - warp * 32 : 32;
+    static_assert(sizeof(T) <= 8, "a register");
+    memcpy(&b.lanes[parity][i], &value, sizeof value);
+    meet(b.warps[warp], lanes);
+    memcpy(&value, &b.lanes[parity][warp * 32 + source % 32], sizeof value);
+    return value;
+}
+
+} // namespace cuda_host_fibers
+
+static inline void __syncthreads() {
+    cuda_host_fibers::block &b = cuda_host_fibers::here();
+    cuda_host_fibers::meet(b.all, b.n);
+}
+
+static inline void __syncwarp() { cuda_host_fibers::exchange(0, 0); }
+
+template <typename T>
+static inline T __shfl_sync(unsigned, T value, int lane) {
+    return cuda_host_fibers::exchange(value, lane);
+}
+
+template <typename T>
+static inline T __shfl_xor_sync(unsigned, T value, int mask) {
+    return cuda_host_fibers::exchange(value, cuda_host_fibers::here().current % 32 ^ mask);
+}
+
+static inline void __threadfence() {}
+template <typename T>
+static inline T __ldcg(const T *from) {
+    return *from;
+}
+
+static inline unsigned atomicAdd(unsigned *at, unsigned value) {
+    unsigned old = *at;
+    *at += value;
+    return old;
+}
+
+static inline float __uint_as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static inline uint32_t __float_as_uint(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+/* ---- Calls ---- */
+
+enum cudaError_t {
+    cudaSuccess,
+    cudaErrorInvalidValue,
+    cudaErrorMemoryAllocation,
+    cudaErrorNoDevice,
+    cudaErrorStreamCaptureUnsupported
+};
+
+enum { cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrMultiProcessorCount };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+
+typedef std::vector<std::function<void()>> cuda_host_queue;
+
+struct cuda_host_stream {
+    cuda_host_queue queue;
+    bool recording = false;
+};
+
+struct cuda_host_event {
+    cuda_host_stream *stream = nullptr;
+};
+
+typedef cuda_host_stream *cudaStream_t;
+typedef cuda_host_event *cudaEvent_t;
+typedef cuda_host_queue *cudaGraph_t, *cudaGraphExec_t;
+
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    struct {
+        int programmaticStreamSerializationAllowed;
+    } val;
+};
+
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute *attrs;
+    unsigned numAttrs;
+};
+
+/* Every call that can fail asks here first. */
+static inline bool cuda_host_fails() {
+    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    return cuda_host.fail_at && --cuda_host.fail_at == 0;
+}
+
+static inline void cuda_host_count(int n) {
+    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    cuda_host.n_live += n;
+}
+
+static inline void cuda_host_count_launch(int *counter) {
+    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    ++*counter;
+}
+
+template <typename T>
+static inline cudaError_t cuda_host_new(T **out) {
+    if (cuda_host_fails()) return cudaErrorMemoryAllocation;
+    *out = new T;
+    cuda_host_count(1);
+    return cudaSuccess;
+}
+
+template <typename T>
+static inline cudaError_t cuda_host_delete(T *object) {
+    delete object;
+    cuda_host_count(-1);
+    return cudaSuccess;
+}
+
+static inline cudaError_t cuda_host_enqueue(cudaStream_t stream, std::function<void()> work) {
+    if (cuda_host_fails()) return cudaErrorInvalidValue;
+    stream->queue.push_back(std::move(work));
+    return cudaSuccess;
+}
+
+static inline void cuda_host_run(cuda_host_queue &queue) {
+    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    for (auto &work : queue) work();
+}
+
+static inline cudaError_t cudaGetLastError() { return cudaErrorNoDevice; }
+static inline const char *cudaGetErrorString(cudaError_t error) { return error == cudaErrorNoDevice ? "no device" : "a failure made by the test"; }
+
+static inline cudaError_t cudaGetDeviceCount(int *n) {
+    *n = cuda_host.n_devices;
+    return cuda_host_fails() ? cudaErrorNoDevice : cudaSuccess;
+}
+
+static inline cudaError_t cudaGetDevice(int *device) {
+    *device = 0;
+    return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? cuda_host.major : attribute == cudaDevAttrComputeCapabilityMinor ? 0 : 3;
+    return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+static inline cudaError_t cudaMalloc(void **out, size_t size) {
+    if (cuda_host_fails()) return cudaErrorMemoryAllocation;
+    *out = aligned_alloc(256, (size + 255) / 256 * 256);
+    if (!*out) return cudaErrorMemoryAllocation;
+    memset(*out, 0xFF, size);
+    cuda_host_count(1);
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaFree(void *ptr) {
+    if (ptr) cuda_host_count(-1);
+    free(ptr);
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaMallocHost(void **out, size_t size) { return cudaMalloc(out, size); }
+static inline cudaError_t cudaFreeHost(void *ptr) { return cudaFree(ptr); }
+
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind, cudaStream_t stream) {
+    return cuda_host_enqueue(stream, [=] { memcpy(to, from, size); });
+}
+
+static inline cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t stream) {
+    return cuda_host_enqueue(stream, [=] { memset(to, value, size); });
+}
+
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) { return cuda_host_new(out); }
+static inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cuda_host_delete(stream); }
+
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    if (stream->recording) return cudaErrorStreamCaptureUnsupported;
+    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    cuda_host_run(stream->queue);
+    stream->queue.clear();
+    return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned) { return cuda_host_new(out); }
+static inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return cuda_host_delete(event); }
+
+static inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    event->stream = stream;
+    return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    return event->stream ? cudaStreamSynchronize(event->stream) : cudaSuccess;
+}
+
+static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t) {
+    *ms = 1;
+    return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+static inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    if (cuda_host_fails()) return cudaErrorInvalidValue;
+    cuda_host_run(stream->queue); /* what was queued before is not part of the graph */
+    stream->queue.clear();
+    stream->recording = true;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
+    stream->recording = false;
+    cuda_host_queue recorded;
+    recorded.swap(stream->queue);
+    cudaError_t result = cuda_host_new(out);
+    if (result == cudaSuccess) (*out)->swap(recorded);
+    return result;
+}
+
+static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long) {
+    cudaError_t result = cuda_host_new(out);
+    if (result == cudaSuccess) **out = *graph;
+    return result;
+}
+
+static inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return cuda_host_delete(graph); }
+static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return cuda_host_delete(graph); }
+
+static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+    cuda_host_count_launch(&cuda_host.n_graph_launches);
+    return cuda_host_enqueue(stream, [=] { cuda_host_run(*graph); });
+}
+
+static inline void cuda_host_run_grid(dim3 grid, dim3 block, const std::function<void()> &thread) {
+    gridDim = grid;
+    blockDim = block;
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                blockIdx = dim3(x, y, z);
+                cuda_host_fibers::run_block(thread, (int)(block.x * block.y * block.z));
+            }
+}
+
+template <typename... Parameters, typename... Arguments>
+static inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Parameters...), Arguments... arguments) {
+    dim3 grid = config->gridDim, block = config->blockDim;
+    unsigned n = block.x * block.y * block.z;
+    if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !n || n > 1024) return cudaErrorInvalidValue;
+    if (!config->stream->recording) cuda_host_count_launch(&cuda_host.n_launches);
+    return cuda_host_enqueue(config->stream, [=] { cuda_host_run_grid(grid, block, [=] { kernel(arguments...); }); });
+}
+
+#endif

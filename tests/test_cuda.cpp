@@ -1,0 +1,413 @@
+/* llm_cuda.cu against the CPU backend on small models: all its kernels, in all modes. They run on the CPU by
+   tests/cuda_host, or, compiled with nvcc, on a GPU.
+   Variants: asan */
+#define LLM_CUDA
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+#include "tests/tiny.h"
+
+#include <cuda_runtime.h>
+#include <setjmp.h>
+#include <thread>
+extern "C" {
+#include <cmocka.h>
+}
+
+enum { N_SEQ = 6, N_CTX = 400, N_BATCH = 200, N_VOCAB = 299 };
+
+/* Layers, n_embd, n_ff, heads, key heads, head_dim, n_ctx, more tokens, untied, type, seed. */
+static const tiny_spec MANY_GROUPS = {2, 64, 96, 12, 1, 32, 512, 43, 1, 30, 2};
+static const tiny_spec WIDE_HEADS = {1, 96, 130, 2, 2, 136, 512, 43, 0, 0, 3};
+static const tiny_spec USUAL_HEADS = {2, 256, 300, 4, 2, 64, 512, 43, 1, 1, 4};
+static const tiny_spec MANY_QUERIES = {1, 33, 47, 32, 1, 6, 512, 43, 0, 0, 5};
+static const tiny_spec LONG_HEADS = {1, 128, 64, 2, 1, 128, 512, 43, 0, 30, 6};
+
+static llm_model *load_as(const tiny_spec *spec, const llm_backend *backend, llm_dtype dtype, llm_error *err) {
+    llm_model_desc desc = {};
+    llm_model *model = NULL;
+    uint8_t *data = tiny_model(spec, &desc.data_size);
+    desc.data = data;
+    desc.dtype = dtype;
+    desc.backend = backend;
+    desc.n_threads = 2;
+    llm_model_load(&model, NULL, &desc, err);
+    free(data);
+    return model;
+}
+
+static llm_model *load(const tiny_spec *spec, const llm_backend *backend, llm_dtype dtype = LLM_DTYPE_BF16) {
+    llm_error err;
+    llm_model *model = load_as(spec, backend, dtype, &err);
+    if (!model) fail_msg("%s", err.message);
+    return model;
+}
+
+static llm_context *create(const llm_model *model) {
+    llm_context_desc desc = {};
+    llm_context *ctx = NULL;
+    llm_error err;
+    desc.n_ctx = N_CTX;
+    desc.n_seq = N_SEQ;
+    desc.n_batch = N_BATCH;
+    desc.n_logits = N_BATCH;
+    desc.n_threads = 2;
+    if (llm_context_create(&ctx, model, &desc, &err)) fail_msg("%s", err.message);
+    return ctx;
+}
+
+/* Two contexts of different backends that are told the same. */
+typedef struct pair {
+    llm_model *models[2];
+    llm_context *ctx[2];
+    unsigned random;
+    double worst; /* root mean square of a row's differences, in terms of that of its logits */
+} pair;
+
+static pair make_pair(const tiny_spec *spec, const llm_backend *expected, const llm_backend *tested, llm_dtype dtype) {
+    pair p = {};
+    p.models[0] = load(spec, expected, dtype);
+    p.models[1] = load(spec, tested, dtype);
+    for (int i = 0; i < 2; i++) p.ctx[i] = create(p.models[i]);
+    p.random = 1;
+    return p;
+}
+
+static void free_pair(pair *p) {
+    for (int i = 0; i < 2; i++) {
+        llm_context_free(p->ctx[i]);
+        llm_model_free(p->models[i]);
+    }
+}
+
+static int draw(pair *p, int n) {
+    p->random = p->random * 1664525u + 1013904223u;
+    return (int)((p->random >> 8) % (unsigned)n);
+}
+
+static void compare(pair *p, int i) {
+    const float *expected = llm_logits(p->ctx[0], i), *got = llm_logits(p->ctx[1], i);
+    double squares = 0, differences = 0;
+    assert_true(!expected == !got);
+    if (!expected) return;
+    for (int j = 0; j < N_VOCAB; j++) {
+        double difference = (double)expected[j] - got[j];
+        squares += (double)expected[j] * expected[j];
+        differences += difference * difference;
+    }
+    double ratio = sqrt(differences / squares);
+    if (!(ratio <= p->worst)) p->worst = ratio; /* also if it is NaN */
+}
+
+/* counts[seq] tokens for each sequence, taking turns. Logits: 0 none, 1 the last ones, 2 all, 3 some. */
+static void append(pair *p, const int counts[N_SEQ], int logits) {
+    static llm_token tokens[N_SEQ * N_CTX];
+    static int seqs[N_SEQ * N_CTX];
+    static bool wanted[N_SEQ * N_CTX];
+    llm_error err;
+    int n = 0;
+    for (int i = 0; i < N_CTX; i++)
+        for (int seq = 0; seq < N_SEQ; seq++) {
+            if (i >= counts[seq]) continue;
+            tokens[n] = draw(p, N_VOCAB);
+            seqs[n] = seq;
+            wanted[n++] = logits == 2 || (logits == 3 && draw(p, 3) == 0);
+        }
+    llm_batch batch = {n, tokens, seqs, logits == 1 ? NULL : wanted};
+    for (int i = 0; i < 2; i++)
+        if (llm_forward(p->ctx[i], &batch, &err)) fail_msg("%s", err.message);
+    for (int i = 0; i < n; i++) compare(p, i);
+}
+
+static void on_both(pair *p, int seq, int parent, int length) {
+    for (int i = 0; i < 2; i++) {
+        if (parent < 0) assert_int_equal(llm_seq_truncate(p->ctx[i], seq, length, NULL), LLM_OK);
+        else assert_int_equal(llm_seq_fork(p->ctx[i], seq, parent, length, NULL), LLM_OK);
+    }
+}
+
+/* Long and short passes, ragged ones, single rows, forks in the middle of blocks, cuts. */
+static void exercise(pair *p) {
+    static const int ragged[N_SEQ] = {40, 1, 23, 0, 7, 0}, small[N_SEQ] = {3, 1, 5, 0, 1, 0}, one[N_SEQ] = {1}, three[N_SEQ] = {1, 0, 1, 0, 1},
+                     fork[N_SEQ] = {2, 0, 0, 4, 0, 0}, sixteen[N_SEQ] = {5, 3, 4, 1, 2, 1}, lengthy[N_SEQ] = {0, 0, 150, 0, 0, 9};
+    append(p, small, 2);
+    append(p, ragged, 3);
+    for (int i = 0; i < 3; i++) append(p, one, 1);
+    append(p, three, 1);
+    on_both(p, 3, 0, 37);
+    append(p, fork, 2);
+    on_both(p, 0, -1, 33);
+    append(p, sixteen, 2);
+    append(p, lengthy, 3);
+    append(p, sixteen, 3);
+    append(p, three, 0);
+    append(p, lengthy, 0);
+    append(p, three, 1);
+    on_both(p, 5, 2, 300);
+    append(p, sixteen, 2);
+    append(p, one, 1);
+}
+
+static void agrees_with_cpu(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype) {
+    pair p = make_pair(spec, NULL, llm_cuda_backend_mode(mode), dtype);
+    exercise(&p);
+    free_pair(&p);
+    print_message("%d heads of %d dimensions: within %.4f\n", spec->n_heads, spec->head_dim, p.worst);
+    assert_true(p.worst < 0.02); /* bf16 holds a number to within 0.004 */
+}
+
+static void test_eager(void **state) {
+    (void)state;
+    agrees_with_cpu(&TINY_ODD, LLM_CUDA_EAGER, LLM_DTYPE_BF16);
+    agrees_with_cpu(&MANY_GROUPS, LLM_CUDA_EAGER, LLM_DTYPE_BF16);
+    agrees_with_cpu(&TINY_ODD, LLM_CUDA_EAGER, LLM_DTYPE_INT8);
+}
+
+static void test_fused(void **state) {
+    static const tiny_spec *const specs[] = {&TINY_ODD, &MANY_GROUPS, &WIDE_HEADS, &USUAL_HEADS, &MANY_QUERIES, &LONG_HEADS};
+    (void)state;
+    for (int i = 0; i < 6; i++) agrees_with_cpu(specs[i], LLM_CUDA_FUSED, LLM_DTYPE_BF16);
+    agrees_with_cpu(&TINY_ODD, LLM_CUDA_FUSED, LLM_DTYPE_INT8);
+    agrees_with_cpu(&USUAL_HEADS, LLM_CUDA_FUSED, LLM_DTYPE_INT8);
+}
+
+/* A recorded pass is the same pass. */
+static void test_graph(void **state) {
+    pair p = make_pair(&TINY_ODD, llm_cuda_backend_mode(LLM_CUDA_FUSED), llm_cuda_backend(), LLM_DTYPE_INT8);
+    (void)state;
+    exercise(&p);
+    free_pair(&p);
+    assert_true(p.worst == 0);
+}
+
+static uint64_t hash_logits(const llm_context *ctx, int i, uint64_t hash) {
+    const float *logits = llm_logits(ctx, i);
+    assert_non_null(logits);
+    for (int j = 0; j < N_VOCAB; j++) {
+        uint32_t bits;
+        memcpy(&bits, &logits[j], 4);
+        hash = (hash ^ bits) * 0x100000001B3u;
+    }
+    return hash;
+}
+
+/* 80 tokens of sequence 2, one by one after the first 60, in passes of n_rows rows of which the others are other texts. */
+static uint64_t in_company(llm_context *ctx, int n_rows) {
+    llm_token tokens[64];
+    int seqs[64];
+    bool logits[64];
+    uint64_t hash = 0;
+    llm_error err;
+    for (int seq = 0; seq < N_SEQ; seq++) assert_int_equal(llm_seq_truncate(ctx, seq, 0, NULL), LLM_OK);
+    for (int i = 0; i < 80; i += i ? 1 : 60) {
+        int n = 0, at = 0;
+        for (int j = 0; i == 0 && j < 60; j++, n++) tokens[n] = j * 7 % N_VOCAB, seqs[n] = 2, logits[n] = false;
+        for (int j = 0; i && j < n_rows; j++, n++) {
+            bool ours = j == n_rows / 2;
+            if (ours) at = n;
+            tokens[n] = (i * 31 + (ours ? 0 : j + 1)) % N_VOCAB;
+            seqs[n] = ours ? 2 : j % 2 ? 0 : 4;
+            logits[n] = ours || j % 3 == 0;
+        }
+        llm_batch batch = {n, tokens, seqs, logits};
+        if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
+        if (i) hash = hash_logits(ctx, at, hash);
+    }
+    return hash;
+}
+
+/* To the bit, up to 16 rows. */
+static void test_rows_do_not_meet(void **state) {
+    llm_model *model = load(&TINY_ODD, llm_cuda_backend());
+    llm_context_desc desc = {};
+    llm_context *ctx = NULL;
+    (void)state;
+    desc.n_ctx = 1024; /* the other texts are long */
+    desc.n_seq = N_SEQ;
+    desc.n_logits = 16;
+    assert_int_equal(llm_context_create(&ctx, model, &desc, NULL), LLM_OK);
+    uint64_t alone = in_company(ctx, 1);
+    assert_int_equal(in_company(ctx, 2), alone);
+    assert_int_equal(in_company(ctx, 7), alone);
+    assert_int_equal(in_company(ctx, 16), alone);
+#ifdef CUDA_HOST_RUNTIME_H
+    cuda_host.reverse = true; /* what barriers do not order may come in any order */
+    assert_int_equal(in_company(ctx, 3), alone);
+    cuda_host.reverse = false;
+#endif
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+static void test_save_and_restore(void **state) {
+    llm_model *model = load(&TINY_ODD, llm_cuda_backend());
+    llm_context *from = create(model), *to = create(model);
+    uint64_t hash = in_company(from, 1);
+    size_t size = llm_seq_save_size(from, 2);
+    void *buffer = malloc(size);
+    llm_token token = 5;
+    int seq = 2;
+    llm_batch batch = {1, &token, &seq, NULL};
+    (void)state;
+    assert_non_null(buffer);
+    assert_int_equal(llm_seq_save(from, 2, buffer, size, NULL), LLM_OK);
+    assert_int_equal(llm_forward(from, &batch, NULL), LLM_OK);
+    hash = hash_logits(from, 0, 0);
+    seq = 1;
+    assert_int_equal(llm_seq_restore(to, 1, buffer, size, NULL), LLM_OK);
+    assert_int_equal(llm_forward(to, &batch, NULL), LLM_OK);
+    assert_int_equal(hash_logits(to, 0, 0), hash);
+    free(buffer);
+    llm_context_free(from);
+    llm_context_free(to);
+    llm_model_free(model);
+}
+
+static bool cancel_now(void *user) {
+    (void)user;
+    return true;
+}
+
+static void test_cancel(void **state) {
+    llm_model *model = load(&TINY_ODD, llm_cuda_backend());
+    llm_context_desc desc = {};
+    llm_context *ctx = NULL;
+    llm_token tokens[40] = {};
+    llm_batch batch = {40, tokens, NULL, NULL};
+    (void)state;
+    desc.cancel = cancel_now;
+    assert_int_equal(llm_context_create(&ctx, model, &desc, NULL), LLM_OK);
+    assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_ERROR_CANCELLED);
+    batch.n_tokens = 1;
+    assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_ERROR_CANCELLED);
+    assert_int_equal(llm_seq_length(ctx, 0), 0);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+static void test_limits_are_measured(void **state) {
+    llm_model *model = load(&TINY_ODD, llm_cuda_backend());
+    llm_context_desc desc = {};
+    llm_context *ctx = NULL;
+    (void)state;
+    desc.n_batch = 20;
+    assert_int_equal(llm_context_create(&ctx, model, &desc, NULL), LLM_OK);
+    assert_true(llm_measure_bandwidth(ctx) > 0);
+    assert_true(llm_measure_flops(ctx) > 0);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+static void in_a_thread(const llm_model *model, uint64_t *hash) {
+    llm_context *ctx = create(model);
+    *hash = in_company(ctx, 2);
+    llm_context_free(ctx);
+}
+
+/* Contexts of one model in several threads, graphs being recorded in all of them. */
+static void test_threads(void **state) {
+    llm_model *model = load(&TINY_ODD, llm_cuda_backend());
+    uint64_t hashes[3] = {};
+    std::thread threads[3];
+    (void)state;
+    for (int i = 0; i < 3; i++) threads[i] = std::thread(in_a_thread, model, &hashes[i]);
+    for (int i = 0; i < 3; i++) threads[i].join();
+    assert_int_equal(hashes[1], hashes[0]);
+    assert_int_equal(hashes[2], hashes[0]);
+    llm_model_free(model);
+}
+
+static void test_refusals(void **state) {
+    llm_error err;
+    llm_model *model = load(&TINY_ODD, llm_cuda_backend());
+    llm_context_desc desc = {};
+    llm_context *ctx = NULL;
+    (void)state;
+    desc.cache_dtype = LLM_DTYPE_F32;
+    assert_int_equal(llm_context_create(&ctx, model, &desc, &err), LLM_ERROR_UNSUPPORTED);
+    assert_null(ctx);
+    desc.cache_dtype = LLM_DTYPE_BF16;
+    desc.n_batch = 70000;
+    assert_int_equal(llm_context_create(&ctx, model, &desc, &err), LLM_ERROR_UNSUPPORTED);
+    llm_model_free(model);
+    tiny_spec longest = LONG_HEADS, sharing = MANY_QUERIES;
+    longest.head_dim = 288;
+    sharing.n_heads = 33;
+    assert_null(load_as(&TINY_ODD, llm_cuda_backend(), LLM_DTYPE_F32, &err));
+    assert_int_equal(err.code, LLM_ERROR_UNSUPPORTED);
+    assert_null(load_as(&longest, llm_cuda_backend(), LLM_DTYPE_BF16, &err));
+    assert_int_equal(err.code, LLM_ERROR_UNSUPPORTED);
+    assert_null(load_as(&sharing, llm_cuda_backend(), LLM_DTYPE_BF16, &err));
+    assert_int_equal(err.code, LLM_ERROR_UNSUPPORTED);
+}
+
+#ifdef CUDA_HOST_RUNTIME_H
+static void test_no_gpu(void **state) {
+    llm_error err;
+    (void)state;
+    cuda_host.n_devices = 0;
+    assert_null(load_as(&TINY_ODD, llm_cuda_backend(), LLM_DTYPE_BF16, &err));
+    assert_int_equal(err.code, LLM_ERROR_DEVICE);
+    assert_non_null(strstr(err.message, "no GPU"));
+    cuda_host.n_devices = 1;
+    cuda_host.major = 7;
+    assert_null(load_as(&TINY_ODD, llm_cuda_backend(), LLM_DTYPE_BF16, &err));
+    assert_int_equal(err.code, LLM_ERROR_UNSUPPORTED);
+    cuda_host.major = 9;
+    assert_int_equal(cuda_host.n_live, 0);
+}
+
+/* Loads, prefills and decodes, the n-th call failing; a pass that fails is tried again. Returns what went wrong. */
+static llm_status a_life(int n, bool *failed, llm_error *err) {
+    static const tiny_spec spec = {1, 32, 32, 2, 1, 16, 64, 43, 0, 30, 9};
+    llm_context_desc desc = {};
+    llm_context *ctx = NULL;
+    llm_token tokens[20] = {};
+    llm_status status = LLM_OK;
+    desc.n_ctx = 64;
+    desc.n_batch = 20;
+    cuda_host.fail_at = n;
+    llm_model *model = load_as(&spec, llm_cuda_backend(), LLM_DTYPE_BF16, err);
+    if (!model) status = err->code;
+    else status = llm_context_create(&ctx, model, &desc, err);
+    for (int rows = 20; ctx && rows > 0; rows -= 19) {
+        llm_batch batch = {rows, tokens, NULL, NULL};
+        llm_status result = llm_forward(ctx, &batch, err);
+        if (!result) continue;
+        status = result;
+        assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_OK);
+    }
+    *failed = cuda_host.fail_at == 0;
+    cuda_host.fail_at = 0;
+    llm_context_free(ctx);
+    llm_model_free(model);
+    return status;
+}
+
+/* Whichever call fails, there is an error in words, and nothing stays behind. */
+static void test_every_failure(void **state) {
+    bool failed = true;
+    int n;
+    (void)state;
+    for (n = 1; failed; n++) {
+        llm_error err = {};
+        llm_status status = a_life(n, &failed, &err);
+        assert_int_equal(cuda_host.n_live, 0);
+        assert_int_equal(status != LLM_OK, failed);
+        assert_int_equal(err.message[0] != 0, failed);
+    }
+    assert_true(n > 70);
+}
+#endif
+
+int main(int argc, char **argv) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_eager), cmocka_unit_test(test_fused), cmocka_unit_test(test_graph),
+        cmocka_unit_test(test_rows_do_not_meet), cmocka_unit_test(test_save_and_restore), cmocka_unit_test(test_cancel),
+        cmocka_unit_test(test_limits_are_measured), cmocka_unit_test(test_threads), cmocka_unit_test(test_refusals),
+#ifdef CUDA_HOST_RUNTIME_H
+        cmocka_unit_test(test_no_gpu), cmocka_unit_test(test_every_failure),
+#endif
+    };
+    if (argc > 1) cmocka_set_test_filter(argv[1]);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
