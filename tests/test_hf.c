@@ -327,13 +327,18 @@ static int make_folder(void **state) {
     static char path[] = "/tmp/llm-test-hf-XXXXXX";
     (void)state;
     folder = mkdtemp(path);
-    return folder ? 0 : -1;
+    if (!folder) return -1;
+    bytes tokenizer = read_file(golden("llama/tokenizer.json"));
+    write_file(in_folder("tokenizer.json"), tokenizer.at, tokenizer.n);
+    free(tokenizer.at);
+    return 0;
 }
 
 static int remove_folder(void **state) {
     static const char *const names[] = {
-        "config.json", "model.safetensors",     "model.safetensors.index.json", "a.safetensors",
-        "m.gguf",      "s-00001-of-00003.gguf", "s-00002-of-00003.gguf",        "s-00003-of-00003.gguf"};
+        "config.json",           "model.safetensors",     "model.safetensors.index.json",
+        "a.safetensors",         "m.gguf",                "tokenizer.json",
+        "s-00001-of-00003.gguf", "s-00002-of-00003.gguf", "s-00003-of-00003.gguf"};
     (void)state;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) remove(in_folder(names[i]));
     return rmdir(folder);
