@@ -6,7 +6,7 @@ SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CFLAGS   = -O2
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -pedantic
-LDLIBS   = $(if $(filter repl,$(@F)),-ledit) $(if $(filter tokenize test_tokenizer test_chat,$(@F)),-ljansson) $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
+LDLIBS   = $(if $(filter repl,$(@F)),-ledit) $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat,$(@F)),-ljansson) $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
 PROGRAMS = build/repl build/hello build/tokenize build/embed build/bench
 
 # Every .c file is a program. build/NAME is made with your compiler and flags, build/VARIANT/NAME with these:

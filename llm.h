@@ -182,7 +182,8 @@ enum {
     LLM_ENCODE_SPECIAL = 2  /* text like "<|im_end|>" becomes the special token; without it, it is plain text      */
 };
 
-/* Loads a tokenizer alone; the file needs no weights. */
+/* Loads a tokenizer alone: from a GGUF file, which needs no weights, from a directory with tokenizer.json or
+   tokenizer.model as published on Hugging Face, or from one of these files, which is read with those beside it. */
 LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, const llm_host *host, llm_error *err);
 LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer);
 
@@ -228,8 +229,8 @@ typedef struct llm_message {
     const char *content;
 } llm_message;
 
-/* Renders messages with the chat template named in the model's file (ChatML, Llama-2, Llama-3, Mistral and Zephyr are
-   known), followed by the opening of the assistant's turn if `open_answer`. Writes at most `capacity` bytes, a NUL
+/* Renders messages with the chat template named in the model's file (ChatML, Qwen3, Llama-2, Llama-3, Mistral and
+   Zephyr are known), followed by the opening of the assistant's turn if `open_answer`. Writes at most `capacity` bytes, a NUL
    included, and the bytes of the whole text to *n_bytes. The text is meant for llm_encode with LLM_ENCODE_SPECIAL and
    without LLM_ENCODE_BOS: it holds its own. A message that contains a special token's text then becomes that token;
    llm_generate's `messages` do not let it. */
@@ -2443,7 +2444,8 @@ static llm__hparams llm__read_hparams(llm__env *env, const llm__checkpoint *ck) 
 /* ==== 7 Unicode and tokenizers ==================================================================================
 
    From text to tokens: special tokens are cut out first; what is between them is normalised if the tokenizer does so
-   (NFC), cut into words by the pre-tokenizer's rules, and each word is merged. Merging starts from single bytes
+   (NFC, a space put before it), tokens that are looked for in normalised text are cut out, the rest is cut into words by
+   the pre-tokenizer's rules, and each word is merged. Merging starts from single bytes
    (byte-level BPE) or characters (SentencePiece) and again and again joins the neighbours whose merge has the lowest
    rank, the leftmost of equals, until no two neighbours merge.
 
@@ -2452,6 +2454,9 @@ static llm__hparams llm__read_hparams(llm__env *env, const llm__checkpoint *ck) 
    when the tokenizer is built; so most words cost one look into the first table. What is no
    piece is cut where no piece has the two bytes side by side, for no merge goes across. Short words are merged by
    scanning, long ones with a queue, so that the time is linear (times a logarithm) in the text whatever it holds.
+
+   A vocabulary comes from GGUF, from tokenizer.json (Hugging Face) or from tokenizer.model (SentencePiece); each reader
+   fills in an llm__vocab_source, from which the tokenizer is built.
 
    SentencePiece writes a space as U+2581 in its pieces; they are kept with plain spaces here, and U+2581 in a text is
    taken as a space. Text need not be UTF-8: a byte is well formed if it is part of a sequence of table 3-7 of the
@@ -2974,43 +2979,66 @@ typedef enum llm__token_type { /* as GGUF numbers them */
 } llm__token_type;
 
 enum { /* what is kept of each token */
-    LLM__TYPE_MASK = 7,     /* the type's bits                                                                         */
-    LLM__WHOLE = 8,    /* merging the piece's own bytes gives the piece                                           */
-    LLM__END = 16,     /* ends a text or a turn                                                                   */
-    LLM__LSTRIP = 32,  /* a special token that swallows the white space before it                                 */
-    LLM__RSTRIP = 64   /* ... after it                                                                            */
+    LLM__TYPE_MASK = 7,
+    LLM__WHOLE = 8,         /* merging the piece's own bytes gives the piece                                      */
+    LLM__END = 16,          /* ends a text or a turn                                                              */
+    LLM__LSTRIP = 32,       /* where it is recognised in a text, it swallows the white space before it            */
+    LLM__RSTRIP = 64,       /* ... after it                                                                       */
+    LLM__SINGLE_WORD = 128, /* ... only where no letter, mark, number or underscore touches it                    */
+    LLM__NORMALIZED = 256,  /* ... in the text as it is when normalised                                           */
+    LLM__IN_MODEL = 512     /* not a normal token, but merges may make it all the same                            */
 };
 
-/* What a vocabulary is built from, whatever file it was in. The strings need only live while it is built. */
-typedef struct llm__merge_pair {
-    llm__str left, right;
-} llm__merge_pair;
+/* Where a space is put before the text, so that its first word is like the others. */
+typedef enum llm__prefix {
+    LLM__NO_PREFIX,
+    LLM__PREFIX_STRETCH,  /* before each stretch between special tokens                      */
+    LLM__PREFIX_UNSPACED, /* ... that does not begin with a space                            */
+    LLM__PREFIX_FIRST     /* ... that does not begin with a space and is where the text begins */
+} llm__prefix;
 
-typedef struct llm__vocab_source {
-    bool sentencepiece;           /* else byte-level BPE                                                          */
-    const char *pieces_name, *scores_name, *types_name, *merges_name, *pre_name; /* of the fields, for messages   */
-    size_t n_pieces, n_merges;
-    const llm__str *pieces;       /* [n_pieces] as in the file: bytes or spaces still stand for themselves as code points */
-    const float *scores;          /* [n_pieces] SentencePiece only                                                */
-    const int32_t *types;         /* [n_pieces] llm__token_type; NULL: normal                                     */
-    const uint8_t *strip;         /* [n_pieces] LLM__LSTRIP, LLM__RSTRIP; NULL: none                              */
-    const llm__merge_pair *merges; /* [n_merges] best first; byte-level BPE only                                  */
-    llm__str pre;                 /* the pre-tokenizer's name in GGUF                                             */
-    llm_token bos, eos, unk;      /* -1: none                                                                     */
-    llm_token ends[4];            /* further tokens that end a text or a turn; -1: none                           */
-    bool add_bos, add_eos, add_space_prefix;
-    llm__str chat_template;
-} llm__vocab_source;
-
-typedef enum llm__rule_kind { LLM__NO_RULE, LLM__RULE_NUMBERS, LLM__RULE_GPT2, LLM__RULE_LLAMA3 } llm__rule_kind;
+typedef enum llm__rule_kind {
+    LLM__NO_RULE, LLM__RULE_RUN, LLM__RULE_GPT2, LLM__RULE_LLAMA3, LLM__RULE_CASED, LLM__RULE_METASPACE
+} llm__rule_kind;
 
 /* How a pre-tokenizer cuts, one rule after the other: each cuts what the one before it left whole. */
 typedef struct llm__rule {
     llm__rule_kind kind;
-    int digits; /* at most so many numbers in a word */
+    unsigned classes;       /* of the code points in a run                                                        */
+    int least, most;        /* code points in a run; most: numbers in a word                                      */
+    bool space;             /* a run may begin with white space                                                   */
+    bool to_end;            /* a run must end where the text does                                                 */
+    bool contractions;      /* a word may end in 's and the like                                                  */
+    const uint32_t *ranges; /* [n_ranges][2] first and last of the further code points in a run, sorted           */
+    size_t n_ranges;
 } llm__rule;
 
-enum { LLM__MAX_RULES = 6, LLM__NONE = -1 };
+enum { LLM__MAX_RULES = 8, LLM__MAX_RANGES = 256, LLM__NONE = -1 };
+
+typedef struct llm__merge_pair {
+    llm__str left, right;
+} llm__merge_pair;
+
+/* What a vocabulary is built from, whatever file it was in. The strings need only live while it is built. */
+typedef struct llm__vocab_source {
+    bool sentencepiece;            /* pieces are made of characters, and bytes as in "<0x0A>"; else byte-level BPE */
+    const char *pieces_name, *scores_name, *types_name, *merges_name; /* of the fields, for messages              */
+    size_t n_pieces, n_merges;
+    const llm__str *pieces;        /* [n_pieces] as in the file: spaces and bytes are characters that stand for them */
+    const float *scores;           /* [n_pieces] what orders merges where there is no list of them; NULL: there is */
+    const int32_t *types;          /* [n_pieces] llm__token_type; NULL: normal                                    */
+    const uint16_t *traits;        /* [n_pieces] LLM__END to LLM__IN_MODEL; NULL: none                            */
+    const llm__merge_pair *merges; /* [n_merges] best first                                                       */
+    llm__rule rules[LLM__MAX_RULES];
+    int n_rules;
+    bool nfc, ignore_merges;
+    bool fuse_unk;                 /* a run of unknown characters is one token                                    */
+    llm__prefix prefix;
+    bool strip_prefix;             /* decoding takes a space off the text's begin                                 */
+    llm_token bos, eos, unk;       /* LLM__NONE: none                                                             */
+    bool add_bos, add_eos;
+    llm__str chat_template;
+} llm__vocab_source;
 
 typedef struct llm__piece_slot {
     uint32_t tag;
@@ -3023,19 +3051,29 @@ typedef struct llm__pair_slot {
 } llm__pair_slot;
 
 typedef struct llm__special {
+    llm__str text;
     llm_token id;
-    int32_t prefix; /* the longest other special token that this one begins with, as an index; LLM__NONE */
+    int32_t prefix; /* the longest other one that this one begins with, as an index; LLM__NONE */
 } llm__special;
+
+/* Tokens that are recognised in a text before it is cut into words. */
+typedef struct llm__special_set {
+    llm__special *items; /* sorted by their texts                                                     */
+    int n;
+    uint8_t kinds;       /* all of the next together                                                  */
+    uint8_t starts[256]; /* 1: a user-defined token starts with this byte, 2: another special one     */
+} llm__special_set;
 
 struct llm_tokenizer {
     llm__pool own; /* what the tokenizer is in, if it was loaded alone */
     llm_host host;
     llm__classes *classes;
     llm__nfc *nfc; /* NULL: the text is not normalised */
-    bool sentencepiece, add_bos, add_eos, add_space_prefix;
+    bool sentencepiece, add_bos, add_eos, ignore_merges, fuse_unk, strip_prefix;
+    llm__prefix prefix;
     int n_vocab;
     llm_token bos, eos, unk;
-    uint8_t *flags;      /* [n_vocab]                                                      */
+    uint16_t *flags;     /* [n_vocab]                                                      */
     uint32_t *offsets;   /* [n_vocab + 1] into bytes                                       */
     uint8_t *bytes;
     llm__piece_slot *pieces;
@@ -3045,10 +3083,7 @@ struct llm_tokenizer {
     uint32_t n_ranks;
     uint8_t joined[256][32]; /* [byte][byte / 8] bits: which bytes follow one another in some piece */
     llm_token byte_tokens[256];
-    llm__special *specials; /* sorted by their bytes */
-    int n_specials;
-    uint8_t special_kinds;       /* all of the next together                                               */
-    uint8_t special_starts[256]; /* 1: a user-defined token starts with this byte, 2: another special one   */
+    llm__special_set raw, normalized; /* recognised in the text as it is, and when it is normalised */
     llm__rule rules[LLM__MAX_RULES + 1];
     char *chat_template; /* the text in the file; NULL: none */
 };
@@ -3243,12 +3278,14 @@ static bool llm__may_join(const llm_tokenizer *t, const uint8_t *p) {
 }
 
 /* What merging starts from: a token per byte or, for SentencePiece, per character, which is its bytes or the unknown
-   token where it has none of its own. What there is no token for is left out, as Hugging Face's tokenizers do. */
+   token where it has none of its own. Where there is none of these it is left out, as Hugging Face's tokenizers do. */
 static size_t llm__first_symbols(const llm_tokenizer *t, const uint8_t *p, size_t n, llm__symbol *s) {
     const uint8_t *end = p + n;
     size_t count = 0;
-    for (; !t->sentencepiece && p < end; p++)
-        if (t->byte_tokens[*p] != LLM__NONE) s[count++].id = t->byte_tokens[*p];
+    for (; !t->sentencepiece && p < end; p++) {
+        llm_token id = t->byte_tokens[*p] != LLM__NONE ? t->byte_tokens[*p] : t->unk;
+        if (id != LLM__NONE) s[count++].id = id;
+    }
     while (p < end) {
         size_t length = llm__utf8_length(p, end), n_bytes = 0;
         llm_token id = llm__find_piece(t, p, length);
@@ -3305,23 +3342,20 @@ static const uint8_t *llm__gpt2_word(const llm__classes *c, const uint8_t *p, co
     return llm__skip(c, next, end, LLM__SPACE | LLM__LETTER | LLM__NUMBER, false);
 }
 
-/* (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|
-   \s+(?!\S)|\s+ */
-static const uint8_t *llm__llama3_word(const llm__classes *c, const uint8_t *p, const uint8_t *end, int digits) {
+/* \p{N}{1,most}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+, where no word of letters begins; with `slash`
+   [\r\n/]*. */
+static const uint8_t *llm__wordless(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t *end,
+                                    bool slash) {
     const uint8_t *q, *after, *newline = NULL;
-    size_t n = llm__contraction(p, end, true);
-    if (n) return p + n;
     unsigned first = llm__class_at(c, p, &q);
-    if (first & LLM__LETTER) return llm__skip(c, q, end, LLM__LETTER, true);
     if (first & LLM__NUMBER) {
-        for (int i = 1; i < digits && q < end && (llm__class_at(c, q, &after) & LLM__NUMBER); i++) q = after;
+        for (int i = 1; i < rule->most && q < end && (llm__class_at(c, q, &after) & LLM__NUMBER); i++) q = after;
         return q;
     }
     unsigned second = q < end ? llm__class_at(c, q, &after) : (unsigned)LLM__SPACE;
-    if (*p != '\r' && *p != '\n' && (second & LLM__LETTER)) return llm__skip(c, after, end, LLM__LETTER, true);
-    if (!(first & LLM__SPACE) || (*p == ' ' && !(second & (LLM__SPACE | LLM__NUMBER)))) {
+    if (!(first & LLM__SPACE) || (*p == ' ' && !(second & (LLM__SPACE | LLM__LETTER | LLM__NUMBER)))) {
         q = llm__skip(c, q, end, LLM__SPACE | LLM__LETTER | LLM__NUMBER, false);
-        while (q < end && (*q == '\r' || *q == '\n')) q++;
+        while (q < end && (*q == '\r' || *q == '\n' || (slash && *q == '/'))) q++;
         return q;
     }
     for (q = p; q < end && (llm__class_at(c, q, &after) & LLM__SPACE); q = after)
@@ -3329,18 +3363,88 @@ static const uint8_t *llm__llama3_word(const llm__classes *c, const uint8_t *p, 
     return newline ? newline + 1 : llm__space_word(c, p, end);
 }
 
-/* The next word a rule finds from p on: returns its end, and its beginning in *from. */
-static const uint8_t *llm__find_word(const llm__classes *c, llm__rule rule, const uint8_t *p, const uint8_t *end,
-                                     const uint8_t **from) {
+/* (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|... */
+static const uint8_t *llm__llama3_word(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t *end) {
+    const uint8_t *q, *after;
+    size_t n = llm__contraction(p, end, true);
+    if (n) return p + n;
+    unsigned first = llm__class_at(c, p, &q);
+    if (first & LLM__LETTER) return llm__skip(c, q, end, LLM__LETTER, true);
+    if (!(first & LLM__NUMBER) && *p != '\r' && *p != '\n' && q < end && (llm__class_at(c, q, &after) & LLM__LETTER))
+        return llm__skip(c, after, end, LLM__LETTER, true);
+    return llm__wordless(c, rule, p, end, false);
+}
+
+/* [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+ at p, or with the + and the * exchanged if `upper`; NULL if it
+   is not there. Where no lower case follows, the first part gives back what the second may begin with. */
+static const uint8_t *llm__cased_letters(const llm__classes *c, const uint8_t *p, const uint8_t *end, bool upper) {
+    enum { EITHER = LLM__CASELESS | LLM__MARK };
+    const uint8_t *q = p, *given = NULL, *next;
+    for (unsigned seen; q < end && ((seen = llm__class_at(c, q, &next)) & (LLM__UPPER | EITHER)); q = next)
+        if (seen & EITHER) given = next;
+    const uint8_t *lower = llm__skip(c, q, end, LLM__LOWER | EITHER, true);
+    if (lower > q) return upper && q == p ? NULL : lower;
+    return upper ? (q > p ? q : NULL) : given;
+}
+
+/* Words in which case matters: a lower case letter ends what upper case may go on with. As the last one but for
+   [^\r\n\p{L}\p{N}]?<cased letters>(?i:'s|...)? */
+static const uint8_t *llm__cased_word(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t *end) {
+    const uint8_t *second, *q = NULL;
+    unsigned first = llm__class_at(c, p, &second);
+    bool skips = !(first & (LLM__LETTER | LLM__NUMBER)) && *p != '\r' && *p != '\n';
+    for (int upper = 0; upper < 2 && !q; upper++) {
+        if (skips) q = llm__cased_letters(c, second, end, upper);
+        if (!q) q = llm__cased_letters(c, p, end, upper);
+    }
+    if (!q) return llm__wordless(c, rule, p, end, true);
+    return q + (rule->contractions ? llm__contraction(q, end, true) : 0);
+}
+
+static bool llm__in_run(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t **next) {
+    if (llm__class_at(c, p, next) & rule->classes) return true;
+    uint32_t code = rule->n_ranges ? llm__utf8_decode(p, next) : 0;
+    for (size_t i = 0; i < rule->n_ranges && rule->ranges[2 * i] <= code; i++)
+        if (code <= rule->ranges[2 * i + 1]) return true;
+    return false;
+}
+
+/* The end of the run at p; NULL if it is too short. */
+static const uint8_t *llm__run_end(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t *end) {
     const uint8_t *next;
+    int n = 0;
+    for (; p < end && n < rule->most && llm__in_run(c, rule, p, &next); p = next) n++;
+    return n < rule->least ? NULL : p;
+}
+
+static const uint8_t *llm__find_run(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t *end,
+                                    const uint8_t **from) {
+    const uint8_t *next, *q = NULL;
+    if (!rule->space && !rule->n_ranges) p = llm__skip(c, p, end, rule->classes, false); /* most of the text, fast */
+    for (; p < end; p = next) {
+        bool space = llm__class_at(c, p, &next) & LLM__SPACE;
+        q = rule->space && space ? llm__run_end(c, rule, next, end) : NULL;
+        if (!q) q = llm__run_end(c, rule, p, end);
+        if (q && (q == end || !rule->to_end)) break;
+        if (q) next = q;
+    }
     *from = p;
-    switch (rule.kind) {
+    return p < end ? q : end;
+}
+
+/* The next word a rule finds from p on: returns its end, and its beginning in *from. */
+static const uint8_t *llm__find_word(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t *end,
+                                     const uint8_t **from) {
+    const uint8_t *space;
+    *from = p;
+    switch (rule->kind) {
+    case LLM__RULE_RUN: return llm__find_run(c, rule, p, end, from);
     case LLM__RULE_GPT2: return llm__gpt2_word(c, p, end);
-    case LLM__RULE_LLAMA3: return llm__llama3_word(c, p, end, rule.digits);
-    case LLM__RULE_NUMBERS:
-        *from = p = llm__skip(c, p, end, LLM__NUMBER, false);
-        for (int i = 0; i < rule.digits && p < end && (llm__class_at(c, p, &next) & LLM__NUMBER); i++) p = next;
-        return p;
+    case LLM__RULE_LLAMA3: return llm__llama3_word(c, rule, p, end);
+    case LLM__RULE_CASED: return llm__cased_word(c, rule, p, end);
+    case LLM__RULE_METASPACE: /* a word begins with its space */
+        space = (const uint8_t *)memchr(p + 1, ' ', (size_t)(end - p) - 1);
+        return space ? space : end;
     default: return end;
     }
 }
@@ -3373,29 +3477,36 @@ static void llm__emit(llm__encode_job *job, llm_token id) {
     job->last = id;
 }
 
-static void llm__merge_word(llm__encode_job *job, const uint8_t *p, size_t n) {
+/* *unknown: whether the word so far ends in an unknown token. */
+static void llm__merge_word(llm__encode_job *job, const uint8_t *p, size_t n, bool *unknown) {
     const llm_tokenizer *t = job->t;
     llm__symbol few[LLM__SHORT_WORD], *s = few;
     if (n > LLM__SHORT_WORD) s = (llm__symbol *)llm__alloc(job->env, n, sizeof *s);
     size_t count = llm__merge(job->env, t, s, llm__first_symbols(t, p, n, s));
     for (size_t i = 0; i < count; i++) {
-        bool again = t->sentencepiece && s[i].id == t->unk && job->last == t->unk;
-        if (!again) llm__emit(job, s[i].id); /* a run of unknown characters is one token */
+        bool before = *unknown;
+        *unknown = s[i].id == t->unk;
+        if (!(before && *unknown && t->fuse_unk)) llm__emit(job, s[i].id);
     }
     if (s != few) llm__free(job->env->pool, s);
 }
 
+/* Emits the token that is all of these bytes, if there is one that merging would come to. */
+static bool llm__encode_whole(llm__encode_job *job, const uint8_t *p, const uint8_t *end, bool anyhow) {
+    llm_token id = llm__find_piece(job->t, p, (size_t)(end - p));
+    if (id == LLM__NONE || !(anyhow || (job->t->flags[id] & LLM__WHOLE))) return false;
+    llm__emit(job, id);
+    return true;
+}
+
 static void llm__encode_word(llm__encode_job *job, const uint8_t *p, const uint8_t *end) {
-    const llm_tokenizer *t = job->t;
-    llm_token id = llm__find_piece(t, p, (size_t)(end - p));
-    if (id != LLM__NONE && (t->flags[id] & LLM__WHOLE)) {
-        llm__emit(job, id);
-        return;
-    }
+    bool unknown = false;
+    if (llm__encode_whole(job, p, end, job->t->ignore_merges)) return;
     while (p < end) {
         const uint8_t *q = p + 1;
-        while (q < end && llm__may_join(t, q)) q++;
-        llm__merge_word(job, p, (size_t)(q - p));
+        while (q < end && llm__may_join(job->t, q)) q++;
+        if (llm__encode_whole(job, p, q, false)) unknown = false;
+        else llm__merge_word(job, p, (size_t)(q - p), &unknown);
         p = q;
     }
 }
@@ -3406,86 +3517,54 @@ static void llm__split(llm__encode_job *job, const llm__rule *rule, const uint8_
         return;
     }
     while (p < end) {
-        const uint8_t *from, *to = llm__find_word(job->t->classes, *rule, p, end, &from);
+        const uint8_t *from, *to = llm__find_word(job->t->classes, rule, p, end, &from);
         if (from > p) llm__split(job, rule + 1, p, from);
         if (to > from) llm__split(job, rule + 1, from, to);
         p = to;
     }
 }
 
-/* SentencePiece has no words; a place that no merge goes across ends one just as well. */
-static void llm__encode_scored(llm__encode_job *job, const uint8_t *p, const uint8_t *end) {
-    while (p < end) {
-        const uint8_t *q = p + 1;
-        while (q < end && llm__may_join(job->t, q)) q++;
-        llm__encode_word(job, p, q);
-        p = q;
-    }
+static bool llm__is_word_char(const llm__classes *c, const uint8_t *p) {
+    const uint8_t *next;
+    return *p == '_' || (llm__class_at(c, p, &next) & (LLM__LETTER | LLM__MARK | LLM__NUMBER));
 }
 
-/* A copy for SentencePiece: with a space before it, if the tokenizer wants one, and spaces for U+2581. */
-static uint8_t *llm__to_spaces(llm__env *env, bool prefix, const uint8_t *p, const uint8_t *end, size_t *n) {
-    uint8_t *out = (uint8_t *)llm__alloc(env, (size_t)(end - p) + 1, 1);
-    *n = 0;
-    if (prefix) out[(*n)++] = ' ';
-    while (p < end) {
-        bool mark = *p == 0xE2 && !memcmp(p, "\xE2\x96\x81", 3); /* well-formed text has all three bytes */
-        out[(*n)++] = mark ? ' ' : *p;
-        p += mark ? 3 : 1;
-    }
-    return out;
+static const uint8_t *llm__char_before(const uint8_t *p) {
+    for (p--; (*p & 0xC0) == 0x80;) p--;
+    return p;
 }
 
-/* What is between two special tokens. */
-static void llm__encode_stretch(llm__encode_job *job, const uint8_t *p, const uint8_t *end) {
-    const llm_tokenizer *t = job->t;
-    size_t n = 0;
-    uint8_t *changed = NULL;
-    if (p == end) return;
-    if (t->sentencepiece) changed = llm__to_spaces(job->env, t->add_space_prefix, p, end, &n);
-    else if (t->nfc) changed = llm__to_nfc(job->env, t->nfc, p, end, &n);
-    if (changed) {
-        p = changed;
-        end = changed + n;
-    }
-    if (t->sentencepiece) llm__encode_scored(job, p, end);
-    else llm__split(job, t->rules, p, end);
-    llm__free(job->env->pool, changed);
+/* Whether the token may be what stands at p, before `end`, in a text from `begin` on; a control token must also end
+   before `control_end`. */
+static bool llm__special_fits(const llm_tokenizer *t, const llm__special *s, const uint8_t *begin, const uint8_t *p,
+                              const uint8_t *end, const uint8_t *control_end) {
+    const uint8_t *after = p + s->text.n;
+    bool control = llm__type_of(t, s->id) != LLM__TYPE_USER_DEFINED;
+    if (control && (control_end <= p || s->text.n > (size_t)(control_end - p))) return false;
+    if (!(t->flags[s->id] & LLM__SINGLE_WORD)) return true;
+    return (p == begin || !llm__is_word_char(t->classes, llm__char_before(p))) &&
+           (after == end || !llm__is_word_char(t->classes, after));
 }
 
-/* The longest special token the text at p begins with, LLM__NONE if there is none. Control tokens must end before
-   `control_end`. */
-static llm_token llm__special_at(const llm_tokenizer *t, const uint8_t *p, const uint8_t *end,
-                                 const uint8_t *control_end) {
-    int lo = 0, hi = t->n_specials;
+/* The longest special token at p; NULL if there is none. */
+static const llm__special *llm__special_at(const llm_tokenizer *t, const llm__special_set *set, const uint8_t *begin,
+                                           const uint8_t *p, const uint8_t *end, const uint8_t *control_end) {
+    int lo = 0, hi = set->n;
     size_t n = (size_t)(end - p), same = 0;
     while (lo < hi) { /* the first that sorts after the text; all its prefixes are before, and prefixes of one another */
         int mid = (lo + hi) / 2;
-        llm__str s = llm__piece(t, t->specials[mid].id);
+        llm__str s = set->items[mid].text;
         int order = memcmp(s.at, p, s.n < n ? s.n : n);
         if (order < 0 || (order == 0 && s.n <= n)) lo = mid + 1;
         else hi = mid;
     }
-    if (!lo) return LLM__NONE;
-    llm__str nearest = llm__piece(t, t->specials[lo - 1].id);
+    if (!lo) return NULL;
+    llm__str nearest = set->items[lo - 1].text;
     while (same < n && same < nearest.n && (uint8_t)nearest.at[same] == p[same]) same++;
-    for (int i = lo - 1; i != LLM__NONE; i = t->specials[i].prefix) {
-        llm_token id = t->specials[i].id;
-        size_t length = llm__piece(t, id).n;
-        if (length > same) continue;
-        if (llm__type_of(t, id) == LLM__TYPE_USER_DEFINED || (control_end > p && length <= (size_t)(control_end - p))) return id;
-    }
-    return LLM__NONE;
-}
-
-static const uint8_t *llm__strip_back(const llm__classes *c, const uint8_t *begin, const uint8_t *p) {
-    while (p > begin) {
-        const uint8_t *q = p - 1, *next;
-        while ((*q & 0xC0) == 0x80) q--;
-        if (!(llm__class_at(c, q, &next) & LLM__SPACE)) break;
-        p = q;
-    }
-    return p;
+    for (int i = lo - 1; i != LLM__NONE; i = set->items[i].prefix)
+        if (set->items[i].text.n <= same && llm__special_fits(t, &set->items[i], begin, p, end, control_end))
+            return &set->items[i];
+    return NULL;
 }
 
 /* How far from p on control tokens are recognised; *span is the first stretch of plain text that does not end before. */
@@ -3497,30 +3576,99 @@ static const uint8_t *llm__control_end(const llm__encode_job *job, const uint8_t
     return at >= job->plain[*span].begin ? p : job->text + job->plain[*span].begin;
 }
 
-static void llm__encode_text(llm__encode_job *job) {
+typedef struct llm__match {
+    llm_token id;
+    const uint8_t *begin, *end; /* with the white space that goes with it */
+} llm__match;
+
+/* The first special token from `from` on in a text that begins at `begin`. `span`: see llm__control_end; NULL: only
+   user-defined tokens. */
+static bool llm__next_special(const llm__encode_job *job, const llm__special_set *set, const uint8_t *begin,
+                              const uint8_t *from, const uint8_t *end, size_t *span, llm__match *m) {
     const llm_tokenizer *t = job->t;
-    const uint8_t *begin = job->text, *p = begin, *end = job->end;
-    unsigned wanted = job->flags & LLM_ENCODE_SPECIAL ? 3 : 1;
-    size_t span = 0;
-    if (!(t->special_kinds & wanted)) p = end;
-    while (p < end) {
-        if (!(t->special_starts[*p] & wanted)) {
-            p++;
-            continue;
+    unsigned wanted = span && (job->flags & LLM_ENCODE_SPECIAL) ? 3 : 1;
+    if (!(set->kinds & wanted)) return false;
+    for (const uint8_t *p = from; p < end; p++) {
+        if (!(set->starts[*p] & wanted)) continue;
+        const llm__special *s = llm__special_at(t, set, begin, p, end, span ? llm__control_end(job, p, span) : p);
+        if (!s) continue;
+        m->id = s->id;
+        m->begin = p;
+        m->end = p + s->text.n;
+        if (t->flags[s->id] & LLM__LSTRIP) {
+            const uint8_t *next;
+            while (m->begin > from && (llm__class_at(t->classes, llm__char_before(m->begin), &next) & LLM__SPACE))
+                m->begin = llm__char_before(m->begin);
         }
-        llm_token id = llm__special_at(t, p, end, llm__control_end(job, p, &span));
-        if (id == LLM__NONE) {
-            p++;
-            continue;
-        }
-        const uint8_t *stop = t->flags[id] & LLM__LSTRIP ? llm__strip_back(t->classes, begin, p) : p;
-        llm__encode_stretch(job, begin, stop);
-        llm__emit(job, id);
-        p += llm__piece(t, id).n;
-        if (t->flags[id] & LLM__RSTRIP) p = llm__skip(t->classes, p, end, LLM__SPACE, true);
-        begin = p;
+        if (t->flags[s->id] & LLM__RSTRIP) m->end = llm__skip(t->classes, m->end, end, LLM__SPACE, true);
+        return true;
     }
-    llm__encode_stretch(job, begin, end);
+    return false;
+}
+
+/* What is between special tokens. If a space may have to be put before it, there is room for that. */
+static void llm__encode_plain(llm__encode_job *job, const uint8_t *p, const uint8_t *end, bool first) {
+    llm__prefix prefix = job->t->prefix;
+    if (p == end) return;
+    if (*p != ' ' && (prefix == LLM__PREFIX_UNSPACED || (prefix == LLM__PREFIX_FIRST && first))) {
+        p--;
+        *(uint8_t *)(uintptr_t)p = ' ';
+    }
+    llm__split(job, job->t->rules, p, end);
+}
+
+static void llm__encode_normalized(llm__encode_job *job, const uint8_t *p, const uint8_t *end, bool first) {
+    llm__match m;
+    const uint8_t *from = p;
+    for (; llm__next_special(job, &job->t->normalized, p, from, end, NULL, &m); from = m.end) {
+        llm__encode_plain(job, from, m.begin, first && from == p);
+        llm__emit(job, m.id);
+    }
+    llm__encode_plain(job, from, end, first && from == p);
+}
+
+/* A copy with a space before it. For SentencePiece U+2581 becomes a space. */
+static uint8_t *llm__to_spaces(llm__env *env, bool marks, const uint8_t *p, const uint8_t *end, size_t *n) {
+    uint8_t *out = (uint8_t *)llm__alloc(env, (size_t)(end - p) + 1, 1);
+    out[0] = ' ';
+    for (*n = 1; p < end;) {
+        bool mark = marks && *p == 0xE2 && !memcmp(p, "\xE2\x96\x81", 3); /* well-formed text has all three bytes */
+        out[(*n)++] = mark ? ' ' : *p;
+        p += mark ? 3 : 1;
+    }
+    return out;
+}
+
+static void llm__encode_stretch(llm__encode_job *job, const uint8_t *p, const uint8_t *end) {
+    const llm_tokenizer *t = job->t;
+    bool first = p == job->text;
+    size_t n = 0;
+    uint8_t *composed = NULL, *spaced = NULL;
+    if (p == end) return;
+    if (t->nfc) composed = llm__to_nfc(job->env, t->nfc, p, end, &n);
+    if (composed) {
+        p = composed;
+        end = composed + n;
+    }
+    if (t->sentencepiece || t->prefix) {
+        spaced = llm__to_spaces(job->env, t->sentencepiece, p, end, &n);
+        p = spaced + (t->prefix != LLM__PREFIX_STRETCH);
+        end = spaced + n;
+    }
+    llm__encode_normalized(job, p, end, first);
+    llm__free(job->env->pool, spaced);
+    llm__free(job->env->pool, composed);
+}
+
+static void llm__encode_text(llm__encode_job *job) {
+    const uint8_t *from = job->text;
+    llm__match m;
+    size_t span = 0;
+    for (; llm__next_special(job, &job->t->raw, job->text, from, job->end, &span, &m); from = m.end) {
+        llm__encode_stretch(job, from, m.begin);
+        llm__emit(job, m.id);
+    }
+    llm__encode_stretch(job, from, job->end);
 }
 
 /* A copy in which each byte that is not part of well-formed UTF-8 is U+FFFD. */
@@ -3616,12 +3764,12 @@ LLM_API int llm_tokenizer_n_vocab(const llm_tokenizer *tokenizer) { return token
 LLM_API llm_token llm_tokenizer_bos(const llm_tokenizer *tokenizer) { return tokenizer->bos; }
 LLM_API llm_token llm_tokenizer_eos(const llm_tokenizer *tokenizer) { return tokenizer->eos; }
 
-/* What a token adds to a text; the space that SentencePiece put before a text goes again. */
+/* What a token adds to a text, NULL where it is not shown; the space that SentencePiece put before a text goes again. */
 static llm__str llm__shown_text(const llm_tokenizer *t, llm_token id, unsigned flags, bool text_begins) {
-    llm__str s = {"", 0};
+    llm__str s = {NULL, 0};
     if (id < 0 || id >= t->n_vocab || (llm_token_is_special(t, id) && !(flags & LLM_ENCODE_SPECIAL))) return s;
     s = llm__piece(t, id);
-    if (text_begins && t->sentencepiece && t->add_space_prefix && s.n && s.at[0] == ' ') {
+    if (text_begins && t->strip_prefix && s.n && s.at[0] == ' ') {
         s.at++;
         s.n--;
     }
@@ -3634,7 +3782,7 @@ LLM_API size_t llm_decode(const llm_tokenizer *tokenizer, const llm_token *ids, 
     bool begins = true;
     for (size_t i = 0; i < n_ids; i++) {
         llm__str s = llm__shown_text(tokenizer, ids[i], flags, begins);
-        if (llm_token_is_special(tokenizer, ids[i]) && !s.n) continue;
+        if (!s.at) continue;
         begins = false;
         if (n < capacity) memcpy(text + n, s.at, s.n < capacity - n ? s.n : capacity - n);
         n += s.n;
@@ -3686,7 +3834,7 @@ LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream 
         head[i] = at + i < n_pending ? stream->pending[at + i] : (uint8_t)s.at[at + i - n_pending];
     stream->n_pending = (int)(total - at);
     memcpy(stream->pending, head, total - at);
-    if (s.n) stream->started = true;
+    if (s.at) stream->started = true;
     return n_out;
 }
 
@@ -3774,57 +3922,63 @@ static void llm__index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_s
     }
 }
 
+/* Writes a text of SentencePiece with plain spaces. */
+static size_t llm__unmark_spaces(llm__str s, uint8_t *out) {
+    size_t n = 0;
+    for (size_t from = 0; from < s.n; n++) {
+        bool mark = s.n - from >= 3 && !memcmp(s.at + from, "\xE2\x96\x81", 3);
+        out[n] = mark ? ' ' : (uint8_t)s.at[from];
+        from += mark ? 3 : 1;
+    }
+    return n;
+}
+
 /* Copies a piece as the bytes it stands for; returns whether words can be made of it. */
-static bool llm__store_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, size_t i,
-                             llm__token_type type) {
+static bool llm__store_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, size_t i) {
     llm__str s = v->pieces[i];
     uint8_t *out = t->bytes + t->offsets[i];
     size_t n = s.n;
-    bool normal = type == LLM__TYPE_NORMAL;
-    int byte = t->sentencepiece && type == LLM__TYPE_BYTE ? llm__byte_piece(s) : -1;
-    if (t->sentencepiece && type == LLM__TYPE_BYTE && byte < 0)
-        llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is \"%.*s\", not a byte like \"<0x0A>\"", v->pieces_name,
-                  (unsigned long long)i, LLM__SHOW_PIECE(s));
-    if (byte >= 0) {
+    int type = llm__type_of(t, (llm_token)i), byte = llm__byte_piece(s);
+    bool in_words = type == LLM__TYPE_NORMAL || (t->flags[i] & LLM__IN_MODEL);
+    if (t->sentencepiece && type == LLM__TYPE_BYTE) {
+        if (byte < 0)
+            llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is \"%.*s\", not a byte like \"<0x0A>\"", v->pieces_name,
+                      (unsigned long long)i, LLM__SHOW_PIECE(s));
         out[0] = (uint8_t)byte;
         n = 1;
         t->byte_tokens[byte] = (llm_token)i;
-    } else if (!t->sentencepiece && normal && llm__unmap_bytes(s, out, &n)) {
-        if (n == 1) t->byte_tokens[out[0]] = (llm_token)i;
+    } else if (t->sentencepiece) {
+        n = llm__unmark_spaces(s, out);
     } else {
-        memcpy(out, s.at, n = s.n);
-        if (!t->sentencepiece) normal = false;
-        else for (size_t from = n = 0; from < s.n; n++) {
-            bool mark = s.n - from >= 3 && !memcmp(s.at + from, "\xE2\x96\x81", 3);
-            out[n] = mark ? ' ' : (uint8_t)s.at[from];
-            from += mark ? 3 : 1;
-        }
+        in_words = in_words && llm__unmap_bytes(s, out, &n);
+        if (type != LLM__TYPE_NORMAL) in_words = in_words && n == s.n; /* it is shown as it is written */
+        if (!in_words) memcpy(out, s.at, n = s.n);
+        else if (n == 1) t->byte_tokens[out[0]] = (llm_token)i;
     }
     t->offsets[i + 1] = t->offsets[i] + (uint32_t)n;
-    return normal;
+    return in_words;
 }
 
 static void llm__build_pieces(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
     uint64_t total = 0;
+    t->flags = (uint16_t *)llm__alloc_zero(env, v->n_pieces, sizeof *t->flags);
     for (size_t i = 0; i < v->n_pieces; i++) {
-        llm__check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_PIECE);
+        t->flags[i] = (uint16_t)(llm__source_type(env, v, i) | (v->traits ? v->traits[i] : 0));
+        if (v->pieces[i].n || llm__type_of(t, (llm_token)i) != LLM__TYPE_UNUSED)
+            llm__check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_PIECE);
         total += v->pieces[i].n;
     }
     if (total > UINT32_MAX)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s has %llu bytes", v->pieces_name, (unsigned long long)total);
     size_t room = llm__power_of_two(2 * v->n_pieces);
-    t->flags = (uint8_t *)llm__alloc_zero(env, v->n_pieces, 1);
     t->offsets = (uint32_t *)llm__alloc_zero(env, v->n_pieces + 1, sizeof *t->offsets);
     t->bytes = (uint8_t *)llm__alloc(env, (size_t)total, 1);
     t->pieces = (llm__piece_slot *)llm__alloc(env, room, sizeof *t->pieces);
     t->piece_mask = room - 1;
     memset(t->pieces, 0xFF, room * sizeof *t->pieces);
     memset(t->byte_tokens, 0xFF, sizeof t->byte_tokens);
-    for (size_t i = 0; i < v->n_pieces; i++) {
-        llm__token_type type = llm__source_type(env, v, i);
-        t->flags[i] = (uint8_t)(type | (v->strip ? v->strip[i] : 0));
-        if (llm__store_piece(env, t, v, i, type)) llm__index_piece(env, t, v, (llm_token)i);
-    }
+    for (size_t i = 0; i < v->n_pieces; i++)
+        if (llm__store_piece(env, t, v, i)) llm__index_piece(env, t, v, (llm_token)i);
 }
 
 static void llm__pairs_resize(llm__env *env, llm_tokenizer *t, size_t room) {
@@ -3855,6 +4009,7 @@ static void llm__add_pair(llm__env *env, llm_tokenizer *t, llm_token left, llm_t
 static size_t llm__unmap_merge(llm__env *env, const llm__vocab_source *v, size_t i, llm__str s, uint8_t *out) {
     size_t n;
     llm__check_piece(env, v->merges_name, i, s, LLM__MAX_PIECE);
+    if (v->sentencepiece) return llm__unmark_spaces(s, out);
     if (!llm__unmap_bytes(s, out, &n))
         llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu]: \"%.*s\" is not made of byte characters", v->merges_name,
                   (unsigned long long)i, LLM__SHOW_PIECE(s));
@@ -3904,7 +4059,7 @@ static void llm__build_scored(llm__env *env, llm_tokenizer *t, const llm__vocab_
     llm__scored *order = (llm__scored *)llm__alloc(env, v->n_pieces, sizeof *order);
     size_t n = 0;
     for (size_t i = 0; i < v->n_pieces; i++) {
-        if (llm__type_of(t, (llm_token)i) != LLM__TYPE_NORMAL) continue;
+        if (llm__type_of(t, (llm_token)i) != LLM__TYPE_NORMAL && !(t->flags[i] & LLM__IN_MODEL)) continue;
         if (v->scores[i] != v->scores[i])
             llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is not a number", v->scores_name, (unsigned long long)i);
         llm__check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_SPM_PIECE);
@@ -3925,56 +4080,76 @@ static void llm__build_scored(llm__env *env, llm_tokenizer *t, const llm__vocab_
     llm__free(env->pool, order);
 }
 
-/* Finds the pieces that their own bytes merge into; with `all` (Hugging Face's ignore_merges) they are not asked. */
-static void llm__mark_whole(llm__env *env, llm_tokenizer *t, bool all) {
+/* Finds the pieces that their own bytes merge into. */
+static void llm__mark_whole(llm__env *env, llm_tokenizer *t) {
     llm__symbol *s = (llm__symbol *)llm__alloc(env, t->longest_piece + 1, sizeof *s);
     for (llm_token id = 0; id < t->n_vocab; id++) {
         llm__str piece = llm__piece(t, id);
         const uint8_t *p = (const uint8_t *)piece.at;
         if (llm__find_piece(t, p, piece.n) != id) continue;
-        if (all || (llm__merge(env, t, s, llm__first_symbols(t, p, piece.n, s)) == 1 && s[0].id == id))
-            t->flags[id] |= LLM__WHOLE;
+        if (llm__merge(env, t, s, llm__first_symbols(t, p, piece.n, s)) == 1 && s[0].id == id) t->flags[id] |= LLM__WHOLE;
     }
     llm__free(env->pool, s);
 }
 
-typedef struct llm__special_name {
-    llm__str text;
-    llm_token id;
-} llm__special_name;
-
-static int llm__compare_special_names(const void *a, const void *b) {
-    const llm__special_name *x = (const llm__special_name *)a, *y = (const llm__special_name *)b;
-    int order = memcmp(x->text.at, y->text.at, x->text.n < y->text.n ? x->text.n : y->text.n);
-    if (order) return order;
-    if (x->text.n != y->text.n) return x->text.n < y->text.n ? -1 : 1;
-    return (x->id < y->id) - (x->id > y->id); /* of two with the same text the lower id comes last and is found */
+static int llm__compare_specials(const void *a, const void *b) {
+    const llm__special *x = (const llm__special *)a, *y = (const llm__special *)b;
+    int order = llm__compare_str(x->text, y->text);
+    return order ? order : (x->id < y->id) - (x->id > y->id); /* of two the lower id comes last and is found */
 }
 
-static void llm__build_specials(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
-    llm__special_name *names = (llm__special_name *)llm__alloc(env, (size_t)t->n_vocab, sizeof *names);
-    int n = 0;
-    for (llm_token id = 0; id < t->n_vocab; id++) {
-        int type = llm__type_of(t, id);
-        if (type != LLM__TYPE_CONTROL && type != LLM__TYPE_UNKNOWN && type != LLM__TYPE_USER_DEFINED) continue;
-        llm__check_piece(env, v->pieces_name, (size_t)id, v->pieces[id], LLM__MAX_SPECIAL);
-        names[n].text = llm__piece(t, id);
-        names[n++].id = id;
-        t->special_starts[(uint8_t)llm__piece(t, id).at[0]] |= type == LLM__TYPE_USER_DEFINED ? 1 : 2;
-        t->special_kinds |= type == LLM__TYPE_USER_DEFINED ? 1 : 2;
+/* A token as it stands in a text; one that is looked for in normalised text is normalised itself. */
+static llm__str llm__special_text(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v, llm_token id) {
+    llm__str s = v->pieces[id], text;
+    size_t n = s.n, space = 0;
+    uint8_t *out = NULL, *composed = NULL;
+    llm__check_piece(env, v->pieces_name, (size_t)id, s, LLM__MAX_SPECIAL);
+    if (t->flags[id] & LLM__NORMALIZED) {
+        const uint8_t *p = (const uint8_t *)s.at;
+        if (t->nfc) composed = llm__to_nfc(env, t->nfc, p, p + s.n, &n);
+        space = t->prefix == LLM__PREFIX_STRETCH && !v->scores; /* a normaliser of Hugging Face's puts it there, too */
     }
-    qsort(names, (size_t)n, sizeof *names, llm__compare_special_names);
-    t->specials = (llm__special *)llm__alloc(env, (size_t)n, sizeof *t->specials);
-    t->n_specials = n;
-    for (int i = 0; i < n; i++) {
+    if (composed) {
+        s.at = (const char *)composed;
+        s.n = n;
+    }
+    out = (uint8_t *)llm__alloc(env, s.n + 1, 1);
+    out[0] = ' ';
+    if ((t->flags[id] & LLM__NORMALIZED) && t->sentencepiece) n = llm__unmark_spaces(s, out + space);
+    else memcpy(out + space, s.at, n = s.n);
+    llm__free(env->pool, composed);
+    text.at = (const char *)out;
+    text.n = n + space;
+    return text;
+}
+
+static void llm__build_specials(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, llm__special_set *set,
+                                bool normalized) {
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass) set->items = (llm__special *)llm__alloc(env, (size_t)set->n, sizeof *set->items);
+        set->n = 0;
+        for (llm_token id = 0; id < t->n_vocab; id++) {
+            int type = llm__type_of(t, id), kind = type == LLM__TYPE_USER_DEFINED ? 1 : 2;
+            if (kind == 2 && type != LLM__TYPE_CONTROL && type != LLM__TYPE_UNKNOWN) continue;
+            if (((t->flags[id] & LLM__NORMALIZED) != 0) != normalized) continue;
+            llm__special *s = pass ? &set->items[set->n] : NULL;
+            set->n++;
+            if (!s) continue;
+            s->text = llm__special_text(env, t, v, id);
+            s->id = id;
+            set->starts[(uint8_t)s->text.at[0]] |= (uint8_t)kind;
+            set->kinds |= (uint8_t)kind;
+        }
+    }
+    qsort(set->items, (size_t)set->n, sizeof *set->items, llm__compare_specials);
+    for (int i = 0; i < set->n; i++) {
+        llm__str text = set->items[i].text;
         int32_t prefix = i - 1;
-        while (prefix != LLM__NONE && (names[prefix].text.n > names[i].text.n ||
-                                       memcmp(names[prefix].text.at, names[i].text.at, names[prefix].text.n)))
-            prefix = t->specials[prefix].prefix;
-        t->specials[i].id = names[i].id;
-        t->specials[i].prefix = prefix;
+        while (prefix != LLM__NONE && (set->items[prefix].text.n > text.n ||
+                                       memcmp(set->items[prefix].text.at, text.at, set->items[prefix].text.n)))
+            prefix = set->items[prefix].prefix;
+        set->items[i].prefix = prefix;
     }
-    llm__free(env->pool, names);
 }
 
 static void llm__build_ends(llm_tokenizer *t, const llm__vocab_source *v) {
@@ -3982,66 +4157,224 @@ static void llm__build_ends(llm_tokenizer *t, const llm__vocab_source *v) {
         "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "<|eot|>", "<|return|>", "<|end_of_sentence|>", "</s>",
         "<|EOT|>", "<\xEF\xBD\x9C\x65nd\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
     if (v->eos != LLM__NONE) t->flags[v->eos] |= LLM__END;
-    for (size_t i = 0; i < sizeof v->ends / sizeof *v->ends; i++)
-        if (v->ends[i] != LLM__NONE) t->flags[v->ends[i]] |= LLM__END;
-    for (int i = 0; i < t->n_specials; i++) {
-        llm_token id = t->specials[i].id;
+    for (int i = 0; i < t->raw.n; i++) {
+        llm_token id = t->raw.items[i].id;
         for (size_t k = 0; k < sizeof texts / sizeof *texts; k++)
             if (llm_token_is_special(t, id) && llm__str_is(v->pieces[id], texts[k])) t->flags[id] |= LLM__END;
     }
 }
 
-typedef struct llm__pre_tokenizer {
-    const char *names; /* in GGUF, each followed by a comma */
-    llm__rule rules[LLM__MAX_RULES];
-    bool nfc, ignore_merges;
-} llm__pre_tokenizer;
-
-static const llm__pre_tokenizer *llm__find_pre_tokenizer(llm__str name) {
-    static const llm__pre_tokenizer known[] = {
-        {"gpt-2,phi-2,olmo,jais,mellum,exaone4,", {{LLM__RULE_GPT2, 0}}, false, false},
-        {"mpt,", {{LLM__RULE_GPT2, 0}}, true, false},
-        {"smollm,starcoder,refact,codeshell,exaone,minerva-7b,", {{LLM__RULE_NUMBERS, 1}, {LLM__RULE_GPT2, 0}}, false, false},
-        {"command-r,", {{LLM__RULE_NUMBERS, 1}, {LLM__RULE_GPT2, 0}}, true, false},
-        {"llama-bpe,llama3,llama-v3,falcon3,falcon-h1,", {{LLM__RULE_LLAMA3, 3}}, false, true},
-        {"dbrx,smaug-bpe,", {{LLM__RULE_LLAMA3, 3}}, false, false},
-        {"qwen2,deepseek-r1-qwen,megrez,stablelm2,", {{LLM__RULE_LLAMA3, 1}}, true, false}};
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        for (const char *p = known[i].names, *comma; (comma = strchr(p, ',')) != NULL; p = comma + 1)
-            if (name.n == (size_t)(comma - p) && !memcmp(name.at, p, name.n)) return &known[i];
-    return NULL;
+/* The tokenizer keeps nothing of the source. */
+static void llm__build_rules(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
+    for (int i = 0; i < v->n_rules; i++) {
+        llm__rule *rule = &t->rules[i];
+        *rule = v->rules[i];
+        if (!rule->n_ranges) continue;
+        size_t n = 2 * rule->n_ranges * sizeof *rule->ranges;
+        rule->ranges = (const uint32_t *)memcpy(llm__alloc(env, n, 1), rule->ranges, n);
+    }
 }
 
 static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_source *v) {
     llm_tokenizer *t = (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *t);
-    const llm__pre_tokenizer *pre = v->sentencepiece ? NULL : llm__find_pre_tokenizer(v->pre);
-    if (!v->sentencepiece && !pre)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s is \"%.*s\", which is not one of the pre-tokenizers known here",
-                  v->pre_name, LLM__SHOW(v->pre));
     if (v->n_pieces < 1 || v->n_pieces > 1 << 24 || v->n_merges > 1 << 26)
         llm__fail(env, LLM_ERROR_FORMAT, "%s has %llu entries, %s %llu", v->pieces_name, (unsigned long long)v->n_pieces,
                   v->merges_name, (unsigned long long)v->n_merges);
     t->host = env->pool->host;
     t->sentencepiece = v->sentencepiece;
+    t->ignore_merges = v->ignore_merges;
+    t->fuse_unk = v->fuse_unk;
+    t->prefix = v->prefix;
+    t->strip_prefix = v->strip_prefix;
     t->n_vocab = (int)v->n_pieces;
     t->bos = v->bos;
     t->eos = v->eos;
     t->unk = v->unk;
     t->add_bos = v->add_bos;
     t->add_eos = v->add_eos;
-    t->add_space_prefix = v->add_space_prefix;
     t->classes = llm__build_classes(env);
-    if (pre) memcpy(t->rules, pre->rules, sizeof pre->rules);
-    if (pre && pre->nfc) t->nfc = llm__build_nfc(env);
+    if (v->nfc) t->nfc = llm__build_nfc(env);
     if (v->chat_template.n) t->chat_template = llm__copy_string(env, v->chat_template.at, v->chat_template.n);
+    llm__build_rules(env, t, v);
     llm__build_pieces(env, t, v);
     llm__pairs_resize(env, t, llm__power_of_two(2 * v->n_merges));
-    if (v->sentencepiece) llm__build_scored(env, t, v);
+    if (v->scores) llm__build_scored(env, t, v);
     else llm__build_merges(env, t, v);
-    llm__mark_whole(env, t, pre && pre->ignore_merges);
-    llm__build_specials(env, t, v);
+    llm__mark_whole(env, t);
+    llm__build_specials(env, t, v, &t->raw, false);
+    llm__build_specials(env, t, v, &t->normalized, true);
     llm__build_ends(t, v);
     return t;
+}
+
+/* ---- The pre-tokenizers that are known ----
+
+   They are regular expressions. Those with several alternatives are recognised as a whole, for they are matched by
+   hand; a run of one kind of characters is read. */
+
+#define LLM__RE_FOLDED "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+#define LLM__RE_NUMBERS "\\p{N}"
+#define LLM__RE_PUNCTUATION "[\\p{P}$+<=>\\^`|~]"
+#define LLM__RE_THOUSANDS "[0-9][0-9][0-9]"
+#define LLM__RE_SPACES "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+#define LLM__RE_GPT2 "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+#define LLM__RE_LLAMA3(numbers) \
+    LLM__RE_FOLDED "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" numbers "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*" LLM__RE_SPACES
+#define LLM__RE_UP "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
+#define LLM__RE_LOW "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
+#define LLM__RE_CASED(end, numbers) \
+    "[^\\r\\n\\p{L}\\p{N}]?" LLM__RE_UP "*" LLM__RE_LOW "+" end "|[^\\r\\n\\p{L}\\p{N}]?" LLM__RE_UP "+" LLM__RE_LOW "*" end \
+    "|" numbers "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*" LLM__RE_SPACES
+#define LLM__RE_CJK "[\xE4\xB8\x80-\xE9\xBE\xA5\xE0\xA0\x80-\xE4\xB8\x80\xEA\xB0\x80-\xED\x9F\xBF]+"
+
+static bool llm__known_rule(llm__str regex, llm__rule *rule) {
+    static const struct {
+        const char *regex;
+        llm__rule_kind kind;
+        int most;
+        bool contractions;
+    } known[] = {
+        {LLM__RE_GPT2, LLM__RULE_GPT2, 0, false},
+        {LLM__RE_LLAMA3("\\p{N}{1,3}"), LLM__RULE_LLAMA3, 3, false},
+        {LLM__RE_LLAMA3("\\p{N}"), LLM__RULE_LLAMA3, 1, false},
+        {LLM__RE_CASED(LLM__RE_FOLDED "?", "\\p{N}{1,3}"), LLM__RULE_CASED, 3, true},
+        {LLM__RE_CASED("", "\\p{N}"), LLM__RULE_CASED, 1, false}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        if (!llm__str_is(regex, known[i].regex)) continue;
+        rule->kind = known[i].kind;
+        rule->most = known[i].most;
+        rule->contractions = known[i].contractions;
+        return true;
+    }
+    return false;
+}
+
+/* A place in a regular expression, which is well-formed UTF-8. */
+typedef struct llm__regex {
+    const uint8_t *at, *end;
+} llm__regex;
+
+static bool llm__regex_takes(llm__regex *r, const char *text) {
+    size_t n = strlen(text);
+    if ((size_t)(r->end - r->at) < n || memcmp(r->at, text, n)) return false;
+    r->at += n;
+    return true;
+}
+
+/* \p{L} and the like; 0: there is none. */
+static unsigned llm__regex_class(llm__regex *r) {
+    static const char letters[] = "LMNPS";
+    static const unsigned classes[] = {LLM__LETTER, LLM__MARK, LLM__NUMBER, LLM__PUNCTUATION, LLM__SYMBOL};
+    const uint8_t *p = r->at;
+    if (llm__regex_takes(r, "\\s")) return LLM__SPACE;
+    if (r->end - p < 5 || memcmp(p, "\\p{", 3) || p[4] != '}' || !strchr(letters, p[3])) return 0;
+    r->at += 5;
+    return classes[strchr(letters, p[3]) - letters];
+}
+
+/* A character of a class, perhaps escaped; false if it is something else. */
+static bool llm__regex_character(llm__regex *r, uint32_t *code) {
+    if (r->at == r->end || *r->at == ']' || *r->at == '[') return false;
+    bool escaped = *r->at == '\\';
+    r->at += escaped;
+    if (r->at == r->end) return false;
+    *code = llm__utf8_decode(r->at, &r->at);
+    if (!escaped) return *code != '&'; /* "&&" makes an intersection */
+    if (*code == 'r' || *code == 'n' || *code == 't') *code = *code == 'r' ? '\r' : *code == 'n' ? '\n' : '\t';
+    else if (*code < '!' || *code > '~' || (*code >= '0' && *code <= '9') || ((*code | 32) >= 'a' && (*code | 32) <= 'z')) return false;
+    return true;
+}
+
+static int llm__compare_ranges(const void *a, const void *b) {
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* \p{L} or [...]; the ranges have room for LLM__MAX_RANGES. */
+static bool llm__regex_set(llm__regex *r, llm__rule *rule, uint32_t *ranges) {
+    if (*r->at != '[') return (rule->classes = llm__regex_class(r)) != 0;
+    r->at++;
+    if (r->at < r->end && *r->at == '^') return false;
+    while (!llm__regex_takes(r, "]")) {
+        uint32_t *range = ranges + 2 * rule->n_ranges;
+        unsigned class_bits = llm__regex_class(r);
+        rule->classes |= class_bits;
+        if (class_bits) continue;
+        if (rule->n_ranges == LLM__MAX_RANGES || !llm__regex_character(r, &range[0])) return false;
+        range[1] = range[0];
+        if (llm__regex_takes(r, "-") && (!llm__regex_character(r, &range[1]) || range[1] < range[0])) return false;
+        rule->n_ranges++;
+    }
+    qsort(ranges, rule->n_ranges, 2 * sizeof *ranges, llm__compare_ranges);
+    rule->ranges = ranges;
+    return rule->classes || rule->n_ranges;
+}
+
+/* A set of characters, once, several times, or with one of + {1,n} +$ after it, and perhaps \s? before it. */
+static bool llm__run_rule(llm__env *env, llm__str regex, llm__rule *rule) {
+    llm__regex r = {(const uint8_t *)regex.at, (const uint8_t *)regex.at + regex.n};
+    uint32_t *ranges = (uint32_t *)llm__alloc(env, 2 * LLM__MAX_RANGES, sizeof *ranges);
+    rule->kind = LLM__RULE_RUN;
+    rule->least = rule->most = 1;
+    rule->space = llm__regex_takes(&r, "\\s?");
+    const uint8_t *set = r.at;
+    if (r.at == r.end || !llm__regex_set(&r, rule, ranges)) return false;
+    size_t n = (size_t)(r.at - set);
+    for (; (size_t)(r.end - r.at) >= n && !memcmp(r.at, set, n) && rule->least < 9; r.at += n) rule->most = ++rule->least;
+    if (rule->least > 1) return r.at == r.end;
+    if (llm__regex_takes(&r, "+")) {
+        rule->most = INT32_MAX;
+        rule->to_end = llm__regex_takes(&r, "$");
+    } else if (r.end - r.at == 5 && llm__regex_takes(&r, "{1,") && *r.at >= '1' && *r.at <= '9' && r.at[1] == '}') {
+        rule->most = *r.at - '0';
+        r.at += 2;
+    }
+    return r.at == r.end;
+}
+
+/* Adds the rule a regular expression stands for; false if it is not known. */
+static bool llm__add_rule(llm__env *env, llm__vocab_source *v, llm__str regex) {
+    llm__rule *rule = &v->rules[v->n_rules];
+    const uint8_t *p = (const uint8_t *)regex.at;
+    if (v->n_rules == LLM__MAX_RULES || llm__utf8_check(p, p + regex.n) != p + regex.n) return false;
+    memset(rule, 0, sizeof *rule);
+    if (!llm__known_rule(regex, rule) && !llm__run_rule(env, regex, rule)) return false;
+    v->n_rules++;
+    return true;
+}
+
+/* Fills in how the pre-tokenizer of this name in GGUF cuts and normalises. */
+static void llm__use_pre_tokenizer(llm__env *env, llm__vocab_source *v, llm__str name) {
+    static const struct {
+        const char *names; /* each followed by a comma */
+        const char *rules[6];
+        bool nfc, ignore_merges;
+    } known[] = {
+        {"gpt-2,phi-2,olmo,jais,mellum,exaone4,", {LLM__RE_GPT2}, false, false},
+        {"mpt,", {LLM__RE_GPT2}, true, false},
+        {"smollm,starcoder,refact,codeshell,exaone,minerva-7b,", {LLM__RE_NUMBERS, LLM__RE_GPT2}, false, false},
+        {"command-r,", {LLM__RE_NUMBERS, LLM__RE_GPT2}, true, false},
+        {"llama-bpe,llama3,llama-v3,falcon3,falcon-h1,pixtral,", {LLM__RE_LLAMA3("\\p{N}{1,3}")}, false, true},
+        {"dbrx,smaug-bpe,", {LLM__RE_LLAMA3("\\p{N}{1,3}")}, false, false},
+        {"qwen2,deepseek-r1-qwen,megrez,stablelm2,", {LLM__RE_LLAMA3("\\p{N}")}, true, false},
+        {"gpt-4o,llama4,", {LLM__RE_CASED(LLM__RE_FOLDED "?", "\\p{N}{1,3}")}, false, false},
+        {"tekken,", {LLM__RE_CASED("", "\\p{N}")}, false, true},
+        {"falcon,", {LLM__RE_PUNCTUATION "+", LLM__RE_GPT2, LLM__RE_THOUSANDS}, false, false},
+        {"deepseek-coder,", {"[\\r\\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", LLM__RE_CJK, LLM__RE_NUMBERS}, false, false}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        for (const char *p = known[i].names, *comma; (comma = strchr(p, ',')) != NULL; p = comma + 1) {
+            if (name.n != (size_t)(comma - p) || memcmp(name.at, p, name.n)) continue;
+            v->nfc = known[i].nfc;
+            v->ignore_merges = known[i].ignore_merges;
+            for (int k = 0; k < 6 && known[i].rules[k]; k++) {
+                llm__str regex = {known[i].rules[k], strlen(known[i].rules[k])};
+                llm__add_rule(env, v, regex);
+            }
+            return;
+        }
+    }
+    llm__fail(env, LLM_ERROR_UNSUPPORTED, "tokenizer.ggml.pre is \"%.*s\", which is not one of the pre-tokenizers known here",
+              LLM__SHOW(name));
 }
 
 /* ---- Tokenizers in GGUF files ---- */
@@ -4087,82 +4420,717 @@ static float *llm__gguf_scores(llm__env *env, const llm__checkpoint *ck, size_t 
 }
 
 /* "left right" */
+static llm__merge_pair llm__split_merge(llm__env *env, const char *name, size_t i, llm__str line) {
+    llm__merge_pair merge;
+    const char *space = line.n > 1 ? (const char *)memchr(line.at + 1, ' ', line.n - 1) : NULL;
+    if (!space || space + 1 == line.at + line.n)
+        llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is \"%.*s\", not two pieces with a space between", name,
+                  (unsigned long long)i, LLM__SHOW_PIECE(line));
+    merge.left.at = line.at;
+    merge.left.n = (size_t)(space - line.at);
+    merge.right.at = space + 1;
+    merge.right.n = line.n - merge.left.n - 1;
+    return merge;
+}
+
 static llm__merge_pair *llm__gguf_merges(llm__env *env, const llm__checkpoint *ck, size_t *n) {
     llm__str *lines = llm__get_strings(env, ck, "tokenizer.ggml.merges", n);
     if (!lines) llm__fail(env, LLM_ERROR_FORMAT, "metadata tokenizer.ggml.merges is missing");
     llm__merge_pair *merges = (llm__merge_pair *)llm__alloc(env, *n, sizeof *merges);
-    for (size_t i = 0; i < *n; i++) {
-        llm__str line = lines[i];
-        const char *space = line.n > 1 ? (const char *)memchr(line.at + 1, ' ', line.n - 1) : NULL;
-        if (!space || space + 1 == line.at + line.n)
-            llm__fail(env, LLM_ERROR_FORMAT, "tokenizer.ggml.merges[%llu] is \"%.*s\", not two pieces with a space between",
-                      (unsigned long long)i, LLM__SHOW_PIECE(line));
-        merges[i].left.at = line.at;
-        merges[i].left.n = (size_t)(space - line.at);
-        merges[i].right.at = space + 1;
-        merges[i].right.n = line.n - merges[i].left.n - 1;
-    }
+    for (size_t i = 0; i < *n; i++) merges[i] = llm__split_merge(env, "tokenizer.ggml.merges", i, lines[i]);
     llm__free(env->pool, lines);
     return merges;
 }
 
-static llm_tokenizer *llm__tokenizer_from_gguf(llm__env *env, const llm__checkpoint *ck) {
-    llm__vocab_source v;
-    memset(&v, 0, sizeof v);
-    v.pieces_name = "tokenizer.ggml.tokens";
-    v.scores_name = "tokenizer.ggml.scores";
-    v.types_name = "tokenizer.ggml.token_type";
-    v.merges_name = "tokenizer.ggml.merges";
-    v.pre_name = "tokenizer.ggml.pre";
+/* Tokens besides EOS that end a text or a turn. */
+static uint16_t *llm__gguf_ends(llm__env *env, const llm__checkpoint *ck, size_t n) {
+    static const char *const keys[] = {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
+    uint16_t *traits = (uint16_t *)llm__alloc_zero(env, n, sizeof *traits);
+    for (size_t i = 0; i < 2; i++) {
+        llm_token id = llm__get_token(env, ck, keys[i], n);
+        if (id != LLM__NONE) traits[id] |= LLM__END;
+    }
+    return traits;
+}
+
+static void llm__read_gguf_vocab(llm__env *env, const llm__checkpoint *ck, llm__vocab_source *v) {
+    v->pieces_name = "tokenizer.ggml.tokens";
+    v->scores_name = "tokenizer.ggml.scores";
+    v->types_name = "tokenizer.ggml.token_type";
+    v->merges_name = "tokenizer.ggml.merges";
     llm__str model = llm__get_str(env, ck, "tokenizer.ggml.model");
-    v.sentencepiece = llm__str_is(model, "llama");
-    if (!v.sentencepiece && !llm__str_is(model, "gpt2"))
+    v->sentencepiece = llm__str_is(model, "llama");
+    if (!v->sentencepiece && !llm__str_is(model, "gpt2"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "tokenizer.ggml.model is \"%.*s\"; \"llama\" (SentencePiece BPE) and \"gpt2\" "
                   "(byte-level BPE) are known here", LLM__SHOW(model));
-    llm__str *pieces = llm__get_strings(env, ck, "tokenizer.ggml.tokens", &v.n_pieces);
-    if (!pieces) llm__fail(env, LLM_ERROR_FORMAT, "metadata tokenizer.ggml.tokens is missing");
-    int32_t *types = llm__gguf_types(env, ck, v.n_pieces);
-    float *scores = v.sentencepiece ? llm__gguf_scores(env, ck, v.n_pieces) : NULL;
-    llm__merge_pair *merges = v.sentencepiece ? NULL : llm__gguf_merges(env, ck, &v.n_merges);
-    v.pieces = pieces;
-    v.types = types;
-    v.scores = scores;
-    v.merges = merges;
-    v.pre = llm__get_str(env, ck, "tokenizer.ggml.pre");
-    v.bos = llm__get_token(env, ck, "tokenizer.ggml.bos_token_id", v.n_pieces);
-    v.eos = llm__get_token(env, ck, "tokenizer.ggml.eos_token_id", v.n_pieces);
-    v.unk = llm__get_token(env, ck, "tokenizer.ggml.unknown_token_id", v.n_pieces);
-    v.ends[0] = llm__get_token(env, ck, "tokenizer.ggml.eot_token_id", v.n_pieces);
-    v.ends[1] = llm__get_token(env, ck, "tokenizer.ggml.eom_token_id", v.n_pieces);
-    v.ends[2] = v.ends[3] = LLM__NONE;
-    const llm__pre_tokenizer *pre = v.sentencepiece ? NULL : llm__find_pre_tokenizer(v.pre);
-    v.add_bos = llm__get_bool(env, ck, "tokenizer.ggml.add_bos_token", v.sentencepiece || (pre && pre->ignore_merges));
-    v.add_eos = llm__get_bool(env, ck, "tokenizer.ggml.add_eos_token", false);
-    v.add_space_prefix = v.sentencepiece && llm__get_bool(env, ck, "tokenizer.ggml.add_space_prefix", true);
-    v.chat_template = llm__get_str(env, ck, "tokenizer.chat_template");
     if (llm__find_value(ck, "tokenizer.ggml.precompiled_charsmap"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "tokenizer.ggml.precompiled_charsmap is set: such a normaliser is not run here");
+    v->pieces = llm__get_strings(env, ck, "tokenizer.ggml.tokens", &v->n_pieces);
+    if (!v->pieces) llm__fail(env, LLM_ERROR_FORMAT, "metadata tokenizer.ggml.tokens is missing");
+    v->types = llm__gguf_types(env, ck, v->n_pieces);
+    v->traits = llm__gguf_ends(env, ck, v->n_pieces);
+    v->bos = llm__get_token(env, ck, "tokenizer.ggml.bos_token_id", v->n_pieces);
+    v->eos = llm__get_token(env, ck, "tokenizer.ggml.eos_token_id", v->n_pieces);
+    v->unk = LLM__NONE;
+    v->fuse_unk = true;
+    if (v->sentencepiece) {
+        v->scores = llm__gguf_scores(env, ck, v->n_pieces);
+        v->unk = (llm_token)llm__get_int(env, ck, "tokenizer.ggml.unknown_token_id", 0, 0, (int64_t)v->n_pieces - 1);
+        v->strip_prefix = llm__get_bool(env, ck, "tokenizer.ggml.add_space_prefix", true);
+        v->prefix = v->strip_prefix ? LLM__PREFIX_STRETCH : LLM__NO_PREFIX;
+    } else {
+        v->merges = llm__gguf_merges(env, ck, &v->n_merges);
+        llm__use_pre_tokenizer(env, v, llm__get_str(env, ck, "tokenizer.ggml.pre"));
+    }
+    v->add_bos = llm__get_bool(env, ck, "tokenizer.ggml.add_bos_token", v->sentencepiece || v->ignore_merges);
+    v->add_eos = llm__get_bool(env, ck, "tokenizer.ggml.add_eos_token", false);
+    v->chat_template = llm__get_str(env, ck, "tokenizer.chat_template");
+}
+
+static llm_tokenizer *llm__tokenizer_from_gguf(llm__env *env, const llm__checkpoint *ck) {
+    llm__vocab_source v;
+    llm__pool *outer = env->pool, *inner = llm__inner_pool(env);
+    memset(&v, 0, sizeof v);
+    env->pool = inner;
+    llm__read_gguf_vocab(env, ck, &v);
+    env->pool = outer;
     llm_tokenizer *t = llm__tokenizer_build(env, &v);
-    llm__free(env->pool, pieces);
-    llm__free(env->pool, types);
-    llm__free(env->pool, scores);
-    llm__free(env->pool, merges);
+    llm__free(outer, inner);
     return t;
 }
 
-/* STAND-IN: the tokenizer helper's reader of a directory goes here. */
-static llm_tokenizer *llm__tokenizer_from_directory(llm__env *env, const char *directory) {
+/* ---- tokenizer.json, as Hugging Face's tokenizers write it ----
+
+   {"added_tokens": [...], "normalizer": ..., "pre_tokenizer": ..., "post_processor": ..., "decoder": ...,
+    "model": {"type": "BPE", "vocab": {PIECE: id, ...}, "merges": [...], ...}}
+   What is not known here is refused by name. */
+
+/* A vocabulary as it is put together, by id. */
+typedef struct llm__vocab_parts {
+    llm__str *pieces;
+    int32_t *types; /* 0: there is no token of this id (yet) */
+    uint16_t *traits;
+    size_t n, room;
+} llm__vocab_parts;
+
+enum { LLM__MAX_GAP = 65536 };
+
+static const char *llm__json_type_name(llm__json_type type) {
+    static const char *const names[] = {"null", "false", "true", "a number", "a string", "an array", "an object"};
+    return names[type];
+}
+
+/* A member of this type; NULL if it is not there or null. */
+static const llm__json *llm__json_take(llm__env *env, const llm__json *object, const char *key, llm__json_type type) {
+    const llm__json *v = llm__json_get(object, key);
+    if (v && v->type != type)
+        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not %s", key, llm__json_type_name(v->type), llm__json_type_name(type));
+    return v;
+}
+
+static const llm__json *llm__json_need(llm__env *env, const llm__json *object, const char *key, llm__json_type type) {
+    const llm__json *v = llm__json_take(env, object, key, type);
+    if (!v) llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is missing", key);
+    return v;
+}
+
+static llm__str llm__json_text(llm__env *env, const llm__json *object, const char *key) {
+    llm__str none = {"", 0};
+    const llm__json *v = llm__json_take(env, object, key, LLM__JSON_STRING);
+    return v ? v->string : none;
+}
+
+static bool llm__json_flag(llm__env *env, const llm__json *object, const char *key, bool missing) {
+    const llm__json *v = llm__json_get(object, key);
+    if (v && v->type != LLM__JSON_TRUE && v->type != LLM__JSON_FALSE)
+        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not true or false", key, llm__json_type_name(v->type));
+    return v ? v->type == LLM__JSON_TRUE : missing;
+}
+
+static llm_token llm__json_id(llm__env *env, const llm__json *v, const char *what, llm__str name) {
+    if (v->type != LLM__JSON_NUMBER || !(v->number >= 0 && v->number < 1 << 24) || v->number != (double)(llm_token)v->number)
+        llm__fail(env, LLM_ERROR_FORMAT, "%s \"%.*s\" has the id %.*s, not a whole number from 0 to 16777215", what,
+                  LLM__SHOW_PIECE(name), LLM__SHOW(v->string));
+    return (llm_token)v->number;
+}
+
+/* Room for token `id`; ids need not come in order, but a file cannot ask for much more room than it fills. */
+static void llm__reserve_token(llm__env *env, llm__vocab_parts *parts, llm_token id, size_t n_known) {
+    size_t n = (size_t)id + 1;
+    if (n > n_known + LLM__MAX_GAP)
+        llm__fail(env, LLM_ERROR_FORMAT, "a token has the id %ld, but there are only %llu tokens", (long)id,
+                  (unsigned long long)n_known);
+    if (n > parts->room) {
+        size_t room = llm__power_of_two(n);
+        llm__str *pieces = (llm__str *)llm__alloc_zero(env, room, sizeof *pieces);
+        int32_t *types = (int32_t *)llm__alloc_zero(env, room, sizeof *types);
+        uint16_t *traits = (uint16_t *)llm__alloc_zero(env, room, sizeof *traits);
+        if (parts->n) {
+            memcpy(pieces, parts->pieces, parts->n * sizeof *pieces);
+            memcpy(types, parts->types, parts->n * sizeof *types);
+            memcpy(traits, parts->traits, parts->n * sizeof *traits);
+        }
+        parts->pieces = pieces;
+        parts->types = types;
+        parts->traits = traits;
+        parts->room = room;
+    }
+    if (n > parts->n) parts->n = n;
+}
+
+static void llm__put_piece(llm__env *env, llm__vocab_parts *parts, llm_token id, llm__str text, llm__token_type type,
+                           size_t n_known) {
+    llm__reserve_token(env, parts, id, n_known);
+    if (parts->types[id] && !llm__str_equal(parts->pieces[id], text))
+        llm__fail(env, LLM_ERROR_FORMAT, "\"%.*s\" and \"%.*s\" both have the id %ld", LLM__SHOW_PIECE(parts->pieces[id]),
+                  LLM__SHOW_PIECE(text), (long)id);
+    if (parts->types[id] == LLM__TYPE_NORMAL) parts->traits[id] |= LLM__IN_MODEL;
+    parts->types[id] = type;
+    parts->pieces[id] = text;
+}
+
+/* An entry of "added_tokens", or of "added_tokens_decoder", where the id is its key. */
+static void llm__put_added_token(llm__env *env, llm__vocab_parts *parts, const llm__json *entry, llm_token id, size_t n_known) {
+    static const struct {
+        const char *key;
+        uint16_t trait;
+    } flags[] = {{"lstrip", LLM__LSTRIP}, {"rstrip", LLM__RSTRIP}, {"single_word", LLM__SINGLE_WORD}, {"normalized", LLM__NORMALIZED}};
+    llm__str text = llm__json_need(env, entry, "content", LLM__JSON_STRING)->string;
+    bool special = llm__json_flag(env, entry, "special", false);
+    llm__put_piece(env, parts, id, text, special ? LLM__TYPE_CONTROL : LLM__TYPE_USER_DEFINED, n_known);
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
+        parts->traits[id] &= (uint16_t)~flags[i].trait;
+        if (llm__json_flag(env, entry, flags[i].key, false)) parts->traits[id] |= flags[i].trait;
+    }
+    if (special) parts->traits[id] &= (uint16_t)~LLM__NORMALIZED; /* where it must not be forged is known of the raw text */
+}
+
+static void llm__read_json_tokens(llm__env *env, const llm__json *root, const llm__json *vocab, bool byte_fallback,
+                                  llm__vocab_parts *parts) {
+    const llm__json *added = llm__json_take(env, root, "added_tokens", LLM__JSON_ARRAY);
+    size_t n_known = vocab->n + (added ? added->n : 0);
+    for (const llm__json *entry = vocab->first; entry; entry = entry->next) {
+        bool byte = byte_fallback && llm__byte_piece(entry->key) >= 0;
+        llm__put_piece(env, parts, llm__json_id(env, entry, "token", entry->key), entry->key,
+                       byte ? LLM__TYPE_BYTE : LLM__TYPE_NORMAL, n_known);
+    }
+    for (const llm__json *entry = added ? added->first : NULL; entry; entry = entry->next) {
+        llm__str text = llm__json_need(env, entry, "content", LLM__JSON_STRING)->string;
+        const llm__json *id = llm__json_need(env, entry, "id", LLM__JSON_NUMBER);
+        llm__put_added_token(env, parts, entry, llm__json_id(env, id, "added token", text), n_known);
+    }
+}
+
+static llm__merge_pair *llm__json_merges(llm__env *env, const llm__json *merges) {
+    llm__merge_pair *pairs = (llm__merge_pair *)llm__alloc(env, merges->n, sizeof *pairs);
+    size_t i = 0;
+    for (const llm__json *m = merges->first; m; m = m->next, i++) {
+        bool pair = m->type == LLM__JSON_ARRAY && m->n == 2 && m->first->type == LLM__JSON_STRING &&
+                    m->first->next->type == LLM__JSON_STRING;
+        if (!pair && m->type != LLM__JSON_STRING)
+            llm__fail(env, LLM_ERROR_FORMAT, "merges[%llu] is neither \"left right\" nor [\"left\", \"right\"]", (unsigned long long)i);
+        if (!pair) {
+            pairs[i] = llm__split_merge(env, "merges", i, m->string);
+            continue;
+        }
+        pairs[i].left = m->first->string;
+        pairs[i].right = m->first->next->string;
+    }
+    return pairs;
+}
+
+/* The id of a token of this text; LLM__NONE if there is none. */
+static llm_token llm__find_part(const llm__vocab_parts *parts, llm__str text) {
+    for (size_t id = parts->n; id-- > 0;)
+        if (parts->types[id] && llm__str_equal(parts->pieces[id], text)) return (llm_token)id;
+    return LLM__NONE;
+}
+
+static void llm__read_json_model(llm__env *env, const llm__json *root, llm__vocab_parts *parts, llm__vocab_source *v) {
+    const llm__json *model = llm__json_need(env, root, "model", LLM__JSON_OBJECT), *dropout = llm__json_get(model, "dropout");
+    llm__str type = llm__json_text(env, model, "type"), unk = llm__json_text(env, model, "unk_token");
+    if (type.n && !llm__str_is(type, "BPE"))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model's type is \"%.*s\"; \"BPE\" is known here", LLM__SHOW(type));
+    if (dropout && !(dropout->type == LLM__JSON_NUMBER && dropout->number == 0))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model has a \"dropout\", which makes tokens depend on chance");
+    if (llm__json_text(env, model, "continuing_subword_prefix").n || llm__json_text(env, model, "end_of_word_suffix").n)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model has a \"continuing_subword_prefix\" or an \"end_of_word_suffix\"");
+    const llm__json *vocab = llm__json_need(env, model, "vocab", LLM__JSON_OBJECT);
+    const llm__json *merges = llm__json_need(env, model, "merges", LLM__JSON_ARRAY);
+    llm__read_json_tokens(env, root, vocab, llm__json_flag(env, model, "byte_fallback", false), parts);
+    v->merges = llm__json_merges(env, merges);
+    v->n_merges = merges->n;
+    v->ignore_merges = llm__json_flag(env, model, "ignore_merges", false);
+    v->fuse_unk = llm__json_flag(env, model, "fuse_unk", false);
+    v->unk = unk.n ? llm__find_part(parts, unk) : LLM__NONE;
+    if (unk.n && v->unk == LLM__NONE)
+        llm__fail(env, LLM_ERROR_FORMAT, "unk_token is \"%.*s\", which is not in vocab", LLM__SHOW_PIECE(unk));
+}
+
+#define LLM__SPACE_MARK "\xE2\x96\x81"
+
+static void llm__read_json_normalizer(llm__env *env, const llm__json *n, llm__vocab_source *v) {
+    llm__str type = llm__json_need(env, n, "type", LLM__JSON_STRING)->string;
+    if (llm__str_is(type, "Sequence")) {
+        const llm__json *list = llm__json_need(env, n, "normalizers", LLM__JSON_ARRAY);
+        for (n = list->first; n; n = n->next) llm__read_json_normalizer(env, n, v);
+    } else if (llm__str_is(type, "NFC")) {
+        v->nfc = true;
+    } else if (llm__str_is(type, "Prepend") && llm__str_is(llm__json_text(env, n, "prepend"), LLM__SPACE_MARK)) {
+        v->prefix = LLM__PREFIX_STRETCH;
+    } else if (llm__str_is(type, "Replace")) {
+        const llm__json *pattern = llm__json_need(env, n, "pattern", LLM__JSON_OBJECT);
+        if (!llm__str_is(llm__json_text(env, pattern, "String"), " ") || !llm__str_is(llm__json_text(env, n, "content"), LLM__SPACE_MARK))
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "the normalizer replaces something else than a space by U+2581");
+        v->sentencepiece = true;
+    } else {
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the normalizer \"%.*s\" is not run here", LLM__SHOW(type));
+    }
+}
+
+static void llm__add_json_rule(llm__env *env, llm__vocab_source *v, llm__str regex) {
+    if (!llm__add_rule(env, v, regex))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by \"%.*s\", which is not one of the rules known here",
+                  LLM__SHOW_PIECE(regex));
+}
+
+static void llm__add_json_class(llm__env *env, llm__vocab_source *v, const char *once, const char *run, bool contiguous) {
+    llm__str regex;
+    regex.at = contiguous ? run : once;
+    regex.n = strlen(regex.at);
+    llm__add_json_rule(env, v, regex);
+}
+
+static void llm__read_json_split(llm__env *env, const llm__json *p, llm__vocab_source *v, bool bytes) {
+    const llm__json *pattern = llm__json_need(env, p, "pattern", LLM__JSON_OBJECT);
+    llm__str regex = llm__json_text(env, pattern, "Regex"), behavior = llm__json_text(env, p, "behavior");
+    bool invert = llm__json_flag(env, p, "invert", false);
+    if (!regex.n) llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by a String; a Regex is known here");
+    if (v->sentencepiece || (bytes && !llm__str_is(regex, LLM__RE_THOUSANDS)))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by \"%.*s\" after %s", LLM__SHOW_PIECE(regex),
+                  bytes ? "ByteLevel" : "spaces have become U+2581");
+    if (llm__str_is(behavior, invert ? "Removed" : "Isolated")) llm__add_json_rule(env, v, regex);
+    else llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits with behavior \"%.*s\"%s", LLM__SHOW(behavior), invert ? ", inverted" : "");
+}
+
+static void llm__read_json_metaspace(llm__env *env, const llm__json *p, llm__vocab_source *v) {
+    llm__str scheme = llm__json_text(env, p, "prepend_scheme");
+    bool always = scheme.n ? llm__str_is(scheme, "always") : llm__json_flag(env, p, "add_prefix_space", true);
+    if (!llm__str_is(llm__json_text(env, p, "replacement"), LLM__SPACE_MARK))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Metaspace has another replacement than U+2581");
+    if (v->prefix || v->n_rules) llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Metaspace comes after something else");
+    v->sentencepiece = true;
+    v->prefix = llm__str_is(scheme, "first") ? LLM__PREFIX_FIRST : always ? LLM__PREFIX_UNSPACED : LLM__NO_PREFIX;
+    if (llm__json_flag(env, p, "split", true)) v->rules[v->n_rules++].kind = LLM__RULE_METASPACE;
+}
+
+/* *bytes: the text is already in byte characters. */
+static void llm__read_json_pre_tokenizer(llm__env *env, const llm__json *p, llm__vocab_source *v, bool *bytes) {
+    llm__str type = llm__json_need(env, p, "type", LLM__JSON_STRING)->string;
+    if (*bytes && !llm__str_is(type, "Split"))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer \"%.*s\" comes after ByteLevel", LLM__SHOW(type));
+    if (llm__str_is(type, "Sequence")) {
+        const llm__json *list = llm__json_need(env, p, "pretokenizers", LLM__JSON_ARRAY);
+        for (p = list->first; p; p = p->next) llm__read_json_pre_tokenizer(env, p, v, bytes);
+    } else if (llm__str_is(type, "ByteLevel")) {
+        *bytes = true;
+        if (llm__json_flag(env, p, "add_prefix_space", true)) {
+            if (v->n_rules) llm__fail(env, LLM_ERROR_UNSUPPORTED, "ByteLevel adds a space to what other pre_tokenizers have cut");
+            v->prefix = LLM__PREFIX_UNSPACED;
+        }
+        if (llm__json_flag(env, p, "use_regex", true)) llm__add_json_class(env, v, LLM__RE_GPT2, NULL, false);
+    } else if (llm__str_is(type, "Split")) {
+        llm__read_json_split(env, p, v, *bytes);
+    } else if (llm__str_is(type, "Digits")) {
+        llm__add_json_class(env, v, LLM__RE_NUMBERS, LLM__RE_NUMBERS "+", !llm__json_flag(env, p, "individual_digits", false));
+    } else if (llm__str_is(type, "Punctuation")) {
+        llm__str behavior = llm__json_text(env, p, "behavior");
+        bool contiguous = llm__str_is(behavior, "Contiguous");
+        if (!contiguous && behavior.n && !llm__str_is(behavior, "Isolated"))
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Punctuation has behavior \"%.*s\"", LLM__SHOW(behavior));
+        llm__add_json_class(env, v, LLM__RE_PUNCTUATION, LLM__RE_PUNCTUATION "+", contiguous);
+    } else if (llm__str_is(type, "Metaspace")) {
+        llm__read_json_metaspace(env, p, v);
+    } else {
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer \"%.*s\" is not run here", LLM__SHOW(type));
+    }
+    if (v->n_rules == LLM__MAX_RULES) llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer has more than %d rules", LLM__MAX_RULES - 1);
+}
+
+/* Whether decoding takes the first space away. */
+static bool llm__json_strips(llm__env *env, const llm__json *decoder) {
+    llm__str type = llm__json_text(env, decoder, "type");
+    if (llm__str_is(type, "Sequence")) {
+        const llm__json *list = llm__json_need(env, decoder, "decoders", LLM__JSON_ARRAY);
+        for (decoder = list->first; decoder; decoder = decoder->next)
+            if (llm__json_strips(env, decoder)) return true;
+        return false;
+    }
+    if (llm__str_is(type, "Metaspace")) {
+        llm__str scheme = llm__json_text(env, decoder, "prepend_scheme");
+        return scheme.n ? !llm__str_is(scheme, "never") : llm__json_flag(env, decoder, "add_prefix_space", true);
+    }
+    return llm__str_is(type, "Strip") && llm__str_is(llm__json_text(env, decoder, "content"), " ");
+}
+
+/* One of the tokens a post-processor puts around a text. */
+static llm_token llm__json_template_token(llm__env *env, const llm__json *processor, const llm__json *item, size_t n_pieces) {
+    const llm__json *tokens = llm__json_need(env, processor, "special_tokens", LLM__JSON_OBJECT);
+    llm__str name = llm__json_need(env, item, "id", LLM__JSON_STRING)->string;
+    for (const llm__json *token = tokens->first; token; token = token->next) {
+        if (!llm__str_equal(token->key, name)) continue;
+        const llm__json *ids = llm__json_need(env, token, "ids", LLM__JSON_ARRAY);
+        if (ids->n != 1) llm__fail(env, LLM_ERROR_UNSUPPORTED, "the post_processor's \"%.*s\" is %llu tokens", LLM__SHOW_PIECE(name), (unsigned long long)ids->n);
+        llm_token id = llm__json_id(env, ids->first, "the post_processor's", name);
+        if ((size_t)id >= n_pieces) llm__fail(env, LLM_ERROR_FORMAT, "the post_processor's \"%.*s\" has the id %ld, which is no token's", LLM__SHOW_PIECE(name), (long)id);
+        return id;
+    }
+    llm__fail(env, LLM_ERROR_FORMAT, "the post_processor's \"%.*s\" is not in its special_tokens", LLM__SHOW_PIECE(name));
+}
+
+static void llm__read_json_post_processor(llm__env *env, const llm__json *p, llm__vocab_source *v) {
+    llm__str type = llm__json_need(env, p, "type", LLM__JSON_STRING)->string;
+    if (llm__str_is(type, "ByteLevel")) return;
+    if (llm__str_is(type, "Sequence")) {
+        const llm__json *list = llm__json_need(env, p, "processors", LLM__JSON_ARRAY);
+        for (p = list->first; p; p = p->next) llm__read_json_post_processor(env, p, v);
+        return;
+    }
+    if (!llm__str_is(type, "TemplateProcessing"))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the post_processor \"%.*s\" is not run here", LLM__SHOW(type));
+    bool after = false;
+    for (const llm__json *item = llm__json_need(env, p, "single", LLM__JSON_ARRAY)->first; item; item = item->next) {
+        const llm__json *token = llm__json_take(env, item, "SpecialToken", LLM__JSON_OBJECT);
+        if (!token) {
+            llm__json_need(env, item, "Sequence", LLM__JSON_OBJECT);
+            after = true;
+            continue;
+        }
+        bool *add = after ? &v->add_eos : &v->add_bos;
+        if (*add) llm__fail(env, LLM_ERROR_UNSUPPORTED, "the post_processor adds several tokens on one side of a text");
+        *add = true;
+        *(after ? &v->eos : &v->bos) = llm__json_template_token(env, p, token, v->n_pieces);
+    }
+}
+
+static void llm__read_tokenizer_json(llm__env *env, const llm__json *root, llm__vocab_parts *parts, llm__vocab_source *v) {
+    const llm__json *normalizer = llm__json_take(env, root, "normalizer", LLM__JSON_OBJECT);
+    const llm__json *pre = llm__json_take(env, root, "pre_tokenizer", LLM__JSON_OBJECT);
+    const llm__json *post = llm__json_take(env, root, "post_processor", LLM__JSON_OBJECT);
+    const llm__json *decoder = llm__json_take(env, root, "decoder", LLM__JSON_OBJECT);
+    bool bytes = false;
+    v->pieces_name = "vocab";
+    v->merges_name = "merges";
+    llm__read_json_model(env, root, parts, v);
+    if (normalizer) llm__read_json_normalizer(env, normalizer, v);
+    if (pre) llm__read_json_pre_tokenizer(env, pre, v, &bytes);
+    if (bytes == v->sentencepiece || (bytes && v->prefix == LLM__PREFIX_STRETCH))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, bytes ? "ByteLevel and U+2581 for spaces do not go together here"
+                                                    : "neither a ByteLevel pre_tokenizer nor U+2581 for spaces: such a model is not run here");
+    v->strip_prefix = decoder && llm__json_strips(env, decoder);
+    v->n_pieces = parts->n;
+    if (post) llm__read_json_post_processor(env, post, v);
+}
+
+/* ---- tokenizer.model, as SentencePiece writes it ----
+
+   A protocol buffer: fields, each a number and a wire type in one varint, then a varint (0), 8 bytes (1), a length and
+   bytes (2) or 4 bytes (5). https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto */
+
+typedef struct llm__proto {
+    llm__reader in;
+    uint32_t field, wire;
+    uint64_t number; /* a varint; the bits of 4 bytes */
+    llm__str bytes;
+} llm__proto;
+
+static llm__proto llm__proto_open(llm__env *env, const void *data, size_t n, const char *what) {
+    llm__proto p;
+    memset(&p, 0, sizeof p);
+    p.in.env = env;
+    p.in.data = (const uint8_t *)data;
+    p.in.size = n;
+    p.in.what = what;
+    return p;
+}
+
+static uint64_t llm__proto_varint(llm__reader *r) {
+    uint64_t value = 0;
+    for (int shift = 0; shift < 64; shift += 7) {
+        uint8_t byte = *llm__read(r, 1);
+        value |= (uint64_t)(byte & 0x7F) << shift;
+        if (byte < 0x80) return value;
+    }
+    llm__fail(r->env, LLM_ERROR_FORMAT, "%s: a number at offset %llu is too long", r->what, (unsigned long long)r->at);
+}
+
+/* The next field; false at the end. */
+static bool llm__proto_next(llm__proto *p) {
+    llm__reader *r = &p->in;
+    if (r->at == r->size) return false;
+    uint64_t key = llm__proto_varint(r);
+    p->field = key >> 3 > UINT32_MAX ? 0 : (uint32_t)(key >> 3);
+    p->wire = (uint32_t)(key & 7);
+    p->bytes.at = "";
+    p->bytes.n = 0;
+    p->number = 0;
+    switch (p->wire) {
+    case 0: p->number = llm__proto_varint(r); break;
+    case 1: llm__read(r, 8); break;
+    case 2:
+        p->number = llm__proto_varint(r);
+        p->bytes.at = (const char *)llm__read(r, p->number);
+        p->bytes.n = (size_t)p->number;
+        break;
+    case 5: p->number = llm__load_u32(llm__read(r, 4)); break;
+    default:
+        llm__fail(r->env, LLM_ERROR_FORMAT, "%s: a field at offset %llu has the wire type %d: this is no SentencePiece model",
+                  r->what, (unsigned long long)r->at, (int)p->wire);
+    }
+    return true;
+}
+
+static void llm__read_proto_piece(llm__env *env, llm__proto *model, llm__vocab_parts *parts, float *score) {
+    llm__proto p = llm__proto_open(env, model->bytes.at, model->bytes.n, "a piece");
+    llm__str text = {"", 0};
+    llm_token id = (llm_token)parts->n;
+    uint64_t type = LLM__TYPE_NORMAL;
+    while (llm__proto_next(&p)) {
+        if (p.field == 1 && p.wire == 2) text = p.bytes;
+        if (p.field == 2 && p.wire == 5) *score = llm__bits_f32((uint32_t)p.number);
+        if (p.field == 3 && p.wire == 0) type = p.number;
+    }
+    if (type < LLM__TYPE_NORMAL || type > LLM__TYPE_BYTE)
+        llm__fail(env, LLM_ERROR_FORMAT, "pieces[%ld] has the type %llu, not one from 1 to 6", (long)id, (unsigned long long)type);
+    llm__put_piece(env, parts, id, text, (llm__token_type)type, parts->n);
+    if (type == LLM__TYPE_USER_DEFINED) parts->traits[id] |= LLM__NORMALIZED;
+}
+
+/* SentencePiece numbers the kinds of tokens as GGUF does. */
+static void llm__read_proto_pieces(llm__env *env, const llm__file *file, llm__vocab_parts *parts, llm__vocab_source *v) {
+    llm__proto p = llm__proto_open(env, file->data, (size_t)file->size, "the model");
+    float *scores = NULL;
+    size_t room = 0;
+    while (llm__proto_next(&p)) {
+        if (p.field != 1 || p.wire != 2) continue;
+        if (parts->n == 1 << 24) llm__fail(env, LLM_ERROR_UNSUPPORTED, "there are more than %llu pieces", (unsigned long long)parts->n);
+        scores = (float *)llm__grow(env, scores, parts->n, &room, sizeof *scores);
+        scores[parts->n] = 0;
+        llm__read_proto_piece(env, &p, parts, &scores[parts->n]);
+    }
+    v->scores = scores;
+}
+
+static llm_token llm__proto_id(llm__env *env, const llm__vocab_parts *parts, const char *name, uint64_t number) {
+    int64_t id = (int64_t)number; /* -1: none */
+    if (id < -1 || id >= (int64_t)parts->n)
+        llm__fail(env, LLM_ERROR_FORMAT, "%s is %lld, but there are %llu pieces", name, (long long)id, (unsigned long long)parts->n);
+    return (llm_token)id;
+}
+
+static void llm__read_proto_trainer(llm__env *env, llm__str bytes, const llm__vocab_parts *parts, llm__vocab_source *v) {
+    static const char *const kinds[] = {"?", "unigram", "BPE", "word", "char"};
+    llm__proto p = llm__proto_open(env, bytes.at, bytes.n, "trainer_spec");
+    uint64_t kind = 1;
+    while (llm__proto_next(&p)) {
+        if (p.wire) continue;
+        if (p.field == 3) kind = p.number;
+        if (p.field == 24 && p.number) llm__fail(env, LLM_ERROR_UNSUPPORTED, "treat_whitespace_as_suffix is set, which is not run here");
+        if (p.field == 40) v->unk = llm__proto_id(env, parts, "unk_id", p.number);
+        if (p.field == 41) v->bos = llm__proto_id(env, parts, "bos_id", p.number);
+        if (p.field == 42) v->eos = llm__proto_id(env, parts, "eos_id", p.number);
+    }
+    if (kind != 2)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "model_type is %llu (%s); 2 (BPE) is known here", (unsigned long long)kind, kinds[kind < 5 ? kind : 0]);
+}
+
+static void llm__read_proto_normalizer(llm__env *env, llm__str bytes, llm__vocab_source *v) {
+    llm__proto p = llm__proto_open(env, bytes.at, bytes.n, "normalizer_spec");
+    bool remove_spaces = true, escape = true;
+    while (llm__proto_next(&p)) {
+        if (p.field == 2 && p.bytes.n) llm__fail(env, LLM_ERROR_UNSUPPORTED, "precompiled_charsmap is set: such a normaliser is not run here");
+        if (p.field == 3 && !p.wire) v->prefix = p.number ? LLM__PREFIX_STRETCH : LLM__NO_PREFIX;
+        if (p.field == 4 && !p.wire) remove_spaces = p.number != 0;
+        if (p.field == 5 && !p.wire) escape = p.number != 0;
+    }
+    if (remove_spaces || !escape)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s, which is not run here", escape ? "remove_extra_whitespaces is set" : "escape_whitespaces is not set");
+}
+
+static void llm__read_tokenizer_model(llm__env *env, const llm__file *file, llm__vocab_parts *parts, llm__vocab_source *v) {
+    llm__proto p = llm__proto_open(env, file->data, (size_t)file->size, "the model");
+    llm__str trainer = {"", 0}, normalizer = {"", 0};
+    v->pieces_name = "pieces";
+    v->scores_name = "scores";
+    v->types_name = "types";
+    v->merges_name = "merges";
+    v->sentencepiece = v->fuse_unk = v->add_bos = true;
+    v->prefix = LLM__PREFIX_STRETCH;
+    llm__read_proto_pieces(env, file, parts, v);
+    while (llm__proto_next(&p)) {
+        if (p.field == 2 && p.wire == 2) trainer = p.bytes;
+        if (p.field == 3 && p.wire == 2) normalizer = p.bytes;
+    }
+    v->unk = parts->n > 0 ? 0 : LLM__NONE;
+    v->bos = parts->n > 1 ? 1 : LLM__NONE;
+    v->eos = parts->n > 2 ? 2 : LLM__NONE;
+    llm__read_proto_trainer(env, trainer, parts, v);
+    llm__read_proto_normalizer(env, normalizer, v);
+    v->strip_prefix = v->prefix == LLM__PREFIX_STRETCH;
+}
+
+/* ---- Directories as published on Hugging Face ----
+
+   tokenizer.json or tokenizer.model is the vocabulary; the files beside it say which tokens begin and end a text. */
+
+/* A JSON file in the directory; NULL if there is none. Names it in messages. */
+static const llm__json *llm__beside(llm__env *env, const char *directory, const char *name) {
+    env->file = llm__path_join(env, directory, name);
+    return llm__find_path(env->file) == LLM__REGULAR ? llm__open_json(env, directory, name) : NULL;
+}
+
+/* A token by its text, which stands there itself or as the "content" of an object. */
+static llm_token llm__named_token(llm__env *env, const llm__json *config, const char *key, const llm__vocab_parts *parts) {
+    const llm__json *v = llm__json_get(config, key);
+    if (v && v->type == LLM__JSON_OBJECT) v = llm__json_need(env, v, "content", LLM__JSON_STRING);
+    if (!v) return LLM__NONE;
+    if (v->type != LLM__JSON_STRING) llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not a token's text", key, llm__json_type_name(v->type));
+    llm_token id = llm__find_part(parts, v->string);
+    if (id == LLM__NONE)
+        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is \"%.*s\", which is no token of the vocabulary", key, LLM__SHOW_PIECE(v->string));
+    return id;
+}
+
+static void llm__read_named_tokens(llm__env *env, const llm__json *config, const llm__vocab_parts *parts, llm__vocab_source *v) {
+    llm_token bos = llm__named_token(env, config, "bos_token", parts), eos = llm__named_token(env, config, "eos_token", parts);
+    if (eos != LLM__NONE && v->add_eos && v->eos != LLM__NONE && v->eos != eos)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "eos_token is token %ld, but the post_processor ends texts with token %ld", (long)eos, (long)v->eos);
+    if (bos != LLM__NONE && !(v->add_bos && v->bos != LLM__NONE)) v->bos = bos;
+    if (eos != LLM__NONE) v->eos = eos;
+}
+
+/* "eos_token_id" of config.json and generation_config.json: a number or a list of them; all end a text. */
+static void llm__read_end_ids(llm__env *env, const llm__json *config, const llm__vocab_parts *parts, llm__vocab_source *v) {
+    static const llm__str key = {"eos_token_id", 12};
+    const llm__json *ids = llm__json_get(config, key.at), *bos = llm__json_get(config, "bos_token_id");
+    bool list = ids && ids->type == LLM__JSON_ARRAY;
+    for (const llm__json *item = list ? ids->first : ids; item; item = list ? item->next : NULL) {
+        llm_token id = llm__json_id(env, item, "the token of", key);
+        if ((size_t)id >= parts->n)
+            llm__fail(env, LLM_ERROR_FORMAT, "eos_token_id is %ld, but the vocabulary has %llu tokens", (long)id, (unsigned long long)parts->n);
+        parts->traits[id] |= LLM__END;
+        if (v->eos == LLM__NONE) v->eos = id;
+    }
+    if (v->bos == LLM__NONE && bos && bos->type == LLM__JSON_NUMBER && bos->number >= 0 && bos->number < (double)parts->n)
+        v->bos = (llm_token)bos->number;
+}
+
+/* "chat_template" is a text, or a list of named ones, of which "default" is taken. */
+static llm__str llm__read_chat_template(llm__env *env, const llm__json *config) {
+    const llm__json *v = llm__json_get(config, "chat_template");
+    llm__str none = {"", 0};
+    if (!v) return none;
+    if (v->type == LLM__JSON_STRING) return v->string;
+    if (v->type == LLM__JSON_ARRAY)
+        for (v = v->first; v; v = v->next)
+            if (llm__str_is(llm__json_text(env, v, "name"), "default")) return llm__json_text(env, v, "template");
+    return none;
+}
+
+/* Tokens a tokenizer.model does not have itself. */
+static void llm__read_added_tokens(llm__env *env, const llm__json *config, llm__vocab_parts *parts) {
+    const llm__json *added = llm__json_take(env, config, "added_tokens_decoder", LLM__JSON_OBJECT);
+    size_t n_known = parts->n + (added ? added->n : 0);
+    for (const llm__json *entry = added ? added->first : NULL; entry; entry = entry->next) {
+        llm_token id = 0;
+        for (size_t i = 0; i < entry->key.n; i++) {
+            char digit = entry->key.at[i];
+            if (digit < '0' || digit > '9' || i > 7)
+                llm__fail(env, LLM_ERROR_FORMAT, "added_tokens_decoder has the id \"%.*s\"", LLM__SHOW(entry->key));
+            id = 10 * id + (digit - '0');
+        }
+        llm__put_added_token(env, parts, entry, id, n_known);
+    }
+}
+
+static void llm__read_tokenizer_config(llm__env *env, const llm__json *config, llm__vocab_parts *parts, llm__vocab_source *v) {
+    if (v->scores) {
+        llm__read_added_tokens(env, config, parts);
+        if (v->prefix == LLM__PREFIX_STRETCH && !llm__json_flag(env, config, "legacy", true)) v->prefix = LLM__PREFIX_FIRST;
+    }
+    v->chat_template = llm__read_chat_template(env, config);
+    llm__read_named_tokens(env, config, parts, v);
+    v->add_bos = llm__json_flag(env, config, "add_bos_token", v->add_bos);
+    v->add_eos = llm__json_flag(env, config, "add_eos_token", v->add_eos);
+}
+
+static void llm__read_beside(llm__env *env, const char *directory, llm__vocab_parts *parts, llm__vocab_source *v) {
+    static const char *const ids[] = {"generation_config.json", "config.json"};
+    const llm__json *config = llm__beside(env, directory, "tokenizer_config.json");
+    if (config) llm__read_tokenizer_config(env, config, parts, v);
+    if ((v->bos == LLM__NONE || v->eos == LLM__NONE) && (config = llm__beside(env, directory, "special_tokens_map.json")) != NULL)
+        llm__read_named_tokens(env, config, parts, v);
+    for (int i = 0; i < 2; i++)
+        if ((config = llm__beside(env, directory, ids[i])) != NULL) llm__read_end_ids(env, config, parts, v);
+    env->file = llm__path_join(env, directory, "chat_template.jinja");
+    if (llm__find_path(env->file) != LLM__REGULAR) return;
+    const llm__file *file = llm__file_open(env, env->file);
+    v->chat_template.at = (const char *)file->data;
+    v->chat_template.n = (size_t)file->size;
+}
+
+/* Ids that no token has are there all the same, and are never made. */
+static void llm__finish_parts(llm__env *env, llm__vocab_parts *parts, llm__vocab_source *v) {
+    float *scores = v->scores ? (float *)llm__alloc_zero(env, parts->n + 1, sizeof *scores) : NULL;
+    if (scores) memcpy(scores, v->scores, v->n_pieces * sizeof *scores);
+    v->scores = scores;
+    v->pieces = parts->pieces;
+    v->types = parts->types;
+    v->traits = parts->traits;
+    v->n_pieces = parts->n;
+    for (size_t id = 0; id < parts->n; id++) {
+        if (parts->types[id]) continue;
+        parts->types[id] = LLM__TYPE_UNUSED;
+        parts->pieces[id].at = "";
+    }
+}
+
+/* From tokenizer.json or tokenizer.model, whichever `path` is, and the files in the same directory. */
+static llm_tokenizer *llm__tokenizer_from_file(llm__env *env, const char *directory, const char *path) {
+    llm__pool *outer = env->pool, *inner = llm__inner_pool(env);
+    const char *file_before = env->file;
     llm__vocab_source v;
-    llm__str piece = {"a", 1};
+    llm__vocab_parts parts;
     memset(&v, 0, sizeof v);
-    (void)directory;
-    v.pieces_name = v.scores_name = v.types_name = v.merges_name = v.pre_name = "stand-in";
-    v.pieces = &piece;
-    v.n_pieces = 1;
-    v.bos = v.eos = v.unk = v.ends[0] = v.ends[1] = v.ends[2] = v.ends[3] = LLM__NONE;
-    v.pre.at = "gpt-2";
-    v.pre.n = 5;
-    return llm__tokenizer_build(env, &v);
+    memset(&parts, 0, sizeof parts);
+    v.bos = v.eos = v.unk = LLM__NONE;
+    env->pool = inner;
+    env->file = path;
+    const llm__file *file = llm__file_open(env, path);
+    size_t n = strlen(path);
+    if (n > 6 && !strcmp(path + n - 6, ".model")) {
+        llm__read_tokenizer_model(env, file, &parts, &v);
+    } else {
+        const llm__json *root = llm__json_parse(env, file->data, (size_t)file->size);
+        llm__read_tokenizer_json(env, root, &parts, &v);
+    }
+    v.n_pieces = parts.n;
+    llm__read_beside(env, directory, &parts, &v);
+    llm__finish_parts(env, &parts, &v);
+    env->file = path;
+    env->pool = outer;
+    llm_tokenizer *t = llm__tokenizer_build(env, &v);
+    env->file = file_before;
+    llm__free(outer, inner);
+    return t;
+}
+
+static llm_tokenizer *llm__tokenizer_from_directory(llm__env *env, const char *directory) {
+    const char *json = llm__path_join(env, directory, "tokenizer.json"), *model = llm__path_join(env, directory, "tokenizer.model");
+    const char *path = llm__find_path(json) == LLM__REGULAR ? json : model;
+    if (llm__find_path(path) != LLM__REGULAR)
+        llm__fail(env, LLM_ERROR_IO, "there is neither tokenizer.json nor tokenizer.model in this directory");
+    return llm__tokenizer_from_file(env, directory, path);
 }
 
 /* ---- Tokenizers alone ---- */
@@ -4172,15 +5140,27 @@ typedef struct llm__tokenizer_load_job {
     llm_tokenizer *tokenizer;
 } llm__tokenizer_load_job;
 
+static llm_tokenizer *llm__load_gguf_tokenizer(llm__env *env, const char *path) {
+    llm__pool *outer = env->pool, *inner = llm__inner_pool(env);
+    env->pool = inner;
+    const llm__checkpoint *ck = llm__read_gguf(env, llm__file_open(env, path));
+    env->pool = outer;
+    llm_tokenizer *t = llm__tokenizer_from_gguf(env, ck);
+    llm__free(outer, inner);
+    return t;
+}
+
 static void llm__tokenizer_load_body(llm__env *env, void *arg) {
     llm__tokenizer_load_job *job = (llm__tokenizer_load_job *)arg;
-    llm__file *file = llm__file_open(env, job->path);
-    llm__checkpoint *ck = llm__read_gguf(env, file);
-    job->tokenizer = llm__tokenizer_from_gguf(env, ck);
-    llm__free(env->pool, ck->values);
-    llm__free(env->pool, ck->tensors);
-    llm__free(env->pool, ck);
-    llm__free(env->pool, file);
+    const char *name = llm__path_name(job->path), *end = strrchr(name, '.');
+    if (llm__find_path(job->path) == LLM__DIRECTORY) {
+        job->tokenizer = llm__tokenizer_from_directory(env, job->path);
+    } else if (end && (!strcmp(end, ".json") || !strcmp(end, ".model"))) {
+        const char *directory = name == job->path ? "." : llm__copy_string(env, job->path, (size_t)(name - job->path));
+        job->tokenizer = llm__tokenizer_from_file(env, directory, job->path);
+    } else {
+        job->tokenizer = llm__load_gguf_tokenizer(env, job->path);
+    }
 }
 
 LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, const llm_host *host, llm_error *err) {
@@ -4190,9 +5170,9 @@ LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, con
     memset(&pool, 0, sizeof pool);
     memset(&env, 0, sizeof env);
     memset(&job, 0, sizeof job);
-    if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "llm_tokenizer_load: out is NULL");
+    if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
     *out = NULL;
-    if (!path) return llm__error(err, LLM_ERROR_ARGUMENT, "llm_tokenizer_load: path is NULL");
+    if (!path) return llm__error(err, LLM_ERROR_ARGUMENT, "path is NULL");
     if (host) pool.host = *host;
     env.pool = &pool;
     env.err = err;
@@ -4274,8 +5254,9 @@ static void llm__trim(const llm__classes *classes, const uint8_t **p, const uint
     }
 }
 
-static void llm__put_content(llm__chat *c, const char *content) {
-    const uint8_t *p = (const uint8_t *)content, *end = p + strlen(content);
+/* A message's content, or a part of it. */
+static void llm__put_stretch(llm__chat *c, const char *text, size_t n_text) {
+    const uint8_t *p = (const uint8_t *)text, *end = p + n_text;
     uint8_t *repaired = NULL;
     if (llm__utf8_check(p, end) != end) {
         size_t n;
@@ -4290,6 +5271,8 @@ static void llm__put_content(llm__chat *c, const char *content) {
     out->spans[out->n_spans++].end = out->n;
     llm__free(c->env->pool, repaired);
 }
+
+static void llm__put_content(llm__chat *c, const char *content) { llm__put_stretch(c, content, strlen(content)); }
 
 /* Takes the white space off the end of what is there so far. */
 static void llm__trim_end(llm__chat *c) {
@@ -4353,6 +5336,198 @@ static void llm__render_chatml(llm__chat *c, bool open_answer) {
     for (int i = 0; i < c->n_messages; i++) {
         llm__chatml_message(c, c->messages[i].role);
         llm__put_content(c, c->messages[i].content);
+        llm__put(c, "<|im_end|>\n");
+    }
+    if (open_answer) llm__chatml_message(c, "assistant");
+}
+
+/* Many templates have ChatML's tokens and do something else with the messages. Which one it is is seen from its outline:
+   its tags in one way of writing, without the branches that only tools take. */
+typedef struct llm__tag {
+    char kind; /* '{', '%', '#'; 0: the template's end */
+    const char *text;
+    size_t n;
+    bool trims; /* the white space after it */
+} llm__tag;
+
+/* Reads the next tag; false where there is text before it that would be shown. */
+static bool llm__next_tag(const char **at, llm__tag *tag) {
+    const char *p = *at, *start = p;
+    char quote = 0;
+    while (*p == ' ' || *p == '\n' || *p == '\t') p++;
+    bool space = p > start && !tag->trims && !(tag->kind != '{' && p == start + 1 && *start == '\n');
+    tag->kind = *p ? p[1] : 0;
+    if (!*p) return !space;
+    if (*p != '{' || (p[1] != '{' && p[1] != '%' && p[1] != '#')) return false;
+    if (space && p[2] != '-') return false;
+    char close = p[1] == '{' ? '}' : p[1];
+    p += p[2] == '-' ? 3 : 2;
+    tag->text = p;
+    for (; *p && (quote || p[0] != close || p[1] != '}'); p++) {
+        if (quote && *p == '\\' && p[1]) p++;
+        else if (quote) quote = *p == quote ? 0 : quote;
+        else if (close != '#' && (*p == '\'' || *p == '"')) quote = *p;
+    }
+    if (!*p) return false;
+    tag->trims = p > tag->text && p[-1] == '-';
+    tag->n = (size_t)(p - tag->text) - tag->trims;
+    *at = p + 2;
+    return true;
+}
+
+/* ['role'] at the end of what is written becomes .role; returns how much is written then. */
+static size_t llm__unbracket(char *out, size_t n) {
+    size_t key = n - 2;
+    while (key && out[key - 1] != '\'') key--;
+    if (key < 2 || out[key - 2] != '[') return n;
+    out[key - 2] = '.';
+    memmove(out + key - 1, out + key, n - 2 - key);
+    return n - 3;
+}
+
+/* Writes a tag without spaces, with single quotes, \n for a new line, .role for ['role'] and one string for a sum of
+   strings; false if it is too long. */
+static bool llm__write_tag(const llm__tag *tag, char *out, size_t room) {
+    size_t n = 0;
+    char quote = 0;
+    out[n++] = tag->kind;
+    for (const char *p = tag->text, *end = p + tag->n; p < end; p++) {
+        if (n + 3 > room) return false;
+        bool mark = quote ? *p == quote : *p == '\'' || *p == '"';
+        if (mark && !quote && n > 2 && out[n - 2] == '\'' && out[n - 1] == '+') n -= 2;
+        else if (mark) out[n++] = '\'';
+        else if (quote && (*p == '\n' || *p == '\\')) {
+            out[n++] = '\\';
+            out[n++] = *p == '\n' ? 'n' : *++p;
+        } else if (quote || (*p != ' ' && *p != '\n' && *p != '\t')) out[n++] = *p;
+        if (mark) quote = quote ? 0 : *p;
+        if (!quote && out[n - 1] == ']' && out[n - 2] == '\'') n = llm__unbracket(out, n);
+    }
+    out[n] = 0;
+    return true;
+}
+
+#define LLM__IM_SYSTEM "{'<|im_start|>system\\n"
+#define LLM__IM_END "<|im_end|>\\n'"
+
+/* A star for the text of a default system message. */
+static void llm__star_system(char *tag) {
+    size_t n = strlen(tag), begin = strlen(LLM__IM_SYSTEM), end = strlen(LLM__IM_END);
+    if (n < begin + end || strncmp(tag, LLM__IM_SYSTEM, begin) || strcmp(tag + n - end, LLM__IM_END)) return;
+    if (!memchr(tag + begin, '\'', n - begin - end) && !memchr(tag + begin, '\\', n - begin - end))
+        strcpy(tag + begin, "*" LLM__IM_END);
+}
+
+/* False if it is too long, or no template of tags alone. */
+static bool llm__write_outline(const char *text, char *out, size_t room) {
+    static const char *const dead[] = {"%iftools", "%elifmessage.role=='assistant'", "%elifmessage.role=='tool'"};
+    char written[512];
+    llm__tag tag;
+    size_t n = 0;
+    int depth = 0; /* of ifs in a branch that is not taken */
+    memset(&tag, 0, sizeof tag);
+    while (llm__next_tag(&text, &tag)) {
+        if (!tag.kind) return true;
+        bool fits = llm__write_tag(&tag, written, sizeof written);
+        if (tag.kind == '#') continue;
+        if (depth && fits) {
+            if (!strncmp(written, "%if", 3)) depth++;
+            if (!strcmp(written, "%endif")) depth--;
+            if (depth == 1 && !strncmp(written, "%el", 3)) depth = 0;
+        }
+        if (depth) continue;
+        if (!fits) return false;
+        bool tools = !strcmp(written, dead[0]);
+        for (int i = 0; i < 3; i++)
+            if (!strcmp(written, dead[i])) depth = 1;
+        if (depth && !tools) continue;
+        llm__star_system(written);
+        size_t length = strlen(written);
+        if (length >= room - n) return false;
+        memcpy(out + n, written, length + 1);
+        n += length;
+    }
+    return false;
+}
+
+#define LLM__IM_MESSAGES "%formessageinmessages"
+#define LLM__IM_DEFAULT LLM__IM_SYSTEM "*" LLM__IM_END
+#define LLM__IM_MESSAGE "{'<|im_start|>'+message.role+'\\n'+message.content+'" LLM__IM_END
+#define LLM__IM_ANSWER "%endfor%ifadd_generation_prompt{'<|im_start|>assistant\\n'%endif"
+#define LLM__IM_QWEN25 "%ifmessages[0].role=='system'" LLM__IM_SYSTEM "'+messages[0].content+'" LLM__IM_END "%else" LLM__IM_DEFAULT "%endif"
+#define LLM__IM_NO_CALL "%if(message.role=='user')or(message.role=='system'andnotloop.first)or(message.role=='assistant'andnotmessage.tool_calls)"
+
+static bool llm__is_chatml(const char *text) {
+    static const char *const first[] = {"{bos_token", "%ifnotadd_generation_promptisdefined%setadd_generation_prompt=false%endif"};
+    static const char *const known[] = {
+        LLM__IM_MESSAGES LLM__IM_MESSAGE LLM__IM_ANSWER,
+        LLM__IM_MESSAGES "%ifloop.firstandmessages[0].role!='system'" LLM__IM_DEFAULT "%endif" LLM__IM_MESSAGE LLM__IM_ANSWER,
+        LLM__IM_QWEN25 LLM__IM_MESSAGES LLM__IM_NO_CALL LLM__IM_MESSAGE "%endif" LLM__IM_ANSWER,
+        "%iftools%else" LLM__IM_QWEN25 "%endif" LLM__IM_MESSAGES LLM__IM_NO_CALL LLM__IM_MESSAGE "%endif" LLM__IM_ANSWER};
+    char outline[1024] = "", *p = outline;
+    if (!llm__write_outline(text, outline, sizeof outline)) return false;
+    for (int i = 0; i < 2; i++)
+        if (!strncmp(p, first[i], strlen(first[i]))) p += strlen(first[i]);
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (!strcmp(p, known[i])) return true;
+    return false;
+}
+
+/* ---- Qwen 3: ChatML, but of an answer's thoughts only those since the last question are kept ---- */
+
+static llm__str llm__strip_lines(const char *p, const char *end) {
+    llm__str s;
+    while (p < end && *p == '\n') p++;
+    while (p < end && end[-1] == '\n') end--;
+    s.at = p;
+    s.n = (size_t)(end - p);
+    return s;
+}
+
+/* What stands after the last `mark` before `end`; all if there is none. */
+static const char *llm__after_last(const char *text, const char *end, const char *mark) {
+    size_t n = strlen(mark);
+    for (const char *p = end; (size_t)(p - text) >= n; p--)
+        if (!memcmp(p - n, mark, n)) return p;
+    return text;
+}
+
+static void llm__qwen3_answer(llm__chat *c, const char *content, bool recent, bool last) {
+    const char *end = content + strlen(content), *close = strstr(content, "</think>"), *answer = content;
+    llm__str thoughts = {"", 0};
+    if (close) {
+        thoughts = llm__strip_lines(llm__after_last(content, close, "<think>"), close);
+        answer = llm__after_last(content, end, "</think>");
+    }
+    bool shown = recent && (last || thoughts.n);
+    if (close || shown)
+        while (*answer == '\n') answer++;
+    if (shown) {
+        llm__put(c, "<think>\n");
+        llm__put_stretch(c, thoughts.at, thoughts.n);
+        llm__put(c, "\n</think>\n\n");
+    }
+    llm__put_stretch(c, answer, (size_t)(end - answer));
+}
+
+/* Whether a user's message is not what a tool said. */
+static bool llm__is_question(const llm_message *m) {
+    static const char open[] = "<tool_response>", close[] = "</tool_response>";
+    size_t n = strlen(m->content);
+    bool response = n >= sizeof close - 1 && !strncmp(m->content, open, sizeof open - 1) &&
+                    !strcmp(m->content + n - (sizeof close - 1), close);
+    return !strcmp(m->role, "user") && !response;
+}
+
+static void llm__render_qwen3(llm__chat *c, bool open_answer) {
+    int question = c->n_messages - 1;
+    while (question >= 0 && !llm__is_question(&c->messages[question])) question--;
+    if (question < 0) question = c->n_messages - 1;
+    for (int i = 0; i < c->n_messages; i++) {
+        const llm_message *m = &c->messages[i];
+        llm__chatml_message(c, m->role);
+        if (!strcmp(m->role, "assistant")) llm__qwen3_answer(c, m->content, i > question, i == c->n_messages - 1);
+        else llm__put_content(c, m->content);
         llm__put(c, "<|im_end|>\n");
     }
     if (open_answer) llm__chatml_message(c, "assistant");
@@ -4479,11 +5654,15 @@ static const llm__chat_form *llm__find_chat_form(const char *text) {
         llm__chat_form form;
         const char *has[3], *lacks[3];
     } known[] = {
-        {{"chatml", false, llm__render_chatml}, {"<|im_start|>", "<|im_end|>", "role"}, {"reasoning_mode", NULL, NULL}},
-        {{"llama-3", false, llm__render_llama3}, {"<|start_header_id|>", "<|eot_id|>", "message['content'] | trim"}, {NULL, NULL, NULL}},
+        {{"qwen3", false, llm__render_qwen3},
+         {"loop.index0 > ns.last_query_index", "loop.last or (not loop.last and reasoning_content)", "split('</think>')[-1].lstrip('\\n')"},
+         {"<s>", "bos_token", "raise_exception"}},
+        {{"llama-3", false, llm__render_llama3}, {"<|start_header_id|>", "<|eot_id|>", "message['content'] | trim"}, {"system_prompt", NULL, NULL}},
         {{"llama-2", true, llm__render_llama2}, {"<<SYS>>", "bos_token + '[INST] '", "content.strip()"}, {NULL, NULL, NULL}},
         {{"mistral", true, llm__render_mistral}, {"[INST]", "[/INST]", "eos_token"}, {"<<SYS>>", "[SYSTEM_PROMPT]", NULL}},
         {{"zephyr", false, llm__render_zephyr}, {"<|user|>", "<|assistant|>", "eos_token"}, {"<|end|>", NULL, NULL}}};
+    static const llm__chat_form chatml = {"chatml", false, llm__render_chatml};
+    if (text && llm__is_chatml(text)) return &chatml;
     for (size_t i = 0; text && i < sizeof known / sizeof *known; i++) {
         bool fits = true;
         for (int k = 0; k < 3; k++) {
@@ -4525,7 +5704,7 @@ static llm__rendered llm__render_chat(llm__env *env, const llm_tokenizer *t, con
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model's file has no chat template; render the messages as text yourself");
     if (!form)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the chat template in the model's file is not one of those known here (ChatML, "
-                  "Llama-2, Llama-3, Mistral, Zephyr); render the messages as text yourself");
+                  "Qwen3, Llama-2, Llama-3, Mistral, Zephyr); render the messages as text yourself");
     if (n_messages < 1) llm__fail(env, LLM_ERROR_ARGUMENT, "there are %d messages", n_messages);
     llm__check_messages(&c, form->alternates);
     llm__put(&c, "");

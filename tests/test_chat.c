@@ -31,7 +31,7 @@ static void build_small(llm__env *env, void *arg) {
         pieces[i].n = strlen(texts[i]);
     }
     v.sentencepiece = true;
-    v.pieces_name = v.scores_name = v.types_name = v.merges_name = v.pre_name = "test";
+    v.pieces_name = v.scores_name = v.types_name = v.merges_name = "test";
     v.n_pieces = 8;
     v.pieces = pieces;
     v.scores = scores;
@@ -39,8 +39,8 @@ static void build_small(llm__env *env, void *arg) {
     v.unk = 0;
     v.bos = 1;
     v.eos = 2;
-    v.ends[0] = v.ends[1] = v.ends[2] = v.ends[3] = -1;
-    v.add_bos = v.add_space_prefix = true;
+    v.add_bos = v.strip_prefix = v.fuse_unk = true;
+    v.prefix = LLM__PREFIX_STRETCH;
     v.chat_template.at = job->chat_template;
     v.chat_template.n = job->chat_template ? strlen(job->chat_template) : 0;
     job->tokenizer = llm__tokenizer_build(env, &v);
@@ -136,7 +136,9 @@ static void refuses(const char *chat_template, const llm_message *messages, int 
     llm_tokenizer_free(tokenizer);
 }
 
-#define CHATML "{{'<|im_start|>' + message['role'] + '<|im_end|>'}}"
+#define CHATML \
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}" \
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 
 static void test_errors(void **state) {
     (void)state;

@@ -55,7 +55,7 @@ typedef struct vocabulary {
     const char *const *merges; /* two for each */
     const int32_t *types;
     const float *scores;
-    const uint8_t *strip;
+    const uint16_t *traits;
     llm_token bos, eos, unk;
     bool add_bos, add_eos, add_space_prefix;
     llm_tokenizer *built;
@@ -84,22 +84,22 @@ static void build_body(llm__env *env, void *arg) {
     v.scores_name = "scores";
     v.types_name = "types";
     v.merges_name = "merges";
-    v.pre_name = "pre";
     v.n_pieces = (size_t)in->n;
     v.n_merges = (size_t)in->n_merges;
     v.pieces = pieces;
     v.merges = merges;
     v.types = in->types;
     v.scores = in->scores;
-    v.strip = in->strip;
-    v.pre = str(in->pre ? in->pre : "gpt-2");
+    v.traits = in->traits;
     v.bos = in->bos;
     v.eos = in->eos;
     v.unk = in->unk;
-    v.ends[0] = v.ends[1] = v.ends[2] = v.ends[3] = -1;
     v.add_bos = in->add_bos;
     v.add_eos = in->add_eos;
-    v.add_space_prefix = in->add_space_prefix;
+    v.strip_prefix = in->add_space_prefix;
+    v.prefix = in->add_space_prefix ? LLM__PREFIX_STRETCH : LLM__NO_PREFIX;
+    v.fuse_unk = true;
+    if (!in->sentencepiece) llm__use_pre_tokenizer(env, &v, str(in->pre ? in->pre : "gpt-2"));
     in->built = llm__tokenizer_build(env, &v);
 }
 
@@ -201,10 +201,10 @@ static void test_no_byte_tokens(void **state) {
 
 static void test_byte_level(void **state) {
     (void)state;
-    static const char *const pieces[] = {"a", "b", "c", "ab", "bc", "abc", "\xC4\xA0", "<x>", "<x>y", "<x", "\xC4\xA0" "a", "<"};
+    static const char *const pieces[] = {"a", "b", "c", "ab", "bc", "abc", "\xC4\xA0", "<x>", "<x>y", "<x", "\xC4\xA0\x61", "<"};
     static const char *const merges[] = {"b", "c", "a", "b", "ab", "c", "\xC4\xA0", "a"};
     static const int32_t types[] = {1, 1, 1, 1, 1, 1, 1, 3, 4, 3, 1, 1};
-    static const uint8_t strip[] = {0, 0, 0, 0, 0, 0, 0, LLM__LSTRIP, LLM__RSTRIP, 0, 0, 0};
+    static const uint16_t traits[] = {0, 0, 0, 0, 0, 0, 0, LLM__LSTRIP, LLM__RSTRIP, 0, 0, 0};
     vocabulary v;
     memset(&v, 0, sizeof v);
     v.n = 12;
@@ -212,7 +212,7 @@ static void test_byte_level(void **state) {
     v.pieces = pieces;
     v.merges = merges;
     v.types = types;
-    v.strip = strip;
+    v.traits = traits;
     v.bos = v.eos = v.unk = -1;
     llm_tokenizer *t = build(&v);
     check_ids(t, "abc", 0, "0 4");  /* "abc" is a piece, but the merges never get there */
@@ -490,12 +490,12 @@ static void test_stream(void **state) {
     memset(&v, 0, sizeof v);
     for (int i = 0; i < 256; i++) list[i] = str(pieces[i]);
     v.sentencepiece = true;
-    v.pieces_name = v.scores_name = v.types_name = v.merges_name = v.pre_name = "test";
+    v.pieces_name = v.scores_name = v.types_name = v.merges_name = "test";
     v.n_pieces = 256;
     v.pieces = list;
     v.types = types;
     v.scores = scores;
-    v.bos = v.eos = v.unk = v.ends[0] = v.ends[1] = v.ends[2] = v.ends[3] = -1;
+    v.bos = v.eos = v.unk = -1;
     llm__pool pool;
     llm__env env;
     memset(&pool, 0, sizeof pool);

@@ -112,7 +112,8 @@ static void tiny_vocabulary(tiny_file *f, const tiny_spec *s) {
     tiny_str(f, "a a");
     tiny_key_u32(f, "tokenizer.ggml.eos_token_id", (uint32_t)n - 2);
     tiny_key_u32(f, "tokenizer.ggml.bos_token_id", (uint32_t)n - 1);
-    tiny_key_str(f, "tokenizer.chat_template", "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}");
+    tiny_key_str(f, "tokenizer.chat_template", "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+                 "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}");
 }
 
 static size_t tiny_row_bytes(uint32_t type, int cols) {

@@ -42,6 +42,43 @@ QWEN25 = r"""{%- if messages[0]['role'] == 'system' %}
     {{- '<|im_start|>assistant\n' }}
 {%- endif %}
 """
+QWEN3 = r"""{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and not(message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set content = message.content %}
+        {%- set reasoning_content = '' %}
+        {%- if '</think>' in message.content %}
+            {%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
+            {%- set reasoning_content = message.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index %}
+            {%- if loop.last or (not loop.last and reasoning_content) %}
+                {{- '<|im_start|>' + message.role + '\n<think>\n' + reasoning_content.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+            {%- else %}
+                {{- '<|im_start|>' + message.role + '\n' + content }}
+            {%- endif %}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}"
     "{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}{% for message in loop_messages %}" + ALTERNATE + "{% if loop.index0 == 0 and system_message != false %}"
@@ -126,6 +163,20 @@ ZEPHYR = """{% for message in messages %}
 {% endif %}
 {% endfor %}"""
 
+# What has ChatML's tokens and is something else.
+ODD = {
+    "Yi": "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|im_start|>user\n' + message['content'] + '<|im_end|>\n<|im_start|>assistant\n' }}"
+    "{% else %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}",
+    "ChatML, trimmed": chatml("").replace("message['content']", "message['content'] | trim"),
+    "ChatML, no line": chatml("").replace("'<|im_end|>' + '\n'", "'<|im_end|>'"),
+    "ChatML, text between": chatml("").replace("{% if add", "Now:{% if add"),
+    "ChatML, line shown": chatml("").replace("}}{% endfor", "}}\n{% endfor"),
+    "ChatML, default always": chatml("Be good.").replace("loop.first and messages[0]['role'] != 'system'", "loop.first"),
+    "ChatML, open end": "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']}}{% if (loop.last and add_generation_prompt) or "
+    "not loop.last %}{{ '<|im_end|>' + '\n'}}{% endif %}{% endfor %}" + GENERATION,
+    "ChatML, thinking": chatml("").replace("'<|im_start|>assistant\n'", r"'<|im_start|>assistant\n<think>\n'"),
+    "ChatML, escaped default": chatml(r"It\'s you."),
+}
 # name: (what llm_chat_template calls it, template, the published one's file)
 TEMPLATES = {
     "SmolLM2": ("chatml", chatml("You are a helpful AI assistant named SmolLM, trained by Hugging Face"), None),
@@ -133,6 +184,9 @@ TEMPLATES = {
     "Qwen2.5": ("chatml", QWEN25, "Qwen-Qwen2.5-7B-Instruct.jinja"),
     "ChatML": ("chatml", chatml(""), None),
     "ChatML with BOS": ("chatml", chatml("", "{{bos_token}}"), None),
+    "Dolphin": ("chatml", chatml("", "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"), None),
+    "ChatML, other quotes": ("chatml", chatml("You are a bot.").replace("'", '"').replace('["role"]', ".role"), None),
+    "Qwen3": ("qwen3", QWEN3, "Qwen-Qwen3-0.6B.jinja"),
     "Llama-2": ("llama-2", LLAMA2, None),
     "Llama-3": ("llama-3", LLAMA3, None),
     "Llama-3.1": ("llama-3", LLAMA31, "meta-llama-Llama-3.1-8B-Instruct.jinja"),
@@ -143,6 +197,7 @@ TEMPLATES = {
     "Mistral 0.3": ("mistral", mistral("loop.last", "[INST] ", "[/INST]", '" " + message["content"]|trim'), None),
     "Mistral-Nemo": ("mistral", mistral("loop.last", "[INST]", "[/INST]", 'message["content"]'), "mistralai-Mistral-Nemo-Instruct-2407.jinja"),
     "Zephyr": ("zephyr", ZEPHYR, None),
+    **{name: (None, template, None) for name, template in ODD.items()},
     "unknown": (None, "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", None),
 }
 S, U, A = "system", "user", "assistant"
@@ -155,6 +210,8 @@ CONVERSATIONS = [
     [(U, "é 你好 👍\u00a0"), (A, "<|im_end|></s>[/INST]<|eot_id|>"), (U, "<|im_start|>system\n")],
     [(A, "first"), (U, "second")],
     [(U, "one"), (S, "late"), (U, "two")],
+    [(U, "one"), (A, "<think>\nmuch\n</think>\n\ntwo"), (U, "three"), (A, "\n<think>\n\n</think>\nfour\n")],
+    [(U, "one"), (U, "<tool_response>x</tool_response>"), (A, "\nthinking</think>a"), (A, "plain"), (A, "\nlast")],
 ]
 
 
@@ -163,7 +220,8 @@ def refuse(message):
 
 
 def render(template, messages, open_answer):
-    """As transformers does, but for the date; None if the template refuses the messages or leaves one out."""
+    """As transformers does, but for the date; None if the template refuses the messages or leaves one out (but Qwen3's,
+    which leaves out thoughts)."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
     try:
@@ -171,7 +229,7 @@ def render(template, messages, open_answer):
             messages=messages, add_generation_prompt=open_answer, bos_token="<s>", eos_token="</s>")
     except TemplateError:
         return None
-    return text if all(message["content"].strip() in text for message in messages) else None
+    return text if "</think>" in template or all(message["content"].strip() in text for message in messages) else None
 
 
 def main(output, directory=None):
@@ -182,7 +240,8 @@ def main(output, directory=None):
                 for open_answer in (True, False):
                     messages = [{"role": role, "content": content} for role, content in conversation]
                     text = render(template, messages, open_answer)
-                    cases.append({"messages": conversation, "open": open_answer, "text": text})
+                    if kind:
+                        cases.append({"messages": conversation, "open": open_answer, "text": text})
                     if directory and published:
                         with open(os.path.join(directory, published), encoding="utf-8") as other:
                             assert render(other.read(), messages, open_answer) == text, (name, conversation)

@@ -1,7 +1,14 @@
 #!/usr/bin/env python3
 """Compares build/tokenize with the reference tokenizers on many texts, for any number of GGUF files.
 
-    python3 tokenizer/compare.py [-n 20000] [--seed 7] [--tool build/tokenize] FILE.gguf ...
+    python3 tokenizer/compare.py [-n 20000] [--as WHAT] [--pre NAME] FILE.gguf ...
+
+--as gguf           build/tokenize reads the GGUF file itself; SentencePiece vocabularies are compared with Hugging Face's
+     sentencepiece  ... with sentencepiece, which knows no special tokens in texts
+     json           it reads the tokenizer.json that Hugging Face's tokenizers save
+     first, split   the same, of a SentencePiece vocabulary with Metaspace "first" or "split" instead of a normalizer
+     model          it reads a tokenizer.model, compared with sentencepiece
+--pre               another pre-tokenizer than the file's own, for --as json
 """
 
 import argparse
@@ -9,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import reference
 
@@ -19,22 +27,44 @@ def run(tool, model, texts, *flags):
     return done.stdout.split("\n")[:-1]
 
 
-def compare(args, model):
-    vocabulary = reference.Vocabulary(model)
-    tokenizer = reference.make(vocabulary)
+def prepare(args, path, vocabulary, directory):
+    """What build/tokenize reads, and the reference."""
+    if args.what in ("sentencepiece", "model"):
+        model = reference.sentencepiece_model(vocabulary)
+        if args.what == "model":
+            path = os.path.join(directory, "tokenizer.model")
+            with open(path, "wb") as file:
+                file.write(model)
+        return path, reference.SentencePiece(model)
+    if vocabulary.model == "llama":
+        tokenizer = reference.characters(vocabulary, args.what if args.what in ("first", "split") else "legacy")
+    else:
+        tokenizer = reference.byte_level(vocabulary, args.pre)
+    if args.what != "gguf":
+        path = directory
+        tokenizer.save(os.path.join(directory, "tokenizer.json"))
+    return path, reference.HuggingFace(tokenizer)
+
+
+def compare(args, path, directory):
+    vocabulary = reference.Vocabulary(path)
+    model, tokenizer = prepare(args, path, vocabulary, directory)
     specials = vocabulary.of_type(reference.CONTROL, reference.USER_DEFINED)[:200]
     texts = reference.texts(args.count, specials, seed=args.seed, size=12)
-    wrong = 0
+    wrong = n_encoded = 0
     for flags in (["--special"], []):
+        if flags and isinstance(tokenizer, reference.SentencePiece):
+            continue
         ours = [[int(i) for i in line.split()] for line in run(args.tool, model, texts, *flags)]
         assert len(ours) == len(texts)
         for text, ids in zip(texts, ours):
             expected = tokenizer.encode(text, special=bool(flags))
+            n_encoded += 1
             if ids != expected:
                 wrong += 1
                 if wrong <= args.show:
                     print(f"  {flags} {text!r}\n    ours     {ids}\n    expected {expected}")
-    ids = [tokenizer.encode(text, special=True) for text in texts]
+    ids = [tokenizer.encode(text, special=isinstance(tokenizer, reference.HuggingFace)) for text in texts]
     lines = "".join(" ".join(map(str, line)) + "\n" for line in ids)
     done = subprocess.run([args.tool, "-m", model, "--json", "-d"], input=lines, capture_output=True, text=True, check=True)
     back = [json.loads(line) for line in done.stdout.split("\n")[:-1]]
@@ -45,7 +75,8 @@ def compare(args, model):
             wrong_back += 1
             if wrong_back <= args.show:
                 print(f"  decode {line}\n    ours     {ours!r}\n    expected {expected!r}")
-    print(f"{os.path.basename(model)}: {wrong} of {2 * len(texts)} encodings differ, {wrong_back} of {len(ids)} decodings", flush=True)
+    name = " ".join([os.path.basename(path), "as", args.what] + ([args.pre] if args.pre else []))
+    print(f"{name}: {wrong} of {n_encoded} encodings differ, {wrong_back} of {len(ids)} decodings", flush=True)
     return wrong + wrong_back
 
 
@@ -55,9 +86,15 @@ def main():
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--show", type=int, default=5)
     parser.add_argument("--tool", default="build/tokenize")
+    parser.add_argument("--as", dest="what", default="gguf", choices=["gguf", "sentencepiece", "json", "first", "split", "model"])
+    parser.add_argument("--pre", choices=sorted(reference.PRE_TOKENIZERS))
     parser.add_argument("models", nargs="+")
     args = parser.parse_args()
-    sys.exit(1 if sum([compare(args, model) for model in args.models]) else 0)
+    wrong = 0
+    for model in args.models:
+        with tempfile.TemporaryDirectory() as directory:
+            wrong += compare(args, model, directory)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@
 import random
 
 import unicodedataplus as unicode
+import sentencepiece
 from gguf import GGUFReader
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Sequence, Split
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Punctuation, Sequence, Split
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
@@ -36,6 +38,7 @@ class Vocabulary:
         self.fields = GGUFReader(path).fields
         self.model = self.get("tokenizer.ggml.model")
         self.pre = self.get("tokenizer.ggml.pre")
+        self.unk = self.get("tokenizer.ggml.unknown_token_id", 0)
         self.tokens = self.strings("tokenizer.ggml.tokens")
         self.types = self.numbers("tokenizer.ggml.token_type") or [NORMAL] * len(self.tokens)
         self.merges = self.strings("tokenizer.ggml.merges")
@@ -67,6 +70,12 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|" + SPACES
 )
 QWEN2 = LLAMA3.replace("{1,3}", "")
+UP, LOW, START = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[^\r\n\p{L}\p{N}]?"
+REST = r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|" + SPACES
+TEKKEN = START + UP + "*" + LOW + "+|" + START + UP + "+" + LOW + "*" + REST
+FOLDED = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O = START + UP + "*" + LOW + "+" + FOLDED + "|" + START + UP + "+" + LOW + "*" + FOLDED + REST.replace(r"\p{N}|", r"\p{N}{1,3}|")
+DEEPSEEK_CODER = ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+"]
 PRE_TOKENIZERS = {  # name in GGUF: pre-tokenizer, normaliser, ignore_merges
     "gpt-2": (GPT2, None, False),
     "mpt": (GPT2, normalizers.NFC(), False),
@@ -77,6 +86,10 @@ PRE_TOKENIZERS = {  # name in GGUF: pre-tokenizer, normaliser, ignore_merges
     "llama-bpe": (Sequence([isolated(LLAMA3), BYTES]), None, True),
     "dbrx": (Sequence([isolated(LLAMA3), BYTES]), None, False),
     "qwen2": (Sequence([isolated(QWEN2), BYTES]), normalizers.NFC(), False),
+    "gpt-4o": (Sequence([isolated(GPT4O), BYTES]), None, False),
+    "tekken": (Sequence([isolated(TEKKEN), BYTES]), None, True),
+    "falcon": (Sequence([Punctuation("contiguous"), GPT2, isolated("[0-9][0-9][0-9]")]), None, False),
+    "deepseek-coder": (Sequence([isolated(p) for p in DEEPSEEK_CODER] + [Digits(individual_digits=True), BYTES]), None, False),
 }
 
 
@@ -95,9 +108,52 @@ def byte_level(vocabulary, pre=None):
     return tokenizer
 
 
+def scored_merges(vocabulary):
+    """The merges of a SentencePiece vocabulary, as transformers makes them: every way to cut a piece into two."""
+    ids = {token: i for i, token in enumerate(vocabulary.tokens)}
+    merges = []
+    for id_, (token, score, type_) in enumerate(zip(vocabulary.tokens, vocabulary.scores, vocabulary.types)):
+        if type_ != NORMAL:
+            continue
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ids and token[i:] in ids]
+        merges += [(-score, id_, pair) for pair in sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
+    return [pair for _, _, pair in sorted(merges, key=lambda merge: merge[:2])]
+
+
+def characters(vocabulary, how="legacy"):
+    """The Hugging Face tokenizer that a SentencePiece vocabulary is converted to."""
+    ids = {token: i for i, token in enumerate(vocabulary.tokens)}
+    model = models.BPE(ids, scored_merges(vocabulary), unk_token=vocabulary.tokens[vocabulary.unk], fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    if how == "legacy":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif how == "split":
+        tokenizer.pre_tokenizer = Metaspace("▁", prepend_scheme="always", split=True)
+    else:
+        tokenizer.pre_tokenizer = Metaspace("▁", prepend_scheme="first", split=False)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in vocabulary.of_type(CONTROL, UNKNOWN)])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in vocabulary.of_type(USER_DEFINED)])
+    return tokenizer
+
+
+def sentencepiece_model(vocabulary):
+    """The tokenizer.model of a SentencePiece vocabulary."""
+    model = sentencepiece_model_pb2.ModelProto()
+    for token, score, type_ in zip(vocabulary.tokens, vocabulary.scores, vocabulary.types):
+        model.pieces.add(piece=token, score=score, type=type_)
+    model.pieces[vocabulary.unk].type = UNKNOWN
+    model.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return model.SerializeToString()
+
+
 class HuggingFace:
-    def __init__(self, vocabulary):
-        self.tokenizer = byte_level(vocabulary)
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
 
     def encode(self, text, special):
         self.tokenizer.encode_special_tokens = not special
@@ -107,8 +163,17 @@ class HuggingFace:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def make(vocabulary):
-    return HuggingFace(vocabulary)
+class SentencePiece:
+    """Knows no special tokens in texts."""
+
+    def __init__(self, model):
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    def encode(self, text, special):
+        return None if special else self.processor.encode(text)
+
+    def decode(self, ids):
+        return self.processor.decode(ids)
 
 
 # ---- Texts ----

@@ -159,7 +159,7 @@ static int run(const llm_tokenizer *tokenizer, const options *o) {
 
 int main(int argc, char **argv) {
     static const struct argp_option list[] = {
-        {"model", 'm', "FILE", 0, "the model, or a file with its vocabulary alone", 0},
+        {"model", 'm', "FILE", 0, "the model, its directory, or a file with its vocabulary alone", 0},
         {"decode", 'd', NULL, 0, "lines of ids in, text out", 0},
         {"json", OPTION_JSON, NULL, 0, "texts are JSON strings, one per line", 0},
         {"bos", OPTION_BOS, NULL, 0, "begin and end as the model's file asks for", 0},

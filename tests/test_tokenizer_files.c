@@ -1,0 +1,408 @@
+/* Tokenizers in tokenizer.json and tokenizer.model: small ones of each kind against what Hugging Face's tokenizers and
+   sentencepiece make of texts (tokenizer/families.py), the files beside them, hostile files, failing allocations.
+   Variants: asan */
+#define LLM_IMPLEMENTATION
+#include "../llm.h"
+
+#include <jansson.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdlib.h>
+
+#include <cmocka.h>
+
+enum { MAX_IDS = 4096 };
+
+static const char *golden(const char *name) {
+    static char path[512];
+    const char *dir = getenv("LLM_TEST_DIR");
+    snprintf(path, sizeof path, "%s/golden/tokenizers/%s", dir ? dir : "tests", name);
+    return path;
+}
+
+static llm_tokenizer *load(const char *path) {
+    llm_tokenizer *tokenizer;
+    llm_error err;
+    if (llm_tokenizer_load(&tokenizer, path, NULL, &err)) fail_msg("%s", err.message);
+    return tokenizer;
+}
+
+/* ---- Golden texts ---- */
+
+static void compare_ids(const llm_tokenizer *t, const char *name, const json_t *text, unsigned flags, const json_t *expected) {
+    llm_token ids[MAX_IDS];
+    llm_error err;
+    int64_t n = llm_encode(t, json_string_value(text), json_string_length(text), flags, ids, MAX_IDS, &err);
+    bool same = n == (int64_t)json_array_size(expected) && n <= MAX_IDS;
+    for (int64_t i = 0; same && i < n; i++) same = ids[i] == json_integer_value(json_array_get(expected, (size_t)i));
+    if (same) return;
+    for (int64_t i = 0; i < n && i < MAX_IDS; i++) print_error("%d ", (int)ids[i]);
+    fail_msg("%s: \"%s\" with flags %u is these ids instead of %s", name, json_string_value(text), flags, json_dumps(expected, 0));
+}
+
+static void compare_text(const llm_tokenizer *t, const char *name, const json_t *ids, unsigned flags, const json_t *expected) {
+    llm_token list[MAX_IDS];
+    size_t n = json_array_size(ids), n_text = 0;
+    char text[4096];
+    llm_text_stream stream = {flags, false, {0}, 0};
+    assert_in_range(n, 0, MAX_IDS);
+    for (size_t i = 0; i < n; i++) list[i] = (llm_token)json_integer_value(json_array_get(ids, i));
+    for (size_t i = 0; i <= n; i++)
+        n_text += llm_stream_token(t, &stream, i < n ? list[i] : -1, text + n_text, sizeof text - n_text);
+    if (n_text != json_string_length(expected) || memcmp(text, json_string_value(expected), n_text))
+        fail_msg("%s: %s streamed with flags %u is \"%s\" instead of \"%s\"", name, json_dumps(ids, 0), flags, text, json_string_value(expected));
+    if (strstr(text, "\xEF\xBF\xBD")) return;
+    assert_int_equal(llm_decode(t, list, n, flags, text, sizeof text), n_text);
+    assert_memory_equal(text, json_string_value(expected), n_text);
+}
+
+static const json_t *either(const json_t *first, const json_t *second) { return json_is_null(first) ? second : first; }
+
+/* LLM_ENCODE_BOS does not add a second BOS or EOS; the others do. */
+static bool begins_or_ends(const llm_tokenizer *t, const json_t *ids) {
+    size_t n = json_array_size(ids);
+    return n && (json_integer_value(json_array_get(ids, 0)) == llm_tokenizer_bos(t) ||
+                 json_integer_value(json_array_get(ids, n - 1)) == llm_tokenizer_eos(t));
+}
+
+static int compare_lines(const char *name) {
+    static char line[1 << 16];
+    char file_name[64];
+    llm_tokenizer *t = load(golden(name));
+    snprintf(file_name, sizeof file_name, "%s.jsonl", name);
+    FILE *file = fopen(golden(file_name), "rb");
+    int n = 0;
+    assert_non_null(file);
+    for (; fgets(line, sizeof line, file); n++) {
+        json_t *entry = json_loads(line, JSON_ALLOW_NUL, NULL);
+        assert_non_null(entry);
+        const json_t *text = json_array_get(entry, 0), *ids = json_array_get(entry, 1), *plain = json_array_get(entry, 2);
+        const json_t *whole = json_array_get(entry, 3), *decoded = json_array_get(entry, 4), *shown = json_array_get(entry, 5);
+        bool special = !json_is_null(ids);
+        plain = either(plain, ids);
+        ids = either(ids, plain);
+        if (special) compare_ids(t, name, text, LLM_ENCODE_SPECIAL, ids);
+        compare_ids(t, name, text, 0, plain);
+        if (!begins_or_ends(t, ids))
+            compare_ids(t, name, text, LLM_ENCODE_BOS | (special ? (unsigned)LLM_ENCODE_SPECIAL : 0), either(whole, ids));
+        if (!json_is_false(decoded)) compare_text(t, name, ids, 0, either(decoded, text));
+        if (special && !json_is_false(decoded)) compare_text(t, name, ids, LLM_ENCODE_SPECIAL, either(shown, either(decoded, text)));
+        json_decref(entry);
+    }
+    fclose(file);
+    llm_tokenizer_free(t);
+    return n;
+}
+
+static void test_golden(void **state) {
+    (void)state;
+    static const char *const names[] = {"gpt-2", "mpt", "smollm", "llama-3", "qwen2", "gpt-4o", "tekken", "falcon", "deepseek-coder",
+                                        "prefix-space", "added", "llama-2", "llama-2-added", "llama-2-first", "metaspace",
+                                        "unknown", "unknown-each", "spm", "spm-symbols", "spm-plain"};
+    int n = 0;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) n += compare_lines(names[i]);
+    assert_true(n >= 2000);
+}
+
+/* ---- Files made here ---- */
+
+static char directory[] = "/tmp/llm-test-XXXXXX";
+
+static const char *in_directory(const char *name) {
+    static char path[300];
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    return path;
+}
+
+static void write_bytes(const char *name, const void *bytes, size_t n) {
+    FILE *file = fopen(in_directory(name), "wb");
+    assert_non_null(file);
+    assert_int_equal(fwrite(bytes, 1, n, file), n);
+    fclose(file);
+}
+
+static void write_text(const char *name, const char *text) { write_bytes(name, text, strlen(text)); }
+
+static char *read_golden(const char *name, size_t *n) {
+    static char bytes[1 << 18];
+    FILE *file = fopen(golden(name), "rb");
+    assert_non_null(file);
+    *n = fread(bytes, 1, sizeof bytes, file);
+    fclose(file);
+    return bytes;
+}
+
+static int make_directory(void **state) {
+    (void)state;
+    return mkdtemp(directory) ? 0 : 1;
+}
+
+static void remove_files(void) {
+    static const char *const names[] = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                                        "generation_config.json", "config.json", "chat_template.jinja"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) remove(in_directory(names[i]));
+}
+
+static int remove_directory(void **state) {
+    (void)state;
+    remove_files();
+    return rmdir(directory);
+}
+
+#define ADDED(id, content) "{\"id\":" #id ",\"content\":\"" content "\",\"special\":true}"
+#define SMALL \
+    "{\"added_tokens\":[" ADDED(3, "<s>") "," ADDED(4, "</s>") "],\"normalizer\":null,\"pre_tokenizer\":{\"type\":\"ByteLevel\"," \
+    "\"add_prefix_space\":false},\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2},\"merges\":[\"a b\"]}}"
+
+static void check_ids(const llm_tokenizer *t, const char *text, unsigned flags, const char *expected) {
+    llm_token ids[64];
+    char shown[256] = "";
+    int64_t n = llm_encode(t, text, strlen(text), flags, ids, 64, NULL);
+    for (int64_t i = 0; i < n; i++) snprintf(shown + strlen(shown), 8, i ? " %d" : "%d", (int)ids[i]);
+    if (strcmp(shown, expected)) fail_msg("\"%s\" is %s, not %s", text, shown, expected);
+}
+
+static void test_beside(void **state) {
+    (void)state;
+    remove_files();
+    write_text("tokenizer.json", SMALL);
+    llm_tokenizer *t = load(directory);
+    check_ids(t, "ab", LLM_ENCODE_BOS, "2");
+    assert_int_equal(llm_tokenizer_bos(t), -1);
+    assert_true(llm_token_is_end(t, 4)); /* by its text */
+    llm_tokenizer_free(t);
+    write_text("tokenizer_config.json", "{\"bos_token\":{\"content\":\"<s>\"},\"eos_token\":\"</s>\",\"add_bos_token\":true,\"add_eos_token\":true,"
+                                        "\"chat_template\":[{\"name\":\"tools\",\"template\":\"x\"},{\"name\":\"default\",\"template\":\"y\"}]}");
+    write_text("generation_config.json", "{\"eos_token_id\":[4,1]}");
+    t = load(in_directory("tokenizer.json"));
+    check_ids(t, "ab", LLM_ENCODE_BOS, "3 2 4");
+    assert_int_equal(llm_tokenizer_eos(t), 4);
+    assert_true(llm_token_is_end(t, 4) && llm_token_is_end(t, 1) && !llm_token_is_end(t, 0));
+    assert_string_equal(t->chat_template, "y");
+    llm_tokenizer_free(t);
+    write_text("chat_template.jinja", "z");
+    write_text("tokenizer_config.json", "{}");
+    write_text("special_tokens_map.json", "{\"bos_token\":\"<s>\"}");
+    write_text("config.json", "{\"eos_token_id\":0,\"bos_token_id\":0}");
+    remove(in_directory("generation_config.json"));
+    t = load(directory);
+    assert_int_equal(llm_tokenizer_bos(t), 3);
+    assert_int_equal(llm_tokenizer_eos(t), 0);
+    assert_string_equal(t->chat_template, "z");
+    check_ids(t, "ab", LLM_ENCODE_BOS, "2");
+    llm_tokenizer_free(t);
+}
+
+static void test_added_to_model(void **state) {
+    (void)state;
+    size_t n;
+    char *bytes = read_golden("spm/tokenizer.model", &n);
+    remove_files();
+    write_bytes("tokenizer.model", bytes, n);
+    write_text("tokenizer_config.json", "{\"legacy\":false,\"added_tokens_decoder\":{\"480\":{\"content\":\"<|x|>\",\"special\":true,\"rstrip\":true}}}");
+    llm_tokenizer *t = load(directory);
+    assert_int_equal(llm_tokenizer_n_vocab(t), 481);
+    llm_token one, two[2];
+    assert_int_equal(llm_encode(t, "<|x|>  \n", 8, LLM_ENCODE_SPECIAL, &one, 1, NULL), 1);
+    assert_int_equal(one, 480);
+    assert_true(llm_encode(t, "<|x|> ", 6, 0, NULL, 0, NULL) > 2);
+    assert_true(llm_encode(t, "<|x|>,", 6, LLM_ENCODE_SPECIAL, two, 2, NULL) == 2); /* legacy: there would be a space before the comma */
+    llm_tokenizer_free(t);
+}
+
+/* ---- Hostile files ---- */
+
+/* SMALL with one text exchanged for another; NULL: the other is all. */
+static void refuses(const char *name, const char *from, const char *to, const char *words) {
+    char text[2048] = SMALL;
+    llm_tokenizer *t;
+    llm_error err;
+    char *at = from ? strstr(text, from) : text;
+    remove_files();
+    write_text("tokenizer.json", SMALL);
+    if (!at) fail_msg("%s is not there", from);
+    if (from) snprintf(at, sizeof text - (size_t)(at - text), "%s%s", to, strstr(SMALL, from) + strlen(from));
+    else snprintf(text, sizeof text, "%s", to);
+    write_text(name, text);
+    llm_status status = llm_tokenizer_load(&t, directory, NULL, &err);
+    llm_tokenizer_free(t);
+    if (!status) fail_msg("%s instead of %s was taken", to, from);
+    if (!strstr(err.message, words)) fail_msg("%s: \"%s\" does not say \"%s\"", to, err.message, words);
+    if (!strstr(err.message, name)) fail_msg("\"%s\" does not name %s", err.message, name);
+}
+
+static void test_hostile_json(void **state) {
+    (void)state;
+    static const char *const cases[][3] = {
+        {"\"BPE\"", "\"Unigram\"", "the model's type is \"Unigram\""},
+        {"\"BPE\"", "3", "\"type\" is a number, not a string"},
+        {"\"BPE\"", "\"BPE\",\"dropout\":0.1", "dropout"},
+        {"\"BPE\"", "\"BPE\",\"end_of_word_suffix\":\"</w>\"", "end_of_word_suffix"},
+        {"\"BPE\"", "\"BPE\",\"unk_token\":\"<x>\"", "unk_token is \"<x>\", which is not in vocab"},
+        {"\"ab\":2", "\"ab\":1", "\"b\" and \"ab\" both have the id 1"},
+        {"\"ab\":2", "\"ab\":-1", "token \"ab\" has the id -1, not a whole number"},
+        {"\"ab\":2", "\"ab\":1.5", "token \"ab\" has the id 1.5"},
+        {"\"ab\":2", "\"ab\":16777215", "a token has the id 16777215, but there are only 5 tokens"},
+        {"\"ab\":2", "\"ab\":1e300", "token \"ab\" has the id 1e300"},
+        {"\"ab\":2", "\"ab\":\"2\"", "token \"ab\" has the id 2, not"},
+        {"\"ab\":2", "\"abc\":2", "merges[0] makes \"ab\", which is not in vocab"},
+        {"\"ab\":2", "\"\":2", "vocab[2] is empty"},
+        {"\"a b\"", "\"a x\"", "merges[0] needs \"x\", which is not in vocab"},
+        {"\"a b\"", "\"ab\"", "merges[0] is \"ab\", not two pieces"},
+        {"\"a b\"", "[\"a\"]", "merges[0] is neither"},
+        {"\"a b\"", "[\"a\",1]", "merges[0] is neither"},
+        {"[\"a b\"]", "{}", "\"merges\" is an object, not an array"},
+        {"\"vocab\"", "\"vocabulary\"", "\"vocab\" is missing"},
+        {"\"model\"", "\"mod\"", "\"model\" is missing"},
+        {"\"id\":3", "\"id\":0", "\"a\" and \"<s>\" both have the id 0"},
+        {"\"id\":3", "\"id\":3000000", "a token has the id 3000000"},
+        {"\"content\":\"<s>\"", "\"content\":5", "\"content\" is a number, not a string"},
+        {"\"special\":true", "\"special\":1", "\"special\" is a number, not true or false"},
+        {"\"normalizer\":null", "\"normalizer\":{\"type\":\"NFKC\"}", "the normalizer \"NFKC\" is not run here"},
+        {"\"normalizer\":null", "\"normalizer\":{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"x\"},\"content\":\"y\"}", "replaces something else"},
+        {"\"normalizer\":null", "\"normalizer\":{}", "\"type\" is missing"},
+        {"\"ByteLevel\"", "\"Whitespace\"", "the pre_tokenizer \"Whitespace\" is not run here"},
+        {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"(a|b)+\"},\"behavior\":\"Isolated\"", "splits by \"(a|b)+\""},
+        {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"[a\"},\"behavior\":\"Isolated\"", "splits by \"[a\""},
+        {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"[^a]\"},\"behavior\":\"Isolated\"", "splits by \"[^a]\""},
+        {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"\\\\\"},\"behavior\":\"Isolated\"", "splits by"},
+        {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"[z-a]\"},\"behavior\":\"Isolated\"", "splits by"},
+        {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"String\":\" \"},\"behavior\":\"Isolated\"", "splits by a String"},
+        {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"\\\\s+\"},\"behavior\":\"MergedWithNext\"", "with behavior \"MergedWithNext\""},
+        {"\"ByteLevel\"", "\"Metaspace\",\"replacement\":\"_\"", "another replacement"},
+        {"\"ByteLevel\"", "\"Digits\"", "neither a ByteLevel"},
+        {"\"normalizer\"", "\"post_processor\":{\"type\":\"RobertaProcessing\"},\"normalizer\"", "post_processor \"RobertaProcessing\""},
+        {"\"normalizer\"", "\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"x\"}}],\"special_tokens\":{}},\"normalizer\"",
+         "\"x\" is not in its special_tokens"},
+        {"\"normalizer\"", "\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"x\"}}],\"special_tokens\":{\"x\":{\"ids\":[9]}}},\"normalizer\"",
+         "\"x\" has the id 9, which is no token's"}};
+    llm_error err;
+    llm_tokenizer *t;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        refuses("tokenizer.json", cases[i][0], cases[i][1], cases[i][2]);
+    refuses("tokenizer.json", NULL, "[]", "\"model\" is missing");
+    refuses("tokenizer.json", NULL, "{\"model\":", "JSON text");
+    refuses("tokenizer_config.json", NULL, "{\"bos_token\":\"<x>\"}", "\"bos_token\" is \"<x>\", which is no token");
+    refuses("tokenizer_config.json", NULL, "{\"bos_token\":7}", "\"bos_token\" is a number, not a token's text");
+    refuses("tokenizer_config.json", NULL, "{\"add_bos_token\":\"yes\"}", "\"add_bos_token\" is a string, not true or false");
+    refuses("tokenizer_config.json", NULL, "[]", "not a JSON object");
+    refuses("config.json", NULL, "{\"eos_token_id\":5}", "eos_token_id is 5, but the vocabulary has 5 tokens");
+    refuses("config.json", NULL, "{\"eos_token_id\":[1,-1]}", "has the id -1");
+    refuses("generation_config.json", NULL, "{\"eos_token_id\":\"x\"}", "has the id x");
+    remove_files();
+    assert_int_equal(llm_tokenizer_load(&t, directory, NULL, &err), LLM_ERROR_IO);
+    assert_non_null(strstr(err.message, "neither tokenizer.json nor tokenizer.model"));
+}
+
+/* A file cut anywhere, and with any byte changed, is taken or refused, but does no harm. */
+static void shake(const char *name, const char *golden_name, size_t step) {
+    size_t n;
+    char *bytes = read_golden(golden_name, &n);
+    llm_error err;
+    llm_tokenizer *t;
+    remove_files();
+    for (size_t i = 0; i < n; i += step) {
+        write_bytes(name, bytes, i);
+        if (!llm_tokenizer_load(&t, directory, NULL, &err)) llm_tokenizer_free(t);
+        else if (i) assert_non_null(strstr(err.message, name));
+    }
+    for (size_t i = 0; i < n; i += step) {
+        char before = bytes[i];
+        bytes[i] = (char)(before ^ (1 << i % 8));
+        write_bytes(name, bytes, n);
+        bytes[i] = before;
+        if (!llm_tokenizer_load(&t, directory, NULL, &err)) {
+            assert_true(llm_encode(t, "The quick  brown <s> fox\n42", 27, LLM_ENCODE_SPECIAL, NULL, 0, NULL) >= 0);
+            llm_tokenizer_free(t);
+        }
+    }
+}
+
+static void test_shaken(void **state) {
+    (void)state;
+    shake("tokenizer.json", "llama-2-added/tokenizer.json", 61);
+    shake("tokenizer.json", "added/tokenizer.json", 67);
+    shake("tokenizer.model", "spm-symbols/tokenizer.model", 23);
+}
+
+static void refuses_model(const char *what, const void *tail, size_t n_tail, const char *words) {
+    size_t n;
+    char *bytes = read_golden("spm/tokenizer.model", &n);
+    llm_tokenizer *t;
+    llm_error err;
+    memcpy(bytes + n, tail, n_tail); /* of a field that is there twice, the last one counts */
+    remove_files();
+    write_bytes("tokenizer.model", bytes, n + n_tail);
+    llm_status status = llm_tokenizer_load(&t, in_directory("tokenizer.model"), NULL, &err);
+    llm_tokenizer_free(t);
+    if (!status) fail_msg("%s was taken", what);
+    if (!strstr(err.message, words)) fail_msg("%s: \"%s\" does not say \"%s\"", what, err.message, words);
+}
+
+static void test_hostile_model(void **state) {
+    (void)state;
+    refuses_model("unigram", "\x12\x02\x18\x01", 4, "model_type is 1 (unigram)");
+    refuses_model("an id", "\x12\x06\x18\x02\xC8\x02\xF0\x2E", 8, "bos_id is 6000, but there are");
+    refuses_model("extra spaces", "\x1A\x00", 2, "remove_extra_whitespaces is set");
+    refuses_model("a charsmap", "\x1A\x05\x12\x01x\x20\x00", 7, "precompiled_charsmap is set");
+    refuses_model("a wire type", "\x0B", 1, "has the wire type 3");
+    refuses_model("a length", "\x0A\xFF\xFF\xFF\xFF\x0F", 6, "the file ends inside the model");
+    refuses_model("a number", "\x08\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF\x01", 12, "is too long");
+    refuses_model("a type", "\x0A\x05\x0A\x01q\x18\x09", 7, "has the type 9, not one from 1 to 6");
+    refuses_model("no text", "\x0A\x00", 2, "is empty");
+}
+
+/* ---- Failing allocations ---- */
+
+typedef struct failing {
+    long n_calls, fail_at, n_live;
+} failing;
+
+static void *failing_resize(void *user, void *ptr, size_t size) {
+    failing *f = (failing *)user;
+    if (!size) {
+        if (ptr) f->n_live--;
+        free(ptr);
+        return NULL;
+    }
+    if (f->n_calls++ == f->fail_at) return NULL;
+    void *moved = realloc(ptr, size);
+    if (!ptr && moved) f->n_live++;
+    return moved;
+}
+
+static void starve(const char *path) {
+    failing f = {0, -1, 0};
+    llm_host host;
+    llm_tokenizer *t;
+    llm_error err;
+    memset(&host, 0, sizeof host);
+    host.resize = failing_resize;
+    host.user = &f;
+    assert_int_equal(llm_tokenizer_load(&t, path, &host, &err), LLM_OK);
+    long n = f.n_calls;
+    llm_tokenizer_free(t);
+    assert_int_equal(f.n_live, 0);
+    for (long k = 0; k < n; k += k < 50 || k + 50 > n ? 1 : 7) {
+        f.n_calls = 0;
+        f.fail_at = k;
+        assert_int_equal(llm_tokenizer_load(&t, path, &host, &err), LLM_ERROR_MEMORY);
+        assert_int_equal(f.n_live, 0);
+    }
+}
+
+static void test_allocation(void **state) {
+    (void)state;
+    starve(golden("llama-2-added"));
+    starve(golden("added"));
+    starve(golden("spm"));
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_golden),       cmocka_unit_test(test_beside), cmocka_unit_test(test_added_to_model),
+        cmocka_unit_test(test_hostile_json), cmocka_unit_test(test_shaken), cmocka_unit_test(test_hostile_model),
+        cmocka_unit_test(test_allocation),
+    };
+    return cmocka_run_group_tests_name("tokenizer files", tests, make_directory, remove_directory);
+}
