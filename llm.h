@@ -4849,7 +4849,7 @@ static llm__proto llm__proto_open(llm__env *env, const void *data, size_t n, con
     memset(&p, 0, sizeof p);
     p.in.env = env;
     p.in.data = (const uint8_t *)data;
-    p.in.size = n;
+    p.in.size = p.in.have = n;
     p.in.what = what;
     return p;
 }
