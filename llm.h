@@ -129,8 +129,8 @@ typedef enum llm_dtype {
     LLM_DTYPE_DEFAULT = 0, /* bf16                                                                        */
     LLM_DTYPE_F32,
     LLM_DTYPE_BF16,
-    LLM_DTYPE_INT8,        /* per output channel: q = round(127 w / max|row|)                             */
-    LLM_DTYPE_INT4         /* in groups of 32 with scale and minimum; Q4_0, Q4_1 and Q8_0 tensors exactly */
+    LLM_DTYPE_INT8, /* per output channel: q = round(127 w / max|row|)                             */
+    LLM_DTYPE_INT4  /* in groups of 32 with scale and minimum; Q4_0, Q4_1 and Q8_0 tensors exactly */
 } llm_dtype;
 
 /* "f32", "bf16", "int8", "int4"; NULL and LLM_DTYPE_DEFAULT for what is none of them. */
@@ -139,15 +139,15 @@ LLM_API llm_dtype llm_dtype_from_name(const char *name);
 
 typedef struct llm_model_desc {
     llm_dtype dtype;
-    int n_threads;         /* threads that convert while loading; 0: one per physical core                    */
-    const void *data;      /* a whole GGUF file in memory, instead of a path; must stay until loading is done */
+    int n_threads;    /* threads that convert while loading; 0: one per physical core                    */
+    const void *data; /* a whole GGUF file in memory, instead of a path; must stay until loading is done */
     size_t data_size;
     /* Or a GGUF file of read_size bytes behind a function, which copies n_bytes of it from `offset` and returns false
        if it cannot. It is called by the thread that loads, for the header and then for each tensor. */
     bool (*read)(void *user, uint64_t offset, void *to, size_t n_bytes);
     void *read_user;
     uint64_t read_size;
-    const char *isa;       /* force an instruction set: "scalar", "avx2", "avx512"; NULL: the best there is   */
+    const char *isa;            /* force an instruction set: "scalar", "avx2", "avx512"; NULL: the best there is   */
     const llm_backend *backend; /* what computes; NULL: the CPU. See llm_cuda_backend                         */
     llm_host host;
 } llm_model_desc;
@@ -156,13 +156,13 @@ typedef struct llm_model_info {
     char name[64];         /* as the file calls itself, may be empty                                          */
     char architecture[32]; /* "llama", ...                                                                    */
     llm_dtype dtype;
-    const char *isa;       /* the instruction set in use                                                      */
+    const char *isa; /* the instruction set in use                                                      */
     int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_ctx_train;
     uint64_t n_params;
-    uint64_t weight_bytes;          /* memory the weights take                                                */
+    uint64_t weight_bytes;           /* memory the weights take                                                */
     uint64_t weight_bytes_per_token; /* of these, what one decoded token reads                                */
-    uint64_t cache_bytes_per_token; /* KV cache one position takes                                            */
-    uint64_t fingerprint;           /* of weights and hyperparameters; equal means interchangeable caches     */
+    uint64_t cache_bytes_per_token;  /* KV cache one position takes                                            */
+    uint64_t fingerprint;            /* of weights and hyperparameters; equal means interchangeable caches     */
 } llm_model_info;
 
 /* Loads a model: a GGUF file (of a split one, the first), or a directory as Hugging Face has them (or its config.json)
@@ -178,8 +178,8 @@ LLM_API const llm_tokenizer *llm_model_tokenizer(const llm_model *model);
 typedef int32_t llm_token;
 
 enum {
-    LLM_ENCODE_BOS = 1,     /* begin (and end) with the tokens the model's file asks for; never adds a second BOS  */
-    LLM_ENCODE_SPECIAL = 2  /* text like "<|im_end|>" becomes the special token; without it, it is plain text      */
+    LLM_ENCODE_BOS = 1,    /* begin (and end) with the tokens the model's file asks for; never adds a second BOS  */
+    LLM_ENCODE_SPECIAL = 2 /* text like "<|im_end|>" becomes the special token; without it, it is plain text      */
 };
 
 /* Loads a tokenizer alone: from a GGUF file, which needs no weights, from a directory with tokenizer.json or
@@ -243,19 +243,19 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer); /* "chatm
 typedef struct llm_context llm_context;
 
 typedef struct llm_context_desc {
-    int n_ctx;          /* positions a sequence can hold; 0: what the model was trained for, at most 4096         */
-    int n_seq;          /* sequences; 0: 1                                                                        */
-    int n_cache;        /* positions of all sequences together, forks sharing their parent's; 0: n_ctx * n_seq    */
-    int n_batch;        /* tokens computed in one pass; longer batches take several; 0: 512                       */
-    int n_logits;       /* rows of logits one llm_forward can return; 0: n_seq                                    */
-    int n_threads;      /* 0: one per physical core                                                               */
+    int n_ctx;             /* positions a sequence can hold; 0: what the model was trained for, at most 4096         */
+    int n_seq;             /* sequences; 0: 1                                                                        */
+    int n_cache;           /* positions of all sequences together, forks sharing their parent's; 0: n_ctx * n_seq    */
+    int n_batch;           /* tokens computed in one pass; longer batches take several; 0: 512                       */
+    int n_logits;          /* rows of logits one llm_forward can return; 0: n_seq                                    */
+    int n_threads;         /* 0: one per physical core                                                               */
     llm_dtype cache_dtype; /* type of the KV cache; 0: bf16 for bf16 weights, else f32                            */
     bool (*cancel)(void *user); /* polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED       */
     void *cancel_user;
     /* The host's own threads instead of ours: must run task(arg, i) for i = 0 .. n-1 all at the same time (tasks
        wait for each other) and return when all have returned; `user` is the host's. */
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
-    llm_host host;      /* zero: the model's                                                                      */
+    llm_host host; /* zero: the model's                                                                      */
 } llm_context_desc;
 
 LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
@@ -331,7 +331,7 @@ typedef struct llm_sampler {
     const llm_logit_bias *biases; /* the host's; must outlive the sampler                                         */
     int n_biases;
     uint64_t seed;
-    uint64_t n_drawn;     /* the state: how many random numbers were used                                         */
+    uint64_t n_drawn; /* the state: how many random numbers were used                                         */
 } llm_sampler;
 
 /* Picks a token by the logits of the batch's i-th token; `recent` is that sequence. The order is: biases, repetition
@@ -343,12 +343,12 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
 
 typedef enum llm_stop {
     LLM_STOP_NONE = 0,
-    LLM_STOP_END,       /* the model ended its text or turn                */
-    LLM_STOP_LENGTH,    /* max_tokens                                      */
-    LLM_STOP_CONTEXT,   /* the sequence is full                            */
-    LLM_STOP_TOKEN,     /* one of stop_tokens                              */
-    LLM_STOP_STRING,    /* one of stop_strings                             */
-    LLM_STOP_CALLBACK   /* on_text or on_token returned false, or `cancel` */
+    LLM_STOP_END,     /* the model ended its text or turn                */
+    LLM_STOP_LENGTH,  /* max_tokens                                      */
+    LLM_STOP_CONTEXT, /* the sequence is full                            */
+    LLM_STOP_TOKEN,   /* one of stop_tokens                              */
+    LLM_STOP_STRING,  /* one of stop_strings                             */
+    LLM_STOP_CALLBACK /* on_text or on_token returned false, or `cancel` */
 } llm_stop;
 
 typedef struct llm_generate_desc {
@@ -357,33 +357,33 @@ typedef struct llm_generate_desc {
     const char *prompt;          /* text to continue                                                              */
     const llm_message *messages; /* a conversation, rendered with the model's chat template                       */
     int n_messages;
-    const llm_token *tokens;     /* ids, taken as they are                                                        */
+    const llm_token *tokens; /* ids, taken as they are                                                        */
     int n_tokens;
 
     int seq;
-    int max_tokens;              /* 0 or less: until the model ends or the sequence is full                               */
-    llm_sampler *sampler;        /* NULL: greedy                                                                  */
+    int max_tokens;       /* 0 or less: until the model ends or the sequence is full                               */
+    llm_sampler *sampler; /* NULL: greedy                                                                  */
     const char *const *stop_strings; /* none of them is shown                                                     */
     int n_stop_strings;
     const llm_token *stop_tokens;
     int n_stop_tokens;
-    bool ignore_end;             /* go on after the model's end-of-text tokens                                    */
+    bool ignore_end; /* go on after the model's end-of-text tokens                                    */
 
-    bool (*on_text)(void *user, const char *text, size_t n_bytes);  /* whole UTF-8 characters, NUL-terminated     */
+    bool (*on_text)(void *user, const char *text, size_t n_bytes); /* whole UTF-8 characters, NUL-terminated     */
     bool (*on_token)(void *user, llm_token token, const char *bytes, size_t n_bytes); /* raw, as they come        */
-    bool (*cancel)(void *user);  /* polled between layers, so also within a long prompt                           */
+    bool (*cancel)(void *user); /* polled between layers, so also within a long prompt                           */
     void *user;
 } llm_generate_desc;
 
 typedef struct llm_stats {
     llm_stop stop;
-    int stop_index;         /* which of stop_strings or stop_tokens                                               */
-    int n_prompt;           /* tokens of the prompt                                                               */
-    int n_reused;           /* of these, found in the cache                                                       */
+    int stop_index; /* which of stop_strings or stop_tokens                                               */
+    int n_prompt;   /* tokens of the prompt                                                               */
+    int n_reused;   /* of these, found in the cache                                                       */
     int n_generated;
-    int n_decode_passes;    /* forward passes after the prompt's                                                  */
+    int n_decode_passes; /* forward passes after the prompt's                                                  */
     double prefill_seconds, decode_seconds; /* until the first token's logits; after it                           */
-    uint64_t decode_bytes;  /* weights and cache read while decoding                                              */
+    uint64_t decode_bytes; /* weights and cache read while decoding                                              */
 } llm_stats;
 
 /* Runs the prompt and generates. Cancellation is not an error: it is stats->stop. Afterwards the sequence holds the
@@ -426,19 +426,19 @@ typedef struct llm_weight {
     const void *source;
     void (*read_row)(const struct llm_weight *weight, int row, float *out); /* out[cols]; any thread may call it  */
     const void *(*raw_row)(const struct llm_weight *weight, int row, int *type); /* as the file has it; GGUF's type */
-    bool has_q8_0;             /* some of its rows are of that type                                               */
+    bool has_q8_0; /* some of its rows are of that type                                               */
 } llm_weight;
 
 /* One forward pass. Rows of one sequence stand together, in order of position. */
 typedef struct llm_pass {
     int n_rows;
-    const llm_token *tokens;     /* [n_rows]                                                                      */
-    const int *positions;        /* [n_rows]                                                                      */
-    const int *seqs;             /* [n_rows]                                                                      */
+    const llm_token *tokens; /* [n_rows]                                                                      */
+    const int *positions;    /* [n_rows]                                                                      */
+    const int *seqs;         /* [n_rows]                                                                      */
     int n_logits;
-    const int *logit_rows;       /* [n_logits] ascending                                                          */
-    int first_logits;            /* where in the context's logits the first of them goes                          */
-    const int *blocks;           /* [n_seq][blocks_per_seq] which cache block holds LLM_BLOCK positions of a sequence */
+    const int *logit_rows; /* [n_logits] ascending                                                          */
+    int first_logits;      /* where in the context's logits the first of them goes                          */
+    const int *blocks;     /* [n_seq][blocks_per_seq] which cache block holds LLM_BLOCK positions of a sequence */
     int blocks_per_seq;
     bool (*cancel)(void *user);
     void *cancel_user;
@@ -447,7 +447,7 @@ typedef struct llm_pass {
 enum { LLM_BLOCK = 32 }; /* positions in a block of the KV cache */
 
 typedef struct llm_backend_desc {
-    int n_seq, blocks_per_seq;   /* of every pass's block tables                                                  */
+    int n_seq, blocks_per_seq; /* of every pass's block tables                                                  */
     int n_cache_blocks, n_batch, n_logits, n_threads;
     llm_dtype cache_dtype;
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
@@ -638,7 +638,8 @@ LLM__PRINTF(2, 3) static void llm__log(const llm_host *host, const char *format,
 
 static void llm__report_progress(llm__env *env, float done) {
     const llm_host *host = &env->pool->host;
-    if (host->progress && !host->progress(host->user, done)) llm__fail(env, LLM_ERROR_CANCELLED, "loading was cancelled");
+    if (host->progress && !host->progress(host->user, done))
+        llm__fail(env, LLM_ERROR_CANCELLED, "loading was cancelled");
 }
 
 /* count * size bytes, aligned to LLM__ALIGN; NULL if they cannot be had. The memory is not cleared. */
@@ -661,8 +662,8 @@ static void *llm__try_alloc(llm__pool *pool, size_t count, size_t size) {
 
 static void *llm__alloc(llm__env *env, size_t count, size_t size) {
     void *ptr = llm__try_alloc(env->pool, count, size);
-    if (!ptr) llm__fail(env, LLM_ERROR_MEMORY, "out of memory: %llu bytes were asked for",
-                        (unsigned long long)count * size);
+    if (!ptr)
+        llm__fail(env, LLM_ERROR_MEMORY, "out of memory: %llu bytes were asked for", (unsigned long long)count * size);
     return ptr;
 }
 
@@ -718,14 +719,14 @@ static char *llm__copy_string(llm__env *env, const char *text, size_t n) {
 
 /* a * b, a + b and so on for sizes that came out of a file; fail rather than wrap. */
 static uint64_t llm__mul(llm__env *env, uint64_t a, uint64_t b) {
-    if (b && a > UINT64_MAX / b) llm__fail(env, LLM_ERROR_FORMAT, "%llu * %llu overflows 64 bits",
-                                           (unsigned long long)a, (unsigned long long)b);
+    if (b && a > UINT64_MAX / b)
+        llm__fail(env, LLM_ERROR_FORMAT, "%llu * %llu overflows 64 bits", (unsigned long long)a, (unsigned long long)b);
     return a * b;
 }
 
 static uint64_t llm__add(llm__env *env, uint64_t a, uint64_t b) {
-    if (a > UINT64_MAX - b) llm__fail(env, LLM_ERROR_FORMAT, "%llu + %llu overflows 64 bits", (unsigned long long)a,
-                                      (unsigned long long)b);
+    if (a > UINT64_MAX - b)
+        llm__fail(env, LLM_ERROR_FORMAT, "%llu + %llu overflows 64 bits", (unsigned long long)a, (unsigned long long)b);
     return a + b;
 }
 
@@ -821,7 +822,8 @@ static const char *llm__file_map(llm__file *file, const char *path) {
     HANDLE mapping = NULL;
     if (!GetFileSizeEx(handle, &size) || size.QuadPart <= 0) problem = "is empty";
     else if (!(mapping = CreateFileMappingW(handle, NULL, PAGE_READONLY, 0, 0, NULL))) problem = "cannot be mapped";
-    else if (!(file->data = (const uint8_t *)MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0))) problem = "cannot be mapped";
+    else if (!(file->data = (const uint8_t *)MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0)))
+        problem = "cannot be mapped";
     else file->size = (uint64_t)size.QuadPart;
     if (mapping) CloseHandle(mapping);
     CloseHandle(handle);
@@ -929,14 +931,19 @@ static char *llm__path_join(llm__env *env, const char *directory, const char *na
    tree. */
 
 typedef enum llm__json_type {
-    LLM__JSON_NULL, LLM__JSON_FALSE, LLM__JSON_TRUE, LLM__JSON_NUMBER, LLM__JSON_STRING, LLM__JSON_ARRAY,
+    LLM__JSON_NULL,
+    LLM__JSON_FALSE,
+    LLM__JSON_TRUE,
+    LLM__JSON_NUMBER,
+    LLM__JSON_STRING,
+    LLM__JSON_ARRAY,
     LLM__JSON_OBJECT
 } llm__json_type;
 
 typedef struct llm__json {
     llm__json_type type;
-    llm__str key;            /* of a member of an object                     */
-    llm__str string;         /* a string's text; a number as it is written   */
+    llm__str key;    /* of a member of an object                     */
+    llm__str string; /* a string's text; a number as it is written   */
     double number;
     struct llm__json *first; /* an array's items, an object's members        */
     struct llm__json *next;  /* the one after this in its array or object    */
@@ -1412,28 +1419,54 @@ static void llm__decode_i8(const uint8_t *src, size_t n, float *dst) {
 typedef struct llm__type_info {
     uint32_t type;
     const char *name;
-    uint32_t block_weights, block_bytes; /* a row is a whole number of blocks */
+    uint32_t block_weights, block_bytes;                      /* a row is a whole number of blocks */
     void (*decode)(const uint8_t *src, size_t n, float *dst); /* NULL: this library does not read it */
 } llm__type_info;
 
 static const llm__type_info llm__types[] = {
-    {LLM__F32, "F32", 1, 4, llm__decode_f32},        {LLM__F16, "F16", 1, 2, llm__decode_f16},
-    {LLM__BF16, "BF16", 1, 2, llm__decode_bf16},     {LLM__Q4_0, "Q4_0", 32, 18, llm__decode_q4_0},
-    {LLM__Q4_1, "Q4_1", 32, 20, llm__decode_q4_1},   {LLM__Q5_0, "Q5_0", 32, 22, llm__decode_q5_0},
-    {LLM__Q5_1, "Q5_1", 32, 24, llm__decode_q5_1},   {LLM__Q8_0, "Q8_0", 32, 34, llm__decode_q8_0},
-    {LLM__Q2_K, "Q2_K", 256, 84, llm__decode_q2_k},  {LLM__Q3_K, "Q3_K", 256, 110, llm__decode_q3_k},
-    {LLM__Q4_K, "Q4_K", 256, 144, llm__decode_q4_k}, {LLM__Q5_K, "Q5_K", 256, 176, llm__decode_q5_k},
-    {LLM__Q6_K, "Q6_K", 256, 210, llm__decode_q6_k}, {LLM__I8, "I8", 1, 1, llm__decode_i8},
-    {9, "Q8_1", 32, 36, NULL},      {15, "Q8_K", 256, 292, NULL},   {16, "IQ2_XXS", 256, 66, NULL},
-    {17, "IQ2_XS", 256, 74, NULL},  {18, "IQ3_XXS", 256, 98, NULL}, {19, "IQ1_S", 256, 50, NULL},
-    {20, "IQ4_NL", 32, 18, NULL},   {21, "IQ3_S", 256, 110, NULL},  {22, "IQ2_S", 256, 82, NULL},
-    {23, "IQ4_XS", 256, 136, NULL}, {25, "I16", 1, 2, NULL},        {26, "I32", 1, 4, NULL},
-    {27, "I64", 1, 8, NULL},        {28, "F64", 1, 8, NULL},        {29, "IQ1_M", 256, 56, NULL},
-    {34, "TQ1_0", 256, 54, NULL},   {35, "TQ2_0", 256, 66, NULL},   {39, "MXFP4", 32, 17, NULL},
-    {40, "NVFP4", 64, 36, NULL},    {41, "Q1_0", 128, 18, NULL},    {42, "Q2_0", 64, 18, NULL},
-    {LLM__NO_GGUF, "BOOL", 1, 1, NULL},    {LLM__NO_GGUF, "U8", 1, 1, NULL},      {LLM__NO_GGUF, "U16", 1, 2, NULL},
-    {LLM__NO_GGUF, "U32", 1, 4, NULL},     {LLM__NO_GGUF, "U64", 1, 8, NULL},     {LLM__NO_GGUF, "F8_E4M3", 1, 1, NULL},
-    {LLM__NO_GGUF, "F8_E5M2", 1, 1, NULL}, {LLM__NO_GGUF, "F8_E8M0", 1, 1, NULL},
+    {LLM__F32, "F32", 1, 4, llm__decode_f32},
+    {LLM__F16, "F16", 1, 2, llm__decode_f16},
+    {LLM__BF16, "BF16", 1, 2, llm__decode_bf16},
+    {LLM__Q4_0, "Q4_0", 32, 18, llm__decode_q4_0},
+    {LLM__Q4_1, "Q4_1", 32, 20, llm__decode_q4_1},
+    {LLM__Q5_0, "Q5_0", 32, 22, llm__decode_q5_0},
+    {LLM__Q5_1, "Q5_1", 32, 24, llm__decode_q5_1},
+    {LLM__Q8_0, "Q8_0", 32, 34, llm__decode_q8_0},
+    {LLM__Q2_K, "Q2_K", 256, 84, llm__decode_q2_k},
+    {LLM__Q3_K, "Q3_K", 256, 110, llm__decode_q3_k},
+    {LLM__Q4_K, "Q4_K", 256, 144, llm__decode_q4_k},
+    {LLM__Q5_K, "Q5_K", 256, 176, llm__decode_q5_k},
+    {LLM__Q6_K, "Q6_K", 256, 210, llm__decode_q6_k},
+    {LLM__I8, "I8", 1, 1, llm__decode_i8},
+    {9, "Q8_1", 32, 36, NULL},
+    {15, "Q8_K", 256, 292, NULL},
+    {16, "IQ2_XXS", 256, 66, NULL},
+    {17, "IQ2_XS", 256, 74, NULL},
+    {18, "IQ3_XXS", 256, 98, NULL},
+    {19, "IQ1_S", 256, 50, NULL},
+    {20, "IQ4_NL", 32, 18, NULL},
+    {21, "IQ3_S", 256, 110, NULL},
+    {22, "IQ2_S", 256, 82, NULL},
+    {23, "IQ4_XS", 256, 136, NULL},
+    {25, "I16", 1, 2, NULL},
+    {26, "I32", 1, 4, NULL},
+    {27, "I64", 1, 8, NULL},
+    {28, "F64", 1, 8, NULL},
+    {29, "IQ1_M", 256, 56, NULL},
+    {34, "TQ1_0", 256, 54, NULL},
+    {35, "TQ2_0", 256, 66, NULL},
+    {39, "MXFP4", 32, 17, NULL},
+    {40, "NVFP4", 64, 36, NULL},
+    {41, "Q1_0", 128, 18, NULL},
+    {42, "Q2_0", 64, 18, NULL},
+    {LLM__NO_GGUF, "BOOL", 1, 1, NULL},
+    {LLM__NO_GGUF, "U8", 1, 1, NULL},
+    {LLM__NO_GGUF, "U16", 1, 2, NULL},
+    {LLM__NO_GGUF, "U32", 1, 4, NULL},
+    {LLM__NO_GGUF, "U64", 1, 8, NULL},
+    {LLM__NO_GGUF, "F8_E4M3", 1, 1, NULL},
+    {LLM__NO_GGUF, "F8_E5M2", 1, 1, NULL},
+    {LLM__NO_GGUF, "F8_E8M0", 1, 1, NULL},
 };
 
 enum { LLM__N_TYPES = sizeof llm__types / sizeof *llm__types };
@@ -1464,19 +1497,31 @@ typedef struct llm__tensor {
     uint64_t cols, rows; /* a row holds the inputs of one output; a vector is one row */
     uint64_t row_bytes;
     const llm__file *file;
-    uint64_t offset;     /* in the file */
-    const uint8_t *data; /* NULL where the file is not in memory, see llm__bring */
+    uint64_t offset;                  /* in the file */
+    const uint8_t *data;              /* NULL where the file is not in memory, see llm__bring */
     const struct llm__tensor *scales; /* of int8 rows, a number for each by which it is multiplied; else NULL */
 } llm__tensor;
 
 enum llm__gguf_type {
-    LLM__GGUF_U8, LLM__GGUF_I8, LLM__GGUF_U16, LLM__GGUF_I16, LLM__GGUF_U32, LLM__GGUF_I32, LLM__GGUF_F32,
-    LLM__GGUF_BOOL, LLM__GGUF_STRING, LLM__GGUF_ARRAY, LLM__GGUF_U64, LLM__GGUF_I64, LLM__GGUF_F64, LLM__GGUF_N_TYPES
+    LLM__GGUF_U8,
+    LLM__GGUF_I8,
+    LLM__GGUF_U16,
+    LLM__GGUF_I16,
+    LLM__GGUF_U32,
+    LLM__GGUF_I32,
+    LLM__GGUF_F32,
+    LLM__GGUF_BOOL,
+    LLM__GGUF_STRING,
+    LLM__GGUF_ARRAY,
+    LLM__GGUF_U64,
+    LLM__GGUF_I64,
+    LLM__GGUF_F64,
+    LLM__GGUF_N_TYPES
 };
 
 typedef struct llm__value {
     llm__str key;
-    uint32_t type;       /* enum llm__gguf_type; of an array, that of its items */
+    uint32_t type; /* enum llm__gguf_type; of an array, that of its items */
     bool is_array;
     uint64_t count;      /* 1, or an array's items */
     const uint8_t *data; /* the first item; a string is its length in 8 bytes, then its bytes */
@@ -1486,14 +1531,14 @@ typedef enum llm__format { LLM__GGUF, LLM__HUGGING_FACE } llm__format;
 
 typedef struct llm__checkpoint {
     llm__format format;
-    llm__value *values;       /* GGUF's */
+    llm__value *values; /* GGUF's */
     size_t n_values;
-    const char *directory;    /* Hugging Face's */
-    const char *config_path;  /* its config.json, for messages */
+    const char *directory;   /* Hugging Face's */
+    const char *config_path; /* its config.json, for messages */
     const llm__json *config;
-    llm__tensor *tensors;     /* sorted by name */
+    llm__tensor *tensors; /* sorted by name */
     size_t n_tensors, tensor_room;
-    bool *used;               /* [n_tensors] which of them llm__get_tensor has given out */
+    bool *used; /* [n_tensors] which of them llm__get_tensor has given out */
 } llm__checkpoint;
 
 static void llm__add_tensor(llm__env *env, llm__checkpoint *ck, const llm__tensor *t) {
@@ -1632,8 +1677,8 @@ typedef struct llm__reader {
 
 static const uint8_t *llm__read(llm__reader *r, uint64_t n) {
     if (n > r->size - r->at)
-        llm__fail(r->env, LLM_ERROR_FORMAT, "the file ends inside %s: %llu bytes wanted at offset %llu of %llu", r->what,
-                  (unsigned long long)n, (unsigned long long)r->at, (unsigned long long)r->size);
+        llm__fail(r->env, LLM_ERROR_FORMAT, "the file ends inside %s: %llu bytes wanted at offset %llu of %llu",
+                  r->what, (unsigned long long)n, (unsigned long long)r->at, (unsigned long long)r->size);
     if (n > r->have - r->at)
         llm__fail(r->env, LLM_ERROR_UNSUPPORTED,
                   "%s goes on at offset %llu: longer headers are only read from files by path", r->what,
@@ -1696,7 +1741,8 @@ static double llm__value_number(const llm__value *v, uint64_t i) {
     uint64_t bits;
     double d;
     switch (v->type) {
-    case LLM__GGUF_U8: case LLM__GGUF_BOOL: return p[0];
+    case LLM__GGUF_U8:
+    case LLM__GGUF_BOOL: return p[0];
     case LLM__GGUF_I8: return (int8_t)p[0];
     case LLM__GGUF_U16: return llm__load_u16(p);
     case LLM__GGUF_I16: return (int16_t)llm__load_u16(p);
@@ -1716,7 +1762,8 @@ static double llm__value_number(const llm__value *v, uint64_t i) {
 static double llm__get_number(llm__env *env, const llm__checkpoint *ck, const char *key, double missing) {
     const llm__value *v = llm__find_value(ck, key);
     if (!v) return missing;
-    if (v->is_array || v->type == LLM__GGUF_STRING) llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not a number", key);
+    if (v->is_array || v->type == LLM__GGUF_STRING)
+        llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not a number", key);
     return llm__value_number(v, 0);
 }
 
@@ -1739,7 +1786,8 @@ static llm__str llm__get_str(llm__env *env, const llm__checkpoint *ck, const cha
     llm__str s = {"", 0};
     const llm__value *v = llm__find_value(ck, key);
     if (!v) return s;
-    if (v->is_array || v->type != LLM__GGUF_STRING) llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not a string", key);
+    if (v->is_array || v->type != LLM__GGUF_STRING)
+        llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not a string", key);
     s.n = (size_t)llm__load_u64(v->data);
     s.at = (const char *)v->data + 8;
     return s;
@@ -1843,7 +1891,8 @@ static llm__checkpoint *llm__read_whole_gguf(llm__env *env, const llm__file *fil
     llm__checkpoint *ck = llm__read_gguf(env, file);
     int count = (int)llm__get_int(env, ck, "split.count", 1, 0, 65535);
     if (count > 1)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is one of the %d parts of a split file, which is loaded by path", count);
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is one of the %d parts of a split file, which is loaded by path",
+                  count);
     return ck;
 }
 
@@ -2013,7 +2062,8 @@ static const char *llm__model_directory(llm__env *env, const char *path) {
 
 static llm__checkpoint *llm__open_checkpoint(llm__env *env, const char *path, const llm_model_desc *desc) {
     if (desc->data) return llm__read_whole_gguf(env, llm__file_memory(env, desc->data, desc->data_size));
-    if (desc->read) return llm__read_whole_gguf(env, llm__file_function(env, desc->read, desc->read_user, desc->read_size));
+    if (desc->read)
+        return llm__read_whole_gguf(env, llm__file_function(env, desc->read, desc->read_user, desc->read_size));
     if (!path) llm__fail(env, LLM_ERROR_ARGUMENT, "neither a path nor data to load from were given");
     const char *directory = llm__model_directory(env, path);
     return directory ? llm__open_directory(env, directory) : llm__open_gguf(env, path);
@@ -2053,7 +2103,7 @@ typedef enum llm__rope_kind { LLM__ROPE_PLAIN, LLM__ROPE_LINEAR, LLM__ROPE_LLAMA
 typedef struct llm__rope {
     llm__rope_kind kind;
     double base, factor;
-    double n_original;           /* the positions first trained for */
+    double n_original; /* the positions first trained for */
     double few_turns, many_turns;
     bool whole_pairs;            /* yarn: the limits are rounded to whole pairs */
     double scale;                /* of sines and cosines; 0: as yarn says, */
@@ -2126,10 +2176,20 @@ static void llm__refuse_gguf(llm__env *env, const llm__checkpoint *ck) {
         const char *key;
         double harmless;
     } keys[] = {
-        {"expert_count", 0}, {"attention.scale", 0}, {"logit_scale", 0}, {"residual_scale", 0}, {"embedding_scale", 0},
-        {"attn_logit_softcapping", 0}, {"final_logit_softcapping", 0}, {"attention.clamp_kqv", 0},
-        {"attention.causal", 1}, {"attention.sliding_window_pattern", 0}, {"rope.scaling.attn_factor", 1},
-        {"rope.scaling.yarn_ext_factor", 1}, {"rope.scaling.yarn_log_multiplier", 0}, {"rope.scaling.alpha", 0},
+        {"expert_count", 0},
+        {"attention.scale", 0},
+        {"logit_scale", 0},
+        {"residual_scale", 0},
+        {"embedding_scale", 0},
+        {"attn_logit_softcapping", 0},
+        {"final_logit_softcapping", 0},
+        {"attention.clamp_kqv", 0},
+        {"attention.causal", 1},
+        {"attention.sliding_window_pattern", 0},
+        {"rope.scaling.attn_factor", 1},
+        {"rope.scaling.yarn_ext_factor", 1},
+        {"rope.scaling.yarn_log_multiplier", 0},
+        {"rope.scaling.alpha", 0},
         {"rope.dimension_sections", 0},
     };
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
@@ -2183,7 +2243,8 @@ static llm__hparams llm__gguf_hparams(llm__env *env, const llm__checkpoint *ck) 
     llm__refuse_gguf(env, ck);
     const llm__tensor *embd = llm__find_tensor(ck, "token_embd.weight");
     if (!embd) llm__fail(env, LLM_ERROR_FORMAT, "tensor token_embd.weight is missing");
-    if (embd->rows > 1 << 24) llm__fail(env, LLM_ERROR_FORMAT, "tensor token_embd.weight has %llu rows", (unsigned long long)embd->rows);
+    if (embd->rows > 1 << 24)
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor token_embd.weight has %llu rows", (unsigned long long)embd->rows);
     h.n_vocab = (int)embd->rows;
     h.n_layers = llm__arch_int(env, ck, "block_count", -1, 4096);
     h.n_embd = llm__arch_int(env, ck, "embedding_length", -1, 1 << 20);
@@ -2193,7 +2254,8 @@ static llm__hparams llm__gguf_hparams(llm__env *env, const llm__checkpoint *ck) 
     h.n_ctx_train = llm__arch_int(env, ck, "context_length", -1, 1 << 28);
     h.head_dim = llm__arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1, 4096);
     if (llm__arch_int(env, ck, "attention.value_length", h.head_dim, 4096) != h.head_dim)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "values and keys have different lengths, which this library does not run");
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "values and keys have different lengths, which this library does not run");
     h.rope_dim = llm__arch_int(env, ck, "rope.dimension_count", h.head_dim, 4096);
     h.window = llm__arch_int(env, ck, "attention.sliding_window", 0, 1 << 28);
     h.rms_eps = (float)llm__arch_number(env, ck, "attention.layer_norm_rms_epsilon", 1e-5, 1e-12, 1);
@@ -2463,15 +2525,15 @@ static llm__hparams llm__read_hparams(llm__env *env, const llm__checkpoint *ck) 
    Unicode standard (no overlong forms, no surrogates, nothing above U+10FFFF); each other byte becomes U+FFFD. */
 
 enum { /* what a code point is to a pre-tokenizer: Unicode's general category in one bit, but spaces are White_Space */
-    LLM__UPPER = 1,    /* Lu, Lt */
-    LLM__LOWER = 2,    /* Ll     */
-    LLM__CASELESS = 4, /* Lm, Lo */
-    LLM__LETTER = 7,
-    LLM__MARK = 8,
-    LLM__NUMBER = 16,
-    LLM__PUNCTUATION = 32,
-    LLM__SYMBOL = 64,
-    LLM__SPACE = 128
+       LLM__UPPER = 1,    /* Lu, Lt */
+       LLM__LOWER = 2,    /* Ll     */
+       LLM__CASELESS = 4, /* Lm, Lo */
+       LLM__LETTER = 7,
+       LLM__MARK = 8,
+       LLM__NUMBER = 16,
+       LLM__PUNCTUATION = 32,
+       LLM__SYMBOL = 64,
+       LLM__SPACE = 128
 };
 
 /* The tables are printed by tokenizer/unicode.py. Classes: a letter and how many code points in a row have the class it
@@ -2546,7 +2608,8 @@ static uint16_t llm__page_index(llm__classes *c, const uint8_t *page) {
 
 static unsigned llm__class_of_letter(char letter) {
     switch (letter) {
-    case 'A': case 'U': return LLM__UPPER;
+    case 'A':
+    case 'U': return LLM__UPPER;
     case 'l': return LLM__LOWER;
     case 'o': return LLM__CASELESS;
     case 'm': return LLM__MARK;
@@ -2773,8 +2836,14 @@ typedef struct llm__nfc {
 } llm__nfc;
 
 enum {
-    LLM__HANGUL = 0xAC00, LLM__HANGUL_L = 0x1100, LLM__HANGUL_V = 0x1161, LLM__HANGUL_T = 0x11A7,
-    LLM__HANGUL_NL = 19, LLM__HANGUL_NV = 21, LLM__HANGUL_NT = 28, LLM__N_HANGUL = 11172
+    LLM__HANGUL = 0xAC00,
+    LLM__HANGUL_L = 0x1100,
+    LLM__HANGUL_V = 0x1161,
+    LLM__HANGUL_T = 0x11A7,
+    LLM__HANGUL_NL = 19,
+    LLM__HANGUL_NV = 21,
+    LLM__HANGUL_NT = 28,
+    LLM__N_HANGUL = 11172
 };
 
 /* The next number of a table, 0 at its end; *line and *at say where the reading is. */
@@ -2871,7 +2940,7 @@ typedef struct llm__marks {
     size_t n, room;
 } llm__marks;
 
-#define LLM__MARK_CODE(item) ((uint32_t)(item) & 0x1FFFFF)
+#define LLM__MARK_CODE(item) ((uint32_t)(item)&0x1FFFFF)
 #define LLM__MARK_CLASS(item) ((unsigned)((item) >> 56))
 
 static void llm__marks_add(llm__marks *m, uint32_t code) {
@@ -2923,7 +2992,8 @@ static void llm__compose_marks(llm__marks *m) {
     for (size_t i = 0; i < m->n; i++) {
         unsigned c = LLM__MARK_CLASS(m->items[i]);
         bool blocked = starter == SIZE_MAX || (n > starter + 1 && LLM__MARK_CLASS(m->items[n - 1]) >= c);
-        uint32_t joined = blocked ? 0 : llm__compose(m->nfc, LLM__MARK_CODE(m->items[starter]), LLM__MARK_CODE(m->items[i]));
+        uint32_t joined =
+            blocked ? 0 : llm__compose(m->nfc, LLM__MARK_CODE(m->items[starter]), LLM__MARK_CODE(m->items[i]));
         if (joined) {
             m->items[starter] = joined;
             continue;
@@ -2975,18 +3045,23 @@ static uint8_t *llm__to_nfc(llm__env *env, const llm__nfc *nfc, const uint8_t *p
 /* ---- Vocabulary ---- */
 
 typedef enum llm__token_type { /* as GGUF numbers them */
-    LLM__TYPE_NORMAL = 1, LLM__TYPE_UNKNOWN, LLM__TYPE_CONTROL, LLM__TYPE_USER_DEFINED, LLM__TYPE_UNUSED, LLM__TYPE_BYTE
+                               LLM__TYPE_NORMAL = 1,
+                               LLM__TYPE_UNKNOWN,
+                               LLM__TYPE_CONTROL,
+                               LLM__TYPE_USER_DEFINED,
+                               LLM__TYPE_UNUSED,
+                               LLM__TYPE_BYTE
 } llm__token_type;
 
 enum { /* what is kept of each token */
-    LLM__TYPE_MASK = 7,
-    LLM__WHOLE = 8,         /* merging the piece's own bytes gives the piece                                      */
-    LLM__END = 16,          /* ends a text or a turn                                                              */
-    LLM__LSTRIP = 32,       /* where it is recognised in a text, it swallows the white space before it            */
-    LLM__RSTRIP = 64,       /* ... after it                                                                       */
-    LLM__SINGLE_WORD = 128, /* ... only where no letter, mark, number or underscore touches it                    */
-    LLM__NORMALIZED = 256,  /* ... in the text as it is when normalised                                           */
-    LLM__IN_MODEL = 512     /* not a normal token, but merges may make it all the same                            */
+       LLM__TYPE_MASK = 7,
+       LLM__WHOLE = 8,         /* merging the piece's own bytes gives the piece                                      */
+       LLM__END = 16,          /* ends a text or a turn                                                              */
+       LLM__LSTRIP = 32,       /* where it is recognised in a text, it swallows the white space before it            */
+       LLM__RSTRIP = 64,       /* ... after it                                                                       */
+       LLM__SINGLE_WORD = 128, /* ... only where no letter, mark, number or underscore touches it                    */
+       LLM__NORMALIZED = 256,  /* ... in the text as it is when normalised                                           */
+       LLM__IN_MODEL = 512     /* not a normal token, but merges may make it all the same                            */
 };
 
 /* Where a space is put before the text, so that its first word is like the others. */
@@ -2998,7 +3073,12 @@ typedef enum llm__prefix {
 } llm__prefix;
 
 typedef enum llm__rule_kind {
-    LLM__NO_RULE, LLM__RULE_RUN, LLM__RULE_GPT2, LLM__RULE_LLAMA3, LLM__RULE_CASED, LLM__RULE_METASPACE
+    LLM__NO_RULE,
+    LLM__RULE_RUN,
+    LLM__RULE_GPT2,
+    LLM__RULE_LLAMA3,
+    LLM__RULE_CASED,
+    LLM__RULE_METASPACE
 } llm__rule_kind;
 
 /* How a pre-tokenizer cuts, one rule after the other: each cuts what the one before it left whole. */
@@ -3021,7 +3101,7 @@ typedef struct llm__merge_pair {
 
 /* What a vocabulary is built from, whatever file it was in. The strings need only live while it is built. */
 typedef struct llm__vocab_source {
-    bool sentencepiece;            /* pieces are made of characters, and bytes as in "<0x0A>"; else byte-level BPE */
+    bool sentencepiece; /* pieces are made of characters, and bytes as in "<0x0A>"; else byte-level BPE */
     const char *pieces_name, *scores_name, *types_name, *merges_name; /* of the fields, for messages              */
     size_t n_pieces, n_merges;
     const llm__str *pieces;        /* [n_pieces] as in the file: spaces and bytes are characters that stand for them */
@@ -3032,10 +3112,10 @@ typedef struct llm__vocab_source {
     llm__rule rules[LLM__MAX_RULES];
     int n_rules;
     bool nfc, ignore_merges;
-    bool fuse_unk;                 /* a run of unknown characters is one token                                    */
+    bool fuse_unk; /* a run of unknown characters is one token                                    */
     llm__prefix prefix;
-    bool strip_prefix;             /* decoding takes a space off the text's begin                                 */
-    llm_token bos, eos, unk;       /* LLM__NONE: none                                                             */
+    bool strip_prefix;       /* decoding takes a space off the text's begin                                 */
+    llm_token bos, eos, unk; /* LLM__NONE: none                                                             */
     bool add_bos, add_eos;
     llm__str chat_template;
 } llm__vocab_source;
@@ -3073,8 +3153,8 @@ struct llm_tokenizer {
     llm__prefix prefix;
     int n_vocab;
     llm_token bos, eos, unk;
-    uint16_t *flags;     /* [n_vocab]                                                      */
-    uint32_t *offsets;   /* [n_vocab + 1] into bytes                                       */
+    uint16_t *flags;   /* [n_vocab]                                                      */
+    uint32_t *offsets; /* [n_vocab + 1] into bytes                                       */
     uint8_t *bytes;
     llm__piece_slot *pieces;
     size_t piece_mask, longest_piece;
@@ -3161,8 +3241,8 @@ static const llm__pair_slot *llm__find_pair(const llm_tokenizer *t, llm_token le
 /* ---- Merging ---- */
 
 typedef struct llm__symbol {
-    llm_token id, merged; /* merged: with the one after it                 */
-    uint32_t rank;        /* of that merge; LLM__NO_RANK if there is none  */
+    llm_token id, merged;    /* merged: with the one after it                 */
+    uint32_t rank;           /* of that merge; LLM__NO_RANK if there is none  */
     uint32_t previous, next; /* places; LLM__NO_PLACE at the ends          */
 } llm__symbol;
 
@@ -3293,7 +3373,8 @@ static size_t llm__first_symbols(const llm_tokenizer *t, const uint8_t *p, size_
             while (n_bytes < length && t->byte_tokens[p[n_bytes]] != LLM__NONE) n_bytes++;
         if (id == LLM__NONE && n_bytes < length) id = t->unk;
         if (id != LLM__NONE) s[count++].id = id;
-        else for (size_t i = 0; i < n_bytes && n_bytes == length; i++) s[count++].id = t->byte_tokens[p[i]];
+        else
+            for (size_t i = 0; i < n_bytes && n_bytes == length; i++) s[count++].id = t->byte_tokens[p[i]];
         p += length;
     }
     return count;
@@ -3364,7 +3445,8 @@ static const uint8_t *llm__wordless(const llm__classes *c, const llm__rule *rule
 }
 
 /* (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|... */
-static const uint8_t *llm__llama3_word(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t *end) {
+static const uint8_t *llm__llama3_word(const llm__classes *c, const llm__rule *rule, const uint8_t *p,
+                                       const uint8_t *end) {
     const uint8_t *q, *after;
     size_t n = llm__contraction(p, end, true);
     if (n) return p + n;
@@ -3389,7 +3471,8 @@ static const uint8_t *llm__cased_letters(const llm__classes *c, const uint8_t *p
 
 /* Words in which case matters: a lower case letter ends what upper case may go on with. As the last one but for
    [^\r\n\p{L}\p{N}]?<cased letters>(?i:'s|...)? */
-static const uint8_t *llm__cased_word(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t *end) {
+static const uint8_t *llm__cased_word(const llm__classes *c, const llm__rule *rule, const uint8_t *p,
+                                      const uint8_t *end) {
     const uint8_t *second, *q = NULL;
     unsigned first = llm__class_at(c, p, &second);
     bool skips = !(first & (LLM__LETTER | LLM__NUMBER)) && *p != '\r' && *p != '\n';
@@ -3551,7 +3634,8 @@ static const llm__special *llm__special_at(const llm_tokenizer *t, const llm__sp
                                            const uint8_t *p, const uint8_t *end, const uint8_t *control_end) {
     int lo = 0, hi = set->n;
     size_t n = (size_t)(end - p), same = 0;
-    while (lo < hi) { /* the first that sorts after the text; all its prefixes are before, and prefixes of one another */
+    while (lo <
+           hi) { /* the first that sorts after the text; all its prefixes are before, and prefixes of one another */
         int mid = (lo + hi) / 2;
         llm__str s = set->items[mid].text;
         int order = memcmp(s.at, p, s.n < n ? s.n : n);
@@ -3800,7 +3884,8 @@ static bool llm__next_character(const uint8_t *p, const uint8_t *end, size_t *n)
     *n = llm__utf8_length(p, end);
     if (*n) return true;
     *n = 1;
-    for (int i = 0; i < 3 && have < 4; i++) { /* some continuation of 80, 90 or A0 completes whatever can be completed */
+    for (int i = 0; i < 3 && have < 4;
+         i++) { /* some continuation of 80, 90 or A0 completes whatever can be completed */
         memcpy(whole, p, have);
         memcpy(whole + have, completion[i], 3);
         if (llm__utf8_length(whole, whole + have + 3) > have) *n = 0;
@@ -3868,7 +3953,10 @@ static bool llm__unmap_bytes(llm__str s, uint8_t *out, size_t *n) {
 }
 
 static int llm__hex_digit(char c) {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+    return c >= '0' && c <= '9'   ? c - '0'
+           : c >= 'A' && c <= 'F' ? c - 'A' + 10
+           : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                                  : -1;
 }
 
 /* "<0x0A>" is 10; -1 for any other text. */
@@ -3909,8 +3997,8 @@ static void llm__index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_s
     size_t probes = 0;
     llm__piece_slot *slot = llm__piece_slot_of(t, (const uint8_t *)s.at, s.n, &tag, &probes);
     if (slot->id != LLM__NONE)
-        llm__fail(env, LLM_ERROR_FORMAT, "%s[%ld] and [%ld] are the same piece: \"%.*s\"", v->pieces_name, (long)slot->id,
-                  (long)id, LLM__SHOW_PIECE(v->pieces[id]));
+        llm__fail(env, LLM_ERROR_FORMAT, "%s[%ld] and [%ld] are the same piece: \"%.*s\"", v->pieces_name,
+                  (long)slot->id, (long)id, LLM__SHOW_PIECE(v->pieces[id]));
     if (probes > LLM__MAX_PROBES)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s[%ld] collides with too many others", v->pieces_name, (long)id);
     slot->tag = tag;
@@ -4087,7 +4175,8 @@ static void llm__mark_whole(llm__env *env, llm_tokenizer *t) {
         llm__str piece = llm__piece(t, id);
         const uint8_t *p = (const uint8_t *)piece.at;
         if (llm__find_piece(t, p, piece.n) != id) continue;
-        if (llm__merge(env, t, s, llm__first_symbols(t, p, piece.n, s)) == 1 && s[0].id == id) t->flags[id] |= LLM__WHOLE;
+        if (llm__merge(env, t, s, llm__first_symbols(t, p, piece.n, s)) == 1 && s[0].id == id)
+            t->flags[id] |= LLM__WHOLE;
     }
     llm__free(env->pool, s);
 }
@@ -4153,9 +4242,20 @@ static void llm__build_specials(llm__env *env, llm_tokenizer *t, const llm__voca
 }
 
 static void llm__build_ends(llm_tokenizer *t, const llm__vocab_source *v) {
-    static const char *const texts[] = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>",
-        "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "<|eot|>", "<|return|>", "<|end_of_sentence|>", "</s>",
-        "<|EOT|>", "<\xEF\xBD\x9C\x65nd\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
+    static const char *const texts[] = {"<|im_end|>",
+                                        "<|eot_id|>",
+                                        "<|eom_id|>",
+                                        "<|end_of_text|>",
+                                        "<|endoftext|>",
+                                        "<|end|>",
+                                        "<|end_of_turn|>",
+                                        "<end_of_turn>",
+                                        "<|eot|>",
+                                        "<|return|>",
+                                        "<|end_of_sentence|>",
+                                        "</s>",
+                                        "<|EOT|>",
+                                        "<\xEF\xBD\x9C\x65nd\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
     if (v->eos != LLM__NONE) t->flags[v->eos] |= LLM__END;
     for (int i = 0; i < t->raw.n; i++) {
         llm_token id = t->raw.items[i].id;
@@ -4178,8 +4278,8 @@ static void llm__build_rules(llm__env *env, llm_tokenizer *t, const llm__vocab_s
 static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_source *v) {
     llm_tokenizer *t = (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *t);
     if (v->n_pieces < 1 || v->n_pieces > 1 << 24 || v->n_merges > 1 << 26)
-        llm__fail(env, LLM_ERROR_FORMAT, "%s has %llu entries, %s %llu", v->pieces_name, (unsigned long long)v->n_pieces,
-                  v->merges_name, (unsigned long long)v->n_merges);
+        llm__fail(env, LLM_ERROR_FORMAT, "%s has %llu entries, %s %llu", v->pieces_name,
+                  (unsigned long long)v->n_pieces, v->merges_name, (unsigned long long)v->n_merges);
     t->host = env->pool->host;
     t->sentencepiece = v->sentencepiece;
     t->ignore_merges = v->ignore_merges;
@@ -4222,9 +4322,9 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
     LLM__RE_FOLDED "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" numbers "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*" LLM__RE_SPACES
 #define LLM__RE_UP "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
 #define LLM__RE_LOW "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
-#define LLM__RE_CASED(end, numbers) \
-    "[^\\r\\n\\p{L}\\p{N}]?" LLM__RE_UP "*" LLM__RE_LOW "+" end "|[^\\r\\n\\p{L}\\p{N}]?" LLM__RE_UP "+" LLM__RE_LOW "*" end \
-    "|" numbers "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*" LLM__RE_SPACES
+#define LLM__RE_CASED(end, numbers)                                                                                  \
+    "[^\\r\\n\\p{L}\\p{N}]?" LLM__RE_UP "*" LLM__RE_LOW "+" end "|[^\\r\\n\\p{L}\\p{N}]?" LLM__RE_UP "+" LLM__RE_LOW \
+    "*" end "|" numbers "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*" LLM__RE_SPACES
 #define LLM__RE_CJK "[\xE4\xB8\x80-\xE9\xBE\xA5\xE0\xA0\x80-\xE4\xB8\x80\xEA\xB0\x80-\xED\x9F\xBF]+"
 
 static bool llm__known_rule(llm__str regex, llm__rule *rule) {
@@ -4233,12 +4333,11 @@ static bool llm__known_rule(llm__str regex, llm__rule *rule) {
         llm__rule_kind kind;
         int most;
         bool contractions;
-    } known[] = {
-        {LLM__RE_GPT2, LLM__RULE_GPT2, 0, false},
-        {LLM__RE_LLAMA3("\\p{N}{1,3}"), LLM__RULE_LLAMA3, 3, false},
-        {LLM__RE_LLAMA3("\\p{N}"), LLM__RULE_LLAMA3, 1, false},
-        {LLM__RE_CASED(LLM__RE_FOLDED "?", "\\p{N}{1,3}"), LLM__RULE_CASED, 3, true},
-        {LLM__RE_CASED("", "\\p{N}"), LLM__RULE_CASED, 1, false}};
+    } known[] = {{LLM__RE_GPT2, LLM__RULE_GPT2, 0, false},
+                 {LLM__RE_LLAMA3("\\p{N}{1,3}"), LLM__RULE_LLAMA3, 3, false},
+                 {LLM__RE_LLAMA3("\\p{N}"), LLM__RULE_LLAMA3, 1, false},
+                 {LLM__RE_CASED(LLM__RE_FOLDED "?", "\\p{N}{1,3}"), LLM__RULE_CASED, 3, true},
+                 {LLM__RE_CASED("", "\\p{N}"), LLM__RULE_CASED, 1, false}};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
         if (!llm__str_is(regex, known[i].regex)) continue;
         rule->kind = known[i].kind;
@@ -4281,7 +4380,9 @@ static bool llm__regex_character(llm__regex *r, uint32_t *code) {
     *code = llm__utf8_decode(r->at, &r->at);
     if (!escaped) return *code != '&'; /* "&&" makes an intersection */
     if (*code == 'r' || *code == 'n' || *code == 't') *code = *code == 'r' ? '\r' : *code == 'n' ? '\n' : '\t';
-    else if (*code < '!' || *code > '~' || (*code >= '0' && *code <= '9') || ((*code | 32) >= 'a' && (*code | 32) <= 'z')) return false;
+    else if (*code < '!' || *code > '~' || (*code >= '0' && *code <= '9') ||
+             ((*code | 32) >= 'a' && (*code | 32) <= 'z'))
+        return false;
     return true;
 }
 
@@ -4320,7 +4421,8 @@ static bool llm__run_rule(llm__env *env, llm__str regex, llm__rule *rule) {
     const uint8_t *set = r.at;
     if (r.at == r.end || !llm__regex_set(&r, rule, ranges)) return false;
     size_t n = (size_t)(r.at - set);
-    for (; (size_t)(r.end - r.at) >= n && !memcmp(r.at, set, n) && rule->least < 9; r.at += n) rule->most = ++rule->least;
+    for (; (size_t)(r.end - r.at) >= n && !memcmp(r.at, set, n) && rule->least < 9; r.at += n)
+        rule->most = ++rule->least;
     if (rule->least > 1) return r.at == r.end;
     if (llm__regex_takes(&r, "+")) {
         rule->most = INT32_MAX;
@@ -4373,8 +4475,8 @@ static void llm__use_pre_tokenizer(llm__env *env, llm__vocab_source *v, llm__str
             return;
         }
     }
-    llm__fail(env, LLM_ERROR_UNSUPPORTED, "tokenizer.ggml.pre is \"%.*s\", which is not one of the pre-tokenizers known here",
-              LLM__SHOW(name));
+    llm__fail(env, LLM_ERROR_UNSUPPORTED,
+              "tokenizer.ggml.pre is \"%.*s\", which is not one of the pre-tokenizers known here", LLM__SHOW(name));
 }
 
 /* ---- Tokenizers in GGUF files ---- */
@@ -4461,10 +4563,13 @@ static void llm__read_gguf_vocab(llm__env *env, const llm__checkpoint *ck, llm__
     llm__str model = llm__get_str(env, ck, "tokenizer.ggml.model");
     v->sentencepiece = llm__str_is(model, "llama");
     if (!v->sentencepiece && !llm__str_is(model, "gpt2"))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tokenizer.ggml.model is \"%.*s\"; \"llama\" (SentencePiece BPE) and \"gpt2\" "
-                  "(byte-level BPE) are known here", LLM__SHOW(model));
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "tokenizer.ggml.model is \"%.*s\"; \"llama\" (SentencePiece BPE) and \"gpt2\" "
+                  "(byte-level BPE) are known here",
+                  LLM__SHOW(model));
     if (llm__find_value(ck, "tokenizer.ggml.precompiled_charsmap"))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tokenizer.ggml.precompiled_charsmap is set: such a normaliser is not run here");
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "tokenizer.ggml.precompiled_charsmap is set: such a normaliser is not run here");
     v->pieces = llm__get_strings(env, ck, "tokenizer.ggml.tokens", &v->n_pieces);
     if (!v->pieces) llm__fail(env, LLM_ERROR_FORMAT, "metadata tokenizer.ggml.tokens is missing");
     v->types = llm__gguf_types(env, ck, v->n_pieces);
@@ -4524,7 +4629,8 @@ static const char *llm__json_type_name(llm__json_type type) {
 static const llm__json *llm__json_take(llm__env *env, const llm__json *object, const char *key, llm__json_type type) {
     const llm__json *v = llm__json_get(object, key);
     if (v && v->type != type)
-        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not %s", key, llm__json_type_name(v->type), llm__json_type_name(type));
+        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not %s", key, llm__json_type_name(v->type),
+                  llm__json_type_name(type));
     return v;
 }
 
@@ -4548,7 +4654,8 @@ static bool llm__json_flag(llm__env *env, const llm__json *object, const char *k
 }
 
 static llm_token llm__json_id(llm__env *env, const llm__json *v, const char *what, llm__str name) {
-    if (v->type != LLM__JSON_NUMBER || !(v->number >= 0 && v->number < 1 << 24) || v->number != (double)(llm_token)v->number)
+    if (v->type != LLM__JSON_NUMBER || !(v->number >= 0 && v->number < 1 << 24) ||
+        v->number != (double)(llm_token)v->number)
         llm__fail(env, LLM_ERROR_FORMAT, "%s \"%.*s\" has the id %.*s, not a whole number from 0 to 16777215", what,
                   LLM__SHOW_PIECE(name), LLM__SHOW(v->string));
     return (llm_token)v->number;
@@ -4582,19 +4689,23 @@ static void llm__put_piece(llm__env *env, llm__vocab_parts *parts, llm_token id,
                            size_t n_known) {
     llm__reserve_token(env, parts, id, n_known);
     if (parts->types[id] && !llm__str_equal(parts->pieces[id], text))
-        llm__fail(env, LLM_ERROR_FORMAT, "\"%.*s\" and \"%.*s\" both have the id %ld", LLM__SHOW_PIECE(parts->pieces[id]),
-                  LLM__SHOW_PIECE(text), (long)id);
+        llm__fail(env, LLM_ERROR_FORMAT, "\"%.*s\" and \"%.*s\" both have the id %ld",
+                  LLM__SHOW_PIECE(parts->pieces[id]), LLM__SHOW_PIECE(text), (long)id);
     if (parts->types[id] == LLM__TYPE_NORMAL) parts->traits[id] |= LLM__IN_MODEL;
     parts->types[id] = type;
     parts->pieces[id] = text;
 }
 
 /* An entry of "added_tokens", or of "added_tokens_decoder", where the id is its key. */
-static void llm__put_added_token(llm__env *env, llm__vocab_parts *parts, const llm__json *entry, llm_token id, size_t n_known) {
+static void llm__put_added_token(llm__env *env, llm__vocab_parts *parts, const llm__json *entry, llm_token id,
+                                 size_t n_known) {
     static const struct {
         const char *key;
         uint16_t trait;
-    } flags[] = {{"lstrip", LLM__LSTRIP}, {"rstrip", LLM__RSTRIP}, {"single_word", LLM__SINGLE_WORD}, {"normalized", LLM__NORMALIZED}};
+    } flags[] = {{"lstrip", LLM__LSTRIP},
+                 {"rstrip", LLM__RSTRIP},
+                 {"single_word", LLM__SINGLE_WORD},
+                 {"normalized", LLM__NORMALIZED}};
     llm__str text = llm__json_need(env, entry, "content", LLM__JSON_STRING)->string;
     bool special = llm__json_flag(env, entry, "special", false);
     llm__put_piece(env, parts, id, text, special ? LLM__TYPE_CONTROL : LLM__TYPE_USER_DEFINED, n_known);
@@ -4602,7 +4713,8 @@ static void llm__put_added_token(llm__env *env, llm__vocab_parts *parts, const l
         parts->traits[id] &= (uint16_t)~flags[i].trait;
         if (llm__json_flag(env, entry, flags[i].key, false)) parts->traits[id] |= flags[i].trait;
     }
-    if (special) parts->traits[id] &= (uint16_t)~LLM__NORMALIZED; /* where it must not be forged is known of the raw text */
+    if (special)
+        parts->traits[id] &= (uint16_t)~LLM__NORMALIZED; /* where it must not be forged is known of the raw text */
 }
 
 static void llm__read_json_tokens(llm__env *env, const llm__json *root, const llm__json *vocab, bool byte_fallback,
@@ -4628,7 +4740,8 @@ static llm__merge_pair *llm__json_merges(llm__env *env, const llm__json *merges)
         bool pair = m->type == LLM__JSON_ARRAY && m->n == 2 && m->first->type == LLM__JSON_STRING &&
                     m->first->next->type == LLM__JSON_STRING;
         if (!pair && m->type != LLM__JSON_STRING)
-            llm__fail(env, LLM_ERROR_FORMAT, "merges[%llu] is neither \"left right\" nor [\"left\", \"right\"]", (unsigned long long)i);
+            llm__fail(env, LLM_ERROR_FORMAT, "merges[%llu] is neither \"left right\" nor [\"left\", \"right\"]",
+                      (unsigned long long)i);
         if (!pair) {
             pairs[i] = llm__split_merge(env, "merges", i, m->string);
             continue;
@@ -4647,14 +4760,16 @@ static llm_token llm__find_part(const llm__vocab_parts *parts, llm__str text) {
 }
 
 static void llm__read_json_model(llm__env *env, const llm__json *root, llm__vocab_parts *parts, llm__vocab_source *v) {
-    const llm__json *model = llm__json_need(env, root, "model", LLM__JSON_OBJECT), *dropout = llm__json_get(model, "dropout");
+    const llm__json *model = llm__json_need(env, root, "model", LLM__JSON_OBJECT),
+                    *dropout = llm__json_get(model, "dropout");
     llm__str type = llm__json_text(env, model, "type"), unk = llm__json_text(env, model, "unk_token");
     if (type.n && !llm__str_is(type, "BPE"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model's type is \"%.*s\"; \"BPE\" is known here", LLM__SHOW(type));
     if (dropout && !(dropout->type == LLM__JSON_NUMBER && dropout->number == 0))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model has a \"dropout\", which makes tokens depend on chance");
     if (llm__json_text(env, model, "continuing_subword_prefix").n || llm__json_text(env, model, "end_of_word_suffix").n)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model has a \"continuing_subword_prefix\" or an \"end_of_word_suffix\"");
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "the model has a \"continuing_subword_prefix\" or an \"end_of_word_suffix\"");
     const llm__json *vocab = llm__json_need(env, model, "vocab", LLM__JSON_OBJECT);
     const llm__json *merges = llm__json_need(env, model, "merges", LLM__JSON_ARRAY);
     llm__read_json_tokens(env, root, vocab, llm__json_flag(env, model, "byte_fallback", false), parts);
@@ -4680,7 +4795,8 @@ static void llm__read_json_normalizer(llm__env *env, const llm__json *n, llm__vo
         v->prefix = LLM__PREFIX_STRETCH;
     } else if (llm__str_is(type, "Replace")) {
         const llm__json *pattern = llm__json_need(env, n, "pattern", LLM__JSON_OBJECT);
-        if (!llm__str_is(llm__json_text(env, pattern, "String"), " ") || !llm__str_is(llm__json_text(env, n, "content"), LLM__SPACE_MARK))
+        if (!llm__str_is(llm__json_text(env, pattern, "String"), " ") ||
+            !llm__str_is(llm__json_text(env, n, "content"), LLM__SPACE_MARK))
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "the normalizer replaces something else than a space by U+2581");
         v->sentencepiece = true;
     } else {
@@ -4690,11 +4806,13 @@ static void llm__read_json_normalizer(llm__env *env, const llm__json *n, llm__vo
 
 static void llm__add_json_rule(llm__env *env, llm__vocab_source *v, llm__str regex) {
     if (!llm__add_rule(env, v, regex))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by \"%.*s\", which is not one of the rules known here",
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "the pre_tokenizer splits by \"%.*s\", which is not one of the rules known here",
                   LLM__SHOW_PIECE(regex));
 }
 
-static void llm__add_json_class(llm__env *env, llm__vocab_source *v, const char *once, const char *run, bool contiguous) {
+static void llm__add_json_class(llm__env *env, llm__vocab_source *v, const char *once, const char *run,
+                                bool contiguous) {
     llm__str regex;
     regex.at = contiguous ? run : once;
     regex.n = strlen(regex.at);
@@ -4710,7 +4828,9 @@ static void llm__read_json_split(llm__env *env, const llm__json *p, llm__vocab_s
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by \"%.*s\" after %s", LLM__SHOW_PIECE(regex),
                   bytes ? "ByteLevel" : "spaces have become U+2581");
     if (llm__str_is(behavior, invert ? "Removed" : "Isolated")) llm__add_json_rule(env, v, regex);
-    else llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits with behavior \"%.*s\"%s", LLM__SHOW(behavior), invert ? ", inverted" : "");
+    else
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits with behavior \"%.*s\"%s", LLM__SHOW(behavior),
+                  invert ? ", inverted" : "");
 }
 
 static void llm__read_json_metaspace(llm__env *env, const llm__json *p, llm__vocab_source *v) {
@@ -4718,7 +4838,8 @@ static void llm__read_json_metaspace(llm__env *env, const llm__json *p, llm__voc
     bool always = scheme.n ? llm__str_is(scheme, "always") : llm__json_flag(env, p, "add_prefix_space", true);
     if (!llm__str_is(llm__json_text(env, p, "replacement"), LLM__SPACE_MARK))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Metaspace has another replacement than U+2581");
-    if (v->prefix || v->n_rules) llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Metaspace comes after something else");
+    if (v->prefix || v->n_rules)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Metaspace comes after something else");
     v->sentencepiece = true;
     v->prefix = llm__str_is(scheme, "first") ? LLM__PREFIX_FIRST : always ? LLM__PREFIX_UNSPACED : LLM__NO_PREFIX;
     if (llm__json_flag(env, p, "split", true)) v->rules[v->n_rules++].kind = LLM__RULE_METASPACE;
@@ -4735,26 +4856,30 @@ static void llm__read_json_pre_tokenizer(llm__env *env, const llm__json *p, llm_
     } else if (llm__str_is(type, "ByteLevel")) {
         *bytes = true;
         if (llm__json_flag(env, p, "add_prefix_space", true)) {
-            if (v->n_rules) llm__fail(env, LLM_ERROR_UNSUPPORTED, "ByteLevel adds a space to what other pre_tokenizers have cut");
+            if (v->n_rules)
+                llm__fail(env, LLM_ERROR_UNSUPPORTED, "ByteLevel adds a space to what other pre_tokenizers have cut");
             v->prefix = LLM__PREFIX_UNSPACED;
         }
         if (llm__json_flag(env, p, "use_regex", true)) llm__add_json_class(env, v, LLM__RE_GPT2, NULL, false);
     } else if (llm__str_is(type, "Split")) {
         llm__read_json_split(env, p, v, *bytes);
     } else if (llm__str_is(type, "Digits")) {
-        llm__add_json_class(env, v, LLM__RE_NUMBERS, LLM__RE_NUMBERS "+", !llm__json_flag(env, p, "individual_digits", false));
+        llm__add_json_class(env, v, LLM__RE_NUMBERS, LLM__RE_NUMBERS "+",
+                            !llm__json_flag(env, p, "individual_digits", false));
     } else if (llm__str_is(type, "Punctuation")) {
         llm__str behavior = llm__json_text(env, p, "behavior");
         bool contiguous = llm__str_is(behavior, "Contiguous");
         if (!contiguous && behavior.n && !llm__str_is(behavior, "Isolated"))
-            llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Punctuation has behavior \"%.*s\"", LLM__SHOW(behavior));
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Punctuation has behavior \"%.*s\"",
+                      LLM__SHOW(behavior));
         llm__add_json_class(env, v, LLM__RE_PUNCTUATION, LLM__RE_PUNCTUATION "+", contiguous);
     } else if (llm__str_is(type, "Metaspace")) {
         llm__read_json_metaspace(env, p, v);
     } else {
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer \"%.*s\" is not run here", LLM__SHOW(type));
     }
-    if (v->n_rules == LLM__MAX_RULES) llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer has more than %d rules", LLM__MAX_RULES - 1);
+    if (v->n_rules == LLM__MAX_RULES)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer has more than %d rules", LLM__MAX_RULES - 1);
 }
 
 /* Whether decoding takes the first space away. */
@@ -4774,18 +4899,24 @@ static bool llm__json_strips(llm__env *env, const llm__json *decoder) {
 }
 
 /* One of the tokens a post-processor puts around a text. */
-static llm_token llm__json_template_token(llm__env *env, const llm__json *processor, const llm__json *item, size_t n_pieces) {
+static llm_token llm__json_template_token(llm__env *env, const llm__json *processor, const llm__json *item,
+                                          size_t n_pieces) {
     const llm__json *tokens = llm__json_need(env, processor, "special_tokens", LLM__JSON_OBJECT);
     llm__str name = llm__json_need(env, item, "id", LLM__JSON_STRING)->string;
     for (const llm__json *token = tokens->first; token; token = token->next) {
         if (!llm__str_equal(token->key, name)) continue;
         const llm__json *ids = llm__json_need(env, token, "ids", LLM__JSON_ARRAY);
-        if (ids->n != 1) llm__fail(env, LLM_ERROR_UNSUPPORTED, "the post_processor's \"%.*s\" is %llu tokens", LLM__SHOW_PIECE(name), (unsigned long long)ids->n);
+        if (ids->n != 1)
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "the post_processor's \"%.*s\" is %llu tokens", LLM__SHOW_PIECE(name),
+                      (unsigned long long)ids->n);
         llm_token id = llm__json_id(env, ids->first, "the post_processor's", name);
-        if ((size_t)id >= n_pieces) llm__fail(env, LLM_ERROR_FORMAT, "the post_processor's \"%.*s\" has the id %ld, which is no token's", LLM__SHOW_PIECE(name), (long)id);
+        if ((size_t)id >= n_pieces)
+            llm__fail(env, LLM_ERROR_FORMAT, "the post_processor's \"%.*s\" has the id %ld, which is no token's",
+                      LLM__SHOW_PIECE(name), (long)id);
         return id;
     }
-    llm__fail(env, LLM_ERROR_FORMAT, "the post_processor's \"%.*s\" is not in its special_tokens", LLM__SHOW_PIECE(name));
+    llm__fail(env, LLM_ERROR_FORMAT, "the post_processor's \"%.*s\" is not in its special_tokens",
+              LLM__SHOW_PIECE(name));
 }
 
 static void llm__read_json_post_processor(llm__env *env, const llm__json *p, llm__vocab_source *v) {
@@ -4813,7 +4944,8 @@ static void llm__read_json_post_processor(llm__env *env, const llm__json *p, llm
     }
 }
 
-static void llm__read_tokenizer_json(llm__env *env, const llm__json *root, llm__vocab_parts *parts, llm__vocab_source *v) {
+static void llm__read_tokenizer_json(llm__env *env, const llm__json *root, llm__vocab_parts *parts,
+                                     llm__vocab_source *v) {
     const llm__json *normalizer = llm__json_take(env, root, "normalizer", LLM__JSON_OBJECT);
     const llm__json *pre = llm__json_take(env, root, "pre_tokenizer", LLM__JSON_OBJECT);
     const llm__json *post = llm__json_take(env, root, "post_processor", LLM__JSON_OBJECT);
@@ -4825,8 +4957,9 @@ static void llm__read_tokenizer_json(llm__env *env, const llm__json *root, llm__
     if (normalizer) llm__read_json_normalizer(env, normalizer, v);
     if (pre) llm__read_json_pre_tokenizer(env, pre, v, &bytes);
     if (bytes == v->sentencepiece || (bytes && v->prefix == LLM__PREFIX_STRETCH))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, bytes ? "ByteLevel and U+2581 for spaces do not go together here"
-                                                    : "neither a ByteLevel pre_tokenizer nor U+2581 for spaces: such a model is not run here");
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  bytes ? "ByteLevel and U+2581 for spaces do not go together here"
+                        : "neither a ByteLevel pre_tokenizer nor U+2581 for spaces: such a model is not run here");
     v->strip_prefix = decoder && llm__json_strips(env, decoder);
     v->n_pieces = parts->n;
     if (post) llm__read_json_post_processor(env, post, v);
@@ -4884,8 +5017,9 @@ static bool llm__proto_next(llm__proto *p) {
         break;
     case 5: p->number = llm__load_u32(llm__read(r, 4)); break;
     default:
-        llm__fail(r->env, LLM_ERROR_FORMAT, "%s: a field at offset %llu has the wire type %d: this is no SentencePiece model",
-                  r->what, (unsigned long long)r->at, (int)p->wire);
+        llm__fail(r->env, LLM_ERROR_FORMAT,
+                  "%s: a field at offset %llu has the wire type %d: this is no SentencePiece model", r->what,
+                  (unsigned long long)r->at, (int)p->wire);
     }
     return true;
 }
@@ -4901,19 +5035,22 @@ static void llm__read_proto_piece(llm__env *env, llm__proto *model, llm__vocab_p
         if (p.field == 3 && p.wire == 0) type = p.number;
     }
     if (type < LLM__TYPE_NORMAL || type > LLM__TYPE_BYTE)
-        llm__fail(env, LLM_ERROR_FORMAT, "pieces[%ld] has the type %llu, not one from 1 to 6", (long)id, (unsigned long long)type);
+        llm__fail(env, LLM_ERROR_FORMAT, "pieces[%ld] has the type %llu, not one from 1 to 6", (long)id,
+                  (unsigned long long)type);
     llm__put_piece(env, parts, id, text, (llm__token_type)type, parts->n);
     if (type == LLM__TYPE_USER_DEFINED) parts->traits[id] |= LLM__NORMALIZED;
 }
 
 /* SentencePiece numbers the kinds of tokens as GGUF does. */
-static void llm__read_proto_pieces(llm__env *env, const llm__file *file, llm__vocab_parts *parts, llm__vocab_source *v) {
+static void llm__read_proto_pieces(llm__env *env, const llm__file *file, llm__vocab_parts *parts,
+                                   llm__vocab_source *v) {
     llm__proto p = llm__proto_open(env, file->data, (size_t)file->size, "the model");
     float *scores = NULL;
     size_t room = 0;
     while (llm__proto_next(&p)) {
         if (p.field != 1 || p.wire != 2) continue;
-        if (parts->n == 1 << 24) llm__fail(env, LLM_ERROR_UNSUPPORTED, "there are more than %llu pieces", (unsigned long long)parts->n);
+        if (parts->n == 1 << 24)
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "there are more than %llu pieces", (unsigned long long)parts->n);
         scores = (float *)llm__grow(env, scores, parts->n, &room, sizeof *scores);
         scores[parts->n] = 0;
         llm__read_proto_piece(env, &p, parts, &scores[parts->n]);
@@ -4924,40 +5061,47 @@ static void llm__read_proto_pieces(llm__env *env, const llm__file *file, llm__vo
 static llm_token llm__proto_id(llm__env *env, const llm__vocab_parts *parts, const char *name, uint64_t number) {
     int64_t id = (int64_t)number; /* -1: none */
     if (id < -1 || id >= (int64_t)parts->n)
-        llm__fail(env, LLM_ERROR_FORMAT, "%s is %lld, but there are %llu pieces", name, (long long)id, (unsigned long long)parts->n);
+        llm__fail(env, LLM_ERROR_FORMAT, "%s is %lld, but there are %llu pieces", name, (long long)id,
+                  (unsigned long long)parts->n);
     return (llm_token)id;
 }
 
-static void llm__read_proto_trainer(llm__env *env, llm__str bytes, const llm__vocab_parts *parts, llm__vocab_source *v) {
+static void llm__read_proto_trainer(llm__env *env, llm__str bytes, const llm__vocab_parts *parts,
+                                    llm__vocab_source *v) {
     static const char *const kinds[] = {"?", "unigram", "BPE", "word", "char"};
     llm__proto p = llm__proto_open(env, bytes.at, bytes.n, "trainer_spec");
     uint64_t kind = 1;
     while (llm__proto_next(&p)) {
         if (p.wire) continue;
         if (p.field == 3) kind = p.number;
-        if (p.field == 24 && p.number) llm__fail(env, LLM_ERROR_UNSUPPORTED, "treat_whitespace_as_suffix is set, which is not run here");
+        if (p.field == 24 && p.number)
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "treat_whitespace_as_suffix is set, which is not run here");
         if (p.field == 40) v->unk = llm__proto_id(env, parts, "unk_id", p.number);
         if (p.field == 41) v->bos = llm__proto_id(env, parts, "bos_id", p.number);
         if (p.field == 42) v->eos = llm__proto_id(env, parts, "eos_id", p.number);
     }
     if (kind != 2)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "model_type is %llu (%s); 2 (BPE) is known here", (unsigned long long)kind, kinds[kind < 5 ? kind : 0]);
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "model_type is %llu (%s); 2 (BPE) is known here",
+                  (unsigned long long)kind, kinds[kind < 5 ? kind : 0]);
 }
 
 static void llm__read_proto_normalizer(llm__env *env, llm__str bytes, llm__vocab_source *v) {
     llm__proto p = llm__proto_open(env, bytes.at, bytes.n, "normalizer_spec");
     bool remove_spaces = true, escape = true;
     while (llm__proto_next(&p)) {
-        if (p.field == 2 && p.bytes.n) llm__fail(env, LLM_ERROR_UNSUPPORTED, "precompiled_charsmap is set: such a normaliser is not run here");
+        if (p.field == 2 && p.bytes.n)
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "precompiled_charsmap is set: such a normaliser is not run here");
         if (p.field == 3 && !p.wire) v->prefix = p.number ? LLM__PREFIX_STRETCH : LLM__NO_PREFIX;
         if (p.field == 4 && !p.wire) remove_spaces = p.number != 0;
         if (p.field == 5 && !p.wire) escape = p.number != 0;
     }
     if (remove_spaces || !escape)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s, which is not run here", escape ? "remove_extra_whitespaces is set" : "escape_whitespaces is not set");
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s, which is not run here",
+                  escape ? "remove_extra_whitespaces is set" : "escape_whitespaces is not set");
 }
 
-static void llm__read_tokenizer_model(llm__env *env, const llm__file *file, llm__vocab_parts *parts, llm__vocab_source *v) {
+static void llm__read_tokenizer_model(llm__env *env, const llm__file *file, llm__vocab_parts *parts,
+                                      llm__vocab_source *v) {
     llm__proto p = llm__proto_open(env, file->data, (size_t)file->size, "the model");
     llm__str trainer = {"", 0}, normalizer = {"", 0};
     v->pieces_name = "pieces";
@@ -4990,38 +5134,47 @@ static const llm__json *llm__beside(llm__env *env, const char *directory, const 
 }
 
 /* A token by its text, which stands there itself or as the "content" of an object. */
-static llm_token llm__named_token(llm__env *env, const llm__json *config, const char *key, const llm__vocab_parts *parts) {
+static llm_token llm__named_token(llm__env *env, const llm__json *config, const char *key,
+                                  const llm__vocab_parts *parts) {
     const llm__json *v = llm__json_get(config, key);
     if (v && v->type == LLM__JSON_OBJECT) v = llm__json_need(env, v, "content", LLM__JSON_STRING);
     if (!v) return LLM__NONE;
-    if (v->type != LLM__JSON_STRING) llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not a token's text", key, llm__json_type_name(v->type));
+    if (v->type != LLM__JSON_STRING)
+        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not a token's text", key, llm__json_type_name(v->type));
     llm_token id = llm__find_part(parts, v->string);
     if (id == LLM__NONE)
-        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is \"%.*s\", which is no token of the vocabulary", key, LLM__SHOW_PIECE(v->string));
+        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is \"%.*s\", which is no token of the vocabulary", key,
+                  LLM__SHOW_PIECE(v->string));
     return id;
 }
 
-static void llm__read_named_tokens(llm__env *env, const llm__json *config, const llm__vocab_parts *parts, llm__vocab_source *v) {
-    llm_token bos = llm__named_token(env, config, "bos_token", parts), eos = llm__named_token(env, config, "eos_token", parts);
+static void llm__read_named_tokens(llm__env *env, const llm__json *config, const llm__vocab_parts *parts,
+                                   llm__vocab_source *v) {
+    llm_token bos = llm__named_token(env, config, "bos_token", parts),
+              eos = llm__named_token(env, config, "eos_token", parts);
     if (eos != LLM__NONE && v->add_eos && v->eos != LLM__NONE && v->eos != eos)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "eos_token is token %ld, but the post_processor ends texts with token %ld", (long)eos, (long)v->eos);
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "eos_token is token %ld, but the post_processor ends texts with token %ld", (long)eos, (long)v->eos);
     if (bos != LLM__NONE && !(v->add_bos && v->bos != LLM__NONE)) v->bos = bos;
     if (eos != LLM__NONE) v->eos = eos;
 }
 
 /* "eos_token_id" of config.json and generation_config.json: a number or a list of them; all end a text. */
-static void llm__read_end_ids(llm__env *env, const llm__json *config, const llm__vocab_parts *parts, llm__vocab_source *v) {
+static void llm__read_end_ids(llm__env *env, const llm__json *config, const llm__vocab_parts *parts,
+                              llm__vocab_source *v) {
     static const llm__str key = {"eos_token_id", 12};
     const llm__json *ids = llm__json_get(config, key.at), *bos = llm__json_get(config, "bos_token_id");
     bool list = ids && ids->type == LLM__JSON_ARRAY;
     for (const llm__json *item = list ? ids->first : ids; item; item = list ? item->next : NULL) {
         llm_token id = llm__json_id(env, item, "the token of", key);
         if ((size_t)id >= parts->n)
-            llm__fail(env, LLM_ERROR_FORMAT, "eos_token_id is %ld, but the vocabulary has %llu tokens", (long)id, (unsigned long long)parts->n);
+            llm__fail(env, LLM_ERROR_FORMAT, "eos_token_id is %ld, but the vocabulary has %llu tokens", (long)id,
+                      (unsigned long long)parts->n);
         parts->traits[id] |= LLM__END;
         if (v->eos == LLM__NONE) v->eos = id;
     }
-    if (v->bos == LLM__NONE && bos && bos->type == LLM__JSON_NUMBER && bos->number >= 0 && bos->number < (double)parts->n)
+    if (v->bos == LLM__NONE && bos && bos->type == LLM__JSON_NUMBER && bos->number >= 0 &&
+        bos->number < (double)parts->n)
         v->bos = (llm_token)bos->number;
 }
 
@@ -5053,10 +5206,12 @@ static void llm__read_added_tokens(llm__env *env, const llm__json *config, llm__
     }
 }
 
-static void llm__read_tokenizer_config(llm__env *env, const llm__json *config, llm__vocab_parts *parts, llm__vocab_source *v) {
+static void llm__read_tokenizer_config(llm__env *env, const llm__json *config, llm__vocab_parts *parts,
+                                       llm__vocab_source *v) {
     if (v->scores) {
         llm__read_added_tokens(env, config, parts);
-        if (v->prefix == LLM__PREFIX_STRETCH && !llm__json_flag(env, config, "legacy", true)) v->prefix = LLM__PREFIX_FIRST;
+        if (v->prefix == LLM__PREFIX_STRETCH && !llm__json_flag(env, config, "legacy", true))
+            v->prefix = LLM__PREFIX_FIRST;
     }
     v->chat_template = llm__read_chat_template(env, config);
     llm__read_named_tokens(env, config, parts, v);
@@ -5068,7 +5223,8 @@ static void llm__read_beside(llm__env *env, const char *directory, llm__vocab_pa
     static const char *const ids[] = {"generation_config.json", "config.json"};
     const llm__json *config = llm__beside(env, directory, "tokenizer_config.json");
     if (config) llm__read_tokenizer_config(env, config, parts, v);
-    if ((v->bos == LLM__NONE || v->eos == LLM__NONE) && (config = llm__beside(env, directory, "special_tokens_map.json")) != NULL)
+    if ((v->bos == LLM__NONE || v->eos == LLM__NONE) &&
+        (config = llm__beside(env, directory, "special_tokens_map.json")) != NULL)
         llm__read_named_tokens(env, config, parts, v);
     for (int i = 0; i < 2; i++)
         if ((config = llm__beside(env, directory, ids[i])) != NULL) llm__read_end_ids(env, config, parts, v);
@@ -5126,7 +5282,8 @@ static llm_tokenizer *llm__tokenizer_from_file(llm__env *env, const char *direct
 }
 
 static llm_tokenizer *llm__tokenizer_from_directory(llm__env *env, const char *directory) {
-    const char *json = llm__path_join(env, directory, "tokenizer.json"), *model = llm__path_join(env, directory, "tokenizer.model");
+    const char *json = llm__path_join(env, directory, "tokenizer.json"),
+               *model = llm__path_join(env, directory, "tokenizer.model");
     const char *path = llm__find_path(json) == LLM__REGULAR ? json : model;
     if (llm__find_path(path) != LLM__REGULAR)
         llm__fail(env, LLM_ERROR_IO, "there is neither tokenizer.json nor tokenizer.model in this directory");
@@ -5285,7 +5442,9 @@ static void llm__trim_end(llm__chat *c) {
     if (last->end > c->out.n) last->end = c->out.n;
 }
 
-static bool llm__template_has(const llm__chat *c, const char *text) { return strstr(c->t->chat_template, text) != NULL; }
+static bool llm__template_has(const llm__chat *c, const char *text) {
+    return strstr(c->t->chat_template, text) != NULL;
+}
 
 /* What stands between `before` and the next of the characters `ends` in the template; empty if it is not there. A line's
    end may be written as \n in it. */
@@ -5454,16 +5613,23 @@ static bool llm__write_outline(const char *text, char *out, size_t room) {
 #define LLM__IM_DEFAULT LLM__IM_SYSTEM "*" LLM__IM_END
 #define LLM__IM_MESSAGE "{'<|im_start|>'+message.role+'\\n'+message.content+'" LLM__IM_END
 #define LLM__IM_ANSWER "%endfor%ifadd_generation_prompt{'<|im_start|>assistant\\n'%endif"
-#define LLM__IM_QWEN25 "%ifmessages[0].role=='system'" LLM__IM_SYSTEM "'+messages[0].content+'" LLM__IM_END "%else" LLM__IM_DEFAULT "%endif"
-#define LLM__IM_NO_CALL "%if(message.role=='user')or(message.role=='system'andnotloop.first)or(message.role=='assistant'andnotmessage.tool_calls)"
+#define LLM__IM_QWEN25                                                                                           \
+    "%ifmessages[0].role=='system'" LLM__IM_SYSTEM "'+messages[0].content+'" LLM__IM_END "%else" LLM__IM_DEFAULT \
+    "%endif"
+#define LLM__IM_NO_CALL                                                                                             \
+    "%if(message.role=='user')or(message.role=='system'andnotloop.first)or(message.role=='assistant'andnotmessage." \
+    "tool_calls)"
 
 static bool llm__is_chatml(const char *text) {
-    static const char *const first[] = {"{bos_token", "%ifnotadd_generation_promptisdefined%setadd_generation_prompt=false%endif"};
+    static const char *const first[] = {"{bos_token",
+                                        "%ifnotadd_generation_promptisdefined%setadd_generation_prompt=false%endif"};
     static const char *const known[] = {
         LLM__IM_MESSAGES LLM__IM_MESSAGE LLM__IM_ANSWER,
-        LLM__IM_MESSAGES "%ifloop.firstandmessages[0].role!='system'" LLM__IM_DEFAULT "%endif" LLM__IM_MESSAGE LLM__IM_ANSWER,
+        LLM__IM_MESSAGES "%ifloop.firstandmessages[0].role!='system'" LLM__IM_DEFAULT
+                         "%endif" LLM__IM_MESSAGE LLM__IM_ANSWER,
         LLM__IM_QWEN25 LLM__IM_MESSAGES LLM__IM_NO_CALL LLM__IM_MESSAGE "%endif" LLM__IM_ANSWER,
-        "%iftools%else" LLM__IM_QWEN25 "%endif" LLM__IM_MESSAGES LLM__IM_NO_CALL LLM__IM_MESSAGE "%endif" LLM__IM_ANSWER};
+        "%iftools%else" LLM__IM_QWEN25 "%endif" LLM__IM_MESSAGES LLM__IM_NO_CALL LLM__IM_MESSAGE
+        "%endif" LLM__IM_ANSWER};
     char outline[1024] = "", *p = outline;
     if (!llm__write_outline(text, outline, sizeof outline)) return false;
     for (int i = 0; i < 2; i++)
@@ -5602,15 +5768,19 @@ static void llm__render_llama2(llm__chat *c, bool open_answer) {
 
 static void llm__render_mistral(llm__chat *c, bool open_answer) {
     bool system = llm__begins_with_system(c), last = llm__template_has(c, "loop.last and system_message");
-    const char *open = llm__template_has(c, " [INST] ") ? " [INST] " : llm__template_has(c, "[INST] ") ? "[INST] " : "[INST]";
+    const char *open = llm__template_has(c, " [INST] ")  ? " [INST] "
+                       : llm__template_has(c, "[INST] ") ? "[INST] "
+                                                         : "[INST]";
     const char *close = llm__template_has(c, " [/INST]") ? " [/INST]" : "[/INST]";
-    bool space = llm__template_has(c, "' ' + message['content']") || llm__template_has(c, "\" \" + message[\"content\"]");
+    bool space =
+        llm__template_has(c, "' ' + message['content']") || llm__template_has(c, "\" \" + message[\"content\"]");
     bool after = llm__template_has(c, "eos_token + ' '"), trim = llm__template_has(c, "message[\"content\"]|trim");
     (void)open_answer;
     if (system && !llm__template_has(c, "system_message"))
         llm__fail(c->env, LLM_ERROR_ARGUMENT, "this model's chat template takes no system message");
     if (system && last && (c->n_messages - system) % 2 == 0)
-        llm__fail(c->env, LLM_ERROR_ARGUMENT, "this model's chat template puts the system message into the last message, "
+        llm__fail(c->env, LLM_ERROR_ARGUMENT,
+                  "this model's chat template puts the system message into the last message, "
                   "which must be the user's");
     llm__put_token(c, c->t->bos);
     for (int i = system; i < c->n_messages; i++) {
@@ -5655,11 +5825,18 @@ static const llm__chat_form *llm__find_chat_form(const char *text) {
         const char *has[3], *lacks[3];
     } known[] = {
         {{"qwen3", false, llm__render_qwen3},
-         {"loop.index0 > ns.last_query_index", "loop.last or (not loop.last and reasoning_content)", "split('</think>')[-1].lstrip('\\n')"},
+         {"loop.index0 > ns.last_query_index", "loop.last or (not loop.last and reasoning_content)",
+          "split('</think>')[-1].lstrip('\\n')"},
          {"<s>", "bos_token", "raise_exception"}},
-        {{"llama-3", false, llm__render_llama3}, {"<|start_header_id|>", "<|eot_id|>", "message['content'] | trim"}, {"system_prompt", NULL, NULL}},
-        {{"llama-2", true, llm__render_llama2}, {"<<SYS>>", "bos_token + '[INST] '", "content.strip()"}, {NULL, NULL, NULL}},
-        {{"mistral", true, llm__render_mistral}, {"[INST]", "[/INST]", "eos_token"}, {"<<SYS>>", "[SYSTEM_PROMPT]", NULL}},
+        {{"llama-3", false, llm__render_llama3},
+         {"<|start_header_id|>", "<|eot_id|>", "message['content'] | trim"},
+         {"system_prompt", NULL, NULL}},
+        {{"llama-2", true, llm__render_llama2},
+         {"<<SYS>>", "bos_token + '[INST] '", "content.strip()"},
+         {NULL, NULL, NULL}},
+        {{"mistral", true, llm__render_mistral},
+         {"[INST]", "[/INST]", "eos_token"},
+         {"<<SYS>>", "[SYSTEM_PROMPT]", NULL}},
         {{"zephyr", false, llm__render_zephyr}, {"<|user|>", "<|assistant|>", "eos_token"}, {"<|end|>", NULL, NULL}}};
     static const llm__chat_form chatml = {"chatml", false, llm__render_chatml};
     if (text && llm__is_chatml(text)) return &chatml;
@@ -5683,16 +5860,20 @@ static void llm__check_messages(llm__chat *c, bool alternates) {
         const llm_message *m = &c->messages[i];
         bool system = !strcmp(m->role, "system"), user = !strcmp(m->role, "user");
         if (!system && !user && strcmp(m->role, "assistant"))
-            llm__fail(c->env, LLM_ERROR_ARGUMENT, "messages[%d] has the role \"%.40s\"; there are \"system\", \"user\" and "
-                      "\"assistant\"", i, m->role);
+            llm__fail(c->env, LLM_ERROR_ARGUMENT,
+                      "messages[%d] has the role \"%.40s\"; there are \"system\", \"user\" and "
+                      "\"assistant\"",
+                      i, m->role);
         if (alternates && i >= first && (system || user != ((i - first) % 2 == 0)))
-            llm__fail(c->env, LLM_ERROR_ARGUMENT, "messages[%d] is of the %s, but this model's chat template wants user and "
-                      "assistant in turn, after one system message at most", i, m->role);
+            llm__fail(c->env, LLM_ERROR_ARGUMENT,
+                      "messages[%d] is of the %s, but this model's chat template wants user and "
+                      "assistant in turn, after one system message at most",
+                      i, m->role);
     }
 }
 
-static llm__rendered llm__render_chat(llm__env *env, const llm_tokenizer *t, const llm_message *messages, int n_messages,
-                                      bool open_answer) {
+static llm__rendered llm__render_chat(llm__env *env, const llm_tokenizer *t, const llm_message *messages,
+                                      int n_messages, bool open_answer) {
     llm__chat c;
     const llm__chat_form *form = llm__find_chat_form(t->chat_template);
     memset(&c, 0, sizeof c);
@@ -5701,9 +5882,11 @@ static llm__rendered llm__render_chat(llm__env *env, const llm_tokenizer *t, con
     c.messages = messages;
     c.n_messages = n_messages;
     if (!t->chat_template)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model's file has no chat template; render the messages as text yourself");
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "the model's file has no chat template; render the messages as text yourself");
     if (!form)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the chat template in the model's file is not one of those known here (ChatML, "
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "the chat template in the model's file is not one of those known here (ChatML, "
                   "Qwen3, Llama-2, Llama-3, Mistral, Zephyr); render the messages as text yourself");
     if (n_messages < 1) llm__fail(env, LLM_ERROR_ARGUMENT, "there are %d messages", n_messages);
     llm__check_messages(&c, form->alternates);
@@ -5779,7 +5962,14 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
 
 #if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 
-typedef enum llm__kind { LLM__W_F32, LLM__W_BF16, LLM__W_INT8, LLM__W_INT8_GROUPS, LLM__W_INT4_GROUPS, LLM__W_KINDS } llm__kind;
+typedef enum llm__kind {
+    LLM__W_F32,
+    LLM__W_BF16,
+    LLM__W_INT8,
+    LLM__W_INT8_GROUPS,
+    LLM__W_INT4_GROUPS,
+    LLM__W_KINDS
+} llm__kind;
 
 /* `rows` activations x[row * x_stride + k] meet one tile of 16 outputs, which are added to y[row * y_stride + 0..15].
    Products with groups need the sums of x over each 32: x_sums[row * k / 32 + group]. */
@@ -5988,15 +6178,20 @@ LLM__INLINE V v_even(const uint16_t *p) {
 LLM__INLINE V v_odd(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512((const void *)p), _mm512_set1_epi32(-65536)));
 }
-LLM__INLINE V v_int8(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p))); }
-LLM__INLINE V v_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
+LLM__INLINE V v_int8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
+}
+LLM__INLINE V v_half(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
 LLM__INLINE V v_nibble(const uint32_t *p, int at) {
     const V numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; /* looked up by the low four bits */
     return _mm512_permutexvar_ps((__m512i)((__v16su)_mm512_loadu_si512((const void *)p) >> (4 * at)), numbers);
 }
 LLM__INLINE V v_round_bf16(V a) {
     __m512i u = _mm512_castps_si512(a);
-    __m512i up = _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7FFF));
+    __m512i up =
+        _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7FFF));
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_add_epi32(u, up), _mm512_set1_epi32(-65536)));
 }
 LLM__INLINE V v_pow2(V shifted) {
@@ -6006,10 +6201,19 @@ LLM__INLINE V v_pow2(V shifted) {
 
 #elif defined(LLM__USE_AVX2)
 
-typedef struct V { __m256 lo, hi; } V;
-#define LLM__BOTH(l, h) V r; r.lo = l; r.hi = h; return r
+typedef struct V {
+    __m256 lo, hi;
+} V;
+#define LLM__BOTH(l, h) \
+    V r;                \
+    r.lo = l;           \
+    r.hi = h;           \
+    return r
 LLM__INLINE V v_load(const float *p) { LLM__BOTH(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
-LLM__INLINE void v_store(float *p, V a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
+LLM__INLINE void v_store(float *p, V a) {
+    _mm256_storeu_ps(p, a.lo);
+    _mm256_storeu_ps(p + 8, a.hi);
+}
 LLM__INLINE V v_splat(float x) { LLM__BOTH(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
 LLM__INLINE V v_add(V a, V b) { LLM__BOTH(a.lo + b.lo, a.hi + b.hi); }
 LLM__INLINE V v_sub(V a, V b) { LLM__BOTH(a.lo - b.lo, a.hi - b.hi); }
@@ -6029,10 +6233,13 @@ LLM__INLINE V v_fma(V a, V b, V c) {
 LLM__INLINE V v_max(V a, V b) { LLM__BOTH(_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)); }
 LLM__INLINE V v_min(V a, V b) { LLM__BOTH(_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)); }
 LLM__INLINE __m256i LLM__FN(half_round)(__m256i u) {
-    __m256i up = _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7FFF));
+    __m256i up =
+        _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7FFF));
     return _mm256_and_si256(_mm256_add_epi32(u, up), _mm256_set1_epi32(-65536));
 }
-LLM__INLINE __m256i LLM__FN(half_load)(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
+LLM__INLINE __m256i LLM__FN(half_load)(const uint16_t *p) {
+    return _mm256_loadu_si256((const __m256i *)(const void *)p);
+}
 LLM__INLINE V v_even(const uint16_t *p) {
     LLM__BOTH(_mm256_castsi256_ps(_mm256_slli_epi32(LLM__FN(half_load)(p), 16)),
               _mm256_castsi256_ps(_mm256_slli_epi32(LLM__FN(half_load)(p + 16), 16)));
@@ -6054,7 +6261,9 @@ LLM__INLINE __m256 LLM__FN(half_nibble)(const uint32_t *p, int at) {
     __m256i words = (__m256i)((__v8su)_mm256_loadu_si256((const __m256i *)(const void *)p) >> (4 * at));
     return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(15)));
 }
-LLM__INLINE V v_nibble(const uint32_t *p, int at) { LLM__BOTH(LLM__FN(half_nibble)(p, at), LLM__FN(half_nibble)(p + 8, at)); }
+LLM__INLINE V v_nibble(const uint32_t *p, int at) {
+    LLM__BOTH(LLM__FN(half_nibble)(p, at), LLM__FN(half_nibble)(p + 8, at));
+}
 LLM__INLINE V v_round_bf16(V a) {
     LLM__BOTH(_mm256_castsi256_ps(LLM__FN(half_round)(_mm256_castps_si256(a.lo))),
               _mm256_castsi256_ps(LLM__FN(half_round)(_mm256_castps_si256(a.hi))));
@@ -6067,14 +6276,21 @@ LLM__INLINE V v_pow2(V s) {
 
 #else /* scalar: the definition */
 
-typedef struct V { float f[16]; } V;
-#define LLM__LANES(expression) V r; for (int i = 0; i < 16; i++) r.f[i] = (expression); return r
+typedef struct V {
+    float f[16];
+} V;
+#define LLM__LANES(expression)                          \
+    V r;                                                \
+    for (int i = 0; i < 16; i++) r.f[i] = (expression); \
+    return r
 LLM__INLINE float LLM__FN(flush)(float x) {
     LLM__HIDE_FLOAT(x);
     return (llm__f32_bits(x) & 0x7F800000) ? x : llm__bits_f32(llm__f32_bits(x) & 0x80000000);
 }
 LLM__INLINE V v_load(const float *p) { LLM__LANES(p[i]); }
-LLM__INLINE void v_store(float *p, V a) { for (int i = 0; i < 16; i++) p[i] = a.f[i]; }
+LLM__INLINE void v_store(float *p, V a) {
+    for (int i = 0; i < 16; i++) p[i] = a.f[i];
+}
 LLM__INLINE V v_splat(float x) { LLM__LANES(x); }
 LLM__INLINE V v_add(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] + b.f[i])); }
 LLM__INLINE V v_sub(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] - b.f[i])); }
@@ -6153,7 +6369,8 @@ LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const float *x, size_t x_stri
     LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_load(y + (size_t)r * y_stride);
     for (int i = 0; i < k; i++) {
         V wi = v_load(w + (size_t)i * 16);
-        LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_fma(v_splat(x[(size_t)r * x_stride + (size_t)i]), wi, sum[r]);
+        LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] =
+            v_fma(v_splat(x[(size_t)r * x_stride + (size_t)i]), wi, sum[r]);
     }
     LLM__UNROLL for (int r = 0; r < ROWS; r++) v_store(y + (size_t)r * y_stride, sum[r]);
 }
@@ -6166,7 +6383,8 @@ LLM__INLINE V LLM__FN(weight)(const llm__kind KIND, const uint8_t *w, int i, con
 }
 
 /* The sums over one block, its even and odd weights as two chains. */
-LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const uint8_t *w, V *sum) {
+LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const uint8_t *w,
+                                V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) even[r] = odd[r] = v_splat(0);
     for (int i = 0; i < 32; i += 8) {
@@ -6188,10 +6406,11 @@ LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND) {
 }
 
 /* bf16 and int8 per channel: the blocks' sums are added, and at the end scaled. */
-LLM__INLINE void LLM__FN(plain_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const uint8_t *w,
-                                     int k, float *y, size_t y_stride) {
+LLM__INLINE void LLM__FN(plain_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
+                                     const uint8_t *w, int k, float *y, size_t y_stride) {
     V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS];
-    LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] = KIND == LLM__W_INT8 ? v_splat(0) : v_load(y + (size_t)r * y_stride);
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] =
+        KIND == LLM__W_INT8 ? v_splat(0) : v_load(y + (size_t)r * y_stride);
     for (int i = 0; i < k; i += 32, w += LLM__FN(block_bytes)(KIND)) {
         LLM__FN(block)(ROWS, KIND, x + i, x_stride, w, sum);
         LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] = v_add(total[r], sum[r]);
@@ -6203,33 +6422,35 @@ LLM__INLINE void LLM__FN(plain_rows)(const int ROWS, const llm__kind KIND, const
     }
 }
 
-LLM__INLINE void LLM__FN(group_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const float *x_sums,
-                                     const uint8_t *w, int k, float *y, size_t y_stride) {
+LLM__INLINE void LLM__FN(group_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
+                                     const float *x_sums, const uint8_t *w, int k, float *y, size_t y_stride) {
     const size_t bytes = LLM__FN(block_bytes)(KIND);
     V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] = v_load(y + (size_t)r * y_stride);
     for (int i = 0; i < k; i += 32, w += bytes, x_sums++) {
-        V scale = v_half((const uint16_t *)(const void *)(w + bytes) - 32), least = v_half((const uint16_t *)(const void *)(w + bytes) - 16);
+        V scale = v_half((const uint16_t *)(const void *)(w + bytes) - 32),
+          least = v_half((const uint16_t *)(const void *)(w + bytes) - 16);
         LLM__FN(block)(ROWS, KIND, x + i, x_stride, w, sum);
-        LLM__UNROLL for (int r = 0; r < ROWS; r++)
-            total[r] = v_fma(least, v_splat(x_sums[(size_t)r * (size_t)(k / 32)]), v_fma(scale, sum[r], total[r]));
+        LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] =
+            v_fma(least, v_splat(x_sums[(size_t)r * (size_t)(k / 32)]), v_fma(scale, sum[r], total[r]));
     }
     LLM__UNROLL for (int r = 0; r < ROWS; r++) v_store(y + (size_t)r * y_stride, total[r]);
 }
 
-LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const float *x_sums,
-                                    const void *tile, int k, float *y, size_t y_stride) {
+LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
+                                    const float *x_sums, const void *tile, int k, float *y, size_t y_stride) {
     const uint8_t *w = (const uint8_t *)tile;
     if (KIND == LLM__W_F32) LLM__FN(f32_rows)(ROWS, x, x_stride, (const float *)tile, k, y, y_stride);
-    else if (KIND == LLM__W_BF16 || KIND == LLM__W_INT8) LLM__FN(plain_rows)(ROWS, KIND, x, x_stride, w, k, y, y_stride);
+    else if (KIND == LLM__W_BF16 || KIND == LLM__W_INT8)
+        LLM__FN(plain_rows)(ROWS, KIND, x, x_stride, w, k, y, y_stride);
     else LLM__FN(group_rows)(ROWS, KIND, x, x_stride, x_sums, w, k, y, y_stride);
 }
 
 /* N rows at a time as long as there are so many. */
-#define LLM__ROWS_BY(N)                                                                                                 \
-    for (; rows >= (N); rows -= (N), x += (N) * x_stride, y += (N) * y_stride) {                                        \
-        LLM__FN(some_rows)((N), KIND, x, x_stride, x_sums, tile, k, y, y_stride);                                       \
-        if (GROUPS) x_sums += (N) * (k / 32);                                                                           \
+#define LLM__ROWS_BY(N)                                                           \
+    for (; rows >= (N); rows -= (N), x += (N)*x_stride, y += (N)*y_stride) {      \
+        LLM__FN(some_rows)((N), KIND, x, x_stride, x_sums, tile, k, y, y_stride); \
+        if (GROUPS) x_sums += (N) * (k / 32);                                     \
     }
 
 /* As many rows at once as the registers hold sums for, then fewer. */
@@ -6243,10 +6464,10 @@ LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x
 }
 #undef LLM__ROWS_BY
 
-#define LLM__PRODUCT(name, KIND)                                                                                        \
-    LLM__TARGET static void LLM__FN(name)(const float *x, size_t x_stride, const float *x_sums, int rows,               \
-                                          const void *tile, int k, float *y, size_t y_stride) {                         \
-        LLM__FN(product)(KIND, x, x_stride, x_sums, rows, tile, k, y, y_stride);                                        \
+#define LLM__PRODUCT(name, KIND)                                                                          \
+    LLM__TARGET static void LLM__FN(name)(const float *x, size_t x_stride, const float *x_sums, int rows, \
+                                          const void *tile, int k, float *y, size_t y_stride) {           \
+        LLM__FN(product)(KIND, x, x_stride, x_sums, rows, tile, k, y, y_stride);                          \
     }
 LLM__PRODUCT(product_f32, LLM__W_F32)
 LLM__PRODUCT(product_bf16, LLM__W_BF16)
@@ -6342,7 +6563,8 @@ LLM__TARGET static void LLM__FN(scale)(const float *x, float factor, int n, bool
 
 LLM__TARGET static void LLM__FN(add)(float *y, const float *x, int n) {
     for (int i = 0; i < n; i += 16)
-        LLM__FN(store_part)(y + i, v_add(LLM__FN(load_part)(y + i, n - i), LLM__FN(load_part)(x + i, n - i)), n - i, false);
+        LLM__FN(store_part)
+        (y + i, v_add(LLM__FN(load_part)(y + i, n - i), LLM__FN(load_part)(x + i, n - i)), n - i, false);
 }
 
 LLM__TARGET static void LLM__FN(rope)(float *x, const float *cosines, const float *sines, int half) {
@@ -6387,9 +6609,18 @@ static const llm__kernels LLM__FN(kernels) = {
 #else
     "scalar",
 #endif
-    {LLM__FN(product_f32), LLM__FN(product_bf16), LLM__FN(product_int8), LLM__FN(product_int8_groups), LLM__FN(product_int4_groups)},
-    LLM__FN(group_sums), LLM__FN(rms_norm), LLM__FN(swiglu), LLM__FN(softmax), LLM__FN(merge),
-    LLM__FN(scale), LLM__FN(add), LLM__FN(rope), LLM__FN(read), LLM__FN(multiply),
+    {LLM__FN(product_f32), LLM__FN(product_bf16), LLM__FN(product_int8), LLM__FN(product_int8_groups),
+     LLM__FN(product_int4_groups)},
+    LLM__FN(group_sums),
+    LLM__FN(rms_norm),
+    LLM__FN(swiglu),
+    LLM__FN(softmax),
+    LLM__FN(merge),
+    LLM__FN(scale),
+    LLM__FN(add),
+    LLM__FN(rope),
+    LLM__FN(read),
+    LLM__FN(multiply),
 };
 
 #undef V
@@ -6480,7 +6711,7 @@ LLM_API llm_dtype llm_dtype_from_name(const char *name) {
 /* A matrix in tiles of 16 outputs, see section 9. */
 typedef struct llm__matrix {
     llm__kind kind;
-    int n, k;        /* outputs and inputs as the model has them; both are padded with zeros in memory */
+    int n, k; /* outputs and inputs as the model has them; both are padded with zeros in memory */
     size_t tile_bytes;
     uint8_t *data;
 } llm__matrix;
@@ -6515,14 +6746,16 @@ static float llm__matrix_get(const llm__matrix *m, size_t output, size_t input) 
     size_t k = (size_t)llm__round_up(m->k, 32), lane = output % 16, i = input % 32;
     const uint8_t *tile = m->data + output / 16 * m->tile_bytes;
     if (m->kind == LLM__W_F32) return ((const float *)(const void *)tile)[llm__tile_index(m->kind, lane, input, k)];
-    if (m->kind == LLM__W_BF16) return llm__bf16_to_f32(((const uint16_t *)(const void *)tile)[llm__tile_index(m->kind, lane, input, k)]);
+    if (m->kind == LLM__W_BF16)
+        return llm__bf16_to_f32(((const uint16_t *)(const void *)tile)[llm__tile_index(m->kind, lane, input, k)]);
     if (m->kind == LLM__W_INT8)
         return (float)((const int8_t *)tile)[input * 16 + lane] * ((const float *)(const void *)(tile + k * 16))[lane];
     size_t bytes = llm__tile_bytes(m->kind, 32);
     const uint8_t *group = tile + input / 32 * bytes;
     const uint16_t *d = (const uint16_t *)(const void *)(group + bytes) - 32;
-    int q = m->kind == LLM__W_INT8_GROUPS ? ((const int8_t *)group)[i * 16 + lane]
-                                          : (int)(((const uint32_t *)(const void *)group)[i / 8 * 16 + lane] >> (4 * (i % 8)) & 15);
+    int q = m->kind == LLM__W_INT8_GROUPS
+                ? ((const int8_t *)group)[i * 16 + lane]
+                : (int)(((const uint32_t *)(const void *)group)[i / 8 * 16 + lane] >> (4 * (i % 8)) & 15);
     return llm__fma((float)q, llm__f16_to_f32(d[lane]), llm__f16_to_f32(d[lane + 16]));
 }
 
@@ -6629,11 +6862,10 @@ static void llm__pack_tile(const llm__matrix *m, int tile, const llm_weight *wei
             for (size_t i = 0; i < k; i++) ((float *)(void *)to)[i * 16 + lane] = row[i];
             break;
         case LLM__W_BF16:
-            for (size_t i = 0; i < k; i++) ((uint16_t *)(void *)to)[i / 2 * 32 + lane * 2 + i % 2] = llm__f32_to_bf16(row[i]);
+            for (size_t i = 0; i < k; i++)
+                ((uint16_t *)(void *)to)[i / 2 * 32 + lane * 2 + i % 2] = llm__f32_to_bf16(row[i]);
             break;
-        case LLM__W_INT8:
-            llm__pack_int8_row(to, lane, row, k);
-            break;
+        case LLM__W_INT8: llm__pack_int8_row(to, lane, row, k); break;
         default:
             for (size_t i = 0; i < k / 32; i++) {
                 llm__group g = llm__read_group(type, raw, i, row + i * 32);
@@ -6704,7 +6936,7 @@ static void llm__cond_init(llm__cond *c) { InitializeConditionVariable(c); }
 static void llm__cond_destroy(llm__cond *c) { (void)c; }
 static void llm__cond_wait(llm__cond *c, llm__mutex *m) { SleepConditionVariableCS(c, m, INFINITE); }
 static void llm__cond_broadcast(llm__cond *c) { WakeAllConditionVariable(c); }
-static bool llm__thread_start(llm__thread *t, DWORD (WINAPI *run)(void *), void *arg) {
+static bool llm__thread_start(llm__thread *t, DWORD(WINAPI *run)(void *), void *arg) {
     return (*t = CreateThread(NULL, 0, run, arg, 0, NULL)) != NULL;
 }
 static void llm__thread_join(llm__thread t) {
@@ -6751,11 +6983,11 @@ struct llm__team {
     void *arg;
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg); /* the host's, or NULL */
     void *user;
-    int n_at_barrier, barrier_round;   /* atomic */
-    int n_working, job;                /* atomic; job counts the tasks so far */
-    int next;                          /* atomic; hands out pieces of work, see llm__take */
+    int n_at_barrier, barrier_round; /* atomic */
+    int n_working, job;              /* atomic; job counts the tasks so far */
+    int next;                        /* atomic; hands out pieces of work, see llm__take */
     bool stop;
-    llm__member *members;              /* [n - 1], the caller is not among them */
+    llm__member *members; /* [n - 1], the caller is not among them */
     int n_started;
 #ifndef LLM_NO_THREADS
     llm__mutex mutex;
@@ -6982,12 +7214,14 @@ static void llm__cpu_pack_task(void *arg, int index) {
     }
 }
 
-static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const llm_weight *weight, llm__matrix *matrix) {
+static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const llm_weight *weight,
+                                   llm__matrix *matrix) {
     llm__cpu_upload_args args = {model, weight, matrix, NULL};
     /* Gates and ups each fill whole tiles, so both are padded. */
     int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__round_up(weight->rows / 2, 16) : weight->rows;
     *matrix = llm__matrix_alloc(env, llm__weight_kind(model->dtype, weight), n, weight->cols);
-    args.rows = (float *)llm__alloc(env, (size_t)model->team->n * (size_t)llm__round_up(weight->cols, 32), sizeof(float));
+    args.rows =
+        (float *)llm__alloc(env, (size_t)model->team->n * (size_t)llm__round_up(weight->cols, 32), sizeof(float));
     llm__team_run(model->team, llm__cpu_pack_task, &args);
     llm__free(env->pool, args.rows);
 }
@@ -7039,11 +7273,11 @@ static llm_status llm__cpu_upload(void *model, const llm_weight *weight, llm_err
 
 typedef struct llm__cache {
     int n_seq, n_ctx, blocks_per_seq, n_blocks, n_free;
-    int *free_blocks;   /* [n_blocks] a stack                                    */
-    int *n_users;       /* [n_blocks] sequences that hold the block              */
-    int *tables;        /* [n_seq][blocks_per_seq]                               */
-    int *lengths;       /* [n_seq]                                               */
-    llm_token *tokens;  /* [n_seq][n_ctx]                                        */
+    int *free_blocks;  /* [n_blocks] a stack                                    */
+    int *n_users;      /* [n_blocks] sequences that hold the block              */
+    int *tables;       /* [n_seq][blocks_per_seq]                               */
+    int *lengths;      /* [n_seq]                                               */
+    llm_token *tokens; /* [n_seq][n_ctx]                                        */
 } llm__cache;
 
 static int llm__blocks_for(int n_positions) { return (n_positions + LLM_BLOCK - 1) / LLM_BLOCK; }
@@ -7137,10 +7371,12 @@ static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) 
    Every member of the team runs llm__forward_task; each phase of it is shared out in pieces and ends at a barrier. */
 
 enum {
-    LLM__CHUNK = 256,     /* keys whose softmax is taken at once; chunks are then merged in order (part of the arithmetic) */
-    LLM__QUERY_ROWS = 64, /* query rows, over the heads that share a key head, that meet a chunk together                  */
-    LLM__ROWS = 64,       /* activation rows that meet a group of tiles while it is in the near cache                      */
-    LLM__TILES = 4        /* tiles in such a group                                                                         */
+    LLM__CHUNK =
+        256, /* keys whose softmax is taken at once; chunks are then merged in order (part of the arithmetic) */
+    LLM__QUERY_ROWS =
+        64,         /* query rows, over the heads that share a key head, that meet a chunk together                  */
+    LLM__ROWS = 64, /* activation rows that meet a group of tiles while it is in the near cache                      */
+    LLM__TILES = 4  /* tiles in such a group                                                                         */
 };
 
 /* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
@@ -7153,21 +7389,21 @@ typedef struct llm__cpu_context {
     const llm__cpu_model *model;
     llm_backend_desc desc;
     llm__team *team;
-    bool round;                /* activations are rounded to bf16 before a product */
-    bool round_cache;          /* so are queries and softmax weights: the cache is bf16 */
+    bool round;       /* activations are rounded to bf16 before a product */
+    bool round_cache; /* so are queries and softmax weights: the cache is bf16 */
     llm__kind cache_kind;
-    float *sums;               /* [n_batch][most inputs / 32] of a product's activations, for weights in groups */
-    int head_stride;           /* head_dim padded for products */
-    float score_scale;         /* 1 / sqrt(head_dim) */
-    size_t cache_block_bytes;  /* keys, or values, of one head in one block */
-    uint8_t *cache;            /* [n_layers][key, value][n_kv_heads][n_cache_blocks] tiles of a block */
+    float *sums;              /* [n_batch][most inputs / 32] of a product's activations, for weights in groups */
+    int head_stride;          /* head_dim padded for products */
+    float score_scale;        /* 1 / sqrt(head_dim) */
+    size_t cache_block_bytes; /* keys, or values, of one head in one block */
+    uint8_t *cache;           /* [n_layers][key, value][n_kv_heads][n_cache_blocks] tiles of a block */
     size_t x_stride, qkv_stride, attention_stride, ffn_stride;
     float *x, *normed, *qkv, *attention, *ffn; /* [n_batch][stride] */
-    float *cosines, *sines;    /* [n_batch][rope_dim / 2] */
-    float *scratch;            /* [n_threads][scratch_floats] for attention */
+    float *cosines, *sines;                    /* [n_batch][rope_dim / 2] */
+    float *scratch;                            /* [n_threads][scratch_floats] for attention */
     size_t scratch_floats;
-    float *logits;             /* [n_logits][n_vocab] */
-    int *all_rows;             /* 0, 1, 2 ... */
+    float *logits;                            /* [n_logits][n_vocab] */
+    int *all_rows;                            /* 0, 1, 2 ... */
     llm__queries *all_queries, *last_queries; /* of all rows; of the rows whose logits are wanted */
     int n_all_queries, n_last_queries;
     const llm_pass *pass;
@@ -7183,15 +7419,16 @@ typedef enum llm__ending { LLM__STORE, LLM__ADD, LLM__SWIGLU } llm__ending;
 
 /* A few tiles against a few rows, and what becomes of the sums. With LLM__SWIGLU tiles are pairs of gates and ups. */
 static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, int first_tile, int n_tiles,
-                              const float *x, size_t x_stride, const float *x_sums, int rows, llm__ending ending, float *y,
-                              size_t y_stride) {
+                              const float *x, size_t x_stride, const float *x_sums, int rows, llm__ending ending,
+                              float *y, size_t y_stride) {
     float sums[2][LLM__ROWS * 16];
     int k = llm__round_up(m->k, 32), step = ending == LLM__SWIGLU ? 2 : 1;
     for (int tile = first_tile; tile < first_tile + n_tiles; tile += step) {
         int column = tile / step * 16, width = m->n - column < 16 ? m->n - column : 16;
         for (int i = 0; i < step; i++) {
             memset(sums[i], 0, (size_t)rows * 16 * sizeof(float));
-            c->model->kernels->product[m->kind](x, x_stride, x_sums, rows, m->data + (size_t)(tile + i) * m->tile_bytes, k, sums[i], 16);
+            c->model->kernels->product[m->kind](x, x_stride, x_sums, rows, m->data + (size_t)(tile + i) * m->tile_bytes,
+                                                k, sums[i], 16);
         }
         for (int r = 0; r < rows; r++) {
             float *to = y + (size_t)r * y_stride + column;
@@ -7205,21 +7442,23 @@ static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, i
 
 /* The sums over 32 that weights in groups need; a phase. */
 static void llm__sum_rows(llm__worker *w, const llm__cpu_context *c, const float *x, size_t x_stride, int k, int rows) {
-    for (int r; (r = llm__take(w)) < rows;) c->model->kernels->group_sums(x + (size_t)r * x_stride, k, c->sums + (size_t)r * (size_t)(k / 32));
+    for (int r; (r = llm__take(w)) < rows;)
+        c->model->kernels->group_sums(x + (size_t)r * x_stride, k, c->sums + (size_t)r * (size_t)(k / 32));
     llm__finish(w, rows);
 }
 
 /* y = W x, y += W x, or y = silu(gate) * up, for all rows; a phase. */
-static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x, size_t x_stride,
-                        int rows, llm__ending ending, float *y, size_t y_stride) {
-    int n_tiles = llm__round_up(m->n, 16) / 16, n_pieces = (n_tiles + LLM__TILES - 1) / LLM__TILES, k = llm__round_up(m->k, 32);
+static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x,
+                        size_t x_stride, int rows, llm__ending ending, float *y, size_t y_stride) {
+    int n_tiles = llm__round_up(m->n, 16) / 16, n_pieces = (n_tiles + LLM__TILES - 1) / LLM__TILES,
+        k = llm__round_up(m->k, 32);
     if (m->kind >= LLM__W_INT8_GROUPS) llm__sum_rows(w, c, x, x_stride, k, rows);
     for (int piece; (piece = llm__take(w)) < n_pieces;) {
         int first = piece * LLM__TILES, n = n_tiles - first < LLM__TILES ? n_tiles - first : LLM__TILES;
         for (int r = 0; r < rows; r += LLM__ROWS) {
             int some = rows - r < LLM__ROWS ? rows - r : (int)LLM__ROWS;
-            llm__linear_piece(c, m, first, n, x + (size_t)r * x_stride, x_stride, c->sums + (size_t)r * (size_t)(k / 32), some,
-                              ending, y + (size_t)r * y_stride, y_stride);
+            llm__linear_piece(c, m, first, n, x + (size_t)r * x_stride, x_stride,
+                              c->sums + (size_t)r * (size_t)(k / 32), some, ending, y + (size_t)r * y_stride, y_stride);
         }
     }
     llm__finish(w, n_pieces);
@@ -7227,8 +7466,8 @@ static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__ma
 
 static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const float *weight, int rows) {
     for (int r; (r = llm__take(w)) < rows;)
-        c->model->kernels->rms_norm(c->x + (size_t)r * c->x_stride, weight, c->model->shape.n_embd, c->model->shape.rms_eps,
-                                    c->round, c->normed + (size_t)r * c->x_stride);
+        c->model->kernels->rms_norm(c->x + (size_t)r * c->x_stride, weight, c->model->shape.n_embd,
+                                    c->model->shape.rms_eps, c->round, c->normed + (size_t)r * c->x_stride);
     llm__finish(w, rows);
 }
 
@@ -7240,8 +7479,7 @@ static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
     size_t half = (size_t)s->rope_dim / 2;
     for (int r; (r = llm__take(w)) < pass->n_rows;) {
         float *x = c->x + (size_t)r * c->x_stride;
-        for (size_t i = 0; i < (size_t)m->k; i++)
-            x[i] = llm__matrix_get(m, (size_t)pass->tokens[r], i);
+        for (size_t i = 0; i < (size_t)m->k; i++) x[i] = llm__matrix_get(m, (size_t)pass->tokens[r], i);
         for (size_t i = (size_t)r * half, j = 0; j < half; i++, j++) {
             llm__sincos(pass->positions[r] * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
             c->sines[i] *= s->rope_scale;
@@ -7258,7 +7496,8 @@ static void llm__cache_store(const llm__cpu_context *c, int layer, int value, in
     llm__kind kind = c->cache_kind;
     size_t k = value ? (size_t)LLM_BLOCK : (size_t)c->head_stride;
     for (size_t d = 0; d < (size_t)c->model->shape.head_dim; d++)
-        llm__tile_set(kind, tiles, value ? llm__tile_index(kind, d, (size_t)place, k) : llm__tile_index(kind, (size_t)place, d, k),
+        llm__tile_set(kind, tiles,
+                      value ? llm__tile_index(kind, d, (size_t)place, k) : llm__tile_index(kind, (size_t)place, d, k),
                       from[d]);
 }
 
@@ -7284,10 +7523,12 @@ static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer)
     const llm_shape *s = &c->model->shape;
     size_t half = (size_t)s->rope_dim / 2;
     for (int r; (r = llm__take(w)) < pass->n_rows;) {
-        float *q = c->qkv + (size_t)r * c->qkv_stride, *k = q + s->n_heads * s->head_dim, *v = k + s->n_kv_heads * s->head_dim;
+        float *q = c->qkv + (size_t)r * c->qkv_stride, *k = q + s->n_heads * s->head_dim,
+              *v = k + s->n_kv_heads * s->head_dim;
         llm__adjust_row(c, w->index, &c->model->layers[layer], q);
         for (int h = 0; h < s->n_heads + s->n_kv_heads; h++)
-            c->model->kernels->rope(q + h * s->head_dim, c->cosines + (size_t)r * half, c->sines + (size_t)r * half, (int)half);
+            c->model->kernels->rope(q + h * s->head_dim, c->cosines + (size_t)r * half, c->sines + (size_t)r * half,
+                                    (int)half);
         int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
         for (int h = 0; h < s->n_kv_heads; h++) {
             llm__cache_store(c, layer, 0, h, block, at % LLM_BLOCK, k + h * s->head_dim);
@@ -7299,7 +7540,7 @@ static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer)
 
 /* One chunk of keys against some query rows: fills scores[rows][LLM__CHUNK], then part[rows][head_stride]. */
 typedef struct llm__attention_work {
-    const float *q;        /* [rows][head_stride] */
+    const float *q;             /* [rows][head_stride] */
     float *scores, *part, *out; /* out[rows][head_stride] and its max and sum are what is known so far */
     float *max, *sum;
     int rows;
@@ -7313,7 +7554,8 @@ static int llm__first_key(const llm_shape *s, int position) {
 static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_work *a, int layer, int head,
                               const int *blocks, int first_key, int n_keys, const int *last_keys) {
     const llm__kernels *kernels = c->model->kernels;
-    size_t stride = (size_t)c->head_stride, tile = c->cache_block_bytes / 2, value_tile = 16 * c->cache_block_bytes / stride;
+    size_t stride = (size_t)c->head_stride, tile = c->cache_block_bytes / 2,
+           value_tile = 16 * c->cache_block_bytes / stride;
     llm__product_fn *product = kernels->product[c->cache_kind];
     float scale = c->score_scale;
     int padded = llm__round_up(n_keys, LLM_BLOCK);
@@ -7321,7 +7563,8 @@ static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_wo
     memset(a->part, 0, (size_t)a->rows * stride * sizeof(float));
     for (int key = 0; key < n_keys; key += 16) {
         const uint8_t *keys = llm__cache_block(c, layer, 0, head, blocks[(first_key + key) / LLM_BLOCK]);
-        product(a->q, stride, NULL, a->rows, keys + (size_t)(key / 16 % 2) * tile, c->head_stride, a->scores + key, LLM__CHUNK);
+        product(a->q, stride, NULL, a->rows, keys + (size_t)(key / 16 % 2) * tile, c->head_stride, a->scores + key,
+                LLM__CHUNK);
     }
     for (int r = 0; r < a->rows; r++) {
         float *scores = a->scores + r * LLM__CHUNK;
@@ -7337,18 +7580,21 @@ static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_wo
         const uint8_t *values = llm__cache_block(c, layer, 1, head, blocks[(first_key + key) / LLM_BLOCK]);
         for (int d = 0; d < c->head_stride; d += 16)
             product(a->scores + key, LLM__CHUNK, NULL, a->rows, values + (size_t)(d / 16) * value_tile, LLM_BLOCK,
-                             a->part + d, stride);
+                    a->part + d, stride);
     }
 }
 
 /* All chunks of keys, in order, for the query heads that share one key head, of a few rows of one sequence. */
-static void llm__attend(const llm__cpu_context *c, int index, int layer, int head, const int *rows, llm__queries queries) {
+static void llm__attend(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
+                        llm__queries queries) {
     const llm_pass *pass = c->pass;
     const llm_shape *s = &c->model->shape;
     int group = s->n_heads / s->n_kv_heads, n = queries.n * group, last_keys[LLM__QUERY_ROWS];
     size_t stride = (size_t)c->head_stride;
-    float *q = c->scratch + (size_t)index * c->scratch_floats, *out = q + (size_t)n * stride, *part = out + (size_t)n * stride;
-    float *scores = part + (size_t)n * stride, *stats = scores + (size_t)n * LLM__CHUNK; /* max and sum, known and new */
+    float *q = c->scratch + (size_t)index * c->scratch_floats, *out = q + (size_t)n * stride,
+          *part = out + (size_t)n * stride;
+    float *scores = part + (size_t)n * stride,
+          *stats = scores + (size_t)n * LLM__CHUNK; /* max and sum, known and new */
     memset(q, 0, (size_t)n * stride * sizeof *q);
     for (int i = 0; i < n; i++) {
         int row = rows[queries.first + i / group];
@@ -7370,12 +7616,14 @@ static void llm__attend(const llm__cpu_context *c, int index, int layer, int hea
                 stats[i] = work.max[i];
                 stats[n + i] = work.sum[i];
             } else if (first > first_key && last_keys[i] >= first) {
-                c->model->kernels->merge(&stats[i], &stats[n + i], known, work.max[i], work.sum[i], fresh, c->head_stride);
+                c->model->kernels->merge(&stats[i], &stats[n + i], known, work.max[i], work.sum[i], fresh,
+                                         c->head_stride);
             }
         }
     }
     for (int i = 0; i < n; i++) {
-        float *to = c->attention + (size_t)(queries.first + i / group) * c->attention_stride + (head * group + i % group) * s->head_dim;
+        float *to = c->attention + (size_t)(queries.first + i / group) * c->attention_stride +
+                    (head * group + i % group) * s->head_dim;
         c->model->kernels->scale(out + (size_t)i * stride, 1.0f / stats[n + i], s->head_dim, c->round, to);
     }
 }
@@ -7423,7 +7671,8 @@ static void llm__forward_task(void *arg, int index) {
             n = c->pass->n_logits;
             llm__keep_rows(w, c);
         }
-        llm__attention_rows(w, c, i, rows, last ? c->last_queries : c->all_queries, last ? c->n_last_queries : c->n_all_queries);
+        llm__attention_rows(w, c, i, rows, last ? c->last_queries : c->all_queries,
+                            last ? c->n_last_queries : c->n_all_queries);
         llm__linear(w, c, &layer->attention_out, c->attention, c->attention_stride, n, LLM__ADD, c->x, c->x_stride);
         llm__norm_rows(w, c, layer->ffn_norm, n);
         llm__linear(w, c, &layer->gate_up, c->normed, c->x_stride, n, LLM__SWIGLU, c->ffn, c->ffn_stride);
@@ -7480,7 +7729,8 @@ static llm_status llm__cpu_copy_block(void *context, int to, int from, llm_error
     for (int layer = 0; layer < c->model->shape.n_layers; layer++)
         for (int head = 0; head < c->model->shape.n_kv_heads; head++)
             for (int value = 0; value < 2; value++)
-                memcpy(llm__cache_block(c, layer, value, head, to), llm__cache_block(c, layer, value, head, from), c->cache_block_bytes);
+                memcpy(llm__cache_block(c, layer, value, head, to), llm__cache_block(c, layer, value, head, from),
+                       c->cache_block_bytes);
     return LLM_OK;
 }
 
@@ -7488,7 +7738,8 @@ static llm_status llm__cpu_read_block(void *context, int block, void *bytes, llm
     llm__cpu_context *c = (llm__cpu_context *)context;
     uint8_t *to = (uint8_t *)bytes;
     (void)err;
-    for (int plane = 0; plane < 2 * c->model->shape.n_layers * c->model->shape.n_kv_heads; plane++, to += c->cache_block_bytes)
+    for (int plane = 0; plane < 2 * c->model->shape.n_layers * c->model->shape.n_kv_heads;
+         plane++, to += c->cache_block_bytes)
         memcpy(to, llm__cache_block(c, 0, 0, plane, block), c->cache_block_bytes);
     return LLM_OK;
 }
@@ -7497,7 +7748,8 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
     llm__cpu_context *c = (llm__cpu_context *)context;
     const uint8_t *from = (const uint8_t *)bytes;
     (void)err;
-    for (int plane = 0; plane < 2 * c->model->shape.n_layers * c->model->shape.n_kv_heads; plane++, from += c->cache_block_bytes)
+    for (int plane = 0; plane < 2 * c->model->shape.n_layers * c->model->shape.n_kv_heads;
+         plane++, from += c->cache_block_bytes)
         memcpy(llm__cache_block(c, 0, 0, plane, block), from, c->cache_block_bytes);
     return LLM_OK;
 }
@@ -7509,7 +7761,8 @@ typedef struct llm__cpu_sizes {
 
 static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s) {
     llm__cpu_sizes z;
-    size_t group = (size_t)(s->n_heads / s->n_kv_heads), rows = group > LLM__QUERY_ROWS ? group : (size_t)LLM__QUERY_ROWS;
+    size_t group = (size_t)(s->n_heads / s->n_kv_heads),
+           rows = group > LLM__QUERY_ROWS ? group : (size_t)LLM__QUERY_ROWS;
     z.head_stride = llm__round_up(s->head_dim, 32);
     z.x_stride = (size_t)llm__round_up(s->n_embd, 32);
     z.qkv_stride = (size_t)llm__round_up((s->n_heads + 2 * s->n_kv_heads) * s->head_dim, 16);
@@ -7523,7 +7776,8 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s) {
 
 static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
     llm__cpu_sizes z = llm__cpu_find_sizes(s);
-    uint64_t row = z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + z.ffn_stride + (uint64_t)s->rope_dim + 5;
+    uint64_t row =
+        z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + z.ffn_stride + (uint64_t)s->rope_dim + 5;
     return 4 * ((uint64_t)d->n_batch * row + (uint64_t)d->n_logits * (uint64_t)s->n_vocab +
                 (uint64_t)d->n_threads * z.scratch_floats);
 }
@@ -7557,7 +7811,8 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->head_stride = z.head_stride;
     c->score_scale = (float)(1.0 / llm__sqrt(s->head_dim));
     c->cache_block_bytes = LLM_BLOCK * (size_t)z.head_stride * (c->round_cache ? 2 : 4);
-    c->cache = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_cache_blocks, (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype));
+    c->cache = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_cache_blocks,
+                                     (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype));
     c->x_stride = z.x_stride;
     c->qkv_stride = z.qkv_stride;
     c->attention_stride = z.attention_stride;
@@ -7618,7 +7873,8 @@ static void llm__bandwidth_matrix(llm__worker *w, llm__bandwidth_args *a, const 
     int n_tiles = llm__round_up(m->n, 16) / 16, n = (n_tiles + LLM__TILES - 1) / LLM__TILES;
     for (int i; (i = llm__take(w)) < n;) {
         int first = i * LLM__TILES, some = n_tiles - first < LLM__TILES ? n_tiles - first : LLM__TILES;
-        uint32_t got = a->context->model->kernels->read(m->data + (size_t)first * m->tile_bytes, (size_t)some * m->tile_bytes);
+        uint32_t got =
+            a->context->model->kernels->read(m->data + (size_t)first * m->tile_bytes, (size_t)some * m->tile_bytes);
         __atomic_fetch_xor(&a->sink, got, __ATOMIC_RELAXED);
     }
     llm__finish(w, n);
@@ -7643,7 +7899,8 @@ static double llm__cpu_measure_bandwidth(void *context) {
     const llm__cpu_model *m = args.context->model;
     double bytes = (double)llm__round_up(m->head.n, 16) / 16 * (double)m->head.tile_bytes, best = 0, start = llm__now();
     for (int i = 0; i < m->shape.n_layers; i++) {
-        const llm__matrix *all[4] = {&m->layers[i].qkv, &m->layers[i].attention_out, &m->layers[i].gate_up, &m->layers[i].down};
+        const llm__matrix *all[4] = {&m->layers[i].qkv, &m->layers[i].attention_out, &m->layers[i].gate_up,
+                                     &m->layers[i].down};
         for (int j = 0; j < 4; j++) bytes += (double)llm__round_up(all[j]->n, 16) / 16 * (double)all[j]->tile_bytes;
     }
     for (int i = 0; i < 10 && (i < 3 || llm__now() - start < 0.5); i++) {
@@ -7676,9 +7933,21 @@ static double llm__cpu_measure_flops(void *context) {
 }
 
 static const llm_backend llm__cpu_backend = {
-    "cpu", llm__cpu_open, llm__cpu_upload, llm__cpu_close, llm__cpu_weight_bytes, llm__cpu_block_bytes,
-    llm__cpu_scratch_bytes, llm__cpu_context_create, llm__cpu_context_free, llm__cpu_forward, llm__cpu_logits,
-    llm__cpu_copy_block, llm__cpu_read_block, llm__cpu_write_block, llm__cpu_measure_bandwidth,
+    "cpu",
+    llm__cpu_open,
+    llm__cpu_upload,
+    llm__cpu_close,
+    llm__cpu_weight_bytes,
+    llm__cpu_block_bytes,
+    llm__cpu_scratch_bytes,
+    llm__cpu_context_create,
+    llm__cpu_context_free,
+    llm__cpu_forward,
+    llm__cpu_logits,
+    llm__cpu_copy_block,
+    llm__cpu_read_block,
+    llm__cpu_write_block,
+    llm__cpu_measure_bandwidth,
     llm__cpu_measure_flops,
 };
 
@@ -7814,10 +8083,16 @@ static void llm__part_rows(const llm__hparams *h, llm_weight_kind kind, int rows
     rows[0] = 1; /* a norm is one row */
     rows[1] = rows[2] = 0;
     switch (kind) {
-    case LLM_WEIGHT_EMBEDDING: case LLM_WEIGHT_HEAD: rows[0] = h->n_vocab; break;
-    case LLM_WEIGHT_QKV: case LLM_WEIGHT_QKV_BIAS: rows[0] = q; rows[1] = rows[2] = kv; break;
+    case LLM_WEIGHT_EMBEDDING:
+    case LLM_WEIGHT_HEAD: rows[0] = h->n_vocab; break;
+    case LLM_WEIGHT_QKV:
+    case LLM_WEIGHT_QKV_BIAS:
+        rows[0] = q;
+        rows[1] = rows[2] = kv;
+        break;
     case LLM_WEIGHT_GATE_UP: rows[0] = rows[1] = h->n_ff; break;
-    case LLM_WEIGHT_ATTENTION_OUT: case LLM_WEIGHT_DOWN: rows[0] = h->n_embd; break;
+    case LLM_WEIGHT_ATTENTION_OUT:
+    case LLM_WEIGHT_DOWN: rows[0] = h->n_embd; break;
     default: break;
     }
 }
@@ -7928,7 +8203,8 @@ static void llm__upload_weight(llm__weight_walk *walk, const llm_weight *weight)
         longjmp(env->unwind, 1);
     }
     bool behind_layers = weight->kind == LLM_WEIGHT_OUTPUT_NORM || weight->kind == LLM_WEIGHT_HEAD;
-    llm__report_progress(env, (float)(behind_layers ? walk->h->n_layers : weight->layer) / (float)(walk->h->n_layers + 1));
+    llm__report_progress(env,
+                         (float)(behind_layers ? walk->h->n_layers : weight->layer) / (float)(walk->h->n_layers + 1));
 }
 
 static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *desc) {
@@ -8023,8 +8299,8 @@ static void llm__load_body(llm__env *env, void *arg) {
     const llm__checkpoint *ck = plan.ck;
     model->backend = args->backend = desc.backend;
     model->shape = plan.shape;
-    model->tokenizer = ck->format == LLM__GGUF ? llm__tokenizer_from_gguf(env, ck)
-                                               : llm__tokenizer_from_directory(env, ck->directory);
+    model->tokenizer =
+        ck->format == LLM__GGUF ? llm__tokenizer_from_gguf(env, ck) : llm__tokenizer_from_directory(env, ck->directory);
     if (llm_tokenizer_n_vocab(model->tokenizer) > plan.h.n_vocab)
         llm__fail(env, LLM_ERROR_FORMAT, "the vocabulary has %d tokens, but the embedding only %d rows",
                   llm_tokenizer_n_vocab(model->tokenizer), plan.h.n_vocab);
@@ -8042,16 +8318,17 @@ static void llm__load_body(llm__env *env, void *arg) {
     model->kernels = llm__choose_kernels(desc.isa);
     model->info.isa = model->kernels->name;
     model->info.cache_bytes_per_token =
-        model->backend->block_bytes(&model->shape, desc.dtype == LLM_DTYPE_F32 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16) / LLM_BLOCK;
+        model->backend->block_bytes(&model->shape, desc.dtype == LLM_DTYPE_F32 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16) /
+        LLM_BLOCK;
     llm__free(env->pool, plan.pool); /* all of it has been converted */
     model->device = args->device;
     model->desc = desc;
     model->pool = *env->pool;
     *args->out = model;
     llm__report_progress(env, 1);
-    llm__log(&desc.host, "loaded %s: %s, %llu parameters as %s, %.0f MB, %s, in %.2f s", args->path ? args->path : "memory",
-             model->info.architecture, (unsigned long long)walk.n_params, llm_dtype_name(desc.dtype),
-             (double)walk.weight_bytes / 1e6, model->info.isa, llm__now() - start);
+    llm__log(&desc.host, "loaded %s: %s, %llu parameters as %s, %.0f MB, %s, in %.2f s",
+             args->path ? args->path : "memory", model->info.architecture, (unsigned long long)walk.n_params,
+             llm_dtype_name(desc.dtype), (double)walk.weight_bytes / 1e6, model->info.isa, llm__now() - start);
 }
 
 LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_model_desc *desc, llm_error *err) {
@@ -8098,16 +8375,16 @@ struct llm_context {
     void *device; /* the backend's context */
     llm__cache cache;
     /* The pass being built: the batch's tokens in order of sequence. */
-    llm_token *tokens;          /* [n_batch] */
+    llm_token *tokens; /* [n_batch] */
     int *positions, *seqs, *logit_rows;
-    int *batch_index;           /* [n_batch] which of the batch's tokens a row's logits answer, -1: not wanted */
-    int *n_new;                 /* [n_seq] tokens the batch brings to each sequence */
-    int *first_row;             /* [n_seq + 1] where the sequence's rows begin */
-    int *old_lengths;           /* [n_seq] to go back to */
-    int *logits_of;             /* [n_logits] the batch's token each row of logits belongs to */
-    int n_logits;               /* rows of logits there are now */
-    float *probabilities;       /* [n_vocab padded to 16] for the sampler */
-    llm_token *candidates;      /* [n_vocab] likewise */
+    int *batch_index;      /* [n_batch] which of the batch's tokens a row's logits answer, -1: not wanted */
+    int *n_new;            /* [n_seq] tokens the batch brings to each sequence */
+    int *first_row;        /* [n_seq + 1] where the sequence's rows begin */
+    int *old_lengths;      /* [n_seq] to go back to */
+    int *logits_of;        /* [n_logits] the batch's token each row of logits belongs to */
+    int n_logits;          /* rows of logits there are now */
+    float *probabilities;  /* [n_vocab padded to 16] for the sampler */
+    llm_token *candidates; /* [n_vocab] likewise */
 };
 
 static llm_context_desc llm__context_defaults(llm__env *env, const llm_model_info *info, const llm_host *model_host,
@@ -8115,7 +8392,8 @@ static llm_context_desc llm__context_defaults(llm__env *env, const llm_model_inf
     llm_context_desc d;
     memset(&d, 0, sizeof d);
     if (desc) d = *desc;
-    if (d.n_ctx < 0 || d.n_seq < 0 || d.n_cache < 0 || d.n_batch < 0 || d.n_logits < 0 || d.n_threads < 0 || d.n_threads > 1024)
+    if (d.n_ctx < 0 || d.n_seq < 0 || d.n_cache < 0 || d.n_batch < 0 || d.n_logits < 0 || d.n_threads < 0 ||
+        d.n_threads > 1024)
         llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is negative or absurd");
     if (!d.n_ctx) d.n_ctx = info->n_ctx_train < 4096 ? info->n_ctx_train : 4096;
     if (!d.n_seq) d.n_seq = 1;
@@ -8127,8 +8405,10 @@ static llm_context_desc llm__context_defaults(llm__env *env, const llm_model_inf
         llm__fail(env, LLM_ERROR_ARGUMENT, "cache_dtype is %d, which no cache can have", (int)d.cache_dtype);
     if (d.n_ctx > 1 << 28 || d.n_seq > 1 << 20 || d.n_batch > 1 << 20 || d.n_logits > 1 << 20)
         llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is absurdly large");
-    uint64_t n_cache = d.n_cache ? (uint64_t)d.n_cache : (uint64_t)llm__blocks_for(d.n_ctx) * LLM_BLOCK * (uint64_t)d.n_seq;
-    if (n_cache > 1 << 30) llm__fail(env, LLM_ERROR_ARGUMENT, "the cache would have %llu positions", (unsigned long long)n_cache);
+    uint64_t n_cache =
+        d.n_cache ? (uint64_t)d.n_cache : (uint64_t)llm__blocks_for(d.n_ctx) * LLM_BLOCK * (uint64_t)d.n_seq;
+    if (n_cache > 1 << 30)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "the cache would have %llu positions", (unsigned long long)n_cache);
     d.n_cache = (int)n_cache;
     if (!d.host.resize && !d.host.log && !d.host.progress && !d.host.user) d.host = *model_host;
     return d;
@@ -8343,10 +8623,11 @@ LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, s
     llm_status status = llm__check_seq(ctx, seq, err);
     if (status) return status;
     int length = ctx->cache.lengths[seq];
-    size_t needed = llm__saved_size(ctx, (size_t)length), block = llm__saved_size(ctx, 1) - llm__saved_size(ctx, 0) - sizeof(llm_token);
+    size_t needed = llm__saved_size(ctx, (size_t)length),
+           block = llm__saved_size(ctx, 1) - llm__saved_size(ctx, 0) - sizeof(llm_token);
     if (size < needed)
-        return llm__error(err, LLM_ERROR_ARGUMENT, "saving takes %llu bytes, but the buffer has %llu", (unsigned long long)needed,
-                          (unsigned long long)size);
+        return llm__error(err, LLM_ERROR_ARGUMENT, "saving takes %llu bytes, but the buffer has %llu",
+                          (unsigned long long)needed, (unsigned long long)size);
     llm__saved head;
     memset(&head, 0, sizeof head);
     memcpy(head.magic, "llmcache", 8);
@@ -8382,7 +8663,8 @@ static llm_status llm__check_saved(const llm_context *ctx, int seq, const void *
     for (int i = 0; i < llm__blocks_for(ctx->cache.lengths[seq]); i++)
         own += ctx->cache.n_users[llm__cache_table(&ctx->cache, seq)[i]] == 1;
     if (llm__blocks_for((int)head->length) > ctx->cache.n_free + own)
-        return llm__error(err, LLM_ERROR_CONTEXT_FULL, "the saved sequence needs %d positions of the cache, but %d are free",
+        return llm__error(err, LLM_ERROR_CONTEXT_FULL,
+                          "the saved sequence needs %d positions of the cache, but %d are free",
                           llm__blocks_for((int)head->length) * LLM_BLOCK, (ctx->cache.n_free + own) * LLM_BLOCK);
     return LLM_OK;
 }
@@ -8400,7 +8682,8 @@ LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer
             return llm__error(err, LLM_ERROR_FORMAT, "the saved sequence holds token %lu", (unsigned long)token);
     }
     llm__cache_truncate(&ctx->cache, seq, 0);
-    for (uint64_t i = 0; i < head.length; i++) llm__cache_append(&ctx->cache, seq, (llm_token)llm__load_u32(at + 4 * i));
+    for (uint64_t i = 0; i < head.length; i++)
+        llm__cache_append(&ctx->cache, seq, (llm_token)llm__load_u32(at + 4 * i));
     at += head.length * sizeof(llm_token);
     for (int i = 0; i < llm__blocks_for((int)head.length) && !status; i++, at += block)
         status = ctx->model->backend->write_block(ctx->device, llm__cache_table(&ctx->cache, seq)[i], at, err);
@@ -8447,14 +8730,17 @@ static llm_status llm__check_batch(llm_context *ctx, const llm_batch *batch, llm
     if (!batch->logits) n_logits = n_touched;
     for (int seq = 0; seq < ctx->desc.n_seq; seq++)
         if ((int64_t)cache->lengths[seq] + ctx->n_new[seq] > ctx->desc.n_ctx)
-            return llm__error(err, LLM_ERROR_CONTEXT_FULL, "sequence %d has %d tokens and is to get %d more, but holds %d (n_ctx)",
-                              seq, cache->lengths[seq], ctx->n_new[seq], ctx->desc.n_ctx);
+            return llm__error(err, LLM_ERROR_CONTEXT_FULL,
+                              "sequence %d has %d tokens and is to get %d more, but holds %d (n_ctx)", seq,
+                              cache->lengths[seq], ctx->n_new[seq], ctx->desc.n_ctx);
     int64_t blocks = llm__blocks_needed(ctx);
     if (blocks > cache->n_free)
-        return llm__error(err, LLM_ERROR_CONTEXT_FULL, "the batch needs %lld positions of the cache, but %d are free (n_cache)",
+        return llm__error(err, LLM_ERROR_CONTEXT_FULL,
+                          "the batch needs %lld positions of the cache, but %d are free (n_cache)",
                           (long long)blocks * LLM_BLOCK, cache->n_free * LLM_BLOCK);
     if (n_logits > ctx->desc.n_logits)
-        return llm__error(err, LLM_ERROR_ARGUMENT, "the logits of %d tokens are wanted; the context holds %d (n_logits)", n_logits,
+        return llm__error(err, LLM_ERROR_ARGUMENT,
+                          "the logits of %d tokens are wanted; the context holds %d (n_logits)", n_logits,
                           ctx->desc.n_logits);
     return LLM_OK;
 }
@@ -8595,7 +8881,8 @@ static llm_token llm__take_likeliest(const float *p, llm_token *heap, int n) {
 
 /* The tokens that may be drawn, most likely first, at the end of `ids` [n_vocab]: returns how many; *total is the sum of
    their p. */
-static int llm__cut_candidates(const float *p, llm_token *ids, int n_vocab, const llm_sampler *s, double sum, double *total) {
+static int llm__cut_candidates(const float *p, llm_token *ids, int n_vocab, const llm_sampler *s, double sum,
+                               double *total) {
     int most = s->top_k > 0 && s->top_k < n_vocab ? s->top_k : n_vocab, n = 0;
     bool by_p = s->top_p > 0 && s->top_p < 1;
     for (int i = 0; i < n_vocab; i++) ids[i] = i;
@@ -8647,7 +8934,8 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
     float top = p[best];
     for (int j = 0; j < n_vocab; j++) p[j] -= top; /* so that no temperature makes infinities of two logits */
     uint64_t mode = llm__float_mode_enter();
-    ctx->model->kernels->softmax(p, n_vocab, llm__round_up(n_vocab, 16), 1.0f / sampler->temperature, false, &max, &sum);
+    ctx->model->kernels->softmax(p, n_vocab, llm__round_up(n_vocab, 16), 1.0f / sampler->temperature, false, &max,
+                                 &sum);
     llm__float_mode_leave(mode);
     int n = llm__cut_candidates(p, ctx->candidates, n_vocab, sampler, sum, &total);
     return llm__draw(p, ctx->candidates, n_vocab, n, total, llm__random(sampler));
@@ -8733,7 +9021,8 @@ static llm_token *llm__prompt_tokens(llm__env *env, const llm__generate_args *a,
     if ((d->prompt != NULL) + (d->messages != NULL) + (d->tokens != NULL) != 1)
         llm__fail(env, LLM_ERROR_ARGUMENT, "exactly one of prompt, messages and tokens must be given");
     if (d->tokens) {
-        if (d->n_tokens <= 0) llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens: n_tokens is %d", d->n_tokens);
+        if (d->n_tokens <= 0)
+            llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens: n_tokens is %d", d->n_tokens);
         llm_token *copy = (llm_token *)llm__alloc(env, (size_t)d->n_tokens, sizeof *copy);
         memcpy(copy, d->tokens, (size_t)d->n_tokens * sizeof *copy);
         *n = d->n_tokens;
@@ -8747,9 +9036,11 @@ static llm_token *llm__prompt_tokens(llm__env *env, const llm__generate_args *a,
         chat.text = (char *)(uintptr_t)d->prompt;
         chat.n = strlen(d->prompt);
     }
-    if (chat.n > INT32_MAX / 8) llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has %llu bytes", (unsigned long long)chat.n);
+    if (chat.n > INT32_MAX / 8)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has %llu bytes", (unsigned long long)chat.n);
     llm_token *ids = (llm_token *)llm__alloc(env, 4 * chat.n + 8, sizeof *ids);
-    *n = (int)llm__encode_spans(env, tokenizer, chat.text, chat.n, flags, chat.spans, chat.n_spans, ids, 4 * chat.n + 8);
+    *n =
+        (int)llm__encode_spans(env, tokenizer, chat.text, chat.n, flags, chat.spans, chat.n_spans, ids, 4 * chat.n + 8);
     return ids;
 }
 
@@ -8766,13 +9057,14 @@ static llm_status llm__prefill(llm__env *env, const llm__generate_args *a, const
     int seq = a->desc->seq, reused = 0;
     if (n == 0) llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens");
     if (n > ctx->desc.n_ctx)
-        llm__fail(env, LLM_ERROR_CONTEXT_FULL, "the prompt has %d tokens, but a sequence of this context holds %d (n_ctx)", n,
-                  ctx->desc.n_ctx);
+        llm__fail(env, LLM_ERROR_CONTEXT_FULL,
+                  "the prompt has %d tokens, but a sequence of this context holds %d (n_ctx)", n, ctx->desc.n_ctx);
     for (int i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= ctx->model->shape.n_vocab)
             llm__fail(env, LLM_ERROR_ARGUMENT, "token %d of the prompt is %ld; the vocabulary has %d", i, (long)ids[i],
                       ctx->model->shape.n_vocab);
-    while (reused < n - 1 && reused < llm_seq_length(ctx, seq) && llm_seq_tokens(ctx, seq)[reused] == ids[reused]) reused++;
+    while (reused < n - 1 && reused < llm_seq_length(ctx, seq) && llm_seq_tokens(ctx, seq)[reused] == ids[reused])
+        reused++;
     llm__cache_truncate(&ctx->cache, seq, reused);
     a->stats->n_prompt = n;
     a->stats->n_reused = reused;
@@ -8834,8 +9126,10 @@ static llm_status llm__step(const llm__generate_args *a, llm_token token, llm_er
     llm_status status = llm__generate_forward(a, &batch, err);
     if (status) return status;
     a->stats->n_decode_passes++;
-    a->stats->decode_bytes += info->weight_bytes_per_token + (uint64_t)llm_seq_length(ctx, a->desc->seq) *
-                              ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype) / LLM_BLOCK;
+    a->stats->decode_bytes +=
+        info->weight_bytes_per_token + (uint64_t)llm_seq_length(ctx, a->desc->seq) *
+                                           ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype) /
+                                           LLM_BLOCK;
     return LLM_OK;
 }
 
@@ -8850,7 +9144,8 @@ static void llm__generate_body(llm__env *env, void *arg) {
     memset(&box, 0, sizeof box);
     box.desc = a->desc;
     box.stop_index = -1;
-    box.stream.started = !a->desc->messages; /* what continues a prompt does not begin a text: its first space is shown */
+    box.stream.started =
+        !a->desc->messages; /* what continues a prompt does not begin a text: its first space is shown */
     llm_token *ids = llm__prompt_tokens(env, a, &n);
     llm_status status = llm__prefill(env, a, ids, n);
     a->stats->prefill_seconds = llm__now() - start;
