@@ -24,6 +24,7 @@ MATRIX                     = gcc-O1 gcc-O3-fast-math clang-O1 clang-O2 clang-O3-
 NEEDED_TO_RUN   = libedit-dev:histedit.h libstb-dev:stb/stb_ds.h
 NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h g++:g++
 NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
+                  libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.asan-x86_64.a \
                   libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory --silent

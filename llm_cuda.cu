@@ -1109,6 +1109,8 @@ static llm_status llm__gpu_upload(void *model, const llm_weight *w, llm_error *e
     case LLM_WEIGHT_DOWN: return llm__upload_matrix(m, w, &layer->down, err);
     case LLM_WEIGHT_OUTPUT_NORM: return llm__upload_vector(m, w, &m->output_norm, err);
     case LLM_WEIGHT_HEAD: return llm__upload_matrix(m, w, &m->head, err);
+    case LLM_WEIGHT_QKV_BIAS: case LLM_WEIGHT_Q_NORM: case LLM_WEIGHT_K_NORM:
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "biases and norms of queries and keys are not run on the GPU");
     }
     if (m->shape.tied_head) m->head = m->embedding;
     return status;

@@ -159,7 +159,7 @@ static void test_packing(void **state) {
         tiny_spec spec = {1, 96, 64, 3, 1, 32, 64, 43, 0, cases[i].type, 5};
         llm_model_desc desc = {.dtype = cases[i].dtype, .n_threads = 1}, exact = {.dtype = LLM_DTYPE_F32, .n_threads = 1};
         uint8_t *data = tiny_model(&spec, &desc.data_size);
-        llm_model *model, *reference;
+        llm_model *model = NULL, *reference = NULL;
         llm_error err;
         desc.data = exact.data = data;
         exact.data_size = desc.data_size;
