@@ -140,8 +140,8 @@ static void check_tiny(const expected *e, const char *isa) {
     if (!model) skip(); /* this machine does not have the instruction set */
     for (int n_threads = 1; n_threads <= 2; n_threads++) {
         llm_context *ctx = create(model, n_threads, 0), *small = create(model, n_threads, 37);
-        static const int chunks[] = {LENGTH, 64, 7, 1};
-        for (int i = 0; i < 4; i++) assert_int_equal(in_chunks(ctx, chunks[i]), e->tiny);
+        static const int chunks[] = {1, 7, 64, LENGTH}; /* the first, which takes longest, with one thread */
+        for (int i = n_threads == 1 ? 0 : 1; i < 4; i++) assert_int_equal(in_chunks(ctx, chunks[i]), e->tiny);
         assert_int_equal(in_chunks(small, LENGTH), e->tiny);
         assert_int_equal(in_a_crowd(ctx), e->tiny);
         assert_int_equal(in_a_crowd(small), e->tiny);
