@@ -1902,7 +1902,8 @@ static char *llm__split_path(llm__env *env, const char *path, int number, int co
     size_t n = strlen(path), m = (size_t)snprintf(ending, sizeof ending, "-00001-of-%05d.gguf", count);
     if (n < m || strcmp(path + n - m, ending)) return NULL;
     char *other = llm__copy_string(env, path, n);
-    snprintf(other + n - m, m + 1, "-%05d-of-%05d.gguf", number, count);
+    snprintf(ending, sizeof ending, "-%05d-of-%05d.gguf", number, count);
+    memcpy(other + n - m, ending, m);
     return other;
 }
 
