@@ -112,7 +112,7 @@ clean:
 help:
 	echo "make             build $(PROGRAMS)"
 	echo "make run         fetch the default model once and let it continue a text; MODEL=path takes another"
-	echo "make test        everything that is checked (about ten minutes); T=name runs the tests of that name"
+	echo "make test        everything that is checked (about a quarter of an hour); T=name runs the tests of that name"
 	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
 	echo "make model       fetch the default model"
 	echo "make deps        install what building and testing need (Debian)"
