@@ -1842,7 +1842,7 @@ static void llm__read_tensors(llm__reader *r, llm__checkpoint *ck, const llm__fi
     for (uint64_t i = 0; i < n_tensors; i++) {
         uint64_t offset;
         llm__tensor t = llm__read_tensor(r, &offset);
-        t.offset = offset; /* from where the data begins, for now */
+        t.offset = offset; /* from where the data begins, until the tensor is placed */
         llm__add_tensor(env, ck, &t);
     }
     uint64_t start = llm__add(env, r->at, alignment - 1) / alignment * alignment;
