@@ -147,7 +147,7 @@ typedef struct llm_model_desc {
     bool (*read)(void *user, uint64_t offset, void *to, size_t n_bytes);
     void *read_user;
     uint64_t read_size;
-    const char *isa;            /* force an instruction set: "scalar", "avx2", "avx512"; NULL: the best there is   */
+    const char *isa;            /* force an instruction set: "scalar", "avx2", "avx512", "amx"; NULL: the best there is   */
     const llm_backend *backend; /* what computes; NULL: the CPU. See llm_cuda_backend                         */
     llm_host host;
 } llm_model_desc;
@@ -2075,6 +2075,8 @@ static llm__checkpoint *llm__open_checkpoint(llm__env *env, const char *path, co
    The numbers that shape a model, checked once so that nothing after this has to. What would show only as wrong text is
    refused by name. */
 
+enum { LLM__MOST_HEAD = 4096 }; /* dimensions of a head */
+
 /* What config.json's sliding_window means. */
 typedef enum llm__window_rule { LLM__NO_WINDOW, LLM__WINDOW_ALWAYS, LLM__WINDOW_IF_USED } llm__window_rule;
 
@@ -2253,7 +2255,7 @@ static llm__hparams llm__gguf_hparams(llm__env *env, const llm__checkpoint *ck) 
     h.n_heads = llm__arch_int(env, ck, "attention.head_count", -1, 4096);
     h.n_kv_heads = llm__arch_int(env, ck, "attention.head_count_kv", h.n_heads, 4096);
     h.n_ctx_train = llm__arch_int(env, ck, "context_length", -1, 1 << 28);
-    h.head_dim = llm__arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1, 4096);
+    h.head_dim = llm__arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1, LLM__MOST_HEAD);
     if (llm__arch_int(env, ck, "attention.value_length", h.head_dim, 4096) != h.head_dim)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "values and keys have different lengths, which this library does not run");
@@ -2486,7 +2488,7 @@ static llm__hparams llm__config_hparams(llm__env *env, const llm__checkpoint *ck
     h.n_kv_heads = llm__config_int(env, config, "num_key_value_heads", h.n_heads, 1, 4096);
     h.n_ctx_train = llm__config_int(env, config, "max_position_embeddings", -1, 1, 1 << 28);
     int usual = a->qk_norm ? 128 : h.n_embd / h.n_heads;
-    h.head_dim = llm__config_int(env, config, "head_dim", usual ? usual : 1, 1, 4096);
+    h.head_dim = llm__config_int(env, config, "head_dim", usual ? usual : 1, 1, LLM__MOST_HEAD);
     h.rope_dim = h.head_dim;
     h.window = llm__config_window(env, config, a, h.n_layers);
     h.rms_eps = (float)llm__config_number(env, config, "rms_norm_eps", 1e-6, 1e-12, 1);
@@ -5977,6 +5979,40 @@ typedef enum llm__kind {
 typedef void llm__product_fn(const float *x, size_t x_stride, const float *x_sums, int rows, const void *tile, int k,
                              float *y, size_t y_stride);
 
+/* A product on a matrix unit, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
+   times 32 k. */
+typedef struct llm__tile_product {
+    const uint8_t *a;          /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, as pack_rows leaves them    */
+    int n_rows, a_blocks;      /* n_rows counts 16 rows each                                                         */
+    const uint8_t *const *b;   /* [n_blocks] where the first tile's blocks lie, 1 KB each: [16 pairs of k][16][2]     */
+    size_t b_next;             /* how much further those of the second tile lie                                      */
+    int n_blocks, n_cols;      /* n_cols counts tiles: 1 or 2                                                        */
+    float *c;
+    size_t c_stride;
+    bool add;
+    const uint8_t *ahead; /* what is needed next, in two runs ahead_next apart: fetched meanwhile; or NULL      */
+    size_t ahead_bytes, ahead_next;
+} llm__tile_product;
+
+enum {
+    LLM__TILE_ROWS = 16,    /* from so many rows on, a product goes to the matrix unit if there is one             */
+    LLM__TILE_BLOCKS = 18,  /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
+    LLM__PANEL_TILES = 8,   /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
+    LLM__PANEL_ROWS = 512
+};
+
+/* A panel: n_rows activation rows, packed, meet n_tiles tiles; c[n_rows padded to 16][16 * n_tiles]. */
+typedef struct llm__panel {
+    const uint8_t *a;
+    const float *x_sums;
+    int n_rows, k;
+    const uint8_t *tiles, *ahead; /* ahead: the tiles that are wanted after these, or NULL */
+    size_t tile_bytes;
+    int n_tiles;
+    float *c;
+    uint8_t *unpacked; /* [2][LLM__TILE_BLOCKS][1024] scratch */
+} llm__panel;
+
 typedef struct llm__kernels {
     const char *name;
     llm__product_fn *product[LLM__W_KINDS];
@@ -5998,6 +6034,14 @@ typedef struct llm__kernels {
        point operations that wait for nothing but each other. */
     uint32_t (*read)(const void *p, size_t n);
     uint32_t (*multiply)(size_t n);
+    /* The matrix unit; all NULL where there is none. It must be entered before the others are called, by each thread. */
+    void (*tiles_enter)(void);
+    void (*tiles_leave)(void);
+    /* Rows that are rounded to bf16 become blocks [rows / 16][k / 32][16][32]; what is missing of 16 rows is zero. */
+    void (*pack_rows)(const float *x, size_t x_stride, int rows, int k, uint8_t *a);
+    void (*tile_product)(const llm__tile_product *p);
+    void (*panel)(llm__kind kind, const llm__panel *p); /* all kinds but f32 */
+    uint32_t (*tile_multiply)(size_t n);                /* n times 2 * 4 * 16 * 16 * 32 operations */
 } llm__kernels;
 
 /* Sets the floating-point unit to round to nearest and flush denormals; returns what it was set to. */
@@ -6071,6 +6115,40 @@ static double llm__sqrt(double x) {
     return r;
 }
 
+/* AMX: eight tile registers of 16 rows of 64 bytes. The instructions are written out, as gcc 12's intrinsics do not say
+   that they touch memory. A test may bring its own, to run where there is no such unit. */
+#if defined(LLM__TILE_DOT) || (defined(__x86_64__) && defined(__linux__))
+#define LLM__HAVE_TILES
+typedef struct llm__tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} llm__tile_config;
+#endif
+#if defined(LLM__HAVE_TILES) && !defined(LLM__TILE_DOT)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#define LLM__TILE_CONFIG(config) __asm__ volatile("ldtilecfg %0" : : "m"(config))
+#define LLM__TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
+#define LLM__TILE_ZERO(t) __asm__ volatile("tilezero %tmm" #t)
+#define LLM__TILE_LOAD(t, from, stride) \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"((const void *)(from)), "r"((size_t)(stride)) : "memory")
+#define LLM__TILE_STORE(t, to, stride) \
+    __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"((void *)(to)), "r"((size_t)(stride)) : "memory")
+#define LLM__TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #c)
+
+/* Is there such a unit, does the system save its registers, and may this process use it? */
+static bool llm__tiles_allowed(void) {
+    uint32_t a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false; /* OSXSAVE */
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low >> 17 & 3) != 3) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false; /* bf16, tiles */
+    if (!__get_cpuid_count(0x1D, 1, &a, &b, &c, &d) || b >> 16 < 8 || (b & 0xFFFF) < 64 || (c & 0xFFFF) < 16) return false;
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+}
+#endif
+
 /* The kernels for one instruction set each: this file includes itself. */
 #ifndef LLM_HEADER_FILENAME
 #define LLM_HEADER_FILENAME "llm.h"
@@ -6119,6 +6197,9 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* every such chip has f16c */
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(LLM__HAVE_TILES)
+    if (avx512 && (!isa || !strcmp(isa, "amx")) && llm__tiles_allowed()) return &llm__avx512_amx_kernels;
+#endif
     if (avx512 && (!isa || !strcmp(isa, "avx512"))) return &llm__avx512_kernels;
     if (avx2 && (!isa || !strcmp(isa, "avx2"))) return &llm__avx2_kernels;
 #endif
@@ -6602,6 +6683,215 @@ LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
     return llm__f32_bits(v_sum(total));
 }
 
+#if defined(LLM__USE_AVX512) && defined(LLM__HAVE_TILES)
+
+/* ---- Products on the matrix unit ----
+
+   Floor: 16 cycles for 16 x 16 sums over 32 k. Two by two tiles of sums take two loads of 1 KB from each side for four
+   such products: 64 cycles, in which the nearest cache gives at least twice these 4 KB. So the two tiles of weights stay
+   there (36 KB) while all rows of the panel pass from the second cache, 32 bytes a cycle; and weights come from memory
+   once for 512 rows: 2 bytes a cycle, fetched ahead while the sums before them are made. */
+
+static void LLM__FN(tiles_enter)(void) {
+    llm__tile_config config;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int i = 0; i < 8; i++) {
+        config.rows[i] = 16;
+        config.row_bytes[i] = 64;
+    }
+    LLM__TILE_CONFIG(config);
+}
+
+static void LLM__FN(tiles_leave)(void) { LLM__TILE_RELEASE(); }
+
+LLM__TARGET static void LLM__FN(pack_rows)(const float *x, size_t x_stride, int rows, int k, uint8_t *a) {
+    size_t step = (size_t)k / 32 * 1024;
+    for (int first = 0; first < rows; first += 16, a += step)
+        for (int r = 0; r < 16; r++) {
+            const float *from = x + (size_t)(first + r) * x_stride;
+            uint8_t *to = a + r * 64;
+            for (int i = 0; i < k; i += 16) { /* the lower halves are zero already */
+                __m512i bits = first + r < rows ? _mm512_castps_si512(_mm512_loadu_ps(from + i)) : _mm512_setzero_si512();
+                _mm256_storeu_si256((__m256i *)(void *)(to + (size_t)i / 32 * 1024 + i % 32 * 2),
+                                    _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+            }
+        }
+}
+
+/* One square of 2 x 2 tiles of sums, or its part; which is a constant where this is inlined. */
+LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile_product *p, const uint8_t *a, float *c) {
+    const size_t c_bytes = p->c_stride * 4, a_next = (size_t)p->a_blocks * 1024;
+    float *low = c + 16 * p->c_stride;
+    if (p->add) {
+        LLM__TILE_LOAD(0, c, c_bytes);
+        if (COLS > 1) LLM__TILE_LOAD(1, c + 16, c_bytes);
+        if (ROWS > 1) LLM__TILE_LOAD(2, low, c_bytes);
+        if (ROWS > 1 && COLS > 1) LLM__TILE_LOAD(3, low + 16, c_bytes);
+    } else {
+        LLM__TILE_ZERO(0);
+        if (COLS > 1) LLM__TILE_ZERO(1);
+        if (ROWS > 1) LLM__TILE_ZERO(2);
+        if (ROWS > 1 && COLS > 1) LLM__TILE_ZERO(3);
+    }
+    for (int i = 0; i < p->n_blocks; i++, a += 1024) {
+        LLM__TILE_LOAD(4, a, 64);
+        LLM__TILE_LOAD(6, p->b[i], 64);
+        LLM__TILE_DOT(0, 4, 6);
+        if (ROWS > 1) LLM__TILE_LOAD(5, a + a_next, 64);
+        if (ROWS > 1) LLM__TILE_DOT(2, 5, 6);
+        if (COLS > 1) LLM__TILE_LOAD(7, p->b[i] + p->b_next, 64);
+        if (COLS > 1) LLM__TILE_DOT(1, 4, 7);
+        if (ROWS > 1 && COLS > 1) LLM__TILE_DOT(3, 5, 7);
+    }
+    LLM__TILE_STORE(0, c, c_bytes);
+    if (COLS > 1) LLM__TILE_STORE(1, c + 16, c_bytes);
+    if (ROWS > 1) LLM__TILE_STORE(2, low, c_bytes);
+    if (ROWS > 1 && COLS > 1) LLM__TILE_STORE(3, low + 16, c_bytes);
+}
+
+/* Asks for the share of what comes next that falls to rows [row, row + 2) of the pass over n_rows. */
+LLM__INLINE void LLM__FN(fetch_ahead)(const uint8_t *ahead, size_t bytes, int row, int n_rows) {
+    size_t share = (bytes / 64 + 1) * 2 / (size_t)(n_rows + 1) + 1, first = share * (size_t)(row / 2) * 64;
+    for (size_t i = first; i < first + share * 64 && i < bytes; i += 64)
+        _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
+}
+
+LLM__TARGET static void LLM__FN(tile_product)(const llm__tile_product *p) {
+    for (int row = 0; row < p->n_rows; row += 2) {
+        const uint8_t *a = p->a + (size_t)row * (size_t)p->a_blocks * 1024;
+        float *c = p->c + (size_t)row * 16 * p->c_stride;
+        if (p->ahead) LLM__FN(fetch_ahead)(p->ahead, p->ahead_bytes, row, p->n_rows);
+        if (p->ahead && p->ahead_next) LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, p->n_rows);
+        if (p->n_cols == 1 && row + 1 == p->n_rows) LLM__FN(square)(1, 1, p, a, c);
+        else if (p->n_cols == 1) LLM__FN(square)(2, 1, p, a, c);
+        else if (row + 1 == p->n_rows) LLM__FN(square)(1, 2, p, a, c);
+        else LLM__FN(square)(2, 2, p, a, c);
+    }
+}
+
+/* Whole numbers as bf16, which holds them exactly, in the order of bf16 tiles. */
+LLM__INLINE void LLM__FN(unpack)(const llm__kind KIND, const uint8_t *w, int n_blocks, uint8_t *to) {
+    const __m512i high = _mm512_set1_epi32(-65536);
+    for (; n_blocks; n_blocks--, w += LLM__FN(block_bytes)(KIND)) {
+        for (int i = 0; i < 32; i += 8) {
+            LLM__UNROLL for (int j = 0; j < 8; j += 2, to += 64) {
+                __m512i even = _mm512_castps_si512(LLM__FN(weight)(KIND, w, i, j));
+                __m512i odd = _mm512_castps_si512(LLM__FN(weight)(KIND, w, i, j + 1));
+                _mm512_storeu_si512((void *)to,
+                                    _mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_and_si512(odd, high)));
+            }
+        }
+    }
+}
+
+/* Groups: the unit gives the sums over each block, the registers hold the totals of 16 rows and one tile. */
+LLM__INLINE void LLM__FN(panel_groups)(const llm__kind KIND, const llm__panel *p, int tile, int first, int n_blocks) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND), blocks = (size_t)p->k / 32, c_stride = (size_t)p->n_tiles * 16;
+    float block[2][256];
+    for (int row = 0; row < p->n_rows; row += 16) {
+        const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes;
+        const uint8_t *a = p->a + ((size_t)row / 16 * blocks + (size_t)first) * 1024;
+        const float *x_sums = p->x_sums + (size_t)row * blocks + first;
+        float *c = p->c + (size_t)row * c_stride + tile * 16;
+        V total[16];
+        LLM__UNROLL for (int r = 0; r < 16; r++) total[r] = first ? v_load(c + (size_t)r * c_stride) : v_splat(0);
+        for (int i = 0; i < n_blocks; i++, w += bytes) {
+            LLM__TILE_ZERO(0);
+            LLM__TILE_LOAD(4, a + i * 1024, 64);
+            LLM__TILE_LOAD(6, p->unpacked + i * 1024, 64);
+            LLM__TILE_DOT(0, 4, 6);
+            LLM__TILE_STORE(0, block[i % 2], 64);
+            V scale = v_half((const uint16_t *)(const void *)(w + bytes) - 32),
+              least = v_half((const uint16_t *)(const void *)(w + bytes) - 16);
+            LLM__UNROLL for (int r = 0; r < 16; r++) {
+                V sum = v_fma(scale, v_load(block[i % 2] + r * 16), total[r]);
+                total[r] = v_fma(least, v_splat(x_sums[(size_t)r * blocks + (size_t)i]), sum);
+            }
+        }
+        LLM__UNROLL for (int r = 0; r < 16; r++) v_store(c + (size_t)r * c_stride, total[r]);
+    }
+}
+
+/* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
+LLM__INLINE void LLM__FN(panel_pair)(const llm__kind KIND, const llm__panel *p, int tile, int first, int n) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND);
+    const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes, *b[LLM__TILE_BLOCKS];
+    const int n_cols = p->n_tiles - tile < 2 ? 1 : 2, n_blocks = p->k / 32;
+    if (KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS) {
+        for (int i = 0; i < n_cols; i++) {
+            LLM__FN(unpack)(KIND, w + (size_t)i * p->tile_bytes, n, p->unpacked);
+            LLM__FN(panel_groups)(KIND, p, tile + i, first, n);
+        }
+        return;
+    }
+    llm__tile_product product = {p->a + (size_t)first * 1024, (p->n_rows + 15) / 16, n_blocks, b, p->tile_bytes, n, n_cols,
+                                 p->c + tile * 16, (size_t)p->n_tiles * 16, first > 0, NULL, (size_t)n * bytes,
+                                 p->tile_bytes};
+    if (KIND == LLM__W_INT8) {
+        for (int i = 0; i < n_cols; i++)
+            LLM__FN(unpack)(KIND, w + (size_t)i * p->tile_bytes, n, p->unpacked + i * LLM__TILE_BLOCKS * 1024);
+        product.b_next = LLM__TILE_BLOCKS * 1024;
+    }
+    for (int i = 0; i < n; i++) b[i] = (KIND == LLM__W_INT8 ? p->unpacked : w) + (size_t)i * 1024;
+    /* Next is the same part of the next two tiles, then the next part of the first two, then another panel. */
+    if (tile + 2 < p->n_tiles) product.ahead = w + 2 * p->tile_bytes;
+    else if (first + n < n_blocks) product.ahead = p->tiles + (size_t)(first + n) * bytes;
+    else product.ahead = p->ahead;
+    if (tile + 3 == p->n_tiles || p->n_tiles == 1) product.ahead_next = 0;
+    LLM__FN(tile_product)(&product);
+}
+
+LLM__INLINE void LLM__FN(panel_of)(const llm__kind KIND, const llm__panel *p) {
+    int n_blocks = p->k / 32, parts = (n_blocks + LLM__TILE_BLOCKS - 1) / LLM__TILE_BLOCKS,
+        step = (n_blocks + parts - 1) / parts;
+    for (int first = 0; first < n_blocks; first += step)
+        for (int tile = 0; tile < p->n_tiles; tile += 2)
+            LLM__FN(panel_pair)(KIND, p, tile, first, n_blocks - first < step ? n_blocks - first : step);
+    for (int tile = 0; tile < p->n_tiles && KIND == LLM__W_INT8; tile++) {
+        V scale = v_load((const float *)(const void *)(p->tiles + (size_t)(tile + 1) * p->tile_bytes - 64));
+        for (int row = 0; row < p->n_rows; row++) {
+            float *c = p->c + ((size_t)row * (size_t)p->n_tiles + (size_t)tile) * 16;
+            v_store(c, v_add(v_splat(0), v_mul(v_load(c), scale)));
+        }
+    }
+}
+
+LLM__TARGET static void LLM__FN(panel)(llm__kind kind, const llm__panel *p) {
+    if (kind == LLM__W_BF16) LLM__FN(panel_of)(LLM__W_BF16, p);
+    else if (kind == LLM__W_INT8) LLM__FN(panel_of)(LLM__W_INT8, p);
+    else if (kind == LLM__W_INT8_GROUPS) LLM__FN(panel_of)(LLM__W_INT8_GROUPS, p);
+    else LLM__FN(panel_of)(LLM__W_INT4_GROUPS, p);
+}
+
+LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
+    float c[16];
+    LLM__FN(tiles_enter)();
+    LLM__TILE_ZERO(0);
+    LLM__TILE_ZERO(1);
+    LLM__TILE_ZERO(2);
+    LLM__TILE_ZERO(3);
+    LLM__TILE_ZERO(4);
+    LLM__TILE_ZERO(5);
+    for (; n; n--) {
+        LLM__TILE_DOT(0, 4, 5);
+        LLM__TILE_DOT(1, 4, 5);
+        LLM__TILE_DOT(2, 4, 5);
+        LLM__TILE_DOT(3, 4, 5);
+    }
+    LLM__TILE_STORE(0, c, 0);
+    LLM__FN(tiles_leave)();
+    return llm__f32_bits(c[0]);
+}
+
+#endif
+
+#define LLM__KERNEL_TABLE                                                                                          \
+    {LLM__FN(product_f32), LLM__FN(product_bf16), LLM__FN(product_int8), LLM__FN(product_int8_groups),             \
+     LLM__FN(product_int4_groups)},                                                                                \
+        LLM__FN(group_sums), LLM__FN(rms_norm), LLM__FN(swiglu), LLM__FN(softmax), LLM__FN(merge), LLM__FN(scale), \
+        LLM__FN(add), LLM__FN(rope), LLM__FN(read), LLM__FN(multiply)
+
 static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_AVX512)
     "avx512",
@@ -6610,19 +6900,21 @@ static const llm__kernels LLM__FN(kernels) = {
 #else
     "scalar",
 #endif
-    {LLM__FN(product_f32), LLM__FN(product_bf16), LLM__FN(product_int8), LLM__FN(product_int8_groups),
-     LLM__FN(product_int4_groups)},
-    LLM__FN(group_sums),
-    LLM__FN(rms_norm),
-    LLM__FN(swiglu),
-    LLM__FN(softmax),
-    LLM__FN(merge),
-    LLM__FN(scale),
-    LLM__FN(add),
-    LLM__FN(rope),
-    LLM__FN(read),
-    LLM__FN(multiply),
+    LLM__KERNEL_TABLE, NULL, NULL, NULL, NULL, NULL, NULL,
 };
+
+#if defined(LLM__USE_AVX512) && defined(LLM__HAVE_TILES)
+static const llm__kernels LLM__FN(amx_kernels) = {
+    "amx",
+    LLM__KERNEL_TABLE,
+    LLM__FN(tiles_enter),
+    LLM__FN(tiles_leave),
+    LLM__FN(pack_rows),
+    LLM__FN(tile_product),
+    LLM__FN(panel),
+    LLM__FN(tile_multiply),
+};
+#endif
 
 #undef V
 #undef v_load
@@ -6650,6 +6942,7 @@ static const llm__kernels LLM__FN(kernels) = {
 #undef LLM__INLINE
 #undef LLM__UNROLL
 #undef LLM__MOST_ROWS
+#undef LLM__KERNEL_TABLE
 
 #endif /* LLM__KERNEL_PASS */
 
@@ -7376,8 +7669,9 @@ enum {
         256, /* keys whose softmax is taken at once; chunks are then merged in order (part of the arithmetic) */
     LLM__QUERY_ROWS =
         64,         /* query rows, over the heads that share a key head, that meet a chunk together                  */
-    LLM__ROWS = 64, /* activation rows that meet a group of tiles while it is in the near cache                      */
-    LLM__TILES = 4  /* tiles in such a group                                                                         */
+    LLM__ROWS = 64,     /* activation rows that meet a group of tiles while it is in the near cache                  */
+    LLM__TILES = 4,     /* tiles in such a group                                                                     */
+    LLM__SPLIT_ROWS = 8 /* rows of a sequence whose attention may be split over the keys                             */
 };
 
 /* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
@@ -7403,6 +7697,14 @@ typedef struct llm__cpu_context {
     float *cosines, *sines;                    /* [n_batch][rope_dim / 2] */
     float *scratch;                            /* [n_threads][scratch_floats] for attention */
     size_t scratch_floats;
+    float *partials; /* [n_partials][partial_floats] of attention that is split, see llm__attend_split */
+    size_t partial_floats;
+    int n_partials;
+    /* For the matrix unit, else NULL: */
+    uint8_t *packed;  /* a product's activations, see pack_rows */
+    float *panels;    /* [n_threads][panel_floats] sums of up to LLM__PANEL_ROWS rows and 16 * LLM__PANEL_TILES outputs */
+    uint8_t *tiles;   /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
+    size_t panel_floats, tile_bytes;
     float *logits;                            /* [n_logits][n_vocab] */
     int *all_rows;                            /* 0, 1, 2 ... */
     llm__queries *all_queries, *last_queries; /* of all rows; of the rows whose logits are wanted */
@@ -7418,48 +7720,93 @@ static uint8_t *llm__cache_block(const llm__cpu_context *c, int layer, int value
 
 typedef enum llm__ending { LLM__STORE, LLM__ADD, LLM__SWIGLU } llm__ending;
 
-/* A few tiles against a few rows, and what becomes of the sums. With LLM__SWIGLU tiles are pairs of gates and ups. */
+/* What becomes of a row's sums over some tiles, the first of which is `tile`. With LLM__SWIGLU they are pairs of gates
+   and ups. */
+static void llm__end_row(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles, const float *sums,
+                         llm__ending ending, float *y) {
+    const llm__kernels *kernels = c->model->kernels;
+    int column = tile * 16, width = m->n - column < n_tiles * 16 ? m->n - column : n_tiles * 16;
+    if (ending == LLM__SWIGLU)
+        for (int i = 0; i < n_tiles * 16; i += 32)
+            kernels->swiglu(sums + i, sums + i + 16, 16, c->round, y + (column + i) / 2);
+    else if (ending == LLM__ADD) kernels->add(y + column, sums, width);
+    else memcpy(y + column, sums, (size_t)width * sizeof(float));
+}
+
+/* A few tiles against a few rows. */
 static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, int first_tile, int n_tiles,
                               const float *x, size_t x_stride, const float *x_sums, int rows, llm__ending ending,
                               float *y, size_t y_stride) {
-    float sums[2][LLM__ROWS * 16];
-    int k = llm__round_up(m->k, 32), step = ending == LLM__SWIGLU ? 2 : 1;
+    float sums[LLM__ROWS][32];
+    int step = ending == LLM__SWIGLU ? 2 : 1;
     for (int tile = first_tile; tile < first_tile + n_tiles; tile += step) {
-        int column = tile / step * 16, width = m->n - column < 16 ? m->n - column : 16;
-        for (int i = 0; i < step; i++) {
-            memset(sums[i], 0, (size_t)rows * 16 * sizeof(float));
+        memset(sums, 0, (size_t)rows * sizeof *sums);
+        for (int i = 0; i < step; i++)
             c->model->kernels->product[m->kind](x, x_stride, x_sums, rows, m->data + (size_t)(tile + i) * m->tile_bytes,
-                                                k, sums[i], 16);
-        }
-        for (int r = 0; r < rows; r++) {
-            float *to = y + (size_t)r * y_stride + column;
-            const float *sum = sums[0] + r * 16;
-            if (ending == LLM__SWIGLU) c->model->kernels->swiglu(sum, sums[1] + r * 16, 16, c->round, to);
-            else if (ending == LLM__ADD) c->model->kernels->add(to, sum, width);
-            else memcpy(to, sum, (size_t)width * sizeof(float));
-        }
+                                                llm__round_up(m->k, 32), sums[0] + 16 * i, 32);
+        for (int r = 0; r < rows; r++)
+            llm__end_row(c, m, tile, step, sums[r], ending, y + (size_t)r * y_stride);
     }
 }
 
-/* The sums over 32 that weights in groups need; a phase. */
-static void llm__sum_rows(llm__worker *w, const llm__cpu_context *c, const float *x, size_t x_stride, int k, int rows) {
-    for (int r; (r = llm__take(w)) < rows;)
-        c->model->kernels->group_sums(x + (size_t)r * x_stride, k, c->sums + (size_t)r * (size_t)(k / 32));
-    llm__finish(w, rows);
+/* The sums over 32 that weights in groups need, and rows packed for the matrix unit; a phase. */
+static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, bool pack,
+                              const float *x, size_t x_stride, int rows) {
+    size_t k = (size_t)llm__round_up(m->k, 32);
+    int n_pieces = (rows + 15) / 16;
+    for (int piece; (piece = llm__take(w)) < n_pieces;) {
+        int first = piece * 16, some = rows - first < 16 ? rows - first : 16;
+        for (int r = first; r < first + some && m->kind >= LLM__W_INT8_GROUPS; r++)
+            c->model->kernels->group_sums(x + (size_t)r * x_stride, (int)k, c->sums + (size_t)r * (k / 32));
+        if (pack)
+            c->model->kernels->pack_rows(x + (size_t)first * x_stride, x_stride, some, (int)k,
+                                         c->packed + (size_t)first * k * 2);
+    }
+    llm__finish(w, n_pieces);
+}
+
+/* A panel's tiles against all rows, on the matrix unit; `ahead` is the tile wanted after these, or none. */
+static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
+                              int ahead, int rows, llm__ending ending, float *y, size_t y_stride) {
+    size_t k = (size_t)llm__round_up(m->k, 32);
+    float *sums = c->panels + (size_t)index * c->panel_floats;
+    const uint8_t *next = ahead * 16 < m->n ? m->data + (size_t)ahead * m->tile_bytes : NULL;
+    for (int first = 0; first < rows; first += LLM__PANEL_ROWS) {
+        int some = rows - first < LLM__PANEL_ROWS ? rows - first : (int)LLM__PANEL_ROWS;
+        llm__panel panel = {c->packed + (size_t)first * k * 2, c->sums + (size_t)first * (k / 32), some, (int)k,
+                            m->data + (size_t)tile * m->tile_bytes, next, m->tile_bytes, n_tiles, sums,
+                            c->tiles + (size_t)index * c->tile_bytes};
+        c->model->kernels->panel(m->kind, &panel);
+        for (int r = 0; r < some; r++)
+            llm__end_row(c, m, tile, n_tiles, sums + (size_t)r * (size_t)n_tiles * 16, ending,
+                         y + (size_t)(first + r) * y_stride);
+    }
+}
+
+/* Tiles in a piece of work: as many as serve the caches where that leaves enough pieces for the threads. */
+static int llm__piece_tiles(const llm__cpu_context *c, int n_tiles, bool panels) {
+    if (!panels) return LLM__TILES;
+    int n = n_tiles / (8 * c->team->n) / 2 * 2;
+    return n < 2 ? 2 : n > LLM__PANEL_TILES ? (int)LLM__PANEL_TILES : n;
 }
 
 /* y = W x, y += W x, or y = silu(gate) * up, for all rows; a phase. */
 static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x,
                         size_t x_stride, int rows, llm__ending ending, float *y, size_t y_stride) {
-    int n_tiles = llm__round_up(m->n, 16) / 16, n_pieces = (n_tiles + LLM__TILES - 1) / LLM__TILES,
-        k = llm__round_up(m->k, 32);
-    if (m->kind >= LLM__W_INT8_GROUPS) llm__sum_rows(w, c, x, x_stride, k, rows);
+    bool panels = c->packed && m->kind != LLM__W_F32 && rows >= LLM__TILE_ROWS;
+    int n_tiles = llm__round_up(m->n, 16) / 16, step = llm__piece_tiles(c, n_tiles, panels),
+        n_pieces = (n_tiles + step - 1) / step, groups = llm__round_up(m->k, 32) / 32;
+    if (panels || m->kind >= LLM__W_INT8_GROUPS) llm__prepare_rows(w, c, m, panels, x, x_stride, rows);
     for (int piece; (piece = llm__take(w)) < n_pieces;) {
-        int first = piece * LLM__TILES, n = n_tiles - first < LLM__TILES ? n_tiles - first : LLM__TILES;
+        int first = piece * step, n = n_tiles - first < step ? n_tiles - first : step;
+        if (panels) {
+            llm__linear_panel(c, w->index, m, first, n, first + step * c->team->n, rows, ending, y, y_stride);
+            continue;
+        }
         for (int r = 0; r < rows; r += LLM__ROWS) {
             int some = rows - r < LLM__ROWS ? rows - r : (int)LLM__ROWS;
             llm__linear_piece(c, m, first, n, x + (size_t)r * x_stride, x_stride,
-                              c->sums + (size_t)r * (size_t)(k / 32), some, ending, y + (size_t)r * y_stride, y_stride);
+                              c->sums + (size_t)r * (size_t)groups, some, ending, y + (size_t)r * y_stride, y_stride);
         }
     }
     llm__finish(w, n_pieces);
@@ -7509,27 +7856,31 @@ static void llm__norm_head(const llm__cpu_context *c, const float *weight, float
     memcpy(x, scratch, (size_t)s->head_dim * sizeof *x);
 }
 
-/* What some models do to queries, keys and values before RoPE. */
-static void llm__adjust_row(const llm__cpu_context *c, int index, const llm__cpu_layer *layer, float *qkv) {
+/* What becomes of some heads of a row of queries, keys and values: a bias, a norm, and the rotation by row `at`'s angles.
+   The heads are numbered queries, keys, values. */
+static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int row, int at, int first, int end) {
     const llm_shape *s = &c->model->shape;
-    float *scratch = c->scratch + (size_t)index * c->scratch_floats;
-    if (s->qkv_bias) c->model->kernels->add(qkv, layer->qkv_bias, (s->n_heads + 2 * s->n_kv_heads) * s->head_dim);
-    for (int h = 0; h < s->n_heads + s->n_kv_heads && s->qk_norm; h++)
-        llm__norm_head(c, h < s->n_heads ? layer->q_norm : layer->k_norm, scratch, qkv + h * s->head_dim);
+    const llm__cpu_layer *weights = &c->model->layers[layer];
+    const llm__kernels *kernels = c->model->kernels;
+    size_t half = (size_t)s->rope_dim / 2;
+    float *qkv = c->qkv + (size_t)row * c->qkv_stride, *scratch = c->scratch + (size_t)index * c->scratch_floats;
+    int start = first * s->head_dim;
+    if (s->qkv_bias) kernels->add(qkv + start, weights->qkv_bias + start, (end - first) * s->head_dim);
+    for (int h = first; h < end && h < s->n_heads + s->n_kv_heads; h++) {
+        float *x = qkv + h * s->head_dim;
+        if (s->qk_norm) llm__norm_head(c, h < s->n_heads ? weights->q_norm : weights->k_norm, scratch, x);
+        kernels->rope(x, c->cosines + (size_t)at * half, c->sines + (size_t)at * half, (int)half);
+    }
 }
 
-/* Rotates queries and keys, and stores keys and values. */
-static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer) {
+/* Rotates keys, and queries if they are there, and stores keys and values; a phase. */
+static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer, bool queries) {
     const llm_pass *pass = c->pass;
     const llm_shape *s = &c->model->shape;
-    size_t half = (size_t)s->rope_dim / 2;
     for (int r; (r = llm__take(w)) < pass->n_rows;) {
-        float *q = c->qkv + (size_t)r * c->qkv_stride, *k = q + s->n_heads * s->head_dim,
-              *v = k + s->n_kv_heads * s->head_dim;
-        llm__adjust_row(c, w->index, &c->model->layers[layer], q);
-        for (int h = 0; h < s->n_heads + s->n_kv_heads; h++)
-            c->model->kernels->rope(q + h * s->head_dim, c->cosines + (size_t)r * half, c->sines + (size_t)r * half,
-                                    (int)half);
+        const float *k = c->qkv + (size_t)r * c->qkv_stride + s->n_heads * s->head_dim,
+                    *v = k + s->n_kv_heads * s->head_dim;
+        llm__rope_heads(c, w->index, layer, r, r, queries ? 0 : s->n_heads, s->n_heads + 2 * s->n_kv_heads);
         int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
         for (int h = 0; h < s->n_kv_heads; h++) {
             llm__cache_store(c, layer, 0, h, block, at % LLM_BLOCK, k + h * s->head_dim);
@@ -7539,112 +7890,274 @@ static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer)
     llm__finish(w, pass->n_rows);
 }
 
-/* One chunk of keys against some query rows: fills scores[rows][LLM__CHUNK], then part[rows][head_stride]. */
+/* The query heads that share one key head, of a few rows of one sequence: n query rows, and room for what they meet. */
 typedef struct llm__attention_work {
-    const float *q;             /* [rows][head_stride] */
-    float *scores, *part, *out; /* out[rows][head_stride] and its max and sum are what is known so far */
-    float *max, *sum;
-    int rows;
+    int layer, head, group, n, padded; /* group: such heads; padded: rows there is room for                       */
+    const int *rows;                   /* rows[i / group] is query i's row of the pass                            */
+    int first_row;                     /* where in c->qkv and c->attention the first of them is                   */
+    const int *blocks;                 /* the sequence's                                                          */
+    float *q, *scores;                 /* [padded][head_stride], [padded][LLM__CHUNK]                             */
+    uint8_t *packed;                   /* for the matrix unit: q, then room for softmax weights; or NULL          */
 } llm__attention_work;
+
+/* What attention to some keys gives: [padded][head_stride] sums of values, then [padded] maxima and [padded] sums of
+   softmax weights. */
+static size_t llm__partial_floats(const llm__cpu_context *c, int padded) {
+    return (size_t)padded * (size_t)(c->head_stride + 2);
+}
+
+/* Whole tiles of rows where there is a matrix unit to use. */
+static int llm__padded_queries(int n) { return n < LLM__TILE_ROWS ? n : llm__round_up(n, 16); }
 
 /* The first position that one at `position` attends to. */
 static int llm__first_key(const llm_shape *s, int position) {
     return s->window && position >= s->window ? position - s->window + 1 : 0;
 }
 
-static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_work *a, int layer, int head,
-                              const int *blocks, int first_key, int n_keys, const int *last_keys) {
+static int llm__last_key(const llm__cpu_context *c, const llm__attention_work *a, int i) {
+    return c->pass->positions[a->rows[i / a->group]];
+}
+
+/* The first position of the chunks that any of the queries attends to, and what is behind the last. */
+static int llm__first_chunk(const llm__cpu_context *c, const llm__attention_work *a) {
+    return llm__first_key(&c->model->shape, llm__last_key(c, a, 0)) / LLM__CHUNK * LLM__CHUNK;
+}
+
+static int llm__end_of_keys(const llm__cpu_context *c, const llm__attention_work *a) {
+    return llm__last_key(c, a, a->n - 1) + 1;
+}
+
+/* The sums of queries and keys, or of softmax weights and values, over the n cache blocks named. */
+static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks,
+                             int n) {
     const llm__kernels *kernels = c->model->kernels;
-    size_t stride = (size_t)c->head_stride, tile = c->cache_block_bytes / 2,
-           value_tile = 16 * c->cache_block_bytes / stride;
-    llm__product_fn *product = kernels->product[c->cache_kind];
-    float scale = c->score_scale;
-    int padded = llm__round_up(n_keys, LLM_BLOCK);
-    memset(a->scores, 0, (size_t)a->rows * LLM__CHUNK * sizeof(float));
-    memset(a->part, 0, (size_t)a->rows * stride * sizeof(float));
-    for (int key = 0; key < n_keys; key += 16) {
-        const uint8_t *keys = llm__cache_block(c, layer, 0, head, blocks[(first_key + key) / LLM_BLOCK]);
-        product(a->q, stride, NULL, a->rows, keys + (size_t)(key / 16 % 2) * tile, c->head_stride, a->scores + key,
-                LLM__CHUNK);
+    size_t stride = (size_t)c->head_stride, tile = c->cache_block_bytes / 2;
+    if (!a->packed) memset(a->scores, 0, (size_t)a->n * LLM__CHUNK * sizeof(float));
+    for (int i = 0; i < n; i++) {
+        const uint8_t *keys = llm__cache_block(c, a->layer, 0, a->head, blocks[i]), *parts[LLM__MOST_HEAD / 32];
+        float *scores = a->scores + i * LLM_BLOCK;
+        if (a->packed) {
+            int n_parts = c->head_stride / 32;
+            for (int j = 0; j < n_parts; j++) parts[j] = keys + j * 1024;
+            llm__tile_product p = {a->packed, a->padded / 16, n_parts, parts, tile, n_parts, 2, scores, LLM__CHUNK,
+                                   false, NULL, 0, 0};
+            kernels->tile_product(&p);
+            continue;
+        }
+        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys, c->head_stride, scores, LLM__CHUNK);
+        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys + tile, c->head_stride, scores + 16,
+                                        LLM__CHUNK);
     }
-    for (int r = 0; r < a->rows; r++) {
-        float *scores = a->scores + r * LLM__CHUNK;
-        int n = last_keys[r] + 1 - first_key < n_keys ? last_keys[r] + 1 - first_key : n_keys;
-        int hidden = llm__first_key(&c->model->shape, last_keys[r]) - first_key; /* keys before the window */
+}
+
+static void llm__attend_values(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks,
+                               int n, float *part) {
+    const llm__kernels *kernels = c->model->kernels;
+    size_t stride = (size_t)c->head_stride, tile = 16 * c->cache_block_bytes / stride;
+    if (a->packed) {
+        uint8_t *weights = a->packed + (size_t)a->padded * stride * 2;
+        kernels->pack_rows(a->scores, LLM__CHUNK, a->n, n * LLM_BLOCK, weights);
+        for (int d = 0; d < c->head_stride; d += 32) {
+            const uint8_t *values[LLM__CHUNK / LLM_BLOCK];
+            for (int i = 0; i < n; i++)
+                values[i] = llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile;
+            llm__tile_product p = {weights, a->padded / 16, n, values, tile, n, 2, part + d, stride, false, NULL,
+                                   0, 0};
+            kernels->tile_product(&p);
+        }
+        return;
+    }
+    memset(part, 0, (size_t)a->n * stride * sizeof(float));
+    for (int i = 0; i < n; i++)
+        for (int d = 0; d < c->head_stride; d += 16)
+            kernels->product[c->cache_kind](a->scores + i * LLM_BLOCK, LLM__CHUNK, NULL, a->n,
+                                            llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile,
+                                            LLM_BLOCK, part + d, stride);
+}
+
+/* One chunk of keys, from position `first` on. */
+static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_work *a, int first, float *part) {
+    const llm_shape *s = &c->model->shape;
+    int end = llm__end_of_keys(c, a), n_keys = end - first < LLM__CHUNK ? end - first : (int)LLM__CHUNK,
+        n_blocks = llm__blocks_for(n_keys);
+    const int *blocks = a->blocks + first / LLM_BLOCK;
+    float *max = part + (size_t)a->padded * (size_t)c->head_stride, *sum = max + a->padded;
+    llm__attend_keys(c, a, blocks, n_blocks);
+    for (int i = 0; i < a->n; i++) {
+        float *scores = a->scores + (size_t)i * LLM__CHUNK;
+        int last = llm__last_key(c, a, i), n = last + 1 - first < n_keys ? last + 1 - first : n_keys;
+        int padded = n_blocks * LLM_BLOCK, hidden = llm__first_key(s, last) - first; /* keys before the window */
         /* Each of them adds exp(-87) to a sum of at least 1, which is nothing, and then is made 0. */
-        for (int i = 0; i < hidden && i < n; i++) scores[i] = -INFINITY;
-        if (n > 0 && n > hidden) kernels->softmax(scores, n, padded, scale, c->round_cache, &a->max[r], &a->sum[r]);
+        for (int j = 0; j < hidden && j < n; j++) scores[j] = -INFINITY;
+        if (n > 0 && n > hidden)
+            c->model->kernels->softmax(scores, n, padded, c->score_scale, c->round_cache, &max[i], &sum[i]);
         else hidden = padded;
         if (hidden > 0) memset(scores, 0, (size_t)hidden * sizeof(float));
     }
-    for (int key = 0; key < n_keys; key += LLM_BLOCK) {
-        const uint8_t *values = llm__cache_block(c, layer, 1, head, blocks[(first_key + key) / LLM_BLOCK]);
-        for (int d = 0; d < c->head_stride; d += 16)
-            product(a->scores + key, LLM__CHUNK, NULL, a->rows, values + (size_t)(d / 16) * value_tile, LLM_BLOCK,
-                    a->part + d, stride);
-    }
+    llm__attend_values(c, a, blocks, n_blocks, part);
 }
 
-/* All chunks of keys, in order, for the query heads that share one key head, of a few rows of one sequence. */
-static void llm__attend(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
-                        llm__queries queries) {
-    const llm_pass *pass = c->pass;
-    const llm_shape *s = &c->model->shape;
-    int group = s->n_heads / s->n_kv_heads, n = queries.n * group, last_keys[LLM__QUERY_ROWS];
-    size_t stride = (size_t)c->head_stride;
-    float *q = c->scratch + (size_t)index * c->scratch_floats, *out = q + (size_t)n * stride,
-          *part = out + (size_t)n * stride;
-    float *scores = part + (size_t)n * stride,
-          *stats = scores + (size_t)n * LLM__CHUNK; /* max and sum, known and new */
-    memset(q, 0, (size_t)n * stride * sizeof *q);
-    for (int i = 0; i < n; i++) {
-        int row = rows[queries.first + i / group];
-        const float *from = c->qkv + (size_t)row * c->qkv_stride + (head * group + i % group) * s->head_dim;
-        c->model->kernels->scale(from, 1.0f, s->head_dim, c->round_cache, q + (size_t)i * stride);
-        last_keys[i] = pass->positions[row];
-    }
-    llm__attention_work work = {q, scores, part, out, stats + 2 * n, stats + 3 * n, n};
-    const int *blocks = pass->blocks + (size_t)pass->seqs[rows[queries.first]] * (size_t)pass->blocks_per_seq;
-    int n_keys = last_keys[n - 1] + 1;
-    for (int first = llm__first_key(s, last_keys[0]) / LLM__CHUNK * LLM__CHUNK; first < n_keys; first += LLM__CHUNK) {
-        int some = n_keys - first < LLM__CHUNK ? n_keys - first : LLM__CHUNK;
-        llm__attend_chunk(c, &work, layer, head, blocks, first, some, last_keys);
-        for (int i = 0; i < n; i++) {
-            float *known = out + (size_t)i * stride, *fresh = part + (size_t)i * stride;
-            int first_key = llm__first_key(s, last_keys[i]);
-            if (first <= first_key && first_key < first + LLM__CHUNK) {
-                memcpy(known, fresh, stride * sizeof *known);
-                stats[i] = work.max[i];
-                stats[n + i] = work.sum[i];
-            } else if (first > first_key && last_keys[i] >= first) {
-                c->model->kernels->merge(&stats[i], &stats[n + i], known, work.max[i], work.sum[i], fresh,
-                                         c->head_stride);
-            }
+/* Adds what the chunk from position `first` on gave to what the chunks before it gave. */
+static void llm__join_chunk(const llm__cpu_context *c, const llm__attention_work *a, int first, const float *part,
+                            float *known) {
+    size_t stride = (size_t)c->head_stride, stats = (size_t)a->padded * stride, padded = (size_t)a->padded;
+    for (size_t i = 0; i < (size_t)a->n; i++) {
+        int last = llm__last_key(c, a, (int)i), first_key = llm__first_key(&c->model->shape, last);
+        const float *max = &part[stats + i], *sum = &part[stats + padded + i];
+        float *known_max = &known[stats + i], *known_sum = &known[stats + padded + i];
+        if (first <= first_key && first_key < first + LLM__CHUNK) {
+            memcpy(known + i * stride, part + i * stride, stride * sizeof *known);
+            *known_max = *max;
+            *known_sum = *sum;
+        } else if (first > first_key && last >= first) {
+            c->model->kernels->merge(known_max, known_sum, known + i * stride, *max, *sum, part + i * stride,
+                                     c->head_stride);
         }
     }
-    for (int i = 0; i < n; i++) {
-        float *to = c->attention + (size_t)(queries.first + i / group) * c->attention_stride +
-                    (head * group + i % group) * s->head_dim;
-        c->model->kernels->scale(out + (size_t)i * stride, 1.0f / stats[n + i], s->head_dim, c->round, to);
+}
+
+/* A thread's scratch: the work's q and scores, then a partial result, then another; returns the first of these. */
+static float *llm__attention_start(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
+                                   llm__queries queries, llm__attention_work *a) {
+    const llm_shape *s = &c->model->shape;
+    size_t stride = (size_t)c->head_stride;
+    a->layer = layer;
+    a->head = head;
+    a->group = s->n_heads / s->n_kv_heads;
+    a->n = queries.n * a->group;
+    a->padded = llm__padded_queries(a->n);
+    a->rows = rows + queries.first;
+    a->first_row = queries.first;
+    a->blocks = c->pass->blocks + (size_t)c->pass->seqs[a->rows[0]] * (size_t)c->pass->blocks_per_seq;
+    a->q = c->scratch + (size_t)index * c->scratch_floats;
+    a->scores = a->q + (size_t)a->padded * stride;
+    a->packed = NULL;
+    return a->scores + (size_t)a->padded * LLM__CHUNK;
+}
+
+static void llm__gather_queries(const llm__cpu_context *c, int index, llm__attention_work *a) {
+    const llm_shape *s = &c->model->shape;
+    size_t stride = (size_t)c->head_stride;
+    memset(a->q, 0, (size_t)a->n * stride * sizeof *a->q);
+    for (int i = 0; i < a->n; i++) {
+        const float *from = c->qkv + (size_t)(a->first_row + i / a->group) * c->qkv_stride +
+                            (a->head * a->group + i % a->group) * s->head_dim;
+        c->model->kernels->scale(from, 1.0f, s->head_dim, c->round_cache, a->q + (size_t)i * stride);
+    }
+    if (!c->packed || !c->round_cache || a->n < LLM__TILE_ROWS) return;
+    a->packed = c->tiles + (size_t)index * c->tile_bytes;
+    c->model->kernels->pack_rows(a->q, stride, a->n, c->head_stride, a->packed);
+}
+
+static void llm__attention_end(const llm__cpu_context *c, const llm__attention_work *a, const float *known) {
+    const llm_shape *s = &c->model->shape;
+    size_t stride = (size_t)c->head_stride;
+    const float *sums = known + (size_t)a->padded * (stride + 1);
+    for (int i = 0; i < a->n; i++) {
+        float *to = c->attention + (size_t)(a->first_row + i / a->group) * c->attention_stride +
+                    (a->head * a->group + i % a->group) * s->head_dim;
+        c->model->kernels->scale(known + (size_t)i * stride, 1.0f / sums[i], s->head_dim, c->round, to);
     }
 }
 
-/* The later queries see more keys, so they are taken first. */
+/* All chunks of keys, in order. */
+static void llm__attend(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
+                        llm__queries queries) {
+    llm__attention_work a;
+    float *part = llm__attention_start(c, index, layer, head, rows, queries, &a),
+          *known = part + llm__partial_floats(c, a.padded);
+    llm__gather_queries(c, index, &a);
+    for (int first = llm__first_chunk(c, &a); first < llm__end_of_keys(c, &a); first += LLM__CHUNK) {
+        llm__attend_chunk(c, &a, first, part);
+        llm__join_chunk(c, &a, first, part, known);
+    }
+    llm__attention_end(c, &a, known);
+}
+
+/* Where few queries would leave threads idle, each chunk of keys is a piece of its own, and the joining another phase. */
+static void llm__attend_split(llm__worker *w, const llm__cpu_context *c, int layer, const int *rows,
+                              const llm__queries *queries, int n_pieces, int n_chunks) {
+    int n_heads = c->model->shape.n_kv_heads, index = w->index;
+    llm__attention_work a;
+    for (int piece; (piece = llm__take(w)) < n_pieces * n_chunks;) {
+        const llm__queries q = queries[piece / n_chunks / n_heads];
+        llm__attention_start(c, index, layer, piece / n_chunks % n_heads, rows, q, &a);
+        int first = llm__first_chunk(c, &a) + piece % n_chunks * LLM__CHUNK;
+        if (first >= llm__end_of_keys(c, &a)) continue;
+        llm__gather_queries(c, index, &a);
+        llm__attend_chunk(c, &a, first, c->partials + (size_t)piece * c->partial_floats);
+    }
+    llm__finish(w, n_pieces * n_chunks);
+    for (int piece; (piece = llm__take(w)) < n_pieces;) {
+        float *known = llm__attention_start(c, index, layer, piece % n_heads, rows, queries[piece / n_heads], &a);
+        const float *part = c->partials + (size_t)piece * (size_t)n_chunks * c->partial_floats;
+        for (int first = llm__first_chunk(c, &a); first < llm__end_of_keys(c, &a);
+             first += LLM__CHUNK, part += c->partial_floats)
+            llm__join_chunk(c, &a, first, part, known);
+        llm__attention_end(c, &a, known);
+    }
+    llm__finish(w, n_pieces);
+}
+
+/* The chunks of keys that attention is to be split into, or 0: when there are too few queries to share out and room for
+   what the chunks give. */
+static int llm__count_chunks(const llm__cpu_context *c, const int *rows, const llm__queries *queries, int n_queries) {
+    const llm_shape *s = &c->model->shape;
+    int most = 0, n_pieces = n_queries * s->n_kv_heads, n_rows = 0;
+    if (c->team->n == 1 || n_pieces >= 4 * c->team->n) return 0;
+    for (int i = 0; i < n_queries; i++) {
+        int from = c->pass->positions[rows[queries[i].first]],
+            to = c->pass->positions[rows[queries[i].first + queries[i].n - 1]];
+        int n = to / LLM__CHUNK - llm__first_key(s, from) / LLM__CHUNK + 1;
+        if (n > most) most = n;
+        if (queries[i].n > n_rows) n_rows = queries[i].n;
+    }
+    bool fits = n_rows <= LLM__SPLIT_ROWS && n_pieces * most <= c->n_partials;
+    return most > 1 && fits ? most : 0;
+}
+
+/* A phase, or two. The later queries see more keys, so they are taken first. */
 static void llm__attention_rows(llm__worker *w, const llm__cpu_context *c, int layer, const int *rows,
                                 const llm__queries *queries, int n_queries) {
     int n_heads = c->model->shape.n_kv_heads, n_pieces = n_queries * n_heads;
+    int n_chunks = llm__count_chunks(c, rows, queries, n_queries);
+    if (n_chunks) {
+        llm__attend_split(w, c, layer, rows, queries, n_pieces, n_chunks);
+        return;
+    }
     for (int piece; (piece = llm__take(w)) < n_pieces;)
         llm__attend(c, w->index, layer, piece % n_heads, rows, queries[n_queries - 1 - piece / n_heads]);
     llm__finish(w, n_pieces);
 }
 
-/* Moves the rows whose logits are wanted to the front; in the last layer no others are needed after the cache is fed. */
-static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c) {
+/* Some tiles of a matrix, as a matrix. */
+static llm__matrix llm__matrix_part(const llm__matrix *m, int first_tile, int end_tile) {
+    llm__matrix part = *m;
+    part.data += (size_t)first_tile * m->tile_bytes;
+    part.n = (end_tile * 16 < m->n ? end_tile * 16 : m->n) - first_tile * 16;
+    return part;
+}
+
+/* The last layer needs keys and values of all rows; the rows whose logits are wanted then move to the front, and nothing
+   else is computed for the others. */
+static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer) {
+    const llm_shape *s = &c->model->shape;
+    const llm__matrix *m = &c->model->layers[layer].qkv;
+    int q = s->n_heads * s->head_dim, n_tiles = llm__round_up(m->n, 16) / 16, n = c->pass->n_logits;
+    const llm__matrix keys = llm__matrix_part(m, q / 16, n_tiles), queries = llm__matrix_part(m, 0, (q + 15) / 16);
+    llm__linear(w, c, &keys, c->normed, c->x_stride, c->pass->n_rows, LLM__STORE, c->qkv + q / 16 * 16, c->qkv_stride);
+    llm__rope_rows(w, c, layer, false);
     if (w->index == 0)
-        for (int i = 0; i < c->pass->n_logits; i++)
-            memmove(c->x + (size_t)i * c->x_stride, c->x + (size_t)c->pass->logit_rows[i] * c->x_stride,
-                    c->x_stride * sizeof(float));
+        for (int i = 0; i < n; i++) {
+            size_t from = (size_t)c->pass->logit_rows[i] * c->x_stride, to = (size_t)i * c->x_stride;
+            memmove(c->x + to, c->x + from, c->x_stride * sizeof(float));
+            memmove(c->normed + to, c->normed + from, c->x_stride * sizeof(float));
+        }
     llm__barrier(w->team);
+    llm__linear(w, c, &queries, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
+    for (int i; (i = llm__take(w)) < n;)
+        llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
+    llm__finish(w, n);
 }
 
 static bool llm__poll_cancel(llm__worker *w, llm__cpu_context *c) {
@@ -7660,17 +8173,19 @@ static void llm__forward_task(void *arg, int index) {
     const int *rows = c->all_rows;
     int n = c->pass->n_rows;
     uint64_t mode = llm__float_mode_enter();
+    if (c->packed) m->kernels->tiles_enter();
     llm__embed_rows(w, c);
     for (int i = 0; i < m->shape.n_layers && n && !llm__poll_cancel(w, c); i++) {
         const llm__cpu_layer *layer = &m->layers[i];
         bool last = i == m->shape.n_layers - 1;
         llm__norm_rows(w, c, layer->attention_norm, n);
-        llm__linear(w, c, &layer->qkv, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
-        llm__rope_rows(w, c, i);
-        if (last) {
+        if (last && c->pass->n_logits < n) {
+            llm__keep_rows(w, c, i);
             rows = c->pass->logit_rows;
             n = c->pass->n_logits;
-            llm__keep_rows(w, c);
+        } else {
+            llm__linear(w, c, &layer->qkv, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
+            llm__rope_rows(w, c, i, true);
         }
         llm__attention_rows(w, c, i, rows, last ? c->last_queries : c->all_queries,
                             last ? c->n_last_queries : c->n_all_queries);
@@ -7684,6 +8199,7 @@ static void llm__forward_task(void *arg, int index) {
         llm__norm_rows(w, c, m->output_norm, n);
         llm__linear(w, c, &m->head, c->normed, c->x_stride, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
     }
+    if (c->packed) m->kernels->tiles_leave();
     llm__float_mode_leave(mode);
 }
 
@@ -7756,14 +8272,16 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
 }
 
 typedef struct llm__cpu_sizes {
-    size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups;
-    int head_stride;
+    size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups, partial_floats;
+    size_t packed_bytes, panel_floats, tile_bytes; /* for the matrix unit: in all, and two of each thread */
+    int head_stride, n_partials;
 } llm__cpu_sizes;
 
-static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s) {
+static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_desc *d) {
     llm__cpu_sizes z;
-    size_t group = (size_t)(s->n_heads / s->n_kv_heads),
-           rows = group > LLM__QUERY_ROWS ? group : (size_t)LLM__QUERY_ROWS;
+    int group = s->n_heads / s->n_kv_heads, most = group > LLM__QUERY_ROWS ? group : (int)LLM__QUERY_ROWS,
+        chunks = (d->blocks_per_seq * LLM_BLOCK + LLM__CHUNK - 1) / LLM__CHUNK;
+    size_t rows = (size_t)llm__round_up(most, 16), n_batch = (size_t)llm__round_up(d->n_batch, 16);
     z.head_stride = llm__round_up(s->head_dim, 32);
     z.x_stride = (size_t)llm__round_up(s->n_embd, 32);
     z.qkv_stride = (size_t)llm__round_up((s->n_heads + 2 * s->n_kv_heads) * s->head_dim, 16);
@@ -7772,15 +8290,25 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s) {
     z.most_groups = (z.ffn_stride > z.attention_stride ? z.ffn_stride : z.attention_stride) / 32;
     if (z.x_stride / 32 > z.most_groups) z.most_groups = z.x_stride / 32;
     z.scratch_floats = rows * (3 * (size_t)z.head_stride + LLM__CHUNK + 4);
+    /* Splitting pays up to 4 pieces a thread (see llm__count_chunks), and is for one sequence at its full length. */
+    int few = LLM__SPLIT_ROWS * group < LLM__QUERY_ROWS ? LLM__SPLIT_ROWS * group : most;
+    z.partial_floats = (size_t)llm__padded_queries(few) * (size_t)(z.head_stride + 2);
+    z.n_partials = d->n_threads > 1 && chunks > 1 ? chunks * s->n_kv_heads : 0;
+    z.packed_bytes = n_batch * z.most_groups * 64;
+    z.panel_floats = (n_batch < LLM__PANEL_ROWS ? n_batch : (size_t)LLM__PANEL_ROWS) * LLM__PANEL_TILES * 16;
+    z.tile_bytes = rows * ((size_t)z.head_stride + LLM__CHUNK) * 2;
+    if (z.tile_bytes < 2 * LLM__TILE_BLOCKS * 1024) z.tile_bytes = 2 * LLM__TILE_BLOCKS * 1024;
     return z;
 }
 
 static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
-    llm__cpu_sizes z = llm__cpu_find_sizes(s);
+    llm__cpu_sizes z = llm__cpu_find_sizes(s, d);
     uint64_t row =
         z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + z.ffn_stride + (uint64_t)s->rope_dim + 5;
+    uint64_t tiles = z.packed_bytes + (uint64_t)d->n_threads * (z.panel_floats * 4 + z.tile_bytes);
     return 4 * ((uint64_t)d->n_batch * row + (uint64_t)d->n_logits * (uint64_t)s->n_vocab +
-                (uint64_t)d->n_threads * z.scratch_floats);
+                (uint64_t)d->n_threads * z.scratch_floats + (uint64_t)z.n_partials * z.partial_floats) +
+           (llm__choose_kernels(NULL)->panel ? tiles : 0);
 }
 
 typedef struct llm__cpu_context_args {
@@ -7802,7 +8330,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     llm__cpu_context_args *args = (llm__cpu_context_args *)arg;
     llm__cpu_context *c = (llm__cpu_context *)llm__alloc_zero(env, 1, sizeof *c);
     const llm_shape *s = &args->model->shape;
-    llm__cpu_sizes z = llm__cpu_find_sizes(s);
+    llm__cpu_sizes z = llm__cpu_find_sizes(s, args->desc);
     size_t n_batch = (size_t)args->desc->n_batch, half = (size_t)s->rope_dim / 2;
     c->model = args->model;
     c->desc = *args->desc;
@@ -7824,10 +8352,20 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->qkv = (float *)llm__alloc_zero(env, n_batch * z.qkv_stride, sizeof(float));
     c->attention = (float *)llm__alloc_zero(env, n_batch * z.attention_stride, sizeof(float));
     c->ffn = (float *)llm__alloc_zero(env, n_batch * z.ffn_stride, sizeof(float));
-    c->sums = (float *)llm__alloc(env, n_batch * z.most_groups, sizeof(float));
+    c->sums = (float *)llm__alloc_zero(env, (n_batch + 15) / 16 * 16 * z.most_groups, sizeof(float));
     c->cosines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->sines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->scratch = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.scratch_floats, sizeof(float));
+    c->partial_floats = z.partial_floats;
+    c->n_partials = z.n_partials;
+    c->partials = (float *)llm__alloc(env, (size_t)z.n_partials * z.partial_floats, sizeof(float));
+    if (args->model->kernels->panel && c->round) {
+        c->packed = (uint8_t *)llm__alloc(env, z.packed_bytes, 1);
+        c->panels = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.panel_floats, sizeof(float));
+        c->panel_floats = z.panel_floats;
+        c->tiles = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_threads * z.tile_bytes, 1);
+        c->tile_bytes = z.tile_bytes;
+    }
     c->logits = (float *)llm__alloc(env, (size_t)c->desc.n_logits * (size_t)s->n_vocab, sizeof(float));
     c->all_rows = (int *)llm__alloc(env, n_batch, sizeof(int));
     c->all_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
@@ -7917,17 +8455,19 @@ enum { LLM__MULTIPLY_ROUNDS = 2000000 };
 
 static void llm__multiply_task(void *arg, int index) {
     llm__bandwidth_args *a = (llm__bandwidth_args *)arg;
+    const llm__kernels *kernels = a->context->model->kernels;
     (void)index;
-    __atomic_fetch_xor(&a->sink, a->context->model->kernels->multiply(LLM__MULTIPLY_ROUNDS), __ATOMIC_RELAXED);
+    uint32_t got = (a->context->packed ? kernels->tile_multiply : kernels->multiply)(LLM__MULTIPLY_ROUNDS);
+    __atomic_fetch_xor(&a->sink, got, __ATOMIC_RELAXED);
 }
 
 static double llm__cpu_measure_flops(void *context) {
     llm__bandwidth_args args = {(llm__cpu_context *)context, 0};
-    double best = 0;
+    double best = 0, round = 2.0 * 16 * (args.context->packed ? 4 * 16 * 32 : 12);
     for (int i = 0; i < 4; i++) {
         double before = llm__now();
         llm__team_run(args.context->team, llm__multiply_task, &args);
-        double rate = 2.0 * 16 * 12 * LLM__MULTIPLY_ROUNDS * args.context->team->n / (llm__now() - before);
+        double rate = round * LLM__MULTIPLY_ROUNDS * args.context->team->n / (llm__now() - before);
         if (rate > best) best = rate;
     }
     return best;

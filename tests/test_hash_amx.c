@@ -1,0 +1,4 @@
+/* test_hash.c's small models with the matrix unit in plain C: the same bits as without one.
+   Variants: asan */
+#include "tests/tiles.h"
+#include "tests/test_hash.c"
