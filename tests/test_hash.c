@@ -158,8 +158,12 @@ static void all_ways_agree(const char *isa) {
 }
 
 static void test_scalar(void **state) { (void)state; all_ways_agree("scalar"); }
+#if defined(__aarch64__)
+static void test_neon(void **state) { (void)state; all_ways_agree("neon"); }
+#else
 static void test_avx2(void **state) { (void)state; all_ways_agree("avx2"); }
 static void test_avx512(void **state) { (void)state; all_ways_agree("avx512"); }
+#endif
 
 static uint64_t hash_real(const char *path, llm_dtype dtype, const char *isa, int n_tokens) {
     llm_model_desc desc = {.dtype = dtype, .isa = isa};
@@ -191,7 +195,13 @@ static void test_default_model(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_scalar), cmocka_unit_test(test_avx2),
-                                       cmocka_unit_test(test_avx512), cmocka_unit_test(test_default_model)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_scalar),
+#if defined(__aarch64__)
+        cmocka_unit_test(test_neon),
+#else
+        cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512),
+#endif
+        cmocka_unit_test(test_default_model)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
