@@ -147,7 +147,7 @@ typedef struct llm_model_desc {
     bool (*read)(void *user, uint64_t offset, void *to, size_t n_bytes);
     void *read_user;
     uint64_t read_size;
-    const char *isa;            /* force an instruction set: "scalar", "avx2", "avx512", "amx"; NULL: the best there is   */
+    const char *isa; /* force an instruction set: "scalar", "avx2", "avx512", "amx", "neon"; NULL: the best there is  */
     const llm_backend *backend; /* what computes; NULL: the CPU. See llm_cuda_backend                         */
     llm_host host;
 } llm_model_desc;
@@ -6190,6 +6190,17 @@ static bool llm__tiles_allowed(void) {
 #endif
 #endif
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#define LLM__USE_NEON
+#define LLM__TARGET
+#define LLM__KERNEL_PASS llm__neon_
+#include LLM_HEADER_FILENAME
+#undef LLM__KERNEL_PASS
+#undef LLM__TARGET
+#undef LLM__USE_NEON
+#endif
+
 /* The best instruction set of this machine, or the one named; NULL if it is not to be had. */
 static const llm__kernels *llm__choose_kernels(const char *isa) {
 #if defined(__x86_64__)
@@ -6202,6 +6213,8 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
 #endif
     if (avx512 && (!isa || !strcmp(isa, "avx512"))) return &llm__avx512_kernels;
     if (avx2 && (!isa || !strcmp(isa, "avx2"))) return &llm__avx2_kernels;
+#elif defined(__aarch64__)
+    if (!isa || !strcmp(isa, "neon")) return &llm__neon_kernels;
 #endif
     return !isa || !strcmp(isa, "scalar") ? &llm__scalar_kernels : NULL;
 }
@@ -6356,6 +6369,59 @@ LLM__INLINE V v_pow2(V s) {
               _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(s.hi), bias), 23)));
 }
 
+#elif defined(LLM__USE_NEON)
+
+typedef struct V {
+    float32x4_t q[4];
+} V;
+#define LLM__QUARTERS(expression)                                              \
+    V r;                                                                       \
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) r.q[i] = (expression); \
+    return r
+LLM__INLINE V v_load(const float *p) { LLM__QUARTERS(vld1q_f32(p + 4 * i)); }
+LLM__INLINE void v_store(float *p, V a) {
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.q[i]);
+}
+LLM__INLINE V v_splat(float x) { LLM__QUARTERS(vdupq_n_f32(x)); }
+LLM__INLINE V v_add(V a, V b) { LLM__QUARTERS(a.q[i] + b.q[i]); }
+LLM__INLINE V v_sub(V a, V b) { LLM__QUARTERS(a.q[i] - b.q[i]); }
+LLM__INLINE float32x4_t LLM__FN(rounded)(float32x4_t a) {
+    LLM__HIDE("+w", a);
+    return a;
+}
+LLM__INLINE V v_mul(V a, V b) { LLM__QUARTERS(LLM__FN(rounded)(a.q[i] * b.q[i])); }
+LLM__INLINE V v_div(V a, V b) { LLM__QUARTERS(a.q[i] / b.q[i]); }
+LLM__INLINE V v_fma(V a, V b, V c) { LLM__QUARTERS(LLM__FN(rounded)(vfmaq_f32(c.q[i], a.q[i], b.q[i]))); }
+LLM__INLINE V v_max(V a, V b) { LLM__QUARTERS(vbslq_f32(vcgtq_f32(a.q[i], b.q[i]), a.q[i], b.q[i])); }
+LLM__INLINE V v_min(V a, V b) { LLM__QUARTERS(vbslq_f32(vcltq_f32(a.q[i], b.q[i]), a.q[i], b.q[i])); }
+LLM__INLINE V v_even(const uint16_t *p) {
+    LLM__QUARTERS(vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(p + 8 * i)), 16)));
+}
+LLM__INLINE V v_odd(const uint16_t *p) {
+    const uint32x4_t high = vdupq_n_u32(0xFFFF0000);
+    LLM__QUARTERS(vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(vld1q_u16(p + 8 * i)), high)));
+}
+LLM__INLINE V v_int8(const int8_t *p) {
+    int8x16_t bytes = vld1q_s8(p);
+    int16x8_t lo = vmovl_s8(vget_low_s8(bytes)), hi = vmovl_s8(vget_high_s8(bytes));
+    LLM__QUARTERS(vcvtq_f32_s32(vmovl_s16(i % 2 ? vget_high_s16(i < 2 ? lo : hi) : vget_low_s16(i < 2 ? lo : hi))));
+}
+LLM__INLINE V v_half(const uint16_t *p) { LLM__QUARTERS(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)))); }
+LLM__INLINE V v_nibble(const uint32_t *p, int at) {
+    LLM__QUARTERS(vcvtq_f32_u32(vandq_u32(vld1q_u32(p + 4 * i) >> (uint32_t)(4 * at), vdupq_n_u32(15))));
+}
+LLM__INLINE uint32x4_t LLM__FN(quarter_round)(uint32x4_t u) {
+    uint32x4_t up = vaddq_u32(vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1)), vdupq_n_u32(0x7FFF));
+    return vandq_u32(vaddq_u32(u, up), vdupq_n_u32(0xFFFF0000));
+}
+LLM__INLINE V v_round_bf16(V a) {
+    LLM__QUARTERS(vreinterpretq_f32_u32(LLM__FN(quarter_round)(vreinterpretq_u32_f32(a.q[i]))));
+}
+LLM__INLINE V v_pow2(V s) {
+    const uint32x4_t bias = vdupq_n_u32(127);
+    LLM__QUARTERS(vreinterpretq_f32_u32(vshlq_n_u32(vaddq_u32(vreinterpretq_u32_f32(s.q[i]), bias), 23)));
+}
+
 #else /* scalar: the definition */
 
 typedef struct V {
@@ -6429,7 +6495,7 @@ LLM__INLINE float v_hmax(V a) {
     return f[0];
 }
 
-#if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2)
+#if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2) || defined(LLM__USE_NEON)
 #define LLM__UNROLL _Pragma("GCC unroll 16")
 #else
 #define LLM__UNROLL
@@ -6440,6 +6506,8 @@ LLM__INLINE float v_hmax(V a) {
 #define LLM__MOST_ROWS 8
 #elif defined(LLM__USE_AVX2)
 #define LLM__MOST_ROWS 4
+#elif defined(LLM__USE_NEON)
+#define LLM__MOST_ROWS 2
 #else
 #define LLM__MOST_ROWS 1
 #endif
@@ -6540,7 +6608,7 @@ LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x
                                   const void *tile, int k, float *y, size_t y_stride) {
     const bool GROUPS = KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS;
     if (LLM__MOST_ROWS > 4) LLM__ROWS_BY(8)
-    if (LLM__MOST_ROWS > 1) LLM__ROWS_BY(4)
+    if (LLM__MOST_ROWS > 2) LLM__ROWS_BY(4)
     if (LLM__MOST_ROWS > 1) LLM__ROWS_BY(2)
     LLM__ROWS_BY(1)
 }
@@ -6897,6 +6965,8 @@ static const llm__kernels LLM__FN(kernels) = {
     "avx512",
 #elif defined(LLM__USE_AVX2)
     "avx2",
+#elif defined(LLM__USE_NEON)
+    "neon",
 #else
     "scalar",
 #endif
@@ -6939,6 +7009,7 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef v_hmax
 #undef LLM__LANES
 #undef LLM__BOTH
+#undef LLM__QUARTERS
 #undef LLM__INLINE
 #undef LLM__UNROLL
 #undef LLM__MOST_ROWS

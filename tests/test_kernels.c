@@ -168,9 +168,13 @@ static void check_set(const char *isa) {
     llm__float_mode_leave(mode);
 }
 
+#if defined(__aarch64__)
+static void test_neon(void **state) { (void)state; check_set("neon"); }
+#else
 static void test_avx2(void **state) { (void)state; check_set("avx2"); }
 static void test_avx512(void **state) { (void)state; check_set("avx512"); }
 static void test_amx(void **state) { (void)state; check_set("amx"); }
+#endif
 
 /* The scalar exp against libm's in double. */
 static void test_exp(void **state) {
@@ -244,8 +248,12 @@ static void test_f16(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512),
-                                       cmocka_unit_test(test_amx), cmocka_unit_test(test_exp),
-                                       cmocka_unit_test(test_functions), cmocka_unit_test(test_packing), cmocka_unit_test(test_f16)};
+    const struct CMUnitTest tests[] = {
+#if defined(__aarch64__)
+        cmocka_unit_test(test_neon),
+#else
+        cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512), cmocka_unit_test(test_amx),
+#endif
+        cmocka_unit_test(test_exp), cmocka_unit_test(test_functions), cmocka_unit_test(test_packing), cmocka_unit_test(test_f16)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
