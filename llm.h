@@ -1100,7 +1100,7 @@ static double llm__json_value(llm__str s) {
     double value = (double)digits, ten = 10;
     bool down = power < 0;
     double factor = 1;
-    for (int p = down ? -power : power; p && factor < 1e300; p >>= 1, ten *= ten)
+    for (int p = !digits ? 0 : down ? -power : power; p && factor < 1e300; p >>= 1, ten *= ten) /* 0 * infinity: no */
         if (p & 1) factor *= ten;
     value = down ? value / factor : value * factor;
     return s.at[0] == '-' ? -value : value;
@@ -6775,12 +6775,16 @@ static llm__matrix llm__matrix_alloc(llm__env *env, llm__kind kind, int n, int k
     return m;
 }
 
-/* Symmetric int8 of a whole row: q = round(127 w / max|row|). */
+/* Symmetric int8 of a whole row: q = round(127 w / max|row|). A weight that is not finite makes the row NaN. */
 static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, size_t k) {
     float most = 0;
     for (size_t i = 0; i < k; i++) most = row[i] > most ? row[i] : -row[i] > most ? -row[i] : most;
     double inverse = most > 0 ? 127.0 / most : 0;
-    for (size_t i = 0; i < k; i++) ((int8_t *)tile)[i * 16 + lane] = (int8_t)floor(row[i] * inverse + 0.5);
+    for (size_t i = 0; i < k; i++) {
+        double q = floor(row[i] * inverse + 0.5);
+        if (!(fabs(q) <= 127)) q = 0, most = NAN;
+        ((int8_t *)tile)[i * 16 + lane] = (int8_t)q;
+    }
     ((float *)(void *)(tile + k * 16))[lane] = most / 127.0f;
 }
 
@@ -6790,7 +6794,7 @@ typedef struct llm__group {
     uint16_t scale, minimum; /* f16: w = q * scale + minimum */
 } llm__group;
 
-/* The smallest error a 4-bit group with its least weight as minimum can have. */
+/* The smallest error a 4-bit group with its least weight as minimum can have. A NaN makes the whole group NaN. */
 static llm__group llm__quantize_group(const float *w) {
     llm__group g;
     float least = w[0], most = w[0];
@@ -6803,6 +6807,7 @@ static llm__group llm__quantize_group(const float *w) {
     double d = llm__f16_to_f32(g.scale), m = llm__f16_to_f32(g.minimum);
     for (int i = 0; i < 32; i++) {
         double q = d > 0 ? floor((w[i] - m) / d + 0.5) : 0;
+        if (q != q) q = 0, g.scale = 0x7E00;
         g.q[i] = (int8_t)(q < 0 ? 0 : q > 15 ? 15 : q);
     }
     return g;
