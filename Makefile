@@ -6,12 +6,15 @@ SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CFLAGS   = -O2
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -pedantic
-LDLIBS   = $(if $(filter repl,$(@F)),-ledit) $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat,$(@F)),-ljansson) $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
+LDLIBS   = $(if $(filter repl,$(@F)),-ledit) $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat fuzz,$(@F)),-ljansson) $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
 PROGRAMS = build/repl build/hello build/tokenize build/embed build/bench
+
+comma := ,
 
 # Every .c file is a program. build/NAME is made with your compiler and flags, build/VARIANT/NAME with these:
 COMPILE_build              = $(CC) $(CFLAGS)
 COMPILE_asan               = clang -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+COMPILE_fuzz               = $(subst =address,=fuzzer$(comma)address,$(COMPILE_asan))
 COMPILE_tsan               = gcc -O1 -g -fsanitize=thread
 COMPILE_gcc-O1             = gcc -O1
 COMPILE_gcc-O3-fast-math   = gcc -O3 -ffast-math
@@ -28,11 +31,11 @@ NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
                   libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory --silent
-vpath %.c examples tokenizer tests bench
+vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run test test-cuda model deps clean help
+.PHONY: all run test test-cuda fuzz model deps clean help
 all:
 	.ci/need $(NEEDED_TO_BUILD)
 	$(MAKE) $(PROGRAMS)
@@ -65,7 +68,7 @@ $1/llm.o: llm.h
 	echo "  compile $$@"
 	echo '#include "llm.h"' | $$(COMPILE_$(notdir $1)) -std=c99 $$(WARNINGS) -I. -DLLM_IMPLEMENTATION $$(CPPFLAGS) -c -o $$@ -x c -
 endef
-$(foreach dir,build $(addprefix build/,asan tsan $(MATRIX)),$(eval $(call program,$(dir))))
+$(foreach dir,build $(addprefix build/,asan tsan fuzz $(MATRIX)),$(eval $(call program,$(dir))))
 
 build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 	mkdir -p $(@D)
@@ -100,12 +103,22 @@ build/%: %.sh $(PROGRAMS)
 build/asan/%: %.sh build/asan/repl build/asan/hello build/asan/tokenize
 	install $< $@
 
+build/test_fuzz: tests/test_fuzz.sh build/fuzz/fuzz
+	install $< $@
+
 # T=tokenizer runs the tests with that in their name.
 test:
 	.ci/need $(NEEDED_TO_TEST)
 	$(MAKE) $(SMOLLM2)
 	$(MAKE) -k -j$$(nproc) $(RUNS) || true
 	LLM_MODEL=$(SMOLLM2) tests/run.sh $(RUNS)
+
+# Longer than make test does: SECONDS for each target. See tests/test_fuzz.sh for where the findings are.
+SECONDS = 60
+fuzz:
+	.ci/need $(NEEDED_TO_TEST)
+	$(MAKE) build/test_fuzz
+	FUZZ_SECONDS=$(SECONDS) build/test_fuzz
 
 # llm_cuda.cu, without a GPU.
 test-cuda:
@@ -124,6 +137,7 @@ help:
 	echo "make run         fetch the default model once and let it continue a text; MODEL=path takes another"
 	echo "make test        everything that is checked (about ten minutes); T=name runs the tests of that name"
 	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
+	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
 	echo "make model       fetch the default model"
 	echo "make deps        install what building and testing need (Debian)"
 	echo "make clean       remove build/; models/ stays"

@@ -717,19 +717,6 @@ static char *llm__copy_string(llm__env *env, const char *text, size_t n) {
     return copy;
 }
 
-/* a * b, a + b and so on for sizes that came out of a file; fail rather than wrap. */
-static uint64_t llm__mul(llm__env *env, uint64_t a, uint64_t b) {
-    if (b && a > UINT64_MAX / b)
-        llm__fail(env, LLM_ERROR_FORMAT, "%llu * %llu overflows 64 bits", (unsigned long long)a, (unsigned long long)b);
-    return a * b;
-}
-
-static uint64_t llm__add(llm__env *env, uint64_t a, uint64_t b) {
-    if (a > UINT64_MAX - b)
-        llm__fail(env, LLM_ERROR_FORMAT, "%llu + %llu overflows 64 bits", (unsigned long long)a, (unsigned long long)b);
-    return a + b;
-}
-
 /* A run of bytes that is not NUL-terminated. */
 typedef struct llm__str {
     const char *at;
@@ -1100,7 +1087,7 @@ static double llm__json_value(llm__str s) {
     double value = (double)digits, ten = 10;
     bool down = power < 0;
     double factor = 1;
-    for (int p = down ? -power : power; p && factor < 1e300; p >>= 1, ten *= ten)
+    for (int p = !digits ? 0 : down ? -power : power; p && factor < 1e300; p >>= 1, ten *= ten) /* 0 * infinity: no */
         if (p & 1) factor *= ten;
     value = down ? value / factor : value * factor;
     return s.at[0] == '-' ? -value : value;
@@ -1546,13 +1533,29 @@ static void llm__add_tensor(llm__env *env, llm__checkpoint *ck, const llm__tenso
     ck->tensors[ck->n_tensors++] = *t;
 }
 
+/* a * b and a + b for a tensor's sizes, which came out of a file; fail rather than wrap. */
+static uint64_t llm__mul(llm__env *env, llm__str tensor, uint64_t a, uint64_t b) {
+    if (b && a > UINT64_MAX / b)
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s: %llu * %llu overflows 64 bits", LLM__SHOW(tensor),
+                  (unsigned long long)a, (unsigned long long)b);
+    return a * b;
+}
+
+static uint64_t llm__add(llm__env *env, llm__str tensor, uint64_t a, uint64_t b) {
+    if (a > UINT64_MAX - b)
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s: %llu + %llu overflows 64 bits", LLM__SHOW(tensor),
+                  (unsigned long long)a, (unsigned long long)b);
+    return a + b;
+}
+
 /* Puts a tensor's bytes at its offset of the file, if they are there. */
 static void llm__place_tensor(llm__env *env, llm__tensor *t, const llm__file *file, uint64_t offset) {
-    uint64_t bytes = llm__mul(env, t->rows, t->row_bytes);
+    uint64_t bytes = llm__mul(env, t->name, t->rows, t->row_bytes);
     if (offset > file->size || bytes > file->size - offset)
-        llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s needs %llu bytes at offset %llu, but the file ends at %llu",
-                  LLM__SHOW(t->name), (unsigned long long)bytes, (unsigned long long)offset,
-                  (unsigned long long)file->size);
+        llm__fail(env, LLM_ERROR_FORMAT,
+                  "tensor %.*s, %llu x %llu of type %s, needs %llu bytes at offset %llu, but the file ends at %llu",
+                  LLM__SHOW(t->name), (unsigned long long)t->rows, (unsigned long long)t->cols, t->type->name,
+                  (unsigned long long)bytes, (unsigned long long)offset, (unsigned long long)file->size);
     t->file = file;
     t->offset = offset;
     t->data = offset + bytes <= file->have ? file->data + offset : NULL;
@@ -1673,16 +1676,17 @@ typedef struct llm__reader {
     const uint8_t *data;
     uint64_t size, have, at; /* as in llm__file */
     const char *what;        /* what is being read, for messages */
+    llm__str name;           /* and its name, where it has one   */
 } llm__reader;
 
 static const uint8_t *llm__read(llm__reader *r, uint64_t n) {
     if (n > r->size - r->at)
-        llm__fail(r->env, LLM_ERROR_FORMAT, "the file ends inside %s: %llu bytes wanted at offset %llu of %llu",
-                  r->what, (unsigned long long)n, (unsigned long long)r->at, (unsigned long long)r->size);
+        llm__fail(r->env, LLM_ERROR_FORMAT, "the file ends inside %s%.*s: %llu bytes wanted at offset %llu of %llu",
+                  r->what, LLM__SHOW(r->name), (unsigned long long)n, (unsigned long long)r->at, (unsigned long long)r->size);
     if (n > r->have - r->at)
         llm__fail(r->env, LLM_ERROR_UNSUPPORTED,
-                  "%s goes on at offset %llu: longer headers are only read from files by path", r->what,
-                  (unsigned long long)r->at);
+                  "%s%.*s goes on at offset %llu: longer headers are only read from files by path", r->what,
+                  LLM__SHOW(r->name), (unsigned long long)r->at);
     const uint8_t *p = r->data + r->at;
     r->at += n;
     return p;
@@ -1704,11 +1708,26 @@ static uint32_t llm__gguf_size(uint32_t type) { /* 0: strings have no fixed size
     return sizes[type];
 }
 
+/* A name, which the messages about what follows it then mention. */
+static llm__str llm__read_name(llm__reader *r, const char *anonymous, const char *named) {
+    r->what = anonymous;
+    r->name.n = 0;
+    r->name = llm__read_str(r);
+    r->what = named;
+    return r->name;
+}
+
+/* `count` of what takes at least `size` bytes each follow. */
+static void llm__check_count(llm__reader *r, uint64_t count, uint64_t size) {
+    if (count > (r->size - r->at) / size)
+        llm__fail(r->env, LLM_ERROR_FORMAT, "%s%.*s is to have %llu entries at offset %llu, but the file ends at %llu",
+                  r->what, LLM__SHOW(r->name), (unsigned long long)count, (unsigned long long)r->at,
+                  (unsigned long long)r->size);
+}
+
 static llm__value llm__read_value(llm__reader *r) {
     llm__value v;
-    r->what = "a metadata key";
-    v.key = llm__read_str(r);
-    r->what = "a metadata value";
+    v.key = llm__read_name(r, "a metadata key", "metadata ");
     v.type = llm__read_u32(r);
     v.is_array = v.type == LLM__GGUF_ARRAY;
     v.count = 1;
@@ -1721,8 +1740,9 @@ static llm__value llm__read_value(llm__reader *r) {
                   (unsigned long)v.type);
     v.data = r->data + r->at;
     uint32_t size = llm__gguf_size(v.type);
+    llm__check_count(r, v.count, size ? size : 8);
     if (size) {
-        llm__read(r, llm__mul(r->env, v.count, size));
+        llm__read(r, v.count * size);
     } else {
         for (uint64_t i = 0; i < v.count; i++) llm__read_str(r);
     }
@@ -1815,14 +1835,13 @@ static llm__tensor llm__read_tensor(llm__reader *r, uint64_t *offset) {
     llm__tensor t;
     llm__env *env = r->env;
     memset(&t, 0, sizeof t);
-    r->what = "a tensor's description";
-    t.name = llm__read_str(r);
+    t.name = llm__read_name(r, "a tensor's name", "tensor ");
     uint32_t n_dims = llm__read_u32(r);
     if (n_dims < 1 || n_dims > 4)
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s has %lu dimensions", LLM__SHOW(t.name), (unsigned long)n_dims);
     t.cols = llm__read_u64(r);
     t.rows = 1;
-    for (uint32_t i = 1; i < n_dims; i++) t.rows = llm__mul(env, t.rows, llm__read_u64(r));
+    for (uint32_t i = 1; i < n_dims; i++) t.rows = llm__mul(env, t.name, t.rows, llm__read_u64(r));
     uint32_t type = llm__read_u32(r);
     *offset = llm__read_u64(r);
     t.type = llm__find_type(type);
@@ -1832,32 +1851,36 @@ static llm__tensor llm__read_tensor(llm__reader *r, uint64_t *offset) {
     if (!t.cols || !t.rows || t.cols % t.type->block_weights)
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s has %llu columns and %llu rows of type %s", LLM__SHOW(t.name),
                   (unsigned long long)t.cols, (unsigned long long)t.rows, t.type->name);
-    t.row_bytes = llm__mul(env, t.cols / t.type->block_weights, t.type->block_bytes);
+    t.row_bytes = llm__mul(env, t.name, t.cols / t.type->block_weights, t.type->block_bytes);
     return t;
 }
 
 static void llm__read_tensors(llm__reader *r, llm__checkpoint *ck, const llm__file *file, uint64_t n_tensors,
                               uint64_t alignment) {
     llm__env *env = r->env;
+    r->what = "the list of tensors";
+    r->name.n = 0;
+    llm__check_count(r, n_tensors, 8 + 4 + 8 + 4 + 8);
     for (uint64_t i = 0; i < n_tensors; i++) {
         uint64_t offset;
         llm__tensor t = llm__read_tensor(r, &offset);
         t.offset = offset; /* from where the data begins, until the tensor is placed */
         llm__add_tensor(env, ck, &t);
     }
-    uint64_t start = llm__add(env, r->at, alignment - 1) / alignment * alignment;
+    uint64_t start = (r->at + alignment - 1) / alignment * alignment;
     for (size_t i = ck->n_tensors - (size_t)n_tensors; i < ck->n_tensors; i++) {
         llm__tensor *t = &ck->tensors[i];
-        if (t->offset % alignment)
-            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s has offset %llu, not a multiple of %llu", LLM__SHOW(t->name),
-                      (unsigned long long)t->offset, (unsigned long long)alignment);
-        llm__place_tensor(env, t, file, llm__add(env, start, t->offset));
+        if (t->offset % alignment || t->offset > file->size)
+            llm__fail(env, LLM_ERROR_FORMAT,
+                      "tensor %.*s has offset %llu, not a multiple of %llu in a file of %llu bytes", LLM__SHOW(t->name),
+                      (unsigned long long)t->offset, (unsigned long long)alignment, (unsigned long long)file->size);
+        llm__place_tensor(env, t, file, llm__add(env, t->name, start, t->offset));
     }
 }
 
 /* One file; its values and tensors are added to the checkpoint's. */
 static void llm__read_gguf_part(llm__env *env, llm__checkpoint *ck, const llm__file *file) {
-    llm__reader r = {env, file->data, file->size, file->have, 0, "the header"};
+    llm__reader r = {env, file->data, file->size, file->have, 0, "the header", {"", 0}};
     if (memcmp(llm__read(&r, 4), "GGUF", 4))
         llm__fail(env, LLM_ERROR_FORMAT,
                   "this is not a GGUF file (what Hugging Face publishes is loaded by its directory)");
@@ -1867,6 +1890,8 @@ static void llm__read_gguf_part(llm__env *env, llm__checkpoint *ck, const llm__f
                   (unsigned long)version);
     uint64_t n_tensors = llm__read_u64(&r), n_values = llm__read_u64(&r);
     size_t room = 0;
+    r.what = "the metadata";
+    llm__check_count(&r, n_values, 8 + 4 + 1);
     for (uint64_t i = 0; i < n_values; i++) {
         ck->values = (llm__value *)llm__grow(env, ck->values, ck->n_values, &room, sizeof *ck->values);
         ck->values[ck->n_values] = llm__read_value(&r);
@@ -1968,17 +1993,17 @@ static llm__tensor llm__safetensors_tensor(llm__env *env, const llm__file *file,
                   LLM__SHOW(dtype->string));
     t.rows = t.cols = 1;
     for (const llm__json *d = shape->first; d; d = d->next) {
-        t.rows = llm__mul(env, t.rows, t.cols);
+        t.rows = llm__mul(env, t.name, t.rows, t.cols);
         t.cols = llm__safetensors_number(env, t.name, d);
     }
-    t.row_bytes = llm__mul(env, t.cols, t.type->block_bytes);
+    t.row_bytes = llm__mul(env, t.name, t.cols, t.type->block_bytes);
     uint64_t begin = llm__safetensors_number(env, t.name, offsets->first);
     uint64_t end = llm__safetensors_number(env, t.name, offsets->first->next);
-    if (end < begin || end - begin != llm__mul(env, t.rows, t.row_bytes))
+    if (end < begin || end - begin != llm__mul(env, t.name, t.rows, t.row_bytes))
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s is %llu x %llu of %s, but its data_offsets are %llu and %llu",
                   LLM__SHOW(t.name), (unsigned long long)t.rows, (unsigned long long)t.cols, t.type->name,
                   (unsigned long long)begin, (unsigned long long)end);
-    llm__place_tensor(env, &t, file, llm__add(env, start, begin));
+    llm__place_tensor(env, &t, file, llm__add(env, t.name, start, begin));
     return t;
 }
 
@@ -2256,9 +2281,11 @@ static llm__hparams llm__gguf_hparams(llm__env *env, const llm__checkpoint *ck) 
     h.n_kv_heads = llm__arch_int(env, ck, "attention.head_count_kv", h.n_heads, 4096);
     h.n_ctx_train = llm__arch_int(env, ck, "context_length", -1, 1 << 28);
     h.head_dim = llm__arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1, LLM__MOST_HEAD);
-    if (llm__arch_int(env, ck, "attention.value_length", h.head_dim, 4096) != h.head_dim)
+    int value_length = llm__arch_int(env, ck, "attention.value_length", h.head_dim, LLM__MOST_HEAD);
+    if (value_length != h.head_dim)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "values and keys have different lengths, which this library does not run");
+                  "attention.value_length is %d and attention.key_length %d; this library runs equal ones", value_length,
+                  h.head_dim);
     h.rope_dim = llm__arch_int(env, ck, "rope.dimension_count", h.head_dim, 4096);
     h.window = llm__arch_int(env, ck, "attention.sliding_window", 0, 1 << 28);
     h.rms_eps = (float)llm__arch_number(env, ck, "attention.layer_norm_rms_epsilon", 1e-5, 1e-12, 1);
@@ -4511,7 +4538,10 @@ static int32_t *llm__gguf_types(llm__env *env, const llm__checkpoint *ck, size_t
     int32_t *types = (int32_t *)llm__alloc(env, n, sizeof *types);
     for (size_t i = 0; i < n; i++) {
         double d = llm__value_number(v, i);
-        types[i] = d >= 1 && d <= 6 ? (int32_t)d : d >= -2147483647.0 && d <= 2147483647.0 ? (int32_t)d : 0;
+        if (!(d >= LLM__TYPE_NORMAL && d <= LLM__TYPE_BYTE))
+            llm__fail(env, LLM_ERROR_FORMAT, "tokenizer.ggml.token_type[%llu] is %g, not a type from 1 to 6",
+                      (unsigned long long)i, d);
+        types[i] = (int32_t)d;
     }
     return types;
 }
@@ -4987,6 +5017,7 @@ static llm__proto llm__proto_open(llm__env *env, const void *data, size_t n, con
     p.in.data = (const uint8_t *)data;
     p.in.size = p.in.have = n;
     p.in.what = what;
+    p.in.name.at = "";
     return p;
 }
 
@@ -7139,12 +7170,16 @@ static llm__matrix llm__matrix_alloc(llm__env *env, llm__kind kind, int n, int k
     return m;
 }
 
-/* Symmetric int8 of a whole row: q = round(127 w / max|row|). */
+/* Symmetric int8 of a whole row: q = round(127 w / max|row|). A weight that is not finite makes the row NaN. */
 static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, size_t k) {
     float most = 0;
     for (size_t i = 0; i < k; i++) most = row[i] > most ? row[i] : -row[i] > most ? -row[i] : most;
     double inverse = most > 0 ? 127.0 / most : 0;
-    for (size_t i = 0; i < k; i++) ((int8_t *)tile)[i * 16 + lane] = (int8_t)floor(row[i] * inverse + 0.5);
+    for (size_t i = 0; i < k; i++) {
+        double q = floor(row[i] * inverse + 0.5);
+        if (!(fabs(q) <= 127)) q = 0, most = NAN;
+        ((int8_t *)tile)[i * 16 + lane] = (int8_t)q;
+    }
     ((float *)(void *)(tile + k * 16))[lane] = most / 127.0f;
 }
 
@@ -7154,7 +7189,7 @@ typedef struct llm__group {
     uint16_t scale, minimum; /* f16: w = q * scale + minimum */
 } llm__group;
 
-/* The smallest error a 4-bit group with its least weight as minimum can have. */
+/* The smallest error a 4-bit group with its least weight as minimum can have. A NaN makes the whole group NaN. */
 static llm__group llm__quantize_group(const float *w) {
     llm__group g;
     float least = w[0], most = w[0];
@@ -7167,6 +7202,7 @@ static llm__group llm__quantize_group(const float *w) {
     double d = llm__f16_to_f32(g.scale), m = llm__f16_to_f32(g.minimum);
     for (int i = 0; i < 32; i++) {
         double q = d > 0 ? floor((w[i] - m) / d + 0.5) : 0;
+        if (q != q) q = 0, g.scale = 0x7E00;
         g.q[i] = (int8_t)(q < 0 ? 0 : q > 15 ? 15 : q);
     }
     return g;

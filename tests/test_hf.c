@@ -623,7 +623,7 @@ static void what_gguf_asks_for_is_refused_by_name(void **state) {
         {"llama.final_logit_softcapping", 30, NULL, "llama.final_logit_softcapping is set"},
         {"llama.logit_scale", 2, NULL, "llama.logit_scale is set"},
         {"llama.attention.sliding_window_pattern", 4, NULL, "sliding_window_pattern is set"},
-        {"llama.attention.value_length", 8, NULL, "values and keys have different lengths"},
+        {"llama.attention.value_length", 8, NULL, "attention.value_length is 8 and attention.key_length 16"},
         {"llama.attention.sliding_window", -1, NULL, "llama.attention.sliding_window is -1"},
         {"llama.attention.sliding_window", NAN, NULL, "llama.attention.sliding_window is nan"},
         {"llama.rope.scaling.yarn_ext_factor", 0, NULL, "yarn_ext_factor is set"},

@@ -97,6 +97,17 @@ static bool try_file(const uint8_t *data, size_t size, llm_error *err) {
     return model != NULL;
 }
 
+/* A file of this run's own; the caller removes it. */
+static char *write_file(const void *data, size_t size) {
+    static char path[64];
+    strcpy(path, "/tmp/llm_test_XXXXXX");
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    assert_int_equal(write(fd, data, size), (ssize_t)size);
+    close(fd);
+    return path;
+}
+
 /* ---- Damaged files ---- */
 
 static void test_truncated(void **state) {
@@ -105,7 +116,10 @@ static void test_truncated(void **state) {
     uint8_t *data = tiny_model(&SMALL, &size);
     (void)state;
     for (size_t n = 0; n < 600; n++) assert_false(try_file(data, n, &err));
-    for (size_t percent = 1; percent < 100; percent++) assert_false(try_file(data, size * percent / 100, &err));
+    for (size_t percent = 1; percent < 100; percent++) {
+        assert_false(try_file(data, size * percent / 100, &err));
+        if (!strstr(err.message, "the file ends")) fail_msg("at %d %%: %s", (int)percent, err.message);
+    }
     assert_false(try_file(data, size - 32, &err));
     assert_true(try_file(data, size, &err));
     free(data);
@@ -115,6 +129,7 @@ static void test_truncated(void **state) {
 typedef struct field {
     size_t at;
     int bytes;
+    char owner[64]; /* what a message about it names */
 } field;
 
 typedef struct walk {
@@ -122,19 +137,31 @@ typedef struct walk {
     size_t at;
     field fields[512];
     int n_fields;
+    const char *owner;
 } walk;
 
 static uint64_t walk_number(walk *w, int bytes) {
     uint64_t x = 0;
     memcpy(&x, w->data + w->at, (size_t)bytes);
     assert_true(w->n_fields < 512);
-    w->fields[w->n_fields].at = w->at;
-    w->fields[w->n_fields++].bytes = bytes;
+    field *f = &w->fields[w->n_fields++];
+    f->at = w->at;
+    f->bytes = bytes;
+    snprintf(f->owner, sizeof f->owner, "%s", w->owner);
     w->at += (size_t)bytes;
     return x;
 }
 
 static void walk_string(walk *w) { w->at += walk_number(w, 8); }
+
+/* A key or a tensor's name, which owns what follows. */
+static void walk_name(walk *w, const char *anonymous, char name[64]) {
+    w->owner = anonymous;
+    uint64_t n = walk_number(w, 8);
+    snprintf(name, 64, "%.*s", (int)n, (const char *)w->data + w->at);
+    w->owner = name;
+    w->at += n;
+}
 
 static void walk_value(walk *w, uint32_t type) {
     if (type == 8) walk_string(w);
@@ -142,14 +169,20 @@ static void walk_value(walk *w, uint32_t type) {
 }
 
 static walk *walk_file(uint8_t *data) {
+    char name[64];
     walk *w = (walk *)calloc(1, sizeof *w);
     assert_non_null(w);
     w->data = data;
+    w->owner = "not a GGUF file";
     walk_number(w, 4);
+    w->owner = "GGUF version";
     walk_number(w, 4);
-    uint64_t n_tensors = walk_number(w, 8), n_values = walk_number(w, 8);
+    w->owner = "the list of tensors";
+    uint64_t n_tensors = walk_number(w, 8);
+    w->owner = "the metadata";
+    uint64_t n_values = walk_number(w, 8);
     for (uint64_t i = 0; i < n_values; i++) {
-        walk_string(w);
+        walk_name(w, "a metadata key", name);
         uint32_t type = (uint32_t)walk_number(w, 4);
         uint64_t count = 1;
         if (type == 9) {
@@ -163,13 +196,39 @@ static walk *walk_file(uint8_t *data) {
         }
     }
     for (uint64_t i = 0; i < n_tensors; i++) {
-        walk_string(w);
+        walk_name(w, "a tensor's name", name);
         uint32_t n_dims = (uint32_t)walk_number(w, 4);
         for (uint32_t j = 0; j < n_dims; j++) walk_number(w, 8);
         walk_number(w, 4);
         walk_number(w, 8);
     }
     return w;
+}
+
+/* As a whole number, or as the real number the field may hold. */
+static bool shows_value(const char *message, uint64_t value, int bytes) {
+    char shown[4][40];
+    uint32_t bits = (uint32_t)value;
+    float real;
+    memcpy(&real, &bits, 4);
+    snprintf(shown[0], sizeof shown[0], "%llu", (unsigned long long)(bytes == 4 ? bits : value));
+    snprintf(shown[1], sizeof shown[1], "%g", bytes == 4 ? (double)bits : (double)value);
+    snprintf(shown[2], sizeof shown[2], "%g", (double)(int32_t)bits);
+    snprintf(shown[3], sizeof shown[3], "is %g", (double)real);
+    for (int i = 0; i < 4; i++)
+        if (strstr(message, shown[i])) return true;
+    return false;
+}
+
+/* A number that cannot be: the message names the file, whose number it is, and the number. */
+static void refuse_number(const uint8_t *data, size_t size, const field *f, uint64_t value) {
+    char *path = write_file(data, size);
+    llm_model *model;
+    llm_error err;
+    if (!llm_model_load(&model, path, NULL, &err)) fail_msg("%llu at %zu, of %s, was taken", (unsigned long long)value, f->at, f->owner);
+    unlink(path);
+    if (!strstr(err.message, path) || !strstr(err.message, f->owner) || (f->at && !shows_value(err.message, value, f->bytes)))
+        fail_msg("%llu at %zu, of %s: %s", (unsigned long long)value, f->at, f->owner, err.message);
 }
 
 static void test_fields(void **state) {
@@ -184,8 +243,9 @@ static void test_fields(void **state) {
         memcpy(kept, data + f->at, 8);
         for (size_t j = 0; j < sizeof values / sizeof *values; j++) {
             memcpy(data + f->at, &values[j], (size_t)f->bytes);
-            bool loaded = try_file(data, size, &err);
+            bool loaded = try_file(data, size, &err), large = (f->bytes == 4 ? (uint32_t)values[j] : values[j]) >> 31;
             if (i < 2 && loaded && values[j] != 2) fail_msg("magic or version %d loaded", (int)values[j]);
+            if (large) refuse_number(data, size, f, values[j]);
         }
         memcpy(data + f->at, kept, 8);
     }
@@ -242,12 +302,14 @@ static void assert_refused(const uint8_t *data, size_t size, const char *named) 
     if (!strstr(err.message, named)) fail_msg("the message does not name %s: %s", named, err.message);
 }
 
-/* The value of a metadata key is a number in 4 bytes. */
-static void refuse_value(const char *key, uint32_t bits) {
+/* The value of a metadata key is a number in 4 bytes; `shown`: how the message shows it. */
+static void refuse_value(const char *key, uint32_t bits, const char *shown) {
     size_t size;
+    char words[100];
     uint8_t *data = tiny_model(&SMALL, &size);
     memcpy(behind(data, size, key) + 4, &bits, 4);
-    assert_refused(data, size, key);
+    snprintf(words, sizeof words, "%s is %s, not ", key, shown);
+    assert_refused(data, size, words);
     free(data);
 }
 
@@ -265,16 +327,19 @@ static void test_hyperparameters(void **state) {
                                          "llama.attention.head_count", "llama.attention.head_count_kv",
                                          "llama.attention.key_length", "llama.context_length"};
     static const char *const reals[] = {"llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base"};
-    static const uint32_t bad[] = {0x7FC00000, 0x7F800000, 0xFF800000, 0xBF800000, 0}; /* NaN, inf, -inf, -1, 0 */
+    static const struct {
+        uint32_t bits;
+        const char *shown;
+    } bad[] = {{0x7FC00000, "nan"}, {0x7F800000, "inf"}, {0xFF800000, "-inf"}, {0xBF800000, "-1"}, {0, "0"}};
     (void)state;
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
-        refuse_value(counts[i], 0);
-        refuse_value(counts[i], UINT32_MAX);
+        refuse_value(counts[i], 0, "0");
+        refuse_value(counts[i], UINT32_MAX, "4.29497e+09");
     }
     for (size_t i = 0; i < sizeof reals / sizeof *reals; i++)
-        for (size_t j = 0; j < sizeof bad / sizeof *bad; j++) refuse_value(reals[i], bad[j]);
-    refuse_value("tokenizer.ggml.eos_token_id", 1 << 20);
-    refuse_value("tokenizer.ggml.bos_token_id", UINT32_MAX);
+        for (size_t j = 0; j < sizeof bad / sizeof *bad; j++) refuse_value(reals[i], bad[j].bits, bad[j].shown);
+    refuse_value("tokenizer.ggml.eos_token_id", 261, "261");
+    refuse_value("tokenizer.ggml.bos_token_id", UINT32_MAX, "4.29497e+09");
 }
 
 static void test_missing(void **state) {
@@ -329,16 +394,6 @@ static void test_places(void **state) {
 }
 
 /* A file on disk is named in every message. */
-static char *write_file(const void *data, size_t size) {
-    static char path[64];
-    strcpy(path, "/tmp/llm_test_XXXXXX");
-    int fd = mkstemp(path);
-    assert_true(fd >= 0);
-    assert_int_equal(write(fd, data, size), (ssize_t)size);
-    close(fd);
-    return path;
-}
-
 static void refuse_path(const char *path, llm_status expected) {
     heap h = {0};
     llm_model_desc desc = {.host = {.resize = heap_resize, .user = &h}};
