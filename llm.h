@@ -60,11 +60,13 @@
 
     CONTENTS
 
-        declarations: errors . host callbacks . model . tokenizer . chat . context . forward pass . sampler . generation
+        declarations: errors . host callbacks . model . tokenizer . chat . context . forward pass . sampler . drafts .
+                      generation . backends
         1 base                    2 files               3 JSON reader        4 number formats
         5 checkpoints             6 hyperparameters     7 tokenizers         8 chat templates
         9 CPU kernels            10 weights            11 backend           12 KV cache
-       13 forward pass           14 sampler            15 generation
+       13 forward pass           14 sampler            15 speculative decoding
+       16 generation
 */
 #ifndef LLM_H
 #define LLM_H
@@ -339,6 +341,89 @@ typedef struct llm_sampler {
    lower id. Returns -1 if logits i were not asked for. */
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler);
 
+/* ---- Speculative decoding ------------------------------------------------------------------------------------ */
+
+/* A draft guesses how a text goes on. llm_generate has the model check several guesses in one pass, which costs little
+   more than a pass for one token, and keeps those that are right (Leviathan et al. 2023, arXiv:2211.17192). Guesses
+   change the speed, never what is said: at temperature 0, and with guesses that come without probabilities, the text is
+   that of plain decoding, token for token; with probabilities it is another draw from the same distribution. How many
+   are asked for follows from how often they were right and what passes and guesses were measured to take; where
+   guessing does not pay, decoding is plain. */
+
+enum {
+    LLM_DRAFT_MOST = 15,  /* guesses that one pass can check                                                          */
+    LLM_DRAFT_KINDS = 8,  /* kinds of guesses a draft may tell apart by how much it trusts them                       */
+    LLM_DRAFT_SIZES = 5,  /* passes have 1, 2, 4, 8 or 16 rows                                                        */
+    LLM_DRAFT_RECENT = 5  /* times that are remembered of each                                                        */
+};
+
+typedef struct llm_draft_request {
+    llm_context *ctx; /* that generates; its sequence `seq` holds all of the text but the last token                 */
+    int seq;
+    const llm_token *tokens; /* [n_tokens] the text so far                                                           */
+    int n_tokens;
+    const int *n_wanted;        /* [LLM_DRAFT_KINDS] so many guesses of each kind are worth it, perhaps none         */
+    const llm_sampler *sampler; /* as the model will draw: a copy of it draws the first guess as the model would     */
+    bool (*cancel)(void *user); /* to be polled, may be NULL; then return LLM_ERROR_CANCELLED                        */
+    void *cancel_user;
+} llm_draft_request;
+
+typedef struct llm_draft_guesses {
+    int n; /* 0: no idea                                                                                             */
+    llm_token tokens[LLM_DRAFT_MOST];
+    int kind;         /* 0 to LLM_DRAFT_KINDS - 1, of all of them                                                    */
+    bool has_q;       /* guess i was drawn from the distribution q[i], by random numbers that the model's own draws
+                         do not use. Without it a guess is right when the model draws the same                       */
+    float *q[LLM_DRAFT_MOST]; /* [n_vocab of the model] each, room to fill; NULL where probabilities are not wanted  */
+} llm_draft_guesses;
+
+typedef struct llm_draft_times {
+    float recent[LLM_DRAFT_RECENT]; /* seconds                                                                       */
+    int n, age;                     /* how many there were; passes since the last                                    */
+} llm_draft_times;
+
+/* What llm_generate has learnt about a draft, from one text to the next. */
+typedef struct llm_draft_state {
+    float n_right[LLM_DRAFT_KINDS][LLM_DRAFT_MOST]; /* of those at this place, after right ones; older ones count less */
+    float n_known[LLM_DRAFT_KINDS][LLM_DRAFT_MOST];
+    llm_draft_times passes[LLM_DRAFT_SIZES], guess; /* a pass of each size; one guess                                */
+    int n_in_step;                                  /* times it was asked without a pause                            */
+    double seconds, trial_seconds; /* of decoding, and of these with guesses that did not seem to pay                */
+} llm_draft_state;
+
+/* A draft: one of the library's, or a host's own. One generation at a time may use it. */
+typedef struct llm_draft {
+    const char *name;
+    /* Fills *guesses, which come zeroed but for q, with at most n_wanted of their kind. What fails here does not fail the
+       generation: it goes on without the draft. */
+    llm_status (*propose)(void *user, const llm_draft_request *request, llm_draft_guesses *guesses, llm_error *err);
+    void (*close)(void *user); /* for llm_draft_free, may be NULL                                                    */
+    void *user;
+    llm_draft_state state; /* zero at first                                                                          */
+} llm_draft;
+
+/* Prompt lookup: finds the text's last tokens earlier in the text and guesses that it goes on as it did there. It needs
+   no model, costs next to nothing, and is right where a text repeats its prompt: summaries, edits, quotations. */
+LLM_API llm_draft llm_draft_lookup(void);
+
+/* A model as the draft of what `ctx` generates. Its vocabulary must be the same, but may be shorter or longer (padded).
+   The same weights in another type (the file loaded twice, say with LLM_DTYPE_INT4) read the context's own KV cache, so
+   that they take no cache and no time for the prompt; another model has its own cache for as many sequences, and reads
+   the prompt before its first guess. The draft works on the context's threads, and must be freed before the context and
+   the model. */
+LLM_API llm_status llm_draft_model(llm_draft *out, llm_context *ctx, const llm_model *model, llm_error *err);
+LLM_API void llm_draft_free(llm_draft *draft);
+
+typedef struct llm_draft_stats {
+    int n_passes;                     /* that checked guesses                                                        */
+    int n_proposed, n_accepted;       /* guesses that were checked; that were right                                  */
+    int n_by_accepted[LLM_DRAFT_MOST + 1]; /* passes in which so many guesses were right                             */
+    double tokens_per_pass;           /* of passes that checked guesses                                              */
+    double draft_seconds, pass_seconds; /* asking the draft; all passes                                              */
+    double speedup;                   /* against plain decoding, by plain passes measured meanwhile; 0: none was     */
+    bool failed;                      /* the draft did, and was not asked again                                      */
+} llm_draft_stats;
+
 /* ---- Generation ---------------------------------------------------------------------------------------------- */
 
 typedef enum llm_stop {
@@ -369,6 +454,13 @@ typedef struct llm_generate_desc {
     int n_stop_tokens;
     bool ignore_end; /* go on after the model's end-of-text tokens                                    */
 
+    llm_draft *draft; /* speculative decoding; the context's n_logits must be above 1                             */
+    int draft_max;    /* most guesses in a pass: at most n_logits - 1 of the context, and 15; 0: that many        */
+    /* At a temperature: the seed gives the text it gives without a draft, for guesses are right where the draft draws
+       what the model draws. By itself, guesses are taken by rejection sampling: more are right, but the text depends on
+       how many were asked for, and so on timing. */
+    bool draft_keeps_text;
+
     bool (*on_text)(void *user, const char *text, size_t n_bytes); /* whole UTF-8 characters, NUL-terminated     */
     bool (*on_token)(void *user, llm_token token, const char *bytes, size_t n_bytes); /* raw, as they come        */
     bool (*cancel)(void *user); /* polled between layers, so also within a long prompt                           */
@@ -384,6 +476,7 @@ typedef struct llm_stats {
     int n_decode_passes; /* forward passes after the prompt's                                                  */
     double prefill_seconds, decode_seconds; /* until the first token's logits; after it                           */
     uint64_t decode_bytes; /* weights and cache read while decoding                                              */
+    llm_draft_stats draft;
 } llm_stats;
 
 /* Runs the prompt and generates. Cancellation is not an error: it is stats->stop. Afterwards the sequence holds the
@@ -452,6 +545,10 @@ typedef struct llm_backend_desc {
     llm_dtype cache_dtype;
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
     llm_host host;
+    /* Another context, idle while this one works and there for longer, lends it its threads and, if their shapes are
+       alike, its cache. A backend that does not do this returns LLM_ERROR_UNSUPPORTED. */
+    void *lender;
+    bool share_cache;
 } llm_backend_desc;
 
 struct llm_backend {
@@ -8437,6 +8534,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     llm__cpu_context_args *args = (llm__cpu_context_args *)arg;
     llm__cpu_context *c = (llm__cpu_context *)llm__alloc_zero(env, 1, sizeof *c);
     const llm_shape *s = &args->model->shape;
+    const llm__cpu_context *lender = (const llm__cpu_context *)args->desc->lender;
     llm__cpu_sizes z = llm__cpu_find_sizes(s, args->desc);
     size_t n_batch = (size_t)args->desc->n_batch, half = (size_t)s->rope_dim / 2;
     c->model = args->model;
@@ -8447,8 +8545,9 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->head_stride = z.head_stride;
     c->score_scale = (float)(1.0 / llm__sqrt(s->head_dim));
     c->cache_block_bytes = LLM_BLOCK * (size_t)z.head_stride * (c->round_cache ? 2 : 4);
-    c->cache = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_cache_blocks,
-                                     (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype));
+    c->cache = c->desc.share_cache ? lender->cache
+                                   : (uint8_t *)llm__alloc(env, (size_t)c->desc.n_cache_blocks,
+                                                           (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype));
     c->x_stride = z.x_stride;
     c->qkv_stride = z.qkv_stride;
     c->attention_stride = z.attention_stride;
@@ -8478,13 +8577,13 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->all_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
     c->last_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
     for (int i = 0; i < c->desc.n_batch; i++) c->all_rows[i] = i;
-    c->team = llm__team_create(env, c->desc.parallel ? 1 : c->desc.n_threads);
-    if (c->desc.parallel) {
+    c->team = lender ? lender->team : llm__team_create(env, c->desc.parallel ? 1 : c->desc.n_threads);
+    if (c->desc.parallel && !lender) {
         c->team->parallel = c->desc.parallel;
         c->team->user = c->desc.host.user;
         c->team->n = c->desc.n_threads;
     }
-    llm__team_run(c->team, llm__cpu_clear_cache_task, c);
+    if (!c->desc.share_cache) llm__team_run(c->team, llm__cpu_clear_cache_task, c);
     c->pool = *env->pool;
     *args->out = c;
 }
@@ -8608,6 +8707,7 @@ struct llm_model {
     llm_model_desc desc;
     llm_shape shape;
     llm_model_info info;
+    uint64_t source; /* the fingerprint that the same weights in any type share */
     llm_tokenizer *tokenizer;
     const llm__kernels *kernels; /* for what is computed on the host whatever the backend */
 };
@@ -8799,7 +8899,7 @@ typedef struct llm__weight_walk {
     const llm_backend *backend;
     void *device;
     llm_dtype dtype;
-    uint64_t n_params, weight_bytes, weight_bytes_per_token, fingerprint;
+    uint64_t n_params, weight_bytes, weight_bytes_per_token, fingerprint; /* the last whatever the dtype */
 } llm__weight_walk;
 
 /* The fingerprint takes samples: the whole would have to be read. */
@@ -8890,7 +8990,7 @@ static void llm__fill_info(llm_model_info *info, const llm__hparams *h, const ll
     info->n_params = walk->n_params;
     info->weight_bytes = walk->weight_bytes;
     info->weight_bytes_per_token = walk->weight_bytes_per_token;
-    info->fingerprint = walk->fingerprint;
+    info->fingerprint = llm__hash_bytes(walk->fingerprint, &walk->dtype, sizeof walk->dtype);
 }
 
 static llm__weight_walk llm__start_walk(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h,
@@ -8906,9 +9006,9 @@ static llm__weight_walk llm__start_walk(llm__env *env, const llm__checkpoint *ck
 }
 
 /* What the keys in a cache depend on beside the weights. */
-static uint64_t llm__hash_shape(const llm_shape *s, llm_dtype dtype) {
-    int numbers[] = {(int)dtype, s->n_vocab,    s->n_layers, s->n_embd,   s->n_ff,
-                     s->n_heads, s->n_kv_heads, s->head_dim, s->rope_dim, s->window};
+static uint64_t llm__hash_shape(const llm_shape *s) {
+    int numbers[] = {s->n_vocab, s->n_layers, s->n_embd, s->n_ff, s->n_heads, s->n_kv_heads, s->head_dim, s->rope_dim,
+                     s->window};
     float floats[] = {s->rms_eps, s->rope_scale};
     uint64_t hash = llm__hash_bytes(0xCBF29CE484222325u, numbers, sizeof numbers);
     hash = llm__hash_bytes(hash, floats, sizeof floats);
@@ -8953,7 +9053,7 @@ static void llm__load_body(llm__env *env, void *arg) {
         llm__fail(env, LLM_ERROR_FORMAT, "the vocabulary has %d tokens, but the embedding only %d rows",
                   llm_tokenizer_n_vocab(model->tokenizer), plan.h.n_vocab);
     llm__weight_walk walk = llm__start_walk(env, ck, &plan.h, model->backend, desc.dtype);
-    walk.fingerprint = llm__hash_shape(&model->shape, desc.dtype);
+    walk.fingerprint = llm__hash_shape(&model->shape);
     llm_status status = model->backend->open(&args->device, &model->shape, &desc, env->err);
     if (status) {
         env->status = status;
@@ -8963,6 +9063,7 @@ static void llm__load_body(llm__env *env, void *arg) {
     walk.visit = llm__upload_weight;
     llm__walk_weights(&walk);
     llm__fill_info(&model->info, &plan.h, &walk);
+    model->source = walk.fingerprint;
     model->kernels = llm__choose_kernels(desc.isa);
     model->info.isa = model->kernels->name;
     model->info.cache_bytes_per_token =
@@ -9093,6 +9194,8 @@ typedef struct llm__context_args {
     llm_context **out;
     const llm_model *model;
     llm_context_desc desc;
+    const llm_context *lender; /* of threads, and of the cache if share_cache; see llm_backend_desc */
+    bool share_cache;
     void *device;
 } llm__context_args;
 
@@ -9105,7 +9208,10 @@ static void llm__context_body(llm__env *env, void *arg) {
     ctx->model = model;
     ctx->desc = d;
     ctx->backend_desc = llm__backend_desc(&d);
-    llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
+    ctx->backend_desc.lender = args->lender ? args->lender->device : NULL;
+    ctx->backend_desc.share_cache = args->share_cache;
+    if (!args->share_cache)
+        llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
     ctx->tokens = (llm_token *)llm__alloc(env, n_batch, sizeof *ctx->tokens);
     ctx->positions = (int *)llm__alloc(env, n_batch, sizeof(int));
     ctx->seqs = (int *)llm__alloc(env, n_batch, sizeof(int));
@@ -9127,16 +9233,17 @@ static void llm__context_body(llm__env *env, void *arg) {
     *args->out = ctx;
 }
 
-LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
-                                      llm_error *err) {
+static llm_status llm__context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
+                                      const llm_context *lender, bool share_cache, llm_error *err) {
     llm__context_args args;
     llm__pool pool;
     llm__env env;
-    if (!out || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out or model is NULL");
     memset(&args, 0, sizeof args);
     *out = NULL;
     args.out = out;
     args.model = model;
+    args.lender = lender;
+    args.share_cache = share_cache;
     env.pool = &pool;
     env.err = err;
     env.file = NULL;
@@ -9152,6 +9259,12 @@ LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model,
         llm__pool_free(&pool);
     }
     return status;
+}
+
+LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
+                                      llm_error *err) {
+    if (!out || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out or model is NULL");
+    return llm__context_create(out, model, desc, NULL, false, err);
 }
 
 LLM_API void llm_context_free(llm_context *ctx) {
@@ -9568,30 +9681,514 @@ static llm_token llm__draw(const float *p, const llm_token *ids, int n_vocab, in
     return ids[n_vocab - 1]; /* rounding left a little over */
 }
 
-LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler) {
-    const float *logits = llm_logits(ctx, i);
+/* Tokens that may be drawn, most likely first, with p that sum to `total`. */
+typedef struct llm__choice {
+    const float *p;       /* [n_vocab] */
+    const llm_token *ids; /* [n_vocab] they are the last n of these */
+    int n_vocab, n;
+    double total;
+} llm__choice;
+
+static bool llm__is_greedy(const llm_sampler *sampler) { return !(sampler->temperature >= 1e-30f); }
+
+/* What comes after `tokens`, by their logits; valid until the next choice in the context. */
+static llm__choice llm__choose(llm_context *ctx, const float *logits, const llm_token *tokens, int n_tokens,
+                               const llm_sampler *sampler) {
     int n_vocab = ctx->model->shape.n_vocab;
     float *p = ctx->probabilities, max, sum;
-    double total;
-    if (!logits) return -1;
+    llm__choice choice = {p, ctx->candidates, n_vocab, 1, 1};
     memcpy(p, logits, (size_t)n_vocab * sizeof *p);
     llm__apply_biases(p, n_vocab, sampler);
-    llm__apply_penalty(p, n_vocab, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler, ctx->candidates);
+    llm__apply_penalty(p, n_vocab, tokens, n_tokens, sampler, ctx->candidates);
     llm_token best = llm__argmax(p, n_vocab);
-    if (!(sampler->temperature >= 1e-30f)) return best;
+    if (llm__is_greedy(sampler)) {
+        ctx->candidates[n_vocab - 1] = best;
+        return choice;
+    }
     float top = p[best];
     for (int j = 0; j < n_vocab; j++) p[j] -= top; /* so that no temperature makes infinities of two logits */
     uint64_t mode = llm__float_mode_enter();
     ctx->model->kernels->softmax(p, n_vocab, llm__round_up(n_vocab, 16), 1.0f / sampler->temperature, false, &max,
                                  &sum);
     llm__float_mode_leave(mode);
-    int n = llm__cut_candidates(p, ctx->candidates, n_vocab, sampler, sum, &total);
-    return llm__draw(p, ctx->candidates, n_vocab, n, total, llm__random(sampler));
+    choice.n = llm__cut_candidates(p, ctx->candidates, n_vocab, sampler, sum, &choice.total);
+    return choice;
 }
 
-/* ==== 15 Generation =============================================================================================
+static llm_token llm__draw_choice(const llm__choice *c, llm_sampler *sampler) {
+    if (llm__is_greedy(sampler)) return c->ids[c->n_vocab - 1];
+    return llm__draw(c->p, c->ids, c->n_vocab, c->n, c->total, llm__random(sampler));
+}
 
-   Prompt in, text out: encode, run what the cache does not hold yet, then sample, show and run one token at a time. */
+LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler) {
+    const float *logits = llm_logits(ctx, i);
+    if (!logits) return -1;
+    llm__choice choice = llm__choose(ctx, logits, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler);
+    return llm__draw_choice(&choice, sampler);
+}
+
+/* ==== 15 Speculative decoding ===================================================================================
+
+   A pass for a few tokens reads the weights once, like a pass for one, so tokens that were guessed beforehand are
+   checked almost for nothing. In a round the draft guesses, the model computes the last token and the guesses in one
+   pass, tokens are drawn from its logits for as long as they are what was guessed, and the rest of the cache is
+   truncated. Leviathan et al. 2023 (arXiv:2211.17192), Chen et al. 2023 (2302.01318); prompt lookup: Saxena 2023. */
+
+/* ---- How many guesses are worth it ---- */
+
+static const int llm__draft_rows[LLM_DRAFT_SIZES] = {1, 2, 4, 8, 16};
+
+static void llm__add_time(llm_draft_times *t, double seconds) {
+    t->recent[t->n++ % LLM_DRAFT_RECENT] = (float)seconds;
+    t->age = 0;
+}
+
+/* The median of the recent times; of fewer than three the least, for one interruption must not count as the rule. */
+static double llm__usual_time(const llm_draft_times *t) {
+    float sorted[LLM_DRAFT_RECENT];
+    int n = t->n < LLM_DRAFT_RECENT ? t->n : (int)LLM_DRAFT_RECENT;
+    for (int i = 0; i < n; i++) {
+        int at = i;
+        for (; at > 0 && sorted[at - 1] > t->recent[i]; at--) sorted[at] = sorted[at - 1];
+        sorted[at] = t->recent[i];
+    }
+    return n ? (double)sorted[n < 3 ? 0 : n / 2] : 0;
+}
+
+/* Seconds of passes of each size; where none was measured lately, what they may well be. */
+static void llm__pass_times(const llm_draft_state *s, double seconds[LLM_DRAFT_SIZES]) {
+    static const double usual[LLM_DRAFT_SIZES] = {1, 1.1, 1.2, 1.5, 2.5};
+    for (int i = 0; i < LLM_DRAFT_SIZES; i++)
+        seconds[i] = s->passes[i].n ? llm__usual_time(&s->passes[i]) : usual[i] * seconds[0];
+}
+
+/* The number of guesses of a kind, at most `most`, with which tokens come fastest. The chance that a guess is right, all
+   before it being right, is what was seen of such guesses; where little was, it is like the one before it. */
+static int llm__best_guesses(const llm_draft_state *s, const double *pass_seconds, int kind, int most,
+                             double guess_seconds) {
+    double chance = 0.5, all_right = 1, tokens = 1, best_rate = 1 / pass_seconds[0];
+    int best = 0;
+    for (int size = 1; size < LLM_DRAFT_SIZES && llm__draft_rows[size] - 1 <= most; size++) {
+        int n = llm__draft_rows[size] - 1;
+        for (int i = llm__draft_rows[size - 1] - 1; i < n; i++) {
+            chance = ((double)s->n_right[kind][i] + 2 * chance) / ((double)s->n_known[kind][i] + 2);
+            all_right *= chance;
+            tokens += all_right;
+        }
+        double rate = tokens / (pass_seconds[size] + n * guess_seconds);
+        if (rate <= 1.02 * best_rate) continue; /* 2 %: more than the times are sure of */
+        best_rate = rate;
+        best = n;
+    }
+    return best;
+}
+
+/* ---- A generation's rounds ---- */
+
+typedef struct llm__speculation {
+    llm_draft *draft; /* NULL: none, or it failed */
+    llm_context *ctx;
+    int seq, most;
+    llm_sampler *sampler;
+    bool (*cancel)(void *user);
+    void *cancel_user;
+    llm_draft_guesses guesses;
+    float *q[LLM_DRAFT_MOST]; /* room for guesses.q, or NULL */
+    int n_checked;            /* of the guesses, in the pass whose logits there are */
+    llm_draft_stats *stats;
+} llm__speculation;
+
+/* What is asked of the draft. False: nothing, for now guessing does not pay. It is then tried in two rounds one after the
+   other, the second of which shows what a guess takes, whenever all trials took less than a hundredth of the time. */
+static bool llm__plan_round(llm_draft_state *s, const double *pass_seconds, int most, int wanted[LLM_DRAFT_KINDS],
+                            bool *trial) {
+    bool known = s->guess.n > 0;
+    double guess_seconds = known ? llm__usual_time(&s->guess) : pass_seconds[0] / 2;
+    bool cheap = known && guess_seconds < 0.01 * pass_seconds[0], pays = false;
+    for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++) {
+        wanted[kind] = llm__best_guesses(s, pass_seconds, kind, most, guess_seconds);
+        pays = pays || wanted[kind];
+    }
+    *trial = !pays && !cheap;
+    if (*trial && s->n_in_step != 1 && s->trial_seconds > 0.01 * s->seconds) return false;
+    /* One more than is checked: whether it is right will be seen all the same. */
+    for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++)
+        if ((cheap || *trial) && wanted[kind] < most) wanted[kind]++;
+    return true;
+}
+
+/* Makes of what a draft wrote what it was asked for. */
+static void llm__trim_guesses(llm_draft_guesses *g, const int *wanted, int n_vocab) {
+    if (g->kind < 0 || g->kind >= LLM_DRAFT_KINDS) g->kind = 0;
+    if (g->n > wanted[g->kind]) g->n = wanted[g->kind];
+    for (int i = 0; i < g->n; i++)
+        if (g->tokens[i] < 0 || g->tokens[i] >= n_vocab) g->n = i;
+    if (g->n < 0) g->n = 0;
+    for (int i = 0; i < g->n; i++) g->has_q = g->has_q && g->q[i];
+}
+
+static llm_status llm__call_draft(llm__speculation *sp, llm_token last, const int *wanted, llm_error *err) {
+    llm_context *ctx = sp->ctx;
+    llm_error why;
+    int length = ctx->cache.lengths[sp->seq];
+    llm_token *text = llm__cache_tokens(&ctx->cache, sp->seq);
+    text[length] = last; /* there is room for it, and the pass will put it there */
+    llm_draft_request request = {ctx,         sp->seq, text,           length + 1, wanted,
+                                 sp->sampler, sp->cancel, sp->cancel_user};
+    memcpy(sp->guesses.q, sp->q, sizeof sp->q);
+    memset(&why, 0, sizeof why);
+    llm_status status = sp->draft->propose(sp->draft->user, &request, &sp->guesses, &why);
+    if (status == LLM_ERROR_CANCELLED) return llm__error(err, status, "the draft was cancelled");
+    if (status) {
+        llm__log(&ctx->desc.host, "decoding goes on without the draft %s: %s", sp->draft->name, why.message);
+        sp->draft = NULL;
+        sp->guesses.n = 0;
+        sp->stats->failed = true;
+    }
+    llm__trim_guesses(&sp->guesses, wanted, ctx->model->shape.n_vocab);
+    return LLM_OK;
+}
+
+/* Has guesses made of what follows `last`, the token after the sequence, and decides how many of them the next pass is to
+   check: n_checked, at most `most`. */
+static llm_status llm__guess(llm__speculation *sp, llm_token last, int most, llm_error *err) {
+    int wanted[LLM_DRAFT_KINDS];
+    double pass_seconds[LLM_DRAFT_SIZES], start = llm__now();
+    bool trial;
+    sp->n_checked = 0;
+    memset(&sp->guesses, 0, sizeof sp->guesses);
+    if (!sp->draft) return LLM_OK;
+    llm_draft_state *s = &sp->draft->state;
+    for (int i = 0; i < LLM_DRAFT_SIZES; i++)
+        if (s->passes[i].age++ == 512) s->passes[i].n = i ? 0 : s->passes[i].n; /* times change: see again */
+    if (most > sp->most) most = sp->most;
+    /* Now and then a plain pass, to know what it takes. */
+    if (most < 1 || !s->passes[0].n || s->passes[0].age > 64) return LLM_OK;
+    llm__pass_times(s, pass_seconds);
+    if (!llm__plan_round(s, pass_seconds, most, wanted, &trial)) {
+        s->n_in_step = 0;
+        return LLM_OK;
+    }
+    llm_status status = llm__call_draft(sp, last, wanted, err);
+    double took = llm__now() - start;
+    sp->stats->draft_seconds += took;
+    s->seconds += took;
+    if (trial) s->trial_seconds += took;
+    if (status) return status;
+    /* After a pause the draft had to catch up with the text: that time is not the rule. */
+    if (s->n_in_step++ && sp->guesses.n) llm__add_time(&s->guess, took / sp->guesses.n);
+    sp->n_checked = llm__best_guesses(s, pass_seconds, sp->guesses.kind, sp->guesses.n < most ? sp->guesses.n : most, 0);
+    return LLM_OK;
+}
+
+/* Takes note of what a pass took. */
+static void llm__time_pass(llm__speculation *sp, double seconds) {
+    int size = 0;
+    sp->stats->pass_seconds += seconds;
+    if (!sp->draft) return;
+    while (llm__draft_rows[size] < sp->n_checked + 1) size++;
+    llm__add_time(&sp->draft->state.passes[size], seconds);
+    sp->draft->state.seconds += seconds;
+}
+
+/* The chance of a token. */
+static double llm__choice_p(const llm__choice *c, llm_token token) {
+    for (int i = c->n_vocab - c->n; i < c->n_vocab; i++)
+        if (c->ids[i] == token) return c->p[token] / c->total;
+    return 0;
+}
+
+/* One of the choice, each with probability proportional to max(0, p - q). */
+static llm_token llm__draw_rest(const llm__choice *c, const float *q, llm_sampler *sampler) {
+    double sum = 0;
+    for (int i = c->n_vocab - c->n; i < c->n_vocab; i++) {
+        double rest = c->p[c->ids[i]] / c->total - q[c->ids[i]];
+        if (rest > 0) sum += rest;
+    }
+    double at = llm__random(sampler) * sum;
+    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--) {
+        double rest = c->p[c->ids[i]] / c->total - q[c->ids[i]];
+        if (rest > 0) at -= rest;
+        if (rest > 0 && at < 0) return c->ids[i];
+    }
+    return c->ids[c->n_vocab - 1]; /* nothing is left, or rounding left a little over */
+}
+
+/* Draws the token that the logits at `row` of the pass are about; `row` counts from `first`, its first row that belongs
+   here, whose token ends the first `length` of the sequence. *right: it is what was guessed, so that the next row's
+   logits are good too. */
+static llm_token llm__draw_checked(llm__speculation *sp, int first, int row, int length, bool *right) {
+    const llm_draft_guesses *g = &sp->guesses;
+    bool guessed = row < g->n;
+    llm_token guess = guessed ? g->tokens[row] : -1, token;
+    llm__choice choice = llm__choose(sp->ctx, llm_logits(sp->ctx, first + row), llm_seq_tokens(sp->ctx, sp->seq),
+                                     length, sp->sampler);
+    if (row < sp->n_checked && g->has_q && !llm__is_greedy(sp->sampler)) {
+        *right = llm__random(sp->sampler) * g->q[row][guess] < llm__choice_p(&choice, guess);
+        token = *right ? guess : llm__draw_rest(&choice, g->q[row], sp->sampler);
+    } else {
+        token = llm__draw_choice(&choice, sp->sampler);
+        *right = guessed && token == guess;
+    }
+    if (guessed && sp->draft) {
+        float *n_right = &sp->draft->state.n_right[g->kind][row], *n_known = &sp->draft->state.n_known[g->kind][row];
+        *n_right = 0.95f * *n_right + (*right ? 1.0f : 0.0f);
+        *n_known = 0.95f * *n_known + 1.0f;
+    }
+    *right = *right && row < sp->n_checked;
+    return token;
+}
+
+static void llm__count_pass(llm__speculation *sp, int n_right) {
+    llm_draft_stats *stats = sp->stats;
+    if (!sp->n_checked) return;
+    stats->n_passes++;
+    stats->n_proposed += sp->n_checked;
+    stats->n_accepted += n_right;
+    stats->n_by_accepted[n_right]++;
+    stats->tokens_per_pass = 1 + (double)stats->n_accepted / stats->n_passes;
+}
+
+/* Plain decoding would have taken a plain pass for each token, and for all but passes and guesses the same. */
+static void llm__find_speedup(const llm__speculation *sp, int n_tokens, double seconds) {
+    llm_draft_stats *stats = sp->stats;
+    if (!sp->draft || !sp->draft->state.passes[0].n || n_tokens < 1) return;
+    double rest = seconds - stats->draft_seconds - stats->pass_seconds;
+    stats->speedup = (n_tokens * llm__usual_time(&sp->draft->state.passes[0]) + rest) / seconds;
+}
+
+/* ---- Prompt lookup ---- */
+
+enum { LLM__LOOKUP_MOST = 16 }; /* tokens a match is looked at for */
+
+/* Finds the longest end of the text that stands in it before, of several the last. Returns where what followed it
+   begins, 0 if there is none. */
+static int llm__find_match(const llm_token *text, int n, int *length) {
+    int best = 0;
+    *length = 0;
+    for (int end = n - 1; end > 0 && *length < LLM__LOOKUP_MOST; end--) {
+        int same = 0;
+        while (same < LLM__LOOKUP_MOST && same < end && text[end - 1 - same] == text[n - 1 - same]) same++;
+        if (same <= *length) continue;
+        *length = same;
+        best = end;
+    }
+    return best;
+}
+
+/* Longer matches are trusted more: they are kinds of their own. What follows a match that reaches into the end of the
+   text goes on with the guesses themselves. */
+static llm_status llm__lookup_propose(void *user, const llm_draft_request *r, llm_draft_guesses *g, llm_error *err) {
+    static const int kinds[LLM__LOOKUP_MOST + 1] = {0, 0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 6, 6, 7};
+    int length, from = llm__find_match(r->tokens, r->n_tokens, &length);
+    (void)user;
+    (void)err;
+    if (!length) return LLM_OK;
+    g->kind = kinds[length];
+    for (; g->n < r->n_wanted[g->kind]; g->n++) {
+        int at = from + g->n;
+        g->tokens[g->n] = at < r->n_tokens ? r->tokens[at] : g->tokens[at - r->n_tokens];
+    }
+    return LLM_OK;
+}
+
+LLM_API llm_draft llm_draft_lookup(void) {
+    llm_draft draft;
+    memset(&draft, 0, sizeof draft);
+    draft.name = "lookup";
+    draft.propose = llm__lookup_propose;
+    return draft;
+}
+
+/* ---- A model as the draft ---- */
+
+typedef struct llm__model_draft {
+    llm__pool pool;
+    llm_context *target, *ctx; /* what it guesses for; its own */
+    bool shares_cache;         /* of the target: its own is then lent to it for each proposal */
+    int *starts;               /* [n_seq] where in the text its sequence begins: it may be too short for all of it */
+    int *seqs;                 /* [n_ctx] for a batch's tokens */
+} llm__model_draft;
+
+/* Cuts its sequence to what it has in common with the text, moving on in the text where that leaves no room for `n_more`;
+   returns how many tokens of the text it has not read. */
+static int llm__model_draft_align(llm__model_draft *d, const llm_draft_request *r, int n_more) {
+    int n_ctx = d->ctx->desc.n_ctx, *start = &d->starts[r->seq], same = 0;
+    if (d->shares_cache) return 1;
+    if (*start >= r->n_tokens || r->n_tokens - *start + n_more > n_ctx)
+        *start = r->n_tokens + n_more > n_ctx ? r->n_tokens - n_ctx / 2 : 0;
+    const llm_token *own = llm_seq_tokens(d->ctx, r->seq), *text = r->tokens + *start;
+    while (same < r->n_tokens - *start - 1 && same < llm_seq_length(d->ctx, r->seq) && own[same] == text[same]) same++;
+    llm__cache_truncate(&d->ctx->cache, r->seq, same);
+    return r->n_tokens - *start - same;
+}
+
+/* The target may have fewer tokens. */
+static void llm__drop_unknown(llm__choice *c, llm_token *ids, int n_known) {
+    int kept = c->n_vocab;
+    c->total = 0;
+    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--) {
+        if (ids[i] >= n_known) continue;
+        c->total += c->p[ids[i]];
+        ids[--kept] = ids[i];
+    }
+    c->n = c->n_vocab - kept;
+}
+
+/* Guesses what comes after its sequence by the last pass's logits; false if it is nothing the target knows. */
+static bool llm__model_draft_draw(llm__model_draft *d, int seq, const float *logits, llm_sampler *sampler,
+                                  llm_draft_guesses *g) {
+    int n_known = d->target->model->shape.n_vocab;
+    llm__choice choice =
+        llm__choose(d->ctx, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq), sampler);
+    float *q = g->q[g->n];
+    if (n_known < choice.n_vocab) llm__drop_unknown(&choice, d->ctx->candidates, n_known);
+    if (!choice.n) return false;
+    g->tokens[g->n++] = llm__draw_choice(&choice, sampler);
+    if (!q) return true;
+    memset(q, 0, (size_t)n_known * sizeof *q);
+    for (int i = choice.n_vocab - choice.n; i < choice.n_vocab; i++)
+        q[choice.ids[i]] = (float)(choice.p[choice.ids[i]] / choice.total);
+    return true;
+}
+
+/* Reads the last n_new tokens of the text, and guesses, reading each guess but the last. */
+static llm_status llm__model_draft_run(llm__model_draft *d, const llm_draft_request *r, int n_new,
+                                       llm_draft_guesses *g, llm_error *err) {
+    llm_sampler sampler = *r->sampler;
+    const llm_token *tokens = r->tokens + r->n_tokens - n_new;
+    g->has_q = g->q[0] != NULL;
+    if (g->has_q) sampler.seed = ~sampler.seed; /* numbers that the target does not use */
+    for (int i = 0; i < n_new; i++) {
+        if (tokens[i] >= d->ctx->model->shape.n_vocab) return LLM_OK; /* it cannot read that */
+        d->seqs[i] = r->seq;
+    }
+    while (g->n < r->n_wanted[0]) {
+        llm_batch batch = {n_new, tokens, d->seqs, NULL};
+        llm_status status = llm__forward(d->ctx, &batch, r->cancel, r->cancel_user, err);
+        if (status) return status;
+        if (!llm__model_draft_draw(d, r->seq, llm_logits(d->ctx, n_new - 1), &sampler, g)) break;
+        tokens = &g->tokens[g->n - 1];
+        n_new = 1;
+    }
+    return LLM_OK;
+}
+
+static llm_status llm__model_draft_propose(void *user, const llm_draft_request *r, llm_draft_guesses *g,
+                                           llm_error *err) {
+    llm__model_draft *d = (llm__model_draft *)user;
+    if (r->ctx != d->target) return llm__error(err, LLM_ERROR_ARGUMENT, "the draft was made for another context");
+    if (d->shares_cache) d->ctx->cache = d->target->cache;
+    llm_status status = llm__model_draft_run(d, r, llm__model_draft_align(d, r, r->n_wanted[0]), g, err);
+    if (!d->shares_cache) return status;
+    llm__cache_truncate(&d->ctx->cache, r->seq, r->n_tokens - 1);
+    d->target->cache = d->ctx->cache;
+    return status;
+}
+
+static void llm__model_draft_close(void *user) {
+    llm__model_draft *d = (llm__model_draft *)user;
+    llm_context_free(d->ctx);
+    llm__pool pool = d->pool;
+    llm__pool_free(&pool);
+}
+
+/* Do two vocabularies say the same, as far as both go? The longer may be padded. */
+static llm_status llm__check_vocabularies(const llm_tokenizer *a, const llm_tokenizer *b, llm_error *err) {
+    int n_a = llm_tokenizer_n_vocab(a), n_b = llm_tokenizer_n_vocab(b);
+    for (int i = 0; i < n_a && i < n_b; i++) {
+        llm__str x, y;
+        x.at = llm_token_bytes(a, i, &x.n);
+        y.at = llm_token_bytes(b, i, &y.n);
+        if (!llm__str_equal(x, y) || llm_token_is_special(a, i) != llm_token_is_special(b, i))
+            return llm__error(err, LLM_ERROR_ARGUMENT,
+                              "the draft has another vocabulary: its token %d is \"%.*s\"%s, the model's is \"%.*s\"%s", i,
+                              LLM__SHOW(y), llm_token_is_special(b, i) ? " (special)" : "", LLM__SHOW(x),
+                              llm_token_is_special(a, i) ? " (special)" : "");
+    }
+    return LLM_OK;
+}
+
+typedef struct llm__model_draft_args {
+    llm_context *target;
+    const llm_model *model;
+    llm__model_draft *draft;
+    llm_context *ctx; /* to be freed if something fails after it was made */
+} llm__model_draft_args;
+
+/* The draft's context: on the target's cache if that holds what the draft's own would, but for the type of the weights. */
+static llm_status llm__model_draft_context(llm__model_draft_args *a, bool *shares_cache, llm_error *err) {
+    const llm_model *model = a->model;
+    llm_context_desc desc = a->target->desc;
+    bool same_backend = model->backend == a->target->model->backend;
+    llm_status status = LLM_ERROR_UNSUPPORTED;
+    *shares_cache = same_backend && model->source == a->target->model->source;
+    desc.n_logits = 1;
+    if (*shares_cache) {
+        desc.n_batch = 1; /* it reads the last token, and then its own guesses */
+    } else {
+        desc.cache_dtype = LLM_DTYPE_DEFAULT;
+        desc.n_cache = 0;
+        if (model->info.n_ctx_train > 0 && model->info.n_ctx_train < desc.n_ctx) desc.n_ctx = model->info.n_ctx_train;
+    }
+    if (same_backend) status = llm__context_create(&a->ctx, model, &desc, a->target, *shares_cache, err);
+    if (status != LLM_ERROR_UNSUPPORTED) return status;
+    *shares_cache = false;
+    return llm__context_create(&a->ctx, model, &desc, NULL, false, err);
+}
+
+static void llm__model_draft_body(llm__env *env, void *arg) {
+    llm__model_draft_args *a = (llm__model_draft_args *)arg;
+    llm__model_draft *d = (llm__model_draft *)llm__alloc_zero(env, 1, sizeof *d);
+    llm_status status = llm__model_draft_context(a, &d->shares_cache, env->err);
+    if (status) {
+        env->status = status;
+        longjmp(env->unwind, 1);
+    }
+    d->target = a->target;
+    d->ctx = a->ctx;
+    d->starts = (int *)llm__alloc_zero(env, (size_t)d->ctx->desc.n_seq, sizeof(int));
+    d->seqs = (int *)llm__alloc(env, (size_t)d->ctx->desc.n_ctx, sizeof(int));
+    d->pool = *env->pool;
+    a->draft = d;
+}
+
+LLM_API llm_status llm_draft_model(llm_draft *out, llm_context *ctx, const llm_model *model, llm_error *err) {
+    llm__model_draft_args args = {ctx, model, NULL, NULL};
+    llm__pool pool;
+    llm__env env;
+    if (!out || !ctx || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out, ctx or model is NULL");
+    memset(out, 0, sizeof *out);
+    llm_status status = llm__check_vocabularies(ctx->model->tokenizer, model->tokenizer, err);
+    if (status) return status;
+    pool.host = ctx->desc.host;
+    pool.blocks = NULL;
+    env.pool = &pool;
+    env.err = err;
+    env.file = NULL;
+    status = llm__guarded(&env, llm__model_draft_body, &args);
+    if (status) {
+        llm_context_free(args.ctx);
+        llm__pool_free(&pool);
+        return status;
+    }
+    out->name = llm_dtype_name(model->info.dtype);
+    out->propose = llm__model_draft_propose;
+    out->close = llm__model_draft_close;
+    out->user = args.draft;
+    return LLM_OK;
+}
+
+LLM_API void llm_draft_free(llm_draft *draft) {
+    if (!draft) return;
+    if (draft->close) draft->close(draft->user);
+    memset(draft, 0, sizeof *draft);
+}
+
+/* ==== 16 Generation =============================================================================================
+
+   Prompt in, text out: encode, run what the cache does not hold yet, then sample, show and run one token at a time, or
+   several with a draft. */
 
 /* Text on its way to the host. What might be the beginning of a stop string waits until that is known. */
 typedef struct llm__outbox {
@@ -9658,6 +10255,7 @@ typedef struct llm__generate_args {
     llm_context *ctx;
     const llm_generate_desc *desc;
     llm_stats *stats;
+    llm__speculation speculation;
 } llm__generate_args;
 
 /* The prompt's tokens, allocated. */
@@ -9744,8 +10342,9 @@ static bool llm__seq_is_full(const llm_context *ctx, int seq) {
     return ctx->cache.lengths[seq] == ctx->desc.n_ctx || llm__cache_needs(&ctx->cache, seq, 1) > ctx->cache.n_free;
 }
 
-/* Shows a token and says whether something there ends the generation. */
-static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__outbox *box, llm_token token) {
+/* Shows a token and says whether something there ends the generation. `computed`: the token is in the cache already. */
+static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__outbox *box, llm_token token,
+                            bool computed) {
     const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
     llm_stats *stats = a->stats;
     size_t n_bytes = 0;
@@ -9760,19 +10359,43 @@ static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__out
         stats->stop = LLM_STOP_CALLBACK;
     } else if (stats->n_generated == a->desc->max_tokens) {
         stats->stop = LLM_STOP_LENGTH;
-    } else if (llm__seq_is_full(a->ctx, a->desc->seq)) {
+    } else if (!computed && llm__seq_is_full(a->ctx, a->desc->seq)) {
         stats->stop = LLM_STOP_CONTEXT;
     }
     return stats->stop != LLM_STOP_NONE;
 }
 
-/* One token through the model. */
-static llm_status llm__step(const llm__generate_args *a, llm_token token, llm_error *err) {
+/* The most guesses there is room for after a token, in the sequence and the cache, and use for. */
+static int llm__most_guesses(const llm__generate_args *a) {
+    const llm_context *ctx = a->ctx;
+    int seq = a->desc->seq, most = ctx->desc.n_ctx - ctx->cache.lengths[seq] - 1;
+    if (most > LLM_DRAFT_MOST) most = LLM_DRAFT_MOST;
+    if (a->desc->max_tokens > 0 && a->desc->max_tokens - a->stats->n_generated - 1 < most)
+        most = a->desc->max_tokens - a->stats->n_generated - 1;
+    while (most > 0 && llm__cache_needs(&ctx->cache, seq, most + 1) > ctx->cache.n_free) most--;
+    return most;
+}
+
+/* A token through the model, and after it the guesses that are worth it. */
+static llm_status llm__step(llm__generate_args *a, llm_token token, llm_error *err) {
     llm_context *ctx = a->ctx;
+    llm__speculation *sp = &a->speculation;
     const llm_model_info *info = &ctx->model->info;
-    llm_batch batch = {1, &token, &a->desc->seq, NULL};
-    llm_status status = llm__generate_forward(a, &batch, err);
+    llm_token tokens[LLM_DRAFT_MOST + 1];
+    int seqs[LLM_DRAFT_MOST + 1];
+    bool logits[LLM_DRAFT_MOST + 1];
+    llm_status status = llm__guess(sp, token, llm__most_guesses(a), err);
     if (status) return status;
+    for (int i = 0; i <= sp->n_checked; i++) {
+        tokens[i] = i ? sp->guesses.tokens[i - 1] : token;
+        seqs[i] = a->desc->seq;
+        logits[i] = true;
+    }
+    llm_batch batch = {sp->n_checked + 1, tokens, seqs, logits};
+    double start = llm__now();
+    status = llm__generate_forward(a, &batch, err);
+    if (status) return status;
+    llm__time_pass(sp, llm__now() - start);
     a->stats->n_decode_passes++;
     a->stats->decode_bytes +=
         info->weight_bytes_per_token + (uint64_t)llm_seq_length(ctx, a->desc->seq) *
@@ -9781,29 +10404,72 @@ static llm_status llm__step(const llm__generate_args *a, llm_token token, llm_er
     return LLM_OK;
 }
 
+/* Draws and shows tokens by the logits of the last pass, of which row `first` is the first that answers this sequence:
+   one, and another for each guess that was right. *token becomes the last of them, which has not been computed on; false
+   if something ends the generation. */
+static bool llm__take_tokens(llm__env *env, llm__generate_args *a, llm__outbox *box, int first, llm_token *token) {
+    llm__speculation *sp = &a->speculation;
+    int seq = a->desc->seq, length = a->ctx->cache.lengths[seq] - sp->n_checked, row = 0;
+    bool right, ended;
+    do {
+        *token = llm__draw_checked(sp, first, row, length + row, &right);
+        if (!right) llm__cache_truncate(&a->ctx->cache, seq, length + row);
+        ended = llm__token_stops(a, *token) || llm__show_token(env, a, box, *token, right);
+        row += right;
+    } while (right && !ended);
+    llm__count_pass(sp, row);
+    if (right) llm__cache_truncate(&a->ctx->cache, seq, length + row - 1); /* the end was guessed */
+    return !ended;
+}
+
+static void llm__start_speculation(llm__env *env, llm__generate_args *a, llm_sampler *sampler) {
+    const llm_generate_desc *d = a->desc;
+    const llm_context *ctx = a->ctx;
+    llm__speculation *sp = &a->speculation;
+    int n_logits = ctx->desc.n_logits < ctx->desc.n_batch ? ctx->desc.n_logits : ctx->desc.n_batch;
+    sp->draft = d->draft;
+    sp->ctx = a->ctx;
+    sp->seq = d->seq;
+    sp->sampler = sampler;
+    sp->cancel = d->cancel ? d->cancel : ctx->desc.cancel;
+    sp->cancel_user = d->cancel ? d->user : ctx->desc.cancel_user;
+    sp->stats = &a->stats->draft;
+    if (!d->draft) return;
+    if (!d->draft->propose || d->draft_max < 0)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "the draft has no function, or draft_max is negative");
+    if (n_logits < 2)
+        llm__fail(env, LLM_ERROR_ARGUMENT,
+                  "a draft is of use only in a context whose n_logits and n_batch are above 1: they are %d and %d",
+                  ctx->desc.n_logits, ctx->desc.n_batch);
+    sp->most = d->draft_max && d->draft_max < n_logits - 1 ? d->draft_max : n_logits - 1;
+    if (sp->most > LLM_DRAFT_MOST) sp->most = LLM_DRAFT_MOST;
+    for (int i = 0; i < sp->most && !d->draft_keeps_text && !llm__is_greedy(sampler); i++)
+        sp->q[i] = (float *)llm__alloc(env, (size_t)ctx->model->shape.n_vocab, sizeof(float));
+}
+
 static void llm__generate_body(llm__env *env, void *arg) {
     llm__generate_args *a = (llm__generate_args *)arg;
     llm_context *ctx = a->ctx;
     llm_sampler greedy, *sampler = a->desc->sampler ? a->desc->sampler : &greedy;
     llm__outbox box;
+    llm_token token;
     double start = llm__now();
-    int n, last;
+    int n;
     memset(&greedy, 0, sizeof greedy);
     memset(&box, 0, sizeof box);
     box.desc = a->desc;
     box.stop_index = -1;
     box.stream.started =
         !a->desc->messages; /* what continues a prompt does not begin a text: its first space is shown */
+    llm__start_speculation(env, a, sampler);
     llm_token *ids = llm__prompt_tokens(env, a, &n);
     llm_status status = llm__prefill(env, a, ids, n);
     a->stats->prefill_seconds = llm__now() - start;
     start = llm__now();
-    for (last = n - 1 - a->stats->n_reused; !status; last = 0) {
-        llm_token token = llm_sample(ctx, last, a->desc->seq, sampler);
-        if (llm__token_stops(a, token) || llm__show_token(env, a, &box, token)) break;
+    for (int first = n - 1 - a->stats->n_reused; !status && llm__take_tokens(env, a, &box, first, &token); first = 0)
         status = llm__step(a, token, env->err);
-    }
     a->stats->decode_seconds = llm__now() - start;
+    llm__find_speedup(&a->speculation, a->stats->n_generated - 1, a->stats->decode_seconds);
     if (status && status != LLM_ERROR_CANCELLED) {
         env->status = status;
         longjmp(env->unwind, 1);
@@ -9823,7 +10489,11 @@ LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc,
     if (!ctx || !desc) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or desc is NULL");
     llm_status status = llm__check_seq(ctx, desc->seq, err);
     if (status) return status;
-    llm__generate_args args = {ctx, desc, stats ? stats : &unwanted};
+    llm__generate_args args;
+    memset(&args, 0, sizeof args);
+    args.ctx = ctx;
+    args.desc = desc;
+    args.stats = stats ? stats : &unwanted;
     memset(args.stats, 0, sizeof *args.stats);
     pool.host = ctx->desc.host;
     pool.blocks = NULL;
