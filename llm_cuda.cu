@@ -8,7 +8,7 @@
         #include "llm.h"
         llm_model_desc desc = {.backend = llm_cuda_backend()};
 
-    It needs compute capability 8.0 (Ampere) or newer. Weights are bf16 or int8, the KV cache is bf16; residual stream, sums, softmax and
+    It runs every architecture llm.h does and needs compute capability 8.0 (Ampere) or newer. Weights are bf16 or int8, the KV cache is bf16; residual stream, sums, softmax and
     logits are f32. A row's logits do not depend on the other rows of a pass of up to 16 rows, to the bit; they differ
     from the CPU's in the last places of bf16.
 
@@ -112,6 +112,8 @@ static llm_status llm__queue_status(llm__queue *queue, llm_error *err) {
 
    Each stands beside C that does the same, for compilers of other machines. */
 
+static __host__ __device__ int llm__least(int a, int b) { return a < b ? a : b; }
+
 /* 16 bytes that nobody reads again soon: they go past the L1 cache. */
 static __device__ uint4 llm__load_once(const void *from) {
 #ifdef __CUDA_ARCH__
@@ -156,10 +158,9 @@ static __device__ float llm__dot_8(uint4 a, uint4 b) {
     return sum;
 }
 
-static __device__ uint4 llm__from_lane(uint4 v, int lane) {
-    return make_uint4(__shfl_sync(0xFFFFFFFFu, v.x, lane), __shfl_sync(0xFFFFFFFFu, v.y, lane),
-                      __shfl_sync(0xFFFFFFFFu, v.z, lane), __shfl_sync(0xFFFFFFFFu, v.w, lane));
-}
+typedef struct llm__factors {
+    uint4 upper, lower, column;
+} llm__factors;
 #endif
 
 /* A warp multiplies 16 rows by 8 columns over 32 values of k. With g = lane / 4 and t = lane % 4 a lane brings k = 8t ..
@@ -171,14 +172,14 @@ static __device__ void llm__multiply_32(float sums[4], uint4 upper, uint4 lower,
     llm__tensor_core(sums, upper.x, lower.x, upper.y, lower.y, column.x, column.y);
     llm__tensor_core(sums, upper.z, lower.z, upper.w, lower.w, column.z, column.w);
 #else
+    llm__factors own = {upper, lower, column};
+    const llm__factors *lanes = cuda_host_warp(own);
     int lane = (int)threadIdx.x % 32, first = lane / 4 * 4, left = lane % 4 * 8, right = left + 4;
     for (int t = 0; t < 4; t++) {
-        uint4 a = llm__from_lane(upper, first + t), b = llm__from_lane(lower, first + t);
-        uint4 c = llm__from_lane(column, left + t), d = llm__from_lane(column, right + t);
-        sums[0] += llm__dot_8(a, c);
-        sums[1] += llm__dot_8(a, d);
-        sums[2] += llm__dot_8(b, c);
-        sums[3] += llm__dot_8(b, d);
+        sums[0] += llm__dot_8(lanes[first + t].upper, lanes[left + t].column);
+        sums[1] += llm__dot_8(lanes[first + t].upper, lanes[right + t].column);
+        sums[2] += llm__dot_8(lanes[first + t].lower, lanes[left + t].column);
+        sums[3] += llm__dot_8(lanes[first + t].lower, lanes[right + t].column);
     }
 #endif
 }
@@ -280,6 +281,9 @@ typedef struct llm__qkv_store {
     uint16_t *q; /* [rows][n_heads][kv.stride] */
     const float *cosines, *sines; /* [rows][rope_dim / 2] */
     int n_heads, head_dim, rope_dim, layer;
+    const float *bias;            /* [(n_heads + 2 kv.n_heads) * head_dim]; NULL: none                          */
+    const float *q_norm, *k_norm; /* [head_dim]; NULL: heads do not go through an RMSNorm                       */
+    float eps;
 } llm__qkv_store;
 
 static __device__ void llm__store_dim(const llm__qkv_store *s, llm__rows rows, int row, int head, int dim, float value) {
@@ -325,7 +329,7 @@ static __device__ void llm__store_pair(const llm__qkv_store *s, llm__rows rows, 
    RMSNorm is folded in: whoever writes the residual stream x also writes bf16(x * norm weight), which the next product
    reads, and the squares of its 16 outputs; the product's end divides by the root of their mean. */
 
-typedef enum llm__ending { LLM__QKV, LLM__RESIDUAL, LLM__SWIGLU, LLM__LOGITS } llm__ending;
+typedef enum llm__ending { LLM__QKV, LLM__PLAIN, LLM__RESIDUAL, LLM__SWIGLU, LLM__LOGITS } llm__ending;
 
 typedef struct llm__product {
     llm__rows rows;
@@ -341,7 +345,7 @@ typedef struct llm__product {
     uint16_t *next_x;         /* [rows][next_stride]; with LLM__SWIGLU the products of the pairs   */
     int next_stride;
     float *next_squares;      /* [rows][blocks]                                                    */
-    float *logits;            /* LLM__LOGITS: [rows with logits][n]                                */
+    float *out;               /* LLM__PLAIN: [rows][n]; LLM__LOGITS: [rows with logits][n]         */
 } llm__product;
 
 /* The outputs of pair `pair` of block `block`; -1: there is none. */
@@ -360,8 +364,12 @@ static __device__ int llm__output(const llm__product &p, int block, int pair, in
     return i < p.n ? i : -1;
 }
 
-static __device__ void llm__end_qkv(const llm__product &p, int row, int pair, float a, float b) {
+static __device__ void llm__end_qkv(const llm__product &p, int row, int pair, int output_a, int output_b, float a, float b) {
     int blocks_per_head = ((p.store.head_dim + 1) / 2 + LLM__PAIRS - 1) / LLM__PAIRS, block = (int)blockIdx.x;
+    if (p.store.bias) {
+        a += p.store.bias[output_a];
+        b += output_b < 0 ? 0 : p.store.bias[output_b];
+    }
     llm__store_pair(&p.store, p.rows, row, block / blocks_per_head, block % blocks_per_head * LLM__PAIRS + pair, a, b);
 }
 
@@ -470,33 +478,34 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, 3) llm__fused_product(
     if (!wanted) return;
     sum_a *= scales[column];
     sum_b *= scales[column];
-    if (ENDING == LLM__QKV && a >= 0) llm__end_qkv(p, column, pair, sum_a, sum_b);
+    if (ENDING == LLM__QKV && a >= 0) llm__end_qkv(p, column, pair, a, b, sum_a, sum_b);
     if (ENDING == LLM__SWIGLU && a >= 0) p.next_x[(size_t)column * p.next_stride + a] = llm__to_bf16(llm__silu(sum_a) * sum_b);
-    if (ENDING == LLM__LOGITS && a >= 0) p.logits[(size_t)column * p.n + a] = sum_a;
-    if (ENDING == LLM__LOGITS && b >= 0) p.logits[(size_t)column * p.n + b] = sum_b;
-}
-
-/* The angles by which RoPE turns a row; in double, because positions are large. */
-static __device__ void llm__find_angles(llm__rows rows, int row, const double *frequencies, int half, float *cosines, float *sines) {
-    for (int i = (int)threadIdx.x; i < half; i += (int)blockDim.x) {
-        double sine, cosine;
-        sincos(rows.positions[row] * frequencies[i], &sine, &cosine);
-        cosines[row * half + i] = (float)cosine;
-        sines[row * half + i] = (float)sine;
-    }
+    if (ENDING != LLM__PLAIN && ENDING != LLM__LOGITS) return;
+    if (a >= 0) p.out[(size_t)column * p.n + a] = sum_a;
+    if (b >= 0) p.out[(size_t)column * p.n + b] = sum_b;
 }
 
 typedef struct llm__start {
     llm__rows rows;
     llm__gpu_matrix embedding; /* [n_vocab][n_embd] */
     const double *frequencies;
-    float *cosines, *sines;
+    float *cosines, *sines, rope_scale;
     int n_embd, half;
     float *x;                  /* [rows][n_embd] */
     const float *next_norm;    /* as of llm__product; NULL in the plain pass */
     uint16_t *next_x;
     float *next_squares;
 } llm__start;
+
+/* The angles by which RoPE turns a row; in double, because positions are large. */
+static __device__ void llm__find_angles(const llm__start &s, int row) {
+    for (int i = (int)threadIdx.x; i < s.half; i += (int)blockDim.x) {
+        double sine, cosine;
+        sincos(s.rows.positions[row] * s.frequencies[i], &sine, &cosine);
+        s.cosines[row * s.half + i] = (float)cosine * s.rope_scale;
+        s.sines[row * s.half + i] = (float)sine * s.rope_scale;
+    }
+}
 
 static __device__ float llm__element(llm__gpu_matrix m, int row, int i) {
     const uint8_t *from = m.data + row * llm__row_bytes(m);
@@ -507,7 +516,7 @@ static __device__ float llm__element(llm__gpu_matrix m, int row, int i) {
 static __global__ void llm__embed(llm__start s) {
     int row = (int)blockIdx.x, n_squares = (s.n_embd + 15) / 16;
     if (row >= s.rows.counts[0]) return;
-    llm__find_angles(s.rows, row, s.frequencies, s.half, s.cosines, s.sines);
+    llm__find_angles(s, row);
     for (int i = (int)threadIdx.x; i < n_squares; i += (int)blockDim.x) {
         float square = 0;
         for (int j = 16 * i; j < 16 * i + 16 && j < s.n_embd; j++) {
@@ -534,6 +543,7 @@ typedef struct llm__attend {
     const uint16_t *q;   /* [rows][n_heads][kv.stride]                                           */
     uint16_t *out;       /* [rows][out_stride]                                                   */
     int out_stride, n_heads, head_dim, layer;
+    int window;          /* positions a query sees, its own included; 0: all before it                */
     float scale;         /* of scores: log2(e) / sqrt(head_dim)                                  */
     int span;            /* keys in a span; 0: tiles of several rows, whose keys are not cut     */
     float *partial;      /* [row][key head][LLM__MOST_SPANS][group][kv.stride + 2]: the answer of a span, its maximum and sum */
@@ -546,8 +556,13 @@ struct llm__tile {
     float scores[COLUMNS][LLM__STEP + 1];
     alignas(16) uint16_t weights[COLUMNS][LLM__STEP + 8];
     float max[COLUMNS], sum[COLUMNS], shrink[COLUMNS];
-    int last_key[COLUMNS];
+    int first_key[COLUMNS], last_key[COLUMNS];
 };
+
+/* The first key that a query at this position sees. */
+static __device__ int llm__first_key(const llm__attend &a, int position) {
+    return a.window && position >= a.window ? position - a.window + 1 : 0;
+}
 
 /* The scores of 16 keys, from `key` on, by one warp. */
 template <int COLUMNS>
@@ -571,7 +586,7 @@ static __device__ void llm__score(const llm__attend &a, llm__tile<COLUMNS> *tile
     for (int j = 0; j < COLUMNS / 8; j++)
         for (int i = 0; i < 4; i++) {
             int column = 8 * j + 2 * t + i % 2, at = g + i / 2 * 8;
-            bool seen = key + at < end && column < n_columns && key + at <= tile->last_key[column];
+            bool seen = key + at < end && key + at >= tile->first_key[column] && key + at <= tile->last_key[column];
             tile->scores[column][place + at] = seen ? sums[j][i] * a.scale : -INFINITY;
         }
 }
@@ -637,6 +652,7 @@ static __device__ void llm__attend_span(const llm__attend &a, llm__tile<COLUMNS>
         tile->sum[i] = 0;
         tile->shrink[i] = 0;
         tile->last_key[i] = i < n_columns ? a.rows.positions[first_row + i / group] : -1;
+        tile->first_key[i] = llm__first_key(a, tile->last_key[i]);
         for (int j = 0; i >= n_columns && j < LLM__STEP; j++) tile->weights[i][j] = 0;
     }
     __syncthreads();
@@ -666,14 +682,14 @@ static __device__ void llm__attend_span(const llm__attend &a, llm__tile<COLUMNS>
     __syncthreads();
 }
 
-/* Joins the spans of one row, in order. */
-static __device__ void llm__join_spans(const llm__attend &a, int row, int n_spans) {
+/* Joins spans [first, n_spans) of one row, in order. */
+static __device__ void llm__join_spans(const llm__attend &a, int row, int first, int n_spans) {
     int group = a.n_heads / a.kv.n_heads;
     for (int i = (int)threadIdx.x; i < group * a.head_dim; i += (int)blockDim.x) {
         int in_group = i / a.head_dim, dim = i % a.head_dim;
         float max = -INFINITY, sum = 0, answer = 0;
-        for (int span = 0; span < n_spans; span++) max = fmaxf(max, __ldcg(llm__partial(a, row, span, in_group) + a.kv.stride));
-        for (int span = 0; span < n_spans; span++) {
+        for (int span = first; span < n_spans; span++) max = fmaxf(max, __ldcg(llm__partial(a, row, span, in_group) + a.kv.stride));
+        for (int span = first; span < n_spans; span++) {
             const float *from = llm__partial(a, row, span, in_group);
             float weight = exp2f(__ldcg(from + a.kv.stride) - max);
             sum += __ldcg(from + a.kv.stride + 1) * weight;
@@ -694,22 +710,25 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, 2) llm__fused_a
     if ((int)blockIdx.z >= n_tiles) return;
     if (!a.span) {
         int i = n_tiles - 1 - (int)blockIdx.z, first = a.rows.tile_first[i], n = a.rows.tile_rows[i]; /* the longest first */
-        llm__attend_span<COLUMNS, DIMS>(a, &tile, first, n * group, 0, 0, a.rows.positions[first + n - 1] + 1, true);
+        int begin = llm__first_key(a, a.rows.positions[first]) / LLM__STEP * LLM__STEP;
+        llm__attend_span<COLUMNS, DIMS>(a, &tile, first, n * group, 0, begin, a.rows.positions[first + n - 1] + 1, true);
         return;
     }
     int row = (int)blockIdx.z, n_keys = a.rows.positions[row] + 1, n_spans = (n_keys + a.span - 1) / a.span;
-    for (int span = (int)blockIdx.x; span < n_spans; span += (int)gridDim.x) {
-        int begin = span * a.span, end = begin + a.span < n_keys ? begin + a.span : n_keys;
-        llm__attend_span<COLUMNS, DIMS>(a, &tile, row, group, span, begin, end, n_spans == 1);
-        if (n_spans == 1) return;
+    int first_step = llm__first_key(a, n_keys - 1) / LLM__STEP * LLM__STEP, first_span = first_step / a.span;
+    for (int span = first_span + (int)blockIdx.x; span < n_spans; span += (int)gridDim.x) {
+        int begin = span == first_span ? first_step : span * a.span, end = llm__least((span + 1) * a.span, n_keys);
+        bool whole = n_spans - first_span == 1;
+        llm__attend_span<COLUMNS, DIMS>(a, &tile, row, group, span, begin, end, whole);
+        if (whole) return;
         if (threadIdx.x == 0) {
             __threadfence(); /* after the barrier at the span's end: the whole block's writes come before the count */
-            is_last = atomicAdd(&a.n_done[row * a.kv.n_heads + (int)blockIdx.y], 1u) + 1 == (unsigned)n_spans;
+            is_last = atomicAdd(&a.n_done[row * a.kv.n_heads + (int)blockIdx.y], 1u) + 1 == (unsigned)(n_spans - first_span);
             __threadfence();
         }
         __syncthreads();
         if (!is_last) continue;
-        llm__join_spans(a, row, n_spans);
+        llm__join_spans(a, row, first_span, n_spans);
         if (threadIdx.x == 0) a.n_done[row * a.kv.n_heads + (int)blockIdx.y] = 0;
         return;
     }
@@ -760,13 +779,39 @@ static __global__ void llm__scale(const float *sums, const float *scales, int n,
     if (i < n) y[at] = (add ? y[at] : 0) + sums[at] * scales[i];
 }
 
-/* Turns queries and keys and puts all three in place; a block a row, a thread a pair of dimensions of a head. */
+/* One head's query, key or value before RoPE. */
+typedef struct llm__head {
+    const float *from, *bias, *norm; /* [head_dim]; the last two may be NULL */
+    float scale;                     /* 1 / sqrt(mean(x^2) + eps), with norm */
+} llm__head;
+
+static __device__ float llm__head_dim(const llm__head &h, int dim) {
+    float x = h.from[dim] + (h.bias ? h.bias[dim] : 0);
+    return h.norm ? x * h.scale * h.norm[dim] : x;
+}
+
+static __device__ llm__head llm__find_head(const llm__qkv_store &s, const float *qkv, int row, int head) {
+    int n_heads = s.n_heads + 2 * s.kv.n_heads;
+    const float *norm = head < s.n_heads ? s.q_norm : head < s.n_heads + s.kv.n_heads ? s.k_norm : NULL;
+    llm__head h = {qkv + ((size_t)row * n_heads + head) * s.head_dim, s.bias ? s.bias + head * s.head_dim : NULL, NULL, 0};
+    if (!norm) return h;
+    float sum = 0;
+    for (int dim = (int)threadIdx.x % 32; dim < s.head_dim; dim += 32) sum += llm__head_dim(h, dim) * llm__head_dim(h, dim);
+    h.scale = 1.0f / sqrtf(llm__warp_sum(sum) / (float)s.head_dim + s.eps);
+    h.norm = norm;
+    return h;
+}
+
+/* Adds the bias, norms and turns queries and keys, and puts all three in place; a warp a head of a row. */
 static __global__ void llm__rope(llm__rows rows, llm__qkv_store s, const float *qkv) {
-    int row = (int)blockIdx.x, n_heads = s.n_heads + 2 * s.kv.n_heads, n_pairs = (s.head_dim + 1) / 2;
-    for (int i = (int)threadIdx.x; i < n_heads * n_pairs; i += (int)blockDim.x) {
-        int head = i / n_pairs, pair = i % n_pairs, second = llm__pair_dim(pair, s.rope_dim, 1);
-        const float *from = qkv + ((size_t)row * n_heads + head) * s.head_dim;
-        llm__store_pair(&s, rows, row, head, pair, from[llm__pair_dim(pair, s.rope_dim, 0)], second < s.head_dim ? from[second] : 0);
+    int lane = (int)threadIdx.x % 32, head = (int)(blockIdx.x * blockDim.x + threadIdx.x) / 32, row = (int)blockIdx.y;
+    llm__let_next_start();
+    llm__wait_for_previous();
+    if (head >= s.n_heads + 2 * s.kv.n_heads || row >= rows.counts[0]) return;
+    llm__head h = llm__find_head(s, qkv, row, head);
+    for (int pair = lane; pair < (s.head_dim + 1) / 2; pair += 32) {
+        int first = llm__pair_dim(pair, s.rope_dim, 0), second = llm__pair_dim(pair, s.rope_dim, 1);
+        llm__store_pair(&s, rows, row, head, pair, llm__head_dim(h, first), second < s.head_dim ? llm__head_dim(h, second) : 0);
     }
 }
 
@@ -778,13 +823,14 @@ static __global__ void llm__plain_attention(llm__attend a) {
     const uint16_t *q = a.q + ((size_t)row * a.n_heads + head) * a.kv.stride;
     float max = -INFINITY, sum = 0;
     for (int dim = lane; dim < a.head_dim; dim += 32) answer[dim] = 0;
-    for (int first = 0; first < n_keys; first += LLM_BLOCK) {
+    int first_key = llm__first_key(a, n_keys - 1);
+    for (int first = first_key / LLM_BLOCK * LLM_BLOCK; first < n_keys; first += LLM_BLOCK) {
         int block = llm__table(a.rows, row)[first / LLM_BLOCK];
         const uint16_t *key = llm__keys(a.kv, block, a.layer, key_head) + (size_t)lane * a.kv.stride;
         const uint16_t *values = llm__values(a.kv, block, a.layer, key_head);
         float score = 0;
         for (int dim = 0; dim < a.head_dim; dim++) score += llm__from_bf16(q[dim]) * llm__from_bf16(key[dim]);
-        score = first + lane < n_keys ? score * a.scale : -INFINITY;
+        score = first + lane >= first_key && first + lane < n_keys ? score * a.scale : -INFINITY;
         float new_max = fmaxf(max, llm__warp_max(score)), shrink = exp2f(max - new_max), weight = exp2f(score - new_max);
         sum = sum * shrink + llm__warp_sum(weight);
         max = new_max;
@@ -838,6 +884,7 @@ static __global__ void llm__read_all(const uint8_t *data, size_t n_vectors, unsi
 
 typedef struct llm__gpu_layer {
     float *attention_norm, *ffn_norm;
+    float *qkv_bias, *q_norm, *k_norm; /* NULL: the model has none */
     llm__gpu_matrix qkv, attention_out, gate_up, down;
 } llm__gpu_layer;
 
@@ -936,10 +983,7 @@ static llm_status llm__open_gpu(llm__gpu_model *m, const llm_model_desc *desc, l
 }
 
 static llm_status llm__gpu_open(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_cuda_mode mode, llm_error *err) {
-    const char *unknown = shape->qkv_bias ? "a bias on queries, keys and values" : shape->qk_norm ? "norms of queries and keys"
-                          : shape->window ? "a sliding window" : shape->rope_scale != 1 ? "scaled rotary cosines" : NULL;
     *out = NULL;
-    if (unknown) return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "the model has %s, which this backend does not run; the CPU does", unknown);
     llm__gpu_model *m = (llm__gpu_model *)llm__host_zero(&desc->host, sizeof *m, err);
     *out = m;
     if (!m) return LLM_ERROR_MEMORY;
@@ -976,8 +1020,8 @@ static void llm__gpu_close(void *model) {
         llm__gpu_layer *layer = &m->layers[i];
         llm__gpu_matrix matrices[] = {layer->qkv, layer->attention_out, layer->gate_up, layer->down};
         for (int j = 0; j < 4; j++) llm__free_matrix(matrices[j]);
-        cudaFree(layer->attention_norm);
-        cudaFree(layer->ffn_norm);
+        float *vectors[] = {layer->attention_norm, layer->ffn_norm, layer->qkv_bias, layer->q_norm, layer->k_norm};
+        for (int j = 0; j < 5; j++) cudaFree(vectors[j]);
     }
     if (m->head.data != m->embedding.data) llm__free_matrix(m->head);
     llm__free_matrix(m->embedding);
@@ -1084,15 +1128,16 @@ static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_weight *weight
     return status;
 }
 
+/* A row, or a column. */
 static llm_status llm__upload_vector(llm__gpu_model *m, const llm_weight *weight, float **vector, llm_error *err) {
-    size_t bytes = (size_t)weight->cols * sizeof(float);
+    size_t bytes = (size_t)weight->rows * (size_t)weight->cols * sizeof(float);
     LLM__TRY(cudaMalloc((void **)vector, bytes));
     float *row = (float *)llm__host_zero(&m->host, bytes, err);
     if (!row) return LLM_ERROR_MEMORY;
-    weight->read_row(weight, 0, row);
+    for (int i = 0; i < weight->rows; i++) weight->read_row(weight, i, row + (size_t)i * (size_t)weight->cols);
     cudaError_t result = llm__copy_in(m, *vector, row, bytes);
     llm__host_resize(&m->host, row, 0);
-    return llm__cuda_check(result, "copying a norm's weights to the GPU", err);
+    return llm__cuda_check(result, "copying a vector to the GPU", err);
 }
 
 static llm_status llm__gpu_upload(void *model, const llm_weight *w, llm_error *err) {
@@ -1102,6 +1147,9 @@ static llm_status llm__gpu_upload(void *model, const llm_weight *w, llm_error *e
     switch (w->kind) {
     case LLM_WEIGHT_EMBEDDING: status = llm__upload_matrix(m, w, &m->embedding, err); break;
     case LLM_WEIGHT_ATTENTION_NORM: return llm__upload_vector(m, w, &layer->attention_norm, err);
+    case LLM_WEIGHT_QKV_BIAS: return llm__upload_vector(m, w, &layer->qkv_bias, err);
+    case LLM_WEIGHT_Q_NORM: return llm__upload_vector(m, w, &layer->q_norm, err);
+    case LLM_WEIGHT_K_NORM: return llm__upload_vector(m, w, &layer->k_norm, err);
     case LLM_WEIGHT_QKV: return llm__upload_matrix(m, w, &layer->qkv, err);
     case LLM_WEIGHT_ATTENTION_OUT: return llm__upload_matrix(m, w, &layer->attention_out, err);
     case LLM_WEIGHT_FFN_NORM: return llm__upload_vector(m, w, &layer->ffn_norm, err);
@@ -1109,8 +1157,6 @@ static llm_status llm__gpu_upload(void *model, const llm_weight *w, llm_error *e
     case LLM_WEIGHT_DOWN: return llm__upload_matrix(m, w, &layer->down, err);
     case LLM_WEIGHT_OUTPUT_NORM: return llm__upload_vector(m, w, &m->output_norm, err);
     case LLM_WEIGHT_HEAD: return llm__upload_matrix(m, w, &m->head, err);
-    case LLM_WEIGHT_QKV_BIAS: case LLM_WEIGHT_Q_NORM: case LLM_WEIGHT_K_NORM:
-        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "biases and norms of queries and keys are not run on the GPU");
     }
     if (m->shape.tied_head) m->head = m->embedding;
     return status;
@@ -1149,8 +1195,6 @@ typedef struct llm__gpu_context {
     uint16_t *widened;               /* a piece of a matrix                                       */
     cudaGraphExec_t graphs[LLM__BUCKETS];
 } llm__gpu_context;
-
-static int llm__least(int a, int b) { return a < b ? a : b; }
 
 /* Whole rows of at most 64 MB; at least one. */
 static size_t llm__widest_piece(const llm_shape *s) {
@@ -1351,7 +1395,8 @@ static int llm__send_rows(llm__gpu_context *c, const llm_pass *pass, int capacit
 
 static llm__start llm__make_start(const llm__gpu_context *c, llm__rows rows, bool fused) {
     const llm__gpu_model *m = c->model;
-    llm__start s = {rows, m->embedding, m->frequencies, c->cosines, c->sines, m->shape.n_embd, m->shape.rope_dim / 2, c->x, NULL, NULL, NULL};
+    llm__start s = {rows, m->embedding, m->frequencies, c->cosines, c->sines, m->shape.rope_scale, m->shape.n_embd, m->shape.rope_dim / 2,
+                    c->x, NULL, NULL, NULL};
     if (!fused) return s;
     s.next_norm = m->layers[0].attention_norm;
     s.next_x = c->normed;
@@ -1361,7 +1406,9 @@ static llm__start llm__make_start(const llm__gpu_context *c, llm__rows rows, boo
 
 static llm__qkv_store llm__make_store(const llm__gpu_context *c, int layer) {
     const llm_shape *s = &c->model->shape;
-    llm__qkv_store store = {c->kv, c->q, c->cosines, c->sines, s->n_heads, s->head_dim, s->rope_dim, layer};
+    const llm__gpu_layer *l = &c->model->layers[layer];
+    llm__qkv_store store = {c->kv, c->q, c->cosines, c->sines, s->n_heads, s->head_dim, s->rope_dim, layer, l->qkv_bias, l->q_norm,
+                            l->k_norm, s->rms_eps};
     return store;
 }
 
@@ -1378,6 +1425,7 @@ static llm__attend llm__make_attend(const llm__gpu_context *c, llm__rows rows, i
     a.n_heads = s->n_heads;
     a.head_dim = s->head_dim;
     a.layer = layer;
+    a.window = s->window;
     a.scale = (float)(1.4426950408889634 / sqrt((double)s->head_dim));
     a.span = in_spans ? llm__pad((c->desc.blocks_per_seq * LLM_BLOCK + LLM__MOST_SPANS - 1) / LLM__MOST_SPANS, LLM__STEP) : 0;
     a.partial = c->partial;
@@ -1400,7 +1448,7 @@ static llm__attention_fn llm__choose_attention(int n_columns, int head_stride) {
 
 static bool llm__is_cancelled(const llm_pass *pass) { return pass->cancel && pass->cancel(pass->cancel_user); }
 
-/* ---- Up to 16 rows: five kernels a layer ---- */
+/* ---- Up to 16 rows: five kernels a layer, six with norms of queries and keys ---- */
 
 typedef void (*llm__product_fn)(llm__product);
 
@@ -1441,6 +1489,12 @@ static void llm__fused_residual(llm__gpu_context *c, llm__rows rows, int bucket,
     llm__run_product<LLM__RESIDUAL>(c, "the product into the residual stream", c->sizes.n_squares, bucket, p);
 }
 
+static void llm__run_rope(llm__gpu_context *c, int overlap, llm__rows rows, int n_rows, int layer) {
+    const llm_shape *s = &c->model->shape;
+    llm__launch(&c->queue, overlap, "RoPE", dim3((unsigned)(s->n_heads + 2 * s->n_kv_heads + 3) / 4, (unsigned)n_rows), 128, llm__rope, rows,
+                llm__make_store(c, layer), c->wide);
+}
+
 static void llm__fused_layer(llm__gpu_context *c, llm__rows rows, int bucket, int layer) {
     const llm__gpu_model *m = c->model;
     const llm_shape *s = &m->shape;
@@ -1450,7 +1504,13 @@ static void llm__fused_layer(llm__gpu_context *c, llm__rows rows, int bucket, in
 
     llm__product qkv = llm__make_product(c, rows, l->qkv, c->normed);
     qkv.store = llm__make_store(c, layer);
-    llm__run_product<LLM__QKV>(c, "queries, keys and values", (s->n_heads + 2 * s->n_kv_heads) * blocks_per_head, bucket, qkv);
+    qkv.out = c->wide;
+    if (s->qk_norm) { /* of whole heads, which are more than one block's outputs */
+        llm__run_product<LLM__PLAIN>(c, "queries, keys and values", (qkv.n + 15) / 16, bucket, qkv);
+        llm__run_rope(c, LLM__OVERLAP, rows, bucket, layer);
+    } else {
+        llm__run_product<LLM__QKV>(c, "queries, keys and values", (s->n_heads + 2 * s->n_kv_heads) * blocks_per_head, bucket, qkv);
+    }
 
     /* About four blocks for every processor, over all spans that there could be. */
     int most_spans = llm__least(c->desc.blocks_per_seq / 2 + 1, LLM__MOST_SPANS), blocks = 4 * m->n_processors / (s->n_kv_heads * bucket) + 1;
@@ -1474,7 +1534,7 @@ static void llm__fused_pass(llm__gpu_context *c, int bucket) {
     llm__launch(&c->queue, LLM__SERIAL, "the embedding", dim3((unsigned)bucket), 256, llm__embed, llm__make_start(c, rows, true));
     for (int layer = 0; layer < c->model->shape.n_layers; layer++) llm__fused_layer(c, rows, bucket, layer);
     llm__product head = llm__make_product(c, rows, c->model->head, c->normed);
-    head.logits = c->logits;
+    head.out = c->logits;
     llm__run_product<LLM__LOGITS>(c, "the logits", (head.n + 15) / 16, bucket, head);
 }
 
@@ -1571,7 +1631,7 @@ static bool llm__plain_forward(llm__gpu_context *c, const llm_pass *pass) {
         if (llm__is_cancelled(pass)) return false;
         llm__plain_norm(c, x, l->attention_norm, n);
         llm__plain_product(c, l->qkv, c->normed, n, c->wide, false);
-        llm__launch(&c->queue, LLM__SERIAL, "RoPE", dim3((unsigned)n), 256, llm__rope, rows, llm__make_store(c, layer), c->wide);
+        llm__run_rope(c, LLM__SERIAL, rows, n, layer);
         if (layer == s->n_layers - 1 && pass->n_logits == 0) return true;
         llm__run_attention(c, rows, n, n_tiles, layer);
         if (layer == s->n_layers - 1) {
