@@ -132,10 +132,11 @@ typedef enum llm_dtype {
     LLM_DTYPE_F32,
     LLM_DTYPE_BF16,
     LLM_DTYPE_INT8, /* per output channel: q = round(127 w / max|row|)                             */
-    LLM_DTYPE_INT4  /* in groups of 32 with scale and minimum; Q4_0, Q4_1 and Q8_0 tensors exactly */
+    LLM_DTYPE_INT4, /* in groups of 32 with scale and minimum; Q4_0, Q4_1 and Q8_0 tensors exactly */
+    LLM_DTYPE_F16   /* as F16 files have them; activations stay f32                                */
 } llm_dtype;
 
-/* "f32", "bf16", "int8", "int4"; NULL and LLM_DTYPE_DEFAULT for what is none of them. */
+/* "f32", "bf16", "int8", "int4", "f16"; NULL and LLM_DTYPE_DEFAULT for what is none of them. */
 LLM_API const char *llm_dtype_name(llm_dtype dtype);
 LLM_API llm_dtype llm_dtype_from_name(const char *name);
 
@@ -251,7 +252,7 @@ typedef struct llm_context_desc {
     int n_batch;           /* tokens computed in one pass; longer batches take several; 0: 512                       */
     int n_logits;          /* rows of logits one llm_forward can return; 0: n_seq                                    */
     int n_threads;         /* 0: one per physical core                                                               */
-    llm_dtype cache_dtype; /* type of the KV cache; 0: bf16 for bf16 weights, else f32                            */
+    llm_dtype cache_dtype; /* type of the KV cache: f32, bf16, int8; 0: f32 for f32 and f16 weights, else bf16       */
     bool (*cancel)(void *user); /* polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED       */
     void *cancel_user;
     /* The host's own threads instead of ours: must run task(arg, i) for i = 0 .. n-1 all at the same time (tasks
@@ -6076,16 +6077,18 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
    instruction set supplies the vectors, and the text below is compiled for each. The scalar set is the definition.
 
    A product of activations x and weights w comes in two kinds:
-     f32    one chain:  y = fma(x[k], w[k], y)  for k = 0, 1, 2 ...
+     f32    one chain:  y = fma(x[k], w[k], y)  for k = 0, 1, 2 ...   f16 weights likewise
      bf16   as the matrix unit instruction TDPBF16PS sums: x and w are bf16; for each 32 consecutive k,
                 e = fma(x[k], w[k], e) over the even k,  o likewise over the odd k,  both from 0;   y = y + (e + o).
      int8   the same sums over whole numbers, which bf16 holds exactly, and at the end  y = y + sum * scale[output].
      groups of 32 whole numbers with scale d and minimum m:  y = fma(d, e + o, y),  then  y = fma(m, sum of x, y).
    k is padded with zeros to a multiple of 32. Weights lie in tiles of 16 outputs, so that a vector holds the same k of
    16 outputs and each lane computes one output in just this order:
-     f32    [k][16]             bf16   [k/2][16][2]            int8   [k][16], then f32 scale[16]
+     f32, f16  [k][16]          bf16   [k/2][16][2]            int8   [k][16], then f32 scale[16]
      int8 in groups: for each group [32][16], then f16 d[16], m[16];  int4: [4][16] words of 8 numbers, d[16], m[16]
-   A block of the KV cache is two such tiles: keys with k along the head, values with k along the positions.
+   A block of the KV cache is such tiles: keys with k along the head, values with k along the positions. In an int8
+   cache a position's key, or value, has one scale: the keys' tiles hold it; that of the values stands behind their
+   tiles, whose own scales are 1, and is multiplied into the softmax weights, which are rounded to bf16 again.
 
    Other sums (RMSNorm, softmax) run in 16 lanes, element i in lane i % 16, and end in one tree: lane i takes lane
    i + 8, then i + 4, i + 2, i + 1. Denormal results become zero. exp is the polynomial below. FMA is written where it
@@ -6099,6 +6102,7 @@ typedef enum llm__kind {
     LLM__W_INT8,
     LLM__W_INT8_GROUPS,
     LLM__W_INT4_GROUPS,
+    LLM__W_F16,
     LLM__W_KINDS
 } llm__kind;
 
@@ -6156,6 +6160,7 @@ typedef struct llm__kernels {
     /* y = x * factor, rounded to bf16 if `round`. */
     void (*scale)(const float *x, float factor, int n, bool round, float *y);
     void (*add)(float *y, const float *x, int n); /* y += x */
+    void (*weigh)(float *y, const float *x, int n); /* y = y * x, rounded to bf16; n is a multiple of 16 */
     /* Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given. */
     void (*rope)(float *x, const float *cosines, const float *sines, int half);
     /* The limits benchmarks compare with: reads n bytes and does nothing with them; does n times 2 * 16 * 12 floating-
@@ -6168,7 +6173,7 @@ typedef struct llm__kernels {
     /* Rows that are rounded to bf16 become blocks [rows / 16][k / 32][16][32]; what is missing of 16 rows is zero. */
     void (*pack_rows)(const float *x, size_t x_stride, int rows, int k, uint8_t *a);
     void (*tile_product)(const llm__tile_product *p);
-    void (*panel)(llm__kind kind, const llm__panel *p); /* all kinds but f32 */
+    void (*panel)(llm__kind kind, const llm__panel *p); /* all kinds but f32 and f16 */
     uint32_t (*tile_multiply)(size_t n);                /* n times 2 * 4 * 16 * 16 * 32 operations */
 } llm__kernels;
 
@@ -6641,12 +6646,12 @@ LLM__INLINE float v_hmax(V a) {
 #endif
 
 /* ROWS rows at once, so that a weight once loaded serves them all. ROWS is a constant where this is inlined. */
-LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const float *x, size_t x_stride, const float *w, int k, float *y,
-                                   size_t y_stride) {
+LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const bool HALF, const float *x, size_t x_stride, const void *w, int k,
+                                   float *y, size_t y_stride) {
     V sum[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_load(y + (size_t)r * y_stride);
     for (int i = 0; i < k; i++) {
-        V wi = v_load(w + (size_t)i * 16);
+        V wi = HALF ? v_half((const uint16_t *)w + (size_t)i * 16) : v_load((const float *)w + (size_t)i * 16);
         LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] =
             v_fma(v_splat(x[(size_t)r * x_stride + (size_t)i]), wi, sum[r]);
     }
@@ -6718,7 +6723,8 @@ LLM__INLINE void LLM__FN(group_rows)(const int ROWS, const llm__kind KIND, const
 LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
                                     const float *x_sums, const void *tile, int k, float *y, size_t y_stride) {
     const uint8_t *w = (const uint8_t *)tile;
-    if (KIND == LLM__W_F32) LLM__FN(f32_rows)(ROWS, x, x_stride, (const float *)tile, k, y, y_stride);
+    if (KIND == LLM__W_F32 || KIND == LLM__W_F16)
+        LLM__FN(f32_rows)(ROWS, KIND == LLM__W_F16, x, x_stride, tile, k, y, y_stride);
     else if (KIND == LLM__W_BF16 || KIND == LLM__W_INT8)
         LLM__FN(plain_rows)(ROWS, KIND, x, x_stride, w, k, y, y_stride);
     else LLM__FN(group_rows)(ROWS, KIND, x, x_stride, x_sums, w, k, y, y_stride);
@@ -6737,6 +6743,7 @@ LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x
     const bool GROUPS = KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS;
     if (LLM__MOST_ROWS > 4) LLM__ROWS_BY(8)
     if (LLM__MOST_ROWS > 2) LLM__ROWS_BY(4)
+    if (LLM__MOST_ROWS > 2) LLM__ROWS_BY(3) /* query heads to a key head in the default model */
     if (LLM__MOST_ROWS > 1) LLM__ROWS_BY(2)
     LLM__ROWS_BY(1)
 }
@@ -6752,6 +6759,7 @@ LLM__PRODUCT(product_bf16, LLM__W_BF16)
 LLM__PRODUCT(product_int8, LLM__W_INT8)
 LLM__PRODUCT(product_int8_groups, LLM__W_INT8_GROUPS)
 LLM__PRODUCT(product_int4_groups, LLM__W_INT4_GROUPS)
+LLM__PRODUCT(product_f16, LLM__W_F16)
 #undef LLM__PRODUCT
 
 LLM__TARGET static void LLM__FN(group_sums)(const float *x, int k, float *sums) {
@@ -6843,6 +6851,10 @@ LLM__TARGET static void LLM__FN(add)(float *y, const float *x, int n) {
     for (int i = 0; i < n; i += 16)
         LLM__FN(store_part)
         (y + i, v_add(LLM__FN(load_part)(y + i, n - i), LLM__FN(load_part)(x + i, n - i)), n - i, false);
+}
+
+LLM__TARGET static void LLM__FN(weigh)(float *y, const float *x, int n) {
+    for (int i = 0; i < n; i += 16) v_store(y + i, v_round_bf16(v_mul(v_load(y + i), v_load(x + i))));
 }
 
 LLM__TARGET static void LLM__FN(rope)(float *x, const float *cosines, const float *sines, int half) {
@@ -7084,9 +7096,9 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 
 #define LLM__KERNEL_TABLE                                                                                          \
     {LLM__FN(product_f32), LLM__FN(product_bf16), LLM__FN(product_int8), LLM__FN(product_int8_groups),             \
-     LLM__FN(product_int4_groups)},                                                                                \
+     LLM__FN(product_int4_groups), LLM__FN(product_f16)},                                                          \
         LLM__FN(group_sums), LLM__FN(rms_norm), LLM__FN(swiglu), LLM__FN(softmax), LLM__FN(merge), LLM__FN(scale), \
-        LLM__FN(add), LLM__FN(rope), LLM__FN(read), LLM__FN(multiply)
+        LLM__FN(add), LLM__FN(weigh), LLM__FN(rope), LLM__FN(read), LLM__FN(multiply)
 
 static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_AVX512)
@@ -7191,15 +7203,17 @@ static const void *llm__raw_weight_row(const llm_weight *weight, int row, int *t
 }
 
 LLM_API const char *llm_dtype_name(llm_dtype dtype) {
-    static const char *const names[] = {NULL, "f32", "bf16", "int8", "int4"};
-    return dtype >= LLM_DTYPE_DEFAULT && dtype <= LLM_DTYPE_INT4 ? names[dtype] : NULL;
+    static const char *const names[] = {NULL, "f32", "bf16", "int8", "int4", "f16"};
+    return dtype >= LLM_DTYPE_DEFAULT && dtype <= LLM_DTYPE_F16 ? names[dtype] : NULL;
 }
 
 LLM_API llm_dtype llm_dtype_from_name(const char *name) {
-    for (int i = LLM_DTYPE_F32; i <= LLM_DTYPE_INT4; i++)
+    for (int i = LLM_DTYPE_F32; i <= LLM_DTYPE_F16; i++)
         if (name && !strcmp(name, llm_dtype_name((llm_dtype)i))) return (llm_dtype)i;
     return LLM_DTYPE_DEFAULT;
 }
+
+static bool llm__has_groups(llm__kind kind) { return kind == LLM__W_INT8_GROUPS || kind == LLM__W_INT4_GROUPS; }
 
 /* A matrix in tiles of 16 outputs, see section 9. */
 typedef struct llm__matrix {
@@ -7213,25 +7227,26 @@ static int llm__round_up(int n, int step) { return (n + step - 1) / step * step;
 
 static llm__kind llm__weight_kind(llm_dtype dtype, const llm_weight *weight) {
     if (dtype == LLM_DTYPE_F32) return LLM__W_F32;
+    if (dtype == LLM_DTYPE_F16) return LLM__W_F16;
     if (dtype == LLM_DTYPE_BF16) return LLM__W_BF16;
     if (dtype == LLM_DTYPE_INT8) return LLM__W_INT8;
     return weight->has_q8_0 ? LLM__W_INT8_GROUPS : LLM__W_INT4_GROUPS;
 }
 
 static size_t llm__tile_bytes(llm__kind kind, int k) {
-    static const size_t block_bytes[LLM__W_KINDS] = {2048, 1024, 512, 576, 320};
+    static const size_t block_bytes[LLM__W_KINDS] = {2048, 1024, 512, 576, 320, 1024};
     return (size_t)llm__round_up(k, 32) / 32 * block_bytes[kind] + (kind == LLM__W_INT8 ? 64 : 0);
 }
 
-/* Where in a tile of f32 or bf16 with k inputs (padded) an element is; the KV cache's blocks are such matrices. */
+/* Where in a tile of f32, f16 or bf16 with k inputs (padded) an element is; the KV cache's blocks are such matrices. */
 static size_t llm__tile_index(llm__kind kind, size_t output, size_t input, size_t k) {
     size_t tile = output / 16 * k * 16, lane = output % 16;
-    return kind == LLM__W_F32 ? tile + input * 16 + lane : tile + input / 2 * 32 + lane * 2 + input % 2;
+    return kind != LLM__W_BF16 ? tile + input * 16 + lane : tile + input / 2 * 32 + lane * 2 + input % 2;
 }
 
 static void llm__tile_set(llm__kind kind, void *tiles, size_t index, float value) {
     if (kind == LLM__W_F32) ((float *)tiles)[index] = value;
-    else ((uint16_t *)tiles)[index] = llm__f32_to_bf16(value);
+    else ((uint16_t *)tiles)[index] = kind == LLM__W_F16 ? llm__f32_to_f16(value) : llm__f32_to_bf16(value);
 }
 
 /* One weight, as its kind holds it. */
@@ -7241,6 +7256,7 @@ static float llm__matrix_get(const llm__matrix *m, size_t output, size_t input) 
     if (m->kind == LLM__W_F32) return ((const float *)(const void *)tile)[llm__tile_index(m->kind, lane, input, k)];
     if (m->kind == LLM__W_BF16)
         return llm__bf16_to_f32(((const uint16_t *)(const void *)tile)[llm__tile_index(m->kind, lane, input, k)]);
+    if (m->kind == LLM__W_F16) return llm__f16_to_f32(((const uint16_t *)(const void *)tile)[input * 16 + lane]);
     if (m->kind == LLM__W_INT8)
         return (float)((const int8_t *)tile)[input * 16 + lane] * ((const float *)(const void *)(tile + k * 16))[lane];
     size_t bytes = llm__tile_bytes(m->kind, 32);
@@ -7266,6 +7282,8 @@ static llm__matrix llm__matrix_alloc(llm__env *env, llm__kind kind, int n, int k
     m.data = (uint8_t *)llm__alloc(env, (size_t)(llm__round_up(n, 16) / 16), m.tile_bytes);
     return m;
 }
+
+static int8_t llm__round_int8(double x) { return (int8_t)(x > -128 && x < 128 ? floor(x + 0.5) : 0); } /* NaN: 0 */
 
 /* Symmetric int8 of a whole row: q = round(127 w / max|row|). A weight that is not finite makes the row NaN. */
 static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, size_t k) {
@@ -7358,6 +7376,9 @@ static void llm__pack_tile(const llm__matrix *m, int tile, const llm_weight *wei
         switch (m->kind) {
         case LLM__W_F32:
             for (size_t i = 0; i < k; i++) ((float *)(void *)to)[i * 16 + lane] = row[i];
+            break;
+        case LLM__W_F16:
+            for (size_t i = 0; i < k; i++) ((uint16_t *)(void *)to)[i * 16 + lane] = llm__f32_to_f16(row[i]);
             break;
         case LLM__W_BF16:
             for (size_t i = 0; i < k; i++)
@@ -7889,7 +7910,7 @@ typedef struct llm__cpu_context {
     llm_backend_desc desc;
     llm__team *team;
     bool round;       /* activations are rounded to bf16 before a product */
-    bool round_cache; /* so are queries and softmax weights: the cache is bf16 */
+    bool round_cache; /* so are queries and softmax weights: the cache is bf16 or int8 */
     llm__kind cache_kind;
     float *sums;              /* [n_batch][most inputs / 32] of a product's activations, for weights in groups */
     int head_stride;          /* head_dim padded for products */
@@ -7960,7 +7981,7 @@ static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const l
     int n_pieces = (rows + 15) / 16;
     for (int piece; (piece = llm__take(w)) < n_pieces;) {
         int first = piece * 16, some = rows - first < 16 ? rows - first : 16;
-        for (int r = first; r < first + some && m->kind >= LLM__W_INT8_GROUPS; r++)
+        for (int r = first; r < first + some && llm__has_groups(m->kind); r++)
             c->model->kernels->group_sums(x + (size_t)r * x_stride, (int)k, c->sums + (size_t)r * (k / 32));
         if (pack)
             c->model->kernels->pack_rows(x + (size_t)first * x_stride, x_stride, some, (int)k,
@@ -7997,10 +8018,10 @@ static int llm__piece_tiles(const llm__cpu_context *c, int n_tiles, bool panels)
 /* y = W x, y += W x, or y = silu(gate) * up, for all rows; a phase. */
 static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x,
                         size_t x_stride, int rows, llm__ending ending, float *y, size_t y_stride) {
-    bool panels = c->packed && m->kind != LLM__W_F32 && rows >= LLM__TILE_ROWS;
+    bool panels = c->packed && rows >= LLM__TILE_ROWS;
     int n_tiles = llm__round_up(m->n, 16) / 16, step = llm__piece_tiles(c, n_tiles, panels),
         n_pieces = (n_tiles + step - 1) / step, groups = llm__round_up(m->k, 32) / 32;
-    if (panels || m->kind >= LLM__W_INT8_GROUPS) llm__prepare_rows(w, c, m, panels, x, x_stride, rows);
+    if (panels || llm__has_groups(m->kind)) llm__prepare_rows(w, c, m, panels, x, x_stride, rows);
     for (int piece; (piece = llm__take(w)) < n_pieces;) {
         int first = piece * step, n = n_tiles - first < step ? n_tiles - first : step;
         if (panels) {
@@ -8041,11 +8062,41 @@ static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
     llm__finish(w, pass->n_rows);
 }
 
+static llm__kind llm__cache_kind(llm_dtype dtype) {
+    return dtype == LLM_DTYPE_F32 ? LLM__W_F32 : dtype == LLM_DTYPE_INT8 ? LLM__W_INT8 : LLM__W_BF16;
+}
+
+/* The scales of a block of int8 values, one for each position. */
+static float *llm__value_scales(const llm__cpu_context *c, uint8_t *values) {
+    return (float *)(void *)(values + c->cache_block_bytes) - LLM_BLOCK;
+}
+
+/* Symmetric int8 with one scale: q = round(127 x / max|x|). */
+static void llm__cache_store_int8(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
+    size_t n = (size_t)c->model->shape.head_dim, k = value ? (size_t)LLM_BLOCK : (size_t)c->head_stride,
+           bytes = llm__tile_bytes(LLM__W_INT8, (int)k);
+    float most = 0;
+    for (size_t d = 0; d < n; d++) most = from[d] > most ? from[d] : -from[d] > most ? -from[d] : most;
+    double inverse = most > 0 ? 127.0 / most : 0;
+    for (size_t d = 0; d < n; d++) {
+        size_t output = value ? d : (size_t)place, input = value ? (size_t)place : d;
+        ((int8_t *)tiles)[output / 16 * bytes + input * 16 + output % 16] = llm__round_int8(from[d] * inverse);
+    }
+    if (value) llm__value_scales(c, tiles)[place] = most / 127.0f;
+    for (size_t tile = 0; tile < (size_t)c->head_stride / 16 && value; tile++)
+        for (size_t i = 0; i < 16; i++) ((float *)(void *)(tiles + tile * bytes + k * 16))[i] = 1;
+    if (!value) ((float *)(void *)(tiles + (size_t)(place / 16) * bytes + k * 16))[place % 16] = most / 127.0f;
+}
+
 /* Puts one head's key or value of one position into its block. */
 static void llm__cache_store(const llm__cpu_context *c, int layer, int value, int head, int block, int place,
                              const float *from) {
     uint8_t *tiles = llm__cache_block(c, layer, value, head, block);
     llm__kind kind = c->cache_kind;
+    if (kind == LLM__W_INT8) {
+        llm__cache_store_int8(c, tiles, value, place, from);
+        return;
+    }
     size_t k = value ? (size_t)LLM_BLOCK : (size_t)c->head_stride;
     for (size_t d = 0; d < (size_t)c->model->shape.head_dim; d++)
         llm__tile_set(kind, tiles,
@@ -8135,7 +8186,7 @@ static int llm__end_of_keys(const llm__cpu_context *c, const llm__attention_work
 static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks,
                              int n) {
     const llm__kernels *kernels = c->model->kernels;
-    size_t stride = (size_t)c->head_stride, tile = c->cache_block_bytes / 2;
+    size_t stride = (size_t)c->head_stride, tile = llm__tile_bytes(c->cache_kind, c->head_stride);
     if (!a->packed) memset(a->scores, 0, (size_t)a->n * LLM__CHUNK * sizeof(float));
     for (int i = 0; i < n; i++) {
         const uint8_t *keys = llm__cache_block(c, a->layer, 0, a->head, blocks[i]), *parts[LLM__MOST_HEAD / 32];
@@ -8157,7 +8208,7 @@ static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_wor
 static void llm__attend_values(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks,
                                int n, float *part) {
     const llm__kernels *kernels = c->model->kernels;
-    size_t stride = (size_t)c->head_stride, tile = 16 * c->cache_block_bytes / stride;
+    size_t stride = (size_t)c->head_stride, tile = llm__tile_bytes(c->cache_kind, LLM_BLOCK);
     if (a->packed) {
         uint8_t *weights = a->packed + (size_t)a->padded * stride * 2;
         kernels->pack_rows(a->scores, LLM__CHUNK, a->n, n * LLM_BLOCK, weights);
@@ -8172,6 +8223,13 @@ static void llm__attend_values(const llm__cpu_context *c, const llm__attention_w
         return;
     }
     memset(part, 0, (size_t)a->n * stride * sizeof(float));
+    for (int i = 0; i < n && c->cache_kind == LLM__W_INT8; i++) {
+        const float *scales = llm__value_scales(c, llm__cache_block(c, a->layer, 1, a->head, blocks[i]));
+        for (int r = 0; r < a->n; r++) {
+            float *weights = a->scores + (size_t)r * LLM__CHUNK + i * LLM_BLOCK;
+            kernels->weigh(weights, scales, LLM_BLOCK);
+        }
+    }
     for (int i = 0; i < n; i++)
         for (int d = 0; d < c->head_stride; d += 16)
             kernels->product[c->cache_kind](a->scores + i * LLM_BLOCK, LLM__CHUNK, NULL, a->n,
@@ -8248,7 +8306,7 @@ static void llm__gather_queries(const llm__cpu_context *c, int index, llm__atten
                             (a->head * a->group + i % a->group) * s->head_dim;
         c->model->kernels->scale(from, 1.0f, s->head_dim, c->round_cache, a->q + (size_t)i * stride);
     }
-    if (!c->packed || !c->round_cache || a->n < LLM__TILE_ROWS) return;
+    if (!c->packed || c->cache_kind != LLM__W_BF16 || a->n < LLM__TILE_ROWS) return;
     a->packed = c->tiles + (size_t)index * c->tile_bytes;
     c->model->kernels->pack_rows(a->q, stride, a->n, c->head_stride, a->packed);
 }
@@ -8439,9 +8497,15 @@ static const float *llm__cpu_logits(void *context, int i) {
 
 /* ---- The context on the CPU ---- */
 
+/* The keys, or the values with their scales, of one head in one block: the larger of the two. */
+static size_t llm__cache_head_bytes(const llm_shape *s, llm_dtype cache_dtype) {
+    llm__kind kind = llm__cache_kind(cache_dtype);
+    size_t values = (size_t)llm__round_up(s->head_dim, 32) / 16 * llm__tile_bytes(kind, LLM_BLOCK);
+    return values + (kind == LLM__W_INT8 ? LLM_BLOCK * sizeof(float) : 0);
+}
+
 static uint64_t llm__cpu_block_bytes(const llm_shape *s, llm_dtype cache_dtype) {
-    return (uint64_t)s->n_layers * 2 * (uint64_t)s->n_kv_heads * LLM_BLOCK * (uint64_t)llm__round_up(s->head_dim, 32) *
-           (cache_dtype == LLM_DTYPE_F32 ? 4 : 2);
+    return (uint64_t)s->n_layers * 2 * (uint64_t)s->n_kv_heads * llm__cache_head_bytes(s, cache_dtype);
 }
 
 static llm_status llm__cpu_copy_block(void *context, int to, int from, llm_error *err) {
@@ -8539,12 +8603,12 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     size_t n_batch = (size_t)args->desc->n_batch, half = (size_t)s->rope_dim / 2;
     c->model = args->model;
     c->desc = *args->desc;
-    c->round = args->model->dtype != LLM_DTYPE_F32;
-    c->round_cache = c->desc.cache_dtype == LLM_DTYPE_BF16;
-    c->cache_kind = c->round_cache ? LLM__W_BF16 : LLM__W_F32;
+    c->round = args->model->dtype != LLM_DTYPE_F32 && args->model->dtype != LLM_DTYPE_F16;
+    c->round_cache = c->desc.cache_dtype != LLM_DTYPE_F32;
+    c->cache_kind = llm__cache_kind(c->desc.cache_dtype);
     c->head_stride = z.head_stride;
     c->score_scale = (float)(1.0 / llm__sqrt(s->head_dim));
-    c->cache_block_bytes = LLM_BLOCK * (size_t)z.head_stride * (c->round_cache ? 2 : 4);
+    c->cache_block_bytes = llm__cache_head_bytes(s, c->desc.cache_dtype);
     c->cache = c->desc.share_cache ? lender->cache
                                    : (uint8_t *)llm__alloc(env, (size_t)c->desc.n_cache_blocks,
                                                            (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype));
@@ -8955,6 +9019,10 @@ static void llm__upload_weight(llm__weight_walk *walk, const llm_weight *weight)
                          (float)(behind_layers ? walk->h->n_layers : weight->layer) / (float)(walk->h->n_layers + 1));
 }
 
+static llm_dtype llm__default_cache_dtype(llm_dtype weights) {
+    return weights == LLM_DTYPE_F32 || weights == LLM_DTYPE_F16 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16;
+}
+
 static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *desc) {
     llm_model_desc d = *desc;
     if (d.dtype == LLM_DTYPE_DEFAULT) d.dtype = LLM_DTYPE_BF16;
@@ -9067,8 +9135,7 @@ static void llm__load_body(llm__env *env, void *arg) {
     model->kernels = llm__choose_kernels(desc.isa);
     model->info.isa = model->kernels->name;
     model->info.cache_bytes_per_token =
-        model->backend->block_bytes(&model->shape, desc.dtype == LLM_DTYPE_F32 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16) /
-        LLM_BLOCK;
+        model->backend->block_bytes(&model->shape, llm__default_cache_dtype(desc.dtype)) / LLM_BLOCK;
     llm__free(env->pool, plan.pool); /* all of it has been converted */
     model->device = args->device;
     model->desc = desc;
@@ -9149,8 +9216,8 @@ static llm_context_desc llm__context_defaults(llm__env *env, const llm_model_inf
     if (!d.n_batch) d.n_batch = 512;
     if (!d.n_logits) d.n_logits = d.n_seq;
     if (!d.n_threads) d.n_threads = llm__default_threads();
-    if (!d.cache_dtype) d.cache_dtype = info->dtype == LLM_DTYPE_F32 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16;
-    if (d.cache_dtype != LLM_DTYPE_F32 && d.cache_dtype != LLM_DTYPE_BF16)
+    if (!d.cache_dtype) d.cache_dtype = llm__default_cache_dtype(info->dtype);
+    if (d.cache_dtype != LLM_DTYPE_F32 && d.cache_dtype != LLM_DTYPE_BF16 && d.cache_dtype != LLM_DTYPE_INT8)
         llm__fail(env, LLM_ERROR_ARGUMENT, "cache_dtype is %d, which no cache can have", (int)d.cache_dtype);
     if (d.n_ctx > 1 << 28 || d.n_seq > 1 << 20 || d.n_batch > 1 << 20 || d.n_logits > 1 << 20)
         llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is absurdly large");

@@ -35,7 +35,7 @@ static const struct argp_option OPTIONS[] = {
     {"prefill", 'p', "N", 0, "tokens of a prompt (512)", 1},
     {"decode", 'n', "N", 0, "tokens decoded after it (128)", 1},
     {"depth", 'd', "LIST", 0, "tokens in the cache before that (0)", 1},
-    {"dtype", KEY_DTYPE, "LIST", 0, "types of the weights: f32, bf16, int8, int4 (bf16)", 2},
+    {"dtype", KEY_DTYPE, "LIST", 0, "types of the weights: f32, f16, bf16, int8, int4 (bf16)", 2},
     {"threads", 't', "LIST", 0, "threads (one per physical core)", 2},
     {"rounds", 'r', "N", 0, "rounds of which the median is given (5)", 3},
     {"output", 'o', "FORMAT", 0, "md, csv or json (md)", 3},
@@ -63,7 +63,7 @@ static int parse_number(struct argp_state *state, char *text, int least) {
 static int parse_dtypes(struct argp_state *state, char *text, llm_dtype *list) {
     int n = 0;
     for (char *name = strtok(text, ","); name; name = strtok(NULL, ",")) {
-        if (n == MOST || !llm_dtype_from_name(name)) argp_error(state, "'%s' is none of f32, bf16, int8, int4", name);
+        if (n == MOST || !llm_dtype_from_name(name)) argp_error(state, "'%s' is none of f32, f16, bf16, int8, int4", name);
         list[n++] = llm_dtype_from_name(name);
     }
     return n;
@@ -264,7 +264,7 @@ static double prefill_operations(const llm_model *model, int n, int d) {
 }
 
 static double decode_bytes(const llm_model *model, int n, int d) {
-    double cache = (double)model->backend->block_bytes(&model->shape, model->info.dtype == LLM_DTYPE_F32 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16) / LLM_BLOCK;
+    double cache = (double)model->backend->block_bytes(&model->shape, llm__default_cache_dtype(model->info.dtype)) / LLM_BLOCK;
     return (double)model->info.weight_bytes_per_token + cache * (d + n / 2.0);
 }
 

@@ -53,7 +53,7 @@ static const struct argp_option option_list[] = {
     {"min-p", KEY_MIN_P, "P", 0, "drop those P times less likely than the best (default: 0.05)", 2},
     {"seed", KEY_SEED, "S", 0, "same seed, same text (default: from the clock)", 2},
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
-    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, bf16, int8 or int4 (default: bf16)", 3},
+    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, f16, bf16, int8 or int4 (default: bf16)", 3},
     {"ctx", KEY_CTX, "N", 0, "tokens a conversation can hold (default: the model's limit, at most 4096)", 3},
     {0}};
 
@@ -77,7 +77,7 @@ static float parse_real(struct argp_state *state, const char *name, const char *
 
 static llm_dtype parse_dtype(struct argp_state *state, const char *text) {
     llm_dtype dtype = llm_dtype_from_name(text);
-    if (!dtype) argp_error(state, "--dtype: '%s' is none of f32, bf16, int8, int4", text);
+    if (!dtype) argp_error(state, "--dtype: '%s' is none of f32, f16, bf16, int8, int4", text);
     return dtype;
 }
 

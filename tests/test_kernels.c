@@ -40,9 +40,10 @@ static uint8_t tile[ROOM * 8];
 static void random_tile(llm__kind kind, int k) {
     llm__matrix m = {kind, 16, k, llm__tile_bytes(kind, k), tile};
     for (size_t i = 0; i < m.tile_bytes; i++) tile[i] = (uint8_t)random_int(256);
-    for (size_t i = 0; i < (size_t)k * 16 && kind <= LLM__W_BF16; i++) llm__tile_set(kind, tile, i, random_float());
+    bool floats = kind == LLM__W_F32 || kind == LLM__W_F16 || kind == LLM__W_BF16;
+    for (size_t i = 0; i < (size_t)k * 16 && floats; i++) llm__tile_set(kind, tile, i, random_float());
     if (kind == LLM__W_INT8) random_floats((float *)(void *)(tile + k * 16), 16);
-    for (int g = 0; g < k / 32 && kind >= LLM__W_INT8_GROUPS; g++)
+    for (int g = 0; g < k / 32 && llm__has_groups(kind); g++)
         for (int i = 0; i < 32; i++) {
             uint16_t half = llm__f32_to_f16(random_float() * 0.01f);
             memcpy(tile + (size_t)(g + 1) * llm__tile_bytes(kind, 32) - 64 + 2 * i, &half, 2);
@@ -84,6 +85,9 @@ static void check_rows(const llm__kernels *k) {
     scalar->add(a, w, n);
     k->add(b, w, n);
     check_same("add", a, b, sizeof a);
+    scalar->weigh(a, w, n / 16 * 16);
+    k->weigh(b, w, n / 16 * 16);
+    check_same("weigh", a, b, sizeof a);
     max[0] = max[1] = random_float();
     sum[0] = sum[1] = 1 + (float)random_int(100);
     scalar->merge(&max[0], &sum[0], a, factor, 3, w, n);
@@ -158,7 +162,7 @@ static void check_set(const char *isa) {
     for (int i = 0; i < ROUNDS && k->panel; i++) {
         check_tile_product(k);
         if (i % 8 == 0) /* the larger they are, the fewer */
-            for (int kind = LLM__W_BF16; kind < LLM__W_KINDS; kind++) check_panel(k, (llm__kind)kind);
+            for (int kind = LLM__W_BF16; kind <= LLM__W_INT4_GROUPS; kind++) check_panel(k, (llm__kind)kind);
     }
     if (k->panel) k->tiles_leave();
     for (int i = 0; i < ROUNDS; i++) {
@@ -210,7 +214,7 @@ static void test_functions(void **state) {
 static void test_packing(void **state) {
     static const struct { uint32_t type; llm_dtype dtype; double steps; } cases[] = {
         {0, LLM_DTYPE_INT8, 0.5001 / 127}, {0, LLM_DTYPE_INT4, 0.55 / 15 * 2}, {2, LLM_DTYPE_INT4, 0}, {3, LLM_DTYPE_INT4, 0},
-        {8, LLM_DTYPE_INT4, 0}, {0, LLM_DTYPE_F32, 0}, {0, LLM_DTYPE_BF16, 1.0 / 256}};
+        {8, LLM_DTYPE_INT4, 0}, {0, LLM_DTYPE_F32, 0}, {0, LLM_DTYPE_BF16, 1.0 / 256}, {0, LLM_DTYPE_F16, 1.0 / 2048}, {1, LLM_DTYPE_F16, 0}};
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         tiny_spec spec = {1, 96, 64, 3, 1, 32, 64, 43, 0, cases[i].type, 5};
