@@ -6,8 +6,10 @@ SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CFLAGS   = -O2
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -pedantic
-LDLIBS   = $(if $(filter repl,$(@F)),-ledit) $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat fuzz,$(@F)),-ljansson) $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
-PROGRAMS = build/repl build/hello build/tokenize build/embed build/bench
+LDLIBS   = $(if $(filter hellaswag,$(@F)),-lbz2) $(if $(filter repl,$(@F)),-ledit) \
+           $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat test_score hellaswag fuzz,$(@F)),-ljansson) \
+           $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
+PROGRAMS = build/repl build/hello build/tokenize build/embed build/hellaswag build/bench
 
 comma := ,
 
@@ -25,7 +27,7 @@ MATRIX                     = gcc-O1 gcc-O3-fast-math clang-O1 clang-O2 clang-O3-
 
 # Debian packages, each with what shows that it is there.
 NEEDED_TO_RUN   = libedit-dev:histedit.h libstb-dev:stb/stb_ds.h
-NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h g++:g++
+NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h libbz2-dev:bzlib.h g++:g++
 NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
                   libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.asan-x86_64.a \
                   libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp

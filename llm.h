@@ -61,12 +61,12 @@
     CONTENTS
 
         declarations: errors . host callbacks . model . tokenizer . chat . context . forward pass . sampler . drafts .
-                      generation . backends
+                      generation . scoring . backends
         1 base                    2 files               3 JSON reader        4 number formats
         5 checkpoints             6 hyperparameters     7 tokenizers         8 chat templates
         9 CPU kernels            10 weights            11 backend           12 KV cache
        13 forward pass           14 sampler            15 speculative decoding
-       16 generation
+       16 generation             17 scoring
 */
 #ifndef LLM_H
 #define LLM_H
@@ -484,6 +484,64 @@ typedef struct llm_stats {
    prompt and what was generated, less the last token, which was never computed on. */
 LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err);
 
+/* ---- Scoring ------------------------------------------------------------------------------------------------- */
+
+/* How likely is each of some endings after a context? The log-likelihood of an ending is the sum of the logarithms of its
+   tokens' probabilities, each given all that stands before it. */
+typedef struct llm_question {
+    const llm_token *context; /* [n_context], at least one                                                        */
+    int n_context;
+    int n_endings;
+    const llm_token *const *endings; /* [n_endings] of [n_ending[e]] tokens, at least one each                    */
+    const int *n_ending;
+} llm_question;
+
+/* The tokens of a context and of one ending, one behind the other, as the LM evaluation harness has them: white space at
+   the context's end goes over to the ending; the context's tokens are those of the context alone, the ending's those of
+   the whole text without the first *n_context. An empty context is the BOS token, or where there is none, EOS. Writes at
+   most `capacity` ids and returns how many there are, or -1, as llm_encode does, whose flags these are (the harness's
+   are both of them). */
+LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *context, const char *ending, unsigned flags,
+                                llm_token *ids, size_t capacity, int64_t *n_context, llm_error *err);
+
+/* In what batches the questions are computed. The log-likelihoods are the same bits in all of them on the CPU. */
+typedef enum llm_schedule {
+    LLM_SCHEDULE_PACKED = 0, /* every pass full of tokens that are needed, nothing padded, nothing computed twice  */
+    LLM_SCHEDULE_FIXED,      /* a number of texts at a time, as they come, padded to the longest                  */
+    LLM_SCHEDULE_DP          /* texts in order of length, cut into padded batches by dynamic programming          */
+} llm_schedule;
+
+typedef struct llm_score_desc {
+    llm_schedule schedule;
+    bool no_share;     /* each ending computes the context for itself, instead of all from one cache               */
+    int batch;         /* LLM_SCHEDULE_FIXED: texts in a batch; 0: 32                                              */
+    int theta;         /* LLM_SCHEDULE_DP: tokens a batch has at least; 0: 256                                     */
+    int theta_context; /* ... and a batch of contexts; 0: 4096                                                     */
+    /* Told of each question once it is answered: its [n_endings] log-likelihoods. Returning false stops the work, which
+       then ends with LLM_ERROR_CANCELLED. */
+    bool (*on_question)(void *user, int question, const double *log_likelihoods);
+    void *user;
+} llm_score_desc;
+
+typedef struct llm_score_stats {
+    int n_questions;     /* answered                                                                               */
+    int64_t n_passes;    /* forward passes                                                                         */
+    int64_t n_computed;  /* tokens computed: those needed, and                                                     */
+    int64_t n_padded;    /* those that only fill up a batch                                                        */
+    int64_t n_redundant; /* those of a context, or first tokens common to all endings, computed again              */
+    int64_t n_predicted; /* rows that went through the head                                                        */
+    double seconds;
+} llm_score_stats;
+
+/* Fills log_likelihoods: the first question's [n_endings], then the second's, and so on. What the context's sequences held
+   is dropped. It should have many sequences and much cache, or batches stay small: at least n_seq as many as a question has
+   endings, n_ctx as a text has tokens. A pass is at most n_batch tokens. All that every ending of a question begins with
+   is taken as part of its context, and a token is only computed if another is predicted from it, the head and the last
+   layer only where one is that counts. With log_likelihoods NULL nothing is computed, but stats tell what would be. */
+LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, int n_questions,
+                             const llm_score_desc *desc, double *log_likelihoods, llm_score_stats *stats,
+                             llm_error *err);
+
 /* ---- Backends ------------------------------------------------------------------------------------------------ */
 
 /* What computes. The CPU's is built in; llm_cuda.cu holds another. Everything else (tokens, sequences, sampling) is
@@ -532,6 +590,11 @@ typedef struct llm_pass {
     int n_logits;
     const int *logit_rows; /* [n_logits] ascending                                                          */
     int first_logits;      /* where in the context's logits the first of them goes                          */
+    /* If there are targets, no logits are kept; only the logarithms of these tokens' probabilities are wanted. */
+    int n_targets;
+    const llm_token *targets; /* [n_targets]                                                                 */
+    const int *target_rows;   /* [n_targets] after which of the logit_rows each comes: an index into them    */
+    float *log_probs;         /* [n_targets] the results                                                     */
     const int *blocks;     /* [n_seq][blocks_per_seq] which cache block holds LLM_BLOCK positions of a sequence */
     int blocks_per_seq;
     bool (*cancel)(void *user);
@@ -7894,9 +7957,10 @@ enum {
         256, /* keys whose softmax is taken at once; chunks are then merged in order (part of the arithmetic) */
     LLM__QUERY_ROWS =
         64,         /* query rows, over the heads that share a key head, that meet a chunk together                  */
-    LLM__ROWS = 64,     /* activation rows that meet a group of tiles while it is in the near cache                  */
-    LLM__TILES = 4,     /* tiles in such a group                                                                     */
-    LLM__SPLIT_ROWS = 8 /* rows of a sequence whose attention may be split over the keys                             */
+    LLM__ROWS = 64,      /* activation rows that meet a group of tiles while it is in the near cache                  */
+    LLM__TILES = 4,      /* tiles in such a group                                                                     */
+    LLM__SPLIT_ROWS = 8, /* rows of a sequence whose attention may be split over the keys                             */
+    LLM__COLUMNS = 512   /* tokens of the vocabulary whose softmax is taken at once (part of the arithmetic)           */
 };
 
 /* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
@@ -7931,6 +7995,7 @@ typedef struct llm__cpu_context {
     uint8_t *tiles;   /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
     size_t panel_floats, tile_bytes;
     float *logits;                            /* [n_logits][n_vocab] */
+    float *column_max, *column_sum;           /* [n_batch][n_vocab / LLM__COLUMNS] of a softmax in parts */
     int *all_rows;                            /* 0, 1, 2 ... */
     llm__queries *all_queries, *last_queries; /* of all rows; of the rows whose logits are wanted */
     int n_all_queries, n_last_queries;
@@ -8422,6 +8487,56 @@ static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer)
     llm__finish(w, n);
 }
 
+/* The head fused with log-softmax: a few rows against LLM__COLUMNS tokens of the vocabulary. Their logits are in the near
+   cache only; maximum and sum are what stays of them. */
+static void llm__score_columns(const llm__cpu_context *c, int index, int part, int first_row, int rows) {
+    const llm__matrix *m = &c->model->head;
+    const llm__kernels *kernels = c->model->kernels;
+    float *logits = c->scratch + (size_t)index * c->scratch_floats; /* [rows][LLM__COLUMNS] */
+    int first = part * LLM__COLUMNS, n = m->n - first < LLM__COLUMNS ? m->n - first : (int)LLM__COLUMNS;
+    int k = llm__round_up(m->k, 32), n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    memset(logits, 0, (size_t)rows * LLM__COLUMNS * sizeof(float));
+    for (int i = 0; i < n; i += 16)
+        kernels->product[m->kind](c->normed + (size_t)first_row * c->x_stride, c->x_stride,
+                                  c->sums + (size_t)first_row * (size_t)(k / 32), rows,
+                                  m->data + (size_t)((first + i) / 16) * m->tile_bytes, k, logits + i, LLM__COLUMNS);
+    for (int r = 0; r < rows; r++) {
+        size_t at = (size_t)(first_row + r) * (size_t)n_parts + (size_t)part;
+        kernels->softmax(logits + (size_t)r * LLM__COLUMNS, n, llm__round_up(n, 16), 1, false, &c->column_max[at],
+                         &c->column_sum[at]);
+    }
+}
+
+/* log p = logit - max - log(sum over all tokens of exp(logit - max)); the one logit is computed once more. */
+static float llm__log_prob(const llm__cpu_context *c, int row, llm_token token) {
+    const llm__matrix *m = &c->model->head;
+    int k = llm__round_up(m->k, 32), n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    const float *maxima = c->column_max + (size_t)row * (size_t)n_parts;
+    const float *sums = c->column_sum + (size_t)row * (size_t)n_parts;
+    float logits[16] = {0}, max = maxima[0];
+    double sum = 0;
+    c->model->kernels->product[m->kind](c->normed + (size_t)row * c->x_stride, c->x_stride,
+                                        c->sums + (size_t)row * (size_t)(k / 32), 1,
+                                        m->data + (size_t)(token / 16) * m->tile_bytes, k, logits, 16);
+    for (int i = 1; i < n_parts; i++) max = maxima[i] > max ? maxima[i] : max;
+    for (int i = 0; i < n_parts; i++) sum += sums[i] * llm__exp2(((double)maxima[i] - max) * 1.4426950408889634);
+    return (float)((double)logits[token % 16] - max - llm__log2(sum) * 0.69314718055994531);
+}
+
+static void llm__score_rows(llm__worker *w, const llm__cpu_context *c, int rows) {
+    const llm__matrix *m = &c->model->head;
+    const llm_pass *pass = c->pass;
+    int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    if (m->kind >= LLM__W_INT8_GROUPS) llm__sum_rows(w, c, c->normed, c->x_stride, llm__round_up(m->k, 32), rows);
+    for (int part; (part = llm__take(w)) < n_parts;)
+        for (int r = 0; r < rows; r += LLM__ROWS)
+            llm__score_columns(c, w->index, part, r, rows - r < LLM__ROWS ? rows - r : (int)LLM__ROWS);
+    llm__finish(w, n_parts);
+    for (int i; (i = llm__take(w)) < pass->n_targets;)
+        pass->log_probs[i] = llm__log_prob(c, pass->target_rows[i], pass->targets[i]);
+    llm__finish(w, pass->n_targets);
+}
+
 static bool llm__poll_cancel(llm__worker *w, llm__cpu_context *c) {
     if (w->index == 0) c->cancelled = c->pass->cancel && c->pass->cancel(c->pass->cancel_user);
     llm__barrier(w->team);
@@ -8459,7 +8574,8 @@ static void llm__forward_task(void *arg, int index) {
     if (n && !c->cancelled) {
         float *logits = c->logits + (size_t)c->pass->first_logits * (size_t)m->shape.n_vocab;
         llm__norm_rows(w, c, m->output_norm, n);
-        llm__linear(w, c, &m->head, c->normed, c->x_stride, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
+        if (c->pass->n_targets) llm__score_rows(w, c, n);
+        else llm__linear(w, c, &m->head, c->normed, c->x_stride, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
     }
     if (c->packed) m->kernels->tiles_leave();
     llm__float_mode_leave(mode);
@@ -8540,7 +8656,7 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
 }
 
 typedef struct llm__cpu_sizes {
-    size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups, partial_floats;
+    size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups, n_parts, partial_floats;
     size_t packed_bytes, panel_floats, tile_bytes; /* for the matrix unit: in all, and two of each thread */
     int head_stride, n_partials;
 } llm__cpu_sizes;
@@ -8558,6 +8674,8 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
     z.most_groups = (z.ffn_stride > z.attention_stride ? z.ffn_stride : z.attention_stride) / 32;
     if (z.x_stride / 32 > z.most_groups) z.most_groups = z.x_stride / 32;
     z.scratch_floats = rows * (3 * (size_t)z.head_stride + LLM__CHUNK + 4);
+    if (z.scratch_floats < LLM__ROWS * LLM__COLUMNS) z.scratch_floats = LLM__ROWS * LLM__COLUMNS;
+    z.n_parts = (size_t)(s->n_vocab + LLM__COLUMNS - 1) / LLM__COLUMNS;
     /* Splitting pays up to 4 pieces a thread (see llm__count_chunks), and is for one sequence at its full length. */
     int few = LLM__SPLIT_ROWS * group < LLM__QUERY_ROWS ? LLM__SPLIT_ROWS * group : most;
     z.partial_floats = (size_t)llm__padded_queries(few) * (size_t)(z.head_stride + 2);
@@ -8571,8 +8689,8 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
 
 static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
     llm__cpu_sizes z = llm__cpu_find_sizes(s, d);
-    uint64_t row =
-        z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + z.ffn_stride + (uint64_t)s->rope_dim + 5;
+    uint64_t row = z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + z.ffn_stride +
+                   (uint64_t)s->rope_dim + 2 * z.n_parts + 5;
     uint64_t tiles = z.packed_bytes + (uint64_t)d->n_threads * (z.panel_floats * 4 + z.tile_bytes);
     return 4 * ((uint64_t)d->n_batch * row + (uint64_t)d->n_logits * (uint64_t)s->n_vocab +
                 (uint64_t)d->n_threads * z.scratch_floats + (uint64_t)z.n_partials * z.partial_floats) +
@@ -8637,6 +8755,8 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
         c->tile_bytes = z.tile_bytes;
     }
     c->logits = (float *)llm__alloc(env, (size_t)c->desc.n_logits * (size_t)s->n_vocab, sizeof(float));
+    c->column_max = (float *)llm__alloc(env, n_batch * z.n_parts, sizeof(float));
+    c->column_sum = (float *)llm__alloc(env, n_batch * z.n_parts, sizeof(float));
     c->all_rows = (int *)llm__alloc(env, n_batch, sizeof(int));
     c->all_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
     c->last_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
@@ -9183,6 +9303,17 @@ LLM_API const llm_tokenizer *llm_model_tokenizer(const llm_model *model) { retur
 
 /* ---- Contexts ---- */
 
+/* What a batch that is scored predicts: after token i of it, the targets from first[i] to first[i + 1]. */
+typedef struct llm__targets {
+    const int *first;      /* [n_tokens + 1]                                                              */
+    const llm_token *ids;  /* [first[n_tokens]]                                                           */
+    bool count_only;       /* nothing is computed                                                         */
+    int n;                 /* in the pass, in order of its rows:                                          */
+    llm_token *pass_ids;   /* [n]                                                                         */
+    int *pass_rows, *from; /* [n] an index into the pass's logit_rows; which of the targets above it is   */
+    float *log_probs;      /* [n] the results                                                             */
+} llm__targets;
+
 struct llm_context {
     llm__pool pool;
     const llm_model *model;
@@ -9197,8 +9328,9 @@ struct llm_context {
     int *n_new;            /* [n_seq] tokens the batch brings to each sequence */
     int *first_row;        /* [n_seq + 1] where the sequence's rows begin */
     int *old_lengths;      /* [n_seq] to go back to */
-    int *logits_of;        /* [n_logits] the batch's token each row of logits belongs to */
+    int *logits_of;        /* [n_logits or n_batch] the batch's token each row of logits belongs to */
     int n_logits;          /* rows of logits there are now */
+    llm__targets *targets; /* of a batch that is scored, which is a single pass; NULL: logits are wanted */
     float *probabilities;  /* [n_vocab padded to 16] for the sampler */
     llm_token *candidates; /* [n_vocab] likewise */
 };
@@ -9271,7 +9403,8 @@ static void llm__context_body(llm__env *env, void *arg) {
     const llm_model *model = args->model;
     llm_context *ctx = (llm_context *)llm__alloc_zero(env, 1, sizeof *ctx);
     llm_context_desc d = args->desc;
-    size_t n_batch = (size_t)d.n_batch, n_seq = (size_t)d.n_seq;
+    size_t n_batch = (size_t)d.n_batch, n_seq = (size_t)d.n_seq,
+           n_rows = (size_t)(d.n_logits > d.n_batch ? d.n_logits : d.n_batch);
     ctx->model = model;
     ctx->desc = d;
     ctx->backend_desc = llm__backend_desc(&d);
@@ -9283,10 +9416,10 @@ static void llm__context_body(llm__env *env, void *arg) {
     ctx->positions = (int *)llm__alloc(env, n_batch, sizeof(int));
     ctx->seqs = (int *)llm__alloc(env, n_batch, sizeof(int));
     ctx->batch_index = (int *)llm__alloc(env, n_batch, sizeof(int));
-    ctx->logit_rows = (int *)llm__alloc(env, (size_t)d.n_logits, sizeof(int));
+    ctx->logit_rows = (int *)llm__alloc(env, n_rows, sizeof(int));
     ctx->n_new = (int *)llm__alloc_zero(env, n_seq, sizeof(int));
     ctx->first_row = (int *)llm__alloc(env, n_seq + 1, sizeof(int));
-    ctx->logits_of = (int *)llm__alloc(env, (size_t)d.n_logits, sizeof(int));
+    ctx->logits_of = (int *)llm__alloc(env, n_rows, sizeof(int));
     ctx->old_lengths = (int *)llm__alloc(env, n_seq, sizeof(int));
     ctx->probabilities = (float *)llm__alloc(env, (size_t)llm__round_up(model->shape.n_vocab, 16), sizeof(float));
     ctx->candidates = (llm_token *)llm__alloc(env, (size_t)model->shape.n_vocab, sizeof(llm_token));
@@ -9566,7 +9699,7 @@ static llm_status llm__check_batch(llm_context *ctx, const llm_batch *batch, llm
         return llm__error(err, LLM_ERROR_CONTEXT_FULL,
                           "the batch needs %lld positions of the cache, but %d are free (n_cache)",
                           (long long)blocks * LLM_BLOCK, cache->n_free * LLM_BLOCK);
-    if (n_logits > ctx->desc.n_logits)
+    if (n_logits > ctx->desc.n_logits && !ctx->targets)
         return llm__error(err, LLM_ERROR_ARGUMENT,
                           "the logits of %d tokens are wanted; the context holds %d (n_logits)", n_logits,
                           ctx->desc.n_logits);
@@ -9605,12 +9738,28 @@ static void llm__build_pass(llm_context *ctx, const llm_batch *batch, int first,
     }
 }
 
+/* Lays out the targets as build_pass has laid out the rows. */
+static void llm__place_targets(llm_context *ctx, llm_pass *pass) {
+    llm__targets *t = ctx->targets;
+    t->n = 0;
+    for (int row = 0; row < pass->n_logits; row++)
+        for (int i = t->first[ctx->logits_of[row]]; i < t->first[ctx->logits_of[row] + 1]; i++) {
+            t->pass_ids[t->n] = t->ids[i];
+            t->pass_rows[t->n] = row;
+            t->from[t->n++] = i;
+        }
+    pass->n_targets = t->n;
+    pass->targets = t->pass_ids;
+    pass->target_rows = t->pass_rows;
+    pass->log_probs = t->log_probs;
+}
+
 static llm_status llm__forward_passes(llm_context *ctx, const llm_batch *batch, bool (*cancel)(void *user), void *user,
                                       llm_error *err) {
     const llm_backend *backend = ctx->model->backend;
     for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
         int shared = ctx->n_new[seq] ? llm__cache_unshare(&ctx->cache, seq) : -1;
-        if (shared < 0) continue;
+        if (shared < 0 || (ctx->targets && ctx->targets->count_only)) continue;
         int own = llm__cache_table(&ctx->cache, seq)[ctx->cache.lengths[seq] / LLM_BLOCK];
         llm_status status = backend->copy_block(ctx->device, own, shared, err);
         if (status) return status;
@@ -9621,6 +9770,8 @@ static llm_status llm__forward_passes(llm_context *ctx, const llm_batch *batch, 
         llm__build_pass(ctx, batch, first, n, &pass);
         pass.cancel = cancel;
         pass.cancel_user = user;
+        if (ctx->targets) llm__place_targets(ctx, &pass);
+        if (ctx->targets && ctx->targets->count_only) continue;
         llm_status status = backend->forward(ctx->device, &pass, err);
         if (status) return status;
     }
@@ -10568,6 +10719,593 @@ LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc,
     env.err = err;
     env.file = NULL;
     status = llm__guarded(&env, llm__generate_body, &args);
+    llm__pool_free(&pool);
+    return status;
+}
+
+/* ==== 17 Batch scheduling and scoring ===========================================================================
+
+   A question's text with one ending is its context and that ending. All texts of a question share a prefix: the context
+   and the first tokens that all endings have in common. A token is computed if another is predicted from it: all but the
+   last of each text. Rows from which a token of an ending is predicted go through the last layer and the head.
+
+   Packed: the prefix is one sequence, the endings are forks of it. Passes are filled to the last token with what there
+   is to do: endings of questions whose prefix was computed in a pass before, then prefixes of further questions.
+
+   The other schedules make rectangles, as a library without ragged batches must, and do compute the padding. They are
+   those of H. Kim and J. Ryu, "Samsung Computer Engineering Challenge 2023, Round 1 Report" (Team H). */
+
+/* ---- Text ---- */
+
+/* The bytes of the white space that a text ends with; white space is what Python's str.rstrip takes for it. */
+static size_t llm__trailing_space(const char *text, size_t n) {
+    static const char wide[][4] = {"\xC2\x85",     "\xC2\xA0",     "\xE1\x9A\x80", "\xE2\x80\x80", "\xE2\x80\x81",
+                                   "\xE2\x80\x82", "\xE2\x80\x83", "\xE2\x80\x84", "\xE2\x80\x85", "\xE2\x80\x86",
+                                   "\xE2\x80\x87", "\xE2\x80\x88", "\xE2\x80\x89", "\xE2\x80\x8A", "\xE2\x80\xA8",
+                                   "\xE2\x80\xA9", "\xE2\x80\xAF", "\xE2\x81\x9F", "\xE3\x80\x80"};
+    size_t left = n;
+    for (size_t length = 1; length && left; left -= length) {
+        unsigned char last = (unsigned char)text[left - 1];
+        length = last == ' ' || (last >= 9 && last <= 13) || (last >= 28 && last <= 31);
+        for (size_t i = 0; i < sizeof wide / sizeof *wide && !length; i++)
+            if (strlen(wide[i]) <= left && !memcmp(text + left - strlen(wide[i]), wide[i], strlen(wide[i])))
+                length = strlen(wide[i]);
+    }
+    return n - left;
+}
+
+typedef struct llm__pair {
+    const llm_tokenizer *tokenizer;
+    const char *context, *ending;
+    unsigned flags;
+    llm_token *ids;
+    size_t capacity, n_context, n;
+} llm__pair;
+
+static void llm__encode_pair_body(llm__env *env, void *arg) {
+    llm__pair *p = (llm__pair *)arg;
+    const llm_tokenizer *t = p->tokenizer;
+    size_t n_context = strlen(p->context), n_ending = strlen(p->ending);
+    size_t n_kept = n_context - llm__trailing_space(p->context, n_context);
+    char *whole = (char *)llm__alloc(env, n_context + n_ending + 1, 1);
+    memcpy(whole, p->context, n_context);
+    memcpy(whole + n_context, p->ending, n_ending + 1);
+    if (n_kept) { /* the whole text's ids, and then the context's over their beginning */
+        p->n = llm__encode_spans(env, t, whole, n_context + n_ending, p->flags, NULL, 0, p->ids, p->capacity);
+        p->n_context = llm__encode_spans(env, t, whole, n_kept, p->flags, NULL, 0, p->ids, p->capacity);
+        if (p->n < p->n_context) p->n = p->n_context; /* merged across the border, there are none left for the ending */
+        return;
+    }
+    llm_token first = t->bos >= 0 ? t->bos : t->eos;
+    if (first < 0) llm__fail(env, LLM_ERROR_ARGUMENT, "the context is empty, and there is no BOS token to begin with");
+    if (p->capacity && p->ids) p->ids[0] = first;
+    p->n_context = 1;
+    p->n = 1 + llm__encode_spans(env, t, whole, n_context + n_ending, p->flags & ~(unsigned)LLM_ENCODE_BOS, NULL, 0,
+                                 p->ids ? p->ids + 1 : NULL, p->capacity ? p->capacity - 1 : 0);
+}
+
+LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *context, const char *ending, unsigned flags,
+                                llm_token *ids, size_t capacity, int64_t *n_context, llm_error *err) {
+    llm__pair pair = {tokenizer, context ? context : "", ending ? ending : "", flags, ids, ids ? capacity : 0, 0, 0};
+    llm__pool pool = {tokenizer->host, NULL};
+    llm__env env;
+    env.pool = &pool;
+    env.err = err;
+    env.file = NULL;
+    llm_status status = llm__guarded(&env, llm__encode_pair_body, &pair);
+    llm__pool_free(&pool);
+    *n_context = (int64_t)pair.n_context;
+    return status ? -1 : (int64_t)pair.n;
+}
+
+/* ---- The batch being filled ---- */
+
+/* A question on its way through the packed schedule. */
+typedef struct llm__slot {
+    int question; /* -1: none                                                */
+    int ending;   /* the one being computed; -1: the prefix                  */
+    int at;       /* its first token that is in no batch yet                 */
+} llm__slot;
+
+typedef struct llm__scorer {
+    llm__env *env;
+    llm_context *ctx;
+    const llm_question *questions;
+    int n_questions, most_endings;
+    const llm_score_desc *desc_given; /* may be NULL */
+    llm_score_desc desc;
+    llm_score_stats *stats;
+    double *results;      /* NULL: they are not wanted                                                */
+    size_t *first_result; /* [n_questions]                                                            */
+    int *prefixes;        /* [n_questions] tokens that all texts of a question begin with             */
+    int *unfinished;      /* [n_questions] endings yet to be computed                                 */
+    int n;                /* tokens in the batch                                                      */
+    llm_token *tokens;    /* [n_batch]                                                                */
+    int *seqs;            /* [n_batch]                                                                */
+    bool *logits;         /* [n_batch]                                                                */
+    int *first_target;    /* [n_batch + 1]                                                            */
+    llm_token *ids;       /* [n_batch * most_endings] what is predicted                               */
+    size_t *credits;      /* [n_batch * most_endings] the first result that a prediction is part of   */
+    int *n_credits;       /* [n_batch * most_endings] how many, one after the other                   */
+    llm__targets targets;
+    llm__slot *slots; /* [n_slots] slot i has the sequences from i * most_endings on              */
+    int n_slots;
+} llm__scorer;
+
+/* Computes the batch and begins another. A text's predictions come in order, so its sum is the same in all schedules. */
+static void llm__score_batch(llm__scorer *s) {
+    llm_context *ctx = s->ctx;
+    llm_batch batch = {s->n, s->tokens, s->seqs, s->logits};
+    if (s->n == 0) return;
+    ctx->targets = &s->targets;
+    llm_status status = llm__forward(ctx, &batch, ctx->desc.cancel, ctx->desc.cancel_user, s->env->err);
+    ctx->targets = NULL;
+    ctx->n_logits = 0;
+    if (status) {
+        s->env->status = status;
+        longjmp(s->env->unwind, 1);
+    }
+    for (int i = 0; i < s->targets.n && s->results; i++)
+        for (int j = 0; j < s->n_credits[s->targets.from[i]]; j++)
+            s->results[s->credits[s->targets.from[i]] + (size_t)j] += (double)s->targets.log_probs[i];
+    s->stats->n_passes++;
+    s->n = 0;
+}
+
+/* Appends a token to a sequence; the batch has room. */
+static void llm__score_push(llm__scorer *s, int seq, llm_token token) {
+    s->tokens[s->n] = token;
+    s->seqs[s->n] = seq;
+    s->logits[s->n] = false;
+    s->first_target[s->n + 1] = s->first_target[s->n];
+    s->n++;
+    s->stats->n_computed++;
+}
+
+/* After the last token pushed, this one is part of n endings. */
+static void llm__score_expect(llm__scorer *s, llm_token token, size_t result, int n) {
+    int target = s->first_target[s->n]++;
+    s->ids[target] = token;
+    s->credits[target] = result;
+    s->n_credits[target] = n;
+    s->stats->n_predicted += !s->logits[s->n - 1];
+    s->logits[s->n - 1] = true;
+}
+
+static llm_token llm__text_at(const llm_question *q, int ending, int i) {
+    return i < q->n_context ? q->context[i] : q->endings[ending][i - q->n_context];
+}
+
+/* Tokens of a text that something is predicted from. */
+static int llm__text_length(const llm_question *q, int ending) { return q->n_context + q->n_ending[ending] - 1; }
+
+/* Pushes token i of a text, or with ending -1 of the prefix of them all, and what is predicted from it. */
+static void llm__score_token(llm__scorer *s, int seq, int question, int ending, int i) {
+    const llm_question *q = &s->questions[question];
+    size_t result = s->first_result[question];
+    llm__score_push(s, seq, llm__text_at(q, ending < 0 ? 0 : ending, i));
+    if (ending > 0 && i < s->prefixes[question]) s->stats->n_redundant++;
+    if (i + 1 < q->n_context) return;
+    if (ending >= 0) llm__score_expect(s, llm__text_at(q, ending, i + 1), result + (size_t)ending, 1);
+    else if (i + 1 < s->prefixes[question]) llm__score_expect(s, llm__text_at(q, 0, i + 1), result, q->n_endings);
+    else
+        for (int e = 0; e < q->n_endings; e++)
+            llm__score_expect(s, llm__text_at(q, e, i + 1), result + (size_t)e, 1);
+}
+
+/* One more ending of a question is computed. */
+static void llm__score_finished(llm__scorer *s, int question) {
+    if (--s->unfinished[question]) return;
+    s->stats->n_questions++;
+    if (s->results && s->desc.on_question &&
+        !s->desc.on_question(s->desc.user, question, s->results + s->first_result[question]))
+        llm__fail(s->env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
+}
+
+static void llm__score_drop(llm__scorer *s, int first_seq, int n) {
+    for (int seq = first_seq; seq < first_seq + n; seq++) llm__cache_truncate(&s->ctx->cache, seq, 0);
+}
+
+/* ---- The packed schedule ---- */
+
+static int llm__shared_prefix(const llm__scorer *s, int question) {
+    return s->desc.no_share ? 0 : s->prefixes[question];
+}
+
+/* Blocks of the cache that a question takes at most. */
+static int64_t llm__question_blocks(const llm__scorer *s, int question) {
+    const llm_question *q = &s->questions[question];
+    int prefix = llm__shared_prefix(s, question);
+    int64_t blocks = llm__blocks_for(prefix);
+    for (int e = 0; e < q->n_endings; e++)
+        if (llm__text_length(q, e) > prefix)
+            blocks += llm__blocks_for(llm__text_length(q, e)) - prefix / LLM_BLOCK;
+    return blocks;
+}
+
+/* Puts into the batch what it has room for. */
+static void llm__fill_from_slot(llm__scorer *s, int index) {
+    llm__slot *slot = &s->slots[index];
+    const llm_question *q = &s->questions[slot->question];
+    int seq = index * s->most_endings, prefix = llm__shared_prefix(s, slot->question), room = s->ctx->desc.n_batch;
+    if (slot->ending < 0) {
+        for (; slot->at < prefix && s->n < room; slot->at++) llm__score_token(s, seq, slot->question, -1, slot->at);
+        return;
+    }
+    for (; slot->ending < q->n_endings; slot->ending++, slot->at = prefix) {
+        int length = llm__text_length(q, slot->ending);
+        for (; slot->at < length && s->n < room; slot->at++)
+            llm__score_token(s, seq + slot->ending, slot->question, slot->ending, slot->at);
+        if (slot->at < length) return;
+    }
+}
+
+/* After a pass: a prefix that is complete is forked, a question that is complete leaves. */
+static void llm__settle_slot(llm__scorer *s, int index) {
+    llm__slot *slot = &s->slots[index];
+    const llm_question *q = &s->questions[slot->question];
+    int seq = index * s->most_endings, prefix = llm__shared_prefix(s, slot->question), question = slot->question;
+    if (slot->ending < 0 && slot->at == prefix) {
+        for (int e = 1; e < q->n_endings; e++) /* the first ending goes on in the prefix's own sequence */
+            if (llm__text_length(q, e) > prefix) llm__cache_fork(&s->ctx->cache, seq + e, seq, prefix);
+        slot->ending = 0;
+    } else if (slot->ending == q->n_endings) {
+        llm__score_drop(s, seq, q->n_endings);
+        slot->question = -1;
+        for (int e = 0; e < q->n_endings; e++) llm__score_finished(s, question);
+    }
+}
+
+/* Takes the next question into a free slot, if the cache has room for all of it. */
+static bool llm__start_question(llm__scorer *s, int index, int question, int64_t *blocks_left) {
+    llm__slot *slot = &s->slots[index];
+    if (question == s->n_questions || llm__question_blocks(s, question) > *blocks_left) return false;
+    *blocks_left -= llm__question_blocks(s, question);
+    slot->question = question;
+    slot->ending = llm__shared_prefix(s, question) ? -1 : 0;
+    slot->at = 0;
+    return true;
+}
+
+static void llm__score_packed(llm__scorer *s) {
+    int64_t blocks_left = s->ctx->cache.n_blocks;
+    int n_batch = s->ctx->desc.n_batch;
+    for (int next = 0; s->stats->n_questions < s->n_questions;) {
+        for (int i = 0; i < s->n_slots; i++)
+            if (s->slots[i].question >= 0) llm__fill_from_slot(s, i);
+        for (int i = 0; i < s->n_slots && s->n < n_batch; i++) {
+            if (s->slots[i].question >= 0) continue;
+            if (!llm__start_question(s, i, next, &blocks_left)) break;
+            llm__fill_from_slot(s, i);
+            next++;
+        }
+        llm__score_batch(s);
+        for (int i = 0; i < s->n_slots; i++) {
+            int question = s->slots[i].question;
+            if (question < 0) continue;
+            llm__settle_slot(s, i);
+            if (s->slots[i].question < 0) blocks_left += llm__question_blocks(s, question);
+        }
+    }
+}
+
+/* ---- Rectangles ---- */
+
+/* A text, or the prefix of a question's texts (ending -1), with the tokens to be computed of it. */
+typedef struct llm__text {
+    int length, question, ending;
+} llm__text;
+
+static int llm__compare_texts(const void *a, const void *b) {
+    const llm__text *x = (const llm__text *)a, *y = (const llm__text *)b;
+    if (x->length != y->length) return x->length < y->length ? -1 : 1;
+    if (x->question != y->question) return x->question < y->question ? -1 : 1;
+    return (x->ending > y->ending) - (x->ending < y->ending);
+}
+
+/* What a batch may take of the context: sequences, and blocks beside those of the `base` tokens that are there already. */
+typedef struct llm__room {
+    int n_seq, n_blocks, base;
+} llm__room;
+
+static int llm__most_texts(const llm__room *room, int length) {
+    int blocks = llm__blocks_for(room->base + length) - room->base / LLM_BLOCK;
+    int most = blocks && room->n_blocks / blocks < room->n_seq ? room->n_blocks / blocks : room->n_seq;
+    return most < 1 ? 1 : most;
+}
+
+/* Ends of batches of so many texts as they come, fewer where there is no room; returns how many batches. */
+static int llm__cut_fixed(const llm__text *texts, int n, int size, const llm__room *room, int *ends) {
+    int n_batches = 0, from = 0, longest = 0;
+    for (int i = 0; i < n; i++) {
+        if (texts[i].length > longest) longest = texts[i].length;
+        if (i > from && (i - from == size || i - from + 1 > llm__most_texts(room, longest))) {
+            ends[n_batches++] = from = i;
+            longest = texts[i].length;
+        }
+    }
+    ends[n_batches++] = n;
+    return n_batches;
+}
+
+/* The report's equations 3 and 4 over texts in order of length l: D[i] is the least waste in batches of the first i texts,
+
+       D[i] = min over j < i of  D[j] + l_i (i - j) - sum of l_k, k = j+1 .. i       if l_i (i - j) >= theta
+       D[i] = min over j < i of  D[j] + sum of l_k - l_(j+1) (i - j)                 if l_(j+1) (i - j) >= theta
+
+   the first for texts padded to the longest, the second for contexts cut to the shortest. Where the conditions cannot be
+   kept, there are as few batches below theta as can be; so it is a waste that outweighs all others. */
+static int llm__cut_by_waste(llm__env *env, const llm__text *texts, int n, bool to_shortest, int theta,
+                             const llm__room *room, int *ends) {
+    const int64_t below_theta = (int64_t)1 << 40;
+    int64_t *least = (int64_t *)llm__alloc(env, (size_t)n + 1, sizeof *least);
+    int64_t *total = (int64_t *)llm__alloc(env, (size_t)n + 1, sizeof *total);
+    int *from = (int *)llm__alloc(env, (size_t)n + 1, sizeof *from), n_batches = 0;
+    least[0] = total[0] = 0;
+    for (int i = 1; i <= n; i++) {
+        int most = llm__most_texts(room, texts[i - 1].length);
+        total[i] = total[i - 1] + texts[i - 1].length;
+        least[i] = INT64_MAX;
+        for (int j = i - 1; j >= 0 && i - j <= most; j--) {
+            int64_t area = (int64_t)texts[to_shortest ? j : i - 1].length * (i - j), sum = total[i] - total[j];
+            int64_t waste = least[j] + (to_shortest ? sum - area : area - sum) + (area < theta ? below_theta : 0);
+            if (waste > least[i]) continue;
+            least[i] = waste;
+            from[i] = j;
+        }
+    }
+    for (int i = n; i > 0; i = from[i]) n_batches++;
+    for (int i = n, batch = n_batches; i > 0; i = from[i]) ends[--batch] = i;
+    llm__free(env->pool, from);
+    llm__free(env->pool, total);
+    llm__free(env->pool, least);
+    return n_batches;
+}
+
+/* Ends of the batches, in an array of its own. */
+static int *llm__cut_batches(llm__scorer *s, llm__text *texts, int n, bool to_shortest, const llm__room *room,
+                             int *n_batches) {
+    int *ends = (int *)llm__alloc(s->env, (size_t)n + 1, sizeof *ends);
+    if (s->desc.schedule == LLM_SCHEDULE_FIXED) {
+        *n_batches = llm__cut_fixed(texts, n, s->desc.batch, room, ends);
+        return ends;
+    }
+    qsort(texts, (size_t)n, sizeof *texts, llm__compare_texts);
+    *n_batches = llm__cut_by_waste(s->env, texts, n, to_shortest, to_shortest ? s->desc.theta_context : s->desc.theta,
+                                   room, ends);
+    return ends;
+}
+
+/* Computes tokens [from, to) of n texts, each in its sequence; those that are shorter are padded. */
+static void llm__score_rectangle(llm__scorer *s, const llm__text *texts, int n, int first_seq, int from, int to) {
+    for (int text = 0; text < n; text++)
+        for (int i = from; i < to; i++) {
+            if (s->n == s->ctx->desc.n_batch) llm__score_batch(s);
+            if (i < from + texts[text].length) {
+                llm__score_token(s, first_seq + text, texts[text].question, texts[text].ending, i);
+            } else {
+                llm__score_push(s, first_seq + text, 0);
+                s->stats->n_padded++;
+            }
+        }
+    llm__score_batch(s);
+}
+
+static int llm__longest_text(const llm__text *texts, int n) {
+    int longest = 0;
+    for (int i = 0; i < n; i++)
+        if (texts[i].length > longest) longest = texts[i].length;
+    return longest;
+}
+
+/* The texts of n questions, each without the first `base` tokens; those of which nothing is left are left out. */
+static int llm__list_texts(const llm__scorer *s, const llm__text *questions, int n, int base, llm__text *texts) {
+    int n_texts = 0;
+    for (int i = 0; i < n; i++)
+        for (int e = 0; e < s->questions[questions[i].question].n_endings; e++) {
+            llm__text text = {llm__text_length(&s->questions[questions[i].question], e) - base, questions[i].question, e};
+            if (text.length > 0) texts[n_texts++] = text;
+        }
+    return n_texts;
+}
+
+/* Without a shared cache: every text is computed from its first token on. */
+static void llm__score_whole_texts(llm__scorer *s, llm__text *prefixes, llm__text *texts) {
+    llm__room room = {s->ctx->desc.n_seq, s->ctx->cache.n_blocks, 0};
+    int n_batches, n = llm__list_texts(s, prefixes, s->n_questions, 0, texts);
+    int *ends = llm__cut_batches(s, texts, n, false, &room, &n_batches);
+    for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
+        int some = ends[batch] - from;
+        llm__score_rectangle(s, texts + from, some, 0, 0, llm__longest_text(texts + from, some));
+        llm__score_drop(s, 0, some);
+        for (int i = from; i < from + some; i++) llm__score_finished(s, texts[i].question);
+    }
+    llm__free(s->env->pool, ends);
+}
+
+/* The texts of questions whose prefixes stand in the first n sequences, `base` tokens of each. */
+static void llm__score_endings(llm__scorer *s, const llm__text *prefixes, int n, int base, llm__text *texts) {
+    llm__room room = {s->ctx->desc.n_seq - n, s->ctx->cache.n_free, base};
+    int n_batches, n_texts = llm__list_texts(s, prefixes, n, base, texts);
+    int *ends = llm__cut_batches(s, texts, n_texts, false, &room, &n_batches);
+    for (int batch = 0, from = 0; batch < n_batches && n_texts; from = ends[batch++]) {
+        int some = ends[batch] - from;
+        for (int i = 0; i < some; i++) {
+            int parent = 0;
+            while (prefixes[parent].question != texts[from + i].question) parent++;
+            llm__cache_fork(&s->ctx->cache, n + i, parent, base);
+        }
+        llm__score_rectangle(s, texts + from, some, n, base, base + llm__longest_text(texts + from, some));
+        llm__score_drop(s, n, some);
+    }
+    llm__free(s->env->pool, ends);
+}
+
+/* Contexts in batches, cut to the shortest of each; then, batch by batch, what follows. */
+static void llm__score_shared_prefixes(llm__scorer *s, llm__text *prefixes, llm__text *texts) {
+    int n_blocks = s->ctx->cache.n_blocks, longest = 0, n_batches;
+    for (int i = 0; i < s->n_questions; i++)
+        for (int e = 0; e < s->questions[i].n_endings; e++)
+            if (llm__text_length(&s->questions[i], e) > longest) longest = llm__text_length(&s->questions[i], e);
+    int kept = llm__blocks_for(longest) > n_blocks / 2 ? llm__blocks_for(longest) : n_blocks / 2; /* for endings */
+    llm__room room = {s->ctx->desc.n_seq / 2, n_blocks - kept, 0};
+    int *ends = llm__cut_batches(s, prefixes, s->n_questions, true, &room, &n_batches);
+    for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
+        llm__text *group = prefixes + from;
+        int n = ends[batch] - from, shortest = group[0].length;
+        for (int i = 1; i < n; i++)
+            if (group[i].length < shortest) shortest = group[i].length;
+        llm__score_rectangle(s, group, n, 0, 0, shortest);
+        llm__score_endings(s, group, n, shortest, texts);
+        llm__score_drop(s, 0, n);
+        for (int i = 0; i < n; i++)
+            for (int e = 0; e < s->questions[group[i].question].n_endings; e++)
+                llm__score_finished(s, group[i].question);
+    }
+    llm__free(s->env->pool, ends);
+}
+
+static void llm__score_rectangles(llm__scorer *s, size_t n_texts) {
+    llm__text *prefixes = (llm__text *)llm__alloc(s->env, (size_t)s->n_questions, sizeof *prefixes);
+    llm__text *texts = (llm__text *)llm__alloc(s->env, n_texts, sizeof *texts);
+    for (int i = 0; i < s->n_questions; i++) {
+        llm__text prefix = {s->prefixes[i], i, -1};
+        prefixes[i] = prefix;
+    }
+    if (s->desc.no_share) llm__score_whole_texts(s, prefixes, texts);
+    else llm__score_shared_prefixes(s, prefixes, texts);
+}
+
+/* ---- llm_score ---- */
+
+static void llm__check_tokens(const llm__scorer *s, int question, const char *what, const llm_token *tokens, int n) {
+    int n_vocab = s->ctx->model->shape.n_vocab;
+    if (n <= 0 || !tokens) llm__fail(s->env, LLM_ERROR_ARGUMENT, "question %d: %s has no tokens", question, what);
+    for (int i = 0; i < n; i++)
+        if (tokens[i] < 0 || tokens[i] >= n_vocab)
+            llm__fail(s->env, LLM_ERROR_ARGUMENT, "question %d: token %d of %s is %ld; the vocabulary has %d", question,
+                      i, what, (long)tokens[i], n_vocab);
+}
+
+/* Everything that could stop the work is found here. */
+static void llm__check_question(llm__scorer *s, int question) {
+    const llm_question *q = &s->questions[question];
+    const llm_context_desc *d = &s->ctx->desc;
+    llm__check_tokens(s, question, "its context", q->context, q->n_context);
+    if (q->n_endings <= 0 || !q->endings || !q->n_ending)
+        llm__fail(s->env, LLM_ERROR_ARGUMENT, "question %d has no endings", question);
+    if (q->n_endings > d->n_seq)
+        llm__fail(s->env, LLM_ERROR_CONTEXT_FULL, "question %d has %d endings, but the context %d sequences (n_seq)",
+                  question, q->n_endings, d->n_seq);
+    for (int e = 0; e < q->n_endings; e++) {
+        llm__check_tokens(s, question, "an ending", q->endings[e], q->n_ending[e]);
+        if ((int64_t)q->n_context + q->n_ending[e] - 1 > d->n_ctx)
+            llm__fail(s->env, LLM_ERROR_CONTEXT_FULL,
+                      "question %d with its ending %d has %lld tokens to compute, but a sequence holds %d (n_ctx)", question,
+                      e, (long long)q->n_context + q->n_ending[e] - 1, d->n_ctx);
+    }
+}
+
+/* The context's tokens and those with which all endings begin; one at least is left of each ending. */
+static int llm__common_prefix(const llm_question *q) {
+    int n = q->n_ending[0] - 1;
+    for (int e = 1; e < q->n_endings; e++) {
+        int same = 0;
+        while (same < n && same < q->n_ending[e] - 1 && q->endings[e][same] == q->endings[0][same]) same++;
+        n = same;
+    }
+    return q->n_context + n;
+}
+
+static llm_score_desc llm__score_defaults(llm__env *env, const llm_score_desc *desc) {
+    llm_score_desc d;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    if (d.schedule < LLM_SCHEDULE_PACKED || d.schedule > LLM_SCHEDULE_DP)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "desc.schedule is %d, which is none", (int)d.schedule);
+    if (d.batch < 0 || d.theta < 0 || d.theta_context < 0)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_score_desc is negative");
+    if (!d.batch) d.batch = 32;
+    if (!d.theta) d.theta = 256;
+    if (!d.theta_context) d.theta_context = 4096;
+    return d;
+}
+
+static void llm__score_alloc(llm__scorer *s) {
+    size_t n_batch = (size_t)s->ctx->desc.n_batch, n_targets = n_batch * (size_t)s->most_endings;
+    llm__env *env = s->env;
+    s->tokens = (llm_token *)llm__alloc(env, n_batch, sizeof *s->tokens);
+    s->seqs = (int *)llm__alloc(env, n_batch, sizeof *s->seqs);
+    s->logits = (bool *)llm__alloc(env, n_batch, sizeof *s->logits);
+    s->first_target = (int *)llm__alloc_zero(env, n_batch + 1, sizeof *s->first_target);
+    s->ids = (llm_token *)llm__alloc(env, n_targets, sizeof *s->ids);
+    s->credits = (size_t *)llm__alloc(env, n_targets, sizeof *s->credits);
+    s->n_credits = (int *)llm__alloc(env, n_targets, sizeof *s->n_credits);
+    s->targets.first = s->first_target;
+    s->targets.ids = s->ids;
+    s->targets.count_only = !s->results;
+    s->targets.pass_ids = (llm_token *)llm__alloc(env, n_targets, sizeof *s->targets.pass_ids);
+    s->targets.pass_rows = (int *)llm__alloc(env, n_targets, sizeof *s->targets.pass_rows);
+    s->targets.from = (int *)llm__alloc(env, n_targets, sizeof *s->targets.from);
+    s->targets.log_probs = (float *)llm__alloc(env, n_targets, sizeof *s->targets.log_probs);
+    s->n_slots = s->ctx->desc.n_seq / s->most_endings;
+    s->slots = (llm__slot *)llm__alloc(env, (size_t)s->n_slots, sizeof *s->slots);
+    for (int i = 0; i < s->n_slots; i++) s->slots[i].question = -1;
+}
+
+static void llm__score_body(llm__env *env, void *arg) {
+    llm__scorer *s = (llm__scorer *)arg;
+    size_t n_texts = 0, n = (size_t)s->n_questions;
+    double start = llm__now();
+    s->env = env;
+    s->desc = llm__score_defaults(env, s->desc_given);
+    s->first_result = (size_t *)llm__alloc(env, n, sizeof *s->first_result);
+    s->prefixes = (int *)llm__alloc(env, n, sizeof *s->prefixes);
+    s->unfinished = (int *)llm__alloc(env, n, sizeof *s->unfinished);
+    for (int i = 0; i < s->n_questions; i++) {
+        llm__check_question(s, i);
+        s->first_result[i] = n_texts;
+        s->prefixes[i] = llm__common_prefix(&s->questions[i]);
+        s->unfinished[i] = s->questions[i].n_endings;
+        n_texts += (size_t)s->questions[i].n_endings;
+        if (s->questions[i].n_endings > s->most_endings) s->most_endings = s->questions[i].n_endings;
+        if (llm__question_blocks(s, i) > s->ctx->cache.n_blocks)
+            llm__fail(env, LLM_ERROR_CONTEXT_FULL, "question %d needs %lld positions of the cache, which has %d (n_cache)",
+                      i, (long long)llm__question_blocks(s, i) * LLM_BLOCK, s->ctx->cache.n_blocks * LLM_BLOCK);
+    }
+    for (size_t i = 0; i < n_texts && s->results; i++) s->results[i] = 0;
+    llm__score_drop(s, 0, s->ctx->desc.n_seq);
+    llm__score_alloc(s);
+    if (s->desc.schedule == LLM_SCHEDULE_PACKED) llm__score_packed(s);
+    else llm__score_rectangles(s, n_texts);
+    s->stats->seconds = llm__now() - start;
+}
+
+LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, int n_questions,
+                             const llm_score_desc *desc, double *log_likelihoods, llm_score_stats *stats,
+                             llm_error *err) {
+    llm_score_stats unwanted;
+    llm__scorer scorer;
+    llm__pool pool;
+    llm__env env;
+    if (!ctx || n_questions < 0 || (n_questions && !questions))
+        return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or questions is NULL, or n_questions negative");
+    memset(&scorer, 0, sizeof scorer);
+    scorer.ctx = ctx;
+    scorer.questions = questions;
+    scorer.n_questions = n_questions;
+    scorer.most_endings = 1;
+    scorer.desc_given = desc;
+    scorer.results = log_likelihoods;
+    scorer.stats = stats ? stats : &unwanted;
+    memset(scorer.stats, 0, sizeof *scorer.stats);
+    pool.host = ctx->desc.host;
+    pool.blocks = NULL;
+    env.pool = &pool;
+    env.err = err;
+    env.file = NULL;
+    llm_status status = llm__guarded(&env, llm__score_body, &scorer);
+    if (scorer.tokens) llm__score_drop(&scorer, 0, ctx->desc.n_seq);
     llm__pool_free(&pool);
     return status;
 }
