@@ -6480,12 +6480,22 @@ LLM__INLINE V LLM__FN(weight)(const llm__kind KIND, const uint8_t *w, int i, con
     return J % 2 ? v_odd((const uint16_t *)w + (i + J) / 2 * 32) : v_even((const uint16_t *)w + (i + J) / 2 * 32);
 }
 
-/* The sums over one block, its even and odd weights as two chains. */
+/* A block's bytes in a tile. Groups end with 16 scales and 16 minimums in f16. */
+LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND) {
+    return KIND == LLM__W_BF16 ? 1024 : KIND == LLM__W_INT8 ? 512 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
+}
+
+/* The sums over one block, its even and odd weights as two chains. With several rows the products take long enough that
+   the processor's own prefetching falls behind: what comes 2 KiB later is asked for here. */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const uint8_t *w,
                                 V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) even[r] = odd[r] = v_splat(0);
     for (int i = 0; i < 32; i += 8) {
+        const size_t quarter = LLM__FN(block_bytes)(KIND) / 256 * 64;
+        if (ROWS > 1) {
+            LLM__UNROLL for (size_t line = 0; line < quarter; line += 64) __builtin_prefetch(w + (size_t)(i / 8) * quarter + line + 2048);
+        }
         LLM__UNROLL for (int j = 0; j < 8; j += 2) {
             V we = LLM__FN(weight)(KIND, w, i, j), wo = LLM__FN(weight)(KIND, w, i, j + 1);
             LLM__UNROLL for (int r = 0; r < ROWS; r++) {
@@ -6496,11 +6506,6 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const floa
         }
     }
     LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_add(even[r], odd[r]);
-}
-
-/* A block's bytes in a tile. Groups end with 16 scales and 16 minimums in f16. */
-LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND) {
-    return KIND == LLM__W_BF16 ? 1024 : KIND == LLM__W_INT8 ? 512 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
 }
 
 /* bf16 and int8 per channel: the blocks' sums are added, and at the end scaled. */
