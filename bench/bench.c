@@ -7,7 +7,7 @@
     second when the model's weights are only read (MBU is the share of it that decoding reaches, its cache counted), and
     operations per second when nothing is loaded (MFU is the share of it that prefill reaches).
 
-    build/bench -m MODEL --draft lookup,self:int4 bench/prompts/edit.txt bench/prompts/story.txt ...
+    build/bench -m MODEL --draft lookup,self:int4 TEXT...      (bench/prompts has some)
 
     Speculative decoding, for each text and draft: the median rates of plain and of speculative decoding of n tokens, in
     turns, how many guesses were right, and that both gave the same tokens. --draft-max limits the guesses of a pass.
@@ -345,7 +345,6 @@ static char *read_text(const char *path) {
     return text;
 }
 
-/* A text's tokens; the last line break is the file's, not the text's. */
 typedef struct tokens {
     llm_token ids[1 << 14];
     int n;
