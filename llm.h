@@ -352,10 +352,10 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
    guessing does not pay, decoding is plain. */
 
 enum {
-    LLM_DRAFT_MOST = 15,  /* guesses that one pass can check                                                          */
-    LLM_DRAFT_KINDS = 8,  /* kinds of guesses a draft may tell apart by how much it trusts them                       */
-    LLM_DRAFT_SIZES = 5,  /* passes have 1, 2, 4, 8 or 16 rows                                                        */
-    LLM_DRAFT_RECENT = 5  /* times that are remembered of each                                                        */
+    LLM_DRAFT_MOST = 15, /* guesses that one pass can check                                                          */
+    LLM_DRAFT_KINDS = 8, /* kinds of guesses a draft may tell apart by how much it trusts them                       */
+    LLM_DRAFT_SIZES = 5, /* passes have 1, 2, 4, 8 or 16 rows                                                        */
+    LLM_DRAFT_RECENT = 5 /* times that are remembered of each                                                        */
 };
 
 typedef struct llm_draft_request {
@@ -372,8 +372,8 @@ typedef struct llm_draft_request {
 typedef struct llm_draft_guesses {
     int n; /* 0: no idea                                                                                             */
     llm_token tokens[LLM_DRAFT_MOST];
-    int kind;         /* 0 to LLM_DRAFT_KINDS - 1, of all of them                                                    */
-    bool has_q;       /* guess i was drawn from the distribution q[i], by random numbers that the model's own draws
+    int kind;   /* 0 to LLM_DRAFT_KINDS - 1, of all of them                                                    */
+    bool has_q; /* guess i was drawn from the distribution q[i], by random numbers that the model's own draws
                          do not use. Without it a guess is right when the model draws the same                       */
     float *q[LLM_DRAFT_MOST]; /* [n_vocab of the model] each, room to fill; NULL where probabilities are not wanted  */
 } llm_draft_guesses;
@@ -385,7 +385,8 @@ typedef struct llm_draft_times {
 
 /* What llm_generate has learnt about a draft, from one text to the next. */
 typedef struct llm_draft_state {
-    float n_right[LLM_DRAFT_KINDS][LLM_DRAFT_MOST]; /* of those at this place, after right ones; older ones count less */
+    /* Guesses of a kind at a place, all before them right: how many were right, of how many. Older ones count less. */
+    float n_right[LLM_DRAFT_KINDS][LLM_DRAFT_MOST];
     float n_known[LLM_DRAFT_KINDS][LLM_DRAFT_MOST];
     llm_draft_times passes[LLM_DRAFT_SIZES], guess; /* a pass of each size; one guess                                */
     int n_in_step;                                  /* times it was asked without a pause                            */
@@ -416,13 +417,13 @@ LLM_API llm_status llm_draft_model(llm_draft *out, llm_context *ctx, const llm_m
 LLM_API void llm_draft_free(llm_draft *draft);
 
 typedef struct llm_draft_stats {
-    int n_passes;                     /* that checked guesses                                                        */
-    int n_proposed, n_accepted;       /* guesses that were checked; that were right                                  */
+    int n_passes;               /* that checked guesses                                                        */
+    int n_proposed, n_accepted; /* guesses that were checked; that were right                                  */
     int n_by_accepted[LLM_DRAFT_MOST + 1]; /* passes in which so many guesses were right                             */
-    double tokens_per_pass;           /* of passes that checked guesses                                              */
+    double tokens_per_pass; /* of passes that checked guesses                                              */
     double draft_seconds, pass_seconds; /* asking the draft; all passes                                              */
-    double speedup;                   /* against plain decoding, by plain passes measured meanwhile; 0: none was     */
-    bool failed;                      /* the draft did, and was not asked again                                      */
+    double speedup; /* against plain decoding, by plain passes measured meanwhile; 0: none was     */
+    bool failed;    /* the draft did, and was not asked again                                      */
 } llm_draft_stats;
 
 /* ---- Generation ---------------------------------------------------------------------------------------------- */
@@ -6728,12 +6729,23 @@ LLM__INLINE V LLM__FN(weight)(const llm__kind KIND, const uint8_t *w, int i, con
     return J % 2 ? v_odd((const uint16_t *)w + (i + J) / 2 * 32) : v_even((const uint16_t *)w + (i + J) / 2 * 32);
 }
 
-/* The sums over one block, its even and odd weights as two chains. */
+/* A block's bytes in a tile. Groups end with 16 scales and 16 minimums in f16. */
+LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND) {
+    return KIND == LLM__W_BF16 ? 1024 : KIND == LLM__W_INT8 ? 512 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
+}
+
+/* The sums over one block, its even and odd weights as two chains. With several rows the products take long enough that
+   the processor's own prefetching falls behind: what comes 2 KiB later is asked for here. */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const uint8_t *w,
                                 V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) even[r] = odd[r] = v_splat(0);
     for (int i = 0; i < 32; i += 8) {
+        const size_t quarter = LLM__FN(block_bytes)(KIND) / 256 * 64;
+        if (ROWS > 1) {
+            LLM__UNROLL for (size_t line = 0; line < quarter; line += 64)
+                __builtin_prefetch(w + (size_t)(i / 8) * quarter + line + 2048);
+        }
         LLM__UNROLL for (int j = 0; j < 8; j += 2) {
             V we = LLM__FN(weight)(KIND, w, i, j), wo = LLM__FN(weight)(KIND, w, i, j + 1);
             LLM__UNROLL for (int r = 0; r < ROWS; r++) {
@@ -6744,11 +6756,6 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const floa
         }
     }
     LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_add(even[r], odd[r]);
-}
-
-/* A block's bytes in a tile. Groups end with 16 scales and 16 minimums in f16. */
-LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND) {
-    return KIND == LLM__W_BF16 ? 1024 : KIND == LLM__W_INT8 ? 512 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
 }
 
 /* bf16 and int8 per channel: the blocks' sums are added, and at the end scaled. */
@@ -9195,8 +9202,8 @@ static llm__weight_walk llm__start_walk(llm__env *env, const llm__checkpoint *ck
 
 /* What the keys in a cache depend on beside the weights. */
 static uint64_t llm__hash_shape(const llm_shape *s) {
-    int numbers[] = {s->n_vocab, s->n_layers, s->n_embd, s->n_ff, s->n_heads, s->n_kv_heads, s->head_dim, s->rope_dim,
-                     s->window};
+    int numbers[] = {s->n_vocab,    s->n_layers, s->n_embd,   s->n_ff,  s->n_heads,
+                     s->n_kv_heads, s->head_dim, s->rope_dim, s->window};
     float floats[] = {s->rms_eps, s->rope_scale};
     uint64_t hash = llm__hash_bytes(0xCBF29CE484222325u, numbers, sizeof numbers);
     hash = llm__hash_bytes(hash, floats, sizeof floats);
@@ -9410,8 +9417,7 @@ static void llm__context_body(llm__env *env, void *arg) {
     ctx->backend_desc = llm__backend_desc(&d);
     ctx->backend_desc.lender = args->lender ? args->lender->device : NULL;
     ctx->backend_desc.share_cache = args->share_cache;
-    if (!args->share_cache)
-        llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
+    if (!args->share_cache) llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
     ctx->tokens = (llm_token *)llm__alloc(env, n_batch, sizeof *ctx->tokens);
     ctx->positions = (int *)llm__alloc(env, n_batch, sizeof(int));
     ctx->seqs = (int *)llm__alloc(env, n_batch, sizeof(int));
@@ -10051,8 +10057,7 @@ static llm_status llm__call_draft(llm__speculation *sp, llm_token last, const in
     int length = ctx->cache.lengths[sp->seq];
     llm_token *text = llm__cache_tokens(&ctx->cache, sp->seq);
     text[length] = last; /* there is room for it, and the pass will put it there */
-    llm_draft_request request = {ctx,         sp->seq, text,           length + 1, wanted,
-                                 sp->sampler, sp->cancel, sp->cancel_user};
+    llm_draft_request request = {ctx, sp->seq, text, length + 1, wanted, sp->sampler, sp->cancel, sp->cancel_user};
     memcpy(sp->guesses.q, sp->q, sizeof sp->q);
     memset(&why, 0, sizeof why);
     llm_status status = sp->draft->propose(sp->draft->user, &request, &sp->guesses, &why);
@@ -10095,7 +10100,8 @@ static llm_status llm__guess(llm__speculation *sp, llm_token last, int most, llm
     if (status) return status;
     /* After a pause the draft had to catch up with the text: that time is not the rule. */
     if (s->n_in_step++ && sp->guesses.n) llm__add_time(&s->guess, took / sp->guesses.n);
-    sp->n_checked = llm__best_guesses(s, pass_seconds, sp->guesses.kind, sp->guesses.n < most ? sp->guesses.n : most, 0);
+    sp->n_checked =
+        llm__best_guesses(s, pass_seconds, sp->guesses.kind, sp->guesses.n < most ? sp->guesses.n : most, 0);
     return LLM_OK;
 }
 
@@ -10139,8 +10145,8 @@ static llm_token llm__draw_checked(llm__speculation *sp, int first, int row, int
     const llm_draft_guesses *g = &sp->guesses;
     bool guessed = row < g->n;
     llm_token guess = guessed ? g->tokens[row] : -1, token;
-    llm__choice choice = llm__choose(sp->ctx, llm_logits(sp->ctx, first + row), llm_seq_tokens(sp->ctx, sp->seq),
-                                     length, sp->sampler);
+    llm__choice choice =
+        llm__choose(sp->ctx, llm_logits(sp->ctx, first + row), llm_seq_tokens(sp->ctx, sp->seq), length, sp->sampler);
     if (row < sp->n_checked && g->has_q && !llm__is_greedy(sp->sampler)) {
         *right = llm__random(sp->sampler) * g->q[row][guess] < llm__choice_p(&choice, guess);
         token = *right ? guess : llm__draw_rest(&choice, g->q[row], sp->sampler);
@@ -10257,8 +10263,7 @@ static void llm__drop_unknown(llm__choice *c, llm_token *ids, int n_known) {
 static bool llm__model_draft_draw(llm__model_draft *d, int seq, const float *logits, llm_sampler *sampler,
                                   llm_draft_guesses *g) {
     int n_known = d->target->model->shape.n_vocab;
-    llm__choice choice =
-        llm__choose(d->ctx, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq), sampler);
+    llm__choice choice = llm__choose(d->ctx, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq), sampler);
     float *q = g->q[g->n];
     if (n_known < choice.n_vocab) llm__drop_unknown(&choice, d->ctx->candidates, n_known);
     if (!choice.n) return false;
@@ -10271,8 +10276,8 @@ static bool llm__model_draft_draw(llm__model_draft *d, int seq, const float *log
 }
 
 /* Reads the last n_new tokens of the text, and guesses, reading each guess but the last. */
-static llm_status llm__model_draft_run(llm__model_draft *d, const llm_draft_request *r, int n_new,
-                                       llm_draft_guesses *g, llm_error *err) {
+static llm_status llm__model_draft_run(llm__model_draft *d, const llm_draft_request *r, int n_new, llm_draft_guesses *g,
+                                       llm_error *err) {
     llm_sampler sampler = *r->sampler;
     const llm_token *tokens = r->tokens + r->n_tokens - n_new;
     g->has_q = g->q[0] != NULL;
@@ -10320,8 +10325,8 @@ static llm_status llm__check_vocabularies(const llm_tokenizer *a, const llm_toke
         y.at = llm_token_bytes(b, i, &y.n);
         if (!llm__str_equal(x, y) || llm_token_is_special(a, i) != llm_token_is_special(b, i))
             return llm__error(err, LLM_ERROR_ARGUMENT,
-                              "the draft has another vocabulary: its token %d is \"%.*s\"%s, the model's is \"%.*s\"%s", i,
-                              LLM__SHOW(y), llm_token_is_special(b, i) ? " (special)" : "", LLM__SHOW(x),
+                              "the draft has another vocabulary: its token %d is \"%.*s\"%s, the model's is \"%.*s\"%s",
+                              i, LLM__SHOW(y), llm_token_is_special(b, i) ? " (special)" : "", LLM__SHOW(x),
                               llm_token_is_special(a, i) ? " (special)" : "");
     }
     return LLM_OK;
