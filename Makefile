@@ -30,14 +30,14 @@ NEEDED_TO_RUN   = libedit-dev:histedit.h libstb-dev:stb/stb_ds.h
 NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h libbz2-dev:bzlib.h g++:g++
 NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
                   libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.asan-x86_64.a \
-                  libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp
+                  libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp valgrind:valgrind
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory --silent
 vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run test test-cuda fuzz model deps clean help
+.PHONY: all run test test-cuda fuzz bench-tokenizer model deps clean help
 all:
 	.ci/need $(NEEDED_TO_BUILD)
 	$(MAKE) $(PROGRAMS)
@@ -105,6 +105,9 @@ build/%: %.sh $(PROGRAMS)
 build/asan/%: %.sh build/asan/repl build/asan/hello build/asan/tokenize
 	install $< $@
 
+build/test_valgrind: tests/test_valgrind.sh build/hello build/test_hf
+	install $< $@
+
 build/test_fuzz: tests/test_fuzz.sh build/fuzz/fuzz
 	install $< $@
 
@@ -126,6 +129,21 @@ fuzz:
 test-cuda:
 	$(MAKE) test T=cuda
 
+# Beside Hugging Face's tokenizers and tiktoken, which go into build/venv. LLM_DATA is the folder of HellaSwag's text.
+bench-tokenizer: build/libllm.so build/venv/ready
+	$(MAKE) $(SMOLLM2)
+	build/venv/bin/python bench/tokenizer.py build/libllm.so $(SMOLLM2)
+
+build/libllm.so: llm.h
+	mkdir -p $(@D)
+	echo "  compile $@"
+	$(CC) $(CFLAGS) -std=c99 $(WARNINGS) -shared -fPIC -DLLM_IMPLEMENTATION -I. $(CPPFLAGS) -o $@ -x c llm.h $(LDFLAGS) -x none -lm -lpthread
+
+build/venv/ready: Makefile
+	python3 -m venv build/venv
+	build/venv/bin/pip install -q tokenizers tiktoken sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
+	touch $@
+
 # ---- The rest -------------------------------------------------------------------------------------------------------
 
 deps:
@@ -140,6 +158,7 @@ help:
 	echo "make test        everything that is checked (about ten minutes); T=name runs the tests of that name"
 	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
 	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
+	echo "make bench-tokenizer   MB/s beside Hugging Face's tokenizers and tiktoken"
 	echo "make model       fetch the default model"
 	echo "make deps        install what building and testing need (Debian)"
 	echo "make clean       remove build/; models/ stays"

@@ -15,6 +15,8 @@
 #include <jansson.h>
 #include <malloc.h>
 
+#include "tests/small.h"
+
 #define CHECK(condition)                                                             \
     do {                                                                             \
         if (condition) break;                                                        \
@@ -395,38 +397,10 @@ static void fuzz_json(const uint8_t *data, size_t size) {
 /* ---- Chat templates ---- */
 
 typedef struct chat_job {
-    const char *chat_template;
-    size_t n_template;
-    llm_tokenizer *tokenizer;
+    const llm_tokenizer *tokenizer;
     const llm_message *messages;
     int n_messages, n_control;
 } chat_job;
-
-static void build_tokenizer(llm__env *env, void *arg) {
-    static const char *const texts[] = {"<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "\xE2\x96\x81", "a", "b"};
-    static const int32_t types[] = {LLM__TYPE_UNKNOWN, LLM__TYPE_CONTROL, LLM__TYPE_CONTROL, LLM__TYPE_CONTROL,
-                                    LLM__TYPE_CONTROL, LLM__TYPE_NORMAL, LLM__TYPE_NORMAL, LLM__TYPE_NORMAL};
-    static const float scores[8] = {0, 0, 0, 0, 0, -1, -2, -3};
-    chat_job *job = (chat_job *)arg;
-    llm__str pieces[8];
-    llm__vocab_source v;
-    memset(&v, 0, sizeof v);
-    for (int i = 0; i < 8; i++) {
-        pieces[i].at = texts[i];
-        pieces[i].n = strlen(texts[i]);
-    }
-    v.sentencepiece = true;
-    v.pieces_name = v.scores_name = v.types_name = v.merges_name = "test";
-    v.n_pieces = 8;
-    v.pieces = pieces;
-    v.scores = scores;
-    v.types = types;
-    v.bos = 1;
-    v.eos = 2;
-    v.chat_template.at = job->chat_template;
-    v.chat_template.n = job->n_template;
-    job->tokenizer = llm__tokenizer_build(env, &v);
-}
 
 /* How many control tokens a conversation has. */
 static void count_control(llm__env *env, void *arg) {
@@ -440,7 +414,7 @@ static void count_control(llm__env *env, void *arg) {
     for (size_t i = 0; i < n; i++) job->n_control += ids[i] > 0 && ids[i] < 5;
 }
 
-static llm_status guarded(llm__pool *pool, void (*body)(llm__env *env, void *arg), chat_job *job, llm_error *err) {
+static llm_status guarded(llm__pool *pool, void (*body)(llm__env *env, void *arg), void *job, llm_error *err) {
     llm__env env;
     memset(pool, 0, sizeof *pool);
     memset(&env, 0, sizeof env);
@@ -491,7 +465,8 @@ static void use_template(chat_job *job, bytes rest) {
         messages[n].role = in_turn[turn == 0 ? 0 : 1 + (turn - 1) % 2];
         messages[n].content = at;
     }
-    for (int i = 1; i <= n; i++) render(job->tokenizer, messages, i, i % 2);
+    render(job->tokenizer, messages, n, true);
+    render(job->tokenizer, messages, (n + 1) / 2, false);
     llm_message one = {"user", messages[n - 1].content}, other = {"user", tame[0]};
     job->n_messages = 1;
     job->messages = &one;
@@ -503,13 +478,13 @@ static void use_template(chat_job *job, bytes rest) {
 
 static void fuzz_chat(const uint8_t *data, size_t size) {
     bytes rest = {data, size}, text = cut(&rest);
+    small_job small = {(const char *)text.at, text.n, NULL};
     chat_job job;
     llm__pool pool;
     llm_error err;
+    CHECK(!guarded(&pool, build_small, &small, &err));
     memset(&job, 0, sizeof job);
-    job.chat_template = (const char *)text.at;
-    job.n_template = text.n;
-    CHECK(!guarded(&pool, build_tokenizer, &job, &err));
+    job.tokenizer = small.tokenizer;
     use_template(&job, rest);
     llm__pool_free(&pool);
 }
