@@ -6342,7 +6342,12 @@ static bool llm__tiles_allowed(void) {
     if ((low >> 17 & 3) != 3) return false;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false; /* bf16, tiles */
     if (!__get_cpuid_count(0x1D, 1, &a, &b, &c, &d) || b >> 16 < 8 || (b & 0xFFFF) < 64 || (c & 0xFFFF) < 16) return false;
-    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+    long status; /* of the system call itself: libc declares none where a host includes its headers first */
+    __asm__ volatile("syscall"
+                     : "=a"(status)
+                     : "0"((long)SYS_arch_prctl), "D"(0x1023L /* ARCH_REQ_XCOMP_PERM */), "S"(18L /* tile data */)
+                     : "rcx", "r11", "memory");
+    return status == 0;
 }
 #endif
 
@@ -8496,21 +8501,28 @@ static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer)
 
 /* The head fused with log-softmax: a few rows against LLM__COLUMNS tokens of the vocabulary. Their logits are in the near
    cache only; maximum and sum are what stays of them. */
-static void llm__score_columns(const llm__cpu_context *c, int index, int part, int first_row, int rows) {
+static void llm__score_columns(const llm__cpu_context *c, int index, bool panels, int part, int first_row, int rows) {
     const llm__matrix *m = &c->model->head;
     const llm__kernels *kernels = c->model->kernels;
-    float *logits = c->scratch + (size_t)index * c->scratch_floats; /* [rows][LLM__COLUMNS] */
     int first = part * LLM__COLUMNS, n = m->n - first < LLM__COLUMNS ? m->n - first : (int)LLM__COLUMNS;
-    int k = llm__round_up(m->k, 32), n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
-    memset(logits, 0, (size_t)rows * LLM__COLUMNS * sizeof(float));
-    for (int i = 0; i < n; i += 16)
-        kernels->product[m->kind](c->normed + (size_t)first_row * c->x_stride, c->x_stride,
-                                  c->sums + (size_t)first_row * (size_t)(k / 32), rows,
-                                  m->data + (size_t)((first + i) / 16) * m->tile_bytes, k, logits + i, LLM__COLUMNS);
+    int n_tiles = llm__round_up(n, 16) / 16, n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    size_t k = (size_t)llm__round_up(m->k, 32), row = (size_t)first_row, stride = (size_t)n_tiles * 16;
+    const uint8_t *tiles = m->data + (size_t)(first / 16) * m->tile_bytes;
+    const float *sums = c->sums + row * (k / 32);
+    float *logits = panels ? c->panels + (size_t)index * c->panel_floats : c->scratch + (size_t)index * c->scratch_floats;
+    if (panels) {
+        llm__panel panel = {c->packed + row * k * 2, sums, rows, (int)k, tiles, NULL, m->tile_bytes, n_tiles, logits,
+                            c->tiles + (size_t)index * c->tile_bytes};
+        kernels->panel(m->kind, &panel);
+    } else {
+        memset(logits, 0, (size_t)rows * stride * sizeof(float));
+        for (int i = 0; i < n_tiles; i++)
+            kernels->product[m->kind](c->normed + row * c->x_stride, c->x_stride, sums, rows,
+                                      tiles + (size_t)i * m->tile_bytes, (int)k, logits + i * 16, stride);
+    }
     for (int r = 0; r < rows; r++) {
-        size_t at = (size_t)(first_row + r) * (size_t)n_parts + (size_t)part;
-        kernels->softmax(logits + (size_t)r * LLM__COLUMNS, n, llm__round_up(n, 16), 1, false, &c->column_max[at],
-                         &c->column_sum[at]);
+        size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)part;
+        kernels->softmax(logits + (size_t)r * stride, n, (int)stride, 1, false, &c->column_max[at], &c->column_sum[at]);
     }
 }
 
@@ -8534,10 +8546,13 @@ static void llm__score_rows(llm__worker *w, const llm__cpu_context *c, int rows)
     const llm__matrix *m = &c->model->head;
     const llm_pass *pass = c->pass;
     int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
-    if (m->kind >= LLM__W_INT8_GROUPS) llm__sum_rows(w, c, c->normed, c->x_stride, llm__round_up(m->k, 32), rows);
+    int panel_rows = (int)(c->panel_floats / LLM__COLUMNS) / 16 * 16; /* whose logits there is room for */
+    bool panels = panel_rows && rows >= LLM__TILE_ROWS;
+    int step = panels ? panel_rows : (int)LLM__ROWS;
+    if (panels || llm__has_groups(m->kind)) llm__prepare_rows(w, c, m, panels, c->normed, c->x_stride, rows);
     for (int part; (part = llm__take(w)) < n_parts;)
-        for (int r = 0; r < rows; r += LLM__ROWS)
-            llm__score_columns(c, w->index, part, r, rows - r < LLM__ROWS ? rows - r : (int)LLM__ROWS);
+        for (int r = 0; r < rows; r += step)
+            llm__score_columns(c, w->index, panels, part, r, rows - r < step ? rows - r : step);
     llm__finish(w, n_parts);
     for (int i; (i = llm__take(w)) < pass->n_targets;)
         pass->log_probs[i] = llm__log_prob(c, pass->target_rows[i], pass->targets[i]);
