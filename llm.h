@@ -429,6 +429,14 @@ typedef struct llm_weight {
     bool has_q8_0; /* some of its rows are of that type                                               */
 } llm_weight;
 
+typedef struct llm_group {
+    int8_t q[32];            /* of LLM_DTYPE_INT4: 0 .. 15 but for weights with has_q8_0                          */
+    uint16_t scale, minimum; /* f16: w = q * scale + minimum                                                      */
+} llm_group;
+
+/* A weight's row as LLM_DTYPE_INT4 holds it: ceil(cols / 32) groups. `scratch` has room for 32 floats of each. */
+LLM_API void llm_weight_groups(const llm_weight *weight, int row, float *scratch, llm_group *groups);
+
 /* One forward pass. Rows of one sequence stand together, in order of position. */
 typedef struct llm_pass {
     int n_rows;
@@ -6784,15 +6792,9 @@ static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, siz
     ((float *)(void *)(tile + k * 16))[lane] = most / 127.0f;
 }
 
-/* 32 whole numbers with what turns them into weights. */
-typedef struct llm__group {
-    int8_t q[32];
-    uint16_t scale, minimum; /* f16: w = q * scale + minimum */
-} llm__group;
-
 /* The smallest error a 4-bit group with its least weight as minimum can have. */
-static llm__group llm__quantize_group(const float *w) {
-    llm__group g;
+static llm_group llm__quantize_group(const float *w) {
+    llm_group g;
     float least = w[0], most = w[0];
     for (int i = 1; i < 32; i++) {
         if (w[i] < least) least = w[i];
@@ -6809,8 +6811,8 @@ static llm__group llm__quantize_group(const float *w) {
 }
 
 /* A group as the file has it, where it is of a type that fits; else made from its weights. */
-static llm__group llm__read_group(int type, const uint8_t *raw, size_t index, const float *w) {
-    llm__group g;
+static llm_group llm__read_group(int type, const uint8_t *raw, size_t index, const float *w) {
+    llm_group g;
     if (type == LLM__Q8_0) {
         raw += index * 34;
         g.scale = llm__load_u16(raw);
@@ -6831,7 +6833,16 @@ static llm__group llm__read_group(int type, const uint8_t *raw, size_t index, co
     return g;
 }
 
-static void llm__pack_group(llm__kind kind, uint8_t *to, size_t lane, const llm__group *g) {
+LLM_API void llm_weight_groups(const llm_weight *weight, int row, float *scratch, llm_group *groups) {
+    size_t n = (size_t)llm__round_up(weight->cols, 32) / 32;
+    int type;
+    const uint8_t *raw = (const uint8_t *)weight->raw_row(weight, row, &type);
+    memset(scratch, 0, n * 32 * sizeof *scratch);
+    weight->read_row(weight, row, scratch);
+    for (size_t i = 0; i < n; i++) groups[i] = llm__read_group(type, raw, i, scratch + i * 32);
+}
+
+static void llm__pack_group(llm__kind kind, uint8_t *to, size_t lane, const llm_group *g) {
     size_t bytes = llm__tile_bytes(kind, 32);
     uint16_t *d = (uint16_t *)(void *)(to + bytes) - 32;
     d[lane] = g->scale;
@@ -6869,7 +6880,7 @@ static void llm__pack_tile(const llm__matrix *m, int tile, const llm_weight *wei
         case LLM__W_INT8: llm__pack_int8_row(to, lane, row, k); break;
         default:
             for (size_t i = 0; i < k / 32; i++) {
-                llm__group g = llm__read_group(type, raw, i, row + i * 32);
+                llm_group g = llm__read_group(type, raw, i, row + i * 32);
                 llm__pack_group(m->kind, to + i * llm__tile_bytes(m->kind, 32), lane, &g);
             }
         }

@@ -21,6 +21,9 @@ static const tiny_spec WIDE_HEADS = {1, 96, 130, 2, 2, 136, 512, 43, 0, 0, 3};
 static const tiny_spec USUAL_HEADS = {2, 256, 300, 4, 2, 64, 512, 43, 1, 1, 4};
 static const tiny_spec MANY_QUERIES = {1, 33, 47, 32, 1, 6, 512, 43, 0, 0, 5};
 static const tiny_spec LONG_HEADS = {1, 128, 64, 2, 1, 128, 512, 43, 0, 30, 6};
+static const tiny_spec FOUR_BITS = {2, 96, 160, 6, 2, 32, 512, 43, 1, 3, 7};
+static const tiny_spec FOUR_BITS_0 = {1, 64, 288, 4, 4, 24, 512, 43, 0, 2, 8};
+static const tiny_spec EIGHT_BITS = {1, 160, 96, 5, 1, 32, 512, 43, 0, 8, 9};
 
 static llm_model *load_as(const tiny_spec *spec, const llm_backend *backend, llm_dtype dtype, llm_error *err) {
     llm_model_desc desc = {};
@@ -189,6 +192,17 @@ static void test_fused(void **state) {
     for (int i = 0; i < 6; i++) agrees_with_cpu(specs[i], LLM_CUDA_FUSED, LLM_DTYPE_BF16);
     agrees_with_cpu(&TINY_ODD, LLM_CUDA_FUSED, LLM_DTYPE_INT8);
     agrees_with_cpu(&USUAL_HEADS, LLM_CUDA_FUSED, LLM_DTYPE_INT8);
+}
+
+/* Groups of 32 as files of Q4_1, Q4_0 and Q8_0 have them, and made of other weights. */
+static void test_groups(void **state) {
+    (void)state;
+    agrees_with_cpu(&FOUR_BITS, LLM_CUDA_FUSED, LLM_DTYPE_INT4);
+    agrees_with_cpu(&FOUR_BITS_0, LLM_CUDA_FUSED, LLM_DTYPE_INT4);
+    agrees_with_cpu(&EIGHT_BITS, LLM_CUDA_FUSED, LLM_DTYPE_INT4);
+    agrees_with_cpu(&TINY_ODD, LLM_CUDA_FUSED, LLM_DTYPE_INT4);
+    agrees_with_cpu(&FOUR_BITS, LLM_CUDA_EAGER, LLM_DTYPE_INT4);
+    agrees_with_cpu(&EIGHT_BITS, LLM_CUDA_EAGER, LLM_DTYPE_INT4);
 }
 
 /* Biases (qwen2), norms of queries and keys (qwen3), a window (mistral), and all ways to scale rotations. Their rows are
@@ -431,7 +445,8 @@ static void test_every_failure(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_eager), cmocka_unit_test(test_fused), cmocka_unit_test(test_architectures), cmocka_unit_test(test_graph),
+        cmocka_unit_test(test_eager), cmocka_unit_test(test_fused), cmocka_unit_test(test_groups), cmocka_unit_test(test_architectures),
+        cmocka_unit_test(test_graph),
         cmocka_unit_test(test_rows_do_not_meet), cmocka_unit_test(test_save_and_restore), cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_limits_are_measured), cmocka_unit_test(test_threads), cmocka_unit_test(test_refusals),
 #ifdef CUDA_HOST_RUNTIME_H
