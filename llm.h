@@ -454,6 +454,19 @@ typedef struct llm_pass {
 
 enum { LLM_BLOCK = 32 }; /* positions in a block of the KV cache */
 
+/* Tokens of one sequence that the device picks by itself: the first by the logits of the last pass, which had one row
+   of them, the others by those of the token before. All but the last go through the model. */
+typedef struct llm_burst {
+    int n;                      /* tokens, at most LLM_BURST                                                      */
+    int position;               /* of the first of them                                                           */
+    const int *blocks;          /* the sequence's, with room for all                                              */
+    const llm_sampler *sampler; /* without biases and penalty; draws go on from n_drawn                           */
+    bool (*on_token)(void *user, llm_token token); /* as soon as each is known; false: no more are wanted         */
+    void *user;
+} llm_burst;
+
+enum { LLM_BURST = 64 };
+
 typedef struct llm_backend_desc {
     int n_seq, blocks_per_seq; /* of every pass's block tables                                                  */
     int n_cache_blocks, n_batch, n_logits, n_threads;
@@ -480,6 +493,8 @@ struct llm_backend {
     llm_status (*write_block)(void *context, int block, const void *bytes, llm_error *err);
     double (*measure_bandwidth)(void *context);
     double (*measure_flops)(void *context);
+    /* May be NULL. The host knows a token while the next ones are being computed, so none waits for it. */
+    llm_status (*burst)(void *context, const llm_burst *burst, llm_error *err);
 };
 
 #ifdef LLM_CUDA
@@ -7961,6 +7976,7 @@ static const llm_backend llm__cpu_backend = {
     llm__cpu_write_block,
     llm__cpu_measure_bandwidth,
     llm__cpu_measure_flops,
+    NULL,
 };
 
 /* ---- Models ---- */
@@ -9109,7 +9125,8 @@ static bool llm__seq_is_full(const llm_context *ctx, int seq) {
 }
 
 /* Shows a token and says whether something there ends the generation. */
-static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__outbox *box, llm_token token) {
+static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__outbox *box, llm_token token,
+                            bool has_place) {
     const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
     llm_stats *stats = a->stats;
     size_t n_bytes = 0;
@@ -9124,25 +9141,111 @@ static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__out
         stats->stop = LLM_STOP_CALLBACK;
     } else if (stats->n_generated == a->desc->max_tokens) {
         stats->stop = LLM_STOP_LENGTH;
-    } else if (llm__seq_is_full(a->ctx, a->desc->seq)) {
+    } else if (!has_place && llm__seq_is_full(a->ctx, a->desc->seq)) {
         stats->stop = LLM_STOP_CONTEXT;
     }
     return stats->stop != LLM_STOP_NONE;
 }
 
-/* One token through the model. */
-static llm_status llm__step(const llm__generate_args *a, llm_token token, llm_error *err) {
-    llm_context *ctx = a->ctx;
-    const llm_model_info *info = &ctx->model->info;
-    llm_batch batch = {1, &token, &a->desc->seq, NULL};
-    llm_status status = llm__generate_forward(a, &batch, err);
-    if (status) return status;
+/* The sequence's last token went through the model. */
+static void llm__count_pass(const llm__generate_args *a) {
+    const llm_context *ctx = a->ctx;
     a->stats->n_decode_passes++;
     a->stats->decode_bytes +=
-        info->weight_bytes_per_token + (uint64_t)llm_seq_length(ctx, a->desc->seq) *
-                                           ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype) /
-                                           LLM_BLOCK;
-    return LLM_OK;
+        ctx->model->info.weight_bytes_per_token +
+        (uint64_t)llm_seq_length(ctx, a->desc->seq) *
+            ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype) / LLM_BLOCK;
+}
+
+/* One token through the model. */
+static llm_status llm__step(const llm__generate_args *a, llm_token token, llm_error *err) {
+    llm_batch batch = {1, &token, &a->desc->seq, NULL};
+    llm_status status = llm__generate_forward(a, &batch, err);
+    if (!status) llm__count_pass(a);
+    return status;
+}
+
+/* ---- Bursts ---- */
+
+typedef struct llm__burst_args {
+    llm__env *env;
+    const llm__generate_args *a;
+    llm__outbox *box;
+    llm_sampler *sampler;
+    llm_burst burst;
+    int n_known;     /* of its tokens */
+    llm_token token; /* the last known */
+    llm_status status;
+} llm__burst_args;
+
+/* How many tokens the device may pick: places for all but the last must be there. */
+static int llm__burst_size(const llm__generate_args *a, const llm_sampler *s) {
+    const llm__cache *cache = &a->ctx->cache;
+    int seq = a->desc->seq, left = a->desc->max_tokens - a->stats->n_generated, n = LLM_BURST;
+    bool plain = s->n_biases == 0 && (s->repeat_penalty <= 0 || s->repeat_penalty == 1);
+    if (!a->ctx->model->backend->burst || !plain) return 0;
+    if (a->desc->max_tokens > 0 && left < n) n = left;
+    if (a->ctx->desc.n_ctx - cache->lengths[seq] + 1 < n) n = a->ctx->desc.n_ctx - cache->lengths[seq] + 1;
+    if (llm__cache_must_copy(cache, seq)) return 1;
+    while (n > 1 && llm__cache_needs(cache, seq, n - 1) > cache->n_free) n--;
+    return n;
+}
+
+static bool llm__poll_generate_cancel(const llm__generate_args *a) {
+    const llm_context_desc *c = &a->ctx->desc;
+    if (a->desc->cancel) return a->desc->cancel(a->desc->user);
+    return c->cancel && c->cancel(c->cancel_user);
+}
+
+/* The burst's next token is known. */
+static void llm__burst_token_body(llm__env *env, void *arg) {
+    llm__burst_args *b = (llm__burst_args *)arg;
+    const llm__generate_args *a = b->a;
+    llm__cache *cache = &a->ctx->cache;
+    bool is_last = ++b->n_known == b->burst.n;
+    if (b->n_known > 1) llm__count_pass(a);
+    if (b->sampler->temperature >= 1e-30f) b->sampler->n_drawn++;
+    if (llm__token_stops(a, b->token) || llm__show_token(env, a, b->box, b->token, !is_last) || is_last) return;
+    if (llm__poll_generate_cancel(a)) {
+        a->stats->stop = LLM_STOP_CALLBACK;
+        return;
+    }
+    llm__cache_tokens(cache, a->desc->seq)[cache->lengths[a->desc->seq]++] = b->token;
+}
+
+/* Where memory runs out, the device's work is brought to an end before the error goes up. */
+static bool llm__burst_token(void *user, llm_token token) {
+    llm__burst_args *b = (llm__burst_args *)user;
+    llm__env env;
+    env.pool = b->env->pool;
+    env.err = b->env->err;
+    env.file = NULL;
+    b->token = token;
+    b->status = llm__guarded(&env, llm__burst_token_body, b);
+    return !b->status && b->a->stats->stop == LLM_STOP_NONE;
+}
+
+/* Lets the device pick n tokens, in places that are taken beforehand; while it does, the sequence's length is that of
+   its known tokens. *token becomes the last of them. */
+static llm_status llm__run_burst(llm__env *env, const llm__generate_args *a, llm__outbox *box, llm_sampler *sampler,
+                                 int n, llm_token *token) {
+    llm_context *ctx = a->ctx;
+    llm__burst_args b = {env, a, box, sampler, {n, 0, NULL, sampler, llm__burst_token, NULL}, 0, -1, LLM_OK};
+    int seq = a->desc->seq, *length = &ctx->cache.lengths[seq], before = *length, known;
+    llm_sampler start = *sampler; /* for its n_drawn counts on while the device draws */
+    b.burst.sampler = &start;
+    b.burst.position = before;
+    b.burst.blocks = llm__cache_table(&ctx->cache, seq);
+    b.burst.user = &b;
+    for (int i = 1; i < n; i++) llm__cache_append(&ctx->cache, seq, 0);
+    *length = before;
+    llm_status status = ctx->model->backend->burst(ctx->device, &b.burst, env->err);
+    known = *length;
+    *length = before + n - 1;
+    llm__cache_truncate(&ctx->cache, seq, known);
+    ctx->n_logits = 0; /* they are those of a later token */
+    *token = b.token;
+    return status ? status : b.status;
 }
 
 static void llm__generate_body(llm__env *env, void *arg) {
@@ -9163,8 +9266,15 @@ static void llm__generate_body(llm__env *env, void *arg) {
     a->stats->prefill_seconds = llm__now() - start;
     start = llm__now();
     for (last = n - 1 - a->stats->n_reused; !status; last = 0) {
-        llm_token token = llm_sample(ctx, last, a->desc->seq, sampler);
-        if (llm__token_stops(a, token) || llm__show_token(env, a, &box, token)) break;
+        int n_burst = llm__burst_size(a, sampler);
+        llm_token token;
+        if (n_burst) {
+            status = llm__run_burst(env, a, &box, sampler, n_burst, &token);
+        } else {
+            token = llm_sample(ctx, last, a->desc->seq, sampler);
+            if (!llm__token_stops(a, token)) llm__show_token(env, a, &box, token, false);
+        }
+        if (status || a->stats->stop) break;
         status = llm__step(a, token, env->err);
     }
     a->stats->decode_seconds = llm__now() - start;

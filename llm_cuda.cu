@@ -15,8 +15,8 @@
 
     CONTENTS
         1 errors and launches    2 the chip's own instructions    3 what kernels are told    4 fused products
-        5 fused attention        6 plain kernels                  7 the model                8 the context
-        9 forward pass          10 the backend
+        5 fused attention        6 picking tokens                 7 plain kernels            8 the model
+        9 the context           10 forward pass                  11 bursts                  12 the backend
 */
 #ifndef LLM_CUDA
 #define LLM_CUDA
@@ -487,9 +487,9 @@ static __device__ uint4 llm__load_scales(llm__gpu_matrix m, int row, int turn) {
 
 /* TILES * 8 columns. */
 template <int ENDING, int TILES, int FORMAT>
-static __global__ void __launch_bounds__(LLM__WARPS * 32, 3) llm__fused_product(llm__product p) {
+static __global__ void __launch_bounds__(LLM__WARPS * 32, TILES == 2 && FORMAT >= LLM__INT8_GROUPS ? 2 : 3) llm__fused_product(llm__product p) {
     constexpr bool GROUPS = FORMAT >= LLM__INT8_GROUPS;
-    constexpr int IN_FLIGHT = TILES == 1 && !GROUPS ? 4 : 2, COLUMNS = TILES * 8, TURN = llm__turn(FORMAT);
+    constexpr int IN_FLIGHT = TILES == 1 && !GROUPS ? 4 : TILES == 2 && FORMAT == LLM__INT4_GROUPS ? 1 : 2, COLUMNS = TILES * 8, TURN = llm__turn(FORMAT);
     __shared__ float parts[LLM__WARPS][COLUMNS][17], scales[COLUMNS];
     int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4, n_turns = p.weight.k / TURN;
     int a = llm__output<ENDING>(p, (int)blockIdx.x, g, 0), b = llm__output<ENDING>(p, (int)blockIdx.x, g, 1);
@@ -825,7 +825,201 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, 2) llm__fused_a
     }
 }
 
-/* ==== 6 Plain kernels ===========================================================================================
+/* ==== 6 Picking tokens ==========================================================================================
+
+   What llm_sample does, where the logits are: one block reads them a few times, which next to the weights is nothing. A
+   token's weight is a whole number, so that sums are exact and a seed means the same text on every run. Tokens in order
+   of weight are cut to a prefix by top-k, top-p and min-p alike, so of each cut only the weight of what it leaves is
+   needed; the least of the three is drawn in, and the token found where that much has gone by. */
+
+enum { LLM__PICK_THREADS = 1024, LLM__WEIGHT_BITS = 27, LLM__LOW_BITS = 14, LLM__MOST_VOCAB = 1 << 18 };
+
+/* In the GPU's memory; a kernel counts n_drawn and n_picked on. */
+typedef struct llm__picker_state {
+    float scale, top_p, min_p; /* log2(e) / temperature, 0: greedy */
+    int top_k;
+    unsigned long long seed, n_drawn;
+    int n_picked;
+} llm__picker_state;
+
+typedef struct llm__picker {
+    llm__rows rows; /* the first is the token's to be */
+    const float *logits;
+    int n_vocab;
+    llm__picker_state *state;
+    int *picked;    /* in the host's memory */
+} llm__picker;
+
+/* What the block shares. The sums of a step of the descent are in two parts, as atomics have 32 bits. */
+typedef struct llm__pick_memory {
+    unsigned counts[LLM__PICK_THREADS], low[LLM__PICK_THREADS], high[LLM__PICK_THREADS];
+    unsigned long long warps[LLM__PICK_THREADS / 32];
+    int bin;
+    unsigned n_before;
+    unsigned long long weight_before;
+} llm__pick_memory;
+
+/* The tokens of a weight, in the order of weights: `key` numbers the weights, the tokens above it are counted. */
+typedef struct llm__place {
+    uint32_t key;
+    unsigned long long n_above, weight_above;
+} llm__place;
+
+static __device__ float llm__likelihood(const llm__picker &p, float max, float scale, int token) { return exp2f((p.logits[token] - max) * scale); }
+static __device__ unsigned llm__weight(float likelihood) { return (unsigned)(likelihood * (float)(1 << LLM__WEIGHT_BITS)); }
+
+/* Of likelihoods from 2^-WEIGHT_BITS to 1: 28 bits in the same order. */
+static __device__ uint32_t llm__key_base(void) { return (uint32_t)(127 - LLM__WEIGHT_BITS) << 23; }
+
+/* The sum of the values of this thread and those before it. */
+static __device__ unsigned long long llm__scan(unsigned long long value, unsigned long long *warps) {
+    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    for (int step = 1; step < 32; step *= 2) {
+        unsigned long long other = __shfl_up_sync(0xFFFFFFFFu, value, step);
+        if (lane >= step) value += other;
+    }
+    if (lane == 31) warps[warp] = value;
+    __syncthreads();
+    for (int i = 0; i < warp; i++) value += warps[i];
+    __syncthreads();
+    return value;
+}
+
+static __device__ unsigned long long llm__block_sum(unsigned long long value, llm__pick_memory *m) {
+    value = llm__scan(value, m->warps);
+    if (threadIdx.x == blockDim.x - 1) m->weight_before = value;
+    __syncthreads();
+    value = m->weight_before;
+    __syncthreads();
+    return value;
+}
+
+/* The first token of those with the largest logit: orders them by logit, then by number downwards. */
+static __device__ int llm__best_token(const llm__picker &p, llm__pick_memory *m) {
+    unsigned long long best = 0;
+    for (int i = (int)threadIdx.x; i < p.n_vocab; i += (int)blockDim.x) {
+        uint32_t bits = __float_as_uint(p.logits[i]), order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+        unsigned long long key = (unsigned long long)order << 32 | (uint32_t)~i;
+        best = key > best ? key : best;
+    }
+    for (int step = 16; step; step /= 2) {
+        unsigned long long other = __shfl_xor_sync(0xFFFFFFFFu, best, step);
+        best = other > best ? other : best;
+    }
+    if (threadIdx.x % 32 == 0) m->warps[threadIdx.x / 32] = best;
+    __syncthreads();
+    for (int i = 0; i < (int)blockDim.x / 32; i++) best = m->warps[i] > best ? m->warps[i] : best;
+    __syncthreads();
+    return (int)~(uint32_t)best;
+}
+
+/* Going down from the heaviest token, the place where the sum of weights (or with BY_COUNT the number of tokens) first
+   exceeds `target`, which all of them together do: ten bits of its key, then nine, then nine. A thread has a bin. */
+template <bool BY_COUNT>
+static __device__ llm__place llm__descend(const llm__picker &p, float max, float scale, unsigned long long target, llm__pick_memory *m) {
+    int thread = (int)threadIdx.x, bin = LLM__PICK_THREADS - 1 - thread;
+    llm__place place = {0, 0, 0};
+    for (int shift = 18; shift >= 0; shift -= 9) {
+        m->counts[thread] = m->low[thread] = m->high[thread] = 0;
+        __syncthreads();
+        for (int i = thread; i < p.n_vocab; i += LLM__PICK_THREADS) {
+            float likelihood = llm__likelihood(p, max, scale, i);
+            unsigned weight = llm__weight(likelihood);
+            uint32_t key = __float_as_uint(likelihood) - llm__key_base(), above = shift == 18 ? 28 : shift + 9;
+            if (!weight || key >> above != place.key >> above) continue;
+            uint32_t to = key >> shift & ((1u << (above - shift)) - 1);
+            atomicAdd(&m->counts[to], 1u);
+            atomicAdd(&m->low[to], weight & ((1u << LLM__LOW_BITS) - 1));
+            atomicAdd(&m->high[to], weight >> LLM__LOW_BITS);
+        }
+        __syncthreads();
+        unsigned long long n = m->counts[bin], weight = ((unsigned long long)m->high[bin] << LLM__LOW_BITS) + m->low[bin];
+        unsigned long long n_through = place.n_above + llm__scan(n, m->warps), through = place.weight_above + llm__scan(weight, m->warps);
+        if (BY_COUNT ? n_through > target && n_through - n <= target : through > target && through - weight <= target) {
+            m->bin = bin;
+            m->n_before = (unsigned)(n_through - n);
+            m->weight_before = through - weight;
+        }
+        __syncthreads();
+        place.key |= (uint32_t)m->bin << shift;
+        place.n_above = m->n_before;
+        place.weight_above = m->weight_before;
+        __syncthreads();
+    }
+    return place;
+}
+
+/* Among tokens of one weight, those of lower number come first. */
+static __device__ int llm__nth_of_weight(const llm__picker &p, float max, float scale, uint32_t key, unsigned long long n, llm__pick_memory *m) {
+    int some = (p.n_vocab + LLM__PICK_THREADS - 1) / LLM__PICK_THREADS, first = llm__least((int)threadIdx.x * some, p.n_vocab);
+    int end = llm__least(first + some, p.n_vocab);
+    unsigned long long found = 0;
+    for (int i = first; i < end; i++) found += __float_as_uint(llm__likelihood(p, max, scale, i)) == key + llm__key_base();
+    unsigned long long before = llm__scan(found, m->warps) - found;
+    for (int i = first; i < end && before <= n; i++)
+        if (__float_as_uint(llm__likelihood(p, max, scale, i)) == key + llm__key_base() && before++ == n) m->bin = i;
+    __syncthreads();
+    return m->bin;
+}
+
+/* The weight of what top-k, top-p and min-p leave. */
+static __device__ unsigned long long llm__cut(const llm__picker &p, const llm__picker_state &s, float max, llm__pick_memory *m) {
+    unsigned long long n = 0, all = 0, likely = 0;
+    for (int i = (int)threadIdx.x; i < p.n_vocab; i += LLM__PICK_THREADS) {
+        float likelihood = llm__likelihood(p, max, s.scale, i);
+        unsigned weight = llm__weight(likelihood);
+        n += weight > 0;
+        all += weight;
+        likely += likelihood >= s.min_p ? weight : 0;
+    }
+    n = llm__block_sum(n, m);
+    all = llm__block_sum(all, m);
+    likely = llm__block_sum(likely, m);
+    if (s.top_k > 0 && (unsigned long long)s.top_k < n) {
+        llm__place kth = llm__descend<true>(p, max, s.scale, (unsigned long long)s.top_k - 1, m);
+        all = kth.weight_above + ((unsigned long long)s.top_k - kth.n_above) * llm__weight(__uint_as_float(kth.key + llm__key_base()));
+    }
+    if (s.top_p > 0 && s.top_p < 1) {
+        unsigned long long enough = (unsigned long long)((double)s.top_p * (double)all) + 1;
+        if (enough > all) enough = all;
+        llm__place last = llm__descend<false>(p, max, s.scale, enough - 1, m);
+        unsigned long long weight = llm__weight(__uint_as_float(last.key + llm__key_base()));
+        all = last.weight_above + (enough - last.weight_above + weight - 1) / weight * weight;
+    }
+    return all < likely ? all : likely;
+}
+
+/* The same numbers as llm_sample's (splitmix64). */
+static __device__ double llm__random(unsigned long long seed, unsigned long long n) {
+    unsigned long long z = seed + n * 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return (double)((z ^ z >> 31) >> 11) * (1.0 / 9007199254740992.0);
+}
+
+/* Picks a token and makes it the next pass's, one position on; one block. */
+static __global__ void __launch_bounds__(LLM__PICK_THREADS, 1) llm__pick(llm__picker p) {
+    __shared__ llm__pick_memory m;
+    llm__let_next_start();
+    llm__wait_for_previous();
+    llm__picker_state s = *p.state;
+    int token = llm__best_token(p, &m);
+    if (s.scale > 0) {
+        float max = p.logits[token];
+        unsigned long long at = (unsigned long long)(llm__random(s.seed, s.n_drawn + 1) * (double)llm__cut(p, s, max, &m));
+        llm__place place = llm__descend<false>(p, max, s.scale, at, &m);
+        unsigned weight = llm__weight(__uint_as_float(place.key + llm__key_base()));
+        token = llm__nth_of_weight(p, max, s.scale, place.key, (at - place.weight_above) / weight, &m);
+    }
+    if (threadIdx.x) return;
+    p.state->n_drawn = s.n_drawn + 1;
+    p.state->n_picked = s.n_picked + 1;
+    p.picked[s.n_picked] = token;
+    const_cast<int *>(p.rows.tokens)[0] = token;
+    const_cast<int *>(p.rows.positions)[0]++;
+}
+
+/* ==== 7 Plain kernels ===========================================================================================
 
    One operation each. They are what eager passes consist of; longer passes put cuBLAS's products and the attention of
    section 5 between them. */
@@ -973,7 +1167,7 @@ static __global__ void llm__read_all(const uint8_t *data, size_t n_vectors, unsi
     if (seen == 0x9E3779B9u) *sink = seen; /* so that the loads are not left out */
 }
 
-/* ==== 7 The model ===============================================================================================
+/* ==== 8 The model ===============================================================================================
 
    Matrices stand row by row as the file has them. They are converted by the host's threads into one of two pinned
    buffers while the other is on its way. */
@@ -1056,6 +1250,9 @@ static llm_status llm__find_gpu(llm__gpu_model *m, llm_error *err) {
 static llm_status llm__check_shape(const llm_shape *s, llm_dtype dtype, llm_error *err) {
     if (dtype != LLM_DTYPE_BF16 && dtype != LLM_DTYPE_INT8 && dtype != LLM_DTYPE_INT4)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU weights are bf16, int8 or int4; desc.dtype asks for another type");
+    if (s->n_vocab > LLM__MOST_VOCAB)
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "the vocabulary has %d tokens; on the GPU at most %d are run", s->n_vocab,
+                               (int)LLM__MOST_VOCAB);
     if (s->head_dim > LLM__MOST_HEAD_DIM)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "heads have %d dimensions; on the GPU at most %d are run", s->head_dim,
                                (int)LLM__MOST_HEAD_DIM);
@@ -1307,12 +1504,15 @@ static llm_status llm__gpu_upload(void *model, const llm_weight *w, llm_error *e
     return status;
 }
 
-/* ==== 8 The context =============================================================================================
+/* ==== 9 The context =============================================================================================
 
    A stream, and all the memory a pass needs: one piece on the GPU, one pinned on the host. Both are laid out by walking
    over their parts twice, first to learn how much there is. */
 
-enum { LLM__BUCKETS = 5 }; /* passes of 1, 2, 4, 8 and 16 rows have each their graph */
+enum {
+    LLM__BUCKETS = 5, /* passes of 1, 2, 4, 8 and 16 rows have each their graph          */
+    LLM__AHEAD = 4    /* passes of a burst under way behind the one whose token is awaited */
+};
 
 typedef struct llm__sizes {
     int n_embd, q, ffn, fused_rows, n_tables;       /* strides of activations; rows the fused buffers have; tables  */
@@ -1339,6 +1539,10 @@ typedef struct llm__gpu_context {
     void *blas_memory;
     uint16_t *widened;               /* a piece of a matrix                                       */
     cudaGraphExec_t graphs[LLM__BUCKETS];
+    llm__picker_state *picker, *host_picker;
+    int *host_picked;                /* [LLM_BURST]                                               */
+    cudaEvent_t picked[LLM__AHEAD + 1];
+    cudaGraphExec_t burst_graph;     /* a pass of one row and the picking of the next             */
 } llm__gpu_context;
 
 /* Whole rows of at most 64 MB; at least one. */
@@ -1404,12 +1608,15 @@ static void llm__lay_out(llm__gpu_context *c, const llm_shape *s) {
     c->partial = (float *)llm__part(m, &used, fused * (size_t)s->n_heads * LLM__MOST_SPANS * (size_t)(c->kv.stride + 2) * 4);
     c->n_done = (unsigned *)llm__part(m, &used, fused * (size_t)s->n_kv_heads * 4);
     c->logits = (float *)llm__part(m, &used, n_logits * (size_t)s->n_vocab * 4);
+    c->picker = (llm__picker_state *)llm__part(m, &used, sizeof *c->picker);
     c->blas_memory = llm__part(m, &used, z->blas_bytes);
     c->widened = (uint16_t *)llm__part(m, &used, z->widened * 2);
     c->memory_bytes = used;
     used = 0;
     c->host_rows = (int *)llm__part(c->pinned, &used, (size_t)z->rows_ints * 4);
     c->host_logits = (float *)llm__part(c->pinned, &used, n_logits * (size_t)s->n_vocab * 4);
+    c->host_picker = (llm__picker_state *)llm__part(c->pinned, &used, sizeof *c->host_picker);
+    c->host_picked = (int *)llm__part(c->pinned, &used, LLM_BURST * sizeof *c->host_picked);
     c->pinned_bytes = used;
 }
 
@@ -1444,6 +1651,7 @@ static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     LLM__TRY(cudaStreamSynchronize(c->model->stream)); /* the weights are there */
     LLM__TRY(cudaStreamCreateWithFlags(&c->queue.stream, cudaStreamNonBlocking));
     c->queue.can_overlap = c->model->can_overlap;
+    for (int i = 0; i <= LLM__AHEAD; i++) LLM__TRY(cudaEventCreateWithFlags(&c->picked[i], cudaEventDisableTiming));
     c->sizes = llm__find_sizes(s, &c->desc);
     llm__lay_out(c, s);
     LLM__TRY(cudaMalloc((void **)&c->memory, c->memory_bytes));
@@ -1461,6 +1669,9 @@ static void llm__gpu_context_free(void *context) {
     if (c->queue.stream) cudaStreamSynchronize(c->queue.stream);
     for (int i = 0; i < LLM__BUCKETS; i++)
         if (c->graphs[i]) cudaGraphExecDestroy(c->graphs[i]);
+    if (c->burst_graph) cudaGraphExecDestroy(c->burst_graph);
+    for (int i = 0; i <= LLM__AHEAD; i++)
+        if (c->picked[i]) cudaEventDestroy(c->picked[i]);
     if (c->queue.blas) cublasDestroy(c->queue.blas);
     cudaFree(c->memory);
     if (c->pinned) cudaFreeHost(c->pinned);
@@ -1481,7 +1692,7 @@ static llm_status llm__gpu_context_create(void **out, void *model, const llm_bac
     return status;
 }
 
-/* ==== 9 Forward pass ============================================================================================ */
+/* ==== 10 Forward pass ============================================================================================ */
 
 /* The parts of llm__rows, for `capacity` rows, one after the other in `ints`. */
 static llm__rows llm__place_rows(const llm__gpu_context *c, const int *ints, int capacity) {
@@ -1686,27 +1897,35 @@ static void llm__fused_pass(llm__gpu_context *c, int bucket) {
     llm__run_product<LLM__LOGITS>(c, "the logits", (head.n + 15) / 16, bucket, head);
 }
 
-/* The same launches, recorded once for each bucket. Other threads may go on using the GPU meanwhile. */
-static void llm__record_graph(llm__gpu_context *c, int bucket, cudaGraphExec_t *out) {
+static void llm__run_picker(llm__gpu_context *c) {
+    llm__picker p = {llm__place_rows(c, c->rows, LLM__FUSED_ROWS), c->logits, c->model->shape.n_vocab, c->picker, c->host_picked};
+    llm__launch(&c->queue, LLM__OVERLAP, "picking a token", dim3(1), LLM__PICK_THREADS, llm__pick, p);
+}
+
+/* The same launches, recorded once for each bucket, and for bursts. Other threads may go on using the GPU meanwhile. */
+static void llm__record_graph(llm__gpu_context *c, int bucket, bool pick, cudaGraphExec_t *out) {
     cudaGraph_t graph = NULL;
     llm__note(&c->queue, cudaStreamBeginCapture(c->queue.stream, cudaStreamCaptureModeThreadLocal), "starting to record the pass");
     if (c->queue.failure != cudaSuccess) return;
     llm__fused_pass(c, bucket);
+    if (pick) llm__run_picker(c);
     llm__note(&c->queue, cudaStreamEndCapture(c->queue.stream, &graph), "recording the pass");
     if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaGraphInstantiate(out, graph, 0), "making a graph of the pass");
     if (graph) cudaGraphDestroy(graph);
+}
+
+/* Records it if that was not done yet. */
+static void llm__run_graph(llm__gpu_context *c, int bucket, bool pick, cudaGraphExec_t *graph) {
+    if (!*graph && c->queue.failure == cudaSuccess) llm__record_graph(c, bucket, pick, graph);
+    if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaGraphLaunch(*graph, c->queue.stream), "launching the graph");
 }
 
 static void llm__fused_forward(llm__gpu_context *c, const llm_pass *pass) {
     int index = 0;
     while (1 << index < pass->n_rows) index++;
     llm__send_rows(c, pass, LLM__FUSED_ROWS);
-    if (c->model->mode != LLM_CUDA_GRAPH) {
-        llm__fused_pass(c, 1 << index);
-        return;
-    }
-    if (!c->graphs[index] && c->queue.failure == cudaSuccess) llm__record_graph(c, 1 << index, &c->graphs[index]);
-    if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaGraphLaunch(c->graphs[index], c->queue.stream), "launching the graph");
+    if (c->model->mode == LLM_CUDA_GRAPH) llm__run_graph(c, 1 << index, false, &c->graphs[index]);
+    else llm__fused_pass(c, 1 << index);
 }
 
 /* ---- Any number of rows: one operation after the other ---- */
@@ -1823,7 +2042,54 @@ static const float *llm__gpu_logits(void *context, int i) {
     return c->host_logits + (size_t)i * (size_t)c->model->shape.n_vocab;
 }
 
-/* ==== 10 The backend ============================================================================================ */
+/* ==== 11 Bursts =================================================================================================
+
+   Each pass ends by picking the token of the next, so the host queues passes without knowing their tokens. It is a few
+   ahead of the token it awaits: the GPU never waits for it, and little is in vain when that token ends the text. */
+
+static void llm__send_burst(llm__gpu_context *c, const llm_burst *burst) {
+    llm__rows rows = llm__place_rows(c, c->host_rows, LLM__FUSED_ROWS);
+    const llm_sampler *s = burst->sampler;
+    size_t n_blocks = (size_t)(burst->position + burst->n - 1 + LLM_BLOCK - 1) / LLM_BLOCK;
+    memset(c->host_rows, 0, (size_t)(rows.tables - c->host_rows) * sizeof(int));
+    for (int i = 0; i < 3; i++) c->host_rows[i] = 1; /* llm__rows.counts */
+    const_cast<int *>(rows.positions)[0] = burst->position - 1;
+    const_cast<int *>(rows.tile_rows)[0] = 1;
+    memcpy(const_cast<int *>(rows.tables), burst->blocks, n_blocks * sizeof(int));
+    size_t n_ints = (size_t)(rows.tables - c->host_rows) + n_blocks;
+    llm__picker_state state = {s->temperature >= 1e-30f ? 1.44269504f / s->temperature : 0, s->top_p, s->min_p, s->top_k, s->seed, s->n_drawn, 0};
+    *c->host_picker = state;
+    llm__note(&c->queue, cudaMemcpyAsync(c->rows, c->host_rows, n_ints * sizeof(int), cudaMemcpyHostToDevice, c->queue.stream),
+              "sending the burst");
+    llm__note(&c->queue, cudaMemcpyAsync(c->picker, c->host_picker, sizeof state, cudaMemcpyHostToDevice, c->queue.stream),
+              "sending the sampler");
+}
+
+/* Token i of a burst. */
+static void llm__queue_token(llm__gpu_context *c, int i) {
+    if (i && c->model->mode == LLM_CUDA_GRAPH) {
+        llm__run_graph(c, 1, true, &c->burst_graph);
+    } else {
+        if (i) llm__fused_pass(c, 1);
+        llm__run_picker(c);
+    }
+    llm__note(&c->queue, cudaEventRecord(c->picked[i % (LLM__AHEAD + 1)], c->queue.stream), "marking a token");
+}
+
+static llm_status llm__gpu_burst(void *context, const llm_burst *burst, llm_error *err) {
+    llm__gpu_context *c = (llm__gpu_context *)context;
+    bool wanted = true;
+    llm__send_burst(c, burst);
+    for (int i = 0, n_queued = 0; i < burst->n && wanted; i++) {
+        for (; n_queued < burst->n && n_queued <= i + LLM__AHEAD; n_queued++) llm__queue_token(c, n_queued);
+        llm__note(&c->queue, cudaEventSynchronize(c->picked[i % (LLM__AHEAD + 1)]), "awaiting a token");
+        wanted = c->queue.failure == cudaSuccess && burst->on_token(burst->user, c->host_picked[i]);
+    }
+    llm__note(&c->queue, cudaStreamSynchronize(c->queue.stream), "ending the burst");
+    return llm__queue_status(&c->queue, err);
+}
+
+/* ==== 12 The backend ============================================================================================ */
 
 static llm_status llm__gpu_copy_block(void *context, int to, int from, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
@@ -1899,18 +2165,18 @@ static double llm__measure(llm__gpu_context *c, double (*work)(llm__gpu_context 
 static double llm__gpu_measure_bandwidth(void *context) { return llm__measure((llm__gpu_context *)context, llm__read_weights); }
 static double llm__gpu_measure_flops(void *context) { return llm__measure((llm__gpu_context *)context, llm__multiply_much); }
 
-#define LLM__GPU_BACKEND(open)                                                                                           \
+#define LLM__GPU_BACKEND(open, burst)                                                                                    \
     {"cuda", open, llm__gpu_upload, llm__gpu_close, llm__gpu_weight_bytes, llm__gpu_block_bytes, llm__gpu_scratch_bytes, \
      llm__gpu_context_create, llm__gpu_context_free, llm__gpu_forward, llm__gpu_logits, llm__gpu_copy_block,             \
-     llm__gpu_read_block, llm__gpu_write_block, llm__gpu_measure_bandwidth, llm__gpu_measure_flops}
+     llm__gpu_read_block, llm__gpu_write_block, llm__gpu_measure_bandwidth, llm__gpu_measure_flops, burst}
 
 } // namespace llm__cuda
 
 LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode) {
     using namespace llm__cuda;
-    static const llm_backend graph = LLM__GPU_BACKEND(llm__open_graph);
-    static const llm_backend fused = LLM__GPU_BACKEND(llm__open_fused);
-    static const llm_backend eager = LLM__GPU_BACKEND(llm__open_eager);
+    static const llm_backend graph = LLM__GPU_BACKEND(llm__open_graph, llm__gpu_burst);
+    static const llm_backend fused = LLM__GPU_BACKEND(llm__open_fused, llm__gpu_burst);
+    static const llm_backend eager = LLM__GPU_BACKEND(llm__open_eager, NULL);
     return mode == LLM_CUDA_EAGER ? &eager : mode == LLM_CUDA_FUSED ? &fused : &graph;
 }
 
