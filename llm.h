@@ -582,6 +582,14 @@ typedef struct llm_weight {
     bool has_q8_0; /* some of its rows are of that type                                               */
 } llm_weight;
 
+typedef struct llm_group {
+    int8_t q[32];            /* of LLM_DTYPE_INT4: 0 .. 15 but for weights with has_q8_0                          */
+    uint16_t scale, minimum; /* f16: w = q * scale + minimum                                                      */
+} llm_group;
+
+/* A weight's row as LLM_DTYPE_INT4 holds it: ceil(cols / 32) groups. `scratch` has room for 32 floats of each. */
+LLM_API void llm_weight_groups(const llm_weight *weight, int row, float *scratch, llm_group *groups);
+
 /* One forward pass. Rows of one sequence stand together, in order of position. */
 typedef struct llm_pass {
     int n_rows;
@@ -603,6 +611,19 @@ typedef struct llm_pass {
 } llm_pass;
 
 enum { LLM_BLOCK = 32 }; /* positions in a block of the KV cache */
+
+/* Tokens of one sequence that the device picks by itself: the first by the logits of the last pass, which had one row
+   of them, the others by those of the token before. All but the last go through the model. */
+typedef struct llm_burst {
+    int n;                      /* tokens, at most LLM_BURST                                                      */
+    int position;               /* of the first of them                                                           */
+    const int *blocks;          /* the sequence's, with room for all                                              */
+    const llm_sampler *sampler; /* without biases and penalty; draws go on from n_drawn                           */
+    bool (*on_token)(void *user, llm_token token); /* as soon as each is known; false: no more are wanted         */
+    void *user;
+} llm_burst;
+
+enum { LLM_BURST = 64 };
 
 typedef struct llm_backend_desc {
     int n_seq, blocks_per_seq; /* of every pass's block tables                                                  */
@@ -634,6 +655,8 @@ struct llm_backend {
     llm_status (*write_block)(void *context, int block, const void *bytes, llm_error *err);
     double (*measure_bandwidth)(void *context);
     double (*measure_flops)(void *context);
+    /* May be NULL. The host knows a token while the next ones are being computed, so none waits for it. */
+    llm_status (*burst)(void *context, const llm_burst *burst, llm_error *err);
 };
 
 #ifdef LLM_CUDA
@@ -7373,15 +7396,9 @@ static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, siz
     ((float *)(void *)(tile + k * 16))[lane] = most / 127.0f;
 }
 
-/* 32 whole numbers with what turns them into weights. */
-typedef struct llm__group {
-    int8_t q[32];
-    uint16_t scale, minimum; /* f16: w = q * scale + minimum */
-} llm__group;
-
 /* The smallest error a 4-bit group with its least weight as minimum can have. A NaN makes the whole group NaN. */
-static llm__group llm__quantize_group(const float *w) {
-    llm__group g;
+static llm_group llm__quantize_group(const float *w) {
+    llm_group g;
     float least = w[0], most = w[0];
     for (int i = 1; i < 32; i++) {
         if (w[i] < least) least = w[i];
@@ -7399,8 +7416,8 @@ static llm__group llm__quantize_group(const float *w) {
 }
 
 /* A group as the file has it, where it is of a type that fits; else made from its weights. */
-static llm__group llm__read_group(int type, const uint8_t *raw, size_t index, const float *w) {
-    llm__group g;
+static llm_group llm__read_group(int type, const uint8_t *raw, size_t index, const float *w) {
+    llm_group g;
     if (type == LLM__Q8_0) {
         raw += index * 34;
         g.scale = llm__load_u16(raw);
@@ -7421,7 +7438,16 @@ static llm__group llm__read_group(int type, const uint8_t *raw, size_t index, co
     return g;
 }
 
-static void llm__pack_group(llm__kind kind, uint8_t *to, size_t lane, const llm__group *g) {
+LLM_API void llm_weight_groups(const llm_weight *weight, int row, float *scratch, llm_group *groups) {
+    size_t n = (size_t)llm__round_up(weight->cols, 32) / 32;
+    int type;
+    const uint8_t *raw = (const uint8_t *)weight->raw_row(weight, row, &type);
+    memset(scratch, 0, n * 32 * sizeof *scratch);
+    weight->read_row(weight, row, scratch);
+    for (size_t i = 0; i < n; i++) groups[i] = llm__read_group(type, raw, i, scratch + i * 32);
+}
+
+static void llm__pack_group(llm__kind kind, uint8_t *to, size_t lane, const llm_group *g) {
     size_t bytes = llm__tile_bytes(kind, 32);
     uint16_t *d = (uint16_t *)(void *)(to + bytes) - 32;
     d[lane] = g->scale;
@@ -7462,7 +7488,7 @@ static void llm__pack_tile(const llm__matrix *m, int tile, const llm_weight *wei
         case LLM__W_INT8: llm__pack_int8_row(to, lane, row, k); break;
         default:
             for (size_t i = 0; i < k / 32; i++) {
-                llm__group g = llm__read_group(type, raw, i, row + i * 32);
+                llm_group g = llm__read_group(type, raw, i, row + i * 32);
                 llm__pack_group(m->kind, to + i * llm__tile_bytes(m->kind, 32), lane, &g);
             }
         }
@@ -8902,6 +8928,7 @@ static const llm_backend llm__cpu_backend = {
     llm__cpu_write_block,
     llm__cpu_measure_bandwidth,
     llm__cpu_measure_flops,
+    NULL,
 };
 
 /* ---- Models ---- */
@@ -10580,9 +10607,10 @@ static bool llm__seq_is_full(const llm_context *ctx, int seq) {
     return ctx->cache.lengths[seq] == ctx->desc.n_ctx || llm__cache_needs(&ctx->cache, seq, 1) > ctx->cache.n_free;
 }
 
-/* Shows a token and says whether something there ends the generation. `computed`: the token is in the cache already. */
+/* Shows a token and says whether something there ends the generation. `has_place`: it is in the cache already, or its
+   place is. */
 static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__outbox *box, llm_token token,
-                            bool computed) {
+                            bool has_place) {
     const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
     llm_stats *stats = a->stats;
     size_t n_bytes = 0;
@@ -10597,10 +10625,20 @@ static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__out
         stats->stop = LLM_STOP_CALLBACK;
     } else if (stats->n_generated == a->desc->max_tokens) {
         stats->stop = LLM_STOP_LENGTH;
-    } else if (!computed && llm__seq_is_full(a->ctx, a->desc->seq)) {
+    } else if (!has_place && llm__seq_is_full(a->ctx, a->desc->seq)) {
         stats->stop = LLM_STOP_CONTEXT;
     }
     return stats->stop != LLM_STOP_NONE;
+}
+
+/* The sequence's last token went through the model. */
+static void llm__count_decode(const llm__generate_args *a) {
+    const llm_context *ctx = a->ctx;
+    a->stats->n_decode_passes++;
+    a->stats->decode_bytes +=
+        ctx->model->info.weight_bytes_per_token +
+        (uint64_t)llm_seq_length(ctx, a->desc->seq) *
+            ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype) / LLM_BLOCK;
 }
 
 /* The most guesses there is room for after a token, in the sequence and the cache, and use for. */
@@ -10616,9 +10654,7 @@ static int llm__most_guesses(const llm__generate_args *a) {
 
 /* A token through the model, and after it the guesses that are worth it. */
 static llm_status llm__step(llm__generate_args *a, llm_token token, llm_error *err) {
-    llm_context *ctx = a->ctx;
     llm__speculation *sp = &a->speculation;
-    const llm_model_info *info = &ctx->model->info;
     llm_token tokens[LLM_DRAFT_MOST + 1];
     int seqs[LLM_DRAFT_MOST + 1];
     bool logits[LLM_DRAFT_MOST + 1];
@@ -10634,12 +10670,91 @@ static llm_status llm__step(llm__generate_args *a, llm_token token, llm_error *e
     status = llm__generate_forward(a, &batch, err);
     if (status) return status;
     llm__time_pass(sp, llm__now() - start);
-    a->stats->n_decode_passes++;
-    a->stats->decode_bytes +=
-        info->weight_bytes_per_token + (uint64_t)llm_seq_length(ctx, a->desc->seq) *
-                                           ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype) /
-                                           LLM_BLOCK;
+    llm__count_decode(a);
     return LLM_OK;
+}
+
+/* ---- Bursts ---- */
+
+typedef struct llm__burst_args {
+    llm__env *env;
+    const llm__generate_args *a;
+    llm__outbox *box;
+    llm_sampler *sampler;
+    llm_burst burst;
+    int n_known;     /* of its tokens */
+    llm_token token; /* the last known */
+    llm_status status;
+} llm__burst_args;
+
+/* How many tokens the device may pick: places for all but the last must be there. */
+static int llm__burst_size(const llm__generate_args *a, const llm_sampler *s) {
+    const llm__cache *cache = &a->ctx->cache;
+    int seq = a->desc->seq, left = a->desc->max_tokens - a->stats->n_generated, n = LLM_BURST;
+    bool plain = s->n_biases == 0 && (s->repeat_penalty <= 0 || s->repeat_penalty == 1);
+    if (!a->ctx->model->backend->burst || !plain) return 0;
+    if (a->desc->max_tokens > 0 && left < n) n = left;
+    if (a->ctx->desc.n_ctx - cache->lengths[seq] + 1 < n) n = a->ctx->desc.n_ctx - cache->lengths[seq] + 1;
+    if (llm__cache_must_copy(cache, seq)) return 1;
+    while (n > 1 && llm__cache_needs(cache, seq, n - 1) > cache->n_free) n--;
+    return n;
+}
+
+static bool llm__poll_generate_cancel(const llm__generate_args *a) {
+    const llm_context_desc *c = &a->ctx->desc;
+    if (a->desc->cancel) return a->desc->cancel(a->desc->user);
+    return c->cancel && c->cancel(c->cancel_user);
+}
+
+/* The burst's next token is known. */
+static void llm__burst_token_body(llm__env *env, void *arg) {
+    llm__burst_args *b = (llm__burst_args *)arg;
+    const llm__generate_args *a = b->a;
+    llm__cache *cache = &a->ctx->cache;
+    bool is_last = ++b->n_known == b->burst.n;
+    if (b->n_known > 1) llm__count_decode(a);
+    if (b->sampler->temperature >= 1e-30f) b->sampler->n_drawn++;
+    if (llm__token_stops(a, b->token) || llm__show_token(env, a, b->box, b->token, !is_last) || is_last) return;
+    if (llm__poll_generate_cancel(a)) {
+        a->stats->stop = LLM_STOP_CALLBACK;
+        return;
+    }
+    llm__cache_tokens(cache, a->desc->seq)[cache->lengths[a->desc->seq]++] = b->token;
+}
+
+/* Where memory runs out, the device's work is brought to an end before the error goes up. */
+static bool llm__burst_token(void *user, llm_token token) {
+    llm__burst_args *b = (llm__burst_args *)user;
+    llm__env env;
+    env.pool = b->env->pool;
+    env.err = b->env->err;
+    env.file = NULL;
+    b->token = token;
+    b->status = llm__guarded(&env, llm__burst_token_body, b);
+    return !b->status && b->a->stats->stop == LLM_STOP_NONE;
+}
+
+/* Lets the device pick n tokens, in places that are taken beforehand; while it does, the sequence's length is that of
+   its known tokens. *token becomes the last of them. */
+static llm_status llm__run_burst(llm__env *env, const llm__generate_args *a, llm__outbox *box, llm_sampler *sampler,
+                                 int n, llm_token *token) {
+    llm_context *ctx = a->ctx;
+    llm__burst_args b = {env, a, box, sampler, {n, 0, NULL, sampler, llm__burst_token, NULL}, 0, -1, LLM_OK};
+    int seq = a->desc->seq, *length = &ctx->cache.lengths[seq], before = *length, known;
+    llm_sampler start = *sampler; /* for its n_drawn counts on while the device draws */
+    b.burst.sampler = &start;
+    b.burst.position = before;
+    b.burst.blocks = llm__cache_table(&ctx->cache, seq);
+    b.burst.user = &b;
+    for (int i = 1; i < n; i++) llm__cache_append(&ctx->cache, seq, 0);
+    *length = before;
+    llm_status status = ctx->model->backend->burst(ctx->device, &b.burst, env->err);
+    known = *length;
+    *length = before + n - 1;
+    llm__cache_truncate(&ctx->cache, seq, known);
+    ctx->n_logits = 0; /* they are those of a later token */
+    *token = b.token;
+    return status ? status : b.status;
 }
 
 /* Draws and shows tokens by the logits of the last pass, of which row `first` is the first that answers this sequence:
@@ -10704,8 +10819,16 @@ static void llm__generate_body(llm__env *env, void *arg) {
     llm_status status = llm__prefill(env, a, ids, n);
     a->stats->prefill_seconds = llm__now() - start;
     start = llm__now();
-    for (int first = n - 1 - a->stats->n_reused; !status && llm__take_tokens(env, a, &box, first, &token); first = 0)
+    for (int first = n - 1 - a->stats->n_reused; !status; first = 0) {
+        int n_burst = a->speculation.draft ? 0 : llm__burst_size(a, sampler);
+        if (n_burst) {
+            status = llm__run_burst(env, a, &box, sampler, n_burst, &token);
+            if (status || a->stats->stop) break;
+        } else if (!llm__take_tokens(env, a, &box, first, &token)) {
+            break;
+        }
         status = llm__step(a, token, env->err);
+    }
     a->stats->decode_seconds = llm__now() - start;
     llm__find_speedup(&a->speculation, a->stats->n_generated - 1, a->stats->decode_seconds);
     if (status && status != LLM_ERROR_CANCELLED) {

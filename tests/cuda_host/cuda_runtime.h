@@ -231,6 +231,12 @@ static inline T __shfl_xor_sync(unsigned, T value, int mask) {
     return cuda_host_fibers::exchange(value, cuda_host_fibers::here().current % 32 ^ mask);
 }
 
+template <typename T>
+static inline T __shfl_up_sync(unsigned, T value, int step) {
+    int lane = cuda_host_fibers::here().current % 32;
+    return cuda_host_fibers::exchange(value, lane < step ? lane : lane - step);
+}
+
 /* Not CUDA's: for the C twins of operations that a whole warp does at once. */
 template <typename T>
 static inline const T *cuda_host_warp(const T &value) {
