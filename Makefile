@@ -49,11 +49,21 @@ $(SMOLLM2):
 
 # ---- Programs -------------------------------------------------------------------------------------------------------
 
+# Tests of the public functions alone share one compiled llm.h.
+SHARE_LLM := $(basename $(notdir $(shell grep -L 'define LLM_IMPLEMENTATION' tests/test_*.c)))
+
 define program
 $1/%: %.c llm.h $$(wildcard tests/*.h)
 	mkdir -p $$(@D)
 	echo "  compile $$@"
-	$$(COMPILE_$(notdir $1)) -std=c99 $$(WARNINGS) -I. $$(CPPFLAGS) -o $$@ $$< $$(LDFLAGS) $$(LDLIBS)
+	$$(COMPILE_$(notdir $1)) -std=c99 $$(WARNINGS) -I. $$(CPPFLAGS) -o $$@ $$< $$(filter %.o,$$^) $$(LDFLAGS) $$(LDLIBS)
+
+$(SHARE_LLM:%=$1/%): $1/llm.o
+
+$1/llm.o: llm.h
+	mkdir -p $$(@D)
+	echo "  compile $$@"
+	echo '#include "llm.h"' | $$(COMPILE_$(notdir $1)) -std=c99 $$(WARNINGS) -I. -DLLM_IMPLEMENTATION $$(CPPFLAGS) -c -o $$@ -x c -
 endef
 $(foreach dir,build $(addprefix build/,asan tsan $(MATRIX)),$(eval $(call program,$(dir))))
 
@@ -80,7 +90,7 @@ ALL_TESTS    := $(call names,$(SOURCES))
 ASAN_TESTS   := $(call variant,asan)
 TSAN_TESTS   := $(call variant,tsan)
 MATRIX_TESTS := $(call variant,matrix)
-ALL_RUNS = $(ALL_TESTS:%=build/%) $(ASAN_TESTS:%=build/asan/%) $(TSAN_TESTS:%=build/tsan/%) \
+ALL_RUNS = $(ASAN_TESTS:%=build/asan/%) $(TSAN_TESTS:%=build/tsan/%) $(ALL_TESTS:%=build/%) \
            $(foreach dir,$(MATRIX),$(MATRIX_TESTS:%=build/$(dir)/%))
 RUNS = $(if $T,$(foreach run,$(ALL_RUNS),$(if $(findstring $T,$(run)),$(run))),$(ALL_RUNS))
 
@@ -112,7 +122,7 @@ clean:
 help:
 	echo "make             build $(PROGRAMS)"
 	echo "make run         fetch the default model once and let it continue a text; MODEL=path takes another"
-	echo "make test        everything that is checked (about a quarter of an hour); T=name runs the tests of that name"
+	echo "make test        everything that is checked (about ten minutes); T=name runs the tests of that name"
 	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
 	echo "make model       fetch the default model"
 	echo "make deps        install what building and testing need (Debian)"

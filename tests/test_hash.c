@@ -1,12 +1,9 @@
 /* One arithmetic: the logits are the same bits however they are computed. Each weight type has one committed hash; every
    instruction set, thread count, batch, chunking and fork must give it, in every build.
    Variants: matrix */
-#define LLM_IMPLEMENTATION
+#include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"
-
-#include <setjmp.h>
-#include <cmocka.h>
 
 enum { LENGTH = 300, N_VOCAB = 299 }; /* long enough for two chunks of keys */
 

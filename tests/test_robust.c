@@ -1,13 +1,12 @@
 /* What must not bring a host down: damaged files, memory that runs out at any moment, cancelled loads, many threads.
    Every failure is a status, a message and nothing left behind.
    Variants: asan tsan */
-#define LLM_IMPLEMENTATION
+#include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"
 
 #include <pthread.h>
-#include <setjmp.h>
-#include <cmocka.h>
+#include <unistd.h>
 
 /* Small, so that thousands of loads take seconds. */
 static const tiny_spec SMALL = {1, 32, 40, 2, 1, 16, 64, 5, 0, 0, 3};
@@ -46,11 +45,6 @@ static void assert_all_returned(const heap *h) {
 }
 
 /* ---- Loading ---- */
-
-static bool is_utf8(const char *text, size_t n) {
-    const uint8_t *p = (const uint8_t *)text;
-    return llm__utf8_check(p, p + n) == p + n;
-}
 
 static void assert_explained(llm_status status, const llm_error *err) {
     assert_int_equal(err->code, status);

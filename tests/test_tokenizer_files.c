@@ -1,15 +1,11 @@
 /* Tokenizers in tokenizer.json and tokenizer.model: small ones of each kind against what Hugging Face's tokenizers and
    sentencepiece make of texts (tokenizer/families.py), the files beside them, hostile files, failing allocations.
    Variants: asan */
+#include "tests/check.h"
 #define LLM_IMPLEMENTATION
-#include "../llm.h"
+#include "llm.h"
 
 #include <jansson.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdlib.h>
-
-#include <cmocka.h>
 
 enum { MAX_IDS = 4096 };
 

@@ -1,0 +1,41 @@
+/* What the tests include first: cmocka with the headers that it wants, libc, and what several tests ask. */
+#ifndef CHECK_H
+#define CHECK_H
+
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+/* Whether text[n] is UTF-8 by RFC 3629: no overlong forms, no surrogates, nothing above U+10FFFF, no cut character. */
+static inline bool is_utf8(const char *text, size_t n) {
+    const uint8_t *p = (const uint8_t *)text, *end = p + n;
+    while (p < end) {
+        uint8_t lead = *p++, least = 0x80, most = 0xBF;
+        int more = lead < 0x80                   ? 0
+                   : lead >= 0xC2 && lead < 0xE0 ? 1
+                   : lead >= 0xE0 && lead < 0xF0 ? 2
+                   : lead >= 0xF0 && lead < 0xF5 ? 3
+                                                 : -1;
+        if (more < 0 || more > end - p) return false;
+        if (lead == 0xE0) least = 0xA0;
+        if (lead == 0xED) most = 0x9F;
+        if (lead == 0xF0) least = 0x90;
+        if (lead == 0xF4) most = 0x8F;
+        for (; more > 0; more--, p++, least = 0x80, most = 0xBF)
+            if (*p < least || *p > most) return false;
+    }
+    return true;
+}
+
+#endif
