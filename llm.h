@@ -816,7 +816,11 @@ static const char *llm__file_map(llm__file *file, const char *path) {
     wchar_t wide[1024];
     if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 1024)) return "the path is too long or not UTF-8";
     HANDLE handle = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
-    if (handle == INVALID_HANDLE_VALUE) return "cannot be opened";
+    if (handle == INVALID_HANDLE_VALUE) {
+        DWORD code = GetLastError();
+        bool absent = code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND;
+        return absent ? "no such file" : code == ERROR_ACCESS_DENIED ? "access is denied" : "cannot be opened";
+    }
     LARGE_INTEGER size;
     const char *problem = NULL;
     HANDLE mapping = NULL;
@@ -7189,9 +7193,17 @@ static int llm__default_threads(void) {
 #if defined(LLM_NO_THREADS)
     return 1;
 #elif defined(_WIN32)
-    SYSTEM_INFO info;
-    GetSystemInfo(&info);
-    return (int)info.dwNumberOfProcessors;
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION info[512];
+    DWORD_PTR process, all;
+    DWORD size = sizeof info;
+    int n = 0;
+    if (GetProcessAffinityMask(GetCurrentProcess(), &process, &all) && GetLogicalProcessorInformation(info, &size))
+        for (DWORD i = 0; i < size / sizeof *info; i++)
+            n += info[i].Relationship == RelationProcessorCore && (info[i].ProcessorMask & process) != 0;
+    if (n) return n;
+    SYSTEM_INFO system; /* it spreads over several groups of 64 processors */
+    GetSystemInfo(&system);
+    return (int)system.dwNumberOfProcessors;
 #else
     long n = sysconf(_SC_NPROCESSORS_ONLN);
 #if defined(__linux__)

@@ -1,6 +1,6 @@
 /* One arithmetic: the logits are the same bits however they are computed. Each weight type has one committed hash; every
    instruction set, thread count, batch, chunking and fork must give it, in every build.
-   Variants: matrix */
+   Variants: matrix cross */
 #include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"

@@ -1,15 +1,10 @@
 /* Models as published: Hugging Face directories and GGUF files of every architecture and type against what transformers
    and the gguf package say (golden/hf.py), other ways to load them, and bad files.
-   Variants: asan */
+   Variants: asan cross */
 #define LLM__FILE_START 5000 /* so that a small file is read in parts */
+#include "tests/check.h"
 #define LLM_IMPLEMENTATION
-#include "../llm.h"
-
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdlib.h>
-
-#include <cmocka.h>
+#include "llm.h"
 
 static const char *golden(const char *name) {
     static char paths[4][512];

@@ -1,12 +1,11 @@
 /* What must not bring a host down: damaged files, memory that runs out at any moment, cancelled loads, many threads.
    Every failure is a status, a message and nothing left behind.
-   Variants: asan tsan */
+   Variants: asan tsan cross */
 #include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"
 
 #include <pthread.h>
-#include <unistd.h>
 
 /* Small, so that thousands of loads take seconds. */
 static const tiny_spec SMALL = {1, 32, 40, 2, 1, 16, 64, 5, 0, 0, 3};
@@ -371,6 +370,23 @@ static void test_paths(void **state) {
     refuse_path(path, LLM_ERROR_IO);
     unlink(path);
     refuse_path("/tmp", LLM_ERROR_IO);
+    free(data);
+}
+
+/* Paths are UTF-8 on every system. */
+static void test_path_in_utf8(void **state) {
+    size_t size;
+    uint8_t *data = tiny_model(&SMALL, &size);
+    char *path = write_file(data, size), name[80];
+    llm_model *model = NULL;
+    llm_error err;
+    (void)state;
+    snprintf(name, sizeof name, "%s-Größe-模型-\U0001F600.gguf", path);
+    assert_int_equal(rename_utf8(path, name), 0);
+    if (llm_model_load(&model, name, NULL, &err)) fail_msg("%s", err.message);
+    assert_int_equal(rename_utf8(name, path), 0);
+    llm_model_free(model);
+    unlink(path);
     free(data);
 }
 
@@ -840,7 +856,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_truncated), cmocka_unit_test(test_fields), cmocka_unit_test(test_flips),
         cmocka_unit_test(test_hyperparameters), cmocka_unit_test(test_missing), cmocka_unit_test(test_shapes),
-        cmocka_unit_test(test_places), cmocka_unit_test(test_paths), cmocka_unit_test(test_arguments),
+        cmocka_unit_test(test_places), cmocka_unit_test(test_paths), cmocka_unit_test(test_path_in_utf8), cmocka_unit_test(test_arguments),
         cmocka_unit_test(test_starved), cmocka_unit_test(test_forward_allocates_nothing),
         cmocka_unit_test(test_a_hundred_times), cmocka_unit_test(test_eight_contexts), cmocka_unit_test(test_two_loads),
         cmocka_unit_test(test_host_threads), cmocka_unit_test(test_progress), cmocka_unit_test(test_estimate),

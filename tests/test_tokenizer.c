@@ -1,16 +1,12 @@
 /* Tokenizers: the default model's against Hugging Face's (tokenizer/golden.py), Unicode tables against Python's, small
    vocabularies by hand, streaming, hostile files, failing allocations, threads.
-   Variants: asan tsan */
+   Variants: asan tsan cross */
+#include "tests/check.h"
 #define LLM_IMPLEMENTATION
-#include "../llm.h"
+#include "llm.h"
 
 #include <jansson.h>
 #include <pthread.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdlib.h>
-
-#include <cmocka.h>
 
 enum { MAX_IDS = 200000 };
 
