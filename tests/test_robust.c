@@ -569,7 +569,7 @@ static void test_forward_allocates_nothing(void **state) {
 
 /* ---- Many times ---- */
 
-/* Resident memory in pages; 0 where the sanitizers keep freed memory, so that it says nothing. */
+/* Resident memory in pages; 0 where it says nothing: the sanitizers keep freed memory, and an emulator has its own. */
 static long resident(void) {
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
@@ -580,7 +580,7 @@ static long resident(void) {
     return 0;
 #else
     long total = 0, pages = 0;
-    FILE *file = fopen("/proc/self/statm", "r");
+    FILE *file = getenv("LLM_TEST_EMULATED") ? NULL : fopen("/proc/self/statm", "r");
     if (!file) return 0;
     if (fscanf(file, "%ld %ld", &total, &pages) != 2) pages = 0;
     fclose(file);
@@ -818,7 +818,7 @@ static void test_estimate(void **state) {
 static int redirect(int fd, int to) {
     fflush(NULL);
     int old = dup(fd);
-    assert_true(old >= 0 && dup2(to, fd) == fd);
+    assert_true(old >= 0 && dup2(to, fd) >= 0);
     return old;
 }
 
