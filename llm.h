@@ -5963,7 +5963,10 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
 
    Other sums (RMSNorm, softmax) run in 16 lanes, element i in lane i % 16, and end in one tree: lane i takes lane
    i + 8, then i + 4, i + 2, i + 1. Denormal results become zero. exp is the polynomial below. FMA is written where it
-   is meant; the compiler may not form or split one, whatever flags the host compiles with. */
+   is meant; the compiler may not form or split one, whatever flags the host compiles with.
+
+   One exception is known: a result that only rounding lifts to the least normal number, 2^-126, is that number on x86
+   and zero on aarch64, which decides before it rounds. */
 
 #if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 

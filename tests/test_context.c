@@ -1,5 +1,5 @@
 /* Sequences in a context: what is refused before any work, forks and cuts, saving, cancelling, and the cache's accounts.
-   Variants: asan tsan cross */
+   Variants: asan tsan */
 #include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"

@@ -1,6 +1,6 @@
 /* One arithmetic: the logits are the same bits however they are computed. Each weight type has one committed hash; every
-   instruction set, thread count, batch, chunking and fork must give it, in every build. Under an
-   emulator, where LLM_TEST_EMULATED is set, the runs with one thread and the default model's types but bf16 are left out.
+   instruction set, thread count, batch, chunking and fork must give it, in every build. Under a slow emulator, where
+   LLM_TEST_EMULATED is set, the runs with one thread and the default model's types other than bf16 are left out.
    Variants: matrix cross */
 #include "tests/check.h"
 #include "llm.h"

@@ -1,5 +1,5 @@
 /* The sampler against a plain reference in double: which tokens may be drawn, and how often they are.
-   Variants: asan cross */
+   Variants: asan */
 #include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"
