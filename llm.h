@@ -988,7 +988,11 @@ static const char *llm__file_map(llm__file *file, const char *path) {
     wchar_t wide[1024];
     if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 1024)) return "the path is too long or not UTF-8";
     HANDLE handle = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
-    if (handle == INVALID_HANDLE_VALUE) return "cannot be opened";
+    if (handle == INVALID_HANDLE_VALUE) {
+        DWORD code = GetLastError();
+        bool absent = code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND;
+        return absent ? "no such file" : code == ERROR_ACCESS_DENIED ? "access is denied" : "cannot be opened";
+    }
     LARGE_INTEGER size;
     const char *problem = NULL;
     HANDLE mapping = NULL;
@@ -6179,7 +6183,10 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
 
    Other sums (RMSNorm, softmax) run in 16 lanes, element i in lane i % 16, and end in one tree: lane i takes lane
    i + 8, then i + 4, i + 2, i + 1. Denormal results become zero. exp is the polynomial below. FMA is written where it
-   is meant; the compiler may not form or split one, whatever flags the host compiles with. */
+   is meant; the compiler may not form or split one, whatever flags the host compiles with.
+
+   One exception is known: a result that only rounding lifts to the least normal number, 2^-126, is that number on x86
+   and zero on aarch64, which decides before it rounds. */
 
 #if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 
@@ -7737,9 +7744,17 @@ static int llm__default_threads(void) {
 #if defined(LLM_NO_THREADS)
     return 1;
 #elif defined(_WIN32)
-    SYSTEM_INFO info;
-    GetSystemInfo(&info);
-    return (int)info.dwNumberOfProcessors;
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION info[512];
+    DWORD_PTR process, all;
+    DWORD size = sizeof info;
+    int n = 0;
+    if (GetProcessAffinityMask(GetCurrentProcess(), &process, &all) && GetLogicalProcessorInformation(info, &size))
+        for (DWORD i = 0; i < size / sizeof *info; i++)
+            n += info[i].Relationship == RelationProcessorCore && (info[i].ProcessorMask & process) != 0;
+    if (n) return n;
+    SYSTEM_INFO system; /* it spreads over several groups of 64 processors */
+    GetSystemInfo(&system);
+    return (int)system.dwNumberOfProcessors;
 #else
     long n = sysconf(_SC_NPROCESSORS_ONLN);
 #if defined(__linux__)

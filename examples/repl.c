@@ -135,7 +135,8 @@ static const struct argp option_parser = {
     .parser = parse_option,
     .args_doc = "-m MODEL",
     .doc = "Talks to a language model: a chat, or with -p one answer.\vText goes to standard output, all else to "
-           "standard error. Ctrl-C stops the answer. In a chat, /help lists the commands.",
+           "standard error. Ctrl-C stops the answer. In a chat, /help lists the commands.\n\n"
+           "LLM_ISA in the environment forces an instruction set: scalar, avx2, avx512, neon.",
 };
 
 /* ---- State ----------------------------------------------------------------------------------------------------- */
@@ -205,7 +206,7 @@ static llm_status load_draft(repl *r, llm_model_desc desc, llm_error *err) {
 
 static llm_status load(repl *r, llm_error *err) {
     bool watched = isatty(STDERR_FILENO);
-    llm_model_desc model_desc = {.dtype = r->opt.dtype, .n_threads = r->opt.n_threads};
+    llm_model_desc model_desc = {.dtype = r->opt.dtype, .n_threads = r->opt.n_threads, .isa = getenv("LLM_ISA")};
     llm_context_desc context_desc = {.n_ctx = r->opt.n_ctx, .n_threads = r->opt.n_threads};
     if (watched) model_desc.host.progress = show_progress;
     if (r->opt.draft) context_desc.n_logits = LLM_DRAFT_MOST + 1;

@@ -17,6 +17,24 @@
 
 #include <cmocka.h>
 
+#include <unistd.h>
+#if defined(_WIN32)
+#include <io.h>
+#include <windows.h>
+
+/* As POSIX has them. */
+static inline char *mkdtemp(char *path) { return _mktemp(path) && !mkdir(path) ? path : NULL; }
+
+static inline int rename_utf8(const char *old_path, const char *new_path) {
+    wchar_t old_wide[260], new_wide[260];
+    MultiByteToWideChar(CP_UTF8, 0, old_path, -1, old_wide, 260);
+    MultiByteToWideChar(CP_UTF8, 0, new_path, -1, new_wide, 260);
+    return _wrename(old_wide, new_wide);
+}
+#else
+#define rename_utf8 rename
+#endif
+
 /* Whether text[n] is UTF-8 by RFC 3629: no overlong forms, no surrogates, nothing above U+10FFFF, no cut character. */
 static inline bool is_utf8(const char *text, size_t n) {
     const uint8_t *p = (const uint8_t *)text, *end = p + n;

@@ -22,9 +22,12 @@ count() {
         }' "$1"
 }
 
-# The thread sanitizer cannot map its shadow where addresses are too random.
+# What is for other machines is emulated. The thread sanitizer cannot map its shadow where addresses are too random.
 launch() {
     case $1 in
+    */test_builds) timeout -k 5 900 "$1" ;;
+    */windows/*) WINEPREFIX=$PWD/build/windows/wine WINEDEBUG=-all timeout -k 5 900 /usr/lib/wine/wine64 "$1" ;;
+    */aarch64/*) LLM_TEST_EMULATED=1 timeout -k 5 900 qemu-aarch64-static "$1" ;;
     */tsan/*) setarch -R timeout -k 5 900 "$1" ;;
     *) timeout -k 5 900 "$1" ;;
     esac

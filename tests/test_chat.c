@@ -1,5 +1,5 @@
 /* Chat templates against what Jinja makes of them (tokenizer/chat.py), and what a message must not be able to do.
-   Variants: asan */
+   Variants: asan cross */
 #define LLM_IMPLEMENTATION
 #include "../llm.h"
 

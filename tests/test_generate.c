@@ -1,5 +1,5 @@
 /* llm_generate: what it takes, what it shows, when it stops, what it leaves behind.
-   Variants: asan tsan */
+   Variants: asan tsan cross */
 #include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"

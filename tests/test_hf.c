@@ -1,9 +1,10 @@
 /* Models as published: Hugging Face directories and GGUF files of every architecture and type against what transformers
    and the gguf package say (golden/hf.py), other ways to load them, and bad files.
-   Variants: asan */
+   Variants: asan cross */
 #define LLM__FILE_START 5000 /* so that a small file is read in parts */
+#include "tests/check.h"
 #define LLM_IMPLEMENTATION
-#include "../llm.h"
+#include "llm.h"
 #include "tests/common.h"
 
 static const char *golden(const char *name) {

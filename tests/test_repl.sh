@@ -50,6 +50,9 @@ check "a missing file is an error" code_is 1
 check "a missing file is one line on standard error" both err_lines_are 1 err_has absent.gguf
 check "a missing file gives no text" no_text
 
+LLM_ISA=abacus bare -m "$model" -p hello
+check "LLM_ISA is obeyed" both code_is 1 err_has abacus
+
 bare -m "$0" -p hello
 check "a file that is no model is an error" code_is 1
 check "a file that is no model is one line on standard error" err_lines_are 1

@@ -1,13 +1,12 @@
 /* What must not bring a host down: damaged files, memory that runs out at any moment, cancelled loads, many threads.
    Every failure is a status, a message and nothing left behind.
-   Variants: asan tsan */
+   Variants: asan tsan cross */
 #include "tests/check.h"
 #include "llm.h"
 #include "tests/common.h"
 #include "tests/tiny.h"
 
 #include <pthread.h>
-#include <unistd.h>
 
 /* Small, so that thousands of loads take seconds. */
 static const tiny_spec SMALL = {1, 32, 40, 2, 1, 16, 64, 5, 0, 0, 3};
@@ -392,6 +391,23 @@ static void test_paths(void **state) {
     free(data);
 }
 
+/* Paths are UTF-8 on every system. */
+static void test_path_in_utf8(void **state) {
+    size_t size;
+    uint8_t *data = tiny_model(&SMALL, &size);
+    char *path = write_file(data, size), name[80];
+    llm_model *model = NULL;
+    llm_error err;
+    (void)state;
+    snprintf(name, sizeof name, "%s-Größe-模型-\U0001F600.gguf", path);
+    assert_int_equal(rename_utf8(path, name), 0);
+    if (llm_model_load(&model, name, NULL, &err)) fail_msg("%s", err.message);
+    assert_int_equal(rename_utf8(name, path), 0);
+    llm_model_free(model);
+    unlink(path);
+    free(data);
+}
+
 /* ---- Wrong arguments ---- */
 
 static void test_arguments(void **state) {
@@ -581,7 +597,7 @@ static void test_forward_allocates_nothing(void **state) {
 
 /* ---- Many times ---- */
 
-/* Resident memory in pages; 0 where the sanitizers keep freed memory, so that it says nothing. */
+/* Resident memory in pages; 0 where it says nothing: the sanitizers keep freed memory, and an emulator has its own. */
 static long resident(void) {
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
@@ -592,7 +608,7 @@ static long resident(void) {
     return 0;
 #else
     long total = 0, pages = 0;
-    FILE *file = fopen("/proc/self/statm", "r");
+    FILE *file = getenv("LLM_TEST_EMULATED") ? NULL : fopen("/proc/self/statm", "r");
     if (!file) return 0;
     if (fscanf(file, "%ld %ld", &total, &pages) != 2) pages = 0;
     fclose(file);
@@ -830,7 +846,7 @@ static void test_estimate(void **state) {
 static int redirect(int fd, int to) {
     fflush(NULL);
     int old = dup(fd);
-    assert_true(old >= 0 && dup2(to, fd) == fd);
+    assert_true(old >= 0 && dup2(to, fd) >= 0);
     return old;
 }
 
@@ -868,7 +884,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_truncated), cmocka_unit_test(test_fields), cmocka_unit_test(test_flips),
         cmocka_unit_test(test_hyperparameters), cmocka_unit_test(test_missing), cmocka_unit_test(test_shapes),
-        cmocka_unit_test(test_places), cmocka_unit_test(test_paths), cmocka_unit_test(test_arguments),
+        cmocka_unit_test(test_places), cmocka_unit_test(test_paths), cmocka_unit_test(test_path_in_utf8), cmocka_unit_test(test_arguments),
         cmocka_unit_test(test_starved), cmocka_unit_test(test_forward_allocates_nothing),
         cmocka_unit_test(test_a_hundred_times), cmocka_unit_test(test_eight_contexts), cmocka_unit_test(test_two_loads),
         cmocka_unit_test(test_host_threads), cmocka_unit_test(test_progress), cmocka_unit_test(test_estimate),

@@ -1,8 +1,9 @@
 /* Tokenizers: the default model's against Hugging Face's (tokenizer/golden.py), Unicode tables against Python's, small
    vocabularies by hand, streaming, hostile files, failing allocations, threads.
-   Variants: asan tsan */
+   Variants: asan tsan cross */
+#include "tests/check.h"
 #define LLM_IMPLEMENTATION
-#include "../llm.h"
+#include "llm.h"
 
 #include <jansson.h>
 #include <pthread.h>

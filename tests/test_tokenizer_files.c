@@ -1,6 +1,6 @@
 /* Tokenizers in tokenizer.json and tokenizer.model: small ones of each kind against what Hugging Face's tokenizers and
    sentencepiece make of texts (tokenizer/families.py), the files beside them, hostile files, failing allocations.
-   Variants: asan */
+   Variants: asan cross */
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION
 #include "llm.h"
