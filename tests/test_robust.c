@@ -395,7 +395,7 @@ static void test_paths(void **state) {
 static void test_path_in_utf8(void **state) {
     size_t size;
     uint8_t *data = tiny_model(&SMALL, &size);
-    char *path = write_file(data, size), name[80];
+    char *path = write_own(data, size), name[80];
     llm_model *model = NULL;
     llm_error err;
     (void)state;
