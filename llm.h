@@ -1871,7 +1871,8 @@ typedef struct llm__reader {
 static const uint8_t *llm__read(llm__reader *r, uint64_t n) {
     if (n > r->size - r->at)
         llm__fail(r->env, LLM_ERROR_FORMAT, "the file ends inside %s%.*s: %llu bytes wanted at offset %llu of %llu",
-                  r->what, LLM__SHOW(r->name), (unsigned long long)n, (unsigned long long)r->at, (unsigned long long)r->size);
+                  r->what, LLM__SHOW(r->name), (unsigned long long)n, (unsigned long long)r->at,
+                  (unsigned long long)r->size);
     if (n > r->have - r->at)
         llm__fail(r->env, LLM_ERROR_UNSUPPORTED,
                   "%s%.*s goes on at offset %llu: longer headers are only read from files by path", r->what,
@@ -2473,8 +2474,8 @@ static llm__hparams llm__gguf_hparams(llm__env *env, const llm__checkpoint *ck) 
     int value_length = llm__arch_int(env, ck, "attention.value_length", h.head_dim, LLM__MOST_HEAD);
     if (value_length != h.head_dim)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "attention.value_length is %d and attention.key_length %d; this library runs equal ones", value_length,
-                  h.head_dim);
+                  "attention.value_length is %d and attention.key_length %d; this library runs equal ones",
+                  value_length, h.head_dim);
     h.rope_dim = llm__arch_int(env, ck, "rope.dimension_count", h.head_dim, 4096);
     h.window = llm__arch_int(env, ck, "attention.sliding_window", 0, 1 << 28);
     h.rms_eps = (float)llm__arch_number(env, ck, "attention.layer_norm_rms_epsilon", 1e-5, 1e-12, 1);
