@@ -6,12 +6,17 @@ SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CFLAGS   = -O2
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -pedantic
-LDLIBS   = $(if $(filter repl,$(@F)),-ledit) $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat,$(basename $(@F))),-ljansson) $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
-PROGRAMS = build/repl build/hello build/tokenize build/embed build/bench
+LDLIBS   = $(if $(filter hellaswag,$(@F)),-lbz2) $(if $(filter repl,$(@F)),-ledit) \
+           $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat test_score hellaswag fuzz,$(basename $(@F))),-ljansson) \
+           $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
+PROGRAMS = build/repl build/hello build/tokenize build/embed build/hellaswag build/bench
+
+comma := ,
 
 # Every .c file is a program. build/NAME is made with your compiler and flags, build/VARIANT/NAME with these:
 COMPILE_build              = $(CC) $(CFLAGS)
 COMPILE_asan               = clang -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+COMPILE_fuzz               = $(subst =address,=fuzzer$(comma)address,$(COMPILE_asan))
 COMPILE_tsan               = gcc -O1 -g -fsanitize=thread
 COMPILE_gcc-O1             = gcc -O1
 COMPILE_gcc-O3-fast-math   = gcc -O3 -ffast-math
@@ -25,21 +30,21 @@ CROSS                      = build/cross
 
 # Debian packages, each with what shows that it is there.
 NEEDED_TO_RUN   = libedit-dev:histedit.h libstb-dev:stb/stb_ds.h
-NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h g++:g++
+NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h libbz2-dev:bzlib.h g++:g++
 NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
                   libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.asan-x86_64.a \
-                  libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp
+                  libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp valgrind:valgrind
 NEEDED_TO_CROSS = gcc-aarch64-linux-gnu:aarch64-linux-gnu-gcc g++-aarch64-linux-gnu:aarch64-linux-gnu-g++ \
                   qemu-user-static:qemu-aarch64-static wine64:/usr/lib/wine/wine64 \
                   gcc-mingw-w64-x86-64:x86_64-w64-mingw32-gcc g++-mingw-w64-x86-64:x86_64-w64-mingw32-g++ \
                   cmake:cmake xz-utils:xz
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory --silent
-vpath %.c examples tokenizer tests bench
+vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run test test-cuda test-cross size model deps clean help
+.PHONY: all run test test-cuda test-cross fuzz bench-tokenizer size model deps clean help
 all:
 	.ci/need $(NEEDED_TO_BUILD)
 	$(MAKE) $(PROGRAMS)
@@ -72,7 +77,7 @@ $1/llm.o: llm.h
 	echo "  compile $$@"
 	echo '#include "llm.h"' | $$(COMPILE_$(notdir $1)) -std=c99 $$(WARNINGS) -I. -DLLM_IMPLEMENTATION $$(CPPFLAGS) -c -o $$@ -x c -
 endef
-$(foreach dir,build $(addprefix build/,asan tsan aarch64 $(MATRIX)),$(eval $(call program,$(dir))))
+$(foreach dir,build $(addprefix build/,asan tsan fuzz aarch64 $(MATRIX)),$(eval $(call program,$(dir))))
 $(eval $(call program,build/windows,.exe))
 
 build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
@@ -112,6 +117,12 @@ build/%: %.sh $(PROGRAMS)
 build/asan/%: %.sh build/asan/repl build/asan/hello build/asan/tokenize
 	install $< $@
 
+build/test_valgrind: tests/test_valgrind.sh build/hello build/test_hf
+	install $< $@
+
+build/test_fuzz: tests/test_fuzz.sh build/fuzz/fuzz
+	install $< $@
+
 build/aarch64/% build/windows/%: %.sh
 	mkdir -p $(@D)
 	install $< $@
@@ -122,6 +133,13 @@ test:
 	$(MAKE) $(SMOLLM2)
 	$(MAKE) -k -j$$(nproc) $(RUNS) || true
 	LLM_MODEL=$(SMOLLM2) tests/run.sh $(RUNS)
+
+# Longer than make test does: SECONDS for each target. See tests/test_fuzz.sh for where the findings are.
+SECONDS = 60
+fuzz:
+	.ci/need $(NEEDED_TO_TEST)
+	$(MAKE) build/test_fuzz
+	FUZZ_SECONDS=$(SECONDS) build/test_fuzz
 
 # llm_cuda.cu, without a GPU.
 test-cuda:
@@ -136,6 +154,21 @@ test-cross:
 
 $(CROSS)/done: tests/cross_libraries.sh
 	$< $(@D)
+	touch $@
+
+# Beside Hugging Face's tokenizers and tiktoken, which go into build/venv. LLM_DATA is the folder of HellaSwag's text.
+bench-tokenizer: build/libllm.so build/venv/ready
+	$(MAKE) $(SMOLLM2)
+	build/venv/bin/python bench/tokenizer.py build/libllm.so $(SMOLLM2)
+
+build/libllm.so: llm.h
+	mkdir -p $(@D)
+	echo "  compile $@"
+	$(CC) $(CFLAGS) -std=c99 $(WARNINGS) -shared -fPIC -DLLM_IMPLEMENTATION -I. $(CPPFLAGS) -o $@ -x c llm.h $(LDFLAGS) -x none -lm -lpthread
+
+build/venv/ready: Makefile
+	python3 -m venv build/venv
+	build/venv/bin/pip install -q tokenizers tiktoken sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
 	touch $@
 
 # ---- The rest -------------------------------------------------------------------------------------------------------
@@ -160,6 +193,8 @@ help:
 	echo "make run         fetch the default model once and let it continue a text; MODEL=path takes another"
 	echo "make test        everything that is checked (about ten minutes); T=name runs the tests of that name"
 	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
+	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
+	echo "make bench-tokenizer   MB/s beside Hugging Face's tokenizers and tiktoken"
 	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine; T=name as above"
 	echo "make size        the size of the library in a program, and how long it takes to compile"
 	echo "make model       fetch the default model"

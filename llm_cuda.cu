@@ -8,14 +8,15 @@
         #include "llm.h"
         llm_model_desc desc = {.backend = llm_cuda_backend()};
 
-    It needs compute capability 8.0 (Ampere) or newer. Weights are bf16 or int8, the KV cache is bf16; residual stream, sums, softmax and
-    logits are f32. A row's logits do not depend on the other rows of a pass of up to 16 rows, to the bit; they differ
-    from the CPU's in the last places of bf16.
+    It runs every architecture llm.h does and needs compute capability 8.0 (Ampere) or newer. Weights are
+    bf16, int8 or int4 in groups, the KV cache is bf16; residual stream, sums, softmax and logits are f32. A row's logits
+    do not depend on the other rows of a pass of up to 16 rows, to the bit; they differ from the CPU's in the last places
+    of bf16.
 
     CONTENTS
         1 errors and launches    2 the chip's own instructions    3 what kernels are told    4 fused products
-        5 fused attention        6 plain kernels                  7 the model                8 the context
-        9 forward pass          10 the backend
+        5 fused attention        6 picking tokens                 7 plain kernels            8 the model
+        9 the context           10 forward pass                  11 bursts                  12 the backend
 */
 #ifndef LLM_CUDA
 #define LLM_CUDA
@@ -112,6 +113,8 @@ static llm_status llm__queue_status(llm__queue *queue, llm_error *err) {
 
    Each stands beside C that does the same, for compilers of other machines. */
 
+static __host__ __device__ int llm__least(int a, int b) { return a < b ? a : b; }
+
 /* 16 bytes that nobody reads again soon: they go past the L1 cache. */
 static __device__ uint4 llm__load_once(const void *from) {
 #ifdef __CUDA_ARCH__
@@ -138,7 +141,7 @@ static __device__ void llm__let_next_start(void) {
 #endif
 }
 
-#ifdef __CUDA_ARCH__
+#ifdef __CUDACC__
 static __device__ void llm__tensor_core(float sums[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                         uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -156,10 +159,9 @@ static __device__ float llm__dot_8(uint4 a, uint4 b) {
     return sum;
 }
 
-static __device__ uint4 llm__from_lane(uint4 v, int lane) {
-    return make_uint4(__shfl_sync(0xFFFFFFFFu, v.x, lane), __shfl_sync(0xFFFFFFFFu, v.y, lane),
-                      __shfl_sync(0xFFFFFFFFu, v.z, lane), __shfl_sync(0xFFFFFFFFu, v.w, lane));
-}
+typedef struct llm__factors {
+    uint4 upper, lower, column;
+} llm__factors;
 #endif
 
 /* A warp multiplies 16 rows by 8 columns over 32 values of k. With g = lane / 4 and t = lane % 4 a lane brings k = 8t ..
@@ -167,18 +169,18 @@ static __device__ uint4 llm__from_lane(uint4 v, int lane) {
    then those of row g + 8. Both factors stand in memory with k running fastest, so each is one 16-byte load. (The tensor
    core numbers k otherwise, but any order is right that is the same for both factors.) */
 static __device__ void llm__multiply_32(float sums[4], uint4 upper, uint4 lower, uint4 column) {
-#ifdef __CUDA_ARCH__
+#ifdef __CUDACC__
     llm__tensor_core(sums, upper.x, lower.x, upper.y, lower.y, column.x, column.y);
     llm__tensor_core(sums, upper.z, lower.z, upper.w, lower.w, column.z, column.w);
 #else
+    llm__factors own = {upper, lower, column};
+    const llm__factors *lanes = cuda_host_warp(own);
     int lane = (int)threadIdx.x % 32, first = lane / 4 * 4, left = lane % 4 * 8, right = left + 4;
     for (int t = 0; t < 4; t++) {
-        uint4 a = llm__from_lane(upper, first + t), b = llm__from_lane(lower, first + t);
-        uint4 c = llm__from_lane(column, left + t), d = llm__from_lane(column, right + t);
-        sums[0] += llm__dot_8(a, c);
-        sums[1] += llm__dot_8(a, d);
-        sums[2] += llm__dot_8(b, c);
-        sums[3] += llm__dot_8(b, d);
+        sums[0] += llm__dot_8(lanes[first + t].upper, lanes[left + t].column);
+        sums[1] += llm__dot_8(lanes[first + t].upper, lanes[right + t].column);
+        sums[2] += llm__dot_8(lanes[first + t].lower, lanes[left + t].column);
+        sums[3] += llm__dot_8(lanes[first + t].lower, lanes[right + t].column);
     }
 #endif
 }
@@ -197,6 +199,24 @@ static __device__ uint4 llm__widen_8(uint32_t a, uint32_t b) {
     a ^= 0x80808080u;
     b ^= 0x80808080u;
     return make_uint4(llm__widen_2(a, 0), llm__widen_2(a, 16), llm__widen_2(b, 0), llm__widen_2(b, 16));
+}
+
+/* Eight numbers of four bits as bf16, 128 too large each: the bits go into the mantissa of 2^7. Nibble i and nibble i + 4
+   are neighbours in k. */
+static __device__ uint4 llm__widen_nibbles(uint32_t v) {
+    const uint32_t mask = 0x000F000Fu, added = 0x43004300u;
+    return make_uint4((v & mask) | added, (v >> 4 & mask) | added, (v >> 8 & mask) | added, (v >> 12 & mask) | added);
+}
+
+/* The f16 in the low 16 bits, which is finite. */
+static __device__ float llm__half(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((uint16_t)bits));
+    return x;
+#else
+    return __uint_as_float((bits & 0x7FFFu) << 13 | (bits & 0x8000u) << 16) * 0x1p112f;
+#endif
 }
 
 static __host__ __device__ uint16_t llm__round_bits(uint32_t u) {
@@ -230,17 +250,40 @@ enum {
     LLM__TILE_COLUMNS = 32, /* queries, over the heads that share a key head, it answers at once       */
     LLM__MOST_SPANS = 64, /* pieces the keys of one query are cut into at most                         */
     LLM__MOST_HEAD_DIM = 256,
-    LLM__PAD = 64         /* inputs of a product are padded to this                                    */
+    LLM__PAD = 128        /* activations are padded to this                                            */
 };
 
-/* [n][k] numbers, k padded with zeros: bf16, or int8 with a scale for each output. */
+typedef enum llm__format {
+    LLM__BF16,
+    LLM__INT8,        /* a scale for each output                                                       */
+    LLM__INT8_GROUPS, /* scale and minimum for each 32 inputs of an output, as with LLM__INT4_GROUPS   */
+    LLM__INT4_GROUPS
+} llm__format;
+
+/* [n][k] numbers, k padded with zeros to whole turns of 64 bytes. Groups lie in a turn so that each of four lanes finds
+   its inputs 8t .. 8t+7 of all groups in 16 bytes: [turn][t][group]. */
 typedef struct llm__gpu_matrix {
+    llm__format format;
     uint8_t *data;
-    float *scales; /* [n]; NULL: bf16 */
+    uint32_t *scales; /* LLM__INT8: [n] floats; groups: [n][k / 32] pairs of f16, the scale in the low half */
     int n, k;
 } llm__gpu_matrix;
 
-static __host__ __device__ size_t llm__row_bytes(llm__gpu_matrix m) { return (size_t)m.k * (m.scales ? 1 : 2); }
+/* Numbers in 64 bytes of a row. */
+static __host__ __device__ constexpr int llm__turn(int format) { return format == LLM__BF16 ? 32 : format == LLM__INT4_GROUPS ? 128 : 64; }
+
+static __host__ __device__ size_t llm__row_bytes(llm__gpu_matrix m) { return (size_t)(m.k / llm__turn(m.format)) * 64; }
+
+static __host__ __device__ int llm__pad(int n, int step) { return (n + step - 1) / step * step; }
+
+/* From one row of a matrix's inputs to the next. */
+static __host__ __device__ int llm__input_stride(llm__gpu_matrix m) { return llm__pad(m.k, LLM__PAD); }
+
+/* Where in a row of a matrix in groups inputs i .. i+7 stand, i being a multiple of 8. */
+static __host__ __device__ size_t llm__group_place(int format, int i) {
+    int in_turn = i / 32 % (llm__turn(format) / 32), bytes = format == LLM__INT4_GROUPS ? 4 : 8;
+    return (size_t)(i / llm__turn(format) * 64 + i % 32 / 8 * 16 + in_turn * bytes);
+}
 
 /* The pass, in the GPU's memory. A kernel reads it there, so that one recorded graph serves every position. */
 typedef struct llm__rows {
@@ -280,6 +323,9 @@ typedef struct llm__qkv_store {
     uint16_t *q; /* [rows][n_heads][kv.stride] */
     const float *cosines, *sines; /* [rows][rope_dim / 2] */
     int n_heads, head_dim, rope_dim, layer;
+    const float *bias;            /* [(n_heads + 2 kv.n_heads) * head_dim]; NULL: none                          */
+    const float *q_norm, *k_norm; /* [head_dim]; NULL: heads do not go through an RMSNorm                       */
+    float eps;
 } llm__qkv_store;
 
 static __device__ void llm__store_dim(const llm__qkv_store *s, llm__rows rows, int row, int head, int dim, float value) {
@@ -320,18 +366,19 @@ static __device__ void llm__store_pair(const llm__qkv_store *s, llm__rows rows, 
    a gate and its up, or just neighbours. Its 8 warps share out k in turns of 64 bytes, so a block reads 512 bytes of each
    of its 16 rows at a time, 4 such loads in flight per warp; the first are on their way before the kernels ahead are done.
    A row's sums are taken in the same order however many rows there are. int8 is widened in registers, exactly; its
-   scales, one for each output, are the sums' business.
+   scales, one for each output, are the sums' business. Of weights in groups the tensor core multiplies the whole numbers,
+   32 at a time, and a matrix of ones by the same inputs: sum += scale * (q . x) + minimum * (1 . x).
 
    RMSNorm is folded in: whoever writes the residual stream x also writes bf16(x * norm weight), which the next product
    reads, and the squares of its 16 outputs; the product's end divides by the root of their mean. */
 
-typedef enum llm__ending { LLM__QKV, LLM__RESIDUAL, LLM__SWIGLU, LLM__LOGITS } llm__ending;
+typedef enum llm__ending { LLM__QKV, LLM__PLAIN, LLM__RESIDUAL, LLM__SWIGLU, LLM__LOGITS } llm__ending;
 
 typedef struct llm__product {
     llm__rows rows;
     llm__gpu_matrix weight;
     int n;                    /* outputs; LLM__SWIGLU: n_ff                                        */
-    const uint16_t *x;        /* [rows][weight.k]                                                  */
+    const uint16_t *x;        /* [rows][llm__input_stride(weight)]                                 */
     const float *squares;     /* [rows][n_squares] of what x was made from                         */
     int n_squares, n_embd;
     float eps;
@@ -341,7 +388,7 @@ typedef struct llm__product {
     uint16_t *next_x;         /* [rows][next_stride]; with LLM__SWIGLU the products of the pairs   */
     int next_stride;
     float *next_squares;      /* [rows][blocks]                                                    */
-    float *logits;            /* LLM__LOGITS: [rows with logits][n]                                */
+    float *out;               /* LLM__PLAIN: [rows][n]; LLM__LOGITS: [rows with logits][n]         */
 } llm__product;
 
 /* The outputs of pair `pair` of block `block`; -1: there is none. */
@@ -360,8 +407,12 @@ static __device__ int llm__output(const llm__product &p, int block, int pair, in
     return i < p.n ? i : -1;
 }
 
-static __device__ void llm__end_qkv(const llm__product &p, int row, int pair, float a, float b) {
+static __device__ void llm__end_qkv(const llm__product &p, int row, int pair, int output_a, int output_b, float a, float b) {
     int blocks_per_head = ((p.store.head_dim + 1) / 2 + LLM__PAIRS - 1) / LLM__PAIRS, block = (int)blockIdx.x;
+    if (p.store.bias) {
+        a += p.store.bias[output_a];
+        b += output_b < 0 ? 0 : p.store.bias[output_b];
+    }
     llm__store_pair(&p.store, p.rows, row, block / blocks_per_head, block % blocks_per_head * LLM__PAIRS + pair, a, b);
 }
 
@@ -386,28 +437,66 @@ static __device__ float llm__inverse_norm(const llm__product &p, int row) {
     return 1.0f / sqrtf(llm__warp_sum(sum) / (float)p.n_embd + p.eps);
 }
 
-/* What one turn adds: a lane has 16 bytes of its two rows of the matrix, and the inputs that belong to them. */
-template <bool INT8>
-static __device__ void llm__multiply_turn(float sums[4], uint4 upper, uint4 lower, const uint16_t *x) {
-    const uint4 zero = make_uint4(0, 0, 0, 0);
-    if (INT8) {
-        llm__multiply_32(sums, llm__widen_8(upper.x, upper.y), llm__widen_8(lower.x, lower.y), x ? *(const uint4 *)x : zero);
-        llm__multiply_32(sums, llm__widen_8(upper.z, upper.w), llm__widen_8(lower.z, lower.w), x ? *(const uint4 *)(x + 8) : zero);
-    } else {
-        llm__multiply_32(sums, upper, lower, x ? *(const uint4 *)x : zero);
+static __device__ uint4 llm__inputs(const uint16_t *x) { return x ? *(const uint4 *)x : make_uint4(0, 0, 0, 0); }
+
+/* What a turn of groups adds; see llm__multiply_turn. Nibbles come 128 too large, which is taken off again in f32. */
+template <int FORMAT>
+static __device__ void llm__multiply_groups(float sums[4], uint4 upper, uint4 lower, uint4 upper_scales, uint4 lower_scales, const uint16_t *x) {
+    constexpr float excess = FORMAT == LLM__INT4_GROUPS ? 128 : 0;
+    const uint32_t a[4] = {upper.x, upper.y, upper.z, upper.w}, b[4] = {lower.x, lower.y, lower.z, lower.w};
+    const uint32_t a_scales[4] = {upper_scales.x, upper_scales.y, upper_scales.z, upper_scales.w};
+    const uint32_t b_scales[4] = {lower_scales.x, lower_scales.y, lower_scales.z, lower_scales.w};
+    const uint4 ones = make_uint4(0x3F803F80u, 0x3F803F80u, 0x3F803F80u, 0x3F803F80u);
+#pragma unroll
+    for (int j = 0; j < llm__turn(FORMAT) / 32; j++) {
+        uint4 column = llm__inputs(x ? x + 32 * j : x);
+        float dots[4] = {}, totals[4] = {};
+        if (FORMAT == LLM__INT4_GROUPS) llm__multiply_32(dots, llm__widen_nibbles(a[j]), llm__widen_nibbles(b[j]), column);
+        else llm__multiply_32(dots, llm__widen_8(a[2 * j % 4], a[2 * j % 4 + 1]), llm__widen_8(b[2 * j % 4], b[2 * j % 4 + 1]), column);
+        llm__multiply_32(totals, ones, ones, column);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint32_t d = i < 2 ? a_scales[j] : b_scales[j];
+            sums[i] += llm__half(d) * dots[i] + (llm__half(d >> 16) - excess * llm__half(d)) * totals[i];
+        }
     }
 }
 
+/* What one turn adds: a lane has 16 bytes of its two rows of the matrix, and the inputs that belong to them. */
+template <int FORMAT>
+static __device__ void llm__multiply_turn(float sums[4], uint4 upper, uint4 lower, uint4 upper_scales, uint4 lower_scales, const uint16_t *x) {
+    if (FORMAT == LLM__BF16) {
+        llm__multiply_32(sums, upper, lower, llm__inputs(x));
+    } else if (FORMAT == LLM__INT8) {
+        llm__multiply_32(sums, llm__widen_8(upper.x, upper.y), llm__widen_8(lower.x, lower.y), llm__inputs(x));
+        llm__multiply_32(sums, llm__widen_8(upper.z, upper.w), llm__widen_8(lower.z, lower.w), llm__inputs(x ? x + 8 : x));
+    } else {
+        llm__multiply_groups<FORMAT>(sums, upper, lower, upper_scales, lower_scales, x);
+    }
+}
+
+/* A row's scales and minima of one turn. */
+template <int FORMAT>
+static __device__ uint4 llm__load_scales(llm__gpu_matrix m, int row, int turn) {
+    const uint32_t *from = m.scales + (size_t)row * (m.k / 32) + turn * (llm__turn(FORMAT) / 32);
+    if (FORMAT == LLM__INT4_GROUPS) return llm__load_once(from);
+    if (FORMAT != LLM__INT8_GROUPS) return make_uint4(0, 0, 0, 0);
+    uint2 v = *(const uint2 *)from;
+    return make_uint4(v.x, v.y, 0, 0);
+}
+
 /* TILES * 8 columns. */
-template <int ENDING, int TILES, bool INT8>
-static __global__ void __launch_bounds__(LLM__WARPS * 32, 3) llm__fused_product(llm__product p) {
-    constexpr int IN_FLIGHT = TILES == 1 ? 4 : 2, COLUMNS = TILES * 8, TURN = INT8 ? 64 : 32;
+template <int ENDING, int TILES, int FORMAT>
+static __global__ void __launch_bounds__(LLM__WARPS * 32, TILES == 2 && FORMAT >= LLM__INT8_GROUPS ? 2 : 3) llm__fused_product(llm__product p) {
+    constexpr bool GROUPS = FORMAT >= LLM__INT8_GROUPS;
+    constexpr int IN_FLIGHT = TILES == 1 && !GROUPS ? 4 : TILES == 2 && FORMAT == LLM__INT4_GROUPS ? 1 : 2, COLUMNS = TILES * 8, TURN = llm__turn(FORMAT);
     __shared__ float parts[LLM__WARPS][COLUMNS][17], scales[COLUMNS];
     int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4, n_turns = p.weight.k / TURN;
     int a = llm__output<ENDING>(p, (int)blockIdx.x, g, 0), b = llm__output<ENDING>(p, (int)blockIdx.x, g, 1);
-    const uint8_t *upper_row = p.weight.data + (a < 0 ? 0 : a) * llm__row_bytes(p.weight) + 16 * t;
-    const uint8_t *lower_row = p.weight.data + (b < 0 ? 0 : b) * llm__row_bytes(p.weight) + 16 * t;
-    uint4 upper[IN_FLIGHT] = {}, lower[IN_FLIGHT] = {};
+    int upper_output = a < 0 ? 0 : a, lower_output = b < 0 ? 0 : b;
+    const uint8_t *upper_row = p.weight.data + (size_t)upper_output * (n_turns * 64) + 16 * t;
+    const uint8_t *lower_row = p.weight.data + (size_t)lower_output * (n_turns * 64) + 16 * t;
+    uint4 upper[IN_FLIGHT] = {}, lower[IN_FLIGHT] = {}, upper_scales[IN_FLIGHT] = {}, lower_scales[IN_FLIGHT] = {};
     float sums[TILES][4] = {};
 #pragma unroll
     for (int i = 0; i < IN_FLIGHT; i++) {
@@ -415,6 +504,8 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, 3) llm__fused_product(
         if (turn >= n_turns) continue;
         upper[i] = llm__load_once(upper_row + turn * 64);
         lower[i] = llm__load_once(lower_row + turn * 64);
+        upper_scales[i] = llm__load_scales<FORMAT>(p.weight, upper_output, turn);
+        lower_scales[i] = llm__load_scales<FORMAT>(p.weight, lower_output, turn);
     }
     llm__let_next_start();
     llm__wait_for_previous();
@@ -424,7 +515,7 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, 3) llm__fused_product(
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
         int column = 8 * j + g;
-        x[j] = column >= n_columns ? NULL : p.x + (size_t)(ENDING == LLM__LOGITS ? p.rows.logit_rows[column] : column) * p.weight.k + TURN / 4 * t;
+        x[j] = column >= n_columns ? NULL : p.x + (size_t)(ENDING == LLM__LOGITS ? p.rows.logit_rows[column] : column) * llm__input_stride(p.weight) + (GROUPS ? 8 : TURN / 4) * t;
     }
     for (int first = warp; first < n_turns; first += IN_FLIGHT * LLM__WARPS) {
 #pragma unroll
@@ -433,10 +524,12 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, 3) llm__fused_product(
             if (turn >= n_turns) continue;
 #pragma unroll
             for (int j = 0; j < TILES; j++)
-                llm__multiply_turn<INT8>(sums[j], upper[i], lower[i], x[j] ? x[j] + turn * TURN : NULL);
+                llm__multiply_turn<FORMAT>(sums[j], upper[i], lower[i], upper_scales[i], lower_scales[i], x[j] ? x[j] + turn * TURN : NULL);
             if (next >= n_turns) continue;
             upper[i] = llm__load_once(upper_row + next * 64);
             lower[i] = llm__load_once(lower_row + next * 64);
+            upper_scales[i] = llm__load_scales<FORMAT>(p.weight, upper_output, next);
+            lower_scales[i] = llm__load_scales<FORMAT>(p.weight, lower_output, next);
         }
     }
 #pragma unroll
@@ -459,9 +552,9 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, 3) llm__fused_product(
     }
     a = llm__output<ENDING>(p, (int)blockIdx.x, pair, 0);
     b = llm__output<ENDING>(p, (int)blockIdx.x, pair, 1);
-    if (INT8) {
-        sum_a *= a < 0 ? 0 : p.weight.scales[a];
-        sum_b *= b < 0 ? 0 : p.weight.scales[b];
+    if (FORMAT == LLM__INT8) {
+        sum_a *= a < 0 ? 0 : __uint_as_float(p.weight.scales[a]);
+        sum_b *= b < 0 ? 0 : __uint_as_float(p.weight.scales[b]);
     }
     if (ENDING == LLM__RESIDUAL) {
         llm__end_residual(p, column, wanted, pair, a, b, sum_a, sum_b);
@@ -470,27 +563,18 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, 3) llm__fused_product(
     if (!wanted) return;
     sum_a *= scales[column];
     sum_b *= scales[column];
-    if (ENDING == LLM__QKV && a >= 0) llm__end_qkv(p, column, pair, sum_a, sum_b);
+    if (ENDING == LLM__QKV && a >= 0) llm__end_qkv(p, column, pair, a, b, sum_a, sum_b);
     if (ENDING == LLM__SWIGLU && a >= 0) p.next_x[(size_t)column * p.next_stride + a] = llm__to_bf16(llm__silu(sum_a) * sum_b);
-    if (ENDING == LLM__LOGITS && a >= 0) p.logits[(size_t)column * p.n + a] = sum_a;
-    if (ENDING == LLM__LOGITS && b >= 0) p.logits[(size_t)column * p.n + b] = sum_b;
-}
-
-/* The angles by which RoPE turns a row; in double, because positions are large. */
-static __device__ void llm__find_angles(llm__rows rows, int row, const double *frequencies, int half, float *cosines, float *sines) {
-    for (int i = (int)threadIdx.x; i < half; i += (int)blockDim.x) {
-        double sine, cosine;
-        sincos(rows.positions[row] * frequencies[i], &sine, &cosine);
-        cosines[row * half + i] = (float)cosine;
-        sines[row * half + i] = (float)sine;
-    }
+    if (ENDING != LLM__PLAIN && ENDING != LLM__LOGITS) return;
+    if (a >= 0) p.out[(size_t)column * p.n + a] = sum_a;
+    if (b >= 0) p.out[(size_t)column * p.n + b] = sum_b;
 }
 
 typedef struct llm__start {
     llm__rows rows;
     llm__gpu_matrix embedding; /* [n_vocab][n_embd] */
     const double *frequencies;
-    float *cosines, *sines;
+    float *cosines, *sines, rope_scale;
     int n_embd, half;
     float *x;                  /* [rows][n_embd] */
     const float *next_norm;    /* as of llm__product; NULL in the plain pass */
@@ -498,23 +582,39 @@ typedef struct llm__start {
     float *next_squares;
 } llm__start;
 
+/* The angles by which RoPE turns a row; in double, because positions are large. */
+static __device__ void llm__find_angles(const llm__start &s, int row) {
+    for (int i = (int)threadIdx.x; i < s.half; i += (int)blockDim.x) {
+        double sine, cosine;
+        sincos(s.rows.positions[row] * s.frequencies[i], &sine, &cosine);
+        s.cosines[row * s.half + i] = (float)cosine * s.rope_scale;
+        s.sines[row * s.half + i] = (float)sine * s.rope_scale;
+    }
+}
+
+/* One weight. */
 static __device__ float llm__element(llm__gpu_matrix m, int row, int i) {
     const uint8_t *from = m.data + row * llm__row_bytes(m);
-    return m.scales ? (float)((const int8_t *)from)[i] * m.scales[row] : llm__from_bf16(((const uint16_t *)from)[i]);
+    if (m.format == LLM__BF16) return llm__from_bf16(((const uint16_t *)from)[i]);
+    if (m.format == LLM__INT8) return (float)((const int8_t *)from)[i] * __uint_as_float(m.scales[row]);
+    const uint8_t *eight = from + llm__group_place(m.format, i / 8 * 8);
+    uint32_t d = m.scales[(size_t)row * (m.k / 32) + i / 32];
+    int q = m.format == LLM__INT8_GROUPS ? ((const int8_t *)eight)[i % 8] : (int)(*(const uint32_t *)eight >> (i % 8 / 2 * 4 + i % 2 * 16) & 15);
+    return (float)q * llm__half(d) + llm__half(d >> 16);
 }
 
 /* The first kernel of a pass: one block a row. */
 static __global__ void llm__embed(llm__start s) {
     int row = (int)blockIdx.x, n_squares = (s.n_embd + 15) / 16;
     if (row >= s.rows.counts[0]) return;
-    llm__find_angles(s.rows, row, s.frequencies, s.half, s.cosines, s.sines);
+    llm__find_angles(s, row);
     for (int i = (int)threadIdx.x; i < n_squares; i += (int)blockDim.x) {
         float square = 0;
         for (int j = 16 * i; j < 16 * i + 16 && j < s.n_embd; j++) {
             float x = llm__element(s.embedding, s.rows.tokens[row], j);
             s.x[(size_t)row * s.n_embd + j] = x;
             square += x * x;
-            if (s.next_norm) s.next_x[(size_t)row * s.embedding.k + j] = llm__to_bf16(x * s.next_norm[j]);
+            if (s.next_norm) s.next_x[(size_t)row * llm__input_stride(s.embedding) + j] = llm__to_bf16(x * s.next_norm[j]);
         }
         if (s.next_norm) s.next_squares[(size_t)row * n_squares + i] = square;
     }
@@ -534,6 +634,7 @@ typedef struct llm__attend {
     const uint16_t *q;   /* [rows][n_heads][kv.stride]                                           */
     uint16_t *out;       /* [rows][out_stride]                                                   */
     int out_stride, n_heads, head_dim, layer;
+    int window;          /* positions a query sees, its own included; 0: all before it                */
     float scale;         /* of scores: log2(e) / sqrt(head_dim)                                  */
     int span;            /* keys in a span; 0: tiles of several rows, whose keys are not cut     */
     float *partial;      /* [row][key head][LLM__MOST_SPANS][group][kv.stride + 2]: the answer of a span, its maximum and sum */
@@ -546,8 +647,13 @@ struct llm__tile {
     float scores[COLUMNS][LLM__STEP + 1];
     alignas(16) uint16_t weights[COLUMNS][LLM__STEP + 8];
     float max[COLUMNS], sum[COLUMNS], shrink[COLUMNS];
-    int last_key[COLUMNS];
+    int first_key[COLUMNS], last_key[COLUMNS];
 };
+
+/* The first key that a query at this position sees. */
+static __device__ int llm__first_key(const llm__attend &a, int position) {
+    return a.window && position >= a.window ? position - a.window + 1 : 0;
+}
 
 /* The scores of 16 keys, from `key` on, by one warp. */
 template <int COLUMNS>
@@ -571,7 +677,7 @@ static __device__ void llm__score(const llm__attend &a, llm__tile<COLUMNS> *tile
     for (int j = 0; j < COLUMNS / 8; j++)
         for (int i = 0; i < 4; i++) {
             int column = 8 * j + 2 * t + i % 2, at = g + i / 2 * 8;
-            bool seen = key + at < end && column < n_columns && key + at <= tile->last_key[column];
+            bool seen = key + at < end && key + at >= tile->first_key[column] && key + at <= tile->last_key[column];
             tile->scores[column][place + at] = seen ? sums[j][i] * a.scale : -INFINITY;
         }
 }
@@ -637,6 +743,7 @@ static __device__ void llm__attend_span(const llm__attend &a, llm__tile<COLUMNS>
         tile->sum[i] = 0;
         tile->shrink[i] = 0;
         tile->last_key[i] = i < n_columns ? a.rows.positions[first_row + i / group] : -1;
+        tile->first_key[i] = llm__first_key(a, tile->last_key[i]);
         for (int j = 0; i >= n_columns && j < LLM__STEP; j++) tile->weights[i][j] = 0;
     }
     __syncthreads();
@@ -666,14 +773,14 @@ static __device__ void llm__attend_span(const llm__attend &a, llm__tile<COLUMNS>
     __syncthreads();
 }
 
-/* Joins the spans of one row, in order. */
-static __device__ void llm__join_spans(const llm__attend &a, int row, int n_spans) {
+/* Joins spans [first, n_spans) of one row, in order. */
+static __device__ void llm__join_spans(const llm__attend &a, int row, int first, int n_spans) {
     int group = a.n_heads / a.kv.n_heads;
     for (int i = (int)threadIdx.x; i < group * a.head_dim; i += (int)blockDim.x) {
         int in_group = i / a.head_dim, dim = i % a.head_dim;
         float max = -INFINITY, sum = 0, answer = 0;
-        for (int span = 0; span < n_spans; span++) max = fmaxf(max, __ldcg(llm__partial(a, row, span, in_group) + a.kv.stride));
-        for (int span = 0; span < n_spans; span++) {
+        for (int span = first; span < n_spans; span++) max = fmaxf(max, __ldcg(llm__partial(a, row, span, in_group) + a.kv.stride));
+        for (int span = first; span < n_spans; span++) {
             const float *from = llm__partial(a, row, span, in_group);
             float weight = exp2f(__ldcg(from + a.kv.stride) - max);
             sum += __ldcg(from + a.kv.stride + 1) * weight;
@@ -694,28 +801,225 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, 2) llm__fused_a
     if ((int)blockIdx.z >= n_tiles) return;
     if (!a.span) {
         int i = n_tiles - 1 - (int)blockIdx.z, first = a.rows.tile_first[i], n = a.rows.tile_rows[i]; /* the longest first */
-        llm__attend_span<COLUMNS, DIMS>(a, &tile, first, n * group, 0, 0, a.rows.positions[first + n - 1] + 1, true);
+        int begin = llm__first_key(a, a.rows.positions[first]) / LLM__STEP * LLM__STEP;
+        llm__attend_span<COLUMNS, DIMS>(a, &tile, first, n * group, 0, begin, a.rows.positions[first + n - 1] + 1, true);
         return;
     }
     int row = (int)blockIdx.z, n_keys = a.rows.positions[row] + 1, n_spans = (n_keys + a.span - 1) / a.span;
-    for (int span = (int)blockIdx.x; span < n_spans; span += (int)gridDim.x) {
-        int begin = span * a.span, end = begin + a.span < n_keys ? begin + a.span : n_keys;
-        llm__attend_span<COLUMNS, DIMS>(a, &tile, row, group, span, begin, end, n_spans == 1);
-        if (n_spans == 1) return;
+    int first_step = llm__first_key(a, n_keys - 1) / LLM__STEP * LLM__STEP, first_span = first_step / a.span;
+    for (int span = first_span + (int)blockIdx.x; span < n_spans; span += (int)gridDim.x) {
+        int begin = span == first_span ? first_step : span * a.span, end = llm__least((span + 1) * a.span, n_keys);
+        bool whole = n_spans - first_span == 1;
+        llm__attend_span<COLUMNS, DIMS>(a, &tile, row, group, span, begin, end, whole);
+        if (whole) return;
         if (threadIdx.x == 0) {
             __threadfence(); /* after the barrier at the span's end: the whole block's writes come before the count */
-            is_last = atomicAdd(&a.n_done[row * a.kv.n_heads + (int)blockIdx.y], 1u) + 1 == (unsigned)n_spans;
+            is_last = atomicAdd(&a.n_done[row * a.kv.n_heads + (int)blockIdx.y], 1u) + 1 == (unsigned)(n_spans - first_span);
             __threadfence();
         }
         __syncthreads();
         if (!is_last) continue;
-        llm__join_spans(a, row, n_spans);
+        llm__join_spans(a, row, first_span, n_spans);
         if (threadIdx.x == 0) a.n_done[row * a.kv.n_heads + (int)blockIdx.y] = 0;
         return;
     }
 }
 
-/* ==== 6 Plain kernels ===========================================================================================
+/* ==== 6 Picking tokens ==========================================================================================
+
+   What llm_sample does, where the logits are: one block reads them a few times, which next to the weights is nothing. A
+   token's weight is a whole number, so that sums are exact and a seed means the same text on every run. Tokens in order
+   of weight are cut to a prefix by top-k, top-p and min-p alike, so of each cut only the weight of what it leaves is
+   needed; the least of the three is drawn in, and the token found where that much has gone by. */
+
+enum { LLM__PICK_THREADS = 1024, LLM__WEIGHT_BITS = 27, LLM__LOW_BITS = 14, LLM__MOST_VOCAB = 1 << 18 };
+
+/* In the GPU's memory; a kernel counts n_drawn and n_picked on. */
+typedef struct llm__picker_state {
+    float scale, top_p, min_p; /* log2(e) / temperature, 0: greedy */
+    int top_k;
+    unsigned long long seed, n_drawn;
+    int n_picked;
+} llm__picker_state;
+
+typedef struct llm__picker {
+    llm__rows rows; /* the first is the token's to be */
+    const float *logits;
+    int n_vocab;
+    llm__picker_state *state;
+    int *picked;    /* in the host's memory */
+} llm__picker;
+
+/* What the block shares. The sums of a step of the descent are in two parts, as atomics have 32 bits. */
+typedef struct llm__pick_memory {
+    unsigned counts[LLM__PICK_THREADS], low[LLM__PICK_THREADS], high[LLM__PICK_THREADS];
+    unsigned long long warps[LLM__PICK_THREADS / 32];
+    int bin;
+    unsigned n_before;
+    unsigned long long weight_before;
+} llm__pick_memory;
+
+/* The tokens of a weight, in the order of weights: `key` numbers the weights, the tokens above it are counted. */
+typedef struct llm__place {
+    uint32_t key;
+    unsigned long long n_above, weight_above;
+} llm__place;
+
+static __device__ float llm__likelihood(const llm__picker &p, float max, float scale, int token) { return exp2f((p.logits[token] - max) * scale); }
+static __device__ unsigned llm__weight(float likelihood) { return (unsigned)(likelihood * (float)(1 << LLM__WEIGHT_BITS)); }
+
+/* Of likelihoods from 2^-WEIGHT_BITS to 1: 28 bits in the same order. */
+static __device__ uint32_t llm__key_base(void) { return (uint32_t)(127 - LLM__WEIGHT_BITS) << 23; }
+
+/* The sum of the values of this thread and those before it. */
+static __device__ unsigned long long llm__scan(unsigned long long value, unsigned long long *warps) {
+    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    for (int step = 1; step < 32; step *= 2) {
+        unsigned long long other = __shfl_up_sync(0xFFFFFFFFu, value, step);
+        if (lane >= step) value += other;
+    }
+    if (lane == 31) warps[warp] = value;
+    __syncthreads();
+    for (int i = 0; i < warp; i++) value += warps[i];
+    __syncthreads();
+    return value;
+}
+
+static __device__ unsigned long long llm__block_sum(unsigned long long value, llm__pick_memory *m) {
+    value = llm__scan(value, m->warps);
+    if (threadIdx.x == blockDim.x - 1) m->weight_before = value;
+    __syncthreads();
+    value = m->weight_before;
+    __syncthreads();
+    return value;
+}
+
+/* The first token of those with the largest logit: orders them by logit, then by number downwards. */
+static __device__ int llm__best_token(const llm__picker &p, llm__pick_memory *m) {
+    unsigned long long best = 0;
+    for (int i = (int)threadIdx.x; i < p.n_vocab; i += (int)blockDim.x) {
+        uint32_t bits = __float_as_uint(p.logits[i]), order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+        unsigned long long key = (unsigned long long)order << 32 | (uint32_t)~i;
+        best = key > best ? key : best;
+    }
+    for (int step = 16; step; step /= 2) {
+        unsigned long long other = __shfl_xor_sync(0xFFFFFFFFu, best, step);
+        best = other > best ? other : best;
+    }
+    if (threadIdx.x % 32 == 0) m->warps[threadIdx.x / 32] = best;
+    __syncthreads();
+    for (int i = 0; i < (int)blockDim.x / 32; i++) best = m->warps[i] > best ? m->warps[i] : best;
+    __syncthreads();
+    return (int)~(uint32_t)best;
+}
+
+/* Going down from the heaviest token, the place where the sum of weights (or with BY_COUNT the number of tokens) first
+   exceeds `target`, which all of them together do: ten bits of its key, then nine, then nine. A thread has a bin. */
+template <bool BY_COUNT>
+static __device__ llm__place llm__descend(const llm__picker &p, float max, float scale, unsigned long long target, llm__pick_memory *m) {
+    int thread = (int)threadIdx.x, bin = LLM__PICK_THREADS - 1 - thread;
+    llm__place place = {0, 0, 0};
+    for (int shift = 18; shift >= 0; shift -= 9) {
+        m->counts[thread] = m->low[thread] = m->high[thread] = 0;
+        __syncthreads();
+        for (int i = thread; i < p.n_vocab; i += LLM__PICK_THREADS) {
+            float likelihood = llm__likelihood(p, max, scale, i);
+            unsigned weight = llm__weight(likelihood);
+            uint32_t key = __float_as_uint(likelihood) - llm__key_base(), above = shift == 18 ? 28 : shift + 9;
+            if (!weight || key >> above != place.key >> above) continue;
+            uint32_t to = key >> shift & ((1u << (above - shift)) - 1);
+            atomicAdd(&m->counts[to], 1u);
+            atomicAdd(&m->low[to], weight & ((1u << LLM__LOW_BITS) - 1));
+            atomicAdd(&m->high[to], weight >> LLM__LOW_BITS);
+        }
+        __syncthreads();
+        unsigned long long n = m->counts[bin], weight = ((unsigned long long)m->high[bin] << LLM__LOW_BITS) + m->low[bin];
+        unsigned long long n_through = place.n_above + llm__scan(n, m->warps), through = place.weight_above + llm__scan(weight, m->warps);
+        if (BY_COUNT ? n_through > target && n_through - n <= target : through > target && through - weight <= target) {
+            m->bin = bin;
+            m->n_before = (unsigned)(n_through - n);
+            m->weight_before = through - weight;
+        }
+        __syncthreads();
+        place.key |= (uint32_t)m->bin << shift;
+        place.n_above = m->n_before;
+        place.weight_above = m->weight_before;
+        __syncthreads();
+    }
+    return place;
+}
+
+/* Among tokens of one weight, those of lower number come first. */
+static __device__ int llm__nth_of_weight(const llm__picker &p, float max, float scale, uint32_t key, unsigned long long n, llm__pick_memory *m) {
+    int some = (p.n_vocab + LLM__PICK_THREADS - 1) / LLM__PICK_THREADS, first = llm__least((int)threadIdx.x * some, p.n_vocab);
+    int end = llm__least(first + some, p.n_vocab);
+    unsigned long long found = 0;
+    for (int i = first; i < end; i++) found += __float_as_uint(llm__likelihood(p, max, scale, i)) == key + llm__key_base();
+    unsigned long long before = llm__scan(found, m->warps) - found;
+    for (int i = first; i < end && before <= n; i++)
+        if (__float_as_uint(llm__likelihood(p, max, scale, i)) == key + llm__key_base() && before++ == n) m->bin = i;
+    __syncthreads();
+    return m->bin;
+}
+
+/* The weight of what top-k, top-p and min-p leave. */
+static __device__ unsigned long long llm__cut(const llm__picker &p, const llm__picker_state &s, float max, llm__pick_memory *m) {
+    unsigned long long n = 0, all = 0, likely = 0;
+    for (int i = (int)threadIdx.x; i < p.n_vocab; i += LLM__PICK_THREADS) {
+        float likelihood = llm__likelihood(p, max, s.scale, i);
+        unsigned weight = llm__weight(likelihood);
+        n += weight > 0;
+        all += weight;
+        likely += likelihood >= s.min_p ? weight : 0;
+    }
+    n = llm__block_sum(n, m);
+    all = llm__block_sum(all, m);
+    likely = llm__block_sum(likely, m);
+    if (s.top_k > 0 && (unsigned long long)s.top_k < n) {
+        llm__place kth = llm__descend<true>(p, max, s.scale, (unsigned long long)s.top_k - 1, m);
+        all = kth.weight_above + ((unsigned long long)s.top_k - kth.n_above) * llm__weight(__uint_as_float(kth.key + llm__key_base()));
+    }
+    if (s.top_p > 0 && s.top_p < 1) {
+        unsigned long long enough = (unsigned long long)((double)s.top_p * (double)all) + 1;
+        if (enough > all) enough = all;
+        llm__place last = llm__descend<false>(p, max, s.scale, enough - 1, m);
+        unsigned long long weight = llm__weight(__uint_as_float(last.key + llm__key_base()));
+        all = last.weight_above + (enough - last.weight_above + weight - 1) / weight * weight;
+    }
+    return all < likely ? all : likely;
+}
+
+/* The same numbers as llm_sample's (splitmix64). */
+static __device__ double llm__random(unsigned long long seed, unsigned long long n) {
+    unsigned long long z = seed + n * 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return (double)((z ^ z >> 31) >> 11) * (1.0 / 9007199254740992.0);
+}
+
+/* Picks a token and makes it the next pass's, one position on; one block. */
+static __global__ void __launch_bounds__(LLM__PICK_THREADS, 1) llm__pick(llm__picker p) {
+    __shared__ llm__pick_memory m;
+    llm__let_next_start();
+    llm__wait_for_previous();
+    llm__picker_state s = *p.state;
+    int token = llm__best_token(p, &m);
+    if (s.scale > 0) {
+        float max = p.logits[token];
+        unsigned long long at = (unsigned long long)(llm__random(s.seed, s.n_drawn + 1) * (double)llm__cut(p, s, max, &m));
+        llm__place place = llm__descend<false>(p, max, s.scale, at, &m);
+        unsigned weight = llm__weight(__uint_as_float(place.key + llm__key_base()));
+        token = llm__nth_of_weight(p, max, s.scale, place.key, (at - place.weight_above) / weight, &m);
+    }
+    if (threadIdx.x) return;
+    p.state->n_drawn = s.n_drawn + 1;
+    p.state->n_picked = s.n_picked + 1;
+    p.picked[s.n_picked] = token;
+    const_cast<int *>(p.rows.tokens)[0] = token;
+    const_cast<int *>(p.rows.positions)[0]++;
+}
+
+/* ==== 7 Plain kernels ===========================================================================================
 
    One operation each. They are what eager passes consist of; longer passes put cuBLAS's products and the attention of
    section 5 between them. */
@@ -740,33 +1044,64 @@ static __global__ void llm__matrix_product(llm__gpu_matrix m, const uint16_t *x,
     int output = (int)(blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = (int)threadIdx.x % 32, row = (int)blockIdx.y;
     if (output >= m.n) return;
     float sum = 0;
-    for (int i = lane; i < m.k; i += 32) sum += llm__element(m, output, i) * llm__from_bf16(x[(size_t)row * m.k + i]);
+    for (int i = lane; i < m.k; i += 32) sum += llm__element(m, output, i) * llm__from_bf16(x[(size_t)row * llm__input_stride(m) + i]);
     sum = llm__warp_sum(sum);
     if (lane == 0) y[(size_t)row * m.n + output] = add ? y[(size_t)row * m.n + output] + sum : sum;
 }
 
-/* Eight int8 at a time as bf16, for cuBLAS. */
-static __global__ void llm__widen(const uint8_t *from, uint16_t *to, size_t n) {
-    size_t i = 8 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
-    if (i >= n) return;
-    uint2 bytes = *(const uint2 *)(from + i);
-    *(uint4 *)(to + i) = llm__widen_8(bytes.x, bytes.y);
+/* Rows [first, first + n) as bf16, for cuBLAS: int8 exactly and without its scales; a thread for each eight. */
+static __global__ void llm__widen(llm__gpu_matrix m, int first, int n, uint16_t *to) {
+    size_t at = 8 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
+    if (at >= (size_t)n * m.k) return;
+    if (m.format == LLM__INT8) {
+        uint2 bytes = *(const uint2 *)(m.data + (size_t)first * m.k + at);
+        *(uint4 *)(to + at) = llm__widen_8(bytes.x, bytes.y);
+        return;
+    }
+    int row = first + (int)(at / m.k), i = (int)(at % m.k);
+    for (int j = 0; j < 8; j++) to[at + j] = llm__to_bf16(llm__element(m, row, i + j));
 }
 
 /* What is left to do after a product with int8: y = (or, with `add`, +=) sums * scales; a thread an output. */
-static __global__ void llm__scale(const float *sums, const float *scales, int n, float *y, bool add) {
+static __global__ void llm__scale(const float *sums, const uint32_t *scales, int n, float *y, bool add) {
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     size_t at = (size_t)blockIdx.y * n + i;
-    if (i < n) y[at] = (add ? y[at] : 0) + sums[at] * scales[i];
+    if (i < n) y[at] = (add ? y[at] : 0) + sums[at] * __uint_as_float(scales[i]);
 }
 
-/* Turns queries and keys and puts all three in place; a block a row, a thread a pair of dimensions of a head. */
+/* One head's query, key or value before RoPE. */
+typedef struct llm__head {
+    const float *from, *bias, *norm; /* [head_dim]; the last two may be NULL */
+    float scale;                     /* 1 / sqrt(mean(x^2) + eps), with norm */
+} llm__head;
+
+static __device__ float llm__head_dim(const llm__head &h, int dim) {
+    float x = h.from[dim] + (h.bias ? h.bias[dim] : 0);
+    return h.norm ? x * h.scale * h.norm[dim] : x;
+}
+
+static __device__ llm__head llm__find_head(const llm__qkv_store &s, const float *qkv, int row, int head) {
+    int n_heads = s.n_heads + 2 * s.kv.n_heads;
+    const float *norm = head < s.n_heads ? s.q_norm : head < s.n_heads + s.kv.n_heads ? s.k_norm : NULL;
+    llm__head h = {qkv + ((size_t)row * n_heads + head) * s.head_dim, s.bias ? s.bias + head * s.head_dim : NULL, NULL, 0};
+    if (!norm) return h;
+    float sum = 0;
+    for (int dim = (int)threadIdx.x % 32; dim < s.head_dim; dim += 32) sum += llm__head_dim(h, dim) * llm__head_dim(h, dim);
+    h.scale = 1.0f / sqrtf(llm__warp_sum(sum) / (float)s.head_dim + s.eps);
+    h.norm = norm;
+    return h;
+}
+
+/* Adds the bias, norms and turns queries and keys, and puts all three in place; a warp a head of a row. */
 static __global__ void llm__rope(llm__rows rows, llm__qkv_store s, const float *qkv) {
-    int row = (int)blockIdx.x, n_heads = s.n_heads + 2 * s.kv.n_heads, n_pairs = (s.head_dim + 1) / 2;
-    for (int i = (int)threadIdx.x; i < n_heads * n_pairs; i += (int)blockDim.x) {
-        int head = i / n_pairs, pair = i % n_pairs, second = llm__pair_dim(pair, s.rope_dim, 1);
-        const float *from = qkv + ((size_t)row * n_heads + head) * s.head_dim;
-        llm__store_pair(&s, rows, row, head, pair, from[llm__pair_dim(pair, s.rope_dim, 0)], second < s.head_dim ? from[second] : 0);
+    int lane = (int)threadIdx.x % 32, head = (int)(blockIdx.x * blockDim.x + threadIdx.x) / 32, row = (int)blockIdx.y;
+    llm__let_next_start();
+    llm__wait_for_previous();
+    if (head >= s.n_heads + 2 * s.kv.n_heads || row >= rows.counts[0]) return;
+    llm__head h = llm__find_head(s, qkv, row, head);
+    for (int pair = lane; pair < (s.head_dim + 1) / 2; pair += 32) {
+        int first = llm__pair_dim(pair, s.rope_dim, 0), second = llm__pair_dim(pair, s.rope_dim, 1);
+        llm__store_pair(&s, rows, row, head, pair, llm__head_dim(h, first), second < s.head_dim ? llm__head_dim(h, second) : 0);
     }
 }
 
@@ -778,13 +1113,14 @@ static __global__ void llm__plain_attention(llm__attend a) {
     const uint16_t *q = a.q + ((size_t)row * a.n_heads + head) * a.kv.stride;
     float max = -INFINITY, sum = 0;
     for (int dim = lane; dim < a.head_dim; dim += 32) answer[dim] = 0;
-    for (int first = 0; first < n_keys; first += LLM_BLOCK) {
+    int first_key = llm__first_key(a, n_keys - 1);
+    for (int first = first_key / LLM_BLOCK * LLM_BLOCK; first < n_keys; first += LLM_BLOCK) {
         int block = llm__table(a.rows, row)[first / LLM_BLOCK];
         const uint16_t *key = llm__keys(a.kv, block, a.layer, key_head) + (size_t)lane * a.kv.stride;
         const uint16_t *values = llm__values(a.kv, block, a.layer, key_head);
         float score = 0;
         for (int dim = 0; dim < a.head_dim; dim++) score += llm__from_bf16(q[dim]) * llm__from_bf16(key[dim]);
-        score = first + lane < n_keys ? score * a.scale : -INFINITY;
+        score = first + lane >= first_key && first + lane < n_keys ? score * a.scale : -INFINITY;
         float new_max = fmaxf(max, llm__warp_max(score)), shrink = exp2f(max - new_max), weight = exp2f(score - new_max);
         sum = sum * shrink + llm__warp_sum(weight);
         max = new_max;
@@ -831,13 +1167,14 @@ static __global__ void llm__read_all(const uint8_t *data, size_t n_vectors, unsi
     if (seen == 0x9E3779B9u) *sink = seen; /* so that the loads are not left out */
 }
 
-/* ==== 7 The model ===============================================================================================
+/* ==== 8 The model ===============================================================================================
 
    Matrices stand row by row as the file has them. They are converted by the host's threads into one of two pinned
    buffers while the other is on its way. */
 
 typedef struct llm__gpu_layer {
     float *attention_norm, *ffn_norm;
+    float *qkv_bias, *q_norm, *k_norm; /* NULL: the model has none */
     llm__gpu_matrix qkv, attention_out, gate_up, down;
 } llm__gpu_layer;
 
@@ -845,7 +1182,7 @@ typedef struct llm__gpu_model {
     llm_host host;
     llm_shape shape;
     llm_cuda_mode mode;
-    bool int8;
+    llm_dtype dtype;
     int n_threads, n_processors;
     bool can_overlap;
     double *frequencies; /* on the GPU */
@@ -859,8 +1196,6 @@ typedef struct llm__gpu_model {
 } llm__gpu_model;
 
 enum { LLM__STAGING = 4 << 20 };
-
-static int llm__pad(int n, int step) { return (n + step - 1) / step * step; }
 
 static void *llm__host_resize(const llm_host *host, void *ptr, size_t size) {
     if (host->resize) return host->resize(host->user, ptr, size);
@@ -876,9 +1211,23 @@ static void *llm__host_zero(const llm_host *host, size_t size, llm_error *err) {
     return NULL;
 }
 
+/* A matrix without memory. */
+static llm__gpu_matrix llm__describe_matrix(llm_dtype dtype, const llm_weight *weight) {
+    llm__gpu_matrix m;
+    memset(&m, 0, sizeof m);
+    if (dtype == LLM_DTYPE_INT8) m.format = LLM__INT8;
+    if (dtype == LLM_DTYPE_INT4) m.format = weight->has_q8_0 ? LLM__INT8_GROUPS : LLM__INT4_GROUPS;
+    m.n = weight->rows;
+    m.k = llm__pad(weight->cols, dtype == LLM_DTYPE_INT4 ? 128 : 64);
+    return m;
+}
+
+/* Scales that belong to a row. */
+static size_t llm__row_scales(llm__gpu_matrix m) { return m.format == LLM__BF16 ? 0 : m.format == LLM__INT8 ? 1 : (size_t)m.k / 32; }
+
 static uint64_t llm__gpu_weight_bytes(llm_dtype dtype, const llm_weight *weight) {
-    uint64_t n = (uint64_t)weight->rows, k = (uint64_t)llm__pad(weight->cols, LLM__PAD);
-    return dtype == LLM_DTYPE_INT8 ? n * (k + 4) : n * k * 2;
+    llm__gpu_matrix m = llm__describe_matrix(dtype, weight);
+    return (uint64_t)m.n * (llm__row_bytes(m) + llm__row_scales(m) * 4);
 }
 
 /* A GPU that can run this: compute capability 8.0 has the bf16 tensor cores. */
@@ -899,8 +1248,11 @@ static llm_status llm__find_gpu(llm__gpu_model *m, llm_error *err) {
 }
 
 static llm_status llm__check_shape(const llm_shape *s, llm_dtype dtype, llm_error *err) {
-    if (dtype != LLM_DTYPE_BF16 && dtype != LLM_DTYPE_INT8)
-        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU weights are bf16 or int8; desc.dtype asks for another type");
+    if (dtype != LLM_DTYPE_BF16 && dtype != LLM_DTYPE_INT8 && dtype != LLM_DTYPE_INT4)
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU weights are bf16, int8 or int4; desc.dtype asks for another type");
+    if (s->n_vocab > LLM__MOST_VOCAB)
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "the vocabulary has %d tokens; on the GPU at most %d are run", s->n_vocab,
+                               (int)LLM__MOST_VOCAB);
     if (s->head_dim > LLM__MOST_HEAD_DIM)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "heads have %d dimensions; on the GPU at most %d are run", s->head_dim,
                                (int)LLM__MOST_HEAD_DIM);
@@ -936,17 +1288,14 @@ static llm_status llm__open_gpu(llm__gpu_model *m, const llm_model_desc *desc, l
 }
 
 static llm_status llm__gpu_open(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_cuda_mode mode, llm_error *err) {
-    const char *unknown = shape->qkv_bias ? "a bias on queries, keys and values" : shape->qk_norm ? "norms of queries and keys"
-                          : shape->window ? "a sliding window" : shape->rope_scale != 1 ? "scaled rotary cosines" : NULL;
     *out = NULL;
-    if (unknown) return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "the model has %s, which this backend does not run; the CPU does", unknown);
     llm__gpu_model *m = (llm__gpu_model *)llm__host_zero(&desc->host, sizeof *m, err);
     *out = m;
     if (!m) return LLM_ERROR_MEMORY;
     m->host = desc->host;
     m->shape = *shape;
     m->mode = mode;
-    m->int8 = desc->dtype == LLM_DTYPE_INT8;
+    m->dtype = desc->dtype;
     m->n_threads = desc->n_threads;
     return llm__open_gpu(m, desc, err);
 }
@@ -976,8 +1325,8 @@ static void llm__gpu_close(void *model) {
         llm__gpu_layer *layer = &m->layers[i];
         llm__gpu_matrix matrices[] = {layer->qkv, layer->attention_out, layer->gate_up, layer->down};
         for (int j = 0; j < 4; j++) llm__free_matrix(matrices[j]);
-        cudaFree(layer->attention_norm);
-        cudaFree(layer->ffn_norm);
+        float *vectors[] = {layer->attention_norm, layer->ffn_norm, layer->qkv_bias, layer->q_norm, layer->k_norm};
+        for (int j = 0; j < 5; j++) cudaFree(vectors[j]);
     }
     if (m->head.data != m->embedding.data) llm__free_matrix(m->head);
     llm__free_matrix(m->embedding);
@@ -1002,11 +1351,17 @@ static cudaError_t llm__copy_in(llm__gpu_model *m, void *to, const void *from, s
 /* Rows [first, first + n) of a weight, to be converted into a pinned buffer. */
 typedef struct llm__conversion {
     const llm_weight *weight;
-    int first, n, n_threads, k;
-    float *scratch; /* [n_threads][weight->cols] */
-    uint8_t *out;   /* [n][k] */
-    float *scales;  /* [weight->rows]; NULL: bf16 */
+    llm__gpu_matrix matrix; /* with n rows, in the buffer */
+    int first, n_threads;
+    size_t scratch_bytes;   /* of a thread: a row of floats and one of groups, see llm__conversion_bytes */
+    uint8_t *scratch;
 } llm__conversion;
+
+/* Groups come behind the floats. */
+static size_t llm__conversion_bytes(const llm_weight *weight) {
+    size_t n_groups = (size_t)llm__pad(weight->cols, 32) / 32;
+    return n_groups * 32 * sizeof(float) + n_groups * sizeof(llm_group);
+}
 
 static void llm__bf16_row(const float *row, int n, uint16_t *out) {
     for (int i = 0; i < n; i++) {
@@ -1025,23 +1380,52 @@ static float llm__int8_row(const float *row, int n, int8_t *out) {
     return most / 127.0f;
 }
 
+/* The same groups as on the CPU, in the order of llm__gpu_matrix. */
+static void llm__group_row(int format, const llm_group *groups, int n_groups, uint8_t *out, uint32_t *scales) {
+    for (int g = 0; g < n_groups; g++) {
+        scales[g] = groups[g].scale | (uint32_t)groups[g].minimum << 16;
+        for (int t = 0; t < 4; t++) {
+            const int8_t *q = groups[g].q + 8 * t;
+            uint8_t *to = out + llm__group_place(format, 32 * g + 8 * t);
+            uint32_t nibbles = 0;
+            for (int i = 0; i < 8; i++) nibbles |= (uint32_t)(q[i] & 15) << (i / 2 * 4 + i % 2 * 16);
+            if (format == LLM__INT4_GROUPS) memcpy(to, &nibbles, 4);
+            else memcpy(to, q, 8);
+        }
+    }
+}
+
 /* Thread `index` takes every n_threads-th row. */
 static void llm__convert_rows(const llm__conversion *c, int index) {
-    float *row = c->scratch + (size_t)index * c->weight->cols;
-    size_t row_bytes = (size_t)c->k * (c->scales ? 1 : 2);
-    for (int r = index; r < c->n; r += c->n_threads) {
-        uint8_t *to = c->out + r * row_bytes;
-        c->weight->read_row(c->weight, c->first + r, row);
+    const llm__gpu_matrix *m = &c->matrix;
+    size_t row_bytes = llm__row_bytes(*m), row_scales = llm__row_scales(*m);
+    int n_groups = llm__pad(c->weight->cols, 32) / 32;
+    float *row = (float *)(void *)(c->scratch + (size_t)index * c->scratch_bytes);
+    llm_group *groups = (llm_group *)(void *)(row + 32 * n_groups);
+    for (int r = index; r < m->n; r += c->n_threads) {
+        uint8_t *to = m->data + r * row_bytes;
+        uint32_t *scales = m->scales + r * row_scales;
         memset(to, 0, row_bytes);
-        if (c->scales) c->scales[c->first + r] = llm__int8_row(row, c->weight->cols, (int8_t *)to);
-        else llm__bf16_row(row, c->weight->cols, (uint16_t *)to);
+        memset(scales, 0, row_scales * 4);
+        if (m->format >= LLM__INT8_GROUPS) {
+            llm_weight_groups(c->weight, c->first + r, row, groups);
+            llm__group_row(m->format, groups, n_groups, to, scales);
+            continue;
+        }
+        c->weight->read_row(c->weight, c->first + r, row);
+        if (m->format == LLM__BF16) {
+            llm__bf16_row(row, c->weight->cols, (uint16_t *)(void *)to);
+        } else {
+            float scale = llm__int8_row(row, c->weight->cols, (int8_t *)to);
+            memcpy(scales, &scale, 4);
+        }
     }
 }
 
 static void llm__convert(llm__conversion *c, int n_threads) {
     std::thread threads[64];
     int n_started = 1; /* this thread is the first; where the system gives no more, it does their work too */
-    c->n_threads = (size_t)c->n * c->weight->cols < 100000 ? 1 : n_threads < 64 ? n_threads : 64;
+    c->n_threads = (size_t)c->matrix.n * c->weight->cols < 100000 ? 1 : n_threads < 64 ? n_threads : 64;
     for (; n_started < c->n_threads; n_started++) {
         try {
             threads[n_started] = std::thread(llm__convert_rows, c, n_started);
@@ -1054,45 +1438,48 @@ static void llm__convert(llm__conversion *c, int n_threads) {
     for (int i = 1; i < n_started; i++) threads[i].join();
 }
 
-static llm_status llm__upload_rows(llm__gpu_model *m, const llm_weight *weight, float *scratch, llm__gpu_matrix matrix, llm_error *err) {
-    size_t row_bytes = llm__row_bytes(matrix);
-    int some = (int)(llm__staging_bytes(&m->shape) / row_bytes);
-    llm__conversion c = {weight, 0, 0, 0, matrix.k, scratch, NULL, NULL};
-    if (matrix.scales) c.scales = scratch + (size_t)m->n_threads * (size_t)weight->cols;
-    for (c.first = 0; c.first < weight->rows; c.first += some, m->turn ^= 1) {
-        c.n = weight->rows - c.first < some ? weight->rows - c.first : some;
-        c.out = m->staging[m->turn];
+/* A buffer holds rows and behind them their scales. */
+static llm_status llm__upload_rows(llm__gpu_model *m, const llm_weight *weight, uint8_t *scratch, llm__gpu_matrix matrix, llm_error *err) {
+    size_t row_bytes = llm__row_bytes(matrix), scale_bytes = llm__row_scales(matrix) * 4;
+    int some = (int)(llm__staging_bytes(&m->shape) / (row_bytes + scale_bytes));
+    llm__conversion c = {weight, matrix, 0, 0, llm__conversion_bytes(weight), scratch};
+    for (; c.first < weight->rows; c.first += some, m->turn ^= 1) {
+        size_t n = (size_t)llm__least(weight->rows - c.first, some), first = (size_t)c.first;
+        c.matrix.n = (int)n;
+        c.matrix.data = m->staging[m->turn];
+        c.matrix.scales = (uint32_t *)(void *)(c.matrix.data + n * row_bytes);
         LLM__TRY(cudaEventSynchronize(m->sent[m->turn]));
         llm__convert(&c, m->n_threads);
-        LLM__TRY(cudaMemcpyAsync(matrix.data + c.first * row_bytes, c.out, c.n * row_bytes, cudaMemcpyHostToDevice, m->stream));
+        LLM__TRY(cudaMemcpyAsync(matrix.data + first * row_bytes, c.matrix.data, n * row_bytes, cudaMemcpyHostToDevice, m->stream));
+        if (scale_bytes)
+            LLM__TRY(cudaMemcpyAsync(matrix.scales + first * (scale_bytes / 4), c.matrix.scales, n * scale_bytes, cudaMemcpyHostToDevice, m->stream));
         LLM__TRY(cudaEventRecord(m->sent[m->turn], m->stream));
     }
-    if (c.scales) LLM__TRY(llm__copy_in(m, matrix.scales, c.scales, (size_t)matrix.n * sizeof(float)));
     return LLM_OK;
 }
 
 static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_weight *weight, llm__gpu_matrix *matrix, llm_error *err) {
-    size_t n_scales = m->int8 ? (size_t)weight->rows : 0;
-    matrix->n = weight->rows;
-    matrix->k = llm__pad(weight->cols, LLM__PAD);
-    if (m->int8) LLM__TRY(cudaMalloc((void **)&matrix->scales, n_scales * sizeof(float)));
-    LLM__TRY(cudaMalloc((void **)&matrix->data, (size_t)matrix->n * llm__row_bytes(*matrix)));
-    float *scratch = (float *)llm__host_zero(&m->host, ((size_t)m->n_threads * (size_t)weight->cols + n_scales) * sizeof(float), err);
+    *matrix = llm__describe_matrix(m->dtype, weight);
+    size_t n = (size_t)matrix->n, scale_bytes = n * llm__row_scales(*matrix) * 4;
+    if (scale_bytes) LLM__TRY(cudaMalloc((void **)&matrix->scales, scale_bytes));
+    LLM__TRY(cudaMalloc((void **)&matrix->data, n * llm__row_bytes(*matrix)));
+    uint8_t *scratch = (uint8_t *)llm__host_zero(&m->host, (size_t)m->n_threads * llm__conversion_bytes(weight), err);
     if (!scratch) return LLM_ERROR_MEMORY;
     llm_status status = llm__upload_rows(m, weight, scratch, *matrix, err);
     llm__host_resize(&m->host, scratch, 0);
     return status;
 }
 
+/* A row, or a column. */
 static llm_status llm__upload_vector(llm__gpu_model *m, const llm_weight *weight, float **vector, llm_error *err) {
-    size_t bytes = (size_t)weight->cols * sizeof(float);
+    size_t bytes = (size_t)weight->rows * (size_t)weight->cols * sizeof(float);
     LLM__TRY(cudaMalloc((void **)vector, bytes));
     float *row = (float *)llm__host_zero(&m->host, bytes, err);
     if (!row) return LLM_ERROR_MEMORY;
-    weight->read_row(weight, 0, row);
+    for (int i = 0; i < weight->rows; i++) weight->read_row(weight, i, row + (size_t)i * (size_t)weight->cols);
     cudaError_t result = llm__copy_in(m, *vector, row, bytes);
     llm__host_resize(&m->host, row, 0);
-    return llm__cuda_check(result, "copying a norm's weights to the GPU", err);
+    return llm__cuda_check(result, "copying a vector to the GPU", err);
 }
 
 static llm_status llm__gpu_upload(void *model, const llm_weight *w, llm_error *err) {
@@ -1102,6 +1489,9 @@ static llm_status llm__gpu_upload(void *model, const llm_weight *w, llm_error *e
     switch (w->kind) {
     case LLM_WEIGHT_EMBEDDING: status = llm__upload_matrix(m, w, &m->embedding, err); break;
     case LLM_WEIGHT_ATTENTION_NORM: return llm__upload_vector(m, w, &layer->attention_norm, err);
+    case LLM_WEIGHT_QKV_BIAS: return llm__upload_vector(m, w, &layer->qkv_bias, err);
+    case LLM_WEIGHT_Q_NORM: return llm__upload_vector(m, w, &layer->q_norm, err);
+    case LLM_WEIGHT_K_NORM: return llm__upload_vector(m, w, &layer->k_norm, err);
     case LLM_WEIGHT_QKV: return llm__upload_matrix(m, w, &layer->qkv, err);
     case LLM_WEIGHT_ATTENTION_OUT: return llm__upload_matrix(m, w, &layer->attention_out, err);
     case LLM_WEIGHT_FFN_NORM: return llm__upload_vector(m, w, &layer->ffn_norm, err);
@@ -1109,19 +1499,20 @@ static llm_status llm__gpu_upload(void *model, const llm_weight *w, llm_error *e
     case LLM_WEIGHT_DOWN: return llm__upload_matrix(m, w, &layer->down, err);
     case LLM_WEIGHT_OUTPUT_NORM: return llm__upload_vector(m, w, &m->output_norm, err);
     case LLM_WEIGHT_HEAD: return llm__upload_matrix(m, w, &m->head, err);
-    case LLM_WEIGHT_QKV_BIAS: case LLM_WEIGHT_Q_NORM: case LLM_WEIGHT_K_NORM:
-        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "biases and norms of queries and keys are not run on the GPU");
     }
     if (m->shape.tied_head) m->head = m->embedding;
     return status;
 }
 
-/* ==== 8 The context =============================================================================================
+/* ==== 9 The context =============================================================================================
 
    A stream, and all the memory a pass needs: one piece on the GPU, one pinned on the host. Both are laid out by walking
    over their parts twice, first to learn how much there is. */
 
-enum { LLM__BUCKETS = 5 }; /* passes of 1, 2, 4, 8 and 16 rows have each their graph */
+enum {
+    LLM__BUCKETS = 5, /* passes of 1, 2, 4, 8 and 16 rows have each their graph          */
+    LLM__AHEAD = 4    /* passes of a burst under way behind the one whose token is awaited */
+};
 
 typedef struct llm__sizes {
     int n_embd, q, ffn, fused_rows, n_tables;       /* strides of activations; rows the fused buffers have; tables  */
@@ -1148,9 +1539,11 @@ typedef struct llm__gpu_context {
     void *blas_memory;
     uint16_t *widened;               /* a piece of a matrix                                       */
     cudaGraphExec_t graphs[LLM__BUCKETS];
+    llm__picker_state *picker, *host_picker;
+    int *host_picked;                /* [LLM_BURST]                                               */
+    cudaEvent_t picked[LLM__AHEAD + 1];
+    cudaGraphExec_t burst_graph;     /* a pass of one row and the picking of the next             */
 } llm__gpu_context;
-
-static int llm__least(int a, int b) { return a < b ? a : b; }
 
 /* Whole rows of at most 64 MB; at least one. */
 static size_t llm__widest_piece(const llm_shape *s) {
@@ -1215,12 +1608,15 @@ static void llm__lay_out(llm__gpu_context *c, const llm_shape *s) {
     c->partial = (float *)llm__part(m, &used, fused * (size_t)s->n_heads * LLM__MOST_SPANS * (size_t)(c->kv.stride + 2) * 4);
     c->n_done = (unsigned *)llm__part(m, &used, fused * (size_t)s->n_kv_heads * 4);
     c->logits = (float *)llm__part(m, &used, n_logits * (size_t)s->n_vocab * 4);
+    c->picker = (llm__picker_state *)llm__part(m, &used, sizeof *c->picker);
     c->blas_memory = llm__part(m, &used, z->blas_bytes);
     c->widened = (uint16_t *)llm__part(m, &used, z->widened * 2);
     c->memory_bytes = used;
     used = 0;
     c->host_rows = (int *)llm__part(c->pinned, &used, (size_t)z->rows_ints * 4);
     c->host_logits = (float *)llm__part(c->pinned, &used, n_logits * (size_t)s->n_vocab * 4);
+    c->host_picker = (llm__picker_state *)llm__part(c->pinned, &used, sizeof *c->host_picker);
+    c->host_picked = (int *)llm__part(c->pinned, &used, LLM_BURST * sizeof *c->host_picked);
     c->pinned_bytes = used;
 }
 
@@ -1250,11 +1646,13 @@ static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     const llm_shape *s = &c->model->shape;
     if (c->desc.cache_dtype != LLM_DTYPE_BF16)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU the KV cache is bf16; cache_dtype asks for another type");
+    if (c->desc.lender) return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU a context lends nothing to another");
     if (c->desc.n_batch > LLM__MOST_ROWS)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "n_batch is %d; on the GPU a pass has at most %d rows", c->desc.n_batch, (int)LLM__MOST_ROWS);
     LLM__TRY(cudaStreamSynchronize(c->model->stream)); /* the weights are there */
     LLM__TRY(cudaStreamCreateWithFlags(&c->queue.stream, cudaStreamNonBlocking));
     c->queue.can_overlap = c->model->can_overlap;
+    for (int i = 0; i <= LLM__AHEAD; i++) LLM__TRY(cudaEventCreateWithFlags(&c->picked[i], cudaEventDisableTiming));
     c->sizes = llm__find_sizes(s, &c->desc);
     llm__lay_out(c, s);
     LLM__TRY(cudaMalloc((void **)&c->memory, c->memory_bytes));
@@ -1272,6 +1670,9 @@ static void llm__gpu_context_free(void *context) {
     if (c->queue.stream) cudaStreamSynchronize(c->queue.stream);
     for (int i = 0; i < LLM__BUCKETS; i++)
         if (c->graphs[i]) cudaGraphExecDestroy(c->graphs[i]);
+    if (c->burst_graph) cudaGraphExecDestroy(c->burst_graph);
+    for (int i = 0; i <= LLM__AHEAD; i++)
+        if (c->picked[i]) cudaEventDestroy(c->picked[i]);
     if (c->queue.blas) cublasDestroy(c->queue.blas);
     cudaFree(c->memory);
     if (c->pinned) cudaFreeHost(c->pinned);
@@ -1292,7 +1693,7 @@ static llm_status llm__gpu_context_create(void **out, void *model, const llm_bac
     return status;
 }
 
-/* ==== 9 Forward pass ============================================================================================ */
+/* ==== 10 Forward pass ============================================================================================ */
 
 /* The parts of llm__rows, for `capacity` rows, one after the other in `ints`. */
 static llm__rows llm__place_rows(const llm__gpu_context *c, const int *ints, int capacity) {
@@ -1350,7 +1751,8 @@ static int llm__send_rows(llm__gpu_context *c, const llm_pass *pass, int capacit
 
 static llm__start llm__make_start(const llm__gpu_context *c, llm__rows rows, bool fused) {
     const llm__gpu_model *m = c->model;
-    llm__start s = {rows, m->embedding, m->frequencies, c->cosines, c->sines, m->shape.n_embd, m->shape.rope_dim / 2, c->x, NULL, NULL, NULL};
+    llm__start s = {rows, m->embedding, m->frequencies, c->cosines, c->sines, m->shape.rope_scale, m->shape.n_embd, m->shape.rope_dim / 2,
+                    c->x, NULL, NULL, NULL};
     if (!fused) return s;
     s.next_norm = m->layers[0].attention_norm;
     s.next_x = c->normed;
@@ -1360,7 +1762,9 @@ static llm__start llm__make_start(const llm__gpu_context *c, llm__rows rows, boo
 
 static llm__qkv_store llm__make_store(const llm__gpu_context *c, int layer) {
     const llm_shape *s = &c->model->shape;
-    llm__qkv_store store = {c->kv, c->q, c->cosines, c->sines, s->n_heads, s->head_dim, s->rope_dim, layer};
+    const llm__gpu_layer *l = &c->model->layers[layer];
+    llm__qkv_store store = {c->kv, c->q, c->cosines, c->sines, s->n_heads, s->head_dim, s->rope_dim, layer, l->qkv_bias, l->q_norm,
+                            l->k_norm, s->rms_eps};
     return store;
 }
 
@@ -1377,6 +1781,7 @@ static llm__attend llm__make_attend(const llm__gpu_context *c, llm__rows rows, i
     a.n_heads = s->n_heads;
     a.head_dim = s->head_dim;
     a.layer = layer;
+    a.window = s->window;
     a.scale = (float)(1.4426950408889634 / sqrt((double)s->head_dim));
     a.span = in_spans ? llm__pad((c->desc.blocks_per_seq * LLM_BLOCK + LLM__MOST_SPANS - 1) / LLM__MOST_SPANS, LLM__STEP) : 0;
     a.partial = c->partial;
@@ -1399,20 +1804,24 @@ static llm__attention_fn llm__choose_attention(int n_columns, int head_stride) {
 
 static bool llm__is_cancelled(const llm_pass *pass) { return pass->cancel && pass->cancel(pass->cancel_user); }
 
-/* ---- Up to 16 rows: five kernels a layer ---- */
+/* ---- Up to 16 rows: five kernels a layer, six with norms of queries and keys ---- */
 
 typedef void (*llm__product_fn)(llm__product);
 
-template <int ENDING>
-static llm__product_fn llm__choose_product(int bucket, bool int8) {
-    if (int8) return bucket <= 8 ? llm__fused_product<ENDING, 1, true> : llm__fused_product<ENDING, 2, true>;
-    return bucket <= 8 ? llm__fused_product<ENDING, 1, false> : llm__fused_product<ENDING, 2, false>;
+template <int ENDING, int TILES>
+static llm__product_fn llm__choose_format(llm__format format) {
+    switch (format) {
+    case LLM__INT8: return llm__fused_product<ENDING, TILES, LLM__INT8>;
+    case LLM__INT8_GROUPS: return llm__fused_product<ENDING, TILES, LLM__INT8_GROUPS>;
+    case LLM__INT4_GROUPS: return llm__fused_product<ENDING, TILES, LLM__INT4_GROUPS>;
+    default: return llm__fused_product<ENDING, TILES, LLM__BF16>;
+    }
 }
 
 template <int ENDING>
 static void llm__run_product(llm__gpu_context *c, const char *what, int n_blocks, int bucket, const llm__product &p) {
-    llm__launch(&c->queue, LLM__OVERLAP, what, dim3((unsigned)n_blocks), LLM__WARPS * 32,
-                llm__choose_product<ENDING>(bucket, p.weight.scales != NULL), p);
+    llm__product_fn kernel = bucket <= 8 ? llm__choose_format<ENDING, 1>(p.weight.format) : llm__choose_format<ENDING, 2>(p.weight.format);
+    llm__launch(&c->queue, LLM__OVERLAP, what, dim3((unsigned)n_blocks), LLM__WARPS * 32, kernel, p);
 }
 
 static llm__product llm__make_product(const llm__gpu_context *c, llm__rows rows, llm__gpu_matrix matrix, const uint16_t *x) {
@@ -1440,6 +1849,12 @@ static void llm__fused_residual(llm__gpu_context *c, llm__rows rows, int bucket,
     llm__run_product<LLM__RESIDUAL>(c, "the product into the residual stream", c->sizes.n_squares, bucket, p);
 }
 
+static void llm__run_rope(llm__gpu_context *c, int overlap, llm__rows rows, int n_rows, int layer) {
+    const llm_shape *s = &c->model->shape;
+    llm__launch(&c->queue, overlap, "RoPE", dim3((unsigned)(s->n_heads + 2 * s->n_kv_heads + 3) / 4, (unsigned)n_rows), 128, llm__rope, rows,
+                llm__make_store(c, layer), c->wide);
+}
+
 static void llm__fused_layer(llm__gpu_context *c, llm__rows rows, int bucket, int layer) {
     const llm__gpu_model *m = c->model;
     const llm_shape *s = &m->shape;
@@ -1449,7 +1864,13 @@ static void llm__fused_layer(llm__gpu_context *c, llm__rows rows, int bucket, in
 
     llm__product qkv = llm__make_product(c, rows, l->qkv, c->normed);
     qkv.store = llm__make_store(c, layer);
-    llm__run_product<LLM__QKV>(c, "queries, keys and values", (s->n_heads + 2 * s->n_kv_heads) * blocks_per_head, bucket, qkv);
+    qkv.out = c->wide;
+    if (s->qk_norm) { /* of whole heads, which are more than one block's outputs */
+        llm__run_product<LLM__PLAIN>(c, "queries, keys and values", (qkv.n + 15) / 16, bucket, qkv);
+        llm__run_rope(c, LLM__OVERLAP, rows, bucket, layer);
+    } else {
+        llm__run_product<LLM__QKV>(c, "queries, keys and values", (s->n_heads + 2 * s->n_kv_heads) * blocks_per_head, bucket, qkv);
+    }
 
     /* About four blocks for every processor, over all spans that there could be. */
     int most_spans = llm__least(c->desc.blocks_per_seq / 2 + 1, LLM__MOST_SPANS), blocks = 4 * m->n_processors / (s->n_kv_heads * bucket) + 1;
@@ -1473,31 +1894,39 @@ static void llm__fused_pass(llm__gpu_context *c, int bucket) {
     llm__launch(&c->queue, LLM__SERIAL, "the embedding", dim3((unsigned)bucket), 256, llm__embed, llm__make_start(c, rows, true));
     for (int layer = 0; layer < c->model->shape.n_layers; layer++) llm__fused_layer(c, rows, bucket, layer);
     llm__product head = llm__make_product(c, rows, c->model->head, c->normed);
-    head.logits = c->logits;
+    head.out = c->logits;
     llm__run_product<LLM__LOGITS>(c, "the logits", (head.n + 15) / 16, bucket, head);
 }
 
-/* The same launches, recorded once for each bucket. Other threads may go on using the GPU meanwhile. */
-static void llm__record_graph(llm__gpu_context *c, int bucket, cudaGraphExec_t *out) {
+static void llm__run_picker(llm__gpu_context *c) {
+    llm__picker p = {llm__place_rows(c, c->rows, LLM__FUSED_ROWS), c->logits, c->model->shape.n_vocab, c->picker, c->host_picked};
+    llm__launch(&c->queue, LLM__OVERLAP, "picking a token", dim3(1), LLM__PICK_THREADS, llm__pick, p);
+}
+
+/* The same launches, recorded once for each bucket, and for bursts. Other threads may go on using the GPU meanwhile. */
+static void llm__record_graph(llm__gpu_context *c, int bucket, bool pick, cudaGraphExec_t *out) {
     cudaGraph_t graph = NULL;
     llm__note(&c->queue, cudaStreamBeginCapture(c->queue.stream, cudaStreamCaptureModeThreadLocal), "starting to record the pass");
     if (c->queue.failure != cudaSuccess) return;
     llm__fused_pass(c, bucket);
+    if (pick) llm__run_picker(c);
     llm__note(&c->queue, cudaStreamEndCapture(c->queue.stream, &graph), "recording the pass");
     if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaGraphInstantiate(out, graph, 0), "making a graph of the pass");
     if (graph) cudaGraphDestroy(graph);
+}
+
+/* Records it if that was not done yet. */
+static void llm__run_graph(llm__gpu_context *c, int bucket, bool pick, cudaGraphExec_t *graph) {
+    if (!*graph && c->queue.failure == cudaSuccess) llm__record_graph(c, bucket, pick, graph);
+    if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaGraphLaunch(*graph, c->queue.stream), "launching the graph");
 }
 
 static void llm__fused_forward(llm__gpu_context *c, const llm_pass *pass) {
     int index = 0;
     while (1 << index < pass->n_rows) index++;
     llm__send_rows(c, pass, LLM__FUSED_ROWS);
-    if (c->model->mode != LLM_CUDA_GRAPH) {
-        llm__fused_pass(c, 1 << index);
-        return;
-    }
-    if (!c->graphs[index] && c->queue.failure == cudaSuccess) llm__record_graph(c, 1 << index, &c->graphs[index]);
-    if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaGraphLaunch(c->graphs[index], c->queue.stream), "launching the graph");
+    if (c->model->mode == LLM_CUDA_GRAPH) llm__run_graph(c, 1 << index, false, &c->graphs[index]);
+    else llm__fused_pass(c, 1 << index);
 }
 
 /* ---- Any number of rows: one operation after the other ---- */
@@ -1508,19 +1937,24 @@ static void llm__blas_product(llm__gpu_context *c, llm__gpu_matrix m, const void
     float one = 1, beta = add ? 1.0f : 0.0f;
     if (c->queue.failure != cudaSuccess || c->queue.blas_failure != CUBLAS_STATUS_SUCCESS) return;
     c->queue.blas_failure = cublasGemmEx(c->queue.blas, CUBLAS_OP_T, CUBLAS_OP_N, n, rows, m.k, &one, weight, CUDA_R_16BF, m.k, x,
-                                         CUDA_R_16BF, m.k, &beta, y + first, CUDA_R_32F, m.n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+                                         CUDA_R_16BF, llm__input_stride(m), &beta, y + first, CUDA_R_32F, m.n, CUBLAS_COMPUTE_32F,
+                                         CUBLAS_GEMM_DEFAULT);
 }
 
-/* The same for int8: widened piece by piece, multiplied, and scaled. `sums` may be y if nothing is added. */
-static void llm__int8_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *sums, float *y, bool add) {
+/* The same for what is not bf16, piece by piece; int8 without its scales. */
+static void llm__widened_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *y, bool add) {
     int some = llm__least((int)(c->sizes.widened / (size_t)m.k), m.n);
     for (int first = 0; first < m.n; first += some) {
         int n = llm__least(m.n - first, some);
-        size_t size = (size_t)n * (size_t)m.k;
-        llm__launch(&c->queue, LLM__SERIAL, "widening", dim3((unsigned)((size + 2047) / 2048)), 256, llm__widen,
-                    m.data + (size_t)first * (size_t)m.k, c->widened, size);
-        llm__blas_product(c, m, c->widened, first, n, x, rows, sums, false);
+        unsigned n_blocks = (unsigned)(((size_t)n * (size_t)m.k + 2047) / 2048);
+        llm__launch(&c->queue, LLM__SERIAL, "widening", dim3(n_blocks), 256, llm__widen, m, first, n, c->widened);
+        llm__blas_product(c, m, c->widened, first, n, x, rows, y, add);
     }
+}
+
+static void llm__int8_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *y, bool add) {
+    float *sums = add ? c->wide : y;
+    llm__widened_product(c, m, x, rows, sums, false);
     llm__launch(&c->queue, LLM__SERIAL, "scaling", dim3((unsigned)(m.n + 255) / 256, (unsigned)rows), 256, llm__scale, sums, m.scales, m.n, y, add);
 }
 
@@ -1528,8 +1962,9 @@ static void llm__int8_product(llm__gpu_context *c, llm__gpu_matrix m, const uint
 static void llm__plain_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *y, bool add) {
     if (rows <= LLM__FUSED_ROWS)
         llm__launch(&c->queue, LLM__SERIAL, "a product", dim3((unsigned)(m.n + 7) / 8, (unsigned)rows), 256, llm__matrix_product, m, x, y, add);
-    else if (m.scales) llm__int8_product(c, m, x, rows, add ? c->wide : y, y, add);
-    else llm__blas_product(c, m, m.data, 0, m.n, x, rows, y, add);
+    else if (m.format == LLM__BF16) llm__blas_product(c, m, m.data, 0, m.n, x, rows, y, add);
+    else if (m.format == LLM__INT8) llm__int8_product(c, m, x, rows, y, add);
+    else llm__widened_product(c, m, x, rows, y, add);
 }
 
 static void llm__plain_norm(llm__gpu_context *c, const float *x, const float *weight, int rows) {
@@ -1570,7 +2005,7 @@ static bool llm__plain_forward(llm__gpu_context *c, const llm_pass *pass) {
         if (llm__is_cancelled(pass)) return false;
         llm__plain_norm(c, x, l->attention_norm, n);
         llm__plain_product(c, l->qkv, c->normed, n, c->wide, false);
-        llm__launch(&c->queue, LLM__SERIAL, "RoPE", dim3((unsigned)n), 256, llm__rope, rows, llm__make_store(c, layer), c->wide);
+        llm__run_rope(c, LLM__SERIAL, rows, n, layer);
         if (layer == s->n_layers - 1 && pass->n_logits == 0) return true;
         llm__run_attention(c, rows, n, n_tiles, layer);
         if (layer == s->n_layers - 1) {
@@ -1608,7 +2043,54 @@ static const float *llm__gpu_logits(void *context, int i) {
     return c->host_logits + (size_t)i * (size_t)c->model->shape.n_vocab;
 }
 
-/* ==== 10 The backend ============================================================================================ */
+/* ==== 11 Bursts =================================================================================================
+
+   Each pass ends by picking the token of the next, so the host queues passes without knowing their tokens. It is a few
+   ahead of the token it awaits: the GPU never waits for it, and little is in vain when that token ends the text. */
+
+static void llm__send_burst(llm__gpu_context *c, const llm_burst *burst) {
+    llm__rows rows = llm__place_rows(c, c->host_rows, LLM__FUSED_ROWS);
+    const llm_sampler *s = burst->sampler;
+    size_t n_blocks = (size_t)(burst->position + burst->n - 1 + LLM_BLOCK - 1) / LLM_BLOCK;
+    memset(c->host_rows, 0, (size_t)(rows.tables - c->host_rows) * sizeof(int));
+    for (int i = 0; i < 3; i++) c->host_rows[i] = 1; /* llm__rows.counts */
+    const_cast<int *>(rows.positions)[0] = burst->position - 1;
+    const_cast<int *>(rows.tile_rows)[0] = 1;
+    memcpy(const_cast<int *>(rows.tables), burst->blocks, n_blocks * sizeof(int));
+    size_t n_ints = (size_t)(rows.tables - c->host_rows) + n_blocks;
+    llm__picker_state state = {s->temperature >= 1e-30f ? 1.44269504f / s->temperature : 0, s->top_p, s->min_p, s->top_k, s->seed, s->n_drawn, 0};
+    *c->host_picker = state;
+    llm__note(&c->queue, cudaMemcpyAsync(c->rows, c->host_rows, n_ints * sizeof(int), cudaMemcpyHostToDevice, c->queue.stream),
+              "sending the burst");
+    llm__note(&c->queue, cudaMemcpyAsync(c->picker, c->host_picker, sizeof state, cudaMemcpyHostToDevice, c->queue.stream),
+              "sending the sampler");
+}
+
+/* Token i of a burst. */
+static void llm__queue_token(llm__gpu_context *c, int i) {
+    if (i && c->model->mode == LLM_CUDA_GRAPH) {
+        llm__run_graph(c, 1, true, &c->burst_graph);
+    } else {
+        if (i) llm__fused_pass(c, 1);
+        llm__run_picker(c);
+    }
+    llm__note(&c->queue, cudaEventRecord(c->picked[i % (LLM__AHEAD + 1)], c->queue.stream), "marking a token");
+}
+
+static llm_status llm__gpu_burst(void *context, const llm_burst *burst, llm_error *err) {
+    llm__gpu_context *c = (llm__gpu_context *)context;
+    bool wanted = true;
+    llm__send_burst(c, burst);
+    for (int i = 0, n_queued = 0; i < burst->n && wanted; i++) {
+        for (; n_queued < burst->n && n_queued <= i + LLM__AHEAD; n_queued++) llm__queue_token(c, n_queued);
+        llm__note(&c->queue, cudaEventSynchronize(c->picked[i % (LLM__AHEAD + 1)]), "awaiting a token");
+        wanted = c->queue.failure == cudaSuccess && burst->on_token(burst->user, c->host_picked[i]);
+    }
+    llm__note(&c->queue, cudaStreamSynchronize(c->queue.stream), "ending the burst");
+    return llm__queue_status(&c->queue, err);
+}
+
+/* ==== 12 The backend ============================================================================================ */
 
 static llm_status llm__gpu_copy_block(void *context, int to, int from, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
@@ -1653,8 +2135,9 @@ static double llm__read_weights(llm__gpu_context *c) {
 /* cuBLAS on bf16; what the numbers are does not matter. */
 static double llm__multiply_much(llm__gpu_context *c) {
     llm__gpu_matrix m = c->model->layers[0].gate_up;
-    int n = m.scales ? llm__least((int)(c->sizes.widened / (size_t)m.k), m.n) : m.n, rows = c->desc.n_batch;
-    for (int i = 0; i < 10 && c->queue.blas; i++) llm__blas_product(c, m, m.scales ? (void *)c->widened : m.data, 0, n, c->normed, rows, c->wide, false);
+    int n = m.format == LLM__BF16 ? m.n : llm__least((int)(c->sizes.widened / (size_t)m.k), m.n), rows = c->desc.n_batch;
+    const void *weight = m.format == LLM__BF16 ? (void *)m.data : c->widened;
+    for (int i = 0; i < 10 && c->queue.blas; i++) llm__blas_product(c, m, weight, 0, n, c->normed, rows, c->wide, false);
     return c->queue.blas ? 20.0 * n * m.k * rows : 0;
 }
 
@@ -1683,18 +2166,18 @@ static double llm__measure(llm__gpu_context *c, double (*work)(llm__gpu_context 
 static double llm__gpu_measure_bandwidth(void *context) { return llm__measure((llm__gpu_context *)context, llm__read_weights); }
 static double llm__gpu_measure_flops(void *context) { return llm__measure((llm__gpu_context *)context, llm__multiply_much); }
 
-#define LLM__GPU_BACKEND(open)                                                                                           \
+#define LLM__GPU_BACKEND(open, burst)                                                                                    \
     {"cuda", open, llm__gpu_upload, llm__gpu_close, llm__gpu_weight_bytes, llm__gpu_block_bytes, llm__gpu_scratch_bytes, \
      llm__gpu_context_create, llm__gpu_context_free, llm__gpu_forward, llm__gpu_logits, llm__gpu_copy_block,             \
-     llm__gpu_read_block, llm__gpu_write_block, llm__gpu_measure_bandwidth, llm__gpu_measure_flops}
+     llm__gpu_read_block, llm__gpu_write_block, llm__gpu_measure_bandwidth, llm__gpu_measure_flops, burst}
 
 } // namespace llm__cuda
 
 LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode) {
     using namespace llm__cuda;
-    static const llm_backend graph = LLM__GPU_BACKEND(llm__open_graph);
-    static const llm_backend fused = LLM__GPU_BACKEND(llm__open_fused);
-    static const llm_backend eager = LLM__GPU_BACKEND(llm__open_eager);
+    static const llm_backend graph = LLM__GPU_BACKEND(llm__open_graph, llm__gpu_burst);
+    static const llm_backend fused = LLM__GPU_BACKEND(llm__open_fused, llm__gpu_burst);
+    static const llm_backend eager = LLM__GPU_BACKEND(llm__open_eager, NULL);
     return mode == LLM_CUDA_EAGER ? &eager : mode == LLM_CUDA_FUSED ? &fused : &graph;
 }
 

@@ -1,15 +1,19 @@
-/*  gpu.cpp - how fast llm_cuda.cu is, on models of well-known shapes with random weights:  bench/gpu [SHAPE...]
+/*  gpu.cpp - how fast llm_cuda.cu is, on models of well-known shapes with random weights:  gpu [SHAPE...]
+              and whether a real model says the same on the GPU as on the CPU:               gpu --same MODEL
 
     It drives the backend itself, so no files are needed. Each line is one measurement, beside the limit measured on the
     same GPU: decoding against the bandwidth of reading the weights (MBU), prefill against cuBLAS on the widest matrix
     (MFU). bench/gpu.sh builds and runs it. */
 #define LLM_CUDA
+#define LLM_IMPLEMENTATION
 #include "llm.h"
 
 #include <chrono>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <string>
 #include <vector>
 
 typedef struct shape {
@@ -25,19 +29,21 @@ static const shape SHAPES[] = {
     {"smallest", 2, 64, 96, 4, 2, 16, 300, 320}, /* to try this program without a GPU */
 };
 
-enum { PROMPT = 6, NEW_TOKENS = 200 };
+enum { PROMPT = 6, DEEP = 3800, NEW_TOKENS = 200 };
 
 typedef struct bench {
     const shape *s;
+    llm_shape llm;
     const llm_backend *backend;
     void *model, *context;
     const char *mode, *dtype;
     double weight_bytes, bandwidth, flops;
     std::vector<int> table, positions, seqs, logit_rows;
     std::vector<llm_token> tokens;
+    std::vector<double> frequencies;
 } bench;
 
-static double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+static double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 static void check(llm_status status, const llm_error *err) {
     if (!status) return;
@@ -54,7 +60,13 @@ static void random_row(const llm_weight *weight, int row, float *out) {
     }
 }
 
-static void upload(bench *b, llm_weight_kind kind, int layer, int rows, int cols) {
+/* So that int4 makes its groups of the numbers above. */
+static const void *no_raw_row(const llm_weight *, int, int *type) {
+    *type = 0; /* F32 */
+    return NULL;
+}
+
+static void upload(bench *b, llm_dtype dtype, llm_weight_kind kind, int layer, int rows, int cols) {
     llm_weight w = {};
     llm_error err;
     w.kind = kind;
@@ -62,30 +74,29 @@ static void upload(bench *b, llm_weight_kind kind, int layer, int rows, int cols
     w.rows = rows;
     w.cols = cols;
     w.read_row = random_row;
+    w.raw_row = no_raw_row;
+    if (rows > 1) b->weight_bytes += (double)b->backend->weight_bytes(dtype, &w); /* the embedding is the head */
     check(b->backend->upload(b->model, &w, &err), &err);
 }
 
 static void upload_all(bench *b, llm_dtype dtype) {
     const shape *s = b->s;
     int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
-    upload(b, LLM_WEIGHT_EMBEDDING, 0, s->n_vocab, s->n_embd);
+    upload(b, dtype, LLM_WEIGHT_EMBEDDING, 0, s->n_vocab, s->n_embd);
     for (int i = 0; i < s->n_layers; i++) {
-        upload(b, LLM_WEIGHT_ATTENTION_NORM, i, 1, s->n_embd);
-        upload(b, LLM_WEIGHT_QKV, i, q + 2 * kv, s->n_embd);
-        upload(b, LLM_WEIGHT_ATTENTION_OUT, i, s->n_embd, q);
-        upload(b, LLM_WEIGHT_FFN_NORM, i, 1, s->n_embd);
-        upload(b, LLM_WEIGHT_GATE_UP, i, 2 * s->n_ff, s->n_embd);
-        upload(b, LLM_WEIGHT_DOWN, i, s->n_embd, s->n_ff);
+        upload(b, dtype, LLM_WEIGHT_ATTENTION_NORM, i, 1, s->n_embd);
+        upload(b, dtype, LLM_WEIGHT_QKV, i, q + 2 * kv, s->n_embd);
+        upload(b, dtype, LLM_WEIGHT_ATTENTION_OUT, i, s->n_embd, q);
+        upload(b, dtype, LLM_WEIGHT_FFN_NORM, i, 1, s->n_embd);
+        upload(b, dtype, LLM_WEIGHT_GATE_UP, i, 2 * s->n_ff, s->n_embd);
+        upload(b, dtype, LLM_WEIGHT_DOWN, i, s->n_embd, s->n_ff);
     }
-    upload(b, LLM_WEIGHT_OUTPUT_NORM, 0, 1, s->n_embd);
-    double per_layer = (double)(q + 2 * kv) * s->n_embd + (double)s->n_embd * q + 3.0 * s->n_ff * s->n_embd;
-    b->weight_bytes = (s->n_layers * per_layer + (double)s->n_vocab * s->n_embd) * (dtype == LLM_DTYPE_INT8 ? 1 : 2);
+    upload(b, dtype, LLM_WEIGHT_OUTPUT_NORM, 0, 1, s->n_embd);
 }
 
 static void open_model(bench *b, llm_dtype dtype) {
     const shape *s = b->s;
-    std::vector<double> frequencies((size_t)s->head_dim / 2, 0.01);
-    llm_shape shape = {};
+    llm_shape &shape = b->llm;
     llm_model_desc desc = {};
     llm_error err;
     shape.n_vocab = s->n_vocab;
@@ -98,11 +109,24 @@ static void open_model(bench *b, llm_dtype dtype) {
     shape.rms_eps = 1e-5f;
     shape.rope_scale = 1;
     shape.tied_head = true;
-    shape.rope_frequencies = frequencies.data();
+    b->frequencies.assign((size_t)s->head_dim / 2, 0.01);
+    shape.rope_frequencies = b->frequencies.data();
     desc.dtype = dtype;
     desc.n_threads = 16;
     check(b->backend->open(&b->model, &shape, &desc, &err), &err);
     upload_all(b, dtype);
+}
+
+/* Keys and values of about the size of real ones, all over the cache. */
+static void fill_cache(bench *b, const llm_shape *shape, int n_blocks) {
+    std::vector<uint16_t> block((size_t)b->backend->block_bytes(shape, LLM_DTYPE_BF16) / 2);
+    llm_error err;
+    unsigned x = 1;
+    for (uint16_t &number : block) {
+        x = x * 1664525u + 1013904223u;
+        number = (uint16_t)((x >> 16 & 0x80FF) | 0x3E80); /* 0.25 to 1, either sign, in bf16 */
+    }
+    for (int i = 0; i < n_blocks; i++) check(b->backend->write_block(b->context, i, block.data(), &err), &err);
 }
 
 static void open_context(bench *b) {
@@ -120,6 +144,7 @@ static void open_context(bench *b) {
     b->positions.resize((size_t)n_batch);
     b->seqs.assign((size_t)n_batch, 0);
     b->tokens.resize((size_t)n_batch);
+    fill_cache(b, &b->llm, blocks);
     b->bandwidth = b->backend->measure_bandwidth(b->context);
     b->flops = b->backend->measure_flops(b->context);
 }
@@ -161,23 +186,35 @@ static void print_row(const bench *b, const char *what, double rate, double shar
     fflush(stdout);
 }
 
-/* Greedy, the choice of the token included. */
-static void bench_decode(bench *b, int depth) {
+static bool go_on(void *, llm_token) { return true; }
+
+/* Greedy, the choice of the token included: on the host after each pass, or in bursts on the GPU. */
+static void decode(bench *b, int depth, int n, bool on_host) {
+    static const llm_sampler greedy = {};
+    llm_error err;
+    for (int done = 0; done < n;) {
+        int some = on_host ? 1 : n - done < LLM_BURST ? n - done : (int)LLM_BURST;
+        if (on_host) b->tokens[0] = best_token(b);
+        llm_burst burst = {some, depth + done, b->table.data(), &greedy, go_on, NULL};
+        if (!on_host) check(b->backend->burst(b->context, &burst, &err), &err);
+        done += some;
+        forward(b, depth + done - 1, 1); /* of a burst's last token, so that the next one has logits */
+    }
+}
+
+static void bench_decode(bench *b, int depth, bool on_host) {
     char what[64];
     const shape *s = b->s;
-    int n = s->n_ctx - depth < NEW_TOKENS + 8 ? 16 : NEW_TOKENS;
-    if (depth + n + 8 > s->n_ctx) return;
-    prefill(b, depth);
-    for (int i = 0; i < 4; i++) forward(b, depth + i, 1); /* recording the graph is not decoding */
-    double start = now();
-    for (int i = 0; i < n; i++) {
-        b->tokens[0] = best_token(b);
-        forward(b, depth + 4 + i, 1);
-    }
-    double seconds = (now() - start) / n;
+    int most = b->backend->burst ? NEW_TOKENS : NEW_TOKENS / 4, n = s->n_ctx - depth < most + 8 ? 16 : most;
+    if (depth + n + 8 > s->n_ctx || (!on_host && !b->backend->burst)) return;
+    forward(b, depth, 1);
+    decode(b, depth + 1, 3, on_host); /* recording the graph is not decoding */
+    double start = seconds();
+    decode(b, depth + 4, n, on_host);
+    double each = (seconds() - start) / n;
     double cache_bytes = 4.0 * s->n_layers * s->n_kv_heads * s->head_dim * (depth + 4 + n / 2);
-    snprintf(what, sizeof what, "decode at %d", depth);
-    print_row(b, what, 1 / seconds, (b->weight_bytes + cache_bytes) / seconds / b->bandwidth);
+    snprintf(what, sizeof what, "decode at %d%s", depth, on_host ? " (host picks)" : "");
+    print_row(b, what, 1 / each, (b->weight_bytes + cache_bytes) / each / b->bandwidth);
 }
 
 static void bench_prefill(bench *b, int n) {
@@ -185,12 +222,12 @@ static void bench_prefill(bench *b, int n) {
     const shape *s = b->s;
     if (n > s->n_ctx) return;
     prefill(b, n);
-    double start = now();
+    double start = seconds();
     for (int i = 0; i < 3; i++) prefill(b, n);
-    double seconds = (now() - start) / 3, q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
+    double each = (seconds() - start) / 3, q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
     double per_token = s->n_layers * (2.0 * s->n_embd * (2 * q + 2 * kv + 3.0 * s->n_ff) + 2.0 * q * n);
     snprintf(what, sizeof what, "prefill %d", n);
-    print_row(b, what, n / seconds, per_token * n / seconds / b->flops);
+    print_row(b, what, n / each, per_token * n / each / b->flops);
 }
 
 static void bench_model(const shape *s, llm_dtype dtype, llm_cuda_mode mode) {
@@ -199,29 +236,96 @@ static void bench_model(const shape *s, llm_dtype dtype, llm_cuda_mode mode) {
     b.s = s;
     b.backend = llm_cuda_backend_mode(mode);
     b.mode = modes[mode];
-    b.dtype = dtype == LLM_DTYPE_INT8 ? "int8" : "bf16";
+    b.dtype = llm_dtype_name(dtype);
     open_model(&b, dtype);
     open_context(&b);
     if (mode == LLM_CUDA_GRAPH) {
         print_row(&b, "read GB/s", b.bandwidth / 1e9, 1);
         print_row(&b, "cuBLAS TFLOP/s", b.flops / 1e12, 1);
     }
-    bench_decode(&b, PROMPT);
-    bench_decode(&b, 3800);
+    bench_decode(&b, PROMPT, false);
+    bench_decode(&b, PROMPT, true);
+    bench_decode(&b, DEEP, mode == LLM_CUDA_EAGER);
     for (int n = 512; n <= 8192 && mode == LLM_CUDA_GRAPH; n *= 4) bench_prefill(&b, n);
     b.backend->context_free(b.context);
     b.backend->close(b.model);
 }
 
+/* ---- A real model's words ---- */
+
+typedef struct text {
+    std::vector<llm_token> tokens; /* NEW_TOKENS */
+    std::string words;
+    llm_stats stats;
+} text;
+
+static bool keep_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
+    text *t = (text *)user;
+    t->tokens.push_back(token);
+    t->words.append(bytes, n_bytes);
+    return true;
+}
+
+static llm_context *open_real(const char *path, const llm_backend *backend) {
+    llm_model_desc desc = {};
+    llm_model *model;
+    llm_context *ctx;
+    llm_error err;
+    desc.backend = backend;
+    check(llm_model_load(&model, path, &desc, &err), &err);
+    check(llm_context_create(&ctx, model, NULL, &err), &err);
+    return ctx;
+}
+
+static text continue_text(llm_context *ctx) {
+    llm_generate_desc desc = {};
+    llm_error err;
+    text t = {};
+    desc.prompt = "Once upon a time, in a small village by the sea, there lived";
+    desc.max_tokens = NEW_TOKENS;
+    desc.ignore_end = true;
+    desc.on_token = keep_token;
+    desc.user = &t;
+    check(llm_generate(ctx, &desc, &t.stats, &err), &err);
+    return t;
+}
+
+/* How far apart two tokens' logits are after the sequence's first `n` tokens. */
+static double gap(llm_context *ctx, int n, llm_token a, llm_token b) {
+    llm_error err;
+    llm_token last = llm_seq_tokens(ctx, 0)[n - 1];
+    llm_batch batch = {1, &last, NULL, NULL};
+    check(llm_seq_truncate(ctx, 0, n - 1, &err), &err);
+    check(llm_forward(ctx, &batch, &err), &err);
+    return fabs((double)llm_logits(ctx, 0)[a] - (double)llm_logits(ctx, 0)[b]);
+}
+
+/* Greedy text on the CPU and on the GPU: equal, or parted by logits that are as good as equal. */
+static int same_text(const char *path) {
+    llm_context *cpu = open_real(path, NULL), *gpu = open_real(path, llm_cuda_backend());
+    text expected = continue_text(cpu), got = continue_text(gpu);
+    size_t n = 0;
+    while (n < NEW_TOKENS && expected.tokens[n] == got.tokens[n]) n++;
+    llm_model_info info = llm_model_get_info(llm_context_model(gpu));
+    fprintf(stderr, "%s\n", got.words.c_str());
+    if (n == NEW_TOKENS) {
+        printf("%s,bf16,graph,greedy tokens as on the CPU,%d,\n", info.name, (int)n);
+        return 0;
+    }
+    double apart = gap(cpu, expected.stats.n_prompt + (int)n, expected.tokens[n], got.tokens[n]);
+    printf("%s,bf16,graph,greedy tokens as on the CPU until two logits are %.4f apart,%d,\n", info.name, apart, (int)n);
+    return apart < 0.01 ? 0 : 1;
+}
+
+/* All modes for the first shape, only the fastest for the others. */
 int main(int argc, char **argv) {
+    static const llm_dtype dtypes[] = {LLM_DTYPE_BF16, LLM_DTYPE_INT8, LLM_DTYPE_INT4};
+    if (argc == 3 && !strcmp(argv[1], "--same")) return same_text(argv[2]);
     printf("model,weights,mode,what,per second,%% of the limit\n");
     for (size_t i = 0; i < sizeof SHAPES / sizeof *SHAPES; i++) {
-        bool wanted = argc < 2 && strcmp(SHAPES[i].name, "smallest");
+        bool smallest = !strcmp(SHAPES[i].name, "smallest"), wanted = argc < 2 && !smallest;
         for (int j = 1; j < argc; j++) wanted |= !strcmp(argv[j], SHAPES[i].name);
-        if (!wanted) continue;
-        for (int mode = LLM_CUDA_GRAPH; mode <= LLM_CUDA_EAGER; mode++) {
-            bench_model(&SHAPES[i], LLM_DTYPE_BF16, (llm_cuda_mode)mode);
-            bench_model(&SHAPES[i], LLM_DTYPE_INT8, (llm_cuda_mode)mode);
-        }
+        for (int mode = LLM_CUDA_GRAPH; wanted && mode <= (i == 0 || smallest ? LLM_CUDA_EAGER : LLM_CUDA_GRAPH); mode++)
+            for (llm_dtype dtype : dtypes) bench_model(&SHAPES[i], dtype, (llm_cuda_mode)mode);
     }
 }

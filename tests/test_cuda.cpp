@@ -8,6 +8,7 @@
 
 #include <cuda_runtime.h>
 #include <setjmp.h>
+#include <string>
 #include <thread>
 extern "C" {
 #include <cmocka.h>
@@ -21,6 +22,9 @@ static const tiny_spec WIDE_HEADS = {1, 96, 130, 2, 2, 136, 512, 43, 0, 0, 3};
 static const tiny_spec USUAL_HEADS = {2, 256, 300, 4, 2, 64, 512, 43, 1, 1, 4};
 static const tiny_spec MANY_QUERIES = {1, 33, 47, 32, 1, 6, 512, 43, 0, 0, 5};
 static const tiny_spec LONG_HEADS = {1, 128, 64, 2, 1, 128, 512, 43, 0, 30, 6};
+static const tiny_spec FOUR_BITS = {2, 96, 160, 6, 2, 32, 512, 43, 1, 3, 7};
+static const tiny_spec FOUR_BITS_0 = {1, 64, 288, 4, 4, 24, 512, 43, 0, 2, 8};
+static const tiny_spec EIGHT_BITS = {1, 160, 96, 5, 1, 32, 512, 43, 0, 8, 9};
 
 static llm_model *load_as(const tiny_spec *spec, const llm_backend *backend, llm_dtype dtype, llm_error *err) {
     llm_model_desc desc = {};
@@ -42,6 +46,20 @@ static llm_model *load(const tiny_spec *spec, const llm_backend *backend, llm_dt
     return model;
 }
 
+/* One of the small models of every architecture that test_hf checks against others. */
+static llm_model *load_golden(const char *name, const llm_backend *backend) {
+    const char *dir = getenv("LLM_TEST_DIR");
+    char path[512];
+    llm_model_desc desc = {};
+    llm_model *model = NULL;
+    llm_error err;
+    snprintf(path, sizeof path, "%s/golden/hf/%s.gguf", dir ? dir : "tests", name);
+    desc.backend = backend;
+    desc.n_threads = 2;
+    if (llm_model_load(&model, path, &desc, &err)) fail_msg("%s", err.message);
+    return model;
+}
+
 static llm_context *create(const llm_model *model) {
     llm_context_desc desc = {};
     llm_context *ctx = NULL;
@@ -59,15 +77,17 @@ static llm_context *create(const llm_model *model) {
 typedef struct pair {
     llm_model *models[2];
     llm_context *ctx[2];
+    int n_vocab;
     unsigned random;
     double worst; /* root mean square of a row's differences, in terms of that of its logits */
 } pair;
 
-static pair make_pair(const tiny_spec *spec, const llm_backend *expected, const llm_backend *tested, llm_dtype dtype) {
+static pair make_pair(llm_model *expected, llm_model *tested) {
     pair p = {};
-    p.models[0] = load(spec, expected, dtype);
-    p.models[1] = load(spec, tested, dtype);
+    p.models[0] = expected;
+    p.models[1] = tested;
     for (int i = 0; i < 2; i++) p.ctx[i] = create(p.models[i]);
+    p.n_vocab = llm_model_get_info(expected).n_vocab;
     p.random = 1;
     return p;
 }
@@ -89,7 +109,7 @@ static void compare(pair *p, int i) {
     double squares = 0, differences = 0;
     assert_true(!expected == !got);
     if (!expected) return;
-    for (int j = 0; j < N_VOCAB; j++) {
+    for (int j = 0; j < p->n_vocab; j++) {
         double difference = (double)expected[j] - got[j];
         squares += (double)expected[j] * expected[j];
         differences += difference * difference;
@@ -108,7 +128,7 @@ static void append(pair *p, const int counts[N_SEQ], int logits) {
     for (int i = 0; i < N_CTX; i++)
         for (int seq = 0; seq < N_SEQ; seq++) {
             if (i >= counts[seq]) continue;
-            tokens[n] = draw(p, N_VOCAB);
+            tokens[n] = draw(p, p->n_vocab);
             seqs[n] = seq;
             wanted[n++] = logits == 2 || (logits == 3 && draw(p, 3) == 0);
         }
@@ -147,12 +167,17 @@ static void exercise(pair *p) {
     append(p, one, 1);
 }
 
-static void agrees_with_cpu(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype) {
-    pair p = make_pair(spec, NULL, llm_cuda_backend_mode(mode), dtype);
+static void agree(llm_model *expected, llm_model *tested, double most) {
+    pair p = make_pair(expected, tested);
+    llm_model_info info = llm_model_get_info(expected);
     exercise(&p);
     free_pair(&p);
-    print_message("%d heads of %d dimensions: within %.4f\n", spec->n_heads, spec->head_dim, p.worst);
-    assert_true(p.worst < 0.02); /* bf16 holds a number to within 0.004 */
+    print_message("%s, %d heads of %d dimensions: within %.4f\n", info.name, info.n_heads, info.head_dim, p.worst);
+    assert_true(p.worst < most);
+}
+
+static void agrees_with_cpu(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype) {
+    agree(load(spec, NULL, dtype), load(spec, llm_cuda_backend_mode(mode), dtype), 0.02); /* bf16 holds a number to within 0.004 */
 }
 
 static void test_eager(void **state) {
@@ -170,9 +195,29 @@ static void test_fused(void **state) {
     agrees_with_cpu(&USUAL_HEADS, LLM_CUDA_FUSED, LLM_DTYPE_INT8);
 }
 
+/* Groups of 32 as files of Q4_1, Q4_0 and Q8_0 have them, and made of other weights. */
+static void test_groups(void **state) {
+    (void)state;
+    agrees_with_cpu(&FOUR_BITS, LLM_CUDA_FUSED, LLM_DTYPE_INT4);
+    agrees_with_cpu(&FOUR_BITS_0, LLM_CUDA_FUSED, LLM_DTYPE_INT4);
+    agrees_with_cpu(&EIGHT_BITS, LLM_CUDA_FUSED, LLM_DTYPE_INT4);
+    agrees_with_cpu(&TINY_ODD, LLM_CUDA_FUSED, LLM_DTYPE_INT4);
+    agrees_with_cpu(&FOUR_BITS, LLM_CUDA_EAGER, LLM_DTYPE_INT4);
+    agrees_with_cpu(&EIGHT_BITS, LLM_CUDA_EAGER, LLM_DTYPE_INT4);
+}
+
+/* Biases (qwen2), norms of queries and keys (qwen3), a window (mistral), and all ways to scale rotations. Their rows are
+   so short that bf16's errors hardly average out. */
+static void test_architectures(void **state) {
+    static const char *const names[] = {"gqa", "linear", "llama3", "mistral", "qwen2", "qwen2-yarn", "qwen3", "yarn"};
+    (void)state;
+    for (int i = 0; i < 8; i++) agree(load_golden(names[i], NULL), load_golden(names[i], llm_cuda_backend_mode(LLM_CUDA_FUSED)), 0.05);
+    for (int i = 3; i < 7; i++) agree(load_golden(names[i], NULL), load_golden(names[i], llm_cuda_backend_mode(LLM_CUDA_EAGER)), 0.05);
+}
+
 /* A recorded pass is the same pass. */
 static void test_graph(void **state) {
-    pair p = make_pair(&TINY_ODD, llm_cuda_backend_mode(LLM_CUDA_FUSED), llm_cuda_backend(), LLM_DTYPE_INT8);
+    pair p = make_pair(load(&TINY_ODD, llm_cuda_backend_mode(LLM_CUDA_FUSED), LLM_DTYPE_INT8), load(&TINY_ODD, llm_cuda_backend(), LLM_DTYPE_INT8));
     (void)state;
     exercise(&p);
     free_pair(&p);
@@ -284,6 +329,147 @@ static void test_cancel(void **state) {
     llm_model_free(model);
 }
 
+/* ---- Generation, where the tokens are picked on the GPU ---- */
+
+/* What llm_generate told, and left behind. */
+typedef struct story {
+    llm_token tokens[256];
+    int n_tokens, n_refused_at, n_cancelled_at; /* 0: never */
+    std::string text;
+    llm_stats stats;
+    uint64_t n_drawn, hash;
+    int length;
+} story;
+
+static bool hear_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
+    story *s = (story *)user;
+    (void)bytes, (void)n_bytes;
+    s->tokens[s->n_tokens++] = token;
+    return s->n_tokens != s->n_refused_at;
+}
+
+static bool hear_text(void *user, const char *text, size_t n_bytes) {
+    ((story *)user)->text.append(text, n_bytes);
+    return true;
+}
+
+static bool cancel_story(void *user) {
+    const story *s = (const story *)user;
+    return s->n_cancelled_at && s->n_tokens >= s->n_cancelled_at;
+}
+
+static void tell(llm_context *ctx, llm_sampler sampler, llm_generate_desc desc, story *s) {
+    static const llm_token prompt[] = {1, 2, 3, 200, 5};
+    llm_token next = 7;
+    llm_error err;
+    desc.tokens = prompt;
+    desc.n_tokens = 5;
+    desc.seq = 1;
+    desc.sampler = &sampler;
+    desc.on_token = hear_token;
+    desc.on_text = hear_text;
+    desc.cancel = cancel_story;
+    desc.user = s;
+    assert_int_equal(llm_seq_truncate(ctx, 1, 0, NULL), LLM_OK);
+    if (llm_generate(ctx, &desc, &s->stats, &err)) fail_msg("%s", err.message);
+    s->n_drawn = sampler.n_drawn;
+    s->length = llm_seq_length(ctx, 1);
+    assert_int_equal(s->stats.n_generated, s->n_tokens);
+    assert_memory_equal(llm_seq_tokens(ctx, 1) + 5, s->tokens, (size_t)(s->length - 5) * sizeof(llm_token));
+    if (s->length == llm_context_n_ctx(ctx)) return;
+    int seq = 1; /* and what is in the cache is right */
+    llm_batch batch = {1, &next, &seq, NULL};
+    assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_OK);
+    s->hash = hash_logits(ctx, 0, 0);
+}
+
+/* A bias, even of nothing, is the host's business, so with it no tokens are picked on the GPU. */
+static story tells_the_same(llm_context *ctx, llm_sampler sampler, const llm_generate_desc &desc, int refused_at = 0, int cancelled_at = 0) {
+    static const llm_logit_bias nothing = {0, 0};
+    story stories[2] = {};
+    for (int i = 0; i < 2; i++) {
+        stories[i].n_refused_at = refused_at;
+        stories[i].n_cancelled_at = cancelled_at;
+        sampler.biases = &nothing;
+        sampler.n_biases = i;
+        tell(ctx, sampler, desc, &stories[i]);
+    }
+    assert_int_equal(stories[0].n_tokens, stories[1].n_tokens);
+    assert_memory_equal(stories[0].tokens, stories[1].tokens, sizeof stories[0].tokens);
+    assert_string_equal(stories[0].text.c_str(), stories[1].text.c_str());
+    assert_int_equal(stories[0].stats.stop, stories[1].stats.stop);
+    assert_int_equal(stories[0].stats.stop_index, stories[1].stats.stop_index);
+    assert_int_equal(stories[0].stats.n_decode_passes, stories[1].stats.n_decode_passes);
+    assert_int_equal(stories[0].stats.decode_bytes, stories[1].stats.decode_bytes);
+    assert_int_equal(stories[0].n_drawn, stories[1].n_drawn);
+    assert_int_equal(stories[0].length, stories[1].length);
+    assert_int_equal(stories[0].hash, stories[1].hash);
+    return stories[0];
+}
+
+static llm_context *create_for_text(const llm_model *model, int n_ctx) {
+    llm_context_desc desc = {};
+    llm_context *ctx = NULL;
+    desc.n_ctx = n_ctx;
+    desc.n_seq = 2;
+    desc.n_batch = 32;
+    assert_int_equal(llm_context_create(&ctx, model, &desc, NULL), LLM_OK);
+    return ctx;
+}
+
+/* Temperature, top-k, top-p, min-p. */
+static const llm_sampler SAMPLERS[] = {{0.0f, 0, 0, 0, 0, 0, NULL, 0, 1, 0},          {1.0f, 0, 0, 0, 0, 0, NULL, 0, 2, 0},
+                                       {0.8f, 20, 0.9f, 0, 0, 0, NULL, 0, 3, 5},       {2.0f, 0, 0.7f, 0, 0, 0, NULL, 0, 4, 0},
+                                       {1.5f, 5, 0, 0, 0, 0, NULL, 0, 5, 0},           {1.2f, 0, 0, 0.1f, 0, 0, NULL, 0, 6, 0},
+                                       {1.0f, 1000, 0.999f, 0.01f, 1, 0, NULL, 0, 7, 0}};
+
+static void test_bursts(void **state) {
+    llm_model *model = load(&TINY_ODD, llm_cuda_backend());
+    llm_context *ctx = create_for_text(model, 300), *small = create_for_text(model, 80);
+    llm_generate_desc desc = {};
+    (void)state;
+    desc.ignore_end = true;
+    desc.max_tokens = 150; /* more than two bursts */
+    story greedy = tells_the_same(ctx, SAMPLERS[0], desc);
+    assert_int_equal(greedy.stats.stop, LLM_STOP_LENGTH);
+    desc.max_tokens = 40;
+    for (int i = 1; i < 7; i++) tells_the_same(ctx, SAMPLERS[i], desc);
+    desc.max_tokens = 1;
+    tells_the_same(ctx, SAMPLERS[1], desc);
+    desc.max_tokens = 0;
+    assert_int_equal(tells_the_same(small, SAMPLERS[1], desc).stats.stop, LLM_STOP_CONTEXT);
+    assert_int_equal(tells_the_same(ctx, SAMPLERS[1], desc, 70).stats.stop, LLM_STOP_CALLBACK);
+    assert_int_equal(tells_the_same(ctx, SAMPLERS[1], desc, 0, 20).stats.stop, LLM_STOP_CALLBACK);
+    std::string ending = tells_the_same(ctx, SAMPLERS[1], desc, 50).text.substr(25, 3);
+    const char *strings[] = {ending.c_str()};
+    desc.stop_strings = strings;
+    desc.n_stop_strings = 1;
+    assert_int_equal(tells_the_same(ctx, SAMPLERS[1], desc).stats.stop, LLM_STOP_STRING);
+    llm_generate_desc by_token = {};
+    by_token.ignore_end = true;
+    by_token.stop_tokens = &greedy.tokens[99];
+    by_token.n_stop_tokens = 1;
+    assert_int_equal(tells_the_same(ctx, SAMPLERS[0], by_token).stats.stop, LLM_STOP_TOKEN);
+    llm_context_free(small);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+/* Without graphs too, and one operation at a time, where the host picks. */
+static void test_bursts_of_all_modes(void **state) {
+    llm_generate_desc desc = {};
+    (void)state;
+    desc.ignore_end = true;
+    desc.max_tokens = 20;
+    for (int mode = LLM_CUDA_FUSED; mode <= LLM_CUDA_EAGER; mode++) {
+        llm_model *model = load(&TINY_ODD, llm_cuda_backend_mode((llm_cuda_mode)mode));
+        llm_context *ctx = create_for_text(model, 100);
+        tells_the_same(ctx, SAMPLERS[2], desc);
+        llm_context_free(ctx);
+        llm_model_free(model);
+    }
+}
+
 static void test_limits_are_measured(void **state) {
     llm_model *model = load(&TINY_ODD, llm_cuda_backend());
     llm_context_desc desc = {};
@@ -376,6 +562,16 @@ static llm_status a_life(int n, bool *failed, llm_error *err) {
         status = result;
         assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_OK);
     }
+    llm_generate_desc text = {};
+    text.tokens = tokens;
+    text.n_tokens = 20;
+    text.max_tokens = 8;
+    text.ignore_end = true;
+    llm_status told = ctx ? llm_generate(ctx, &text, NULL, err) : LLM_OK;
+    if (told) {
+        status = told;
+        assert_int_equal(llm_generate(ctx, &text, NULL, NULL), LLM_OK);
+    }
     *failed = cuda_host.fail_at == 0;
     cuda_host.fail_at = 0;
     llm_context_free(ctx);
@@ -401,9 +597,10 @@ static void test_every_failure(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_eager), cmocka_unit_test(test_fused), cmocka_unit_test(test_graph),
+        cmocka_unit_test(test_eager), cmocka_unit_test(test_fused), cmocka_unit_test(test_groups), cmocka_unit_test(test_architectures),
+        cmocka_unit_test(test_graph),
         cmocka_unit_test(test_rows_do_not_meet), cmocka_unit_test(test_save_and_restore), cmocka_unit_test(test_cancel),
-        cmocka_unit_test(test_limits_are_measured), cmocka_unit_test(test_threads), cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_bursts), cmocka_unit_test(test_bursts_of_all_modes), cmocka_unit_test(test_limits_are_measured), cmocka_unit_test(test_threads), cmocka_unit_test(test_refusals),
 #ifdef CUDA_HOST_RUNTIME_H
         cmocka_unit_test(test_no_gpu), cmocka_unit_test(test_every_failure),
 #endif

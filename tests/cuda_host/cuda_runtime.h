@@ -74,7 +74,7 @@ namespace cuda_host_fibers {
 using boost::context::detail::fcontext_t;
 using boost::context::detail::transfer_t;
 
-enum { MOST_THREADS = 1024, STACK = 192 << 10 };
+enum { MOST_THREADS = 1024, STACK = 192 << 10, LANE = 48 };
 
 struct fiber {
     std::unique_ptr<uint8_t[]> stack;
@@ -90,7 +90,7 @@ struct meeting { /* where threads wait for each other */
 struct block {
     fiber fibers[MOST_THREADS];
     meeting all, warps[MOST_THREADS / 32];
-    uint64_t lanes[2][MOST_THREADS]; /* what warp operations exchange; the two take turns */
+    alignas(16) uint8_t lanes[2][MOST_THREADS / 32][32 * LANE]; /* what warp operations exchange; the two take turns */
     int parity[MOST_THREADS];
     const std::function<void()> *body = nullptr;
     int n = 0, current = 0;
@@ -195,16 +195,21 @@ inline void run_block(const std::function<void()> &body, int n) {
     }
 }
 
-/* What lane `source` of this warp brings to the same operation. All 32 lanes take part. */
+/* What the lanes of this warp bring to the same operation, all 32 of which take part. It can be read until the next one. */
 template <typename T>
-inline T exchange(T value, int source) {
+inline const T *warp_values(const T &value) {
     block &b = here();
     int i = b.current, warp = i / 32, parity = b.parity[i] ^= 1, lanes = b.n - warp * 32 < 32 ? b.n - warp * 32 : 32;
-    static_assert(sizeof(T) <= 8, "a register");
-    memcpy(&b.lanes[parity][i], &value, sizeof value);
+    static_assert(sizeof(T) <= LANE, "some registers");
+    T *values = (T *)(void *)b.lanes[parity][warp];
+    values[i % 32] = value;
     meet(b.warps[warp], lanes);
-    memcpy(&value, &b.lanes[parity][warp * 32 + source % 32], sizeof value);
-    return value;
+    return values;
+}
+
+template <typename T>
+inline T exchange(T value, int source) {
+    return warp_values(value)[source % 32];
 }
 
 } // namespace cuda_host_fibers
@@ -224,6 +229,18 @@ static inline T __shfl_sync(unsigned, T value, int lane) {
 template <typename T>
 static inline T __shfl_xor_sync(unsigned, T value, int mask) {
     return cuda_host_fibers::exchange(value, cuda_host_fibers::here().current % 32 ^ mask);
+}
+
+template <typename T>
+static inline T __shfl_up_sync(unsigned, T value, int step) {
+    int lane = cuda_host_fibers::here().current % 32;
+    return cuda_host_fibers::exchange(value, lane < step ? lane : lane - step);
+}
+
+/* Not CUDA's: for the C twins of operations that a whole warp does at once. */
+template <typename T>
+static inline const T *cuda_host_warp(const T &value) {
+    return cuda_host_fibers::warp_values(value);
 }
 
 static inline void __threadfence() {}

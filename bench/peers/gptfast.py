@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+"""The gpt-fast technique in PyTorch, as a peer to measure beside llm_cuda.cu: random weights, batch 1, a static KV cache,
+the one-token pass compiled with torch.compile(mode="reduce-overhead", fullgraph=True), which records it as a CUDA graph,
+and int8 per output channel whose widening the compiler fuses into the product.
+
+    gptfast.py [--shape Llama-2-7B] [--weights bf16 int8] [--depth 6] [--read-gbs 4000]
+
+Prints lines like bench/gpu.cpp: model, weights, mode, what, tokens per second, % of the limit. The limit is --read-gbs, the
+bandwidth bench/gpu.cpp measured on the same GPU; without it the share is left out. --device cpu --shape smallest tries the
+program without a GPU. Needs PyTorch 2.3 or newer and nothing from the network."""
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Layers, n_embd, n_ff, heads, key heads, head_dim, n_vocab: those of bench/gpu.cpp.
+SHAPES = {
+    "Llama-2-7B": (32, 4096, 11008, 32, 32, 128, 32000),
+    "Llama-3.1-8B": (32, 4096, 14336, 32, 8, 128, 128256),
+    "TinyLlama-1.1B": (22, 2048, 5632, 32, 4, 64, 32000),
+    "smallest": (2, 64, 96, 4, 2, 16, 300),
+}
+NEW_TOKENS = 200
+
+
+class Linear(nn.Module):
+    """y = W x without a bias; the weights are bf16."""
+
+    def __init__(self, n, k):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(n, k).uniform_(-0.03, 0.03))
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+class Int8Linear(nn.Module):
+    """The same with int8 and a scale for each output."""
+
+    def __init__(self, n, k):
+        super().__init__()
+        self.register_buffer("weight", torch.randint(-127, 128, (n, k), dtype=torch.int8))
+        self.register_buffer("scales", torch.full((n,), 0.03 / 127))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype)) * self.scales
+
+
+class Norm(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(n))
+
+    def forward(self, x):
+        wide = x.float()
+        return (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-5)).type_as(x) * self.weight
+
+
+def rotate(x, cosines, sines):
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cosines - b * sines, a * sines + b * cosines), -1).type_as(x)
+
+
+class Layer(nn.Module):
+    def __init__(self, linear, n_ctx, n_embd, n_ff, n_heads, n_kv_heads, head_dim):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
+        self.attention_norm, self.ffn_norm = Norm(n_embd), Norm(n_embd)
+        self.qkv = linear((n_heads + 2 * n_kv_heads) * head_dim, n_embd)
+        self.out = linear(n_embd, n_heads * head_dim)
+        self.gate_up, self.down = linear(2 * n_ff, n_embd), linear(n_embd, n_ff)
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.randn(1, n_kv_heads, n_ctx, head_dim))
+
+    def forward(self, x, position, mask, cosines, sines):
+        heads = self.qkv(self.attention_norm(x)).view(1, 1, -1, self.head_dim).transpose(1, 2)
+        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 1)
+        self.keys[:, :, position] = rotate(k, cosines, sines)
+        self.values[:, :, position] = v
+        group = self.n_heads // self.n_kv_heads
+        keys, values = (c.repeat_interleave(group, 1) if group > 1 else c for c in (self.keys, self.values))
+        attention = F.scaled_dot_product_attention(rotate(q, cosines, sines), keys, values, attn_mask=mask)
+        x = x + self.out(attention.transpose(1, 2).reshape(1, 1, -1))
+        gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Model(nn.Module):
+    def __init__(self, linear, n_ctx, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_vocab):
+        super().__init__()
+        self.register_buffer("embedding", torch.empty(n_vocab, n_embd).uniform_(-0.03, 0.03))
+        self.layers = nn.ModuleList(Layer(linear, n_ctx, n_embd, n_ff, n_heads, n_kv_heads, head_dim) for _ in range(n_layers))
+        self.norm, self.head = Norm(n_embd), linear(n_vocab, n_embd)
+        frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.arange(n_ctx, dtype=torch.float64)[:, None] * frequencies
+        self.register_buffer("cosines", angles.cos().float())
+        self.register_buffer("sines", angles.sin().float())
+        self.register_buffer("mask", torch.ones(n_ctx, n_ctx, dtype=torch.bool).tril())
+
+    def forward(self, token, position):
+        x, mask = F.embedding(token, self.embedding)[None], self.mask[position][None, None]
+        for layer in self.layers:
+            x = layer(x, position, mask, self.cosines[position], self.sines[position])
+        return self.head(self.norm(x))[0, 0].argmax(-1, keepdim=True)
+
+
+def weight_bytes(model):
+    """What one token reads of the weights: not the embedding, of which it takes a row."""
+    return sum(b.numel() * b.element_size() for m in model.modules() if isinstance(m, (Linear, Int8Linear)) for b in m.buffers())
+
+
+def build(shape, weights, n_ctx, device):
+    with torch.device(device):
+        model = Model(Int8Linear if weights == "int8" else Linear, n_ctx, *SHAPES[shape])
+    for module in model.modules():
+        for name, b in module.named_buffers(recurse=False):
+            if b.dtype == torch.float32 and name not in ("cosines", "sines"):
+                setattr(module, name, b.to(torch.bfloat16))
+    return model.eval()
+
+
+@torch.inference_mode()
+def measure(model, depth, device):
+    """Tokens per second after the first ones, in which the pass is compiled and recorded."""
+    step = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    token, position = torch.ones(1, dtype=torch.long, device=device), torch.tensor([depth - 6], device=device)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def run(n):
+        nonlocal token
+        for _ in range(n):
+            token = step(token, position).clone()
+            position.add_(1)
+
+    run(6)
+    wait()
+    start = time.perf_counter()
+    run(NEW_TOKENS)
+    wait()
+    return NEW_TOKENS / (time.perf_counter() - start)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="Llama-2-7B")
+    parser.add_argument("--weights", nargs="+", choices=("bf16", "int8"), default=("bf16", "int8"))
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--read-gbs", type=float, default=0)
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    n_layers, _, _, _, n_kv_heads, head_dim, _ = SHAPES[args.shape]
+    for weights in args.weights:
+        model = build(args.shape, weights, args.depth + NEW_TOKENS + 10, args.device)
+        rate = measure(model, args.depth, args.device)
+        read = weight_bytes(model) + 4 * n_layers * n_kv_heads * head_dim * (args.depth + NEW_TOKENS // 2)
+        share = f"{100 * read * rate / (args.read_gbs * 1e9):.1f}" if args.read_gbs else ""
+        print(f"{args.shape},{weights},torch.compile,decode at {args.depth},{rate:.1f},{share}", flush=True)
+        del model
+        torch.compiler.reset()
+
+
+if __name__ == "__main__":
+    main()
