@@ -174,7 +174,7 @@ build/venv/ready: Makefile
 # ---- The rest -------------------------------------------------------------------------------------------------------
 
 # llm.h alone: what it adds to a program that does nothing else, and how long the compiler works on it.
-size: build/hello
+size:
 	mkdir -p build/size
 	echo 'int main(void) { return 0; }' >build/size/empty.c
 	$(CC) $(CFLAGS) -s -o build/size/empty build/size/empty.c

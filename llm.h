@@ -691,6 +691,8 @@ LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
 
 /* The arithmetic of section 9 is exact to the bit: -ffast-math and contraction end here. */
 #if defined(__clang__)
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wignored-pragmas" /* clang 14 for aarch64 does not have float_control */
 #pragma float_control(push)
 #pragma float_control(precise, on)
 #pragma STDC FP_CONTRACT OFF
@@ -11472,6 +11474,7 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT DEFAULT
 #pragma float_control(pop)
+#pragma clang diagnostic pop
 #elif defined(__GNUC__)
 #pragma GCC pop_options
 #endif
