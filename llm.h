@@ -5631,7 +5631,7 @@ static void llm__trim(const llm__classes *classes, const uint8_t **p, const uint
     for (; *p < *end; *p = next)
         if (!(llm__class_at(classes, *p, &next) & LLM__SPACE) && (**p < 0x1C || **p > 0x1F)) break;
     for (; *p < *end; *end = next) {
-        for (next = *end - 1; (*next & 0xC0) == 0x80;) next--;
+        for (next = *end - 1; next > *p && (*next & 0xC0) == 0x80;) next--;
         const uint8_t *after;
         if (!(llm__class_at(classes, next, &after) & LLM__SPACE) && (*next < 0x1C || *next > 0x1F)) break;
     }
