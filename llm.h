@@ -372,15 +372,15 @@ typedef struct llm_draft_request {
 typedef struct llm_draft_guesses {
     int n; /* 0: no idea                                                                                             */
     llm_token tokens[LLM_DRAFT_MOST];
-    int kind;   /* 0 to LLM_DRAFT_KINDS - 1, of all of them                                                    */
-    bool has_q; /* guess i was drawn from the distribution q[i], by random numbers that the model's own draws
-                         do not use. Without it a guess is right when the model draws the same                       */
+    int kind;   /* 0 to LLM_DRAFT_KINDS - 1, of all of them; higher ones are trusted more                      */
+    bool has_q; /* guess i was drawn from the distribution q[i], which sums to 1, by random numbers that the model's
+                   own draws do not use. Without it a guess is right when the model draws the same              */
     float *q[LLM_DRAFT_MOST]; /* [n_vocab of the model] each, room to fill; NULL where probabilities are not wanted  */
 } llm_draft_guesses;
 
 typedef struct llm_draft_times {
     float recent[LLM_DRAFT_RECENT]; /* seconds                                                                       */
-    int n, age;                     /* how many there were; passes since the last                                    */
+    int n, age;                     /* 0: none; passes since the last                                                */
 } llm_draft_times;
 
 /* What llm_generate has learnt about a draft, from one text to the next. */
@@ -389,7 +389,7 @@ typedef struct llm_draft_state {
     float n_right[LLM_DRAFT_KINDS][LLM_DRAFT_MOST];
     float n_known[LLM_DRAFT_KINDS][LLM_DRAFT_MOST];
     llm_draft_times passes[LLM_DRAFT_SIZES], guess; /* a pass of each size; one guess                                */
-    int n_in_step;                                  /* times it was asked without a pause                            */
+    int n_in_step;                                  /* times it was asked without a pause, up to 2                   */
     double seconds, trial_seconds; /* of decoding, and of these with guesses that did not seem to pay                */
 } llm_draft_state;
 
@@ -10020,10 +10020,16 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
 
 /* ---- How many guesses are worth it ---- */
 
+enum {
+    LLM__DRAFT_PLAIN = 64,  /* passes after which one is plain, to know what that takes */
+    LLM__DRAFT_FORGET = 512 /* passes after which the time of a size is forgotten       */
+};
+
 static const int llm__draft_rows[LLM_DRAFT_SIZES] = {1, 2, 4, 8, 16};
 
 static void llm__add_time(llm_draft_times *t, double seconds) {
-    t->recent[t->n++ % LLM_DRAFT_RECENT] = (float)seconds;
+    t->recent[t->n % LLM_DRAFT_RECENT] = (float)seconds;
+    t->n = t->n + 1 < 2 * LLM_DRAFT_RECENT ? t->n + 1 : (int)LLM_DRAFT_RECENT;
     t->age = 0;
 }
 
@@ -10047,11 +10053,13 @@ static void llm__pass_times(const llm_draft_state *s, double seconds[LLM_DRAFT_S
 }
 
 /* The number of guesses of a kind, at most `most`, with which tokens come fastest. The chance that a guess is right, all
-   before it being right, is what was seen of such guesses; where little was, it is like the one before it. */
+   before it being right, is what was seen of such guesses; where little was, it is like the one before it, and that of
+   the first like that of the kind below. */
 static int llm__best_guesses(const llm_draft_state *s, const double *pass_seconds, int kind, int most,
                              double guess_seconds) {
-    double chance = 0.5, all_right = 1, tokens = 1, best_rate = 1 / pass_seconds[0];
+    double chance = 0.1, all_right = 1, tokens = 1, best_rate = 1 / pass_seconds[0];
     int best = 0;
+    for (int i = 0; i < kind; i++) chance = ((double)s->n_right[i][0] + 2 * chance) / ((double)s->n_known[i][0] + 2);
     for (int size = 1; size < LLM_DRAFT_SIZES && llm__draft_rows[size] - 1 <= most; size++) {
         int n = llm__draft_rows[size] - 1;
         for (int i = llm__draft_rows[size - 1] - 1; i < n; i++) {
@@ -10091,7 +10099,7 @@ static bool llm__plan_round(llm_draft_state *s, const double *pass_seconds, int 
     bool cheap = known && guess_seconds < 0.01 * pass_seconds[0], pays = false;
     for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++) {
         wanted[kind] = llm__best_guesses(s, pass_seconds, kind, most, guess_seconds);
-        pays = pays || wanted[kind];
+        pays = pays || (wanted[kind] && s->n_known[kind][0] > 0); /* a kind that never came says nothing */
     }
     *trial = !pays && !cheap;
     if (*trial && s->n_in_step != 1 && s->trial_seconds > 0.01 * s->seconds) return false;
@@ -10143,10 +10151,11 @@ static llm_status llm__guess(llm__speculation *sp, llm_token last, int most, llm
     if (!sp->draft) return LLM_OK;
     llm_draft_state *s = &sp->draft->state;
     for (int i = 0; i < LLM_DRAFT_SIZES; i++)
-        if (s->passes[i].age++ == 512) s->passes[i].n = i ? 0 : s->passes[i].n; /* times change: see again */
+        if (s->passes[i].age < LLM__DRAFT_FORGET) s->passes[i].age++;
+        else if (i) s->passes[i].n = 0; /* times change: see again */
     if (most > sp->most) most = sp->most;
     /* Now and then a plain pass, to know what it takes. */
-    if (most < 1 || !s->passes[0].n || s->passes[0].age > 64) return LLM_OK;
+    if (most < 1 || !s->passes[0].n || s->passes[0].age > LLM__DRAFT_PLAIN) return LLM_OK;
     llm__pass_times(s, pass_seconds);
     if (!llm__plan_round(s, pass_seconds, most, wanted, &trial)) {
         s->n_in_step = 0;
@@ -10159,7 +10168,8 @@ static llm_status llm__guess(llm__speculation *sp, llm_token last, int most, llm
     if (trial) s->trial_seconds += took;
     if (status) return status;
     /* After a pause the draft had to catch up with the text: that time is not the rule. */
-    if (s->n_in_step++ && sp->guesses.n) llm__add_time(&s->guess, took / sp->guesses.n);
+    if (s->n_in_step && sp->guesses.n) llm__add_time(&s->guess, took / sp->guesses.n);
+    s->n_in_step = s->n_in_step < 2 ? s->n_in_step + 1 : 2;
     sp->n_checked =
         llm__best_guesses(s, pass_seconds, sp->guesses.kind, sp->guesses.n < most ? sp->guesses.n : most, 0);
     return LLM_OK;

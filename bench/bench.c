@@ -10,7 +10,8 @@
     build/bench -m MODEL --draft lookup,self:int4 TEXT...      (bench/prompts has some)
 
     Speculative decoding, for each text and draft: the median rates of plain and of speculative decoding of n tokens, in
-    turns, how many guesses were right, and that both gave the same tokens. --draft-max limits the guesses of a pass.
+    turns, how many guesses were right, and that both gave the same tokens. --draft-max limits the guesses of a pass,
+    --temp says how lively the texts are.
 
     build/bench -m MODEL --rows 1,2,4,8
 
@@ -20,7 +21,7 @@
 
 #include <argp.h>
 
-enum { MOST = 16, KEY_DTYPE = 256, KEY_RANDOM, KEY_DRAFT, KEY_DRAFT_MAX, KEY_ROWS };
+enum { MOST = 16, KEY_DTYPE = 256, KEY_RANDOM, KEY_DRAFT, KEY_DRAFT_MAX, KEY_TEMP, KEY_ROWS };
 
 typedef struct options {
     const char *model, *random, *format;
@@ -30,6 +31,7 @@ typedef struct options {
     int n_dtypes;
     const char *drafts[MOST], *texts[MOST];
     int n_drafts, n_texts, draft_max, rows[MOST], n_rows;
+    float temperature; /* of the texts that drafts continue */
 } options;
 
 typedef struct result {
@@ -51,6 +53,7 @@ static const struct argp_option OPTIONS[] = {
     {"rounds", 'r', "N", 0, "rounds of which the median is given (5)", 3},
     {"draft", KEY_DRAFT, "LIST", 0, "drafts to continue the texts with: lookup, self:int8, self:int4 or a model's file", 4},
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "most guesses in a pass (15)", 4},
+    {"temp", KEY_TEMP, "T", 0, "temperature of what continues the texts; small models repeat themselves at 0 (0)", 4},
     {"rows", KEY_ROWS, "LIST", 0, "passes of so many tokens, up to 16, to be compared", 4},
     {"output", 'o', "FORMAT", 0, "md, csv or json (md)", 3},
     {0}};
@@ -101,6 +104,9 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         }
         break;
     case KEY_DRAFT_MAX: opt->draft_max = parse_number(state, arg, 1); break;
+    case KEY_TEMP:
+        if (sscanf(arg, "%f", &opt->temperature) != 1 || !(opt->temperature >= 0)) argp_error(state, "'%s' is no temperature", arg);
+        break;
     case KEY_ROWS: opt->n_rows = parse_list(state, arg, 1, opt->rows); break;
     case ARGP_KEY_ARG:
         if (opt->n_texts == MOST) argp_error(state, "these are more than %d texts", MOST);
@@ -359,7 +365,9 @@ static bool keep_token(void *user, llm_token token, const char *bytes, size_t n_
 
 /* Continues a text; returns tokens per second after the first one. */
 static double continue_text(llm_context *ctx, const options *opt, const char *text, llm_draft *draft, tokens *out, llm_stats *stats) {
-    llm_generate_desc desc = {.prompt = text, .max_tokens = opt->n_decode, .ignore_end = true, .draft = draft, .draft_max = opt->draft_max,
+    llm_sampler sampler = {.temperature = opt->temperature, .seed = 1};
+    llm_generate_desc desc = {.prompt = text, .sampler = &sampler, .draft_keeps_text = true, .max_tokens = opt->n_decode,
+                              .ignore_end = true, .draft = draft, .draft_max = opt->draft_max,
                               .on_token = keep_token, .user = out};
     llm_error err;
     out->n = 0;

@@ -574,6 +574,8 @@ static void check_distribution(llm_context *ctx, llm_sampler sampler, llm_draft 
             biases[sampler.n_biases++].bias = -INFINITY;
         }
     encourage(draft);
+    draft->state.guess.n = 1; /* costs nothing, and is always right: three are checked at once */
+    for (int i = 0; i < LLM_DRAFT_MOST; i++) draft->state.n_right[0][i] = draft->state.n_known[0][i] = 100;
     const llm_draft_state willing = draft->state;
     for (int t = 0; t < n_texts; t++) {
         answer a;
@@ -602,8 +604,8 @@ static void check_distribution(llm_context *ctx, llm_sampler sampler, llm_draft 
     double k = n_cells - 1, z = (pow(chi / k, 1.0 / 3) - 1 + 2 / (9 * k)) / sqrt(2 / (9 * k)); /* Wilson and Hilferty: normal */
     print_message("%d texts by %s, %.0f %% of %d guesses right: %d cells, chi-square %.1f, %.2f deviations from the mean\n", n_texts,
                   draft->name, 100.0 * n_accepted / n_proposed, n_proposed, n_cells, chi, z);
-    assert_true(n_cells > 20 && fabs(z) < 3.3);
-    assert_true(n_proposed > n_texts && n_accepted > n_texts / 10 && n_accepted < n_proposed);
+    assert_true(n_cells > 10 && fabs(z) < 3.3);
+    assert_true(n_proposed > 2 * n_texts && n_accepted > n_texts / 10 && n_accepted < n_proposed);
 }
 
 #if defined(__has_feature)
