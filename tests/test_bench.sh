@@ -19,6 +19,7 @@ check "an object for each" fields 12
 check "csv has a header and a line for each" eval 'measure -m "$model" -o csv && [ "$(wc -l <"$out")" -eq 2 ]'
 check "a table" eval 'measure -m "$model" -o md && [ "$(grep -c "^|" "$out")" -eq 3 ]'
 check "random weights of a published shape" measure --random smollm2-135m
+check "a table of batches and lengths" eval '"$bench" -m "$model" --flops-table=8 -o csv >"$out" && [ "$(wc -l <"$out")" -eq 11 ]'
 check "refuses an unknown shape" refuses --random gpt5
 check "refuses an unknown type" refuses -m "$model" --dtype int5
 check "refuses a bad list" refuses -m "$model" -d 0,,1
