@@ -516,7 +516,7 @@ typedef struct llm_score_desc {
     llm_schedule schedule;
     bool no_share;     /* each ending computes the context for itself, instead of all from one cache               */
     int batch;         /* LLM_SCHEDULE_FIXED: texts in a batch; 0: 32                                              */
-    int theta;         /* LLM_SCHEDULE_DP: tokens a batch has at least; 0: 256                                     */
+    int theta;         /* LLM_SCHEDULE_DP: tokens a batch has at least, if it can; 0: 512                          */
     int theta_context; /* ... and a batch of contexts; 0: 4096                                                     */
     /* Told of each question once it is answered: its [n_endings] log-likelihoods. Returning false stops the work, which
        then ends with LLM_ERROR_CANCELLED. */
@@ -604,7 +604,7 @@ typedef struct llm_pass {
     const llm_token *targets; /* [n_targets]                                                                 */
     const int *target_rows;   /* [n_targets] after which of the logit_rows each comes: an index into them    */
     float *log_probs;         /* [n_targets] the results                                                     */
-    const int *blocks;     /* [n_seq][blocks_per_seq] which cache block holds LLM_BLOCK positions of a sequence */
+    const int *blocks;        /* [n_seq][blocks_per_seq] which cache block holds LLM_BLOCK positions of a sequence */
     int blocks_per_seq;
     bool (*cancel)(void *user);
     void *cancel_user;
@@ -11060,8 +11060,7 @@ static void llm__score_token(llm__scorer *s, int seq, int question, int ending, 
     if (ending >= 0) llm__score_expect(s, llm__text_at(q, ending, i + 1), result + (size_t)ending, 1);
     else if (i + 1 < s->prefixes[question]) llm__score_expect(s, llm__text_at(q, 0, i + 1), result, q->n_endings);
     else
-        for (int e = 0; e < q->n_endings; e++)
-            llm__score_expect(s, llm__text_at(q, e, i + 1), result + (size_t)e, 1);
+        for (int e = 0; e < q->n_endings; e++) llm__score_expect(s, llm__text_at(q, e, i + 1), result + (size_t)e, 1);
 }
 
 /* One more ending of a question is computed. */
@@ -11089,8 +11088,7 @@ static int64_t llm__question_blocks(const llm__scorer *s, int question) {
     int prefix = llm__shared_prefix(s, question);
     int64_t blocks = llm__blocks_for(prefix);
     for (int e = 0; e < q->n_endings; e++)
-        if (llm__text_length(q, e) > prefix)
-            blocks += llm__blocks_for(llm__text_length(q, e)) - prefix / LLM_BLOCK;
+        if (llm__text_length(q, e) > prefix) blocks += llm__blocks_for(llm__text_length(q, e)) - prefix / LLM_BLOCK;
     return blocks;
 }
 
@@ -11274,7 +11272,8 @@ static int llm__list_texts(const llm__scorer *s, const llm__text *questions, int
     int n_texts = 0;
     for (int i = 0; i < n; i++)
         for (int e = 0; e < s->questions[questions[i].question].n_endings; e++) {
-            llm__text text = {llm__text_length(&s->questions[questions[i].question], e) - base, questions[i].question, e};
+            llm__text text = {llm__text_length(&s->questions[questions[i].question], e) - base, questions[i].question,
+                              e};
             if (text.length > 0) texts[n_texts++] = text;
         }
     return n_texts;
@@ -11372,8 +11371,8 @@ static void llm__check_question(llm__scorer *s, int question) {
         llm__check_tokens(s, question, "an ending", q->endings[e], q->n_ending[e]);
         if ((int64_t)q->n_context + q->n_ending[e] - 1 > d->n_ctx)
             llm__fail(s->env, LLM_ERROR_CONTEXT_FULL,
-                      "question %d with its ending %d has %lld tokens to compute, but a sequence holds %d (n_ctx)", question,
-                      e, (long long)q->n_context + q->n_ending[e] - 1, d->n_ctx);
+                      "question %d with its ending %d has %lld tokens to compute, but a sequence holds %d (n_ctx)",
+                      question, e, (long long)q->n_context + q->n_ending[e] - 1, d->n_ctx);
     }
 }
 
@@ -11397,8 +11396,8 @@ static llm_score_desc llm__score_defaults(llm__env *env, const llm_score_desc *d
     if (d.batch < 0 || d.theta < 0 || d.theta_context < 0)
         llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_score_desc is negative");
     if (!d.batch) d.batch = 32;
-    if (!d.theta) d.theta = 256;
-    if (!d.theta_context) d.theta_context = 4096;
+    if (!d.theta) d.theta = 512; /* two cores with AVX-512 reach 90 % of their best there: bench --flops-table */
+    if (!d.theta_context) d.theta_context = 4096; /* the more the better, for it leaves the endings more choice */
     return d;
 }
 
@@ -11441,8 +11440,9 @@ static void llm__score_body(llm__env *env, void *arg) {
         n_texts += (size_t)s->questions[i].n_endings;
         if (s->questions[i].n_endings > s->most_endings) s->most_endings = s->questions[i].n_endings;
         if (llm__question_blocks(s, i) > s->ctx->cache.n_blocks)
-            llm__fail(env, LLM_ERROR_CONTEXT_FULL, "question %d needs %lld positions of the cache, which has %d (n_cache)",
-                      i, (long long)llm__question_blocks(s, i) * LLM_BLOCK, s->ctx->cache.n_blocks * LLM_BLOCK);
+            llm__fail(env, LLM_ERROR_CONTEXT_FULL,
+                      "question %d needs %lld positions of the cache, which has %d (n_cache)", i,
+                      (long long)llm__question_blocks(s, i) * LLM_BLOCK, s->ctx->cache.n_blocks * LLM_BLOCK);
     }
     for (size_t i = 0; i < n_texts && s->results; i++) s->results[i] = 0;
     llm__score_drop(s, 0, s->ctx->desc.n_seq);

@@ -15,16 +15,22 @@
 
     build/bench -m MODEL --rows 1,2,4,8
 
-    What checking guesses costs: the median time of a pass of so many rows, in turns, against one of the first. */
+    What checking guesses costs: the median time of a pass of so many rows, in turns, against one of the first.
+
+    build/bench -m MODEL --flops-table [-o md|csv]
+
+    A table of the operations per second that the layers reach for a number of sequences of a length, in one pass. It
+    shows how many tokens a batch must have, the theta of LLM_SCHEDULE_DP. bench/flops-table.py draws it. */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
 #include <argp.h>
 
-enum { MOST = 16, KEY_DTYPE = 256, KEY_RANDOM, KEY_DRAFT, KEY_DRAFT_MAX, KEY_TEMP, KEY_ROWS };
+enum { MOST = 16, KEY_DTYPE = 256, KEY_RANDOM, KEY_DRAFT, KEY_DRAFT_MAX, KEY_TEMP, KEY_ROWS, KEY_FLOPS_TABLE };
 
 typedef struct options {
     const char *model, *random, *format;
+    int flops_table; /* the most tokens in a batch, 0: it is not wanted */
     int n_prefill, n_decode, n_rounds;
     int depths[MOST], n_depths, threads[MOST], n_threads;
     llm_dtype dtypes[MOST];
@@ -50,6 +56,7 @@ static const struct argp_option OPTIONS[] = {
     {"depth", 'd', "LIST", 0, "tokens in the cache before that (0)", 1},
     {"dtype", KEY_DTYPE, "LIST", 0, "types of the weights: f32, f16, bf16, int8, int4 (bf16)", 2},
     {"threads", 't', "LIST", 0, "threads (one per physical core)", 2},
+    {"flops-table", KEY_FLOPS_TABLE, "N", OPTION_ARG_OPTIONAL, "instead: batches of several sequences, up to N tokens in all, with the first type and thread count", 1},
     {"rounds", 'r', "N", 0, "rounds of which the median is given (5)", 3},
     {"draft", KEY_DRAFT, "LIST", 0, "drafts to continue the texts with: lookup, self:int8, self:int4 or a model's file", 4},
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "most guesses in a pass (15)", 4},
@@ -91,6 +98,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     switch (key) {
     case 'm': opt->model = arg; break;
     case KEY_RANDOM: opt->random = arg; break;
+    case KEY_FLOPS_TABLE: opt->flops_table = arg ? parse_number(state, arg, 1) : 1 << 20; break;
     case 'p': opt->n_prefill = parse_number(state, arg, 1); break;
     case 'n': opt->n_decode = parse_number(state, arg, 1); break;
     case 'd': opt->n_depths = parse_list(state, arg, 0, opt->depths); break;
@@ -122,6 +130,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         if (opt->n_drafts && !opt->model) argp_error(state, "random weights do not continue texts: --draft needs -m");
         for (int i = 0; i < opt->n_rows; i++)
             if (opt->rows[i] > LLM_DRAFT_MOST + 1) argp_error(state, "--rows: at most %d", LLM_DRAFT_MOST + 1);
+        if (opt->flops_table && !strcmp(opt->format, "json")) argp_error(state, "--flops-table comes as md or csv");
         break;
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -532,6 +541,89 @@ static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
     return first;
 }
 
+/* ---- Batches of several sequences ---- */
+
+enum { BATCHES = 6, LENGTHS = 9 };
+static const int table_batches[BATCHES] = {1, 2, 4, 8, 16, 32}, table_lengths[LENGTHS] = {1, 2, 4, 8, 16, 32, 64, 128, 170};
+
+/* Operations of the layers: products, and attention to all tokens before. The last layer ends behind keys and values, for
+   no logits are asked for. */
+static double layer_operations(const llm_model *model, double batch, double length) {
+    const llm_shape *s = &model->shape;
+    double q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
+    double inputs = s->n_embd * (q + 2 * kv), rest = s->n_embd * (q + 3.0 * s->n_ff);
+    return batch * (2 * length * (s->n_layers * inputs + (s->n_layers - 1) * rest) +
+                    4 * q * length * (length + 1) / 2 * (s->n_layers - 1));
+}
+
+/* The least of the seconds that passes of this size take, several if they are short. */
+static double time_rectangle(llm_context *ctx, int batch, int length) {
+    static llm_token tokens[32 * 170];
+    static int seqs[32 * 170];
+    static bool logits[32 * 170]; /* none */
+    double best = 1e9;
+    llm_error err;
+    for (int i = 0; i < batch * length; i++) {
+        tokens[i] = (llm_token)(i * 37 % 5000 + 10);
+        seqs[i] = i / length;
+    }
+    for (double start = llm__now(); best == 1e9 || llm__now() - start < 0.1;) {
+        llm_batch all = {batch * length, tokens, seqs, logits};
+        for (int seq = 0; seq < batch; seq++) llm_seq_truncate(ctx, seq, 0, NULL);
+        double before = llm__now();
+        if (llm_forward(ctx, &all, &err)) fail(&err);
+        if (llm__now() - before < best) best = llm__now() - before;
+    }
+    return best;
+}
+
+static void print_flops_table(const options *opt, double rates[LENGTHS][BATCHES], double limit) {
+    double best = 0;
+    bool csv = !strcmp(opt->format, "csv");
+    printf(csv ? "length,batch,gflop_s,limit_gflop_s\n" : "GFLOP/s of a batch (columns) of sequences of a length (rows); the limit is %.0f\n\n|  |", limit / 1e9);
+    for (int b = 0; b < BATCHES && !csv; b++) printf(" %d |", table_batches[b]);
+    for (int b = 0; b <= BATCHES && !csv; b++) printf(b ? " ---: |" : "\n| ---: |");
+    for (int l = 0; l < LENGTHS; l++) {
+        if (!csv) printf("\n| %d |", table_lengths[l]);
+        for (int b = 0; b < BATCHES; b++) {
+            if (rates[l][b] == 0) printf(csv ? "" : "  |");
+            else if (csv) printf("%d,%d,%.2f,%.1f\n", table_lengths[l], table_batches[b], rates[l][b] / 1e9, limit / 1e9);
+            else printf(" %.1f |", rates[l][b] / 1e9);
+            if (rates[l][b] > best) best = rates[l][b];
+        }
+    }
+    for (int n = 1; n <= 32 * 170 && !csv; n++) {
+        bool measured = false, fast = true;
+        for (int l = 0; l < LENGTHS; l++)
+            for (int b = 0; b < BATCHES; b++)
+                if (rates[l][b] > 0 && table_lengths[l] * table_batches[b] == n) {
+                    measured = true;
+                    fast = fast && rates[l][b] >= 0.9 * best;
+                }
+        if (!measured || !fast) continue;
+        printf("\n\nBatches of %d tokens reach 90 %% of the best in every shape.\n", n);
+        break;
+    }
+}
+
+static void run_flops_table(const options *opt) {
+    llm_model_desc desc = {.dtype = opt->dtypes[0], .n_threads = opt->threads[0], .isa = getenv("LLM_ISA")};
+    llm_context_desc context_desc = {.n_ctx = 192, .n_seq = 32, .n_batch = 32 * 170, .n_logits = 1, .n_threads = opt->threads[0]};
+    double rates[LENGTHS][BATCHES] = {{0}}; /* 0: not measured */
+    llm_model *model = NULL;
+    llm_context *ctx = NULL;
+    llm_error err;
+    if (opt->random ? load_random(&model, opt->random, &desc, &err) : llm_model_load(&model, opt->model, &desc, &err)) fail(&err);
+    if (llm_context_create(&ctx, model, &context_desc, &err)) fail(&err);
+    double limit = llm_measure_flops(ctx);
+    for (int l = 0; l < LENGTHS; l++)
+        for (int b = 0; b < BATCHES && table_lengths[l] * table_batches[b] <= opt->flops_table; b++)
+            rates[l][b] = layer_operations(model, table_batches[b], table_lengths[l]) / time_rectangle(ctx, table_batches[b], table_lengths[l]);
+    print_flops_table(opt, rates, limit);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
 int main(int argc, char **argv) {
     options opt = {.format = "md", .n_prefill = 512, .n_decode = 128, .n_rounds = 5, .n_depths = 1, .n_threads = 1, .n_dtypes = 1,
                    .dtypes = {LLM_DTYPE_BF16}, .threads = {llm__default_threads()}};
@@ -539,6 +631,10 @@ int main(int argc, char **argv) {
     argp_parse(&argp, argc, argv, 0, NULL, &opt);
     if (opt.n_drafts || opt.n_rows) {
         print_comparisons(&opt);
+        return 0;
+    }
+    if (opt.flops_table) {
+        run_flops_table(&opt);
         return 0;
     }
     bool first = true;

@@ -26,6 +26,7 @@ check "refuses a draft without texts" refuses -m "$model" --draft lookup
 check "refuses texts without a draft" refuses -m "$model" "$out.txt"
 check "refuses a missing text" refuses -m "$model" --draft lookup "$out.absent"
 check "refuses an unknown type of itself" refuses -m "$model" --draft self:int5 "$out.txt"
+check "a table of batches and lengths" eval '"$bench" -m "$model" --flops-table=8 -o csv >"$out" && [ "$(wc -l <"$out")" -eq 11 ]'
 check "refuses an unknown shape" refuses --random gpt5
 check "refuses an unknown type" refuses -m "$model" --dtype int5
 check "refuses a bad list" refuses -m "$model" -d 0,,1
