@@ -427,6 +427,7 @@ typedef struct llm_weight {
     const void *source;
     void (*read_row)(const struct llm_weight *weight, int row, float *out); /* out[cols]; any thread may call it  */
     const void *(*raw_row)(const struct llm_weight *weight, int row, int *type); /* as the file has it; GGUF's type */
+    float (*row_scale)(const struct llm_weight *weight, int row); /* by which a raw row of type I8 is multiplied     */
     bool has_q8_0; /* some of its rows are of that type                                               */
 } llm_weight;
 
@@ -6988,13 +6989,22 @@ static const llm__tensor *llm__find_row(const llm_weight *weight, int *row) {
     return &source->parts[part];
 }
 
+static float llm__tensor_row_scale(const llm__tensor *t, int row) {
+    float scale = 1;
+    if (t->scales) t->scales->type->decode(t->scales->data + (uint64_t)row * t->scales->type->block_bytes, 1, &scale);
+    return scale;
+}
+
+static float llm__weight_row_scale(const llm_weight *weight, int row) {
+    const llm__tensor *t = llm__find_row(weight, &row);
+    return llm__tensor_row_scale(t, row);
+}
+
 static void llm__read_weight_row(const llm_weight *weight, int row, float *out) {
     const llm__tensor *t = llm__find_row(weight, &row);
     t->type->decode(t->data + (uint64_t)row * t->row_bytes, (size_t)t->cols, out);
-    if (!t->scales) return;
-    float scale;
-    t->scales->type->decode(t->scales->data + (uint64_t)row * t->scales->type->block_bytes, 1, &scale);
-    for (uint64_t i = 0; i < t->cols; i++) out[i] *= scale;
+    float scale = llm__tensor_row_scale(t, row);
+    for (uint64_t i = 0; i < t->cols && t->scales; i++) out[i] *= scale;
 }
 
 static const void *llm__raw_weight_row(const llm_weight *weight, int row, int *type) {
@@ -7095,6 +7105,12 @@ static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, siz
     ((float *)(void *)(tile + k * 16))[lane] = most / 127.0f;
 }
 
+/* A row that is int8 in the file stays as it is: k of them, zeros up to `padded`. */
+static void llm__copy_int8_row(uint8_t *tile, size_t lane, const int8_t *row, size_t k, size_t padded, float scale) {
+    for (size_t i = 0; i < padded; i++) ((int8_t *)tile)[i * 16 + lane] = i < k ? row[i] : 0;
+    ((float *)(void *)(tile + padded * 16))[lane] = scale;
+}
+
 /* 32 whole numbers with what turns them into weights. */
 typedef struct llm__group {
     int8_t q[32];
@@ -7158,35 +7174,62 @@ static void llm__pack_group(llm__kind kind, uint8_t *to, size_t lane, const llm_
     }
 }
 
-/* Rows of one tile into their order; `row` is scratch for one. Absent rows (-1) are zero. */
-static void llm__pack_tile(const llm__matrix *m, int tile, const llm_weight *weight, const int rows[16], float *row) {
+/* 16 rows of k into a tile of bf16: even and odd k side by side, so that the tile is written from front to back. */
+static void llm__pack_bf16_tile(const llm__kernels *kernels, uint8_t *tile, float *rows, size_t k) {
+    uint64_t mode = llm__float_mode_enter();
+    for (size_t lane = 0; lane < 16; lane++) kernels->scale(rows + lane * k, 1.0f, (int)k, true, rows + lane * k);
+    llm__float_mode_leave(mode);
+    for (size_t i = 0; i < k; i += 2)
+        for (size_t lane = 0; lane < 16; lane++, tile += 4) {
+            uint32_t even, odd;
+            memcpy(&even, &rows[lane * k + i], 4);
+            memcpy(&odd, &rows[lane * k + i + 1], 4);
+            even = even >> 16 | odd;
+            memcpy(tile, &even, 4);
+        }
+}
+
+/* A tile's groups, as the file has them or made of its 16 rows; a raw row that is NULL is absent, or is to be made. */
+static void llm__pack_groups(const llm__matrix *m, uint8_t *tile, const uint8_t *const raw[16], const int types[16],
+                             const float *rows, size_t k) {
+    for (size_t lane = 0; lane < 16; lane++)
+        for (size_t i = 0; i < k / 32; i++) {
+            llm__group g = llm__read_group(types[lane], raw[lane], i, rows + lane * k + i * 32);
+            llm__pack_group(m->kind, tile + i * llm__tile_bytes(m->kind, 32), lane, &g);
+        }
+}
+
+/* Rows of one tile into their order; `rows` is scratch for 16. Absent rows (-1) are zero. */
+static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, int tile, const llm_weight *weight,
+                           const int numbers[16], float *rows) {
     size_t k = (size_t)llm__round_up(m->k, 32);
     uint8_t *to = m->data + (size_t)tile * m->tile_bytes;
-    memset(row, 0, k * sizeof *row);
+    const uint8_t *raw[16];
+    int types[16];
+    memset(rows, 0, 16 * k * sizeof *rows);
     for (size_t lane = 0; lane < 16; lane++) {
-        int type = LLM__F32;
-        const uint8_t *raw = NULL;
-        if (rows[lane] >= 0) weight->read_row(weight, rows[lane], row);
-        else memset(row, 0, k * sizeof *row);
-        if (rows[lane] >= 0) raw = (const uint8_t *)weight->raw_row(weight, rows[lane], &type);
-        switch (m->kind) {
-        case LLM__W_F32:
-            for (size_t i = 0; i < k; i++) ((float *)(void *)to)[i * 16 + lane] = row[i];
-            break;
-        case LLM__W_F16:
-            for (size_t i = 0; i < k; i++) ((uint16_t *)(void *)to)[i * 16 + lane] = llm__f32_to_f16(row[i]);
-            break;
-        case LLM__W_BF16:
-            for (size_t i = 0; i < k; i++)
-                ((uint16_t *)(void *)to)[i / 2 * 32 + lane * 2 + i % 2] = llm__f32_to_bf16(row[i]);
-            break;
-        case LLM__W_INT8: llm__pack_int8_row(to, lane, row, k); break;
-        default:
-            for (size_t i = 0; i < k / 32; i++) {
-                llm__group g = llm__read_group(type, raw, i, row + i * 32);
-                llm__pack_group(m->kind, to + i * llm__tile_bytes(m->kind, 32), lane, &g);
-            }
-        }
+        types[lane] = LLM__F32;
+        raw[lane] = NULL;
+        if (numbers[lane] < 0) continue;
+        raw[lane] = (const uint8_t *)weight->raw_row(weight, numbers[lane], &types[lane]);
+        bool whole = llm__has_groups(m->kind) && (types[lane] == LLM__Q4_0 || types[lane] == LLM__Q4_1 || types[lane] == LLM__Q8_0);
+        if (!whole) weight->read_row(weight, numbers[lane], rows + lane * k); /* else its groups are taken as they are */
+    }
+    if (m->kind == LLM__W_BF16) {
+        llm__pack_bf16_tile(kernels, to, rows, k);
+        return;
+    }
+    if (llm__has_groups(m->kind)) {
+        llm__pack_groups(m, to, raw, types, rows, k);
+        return;
+    }
+    for (size_t lane = 0; lane < 16; lane++) {
+        const float *row = rows + lane * k;
+        if (types[lane] == LLM__I8 && m->kind == LLM__W_INT8)
+            llm__copy_int8_row(to, lane, (const int8_t *)raw[lane], (size_t)m->k, k, weight->row_scale(weight, numbers[lane]));
+        else if (m->kind == LLM__W_INT8) llm__pack_int8_row(to, lane, row, k);
+        for (size_t i = 0; i < k && m->kind != LLM__W_INT8; i++)
+            llm__tile_set(m->kind, to, llm__tile_index(m->kind, lane, i, k), row[i]);
     }
 }
 
@@ -7515,17 +7558,17 @@ typedef struct llm__cpu_upload_args {
     llm__cpu_model *model;
     const llm_weight *weight;
     llm__matrix *matrix;
-    float *rows; /* scratch, one row a thread */
+    float *rows; /* scratch, 16 rows a thread */
 } llm__cpu_upload_args;
 
 static void llm__cpu_pack_task(void *arg, int index) {
     llm__cpu_upload_args *a = (llm__cpu_upload_args *)arg;
-    int n_tiles = llm__round_up(a->matrix->n, 16) / 16, rows[16];
-    float *row = a->rows + (size_t)index * (size_t)llm__round_up(a->matrix->k, 32);
+    int n_tiles = llm__round_up(a->matrix->n, 16) / 16, numbers[16];
+    float *rows = a->rows + (size_t)index * 16 * (size_t)llm__round_up(a->matrix->k, 32);
     llm__worker w = {a->model->team, index, 0};
     for (int tile; (tile = llm__take(&w)) < n_tiles;) {
-        llm__tile_rows(a->weight, tile, rows);
-        llm__pack_tile(a->matrix, tile, a->weight, rows, row);
+        llm__tile_rows(a->weight, tile, numbers);
+        llm__pack_tile(a->model->kernels, a->matrix, tile, a->weight, numbers, rows);
     }
 }
 
@@ -7536,7 +7579,7 @@ static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const l
     int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__round_up(weight->rows / 2, 16) : weight->rows;
     *matrix = llm__matrix_alloc(env, llm__weight_kind(model->dtype, weight), n, weight->cols);
     args.rows =
-        (float *)llm__alloc(env, (size_t)model->team->n * (size_t)llm__round_up(weight->cols, 32), sizeof(float));
+        (float *)llm__alloc(env, (size_t)model->team->n * 16 * (size_t)llm__round_up(weight->cols, 32), sizeof(float));
     llm__team_run(model->team, llm__cpu_pack_task, &args);
     llm__free(env->pool, args.rows);
 }
@@ -8719,7 +8762,7 @@ static llm_weight llm__make_weight(llm__env *env, const llm__checkpoint *ck, con
     bool in_layer = kind != LLM_WEIGHT_EMBEDDING && kind != LLM_WEIGHT_OUTPUT_NORM && kind != LLM_WEIGHT_HEAD;
     bool rotated = kind == LLM_WEIGHT_QKV || kind == LLM_WEIGHT_QKV_BIAS;
     int rows[3];
-    llm_weight w = {kind, layer, 0, cols, source, llm__read_weight_row, llm__raw_weight_row, false};
+    llm_weight w = {kind, layer, 0, cols, source, llm__read_weight_row, llm__raw_weight_row, llm__weight_row_scale, false};
     memset(source, 0, sizeof *source);
     source->rope_dim = h->rope_dim;
     llm__part_rows(h, kind, rows);
