@@ -7096,13 +7096,17 @@ static llm__matrix llm__matrix_alloc(llm__env *env, llm__kind kind, int n, int k
 
 static int8_t llm__round_int8(double x) { return (int8_t)(x > -128 && x < 128 ? floor(x + 0.5) : 0); } /* NaN: 0 */
 
-/* Symmetric int8 of a whole row: q = round(127 w / max|row|). */
-static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, size_t k) {
+/* Symmetric int8 of a whole row: q = round(127 w / max|row|). Returns the scale. */
+static float llm__quantize_row(const float *row, size_t n, int8_t *q, size_t step) {
     float most = 0;
-    for (size_t i = 0; i < k; i++) most = row[i] > most ? row[i] : -row[i] > most ? -row[i] : most;
+    for (size_t i = 0; i < n; i++) most = row[i] > most ? row[i] : -row[i] > most ? -row[i] : most;
     double inverse = most > 0 ? 127.0 / most : 0;
-    for (size_t i = 0; i < k; i++) ((int8_t *)tile)[i * 16 + lane] = llm__round_int8(row[i] * inverse);
-    ((float *)(void *)(tile + k * 16))[lane] = most / 127.0f;
+    for (size_t i = 0; i < n; i++) q[i * step] = llm__round_int8(row[i] * inverse);
+    return most / 127.0f;
+}
+
+static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, size_t k) {
+    ((float *)(void *)(tile + k * 16))[lane] = llm__quantize_row(row, k, (int8_t *)tile + lane, 16);
 }
 
 /* A row that is int8 in the file stays as it is: k of them, zeros up to `padded`. */
@@ -7910,21 +7914,20 @@ static float *llm__value_scales(const llm__cpu_context *c, uint8_t *values) {
     return (float *)(void *)(values + c->cache_block_bytes) - LLM_BLOCK;
 }
 
-/* Symmetric int8 with one scale: q = round(127 x / max|x|). */
+/* A key is a row of a tile; a value is a column across the tiles of its block. */
 static void llm__cache_store_int8(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
-    size_t n = (size_t)c->model->shape.head_dim, k = value ? (size_t)LLM_BLOCK : (size_t)c->head_stride,
-           bytes = llm__tile_bytes(LLM__W_INT8, (int)k);
-    float most = 0;
-    for (size_t d = 0; d < n; d++) most = from[d] > most ? from[d] : -from[d] > most ? -from[d] : most;
-    double inverse = most > 0 ? 127.0 / most : 0;
-    for (size_t d = 0; d < n; d++) {
-        size_t output = value ? d : (size_t)place, input = value ? (size_t)place : d;
-        ((int8_t *)tiles)[output / 16 * bytes + input * 16 + output % 16] = llm__round_int8(from[d] * inverse);
+    size_t n = (size_t)c->model->shape.head_dim, lane = (size_t)place % 16;
+    if (!value) {
+        uint8_t *tile = tiles + (size_t)(place / 16) * llm__tile_bytes(LLM__W_INT8, c->head_stride);
+        float scale = llm__quantize_row(from, n, (int8_t *)tile + lane, 16);
+        ((float *)(void *)(tile + (size_t)c->head_stride * 16))[lane] = scale;
+        return;
     }
-    if (value) llm__value_scales(c, tiles)[place] = most / 127.0f;
-    for (size_t tile = 0; tile < (size_t)c->head_stride / 16 && value; tile++)
-        for (size_t i = 0; i < 16; i++) ((float *)(void *)(tiles + tile * bytes + k * 16))[i] = 1;
-    if (!value) ((float *)(void *)(tiles + (size_t)(place / 16) * bytes + k * 16))[place % 16] = most / 127.0f;
+    int8_t q[LLM__MOST_HEAD];
+    size_t bytes = llm__tile_bytes(LLM__W_INT8, LLM_BLOCK);
+    llm__value_scales(c, tiles)[place] = llm__quantize_row(from, n, q, 1);
+    for (size_t d = 0; d < n; d++) ((int8_t *)tiles)[d / 16 * bytes + (size_t)place * 16 + d % 16] = q[d];
+    for (size_t i = 0; i < (size_t)c->head_stride; i++) ((float *)(void *)(tiles + i / 16 * bytes + LLM_BLOCK * 16))[i % 16] = 1;
 }
 
 /* Puts one head's key or value of one position into its block. */
