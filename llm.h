@@ -148,7 +148,7 @@ typedef struct llm_model_desc {
     bool (*read)(void *user, uint64_t offset, void *to, size_t n_bytes);
     void *read_user;
     uint64_t read_size;
-    const char *isa;            /* force an instruction set: "scalar", "avx2", "avx512", "amx"; NULL: the best there is   */
+    const char *isa; /* force an instruction set: "scalar", "avx2", "avx512", "amx"; NULL: the best there is   */
     const llm_backend *backend; /* what computes; NULL: the CPU. See llm_cuda_backend                         */
     llm_host host;
 } llm_model_desc;
@@ -2257,7 +2257,8 @@ static llm__hparams llm__gguf_hparams(llm__env *env, const llm__checkpoint *ck) 
     h.n_heads = llm__arch_int(env, ck, "attention.head_count", -1, 4096);
     h.n_kv_heads = llm__arch_int(env, ck, "attention.head_count_kv", h.n_heads, 4096);
     h.n_ctx_train = llm__arch_int(env, ck, "context_length", -1, 1 << 28);
-    h.head_dim = llm__arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1, LLM__MOST_HEAD);
+    h.head_dim =
+        llm__arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1, LLM__MOST_HEAD);
     if (llm__arch_int(env, ck, "attention.value_length", h.head_dim, 4096) != h.head_dim)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "values and keys have different lengths, which this library does not run");
@@ -5987,11 +5988,11 @@ typedef void llm__product_fn(const float *x, size_t x_stride, const float *x_sum
 /* A product on a matrix unit, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
    times 32 k. */
 typedef struct llm__tile_product {
-    const uint8_t *a;          /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, as pack_rows leaves them    */
-    int n_rows, a_blocks;      /* n_rows counts 16 rows each                                                         */
-    const uint8_t *const *b;   /* [n_blocks] where the first tile's blocks lie, 1 KB each: [16 pairs of k][16][2]     */
-    size_t b_next;             /* how much further those of the second tile lie                                      */
-    int n_blocks, n_cols;      /* n_cols counts tiles: 1 or 2                                                        */
+    const uint8_t *a;        /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, as pack_rows leaves them    */
+    int n_rows, a_blocks;    /* n_rows counts 16 rows each                                                         */
+    const uint8_t *const *b; /* [n_blocks] where the first tile's blocks lie, 1 KB each: [16 pairs of k][16][2]     */
+    size_t b_next;           /* how much further those of the second tile lie                                      */
+    int n_blocks, n_cols;    /* n_cols counts tiles: 1 or 2                                                        */
     float *c;
     size_t c_stride;
     bool add;
@@ -6000,9 +6001,9 @@ typedef struct llm__tile_product {
 } llm__tile_product;
 
 enum {
-    LLM__TILE_ROWS = 16,    /* from so many rows on, a product goes to the matrix unit if there is one             */
-    LLM__TILE_BLOCKS = 18,  /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
-    LLM__PANEL_TILES = 8,   /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
+    LLM__TILE_ROWS = 16,   /* from so many rows on, a product goes to the matrix unit if there is one             */
+    LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
+    LLM__PANEL_TILES = 8,  /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
     LLM__PANEL_ROWS = 512
 };
 
@@ -6150,7 +6151,8 @@ static bool llm__tiles_allowed(void) {
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if ((low >> 17 & 3) != 3) return false;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false; /* bf16, tiles */
-    if (!__get_cpuid_count(0x1D, 1, &a, &b, &c, &d) || b >> 16 < 8 || (b & 0xFFFF) < 64 || (c & 0xFFFF) < 16) return false;
+    if (!__get_cpuid_count(0x1D, 1, &a, &b, &c, &d) || b >> 16 < 8 || (b & 0xFFFF) < 64 || (c & 0xFFFF) < 16)
+        return false;
     return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
 }
 #endif
@@ -6451,8 +6453,8 @@ LLM__INLINE float v_hmax(V a) {
 #endif
 
 /* ROWS rows at once, so that a weight once loaded serves them all. ROWS is a constant where this is inlined. */
-LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const bool HALF, const float *x, size_t x_stride, const void *w, int k,
-                                   float *y, size_t y_stride) {
+LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const bool HALF, const float *x, size_t x_stride, const void *w,
+                                   int k, float *y, size_t y_stride) {
     V sum[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_load(y + (size_t)r * y_stride);
     for (int i = 0; i < k; i++) {
@@ -6725,7 +6727,8 @@ LLM__TARGET static void LLM__FN(pack_rows)(const float *x, size_t x_stride, int 
             const float *from = x + (size_t)(first + r) * x_stride;
             uint8_t *to = a + r * 64;
             for (int i = 0; i < k; i += 16) { /* the lower halves are zero already */
-                __m512i bits = first + r < rows ? _mm512_castps_si512(_mm512_loadu_ps(from + i)) : _mm512_setzero_si512();
+                __m512i bits =
+                    first + r < rows ? _mm512_castps_si512(_mm512_loadu_ps(from + i)) : _mm512_setzero_si512();
                 _mm256_storeu_si256((__m256i *)(void *)(to + (size_t)i / 32 * 1024 + i % 32 * 2),
                                     _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
             }
@@ -6733,7 +6736,8 @@ LLM__TARGET static void LLM__FN(pack_rows)(const float *x, size_t x_stride, int 
 }
 
 /* One square of 2 x 2 tiles of sums, or its part; which is a constant where this is inlined. */
-LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile_product *p, const uint8_t *a, float *c) {
+LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile_product *p, const uint8_t *a,
+                                 float *c) {
     const size_t c_bytes = p->c_stride * 4, a_next = (size_t)p->a_blocks * 1024;
     float *low = c + 16 * p->c_stride;
     if (p->add) {
@@ -6838,8 +6842,18 @@ LLM__INLINE void LLM__FN(panel_pair)(const llm__kind KIND, const llm__panel *p, 
         }
         return;
     }
-    llm__tile_product product = {p->a + (size_t)first * 1024, (p->n_rows + 15) / 16, n_blocks, b, p->tile_bytes, n, n_cols,
-                                 p->c + tile * 16, (size_t)p->n_tiles * 16, first > 0, NULL, (size_t)n * bytes,
+    llm__tile_product product = {p->a + (size_t)first * 1024,
+                                 (p->n_rows + 15) / 16,
+                                 n_blocks,
+                                 b,
+                                 p->tile_bytes,
+                                 n,
+                                 n_cols,
+                                 p->c + tile * 16,
+                                 (size_t)p->n_tiles * 16,
+                                 first > 0,
+                                 NULL,
+                                 (size_t)n * bytes,
                                  p->tile_bytes};
     if (KIND == LLM__W_INT8) {
         for (int i = 0; i < n_cols; i++)
@@ -6900,8 +6914,8 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #endif
 
 #define LLM__KERNEL_TABLE                                                                                          \
-    {LLM__FN(product_f32), LLM__FN(product_bf16), LLM__FN(product_int8), LLM__FN(product_int8_groups),             \
-     LLM__FN(product_int4_groups), LLM__FN(product_f16)},                                                          \
+    {LLM__FN(product_f32),         LLM__FN(product_bf16),        LLM__FN(product_int8),                            \
+     LLM__FN(product_int8_groups), LLM__FN(product_int4_groups), LLM__FN(product_f16)},                            \
         LLM__FN(group_sums), LLM__FN(rms_norm), LLM__FN(swiglu), LLM__FN(softmax), LLM__FN(merge), LLM__FN(scale), \
         LLM__FN(add), LLM__FN(weigh), LLM__FN(rope), LLM__FN(read), LLM__FN(multiply)
 
@@ -7216,8 +7230,10 @@ static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, in
         raw[lane] = NULL;
         if (numbers[lane] < 0) continue;
         raw[lane] = (const uint8_t *)weight->raw_row(weight, numbers[lane], &types[lane]);
-        bool whole = llm__has_groups(m->kind) && (types[lane] == LLM__Q4_0 || types[lane] == LLM__Q4_1 || types[lane] == LLM__Q8_0);
-        if (!whole) weight->read_row(weight, numbers[lane], rows + lane * k); /* else its groups are taken as they are */
+        bool whole = llm__has_groups(m->kind) &&
+                     (types[lane] == LLM__Q4_0 || types[lane] == LLM__Q4_1 || types[lane] == LLM__Q8_0);
+        if (!whole)
+            weight->read_row(weight, numbers[lane], rows + lane * k); /* else its groups are taken as they are */
     }
     if (m->kind == LLM__W_BF16) {
         llm__pack_bf16_tile(kernels, to, rows, k);
@@ -7230,7 +7246,8 @@ static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, in
     for (size_t lane = 0; lane < 16; lane++) {
         const float *row = rows + lane * k;
         if (types[lane] == LLM__I8 && m->kind == LLM__W_INT8)
-            llm__copy_int8_row(to, lane, (const int8_t *)raw[lane], (size_t)m->k, k, weight->row_scale(weight, numbers[lane]));
+            llm__copy_int8_row(to, lane, (const int8_t *)raw[lane], (size_t)m->k, k,
+                               weight->row_scale(weight, numbers[lane]));
         else if (m->kind == LLM__W_INT8) llm__pack_int8_row(to, lane, row, k);
         for (size_t i = 0; i < k && m->kind != LLM__W_INT8; i++)
             llm__tile_set(m->kind, to, llm__tile_index(m->kind, lane, i, k), row[i]);
@@ -7737,8 +7754,8 @@ enum {
         256, /* keys whose softmax is taken at once; chunks are then merged in order (part of the arithmetic) */
     LLM__QUERY_ROWS =
         64,         /* query rows, over the heads that share a key head, that meet a chunk together                  */
-    LLM__ROWS = 64,     /* activation rows that meet a group of tiles while it is in the near cache                  */
-    LLM__TILES = 4,     /* tiles in such a group                                                                     */
+    LLM__ROWS = 64, /* activation rows that meet a group of tiles while it is in the near cache                  */
+    LLM__TILES = 4, /* tiles in such a group                                                                     */
     LLM__SPLIT_ROWS = 8 /* rows of a sequence whose attention may be split over the keys                             */
 };
 
@@ -7769,9 +7786,9 @@ typedef struct llm__cpu_context {
     size_t partial_floats;
     int n_partials;
     /* For the matrix unit, else NULL: */
-    uint8_t *packed;  /* a product's activations, see pack_rows */
-    float *panels;    /* [n_threads][panel_floats] sums of up to LLM__PANEL_ROWS rows and 16 * LLM__PANEL_TILES outputs */
-    uint8_t *tiles;   /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
+    uint8_t *packed; /* a product's activations, see pack_rows */
+    float *panels;  /* [n_threads][panel_floats] sums of up to LLM__PANEL_ROWS rows and 16 * LLM__PANEL_TILES outputs */
+    uint8_t *tiles; /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
     size_t panel_floats, tile_bytes;
     float *logits;                            /* [n_logits][n_vocab] */
     int *all_rows;                            /* 0, 1, 2 ... */
@@ -7812,8 +7829,7 @@ static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, i
         for (int i = 0; i < step; i++)
             c->model->kernels->product[m->kind](x, x_stride, x_sums, rows, m->data + (size_t)(tile + i) * m->tile_bytes,
                                                 llm__round_up(m->k, 32), sums[0] + 16 * i, 32);
-        for (int r = 0; r < rows; r++)
-            llm__end_row(c, m, tile, step, sums[r], ending, y + (size_t)r * y_stride);
+        for (int r = 0; r < rows; r++) llm__end_row(c, m, tile, step, sums[r], ending, y + (size_t)r * y_stride);
     }
 }
 
@@ -7841,8 +7857,15 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
     const uint8_t *next = ahead * 16 < m->n ? m->data + (size_t)ahead * m->tile_bytes : NULL;
     for (int first = 0; first < rows; first += LLM__PANEL_ROWS) {
         int some = rows - first < LLM__PANEL_ROWS ? rows - first : (int)LLM__PANEL_ROWS;
-        llm__panel panel = {c->packed + (size_t)first * k * 2, c->sums + (size_t)first * (k / 32), some, (int)k,
-                            m->data + (size_t)tile * m->tile_bytes, next, m->tile_bytes, n_tiles, sums,
+        llm__panel panel = {c->packed + (size_t)first * k * 2,
+                            c->sums + (size_t)first * (k / 32),
+                            some,
+                            (int)k,
+                            m->data + (size_t)tile * m->tile_bytes,
+                            next,
+                            m->tile_bytes,
+                            n_tiles,
+                            sums,
                             c->tiles + (size_t)index * c->tile_bytes};
         c->model->kernels->panel(m->kind, &panel);
         for (int r = 0; r < some; r++)
@@ -7873,8 +7896,8 @@ static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__ma
         }
         for (int r = 0; r < rows; r += LLM__ROWS) {
             int some = rows - r < LLM__ROWS ? rows - r : (int)LLM__ROWS;
-            llm__linear_piece(c, m, first, n, x + (size_t)r * x_stride, x_stride,
-                              c->sums + (size_t)r * (size_t)groups, some, ending, y + (size_t)r * y_stride, y_stride);
+            llm__linear_piece(c, m, first, n, x + (size_t)r * x_stride, x_stride, c->sums + (size_t)r * (size_t)groups,
+                              some, ending, y + (size_t)r * y_stride, y_stride);
         }
     }
     llm__finish(w, n_pieces);
@@ -7927,7 +7950,8 @@ static void llm__cache_store_int8(const llm__cpu_context *c, uint8_t *tiles, boo
     size_t bytes = llm__tile_bytes(LLM__W_INT8, LLM_BLOCK);
     llm__value_scales(c, tiles)[place] = llm__quantize_row(from, n, q, 1);
     for (size_t d = 0; d < n; d++) ((int8_t *)tiles)[d / 16 * bytes + (size_t)place * 16 + d % 16] = q[d];
-    for (size_t i = 0; i < (size_t)c->head_stride; i++) ((float *)(void *)(tiles + i / 16 * bytes + LLM_BLOCK * 16))[i % 16] = 1;
+    for (size_t i = 0; i < (size_t)c->head_stride; i++)
+        ((float *)(void *)(tiles + i / 16 * bytes + LLM_BLOCK * 16))[i % 16] = 1;
 }
 
 /* Puts one head's key or value of one position into its block. */
@@ -8025,8 +8049,7 @@ static int llm__end_of_keys(const llm__cpu_context *c, const llm__attention_work
 }
 
 /* The sums of queries and keys, or of softmax weights and values, over the n cache blocks named. */
-static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks,
-                             int n) {
+static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks, int n) {
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride, tile = llm__tile_bytes(c->cache_kind, c->head_stride);
     if (!a->packed) memset(a->scores, 0, (size_t)a->n * LLM__CHUNK * sizeof(float));
@@ -8036,19 +8059,18 @@ static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_wor
         if (a->packed) {
             int n_parts = c->head_stride / 32;
             for (int j = 0; j < n_parts; j++) parts[j] = keys + j * 1024;
-            llm__tile_product p = {a->packed, a->padded / 16, n_parts, parts, tile, n_parts, 2, scores, LLM__CHUNK,
-                                   false, NULL, 0, 0};
+            llm__tile_product p = {a->packed, a->padded / 16, n_parts, parts, tile, n_parts, 2,
+                                   scores,    LLM__CHUNK,     false,   NULL,  0,    0};
             kernels->tile_product(&p);
             continue;
         }
         kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys, c->head_stride, scores, LLM__CHUNK);
-        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys + tile, c->head_stride, scores + 16,
-                                        LLM__CHUNK);
+        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys + tile, c->head_stride, scores + 16, LLM__CHUNK);
     }
 }
 
-static void llm__attend_values(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks,
-                               int n, float *part) {
+static void llm__attend_values(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks, int n,
+                               float *part) {
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride, tile = llm__tile_bytes(c->cache_kind, LLM_BLOCK);
     if (a->packed) {
@@ -8058,8 +8080,7 @@ static void llm__attend_values(const llm__cpu_context *c, const llm__attention_w
             const uint8_t *values[LLM__CHUNK / LLM_BLOCK];
             for (int i = 0; i < n; i++)
                 values[i] = llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile;
-            llm__tile_product p = {weights, a->padded / 16, n, values, tile, n, 2, part + d, stride, false, NULL,
-                                   0, 0};
+            llm__tile_product p = {weights, a->padded / 16, n, values, tile, n, 2, part + d, stride, false, NULL, 0, 0};
             kernels->tile_product(&p);
         }
         return;
@@ -8075,7 +8096,8 @@ static void llm__attend_values(const llm__cpu_context *c, const llm__attention_w
     for (int i = 0; i < n; i++)
         for (int d = 0; d < c->head_stride; d += 16)
             kernels->product[c->cache_kind](a->scores + i * LLM_BLOCK, LLM__CHUNK, NULL, a->n,
-                                            llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile,
+                                            llm__cache_block(c, a->layer, 1, a->head, blocks[i]) +
+                                                (size_t)(d / 16) * tile,
                                             LLM_BLOCK, part + d, stride);
 }
 
@@ -8259,8 +8281,7 @@ static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer)
         }
     llm__barrier(w->team);
     llm__linear(w, c, &queries, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
-    for (int i; (i = llm__take(w)) < n;)
-        llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
+    for (int i; (i = llm__take(w)) < n;) llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
     llm__finish(w, n);
 }
 
@@ -8765,7 +8786,8 @@ static llm_weight llm__make_weight(llm__env *env, const llm__checkpoint *ck, con
     bool in_layer = kind != LLM_WEIGHT_EMBEDDING && kind != LLM_WEIGHT_OUTPUT_NORM && kind != LLM_WEIGHT_HEAD;
     bool rotated = kind == LLM_WEIGHT_QKV || kind == LLM_WEIGHT_QKV_BIAS;
     int rows[3];
-    llm_weight w = {kind, layer, 0, cols, source, llm__read_weight_row, llm__raw_weight_row, llm__weight_row_scale, false};
+    llm_weight w = {kind, layer, 0, cols, source, llm__read_weight_row, llm__raw_weight_row, llm__weight_row_scale,
+                    false};
     memset(source, 0, sizeof *source);
     source->rope_dim = h->rope_dim;
     llm__part_rows(h, kind, rows);
