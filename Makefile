@@ -9,7 +9,7 @@ WARNINGS = -Wall -Wextra -pedantic
 LDLIBS   = $(if $(filter hellaswag,$(@F)),-lbz2) $(if $(filter repl,$(@F)),-ledit) \
            $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat test_score hellaswag fuzz,$(basename $(@F))),-ljansson) \
            $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
-PROGRAMS = build/repl build/hello build/tokenize build/embed build/hellaswag build/bench
+PROGRAMS = build/repl build/hello build/tokenize build/embed build/quantize build/hellaswag build/bench
 
 comma := ,
 
@@ -84,6 +84,11 @@ build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 	mkdir -p $(@D)
 	echo "  compile $@"
 	$(CXX) $(CXXFLAGS) -std=c++17 $(WARNINGS) -I. $(CPPFLAGS) -o $@ $(filter %.cpp,$^) $(LDFLAGS) $(LDLIBS)
+
+# Tests that include the program, or the test, that they test.
+$(foreach dir,build build/asan,$(dir)/test_quantize): examples/quantize.c
+$(foreach dir,build build/asan,$(dir)/test_kernels_amx): tests/test_kernels.c
+$(foreach dir,build build/asan,$(dir)/test_hash_amx): tests/test_hash.c
 
 # The GPU's kernels, run on the CPU.
 $(foreach dir,build build/asan,$(dir)/test_cuda): tests/test_cuda.cpp llm_cuda.cu llm.h $(wildcard tests/*.h tests/cuda_host/*)

@@ -579,6 +579,7 @@ typedef struct llm_weight {
     const void *source;
     void (*read_row)(const struct llm_weight *weight, int row, float *out); /* out[cols]; any thread may call it  */
     const void *(*raw_row)(const struct llm_weight *weight, int row, int *type); /* as the file has it; GGUF's type */
+    float (*row_scale)(const struct llm_weight *weight, int row); /* by which a raw row of type I8 is multiplied     */
     bool has_q8_0; /* some of its rows are of that type                                               */
 } llm_weight;
 
@@ -2472,7 +2473,8 @@ static llm__hparams llm__gguf_hparams(llm__env *env, const llm__checkpoint *ck) 
     h.n_heads = llm__arch_int(env, ck, "attention.head_count", -1, 4096);
     h.n_kv_heads = llm__arch_int(env, ck, "attention.head_count_kv", h.n_heads, 4096);
     h.n_ctx_train = llm__arch_int(env, ck, "context_length", -1, 1 << 28);
-    h.head_dim = llm__arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1, LLM__MOST_HEAD);
+    h.head_dim =
+        llm__arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1, LLM__MOST_HEAD);
     int value_length = llm__arch_int(env, ck, "attention.value_length", h.head_dim, LLM__MOST_HEAD);
     if (value_length != h.head_dim)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
@@ -6211,11 +6213,11 @@ typedef void llm__product_fn(const float *x, size_t x_stride, const float *x_sum
 /* A product on a matrix unit, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
    times 32 k. */
 typedef struct llm__tile_product {
-    const uint8_t *a;          /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, as pack_rows leaves them    */
-    int n_rows, a_blocks;      /* n_rows counts 16 rows each                                                         */
-    const uint8_t *const *b;   /* [n_blocks] where the first tile's blocks lie, 1 KB each: [16 pairs of k][16][2]     */
-    size_t b_next;             /* how much further those of the second tile lie                                      */
-    int n_blocks, n_cols;      /* n_cols counts tiles: 1 or 2                                                        */
+    const uint8_t *a;        /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, as pack_rows leaves them    */
+    int n_rows, a_blocks;    /* n_rows counts 16 rows each                                                         */
+    const uint8_t *const *b; /* [n_blocks] where the first tile's blocks lie, 1 KB each: [16 pairs of k][16][2]     */
+    size_t b_next;           /* how much further those of the second tile lie                                      */
+    int n_blocks, n_cols;    /* n_cols counts tiles: 1 or 2                                                        */
     float *c;
     size_t c_stride;
     bool add;
@@ -6224,9 +6226,9 @@ typedef struct llm__tile_product {
 } llm__tile_product;
 
 enum {
-    LLM__TILE_ROWS = 16,    /* from so many rows on, a product goes to the matrix unit if there is one             */
-    LLM__TILE_BLOCKS = 18,  /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
-    LLM__PANEL_TILES = 8,   /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
+    LLM__TILE_ROWS = 16,   /* from so many rows on, a product goes to the matrix unit if there is one             */
+    LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
+    LLM__PANEL_TILES = 8,  /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
     LLM__PANEL_ROWS = 512
 };
 
@@ -6374,7 +6376,8 @@ static bool llm__tiles_allowed(void) {
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if ((low >> 17 & 3) != 3) return false;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false; /* bf16, tiles */
-    if (!__get_cpuid_count(0x1D, 1, &a, &b, &c, &d) || b >> 16 < 8 || (b & 0xFFFF) < 64 || (c & 0xFFFF) < 16) return false;
+    if (!__get_cpuid_count(0x1D, 1, &a, &b, &c, &d) || b >> 16 < 8 || (b & 0xFFFF) < 64 || (c & 0xFFFF) < 16)
+        return false;
     long status; /* of the system call itself: libc declares none where a host includes its headers first */
     __asm__ volatile("syscall"
                      : "=a"(status)
@@ -6748,8 +6751,8 @@ LLM__INLINE float v_hmax(V a) {
 #endif
 
 /* ROWS rows at once, so that a weight once loaded serves them all. ROWS is a constant where this is inlined. */
-LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const bool HALF, const float *x, size_t x_stride, const void *w, int k,
-                                   float *y, size_t y_stride) {
+LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const bool HALF, const float *x, size_t x_stride, const void *w,
+                                   int k, float *y, size_t y_stride) {
     V sum[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_load(y + (size_t)r * y_stride);
     for (int i = 0; i < k; i++) {
@@ -7028,7 +7031,8 @@ LLM__TARGET static void LLM__FN(pack_rows)(const float *x, size_t x_stride, int 
             const float *from = x + (size_t)(first + r) * x_stride;
             uint8_t *to = a + r * 64;
             for (int i = 0; i < k; i += 16) { /* the lower halves are zero already */
-                __m512i bits = first + r < rows ? _mm512_castps_si512(_mm512_loadu_ps(from + i)) : _mm512_setzero_si512();
+                __m512i bits =
+                    first + r < rows ? _mm512_castps_si512(_mm512_loadu_ps(from + i)) : _mm512_setzero_si512();
                 _mm256_storeu_si256((__m256i *)(void *)(to + (size_t)i / 32 * 1024 + i % 32 * 2),
                                     _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
             }
@@ -7036,7 +7040,8 @@ LLM__TARGET static void LLM__FN(pack_rows)(const float *x, size_t x_stride, int 
 }
 
 /* One square of 2 x 2 tiles of sums, or its part; which is a constant where this is inlined. */
-LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile_product *p, const uint8_t *a, float *c) {
+LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile_product *p, const uint8_t *a,
+                                 float *c) {
     const size_t c_bytes = p->c_stride * 4, a_next = (size_t)p->a_blocks * 1024;
     float *low = c + 16 * p->c_stride;
     if (p->add) {
@@ -7141,8 +7146,18 @@ LLM__INLINE void LLM__FN(panel_pair)(const llm__kind KIND, const llm__panel *p, 
         }
         return;
     }
-    llm__tile_product product = {p->a + (size_t)first * 1024, (p->n_rows + 15) / 16, n_blocks, b, p->tile_bytes, n, n_cols,
-                                 p->c + tile * 16, (size_t)p->n_tiles * 16, first > 0, NULL, (size_t)n * bytes,
+    llm__tile_product product = {p->a + (size_t)first * 1024,
+                                 (p->n_rows + 15) / 16,
+                                 n_blocks,
+                                 b,
+                                 p->tile_bytes,
+                                 n,
+                                 n_cols,
+                                 p->c + tile * 16,
+                                 (size_t)p->n_tiles * 16,
+                                 first > 0,
+                                 NULL,
+                                 (size_t)n * bytes,
                                  p->tile_bytes};
     if (KIND == LLM__W_INT8) {
         for (int i = 0; i < n_cols; i++)
@@ -7203,8 +7218,8 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #endif
 
 #define LLM__KERNEL_TABLE                                                                                          \
-    {LLM__FN(product_f32), LLM__FN(product_bf16), LLM__FN(product_int8), LLM__FN(product_int8_groups),             \
-     LLM__FN(product_int4_groups), LLM__FN(product_f16)},                                                          \
+    {LLM__FN(product_f32),         LLM__FN(product_bf16),        LLM__FN(product_int8),                            \
+     LLM__FN(product_int8_groups), LLM__FN(product_int4_groups), LLM__FN(product_f16)},                            \
         LLM__FN(group_sums), LLM__FN(rms_norm), LLM__FN(swiglu), LLM__FN(softmax), LLM__FN(merge), LLM__FN(scale), \
         LLM__FN(add), LLM__FN(weigh), LLM__FN(rope), LLM__FN(read), LLM__FN(multiply)
 
@@ -7295,13 +7310,22 @@ static const llm__tensor *llm__find_row(const llm_weight *weight, int *row) {
     return &source->parts[part];
 }
 
+static float llm__tensor_row_scale(const llm__tensor *t, int row) {
+    float scale = 1;
+    if (t->scales) t->scales->type->decode(t->scales->data + (uint64_t)row * t->scales->type->block_bytes, 1, &scale);
+    return scale;
+}
+
+static float llm__weight_row_scale(const llm_weight *weight, int row) {
+    const llm__tensor *t = llm__find_row(weight, &row);
+    return llm__tensor_row_scale(t, row);
+}
+
 static void llm__read_weight_row(const llm_weight *weight, int row, float *out) {
     const llm__tensor *t = llm__find_row(weight, &row);
     t->type->decode(t->data + (uint64_t)row * t->row_bytes, (size_t)t->cols, out);
-    if (!t->scales) return;
-    float scale;
-    t->scales->type->decode(t->scales->data + (uint64_t)row * t->scales->type->block_bytes, 1, &scale);
-    for (uint64_t i = 0; i < t->cols; i++) out[i] *= scale;
+    float scale = llm__tensor_row_scale(t, row);
+    for (uint64_t i = 0; i < t->cols && t->scales; i++) out[i] *= scale;
 }
 
 static const void *llm__raw_weight_row(const llm_weight *weight, int row, int *type) {
@@ -7391,19 +7415,28 @@ static llm__matrix llm__matrix_alloc(llm__env *env, llm__kind kind, int n, int k
     return m;
 }
 
-static int8_t llm__round_int8(double x) { return (int8_t)(x > -128 && x < 128 ? floor(x + 0.5) : 0); } /* NaN: 0 */
-
-/* Symmetric int8 of a whole row: q = round(127 w / max|row|). A weight that is not finite makes the row NaN. */
-static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, size_t k) {
+/* Symmetric int8 of a whole row: q = round(127 w / max|row|). Returns the scale; it is NaN, and makes the row NaN, if a
+   weight is not finite. */
+static float llm__quantize_row(const float *row, size_t n, int8_t *q, size_t step) {
     float most = 0;
-    for (size_t i = 0; i < k; i++) most = row[i] > most ? row[i] : -row[i] > most ? -row[i] : most;
+    for (size_t i = 0; i < n; i++) most = row[i] > most ? row[i] : -row[i] > most ? -row[i] : most;
     double inverse = most > 0 ? 127.0 / most : 0;
-    for (size_t i = 0; i < k; i++) {
-        double q = floor(row[i] * inverse + 0.5);
-        if (!(fabs(q) <= 127)) q = 0, most = NAN;
-        ((int8_t *)tile)[i * 16 + lane] = (int8_t)q;
+    for (size_t i = 0; i < n; i++) {
+        double x = floor(row[i] * inverse + 0.5);
+        if (!(fabs(x) <= 127)) x = 0, most = NAN;
+        q[i * step] = (int8_t)x;
     }
-    ((float *)(void *)(tile + k * 16))[lane] = most / 127.0f;
+    return most / 127.0f;
+}
+
+static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, size_t k) {
+    ((float *)(void *)(tile + k * 16))[lane] = llm__quantize_row(row, k, (int8_t *)tile + lane, 16);
+}
+
+/* A row that is int8 in the file stays as it is: k of them, zeros up to `padded`. */
+static void llm__copy_int8_row(uint8_t *tile, size_t lane, const int8_t *row, size_t k, size_t padded, float scale) {
+    for (size_t i = 0; i < padded; i++) ((int8_t *)tile)[i * 16 + lane] = i < k ? row[i] : 0;
+    ((float *)(void *)(tile + padded * 16))[lane] = scale;
 }
 
 /* The smallest error a 4-bit group with its least weight as minimum can have. A NaN makes the whole group NaN. */
@@ -7473,35 +7506,65 @@ static void llm__pack_group(llm__kind kind, uint8_t *to, size_t lane, const llm_
     }
 }
 
-/* Rows of one tile into their order; `row` is scratch for one. Absent rows (-1) are zero. */
-static void llm__pack_tile(const llm__matrix *m, int tile, const llm_weight *weight, const int rows[16], float *row) {
+/* 16 rows of k into a tile of bf16: even and odd k side by side, so that the tile is written from front to back. */
+static void llm__pack_bf16_tile(const llm__kernels *kernels, uint8_t *tile, float *rows, size_t k) {
+    uint64_t mode = llm__float_mode_enter();
+    for (size_t lane = 0; lane < 16; lane++) kernels->scale(rows + lane * k, 1.0f, (int)k, true, rows + lane * k);
+    llm__float_mode_leave(mode);
+    for (size_t i = 0; i < k; i += 2)
+        for (size_t lane = 0; lane < 16; lane++, tile += 4) {
+            uint32_t even, odd;
+            memcpy(&even, &rows[lane * k + i], 4);
+            memcpy(&odd, &rows[lane * k + i + 1], 4);
+            even = even >> 16 | odd;
+            memcpy(tile, &even, 4);
+        }
+}
+
+/* A tile's groups, as the file has them or made of its 16 rows; a raw row that is NULL is absent, or is to be made. */
+static void llm__pack_groups(const llm__matrix *m, uint8_t *tile, const uint8_t *const raw[16], const int types[16],
+                             const float *rows, size_t k) {
+    for (size_t lane = 0; lane < 16; lane++)
+        for (size_t i = 0; i < k / 32; i++) {
+            llm_group g = llm__read_group(types[lane], raw[lane], i, rows + lane * k + i * 32);
+            llm__pack_group(m->kind, tile + i * llm__tile_bytes(m->kind, 32), lane, &g);
+        }
+}
+
+/* Rows of one tile into their order; `rows` is scratch for 16. Absent rows (-1) are zero. */
+static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, int tile, const llm_weight *weight,
+                           const int numbers[16], float *rows) {
     size_t k = (size_t)llm__round_up(m->k, 32);
     uint8_t *to = m->data + (size_t)tile * m->tile_bytes;
-    memset(row, 0, k * sizeof *row);
+    const uint8_t *raw[16];
+    int types[16];
+    memset(rows, 0, 16 * k * sizeof *rows);
     for (size_t lane = 0; lane < 16; lane++) {
-        int type = LLM__F32;
-        const uint8_t *raw = NULL;
-        if (rows[lane] >= 0) weight->read_row(weight, rows[lane], row);
-        else memset(row, 0, k * sizeof *row);
-        if (rows[lane] >= 0) raw = (const uint8_t *)weight->raw_row(weight, rows[lane], &type);
-        switch (m->kind) {
-        case LLM__W_F32:
-            for (size_t i = 0; i < k; i++) ((float *)(void *)to)[i * 16 + lane] = row[i];
-            break;
-        case LLM__W_F16:
-            for (size_t i = 0; i < k; i++) ((uint16_t *)(void *)to)[i * 16 + lane] = llm__f32_to_f16(row[i]);
-            break;
-        case LLM__W_BF16:
-            for (size_t i = 0; i < k; i++)
-                ((uint16_t *)(void *)to)[i / 2 * 32 + lane * 2 + i % 2] = llm__f32_to_bf16(row[i]);
-            break;
-        case LLM__W_INT8: llm__pack_int8_row(to, lane, row, k); break;
-        default:
-            for (size_t i = 0; i < k / 32; i++) {
-                llm_group g = llm__read_group(type, raw, i, row + i * 32);
-                llm__pack_group(m->kind, to + i * llm__tile_bytes(m->kind, 32), lane, &g);
-            }
-        }
+        types[lane] = LLM__F32;
+        raw[lane] = NULL;
+        if (numbers[lane] < 0) continue;
+        raw[lane] = (const uint8_t *)weight->raw_row(weight, numbers[lane], &types[lane]);
+        bool whole = llm__has_groups(m->kind) &&
+                     (types[lane] == LLM__Q4_0 || types[lane] == LLM__Q4_1 || types[lane] == LLM__Q8_0);
+        if (!whole)
+            weight->read_row(weight, numbers[lane], rows + lane * k); /* else its groups are taken as they are */
+    }
+    if (m->kind == LLM__W_BF16) {
+        llm__pack_bf16_tile(kernels, to, rows, k);
+        return;
+    }
+    if (llm__has_groups(m->kind)) {
+        llm__pack_groups(m, to, raw, types, rows, k);
+        return;
+    }
+    for (size_t lane = 0; lane < 16; lane++) {
+        const float *row = rows + lane * k;
+        if (types[lane] == LLM__I8 && m->kind == LLM__W_INT8)
+            llm__copy_int8_row(to, lane, (const int8_t *)raw[lane], (size_t)m->k, k,
+                               weight->row_scale(weight, numbers[lane]));
+        else if (m->kind == LLM__W_INT8) llm__pack_int8_row(to, lane, row, k);
+        for (size_t i = 0; i < k && m->kind != LLM__W_INT8; i++)
+            llm__tile_set(m->kind, to, llm__tile_index(m->kind, lane, i, k), row[i]);
     }
 }
 
@@ -7838,17 +7901,17 @@ typedef struct llm__cpu_upload_args {
     llm__cpu_model *model;
     const llm_weight *weight;
     llm__matrix *matrix;
-    float *rows; /* scratch, one row a thread */
+    float *rows; /* scratch, 16 rows a thread */
 } llm__cpu_upload_args;
 
 static void llm__cpu_pack_task(void *arg, int index) {
     llm__cpu_upload_args *a = (llm__cpu_upload_args *)arg;
-    int n_tiles = llm__round_up(a->matrix->n, 16) / 16, rows[16];
-    float *row = a->rows + (size_t)index * (size_t)llm__round_up(a->matrix->k, 32);
+    int n_tiles = llm__round_up(a->matrix->n, 16) / 16, numbers[16];
+    float *rows = a->rows + (size_t)index * 16 * (size_t)llm__round_up(a->matrix->k, 32);
     llm__worker w = {a->model->team, index, 0};
     for (int tile; (tile = llm__take(&w)) < n_tiles;) {
-        llm__tile_rows(a->weight, tile, rows);
-        llm__pack_tile(a->matrix, tile, a->weight, rows, row);
+        llm__tile_rows(a->weight, tile, numbers);
+        llm__pack_tile(a->model->kernels, a->matrix, tile, a->weight, numbers, rows);
     }
 }
 
@@ -7859,7 +7922,7 @@ static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const l
     int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__round_up(weight->rows / 2, 16) : weight->rows;
     *matrix = llm__matrix_alloc(env, llm__weight_kind(model->dtype, weight), n, weight->cols);
     args.rows =
-        (float *)llm__alloc(env, (size_t)model->team->n * (size_t)llm__round_up(weight->cols, 32), sizeof(float));
+        (float *)llm__alloc(env, (size_t)model->team->n * 16 * (size_t)llm__round_up(weight->cols, 32), sizeof(float));
     llm__team_run(model->team, llm__cpu_pack_task, &args);
     llm__free(env->pool, args.rows);
 }
@@ -8046,9 +8109,9 @@ typedef struct llm__cpu_context {
     size_t partial_floats;
     int n_partials;
     /* For the matrix unit, else NULL: */
-    uint8_t *packed;  /* a product's activations, see pack_rows */
-    float *panels;    /* [n_threads][panel_floats] sums of up to LLM__PANEL_ROWS rows and 16 * LLM__PANEL_TILES outputs */
-    uint8_t *tiles;   /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
+    uint8_t *packed; /* a product's activations, see pack_rows */
+    float *panels;  /* [n_threads][panel_floats] sums of up to LLM__PANEL_ROWS rows and 16 * LLM__PANEL_TILES outputs */
+    uint8_t *tiles; /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
     size_t panel_floats, tile_bytes;
     float *logits;                            /* [n_logits][n_vocab] */
     float *column_max, *column_sum;           /* [n_batch][n_vocab / LLM__COLUMNS] of a softmax in parts */
@@ -8090,8 +8153,7 @@ static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, i
         for (int i = 0; i < step; i++)
             c->model->kernels->product[m->kind](x, x_stride, x_sums, rows, m->data + (size_t)(tile + i) * m->tile_bytes,
                                                 llm__round_up(m->k, 32), sums[0] + 16 * i, 32);
-        for (int r = 0; r < rows; r++)
-            llm__end_row(c, m, tile, step, sums[r], ending, y + (size_t)r * y_stride);
+        for (int r = 0; r < rows; r++) llm__end_row(c, m, tile, step, sums[r], ending, y + (size_t)r * y_stride);
     }
 }
 
@@ -8119,8 +8181,15 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
     const uint8_t *next = ahead * 16 < m->n ? m->data + (size_t)ahead * m->tile_bytes : NULL;
     for (int first = 0; first < rows; first += LLM__PANEL_ROWS) {
         int some = rows - first < LLM__PANEL_ROWS ? rows - first : (int)LLM__PANEL_ROWS;
-        llm__panel panel = {c->packed + (size_t)first * k * 2, c->sums + (size_t)first * (k / 32), some, (int)k,
-                            m->data + (size_t)tile * m->tile_bytes, next, m->tile_bytes, n_tiles, sums,
+        llm__panel panel = {c->packed + (size_t)first * k * 2,
+                            c->sums + (size_t)first * (k / 32),
+                            some,
+                            (int)k,
+                            m->data + (size_t)tile * m->tile_bytes,
+                            next,
+                            m->tile_bytes,
+                            n_tiles,
+                            sums,
                             c->tiles + (size_t)index * c->tile_bytes};
         c->model->kernels->panel(m->kind, &panel);
         for (int r = 0; r < some; r++)
@@ -8151,8 +8220,8 @@ static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__ma
         }
         for (int r = 0; r < rows; r += LLM__ROWS) {
             int some = rows - r < LLM__ROWS ? rows - r : (int)LLM__ROWS;
-            llm__linear_piece(c, m, first, n, x + (size_t)r * x_stride, x_stride,
-                              c->sums + (size_t)r * (size_t)groups, some, ending, y + (size_t)r * y_stride, y_stride);
+            llm__linear_piece(c, m, first, n, x + (size_t)r * x_stride, x_stride, c->sums + (size_t)r * (size_t)groups,
+                              some, ending, y + (size_t)r * y_stride, y_stride);
         }
     }
     llm__finish(w, n_pieces);
@@ -8192,21 +8261,21 @@ static float *llm__value_scales(const llm__cpu_context *c, uint8_t *values) {
     return (float *)(void *)(values + c->cache_block_bytes) - LLM_BLOCK;
 }
 
-/* Symmetric int8 with one scale: q = round(127 x / max|x|). */
+/* A key is a row of a tile; a value is a column across the tiles of its block. */
 static void llm__cache_store_int8(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
-    size_t n = (size_t)c->model->shape.head_dim, k = value ? (size_t)LLM_BLOCK : (size_t)c->head_stride,
-           bytes = llm__tile_bytes(LLM__W_INT8, (int)k);
-    float most = 0;
-    for (size_t d = 0; d < n; d++) most = from[d] > most ? from[d] : -from[d] > most ? -from[d] : most;
-    double inverse = most > 0 ? 127.0 / most : 0;
-    for (size_t d = 0; d < n; d++) {
-        size_t output = value ? d : (size_t)place, input = value ? (size_t)place : d;
-        ((int8_t *)tiles)[output / 16 * bytes + input * 16 + output % 16] = llm__round_int8(from[d] * inverse);
+    size_t n = (size_t)c->model->shape.head_dim, lane = (size_t)place % 16;
+    if (!value) {
+        uint8_t *tile = tiles + (size_t)(place / 16) * llm__tile_bytes(LLM__W_INT8, c->head_stride);
+        float scale = llm__quantize_row(from, n, (int8_t *)tile + lane, 16);
+        ((float *)(void *)(tile + (size_t)c->head_stride * 16))[lane] = scale;
+        return;
     }
-    if (value) llm__value_scales(c, tiles)[place] = most / 127.0f;
-    for (size_t tile = 0; tile < (size_t)c->head_stride / 16 && value; tile++)
-        for (size_t i = 0; i < 16; i++) ((float *)(void *)(tiles + tile * bytes + k * 16))[i] = 1;
-    if (!value) ((float *)(void *)(tiles + (size_t)(place / 16) * bytes + k * 16))[place % 16] = most / 127.0f;
+    int8_t q[LLM__MOST_HEAD];
+    size_t bytes = llm__tile_bytes(LLM__W_INT8, LLM_BLOCK);
+    llm__value_scales(c, tiles)[place] = llm__quantize_row(from, n, q, 1);
+    for (size_t d = 0; d < n; d++) ((int8_t *)tiles)[d / 16 * bytes + (size_t)place * 16 + d % 16] = q[d];
+    for (size_t i = 0; i < (size_t)c->head_stride; i++)
+        ((float *)(void *)(tiles + i / 16 * bytes + LLM_BLOCK * 16))[i % 16] = 1;
 }
 
 /* Puts one head's key or value of one position into its block. */
@@ -8304,8 +8373,7 @@ static int llm__end_of_keys(const llm__cpu_context *c, const llm__attention_work
 }
 
 /* The sums of queries and keys, or of softmax weights and values, over the n cache blocks named. */
-static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks,
-                             int n) {
+static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks, int n) {
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride, tile = llm__tile_bytes(c->cache_kind, c->head_stride);
     if (!a->packed) memset(a->scores, 0, (size_t)a->n * LLM__CHUNK * sizeof(float));
@@ -8315,19 +8383,18 @@ static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_wor
         if (a->packed) {
             int n_parts = c->head_stride / 32;
             for (int j = 0; j < n_parts; j++) parts[j] = keys + j * 1024;
-            llm__tile_product p = {a->packed, a->padded / 16, n_parts, parts, tile, n_parts, 2, scores, LLM__CHUNK,
-                                   false, NULL, 0, 0};
+            llm__tile_product p = {a->packed, a->padded / 16, n_parts, parts, tile, n_parts, 2,
+                                   scores,    LLM__CHUNK,     false,   NULL,  0,    0};
             kernels->tile_product(&p);
             continue;
         }
         kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys, c->head_stride, scores, LLM__CHUNK);
-        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys + tile, c->head_stride, scores + 16,
-                                        LLM__CHUNK);
+        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys + tile, c->head_stride, scores + 16, LLM__CHUNK);
     }
 }
 
-static void llm__attend_values(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks,
-                               int n, float *part) {
+static void llm__attend_values(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks, int n,
+                               float *part) {
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride, tile = llm__tile_bytes(c->cache_kind, LLM_BLOCK);
     if (a->packed) {
@@ -8337,8 +8404,7 @@ static void llm__attend_values(const llm__cpu_context *c, const llm__attention_w
             const uint8_t *values[LLM__CHUNK / LLM_BLOCK];
             for (int i = 0; i < n; i++)
                 values[i] = llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile;
-            llm__tile_product p = {weights, a->padded / 16, n, values, tile, n, 2, part + d, stride, false, NULL,
-                                   0, 0};
+            llm__tile_product p = {weights, a->padded / 16, n, values, tile, n, 2, part + d, stride, false, NULL, 0, 0};
             kernels->tile_product(&p);
         }
         return;
@@ -8354,7 +8420,8 @@ static void llm__attend_values(const llm__cpu_context *c, const llm__attention_w
     for (int i = 0; i < n; i++)
         for (int d = 0; d < c->head_stride; d += 16)
             kernels->product[c->cache_kind](a->scores + i * LLM_BLOCK, LLM__CHUNK, NULL, a->n,
-                                            llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile,
+                                            llm__cache_block(c, a->layer, 1, a->head, blocks[i]) +
+                                                (size_t)(d / 16) * tile,
                                             LLM_BLOCK, part + d, stride);
 }
 
@@ -8538,8 +8605,7 @@ static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer)
         }
     llm__barrier(w->team);
     llm__linear(w, c, &queries, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
-    for (int i; (i = llm__take(w)) < n;)
-        llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
+    for (int i; (i = llm__take(w)) < n;) llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
     llm__finish(w, n);
 }
 
@@ -9113,7 +9179,8 @@ static llm_weight llm__make_weight(llm__env *env, const llm__checkpoint *ck, con
     bool in_layer = kind != LLM_WEIGHT_EMBEDDING && kind != LLM_WEIGHT_OUTPUT_NORM && kind != LLM_WEIGHT_HEAD;
     bool rotated = kind == LLM_WEIGHT_QKV || kind == LLM_WEIGHT_QKV_BIAS;
     int rows[3];
-    llm_weight w = {kind, layer, 0, cols, source, llm__read_weight_row, llm__raw_weight_row, false};
+    llm_weight w = {kind, layer, 0, cols, source, llm__read_weight_row, llm__raw_weight_row, llm__weight_row_scale,
+                    false};
     memset(source, 0, sizeof *source);
     source->rope_dim = h->rope_dim;
     llm__part_rows(h, kind, rows);

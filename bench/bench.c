@@ -199,7 +199,7 @@ typedef struct random_args {
 static void upload_random(llm__env *env, random_args *a, llm_weight_kind kind, int layer) {
     const llm_shape *s = &a->shape->shape;
     int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
-    llm_weight w = {kind, layer, 1, s->n_embd, a->run, random_row, no_raw_row, false};
+    llm_weight w = {kind, layer, 1, s->n_embd, a->run, random_row, no_raw_row, NULL, false};
     if (kind == LLM_WEIGHT_EMBEDDING || kind == LLM_WEIGHT_HEAD) w.rows = s->n_vocab;
     if (kind == LLM_WEIGHT_QKV) w.rows = q + 2 * kv;
     if (kind == LLM_WEIGHT_GATE_UP) w.rows = 2 * s->n_ff;
