@@ -478,9 +478,9 @@ static __device__ void llm__multiply_turn(float sums[4], uint4 upper, uint4 lowe
 /* A row's scales and minima of one turn. */
 template <int FORMAT>
 static __device__ uint4 llm__load_scales(llm__gpu_matrix m, int row, int turn) {
+    if (FORMAT < LLM__INT8_GROUPS) return make_uint4(0, 0, 0, 0);
     const uint32_t *from = m.scales + (size_t)row * (m.k / 32) + turn * (llm__turn(FORMAT) / 32);
     if (FORMAT == LLM__INT4_GROUPS) return llm__load_once(from);
-    if (FORMAT != LLM__INT8_GROUPS) return make_uint4(0, 0, 0, 0);
     uint2 v = *(const uint2 *)from;
     return make_uint4(v.x, v.y, 0, 0);
 }

@@ -527,6 +527,34 @@ static void test_refusals(void **state) {
 }
 
 #ifdef CUDA_HOST_RUNTIME_H
+/* What a token of a model of two layers costs the host; bench/README.md counts with these. */
+static void test_launches(void **state) {
+    static const int expected[][2] = {{0, 1}, {1 + 2 * 5 + 1, 0}, {1 + 2 * 9 + 3, 0}}; /* kernels, graphs */
+    (void)state;
+    for (int mode = LLM_CUDA_GRAPH; mode <= LLM_CUDA_EAGER; mode++) {
+        llm_model *model = load(&TINY_ODD, llm_cuda_backend_mode((llm_cuda_mode)mode));
+        llm_context *ctx = create_for_text(model, 100);
+        llm_token token = 3;
+        llm_batch batch = {1, &token, NULL, NULL};
+        assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_OK); /* records the graph */
+        cuda_host.n_launches = cuda_host.n_graph_launches = 0;
+        assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_OK);
+        assert_int_equal(cuda_host.n_launches, expected[mode][0]);
+        assert_int_equal(cuda_host.n_graph_launches, expected[mode][1]);
+        llm_generate_desc desc = {};
+        desc.tokens = &token;
+        desc.n_tokens = 1;
+        desc.max_tokens = 20; /* one burst */
+        desc.ignore_end = true;
+        cuda_host.n_launches = cuda_host.n_graph_launches = 0;
+        assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_OK);
+        if (mode == LLM_CUDA_GRAPH) assert_int_equal(cuda_host.n_launches, 1); /* of the first picking */
+        if (mode == LLM_CUDA_GRAPH) assert_int_equal(cuda_host.n_graph_launches, 20);
+        llm_context_free(ctx);
+        llm_model_free(model);
+    }
+}
+
 static void test_no_gpu(void **state) {
     llm_error err;
     (void)state;
@@ -602,7 +630,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_rows_do_not_meet), cmocka_unit_test(test_save_and_restore), cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_bursts), cmocka_unit_test(test_bursts_of_all_modes), cmocka_unit_test(test_limits_are_measured), cmocka_unit_test(test_threads), cmocka_unit_test(test_refusals),
 #ifdef CUDA_HOST_RUNTIME_H
-        cmocka_unit_test(test_no_gpu), cmocka_unit_test(test_every_failure),
+        cmocka_unit_test(test_launches), cmocka_unit_test(test_no_gpu), cmocka_unit_test(test_every_failure),
 #endif
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
