@@ -429,25 +429,25 @@ static void test_bursts(void **state) {
     llm_generate_desc desc = {};
     (void)state;
     desc.ignore_end = true;
-    desc.max_tokens = 150; /* more than two bursts */
+    desc.max_tokens = 70; /* more than a burst */
     story greedy = tells_the_same(ctx, SAMPLERS[0], desc);
     assert_int_equal(greedy.stats.stop, LLM_STOP_LENGTH);
-    desc.max_tokens = 40;
+    desc.max_tokens = 12;
     for (int i = 1; i < 7; i++) tells_the_same(ctx, SAMPLERS[i], desc);
     desc.max_tokens = 1;
     tells_the_same(ctx, SAMPLERS[1], desc);
     desc.max_tokens = 0;
     assert_int_equal(tells_the_same(small, SAMPLERS[1], desc).stats.stop, LLM_STOP_CONTEXT);
-    assert_int_equal(tells_the_same(ctx, SAMPLERS[1], desc, 70).stats.stop, LLM_STOP_CALLBACK);
-    assert_int_equal(tells_the_same(ctx, SAMPLERS[1], desc, 0, 20).stats.stop, LLM_STOP_CALLBACK);
-    std::string ending = tells_the_same(ctx, SAMPLERS[1], desc, 50).text.substr(25, 3);
+    assert_int_equal(tells_the_same(ctx, SAMPLERS[1], desc, 12).stats.stop, LLM_STOP_CALLBACK);
+    assert_int_equal(tells_the_same(ctx, SAMPLERS[1], desc, 0, 12).stats.stop, LLM_STOP_CALLBACK);
+    std::string ending = tells_the_same(ctx, SAMPLERS[1], desc, 12).text.substr(10, 3);
     const char *strings[] = {ending.c_str()};
     desc.stop_strings = strings;
     desc.n_stop_strings = 1;
     assert_int_equal(tells_the_same(ctx, SAMPLERS[1], desc).stats.stop, LLM_STOP_STRING);
     llm_generate_desc by_token = {};
     by_token.ignore_end = true;
-    by_token.stop_tokens = &greedy.tokens[99];
+    by_token.stop_tokens = &greedy.tokens[40];
     by_token.n_stop_tokens = 1;
     assert_int_equal(tells_the_same(ctx, SAMPLERS[0], by_token).stats.stop, LLM_STOP_TOKEN);
     llm_context_free(small);
