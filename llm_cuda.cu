@@ -198,9 +198,20 @@ static __device__ uint32_t llm__add_pairs(uint32_t a, uint32_t b) {
 #endif
 }
 
+/* (v & mask) | added, in one instruction: the compiler makes two of it, for two constants. */
+static __device__ uint32_t llm__mask_and_add(uint32_t v, uint32_t mask, uint32_t added) {
+#ifdef __CUDACC__
+    uint32_t bits;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(bits) : "r"(v), "r"(mask), "r"(added));
+    return bits;
+#else
+    return (v & mask) | added;
+#endif
+}
+
 /* The signed bytes at bits 0 and 16 of v as bf16: 128 + the low seven bits, less 128, or less 256 if the eighth is set. */
 static __device__ uint32_t llm__widen_2(uint32_t v) {
-    return llm__add_pairs((v & 0x007F007Fu) | 0x43004300u, (v & 0x00800080u) | 0xC300C300u);
+    return llm__add_pairs(llm__mask_and_add(v, 0x007F007Fu, 0x43004300u), llm__mask_and_add(v, 0x00800080u, 0xC300C300u));
 }
 
 /* Eight signed bytes as bf16. In memory the middle two of each four are exchanged, see llm__byte_place. */
@@ -214,7 +225,8 @@ static __host__ __device__ int llm__byte_place(int i) { return (i & ~3) | (i & 1
    are neighbours in k. */
 static __device__ uint4 llm__widen_nibbles(uint32_t v) {
     const uint32_t mask = 0x000F000Fu, added = 0x43004300u;
-    return make_uint4((v & mask) | added, (v >> 4 & mask) | added, (v >> 8 & mask) | added, (v >> 12 & mask) | added);
+    return make_uint4(llm__mask_and_add(v, mask, added), llm__mask_and_add(v >> 4, mask, added), llm__mask_and_add(v >> 8, mask, added),
+                      llm__mask_and_add(v >> 12, mask, added));
 }
 
 /* The f16 in the low 16 bits, which is finite. */
