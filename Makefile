@@ -6,33 +6,45 @@ SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CFLAGS   = -O2
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -pedantic
-LDLIBS   = $(if $(filter repl,$(@F)),-ledit) $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat,$(@F)),-ljansson) $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
-PROGRAMS = build/repl build/hello build/tokenize build/embed build/bench
+LDLIBS   = $(if $(filter hellaswag,$(@F)),-lbz2) $(if $(filter repl,$(@F)),-ledit) \
+           $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat test_score hellaswag fuzz,$(basename $(@F))),-ljansson) \
+           $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
+PROGRAMS = build/repl build/hello build/tokenize build/embed build/hellaswag build/bench
+
+comma := ,
 
 # Every .c file is a program. build/NAME is made with your compiler and flags, build/VARIANT/NAME with these:
 COMPILE_build              = $(CC) $(CFLAGS)
 COMPILE_asan               = clang -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+COMPILE_fuzz               = $(subst =address,=fuzzer$(comma)address,$(COMPILE_asan))
 COMPILE_tsan               = gcc -O1 -g -fsanitize=thread
 COMPILE_gcc-O1             = gcc -O1
 COMPILE_gcc-O3-fast-math   = gcc -O3 -ffast-math
 COMPILE_clang-O1           = clang -O1
 COMPILE_clang-O2           = clang -O2
 COMPILE_clang-O3-fast-math = clang -O3 -ffast-math
+COMPILE_aarch64            = aarch64-linux-gnu-gcc -O2 -Werror -static -isystem $(CROSS)/aarch64/include -L$(CROSS)/aarch64/lib
+COMPILE_windows            = x86_64-w64-mingw32-gcc -O2 -Werror -static -isystem $(CROSS)/windows/include -L$(CROSS)/windows/lib
 MATRIX                     = gcc-O1 gcc-O3-fast-math clang-O1 clang-O2 clang-O3-fast-math
+CROSS                      = build/cross
 
 # Debian packages, each with what shows that it is there.
 NEEDED_TO_RUN   = libedit-dev:histedit.h libstb-dev:stb/stb_ds.h
-NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h g++:g++
+NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h libbz2-dev:bzlib.h g++:g++
 NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
                   libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.asan-x86_64.a \
-                  libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp
+                  libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp valgrind:valgrind
+NEEDED_TO_CROSS = gcc-aarch64-linux-gnu:aarch64-linux-gnu-gcc g++-aarch64-linux-gnu:aarch64-linux-gnu-g++ \
+                  qemu-user-static:qemu-aarch64-static wine64:/usr/lib/wine/wine64 \
+                  gcc-mingw-w64-x86-64:x86_64-w64-mingw32-gcc g++-mingw-w64-x86-64:x86_64-w64-mingw32-g++ \
+                  cmake:cmake xz-utils:xz
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory --silent
-vpath %.c examples tokenizer tests bench
+vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run test test-cuda model deps clean help
+.PHONY: all run test test-cuda test-cross fuzz bench-tokenizer size model deps clean help
 all:
 	.ci/need $(NEEDED_TO_BUILD)
 	$(MAKE) $(PROGRAMS)
@@ -49,13 +61,24 @@ $(SMOLLM2):
 
 # ---- Programs -------------------------------------------------------------------------------------------------------
 
+# Tests of the public functions alone share one compiled llm.h.
+SHARE_LLM := $(basename $(notdir $(shell grep -L 'define LLM_IMPLEMENTATION' tests/test_*.c)))
+
 define program
-$1/%: %.c llm.h $$(wildcard tests/*.h)
+$1/%$2: %.c llm.h $$(wildcard tests/*.h)
 	mkdir -p $$(@D)
 	echo "  compile $$@"
-	$$(COMPILE_$(notdir $1)) -std=c99 $$(WARNINGS) -I. $$(CPPFLAGS) -o $$@ $$< $$(LDFLAGS) $$(LDLIBS)
+	$$(COMPILE_$(notdir $1)) -std=c99 $$(WARNINGS) -I. $$(CPPFLAGS) -o $$@ $$< $$(filter %.o,$$^) $$(LDFLAGS) $$(LDLIBS)
+
+$(SHARE_LLM:%=$1/%$2): $1/llm.o
+
+$1/llm.o: llm.h
+	mkdir -p $$(@D)
+	echo "  compile $$@"
+	echo '#include "llm.h"' | $$(COMPILE_$(notdir $1)) -std=c99 $$(WARNINGS) -I. -DLLM_IMPLEMENTATION $$(CPPFLAGS) -c -o $$@ -x c -
 endef
-$(foreach dir,build $(addprefix build/,asan tsan $(MATRIX)),$(eval $(call program,$(dir))))
+$(foreach dir,build $(addprefix build/,asan tsan fuzz aarch64 $(MATRIX)),$(eval $(call program,$(dir))))
+$(eval $(call program,build/windows,.exe))
 
 build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 	mkdir -p $(@D)
@@ -80,14 +103,28 @@ ALL_TESTS    := $(call names,$(SOURCES))
 ASAN_TESTS   := $(call variant,asan)
 TSAN_TESTS   := $(call variant,tsan)
 MATRIX_TESTS := $(call variant,matrix)
-ALL_RUNS = $(ALL_TESTS:%=build/%) $(ASAN_TESTS:%=build/asan/%) $(TSAN_TESTS:%=build/tsan/%) \
+ALL_RUNS = $(ASAN_TESTS:%=build/asan/%) $(TSAN_TESTS:%=build/tsan/%) $(ALL_TESTS:%=build/%) \
            $(foreach dir,$(MATRIX),$(MATRIX_TESTS:%=build/$(dir)/%))
-RUNS = $(if $T,$(foreach run,$(ALL_RUNS),$(if $(findstring $T,$(run)),$(run))),$(ALL_RUNS))
+CROSS_TESTS  := $(call variant,cross)
+CROSS_RUNS = build/aarch64/test_builds $(CROSS_TESTS:%=build/aarch64/%) \
+             build/windows/test_builds $(CROSS_TESTS:%=build/windows/%.exe)
+chosen = $(if $T,$(foreach run,$1,$(if $(findstring $T,$(run)),$(run))),$1)
+RUNS   = $(call chosen,$(ALL_RUNS))
 
 build/%: %.sh $(PROGRAMS)
 	install $< $@
 
 build/asan/%: %.sh build/asan/repl build/asan/hello build/asan/tokenize
+	install $< $@
+
+build/test_valgrind: tests/test_valgrind.sh build/hello build/test_hf
+	install $< $@
+
+build/test_fuzz: tests/test_fuzz.sh build/fuzz/fuzz
+	install $< $@
+
+build/aarch64/% build/windows/%: %.sh
+	mkdir -p $(@D)
 	install $< $@
 
 # T=tokenizer runs the tests with that in their name.
@@ -97,11 +134,53 @@ test:
 	$(MAKE) -k -j$$(nproc) $(RUNS) || true
 	LLM_MODEL=$(SMOLLM2) tests/run.sh $(RUNS)
 
+# Longer than make test does: SECONDS for each target. See tests/test_fuzz.sh for where the findings are.
+SECONDS = 60
+fuzz:
+	.ci/need $(NEEDED_TO_TEST)
+	$(MAKE) build/test_fuzz
+	FUZZ_SECONDS=$(SECONDS) build/test_fuzz
+
 # llm_cuda.cu, without a GPU.
 test-cuda:
 	$(MAKE) test T=cuda
 
+# For aarch64, under qemu, and for Windows, under Wine.
+test-cross:
+	.ci/need $(NEEDED_TO_CROSS)
+	$(MAKE) -j2 $(SMOLLM2) $(CROSS)/done
+	$(MAKE) -k -j$$(nproc) $(call chosen,$(CROSS_RUNS)) || true
+	LLM_MODEL=$(SMOLLM2) tests/run.sh $(call chosen,$(CROSS_RUNS))
+
+$(CROSS)/done: tests/cross_libraries.sh
+	$< $(@D)
+	touch $@
+
+# Beside Hugging Face's tokenizers and tiktoken, which go into build/venv. LLM_DATA is the folder of HellaSwag's text.
+bench-tokenizer: build/libllm.so build/venv/ready
+	$(MAKE) $(SMOLLM2)
+	build/venv/bin/python bench/tokenizer.py build/libllm.so $(SMOLLM2)
+
+build/libllm.so: llm.h
+	mkdir -p $(@D)
+	echo "  compile $@"
+	$(CC) $(CFLAGS) -std=c99 $(WARNINGS) -shared -fPIC -DLLM_IMPLEMENTATION -I. $(CPPFLAGS) -o $@ -x c llm.h $(LDFLAGS) -x none -lm -lpthread
+
+build/venv/ready: Makefile
+	python3 -m venv build/venv
+	build/venv/bin/pip install -q tokenizers tiktoken sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
+	touch $@
+
 # ---- The rest -------------------------------------------------------------------------------------------------------
+
+# llm.h alone: what it adds to a program that does nothing else, and how long the compiler works on it.
+size:
+	mkdir -p build/size
+	echo 'int main(void) { return 0; }' >build/size/empty.c
+	$(CC) $(CFLAGS) -s -o build/size/empty build/size/empty.c
+	$(CC) $(CFLAGS) -s -std=c99 -I. -o build/size/hello examples/hello.c -lm -lpthread
+	size build/size/empty build/size/hello | awk '{ n[NR] = $$1 + $$2 + $$3 } END { print "llm.h in hello: " int((n[3] - n[2]) / 1000) " kB" }'
+	bash -c 'TIMEFORMAT="llm.h compiles in %U s"; time $(CC) $(CFLAGS) -std=c99 -I. -c -o /dev/null examples/hello.c'
 
 deps:
 	.ci/need $(NEEDED_TO_TEST)
@@ -112,8 +191,12 @@ clean:
 help:
 	echo "make             build $(PROGRAMS)"
 	echo "make run         fetch the default model once and let it continue a text; MODEL=path takes another"
-	echo "make test        everything that is checked (about a quarter of an hour); T=name runs the tests of that name"
+	echo "make test        everything that is checked (about ten minutes); T=name runs the tests of that name"
 	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
+	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
+	echo "make bench-tokenizer   MB/s beside Hugging Face's tokenizers and tiktoken"
+	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine; T=name as above"
+	echo "make size        the size of the library in a program, and how long it takes to compile"
 	echo "make model       fetch the default model"
 	echo "make deps        install what building and testing need (Debian)"
 	echo "make clean       remove build/; models/ stays"

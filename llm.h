@@ -60,11 +60,13 @@
 
     CONTENTS
 
-        declarations: errors . host callbacks . model . tokenizer . chat . context . forward pass . sampler . generation
+        declarations: errors . host callbacks . model . tokenizer . chat . context . forward pass . sampler . drafts .
+                      generation . scoring . backends
         1 base                    2 files               3 JSON reader        4 number formats
         5 checkpoints             6 hyperparameters     7 tokenizers         8 chat templates
         9 CPU kernels            10 weights            11 backend           12 KV cache
-       13 forward pass           14 sampler            15 generation
+       13 forward pass           14 sampler            15 speculative decoding
+       16 generation             17 scoring
 */
 #ifndef LLM_H
 #define LLM_H
@@ -130,10 +132,11 @@ typedef enum llm_dtype {
     LLM_DTYPE_F32,
     LLM_DTYPE_BF16,
     LLM_DTYPE_INT8, /* per output channel: q = round(127 w / max|row|)                             */
-    LLM_DTYPE_INT4  /* in groups of 32 with scale and minimum; Q4_0, Q4_1 and Q8_0 tensors exactly */
+    LLM_DTYPE_INT4, /* in groups of 32 with scale and minimum; Q4_0, Q4_1 and Q8_0 tensors exactly */
+    LLM_DTYPE_F16   /* as F16 files have them; activations stay f32                                */
 } llm_dtype;
 
-/* "f32", "bf16", "int8", "int4"; NULL and LLM_DTYPE_DEFAULT for what is none of them. */
+/* "f32", "bf16", "int8", "int4", "f16"; NULL and LLM_DTYPE_DEFAULT for what is none of them. */
 LLM_API const char *llm_dtype_name(llm_dtype dtype);
 LLM_API llm_dtype llm_dtype_from_name(const char *name);
 
@@ -147,7 +150,7 @@ typedef struct llm_model_desc {
     bool (*read)(void *user, uint64_t offset, void *to, size_t n_bytes);
     void *read_user;
     uint64_t read_size;
-    const char *isa;            /* force an instruction set: "scalar", "avx2", "avx512"; NULL: the best there is   */
+    const char *isa; /* force an instruction set: "scalar", "avx2", "avx512", "amx", "neon"; NULL: the best there is  */
     const llm_backend *backend; /* what computes; NULL: the CPU. See llm_cuda_backend                         */
     llm_host host;
 } llm_model_desc;
@@ -249,7 +252,7 @@ typedef struct llm_context_desc {
     int n_batch;           /* tokens computed in one pass; longer batches take several; 0: 512                       */
     int n_logits;          /* rows of logits one llm_forward can return; 0: n_seq                                    */
     int n_threads;         /* 0: one per physical core                                                               */
-    llm_dtype cache_dtype; /* type of the KV cache; 0: bf16 for bf16 weights, else f32                            */
+    llm_dtype cache_dtype; /* type of the KV cache: f32, bf16, int8; 0: f32 for f32 and f16 weights, else bf16       */
     bool (*cancel)(void *user); /* polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED       */
     void *cancel_user;
     /* The host's own threads instead of ours: must run task(arg, i) for i = 0 .. n-1 all at the same time (tasks
@@ -339,6 +342,90 @@ typedef struct llm_sampler {
    lower id. Returns -1 if logits i were not asked for. */
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler);
 
+/* ---- Speculative decoding ------------------------------------------------------------------------------------ */
+
+/* A draft guesses how a text goes on. llm_generate has the model check several guesses in one pass, which costs little
+   more than a pass for one token, and keeps those that are right (Leviathan et al. 2023, arXiv:2211.17192). Guesses
+   change the speed, never what is said: at temperature 0, and with guesses that come without probabilities, the text is
+   that of plain decoding, token for token; with probabilities it is another draw from the same distribution. How many
+   are asked for follows from how often they were right and what passes and guesses were measured to take; where
+   guessing does not pay, decoding is plain. */
+
+enum {
+    LLM_DRAFT_MOST = 15, /* guesses that one pass can check                                                          */
+    LLM_DRAFT_KINDS = 8, /* kinds of guesses a draft may tell apart by how much it trusts them                       */
+    LLM_DRAFT_SIZES = 5, /* passes have 1, 2, 4, 8 or 16 rows                                                        */
+    LLM_DRAFT_RECENT = 5 /* times that are remembered of each                                                        */
+};
+
+typedef struct llm_draft_request {
+    llm_context *ctx; /* that generates; its sequence `seq` holds all of the text but the last token                 */
+    int seq;
+    const llm_token *tokens; /* [n_tokens] the text so far                                                           */
+    int n_tokens;
+    const int *n_wanted;        /* [LLM_DRAFT_KINDS] so many guesses of each kind are worth it, perhaps none         */
+    const llm_sampler *sampler; /* as the model will draw: a copy of it draws the first guess as the model would     */
+    bool (*cancel)(void *user); /* to be polled, may be NULL; then return LLM_ERROR_CANCELLED                        */
+    void *cancel_user;
+} llm_draft_request;
+
+typedef struct llm_draft_guesses {
+    int n; /* 0: no idea                                                                                             */
+    llm_token tokens[LLM_DRAFT_MOST];
+    int kind;   /* 0 to LLM_DRAFT_KINDS - 1, of all of them; higher ones are trusted more                      */
+    bool has_q; /* guess i was drawn from the distribution q[i], which sums to 1, by random numbers that the model's
+                   own draws do not use. Without it a guess is right when the model draws the same              */
+    float *q[LLM_DRAFT_MOST]; /* [n_vocab of the model] each, room to fill; NULL where probabilities are not wanted  */
+} llm_draft_guesses;
+
+typedef struct llm_draft_times {
+    float recent[LLM_DRAFT_RECENT]; /* seconds                                                                       */
+    int n, age;                     /* 0: none; passes since the last                                                */
+} llm_draft_times;
+
+/* What llm_generate has learnt about a draft, from one text to the next. */
+typedef struct llm_draft_state {
+    /* Guesses of a kind at a place, all before them right: how many were right, of how many. Older ones count less. */
+    float n_right[LLM_DRAFT_KINDS][LLM_DRAFT_MOST];
+    float n_known[LLM_DRAFT_KINDS][LLM_DRAFT_MOST];
+    llm_draft_times passes[LLM_DRAFT_SIZES], guess; /* a pass of each size; one guess                                */
+    int n_in_step;                                  /* times it was asked without a pause, up to 2                   */
+    double seconds, trial_seconds; /* of decoding, and of these with guesses that did not seem to pay                */
+} llm_draft_state;
+
+/* A draft: one of the library's, or a host's own. One generation at a time may use it. */
+typedef struct llm_draft {
+    const char *name;
+    /* Fills *guesses, which come zeroed but for q, with at most n_wanted of their kind. What fails here does not fail the
+       generation: it goes on without the draft. */
+    llm_status (*propose)(void *user, const llm_draft_request *request, llm_draft_guesses *guesses, llm_error *err);
+    void (*close)(void *user); /* for llm_draft_free, may be NULL                                                    */
+    void *user;
+    llm_draft_state state; /* zero at first                                                                          */
+} llm_draft;
+
+/* Prompt lookup: finds the text's last tokens earlier in the text and guesses that it goes on as it did there. It needs
+   no model, costs next to nothing, and is right where a text repeats its prompt: summaries, edits, quotations. */
+LLM_API llm_draft llm_draft_lookup(void);
+
+/* A model as the draft of what `ctx` generates. Its vocabulary must be the same, but may be shorter or longer (padded).
+   The same weights in another type (the file loaded twice, say with LLM_DTYPE_INT4) read the context's own KV cache, so
+   that they take no cache and no time for the prompt; another model has its own cache for as many sequences, and reads
+   the prompt before its first guess. The draft works on the context's threads, and must be freed before the context and
+   the model. */
+LLM_API llm_status llm_draft_model(llm_draft *out, llm_context *ctx, const llm_model *model, llm_error *err);
+LLM_API void llm_draft_free(llm_draft *draft);
+
+typedef struct llm_draft_stats {
+    int n_passes;               /* that checked guesses                                                        */
+    int n_proposed, n_accepted; /* guesses that were checked; that were right                                  */
+    int n_by_accepted[LLM_DRAFT_MOST + 1]; /* passes in which so many guesses were right                             */
+    double tokens_per_pass; /* of passes that checked guesses                                              */
+    double draft_seconds, pass_seconds; /* asking the draft; all passes                                              */
+    double speedup; /* against plain decoding, by plain passes measured meanwhile; 0: none was     */
+    bool failed;    /* the draft did, and was not asked again                                      */
+} llm_draft_stats;
+
 /* ---- Generation ---------------------------------------------------------------------------------------------- */
 
 typedef enum llm_stop {
@@ -369,6 +456,13 @@ typedef struct llm_generate_desc {
     int n_stop_tokens;
     bool ignore_end; /* go on after the model's end-of-text tokens                                    */
 
+    llm_draft *draft; /* speculative decoding; the context's n_logits must be above 1                             */
+    int draft_max;    /* most guesses in a pass: at most n_logits - 1 of the context, and 15; 0: that many        */
+    /* At a temperature: the seed gives the text it gives without a draft, for guesses are right where the draft draws
+       what the model draws. By itself, guesses are taken by rejection sampling: more are right, but the text depends on
+       how many were asked for, and so on timing. */
+    bool draft_keeps_text;
+
     bool (*on_text)(void *user, const char *text, size_t n_bytes); /* whole UTF-8 characters, NUL-terminated     */
     bool (*on_token)(void *user, llm_token token, const char *bytes, size_t n_bytes); /* raw, as they come        */
     bool (*cancel)(void *user); /* polled between layers, so also within a long prompt                           */
@@ -384,11 +478,70 @@ typedef struct llm_stats {
     int n_decode_passes; /* forward passes after the prompt's                                                  */
     double prefill_seconds, decode_seconds; /* until the first token's logits; after it                           */
     uint64_t decode_bytes; /* weights and cache read while decoding                                              */
+    llm_draft_stats draft;
 } llm_stats;
 
 /* Runs the prompt and generates. Cancellation is not an error: it is stats->stop. Afterwards the sequence holds the
    prompt and what was generated, less the last token, which was never computed on. */
 LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err);
+
+/* ---- Scoring ------------------------------------------------------------------------------------------------- */
+
+/* How likely is each of some endings after a context? The log-likelihood of an ending is the sum of the logarithms of its
+   tokens' probabilities, each given all that stands before it. */
+typedef struct llm_question {
+    const llm_token *context; /* [n_context], at least one                                                        */
+    int n_context;
+    int n_endings;
+    const llm_token *const *endings; /* [n_endings] of [n_ending[e]] tokens, at least one each                    */
+    const int *n_ending;
+} llm_question;
+
+/* The tokens of a context and of one ending, one behind the other, as the LM evaluation harness has them: white space at
+   the context's end goes over to the ending; the context's tokens are those of the context alone, the ending's those of
+   the whole text without the first *n_context. An empty context is the BOS token, or where there is none, EOS. Writes at
+   most `capacity` ids and returns how many there are, or -1, as llm_encode does, whose flags these are (the harness's
+   are both of them). */
+LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *context, const char *ending, unsigned flags,
+                                llm_token *ids, size_t capacity, int64_t *n_context, llm_error *err);
+
+/* In what batches the questions are computed. The log-likelihoods are the same bits in all of them on the CPU. */
+typedef enum llm_schedule {
+    LLM_SCHEDULE_PACKED = 0, /* every pass full of tokens that are needed, nothing padded, nothing computed twice  */
+    LLM_SCHEDULE_FIXED,      /* a number of texts at a time, as they come, padded to the longest                  */
+    LLM_SCHEDULE_DP          /* texts in order of length, cut into padded batches by dynamic programming          */
+} llm_schedule;
+
+typedef struct llm_score_desc {
+    llm_schedule schedule;
+    bool no_share;     /* each ending computes the context for itself, instead of all from one cache               */
+    int batch;         /* LLM_SCHEDULE_FIXED: texts in a batch; 0: 32                                              */
+    int theta;         /* LLM_SCHEDULE_DP: tokens a batch has at least; 0: 256                                     */
+    int theta_context; /* ... and a batch of contexts; 0: 4096                                                     */
+    /* Told of each question once it is answered: its [n_endings] log-likelihoods. Returning false stops the work, which
+       then ends with LLM_ERROR_CANCELLED. */
+    bool (*on_question)(void *user, int question, const double *log_likelihoods);
+    void *user;
+} llm_score_desc;
+
+typedef struct llm_score_stats {
+    int n_questions;     /* answered                                                                               */
+    int64_t n_passes;    /* forward passes                                                                         */
+    int64_t n_computed;  /* tokens computed: those needed, and                                                     */
+    int64_t n_padded;    /* those that only fill up a batch                                                        */
+    int64_t n_redundant; /* those of a context, or first tokens common to all endings, computed again              */
+    int64_t n_predicted; /* rows that went through the head                                                        */
+    double seconds;
+} llm_score_stats;
+
+/* Fills log_likelihoods: the first question's [n_endings], then the second's, and so on. What the context's sequences held
+   is dropped. It should have many sequences and much cache, or batches stay small: at least n_seq as many as a question has
+   endings, n_ctx as a text has tokens. A pass is at most n_batch tokens. All that every ending of a question begins with
+   is taken as part of its context, and a token is only computed if another is predicted from it, the head and the last
+   layer only where one is that counts. With log_likelihoods NULL nothing is computed, but stats tell what would be. */
+LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, int n_questions,
+                             const llm_score_desc *desc, double *log_likelihoods, llm_score_stats *stats,
+                             llm_error *err);
 
 /* ---- Backends ------------------------------------------------------------------------------------------------ */
 
@@ -446,6 +599,11 @@ typedef struct llm_pass {
     int n_logits;
     const int *logit_rows; /* [n_logits] ascending                                                          */
     int first_logits;      /* where in the context's logits the first of them goes                          */
+    /* If there are targets, no logits are kept; only the logarithms of these tokens' probabilities are wanted. */
+    int n_targets;
+    const llm_token *targets; /* [n_targets]                                                                 */
+    const int *target_rows;   /* [n_targets] after which of the logit_rows each comes: an index into them    */
+    float *log_probs;         /* [n_targets] the results                                                     */
     const int *blocks;     /* [n_seq][blocks_per_seq] which cache block holds LLM_BLOCK positions of a sequence */
     int blocks_per_seq;
     bool (*cancel)(void *user);
@@ -473,6 +631,10 @@ typedef struct llm_backend_desc {
     llm_dtype cache_dtype;
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
     llm_host host;
+    /* Another context, idle while this one works and there for longer, lends it its threads and, if their shapes are
+       alike, its cache. A backend that does not do this returns LLM_ERROR_UNSUPPORTED. */
+    void *lender;
+    bool share_cache;
 } llm_backend_desc;
 
 struct llm_backend {
@@ -531,6 +693,8 @@ LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
 
 /* The arithmetic of section 9 is exact to the bit: -ffast-math and contraction end here. */
 #if defined(__clang__)
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wignored-pragmas" /* clang 14 for aarch64 does not have float_control */
 #pragma float_control(push)
 #pragma float_control(precise, on)
 #pragma STDC FP_CONTRACT OFF
@@ -742,19 +906,6 @@ static char *llm__copy_string(llm__env *env, const char *text, size_t n) {
     return copy;
 }
 
-/* a * b, a + b and so on for sizes that came out of a file; fail rather than wrap. */
-static uint64_t llm__mul(llm__env *env, uint64_t a, uint64_t b) {
-    if (b && a > UINT64_MAX / b)
-        llm__fail(env, LLM_ERROR_FORMAT, "%llu * %llu overflows 64 bits", (unsigned long long)a, (unsigned long long)b);
-    return a * b;
-}
-
-static uint64_t llm__add(llm__env *env, uint64_t a, uint64_t b) {
-    if (a > UINT64_MAX - b)
-        llm__fail(env, LLM_ERROR_FORMAT, "%llu + %llu overflows 64 bits", (unsigned long long)a, (unsigned long long)b);
-    return a + b;
-}
-
 /* A run of bytes that is not NUL-terminated. */
 typedef struct llm__str {
     const char *at;
@@ -841,7 +992,11 @@ static const char *llm__file_map(llm__file *file, const char *path) {
     wchar_t wide[1024];
     if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 1024)) return "the path is too long or not UTF-8";
     HANDLE handle = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
-    if (handle == INVALID_HANDLE_VALUE) return "cannot be opened";
+    if (handle == INVALID_HANDLE_VALUE) {
+        DWORD code = GetLastError();
+        bool absent = code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND;
+        return absent ? "no such file" : code == ERROR_ACCESS_DENIED ? "access is denied" : "cannot be opened";
+    }
     LARGE_INTEGER size;
     const char *problem = NULL;
     HANDLE mapping = NULL;
@@ -1125,7 +1280,7 @@ static double llm__json_value(llm__str s) {
     double value = (double)digits, ten = 10;
     bool down = power < 0;
     double factor = 1;
-    for (int p = down ? -power : power; p && factor < 1e300; p >>= 1, ten *= ten)
+    for (int p = !digits ? 0 : down ? -power : power; p && factor < 1e300; p >>= 1, ten *= ten) /* 0 * infinity: no */
         if (p & 1) factor *= ten;
     value = down ? value / factor : value * factor;
     return s.at[0] == '-' ? -value : value;
@@ -1571,13 +1726,29 @@ static void llm__add_tensor(llm__env *env, llm__checkpoint *ck, const llm__tenso
     ck->tensors[ck->n_tensors++] = *t;
 }
 
+/* a * b and a + b for a tensor's sizes, which came out of a file; fail rather than wrap. */
+static uint64_t llm__mul(llm__env *env, llm__str tensor, uint64_t a, uint64_t b) {
+    if (b && a > UINT64_MAX / b)
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s: %llu * %llu overflows 64 bits", LLM__SHOW(tensor),
+                  (unsigned long long)a, (unsigned long long)b);
+    return a * b;
+}
+
+static uint64_t llm__add(llm__env *env, llm__str tensor, uint64_t a, uint64_t b) {
+    if (a > UINT64_MAX - b)
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s: %llu + %llu overflows 64 bits", LLM__SHOW(tensor),
+                  (unsigned long long)a, (unsigned long long)b);
+    return a + b;
+}
+
 /* Puts a tensor's bytes at its offset of the file, if they are there. */
 static void llm__place_tensor(llm__env *env, llm__tensor *t, const llm__file *file, uint64_t offset) {
-    uint64_t bytes = llm__mul(env, t->rows, t->row_bytes);
+    uint64_t bytes = llm__mul(env, t->name, t->rows, t->row_bytes);
     if (offset > file->size || bytes > file->size - offset)
-        llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s needs %llu bytes at offset %llu, but the file ends at %llu",
-                  LLM__SHOW(t->name), (unsigned long long)bytes, (unsigned long long)offset,
-                  (unsigned long long)file->size);
+        llm__fail(env, LLM_ERROR_FORMAT,
+                  "tensor %.*s, %llu x %llu of type %s, needs %llu bytes at offset %llu, but the file ends at %llu",
+                  LLM__SHOW(t->name), (unsigned long long)t->rows, (unsigned long long)t->cols, t->type->name,
+                  (unsigned long long)bytes, (unsigned long long)offset, (unsigned long long)file->size);
     t->file = file;
     t->offset = offset;
     t->data = offset + bytes <= file->have ? file->data + offset : NULL;
@@ -1698,16 +1869,18 @@ typedef struct llm__reader {
     const uint8_t *data;
     uint64_t size, have, at; /* as in llm__file */
     const char *what;        /* what is being read, for messages */
+    llm__str name;           /* and its name, where it has one   */
 } llm__reader;
 
 static const uint8_t *llm__read(llm__reader *r, uint64_t n) {
     if (n > r->size - r->at)
-        llm__fail(r->env, LLM_ERROR_FORMAT, "the file ends inside %s: %llu bytes wanted at offset %llu of %llu",
-                  r->what, (unsigned long long)n, (unsigned long long)r->at, (unsigned long long)r->size);
+        llm__fail(r->env, LLM_ERROR_FORMAT, "the file ends inside %s%.*s: %llu bytes wanted at offset %llu of %llu",
+                  r->what, LLM__SHOW(r->name), (unsigned long long)n, (unsigned long long)r->at,
+                  (unsigned long long)r->size);
     if (n > r->have - r->at)
         llm__fail(r->env, LLM_ERROR_UNSUPPORTED,
-                  "%s goes on at offset %llu: longer headers are only read from files by path", r->what,
-                  (unsigned long long)r->at);
+                  "%s%.*s goes on at offset %llu: longer headers are only read from files by path", r->what,
+                  LLM__SHOW(r->name), (unsigned long long)r->at);
     const uint8_t *p = r->data + r->at;
     r->at += n;
     return p;
@@ -1729,11 +1902,26 @@ static uint32_t llm__gguf_size(uint32_t type) { /* 0: strings have no fixed size
     return sizes[type];
 }
 
+/* A name, which the messages about what follows it then mention. */
+static llm__str llm__read_name(llm__reader *r, const char *anonymous, const char *named) {
+    r->what = anonymous;
+    r->name.n = 0;
+    r->name = llm__read_str(r);
+    r->what = named;
+    return r->name;
+}
+
+/* `count` of what takes at least `size` bytes each follow. */
+static void llm__check_count(llm__reader *r, uint64_t count, uint64_t size) {
+    if (count > (r->size - r->at) / size)
+        llm__fail(r->env, LLM_ERROR_FORMAT, "%s%.*s is to have %llu entries at offset %llu, but the file ends at %llu",
+                  r->what, LLM__SHOW(r->name), (unsigned long long)count, (unsigned long long)r->at,
+                  (unsigned long long)r->size);
+}
+
 static llm__value llm__read_value(llm__reader *r) {
     llm__value v;
-    r->what = "a metadata key";
-    v.key = llm__read_str(r);
-    r->what = "a metadata value";
+    v.key = llm__read_name(r, "a metadata key", "metadata ");
     v.type = llm__read_u32(r);
     v.is_array = v.type == LLM__GGUF_ARRAY;
     v.count = 1;
@@ -1746,8 +1934,9 @@ static llm__value llm__read_value(llm__reader *r) {
                   (unsigned long)v.type);
     v.data = r->data + r->at;
     uint32_t size = llm__gguf_size(v.type);
+    llm__check_count(r, v.count, size ? size : 8);
     if (size) {
-        llm__read(r, llm__mul(r->env, v.count, size));
+        llm__read(r, v.count * size);
     } else {
         for (uint64_t i = 0; i < v.count; i++) llm__read_str(r);
     }
@@ -1840,14 +2029,13 @@ static llm__tensor llm__read_tensor(llm__reader *r, uint64_t *offset) {
     llm__tensor t;
     llm__env *env = r->env;
     memset(&t, 0, sizeof t);
-    r->what = "a tensor's description";
-    t.name = llm__read_str(r);
+    t.name = llm__read_name(r, "a tensor's name", "tensor ");
     uint32_t n_dims = llm__read_u32(r);
     if (n_dims < 1 || n_dims > 4)
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s has %lu dimensions", LLM__SHOW(t.name), (unsigned long)n_dims);
     t.cols = llm__read_u64(r);
     t.rows = 1;
-    for (uint32_t i = 1; i < n_dims; i++) t.rows = llm__mul(env, t.rows, llm__read_u64(r));
+    for (uint32_t i = 1; i < n_dims; i++) t.rows = llm__mul(env, t.name, t.rows, llm__read_u64(r));
     uint32_t type = llm__read_u32(r);
     *offset = llm__read_u64(r);
     t.type = llm__find_type(type);
@@ -1857,32 +2045,36 @@ static llm__tensor llm__read_tensor(llm__reader *r, uint64_t *offset) {
     if (!t.cols || !t.rows || t.cols % t.type->block_weights)
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s has %llu columns and %llu rows of type %s", LLM__SHOW(t.name),
                   (unsigned long long)t.cols, (unsigned long long)t.rows, t.type->name);
-    t.row_bytes = llm__mul(env, t.cols / t.type->block_weights, t.type->block_bytes);
+    t.row_bytes = llm__mul(env, t.name, t.cols / t.type->block_weights, t.type->block_bytes);
     return t;
 }
 
 static void llm__read_tensors(llm__reader *r, llm__checkpoint *ck, const llm__file *file, uint64_t n_tensors,
                               uint64_t alignment) {
     llm__env *env = r->env;
+    r->what = "the list of tensors";
+    r->name.n = 0;
+    llm__check_count(r, n_tensors, 8 + 4 + 8 + 4 + 8);
     for (uint64_t i = 0; i < n_tensors; i++) {
         uint64_t offset;
         llm__tensor t = llm__read_tensor(r, &offset);
         t.offset = offset; /* from where the data begins, until the tensor is placed */
         llm__add_tensor(env, ck, &t);
     }
-    uint64_t start = llm__add(env, r->at, alignment - 1) / alignment * alignment;
+    uint64_t start = (r->at + alignment - 1) / alignment * alignment;
     for (size_t i = ck->n_tensors - (size_t)n_tensors; i < ck->n_tensors; i++) {
         llm__tensor *t = &ck->tensors[i];
-        if (t->offset % alignment)
-            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s has offset %llu, not a multiple of %llu", LLM__SHOW(t->name),
-                      (unsigned long long)t->offset, (unsigned long long)alignment);
-        llm__place_tensor(env, t, file, llm__add(env, start, t->offset));
+        if (t->offset % alignment || t->offset > file->size)
+            llm__fail(env, LLM_ERROR_FORMAT,
+                      "tensor %.*s has offset %llu, not a multiple of %llu in a file of %llu bytes", LLM__SHOW(t->name),
+                      (unsigned long long)t->offset, (unsigned long long)alignment, (unsigned long long)file->size);
+        llm__place_tensor(env, t, file, llm__add(env, t->name, start, t->offset));
     }
 }
 
 /* One file; its values and tensors are added to the checkpoint's. */
 static void llm__read_gguf_part(llm__env *env, llm__checkpoint *ck, const llm__file *file) {
-    llm__reader r = {env, file->data, file->size, file->have, 0, "the header"};
+    llm__reader r = {env, file->data, file->size, file->have, 0, "the header", {"", 0}};
     if (memcmp(llm__read(&r, 4), "GGUF", 4))
         llm__fail(env, LLM_ERROR_FORMAT,
                   "this is not a GGUF file (what Hugging Face publishes is loaded by its directory)");
@@ -1892,6 +2084,8 @@ static void llm__read_gguf_part(llm__env *env, llm__checkpoint *ck, const llm__f
                   (unsigned long)version);
     uint64_t n_tensors = llm__read_u64(&r), n_values = llm__read_u64(&r);
     size_t room = 0;
+    r.what = "the metadata";
+    llm__check_count(&r, n_values, 8 + 4 + 1);
     for (uint64_t i = 0; i < n_values; i++) {
         ck->values = (llm__value *)llm__grow(env, ck->values, ck->n_values, &room, sizeof *ck->values);
         ck->values[ck->n_values] = llm__read_value(&r);
@@ -1993,17 +2187,17 @@ static llm__tensor llm__safetensors_tensor(llm__env *env, const llm__file *file,
                   LLM__SHOW(dtype->string));
     t.rows = t.cols = 1;
     for (const llm__json *d = shape->first; d; d = d->next) {
-        t.rows = llm__mul(env, t.rows, t.cols);
+        t.rows = llm__mul(env, t.name, t.rows, t.cols);
         t.cols = llm__safetensors_number(env, t.name, d);
     }
-    t.row_bytes = llm__mul(env, t.cols, t.type->block_bytes);
+    t.row_bytes = llm__mul(env, t.name, t.cols, t.type->block_bytes);
     uint64_t begin = llm__safetensors_number(env, t.name, offsets->first);
     uint64_t end = llm__safetensors_number(env, t.name, offsets->first->next);
-    if (end < begin || end - begin != llm__mul(env, t.rows, t.row_bytes))
+    if (end < begin || end - begin != llm__mul(env, t.name, t.rows, t.row_bytes))
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s is %llu x %llu of %s, but its data_offsets are %llu and %llu",
                   LLM__SHOW(t.name), (unsigned long long)t.rows, (unsigned long long)t.cols, t.type->name,
                   (unsigned long long)begin, (unsigned long long)end);
-    llm__place_tensor(env, &t, file, llm__add(env, start, begin));
+    llm__place_tensor(env, &t, file, llm__add(env, t.name, start, begin));
     return t;
 }
 
@@ -2099,6 +2293,8 @@ static llm__checkpoint *llm__open_checkpoint(llm__env *env, const char *path, co
 
    The numbers that shape a model, checked once so that nothing after this has to. What would show only as wrong text is
    refused by name. */
+
+enum { LLM__MOST_HEAD = 4096 }; /* dimensions of a head */
 
 /* What config.json's sliding_window means. */
 typedef enum llm__window_rule { LLM__NO_WINDOW, LLM__WINDOW_ALWAYS, LLM__WINDOW_IF_USED } llm__window_rule;
@@ -2278,10 +2474,12 @@ static llm__hparams llm__gguf_hparams(llm__env *env, const llm__checkpoint *ck) 
     h.n_heads = llm__arch_int(env, ck, "attention.head_count", -1, 4096);
     h.n_kv_heads = llm__arch_int(env, ck, "attention.head_count_kv", h.n_heads, 4096);
     h.n_ctx_train = llm__arch_int(env, ck, "context_length", -1, 1 << 28);
-    h.head_dim = llm__arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1, 4096);
-    if (llm__arch_int(env, ck, "attention.value_length", h.head_dim, 4096) != h.head_dim)
+    h.head_dim = llm__arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1, LLM__MOST_HEAD);
+    int value_length = llm__arch_int(env, ck, "attention.value_length", h.head_dim, LLM__MOST_HEAD);
+    if (value_length != h.head_dim)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "values and keys have different lengths, which this library does not run");
+                  "attention.value_length is %d and attention.key_length %d; this library runs equal ones",
+                  value_length, h.head_dim);
     h.rope_dim = llm__arch_int(env, ck, "rope.dimension_count", h.head_dim, 4096);
     h.window = llm__arch_int(env, ck, "attention.sliding_window", 0, 1 << 28);
     h.rms_eps = (float)llm__arch_number(env, ck, "attention.layer_norm_rms_epsilon", 1e-5, 1e-12, 1);
@@ -2511,7 +2709,7 @@ static llm__hparams llm__config_hparams(llm__env *env, const llm__checkpoint *ck
     h.n_kv_heads = llm__config_int(env, config, "num_key_value_heads", h.n_heads, 1, 4096);
     h.n_ctx_train = llm__config_int(env, config, "max_position_embeddings", -1, 1, 1 << 28);
     int usual = a->qk_norm ? 128 : h.n_embd / h.n_heads;
-    h.head_dim = llm__config_int(env, config, "head_dim", usual ? usual : 1, 1, 4096);
+    h.head_dim = llm__config_int(env, config, "head_dim", usual ? usual : 1, 1, LLM__MOST_HEAD);
     h.rope_dim = h.head_dim;
     h.window = llm__config_window(env, config, a, h.n_layers);
     h.rms_eps = (float)llm__config_number(env, config, "rms_norm_eps", 1e-6, 1e-12, 1);
@@ -4534,7 +4732,10 @@ static int32_t *llm__gguf_types(llm__env *env, const llm__checkpoint *ck, size_t
     int32_t *types = (int32_t *)llm__alloc(env, n, sizeof *types);
     for (size_t i = 0; i < n; i++) {
         double d = llm__value_number(v, i);
-        types[i] = d >= 1 && d <= 6 ? (int32_t)d : d >= -2147483647.0 && d <= 2147483647.0 ? (int32_t)d : 0;
+        if (!(d >= LLM__TYPE_NORMAL && d <= LLM__TYPE_BYTE))
+            llm__fail(env, LLM_ERROR_FORMAT, "tokenizer.ggml.token_type[%llu] is %g, not a type from 1 to 6",
+                      (unsigned long long)i, d);
+        types[i] = (int32_t)d;
     }
     return types;
 }
@@ -5010,6 +5211,7 @@ static llm__proto llm__proto_open(llm__env *env, const void *data, size_t n, con
     p.in.data = (const uint8_t *)data;
     p.in.size = p.in.have = n;
     p.in.what = what;
+    p.in.name.at = "";
     return p;
 }
 
@@ -5431,7 +5633,7 @@ static void llm__trim(const llm__classes *classes, const uint8_t **p, const uint
     for (; *p < *end; *p = next)
         if (!(llm__class_at(classes, *p, &next) & LLM__SPACE) && (**p < 0x1C || **p > 0x1F)) break;
     for (; *p < *end; *end = next) {
-        for (next = *end - 1; (*next & 0xC0) == 0x80;) next--;
+        for (next = *end - 1; next > *p && (*next & 0xC0) == 0x80;) next--;
         const uint8_t *after;
         if (!(llm__class_at(classes, next, &after) & LLM__SPACE) && (*next < 0x1C || *next > 0x1F)) break;
     }
@@ -5971,20 +6173,25 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
    instruction set supplies the vectors, and the text below is compiled for each. The scalar set is the definition.
 
    A product of activations x and weights w comes in two kinds:
-     f32    one chain:  y = fma(x[k], w[k], y)  for k = 0, 1, 2 ...
+     f32    one chain:  y = fma(x[k], w[k], y)  for k = 0, 1, 2 ...   f16 weights likewise
      bf16   as the matrix unit instruction TDPBF16PS sums: x and w are bf16; for each 32 consecutive k,
                 e = fma(x[k], w[k], e) over the even k,  o likewise over the odd k,  both from 0;   y = y + (e + o).
      int8   the same sums over whole numbers, which bf16 holds exactly, and at the end  y = y + sum * scale[output].
      groups of 32 whole numbers with scale d and minimum m:  y = fma(d, e + o, y),  then  y = fma(m, sum of x, y).
    k is padded with zeros to a multiple of 32. Weights lie in tiles of 16 outputs, so that a vector holds the same k of
    16 outputs and each lane computes one output in just this order:
-     f32    [k][16]             bf16   [k/2][16][2]            int8   [k][16], then f32 scale[16]
+     f32, f16  [k][16]          bf16   [k/2][16][2]            int8   [k][16], then f32 scale[16]
      int8 in groups: for each group [32][16], then f16 d[16], m[16];  int4: [4][16] words of 8 numbers, d[16], m[16]
-   A block of the KV cache is two such tiles: keys with k along the head, values with k along the positions.
+   A block of the KV cache is such tiles: keys with k along the head, values with k along the positions. In an int8
+   cache a position's key, or value, has one scale: the keys' tiles hold it; that of the values stands behind their
+   tiles, whose own scales are 1, and is multiplied into the softmax weights, which are rounded to bf16 again.
 
    Other sums (RMSNorm, softmax) run in 16 lanes, element i in lane i % 16, and end in one tree: lane i takes lane
    i + 8, then i + 4, i + 2, i + 1. Denormal results become zero. exp is the polynomial below. FMA is written where it
-   is meant; the compiler may not form or split one, whatever flags the host compiles with. */
+   is meant; the compiler may not form or split one, whatever flags the host compiles with.
+
+   One exception is known: a result that only rounding lifts to the least normal number, 2^-126, is that number on x86
+   and zero on aarch64, which decides before it rounds. */
 
 #if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 
@@ -5994,6 +6201,7 @@ typedef enum llm__kind {
     LLM__W_INT8,
     LLM__W_INT8_GROUPS,
     LLM__W_INT4_GROUPS,
+    LLM__W_F16,
     LLM__W_KINDS
 } llm__kind;
 
@@ -6001,6 +6209,40 @@ typedef enum llm__kind {
    Products with groups need the sums of x over each 32: x_sums[row * k / 32 + group]. */
 typedef void llm__product_fn(const float *x, size_t x_stride, const float *x_sums, int rows, const void *tile, int k,
                              float *y, size_t y_stride);
+
+/* A product on a matrix unit, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
+   times 32 k. */
+typedef struct llm__tile_product {
+    const uint8_t *a;          /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, as pack_rows leaves them    */
+    int n_rows, a_blocks;      /* n_rows counts 16 rows each                                                         */
+    const uint8_t *const *b;   /* [n_blocks] where the first tile's blocks lie, 1 KB each: [16 pairs of k][16][2]     */
+    size_t b_next;             /* how much further those of the second tile lie                                      */
+    int n_blocks, n_cols;      /* n_cols counts tiles: 1 or 2                                                        */
+    float *c;
+    size_t c_stride;
+    bool add;
+    const uint8_t *ahead; /* what is needed next, in two runs ahead_next apart: fetched meanwhile; or NULL      */
+    size_t ahead_bytes, ahead_next;
+} llm__tile_product;
+
+enum {
+    LLM__TILE_ROWS = 16,    /* from so many rows on, a product goes to the matrix unit if there is one             */
+    LLM__TILE_BLOCKS = 18,  /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
+    LLM__PANEL_TILES = 8,   /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
+    LLM__PANEL_ROWS = 512
+};
+
+/* A panel: n_rows activation rows, packed, meet n_tiles tiles; c[n_rows padded to 16][16 * n_tiles]. */
+typedef struct llm__panel {
+    const uint8_t *a;
+    const float *x_sums;
+    int n_rows, k;
+    const uint8_t *tiles, *ahead; /* ahead: the tiles that are wanted after these, or NULL */
+    size_t tile_bytes;
+    int n_tiles;
+    float *c;
+    uint8_t *unpacked; /* [2][LLM__TILE_BLOCKS][1024] scratch */
+} llm__panel;
 
 typedef struct llm__kernels {
     const char *name;
@@ -6017,12 +6259,21 @@ typedef struct llm__kernels {
     /* y = x * factor, rounded to bf16 if `round`. */
     void (*scale)(const float *x, float factor, int n, bool round, float *y);
     void (*add)(float *y, const float *x, int n); /* y += x */
+    void (*weigh)(float *y, const float *x, int n); /* y = y * x, rounded to bf16; n is a multiple of 16 */
     /* Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given. */
     void (*rope)(float *x, const float *cosines, const float *sines, int half);
     /* The limits benchmarks compare with: reads n bytes and does nothing with them; does n times 2 * 16 * 12 floating-
        point operations that wait for nothing but each other. */
     uint32_t (*read)(const void *p, size_t n);
     uint32_t (*multiply)(size_t n);
+    /* The matrix unit; all NULL where there is none. It must be entered before the others are called, by each thread. */
+    void (*tiles_enter)(void);
+    void (*tiles_leave)(void);
+    /* Rows that are rounded to bf16 become blocks [rows / 16][k / 32][16][32]; what is missing of 16 rows is zero. */
+    void (*pack_rows)(const float *x, size_t x_stride, int rows, int k, uint8_t *a);
+    void (*tile_product)(const llm__tile_product *p);
+    void (*panel)(llm__kind kind, const llm__panel *p); /* all kinds but f32 and f16 */
+    uint32_t (*tile_multiply)(size_t n);                /* n times 2 * 4 * 16 * 16 * 32 operations */
 } llm__kernels;
 
 /* Sets the floating-point unit to round to nearest and flush denormals; returns what it was set to. */
@@ -6096,6 +6347,45 @@ static double llm__sqrt(double x) {
     return r;
 }
 
+/* AMX: eight tile registers of 16 rows of 64 bytes. The instructions are written out, as gcc 12's intrinsics do not say
+   that they touch memory. A test may bring its own, to run where there is no such unit. */
+#if defined(LLM__TILE_DOT) || (defined(__x86_64__) && defined(__linux__))
+#define LLM__HAVE_TILES
+typedef struct llm__tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} llm__tile_config;
+#endif
+#if defined(LLM__HAVE_TILES) && !defined(LLM__TILE_DOT)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#define LLM__TILE_CONFIG(config) __asm__ volatile("ldtilecfg %0" : : "m"(config))
+#define LLM__TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
+#define LLM__TILE_ZERO(t) __asm__ volatile("tilezero %tmm" #t)
+#define LLM__TILE_LOAD(t, from, stride) \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"((const void *)(from)), "r"((size_t)(stride)) : "memory")
+#define LLM__TILE_STORE(t, to, stride) \
+    __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"((void *)(to)), "r"((size_t)(stride)) : "memory")
+#define LLM__TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #c)
+
+/* Is there such a unit, does the system save its registers, and may this process use it? */
+static bool llm__tiles_allowed(void) {
+    uint32_t a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false; /* OSXSAVE */
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low >> 17 & 3) != 3) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false; /* bf16, tiles */
+    if (!__get_cpuid_count(0x1D, 1, &a, &b, &c, &d) || b >> 16 < 8 || (b & 0xFFFF) < 64 || (c & 0xFFFF) < 16) return false;
+    long status; /* of the system call itself: libc declares none where a host includes its headers first */
+    __asm__ volatile("syscall"
+                     : "=a"(status)
+                     : "0"((long)SYS_arch_prctl), "D"(0x1023L /* ARCH_REQ_XCOMP_PERM */), "S"(18L /* tile data */)
+                     : "rcx", "r11", "memory");
+    return status == 0;
+}
+#endif
+
 /* The kernels for one instruction set each: this file includes itself. */
 #ifndef LLM_HEADER_FILENAME
 #define LLM_HEADER_FILENAME "llm.h"
@@ -6137,6 +6427,17 @@ static double llm__sqrt(double x) {
 #endif
 #endif
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#define LLM__USE_NEON
+#define LLM__TARGET
+#define LLM__KERNEL_PASS llm__neon_
+#include LLM_HEADER_FILENAME
+#undef LLM__KERNEL_PASS
+#undef LLM__TARGET
+#undef LLM__USE_NEON
+#endif
+
 /* The best instruction set of this machine, or the one named; NULL if it is not to be had. */
 static const llm__kernels *llm__choose_kernels(const char *isa) {
 #if defined(__x86_64__)
@@ -6144,8 +6445,13 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* every such chip has f16c */
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(LLM__HAVE_TILES)
+    if (avx512 && (!isa || !strcmp(isa, "amx")) && llm__tiles_allowed()) return &llm__avx512_amx_kernels;
+#endif
     if (avx512 && (!isa || !strcmp(isa, "avx512"))) return &llm__avx512_kernels;
     if (avx2 && (!isa || !strcmp(isa, "avx2"))) return &llm__avx2_kernels;
+#elif defined(__aarch64__)
+    if (!isa || !strcmp(isa, "neon")) return &llm__neon_kernels;
 #endif
     return !isa || !strcmp(isa, "scalar") ? &llm__scalar_kernels : NULL;
 }
@@ -6300,6 +6606,59 @@ LLM__INLINE V v_pow2(V s) {
               _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(s.hi), bias), 23)));
 }
 
+#elif defined(LLM__USE_NEON)
+
+typedef struct V {
+    float32x4_t q[4];
+} V;
+#define LLM__QUARTERS(expression)                                              \
+    V r;                                                                       \
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) r.q[i] = (expression); \
+    return r
+LLM__INLINE V v_load(const float *p) { LLM__QUARTERS(vld1q_f32(p + 4 * i)); }
+LLM__INLINE void v_store(float *p, V a) {
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.q[i]);
+}
+LLM__INLINE V v_splat(float x) { LLM__QUARTERS(vdupq_n_f32(x)); }
+LLM__INLINE V v_add(V a, V b) { LLM__QUARTERS(a.q[i] + b.q[i]); }
+LLM__INLINE V v_sub(V a, V b) { LLM__QUARTERS(a.q[i] - b.q[i]); }
+LLM__INLINE float32x4_t LLM__FN(rounded)(float32x4_t a) {
+    LLM__HIDE("+w", a);
+    return a;
+}
+LLM__INLINE V v_mul(V a, V b) { LLM__QUARTERS(LLM__FN(rounded)(a.q[i] * b.q[i])); }
+LLM__INLINE V v_div(V a, V b) { LLM__QUARTERS(a.q[i] / b.q[i]); }
+LLM__INLINE V v_fma(V a, V b, V c) { LLM__QUARTERS(LLM__FN(rounded)(vfmaq_f32(c.q[i], a.q[i], b.q[i]))); }
+LLM__INLINE V v_max(V a, V b) { LLM__QUARTERS(vbslq_f32(vcgtq_f32(a.q[i], b.q[i]), a.q[i], b.q[i])); }
+LLM__INLINE V v_min(V a, V b) { LLM__QUARTERS(vbslq_f32(vcltq_f32(a.q[i], b.q[i]), a.q[i], b.q[i])); }
+LLM__INLINE V v_even(const uint16_t *p) {
+    LLM__QUARTERS(vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(p + 8 * i)), 16)));
+}
+LLM__INLINE V v_odd(const uint16_t *p) {
+    const uint32x4_t high = vdupq_n_u32(0xFFFF0000);
+    LLM__QUARTERS(vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(vld1q_u16(p + 8 * i)), high)));
+}
+LLM__INLINE V v_int8(const int8_t *p) {
+    int8x16_t bytes = vld1q_s8(p);
+    int16x8_t lo = vmovl_s8(vget_low_s8(bytes)), hi = vmovl_s8(vget_high_s8(bytes));
+    LLM__QUARTERS(vcvtq_f32_s32(vmovl_s16(i % 2 ? vget_high_s16(i < 2 ? lo : hi) : vget_low_s16(i < 2 ? lo : hi))));
+}
+LLM__INLINE V v_half(const uint16_t *p) { LLM__QUARTERS(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)))); }
+LLM__INLINE V v_nibble(const uint32_t *p, int at) {
+    LLM__QUARTERS(vcvtq_f32_u32(vandq_u32(vld1q_u32(p + 4 * i) >> (uint32_t)(4 * at), vdupq_n_u32(15))));
+}
+LLM__INLINE uint32x4_t LLM__FN(quarter_round)(uint32x4_t u) {
+    uint32x4_t up = vaddq_u32(vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1)), vdupq_n_u32(0x7FFF));
+    return vandq_u32(vaddq_u32(u, up), vdupq_n_u32(0xFFFF0000));
+}
+LLM__INLINE V v_round_bf16(V a) {
+    LLM__QUARTERS(vreinterpretq_f32_u32(LLM__FN(quarter_round)(vreinterpretq_u32_f32(a.q[i]))));
+}
+LLM__INLINE V v_pow2(V s) {
+    const uint32x4_t bias = vdupq_n_u32(127);
+    LLM__QUARTERS(vreinterpretq_f32_u32(vshlq_n_u32(vaddq_u32(vreinterpretq_u32_f32(s.q[i]), bias), 23)));
+}
+
 #else /* scalar: the definition */
 
 typedef struct V {
@@ -6373,7 +6732,7 @@ LLM__INLINE float v_hmax(V a) {
     return f[0];
 }
 
-#if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2)
+#if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2) || defined(LLM__USE_NEON)
 #define LLM__UNROLL _Pragma("GCC unroll 16")
 #else
 #define LLM__UNROLL
@@ -6384,17 +6743,19 @@ LLM__INLINE float v_hmax(V a) {
 #define LLM__MOST_ROWS 8
 #elif defined(LLM__USE_AVX2)
 #define LLM__MOST_ROWS 4
+#elif defined(LLM__USE_NEON)
+#define LLM__MOST_ROWS 2
 #else
 #define LLM__MOST_ROWS 1
 #endif
 
 /* ROWS rows at once, so that a weight once loaded serves them all. ROWS is a constant where this is inlined. */
-LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const float *x, size_t x_stride, const float *w, int k, float *y,
-                                   size_t y_stride) {
+LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const bool HALF, const float *x, size_t x_stride, const void *w, int k,
+                                   float *y, size_t y_stride) {
     V sum[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_load(y + (size_t)r * y_stride);
     for (int i = 0; i < k; i++) {
-        V wi = v_load(w + (size_t)i * 16);
+        V wi = HALF ? v_half((const uint16_t *)w + (size_t)i * 16) : v_load((const float *)w + (size_t)i * 16);
         LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] =
             v_fma(v_splat(x[(size_t)r * x_stride + (size_t)i]), wi, sum[r]);
     }
@@ -6408,12 +6769,23 @@ LLM__INLINE V LLM__FN(weight)(const llm__kind KIND, const uint8_t *w, int i, con
     return J % 2 ? v_odd((const uint16_t *)w + (i + J) / 2 * 32) : v_even((const uint16_t *)w + (i + J) / 2 * 32);
 }
 
-/* The sums over one block, its even and odd weights as two chains. */
+/* A block's bytes in a tile. Groups end with 16 scales and 16 minimums in f16. */
+LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND) {
+    return KIND == LLM__W_BF16 ? 1024 : KIND == LLM__W_INT8 ? 512 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
+}
+
+/* The sums over one block, its even and odd weights as two chains. With several rows the products take long enough that
+   the processor's own prefetching falls behind: what comes 2 KiB later is asked for here. */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const uint8_t *w,
                                 V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) even[r] = odd[r] = v_splat(0);
     for (int i = 0; i < 32; i += 8) {
+        const size_t quarter = LLM__FN(block_bytes)(KIND) / 256 * 64;
+        if (ROWS > 1) {
+            LLM__UNROLL for (size_t line = 0; line < quarter; line += 64)
+                __builtin_prefetch(w + (size_t)(i / 8) * quarter + line + 2048);
+        }
         LLM__UNROLL for (int j = 0; j < 8; j += 2) {
             V we = LLM__FN(weight)(KIND, w, i, j), wo = LLM__FN(weight)(KIND, w, i, j + 1);
             LLM__UNROLL for (int r = 0; r < ROWS; r++) {
@@ -6424,11 +6796,6 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const floa
         }
     }
     LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_add(even[r], odd[r]);
-}
-
-/* A block's bytes in a tile. Groups end with 16 scales and 16 minimums in f16. */
-LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND) {
-    return KIND == LLM__W_BF16 ? 1024 : KIND == LLM__W_INT8 ? 512 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
 }
 
 /* bf16 and int8 per channel: the blocks' sums are added, and at the end scaled. */
@@ -6466,7 +6833,8 @@ LLM__INLINE void LLM__FN(group_rows)(const int ROWS, const llm__kind KIND, const
 LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
                                     const float *x_sums, const void *tile, int k, float *y, size_t y_stride) {
     const uint8_t *w = (const uint8_t *)tile;
-    if (KIND == LLM__W_F32) LLM__FN(f32_rows)(ROWS, x, x_stride, (const float *)tile, k, y, y_stride);
+    if (KIND == LLM__W_F32 || KIND == LLM__W_F16)
+        LLM__FN(f32_rows)(ROWS, KIND == LLM__W_F16, x, x_stride, tile, k, y, y_stride);
     else if (KIND == LLM__W_BF16 || KIND == LLM__W_INT8)
         LLM__FN(plain_rows)(ROWS, KIND, x, x_stride, w, k, y, y_stride);
     else LLM__FN(group_rows)(ROWS, KIND, x, x_stride, x_sums, w, k, y, y_stride);
@@ -6484,7 +6852,8 @@ LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x
                                   const void *tile, int k, float *y, size_t y_stride) {
     const bool GROUPS = KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS;
     if (LLM__MOST_ROWS > 4) LLM__ROWS_BY(8)
-    if (LLM__MOST_ROWS > 1) LLM__ROWS_BY(4)
+    if (LLM__MOST_ROWS > 2) LLM__ROWS_BY(4)
+    if (LLM__MOST_ROWS > 2) LLM__ROWS_BY(3) /* query heads to a key head in the default model */
     if (LLM__MOST_ROWS > 1) LLM__ROWS_BY(2)
     LLM__ROWS_BY(1)
 }
@@ -6500,6 +6869,7 @@ LLM__PRODUCT(product_bf16, LLM__W_BF16)
 LLM__PRODUCT(product_int8, LLM__W_INT8)
 LLM__PRODUCT(product_int8_groups, LLM__W_INT8_GROUPS)
 LLM__PRODUCT(product_int4_groups, LLM__W_INT4_GROUPS)
+LLM__PRODUCT(product_f16, LLM__W_F16)
 #undef LLM__PRODUCT
 
 LLM__TARGET static void LLM__FN(group_sums)(const float *x, int k, float *sums) {
@@ -6593,6 +6963,10 @@ LLM__TARGET static void LLM__FN(add)(float *y, const float *x, int n) {
         (y + i, v_add(LLM__FN(load_part)(y + i, n - i), LLM__FN(load_part)(x + i, n - i)), n - i, false);
 }
 
+LLM__TARGET static void LLM__FN(weigh)(float *y, const float *x, int n) {
+    for (int i = 0; i < n; i += 16) v_store(y + i, v_round_bf16(v_mul(v_load(y + i), v_load(x + i))));
+}
+
 LLM__TARGET static void LLM__FN(rope)(float *x, const float *cosines, const float *sines, int half) {
     for (int i = 0; i < half; i += 16) {
         V a = LLM__FN(load_part)(x + i, half - i), b = LLM__FN(load_part)(x + half + i, half - i);
@@ -6627,27 +7001,240 @@ LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
     return llm__f32_bits(v_sum(total));
 }
 
+#if defined(LLM__USE_AVX512) && defined(LLM__HAVE_TILES)
+
+/* ---- Products on the matrix unit ----
+
+   Floor: 16 cycles for 16 x 16 sums over 32 k. Two by two tiles of sums take two loads of 1 KB from each side for four
+   such products: 64 cycles, in which the nearest cache gives at least twice these 4 KB. So the two tiles of weights stay
+   there (36 KB) while all rows of the panel pass from the second cache, 32 bytes a cycle; and weights come from memory
+   once for 512 rows: 2 bytes a cycle, fetched ahead while the sums before them are made. */
+
+static void LLM__FN(tiles_enter)(void) {
+    llm__tile_config config;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int i = 0; i < 8; i++) {
+        config.rows[i] = 16;
+        config.row_bytes[i] = 64;
+    }
+    LLM__TILE_CONFIG(config);
+}
+
+static void LLM__FN(tiles_leave)(void) { LLM__TILE_RELEASE(); }
+
+LLM__TARGET static void LLM__FN(pack_rows)(const float *x, size_t x_stride, int rows, int k, uint8_t *a) {
+    size_t step = (size_t)k / 32 * 1024;
+    for (int first = 0; first < rows; first += 16, a += step)
+        for (int r = 0; r < 16; r++) {
+            const float *from = x + (size_t)(first + r) * x_stride;
+            uint8_t *to = a + r * 64;
+            for (int i = 0; i < k; i += 16) { /* the lower halves are zero already */
+                __m512i bits = first + r < rows ? _mm512_castps_si512(_mm512_loadu_ps(from + i)) : _mm512_setzero_si512();
+                _mm256_storeu_si256((__m256i *)(void *)(to + (size_t)i / 32 * 1024 + i % 32 * 2),
+                                    _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+            }
+        }
+}
+
+/* One square of 2 x 2 tiles of sums, or its part; which is a constant where this is inlined. */
+LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile_product *p, const uint8_t *a, float *c) {
+    const size_t c_bytes = p->c_stride * 4, a_next = (size_t)p->a_blocks * 1024;
+    float *low = c + 16 * p->c_stride;
+    if (p->add) {
+        LLM__TILE_LOAD(0, c, c_bytes);
+        if (COLS > 1) LLM__TILE_LOAD(1, c + 16, c_bytes);
+        if (ROWS > 1) LLM__TILE_LOAD(2, low, c_bytes);
+        if (ROWS > 1 && COLS > 1) LLM__TILE_LOAD(3, low + 16, c_bytes);
+    } else {
+        LLM__TILE_ZERO(0);
+        if (COLS > 1) LLM__TILE_ZERO(1);
+        if (ROWS > 1) LLM__TILE_ZERO(2);
+        if (ROWS > 1 && COLS > 1) LLM__TILE_ZERO(3);
+    }
+    for (int i = 0; i < p->n_blocks; i++, a += 1024) {
+        LLM__TILE_LOAD(4, a, 64);
+        LLM__TILE_LOAD(6, p->b[i], 64);
+        LLM__TILE_DOT(0, 4, 6);
+        if (ROWS > 1) LLM__TILE_LOAD(5, a + a_next, 64);
+        if (ROWS > 1) LLM__TILE_DOT(2, 5, 6);
+        if (COLS > 1) LLM__TILE_LOAD(7, p->b[i] + p->b_next, 64);
+        if (COLS > 1) LLM__TILE_DOT(1, 4, 7);
+        if (ROWS > 1 && COLS > 1) LLM__TILE_DOT(3, 5, 7);
+    }
+    LLM__TILE_STORE(0, c, c_bytes);
+    if (COLS > 1) LLM__TILE_STORE(1, c + 16, c_bytes);
+    if (ROWS > 1) LLM__TILE_STORE(2, low, c_bytes);
+    if (ROWS > 1 && COLS > 1) LLM__TILE_STORE(3, low + 16, c_bytes);
+}
+
+/* Asks for the share of what comes next that falls to rows [row, row + 2) of the pass over n_rows. */
+LLM__INLINE void LLM__FN(fetch_ahead)(const uint8_t *ahead, size_t bytes, int row, int n_rows) {
+    size_t share = (bytes / 64 + 1) * 2 / (size_t)(n_rows + 1) + 1, first = share * (size_t)(row / 2) * 64;
+    for (size_t i = first; i < first + share * 64 && i < bytes; i += 64)
+        _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
+}
+
+LLM__TARGET static void LLM__FN(tile_product)(const llm__tile_product *p) {
+    for (int row = 0; row < p->n_rows; row += 2) {
+        const uint8_t *a = p->a + (size_t)row * (size_t)p->a_blocks * 1024;
+        float *c = p->c + (size_t)row * 16 * p->c_stride;
+        if (p->ahead) LLM__FN(fetch_ahead)(p->ahead, p->ahead_bytes, row, p->n_rows);
+        if (p->ahead && p->ahead_next) LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, p->n_rows);
+        if (p->n_cols == 1 && row + 1 == p->n_rows) LLM__FN(square)(1, 1, p, a, c);
+        else if (p->n_cols == 1) LLM__FN(square)(2, 1, p, a, c);
+        else if (row + 1 == p->n_rows) LLM__FN(square)(1, 2, p, a, c);
+        else LLM__FN(square)(2, 2, p, a, c);
+    }
+}
+
+/* Whole numbers as bf16, which holds them exactly, in the order of bf16 tiles. */
+LLM__INLINE void LLM__FN(unpack)(const llm__kind KIND, const uint8_t *w, int n_blocks, uint8_t *to) {
+    const __m512i high = _mm512_set1_epi32(-65536);
+    for (; n_blocks; n_blocks--, w += LLM__FN(block_bytes)(KIND)) {
+        for (int i = 0; i < 32; i += 8) {
+            LLM__UNROLL for (int j = 0; j < 8; j += 2, to += 64) {
+                __m512i even = _mm512_castps_si512(LLM__FN(weight)(KIND, w, i, j));
+                __m512i odd = _mm512_castps_si512(LLM__FN(weight)(KIND, w, i, j + 1));
+                _mm512_storeu_si512((void *)to,
+                                    _mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_and_si512(odd, high)));
+            }
+        }
+    }
+}
+
+/* Groups: the unit gives the sums over each block, the registers hold the totals of 16 rows and one tile. */
+LLM__INLINE void LLM__FN(panel_groups)(const llm__kind KIND, const llm__panel *p, int tile, int first, int n_blocks) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND), blocks = (size_t)p->k / 32, c_stride = (size_t)p->n_tiles * 16;
+    float block[2][256];
+    for (int row = 0; row < p->n_rows; row += 16) {
+        const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes;
+        const uint8_t *a = p->a + ((size_t)row / 16 * blocks + (size_t)first) * 1024;
+        const float *x_sums = p->x_sums + (size_t)row * blocks + first;
+        float *c = p->c + (size_t)row * c_stride + tile * 16;
+        V total[16];
+        LLM__UNROLL for (int r = 0; r < 16; r++) total[r] = first ? v_load(c + (size_t)r * c_stride) : v_splat(0);
+        for (int i = 0; i < n_blocks; i++, w += bytes) {
+            LLM__TILE_ZERO(0);
+            LLM__TILE_LOAD(4, a + i * 1024, 64);
+            LLM__TILE_LOAD(6, p->unpacked + i * 1024, 64);
+            LLM__TILE_DOT(0, 4, 6);
+            LLM__TILE_STORE(0, block[i % 2], 64);
+            V scale = v_half((const uint16_t *)(const void *)(w + bytes) - 32),
+              least = v_half((const uint16_t *)(const void *)(w + bytes) - 16);
+            LLM__UNROLL for (int r = 0; r < 16; r++) {
+                V sum = v_fma(scale, v_load(block[i % 2] + r * 16), total[r]);
+                total[r] = v_fma(least, v_splat(x_sums[(size_t)r * blocks + (size_t)i]), sum);
+            }
+        }
+        LLM__UNROLL for (int r = 0; r < 16; r++) v_store(c + (size_t)r * c_stride, total[r]);
+    }
+}
+
+/* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
+LLM__INLINE void LLM__FN(panel_pair)(const llm__kind KIND, const llm__panel *p, int tile, int first, int n) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND);
+    const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes, *b[LLM__TILE_BLOCKS];
+    const int n_cols = p->n_tiles - tile < 2 ? 1 : 2, n_blocks = p->k / 32;
+    if (KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS) {
+        for (int i = 0; i < n_cols; i++) {
+            LLM__FN(unpack)(KIND, w + (size_t)i * p->tile_bytes, n, p->unpacked);
+            LLM__FN(panel_groups)(KIND, p, tile + i, first, n);
+        }
+        return;
+    }
+    llm__tile_product product = {p->a + (size_t)first * 1024, (p->n_rows + 15) / 16, n_blocks, b, p->tile_bytes, n, n_cols,
+                                 p->c + tile * 16, (size_t)p->n_tiles * 16, first > 0, NULL, (size_t)n * bytes,
+                                 p->tile_bytes};
+    if (KIND == LLM__W_INT8) {
+        for (int i = 0; i < n_cols; i++)
+            LLM__FN(unpack)(KIND, w + (size_t)i * p->tile_bytes, n, p->unpacked + i * LLM__TILE_BLOCKS * 1024);
+        product.b_next = LLM__TILE_BLOCKS * 1024;
+    }
+    for (int i = 0; i < n; i++) b[i] = (KIND == LLM__W_INT8 ? p->unpacked : w) + (size_t)i * 1024;
+    /* Next is the same part of the next two tiles, then the next part of the first two, then another panel. */
+    if (tile + 2 < p->n_tiles) product.ahead = w + 2 * p->tile_bytes;
+    else if (first + n < n_blocks) product.ahead = p->tiles + (size_t)(first + n) * bytes;
+    else product.ahead = p->ahead;
+    if (tile + 3 == p->n_tiles || p->n_tiles == 1) product.ahead_next = 0;
+    LLM__FN(tile_product)(&product);
+}
+
+LLM__INLINE void LLM__FN(panel_of)(const llm__kind KIND, const llm__panel *p) {
+    int n_blocks = p->k / 32, parts = (n_blocks + LLM__TILE_BLOCKS - 1) / LLM__TILE_BLOCKS,
+        step = (n_blocks + parts - 1) / parts;
+    for (int first = 0; first < n_blocks; first += step)
+        for (int tile = 0; tile < p->n_tiles; tile += 2)
+            LLM__FN(panel_pair)(KIND, p, tile, first, n_blocks - first < step ? n_blocks - first : step);
+    for (int tile = 0; tile < p->n_tiles && KIND == LLM__W_INT8; tile++) {
+        V scale = v_load((const float *)(const void *)(p->tiles + (size_t)(tile + 1) * p->tile_bytes - 64));
+        for (int row = 0; row < p->n_rows; row++) {
+            float *c = p->c + ((size_t)row * (size_t)p->n_tiles + (size_t)tile) * 16;
+            v_store(c, v_add(v_splat(0), v_mul(v_load(c), scale)));
+        }
+    }
+}
+
+LLM__TARGET static void LLM__FN(panel)(llm__kind kind, const llm__panel *p) {
+    if (kind == LLM__W_BF16) LLM__FN(panel_of)(LLM__W_BF16, p);
+    else if (kind == LLM__W_INT8) LLM__FN(panel_of)(LLM__W_INT8, p);
+    else if (kind == LLM__W_INT8_GROUPS) LLM__FN(panel_of)(LLM__W_INT8_GROUPS, p);
+    else LLM__FN(panel_of)(LLM__W_INT4_GROUPS, p);
+}
+
+LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
+    float c[16];
+    LLM__FN(tiles_enter)();
+    LLM__TILE_ZERO(0);
+    LLM__TILE_ZERO(1);
+    LLM__TILE_ZERO(2);
+    LLM__TILE_ZERO(3);
+    LLM__TILE_ZERO(4);
+    LLM__TILE_ZERO(5);
+    for (; n; n--) {
+        LLM__TILE_DOT(0, 4, 5);
+        LLM__TILE_DOT(1, 4, 5);
+        LLM__TILE_DOT(2, 4, 5);
+        LLM__TILE_DOT(3, 4, 5);
+    }
+    LLM__TILE_STORE(0, c, 0);
+    LLM__FN(tiles_leave)();
+    return llm__f32_bits(c[0]);
+}
+
+#endif
+
+#define LLM__KERNEL_TABLE                                                                                          \
+    {LLM__FN(product_f32), LLM__FN(product_bf16), LLM__FN(product_int8), LLM__FN(product_int8_groups),             \
+     LLM__FN(product_int4_groups), LLM__FN(product_f16)},                                                          \
+        LLM__FN(group_sums), LLM__FN(rms_norm), LLM__FN(swiglu), LLM__FN(softmax), LLM__FN(merge), LLM__FN(scale), \
+        LLM__FN(add), LLM__FN(weigh), LLM__FN(rope), LLM__FN(read), LLM__FN(multiply)
+
 static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_AVX512)
     "avx512",
 #elif defined(LLM__USE_AVX2)
     "avx2",
+#elif defined(LLM__USE_NEON)
+    "neon",
 #else
     "scalar",
 #endif
-    {LLM__FN(product_f32), LLM__FN(product_bf16), LLM__FN(product_int8), LLM__FN(product_int8_groups),
-     LLM__FN(product_int4_groups)},
-    LLM__FN(group_sums),
-    LLM__FN(rms_norm),
-    LLM__FN(swiglu),
-    LLM__FN(softmax),
-    LLM__FN(merge),
-    LLM__FN(scale),
-    LLM__FN(add),
-    LLM__FN(rope),
-    LLM__FN(read),
-    LLM__FN(multiply),
+    LLM__KERNEL_TABLE, NULL, NULL, NULL, NULL, NULL, NULL,
 };
+
+#if defined(LLM__USE_AVX512) && defined(LLM__HAVE_TILES)
+static const llm__kernels LLM__FN(amx_kernels) = {
+    "amx",
+    LLM__KERNEL_TABLE,
+    LLM__FN(tiles_enter),
+    LLM__FN(tiles_leave),
+    LLM__FN(pack_rows),
+    LLM__FN(tile_product),
+    LLM__FN(panel),
+    LLM__FN(tile_multiply),
+};
+#endif
 
 #undef V
 #undef v_load
@@ -6672,9 +7259,11 @@ static const llm__kernels LLM__FN(kernels) = {
 #undef v_hmax
 #undef LLM__LANES
 #undef LLM__BOTH
+#undef LLM__QUARTERS
 #undef LLM__INLINE
 #undef LLM__UNROLL
 #undef LLM__MOST_ROWS
+#undef LLM__KERNEL_TABLE
 
 #endif /* LLM__KERNEL_PASS */
 
@@ -6724,15 +7313,17 @@ static const void *llm__raw_weight_row(const llm_weight *weight, int row, int *t
 }
 
 LLM_API const char *llm_dtype_name(llm_dtype dtype) {
-    static const char *const names[] = {NULL, "f32", "bf16", "int8", "int4"};
-    return dtype >= LLM_DTYPE_DEFAULT && dtype <= LLM_DTYPE_INT4 ? names[dtype] : NULL;
+    static const char *const names[] = {NULL, "f32", "bf16", "int8", "int4", "f16"};
+    return dtype >= LLM_DTYPE_DEFAULT && dtype <= LLM_DTYPE_F16 ? names[dtype] : NULL;
 }
 
 LLM_API llm_dtype llm_dtype_from_name(const char *name) {
-    for (int i = LLM_DTYPE_F32; i <= LLM_DTYPE_INT4; i++)
+    for (int i = LLM_DTYPE_F32; i <= LLM_DTYPE_F16; i++)
         if (name && !strcmp(name, llm_dtype_name((llm_dtype)i))) return (llm_dtype)i;
     return LLM_DTYPE_DEFAULT;
 }
+
+static bool llm__has_groups(llm__kind kind) { return kind == LLM__W_INT8_GROUPS || kind == LLM__W_INT4_GROUPS; }
 
 /* A matrix in tiles of 16 outputs, see section 9. */
 typedef struct llm__matrix {
@@ -6746,25 +7337,26 @@ static int llm__round_up(int n, int step) { return (n + step - 1) / step * step;
 
 static llm__kind llm__weight_kind(llm_dtype dtype, const llm_weight *weight) {
     if (dtype == LLM_DTYPE_F32) return LLM__W_F32;
+    if (dtype == LLM_DTYPE_F16) return LLM__W_F16;
     if (dtype == LLM_DTYPE_BF16) return LLM__W_BF16;
     if (dtype == LLM_DTYPE_INT8) return LLM__W_INT8;
     return weight->has_q8_0 ? LLM__W_INT8_GROUPS : LLM__W_INT4_GROUPS;
 }
 
 static size_t llm__tile_bytes(llm__kind kind, int k) {
-    static const size_t block_bytes[LLM__W_KINDS] = {2048, 1024, 512, 576, 320};
+    static const size_t block_bytes[LLM__W_KINDS] = {2048, 1024, 512, 576, 320, 1024};
     return (size_t)llm__round_up(k, 32) / 32 * block_bytes[kind] + (kind == LLM__W_INT8 ? 64 : 0);
 }
 
-/* Where in a tile of f32 or bf16 with k inputs (padded) an element is; the KV cache's blocks are such matrices. */
+/* Where in a tile of f32, f16 or bf16 with k inputs (padded) an element is; the KV cache's blocks are such matrices. */
 static size_t llm__tile_index(llm__kind kind, size_t output, size_t input, size_t k) {
     size_t tile = output / 16 * k * 16, lane = output % 16;
-    return kind == LLM__W_F32 ? tile + input * 16 + lane : tile + input / 2 * 32 + lane * 2 + input % 2;
+    return kind != LLM__W_BF16 ? tile + input * 16 + lane : tile + input / 2 * 32 + lane * 2 + input % 2;
 }
 
 static void llm__tile_set(llm__kind kind, void *tiles, size_t index, float value) {
     if (kind == LLM__W_F32) ((float *)tiles)[index] = value;
-    else ((uint16_t *)tiles)[index] = llm__f32_to_bf16(value);
+    else ((uint16_t *)tiles)[index] = kind == LLM__W_F16 ? llm__f32_to_f16(value) : llm__f32_to_bf16(value);
 }
 
 /* One weight, as its kind holds it. */
@@ -6774,6 +7366,7 @@ static float llm__matrix_get(const llm__matrix *m, size_t output, size_t input) 
     if (m->kind == LLM__W_F32) return ((const float *)(const void *)tile)[llm__tile_index(m->kind, lane, input, k)];
     if (m->kind == LLM__W_BF16)
         return llm__bf16_to_f32(((const uint16_t *)(const void *)tile)[llm__tile_index(m->kind, lane, input, k)]);
+    if (m->kind == LLM__W_F16) return llm__f16_to_f32(((const uint16_t *)(const void *)tile)[input * 16 + lane]);
     if (m->kind == LLM__W_INT8)
         return (float)((const int8_t *)tile)[input * 16 + lane] * ((const float *)(const void *)(tile + k * 16))[lane];
     size_t bytes = llm__tile_bytes(m->kind, 32);
@@ -6800,16 +7393,22 @@ static llm__matrix llm__matrix_alloc(llm__env *env, llm__kind kind, int n, int k
     return m;
 }
 
-/* Symmetric int8 of a whole row: q = round(127 w / max|row|). */
+static int8_t llm__round_int8(double x) { return (int8_t)(x > -128 && x < 128 ? floor(x + 0.5) : 0); } /* NaN: 0 */
+
+/* Symmetric int8 of a whole row: q = round(127 w / max|row|). A weight that is not finite makes the row NaN. */
 static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, size_t k) {
     float most = 0;
     for (size_t i = 0; i < k; i++) most = row[i] > most ? row[i] : -row[i] > most ? -row[i] : most;
     double inverse = most > 0 ? 127.0 / most : 0;
-    for (size_t i = 0; i < k; i++) ((int8_t *)tile)[i * 16 + lane] = (int8_t)floor(row[i] * inverse + 0.5);
+    for (size_t i = 0; i < k; i++) {
+        double q = floor(row[i] * inverse + 0.5);
+        if (!(fabs(q) <= 127)) q = 0, most = NAN;
+        ((int8_t *)tile)[i * 16 + lane] = (int8_t)q;
+    }
     ((float *)(void *)(tile + k * 16))[lane] = most / 127.0f;
 }
 
-/* The smallest error a 4-bit group with its least weight as minimum can have. */
+/* The smallest error a 4-bit group with its least weight as minimum can have. A NaN makes the whole group NaN. */
 static llm_group llm__quantize_group(const float *w) {
     llm_group g;
     float least = w[0], most = w[0];
@@ -6822,6 +7421,7 @@ static llm_group llm__quantize_group(const float *w) {
     double d = llm__f16_to_f32(g.scale), m = llm__f16_to_f32(g.minimum);
     for (int i = 0; i < 32; i++) {
         double q = d > 0 ? floor((w[i] - m) / d + 0.5) : 0;
+        if (q != q) q = 0, g.scale = 0x7E00;
         g.q[i] = (int8_t)(q < 0 ? 0 : q > 15 ? 15 : q);
     }
     return g;
@@ -6889,6 +7489,9 @@ static void llm__pack_tile(const llm__matrix *m, int tile, const llm_weight *wei
         switch (m->kind) {
         case LLM__W_F32:
             for (size_t i = 0; i < k; i++) ((float *)(void *)to)[i * 16 + lane] = row[i];
+            break;
+        case LLM__W_F16:
+            for (size_t i = 0; i < k; i++) ((uint16_t *)(void *)to)[i * 16 + lane] = llm__f32_to_f16(row[i]);
             break;
         case LLM__W_BF16:
             for (size_t i = 0; i < k; i++)
@@ -7146,9 +7749,17 @@ static int llm__default_threads(void) {
 #if defined(LLM_NO_THREADS)
     return 1;
 #elif defined(_WIN32)
-    SYSTEM_INFO info;
-    GetSystemInfo(&info);
-    return (int)info.dwNumberOfProcessors;
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION info[512];
+    DWORD_PTR process, all;
+    DWORD size = sizeof info;
+    int n = 0;
+    if (GetProcessAffinityMask(GetCurrentProcess(), &process, &all) && GetLogicalProcessorInformation(info, &size))
+        for (DWORD i = 0; i < size / sizeof *info; i++)
+            n += info[i].Relationship == RelationProcessorCore && (info[i].ProcessorMask & process) != 0;
+    if (n) return n;
+    SYSTEM_INFO system; /* it spreads over several groups of 64 processors */
+    GetSystemInfo(&system);
+    return (int)system.dwNumberOfProcessors;
 #else
     long n = sysconf(_SC_NPROCESSORS_ONLN);
 #if defined(__linux__)
@@ -7404,8 +8015,10 @@ enum {
         256, /* keys whose softmax is taken at once; chunks are then merged in order (part of the arithmetic) */
     LLM__QUERY_ROWS =
         64,         /* query rows, over the heads that share a key head, that meet a chunk together                  */
-    LLM__ROWS = 64, /* activation rows that meet a group of tiles while it is in the near cache                      */
-    LLM__TILES = 4  /* tiles in such a group                                                                         */
+    LLM__ROWS = 64,      /* activation rows that meet a group of tiles while it is in the near cache                  */
+    LLM__TILES = 4,      /* tiles in such a group                                                                     */
+    LLM__SPLIT_ROWS = 8, /* rows of a sequence whose attention may be split over the keys                             */
+    LLM__COLUMNS = 512   /* tokens of the vocabulary whose softmax is taken at once (part of the arithmetic)           */
 };
 
 /* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
@@ -7419,7 +8032,7 @@ typedef struct llm__cpu_context {
     llm_backend_desc desc;
     llm__team *team;
     bool round;       /* activations are rounded to bf16 before a product */
-    bool round_cache; /* so are queries and softmax weights: the cache is bf16 */
+    bool round_cache; /* so are queries and softmax weights: the cache is bf16 or int8 */
     llm__kind cache_kind;
     float *sums;              /* [n_batch][most inputs / 32] of a product's activations, for weights in groups */
     int head_stride;          /* head_dim padded for products */
@@ -7431,7 +8044,16 @@ typedef struct llm__cpu_context {
     float *cosines, *sines;                    /* [n_batch][rope_dim / 2] */
     float *scratch;                            /* [n_threads][scratch_floats] for attention */
     size_t scratch_floats;
+    float *partials; /* [n_partials][partial_floats] of attention that is split, see llm__attend_split */
+    size_t partial_floats;
+    int n_partials;
+    /* For the matrix unit, else NULL: */
+    uint8_t *packed;  /* a product's activations, see pack_rows */
+    float *panels;    /* [n_threads][panel_floats] sums of up to LLM__PANEL_ROWS rows and 16 * LLM__PANEL_TILES outputs */
+    uint8_t *tiles;   /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
+    size_t panel_floats, tile_bytes;
     float *logits;                            /* [n_logits][n_vocab] */
+    float *column_max, *column_sum;           /* [n_batch][n_vocab / LLM__COLUMNS] of a softmax in parts */
     int *all_rows;                            /* 0, 1, 2 ... */
     llm__queries *all_queries, *last_queries; /* of all rows; of the rows whose logits are wanted */
     int n_all_queries, n_last_queries;
@@ -7446,48 +8068,93 @@ static uint8_t *llm__cache_block(const llm__cpu_context *c, int layer, int value
 
 typedef enum llm__ending { LLM__STORE, LLM__ADD, LLM__SWIGLU } llm__ending;
 
-/* A few tiles against a few rows, and what becomes of the sums. With LLM__SWIGLU tiles are pairs of gates and ups. */
+/* What becomes of a row's sums over some tiles, the first of which is `tile`. With LLM__SWIGLU they are pairs of gates
+   and ups. */
+static void llm__end_row(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles, const float *sums,
+                         llm__ending ending, float *y) {
+    const llm__kernels *kernels = c->model->kernels;
+    int column = tile * 16, width = m->n - column < n_tiles * 16 ? m->n - column : n_tiles * 16;
+    if (ending == LLM__SWIGLU)
+        for (int i = 0; i < n_tiles * 16; i += 32)
+            kernels->swiglu(sums + i, sums + i + 16, 16, c->round, y + (column + i) / 2);
+    else if (ending == LLM__ADD) kernels->add(y + column, sums, width);
+    else memcpy(y + column, sums, (size_t)width * sizeof(float));
+}
+
+/* A few tiles against a few rows. */
 static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, int first_tile, int n_tiles,
                               const float *x, size_t x_stride, const float *x_sums, int rows, llm__ending ending,
                               float *y, size_t y_stride) {
-    float sums[2][LLM__ROWS * 16];
-    int k = llm__round_up(m->k, 32), step = ending == LLM__SWIGLU ? 2 : 1;
+    float sums[LLM__ROWS][32];
+    int step = ending == LLM__SWIGLU ? 2 : 1;
     for (int tile = first_tile; tile < first_tile + n_tiles; tile += step) {
-        int column = tile / step * 16, width = m->n - column < 16 ? m->n - column : 16;
-        for (int i = 0; i < step; i++) {
-            memset(sums[i], 0, (size_t)rows * 16 * sizeof(float));
+        memset(sums, 0, (size_t)rows * sizeof *sums);
+        for (int i = 0; i < step; i++)
             c->model->kernels->product[m->kind](x, x_stride, x_sums, rows, m->data + (size_t)(tile + i) * m->tile_bytes,
-                                                k, sums[i], 16);
-        }
-        for (int r = 0; r < rows; r++) {
-            float *to = y + (size_t)r * y_stride + column;
-            const float *sum = sums[0] + r * 16;
-            if (ending == LLM__SWIGLU) c->model->kernels->swiglu(sum, sums[1] + r * 16, 16, c->round, to);
-            else if (ending == LLM__ADD) c->model->kernels->add(to, sum, width);
-            else memcpy(to, sum, (size_t)width * sizeof(float));
-        }
+                                                llm__round_up(m->k, 32), sums[0] + 16 * i, 32);
+        for (int r = 0; r < rows; r++)
+            llm__end_row(c, m, tile, step, sums[r], ending, y + (size_t)r * y_stride);
     }
 }
 
-/* The sums over 32 that weights in groups need; a phase. */
-static void llm__sum_rows(llm__worker *w, const llm__cpu_context *c, const float *x, size_t x_stride, int k, int rows) {
-    for (int r; (r = llm__take(w)) < rows;)
-        c->model->kernels->group_sums(x + (size_t)r * x_stride, k, c->sums + (size_t)r * (size_t)(k / 32));
-    llm__finish(w, rows);
+/* The sums over 32 that weights in groups need, and rows packed for the matrix unit; a phase. */
+static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, bool pack,
+                              const float *x, size_t x_stride, int rows) {
+    size_t k = (size_t)llm__round_up(m->k, 32);
+    int n_pieces = (rows + 15) / 16;
+    for (int piece; (piece = llm__take(w)) < n_pieces;) {
+        int first = piece * 16, some = rows - first < 16 ? rows - first : 16;
+        for (int r = first; r < first + some && llm__has_groups(m->kind); r++)
+            c->model->kernels->group_sums(x + (size_t)r * x_stride, (int)k, c->sums + (size_t)r * (k / 32));
+        if (pack)
+            c->model->kernels->pack_rows(x + (size_t)first * x_stride, x_stride, some, (int)k,
+                                         c->packed + (size_t)first * k * 2);
+    }
+    llm__finish(w, n_pieces);
+}
+
+/* A panel's tiles against all rows, on the matrix unit; `ahead` is the tile wanted after these, or none. */
+static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
+                              int ahead, int rows, llm__ending ending, float *y, size_t y_stride) {
+    size_t k = (size_t)llm__round_up(m->k, 32);
+    float *sums = c->panels + (size_t)index * c->panel_floats;
+    const uint8_t *next = ahead * 16 < m->n ? m->data + (size_t)ahead * m->tile_bytes : NULL;
+    for (int first = 0; first < rows; first += LLM__PANEL_ROWS) {
+        int some = rows - first < LLM__PANEL_ROWS ? rows - first : (int)LLM__PANEL_ROWS;
+        llm__panel panel = {c->packed + (size_t)first * k * 2, c->sums + (size_t)first * (k / 32), some, (int)k,
+                            m->data + (size_t)tile * m->tile_bytes, next, m->tile_bytes, n_tiles, sums,
+                            c->tiles + (size_t)index * c->tile_bytes};
+        c->model->kernels->panel(m->kind, &panel);
+        for (int r = 0; r < some; r++)
+            llm__end_row(c, m, tile, n_tiles, sums + (size_t)r * (size_t)n_tiles * 16, ending,
+                         y + (size_t)(first + r) * y_stride);
+    }
+}
+
+/* Tiles in a piece of work: as many as serve the caches where that leaves enough pieces for the threads. */
+static int llm__piece_tiles(const llm__cpu_context *c, int n_tiles, bool panels) {
+    if (!panels) return LLM__TILES;
+    int n = n_tiles / (8 * c->team->n) / 2 * 2;
+    return n < 2 ? 2 : n > LLM__PANEL_TILES ? (int)LLM__PANEL_TILES : n;
 }
 
 /* y = W x, y += W x, or y = silu(gate) * up, for all rows; a phase. */
 static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x,
                         size_t x_stride, int rows, llm__ending ending, float *y, size_t y_stride) {
-    int n_tiles = llm__round_up(m->n, 16) / 16, n_pieces = (n_tiles + LLM__TILES - 1) / LLM__TILES,
-        k = llm__round_up(m->k, 32);
-    if (m->kind >= LLM__W_INT8_GROUPS) llm__sum_rows(w, c, x, x_stride, k, rows);
+    bool panels = c->packed && rows >= LLM__TILE_ROWS;
+    int n_tiles = llm__round_up(m->n, 16) / 16, step = llm__piece_tiles(c, n_tiles, panels),
+        n_pieces = (n_tiles + step - 1) / step, groups = llm__round_up(m->k, 32) / 32;
+    if (panels || llm__has_groups(m->kind)) llm__prepare_rows(w, c, m, panels, x, x_stride, rows);
     for (int piece; (piece = llm__take(w)) < n_pieces;) {
-        int first = piece * LLM__TILES, n = n_tiles - first < LLM__TILES ? n_tiles - first : LLM__TILES;
+        int first = piece * step, n = n_tiles - first < step ? n_tiles - first : step;
+        if (panels) {
+            llm__linear_panel(c, w->index, m, first, n, first + step * c->team->n, rows, ending, y, y_stride);
+            continue;
+        }
         for (int r = 0; r < rows; r += LLM__ROWS) {
             int some = rows - r < LLM__ROWS ? rows - r : (int)LLM__ROWS;
             llm__linear_piece(c, m, first, n, x + (size_t)r * x_stride, x_stride,
-                              c->sums + (size_t)r * (size_t)(k / 32), some, ending, y + (size_t)r * y_stride, y_stride);
+                              c->sums + (size_t)r * (size_t)groups, some, ending, y + (size_t)r * y_stride, y_stride);
         }
     }
     llm__finish(w, n_pieces);
@@ -7518,11 +8185,41 @@ static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
     llm__finish(w, pass->n_rows);
 }
 
+static llm__kind llm__cache_kind(llm_dtype dtype) {
+    return dtype == LLM_DTYPE_F32 ? LLM__W_F32 : dtype == LLM_DTYPE_INT8 ? LLM__W_INT8 : LLM__W_BF16;
+}
+
+/* The scales of a block of int8 values, one for each position. */
+static float *llm__value_scales(const llm__cpu_context *c, uint8_t *values) {
+    return (float *)(void *)(values + c->cache_block_bytes) - LLM_BLOCK;
+}
+
+/* Symmetric int8 with one scale: q = round(127 x / max|x|). */
+static void llm__cache_store_int8(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
+    size_t n = (size_t)c->model->shape.head_dim, k = value ? (size_t)LLM_BLOCK : (size_t)c->head_stride,
+           bytes = llm__tile_bytes(LLM__W_INT8, (int)k);
+    float most = 0;
+    for (size_t d = 0; d < n; d++) most = from[d] > most ? from[d] : -from[d] > most ? -from[d] : most;
+    double inverse = most > 0 ? 127.0 / most : 0;
+    for (size_t d = 0; d < n; d++) {
+        size_t output = value ? d : (size_t)place, input = value ? (size_t)place : d;
+        ((int8_t *)tiles)[output / 16 * bytes + input * 16 + output % 16] = llm__round_int8(from[d] * inverse);
+    }
+    if (value) llm__value_scales(c, tiles)[place] = most / 127.0f;
+    for (size_t tile = 0; tile < (size_t)c->head_stride / 16 && value; tile++)
+        for (size_t i = 0; i < 16; i++) ((float *)(void *)(tiles + tile * bytes + k * 16))[i] = 1;
+    if (!value) ((float *)(void *)(tiles + (size_t)(place / 16) * bytes + k * 16))[place % 16] = most / 127.0f;
+}
+
 /* Puts one head's key or value of one position into its block. */
 static void llm__cache_store(const llm__cpu_context *c, int layer, int value, int head, int block, int place,
                              const float *from) {
     uint8_t *tiles = llm__cache_block(c, layer, value, head, block);
     llm__kind kind = c->cache_kind;
+    if (kind == LLM__W_INT8) {
+        llm__cache_store_int8(c, tiles, value, place, from);
+        return;
+    }
     size_t k = value ? (size_t)LLM_BLOCK : (size_t)c->head_stride;
     for (size_t d = 0; d < (size_t)c->model->shape.head_dim; d++)
         llm__tile_set(kind, tiles,
@@ -7537,27 +8234,31 @@ static void llm__norm_head(const llm__cpu_context *c, const float *weight, float
     memcpy(x, scratch, (size_t)s->head_dim * sizeof *x);
 }
 
-/* What some models do to queries, keys and values before RoPE. */
-static void llm__adjust_row(const llm__cpu_context *c, int index, const llm__cpu_layer *layer, float *qkv) {
+/* What becomes of some heads of a row of queries, keys and values: a bias, a norm, and the rotation by row `at`'s angles.
+   The heads are numbered queries, keys, values. */
+static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int row, int at, int first, int end) {
     const llm_shape *s = &c->model->shape;
-    float *scratch = c->scratch + (size_t)index * c->scratch_floats;
-    if (s->qkv_bias) c->model->kernels->add(qkv, layer->qkv_bias, (s->n_heads + 2 * s->n_kv_heads) * s->head_dim);
-    for (int h = 0; h < s->n_heads + s->n_kv_heads && s->qk_norm; h++)
-        llm__norm_head(c, h < s->n_heads ? layer->q_norm : layer->k_norm, scratch, qkv + h * s->head_dim);
+    const llm__cpu_layer *weights = &c->model->layers[layer];
+    const llm__kernels *kernels = c->model->kernels;
+    size_t half = (size_t)s->rope_dim / 2;
+    float *qkv = c->qkv + (size_t)row * c->qkv_stride, *scratch = c->scratch + (size_t)index * c->scratch_floats;
+    int start = first * s->head_dim;
+    if (s->qkv_bias) kernels->add(qkv + start, weights->qkv_bias + start, (end - first) * s->head_dim);
+    for (int h = first; h < end && h < s->n_heads + s->n_kv_heads; h++) {
+        float *x = qkv + h * s->head_dim;
+        if (s->qk_norm) llm__norm_head(c, h < s->n_heads ? weights->q_norm : weights->k_norm, scratch, x);
+        kernels->rope(x, c->cosines + (size_t)at * half, c->sines + (size_t)at * half, (int)half);
+    }
 }
 
-/* Rotates queries and keys, and stores keys and values. */
-static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer) {
+/* Rotates keys, and queries if they are there, and stores keys and values; a phase. */
+static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer, bool queries) {
     const llm_pass *pass = c->pass;
     const llm_shape *s = &c->model->shape;
-    size_t half = (size_t)s->rope_dim / 2;
     for (int r; (r = llm__take(w)) < pass->n_rows;) {
-        float *q = c->qkv + (size_t)r * c->qkv_stride, *k = q + s->n_heads * s->head_dim,
-              *v = k + s->n_kv_heads * s->head_dim;
-        llm__adjust_row(c, w->index, &c->model->layers[layer], q);
-        for (int h = 0; h < s->n_heads + s->n_kv_heads; h++)
-            c->model->kernels->rope(q + h * s->head_dim, c->cosines + (size_t)r * half, c->sines + (size_t)r * half,
-                                    (int)half);
+        const float *k = c->qkv + (size_t)r * c->qkv_stride + s->n_heads * s->head_dim,
+                    *v = k + s->n_kv_heads * s->head_dim;
+        llm__rope_heads(c, w->index, layer, r, r, queries ? 0 : s->n_heads, s->n_heads + 2 * s->n_kv_heads);
         int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
         for (int h = 0; h < s->n_kv_heads; h++) {
             llm__cache_store(c, layer, 0, h, block, at % LLM_BLOCK, k + h * s->head_dim);
@@ -7567,112 +8268,341 @@ static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer)
     llm__finish(w, pass->n_rows);
 }
 
-/* One chunk of keys against some query rows: fills scores[rows][LLM__CHUNK], then part[rows][head_stride]. */
+/* The query heads that share one key head, of a few rows of one sequence: n query rows, and room for what they meet. */
 typedef struct llm__attention_work {
-    const float *q;             /* [rows][head_stride] */
-    float *scores, *part, *out; /* out[rows][head_stride] and its max and sum are what is known so far */
-    float *max, *sum;
-    int rows;
+    int layer, head, group, n, padded; /* group: such heads; padded: rows there is room for                       */
+    const int *rows;                   /* rows[i / group] is query i's row of the pass                            */
+    int first_row;                     /* where in c->qkv and c->attention the first of them is                   */
+    const int *blocks;                 /* the sequence's                                                          */
+    float *q, *scores;                 /* [padded][head_stride], [padded][LLM__CHUNK]                             */
+    uint8_t *packed;                   /* for the matrix unit: q, then room for softmax weights; or NULL          */
 } llm__attention_work;
+
+/* What attention to some keys gives: [padded][head_stride] sums of values, then [padded] maxima and [padded] sums of
+   softmax weights. */
+static size_t llm__partial_floats(const llm__cpu_context *c, int padded) {
+    return (size_t)padded * (size_t)(c->head_stride + 2);
+}
+
+/* Whole tiles of rows where there is a matrix unit to use. */
+static int llm__padded_queries(int n) { return n < LLM__TILE_ROWS ? n : llm__round_up(n, 16); }
 
 /* The first position that one at `position` attends to. */
 static int llm__first_key(const llm_shape *s, int position) {
     return s->window && position >= s->window ? position - s->window + 1 : 0;
 }
 
-static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_work *a, int layer, int head,
-                              const int *blocks, int first_key, int n_keys, const int *last_keys) {
+static int llm__last_key(const llm__cpu_context *c, const llm__attention_work *a, int i) {
+    return c->pass->positions[a->rows[i / a->group]];
+}
+
+/* The first position of the chunks that any of the queries attends to, and what is behind the last. */
+static int llm__first_chunk(const llm__cpu_context *c, const llm__attention_work *a) {
+    return llm__first_key(&c->model->shape, llm__last_key(c, a, 0)) / LLM__CHUNK * LLM__CHUNK;
+}
+
+static int llm__end_of_keys(const llm__cpu_context *c, const llm__attention_work *a) {
+    return llm__last_key(c, a, a->n - 1) + 1;
+}
+
+/* The sums of queries and keys, or of softmax weights and values, over the n cache blocks named. */
+static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks,
+                             int n) {
     const llm__kernels *kernels = c->model->kernels;
-    size_t stride = (size_t)c->head_stride, tile = c->cache_block_bytes / 2,
-           value_tile = 16 * c->cache_block_bytes / stride;
-    llm__product_fn *product = kernels->product[c->cache_kind];
-    float scale = c->score_scale;
-    int padded = llm__round_up(n_keys, LLM_BLOCK);
-    memset(a->scores, 0, (size_t)a->rows * LLM__CHUNK * sizeof(float));
-    memset(a->part, 0, (size_t)a->rows * stride * sizeof(float));
-    for (int key = 0; key < n_keys; key += 16) {
-        const uint8_t *keys = llm__cache_block(c, layer, 0, head, blocks[(first_key + key) / LLM_BLOCK]);
-        product(a->q, stride, NULL, a->rows, keys + (size_t)(key / 16 % 2) * tile, c->head_stride, a->scores + key,
-                LLM__CHUNK);
+    size_t stride = (size_t)c->head_stride, tile = llm__tile_bytes(c->cache_kind, c->head_stride);
+    if (!a->packed) memset(a->scores, 0, (size_t)a->n * LLM__CHUNK * sizeof(float));
+    for (int i = 0; i < n; i++) {
+        const uint8_t *keys = llm__cache_block(c, a->layer, 0, a->head, blocks[i]), *parts[LLM__MOST_HEAD / 32];
+        float *scores = a->scores + i * LLM_BLOCK;
+        if (a->packed) {
+            int n_parts = c->head_stride / 32;
+            for (int j = 0; j < n_parts; j++) parts[j] = keys + j * 1024;
+            llm__tile_product p = {a->packed, a->padded / 16, n_parts, parts, tile, n_parts, 2, scores, LLM__CHUNK,
+                                   false, NULL, 0, 0};
+            kernels->tile_product(&p);
+            continue;
+        }
+        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys, c->head_stride, scores, LLM__CHUNK);
+        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys + tile, c->head_stride, scores + 16,
+                                        LLM__CHUNK);
     }
-    for (int r = 0; r < a->rows; r++) {
-        float *scores = a->scores + r * LLM__CHUNK;
-        int n = last_keys[r] + 1 - first_key < n_keys ? last_keys[r] + 1 - first_key : n_keys;
-        int hidden = llm__first_key(&c->model->shape, last_keys[r]) - first_key; /* keys before the window */
+}
+
+static void llm__attend_values(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks,
+                               int n, float *part) {
+    const llm__kernels *kernels = c->model->kernels;
+    size_t stride = (size_t)c->head_stride, tile = llm__tile_bytes(c->cache_kind, LLM_BLOCK);
+    if (a->packed) {
+        uint8_t *weights = a->packed + (size_t)a->padded * stride * 2;
+        kernels->pack_rows(a->scores, LLM__CHUNK, a->n, n * LLM_BLOCK, weights);
+        for (int d = 0; d < c->head_stride; d += 32) {
+            const uint8_t *values[LLM__CHUNK / LLM_BLOCK];
+            for (int i = 0; i < n; i++)
+                values[i] = llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile;
+            llm__tile_product p = {weights, a->padded / 16, n, values, tile, n, 2, part + d, stride, false, NULL,
+                                   0, 0};
+            kernels->tile_product(&p);
+        }
+        return;
+    }
+    memset(part, 0, (size_t)a->n * stride * sizeof(float));
+    for (int i = 0; i < n && c->cache_kind == LLM__W_INT8; i++) {
+        const float *scales = llm__value_scales(c, llm__cache_block(c, a->layer, 1, a->head, blocks[i]));
+        for (int r = 0; r < a->n; r++) {
+            float *weights = a->scores + (size_t)r * LLM__CHUNK + i * LLM_BLOCK;
+            kernels->weigh(weights, scales, LLM_BLOCK);
+        }
+    }
+    for (int i = 0; i < n; i++)
+        for (int d = 0; d < c->head_stride; d += 16)
+            kernels->product[c->cache_kind](a->scores + i * LLM_BLOCK, LLM__CHUNK, NULL, a->n,
+                                            llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile,
+                                            LLM_BLOCK, part + d, stride);
+}
+
+/* One chunk of keys, from position `first` on. */
+static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_work *a, int first, float *part) {
+    const llm_shape *s = &c->model->shape;
+    int end = llm__end_of_keys(c, a), n_keys = end - first < LLM__CHUNK ? end - first : (int)LLM__CHUNK,
+        n_blocks = llm__blocks_for(n_keys);
+    const int *blocks = a->blocks + first / LLM_BLOCK;
+    float *max = part + (size_t)a->padded * (size_t)c->head_stride, *sum = max + a->padded;
+    llm__attend_keys(c, a, blocks, n_blocks);
+    for (int i = 0; i < a->n; i++) {
+        float *scores = a->scores + (size_t)i * LLM__CHUNK;
+        int last = llm__last_key(c, a, i), n = last + 1 - first < n_keys ? last + 1 - first : n_keys;
+        int padded = n_blocks * LLM_BLOCK, hidden = llm__first_key(s, last) - first; /* keys before the window */
         /* Each of them adds exp(-87) to a sum of at least 1, which is nothing, and then is made 0. */
-        for (int i = 0; i < hidden && i < n; i++) scores[i] = -INFINITY;
-        if (n > 0 && n > hidden) kernels->softmax(scores, n, padded, scale, c->round_cache, &a->max[r], &a->sum[r]);
+        for (int j = 0; j < hidden && j < n; j++) scores[j] = -INFINITY;
+        if (n > 0 && n > hidden)
+            c->model->kernels->softmax(scores, n, padded, c->score_scale, c->round_cache, &max[i], &sum[i]);
         else hidden = padded;
         if (hidden > 0) memset(scores, 0, (size_t)hidden * sizeof(float));
     }
-    for (int key = 0; key < n_keys; key += LLM_BLOCK) {
-        const uint8_t *values = llm__cache_block(c, layer, 1, head, blocks[(first_key + key) / LLM_BLOCK]);
-        for (int d = 0; d < c->head_stride; d += 16)
-            product(a->scores + key, LLM__CHUNK, NULL, a->rows, values + (size_t)(d / 16) * value_tile, LLM_BLOCK,
-                    a->part + d, stride);
-    }
+    llm__attend_values(c, a, blocks, n_blocks, part);
 }
 
-/* All chunks of keys, in order, for the query heads that share one key head, of a few rows of one sequence. */
-static void llm__attend(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
-                        llm__queries queries) {
-    const llm_pass *pass = c->pass;
-    const llm_shape *s = &c->model->shape;
-    int group = s->n_heads / s->n_kv_heads, n = queries.n * group, last_keys[LLM__QUERY_ROWS];
-    size_t stride = (size_t)c->head_stride;
-    float *q = c->scratch + (size_t)index * c->scratch_floats, *out = q + (size_t)n * stride,
-          *part = out + (size_t)n * stride;
-    float *scores = part + (size_t)n * stride,
-          *stats = scores + (size_t)n * LLM__CHUNK; /* max and sum, known and new */
-    memset(q, 0, (size_t)n * stride * sizeof *q);
-    for (int i = 0; i < n; i++) {
-        int row = rows[queries.first + i / group];
-        const float *from = c->qkv + (size_t)row * c->qkv_stride + (head * group + i % group) * s->head_dim;
-        c->model->kernels->scale(from, 1.0f, s->head_dim, c->round_cache, q + (size_t)i * stride);
-        last_keys[i] = pass->positions[row];
-    }
-    llm__attention_work work = {q, scores, part, out, stats + 2 * n, stats + 3 * n, n};
-    const int *blocks = pass->blocks + (size_t)pass->seqs[rows[queries.first]] * (size_t)pass->blocks_per_seq;
-    int n_keys = last_keys[n - 1] + 1;
-    for (int first = llm__first_key(s, last_keys[0]) / LLM__CHUNK * LLM__CHUNK; first < n_keys; first += LLM__CHUNK) {
-        int some = n_keys - first < LLM__CHUNK ? n_keys - first : LLM__CHUNK;
-        llm__attend_chunk(c, &work, layer, head, blocks, first, some, last_keys);
-        for (int i = 0; i < n; i++) {
-            float *known = out + (size_t)i * stride, *fresh = part + (size_t)i * stride;
-            int first_key = llm__first_key(s, last_keys[i]);
-            if (first <= first_key && first_key < first + LLM__CHUNK) {
-                memcpy(known, fresh, stride * sizeof *known);
-                stats[i] = work.max[i];
-                stats[n + i] = work.sum[i];
-            } else if (first > first_key && last_keys[i] >= first) {
-                c->model->kernels->merge(&stats[i], &stats[n + i], known, work.max[i], work.sum[i], fresh,
-                                         c->head_stride);
-            }
+/* Adds what the chunk from position `first` on gave to what the chunks before it gave. */
+static void llm__join_chunk(const llm__cpu_context *c, const llm__attention_work *a, int first, const float *part,
+                            float *known) {
+    size_t stride = (size_t)c->head_stride, stats = (size_t)a->padded * stride, padded = (size_t)a->padded;
+    for (size_t i = 0; i < (size_t)a->n; i++) {
+        int last = llm__last_key(c, a, (int)i), first_key = llm__first_key(&c->model->shape, last);
+        const float *max = &part[stats + i], *sum = &part[stats + padded + i];
+        float *known_max = &known[stats + i], *known_sum = &known[stats + padded + i];
+        if (first <= first_key && first_key < first + LLM__CHUNK) {
+            memcpy(known + i * stride, part + i * stride, stride * sizeof *known);
+            *known_max = *max;
+            *known_sum = *sum;
+        } else if (first > first_key && last >= first) {
+            c->model->kernels->merge(known_max, known_sum, known + i * stride, *max, *sum, part + i * stride,
+                                     c->head_stride);
         }
     }
-    for (int i = 0; i < n; i++) {
-        float *to = c->attention + (size_t)(queries.first + i / group) * c->attention_stride +
-                    (head * group + i % group) * s->head_dim;
-        c->model->kernels->scale(out + (size_t)i * stride, 1.0f / stats[n + i], s->head_dim, c->round, to);
+}
+
+/* A thread's scratch: the work's q and scores, then a partial result, then another; returns the first of these. */
+static float *llm__attention_start(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
+                                   llm__queries queries, llm__attention_work *a) {
+    const llm_shape *s = &c->model->shape;
+    size_t stride = (size_t)c->head_stride;
+    a->layer = layer;
+    a->head = head;
+    a->group = s->n_heads / s->n_kv_heads;
+    a->n = queries.n * a->group;
+    a->padded = llm__padded_queries(a->n);
+    a->rows = rows + queries.first;
+    a->first_row = queries.first;
+    a->blocks = c->pass->blocks + (size_t)c->pass->seqs[a->rows[0]] * (size_t)c->pass->blocks_per_seq;
+    a->q = c->scratch + (size_t)index * c->scratch_floats;
+    a->scores = a->q + (size_t)a->padded * stride;
+    a->packed = NULL;
+    return a->scores + (size_t)a->padded * LLM__CHUNK;
+}
+
+static void llm__gather_queries(const llm__cpu_context *c, int index, llm__attention_work *a) {
+    const llm_shape *s = &c->model->shape;
+    size_t stride = (size_t)c->head_stride;
+    memset(a->q, 0, (size_t)a->n * stride * sizeof *a->q);
+    for (int i = 0; i < a->n; i++) {
+        const float *from = c->qkv + (size_t)(a->first_row + i / a->group) * c->qkv_stride +
+                            (a->head * a->group + i % a->group) * s->head_dim;
+        c->model->kernels->scale(from, 1.0f, s->head_dim, c->round_cache, a->q + (size_t)i * stride);
+    }
+    if (!c->packed || c->cache_kind != LLM__W_BF16 || a->n < LLM__TILE_ROWS) return;
+    a->packed = c->tiles + (size_t)index * c->tile_bytes;
+    c->model->kernels->pack_rows(a->q, stride, a->n, c->head_stride, a->packed);
+}
+
+static void llm__attention_end(const llm__cpu_context *c, const llm__attention_work *a, const float *known) {
+    const llm_shape *s = &c->model->shape;
+    size_t stride = (size_t)c->head_stride;
+    const float *sums = known + (size_t)a->padded * (stride + 1);
+    for (int i = 0; i < a->n; i++) {
+        float *to = c->attention + (size_t)(a->first_row + i / a->group) * c->attention_stride +
+                    (a->head * a->group + i % a->group) * s->head_dim;
+        c->model->kernels->scale(known + (size_t)i * stride, 1.0f / sums[i], s->head_dim, c->round, to);
     }
 }
 
-/* The later queries see more keys, so they are taken first. */
+/* All chunks of keys, in order. */
+static void llm__attend(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
+                        llm__queries queries) {
+    llm__attention_work a;
+    float *part = llm__attention_start(c, index, layer, head, rows, queries, &a),
+          *known = part + llm__partial_floats(c, a.padded);
+    llm__gather_queries(c, index, &a);
+    for (int first = llm__first_chunk(c, &a); first < llm__end_of_keys(c, &a); first += LLM__CHUNK) {
+        llm__attend_chunk(c, &a, first, part);
+        llm__join_chunk(c, &a, first, part, known);
+    }
+    llm__attention_end(c, &a, known);
+}
+
+/* Where few queries would leave threads idle, each chunk of keys is a piece of its own, and the joining another phase. */
+static void llm__attend_split(llm__worker *w, const llm__cpu_context *c, int layer, const int *rows,
+                              const llm__queries *queries, int n_pieces, int n_chunks) {
+    int n_heads = c->model->shape.n_kv_heads, index = w->index;
+    llm__attention_work a;
+    for (int piece; (piece = llm__take(w)) < n_pieces * n_chunks;) {
+        const llm__queries q = queries[piece / n_chunks / n_heads];
+        llm__attention_start(c, index, layer, piece / n_chunks % n_heads, rows, q, &a);
+        int first = llm__first_chunk(c, &a) + piece % n_chunks * LLM__CHUNK;
+        if (first >= llm__end_of_keys(c, &a)) continue;
+        llm__gather_queries(c, index, &a);
+        llm__attend_chunk(c, &a, first, c->partials + (size_t)piece * c->partial_floats);
+    }
+    llm__finish(w, n_pieces * n_chunks);
+    for (int piece; (piece = llm__take(w)) < n_pieces;) {
+        float *known = llm__attention_start(c, index, layer, piece % n_heads, rows, queries[piece / n_heads], &a);
+        const float *part = c->partials + (size_t)piece * (size_t)n_chunks * c->partial_floats;
+        for (int first = llm__first_chunk(c, &a); first < llm__end_of_keys(c, &a);
+             first += LLM__CHUNK, part += c->partial_floats)
+            llm__join_chunk(c, &a, first, part, known);
+        llm__attention_end(c, &a, known);
+    }
+    llm__finish(w, n_pieces);
+}
+
+/* The chunks of keys that attention is to be split into, or 0: when there are too few queries to share out and room for
+   what the chunks give. */
+static int llm__count_chunks(const llm__cpu_context *c, const int *rows, const llm__queries *queries, int n_queries) {
+    const llm_shape *s = &c->model->shape;
+    int most = 0, n_pieces = n_queries * s->n_kv_heads, n_rows = 0;
+    if (c->team->n == 1 || n_pieces >= 4 * c->team->n) return 0;
+    for (int i = 0; i < n_queries; i++) {
+        int from = c->pass->positions[rows[queries[i].first]],
+            to = c->pass->positions[rows[queries[i].first + queries[i].n - 1]];
+        int n = to / LLM__CHUNK - llm__first_key(s, from) / LLM__CHUNK + 1;
+        if (n > most) most = n;
+        if (queries[i].n > n_rows) n_rows = queries[i].n;
+    }
+    bool fits = n_rows <= LLM__SPLIT_ROWS && n_pieces * most <= c->n_partials;
+    return most > 1 && fits ? most : 0;
+}
+
+/* A phase, or two. The later queries see more keys, so they are taken first. */
 static void llm__attention_rows(llm__worker *w, const llm__cpu_context *c, int layer, const int *rows,
                                 const llm__queries *queries, int n_queries) {
     int n_heads = c->model->shape.n_kv_heads, n_pieces = n_queries * n_heads;
+    int n_chunks = llm__count_chunks(c, rows, queries, n_queries);
+    if (n_chunks) {
+        llm__attend_split(w, c, layer, rows, queries, n_pieces, n_chunks);
+        return;
+    }
     for (int piece; (piece = llm__take(w)) < n_pieces;)
         llm__attend(c, w->index, layer, piece % n_heads, rows, queries[n_queries - 1 - piece / n_heads]);
     llm__finish(w, n_pieces);
 }
 
-/* Moves the rows whose logits are wanted to the front; in the last layer no others are needed after the cache is fed. */
-static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c) {
+/* Some tiles of a matrix, as a matrix. */
+static llm__matrix llm__matrix_part(const llm__matrix *m, int first_tile, int end_tile) {
+    llm__matrix part = *m;
+    part.data += (size_t)first_tile * m->tile_bytes;
+    part.n = (end_tile * 16 < m->n ? end_tile * 16 : m->n) - first_tile * 16;
+    return part;
+}
+
+/* The last layer needs keys and values of all rows; the rows whose logits are wanted then move to the front, and nothing
+   else is computed for the others. */
+static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer) {
+    const llm_shape *s = &c->model->shape;
+    const llm__matrix *m = &c->model->layers[layer].qkv;
+    int q = s->n_heads * s->head_dim, n_tiles = llm__round_up(m->n, 16) / 16, n = c->pass->n_logits;
+    const llm__matrix keys = llm__matrix_part(m, q / 16, n_tiles), queries = llm__matrix_part(m, 0, (q + 15) / 16);
+    llm__linear(w, c, &keys, c->normed, c->x_stride, c->pass->n_rows, LLM__STORE, c->qkv + q / 16 * 16, c->qkv_stride);
+    llm__rope_rows(w, c, layer, false);
     if (w->index == 0)
-        for (int i = 0; i < c->pass->n_logits; i++)
-            memmove(c->x + (size_t)i * c->x_stride, c->x + (size_t)c->pass->logit_rows[i] * c->x_stride,
-                    c->x_stride * sizeof(float));
+        for (int i = 0; i < n; i++) {
+            size_t from = (size_t)c->pass->logit_rows[i] * c->x_stride, to = (size_t)i * c->x_stride;
+            memmove(c->x + to, c->x + from, c->x_stride * sizeof(float));
+            memmove(c->normed + to, c->normed + from, c->x_stride * sizeof(float));
+        }
     llm__barrier(w->team);
+    llm__linear(w, c, &queries, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
+    for (int i; (i = llm__take(w)) < n;)
+        llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
+    llm__finish(w, n);
+}
+
+/* The head fused with log-softmax: a few rows against LLM__COLUMNS tokens of the vocabulary. Their logits are in the near
+   cache only; maximum and sum are what stays of them. */
+static void llm__score_columns(const llm__cpu_context *c, int index, bool panels, int part, int first_row, int rows) {
+    const llm__matrix *m = &c->model->head;
+    const llm__kernels *kernels = c->model->kernels;
+    int first = part * LLM__COLUMNS, n = m->n - first < LLM__COLUMNS ? m->n - first : (int)LLM__COLUMNS;
+    int n_tiles = llm__round_up(n, 16) / 16, n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    size_t k = (size_t)llm__round_up(m->k, 32), row = (size_t)first_row, stride = (size_t)n_tiles * 16;
+    const uint8_t *tiles = m->data + (size_t)(first / 16) * m->tile_bytes;
+    const float *sums = c->sums + row * (k / 32);
+    float *logits = panels ? c->panels + (size_t)index * c->panel_floats : c->scratch + (size_t)index * c->scratch_floats;
+    if (panels) {
+        llm__panel panel = {c->packed + row * k * 2, sums, rows, (int)k, tiles, NULL, m->tile_bytes, n_tiles, logits,
+                            c->tiles + (size_t)index * c->tile_bytes};
+        kernels->panel(m->kind, &panel);
+    } else {
+        memset(logits, 0, (size_t)rows * stride * sizeof(float));
+        for (int i = 0; i < n_tiles; i++)
+            kernels->product[m->kind](c->normed + row * c->x_stride, c->x_stride, sums, rows,
+                                      tiles + (size_t)i * m->tile_bytes, (int)k, logits + i * 16, stride);
+    }
+    for (int r = 0; r < rows; r++) {
+        size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)part;
+        kernels->softmax(logits + (size_t)r * stride, n, (int)stride, 1, false, &c->column_max[at], &c->column_sum[at]);
+    }
+}
+
+/* log p = logit - max - log(sum over all tokens of exp(logit - max)); the one logit is computed once more. */
+static float llm__log_prob(const llm__cpu_context *c, int row, llm_token token) {
+    const llm__matrix *m = &c->model->head;
+    int k = llm__round_up(m->k, 32), n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    const float *maxima = c->column_max + (size_t)row * (size_t)n_parts;
+    const float *sums = c->column_sum + (size_t)row * (size_t)n_parts;
+    float logits[16] = {0}, max = maxima[0];
+    double sum = 0;
+    c->model->kernels->product[m->kind](c->normed + (size_t)row * c->x_stride, c->x_stride,
+                                        c->sums + (size_t)row * (size_t)(k / 32), 1,
+                                        m->data + (size_t)(token / 16) * m->tile_bytes, k, logits, 16);
+    for (int i = 1; i < n_parts; i++) max = maxima[i] > max ? maxima[i] : max;
+    for (int i = 0; i < n_parts; i++) sum += sums[i] * llm__exp2(((double)maxima[i] - max) * 1.4426950408889634);
+    return (float)((double)logits[token % 16] - max - llm__log2(sum) * 0.69314718055994531);
+}
+
+static void llm__score_rows(llm__worker *w, const llm__cpu_context *c, int rows) {
+    const llm__matrix *m = &c->model->head;
+    const llm_pass *pass = c->pass;
+    int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    int panel_rows = (int)(c->panel_floats / LLM__COLUMNS) / 16 * 16; /* whose logits there is room for */
+    bool panels = panel_rows && rows >= LLM__TILE_ROWS;
+    int step = panels ? panel_rows : (int)LLM__ROWS;
+    if (panels || llm__has_groups(m->kind)) llm__prepare_rows(w, c, m, panels, c->normed, c->x_stride, rows);
+    for (int part; (part = llm__take(w)) < n_parts;)
+        for (int r = 0; r < rows; r += step)
+            llm__score_columns(c, w->index, panels, part, r, rows - r < step ? rows - r : step);
+    llm__finish(w, n_parts);
+    for (int i; (i = llm__take(w)) < pass->n_targets;)
+        pass->log_probs[i] = llm__log_prob(c, pass->target_rows[i], pass->targets[i]);
+    llm__finish(w, pass->n_targets);
 }
 
 static bool llm__poll_cancel(llm__worker *w, llm__cpu_context *c) {
@@ -7688,17 +8618,19 @@ static void llm__forward_task(void *arg, int index) {
     const int *rows = c->all_rows;
     int n = c->pass->n_rows;
     uint64_t mode = llm__float_mode_enter();
+    if (c->packed) m->kernels->tiles_enter();
     llm__embed_rows(w, c);
     for (int i = 0; i < m->shape.n_layers && n && !llm__poll_cancel(w, c); i++) {
         const llm__cpu_layer *layer = &m->layers[i];
         bool last = i == m->shape.n_layers - 1;
         llm__norm_rows(w, c, layer->attention_norm, n);
-        llm__linear(w, c, &layer->qkv, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
-        llm__rope_rows(w, c, i);
-        if (last) {
+        if (last && c->pass->n_logits < n) {
+            llm__keep_rows(w, c, i);
             rows = c->pass->logit_rows;
             n = c->pass->n_logits;
-            llm__keep_rows(w, c);
+        } else {
+            llm__linear(w, c, &layer->qkv, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
+            llm__rope_rows(w, c, i, true);
         }
         llm__attention_rows(w, c, i, rows, last ? c->last_queries : c->all_queries,
                             last ? c->n_last_queries : c->n_all_queries);
@@ -7710,8 +8642,10 @@ static void llm__forward_task(void *arg, int index) {
     if (n && !c->cancelled) {
         float *logits = c->logits + (size_t)c->pass->first_logits * (size_t)m->shape.n_vocab;
         llm__norm_rows(w, c, m->output_norm, n);
-        llm__linear(w, c, &m->head, c->normed, c->x_stride, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
+        if (c->pass->n_targets) llm__score_rows(w, c, n);
+        else llm__linear(w, c, &m->head, c->normed, c->x_stride, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
     }
+    if (c->packed) m->kernels->tiles_leave();
     llm__float_mode_leave(mode);
 }
 
@@ -7747,9 +8681,15 @@ static const float *llm__cpu_logits(void *context, int i) {
 
 /* ---- The context on the CPU ---- */
 
+/* The keys, or the values with their scales, of one head in one block: the larger of the two. */
+static size_t llm__cache_head_bytes(const llm_shape *s, llm_dtype cache_dtype) {
+    llm__kind kind = llm__cache_kind(cache_dtype);
+    size_t values = (size_t)llm__round_up(s->head_dim, 32) / 16 * llm__tile_bytes(kind, LLM_BLOCK);
+    return values + (kind == LLM__W_INT8 ? LLM_BLOCK * sizeof(float) : 0);
+}
+
 static uint64_t llm__cpu_block_bytes(const llm_shape *s, llm_dtype cache_dtype) {
-    return (uint64_t)s->n_layers * 2 * (uint64_t)s->n_kv_heads * LLM_BLOCK * (uint64_t)llm__round_up(s->head_dim, 32) *
-           (cache_dtype == LLM_DTYPE_F32 ? 4 : 2);
+    return (uint64_t)s->n_layers * 2 * (uint64_t)s->n_kv_heads * llm__cache_head_bytes(s, cache_dtype);
 }
 
 static llm_status llm__cpu_copy_block(void *context, int to, int from, llm_error *err) {
@@ -7784,14 +8724,16 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
 }
 
 typedef struct llm__cpu_sizes {
-    size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups;
-    int head_stride;
+    size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups, n_parts, partial_floats;
+    size_t packed_bytes, panel_floats, tile_bytes; /* for the matrix unit: in all, and two of each thread */
+    int head_stride, n_partials;
 } llm__cpu_sizes;
 
-static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s) {
+static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_desc *d) {
     llm__cpu_sizes z;
-    size_t group = (size_t)(s->n_heads / s->n_kv_heads),
-           rows = group > LLM__QUERY_ROWS ? group : (size_t)LLM__QUERY_ROWS;
+    int group = s->n_heads / s->n_kv_heads, most = group > LLM__QUERY_ROWS ? group : (int)LLM__QUERY_ROWS,
+        chunks = (d->blocks_per_seq * LLM_BLOCK + LLM__CHUNK - 1) / LLM__CHUNK;
+    size_t rows = (size_t)llm__round_up(most, 16), n_batch = (size_t)llm__round_up(d->n_batch, 16);
     z.head_stride = llm__round_up(s->head_dim, 32);
     z.x_stride = (size_t)llm__round_up(s->n_embd, 32);
     z.qkv_stride = (size_t)llm__round_up((s->n_heads + 2 * s->n_kv_heads) * s->head_dim, 16);
@@ -7800,15 +8742,27 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s) {
     z.most_groups = (z.ffn_stride > z.attention_stride ? z.ffn_stride : z.attention_stride) / 32;
     if (z.x_stride / 32 > z.most_groups) z.most_groups = z.x_stride / 32;
     z.scratch_floats = rows * (3 * (size_t)z.head_stride + LLM__CHUNK + 4);
+    if (z.scratch_floats < LLM__ROWS * LLM__COLUMNS) z.scratch_floats = LLM__ROWS * LLM__COLUMNS;
+    z.n_parts = (size_t)(s->n_vocab + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    /* Splitting pays up to 4 pieces a thread (see llm__count_chunks), and is for one sequence at its full length. */
+    int few = LLM__SPLIT_ROWS * group < LLM__QUERY_ROWS ? LLM__SPLIT_ROWS * group : most;
+    z.partial_floats = (size_t)llm__padded_queries(few) * (size_t)(z.head_stride + 2);
+    z.n_partials = d->n_threads > 1 && chunks > 1 ? chunks * s->n_kv_heads : 0;
+    z.packed_bytes = n_batch * z.most_groups * 64;
+    z.panel_floats = (n_batch < LLM__PANEL_ROWS ? n_batch : (size_t)LLM__PANEL_ROWS) * LLM__PANEL_TILES * 16;
+    z.tile_bytes = rows * ((size_t)z.head_stride + LLM__CHUNK) * 2;
+    if (z.tile_bytes < 2 * LLM__TILE_BLOCKS * 1024) z.tile_bytes = 2 * LLM__TILE_BLOCKS * 1024;
     return z;
 }
 
 static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
-    llm__cpu_sizes z = llm__cpu_find_sizes(s);
-    uint64_t row =
-        z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + z.ffn_stride + (uint64_t)s->rope_dim + 5;
+    llm__cpu_sizes z = llm__cpu_find_sizes(s, d);
+    uint64_t row = z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + z.ffn_stride +
+                   (uint64_t)s->rope_dim + 2 * z.n_parts + 5;
+    uint64_t tiles = z.packed_bytes + (uint64_t)d->n_threads * (z.panel_floats * 4 + z.tile_bytes);
     return 4 * ((uint64_t)d->n_batch * row + (uint64_t)d->n_logits * (uint64_t)s->n_vocab +
-                (uint64_t)d->n_threads * z.scratch_floats);
+                (uint64_t)d->n_threads * z.scratch_floats + (uint64_t)z.n_partials * z.partial_floats) +
+           (llm__choose_kernels(NULL)->panel ? tiles : 0);
 }
 
 typedef struct llm__cpu_context_args {
@@ -7830,18 +8784,20 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     llm__cpu_context_args *args = (llm__cpu_context_args *)arg;
     llm__cpu_context *c = (llm__cpu_context *)llm__alloc_zero(env, 1, sizeof *c);
     const llm_shape *s = &args->model->shape;
-    llm__cpu_sizes z = llm__cpu_find_sizes(s);
+    const llm__cpu_context *lender = (const llm__cpu_context *)args->desc->lender;
+    llm__cpu_sizes z = llm__cpu_find_sizes(s, args->desc);
     size_t n_batch = (size_t)args->desc->n_batch, half = (size_t)s->rope_dim / 2;
     c->model = args->model;
     c->desc = *args->desc;
-    c->round = args->model->dtype != LLM_DTYPE_F32;
-    c->round_cache = c->desc.cache_dtype == LLM_DTYPE_BF16;
-    c->cache_kind = c->round_cache ? LLM__W_BF16 : LLM__W_F32;
+    c->round = args->model->dtype != LLM_DTYPE_F32 && args->model->dtype != LLM_DTYPE_F16;
+    c->round_cache = c->desc.cache_dtype != LLM_DTYPE_F32;
+    c->cache_kind = llm__cache_kind(c->desc.cache_dtype);
     c->head_stride = z.head_stride;
     c->score_scale = (float)(1.0 / llm__sqrt(s->head_dim));
-    c->cache_block_bytes = LLM_BLOCK * (size_t)z.head_stride * (c->round_cache ? 2 : 4);
-    c->cache = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_cache_blocks,
-                                     (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype));
+    c->cache_block_bytes = llm__cache_head_bytes(s, c->desc.cache_dtype);
+    c->cache = c->desc.share_cache ? lender->cache
+                                   : (uint8_t *)llm__alloc(env, (size_t)c->desc.n_cache_blocks,
+                                                           (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype));
     c->x_stride = z.x_stride;
     c->qkv_stride = z.qkv_stride;
     c->attention_stride = z.attention_stride;
@@ -7852,22 +8808,34 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->qkv = (float *)llm__alloc_zero(env, n_batch * z.qkv_stride, sizeof(float));
     c->attention = (float *)llm__alloc_zero(env, n_batch * z.attention_stride, sizeof(float));
     c->ffn = (float *)llm__alloc_zero(env, n_batch * z.ffn_stride, sizeof(float));
-    c->sums = (float *)llm__alloc(env, n_batch * z.most_groups, sizeof(float));
+    c->sums = (float *)llm__alloc_zero(env, (n_batch + 15) / 16 * 16 * z.most_groups, sizeof(float));
     c->cosines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->sines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->scratch = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.scratch_floats, sizeof(float));
+    c->partial_floats = z.partial_floats;
+    c->n_partials = z.n_partials;
+    c->partials = (float *)llm__alloc(env, (size_t)z.n_partials * z.partial_floats, sizeof(float));
+    if (args->model->kernels->panel && c->round) {
+        c->packed = (uint8_t *)llm__alloc(env, z.packed_bytes, 1);
+        c->panels = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.panel_floats, sizeof(float));
+        c->panel_floats = z.panel_floats;
+        c->tiles = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_threads * z.tile_bytes, 1);
+        c->tile_bytes = z.tile_bytes;
+    }
     c->logits = (float *)llm__alloc(env, (size_t)c->desc.n_logits * (size_t)s->n_vocab, sizeof(float));
+    c->column_max = (float *)llm__alloc(env, n_batch * z.n_parts, sizeof(float));
+    c->column_sum = (float *)llm__alloc(env, n_batch * z.n_parts, sizeof(float));
     c->all_rows = (int *)llm__alloc(env, n_batch, sizeof(int));
     c->all_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
     c->last_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
     for (int i = 0; i < c->desc.n_batch; i++) c->all_rows[i] = i;
-    c->team = llm__team_create(env, c->desc.parallel ? 1 : c->desc.n_threads);
-    if (c->desc.parallel) {
+    c->team = lender ? lender->team : llm__team_create(env, c->desc.parallel ? 1 : c->desc.n_threads);
+    if (c->desc.parallel && !lender) {
         c->team->parallel = c->desc.parallel;
         c->team->user = c->desc.host.user;
         c->team->n = c->desc.n_threads;
     }
-    llm__team_run(c->team, llm__cpu_clear_cache_task, c);
+    if (!c->desc.share_cache) llm__team_run(c->team, llm__cpu_clear_cache_task, c);
     c->pool = *env->pool;
     *args->out = c;
 }
@@ -7945,17 +8913,19 @@ enum { LLM__MULTIPLY_ROUNDS = 2000000 };
 
 static void llm__multiply_task(void *arg, int index) {
     llm__bandwidth_args *a = (llm__bandwidth_args *)arg;
+    const llm__kernels *kernels = a->context->model->kernels;
     (void)index;
-    __atomic_fetch_xor(&a->sink, a->context->model->kernels->multiply(LLM__MULTIPLY_ROUNDS), __ATOMIC_RELAXED);
+    uint32_t got = (a->context->packed ? kernels->tile_multiply : kernels->multiply)(LLM__MULTIPLY_ROUNDS);
+    __atomic_fetch_xor(&a->sink, got, __ATOMIC_RELAXED);
 }
 
 static double llm__cpu_measure_flops(void *context) {
     llm__bandwidth_args args = {(llm__cpu_context *)context, 0};
-    double best = 0;
+    double best = 0, round = 2.0 * 16 * (args.context->packed ? 4 * 16 * 32 : 12);
     for (int i = 0; i < 4; i++) {
         double before = llm__now();
         llm__team_run(args.context->team, llm__multiply_task, &args);
-        double rate = 2.0 * 16 * 12 * LLM__MULTIPLY_ROUNDS * args.context->team->n / (llm__now() - before);
+        double rate = round * LLM__MULTIPLY_ROUNDS * args.context->team->n / (llm__now() - before);
         if (rate > best) best = rate;
     }
     return best;
@@ -7990,6 +8960,7 @@ struct llm_model {
     llm_model_desc desc;
     llm_shape shape;
     llm_model_info info;
+    uint64_t source; /* the fingerprint that the same weights in any type share */
     llm_tokenizer *tokenizer;
     const llm__kernels *kernels; /* for what is computed on the host whatever the backend */
 };
@@ -8181,7 +9152,7 @@ typedef struct llm__weight_walk {
     const llm_backend *backend;
     void *device;
     llm_dtype dtype;
-    uint64_t n_params, weight_bytes, weight_bytes_per_token, fingerprint;
+    uint64_t n_params, weight_bytes, weight_bytes_per_token, fingerprint; /* the last whatever the dtype */
 } llm__weight_walk;
 
 /* The fingerprint takes samples: the whole would have to be read. */
@@ -8237,6 +9208,10 @@ static void llm__upload_weight(llm__weight_walk *walk, const llm_weight *weight)
                          (float)(behind_layers ? walk->h->n_layers : weight->layer) / (float)(walk->h->n_layers + 1));
 }
 
+static llm_dtype llm__default_cache_dtype(llm_dtype weights) {
+    return weights == LLM_DTYPE_F32 || weights == LLM_DTYPE_F16 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16;
+}
+
 static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *desc) {
     llm_model_desc d = *desc;
     if (d.dtype == LLM_DTYPE_DEFAULT) d.dtype = LLM_DTYPE_BF16;
@@ -8272,7 +9247,7 @@ static void llm__fill_info(llm_model_info *info, const llm__hparams *h, const ll
     info->n_params = walk->n_params;
     info->weight_bytes = walk->weight_bytes;
     info->weight_bytes_per_token = walk->weight_bytes_per_token;
-    info->fingerprint = walk->fingerprint;
+    info->fingerprint = llm__hash_bytes(walk->fingerprint, &walk->dtype, sizeof walk->dtype);
 }
 
 static llm__weight_walk llm__start_walk(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h,
@@ -8288,9 +9263,9 @@ static llm__weight_walk llm__start_walk(llm__env *env, const llm__checkpoint *ck
 }
 
 /* What the keys in a cache depend on beside the weights. */
-static uint64_t llm__hash_shape(const llm_shape *s, llm_dtype dtype) {
-    int numbers[] = {(int)dtype, s->n_vocab,    s->n_layers, s->n_embd,   s->n_ff,
-                     s->n_heads, s->n_kv_heads, s->head_dim, s->rope_dim, s->window};
+static uint64_t llm__hash_shape(const llm_shape *s) {
+    int numbers[] = {s->n_vocab,    s->n_layers, s->n_embd,   s->n_ff,  s->n_heads,
+                     s->n_kv_heads, s->head_dim, s->rope_dim, s->window};
     float floats[] = {s->rms_eps, s->rope_scale};
     uint64_t hash = llm__hash_bytes(0xCBF29CE484222325u, numbers, sizeof numbers);
     hash = llm__hash_bytes(hash, floats, sizeof floats);
@@ -8335,7 +9310,7 @@ static void llm__load_body(llm__env *env, void *arg) {
         llm__fail(env, LLM_ERROR_FORMAT, "the vocabulary has %d tokens, but the embedding only %d rows",
                   llm_tokenizer_n_vocab(model->tokenizer), plan.h.n_vocab);
     llm__weight_walk walk = llm__start_walk(env, ck, &plan.h, model->backend, desc.dtype);
-    walk.fingerprint = llm__hash_shape(&model->shape, desc.dtype);
+    walk.fingerprint = llm__hash_shape(&model->shape);
     llm_status status = model->backend->open(&args->device, &model->shape, &desc, env->err);
     if (status) {
         env->status = status;
@@ -8345,11 +9320,11 @@ static void llm__load_body(llm__env *env, void *arg) {
     walk.visit = llm__upload_weight;
     llm__walk_weights(&walk);
     llm__fill_info(&model->info, &plan.h, &walk);
+    model->source = walk.fingerprint;
     model->kernels = llm__choose_kernels(desc.isa);
     model->info.isa = model->kernels->name;
     model->info.cache_bytes_per_token =
-        model->backend->block_bytes(&model->shape, desc.dtype == LLM_DTYPE_F32 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16) /
-        LLM_BLOCK;
+        model->backend->block_bytes(&model->shape, llm__default_cache_dtype(desc.dtype)) / LLM_BLOCK;
     llm__free(env->pool, plan.pool); /* all of it has been converted */
     model->device = args->device;
     model->desc = desc;
@@ -8397,6 +9372,17 @@ LLM_API const llm_tokenizer *llm_model_tokenizer(const llm_model *model) { retur
 
 /* ---- Contexts ---- */
 
+/* What a batch that is scored predicts: after token i of it, the targets from first[i] to first[i + 1]. */
+typedef struct llm__targets {
+    const int *first;      /* [n_tokens + 1]                                                              */
+    const llm_token *ids;  /* [first[n_tokens]]                                                           */
+    bool count_only;       /* nothing is computed                                                         */
+    int n;                 /* in the pass, in order of its rows:                                          */
+    llm_token *pass_ids;   /* [n]                                                                         */
+    int *pass_rows, *from; /* [n] an index into the pass's logit_rows; which of the targets above it is   */
+    float *log_probs;      /* [n] the results                                                             */
+} llm__targets;
+
 struct llm_context {
     llm__pool pool;
     const llm_model *model;
@@ -8411,8 +9397,9 @@ struct llm_context {
     int *n_new;            /* [n_seq] tokens the batch brings to each sequence */
     int *first_row;        /* [n_seq + 1] where the sequence's rows begin */
     int *old_lengths;      /* [n_seq] to go back to */
-    int *logits_of;        /* [n_logits] the batch's token each row of logits belongs to */
+    int *logits_of;        /* [n_logits or n_batch] the batch's token each row of logits belongs to */
     int n_logits;          /* rows of logits there are now */
+    llm__targets *targets; /* of a batch that is scored, which is a single pass; NULL: logits are wanted */
     float *probabilities;  /* [n_vocab padded to 16] for the sampler */
     llm_token *candidates; /* [n_vocab] likewise */
 };
@@ -8430,8 +9417,8 @@ static llm_context_desc llm__context_defaults(llm__env *env, const llm_model_inf
     if (!d.n_batch) d.n_batch = 512;
     if (!d.n_logits) d.n_logits = d.n_seq;
     if (!d.n_threads) d.n_threads = llm__default_threads();
-    if (!d.cache_dtype) d.cache_dtype = info->dtype == LLM_DTYPE_F32 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16;
-    if (d.cache_dtype != LLM_DTYPE_F32 && d.cache_dtype != LLM_DTYPE_BF16)
+    if (!d.cache_dtype) d.cache_dtype = llm__default_cache_dtype(info->dtype);
+    if (d.cache_dtype != LLM_DTYPE_F32 && d.cache_dtype != LLM_DTYPE_BF16 && d.cache_dtype != LLM_DTYPE_INT8)
         llm__fail(env, LLM_ERROR_ARGUMENT, "cache_dtype is %d, which no cache can have", (int)d.cache_dtype);
     if (d.n_ctx > 1 << 28 || d.n_seq > 1 << 20 || d.n_batch > 1 << 20 || d.n_logits > 1 << 20)
         llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is absurdly large");
@@ -8475,6 +9462,8 @@ typedef struct llm__context_args {
     llm_context **out;
     const llm_model *model;
     llm_context_desc desc;
+    const llm_context *lender; /* of threads, and of the cache if share_cache; see llm_backend_desc */
+    bool share_cache;
     void *device;
 } llm__context_args;
 
@@ -8483,19 +9472,22 @@ static void llm__context_body(llm__env *env, void *arg) {
     const llm_model *model = args->model;
     llm_context *ctx = (llm_context *)llm__alloc_zero(env, 1, sizeof *ctx);
     llm_context_desc d = args->desc;
-    size_t n_batch = (size_t)d.n_batch, n_seq = (size_t)d.n_seq;
+    size_t n_batch = (size_t)d.n_batch, n_seq = (size_t)d.n_seq,
+           n_rows = (size_t)(d.n_logits > d.n_batch ? d.n_logits : d.n_batch);
     ctx->model = model;
     ctx->desc = d;
     ctx->backend_desc = llm__backend_desc(&d);
-    llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
+    ctx->backend_desc.lender = args->lender ? args->lender->device : NULL;
+    ctx->backend_desc.share_cache = args->share_cache;
+    if (!args->share_cache) llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
     ctx->tokens = (llm_token *)llm__alloc(env, n_batch, sizeof *ctx->tokens);
     ctx->positions = (int *)llm__alloc(env, n_batch, sizeof(int));
     ctx->seqs = (int *)llm__alloc(env, n_batch, sizeof(int));
     ctx->batch_index = (int *)llm__alloc(env, n_batch, sizeof(int));
-    ctx->logit_rows = (int *)llm__alloc(env, (size_t)d.n_logits, sizeof(int));
+    ctx->logit_rows = (int *)llm__alloc(env, n_rows, sizeof(int));
     ctx->n_new = (int *)llm__alloc_zero(env, n_seq, sizeof(int));
     ctx->first_row = (int *)llm__alloc(env, n_seq + 1, sizeof(int));
-    ctx->logits_of = (int *)llm__alloc(env, (size_t)d.n_logits, sizeof(int));
+    ctx->logits_of = (int *)llm__alloc(env, n_rows, sizeof(int));
     ctx->old_lengths = (int *)llm__alloc(env, n_seq, sizeof(int));
     ctx->probabilities = (float *)llm__alloc(env, (size_t)llm__round_up(model->shape.n_vocab, 16), sizeof(float));
     ctx->candidates = (llm_token *)llm__alloc(env, (size_t)model->shape.n_vocab, sizeof(llm_token));
@@ -8509,16 +9501,17 @@ static void llm__context_body(llm__env *env, void *arg) {
     *args->out = ctx;
 }
 
-LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
-                                      llm_error *err) {
+static llm_status llm__context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
+                                      const llm_context *lender, bool share_cache, llm_error *err) {
     llm__context_args args;
     llm__pool pool;
     llm__env env;
-    if (!out || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out or model is NULL");
     memset(&args, 0, sizeof args);
     *out = NULL;
     args.out = out;
     args.model = model;
+    args.lender = lender;
+    args.share_cache = share_cache;
     env.pool = &pool;
     env.err = err;
     env.file = NULL;
@@ -8534,6 +9527,12 @@ LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model,
         llm__pool_free(&pool);
     }
     return status;
+}
+
+LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
+                                      llm_error *err) {
+    if (!out || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out or model is NULL");
+    return llm__context_create(out, model, desc, NULL, false, err);
 }
 
 LLM_API void llm_context_free(llm_context *ctx) {
@@ -8768,7 +9767,7 @@ static llm_status llm__check_batch(llm_context *ctx, const llm_batch *batch, llm
         return llm__error(err, LLM_ERROR_CONTEXT_FULL,
                           "the batch needs %lld positions of the cache, but %d are free (n_cache)",
                           (long long)blocks * LLM_BLOCK, cache->n_free * LLM_BLOCK);
-    if (n_logits > ctx->desc.n_logits)
+    if (n_logits > ctx->desc.n_logits && !ctx->targets)
         return llm__error(err, LLM_ERROR_ARGUMENT,
                           "the logits of %d tokens are wanted; the context holds %d (n_logits)", n_logits,
                           ctx->desc.n_logits);
@@ -8807,12 +9806,28 @@ static void llm__build_pass(llm_context *ctx, const llm_batch *batch, int first,
     }
 }
 
+/* Lays out the targets as build_pass has laid out the rows. */
+static void llm__place_targets(llm_context *ctx, llm_pass *pass) {
+    llm__targets *t = ctx->targets;
+    t->n = 0;
+    for (int row = 0; row < pass->n_logits; row++)
+        for (int i = t->first[ctx->logits_of[row]]; i < t->first[ctx->logits_of[row] + 1]; i++) {
+            t->pass_ids[t->n] = t->ids[i];
+            t->pass_rows[t->n] = row;
+            t->from[t->n++] = i;
+        }
+    pass->n_targets = t->n;
+    pass->targets = t->pass_ids;
+    pass->target_rows = t->pass_rows;
+    pass->log_probs = t->log_probs;
+}
+
 static llm_status llm__forward_passes(llm_context *ctx, const llm_batch *batch, bool (*cancel)(void *user), void *user,
                                       llm_error *err) {
     const llm_backend *backend = ctx->model->backend;
     for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
         int shared = ctx->n_new[seq] ? llm__cache_unshare(&ctx->cache, seq) : -1;
-        if (shared < 0) continue;
+        if (shared < 0 || (ctx->targets && ctx->targets->count_only)) continue;
         int own = llm__cache_table(&ctx->cache, seq)[ctx->cache.lengths[seq] / LLM_BLOCK];
         llm_status status = backend->copy_block(ctx->device, own, shared, err);
         if (status) return status;
@@ -8823,6 +9838,8 @@ static llm_status llm__forward_passes(llm_context *ctx, const llm_batch *batch, 
         llm__build_pass(ctx, batch, first, n, &pass);
         pass.cancel = cancel;
         pass.cancel_user = user;
+        if (ctx->targets) llm__place_targets(ctx, &pass);
+        if (ctx->targets && ctx->targets->count_only) continue;
         llm_status status = backend->forward(ctx->device, &pass, err);
         if (status) return status;
     }
@@ -8950,30 +9967,523 @@ static llm_token llm__draw(const float *p, const llm_token *ids, int n_vocab, in
     return ids[n_vocab - 1]; /* rounding left a little over */
 }
 
-LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler) {
-    const float *logits = llm_logits(ctx, i);
+/* Tokens that may be drawn, most likely first, with p that sum to `total`. */
+typedef struct llm__choice {
+    const float *p;       /* [n_vocab] */
+    const llm_token *ids; /* [n_vocab] they are the last n of these */
+    int n_vocab, n;
+    double total;
+} llm__choice;
+
+static bool llm__is_greedy(const llm_sampler *sampler) { return !(sampler->temperature >= 1e-30f); }
+
+/* What comes after `tokens`, by their logits; valid until the next choice in the context. */
+static llm__choice llm__choose(llm_context *ctx, const float *logits, const llm_token *tokens, int n_tokens,
+                               const llm_sampler *sampler) {
     int n_vocab = ctx->model->shape.n_vocab;
     float *p = ctx->probabilities, max, sum;
-    double total;
-    if (!logits) return -1;
+    llm__choice choice = {p, ctx->candidates, n_vocab, 1, 1};
     memcpy(p, logits, (size_t)n_vocab * sizeof *p);
     llm__apply_biases(p, n_vocab, sampler);
-    llm__apply_penalty(p, n_vocab, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler, ctx->candidates);
+    llm__apply_penalty(p, n_vocab, tokens, n_tokens, sampler, ctx->candidates);
     llm_token best = llm__argmax(p, n_vocab);
-    if (!(sampler->temperature >= 1e-30f)) return best;
+    if (llm__is_greedy(sampler)) {
+        ctx->candidates[n_vocab - 1] = best;
+        return choice;
+    }
     float top = p[best];
     for (int j = 0; j < n_vocab; j++) p[j] -= top; /* so that no temperature makes infinities of two logits */
     uint64_t mode = llm__float_mode_enter();
     ctx->model->kernels->softmax(p, n_vocab, llm__round_up(n_vocab, 16), 1.0f / sampler->temperature, false, &max,
                                  &sum);
     llm__float_mode_leave(mode);
-    int n = llm__cut_candidates(p, ctx->candidates, n_vocab, sampler, sum, &total);
-    return llm__draw(p, ctx->candidates, n_vocab, n, total, llm__random(sampler));
+    choice.n = llm__cut_candidates(p, ctx->candidates, n_vocab, sampler, sum, &choice.total);
+    return choice;
 }
 
-/* ==== 15 Generation =============================================================================================
+static llm_token llm__draw_choice(const llm__choice *c, llm_sampler *sampler) {
+    if (llm__is_greedy(sampler)) return c->ids[c->n_vocab - 1];
+    return llm__draw(c->p, c->ids, c->n_vocab, c->n, c->total, llm__random(sampler));
+}
 
-   Prompt in, text out: encode, run what the cache does not hold yet, then sample, show and run one token at a time. */
+LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler) {
+    const float *logits = llm_logits(ctx, i);
+    if (!logits) return -1;
+    llm__choice choice = llm__choose(ctx, logits, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler);
+    return llm__draw_choice(&choice, sampler);
+}
+
+/* ==== 15 Speculative decoding ===================================================================================
+
+   A pass for a few tokens reads the weights once, like a pass for one, so tokens that were guessed beforehand are
+   checked almost for nothing. In a round the draft guesses, the model computes the last token and the guesses in one
+   pass, tokens are drawn from its logits for as long as they are what was guessed, and the rest of the cache is
+   truncated. Leviathan et al. 2023 (arXiv:2211.17192), Chen et al. 2023 (2302.01318); prompt lookup: Saxena 2023. */
+
+/* ---- How many guesses are worth it ---- */
+
+enum {
+    LLM__DRAFT_PLAIN = 64,  /* passes after which one is plain, to know what that takes */
+    LLM__DRAFT_FORGET = 512 /* passes after which the time of a size is forgotten       */
+};
+
+static const int llm__draft_rows[LLM_DRAFT_SIZES] = {1, 2, 4, 8, 16};
+
+static void llm__add_time(llm_draft_times *t, double seconds) {
+    t->recent[t->n % LLM_DRAFT_RECENT] = (float)seconds;
+    t->n = t->n + 1 < 2 * LLM_DRAFT_RECENT ? t->n + 1 : (int)LLM_DRAFT_RECENT;
+    t->age = 0;
+}
+
+/* The median of the recent times; of fewer than three the least, for one interruption must not count as the rule. */
+static double llm__usual_time(const llm_draft_times *t) {
+    float sorted[LLM_DRAFT_RECENT];
+    int n = t->n < LLM_DRAFT_RECENT ? t->n : (int)LLM_DRAFT_RECENT;
+    for (int i = 0; i < n; i++) {
+        int at = i;
+        for (; at > 0 && sorted[at - 1] > t->recent[i]; at--) sorted[at] = sorted[at - 1];
+        sorted[at] = t->recent[i];
+    }
+    return n ? (double)sorted[n < 3 ? 0 : n / 2] : 0;
+}
+
+/* Seconds of passes of each size; where none was measured lately, what they may well be. */
+static void llm__pass_times(const llm_draft_state *s, double seconds[LLM_DRAFT_SIZES]) {
+    static const double usual[LLM_DRAFT_SIZES] = {1, 1.1, 1.2, 1.5, 2.5};
+    for (int i = 0; i < LLM_DRAFT_SIZES; i++)
+        seconds[i] = s->passes[i].n ? llm__usual_time(&s->passes[i]) : usual[i] * seconds[0];
+}
+
+/* The number of guesses of a kind, at most `most`, with which tokens come fastest. The chance that a guess is right, all
+   before it being right, is what was seen of such guesses; where little was, it is like the one before it, and that of
+   the first like that of the kind below. */
+static int llm__best_guesses(const llm_draft_state *s, const double *pass_seconds, int kind, int most,
+                             double guess_seconds) {
+    double chance = 0.1, all_right = 1, tokens = 1, best_rate = 1 / pass_seconds[0];
+    int best = 0;
+    for (int i = 0; i < kind; i++) chance = ((double)s->n_right[i][0] + 2 * chance) / ((double)s->n_known[i][0] + 2);
+    for (int size = 1; size < LLM_DRAFT_SIZES && llm__draft_rows[size] - 1 <= most; size++) {
+        int n = llm__draft_rows[size] - 1;
+        for (int i = llm__draft_rows[size - 1] - 1; i < n; i++) {
+            chance = ((double)s->n_right[kind][i] + 2 * chance) / ((double)s->n_known[kind][i] + 2);
+            all_right *= chance;
+            tokens += all_right;
+        }
+        double rate = tokens / (pass_seconds[size] + n * guess_seconds);
+        if (rate <= 1.02 * best_rate) continue; /* 2 %: more than the times are sure of */
+        best_rate = rate;
+        best = n;
+    }
+    return best;
+}
+
+/* ---- A generation's rounds ---- */
+
+typedef struct llm__speculation {
+    llm_draft *draft; /* NULL: none, or it failed */
+    llm_context *ctx;
+    int seq, most;
+    llm_sampler *sampler;
+    bool (*cancel)(void *user);
+    void *cancel_user;
+    llm_draft_guesses guesses;
+    float *q[LLM_DRAFT_MOST]; /* room for guesses.q, or NULL */
+    int n_checked;            /* of the guesses, in the pass whose logits there are */
+    llm_draft_stats *stats;
+} llm__speculation;
+
+/* What is asked of the draft. False: nothing, for now guessing does not pay. It is then tried in two rounds one after the
+   other, the second of which shows what a guess takes, whenever all trials took less than a hundredth of the time. */
+static bool llm__plan_round(llm_draft_state *s, const double *pass_seconds, int most, int wanted[LLM_DRAFT_KINDS],
+                            bool *trial) {
+    bool known = s->guess.n > 0;
+    double guess_seconds = known ? llm__usual_time(&s->guess) : pass_seconds[0] / 2;
+    bool cheap = known && guess_seconds < 0.01 * pass_seconds[0], pays = false;
+    for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++) {
+        wanted[kind] = llm__best_guesses(s, pass_seconds, kind, most, guess_seconds);
+        pays = pays || (wanted[kind] && s->n_known[kind][0] > 0); /* a kind that never came says nothing */
+    }
+    *trial = !pays && !cheap;
+    if (*trial && s->n_in_step != 1 && s->trial_seconds > 0.01 * s->seconds) return false;
+    /* One more than is checked: whether it is right will be seen all the same. */
+    for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++)
+        if ((cheap || *trial) && wanted[kind] < most) wanted[kind]++;
+    return true;
+}
+
+/* Makes of what a draft wrote what it was asked for. */
+static void llm__trim_guesses(llm_draft_guesses *g, const int *wanted, int n_vocab) {
+    if (g->kind < 0 || g->kind >= LLM_DRAFT_KINDS) g->kind = 0;
+    if (g->n > wanted[g->kind]) g->n = wanted[g->kind];
+    for (int i = 0; i < g->n; i++)
+        if (g->tokens[i] < 0 || g->tokens[i] >= n_vocab) g->n = i;
+    if (g->n < 0) g->n = 0;
+    for (int i = 0; i < g->n; i++) g->has_q = g->has_q && g->q[i];
+}
+
+static llm_status llm__call_draft(llm__speculation *sp, llm_token last, const int *wanted, llm_error *err) {
+    llm_context *ctx = sp->ctx;
+    llm_error why;
+    int length = ctx->cache.lengths[sp->seq];
+    llm_token *text = llm__cache_tokens(&ctx->cache, sp->seq);
+    text[length] = last; /* there is room for it, and the pass will put it there */
+    llm_draft_request request = {ctx, sp->seq, text, length + 1, wanted, sp->sampler, sp->cancel, sp->cancel_user};
+    memcpy(sp->guesses.q, sp->q, sizeof sp->q);
+    memset(&why, 0, sizeof why);
+    llm_status status = sp->draft->propose(sp->draft->user, &request, &sp->guesses, &why);
+    if (status == LLM_ERROR_CANCELLED) return llm__error(err, status, "the draft was cancelled");
+    if (status) {
+        llm__log(&ctx->desc.host, "decoding goes on without the draft %s: %s", sp->draft->name, why.message);
+        sp->draft = NULL;
+        sp->guesses.n = 0;
+        sp->stats->failed = true;
+    }
+    llm__trim_guesses(&sp->guesses, wanted, ctx->model->shape.n_vocab);
+    return LLM_OK;
+}
+
+/* Has guesses made of what follows `last`, the token after the sequence, and decides how many of them the next pass is to
+   check: n_checked, at most `most`. */
+static llm_status llm__guess(llm__speculation *sp, llm_token last, int most, llm_error *err) {
+    int wanted[LLM_DRAFT_KINDS];
+    double pass_seconds[LLM_DRAFT_SIZES], start = llm__now();
+    bool trial;
+    sp->n_checked = 0;
+    memset(&sp->guesses, 0, sizeof sp->guesses);
+    if (!sp->draft) return LLM_OK;
+    llm_draft_state *s = &sp->draft->state;
+    for (int i = 0; i < LLM_DRAFT_SIZES; i++)
+        if (s->passes[i].age < LLM__DRAFT_FORGET) s->passes[i].age++;
+        else if (i) s->passes[i].n = 0; /* times change: see again */
+    if (most > sp->most) most = sp->most;
+    /* Now and then a plain pass, to know what it takes. */
+    if (most < 1 || !s->passes[0].n || s->passes[0].age > LLM__DRAFT_PLAIN) return LLM_OK;
+    llm__pass_times(s, pass_seconds);
+    if (!llm__plan_round(s, pass_seconds, most, wanted, &trial)) {
+        s->n_in_step = 0;
+        return LLM_OK;
+    }
+    llm_status status = llm__call_draft(sp, last, wanted, err);
+    double took = llm__now() - start;
+    sp->stats->draft_seconds += took;
+    s->seconds += took;
+    if (trial) s->trial_seconds += took;
+    if (status) return status;
+    /* After a pause the draft had to catch up with the text: that time is not the rule. */
+    if (s->n_in_step && sp->guesses.n) llm__add_time(&s->guess, took / sp->guesses.n);
+    s->n_in_step = s->n_in_step < 2 ? s->n_in_step + 1 : 2;
+    sp->n_checked =
+        llm__best_guesses(s, pass_seconds, sp->guesses.kind, sp->guesses.n < most ? sp->guesses.n : most, 0);
+    return LLM_OK;
+}
+
+/* Takes note of what a pass took. */
+static void llm__time_pass(llm__speculation *sp, double seconds) {
+    int size = 0;
+    sp->stats->pass_seconds += seconds;
+    if (!sp->draft) return;
+    while (llm__draft_rows[size] < sp->n_checked + 1) size++;
+    llm__add_time(&sp->draft->state.passes[size], seconds);
+    sp->draft->state.seconds += seconds;
+}
+
+/* The chance of a token. */
+static double llm__choice_p(const llm__choice *c, llm_token token) {
+    for (int i = c->n_vocab - c->n; i < c->n_vocab; i++)
+        if (c->ids[i] == token) return c->p[token] / c->total;
+    return 0;
+}
+
+/* One of the choice, each with probability proportional to max(0, p - q). */
+static llm_token llm__draw_rest(const llm__choice *c, const float *q, llm_sampler *sampler) {
+    double sum = 0;
+    for (int i = c->n_vocab - c->n; i < c->n_vocab; i++) {
+        double rest = c->p[c->ids[i]] / c->total - q[c->ids[i]];
+        if (rest > 0) sum += rest;
+    }
+    double at = llm__random(sampler) * sum;
+    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--) {
+        double rest = c->p[c->ids[i]] / c->total - q[c->ids[i]];
+        if (rest > 0) at -= rest;
+        if (rest > 0 && at < 0) return c->ids[i];
+    }
+    return c->ids[c->n_vocab - 1]; /* nothing is left, or rounding left a little over */
+}
+
+/* Draws the token that the logits at `row` of the pass are about; `row` counts from `first`, its first row that belongs
+   here, whose token ends the first `length` of the sequence. *right: it is what was guessed, so that the next row's
+   logits are good too. */
+static llm_token llm__draw_checked(llm__speculation *sp, int first, int row, int length, bool *right) {
+    const llm_draft_guesses *g = &sp->guesses;
+    bool guessed = row < g->n;
+    llm_token guess = guessed ? g->tokens[row] : -1, token;
+    llm__choice choice =
+        llm__choose(sp->ctx, llm_logits(sp->ctx, first + row), llm_seq_tokens(sp->ctx, sp->seq), length, sp->sampler);
+    if (row < sp->n_checked && g->has_q && !llm__is_greedy(sp->sampler)) {
+        *right = llm__random(sp->sampler) * g->q[row][guess] < llm__choice_p(&choice, guess);
+        token = *right ? guess : llm__draw_rest(&choice, g->q[row], sp->sampler);
+    } else {
+        token = llm__draw_choice(&choice, sp->sampler);
+        *right = guessed && token == guess;
+    }
+    if (guessed && sp->draft) {
+        float *n_right = &sp->draft->state.n_right[g->kind][row], *n_known = &sp->draft->state.n_known[g->kind][row];
+        *n_right = 0.95f * *n_right + (*right ? 1.0f : 0.0f);
+        *n_known = 0.95f * *n_known + 1.0f;
+    }
+    *right = *right && row < sp->n_checked;
+    return token;
+}
+
+static void llm__count_pass(llm__speculation *sp, int n_right) {
+    llm_draft_stats *stats = sp->stats;
+    if (!sp->n_checked) return;
+    stats->n_passes++;
+    stats->n_proposed += sp->n_checked;
+    stats->n_accepted += n_right;
+    stats->n_by_accepted[n_right]++;
+    stats->tokens_per_pass = 1 + (double)stats->n_accepted / stats->n_passes;
+}
+
+/* Plain decoding would have taken a plain pass for each token, and for all but passes and guesses the same. */
+static void llm__find_speedup(const llm__speculation *sp, int n_tokens, double seconds) {
+    llm_draft_stats *stats = sp->stats;
+    if (!sp->draft || !sp->draft->state.passes[0].n || n_tokens < 1) return;
+    double rest = seconds - stats->draft_seconds - stats->pass_seconds;
+    stats->speedup = (n_tokens * llm__usual_time(&sp->draft->state.passes[0]) + rest) / seconds;
+}
+
+/* ---- Prompt lookup ---- */
+
+enum { LLM__LOOKUP_MOST = 16 }; /* tokens a match is looked at for */
+
+/* Finds the longest end of the text that stands in it before, of several the last. Returns where what followed it
+   begins, 0 if there is none. */
+static int llm__find_match(const llm_token *text, int n, int *length) {
+    int best = 0;
+    *length = 0;
+    for (int end = n - 1; end > 0 && *length < LLM__LOOKUP_MOST; end--) {
+        int same = 0;
+        while (same < LLM__LOOKUP_MOST && same < end && text[end - 1 - same] == text[n - 1 - same]) same++;
+        if (same <= *length) continue;
+        *length = same;
+        best = end;
+    }
+    return best;
+}
+
+/* Longer matches are trusted more: they are kinds of their own. What follows a match that reaches into the end of the
+   text goes on with the guesses themselves. */
+static llm_status llm__lookup_propose(void *user, const llm_draft_request *r, llm_draft_guesses *g, llm_error *err) {
+    static const int kinds[LLM__LOOKUP_MOST + 1] = {0, 0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 6, 6, 7};
+    int length, from = llm__find_match(r->tokens, r->n_tokens, &length);
+    (void)user;
+    (void)err;
+    if (!length) return LLM_OK;
+    g->kind = kinds[length];
+    for (; g->n < r->n_wanted[g->kind]; g->n++) {
+        int at = from + g->n;
+        g->tokens[g->n] = at < r->n_tokens ? r->tokens[at] : g->tokens[at - r->n_tokens];
+    }
+    return LLM_OK;
+}
+
+LLM_API llm_draft llm_draft_lookup(void) {
+    llm_draft draft;
+    memset(&draft, 0, sizeof draft);
+    draft.name = "lookup";
+    draft.propose = llm__lookup_propose;
+    return draft;
+}
+
+/* ---- A model as the draft ---- */
+
+typedef struct llm__model_draft {
+    llm__pool pool;
+    llm_context *target, *ctx; /* what it guesses for; its own */
+    bool shares_cache;         /* of the target: its own is then lent to it for each proposal */
+    int *starts;               /* [n_seq] where in the text its sequence begins: it may be too short for all of it */
+    int *seqs;                 /* [n_ctx] for a batch's tokens */
+} llm__model_draft;
+
+/* Cuts its sequence to what it has in common with the text, moving on in the text where that leaves no room for `n_more`;
+   returns how many tokens of the text it has not read. */
+static int llm__model_draft_align(llm__model_draft *d, const llm_draft_request *r, int n_more) {
+    int n_ctx = d->ctx->desc.n_ctx, *start = &d->starts[r->seq], same = 0;
+    if (d->shares_cache) return 1;
+    if (*start >= r->n_tokens || r->n_tokens - *start + n_more > n_ctx)
+        *start = r->n_tokens + n_more > n_ctx ? r->n_tokens - n_ctx / 2 : 0;
+    const llm_token *own = llm_seq_tokens(d->ctx, r->seq), *text = r->tokens + *start;
+    while (same < r->n_tokens - *start - 1 && same < llm_seq_length(d->ctx, r->seq) && own[same] == text[same]) same++;
+    llm__cache_truncate(&d->ctx->cache, r->seq, same);
+    return r->n_tokens - *start - same;
+}
+
+/* The target may have fewer tokens. */
+static void llm__drop_unknown(llm__choice *c, llm_token *ids, int n_known) {
+    int kept = c->n_vocab;
+    c->total = 0;
+    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--) {
+        if (ids[i] >= n_known) continue;
+        c->total += c->p[ids[i]];
+        ids[--kept] = ids[i];
+    }
+    c->n = c->n_vocab - kept;
+}
+
+/* Guesses what comes after its sequence by the last pass's logits; false if it is nothing the target knows. */
+static bool llm__model_draft_draw(llm__model_draft *d, int seq, const float *logits, llm_sampler *sampler,
+                                  llm_draft_guesses *g) {
+    int n_known = d->target->model->shape.n_vocab;
+    llm__choice choice = llm__choose(d->ctx, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq), sampler);
+    float *q = g->q[g->n];
+    if (n_known < choice.n_vocab) llm__drop_unknown(&choice, d->ctx->candidates, n_known);
+    if (!choice.n) return false;
+    g->tokens[g->n++] = llm__draw_choice(&choice, sampler);
+    if (!q) return true;
+    memset(q, 0, (size_t)n_known * sizeof *q);
+    for (int i = choice.n_vocab - choice.n; i < choice.n_vocab; i++)
+        q[choice.ids[i]] = (float)(choice.p[choice.ids[i]] / choice.total);
+    return true;
+}
+
+/* Reads the last n_new tokens of the text, and guesses, reading each guess but the last. */
+static llm_status llm__model_draft_run(llm__model_draft *d, const llm_draft_request *r, int n_new, llm_draft_guesses *g,
+                                       llm_error *err) {
+    llm_sampler sampler = *r->sampler;
+    const llm_token *tokens = r->tokens + r->n_tokens - n_new;
+    g->has_q = g->q[0] != NULL;
+    if (g->has_q) sampler.seed = ~sampler.seed; /* numbers that the target does not use */
+    for (int i = 0; i < n_new; i++) {
+        if (tokens[i] >= d->ctx->model->shape.n_vocab) return LLM_OK; /* it cannot read that */
+        d->seqs[i] = r->seq;
+    }
+    while (g->n < r->n_wanted[0]) {
+        llm_batch batch = {n_new, tokens, d->seqs, NULL};
+        llm_status status = llm__forward(d->ctx, &batch, r->cancel, r->cancel_user, err);
+        if (status) return status;
+        if (!llm__model_draft_draw(d, r->seq, llm_logits(d->ctx, n_new - 1), &sampler, g)) break;
+        tokens = &g->tokens[g->n - 1];
+        n_new = 1;
+    }
+    return LLM_OK;
+}
+
+static llm_status llm__model_draft_propose(void *user, const llm_draft_request *r, llm_draft_guesses *g,
+                                           llm_error *err) {
+    llm__model_draft *d = (llm__model_draft *)user;
+    if (r->ctx != d->target) return llm__error(err, LLM_ERROR_ARGUMENT, "the draft was made for another context");
+    if (d->shares_cache) d->ctx->cache = d->target->cache;
+    llm_status status = llm__model_draft_run(d, r, llm__model_draft_align(d, r, r->n_wanted[0]), g, err);
+    if (!d->shares_cache) return status;
+    llm__cache_truncate(&d->ctx->cache, r->seq, r->n_tokens - 1);
+    d->target->cache = d->ctx->cache;
+    return status;
+}
+
+static void llm__model_draft_close(void *user) {
+    llm__model_draft *d = (llm__model_draft *)user;
+    llm_context_free(d->ctx);
+    llm__pool pool = d->pool;
+    llm__pool_free(&pool);
+}
+
+/* Do two vocabularies say the same, as far as both go? The longer may be padded. */
+static llm_status llm__check_vocabularies(const llm_tokenizer *a, const llm_tokenizer *b, llm_error *err) {
+    int n_a = llm_tokenizer_n_vocab(a), n_b = llm_tokenizer_n_vocab(b);
+    for (int i = 0; i < n_a && i < n_b; i++) {
+        llm__str x, y;
+        x.at = llm_token_bytes(a, i, &x.n);
+        y.at = llm_token_bytes(b, i, &y.n);
+        if (!llm__str_equal(x, y) || llm_token_is_special(a, i) != llm_token_is_special(b, i))
+            return llm__error(err, LLM_ERROR_ARGUMENT,
+                              "the draft has another vocabulary: its token %d is \"%.*s\"%s, the model's is \"%.*s\"%s",
+                              i, LLM__SHOW(y), llm_token_is_special(b, i) ? " (special)" : "", LLM__SHOW(x),
+                              llm_token_is_special(a, i) ? " (special)" : "");
+    }
+    return LLM_OK;
+}
+
+typedef struct llm__model_draft_args {
+    llm_context *target;
+    const llm_model *model;
+    llm__model_draft *draft;
+    llm_context *ctx; /* to be freed if something fails after it was made */
+} llm__model_draft_args;
+
+/* The draft's context: on the target's cache if that holds what the draft's own would, but for the type of the weights. */
+static llm_status llm__model_draft_context(llm__model_draft_args *a, bool *shares_cache, llm_error *err) {
+    const llm_model *model = a->model;
+    llm_context_desc desc = a->target->desc;
+    bool same_backend = model->backend == a->target->model->backend;
+    llm_status status = LLM_ERROR_UNSUPPORTED;
+    *shares_cache = same_backend && model->source == a->target->model->source;
+    desc.n_logits = 1;
+    if (*shares_cache) {
+        desc.n_batch = 1; /* it reads the last token, and then its own guesses */
+    } else {
+        desc.cache_dtype = LLM_DTYPE_DEFAULT;
+        desc.n_cache = 0;
+        if (model->info.n_ctx_train > 0 && model->info.n_ctx_train < desc.n_ctx) desc.n_ctx = model->info.n_ctx_train;
+    }
+    if (same_backend) status = llm__context_create(&a->ctx, model, &desc, a->target, *shares_cache, err);
+    if (status != LLM_ERROR_UNSUPPORTED) return status;
+    *shares_cache = false;
+    return llm__context_create(&a->ctx, model, &desc, NULL, false, err);
+}
+
+static void llm__model_draft_body(llm__env *env, void *arg) {
+    llm__model_draft_args *a = (llm__model_draft_args *)arg;
+    llm__model_draft *d = (llm__model_draft *)llm__alloc_zero(env, 1, sizeof *d);
+    llm_status status = llm__model_draft_context(a, &d->shares_cache, env->err);
+    if (status) {
+        env->status = status;
+        longjmp(env->unwind, 1);
+    }
+    d->target = a->target;
+    d->ctx = a->ctx;
+    d->starts = (int *)llm__alloc_zero(env, (size_t)d->ctx->desc.n_seq, sizeof(int));
+    d->seqs = (int *)llm__alloc(env, (size_t)d->ctx->desc.n_ctx, sizeof(int));
+    d->pool = *env->pool;
+    a->draft = d;
+}
+
+LLM_API llm_status llm_draft_model(llm_draft *out, llm_context *ctx, const llm_model *model, llm_error *err) {
+    llm__model_draft_args args = {ctx, model, NULL, NULL};
+    llm__pool pool;
+    llm__env env;
+    if (!out || !ctx || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out, ctx or model is NULL");
+    memset(out, 0, sizeof *out);
+    llm_status status = llm__check_vocabularies(ctx->model->tokenizer, model->tokenizer, err);
+    if (status) return status;
+    pool.host = ctx->desc.host;
+    pool.blocks = NULL;
+    env.pool = &pool;
+    env.err = err;
+    env.file = NULL;
+    status = llm__guarded(&env, llm__model_draft_body, &args);
+    if (status) {
+        llm_context_free(args.ctx);
+        llm__pool_free(&pool);
+        return status;
+    }
+    out->name = llm_dtype_name(model->info.dtype);
+    out->propose = llm__model_draft_propose;
+    out->close = llm__model_draft_close;
+    out->user = args.draft;
+    return LLM_OK;
+}
+
+LLM_API void llm_draft_free(llm_draft *draft) {
+    if (!draft) return;
+    if (draft->close) draft->close(draft->user);
+    memset(draft, 0, sizeof *draft);
+}
+
+/* ==== 16 Generation =============================================================================================
+
+   Prompt in, text out: encode, run what the cache does not hold yet, then sample, show and run one token at a time, or
+   several with a draft. */
 
 /* Text on its way to the host. What might be the beginning of a stop string waits until that is known. */
 typedef struct llm__outbox {
@@ -9040,6 +10550,7 @@ typedef struct llm__generate_args {
     llm_context *ctx;
     const llm_generate_desc *desc;
     llm_stats *stats;
+    llm__speculation speculation;
 } llm__generate_args;
 
 /* The prompt's tokens, allocated. */
@@ -9126,7 +10637,8 @@ static bool llm__seq_is_full(const llm_context *ctx, int seq) {
     return ctx->cache.lengths[seq] == ctx->desc.n_ctx || llm__cache_needs(&ctx->cache, seq, 1) > ctx->cache.n_free;
 }
 
-/* Shows a token and says whether something there ends the generation. */
+/* Shows a token and says whether something there ends the generation. `has_place`: it is in the cache already, or its
+   place is. */
 static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__outbox *box, llm_token token,
                             bool has_place) {
     const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
@@ -9150,7 +10662,7 @@ static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__out
 }
 
 /* The sequence's last token went through the model. */
-static void llm__count_pass(const llm__generate_args *a) {
+static void llm__count_decode(const llm__generate_args *a) {
     const llm_context *ctx = a->ctx;
     a->stats->n_decode_passes++;
     a->stats->decode_bytes +=
@@ -9159,12 +10671,37 @@ static void llm__count_pass(const llm__generate_args *a) {
             ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype) / LLM_BLOCK;
 }
 
-/* One token through the model. */
-static llm_status llm__step(const llm__generate_args *a, llm_token token, llm_error *err) {
-    llm_batch batch = {1, &token, &a->desc->seq, NULL};
-    llm_status status = llm__generate_forward(a, &batch, err);
-    if (!status) llm__count_pass(a);
-    return status;
+/* The most guesses there is room for after a token, in the sequence and the cache, and use for. */
+static int llm__most_guesses(const llm__generate_args *a) {
+    const llm_context *ctx = a->ctx;
+    int seq = a->desc->seq, most = ctx->desc.n_ctx - ctx->cache.lengths[seq] - 1;
+    if (most > LLM_DRAFT_MOST) most = LLM_DRAFT_MOST;
+    if (a->desc->max_tokens > 0 && a->desc->max_tokens - a->stats->n_generated - 1 < most)
+        most = a->desc->max_tokens - a->stats->n_generated - 1;
+    while (most > 0 && llm__cache_needs(&ctx->cache, seq, most + 1) > ctx->cache.n_free) most--;
+    return most;
+}
+
+/* A token through the model, and after it the guesses that are worth it. */
+static llm_status llm__step(llm__generate_args *a, llm_token token, llm_error *err) {
+    llm__speculation *sp = &a->speculation;
+    llm_token tokens[LLM_DRAFT_MOST + 1];
+    int seqs[LLM_DRAFT_MOST + 1];
+    bool logits[LLM_DRAFT_MOST + 1];
+    llm_status status = llm__guess(sp, token, llm__most_guesses(a), err);
+    if (status) return status;
+    for (int i = 0; i <= sp->n_checked; i++) {
+        tokens[i] = i ? sp->guesses.tokens[i - 1] : token;
+        seqs[i] = a->desc->seq;
+        logits[i] = true;
+    }
+    llm_batch batch = {sp->n_checked + 1, tokens, seqs, logits};
+    double start = llm__now();
+    status = llm__generate_forward(a, &batch, err);
+    if (status) return status;
+    llm__time_pass(sp, llm__now() - start);
+    llm__count_decode(a);
+    return LLM_OK;
 }
 
 /* ---- Bursts ---- */
@@ -9205,7 +10742,7 @@ static void llm__burst_token_body(llm__env *env, void *arg) {
     const llm__generate_args *a = b->a;
     llm__cache *cache = &a->ctx->cache;
     bool is_last = ++b->n_known == b->burst.n;
-    if (b->n_known > 1) llm__count_pass(a);
+    if (b->n_known > 1) llm__count_decode(a);
     if (b->sampler->temperature >= 1e-30f) b->sampler->n_drawn++;
     if (llm__token_stops(a, b->token) || llm__show_token(env, a, b->box, b->token, !is_last) || is_last) return;
     if (llm__poll_generate_cancel(a)) {
@@ -9250,36 +10787,80 @@ static llm_status llm__run_burst(llm__env *env, const llm__generate_args *a, llm
     return status ? status : b.status;
 }
 
+/* Draws and shows tokens by the logits of the last pass, of which row `first` is the first that answers this sequence:
+   one, and another for each guess that was right. *token becomes the last of them, which has not been computed on; false
+   if something ends the generation. */
+static bool llm__take_tokens(llm__env *env, llm__generate_args *a, llm__outbox *box, int first, llm_token *token) {
+    llm__speculation *sp = &a->speculation;
+    int seq = a->desc->seq, length = a->ctx->cache.lengths[seq] - sp->n_checked, row = 0;
+    bool right, ended;
+    do {
+        *token = llm__draw_checked(sp, first, row, length + row, &right);
+        if (!right) llm__cache_truncate(&a->ctx->cache, seq, length + row);
+        ended = llm__token_stops(a, *token) || llm__show_token(env, a, box, *token, right);
+        row += right;
+    } while (right && !ended);
+    llm__count_pass(sp, row);
+    if (right) llm__cache_truncate(&a->ctx->cache, seq, length + row - 1); /* the end was guessed */
+    return !ended;
+}
+
+static void llm__start_speculation(llm__env *env, llm__generate_args *a, llm_sampler *sampler) {
+    const llm_generate_desc *d = a->desc;
+    const llm_context *ctx = a->ctx;
+    llm__speculation *sp = &a->speculation;
+    int n_logits = ctx->desc.n_logits < ctx->desc.n_batch ? ctx->desc.n_logits : ctx->desc.n_batch;
+    sp->draft = d->draft;
+    sp->ctx = a->ctx;
+    sp->seq = d->seq;
+    sp->sampler = sampler;
+    sp->cancel = d->cancel ? d->cancel : ctx->desc.cancel;
+    sp->cancel_user = d->cancel ? d->user : ctx->desc.cancel_user;
+    sp->stats = &a->stats->draft;
+    if (!d->draft) return;
+    if (!d->draft->propose || d->draft_max < 0)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "the draft has no function, or draft_max is negative");
+    if (n_logits < 2)
+        llm__fail(env, LLM_ERROR_ARGUMENT,
+                  "a draft is of use only in a context whose n_logits and n_batch are above 1: they are %d and %d",
+                  ctx->desc.n_logits, ctx->desc.n_batch);
+    sp->most = d->draft_max && d->draft_max < n_logits - 1 ? d->draft_max : n_logits - 1;
+    if (sp->most > LLM_DRAFT_MOST) sp->most = LLM_DRAFT_MOST;
+    for (int i = 0; i < sp->most && !d->draft_keeps_text && !llm__is_greedy(sampler); i++)
+        sp->q[i] = (float *)llm__alloc(env, (size_t)ctx->model->shape.n_vocab, sizeof(float));
+}
+
 static void llm__generate_body(llm__env *env, void *arg) {
     llm__generate_args *a = (llm__generate_args *)arg;
     llm_context *ctx = a->ctx;
     llm_sampler greedy, *sampler = a->desc->sampler ? a->desc->sampler : &greedy;
     llm__outbox box;
+    llm_token token;
     double start = llm__now();
-    int n, last;
+    int n;
     memset(&greedy, 0, sizeof greedy);
     memset(&box, 0, sizeof box);
     box.desc = a->desc;
     box.stop_index = -1;
     box.stream.started =
         !a->desc->messages; /* what continues a prompt does not begin a text: its first space is shown */
+    llm__start_speculation(env, a, sampler);
     llm_token *ids = llm__prompt_tokens(env, a, &n);
     llm_status status = llm__prefill(env, a, ids, n);
     a->stats->prefill_seconds = llm__now() - start;
     start = llm__now();
-    for (last = n - 1 - a->stats->n_reused; !status; last = 0) {
-        int n_burst = llm__burst_size(a, sampler);
-        llm_token token;
+    for (int first = n - 1 - a->stats->n_reused; !status; first = 0) {
+        int n_burst = a->speculation.draft ? 0 : llm__burst_size(a, sampler);
         if (n_burst) {
             status = llm__run_burst(env, a, &box, sampler, n_burst, &token);
-        } else {
-            token = llm_sample(ctx, last, a->desc->seq, sampler);
-            if (!llm__token_stops(a, token)) llm__show_token(env, a, &box, token, false);
+            if (status || a->stats->stop) break;
+        } else if (!llm__take_tokens(env, a, &box, first, &token)) {
+            break;
         }
-        if (status || a->stats->stop) break;
         status = llm__step(a, token, env->err);
     }
     a->stats->decode_seconds = llm__now() - start;
+    llm__find_speedup(&a->speculation, a->stats->n_generated - 1, a->stats->decode_seconds);
     if (status && status != LLM_ERROR_CANCELLED) {
         env->status = status;
         longjmp(env->unwind, 1);
@@ -9299,7 +10880,11 @@ LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc,
     if (!ctx || !desc) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or desc is NULL");
     llm_status status = llm__check_seq(ctx, desc->seq, err);
     if (status) return status;
-    llm__generate_args args = {ctx, desc, stats ? stats : &unwanted};
+    llm__generate_args args;
+    memset(&args, 0, sizeof args);
+    args.ctx = ctx;
+    args.desc = desc;
+    args.stats = stats ? stats : &unwanted;
     memset(args.stats, 0, sizeof *args.stats);
     pool.host = ctx->desc.host;
     pool.blocks = NULL;
@@ -9311,9 +10896,597 @@ LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc,
     return status;
 }
 
+/* ==== 17 Batch scheduling and scoring ===========================================================================
+
+   A question's text with one ending is its context and that ending. All texts of a question share a prefix: the context
+   and the first tokens that all endings have in common. A token is computed if another is predicted from it: all but the
+   last of each text. Rows from which a token of an ending is predicted go through the last layer and the head.
+
+   Packed: the prefix is one sequence, the endings are forks of it. Passes are filled to the last token with what there
+   is to do: endings of questions whose prefix was computed in a pass before, then prefixes of further questions.
+
+   The other schedules make rectangles, as a library without ragged batches must, and do compute the padding. They are
+   those of H. Kim and J. Ryu, "Samsung Computer Engineering Challenge 2023, Round 1 Report" (Team H). */
+
+/* ---- Text ---- */
+
+/* The bytes of the white space that a text ends with; white space is what Python's str.rstrip takes for it. */
+static size_t llm__trailing_space(const char *text, size_t n) {
+    static const char wide[][4] = {"\xC2\x85",     "\xC2\xA0",     "\xE1\x9A\x80", "\xE2\x80\x80", "\xE2\x80\x81",
+                                   "\xE2\x80\x82", "\xE2\x80\x83", "\xE2\x80\x84", "\xE2\x80\x85", "\xE2\x80\x86",
+                                   "\xE2\x80\x87", "\xE2\x80\x88", "\xE2\x80\x89", "\xE2\x80\x8A", "\xE2\x80\xA8",
+                                   "\xE2\x80\xA9", "\xE2\x80\xAF", "\xE2\x81\x9F", "\xE3\x80\x80"};
+    size_t left = n;
+    for (size_t length = 1; length && left; left -= length) {
+        unsigned char last = (unsigned char)text[left - 1];
+        length = last == ' ' || (last >= 9 && last <= 13) || (last >= 28 && last <= 31);
+        for (size_t i = 0; i < sizeof wide / sizeof *wide && !length; i++)
+            if (strlen(wide[i]) <= left && !memcmp(text + left - strlen(wide[i]), wide[i], strlen(wide[i])))
+                length = strlen(wide[i]);
+    }
+    return n - left;
+}
+
+typedef struct llm__pair {
+    const llm_tokenizer *tokenizer;
+    const char *context, *ending;
+    unsigned flags;
+    llm_token *ids;
+    size_t capacity, n_context, n;
+} llm__pair;
+
+static void llm__encode_pair_body(llm__env *env, void *arg) {
+    llm__pair *p = (llm__pair *)arg;
+    const llm_tokenizer *t = p->tokenizer;
+    size_t n_context = strlen(p->context), n_ending = strlen(p->ending);
+    size_t n_kept = n_context - llm__trailing_space(p->context, n_context);
+    char *whole = (char *)llm__alloc(env, n_context + n_ending + 1, 1);
+    memcpy(whole, p->context, n_context);
+    memcpy(whole + n_context, p->ending, n_ending + 1);
+    if (n_kept) { /* the whole text's ids, and then the context's over their beginning */
+        p->n = llm__encode_spans(env, t, whole, n_context + n_ending, p->flags, NULL, 0, p->ids, p->capacity);
+        p->n_context = llm__encode_spans(env, t, whole, n_kept, p->flags, NULL, 0, p->ids, p->capacity);
+        if (p->n < p->n_context) p->n = p->n_context; /* merged across the border, there are none left for the ending */
+        return;
+    }
+    llm_token first = t->bos >= 0 ? t->bos : t->eos;
+    if (first < 0) llm__fail(env, LLM_ERROR_ARGUMENT, "the context is empty, and there is no BOS token to begin with");
+    if (p->capacity && p->ids) p->ids[0] = first;
+    p->n_context = 1;
+    p->n = 1 + llm__encode_spans(env, t, whole, n_context + n_ending, p->flags & ~(unsigned)LLM_ENCODE_BOS, NULL, 0,
+                                 p->ids ? p->ids + 1 : NULL, p->capacity ? p->capacity - 1 : 0);
+}
+
+LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *context, const char *ending, unsigned flags,
+                                llm_token *ids, size_t capacity, int64_t *n_context, llm_error *err) {
+    llm__pair pair = {tokenizer, context ? context : "", ending ? ending : "", flags, ids, ids ? capacity : 0, 0, 0};
+    llm__pool pool = {tokenizer->host, NULL};
+    llm__env env;
+    env.pool = &pool;
+    env.err = err;
+    env.file = NULL;
+    llm_status status = llm__guarded(&env, llm__encode_pair_body, &pair);
+    llm__pool_free(&pool);
+    *n_context = (int64_t)pair.n_context;
+    return status ? -1 : (int64_t)pair.n;
+}
+
+/* ---- The batch being filled ---- */
+
+/* A question on its way through the packed schedule. */
+typedef struct llm__slot {
+    int question; /* -1: none                                                */
+    int ending;   /* the one being computed; -1: the prefix                  */
+    int at;       /* its first token that is in no batch yet                 */
+} llm__slot;
+
+typedef struct llm__scorer {
+    llm__env *env;
+    llm_context *ctx;
+    const llm_question *questions;
+    int n_questions, most_endings;
+    const llm_score_desc *desc_given; /* may be NULL */
+    llm_score_desc desc;
+    llm_score_stats *stats;
+    double *results;      /* NULL: they are not wanted                                                */
+    size_t *first_result; /* [n_questions]                                                            */
+    int *prefixes;        /* [n_questions] tokens that all texts of a question begin with             */
+    int *unfinished;      /* [n_questions] endings yet to be computed                                 */
+    int n;                /* tokens in the batch                                                      */
+    llm_token *tokens;    /* [n_batch]                                                                */
+    int *seqs;            /* [n_batch]                                                                */
+    bool *logits;         /* [n_batch]                                                                */
+    int *first_target;    /* [n_batch + 1]                                                            */
+    llm_token *ids;       /* [n_batch * most_endings] what is predicted                               */
+    size_t *credits;      /* [n_batch * most_endings] the first result that a prediction is part of   */
+    int *n_credits;       /* [n_batch * most_endings] how many, one after the other                   */
+    llm__targets targets;
+    llm__slot *slots; /* [n_slots] slot i has the sequences from i * most_endings on              */
+    int n_slots;
+} llm__scorer;
+
+/* Computes the batch and begins another. A text's predictions come in order, so its sum is the same in all schedules. */
+static void llm__score_batch(llm__scorer *s) {
+    llm_context *ctx = s->ctx;
+    llm_batch batch = {s->n, s->tokens, s->seqs, s->logits};
+    if (s->n == 0) return;
+    ctx->targets = &s->targets;
+    llm_status status = llm__forward(ctx, &batch, ctx->desc.cancel, ctx->desc.cancel_user, s->env->err);
+    ctx->targets = NULL;
+    ctx->n_logits = 0;
+    if (status) {
+        s->env->status = status;
+        longjmp(s->env->unwind, 1);
+    }
+    for (int i = 0; i < s->targets.n && s->results; i++)
+        for (int j = 0; j < s->n_credits[s->targets.from[i]]; j++)
+            s->results[s->credits[s->targets.from[i]] + (size_t)j] += (double)s->targets.log_probs[i];
+    s->stats->n_passes++;
+    s->n = 0;
+}
+
+/* Appends a token to a sequence; the batch has room. */
+static void llm__score_push(llm__scorer *s, int seq, llm_token token) {
+    s->tokens[s->n] = token;
+    s->seqs[s->n] = seq;
+    s->logits[s->n] = false;
+    s->first_target[s->n + 1] = s->first_target[s->n];
+    s->n++;
+    s->stats->n_computed++;
+}
+
+/* After the last token pushed, this one is part of n endings. */
+static void llm__score_expect(llm__scorer *s, llm_token token, size_t result, int n) {
+    int target = s->first_target[s->n]++;
+    s->ids[target] = token;
+    s->credits[target] = result;
+    s->n_credits[target] = n;
+    s->stats->n_predicted += !s->logits[s->n - 1];
+    s->logits[s->n - 1] = true;
+}
+
+static llm_token llm__text_at(const llm_question *q, int ending, int i) {
+    return i < q->n_context ? q->context[i] : q->endings[ending][i - q->n_context];
+}
+
+/* Tokens of a text that something is predicted from. */
+static int llm__text_length(const llm_question *q, int ending) { return q->n_context + q->n_ending[ending] - 1; }
+
+/* Pushes token i of a text, or with ending -1 of the prefix of them all, and what is predicted from it. */
+static void llm__score_token(llm__scorer *s, int seq, int question, int ending, int i) {
+    const llm_question *q = &s->questions[question];
+    size_t result = s->first_result[question];
+    llm__score_push(s, seq, llm__text_at(q, ending < 0 ? 0 : ending, i));
+    if (ending > 0 && i < s->prefixes[question]) s->stats->n_redundant++;
+    if (i + 1 < q->n_context) return;
+    if (ending >= 0) llm__score_expect(s, llm__text_at(q, ending, i + 1), result + (size_t)ending, 1);
+    else if (i + 1 < s->prefixes[question]) llm__score_expect(s, llm__text_at(q, 0, i + 1), result, q->n_endings);
+    else
+        for (int e = 0; e < q->n_endings; e++)
+            llm__score_expect(s, llm__text_at(q, e, i + 1), result + (size_t)e, 1);
+}
+
+/* One more ending of a question is computed. */
+static void llm__score_finished(llm__scorer *s, int question) {
+    if (--s->unfinished[question]) return;
+    s->stats->n_questions++;
+    if (s->results && s->desc.on_question &&
+        !s->desc.on_question(s->desc.user, question, s->results + s->first_result[question]))
+        llm__fail(s->env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
+}
+
+static void llm__score_drop(llm__scorer *s, int first_seq, int n) {
+    for (int seq = first_seq; seq < first_seq + n; seq++) llm__cache_truncate(&s->ctx->cache, seq, 0);
+}
+
+/* ---- The packed schedule ---- */
+
+static int llm__shared_prefix(const llm__scorer *s, int question) {
+    return s->desc.no_share ? 0 : s->prefixes[question];
+}
+
+/* Blocks of the cache that a question takes at most. */
+static int64_t llm__question_blocks(const llm__scorer *s, int question) {
+    const llm_question *q = &s->questions[question];
+    int prefix = llm__shared_prefix(s, question);
+    int64_t blocks = llm__blocks_for(prefix);
+    for (int e = 0; e < q->n_endings; e++)
+        if (llm__text_length(q, e) > prefix)
+            blocks += llm__blocks_for(llm__text_length(q, e)) - prefix / LLM_BLOCK;
+    return blocks;
+}
+
+/* Puts into the batch what it has room for. */
+static void llm__fill_from_slot(llm__scorer *s, int index) {
+    llm__slot *slot = &s->slots[index];
+    const llm_question *q = &s->questions[slot->question];
+    int seq = index * s->most_endings, prefix = llm__shared_prefix(s, slot->question), room = s->ctx->desc.n_batch;
+    if (slot->ending < 0) {
+        for (; slot->at < prefix && s->n < room; slot->at++) llm__score_token(s, seq, slot->question, -1, slot->at);
+        return;
+    }
+    for (; slot->ending < q->n_endings; slot->ending++, slot->at = prefix) {
+        int length = llm__text_length(q, slot->ending);
+        for (; slot->at < length && s->n < room; slot->at++)
+            llm__score_token(s, seq + slot->ending, slot->question, slot->ending, slot->at);
+        if (slot->at < length) return;
+    }
+}
+
+/* After a pass: a prefix that is complete is forked, a question that is complete leaves. */
+static void llm__settle_slot(llm__scorer *s, int index) {
+    llm__slot *slot = &s->slots[index];
+    const llm_question *q = &s->questions[slot->question];
+    int seq = index * s->most_endings, prefix = llm__shared_prefix(s, slot->question), question = slot->question;
+    if (slot->ending < 0 && slot->at == prefix) {
+        for (int e = 1; e < q->n_endings; e++) /* the first ending goes on in the prefix's own sequence */
+            if (llm__text_length(q, e) > prefix) llm__cache_fork(&s->ctx->cache, seq + e, seq, prefix);
+        slot->ending = 0;
+    } else if (slot->ending == q->n_endings) {
+        llm__score_drop(s, seq, q->n_endings);
+        slot->question = -1;
+        for (int e = 0; e < q->n_endings; e++) llm__score_finished(s, question);
+    }
+}
+
+/* Takes the next question into a free slot, if the cache has room for all of it. */
+static bool llm__start_question(llm__scorer *s, int index, int question, int64_t *blocks_left) {
+    llm__slot *slot = &s->slots[index];
+    if (question == s->n_questions || llm__question_blocks(s, question) > *blocks_left) return false;
+    *blocks_left -= llm__question_blocks(s, question);
+    slot->question = question;
+    slot->ending = llm__shared_prefix(s, question) ? -1 : 0;
+    slot->at = 0;
+    return true;
+}
+
+static void llm__score_packed(llm__scorer *s) {
+    int64_t blocks_left = s->ctx->cache.n_blocks;
+    int n_batch = s->ctx->desc.n_batch;
+    for (int next = 0; s->stats->n_questions < s->n_questions;) {
+        for (int i = 0; i < s->n_slots; i++)
+            if (s->slots[i].question >= 0) llm__fill_from_slot(s, i);
+        for (int i = 0; i < s->n_slots && s->n < n_batch; i++) {
+            if (s->slots[i].question >= 0) continue;
+            if (!llm__start_question(s, i, next, &blocks_left)) break;
+            llm__fill_from_slot(s, i);
+            next++;
+        }
+        llm__score_batch(s);
+        for (int i = 0; i < s->n_slots; i++) {
+            int question = s->slots[i].question;
+            if (question < 0) continue;
+            llm__settle_slot(s, i);
+            if (s->slots[i].question < 0) blocks_left += llm__question_blocks(s, question);
+        }
+    }
+}
+
+/* ---- Rectangles ---- */
+
+/* A text, or the prefix of a question's texts (ending -1), with the tokens to be computed of it. */
+typedef struct llm__text {
+    int length, question, ending;
+} llm__text;
+
+static int llm__compare_texts(const void *a, const void *b) {
+    const llm__text *x = (const llm__text *)a, *y = (const llm__text *)b;
+    if (x->length != y->length) return x->length < y->length ? -1 : 1;
+    if (x->question != y->question) return x->question < y->question ? -1 : 1;
+    return (x->ending > y->ending) - (x->ending < y->ending);
+}
+
+/* What a batch may take of the context: sequences, and blocks beside those of the `base` tokens that are there already. */
+typedef struct llm__room {
+    int n_seq, n_blocks, base;
+} llm__room;
+
+static int llm__most_texts(const llm__room *room, int length) {
+    int blocks = llm__blocks_for(room->base + length) - room->base / LLM_BLOCK;
+    int most = blocks && room->n_blocks / blocks < room->n_seq ? room->n_blocks / blocks : room->n_seq;
+    return most < 1 ? 1 : most;
+}
+
+/* Ends of batches of so many texts as they come, fewer where there is no room; returns how many batches. */
+static int llm__cut_fixed(const llm__text *texts, int n, int size, const llm__room *room, int *ends) {
+    int n_batches = 0, from = 0, longest = 0;
+    for (int i = 0; i < n; i++) {
+        if (texts[i].length > longest) longest = texts[i].length;
+        if (i > from && (i - from == size || i - from + 1 > llm__most_texts(room, longest))) {
+            ends[n_batches++] = from = i;
+            longest = texts[i].length;
+        }
+    }
+    ends[n_batches++] = n;
+    return n_batches;
+}
+
+/* The report's equations 3 and 4 over texts in order of length l: D[i] is the least waste in batches of the first i texts,
+
+       D[i] = min over j < i of  D[j] + l_i (i - j) - sum of l_k, k = j+1 .. i       if l_i (i - j) >= theta
+       D[i] = min over j < i of  D[j] + sum of l_k - l_(j+1) (i - j)                 if l_(j+1) (i - j) >= theta
+
+   the first for texts padded to the longest, the second for contexts cut to the shortest. Where the conditions cannot be
+   kept, there are as few batches below theta as can be; so it is a waste that outweighs all others. */
+static int llm__cut_by_waste(llm__env *env, const llm__text *texts, int n, bool to_shortest, int theta,
+                             const llm__room *room, int *ends) {
+    const int64_t below_theta = (int64_t)1 << 40;
+    int64_t *least = (int64_t *)llm__alloc(env, (size_t)n + 1, sizeof *least);
+    int64_t *total = (int64_t *)llm__alloc(env, (size_t)n + 1, sizeof *total);
+    int *from = (int *)llm__alloc(env, (size_t)n + 1, sizeof *from), n_batches = 0;
+    least[0] = total[0] = 0;
+    for (int i = 1; i <= n; i++) {
+        int most = llm__most_texts(room, texts[i - 1].length);
+        total[i] = total[i - 1] + texts[i - 1].length;
+        least[i] = INT64_MAX;
+        for (int j = i - 1; j >= 0 && i - j <= most; j--) {
+            int64_t area = (int64_t)texts[to_shortest ? j : i - 1].length * (i - j), sum = total[i] - total[j];
+            int64_t waste = least[j] + (to_shortest ? sum - area : area - sum) + (area < theta ? below_theta : 0);
+            if (waste > least[i]) continue;
+            least[i] = waste;
+            from[i] = j;
+        }
+    }
+    for (int i = n; i > 0; i = from[i]) n_batches++;
+    for (int i = n, batch = n_batches; i > 0; i = from[i]) ends[--batch] = i;
+    llm__free(env->pool, from);
+    llm__free(env->pool, total);
+    llm__free(env->pool, least);
+    return n_batches;
+}
+
+/* Ends of the batches, in an array of its own. */
+static int *llm__cut_batches(llm__scorer *s, llm__text *texts, int n, bool to_shortest, const llm__room *room,
+                             int *n_batches) {
+    int *ends = (int *)llm__alloc(s->env, (size_t)n + 1, sizeof *ends);
+    if (s->desc.schedule == LLM_SCHEDULE_FIXED) {
+        *n_batches = llm__cut_fixed(texts, n, s->desc.batch, room, ends);
+        return ends;
+    }
+    qsort(texts, (size_t)n, sizeof *texts, llm__compare_texts);
+    *n_batches = llm__cut_by_waste(s->env, texts, n, to_shortest, to_shortest ? s->desc.theta_context : s->desc.theta,
+                                   room, ends);
+    return ends;
+}
+
+/* Computes tokens [from, to) of n texts, each in its sequence; those that are shorter are padded. */
+static void llm__score_rectangle(llm__scorer *s, const llm__text *texts, int n, int first_seq, int from, int to) {
+    for (int text = 0; text < n; text++)
+        for (int i = from; i < to; i++) {
+            if (s->n == s->ctx->desc.n_batch) llm__score_batch(s);
+            if (i < from + texts[text].length) {
+                llm__score_token(s, first_seq + text, texts[text].question, texts[text].ending, i);
+            } else {
+                llm__score_push(s, first_seq + text, 0);
+                s->stats->n_padded++;
+            }
+        }
+    llm__score_batch(s);
+}
+
+static int llm__longest_text(const llm__text *texts, int n) {
+    int longest = 0;
+    for (int i = 0; i < n; i++)
+        if (texts[i].length > longest) longest = texts[i].length;
+    return longest;
+}
+
+/* The texts of n questions, each without the first `base` tokens; those of which nothing is left are left out. */
+static int llm__list_texts(const llm__scorer *s, const llm__text *questions, int n, int base, llm__text *texts) {
+    int n_texts = 0;
+    for (int i = 0; i < n; i++)
+        for (int e = 0; e < s->questions[questions[i].question].n_endings; e++) {
+            llm__text text = {llm__text_length(&s->questions[questions[i].question], e) - base, questions[i].question, e};
+            if (text.length > 0) texts[n_texts++] = text;
+        }
+    return n_texts;
+}
+
+/* Without a shared cache: every text is computed from its first token on. */
+static void llm__score_whole_texts(llm__scorer *s, llm__text *prefixes, llm__text *texts) {
+    llm__room room = {s->ctx->desc.n_seq, s->ctx->cache.n_blocks, 0};
+    int n_batches, n = llm__list_texts(s, prefixes, s->n_questions, 0, texts);
+    int *ends = llm__cut_batches(s, texts, n, false, &room, &n_batches);
+    for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
+        int some = ends[batch] - from;
+        llm__score_rectangle(s, texts + from, some, 0, 0, llm__longest_text(texts + from, some));
+        llm__score_drop(s, 0, some);
+        for (int i = from; i < from + some; i++) llm__score_finished(s, texts[i].question);
+    }
+    llm__free(s->env->pool, ends);
+}
+
+/* The texts of questions whose prefixes stand in the first n sequences, `base` tokens of each. */
+static void llm__score_endings(llm__scorer *s, const llm__text *prefixes, int n, int base, llm__text *texts) {
+    llm__room room = {s->ctx->desc.n_seq - n, s->ctx->cache.n_free, base};
+    int n_batches, n_texts = llm__list_texts(s, prefixes, n, base, texts);
+    int *ends = llm__cut_batches(s, texts, n_texts, false, &room, &n_batches);
+    for (int batch = 0, from = 0; batch < n_batches && n_texts; from = ends[batch++]) {
+        int some = ends[batch] - from;
+        for (int i = 0; i < some; i++) {
+            int parent = 0;
+            while (prefixes[parent].question != texts[from + i].question) parent++;
+            llm__cache_fork(&s->ctx->cache, n + i, parent, base);
+        }
+        llm__score_rectangle(s, texts + from, some, n, base, base + llm__longest_text(texts + from, some));
+        llm__score_drop(s, n, some);
+    }
+    llm__free(s->env->pool, ends);
+}
+
+/* Contexts in batches, cut to the shortest of each; then, batch by batch, what follows. */
+static void llm__score_shared_prefixes(llm__scorer *s, llm__text *prefixes, llm__text *texts) {
+    int n_blocks = s->ctx->cache.n_blocks, longest = 0, n_batches;
+    for (int i = 0; i < s->n_questions; i++)
+        for (int e = 0; e < s->questions[i].n_endings; e++)
+            if (llm__text_length(&s->questions[i], e) > longest) longest = llm__text_length(&s->questions[i], e);
+    int kept = llm__blocks_for(longest) > n_blocks / 2 ? llm__blocks_for(longest) : n_blocks / 2; /* for endings */
+    llm__room room = {s->ctx->desc.n_seq / 2, n_blocks - kept, 0};
+    int *ends = llm__cut_batches(s, prefixes, s->n_questions, true, &room, &n_batches);
+    for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
+        llm__text *group = prefixes + from;
+        int n = ends[batch] - from, shortest = group[0].length;
+        for (int i = 1; i < n; i++)
+            if (group[i].length < shortest) shortest = group[i].length;
+        llm__score_rectangle(s, group, n, 0, 0, shortest);
+        llm__score_endings(s, group, n, shortest, texts);
+        llm__score_drop(s, 0, n);
+        for (int i = 0; i < n; i++)
+            for (int e = 0; e < s->questions[group[i].question].n_endings; e++)
+                llm__score_finished(s, group[i].question);
+    }
+    llm__free(s->env->pool, ends);
+}
+
+static void llm__score_rectangles(llm__scorer *s, size_t n_texts) {
+    llm__text *prefixes = (llm__text *)llm__alloc(s->env, (size_t)s->n_questions, sizeof *prefixes);
+    llm__text *texts = (llm__text *)llm__alloc(s->env, n_texts, sizeof *texts);
+    for (int i = 0; i < s->n_questions; i++) {
+        llm__text prefix = {s->prefixes[i], i, -1};
+        prefixes[i] = prefix;
+    }
+    if (s->desc.no_share) llm__score_whole_texts(s, prefixes, texts);
+    else llm__score_shared_prefixes(s, prefixes, texts);
+}
+
+/* ---- llm_score ---- */
+
+static void llm__check_tokens(const llm__scorer *s, int question, const char *what, const llm_token *tokens, int n) {
+    int n_vocab = s->ctx->model->shape.n_vocab;
+    if (n <= 0 || !tokens) llm__fail(s->env, LLM_ERROR_ARGUMENT, "question %d: %s has no tokens", question, what);
+    for (int i = 0; i < n; i++)
+        if (tokens[i] < 0 || tokens[i] >= n_vocab)
+            llm__fail(s->env, LLM_ERROR_ARGUMENT, "question %d: token %d of %s is %ld; the vocabulary has %d", question,
+                      i, what, (long)tokens[i], n_vocab);
+}
+
+/* Everything that could stop the work is found here. */
+static void llm__check_question(llm__scorer *s, int question) {
+    const llm_question *q = &s->questions[question];
+    const llm_context_desc *d = &s->ctx->desc;
+    llm__check_tokens(s, question, "its context", q->context, q->n_context);
+    if (q->n_endings <= 0 || !q->endings || !q->n_ending)
+        llm__fail(s->env, LLM_ERROR_ARGUMENT, "question %d has no endings", question);
+    if (q->n_endings > d->n_seq)
+        llm__fail(s->env, LLM_ERROR_CONTEXT_FULL, "question %d has %d endings, but the context %d sequences (n_seq)",
+                  question, q->n_endings, d->n_seq);
+    for (int e = 0; e < q->n_endings; e++) {
+        llm__check_tokens(s, question, "an ending", q->endings[e], q->n_ending[e]);
+        if ((int64_t)q->n_context + q->n_ending[e] - 1 > d->n_ctx)
+            llm__fail(s->env, LLM_ERROR_CONTEXT_FULL,
+                      "question %d with its ending %d has %lld tokens to compute, but a sequence holds %d (n_ctx)", question,
+                      e, (long long)q->n_context + q->n_ending[e] - 1, d->n_ctx);
+    }
+}
+
+/* The context's tokens and those with which all endings begin; one at least is left of each ending. */
+static int llm__common_prefix(const llm_question *q) {
+    int n = q->n_ending[0] - 1;
+    for (int e = 1; e < q->n_endings; e++) {
+        int same = 0;
+        while (same < n && same < q->n_ending[e] - 1 && q->endings[e][same] == q->endings[0][same]) same++;
+        n = same;
+    }
+    return q->n_context + n;
+}
+
+static llm_score_desc llm__score_defaults(llm__env *env, const llm_score_desc *desc) {
+    llm_score_desc d;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    if (d.schedule < LLM_SCHEDULE_PACKED || d.schedule > LLM_SCHEDULE_DP)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "desc.schedule is %d, which is none", (int)d.schedule);
+    if (d.batch < 0 || d.theta < 0 || d.theta_context < 0)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_score_desc is negative");
+    if (!d.batch) d.batch = 32;
+    if (!d.theta) d.theta = 256;
+    if (!d.theta_context) d.theta_context = 4096;
+    return d;
+}
+
+static void llm__score_alloc(llm__scorer *s) {
+    size_t n_batch = (size_t)s->ctx->desc.n_batch, n_targets = n_batch * (size_t)s->most_endings;
+    llm__env *env = s->env;
+    s->tokens = (llm_token *)llm__alloc(env, n_batch, sizeof *s->tokens);
+    s->seqs = (int *)llm__alloc(env, n_batch, sizeof *s->seqs);
+    s->logits = (bool *)llm__alloc(env, n_batch, sizeof *s->logits);
+    s->first_target = (int *)llm__alloc_zero(env, n_batch + 1, sizeof *s->first_target);
+    s->ids = (llm_token *)llm__alloc(env, n_targets, sizeof *s->ids);
+    s->credits = (size_t *)llm__alloc(env, n_targets, sizeof *s->credits);
+    s->n_credits = (int *)llm__alloc(env, n_targets, sizeof *s->n_credits);
+    s->targets.first = s->first_target;
+    s->targets.ids = s->ids;
+    s->targets.count_only = !s->results;
+    s->targets.pass_ids = (llm_token *)llm__alloc(env, n_targets, sizeof *s->targets.pass_ids);
+    s->targets.pass_rows = (int *)llm__alloc(env, n_targets, sizeof *s->targets.pass_rows);
+    s->targets.from = (int *)llm__alloc(env, n_targets, sizeof *s->targets.from);
+    s->targets.log_probs = (float *)llm__alloc(env, n_targets, sizeof *s->targets.log_probs);
+    s->n_slots = s->ctx->desc.n_seq / s->most_endings;
+    s->slots = (llm__slot *)llm__alloc(env, (size_t)s->n_slots, sizeof *s->slots);
+    for (int i = 0; i < s->n_slots; i++) s->slots[i].question = -1;
+}
+
+static void llm__score_body(llm__env *env, void *arg) {
+    llm__scorer *s = (llm__scorer *)arg;
+    size_t n_texts = 0, n = (size_t)s->n_questions;
+    double start = llm__now();
+    s->env = env;
+    s->desc = llm__score_defaults(env, s->desc_given);
+    s->first_result = (size_t *)llm__alloc(env, n, sizeof *s->first_result);
+    s->prefixes = (int *)llm__alloc(env, n, sizeof *s->prefixes);
+    s->unfinished = (int *)llm__alloc(env, n, sizeof *s->unfinished);
+    for (int i = 0; i < s->n_questions; i++) {
+        llm__check_question(s, i);
+        s->first_result[i] = n_texts;
+        s->prefixes[i] = llm__common_prefix(&s->questions[i]);
+        s->unfinished[i] = s->questions[i].n_endings;
+        n_texts += (size_t)s->questions[i].n_endings;
+        if (s->questions[i].n_endings > s->most_endings) s->most_endings = s->questions[i].n_endings;
+        if (llm__question_blocks(s, i) > s->ctx->cache.n_blocks)
+            llm__fail(env, LLM_ERROR_CONTEXT_FULL, "question %d needs %lld positions of the cache, which has %d (n_cache)",
+                      i, (long long)llm__question_blocks(s, i) * LLM_BLOCK, s->ctx->cache.n_blocks * LLM_BLOCK);
+    }
+    for (size_t i = 0; i < n_texts && s->results; i++) s->results[i] = 0;
+    llm__score_drop(s, 0, s->ctx->desc.n_seq);
+    llm__score_alloc(s);
+    if (s->desc.schedule == LLM_SCHEDULE_PACKED) llm__score_packed(s);
+    else llm__score_rectangles(s, n_texts);
+    s->stats->seconds = llm__now() - start;
+}
+
+LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, int n_questions,
+                             const llm_score_desc *desc, double *log_likelihoods, llm_score_stats *stats,
+                             llm_error *err) {
+    llm_score_stats unwanted;
+    llm__scorer scorer;
+    llm__pool pool;
+    llm__env env;
+    if (!ctx || n_questions < 0 || (n_questions && !questions))
+        return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or questions is NULL, or n_questions negative");
+    memset(&scorer, 0, sizeof scorer);
+    scorer.ctx = ctx;
+    scorer.questions = questions;
+    scorer.n_questions = n_questions;
+    scorer.most_endings = 1;
+    scorer.desc_given = desc;
+    scorer.results = log_likelihoods;
+    scorer.stats = stats ? stats : &unwanted;
+    memset(scorer.stats, 0, sizeof *scorer.stats);
+    pool.host = ctx->desc.host;
+    pool.blocks = NULL;
+    env.pool = &pool;
+    env.err = err;
+    env.file = NULL;
+    llm_status status = llm__guarded(&env, llm__score_body, &scorer);
+    if (scorer.tokens) llm__score_drop(&scorer, 0, ctx->desc.n_seq);
+    llm__pool_free(&pool);
+    return status;
+}
+
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT DEFAULT
 #pragma float_control(pop)
+#pragma clang diagnostic pop
 #elif defined(__GNUC__)
 #pragma GCC pop_options
 #endif

@@ -1659,6 +1659,7 @@ static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     const llm_shape *s = &c->model->shape;
     if (c->desc.cache_dtype != LLM_DTYPE_BF16)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU the KV cache is bf16; cache_dtype asks for another type");
+    if (c->desc.lender) return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU a context lends nothing to another");
     if (c->desc.n_batch > LLM__MOST_ROWS)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "n_batch is %d; on the GPU a pass has at most %d rows", c->desc.n_batch, (int)LLM__MOST_ROWS);
     LLM__TRY(cudaStreamSynchronize(c->model->stream)); /* the weights are there */

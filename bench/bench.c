@@ -5,13 +5,23 @@
     For each type, thread count and depth: the median rate of prefill (p tokens after d others) and of decode (n tokens
     after d others), interleaved over r rounds. The limits are measured in the same run with the same threads: bytes per
     second when the model's weights are only read (MBU is the share of it that decoding reaches, its cache counted), and
-    operations per second when nothing is loaded (MFU is the share of it that prefill reaches). */
+    operations per second when nothing is loaded (MFU is the share of it that prefill reaches).
+
+    build/bench -m MODEL --draft lookup,self:int4 TEXT...      (bench/prompts has some)
+
+    Speculative decoding, for each text and draft: the median rates of plain and of speculative decoding of n tokens, in
+    turns, how many guesses were right, and that both gave the same tokens. --draft-max limits the guesses of a pass,
+    --temp says how lively the texts are.
+
+    build/bench -m MODEL --rows 1,2,4,8
+
+    What checking guesses costs: the median time of a pass of so many rows, in turns, against one of the first. */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
 #include <argp.h>
 
-enum { MOST = 16, KEY_DTYPE = 256, KEY_RANDOM };
+enum { MOST = 16, KEY_DTYPE = 256, KEY_RANDOM, KEY_DRAFT, KEY_DRAFT_MAX, KEY_TEMP, KEY_ROWS };
 
 typedef struct options {
     const char *model, *random, *format;
@@ -19,6 +29,9 @@ typedef struct options {
     int depths[MOST], n_depths, threads[MOST], n_threads;
     llm_dtype dtypes[MOST];
     int n_dtypes;
+    const char *drafts[MOST], *texts[MOST];
+    int n_drafts, n_texts, draft_max, rows[MOST], n_rows;
+    float temperature; /* of the texts that drafts continue */
 } options;
 
 typedef struct result {
@@ -35,9 +48,13 @@ static const struct argp_option OPTIONS[] = {
     {"prefill", 'p', "N", 0, "tokens of a prompt (512)", 1},
     {"decode", 'n', "N", 0, "tokens decoded after it (128)", 1},
     {"depth", 'd', "LIST", 0, "tokens in the cache before that (0)", 1},
-    {"dtype", KEY_DTYPE, "LIST", 0, "types of the weights: f32, bf16, int8, int4 (bf16)", 2},
+    {"dtype", KEY_DTYPE, "LIST", 0, "types of the weights: f32, f16, bf16, int8, int4 (bf16)", 2},
     {"threads", 't', "LIST", 0, "threads (one per physical core)", 2},
     {"rounds", 'r', "N", 0, "rounds of which the median is given (5)", 3},
+    {"draft", KEY_DRAFT, "LIST", 0, "drafts to continue the texts with: lookup, self:int8, self:int4 or a model's file", 4},
+    {"draft-max", KEY_DRAFT_MAX, "N", 0, "most guesses in a pass (15)", 4},
+    {"temp", KEY_TEMP, "T", 0, "temperature of what continues the texts; small models repeat themselves at 0 (0)", 4},
+    {"rows", KEY_ROWS, "LIST", 0, "passes of so many tokens, up to 16, to be compared", 4},
     {"output", 'o', "FORMAT", 0, "md, csv or json (md)", 3},
     {0}};
 
@@ -63,7 +80,7 @@ static int parse_number(struct argp_state *state, char *text, int least) {
 static int parse_dtypes(struct argp_state *state, char *text, llm_dtype *list) {
     int n = 0;
     for (char *name = strtok(text, ","); name; name = strtok(NULL, ",")) {
-        if (n == MOST || !llm_dtype_from_name(name)) argp_error(state, "'%s' is none of f32, bf16, int8, int4", name);
+        if (n == MOST || !llm_dtype_from_name(name)) argp_error(state, "'%s' is none of f32, f16, bf16, int8, int4", name);
         list[n++] = llm_dtype_from_name(name);
     }
     return n;
@@ -80,12 +97,31 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_DTYPE: opt->n_dtypes = parse_dtypes(state, arg, opt->dtypes); break;
     case 't': opt->n_threads = parse_list(state, arg, 1, opt->threads); break;
     case 'r': opt->n_rounds = parse_number(state, arg, 1); break;
+    case KEY_DRAFT:
+        for (char *name = strtok(arg, ","); name; name = strtok(NULL, ",")) {
+            if (opt->n_drafts == MOST) argp_error(state, "these are more than %d drafts", MOST);
+            opt->drafts[opt->n_drafts++] = name;
+        }
+        break;
+    case KEY_DRAFT_MAX: opt->draft_max = parse_number(state, arg, 1); break;
+    case KEY_TEMP:
+        if (sscanf(arg, "%f", &opt->temperature) != 1 || !(opt->temperature >= 0)) argp_error(state, "'%s' is no temperature", arg);
+        break;
+    case KEY_ROWS: opt->n_rows = parse_list(state, arg, 1, opt->rows); break;
+    case ARGP_KEY_ARG:
+        if (opt->n_texts == MOST) argp_error(state, "these are more than %d texts", MOST);
+        opt->texts[opt->n_texts++] = arg;
+        break;
     case 'o':
         if (strcmp(arg, "md") && strcmp(arg, "csv") && strcmp(arg, "json")) argp_error(state, "'%s' is none of md, csv, json", arg);
         opt->format = arg;
         break;
     case ARGP_KEY_END:
         if (!opt->model == !opt->random) argp_error(state, "give either -m or --random");
+        if (!opt->n_drafts != !opt->n_texts) argp_error(state, "--draft goes with texts to continue");
+        if (opt->n_drafts && !opt->model) argp_error(state, "random weights do not continue texts: --draft needs -m");
+        for (int i = 0; i < opt->n_rows; i++)
+            if (opt->rows[i] > LLM_DRAFT_MOST + 1) argp_error(state, "--rows: at most %d", LLM_DRAFT_MOST + 1);
         break;
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -264,7 +300,7 @@ static double prefill_operations(const llm_model *model, int n, int d) {
 }
 
 static double decode_bytes(const llm_model *model, int n, int d) {
-    double cache = (double)model->backend->block_bytes(&model->shape, model->info.dtype == LLM_DTYPE_F32 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16) / LLM_BLOCK;
+    double cache = (double)model->backend->block_bytes(&model->shape, llm__default_cache_dtype(model->info.dtype)) / LLM_BLOCK;
     return (double)model->info.weight_bytes_per_token + cache * (d + n / 2.0);
 }
 
@@ -295,6 +331,155 @@ static void measure(llm_context *ctx, const options *opt, const memory *mem, dou
         results[i] = r;
     }
     free(prefill);
+}
+
+/* ---- Speculative decoding ---- */
+
+static void load_model(const options *opt, const llm_model_desc *desc, llm_model **model) {
+    llm_error err;
+    if (opt->random ? load_random(model, opt->random, desc, &err) : llm_model_load(model, opt->model, desc, &err)) fail(&err);
+}
+
+static char *read_text(const char *path) {
+    FILE *f = fopen(path, "rb");
+    char *text = (char *)calloc(1, 1 << 20);
+    if (!f || !text || !fread(text, 1, (1 << 20) - 1, f)) {
+        fprintf(stderr, "bench: %s: the text cannot be read\n", path);
+        exit(1);
+    }
+    fclose(f);
+    return text;
+}
+
+typedef struct tokens {
+    llm_token ids[1 << 14];
+    int n;
+} tokens;
+
+static bool keep_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
+    tokens *t = (tokens *)user;
+    (void)bytes, (void)n_bytes;
+    if (t->n < 1 << 14) t->ids[t->n++] = token;
+    return true;
+}
+
+/* Continues a text; returns tokens per second after the first one. */
+static double continue_text(llm_context *ctx, const options *opt, const char *text, llm_draft *draft, tokens *out, llm_stats *stats) {
+    llm_sampler sampler = {.temperature = opt->temperature, .seed = 1};
+    llm_generate_desc desc = {.prompt = text, .sampler = &sampler, .draft_keeps_text = true, .max_tokens = opt->n_decode,
+                              .ignore_end = true, .draft = draft, .draft_max = opt->draft_max,
+                              .on_token = keep_token, .user = out};
+    llm_error err;
+    out->n = 0;
+    llm_seq_truncate(ctx, 0, 0, NULL);
+    if (llm_generate(ctx, &desc, stats, &err)) fail(&err);
+    return (stats->n_generated - 1) / stats->decode_seconds;
+}
+
+static void open_draft(llm_context *ctx, const options *opt, const char *name, llm_model_desc desc, llm_model **model, llm_draft *draft) {
+    bool self = !strncmp(name, "self:", 5);
+    llm_error err;
+    *model = NULL;
+    *draft = llm_draft_lookup();
+    if (!strcmp(name, "lookup")) return;
+    desc.dtype = self ? llm_dtype_from_name(name + 5) : LLM_DTYPE_DEFAULT;
+    if (self && !desc.dtype) {
+        fprintf(stderr, "bench: %s: there is no such type\n", name);
+        exit(1);
+    }
+    if (llm_model_load(model, self ? opt->model : name, &desc, &err) || llm_draft_model(draft, ctx, *model, &err)) fail(&err);
+}
+
+/* Every text's continuation, plain and with the draft in turns; each begins with what the draft learnt from the one before. */
+static void compare_draft(llm_context *ctx, const options *opt, const char *name, const llm_model_desc *desc) {
+    llm_model *model;
+    llm_draft draft;
+    tokens *plain = (tokens *)calloc(2, sizeof *plain), *quick = plain + 1;
+    double *rates = (double *)calloc((size_t)opt->n_rounds * 2, sizeof *rates);
+    if (!plain || !rates) exit(1);
+    open_draft(ctx, opt, name, *desc, &model, &draft);
+    for (int i = 0; i < opt->n_texts; i++) {
+        char *text = read_text(opt->texts[i]);
+        llm_stats stats;
+        memset(&draft.state, 0, sizeof draft.state); /* each text is the first */
+        continue_text(ctx, opt, text, NULL, plain, &stats); /* warms up */
+        for (int round = 0; round < opt->n_rounds; round++) {
+            rates[round] = continue_text(ctx, opt, text, NULL, plain, &stats);
+            rates[opt->n_rounds + round] = continue_text(ctx, opt, text, &draft, quick, &stats);
+            if (plain->n != quick->n || memcmp(plain->ids, quick->ids, (size_t)plain->n * sizeof(llm_token))) {
+                fprintf(stderr, "bench: %s with %s is another text than without\n", opt->texts[i], name);
+                exit(1);
+            }
+        }
+        double before = median(rates, opt->n_rounds), after = median(rates + opt->n_rounds, opt->n_rounds);
+        const char *slash = strrchr(opt->texts[i], '/');
+        printf("| %s | %s | %s | %d | %d | %.1f | %.1f | %.2f | %.0f %% of %d | %.2f |\n", slash ? slash + 1 : opt->texts[i],
+               llm_dtype_name(desc->dtype), name, llm_context_n_threads(ctx), stats.n_prompt, before, after, after / before,
+               stats.draft.n_proposed ? 100.0 * stats.draft.n_accepted / stats.draft.n_proposed : 0.0, stats.draft.n_proposed,
+               (double)(stats.n_generated - 1) / stats.n_decode_passes);
+        fflush(stdout);
+        free(text);
+    }
+    llm_draft_free(&draft);
+    llm_model_free(model);
+    free(rates);
+    free(plain);
+}
+
+/* Passes of different numbers of rows after the same `depth` tokens, in turns. */
+static void compare_rows(llm_context *ctx, const options *opt, int depth) {
+    llm_token ids[LLM_DRAFT_MOST + 1];
+    bool logits[LLM_DRAFT_MOST + 1];
+    double *seconds = (double *)calloc((size_t)(MOST * opt->n_rounds), sizeof *seconds), first = 0;
+    llm_error err;
+    if (!seconds) exit(1);
+    for (int i = 0; i <= LLM_DRAFT_MOST; i++) {
+        ids[i] = i * 37 % 5000 + 10;
+        logits[i] = true;
+    }
+    llm_seq_truncate(ctx, 0, 0, NULL);
+    run(ctx, depth + 8, 512); /* warms up */
+    llm_seq_truncate(ctx, 0, depth, NULL);
+    for (int round = 0; round < opt->n_rounds; round++)
+        for (int i = 0; i < opt->n_rows; i++) {
+            llm_batch batch = {opt->rows[i], ids, NULL, logits};
+            double start = llm__now();
+            if (llm_forward(ctx, &batch, &err)) fail(&err);
+            seconds[i * opt->n_rounds + round] = llm__now() - start;
+            llm_seq_truncate(ctx, 0, depth, NULL);
+        }
+    for (int i = 0; i < opt->n_rows; i++) {
+        double usual = median(seconds + i * opt->n_rounds, opt->n_rounds);
+        if (!i) first = usual;
+        printf("| %s | %d | %d | %d | %.2f | %.2f |\n", llm_dtype_name(llm_context_model(ctx)->info.dtype), llm_context_n_threads(ctx), depth,
+               opt->rows[i], 1e3 * usual, usual / first);
+    }
+    fflush(stdout);
+    free(seconds);
+}
+
+/* What --draft and --rows ask for, of one type and number of threads. */
+static void compare(const options *opt, llm_dtype dtype, int n_threads) {
+    llm_model_desc desc = {.dtype = dtype, .n_threads = n_threads};
+    llm_context_desc context_desc = {.n_logits = LLM_DRAFT_MOST + 1, .n_threads = n_threads};
+    llm_model *model = NULL;
+    llm_context *ctx = NULL;
+    llm_error err;
+    load_model(opt, &desc, &model);
+    if (llm_context_create(&ctx, model, &context_desc, &err)) fail(&err);
+    for (int i = 0; i < opt->n_drafts; i++) compare_draft(ctx, opt, opt->drafts[i], &desc);
+    for (int i = 0; i < opt->n_depths && opt->n_rows; i++) compare_rows(ctx, opt, opt->depths[i]);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+static void print_comparisons(const options *opt) {
+    if (opt->n_drafts)
+        printf("| text | weights | draft | threads | prompt | plain tok/s | tok/s | ratio | right | tokens a pass |\n"
+               "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
+    else printf("| weights | threads | depth | rows | ms | ratio |\n| --- | --- | --- | --- | --- | --- |\n");
+    for (int i = 0; i < opt->n_dtypes; i++)
+        for (int t = 0; t < opt->n_threads; t++) compare(opt, opt->dtypes[i], opt->threads[t]);
 }
 
 /* ---- Printing ---- */
@@ -336,7 +521,7 @@ static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
         result results[MOST];
         llm_error err;
         double start = llm__now();
-        if (opt->random ? load_random(&model, opt->random, &desc, &err) : llm_model_load(&model, opt->model, &desc, &err)) fail(&err);
+        load_model(opt, &desc, &model);
         double load_seconds = llm__now() - start;
         if (llm_context_create(&ctx, model, &context_desc, &err)) fail(&err);
         measure(ctx, opt, &mem, load_seconds, results);
@@ -350,8 +535,12 @@ static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
 int main(int argc, char **argv) {
     options opt = {.format = "md", .n_prefill = 512, .n_decode = 128, .n_rounds = 5, .n_depths = 1, .n_threads = 1, .n_dtypes = 1,
                    .dtypes = {LLM_DTYPE_BF16}, .threads = {llm__default_threads()}};
-    const struct argp argp = {OPTIONS, parse_option, NULL, "Measures how fast a model runs, beside what the machine allows.", NULL, NULL, NULL};
+    const struct argp argp = {OPTIONS, parse_option, "[TEXT...]", "Measures how fast a model runs, beside what the machine allows.", NULL, NULL, NULL};
     argp_parse(&argp, argc, argv, 0, NULL, &opt);
+    if (opt.n_drafts || opt.n_rows) {
+        print_comparisons(&opt);
+        return 0;
+    }
     bool first = true;
     print_header(opt.format);
     for (int i = 0; i < opt.n_dtypes; i++) first = run_dtype(&opt, opt.dtypes[i], first);

@@ -31,14 +31,14 @@
 /* ---- Options ------------------------------------------------------------------------------------------------- */
 
 typedef struct options {
-    const char *model, *prompt, *system;
+    const char *model, *prompt, *system, *draft;
     bool raw, ids, temp_given, seed_given;
-    int max_tokens, n_threads, n_ctx;
+    int max_tokens, n_threads, n_ctx, draft_max;
     llm_dtype dtype;
     llm_sampler sampler;
 } options;
 
-enum { KEY_RAW = 256, KEY_IDS, KEY_TEMP, KEY_TOP_K, KEY_TOP_P, KEY_MIN_P, KEY_SEED, KEY_DTYPE, KEY_CTX, KEY_SYSTEM };
+enum { KEY_RAW = 256, KEY_IDS, KEY_TEMP, KEY_TOP_K, KEY_TOP_P, KEY_MIN_P, KEY_SEED, KEY_DTYPE, KEY_CTX, KEY_SYSTEM, KEY_DRAFT, KEY_DRAFT_MAX };
 
 static const struct argp_option option_list[] = {
     {"model", 'm', "MODEL", 0, "the model's file (GGUF)", 1},
@@ -53,7 +53,9 @@ static const struct argp_option option_list[] = {
     {"min-p", KEY_MIN_P, "P", 0, "drop those P times less likely than the best (default: 0.05)", 2},
     {"seed", KEY_SEED, "S", 0, "same seed, same text (default: from the clock)", 2},
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
-    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, bf16, int8 or int4 (default: bf16)", 3},
+    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, f16, bf16, int8 or int4 (default: bf16)", 3},
+    {"draft", KEY_DRAFT, "DRAFT", 0, "guess tokens and check several at once: lookup (in the text so far), self:int8 or self:int4 (the model in that type), or another model's file; the text stays the same", 3},
+    {"draft-max", KEY_DRAFT_MAX, "N", 0, "check at most N guesses at once (default: 15)", 3},
     {"ctx", KEY_CTX, "N", 0, "tokens a conversation can hold (default: the model's limit, at most 4096)", 3},
     {0}};
 
@@ -77,13 +79,21 @@ static float parse_real(struct argp_state *state, const char *name, const char *
 
 static llm_dtype parse_dtype(struct argp_state *state, const char *text) {
     llm_dtype dtype = llm_dtype_from_name(text);
-    if (!dtype) argp_error(state, "--dtype: '%s' is none of f32, bf16, int8, int4", text);
+    if (!dtype) argp_error(state, "--dtype: '%s' is none of f32, f16, bf16, int8, int4", text);
     return dtype;
+}
+
+static const char *check_draft(struct argp_state *state, const char *draft) {
+    llm_dtype dtype = !strncmp(draft, "self:", 5) ? llm_dtype_from_name(draft + 5) : LLM_DTYPE_INT8;
+    if (dtype != LLM_DTYPE_INT8 && dtype != LLM_DTYPE_INT4)
+        argp_error(state, "--draft: '%s' is neither self:int8 nor self:int4", draft);
+    return draft;
 }
 
 static void finish_options(struct argp_state *state, options *opt) {
     if (!opt->model) argp_error(state, "which model? Name its file with -m");
     if (opt->raw && opt->system) argp_error(state, "--system needs the chat template that --raw leaves out");
+    if (opt->draft_max && !opt->draft) argp_error(state, "--draft-max needs a --draft");
     if (!opt->temp_given && (opt->prompt || opt->raw)) opt->sampler.temperature = 0;
     if (!opt->seed_given) opt->sampler.seed = (uint64_t)time(NULL);
 }
@@ -110,6 +120,8 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         opt->seed_given = true;
         break;
     case KEY_DTYPE: opt->dtype = parse_dtype(state, arg); break;
+    case KEY_DRAFT: opt->draft = check_draft(state, arg); break;
+    case KEY_DRAFT_MAX: opt->draft_max = (int)parse_integer(state, "--draft-max", arg, 1, LLM_DRAFT_MOST); break;
     case KEY_CTX: opt->n_ctx = (int)parse_integer(state, "--ctx", arg, 1, INT_MAX); break;
     case ARGP_KEY_ARG: argp_error(state, "'%s' is not an option; text to answer goes after -p", arg); break;
     case ARGP_KEY_END: finish_options(state, opt); break;
@@ -123,7 +135,8 @@ static const struct argp option_parser = {
     .parser = parse_option,
     .args_doc = "-m MODEL",
     .doc = "Talks to a language model: a chat, or with -p one answer.\vText goes to standard output, all else to "
-           "standard error. Ctrl-C stops the answer. In a chat, /help lists the commands.",
+           "standard error. Ctrl-C stops the answer. In a chat, /help lists the commands.\n\n"
+           "LLM_ISA in the environment forces an instruction set: scalar, avx2, avx512, neon.",
 };
 
 /* ---- State ----------------------------------------------------------------------------------------------------- */
@@ -132,6 +145,8 @@ typedef struct repl {
     options opt;
     llm_model *model;
     llm_context *ctx;
+    llm_model *draft_model; /* NULL if the draft is none                                          */
+    llm_draft draft;
     double load_seconds;
     double bandwidth;      /* bytes per second; 0 until it is measured                            */
     llm_message *messages; /* stb_ds array: the conversation; owns the contents                   */
@@ -179,15 +194,27 @@ static bool show_progress(void *user, float done) {
     return true;
 }
 
+/* The model's own file again for self:TYPE, or another. */
+static llm_status load_draft(repl *r, llm_model_desc desc, llm_error *err) {
+    bool self = !strncmp(r->opt.draft, "self:", 5);
+    r->draft = llm_draft_lookup();
+    if (!strcmp(r->opt.draft, "lookup")) return LLM_OK;
+    desc.dtype = self ? llm_dtype_from_name(r->opt.draft + 5) : LLM_DTYPE_DEFAULT;
+    llm_status status = llm_model_load(&r->draft_model, self ? r->opt.model : r->opt.draft, &desc, err);
+    return status ? status : llm_draft_model(&r->draft, r->ctx, r->draft_model, err);
+}
+
 static llm_status load(repl *r, llm_error *err) {
     bool watched = isatty(STDERR_FILENO);
-    llm_model_desc model_desc = {.dtype = r->opt.dtype, .n_threads = r->opt.n_threads};
+    llm_model_desc model_desc = {.dtype = r->opt.dtype, .n_threads = r->opt.n_threads, .isa = getenv("LLM_ISA")};
     llm_context_desc context_desc = {.n_ctx = r->opt.n_ctx, .n_threads = r->opt.n_threads};
     if (watched) model_desc.host.progress = show_progress;
+    if (r->opt.draft) context_desc.n_logits = LLM_DRAFT_MOST + 1;
     double start = now();
     llm_status status = llm_model_load(&r->model, r->opt.model, &model_desc, err);
-    if (watched) fputs("\r\033[K", stderr);
     if (status == LLM_OK) status = llm_context_create(&r->ctx, r->model, &context_desc, err);
+    if (status == LLM_OK && r->opt.draft) status = load_draft(r, model_desc, err);
+    if (watched) fputs("\r\033[K", stderr);
     r->load_seconds = now() - start;
     return status;
 }
@@ -247,6 +274,9 @@ static llm_status generate(repl *r, const char *text, llm_error *err) {
                               .on_text = on_text,
                               .on_token = on_token,
                               .cancel = interrupted,
+                              .draft = r->opt.draft ? &r->draft : NULL,
+                              .draft_max = r->opt.draft_max,
+                              .draft_keeps_text = true,
                               .user = r};
     if (r->opt.raw) desc.prompt = text;
     else desc.messages = r->messages;
@@ -294,10 +324,14 @@ static void print_figures(repl *r) {
     if (r->bandwidth == 0) r->bandwidth = llm_measure_bandwidth(r->ctx);
     fprintf(stderr,
             "load %.2f s | prompt %d tokens, %.0f tok/s | generated %d, %.1f tok/s | %.1f MB/token | "
-            "MBU %.0f %% of %.1f GB/s\n",
+            "MBU %.0f %% of %.1f GB/s",
             r->load_seconds, stats->n_prompt, ratio(stats->n_prompt - stats->n_reused, stats->prefill_seconds),
             stats->n_generated, ratio(n_passes, stats->decode_seconds), ratio(bytes, n_passes) * 1e-6,
             100 * ratio(ratio(bytes, stats->decode_seconds), r->bandwidth), r->bandwidth * 1e-9);
+    if (r->opt.draft)
+        fprintf(stderr, " | draft %s: %d of %d guesses right, %.2f times plain", r->opt.draft, stats->draft.n_accepted,
+                stats->draft.n_proposed, stats->draft.speedup);
+    fputc('\n', stderr);
 }
 
 /* ---- Reading lines ------------------------------------------------------------------------------------------- */
@@ -394,7 +428,9 @@ static void close_repl(repl *r) {
     arrfree(r->messages);
     arrfree(r->answer);
     free(r->line);
+    llm_draft_free(&r->draft);
     llm_context_free(r->ctx);
+    llm_model_free(r->draft_model);
     llm_model_free(r->model);
 }
 

@@ -1,10 +1,9 @@
 #!/bin/sh
-# Runs test programs that speak TAP and sums up:  tests/run.sh PROGRAM...
+# Runs test programs that speak TAP, as many at once as there are processors, and sums up:  tests/run.sh PROGRAM...
 # A program that is missing, crashes, hangs or stops early counts as failed.
 set -u
 export CMOCKA_MESSAGE_OUTPUT=TAP
 export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
-passed=0 failed=0 skipped=0
 [ $# -gt 0 ] || { echo "There is no such test." >&2; exit 2; }
 
 # Prints "passed failed skipped" of a program's TAP output and exit code.
@@ -23,28 +22,44 @@ count() {
         }' "$1"
 }
 
-# The thread sanitizer cannot map its shadow where addresses are too random.
+# What is for other machines is emulated. The thread sanitizer cannot map its shadow where addresses are too random.
 launch() {
     case $1 in
+    */test_builds) timeout -k 5 900 "$1" ;;
+    */windows/*) WINEPREFIX=$PWD/build/windows/wine WINEDEBUG=-all timeout -k 5 900 /usr/lib/wine/wine64 "$1" ;;
+    */aarch64/*) LLM_TEST_EMULATED=1 timeout -k 5 900 qemu-aarch64-static "$1" ;;
     */tsan/*) setarch -R timeout -k 5 900 "$1" ;;
     *) timeout -k 5 900 "$1" ;;
     esac
 }
 
-for program; do
-    log=$program.log start=$(date +%s)
-    launch "$program" >"$log" 2>&1 </dev/null
+# Runs one program and leaves "passed failed skipped" in PROGRAM.count.
+run() {
+    log=$1.log start=$(date +%s)
+    launch "$1" >"$log" 2>&1 </dev/null
     code=$?
-    set -- $(count "$log" "$code")
-    passed=$((passed + $1)) failed=$((failed + $2)) skipped=$((skipped + $3))
-    printf '%-42s %4d passed  %d failed  %d skipped  %4d s\n' "$program" "$1" "$2" "$3" $(($(date +%s) - start))
-    if [ "$2" -gt 0 ]; then
+    count "$log" "$code" >"$1.count"
+    read -r passed failed skipped <"$1.count"
+    printf '%-42s %4d passed  %d failed  %d skipped  %4d s\n' "$1" "$passed" "$failed" "$skipped" $(($(date +%s) - start))
+    if [ "$failed" -gt 0 ]; then
         echo "  exit code $code; the end of $log:"
         grep -v '^ok ' "$log" | tail -n 40 | sed 's/^/    /'
     fi
-done
+}
 
-summary="$passed passed, $failed failed"
-[ "$skipped" -eq 0 ] || summary="$summary, $skipped skipped"
-echo "$summary"
-[ "$failed" -eq 0 ]
+if [ "$1" = --one ]; then
+    text=$(run "$2") # whole, so that two programs' lines do not mix
+    echo "$text"
+    exit
+fi
+
+for program; do echo "0 1 0" >"$program.count"; done
+printf '%s\n' "$@" | xargs -n 1 -P "$(nproc)" "$0" --one
+for program; do cat "$program.count"; done | awk '
+    { passed += $1; failed += $2; skipped += $3 }
+    END {
+        printf "%d passed, %d failed", passed, failed
+        if (skipped) printf ", %d skipped", skipped
+        print ""
+        exit failed > 0
+    }'

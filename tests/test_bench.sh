@@ -4,7 +4,7 @@
 bench=$(dirname "$0")/bench
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
 out=$(mktemp)
-trap 'rm -f "$out"' EXIT
+trap 'rm -f "$out" "$out.txt"' EXIT
 
 measure() { "$bench" -p 8 -n 2 -r 1 "$@" >"$out" 2>&1; }
 fields() {
@@ -19,6 +19,13 @@ check "an object for each" fields 12
 check "csv has a header and a line for each" eval 'measure -m "$model" -o csv && [ "$(wc -l <"$out")" -eq 2 ]'
 check "a table" eval 'measure -m "$model" -o md && [ "$(grep -c "^|" "$out")" -eq 3 ]'
 check "random weights of a published shape" measure --random smollm2-135m
+printf 'one two three one two three one' >"$out.txt"
+check "compares drafts" eval 'measure -m "$model" -n 8 --draft lookup,self:int4 "$out.txt" && [ "$(grep -c "^| " "$out")" -eq 4 ]'
+check "compares passes of some rows" eval 'measure --random smollm2-135m --rows 1,2,4 && [ "$(grep -c "^| bf16" "$out")" -eq 3 ]'
+check "refuses a draft without texts" refuses -m "$model" --draft lookup
+check "refuses texts without a draft" refuses -m "$model" "$out.txt"
+check "refuses a missing text" refuses -m "$model" --draft lookup "$out.absent"
+check "refuses an unknown type of itself" refuses -m "$model" --draft self:int5 "$out.txt"
 check "refuses an unknown shape" refuses --random gpt5
 check "refuses an unknown type" refuses -m "$model" --dtype int5
 check "refuses a bad list" refuses -m "$model" -d 0,,1

@@ -16,24 +16,37 @@ cat >"$tmp/late.c" <<'END'
 END
 for file in whole declarations static late; do cp "$tmp/$file.c" "$tmp/$file.cpp"; done
 
+# The same for another machine, if the script lies among its programs.
+case $0 in
+*/aarch64/*) machine=aarch64-linux-gnu- ;;
+*/windows/*) machine=x86_64-w64-mingw32- ;;
+*) machine= ;;
+esac
+
 in_every_language() { # NAME SOURCE FLAGS...
     name=$1 source=$2
     shift 2
-    check "$name, gcc C99" gcc -std=c99 -O2 $strict "$@" "$source.c"
-    check "$name, gcc C11" gcc -std=gnu11 -O1 $strict "$@" "$source.c"
-    check "$name, gcc C++17" g++ -std=c++17 -O1 $strict "$@" "$source.cpp"
+    check "$name, gcc C99" "${machine}gcc" -std=c99 -O2 $strict "$@" "$source.c"
+    check "$name, gcc C11" "${machine}gcc" -std=gnu11 -O1 $strict "$@" "$source.c"
+    check "$name, gcc C++17" "${machine}g++" -std=c++17 -O1 $strict "$@" "$source.cpp"
+    [ -z "$machine" ] || return 0
     check "$name, clang C99" clang -std=c99 -O1 $strict "$@" "$source.c"
     check "$name, clang C++17" clang++ -std=c++17 -O1 $strict "$@" "$source.cpp"
 }
 
 in_every_language "declarations" "$tmp/declarations"
 in_every_language "implementation" "$tmp/whole"
-check "implementation after other headers" gcc -std=c99 -O0 $strict "$tmp/late.c"
-check "LLM_STATIC" gcc -std=c99 -O0 $strict "$tmp/static.c"
+check "implementation after other headers" "${machine}gcc" -std=c99 -O0 $strict "$tmp/late.c"
+check "LLM_STATIC" "${machine}gcc" -std=c99 -O0 $strict "$tmp/static.c"
+check "LLM_CUDA" "${machine}gcc" -std=c99 -O0 $strict -DLLM_CUDA "$tmp/whole.c"
+check "LLM_NO_THREADS" "${machine}gcc" -std=c99 -O0 $strict -DLLM_NO_THREADS "$tmp/whole.c"
+check "implementation without optimisation" "${machine}gcc" -std=c99 -O0 $strict "$tmp/whole.c"
+if [ "$machine" ]; then
+    check "examples/hello.c" "${machine}gcc" -std=c99 -O0 $strict examples/hello.c
+    check "examples/embed.cpp" "${machine}g++" -std=c++17 -O0 $strict examples/embed.cpp
+    finish
+fi
 check "LLM_STATIC, clang" clang -std=c99 -O0 $strict "$tmp/static.c"
-check "LLM_CUDA" gcc -std=c99 -O0 $strict -DLLM_CUDA "$tmp/whole.c"
-check "LLM_NO_THREADS" gcc -std=c99 -O0 $strict -DLLM_NO_THREADS "$tmp/whole.c"
-check "implementation without optimisation" gcc -std=c99 -O0 $strict "$tmp/whole.c"
 
 for program in examples/*.c tokenizer/*.c; do
     check "$program, gcc" gcc -std=c99 -O0 $strict "$program"

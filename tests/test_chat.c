@@ -1,56 +1,18 @@
 /* Chat templates against what Jinja makes of them (tokenizer/chat.py), and what a message must not be able to do.
-   Variants: asan */
+   Variants: asan cross */
 #define LLM_IMPLEMENTATION
 #include "../llm.h"
 
 #include <jansson.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdlib.h>
 
-#include <cmocka.h>
-
-/* ---- A small SentencePiece vocabulary with any chat template ---- */
-
-typedef struct small_job {
-    const char *chat_template;
-    llm_tokenizer *tokenizer;
-} small_job;
-
-static void build_small(llm__env *env, void *arg) {
-    static const char *const texts[] = {"<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "\xE2\x96\x81", "a", "b"};
-    static const int32_t types[] = {LLM__TYPE_UNKNOWN, LLM__TYPE_CONTROL, LLM__TYPE_CONTROL, LLM__TYPE_CONTROL,
-                                    LLM__TYPE_CONTROL, LLM__TYPE_NORMAL, LLM__TYPE_NORMAL, LLM__TYPE_NORMAL};
-    static const float scores[8] = {0, 0, 0, 0, 0, -1, -2, -3};
-    small_job *job = (small_job *)arg;
-    llm__str pieces[8];
-    llm__vocab_source v;
-    memset(&v, 0, sizeof v);
-    for (int i = 0; i < 8; i++) {
-        pieces[i].at = texts[i];
-        pieces[i].n = strlen(texts[i]);
-    }
-    v.sentencepiece = true;
-    v.pieces_name = v.scores_name = v.types_name = v.merges_name = "test";
-    v.n_pieces = 8;
-    v.pieces = pieces;
-    v.scores = scores;
-    v.types = types;
-    v.unk = 0;
-    v.bos = 1;
-    v.eos = 2;
-    v.add_bos = v.strip_prefix = v.fuse_unk = true;
-    v.prefix = LLM__PREFIX_STRETCH;
-    v.chat_template.at = job->chat_template;
-    v.chat_template.n = job->chat_template ? strlen(job->chat_template) : 0;
-    job->tokenizer = llm__tokenizer_build(env, &v);
-}
+#include "tests/common.h"
+#include "small.h"
 
 static llm_tokenizer *small_tokenizer(const char *chat_template) {
     llm__pool pool;
     llm__env env;
     llm_error err;
-    small_job job = {chat_template, NULL};
+    small_job job = {chat_template, chat_template ? strlen(chat_template) : 0, NULL};
     memset(&pool, 0, sizeof pool);
     memset(&env, 0, sizeof env);
     env.pool = &pool;
@@ -61,13 +23,6 @@ static llm_tokenizer *small_tokenizer(const char *chat_template) {
 }
 
 /* ---- Golden conversations ---- */
-
-static const char *golden_path(const char *name) {
-    static char path[512];
-    const char *dir = getenv("LLM_TEST_DIR");
-    snprintf(path, sizeof path, "%s/golden/%s", dir ? dir : "tests", name);
-    return path;
-}
 
 static void check_case(const llm_tokenizer *tokenizer, const char *name, const json_t *item) {
     const json_t *list = json_object_get(item, "messages"), *expected = json_object_get(item, "text");
@@ -96,13 +51,9 @@ static void check_case(const llm_tokenizer *tokenizer, const char *name, const j
 
 static void test_golden(void **state) {
     (void)state;
-    FILE *file = fopen(golden_path("chat.jsonl"), "rb");
-    if (!file) fail_msg("%s cannot be read", golden_path("chat.jsonl"));
-    static char line[1 << 18];
+    FILE *file = open_lines(golden_path("chat.jsonl"));
     int n_cases = 0;
-    while (fgets(line, sizeof line, file)) {
-        json_t *entry = json_loads(line, 0, NULL);
-        assert_non_null(entry);
+    for (json_t *entry; (entry = next_line(file)) != NULL;) {
         const char *name = json_string_value(json_object_get(entry, "name"));
         const char *kind = json_string_value(json_object_get(entry, "kind"));
         llm_tokenizer *tokenizer = small_tokenizer(json_string_value(json_object_get(entry, "template")));
@@ -118,7 +69,6 @@ static void test_golden(void **state) {
         llm_tokenizer_free(tokenizer);
         json_decref(entry);
     }
-    fclose(file);
     assert_true(n_cases >= 200);
 }
 
@@ -225,14 +175,12 @@ static void test_forging(void **state) {
 
 static void test_default_model(void **state) {
     (void)state;
-    const char *path = getenv("LLM_MODEL");
     llm_tokenizer *tokenizer;
     llm_error err;
     llm_message message = {"user", "Hi"};
     char text[512];
     size_t n_bytes;
-    if (!path) path = "models/SmolLM2-135M-Instruct.Q4_1.gguf";
-    if (llm_tokenizer_load(&tokenizer, path, NULL, &err)) fail_msg("%s (run `make model` for the default model)", err.message);
+    if (llm_tokenizer_load(&tokenizer, model_path(), NULL, &err)) fail_msg("%s (run `make model` for the default model)", err.message);
     assert_int_equal(llm_chat_render(tokenizer, &message, 1, true, text, sizeof text, &n_bytes, &err), LLM_OK);
     assert_string_equal(text, "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
                               "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");

@@ -1,11 +1,8 @@
 /* Sequences in a context: what is refused before any work, forks and cuts, saving, cancelling, and the cache's accounts.
    Variants: asan tsan */
-#define LLM_IMPLEMENTATION
+#include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"
-
-#include <setjmp.h>
-#include <cmocka.h>
 
 static const tiny_spec SPEC = {2, 40, 56, 4, 2, 12, 512, 9, 0, 0, 11};
 enum { N_VOCAB = 265 };

@@ -1,11 +1,8 @@
 /* llm_generate: what it takes, what it shows, when it stops, what it leaves behind.
-   Variants: asan tsan */
-#define LLM_IMPLEMENTATION
+   Variants: asan tsan cross */
+#include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"
-
-#include <setjmp.h>
-#include <cmocka.h>
 
 static const tiny_spec SPEC = {2, 40, 56, 4, 2, 12, 256, 9, 1, 0, 21};
 enum { N_VOCAB = 265, END = 263, START = 264, ROOM = 8192 };
@@ -53,8 +50,7 @@ typedef struct answer {
 
 static bool on_text(void *user, const char *text, size_t n_bytes) {
     answer *a = (answer *)user;
-    const uint8_t *p = (const uint8_t *)text;
-    a->whole = a->whole && n_bytes && strlen(text) <= n_bytes && !text[n_bytes] && llm__utf8_check(p, p + n_bytes) == p + n_bytes;
+    a->whole = a->whole && n_bytes && strlen(text) <= n_bytes && !text[n_bytes] && is_utf8(text, n_bytes);
     if (a->n_bytes + n_bytes < ROOM) memcpy(a->text + a->n_bytes, text, n_bytes);
     a->n_bytes += n_bytes;
     return ++a->n_pieces != a->last_piece;

@@ -1,49 +1,16 @@
 /* Models as published: Hugging Face directories and GGUF files of every architecture and type against what transformers
    and the gguf package say (golden/hf.py), other ways to load them, and bad files.
-   Variants: asan */
+   Variants: asan cross */
 #define LLM__FILE_START 5000 /* so that a small file is read in parts */
+#include "tests/check.h"
 #define LLM_IMPLEMENTATION
-#include "../llm.h"
-
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdlib.h>
-
-#include <cmocka.h>
+#include "llm.h"
+#include "tests/common.h"
 
 static const char *golden(const char *name) {
-    static char paths[4][512];
-    static int next;
-    const char *dir = getenv("LLM_TEST_DIR");
-    char *path = paths[next++ % 4];
-    snprintf(path, sizeof paths[0], "%s/golden/hf/%s", dir ? dir : "tests", name);
-    return path;
-}
-
-typedef struct bytes {
-    uint8_t *at;
-    size_t n;
-} bytes;
-
-static bytes read_file(const char *path) {
-    bytes b = {NULL, 0};
-    FILE *file = fopen(path, "rb");
-    if (!file) fail_msg("%s cannot be read", path);
-    fseek(file, 0, SEEK_END);
-    b.n = (size_t)ftell(file);
-    rewind(file);
-    b.at = (uint8_t *)malloc(b.n + 1);
-    assert_int_equal(fread(b.at, 1, b.n, file), b.n);
-    b.at[b.n] = 0;
-    fclose(file);
-    return b;
-}
-
-static void write_file(const char *path, const void *data, size_t n) {
-    FILE *file = fopen(path, "wb");
-    if (!file) fail_msg("%s cannot be written", path);
-    assert_int_equal(fwrite(data, 1, n, file), n);
-    fclose(file);
+    char inner[200];
+    snprintf(inner, sizeof inner, "hf/%s", name);
+    return golden_path(inner);
 }
 
 /* ---- Blocks ---- */
@@ -276,38 +243,44 @@ static void functions_that_fail_are_reported(void **state) {
 
 /* ---- Memory that runs out ---- */
 
-typedef struct heap {
-    int n_blocks, n_calls, fail_at;
-} heap;
+typedef struct load_job {
+    heap h;
+    const char *path;
+} load_job;
 
-static void *heap_resize(void *user, void *ptr, size_t size) {
-    heap *h = (heap *)user;
-    if (size && ++h->n_calls == h->fail_at) return NULL;
-    h->n_blocks += (size != 0) - (ptr != NULL);
-    if (size) return realloc(ptr, size);
-    free(ptr);
-    return NULL;
+static llm_status load_starved(void *arg, llm_error *err) {
+    load_job *job = (load_job *)arg;
+    llm_model *model;
+    llm_model_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.n_threads = 1;
+    desc.host = heap_host(&job->h);
+    llm_status status = llm_model_load(&model, job->path, &desc, err);
+    assert_int_equal(status == LLM_OK, model != NULL);
+    llm_model_free(model);
+    return status;
 }
 
 static void every_allocation_may_fail(void **state) {
     static const char *const names[] = {"qwen3", "sharded", "sharded-00001-of-00003.gguf", "int8"};
     (void)state;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        llm_status status = LLM_ERROR_MEMORY;
-        for (int fail_at = 1; status; fail_at++) {
-            heap h = {0, 0, fail_at};
-            llm_model *model;
-            llm_error err;
-            llm_model_desc desc;
-            memset(&desc, 0, sizeof desc);
-            desc.n_threads = 1;
-            desc.host.resize = heap_resize;
-            desc.host.user = &h;
-            status = llm_model_load(&model, golden(names[i]), &desc, &err);
-            if (status && status != LLM_ERROR_MEMORY) fail_msg("%s", err.message);
-            llm_model_free(model);
-            assert_int_equal(h.n_blocks, 0);
-        }
+        load_job job;
+        memset(&job, 0, sizeof job);
+        job.path = golden(names[i]);
+        starve(&job.h, load_starved, &job, 1, names[i]);
+    }
+}
+
+static void a_hundred_loads_leave_nothing(void **state) {
+    load_job job;
+    llm_error err;
+    (void)state;
+    memset(&job, 0, sizeof job);
+    job.path = golden("sharded");
+    for (int i = 0; i < 100; i++) {
+        if (load_starved(&job, &err)) fail_msg("%s", err.message);
+        assert_all_returned(&job.h);
     }
 }
 
@@ -315,13 +288,7 @@ static void every_allocation_may_fail(void **state) {
 
 static const char *folder; /* a directory of this run's own */
 
-static const char *in_folder(const char *name) {
-    static char paths[4][512];
-    static int next;
-    char *path = paths[next++ % 4];
-    snprintf(path, sizeof paths[0], "%s/%s", folder, name);
-    return path;
-}
+static const char *in_folder(const char *name) { return joined(folder, name); }
 
 static int make_folder(void **state) {
     static char path[] = "/tmp/llm-test-hf-XXXXXX";
@@ -363,6 +330,9 @@ static char *replaced(const char *text, const char *old, const char *new_text) {
     return copy;
 }
 
+#define EIGHT(x) x x x x x x x x
+#define DEEP EIGHT(EIGHT("["))
+
 static void bad_configs_are_refused(void **state) {
     static const struct {
         const char *model, *old, *new_text, *words;
@@ -382,6 +352,9 @@ static void bad_configs_are_refused(void **state) {
         {"gqa", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", "tensor model.layers.1."},
         {"llama", "\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "2 query heads cannot share 3 key heads"},
         {"llama", "\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": -1", "rms_norm_eps is -1, not from"},
+        {"llama", "\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": 1e999", "rms_norm_eps is inf, not from"},
+        {"llama", "\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": NaN", "a value is expected"},
+        {"llama", "\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": " DEEP, "deeper than 64 levels"},
         {"llama", "\"rope_theta\": 10000.0", "\"rope_theta\": 0", "rope_parameters.rope_theta is 0, not from"},
         {"llama", "\"rope_type\": \"default\"", "\"rope_type\": \"dynamic\"", "rope_parameters is of type \"dynamic\""},
         {"llama", "\"rope_type\": \"default\"", "\"rope_type\": \"longrope\"",
@@ -439,6 +412,34 @@ static void bad_configs_are_refused(void **state) {
     }
 }
 
+/* Every number of a config.json at the ends of what integers hold: its key and the number are named. */
+static void extreme_configs_are_refused(void **state) {
+    static const char *const keys[] = {"vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+                                       "num_key_value_heads", "max_position_embeddings", "head_dim", "rms_norm_eps", "rope_theta"};
+    static const struct {
+        const char *text, *shown;
+    } values[] = {{"0", "0"}, {"2147483648", "2.14748e+09"}, {"4294967295", "4.29497e+09"}, {"9223372036854775808", "9.22337e+18"},
+                  {"18446744073709551615", "1.84467e+19"}, {"-1", "-1"}, {"0e999", "0"}};
+    bytes config = read_file(golden("llama/config.json")), tensors = read_file(golden("llama/model.safetensors"));
+    (void)state;
+    write_file(in_folder("model.safetensors"), tensors.at, tensors.n);
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        for (size_t j = 0; j < sizeof values / sizeof *values; j++) {
+            char member[100], words[100];
+            bool taken = !strcmp(keys[i], "rope_theta") && strchr(values[j].shown, '+'); /* up to 1e15, and others later */
+            if (taken) continue;
+            snprintf(member, sizeof member, "\"%s\": %s, \"_", keys[i], values[j].text);
+            snprintf(words, sizeof words, "%s is %s, not ", keys[i], values[j].shown);
+            char *plain = replaced((const char *)config.at, keys[i], "_other"), *text = replaced(plain, "\"", member);
+            write_file(in_folder("config.json"), text, strlen(text));
+            expect_failure(folder, words, "config.json");
+            free(text);
+            free(plain);
+        }
+    free(config.at);
+    free(tensors.at);
+}
+
 static void write_safetensors(const char *path, const char *header, size_t said, size_t n_data) {
     size_t n = strlen(header);
     uint8_t *file = (uint8_t *)calloc(8 + n + n_data, 1);
@@ -486,6 +487,18 @@ static void bad_safetensors_are_refused(void **state) {
         write_safetensors(in_folder("model.safetensors"), table[i].header, strlen(table[i].header), 64);
         expect_failure(folder, table[i].words, folder);
     }
+    static const char *const numbers[] = {"0", "1", "2147483648", "4294967295", "9223372036854775808", "18446744073709551615"};
+    for (int place = 0; place < 4; place++) /* two of the shape, two of the data_offsets */
+        for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+            char header[200];
+            const char *n[4] = {"2", "3", "8", "32"};
+            n[place] = numbers[i];
+            snprintf(header, sizeof header, "{\"a\": {\"dtype\": \"F32\", \"shape\": [%s, %s], \"data_offsets\": [%s, %s]}}", n[0], n[1],
+                     n[2], n[3]);
+            write_safetensors(in_folder("model.safetensors"), header, strlen(header), 64);
+            expect_failure(folder, "tensor a", "model.safetensors");
+            expect_failure(folder, numbers[i], "model.safetensors");
+        }
     static const uint64_t lengths[] = {67, 1u << 31, 0xFFFFFFFFu, (uint64_t)1 << 63, UINT64_MAX};
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
         write_safetensors(in_folder("model.safetensors"), "{}", (size_t)lengths[i], 64);
@@ -532,6 +545,7 @@ static void bad_indexes_are_refused(void **state) {
         {"{\"weight_map\": {\"a\": \"\"}}", "which is not the name of a file"},
         {"{\"weight_map\": {\"a\": \"absent.safetensors\"}}", "absent.safetensors: the file cannot be read"},
         {"{\"weight_map\": {\"a\": \"a.safetensors\"}}", "tensor lm_head.weight"},
+        {"{\"weight_map\": {\"a\": \"model.safetensors.index.json\"}}", "the header is said to be"}, /* itself */
     };
     bytes config = read_file(golden("llama/config.json"));
     (void)state;
@@ -623,7 +637,7 @@ static void what_gguf_asks_for_is_refused_by_name(void **state) {
         {"llama.final_logit_softcapping", 30, NULL, "llama.final_logit_softcapping is set"},
         {"llama.logit_scale", 2, NULL, "llama.logit_scale is set"},
         {"llama.attention.sliding_window_pattern", 4, NULL, "sliding_window_pattern is set"},
-        {"llama.attention.value_length", 8, NULL, "values and keys have different lengths"},
+        {"llama.attention.value_length", 8, NULL, "attention.value_length is 8 and attention.key_length 16"},
         {"llama.attention.sliding_window", -1, NULL, "llama.attention.sliding_window is -1"},
         {"llama.attention.sliding_window", NAN, NULL, "llama.attention.sliding_window is nan"},
         {"llama.rope.scaling.yarn_ext_factor", 0, NULL, "yarn_ext_factor is set"},
@@ -698,7 +712,9 @@ int main(void) {
         cmocka_unit_test(memory_and_functions_serve_too),
         cmocka_unit_test(functions_that_fail_are_reported),
         cmocka_unit_test(every_allocation_may_fail),
+        cmocka_unit_test(a_hundred_loads_leave_nothing),
         cmocka_unit_test(bad_configs_are_refused),
+        cmocka_unit_test(extreme_configs_are_refused),
         cmocka_unit_test(bad_safetensors_are_refused),
         cmocka_unit_test(truncated_files_are_refused),
         cmocka_unit_test(bad_indexes_are_refused),

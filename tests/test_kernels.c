@@ -1,6 +1,6 @@
 /* Every kernel of every instruction set against the scalar one, which is the definition: the same bits, on random shapes
    that are multiples of nothing.
-   Variants: asan */
+   Variants: asan cross */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 #include "tests/tiny.h"
@@ -34,15 +34,16 @@ static void check_same(const char *what, const void *a, const void *b, size_t n)
 }
 
 static float x[ROOM], w[ROOM], a[ROOM], b[ROOM], sums[ROOM];
-static uint8_t tile[ROOM * 4];
+static uint8_t tile[ROOM * 8];
 
 /* A tile of random weights: whole numbers with scales, or floats. */
 static void random_tile(llm__kind kind, int k) {
     llm__matrix m = {kind, 16, k, llm__tile_bytes(kind, k), tile};
     for (size_t i = 0; i < m.tile_bytes; i++) tile[i] = (uint8_t)random_int(256);
-    for (size_t i = 0; i < (size_t)k * 16 && kind <= LLM__W_BF16; i++) llm__tile_set(kind, tile, i, random_float());
+    bool floats = kind == LLM__W_F32 || kind == LLM__W_F16 || kind == LLM__W_BF16;
+    for (size_t i = 0; i < (size_t)k * 16 && floats; i++) llm__tile_set(kind, tile, i, random_float());
     if (kind == LLM__W_INT8) random_floats((float *)(void *)(tile + k * 16), 16);
-    for (int g = 0; g < k / 32 && kind >= LLM__W_INT8_GROUPS; g++)
+    for (int g = 0; g < k / 32 && llm__has_groups(kind); g++)
         for (int i = 0; i < 32; i++) {
             uint16_t half = llm__f32_to_f16(random_float() * 0.01f);
             memcpy(tile + (size_t)(g + 1) * llm__tile_bytes(kind, 32) - 64 + 2 * i, &half, 2);
@@ -84,6 +85,9 @@ static void check_rows(const llm__kernels *k) {
     scalar->add(a, w, n);
     k->add(b, w, n);
     check_same("add", a, b, sizeof a);
+    scalar->weigh(a, w, n / 16 * 16);
+    k->weigh(b, w, n / 16 * 16);
+    check_same("weigh", a, b, sizeof a);
     max[0] = max[1] = random_float();
     sum[0] = sum[1] = 1 + (float)random_int(100);
     scalar->merge(&max[0], &sum[0], a, factor, 3, w, n);
@@ -104,11 +108,63 @@ static void check_rows(const llm__kernels *k) {
     check_same("rope", a, b, sizeof a);
 }
 
+/* A panel of the matrix unit against the scalar products of its tiles, up to a hundred rows. */
+static void check_panel(const llm__kernels *k, llm__kind kind) {
+    enum { MOST_ROWS = 112, MOST_TILES = 5, MOST_K = 1216 };
+    static float px[MOST_ROWS * MOST_K], psums[MOST_ROWS * MOST_K / 32], sum[MOST_ROWS * MOST_TILES * 16], expected[MOST_ROWS * 16];
+    static uint8_t tiles[MOST_TILES * MOST_K * 64], packed[MOST_ROWS * MOST_K * 2], unpacked[2 * LLM__TILE_BLOCKS * 1024];
+    int rows = 1 + (int)random_int(100), n_tiles = 1 + (int)random_int(MOST_TILES), n = 32 * (1 + (int)random_int(random_int(8) ? 6 : MOST_K / 32));
+    size_t bytes = llm__tile_bytes(kind, n);
+    for (int i = 0; i < rows * n; i++) px[i] = llm__bf16_to_f32(llm__f32_to_bf16(random_float()));
+    for (int i = 0; i < rows; i++) k->group_sums(px + i * n, n, psums + i * (n / 32));
+    for (int i = 0; i < n_tiles; i++) {
+        random_tile(kind, n);
+        memcpy(tiles + (size_t)i * bytes, tile, bytes);
+    }
+    k->pack_rows(px, (size_t)n, rows, n, packed);
+    llm__panel panel = {packed, psums, rows, n, tiles, random_int(2) ? tiles : NULL, bytes, n_tiles, sum, unpacked};
+    k->panel(kind, &panel);
+    for (int i = 0; i < n_tiles; i++) {
+        memset(expected, 0, sizeof expected);
+        scalar->product[kind](px, (size_t)n, psums, rows, tiles + (size_t)i * bytes, n, expected, 16);
+        for (int r = 0; r < rows; r++) check_same("panel", sum + (r * n_tiles + i) * 16, expected + r * 16, 64);
+    }
+}
+
+/* One pair of tiles whose blocks lie apart, as those of a cache do. */
+static void check_tile_product(const llm__kernels *k) {
+    static uint8_t packed[112 * 256 * 2];
+    const uint8_t *blocks[8];
+    int rows = 1 + (int)random_int(20), n = 32 * (1 + (int)random_int(8)), cols = 1 + (int)random_int(2), stride = cols * 16 + (int)random_int(9);
+    size_t next = (size_t)n * 32;
+    random_floats(x, rows * n);
+    for (int i = 0; i < rows * n; i++) x[i] = llm__bf16_to_f32(llm__f32_to_bf16(x[i]));
+    for (int i = 0; i < 2 * n * 16; i++) llm__tile_set(LLM__W_BF16, tile, (size_t)i, random_float());
+    for (int i = 0; i < n / 32; i++) blocks[i] = tile + i * 1024;
+    random_floats(a, 32 * stride);
+    memcpy(b, a, sizeof a);
+    k->pack_rows(x, (size_t)n, rows, n, packed);
+    bool add = random_int(2);
+    llm__tile_product p = {packed, (rows + 15) / 16, n / 32, blocks, next, n / 32, cols, a, (size_t)stride, add, NULL, 0, 0};
+    k->tile_product(&p);
+    for (int i = 0; i < rows * stride && !add; i++)
+        if (i % stride < cols * 16) b[i] = 0;
+    for (int i = 0; i < cols; i++) scalar->product[LLM__W_BF16](x, (size_t)n, NULL, rows, tile + (size_t)i * next, n, b + 16 * i, (size_t)stride);
+    check_same("tile_product", a, b, (size_t)(rows * stride) * 4);
+}
+
 static void check_set(const char *isa) {
     const llm__kernels *k = llm__choose_kernels(isa);
     scalar = llm__choose_kernels("scalar");
     if (!k) skip();
     uint64_t mode = llm__float_mode_enter();
+    if (k->panel) k->tiles_enter();
+    for (int i = 0; i < ROUNDS && k->panel; i++) {
+        check_tile_product(k);
+        if (i % 8 == 0) /* the larger they are, the fewer */
+            for (int kind = LLM__W_BF16; kind <= LLM__W_INT4_GROUPS; kind++) check_panel(k, (llm__kind)kind);
+    }
+    if (k->panel) k->tiles_leave();
     for (int i = 0; i < ROUNDS; i++) {
         for (int kind = 0; kind < LLM__W_KINDS; kind++) check_product(k, (llm__kind)kind);
         check_rows(k);
@@ -116,8 +172,13 @@ static void check_set(const char *isa) {
     llm__float_mode_leave(mode);
 }
 
+#if defined(__aarch64__)
+static void test_neon(void **state) { (void)state; check_set("neon"); }
+#else
 static void test_avx2(void **state) { (void)state; check_set("avx2"); }
 static void test_avx512(void **state) { (void)state; check_set("avx512"); }
+static void test_amx(void **state) { (void)state; check_set("amx"); }
+#endif
 
 /* The scalar exp against libm's in double. */
 static void test_exp(void **state) {
@@ -153,7 +214,7 @@ static void test_functions(void **state) {
 static void test_packing(void **state) {
     static const struct { uint32_t type; llm_dtype dtype; double steps; } cases[] = {
         {0, LLM_DTYPE_INT8, 0.5001 / 127}, {0, LLM_DTYPE_INT4, 0.55 / 15 * 2}, {2, LLM_DTYPE_INT4, 0}, {3, LLM_DTYPE_INT4, 0},
-        {8, LLM_DTYPE_INT4, 0}, {0, LLM_DTYPE_F32, 0}, {0, LLM_DTYPE_BF16, 1.0 / 256}};
+        {8, LLM_DTYPE_INT4, 0}, {0, LLM_DTYPE_F32, 0}, {0, LLM_DTYPE_BF16, 1.0 / 256}, {0, LLM_DTYPE_F16, 1.0 / 2048}, {1, LLM_DTYPE_F16, 0}};
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         tiny_spec spec = {1, 96, 64, 3, 1, 32, 64, 43, 0, cases[i].type, 5};
@@ -191,7 +252,12 @@ static void test_f16(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512), cmocka_unit_test(test_exp),
-                                       cmocka_unit_test(test_functions), cmocka_unit_test(test_packing), cmocka_unit_test(test_f16)};
+    const struct CMUnitTest tests[] = {
+#if defined(__aarch64__)
+        cmocka_unit_test(test_neon),
+#else
+        cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512), cmocka_unit_test(test_amx),
+#endif
+        cmocka_unit_test(test_exp), cmocka_unit_test(test_functions), cmocka_unit_test(test_packing), cmocka_unit_test(test_f16)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

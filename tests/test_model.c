@@ -1,14 +1,18 @@
 /* The default model against independent references: logits of a float64 forward pass, greedy text of llama.cpp, and the
    perplexity of bf16 beside f32. tests/golden/README.md tells where the data come from. */
-#define LLM_IMPLEMENTATION
+#include "tests/check.h"
 #include "llm.h"
-
-#include <setjmp.h>
-#include <cmocka.h>
 
 static const char *model_path(void) {
     const char *path = getenv("LLM_MODEL");
     return path ? path : "models/SmolLM2-135M-Instruct.Q4_1.gguf";
+}
+
+static int argmax(const float *logits, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (logits[i] > logits[best]) best = i;
+    return best;
 }
 
 static llm_context *open_model(llm_dtype dtype, int n_ctx, int n_seq, int n_logits) {
@@ -82,7 +86,7 @@ static double worst_logit_error(llm_context *ctx, const char *data, int *n_argma
             double error = fabs(ours[word(data, at + 2 + n_probe + j)] - number(data, at + 2 + n_probe + n_top + j)) / peak;
             if (!(error <= worst)) worst = error;
         }
-        *n_argmax += llm__argmax(ours, (int)n_vocab) == (int)word(data, at + 1);
+        *n_argmax += argmax(ours, (int)n_vocab) == (int)word(data, at + 1);
     }
     return worst;
 }
@@ -172,7 +176,7 @@ static void test_greedy(void **state) {
         for (int i = 0; i < PROMPTS; i++) {
             text *t = &texts[i];
             if (t->over) continue;
-            llm_token got = llm__argmax(llm_logits(ctx, last[i]), llm_tokenizer_n_vocab(llm_model_tokenizer(llm_context_model(ctx))));
+            llm_token got = argmax(llm_logits(ctx, last[i]), llm_tokenizer_n_vocab(llm_model_tokenizer(llm_context_model(ctx))));
             if (got != t->new_tokens[t->n_done]) {
                 print_message("prompt %d, token %d: %d instead of %d, whose lead was %g\n", i, t->n_done, got,
                               t->new_tokens[t->n_done], t->gaps[t->n_done]);
@@ -212,7 +216,7 @@ static double perplexity(llm_dtype dtype, const char *data, size_t size) {
         if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
         for (int i = WINDOW / 2; i < WINDOW - 1; i++, n_scored++) {
             const float *row = llm_logits(ctx, i);
-            double total = 0, most = row[llm__argmax(row, n_vocab)];
+            double total = 0, most = row[argmax(row, n_vocab)];
             for (int j = 0; j < n_vocab; j++) total += exp(row[j] - most);
             sum += log(total) - (row[ids[first + i + 1]] - most);
         }

@@ -30,7 +30,7 @@ differ() { ! cmp -s "$1" "$2"; }
 
 bare --help
 check "--help succeeds" code_is 0
-for option in model prompt system raw tokens ids temp top-k top-p min-p seed threads dtype ctx; do
+for option in model prompt system raw tokens ids temp top-k top-p min-p seed threads dtype ctx draft draft-max; do
     check "--help tells of --$option" out_has "--$option"
 done
 
@@ -40,7 +40,7 @@ check "no model is explained on standard error" err_has "-m"
 check "no model gives no text" no_text
 
 for wrong in "-n 0" "-n ten" "-t 0" "--temp hot" "--temp -1" "--temp nan" "--top-k -1" "--top-p 1.5" "--min-p x" \
-    "--seed -1" "--seed 99999999999999999999" "--dtype q4" "--ctx 0" "--nonsense" "stray" "--raw --system S"; do
+    "--seed -1" "--seed 99999999999999999999" "--dtype q4" "--ctx 0" "--draft self:f32" "--draft-max 3" "--draft lookup --draft-max 16" "--nonsense" "stray" "--raw --system S"; do
     run -p hello $wrong
     check "$wrong is a wrong use" code_is 2
 done
@@ -49,6 +49,9 @@ bare -m "$tmp/absent.gguf" -p hello
 check "a missing file is an error" code_is 1
 check "a missing file is one line on standard error" both err_lines_are 1 err_has absent.gguf
 check "a missing file gives no text" no_text
+
+LLM_ISA=abacus bare -m "$model" -p hello
+check "LLM_ISA is obeyed" both code_is 1 err_has abacus
 
 bare -m "$0" -p hello
 check "a file that is no model is an error" code_is 1
@@ -94,6 +97,20 @@ run -p "Tell me a story." -n 12 --temp 1 --top-k 1
 cp "$out" "$tmp/top"
 run -p "Tell me a story." -n 12
 check "--top-k 1 is greedy" same "$tmp/top" "$out"
+
+# ---- Drafts
+
+run --raw -p "one two three one two three one two" -n 24 --ids
+cp "$out" "$tmp/plain"
+for draft in lookup self:int8 self:int4 "self:int4 --draft-max 1" "$model"; do
+    run --raw -p "one two three one two three one two" -n 24 --ids --draft $draft
+    check "--draft $draft says the same" same "$tmp/plain" "$out"
+    check "--draft $draft shows its figures" err_has "guesses right"
+done
+run -p "Tell me a story." -n 16 --temp 1 --seed 7 --draft self:int4
+check "a seed gives the same text with a draft" same "$tmp/seven" "$out"
+run -p hello --draft "$tmp/absent.gguf"
+check "a missing draft is an error" both code_is 1 err_has absent.gguf
 
 # ---- A small context
 

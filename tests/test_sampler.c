@@ -1,11 +1,8 @@
 /* The sampler against a plain reference in double: which tokens may be drawn, and how often they are.
    Variants: asan */
-#define LLM_IMPLEMENTATION
+#include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"
-
-#include <setjmp.h>
-#include <cmocka.h>
 
 static const tiny_spec SPEC = {1, 32, 32, 2, 2, 16, 64, 5, 0, 0, 1};
 enum { N = 261 }; /* of SPEC's vocabulary */

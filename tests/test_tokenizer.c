@@ -1,32 +1,16 @@
 /* Tokenizers: the default model's against Hugging Face's (tokenizer/golden.py), Unicode tables against Python's, small
    vocabularies by hand, streaming, hostile files, failing allocations, threads.
-   Variants: asan tsan */
+   Variants: asan tsan cross */
+#include "tests/check.h"
 #define LLM_IMPLEMENTATION
-#include "../llm.h"
+#include "llm.h"
 
 #include <jansson.h>
 #include <pthread.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdlib.h>
 
-#include <cmocka.h>
+#include "tests/common.h"
 
 enum { MAX_IDS = 200000 };
-
-static const char *model_path(void) {
-    const char *path = getenv("LLM_MODEL");
-    return path ? path : "models/SmolLM2-135M-Instruct.Q4_1.gguf";
-}
-
-static FILE *open_golden(const char *name) {
-    const char *dir = getenv("LLM_TEST_DIR");
-    char path[512];
-    snprintf(path, sizeof path, "%s/golden/%s", dir ? dir : "tests", name);
-    FILE *file = fopen(path, "rb");
-    if (!file) fail_msg("%s cannot be read", path);
-    return file;
-}
 
 static llm_tokenizer *load_model_tokenizer(const llm_host *host) {
     llm_tokenizer *tokenizer;
@@ -280,9 +264,7 @@ static void unicode_body(llm__env *env, void *arg) {
 
 static void test_unicode(void **state) {
     (void)state;
-    FILE *file = open_golden("unicode.json");
-    json_t *golden = json_loadf(file, 0, NULL);
-    fclose(file);
+    json_t *golden = json_load_file(golden_path("unicode.json"), 0, NULL);
     assert_non_null(golden);
     unicode_job job = {golden, NULL, NULL};
     llm__pool pool;
@@ -367,14 +349,11 @@ static void compare_long(golden_run *run, const json_t *entry) {
 
 static void test_golden(void **state) {
     (void)state;
-    static char line[1 << 16];
     llm_tokenizer *tokenizer = load_model_tokenizer(NULL);
     golden_run run = {tokenizer, (llm_token *)malloc(MAX_IDS * sizeof(llm_token)), (char *)malloc(MAX_IDS),
                       (char *)malloc(MAX_IDS), 0, 0};
-    FILE *file = open_golden("tokens-smollm2.jsonl");
-    while (fgets(line, sizeof line, file)) {
-        json_t *entry = json_loads(line, JSON_ALLOW_NUL, NULL);
-        assert_non_null(entry);
+    FILE *file = open_lines(golden_path("tokens-smollm2.jsonl"));
+    for (json_t *entry; (entry = next_line(file)) != NULL;) {
         if (json_is_object(entry)) {
             compare_long(&run, entry);
         } else {
@@ -386,7 +365,6 @@ static void test_golden(void **state) {
         run.n_texts++;
         json_decref(entry);
     }
-    fclose(file);
     free(run.ids);
     free(run.text);
     free(run.streamed);
@@ -523,10 +501,22 @@ static void check_refused(vocabulary v, llm_status code, const char *words) {
     if (!strstr(err.message, words)) fail_msg("\"%s\" does not say \"%s\"", err.message, words);
 }
 
+/* The last piece, or the second half of the merge, in place of what is there. */
+static void refuse_piece(vocabulary v, const char *piece, llm_status code, const char *words) {
+    const char *pieces[] = {"a", "b", "ab", piece};
+    v.pieces = pieces;
+    check_refused(v, code, words);
+}
+
+static void refuse_merge(vocabulary v, const char *second, const char *words) {
+    const char *merges[] = {"a", second};
+    v.merges = merges;
+    check_refused(v, LLM_ERROR_FORMAT, words);
+}
+
 static void test_hostile(void **state) {
     (void)state;
     static const char *const pieces[] = {"a", "b", "ab", "c"}, *const merges[] = {"a", "b"};
-    const char *bad[] = {"a", "b", "ab", "c"}, *bad_merges[] = {"a", "c"};
     int32_t types[] = {1, 1, 1, 1};
     float scores[] = {0, 0, 0, 0};
     vocabulary v, w;
@@ -545,23 +535,13 @@ static void test_hostile(void **state) {
     w = v;
     w.n = 0;
     check_refused(w, LLM_ERROR_FORMAT, "pieces has 0 entries");
-    w = v;
-    w.pieces = bad;
-    bad[3] = "";
-    check_refused(w, LLM_ERROR_FORMAT, "pieces[3] is empty");
-    bad[3] = "a\xFF";
-    check_refused(w, LLM_ERROR_FORMAT, "pieces[3] is not UTF-8: byte 1 is 0xFF");
-    bad[3] = "a";
-    check_refused(w, LLM_ERROR_FORMAT, "pieces[0] and [3] are the same piece: \"a\"");
-    w = v;
-    w.merges = bad_merges;
-    check_refused(w, LLM_ERROR_FORMAT, "merges[0] makes \"ac\", which is not in pieces");
-    bad_merges[1] = "x";
-    check_refused(w, LLM_ERROR_FORMAT, "merges[0] needs \"x\", which is not in pieces");
-    bad_merges[1] = "";
-    check_refused(w, LLM_ERROR_FORMAT, "merges[0] is empty");
-    bad_merges[1] = " ";
-    check_refused(w, LLM_ERROR_FORMAT, "merges[0]: \" \" is not made of byte characters");
+    refuse_piece(v, "", LLM_ERROR_FORMAT, "pieces[3] is empty");
+    refuse_piece(v, "a\xFF", LLM_ERROR_FORMAT, "pieces[3] is not UTF-8: byte 1 is 0xFF");
+    refuse_piece(v, "a", LLM_ERROR_FORMAT, "pieces[0] and [3] are the same piece: \"a\"");
+    refuse_merge(v, "c", "merges[0] makes \"ac\", which is not in pieces");
+    refuse_merge(v, "x", "merges[0] needs \"x\", which is not in pieces");
+    refuse_merge(v, "", "merges[0] is empty");
+    refuse_merge(v, " ", "merges[0]: \" \" is not made of byte characters");
     w = v;
     types[2] = 9;
     check_refused(w, LLM_ERROR_FORMAT, "types[2] is 9");
@@ -575,36 +555,34 @@ static void test_hostile(void **state) {
     static char long_piece[70001];
     memset(long_piece, 'x', 70000);
     scores[1] = 0;
-    w.pieces = bad;
-    bad[3] = long_piece;
-    check_refused(w, LLM_ERROR_UNSUPPORTED, "pieces[3] has 70000 bytes; 65535 are the most");
+    refuse_piece(w, long_piece, LLM_ERROR_UNSUPPORTED, "pieces[3] has 70000 bytes; 65535 are the most");
     long_piece[600] = 0;
-    check_refused(w, LLM_ERROR_UNSUPPORTED, "pieces[3] has 600 bytes; 512 are the most");
+    refuse_piece(w, long_piece, LLM_ERROR_UNSUPPORTED, "pieces[3] has 600 bytes; 512 are the most");
 }
 
 /* ---- Hostile GGUF metadata: the smallest file that loads, with one value changed ---- */
 
-typedef struct bytes {
+typedef struct header {
     uint8_t data[4096];
     size_t n;
-} bytes;
+} header;
 
-static void put(bytes *b, const void *data, size_t n) {
+static void put(header *b, const void *data, size_t n) {
     assert_in_range(b->n + n, 0, sizeof b->data);
     memcpy(b->data + b->n, data, n);
     b->n += n;
 }
 
-static void put_u32(bytes *b, uint32_t v) { put(b, &v, 4); }
-static void put_u64(bytes *b, uint64_t v) { put(b, &v, 8); }
+static void put_u32(header *b, uint32_t v) { put(b, &v, 4); }
+static void put_u64(header *b, uint64_t v) { put(b, &v, 8); }
 
-static void put_string(bytes *b, const char *text) {
+static void put_string(header *b, const char *text) {
     put_u64(b, strlen(text));
     put(b, text, strlen(text));
 }
 
 /* "key=text", "key#number", "key~number as float" or "key:a,b,c" (strings), "key;1,2,3" (int32). */
-static void put_value(bytes *b, const char *line) {
+static void put_value(header *b, const char *line) {
     size_t n = strcspn(line, "=#~:;");
     char key[64], list[256], kind = line[n];
     const char *value = line + n + 1;
@@ -638,7 +616,7 @@ static void put_value(bytes *b, const char *line) {
 static llm_status load_values(const char *changed, llm_error *err) {
     static const char *const good[] = {"tokenizer.ggml.model=gpt2", "tokenizer.ggml.pre=gpt-2", "tokenizer.ggml.tokens:a,b,ab",
                                        "tokenizer.ggml.token_type;1,1,1", "tokenizer.ggml.merges:a b"};
-    bytes b;
+    header b;
     char path[] = "/tmp/llm-test-XXXXXX";
     llm_tokenizer *tokenizer;
     size_t n_key = strcspn(changed, "=#~:;"), n_good = sizeof good / sizeof *good;
@@ -709,60 +687,42 @@ static void test_hostile_gguf(void **state) {
 
 /* ---- Failing allocations ---- */
 
-typedef struct failing {
-    long n_calls, fail_at, n_live;
-} failing;
+typedef struct starved {
+    heap h;
+    llm_host host;
+    const llm_tokenizer *tokenizer;
+    char words[20000]; /* invalid UTF-8 and a long word */
+} starved;
 
-static void *failing_resize(void *user, void *ptr, size_t size) {
-    failing *f = (failing *)user;
-    if (!size) {
-        if (ptr) f->n_live--;
-        free(ptr);
-        return NULL;
-    }
-    if (f->n_calls++ == f->fail_at) return NULL;
-    void *moved = realloc(ptr, size);
-    if (!ptr && moved) f->n_live++;
-    return moved;
+static llm_status load_starved(void *job, llm_error *err) {
+    starved *s = (starved *)job;
+    llm_tokenizer *tokenizer;
+    llm_status status = llm_tokenizer_load(&tokenizer, model_path(), &s->host, err);
+    assert_int_equal(status == LLM_OK, tokenizer != NULL);
+    llm_tokenizer_free(tokenizer);
+    return status;
+}
+
+static llm_status encode_starved(void *job, llm_error *err) {
+    starved *s = (starved *)job;
+    return llm_encode(s->tokenizer, s->words, sizeof s->words, 0, NULL, 0, err) < 0 ? err->code : LLM_OK;
 }
 
 static void test_allocation(void **state) {
     (void)state;
-    static char words[20000]; /* invalid UTF-8 and a long word */
-    llm_error err;
-    failing f = {0, -1, 0};
-    llm_host host;
-    memset(&host, 0, sizeof host);
-    memset(words, 'q', sizeof words);
-    words[10] = '\xFF';
+    static starved s;
     uint32_t seed = 1;
-    for (size_t i = 20; i < sizeof words; i++) words[i] = "etaoinshrdlu"[((seed = seed * 1103515245u + 12345u) >> 16) % 12];
-    host.resize = failing_resize;
-    host.user = &f;
-    llm_tokenizer *tokenizer = load_model_tokenizer(&host);
-    long n_load = f.n_calls;
-    int64_t n = llm_encode(tokenizer, words, sizeof words, 0, NULL, 0, &err);
-    long n_encode = f.n_calls - n_load;
-    assert_true(n > 0 && n_encode > 2);
-    for (long k = 0; k < n_encode; k++) {
-        long live = f.n_live;
-        f.n_calls = 0;
-        f.fail_at = k;
-        assert_int_equal(llm_encode(tokenizer, words, sizeof words, 0, NULL, 0, &err), -1);
-        assert_int_equal(err.code, LLM_ERROR_MEMORY);
-        assert_int_equal(f.n_live, live);
-    }
-    f.fail_at = -1;
-    assert_int_equal(llm_encode(tokenizer, words, sizeof words, 0, NULL, 0, &err), n);
+    memset(s.words, 'q', sizeof s.words);
+    s.words[10] = '\xFF';
+    for (size_t i = 20; i < sizeof s.words; i++)
+        s.words[i] = "etaoinshrdlu"[((seed = seed * 1103515245u + 12345u) >> 16) % 12];
+    s.host = heap_host(&s.h);
+    starve(&s.h, load_starved, &s, 1, "llm_tokenizer_load");
+    llm_tokenizer *tokenizer = load_model_tokenizer(&s.host);
+    s.tokenizer = tokenizer;
+    starve(&s.h, encode_starved, &s, 1, "llm_encode");
     llm_tokenizer_free(tokenizer);
-    assert_int_equal(f.n_live, 0);
-    for (long k = 0; k < n_load; k++) {
-        f.n_calls = 0;
-        f.fail_at = k;
-        assert_int_equal(llm_tokenizer_load(&tokenizer, model_path(), &host, &err), LLM_ERROR_MEMORY);
-        assert_null(tokenizer);
-        assert_int_equal(f.n_live, 0);
-    }
+    assert_all_returned(&s.h);
 }
 
 /* ---- Threads ---- */

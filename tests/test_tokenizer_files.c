@@ -1,23 +1,20 @@
 /* Tokenizers in tokenizer.json and tokenizer.model: small ones of each kind against what Hugging Face's tokenizers and
    sentencepiece make of texts (tokenizer/families.py), the files beside them, hostile files, failing allocations.
-   Variants: asan */
+   Variants: asan cross */
+#include "tests/check.h"
 #define LLM_IMPLEMENTATION
-#include "../llm.h"
+#include "llm.h"
 
 #include <jansson.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdlib.h>
 
-#include <cmocka.h>
+#include "tests/common.h"
 
 enum { MAX_IDS = 4096 };
 
 static const char *golden(const char *name) {
-    static char path[512];
-    const char *dir = getenv("LLM_TEST_DIR");
-    snprintf(path, sizeof path, "%s/golden/tokenizers/%s", dir ? dir : "tests", name);
-    return path;
+    char inner[200];
+    snprintf(inner, sizeof inner, "tokenizers/%s", name);
+    return golden_path(inner);
 }
 
 static llm_tokenizer *load(const char *path) {
@@ -66,16 +63,12 @@ static bool begins_or_ends(const llm_tokenizer *t, const json_t *ids) {
 }
 
 static int compare_lines(const char *name) {
-    static char line[1 << 16];
     char file_name[64];
     llm_tokenizer *t = load(golden(name));
     snprintf(file_name, sizeof file_name, "%s.jsonl", name);
-    FILE *file = fopen(golden(file_name), "rb");
+    FILE *file = open_lines(golden(file_name));
     int n = 0;
-    assert_non_null(file);
-    for (; fgets(line, sizeof line, file); n++) {
-        json_t *entry = json_loads(line, JSON_ALLOW_NUL, NULL);
-        assert_non_null(entry);
+    for (json_t *entry; (entry = next_line(file)) != NULL; n++) {
         const json_t *text = json_array_get(entry, 0), *ids = json_array_get(entry, 1), *plain = json_array_get(entry, 2);
         const json_t *whole = json_array_get(entry, 3), *decoded = json_array_get(entry, 4), *shown = json_array_get(entry, 5);
         bool special = !json_is_null(ids);
@@ -89,7 +82,6 @@ static int compare_lines(const char *name) {
         if (special && !json_is_false(decoded)) compare_text(t, name, ids, LLM_ENCODE_SPECIAL, either(shown, either(decoded, text)));
         json_decref(entry);
     }
-    fclose(file);
     llm_tokenizer_free(t);
     return n;
 }
@@ -108,29 +100,9 @@ static void test_golden(void **state) {
 
 static char directory[] = "/tmp/llm-test-XXXXXX";
 
-static const char *in_directory(const char *name) {
-    static char path[300];
-    snprintf(path, sizeof path, "%s/%s", directory, name);
-    return path;
-}
+static const char *in_directory(const char *name) { return joined(directory, name); }
 
-static void write_bytes(const char *name, const void *bytes, size_t n) {
-    FILE *file = fopen(in_directory(name), "wb");
-    assert_non_null(file);
-    assert_int_equal(fwrite(bytes, 1, n, file), n);
-    fclose(file);
-}
-
-static void write_text(const char *name, const char *text) { write_bytes(name, text, strlen(text)); }
-
-static char *read_golden(const char *name, size_t *n) {
-    static char bytes[1 << 18];
-    FILE *file = fopen(golden(name), "rb");
-    assert_non_null(file);
-    *n = fread(bytes, 1, sizeof bytes, file);
-    fclose(file);
-    return bytes;
-}
+static void write_text(const char *name, const char *text) { write_file(in_directory(name), text, strlen(text)); }
 
 static int make_directory(void **state) {
     (void)state;
@@ -195,10 +167,10 @@ static void test_beside(void **state) {
 
 static void test_added_to_model(void **state) {
     (void)state;
-    size_t n;
-    char *bytes = read_golden("spm/tokenizer.model", &n);
+    bytes file = read_file(golden("spm/tokenizer.model"));
     remove_files();
-    write_bytes("tokenizer.model", bytes, n);
+    write_file(in_directory("tokenizer.model"), file.at, file.n);
+    free(file.at);
     write_text("tokenizer_config.json", "{\"legacy\":false,\"added_tokens_decoder\":{\"480\":{\"content\":\"<|x|>\",\"special\":true,\"rstrip\":true}}}");
     llm_tokenizer *t = load(directory);
     assert_int_equal(llm_tokenizer_n_vocab(t), 481);
@@ -296,26 +268,25 @@ static void test_hostile_json(void **state) {
 
 /* A file cut anywhere, and with any byte changed, is taken or refused, but does no harm. */
 static void shake(const char *name, const char *golden_name, size_t step) {
-    size_t n;
-    char *bytes = read_golden(golden_name, &n);
+    bytes file = read_file(golden(golden_name));
     llm_error err;
     llm_tokenizer *t;
     remove_files();
-    for (size_t i = 0; i < n; i += step) {
-        write_bytes(name, bytes, i);
+    for (size_t i = 0; i < file.n; i += step) {
+        write_file(in_directory(name), file.at, i);
         if (!llm_tokenizer_load(&t, directory, NULL, &err)) llm_tokenizer_free(t);
         else if (i) assert_non_null(strstr(err.message, name));
     }
-    for (size_t i = 0; i < n; i += step) {
-        char before = bytes[i];
-        bytes[i] = (char)(before ^ (1 << i % 8));
-        write_bytes(name, bytes, n);
-        bytes[i] = before;
+    for (size_t i = 0; i < file.n; i += step) {
+        file.at[i] ^= (uint8_t)(1 << i % 8);
+        write_file(in_directory(name), file.at, file.n);
+        file.at[i] ^= (uint8_t)(1 << i % 8);
         if (!llm_tokenizer_load(&t, directory, NULL, &err)) {
             assert_true(llm_encode(t, "The quick  brown <s> fox\n42", 27, LLM_ENCODE_SPECIAL, NULL, 0, NULL) >= 0);
             llm_tokenizer_free(t);
         }
     }
+    free(file.at);
 }
 
 static void test_shaken(void **state) {
@@ -326,13 +297,15 @@ static void test_shaken(void **state) {
 }
 
 static void refuses_model(const char *what, const void *tail, size_t n_tail, const char *words) {
-    size_t n;
-    char *bytes = read_golden("spm/tokenizer.model", &n);
+    bytes file = read_file(golden("spm/tokenizer.model"));
     llm_tokenizer *t;
     llm_error err;
-    memcpy(bytes + n, tail, n_tail); /* of a field that is there twice, the last one counts */
+    file.at = (uint8_t *)realloc(file.at, file.n + n_tail);
+    assert_non_null(file.at);
+    memcpy(file.at + file.n, tail, n_tail); /* of a field that is there twice, the last one counts */
     remove_files();
-    write_bytes("tokenizer.model", bytes, n + n_tail);
+    write_file(in_directory("tokenizer.model"), file.at, file.n + n_tail);
+    free(file.at);
     llm_status status = llm_tokenizer_load(&t, in_directory("tokenizer.model"), NULL, &err);
     llm_tokenizer_free(t);
     if (!status) fail_msg("%s was taken", what);
@@ -354,48 +327,30 @@ static void test_hostile_model(void **state) {
 
 /* ---- Failing allocations ---- */
 
-typedef struct failing {
-    long n_calls, fail_at, n_live;
-} failing;
+typedef struct load_job {
+    heap h;
+    const char *path;
+} load_job;
 
-static void *failing_resize(void *user, void *ptr, size_t size) {
-    failing *f = (failing *)user;
-    if (!size) {
-        if (ptr) f->n_live--;
-        free(ptr);
-        return NULL;
-    }
-    if (f->n_calls++ == f->fail_at) return NULL;
-    void *moved = realloc(ptr, size);
-    if (!ptr && moved) f->n_live++;
-    return moved;
-}
-
-static void starve(const char *path) {
-    failing f = {0, -1, 0};
-    llm_host host;
+static llm_status load_starved(void *arg, llm_error *err) {
+    load_job *job = (load_job *)arg;
+    llm_host host = heap_host(&job->h);
     llm_tokenizer *t;
-    llm_error err;
-    memset(&host, 0, sizeof host);
-    host.resize = failing_resize;
-    host.user = &f;
-    assert_int_equal(llm_tokenizer_load(&t, path, &host, &err), LLM_OK);
-    long n = f.n_calls;
+    llm_status status = llm_tokenizer_load(&t, job->path, &host, err);
+    assert_int_equal(status == LLM_OK, t != NULL);
     llm_tokenizer_free(t);
-    assert_int_equal(f.n_live, 0);
-    for (long k = 0; k < n; k += k < 50 || k + 50 > n ? 1 : 7) {
-        f.n_calls = 0;
-        f.fail_at = k;
-        assert_int_equal(llm_tokenizer_load(&t, path, &host, &err), LLM_ERROR_MEMORY);
-        assert_int_equal(f.n_live, 0);
-    }
+    return status;
 }
 
 static void test_allocation(void **state) {
     (void)state;
-    starve(golden("llama-2-added"));
-    starve(golden("added"));
-    starve(golden("spm"));
+    static const char *const names[] = {"llama-2-added", "added", "spm"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        load_job job;
+        memset(&job, 0, sizeof job);
+        job.path = golden(names[i]);
+        starve(&job.h, load_starved, &job, 7, names[i]);
+    }
 }
 
 int main(void) {

@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Tokenizers on one thread: MB/s of this library beside Hugging Face's `tokenizers` and `tiktoken`, taking turns, on HellaSwag's
+text; then a megabyte of what makes slow tokenizers slow beside a megabyte of prose.
+
+    make bench-tokenizer        or, with the packages named in the Makefile:  bench/tokenizer.py build/libllm.so MODEL.gguf
+"""
+
+import bz2
+import ctypes
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+TOP = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(TOP / "tokenizer"))
+
+import tiktoken  # noqa: E402
+
+import reference  # noqa: E402
+
+REPEATS = 3
+FILE = "hellaswag_val_full.txt"
+URL = "https://raw.githubusercontent.com/klosax/hellaswag_text_data/main/" + FILE
+UNITS = ["a", " ", "ab"]
+MOST_RATIO = 3
+
+
+def hellaswag():
+    folder = pathlib.Path(os.environ.get("LLM_DATA", "."))
+    for path in (folder / FILE, folder / f"{FILE}.bz2"):
+        if path.exists():
+            data = path.read_bytes()
+            return bz2.decompress(data) if path.suffix == ".bz2" else data
+    sys.exit(f"HellaSwag's text is needed: LLM_DATA names the folder with {FILE} or {FILE}.bz2. It can be had with\n"
+             f"    curl -LO {URL}")
+
+
+class Ours:
+    def __init__(self, library, path):
+        self.library, self.tokenizer = library, ctypes.c_void_p()
+        message = ctypes.create_string_buffer(504)
+        if library.llm_tokenizer_load(ctypes.byref(self.tokenizer), os.fsencode(path), None, message):
+            sys.exit(message.raw[4:].split(b"\0")[0].decode())
+
+    def encode(self, text):
+        room = len(text) + 8
+        ids = (ctypes.c_int32 * room)()
+        begin = time.perf_counter()
+        n = self.library.llm_encode(self.tokenizer, text, ctypes.c_size_t(len(text)), 0, ids, ctypes.c_size_t(room), None)
+        return time.perf_counter() - begin, ids[:n]
+
+
+def load_library(path):
+    library = ctypes.CDLL(os.path.abspath(path))
+    library.llm_encode.restype = ctypes.c_int64
+    return library
+
+
+def timed(encode, text):
+    begin = time.perf_counter()
+    ids = encode(text)
+    return time.perf_counter() - begin, ids
+
+
+def tiktoken_of(vocabulary):
+    """The same merges and words; pieces are ranked by their ids, which the merges have to come in."""
+    byte_of = {c: b for b, c in enumerate(reference_alphabet())}
+    specials = set(vocabulary.of_type(reference.CONTROL, reference.UNKNOWN))
+    ranks = {bytes(byte_of[c] for c in token): i for i, token in enumerate(vocabulary.tokens) if token not in specials}
+    words = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+    for byte in range(256): # bytes that the vocabulary lacks: tiktoken wants them all
+        ranks.setdefault(bytes([byte]), len(vocabulary.tokens) + byte)
+    return tiktoken.Encoding("model", pat_str=words, mergeable_ranks=ranks, special_tokens={})
+
+
+def reference_alphabet():
+    """The character that stands for each byte in byte-level pieces."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def table(rows):
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for i, row in enumerate(rows):
+        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |")
+        if i == 0:
+            print("|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    print()
+
+
+def compare(library, model):
+    data = hellaswag()
+    text = data.decode()
+    lines = text.splitlines(keepends=True)
+    vocabulary = reference.Vocabulary(model)
+    ours, theirs, other = Ours(library, model), reference.byte_level(vocabulary), tiktoken_of(vocabulary)
+    contestants = {
+        "llm.h": lambda: ours.encode(data),
+        "tokenizers, the whole text": lambda: timed(lambda t: theirs.encode(t).ids, text),
+        "tokenizers, by lines": lambda: timed(lambda t: [i for line in t for i in theirs.encode(line).ids], lines),
+        "tiktoken": lambda: timed(other.encode_ordinary, text),
+    }
+    seconds = {name: [] for name in contestants}
+    ids = {}
+    for _ in range(REPEATS):
+        for name, run in contestants.items():
+            took, ids[name] = run()
+            seconds[name].append(took)
+    rows = [["one thread", "MB/s, median", "slowest", "fastest", "tokens", "ids as ours"]]
+    for name, list_ in seconds.items():
+        speeds = [len(data) / s / 1e6 for s in list_]
+        same = "yes" if ids[name] == ids["llm.h"] else "no"
+        rows.append([name, f"{statistics.median(speeds):.1f}", f"{min(speeds):.1f}", f"{max(speeds):.1f}", str(len(ids[name])), same])
+    print(f"{FILE}, {len(data) / 1e6:.2f} MB, {os.path.basename(model)}\n")
+    table(rows)
+    return data[: 1 << 20]
+
+
+def best(ours, text):
+    return min(ours.encode(text)[0] for _ in range(REPEATS))
+
+
+def linear(library, model, prose):
+    """1 MB of one thing over and over, in times of what 1 MB of prose takes."""
+    folders = [path.parent for path in sorted((TOP / "tests/golden/tokenizers").glob("*/tokenizer.*"))]
+    rows, worst = [["tokenizer", "prose, ms"] + [f'"{unit}"' for unit in UNITS]], 0
+    for path in [model, *folders]:
+        ours = Ours(library, path)
+        base = best(ours, prose)
+        ratios = [best(ours, (unit.encode() * len(prose))[: len(prose)]) / base for unit in UNITS]
+        worst = max(worst, *ratios)
+        rows.append([os.path.basename(path), f"{1e3 * base:.1f}"] + [f"{ratio:.2f}" for ratio in ratios])
+    print(f"1 MB of one thing, in times of 1 MB of prose (at most {MOST_RATIO})\n")
+    table(rows)
+    if worst > MOST_RATIO:
+        sys.exit(f"{worst:.2f} times is too much.")
+
+
+def main():
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    library = load_library(sys.argv[1])
+    linear(library, sys.argv[2], compare(library, sys.argv[2]))
+
+
+main()

@@ -1,0 +1,607 @@
+/*  hellaswag.c - score a model on HellaSwag (Zellers et al. 2019, arXiv:1905.07830).
+
+    build/hellaswag -m MODEL [--data FILE] [--limit N] [--results FILE]
+    build/hellaswag --help           all options
+
+    A question is a context and four endings, of which one is right. The model's answer is the ending with the largest
+    log-likelihood (acc), or the largest for each of the ending's characters (acc_norm). The result goes to standard
+    output, progress to standard error. With --results each answer is written down as soon as it is known; the same
+    command then goes on where the last one was stopped, however it was.
+
+    TEXT AND TOKENS, as the LM evaluation harness (0.4.13) has them:
+
+    A .jsonl file is the data set as its authors publish it. From it comes
+        context  clean(activity_label + ": " + ctx_a + " " + Capitalised(ctx_b))       without the label: --no-label
+        ending   clean(ending)
+    where clean strips white space, turns " [title]" into ". ", drops what is in [brackets], and makes one space of two.
+    A .txt file is the one llama.cpp uses: six lines a question, "label: context", the number of the right ending, and
+    four endings, already cleaned, with ctx_b as it is; it is taken as it stands. Either may be compressed (.bz2).
+
+    The model sees context + " " + ending. The context's tokens are those of the context alone (white space at its end
+    moved to the ending); the ending's tokens are the whole text's behind the first so many. See llm_encode_pair.
+    An ending's characters are its code points without the space. Of equal endings the first wins.
+*/
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+
+#include <argp.h>
+#include <bzlib.h>
+#include <ctype.h>
+#include <jansson.h>
+#include <signal.h>
+
+enum { ENDINGS = 4 };
+
+/* ---- Options ------------------------------------------------------------------------------------------------- */
+
+typedef struct options {
+    const char *model, *data, *results, *format;
+    int limit, n_threads, n_batch;
+    llm_dtype dtype;
+    llm_score_desc score;
+    bool no_label, count;
+} options;
+
+enum { KEY_LIMIT = 256, KEY_SCHEDULE, KEY_NO_SHARE, KEY_NO_LABEL, KEY_DTYPE, KEY_BATCH, KEY_RESULTS, KEY_COUNT };
+
+static const struct argp_option option_list[] = {
+    {"model", 'm', "MODEL", 0, "the model's file or directory", 1},
+    {"data", 'd', "FILE", 0, "the questions (default: hellaswag_val.jsonl or hellaswag_val_full.txt, perhaps .bz2, in $LLM_DATA)", 1},
+    {"limit", KEY_LIMIT, "N", 0, "the first N questions only", 1},
+    {"no-label", KEY_NO_LABEL, NULL, 0, "leave the activity label out", 1},
+    {"results", KEY_RESULTS, "FILE", 0, "keep answers here, and go on behind those that it has", 1},
+    {"schedule", KEY_SCHEDULE, "NAME", 0, "packed (default); fixed:N texts at a time; dp or dp:THETA or dp:THETA,THETA_CONTEXT", 2},
+    {"no-share", KEY_NO_SHARE, NULL, 0, "compute the context anew for each ending", 2},
+    {"batch", KEY_BATCH, "N", 0, "tokens in one pass (default: 512)", 2},
+    {"count", KEY_COUNT, NULL, 0, "only count the tokens this would compute", 2},
+    {"threads", 't', "N", 0, "threads (default: one per core)", 3},
+    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, bf16, int8 or int4 (default: bf16)", 3},
+    {"output", 'o', "FORMAT", 0, "text or csv (default: text)", 3},
+    {0}};
+
+static int parse_number(struct argp_state *state, const char *text, const char **end) {
+    char *after;
+    long value = strtol(text, &after, 10);
+    if (after == text || value < 1 || value > 1 << 30) argp_error(state, "'%s' does not begin with a number from 1", text);
+    *end = after;
+    return (int)value;
+}
+
+static int parse_whole(struct argp_state *state, const char *text) {
+    const char *end;
+    int value = parse_number(state, text, &end);
+    if (*end) argp_error(state, "'%s' is not a whole number", text);
+    return value;
+}
+
+static void parse_schedule(struct argp_state *state, const char *text, llm_score_desc *d) {
+    const char *end = text + strcspn(text, ":");
+    if (!strcmp(text, "packed")) {
+        d->schedule = LLM_SCHEDULE_PACKED;
+    } else if (!strncmp(text, "fixed:", 6)) {
+        d->schedule = LLM_SCHEDULE_FIXED;
+        d->batch = parse_whole(state, text + 6);
+    } else if (!strcmp(text, "dp") || !strncmp(text, "dp:", 3)) {
+        d->schedule = LLM_SCHEDULE_DP;
+        if (*end) d->theta = parse_number(state, end + 1, &end);
+        if (*end == ',') d->theta_context = parse_whole(state, end + 1);
+        else if (*end) argp_error(state, "'%s' is not dp:THETA,THETA_CONTEXT", text);
+    } else {
+        argp_error(state, "--schedule: '%s' is none of packed, fixed:N, dp", text);
+    }
+}
+
+static error_t parse_option(int key, char *arg, struct argp_state *state) {
+    options *opt = (options *)state->input;
+    switch (key) {
+    case 'm': opt->model = arg; break;
+    case 'd': opt->data = arg; break;
+    case 't': opt->n_threads = parse_whole(state, arg); break;
+    case 'o':
+        if (strcmp(arg, "text") && strcmp(arg, "csv")) argp_error(state, "'%s' is none of text, csv", arg);
+        opt->format = arg;
+        break;
+    case KEY_LIMIT: opt->limit = parse_whole(state, arg); break;
+    case KEY_BATCH: opt->n_batch = parse_whole(state, arg); break;
+    case KEY_NO_LABEL: opt->no_label = true; break;
+    case KEY_RESULTS: opt->results = arg; break;
+    case KEY_SCHEDULE: parse_schedule(state, arg, &opt->score); break;
+    case KEY_NO_SHARE: opt->score.no_share = true; break;
+    case KEY_COUNT: opt->count = true; break;
+    case KEY_DTYPE:
+        opt->dtype = llm_dtype_from_name(arg);
+        if (!opt->dtype) argp_error(state, "--dtype: '%s' is none of f32, bf16, int8, int4", arg);
+        break;
+    case ARGP_KEY_ARG: argp_error(state, "'%s' is not an option", arg); break;
+    case ARGP_KEY_END:
+        if (!opt->model) argp_error(state, "which model? Name its file with -m");
+        break;
+    default: return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+static const struct argp option_parser = {.options = option_list,
+                                          .parser = parse_option,
+                                          .args_doc = "-m MODEL",
+                                          .doc = "Scores a language model on HellaSwag.\vThe data is published at "
+                                                 "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"};
+
+/* Ends the program. */
+static void give_up(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "hellaswag: ");
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "\n");
+    va_end(args);
+    exit(1);
+}
+
+static void *must_alloc(size_t size) {
+    void *memory = calloc(1, size ? size : 1);
+    if (!memory) give_up("out of memory");
+    return memory;
+}
+
+/* ---- The data -------------------------------------------------------------------------------------------------- */
+
+typedef struct question {
+    char *context, *endings[ENDINGS]; /* as the model is to see them */
+    int label;
+    llm_token *tokens[ENDINGS]; /* the context's, then the ending's */
+    int n_context, n_ending[ENDINGS], n_characters[ENDINGS];
+    bool known; /* answered, now or by an earlier run: */
+    double log_likelihoods[ENDINGS];
+} question;
+
+typedef struct task {
+    options opt;
+    const char *data; /* the file's path */
+    question *questions;
+    int n;
+    llm_tokenizer *tokenizer;
+    int next; /* atomic: the next question to tokenize */
+    bool failed; /* atomic: in tokenizing */
+    llm_error err;
+    /* what is left to be answered */
+    int *left, n_left;
+    llm_question *to_score;
+    FILE *results;
+    int64_t n_tokens, n_done; /* of all that is left; of what is answered */
+    double start, shown;
+} task;
+
+/* A whole file, perhaps compressed, with a NUL. */
+static char *read_file(const char *path, size_t *size) {
+    FILE *file = fopen(path, "rb");
+    size_t room = 1 << 20, n = strlen(path);
+    bool compressed = n > 4 && !strcmp(path + n - 4, ".bz2");
+    char *text = (char *)must_alloc(room);
+    int status = BZ_OK;
+    if (!file) give_up("%s: %s", path, strerror(errno));
+    BZFILE *packed = compressed ? BZ2_bzReadOpen(&status, file, 0, 0, NULL, 0) : NULL;
+    for (*size = 0; status == BZ_OK;) {
+        size_t got = compressed ? (size_t)BZ2_bzRead(&status, packed, text + *size, (int)(room - *size - 1))
+                                : fread(text + *size, 1, room - *size - 1, file);
+        if (!got && !compressed) break;
+        *size += got;
+        if (room - *size < 1 << 16) text = (char *)realloc(text, room *= 2);
+        if (!text) give_up("out of memory");
+    }
+    if (compressed ? status != BZ_STREAM_END : ferror(file)) give_up("%s cannot be read", path);
+    if (compressed) BZ2_bzReadClose(&status, packed);
+    fclose(file);
+    text[*size] = 0;
+    return text;
+}
+
+/* Cuts all of `from` out of the text, or puts `to`, which is not longer, in its place. */
+static void replace(char *text, const char *from, const char *to) {
+    for (char *at = strstr(text, from); at; at = strstr(at + strlen(to), from)) {
+        memcpy(at, to, strlen(to));
+        memmove(at + strlen(to), at + strlen(from), strlen(at + strlen(from)) + 1);
+    }
+}
+
+/* As the harness's `preprocess` does. */
+static char *clean(char *text) {
+    size_t n = strlen(text);
+    text[n - llm__trailing_space(text, n)] = 0;
+    char *begin = text + strspn(text, " \t\n\r\v\f");
+    memmove(text, begin, strlen(begin) + 1);
+    replace(text, " [title]", ". ");
+    for (char *open = strchr(text, '['); open; open = strchr(open, '[')) {
+        size_t inside = strcspn(open, "]\n");
+        if (open[inside] == ']') memmove(open, open + inside + 1, strlen(open + inside + 1) + 1);
+        else open++;
+    }
+    replace(text, "  ", " ");
+    return text;
+}
+
+/* Python's capitalize: the first letter large, the others small; letters beyond ASCII stay as they are. */
+static void capitalise(char *text) {
+    for (char *p = text; *p; p++) *p = (char)(p == text ? toupper((unsigned char)*p) : tolower((unsigned char)*p));
+}
+
+static const char *string_of(const json_t *line, const char *key, const char *path, int number) {
+    const char *value = json_string_value(json_object_get(line, key));
+    if (!value) give_up("%s, line %d has no \"%s\"", path, number, key);
+    return value;
+}
+
+static void read_json_question(const char *path, int number, const char *text, size_t n, bool no_label, question *q) {
+    json_error_t problem;
+    json_t *line = json_loadb(text, n, 0, &problem);
+    if (!line) give_up("%s, line %d: %s", path, number, problem.text);
+    json_t *label = json_object_get(line, "label"), *endings = json_object_get(line, "endings");
+    const char *activity = string_of(line, "activity_label", path, number), *a = string_of(line, "ctx_a", path, number);
+    char *b = strdup(string_of(line, "ctx_b", path, number));
+    size_t room = strlen(activity) + strlen(a) + strlen(b) + 4;
+    q->context = (char *)must_alloc(room);
+    capitalise(b);
+    snprintf(q->context, room, "%s%s%s %s", no_label ? "" : activity, no_label ? "" : ": ", a, b);
+    clean(q->context);
+    q->label = json_is_string(label) ? atoi(json_string_value(label)) : json_is_integer(label) ? (int)json_integer_value(label) : -1;
+    for (size_t e = 0; e < ENDINGS; e++) {
+        const char *ending = json_string_value(json_array_get(endings, e));
+        if (!ending) give_up("%s, line %d has no four endings", path, number);
+        q->endings[e] = clean(strdup(ending));
+    }
+    free(b);
+    json_decref(line);
+}
+
+/* One line, without its end; NULL at the end of the text. */
+static char *take_line(char **at) {
+    char *line = *at, *end = strchr(line, '\n');
+    if (!*line) return NULL;
+    *at = end ? end + 1 : line + strlen(line);
+    if (end) *end = 0;
+    return line;
+}
+
+static bool read_text_question(const char *path, int number, char **at, bool no_label, question *q) {
+    char *lines[2 + ENDINGS];
+    for (int i = 0; i < 2 + ENDINGS; i++) {
+        lines[i] = take_line(at);
+        if (!lines[0]) return false;
+        if (!lines[i]) give_up("%s: question %d has not its six lines", path, number);
+    }
+    char *label_end = no_label ? strstr(lines[0], ": ") : NULL;
+    q->context = strdup(label_end ? label_end + 2 : lines[0]);
+    q->label = lines[1][0] >= '0' && lines[1][0] <= '9' ? atoi(lines[1]) : -1;
+    for (int e = 0; e < ENDINGS; e++) q->endings[e] = strdup(lines[2 + e]);
+    return true;
+}
+
+static void read_questions(task *t) {
+    size_t size, room = 0;
+    char *text = read_file(t->data, &size), *at = text;
+    bool json = *text == '{';
+    while (!t->opt.limit || t->n < t->opt.limit) {
+        if ((size_t)t->n == room) {
+            room = room ? 2 * room : 1024;
+            t->questions = (question *)realloc(t->questions, room * sizeof *t->questions);
+            if (!t->questions) give_up("out of memory");
+        }
+        question *q = &t->questions[t->n];
+        memset(q, 0, sizeof *q);
+        if (json) {
+            char *line = take_line(&at);
+            if (!line) break;
+            read_json_question(t->data, t->n + 1, line, strlen(line), t->opt.no_label, q);
+        } else if (!read_text_question(t->data, t->n + 1, &at, t->opt.no_label, q)) {
+            break;
+        }
+        if (q->label < 0 || q->label >= ENDINGS) give_up("%s: question %d has no right ending", t->data, t->n + 1);
+        t->n++;
+    }
+    free(text);
+    if (!t->n) give_up("%s has no questions", t->data);
+}
+
+static const char *find_data(const options *opt) {
+    static const char *const names[] = {"hellaswag_val.jsonl", "hellaswag_val.jsonl.bz2", "hellaswag_val_full.txt", "hellaswag_val_full.txt.bz2"};
+    static char path[4096];
+    const char *directory = getenv("LLM_DATA");
+    if (opt->data) return opt->data;
+    for (size_t i = 0; directory && i < sizeof names / sizeof *names; i++) {
+        snprintf(path, sizeof path, "%s/%s", directory, names[i]);
+        if (!access(path, R_OK)) return path;
+    }
+    give_up("no data. Fetch https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl\n"
+            "and name it with --data, or put it into a directory and that into $LLM_DATA.");
+    return NULL;
+}
+
+/* ---- Tokenizing, while the model is loaded ---------------------------------------------------------------------- */
+
+static int count_characters(const char *text) {
+    int n = 0;
+    for (; *text; text++) n += ((unsigned char)*text & 0xC0) != 0x80;
+    return n;
+}
+
+static bool tokenize_question(const llm_tokenizer *tokenizer, question *q, llm_error *err) {
+    for (int e = 0; e < ENDINGS; e++) {
+        size_t n_bytes = strlen(q->endings[e]), room = 4 * (strlen(q->context) + n_bytes + 1) + 8;
+        char *spaced = (char *)must_alloc(n_bytes + 2);
+        int64_t n_context;
+        spaced[0] = ' ';
+        memcpy(spaced + 1, q->endings[e], n_bytes);
+        q->tokens[e] = (llm_token *)must_alloc(room * sizeof(llm_token));
+        int64_t n = llm_encode_pair(tokenizer, q->context, spaced, LLM_ENCODE_BOS | LLM_ENCODE_SPECIAL, q->tokens[e], room, &n_context, err);
+        free(spaced);
+        if (n < 0) return false;
+        q->tokens[e] = (llm_token *)realloc(q->tokens[e], (size_t)(n + 1) * sizeof(llm_token));
+        q->n_context = (int)n_context;
+        q->n_ending[e] = (int)(n - n_context);
+        q->n_characters[e] = count_characters(q->endings[e]);
+    }
+    return true;
+}
+
+static void *tokenize(void *arg) {
+    task *t = (task *)arg;
+    llm_error err;
+    for (int i; (i = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED)) < t->n;)
+        if (!tokenize_question(t->tokenizer, &t->questions[i], &err) && !__atomic_exchange_n(&t->failed, true, __ATOMIC_ACQ_REL)) t->err = err;
+    return NULL;
+}
+
+/* ---- Results in a file -------------------------------------------------------------------------------------------- */
+
+/* What the answers depend on: the model as it is held, and the questions' tokens. */
+static void describe_run(const task *t, const llm_model_info *info, char *line, size_t size) {
+    uint64_t hash = 0;
+    for (int i = 0; i < t->n; i++)
+        for (int e = 0; e < ENDINGS; e++)
+            hash = llm__hash_bytes(hash, t->questions[i].tokens[e],
+                                   (size_t)(t->questions[i].n_context + t->questions[i].n_ending[e]) * sizeof(llm_token));
+    snprintf(line, size, "hellaswag model %016llx %s questions %d %016llx\n", (unsigned long long)info->fingerprint,
+             llm_dtype_name(info->dtype), t->n, (unsigned long long)hash);
+}
+
+/* "17 -0x1.8p+4 ...": a line that is whole. Numbers are hexadecimal, so that they are the same when read. */
+static bool read_answer(const char *line, task *t) {
+    char *at;
+    long i = strtol(line, &at, 10);
+    double values[ENDINGS];
+    for (int e = 0; e < ENDINGS; e++) values[e] = strtod(at, &at);
+    if (at == line || *at || i < 0 || i >= t->n) return false;
+    memcpy(t->questions[i].log_likelihoods, values, sizeof values);
+    t->questions[i].known = true;
+    return true;
+}
+
+/* Takes the answers that the file has. A line at its end that a kill cut short goes. */
+static void open_results(task *t, const llm_model_info *info) {
+    char wanted[200];
+    const char *path = t->opt.results;
+    if (!path) return;
+    describe_run(t, info, wanted, sizeof wanted);
+    if (access(path, F_OK)) {
+        t->results = fopen(path, "w");
+        if (!t->results || fputs(wanted, t->results) < 0 || fflush(t->results)) give_up("%s: %s", path, strerror(errno));
+        return;
+    }
+    size_t size;
+    char *text = read_file(path, &size), *at = text + strlen(wanted), *end;
+    if (strncmp(text, wanted, strlen(wanted)))
+        give_up("%s is not of this model, with this type of weights, and these questions; remove it or name another file", path);
+    for (int number = 2; (end = strchr(at, '\n')); at = end + 1, number++) {
+        *end = 0;
+        if (!read_answer(at, t)) give_up("%s, line %d is damaged; remove it", path, number);
+    }
+    if (truncate(path, at - text) || !(t->results = fopen(path, "a"))) give_up("%s: %s", path, strerror(errno));
+    free(text);
+}
+
+/* ---- Scoring ---------------------------------------------------------------------------------------------------- */
+
+static volatile sig_atomic_t stopped;
+
+static void on_signal(int sig) {
+    (void)sig;
+    stopped = 1;
+}
+
+static bool is_stopped(void *user) {
+    (void)user;
+    return stopped;
+}
+
+/* Tokens a question costs at least, which measures the work. */
+static int64_t tokens_of(const question *q) {
+    int64_t n = q->n_context;
+    for (int e = 0; e < ENDINGS; e++) n += q->n_ending[e];
+    return n;
+}
+
+static void show_progress(task *t) {
+    char bar[41];
+    double now = llm__now(), done = (double)t->n_done / (double)t->n_tokens, left = (now - t->start) * (1 / done - 1);
+    if (now - t->shown < 0.2 && t->n_done < t->n_tokens) return;
+    t->shown = now;
+    for (int i = 0; i < 40; i++) bar[i] = i < (int)(40 * done) ? '#' : '.';
+    bar[40] = 0;
+    fprintf(stderr, "\r[%s] %3.0f %%, %.0f s, %.0f s left ", bar, 100 * done, now - t->start, left);
+    if (t->n_done == t->n_tokens) fprintf(stderr, "\n");
+}
+
+static bool on_question(void *user, int index, const double *log_likelihoods) {
+    task *t = (task *)user;
+    question *q = &t->questions[t->left[index]];
+    memcpy(q->log_likelihoods, log_likelihoods, sizeof q->log_likelihoods);
+    q->known = true;
+    t->n_done += tokens_of(q);
+    show_progress(t);
+    if (!t->results) return true;
+    const double *l = log_likelihoods;
+    bool written = fprintf(t->results, "%d %a %a %a %a\n", t->left[index], l[0], l[1], l[2], l[3]) > 0 && !fflush(t->results);
+    if (!written) fprintf(stderr, "\nhellaswag: %s: %s\n", t->opt.results, strerror(errno));
+    return written;
+}
+
+static void list_questions(task *t) {
+    t->left = (int *)must_alloc((size_t)t->n * sizeof *t->left);
+    t->to_score = (llm_question *)must_alloc((size_t)t->n * sizeof *t->to_score);
+    for (int i = 0; i < t->n; i++) {
+        question *q = &t->questions[i];
+        const llm_token **endings = (const llm_token **)must_alloc(ENDINGS * sizeof *endings);
+        for (int e = 0; e < ENDINGS; e++) endings[e] = q->tokens[e] + q->n_context;
+        llm_question to_score = {q->tokens[0], q->n_context, ENDINGS, endings, q->n_ending};
+        if (q->known) {
+            free(endings);
+            continue;
+        }
+        t->to_score[t->n_left] = to_score;
+        t->left[t->n_left++] = i;
+        t->n_tokens += tokens_of(q);
+    }
+}
+
+/* Room for a few hundred sequences and some thousand tokens: batches of every schedule. */
+static llm_context *create_context(const task *t, const llm_model *model) {
+    llm_context_desc desc = {.n_seq = 256, .n_batch = t->opt.n_batch, .n_threads = t->opt.n_threads, .n_logits = 1, .cancel = is_stopped};
+    llm_context *ctx;
+    llm_error err;
+    for (int i = 0; i < t->n; i++)
+        for (int e = 0; e < ENDINGS; e++)
+            if (t->questions[i].n_context + t->questions[i].n_ending[e] > desc.n_ctx)
+                desc.n_ctx = t->questions[i].n_context + t->questions[i].n_ending[e];
+    desc.n_cache = 8192 + 8 * t->opt.n_batch;
+    if (llm_context_create(&ctx, model, &desc, &err)) give_up("%s", err.message);
+    return ctx;
+}
+
+/* ---- The result ------------------------------------------------------------------------------------------------- */
+
+typedef struct result {
+    double acc, acc_norm, seconds, load_seconds, mfu;
+    int n_known, n_threads;
+    llm_score_stats stats;
+} result;
+
+static int best_of(const double *values) {
+    int best = 0;
+    for (int e = 1; e < ENDINGS; e++)
+        if (values[e] > values[best]) best = e;
+    return best;
+}
+
+static void rate_answers(const task *t, result *r) {
+    for (int i = 0; i < t->n; i++) {
+        const question *q = &t->questions[i];
+        double normed[ENDINGS];
+        if (!q->known) continue;
+        for (int e = 0; e < ENDINGS; e++) normed[e] = q->log_likelihoods[e] / (q->n_characters[e] ? q->n_characters[e] : 1);
+        r->n_known++;
+        r->acc += best_of(q->log_likelihoods) == q->label;
+        r->acc_norm += best_of(normed) == q->label;
+    }
+    r->acc *= 100.0 / r->n_known;
+    r->acc_norm *= 100.0 / r->n_known;
+}
+
+/* Operations of what had to be computed, padding and repetitions not counted: the products of the layers and the head.
+   In the last layer only the rows that go through the head have more than keys and values. Attention, 3 % at these
+   lengths, is left out. */
+static double useful_operations(const llm_model_info *m, const llm_score_stats *s) {
+    double needed = (double)(s->n_computed - s->n_padded - s->n_redundant), q = m->n_heads * m->head_dim,
+           kv = m->n_kv_heads * m->head_dim;
+    double projections = m->n_embd * (q + 2 * kv), rest = m->n_embd * (q + 3.0 * m->n_ff);
+    return 2 * (needed * (m->n_layers * projections + (m->n_layers - 1) * rest) +
+                (double)s->n_predicted * (rest + (double)m->n_embd * m->n_vocab));
+}
+
+static void print_result(const task *t, const llm_model_info *info, const result *r) {
+    const llm_score_stats *s = &r->stats;
+    double rate = s->seconds > 0 ? (double)s->n_computed / s->seconds : 0;
+    if (!strcmp(t->opt.format, "csv")) {
+        printf("questions,acc,acc_norm,seconds,load_seconds,tokens,padded,redundant,through_head,passes,tok_s,mfu,dtype,threads\n");
+        printf("%d,%.2f,%.2f,%.2f,%.2f,%lld,%lld,%lld,%lld,%lld,%.1f,%.4f,%s,%d\n", r->n_known, r->acc, r->acc_norm, s->seconds, r->load_seconds,
+               (long long)s->n_computed, (long long)s->n_padded, (long long)s->n_redundant, (long long)s->n_predicted, (long long)s->n_passes,
+               rate, r->mfu, llm_dtype_name(info->dtype), r->n_threads);
+        return;
+    }
+    if (!t->opt.count) printf("%d questions: acc %.2f %%, acc_norm %.2f %%\n", r->n_known, r->acc, r->acc_norm);
+    printf("%lld tokens computed in %lld passes: %lld needed, %lld padded, %lld redundant; %lld rows through the head\n",
+           (long long)s->n_computed, (long long)s->n_passes, (long long)(s->n_computed - s->n_padded - s->n_redundant),
+           (long long)s->n_padded, (long long)s->n_redundant, (long long)s->n_predicted);
+    if (s->seconds > 0 && !t->opt.count)
+        printf("%.1f s (and %.1f s to load), %.0f tokens/s, MFU %.0f %%\n", s->seconds, r->load_seconds, rate, 100 * r->mfu);
+}
+
+/* Where the texts' tokens go: those that need not be computed are an ending's last, and first ones all endings share. */
+static void print_count(const task *t, const llm_score_stats *s) {
+    int64_t contexts = 0, endings = 0, needed = s->n_computed - s->n_padded - s->n_redundant;
+    for (int i = 0; i < t->n; i++) {
+        contexts += t->questions[i].n_context;
+        endings += tokens_of(&t->questions[i]) - t->questions[i].n_context;
+    }
+    printf("%lld tokens: %lld of contexts, %lld of endings; of these %lld are last ones, from which nothing is predicted, and\n"
+           "%lld first ones that the other endings of a question have, too\n",
+           (long long)(contexts + endings), (long long)contexts, (long long)endings, (long long)t->n * ENDINGS,
+           (long long)(contexts + endings - needed) - (long long)t->n * ENDINGS);
+}
+
+/* ---- Main ------------------------------------------------------------------------------------------------------- */
+
+/* Loads the model and tokenizes at the same time. */
+static llm_model *prepare(task *t) {
+    llm_model_desc desc = {.dtype = t->opt.dtype, .n_threads = t->opt.n_threads};
+    llm_model *model;
+    pthread_t threads[4];
+    int n = 0;
+    if (llm_tokenizer_load(&t->tokenizer, t->opt.model, NULL, &t->err)) give_up("%s", t->err.message);
+    for (; n < 4 && n < llm__default_threads(); n++)
+        if (pthread_create(&threads[n], NULL, tokenize, t)) break;
+    llm_status status = llm_model_load(&model, t->opt.model, &desc, &t->err);
+    if (status) give_up("%s", t->err.message);
+    if (!n) tokenize(t);
+    for (int i = 0; i < n; i++) pthread_join(threads[i], NULL);
+    if (t->failed) give_up("%s", t->err.message);
+    return model;
+}
+
+int main(int argc, char **argv) {
+    static task t = {.opt = {.format = "text", .n_batch = 512}};
+    result r;
+    llm_error err;
+    memset(&r, 0, sizeof r);
+    argp_parse(&option_parser, argc, argv, 0, NULL, &t.opt);
+    t.data = find_data(&t.opt);
+    double start = llm__now();
+    read_questions(&t);
+    llm_model *model = prepare(&t);
+    llm_model_info info = llm_model_get_info(model);
+    if (!t.opt.count) open_results(&t, &info);
+    list_questions(&t);
+    llm_context *ctx = create_context(&t, model);
+    r.load_seconds = llm__now() - start;
+    r.n_threads = llm_context_n_threads(ctx);
+    double *log_likelihoods = t.opt.count ? NULL : (double *)must_alloc((size_t)t.n * ENDINGS * sizeof(double));
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    t.opt.score.on_question = on_question;
+    t.opt.score.user = &t;
+    t.start = llm__now();
+    llm_status status = llm_score(ctx, t.to_score, t.n_left, &t.opt.score, log_likelihoods, &r.stats, &err);
+    if (status == LLM_ERROR_CANCELLED && stopped)
+        fprintf(stderr, "\nStopped.%s\n", t.opt.results ? " The same command goes on from here." : "");
+    if (status && !(status == LLM_ERROR_CANCELLED && stopped)) give_up("%s", err.message);
+    if (!status) {
+        r.mfu = t.opt.count || !t.n_left ? 0 : useful_operations(&info, &r.stats) / r.stats.seconds / llm_measure_flops(ctx);
+        rate_answers(&t, &r);
+        print_result(&t, &info, &r);
+        if (t.opt.count) print_count(&t, &r.stats);
+    }
+    free(log_likelihoods);
+    llm_context_free(ctx);
+    llm_model_free(model);
+    llm_tokenizer_free(t.tokenizer);
+    return status ? 130 : 0;
+}

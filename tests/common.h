@@ -1,0 +1,149 @@
+/* What several tests need: files, golden data in lines of JSON, an allocator that counts and fails when told.
+   To be included after llm.h, and after jansson.h where that is used. */
+#ifndef TESTS_COMMON_H
+#define TESTS_COMMON_H
+
+#include "tests/check.h"
+
+/* ---- Files ---- */
+
+/* "DIRECTORY/NAME", good for the next few calls. */
+static inline const char *joined(const char *directory, const char *name) {
+    static char paths[8][512];
+    static int next;
+    char *path = paths[next++ % 8];
+    snprintf(path, sizeof paths[0], "%s/%s", directory, name);
+    return path;
+}
+
+/* A file or folder of tests/golden. */
+static inline const char *golden_path(const char *name) {
+    const char *dir = getenv("LLM_TEST_DIR");
+    char inner[256];
+    snprintf(inner, sizeof inner, "golden/%s", name);
+    return joined(dir ? dir : "tests", inner);
+}
+
+static inline const char *model_path(void) {
+    const char *path = getenv("LLM_MODEL");
+    return path ? path : "models/SmolLM2-135M-Instruct.Q4_1.gguf";
+}
+
+typedef struct bytes {
+    uint8_t *at;
+    size_t n;
+} bytes;
+
+/* The whole file, with a NUL behind it; free(b.at). */
+static inline bytes read_file(const char *path) {
+    bytes b = {NULL, 0};
+    FILE *file = fopen(path, "rb");
+    if (!file) fail_msg("%s cannot be read", path);
+    fseek(file, 0, SEEK_END);
+    b.n = (size_t)ftell(file);
+    rewind(file);
+    b.at = (uint8_t *)malloc(b.n + 1);
+    assert_non_null(b.at);
+    assert_int_equal(fread(b.at, 1, b.n, file), b.n);
+    b.at[b.n] = 0;
+    fclose(file);
+    return b;
+}
+
+static inline void write_file(const char *path, const void *data, size_t n) {
+    FILE *file = fopen(path, "wb");
+    if (!file) fail_msg("%s cannot be written", path);
+    assert_int_equal(fwrite(data, 1, n, file), n);
+    fclose(file);
+}
+
+#ifdef JANSSON_H
+static inline FILE *open_lines(const char *path) {
+    FILE *file = fopen(path, "rb");
+    if (!file) fail_msg("%s cannot be read", path);
+    return file;
+}
+
+/* The next of a file's lines of JSON, to be released with json_decref; NULL, and the file is closed, after the last. */
+static inline json_t *next_line(FILE *file) {
+    static char line[1 << 18];
+    if (!fgets(line, sizeof line, file)) {
+        fclose(file);
+        return NULL;
+    }
+    json_t *value = json_loads(line, JSON_ALLOW_NUL, NULL);
+    if (!value) fail_msg("this line is no JSON: %.60s", line);
+    return value;
+}
+#endif
+
+/* ---- An allocator that counts and fails when told, from any thread ---- */
+
+typedef struct heap {
+    int64_t live, peak; /* bytes */
+    int64_t n_blocks, n_calls, fail_at;
+} heap;
+
+enum { HEAP_HEAD = 16 };
+
+static inline void *heap_resize(void *user, void *ptr, size_t size) {
+    heap *h = (heap *)user;
+    uint8_t *old = ptr ? (uint8_t *)ptr - HEAP_HEAD : NULL;
+    uint64_t old_size = 0, new_size = size;
+    if (old) memcpy(&old_size, old, 8);
+    if (size && __atomic_add_fetch(&h->n_calls, 1, __ATOMIC_RELAXED) == h->fail_at) return NULL;
+    uint8_t *new_block = size ? (uint8_t *)realloc(old, size + HEAP_HEAD) : NULL;
+    if (size && !new_block) return NULL;
+    if (!size) free(old);
+    int64_t live = __atomic_add_fetch(&h->live, (int64_t)(new_size - old_size), __ATOMIC_RELAXED);
+    if (live > h->peak) h->peak = live; /* read only by tests of one thread */
+    __atomic_add_fetch(&h->n_blocks, (size != 0) - (old != NULL), __ATOMIC_RELAXED);
+    if (!size) return NULL;
+    memcpy(new_block, &new_size, 8);
+    return new_block + HEAP_HEAD;
+}
+
+static inline llm_host heap_host(heap *h) {
+    llm_host host;
+    memset(&host, 0, sizeof host);
+    host.resize = heap_resize;
+    host.user = h;
+    return host;
+}
+
+static inline void assert_all_returned(const heap *h) {
+    assert_int_equal(h->live, 0);
+    assert_int_equal(h->n_blocks, 0);
+}
+
+/* A failure comes with its reason in words. */
+static inline void assert_explained(llm_status status, const llm_error *err) {
+    assert_int_equal(err->code, status);
+    assert_non_null(memchr(err->message, 0, sizeof err->message));
+    if (strlen(err->message) < 10) fail_msg("status %d comes with the message \"%s\"", status, err->message);
+    if (!is_utf8(err->message, strlen(err->message))) fail_msg("the message is not UTF-8: %s", err->message);
+}
+
+/* act(job), which allocates from h, with the first, second, third ... allocation failing, until none is left to fail;
+   of the many after the 100th only every `step`th. */
+static inline void starve(heap *h, llm_status (*act)(void *job, llm_error *err), void *job, int step, const char *name) {
+    int64_t live = h->live, n_blocks = h->n_blocks;
+    for (int64_t k = 1;; k += k < 100 ? 1 : step) {
+        llm_error err;
+        h->n_calls = 0;
+        h->fail_at = k;
+        llm_status status = act(job, &err);
+        bool reached = h->n_calls >= k;
+        h->fail_at = 0;
+        if (h->live != live || h->n_blocks != n_blocks) fail_msg("%s leaks when allocation %d fails", name, (int)k);
+        if (!reached) {
+            if (status) fail_msg("%s: %s", name, err.message);
+            print_message("%s: %d allocations\n", name, (int)h->n_calls);
+            return;
+        }
+        if (status != LLM_ERROR_MEMORY) fail_msg("%s gives status %d when allocation %d fails", name, status, (int)k);
+        assert_explained(status, &err);
+    }
+}
+
+#endif

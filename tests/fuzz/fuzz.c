@@ -1,0 +1,717 @@
+/* What bytes from anywhere may do to the library: nothing but be refused in words, within memory and time that fit their
+   number; and what is taken must be good for use. One program for libFuzzer; the name it is called by says what the
+   bytes are (see `targets` at the end):
+
+     gguf             a GGUF file
+     safetensors      config.json, NUL, model.safetensors.index.json or nothing, NUL, safetensors
+     json             a JSON text; jansson reads it too
+     tokenizer.json   tokenizer.json, NUL, tokenizer_config.json or nothing
+     tokenizer.model  tokenizer_config.json or nothing, NUL, tokenizer.model
+     chat             a chat template, NUL, a message, NUL, a message ...
+     round-trip       a byte for flags, a byte for one of the tokenizers of tests/golden, a text */
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+
+#include <jansson.h>
+#include <malloc.h>
+
+#include "tests/small.h"
+
+#define CHECK(condition)                                                             \
+    do {                                                                             \
+        if (condition) break;                                                        \
+        fprintf(stderr, "%s:%d: this is not so: %s\n", __FILE__, __LINE__, #condition); \
+        abort();                                                                     \
+    } while (0)
+
+/* ---- Memory and time ---- */
+
+enum { MOST_MEMORY = 48 << 20, MEMORY_PER_BYTE = 400, MOST_SECONDS = 3 };
+
+static size_t live, allowed; /* bytes */
+static clock_t begun;
+
+static void *counted_resize(void *user, void *ptr, size_t size) {
+    (void)user;
+    if (size > (size_t)1 << 40) return NULL; /* more than any machine has; what the sanitizer calls a fault */
+    live -= ptr ? malloc_usable_size(ptr) : 0;
+    if (!size) {
+        free(ptr);
+        return NULL;
+    }
+    if (live + size > allowed) {
+        fprintf(stderr, "%zu bytes are asked for beside %zu, for an input that may take %zu\n", size, live, allowed);
+        abort();
+    }
+    void *moved = realloc(ptr, size);
+    CHECK(moved);
+    live += malloc_usable_size(moved);
+    return moved;
+}
+
+static const llm_host counting = {counted_resize, NULL, NULL, NULL};
+
+static void begin(size_t size) {
+    live = 0;
+    allowed = MOST_MEMORY + MEMORY_PER_BYTE * size;
+    begun = clock();
+}
+
+static void end(void) {
+    double seconds = (double)(clock() - begun) / CLOCKS_PER_SEC;
+    if (live) fprintf(stderr, "%zu bytes were not released\n", live);
+    if (seconds > MOST_SECONDS) fprintf(stderr, "it took %.1f s\n", seconds);
+    CHECK(!live && seconds <= MOST_SECONDS);
+}
+
+static void check_error(llm_status status, const llm_error *err) {
+    const char *end_of_text = (const char *)memchr(err->message, 0, sizeof err->message);
+    CHECK(status > LLM_OK && status <= LLM_ERROR_DEVICE && err->code == status && end_of_text);
+    CHECK(end_of_text - err->message >= 10);
+    CHECK(llm__utf8_check((const uint8_t *)err->message, (const uint8_t *)end_of_text) == (const uint8_t *)end_of_text);
+}
+
+static bool all_good; /* FUZZ_ALL_GOOD is set: the files are known to be good */
+
+static void check_refusal(llm_status status, const llm_error *err) {
+    check_error(status, err);
+    if (all_good) fprintf(stderr, "%s\n", err->message);
+    CHECK(!all_good);
+}
+
+/* ---- Texts ---- */
+
+/* Each byte that is not part of well-formed UTF-8 becomes U+FFFD; out has room for 3 n bytes. */
+static size_t repair(const uint8_t *p, size_t n, uint8_t *out) {
+    size_t n_out = 0;
+    for (const uint8_t *at = p; at < p + n;) {
+        size_t length = llm__utf8_length(at, p + n);
+        memcpy(out + n_out, length ? at : (const uint8_t *)"\xEF\xBF\xBD", length ? length : 3);
+        n_out += length ? length : 3;
+        at += length ? length : 1;
+    }
+    return n_out;
+}
+
+/* The text of the ids, allocated; streaming must come to the same, but for what is no UTF-8. */
+static uint8_t *decode(const llm_tokenizer *t, const llm_token *ids, size_t n_ids, unsigned flags, size_t *n) {
+    *n = llm_decode(t, ids, n_ids, flags, NULL, 0);
+    uint8_t *text = (uint8_t *)malloc(*n + 1), *whole = (uint8_t *)malloc(3 * *n + 1), *streamed = (uint8_t *)malloc(3 * *n + 9);
+    llm_text_stream stream;
+    size_t n_streamed = 0;
+    CHECK(text && whole && streamed);
+    CHECK(llm_decode(t, ids, n_ids, flags, (char *)text, *n + 1) == *n && !text[*n]);
+    memset(&stream, 0, sizeof stream);
+    stream.flags = flags;
+    for (size_t i = 0; i <= n_ids; i++) {
+        size_t room = 3 * *n + 9 - n_streamed;
+        n_streamed += llm_stream_token(t, &stream, i < n_ids ? ids[i] : -1, (char *)streamed + n_streamed, room);
+        CHECK(n_streamed < 3 * *n + 9);
+    }
+    size_t n_whole = repair(text, *n, whole);
+    CHECK(n_streamed == n_whole && !memcmp(streamed, whole, n_whole));
+    free(whole);
+    free(streamed);
+    return text;
+}
+
+/* What holds of every tokenizer and text; `exact`: the text comes back. */
+static void check_text(const llm_tokenizer *t, const uint8_t *text, size_t n_text, unsigned flags, bool exact) {
+    size_t room = 4 * n_text + 8;
+    llm_token *ids = (llm_token *)malloc(room * sizeof *ids), *few = (llm_token *)malloc(room * sizeof *ids);
+    uint8_t *wanted = (uint8_t *)malloc(3 * n_text + 1);
+    llm_error err;
+    CHECK(ids && few && wanted);
+    int64_t n = llm_encode(t, (const char *)text, n_text, flags, ids, room, &err);
+    CHECK(n >= 0 && n <= (int64_t)room);
+    for (int64_t i = 0; i < n; i++) CHECK(ids[i] >= 0 && ids[i] < llm_tokenizer_n_vocab(t));
+    size_t half = (size_t)n / 2;
+    memset(few, 0xAB, room * sizeof *few);
+    CHECK(llm_encode(t, (const char *)text, n_text, flags, few, half, &err) == n);
+    CHECK(!memcmp(few, ids, half * sizeof *ids) && (half == room || few[half] == (llm_token)0xABABABAB));
+    size_t n_decoded, n_wanted = repair(text, n_text, wanted);
+    uint8_t *decoded = decode(t, ids, (size_t)n, flags, &n_decoded);
+    CHECK(!exact || (n_decoded == n_wanted && !memcmp(decoded, wanted, n_wanted)));
+    free(decoded);
+    for (int64_t i = 0; i < n; i++) ids[i] = (llm_token)((uint64_t)i * 2654435761u % ((unsigned)llm_tokenizer_n_vocab(t) + 3)) - 1;
+    free(decode(t, ids, (size_t)n, flags, &n_decoded)); /* ids in no order, and some that there are not */
+    free(ids);
+    free(few);
+    free(wanted);
+}
+
+static const char *const some_texts[] = {"", "The quick  brown fox's 42\n", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab <s></s><|im_end|> \t",
+                                         "\xFF\xE4\xBD\xA0\xE2\x96\x81\xCC\x81 e\xCC\x81\xED\xA0\x80"};
+
+static void check_tokenizer(const llm_tokenizer *t) {
+    for (size_t i = 0; i < sizeof some_texts / sizeof *some_texts; i++)
+        for (unsigned flags = 0; flags < 4; flags++)
+            check_text(t, (const uint8_t *)some_texts[i], strlen(some_texts[i]), flags, false);
+}
+
+/* ---- Models ---- */
+
+static void use_context(const llm_model *model, llm_context *ctx) {
+    static const llm_message messages[] = {{"system", " a\n"}, {"user", "b\xFF</s>"}, {"assistant", "c"}, {"user", ""}};
+    llm_sampler sampler;
+    llm_generate_desc desc;
+    llm_error err;
+    llm_token tokens[3] = {0, llm_tokenizer_n_vocab(llm_model_tokenizer(model)) - 1, 0};
+    llm_batch batch = {3, tokens, NULL, NULL};
+    CHECK(!llm_forward(ctx, &batch, &err) && llm_logits(ctx, 2));
+    memset(&sampler, 0, sizeof sampler);
+    memset(&desc, 0, sizeof desc);
+    sampler.temperature = 1;
+    sampler.top_p = 0.9f;
+    desc.sampler = &sampler;
+    desc.prompt = "aab\xFF";
+    desc.max_tokens = 3;
+    llm_status status = llm_generate(ctx, &desc, NULL, &err);
+    if (status) check_error(status, &err);
+    desc.prompt = NULL;
+    desc.messages = messages;
+    desc.n_messages = 4;
+    status = llm_generate(ctx, &desc, NULL, &err);
+    if (status) check_error(status, &err);
+}
+
+static void use_model(const llm_model *model) {
+    llm_context_desc desc;
+    llm_context *ctx;
+    llm_error err;
+    memset(&desc, 0, sizeof desc);
+    desc.n_ctx = 24;
+    desc.n_batch = 4;
+    desc.n_threads = 1;
+    llm_status status = llm_context_create(&ctx, model, &desc, &err);
+    if (status) check_error(status, &err);
+    else use_context(model, ctx);
+    llm_context_free(ctx);
+    check_tokenizer(llm_model_tokenizer(model));
+}
+
+static void try_model(const char *path, llm_model_desc desc) {
+    llm_model *model;
+    llm_memory memory;
+    llm_error err, estimate_err;
+    desc.n_threads = 1;
+    desc.host = counting;
+    memset(&err, 0xEE, sizeof err);
+    memset(&estimate_err, 0xEE, sizeof err);
+    llm_status status = llm_model_load(&model, path, &desc, &err);
+    llm_status estimate = llm_memory_estimate(path, &desc, NULL, &memory, &estimate_err);
+    if (estimate) check_error(estimate, &estimate_err);
+    if (status) {
+        check_refusal(status, &err);
+        CHECK(!model);
+        return;
+    }
+    CHECK(!estimate && memory.weights == llm_model_get_info(model).weight_bytes);
+    use_model(model);
+    llm_model_free(model);
+}
+
+typedef struct bytes {
+    const uint8_t *at;
+    size_t n;
+} bytes;
+
+static bool read_bytes(void *user, uint64_t offset, void *to, size_t n) {
+    const bytes *b = (const bytes *)user;
+    CHECK(offset <= b->n && n <= b->n - offset);
+    memcpy(to, b->at + offset, n);
+    return true;
+}
+
+static void fuzz_gguf(const uint8_t *data, size_t size) {
+    bytes all = {data, size};
+    llm_model_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.dtype = (llm_dtype)(LLM_DTYPE_F32 + size / 2 % 4);
+    if (size % 2) {
+        desc.read = read_bytes;
+        desc.read_user = &all;
+        desc.read_size = size;
+    } else {
+        desc.data = data;
+        desc.data_size = size;
+    }
+    try_model(NULL, desc);
+}
+
+/* ---- Directories ---- */
+
+static char folder[] = "/dev/shm/llm-fuzz-XXXXXX";
+
+static const char *in_folder(const char *name) {
+    static char path[256];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    return path;
+}
+
+static void write_file(const char *name, bytes content) {
+    FILE *file = fopen(in_folder(name), "wb");
+    CHECK(file && fwrite(content.at, 1, content.n, file) == content.n && !fclose(file));
+}
+
+static void remove_folder(void) {
+    static const char *const names[] = {"config.json", "model.safetensors", "model.safetensors.index.json", "a.safetensors",
+                                        "tokenizer.json", "tokenizer.model", "tokenizer_config.json"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) remove(in_folder(names[i]));
+    rmdir(folder);
+}
+
+/* What is before the next NUL; the rest stays in *b. */
+static bytes cut(bytes *b) {
+    const uint8_t *nul = b->n ? (const uint8_t *)memchr(b->at, 0, b->n) : NULL;
+    bytes head = {b->at, nul ? (size_t)(nul - b->at) : b->n};
+    size_t taken = head.n + (nul != NULL);
+    b->at += taken;
+    b->n -= taken;
+    return head;
+}
+
+static void fuzz_safetensors(const uint8_t *data, size_t size) {
+    static const char tokenizer[] = "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2,\"c\":3},\"merges\":[\"a b\"]},"
+                                    "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false}}";
+    bytes rest = {data, size}, config = cut(&rest), index = cut(&rest), words = {(const uint8_t *)tokenizer, sizeof tokenizer - 1};
+    llm_model_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.dtype = (llm_dtype)(LLM_DTYPE_F32 + size % 4);
+    write_file("config.json", config);
+    write_file("tokenizer.json", words);
+    remove(in_folder("model.safetensors"));
+    write_file(index.n ? "a.safetensors" : "model.safetensors", rest);
+    if (index.n) write_file("model.safetensors.index.json", index);
+    try_model(folder, desc);
+}
+
+static void try_tokenizer(void) {
+    static const llm_message messages[] = {{"user", "a"}};
+    llm_tokenizer *t;
+    llm_error err;
+    char text[100];
+    memset(&err, 0xEE, sizeof err);
+    llm_status status = llm_tokenizer_load(&t, folder, &counting, &err);
+    if (status) {
+        check_refusal(status, &err);
+        CHECK(!t);
+        return;
+    }
+    check_tokenizer(t);
+    status = llm_chat_render(t, messages, 1, true, text, sizeof text, NULL, &err);
+    if (status) check_error(status, &err);
+    llm_tokenizer_free(t);
+}
+
+static void fuzz_tokenizer_json(const uint8_t *data, size_t size) {
+    bytes rest = {data, size}, tokenizer = cut(&rest);
+    write_file("tokenizer.json", tokenizer);
+    write_file("tokenizer_config.json", rest);
+    if (!rest.n) remove(in_folder("tokenizer_config.json"));
+    try_tokenizer();
+}
+
+static void fuzz_tokenizer_model(const uint8_t *data, size_t size) {
+    bytes rest = {data, size}, config = cut(&rest);
+    write_file("tokenizer.model", rest);
+    write_file("tokenizer_config.json", config);
+    if (!config.n) remove(in_folder("tokenizer_config.json"));
+    try_tokenizer();
+}
+
+/* ---- JSON ---- */
+
+static void compare_json(const llm__json *ours, const json_t *theirs);
+
+static void compare_members(const llm__json *ours, const json_t *theirs) {
+    for (const llm__json *m = ours->first; m; m = m->next) {
+        json_t *other = json_object_getn(theirs, m->key.at, m->key.n);
+        bool last = true;
+        for (const llm__json *later = m->next; later && last; later = later->next) last = !llm__str_equal(later->key, m->key);
+        CHECK(other);
+        if (last) compare_json(m, other);
+    }
+}
+
+static void compare_json(const llm__json *ours, const json_t *theirs) {
+    double number = ours->number, other = json_number_value(theirs);
+    size_t i = 0;
+    switch (ours->type) {
+    case LLM__JSON_NULL: CHECK(json_is_null(theirs)); break;
+    case LLM__JSON_FALSE: CHECK(json_is_false(theirs)); break;
+    case LLM__JSON_TRUE: CHECK(json_is_true(theirs)); break;
+    case LLM__JSON_NUMBER:
+        CHECK(json_is_number(theirs));
+        CHECK(fabs(number - other) <= 1e-14 * fabs(other) || (fabs(other) < 1e-290 && fabs(number) < 1e-290));
+        break;
+    case LLM__JSON_STRING:
+        CHECK(json_is_string(theirs) && json_string_length(theirs) == ours->string.n);
+        CHECK(!memcmp(json_string_value(theirs), ours->string.at, ours->string.n));
+        break;
+    case LLM__JSON_ARRAY:
+        CHECK(json_is_array(theirs) && json_array_size(theirs) == ours->n);
+        for (const llm__json *item = ours->first; item; item = item->next) compare_json(item, json_array_get(theirs, i++));
+        break;
+    default:
+        CHECK(json_is_object(theirs) && json_object_size(theirs) <= ours->n);
+        compare_members(ours, theirs);
+    }
+}
+
+typedef struct json_job {
+    bytes text;
+    json_t *theirs;
+} json_job;
+
+static void parse_json(llm__env *env, void *arg) {
+    json_job *job = (json_job *)arg;
+    llm__json *v = llm__json_parse(env, job->text.at, job->text.n);
+    if (job->theirs) compare_json(v, job->theirs);
+}
+
+static void fuzz_json(const uint8_t *data, size_t size) {
+    json_error_t why;
+    json_job job = {{data, size}, NULL};
+    bool ends_early = memchr(data, 0, size) != NULL; /* for jansson the text ends there */
+    if (!ends_early) job.theirs = json_loadb((const char *)data, size, JSON_DECODE_ANY | JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &why);
+    llm__pool pool;
+    llm__env env;
+    llm_error err;
+    memset(&pool, 0, sizeof pool);
+    memset(&env, 0, sizeof env);
+    pool.host = counting;
+    env.pool = &pool;
+    env.err = &err;
+    llm_status status = llm__guarded(&env, parse_json, &job);
+    if (status) check_error(status, &err);
+    llm__pool_free(&pool);
+    if (status && job.theirs) CHECK(strstr(err.message, "deeper than"));
+    bool utf8 = llm__utf8_check(data, data + size) == data + size;
+    if (!status && !job.theirs && !ends_early && utf8) /* what jansson does not do */
+        CHECK(json_error_code(&why) == json_error_numeric_overflow || json_error_code(&why) == json_error_null_byte_in_key ||
+              strstr(why.text, "NUL byte in object key"));
+    json_decref(job.theirs);
+}
+
+/* ---- Chat templates ---- */
+
+typedef struct chat_job {
+    const llm_tokenizer *tokenizer;
+    const llm_message *messages;
+    int n_messages, n_control;
+} chat_job;
+
+/* How many control tokens a conversation has. */
+static void count_control(llm__env *env, void *arg) {
+    chat_job *job = (chat_job *)arg;
+    llm__rendered r = llm__render_chat(env, job->tokenizer, job->messages, job->n_messages, true);
+    size_t room = 4 * r.n + 8;
+    llm_token *ids = (llm_token *)llm__alloc(env, room, sizeof *ids);
+    size_t n = llm__encode_spans(env, job->tokenizer, r.text, r.n, LLM_ENCODE_SPECIAL, r.spans, r.n_spans, ids, room);
+    CHECK(n <= room);
+    job->n_control = 0;
+    for (size_t i = 0; i < n; i++) job->n_control += ids[i] > 0 && ids[i] < 5;
+}
+
+static llm_status guarded(llm__pool *pool, void (*body)(llm__env *env, void *arg), void *job, llm_error *err) {
+    llm__env env;
+    memset(pool, 0, sizeof *pool);
+    memset(&env, 0, sizeof env);
+    pool->host = counting;
+    env.pool = pool;
+    env.err = err;
+    return llm__guarded(&env, body, job);
+}
+
+static int control_tokens(chat_job *job) {
+    llm__pool pool;
+    llm_error err;
+    llm_status status = guarded(&pool, count_control, job, &err);
+    llm__pool_free(&pool);
+    return status ? -1 : job->n_control;
+}
+
+/* Whether it is rendered; a small buffer gets its beginning. */
+static bool render(const llm_tokenizer *t, const llm_message *messages, int n, bool open_answer) {
+    llm_error err;
+    size_t n_text, n_again;
+    char few[20], *text;
+    llm_status status = llm_chat_render(t, messages, n, open_answer, few, sizeof few, &n_text, &err);
+    if (status) {
+        check_error(status, &err);
+        return false;
+    }
+    text = (char *)malloc(n_text + 1);
+    CHECK(text);
+    CHECK(!llm_chat_render(t, messages, n, open_answer, text, n_text + 1, &n_again, &err) && n_again == n_text);
+    CHECK(strlen(few) <= n_text && !strncmp(text, few, strlen(few)) && !text[n_text]);
+    free(text);
+    return true;
+}
+
+enum { MOST_MESSAGES = 6 };
+
+static void use_template(chat_job *job, bytes rest) {
+    static const char *const in_turn[] = {"system", "user", "assistant"}, *const tame[] = {"a", "b", "a"};
+    llm_message messages[MOST_MESSAGES];
+    char *contents = (char *)malloc(rest.n + 1), *at = contents;
+    int n = 0;
+    CHECK(contents);
+    if (rest.n) memcpy(contents, rest.at, rest.n);
+    contents[rest.n] = 0;
+    for (int first = (int)(rest.n % 2); n < MOST_MESSAGES && at <= contents + rest.n; n++, at += strlen(at) + 1) {
+        int turn = n + first;
+        messages[n].role = in_turn[turn == 0 ? 0 : 1 + (turn - 1) % 2];
+        messages[n].content = at;
+    }
+    render(job->tokenizer, messages, n, true);
+    render(job->tokenizer, messages, (n + 1) / 2, false);
+    llm_message one = {"user", messages[n - 1].content}, other = {"user", tame[0]};
+    job->n_messages = 1;
+    job->messages = &one;
+    int n_one = control_tokens(job);
+    job->messages = &other;
+    if (n_one >= 0) CHECK(n_one == control_tokens(job)); /* a message cannot speak for others */
+    free(contents);
+}
+
+static void fuzz_chat(const uint8_t *data, size_t size) {
+    bytes rest = {data, size}, text = cut(&rest);
+    small_job small = {(const char *)text.at, text.n, NULL};
+    chat_job job;
+    llm__pool pool;
+    llm_error err;
+    CHECK(!guarded(&pool, build_small, &small, &err));
+    memset(&job, 0, sizeof job);
+    job.tokenizer = small.tokenizer;
+    use_template(&job, rest);
+    llm__pool_free(&pool);
+}
+
+/* ---- Round trips ---- */
+
+/* The first are byte-level without a prefix, the others SentencePiece with all bytes: they give back what they took. */
+static const char *const families[] = {"gpt-2", "mpt", "smollm", "llama-3", "qwen2", "gpt-4o", "tekken", "falcon", "deepseek-coder",
+                                       "llama-2", "spm", "added", "prefix-space", "metaspace", "llama-2-added", "llama-2-first",
+                                       "unknown", "unknown-each", "spm-symbols", "spm-plain"};
+enum { N_FAMILIES = sizeof families / sizeof *families, N_EXACT = 9 };
+static llm_tokenizer *tokenizers[N_FAMILIES];
+
+static void load_families(void) {
+    for (int i = 0; i < N_FAMILIES; i++) {
+        char path[256];
+        llm_error err;
+        snprintf(path, sizeof path, "tests/golden/tokenizers/%s", families[i]);
+        if (!llm_tokenizer_load(&tokenizers[i], path, NULL, &err)) continue;
+        fprintf(stderr, "%s\n", err.message);
+        exit(1);
+    }
+}
+
+static void fuzz_round_trip(const uint8_t *data, size_t size) {
+    if (size < 2) return;
+    unsigned family = data[1] % N_FAMILIES, flags = data[0] % 4;
+    bool exact = family < N_EXACT && !tokenizers[family]->nfc && flags != (LLM_ENCODE_BOS | LLM_ENCODE_SPECIAL); /* BOS is shown */
+    check_text(tokenizers[family], data + 2, size - 2, flags, exact);
+}
+
+/* ---- Mutations that keep what surrounds them right ---- */
+
+size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerInitialize(int *argc, char ***argv);
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed);
+
+static void put_number(uint8_t *to, uint64_t x, int n) {
+    for (int i = 0; i < n; i++) to[i] = (uint8_t)(x >> 8 * i);
+}
+
+/* Mutates the n bytes at `at`, which may grow into `room` more, and moves what is behind; returns their new number. */
+static size_t mutate_part(uint8_t *data, size_t *size, size_t at, size_t n, size_t room) {
+    uint8_t *part = (uint8_t *)malloc(n + room + 1);
+    CHECK(part);
+    memcpy(part, data + at, n);
+    size_t n_new = LLVMFuzzerMutate(part, n, n + room);
+    memmove(data + at + n_new, data + at + n, *size - at - n);
+    memcpy(data + at, part, n_new);
+    *size += n_new - n;
+    free(part);
+    return n_new;
+}
+
+/* Where the numbers and strings of a GGUF header are. */
+typedef struct field {
+    size_t at;
+    uint32_t n;    /* bytes of a number; 0: a string */
+    bool is_value; /* of the metadata */
+} field;
+
+enum { MOST_FIELDS = 4096 };
+
+typedef struct walk {
+    const uint8_t *data;
+    size_t size, at;
+    field fields[MOST_FIELDS];
+    int n_fields;
+    bool in_values;
+} walk;
+
+static uint64_t walk_number(walk *w, uint32_t n) {
+    uint64_t x = 0;
+    if (w->n_fields == MOST_FIELDS || n > w->size - w->at) {
+        w->at = w->size;
+        return 0;
+    }
+    for (uint32_t i = 0; i < n; i++) x |= (uint64_t)w->data[w->at + i] << 8 * i;
+    field f = {w->at, n, w->in_values};
+    w->fields[w->n_fields++] = f;
+    w->at += n;
+    return x;
+}
+
+static void walk_string(walk *w) {
+    uint64_t n = walk_number(w, 8);
+    if (w->at == w->size || n > w->size - w->at) return;
+    w->fields[w->n_fields - 1].n = 0;
+    w->at += (size_t)n;
+}
+
+static void walk_header(walk *w) {
+    walk_number(w, 4);
+    walk_number(w, 4);
+    uint64_t n_tensors = walk_number(w, 8), n_values = walk_number(w, 8);
+    for (uint64_t i = 0; i < n_values && w->at < w->size; i++) {
+        walk_string(w);
+        uint32_t type = (uint32_t)walk_number(w, 4);
+        uint64_t count = 1;
+        if (type == LLM__GGUF_ARRAY) {
+            type = (uint32_t)walk_number(w, 4);
+            count = walk_number(w, 8);
+        }
+        if (type >= LLM__GGUF_N_TYPES || type == LLM__GGUF_ARRAY) return;
+        w->in_values = true;
+        for (uint64_t j = 0; j < count && w->at < w->size; j++) {
+            if (type == LLM__GGUF_STRING) walk_string(w);
+            else walk_number(w, llm__gguf_size(type));
+        }
+        w->in_values = false;
+    }
+    for (uint64_t i = 0; i < n_tensors && w->at < w->size; i++) {
+        walk_string(w);
+        uint64_t n_dims = walk_number(w, 4);
+        for (uint64_t j = 0; j < n_dims && w->at < w->size; j++) walk_number(w, 8);
+        walk_number(w, 4);
+        walk_number(w, 8);
+    }
+}
+
+/* One number or string of the header changes; the tensors' bytes stay aligned. */
+static size_t mutate_gguf(uint8_t *data, size_t size, size_t most, unsigned seed) {
+    static const uint64_t numbers[] = {0, 1, 2, 3, 4, 7, 8, 16, 255, 0x7FC00000, 0x7F800000, 0x80000000, UINT32_MAX,
+                                       UINT64_C(1) << 32, UINT64_C(1) << 63, UINT64_MAX - 31, UINT64_MAX};
+    static walk w;
+    memset(&w, 0, sizeof w);
+    w.data = data;
+    w.size = size;
+    walk_header(&w);
+    size_t end_of_header = (w.at + 31) / 32 * 32, room = most - size;
+    if (!w.n_fields || end_of_header > size) return LLVMFuzzerMutate(data, size, most);
+    field f = w.fields[seed / 8 % (unsigned)w.n_fields];
+    uint64_t old = 0;
+    for (uint32_t i = 0; i < (f.n ? f.n : 8); i++) old |= (uint64_t)data[f.at + i] << 8 * i;
+    if (!f.n && room >= 64) {
+        size_t n = mutate_part(data, &size, f.at + 8, (size_t)old, 32), header = w.at + n - (size_t)old;
+        put_number(data + f.at, n, 8);
+        size_t now = (header + 31) / 32 * 32, behind = size - (end_of_header + n - (size_t)old);
+        memmove(data + now, data + size - behind, behind);
+        memset(data + header, 0, now - header);
+        return now + behind;
+    }
+    uint64_t choice = seed / 8 / (unsigned)w.n_fields;
+    if (choice % 4 == 0) put_number(data + f.at, old + 1 - choice / 4 % 2 * 2, (int)(f.n ? f.n : 8));
+    else if (choice % 4 == 1) LLVMFuzzerMutate(data + f.at, f.n ? f.n : 8, f.n ? f.n : 8);
+    else put_number(data + f.at, numbers[choice / 4 % (sizeof numbers / sizeof *numbers)], (int)(f.n ? f.n : 8));
+    return size;
+}
+
+/* One of the texts changes, and the length before the third is right again. */
+static size_t mutate_safetensors(uint8_t *data, size_t size, size_t most, unsigned seed) {
+    bytes rest = {data, size}, config = cut(&rest), index = cut(&rest), chosen = seed / 8 % 4 ? config : index;
+    uint64_t n = rest.n < 8 ? 0 : llm__load_u64(rest.at);
+    size_t room = most - size < 64 ? most - size : 64;
+    if (rest.n < 8 || n > rest.n - 8 || seed / 8 % 4 == 3) {
+        mutate_part(data, &size, (size_t)(chosen.at - data), chosen.n, room);
+    } else {
+        size_t at = (size_t)(rest.at - data);
+        put_number(data + at, mutate_part(data, &size, at + 8, (size_t)n, room), 8);
+    }
+    return size;
+}
+
+/* A field of the protobuf changes, and its length is right again, where it takes one or two bytes. */
+static size_t mutate_model(uint8_t *data, size_t size, size_t most, unsigned seed) {
+    size_t starts[1024], n_starts = 0, at = 0;
+    bytes rest = {data, size};
+    cut(&rest);
+    for (at = (size_t)(rest.at - data); at + 2 < size && n_starts < 1024 && (data[at] & 7) == 2;) {
+        bool two = data[at + 1] & 128;
+        size_t n = (size_t)(two ? (data[at + 1] & 127) + data[at + 2] * 128 : data[at + 1]);
+        if (n > size - at - 2 - two) break;
+        starts[n_starts++] = at;
+        at += 2 + two + n;
+    }
+    if (!n_starts || most - size < 32) return LLVMFuzzerMutate(data, size, most);
+    at = starts[seed / 8 % n_starts];
+    bool two = data[at + 1] & 128;
+    size_t n = (size_t)(two ? (data[at + 1] & 127) + data[at + 2] * 128 : data[at + 1]);
+    size_t room = two ? 32 : n > 95 ? 127 - n : 32, n_new = mutate_part(data, &size, at + 2 + two, n, room);
+    data[at + 1] = (uint8_t)((n_new & 127) | (two ? 128 : 0));
+    if (two) data[at + 2] = (uint8_t)(n_new >> 7);
+    return size;
+}
+
+/* ---- Targets ---- */
+
+static const struct {
+    const char *name;
+    void (*run)(const uint8_t *data, size_t size);
+    size_t (*mutate)(uint8_t *data, size_t size, size_t most, unsigned seed); /* NULL: as libFuzzer does */
+} targets[] = {
+    {"gguf", fuzz_gguf, mutate_gguf},
+    {"safetensors", fuzz_safetensors, mutate_safetensors},
+    {"json", fuzz_json, NULL},
+    {"tokenizer.json", fuzz_tokenizer_json, NULL},
+    {"tokenizer.model", fuzz_tokenizer_model, mutate_model},
+    {"chat", fuzz_chat, NULL},
+    {"round-trip", fuzz_round_trip, NULL},
+};
+
+static size_t target;
+
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    const char *name = llm__path_name((*argv)[0]);
+    enum { N = sizeof targets / sizeof *targets };
+    (void)argc;
+    while (target < N && strcmp(name, targets[target].name)) target++;
+    if (target == N) {
+        fprintf(stderr, "\"%s\" is none of the targets; make fuzz calls them\n", name);
+        exit(1);
+    }
+    all_good = getenv("FUZZ_ALL_GOOD") != NULL;
+    if (targets[target].run == fuzz_round_trip) load_families();
+    if (!mkdtemp(folder) || atexit(remove_folder)) exit(1);
+    return 0;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    begin(size);
+    targets[target].run(data, size);
+    end();
+    return 0;
+}
+
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed) {
+    if (!targets[target].mutate || seed % 4 == 0) return LLVMFuzzerMutate(data, size, most);
+    return targets[target].mutate(data, size, most, seed);
+}

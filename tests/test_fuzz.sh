@@ -1,0 +1,66 @@
+#!/bin/sh
+# Fuzzing: each target of tests/fuzz/fuzz.c for FUZZ_SECONDS (30), as many at once as there are processors. What is found to
+# lead somewhere new stays in build/fuzz/corpus. What fails is kept in build/fuzz/findings and tried again first; once it is
+# mended, it belongs in tests/fuzz/regressions/TARGET.
+. tests/tap.sh
+here=$(dirname "$0")/fuzz
+seconds=${FUZZ_SECONDS:-30}
+targets="gguf safetensors json tokenizer.json tokenizer.model chat round-trip"
+export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
+
+most_bytes() {
+    case $1 in
+    gguf | tokenizer.json) echo 24000 ;;
+    round-trip) echo 4000 ;;
+    *) echo 8000 ;;
+    esac
+}
+
+# Fuzzes one target and keeps its exit code.
+fuzz() {
+    "$here/$1" -max_total_time="$seconds" -max_len="$(most_bytes "$1")" -timeout=30 -rss_limit_mb=2000 -print_final_stats=1 \
+        -dict="$here/corpus/$1.dict" -artifact_prefix="$here/findings/$1-" "$here/corpus/$1" >"$here/$1.log" 2>&1
+    echo $? >"$here/$1.code"
+}
+
+# The files of the second kind are tried by the target, without any change to them.
+tries() {
+    target=$1
+    shift
+    [ -e "$1" ] || return 0
+    "$here/$target" -timeout=30 -rss_limit_mb=2000 "$@" >"$here/$target.log" 2>&1 || shows_why "$target"
+}
+
+shows_why() {
+    grep -E 'this is not so|runtime error|ERROR|released|it took|asked for|^Running: |Test unit|^    #[0-9] ' "$here/$1.log" | tail -n 20 | sed 's/^/# /'
+    return 1
+}
+
+passed() {
+    runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$here/$1.log")
+    echo "# $1: ${runs:-0} inputs in $seconds s"
+    [ "$(cat "$here/$1.code")" -eq 0 ] || shows_why "$1"
+}
+
+mkdir -p "$here/corpus" "$here/findings"
+for target in $targets; do ln -sf fuzz "$here/$target"; done
+check "the seeds are made" python3 tests/fuzz/seeds.py "$here/corpus"
+export FUZZ_ALL_GOOD=1
+for target in gguf safetensors tokenizer.json tokenizer.model; do
+    check "the seeds are good: $target" tries "$target" "$here/corpus/$target"/seed-*
+done
+unset FUZZ_ALL_GOOD
+for target in $targets; do
+    check "what failed once: $target" tries "$target" tests/fuzz/regressions/"$target"/*
+    check "what failed here: $target" tries "$target" "$here/findings/$target"-*
+done
+
+n_running=0
+for target in $targets; do
+    fuzz "$target" &
+    n_running=$((n_running + 1))
+    [ $((n_running % $(nproc))) -ne 0 ] || wait
+done
+wait
+for target in $targets; do check "fuzzing $target" passed "$target"; done
+finish

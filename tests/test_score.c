@@ -1,0 +1,518 @@
+/* Scoring: log-likelihoods against logits and against independent references, the same bits in every schedule, the tokens
+   it takes, and what is refused. tests/golden/README.md tells where the references come from.
+   Variants: asan tsan matrix */
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+#include "tests/tiny.h"
+
+#include <jansson.h>
+#include <setjmp.h>
+#include <cmocka.h>
+
+/* ---- Made-up questions ---- */
+
+enum { N_VOCAB = 856, QUESTIONS = 13, MOST_ENDINGS = 5, MOST_TOKENS = 50 };
+
+typedef struct quiz {
+    llm_question questions[QUESTIONS];
+    llm_token contexts[QUESTIONS][MOST_TOKENS], endings[QUESTIONS][MOST_ENDINGS][MOST_TOKENS];
+    const llm_token *ending_lists[QUESTIONS][MOST_ENDINGS];
+    int lengths[QUESTIONS][MOST_ENDINGS];
+    int n_results;
+} quiz;
+
+static uint32_t draw(uint32_t *state, uint32_t n) {
+    *state = *state * 1664525u + 1013904223u;
+    return (uint32_t)((uint64_t)*state * n >> 32);
+}
+
+/* Contexts and endings of all lengths; endings that begin alike, that are one token, that are equal. */
+static void make_quiz(quiz *z) {
+    uint32_t random = 7;
+    z->n_results = 0;
+    for (int i = 0; i < QUESTIONS; i++) {
+        llm_question *q = &z->questions[i];
+        q->context = z->contexts[i];
+        q->n_context = i == 0 ? 1 : i == 1 ? 32 : 1 + (int)draw(&random, MOST_TOKENS);
+        q->n_endings = i == 2 ? 1 : 2 + (int)draw(&random, MOST_ENDINGS - 1);
+        q->endings = z->ending_lists[i];
+        q->n_ending = z->lengths[i];
+        for (int j = 0; j < q->n_context; j++) z->contexts[i][j] = (llm_token)draw(&random, N_VOCAB);
+        for (int e = 0; e < q->n_endings; e++, z->n_results++) {
+            int same = i % 3 ? (int)draw(&random, 4) : 0;
+            z->ending_lists[i][e] = z->endings[i][e];
+            z->lengths[i][e] = i == 3 ? 1 : i == 4 ? 12 : 1 + same + (int)draw(&random, MOST_TOKENS - 4);
+            for (int j = 0; j < z->lengths[i][e]; j++)
+                z->endings[i][e][j] = j < same || i == 4 ? (llm_token)(j + 5) : (llm_token)draw(&random, N_VOCAB);
+        }
+    }
+}
+
+static const tiny_spec SPEC = {2, 40, 56, 4, 2, 12, 512, N_VOCAB - 256, 1, 0, 11}; /* two parts of the vocabulary */
+
+static llm_model *load(llm_dtype dtype, const char *isa) {
+    static const tiny_spec blocks = {2, 64, 96, 4, 2, 32, 512, N_VOCAB - 256, 1, 3, 1};
+    llm_model_desc desc = {.dtype = dtype, .isa = isa, .n_threads = 1};
+    llm_model *model = NULL;
+    llm_error err;
+    uint8_t *data = tiny_model(dtype == LLM_DTYPE_INT4 ? &blocks : &SPEC, &desc.data_size);
+    desc.data = data;
+    llm_status status = llm_model_load(&model, NULL, &desc, &err);
+    free(data);
+    if (status && status != LLM_ERROR_ARGUMENT) fail_msg("%s", err.message);
+    return model;
+}
+
+static llm_context *create(const llm_model *model, const llm_context_desc *desc) {
+    llm_context *ctx = NULL;
+    llm_error err;
+    if (llm_context_create(&ctx, model, desc, &err)) fail_msg("%s", err.message);
+    return ctx;
+}
+
+/* ---- Against logits ---- */
+
+static double log_prob(const float *logits, int n, llm_token token) {
+    double most = logits[llm__argmax(logits, n)], sum = 0;
+    for (int i = 0; i < n; i++) sum += exp(logits[i] - most);
+    return logits[token] - most - log(sum);
+}
+
+/* A text alone, with all logits. */
+static double log_likelihood(llm_context *ctx, const llm_question *q, int ending) {
+    llm_token tokens[2 * MOST_TOKENS];
+    bool logits[2 * MOST_TOKENS];
+    int n = q->n_context + q->n_ending[ending];
+    double sum = 0;
+    llm_error err;
+    for (int i = 0; i < n; i++) {
+        tokens[i] = i < q->n_context ? q->context[i] : q->endings[ending][i - q->n_context];
+        logits[i] = true;
+    }
+    llm_batch batch = {n, tokens, NULL, logits};
+    assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
+    if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
+    for (int i = q->n_context; i < n; i++) sum += log_prob(llm_logits(ctx, i - 1), N_VOCAB, tokens[i]);
+    return sum;
+}
+
+static void test_logits(void **state) {
+    static const llm_dtype dtypes[] = {LLM_DTYPE_F32, LLM_DTYPE_BF16, LLM_DTYPE_INT8, LLM_DTYPE_INT4};
+    static quiz z;
+    double results[QUESTIONS * MOST_ENDINGS];
+    (void)state;
+    make_quiz(&z);
+    for (size_t d = 0; d < sizeof dtypes / sizeof *dtypes; d++) {
+        llm_model *model = load(dtypes[d], NULL);
+        llm_context_desc desc = {.n_ctx = 2 * MOST_TOKENS, .n_seq = 16, .n_logits = 2 * MOST_TOKENS, .n_threads = 1};
+        llm_context *ctx = create(model, &desc);
+        llm_error err;
+        if (llm_score(ctx, z.questions, QUESTIONS, NULL, results, NULL, &err)) fail_msg("%s", err.message);
+        for (int i = 0, at = 0; i < QUESTIONS; i++)
+            for (int e = 0; e < z.questions[i].n_endings; e++, at++) {
+                double expected = log_likelihood(ctx, &z.questions[i], e);
+                if (!(fabs(results[at] - expected) <= 1e-6 * fabs(expected)))
+                    fail_msg("%s, question %d, ending %d: %.9g instead of %.9g", llm_dtype_name(dtypes[d]), i, e, results[at], expected);
+            }
+        llm_context_free(ctx);
+        llm_model_free(model);
+    }
+}
+
+/* The probabilities of all tokens that can come next sum to 1. */
+static void test_sum(void **state) {
+    static llm_token tokens[N_VOCAB];
+    static const llm_token *endings[N_VOCAB];
+    static int ones[N_VOCAB];
+    static double results[N_VOCAB];
+    llm_token context[3] = {1, 2, 3};
+    llm_model *model = load(LLM_DTYPE_BF16, NULL);
+    llm_context_desc desc = {.n_ctx = 32, .n_seq = N_VOCAB, .n_cache = 64, .n_batch = 8, .n_threads = 2};
+    llm_context *ctx = create(model, &desc);
+    llm_question q = {context, 3, N_VOCAB, endings, ones};
+    double sum = 0;
+    llm_error err;
+    (void)state;
+    for (int i = 0; i < N_VOCAB; i++) {
+        tokens[i] = i;
+        endings[i] = &tokens[i];
+        ones[i] = 1;
+    }
+    if (llm_score(ctx, &q, 1, NULL, results, NULL, &err)) fail_msg("%s", err.message);
+    for (int i = 0; i < N_VOCAB; i++) sum += exp(results[i]);
+    assert_true(fabs(sum - 1) < 1e-6);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+/* ---- The same bits ---- */
+
+static const llm_score_desc SCHEDULES[] = {{.schedule = LLM_SCHEDULE_PACKED},
+                                           {.schedule = LLM_SCHEDULE_PACKED, .no_share = true},
+                                           {.schedule = LLM_SCHEDULE_FIXED, .batch = 1, .no_share = true},
+                                           {.schedule = LLM_SCHEDULE_FIXED, .batch = 1},
+                                           {.schedule = LLM_SCHEDULE_FIXED, .no_share = true},
+                                           {.schedule = LLM_SCHEDULE_FIXED, .batch = 5},
+                                           {.schedule = LLM_SCHEDULE_DP, .theta = 300, .no_share = true},
+                                           {.schedule = LLM_SCHEDULE_DP, .theta = 1, .theta_context = 1},
+                                           {.schedule = LLM_SCHEDULE_DP, .theta = 100, .theta_context = 200},
+                                           {.schedule = LLM_SCHEDULE_DP}};
+enum { N_SCHEDULES = sizeof SCHEDULES / sizeof *SCHEDULES };
+
+/* What must be computed at least: every prefix once, every ending once without its last token. */
+static int64_t tokens_needed(const llm_question *questions, int n) {
+    int64_t needed = 0;
+    for (int i = 0; i < n; i++) {
+        const llm_question *q = &questions[i];
+        int common = 0;
+        for (bool same = true; same; common += same)
+            for (int e = 0; e < q->n_endings && same; e++)
+                same = common < q->n_ending[e] - 1 && q->endings[e][common] == q->endings[0][common];
+        needed += q->n_context + common;
+        for (int e = 0; e < q->n_endings; e++) needed += q->n_ending[e] - 1 - common;
+    }
+    return needed;
+}
+
+static void check_schedules(const llm_model *model, const llm_context_desc *desc, const llm_question *questions, int n,
+                            double *expected, int n_results) {
+    llm_context *ctx = create(model, desc);
+    double *results = (double *)malloc((size_t)n_results * sizeof *results);
+    llm_error err;
+    assert_non_null(results);
+    for (int i = 0; i < N_SCHEDULES; i++) {
+        llm_score_stats stats, counted;
+        if (llm_score(ctx, questions, n, &SCHEDULES[i], results, &stats, &err)) fail_msg("%s", err.message);
+        if (expected[0] == 0) memcpy(expected, results, (size_t)n_results * sizeof *results);
+        if (memcmp(results, expected, (size_t)n_results * sizeof *results)) fail_msg("schedule %d has other bits", i);
+        assert_int_equal(stats.n_questions, n);
+        assert_int_equal(stats.n_computed - stats.n_padded - stats.n_redundant, tokens_needed(questions, n));
+        if (i == 0) {
+            assert_int_equal(stats.n_padded + stats.n_redundant, 0);
+            assert_true(stats.n_passes >= (stats.n_computed + desc->n_batch - 1) / desc->n_batch);
+        }
+        assert_int_equal(llm_score(ctx, questions, n, &SCHEDULES[i], NULL, &counted, &err), LLM_OK);
+        counted.seconds = stats.seconds;
+        assert_memory_equal(&counted, &stats, sizeof stats);
+        assert_int_equal(ctx->cache.n_free, ctx->cache.n_blocks);
+    }
+    free(results);
+    llm_context_free(ctx);
+}
+
+static void test_schedules(void **state) {
+    static const llm_context_desc descs[] = {{.n_ctx = 100, .n_seq = 40, .n_batch = 512, .n_threads = 2},
+                                             {.n_ctx = 100, .n_seq = 6, .n_batch = 7, .n_threads = 1},
+                                             {.n_ctx = 100, .n_seq = 17, .n_cache = 800, .n_batch = 64, .n_threads = 1}};
+    static const char *const isas[] = {NULL, "scalar", "avx2"};
+    static quiz z;
+    (void)state;
+    make_quiz(&z);
+    for (int dtype = LLM_DTYPE_F32; dtype <= LLM_DTYPE_INT4; dtype++) {
+        double expected[QUESTIONS * MOST_ENDINGS] = {0};
+        for (size_t i = 0; i < sizeof descs / sizeof *descs; i++) {
+            llm_model *model = load((llm_dtype)dtype, isas[i]);
+            if (!model) continue; /* not on this machine */
+            check_schedules(model, &descs[i], z.questions, QUESTIONS, expected, z.n_results);
+            llm_model_free(model);
+        }
+    }
+}
+
+/* Passes of the packed schedule are full but for the last few. */
+static void test_full_passes(void **state) {
+    static quiz z;
+    llm_model *model = load(LLM_DTYPE_F32, NULL);
+    llm_context_desc desc = {.n_ctx = 100, .n_seq = 60, .n_batch = 200, .n_threads = 1};
+    llm_context *ctx = create(model, &desc);
+    llm_score_stats stats;
+    (void)state;
+    make_quiz(&z);
+    assert_int_equal(llm_score(ctx, z.questions, QUESTIONS, NULL, NULL, &stats, NULL), LLM_OK);
+    assert_true(stats.n_passes <= stats.n_computed / 200 + 2);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+/* ---- Cutting into batches ---- */
+
+/* The least waste there is, by trying all cuts. */
+static int64_t least_waste(const llm__text *texts, int n, bool to_shortest, int theta, const llm__room *room) {
+    int64_t least = n ? INT64_MAX : 0;
+    for (int size = 1; size <= n && size <= llm__most_texts(room, texts[n - 1].length); size++) {
+        const llm__text *batch = texts + n - size;
+        int64_t waste = least_waste(texts, n - size, to_shortest, theta, room), area = batch[to_shortest ? 0 : size - 1].length * size;
+        for (int i = 0; i < size; i++)
+            waste += to_shortest ? batch[i].length - batch[0].length : batch[size - 1].length - batch[i].length;
+        waste += area < theta ? (int64_t)1 << 40 : 0;
+        if (waste < least) least = waste;
+    }
+    return least;
+}
+
+static void test_cuts(void **state) {
+    llm__env env;
+    llm__pool pool;
+    uint32_t random = 3;
+    (void)state;
+    memset(&env, 0, sizeof env);
+    memset(&pool, 0, sizeof pool);
+    env.pool = &pool;
+    for (int round = 0; round < 300; round++) {
+        llm__text texts[12];
+        llm__room room = {1 + (int)draw(&random, 12), 4 + (int)draw(&random, 30), (int)draw(&random, 40)};
+        int n = 1 + (int)draw(&random, 12), theta = (int)draw(&random, 200), ends[13];
+        bool to_shortest = round % 2;
+        memset(texts, 0, sizeof texts);
+        for (int i = 0; i < n; i++) texts[i].length = (i ? texts[i - 1].length : 1) + (int)draw(&random, 30);
+        int n_batches = llm__cut_by_waste(&env, texts, n, to_shortest, theta, &room, ends);
+        int64_t waste = 0;
+        for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
+            int size = ends[batch] - from, edge = texts[to_shortest ? from : ends[batch] - 1].length;
+            assert_true(size >= 1 && size <= llm__most_texts(&room, texts[ends[batch] - 1].length));
+            for (int i = from; i < ends[batch]; i++) waste += abs(texts[i].length - edge);
+            waste += edge * size < theta ? (int64_t)1 << 40 : 0;
+        }
+        assert_int_equal(ends[n_batches - 1], n);
+        assert_true(waste == least_waste(texts, n, to_shortest, theta, &room));
+    }
+    llm__pool_free(&pool);
+}
+
+/* ---- What is refused, and stopping ---- */
+
+static bool stop_at_once(void *user) {
+    (void)user;
+    return true;
+}
+
+typedef struct answers {
+    int n, most;
+    const double *results;
+} answers;
+
+static bool count_question(void *user, int question, const double *log_likelihoods) {
+    answers *a = (answers *)user;
+    assert_in_range(question, 0, QUESTIONS - 1);
+    assert_true(log_likelihoods >= a->results);
+    return ++a->n < a->most;
+}
+
+static void test_refusals(void **state) {
+    static quiz z;
+    double results[QUESTIONS * MOST_ENDINGS];
+    llm_model *model = load(LLM_DTYPE_F32, NULL);
+    llm_context_desc desc = {.n_ctx = 100, .n_seq = 8, .n_batch = 64, .n_threads = 1}, short_ctx = desc, few = desc, small = desc,
+                     cancelled = desc;
+    llm_token token = 1, wrong = N_VOCAB;
+    llm_batch batch = {1, &token, NULL, NULL};
+    llm_context *ctx = create(model, &desc);
+    llm_error err;
+    (void)state;
+    make_quiz(&z);
+    assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_OK);
+    llm_question q = z.questions[5], empty = q;
+    empty.n_context = 0;
+    assert_int_equal(llm_score(NULL, &q, 1, NULL, results, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_score(ctx, NULL, 1, NULL, results, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_score(ctx, &empty, 1, NULL, results, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_string_equal(err.message, "question 0: its context has no tokens");
+    empty = q;
+    empty.n_endings = 0;
+    assert_int_equal(llm_score(ctx, &empty, 1, NULL, results, NULL, &err), LLM_ERROR_ARGUMENT);
+    const llm_token *endings[2] = {&token, &wrong};
+    int ones[2] = {1, 1};
+    llm_question bad = {&token, 1, 2, endings, ones};
+    assert_int_equal(llm_score(ctx, &bad, 1, NULL, results, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_string_equal(err.message, "question 0: token 0 of an ending is 856; the vocabulary has 856");
+    llm_score_desc wrong_desc = {.schedule = (llm_schedule)3}, negative = {.theta = -1};
+    assert_int_equal(llm_score(ctx, &q, 1, &wrong_desc, results, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_score(ctx, &q, 1, &negative, results, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_seq_length(ctx, 0), 1); /* what is refused has touched nothing */
+    assert_int_equal(llm_score(ctx, NULL, 0, NULL, results, NULL, &err), LLM_OK);
+
+    answers a = {0, 4, results};
+    llm_score_desc counting = {.on_question = count_question, .user = &a};
+    assert_int_equal(llm_score(ctx, z.questions, QUESTIONS, &counting, results, NULL, &err), LLM_ERROR_CANCELLED);
+    assert_int_equal(a.n, 4);
+    a.n = 0;
+    a.most = QUESTIONS + 1;
+    assert_int_equal(llm_score(ctx, z.questions, QUESTIONS, &counting, results, NULL, &err), LLM_OK);
+    assert_int_equal(a.n, QUESTIONS);
+    assert_null(llm_logits(ctx, 0));
+    llm_context_free(ctx);
+
+    short_ctx.n_ctx = 20;
+    few.n_seq = 1;
+    small.n_cache = 32;
+    cancelled.cancel = stop_at_once;
+    const llm_context_desc *full[] = {&short_ctx, &few, &small};
+    for (int i = 0; i < 3; i++) {
+        ctx = create(model, full[i]);
+        assert_int_equal(llm_score(ctx, &z.questions[1], 1, NULL, results, NULL, &err), LLM_ERROR_CONTEXT_FULL);
+        llm_context_free(ctx);
+    }
+    ctx = create(model, &cancelled);
+    assert_int_equal(llm_score(ctx, z.questions, QUESTIONS, NULL, results, NULL, &err), LLM_ERROR_CANCELLED);
+    assert_int_equal(ctx->cache.n_free, ctx->cache.n_blocks);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+typedef struct budget {
+    int left;
+} budget;
+
+static void *spend(void *user, void *ptr, size_t size) {
+    budget *b = (budget *)user;
+    if (size && b->left-- <= 0) return NULL;
+    if (size) return realloc(ptr, size);
+    free(ptr);
+    return NULL;
+}
+
+/* Each allocation fails once. */
+static void test_memory(void **state) {
+    static quiz z;
+    double results[QUESTIONS * MOST_ENDINGS];
+    budget b = {1 << 20};
+    llm_model *model = load(LLM_DTYPE_F32, NULL);
+    llm_context_desc desc = {.n_ctx = 100, .n_seq = 8, .n_batch = 64, .n_threads = 1, .host = {.resize = spend, .user = &b}};
+    llm_context *ctx = create(model, &desc);
+    (void)state;
+    make_quiz(&z);
+    for (int i = 0; i < N_SCHEDULES; i += 4)
+        for (int n = 0, failed = 1; failed; n++) {
+            b.left = n;
+            llm_status status = llm_score(ctx, z.questions, 6, &SCHEDULES[i], results, NULL, NULL);
+            failed = status == LLM_ERROR_MEMORY;
+            assert_true(failed || status == LLM_OK);
+            assert_true(n < 1000);
+        }
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+/* ---- The default model ---- */
+
+enum { GOLDEN = 20, ENDINGS = 4 };
+
+typedef struct golden {
+    llm_question questions[GOLDEN];
+    llm_token tokens[GOLDEN][ENDINGS][256];
+    const llm_token *endings[GOLDEN][ENDINGS];
+    int lengths[GOLDEN][ENDINGS];
+    double expected[GOLDEN * ENDINGS];
+} golden;
+
+/* The ids of context and ending in the file are those of llm_encode_pair. */
+static void encode_like(const llm_tokenizer *tokenizer, json_t *line, int ending, llm_token *ids, int *n_context, int *n_ending) {
+    char text[1024];
+    int64_t n_first;
+    llm_error err;
+    json_t *context = json_object_get(line, "context"), *rest = json_array_get(json_object_get(line, "endings"), (size_t)ending);
+    snprintf(text, sizeof text, " %s", json_string_value(json_array_get(json_object_get(line, "choices"), (size_t)ending)));
+    int64_t n = llm_encode_pair(tokenizer, json_string_value(json_object_get(line, "query")), text, LLM_ENCODE_BOS | LLM_ENCODE_SPECIAL,
+                                ids, 256, &n_first, &err);
+    assert_int_equal(n_first, json_array_size(context));
+    assert_int_equal(n, json_array_size(context) + json_array_size(rest));
+    for (int i = 0; i < n; i++)
+        assert_int_equal(ids[i], json_integer_value(i < n_first ? json_array_get(context, (size_t)i)
+                                                                : json_array_get(rest, (size_t)(i - n_first))));
+    *n_context = (int)n_first;
+    *n_ending = (int)(n - n_first);
+}
+
+static void read_golden(const llm_tokenizer *tokenizer, golden *g) {
+    FILE *file = fopen("tests/golden/hellaswag.golden", "rb");
+    if (!file) fail_msg("tests/golden/hellaswag.golden cannot be opened");
+    for (int i = 0; i < GOLDEN; i++) {
+        json_t *line = json_loadf(file, JSON_DISABLE_EOF_CHECK, NULL);
+        assert_non_null(line);
+        llm_question q = {g->tokens[i][0], 0, ENDINGS, g->endings[i], g->lengths[i]};
+        for (int e = 0; e < ENDINGS; e++) {
+            encode_like(tokenizer, line, e, g->tokens[i][e], &q.n_context, &g->lengths[i][e]);
+            g->endings[i][e] = g->tokens[i][e] + q.n_context;
+            g->expected[i * ENDINGS + e] = json_real_value(json_array_get(json_object_get(line, "log_likelihoods"), (size_t)e));
+        }
+        g->questions[i] = q;
+        json_decref(line);
+    }
+    fclose(file);
+}
+
+static llm_model *load_default(llm_dtype dtype) {
+    const char *path = getenv("LLM_MODEL");
+    llm_model_desc desc = {.dtype = dtype};
+    llm_model *model = NULL;
+    llm_error err;
+    if (llm_model_load(&model, path ? path : "models/SmolLM2-135M-Instruct.Q4_1.gguf", &desc, &err))
+        fail_msg("%s (make model fetches it)", err.message);
+    return model;
+}
+
+static void test_reference(void **state) {
+    static golden g;
+    double results[GOLDEN * ENDINGS], worst = 0;
+    llm_context_desc desc = {.n_ctx = 128, .n_seq = 32, .n_cache = 2048};
+    llm_model *model = load_default(LLM_DTYPE_F32);
+    llm_context *ctx = create(model, &desc);
+    llm_error err;
+    (void)state;
+    read_golden(llm_model_tokenizer(model), &g);
+    if (llm_score(ctx, g.questions, GOLDEN, NULL, results, NULL, &err)) fail_msg("%s", err.message);
+    for (int i = 0; i < GOLDEN * ENDINGS; i++)
+        if (fabs(results[i] / g.expected[i] - 1) > worst) worst = fabs(results[i] / g.expected[i] - 1);
+    print_message("largest relative error %.1e\n", worst);
+    assert_true(worst < 1e-5);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+/* Four questions in the schedules that differ most. */
+static void test_default_schedules(void **state) {
+    static golden g;
+    double expected[3 * ENDINGS] = {0};
+    llm_context_desc desc = {.n_ctx = 128, .n_seq = 32, .n_batch = 200, .n_cache = 2048};
+    llm_model *model = load_default(LLM_DTYPE_BF16);
+    (void)state;
+    read_golden(llm_model_tokenizer(model), &g);
+    check_schedules(model, &desc, g.questions + 3, 3, expected, 3 * ENDINGS);
+    llm_model_free(model);
+}
+
+/* ---- Pairs of texts ---- */
+
+static void check_pair(const llm_tokenizer *t, const char *context, const char *ending, const char *first, const char *second) {
+    llm_token ids[64], expected[64];
+    int64_t n_context, n = llm_encode_pair(t, context, ending, LLM_ENCODE_SPECIAL, ids, 64, &n_context, NULL);
+    int64_t n_first = llm_encode(t, first, strlen(first), LLM_ENCODE_SPECIAL, expected, 64, NULL);
+    int64_t n_second = llm_encode(t, second, strlen(second), LLM_ENCODE_SPECIAL, expected + n_first, (size_t)(64 - n_first), NULL);
+    assert_int_equal(n_context, n_first);
+    assert_int_equal(n, n_first + n_second);
+    assert_memory_equal(ids, expected, (size_t)n * sizeof *ids);
+    assert_int_equal(llm_encode_pair(t, context, ending, LLM_ENCODE_SPECIAL, NULL, 0, &n_context, NULL), n);
+    assert_int_equal(n_context, n_first);
+}
+
+static void test_pairs(void **state) {
+    llm_model *model = load(LLM_DTYPE_F32, NULL); /* bytes are tokens, and "aa" is one */
+    const llm_tokenizer *t = llm_model_tokenizer(model);
+    (void)state;
+    check_pair(t, "xy", " z", "xy", " z");
+    check_pair(t, "xy \n", "z", "xy", " \nz");
+    check_pair(t, "xy\xC2\xA0\xE3\x80\x80\x1F", " z", "xy", "\xC2\xA0\xE3\x80\x80\x1F z");
+    check_pair(t, "xa", "az", "xa", "z"); /* "xaaz" is x, aa, z: the ending begins behind two of these */
+    check_pair(t, "", " z", "<|start|>", " z");
+    check_pair(t, "  ", "z", "<|start|>", "  z");
+    check_pair(t, "aaa", "", "aaa", "");
+    llm_model_free(model);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_logits),   cmocka_unit_test(test_sum),      cmocka_unit_test(test_schedules), cmocka_unit_test(test_full_passes),
+        cmocka_unit_test(test_cuts),     cmocka_unit_test(test_refusals), cmocka_unit_test(test_memory),    cmocka_unit_test(test_pairs),
+        cmocka_unit_test(test_reference), cmocka_unit_test(test_default_schedules)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,645 @@
+/* Speculative decoding: with whatever draft, the text is the model's own.
+   Variants: asan tsan */
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+#include "tests/tiny.h"
+
+#include <setjmp.h>
+#include <cmocka.h>
+
+static const tiny_spec SPEC = {2, 40, 56, 4, 2, 12, 256, 9, 1, 0, 21};
+enum { N_VOCAB = 265, END = 263, ROOM = 8192 };
+
+static llm_model *load(const tiny_spec *spec, llm_dtype dtype) {
+    llm_model_desc desc = {.dtype = dtype, .n_threads = 1};
+    llm_model *model = NULL;
+    llm_error err;
+    uint8_t *data = tiny_model(spec, &desc.data_size);
+    desc.data = data;
+    if (llm_model_load(&model, NULL, &desc, &err)) fail_msg("%s", err.message);
+    free(data);
+    return model;
+}
+
+static llm_context *create(const llm_model *model, const llm_context_desc *desc) {
+    llm_context *ctx = NULL;
+    llm_error err;
+    if (llm_context_create(&ctx, model, desc, &err)) fail_msg("%s", err.message);
+    return ctx;
+}
+
+static llm_context *open_tiny(int n_ctx, int n_seq) {
+    return create(load(&SPEC, LLM_DTYPE_F32), &(llm_context_desc){.n_ctx = n_ctx, .n_seq = n_seq, .n_logits = 16, .n_threads = 1});
+}
+
+static void close_tiny(llm_context *ctx) {
+    llm_model *model = (llm_model *)(uintptr_t)llm_context_model(ctx);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+static llm_draft draft_model(llm_context *ctx, const llm_model *model) {
+    llm_draft draft;
+    llm_error err;
+    if (llm_draft_model(&draft, ctx, model, &err)) fail_msg("%s", err.message);
+    return draft;
+}
+
+/* ---- Drafts of all sorts ---- */
+
+typedef struct oracle {
+    const llm_token *text; /* what will come, from the beginning of the prompt */
+    int n, n_calls;
+    enum { RIGHT, WRONG, HALF, OUTSIDE, TOO_MANY, TOO_FEW, FAILS, CANCELS, ODD_KIND, LIES } habit;
+} oracle;
+
+static llm_status oracle_propose(void *user, const llm_draft_request *r, llm_draft_guesses *g, llm_error *err) {
+    oracle *o = (oracle *)user;
+    int wanted = r->n_wanted[0];
+    o->n_calls++;
+    assert_int_equal(r->n_tokens, llm_seq_length(r->ctx, r->seq) + 1);
+    assert_in_range(wanted, 0, LLM_DRAFT_MOST);
+    assert_int_equal(g->n, 0);
+    if (o->habit == FAILS) {
+        err->code = LLM_ERROR_DEVICE;
+        snprintf(err->message, sizeof err->message, "no ideas today");
+        return LLM_ERROR_DEVICE;
+    }
+    if (o->habit == CANCELS && o->n_calls > 2) return LLM_ERROR_CANCELLED;
+    for (; g->n < wanted; g->n++) {
+        int at = r->n_tokens + g->n;
+        llm_token token = at < o->n ? o->text[at] : 7;
+        if (o->habit == WRONG || (o->habit == HALF && at % 4 == 0)) token = (token + 1) % N_VOCAB;
+        if (o->habit == OUTSIDE && at % 3 == 0) token = at % 2 ? -1 : N_VOCAB;
+        g->tokens[g->n] = token;
+    }
+    if (o->habit == TOO_MANY) g->n = INT32_MAX;
+    if (o->habit == TOO_FEW) g->n = g->n > 1 ? g->n - 1 : o->n_calls % 2 ? 0 : -5;
+    if (o->habit == ODD_KIND) g->kind = o->n_calls % 2 ? -3 : 1 << 20;
+    if (o->habit == LIES) g->has_q = true; /* q may be NULL */
+    return LLM_OK;
+}
+
+/* What one generation showed. */
+typedef struct answer {
+    char text[ROOM];
+    size_t n_bytes;
+    llm_token tokens[1024];
+    int n_tokens;
+    int last_token;         /* on_token refuses this one; 0: none */
+    int n_polls, last_poll; /* cancel says so at this one */
+    int length;             /* of the sequence afterwards */
+    uint64_t n_drawn;
+    llm_stats stats;
+} answer;
+
+static bool on_text(void *user, const char *text, size_t n_bytes) {
+    answer *a = (answer *)user;
+    if (a->n_bytes + n_bytes < ROOM) memcpy(a->text + a->n_bytes, text, n_bytes);
+    a->n_bytes += n_bytes;
+    return true;
+}
+
+static bool on_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
+    answer *a = (answer *)user;
+    (void)bytes, (void)n_bytes;
+    if (a->n_tokens < 1024) a->tokens[a->n_tokens] = token;
+    return ++a->n_tokens != a->last_token;
+}
+
+static bool on_poll(void *user) {
+    answer *a = (answer *)user;
+    return ++a->n_polls == a->last_poll;
+}
+
+static answer *generate(llm_context *ctx, llm_generate_desc desc, const llm_sampler *sampler, int last_token, int last_poll) {
+    llm_error err;
+    llm_sampler own = {0};
+    answer *a = (answer *)calloc(1, sizeof *a);
+    assert_non_null(a);
+    if (sampler) own = *sampler;
+    a->last_token = last_token;
+    a->last_poll = last_poll;
+    desc.sampler = &own;
+    desc.on_text = on_text;
+    desc.on_token = on_token;
+    if (last_poll) desc.cancel = on_poll;
+    desc.user = a;
+    assert_int_equal(llm_seq_truncate(ctx, desc.seq, 0, NULL), LLM_OK);
+    if (llm_generate(ctx, &desc, &a->stats, &err)) fail_msg("%s", err.message);
+    a->length = llm_seq_length(ctx, desc.seq);
+    a->n_drawn = own.n_drawn;
+    return a;
+}
+
+static void assert_same(const answer *a, const answer *b) {
+    assert_int_equal(a->n_tokens, b->n_tokens);
+    assert_memory_equal(a->tokens, b->tokens, (size_t)a->n_tokens * sizeof *a->tokens);
+    assert_int_equal(a->n_bytes, b->n_bytes);
+    assert_memory_equal(a->text, b->text, a->n_bytes);
+    assert_int_equal(a->stats.stop, b->stats.stop);
+    assert_int_equal(a->stats.stop_index, b->stats.stop_index);
+    assert_int_equal(a->stats.n_generated, b->stats.n_generated);
+    assert_int_equal(a->length, b->length);
+    assert_true(a->n_drawn == b->n_drawn);
+}
+
+static void assert_draft_stats(const llm_stats *s) {
+    const llm_draft_stats *d = &s->draft;
+    int passes = 0, accepted = 0;
+    for (int i = 0; i <= LLM_DRAFT_MOST; i++) {
+        passes += d->n_by_accepted[i];
+        accepted += i * d->n_by_accepted[i];
+    }
+    assert_int_equal(passes, d->n_passes);
+    assert_int_equal(accepted, d->n_accepted);
+    assert_true(d->n_accepted <= d->n_proposed && d->n_passes <= s->n_decode_passes);
+    if (passes) assert_true(fabs(d->tokens_per_pass - 1 - (double)accepted / passes) < 1e-9);
+    if (s->stop != LLM_STOP_CALLBACK) assert_true(s->n_decode_passes + d->n_accepted >= s->n_generated - 1);
+}
+
+/* The same with and without a draft. */
+static void check_draft(llm_context *ctx, llm_generate_desc desc, const llm_sampler *sampler, llm_draft *draft) {
+    answer *plain = generate(ctx, desc, sampler, 0, 0);
+    desc.draft = draft;
+    answer *quick = generate(ctx, desc, sampler, 0, 0);
+    assert_same(quick, plain);
+    assert_draft_stats(&quick->stats);
+    free(plain);
+    free(quick);
+}
+
+/* The prompt and all that comes after it. */
+static int whole_text(llm_context *ctx, const char *prompt, const llm_sampler *sampler, int n, llm_token *text) {
+    answer *a = generate(ctx, (llm_generate_desc){.prompt = prompt, .max_tokens = n, .ignore_end = true}, sampler, 0, 0);
+    int n_prompt = a->stats.n_prompt;
+    memcpy(text, llm_seq_tokens(ctx, 0), (size_t)n_prompt * sizeof *text);
+    memcpy(text + n_prompt, a->tokens, (size_t)a->n_tokens * sizeof *text);
+    n_prompt += a->n_tokens;
+    free(a);
+    return n_prompt;
+}
+
+/* As if plain passes took for ever and others no time, so that guesses are checked until the true times are known. */
+static void encourage(llm_draft *draft) {
+    memset(&draft->state, 0, sizeof draft->state);
+    for (int i = 0; i < LLM_DRAFT_SIZES; i++) {
+        for (int j = 0; j < LLM_DRAFT_RECENT; j++) draft->state.passes[i].recent[j] = i ? 1e-9f * (1 + 0.01f * (float)i) : 1000;
+        draft->state.passes[i].n = 1 << 20;
+    }
+    draft->state.seconds = 1e9;
+}
+
+static void test_any_draft(void **state) {
+    llm_context *ctx = open_tiny(200, 1);
+    static const llm_sampler samplers[] = {{0}, {.repeat_penalty = 1.3f, .repeat_window = 8}, {.temperature = 1, .seed = 3},
+                                           {.temperature = 1.4f, .top_k = 20, .top_p = 0.9f, .min_p = 0.01f, .repeat_penalty = 1.2f, .seed = 4}};
+    llm_token text[256];
+    (void)state;
+    for (size_t i = 0; i < sizeof samplers / sizeof *samplers; i++) {
+        int n = whole_text(ctx, "abcabc", &samplers[i], 180, text);
+        for (int habit = RIGHT; habit <= LIES; habit++) {
+            oracle o = {text, n, 0, habit};
+            llm_draft draft = {.name = "oracle", .propose = oracle_propose, .user = &o};
+            if (habit == CANCELS) continue;
+            for (int max = 0; max < 20; max += 1 + max / 2)
+                for (int tokens = 1; tokens < 180; tokens += 1 + tokens) {
+                    llm_generate_desc desc = {.prompt = "abcabc", .max_tokens = tokens, .ignore_end = true, .draft_max = max,
+                                              .draft_keeps_text = habit == LIES};
+                    encourage(&draft);
+                    check_draft(ctx, desc, &samplers[i], &draft);
+                }
+            llm_generate_desc endless = {.prompt = "abcabc", .ignore_end = true, .draft_keeps_text = habit == LIES};
+            encourage(&draft);
+            check_draft(ctx, endless, &samplers[i], &draft);
+            assert_true(o.n_calls > 0);
+        }
+    }
+    close_tiny(ctx);
+}
+
+/* Drafts that are always right, or never. */
+static void test_statistics(void **state) {
+    llm_context *ctx = open_tiny(200, 1);
+    llm_token text[256];
+    int n = whole_text(ctx, "abc", NULL, 180, text);
+    oracle o = {text, n, 0, RIGHT};
+    llm_draft draft = {.name = "oracle", .propose = oracle_propose, .user = &o};
+    (void)state;
+    encourage(&draft);
+    answer *a = generate(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 120, .ignore_end = true, .draft = &draft}, NULL, 0, 0);
+    assert_draft_stats(&a->stats);
+    assert_int_equal(a->stats.draft.n_accepted, a->stats.draft.n_proposed);
+    assert_true(a->stats.draft.tokens_per_pass > 2 && a->stats.n_decode_passes < 60);
+    assert_true(a->stats.draft.speedup > 1);
+    free(a);
+    encourage(&draft);
+    a = generate(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 120, .ignore_end = true, .draft = &draft, .draft_max = 3}, NULL, 0, 0);
+    assert_true(a->stats.draft.n_by_accepted[3] > 2 && a->stats.draft.n_by_accepted[4] == 0);
+    free(a);
+    o.habit = WRONG;
+    encourage(&draft);
+    a = generate(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 120, .ignore_end = true, .draft = &draft}, NULL, 0, 0);
+    assert_int_equal(a->stats.draft.n_accepted, 0);
+    assert_true(a->stats.n_decode_passes == 119 && a->stats.draft.n_proposed > 0);
+    free(a);
+    o.habit = FAILS;
+    o.n_calls = 0;
+    encourage(&draft);
+    a = generate(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 120, .ignore_end = true, .draft = &draft}, NULL, 0, 0);
+    assert_true(a->stats.draft.failed && o.n_calls == 1 && a->n_tokens == 120);
+    free(a);
+    close_tiny(ctx);
+}
+
+/* ---- The library's own drafts ---- */
+
+/* The model's own weights in another type, on its own cache; another model; prompt lookup. */
+static void test_own_drafts(void **state) {
+    llm_context *ctx = open_tiny(200, 2);
+    tiny_spec small = {1, 16, 24, 2, 1, 8, 64, 9, 0, 0, 3}; /* with a context shorter than the text */
+    llm_model *models[] = {load(&SPEC, LLM_DTYPE_F32), load(&SPEC, LLM_DTYPE_INT8), load(&SPEC, LLM_DTYPE_INT4), load(&small, LLM_DTYPE_BF16)};
+    static const llm_sampler samplers[] = {{0}, {.temperature = 1, .top_k = 30, .seed = 3}};
+    (void)state;
+    for (int i = 0; i < 5; i++) {
+        llm_draft draft = i < 4 ? draft_model(ctx, models[i]) : llm_draft_lookup();
+        for (int j = 0; j < 2; j++)
+            for (int seq = 0; seq < 2; seq++)
+                for (int tokens = 0; tokens < 150; tokens += 60) {
+                    llm_generate_desc desc = {.prompt = tokens == 60 ? "abcdabcdabcd" : "some other prompt, some other prompt", .seq = seq,
+                                              .max_tokens = tokens, .ignore_end = true, .draft_keeps_text = true};
+                    encourage(&draft);
+                    check_draft(ctx, desc, &samplers[j], &draft);
+                }
+        encourage(&draft);
+        answer *a = generate(ctx, (llm_generate_desc){.prompt = "abcdabcd", .max_tokens = 150, .ignore_end = true, .draft = &draft}, NULL, 0, 0);
+        if (!a->stats.draft.n_proposed || a->stats.draft.failed) fail_msg("draft %d: %d guesses", i, a->stats.draft.n_proposed);
+        if (i == 0) assert_int_equal(a->stats.draft.n_accepted, a->stats.draft.n_proposed); /* it is the model itself */
+        if (i == 1) assert_true(a->stats.draft.n_accepted > a->stats.draft.n_proposed / 2);
+        free(a);
+        llm_draft_free(&draft);
+        llm_draft_free(&draft);
+    }
+    for (int i = 0; i < 4; i++) llm_model_free(models[i]);
+    close_tiny(ctx);
+}
+
+/* Two sequences in turn, with one draft each or one for both; a fork, and a sequence saved and restored. */
+static void test_sequences(void **state) {
+    llm_context *ctx = open_tiny(200, 3);
+    llm_model *model = load(&SPEC, LLM_DTYPE_INT8);
+    llm_draft drafts[] = {draft_model(ctx, model), llm_draft_lookup()};
+    llm_generate_desc desc[2] = {{.prompt = "one thing one thing", .max_tokens = 60, .ignore_end = true},
+                                 {.prompt = "another another", .max_tokens = 60, .ignore_end = true, .seq = 1}};
+    (void)state;
+    for (int d = 0; d < 2; d++) {
+        encourage(&drafts[d]);
+        for (int i = 0; i < 4; i++) check_draft(ctx, desc[i % 2], NULL, &drafts[d]);
+        answer *whole = generate(ctx, desc[0], NULL, 0, 0), *rest;
+        llm_token text[256];
+        int n = whole->stats.n_prompt, half = n + 25;
+        memcpy(text, llm_seq_tokens(ctx, 0), (size_t)(n + 59) * sizeof *text);
+        desc[0].draft = &drafts[d];
+        for (int restored = 0; restored < 2; restored++) {
+            size_t size;
+            assert_int_equal(llm_seq_fork(ctx, 2, 0, half, NULL), LLM_OK);
+            size = llm_seq_save_size(ctx, 2);
+            void *saved = malloc(size);
+            assert_int_equal(llm_seq_save(ctx, 2, saved, size, NULL), LLM_OK);
+            if (restored) assert_int_equal(llm_seq_truncate(ctx, 2, 0, NULL), LLM_OK);
+            if (restored) assert_int_equal(llm_seq_restore(ctx, 2, saved, size, NULL), LLM_OK);
+            free(saved);
+            llm_stats stats;
+            answer *a = (answer *)calloc(1, sizeof *a);
+            llm_generate_desc on = {.tokens = text, .n_tokens = half, .seq = 2, .max_tokens = 35, .ignore_end = true, .draft = &drafts[d],
+                                    .on_token = on_token, .user = a};
+            encourage(&drafts[d]);
+            assert_int_equal(llm_generate(ctx, &on, &stats, NULL), LLM_OK);
+            assert_int_equal(stats.n_reused, half - 1);
+            assert_memory_equal(a->tokens, whole->tokens + 25, 35 * sizeof *a->tokens);
+            free(a);
+        }
+        rest = generate(ctx, desc[0], NULL, 0, 0);
+        assert_same(rest, whole);
+        free(rest);
+        free(whole);
+        desc[0].draft = NULL;
+        llm_draft_free(&drafts[d]);
+    }
+    llm_model_free(model);
+    close_tiny(ctx);
+}
+
+/* ---- Ends ---- */
+
+static void test_stops(void **state) {
+    llm_context *ctx = open_tiny(200, 1);
+    static const llm_logit_bias bias = {END, 2};
+    llm_sampler sampler = {.temperature = 1, .seed = 5, .biases = &bias, .n_biases = 1};
+    llm_token text[256];
+    int n = whole_text(ctx, "abc", &sampler, 180, text), n_ended = 0;
+    oracle o = {text, n, 0, RIGHT};
+    llm_draft draft = {.name = "oracle", .propose = oracle_propose, .user = &o};
+    answer *all = generate(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 60, .ignore_end = true}, &sampler, 0, 0);
+    (void)state;
+    for (int i = 0; i < 60; i++) {
+        char stop[4] = {0};
+        const char *stops[] = {stop};
+        memcpy(stop, all->text + i, 2);
+        llm_generate_desc desc = {.prompt = "abc", .max_tokens = 60, .stop_tokens = &all->tokens[i], .n_stop_tokens = 1, .ignore_end = true};
+        encourage(&draft);
+        check_draft(ctx, desc, &sampler, &draft);
+        desc.n_stop_tokens = 0;
+        desc.stop_strings = stops;
+        desc.n_stop_strings = stop[0] != 0;
+        check_draft(ctx, desc, &sampler, &draft);
+        desc.n_stop_strings = 0;
+        desc.ignore_end = false;
+        sampler.seed = (uint64_t)i;
+        check_draft(ctx, desc, &sampler, &draft);
+        answer *plain = generate(ctx, desc, &sampler, i + 1, 0);
+        n_ended += plain->stats.stop == LLM_STOP_END;
+        desc.draft = &draft;
+        answer *quick = generate(ctx, desc, &sampler, i + 1, 0);
+        assert_same(quick, plain);
+        free(plain);
+        free(quick);
+        sampler.seed = 5;
+    }
+    assert_true(n_ended > 5);
+    free(all);
+    close_tiny(ctx);
+}
+
+/* The end of the context, and of a cache that another sequence shares. */
+static void test_ends_of_room(void **state) {
+    llm_context *wide = open_tiny(256, 1);
+    llm_model *int8 = load(&SPEC, LLM_DTYPE_INT8);
+    llm_token ids[40] = {1, 2, 3};
+    (void)state;
+    for (int n_ctx = 33; n_ctx < 70; n_ctx += 5) {
+        llm_context *ctx = create(llm_context_model(wide), &(llm_context_desc){.n_ctx = n_ctx, .n_seq = 2, .n_cache = 96, .n_logits = 16, .n_threads = 1});
+        for (int shared = 0; shared < 2; shared++) {
+            llm_draft drafts[] = {llm_draft_lookup(), draft_model(ctx, int8)};
+            assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
+            if (shared) free(generate(ctx, (llm_generate_desc){.tokens = ids, .n_tokens = 33, .max_tokens = 1, .seq = 1}, NULL, 0, 0));
+            for (int d = 0; d < 2; d++) {
+                encourage(&drafts[d]);
+                check_draft(ctx, (llm_generate_desc){.tokens = ids, .n_tokens = 3, .ignore_end = true}, NULL, &drafts[d]);
+                llm_draft_free(&drafts[d]);
+            }
+            assert_int_equal(llm_seq_length(ctx, 0), shared && n_ctx > 32 ? 32 : n_ctx);
+        }
+        llm_context_free(ctx);
+    }
+    llm_model_free(int8);
+    close_tiny(wide);
+}
+
+/* Cancelled at every poll, the draft's own included: what was shown is a beginning of the text, the sequence holds what
+   was computed on, and all goes on. */
+static void test_cancelled(void **state) {
+    llm_context *ctx = open_tiny(128, 1);
+    llm_model *int8 = load(&SPEC, LLM_DTYPE_INT8);
+    llm_draft draft = draft_model(ctx, int8);
+    llm_generate_desc desc = {.prompt = "abcabcabc", .max_tokens = 40, .ignore_end = true, .draft = &draft};
+    (void)state;
+    encourage(&draft);
+    answer *all = generate(ctx, desc, NULL, 0, INT32_MAX);
+    for (int poll = 1; poll <= all->n_polls; poll++) {
+        encourage(&draft);
+        answer *a = generate(ctx, desc, NULL, 0, poll);
+        assert_int_equal(a->stats.stop, LLM_STOP_CALLBACK);
+        assert_int_equal(a->n_polls, poll);
+        assert_memory_equal(a->tokens, all->tokens, (size_t)a->n_tokens * sizeof *a->tokens);
+        assert_int_equal(a->length, a->n_tokens ? a->stats.n_prompt + a->n_tokens - 1 : 0);
+        free(a);
+        a = generate(ctx, desc, NULL, 0, 0);
+        assert_same(a, all);
+        free(a);
+    }
+    oracle o = {NULL, 0, 0, CANCELS};
+    llm_draft lazy = {.name = "oracle", .propose = oracle_propose, .user = &o};
+    desc.draft = &lazy;
+    encourage(&lazy);
+    answer *a = generate(ctx, desc, NULL, 0, 0);
+    assert_int_equal(a->stats.stop, LLM_STOP_CALLBACK);
+    assert_memory_equal(a->tokens, all->tokens, (size_t)a->n_tokens * sizeof *a->tokens);
+    free(a);
+    free(all);
+    llm_draft_free(&draft);
+    llm_model_free(int8);
+    close_tiny(ctx);
+}
+
+/* ---- Mistakes ---- */
+
+static void test_refused(void **state) {
+    llm_context *ctx = open_tiny(64, 1);
+    tiny_spec other = SPEC;
+    llm_error err;
+    llm_draft draft, none;
+    (void)state;
+    other.n_extra = 40; /* the special tokens stand elsewhere */
+    llm_model *model = load(&other, LLM_DTYPE_F32), *same = load(&SPEC, LLM_DTYPE_INT8);
+    assert_int_equal(llm_draft_model(&draft, ctx, model, &err), LLM_ERROR_ARGUMENT);
+    assert_true(strstr(err.message, "token 263") && strstr(err.message, "<|end|>"));
+    llm_model_free(model);
+    assert_int_equal(llm_draft_model(NULL, ctx, same, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_draft_model(&draft, NULL, same, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_draft_model(&draft, ctx, NULL, &err), LLM_ERROR_ARGUMENT);
+    llm_draft_free(NULL);
+
+    llm_generate_desc desc = {.prompt = "abc", .max_tokens = 5, .draft = &draft};
+    llm_context *narrow = create(llm_context_model(ctx), &(llm_context_desc){.n_ctx = 64, .n_threads = 1});
+    draft = llm_draft_lookup();
+    assert_int_equal(llm_generate(narrow, &desc, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_true(strstr(err.message, "n_logits"));
+    desc.draft_max = -1;
+    assert_int_equal(llm_generate(ctx, &desc, NULL, &err), LLM_ERROR_ARGUMENT);
+    memset(&none, 0, sizeof none);
+    desc.draft_max = 0;
+    desc.draft = &none;
+    assert_int_equal(llm_generate(ctx, &desc, NULL, &err), LLM_ERROR_ARGUMENT);
+
+    /* Made for another context: it fails, the text comes all the same. */
+    llm_context *second = create(llm_context_model(ctx), &(llm_context_desc){.n_ctx = 64, .n_logits = 8, .n_threads = 1});
+    llm_stats stats;
+    draft = draft_model(ctx, same);
+    encourage(&draft);
+    desc.draft = &draft;
+    desc.max_tokens = 20;
+    assert_int_equal(llm_generate(second, &desc, &stats, &err), LLM_OK);
+    assert_true(stats.draft.failed && stats.n_generated > 0);
+    llm_draft_free(&draft);
+    llm_context_free(second);
+    llm_context_free(narrow);
+    llm_model_free(same);
+    close_tiny(ctx);
+}
+
+/* A padded vocabulary is the same vocabulary: what the draft knows more of is never guessed. */
+static void test_padded(void **state) {
+    llm_context *ctx = open_tiny(200, 1);
+    llm_model *model = load(&SPEC, LLM_DTYPE_BF16);
+    llm_shape *shape = (llm_shape *)(uintptr_t)&llm_context_model(ctx)->shape;
+    llm_draft draft = draft_model(ctx, model);
+    static const llm_sampler samplers[] = {{0}, {.temperature = 1, .seed = 3}};
+    (void)state;
+    shape->n_vocab -= 20; /* the text's model now has fewer tokens than the draft */
+    for (int i = 0; i < 2; i++) {
+        llm_sampler sampler = samplers[i];
+        encourage(&draft);
+        llm_stats stats;
+        llm_generate_desc desc = {.prompt = "abc", .max_tokens = 100, .ignore_end = true, .sampler = &sampler, .draft = &draft};
+        assert_int_equal(llm_generate(ctx, &desc, &stats, NULL), LLM_OK);
+        assert_true(stats.draft.n_proposed > 0 && !stats.draft.failed);
+        for (int j = 0; j < llm_seq_length(ctx, 0); j++) assert_in_range(llm_seq_tokens(ctx, 0)[j], 0, N_VOCAB - 21);
+    }
+    shape->n_vocab += 20;
+    llm_draft_free(&draft);
+    llm_model_free(model);
+    close_tiny(ctx);
+}
+
+/* ---- The distribution ---- */
+
+/* Only these tokens are allowed by bias, so that all texts of three tokens can be counted. */
+enum { FEW = 6, CELLS = FEW * FEW * FEW };
+static const llm_token allowed[FEW] = {'a', 'b', 'c', 'd', 'e', 'f'};
+
+/* Guesses each from a distribution that has nothing to do with the model's: probabilities 1, 2 .. FEW over their sum. */
+static llm_status gamble(void *user, const llm_draft_request *r, llm_draft_guesses *g, llm_error *err) {
+    llm_sampler *own = (llm_sampler *)user;
+    (void)err;
+    for (g->has_q = true; g->n < r->n_wanted[0]; g->n++) {
+        int at = (int)(llm__random(own) * (FEW * (FEW + 1) / 2)), i = 0;
+        while (at > i) at -= ++i;
+        g->tokens[g->n] = allowed[i];
+        memset(g->q[g->n], 0, N_VOCAB * sizeof(float));
+        for (int j = 0; j < FEW; j++) g->q[g->n][allowed[j]] = (float)(j + 1) / (FEW * (FEW + 1) / 2);
+    }
+    return LLM_OK;
+}
+
+/* Probabilities of the allowed tokens after a text, in double and from the logits alone. */
+static void reference(llm_context *ctx, const llm_token *text, int n, const llm_sampler *s, double *p) {
+    double logits[FEW], sum = 0, kept = 0;
+    int order[FEW], left = FEW;
+    assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
+    assert_int_equal(llm_forward(ctx, &(llm_batch){n, text, NULL, NULL}, NULL), LLM_OK);
+    for (int i = 0; i < FEW; i++) {
+        bool seen = false;
+        for (int j = 0; j < n; j++) seen = seen || text[j] == allowed[i];
+        logits[i] = llm_logits(ctx, n - 1)[allowed[i]];
+        if (seen && s->repeat_penalty > 0) logits[i] = logits[i] > 0 ? logits[i] / s->repeat_penalty : logits[i] * s->repeat_penalty;
+        order[i] = i;
+    }
+    for (int i = 0; i < FEW; i++)
+        for (int j = i + 1; j < FEW; j++)
+            if (logits[order[j]] > logits[order[i]]) {
+                int t = order[i];
+                order[i] = order[j];
+                order[j] = t;
+            }
+    if (s->top_k && s->top_k < left) left = s->top_k;
+    for (int i = 0; i < FEW; i++) p[i] = 0;
+    for (int i = 0; i < left; i++) sum += p[order[i]] = exp((logits[order[i]] - logits[order[0]]) / (double)s->temperature);
+    for (int i = 0; i < left; i++) {
+        if ((s->top_p > 0 && kept >= (double)s->top_p * sum) || p[order[i]] < (double)s->min_p * p[order[0]]) p[order[i]] = 0;
+        kept += p[order[i]];
+    }
+    for (int i = 0; i < FEW; i++) p[i] /= kept;
+}
+
+static void check_distribution(llm_context *ctx, llm_sampler sampler, llm_draft *draft, int n_texts) {
+    llm_token text[4] = {'b'};
+    llm_logit_bias biases[N_VOCAB];
+    double expected[CELLS], p[3][FEW], chi = 0;
+    int seen[CELLS] = {0}, n_cells = 0, n_proposed = 0, n_accepted = 0;
+    for (int i = 0; i < FEW; i++) {
+        reference(ctx, text, 1, &sampler, p[0]);
+        text[1] = allowed[i];
+        reference(ctx, text, 2, &sampler, p[1]);
+        for (int j = 0; j < FEW; j++) {
+            text[2] = allowed[j];
+            reference(ctx, text, 3, &sampler, p[2]);
+            for (int k = 0; k < FEW; k++) expected[(i * FEW + j) * FEW + k] = n_texts * p[0][i] * p[1][j] * p[2][k];
+        }
+    }
+    sampler.biases = biases;
+    for (llm_token i = 0; i < N_VOCAB; i++)
+        if (i < 'a' || i >= 'a' + FEW) {
+            biases[sampler.n_biases].token = i;
+            biases[sampler.n_biases++].bias = -INFINITY;
+        }
+    encourage(draft);
+    draft->state.guess.n = 1; /* costs nothing, and is always right: three are checked at once */
+    for (int i = 0; i < LLM_DRAFT_MOST; i++) draft->state.n_right[0][i] = draft->state.n_known[0][i] = 100;
+    const llm_draft_state willing = draft->state;
+    for (int t = 0; t < n_texts; t++) {
+        answer a;
+        memset(&a.stats, 0, sizeof a.stats);
+        a.n_tokens = a.last_token = 0;
+        /* The context's first token is 'b' again, so nothing of the prompt is computed anew but its last token. */
+        llm_generate_desc desc = {.tokens = text, .n_tokens = 1, .max_tokens = 5, .sampler = &sampler, .draft = draft, .on_token = on_token, .user = &a};
+        draft->state = willing;
+        if (llm_generate(ctx, &desc, &a.stats, NULL)) fail();
+        assert_int_equal(a.n_tokens, 5);
+        seen[((a.tokens[0] - 'a') * FEW + a.tokens[1] - 'a') * FEW + a.tokens[2] - 'a']++;
+        n_proposed += a.stats.draft.n_proposed;
+        n_accepted += a.stats.draft.n_accepted;
+    }
+    double rest_expected = 0, rest_seen = 0;
+    for (int i = 0; i <= CELLS; i++) { /* rare texts count together */
+        bool rare = i < CELLS && expected[i] < 20;
+        if (rare && expected[i] == 0) assert_int_equal(seen[i], 0);
+        if (rare) rest_expected += expected[i];
+        if (rare) rest_seen += seen[i];
+        if (rare || (i == CELLS && rest_expected < 5)) continue;
+        double e = i < CELLS ? expected[i] : rest_expected, off = (i < CELLS ? seen[i] : rest_seen) - e;
+        chi += off * off / e;
+        n_cells++;
+    }
+    double k = n_cells - 1, z = (pow(chi / k, 1.0 / 3) - 1 + 2 / (9 * k)) / sqrt(2 / (9 * k)); /* Wilson and Hilferty: normal */
+    print_message("%d texts by %s, %.0f %% of %d guesses right: %d cells, chi-square %.1f, %.2f deviations from the mean\n", n_texts,
+                  draft->name, 100.0 * n_accepted / n_proposed, n_proposed, n_cells, chi, z);
+    assert_true(n_cells > 10 && fabs(z) < 3.3);
+    assert_true(n_proposed > 2 * n_texts && n_accepted > n_texts / 10 && n_accepted < n_proposed);
+}
+
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define SLOW
+#endif
+#endif
+#if defined(__SANITIZE_THREAD__) || defined(SLOW)
+enum { TEXTS = 3000 };
+#else
+enum { TEXTS = 40000 }; /* of five tokens */
+#endif
+
+static void test_distribution(void **state) {
+    llm_context *ctx = open_tiny(32, 1);
+    llm_model *int4 = load(&SPEC, LLM_DTYPE_INT4);
+    llm_sampler own = {.seed = 99};
+    llm_draft drafts[] = {draft_model(ctx, int4), {.name = "a gambler", .propose = gamble, .user = &own}};
+    (void)state;
+    for (uint64_t d = 0; d < 2; d++) {
+        check_distribution(ctx, (llm_sampler){.temperature = 1, .seed = 1 + d}, &drafts[d], TEXTS);
+        check_distribution(ctx, (llm_sampler){.temperature = 1.5f, .top_k = 4, .seed = 3 + d}, &drafts[d], TEXTS / 2);
+        check_distribution(ctx, (llm_sampler){.temperature = 1.2f, .top_p = 0.85f, .seed = 5 + d}, &drafts[d], TEXTS / 2);
+        check_distribution(ctx, (llm_sampler){.temperature = 2, .top_k = 5, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.3f, .seed = 7 + d}, &drafts[d], TEXTS / 2);
+    }
+    llm_draft_free(&drafts[0]);
+    llm_model_free(int4);
+    close_tiny(ctx);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_any_draft), cmocka_unit_test(test_statistics), cmocka_unit_test(test_own_drafts),
+                                       cmocka_unit_test(test_sequences), cmocka_unit_test(test_stops), cmocka_unit_test(test_ends_of_room),
+                                       cmocka_unit_test(test_cancelled), cmocka_unit_test(test_refused), cmocka_unit_test(test_padded),
+                                       cmocka_unit_test(test_distribution)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
