@@ -2039,6 +2039,7 @@ static bool llm__plain_forward(llm__gpu_context *c, const llm_pass *pass) {
 static llm_status llm__gpu_forward(void *context, const llm_pass *pass, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
     size_t n_vocab = (size_t)c->model->shape.n_vocab;
+    if (pass->n_targets) return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "llm_score is not run on the GPU; the CPU does it");
     bool finished = !llm__is_cancelled(pass);
     if (finished && pass->n_rows <= LLM__FUSED_ROWS && c->model->mode != LLM_CUDA_EAGER) llm__fused_forward(c, pass);
     else if (finished) finished = llm__plain_forward(c, pass);

@@ -512,6 +512,15 @@ static void test_refusals(void **state) {
     assert_int_equal(llm_context_create(&ctx, model, &desc, &err), LLM_ERROR_UNSUPPORTED);
     assert_null(ctx);
     desc.cache_dtype = LLM_DTYPE_BF16;
+    assert_int_equal(llm_context_create(&ctx, model, &desc, &err), LLM_OK);
+    static const llm_token context[] = {1, 2, 3}, ending[] = {4, 5};
+    static const llm_token *const endings[] = {ending};
+    static const int n_ending[] = {2};
+    llm_question question = {context, 3, 1, endings, n_ending};
+    double log_likelihood;
+    assert_int_equal(llm_score(ctx, &question, 1, NULL, &log_likelihood, NULL, &err), LLM_ERROR_UNSUPPORTED);
+    llm_context_free(ctx);
+    ctx = NULL;
     desc.n_batch = 70000;
     assert_int_equal(llm_context_create(&ctx, model, &desc, &err), LLM_ERROR_UNSUPPORTED);
     llm_model_free(model);
