@@ -662,7 +662,9 @@ struct llm_backend {
 
 #ifdef LLM_CUDA
 /* In llm_cuda.cu: compile that with nvcc, link with -lcublas, and name one of these in llm_model_desc. Without a usable
-   GPU llm_model_load fails with LLM_ERROR_DEVICE or LLM_ERROR_UNSUPPORTED; the host may then load for the CPU. */
+   GPU llm_model_load fails with LLM_ERROR_DEVICE or LLM_ERROR_UNSUPPORTED; the host may then load for the CPU.
+   llm_generate lets the GPU pick the tokens, unless the sampler has biases or a penalty; a seed then means the same text
+   on every run there, and afterwards llm_logits has none. LLM_CUDA_EAGER leaves the picking to the host. */
 typedef enum llm_cuda_mode {
     LLM_CUDA_GRAPH = 0, /* up to 16 rows: the fused kernels, launched as one recorded graph                       */
     LLM_CUDA_FUSED,     /* the same kernels, launched one by one                                                  */

@@ -142,11 +142,13 @@ static __device__ void llm__let_next_start(void) {
 }
 
 #ifdef __CUDACC__
+/* sums = a * b + sums */
 static __device__ void llm__tensor_core(float sums[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                         uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    float c0 = sums[0], c1 = sums[1], c2 = sums[2], c3 = sums[3]; /* not one operand with the results: they may be zeros */
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
 }
 #else
 static __device__ float llm__low(uint32_t pair) { return __uint_as_float(pair << 16); }
@@ -185,27 +187,46 @@ static __device__ void llm__multiply_32(float sums[4], uint4 upper, uint4 lower,
 #endif
 }
 
-/* Two signed bytes of v, the one at bit `shift` and the next, as a pair of bf16, exactly. Each byte, made positive, goes
-   into the mantissa of 2^23; what was added is taken off again. */
-static __device__ uint32_t llm__widen_2(uint32_t v, int shift) {
-    const float added = 8388608.0f + 128.0f;
-    float low = __uint_as_float(0x4B000000u | (v >> shift & 255)) - added;
-    float high = __uint_as_float(0x4B000000u | (v >> (shift + 8) & 255)) - added;
-    return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xFFFF0000u);
+/* a + b of two pairs of bf16, where that is exact. */
+static __device__ uint32_t llm__add_pairs(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+    uint32_t sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));
+    return sum;
+#else
+    return __float_as_uint(llm__low(a) + llm__low(b)) >> 16 | __float_as_uint(llm__high(a) + llm__high(b));
+#endif
 }
 
-/* Eight signed bytes as bf16. */
-static __device__ uint4 llm__widen_8(uint32_t a, uint32_t b) {
-    a ^= 0x80808080u;
-    b ^= 0x80808080u;
-    return make_uint4(llm__widen_2(a, 0), llm__widen_2(a, 16), llm__widen_2(b, 0), llm__widen_2(b, 16));
+/* (v & mask) | added, in one instruction: the compiler makes two of it, for two constants. */
+static __device__ uint32_t llm__mask_and_add(uint32_t v, uint32_t mask, uint32_t added) {
+#ifdef __CUDACC__
+    uint32_t bits;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(bits) : "r"(v), "r"(mask), "r"(added));
+    return bits;
+#else
+    return (v & mask) | added;
+#endif
 }
+
+/* The signed bytes at bits 0 and 16 of v as bf16: 128 + the low seven bits, less 128, or less 256 if the eighth is set. */
+static __device__ uint32_t llm__widen_2(uint32_t v) {
+    return llm__add_pairs(llm__mask_and_add(v, 0x007F007Fu, 0x43004300u), llm__mask_and_add(v, 0x00800080u, 0xC300C300u));
+}
+
+/* Eight signed bytes as bf16. In memory the middle two of each four are exchanged, see llm__byte_place. */
+static __device__ uint4 llm__widen_8(uint32_t a, uint32_t b) {
+    return make_uint4(llm__widen_2(a), llm__widen_2(a >> 8), llm__widen_2(b), llm__widen_2(b >> 8));
+}
+
+static __host__ __device__ int llm__byte_place(int i) { return (i & ~3) | (i & 1) << 1 | (i >> 1 & 1); }
 
 /* Eight numbers of four bits as bf16, 128 too large each: the bits go into the mantissa of 2^7. Nibble i and nibble i + 4
    are neighbours in k. */
 static __device__ uint4 llm__widen_nibbles(uint32_t v) {
     const uint32_t mask = 0x000F000Fu, added = 0x43004300u;
-    return make_uint4((v & mask) | added, (v >> 4 & mask) | added, (v >> 8 & mask) | added, (v >> 12 & mask) | added);
+    return make_uint4(llm__mask_and_add(v, mask, added), llm__mask_and_add(v >> 4, mask, added), llm__mask_and_add(v >> 8, mask, added),
+                      llm__mask_and_add(v >> 12, mask, added));
 }
 
 /* The f16 in the low 16 bits, which is finite. */
@@ -437,8 +458,6 @@ static __device__ float llm__inverse_norm(const llm__product &p, int row) {
     return 1.0f / sqrtf(llm__warp_sum(sum) / (float)p.n_embd + p.eps);
 }
 
-static __device__ uint4 llm__inputs(const uint16_t *x) { return x ? *(const uint4 *)x : make_uint4(0, 0, 0, 0); }
-
 /* What a turn of groups adds; see llm__multiply_turn. Nibbles come 128 too large, which is taken off again in f32. */
 template <int FORMAT>
 static __device__ void llm__multiply_groups(float sums[4], uint4 upper, uint4 lower, uint4 upper_scales, uint4 lower_scales, const uint16_t *x) {
@@ -449,7 +468,7 @@ static __device__ void llm__multiply_groups(float sums[4], uint4 upper, uint4 lo
     const uint4 ones = make_uint4(0x3F803F80u, 0x3F803F80u, 0x3F803F80u, 0x3F803F80u);
 #pragma unroll
     for (int j = 0; j < llm__turn(FORMAT) / 32; j++) {
-        uint4 column = llm__inputs(x ? x + 32 * j : x);
+        uint4 column = *(const uint4 *)(x + 32 * j);
         float dots[4] = {}, totals[4] = {};
         if (FORMAT == LLM__INT4_GROUPS) llm__multiply_32(dots, llm__widen_nibbles(a[j]), llm__widen_nibbles(b[j]), column);
         else llm__multiply_32(dots, llm__widen_8(a[2 * j % 4], a[2 * j % 4 + 1]), llm__widen_8(b[2 * j % 4], b[2 * j % 4 + 1]), column);
@@ -457,7 +476,7 @@ static __device__ void llm__multiply_groups(float sums[4], uint4 upper, uint4 lo
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             uint32_t d = i < 2 ? a_scales[j] : b_scales[j];
-            sums[i] += llm__half(d) * dots[i] + (llm__half(d >> 16) - excess * llm__half(d)) * totals[i];
+            sums[i] = fmaf(llm__half(d), dots[i], fmaf(llm__half(d >> 16) - excess * llm__half(d), totals[i], sums[i]));
         }
     }
 }
@@ -466,46 +485,42 @@ static __device__ void llm__multiply_groups(float sums[4], uint4 upper, uint4 lo
 template <int FORMAT>
 static __device__ void llm__multiply_turn(float sums[4], uint4 upper, uint4 lower, uint4 upper_scales, uint4 lower_scales, const uint16_t *x) {
     if (FORMAT == LLM__BF16) {
-        llm__multiply_32(sums, upper, lower, llm__inputs(x));
+        llm__multiply_32(sums, upper, lower, *(const uint4 *)x);
     } else if (FORMAT == LLM__INT8) {
-        llm__multiply_32(sums, llm__widen_8(upper.x, upper.y), llm__widen_8(lower.x, lower.y), llm__inputs(x));
-        llm__multiply_32(sums, llm__widen_8(upper.z, upper.w), llm__widen_8(lower.z, lower.w), llm__inputs(x ? x + 8 : x));
+        llm__multiply_32(sums, llm__widen_8(upper.x, upper.y), llm__widen_8(lower.x, lower.y), *(const uint4 *)x);
+        llm__multiply_32(sums, llm__widen_8(upper.z, upper.w), llm__widen_8(lower.z, lower.w), *(const uint4 *)(x + 8));
     } else {
         llm__multiply_groups<FORMAT>(sums, upper, lower, upper_scales, lower_scales, x);
     }
 }
 
-/* A row's scales and minima of one turn. */
+/* A lane's 16 bytes of a turn, and the scales and minima of its groups; turns are counted through all rows. */
 template <int FORMAT>
-static __device__ uint4 llm__load_scales(llm__gpu_matrix m, int row, int turn) {
-    const uint32_t *from = m.scales + (size_t)row * (m.k / 32) + turn * (llm__turn(FORMAT) / 32);
-    if (FORMAT == LLM__INT4_GROUPS) return llm__load_once(from);
-    if (FORMAT != LLM__INT8_GROUPS) return make_uint4(0, 0, 0, 0);
-    uint2 v = *(const uint2 *)from;
-    return make_uint4(v.x, v.y, 0, 0);
+static __device__ void llm__load_turn(const llm__gpu_matrix &m, unsigned turn, int t, uint4 *numbers, uint4 *scales) {
+    *numbers = llm__load_once(m.data + (size_t)turn * 64 + 16 * t);
+    if (FORMAT == LLM__INT4_GROUPS) *scales = llm__load_once(m.scales + (size_t)turn * 4);
+    if (FORMAT != LLM__INT8_GROUPS) return;
+    uint2 v = *(const uint2 *)(m.scales + (size_t)turn * 2);
+    *scales = make_uint4(v.x, v.y, 0, 0);
 }
 
 /* TILES * 8 columns. */
 template <int ENDING, int TILES, int FORMAT>
-static __global__ void __launch_bounds__(LLM__WARPS * 32, TILES == 2 && FORMAT >= LLM__INT8_GROUPS ? 2 : 3) llm__fused_product(llm__product p) {
+static __global__ void __launch_bounds__(LLM__WARPS * 32, FORMAT >= LLM__INT8_GROUPS ? 2 : 3) llm__fused_product(llm__product p) {
     constexpr bool GROUPS = FORMAT >= LLM__INT8_GROUPS;
-    constexpr int IN_FLIGHT = TILES == 1 && !GROUPS ? 4 : TILES == 2 && FORMAT == LLM__INT4_GROUPS ? 1 : 2, COLUMNS = TILES * 8, TURN = llm__turn(FORMAT);
+    constexpr int IN_FLIGHT = GROUPS ? (TILES == 1 ? 3 : 1) : TILES == 1 ? 4 : 2, COLUMNS = TILES * 8, TURN = llm__turn(FORMAT);
     __shared__ float parts[LLM__WARPS][COLUMNS][17], scales[COLUMNS];
     int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4, n_turns = p.weight.k / TURN;
     int a = llm__output<ENDING>(p, (int)blockIdx.x, g, 0), b = llm__output<ENDING>(p, (int)blockIdx.x, g, 1);
-    int upper_output = a < 0 ? 0 : a, lower_output = b < 0 ? 0 : b;
-    const uint8_t *upper_row = p.weight.data + (size_t)upper_output * (n_turns * 64) + 16 * t;
-    const uint8_t *lower_row = p.weight.data + (size_t)lower_output * (n_turns * 64) + 16 * t;
+    unsigned upper_row = (unsigned)(a < 0 ? 0 : a) * (unsigned)n_turns, lower_row = (unsigned)(b < 0 ? 0 : b) * (unsigned)n_turns;
     uint4 upper[IN_FLIGHT] = {}, lower[IN_FLIGHT] = {}, upper_scales[IN_FLIGHT] = {}, lower_scales[IN_FLIGHT] = {};
     float sums[TILES][4] = {};
 #pragma unroll
     for (int i = 0; i < IN_FLIGHT; i++) {
         int turn = warp + i * LLM__WARPS;
         if (turn >= n_turns) continue;
-        upper[i] = llm__load_once(upper_row + turn * 64);
-        lower[i] = llm__load_once(lower_row + turn * 64);
-        upper_scales[i] = llm__load_scales<FORMAT>(p.weight, upper_output, turn);
-        lower_scales[i] = llm__load_scales<FORMAT>(p.weight, lower_output, turn);
+        llm__load_turn<FORMAT>(p.weight, upper_row + (unsigned)turn, t, &upper[i], &upper_scales[i]);
+        llm__load_turn<FORMAT>(p.weight, lower_row + (unsigned)turn, t, &lower[i], &lower_scales[i]);
     }
     llm__let_next_start();
     llm__wait_for_previous();
@@ -514,8 +529,8 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, TILES == 2 && FORMAT >
     const uint16_t *x[TILES];
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
-        int column = 8 * j + g;
-        x[j] = column >= n_columns ? NULL : p.x + (size_t)(ENDING == LLM__LOGITS ? p.rows.logit_rows[column] : column) * llm__input_stride(p.weight) + (GROUPS ? 8 : TURN / 4) * t;
+        int column = 8 * j + g < n_columns ? 8 * j + g : 0; /* absent columns repeat the first, and are left at the end */
+        x[j] = p.x + (size_t)(ENDING == LLM__LOGITS ? p.rows.logit_rows[column] : column) * llm__input_stride(p.weight) + (GROUPS ? 8 : TURN / 4) * t;
     }
     for (int first = warp; first < n_turns; first += IN_FLIGHT * LLM__WARPS) {
 #pragma unroll
@@ -524,12 +539,10 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, TILES == 2 && FORMAT >
             if (turn >= n_turns) continue;
 #pragma unroll
             for (int j = 0; j < TILES; j++)
-                llm__multiply_turn<FORMAT>(sums[j], upper[i], lower[i], upper_scales[i], lower_scales[i], x[j] ? x[j] + turn * TURN : NULL);
+                llm__multiply_turn<FORMAT>(sums[j], upper[i], lower[i], upper_scales[i], lower_scales[i], x[j] + turn * TURN);
             if (next >= n_turns) continue;
-            upper[i] = llm__load_once(upper_row + next * 64);
-            lower[i] = llm__load_once(lower_row + next * 64);
-            upper_scales[i] = llm__load_scales<FORMAT>(p.weight, upper_output, next);
-            lower_scales[i] = llm__load_scales<FORMAT>(p.weight, lower_output, next);
+            llm__load_turn<FORMAT>(p.weight, upper_row + (unsigned)next, t, &upper[i], &upper_scales[i]);
+            llm__load_turn<FORMAT>(p.weight, lower_row + (unsigned)next, t, &lower[i], &lower_scales[i]);
         }
     }
 #pragma unroll
@@ -596,10 +609,10 @@ static __device__ void llm__find_angles(const llm__start &s, int row) {
 static __device__ float llm__element(llm__gpu_matrix m, int row, int i) {
     const uint8_t *from = m.data + row * llm__row_bytes(m);
     if (m.format == LLM__BF16) return llm__from_bf16(((const uint16_t *)from)[i]);
-    if (m.format == LLM__INT8) return (float)((const int8_t *)from)[i] * __uint_as_float(m.scales[row]);
+    if (m.format == LLM__INT8) return (float)((const int8_t *)from)[llm__byte_place(i)] * __uint_as_float(m.scales[row]);
     const uint8_t *eight = from + llm__group_place(m.format, i / 8 * 8);
     uint32_t d = m.scales[(size_t)row * (m.k / 32) + i / 32];
-    int q = m.format == LLM__INT8_GROUPS ? ((const int8_t *)eight)[i % 8] : (int)(*(const uint32_t *)eight >> (i % 8 / 2 * 4 + i % 2 * 16) & 15);
+    int q = m.format == LLM__INT8_GROUPS ? ((const int8_t *)eight)[llm__byte_place(i % 8)] : (int)(*(const uint32_t *)eight >> (i % 8 / 2 * 4 + i % 2 * 16) & 15);
     return (float)q * llm__half(d) + llm__half(d >> 16);
 }
 
@@ -1376,7 +1389,7 @@ static float llm__int8_row(const float *row, int n, int8_t *out) {
     float most = 0;
     for (int i = 0; i < n; i++) most = fmaxf(most, fabsf(row[i]));
     double inverse = most > 0 ? 127.0 / most : 0;
-    for (int i = 0; i < n; i++) out[i] = (int8_t)floor(row[i] * inverse + 0.5);
+    for (int i = 0; i < n; i++) out[llm__byte_place(i)] = (int8_t)floor(row[i] * inverse + 0.5);
     return most / 127.0f;
 }
 
@@ -1390,7 +1403,7 @@ static void llm__group_row(int format, const llm_group *groups, int n_groups, ui
             uint32_t nibbles = 0;
             for (int i = 0; i < 8; i++) nibbles |= (uint32_t)(q[i] & 15) << (i / 2 * 4 + i % 2 * 16);
             if (format == LLM__INT4_GROUPS) memcpy(to, &nibbles, 4);
-            else memcpy(to, q, 8);
+            else for (int i = 0; i < 8; i++) to[llm__byte_place(i)] = (uint8_t)q[i];
         }
     }
 }
@@ -2026,7 +2039,7 @@ static bool llm__plain_forward(llm__gpu_context *c, const llm_pass *pass) {
 static llm_status llm__gpu_forward(void *context, const llm_pass *pass, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
     size_t n_vocab = (size_t)c->model->shape.n_vocab;
-    if (pass->n_targets) return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "the GPU does not score yet; llm_score needs a model on the CPU");
+    if (pass->n_targets) return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "llm_score is not run on the GPU; the CPU does it");
     bool finished = !llm__is_cancelled(pass);
     if (finished && pass->n_rows <= LLM__FUSED_ROWS && c->model->mode != LLM_CUDA_EAGER) llm__fused_forward(c, pass);
     else if (finished) finished = llm__plain_forward(c, pass);

@@ -429,25 +429,25 @@ static void test_bursts(void **state) {
     llm_generate_desc desc = {};
     (void)state;
     desc.ignore_end = true;
-    desc.max_tokens = 150; /* more than two bursts */
+    desc.max_tokens = 70; /* more than a burst */
     story greedy = tells_the_same(ctx, SAMPLERS[0], desc);
     assert_int_equal(greedy.stats.stop, LLM_STOP_LENGTH);
-    desc.max_tokens = 40;
+    desc.max_tokens = 12;
     for (int i = 1; i < 7; i++) tells_the_same(ctx, SAMPLERS[i], desc);
     desc.max_tokens = 1;
     tells_the_same(ctx, SAMPLERS[1], desc);
     desc.max_tokens = 0;
     assert_int_equal(tells_the_same(small, SAMPLERS[1], desc).stats.stop, LLM_STOP_CONTEXT);
-    assert_int_equal(tells_the_same(ctx, SAMPLERS[1], desc, 70).stats.stop, LLM_STOP_CALLBACK);
-    assert_int_equal(tells_the_same(ctx, SAMPLERS[1], desc, 0, 20).stats.stop, LLM_STOP_CALLBACK);
-    std::string ending = tells_the_same(ctx, SAMPLERS[1], desc, 50).text.substr(25, 3);
+    assert_int_equal(tells_the_same(ctx, SAMPLERS[1], desc, 12).stats.stop, LLM_STOP_CALLBACK);
+    assert_int_equal(tells_the_same(ctx, SAMPLERS[1], desc, 0, 12).stats.stop, LLM_STOP_CALLBACK);
+    std::string ending = tells_the_same(ctx, SAMPLERS[1], desc, 12).text.substr(10, 3);
     const char *strings[] = {ending.c_str()};
     desc.stop_strings = strings;
     desc.n_stop_strings = 1;
     assert_int_equal(tells_the_same(ctx, SAMPLERS[1], desc).stats.stop, LLM_STOP_STRING);
     llm_generate_desc by_token = {};
     by_token.ignore_end = true;
-    by_token.stop_tokens = &greedy.tokens[99];
+    by_token.stop_tokens = &greedy.tokens[40];
     by_token.n_stop_tokens = 1;
     assert_int_equal(tells_the_same(ctx, SAMPLERS[0], by_token).stats.stop, LLM_STOP_TOKEN);
     llm_context_free(small);
@@ -512,6 +512,15 @@ static void test_refusals(void **state) {
     assert_int_equal(llm_context_create(&ctx, model, &desc, &err), LLM_ERROR_UNSUPPORTED);
     assert_null(ctx);
     desc.cache_dtype = LLM_DTYPE_BF16;
+    assert_int_equal(llm_context_create(&ctx, model, &desc, &err), LLM_OK);
+    static const llm_token context[] = {1, 2, 3}, ending[] = {4, 5};
+    static const llm_token *const endings[] = {ending};
+    static const int n_ending[] = {2};
+    llm_question question = {context, 3, 1, endings, n_ending};
+    double log_likelihood;
+    assert_int_equal(llm_score(ctx, &question, 1, NULL, &log_likelihood, NULL, &err), LLM_ERROR_UNSUPPORTED);
+    llm_context_free(ctx);
+    ctx = NULL;
     desc.n_batch = 70000;
     assert_int_equal(llm_context_create(&ctx, model, &desc, &err), LLM_ERROR_UNSUPPORTED);
     llm_model_free(model);
@@ -527,6 +536,34 @@ static void test_refusals(void **state) {
 }
 
 #ifdef CUDA_HOST_RUNTIME_H
+/* What a token of a model of two layers costs the host; bench/README.md counts with these. */
+static void test_launches(void **state) {
+    static const int expected[][2] = {{0, 1}, {1 + 2 * 5 + 1, 0}, {1 + 2 * 9 + 3, 0}}; /* kernels, graphs */
+    (void)state;
+    for (int mode = LLM_CUDA_GRAPH; mode <= LLM_CUDA_EAGER; mode++) {
+        llm_model *model = load(&TINY_ODD, llm_cuda_backend_mode((llm_cuda_mode)mode));
+        llm_context *ctx = create_for_text(model, 100);
+        llm_token token = 3;
+        llm_batch batch = {1, &token, NULL, NULL};
+        assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_OK); /* records the graph */
+        cuda_host.n_launches = cuda_host.n_graph_launches = 0;
+        assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_OK);
+        assert_int_equal(cuda_host.n_launches, expected[mode][0]);
+        assert_int_equal(cuda_host.n_graph_launches, expected[mode][1]);
+        llm_generate_desc desc = {};
+        desc.tokens = &token;
+        desc.n_tokens = 1;
+        desc.max_tokens = 20; /* one burst */
+        desc.ignore_end = true;
+        cuda_host.n_launches = cuda_host.n_graph_launches = 0;
+        assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_OK);
+        if (mode == LLM_CUDA_GRAPH) assert_int_equal(cuda_host.n_launches, 1); /* of the first picking */
+        if (mode == LLM_CUDA_GRAPH) assert_int_equal(cuda_host.n_graph_launches, 20);
+        llm_context_free(ctx);
+        llm_model_free(model);
+    }
+}
+
 static void test_no_gpu(void **state) {
     llm_error err;
     (void)state;
@@ -602,7 +639,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_rows_do_not_meet), cmocka_unit_test(test_save_and_restore), cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_bursts), cmocka_unit_test(test_bursts_of_all_modes), cmocka_unit_test(test_limits_are_measured), cmocka_unit_test(test_threads), cmocka_unit_test(test_refusals),
 #ifdef CUDA_HOST_RUNTIME_H
-        cmocka_unit_test(test_no_gpu), cmocka_unit_test(test_every_failure),
+        cmocka_unit_test(test_launches), cmocka_unit_test(test_no_gpu), cmocka_unit_test(test_every_failure),
 #endif
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
