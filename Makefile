@@ -62,7 +62,7 @@ $(SMOLLM2):
 # ---- Programs -------------------------------------------------------------------------------------------------------
 
 # Tests of the public functions alone share one compiled llm.h.
-SHARE_LLM := $(basename $(notdir $(shell grep -L 'define LLM_IMPLEMENTATION' tests/test_*.c)))
+SHARE_LLM := $(basename $(notdir $(shell grep -L 'define LLM_IMPLEMENTATION' $$(grep -l '^.include "llm.h"' tests/test_*.c))))
 
 define program
 $1/%$2: %.c llm.h $$(wildcard tests/*.h)
