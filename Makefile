@@ -15,7 +15,7 @@ comma := ,
 
 # Every .c file is a program. build/NAME is made with your compiler and flags, build/VARIANT/NAME with these:
 COMPILE_build              = $(CC) $(CFLAGS)
-COMPILE_asan               = clang -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+COMPILE_asan               = clang -O1 -gline-tables-only -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 COMPILE_fuzz               = $(subst =address,=fuzzer$(comma)address,$(COMPILE_asan))
 COMPILE_tsan               = gcc -O1 -g -fsanitize=thread
 COMPILE_gcc-O1             = gcc -O1
@@ -79,6 +79,10 @@ $1/llm.o: llm.h
 endef
 $(foreach dir,build $(addprefix build/,asan tsan fuzz aarch64 $(MATRIX)),$(eval $(call program,$(dir))))
 $(eval $(call program,build/windows,.exe))
+
+# Under the sanitizers the examples share it too: there it takes long to compile.
+$(addprefix build/asan/,repl hello tokenize): build/asan/llm.o
+$(addprefix build/asan/,repl hello tokenize): CPPFLAGS += -DLLM__IMPLEMENTED
 
 build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 	mkdir -p $(@D)

@@ -56,6 +56,7 @@
         LLM_STATIC              make everything private to this source file
         LLM_HEADER_FILENAME     this file's name if it is not "llm.h" (it includes itself once per instruction set)
         LLM_NO_THREADS          compile without threads (n_threads is then always 1)
+        LLM_NO_SIMD             compile the plain C kernels only: small, slow, the same bits
         LLM_CUDA                declare the GPU backend that llm_cuda.cu holds
 
     CONTENTS
@@ -6351,7 +6352,7 @@ static double llm__sqrt(double x) {
 
 /* AMX: eight tile registers of 16 rows of 64 bytes. The instructions are written out, as gcc 12's intrinsics do not say
    that they touch memory. A test may bring its own, to run where there is no such unit. */
-#if defined(LLM__TILE_DOT) || (defined(__x86_64__) && defined(__linux__))
+#if defined(LLM__TILE_DOT) || (defined(__x86_64__) && defined(__linux__) && !defined(LLM_NO_SIMD))
 #define LLM__HAVE_TILES
 typedef struct llm__tile_config {
     uint8_t palette, start_row, reserved[14];
@@ -6403,7 +6404,7 @@ static bool llm__tiles_allowed(void) {
 #undef LLM__KERNEL_PASS
 #undef LLM__TARGET
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(LLM_NO_SIMD)
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push /* gcc 12 warns of its own intrinsics in C++ */
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -6430,7 +6431,7 @@ static bool llm__tiles_allowed(void) {
 #endif
 #endif
 
-#if defined(__aarch64__)
+#if defined(__aarch64__) && !defined(LLM_NO_SIMD)
 #include <arm_neon.h>
 #define LLM__USE_NEON
 #define LLM__TARGET
@@ -6443,7 +6444,7 @@ static bool llm__tiles_allowed(void) {
 
 /* The best instruction set of this machine, or the one named; NULL if it is not to be had. */
 static const llm__kernels *llm__choose_kernels(const char *isa) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(LLM_NO_SIMD)
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* every such chip has f16c */
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -6453,7 +6454,7 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
 #endif
     if (avx512 && (!isa || !strcmp(isa, "avx512"))) return &llm__avx512_kernels;
     if (avx2 && (!isa || !strcmp(isa, "avx2"))) return &llm__avx2_kernels;
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(LLM_NO_SIMD)
     if (!isa || !strcmp(isa, "neon")) return &llm__neon_kernels;
 #endif
     return !isa || !strcmp(isa, "scalar") ? &llm__scalar_kernels : NULL;

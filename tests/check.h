@@ -35,6 +35,18 @@ static inline int rename_utf8(const char *old_path, const char *new_path) {
 #define rename_utf8 rename
 #endif
 
+/* Under a sanitizer all takes many times as long: what is large is left to the plain build. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED true
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED true
+#endif
+#endif
+#ifndef SANITIZED
+#define SANITIZED false
+#endif
+
 /* Whether text[n] is UTF-8 by RFC 3629: no overlong forms, no surrogates, nothing above U+10FFFF, no cut character. */
 static inline bool is_utf8(const char *text, size_t n) {
     const uint8_t *p = (const uint8_t *)text, *end = p + n;

@@ -40,6 +40,7 @@ check "implementation after other headers" "${machine}gcc" -std=c99 -O0 $strict 
 check "LLM_STATIC" "${machine}gcc" -std=c99 -O0 $strict "$tmp/static.c"
 check "LLM_CUDA" "${machine}gcc" -std=c99 -O0 $strict -DLLM_CUDA "$tmp/whole.c"
 check "LLM_NO_THREADS" "${machine}gcc" -std=c99 -O0 $strict -DLLM_NO_THREADS "$tmp/whole.c"
+check "LLM_NO_SIMD" "${machine}gcc" -std=c99 -O0 $strict -DLLM_NO_SIMD "$tmp/whole.c"
 check "implementation without optimisation" "${machine}gcc" -std=c99 -O0 $strict "$tmp/whole.c"
 if [ "$machine" ]; then
     check "examples/hello.c" "${machine}gcc" -std=c99 -O0 $strict examples/hello.c

@@ -1,6 +1,7 @@
 /* Chat templates against what Jinja makes of them (tokenizer/chat.py), and what a message must not be able to do.
    Variants: asan cross */
 #define LLM_IMPLEMENTATION
+#define LLM_NO_SIMD /* nothing is computed here */
 #include "../llm.h"
 
 #include <jansson.h>

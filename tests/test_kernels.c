@@ -1,6 +1,6 @@
 /* Every kernel of every instruction set against the scalar one, which is the definition: the same bits, on random shapes
    that are multiples of nothing.
-   Variants: asan cross */
+   Variants: cross */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 #include "tests/tiny.h"
