@@ -82,7 +82,7 @@ $(eval $(call program,build/windows,.exe))
 
 # Under the sanitizers the examples share it too: there it takes long to compile.
 $(addprefix build/asan/,repl hello tokenize): build/asan/llm.o
-$(addprefix build/asan/,repl hello tokenize): CPPFLAGS += -DLLM__IMPLEMENTED
+$(addprefix build/asan/,repl hello tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
 
 build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 	mkdir -p $(@D)
