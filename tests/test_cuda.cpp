@@ -473,7 +473,7 @@ static void test_bursts_of_all_modes(void **state) {
 
 /* ---- Scoring ---- */
 
-enum { QUESTIONS = 8, MOST_ENDINGS = 9, MOST_TOKENS = 50 };
+enum { QUESTIONS = 8, MOST_ENDINGS = 9, MOST_TOKENS = 20 };
 
 /* Texts are pieces of one list of tokens. */
 typedef struct quiz {
@@ -551,10 +551,9 @@ static void scores_as_cpu(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype d
 static void test_scores(void **state) {
     (void)state;
     scores_as_cpu(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16);
-    scores_as_cpu(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_INT8);
+    scores_as_cpu(&TINY_ODD, LLM_CUDA_EAGER, LLM_DTYPE_INT8);
     scores_as_cpu(&FOUR_BITS, LLM_CUDA_GRAPH, LLM_DTYPE_INT4);
     scores_as_cpu(&EIGHT_BITS, LLM_CUDA_FUSED, LLM_DTYPE_INT4);
-    scores_as_cpu(&TINY_ODD, LLM_CUDA_EAGER, LLM_DTYPE_BF16);
 }
 
 /* Of every token that may come next, against the logits that the same kernels give. */
