@@ -89,6 +89,19 @@ build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 	echo "  compile $@"
 	$(CXX) $(CXXFLAGS) -std=c++17 $(WARNINGS) -I. $(CPPFLAGS) -o $@ $(filter %.cpp,$^) $(LDFLAGS) $(LDLIBS)
 
+# On an NVIDIA GPU, for programs that have a place for LLM_CUDA.
+CUDA = /usr/local/cuda
+build/gpu/hellaswag: build/gpu/%: %.c llm.h build/gpu/llm_cuda.o
+	echo "  compile $@"
+	$(CC) $(CFLAGS) -std=c99 $(WARNINGS) -DLLM_CUDA -I. $(CPPFLAGS) -o $@ $(filter %.c %.o,$^) -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 $(LDFLAGS) \
+		-lcublas -lcudart -lstdc++ $(LDLIBS)
+
+build/gpu/llm_cuda.o: llm_cuda.cu llm.h
+	mkdir -p $(@D)
+	echo "  compile $@"
+	$(CUDA)/bin/nvcc -O3 -std=c++17 -t 0 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
+		-gencode arch=compute_90,code=compute_90 -c -o $@ llm_cuda.cu
+
 # Tests that include the program, or the test, that they test.
 $(foreach dir,build build/asan,$(dir)/test_quantize): examples/quantize.c
 $(foreach dir,build build/asan,$(dir)/test_kernels_amx): tests/test_kernels.c

@@ -604,7 +604,7 @@ typedef struct llm_pass {
     /* If there are targets, no logits are kept; only the logarithms of these tokens' probabilities are wanted. */
     int n_targets;
     const llm_token *targets; /* [n_targets]                                                                 */
-    const int *target_rows;   /* [n_targets] after which of the logit_rows each comes: an index into them    */
+    const int *target_rows;   /* [n_targets] ascending: after which of the logit_rows each comes, as an index */
     float *log_probs;         /* [n_targets] the results                                                     */
     const int *blocks;        /* [n_seq][blocks_per_seq] which cache block holds LLM_BLOCK positions of a sequence */
     int blocks_per_seq;

@@ -1166,6 +1166,29 @@ static __global__ void llm__keep_rows(llm__rows rows, const float *x, float *kep
     for (int i = (int)threadIdx.x; i < stride; i += (int)blockDim.x) kept_attention[to * stride + i] = attention[from * stride + i];
 }
 
+/* log p = logit - max - log(sum of exp(logit - max)) for those of n targets that follow rows `first` and up, of which
+   these are the logits; a block a row. */
+static __global__ void llm__score_row(const float *logits, int n_vocab, int first, const int *targets, const int *target_rows,
+                                      int n_targets, float *log_probs) {
+    __shared__ float maxima[32], sums[32];
+    int thread = (int)threadIdx.x, n_threads = (int)blockDim.x, n_warps = n_threads / 32;
+    const float *row = logits + (size_t)blockIdx.x * n_vocab;
+    float max = -INFINITY, sum = 0;
+    for (int i = thread; i < n_vocab; i += n_threads) max = fmaxf(max, row[i]);
+    max = llm__warp_max(max);
+    if (thread % 32 == 0) maxima[thread / 32] = max;
+    __syncthreads();
+    for (int i = 0; i < n_warps; i++) max = fmaxf(max, maxima[i]);
+    for (int i = thread; i < n_vocab; i += n_threads) sum += expf(row[i] - max);
+    sum = llm__warp_sum(sum);
+    if (thread % 32 == 0) sums[thread / 32] = sum;
+    __syncthreads();
+    sum = 0;
+    for (int i = 0; i < n_warps; i++) sum += sums[i];
+    for (int i = thread; i < n_targets; i += n_threads)
+        if (target_rows[i] == first + (int)blockIdx.x) log_probs[i] = row[targets[i]] - max - logf(sum);
+}
+
 /* Reads and does next to nothing: the limit of decoding. */
 static __global__ void llm__read_all(const uint8_t *data, size_t n_vectors, unsigned *sink) {
     unsigned seen = 0;
@@ -1262,7 +1285,7 @@ static llm_status llm__find_gpu(llm__gpu_model *m, llm_error *err) {
 
 static llm_status llm__check_shape(const llm_shape *s, llm_dtype dtype, llm_error *err) {
     if (dtype != LLM_DTYPE_BF16 && dtype != LLM_DTYPE_INT8 && dtype != LLM_DTYPE_INT4)
-        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU weights are bf16, int8 or int4; desc.dtype asks for another type");
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU weights are bf16, int8 or int4; desc.dtype asks for %s", llm_dtype_name(dtype));
     if (s->n_vocab > LLM__MOST_VOCAB)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "the vocabulary has %d tokens; on the GPU at most %d are run", s->n_vocab,
                                (int)LLM__MOST_VOCAB);
@@ -1543,12 +1566,14 @@ typedef struct llm__gpu_context {
     llm__kv kv;
     int *rows, *host_rows;           /* what the parts of llm__rows point into                    */
     float *cosines, *sines;          /* [n_batch][rope_dim / 2]                                   */
-    float *x, *kept_x, *wide;        /* [n_batch][n_embd], [n_logits][n_embd], [n_batch][n_wide]  */
+    float *x, *kept_x, *wide;        /* [n_batch][n_embd], the same, [n_batch][n_wide]            */
     uint16_t *normed, *q, *attention, *kept_attention, *ffn; /* [n_batch][padded]                 */
     float *squares;                  /* [fused_rows][n_squares]                                   */
     float *partial;                  /* see llm__attend                                           */
     unsigned *n_done;
     float *logits, *host_logits;     /* [n_logits][n_vocab]                                       */
+    int *targets, *host_targets;     /* [2][n_batch] tokens, and the rows they come after         */
+    float *log_probs, *host_log_probs; /* [n_batch]                                               */
     void *blas_memory;
     uint16_t *widened;               /* a piece of a matrix                                       */
     cudaGraphExec_t graphs[LLM__BUCKETS];
@@ -1610,17 +1635,19 @@ static void llm__lay_out(llm__gpu_context *c, const llm_shape *s) {
     c->cosines = (float *)llm__part(m, &used, n * half * 4);
     c->sines = (float *)llm__part(m, &used, n * half * 4);
     c->x = (float *)llm__part(m, &used, n * (size_t)s->n_embd * 4);
-    c->kept_x = (float *)llm__part(m, &used, (size_t)llm__least(d->n_batch, d->n_logits) * (size_t)s->n_embd * 4);
+    c->kept_x = (float *)llm__part(m, &used, n * (size_t)s->n_embd * 4);
     c->wide = (float *)llm__part(m, &used, n * (size_t)z->n_wide * 4);
     c->normed = (uint16_t *)llm__part(m, &used, n * (size_t)z->n_embd * 2);
     c->q = (uint16_t *)llm__part(m, &used, n * (size_t)s->n_heads * (size_t)c->kv.stride * 2);
     c->attention = (uint16_t *)llm__part(m, &used, n * (size_t)z->q * 2);
-    c->kept_attention = (uint16_t *)llm__part(m, &used, (size_t)llm__least(d->n_batch, d->n_logits) * (size_t)z->q * 2);
+    c->kept_attention = (uint16_t *)llm__part(m, &used, n * (size_t)z->q * 2);
     c->ffn = (uint16_t *)llm__part(m, &used, n * (size_t)z->ffn * 2);
     c->squares = (float *)llm__part(m, &used, fused * (size_t)z->n_squares * 4);
     c->partial = (float *)llm__part(m, &used, fused * (size_t)s->n_heads * LLM__MOST_SPANS * (size_t)(c->kv.stride + 2) * 4);
     c->n_done = (unsigned *)llm__part(m, &used, fused * (size_t)s->n_kv_heads * 4);
     c->logits = (float *)llm__part(m, &used, n_logits * (size_t)s->n_vocab * 4);
+    c->targets = (int *)llm__part(m, &used, 2 * n * 4);
+    c->log_probs = (float *)llm__part(m, &used, n * 4);
     c->picker = (llm__picker_state *)llm__part(m, &used, sizeof *c->picker);
     c->blas_memory = llm__part(m, &used, z->blas_bytes);
     c->widened = (uint16_t *)llm__part(m, &used, z->widened * 2);
@@ -1628,6 +1655,8 @@ static void llm__lay_out(llm__gpu_context *c, const llm_shape *s) {
     used = 0;
     c->host_rows = (int *)llm__part(c->pinned, &used, (size_t)z->rows_ints * 4);
     c->host_logits = (float *)llm__part(c->pinned, &used, n_logits * (size_t)s->n_vocab * 4);
+    c->host_targets = (int *)llm__part(c->pinned, &used, 2 * n * 4);
+    c->host_log_probs = (float *)llm__part(c->pinned, &used, n * 4);
     c->host_picker = (llm__picker_state *)llm__part(c->pinned, &used, sizeof *c->host_picker);
     c->host_picked = (int *)llm__part(c->pinned, &used, LLM_BURST * sizeof *c->host_picked);
     c->pinned_bytes = used;
@@ -2004,6 +2033,40 @@ static void llm__plain_ffn(llm__gpu_context *c, const llm__gpu_layer *l, int n, 
     llm__plain_product(c, l->down, c->ffn, n, x, true);
 }
 
+/* The head for rows [first, end), and the log-probabilities of the n targets that follow them. Logits are made for as
+   many rows at a time as fit into the context's, or into what the layers' products went to, which is idle by now. */
+static void llm__score_rows(llm__gpu_context *c, int first, int end, int n_targets) {
+    llm__gpu_matrix head = c->model->head;
+    size_t in_wide = (size_t)c->desc.n_batch * (size_t)c->sizes.n_wide / (size_t)head.n, in_logits = (size_t)c->desc.n_logits;
+    size_t most = in_wide > in_logits ? in_wide : in_logits, n_rows = (size_t)(end - first), n_pieces = (n_rows + most - 1) / most;
+    int some = (int)((n_rows + n_pieces - 1) / n_pieces); /* all alike: a last piece of few rows would go without cuBLAS */
+    float *logits = in_wide > in_logits ? c->wide : c->logits;
+    for (; first < end; first += some) {
+        int n = llm__least(end - first, some);
+        llm__plain_product(c, head, c->normed + (size_t)first * (size_t)c->sizes.n_embd, n, logits, false);
+        llm__launch(&c->queue, LLM__SERIAL, "scoring", dim3((unsigned)n), 256, llm__score_row, logits, head.n, first, c->targets,
+                    c->targets + c->desc.n_batch, n_targets, c->log_probs);
+    }
+}
+
+/* What llm_pass wants instead of logits; usually there is room for all targets at once. */
+static void llm__score_targets(llm__gpu_context *c, const llm_pass *pass) {
+    int most = c->desc.n_batch;
+    for (int first = 0; first < pass->n_targets; first += most) {
+        int n = llm__least(pass->n_targets - first, most);
+        size_t bytes = (size_t)n * sizeof(int);
+        memcpy(c->host_targets, pass->targets + first, bytes);
+        memcpy(c->host_targets + most, pass->target_rows + first, bytes);
+        llm__note(&c->queue, cudaMemcpyAsync(c->targets, c->host_targets, (size_t)most * sizeof(int) + bytes, cudaMemcpyHostToDevice, c->queue.stream),
+                  "sending the targets");
+        llm__score_rows(c, pass->target_rows[first], pass->target_rows[first + n - 1] + 1, n);
+        llm__note(&c->queue, cudaMemcpyAsync(c->host_log_probs, c->log_probs, bytes, cudaMemcpyDeviceToHost, c->queue.stream),
+                  "fetching log-probabilities");
+        llm__note(&c->queue, cudaStreamSynchronize(c->queue.stream), "scoring");
+        memcpy(pass->log_probs + first, c->host_log_probs, bytes);
+    }
+}
+
 /* Returns false if it was cancelled. */
 static bool llm__plain_forward(llm__gpu_context *c, const llm_pass *pass) {
     const llm__gpu_model *m = c->model;
@@ -2032,18 +2095,19 @@ static bool llm__plain_forward(llm__gpu_context *c, const llm_pass *pass) {
         llm__plain_ffn(c, l, n, x);
     }
     llm__plain_norm(c, x, m->output_norm, n);
-    llm__plain_product(c, m->head, c->normed, n, c->logits, false);
+    if (pass->n_targets) llm__score_targets(c, pass);
+    else llm__plain_product(c, m->head, c->normed, n, c->logits, false);
     return true;
 }
 
 static llm_status llm__gpu_forward(void *context, const llm_pass *pass, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
     size_t n_vocab = (size_t)c->model->shape.n_vocab;
-    if (pass->n_targets) return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "llm_score is not run on the GPU; the CPU does it");
     bool finished = !llm__is_cancelled(pass);
-    if (finished && pass->n_rows <= LLM__FUSED_ROWS && c->model->mode != LLM_CUDA_EAGER) llm__fused_forward(c, pass);
+    bool fused = pass->n_rows <= LLM__FUSED_ROWS && !pass->n_targets && c->model->mode != LLM_CUDA_EAGER;
+    if (finished && fused) llm__fused_forward(c, pass);
     else if (finished) finished = llm__plain_forward(c, pass);
-    if (finished && pass->n_logits && c->queue.failure == cudaSuccess)
+    if (finished && pass->n_logits && !pass->n_targets && c->queue.failure == cudaSuccess)
         llm__note(&c->queue, cudaMemcpyAsync(c->host_logits + (size_t)pass->first_logits * n_vocab, c->logits,
                                              (size_t)pass->n_logits * n_vocab * sizeof(float), cudaMemcpyDeviceToHost, c->queue.stream),
                   "fetching the logits");

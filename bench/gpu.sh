@@ -70,7 +70,7 @@ if [ -n "$tests" ]; then
     part "the tests" 100 $out/test_cuda
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck; do
-            for test in test_groups test_bursts_of_all_modes; do
+            for test in test_groups test_bursts_of_all_modes test_scores_against_logits; do
                 say "1. compute-sanitizer $tool, $test"
                 part "$tool" 30 compute-sanitizer --tool $tool --error-exitcode 1 $out/test_cuda $test >$out/$tool.$test.log 2>&1
                 tail -n 5 $out/$tool.$test.log

@@ -2,6 +2,8 @@
 
     build/hellaswag -m MODEL [--data FILE] [--limit N] [--results FILE]
     build/hellaswag --help           all options
+    make build/gpu/hellaswag         the same on an NVIDIA GPU (LLM_CUDA), where passes are best of some thousand tokens:
+                                     --batch 4096
 
     A question is a context and four endings, of which one is right. The model's answer is the ending with the largest
     log-likelihood (acc), or the largest for each of the ending's characters (acc_norm). The result goes to standard
@@ -553,6 +555,9 @@ static void print_count(const task *t, const llm_score_stats *s) {
 /* Loads the model and tokenizes at the same time. */
 static llm_model *prepare(task *t) {
     llm_model_desc desc = {.dtype = t->opt.dtype, .n_threads = t->opt.n_threads};
+#ifdef LLM_CUDA
+    desc.backend = llm_cuda_backend();
+#endif
     llm_model *model;
     pthread_t threads[4];
     int n = 0;

@@ -10,6 +10,7 @@
 #include <setjmp.h>
 #include <string>
 #include <thread>
+#include <vector>
 extern "C" {
 #include <cmocka.h>
 }
@@ -470,6 +471,127 @@ static void test_bursts_of_all_modes(void **state) {
     }
 }
 
+/* ---- Scoring ---- */
+
+enum { QUESTIONS = 8, MOST_ENDINGS = 9, MOST_TOKENS = 20 };
+
+/* Texts are pieces of one list of tokens. */
+typedef struct quiz {
+    llm_token tokens[1000];
+    const llm_token *endings[QUESTIONS][MOST_ENDINGS];
+    int lengths[QUESTIONS][MOST_ENDINGS], n_results;
+    llm_question questions[QUESTIONS];
+} quiz;
+
+/* Of all lengths. The first question predicts more tokens from one row than a small pass has rows, the endings of another
+   begin alike. */
+static void make_quiz(quiz *z) {
+    pair random = {};
+    z->n_results = 0;
+    for (llm_token &token : z->tokens) token = draw(&random, N_VOCAB);
+    for (int i = 0; i < QUESTIONS; i++) {
+        int n_endings = i ? 1 + i % 4 : (int)MOST_ENDINGS, n_context = i ? 1 + draw(&random, MOST_TOKENS) : 1;
+        z->questions[i] = llm_question{z->tokens + draw(&random, 900), n_context, n_endings, z->endings[i], z->lengths[i]};
+        for (int e = 0; e < n_endings; e++, z->n_results++) {
+            z->endings[i][e] = z->tokens + (i == 3 ? 100 : draw(&random, 900));
+            z->lengths[i][e] = 1 + draw(&random, MOST_TOKENS);
+        }
+    }
+}
+
+static std::vector<double> score(const llm_model *model, const quiz &z, const llm_context_desc &desc, const llm_score_desc &how) {
+    std::vector<double> results((size_t)z.n_results);
+    llm_context *ctx = NULL;
+    llm_error err;
+    if (llm_context_create(&ctx, model, &desc, &err)) fail_msg("%s", err.message);
+    if (llm_score(ctx, z.questions, QUESTIONS, &how, results.data(), NULL, &err)) fail_msg("%s", err.message);
+    llm_context_free(ctx);
+    return results;
+}
+
+/* In passes of one piece and of several, of more targets than are sent at a time, with forks and without. */
+static void scores_as_cpu(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype) {
+    static const struct {
+        int n_seq, n_batch, n_logits;
+        llm_schedule schedule;
+        bool no_share;
+    } ways[] = {{9, 4, 3, LLM_SCHEDULE_PACKED, false}, {20, 40, 1, LLM_SCHEDULE_DP, false}, {60, 200, 1, LLM_SCHEDULE_PACKED, false},
+                {60, 200, 170, LLM_SCHEDULE_FIXED, true}};
+    llm_model *cpu = load(spec, NULL, dtype), *gpu = load(spec, llm_cuda_backend_mode(mode), dtype);
+    static quiz z;
+    double worst = 0; /* as in a pair; a log-likelihood counts from that of tokens that are all as likely */
+    make_quiz(&z);
+    for (const auto &way : ways) {
+        llm_context_desc desc = {};
+        llm_score_desc how = {};
+        desc.n_ctx = 2 * MOST_TOKENS;
+        desc.n_seq = way.n_seq;
+        desc.n_batch = way.n_batch;
+        desc.n_logits = way.n_logits;
+        desc.n_threads = 2;
+        how.schedule = way.schedule;
+        how.no_share = way.no_share;
+        std::vector<double> expected = score(cpu, z, desc, how), got = score(gpu, z, desc, how);
+        double squares = 0, differences = 0;
+        for (size_t i = 0, at = 0; i < QUESTIONS; i++)
+            for (int e = 0; e < z.questions[i].n_endings; e++, at++) {
+                double value = expected[at] + z.lengths[i][e] * log((double)N_VOCAB), difference = got[at] - expected[at];
+                squares += value * value;
+                differences += difference * difference;
+            }
+        double ratio = sqrt(differences / squares);
+        if (!(ratio <= worst)) worst = ratio;
+    }
+    print_message("log-likelihoods: within %.4f\n", worst);
+    assert_true(worst < 0.01);
+    llm_model_free(cpu);
+    llm_model_free(gpu);
+}
+
+static void test_scores(void **state) {
+    (void)state;
+    scores_as_cpu(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16);
+    scores_as_cpu(&TINY_ODD, LLM_CUDA_EAGER, LLM_DTYPE_INT8);
+    scores_as_cpu(&FOUR_BITS, LLM_CUDA_GRAPH, LLM_DTYPE_INT4);
+    scores_as_cpu(&EIGHT_BITS, LLM_CUDA_FUSED, LLM_DTYPE_INT4);
+}
+
+/* Of every token that may come next, against the logits that the same kernels give. */
+static void test_scores_against_logits(void **state) {
+    static llm_token context[] = {1, 2, 3}, tokens[N_VOCAB];
+    static const llm_token *endings[N_VOCAB];
+    static int ones[N_VOCAB];
+    double results[N_VOCAB], all = 0, sum = 0;
+    llm_model *model = load(&USUAL_HEADS, llm_cuda_backend_mode(LLM_CUDA_EAGER));
+    llm_context_desc desc = {};
+    llm_context *ctx = NULL;
+    llm_batch batch = {3, context, NULL, NULL};
+    llm_question question = {context, 3, N_VOCAB, endings, ones};
+    llm_error err;
+    (void)state;
+    for (int i = 0; i < N_VOCAB; i++) {
+        tokens[i] = i;
+        endings[i] = &tokens[i];
+        ones[i] = 1;
+    }
+    desc.n_ctx = 32;
+    desc.n_seq = N_VOCAB;
+    desc.n_cache = 64;
+    desc.n_batch = 8;
+    if (llm_context_create(&ctx, model, &desc, &err)) fail_msg("%s", err.message);
+    if (llm_score(ctx, &question, 1, NULL, results, NULL, &err)) fail_msg("%s", err.message);
+    if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
+    const float *logits = llm_logits(ctx, 2);
+    for (int i = 0; i < N_VOCAB; i++) all += exp((double)logits[i]);
+    for (int i = 0; i < N_VOCAB; i++) {
+        sum += exp(results[i]);
+        assert_true(fabs(results[i] - (logits[i] - log(all))) < 1e-5);
+    }
+    assert_true(fabs(sum - 1) < 1e-5);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
 static void test_limits_are_measured(void **state) {
     llm_model *model = load(&TINY_ODD, llm_cuda_backend());
     llm_context_desc desc = {};
@@ -513,12 +635,6 @@ static void test_refusals(void **state) {
     assert_null(ctx);
     desc.cache_dtype = LLM_DTYPE_BF16;
     assert_int_equal(llm_context_create(&ctx, model, &desc, &err), LLM_OK);
-    static const llm_token context[] = {1, 2, 3}, ending[] = {4, 5};
-    static const llm_token *const endings[] = {ending};
-    static const int n_ending[] = {2};
-    llm_question question = {context, 3, 1, endings, n_ending};
-    double log_likelihood;
-    assert_int_equal(llm_score(ctx, &question, 1, NULL, &log_likelihood, NULL, &err), LLM_ERROR_UNSUPPORTED);
     llm_context_free(ctx);
     ctx = NULL;
     desc.n_batch = 70000;
@@ -529,6 +645,9 @@ static void test_refusals(void **state) {
     sharing.n_heads = 33;
     assert_null(load_as(&TINY_ODD, llm_cuda_backend(), LLM_DTYPE_F32, &err));
     assert_int_equal(err.code, LLM_ERROR_UNSUPPORTED);
+    assert_null(load_as(&TINY_ODD, llm_cuda_backend(), LLM_DTYPE_F16, &err));
+    assert_int_equal(err.code, LLM_ERROR_UNSUPPORTED);
+    assert_non_null(strstr(err.message, "f16"));
     assert_null(load_as(&longest, llm_cuda_backend(), LLM_DTYPE_BF16, &err));
     assert_int_equal(err.code, LLM_ERROR_UNSUPPORTED);
     assert_null(load_as(&sharing, llm_cuda_backend(), LLM_DTYPE_BF16, &err));
@@ -579,12 +698,15 @@ static void test_no_gpu(void **state) {
     assert_int_equal(cuda_host.n_live, 0);
 }
 
-/* Loads, prefills and decodes, the n-th call failing; a pass that fails is tried again. Returns what went wrong. */
+/* Loads, prefills, decodes and scores, the n-th call failing; what fails then is tried again. Returns what went wrong. */
 static llm_status a_life(int n, bool *failed, llm_error *err) {
     static const tiny_spec spec = {1, 32, 32, 2, 1, 16, 64, 43, 0, 30, 9};
     llm_context_desc desc = {};
     llm_context *ctx = NULL;
     llm_token tokens[20] = {};
+    const llm_token *const endings[] = {tokens + 10};
+    const int n_ending[] = {10};
+    double log_likelihood;
     llm_status status = LLM_OK;
     desc.n_ctx = 64;
     desc.n_batch = 20;
@@ -608,6 +730,12 @@ static llm_status a_life(int n, bool *failed, llm_error *err) {
     if (told) {
         status = told;
         assert_int_equal(llm_generate(ctx, &text, NULL, NULL), LLM_OK);
+    }
+    llm_question question = {tokens, 10, 1, endings, n_ending};
+    llm_status scored = ctx ? llm_score(ctx, &question, 1, NULL, &log_likelihood, NULL, err) : LLM_OK;
+    if (scored) {
+        status = scored;
+        assert_int_equal(llm_score(ctx, &question, 1, NULL, &log_likelihood, NULL, NULL), LLM_OK);
     }
     *failed = cuda_host.fail_at == 0;
     cuda_host.fail_at = 0;
@@ -637,7 +765,8 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_eager), cmocka_unit_test(test_fused), cmocka_unit_test(test_groups), cmocka_unit_test(test_architectures),
         cmocka_unit_test(test_graph),
         cmocka_unit_test(test_rows_do_not_meet), cmocka_unit_test(test_save_and_restore), cmocka_unit_test(test_cancel),
-        cmocka_unit_test(test_bursts), cmocka_unit_test(test_bursts_of_all_modes), cmocka_unit_test(test_limits_are_measured), cmocka_unit_test(test_threads), cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_bursts), cmocka_unit_test(test_bursts_of_all_modes), cmocka_unit_test(test_scores),
+        cmocka_unit_test(test_scores_against_logits), cmocka_unit_test(test_limits_are_measured), cmocka_unit_test(test_threads), cmocka_unit_test(test_refusals),
 #ifdef CUDA_HOST_RUNTIME_H
         cmocka_unit_test(test_launches), cmocka_unit_test(test_no_gpu), cmocka_unit_test(test_every_failure),
 #endif
