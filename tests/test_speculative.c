@@ -407,6 +407,11 @@ static void test_cancelled(void **state) {
     for (int poll = 1; poll <= all->n_polls; poll++) {
         encourage(&draft);
         answer *a = generate(ctx, desc, NULL, 0, poll);
+        if (a->n_polls < poll) { /* how many passes there are follows from what they were measured to take */
+            assert_same(a, all);
+            free(a);
+            continue;
+        }
         assert_int_equal(a->stats.stop, LLM_STOP_CALLBACK);
         assert_int_equal(a->n_polls, poll);
         assert_memory_equal(a->tokens, all->tokens, (size_t)a->n_tokens * sizeof *a->tokens);
