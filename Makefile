@@ -18,11 +18,11 @@ COMPILE_build              = $(CC) $(CFLAGS)
 COMPILE_asan               = clang -O1 -gline-tables-only -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 COMPILE_fuzz               = $(subst =address,=fuzzer$(comma)address,$(COMPILE_asan))
 COMPILE_tsan               = gcc -O1 -g -fsanitize=thread
-COMPILE_gcc-O1             = gcc -O1
-COMPILE_gcc-O3-fast-math   = gcc -O3 -ffast-math
-COMPILE_clang-O1           = clang -O1
-COMPILE_clang-O2           = clang -O2
-COMPILE_clang-O3-fast-math = clang -O3 -ffast-math
+COMPILE_gcc-O1             = gcc -O1 -DLLM_TEST_COMPILER
+COMPILE_gcc-O3-fast-math   = gcc -O3 -ffast-math -DLLM_TEST_COMPILER
+COMPILE_clang-O1           = clang -O1 -DLLM_TEST_COMPILER
+COMPILE_clang-O2           = clang -O2 -DLLM_TEST_COMPILER
+COMPILE_clang-O3-fast-math = clang -O3 -ffast-math -DLLM_TEST_COMPILER
 COMPILE_aarch64            = aarch64-linux-gnu-gcc -O2 -Werror -static -isystem $(CROSS)/aarch64/include -L$(CROSS)/aarch64/lib
 COMPILE_windows            = x86_64-w64-mingw32-gcc -O2 -Werror -static -isystem $(CROSS)/windows/include -L$(CROSS)/windows/lib
 MATRIX                     = gcc-O1 gcc-O3-fast-math clang-O1 clang-O2 clang-O3-fast-math
@@ -80,9 +80,10 @@ endef
 $(foreach dir,build $(addprefix build/,asan tsan fuzz aarch64 $(MATRIX)),$(eval $(call program,$(dir))))
 $(eval $(call program,build/windows,.exe))
 
-# Under the sanitizers the examples share it too: there it takes long to compile.
+# Under the sanitizers it takes long to compile: the examples share it too, and vector kernels are left to the tests for them.
 $(addprefix build/asan/,repl hello tokenize): build/asan/llm.o
 $(addprefix build/asan/,repl hello tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
+$(addprefix build/asan/test_,hf quantize) build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
 
 build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 	mkdir -p $(@D)
@@ -213,7 +214,7 @@ clean:
 help:
 	echo "make             build $(PROGRAMS)"
 	echo "make run         fetch the default model once and let it continue a text; MODEL=path takes another"
-	echo "make test        everything that is checked (about ten minutes); T=name runs the tests of that name"
+	echo "make test        everything that is checked (some ten minutes on two cores); T=name runs the tests of that name"
 	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
 	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
 	echo "make bench-tokenizer   MB/s beside Hugging Face's tokenizers and tiktoken"

@@ -1,5 +1,5 @@
-/* What several tests need: files, golden data in lines of JSON, an allocator that counts and fails when told.
-   To be included after llm.h, and after jansson.h where that is used. */
+/* What several tests need: files, models, golden data in lines of JSON, an allocator that counts and fails when told.
+   To be included after llm.h, and after tests/tiny.h and jansson.h where those are used. */
 #ifndef TESTS_COMMON_H
 #define TESTS_COMMON_H
 
@@ -55,6 +55,44 @@ static inline void write_file(const char *path, const void *data, size_t n) {
     if (!file) fail_msg("%s cannot be written", path);
     assert_int_equal(fwrite(data, 1, n, file), n);
     fclose(file);
+}
+
+/* ---- Models and contexts: what fails, fails the test ---- */
+
+/* desc may be NULL. */
+static inline llm_model *load_model(const char *path, const llm_model_desc *desc) {
+    llm_model *model = NULL;
+    llm_error err;
+    if (llm_model_load(&model, path, desc, &err)) fail_msg("%s", err.message);
+    return model;
+}
+
+#ifdef TINY_H
+static inline llm_model *load_tiny(const tiny_spec *spec, llm_dtype dtype) {
+    llm_model_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.dtype = dtype;
+    desc.n_threads = 1;
+    uint8_t *data = tiny_model(spec, &desc.data_size);
+    desc.data = data;
+    llm_model *model = load_model(NULL, &desc);
+    free(data);
+    return model;
+}
+#endif
+
+static inline llm_context *create_context(const llm_model *model, const llm_context_desc *desc) {
+    llm_context *ctx = NULL;
+    llm_error err;
+    if (llm_context_create(&ctx, model, desc, &err)) fail_msg("%s", err.message);
+    return ctx;
+}
+
+/* Frees the context and its model. */
+static inline void close_context(llm_context *ctx) {
+    llm_model *model = (llm_model *)(uintptr_t)llm_context_model(ctx);
+    llm_context_free(ctx);
+    llm_model_free(model);
 }
 
 #ifdef JANSSON_H

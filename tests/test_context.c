@@ -3,20 +3,19 @@
 #include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"
+#include "tests/common.h"
 
 static const tiny_spec SPEC = {2, 40, 56, 4, 2, 12, 512, 9, 0, 0, 11};
 enum { N_VOCAB = 265 };
 
 static llm_model *load_changed(const tiny_spec *spec, llm_dtype dtype, const char *key, float value) {
     llm_model_desc desc = {.dtype = dtype, .n_threads = 1};
-    llm_model *model = NULL;
-    llm_error err;
     uint8_t *data = tiny_model(spec, &desc.data_size);
     size_t n = key ? strlen(key) : 0;
     for (size_t at = 0; key && at + n + 8 < desc.data_size; at++)
         if (!memcmp(data + at, key, n)) memcpy(data + at + n + 4, &value, 4); /* behind the value's type */
     desc.data = data;
-    if (llm_model_load(&model, NULL, &desc, &err)) fail_msg("%s", err.message);
+    llm_model *model = load_model(NULL, &desc);
     free(data);
     return model;
 }
@@ -25,13 +24,6 @@ static llm_model *load(uint32_t seed) {
     tiny_spec spec = SPEC;
     spec.seed = seed;
     return load_changed(&spec, LLM_DTYPE_F32, NULL, 0);
-}
-
-static llm_context *create(const llm_model *model, const llm_context_desc *desc) {
-    llm_context *ctx = NULL;
-    llm_error err;
-    if (llm_context_create(&ctx, model, desc, &err)) fail_msg("%s", err.message);
-    return ctx;
 }
 
 static llm_token token_at(int text, int i) { return (llm_token)((uint32_t)(text * 7919 + i * 104729 + 1) * 2654435761u % N_VOCAB); }
@@ -83,7 +75,7 @@ static void assert_refused(llm_context *ctx, const llm_batch *batch, llm_status 
 static void test_refused(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = 100, .n_seq = 4, .n_cache = 192, .n_logits = 3, .n_threads = 1};
-    llm_context *ctx = create(model, &desc);
+    llm_context *ctx = create_context(model, &desc);
     llm_token tokens[200] = {5, 6, 7, 8};
     int seqs[200] = {0, 1, 2, 3};
     const bool all[4] = {true, true, true, true};
@@ -118,7 +110,7 @@ static void test_refused(void **state) {
 static void test_sequence_arguments(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = 100, .n_seq = 2, .n_threads = 1};
-    llm_context *ctx = create(model, &desc);
+    llm_context *ctx = create_context(model, &desc);
     char buffer[64];
     static const int bad[] = {-1, 2, INT32_MAX, INT32_MIN};
     (void)state;
@@ -148,7 +140,7 @@ static void test_sequence_arguments(void **state) {
 static void test_logits_where_asked(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = 64, .n_seq = 3, .n_batch = 4, .n_logits = 10, .n_threads = 1}, one = {.n_ctx = 64, .n_threads = 1};
-    llm_context *ctx = create(model, &desc), *own = create(model, &one);
+    llm_context *ctx = create_context(model, &desc), *own = create_context(model, &one);
     llm_token tokens[10];
     static const int seqs[10] = {2, 0, 2, 1, 0, 0, 2, 1, 1, 0};
     static const bool wanted[10] = {false, true, false, false, true, false, true, false, false, false};
@@ -178,7 +170,7 @@ static void test_logits_where_asked(void **state) {
 static void test_forks(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = 200, .n_seq = 4, .n_threads = 2};
-    llm_context *ctx = create(model, &desc), *own = create(model, &desc);
+    llm_context *ctx = create_context(model, &desc), *own = create_context(model, &desc);
     (void)state;
     must_append(ctx, 0, 0, 0, 70);
     assert_int_equal(llm_seq_fork(ctx, 1, 0, 50, NULL), LLM_OK);
@@ -208,7 +200,7 @@ static void test_forks(void **state) {
 static void test_last_copy(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = 96, .n_seq = 3, .n_cache = 64, .n_threads = 1}, one = {.n_ctx = 96, .n_threads = 1};
-    llm_context *ctx = create(model, &desc), *own = create(model, &one);
+    llm_context *ctx = create_context(model, &desc), *own = create_context(model, &one);
     llm_token tokens[3] = {1, 2, 3};
     static const int seqs[3] = {0, 1, 2};
     (void)state;
@@ -248,7 +240,7 @@ static void assert_not_restored(llm_context *ctx, const void *buffer, size_t siz
 static void test_saved(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = 100, .n_seq = 2, .n_threads = 1};
-    llm_context *ctx = create(model, &desc), *other = create(model, &desc), *own = create(model, &desc);
+    llm_context *ctx = create_context(model, &desc), *other = create_context(model, &desc), *own = create_context(model, &desc);
     size_t size, empty_size;
     (void)state;
     void *empty = save(ctx, 0, &empty_size);
@@ -280,7 +272,7 @@ static void test_saved(void **state) {
 static void test_saved_damaged(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = 100, .n_threads = 1};
-    llm_context *ctx = create(model, &desc), *own = create(model, &desc);
+    llm_context *ctx = create_context(model, &desc), *own = create_context(model, &desc);
     size_t size;
     (void)state;
     must_append(ctx, 0, 0, 0, 20);
@@ -308,7 +300,7 @@ static void test_saved_damaged(void **state) {
 static void test_saved_elsewhere(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = 100, .n_threads = 1}, bf16 = desc, narrow = desc, small = desc;
-    llm_context *ctx = create(model, &desc);
+    llm_context *ctx = create_context(model, &desc);
     size_t size;
     tiny_spec spec = SPEC;
     (void)state;
@@ -321,7 +313,7 @@ static void test_saved_elsewhere(void **state) {
     for (int i = 0; i < 4; i++) {
         llm_context_desc f32 = desc;
         f32.cache_dtype = LLM_DTYPE_F32;
-        llm_context *other = create(others[i], &f32);
+        llm_context *other = create_context(others[i], &f32);
         assert_not_restored(other, buffer, size, LLM_ERROR_FORMAT);
         llm_context_free(other);
         llm_model_free(others[i]);
@@ -329,14 +321,14 @@ static void test_saved_elsewhere(void **state) {
     bf16.cache_dtype = LLM_DTYPE_BF16;
     narrow.n_ctx = 69;
     small.n_cache = 64;
-    llm_context *contexts[] = {create(model, &bf16), create(model, &narrow), create(model, &small)};
+    llm_context *contexts[] = {create_context(model, &bf16), create_context(model, &narrow), create_context(model, &small)};
     assert_not_restored(contexts[0], buffer, size, LLM_ERROR_FORMAT);
     assert_not_restored(contexts[1], buffer, size, LLM_ERROR_CONTEXT_FULL);
     must_append(contexts[2], 0, 0, 0, 40);
     assert_not_restored(contexts[2], buffer, size, LLM_ERROR_CONTEXT_FULL);
     for (int i = 0; i < 3; i++) llm_context_free(contexts[i]);
     llm_model *same = load(1); /* loaded anew, the same model */
-    llm_context *again = create(same, &desc);
+    llm_context *again = create_context(same, &desc);
     assert_int_equal(llm_seq_restore(again, 0, buffer, size, NULL), LLM_OK);
     llm_context_free(again);
     llm_model_free(same);
@@ -361,7 +353,7 @@ static void test_cancelled(void **state) {
     llm_model *model = load(1);
     canceller c = {0, 0};
     llm_context_desc desc = {.n_ctx = 100, .n_seq = 2, .n_batch = 16, .n_threads = 2, .cancel = cancel, .cancel_user = &c};
-    llm_context *ctx = create(model, &desc), *own = create(model, &(llm_context_desc){.n_ctx = 100, .n_threads = 1});
+    llm_context *ctx = create_context(model, &desc), *own = create_context(model, &(llm_context_desc){.n_ctx = 100, .n_threads = 1});
     llm_token tokens[60];
     int seqs[60], n_polls = 0;
     llm_error err;
@@ -480,7 +472,7 @@ static void step_restore(llm_context *ctx, shadow *s) {
 static void test_accounts(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = N_CTX, .n_seq = N_SEQ, .n_cache = N_CACHE, .n_batch = 50, .n_threads = 1}, one = {.n_ctx = N_CTX, .n_threads = 1};
-    llm_context *ctx = create(model, &desc), *own = create(model, &one);
+    llm_context *ctx = create_context(model, &desc), *own = create_context(model, &one);
     shadow *s = (shadow *)calloc(1, sizeof *s);
     (void)state;
     assert_non_null(s);

@@ -1,10 +1,12 @@
 /* One arithmetic: the logits are the same bits however they are computed. Each weight type has one committed hash; every
    instruction set, thread count, batch, chunking and fork must give it, in every build. Under a slow emulator, where
-   LLM_TEST_EMULATED is set, the runs with one thread and the default model's types other than bf16 are left out.
+   LLM_TEST_EMULATED is set, the runs with one thread and the default model's types other than bf16 are left out. Builds
+   that only try other compilers, where LLM_TEST_COMPILER is defined, go fewer ways with the slow scalar kernels.
    Variants: matrix cross */
 #include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"
+#include "tests/common.h"
 
 enum { LENGTH = 300, N_VOCAB = 299 }; /* long enough for two chunks of keys */
 
@@ -24,6 +26,12 @@ static const expected EXPECTED[] = {
     {LLM_DTYPE_BF16, LLM_DTYPE_F32, false, 0xdea51853f6938928, 0x8bc35446e955c423},
     {LLM_DTYPE_BF16, LLM_DTYPE_INT8, false, 0xfdfdbd530f3f87c1, 0x3d1c6faa5c84138e},
 };
+
+#ifdef LLM_TEST_COMPILER
+#define OTHER_COMPILER true
+#else
+#define OTHER_COMPILER false
+#endif
 
 static bool emulated(void) { return getenv("LLM_TEST_EMULATED") != NULL; }
 
@@ -56,11 +64,7 @@ static llm_model *load(const expected *e, const char *isa) {
 
 static llm_context *create(const llm_model *model, llm_dtype cache, int n_threads, int n_batch) {
     llm_context_desc desc = {.n_ctx = 512, .n_seq = 8, .n_batch = n_batch, .n_logits = LENGTH, .n_threads = n_threads, .cache_dtype = cache};
-    llm_context *ctx = NULL;
-    llm_error err;
-    if (llm_context_create(&ctx, model, &desc, &err)) print_message("%s\n", err.message);
-    assert_non_null(ctx);
-    return ctx;
+    return create_context(model, &desc);
 }
 
 /* Appends positions [from, to) of sequence `seq`'s text to sequence `as`, and hashes their logits. */
@@ -138,24 +142,35 @@ static uint64_t restored(llm_context *ctx, llm_context *other) {
     return append(other, 5, 100, LENGTH, hash);
 }
 
+/* `small` takes at most 37 tokens in a pass. */
+static void ways_of_one_thread(const expected *e, llm_context *ctx, llm_context *small) {
+    assert_int_equal(in_chunks(ctx, 1), e->tiny);
+    assert_int_equal(in_chunks(ctx, 64), e->tiny);
+    assert_int_equal(in_chunks(small, LENGTH), e->tiny);
+    assert_int_equal(in_a_crowd(small), e->tiny);
+}
+
+static void ways_of_two_threads(const expected *e, llm_context *ctx, llm_context *small) {
+    assert_int_equal(in_chunks(ctx, 7), e->tiny);
+    assert_int_equal(in_chunks(ctx, LENGTH), e->tiny);
+    assert_int_equal(in_a_crowd(ctx), e->tiny);
+    assert_int_equal(through_forks(ctx), e->tiny);
+    assert_int_equal(restored(ctx, small), e->tiny);
+}
+
+static void few_ways(const expected *e, llm_context *ctx, llm_context *small) {
+    assert_int_equal(in_chunks(ctx, 7), e->tiny);
+    assert_int_equal(in_a_crowd(small), e->tiny);
+    assert_int_equal(through_forks(ctx), e->tiny);
+}
+
 static void check_tiny(const expected *e, const char *isa) {
     llm_model *model = load(e, isa);
     if (!model) skip(); /* this machine does not have the instruction set */
-    for (int n_threads = 1; n_threads <= 2; n_threads++) {
+    bool few = OTHER_COMPILER && !strcmp(isa, "scalar");
+    for (int n_threads = few || emulated() ? 2 : 1; n_threads <= 2; n_threads++) {
         llm_context *ctx = create(model, e->cache, n_threads, 0), *small = create(model, e->cache, n_threads, 37);
-        if (n_threads == 1 && !emulated()) {
-            assert_int_equal(in_chunks(ctx, 1), e->tiny);
-            assert_int_equal(in_chunks(ctx, 64), e->tiny);
-            assert_int_equal(in_chunks(small, LENGTH), e->tiny);
-            assert_int_equal(in_a_crowd(small), e->tiny);
-        }
-        if (n_threads == 2) {
-            assert_int_equal(in_chunks(ctx, 7), e->tiny);
-            assert_int_equal(in_chunks(ctx, LENGTH), e->tiny);
-            assert_int_equal(in_a_crowd(ctx), e->tiny);
-            assert_int_equal(through_forks(ctx), e->tiny);
-            assert_int_equal(restored(ctx, small), e->tiny);
-        }
+        (few ? few_ways : n_threads == 1 ? ways_of_one_thread : ways_of_two_threads)(e, ctx, small);
         llm_context_free(ctx);
         llm_context_free(small);
     }
@@ -178,18 +193,10 @@ static void test_amx(void **state) { (void)state; all_ways_agree("amx"); }
 /* The last logits of a small model of an F16 file. */
 static void small_logits(llm_dtype dtype, llm_dtype cache, float *logits) {
     static const tiny_spec f16 = {2, 72, 100, 6, 2, 20, 512, 43, 0, 1, 1};
-    llm_model_desc desc = {.dtype = dtype, .n_threads = 2};
-    llm_model *model = NULL;
-    llm_error err;
-    uint8_t *data = tiny_model(&f16, &desc.data_size);
-    desc.data = data;
-    if (llm_model_load(&model, NULL, &desc, &err)) fail_msg("%s", err.message);
-    llm_context *ctx = create(model, cache, 2, 0);
+    llm_context *ctx = create(load_tiny(&f16, dtype), cache, 2, 0);
     append(ctx, 0, 0, LENGTH, 0);
     memcpy(logits, llm_logits(ctx, LENGTH - 1), N_VOCAB * sizeof *logits);
-    llm_context_free(ctx);
-    llm_model_free(model);
-    free(data);
+    close_context(ctx);
 }
 
 /* F16 weights held as they are lose nothing against f32; an int8 cache, a little. */
@@ -208,16 +215,14 @@ static void test_types(void **state) {
     assert_true(off > 0 && off < 0.02f * most);
 }
 
-static uint64_t hash_real(const char *path, const expected *e, int n_tokens) {
+static uint64_t hash_real(const expected *e, int n_tokens) {
     llm_model_desc desc = {.dtype = e->dtype};
     llm_context_desc context_desc = {.n_ctx = 128, .n_logits = 1, .cache_dtype = e->cache};
-    llm_model *model = NULL;
-    llm_context *ctx = NULL;
     llm_token tokens[32];
     llm_error err;
     for (int i = 0; i < 32; i++) tokens[i] = token_at(0, i) * 160;
-    if (llm_model_load(&model, path, &desc, &err) || llm_context_create(&ctx, model, &context_desc, &err))
-        fail_msg("%s (make model fetches it)", err.message);
+    llm_model *model = load_model(model_path(), &desc);
+    llm_context *ctx = create_context(model, &context_desc);
     uint64_t hash = 0;
     for (int i = 0; i < n_tokens; i++) {
         llm_batch batch = {1, tokens + i, NULL, NULL};
@@ -225,17 +230,14 @@ static uint64_t hash_real(const char *path, const expected *e, int n_tokens) {
         if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
         hash = hash_row(hash, llm_logits(ctx, batch.n_tokens - 1), llm_model_get_info(model).n_vocab);
     }
-    llm_context_free(ctx);
-    llm_model_free(model);
+    close_context(ctx);
     return hash;
 }
 
 static void test_default_model(void **state) {
-    const char *path = getenv("LLM_MODEL");
     (void)state;
     for (size_t i = 0; i < sizeof EXPECTED / sizeof *EXPECTED; i++)
-        if (!emulated() || EXPECTED[i].dtype == LLM_DTYPE_BF16)
-            assert_int_equal(hash_real(path ? path : "models/SmolLM2-135M-Instruct.Q4_1.gguf", &EXPECTED[i], 32), EXPECTED[i].real);
+        if (!emulated() || EXPECTED[i].dtype == LLM_DTYPE_BF16) assert_int_equal(hash_real(&EXPECTED[i], 32), EXPECTED[i].real);
 }
 
 int main(void) {

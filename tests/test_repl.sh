@@ -152,7 +152,8 @@ check "/stats prints the figures" err_has "generated 4, .* tok/s"
 
 # ---- Ctrl-C
 
-"$repl" -m "$model" --raw -p "Once upon a time" --ids >"$out" 2>"$err" &
+: >"$out" # now, not when the program behind has started: it catches the signal only once it writes
+"$repl" -m "$model" --raw -p "Once upon a time" --ids >>"$out" 2>"$err" &
 pid=$!
 wait_until [ -s "$out" ]
 kill -INT $pid

@@ -2,11 +2,11 @@
    it takes, and what is refused. tests/golden/README.md tells where the references come from.
    Variants: asan */
 #include "tests/check.h"
-#define LLM_IMPLEMENTATION
 #include "llm.h"
 #include "tests/tiny.h"
 
 #include <jansson.h>
+#include "tests/common.h"
 
 /* ---- Made-up questions ---- */
 
@@ -62,17 +62,11 @@ static llm_model *load(llm_dtype dtype, const char *isa) {
     return model;
 }
 
-static llm_context *create(const llm_model *model, const llm_context_desc *desc) {
-    llm_context *ctx = NULL;
-    llm_error err;
-    if (llm_context_create(&ctx, model, desc, &err)) fail_msg("%s", err.message);
-    return ctx;
-}
-
 /* ---- Against logits ---- */
 
 static double log_prob(const float *logits, int n, llm_token token) {
-    double most = logits[llm__argmax(logits, n)], sum = 0;
+    double most = -INFINITY, sum = 0;
+    for (int i = 0; i < n; i++) most = fmax(most, logits[i]);
     for (int i = 0; i < n; i++) sum += exp(logits[i] - most);
     return logits[token] - most - log(sum);
 }
@@ -104,7 +98,7 @@ static void test_logits(void **state) {
     for (size_t d = 0; d < sizeof dtypes / sizeof *dtypes; d++) {
         llm_model *model = load(dtypes[d], NULL);
         llm_context_desc desc = {.n_ctx = 2 * MOST_TOKENS, .n_seq = 16, .n_logits = 2 * MOST_TOKENS, .n_threads = 1};
-        llm_context *ctx = create(model, &desc);
+        llm_context *ctx = create_context(model, &desc);
         llm_error err;
         if (llm_score(ctx, z.questions, QUESTIONS, NULL, results, NULL, &err)) fail_msg("%s", err.message);
         for (int i = 0, at = 0; i < QUESTIONS; i++)
@@ -127,7 +121,7 @@ static void test_sum(void **state) {
     llm_token context[3] = {1, 2, 3};
     llm_model *model = load(LLM_DTYPE_BF16, NULL);
     llm_context_desc desc = {.n_ctx = 32, .n_seq = N_VOCAB, .n_cache = 64, .n_batch = 8, .n_threads = 2};
-    llm_context *ctx = create(model, &desc);
+    llm_context *ctx = create_context(model, &desc);
     llm_question q = {context, 3, N_VOCAB, endings, ones};
     double sum = 0;
     llm_error err;
@@ -173,9 +167,22 @@ static int64_t tokens_needed(const llm_question *questions, int n) {
     return needed;
 }
 
+/* Every position of the cache can be taken. */
+static void assert_cache_is_free(llm_context *ctx, const llm_context_desc *desc) {
+    static llm_token tokens[4000];
+    static int seqs[4000];
+    int most = desc->n_cache ? desc->n_ctx / 32 * 32 : desc->n_ctx; /* of a sequence: whole blocks */
+    int n = desc->n_cache ? desc->n_cache : desc->n_seq * desc->n_ctx;
+    llm_error err;
+    assert_in_range(n, 1, 4000);
+    for (int i = 0; i < n; i++) seqs[i] = i / most;
+    for (int seq = 0; seq < desc->n_seq; seq++) assert_int_equal(llm_seq_length(ctx, seq), 0);
+    if (llm_forward(ctx, &(llm_batch){n, tokens, seqs, NULL}, &err)) fail_msg("%s", err.message);
+}
+
 static void check_schedules(const llm_model *model, const llm_context_desc *desc, const llm_question *questions, int n,
                             double *expected, int n_results) {
-    llm_context *ctx = create(model, desc);
+    llm_context *ctx = create_context(model, desc);
     double *results = (double *)malloc((size_t)n_results * sizeof *results);
     llm_error err;
     assert_non_null(results);
@@ -193,8 +200,8 @@ static void check_schedules(const llm_model *model, const llm_context_desc *desc
         assert_int_equal(llm_score(ctx, questions, n, &SCHEDULES[i], NULL, &counted, &err), LLM_OK);
         counted.seconds = stats.seconds;
         assert_memory_equal(&counted, &stats, sizeof stats);
-        assert_int_equal(ctx->cache.n_free, ctx->cache.n_blocks);
     }
+    assert_cache_is_free(ctx, desc);
     free(results);
     llm_context_free(ctx);
 }
@@ -223,7 +230,7 @@ static void test_full_passes(void **state) {
     static quiz z;
     llm_model *model = load(LLM_DTYPE_F32, NULL);
     llm_context_desc desc = {.n_ctx = 100, .n_seq = 60, .n_batch = 200, .n_threads = 1};
-    llm_context *ctx = create(model, &desc);
+    llm_context *ctx = create_context(model, &desc);
     llm_score_stats stats;
     (void)state;
     make_quiz(&z);
@@ -233,57 +240,9 @@ static void test_full_passes(void **state) {
     llm_model_free(model);
 }
 
-/* ---- Cutting into batches ---- */
-
-/* The least waste there is, by trying all cuts. */
-static int64_t least_waste(const llm__text *texts, int n, bool to_shortest, int theta, const llm__room *room) {
-    int64_t least = n ? INT64_MAX : 0;
-    for (int size = 1; size <= n && size <= llm__most_texts(room, texts[n - 1].length); size++) {
-        const llm__text *batch = texts + n - size;
-        int64_t waste = least_waste(texts, n - size, to_shortest, theta, room), area = batch[to_shortest ? 0 : size - 1].length * size;
-        for (int i = 0; i < size; i++)
-            waste += to_shortest ? batch[i].length - batch[0].length : batch[size - 1].length - batch[i].length;
-        waste += area < theta ? (int64_t)1 << 40 : 0;
-        if (waste < least) least = waste;
-    }
-    return least;
-}
-
-static void test_cuts(void **state) {
-    llm__env env;
-    llm__pool pool;
-    uint32_t random = 3;
-    (void)state;
-    memset(&env, 0, sizeof env);
-    memset(&pool, 0, sizeof pool);
-    env.pool = &pool;
-    for (int round = 0; round < 300; round++) {
-        llm__text texts[12];
-        llm__room room = {1 + (int)draw(&random, 12), 4 + (int)draw(&random, 30), (int)draw(&random, 40)};
-        int n = 1 + (int)draw(&random, 12), theta = (int)draw(&random, 200), ends[13];
-        bool to_shortest = round % 2;
-        memset(texts, 0, sizeof texts);
-        for (int i = 0; i < n; i++) texts[i].length = (i ? texts[i - 1].length : 1) + (int)draw(&random, 30);
-        int n_batches = llm__cut_by_waste(&env, texts, n, to_shortest, theta, &room, ends);
-        int64_t waste = 0;
-        for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
-            int size = ends[batch] - from, edge = texts[to_shortest ? from : ends[batch] - 1].length;
-            assert_true(size >= 1 && size <= llm__most_texts(&room, texts[ends[batch] - 1].length));
-            for (int i = from; i < ends[batch]; i++) waste += abs(texts[i].length - edge);
-            waste += edge * size < theta ? (int64_t)1 << 40 : 0;
-        }
-        assert_int_equal(ends[n_batches - 1], n);
-        assert_true(waste == least_waste(texts, n, to_shortest, theta, &room));
-    }
-    llm__pool_free(&pool);
-}
-
 /* ---- What is refused, and stopping ---- */
 
-static bool stop_at_once(void *user) {
-    (void)user;
-    return true;
-}
+static bool stop_if_told(void *user) { return *(bool *)user; }
 
 typedef struct answers {
     int n, most;
@@ -303,9 +262,10 @@ static void test_refusals(void **state) {
     llm_model *model = load(LLM_DTYPE_F32, NULL);
     llm_context_desc desc = {.n_ctx = 100, .n_seq = 8, .n_batch = 64, .n_threads = 1}, short_ctx = desc, few = desc, small = desc,
                      cancelled = desc;
+    bool told = true;
     llm_token token = 1, wrong = N_VOCAB;
     llm_batch batch = {1, &token, NULL, NULL};
-    llm_context *ctx = create(model, &desc);
+    llm_context *ctx = create_context(model, &desc);
     llm_error err;
     (void)state;
     make_quiz(&z);
@@ -344,16 +304,18 @@ static void test_refusals(void **state) {
     short_ctx.n_ctx = 20;
     few.n_seq = 1;
     small.n_cache = 32;
-    cancelled.cancel = stop_at_once;
+    cancelled.cancel = stop_if_told;
+    cancelled.cancel_user = &told;
     const llm_context_desc *full[] = {&short_ctx, &few, &small};
     for (int i = 0; i < 3; i++) {
-        ctx = create(model, full[i]);
+        ctx = create_context(model, full[i]);
         assert_int_equal(llm_score(ctx, &z.questions[1], 1, NULL, results, NULL, &err), LLM_ERROR_CONTEXT_FULL);
         llm_context_free(ctx);
     }
-    ctx = create(model, &cancelled);
+    ctx = create_context(model, &cancelled);
     assert_int_equal(llm_score(ctx, z.questions, QUESTIONS, NULL, results, NULL, &err), LLM_ERROR_CANCELLED);
-    assert_int_equal(ctx->cache.n_free, ctx->cache.n_blocks);
+    told = false;
+    assert_cache_is_free(ctx, &cancelled);
     llm_context_free(ctx);
     llm_model_free(model);
 }
@@ -377,7 +339,7 @@ static void test_memory(void **state) {
     budget b = {1 << 20};
     llm_model *model = load(LLM_DTYPE_F32, NULL);
     llm_context_desc desc = {.n_ctx = 100, .n_seq = 8, .n_batch = 64, .n_threads = 1, .host = {.resize = spend, .user = &b}};
-    llm_context *ctx = create(model, &desc);
+    llm_context *ctx = create_context(model, &desc);
     (void)state;
     make_quiz(&z);
     for (int i = 0; i < N_SCHEDULES; i += 4)
@@ -441,13 +403,7 @@ static void read_golden(const llm_tokenizer *tokenizer, golden *g) {
 }
 
 static llm_model *load_default(llm_dtype dtype) {
-    const char *path = getenv("LLM_MODEL");
-    llm_model_desc desc = {.dtype = dtype};
-    llm_model *model = NULL;
-    llm_error err;
-    if (llm_model_load(&model, path ? path : "models/SmolLM2-135M-Instruct.Q4_1.gguf", &desc, &err))
-        fail_msg("%s (make model fetches it)", err.message);
-    return model;
+    return load_model(model_path(), &(llm_model_desc){.dtype = dtype});
 }
 
 static void test_default_reference(void **state) {
@@ -455,7 +411,7 @@ static void test_default_reference(void **state) {
     double results[GOLDEN * ENDINGS], worst = 0;
     llm_context_desc desc = {.n_ctx = 128, .n_seq = 32, .n_cache = 2048};
     llm_model *model = load_default(LLM_DTYPE_F32);
-    llm_context *ctx = create(model, &desc);
+    llm_context *ctx = create_context(model, &desc);
     llm_error err;
     (void)state;
     read_golden(llm_model_tokenizer(model), &g);
@@ -472,7 +428,7 @@ static void test_default_reference(void **state) {
 static void test_default_schedules(void **state) {
     static golden g;
     double expected[2 * ENDINGS] = {0};
-    llm_context_desc desc = {.n_ctx = 128, .n_seq = 32, .n_batch = 200, .n_cache = 2048};
+    llm_context_desc desc = {.n_ctx = 128, .n_seq = 32, .n_batch = 200, .n_cache = 1024};
     llm_model *model = load_default(LLM_DTYPE_BF16);
     (void)state;
     read_golden(llm_model_tokenizer(model), &g);
@@ -511,7 +467,7 @@ static void test_pairs(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_logits),   cmocka_unit_test(test_sum),      cmocka_unit_test(test_schedules), cmocka_unit_test(test_full_passes),
-        cmocka_unit_test(test_cuts),     cmocka_unit_test(test_refusals), cmocka_unit_test(test_memory),    cmocka_unit_test(test_pairs),
+        cmocka_unit_test(test_refusals), cmocka_unit_test(test_memory), cmocka_unit_test(test_pairs),
         cmocka_unit_test(test_default_reference), cmocka_unit_test(test_default_schedules)};
     if (SANITIZED) cmocka_set_skip_filter("test_default*");
     return cmocka_run_group_tests(tests, NULL, NULL);

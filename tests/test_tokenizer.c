@@ -804,5 +804,7 @@ int main(void) {
         cmocka_unit_test(test_hostile),       cmocka_unit_test(test_hostile_gguf),   cmocka_unit_test(test_allocation),
         cmocka_unit_test(test_threads),       cmocka_unit_test(test_time),
     };
+    if (SANITIZED) cmocka_set_skip_filter("test_time");
+    if (THREAD_SANITIZED) cmocka_set_test_filter("test_threads");
     return cmocka_run_group_tests_name("tokenizer", tests, NULL, NULL);
 }

@@ -23,6 +23,7 @@ typedef struct tiny_file {
     uint8_t *data;
     size_t size, room;
     size_t tensor_bytes; /* described so far */
+    int n_padding;       /* rows of the embedding beyond the vocabulary */
     uint32_t random;
 } tiny_file;
 
@@ -179,22 +180,23 @@ static void tiny_tensors(tiny_file *f, const tiny_spec *s, void (*each)(tiny_fil
     } layer[] = {{"attn_norm", 1, e}, {"attn_q", q, e}, {"attn_k", kv, e}, {"attn_v", kv, e}, {"attn_output", e, q},
                  {"ffn_norm", 1, e}, {"ffn_gate", s->n_ff, e}, {"ffn_up", s->n_ff, e}, {"ffn_down", e, s->n_ff}};
     char name[64];
-    each(f, s, "token_embd.weight", 256 + s->n_extra, e);
+    each(f, s, "token_embd.weight", 256 + s->n_extra + f->n_padding, e);
     for (int i = 0; i < s->n_layers; i++)
         for (size_t j = 0; j < sizeof layer / sizeof *layer; j++) {
             snprintf(name, sizeof name, "blk.%d.%s.weight", i, layer[j].name);
             each(f, s, name, layer[j].rows, layer[j].cols);
         }
     each(f, s, "output_norm.weight", 1, e);
-    if (s->untied) each(f, s, "output.weight", 256 + s->n_extra, e);
+    if (s->untied) each(f, s, "output.weight", 256 + s->n_extra + f->n_padding, e);
 }
 
-/* The whole file; free it with free(). */
-static uint8_t *tiny_model(const tiny_spec *s, size_t *size) {
+/* The whole file, with n_padding rows of the embedding for tokens that are not in the vocabulary; free it with free(). */
+static uint8_t *tiny_padded(const tiny_spec *s, int n_padding, size_t *size) {
     tiny_file f;
     static const uint8_t zeros[32] = {0};
     memset(&f, 0, sizeof f);
     f.random = s->seed;
+    f.n_padding = n_padding;
     tiny_put(&f, "GGUF", 4);
     tiny_u32(&f, 3);
     tiny_u64(&f, (uint64_t)(2 + 9 * s->n_layers + s->untied));
@@ -218,5 +220,7 @@ static uint8_t *tiny_model(const tiny_spec *s, size_t *size) {
     *size = f.size;
     return f.data;
 }
+
+static uint8_t *tiny_model(const tiny_spec *s, size_t *size) { return tiny_padded(s, 0, size); }
 
 #endif
