@@ -917,6 +917,18 @@ typedef struct llm__str {
 static bool llm__str_is(llm__str s, const char *text) { return s.n == strlen(text) && !memcmp(s.at, text, s.n); }
 static bool llm__str_equal(llm__str a, llm__str b) { return a.n == b.n && (a.n == 0 || !memcmp(a.at, b.at, a.n)); }
 
+/* A code point as UTF-8; at most 4 bytes, how many is returned. */
+static size_t llm__utf8_encode(uint32_t c, uint8_t *out) {
+    if (c < 0x80) {
+        out[0] = (uint8_t)c;
+        return 1;
+    }
+    size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (uint8_t)(0x80 | (c & 0x3F));
+    out[0] = (uint8_t)((0xF00u >> n & 0xF0) | c);
+    return n;
+}
+
 /* Text of a file in a message: `%.*s` with these two, so that a hostile name cannot flood it. */
 #define LLM__SHOW(s) ((s).n > 80 ? 80 : (int)(s).n), (s).at
 
@@ -1181,18 +1193,6 @@ static uint32_t llm__json_hex(llm__json_reader *r) {
     return value;
 }
 
-/* A code point as UTF-8; at most 4 bytes. */
-static size_t llm__json_utf8(uint32_t c, char *out) {
-    if (c < 0x80) {
-        out[0] = (char)c;
-        return 1;
-    }
-    size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (char)(0x80 | (c & 0x3F));
-    out[0] = (char)((0xF00u >> n & 0xF0) | c);
-    return n;
-}
-
 /* What follows a backslash; returns how many bytes it wrote. */
 static size_t llm__json_escape(llm__json_reader *r, char *out) {
     static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
@@ -1211,7 +1211,7 @@ static size_t llm__json_escape(llm__json_reader *r, char *out) {
         code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
     }
     if (code >= 0xD800 && code < 0xE000) llm__json_fail(r, "half of a surrogate pair");
-    return llm__json_utf8(code, out);
+    return llm__utf8_encode(code, (uint8_t *)out);
 }
 
 static llm__str llm__json_string(llm__json_reader *r) {
@@ -2904,17 +2904,6 @@ static uint32_t llm__utf8_decode(const uint8_t *p, const uint8_t **next) {
     for (int i = 1; i < n; i++) c = c << 6 | (p[i] & 0x3F);
     *next = p + n;
     return c;
-}
-
-static size_t llm__utf8_encode(uint32_t c, uint8_t *out) {
-    if (c < 0x80) {
-        out[0] = (uint8_t)c;
-        return 1;
-    }
-    size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (uint8_t)(0x80 | (c & 0x3F));
-    out[0] = (uint8_t)((0xF00u >> n & 0xF0) | c);
-    return n;
 }
 
 static unsigned llm__class_at(const llm__classes *classes, const uint8_t *p, const uint8_t **next) {

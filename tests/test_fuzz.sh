@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fuzzing: each target of tests/fuzz/fuzz.c for FUZZ_SECONDS (30), as many at once as there are processors. What is found to
 # lead somewhere new stays in build/fuzz/corpus. What fails is kept in build/fuzz/findings and tried again first; once it is
-# mended, it belongs in tests/fuzz/regressions/TARGET.
+# mended, it belongs in tests/fuzz/regressions/TARGET, where all files are such findings.
 . tests/tap.sh
 here=$(dirname "$0")/fuzz
 seconds=${FUZZ_SECONDS:-30}

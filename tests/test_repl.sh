@@ -13,7 +13,7 @@ bare() {
     printf "$input" | "$repl" "$@" >"$out" 2>"$err"
     code=$?
 }
-run() { bare -m "$model" "$@"; }
+run() { bare -m "$model" --dtype int4 "$@"; } # the type of the file, which loads at once
 input=
 
 code_is() { [ "$code" -eq "$1" ] || { show; return 1; }; }

@@ -7,6 +7,7 @@
 
 #include <argp.h>
 #include <jansson.h>
+#include <string.h>
 #ifdef _WIN32
 #include <fcntl.h>
 #include <io.h>
