@@ -731,6 +731,17 @@ typedef struct llm__env {
     jmp_buf unwind;
 } llm__env;
 
+static void llm__pool_init(llm__pool *pool, const llm_host *host) {
+    pool->host = *host;
+    pool->blocks = NULL;
+}
+
+static void llm__env_init(llm__env *env, llm__pool *pool, llm_error *err, const char *file) {
+    env->pool = pool;
+    env->err = err;
+    env->file = file;
+}
+
 enum { LLM__ALIGN = 64 };
 
 static void *llm__resize(const llm_host *host, void *ptr, size_t size) {
@@ -4030,11 +4041,8 @@ LLM_API int64_t llm_encode(const llm_tokenizer *tokenizer, const char *text, siz
     llm__encode_job job = llm__new_encode_job(tokenizer, text, n_bytes, flags, ids, capacity);
     llm__pool pool;
     llm__env env;
-    memset(&env, 0, sizeof env);
-    pool.host = tokenizer->host;
-    pool.blocks = NULL;
-    env.pool = &pool;
-    env.err = err;
+    llm__pool_init(&pool, &tokenizer->host);
+    llm__env_init(&env, &pool, err, NULL);
     llm_status status = llm__guarded(&env, llm__encode_body, &job);
     llm__pool_free(&pool);
     return status ? -1 : (int64_t)job.count;
@@ -5551,9 +5559,7 @@ LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, con
     *out = NULL;
     if (!path) return llm__error(err, LLM_ERROR_ARGUMENT, "path is NULL");
     if (host) pool.host = *host;
-    env.pool = &pool;
-    env.err = err;
-    env.file = path;
+    llm__env_init(&env, &pool, err, path);
     job.path = path;
     llm_status status = llm__guarded(&env, llm__tokenizer_load_body, &job);
     if (status) {
@@ -6133,12 +6139,9 @@ LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_mes
     llm__pool pool;
     llm__env env;
     llm__chat_render_job job;
-    memset(&env, 0, sizeof env);
     memset(&job, 0, sizeof job);
-    pool.host = tokenizer->host;
-    pool.blocks = NULL;
-    env.pool = &pool;
-    env.err = err;
+    llm__pool_init(&pool, &tokenizer->host);
+    llm__env_init(&env, &pool, err, NULL);
     job.t = tokenizer;
     job.messages = messages;
     job.n_messages = n_messages;
@@ -7881,9 +7884,7 @@ static llm_status llm__cpu_open(void **out, const llm_shape *shape, const llm_mo
     llm__env env;
     llm__cpu_open_args args = {out, shape, desc};
     *out = NULL;
-    env.pool = &pool;
-    env.err = err;
-    env.file = NULL;
+    llm__env_init(&env, &pool, err, NULL);
     llm_status status = llm__guarded(&env, llm__cpu_open_body, &args);
     if (status) llm__pool_free(&pool);
     return status;
@@ -7952,9 +7953,7 @@ static llm_status llm__cpu_upload(void *model, const llm_weight *weight, llm_err
     llm__cpu_model *m = (llm__cpu_model *)model;
     llm__env env;
     llm__cpu_upload_args args = {m, weight, NULL, NULL};
-    env.pool = &m->pool;
-    env.err = err;
-    env.file = NULL;
+    llm__env_init(&env, &m->pool, err, NULL);
     return llm__guarded(&env, llm__cpu_upload_body, &args);
 }
 
@@ -8901,9 +8900,7 @@ static llm_status llm__cpu_context_create(void **out, void *model, const llm_bac
     llm__env env;
     llm__cpu_context_args args = {out, (const llm__cpu_model *)model, desc};
     *out = NULL;
-    env.pool = &pool;
-    env.err = err;
-    env.file = NULL;
+    llm__env_init(&env, &pool, err, NULL);
     llm_status status = llm__guarded(&env, llm__cpu_context_body, &args);
     if (status) llm__pool_free(&pool);
     return status;
@@ -9403,11 +9400,8 @@ LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_m
     args.out = out;
     args.path = path;
     if (desc) args.desc = *desc;
-    pool.host = args.desc.host;
-    pool.blocks = NULL;
-    env.pool = &pool;
-    env.err = err;
-    env.file = path;
+    llm__pool_init(&pool, &args.desc.host);
+    llm__env_init(&env, &pool, err, path);
     llm_status status = llm__guarded(&env, llm__load_body, &args);
     if (status) {
         *out = NULL;
@@ -9569,9 +9563,7 @@ static llm_status llm__context_create(llm_context **out, const llm_model *model,
     args.model = model;
     args.lender = lender;
     args.share_cache = share_cache;
-    env.pool = &pool;
-    env.err = err;
-    env.file = NULL;
+    llm__env_init(&env, &pool, err, NULL);
     memset(&pool, 0, sizeof pool);
     llm__context_defaults_args defaults = {&args.desc, &model->info, &model->desc.host, desc};
     llm_status status = llm__guarded(&env, llm__context_defaults_body, &defaults);
@@ -9637,11 +9629,8 @@ LLM_API llm_status llm_memory_estimate(const char *path, const llm_model_desc *m
     if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
     memset(out, 0, sizeof *out);
     llm__estimate_args args = {path, model_desc ? model_desc : &zero, context_desc, out};
-    pool.host = args.model_desc->host;
-    pool.blocks = NULL;
-    env.pool = &pool;
-    env.err = err;
-    env.file = path;
+    llm__pool_init(&pool, &args.model_desc->host);
+    llm__env_init(&env, &pool, err, path);
     llm_status status = llm__guarded(&env, llm__estimate_body, &args);
     llm__pool_free(&pool);
     return status;
@@ -10513,11 +10502,8 @@ LLM_API llm_status llm_draft_model(llm_draft *out, llm_context *ctx, const llm_m
     memset(out, 0, sizeof *out);
     llm_status status = llm__check_vocabularies(ctx->model->tokenizer, model->tokenizer, err);
     if (status) return status;
-    pool.host = ctx->desc.host;
-    pool.blocks = NULL;
-    env.pool = &pool;
-    env.err = err;
-    env.file = NULL;
+    llm__pool_init(&pool, &ctx->desc.host);
+    llm__env_init(&env, &pool, err, NULL);
     status = llm__guarded(&env, llm__model_draft_body, &args);
     if (status) {
         llm_context_free(args.ctx);
@@ -10813,9 +10799,7 @@ static void llm__burst_token_body(llm__env *env, void *arg) {
 static bool llm__burst_token(void *user, llm_token token) {
     llm__burst_args *b = (llm__burst_args *)user;
     llm__env env;
-    env.pool = b->env->pool;
-    env.err = b->env->err;
-    env.file = NULL;
+    llm__env_init(&env, b->env->pool, b->env->err, NULL);
     b->token = token;
     b->status = llm__guarded(&env, llm__burst_token_body, b);
     return !b->status && b->a->stats->stop == LLM_STOP_NONE;
@@ -10943,11 +10927,8 @@ LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc,
     args.desc = desc;
     args.stats = stats ? stats : &unwanted;
     memset(args.stats, 0, sizeof *args.stats);
-    pool.host = ctx->desc.host;
-    pool.blocks = NULL;
-    env.pool = &pool;
-    env.err = err;
-    env.file = NULL;
+    llm__pool_init(&pool, &ctx->desc.host);
+    llm__env_init(&env, &pool, err, NULL);
     status = llm__guarded(&env, llm__generate_body, &args);
     llm__pool_free(&pool);
     return status;
@@ -11019,9 +11000,7 @@ LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *cont
     llm__pair pair = {tokenizer, context ? context : "", ending ? ending : "", flags, ids, ids ? capacity : 0, 0, 0};
     llm__pool pool = {tokenizer->host, NULL};
     llm__env env;
-    env.pool = &pool;
-    env.err = err;
-    env.file = NULL;
+    llm__env_init(&env, &pool, err, NULL);
     llm_status status = llm__guarded(&env, llm__encode_pair_body, &pair);
     llm__pool_free(&pool);
     *n_context = (int64_t)pair.n_context;
@@ -11529,11 +11508,8 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
     scorer.results = log_likelihoods;
     scorer.stats = stats ? stats : &unwanted;
     memset(scorer.stats, 0, sizeof *scorer.stats);
-    pool.host = ctx->desc.host;
-    pool.blocks = NULL;
-    env.pool = &pool;
-    env.err = err;
-    env.file = NULL;
+    llm__pool_init(&pool, &ctx->desc.host);
+    llm__env_init(&env, &pool, err, NULL);
     llm_status status = llm__guarded(&env, llm__score_body, &scorer);
     if (scorer.tokens) llm__score_drop(&scorer, 0, ctx->desc.n_seq);
     llm__pool_free(&pool);
