@@ -109,11 +109,12 @@ $(foreach dir,build build/asan,$(dir)/test_kernels_amx): tests/test_kernels.c
 $(foreach dir,build build/asan,$(dir)/test_hash_amx): tests/test_hash.c
 
 # The GPU's kernels, run on the CPU.
+$(foreach dir,build build/asan,$(eval $(dir)/test_cuda: $(dir)/llm.o))
 $(foreach dir,build build/asan,$(dir)/test_cuda): tests/test_cuda.cpp llm_cuda.cu llm.h $(wildcard tests/*.h tests/cuda_host/*)
 	mkdir -p $(@D)
 	echo "  compile $@"
 	$(if $(filter build/asan/%,$@),$(subst clang,clang++,$(COMPILE_asan)),$(CXX) $(CXXFLAGS)) -std=c++17 $(WARNINGS) -Wno-unknown-pragmas -fno-strict-aliasing \
-		-Itests/cuda_host -I. $(CPPFLAGS) -o $@ -x c++ $(filter %.cpp %.cu,$^) -x none $(LDFLAGS) $(LDLIBS)
+		-Itests/cuda_host -I. $(CPPFLAGS) -o $@ -x c++ $(filter %.cpp %.cu,$^) -x none $(filter %.o,$^) $(LDFLAGS) $(LDLIBS)
 
 # ---- Tests ----------------------------------------------------------------------------------------------------------
 

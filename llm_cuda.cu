@@ -1583,10 +1583,12 @@ typedef struct llm__gpu_context {
     cudaGraphExec_t burst_graph;     /* a pass of one row and the picking of the next             */
 } llm__gpu_context;
 
-/* Whole rows of at most 64 MB; at least one. */
-static size_t llm__widest_piece(const llm_shape *s) {
-    size_t k = llm__staging_bytes(s) / 2, most = (size_t)32 << 20;
-    return k > most ? k : most;
+/* Elements of the widest and longest matrix there could be, or of whole rows of at most 64 MB; at least of one. */
+static size_t llm__widest_piece(const llm_shape *s, const llm__sizes *z) {
+    size_t k = (size_t)(z->n_embd > z->ffn ? z->n_embd : z->ffn), n = (size_t)(s->n_vocab > z->n_wide ? s->n_vocab : z->n_wide);
+    if (k < (size_t)z->q) k = (size_t)z->q;
+    size_t most = (size_t)32 << 20, all = n * k;
+    return all < most ? all : k > most ? k : most;
 }
 
 static llm__sizes llm__find_sizes(const llm_shape *s, const llm_backend_desc *d) {
@@ -1602,7 +1604,7 @@ static llm__sizes llm__find_sizes(const llm_shape *s, const llm_backend_desc *d)
     z.n_squares = (s->n_embd + 15) / 16;
     z.rows_ints = 3 + 6 * llm__pad(d->n_batch, LLM__FUSED_ROWS) + z.n_tables * d->blocks_per_seq;
     z.blas_bytes = d->n_batch > LLM__FUSED_ROWS ? (size_t)32 << 20 : 0; /* what cuBLAS asks for on Hopper */
-    z.widened = d->n_batch > LLM__FUSED_ROWS ? llm__widest_piece(s) : 0;
+    z.widened = d->n_batch > LLM__FUSED_ROWS ? llm__widest_piece(s, &z) : 0;
     return z;
 }
 

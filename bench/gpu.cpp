@@ -5,7 +5,6 @@
     same GPU: decoding against the bandwidth of reading the weights (MBU), prefill against cuBLAS on the widest matrix
     (MFU). bench/gpu.sh builds and runs it. */
 #define LLM_CUDA
-#define LLM_IMPLEMENTATION
 #include "llm.h"
 
 #include <chrono>

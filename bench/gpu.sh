@@ -45,6 +45,8 @@ has_cmocka() {
 say "1. Build"
 host=(g++ -O2 -std=c++17 -I. "-I$cuda/include")
 libraries=("-L$cuda/lib64" -lcublas -lcudart -lpthread -lm)
+gcc -O2 -std=c99 -DLLM_IMPLEMENTATION -I. -c -o $out/llm.o -x c llm.h &
+llm=$!
 "${host[@]}" -c -o $out/bench.o bench/gpu.cpp &
 bench=$!
 if has_cmocka; then
@@ -56,11 +58,11 @@ else
 fi
 nvcc -O3 -std=c++17 -t 0 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
     -gencode arch=compute_90,code=compute_90 -c -o $out/llm_cuda.o llm_cuda.cu || exit 1
-wait $bench || exit 1
-g++ -o $out/bench $out/bench.o $out/llm_cuda.o "${libraries[@]}" || exit 1
+wait $llm && wait $bench || exit 1
+g++ -o $out/bench $out/bench.o $out/llm.o $out/llm_cuda.o "${libraries[@]}" || exit 1
 if [ -n "$tests" ]; then
     wait $tests || exit 1
-    g++ -o $out/test_cuda $out/test_cuda.o $out/llm_cuda.o "${libraries[@]}" -lcmocka || exit 1
+    g++ -o $out/test_cuda $out/test_cuda.o $out/llm.o $out/llm_cuda.o "${libraries[@]}" -lcmocka || exit 1
 fi
 [ "${1:-}" != --build ] || exit 0
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem --format=csv,noheader || exit 1

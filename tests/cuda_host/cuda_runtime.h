@@ -31,6 +31,9 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+/* What is not looked at by the sanitizers: only what changes from thread to thread, most often of all. */
+#define CUDA_HOST_SWITCH __attribute__((no_sanitize("address", "undefined"))) inline
+
 #define __host__
 #define __device__
 #define __global__
@@ -74,122 +77,127 @@ namespace cuda_host_fibers {
 using boost::context::detail::fcontext_t;
 using boost::context::detail::transfer_t;
 
-enum { MOST_THREADS = 1024, STACK = 192 << 10, LANE = 48 };
-
-struct fiber {
-    std::unique_ptr<uint8_t[]> stack;
-    fcontext_t context = nullptr;
-    void *fake_stack = nullptr;
-    bool done = true;
-};
+/* Stacks end at different places of a page, else all would meet in the same few lines of the caches. */
+enum { MOST_THREADS = 1024, STACK = 192 << 10, STAGGER = 192, LANE = 48 };
 
 struct meeting { /* where threads wait for each other */
     int n_here = 0, round = 0;
 };
 
+struct fiber {
+    std::unique_ptr<uint8_t[]> memory;
+    const void *stack = nullptr;
+    size_t stack_size = 0;
+    fcontext_t context = nullptr; /* where it goes on */
+    void *fake_stack = nullptr;
+    const meeting *awaited = nullptr; /* to be past this round */
+    int round = 0;
+    bool done = true;
+};
+
 struct block {
-    fiber fibers[MOST_THREADS];
+    fiber scheduler, fibers[MOST_THREADS];
     meeting all, warps[MOST_THREADS / 32];
     alignas(16) uint8_t lanes[2][MOST_THREADS / 32][32 * LANE]; /* what warp operations exchange; the two take turns */
     int parity[MOST_THREADS];
     const std::function<void()> *body = nullptr;
-    int n = 0, current = 0;
-    bool progress = false;
-    fcontext_t scheduler = nullptr;
-    void *fake_stack = nullptr;
-    const void *scheduler_stack = nullptr;
-    size_t scheduler_size = 0;
+    int n = 0, n_done = 0, current = 0;
 };
 
-inline block &here() {
+CUDA_HOST_SWITCH block &here() {
     static thread_local std::unique_ptr<block> b;
     if (!b) b.reset(new block);
     return *b;
 }
 
-inline void before_switch(void **fake_stack, const void *stack, size_t size) {
+/* On the fiber that was gone to. */
+CUDA_HOST_SWITCH void arrive(transfer_t from, void *fake_stack) {
+    fiber &left = *(fiber *)from.data;
+    left.context = from.fctx;
 #ifdef CUDA_HOST_ASAN
-    __sanitizer_start_switch_fiber(fake_stack, stack, size);
+    __sanitizer_finish_switch_fiber(fake_stack, &left.stack, &left.stack_size);
 #else
-    (void)fake_stack, (void)stack, (void)size;
+    (void)fake_stack;
 #endif
 }
 
-inline void after_switch(void *fake_stack, const void **stack, size_t *size) {
+/* Returns when somebody goes back to `self`, which is the one that runs. */
+CUDA_HOST_SWITCH void go(fiber &self, const fiber &next) {
 #ifdef CUDA_HOST_ASAN
-    __sanitizer_finish_switch_fiber(fake_stack, stack, size);
-#else
-    (void)fake_stack, (void)stack, (void)size;
+    __sanitizer_start_switch_fiber(&self.fake_stack, next.stack, next.stack_size);
 #endif
+    arrive(boost::context::detail::jump_fcontext(next.context, &self), self.fake_stack);
 }
 
-/* From a fiber to the scheduler, until it comes back. */
-inline void yield() {
-    block &b = here();
-    fiber &f = b.fibers[b.current];
-    before_switch(&f.fake_stack, b.scheduler_stack, b.scheduler_size);
-    transfer_t back = boost::context::detail::jump_fcontext(b.scheduler, nullptr);
-    after_switch(f.fake_stack, &b.scheduler_stack, &b.scheduler_size);
-    b.scheduler = back.fctx;
+/* Goes on with the first thread of the warp that can, beginning with this lane; if none can, with the scheduler. */
+CUDA_HOST_SWITCH void go_on(block &b, fiber &self, int warp, int lane) {
+    int first = warp * 32, lanes = b.n - first < 32 ? b.n - first : 32, step = cuda_host.reverse ? lanes - 1 : 1;
+    for (int j = 0; j < lanes; j++, lane = (lane + step) % lanes) {
+        const fiber &f = b.fibers[first + lane];
+        if (f.done || (f.awaited && f.awaited->round == f.round)) continue;
+        int i = b.current = first + lane;
+        threadIdx = dim3((unsigned)i % blockDim.x, (unsigned)i / blockDim.x % blockDim.y, (unsigned)i / blockDim.x / blockDim.y);
+        go(self, f);
+        return;
+    }
+    if (&self != &b.scheduler) go(self, b.scheduler);
+}
+
+/* Lets others run until somebody comes back. */
+CUDA_HOST_SWITCH void wait(block &b) {
+    int i = b.current, lanes = b.n - i / 32 * 32 < 32 ? b.n - i / 32 * 32 : 32;
+    go_on(b, b.fibers[i], i / 32, (i % 32 + (cuda_host.reverse ? lanes - 1 : 1)) % lanes);
 }
 
 /* A fiber lives on from block to block. */
 inline void fiber_main(transfer_t from) {
+    arrive(from, nullptr);
     block &b = here();
-    after_switch(nullptr, &b.scheduler_stack, &b.scheduler_size);
-    b.scheduler = from.fctx;
     for (;;) {
         (*b.body)();
         b.fibers[b.current].done = true;
-        b.progress = true;
-        yield();
+        b.n_done++;
+        wait(b);
     }
-}
-
-inline void resume(int i) {
-    block &b = here();
-    fiber &f = b.fibers[i];
-    if (!f.stack) {
-        f.stack.reset(new uint8_t[STACK]);
-        f.context = boost::context::detail::make_fcontext(f.stack.get() + STACK, STACK, fiber_main);
-    }
-    b.current = i;
-    threadIdx = dim3((unsigned)i % blockDim.x, (unsigned)i / blockDim.x % blockDim.y, (unsigned)i / blockDim.x / blockDim.y);
-    before_switch(&b.fake_stack, f.stack.get(), STACK);
-    transfer_t back = boost::context::detail::jump_fcontext(f.context, nullptr);
-    after_switch(b.fake_stack, nullptr, nullptr);
-    f.context = back.fctx;
 }
 
 /* Waits until n threads are here. */
-inline void meet(meeting &m, int n) {
-    block &b = here();
-    int round = m.round;
-    b.progress = true;
+CUDA_HOST_SWITCH void meet(block &b, meeting &m, int n) {
+    fiber &f = b.fibers[b.current];
     if (++m.n_here == n) {
         m.n_here = 0;
         m.round++;
         return;
     }
-    while (m.round == round) yield();
+    f.awaited = &m;
+    f.round = m.round;
+    wait(b);
+    f.awaited = nullptr;
 }
 
+inline void begin(fiber &f, int i) {
+    if (!f.memory) {
+        f.memory.reset(new uint8_t[STACK]);
+        f.stack = f.memory.get();
+        f.stack_size = STACK - (size_t)i * STAGGER % 4096;
+        f.context = boost::context::detail::make_fcontext(f.memory.get() + f.stack_size, f.stack_size, fiber_main);
+    }
+    f.done = false;
+}
+
+/* Warp by warp, as the stacks of one fit into the first cache. */
 inline void run_block(const std::function<void()> &body, int n) {
     block &b = here();
     b.body = &body;
     b.n = n;
+    b.n_done = 0;
     b.all = meeting();
     for (meeting &m : b.warps) m = meeting();
-    for (int i = 0; i < n; i++) b.fibers[i].done = false, b.parity[i] = 0;
-    for (int n_done = 0; n_done < n;) {
-        b.progress = false;
-        n_done = 0;
-        for (int j = 0; j < n; j++) {
-            int i = cuda_host.reverse ? n - 1 - j : j;
-            if (!b.fibers[i].done) resume(i);
-            n_done += b.fibers[i].done;
-        }
-        if (b.progress) continue;
+    for (int i = 0; i < n; i++) begin(b.fibers[i], i), b.parity[i] = 0;
+    while (b.n_done < n) {
+        b.current = -1;
+        for (int j = 0, warps = (n + 31) / 32; j < warps; j++) go_on(b, b.scheduler, cuda_host.reverse ? warps - 1 - j : j, 0);
+        if (b.current >= 0) continue;
         fprintf(stderr, "cuda_host: the threads of a block wait for each other for ever\n");
         abort();
     }
@@ -197,18 +205,18 @@ inline void run_block(const std::function<void()> &body, int n) {
 
 /* What the lanes of this warp bring to the same operation, all 32 of which take part. It can be read until the next one. */
 template <typename T>
-inline const T *warp_values(const T &value) {
+CUDA_HOST_SWITCH const T *warp_values(const T &value) {
     block &b = here();
     int i = b.current, warp = i / 32, parity = b.parity[i] ^= 1, lanes = b.n - warp * 32 < 32 ? b.n - warp * 32 : 32;
     static_assert(sizeof(T) <= LANE, "some registers");
     T *values = (T *)(void *)b.lanes[parity][warp];
     values[i % 32] = value;
-    meet(b.warps[warp], lanes);
+    meet(b, b.warps[warp], lanes);
     return values;
 }
 
 template <typename T>
-inline T exchange(T value, int source) {
+CUDA_HOST_SWITCH T exchange(T value, int source) {
     return warp_values(value)[source % 32];
 }
 
@@ -216,30 +224,30 @@ inline T exchange(T value, int source) {
 
 static inline void __syncthreads() {
     cuda_host_fibers::block &b = cuda_host_fibers::here();
-    cuda_host_fibers::meet(b.all, b.n);
+    cuda_host_fibers::meet(b, b.all, b.n);
 }
 
 static inline void __syncwarp() { cuda_host_fibers::exchange(0, 0); }
 
 template <typename T>
-static inline T __shfl_sync(unsigned, T value, int lane) {
+static CUDA_HOST_SWITCH T __shfl_sync(unsigned, T value, int lane) {
     return cuda_host_fibers::exchange(value, lane);
 }
 
 template <typename T>
-static inline T __shfl_xor_sync(unsigned, T value, int mask) {
+static CUDA_HOST_SWITCH T __shfl_xor_sync(unsigned, T value, int mask) {
     return cuda_host_fibers::exchange(value, cuda_host_fibers::here().current % 32 ^ mask);
 }
 
 template <typename T>
-static inline T __shfl_up_sync(unsigned, T value, int step) {
+static CUDA_HOST_SWITCH T __shfl_up_sync(unsigned, T value, int step) {
     int lane = cuda_host_fibers::here().current % 32;
     return cuda_host_fibers::exchange(value, lane < step ? lane : lane - step);
 }
 
 /* Not CUDA's: for the C twins of operations that a whole warp does at once. */
 template <typename T>
-static inline const T *cuda_host_warp(const T &value) {
+static CUDA_HOST_SWITCH const T *cuda_host_warp(const T &value) {
     return cuda_host_fibers::warp_values(value);
 }
 
