@@ -6943,15 +6943,14 @@ LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scal
 
 LLM__TARGET static void LLM__FN(merge)(float *max, float *sum, float *out, float part_max, float part_sum,
                                        const float *part, int n) {
-    float both[16] = {*max, part_max}, most = *max > part_max ? *max : part_max;
-    v_store(both, v_exp(v_sub(v_load(both), v_splat(most))));
-    V old_factor = v_splat(both[0]), new_factor = v_splat(both[1]);
+    float sums[16], most = *max > part_max ? *max : part_max;
+    V old_factor = v_exp(v_sub(v_splat(*max), v_splat(most)));
+    V new_factor = v_exp(v_sub(v_splat(part_max), v_splat(most)));
     for (int i = 0; i < n; i += 16) {
         V o = LLM__FN(load_part)(out + i, n - i), p = LLM__FN(load_part)(part + i, n - i);
         LLM__FN(store_part)(out + i, v_fma(o, old_factor, v_mul(p, new_factor)), n - i, false);
     }
-    float sums[16] = {*sum}, parts[16] = {part_sum};
-    v_store(sums, v_fma(v_load(sums), old_factor, v_mul(v_load(parts), new_factor)));
+    v_store(sums, v_fma(v_splat(*sum), old_factor, v_mul(v_splat(part_sum), new_factor)));
     *sum = sums[0];
     *max = most;
 }
@@ -8428,6 +8427,12 @@ static void llm__attend_values(const llm__cpu_context *c, const llm__attention_w
                                             LLM_BLOCK, part + d, stride);
 }
 
+/* Asks for a block of values, so that memory is not idle while softmax is taken of the scores. */
+static void llm__fetch_values(const llm__cpu_context *c, const llm__attention_work *a, int block) {
+    const uint8_t *values = llm__cache_block(c, a->layer, 1, a->head, block);
+    for (size_t i = 0; i < c->cache_block_bytes; i += 64) __builtin_prefetch(values + i, 0, 2);
+}
+
 /* One chunk of keys, from position `first` on. */
 static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_work *a, int first, float *part) {
     const llm_shape *s = &c->model->shape;
@@ -8440,6 +8445,7 @@ static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_wo
         float *scores = a->scores + (size_t)i * LLM__CHUNK;
         int last = llm__last_key(c, a, i), n = last + 1 - first < n_keys ? last + 1 - first : n_keys;
         int padded = n_blocks * LLM_BLOCK, hidden = llm__first_key(s, last) - first; /* keys before the window */
+        if (i < n_blocks) llm__fetch_values(c, a, blocks[i]);
         /* Each of them adds exp(-87) to a sum of at least 1, which is nothing, and then is made 0. */
         for (int j = 0; j < hidden && j < n; j++) scores[j] = -INFINITY;
         if (n > 0 && n > hidden)
