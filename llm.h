@@ -7417,16 +7417,20 @@ static llm__matrix llm__matrix_alloc(llm__env *env, llm__kind kind, int n, int k
     return m;
 }
 
-/* Symmetric int8 of a whole row: q = round(127 w / max|row|). Returns the scale; it is NaN, and makes the row NaN, if a
-   weight is not finite. */
+/* Symmetric int8 of a whole row: q = round(127 w / max|row|) = floor(127 w / max|row| + 0.5). Returns the scale; it is
+   NaN, and makes the row NaN, if a weight is not finite. */
 static float llm__quantize_row(const float *row, size_t n, int8_t *q, size_t step) {
-    float most = 0;
-    for (size_t i = 0; i < n; i++) most = row[i] > most ? row[i] : -row[i] > most ? -row[i] : most;
+    uint32_t bits = 0; /* of the largest magnitude: they are in order, and behind all numbers are infinities and NaNs */
+    for (size_t i = 0; i < n; i++) {
+        uint32_t magnitude = llm__f32_bits(row[i]) & 0x7FFFFFFF;
+        bits = magnitude > bits ? magnitude : bits;
+    }
+    float most = bits < 0x7F800000 ? llm__bits_f32(bits) : NAN;
     double inverse = most > 0 ? 127.0 / most : 0;
     for (size_t i = 0; i < n; i++) {
-        double x = floor(row[i] * inverse + 0.5);
-        if (!(fabs(x) <= 127)) x = 0, most = NAN;
-        q[i * step] = (int8_t)x;
+        double x = most >= 0 ? row[i] * inverse + 0.5 : 0;
+        int whole = (int)x; /* towards zero; the next line makes it floor(x), which would be a call */
+        q[i * step] = (int8_t)(whole - (whole > x));
     }
     return most / 127.0f;
 }
