@@ -8240,7 +8240,14 @@ static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const floa
     llm__finish(w, rows);
 }
 
-/* The embeddings, and the angles by which RoPE turns each row. */
+/* Zeros in a block of all layers: what is not stored there yet is multiplied by 0, which must not meet a NaN. */
+static void llm__clear_block(const llm__cpu_context *c, int block) {
+    const llm_shape *s = &c->model->shape;
+    for (int plane = 0; plane < 2 * s->n_layers * s->n_kv_heads; plane++)
+        memset(llm__cache_block(c, 0, 0, plane, block), 0, c->cache_block_bytes);
+}
+
+/* The embeddings, and the angles by which RoPE turns each row. Rows that begin a block of the cache clear it. */
 static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
     const llm_pass *pass = c->pass;
     const llm_shape *s = &c->model->shape;
@@ -8248,9 +8255,12 @@ static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
     size_t half = (size_t)s->rope_dim / 2;
     for (int r; (r = llm__take(w)) < pass->n_rows;) {
         float *x = c->x + (size_t)r * c->x_stride;
+        int at = pass->positions[r];
+        if (at % LLM_BLOCK == 0)
+            llm__clear_block(c, pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK]);
         for (size_t i = 0; i < (size_t)m->k; i++) x[i] = llm__matrix_get(m, (size_t)pass->tokens[r], i);
         for (size_t i = (size_t)r * half, j = 0; j < half; i++, j++) {
-            llm__sincos(pass->positions[r] * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
+            llm__sincos(at * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
             c->sines[i] *= s->rope_scale;
             c->cosines[i] *= s->rope_scale;
         }
@@ -8848,15 +8858,6 @@ typedef struct llm__cpu_context_args {
     const llm_backend_desc *desc;
 } llm__cpu_context_args;
 
-static void llm__cpu_clear_cache_task(void *arg, int index) {
-    llm__cpu_context *c = (llm__cpu_context *)arg;
-    const llm_shape *s = &c->model->shape;
-    llm__worker w = {c->team, index, 0};
-    int n = s->n_layers * 2 * s->n_kv_heads;
-    size_t plane = (size_t)c->desc.n_cache_blocks * c->cache_block_bytes;
-    for (int i; (i = llm__take(&w)) < n;) memset(c->cache + (size_t)i * plane, 0, plane);
-}
-
 static void llm__cpu_context_body(llm__env *env, void *arg) {
     llm__cpu_context_args *args = (llm__cpu_context_args *)arg;
     llm__cpu_context *c = (llm__cpu_context *)llm__alloc_zero(env, 1, sizeof *c);
@@ -8912,7 +8913,6 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
         c->team->user = c->desc.host.user;
         c->team->n = c->desc.n_threads;
     }
-    if (!c->desc.share_cache) llm__team_run(c->team, llm__cpu_clear_cache_task, c);
     c->pool = *env->pool;
     *args->out = c;
 }
