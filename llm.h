@@ -6935,15 +6935,14 @@ LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scal
 
 LLM__TARGET static void LLM__FN(merge)(float *max, float *sum, float *out, float part_max, float part_sum,
                                        const float *part, int n) {
-    float both[16] = {*max, part_max}, most = *max > part_max ? *max : part_max;
-    v_store(both, v_exp(v_sub(v_load(both), v_splat(most))));
-    V old_factor = v_splat(both[0]), new_factor = v_splat(both[1]);
+    float sums[16], most = *max > part_max ? *max : part_max;
+    V old_factor = v_exp(v_sub(v_splat(*max), v_splat(most)));
+    V new_factor = v_exp(v_sub(v_splat(part_max), v_splat(most)));
     for (int i = 0; i < n; i += 16) {
         V o = LLM__FN(load_part)(out + i, n - i), p = LLM__FN(load_part)(part + i, n - i);
         LLM__FN(store_part)(out + i, v_fma(o, old_factor, v_mul(p, new_factor)), n - i, false);
     }
-    float sums[16] = {*sum}, parts[16] = {part_sum};
-    v_store(sums, v_fma(v_load(sums), old_factor, v_mul(v_load(parts), new_factor)));
+    v_store(sums, v_fma(v_splat(*sum), old_factor, v_mul(v_splat(part_sum), new_factor)));
     *sum = sums[0];
     *max = most;
 }
@@ -7410,16 +7409,20 @@ static llm__matrix llm__matrix_alloc(llm__env *env, llm__kind kind, int n, int k
     return m;
 }
 
-/* Symmetric int8 of a whole row: q = round(127 w / max|row|). Returns the scale; it is NaN, and makes the row NaN, if a
-   weight is not finite. */
+/* Symmetric int8 of a whole row: q = round(127 w / max|row|) = floor(127 w / max|row| + 0.5). Returns the scale; it is
+   NaN, and makes the row NaN, if a weight is not finite. */
 static float llm__quantize_row(const float *row, size_t n, int8_t *q, size_t step) {
-    float most = 0;
-    for (size_t i = 0; i < n; i++) most = row[i] > most ? row[i] : -row[i] > most ? -row[i] : most;
+    uint32_t bits = 0; /* of the largest magnitude: they are in order, and behind all numbers are infinities and NaNs */
+    for (size_t i = 0; i < n; i++) {
+        uint32_t magnitude = llm__f32_bits(row[i]) & 0x7FFFFFFF;
+        bits = magnitude > bits ? magnitude : bits;
+    }
+    float most = bits < 0x7F800000 ? llm__bits_f32(bits) : NAN;
     double inverse = most > 0 ? 127.0 / most : 0;
     for (size_t i = 0; i < n; i++) {
-        double x = floor(row[i] * inverse + 0.5);
-        if (!(fabs(x) <= 127)) x = 0, most = NAN;
-        q[i * step] = (int8_t)x;
+        double x = most >= 0 ? row[i] * inverse + 0.5 : 0;
+        int whole = (int)x; /* towards zero; the next line makes it floor(x), which would be a call */
+        q[i * step] = (int8_t)(whole - (whole > x));
     }
     return most / 127.0f;
 }
@@ -8225,7 +8228,14 @@ static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const floa
     llm__finish(w, rows);
 }
 
-/* The embeddings, and the angles by which RoPE turns each row. */
+/* Zeros in a block of all layers: what is not stored there yet is multiplied by 0, which must not meet a NaN. */
+static void llm__clear_block(const llm__cpu_context *c, int block) {
+    const llm_shape *s = &c->model->shape;
+    for (int plane = 0; plane < 2 * s->n_layers * s->n_kv_heads; plane++)
+        memset(llm__cache_block(c, 0, 0, plane, block), 0, c->cache_block_bytes);
+}
+
+/* The embeddings, and the angles by which RoPE turns each row. Rows that begin a block of the cache clear it. */
 static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
     const llm_pass *pass = c->pass;
     const llm_shape *s = &c->model->shape;
@@ -8233,9 +8243,12 @@ static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
     size_t half = (size_t)s->rope_dim / 2;
     for (int r; (r = llm__take(w)) < pass->n_rows;) {
         float *x = c->x + (size_t)r * c->x_stride;
+        int at = pass->positions[r];
+        if (at % LLM_BLOCK == 0)
+            llm__clear_block(c, pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK]);
         for (size_t i = 0; i < (size_t)m->k; i++) x[i] = llm__matrix_get(m, (size_t)pass->tokens[r], i);
         for (size_t i = (size_t)r * half, j = 0; j < half; i++, j++) {
-            llm__sincos(pass->positions[r] * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
+            llm__sincos(at * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
             c->sines[i] *= s->rope_scale;
             c->cosines[i] *= s->rope_scale;
         }
@@ -8416,6 +8429,12 @@ static void llm__attend_values(const llm__cpu_context *c, const llm__attention_w
                                             LLM_BLOCK, part + d, stride);
 }
 
+/* Asks for a block of values, so that memory is not idle while softmax is taken of the scores. */
+static void llm__fetch_values(const llm__cpu_context *c, const llm__attention_work *a, int block) {
+    const uint8_t *values = llm__cache_block(c, a->layer, 1, a->head, block);
+    for (size_t i = 0; i < c->cache_block_bytes; i += 64) __builtin_prefetch(values + i, 0, 2);
+}
+
 /* One chunk of keys, from position `first` on. */
 static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_work *a, int first, float *part) {
     const llm_shape *s = &c->model->shape;
@@ -8428,6 +8447,7 @@ static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_wo
         float *scores = a->scores + (size_t)i * LLM__CHUNK;
         int last = llm__last_key(c, a, i), n = last + 1 - first < n_keys ? last + 1 - first : n_keys;
         int padded = n_blocks * LLM_BLOCK, hidden = llm__first_key(s, last) - first; /* keys before the window */
+        if (i < n_blocks) llm__fetch_values(c, a, blocks[i]);
         /* Each of them adds exp(-87) to a sum of at least 1, which is nothing, and then is made 0. */
         for (int j = 0; j < hidden && j < n; j++) scores[j] = -INFINITY;
         if (n > 0 && n > hidden)
@@ -8826,15 +8846,6 @@ typedef struct llm__cpu_context_args {
     const llm_backend_desc *desc;
 } llm__cpu_context_args;
 
-static void llm__cpu_clear_cache_task(void *arg, int index) {
-    llm__cpu_context *c = (llm__cpu_context *)arg;
-    const llm_shape *s = &c->model->shape;
-    llm__worker w = {c->team, index, 0};
-    int n = s->n_layers * 2 * s->n_kv_heads;
-    size_t plane = (size_t)c->desc.n_cache_blocks * c->cache_block_bytes;
-    for (int i; (i = llm__take(&w)) < n;) memset(c->cache + (size_t)i * plane, 0, plane);
-}
-
 static void llm__cpu_context_body(llm__env *env, void *arg) {
     llm__cpu_context_args *args = (llm__cpu_context_args *)arg;
     llm__cpu_context *c = (llm__cpu_context *)llm__alloc_zero(env, 1, sizeof *c);
@@ -8890,7 +8901,6 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
         c->team->user = c->desc.host.user;
         c->team->n = c->desc.n_threads;
     }
-    if (!c->desc.share_cache) llm__team_run(c->team, llm__cpu_clear_cache_task, c);
     c->pool = *env->pool;
     *args->out = c;
 }

@@ -1,5 +1,5 @@
 /* The default model against independent references: logits of a float64 forward pass, greedy text of llama.cpp, and the
-   perplexity of bf16 beside f32. tests/golden/README.md tells where the data come from. */
+   perplexity and divergence of the other types beside f32. tests/golden/README.md tells where the data come from. */
 #include "tests/check.h"
 #include "llm.h"
 
@@ -194,49 +194,101 @@ static void test_greedy(void **state) {
     free(data);
 }
 
-/* ---- Perplexity ---- */
+/* ---- Perplexity and divergence ---- */
 
-enum { WINDOW = 512 };
+enum { WINDOW = 512, READERS = 4, MOST_SCORED = 10000 };
 
-/* Mean of -log p over the second half of each window of 512 tokens, as llama.cpp counts. */
-static double perplexity(llm_dtype dtype, const char *data, size_t size) {
-    llm_context *ctx = open_model(dtype, WINDOW, 1, WINDOW / 2);
-    const llm_tokenizer *tokenizer = llm_model_tokenizer(llm_context_model(ctx));
+/* A type of weights, and what it made of the text. */
+typedef struct reader {
+    llm_dtype dtype;
+    llm_context *ctx;
+    double loss;       /* sum of -log p of the tokens that came */
+    double perplexity; /* exp of its mean */
+    double mean, p99;  /* of the Kullback-Leibler divergence from the first reader, which is f32, in nats a token */
+    double divergences[MOST_SCORED];
+} reader;
+
+static double log_sum_exp(const float *row, int n) {
+    double total = 0, most = row[argmax(row, n)];
+    for (int i = 0; i < n; i++) total += exp(row[i] - most);
+    return most + log(total);
+}
+
+/* Token i of the window in all readers' eyes; `p` is room for the first one's probabilities. */
+static void score_position(reader *readers, int i, llm_token next, int n_vocab, int n_scored, double *p) {
+    const float *first = llm_logits(readers[0].ctx, i);
+    double first_log_sum = log_sum_exp(first, n_vocab);
+    for (int j = 0; j < n_vocab; j++) p[j] = exp(first[j] - first_log_sum);
+    for (reader *r = readers; r < readers + READERS; r++) {
+        const float *row = llm_logits(r->ctx, i);
+        double log_sum = r == readers ? first_log_sum : log_sum_exp(row, n_vocab), divergence = 0;
+        for (int j = 0; j < n_vocab && r != readers; j++)
+            divergence += p[j] * ((first[j] - first_log_sum) - (row[j] - log_sum));
+        r->divergences[n_scored] = divergence;
+        r->loss += log_sum - row[next];
+    }
+}
+
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void summarize(reader *r, int n_scored) {
+    double sum = 0;
+    for (int i = 0; i < n_scored; i++) sum += r->divergences[i];
+    qsort(r->divergences, (size_t)n_scored, sizeof *r->divergences, compare_doubles);
+    r->perplexity = exp(r->loss / n_scored);
+    r->mean = sum / n_scored;
+    r->p99 = r->divergences[n_scored * 99 / 100];
+}
+
+/* All readers side by side over the second half of each window of 512 tokens, as llama.cpp counts. */
+static void read_text_with(reader *readers, const char *data, size_t size) {
+    const llm_tokenizer *tokenizer = llm_model_tokenizer(llm_context_model(readers[0].ctx));
     int n_vocab = llm_tokenizer_n_vocab(tokenizer), n_scored = 0;
     llm_token *ids = (llm_token *)malloc((size + 8) * sizeof *ids);
+    double *p = (double *)malloc((size_t)n_vocab * sizeof *p);
     bool logits[WINDOW];
-    double sum = 0;
     llm_error err;
     assert_non_null(ids);
+    assert_non_null(p);
     int64_t n = llm_encode(tokenizer, data, size, 0, ids, size + 8, &err);
     for (int i = 0; i < WINDOW; i++) logits[i] = i >= WINDOW / 2 && i < WINDOW - 1;
     for (int64_t first = 0; first + WINDOW <= n; first += WINDOW) {
         llm_batch batch = {WINDOW, ids + first, NULL, logits};
-        assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
-        if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
+        for (reader *r = readers; r < readers + READERS; r++) {
+            assert_int_equal(llm_seq_truncate(r->ctx, 0, 0, NULL), LLM_OK);
+            if (llm_forward(r->ctx, &batch, &err)) fail_msg("%s", err.message);
+        }
         for (int i = WINDOW / 2; i < WINDOW - 1; i++, n_scored++) {
-            const float *row = llm_logits(ctx, i);
-            double total = 0, most = row[argmax(row, n_vocab)];
-            for (int j = 0; j < n_vocab; j++) total += exp(row[j] - most);
-            sum += log(total) - (row[ids[first + i + 1]] - most);
+            assert_true(n_scored < MOST_SCORED);
+            score_position(readers, i, ids[first + i + 1], n_vocab, n_scored, p);
         }
     }
+    for (reader *r = readers; r < readers + READERS; r++) summarize(r, n_scored);
+    free(p);
     free(ids);
-    close_model(ctx);
-    return exp(sum / n_scored);
 }
 
 static void test_perplexity(void **state) {
+    static reader readers[READERS] = {
+        {.dtype = LLM_DTYPE_F32}, {.dtype = LLM_DTYPE_BF16}, {.dtype = LLM_DTYPE_INT8}, {.dtype = LLM_DTYPE_INT4}};
     size_t size;
     char *data = read_file("tests/golden/heldout.txt", &size);
+    double f32;
     (void)state;
-    double f32 = perplexity(LLM_DTYPE_F32, data, size), bf16 = perplexity(LLM_DTYPE_BF16, data, size);
-    double int8 = perplexity(LLM_DTYPE_INT8, data, size);
-    print_message("perplexity f32 %.4f, bf16 %.4f (%+.3f %%), int8 %.4f (%+.3f %%)\n", f32, bf16, 100 * (bf16 / f32 - 1), int8,
-                  100 * (int8 / f32 - 1));
+    for (reader *r = readers; r < readers + READERS; r++) r->ctx = open_model(r->dtype, WINDOW, 1, WINDOW / 2);
+    read_text_with(readers, data, size);
+    f32 = readers[0].perplexity;
+    for (reader *r = readers; r < readers + READERS; r++) {
+        print_message("%-4s perplexity %.4f (%+.3f %%), divergence from f32: mean %.5f, 99 %% below %.5f\n",
+                      llm_dtype_name(r->dtype), r->perplexity, 100 * (r->perplexity / f32 - 1), r->mean, r->p99);
+        close_model(r->ctx);
+    }
     assert_true(fabs(f32 / 28.8670 - 1) < 1e-3); /* llama.cpp's */
-    assert_true(fabs(bf16 / f32 - 1) < 2e-3);
-    assert_true(fabs(int8 / f32 - 1) < 5e-3);
+    assert_true(fabs(readers[1].perplexity / f32 - 1) < 2e-3);
+    assert_true(fabs(readers[2].perplexity / f32 - 1) < 5e-3);
     free(data);
 }
 
