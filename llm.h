@@ -6190,6 +6190,9 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
 
 #if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 
+/* Where in its word of int4 the number of k = 0..7 is: k and k + 2 are half a word apart. */
+#define LLM__NIBBLE(k) (((k)&1) | ((k)&4) >> 1 | (~(k)&2) << 1)
+
 typedef enum llm__kind {
     LLM__W_F32,
     LLM__W_BF16,
@@ -6200,10 +6203,11 @@ typedef enum llm__kind {
     LLM__W_KINDS
 } llm__kind;
 
-/* `rows` activations x[row * x_stride + k] meet one tile of 16 outputs, which are added to y[row * y_stride + 0..15].
-   Products with groups need the sums of x over each 32: x_sums[row * k / 32 + group]. */
-typedef void llm__product_fn(const float *x, size_t x_stride, const float *x_sums, int rows, const void *tile, int k,
-                             float *y, size_t y_stride);
+/* `rows` activations x[row * x_stride + k] meet n tiles that lie one behind the other, and their outputs are added to
+   y[row * y_stride + 0 .. 16 * n - 1]. Products with groups need the sums of x over each 32:
+   x_sums[row * k / 32 + group]. */
+typedef void llm__product_fn(const float *x, size_t x_stride, const float *x_sums, int rows, const void *tiles, int n,
+                             int k, float *y, size_t y_stride);
 
 /* A product on a matrix unit, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
    times 32 k. */
@@ -6221,6 +6225,8 @@ typedef struct llm__tile_product {
 } llm__tile_product;
 
 enum {
+    LLM__RUN_TILES = 4,    /* tiles that the same activations meet, a run of so many k at a time                   */
+    LLM__RUN_K = 2048,
     LLM__TILE_ROWS = 16,   /* from so many rows on, a product goes to the matrix unit if there is one             */
     LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
     LLM__PANEL_TILES = 8,  /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
@@ -6409,6 +6415,14 @@ static bool llm__tiles_allowed(void) {
 #include LLM_HEADER_FILENAME
 #undef LLM__KERNEL_PASS
 #undef LLM__TARGET
+
+#define LLM__USE_BF16
+#define LLM__TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
+#define LLM__KERNEL_PASS llm__avx512_bf16_
+#include LLM_HEADER_FILENAME
+#undef LLM__KERNEL_PASS
+#undef LLM__TARGET
+#undef LLM__USE_BF16
 #undef LLM__USE_AVX512
 
 #define LLM__USE_AVX2
@@ -6441,9 +6455,11 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* every such chip has f16c */
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #if defined(LLM__HAVE_TILES)
-    if (avx512 && (!isa || !strcmp(isa, "amx")) && llm__tiles_allowed()) return &llm__avx512_amx_kernels;
+    if (bf16 && (!isa || !strcmp(isa, "amx")) && llm__tiles_allowed()) return &llm__avx512_bf16_amx_kernels;
 #endif
+    if (bf16 && (!isa || !strcmp(isa, "avx512_bf16"))) return &llm__avx512_bf16_kernels;
     if (avx512 && (!isa || !strcmp(isa, "avx512"))) return &llm__avx512_kernels;
     if (avx2 && (!isa || !strcmp(isa, "avx2"))) return &llm__avx2_kernels;
 #elif defined(__aarch64__) && !defined(LLM_NO_SIMD)
@@ -6475,6 +6491,8 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
 #define v_half LLM__FN(v_half)
 #define v_nibble LLM__FN(v_nibble)
 #define v_pow2 LLM__FN(v_pow2)
+#define v_pair LLM__FN(v_pair)
+#define v_dot LLM__FN(v_dot)
 #define v_exp LLM__FN(v_exp)
 #define v_sum LLM__FN(v_sum)
 #define v_hmax LLM__FN(v_hmax)
@@ -6746,8 +6764,8 @@ LLM__INLINE float v_hmax(V a) {
 #endif
 
 /* ROWS rows at once, so that a weight once loaded serves them all. ROWS is a constant where this is inlined. */
-LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const bool HALF, const float *x, size_t x_stride, const void *w,
-                                   int k, float *y, size_t y_stride) {
+LLM__INLINE void LLM__FN(float_rows)(const int ROWS, const bool HALF, const float *x, size_t x_stride, const void *w,
+                                     int k, float *y, size_t y_stride) {
     V sum[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_load(y + (size_t)r * y_stride);
     for (int i = 0; i < k; i++) {
@@ -6758,11 +6776,11 @@ LLM__INLINE void LLM__FN(f32_rows)(const int ROWS, const bool HALF, const float 
     LLM__UNROLL for (int r = 0; r < ROWS; r++) v_store(y + (size_t)r * y_stride, sum[r]);
 }
 
-/* Weight i + J of a block, for each of the kinds; i is a multiple of 8. */
-LLM__INLINE V LLM__FN(weight)(const llm__kind KIND, const uint8_t *w, int i, const int J) {
-    if (KIND == LLM__W_INT4_GROUPS) return v_nibble((const uint32_t *)w + i * 2, J);
-    if (KIND != LLM__W_BF16) return v_int8((const int8_t *)w + (i + J) * 16);
-    return J % 2 ? v_odd((const uint16_t *)w + (i + J) / 2 * 32) : v_even((const uint16_t *)w + (i + J) / 2 * 32);
+/* Weight J of eight, for each of the kinds. */
+LLM__INLINE V LLM__FN(weight)(const llm__kind KIND, const uint8_t *w, const int J) {
+    if (KIND == LLM__W_INT4_GROUPS) return v_nibble((const uint32_t *)w, LLM__NIBBLE(J));
+    if (KIND != LLM__W_BF16) return v_int8((const int8_t *)w + J * 16);
+    return J % 2 ? v_odd((const uint16_t *)w + J / 2 * 32) : v_even((const uint16_t *)w + J / 2 * 32);
 }
 
 /* A block's bytes in a tile. Groups end with 16 scales and 16 minimums in f16. */
@@ -6770,82 +6788,174 @@ LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND) {
     return KIND == LLM__W_BF16 ? 1024 : KIND == LLM__W_INT8 ? 512 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
 }
 
+#if defined(LLM__USE_BF16)
+
+/* vdpbf16ps multiplies pairs of bf16: sum = fma(lower, lower, fma(upper, upper, sum)). So two steps of a chain of even, or
+   of odd, k are one such product, where k is in the upper half of a word and k + 2 in the lower. */
+LLM__INLINE V v_dot(uint32_t x, V w, V sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)_mm512_castps_si512(w));
+}
+
+/* The upper half of each word of a stays, that of b becomes the lower. */
+LLM__INLINE V v_pair(V a, V b) {
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi16(_mm512_castps_si512(a), 0x55555555,
+                                                     _mm512_srli_epi32(_mm512_castps_si512(b), 16)));
+}
+
+/* x[k] and x[k + 2] become pairs[k / 2], and x[k + 1] and x[k + 3] pairs[k / 2 + 1], for each fourth k. */
+LLM__INLINE void LLM__FN(pair_row)(const float *x, int k, uint32_t *pairs) {
+    static const uint16_t halves[32] = {5,  1,  7,  3,  13, 9,  15, 11, 21, 17, 23, 19, 29, 25, 31, 27,
+                                        37, 33, 39, 35, 45, 41, 47, 43, 53, 49, 55, 51, 61, 57, 63, 59};
+    const __m512i order = _mm512_loadu_si512((const void *)halves);
+    for (int i = 0; i < k; i += 32) {
+        __m512i a = _mm512_castps_si512(v_load(x + i)), b = _mm512_castps_si512(v_load(x + i + 16));
+        _mm512_storeu_si512((void *)(pairs + i / 2), _mm512_permutex2var_epi16(a, order, b));
+    }
+}
+
+/* Weights J and J + 2, and J + 1 and J + 3, of eight; J is 0 or 4. */
+LLM__INLINE void LLM__FN(weight_pairs)(const llm__kind KIND, const uint8_t *w, const int J, V *even, V *odd) {
+    if (KIND == LLM__W_BF16) {
+        V a = v_load((const float *)(const void *)w + J * 8), b = v_load((const float *)(const void *)w + J * 8 + 16);
+        __m512i up = _mm512_slli_epi32(_mm512_castps_si512(a), 16);
+        *even = _mm512_castsi512_ps(_mm512_mask_mov_epi16(up, 0x55555555, _mm512_castps_si512(b)));
+        *odd = v_pair(a, b);
+    } else if (KIND == LLM__W_INT4_GROUPS) {
+        const V evens = {0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14},
+                odds = {1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15};
+        const __m512i numbers = _mm512_castps_si512(v_pair(odds, evens)); /* looked up by the low five bits */
+        const __m512i words = _mm512_loadu_si512((const void *)w);
+        *even = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(words, J * 2), numbers));
+        *odd = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(words, J * 2 + 4), numbers));
+    } else {
+        const int8_t *q = (const int8_t *)w + J * 16;
+        *even = v_pair(v_int8(q), v_int8(q + 32));
+        *odd = v_pair(v_int8(q + 16), v_int8(q + 48));
+    }
+}
+
+/* How a product's activations are given to it, and how many of these a block has. */
+typedef uint32_t LLM__FN(input);
+enum { LLM__FN(inputs) = 16 };
+
+#else
+
+typedef float LLM__FN(input);
+enum { LLM__FN(inputs) = 32 };
+
+#endif
+
 /* The sums over one block, its even and odd weights as two chains. With several rows the products take long enough that
    the processor's own prefetching falls behind: what comes 2 KiB later is asked for here. */
-LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride, const uint8_t *w,
-                                V *sum) {
+LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const LLM__FN(input) *x, size_t x_stride,
+                                const uint8_t *w, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) even[r] = odd[r] = v_splat(0);
-    for (int i = 0; i < 32; i += 8) {
-        const size_t quarter = LLM__FN(block_bytes)(KIND) / 256 * 64;
+    const size_t quarter = LLM__FN(block_bytes)(KIND) / 256 * 64;
+    for (const uint8_t *end = w + 4 * quarter; w < end; w += quarter, x += LLM__FN(inputs) / 4) {
         if (ROWS > 1) {
-            LLM__UNROLL for (size_t line = 0; line < quarter; line += 64)
-                __builtin_prefetch(w + (size_t)(i / 8) * quarter + line + 2048);
+            LLM__UNROLL for (size_t line = 0; line < quarter; line += 64) __builtin_prefetch(w + line + 2048);
         }
-        LLM__UNROLL for (int j = 0; j < 8; j += 2) {
-            V we = LLM__FN(weight)(KIND, w, i, j), wo = LLM__FN(weight)(KIND, w, i, j + 1);
+#if defined(LLM__USE_BF16)
+        LLM__UNROLL for (int j = 0; j < 8; j += 4) {
+            V we, wo;
+            LLM__FN(weight_pairs)(KIND, w, j, &we, &wo);
             LLM__UNROLL for (int r = 0; r < ROWS; r++) {
-                const float *xi = x + (size_t)r * x_stride + i + j;
-                even[r] = v_fma(v_splat(xi[0]), we, even[r]);
-                odd[r] = v_fma(v_splat(xi[1]), wo, odd[r]);
+                const uint32_t *pairs = x + (size_t)r * x_stride + j / 2;
+                even[r] = v_dot(pairs[0], we, even[r]);
+                odd[r] = v_dot(pairs[1], wo, odd[r]);
             }
         }
+#else
+        LLM__UNROLL for (int j = 0; j < 8; j += 2) {
+            V we = LLM__FN(weight)(KIND, w, j), wo = LLM__FN(weight)(KIND, w, j + 1);
+            LLM__UNROLL for (int r = 0; r < ROWS; r++) {
+                const float *xj = x + (size_t)r * x_stride + j;
+                even[r] = v_fma(v_splat(xj[0]), we, even[r]);
+                odd[r] = v_fma(v_splat(xj[1]), wo, odd[r]);
+            }
+        }
+#endif
     }
     LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_add(even[r], odd[r]);
 }
 
-/* bf16 and int8 per channel: the blocks' sums are added, and at the end scaled. */
-LLM__INLINE void LLM__FN(plain_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
-                                     const uint8_t *w, int k, float *y, size_t y_stride) {
-    V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS];
-    LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] =
-        KIND == LLM__W_INT8 ? v_splat(0) : v_load(y + (size_t)r * y_stride);
-    for (int i = 0; i < k; i += 32, w += LLM__FN(block_bytes)(KIND)) {
-        LLM__FN(block)(ROWS, KIND, x + i, x_stride, w, sum);
-        LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] = v_add(total[r], sum[r]);
-    }
-    LLM__UNROLL for (int r = 0; r < ROWS; r++) {
-        float *yr = y + (size_t)r * y_stride;
-        if (KIND == LLM__W_INT8) total[r] = v_add(v_load(yr), v_mul(total[r], v_load((const float *)(const void *)w)));
-        v_store(yr, total[r]);
-    }
-}
-
-LLM__INLINE void LLM__FN(group_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
-                                     const float *x_sums, const uint8_t *w, int k, float *y, size_t y_stride) {
+/* The sums over n blocks of a tile are added to the rows' totals. */
+LLM__INLINE void LLM__FN(blocks)(const int ROWS, const llm__kind KIND, const LLM__FN(input) *x, size_t x_stride,
+                                 const float *x_sums, size_t sums_stride, const uint8_t *w, int n, V *totals) {
     const size_t bytes = LLM__FN(block_bytes)(KIND);
     V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS];
-    LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] = v_load(y + (size_t)r * y_stride);
-    for (int i = 0; i < k; i += 32, w += bytes, x_sums++) {
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] = totals[r];
+    for (int i = 0; i < n; i++, x += LLM__FN(inputs), w += bytes) {
+        LLM__FN(block)(ROWS, KIND, x, x_stride, w, sum);
+        if (KIND == LLM__W_BF16 || KIND == LLM__W_INT8) {
+            LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] = v_add(total[r], sum[r]);
+            continue;
+        }
         V scale = v_half((const uint16_t *)(const void *)(w + bytes) - 32),
           least = v_half((const uint16_t *)(const void *)(w + bytes) - 16);
-        LLM__FN(block)(ROWS, KIND, x + i, x_stride, w, sum);
         LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] =
-            v_fma(least, v_splat(x_sums[(size_t)r * (size_t)(k / 32)]), v_fma(scale, sum[r], total[r]));
+            v_fma(least, v_splat(x_sums[(size_t)r * sums_stride + (size_t)i]), v_fma(scale, sum[r], total[r]));
     }
-    LLM__UNROLL for (int r = 0; r < ROWS; r++) v_store(y + (size_t)r * y_stride, total[r]);
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) totals[r] = total[r];
+}
+
+/* Up to LLM__RUN_TILES tiles. */
+LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
+                                     const float *x_sums, const uint8_t *w, size_t tile_bytes, int n, int k, float *y,
+                                     size_t y_stride) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND), sums_stride = (size_t)k / 32;
+    V total[LLM__RUN_TILES][LLM__MOST_ROWS];
+    for (int t = 0; t < n; t++)
+        LLM__UNROLL for (int r = 0; r < ROWS; r++) total[t][r] =
+            KIND == LLM__W_INT8 ? v_splat(0) : v_load(y + (size_t)r * y_stride + 16 * t);
+    for (int i = 0; i < k; i += LLM__RUN_K) {
+        int some = k - i < LLM__RUN_K ? k - i : (int)LLM__RUN_K;
+#if defined(LLM__USE_BF16)
+        uint32_t pairs[LLM__MOST_ROWS][LLM__RUN_K / 2 + 16] __attribute__((aligned(64)));
+        for (int r = 0; r < ROWS; r++) LLM__FN(pair_row)(x + (size_t)r * x_stride + i, some, pairs[r]);
+        const uint32_t *run = pairs[0];
+        const size_t run_stride = LLM__RUN_K / 2 + 16;
+#else
+        const float *run = x + i;
+        const size_t run_stride = x_stride;
+#endif
+        for (int t = 0; t < n; t++)
+            LLM__FN(blocks)(ROWS, KIND, run, run_stride, x_sums + i / 32, sums_stride,
+                            w + (size_t)t * tile_bytes + (size_t)i / 32 * bytes, some / 32, total[t]);
+    }
+    for (int t = 0; t < n; t++)
+        LLM__UNROLL for (int r = 0; r < ROWS; r++) {
+            float *yr = y + (size_t)r * y_stride + 16 * t;
+            V scale = v_load((const float *)(const void *)(w + (size_t)(t + 1) * tile_bytes) - 16);
+            if (KIND == LLM__W_INT8) total[t][r] = v_add(v_load(yr), v_mul(total[t][r], scale));
+            v_store(yr, total[t][r]);
+        }
 }
 
 LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
-                                    const float *x_sums, const void *tile, int k, float *y, size_t y_stride) {
-    const uint8_t *w = (const uint8_t *)tile;
-    if (KIND == LLM__W_F32 || KIND == LLM__W_F16)
-        LLM__FN(f32_rows)(ROWS, KIND == LLM__W_F16, x, x_stride, tile, k, y, y_stride);
-    else if (KIND == LLM__W_BF16 || KIND == LLM__W_INT8)
-        LLM__FN(plain_rows)(ROWS, KIND, x, x_stride, w, k, y, y_stride);
-    else LLM__FN(group_rows)(ROWS, KIND, x, x_stride, x_sums, w, k, y, y_stride);
+                                    const float *x_sums, const uint8_t *w, int n, int k, float *y, size_t y_stride) {
+    const bool FLOATS = KIND == LLM__W_F32 || KIND == LLM__W_F16;
+    const size_t tile_bytes = FLOATS ? (size_t)k * (KIND == LLM__W_F16 ? 32 : 64)
+                                     : (size_t)k / 32 * LLM__FN(block_bytes)(KIND) + (KIND == LLM__W_INT8 ? 64 : 0);
+    const int STEP = FLOATS ? 1 : LLM__RUN_TILES;
+    for (int t = 0; t < n; t += STEP, w += (size_t)STEP * tile_bytes, y += 16 * STEP)
+        if (FLOATS) LLM__FN(float_rows)(ROWS, KIND == LLM__W_F16, x, x_stride, w, k, y, y_stride);
+        else
+            LLM__FN(block_rows)
+            (ROWS, KIND, x, x_stride, x_sums, w, tile_bytes, n - t < STEP ? n - t : STEP, k, y, y_stride);
 }
 
 /* N rows at a time as long as there are so many. */
-#define LLM__ROWS_BY(N)                                                           \
-    for (; rows >= (N); rows -= (N), x += (N)*x_stride, y += (N)*y_stride) {      \
-        LLM__FN(some_rows)((N), KIND, x, x_stride, x_sums, tile, k, y, y_stride); \
-        if (GROUPS) x_sums += (N) * (k / 32);                                     \
+#define LLM__ROWS_BY(N)                                                             \
+    for (; rows >= (N); rows -= (N), x += (N)*x_stride, y += (N)*y_stride) {        \
+        LLM__FN(some_rows)((N), KIND, x, x_stride, x_sums, tiles, n, k, y, y_stride); \
+        if (GROUPS) x_sums += (N) * (k / 32);                                       \
     }
 
 /* As many rows at once as the registers hold sums for, then fewer. */
 LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x_stride, const float *x_sums, int rows,
-                                  const void *tile, int k, float *y, size_t y_stride) {
+                                  const uint8_t *tiles, int n, int k, float *y, size_t y_stride) {
     const bool GROUPS = KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS;
     if (LLM__MOST_ROWS > 4) LLM__ROWS_BY(8)
     if (LLM__MOST_ROWS > 2) LLM__ROWS_BY(4)
@@ -6855,10 +6965,10 @@ LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x
 }
 #undef LLM__ROWS_BY
 
-#define LLM__PRODUCT(name, KIND)                                                                          \
-    LLM__TARGET static void LLM__FN(name)(const float *x, size_t x_stride, const float *x_sums, int rows, \
-                                          const void *tile, int k, float *y, size_t y_stride) {           \
-        LLM__FN(product)(KIND, x, x_stride, x_sums, rows, tile, k, y, y_stride);                          \
+#define LLM__PRODUCT(name, KIND)                                                                                   \
+    LLM__TARGET static void LLM__FN(name)(const float *x, size_t x_stride, const float *x_sums, int rows,          \
+                                          const void *tiles, int n, int k, float *y, size_t y_stride) {            \
+        LLM__FN(product)(KIND, x, x_stride, x_sums, rows, (const uint8_t *)tiles, n, k, y, y_stride);              \
     }
 LLM__PRODUCT(product_f32, LLM__W_F32)
 LLM__PRODUCT(product_bf16, LLM__W_BF16)
@@ -6996,7 +7106,7 @@ LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
     return llm__f32_bits(v_sum(total));
 }
 
-#if defined(LLM__USE_AVX512) && defined(LLM__HAVE_TILES)
+#if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 
 /* ---- Products on the matrix unit ----
 
@@ -7088,11 +7198,13 @@ LLM__TARGET static void LLM__FN(tile_product)(const llm__tile_product *p) {
 /* Whole numbers as bf16, which holds them exactly, in the order of bf16 tiles. */
 LLM__INLINE void LLM__FN(unpack)(const llm__kind KIND, const uint8_t *w, int n_blocks, uint8_t *to) {
     const __m512i high = _mm512_set1_epi32(-65536);
-    for (; n_blocks; n_blocks--, w += LLM__FN(block_bytes)(KIND)) {
-        for (int i = 0; i < 32; i += 8) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND);
+    for (; n_blocks; n_blocks--, w += bytes) {
+        for (size_t i = 0; i < 4; i++) {
+            const uint8_t *quarter = w + i * (bytes / 256 * 64);
             LLM__UNROLL for (int j = 0; j < 8; j += 2, to += 64) {
-                __m512i even = _mm512_castps_si512(LLM__FN(weight)(KIND, w, i, j));
-                __m512i odd = _mm512_castps_si512(LLM__FN(weight)(KIND, w, i, j + 1));
+                __m512i even = _mm512_castps_si512(LLM__FN(weight)(KIND, quarter, j));
+                __m512i odd = _mm512_castps_si512(LLM__FN(weight)(KIND, quarter, j + 1));
                 _mm512_storeu_si512((void *)to,
                                     _mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_and_si512(odd, high)));
             }
@@ -7218,7 +7330,9 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
         LLM__FN(add), LLM__FN(weigh), LLM__FN(rope), LLM__FN(read), LLM__FN(multiply)
 
 static const llm__kernels LLM__FN(kernels) = {
-#if defined(LLM__USE_AVX512)
+#if defined(LLM__USE_BF16)
+    "avx512_bf16",
+#elif defined(LLM__USE_AVX512)
     "avx512",
 #elif defined(LLM__USE_AVX2)
     "avx2",
@@ -7230,7 +7344,7 @@ static const llm__kernels LLM__FN(kernels) = {
     LLM__KERNEL_TABLE, NULL, NULL, NULL, NULL, NULL, NULL,
 };
 
-#if defined(LLM__USE_AVX512) && defined(LLM__HAVE_TILES)
+#if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 static const llm__kernels LLM__FN(amx_kernels) = {
     "amx",
     LLM__KERNEL_TABLE,
@@ -7261,6 +7375,8 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef v_half
 #undef v_nibble
 #undef v_pow2
+#undef v_pair
+#undef v_dot
 #undef v_exp
 #undef v_sum
 #undef v_hmax
@@ -7390,7 +7506,7 @@ static float llm__matrix_get(const llm__matrix *m, size_t output, size_t input) 
     const uint16_t *d = (const uint16_t *)(const void *)(group + bytes) - 32;
     int q = m->kind == LLM__W_INT8_GROUPS
                 ? ((const int8_t *)group)[i * 16 + lane]
-                : (int)(((const uint32_t *)(const void *)group)[i / 8 * 16 + lane] >> (4 * (i % 8)) & 15);
+                : (int)(((const uint32_t *)(const void *)group)[i / 8 * 16 + lane] >> (4 * LLM__NIBBLE(i % 8)) & 15);
     return llm__fma((float)q, llm__f16_to_f32(d[lane]), llm__f16_to_f32(d[lane + 16]));
 }
 
@@ -7499,7 +7615,7 @@ static void llm__pack_group(llm__kind kind, uint8_t *to, size_t lane, const llm_
     }
     for (size_t i = 0; i < 4; i++) {
         uint32_t word = 0;
-        for (size_t j = 0; j < 8; j++) word |= (uint32_t)(g->q[i * 8 + j] & 15) << (4 * j);
+        for (size_t j = 0; j < 8; j++) word |= (uint32_t)(g->q[i * 8 + j] & 15) << (4 * LLM__NIBBLE(j));
         ((uint32_t *)(void *)to)[i * 16 + lane] = word;
     }
 }
@@ -8140,15 +8256,11 @@ static void llm__end_row(const llm__cpu_context *c, const llm__matrix *m, int ti
 static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, int first_tile, int n_tiles,
                               const float *x, size_t x_stride, const float *x_sums, int rows, llm__ending ending,
                               float *y, size_t y_stride) {
-    float sums[LLM__ROWS][32];
-    int step = ending == LLM__SWIGLU ? 2 : 1;
-    for (int tile = first_tile; tile < first_tile + n_tiles; tile += step) {
-        memset(sums, 0, (size_t)rows * sizeof *sums);
-        for (int i = 0; i < step; i++)
-            c->model->kernels->product[m->kind](x, x_stride, x_sums, rows, m->data + (size_t)(tile + i) * m->tile_bytes,
-                                                llm__round_up(m->k, 32), sums[0] + 16 * i, 32);
-        for (int r = 0; r < rows; r++) llm__end_row(c, m, tile, step, sums[r], ending, y + (size_t)r * y_stride);
-    }
+    float sums[LLM__ROWS][16 * LLM__TILES];
+    memset(sums, 0, (size_t)rows * sizeof *sums);
+    c->model->kernels->product[m->kind](x, x_stride, x_sums, rows, m->data + (size_t)first_tile * m->tile_bytes,
+                                        n_tiles, llm__round_up(m->k, 32), sums[0], 16 * LLM__TILES);
+    for (int r = 0; r < rows; r++) llm__end_row(c, m, first_tile, n_tiles, sums[r], ending, y + (size_t)r * y_stride);
 }
 
 /* The sums over 32 that weights in groups need, and rows packed for the matrix unit; a phase. */
@@ -8392,8 +8504,7 @@ static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_wor
             kernels->tile_product(&p);
             continue;
         }
-        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys, c->head_stride, scores, LLM__CHUNK);
-        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys + tile, c->head_stride, scores + 16, LLM__CHUNK);
+        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys, 2, c->head_stride, scores, LLM__CHUNK);
     }
 }
 
@@ -8422,11 +8533,9 @@ static void llm__attend_values(const llm__cpu_context *c, const llm__attention_w
         }
     }
     for (int i = 0; i < n; i++)
-        for (int d = 0; d < c->head_stride; d += 16)
-            kernels->product[c->cache_kind](a->scores + i * LLM_BLOCK, LLM__CHUNK, NULL, a->n,
-                                            llm__cache_block(c, a->layer, 1, a->head, blocks[i]) +
-                                                (size_t)(d / 16) * tile,
-                                            LLM_BLOCK, part + d, stride);
+        kernels->product[c->cache_kind](a->scores + i * LLM_BLOCK, LLM__CHUNK, NULL, a->n,
+                                        llm__cache_block(c, a->layer, 1, a->head, blocks[i]), c->head_stride / 16,
+                                        LLM_BLOCK, part, stride);
 }
 
 /* Asks for a block of values, so that memory is not idle while softmax is taken of the scores. */
@@ -8637,9 +8746,8 @@ static void llm__score_columns(const llm__cpu_context *c, int index, bool panels
         kernels->panel(m->kind, &panel);
     } else {
         memset(logits, 0, (size_t)rows * stride * sizeof(float));
-        for (int i = 0; i < n_tiles; i++)
-            kernels->product[m->kind](c->normed + row * c->x_stride, c->x_stride, sums, rows,
-                                      tiles + (size_t)i * m->tile_bytes, (int)k, logits + i * 16, stride);
+        kernels->product[m->kind](c->normed + row * c->x_stride, c->x_stride, sums, rows, tiles, n_tiles, (int)k, logits,
+                                  stride);
     }
     for (int r = 0; r < rows; r++) {
         size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)part;
@@ -8657,7 +8765,7 @@ static float llm__log_prob(const llm__cpu_context *c, int row, llm_token token) 
     double sum = 0;
     c->model->kernels->product[m->kind](c->normed + (size_t)row * c->x_stride, c->x_stride,
                                         c->sums + (size_t)row * (size_t)(k / 32), 1,
-                                        m->data + (size_t)(token / 16) * m->tile_bytes, k, logits, 16);
+                                        m->data + (size_t)(token / 16) * m->tile_bytes, 1, k, logits, 16);
     for (int i = 1; i < n_parts; i++) max = maxima[i] > max ? maxima[i] : max;
     for (int i = 0; i < n_parts; i++) sum += sums[i] * llm__exp2(((double)maxima[i] - max) * 1.4426950408889634);
     return (float)((double)logits[token % 16] - max - llm__log2(sum) * 0.69314718055994531);

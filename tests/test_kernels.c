@@ -60,8 +60,8 @@ static void check_product(const llm__kernels *k, llm__kind kind) {
     for (int i = 0; i < rows; i++) k->group_sums(x + i * stride, n, sums + i * (n / 32));
     for (int i = 0; i < rows; i++) scalar->group_sums(x + i * stride, n, w + i * (n / 32));
     check_same("group_sums", sums, w, (size_t)(rows * (n / 32)) * 4);
-    scalar->product[kind](x, (size_t)stride, sums, rows, tile, n, a, (size_t)y_stride);
-    k->product[kind](x, (size_t)stride, sums, rows, tile, n, b, (size_t)y_stride);
+    scalar->product[kind](x, (size_t)stride, sums, rows, tile, 1, n, a, (size_t)y_stride);
+    k->product[kind](x, (size_t)stride, sums, rows, tile, 1, n, b, (size_t)y_stride);
     check_same("product", a, b, sizeof a);
 }
 
@@ -126,7 +126,7 @@ static void check_panel(const llm__kernels *k, llm__kind kind) {
     k->panel(kind, &panel);
     for (int i = 0; i < n_tiles; i++) {
         memset(expected, 0, sizeof expected);
-        scalar->product[kind](px, (size_t)n, psums, rows, tiles + (size_t)i * bytes, n, expected, 16);
+        scalar->product[kind](px, (size_t)n, psums, rows, tiles + (size_t)i * bytes, 1, n, expected, 16);
         for (int r = 0; r < rows; r++) check_same("panel", sum + (r * n_tiles + i) * 16, expected + r * 16, 64);
     }
 }
@@ -149,7 +149,7 @@ static void check_tile_product(const llm__kernels *k) {
     k->tile_product(&p);
     for (int i = 0; i < rows * stride && !add; i++)
         if (i % stride < cols * 16) b[i] = 0;
-    for (int i = 0; i < cols; i++) scalar->product[LLM__W_BF16](x, (size_t)n, NULL, rows, tile + (size_t)i * next, n, b + 16 * i, (size_t)stride);
+    for (int i = 0; i < cols; i++) scalar->product[LLM__W_BF16](x, (size_t)n, NULL, rows, tile + (size_t)i * next, 1, n, b + 16 * i, (size_t)stride);
     check_same("tile_product", a, b, (size_t)(rows * stride) * 4);
 }
 
@@ -177,6 +177,7 @@ static void test_neon(void **state) { (void)state; check_set("neon"); }
 #else
 static void test_avx2(void **state) { (void)state; check_set("avx2"); }
 static void test_avx512(void **state) { (void)state; check_set("avx512"); }
+static void test_avx512_bf16(void **state) { (void)state; check_set("avx512_bf16"); }
 static void test_amx(void **state) { (void)state; check_set("amx"); }
 #endif
 
@@ -256,7 +257,8 @@ int main(void) {
 #if defined(__aarch64__)
         cmocka_unit_test(test_neon),
 #else
-        cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512), cmocka_unit_test(test_amx),
+        cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512), cmocka_unit_test(test_avx512_bf16),
+        cmocka_unit_test(test_amx),
 #endif
         cmocka_unit_test(test_exp), cmocka_unit_test(test_functions), cmocka_unit_test(test_packing), cmocka_unit_test(test_f16)};
     return cmocka_run_group_tests(tests, NULL, NULL);
