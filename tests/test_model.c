@@ -2,11 +2,7 @@
    perplexity and divergence of the other types beside f32. tests/golden/README.md tells where the data come from. */
 #include "tests/check.h"
 #include "llm.h"
-
-static const char *model_path(void) {
-    const char *path = getenv("LLM_MODEL");
-    return path ? path : "models/SmolLM2-135M-Instruct.Q4_1.gguf";
-}
+#include "tests/common.h"
 
 static int argmax(const float *logits, int n) {
     int best = 0;
@@ -16,34 +12,8 @@ static int argmax(const float *logits, int n) {
 }
 
 static llm_context *open_model(llm_dtype dtype, int n_ctx, int n_seq, int n_logits) {
-    llm_model_desc desc = {.dtype = dtype};
-    llm_context_desc context_desc = {.n_ctx = n_ctx, .n_seq = n_seq, .n_logits = n_logits};
-    llm_model *model = NULL;
-    llm_context *ctx = NULL;
-    llm_error err;
-    if (llm_model_load(&model, model_path(), &desc, &err) || llm_context_create(&ctx, model, &context_desc, &err))
-        fail_msg("%s (make model fetches it)", err.message);
-    return ctx;
-}
-
-static void close_model(llm_context *ctx) {
-    llm_model *model = (llm_model *)(uintptr_t)llm_context_model(ctx);
-    llm_context_free(ctx);
-    llm_model_free(model);
-}
-
-static char *read_file(const char *path, size_t *size) {
-    FILE *file = fopen(path, "rb");
-    if (!file) fail_msg("%s cannot be opened", path);
-    fseek(file, 0, SEEK_END);
-    *size = (size_t)ftell(file);
-    rewind(file);
-    char *text = (char *)malloc(*size + 1);
-    assert_non_null(text);
-    assert_int_equal(fread(text, 1, *size, file), *size);
-    text[*size] = 0;
-    fclose(file);
-    return text;
+    llm_model *model = load_model(model_path(), &(llm_model_desc){.dtype = dtype});
+    return create_context(model, &(llm_context_desc){.n_ctx = n_ctx, .n_seq = n_seq, .n_logits = n_logits});
 }
 
 /* ---- Logits ---- */
@@ -92,13 +62,12 @@ static double worst_logit_error(llm_context *ctx, const char *data, int *n_argma
 }
 
 static void check_logits(llm_dtype dtype, double bound, int least_argmax) {
-    size_t size;
     int n_argmax = 0;
-    char *data = read_file("tests/golden/logits.bin", &size);
+    bytes data = read_file(golden_path("logits.bin"));
     llm_context *ctx = open_model(dtype, 64, 1, 64);
-    double worst = worst_logit_error(ctx, data, &n_argmax);
-    close_model(ctx);
-    free(data);
+    double worst = worst_logit_error(ctx, (const char *)data.at, &n_argmax);
+    close_context(ctx);
+    free(data.at);
     print_message("largest error %.2e of the largest logit, argmax %d of 64\n", worst, n_argmax);
     assert_true(worst <= bound);
     assert_true(n_argmax >= least_argmax);
@@ -149,15 +118,14 @@ static int read_texts(const char *data, text *texts) {
 
 /* All prompts run side by side in one batch; each token is the reference's, or the reference was nearly undecided. */
 static void test_greedy(void **state) {
-    size_t size;
-    char *data = read_file("tests/golden/greedy.txt", &size);
+    bytes data = read_file(golden_path("greedy.txt"));
     text *texts = (text *)calloc(PROMPTS, sizeof *texts);
     llm_context *ctx = open_model(LLM_DTYPE_F32, 1024, PROMPTS, PROMPTS);
     int checked = 0, left = PROMPTS;
     llm_error err;
     (void)state;
     assert_non_null(texts);
-    assert_int_equal(read_texts(data, texts), PROMPTS);
+    assert_int_equal(read_texts((const char *)data.at, texts), PROMPTS);
     for (int round = 0; left; round++) {
         llm_token tokens[PROMPTS * PROMPT_ROOM];
         int seqs[PROMPTS * PROMPT_ROOM], n = 0, last[PROMPTS];
@@ -189,9 +157,9 @@ static void test_greedy(void **state) {
         }
     }
     print_message("%d greedy tokens of %d prompts\n", checked, PROMPTS);
-    close_model(ctx);
+    close_context(ctx);
     free(texts);
-    free(data);
+    free(data.at);
 }
 
 /* ---- Perplexity and divergence ---- */
@@ -274,22 +242,21 @@ static void read_text_with(reader *readers, const char *data, size_t size) {
 static void test_perplexity(void **state) {
     static reader readers[READERS] = {
         {.dtype = LLM_DTYPE_F32}, {.dtype = LLM_DTYPE_BF16}, {.dtype = LLM_DTYPE_INT8}, {.dtype = LLM_DTYPE_INT4}};
-    size_t size;
-    char *data = read_file("tests/golden/heldout.txt", &size);
+    bytes data = read_file(golden_path("heldout.txt"));
     double f32;
     (void)state;
     for (reader *r = readers; r < readers + READERS; r++) r->ctx = open_model(r->dtype, WINDOW, 1, WINDOW / 2);
-    read_text_with(readers, data, size);
+    read_text_with(readers, (const char *)data.at, data.n);
     f32 = readers[0].perplexity;
     for (reader *r = readers; r < readers + READERS; r++) {
         print_message("%-4s perplexity %.4f (%+.3f %%), divergence from f32: mean %.5f, 99 %% below %.5f\n",
                       llm_dtype_name(r->dtype), r->perplexity, 100 * (r->perplexity / f32 - 1), r->mean, r->p99);
-        close_model(r->ctx);
+        close_context(r->ctx);
     }
     assert_true(fabs(f32 / 28.8670 - 1) < 1e-3); /* llama.cpp's */
     assert_true(fabs(readers[1].perplexity / f32 - 1) < 2e-3);
     assert_true(fabs(readers[2].perplexity / f32 - 1) < 5e-3);
-    free(data);
+    free(data.at);
 }
 
 int main(void) {
