@@ -104,9 +104,8 @@ build/gpu/llm_cuda.o: llm_cuda.cu llm.h
 		-gencode arch=compute_90,code=compute_90 -c -o $@ llm_cuda.cu
 
 # Tests that include the program, or the test, that they test.
-$(foreach dir,build build/asan,$(dir)/test_quantize): examples/quantize.c
-$(foreach dir,build build/asan,$(dir)/test_kernels_amx): tests/test_kernels.c
-$(foreach dir,build build/asan,$(dir)/test_hash_amx): tests/test_hash.c
+build/test_quantize build/asan/test_quantize: examples/quantize.c
+build/test_amx build/asan/test_amx: tests/test_kernels.c tests/test_hash.c
 
 # The GPU's kernels, run on the CPU.
 $(foreach dir,build build/asan,$(eval $(dir)/test_cuda: $(dir)/llm.o))

@@ -151,7 +151,7 @@ typedef struct llm_model_desc {
     bool (*read)(void *user, uint64_t offset, void *to, size_t n_bytes);
     void *read_user;
     uint64_t read_size;
-    const char *isa; /* force an instruction set: "scalar", "avx2", "avx512", "amx", "neon"; NULL: the best there is  */
+    const char *isa; /* force an instruction set: "scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"; NULL: the best  */
     const llm_backend *backend; /* what computes; NULL: the CPU. See llm_cuda_backend                         */
     llm_host host;
 } llm_model_desc;
@@ -6921,7 +6921,7 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const
         const size_t run_stride = x_stride;
 #endif
         for (int t = 0; t < n; t++)
-            LLM__FN(blocks)(ROWS, KIND, run, run_stride, x_sums + i / 32, sums_stride,
+            LLM__FN(blocks)(ROWS, KIND, run, run_stride, x_sums ? x_sums + i / 32 : NULL, sums_stride,
                             w + (size_t)t * tile_bytes + (size_t)i / 32 * bytes, some / 32, total[t]);
     }
     for (int t = 0; t < n; t++)

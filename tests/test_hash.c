@@ -181,13 +181,14 @@ static void all_ways_agree(const char *isa) {
     for (size_t i = 0; i < sizeof EXPECTED / sizeof *EXPECTED; i++) check_tiny(&EXPECTED[i], isa);
 }
 
-static void test_scalar(void **state) { (void)state; all_ways_agree("scalar"); }
+static void hash_scalar(void **state) { (void)state; all_ways_agree("scalar"); }
 #if defined(__aarch64__)
-static void test_neon(void **state) { (void)state; all_ways_agree("neon"); }
+static void hash_neon(void **state) { (void)state; all_ways_agree("neon"); }
 #else
-static void test_avx2(void **state) { (void)state; all_ways_agree("avx2"); }
-static void test_avx512(void **state) { (void)state; all_ways_agree("avx512"); }
-static void test_amx(void **state) { (void)state; all_ways_agree("amx"); }
+static void hash_avx2(void **state) { (void)state; all_ways_agree("avx2"); }
+static void hash_avx512(void **state) { (void)state; all_ways_agree("avx512"); }
+static void hash_avx512_bf16(void **state) { (void)state; all_ways_agree("avx512_bf16"); }
+static void hash_amx(void **state) { (void)state; all_ways_agree("amx"); }
 #endif
 
 /* The last logits of a small model of an F16 file. */
@@ -242,15 +243,16 @@ static void test_default_model(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_scalar),
+        cmocka_unit_test(hash_scalar),
 #if defined(__aarch64__)
-        cmocka_unit_test(test_neon),
+        cmocka_unit_test(hash_neon),
 #else
-        cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512), cmocka_unit_test(test_amx),
+        cmocka_unit_test(hash_avx2), cmocka_unit_test(hash_avx512), cmocka_unit_test(hash_avx512_bf16),
+        cmocka_unit_test(hash_amx),
 #endif
         cmocka_unit_test(test_types), cmocka_unit_test(test_default_model)};
 #ifdef TILES_H /* the matrix unit is in plain C: the other sets are as they always are */
-    cmocka_set_test_filter("test_amx");
+    cmocka_set_test_filter("hash_amx");
 #endif
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
