@@ -80,9 +80,10 @@ endef
 $(foreach dir,build $(addprefix build/,asan tsan fuzz aarch64 $(MATRIX)),$(eval $(call program,$(dir))))
 $(eval $(call program,build/windows,.exe))
 
-# Under the sanitizers it takes long to compile: the examples share it too, and vector kernels are left to the tests for them.
+# So do some programs; under the sanitizers, where it takes long to compile, vector kernels are left to the tests for them.
+build/repl build/tokenize: build/llm.o
 $(addprefix build/asan/,repl hello tokenize): build/asan/llm.o
-$(addprefix build/asan/,repl hello tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
+$(addprefix build/,repl tokenize asan/repl asan/hello asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
 $(addprefix build/asan/test_,hf quantize) build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
 
 build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
