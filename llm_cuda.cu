@@ -1599,6 +1599,11 @@ enum {
     LLM__AHEAD = 4    /* passes of a burst under way behind the one whose token is awaited */
 };
 
+typedef struct llm__recording {
+    bool loaded;           /* its kernels are on the GPU */
+    cudaGraphExec_t graph; /* NULL: not recorded yet     */
+} llm__recording;
+
 typedef struct llm__sizes {
     int n_embd, q, ffn, fused_rows, n_tables;       /* strides of activations; rows the fused buffers have; tables  */
     int n_wide, n_squares, rows_ints;               /* widest product; blocks of an n_embd product; ints of llm__rows */
@@ -1625,11 +1630,11 @@ typedef struct llm__gpu_context {
     float *log_probs, *host_log_probs; /* [n_batch]                                               */
     void *blas_memory;
     uint16_t *widened;               /* a piece of a matrix                                       */
-    cudaGraphExec_t graphs[LLM__BUCKETS];
+    llm__recording passes[LLM__BUCKETS];
     llm__picker_state *picker, *host_picker;
     int *host_picked;                /* [LLM_BURST]                                               */
     cudaEvent_t picked[LLM__AHEAD + 1];
-    cudaGraphExec_t burst_graph;     /* a pass of one row and the picking of the next             */
+    llm__recording burst_pass;       /* of one row, and the picking of the next                   */
 } llm__gpu_context;
 
 /* Elements of the widest and longest matrix there could be, or of whole rows of at most 64 MB; at least of one. */
@@ -1763,8 +1768,8 @@ static void llm__gpu_context_free(void *context) {
     if (!c) return;
     if (c->queue.stream) cudaStreamSynchronize(c->queue.stream);
     for (int i = 0; i < LLM__BUCKETS; i++)
-        if (c->graphs[i]) cudaGraphExecDestroy(c->graphs[i]);
-    if (c->burst_graph) cudaGraphExecDestroy(c->burst_graph);
+        if (c->passes[i].graph) cudaGraphExecDestroy(c->passes[i].graph);
+    if (c->burst_pass.graph) cudaGraphExecDestroy(c->burst_pass.graph);
     for (int i = 0; i <= LLM__AHEAD; i++)
         if (c->picked[i]) cudaEventDestroy(c->picked[i]);
     if (c->queue.blas) cublasDestroy(c->queue.blas);
@@ -2010,17 +2015,24 @@ static void llm__record_graph(llm__gpu_context *c, int bucket, bool pick, cudaGr
     if (graph) cudaGraphDestroy(graph);
 }
 
-/* Records it if that was not done yet. */
-static void llm__run_graph(llm__gpu_context *c, int bucket, bool pick, cudaGraphExec_t *graph) {
-    if (!*graph && c->queue.failure == cudaSuccess) llm__record_graph(c, bucket, pick, graph);
-    if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaGraphLaunch(*graph, c->queue.stream), "launching the graph");
+/* The first time kernels are launched one by one: then they are loaded, which may need what must not be done while recording.
+   The second time they are recorded. */
+static void llm__run_graph(llm__gpu_context *c, int bucket, bool pick, llm__recording *r) {
+    if (!r->loaded) {
+        llm__fused_pass(c, bucket);
+        if (pick) llm__run_picker(c);
+        r->loaded = c->queue.failure == cudaSuccess;
+        return;
+    }
+    if (!r->graph && c->queue.failure == cudaSuccess) llm__record_graph(c, bucket, pick, &r->graph);
+    if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaGraphLaunch(r->graph, c->queue.stream), "launching the graph");
 }
 
 static void llm__fused_forward(llm__gpu_context *c, const llm_pass *pass) {
     int index = 0;
     while (1 << index < pass->n_rows) index++;
     llm__send_rows(c, pass, LLM__FUSED_ROWS);
-    if (c->model->mode == LLM_CUDA_GRAPH) llm__run_graph(c, 1 << index, false, &c->graphs[index]);
+    if (c->model->mode == LLM_CUDA_GRAPH) llm__run_graph(c, 1 << index, false, &c->passes[index]);
     else llm__fused_pass(c, 1 << index);
 }
 
@@ -2207,7 +2219,7 @@ static void llm__send_burst(llm__gpu_context *c, const llm_burst *burst) {
 /* Token i of a burst. */
 static void llm__queue_token(llm__gpu_context *c, int i) {
     if (i && c->model->mode == LLM_CUDA_GRAPH) {
-        llm__run_graph(c, 1, true, &c->burst_graph);
+        llm__run_graph(c, 1, true, &c->burst_pass);
     } else {
         if (i) llm__fused_pass(c, 1);
         llm__run_picker(c);

@@ -7,12 +7,11 @@
 
 #include <cuda_runtime.h>
 #include <math.h>
-#include <setjmp.h>
 #include <string>
 #include <thread>
 #include <vector>
 extern "C" {
-#include <cmocka.h>
+#include "tests/common.h"
 }
 
 enum { N_SEQ = 6, N_CTX = 256, N_BATCH = 100, N_VOCAB = 299 };
@@ -669,6 +668,34 @@ static void test_refusals(void **state) {
 }
 
 #ifdef CUDA_HOST_RUNTIME_H
+/* The host may run out of memory at any time of a model's and a context's making. */
+static llm_status make_and_free(void *job, llm_error *err) {
+    llm_model_desc desc = {};
+    llm_context_desc context_desc = {};
+    llm_model *model = NULL;
+    llm_context *ctx = NULL;
+    uint8_t *data = tiny_model(&SMALL, &desc.data_size);
+    desc.data = data;
+    desc.backend = llm_cuda_backend();
+    desc.n_threads = 2;
+    desc.host = heap_host((heap *)job);
+    context_desc.n_ctx = 64;
+    context_desc.n_batch = 16;
+    llm_status status = llm_model_load(&model, NULL, &desc, err);
+    if (!status) status = llm_context_create(&ctx, model, &context_desc, err);
+    llm_context_free(ctx);
+    llm_model_free(model);
+    free(data);
+    assert_int_equal(cuda_host.n_live, 0);
+    return status;
+}
+
+static void test_host_out_of_memory(void **state) {
+    heap h = {};
+    (void)state;
+    starve(&h, make_and_free, &h, 7, "a model on the GPU");
+}
+
 /* What a token of a model of two layers costs the host; bench/README.md counts with these. */
 static void test_launches(void **state) {
     static const int expected[][2] = {{0, 1}, {1 + 2 * 5 + 1, 0}, {1 + 2 * 9 + 3, 0}}; /* kernels, graphs */
@@ -678,7 +705,7 @@ static void test_launches(void **state) {
         llm_context *ctx = create_for_text(model, 100);
         llm_token token = 3;
         llm_batch batch = {1, &token, NULL, NULL};
-        assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_OK); /* records the graph */
+        for (int i = 0; i < 2; i++) assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_OK); /* loads kernels, then records them */
         cuda_host.n_launches = cuda_host.n_graph_launches = 0;
         assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_OK);
         assert_int_equal(cuda_host.n_launches, expected[mode][0]);
@@ -688,6 +715,7 @@ static void test_launches(void **state) {
         desc.n_tokens = 1;
         desc.max_tokens = 20; /* one burst */
         desc.ignore_end = true;
+        assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_OK); /* likewise */
         cuda_host.n_launches = cuda_host.n_graph_launches = 0;
         assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_OK);
         if (mode == LLM_CUDA_GRAPH) assert_int_equal(cuda_host.n_launches, 1); /* of the first picking */
@@ -774,7 +802,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_bursts), cmocka_unit_test(test_bursts_of_all_modes), cmocka_unit_test(test_scores),
         cmocka_unit_test(test_scores_against_logits), cmocka_unit_test(test_limits_are_measured), cmocka_unit_test(test_threads), cmocka_unit_test(test_refusals),
 #ifdef CUDA_HOST_RUNTIME_H
-        cmocka_unit_test(test_launches), cmocka_unit_test(test_no_gpu), cmocka_unit_test(test_every_failure),
+        cmocka_unit_test(test_launches), cmocka_unit_test(test_host_out_of_memory), cmocka_unit_test(test_no_gpu), cmocka_unit_test(test_every_failure),
 #endif
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
