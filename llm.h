@@ -134,7 +134,7 @@ typedef enum llm_dtype {
     LLM_DTYPE_BF16,
     LLM_DTYPE_INT8, /* per output channel: q = round(127 w / max|row|)                             */
     LLM_DTYPE_INT4, /* in groups of 32 with scale and minimum; Q4_0, Q4_1 and Q8_0 tensors exactly */
-    LLM_DTYPE_F16   /* as F16 files have them; activations stay f32                                */
+    LLM_DTYPE_F16   /* as F16 files have them; on the CPU activations stay f32                     */
 } llm_dtype;
 
 /* "f32", "bf16", "int8", "int4", "f16"; NULL and LLM_DTYPE_DEFAULT for what is none of them. */
@@ -253,7 +253,7 @@ typedef struct llm_context_desc {
     int n_batch;           /* tokens computed in one pass; longer batches take several; 0: 512                       */
     int n_logits;          /* rows of logits one llm_forward can return; 0: n_seq                                    */
     int n_threads;         /* 0: one per physical core                                                               */
-    llm_dtype cache_dtype; /* type of the KV cache: f32, bf16, int8; 0: f32 for f32 and f16 weights, else bf16       */
+    llm_dtype cache_dtype; /* type of the KV cache: f32, bf16, int8; 0: bf16, but f32 on the CPU for f32 and f16 weights */
     bool (*cancel)(void *user); /* polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED       */
     void *cancel_user;
     /* The host's own threads instead of ours: must run task(arg, i) for i = 0 .. n-1 all at the same time (tasks
@@ -9380,8 +9380,10 @@ static void llm__upload_weight(llm__weight_walk *walk, const llm_weight *weight)
                          (float)(behind_layers ? walk->h->n_layers : weight->layer) / (float)(walk->h->n_layers + 1));
 }
 
-static llm_dtype llm__default_cache_dtype(llm_dtype weights) {
-    return weights == LLM_DTYPE_F32 || weights == LLM_DTYPE_F16 ? LLM_DTYPE_F32 : LLM_DTYPE_BF16;
+/* Only the CPU has caches of f32. */
+static llm_dtype llm__default_cache_dtype(const llm_backend *backend, llm_dtype weights) {
+    bool exact = backend == &llm__cpu_backend && (weights == LLM_DTYPE_F32 || weights == LLM_DTYPE_F16);
+    return exact ? LLM_DTYPE_F32 : LLM_DTYPE_BF16;
 }
 
 static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *desc) {
@@ -9496,7 +9498,7 @@ static void llm__load_body(llm__env *env, void *arg) {
     model->kernels = llm__choose_kernels(desc.isa);
     model->info.isa = model->kernels->name;
     model->info.cache_bytes_per_token =
-        model->backend->block_bytes(&model->shape, llm__default_cache_dtype(desc.dtype)) / LLM_BLOCK;
+        model->backend->block_bytes(&model->shape, llm__default_cache_dtype(model->backend, desc.dtype)) / LLM_BLOCK;
     llm__free(env->pool, plan.pool); /* all of it has been converted */
     model->device = args->device;
     model->desc = desc;
@@ -9573,8 +9575,8 @@ struct llm_context {
     llm_token *candidates; /* [n_vocab] likewise */
 };
 
-static llm_context_desc llm__context_defaults(llm__env *env, const llm_model_info *info, const llm_host *model_host,
-                                              const llm_context_desc *desc) {
+static llm_context_desc llm__context_defaults(llm__env *env, const llm_model_info *info, const llm_backend *backend,
+                                              const llm_host *model_host, const llm_context_desc *desc) {
     llm_context_desc d;
     memset(&d, 0, sizeof d);
     if (desc) d = *desc;
@@ -9586,7 +9588,7 @@ static llm_context_desc llm__context_defaults(llm__env *env, const llm_model_inf
     if (!d.n_batch) d.n_batch = 512;
     if (!d.n_logits) d.n_logits = d.n_seq;
     if (!d.n_threads) d.n_threads = llm__default_threads();
-    if (!d.cache_dtype) d.cache_dtype = llm__default_cache_dtype(info->dtype);
+    if (!d.cache_dtype) d.cache_dtype = llm__default_cache_dtype(backend, info->dtype);
     if (d.cache_dtype != LLM_DTYPE_F32 && d.cache_dtype != LLM_DTYPE_BF16 && d.cache_dtype != LLM_DTYPE_INT8)
         llm__fail(env, LLM_ERROR_ARGUMENT, "cache_dtype is %d, which no cache can have", (int)d.cache_dtype);
     if (d.n_ctx > 1 << 28 || d.n_seq > 1 << 20 || d.n_batch > 1 << 20 || d.n_logits > 1 << 20)
@@ -9603,13 +9605,14 @@ static llm_context_desc llm__context_defaults(llm__env *env, const llm_model_inf
 typedef struct llm__context_defaults_args {
     llm_context_desc *out;
     const llm_model_info *info;
+    const llm_backend *backend;
     const llm_host *model_host;
     const llm_context_desc *desc;
 } llm__context_defaults_args;
 
 static void llm__context_defaults_body(llm__env *env, void *arg) {
     llm__context_defaults_args *a = (llm__context_defaults_args *)arg;
-    *a->out = llm__context_defaults(env, a->info, a->model_host, a->desc);
+    *a->out = llm__context_defaults(env, a->info, a->backend, a->model_host, a->desc);
 }
 
 static llm_backend_desc llm__backend_desc(const llm_context_desc *d) {
@@ -9683,7 +9686,7 @@ static llm_status llm__context_create(llm_context **out, const llm_model *model,
     args.share_cache = share_cache;
     llm__env_init(&env, &pool, err, NULL);
     memset(&pool, 0, sizeof pool);
-    llm__context_defaults_args defaults = {&args.desc, &model->info, &model->desc.host, desc};
+    llm__context_defaults_args defaults = {&args.desc, &model->info, model->backend, &model->desc.host, desc};
     llm_status status = llm__guarded(&env, llm__context_defaults_body, &defaults);
     if (status) return status;
     pool.host = args.desc.host;
@@ -9730,7 +9733,7 @@ static void llm__estimate_body(llm__env *env, void *arg) {
     llm__make_plan(env, args->path, &desc, &plan);
     const llm_shape *shape = &plan.shape;
     llm__fill_info(&info, &plan.h, &plan.walk);
-    llm_context_desc c = llm__context_defaults(env, &info, &desc.host, args->context_desc);
+    llm_context_desc c = llm__context_defaults(env, &info, desc.backend, &desc.host, args->context_desc);
     llm_backend_desc b = llm__backend_desc(&c);
     args->out->weights = plan.walk.weight_bytes;
     args->out->cache = (uint64_t)b.n_cache_blocks * desc.backend->block_bytes(shape, b.cache_dtype);

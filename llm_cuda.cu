@@ -9,7 +9,7 @@
         llm_model_desc desc = {.backend = llm_cuda_backend()};
 
     It runs every architecture llm.h does and needs compute capability 8.0 (Ampere) or newer. Weights are
-    bf16, int8 or int4 in groups, the KV cache is bf16; residual stream, sums, softmax and logits are f32. A row's logits
+    bf16, f16, int8 or int4 in groups, the KV cache is bf16; residual stream, sums, softmax and logits are f32. A row's logits
     do not depend on the other rows of a pass of up to 16 rows, to the bit; they differ from the CPU's in the last places
     of bf16.
 
@@ -240,6 +240,27 @@ static __device__ float llm__half(uint32_t bits) {
 #endif
 }
 
+/* Eight f16 w as bf16: w = high + low, exactly. The high ones have the first eight digits of w, the low ones the other three. */
+typedef struct llm__split {
+    uint4 high, low;
+} llm__split;
+
+static __device__ void llm__split_2(uint32_t pair, uint32_t *high, uint32_t *low) {
+    float a = llm__half(pair & 0xFFFFu), b = llm__half(pair >> 16);
+    uint32_t a_high = __float_as_uint(a) & 0xFFFF0000u, b_high = __float_as_uint(b) & 0xFFFF0000u;
+    *high = a_high >> 16 | b_high;
+    *low = __float_as_uint(a - __uint_as_float(a_high)) >> 16 | __float_as_uint(b - __uint_as_float(b_high));
+}
+
+static __device__ llm__split llm__split_8(uint4 v) {
+    llm__split s;
+    llm__split_2(v.x, &s.high.x, &s.low.x);
+    llm__split_2(v.y, &s.high.y, &s.low.y);
+    llm__split_2(v.z, &s.high.z, &s.low.z);
+    llm__split_2(v.w, &s.high.w, &s.low.w);
+    return s;
+}
+
 static __host__ __device__ uint16_t llm__round_bits(uint32_t u) {
     if ((u & 0x7FFFFFFFu) > 0x7F800000u) return (uint16_t)(u >> 16 | 0x40); /* NaN stays NaN */
     return (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
@@ -276,6 +297,7 @@ enum {
 
 typedef enum llm__format {
     LLM__BF16,
+    LLM__F16,
     LLM__INT8,        /* a scale for each output                                                       */
     LLM__INT8_GROUPS, /* scale and minimum for each 32 inputs of an output, as with LLM__INT4_GROUPS   */
     LLM__INT4_GROUPS
@@ -291,7 +313,7 @@ typedef struct llm__gpu_matrix {
 } llm__gpu_matrix;
 
 /* Numbers in 64 bytes of a row. */
-static __host__ __device__ constexpr int llm__turn(int format) { return format == LLM__BF16 ? 32 : format == LLM__INT4_GROUPS ? 128 : 64; }
+static __host__ __device__ constexpr int llm__turn(int format) { return format <= LLM__F16 ? 32 : format == LLM__INT4_GROUPS ? 128 : 64; }
 
 static __host__ __device__ size_t llm__row_bytes(llm__gpu_matrix m) { return (size_t)(m.k / llm__turn(m.format)) * 64; }
 
@@ -387,7 +409,7 @@ static __device__ void llm__store_pair(const llm__qkv_store *s, llm__rows rows, 
    a gate and its up, or just neighbours. Its 8 warps share out k in turns of 64 bytes, so a block reads 512 bytes of each
    of its 16 rows at a time, 4 such loads in flight per warp; the first are on their way before the kernels ahead are done.
    A row's sums are taken in the same order however many rows there are. int8 is widened in registers, exactly; its
-   scales, one for each output, are the sums' business. Of weights in groups the tensor core multiplies the whole numbers,
+   scales, one for each output, are the sums' business. f16 is split in two there, each of which meets the inputs. Of weights in groups the tensor core multiplies the whole numbers,
    32 at a time, and a matrix of ones by the same inputs: sum += scale * (q . x) + minimum * (1 . x).
 
    RMSNorm is folded in: whoever writes the residual stream x also writes bf16(x * norm weight), which the next product
@@ -486,6 +508,10 @@ template <int FORMAT>
 static __device__ void llm__multiply_turn(float sums[4], uint4 upper, uint4 lower, uint4 upper_scales, uint4 lower_scales, const uint16_t *x) {
     if (FORMAT == LLM__BF16) {
         llm__multiply_32(sums, upper, lower, *(const uint4 *)x);
+    } else if (FORMAT == LLM__F16) {
+        llm__split a = llm__split_8(upper), b = llm__split_8(lower);
+        llm__multiply_32(sums, a.high, b.high, *(const uint4 *)x);
+        llm__multiply_32(sums, a.low, b.low, *(const uint4 *)x);
     } else if (FORMAT == LLM__INT8) {
         llm__multiply_32(sums, llm__widen_8(upper.x, upper.y), llm__widen_8(lower.x, lower.y), *(const uint4 *)x);
         llm__multiply_32(sums, llm__widen_8(upper.z, upper.w), llm__widen_8(lower.z, lower.w), *(const uint4 *)(x + 8));
@@ -609,6 +635,7 @@ static __device__ void llm__find_angles(const llm__start &s, int row) {
 static __device__ float llm__element(llm__gpu_matrix m, int row, int i) {
     const uint8_t *from = m.data + row * llm__row_bytes(m);
     if (m.format == LLM__BF16) return llm__from_bf16(((const uint16_t *)from)[i]);
+    if (m.format == LLM__F16) return llm__half(((const uint16_t *)from)[i]);
     if (m.format == LLM__INT8) return (float)((const int8_t *)from)[llm__byte_place(i)] * __uint_as_float(m.scales[row]);
     const uint8_t *eight = from + llm__group_place(m.format, i / 8 * 8);
     uint32_t d = m.scales[(size_t)row * (m.k / 32) + i / 32];
@@ -1062,10 +1089,16 @@ static __global__ void llm__matrix_product(llm__gpu_matrix m, const uint16_t *x,
     if (lane == 0) y[(size_t)row * m.n + output] = add ? y[(size_t)row * m.n + output] + sum : sum;
 }
 
-/* Rows [first, first + n) as bf16, for cuBLAS: int8 exactly and without its scales; a thread for each eight. */
-static __global__ void llm__widen(llm__gpu_matrix m, int first, int n, uint16_t *to) {
+/* Rows [first, first + n) as bf16, for cuBLAS: int8 exactly and without its scales, of f16 the high parts or the low ones; a
+   thread for each eight. */
+static __global__ void llm__widen(llm__gpu_matrix m, int first, int n, bool low, uint16_t *to) {
     size_t at = 8 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
     if (at >= (size_t)n * m.k) return;
+    if (m.format == LLM__F16) {
+        llm__split s = llm__split_8(*(const uint4 *)(m.data + 2 * ((size_t)first * m.k + at)));
+        *(uint4 *)(to + at) = low ? s.low : s.high;
+        return;
+    }
     if (m.format == LLM__INT8) {
         uint2 bytes = *(const uint2 *)(m.data + (size_t)first * m.k + at);
         *(uint4 *)(to + at) = llm__widen_8(bytes.x, bytes.y);
@@ -1251,6 +1284,7 @@ static void *llm__host_zero(const llm_host *host, size_t size, llm_error *err) {
 static llm__gpu_matrix llm__describe_matrix(llm_dtype dtype, const llm_weight *weight) {
     llm__gpu_matrix m;
     memset(&m, 0, sizeof m);
+    if (dtype == LLM_DTYPE_F16) m.format = LLM__F16;
     if (dtype == LLM_DTYPE_INT8) m.format = LLM__INT8;
     if (dtype == LLM_DTYPE_INT4) m.format = weight->has_q8_0 ? LLM__INT8_GROUPS : LLM__INT4_GROUPS;
     m.n = weight->rows;
@@ -1259,7 +1293,7 @@ static llm__gpu_matrix llm__describe_matrix(llm_dtype dtype, const llm_weight *w
 }
 
 /* Scales that belong to a row. */
-static size_t llm__row_scales(llm__gpu_matrix m) { return m.format == LLM__BF16 ? 0 : m.format == LLM__INT8 ? 1 : (size_t)m.k / 32; }
+static size_t llm__row_scales(llm__gpu_matrix m) { return m.format <= LLM__F16 ? 0 : m.format == LLM__INT8 ? 1 : (size_t)m.k / 32; }
 
 static uint64_t llm__gpu_weight_bytes(llm_dtype dtype, const llm_weight *weight) {
     llm__gpu_matrix m = llm__describe_matrix(dtype, weight);
@@ -1284,8 +1318,8 @@ static llm_status llm__find_gpu(llm__gpu_model *m, llm_error *err) {
 }
 
 static llm_status llm__check_shape(const llm_shape *s, llm_dtype dtype, llm_error *err) {
-    if (dtype != LLM_DTYPE_BF16 && dtype != LLM_DTYPE_INT8 && dtype != LLM_DTYPE_INT4)
-        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU weights are bf16, int8 or int4; desc.dtype asks for %s", llm_dtype_name(dtype));
+    if (dtype == LLM_DTYPE_F32)
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU weights are bf16, f16, int8 or int4; desc.dtype asks for f32");
     if (s->n_vocab > LLM__MOST_VOCAB)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "the vocabulary has %d tokens; on the GPU at most %d are run", s->n_vocab,
                                (int)LLM__MOST_VOCAB);
@@ -1407,6 +1441,19 @@ static void llm__bf16_row(const float *row, int n, uint16_t *out) {
     }
 }
 
+/* To the nearest f16, of two the even one; too large a number becomes infinite, as on the CPU. */
+static uint16_t llm__round_to_f16(float x) {
+    uint32_t bits, sign;
+    memcpy(&bits, &x, 4);
+    sign = bits >> 16 & 0x8000u;
+    bits &= 0x7FFFFFFFu;
+    if (bits >= 0x47800000u) return (uint16_t)(sign | (bits > 0x7F800000u ? 0x7E00u : 0x7C00u)); /* 65536 and up; NaN */
+    if (bits >= 0x38800000u) return (uint16_t)(sign | (bits - 0x38000000u + 0xFFFu + (bits >> 13 & 1)) >> 13);
+    float steps = fabsf(x) + 0.5f; /* numbers below 2^-14 are multiples of 2^-24, as those around 0.5 are */
+    memcpy(&bits, &steps, 4);
+    return (uint16_t)(sign | (bits - 0x3F000000u));
+}
+
 /* q = round(127 w / max|row|), the same numbers as on the CPU. Returns the scale. */
 static float llm__int8_row(const float *row, int n, int8_t *out) {
     float most = 0;
@@ -1451,6 +1498,8 @@ static void llm__convert_rows(const llm__conversion *c, int index) {
         c->weight->read_row(c->weight, c->first + r, row);
         if (m->format == LLM__BF16) {
             llm__bf16_row(row, c->weight->cols, (uint16_t *)(void *)to);
+        } else if (m->format == LLM__F16) {
+            for (int i = 0; i < c->weight->cols; i++) ((uint16_t *)(void *)to)[i] = llm__round_to_f16(row[i]);
         } else {
             float scale = llm__int8_row(row, c->weight->cols, (int8_t *)to);
             memcpy(scales, &scale, 4);
@@ -1550,6 +1599,11 @@ enum {
     LLM__AHEAD = 4    /* passes of a burst under way behind the one whose token is awaited */
 };
 
+typedef struct llm__recording {
+    bool loaded;           /* its kernels are on the GPU */
+    cudaGraphExec_t graph; /* NULL: not recorded yet     */
+} llm__recording;
+
 typedef struct llm__sizes {
     int n_embd, q, ffn, fused_rows, n_tables;       /* strides of activations; rows the fused buffers have; tables  */
     int n_wide, n_squares, rows_ints;               /* widest product; blocks of an n_embd product; ints of llm__rows */
@@ -1576,11 +1630,11 @@ typedef struct llm__gpu_context {
     float *log_probs, *host_log_probs; /* [n_batch]                                               */
     void *blas_memory;
     uint16_t *widened;               /* a piece of a matrix                                       */
-    cudaGraphExec_t graphs[LLM__BUCKETS];
+    llm__recording passes[LLM__BUCKETS];
     llm__picker_state *picker, *host_picker;
     int *host_picked;                /* [LLM_BURST]                                               */
     cudaEvent_t picked[LLM__AHEAD + 1];
-    cudaGraphExec_t burst_graph;     /* a pass of one row and the picking of the next             */
+    llm__recording burst_pass;       /* of one row, and the picking of the next                   */
 } llm__gpu_context;
 
 /* Elements of the widest and longest matrix there could be, or of whole rows of at most 64 MB; at least of one. */
@@ -1689,7 +1743,8 @@ static llm_status llm__create_blas(llm__gpu_context *c, llm_error *err) {
 static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     const llm_shape *s = &c->model->shape;
     if (c->desc.cache_dtype != LLM_DTYPE_BF16)
-        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU the KV cache is bf16; cache_dtype asks for another type");
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU the KV cache is bf16; cache_dtype asks for %s",
+                               llm_dtype_name(c->desc.cache_dtype));
     if (c->desc.lender) return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU a context lends nothing to another");
     if (c->desc.n_batch > LLM__MOST_ROWS)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "n_batch is %d; on the GPU a pass has at most %d rows", c->desc.n_batch, (int)LLM__MOST_ROWS);
@@ -1713,8 +1768,8 @@ static void llm__gpu_context_free(void *context) {
     if (!c) return;
     if (c->queue.stream) cudaStreamSynchronize(c->queue.stream);
     for (int i = 0; i < LLM__BUCKETS; i++)
-        if (c->graphs[i]) cudaGraphExecDestroy(c->graphs[i]);
-    if (c->burst_graph) cudaGraphExecDestroy(c->burst_graph);
+        if (c->passes[i].graph) cudaGraphExecDestroy(c->passes[i].graph);
+    if (c->burst_pass.graph) cudaGraphExecDestroy(c->burst_pass.graph);
     for (int i = 0; i <= LLM__AHEAD; i++)
         if (c->picked[i]) cudaEventDestroy(c->picked[i]);
     if (c->queue.blas) cublasDestroy(c->queue.blas);
@@ -1855,6 +1910,7 @@ typedef void (*llm__product_fn)(llm__product);
 template <int ENDING, int TILES>
 static llm__product_fn llm__choose_format(llm__format format) {
     switch (format) {
+    case LLM__F16: return llm__fused_product<ENDING, TILES, LLM__F16>;
     case LLM__INT8: return llm__fused_product<ENDING, TILES, LLM__INT8>;
     case LLM__INT8_GROUPS: return llm__fused_product<ENDING, TILES, LLM__INT8_GROUPS>;
     case LLM__INT4_GROUPS: return llm__fused_product<ENDING, TILES, LLM__INT4_GROUPS>;
@@ -1959,21 +2015,33 @@ static void llm__record_graph(llm__gpu_context *c, int bucket, bool pick, cudaGr
     if (graph) cudaGraphDestroy(graph);
 }
 
-/* Records it if that was not done yet. */
-static void llm__run_graph(llm__gpu_context *c, int bucket, bool pick, cudaGraphExec_t *graph) {
-    if (!*graph && c->queue.failure == cudaSuccess) llm__record_graph(c, bucket, pick, graph);
-    if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaGraphLaunch(*graph, c->queue.stream), "launching the graph");
+/* The first time kernels are launched one by one: then they are loaded, which may need what must not be done while recording.
+   The second time they are recorded. */
+static void llm__run_graph(llm__gpu_context *c, int bucket, bool pick, llm__recording *r) {
+    if (!r->loaded) {
+        llm__fused_pass(c, bucket);
+        if (pick) llm__run_picker(c);
+        r->loaded = c->queue.failure == cudaSuccess;
+        return;
+    }
+    if (!r->graph && c->queue.failure == cudaSuccess) llm__record_graph(c, bucket, pick, &r->graph);
+    if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaGraphLaunch(r->graph, c->queue.stream), "launching the graph");
 }
 
 static void llm__fused_forward(llm__gpu_context *c, const llm_pass *pass) {
     int index = 0;
     while (1 << index < pass->n_rows) index++;
     llm__send_rows(c, pass, LLM__FUSED_ROWS);
-    if (c->model->mode == LLM_CUDA_GRAPH) llm__run_graph(c, 1 << index, false, &c->graphs[index]);
+    if (c->model->mode == LLM_CUDA_GRAPH) llm__run_graph(c, 1 << index, false, &c->passes[index]);
     else llm__fused_pass(c, 1 << index);
 }
 
-/* ---- Any number of rows: one operation after the other ---- */
+/* ---- Any number of rows: one operation after the other ----
+
+   Of what follows a product cuBLAS itself does the addition to the residual stream (beta = 1). cuBLASLt's epilogues are a
+   bias, ReLU and GELU: none multiplies SiLU(gate) by up, turns queries and keys, or squares a row, which are what there is to
+   fuse here; a bias is added where RoPE reads anyway. So plain cuBLAS it is. (Lt could scale int8's outputs one by one, by a
+   vector for alpha, for types that only the device's own library names.) */
 
 /* Outputs [first, first + n) of y = W x, or y += W x, for bf16. cuBLAS counts columns first: y' = (W')' x'. */
 static void llm__blas_product(llm__gpu_context *c, llm__gpu_matrix m, const void *weight, int first, int n, const uint16_t *x, int rows,
@@ -1985,14 +2053,16 @@ static void llm__blas_product(llm__gpu_context *c, llm__gpu_matrix m, const void
                                          CUBLAS_GEMM_DEFAULT);
 }
 
-/* The same for what is not bf16, piece by piece; int8 without its scales. */
+/* The same for what is not bf16, piece by piece; int8 without its scales, f16 in two goes. */
 static void llm__widened_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *y, bool add) {
     int some = llm__least((int)(c->sizes.widened / (size_t)m.k), m.n);
     for (int first = 0; first < m.n; first += some) {
         int n = llm__least(m.n - first, some);
         unsigned n_blocks = (unsigned)(((size_t)n * (size_t)m.k + 2047) / 2048);
-        llm__launch(&c->queue, LLM__SERIAL, "widening", dim3(n_blocks), 256, llm__widen, m, first, n, c->widened);
-        llm__blas_product(c, m, c->widened, first, n, x, rows, y, add);
+        for (int part = 0; part < (m.format == LLM__F16 ? 2 : 1); part++) {
+            llm__launch(&c->queue, LLM__SERIAL, "widening", dim3(n_blocks), 256, llm__widen, m, first, n, part == 1, c->widened);
+            llm__blas_product(c, m, c->widened, first, n, x, rows, y, add || part);
+        }
     }
 }
 
@@ -2149,7 +2219,7 @@ static void llm__send_burst(llm__gpu_context *c, const llm_burst *burst) {
 /* Token i of a burst. */
 static void llm__queue_token(llm__gpu_context *c, int i) {
     if (i && c->model->mode == LLM_CUDA_GRAPH) {
-        llm__run_graph(c, 1, true, &c->burst_graph);
+        llm__run_graph(c, 1, true, &c->burst_pass);
     } else {
         if (i) llm__fused_pass(c, 1);
         llm__run_picker(c);

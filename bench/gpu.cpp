@@ -1,13 +1,16 @@
 /*  gpu.cpp - how fast llm_cuda.cu is, on models of well-known shapes with random weights:  gpu [SHAPE...]
+              on HellaSwag's texts, cut into tokens as MODEL does:                           gpu --hellaswag SHAPE MODEL TEXTS [QUESTIONS]
               and whether a real model says the same on the GPU as on the CPU:               gpu --same MODEL
 
-    It drives the backend itself, so no files are needed. Each line is one measurement, beside the limit measured on the
-    same GPU: decoding against the bandwidth of reading the weights (MBU), prefill against cuBLAS on the widest matrix
-    (MFU). bench/gpu.sh builds and runs it. */
+    It drives the backend itself, so models need no files. Each line is one measurement, beside the limit measured on the
+    same GPU: decoding against the bandwidth of reading the weights (MBU), prefill and scoring against cuBLAS on the widest
+    matrix (MFU). bench/gpu.sh builds and runs it. */
 #define LLM_CUDA
+#define LLM_IMPLEMENTATION
 #include "llm.h"
 
 #include <chrono>
+#include <fstream>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,6 +28,7 @@ static const shape SHAPES[] = {
     {"Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256, 8320},
     {"TinyLlama-1.1B", 22, 2048, 5632, 32, 4, 64, 32000, 8320},
     {"SmolLM2-135M", 30, 576, 1536, 9, 3, 64, 49152, 8320},
+    {"LLaMA-33B", 60, 6656, 17920, 52, 52, 128, 32000, 8320}, /* for --hellaswag */
     {"smallest", 2, 64, 96, 4, 2, 16, 300, 320}, /* to try this program without a GPU */
 };
 
@@ -250,6 +254,96 @@ static void bench_model(const shape *s, llm_dtype dtype, llm_cuda_mode mode) {
     b.backend->close(b.model);
 }
 
+/* ---- HellaSwag: of the texts only the lengths matter to a model of random weights ---- */
+
+enum { ENDINGS = 4, SOME_QUESTIONS = 400, ALL_QUESTIONS = 10042 };
+
+typedef struct scored {
+    std::vector<llm_token> texts[ENDINGS]; /* the context's tokens, then the ending's */
+    const llm_token *endings[ENDINGS];
+    int n_context, n_ending[ENDINGS];
+} scored;
+
+static void cut_text(const llm_tokenizer *tokenizer, const std::string &context, const std::string &ending, int n_vocab, scored *q, int e) {
+    std::vector<llm_token> &text = q->texts[e];
+    llm_error err;
+    int64_t n_context;
+    text.resize(4 * (context.size() + ending.size()) + 16);
+    int64_t n = llm_encode_pair(tokenizer, context.c_str(), (" " + ending).c_str(), LLM_ENCODE_BOS, text.data(), text.size(), &n_context, &err);
+    if (n < 0) check(err.code, &err);
+    text.resize((size_t)n);
+    for (llm_token &token : text) token %= n_vocab;
+    q->n_context = (int)n_context;
+    q->n_ending[e] = (int)(n - n_context);
+    q->endings[e] = text.data() + n_context;
+}
+
+/* Six lines a question, as llama.cpp's file has them: the context, the number of the right ending, four endings. */
+static std::vector<scored> read_questions(const char *model, const char *path, size_t most, int n_vocab) {
+    std::vector<scored> questions(most);
+    std::ifstream file(path);
+    std::string context, line;
+    llm_tokenizer *tokenizer;
+    llm_error err;
+    size_t n = 0;
+    check(llm_tokenizer_load(&tokenizer, model, NULL, &err), &err);
+    for (; n < most && std::getline(file, context) && std::getline(file, line); n++)
+        for (int e = 0; e < ENDINGS && std::getline(file, line); e++) cut_text(tokenizer, context, line, n_vocab, &questions[n], e);
+    questions.resize(n);
+    if (questions.empty()) {
+        fprintf(stderr, "gpu: %s has no questions\n", path);
+        exit(1);
+    }
+    llm_tokenizer_free(tokenizer);
+    return questions;
+}
+
+/* As examples/hellaswag.c counts them. */
+static double useful_operations(const shape *s, const llm_score_stats *stats) {
+    double q = s->n_heads * s->head_dim, projections = s->n_embd * (q + 2.0 * s->n_kv_heads * s->head_dim), rest = s->n_embd * (q + 3.0 * s->n_ff);
+    return 2 * ((double)stats->n_computed * (s->n_layers * projections + (s->n_layers - 1) * rest) +
+                (double)stats->n_predicted * (rest + (double)s->n_embd * s->n_vocab));
+}
+
+/* A model as llm_model_load makes it, but for the file. */
+static int score_hellaswag(const shape *s, const char *tokenizer, const char *path, size_t most) {
+    std::vector<scored> texts = read_questions(tokenizer, path, most, s->n_vocab);
+    std::vector<llm_question> questions;
+    std::vector<double> results(texts.size() * ENDINGS);
+    llm_context_desc desc = {};
+    llm_context *ctx;
+    llm_model model = {};
+    llm_score_stats stats;
+    llm_error err;
+    bench b = {};
+    char what[100];
+    for (const scored &t : texts) questions.push_back(llm_question{t.texts[0].data(), t.n_context, ENDINGS, t.endings, t.n_ending});
+    b.s = s;
+    b.backend = llm_cuda_backend();
+    b.mode = "packed";
+    b.dtype = "bf16";
+    open_model(&b, LLM_DTYPE_BF16);
+    model.backend = b.backend;
+    model.device = b.model;
+    model.shape = b.llm;
+    model.info.dtype = LLM_DTYPE_BF16;
+    desc.n_ctx = 512;
+    desc.n_seq = 256;
+    desc.n_cache = 6144; /* 10 GB of LLaMA-33B's: with its weights, 75 GB */
+    desc.n_batch = 2048;
+    desc.n_logits = 1;
+    check(llm_context_create(&ctx, &model, &desc, &err), &err);
+    int n = (int)questions.size();
+    check(llm_score(ctx, questions.data(), (n + 9) / 10, NULL, results.data(), &stats, &err), &err); /* cuBLAS loads its kernels */
+    check(llm_score(ctx, questions.data(), n, NULL, results.data(), &stats, &err), &err);
+    int used = snprintf(what, sizeof what, "HellaSwag: %d questions in %.1f s", n, stats.seconds);
+    if (n < ALL_QUESTIONS) snprintf(what + used, sizeof what - (size_t)used, " (all %d extrapolated: %.0f s)", ALL_QUESTIONS, stats.seconds / n * ALL_QUESTIONS);
+    print_row(&b, what, (double)stats.n_computed / stats.seconds, useful_operations(s, &stats) / stats.seconds / llm_measure_flops(ctx));
+    llm_context_free(ctx);
+    b.backend->close(b.model);
+    return 0;
+}
+
 /* ---- A real model's words ---- */
 
 typedef struct text {
@@ -320,9 +414,12 @@ static int same_text(const char *path) {
 int main(int argc, char **argv) {
     static const llm_dtype dtypes[] = {LLM_DTYPE_BF16, LLM_DTYPE_INT8, LLM_DTYPE_INT4};
     if (argc == 3 && !strcmp(argv[1], "--same")) return same_text(argv[2]);
+    for (const shape &s : SHAPES)
+        if (argc >= 5 && !strcmp(argv[1], "--hellaswag") && !strcmp(argv[2], s.name))
+            return score_hellaswag(&s, argv[3], argv[4], argc > 5 ? strtoul(argv[5], NULL, 10) : (size_t)SOME_QUESTIONS);
     printf("model,weights,mode,what,per second,%% of the limit\n");
     for (size_t i = 0; i < sizeof SHAPES / sizeof *SHAPES; i++) {
-        bool smallest = !strcmp(SHAPES[i].name, "smallest"), wanted = argc < 2 && !smallest;
+        bool smallest = !strcmp(SHAPES[i].name, "smallest"), wanted = argc < 2 && !smallest && strcmp(SHAPES[i].name, "LLaMA-33B");
         for (int j = 1; j < argc; j++) wanted |= !strcmp(argv[j], SHAPES[i].name);
         for (int mode = LLM_CUDA_GRAPH; wanted && mode <= (i == 0 || smallest ? LLM_CUDA_EAGER : LLM_CUDA_GRAPH); mode++)
             for (llm_dtype dtype : dtypes) bench_model(&SHAPES[i], dtype, (llm_cuda_mode)mode);

@@ -1,12 +1,15 @@
 #!/bin/bash
 # On a machine with an NVIDIA GPU and the CUDA Toolkit, in less than nine minutes: builds llm_cuda.cu; runs its tests on
 # the device, then some under compute-sanitizer; measures the device's limits and how near decoding and prefill come to
-# them; measures peers; compares the default model's text with the CPU's. Prints one table last and writes it to
-# build/gpu/gpu.csv. What is not on the machine (cmocka, compute-sanitizer, PyTorch, the model) is left out, and said so.
+# them; measures peers; compares the default model's text with the CPU's; scores part of HellaSwag. Prints one table last
+# and writes it to build/gpu/gpu.csv. What is not on the machine (cmocka, compute-sanitizer, PyTorch, the model, the data)
+# is left out, and said so.
 #   bench/gpu.sh [SHAPE...]   SHAPE: only these of bench/gpu.cpp
 #   bench/gpu.sh --build      only builds, which needs no GPU
 #   LLAMA_BENCH=path          llama.cpp's llama-bench, built with CUDA, to run on the default model
 #   LLM_MODEL=path            the default model, if it is not in models/
+#   LLM_DATA=folder           with hellaswag_val_full.txt (perhaps .bz2), six lines a question; the first 400 are scored
+# All questions: build/gpu/bench --hellaswag LLaMA-33B models/SmolLM2-135M-Instruct.Q4_1.gguf hellaswag_val_full.txt 10042
 set -u
 cd "$(dirname "$0")/.." || exit 1
 PATH=$PATH:/usr/local/cuda/bin
@@ -45,11 +48,11 @@ has_cmocka() {
 say "1. Build"
 host=(g++ -O2 -std=c++17 -I. "-I$cuda/include")
 libraries=("-L$cuda/lib64" -lcublas -lcudart -lpthread -lm)
-gcc -O2 -std=c99 -DLLM_IMPLEMENTATION -I. -c -o $out/llm.o -x c llm.h &
-llm=$!
 "${host[@]}" -c -o $out/bench.o bench/gpu.cpp &
 bench=$!
 if has_cmocka; then
+    gcc -O2 -std=c99 -DLLM_IMPLEMENTATION -I. -c -o $out/llm.o -x c llm.h &
+    llm=$!
     "${host[@]}" -c -o $out/test_cuda.o tests/test_cuda.cpp &
     tests=$!
 else
@@ -58,10 +61,10 @@ else
 fi
 nvcc -O3 -std=c++17 -t 0 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
     -gencode arch=compute_90,code=compute_90 -c -o $out/llm_cuda.o llm_cuda.cu || exit 1
-wait $llm && wait $bench || exit 1
-g++ -o $out/bench $out/bench.o $out/llm.o $out/llm_cuda.o "${libraries[@]}" || exit 1
+wait $bench || exit 1
+g++ -o $out/bench $out/bench.o $out/llm_cuda.o "${libraries[@]}" || exit 1
 if [ -n "$tests" ]; then
-    wait $tests || exit 1
+    { wait "$tests" && wait "$llm"; } || exit 1
     g++ -o $out/test_cuda $out/test_cuda.o $out/llm.o $out/llm_cuda.o "${libraries[@]}" -lcmocka || exit 1
 fi
 [ "${1:-}" != --build ] || exit 0
@@ -105,6 +108,20 @@ if [ -r "$model" ]; then
     part "the comparison with the CPU" 60 $out/bench --same "$model" >>$out/gpu.csv
 else
     echo "Not compared with the CPU: $model is not here"
+fi
+
+say "7. HellaSwag"
+data=${LLM_DATA:-data}/hellaswag_val_full.txt
+! [ -r "$data.bz2" ] || { bunzip2 -c "$data.bz2" >$out/hellaswag.txt && data=$out/hellaswag.txt; }
+if [ -r "$data" ] && [ -r "$model" ]; then
+    part "HellaSwag of Llama-2-7B" 40 $out/bench --hellaswag Llama-2-7B "$model" "$data" >>$out/gpu.csv
+    if [ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)" -gt 78000 ]; then
+        part "HellaSwag of LLaMA-33B" 60 $out/bench --hellaswag LLaMA-33B "$model" "$data" >>$out/gpu.csv
+    else
+        echo "No LLaMA-33B: it and its cache take 75 GB"
+    fi
+else
+    echo "No HellaSwag: LLM_DATA does not name its folder, or there is no model"
 fi
 
 say "All in $out/gpu.csv; $failures parts failed"

@@ -14,6 +14,7 @@
 #include <math.h>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -68,6 +69,7 @@ struct cuda_host_settings {
 };
 
 inline cuda_host_settings cuda_host;
+inline thread_local bool cuda_host_records = false; /* this thread, so some calls are forbidden it                    */
 inline std::recursive_mutex cuda_host_lock; /* one thread at a time uses the GPU */
 
 /* ---- Threads of a block ---- */
@@ -382,6 +384,7 @@ static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attr
 }
 
 static inline cudaError_t cudaMalloc(void **out, size_t size) {
+    if (cuda_host_records) return cudaErrorStreamCaptureUnsupported;
     if (cuda_host_fails()) return cudaErrorMemoryAllocation;
     *out = aligned_alloc(256, (size + 255) / 256 * 256);
     if (!*out) return cudaErrorMemoryAllocation;
@@ -411,7 +414,7 @@ static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
 static inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cuda_host_delete(stream); }
 
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    if (stream->recording) return cudaErrorStreamCaptureUnsupported;
+    if (cuda_host_records) return cudaErrorStreamCaptureUnsupported;
     std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
     cuda_host_run(stream->queue);
     stream->queue.clear();
@@ -439,12 +442,12 @@ static inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStream
     if (cuda_host_fails()) return cudaErrorInvalidValue;
     cuda_host_run(stream->queue); /* what was queued before is not part of the graph */
     stream->queue.clear();
-    stream->recording = true;
+    stream->recording = cuda_host_records = true;
     return cudaSuccess;
 }
 
 static inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
-    stream->recording = false;
+    stream->recording = cuda_host_records = false;
     cuda_host_queue recorded;
     recorded.swap(stream->queue);
     cudaError_t result = cuda_host_new(out);
@@ -477,11 +480,20 @@ static inline void cuda_host_run_grid(dim3 grid, dim3 block, const std::function
             }
 }
 
+/* A kernel is loaded when it is launched for the first time, which is not to be while recording. */
+static inline bool cuda_host_may_launch(const void *kernel, bool recording) {
+    static std::set<const void *> loaded;
+    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    if (!recording) loaded.insert(kernel);
+    return loaded.count(kernel) > 0;
+}
+
 template <typename... Parameters, typename... Arguments>
 static inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Parameters...), Arguments... arguments) {
     dim3 grid = config->gridDim, block = config->blockDim;
     unsigned n = block.x * block.y * block.z;
     if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !n || n > 1024) return cudaErrorInvalidValue;
+    if (!cuda_host_may_launch((const void *)kernel, config->stream->recording)) return cudaErrorStreamCaptureUnsupported;
     if (!config->stream->recording) cuda_host_count_launch(&cuda_host.n_launches);
     return cuda_host_enqueue(config->stream, [=] { cuda_host_run_grid(grid, block, [=] { kernel(arguments...); }); });
 }
