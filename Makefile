@@ -44,7 +44,7 @@ vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run test test-cuda test-cross fuzz bench-tokenizer size model deps clean help
+.PHONY: all run test test-cuda test-cross fuzz bench-tokenizer bench-peers size model deps clean help
 all:
 	.ci/need $(NEEDED_TO_BUILD)
 	$(MAKE) $(PROGRAMS)
@@ -195,6 +195,31 @@ build/venv/ready: Makefile
 	build/venv/bin/pip install -q tokenizers tiktoken sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
 	touch $@
 
+# The CPU beside llama.cpp and OpenVINO GenAI, which come from PyPI into build/peers. LLAMA_BENCH=path is another llama-bench; RESULTS
+# gathers the measurements. gcc 12 builds llama.cpp's AMX code wrongly, so clang 19 (with libomp-19-dev) is taken where it is.
+LLAMA_BENCH = build/peers/llama/bin/llama-bench
+LLAMA       = llama_cpp_python-0.3.36
+RESULTS     = bench/results/cpu.csv
+bench-peers: build/bench build/peers/venv/ready $(LLAMA_BENCH)
+	$(MAKE) $(SMOLLM2)
+	build/peers/venv/bin/python bench/peers/cpu.py $(RESULTS) --model $(SMOLLM2) --llama-bench $(LLAMA_BENCH)
+	build/peers/venv/bin/python bench/peers/report.py $(RESULTS) $(RESULTS:.csv=.png)
+
+build/peers/venv/ready: Makefile
+	python3 -m venv build/peers/venv
+	build/peers/venv/bin/pip install -q openvino-genai matplotlib
+	touch $@
+
+build/peers/llama/bin/llama-bench:
+	.ci/need cmake:cmake ninja-build:ninja g++:g++
+	mkdir -p $(@D)
+	python3 -m pip download -q --no-deps --no-binary :all: -d build/peers llama-cpp-python==$(LLAMA:llama_cpp_python-%=%)
+	tar -xzf build/peers/$(LLAMA).tar.gz -C build/peers
+	cmake -G Ninja -S build/peers/$(LLAMA)/vendor/llama.cpp -B build/peers/llama -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
+		$$(! command -v clang++-19 >/dev/null || echo -DCMAKE_C_COMPILER=clang-19 -DCMAKE_CXX_COMPILER=clang++-19)
+	cmake --build build/peers/llama --target llama-bench llama-quantize
+
 # ---- The rest -------------------------------------------------------------------------------------------------------
 
 # llm.h alone: what it adds to a program that does nothing else, and how long the compiler works on it.
@@ -219,6 +244,7 @@ help:
 	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
 	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
 	echo "make bench-tokenizer   MB/s beside Hugging Face's tokenizers and tiktoken"
+	echo "make bench-peers       the CPU beside llama.cpp and OpenVINO GenAI; the first time builds or fetches these (1 GB)"
 	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine; T=name as above"
 	echo "make size        the size of the library in a program, and how long it takes to compile"
 	echo "make model       fetch the default model"

@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""The same work done by build/bench, llama.cpp's llama-bench and OpenVINO GenAI, in turns: prefill of a prompt, and decode
+from an empty cache. Each measurement is a row that is appended to RESULTS.csv; bench/peers/report.py draws what is there.
+
+    cpu.py RESULTS.csv --model MODEL.Q4_1.gguf --llama-bench PATH [--prompt 512] [--new 128] [--threads 2] [--rounds 5]
+           [--weights bf16,q8_0,q4_1,q4_0]
+
+llama-quantize, beside llama-bench, makes the files of the other types from MODEL, into build/peers/models. Each program
+reads the file of the same weights, but OpenVINO the F16 one for bf16 (it computes in bf16 where the processor can) and
+the Q4_0 one for q4_1, which it does not know; and ours holds Q8_0 as int8 per channel. Prompts of llama-bench are random;
+those of OpenVINO begin differently each time. LLM_ISA=avx512 (avx2) keeps ours from the matrix unit.
+"""
+import argparse
+import csv
+import datetime
+import json
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+
+TOP = pathlib.Path(__file__).resolve().parents[2]
+FOLDER = TOP / "build" / "peers"
+COLUMNS = ["date", "program", "version", "weights", "file", "isa", "threads", "prompt", "new", "round", "prefill_tok_s",
+           "decode_tok_s", "bandwidth_gb_s", "gflop_s", "decode_mbu", "prefill_mfu", "load_s"]
+FILES = {"bf16": "BF16", "q8_0": "Q8_0", "q4_1": None, "q4_0": "Q4_0"}  # None: the model itself
+OURS = {"bf16": "bf16", "q8_0": "int8", "q4_1": "int4", "q4_0": "int4"}
+OPENVINO = {"bf16": "F16", "q8_0": "Q8_0", "q4_1": "Q4_0", "q4_0": "Q4_0"}
+
+
+def machine():
+    """What the figures depend on, in one line."""
+    about = dict(re.findall(r"(.+?):\s+(.+)", run(["lscpu"])))
+    flags = about.get("Flags", "").split()
+    kinds = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16") if flag in flags]
+    memory = re.search(r"MemTotal:\s*(\d+)", pathlib.Path("/proc/meminfo").read_text(encoding="utf-8"))
+    parts = [about.get("Model name", platform.machine()), f"family {about.get('CPU family')} model {about.get('Model')}",
+             f"{os.cpu_count()} processors", " ".join(kinds), f"L3 {about.get('L3 cache')}", f"{int(memory[1]) >> 20} GiB",
+             run(["cc", "--version"]).splitlines()[0]]
+    return ", ".join(part for part in parts if part)
+
+
+def run(command):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{command[0]} failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def model_file(args, kind):
+    """The model's file of a type; llama-quantize makes it if it is not there."""
+    if not kind:
+        return args.model
+    to = FOLDER / "models" / re.sub(r"(\.Q4_1)?\.gguf$", f".{kind}.gguf", args.model.name)
+    if not to.exists():
+        to.parent.mkdir(parents=True, exist_ok=True)
+        run([args.llama_bench.with_name("llama-quantize"), "--allow-requantize", args.model, to, kind])
+    return to
+
+
+def ours(args, weights):
+    file = model_file(args, FILES[weights])
+    [got] = json.loads(run([TOP / "build" / "bench", "-m", file, "--dtype", OURS[weights], "-p", args.prompt, "-n", args.new,
+                            "-t", args.threads, "-r", 1, "-o", "json"]))
+    keep = ("isa", "prefill_tok_s", "decode_tok_s", "bandwidth_gb_s", "gflop_s", "decode_mbu", "prefill_mfu", "load_s")
+    return {"program": "llm.h", "file": file.name} | {key: got[key] for key in keep}
+
+
+def llama(args, weights):
+    file = model_file(args, FILES[weights])
+    prefill, decode = json.loads(run([args.llama_bench, "-m", file, "-p", args.prompt, "-n", args.new, "-t", args.threads,
+                                      "-r", 1, "-o", "json"]))
+    return {"program": "llama.cpp", "version": prefill["build_commit"], "file": file.name,
+            "prefill_tok_s": prefill["avg_ts"], "decode_tok_s": decode["avg_ts"]}
+
+
+def openvino(args, weights):
+    file = model_file(args, OPENVINO[weights])
+    text = run([sys.executable, TOP / "bench" / "peers" / "genai.py", file, "--prompt", args.prompt, "--new", args.new,
+                "--threads", args.threads])
+    return {"program": "OpenVINO GenAI", "file": file.name} | json.loads(text.splitlines()[-1])
+
+
+def open_results(path):
+    """The file to append to; a new one begins with the machine and the columns."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a", newline="", encoding="utf-8")
+    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    if new:
+        file.write(f"# {machine()}\n")
+        writer.writeheader()
+    return file, writer
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=pathlib.Path)
+    parser.add_argument("--model", type=pathlib.Path, required=True)
+    parser.add_argument("--llama-bench", type=pathlib.Path, required=True)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--weights", default=",".join(FILES), help="some of " + ", ".join(FILES))
+    args = parser.parse_args()
+    kinds = args.weights.split(",")
+    if not set(kinds) <= set(FILES):
+        parser.error(f"--weights: '{args.weights}' is no list of {', '.join(FILES)}")
+    file, writer = open_results(args.results)
+    with file:
+        for round_ in range(args.rounds):
+            for weights in kinds:
+                for program in (ours, llama, openvino):
+                    row = program(args, weights)
+                    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
+                    row |= {"date": now, "weights": weights, "threads": args.threads, "prompt": args.prompt, "new": args.new,
+                            "round": round_}
+                    writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value
+                                     for key, value in row.items()})
+                    file.flush()
+                    print(f"{row['program']:15} {weights:5} prefill {row['prefill_tok_s']:8.1f}  "
+                          f"decode {row['decode_tok_s']:7.1f} tok/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
