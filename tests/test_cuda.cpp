@@ -25,6 +25,7 @@ static const tiny_spec LONG_HEADS = {1, 128, 64, 2, 1, 128, 512, 43, 0, 30, 6};
 static const tiny_spec FOUR_BITS = {2, 96, 160, 6, 2, 32, 512, 43, 1, 3, 7};
 static const tiny_spec FOUR_BITS_0 = {1, 64, 288, 4, 4, 24, 512, 43, 0, 2, 8};
 static const tiny_spec EIGHT_BITS = {1, 160, 96, 5, 1, 32, 512, 43, 0, 8, 9};
+static const tiny_spec HALVES = {1, 64, 96, 4, 2, 16, 512, 43, 1, 1, 10};
 static const tiny_spec SMALL = {1, 32, 32, 2, 1, 16, 512, 43, 0, 30, 9};
 
 static llm_model *load_as(const tiny_spec *spec, const llm_backend *backend, llm_dtype dtype, llm_error *err) {
@@ -186,7 +187,7 @@ static void test_eager(void **state) {
     (void)state;
     agrees_with_cpu(&TINY_ODD, LLM_CUDA_EAGER, LLM_DTYPE_BF16);
     agrees_with_cpu(&MANY_GROUPS, LLM_CUDA_EAGER, LLM_DTYPE_BF16);
-    agrees_with_cpu(&TINY_ODD, LLM_CUDA_EAGER, LLM_DTYPE_INT8);
+    agrees_with_cpu(&SMALL, LLM_CUDA_EAGER, LLM_DTYPE_INT8);
 }
 
 static void test_fused(void **state) {
@@ -201,8 +202,8 @@ static void test_fused(void **state) {
 static void test_halves(void **state) {
     const llm_dtype f16 = LLM_DTYPE_F16;
     (void)state;
-    double exact = agree(load(&USUAL_HEADS, NULL, f16), load(&USUAL_HEADS, llm_cuda_backend_mode(LLM_CUDA_FUSED), f16), 0.02);
-    double rounded = agree(load(&USUAL_HEADS, NULL, f16), load(&USUAL_HEADS, llm_cuda_backend_mode(LLM_CUDA_FUSED)), 0.02);
+    double exact = agree(load(&HALVES, NULL, f16), load(&HALVES, llm_cuda_backend_mode(LLM_CUDA_FUSED), f16), 0.02);
+    double rounded = agree(load(&HALVES, NULL, f16), load(&HALVES, llm_cuda_backend_mode(LLM_CUDA_FUSED)), 0.02);
     assert_true(exact < rounded);
     agrees_with_cpu(&TINY_ODD, LLM_CUDA_EAGER, f16);
 }
@@ -562,9 +563,9 @@ static void scores_as_cpu(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype d
 
 static void test_scores(void **state) {
     (void)state;
-    scores_as_cpu(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 4);
+    scores_as_cpu(&SMALL, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 4);
     scores_as_cpu(&TINY_ODD, LLM_CUDA_EAGER, LLM_DTYPE_INT8, 2);
-    scores_as_cpu(&FOUR_BITS, LLM_CUDA_GRAPH, LLM_DTYPE_INT4, 2);
+    scores_as_cpu(&FOUR_BITS_0, LLM_CUDA_GRAPH, LLM_DTYPE_INT4, 2);
     scores_as_cpu(&EIGHT_BITS, LLM_CUDA_FUSED, LLM_DTYPE_INT4, 2);
 }
 
