@@ -172,6 +172,7 @@ static void test_neon(void **state) { (void)state; all_ways_agree("neon"); }
 #else
 static void test_avx2(void **state) { (void)state; all_ways_agree("avx2"); }
 static void test_avx512(void **state) { (void)state; all_ways_agree("avx512"); }
+static void test_avx512_bf16(void **state) { (void)state; all_ways_agree("avx512_bf16"); }
 static void test_amx(void **state) { (void)state; all_ways_agree("amx"); }
 #endif
 
@@ -244,7 +245,7 @@ int main(void) {
 #if defined(__aarch64__)
         cmocka_unit_test(test_neon),
 #else
-        cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512), cmocka_unit_test(test_amx),
+        cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512), cmocka_unit_test(test_avx512_bf16), cmocka_unit_test(test_amx),
 #endif
         cmocka_unit_test(test_types), cmocka_unit_test(test_default_model)};
 #ifdef TILES_H /* the matrix unit is in plain C: the other sets are as they always are */
