@@ -151,7 +151,7 @@ typedef struct llm_model_desc {
     bool (*read)(void *user, uint64_t offset, void *to, size_t n_bytes);
     void *read_user;
     uint64_t read_size;
-    const char *isa; /* force an instruction set: "scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"; NULL: the best  */
+    const char *isa; /* force one: "scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"; NULL: the best there is  */
     const llm_backend *backend; /* what computes; NULL: the CPU. See llm_cuda_backend                         */
     llm_host host;
 } llm_model_desc;
@@ -6176,7 +6176,8 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
    k is padded with zeros to a multiple of 32. Weights lie in tiles of 16 outputs, so that a vector holds the same k of
    16 outputs and each lane computes one output in just this order:
      f32, f16  [k][16]          bf16   [k/2][16][2]            int8   [k][16], then f32 scale[16]
-     int8 in groups: for each group [32][16], then f16 d[16], m[16];  int4: [4][16] words of 8 numbers, d[16], m[16]
+     int8 in groups: for each group [32][16], then f16 d[16], m[16];  int4: [4][16] words of 8 numbers (in the order of
+     LLM__NIBBLE), d[16], m[16]
    A block of the KV cache is such tiles: keys with k along the head, values with k along the positions. In an int8
    cache a position's key, or value, has one scale: the keys' tiles hold it; that of the values stands behind their
    tiles, whose own scales are 1, and is multiplied into the softmax weights, which are rounded to bf16 again.
@@ -6190,7 +6191,7 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
 
 #if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 
-/* Where in its word of int4 the number of k = 0..7 is: k and k + 2 are half a word apart. */
+/* Where in its word of int4 the number of k = 0..7 is. Those of k and k + 2 are half a word apart, see v_dot. */
 #define LLM__NIBBLE(k) (((k)&1) | ((k)&4) >> 1 | (~(k)&2) << 1)
 
 typedef enum llm__kind {
@@ -6225,8 +6226,8 @@ typedef struct llm__tile_product {
 } llm__tile_product;
 
 enum {
-    LLM__RUN_TILES = 4,    /* tiles that the same activations meet, a run of so many k at a time                   */
-    LLM__RUN_K = 2048,
+    LLM__RUN_TILES = 4,    /* tiles that the same activations meet, a run of so many k at a time                 */
+    LLM__RUN_K = 2048,     /* as pairs, 8 rows of it are 32 KB                                                   */
     LLM__TILE_ROWS = 16,   /* from so many rows on, a product goes to the matrix unit if there is one             */
     LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
     LLM__PANEL_TILES = 8,  /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
@@ -6817,6 +6818,7 @@ LLM__INLINE void LLM__FN(pair_row)(const float *x, int k, uint32_t *pairs) {
 LLM__INLINE void LLM__FN(weight_pairs)(const llm__kind KIND, const uint8_t *w, const int J, V *even, V *odd) {
     if (KIND == LLM__W_BF16) {
         V a = v_load((const float *)(const void *)w + J * 8), b = v_load((const float *)(const void *)w + J * 8 + 16);
+        __asm__("" : "+v"(a), "+v"(b)); /* gcc would load them again for each use */
         __m512i up = _mm512_slli_epi32(_mm512_castps_si512(a), 16);
         *even = _mm512_castsi512_ps(_mm512_mask_mov_epi16(up, 0x55555555, _mm512_castps_si512(b)));
         *odd = v_pair(a, b);
@@ -6824,7 +6826,8 @@ LLM__INLINE void LLM__FN(weight_pairs)(const llm__kind KIND, const uint8_t *w, c
         const V evens = {0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14},
                 odds = {1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15};
         const __m512i numbers = _mm512_castps_si512(v_pair(odds, evens)); /* looked up by the low five bits */
-        const __m512i words = _mm512_loadu_si512((const void *)w);
+        __m512i words = _mm512_loadu_si512((const void *)w);
+        __asm__("" : "+v"(words));
         *even = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(words, J * 2), numbers));
         *odd = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(words, J * 2 + 4), numbers));
     } else {
@@ -6846,16 +6849,15 @@ enum { LLM__FN(inputs) = 32 };
 #endif
 
 /* The sums over one block, its even and odd weights as two chains. With several rows the products take long enough that
-   the processor's own prefetching falls behind: what comes 2 KiB later is asked for here. */
+   the processor's own prefetching falls behind: what comes 8 KiB later is asked for here, into the second cache. So 4
+   rows of bf16 take as long as one (Zen 4, two cores). */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const LLM__FN(input) *x, size_t x_stride,
                                 const uint8_t *w, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) even[r] = odd[r] = v_splat(0);
     const size_t quarter = LLM__FN(block_bytes)(KIND) / 256 * 64;
     for (const uint8_t *end = w + 4 * quarter; w < end; w += quarter, x += LLM__FN(inputs) / 4) {
-        if (ROWS > 1) {
-            LLM__UNROLL for (size_t line = 0; line < quarter; line += 64) __builtin_prefetch(w + line + 2048);
-        }
+        LLM__UNROLL for (size_t line = 0; line < quarter; line += 64) __builtin_prefetch(w + line + 8192, 0, 2);
 #if defined(LLM__USE_BF16)
         LLM__UNROLL for (int j = 0; j < 8; j += 4) {
             V we, wo;
@@ -6906,31 +6908,33 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const
                                      size_t y_stride) {
     const size_t bytes = LLM__FN(block_bytes)(KIND), sums_stride = (size_t)k / 32;
     V total[LLM__RUN_TILES][LLM__MOST_ROWS];
-    for (int t = 0; t < n; t++)
+    for (int t = 0; t < n; t++) {
         LLM__UNROLL for (int r = 0; r < ROWS; r++) total[t][r] =
             KIND == LLM__W_INT8 ? v_splat(0) : v_load(y + (size_t)r * y_stride + 16 * t);
+    }
     for (int i = 0; i < k; i += LLM__RUN_K) {
         int some = k - i < LLM__RUN_K ? k - i : (int)LLM__RUN_K;
 #if defined(LLM__USE_BF16)
-        uint32_t pairs[LLM__MOST_ROWS][LLM__RUN_K / 2 + 16] __attribute__((aligned(64)));
+        uint32_t pairs[LLM__MOST_ROWS][LLM__RUN_K / 2] __attribute__((aligned(64)));
         for (int r = 0; r < ROWS; r++) LLM__FN(pair_row)(x + (size_t)r * x_stride + i, some, pairs[r]);
         const uint32_t *run = pairs[0];
-        const size_t run_stride = LLM__RUN_K / 2 + 16;
+        const size_t run_stride = LLM__RUN_K / 2;
 #else
         const float *run = x + i;
         const size_t run_stride = x_stride;
 #endif
-        for (int t = 0; t < n; t++)
-            LLM__FN(blocks)(ROWS, KIND, run, run_stride, x_sums ? x_sums + i / 32 : NULL, sums_stride,
-                            w + (size_t)t * tile_bytes + (size_t)i / 32 * bytes, some / 32, total[t]);
+        const uint8_t *part = w + (size_t)i / 32 * bytes;
+        for (int t = 0; t < n; t++, part += tile_bytes)
+            LLM__FN(blocks)(ROWS, KIND, run, run_stride, x_sums ? x_sums + i / 32 : NULL, sums_stride, part, some / 32, total[t]);
     }
-    for (int t = 0; t < n; t++)
+    for (int t = 0; t < n; t++) {
         LLM__UNROLL for (int r = 0; r < ROWS; r++) {
             float *yr = y + (size_t)r * y_stride + 16 * t;
-            V scale = v_load((const float *)(const void *)(w + (size_t)(t + 1) * tile_bytes) - 16);
+            V scale = v_load((const float *)(const void *)(w + (size_t)(t + 1) * tile_bytes) - 16); /* of int8 */
             if (KIND == LLM__W_INT8) total[t][r] = v_add(v_load(yr), v_mul(total[t][r], scale));
             v_store(yr, total[t][r]);
         }
+    }
 }
 
 LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
@@ -6939,18 +6943,18 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const 
     const size_t tile_bytes = FLOATS ? (size_t)k * (KIND == LLM__W_F16 ? 32 : 64)
                                      : (size_t)k / 32 * LLM__FN(block_bytes)(KIND) + (KIND == LLM__W_INT8 ? 64 : 0);
     const int STEP = FLOATS ? 1 : LLM__RUN_TILES;
-    for (int t = 0; t < n; t += STEP, w += (size_t)STEP * tile_bytes, y += 16 * STEP)
+    for (int t = 0; t < n; t += STEP, w += (size_t)STEP * tile_bytes, y += 16 * STEP) {
+        int some = n - t < STEP ? n - t : STEP;
         if (FLOATS) LLM__FN(float_rows)(ROWS, KIND == LLM__W_F16, x, x_stride, w, k, y, y_stride);
-        else
-            LLM__FN(block_rows)
-            (ROWS, KIND, x, x_stride, x_sums, w, tile_bytes, n - t < STEP ? n - t : STEP, k, y, y_stride);
+        else LLM__FN(block_rows)(ROWS, KIND, x, x_stride, x_sums, w, tile_bytes, some, k, y, y_stride);
+    }
 }
 
 /* N rows at a time as long as there are so many. */
-#define LLM__ROWS_BY(N)                                                             \
-    for (; rows >= (N); rows -= (N), x += (N)*x_stride, y += (N)*y_stride) {        \
+#define LLM__ROWS_BY(N)                                                               \
+    for (; rows >= (N); rows -= (N), x += (N)*x_stride, y += (N)*y_stride) {          \
         LLM__FN(some_rows)((N), KIND, x, x_stride, x_sums, tiles, n, k, y, y_stride); \
-        if (GROUPS) x_sums += (N) * (k / 32);                                       \
+        if (GROUPS) x_sums += (N) * (k / 32);                                         \
     }
 
 /* As many rows at once as the registers hold sums for, then fewer. */
@@ -6965,10 +6969,10 @@ LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x
 }
 #undef LLM__ROWS_BY
 
-#define LLM__PRODUCT(name, KIND)                                                                                   \
-    LLM__TARGET static void LLM__FN(name)(const float *x, size_t x_stride, const float *x_sums, int rows,          \
-                                          const void *tiles, int n, int k, float *y, size_t y_stride) {            \
-        LLM__FN(product)(KIND, x, x_stride, x_sums, rows, (const uint8_t *)tiles, n, k, y, y_stride);              \
+#define LLM__PRODUCT(name, KIND)                                                                          \
+    LLM__TARGET static void LLM__FN(name)(const float *x, size_t x_stride, const float *x_sums, int rows, \
+                                          const void *tiles, int n, int k, float *y, size_t y_stride) {   \
+        LLM__FN(product)(KIND, x, x_stride, x_sums, rows, (const uint8_t *)tiles, n, k, y, y_stride);     \
     }
 LLM__PRODUCT(product_f32, LLM__W_F32)
 LLM__PRODUCT(product_bf16, LLM__W_BF16)
@@ -8746,8 +8750,8 @@ static void llm__score_columns(const llm__cpu_context *c, int index, bool panels
         kernels->panel(m->kind, &panel);
     } else {
         memset(logits, 0, (size_t)rows * stride * sizeof(float));
-        kernels->product[m->kind](c->normed + row * c->x_stride, c->x_stride, sums, rows, tiles, n_tiles, (int)k, logits,
-                                  stride);
+        kernels->product[m->kind](c->normed + row * c->x_stride, c->x_stride, sums, rows, tiles, n_tiles, (int)k,
+                                  logits, stride);
     }
     for (int r = 0; r < rows; r++) {
         size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)part;

@@ -136,7 +136,7 @@ static const struct argp option_parser = {
     .args_doc = "-m MODEL",
     .doc = "Talks to a language model: a chat, or with -p one answer.\vText goes to standard output, all else to "
            "standard error. Ctrl-C stops the answer. In a chat, /help lists the commands.\n\n"
-           "LLM_ISA in the environment forces an instruction set: scalar, avx2, avx512, neon.",
+           "LLM_ISA in the environment forces an instruction set: scalar, avx2, avx512, avx512_bf16, amx, neon.",
 };
 
 /* ---- State ----------------------------------------------------------------------------------------------------- */

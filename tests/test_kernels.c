@@ -34,7 +34,7 @@ static void check_same(const char *what, const void *a, const void *b, size_t n)
 }
 
 static float x[ROOM], w[ROOM], a[ROOM], b[ROOM], sums[ROOM];
-static uint8_t tile[ROOM * 8];
+static uint8_t tile[(LLM__RUN_K + 192) * 64], tiles[2 * sizeof tile];
 
 /* A tile of random weights: whole numbers with scales, or floats. */
 static void random_tile(llm__kind kind, int k) {
@@ -50,18 +50,24 @@ static void random_tile(llm__kind kind, int k) {
         }
 }
 
+/* Mostly few k, which many rows and some tiles meet; now and then more k than meet a tile at once. */
 static void check_product(const llm__kernels *k, llm__kind kind) {
-    int rows = 1 + (int)random_int(20), n = 32 * (1 + (int)random_int(6)), stride = n + (int)random_int(9), y_stride = 16 + (int)random_int(5);
+    bool deep = random_int(16) == 0;
+    int rows = 1 + (int)random_int(deep ? 3 : 20), n_tiles = 1 + (int)random_int(deep ? 2 : 6);
+    int n = 32 * (1 + (int)random_int(6) + (deep ? LLM__RUN_K / 32 : 0)), stride = n + (int)random_int(9), y_stride = 16 * n_tiles + (int)random_int(5);
     random_floats(x, rows * stride);
-    random_tile(kind, n);
+    for (int i = n_tiles; i--;) {
+        random_tile(kind, n);
+        memcpy(tiles + (size_t)i * llm__tile_bytes(kind, n), tile, llm__tile_bytes(kind, n));
+    }
     random_floats(a, rows * y_stride);
     memcpy(b, a, sizeof a);
     for (int i = 0; i < rows * stride && kind != LLM__W_F32; i++) x[i] = llm__bf16_to_f32(llm__f32_to_bf16(x[i]));
     for (int i = 0; i < rows; i++) k->group_sums(x + i * stride, n, sums + i * (n / 32));
     for (int i = 0; i < rows; i++) scalar->group_sums(x + i * stride, n, w + i * (n / 32));
     check_same("group_sums", sums, w, (size_t)(rows * (n / 32)) * 4);
-    scalar->product[kind](x, (size_t)stride, sums, rows, tile, 1, n, a, (size_t)y_stride);
-    k->product[kind](x, (size_t)stride, sums, rows, tile, 1, n, b, (size_t)y_stride);
+    scalar->product[kind](x, (size_t)stride, sums, rows, tiles, n_tiles, n, a, (size_t)y_stride);
+    k->product[kind](x, (size_t)stride, sums, rows, tiles, n_tiles, n, b, (size_t)y_stride);
     check_same("product", a, b, sizeof a);
 }
 
