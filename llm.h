@@ -247,13 +247,14 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer); /* "chatm
 typedef struct llm_context llm_context;
 
 typedef struct llm_context_desc {
-    int n_ctx;             /* positions a sequence can hold; 0: what the model was trained for, at most 4096         */
-    int n_seq;             /* sequences; 0: 1                                                                        */
-    int n_cache;           /* positions of all sequences together, forks sharing their parent's; 0: n_ctx * n_seq    */
-    int n_batch;           /* tokens computed in one pass; longer batches take several; 0: 512                       */
-    int n_logits;          /* rows of logits one llm_forward can return; 0: n_seq                                    */
-    int n_threads;         /* 0: one per physical core                                                               */
-    llm_dtype cache_dtype; /* type of the KV cache: f32, bf16, int8; 0: bf16, but f32 on the CPU for f32 and f16 weights */
+    int n_ctx;     /* positions a sequence can hold; 0: what the model was trained for, at most 4096         */
+    int n_seq;     /* sequences; 0: 1                                                                        */
+    int n_cache;   /* positions of all sequences together, forks sharing their parent's; 0: n_ctx * n_seq    */
+    int n_batch;   /* tokens computed in one pass; longer batches take several; 0: 512                       */
+    int n_logits;  /* rows of logits one llm_forward can return; 0: n_seq                                    */
+    int n_threads; /* 0: one per physical core                                                               */
+    llm_dtype
+        cache_dtype; /* type of the KV cache: f32, bf16, int8; 0: bf16, but f32 on the CPU for f32 and f16 weights */
     bool (*cancel)(void *user); /* polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED       */
     void *cancel_user;
     /* The host's own threads instead of ours: must run task(arg, i) for i = 0 .. n-1 all at the same time (tasks
@@ -6260,7 +6261,7 @@ typedef struct llm__kernels {
     void (*merge)(float *max, float *sum, float *out, float part_max, float part_sum, const float *part, int n);
     /* y = x * factor, rounded to bf16 if `round`. */
     void (*scale)(const float *x, float factor, int n, bool round, float *y);
-    void (*add)(float *y, const float *x, int n); /* y += x */
+    void (*add)(float *y, const float *x, int n);   /* y += x */
     void (*weigh)(float *y, const float *x, int n); /* y = y * x, rounded to bf16; n is a multiple of 16 */
     /* Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given. */
     void (*rope)(float *x, const float *cosines, const float *sines, int half);
@@ -6713,8 +6714,15 @@ LLM__INLINE V v_pow2(V s) { LLM__LANES(llm__bits_f32((llm__f32_bits(s.f[i]) + 12
 
 /* v_round_bf16 takes no NaN, and denormals are gone before it. v_pow2 gives 2^n for n + 12582912.0f. */
 
+/* The scalar set is not for speed, but should not be large. */
+#if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2) || defined(LLM__USE_NEON)
+#define LLM__LONG LLM__INLINE
+#else
+#define LLM__LONG static __attribute__((noinline))
+#endif
+
 /* exp(x) for x clamped to [-87, 88], relative error below 2e-7: 2^n times a Taylor polynomial on |r| <= log(2) / 2. */
-LLM__INLINE V v_exp(V x) {
+LLM__LONG V v_exp(V x) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
     x = v_max(v_min(x, v_splat(88.0f)), v_splat(-87.0f));
     V n = v_fma(x, v_splat(1.44269504f), v_splat(shift));
@@ -6799,8 +6807,8 @@ LLM__INLINE V v_dot(uint32_t x, V w, V sum) {
 
 /* The upper half of each word of a stays, that of b becomes the lower. */
 LLM__INLINE V v_pair(V a, V b) {
-    return _mm512_castsi512_ps(_mm512_mask_mov_epi16(_mm512_castps_si512(a), 0x55555555,
-                                                     _mm512_srli_epi32(_mm512_castps_si512(b), 16)));
+    return _mm512_castsi512_ps(
+        _mm512_mask_mov_epi16(_mm512_castps_si512(a), 0x55555555, _mm512_srli_epi32(_mm512_castps_si512(b), 16)));
 }
 
 /* x[k] and x[k + 2] become pairs[k / 2], and x[k + 1] and x[k + 3] pairs[k / 2 + 1], for each fourth k. */
@@ -6851,7 +6859,7 @@ enum { LLM__FN(inputs) = 32 };
 /* The sums over one block, its even and odd weights as two chains. With several rows the products take long enough that
    the processor's own prefetching falls behind: what comes 8 KiB later is asked for here, into the second cache. So 4
    rows of bf16 take as long as one (Zen 4, two cores). */
-LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const LLM__FN(input) *x, size_t x_stride,
+LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const LLM__FN(input) * x, size_t x_stride,
                                 const uint8_t *w, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) even[r] = odd[r] = v_splat(0);
@@ -6883,7 +6891,7 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const LLM_
 }
 
 /* The sums over n blocks of a tile are added to the rows' totals. */
-LLM__INLINE void LLM__FN(blocks)(const int ROWS, const llm__kind KIND, const LLM__FN(input) *x, size_t x_stride,
+LLM__INLINE void LLM__FN(blocks)(const int ROWS, const llm__kind KIND, const LLM__FN(input) * x, size_t x_stride,
                                  const float *x_sums, size_t sums_stride, const uint8_t *w, int n, V *totals) {
     const size_t bytes = LLM__FN(block_bytes)(KIND);
     V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS];
@@ -6925,7 +6933,8 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const
 #endif
         const uint8_t *part = w + (size_t)i / 32 * bytes;
         for (int t = 0; t < n; t++, part += tile_bytes)
-            LLM__FN(blocks)(ROWS, KIND, run, run_stride, x_sums ? x_sums + i / 32 : NULL, sums_stride, part, some / 32, total[t]);
+            LLM__FN(blocks)
+            (ROWS, KIND, run, run_stride, x_sums ? x_sums + i / 32 : NULL, sums_stride, part, some / 32, total[t]);
     }
     for (int t = 0; t < n; t++) {
         LLM__UNROLL for (int r = 0; r < ROWS; r++) {
@@ -6974,13 +6983,18 @@ LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x
                                           const void *tiles, int n, int k, float *y, size_t y_stride) {   \
         LLM__FN(product)(KIND, x, x_stride, x_sums, rows, (const uint8_t *)tiles, n, k, y, y_stride);     \
     }
-LLM__PRODUCT(product_f32, LLM__W_F32)
 LLM__PRODUCT(product_bf16, LLM__W_BF16)
 LLM__PRODUCT(product_int8, LLM__W_INT8)
 LLM__PRODUCT(product_int8_groups, LLM__W_INT8_GROUPS)
 LLM__PRODUCT(product_int4_groups, LLM__W_INT4_GROUPS)
+
+#if defined(LLM__USE_BF16) /* all else is what AVX-512 has */
+#define LLM__SHARED(name) llm__avx512_##name
+#else
+#define LLM__SHARED(name) LLM__FN(name)
+
+LLM__PRODUCT(product_f32, LLM__W_F32)
 LLM__PRODUCT(product_f16, LLM__W_F16)
-#undef LLM__PRODUCT
 
 LLM__TARGET static void LLM__FN(group_sums)(const float *x, int k, float *sums) {
     for (int i = 0; i < k; i += 32) *sums++ = v_sum(v_add(v_load(x + i), v_load(x + i + 16)));
@@ -7067,9 +7081,8 @@ LLM__TARGET static void LLM__FN(scale)(const float *x, float factor, int n, bool
 }
 
 LLM__TARGET static void LLM__FN(add)(float *y, const float *x, int n) {
-    for (int i = 0; i < n; i += 16)
-        LLM__FN(store_part)
-        (y + i, v_add(LLM__FN(load_part)(y + i, n - i), LLM__FN(load_part)(x + i, n - i)), n - i, false);
+    for (int i = 0; i < n; i += 16) LLM__FN(store_part)
+    (y + i, v_add(LLM__FN(load_part)(y + i, n - i), LLM__FN(load_part)(x + i, n - i)), n - i, false);
 }
 
 LLM__TARGET static void LLM__FN(weigh)(float *y, const float *x, int n) {
@@ -7109,6 +7122,9 @@ LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
     LLM__UNROLL for (int i = 0; i < 12; i++) total = v_add(total, sum[i]);
     return llm__f32_bits(v_sum(total));
 }
+
+#endif
+#undef LLM__PRODUCT
 
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 
@@ -7327,11 +7343,12 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 
 #endif
 
-#define LLM__KERNEL_TABLE                                                                                          \
-    {LLM__FN(product_f32),         LLM__FN(product_bf16),        LLM__FN(product_int8),                            \
-     LLM__FN(product_int8_groups), LLM__FN(product_int4_groups), LLM__FN(product_f16)},                            \
-        LLM__FN(group_sums), LLM__FN(rms_norm), LLM__FN(swiglu), LLM__FN(softmax), LLM__FN(merge), LLM__FN(scale), \
-        LLM__FN(add), LLM__FN(weigh), LLM__FN(rope), LLM__FN(read), LLM__FN(multiply)
+#define LLM__KERNEL_TABLE                                                                                              \
+    {LLM__SHARED(product_f32),     LLM__FN(product_bf16),        LLM__FN(product_int8),                                \
+     LLM__FN(product_int8_groups), LLM__FN(product_int4_groups), LLM__SHARED(product_f16)},                            \
+        LLM__SHARED(group_sums), LLM__SHARED(rms_norm), LLM__SHARED(swiglu), LLM__SHARED(softmax), LLM__SHARED(merge), \
+        LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope), LLM__SHARED(read),                \
+        LLM__SHARED(multiply)
 
 static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_BF16)
@@ -7391,6 +7408,8 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef LLM__UNROLL
 #undef LLM__MOST_ROWS
 #undef LLM__KERNEL_TABLE
+#undef LLM__SHARED
+#undef LLM__LONG
 
 #endif /* LLM__KERNEL_PASS */
 
@@ -8190,10 +8209,10 @@ enum {
         256, /* keys whose softmax is taken at once; chunks are then merged in order (part of the arithmetic) */
     LLM__QUERY_ROWS =
         64,         /* query rows, over the heads that share a key head, that meet a chunk together                  */
-    LLM__ROWS = 64,      /* activation rows that meet a group of tiles while it is in the near cache                  */
-    LLM__TILES = 4,      /* tiles in such a group                                                                     */
+    LLM__ROWS = 64, /* activation rows that meet a group of tiles while it is in the near cache                  */
+    LLM__TILES = 4, /* tiles in such a group                                                                     */
     LLM__SPLIT_ROWS = 8, /* rows of a sequence whose attention may be split over the keys                             */
-    LLM__COLUMNS = 512   /* tokens of the vocabulary whose softmax is taken at once (part of the arithmetic)           */
+    LLM__COLUMNS = 512 /* tokens of the vocabulary whose softmax is taken at once (part of the arithmetic)           */
 };
 
 /* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
@@ -8743,9 +8762,18 @@ static void llm__score_columns(const llm__cpu_context *c, int index, bool panels
     size_t k = (size_t)llm__round_up(m->k, 32), row = (size_t)first_row, stride = (size_t)n_tiles * 16;
     const uint8_t *tiles = m->data + (size_t)(first / 16) * m->tile_bytes;
     const float *sums = c->sums + row * (k / 32);
-    float *logits = panels ? c->panels + (size_t)index * c->panel_floats : c->scratch + (size_t)index * c->scratch_floats;
+    float *logits =
+        panels ? c->panels + (size_t)index * c->panel_floats : c->scratch + (size_t)index * c->scratch_floats;
     if (panels) {
-        llm__panel panel = {c->packed + row * k * 2, sums, rows, (int)k, tiles, NULL, m->tile_bytes, n_tiles, logits,
+        llm__panel panel = {c->packed + row * k * 2,
+                            sums,
+                            rows,
+                            (int)k,
+                            tiles,
+                            NULL,
+                            m->tile_bytes,
+                            n_tiles,
+                            logits,
                             c->tiles + (size_t)index * c->tile_bytes};
         kernels->panel(m->kind, &panel);
     } else {
@@ -10833,10 +10861,10 @@ static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__out
 static void llm__count_decode(const llm__generate_args *a) {
     const llm_context *ctx = a->ctx;
     a->stats->n_decode_passes++;
-    a->stats->decode_bytes +=
-        ctx->model->info.weight_bytes_per_token +
-        (uint64_t)llm_seq_length(ctx, a->desc->seq) *
-            ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype) / LLM_BLOCK;
+    a->stats->decode_bytes += ctx->model->info.weight_bytes_per_token +
+                              (uint64_t)llm_seq_length(ctx, a->desc->seq) *
+                                  ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype) /
+                                  LLM_BLOCK;
 }
 
 /* The most guesses there is room for after a token, in the sequence and the cache, and use for. */
