@@ -6863,7 +6863,8 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const LLM_
                                 const uint8_t *w, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) even[r] = odd[r] = v_splat(0);
-    const size_t quarter = LLM__FN(block_bytes)(KIND) / 256 * 64;
+    const size_t bytes = LLM__FN(block_bytes)(KIND), quarter = bytes / 256 * 64;
+    if (bytes % 256) __builtin_prefetch(w + bytes - 64 + 8192, 0, 2); /* scales and minimums */
     for (const uint8_t *end = w + 4 * quarter; w < end; w += quarter, x += LLM__FN(inputs) / 4) {
         LLM__UNROLL for (size_t line = 0; line < quarter; line += 64) __builtin_prefetch(w + line + 8192, 0, 2);
 #if defined(LLM__USE_BF16)
