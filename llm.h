@@ -6269,6 +6269,8 @@ typedef struct llm__kernels {
        point operations that wait for nothing but each other. */
     uint32_t (*read)(const void *p, size_t n);
     uint32_t (*multiply)(size_t n);
+    uint32_t (*multiply_pairs)(
+        size_t n); /* the same on pairs of bf16, twice as many operations; NULL if there is none */
     /* The matrix unit; all NULL where there is none. It must be entered before the others are called, by each thread. */
     void (*tiles_enter)(void);
     void (*tiles_leave)(void);
@@ -6933,9 +6935,8 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const
         const size_t run_stride = x_stride;
 #endif
         const uint8_t *part = w + (size_t)i / 32 * bytes;
-        for (int t = 0; t < n; t++, part += tile_bytes)
-            LLM__FN(blocks)
-            (ROWS, KIND, run, run_stride, x_sums ? x_sums + i / 32 : NULL, sums_stride, part, some / 32, total[t]);
+        for (int t = 0; t < n; t++, part += tile_bytes) LLM__FN(blocks)
+        (ROWS, KIND, run, run_stride, x_sums ? x_sums + i / 32 : NULL, sums_stride, part, some / 32, total[t]);
     }
     for (int t = 0; t < n; t++) {
         LLM__UNROLL for (int r = 0; r < ROWS; r++) {
@@ -6971,6 +6972,12 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const 
 LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x_stride, const float *x_sums, int rows,
                                   const uint8_t *tiles, int n, int k, float *y, size_t y_stride) {
     const bool GROUPS = KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS;
+#if defined(LLM__USE_BF16)
+    if (KIND == LLM__W_INT8 && rows == 1) { /* pairs cost more than they save */
+        llm__avx512_product_int8(x, x_stride, x_sums, rows, tiles, n, k, y, y_stride);
+        return;
+    }
+#endif
     if (LLM__MOST_ROWS > 4) LLM__ROWS_BY(8)
     if (LLM__MOST_ROWS > 2) LLM__ROWS_BY(4)
     if (LLM__MOST_ROWS > 2) LLM__ROWS_BY(3) /* query heads to a key head in the default model */
@@ -7126,6 +7133,24 @@ LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
 
 #endif
 #undef LLM__PRODUCT
+
+#if defined(LLM__USE_BF16)
+#define LLM__MULTIPLY_PAIRS LLM__FN(multiply_pairs)
+LLM__TARGET static uint32_t LLM__FN(multiply_pairs)(size_t n) {
+    float start[16];
+    for (int i = 0; i < 16; i++) start[i] = (float)i;
+    V sum[12], total = v_splat(0), half = v_splat(0.5f);
+    half = v_pair(half, half);
+    LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_add(v_load(start), v_splat((float)i));
+    for (; n; n--) {
+        LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_dot(0x3F003F00, half, sum[i]);
+    }
+    LLM__UNROLL for (int i = 0; i < 12; i++) total = v_add(total, sum[i]);
+    return llm__f32_bits(v_sum(total));
+}
+#else
+#define LLM__MULTIPLY_PAIRS NULL
+#endif
 
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 
@@ -7349,7 +7374,7 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
      LLM__FN(product_int8_groups), LLM__FN(product_int4_groups), LLM__SHARED(product_f16)},                            \
         LLM__SHARED(group_sums), LLM__SHARED(rms_norm), LLM__SHARED(swiglu), LLM__SHARED(softmax), LLM__SHARED(merge), \
         LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope), LLM__SHARED(read),                \
-        LLM__SHARED(multiply)
+        LLM__SHARED(multiply), LLM__MULTIPLY_PAIRS
 
 static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_BF16)
@@ -7410,6 +7435,7 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef LLM__MOST_ROWS
 #undef LLM__KERNEL_TABLE
 #undef LLM__SHARED
+#undef LLM__MULTIPLY_PAIRS
 #undef LLM__LONG
 
 #endif /* LLM__KERNEL_PASS */
@@ -9115,21 +9141,35 @@ static double llm__cpu_measure_bandwidth(void *context) {
 
 enum { LLM__MULTIPLY_ROUNDS = 2000000 };
 
+typedef struct llm__multiply_args {
+    uint32_t (*multiply)(size_t n);
+    uint32_t sink;
+} llm__multiply_args;
+
 static void llm__multiply_task(void *arg, int index) {
-    llm__bandwidth_args *a = (llm__bandwidth_args *)arg;
-    const llm__kernels *kernels = a->context->model->kernels;
+    llm__multiply_args *a = (llm__multiply_args *)arg;
     (void)index;
-    uint32_t got = (a->context->packed ? kernels->tile_multiply : kernels->multiply)(LLM__MULTIPLY_ROUNDS);
-    __atomic_fetch_xor(&a->sink, got, __ATOMIC_RELAXED);
+    __atomic_fetch_xor(&a->sink, a->multiply(LLM__MULTIPLY_ROUNDS), __ATOMIC_RELAXED);
 }
 
+/* In the way that the model's weights are multiplied. */
 static double llm__cpu_measure_flops(void *context) {
-    llm__bandwidth_args args = {(llm__cpu_context *)context, 0};
-    double best = 0, round = 2.0 * 16 * (args.context->packed ? 4 * 16 * 32 : 12);
+    const llm__cpu_context *c = (const llm__cpu_context *)context;
+    const llm__kernels *k = c->model->kernels;
+    bool floats = c->model->dtype == LLM_DTYPE_F32 || c->model->dtype == LLM_DTYPE_F16;
+    llm__multiply_args args = {k->multiply, 0};
+    double best = 0, round = 2.0 * 16 * 12;
+    if (c->packed) {
+        args.multiply = k->tile_multiply;
+        round = 2.0 * 16 * 4 * 16 * 32;
+    } else if (k->multiply_pairs && !floats) {
+        args.multiply = k->multiply_pairs;
+        round *= 2;
+    }
     for (int i = 0; i < 4; i++) {
         double before = llm__now();
-        llm__team_run(args.context->team, llm__multiply_task, &args);
-        double rate = round * LLM__MULTIPLY_ROUNDS * args.context->team->n / (llm__now() - before);
+        llm__team_run(c->team, llm__multiply_task, &args);
+        double rate = round * LLM__MULTIPLY_ROUNDS * c->team->n / (llm__now() - before);
         if (rate > best) best = rate;
     }
     return best;

@@ -309,7 +309,8 @@ static double prefill_operations(const llm_model *model, int n, int d) {
 }
 
 static double decode_bytes(const llm_model *model, int n, int d) {
-    double cache = (double)model->backend->block_bytes(&model->shape, llm__default_cache_dtype(model->info.dtype)) / LLM_BLOCK;
+    llm_dtype type = llm__default_cache_dtype(model->backend, model->info.dtype);
+    double cache = (double)model->backend->block_bytes(&model->shape, type) / LLM_BLOCK;
     return (double)model->info.weight_bytes_per_token + cache * (d + n / 2.0);
 }
 
