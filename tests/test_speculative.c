@@ -464,6 +464,7 @@ static void test_padded(void **state) {
     uint8_t *data = tiny_padded(&SPEC, 20, &desc.data_size);
     desc.data = data;
     llm_model *model = load_model(NULL, &desc);
+    free(data);
     llm_draft draft = draft_model(ctx, model);
     static const llm_sampler samplers[] = {{0}, {.temperature = 1, .seed = 3}};
     (void)state;
