@@ -85,6 +85,7 @@ build/repl build/tokenize: build/llm.o
 $(addprefix build/asan/,repl hello tokenize): build/asan/llm.o
 $(addprefix build/,repl tokenize asan/repl asan/hello asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
 $(addprefix build/asan/test_,hf quantize) build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
+$(addprefix build/asan/test_,quantize chat tokenizer_files): private CPPFLAGS += -O0
 
 build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 	mkdir -p $(@D)
