@@ -3995,15 +3995,20 @@ static uint8_t *llm__repair_utf8(llm__env *env, const uint8_t *p, const uint8_t 
     return out;
 }
 
+/* The text up to *end as UTF-8: itself, or a copy with another end. */
+static const uint8_t *llm__as_utf8(llm__env *env, const uint8_t *p, const uint8_t **end) {
+    size_t n;
+    if (llm__utf8_check(p, *end) == *end) return p;
+    p = llm__repair_utf8(env, p, *end, &n);
+    *end = p + n;
+    return p;
+}
+
 static void llm__encode_body(llm__env *env, void *arg) {
     llm__encode_job *job = (llm__encode_job *)arg;
     bool ends = (job->flags & LLM_ENCODE_BOS) != 0;
     job->env = env;
-    if (llm__utf8_check(job->text, job->end) != job->end) {
-        size_t n;
-        job->text = llm__repair_utf8(env, job->text, job->end, &n);
-        job->end = job->text + n;
-    }
+    job->text = llm__as_utf8(env, job->text, &job->end);
     if (ends && job->t->add_bos && job->t->bos != LLM__NONE) {
         llm__emit(job, job->t->bos);
         job->after_bos = true;
@@ -5610,10 +5615,15 @@ typedef struct llm__chat_form {
     void (*render)(llm__chat *c, bool open_answer);
 } llm__chat_form;
 
+/* Text of a template, a vocabulary or a message, which may be anything: what is not UTF-8 is repaired here, because the
+   places of the contents must not move any more. */
 static void llm__put_bytes(llm__chat *c, const char *text, size_t n) {
+    const uint8_t *p = (const uint8_t *)text, *end = p + n;
     llm__rendered *out = &c->out;
+    p = llm__as_utf8(c->env, p, &end);
+    n = (size_t)(end - p);
     while (out->room - out->n <= n) out->text = (char *)llm__grow(c->env, out->text, out->room, &out->room, 1);
-    memcpy(out->text + out->n, text, n);
+    memcpy(out->text + out->n, p, n);
     out->n += n;
     out->text[out->n] = 0;
 }
@@ -5641,19 +5651,13 @@ static void llm__trim(const llm__classes *classes, const uint8_t **p, const uint
 /* A message's content, or a part of it. */
 static void llm__put_stretch(llm__chat *c, const char *text, size_t n_text) {
     const uint8_t *p = (const uint8_t *)text, *end = p + n_text;
-    uint8_t *repaired = NULL;
-    if (llm__utf8_check(p, end) != end) {
-        size_t n;
-        p = repaired = llm__repair_utf8(c->env, p, end, &n);
-        end = p + n;
-    }
+    p = llm__as_utf8(c->env, p, &end);
     if (c->trim) llm__trim(c->t->classes, &p, &end);
     llm__rendered *out = &c->out;
     out->spans = (llm__span *)llm__grow(c->env, out->spans, out->n_spans, &out->span_room, sizeof *out->spans);
     out->spans[out->n_spans].begin = out->n;
     llm__put_bytes(c, (const char *)p, (size_t)(end - p));
     out->spans[out->n_spans++].end = out->n;
-    llm__free(c->env->pool, repaired);
 }
 
 static void llm__put_content(llm__chat *c, const char *content) { llm__put_stretch(c, content, strlen(content)); }
