@@ -211,9 +211,9 @@ typedef struct llm_text_stream {
     int n_pending;
 } llm_text_stream;
 
-/* Writes the characters that `token` completes and a NUL, at most `capacity` bytes in all, and returns the bytes without
-   the NUL. A result of `capacity` or more says that there was too little room; then nothing has happened, and the call
-   can be made again. Token -1 ends the text. A byte that cannot become part of a character is shown as U+FFFD. */
+/* Writes the characters that `token` completes and a NUL, at most `capacity` bytes in all, and returns the bytes
+   without the NUL. A result of `capacity` or more says that there was too little room; then nothing has happened, and
+   the call can be made again. Token -1 ends the text. A byte that can be part of no character is shown as U+FFFD. */
 LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream *stream, llm_token token, char *text,
                                 size_t capacity);
 
@@ -234,9 +234,9 @@ typedef struct llm_message {
 } llm_message;
 
 /* Renders messages with the chat template named in the model's file (ChatML, Qwen3, Llama-2, Llama-3, Mistral and
-   Zephyr are known), followed by the opening of the assistant's turn if `open_answer`. Writes at most `capacity` bytes, a NUL
-   included, and the bytes of the whole text to *n_bytes. The text is meant for llm_encode with LLM_ENCODE_SPECIAL and
-   without LLM_ENCODE_BOS: it holds its own. A message that contains a special token's text then becomes that token;
+   Zephyr are known), followed by the opening of the assistant's turn if `open_answer`. Writes at most `capacity` bytes,
+   a NUL included, and the bytes of the whole text to *n_bytes. The text is meant for llm_encode with LLM_ENCODE_SPECIAL
+   and without LLM_ENCODE_BOS: it holds its own. A message that contains a special token's text then becomes that token;
    llm_generate's `messages` do not let it. */
 LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
                                    bool open_answer, char *text, size_t capacity, size_t *n_bytes, llm_error *err);
@@ -247,20 +247,20 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer); /* "chatm
 typedef struct llm_context llm_context;
 
 typedef struct llm_context_desc {
-    int n_ctx;     /* positions a sequence can hold; 0: what the model was trained for, at most 4096         */
-    int n_seq;     /* sequences; 0: 1                                                                        */
-    int n_cache;   /* positions of all sequences together, forks sharing their parent's; 0: n_ctx * n_seq    */
-    int n_batch;   /* tokens computed in one pass; longer batches take several; 0: 512                       */
-    int n_logits;  /* rows of logits one llm_forward can return; 0: n_seq                                    */
-    int n_threads; /* 0: one per physical core                                                               */
-    llm_dtype
-        cache_dtype; /* type of the KV cache: f32, bf16, int8; 0: bf16, but f32 on the CPU for f32 and f16 weights */
-    bool (*cancel)(void *user); /* polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED       */
+    int n_ctx;             /* positions a sequence can hold; 0: what the model was trained for, at most 4096  */
+    int n_seq;             /* sequences; 0: 1                                                                 */
+    int n_cache;           /* positions of all sequences, forks sharing their parent's; 0: n_ctx * n_seq      */
+    int n_batch;           /* tokens computed in one pass; longer batches take several; 0: 512                */
+    int n_logits;          /* rows of logits one llm_forward can return; 0: n_seq                             */
+    int n_threads;         /* 0: one per physical core                                                        */
+    llm_dtype cache_dtype; /* f32, bf16 or int8; 0: bf16, but f32 on the CPU if weights are f32 or f16        */
+    /* Polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED. */
+    bool (*cancel)(void *user);
     void *cancel_user;
     /* The host's own threads instead of ours: must run task(arg, i) for i = 0 .. n-1 all at the same time (tasks
        wait for each other) and return when all have returned; `user` is the host's. */
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
-    llm_host host; /* zero: the model's                                                                      */
+    llm_host host; /* zero: the model's */
 } llm_context_desc;
 
 LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
@@ -398,8 +398,8 @@ typedef struct llm_draft_state {
 /* A draft: one of the library's, or a host's own. One generation at a time may use it. */
 typedef struct llm_draft {
     const char *name;
-    /* Fills *guesses, which come zeroed but for q, with at most n_wanted of their kind. What fails here does not fail the
-       generation: it goes on without the draft. */
+    /* Fills *guesses, which come zeroed but for q, with at most n_wanted of their kind. What fails here does not fail
+       the generation: it goes on without the draft. */
     llm_status (*propose)(void *user, const llm_draft_request *request, llm_draft_guesses *guesses, llm_error *err);
     void (*close)(void *user); /* for llm_draft_free, may be NULL                                                    */
     void *user;
@@ -489,8 +489,8 @@ LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc,
 
 /* ---- Scoring ------------------------------------------------------------------------------------------------- */
 
-/* How likely is each of some endings after a context? The log-likelihood of an ending is the sum of the logarithms of its
-   tokens' probabilities, each given all that stands before it. */
+/* How likely is each of some endings after a context? The log-likelihood of an ending is the sum of the logarithms of
+   its tokens' probabilities, each given all that stands before it. */
 typedef struct llm_question {
     const llm_token *context; /* [n_context], at least one                                                        */
     int n_context;
@@ -499,11 +499,11 @@ typedef struct llm_question {
     const int *n_ending;
 } llm_question;
 
-/* The tokens of a context and of one ending, one behind the other, as the LM evaluation harness has them: white space at
-   the context's end goes over to the ending; the context's tokens are those of the context alone, the ending's those of
-   the whole text without the first *n_context. An empty context is the BOS token, or where there is none, EOS. Writes at
-   most `capacity` ids and returns how many there are, or -1, as llm_encode does, whose flags these are (the harness's
-   are both of them). */
+/* The tokens of a context and of one ending, one behind the other, as the LM evaluation harness has them: white space
+   at the context's end goes over to the ending; the context's tokens are those of the context alone, the ending's those
+   of the whole text without the first *n_context. An empty context is the BOS token, or where there is none, EOS.
+   Writes at most `capacity` ids and returns how many there are, or -1, as llm_encode does, whose flags these are (the
+   harness's are both of them). */
 LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *context, const char *ending, unsigned flags,
                                 llm_token *ids, size_t capacity, int64_t *n_context, llm_error *err);
 
@@ -536,11 +536,12 @@ typedef struct llm_score_stats {
     double seconds;
 } llm_score_stats;
 
-/* Fills log_likelihoods: the first question's [n_endings], then the second's, and so on. What the context's sequences held
-   is dropped. It should have many sequences and much cache, or batches stay small: at least n_seq as many as a question has
-   endings, n_ctx as a text has tokens. A pass is at most n_batch tokens. All that every ending of a question begins with
-   is taken as part of its context, and a token is only computed if another is predicted from it, the head and the last
-   layer only where one is that counts. With log_likelihoods NULL nothing is computed, but stats tell what would be. */
+/* Fills log_likelihoods: the first question's [n_endings], then the second's, and so on. What the context's sequences
+   held is dropped. It should have many sequences and much cache, or batches stay small: at least n_seq as many as a
+   question has endings, n_ctx as a text has tokens. A pass is at most n_batch tokens. All that every ending of a
+   question begins with is taken as part of its context, and a token is only computed if another is predicted from it,
+   the head and the last layer only where one is that counts. With log_likelihoods NULL nothing is computed, but stats
+   tell what would be. */
 LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, int n_questions,
                              const llm_score_desc *desc, double *log_likelihoods, llm_score_stats *stats,
                              llm_error *err);
@@ -665,8 +666,8 @@ struct llm_backend {
 #ifdef LLM_CUDA
 /* In llm_cuda.cu: compile that with nvcc, link with -lcublas, and name one of these in llm_model_desc. Without a usable
    GPU llm_model_load fails with LLM_ERROR_DEVICE or LLM_ERROR_UNSUPPORTED; the host may then load for the CPU.
-   llm_generate lets the GPU pick the tokens, unless the sampler has biases or a penalty; a seed then means the same text
-   on every run there, and afterwards llm_logits has none. LLM_CUDA_EAGER leaves the picking to the host. */
+   llm_generate lets the GPU pick the tokens, unless the sampler has biases or a penalty; a seed then means the same
+   text on every run there, and afterwards llm_logits has none. LLM_CUDA_EAGER leaves the picking to the host. */
 typedef enum llm_cuda_mode {
     LLM_CUDA_GRAPH = 0, /* up to 16 rows: the fused kernels, launched as one recorded graph                       */
     LLM_CUDA_FUSED,     /* the same kernels, launched one by one                                                  */
@@ -732,9 +733,10 @@ typedef struct llm__env {
     jmp_buf unwind;
 } llm__env;
 
+/* No host: malloc and free. */
 static void llm__pool_init(llm__pool *pool, const llm_host *host) {
-    pool->host = *host;
-    pool->blocks = NULL;
+    memset(pool, 0, sizeof *pool);
+    if (host) pool->host = *host;
 }
 
 static void llm__env_init(llm__env *env, llm__pool *pool, llm_error *err, const char *file) {
@@ -3484,8 +3486,8 @@ static void llm__rank_symbol(const llm_tokenizer *t, llm__symbol *s, const llm__
     s->merged = pair ? pair->merged : LLM__NONE;
 }
 
-/* Does all merges of the lowest rank, from left to right, or until one makes room for a merge of a lower rank. Returns how
-   many symbols are left, and in *n_merged how many merges these were. */
+/* Does all merges of the lowest rank, from left to right, or until one makes room for a merge of a lower rank. Returns
+   how many symbols are left, and in *n_merged how many merges these were. */
 static size_t llm__merge_lowest(const llm_tokenizer *t, llm__symbol *s, size_t n, size_t *n_merged) {
     uint32_t rank = LLM__NO_RANK;
     size_t j = 0;
@@ -3509,8 +3511,8 @@ static size_t llm__merge_lowest(const llm_tokenizer *t, llm__symbol *s, size_t n
     return j;
 }
 
-/* For long words: the places that can be merged, by rank and then by place. Places that have changed since they were put
-   there are known by their rank not being what it was. */
+/* For long words: the places that can be merged, by rank and then by place. Places that have changed since they were
+   put there are known by their rank not being what it was. */
 typedef struct llm__heap {
     llm__env *env;
     uint64_t *items; /* rank << 32 | place */
@@ -3685,8 +3687,8 @@ static const uint8_t *llm__llama3_word(const llm__classes *c, const llm__rule *r
     return llm__wordless(c, rule, p, end, false);
 }
 
-/* [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+ at p, or with the + and the * exchanged if `upper`; NULL if it
-   is not there. Where no lower case follows, the first part gives back what the second may begin with. */
+/* [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+ at p, or with the + and the * exchanged if `upper`; NULL
+   if it is not there. Where no lower case follows, the first part gives back what the second may begin with. */
 static const uint8_t *llm__cased_letters(const llm__classes *c, const uint8_t *p, const uint8_t *end, bool upper) {
     enum { EITHER = LLM__CASELESS | LLM__MARK };
     const uint8_t *q = p, *given = NULL, *next;
@@ -3879,7 +3881,7 @@ static const llm__special *llm__special_at(const llm_tokenizer *t, const llm__sp
     return NULL;
 }
 
-/* How far from p on control tokens are recognised; *span is the first stretch of plain text that does not end before. */
+/* How far from p on control tokens are recognised; *span is the first stretch of plain text that ends behind p. */
 static const uint8_t *llm__control_end(const llm__encode_job *job, const uint8_t *p, size_t *span) {
     size_t at = (size_t)(p - job->text);
     if (!(job->flags & LLM_ENCODE_SPECIAL)) return p;
@@ -4078,7 +4080,7 @@ LLM_API int llm_tokenizer_n_vocab(const llm_tokenizer *tokenizer) { return token
 LLM_API llm_token llm_tokenizer_bos(const llm_tokenizer *tokenizer) { return tokenizer->bos; }
 LLM_API llm_token llm_tokenizer_eos(const llm_tokenizer *tokenizer) { return tokenizer->eos; }
 
-/* What a token adds to a text, NULL where it is not shown; the space that SentencePiece put before a text goes again. */
+/* What a token adds to a text, NULL where it is not shown; the space that SentencePiece put before a text goes. */
 static llm__str llm__shown_text(const llm_tokenizer *t, llm_token id, unsigned flags, bool text_begins) {
     llm__str s = {NULL, 0};
     if (id < 0 || id >= t->n_vocab || (llm_token_is_special(t, id) && !(flags & LLM_ENCODE_SPECIAL))) return s;
@@ -4163,7 +4165,7 @@ static size_t llm__power_of_two(size_t least) {
     return n;
 }
 
-/* The byte a code point stands for in the pieces of byte-level BPE, where each byte is a visible character; -1: none. */
+/* The byte a code point stands for in the pieces of byte-level BPE, where each byte is a visible character, or -1. */
 static int llm__byte_of_code(uint32_t c) {
     if ((c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255)) return (int)c;
     if (c < 256 || c > 323) return -1;
@@ -5558,13 +5560,11 @@ LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, con
     llm__pool pool;
     llm__env env;
     llm__tokenizer_load_job job;
-    memset(&pool, 0, sizeof pool);
-    memset(&env, 0, sizeof env);
     memset(&job, 0, sizeof job);
     if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
     *out = NULL;
     if (!path) return llm__error(err, LLM_ERROR_ARGUMENT, "path is NULL");
-    if (host) pool.host = *host;
+    llm__pool_init(&pool, host);
     llm__env_init(&env, &pool, err, path);
     job.path = path;
     llm_status status = llm__guarded(&env, llm__tokenizer_load_body, &job);
@@ -5615,17 +5615,21 @@ typedef struct llm__chat_form {
     void (*render)(llm__chat *c, bool open_answer);
 } llm__chat_form;
 
-/* Text of a template, a vocabulary or a message, which may be anything: what is not UTF-8 is repaired here, because the
-   places of the contents must not move any more. */
-static void llm__put_bytes(llm__chat *c, const char *text, size_t n) {
-    const uint8_t *p = (const uint8_t *)text, *end = p + n;
+static void llm__put_utf8(llm__chat *c, const uint8_t *p, const uint8_t *end) {
     llm__rendered *out = &c->out;
-    p = llm__as_utf8(c->env, p, &end);
-    n = (size_t)(end - p);
+    size_t n = (size_t)(end - p);
     while (out->room - out->n <= n) out->text = (char *)llm__grow(c->env, out->text, out->room, &out->room, 1);
     memcpy(out->text + out->n, p, n);
     out->n += n;
     out->text[out->n] = 0;
+}
+
+/* Text of a template or a vocabulary, which may be anything: what is not UTF-8 is repaired here, because the places of
+   the contents must not move any more. */
+static void llm__put_bytes(llm__chat *c, const char *text, size_t n) {
+    const uint8_t *p = (const uint8_t *)text, *end = p + n;
+    p = llm__as_utf8(c->env, p, &end);
+    llm__put_utf8(c, p, end);
 }
 
 static void llm__put(llm__chat *c, const char *text) { llm__put_bytes(c, text, strlen(text)); }
@@ -5656,7 +5660,7 @@ static void llm__put_stretch(llm__chat *c, const char *text, size_t n_text) {
     llm__rendered *out = &c->out;
     out->spans = (llm__span *)llm__grow(c->env, out->spans, out->n_spans, &out->span_room, sizeof *out->spans);
     out->spans[out->n_spans].begin = out->n;
-    llm__put_bytes(c, (const char *)p, (size_t)(end - p));
+    llm__put_utf8(c, p, end);
     out->spans[out->n_spans++].end = out->n;
 }
 
@@ -5677,8 +5681,8 @@ static bool llm__template_has(const llm__chat *c, const char *text) {
     return strstr(c->t->chat_template, text) != NULL;
 }
 
-/* What stands between `before` and the next of the characters `ends` in the template; empty if it is not there. A line's
-   end may be written as \n in it. */
+/* What stands between `before` and the next of the characters `ends` in the template; empty if it is not there. A
+   line's end may be written as \n in it. */
 static llm__str llm__template_text(const llm__chat *c, const char *before, const char *ends) {
     llm__str s = {"", 0};
     const char *at = strstr(c->t->chat_template, before);
@@ -5731,8 +5735,8 @@ static void llm__render_chatml(llm__chat *c, bool open_answer) {
     if (open_answer) llm__chatml_message(c, "assistant");
 }
 
-/* Many templates have ChatML's tokens and do something else with the messages. Which one it is is seen from its outline:
-   its tags in one way of writing, without the branches that only tools take. */
+/* Many templates have ChatML's tokens and do something else with the messages. Which one it is is seen from its
+   outline: its tags in one way of writing, without the branches that only tools take. */
 typedef struct llm__tag {
     char kind; /* '{', '%', '#'; 0: the template's end */
     const char *text;
@@ -5944,8 +5948,8 @@ static void llm__llama3_message(llm__chat *c, const llm_message *m) {
     llm__put(c, "<|eot_id|>");
 }
 
-/* From 3.1 on there always is a system message, which begins with two dates. "Today" is the one written in the template,
-   so that a prompt does not change from day to day. */
+/* From 3.1 on there always is a system message, which begins with two dates. "Today" is the one written in the
+   template, so that a prompt does not change from day to day. */
 static int llm__llama31_system(llm__chat *c) {
     llm__str date = llm__template_text(c, "date_string = \"", "\"");
     bool given = llm__begins_with_system(c);
@@ -8053,10 +8057,11 @@ static void llm__cpu_open_body(llm__env *env, void *arg) {
 }
 
 static llm_status llm__cpu_open(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_error *err) {
-    llm__pool pool = {desc->host, NULL};
+    llm__pool pool;
     llm__env env;
     llm__cpu_open_args args = {out, shape, desc};
     *out = NULL;
+    llm__pool_init(&pool, &desc->host);
     llm__env_init(&env, &pool, err, NULL);
     llm_status status = llm__guarded(&env, llm__cpu_open_body, &args);
     if (status) llm__pool_free(&pool);
@@ -9077,10 +9082,11 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
 }
 
 static llm_status llm__cpu_context_create(void **out, void *model, const llm_backend_desc *desc, llm_error *err) {
-    llm__pool pool = {desc->host, NULL};
+    llm__pool pool;
     llm__env env;
     llm__cpu_context_args args = {out, (const llm__cpu_model *)model, desc};
     *out = NULL;
+    llm__pool_init(&pool, &desc->host);
     llm__env_init(&env, &pool, err, NULL);
     llm_status status = llm__guarded(&env, llm__cpu_context_body, &args);
     if (status) llm__pool_free(&pool);
@@ -9761,12 +9767,12 @@ static llm_status llm__context_create(llm_context **out, const llm_model *model,
     args.model = model;
     args.lender = lender;
     args.share_cache = share_cache;
+    llm__pool_init(&pool, &model->desc.host);
     llm__env_init(&env, &pool, err, NULL);
-    memset(&pool, 0, sizeof pool);
     llm__context_defaults_args defaults = {&args.desc, &model->info, model->backend, &model->desc.host, desc};
     llm_status status = llm__guarded(&env, llm__context_defaults_body, &defaults);
     if (status) return status;
-    pool.host = args.desc.host;
+    llm__pool_init(&pool, &args.desc.host);
     status = llm__guarded(&env, llm__context_body, &args);
     if (status) {
         *out = NULL;
@@ -10170,8 +10176,7 @@ static llm_token llm__take_likeliest(const float *p, llm_token *heap, int n) {
     return top;
 }
 
-/* The tokens that may be drawn, most likely first, at the end of `ids` [n_vocab]: returns how many; *total is the sum of
-   their p. */
+/* The tokens that may be drawn, most likely first, at the end of `ids` [n_vocab]: their number, in *total their p. */
 static int llm__cut_candidates(const float *p, llm_token *ids, int n_vocab, const llm_sampler *s, double sum,
                                double *total) {
     int most = s->top_k > 0 && s->top_k < n_vocab ? s->top_k : n_vocab, n = 0;
@@ -10298,9 +10303,9 @@ static void llm__pass_times(const llm_draft_state *s, double seconds[LLM_DRAFT_S
         seconds[i] = s->passes[i].n ? llm__usual_time(&s->passes[i]) : usual[i] * seconds[0];
 }
 
-/* The number of guesses of a kind, at most `most`, with which tokens come fastest. The chance that a guess is right, all
-   before it being right, is what was seen of such guesses; where little was, it is like the one before it, and that of
-   the first like that of the kind below. */
+/* The number of guesses of a kind, at most `most`, with which tokens come fastest. The chance that a guess is right,
+   all before it being right, is what was seen of such guesses; where little was, it is like the one before it, and that
+   of the first like that of the kind below. */
 static int llm__best_guesses(const llm_draft_state *s, const double *pass_seconds, int kind, int most,
                              double guess_seconds) {
     double chance = 0.1, all_right = 1, tokens = 1, best_rate = 1 / pass_seconds[0];
@@ -10336,8 +10341,9 @@ typedef struct llm__speculation {
     llm_draft_stats *stats;
 } llm__speculation;
 
-/* What is asked of the draft. False: nothing, for now guessing does not pay. It is then tried in two rounds one after the
-   other, the second of which shows what a guess takes, whenever all trials took less than a hundredth of the time. */
+/* What is asked of the draft. False: nothing, for now guessing does not pay. It is then tried in two rounds one after
+   the other, the second of which shows what a guess takes, whenever all trials took less than a hundredth of the
+   time. */
 static bool llm__plan_round(llm_draft_state *s, const double *pass_seconds, int most, int wanted[LLM_DRAFT_KINDS],
                             bool *trial) {
     bool known = s->guess.n > 0;
@@ -10386,8 +10392,8 @@ static llm_status llm__call_draft(llm__speculation *sp, llm_token last, const in
     return LLM_OK;
 }
 
-/* Has guesses made of what follows `last`, the token after the sequence, and decides how many of them the next pass is to
-   check: n_checked, at most `most`. */
+/* Has guesses made of what follows `last`, the token after the sequence, and decides how many of them the next pass is
+   to check: n_checked, at most `most`. */
 static llm_status llm__guess(llm__speculation *sp, llm_token last, int most, llm_error *err) {
     int wanted[LLM_DRAFT_KINDS];
     double pass_seconds[LLM_DRAFT_SIZES], start = llm__now();
@@ -10550,8 +10556,8 @@ typedef struct llm__model_draft {
     int *seqs;                 /* [n_ctx] for a batch's tokens */
 } llm__model_draft;
 
-/* Cuts its sequence to what it has in common with the text, moving on in the text where that leaves no room for `n_more`;
-   returns how many tokens of the text it has not read. */
+/* Cuts its sequence to what it has in common with the text, moving on in the text where that leaves no room for
+   `n_more`; returns how many tokens of the text it has not read. */
 static int llm__model_draft_align(llm__model_draft *d, const llm_draft_request *r, int n_more) {
     int n_ctx = d->ctx->desc.n_ctx, *start = &d->starts[r->seq], same = 0;
     if (d->shares_cache) return 1;
@@ -10655,7 +10661,8 @@ typedef struct llm__model_draft_args {
     llm_context *ctx; /* to be freed if something fails after it was made */
 } llm__model_draft_args;
 
-/* The draft's context: on the target's cache if that holds what the draft's own would, but for the type of the weights. */
+/* The draft's context: on the target's cache if that holds what the draft's own would, but for the type of the
+   weights. */
 static llm_status llm__model_draft_context(llm__model_draft_args *a, bool *shares_cache, llm_error *err) {
     const llm_model *model = a->model;
     llm_context_desc desc = a->target->desc;
@@ -10904,12 +10911,11 @@ static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__out
 
 /* The sequence's last token went through the model. */
 static void llm__count_decode(const llm__generate_args *a) {
-    const llm_context *ctx = a->ctx;
+    const llm_model *model = a->ctx->model;
+    uint64_t length = (uint64_t)llm_seq_length(a->ctx, a->desc->seq);
+    uint64_t block_bytes = model->backend->block_bytes(&model->shape, a->ctx->desc.cache_dtype);
     a->stats->n_decode_passes++;
-    a->stats->decode_bytes += ctx->model->info.weight_bytes_per_token +
-                              (uint64_t)llm_seq_length(ctx, a->desc->seq) *
-                                  ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype) /
-                                  LLM_BLOCK;
+    a->stats->decode_bytes += model->info.weight_bytes_per_token + length * block_bytes / LLM_BLOCK;
 }
 
 /* The most guesses there is room for after a token, in the sequence and the cache, and use for. */
@@ -11027,8 +11033,8 @@ static llm_status llm__run_burst(llm__env *env, const llm__generate_args *a, llm
 }
 
 /* Draws and shows tokens by the logits of the last pass, of which row `first` is the first that answers this sequence:
-   one, and another for each guess that was right. *token becomes the last of them, which has not been computed on; false
-   if something ends the generation. */
+   one, and another for each guess that was right. *token becomes the last of them, which has not been computed on;
+   false if something ends the generation. */
 static bool llm__take_tokens(llm__env *env, llm__generate_args *a, llm__outbox *box, int first, llm_token *token) {
     llm__speculation *sp = &a->speculation;
     int seq = a->desc->seq, length = a->ctx->cache.lengths[seq] - sp->n_checked, row = 0;
@@ -11196,8 +11202,9 @@ static void llm__encode_pair_body(llm__env *env, void *arg) {
 LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *context, const char *ending, unsigned flags,
                                 llm_token *ids, size_t capacity, int64_t *n_context, llm_error *err) {
     llm__pair pair = {tokenizer, context ? context : "", ending ? ending : "", flags, ids, ids ? capacity : 0, 0, 0};
-    llm__pool pool = {tokenizer->host, NULL};
+    llm__pool pool;
     llm__env env;
+    llm__pool_init(&pool, &tokenizer->host);
     llm__env_init(&env, &pool, err, NULL);
     llm_status status = llm__guarded(&env, llm__encode_pair_body, &pair);
     llm__pool_free(&pool);
@@ -11239,7 +11246,8 @@ typedef struct llm__scorer {
     int n_slots;
 } llm__scorer;
 
-/* Computes the batch and begins another. A text's predictions come in order, so its sum is the same in all schedules. */
+/* Computes the batch and begins another. A text's predictions come in order, so its sum is the same in all
+   schedules. */
 static void llm__score_batch(llm__scorer *s) {
     llm_context *ctx = s->ctx;
     llm_batch batch = {s->n, s->tokens, s->seqs, s->logits};
@@ -11408,7 +11416,8 @@ static int llm__compare_texts(const void *a, const void *b) {
     return (x->ending > y->ending) - (x->ending < y->ending);
 }
 
-/* What a batch may take of the context: sequences, and blocks beside those of the `base` tokens that are there already. */
+/* What a batch may take of the context: sequences, and blocks beside those of the `base` tokens that are there
+   already. */
 typedef struct llm__room {
     int n_seq, n_blocks, base;
 } llm__room;
