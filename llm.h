@@ -7592,12 +7592,14 @@ static float llm__quantize_row(const float *row, size_t n, int8_t *q, size_t ste
         bits = magnitude > bits ? magnitude : bits;
     }
     float most = bits < 0x7F800000 ? llm__bits_f32(bits) : NAN;
+    bool finite = most >= 0;
     double inverse = most > 0 ? 127.0 / most : 0;
-    for (size_t i = 0; i < n; i++) {
-        double x = most >= 0 ? row[i] * inverse + 0.5 : 0;
+    for (size_t i = 0; i < n && finite; i++) {
+        double x = row[i] * inverse + 0.5;
         int whole = (int)x; /* towards zero; the next line makes it floor(x), which would be a call */
         q[i * step] = (int8_t)(whole - (whole > x));
     }
+    for (size_t i = 0; i < n && !finite; i++) q[i * step] = 0;
     return most / 127.0f;
 }
 
