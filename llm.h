@@ -6802,9 +6802,10 @@ LLM__INLINE V LLM__FN(weight)(const llm__kind KIND, const uint8_t *w, const int 
     return J % 2 ? v_odd((const uint16_t *)w + J / 2 * 32) : v_even((const uint16_t *)w + J / 2 * 32);
 }
 
-/* A block's bytes in a tile. Groups end with 16 scales and 16 minimums in f16. */
-LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND) {
-    return KIND == LLM__W_BF16 ? 1024 : KIND == LLM__W_INT8 ? 512 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
+/* A block's bytes in a tile, as it is or widened, see widen. Groups end with 16 scales and 16 minimums in f16. */
+LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND, const bool WIDE) {
+    if (KIND == LLM__W_BF16 || KIND == LLM__W_INT8) return WIDE || KIND == LLM__W_BF16 ? 1024 : 512;
+    return WIDE ? 1088 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
 }
 
 #if defined(LLM__USE_BF16)
@@ -6832,10 +6833,15 @@ LLM__INLINE void LLM__FN(pair_row)(const float *x, int k, uint32_t *pairs) {
     }
 }
 
-/* Weights J and J + 2, and J + 1 and J + 3, of eight; J is 0 or 4. */
-LLM__INLINE void LLM__FN(weight_pairs)(const llm__kind KIND, const uint8_t *w, const int J, V *even, V *odd) {
-    if (KIND == LLM__W_BF16) {
-        V a = v_load((const float *)(const void *)w + J * 8), b = v_load((const float *)(const void *)w + J * 8 + 16);
+/* Of eight weights the J'th and next pairs of even and of odd ones, 2 J and 2 J + 2, 2 J + 1 and 2 J + 3; J is 0 or 2. */
+LLM__INLINE void LLM__FN(weights)(const llm__kind KIND, const bool WIDE, const uint8_t *w, const int J, V *even,
+                                  V *odd) {
+    const float *words = (const float *)(const void *)w + J * 16;
+    if (WIDE) {
+        *even = v_load(words);
+        *odd = v_load(words + 16);
+    } else if (KIND == LLM__W_BF16) {
+        V a = v_load(words), b = v_load(words + 16);
         __asm__("" : "+v"(a), "+v"(b)); /* gcc would load them again for each use */
         __m512i up = _mm512_slli_epi32(_mm512_castps_si512(a), 16);
         *even = _mm512_castsi512_ps(_mm512_mask_mov_epi16(up, 0x55555555, _mm512_castps_si512(b)));
@@ -6844,12 +6850,12 @@ LLM__INLINE void LLM__FN(weight_pairs)(const llm__kind KIND, const uint8_t *w, c
         const V evens = {0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14},
                 odds = {1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15};
         const __m512i numbers = _mm512_castps_si512(v_pair(odds, evens)); /* looked up by the low five bits */
-        __m512i words = _mm512_loadu_si512((const void *)w);
-        __asm__("" : "+v"(words));
-        *even = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(words, J * 2), numbers));
-        *odd = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(words, J * 2 + 4), numbers));
+        __m512i nibbles = _mm512_loadu_si512((const void *)w);
+        __asm__("" : "+v"(nibbles));
+        *even = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(nibbles, J * 4), numbers));
+        *odd = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(nibbles, J * 4 + 4), numbers));
     } else {
-        const int8_t *q = (const int8_t *)w + J * 16;
+        const int8_t *q = (const int8_t *)w + J * 32;
         *even = v_pair(v_int8(q), v_int8(q + 32));
         *odd = v_pair(v_int8(q + 16), v_int8(q + 48));
     }
@@ -6861,71 +6867,75 @@ enum { LLM__FN(inputs) = 16 };
 
 #else
 
+LLM__INLINE V v_dot(float x, V w, V sum) { return v_fma(v_splat(x), w, sum); }
+
+LLM__INLINE void LLM__FN(weights)(const llm__kind KIND, const bool WIDE, const uint8_t *w, const int J, V *even,
+                                  V *odd) {
+    (void)WIDE;
+    *even = LLM__FN(weight)(KIND, w, J);
+    *odd = LLM__FN(weight)(KIND, w, J + 1);
+}
+
 typedef float LLM__FN(input);
 enum { LLM__FN(inputs) = 32 };
 
 #endif
 
-/* The sums over one block, its even and odd weights as two chains. With several rows the products take long enough that
-   the processor's own prefetching falls behind: what comes 8 KiB later is asked for here, into the second cache. So 4
-   rows of bf16 take as long as one (Zen 4, two cores). */
-LLM__INLINE void LLM__FN(block)(const int ROWS, const llm__kind KIND, const LLM__FN(input) * x, size_t x_stride,
-                                const uint8_t *w, V *sum) {
-    V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS];
-    LLM__UNROLL for (int r = 0; r < ROWS; r++) even[r] = odd[r] = v_splat(0);
-    const size_t bytes = LLM__FN(block_bytes)(KIND), quarter = bytes / 256 * 64;
-    if (bytes % 256) __builtin_prefetch(w + bytes - 64 + 8192, 0, 2); /* scales and minimums */
+/* The sums over one block of TILES tiles that lie w_next apart, its even and odd weights as two chains. With several rows
+   the products take long enough that the processor's own prefetching falls behind: what comes 8 KiB later is asked for
+   here, into the second cache. So 4 rows of bf16 take as long as one (Zen 4, two cores). */
+LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind KIND, const bool WIDE,
+                                const LLM__FN(input) *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
+    V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
+    LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
+    const size_t bytes = LLM__FN(block_bytes)(KIND, WIDE), quarter = bytes / 256 * 64;
+    if (bytes % 256 && !WIDE) __builtin_prefetch(w + bytes - 64 + 8192, 0, 2); /* scales and minimums */
     for (const uint8_t *end = w + 4 * quarter; w < end; w += quarter, x += LLM__FN(inputs) / 4) {
-        LLM__UNROLL for (size_t line = 0; line < quarter; line += 64) __builtin_prefetch(w + line + 8192, 0, 2);
-#if defined(LLM__USE_BF16)
-        LLM__UNROLL for (int j = 0; j < 8; j += 4) {
-            V we, wo;
-            LLM__FN(weight_pairs)(KIND, w, j, &we, &wo);
-            LLM__UNROLL for (int r = 0; r < ROWS; r++) {
-                const uint32_t *pairs = x + (size_t)r * x_stride + j / 2;
-                even[r] = v_dot(pairs[0], we, even[r]);
-                odd[r] = v_dot(pairs[1], wo, odd[r]);
-            }
+        LLM__UNROLL for (size_t line = 0; line < quarter && !WIDE; line += 64)
+            __builtin_prefetch(w + line + 8192, 0, 2);
+        LLM__UNROLL for (int j = 0; j < LLM__FN(inputs) / 4; j += 2) {
+            LLM__UNROLL for (int t = 0; t < TILES; t++)
+                LLM__FN(weights)(KIND, WIDE, w + (size_t)t * w_next, j, &we[t], &wo[t]);
+            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++)
+                even[i] = v_dot(x[(size_t)(i / TILES) * x_stride + (size_t)j], we[i % TILES], even[i]);
+            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++)
+                odd[i] = v_dot(x[(size_t)(i / TILES) * x_stride + (size_t)j + 1], wo[i % TILES], odd[i]);
         }
-#else
-        LLM__UNROLL for (int j = 0; j < 8; j += 2) {
-            V we = LLM__FN(weight)(KIND, w, j), wo = LLM__FN(weight)(KIND, w, j + 1);
-            LLM__UNROLL for (int r = 0; r < ROWS; r++) {
-                const float *xj = x + (size_t)r * x_stride + j;
-                even[r] = v_fma(v_splat(xj[0]), we, even[r]);
-                odd[r] = v_fma(v_splat(xj[1]), wo, odd[r]);
-            }
-        }
-#endif
     }
-    LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_add(even[r], odd[r]);
+    LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) sum[i] = v_add(even[i], odd[i]);
 }
 
-/* The sums over n blocks of a tile are added to the rows' totals. */
-LLM__INLINE void LLM__FN(blocks)(const int ROWS, const llm__kind KIND, const LLM__FN(input) * x, size_t x_stride,
-                                 const float *x_sums, size_t sums_stride, const uint8_t *w, int n, V *totals) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND);
-    V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS];
-    LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] = totals[r];
-    for (int i = 0; i < n; i++, x += LLM__FN(inputs), w += bytes) {
-        LLM__FN(block)(ROWS, KIND, x, x_stride, w, sum);
+/* The sums over n blocks are added to the totals[ROWS][TILES]. */
+LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__kind KIND, const bool WIDE,
+                                 const LLM__FN(input) *x, size_t x_stride, const float *x_sums, size_t sums_stride,
+                                 const uint8_t *w, size_t w_next, int n, V *totals) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND, WIDE);
+    V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS], scale[2], least[2];
+    LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) total[i] = totals[i];
+    for (int b = 0; b < n; b++, x += LLM__FN(inputs), w += bytes) {
+        LLM__FN(block)(ROWS, TILES, KIND, WIDE, x, x_stride, w, w_next, sum);
         if (KIND == LLM__W_BF16 || KIND == LLM__W_INT8) {
-            LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] = v_add(total[r], sum[r]);
+            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) total[i] = v_add(total[i], sum[i]);
             continue;
         }
-        V scale = v_half((const uint16_t *)(const void *)(w + bytes) - 32),
-          least = v_half((const uint16_t *)(const void *)(w + bytes) - 16);
-        LLM__UNROLL for (int r = 0; r < ROWS; r++) total[r] =
-            v_fma(least, v_splat(x_sums[(size_t)r * sums_stride + (size_t)i]), v_fma(scale, sum[r], total[r]));
+        LLM__UNROLL for (int t = 0; t < TILES; t++) {
+            const uint16_t *ends = (const uint16_t *)(const void *)(w + (size_t)t * w_next + bytes) - 32;
+            scale[t] = v_half(ends);
+            least[t] = v_half(ends + 16);
+        }
+        LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
+            V x_sum = v_splat(x_sums[(size_t)(i / TILES) * sums_stride + (size_t)b]);
+            total[i] = v_fma(least[i % TILES], x_sum, v_fma(scale[i % TILES], sum[i], total[i]));
+        }
     }
-    LLM__UNROLL for (int r = 0; r < ROWS; r++) totals[r] = total[r];
+    LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) totals[i] = total[i];
 }
 
 /* Up to LLM__RUN_TILES tiles. */
 LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
                                      const float *x_sums, const uint8_t *w, size_t tile_bytes, int n, int k, float *y,
                                      size_t y_stride) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND), sums_stride = (size_t)k / 32;
+    const size_t bytes = LLM__FN(block_bytes)(KIND, false), sums_stride = (size_t)k / 32;
     V total[LLM__RUN_TILES][LLM__MOST_ROWS];
     for (int t = 0; t < n; t++) {
         LLM__UNROLL for (int r = 0; r < ROWS; r++) total[t][r] =
@@ -6942,9 +6952,10 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const
         const float *run = x + i;
         const size_t run_stride = x_stride;
 #endif
+        const float *run_sums = x_sums ? x_sums + i / 32 : NULL;
         const uint8_t *part = w + (size_t)i / 32 * bytes;
-        for (int t = 0; t < n; t++, part += tile_bytes) LLM__FN(blocks)
-        (ROWS, KIND, run, run_stride, x_sums ? x_sums + i / 32 : NULL, sums_stride, part, some / 32, total[t]);
+        for (int t = 0; t < n; t++, part += tile_bytes)
+            LLM__FN(blocks)(ROWS, 1, KIND, false, run, run_stride, run_sums, sums_stride, part, 0, some / 32, total[t]);
     }
     for (int t = 0; t < n; t++) {
         LLM__UNROLL for (int r = 0; r < ROWS; r++) {
@@ -6960,7 +6971,7 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const 
                                     const float *x_sums, const uint8_t *w, int n, int k, float *y, size_t y_stride) {
     const bool FLOATS = KIND == LLM__W_F32 || KIND == LLM__W_F16;
     const size_t tile_bytes = FLOATS ? (size_t)k * (KIND == LLM__W_F16 ? 32 : 64)
-                                     : (size_t)k / 32 * LLM__FN(block_bytes)(KIND) + (KIND == LLM__W_INT8 ? 64 : 0);
+                                     : (size_t)k / 32 * LLM__FN(block_bytes)(KIND, false) + (KIND == LLM__W_INT8 ? 64 : 0);
     const int STEP = FLOATS ? 1 : LLM__RUN_TILES;
     for (int t = 0; t < n; t += STEP, w += (size_t)STEP * tile_bytes, y += 16 * STEP) {
         int some = n - t < STEP ? n - t : STEP;
@@ -7160,6 +7171,133 @@ LLM__TARGET static uint32_t LLM__FN(multiply_pairs)(size_t n) {
 #define LLM__MULTIPLY_PAIRS NULL
 #endif
 
+#if defined(LLM__USE_BF16)
+
+/* ---- Products of many rows ----
+
+   Floor: 16 products of pairs, one a cycle, for a row and a tile over 32 k. Each needs a load of activations and one of
+   weights, of which there is one a cycle: so 4 rows meet 2 tiles, 6 loads for 8 products. Two tiles' weights are widened
+   once for all rows, in parts that stay near (36 KB), and the next two's are fetched meanwhile. */
+
+LLM__TARGET static void LLM__FN(pack_pairs)(const float *x, size_t x_stride, int rows, int k, uint8_t *a) {
+    const size_t bytes = (size_t)k * 2;
+    for (int r = 0; r < rows; r++)
+        LLM__FN(pair_row)(x + (size_t)r * x_stride, k, (uint32_t *)(void *)(a + (size_t)r * bytes));
+    for (int r = rows; r % 16; r++) memset(a + (size_t)r * bytes, 0, bytes);
+}
+
+/* A block as the products take it: its pairs in turns of even and odd ones; then what ends a group. */
+LLM__INLINE void LLM__FN(widen)(const llm__kind KIND, const uint8_t *w, uint8_t *to) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND, false), quarter = bytes / 256 * 64;
+    float *pairs = (float *)(void *)to;
+    for (int i = 0; i < 8; i++, pairs += 32) {
+        V even, odd;
+        LLM__FN(weights)(KIND, false, w + (size_t)(i / 2) * quarter, i % 2 * 2, &even, &odd);
+        v_store(pairs, even);
+        v_store(pairs + 16, odd);
+    }
+    if (bytes % 256) memcpy(pairs, w + bytes - 64, 64);
+}
+
+/* Asks for the share of what comes next that falls to rows [row, row + step) of the pass over n_rows. */
+LLM__INLINE void LLM__FN(fetch_ahead)(const uint8_t *ahead, size_t bytes, int row, int step, int n_rows) {
+    size_t share = (bytes / 64 + 1) * (size_t)step / (size_t)(n_rows + step - 1) + 1;
+    size_t first = share * (size_t)(row / step) * 64;
+    for (size_t i = first; i < first + share * 64 && i < bytes; i += 64)
+        _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
+}
+
+LLM__INLINE void LLM__FN(pair_product)(const llm__kind KIND, const llm__tile_product *p, const float *x_sums,
+                                       int n_rows) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND, true), stride = (size_t)p->a_blocks * 16;
+    const size_t right = p->n_cols > 1 ? 16 : 0; /* a tile without a neighbour is taken twice */
+    uint8_t wide[2][LLM__TILE_BLOCKS * 1088] __attribute__((aligned(64)));
+    for (int i = 0; i < p->n_blocks; i++)
+        for (size_t t = 0; t < 2; t++)
+            LLM__FN(widen)(KIND, p->b[i] + (right ? t * p->b_next : 0), wide[t] + (size_t)i * bytes);
+    for (int row = 0; row < n_rows; row += 4) {
+        const uint32_t *x = (const uint32_t *)(const void *)p->a + (size_t)row * stride;
+        float *c = p->c + (size_t)row * p->c_stride;
+        V total[LLM__MOST_ROWS];
+        LLM__UNROLL for (size_t i = 0; i < 8; i++) total[i] =
+            p->add ? v_load(c + i / 2 * p->c_stride + i % 2 * right) : v_splat(0);
+        if (p->ahead) LLM__FN(fetch_ahead)(p->ahead, p->ahead_bytes, row, 4, n_rows);
+        if (p->ahead && p->ahead_next)
+            LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, 4, n_rows);
+        LLM__FN(blocks)(4, 2, KIND, true, x, stride, x_sums ? x_sums + (size_t)(row * p->a_blocks) : NULL,
+                        (size_t)p->a_blocks, wide[0], sizeof *wide, p->n_blocks, total);
+        LLM__UNROLL for (size_t i = 0; i < 8; i++) v_store(c + i / 2 * p->c_stride + i % 2 * right, total[i]);
+    }
+}
+
+LLM__TARGET static void LLM__FN(vector_product)(const llm__tile_product *p) {
+    LLM__FN(pair_product)(LLM__W_BF16, p, NULL, p->n_rows * 16);
+}
+
+/* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
+LLM__INLINE llm__tile_product LLM__FN(panel_product)(const llm__kind KIND, const llm__panel *p, int tile, int first,
+                                                     int n, const uint8_t **b) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND, false);
+    const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes;
+    llm__tile_product product;
+    product.a = p->a + (size_t)first * 64;
+    product.n_rows = (p->n_rows + 15) / 16;
+    product.a_blocks = p->k / 32;
+    product.b = b;
+    product.b_next = p->tile_bytes;
+    product.n_blocks = n;
+    product.n_cols = p->n_tiles - tile < 2 ? 1 : 2;
+    product.c = p->c + tile * 16;
+    product.c_stride = (size_t)p->n_tiles * 16;
+    product.add = first > 0;
+    /* Next is the same part of the next two tiles, then the next part of the first two, then another panel. */
+    if (tile + 2 < p->n_tiles) product.ahead = w + 2 * p->tile_bytes;
+    else if (first + n < p->k / 32) product.ahead = p->tiles + (size_t)(first + n) * bytes;
+    else product.ahead = p->ahead;
+    product.ahead_bytes = (size_t)n * bytes;
+    product.ahead_next = tile + 3 == p->n_tiles || p->n_tiles == 1 ? 0 : p->tile_bytes;
+    for (int i = 0; i < n; i++) b[i] = w + (size_t)i * bytes;
+    return product;
+}
+
+/* Blocks of a part, of which there are as few as LLM__TILE_BLOCKS allow. */
+LLM__INLINE int LLM__FN(part_blocks)(int n_blocks) {
+    int parts = (n_blocks + LLM__TILE_BLOCKS - 1) / LLM__TILE_BLOCKS;
+    return (n_blocks + parts - 1) / parts;
+}
+
+/* Sums over int8 weights times their scales. */
+LLM__INLINE void LLM__FN(panel_scales)(const llm__panel *p) {
+    for (int tile = 0; tile < p->n_tiles; tile++) {
+        V scale = v_load((const float *)(const void *)(p->tiles + (size_t)(tile + 1) * p->tile_bytes - 64));
+        for (int row = 0; row < p->n_rows; row++) {
+            float *c = p->c + ((size_t)row * (size_t)p->n_tiles + (size_t)tile) * 16;
+            v_store(c, v_add(v_splat(0), v_mul(v_load(c), scale)));
+        }
+    }
+}
+
+LLM__INLINE void LLM__FN(vector_panel_of)(const llm__kind KIND, const llm__panel *p) {
+    int n_blocks = p->k / 32, step = LLM__FN(part_blocks)(n_blocks);
+    const uint8_t *b[LLM__TILE_BLOCKS];
+    for (int first = 0; first < n_blocks; first += step)
+        for (int tile = 0; tile < p->n_tiles; tile += 2) {
+            int n = n_blocks - first < step ? n_blocks - first : step;
+            llm__tile_product product = LLM__FN(panel_product)(KIND, p, tile, first, n, b);
+            LLM__FN(pair_product)(KIND, &product, p->x_sums + first, p->n_rows);
+        }
+    if (KIND == LLM__W_INT8) LLM__FN(panel_scales)(p);
+}
+
+LLM__TARGET static void LLM__FN(vector_panel)(llm__kind kind, const llm__panel *p) {
+    if (kind == LLM__W_BF16) LLM__FN(vector_panel_of)(LLM__W_BF16, p);
+    else if (kind == LLM__W_INT8) LLM__FN(vector_panel_of)(LLM__W_INT8, p);
+    else if (kind == LLM__W_INT8_GROUPS) LLM__FN(vector_panel_of)(LLM__W_INT8_GROUPS, p);
+    else LLM__FN(vector_panel_of)(LLM__W_INT4_GROUPS, p);
+}
+
+#endif
+
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 
 /* ---- Products on the matrix unit ----
@@ -7229,19 +7367,13 @@ LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile
     if (ROWS > 1 && COLS > 1) LLM__TILE_STORE(3, low + 16, c_bytes);
 }
 
-/* Asks for the share of what comes next that falls to rows [row, row + 2) of the pass over n_rows. */
-LLM__INLINE void LLM__FN(fetch_ahead)(const uint8_t *ahead, size_t bytes, int row, int n_rows) {
-    size_t share = (bytes / 64 + 1) * 2 / (size_t)(n_rows + 1) + 1, first = share * (size_t)(row / 2) * 64;
-    for (size_t i = first; i < first + share * 64 && i < bytes; i += 64)
-        _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
-}
-
 LLM__TARGET static void LLM__FN(tile_product)(const llm__tile_product *p) {
     for (int row = 0; row < p->n_rows; row += 2) {
         const uint8_t *a = p->a + (size_t)row * (size_t)p->a_blocks * 1024;
         float *c = p->c + (size_t)row * 16 * p->c_stride;
-        if (p->ahead) LLM__FN(fetch_ahead)(p->ahead, p->ahead_bytes, row, p->n_rows);
-        if (p->ahead && p->ahead_next) LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, p->n_rows);
+        if (p->ahead) LLM__FN(fetch_ahead)(p->ahead, p->ahead_bytes, row, 2, p->n_rows);
+        if (p->ahead && p->ahead_next)
+            LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, 2, p->n_rows);
         if (p->n_cols == 1 && row + 1 == p->n_rows) LLM__FN(square)(1, 1, p, a, c);
         else if (p->n_cols == 1) LLM__FN(square)(2, 1, p, a, c);
         else if (row + 1 == p->n_rows) LLM__FN(square)(1, 2, p, a, c);
@@ -7252,7 +7384,7 @@ LLM__TARGET static void LLM__FN(tile_product)(const llm__tile_product *p) {
 /* Whole numbers as bf16, which holds them exactly, in the order of bf16 tiles. */
 LLM__INLINE void LLM__FN(unpack)(const llm__kind KIND, const uint8_t *w, int n_blocks, uint8_t *to) {
     const __m512i high = _mm512_set1_epi32(-65536);
-    const size_t bytes = LLM__FN(block_bytes)(KIND);
+    const size_t bytes = LLM__FN(block_bytes)(KIND, false);
     for (; n_blocks; n_blocks--, w += bytes) {
         for (size_t i = 0; i < 4; i++) {
             const uint8_t *quarter = w + i * (bytes / 256 * 64);
@@ -7268,7 +7400,7 @@ LLM__INLINE void LLM__FN(unpack)(const llm__kind KIND, const uint8_t *w, int n_b
 
 /* Groups: the unit gives the sums over each block, the registers hold the totals of 16 rows and one tile. */
 LLM__INLINE void LLM__FN(panel_groups)(const llm__kind KIND, const llm__panel *p, int tile, int first, int n_blocks) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND), blocks = (size_t)p->k / 32, c_stride = (size_t)p->n_tiles * 16;
+    const size_t bytes = LLM__FN(block_bytes)(KIND, false), blocks = (size_t)p->k / 32, c_stride = (size_t)p->n_tiles * 16;
     float block[2][256];
     for (int row = 0; row < p->n_rows; row += 16) {
         const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes;
@@ -7296,56 +7428,28 @@ LLM__INLINE void LLM__FN(panel_groups)(const llm__kind KIND, const llm__panel *p
 
 /* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
 LLM__INLINE void LLM__FN(panel_pair)(const llm__kind KIND, const llm__panel *p, int tile, int first, int n) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND);
-    const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes, *b[LLM__TILE_BLOCKS];
-    const int n_cols = p->n_tiles - tile < 2 ? 1 : 2, n_blocks = p->k / 32;
-    if (KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS) {
-        for (int i = 0; i < n_cols; i++) {
-            LLM__FN(unpack)(KIND, w + (size_t)i * p->tile_bytes, n, p->unpacked);
-            LLM__FN(panel_groups)(KIND, p, tile + i, first, n);
-        }
-        return;
+    const uint8_t *b[LLM__TILE_BLOCKS];
+    llm__tile_product product = LLM__FN(panel_product)(KIND, p, tile, first, n, b);
+    product.a = p->a + (size_t)first * 1024;
+    for (int i = 0; i < product.n_cols && KIND != LLM__W_BF16; i++) {
+        bool groups = KIND != LLM__W_INT8;
+        const uint8_t *w = b[0] + (size_t)i * p->tile_bytes;
+        LLM__FN(unpack)(KIND, w, n, p->unpacked + (groups ? 0 : i * LLM__TILE_BLOCKS * 1024));
+        if (groups) LLM__FN(panel_groups)(KIND, p, tile + i, first, n);
     }
-    llm__tile_product product = {p->a + (size_t)first * 1024,
-                                 (p->n_rows + 15) / 16,
-                                 n_blocks,
-                                 b,
-                                 p->tile_bytes,
-                                 n,
-                                 n_cols,
-                                 p->c + tile * 16,
-                                 (size_t)p->n_tiles * 16,
-                                 first > 0,
-                                 NULL,
-                                 (size_t)n * bytes,
-                                 p->tile_bytes};
     if (KIND == LLM__W_INT8) {
-        for (int i = 0; i < n_cols; i++)
-            LLM__FN(unpack)(KIND, w + (size_t)i * p->tile_bytes, n, p->unpacked + i * LLM__TILE_BLOCKS * 1024);
+        for (int i = 0; i < n; i++) b[i] = p->unpacked + i * 1024;
         product.b_next = LLM__TILE_BLOCKS * 1024;
     }
-    for (int i = 0; i < n; i++) b[i] = (KIND == LLM__W_INT8 ? p->unpacked : w) + (size_t)i * 1024;
-    /* Next is the same part of the next two tiles, then the next part of the first two, then another panel. */
-    if (tile + 2 < p->n_tiles) product.ahead = w + 2 * p->tile_bytes;
-    else if (first + n < n_blocks) product.ahead = p->tiles + (size_t)(first + n) * bytes;
-    else product.ahead = p->ahead;
-    if (tile + 3 == p->n_tiles || p->n_tiles == 1) product.ahead_next = 0;
-    LLM__FN(tile_product)(&product);
+    if (KIND == LLM__W_BF16 || KIND == LLM__W_INT8) LLM__FN(tile_product)(&product);
 }
 
 LLM__INLINE void LLM__FN(panel_of)(const llm__kind KIND, const llm__panel *p) {
-    int n_blocks = p->k / 32, parts = (n_blocks + LLM__TILE_BLOCKS - 1) / LLM__TILE_BLOCKS,
-        step = (n_blocks + parts - 1) / parts;
+    int n_blocks = p->k / 32, step = LLM__FN(part_blocks)(n_blocks);
     for (int first = 0; first < n_blocks; first += step)
         for (int tile = 0; tile < p->n_tiles; tile += 2)
             LLM__FN(panel_pair)(KIND, p, tile, first, n_blocks - first < step ? n_blocks - first : step);
-    for (int tile = 0; tile < p->n_tiles && KIND == LLM__W_INT8; tile++) {
-        V scale = v_load((const float *)(const void *)(p->tiles + (size_t)(tile + 1) * p->tile_bytes - 64));
-        for (int row = 0; row < p->n_rows; row++) {
-            float *c = p->c + ((size_t)row * (size_t)p->n_tiles + (size_t)tile) * 16;
-            v_store(c, v_add(v_splat(0), v_mul(v_load(c), scale)));
-        }
-    }
+    if (KIND == LLM__W_INT8) LLM__FN(panel_scales)(p);
 }
 
 LLM__TARGET static void LLM__FN(panel)(llm__kind kind, const llm__panel *p) {
@@ -7396,7 +7500,12 @@ static const llm__kernels LLM__FN(kernels) = {
 #else
     "scalar",
 #endif
-    LLM__KERNEL_TABLE, NULL, NULL, NULL, NULL, NULL, NULL,
+    LLM__KERNEL_TABLE,
+#if defined(LLM__USE_BF16)
+    NULL, NULL, LLM__FN(pack_pairs), LLM__FN(vector_product), LLM__FN(vector_panel), NULL,
+#else
+    NULL, NULL, NULL, NULL, NULL, NULL,
+#endif
 };
 
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
@@ -8871,7 +8980,7 @@ static void llm__forward_task(void *arg, int index) {
     const int *rows = c->all_rows;
     int n = c->pass->n_rows;
     uint64_t mode = llm__float_mode_enter();
-    if (c->packed) m->kernels->tiles_enter();
+    if (m->kernels->tiles_enter) m->kernels->tiles_enter();
     llm__embed_rows(w, c);
     for (int i = 0; i < m->shape.n_layers && n && !llm__poll_cancel(w, c); i++) {
         const llm__cpu_layer *layer = &m->layers[i];
@@ -8898,7 +9007,7 @@ static void llm__forward_task(void *arg, int index) {
         if (c->pass->n_targets) llm__score_rows(w, c, n);
         else llm__linear(w, c, &m->head, c->normed, c->x_stride, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
     }
-    if (c->packed) m->kernels->tiles_leave();
+    if (m->kernels->tiles_leave) m->kernels->tiles_leave();
     llm__float_mode_leave(mode);
 }
 
@@ -9171,7 +9280,7 @@ static double llm__cpu_measure_flops(void *context) {
     bool floats = c->model->dtype == LLM_DTYPE_F32 || c->model->dtype == LLM_DTYPE_F16;
     llm__multiply_args args = {k->multiply, 0};
     double best = 0, round = 2.0 * 16 * 12;
-    if (c->packed) {
+    if (k->tile_multiply && !floats) {
         args.multiply = k->tile_multiply;
         round = 2.0 * 16 * 4 * 16 * 32;
     } else if (k->multiply_pairs && !floats) {

@@ -164,13 +164,13 @@ static void check_set(const char *isa) {
     scalar = llm__choose_kernels("scalar");
     if (!k) skip();
     uint64_t mode = llm__float_mode_enter();
-    if (k->panel) k->tiles_enter();
+    if (k->tiles_enter) k->tiles_enter();
     for (int i = 0; i < ROUNDS && k->panel; i++) {
         check_tile_product(k);
         if (i % 8 == 0) /* the larger they are, the fewer */
             for (int kind = LLM__W_BF16; kind <= LLM__W_INT4_GROUPS; kind++) check_panel(k, (llm__kind)kind);
     }
-    if (k->panel) k->tiles_leave();
+    if (k->tiles_leave) k->tiles_leave();
     for (int i = 0; i < ROUNDS; i++) {
         for (int kind = 0; kind < LLM__W_KINDS; kind++) check_product(k, (llm__kind)kind);
         check_rows(k);
