@@ -1296,7 +1296,7 @@ static double llm__json_value(llm__str s) {
     double value = (double)digits, ten = 10;
     bool down = power < 0;
     double factor = 1;
-    for (int p = !digits ? 0 : down ? -power : power; p && factor < 1e300; p >>= 1, ten *= ten) /* 0 * infinity: no */
+    for (int p = !digits ? 0 : down ? -power : power; p; p >>= 1, ten *= ten) /* 0 * infinity: no */
         if (p & 1) factor *= ten;
     value = down ? value / factor : value * factor;
     return s.at[0] == '-' ? -value : value;
