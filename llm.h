@@ -10262,6 +10262,12 @@ static llm_token llm__argmax(const float *logits, int n) {
     return best;
 }
 
+static void llm__swap_ids(llm_token *ids, int i, int j) {
+    llm_token moved = ids[i];
+    ids[i] = ids[j];
+    ids[j] = moved;
+}
+
 /* A heap of tokens, the most probable at the top, the lower id first among equals. */
 static bool llm__likelier(const float *p, llm_token a, llm_token b) { return p[a] > p[b] || (p[a] == p[b] && a < b); }
 
@@ -10271,43 +10277,75 @@ static void llm__sift_down(const float *p, llm_token *heap, int n, int i) {
         for (int child = 2 * i + 1; child <= 2 * i + 2 && child < n; child++)
             if (llm__likelier(p, heap[child], heap[best])) best = child;
         if (best == i) return;
-        llm_token moved = heap[i];
-        heap[i] = heap[best];
-        heap[best] = moved;
+        llm__swap_ids(heap, i, best);
         i = best;
     }
 }
 
 /* Takes the most likely out of the heap of n and puts it behind the rest. */
 static llm_token llm__take_likeliest(const float *p, llm_token *heap, int n) {
-    llm_token top = heap[0];
-    heap[0] = heap[n - 1];
-    heap[n - 1] = top;
+    llm__swap_ids(heap, 0, n - 1);
     llm__sift_down(p, heap, n - 1, 0);
-    return top;
+    return heap[n - 1];
 }
 
-/* The tokens that may be drawn, most likely first, at the end of `ids` [n_vocab]: their number, in *total their p. */
-static int llm__cut_candidates(const float *p, llm_token *ids, int n_vocab, const llm_sampler *s, double sum,
-                               double *total) {
-    int most = s->top_k > 0 && s->top_k < n_vocab ? s->top_k : n_vocab, n = 0;
-    bool by_p = s->top_p > 0 && s->top_p < 1;
+/* The upper bits of a p from 0 to 1; NaN must not lead out of the 1,024 bins. */
+static int llm__bin(float p) { return (int)(llm__f32_bits(p) >> 20 & 1023); }
+
+/* Of the last n of `ids` [n_vocab] the most likely come to the end: at most `most`, and as few as reach `mass` together;
+   returns how many. Only those in the bin through which the cut goes are put in order, as a whole vocabulary takes longer
+   to sort than some models to compute. */
+static int llm__keep_likeliest(const float *p, llm_token *ids, int n_vocab, int n, int most, double mass) {
+    struct {
+        double mass;
+        int count;
+    } bins[1024];
+    int bin = 1023, kept = 0;
+    double sum = 0;
+    memset(bins, 0, sizeof bins);
+    for (int i = n_vocab - n; i < n_vocab; i++) {
+        bins[llm__bin(p[ids[i]])].mass += p[ids[i]];
+        bins[llm__bin(p[ids[i]])].count++;
+    }
+    for (; bin > 0 && kept + bins[bin].count <= most && sum + bins[bin].mass < mass; bin--) {
+        kept += bins[bin].count;
+        sum += bins[bin].mass;
+    }
+    int end = n_vocab;
+    for (int i = n_vocab - 1; i >= n_vocab - n; i--)
+        if (llm__bin(p[ids[i]]) > bin) llm__swap_ids(ids, i, --end);
+    int begin = end;
+    for (int i = end - 1; i >= n_vocab - n; i--)
+        if (llm__bin(p[ids[i]]) == bin) llm__swap_ids(ids, i, --begin);
+    int left = end - begin;
+    for (int i = left / 2; i >= 0; i--) llm__sift_down(p, ids + begin, left, i);
+    for (; left && kept < most && sum < mass; kept++) sum += p[llm__take_likeliest(p, ids + begin, left--)];
+    return kept;
+}
+
+/* The tokens that may be drawn, at the end of `ids` [n_vocab], the best as the last: their number, in *total their p. */
+static int llm__cut_candidates(const float *p, llm_token *ids, int n_vocab, llm_token best, const llm_sampler *s,
+                               double sum, double *total) {
+    bool by_k = s->top_k > 0 && s->top_k < n_vocab, by_p = s->top_p > 0 && s->top_p < 1;
+    int n = n_vocab;
     for (int i = 0; i < n_vocab; i++) ids[i] = i;
-    for (int i = n_vocab / 2; i >= 0; i--) llm__sift_down(p, ids, n_vocab, i);
-    if (by_p && most < n_vocab) { /* top-p counts within what top-k left */
+    llm__swap_ids(ids, best, n_vocab - 1);
+    if (by_k) n = llm__keep_likeliest(p, ids, n_vocab, n, s->top_k, INFINITY);
+    if (by_k && by_p) { /* top-p counts within what top-k left */
         sum = 0;
-        for (; n < most; n++) sum += p[llm__take_likeliest(p, ids, n_vocab - n)];
+        for (int i = 1; i <= n; i++) sum += p[ids[n_vocab - i]];
     }
+    if (by_p) n = llm__keep_likeliest(p, ids, n_vocab, n, n, (double)s->top_p * sum);
     int found = n;
-    *total = 0;
-    for (int i = 0; i < most; i++) {
-        if (i >= found) llm__take_likeliest(p, ids, n_vocab - i);
-        double next = p[ids[n_vocab - 1 - i]];
-        if (i && s->min_p > 0 && next < (double)s->min_p * p[ids[n_vocab - 1]]) return i;
+    n = 1;
+    *total = p[best];
+    for (int i = 2; i <= found; i++) {
+        float next = p[ids[n_vocab - i]];
+        if (s->min_p > 0 && next < (double)s->min_p * p[best]) continue;
         *total += next;
-        if (by_p && *total >= (double)s->top_p * sum) return i + 1;
+        llm__swap_ids(ids, n_vocab - i, n_vocab - ++n);
     }
-    return most;
+    return n;
 }
 
 /* A number in [0, 1) from the seed and a count (splitmix64: Steele, Lea and Flood 2014). */
@@ -10327,10 +10365,10 @@ static llm_token llm__draw(const float *p, const llm_token *ids, int n_vocab, in
     return ids[n_vocab - 1]; /* rounding left a little over */
 }
 
-/* Tokens that may be drawn, most likely first, with p that sum to `total`. */
+/* Tokens that may be drawn, with p that sum to `total`. */
 typedef struct llm__choice {
     const float *p;       /* [n_vocab] */
-    const llm_token *ids; /* [n_vocab] they are the last n of these */
+    const llm_token *ids; /* [n_vocab] they are the last n of these, the best is the last */
     int n_vocab, n;
     double total;
 } llm__choice;
@@ -10357,7 +10395,7 @@ static llm__choice llm__choose(llm_context *ctx, const float *logits, const llm_
     ctx->model->kernels->softmax(p, n_vocab, llm__round_up(n_vocab, 16), 1.0f / sampler->temperature, false, &max,
                                  &sum);
     llm__float_mode_leave(mode);
-    choice.n = llm__cut_candidates(p, ctx->candidates, n_vocab, sampler, sum, &choice.total);
+    choice.n = llm__cut_candidates(p, ctx->candidates, n_vocab, best, sampler, sum, &choice.total);
     return choice;
 }
 

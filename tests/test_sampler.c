@@ -249,6 +249,7 @@ static void test_distribution(void **state) {
     check_distribution(f, (llm_sampler){.temperature = 1, .top_k = 8, .seed = 1});
     check_distribution(f, (llm_sampler){.temperature = 0.6f, .top_k = 12, .seed = 2});
     check_distribution(f, (llm_sampler){.temperature = 1.7f, .top_k = 30, .seed = UINT64_MAX});
+    check_distribution(f, (llm_sampler){.temperature = 1, .top_p = 0.5f, .seed = 4});
     fill(f, -1000);
     for (int i = 0; i < 6; i++) f->logits[40 * i] = (float)i / 2;
     check_distribution(f, (llm_sampler){.temperature = 1, .min_p = 0.01f, .seed = 3});
