@@ -6257,8 +6257,8 @@ typedef struct llm__kernels {
     void (*group_sums)(const float *x, int k, float *sums); /* of each 32 */
     /* y = x / sqrt(mean(x * x) + eps) * w, n values, then zeros up to a multiple of 32; y rounded to bf16 if `round`. */
     void (*rms_norm)(const float *x, const float *w, int n, float eps, bool round, float *y);
-    /* y = silu(gate) * up = gate / (1 + exp(-gate)) * up */
-    void (*swiglu)(const float *gate, const float *up, int n, bool round, float *y);
+    /* y = silu(gate) * up = gate / (1 + exp(-gate)) * up for n gates and ups, which take turns: 16 of each. */
+    void (*swiglu)(const float *gate_up, int n, bool round, float *y);
     /* Turns n scores into exp(scale * s - max), zeros up to `padded`; gives their maximum (of scale * s) and sum. */
     void (*softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum);
     /* Adds a partial attention result to a running one: (max, sum, out[n]) is what is known so far. */
@@ -6881,7 +6881,7 @@ enum { LLM__FN(inputs) = 32 };
    the products take long enough that the processor's own prefetching falls behind: what comes 8 KiB later is asked for
    here, into the second cache. So 4 rows of bf16 take as long as one (Zen 4, two cores). */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind KIND, const bool WIDE,
-                                const LLM__FN(input) *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
+                                const LLM__FN(input) * x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
     const size_t bytes = LLM__FN(block_bytes)(KIND, WIDE), quarter = bytes / 256 * 64;
@@ -6892,10 +6892,10 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind
         LLM__UNROLL for (int j = 0; j < LLM__FN(inputs) / 4; j += 2) {
             LLM__UNROLL for (int t = 0; t < TILES; t++)
                 LLM__FN(weights)(KIND, WIDE, w + (size_t)t * w_next, j, &we[t], &wo[t]);
-            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++)
-                even[i] = v_dot(x[(size_t)(i / TILES) * x_stride + (size_t)j], we[i % TILES], even[i]);
-            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++)
-                odd[i] = v_dot(x[(size_t)(i / TILES) * x_stride + (size_t)j + 1], wo[i % TILES], odd[i]);
+            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] =
+                v_dot(x[(size_t)(i / TILES) * x_stride + (size_t)j], we[i % TILES], even[i]);
+            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) odd[i] =
+                v_dot(x[(size_t)(i / TILES) * x_stride + (size_t)j + 1], wo[i % TILES], odd[i]);
         }
     }
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) sum[i] = v_add(even[i], odd[i]);
@@ -6903,7 +6903,7 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind
 
 /* The sums over n blocks are added to the totals[ROWS][TILES]. */
 LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__kind KIND, const bool WIDE,
-                                 const LLM__FN(input) *x, size_t x_stride, const float *x_sums, size_t sums_stride,
+                                 const LLM__FN(input) * x, size_t x_stride, const float *x_sums, size_t sums_stride,
                                  const uint8_t *w, size_t w_next, int n, V *totals) {
     const size_t bytes = LLM__FN(block_bytes)(KIND, WIDE);
     V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS], scale[2], least[2];
@@ -6966,8 +6966,9 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const
 LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
                                     const float *x_sums, const uint8_t *w, int n, int k, float *y, size_t y_stride) {
     const bool FLOATS = KIND == LLM__W_F32 || KIND == LLM__W_F16;
-    const size_t tile_bytes = FLOATS ? (size_t)k * (KIND == LLM__W_F16 ? 32 : 64)
-                                     : (size_t)k / 32 * LLM__FN(block_bytes)(KIND, false) + (KIND == LLM__W_INT8 ? 64 : 0);
+    const size_t tile_bytes = FLOATS
+                                  ? (size_t)k * (KIND == LLM__W_F16 ? 32 : 64)
+                                  : (size_t)k / 32 * LLM__FN(block_bytes)(KIND, false) + (KIND == LLM__W_INT8 ? 64 : 0);
     const int STEP = FLOATS ? 1 : LLM__RUN_TILES;
     for (int t = 0; t < n; t += STEP, w += (size_t)STEP * tile_bytes, y += 16 * STEP) {
         int some = n - t < STEP ? n - t : STEP;
@@ -7057,11 +7058,11 @@ LLM__TARGET static void LLM__FN(rms_norm)(const float *x, const float *w, int n,
     if (i & 16) v_store(y + i, v_splat(0));
 }
 
-LLM__TARGET static void LLM__FN(swiglu)(const float *gate, const float *up, int n, bool round, float *y) {
+LLM__TARGET static void LLM__FN(swiglu)(const float *gate_up, int n, bool round, float *y) {
     for (int i = 0; i < n; i += 16) {
-        V g = LLM__FN(load_part)(gate + i, n - i), u = LLM__FN(load_part)(up + i, n - i);
-        V silu = v_div(g, v_add(v_splat(1.0f), v_exp(v_sub(v_splat(0), g))));
-        LLM__FN(store_part)(y + i, v_mul(silu, u), n - i, round);
+        V gate = v_load(gate_up + 2 * i), up = v_load(gate_up + 2 * i + 16);
+        V silu = v_div(gate, v_add(v_splat(1.0f), v_exp(v_sub(v_splat(0), gate))));
+        LLM__FN(store_part)(y + i, v_mul(silu, up), n - i, round);
     }
 }
 
@@ -7218,10 +7219,10 @@ LLM__INLINE void LLM__FN(pair_product)(const llm__kind KIND, const llm__tile_pro
         LLM__UNROLL for (size_t i = 0; i < 8; i++) total[i] =
             p->add ? v_load(c + i / 2 * p->c_stride + i % 2 * right) : v_splat(0);
         if (p->ahead) LLM__FN(fetch_ahead)(p->ahead, p->ahead_bytes, row, 4, n_rows);
-        if (p->ahead && p->ahead_next)
-            LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, 4, n_rows);
-        LLM__FN(blocks)(4, 2, KIND, true, x, stride, x_sums ? x_sums + (size_t)(row * p->a_blocks) : NULL,
-                        (size_t)p->a_blocks, wide[0], sizeof *wide, p->n_blocks, total);
+        if (p->ahead && p->ahead_next) LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, 4, n_rows);
+        LLM__FN(blocks)
+        (4, 2, KIND, true, x, stride, x_sums ? x_sums + (size_t)(row * p->a_blocks) : NULL, (size_t)p->a_blocks,
+         wide[0], sizeof *wide, p->n_blocks, total);
         LLM__UNROLL for (size_t i = 0; i < 8; i++) v_store(c + i / 2 * p->c_stride + i % 2 * right, total[i]);
     }
 }
@@ -7396,7 +7397,8 @@ LLM__INLINE void LLM__FN(unpack)(const llm__kind KIND, const uint8_t *w, int n_b
 
 /* Groups: the unit gives the sums over each block, the registers hold the totals of 16 rows and one tile. */
 LLM__INLINE void LLM__FN(panel_groups)(const llm__kind KIND, const llm__panel *p, int tile, int first, int n_blocks) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND, false), blocks = (size_t)p->k / 32, c_stride = (size_t)p->n_tiles * 16;
+    const size_t bytes = LLM__FN(block_bytes)(KIND, false), blocks = (size_t)p->k / 32,
+                 c_stride = (size_t)p->n_tiles * 16;
     float block[2][256];
     for (int row = 0; row < p->n_rows; row += 16) {
         const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes;
@@ -7498,9 +7500,19 @@ static const llm__kernels LLM__FN(kernels) = {
 #endif
     LLM__KERNEL_TABLE,
 #if defined(LLM__USE_BF16)
-    NULL, NULL, LLM__FN(pack_pairs), LLM__FN(vector_product), LLM__FN(vector_panel), NULL,
+    NULL,
+    NULL,
+    LLM__FN(pack_pairs),
+    LLM__FN(vector_product),
+    LLM__FN(vector_panel),
+    NULL,
 #else
-    NULL, NULL, NULL, NULL, NULL, NULL,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
 #endif
 };
 
@@ -8352,6 +8364,7 @@ enum {
     LLM__ROWS = 64, /* activation rows that meet a group of tiles while it is in the near cache                  */
     LLM__TILES = 4, /* tiles in such a group                                                                     */
     LLM__SPLIT_ROWS = 8, /* rows of a sequence whose attention may be split over the keys                             */
+    LLM__ROWS_AHEAD = 12, /* of a panel's rows, that much before it is written the next is asked for             */
     LLM__COLUMNS = 512 /* tokens of the vocabulary whose softmax is taken at once (part of the arithmetic)           */
 };
 
@@ -8408,11 +8421,15 @@ static void llm__end_row(const llm__cpu_context *c, const llm__matrix *m, int ti
                          llm__ending ending, float *y) {
     const llm__kernels *kernels = c->model->kernels;
     int column = tile * 16, width = m->n - column < n_tiles * 16 ? m->n - column : n_tiles * 16;
-    if (ending == LLM__SWIGLU)
-        for (int i = 0; i < n_tiles * 16; i += 32)
-            kernels->swiglu(sums + i, sums + i + 16, 16, c->round, y + (column + i) / 2);
+    if (ending == LLM__SWIGLU) kernels->swiglu(sums, n_tiles * 8, c->round, y + column / 2);
     else if (ending == LLM__ADD) kernels->add(y + column, sums, width);
     else memcpy(y + column, sums, (size_t)width * sizeof(float));
+}
+
+/* Asks for where llm__end_row will write. */
+static void llm__fetch_end(const float *y, int tile, int n_tiles, llm__ending ending) {
+    int column = tile * 16, width = n_tiles * 16, share = ending == LLM__SWIGLU ? 2 : 1;
+    for (int i = 0; i < width / share; i += 16) __builtin_prefetch(y + column / share + i, 1);
 }
 
 /* A few tiles against a few rows. */
@@ -8426,19 +8443,32 @@ static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, i
     for (int r = 0; r < rows; r++) llm__end_row(c, m, first_tile, n_tiles, sums[r], ending, y + (size_t)r * y_stride);
 }
 
-/* The sums over 32 that weights in groups need, and rows packed for the matrix unit; a phase. */
-static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, bool pack,
-                              const float *x, size_t x_stride, int rows) {
+/* Do so many rows meet a matrix in panels? */
+static bool llm__in_panels(const llm__cpu_context *c, int rows) { return c->packed && rows >= LLM__TILE_ROWS; }
+
+/* What a product needs of rows [first, end) of x besides them: the sums over 32 for weights in groups, and the rows
+   packed for panels. `first` is a multiple of 16. */
+static void llm__prepare_some(const llm__cpu_context *c, const llm__matrix *m, const float *x, size_t x_stride,
+                              int first, int end, bool panels) {
     size_t k = (size_t)llm__round_up(m->k, 32);
+    for (int r = first; r < end && llm__has_groups(m->kind); r++)
+        c->model->kernels->group_sums(x + (size_t)r * x_stride, (int)k, c->sums + (size_t)r * (k / 32));
+    if (panels)
+        c->model->kernels->pack_rows(x + (size_t)first * x_stride, x_stride, end - first, (int)k,
+                                     c->packed + (size_t)first * k * 2);
+}
+
+/* Rows of a piece: the members disturb each other where they take many small ones. */
+static int llm__row_step(const llm__cpu_context *c, int rows) { return llm__in_panels(c, rows) ? 16 : 1; }
+
+/* The same for all rows; a phase. */
+static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x,
+                              size_t x_stride, int rows) {
+    bool panels = llm__in_panels(c, rows);
     int n_pieces = (rows + 15) / 16;
-    for (int piece; (piece = llm__take(w)) < n_pieces;) {
-        int first = piece * 16, some = rows - first < 16 ? rows - first : 16;
-        for (int r = first; r < first + some && llm__has_groups(m->kind); r++)
-            c->model->kernels->group_sums(x + (size_t)r * x_stride, (int)k, c->sums + (size_t)r * (k / 32));
-        if (pack)
-            c->model->kernels->pack_rows(x + (size_t)first * x_stride, x_stride, some, (int)k,
-                                         c->packed + (size_t)first * k * 2);
-    }
+    if (!panels && !llm__has_groups(m->kind)) return;
+    for (int piece; (piece = llm__take(w)) < n_pieces;)
+        llm__prepare_some(c, m, x, x_stride, piece * 16, rows - piece * 16 < 16 ? rows : piece * 16 + 16, panels);
     llm__finish(w, n_pieces);
 }
 
@@ -8461,9 +8491,11 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
                             sums,
                             c->tiles + (size_t)index * c->tile_bytes};
         c->model->kernels->panel(m->kind, &panel);
-        for (int r = 0; r < some; r++)
-            llm__end_row(c, m, tile, n_tiles, sums + (size_t)r * (size_t)n_tiles * 16, ending,
-                         y + (size_t)(first + r) * y_stride);
+        for (int r = 0; r < some; r++) {
+            float *to = y + (size_t)(first + r) * y_stride;
+            if (r + LLM__ROWS_AHEAD < some) llm__fetch_end(to + LLM__ROWS_AHEAD * y_stride, tile, n_tiles, ending);
+            llm__end_row(c, m, tile, n_tiles, sums + (size_t)r * (size_t)n_tiles * 16, ending, to);
+        }
     }
 }
 
@@ -8474,13 +8506,12 @@ static int llm__piece_tiles(const llm__cpu_context *c, int n_tiles, bool panels)
     return n < 2 ? 2 : n > LLM__PANEL_TILES ? (int)LLM__PANEL_TILES : n;
 }
 
-/* y = W x, y += W x, or y = silu(gate) * up, for all rows; a phase. */
+/* y = W x, y += W x, or y = silu(gate) * up, for all rows, which are prepared; a phase. */
 static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x,
                         size_t x_stride, int rows, llm__ending ending, float *y, size_t y_stride) {
-    bool panels = c->packed && rows >= LLM__TILE_ROWS;
+    bool panels = llm__in_panels(c, rows);
     int n_tiles = llm__round_up(m->n, 16) / 16, step = llm__piece_tiles(c, n_tiles, panels),
         n_pieces = (n_tiles + step - 1) / step, groups = llm__round_up(m->k, 32) / 32;
-    if (panels || llm__has_groups(m->kind)) llm__prepare_rows(w, c, m, panels, x, x_stride, rows);
     for (int piece; (piece = llm__take(w)) < n_pieces;) {
         int first = piece * step, n = n_tiles - first < step ? n_tiles - first : step;
         if (panels) {
@@ -8496,11 +8527,19 @@ static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__ma
     llm__finish(w, n_pieces);
 }
 
-static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const float *weight, int rows) {
-    for (int r; (r = llm__take(w)) < rows;)
-        c->model->kernels->rms_norm(c->x + (size_t)r * c->x_stride, weight, c->model->shape.n_embd,
-                                    c->model->shape.rms_eps, c->round, c->normed + (size_t)r * c->x_stride);
-    llm__finish(w, rows);
+/* Norms the rows and prepares them for the matrix they are to meet; a phase. */
+static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const float *weight, const llm__matrix *m,
+                           int rows) {
+    const llm_shape *s = &c->model->shape;
+    int step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step;
+    for (int piece; (piece = llm__take(w)) < n_pieces;) {
+        int first = piece * step, end = rows - first < step ? rows : first + step;
+        for (int r = first; r < end; r++)
+            c->model->kernels->rms_norm(c->x + (size_t)r * c->x_stride, weight, s->n_embd, s->rms_eps, c->round,
+                                        c->normed + (size_t)r * c->x_stride);
+        llm__prepare_some(c, m, c->normed, c->x_stride, first, end, llm__in_panels(c, rows));
+    }
+    llm__finish(w, n_pieces);
 }
 
 /* Zeros in a block of all layers: what is not stored there yet is multiplied by 0, which must not meet a NaN. */
@@ -8597,21 +8636,27 @@ static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int
     }
 }
 
-/* Rotates keys, and queries if they are there, and stores keys and values; a phase. */
-static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer, bool queries) {
+/* Rotates a row's keys, and queries if they are there, and stores keys and values. */
+static void llm__rope_row(const llm__cpu_context *c, int index, int layer, int r, bool queries) {
     const llm_pass *pass = c->pass;
     const llm_shape *s = &c->model->shape;
-    for (int r; (r = llm__take(w)) < pass->n_rows;) {
-        const float *k = c->qkv + (size_t)r * c->qkv_stride + s->n_heads * s->head_dim,
-                    *v = k + s->n_kv_heads * s->head_dim;
-        llm__rope_heads(c, w->index, layer, r, r, queries ? 0 : s->n_heads, s->n_heads + 2 * s->n_kv_heads);
-        int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
-        for (int h = 0; h < s->n_kv_heads; h++) {
-            llm__cache_store(c, layer, 0, h, block, at % LLM_BLOCK, k + h * s->head_dim);
-            llm__cache_store(c, layer, 1, h, block, at % LLM_BLOCK, v + h * s->head_dim);
-        }
+    const float *k = c->qkv + (size_t)r * c->qkv_stride + s->n_heads * s->head_dim,
+                *v = k + s->n_kv_heads * s->head_dim;
+    llm__rope_heads(c, index, layer, r, r, queries ? 0 : s->n_heads, s->n_heads + 2 * s->n_kv_heads);
+    int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
+    for (int h = 0; h < s->n_kv_heads; h++) {
+        llm__cache_store(c, layer, 0, h, block, at % LLM_BLOCK, k + h * s->head_dim);
+        llm__cache_store(c, layer, 1, h, block, at % LLM_BLOCK, v + h * s->head_dim);
     }
-    llm__finish(w, pass->n_rows);
+}
+
+/* The same for all rows; a phase. */
+static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer, bool queries) {
+    int rows = c->pass->n_rows, step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step;
+    for (int piece; (piece = llm__take(w)) < n_pieces;)
+        for (int r = piece * step; r < rows && r < (piece + 1) * step; r++)
+            llm__rope_row(c, w->index, layer, r, queries);
+    llm__finish(w, n_pieces);
 }
 
 /* The query heads that share one key head, of a few rows of one sequence: n query rows, and room for what they meet. */
@@ -8887,6 +8932,7 @@ static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer)
             memmove(c->normed + to, c->normed + from, c->x_stride * sizeof(float));
         }
     llm__barrier(w->team);
+    llm__prepare_rows(w, c, &queries, c->normed, c->x_stride, n);
     llm__linear(w, c, &queries, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
     for (int i; (i = llm__take(w)) < n;) llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
     llm__finish(w, n);
@@ -8950,7 +8996,6 @@ static void llm__score_rows(llm__worker *w, const llm__cpu_context *c, int rows)
     int panel_rows = (int)(c->panel_floats / LLM__COLUMNS) / 16 * 16; /* whose logits there is room for */
     bool panels = panel_rows && rows >= LLM__TILE_ROWS;
     int step = panels ? panel_rows : (int)LLM__ROWS;
-    if (panels || llm__has_groups(m->kind)) llm__prepare_rows(w, c, m, panels, c->normed, c->x_stride, rows);
     for (int part; (part = llm__take(w)) < n_parts;)
         for (int r = 0; r < rows; r += step)
             llm__score_columns(c, w->index, panels, part, r, rows - r < step ? rows - r : step);
@@ -8978,7 +9023,7 @@ static void llm__forward_task(void *arg, int index) {
     for (int i = 0; i < m->shape.n_layers && n && !llm__poll_cancel(w, c); i++) {
         const llm__cpu_layer *layer = &m->layers[i];
         bool last = i == m->shape.n_layers - 1;
-        llm__norm_rows(w, c, layer->attention_norm, n);
+        llm__norm_rows(w, c, layer->attention_norm, &layer->qkv, n);
         if (last && c->pass->n_logits < n) {
             llm__keep_rows(w, c, i);
             rows = c->pass->logit_rows;
@@ -8989,14 +9034,16 @@ static void llm__forward_task(void *arg, int index) {
         }
         llm__attention_rows(w, c, i, rows, last ? c->last_queries : c->all_queries,
                             last ? c->n_last_queries : c->n_all_queries);
+        llm__prepare_rows(w, c, &layer->attention_out, c->attention, c->attention_stride, n);
         llm__linear(w, c, &layer->attention_out, c->attention, c->attention_stride, n, LLM__ADD, c->x, c->x_stride);
-        llm__norm_rows(w, c, layer->ffn_norm, n);
+        llm__norm_rows(w, c, layer->ffn_norm, &layer->gate_up, n);
         llm__linear(w, c, &layer->gate_up, c->normed, c->x_stride, n, LLM__SWIGLU, c->ffn, c->ffn_stride);
+        llm__prepare_rows(w, c, &layer->down, c->ffn, c->ffn_stride, n);
         llm__linear(w, c, &layer->down, c->ffn, c->ffn_stride, n, LLM__ADD, c->x, c->x_stride);
     }
     if (n && !c->cancelled) {
         float *logits = c->logits + (size_t)c->pass->first_logits * (size_t)m->shape.n_vocab;
-        llm__norm_rows(w, c, m->output_norm, n);
+        llm__norm_rows(w, c, m->output_norm, &m->head, n);
         if (c->pass->n_targets) llm__score_rows(w, c, n);
         else llm__linear(w, c, &m->head, c->normed, c->x_stride, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
     }
