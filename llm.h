@@ -6215,7 +6215,7 @@ typedef enum llm__kind {
 typedef void llm__product_fn(const float *x, size_t x_stride, const float *x_sums, int rows, const void *tiles, int n,
                              int k, float *y, size_t y_stride);
 
-/* A product on a matrix unit, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
+/* A product of many rows, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
    times 32 k. */
 typedef struct llm__tile_product {
     const uint8_t *a;        /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, as pack_rows leaves them    */
@@ -6233,7 +6233,7 @@ typedef struct llm__tile_product {
 enum {
     LLM__RUN_TILES = 4,    /* tiles that the same activations meet, a run of so many k at a time                 */
     LLM__RUN_K = 2048,     /* as pairs, 8 rows of it are 32 KB                                                   */
-    LLM__TILE_ROWS = 16,   /* from so many rows on, a product goes to the matrix unit if there is one             */
+    LLM__TILE_ROWS = 16,   /* from so many rows on, a product goes by panels if the set has them                  */
     LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
     LLM__PANEL_TILES = 8,  /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
     LLM__PANEL_ROWS = 512
@@ -6270,19 +6270,17 @@ typedef struct llm__kernels {
     /* Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given. */
     void (*rope)(float *x, const float *cosines, const float *sines, int half);
     /* The limits benchmarks compare with: reads n bytes and does nothing with them; does n times 2 * 16 * 12 floating-
-       point operations that wait for nothing but each other. */
+       point operations that wait for nothing but each other, or twice as many on pairs of bf16, or on the matrix unit
+       2 * 4 * 16 * 16 * 32. The latter two are NULL where there are none. */
     uint32_t (*read)(const void *p, size_t n);
-    uint32_t (*multiply)(size_t n);
-    uint32_t (*multiply_pairs)(
-        size_t n); /* the same on pairs of bf16, twice as many operations; NULL if there is none */
-    /* The matrix unit; all NULL where there is none. It must be entered before the others are called, by each thread. */
-    void (*tiles_enter)(void);
-    void (*tiles_leave)(void);
-    /* Rows that are rounded to bf16 become blocks [rows / 16][k / 32][16][32]; what is missing of 16 rows is zero. */
+    uint32_t (*multiply)(size_t n), (*multiply_pairs)(size_t n), (*tile_multiply)(size_t n);
+    /* Many rows of bf16; all NULL where `product` does them as well. Packed they take k * 2 bytes each, in an order of the
+       set's own; what is missing of 16 rows is zero. */
     void (*pack_rows)(const float *x, size_t x_stride, int rows, int k, uint8_t *a);
     void (*tile_product)(const llm__tile_product *p);
     void (*panel)(llm__kind kind, const llm__panel *p); /* all kinds but f32 and f16 */
-    uint32_t (*tile_multiply)(size_t n);                /* n times 2 * 4 * 16 * 16 * 32 operations */
+    /* The matrix unit must be entered before that, by each thread; NULL where there is none. */
+    void (*tiles_enter)(void), (*tiles_leave)(void);
 } llm__kernels;
 
 /* Sets the floating-point unit to round to nearest and flush denormals; returns what it was set to. */
@@ -6501,6 +6499,7 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
 #define v_pow2 LLM__FN(v_pow2)
 #define v_pair LLM__FN(v_pair)
 #define v_dot LLM__FN(v_dot)
+#define v_input LLM__FN(v_input)
 #define v_exp LLM__FN(v_exp)
 #define v_sum LLM__FN(v_sum)
 #define v_hmax LLM__FN(v_hmax)
@@ -6858,7 +6857,7 @@ LLM__INLINE void LLM__FN(weights)(const llm__kind KIND, const bool WIDE, const u
 }
 
 /* How a product's activations are given to it, and how many of these a block has. */
-typedef uint32_t LLM__FN(input);
+typedef uint32_t v_input;
 enum { LLM__FN(inputs) = 16 };
 
 #else
@@ -6872,7 +6871,7 @@ LLM__INLINE void LLM__FN(weights)(const llm__kind KIND, const bool WIDE, const u
     *odd = LLM__FN(weight)(KIND, w, J + 1);
 }
 
-typedef float LLM__FN(input);
+typedef float v_input;
 enum { LLM__FN(inputs) = 32 };
 
 #endif
@@ -6881,7 +6880,7 @@ enum { LLM__FN(inputs) = 32 };
    the products take long enough that the processor's own prefetching falls behind: what comes 8 KiB later is asked for
    here, into the second cache. So 4 rows of bf16 take as long as one (Zen 4, two cores). */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind KIND, const bool WIDE,
-                                const LLM__FN(input) * x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
+                                const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
     const size_t bytes = LLM__FN(block_bytes)(KIND, WIDE), quarter = bytes / 256 * 64;
@@ -6892,10 +6891,11 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind
         LLM__UNROLL for (int j = 0; j < LLM__FN(inputs) / 4; j += 2) {
             LLM__UNROLL for (int t = 0; t < TILES; t++)
                 LLM__FN(weights)(KIND, WIDE, w + (size_t)t * w_next, j, &we[t], &wo[t]);
-            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] =
-                v_dot(x[(size_t)(i / TILES) * x_stride + (size_t)j], we[i % TILES], even[i]);
-            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) odd[i] =
-                v_dot(x[(size_t)(i / TILES) * x_stride + (size_t)j + 1], wo[i % TILES], odd[i]);
+            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
+                const v_input *xj = x + (size_t)(i / TILES) * x_stride + j;
+                even[i] = v_dot(xj[0], we[i % TILES], even[i]);
+                odd[i] = v_dot(xj[1], wo[i % TILES], odd[i]);
+            }
         }
     }
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) sum[i] = v_add(even[i], odd[i]);
@@ -6903,7 +6903,7 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind
 
 /* The sums over n blocks are added to the totals[ROWS][TILES]. */
 LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__kind KIND, const bool WIDE,
-                                 const LLM__FN(input) * x, size_t x_stride, const float *x_sums, size_t sums_stride,
+                                 const v_input *x, size_t x_stride, const float *x_sums, size_t sums_stride,
                                  const uint8_t *w, size_t w_next, int n, V *totals) {
     const size_t bytes = LLM__FN(block_bytes)(KIND, WIDE);
     V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS], scale[2], least[2];
@@ -6966,9 +6966,9 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const
 LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
                                     const float *x_sums, const uint8_t *w, int n, int k, float *y, size_t y_stride) {
     const bool FLOATS = KIND == LLM__W_F32 || KIND == LLM__W_F16;
-    const size_t tile_bytes = FLOATS
-                                  ? (size_t)k * (KIND == LLM__W_F16 ? 32 : 64)
-                                  : (size_t)k / 32 * LLM__FN(block_bytes)(KIND, false) + (KIND == LLM__W_INT8 ? 64 : 0);
+    const size_t block_bytes = LLM__FN(block_bytes)(KIND, false), end_bytes = KIND == LLM__W_INT8 ? 64 : 0;
+    const size_t float_bytes = KIND == LLM__W_F16 ? 32 : 64;
+    const size_t tile_bytes = FLOATS ? (size_t)k * float_bytes : (size_t)k / 32 * block_bytes + end_bytes;
     const int STEP = FLOATS ? 1 : LLM__RUN_TILES;
     for (int t = 0; t < n; t += STEP, w += (size_t)STEP * tile_bytes, y += 16 * STEP) {
         int some = n - t < STEP ? n - t : STEP;
@@ -7135,38 +7135,22 @@ LLM__TARGET static uint32_t LLM__FN(read)(const void *p, size_t n) {
     return llm__f32_bits(v_hmax(v_max(v_max(a, b), v_max(c, d))));
 }
 
-LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
-    float start[16];
-    for (int i = 0; i < 16; i++) start[i] = (float)i; /* lanes that differ, or the compiler computes half of them */
-    V sum[12], a = v_splat(0.999f), b = v_splat(0.001f), total = v_splat(0);
-    LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_add(v_load(start), v_splat((float)i));
-    for (; n; n--) {
-        LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_fma(sum[i], a, b);
-    }
-    LLM__UNROLL for (int i = 0; i < 12; i++) total = v_add(total, sum[i]);
-    return llm__f32_bits(v_sum(total));
-}
-
 #endif
 #undef LLM__PRODUCT
 
-#if defined(LLM__USE_BF16)
-#define LLM__MULTIPLY_PAIRS LLM__FN(multiply_pairs)
-LLM__TARGET static uint32_t LLM__FN(multiply_pairs)(size_t n) {
+/* The numbers do not matter, but lanes must differ, or the compiler computes half of them. */
+LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
+    const v_input x = 0x3F003F00;
     float start[16];
     for (int i = 0; i < 16; i++) start[i] = (float)i;
-    V sum[12], total = v_splat(0), half = v_splat(0.5f);
-    half = v_pair(half, half);
-    LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_add(v_load(start), v_splat((float)i));
+    V sum[12], w = v_load(start), total = v_splat(0);
+    LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_add(w, v_splat((float)i));
     for (; n; n--) {
-        LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_dot(0x3F003F00, half, sum[i]);
+        LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_dot(x, w, sum[i]);
     }
     LLM__UNROLL for (int i = 0; i < 12; i++) total = v_add(total, sum[i]);
     return llm__f32_bits(v_sum(total));
 }
-#else
-#define LLM__MULTIPLY_PAIRS NULL
-#endif
 
 #if defined(LLM__USE_BF16)
 
@@ -7204,9 +7188,9 @@ LLM__INLINE void LLM__FN(fetch_ahead)(const uint8_t *ahead, size_t bytes, int ro
         _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
 }
 
-LLM__INLINE void LLM__FN(pair_product)(const llm__kind KIND, const llm__tile_product *p, const float *x_sums,
-                                       int n_rows) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND, true), stride = (size_t)p->a_blocks * 16;
+/* p->a holds pairs; x_sums[n_rows][a_blocks] belong to groups. */
+LLM__INLINE void LLM__FN(pairs_of)(const llm__kind KIND, const llm__tile_product *p, const float *x_sums, int n_rows) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND, true), groups = (size_t)p->a_blocks, stride = groups * 16;
     const size_t right = p->n_cols > 1 ? 16 : 0; /* a tile without a neighbour is taken twice */
     uint8_t wide[2][LLM__TILE_BLOCKS * 1088] __attribute__((aligned(64)));
     for (int i = 0; i < p->n_blocks; i++)
@@ -7214,21 +7198,21 @@ LLM__INLINE void LLM__FN(pair_product)(const llm__kind KIND, const llm__tile_pro
             LLM__FN(widen)(KIND, p->b[i] + (right ? t * p->b_next : 0), wide[t] + (size_t)i * bytes);
     for (int row = 0; row < n_rows; row += 4) {
         const uint32_t *x = (const uint32_t *)(const void *)p->a + (size_t)row * stride;
+        const float *sums = x_sums ? x_sums + (size_t)row * groups : NULL;
         float *c = p->c + (size_t)row * p->c_stride;
-        V total[LLM__MOST_ROWS];
-        LLM__UNROLL for (size_t i = 0; i < 8; i++) total[i] =
-            p->add ? v_load(c + i / 2 * p->c_stride + i % 2 * right) : v_splat(0);
+        V total[8];
+        LLM__UNROLL for (size_t i = 0; i < 8; i++) {
+            total[i] = p->add ? v_load(c + i / 2 * p->c_stride + i % 2 * right) : v_splat(0);
+        }
         if (p->ahead) LLM__FN(fetch_ahead)(p->ahead, p->ahead_bytes, row, 4, n_rows);
         if (p->ahead && p->ahead_next) LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, 4, n_rows);
-        LLM__FN(blocks)
-        (4, 2, KIND, true, x, stride, x_sums ? x_sums + (size_t)(row * p->a_blocks) : NULL, (size_t)p->a_blocks,
-         wide[0], sizeof *wide, p->n_blocks, total);
+        LLM__FN(blocks)(4, 2, KIND, true, x, stride, sums, groups, wide[0], sizeof *wide, p->n_blocks, total);
         LLM__UNROLL for (size_t i = 0; i < 8; i++) v_store(c + i / 2 * p->c_stride + i % 2 * right, total[i]);
     }
 }
 
-LLM__TARGET static void LLM__FN(vector_product)(const llm__tile_product *p) {
-    LLM__FN(pair_product)(LLM__W_BF16, p, NULL, p->n_rows * 16);
+LLM__TARGET static void LLM__FN(pair_product)(const llm__tile_product *p) {
+    LLM__FN(pairs_of)(LLM__W_BF16, p, NULL, p->n_rows * 16);
 }
 
 /* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
@@ -7274,23 +7258,23 @@ LLM__INLINE void LLM__FN(panel_scales)(const llm__panel *p) {
     }
 }
 
-LLM__INLINE void LLM__FN(vector_panel_of)(const llm__kind KIND, const llm__panel *p) {
+LLM__INLINE void LLM__FN(pair_panel_of)(const llm__kind KIND, const llm__panel *p) {
     int n_blocks = p->k / 32, step = LLM__FN(part_blocks)(n_blocks);
     const uint8_t *b[LLM__TILE_BLOCKS];
     for (int first = 0; first < n_blocks; first += step)
         for (int tile = 0; tile < p->n_tiles; tile += 2) {
             int n = n_blocks - first < step ? n_blocks - first : step;
             llm__tile_product product = LLM__FN(panel_product)(KIND, p, tile, first, n, b);
-            LLM__FN(pair_product)(KIND, &product, p->x_sums + first, p->n_rows);
+            LLM__FN(pairs_of)(KIND, &product, p->x_sums + first, p->n_rows);
         }
     if (KIND == LLM__W_INT8) LLM__FN(panel_scales)(p);
 }
 
-LLM__TARGET static void LLM__FN(vector_panel)(llm__kind kind, const llm__panel *p) {
-    if (kind == LLM__W_BF16) LLM__FN(vector_panel_of)(LLM__W_BF16, p);
-    else if (kind == LLM__W_INT8) LLM__FN(vector_panel_of)(LLM__W_INT8, p);
-    else if (kind == LLM__W_INT8_GROUPS) LLM__FN(vector_panel_of)(LLM__W_INT8_GROUPS, p);
-    else LLM__FN(vector_panel_of)(LLM__W_INT4_GROUPS, p);
+LLM__TARGET static void LLM__FN(pair_panel)(llm__kind kind, const llm__panel *p) {
+    if (kind == LLM__W_BF16) LLM__FN(pair_panel_of)(LLM__W_BF16, p);
+    else if (kind == LLM__W_INT8) LLM__FN(pair_panel_of)(LLM__W_INT8, p);
+    else if (kind == LLM__W_INT8_GROUPS) LLM__FN(pair_panel_of)(LLM__W_INT8_GROUPS, p);
+    else LLM__FN(pair_panel_of)(LLM__W_INT4_GROUPS, p);
 }
 
 #endif
@@ -7479,6 +7463,14 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 
 #endif
 
+#if defined(LLM__USE_BF16)
+#define LLM__MULTIPLY_PAIRS LLM__FN(multiply)
+#define LLM__MANY_ROWS LLM__FN(pack_pairs), LLM__FN(pair_product), LLM__FN(pair_panel)
+#else
+#define LLM__MULTIPLY_PAIRS NULL
+#define LLM__MANY_ROWS NULL, NULL, NULL
+#endif
+
 #define LLM__KERNEL_TABLE                                                                                              \
     {LLM__SHARED(product_f32),     LLM__FN(product_bf16),        LLM__FN(product_int8),                                \
      LLM__FN(product_int8_groups), LLM__FN(product_int4_groups), LLM__SHARED(product_f16)},                            \
@@ -7498,34 +7490,12 @@ static const llm__kernels LLM__FN(kernels) = {
 #else
     "scalar",
 #endif
-    LLM__KERNEL_TABLE,
-#if defined(LLM__USE_BF16)
-    NULL,
-    NULL,
-    LLM__FN(pack_pairs),
-    LLM__FN(vector_product),
-    LLM__FN(vector_panel),
-    NULL,
-#else
-    NULL,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
-#endif
-};
+    LLM__KERNEL_TABLE, NULL, LLM__MANY_ROWS, NULL, NULL};
 
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 static const llm__kernels LLM__FN(amx_kernels) = {
-    "amx",
-    LLM__KERNEL_TABLE,
-    LLM__FN(tiles_enter),
-    LLM__FN(tiles_leave),
-    LLM__FN(pack_rows),
-    LLM__FN(tile_product),
-    LLM__FN(panel),
-    LLM__FN(tile_multiply),
+    "amx",          LLM__KERNEL_TABLE,    LLM__FN(tile_multiply), LLM__FN(pack_rows), LLM__FN(tile_product),
+    LLM__FN(panel), LLM__FN(tiles_enter), LLM__FN(tiles_leave),
 };
 #endif
 
@@ -7549,6 +7519,7 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef v_pow2
 #undef v_pair
 #undef v_dot
+#undef v_input
 #undef v_exp
 #undef v_sum
 #undef v_hmax
@@ -7561,6 +7532,7 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef LLM__KERNEL_TABLE
 #undef LLM__SHARED
 #undef LLM__MULTIPLY_PAIRS
+#undef LLM__MANY_ROWS
 #undef LLM__LONG
 
 #endif /* LLM__KERNEL_PASS */
@@ -8357,15 +8329,13 @@ static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) 
    Every member of the team runs llm__forward_task; each phase of it is shared out in pieces and ends at a barrier. */
 
 enum {
-    LLM__CHUNK =
-        256, /* keys whose softmax is taken at once; chunks are then merged in order (part of the arithmetic) */
-    LLM__QUERY_ROWS =
-        64,         /* query rows, over the heads that share a key head, that meet a chunk together                  */
-    LLM__ROWS = 64, /* activation rows that meet a group of tiles while it is in the near cache                  */
-    LLM__TILES = 4, /* tiles in such a group                                                                     */
-    LLM__SPLIT_ROWS = 8, /* rows of a sequence whose attention may be split over the keys                             */
-    LLM__ROWS_AHEAD = 12, /* of a panel's rows, that much before it is written the next is asked for             */
-    LLM__COLUMNS = 512 /* tokens of the vocabulary whose softmax is taken at once (part of the arithmetic)           */
+    LLM__CHUNK = 256,     /* keys whose softmax is taken at once; chunks are merged in order (of the arithmetic) */
+    LLM__QUERY_ROWS = 64, /* query rows, over the heads that share a key head, that meet a chunk together        */
+    LLM__ROWS = 64,       /* activation rows that meet a group of tiles while it is in the near cache            */
+    LLM__TILES = 4,       /* tiles in such a group                                                               */
+    LLM__SPLIT_ROWS = 8,  /* rows of a sequence whose attention may be split over the keys                       */
+    LLM__ROWS_AHEAD = 12, /* so many rows before it is written one is asked for                                  */
+    LLM__COLUMNS = 512    /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic)         */
 };
 
 /* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
@@ -8394,7 +8364,7 @@ typedef struct llm__cpu_context {
     float *partials; /* [n_partials][partial_floats] of attention that is split, see llm__attend_split */
     size_t partial_floats;
     int n_partials;
-    /* For the matrix unit, else NULL: */
+    /* For panels, else NULL: */
     uint8_t *packed; /* a product's activations, see pack_rows */
     float *panels;  /* [n_threads][panel_floats] sums of up to LLM__PANEL_ROWS rows and 16 * LLM__PANEL_TILES outputs */
     uint8_t *tiles; /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
@@ -8472,25 +8442,30 @@ static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const l
     llm__finish(w, n_pieces);
 }
 
-/* A panel's tiles against all rows, on the matrix unit; `ahead` is the tile wanted after these, or none. */
+/* A panel's tiles against some packed rows; `ahead` is the tile wanted after these, or none. */
+static void llm__panel_sums(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
+                            int ahead, int first, int rows, float *sums) {
+    llm__panel p;
+    p.k = llm__round_up(m->k, 32);
+    p.a = c->packed + (size_t)first * (size_t)p.k * 2;
+    p.x_sums = c->sums + (size_t)first * (size_t)(p.k / 32);
+    p.n_rows = rows;
+    p.tiles = m->data + (size_t)tile * m->tile_bytes;
+    p.ahead = ahead * 16 < m->n ? m->data + (size_t)ahead * m->tile_bytes : NULL;
+    p.tile_bytes = m->tile_bytes;
+    p.n_tiles = n_tiles;
+    p.c = sums;
+    p.unpacked = c->tiles + (size_t)index * c->tile_bytes;
+    c->model->kernels->panel(m->kind, &p);
+}
+
+/* A panel's tiles against all rows. */
 static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
                               int ahead, int rows, llm__ending ending, float *y, size_t y_stride) {
-    size_t k = (size_t)llm__round_up(m->k, 32);
     float *sums = c->panels + (size_t)index * c->panel_floats;
-    const uint8_t *next = ahead * 16 < m->n ? m->data + (size_t)ahead * m->tile_bytes : NULL;
     for (int first = 0; first < rows; first += LLM__PANEL_ROWS) {
         int some = rows - first < LLM__PANEL_ROWS ? rows - first : (int)LLM__PANEL_ROWS;
-        llm__panel panel = {c->packed + (size_t)first * k * 2,
-                            c->sums + (size_t)first * (k / 32),
-                            some,
-                            (int)k,
-                            m->data + (size_t)tile * m->tile_bytes,
-                            next,
-                            m->tile_bytes,
-                            n_tiles,
-                            sums,
-                            c->tiles + (size_t)index * c->tile_bytes};
-        c->model->kernels->panel(m->kind, &panel);
+        llm__panel_sums(c, index, m, tile, n_tiles, ahead, first, some, sums);
         for (int r = 0; r < some; r++) {
             float *to = y + (size_t)(first + r) * y_stride;
             if (r + LLM__ROWS_AHEAD < some) llm__fetch_end(to + LLM__ROWS_AHEAD * y_stride, tile, n_tiles, ending);
@@ -8666,7 +8641,7 @@ typedef struct llm__attention_work {
     int first_row;                     /* where in c->qkv and c->attention the first of them is                   */
     const int *blocks;                 /* the sequence's                                                          */
     float *q, *scores;                 /* [padded][head_stride], [padded][LLM__CHUNK]                             */
-    uint8_t *packed;                   /* for the matrix unit: q, then room for softmax weights; or NULL          */
+    uint8_t *packed;                   /* q as pack_rows leaves it, then room for softmax weights; or NULL        */
 } llm__attention_work;
 
 /* What attention to some keys gives: [padded][head_stride] sums of values, then [padded] maxima and [padded] sums of
@@ -8675,7 +8650,7 @@ static size_t llm__partial_floats(const llm__cpu_context *c, int padded) {
     return (size_t)padded * (size_t)(c->head_stride + 2);
 }
 
-/* Whole tiles of rows where there is a matrix unit to use. */
+/* Whole tiles of rows where there are enough of them. */
 static int llm__padded_queries(int n) { return n < LLM__TILE_ROWS ? n : llm__round_up(n, 16); }
 
 /* The first position that one at `position` attends to. */
@@ -8946,26 +8921,15 @@ static void llm__score_columns(const llm__cpu_context *c, int index, bool panels
     int first = part * LLM__COLUMNS, n = m->n - first < LLM__COLUMNS ? m->n - first : (int)LLM__COLUMNS;
     int n_tiles = llm__round_up(n, 16) / 16, n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
     size_t k = (size_t)llm__round_up(m->k, 32), row = (size_t)first_row, stride = (size_t)n_tiles * 16;
-    const uint8_t *tiles = m->data + (size_t)(first / 16) * m->tile_bytes;
-    const float *sums = c->sums + row * (k / 32);
     float *logits =
         panels ? c->panels + (size_t)index * c->panel_floats : c->scratch + (size_t)index * c->scratch_floats;
     if (panels) {
-        llm__panel panel = {c->packed + row * k * 2,
-                            sums,
-                            rows,
-                            (int)k,
-                            tiles,
-                            NULL,
-                            m->tile_bytes,
-                            n_tiles,
-                            logits,
-                            c->tiles + (size_t)index * c->tile_bytes};
-        kernels->panel(m->kind, &panel);
+        llm__panel_sums(c, index, m, first / 16, n_tiles, m->n, first_row, rows, logits);
     } else {
+        const uint8_t *tiles = m->data + (size_t)(first / 16) * m->tile_bytes;
         memset(logits, 0, (size_t)rows * stride * sizeof(float));
-        kernels->product[m->kind](c->normed + row * c->x_stride, c->x_stride, sums, rows, tiles, n_tiles, (int)k,
-                                  logits, stride);
+        kernels->product[m->kind](c->normed + row * c->x_stride, c->x_stride, c->sums + row * (k / 32), rows, tiles,
+                                  n_tiles, (int)k, logits, stride);
     }
     for (int r = 0; r < rows; r++) {
         size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)part;
