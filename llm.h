@@ -6219,7 +6219,7 @@ typedef enum llm__kind {
 typedef void llm__product_fn(const float *x, size_t x_stride, const float *x_sums, int rows, const void *tiles, int n,
                              int k, float *y, size_t y_stride);
 
-/* A product on a matrix unit, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
+/* A product of many rows, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
    times 32 k. */
 typedef struct llm__tile_product {
     const uint8_t *a;        /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, as pack_rows leaves them    */
@@ -6237,7 +6237,7 @@ typedef struct llm__tile_product {
 enum {
     LLM__RUN_TILES = 4,    /* tiles that the same activations meet, a run of so many k at a time                 */
     LLM__RUN_K = 2048,     /* as pairs, 8 rows of it are 32 KB                                                   */
-    LLM__TILE_ROWS = 16,   /* from so many rows on, a product goes to the matrix unit if there is one             */
+    LLM__TILE_ROWS = 16,   /* from so many rows on, a product goes by panels if the set has them                  */
     LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
     LLM__PANEL_TILES = 8,  /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
     LLM__PANEL_ROWS = 512
@@ -6261,8 +6261,8 @@ typedef struct llm__kernels {
     void (*group_sums)(const float *x, int k, float *sums); /* of each 32 */
     /* y = x / sqrt(mean(x * x) + eps) * w, n values, then zeros up to a multiple of 32; y rounded to bf16 if `round`. */
     void (*rms_norm)(const float *x, const float *w, int n, float eps, bool round, float *y);
-    /* y = silu(gate) * up = gate / (1 + exp(-gate)) * up */
-    void (*swiglu)(const float *gate, const float *up, int n, bool round, float *y);
+    /* y = silu(gate) * up = gate / (1 + exp(-gate)) * up for n gates and ups, which take turns: 16 of each. */
+    void (*swiglu)(const float *gate_up, int n, bool round, float *y);
     /* Turns n scores into exp(scale * s - max), zeros up to `padded`; gives their maximum (of scale * s) and sum. */
     void (*softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum);
     /* Adds a partial attention result to a running one: (max, sum, out[n]) is what is known so far. */
@@ -6274,19 +6274,17 @@ typedef struct llm__kernels {
     /* Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given. */
     void (*rope)(float *x, const float *cosines, const float *sines, int half);
     /* The limits benchmarks compare with: reads n bytes and does nothing with them; does n times 2 * 16 * 12 floating-
-       point operations that wait for nothing but each other. */
+       point operations that wait for nothing but each other, or twice as many on pairs of bf16, or on the matrix unit
+       2 * 4 * 16 * 16 * 32. The latter two are NULL where there are none. */
     uint32_t (*read)(const void *p, size_t n);
-    uint32_t (*multiply)(size_t n);
-    uint32_t (*multiply_pairs)(
-        size_t n); /* the same on pairs of bf16, twice as many operations; NULL if there is none */
-    /* The matrix unit; all NULL where there is none. It must be entered before the others are called, by each thread. */
-    void (*tiles_enter)(void);
-    void (*tiles_leave)(void);
-    /* Rows that are rounded to bf16 become blocks [rows / 16][k / 32][16][32]; what is missing of 16 rows is zero. */
+    uint32_t (*multiply)(size_t n), (*multiply_pairs)(size_t n), (*tile_multiply)(size_t n);
+    /* Many rows of bf16; all NULL where `product` does them as well. Packed they take k * 2 bytes each, in an order of the
+       set's own; what is missing of 16 rows is zero. */
     void (*pack_rows)(const float *x, size_t x_stride, int rows, int k, uint8_t *a);
     void (*tile_product)(const llm__tile_product *p);
     void (*panel)(llm__kind kind, const llm__panel *p); /* all kinds but f32 and f16 */
-    uint32_t (*tile_multiply)(size_t n);                /* n times 2 * 4 * 16 * 16 * 32 operations */
+    /* The matrix unit must be entered before that, by each thread; NULL where there is none. */
+    void (*tiles_enter)(void), (*tiles_leave)(void);
 } llm__kernels;
 
 /* Sets the floating-point unit to round to nearest and flush denormals; returns what it was set to. */
@@ -6505,6 +6503,7 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
 #define v_pow2 LLM__FN(v_pow2)
 #define v_pair LLM__FN(v_pair)
 #define v_dot LLM__FN(v_dot)
+#define v_input LLM__FN(v_input)
 #define v_exp LLM__FN(v_exp)
 #define v_sum LLM__FN(v_sum)
 #define v_hmax LLM__FN(v_hmax)
@@ -6862,7 +6861,7 @@ LLM__INLINE void LLM__FN(weights)(const llm__kind KIND, const bool WIDE, const u
 }
 
 /* How a product's activations are given to it, and how many of these a block has. */
-typedef uint32_t LLM__FN(input);
+typedef uint32_t v_input;
 enum { LLM__FN(inputs) = 16 };
 
 #else
@@ -6876,7 +6875,7 @@ LLM__INLINE void LLM__FN(weights)(const llm__kind KIND, const bool WIDE, const u
     *odd = LLM__FN(weight)(KIND, w, J + 1);
 }
 
-typedef float LLM__FN(input);
+typedef float v_input;
 enum { LLM__FN(inputs) = 32 };
 
 #endif
@@ -6885,7 +6884,7 @@ enum { LLM__FN(inputs) = 32 };
    the products take long enough that the processor's own prefetching falls behind: what comes 8 KiB later is asked for
    here, into the second cache. So 4 rows of bf16 take as long as one (Zen 4, two cores). */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind KIND, const bool WIDE,
-                                const LLM__FN(input) *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
+                                const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
     const size_t bytes = LLM__FN(block_bytes)(KIND, WIDE), quarter = bytes / 256 * 64;
@@ -6896,10 +6895,11 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind
         LLM__UNROLL for (int j = 0; j < LLM__FN(inputs) / 4; j += 2) {
             LLM__UNROLL for (int t = 0; t < TILES; t++)
                 LLM__FN(weights)(KIND, WIDE, w + (size_t)t * w_next, j, &we[t], &wo[t]);
-            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++)
-                even[i] = v_dot(x[(size_t)(i / TILES) * x_stride + (size_t)j], we[i % TILES], even[i]);
-            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++)
-                odd[i] = v_dot(x[(size_t)(i / TILES) * x_stride + (size_t)j + 1], wo[i % TILES], odd[i]);
+            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
+                const v_input *xj = x + (size_t)(i / TILES) * x_stride + j;
+                even[i] = v_dot(xj[0], we[i % TILES], even[i]);
+                odd[i] = v_dot(xj[1], wo[i % TILES], odd[i]);
+            }
         }
     }
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) sum[i] = v_add(even[i], odd[i]);
@@ -6907,7 +6907,7 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind
 
 /* The sums over n blocks are added to the totals[ROWS][TILES]. */
 LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__kind KIND, const bool WIDE,
-                                 const LLM__FN(input) *x, size_t x_stride, const float *x_sums, size_t sums_stride,
+                                 const v_input *x, size_t x_stride, const float *x_sums, size_t sums_stride,
                                  const uint8_t *w, size_t w_next, int n, V *totals) {
     const size_t bytes = LLM__FN(block_bytes)(KIND, WIDE);
     V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS], scale[2], least[2];
@@ -6970,8 +6970,9 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const
 LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
                                     const float *x_sums, const uint8_t *w, int n, int k, float *y, size_t y_stride) {
     const bool FLOATS = KIND == LLM__W_F32 || KIND == LLM__W_F16;
-    const size_t tile_bytes = FLOATS ? (size_t)k * (KIND == LLM__W_F16 ? 32 : 64)
-                                     : (size_t)k / 32 * LLM__FN(block_bytes)(KIND, false) + (KIND == LLM__W_INT8 ? 64 : 0);
+    const size_t block_bytes = LLM__FN(block_bytes)(KIND, false), end_bytes = KIND == LLM__W_INT8 ? 64 : 0;
+    const size_t float_bytes = KIND == LLM__W_F16 ? 32 : 64;
+    const size_t tile_bytes = FLOATS ? (size_t)k * float_bytes : (size_t)k / 32 * block_bytes + end_bytes;
     const int STEP = FLOATS ? 1 : LLM__RUN_TILES;
     for (int t = 0; t < n; t += STEP, w += (size_t)STEP * tile_bytes, y += 16 * STEP) {
         int some = n - t < STEP ? n - t : STEP;
@@ -7061,11 +7062,11 @@ LLM__TARGET static void LLM__FN(rms_norm)(const float *x, const float *w, int n,
     if (i & 16) v_store(y + i, v_splat(0));
 }
 
-LLM__TARGET static void LLM__FN(swiglu)(const float *gate, const float *up, int n, bool round, float *y) {
+LLM__TARGET static void LLM__FN(swiglu)(const float *gate_up, int n, bool round, float *y) {
     for (int i = 0; i < n; i += 16) {
-        V g = LLM__FN(load_part)(gate + i, n - i), u = LLM__FN(load_part)(up + i, n - i);
-        V silu = v_div(g, v_add(v_splat(1.0f), v_exp(v_sub(v_splat(0), g))));
-        LLM__FN(store_part)(y + i, v_mul(silu, u), n - i, round);
+        V gate = v_load(gate_up + 2 * i), up = v_load(gate_up + 2 * i + 16);
+        V silu = v_div(gate, v_add(v_splat(1.0f), v_exp(v_sub(v_splat(0), gate))));
+        LLM__FN(store_part)(y + i, v_mul(silu, up), n - i, round);
     }
 }
 
@@ -7138,38 +7139,22 @@ LLM__TARGET static uint32_t LLM__FN(read)(const void *p, size_t n) {
     return llm__f32_bits(v_hmax(v_max(v_max(a, b), v_max(c, d))));
 }
 
-LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
-    float start[16];
-    for (int i = 0; i < 16; i++) start[i] = (float)i; /* lanes that differ, or the compiler computes half of them */
-    V sum[12], a = v_splat(0.999f), b = v_splat(0.001f), total = v_splat(0);
-    LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_add(v_load(start), v_splat((float)i));
-    for (; n; n--) {
-        LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_fma(sum[i], a, b);
-    }
-    LLM__UNROLL for (int i = 0; i < 12; i++) total = v_add(total, sum[i]);
-    return llm__f32_bits(v_sum(total));
-}
-
 #endif
 #undef LLM__PRODUCT
 
-#if defined(LLM__USE_BF16)
-#define LLM__MULTIPLY_PAIRS LLM__FN(multiply_pairs)
-LLM__TARGET static uint32_t LLM__FN(multiply_pairs)(size_t n) {
+/* The numbers do not matter, but lanes must differ, or the compiler computes half of them. */
+LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
+    const v_input x = 0x3F003F00;
     float start[16];
     for (int i = 0; i < 16; i++) start[i] = (float)i;
-    V sum[12], total = v_splat(0), half = v_splat(0.5f);
-    half = v_pair(half, half);
-    LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_add(v_load(start), v_splat((float)i));
+    V sum[12], w = v_load(start), total = v_splat(0);
+    LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_add(w, v_splat((float)i));
     for (; n; n--) {
-        LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_dot(0x3F003F00, half, sum[i]);
+        LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_dot(x, w, sum[i]);
     }
     LLM__UNROLL for (int i = 0; i < 12; i++) total = v_add(total, sum[i]);
     return llm__f32_bits(v_sum(total));
 }
-#else
-#define LLM__MULTIPLY_PAIRS NULL
-#endif
 
 #if defined(LLM__USE_BF16)
 
@@ -7207,9 +7192,9 @@ LLM__INLINE void LLM__FN(fetch_ahead)(const uint8_t *ahead, size_t bytes, int ro
         _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
 }
 
-LLM__INLINE void LLM__FN(pair_product)(const llm__kind KIND, const llm__tile_product *p, const float *x_sums,
-                                       int n_rows) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND, true), stride = (size_t)p->a_blocks * 16;
+/* p->a holds pairs; x_sums[n_rows][a_blocks] belong to groups. */
+LLM__INLINE void LLM__FN(pairs_of)(const llm__kind KIND, const llm__tile_product *p, const float *x_sums, int n_rows) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND, true), groups = (size_t)p->a_blocks, stride = groups * 16;
     const size_t right = p->n_cols > 1 ? 16 : 0; /* a tile without a neighbour is taken twice */
     uint8_t wide[2][LLM__TILE_BLOCKS * 1088] __attribute__((aligned(64)));
     for (int i = 0; i < p->n_blocks; i++)
@@ -7217,21 +7202,21 @@ LLM__INLINE void LLM__FN(pair_product)(const llm__kind KIND, const llm__tile_pro
             LLM__FN(widen)(KIND, p->b[i] + (right ? t * p->b_next : 0), wide[t] + (size_t)i * bytes);
     for (int row = 0; row < n_rows; row += 4) {
         const uint32_t *x = (const uint32_t *)(const void *)p->a + (size_t)row * stride;
+        const float *sums = x_sums ? x_sums + (size_t)row * groups : NULL;
         float *c = p->c + (size_t)row * p->c_stride;
-        V total[LLM__MOST_ROWS];
-        LLM__UNROLL for (size_t i = 0; i < 8; i++) total[i] =
-            p->add ? v_load(c + i / 2 * p->c_stride + i % 2 * right) : v_splat(0);
+        V total[8];
+        LLM__UNROLL for (size_t i = 0; i < 8; i++) {
+            total[i] = p->add ? v_load(c + i / 2 * p->c_stride + i % 2 * right) : v_splat(0);
+        }
         if (p->ahead) LLM__FN(fetch_ahead)(p->ahead, p->ahead_bytes, row, 4, n_rows);
-        if (p->ahead && p->ahead_next)
-            LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, 4, n_rows);
-        LLM__FN(blocks)(4, 2, KIND, true, x, stride, x_sums ? x_sums + (size_t)(row * p->a_blocks) : NULL,
-                        (size_t)p->a_blocks, wide[0], sizeof *wide, p->n_blocks, total);
+        if (p->ahead && p->ahead_next) LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, 4, n_rows);
+        LLM__FN(blocks)(4, 2, KIND, true, x, stride, sums, groups, wide[0], sizeof *wide, p->n_blocks, total);
         LLM__UNROLL for (size_t i = 0; i < 8; i++) v_store(c + i / 2 * p->c_stride + i % 2 * right, total[i]);
     }
 }
 
-LLM__TARGET static void LLM__FN(vector_product)(const llm__tile_product *p) {
-    LLM__FN(pair_product)(LLM__W_BF16, p, NULL, p->n_rows * 16);
+LLM__TARGET static void LLM__FN(pair_product)(const llm__tile_product *p) {
+    LLM__FN(pairs_of)(LLM__W_BF16, p, NULL, p->n_rows * 16);
 }
 
 /* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
@@ -7277,23 +7262,23 @@ LLM__INLINE void LLM__FN(panel_scales)(const llm__panel *p) {
     }
 }
 
-LLM__INLINE void LLM__FN(vector_panel_of)(const llm__kind KIND, const llm__panel *p) {
+LLM__INLINE void LLM__FN(pair_panel_of)(const llm__kind KIND, const llm__panel *p) {
     int n_blocks = p->k / 32, step = LLM__FN(part_blocks)(n_blocks);
     const uint8_t *b[LLM__TILE_BLOCKS];
     for (int first = 0; first < n_blocks; first += step)
         for (int tile = 0; tile < p->n_tiles; tile += 2) {
             int n = n_blocks - first < step ? n_blocks - first : step;
             llm__tile_product product = LLM__FN(panel_product)(KIND, p, tile, first, n, b);
-            LLM__FN(pair_product)(KIND, &product, p->x_sums + first, p->n_rows);
+            LLM__FN(pairs_of)(KIND, &product, p->x_sums + first, p->n_rows);
         }
     if (KIND == LLM__W_INT8) LLM__FN(panel_scales)(p);
 }
 
-LLM__TARGET static void LLM__FN(vector_panel)(llm__kind kind, const llm__panel *p) {
-    if (kind == LLM__W_BF16) LLM__FN(vector_panel_of)(LLM__W_BF16, p);
-    else if (kind == LLM__W_INT8) LLM__FN(vector_panel_of)(LLM__W_INT8, p);
-    else if (kind == LLM__W_INT8_GROUPS) LLM__FN(vector_panel_of)(LLM__W_INT8_GROUPS, p);
-    else LLM__FN(vector_panel_of)(LLM__W_INT4_GROUPS, p);
+LLM__TARGET static void LLM__FN(pair_panel)(llm__kind kind, const llm__panel *p) {
+    if (kind == LLM__W_BF16) LLM__FN(pair_panel_of)(LLM__W_BF16, p);
+    else if (kind == LLM__W_INT8) LLM__FN(pair_panel_of)(LLM__W_INT8, p);
+    else if (kind == LLM__W_INT8_GROUPS) LLM__FN(pair_panel_of)(LLM__W_INT8_GROUPS, p);
+    else LLM__FN(pair_panel_of)(LLM__W_INT4_GROUPS, p);
 }
 
 #endif
@@ -7400,7 +7385,8 @@ LLM__INLINE void LLM__FN(unpack)(const llm__kind KIND, const uint8_t *w, int n_b
 
 /* Groups: the unit gives the sums over each block, the registers hold the totals of 16 rows and one tile. */
 LLM__INLINE void LLM__FN(panel_groups)(const llm__kind KIND, const llm__panel *p, int tile, int first, int n_blocks) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND, false), blocks = (size_t)p->k / 32, c_stride = (size_t)p->n_tiles * 16;
+    const size_t bytes = LLM__FN(block_bytes)(KIND, false), blocks = (size_t)p->k / 32,
+                 c_stride = (size_t)p->n_tiles * 16;
     float block[2][256];
     for (int row = 0; row < p->n_rows; row += 16) {
         const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes;
@@ -7481,6 +7467,14 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 
 #endif
 
+#if defined(LLM__USE_BF16)
+#define LLM__MULTIPLY_PAIRS LLM__FN(multiply)
+#define LLM__MANY_ROWS LLM__FN(pack_pairs), LLM__FN(pair_product), LLM__FN(pair_panel)
+#else
+#define LLM__MULTIPLY_PAIRS NULL
+#define LLM__MANY_ROWS NULL, NULL, NULL
+#endif
+
 #define LLM__KERNEL_TABLE                                                                                              \
     {LLM__SHARED(product_f32),     LLM__FN(product_bf16),        LLM__FN(product_int8),                                \
      LLM__FN(product_int8_groups), LLM__FN(product_int4_groups), LLM__SHARED(product_f16)},                            \
@@ -7500,24 +7494,12 @@ static const llm__kernels LLM__FN(kernels) = {
 #else
     "scalar",
 #endif
-    LLM__KERNEL_TABLE,
-#if defined(LLM__USE_BF16)
-    NULL, NULL, LLM__FN(pack_pairs), LLM__FN(vector_product), LLM__FN(vector_panel), NULL,
-#else
-    NULL, NULL, NULL, NULL, NULL, NULL,
-#endif
-};
+    LLM__KERNEL_TABLE, NULL, LLM__MANY_ROWS, NULL, NULL};
 
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 static const llm__kernels LLM__FN(amx_kernels) = {
-    "amx",
-    LLM__KERNEL_TABLE,
-    LLM__FN(tiles_enter),
-    LLM__FN(tiles_leave),
-    LLM__FN(pack_rows),
-    LLM__FN(tile_product),
-    LLM__FN(panel),
-    LLM__FN(tile_multiply),
+    "amx",          LLM__KERNEL_TABLE,    LLM__FN(tile_multiply), LLM__FN(pack_rows), LLM__FN(tile_product),
+    LLM__FN(panel), LLM__FN(tiles_enter), LLM__FN(tiles_leave),
 };
 #endif
 
@@ -7541,6 +7523,7 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef v_pow2
 #undef v_pair
 #undef v_dot
+#undef v_input
 #undef v_exp
 #undef v_sum
 #undef v_hmax
@@ -7553,6 +7536,7 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef LLM__KERNEL_TABLE
 #undef LLM__SHARED
 #undef LLM__MULTIPLY_PAIRS
+#undef LLM__MANY_ROWS
 #undef LLM__LONG
 
 #endif /* LLM__KERNEL_PASS */
@@ -8352,14 +8336,13 @@ static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) 
    Every member of the team runs llm__forward_task; each phase of it is shared out in pieces and ends at a barrier. */
 
 enum {
-    LLM__CHUNK =
-        256, /* keys whose softmax is taken at once; chunks are then merged in order (part of the arithmetic) */
-    LLM__QUERY_ROWS =
-        64,         /* query rows, over the heads that share a key head, that meet a chunk together                  */
-    LLM__ROWS = 64, /* activation rows that meet a group of tiles while it is in the near cache                  */
-    LLM__TILES = 4, /* tiles in such a group                                                                     */
-    LLM__SPLIT_ROWS = 8, /* rows of a sequence whose attention may be split over the keys                             */
-    LLM__COLUMNS = 512 /* tokens of the vocabulary whose softmax is taken at once (part of the arithmetic)           */
+    LLM__CHUNK = 256,     /* keys whose softmax is taken at once; chunks are merged in order (of the arithmetic) */
+    LLM__QUERY_ROWS = 64, /* query rows, over the heads that share a key head, that meet a chunk together        */
+    LLM__ROWS = 64,       /* activation rows that meet a group of tiles while it is in the near cache            */
+    LLM__TILES = 4,       /* tiles in such a group                                                               */
+    LLM__SPLIT_ROWS = 8,  /* rows of a sequence whose attention may be split over the keys                       */
+    LLM__ROWS_AHEAD = 12, /* so many rows before it is written one is asked for                                  */
+    LLM__COLUMNS = 512    /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic)         */
 };
 
 /* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
@@ -8388,7 +8371,7 @@ typedef struct llm__cpu_context {
     float *partials; /* [n_partials][partial_floats] of attention that is split, see llm__attend_split */
     size_t partial_floats;
     int n_partials;
-    /* For the matrix unit, else NULL: */
+    /* For panels, else NULL: */
     uint8_t *packed; /* a product's activations, see pack_rows */
     float *panels;  /* [n_threads][panel_floats] sums of up to LLM__PANEL_ROWS rows and 16 * LLM__PANEL_TILES outputs */
     uint8_t *tiles; /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
@@ -8415,11 +8398,15 @@ static void llm__end_row(const llm__cpu_context *c, const llm__matrix *m, int ti
                          llm__ending ending, float *y) {
     const llm__kernels *kernels = c->model->kernels;
     int column = tile * 16, width = m->n - column < n_tiles * 16 ? m->n - column : n_tiles * 16;
-    if (ending == LLM__SWIGLU)
-        for (int i = 0; i < n_tiles * 16; i += 32)
-            kernels->swiglu(sums + i, sums + i + 16, 16, c->round, y + (column + i) / 2);
+    if (ending == LLM__SWIGLU) kernels->swiglu(sums, n_tiles * 8, c->round, y + column / 2);
     else if (ending == LLM__ADD) kernels->add(y + column, sums, width);
     else memcpy(y + column, sums, (size_t)width * sizeof(float));
+}
+
+/* Asks for where llm__end_row will write. */
+static void llm__fetch_end(const float *y, int tile, int n_tiles, llm__ending ending) {
+    int column = tile * 16, width = n_tiles * 16, share = ending == LLM__SWIGLU ? 2 : 1;
+    for (int i = 0; i < width / share; i += 16) __builtin_prefetch(y + column / share + i, 1);
 }
 
 /* A few tiles against a few rows. */
@@ -8433,44 +8420,64 @@ static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, i
     for (int r = 0; r < rows; r++) llm__end_row(c, m, first_tile, n_tiles, sums[r], ending, y + (size_t)r * y_stride);
 }
 
-/* The sums over 32 that weights in groups need, and rows packed for the matrix unit; a phase. */
-static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, bool pack,
-                              const float *x, size_t x_stride, int rows) {
+/* Do so many rows meet a matrix in panels? */
+static bool llm__in_panels(const llm__cpu_context *c, int rows) { return c->packed && rows >= LLM__TILE_ROWS; }
+
+/* What a product needs of rows [first, end) of x besides them: the sums over 32 for weights in groups, and the rows
+   packed for panels. `first` is a multiple of 16. */
+static void llm__prepare_some(const llm__cpu_context *c, const llm__matrix *m, const float *x, size_t x_stride,
+                              int first, int end, bool panels) {
     size_t k = (size_t)llm__round_up(m->k, 32);
+    for (int r = first; r < end && llm__has_groups(m->kind); r++)
+        c->model->kernels->group_sums(x + (size_t)r * x_stride, (int)k, c->sums + (size_t)r * (k / 32));
+    if (panels)
+        c->model->kernels->pack_rows(x + (size_t)first * x_stride, x_stride, end - first, (int)k,
+                                     c->packed + (size_t)first * k * 2);
+}
+
+/* Rows of a piece: the members disturb each other where they take many small ones. */
+static int llm__row_step(const llm__cpu_context *c, int rows) { return llm__in_panels(c, rows) ? 16 : 1; }
+
+/* The same for all rows; a phase. */
+static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x,
+                              size_t x_stride, int rows) {
+    bool panels = llm__in_panels(c, rows);
     int n_pieces = (rows + 15) / 16;
-    for (int piece; (piece = llm__take(w)) < n_pieces;) {
-        int first = piece * 16, some = rows - first < 16 ? rows - first : 16;
-        for (int r = first; r < first + some && llm__has_groups(m->kind); r++)
-            c->model->kernels->group_sums(x + (size_t)r * x_stride, (int)k, c->sums + (size_t)r * (k / 32));
-        if (pack)
-            c->model->kernels->pack_rows(x + (size_t)first * x_stride, x_stride, some, (int)k,
-                                         c->packed + (size_t)first * k * 2);
-    }
+    if (!panels && !llm__has_groups(m->kind)) return;
+    for (int piece; (piece = llm__take(w)) < n_pieces;)
+        llm__prepare_some(c, m, x, x_stride, piece * 16, rows - piece * 16 < 16 ? rows : piece * 16 + 16, panels);
     llm__finish(w, n_pieces);
 }
 
-/* A panel's tiles against all rows, on the matrix unit; `ahead` is the tile wanted after these, or none. */
+/* A panel's tiles against some packed rows; `ahead` is the tile wanted after these, or none. */
+static void llm__panel_sums(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
+                            int ahead, int first, int rows, float *sums) {
+    llm__panel p;
+    p.k = llm__round_up(m->k, 32);
+    p.a = c->packed + (size_t)first * (size_t)p.k * 2;
+    p.x_sums = c->sums + (size_t)first * (size_t)(p.k / 32);
+    p.n_rows = rows;
+    p.tiles = m->data + (size_t)tile * m->tile_bytes;
+    p.ahead = ahead * 16 < m->n ? m->data + (size_t)ahead * m->tile_bytes : NULL;
+    p.tile_bytes = m->tile_bytes;
+    p.n_tiles = n_tiles;
+    p.c = sums;
+    p.unpacked = c->tiles + (size_t)index * c->tile_bytes;
+    c->model->kernels->panel(m->kind, &p);
+}
+
+/* A panel's tiles against all rows. */
 static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
                               int ahead, int rows, llm__ending ending, float *y, size_t y_stride) {
-    size_t k = (size_t)llm__round_up(m->k, 32);
     float *sums = c->panels + (size_t)index * c->panel_floats;
-    const uint8_t *next = ahead * 16 < m->n ? m->data + (size_t)ahead * m->tile_bytes : NULL;
     for (int first = 0; first < rows; first += LLM__PANEL_ROWS) {
         int some = rows - first < LLM__PANEL_ROWS ? rows - first : (int)LLM__PANEL_ROWS;
-        llm__panel panel = {c->packed + (size_t)first * k * 2,
-                            c->sums + (size_t)first * (k / 32),
-                            some,
-                            (int)k,
-                            m->data + (size_t)tile * m->tile_bytes,
-                            next,
-                            m->tile_bytes,
-                            n_tiles,
-                            sums,
-                            c->tiles + (size_t)index * c->tile_bytes};
-        c->model->kernels->panel(m->kind, &panel);
-        for (int r = 0; r < some; r++)
-            llm__end_row(c, m, tile, n_tiles, sums + (size_t)r * (size_t)n_tiles * 16, ending,
-                         y + (size_t)(first + r) * y_stride);
+        llm__panel_sums(c, index, m, tile, n_tiles, ahead, first, some, sums);
+        for (int r = 0; r < some; r++) {
+            float *to = y + (size_t)(first + r) * y_stride;
+            if (r + LLM__ROWS_AHEAD < some) llm__fetch_end(to + LLM__ROWS_AHEAD * y_stride, tile, n_tiles, ending);
+            llm__end_row(c, m, tile, n_tiles, sums + (size_t)r * (size_t)n_tiles * 16, ending, to);
+        }
     }
 }
 
@@ -8481,13 +8488,12 @@ static int llm__piece_tiles(const llm__cpu_context *c, int n_tiles, bool panels)
     return n < 2 ? 2 : n > LLM__PANEL_TILES ? (int)LLM__PANEL_TILES : n;
 }
 
-/* y = W x, y += W x, or y = silu(gate) * up, for all rows; a phase. */
+/* y = W x, y += W x, or y = silu(gate) * up, for all rows, which are prepared; a phase. */
 static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x,
                         size_t x_stride, int rows, llm__ending ending, float *y, size_t y_stride) {
-    bool panels = c->packed && rows >= LLM__TILE_ROWS;
+    bool panels = llm__in_panels(c, rows);
     int n_tiles = llm__round_up(m->n, 16) / 16, step = llm__piece_tiles(c, n_tiles, panels),
         n_pieces = (n_tiles + step - 1) / step, groups = llm__round_up(m->k, 32) / 32;
-    if (panels || llm__has_groups(m->kind)) llm__prepare_rows(w, c, m, panels, x, x_stride, rows);
     for (int piece; (piece = llm__take(w)) < n_pieces;) {
         int first = piece * step, n = n_tiles - first < step ? n_tiles - first : step;
         if (panels) {
@@ -8503,11 +8509,19 @@ static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__ma
     llm__finish(w, n_pieces);
 }
 
-static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const float *weight, int rows) {
-    for (int r; (r = llm__take(w)) < rows;)
-        c->model->kernels->rms_norm(c->x + (size_t)r * c->x_stride, weight, c->model->shape.n_embd,
-                                    c->model->shape.rms_eps, c->round, c->normed + (size_t)r * c->x_stride);
-    llm__finish(w, rows);
+/* Norms the rows and prepares them for the matrix they are to meet; a phase. */
+static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const float *weight, const llm__matrix *m,
+                           int rows) {
+    const llm_shape *s = &c->model->shape;
+    int step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step;
+    for (int piece; (piece = llm__take(w)) < n_pieces;) {
+        int first = piece * step, end = rows - first < step ? rows : first + step;
+        for (int r = first; r < end; r++)
+            c->model->kernels->rms_norm(c->x + (size_t)r * c->x_stride, weight, s->n_embd, s->rms_eps, c->round,
+                                        c->normed + (size_t)r * c->x_stride);
+        llm__prepare_some(c, m, c->normed, c->x_stride, first, end, llm__in_panels(c, rows));
+    }
+    llm__finish(w, n_pieces);
 }
 
 /* Zeros in a block of all layers: what is not stored there yet is multiplied by 0, which must not meet a NaN. */
@@ -8604,21 +8618,27 @@ static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int
     }
 }
 
-/* Rotates keys, and queries if they are there, and stores keys and values; a phase. */
-static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer, bool queries) {
+/* Rotates a row's keys, and queries if they are there, and stores keys and values. */
+static void llm__rope_row(const llm__cpu_context *c, int index, int layer, int r, bool queries) {
     const llm_pass *pass = c->pass;
     const llm_shape *s = &c->model->shape;
-    for (int r; (r = llm__take(w)) < pass->n_rows;) {
-        const float *k = c->qkv + (size_t)r * c->qkv_stride + s->n_heads * s->head_dim,
-                    *v = k + s->n_kv_heads * s->head_dim;
-        llm__rope_heads(c, w->index, layer, r, r, queries ? 0 : s->n_heads, s->n_heads + 2 * s->n_kv_heads);
-        int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
-        for (int h = 0; h < s->n_kv_heads; h++) {
-            llm__cache_store(c, layer, 0, h, block, at % LLM_BLOCK, k + h * s->head_dim);
-            llm__cache_store(c, layer, 1, h, block, at % LLM_BLOCK, v + h * s->head_dim);
-        }
+    const float *k = c->qkv + (size_t)r * c->qkv_stride + s->n_heads * s->head_dim,
+                *v = k + s->n_kv_heads * s->head_dim;
+    llm__rope_heads(c, index, layer, r, r, queries ? 0 : s->n_heads, s->n_heads + 2 * s->n_kv_heads);
+    int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
+    for (int h = 0; h < s->n_kv_heads; h++) {
+        llm__cache_store(c, layer, 0, h, block, at % LLM_BLOCK, k + h * s->head_dim);
+        llm__cache_store(c, layer, 1, h, block, at % LLM_BLOCK, v + h * s->head_dim);
     }
-    llm__finish(w, pass->n_rows);
+}
+
+/* The same for all rows; a phase. */
+static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer, bool queries) {
+    int rows = c->pass->n_rows, step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step;
+    for (int piece; (piece = llm__take(w)) < n_pieces;)
+        for (int r = piece * step; r < rows && r < (piece + 1) * step; r++)
+            llm__rope_row(c, w->index, layer, r, queries);
+    llm__finish(w, n_pieces);
 }
 
 /* The query heads that share one key head, of a few rows of one sequence: n query rows, and room for what they meet. */
@@ -8628,7 +8648,7 @@ typedef struct llm__attention_work {
     int first_row;                     /* where in c->qkv and c->attention the first of them is                   */
     const int *blocks;                 /* the sequence's                                                          */
     float *q, *scores;                 /* [padded][head_stride], [padded][LLM__CHUNK]                             */
-    uint8_t *packed;                   /* for the matrix unit: q, then room for softmax weights; or NULL          */
+    uint8_t *packed;                   /* q as pack_rows leaves it, then room for softmax weights; or NULL        */
 } llm__attention_work;
 
 /* What attention to some keys gives: [padded][head_stride] sums of values, then [padded] maxima and [padded] sums of
@@ -8637,7 +8657,7 @@ static size_t llm__partial_floats(const llm__cpu_context *c, int padded) {
     return (size_t)padded * (size_t)(c->head_stride + 2);
 }
 
-/* Whole tiles of rows where there is a matrix unit to use. */
+/* Whole tiles of rows where there are enough of them. */
 static int llm__padded_queries(int n) { return n < LLM__TILE_ROWS ? n : llm__round_up(n, 16); }
 
 /* The first position that one at `position` attends to. */
@@ -8894,6 +8914,7 @@ static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer)
             memmove(c->normed + to, c->normed + from, c->x_stride * sizeof(float));
         }
     llm__barrier(w->team);
+    llm__prepare_rows(w, c, &queries, c->normed, c->x_stride, n);
     llm__linear(w, c, &queries, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
     for (int i; (i = llm__take(w)) < n;) llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
     llm__finish(w, n);
@@ -8907,26 +8928,15 @@ static void llm__score_columns(const llm__cpu_context *c, int index, bool panels
     int first = part * LLM__COLUMNS, n = m->n - first < LLM__COLUMNS ? m->n - first : (int)LLM__COLUMNS;
     int n_tiles = llm__round_up(n, 16) / 16, n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
     size_t k = (size_t)llm__round_up(m->k, 32), row = (size_t)first_row, stride = (size_t)n_tiles * 16;
-    const uint8_t *tiles = m->data + (size_t)(first / 16) * m->tile_bytes;
-    const float *sums = c->sums + row * (k / 32);
     float *logits =
         panels ? c->panels + (size_t)index * c->panel_floats : c->scratch + (size_t)index * c->scratch_floats;
     if (panels) {
-        llm__panel panel = {c->packed + row * k * 2,
-                            sums,
-                            rows,
-                            (int)k,
-                            tiles,
-                            NULL,
-                            m->tile_bytes,
-                            n_tiles,
-                            logits,
-                            c->tiles + (size_t)index * c->tile_bytes};
-        kernels->panel(m->kind, &panel);
+        llm__panel_sums(c, index, m, first / 16, n_tiles, m->n, first_row, rows, logits);
     } else {
+        const uint8_t *tiles = m->data + (size_t)(first / 16) * m->tile_bytes;
         memset(logits, 0, (size_t)rows * stride * sizeof(float));
-        kernels->product[m->kind](c->normed + row * c->x_stride, c->x_stride, sums, rows, tiles, n_tiles, (int)k,
-                                  logits, stride);
+        kernels->product[m->kind](c->normed + row * c->x_stride, c->x_stride, c->sums + row * (k / 32), rows, tiles,
+                                  n_tiles, (int)k, logits, stride);
     }
     for (int r = 0; r < rows; r++) {
         size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)part;
@@ -8957,7 +8967,6 @@ static void llm__score_rows(llm__worker *w, const llm__cpu_context *c, int rows)
     int panel_rows = (int)(c->panel_floats / LLM__COLUMNS) / 16 * 16; /* whose logits there is room for */
     bool panels = panel_rows && rows >= LLM__TILE_ROWS;
     int step = panels ? panel_rows : (int)LLM__ROWS;
-    if (panels || llm__has_groups(m->kind)) llm__prepare_rows(w, c, m, panels, c->normed, c->x_stride, rows);
     for (int part; (part = llm__take(w)) < n_parts;)
         for (int r = 0; r < rows; r += step)
             llm__score_columns(c, w->index, panels, part, r, rows - r < step ? rows - r : step);
@@ -8985,7 +8994,7 @@ static void llm__forward_task(void *arg, int index) {
     for (int i = 0; i < m->shape.n_layers && n && !llm__poll_cancel(w, c); i++) {
         const llm__cpu_layer *layer = &m->layers[i];
         bool last = i == m->shape.n_layers - 1;
-        llm__norm_rows(w, c, layer->attention_norm, n);
+        llm__norm_rows(w, c, layer->attention_norm, &layer->qkv, n);
         if (last && c->pass->n_logits < n) {
             llm__keep_rows(w, c, i);
             rows = c->pass->logit_rows;
@@ -8996,14 +9005,16 @@ static void llm__forward_task(void *arg, int index) {
         }
         llm__attention_rows(w, c, i, rows, last ? c->last_queries : c->all_queries,
                             last ? c->n_last_queries : c->n_all_queries);
+        llm__prepare_rows(w, c, &layer->attention_out, c->attention, c->attention_stride, n);
         llm__linear(w, c, &layer->attention_out, c->attention, c->attention_stride, n, LLM__ADD, c->x, c->x_stride);
-        llm__norm_rows(w, c, layer->ffn_norm, n);
+        llm__norm_rows(w, c, layer->ffn_norm, &layer->gate_up, n);
         llm__linear(w, c, &layer->gate_up, c->normed, c->x_stride, n, LLM__SWIGLU, c->ffn, c->ffn_stride);
+        llm__prepare_rows(w, c, &layer->down, c->ffn, c->ffn_stride, n);
         llm__linear(w, c, &layer->down, c->ffn, c->ffn_stride, n, LLM__ADD, c->x, c->x_stride);
     }
     if (n && !c->cancelled) {
         float *logits = c->logits + (size_t)c->pass->first_logits * (size_t)m->shape.n_vocab;
-        llm__norm_rows(w, c, m->output_norm, n);
+        llm__norm_rows(w, c, m->output_norm, &m->head, n);
         if (c->pass->n_targets) llm__score_rows(w, c, n);
         else llm__linear(w, c, &m->head, c->normed, c->x_stride, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
     }
