@@ -148,7 +148,11 @@ build/test_valgrind: tests/test_valgrind.sh build/hello build/test_hf
 build/test_fuzz: tests/test_fuzz.sh build/fuzz/fuzz
 	install $< $@
 
-build/aarch64/% build/windows/%: %.sh
+build/aarch64/%: %.sh
+	mkdir -p $(@D)
+	install $< $@
+
+build/windows/%: %.sh
 	mkdir -p $(@D)
 	install $< $@
 
