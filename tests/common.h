@@ -5,6 +5,9 @@
 
 #include "tests/check.h"
 
+/* Under an emulator, where computing is twenty times as slow as here. */
+static inline bool emulated(void) { return getenv("LLM_TEST_EMULATED") != NULL; }
+
 /* ---- Files ---- */
 
 /* "DIRECTORY/NAME", good for the next few calls. */

@@ -600,7 +600,7 @@ static void test_forward_allocates_nothing(void **state) {
 /* Resident memory in pages; 0 where it says nothing: the sanitizers keep freed memory, and an emulator has its own. */
 static long resident(void) {
     long total = 0, pages = 0;
-    FILE *file = SANITIZED || getenv("LLM_TEST_EMULATED") ? NULL : fopen("/proc/self/statm", "r");
+    FILE *file = SANITIZED || emulated() ? NULL : fopen("/proc/self/statm", "r");
     if (!file) return 0;
     if (fscanf(file, "%ld %ld", &total, &pages) != 2) pages = 0;
     fclose(file);
