@@ -52,10 +52,7 @@ static llm_model *load(const expected *e, const char *isa) {
     llm_model_desc desc = {.dtype = e->dtype, .isa = isa, .n_threads = 2};
     llm_model *model = NULL;
     llm_error err;
-    uint8_t *data = tiny_model(e->in_blocks ? &blocks : &TINY_ODD, &desc.data_size);
-    desc.data = data;
-    llm_status status = llm_model_load(&model, NULL, &desc, &err);
-    free(data);
+    llm_status status = try_tiny(&model, e->in_blocks ? &blocks : &TINY_ODD, desc, &err);
     if (status && status != LLM_ERROR_ARGUMENT) fail_msg("%s", err.message);
     return model;
 }

@@ -527,16 +527,6 @@ static llm_status do_encode(void *job, llm_error *err) {
     return n < 0 ? err->code : LLM_OK;
 }
 
-static llm_status do_tokenizer(void *job, llm_error *err) {
-    starved *s = (starved *)job;
-    llm_host host = heap_host(&s->h);
-    llm_tokenizer *tokenizer = NULL;
-    llm_status status = llm_tokenizer_load(&tokenizer, s->path, &host, err);
-    assert_int_equal(status == LLM_OK, tokenizer != NULL);
-    llm_tokenizer_free(tokenizer);
-    return status;
-}
-
 static llm_status do_estimate(void *job, llm_error *err) {
     starved *s = (starved *)job;
     llm_model_desc desc = {.host = heap_host(&s->h)};
@@ -553,9 +543,10 @@ static void test_starved(void **state) {
     (void)state;
     s.data = data;
     s.path = write_own(data, s.size);
+    load_job alone = {.path = s.path};
     starve(&s.h, do_load, &s, 1, "llm_model_load");
     starve(&s.h, do_read, &s, 1, "llm_model_load by a function");
-    starve(&s.h, do_tokenizer, &s, 1, "llm_tokenizer_load");
+    starve(&alone.h, load_tokenizer_starved, &alone, 1, "llm_tokenizer_load");
     starve(&s.h, do_estimate, &s, 1, "llm_memory_estimate");
     s.model = load(&s.h, data, s.size, &err);
     starve(&s.h, do_create, &s, 1, "llm_context_create");
@@ -567,6 +558,7 @@ static void test_starved(void **state) {
     llm_context_free(s.ctx);
     llm_model_free(s.model);
     assert_all_returned(&s.h);
+    assert_all_returned(&alone.h);
     unlink(s.path);
     free(data);
 }
