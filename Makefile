@@ -148,7 +148,11 @@ build/test_valgrind: tests/test_valgrind.sh build/hello build/test_hf
 build/test_fuzz: tests/test_fuzz.sh build/fuzz/fuzz
 	install $< $@
 
-build/aarch64/% build/windows/%: %.sh
+build/aarch64/%: %.sh
+	mkdir -p $(@D)
+	install $< $@
+
+build/windows/%: %.sh
 	mkdir -p $(@D)
 	install $< $@
 
@@ -246,7 +250,7 @@ help:
 	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
 	echo "make bench-tokenizer   MB/s beside Hugging Face's tokenizers and tiktoken"
 	echo "make bench-peers       the CPU beside llama.cpp and OpenVINO GenAI; the first time builds or fetches these (1 GB)"
-	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine; T=name as above"
+	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine (as long again); T=name as above"
 	echo "make size        the size of the library in a program, and how long it takes to compile"
 	echo "make model       fetch the default model"
 	echo "make deps        install what building and testing need (Debian)"

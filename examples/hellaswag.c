@@ -127,7 +127,8 @@ static const struct argp option_parser = {.options = option_list,
                                           .parser = parse_option,
                                           .args_doc = "-m MODEL",
                                           .doc = "Scores a language model on HellaSwag.\vThe data is published at "
-                                                 "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"};
+                                                 "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl\n\n"
+                                                 "LLM_ISA in the environment forces an instruction set."};
 
 /* Ends the program. */
 static void give_up(const char *format, ...) {
@@ -554,7 +555,7 @@ static void print_count(const task *t, const llm_score_stats *s) {
 
 /* Loads the model and tokenizes at the same time. */
 static llm_model *prepare(task *t) {
-    llm_model_desc desc = {.dtype = t->opt.dtype, .n_threads = t->opt.n_threads};
+    llm_model_desc desc = {.dtype = t->opt.dtype, .n_threads = t->opt.n_threads, .isa = getenv("LLM_ISA")};
 #ifdef LLM_CUDA
     desc.backend = llm_cuda_backend();
 #endif

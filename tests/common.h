@@ -5,6 +5,9 @@
 
 #include "tests/check.h"
 
+/* Under an emulator, where computing is twenty times as slow as here. */
+static inline bool emulated(void) { return getenv("LLM_TEST_EMULATED") != NULL; }
+
 /* ---- Files ---- */
 
 /* "DIRECTORY/NAME", good for the next few calls. */
@@ -68,15 +71,23 @@ static inline llm_model *load_model(const char *path, const llm_model_desc *desc
 }
 
 #ifdef TINY_H
+/* This one may fail. */
+static inline llm_status try_tiny(llm_model **model, const tiny_spec *spec, llm_model_desc desc, llm_error *err) {
+    uint8_t *data = tiny_model(spec, &desc.data_size);
+    desc.data = data;
+    llm_status status = llm_model_load(model, NULL, &desc, err);
+    free(data);
+    return status;
+}
+
 static inline llm_model *load_tiny(const tiny_spec *spec, llm_dtype dtype) {
+    llm_model *model = NULL;
     llm_model_desc desc;
+    llm_error err;
     memset(&desc, 0, sizeof desc);
     desc.dtype = dtype;
     desc.n_threads = 1;
-    uint8_t *data = tiny_model(spec, &desc.data_size);
-    desc.data = data;
-    llm_model *model = load_model(NULL, &desc);
-    free(data);
+    if (try_tiny(&model, spec, desc, &err)) fail_msg("%s", err.message);
     return model;
 }
 #endif
@@ -93,6 +104,22 @@ static inline void close_context(llm_context *ctx) {
     llm_model *model = (llm_model *)(uintptr_t)llm_context_model(ctx);
     llm_context_free(ctx);
     llm_model_free(model);
+}
+
+/* A question whose endings are the n_vocab tokens, each alone. There is one such question at a time. */
+static inline llm_question every_token(const llm_token *context, int n_context, int n_vocab) {
+    enum { MOST = 1024 };
+    static llm_token tokens[MOST];
+    static const llm_token *endings[MOST];
+    static int ones[MOST];
+    llm_question question = {context, n_context, n_vocab, endings, ones};
+    assert_in_range(n_vocab, 1, MOST);
+    for (int i = 0; i < n_vocab; i++) {
+        tokens[i] = i;
+        endings[i] = &tokens[i];
+        ones[i] = 1;
+    }
+    return question;
 }
 
 #ifdef JANSSON_H
@@ -182,6 +209,35 @@ static inline void starve(heap *h, llm_status (*act)(void *job, llm_error *err),
         if (status != LLM_ERROR_MEMORY) fail_msg("%s gives status %d when allocation %d fails", name, status, (int)k);
         assert_explained(status, &err);
     }
+}
+
+typedef struct load_job {
+    heap h;
+    const char *path;
+} load_job;
+
+/* For starve, like the next; the job is a load_job. */
+static inline llm_status load_model_starved(void *job, llm_error *err) {
+    load_job *j = (load_job *)job;
+    llm_model *model;
+    llm_model_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.n_threads = 1;
+    desc.host = heap_host(&j->h);
+    llm_status status = llm_model_load(&model, j->path, &desc, err);
+    assert_int_equal(status == LLM_OK, model != NULL);
+    llm_model_free(model);
+    return status;
+}
+
+static inline llm_status load_tokenizer_starved(void *job, llm_error *err) {
+    load_job *j = (load_job *)job;
+    llm_host host = heap_host(&j->h);
+    llm_tokenizer *tokenizer;
+    llm_status status = llm_tokenizer_load(&tokenizer, j->path, &host, err);
+    assert_int_equal(status == LLM_OK, tokenizer != NULL);
+    llm_tokenizer_free(tokenizer);
+    return status;
 }
 
 #endif

@@ -1,6 +1,18 @@
-/* A SentencePiece vocabulary of eight pieces, with any chat template. Needs the implementation of llm.h. */
+/* Work on private functions that may fail, such as building a SentencePiece vocabulary of eight pieces with any chat template.
+   Needs the implementation of llm.h. */
 #ifndef TESTS_SMALL_H
 #define TESTS_SMALL_H
+
+/* What the body allocates, from the host if there is one, stays in the pool. */
+static inline llm_status guarded(llm__pool *pool, const llm_host *host, void (*body)(llm__env *env, void *arg), void *arg, llm_error *err) {
+    llm__env env;
+    memset(pool, 0, sizeof *pool);
+    memset(&env, 0, sizeof env);
+    if (host) pool->host = *host;
+    env.pool = pool;
+    env.err = err;
+    return llm__guarded(&env, body, arg);
+}
 
 typedef struct small_job {
     const char *chat_template;
@@ -8,8 +20,8 @@ typedef struct small_job {
     llm_tokenizer *tokenizer;
 } small_job;
 
-/* For llm__guarded; arg is a small_job. */
-static void build_small(llm__env *env, void *arg) {
+/* arg is a small_job. */
+static inline void build_small(llm__env *env, void *arg) {
     static const char *const texts[] = {"<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "\xE2\x96\x81", "a", "b"};
     static const int32_t types[] = {LLM__TYPE_UNKNOWN, LLM__TYPE_CONTROL, LLM__TYPE_CONTROL, LLM__TYPE_CONTROL,
                                     LLM__TYPE_CONTROL, LLM__TYPE_NORMAL, LLM__TYPE_NORMAL, LLM__TYPE_NORMAL};

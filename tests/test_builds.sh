@@ -16,10 +16,10 @@ cat >"$tmp/late.c" <<'END'
 END
 for file in whole declarations static late; do cp "$tmp/$file.c" "$tmp/$file.cpp"; done
 
-# The same for another machine, if the script lies among its programs.
+# The same for another machine, if the script lies among its programs; there the examples run, too.
 case $0 in
-*/aarch64/*) machine=aarch64-linux-gnu- ;;
-*/windows/*) machine=x86_64-w64-mingw32- ;;
+*/aarch64/*) machine=aarch64-linux-gnu- emulator=qemu-aarch64-static ;;
+*/windows/*) machine=x86_64-w64-mingw32- emulator="env WINEPREFIX=$PWD/build/windows/wine WINEDEBUG=-all /usr/lib/wine/wine64" ;;
 *) machine= ;;
 esac
 
@@ -43,8 +43,13 @@ check "LLM_NO_THREADS" "${machine}gcc" -std=c99 -O0 $strict -DLLM_NO_THREADS "$t
 check "LLM_NO_SIMD" "${machine}gcc" -std=c99 -O0 $strict -DLLM_NO_SIMD "$tmp/whole.c"
 check "implementation without optimisation" "${machine}gcc" -std=c99 -O0 $strict "$tmp/whole.c"
 if [ "$machine" ]; then
-    check "examples/hello.c" "${machine}gcc" -std=c99 -O0 $strict examples/hello.c
-    check "examples/embed.cpp" "${machine}g++" -std=c++17 -O0 $strict examples/embed.cpp
+    program=$tmp/program.exe
+    strict="${strict%-c -o /dev/null} -static -o $program"
+    says() { word=$1; shift; $emulator "$program" "$@" 2>&1 | grep -q "$word"; }
+    check "examples/hello.c" "${machine}gcc" -std=c99 -O0 $strict examples/hello.c -lm -lpthread
+    check "hello continues a text" says '^yatatononon' tests/golden/hf/gqa.gguf "a b"
+    check "examples/embed.cpp" "${machine}g++" -std=c++17 -O0 $strict examples/embed.cpp examples/embed_llm.cpp -lm -lpthread
+    check "embed explains what is missing" says 'no chat template' tests/golden/hf/gqa.gguf "a b"
     finish
 fi
 check "LLM_STATIC, clang" clang -std=c99 -O0 $strict "$tmp/static.c"

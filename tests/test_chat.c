@@ -11,14 +11,9 @@
 
 static llm_tokenizer *small_tokenizer(const char *chat_template) {
     llm__pool pool;
-    llm__env env;
     llm_error err;
     small_job job = {chat_template, chat_template ? strlen(chat_template) : 0, NULL};
-    memset(&pool, 0, sizeof pool);
-    memset(&env, 0, sizeof env);
-    env.pool = &pool;
-    env.err = &err;
-    if (llm__guarded(&env, build_small, &job)) fail_msg("%s", err.message);
+    if (guarded(&pool, NULL, build_small, &job, &err)) fail_msg("%s", err.message);
     job.tokenizer->own = pool;
     return job.tokenizer;
 }
@@ -138,17 +133,12 @@ static forge_job forged(const llm_tokenizer *tokenizer, const char *content) {
     llm_message message = {"user", content};
     forge_job job;
     llm__pool pool;
-    llm__env env;
     llm_error err;
     memset(&job, 0, sizeof job);
-    memset(&pool, 0, sizeof pool);
-    memset(&env, 0, sizeof env);
-    env.pool = &pool;
-    env.err = &err;
     job.tokenizer = tokenizer;
     job.messages = &message;
     job.n_messages = 1;
-    if (llm__guarded(&env, forge, &job)) fail_msg("%s", err.message);
+    if (guarded(&pool, NULL, forge, &job, &err)) fail_msg("%s", err.message);
     llm__pool_free(&pool);
     return job;
 }

@@ -28,16 +28,14 @@ static const tiny_spec EIGHT_BITS = {1, 160, 96, 5, 1, 32, 512, 43, 0, 8, 9};
 static const tiny_spec HALVES = {1, 64, 96, 4, 2, 16, 512, 43, 1, 1, 10};
 static const tiny_spec SMALL = {1, 32, 32, 2, 1, 16, 512, 43, 0, 30, 9};
 
+/* NULL if it fails. */
 static llm_model *load_as(const tiny_spec *spec, const llm_backend *backend, llm_dtype dtype, llm_error *err) {
     llm_model_desc desc = {};
     llm_model *model = NULL;
-    uint8_t *data = tiny_model(spec, &desc.data_size);
-    desc.data = data;
     desc.dtype = dtype;
     desc.backend = backend;
     desc.n_threads = 2;
-    llm_model_load(&model, NULL, &desc, err);
-    free(data);
+    try_tiny(&model, spec, desc, err);
     return model;
 }
 
@@ -50,34 +48,24 @@ static llm_model *load(const tiny_spec *spec, const llm_backend *backend, llm_dt
 
 /* One of the small models of every architecture that test_hf checks against others. */
 static llm_model *load_golden(const char *name, const llm_backend *backend) {
-    const char *dir = getenv("LLM_TEST_DIR");
-    char path[512];
     llm_model_desc desc = {};
-    llm_model *model = NULL;
-    llm_error err;
-    snprintf(path, sizeof path, "%s/golden/hf/%s.gguf", dir ? dir : "tests", name);
     desc.backend = backend;
     desc.n_threads = 2;
-    if (llm_model_load(&model, path, &desc, &err)) fail_msg("%s", err.message);
-    return model;
+    return load_model(golden_path(("hf/" + std::string(name) + ".gguf").c_str()), &desc);
 }
 
 static llm_context *create(const llm_model *model) {
     llm_context_desc desc = {};
-    llm_context *ctx = NULL;
-    llm_error err;
     desc.n_ctx = N_CTX;
     desc.n_seq = N_SEQ;
     desc.n_batch = N_BATCH;
     desc.n_logits = N_BATCH;
     desc.n_threads = 2;
-    if (llm_context_create(&ctx, model, &desc, &err)) fail_msg("%s", err.message);
-    return ctx;
+    return create_context(model, &desc);
 }
 
 /* Two contexts of different backends that are told the same. */
 typedef struct pair {
-    llm_model *models[2];
     llm_context *ctx[2];
     int n_vocab;
     unsigned random;
@@ -86,19 +74,15 @@ typedef struct pair {
 
 static pair make_pair(llm_model *expected, llm_model *tested) {
     pair p = {};
-    p.models[0] = expected;
-    p.models[1] = tested;
-    for (int i = 0; i < 2; i++) p.ctx[i] = create(p.models[i]);
+    p.ctx[0] = create(expected);
+    p.ctx[1] = create(tested);
     p.n_vocab = llm_model_get_info(expected).n_vocab;
     p.random = 1;
     return p;
 }
 
 static void free_pair(pair *p) {
-    for (int i = 0; i < 2; i++) {
-        llm_context_free(p->ctx[i]);
-        llm_model_free(p->models[i]);
-    }
+    for (int i = 0; i < 2; i++) close_context(p->ctx[i]);
 }
 
 static int draw(pair *p, int n) {
@@ -292,8 +276,7 @@ static void test_rows_do_not_meet(void **state) {
     assert_int_equal(in_company(ctx, 3), alone);
     cuda_host.reverse = false;
 #endif
-    llm_context_free(ctx);
-    llm_model_free(model);
+    close_context(ctx);
 }
 
 static void test_save_and_restore(void **state) {
@@ -316,8 +299,7 @@ static void test_save_and_restore(void **state) {
     assert_int_equal(hash_logits(to, 0, 0), hash);
     free(buffer);
     llm_context_free(from);
-    llm_context_free(to);
-    llm_model_free(model);
+    close_context(to);
 }
 
 static bool cancel_now(void *user) {
@@ -338,8 +320,7 @@ static void test_cancel(void **state) {
     batch.n_tokens = 1;
     assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_ERROR_CANCELLED);
     assert_int_equal(llm_seq_length(ctx, 0), 0);
-    llm_context_free(ctx);
-    llm_model_free(model);
+    close_context(ctx);
 }
 
 /* ---- Generation, where the tokens are picked on the GPU ---- */
@@ -464,8 +445,7 @@ static void test_bursts(void **state) {
     by_token.n_stop_tokens = 1;
     assert_int_equal(tells_the_same(ctx, SAMPLERS[0], by_token).stats.stop, LLM_STOP_TOKEN);
     llm_context_free(small);
-    llm_context_free(ctx);
-    llm_model_free(model);
+    close_context(ctx);
 }
 
 /* Without graphs too, and one operation at a time, where the host picks. */
@@ -478,8 +458,7 @@ static void test_bursts_of_all_modes(void **state) {
         llm_model *model = load(&TINY_ODD, llm_cuda_backend_mode((llm_cuda_mode)mode));
         llm_context *ctx = create_for_text(model, 100);
         tells_the_same(ctx, SAMPLERS[2], desc);
-        llm_context_free(ctx);
-        llm_model_free(model);
+        close_context(ctx);
     }
 }
 
@@ -571,27 +550,18 @@ static void test_scores(void **state) {
 
 /* Of every token that may come next, against the logits that the same kernels give. */
 static void test_scores_against_logits(void **state) {
-    static llm_token context[] = {1, 2, 3}, tokens[N_VOCAB];
-    static const llm_token *endings[N_VOCAB];
-    static int ones[N_VOCAB];
+    static llm_token context[] = {1, 2, 3};
     double results[N_VOCAB], all = 0, sum = 0;
-    llm_model *model = load(&USUAL_HEADS, llm_cuda_backend_mode(LLM_CUDA_EAGER));
     llm_context_desc desc = {};
-    llm_context *ctx = NULL;
     llm_batch batch = {3, context, NULL, NULL};
-    llm_question question = {context, 3, N_VOCAB, endings, ones};
+    llm_question question = every_token(context, 3, N_VOCAB);
     llm_error err;
     (void)state;
-    for (int i = 0; i < N_VOCAB; i++) {
-        tokens[i] = i;
-        endings[i] = &tokens[i];
-        ones[i] = 1;
-    }
     desc.n_ctx = 32;
     desc.n_seq = N_VOCAB;
     desc.n_cache = 64;
     desc.n_batch = 8;
-    if (llm_context_create(&ctx, model, &desc, &err)) fail_msg("%s", err.message);
+    llm_context *ctx = create_context(load(&USUAL_HEADS, llm_cuda_backend_mode(LLM_CUDA_EAGER)), &desc);
     if (llm_score(ctx, &question, 1, NULL, results, NULL, &err)) fail_msg("%s", err.message);
     if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
     const float *logits = llm_logits(ctx, 2);
@@ -601,8 +571,7 @@ static void test_scores_against_logits(void **state) {
         assert_true(fabs(results[i] - (logits[i] - log(all))) < 1e-5);
     }
     assert_true(fabs(sum - 1) < 1e-5);
-    llm_context_free(ctx);
-    llm_model_free(model);
+    close_context(ctx);
 }
 
 static void test_limits_are_measured(void **state) {
@@ -614,8 +583,7 @@ static void test_limits_are_measured(void **state) {
     assert_int_equal(llm_context_create(&ctx, model, &desc, NULL), LLM_OK);
     assert_true(llm_measure_bandwidth(ctx) > 0);
     assert_true(llm_measure_flops(ctx) > 0);
-    llm_context_free(ctx);
-    llm_model_free(model);
+    close_context(ctx);
 }
 
 static void in_a_thread(const llm_model *model, uint64_t *hash) {
@@ -721,8 +689,7 @@ static void test_launches(void **state) {
         assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_OK);
         if (mode == LLM_CUDA_GRAPH) assert_int_equal(cuda_host.n_launches, 1); /* of the first picking */
         if (mode == LLM_CUDA_GRAPH) assert_int_equal(cuda_host.n_graph_launches, 20);
-        llm_context_free(ctx);
-        llm_model_free(model);
+        close_context(ctx);
     }
 }
 

@@ -78,6 +78,7 @@ check "refuses a question without endings" eval 'sed "3s/endings/end/" $data >"$
 check "refuses an incomplete question" eval 'lines | head -n 4 >"$dir/few.txt"; refuses "six lines" -m "$model" -d "$dir/few.txt"'
 check "says where the data is to be had" eval 'LLM_DATA= refuses hellaswag_val.jsonl -m "$model"'
 check "refuses a missing file" refuses "absent.txt" -m "$model" -d absent.txt
+check "LLM_ISA is obeyed" eval 'LLM_ISA=abacus refuses abacus -m "$model" -d $data'
 check "refuses a missing model" refuses "absent.gguf" -m absent.gguf -d $data
 check "refuses an unknown schedule" refuses "none of packed" -m "$model" -d $data --schedule best
 finish

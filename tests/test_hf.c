@@ -243,24 +243,6 @@ static void functions_that_fail_are_reported(void **state) {
 
 /* ---- Memory that runs out ---- */
 
-typedef struct load_job {
-    heap h;
-    const char *path;
-} load_job;
-
-static llm_status load_starved(void *arg, llm_error *err) {
-    load_job *job = (load_job *)arg;
-    llm_model *model;
-    llm_model_desc desc;
-    memset(&desc, 0, sizeof desc);
-    desc.n_threads = 1;
-    desc.host = heap_host(&job->h);
-    llm_status status = llm_model_load(&model, job->path, &desc, err);
-    assert_int_equal(status == LLM_OK, model != NULL);
-    llm_model_free(model);
-    return status;
-}
-
 static void every_allocation_may_fail(void **state) {
     static const char *const names[] = {"qwen3", "sharded", "sharded-00001-of-00003.gguf", "int8"};
     (void)state;
@@ -268,7 +250,7 @@ static void every_allocation_may_fail(void **state) {
         load_job job;
         memset(&job, 0, sizeof job);
         job.path = golden(names[i]);
-        starve(&job.h, load_starved, &job, 1, names[i]);
+        starve(&job.h, load_model_starved, &job, 1, names[i]);
     }
 }
 
@@ -279,7 +261,7 @@ static void a_hundred_loads_leave_nothing(void **state) {
     memset(&job, 0, sizeof job);
     job.path = golden("sharded");
     for (int i = 0; i < 100; i++) {
-        if (load_starved(&job, &err)) fail_msg("%s", err.message);
+        if (load_model_starved(&job, &err)) fail_msg("%s", err.message);
         assert_all_returned(&job.h);
     }
 }

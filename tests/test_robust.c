@@ -3,8 +3,8 @@
    Variants: asan tsan cross */
 #include "tests/check.h"
 #include "llm.h"
-#include "tests/common.h"
 #include "tests/tiny.h"
+#include "tests/common.h"
 
 #include <pthread.h>
 
@@ -206,7 +206,7 @@ static void test_fields(void **state) {
         for (size_t j = 0; j < sizeof values / sizeof *values; j++) {
             memcpy(data + f->at, &values[j], (size_t)f->bytes);
             bool loaded = try_file(data, size, &err), large = (f->bytes == 4 ? (uint32_t)values[j] : values[j]) >> 31;
-            if (i < 2 && loaded && values[j] != 2) fail_msg("magic or version %d loaded", (int)values[j]);
+            if (i < 2 && loaded != (i == 1 && values[j] == 2)) fail_msg("%s %d: loaded is %d", f->owner, (int)values[j], loaded);
             if (large) refuse_number(data, size, f, values[j]);
         }
         memcpy(data + f->at, kept, 8);
@@ -352,6 +352,22 @@ static void test_places(void **state) {
     memcpy(k + 24, kept, 8);
     k[-(int)strlen("k.weight")] = 'q';
     assert_refused(data, size, "blk.0.attn_q.weight is there twice");
+    free(data);
+}
+
+/* A merge of what is in the vocabulary into what is not. */
+static void test_merge(void **state) {
+    size_t size;
+    uint8_t *data = tiny_model(&SMALL, &size), *merge = behind(data, size, "tokenizer.ggml.merges") + 4 + 4 + 8 + 8;
+    llm_tokenizer *tokenizer;
+    llm_error err;
+    (void)state;
+    assert_memory_equal(merge, "a a", 3);
+    merge[2] = 'z';
+    char *path = write_own(data, size);
+    assert_int_equal(llm_tokenizer_load(&tokenizer, path, NULL, &err), LLM_ERROR_FORMAT);
+    if (!strstr(err.message, path) || !strstr(err.message, "tokenizer.ggml.merges[0] makes \"az\"")) fail_msg("%s", err.message);
+    unlink(path);
     free(data);
 }
 
@@ -527,16 +543,6 @@ static llm_status do_encode(void *job, llm_error *err) {
     return n < 0 ? err->code : LLM_OK;
 }
 
-static llm_status do_tokenizer(void *job, llm_error *err) {
-    starved *s = (starved *)job;
-    llm_host host = heap_host(&s->h);
-    llm_tokenizer *tokenizer = NULL;
-    llm_status status = llm_tokenizer_load(&tokenizer, s->path, &host, err);
-    assert_int_equal(status == LLM_OK, tokenizer != NULL);
-    llm_tokenizer_free(tokenizer);
-    return status;
-}
-
 static llm_status do_estimate(void *job, llm_error *err) {
     starved *s = (starved *)job;
     llm_model_desc desc = {.host = heap_host(&s->h)};
@@ -553,9 +559,10 @@ static void test_starved(void **state) {
     (void)state;
     s.data = data;
     s.path = write_own(data, s.size);
+    load_job alone = {.path = s.path};
     starve(&s.h, do_load, &s, 1, "llm_model_load");
     starve(&s.h, do_read, &s, 1, "llm_model_load by a function");
-    starve(&s.h, do_tokenizer, &s, 1, "llm_tokenizer_load");
+    starve(&alone.h, load_tokenizer_starved, &alone, 1, "llm_tokenizer_load");
     starve(&s.h, do_estimate, &s, 1, "llm_memory_estimate");
     s.model = load(&s.h, data, s.size, &err);
     starve(&s.h, do_create, &s, 1, "llm_context_create");
@@ -567,6 +574,7 @@ static void test_starved(void **state) {
     llm_context_free(s.ctx);
     llm_model_free(s.model);
     assert_all_returned(&s.h);
+    assert_all_returned(&alone.h);
     unlink(s.path);
     free(data);
 }
@@ -600,7 +608,7 @@ static void test_forward_allocates_nothing(void **state) {
 /* Resident memory in pages; 0 where it says nothing: the sanitizers keep freed memory, and an emulator has its own. */
 static long resident(void) {
     long total = 0, pages = 0;
-    FILE *file = SANITIZED || getenv("LLM_TEST_EMULATED") ? NULL : fopen("/proc/self/statm", "r");
+    FILE *file = SANITIZED || emulated() ? NULL : fopen("/proc/self/statm", "r");
     if (!file) return 0;
     if (fscanf(file, "%ld %ld", &total, &pages) != 2) pages = 0;
     fclose(file);
@@ -631,18 +639,15 @@ static void test_a_hundred_times(void **state) {
 /* ---- Threads ---- */
 
 static llm_model *load_shared(const tiny_spec *spec) {
-    llm_model_desc desc = {.n_threads = 2};
     llm_model *model = NULL;
-    uint8_t *data = tiny_model(spec, &desc.data_size);
-    desc.data = data;
-    assert_int_equal(llm_model_load(&model, NULL, &desc, NULL), LLM_OK);
-    free(data);
+    assert_int_equal(try_tiny(&model, spec, (llm_model_desc){.n_threads = 2}, NULL), LLM_OK);
     return model;
 }
 
 typedef struct job {
     const llm_model *model;
-    const tiny_spec *spec;
+    const tiny_spec *spec; /* its model, or that of this path, is loaded for the job */
+    const char *path;
     int n_threads;
     bool drafts; /* the model is its own draft */
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
@@ -668,7 +673,8 @@ static void *run_job(void *arg) {
     llm_context *ctx = NULL;
     llm_draft draft = {0};
     llm_model *own = j->spec ? load_shared(j->spec) : NULL;
-    llm_status status = llm_context_create(&ctx, own ? own : j->model, &desc, NULL);
+    llm_status status = j->path ? llm_model_load(&own, j->path, NULL, NULL) : LLM_OK;
+    if (!status) status = llm_context_create(&ctx, own ? own : j->model, &desc, NULL);
     if (!status && j->drafts) {
         status = llm_draft_model(&draft, ctx, j->model, NULL);
         generate.draft = &draft;
@@ -708,17 +714,14 @@ static void test_eight_contexts(void **state) {
     llm_model_free(model);
 }
 
-static void test_two_loads(void **state) {
-    job jobs[2], alone = {.spec = &TINY_ODD, .n_threads = 1};
+/* Two of each kind of file. */
+static void test_loads_at_once(void **state) {
+    job alone[2] = {{.spec = &TINY_ODD, .n_threads = 1}, {.path = golden_path("hf/qwen3"), .n_threads = 1}}, jobs[4];
     (void)state;
-    run_job(&alone);
-    memset(jobs, 0, sizeof jobs);
-    for (int i = 0; i < 2; i++) {
-        jobs[i].spec = &TINY_ODD;
-        jobs[i].n_threads = 1;
-    }
-    run_jobs(jobs, 2);
-    for (int i = 0; i < 2; i++) assert_same_text(&jobs[i], &alone);
+    for (int i = 0; i < 4; i++) jobs[i] = alone[i % 2];
+    run_jobs(jobs, 4);
+    for (int i = 0; i < 2; i++) run_job(&alone[i]);
+    for (int i = 0; i < 4; i++) assert_same_text(&jobs[i], &alone[i % 2]);
 }
 
 typedef struct piece {
@@ -884,11 +887,11 @@ int main(void) {
     const struct CMUnitTest alone[] = {
         cmocka_unit_test(test_truncated), cmocka_unit_test(test_fields), cmocka_unit_test(test_flips),
         cmocka_unit_test(test_hyperparameters), cmocka_unit_test(test_missing), cmocka_unit_test(test_shapes),
-        cmocka_unit_test(test_places), cmocka_unit_test(test_paths), cmocka_unit_test(test_path_in_utf8), cmocka_unit_test(test_arguments),
+        cmocka_unit_test(test_places), cmocka_unit_test(test_merge), cmocka_unit_test(test_paths), cmocka_unit_test(test_path_in_utf8), cmocka_unit_test(test_arguments),
         cmocka_unit_test(test_starved), cmocka_unit_test(test_forward_allocates_nothing), cmocka_unit_test(test_estimate),
         cmocka_unit_test(test_silent)};
     const struct CMUnitTest with_threads[] = {
-        cmocka_unit_test(test_a_hundred_times), cmocka_unit_test(test_eight_contexts), cmocka_unit_test(test_two_loads),
+        cmocka_unit_test(test_a_hundred_times), cmocka_unit_test(test_eight_contexts), cmocka_unit_test(test_loads_at_once),
         cmocka_unit_test(test_host_threads), cmocka_unit_test(test_progress)};
     int n_failed = THREAD_SANITIZED ? 0 : cmocka_run_group_tests(alone, NULL, NULL);
     return n_failed + cmocka_run_group_tests(with_threads, NULL, NULL);

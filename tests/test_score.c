@@ -54,10 +54,7 @@ static llm_model *load(llm_dtype dtype, const char *isa) {
     llm_model_desc desc = {.dtype = dtype, .isa = isa, .n_threads = 1};
     llm_model *model = NULL;
     llm_error err;
-    uint8_t *data = tiny_model(dtype == LLM_DTYPE_INT4 ? &blocks : &SPEC, &desc.data_size);
-    desc.data = data;
-    llm_status status = llm_model_load(&model, NULL, &desc, &err);
-    free(data);
+    llm_status status = try_tiny(&model, dtype == LLM_DTYPE_INT4 ? &blocks : &SPEC, desc, &err);
     if (status && status != LLM_ERROR_ARGUMENT) fail_msg("%s", err.message);
     return model;
 }
@@ -107,35 +104,24 @@ static void test_logits(void **state) {
                 if (!(fabs(results[at] - expected) <= 1e-6 * fabs(expected)))
                     fail_msg("%s, question %d, ending %d: %.9g instead of %.9g", llm_dtype_name(dtypes[d]), i, e, results[at], expected);
             }
-        llm_context_free(ctx);
-        llm_model_free(model);
+        close_context(ctx);
     }
 }
 
 /* The probabilities of all tokens that can come next sum to 1. */
 static void test_sum(void **state) {
-    static llm_token tokens[N_VOCAB];
-    static const llm_token *endings[N_VOCAB];
-    static int ones[N_VOCAB];
     static double results[N_VOCAB];
     llm_token context[3] = {1, 2, 3};
-    llm_model *model = load(LLM_DTYPE_BF16, NULL);
     llm_context_desc desc = {.n_ctx = 32, .n_seq = N_VOCAB, .n_cache = 64, .n_batch = 8, .n_threads = 2};
-    llm_context *ctx = create_context(model, &desc);
-    llm_question q = {context, 3, N_VOCAB, endings, ones};
+    llm_context *ctx = create_context(load(LLM_DTYPE_BF16, NULL), &desc);
+    llm_question q = every_token(context, 3, N_VOCAB);
     double sum = 0;
     llm_error err;
     (void)state;
-    for (int i = 0; i < N_VOCAB; i++) {
-        tokens[i] = i;
-        endings[i] = &tokens[i];
-        ones[i] = 1;
-    }
     if (llm_score(ctx, &q, 1, NULL, results, NULL, &err)) fail_msg("%s", err.message);
     for (int i = 0; i < N_VOCAB; i++) sum += exp(results[i]);
     assert_true(fabs(sum - 1) < 1e-6);
-    llm_context_free(ctx);
-    llm_model_free(model);
+    close_context(ctx);
 }
 
 /* ---- The same bits ---- */
@@ -236,8 +222,7 @@ static void test_full_passes(void **state) {
     make_quiz(&z);
     assert_int_equal(llm_score(ctx, z.questions, QUESTIONS, NULL, NULL, &stats, NULL), LLM_OK);
     assert_true(stats.n_passes <= stats.n_computed / 200 + 2);
-    llm_context_free(ctx);
-    llm_model_free(model);
+    close_context(ctx);
 }
 
 /* ---- What is refused, and stopping ---- */
@@ -316,8 +301,7 @@ static void test_refusals(void **state) {
     assert_int_equal(llm_score(ctx, z.questions, QUESTIONS, NULL, results, NULL, &err), LLM_ERROR_CANCELLED);
     told = false;
     assert_cache_is_free(ctx, &cancelled);
-    llm_context_free(ctx);
-    llm_model_free(model);
+    close_context(ctx);
 }
 
 typedef struct budget {
@@ -350,8 +334,7 @@ static void test_memory(void **state) {
             assert_true(failed || status == LLM_OK);
             assert_true(n < 1000);
         }
-    llm_context_free(ctx);
-    llm_model_free(model);
+    close_context(ctx);
 }
 
 /* ---- The default model ---- */
@@ -385,8 +368,7 @@ static void encode_like(const llm_tokenizer *tokenizer, json_t *line, int ending
 }
 
 static void read_golden(const llm_tokenizer *tokenizer, golden *g) {
-    FILE *file = fopen("tests/golden/hellaswag.golden", "rb");
-    if (!file) fail_msg("tests/golden/hellaswag.golden cannot be opened");
+    FILE *file = open_lines(golden_path("hellaswag.golden"));
     for (int i = 0; i < GOLDEN; i++) {
         json_t *line = json_loadf(file, JSON_DISABLE_EOF_CHECK, NULL);
         assert_non_null(line);
@@ -420,8 +402,7 @@ static void test_default_reference(void **state) {
         if (fabs(results[i] / g.expected[i] - 1) > worst) worst = fabs(results[i] / g.expected[i] - 1);
     print_message("largest relative error %.1e\n", worst);
     assert_true(worst < 1e-5);
-    llm_context_free(ctx);
-    llm_model_free(model);
+    close_context(ctx);
 }
 
 /* Four questions in the schedules that differ most. */

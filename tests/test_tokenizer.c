@@ -10,6 +10,7 @@
 #include <pthread.h>
 
 #include "tests/common.h"
+#include "tests/small.h"
 
 enum { MAX_IDS = 200000 };
 
@@ -56,7 +57,7 @@ static llm__str str(const char *text) {
 static void build_body(llm__env *env, void *arg) {
     vocabulary *in = (vocabulary *)arg;
     llm__vocab_source v;
-    llm__str pieces[64];
+    llm__str pieces[256];
     llm__merge_pair merges[64];
     memset(&v, 0, sizeof v);
     for (int i = 0; i < in->n; i++) pieces[i] = str(in->pieces[i]);
@@ -90,12 +91,7 @@ static void build_body(llm__env *env, void *arg) {
 
 static llm_status try_build(vocabulary *v, llm_error *err) {
     llm__pool pool;
-    llm__env env;
-    memset(&pool, 0, sizeof pool);
-    memset(&env, 0, sizeof env);
-    env.pool = &pool;
-    env.err = err;
-    llm_status status = llm__guarded(&env, build_body, v);
+    llm_status status = guarded(&pool, NULL, build_body, v, err);
     if (status) llm__pool_free(&pool);
     else v->built->own = pool;
     return status;
@@ -269,13 +265,8 @@ static void test_unicode(void **state) {
     assert_non_null(golden);
     unicode_job job = {golden, NULL, NULL};
     llm__pool pool;
-    llm__env env;
     llm_error err;
-    memset(&pool, 0, sizeof pool);
-    memset(&env, 0, sizeof env);
-    env.pool = &pool;
-    env.err = &err;
-    if (llm__guarded(&env, unicode_body, &job)) fail_msg("%s", err.message);
+    if (guarded(&pool, NULL, unicode_body, &job, &err)) fail_msg("%s", err.message);
     llm__pool_free(&pool);
     json_decref(golden);
 }
@@ -464,23 +455,15 @@ static void test_stream(void **state) {
         pieces[i] = names[i];
         types[i] = LLM__TYPE_BYTE;
     }
-    llm__vocab_source v;
-    llm__str list[256];
+    vocabulary v;
     memset(&v, 0, sizeof v);
-    for (int i = 0; i < 256; i++) list[i] = str(pieces[i]);
     v.sentencepiece = true;
-    v.pieces_name = v.scores_name = v.types_name = v.merges_name = "test";
-    v.n_pieces = 256;
-    v.pieces = list;
+    v.n = 256;
+    v.pieces = pieces;
     v.types = types;
     v.scores = scores;
     v.bos = v.eos = v.unk = -1;
-    llm__pool pool;
-    llm__env env;
-    memset(&pool, 0, sizeof pool);
-    memset(&env, 0, sizeof env);
-    env.pool = &pool;
-    llm_tokenizer *t = llm__tokenizer_build(&env, &v);
+    llm_tokenizer *t = build(&v);
     check_stream(t, "a\xC3\xA9\xE4\xBD\xA0\xF0\x9F\x91\x8D", "a\xC3\xA9\xE4\xBD\xA0\xF0\x9F\x91\x8D");
     check_stream(t, "\xF0\x9F\x91", BAD BAD BAD);
     check_stream(t, "\xF0\x9F" "a", BAD BAD "a");
@@ -489,7 +472,7 @@ static void test_stream(void **state) {
     check_stream(t, "\xED\xA0\x80", BAD BAD BAD);
     check_stream(t, "\xF4\x8F\xBF\xBF\xF4\x90", "\xF4\x8F\xBF\xBF" BAD BAD);
     check_stream(t, "\xE0\x80\x80", BAD BAD BAD);
-    llm__pool_free(&pool);
+    llm_tokenizer_free(t);
 }
 
 /* ---- Hostile vocabularies ---- */

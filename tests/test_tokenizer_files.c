@@ -328,21 +328,6 @@ static void test_hostile_model(void **state) {
 
 /* ---- Failing allocations ---- */
 
-typedef struct load_job {
-    heap h;
-    const char *path;
-} load_job;
-
-static llm_status load_starved(void *arg, llm_error *err) {
-    load_job *job = (load_job *)arg;
-    llm_host host = heap_host(&job->h);
-    llm_tokenizer *t;
-    llm_status status = llm_tokenizer_load(&t, job->path, &host, err);
-    assert_int_equal(status == LLM_OK, t != NULL);
-    llm_tokenizer_free(t);
-    return status;
-}
-
 static void test_allocation(void **state) {
     (void)state;
     static const char *const names[] = {"llama-2-added", "added", "spm"};
@@ -350,7 +335,7 @@ static void test_allocation(void **state) {
         load_job job;
         memset(&job, 0, sizeof job);
         job.path = golden(names[i]);
-        starve(&job.h, load_starved, &job, 7, names[i]);
+        starve(&job.h, load_tokenizer_starved, &job, 7, names[i]);
     }
 }
 

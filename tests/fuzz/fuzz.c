@@ -376,14 +376,8 @@ static void fuzz_json(const uint8_t *data, size_t size) {
     bool ends_early = memchr(data, 0, size) != NULL; /* for jansson the text ends there */
     if (!ends_early) job.theirs = json_loadb((const char *)data, size, JSON_DECODE_ANY | JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &why);
     llm__pool pool;
-    llm__env env;
     llm_error err;
-    memset(&pool, 0, sizeof pool);
-    memset(&env, 0, sizeof env);
-    pool.host = counting;
-    env.pool = &pool;
-    env.err = &err;
-    llm_status status = llm__guarded(&env, parse_json, &job);
+    llm_status status = guarded(&pool, &counting, parse_json, &job, &err);
     if (status) check_error(status, &err);
     llm__pool_free(&pool);
     if (status && job.theirs) CHECK(strstr(err.message, "deeper than"));
@@ -414,20 +408,10 @@ static void count_control(llm__env *env, void *arg) {
     for (size_t i = 0; i < n; i++) job->n_control += ids[i] > 0 && ids[i] < 5;
 }
 
-static llm_status guarded(llm__pool *pool, void (*body)(llm__env *env, void *arg), void *job, llm_error *err) {
-    llm__env env;
-    memset(pool, 0, sizeof *pool);
-    memset(&env, 0, sizeof env);
-    pool->host = counting;
-    env.pool = pool;
-    env.err = err;
-    return llm__guarded(&env, body, job);
-}
-
 static int control_tokens(chat_job *job) {
     llm__pool pool;
     llm_error err;
-    llm_status status = guarded(&pool, count_control, job, &err);
+    llm_status status = guarded(&pool, &counting, count_control, job, &err);
     llm__pool_free(&pool);
     return status ? -1 : job->n_control;
 }
@@ -482,7 +466,7 @@ static void fuzz_chat(const uint8_t *data, size_t size) {
     chat_job job;
     llm__pool pool;
     llm_error err;
-    CHECK(!guarded(&pool, build_small, &small, &err));
+    CHECK(!guarded(&pool, &counting, build_small, &small, &err));
     memset(&job, 0, sizeof job);
     job.tokenizer = small.tokenizer;
     use_template(&job, rest);
