@@ -10337,7 +10337,8 @@ static int llm__keep_likeliest(const float *p, llm_token *ids, int n_vocab, int 
 /* The tokens that may be drawn, at the end of `ids` [n_vocab], the best as the last: their number, in *total their p. */
 static int llm__cut_candidates(const float *p, llm_token *ids, int n_vocab, llm_token best, const llm_sampler *s,
                                double sum, double *total) {
-    bool by_k = s->top_k > 0 && s->top_k < n_vocab, by_p = s->top_p > 0 && s->top_p < 1;
+    bool by_k = s->top_k > 0 && s->top_k < n_vocab;
+    bool by_p = s->top_p > 0 && s->top_p < 1;
     int n = n_vocab;
     for (int i = 0; i < n_vocab; i++) ids[i] = i;
     llm__swap_ids(ids, best, n_vocab - 1);
