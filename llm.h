@@ -6252,7 +6252,7 @@ typedef struct llm__panel {
     size_t tile_bytes;
     int n_tiles;
     float *c;
-    uint8_t *unpacked; /* [2][LLM__TILE_BLOCKS][1024] scratch */
+    uint8_t *unpacked; /* [2][LLM__TILE_BLOCKS][1024] scratch of the matrix unit */
 } llm__panel;
 
 typedef struct llm__kernels {
@@ -7215,8 +7215,15 @@ LLM__INLINE void LLM__FN(pairs_of)(const llm__kind KIND, const llm__tile_product
     }
 }
 
+/* Long heads have more blocks than are widened at once. */
 LLM__TARGET static void LLM__FN(pair_product)(const llm__tile_product *p) {
-    LLM__FN(pairs_of)(LLM__W_BF16, p, NULL, p->n_rows * 16);
+    llm__tile_product part = *p;
+    for (int left = p->n_blocks; left > 0; left -= LLM__TILE_BLOCKS, part.add = true) {
+        part.n_blocks = left < LLM__TILE_BLOCKS ? left : (int)LLM__TILE_BLOCKS;
+        LLM__FN(pairs_of)(LLM__W_BF16, &part, NULL, p->n_rows * 16);
+        part.a += LLM__TILE_BLOCKS * 64;
+        part.b += LLM__TILE_BLOCKS;
+    }
 }
 
 /* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
@@ -9098,7 +9105,7 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
 
 typedef struct llm__cpu_sizes {
     size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups, n_parts, partial_floats;
-    size_t packed_bytes, panel_floats, tile_bytes; /* for the matrix unit: in all, and two of each thread */
+    size_t packed_bytes, panel_floats, tile_bytes; /* for panels: in all, and two of each thread */
     int head_stride, n_partials;
 } llm__cpu_sizes;
 

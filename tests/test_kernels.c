@@ -140,8 +140,9 @@ static void check_panel(const llm__kernels *k, llm__kind kind) {
 /* One pair of tiles whose blocks lie apart, as those of a cache do. */
 static void check_tile_product(const llm__kernels *k) {
     static uint8_t packed[112 * 256 * 2];
-    const uint8_t *blocks[8];
-    int rows = 1 + (int)random_int(20), n = 32 * (1 + (int)random_int(8)), cols = 1 + (int)random_int(2), stride = cols * 16 + (int)random_int(9);
+    const uint8_t *blocks[40];
+    bool deep = random_int(8) == 0;
+    int rows = 1 + (int)random_int(deep ? 5 : 20), n = 32 * (1 + (int)random_int(deep ? 40 : 8)), cols = 1 + (int)random_int(2), stride = cols * 16 + (int)random_int(9);
     size_t next = (size_t)n * 32;
     random_floats(x, rows * n);
     for (int i = 0; i < rows * n; i++) x[i] = llm__bf16_to_f32(llm__f32_to_bf16(x[i]));
