@@ -6,11 +6,8 @@
 /* What the body allocates, from the host if there is one, stays in the pool. */
 static inline llm_status guarded(llm__pool *pool, const llm_host *host, void (*body)(llm__env *env, void *arg), void *arg, llm_error *err) {
     llm__env env;
-    memset(pool, 0, sizeof *pool);
-    memset(&env, 0, sizeof env);
-    if (host) pool->host = *host;
-    env.pool = pool;
-    env.err = err;
+    llm__pool_init(pool, host);
+    llm__env_init(&env, pool, err, NULL);
     return llm__guarded(&env, body, arg);
 }
 

@@ -28,9 +28,8 @@ static void test_cuts(void **state) {
     llm__pool pool;
     uint32_t random = 3;
     (void)state;
-    memset(&env, 0, sizeof env);
-    memset(&pool, 0, sizeof pool);
-    env.pool = &pool;
+    llm__pool_init(&pool, NULL);
+    llm__env_init(&env, &pool, NULL, NULL);
     for (int round = 0; round < 300; round++) {
         llm__text texts[12];
         llm__room room = {1 + (int)draw(&random, 12), 4 + (int)draw(&random, 30), (int)draw(&random, 40)};
