@@ -6483,6 +6483,7 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
 #ifdef LLM__KERNEL_PASS /* compiled once for each instruction set */
 
 #define LLM__INLINE static inline __attribute__((always_inline)) LLM__TARGET
+
 #define V LLM__FN(v)
 #define v_load LLM__FN(v_load)
 #define v_store LLM__FN(v_store)
@@ -7029,14 +7030,14 @@ LLM__TARGET static void LLM__FN(group_sums)(const float *x, int k, float *sums) 
 }
 
 /* Loads and stores of the last, partial vector of a row; what is missing is zero. */
-LLM__INLINE V LLM__FN(load_part)(const float *p, int n) {
+LLM__LONG V LLM__FN(load_part)(const float *p, int n) {
     float f[16] = {0};
     if (n >= 16) return v_load(p);
     for (int i = 0; i < n; i++) f[i] = p[i];
     return v_load(f);
 }
 
-LLM__INLINE void LLM__FN(store_part)(float *p, V a, int n, bool round) {
+LLM__LONG void LLM__FN(store_part)(float *p, V a, int n, bool round) {
     float f[16];
     if (round) a = v_round_bf16(a);
     if (n >= 16) {
@@ -7192,14 +7193,19 @@ LLM__INLINE void LLM__FN(fetch_ahead)(const uint8_t *ahead, size_t bytes, int ro
         _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
 }
 
+/* The blocks of two tiles; one without a neighbour is taken twice. */
+LLM__INLINE void LLM__FN(widen_tiles)(const llm__kind KIND, const llm__tile_product *p, uint8_t *wide, size_t next) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND, true), right = p->n_cols > 1 ? p->b_next : 0;
+    for (int i = 0; i < p->n_blocks; i++, wide += bytes) {
+        LLM__FN(widen)(KIND, p->b[i], wide);
+        LLM__FN(widen)(KIND, p->b[i] + right, wide + next);
+    }
+}
+
 /* p->a holds pairs; x_sums[n_rows][a_blocks] belong to groups. */
-LLM__INLINE void LLM__FN(pairs_of)(const llm__kind KIND, const llm__tile_product *p, const float *x_sums, int n_rows) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND, true), groups = (size_t)p->a_blocks, stride = groups * 16;
-    const size_t right = p->n_cols > 1 ? 16 : 0; /* a tile without a neighbour is taken twice */
-    uint8_t wide[2][LLM__TILE_BLOCKS * 1088] __attribute__((aligned(64)));
-    for (int i = 0; i < p->n_blocks; i++)
-        for (size_t t = 0; t < 2; t++)
-            LLM__FN(widen)(KIND, p->b[i] + (right ? t * p->b_next : 0), wide[t] + (size_t)i * bytes);
+LLM__INLINE void LLM__FN(wide_product)(const llm__kind KIND, const llm__tile_product *p, const float *x_sums,
+                                       int n_rows, const uint8_t *wide, size_t next) {
+    const size_t groups = (size_t)p->a_blocks, stride = groups * 16, right = p->n_cols > 1 ? 16 : 0;
     for (int row = 0; row < n_rows; row += 4) {
         const uint32_t *x = (const uint32_t *)(const void *)p->a + (size_t)row * stride;
         const float *sums = x_sums ? x_sums + (size_t)row * groups : NULL;
@@ -7210,9 +7216,21 @@ LLM__INLINE void LLM__FN(pairs_of)(const llm__kind KIND, const llm__tile_product
         }
         if (p->ahead) LLM__FN(fetch_ahead)(p->ahead, p->ahead_bytes, row, 4, n_rows);
         if (p->ahead && p->ahead_next) LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, 4, n_rows);
-        LLM__FN(blocks)(4, 2, KIND, true, x, stride, sums, groups, wide[0], sizeof *wide, p->n_blocks, total);
+        LLM__FN(blocks)(4, 2, KIND, true, x, stride, sums, groups, wide, next, p->n_blocks, total);
         LLM__UNROLL for (size_t i = 0; i < 8; i++) v_store(c + i / 2 * p->c_stride + i % 2 * right, total[i]);
     }
+}
+
+/* Widened, all kinds of weights are one of two: without or with groups. */
+LLM__TARGET static void LLM__FN(pairs_of)(llm__kind kind, const llm__tile_product *p, const float *x_sums, int n_rows) {
+    uint8_t wide[2][LLM__TILE_BLOCKS * 1088] __attribute__((aligned(64)));
+    if (kind == LLM__W_BF16) LLM__FN(widen_tiles)(LLM__W_BF16, p, wide[0], sizeof *wide);
+    else if (kind == LLM__W_INT8) LLM__FN(widen_tiles)(LLM__W_INT8, p, wide[0], sizeof *wide);
+    else if (kind == LLM__W_INT8_GROUPS) LLM__FN(widen_tiles)(LLM__W_INT8_GROUPS, p, wide[0], sizeof *wide);
+    else LLM__FN(widen_tiles)(LLM__W_INT4_GROUPS, p, wide[0], sizeof *wide);
+    if (kind == LLM__W_BF16 || kind == LLM__W_INT8)
+        LLM__FN(wide_product)(LLM__W_BF16, p, NULL, n_rows, wide[0], sizeof *wide);
+    else LLM__FN(wide_product)(LLM__W_INT8_GROUPS, p, x_sums, n_rows, wide[0], sizeof *wide);
 }
 
 /* Long heads have more blocks than are widened at once. */
@@ -7227,9 +7245,9 @@ LLM__TARGET static void LLM__FN(pair_product)(const llm__tile_product *p) {
 }
 
 /* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
-LLM__INLINE llm__tile_product LLM__FN(panel_product)(const llm__kind KIND, const llm__panel *p, int tile, int first,
-                                                     int n, const uint8_t **b) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND, false);
+LLM__INLINE llm__tile_product LLM__FN(panel_product)(llm__kind kind, const llm__panel *p, int tile, int first, int n,
+                                                     const uint8_t **b) {
+    const size_t bytes = LLM__FN(block_bytes)(kind, false);
     const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes;
     llm__tile_product product;
     product.a = p->a + (size_t)first * 64;
@@ -7269,23 +7287,16 @@ LLM__INLINE void LLM__FN(panel_scales)(const llm__panel *p) {
     }
 }
 
-LLM__INLINE void LLM__FN(pair_panel_of)(const llm__kind KIND, const llm__panel *p) {
+LLM__TARGET static void LLM__FN(pair_panel)(llm__kind kind, const llm__panel *p) {
     int n_blocks = p->k / 32, step = LLM__FN(part_blocks)(n_blocks);
     const uint8_t *b[LLM__TILE_BLOCKS];
     for (int first = 0; first < n_blocks; first += step)
         for (int tile = 0; tile < p->n_tiles; tile += 2) {
             int n = n_blocks - first < step ? n_blocks - first : step;
-            llm__tile_product product = LLM__FN(panel_product)(KIND, p, tile, first, n, b);
-            LLM__FN(pairs_of)(KIND, &product, p->x_sums + first, p->n_rows);
+            llm__tile_product product = LLM__FN(panel_product)(kind, p, tile, first, n, b);
+            LLM__FN(pairs_of)(kind, &product, p->x_sums + first, p->n_rows);
         }
-    if (KIND == LLM__W_INT8) LLM__FN(panel_scales)(p);
-}
-
-LLM__TARGET static void LLM__FN(pair_panel)(llm__kind kind, const llm__panel *p) {
-    if (kind == LLM__W_BF16) LLM__FN(pair_panel_of)(LLM__W_BF16, p);
-    else if (kind == LLM__W_INT8) LLM__FN(pair_panel_of)(LLM__W_INT8, p);
-    else if (kind == LLM__W_INT8_GROUPS) LLM__FN(pair_panel_of)(LLM__W_INT8_GROUPS, p);
-    else LLM__FN(pair_panel_of)(LLM__W_INT4_GROUPS, p);
+    if (kind == LLM__W_INT8) LLM__FN(panel_scales)(p);
 }
 
 #endif
@@ -7374,9 +7385,8 @@ LLM__TARGET static void LLM__FN(tile_product)(const llm__tile_product *p) {
 }
 
 /* Whole numbers as bf16, which holds them exactly, in the order of bf16 tiles. */
-LLM__INLINE void LLM__FN(unpack)(const llm__kind KIND, const uint8_t *w, int n_blocks, uint8_t *to) {
+LLM__INLINE void LLM__FN(unpack)(const llm__kind KIND, const uint8_t *w, size_t bytes, int n_blocks, uint8_t *to) {
     const __m512i high = _mm512_set1_epi32(-65536);
-    const size_t bytes = LLM__FN(block_bytes)(KIND, false);
     for (; n_blocks; n_blocks--, w += bytes) {
         for (size_t i = 0; i < 4; i++) {
             const uint8_t *quarter = w + i * (bytes / 256 * 64);
@@ -7391,8 +7401,8 @@ LLM__INLINE void LLM__FN(unpack)(const llm__kind KIND, const uint8_t *w, int n_b
 }
 
 /* Groups: the unit gives the sums over each block, the registers hold the totals of 16 rows and one tile. */
-LLM__INLINE void LLM__FN(panel_groups)(const llm__kind KIND, const llm__panel *p, int tile, int first, int n_blocks) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND, false), blocks = (size_t)p->k / 32,
+LLM__INLINE void LLM__FN(panel_groups)(llm__kind kind, const llm__panel *p, int tile, int first, int n_blocks) {
+    const size_t bytes = LLM__FN(block_bytes)(kind, false), blocks = (size_t)p->k / 32,
                  c_stride = (size_t)p->n_tiles * 16;
     float block[2][256];
     for (int row = 0; row < p->n_rows; row += 16) {
@@ -7420,36 +7430,32 @@ LLM__INLINE void LLM__FN(panel_groups)(const llm__kind KIND, const llm__panel *p
 }
 
 /* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
-LLM__INLINE void LLM__FN(panel_pair)(const llm__kind KIND, const llm__panel *p, int tile, int first, int n) {
+LLM__INLINE void LLM__FN(panel_pair)(llm__kind kind, const llm__panel *p, int tile, int first, int n) {
     const uint8_t *b[LLM__TILE_BLOCKS];
-    llm__tile_product product = LLM__FN(panel_product)(KIND, p, tile, first, n, b);
+    const bool groups = kind == LLM__W_INT8_GROUPS || kind == LLM__W_INT4_GROUPS;
+    const size_t bytes = LLM__FN(block_bytes)(kind, false);
+    llm__tile_product product = LLM__FN(panel_product)(kind, p, tile, first, n, b);
     product.a = p->a + (size_t)first * 1024;
-    for (int i = 0; i < product.n_cols && KIND != LLM__W_BF16; i++) {
-        bool groups = KIND != LLM__W_INT8;
+    for (int i = 0; i < product.n_cols && kind != LLM__W_BF16; i++) {
         const uint8_t *w = b[0] + (size_t)i * p->tile_bytes;
-        LLM__FN(unpack)(KIND, w, n, p->unpacked + (groups ? 0 : i * LLM__TILE_BLOCKS * 1024));
-        if (groups) LLM__FN(panel_groups)(KIND, p, tile + i, first, n);
+        uint8_t *to = p->unpacked + (groups ? 0 : i * LLM__TILE_BLOCKS * 1024);
+        if (kind == LLM__W_INT4_GROUPS) LLM__FN(unpack)(LLM__W_INT4_GROUPS, w, bytes, n, to);
+        else LLM__FN(unpack)(LLM__W_INT8, w, bytes, n, to);
+        if (groups) LLM__FN(panel_groups)(kind, p, tile + i, first, n);
     }
-    if (KIND == LLM__W_INT8) {
+    if (kind == LLM__W_INT8) {
         for (int i = 0; i < n; i++) b[i] = p->unpacked + i * 1024;
         product.b_next = LLM__TILE_BLOCKS * 1024;
     }
-    if (KIND == LLM__W_BF16 || KIND == LLM__W_INT8) LLM__FN(tile_product)(&product);
-}
-
-LLM__INLINE void LLM__FN(panel_of)(const llm__kind KIND, const llm__panel *p) {
-    int n_blocks = p->k / 32, step = LLM__FN(part_blocks)(n_blocks);
-    for (int first = 0; first < n_blocks; first += step)
-        for (int tile = 0; tile < p->n_tiles; tile += 2)
-            LLM__FN(panel_pair)(KIND, p, tile, first, n_blocks - first < step ? n_blocks - first : step);
-    if (KIND == LLM__W_INT8) LLM__FN(panel_scales)(p);
+    if (!groups) LLM__FN(tile_product)(&product);
 }
 
 LLM__TARGET static void LLM__FN(panel)(llm__kind kind, const llm__panel *p) {
-    if (kind == LLM__W_BF16) LLM__FN(panel_of)(LLM__W_BF16, p);
-    else if (kind == LLM__W_INT8) LLM__FN(panel_of)(LLM__W_INT8, p);
-    else if (kind == LLM__W_INT8_GROUPS) LLM__FN(panel_of)(LLM__W_INT8_GROUPS, p);
-    else LLM__FN(panel_of)(LLM__W_INT4_GROUPS, p);
+    int n_blocks = p->k / 32, step = LLM__FN(part_blocks)(n_blocks);
+    for (int first = 0; first < n_blocks; first += step)
+        for (int tile = 0; tile < p->n_tiles; tile += 2)
+            LLM__FN(panel_pair)(kind, p, tile, first, n_blocks - first < step ? n_blocks - first : step);
+    if (kind == LLM__W_INT8) LLM__FN(panel_scales)(p);
 }
 
 LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
