@@ -6483,7 +6483,6 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
 #ifdef LLM__KERNEL_PASS /* compiled once for each instruction set */
 
 #define LLM__INLINE static inline __attribute__((always_inline)) LLM__TARGET
-
 #define V LLM__FN(v)
 #define v_load LLM__FN(v_load)
 #define v_store LLM__FN(v_store)
