@@ -245,7 +245,7 @@ clean:
 help:
 	echo "make             build $(PROGRAMS)"
 	echo "make run         fetch the default model once and let it continue a text; MODEL=path takes another"
-	echo "make test        everything that is checked (some ten minutes on two cores); T=name runs the tests of that name"
+	echo "make test        everything that is checked (under 15 minutes on two cores); T=name runs the tests of that name"
 	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
 	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
 	echo "make bench-tokenizer   MB/s beside Hugging Face's tokenizers and tiktoken"
