@@ -6887,11 +6887,10 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind
                                 const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
-    const size_t bytes = LLM__FN(block_bytes)(KIND, WIDE), quarter = bytes / 256 * 64;
+    const size_t bytes = LLM__FN(block_bytes)(KIND, WIDE), quarter = bytes / 256 * 64, fetched = WIDE ? 0 : quarter;
     if (bytes % 256 && !WIDE) __builtin_prefetch(w + bytes - 64 + 8192, 0, 2); /* scales and minimums */
     for (const uint8_t *end = w + 4 * quarter; w < end; w += quarter, x += LLM__FN(inputs) / 4) {
-        LLM__UNROLL for (size_t line = 0; line < quarter && !WIDE; line += 64)
-            __builtin_prefetch(w + line + 8192, 0, 2);
+        LLM__UNROLL for (size_t line = 0; line < fetched; line += 64) __builtin_prefetch(w + line + 8192, 0, 2);
         LLM__UNROLL for (int j = 0; j < LLM__FN(inputs) / 4; j += 2) {
             LLM__UNROLL for (int t = 0; t < TILES; t++)
                 LLM__FN(weights)(KIND, WIDE, w + (size_t)t * w_next, j, &we[t], &wo[t]);
@@ -10380,19 +10379,18 @@ static double llm__random(llm_sampler *s) {
     return (double)((z ^ z >> 31) >> 11) * (1.0 / 9007199254740992.0);
 }
 
-static llm_token llm__draw(const float *p, const llm_token *ids, int n_vocab, int n, double total, double at) {
-    at *= total;
-    for (int i = 0; i < n; i++) {
-        at -= p[ids[n_vocab - 1 - i]];
-        if (at < 0) return ids[n_vocab - 1 - i];
-    }
-    return ids[n_vocab - 1]; /* rounding left a little over */
+/* The token at which, from the most likely on, the sum of p first exceeds the share `at` of the total. */
+static llm_token llm__draw(const float *p, llm_token *ids, int n_vocab, int n, double total, double at) {
+    llm_token best = ids[n_vocab - 1];
+    int kept = llm__keep_likeliest(p, ids, n_vocab, n, n, nextafter(at * total, INFINITY));
+    llm_token last = kept ? ids[n_vocab - kept] : best;
+    return p[last] > 0 ? last : best; /* rounding left a little over */
 }
 
 /* Tokens that may be drawn, with p that sum to `total`. */
 typedef struct llm__choice {
-    const float *p;       /* [n_vocab] */
-    const llm_token *ids; /* [n_vocab] they are the last n of these, the best is the last */
+    const float *p; /* [n_vocab] */
+    llm_token *ids; /* [n_vocab] they are the last n of these, the best is the last */
     int n_vocab, n;
     double total;
 } llm__choice;
