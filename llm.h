@@ -10512,7 +10512,7 @@ typedef struct llm__speculation {
     llm_draft_stats *stats;
 } llm__speculation;
 
-/* What is asked of the draft. False: nothing, for now guessing does not pay. It is then tried in two rounds one after
+/* What is asked of the draft. False: nothing, as guessing has not paid so far. It is then tried in two rounds one after
    the other, the second of which shows what a guess takes, whenever all trials took less than a hundredth of the
    time. */
 static bool llm__plan_round(llm_draft_state *s, const double *pass_seconds, int most, int wanted[LLM_DRAFT_KINDS],
@@ -10740,16 +10740,16 @@ static int llm__model_draft_align(llm__model_draft *d, const llm_draft_request *
     return r->n_tokens - *start - same;
 }
 
-/* The target may have fewer tokens. */
-static void llm__drop_unknown(llm__choice *c, llm_token *ids, int n_known) {
-    int kept = c->n_vocab;
+/* The target may have fewer tokens. The best may be among those that go; then another is the last. */
+static void llm__drop_unknown(llm__choice *c, int n_known) {
+    int kept = 0;
     c->total = 0;
     for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--) {
-        if (ids[i] >= n_known) continue;
-        c->total += c->p[ids[i]];
-        ids[--kept] = ids[i];
+        if (c->ids[i] >= n_known) continue;
+        c->total += c->p[c->ids[i]];
+        llm__swap_ids(c->ids, i, c->n_vocab - ++kept);
     }
-    c->n = c->n_vocab - kept;
+    c->n = kept;
 }
 
 /* Guesses what comes after its sequence by the last pass's logits; false if it is nothing the target knows. */
@@ -10758,7 +10758,7 @@ static bool llm__model_draft_draw(llm__model_draft *d, int seq, const float *log
     int n_known = d->target->model->shape.n_vocab;
     llm__choice choice = llm__choose(d->ctx, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq), sampler);
     float *q = g->q[g->n];
-    if (n_known < choice.n_vocab) llm__drop_unknown(&choice, d->ctx->candidates, n_known);
+    if (n_known < choice.n_vocab) llm__drop_unknown(&choice, n_known);
     if (!choice.n) return false;
     g->tokens[g->n++] = llm__draw_choice(&choice, sampler);
     if (!q) return true;
