@@ -559,6 +559,7 @@ typedef struct llm_shape {
     int window;                     /* positions a token attends to, itself included; 0: all before it            */
     bool tied_head;                 /* the head is the embedding                                                  */
     bool qkv_bias, qk_norm;         /* which of the weights below there are                                       */
+    uint64_t weight_bytes;          /* what they will take, as the backend says; 0: not known                     */
 } llm_shape;
 
 typedef enum llm_weight_kind {
@@ -745,7 +746,22 @@ static void llm__env_init(llm__env *env, llm__pool *pool, llm_error *err, const 
     env->file = file;
 }
 
-enum { LLM__ALIGN = 64 };
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+enum { LLM__ALIGN = 64, LLM__HUGE_PAGE = 1 << 21 };
+
+/* Large blocks are read from end to end for each token. In pages of 2 MB, where the system has them, that needs few
+   translations of addresses, and the memory is had faster. */
+static void llm__ask_for_huge_pages(void *at, size_t size) {
+#if defined(MADV_HUGEPAGE)
+    madvise(at, size & ~(size_t)(LLM__HUGE_PAGE - 1), MADV_HUGEPAGE);
+#else
+    (void)at;
+    (void)size;
+#endif
+}
 
 static void *llm__resize(const llm_host *host, void *ptr, size_t size) {
     if (host->resize) return host->resize(host->user, ptr, size);
@@ -849,11 +865,13 @@ static void llm__report_progress(llm__env *env, float done) {
 
 /* count * size bytes, aligned to LLM__ALIGN; NULL if they cannot be had. The memory is not cleared. */
 static void *llm__try_alloc(llm__pool *pool, size_t count, size_t size) {
-    size_t room = sizeof(llm__block) + LLM__ALIGN;
-    if (size && count > (SIZE_MAX - room) / size) return NULL;
+    if (size && count > (SIZE_MAX - sizeof(llm__block) - LLM__HUGE_PAGE) / size) return NULL;
+    bool huge = count * size >= 4 * (size_t)LLM__HUGE_PAGE;
+    size_t align = huge ? LLM__HUGE_PAGE : LLM__ALIGN, room = sizeof(llm__block) + align;
     void *raw = llm__resize(&pool->host, NULL, count * size + room);
     if (!raw) return NULL;
-    uintptr_t at = ((uintptr_t)raw + room) & ~(uintptr_t)(LLM__ALIGN - 1);
+    uintptr_t at = ((uintptr_t)raw + room) & ~(uintptr_t)(align - 1);
+    if (huge) llm__ask_for_huge_pages((void *)at, count * size);
     llm__block *block = (llm__block *)at - 1;
     block->prev = NULL;
     block->next = pool->blocks;
@@ -6376,6 +6394,8 @@ typedef struct llm__tile_config {
 #define LLM__TILE_ZERO(t) __asm__ volatile("tilezero %tmm" #t)
 #define LLM__TILE_LOAD(t, from, stride) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"((const void *)(from)), "r"((size_t)(stride)) : "memory")
+#define LLM__TILE_STREAM(t, from, stride) \
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #t : : "r"((const void *)(from)), "r"((size_t)(stride)) : "memory")
 #define LLM__TILE_STORE(t, to, stride) \
     __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"((void *)(to)), "r"((size_t)(stride)) : "memory")
 #define LLM__TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #c)
@@ -7353,10 +7373,10 @@ LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile
         if (ROWS > 1 && COLS > 1) LLM__TILE_ZERO(3);
     }
     for (int i = 0; i < p->n_blocks; i++, a += 1024) {
-        LLM__TILE_LOAD(4, a, 64);
+        LLM__TILE_STREAM(4, a, 64);
         LLM__TILE_LOAD(6, p->b[i], 64);
         LLM__TILE_DOT(0, 4, 6);
-        if (ROWS > 1) LLM__TILE_LOAD(5, a + a_next, 64);
+        if (ROWS > 1) LLM__TILE_STREAM(5, a + a_next, 64);
         if (ROWS > 1) LLM__TILE_DOT(2, 5, 6);
         if (COLS > 1) LLM__TILE_LOAD(7, p->b[i] + p->b_next, 64);
         if (COLS > 1) LLM__TILE_DOT(1, 4, 7);
@@ -7677,13 +7697,15 @@ static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, const llm_weight *weight)
     return (uint64_t)(llm__round_up(n, 16) / 16) * llm__tile_bytes(llm__weight_kind(dtype, weight), weight->cols);
 }
 
-static llm__matrix llm__matrix_alloc(llm__env *env, llm__kind kind, int n, int k) {
+/* A matrix without memory yet; it needs so many bytes, a multiple of LLM__ALIGN. */
+static llm__matrix llm__make_matrix(llm__kind kind, int n, int k, size_t *bytes) {
     llm__matrix m;
     m.kind = kind;
     m.n = n;
     m.k = k;
     m.tile_bytes = llm__tile_bytes(kind, k);
-    m.data = (uint8_t *)llm__alloc(env, (size_t)(llm__round_up(n, 16) / 16), m.tile_bytes);
+    m.data = NULL;
+    *bytes = (size_t)(llm__round_up(n, 16) / 16) * m.tile_bytes;
     return m;
 }
 
@@ -8131,7 +8153,8 @@ typedef struct llm__cpu_model {
     llm_shape shape;
     llm_dtype dtype;
     const llm__kernels *kernels;
-    llm__team *team; /* for loading */
+    llm__team *team;     /* for loading */
+    uint8_t *room, *end; /* of the matrices, which lie one behind the other */
     llm__cpu_layer *layers;
     float *output_norm;
     llm__matrix embedding, head; /* the same if tied */
@@ -8157,6 +8180,8 @@ static void llm__cpu_open_body(llm__env *env, void *arg) {
     m->dtype = args->desc->dtype;
     m->kernels = llm__choose_kernels(args->desc->isa);
     m->layers = (llm__cpu_layer *)llm__alloc_zero(env, (size_t)m->shape.n_layers, sizeof *m->layers);
+    m->room = (uint8_t *)llm__alloc(env, (size_t)m->shape.weight_bytes, 1);
+    m->end = m->room + m->shape.weight_bytes;
     m->team = llm__team_create(env, args->desc->n_threads);
     m->pool = *env->pool;
     *args->out = m;
@@ -8197,7 +8222,12 @@ static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const l
     llm__cpu_upload_args args = {model, weight, matrix, NULL};
     /* Gates and ups each fill whole tiles, so both are padded. */
     int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__round_up(weight->rows / 2, 16) : weight->rows;
-    *matrix = llm__matrix_alloc(env, llm__weight_kind(model->dtype, weight), n, weight->cols);
+    size_t bytes;
+    *matrix = llm__make_matrix(llm__weight_kind(model->dtype, weight), n, weight->cols, &bytes);
+    if (bytes <= (size_t)(model->end - model->room)) {
+        matrix->data = model->room;
+        model->room += bytes;
+    } else matrix->data = (uint8_t *)llm__alloc(env, bytes, 1);
     args.rows =
         (float *)llm__alloc(env, (size_t)model->team->n * 16 * (size_t)llm__round_up(weight->cols, 32), sizeof(float));
     llm__team_run(model->team, llm__cpu_pack_task, &args);
@@ -9694,6 +9724,7 @@ static void llm__load_body(llm__env *env, void *arg) {
     const llm__checkpoint *ck = plan.ck;
     model->backend = args->backend = desc.backend;
     model->shape = plan.shape;
+    model->shape.weight_bytes = plan.walk.weight_bytes;
     model->tokenizer =
         ck->format == LLM__GGUF ? llm__tokenizer_from_gguf(env, ck) : llm__tokenizer_from_directory(env, ck->directory);
     if (llm_tokenizer_n_vocab(model->tokenizer) > plan.h.n_vocab)
