@@ -7970,6 +7970,12 @@ typedef struct llm__member {
 #endif
 } llm__member;
 
+/* A member's share of a phase's pieces; alone in its lines of the cache. */
+typedef struct llm__share {
+    int n_taken; /* atomic */
+    char alone[124];
+} llm__share;
+
 struct llm__team {
     int n;
     void (*task)(void *arg, int index);
@@ -7978,7 +7984,7 @@ struct llm__team {
     void *user;
     int n_at_barrier, barrier_round; /* atomic */
     int n_working, job;              /* atomic; job counts the tasks so far */
-    int next;                        /* atomic; hands out pieces of work, see llm__take */
+    llm__share *shares;              /* [n] */
     bool stop;
     llm__member *members; /* [n - 1], the caller is not among them */
     int n_started;
@@ -8001,11 +8007,20 @@ static void llm__spin_pause(int round) {
 #endif
 }
 
+/* All shares are whole again: a new phase can begin. */
+static void llm__renew_shares(llm__team *team) {
+    for (int i = 0; i < team->n; i++) __atomic_store_n(&team->shares[i].n_taken, 0, __ATOMIC_RELAXED);
+}
+
 /* Waits until all members are here. What any of them wrote before is seen by all after. */
 static void llm__barrier(llm__team *team) {
-    if (team->n == 1) return;
+    if (team->n == 1) {
+        llm__renew_shares(team);
+        return;
+    }
     int round = __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&team->n_at_barrier, 1, __ATOMIC_ACQ_REL) == team->n) {
+        llm__renew_shares(team);
         __atomic_store_n(&team->n_at_barrier, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&team->barrier_round, round + 1, __ATOMIC_RELEASE);
         return;
@@ -8014,17 +8029,29 @@ static void llm__barrier(llm__team *team) {
 }
 
 /* One member's view of a task that goes through phases. In a phase the members take pieces 0 .. n-1 until none are
-   left, and meet. The shared counter only goes up: a phase of n pieces moves it by n plus one miss per member. */
+   left, and meet. Each begins with its share, the index'th part of the pieces, which in each phase are about the same
+   rows or columns, so that it finds in its cache what it left there; then it helps the others. */
 typedef struct llm__worker {
     llm__team *team;
-    int index, base;
+    int index, n_done; /* shares in which nothing is left */
 } llm__worker;
 
-static int llm__take(llm__worker *w) { return __atomic_fetch_add(&w->team->next, 1, __ATOMIC_RELAXED) - w->base; }
+/* The next piece of n; -1 if none is left. */
+static int llm__take(llm__worker *w, int n) {
+    for (; w->n_done < w->team->n; w->n_done++) {
+        int i = (w->index + w->n_done) % w->team->n;
+        int first = (int)((int64_t)n * i / w->team->n), end = (int)((int64_t)n * (i + 1) / w->team->n);
+        int *n_taken = &w->team->shares[i].n_taken;
+        if (__atomic_load_n(n_taken, __ATOMIC_RELAXED) >= end - first) continue;
+        int piece = first + __atomic_fetch_add(n_taken, 1, __ATOMIC_RELAXED);
+        if (piece < end) return piece;
+    }
+    return -1;
+}
 
-static void llm__finish(llm__worker *w, int n) {
-    w->base += n + w->team->n;
+static void llm__finish(llm__worker *w) {
     llm__barrier(w->team);
+    w->n_done = 0;
 }
 
 #ifndef LLM_NO_THREADS
@@ -8066,17 +8093,24 @@ static void llm__team_stop(void *data) {
 }
 #endif
 
-/* A team of n; its threads end when it is freed. Where the system gives fewer threads, the team is smaller. */
-static llm__team *llm__team_create(llm__env *env, int n) {
+typedef void llm__parallel_fn(void *user, int n, void (*task)(void *arg, int i), void *arg);
+
+/* A team of n: the host's threads if it has a function for that, else own ones, which end when the team is freed. Where
+   the system gives fewer threads, the team is smaller. */
+static llm__team *llm__team_create(llm__env *env, int n, llm__parallel_fn *parallel, void *user) {
     llm__member *members = (llm__member *)llm__alloc_zero(env, (size_t)n, sizeof *members);
+    llm__share *shares = (llm__share *)llm__alloc_zero(env, (size_t)n, sizeof *shares);
     llm__team *team = (llm__team *)llm__alloc_zero(env, 1, sizeof *team);
-    team->n = 1;
+    team->n = parallel ? n : 1;
+    team->parallel = parallel;
+    team->user = user;
     team->members = members;
+    team->shares = shares;
 #ifndef LLM_NO_THREADS
     llm__mutex_init(&team->mutex);
     llm__cond_init(&team->wake);
     llm__on_free(team, llm__team_stop);
-    for (; team->n < n; team->n++) {
+    for (; team->n < n; team->n++) { /* not if there is `parallel` */
         llm__member *member = &members[team->n - 1];
         member->team = team;
         member->index = team->n;
@@ -8088,7 +8122,7 @@ static llm__team *llm__team_create(llm__env *env, int n) {
 }
 
 static void llm__team_run(llm__team *team, void (*task)(void *arg, int index), void *arg) {
-    team->next = 0;
+    llm__renew_shares(team);
     if (team->parallel) {
         team->parallel(team->user, team->n, task, arg);
         return;
@@ -8182,7 +8216,7 @@ static void llm__cpu_open_body(llm__env *env, void *arg) {
     m->layers = (llm__cpu_layer *)llm__alloc_zero(env, (size_t)m->shape.n_layers, sizeof *m->layers);
     m->room = (uint8_t *)llm__alloc(env, (size_t)m->shape.weight_bytes, 1);
     m->end = m->room + m->shape.weight_bytes;
-    m->team = llm__team_create(env, args->desc->n_threads);
+    m->team = llm__team_create(env, args->desc->n_threads, NULL, NULL);
     m->pool = *env->pool;
     *args->out = m;
 }
@@ -8211,7 +8245,7 @@ static void llm__cpu_pack_task(void *arg, int index) {
     int n_tiles = llm__round_up(a->matrix->n, 16) / 16, numbers[16];
     float *rows = a->rows + (size_t)index * 16 * (size_t)llm__round_up(a->matrix->k, 32);
     llm__worker w = {a->model->team, index, 0};
-    for (int tile; (tile = llm__take(&w)) < n_tiles;) {
+    for (int tile; (tile = llm__take(&w, n_tiles)) >= 0;) {
         llm__tile_rows(a->weight, tile, numbers);
         llm__pack_tile(a->model->kernels, a->matrix, tile, a->weight, numbers, rows);
     }
@@ -8382,6 +8416,7 @@ enum {
     LLM__ROWS = 64,       /* activation rows that meet a group of tiles while it is in the near cache            */
     LLM__TILES = 4,       /* tiles in such a group                                                               */
     LLM__SPLIT_ROWS = 8,  /* rows of a sequence whose attention may be split over the keys                       */
+    LLM__PART_ROWS = 128, /* least rows that are a member's own in products                                      */
     LLM__ROWS_AHEAD = 12, /* so many rows before it is written one is asked for                                  */
     LLM__COLUMNS = 512    /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic)         */
 };
@@ -8485,9 +8520,9 @@ static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const l
     bool panels = llm__in_panels(c, rows);
     int n_pieces = (rows + 15) / 16;
     if (!panels && !llm__has_groups(m->kind)) return;
-    for (int piece; (piece = llm__take(w)) < n_pieces;)
+    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
         llm__prepare_some(c, m, x, x_stride, piece * 16, rows - piece * 16 < 16 ? rows : piece * 16 + 16, panels);
-    llm__finish(w, n_pieces);
+    llm__finish(w);
 }
 
 /* A panel's tiles against some packed rows; `ahead` is the tile wanted after these, or none. */
@@ -8507,13 +8542,13 @@ static void llm__panel_sums(const llm__cpu_context *c, int index, const llm__mat
     c->model->kernels->panel(m->kind, &p);
 }
 
-/* A panel's tiles against all rows. */
+/* A panel's tiles against the rows from `row` to `end`. */
 static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
-                              int ahead, int rows, llm__ending ending, float *y, size_t y_stride) {
+                              int row, int end, llm__ending ending, float *y, size_t y_stride) {
     float *sums = c->panels + (size_t)index * c->panel_floats;
-    for (int first = 0; first < rows; first += LLM__PANEL_ROWS) {
-        int some = rows - first < LLM__PANEL_ROWS ? rows - first : (int)LLM__PANEL_ROWS;
-        llm__panel_sums(c, index, m, tile, n_tiles, ahead, first, some, sums);
+    for (int first = row; first < end; first += LLM__PANEL_ROWS) {
+        int some = end - first < LLM__PANEL_ROWS ? end - first : (int)LLM__PANEL_ROWS;
+        llm__panel_sums(c, index, m, tile, n_tiles, tile + n_tiles, first, some, sums);
         for (int r = 0; r < some; r++) {
             float *to = y + (size_t)(first + r) * y_stride;
             if (r + LLM__ROWS_AHEAD < some) llm__fetch_end(to + LLM__ROWS_AHEAD * y_stride, tile, n_tiles, ending);
@@ -8522,10 +8557,22 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
     }
 }
 
+/* The members share a product's rows as they do in other phases, if there are enough; then each reads all weights, but
+   what it multiplies and adds to is in its cache. */
+static int llm__row_parts(const llm__cpu_context *c, int rows) {
+    int most = llm__in_panels(c, rows) ? rows / LLM__PART_ROWS : 1;
+    return most < 1 ? 1 : most < c->team->n ? most : c->team->n;
+}
+
+/* The first row of a part; 16 stay together, see llm__row_step. */
+static int llm__part_row(int rows, int part, int n_parts) {
+    return part == n_parts ? rows : (int)((int64_t)((rows + 15) / 16) * part / n_parts) * 16;
+}
+
 /* Tiles in a piece of work: as many as serve the caches where that leaves enough pieces for the threads. */
-static int llm__piece_tiles(const llm__cpu_context *c, int n_tiles, bool panels) {
+static int llm__piece_tiles(const llm__cpu_context *c, int n_tiles, int n_parts, bool panels) {
     if (!panels) return LLM__TILES;
-    int n = n_tiles / (8 * c->team->n) / 2 * 2;
+    int n = n_tiles * n_parts / (8 * c->team->n) / 2 * 2;
     return n < 2 ? 2 : n > LLM__PANEL_TILES ? (int)LLM__PANEL_TILES : n;
 }
 
@@ -8533,12 +8580,15 @@ static int llm__piece_tiles(const llm__cpu_context *c, int n_tiles, bool panels)
 static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x,
                         size_t x_stride, int rows, llm__ending ending, float *y, size_t y_stride) {
     bool panels = llm__in_panels(c, rows);
-    int n_tiles = llm__round_up(m->n, 16) / 16, step = llm__piece_tiles(c, n_tiles, panels),
-        n_pieces = (n_tiles + step - 1) / step, groups = llm__round_up(m->k, 32) / 32;
-    for (int piece; (piece = llm__take(w)) < n_pieces;) {
-        int first = piece * step, n = n_tiles - first < step ? n_tiles - first : step;
+    int n_parts = llm__row_parts(c, rows), n_tiles = llm__round_up(m->n, 16) / 16,
+        step = llm__piece_tiles(c, n_tiles, n_parts, panels), n_columns = (n_tiles + step - 1) / step,
+        groups = llm__round_up(m->k, 32) / 32;
+    for (int piece; (piece = llm__take(w, n_parts * n_columns)) >= 0;) {
+        int first = piece % n_columns * step, n = n_tiles - first < step ? n_tiles - first : step;
         if (panels) {
-            llm__linear_panel(c, w->index, m, first, n, first + step * c->team->n, rows, ending, y, y_stride);
+            int part = piece / n_columns;
+            llm__linear_panel(c, w->index, m, first, n, llm__part_row(rows, part, n_parts),
+                              llm__part_row(rows, part + 1, n_parts), ending, y, y_stride);
             continue;
         }
         for (int r = 0; r < rows; r += LLM__ROWS) {
@@ -8547,7 +8597,7 @@ static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__ma
                               some, ending, y + (size_t)r * y_stride, y_stride);
         }
     }
-    llm__finish(w, n_pieces);
+    llm__finish(w);
 }
 
 /* Norms the rows and prepares them for the matrix they are to meet; a phase. */
@@ -8555,14 +8605,14 @@ static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const floa
                            int rows) {
     const llm_shape *s = &c->model->shape;
     int step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step;
-    for (int piece; (piece = llm__take(w)) < n_pieces;) {
+    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;) {
         int first = piece * step, end = rows - first < step ? rows : first + step;
         for (int r = first; r < end; r++)
             c->model->kernels->rms_norm(c->x + (size_t)r * c->x_stride, weight, s->n_embd, s->rms_eps, c->round,
                                         c->normed + (size_t)r * c->x_stride);
         llm__prepare_some(c, m, c->normed, c->x_stride, first, end, llm__in_panels(c, rows));
     }
-    llm__finish(w, n_pieces);
+    llm__finish(w);
 }
 
 /* Zeros in a block of all layers: what is not stored there yet is multiplied by 0, which must not meet a NaN. */
@@ -8578,7 +8628,7 @@ static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
     const llm_shape *s = &c->model->shape;
     const llm__matrix *m = &c->model->embedding;
     size_t half = (size_t)s->rope_dim / 2;
-    for (int r; (r = llm__take(w)) < pass->n_rows;) {
+    for (int r; (r = llm__take(w, pass->n_rows)) >= 0;) {
         float *x = c->x + (size_t)r * c->x_stride;
         int at = pass->positions[r];
         if (at % LLM_BLOCK == 0)
@@ -8590,7 +8640,7 @@ static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
             c->cosines[i] *= s->rope_scale;
         }
     }
-    llm__finish(w, pass->n_rows);
+    llm__finish(w);
 }
 
 static llm__kind llm__cache_kind(llm_dtype dtype) {
@@ -8676,10 +8726,10 @@ static void llm__rope_row(const llm__cpu_context *c, int index, int layer, int r
 /* The same for all rows; a phase. */
 static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer, bool queries) {
     int rows = c->pass->n_rows, step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step;
-    for (int piece; (piece = llm__take(w)) < n_pieces;)
+    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
         for (int r = piece * step; r < rows && r < (piece + 1) * step; r++)
             llm__rope_row(c, w->index, layer, r, queries);
-    llm__finish(w, n_pieces);
+    llm__finish(w);
 }
 
 /* The query heads that share one key head, of a few rows of one sequence: n query rows, and room for what they meet. */
@@ -8880,7 +8930,7 @@ static void llm__attend_split(llm__worker *w, const llm__cpu_context *c, int lay
                               const llm__queries *queries, int n_pieces, int n_chunks) {
     int n_heads = c->model->shape.n_kv_heads, index = w->index;
     llm__attention_work a;
-    for (int piece; (piece = llm__take(w)) < n_pieces * n_chunks;) {
+    for (int piece; (piece = llm__take(w, n_pieces * n_chunks)) >= 0;) {
         const llm__queries q = queries[piece / n_chunks / n_heads];
         llm__attention_start(c, index, layer, piece / n_chunks % n_heads, rows, q, &a);
         int first = llm__first_chunk(c, &a) + piece % n_chunks * LLM__CHUNK;
@@ -8888,8 +8938,8 @@ static void llm__attend_split(llm__worker *w, const llm__cpu_context *c, int lay
         llm__gather_queries(c, index, &a);
         llm__attend_chunk(c, &a, first, c->partials + (size_t)piece * c->partial_floats);
     }
-    llm__finish(w, n_pieces * n_chunks);
-    for (int piece; (piece = llm__take(w)) < n_pieces;) {
+    llm__finish(w);
+    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;) {
         float *known = llm__attention_start(c, index, layer, piece % n_heads, rows, queries[piece / n_heads], &a);
         const float *part = c->partials + (size_t)piece * (size_t)n_chunks * c->partial_floats;
         for (int first = llm__first_chunk(c, &a); first < llm__end_of_keys(c, &a);
@@ -8897,7 +8947,7 @@ static void llm__attend_split(llm__worker *w, const llm__cpu_context *c, int lay
             llm__join_chunk(c, &a, first, part, known);
         llm__attention_end(c, &a, known);
     }
-    llm__finish(w, n_pieces);
+    llm__finish(w);
 }
 
 /* The chunks of keys that attention is to be split into, or 0: when there are too few queries to share out and room for
@@ -8917,7 +8967,7 @@ static int llm__count_chunks(const llm__cpu_context *c, const int *rows, const l
     return most > 1 && fits ? most : 0;
 }
 
-/* A phase, or two. The later queries see more keys, so they are taken first. */
+/* A phase, or two. */
 static void llm__attention_rows(llm__worker *w, const llm__cpu_context *c, int layer, const int *rows,
                                 const llm__queries *queries, int n_queries) {
     int n_heads = c->model->shape.n_kv_heads, n_pieces = n_queries * n_heads;
@@ -8926,9 +8976,9 @@ static void llm__attention_rows(llm__worker *w, const llm__cpu_context *c, int l
         llm__attend_split(w, c, layer, rows, queries, n_pieces, n_chunks);
         return;
     }
-    for (int piece; (piece = llm__take(w)) < n_pieces;)
-        llm__attend(c, w->index, layer, piece % n_heads, rows, queries[n_queries - 1 - piece / n_heads]);
-    llm__finish(w, n_pieces);
+    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
+        llm__attend(c, w->index, layer, piece % n_heads, rows, queries[piece / n_heads]);
+    llm__finish(w);
 }
 
 /* Some tiles of a matrix, as a matrix. */
@@ -8957,8 +9007,8 @@ static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer)
     llm__barrier(w->team);
     llm__prepare_rows(w, c, &queries, c->normed, c->x_stride, n);
     llm__linear(w, c, &queries, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
-    for (int i; (i = llm__take(w)) < n;) llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
-    llm__finish(w, n);
+    for (int i; (i = llm__take(w, n)) >= 0;) llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
+    llm__finish(w);
 }
 
 /* The head fused with log-softmax: a few rows against LLM__COLUMNS tokens of the vocabulary. Their logits are in the near
@@ -9008,13 +9058,13 @@ static void llm__score_rows(llm__worker *w, const llm__cpu_context *c, int rows)
     int panel_rows = (int)(c->panel_floats / LLM__COLUMNS) / 16 * 16; /* whose logits there is room for */
     bool panels = panel_rows && rows >= LLM__TILE_ROWS;
     int step = panels ? panel_rows : (int)LLM__ROWS;
-    for (int part; (part = llm__take(w)) < n_parts;)
+    for (int part; (part = llm__take(w, n_parts)) >= 0;)
         for (int r = 0; r < rows; r += step)
             llm__score_columns(c, w->index, panels, part, r, rows - r < step ? rows - r : step);
-    llm__finish(w, n_parts);
-    for (int i; (i = llm__take(w)) < pass->n_targets;)
+    llm__finish(w);
+    for (int i; (i = llm__take(w, pass->n_targets)) >= 0;)
         pass->log_probs[i] = llm__log_prob(c, pass->target_rows[i], pass->targets[i]);
-    llm__finish(w, pass->n_targets);
+    llm__finish(w);
 }
 
 static bool llm__poll_cancel(llm__worker *w, llm__cpu_context *c) {
@@ -9234,12 +9284,8 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->all_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
     c->last_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
     for (int i = 0; i < c->desc.n_batch; i++) c->all_rows[i] = i;
-    c->team = lender ? lender->team : llm__team_create(env, c->desc.parallel ? 1 : c->desc.n_threads);
-    if (c->desc.parallel && !lender) {
-        c->team->parallel = c->desc.parallel;
-        c->team->user = c->desc.host.user;
-        c->team->n = c->desc.n_threads;
-    }
+    c->team = lender ? lender->team
+                     : llm__team_create(env, c->desc.n_threads, c->desc.parallel, c->desc.host.user);
     c->pool = *env->pool;
     *args->out = c;
 }
@@ -9271,13 +9317,13 @@ typedef struct llm__bandwidth_args {
 
 static void llm__bandwidth_matrix(llm__worker *w, llm__bandwidth_args *a, const llm__matrix *m) {
     int n_tiles = llm__round_up(m->n, 16) / 16, n = (n_tiles + LLM__TILES - 1) / LLM__TILES;
-    for (int i; (i = llm__take(w)) < n;) {
+    for (int i; (i = llm__take(w, n)) >= 0;) {
         int first = i * LLM__TILES, some = n_tiles - first < LLM__TILES ? n_tiles - first : LLM__TILES;
         uint32_t got =
             a->context->model->kernels->read(m->data + (size_t)first * m->tile_bytes, (size_t)some * m->tile_bytes);
         __atomic_fetch_xor(&a->sink, got, __ATOMIC_RELAXED);
     }
-    llm__finish(w, n);
+    llm__finish(w);
 }
 
 static void llm__bandwidth_task(void *arg, int index) {
