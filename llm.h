@@ -7358,7 +7358,7 @@ LLM__TARGET static void LLM__FN(pack_rows)(const float *x, size_t x_stride, int 
 
 /* One square of 2 x 2 tiles of sums, or its part; which is a constant where this is inlined. */
 LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile_product *p, const uint8_t *a,
-                                 float *c) {
+                                 const uint8_t *ahead, size_t lines, float *c) {
     const size_t c_bytes = p->c_stride * 4, a_next = (size_t)p->a_blocks * 1024;
     float *low = c + 16 * p->c_stride;
     if (p->add) {
@@ -7381,6 +7381,10 @@ LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile
         if (COLS > 1) LLM__TILE_LOAD(7, p->b[i] + p->b_next, 64);
         if (COLS > 1) LLM__TILE_DOT(1, 4, 7);
         if (ROWS > 1 && COLS > 1) LLM__TILE_DOT(3, 5, 7);
+        for (size_t j = 0; j < lines; j++, ahead += 64) {
+            _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+            _mm_prefetch((const char *)ahead + p->ahead_next, _MM_HINT_T1);
+        }
     }
     LLM__TILE_STORE(0, c, c_bytes);
     if (COLS > 1) LLM__TILE_STORE(1, c + 16, c_bytes);
@@ -7389,16 +7393,14 @@ LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile
 }
 
 LLM__TARGET static void LLM__FN(tile_product)(const llm__tile_product *p) {
+    size_t steps = (size_t)((p->n_rows + 1) / 2) * (size_t)p->n_blocks, lines = p->ahead ? (p->ahead_bytes / 64 + steps - 1) / steps : 0;
     for (int row = 0; row < p->n_rows; row += 2) {
-        const uint8_t *a = p->a + (size_t)row * (size_t)p->a_blocks * 1024;
+        const uint8_t *a = p->a + (size_t)row * (size_t)p->a_blocks * 1024, *ahead = p->ahead + (size_t)(row / 2) * p->n_blocks * lines * 64;
         float *c = p->c + (size_t)row * 16 * p->c_stride;
-        if (p->ahead) LLM__FN(fetch_ahead)(p->ahead, p->ahead_bytes, row, 2, p->n_rows);
-        if (p->ahead && p->ahead_next)
-            LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, 2, p->n_rows);
-        if (p->n_cols == 1 && row + 1 == p->n_rows) LLM__FN(square)(1, 1, p, a, c);
-        else if (p->n_cols == 1) LLM__FN(square)(2, 1, p, a, c);
-        else if (row + 1 == p->n_rows) LLM__FN(square)(1, 2, p, a, c);
-        else LLM__FN(square)(2, 2, p, a, c);
+        if (p->n_cols == 1 && row + 1 == p->n_rows) LLM__FN(square)(1, 1, p, a, ahead, lines, c);
+        else if (p->n_cols == 1) LLM__FN(square)(2, 1, p, a, ahead, lines, c);
+        else if (row + 1 == p->n_rows) LLM__FN(square)(1, 2, p, a, ahead, lines, c);
+        else LLM__FN(square)(2, 2, p, a, ahead, lines, c);
     }
 }
 
