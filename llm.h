@@ -6240,7 +6240,7 @@ typedef void llm__product_fn(const float *x, size_t x_stride, const float *x_sum
 /* A product of many rows, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
    times 32 k. */
 typedef struct llm__tile_product {
-    const uint8_t *a;        /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, as pack_rows leaves them    */
+    const uint8_t *a;        /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, see llm__packed_row         */
     int n_rows, a_blocks;    /* n_rows counts 16 rows each                                                         */
     const uint8_t *const *b; /* [n_blocks] where the first tile's blocks lie, 1 KB each: [16 pairs of k][16][2]     */
     size_t b_next;           /* how much further those of the second tile lie                                      */
@@ -6273,6 +6273,13 @@ typedef struct llm__panel {
     uint8_t *unpacked; /* [2][LLM__TILE_BLOCKS][1024] scratch of the matrix unit */
 } llm__panel;
 
+/* A row of activations for products of many rows: lines of 32 bf16, `step` bytes apart, in each of which they are in an
+   order of the set's own. Nothing but the functions below knows it. */
+typedef struct llm__lines {
+    uint8_t *at;
+    size_t step;
+} llm__lines;
+
 typedef struct llm__kernels {
     const char *name;
     llm__product_fn *product[LLM__W_KINDS];
@@ -6296,11 +6303,18 @@ typedef struct llm__kernels {
        2 * 4 * 16 * 16 * 32. The latter two are NULL where there are none. */
     uint32_t (*read)(const void *p, size_t n);
     uint32_t (*multiply)(size_t n), (*multiply_pairs)(size_t n), (*tile_multiply)(size_t n);
-    /* Many rows of bf16; all NULL where `product` does them as well. Packed they take k * 2 bytes each, in an order of the
-       set's own; what is missing of 16 rows is zero. */
-    void (*pack_rows)(const float *x, size_t x_stride, int rows, int k, uint8_t *a);
+    /* Many rows of bf16; all NULL, and line_step 0, where `product` does them as well. */
+    size_t line_step;
     void (*tile_product)(const llm__tile_product *p);
     void (*panel)(llm__kind kind, const llm__panel *p); /* all kinds but f32 and f16 */
+    /* What the functions above give, rounded, into a row from `column` on (a multiple of 16): x * factor for n values, and
+       zeros up to n_padded; a norm, with zeros up to the end of its last line; n gates and ups, a multiple of 16; a softmax
+       of n scores, and zeros up to `padded`, a multiple of 32, scores themselves being spoilt. */
+    void (*pack_scale)(const float *x, float factor, int n, int n_padded, llm__lines row, int column);
+    void (*pack_norm)(const float *x, const float *w, int n, float eps, llm__lines row);
+    void (*pack_swiglu)(const float *gate_up, int n, llm__lines row, int column);
+    void (*pack_softmax)(const float *s, int n, int padded, float scale, llm__lines row, float *max, float *sum);
+    void (*line_sums)(llm__lines row, int k, float *sums); /* group_sums of a packed row */
     /* The matrix unit must be entered before that, by each thread; NULL where there is none. */
     void (*tiles_enter)(void), (*tiles_leave)(void);
 } llm__kernels;
@@ -6477,6 +6491,13 @@ static bool llm__tiles_allowed(void) {
 #undef LLM__TARGET
 #undef LLM__USE_NEON
 #endif
+
+/* Row r of packed rows of k values: one row behind the other, or 16 with their lines in turns. */
+static llm__lines llm__packed_row(const llm__kernels *kernels, uint8_t *packed, size_t k, size_t r) {
+    size_t together = kernels->line_step / 64;
+    llm__lines row = {packed + r / together * together * k * 2 + r % together * 64, kernels->line_step};
+    return row;
+}
 
 /* The best instruction set of this machine, or the one named; NULL if it is not to be had. */
 static const llm__kernels *llm__choose_kernels(const char *isa) {
@@ -6769,6 +6790,24 @@ LLM__LONG V v_exp(V x) {
     return v_mul(p, v_pow2(n));
 }
 
+#if defined(LLM__USE_AVX512)
+
+LLM__INLINE float v_sum(V a) {
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+LLM__INLINE float v_hmax(V a) {
+    __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+#else
+
 LLM__INLINE float v_sum(V a) {
     float f[16];
     v_store(f, a);
@@ -6783,6 +6822,8 @@ LLM__INLINE float v_hmax(V a) {
     for (int i = 1; i < 16; i++) f[0] = f[i] > f[0] ? f[i] : f[0];
     return f[0];
 }
+
+#endif
 
 #if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2) || defined(LLM__USE_NEON)
 #define LLM__UNROLL _Pragma("GCC unroll 16")
@@ -7066,13 +7107,18 @@ LLM__LONG void LLM__FN(store_part)(float *p, V a, int n, bool round) {
     for (int i = 0; i < n; i++) p[i] = f[i];
 }
 
-LLM__TARGET static void LLM__FN(rms_norm)(const float *x, const float *w, int n, float eps, bool round, float *y) {
+/* 1 / sqrt(mean(x * x) + eps) */
+LLM__LONG float LLM__FN(norm_factor)(const float *x, int n, float eps) {
     V squares = v_splat(0);
     for (int i = 0; i < n; i += 16) {
         V xi = LLM__FN(load_part)(x + i, n - i);
         squares = v_fma(xi, xi, squares);
     }
-    V factor = v_splat((float)(1.0 / llm__sqrt(v_sum(squares) / (float)n + eps)));
+    return (float)(1.0 / llm__sqrt(v_sum(squares) / (float)n + eps));
+}
+
+LLM__TARGET static void LLM__FN(rms_norm)(const float *x, const float *w, int n, float eps, bool round, float *y) {
+    V factor = v_splat(LLM__FN(norm_factor)(x, n, eps));
     int i = 0;
     for (; i < n; i += 16) {
         V xi = v_mul(LLM__FN(load_part)(x + i, n - i), factor);
@@ -7081,20 +7127,24 @@ LLM__TARGET static void LLM__FN(rms_norm)(const float *x, const float *w, int n,
     if (i & 16) v_store(y + i, v_splat(0));
 }
 
+/* silu(gate) * up */
+LLM__INLINE V LLM__FN(silu)(V gate, V up) {
+    return v_mul(v_div(gate, v_add(v_splat(1.0f), v_exp(v_sub(v_splat(0), gate)))), up);
+}
+
 LLM__TARGET static void LLM__FN(swiglu)(const float *gate_up, int n, bool round, float *y) {
     for (int i = 0; i < n; i += 16) {
-        V gate = v_load(gate_up + 2 * i), up = v_load(gate_up + 2 * i + 16);
-        V silu = v_div(gate, v_add(v_splat(1.0f), v_exp(v_sub(v_splat(0), gate))));
-        LLM__FN(store_part)(y + i, v_mul(silu, up), n - i, round);
+        V silu = LLM__FN(silu)(v_load(gate_up + 2 * i), v_load(gate_up + 2 * i + 16));
+        LLM__FN(store_part)(y + i, silu, n - i, round);
     }
 }
 
 LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum) {
     V most = v_splat(-3.0e38f), total = v_splat(0), factor = v_splat(scale);
-    for (int i = n; i < padded; i++) s[i] = -3.0e38f;
-    for (int i = 0; i < padded; i += 16) most = v_max(most, v_mul(v_load(s + i), factor));
+    for (int i = n; i < padded; i++) s[i] = i < (n + 15) / 16 * 16 ? -3.0e38f : 0;
+    for (int i = 0; i < n; i += 16) most = v_max(most, v_mul(v_load(s + i), factor));
     *max = v_hmax(most);
-    for (int i = 0; i < padded; i += 16) {
+    for (int i = 0; i < n; i += 16) {
         V p = v_exp(v_sub(v_mul(v_load(s + i), factor), v_splat(*max)));
         if (i + 16 > n) {
             v_store(s + i, p);
@@ -7183,11 +7233,65 @@ LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
    weights, of which there is one a cycle: so 4 rows meet 2 tiles, 6 loads for 8 products. Two tiles' weights are widened
    once for all rows, in parts that stay near (36 KB), and the next two's are fetched meanwhile. */
 
-LLM__TARGET static void LLM__FN(pack_pairs)(const float *x, size_t x_stride, int rows, int k, uint8_t *a) {
-    const size_t bytes = (size_t)k * 2;
-    for (int r = 0; r < rows; r++)
-        LLM__FN(pair_row)(x + (size_t)r * x_stride, k, (uint32_t *)(void *)(a + (size_t)r * bytes));
-    for (int r = rows; r % 16; r++) memset(a + (size_t)r * bytes, 0, bytes);
+/* Values i .. i + 15 of a row. Lines as rows of the matrix unit have values in their order; lines of pairs, which are not
+   apart, as pair_row leaves them. */
+LLM__INLINE void LLM__FN(store_half)(llm__lines row, int i, V a) {
+    const __m256i pairs = _mm256_set_epi16(13, 15, 12, 14, 9, 11, 8, 10, 5, 7, 4, 6, 1, 3, 0, 2);
+    __m256i half = (__m256i)_mm512_cvtneps_pbh(a);
+    if (row.step == 64) half = _mm256_permutexvar_epi16(pairs, half);
+    _mm256_storeu_si256((__m256i *)(void *)(row.at + (size_t)i / 32 * row.step + (size_t)i % 32 * 2), half);
+}
+
+LLM__INLINE V LLM__FN(load_half)(llm__lines row, int i) {
+    const __m256i in_order = _mm256_set_epi16(14, 12, 15, 13, 10, 8, 11, 9, 6, 4, 7, 5, 2, 0, 3, 1);
+    __m256i half =
+        _mm256_loadu_si256((const __m256i *)(const void *)(row.at + (size_t)i / 32 * row.step + (size_t)i % 32 * 2));
+    if (row.step == 64) half = _mm256_permutexvar_epi16(in_order, half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+LLM__TARGET static void LLM__FN(pack_scale)(const float *x, float factor, int n, int n_padded, llm__lines row,
+                                            int column) {
+    for (int i = 0; i < n_padded; i += 16)
+        LLM__FN(store_half)(row, column + i, v_mul(LLM__SHARED(load_part)(x + i, n - i), v_splat(factor)));
+}
+
+LLM__TARGET static void LLM__FN(pack_norm)(const float *x, const float *w, int n, float eps, llm__lines row) {
+    V factor = v_splat(LLM__SHARED(norm_factor)(x, n, eps));
+    int i = 0;
+    for (; i < n; i += 16) {
+        V xi = v_mul(LLM__SHARED(load_part)(x + i, n - i), factor);
+        LLM__FN(store_half)(row, i, v_mul(xi, LLM__SHARED(load_part)(w + i, n - i)));
+    }
+    if (i & 16) LLM__FN(store_half)(row, i, v_splat(0));
+}
+
+LLM__TARGET static void LLM__FN(pack_swiglu)(const float *gate_up, int n, llm__lines row, int column) {
+    for (int i = 0; i < n; i += 16)
+        LLM__FN(store_half)(row, column + i, LLM__SHARED(silu)(v_load(gate_up + 2 * i), v_load(gate_up + 2 * i + 16)));
+}
+
+LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded, float scale, llm__lines row,
+                                              float *max, float *sum) {
+    V most = v_splat(-3.0e38f), total = v_splat(0), factor = v_splat(scale);
+    int i = 0, whole = n / 16 * 16;
+    __mmask16 rest = (__mmask16)((1u << (n - whole)) - 1);
+    for (; i < whole; i += 16) most = v_max(most, v_mul(v_load(s + i), factor));
+    if (rest) most = _mm512_mask_max_ps(most, rest, most, v_mul(v_load(s + i), factor));
+    *max = v_hmax(most);
+    for (i = 0; i < n; i += 16) {
+        V p = v_exp(v_sub(v_mul(v_load(s + i), factor), v_splat(*max)));
+        if (i == whole) p = _mm512_maskz_mov_ps(rest, p);
+        LLM__FN(store_half)(row, i, p);
+        total = v_add(total, v_round_bf16(p));
+    }
+    for (; i < padded; i += 16) LLM__FN(store_half)(row, i, v_splat(0));
+    *sum = v_sum(total);
+}
+
+LLM__TARGET static void LLM__FN(line_sums)(llm__lines row, int k, float *sums) {
+    for (int i = 0; i < k; i += 32)
+        *sums++ = v_sum(v_add(LLM__FN(load_half)(row, i), LLM__FN(load_half)(row, i + 16)));
 }
 
 /* A block as the products take it: its pairs in turns of even and odd ones; then what ends a group. */
@@ -7341,21 +7445,6 @@ static void LLM__FN(tiles_enter)(void) {
 
 static void LLM__FN(tiles_leave)(void) { LLM__TILE_RELEASE(); }
 
-LLM__TARGET static void LLM__FN(pack_rows)(const float *x, size_t x_stride, int rows, int k, uint8_t *a) {
-    size_t step = (size_t)k / 32 * 1024;
-    for (int first = 0; first < rows; first += 16, a += step)
-        for (int r = 0; r < 16; r++) {
-            const float *from = x + (size_t)(first + r) * x_stride;
-            uint8_t *to = a + r * 64;
-            for (int i = 0; i < k; i += 16) { /* the lower halves are zero already */
-                __m512i bits =
-                    first + r < rows ? _mm512_castps_si512(_mm512_loadu_ps(from + i)) : _mm512_setzero_si512();
-                _mm256_storeu_si256((__m256i *)(void *)(to + (size_t)i / 32 * 1024 + i % 32 * 2),
-                                    _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-            }
-        }
-}
-
 /* One square of 2 x 2 tiles of sums, or its part; which is a constant where this is inlined. */
 LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile_product *p, const uint8_t *a,
                                  const uint8_t *ahead, size_t lines, float *c) {
@@ -7502,10 +7591,11 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 
 #if defined(LLM__USE_BF16)
 #define LLM__MULTIPLY_PAIRS LLM__FN(multiply)
-#define LLM__MANY_ROWS LLM__FN(pack_pairs), LLM__FN(pair_product), LLM__FN(pair_panel)
+#define LLM__PACK LLM__FN(pack_scale), LLM__FN(pack_norm), LLM__FN(pack_swiglu), LLM__FN(pack_softmax), LLM__FN(line_sums)
+#define LLM__MANY_ROWS 64, LLM__FN(pair_product), LLM__FN(pair_panel), LLM__PACK
 #else
 #define LLM__MULTIPLY_PAIRS NULL
-#define LLM__MANY_ROWS NULL, NULL, NULL
+#define LLM__MANY_ROWS 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL
 #endif
 
 #define LLM__KERNEL_TABLE                                                                                              \
@@ -7531,8 +7621,8 @@ static const llm__kernels LLM__FN(kernels) = {
 
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 static const llm__kernels LLM__FN(amx_kernels) = {
-    "amx",          LLM__KERNEL_TABLE,    LLM__FN(tile_multiply), LLM__FN(pack_rows), LLM__FN(tile_product),
-    LLM__FN(panel), LLM__FN(tiles_enter), LLM__FN(tiles_leave),
+    "amx",          LLM__KERNEL_TABLE, LLM__FN(tile_multiply), 1024,                 LLM__FN(tile_product),
+    LLM__FN(panel), LLM__PACK,         LLM__FN(tiles_enter),   LLM__FN(tiles_leave),
 };
 #endif
 
@@ -7570,6 +7660,7 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef LLM__SHARED
 #undef LLM__MULTIPLY_PAIRS
 #undef LLM__MANY_ROWS
+#undef LLM__PACK
 #undef LLM__LONG
 
 #endif /* LLM__KERNEL_PASS */
@@ -8428,6 +8519,13 @@ typedef struct llm__queries {
     int first, n;
 } llm__queries;
 
+/* A product's activations. Many rows of bf16 go by panels; they are packed only, wherever that can be done at once. */
+typedef struct llm__rows {
+    float *x; /* [n_batch, or what is not packed][stride] */
+    size_t stride;
+    uint8_t *packed; /* [n_batch padded to 16][stride] bf16, see llm__packed_row; NULL: there are no panels */
+} llm__rows;
+
 typedef struct llm__cpu_context {
     llm__pool pool;
     const llm__cpu_model *model;
@@ -8436,13 +8534,14 @@ typedef struct llm__cpu_context {
     bool round;       /* activations are rounded to bf16 before a product */
     bool round_cache; /* so are queries and softmax weights: the cache is bf16 or int8 */
     llm__kind cache_kind;
-    float *sums;              /* [n_batch][most inputs / 32] of a product's activations, for weights in groups */
     int head_stride;          /* head_dim padded for products */
     float score_scale;        /* 1 / sqrt(head_dim) */
     size_t cache_block_bytes; /* keys, or values, of one head in one block */
     uint8_t *cache;           /* [n_layers][key, value][n_kv_heads][n_cache_blocks] tiles of a block */
-    size_t x_stride, qkv_stride, attention_stride, ffn_stride;
-    float *x, *normed, *qkv, *attention, *ffn; /* [n_batch][stride] */
+    size_t x_stride, qkv_stride;
+    float *x, *qkv; /* [n_batch][stride] */
+    llm__rows normed, attention, ffn;
+    float *sums; /* [n_batch][most inputs / 32] of a product's activations, for weights in groups */
     float *cosines, *sines;                    /* [n_batch][rope_dim / 2] */
     float *scratch;                            /* [n_threads][scratch_floats] for attention */
     size_t scratch_floats;
@@ -8450,7 +8549,6 @@ typedef struct llm__cpu_context {
     size_t partial_floats;
     int n_partials;
     /* For panels, else NULL: */
-    uint8_t *packed; /* a product's activations, see pack_rows */
     float *panels;  /* [n_threads][panel_floats] sums of up to LLM__PANEL_ROWS rows and 16 * LLM__PANEL_TILES outputs */
     uint8_t *tiles; /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
     size_t panel_floats, tile_bytes;
@@ -8468,71 +8566,80 @@ static uint8_t *llm__cache_block(const llm__cpu_context *c, int layer, int value
     return c->cache + (plane * (size_t)c->desc.n_cache_blocks + (size_t)block) * c->cache_block_bytes;
 }
 
+/* Do so many rows meet a matrix in panels? */
+static bool llm__in_panels(const llm__cpu_context *c, int rows) { return c->panels && rows >= LLM__TILE_ROWS; }
+
 typedef enum llm__ending { LLM__STORE, LLM__ADD, LLM__SWIGLU } llm__ending;
 
-/* What becomes of a row's sums over some tiles, the first of which is `tile`. With LLM__SWIGLU they are pairs of gates
-   and ups. */
-static void llm__end_row(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles, const float *sums,
-                         llm__ending ending, float *y) {
+/* What becomes of the sums of `row` over some tiles, the first of which is `tile`. With LLM__SWIGLU they are pairs of
+   gates and ups, and go to c->ffn. */
+static void llm__end_row(const llm__cpu_context *c, const llm__matrix *m, int row, int tile, int n_tiles, bool panels,
+                         const float *sums, llm__ending ending, float *y) {
     const llm__kernels *kernels = c->model->kernels;
     int column = tile * 16, width = m->n - column < n_tiles * 16 ? m->n - column : n_tiles * 16;
-    if (ending == LLM__SWIGLU) kernels->swiglu(sums, n_tiles * 8, c->round, y + column / 2);
-    else if (ending == LLM__ADD) kernels->add(y + column, sums, width);
-    else memcpy(y + column, sums, (size_t)width * sizeof(float));
+    const llm__rows *ffn = &c->ffn;
+    if (ending == LLM__ADD) kernels->add(y + column, sums, width);
+    else if (ending == LLM__STORE) memcpy(y + column, sums, (size_t)width * sizeof(float));
+    else if (panels)
+        kernels->pack_swiglu(sums, n_tiles * 8, llm__packed_row(kernels, ffn->packed, ffn->stride, (size_t)row), column / 2);
+    else kernels->swiglu(sums, n_tiles * 8, c->round, ffn->x + (size_t)row * ffn->stride + column / 2);
 }
 
 /* Asks for where llm__end_row will write. */
 static void llm__fetch_end(const float *y, int tile, int n_tiles, llm__ending ending) {
-    int column = tile * 16, width = n_tiles * 16, share = ending == LLM__SWIGLU ? 2 : 1;
-    for (int i = 0; i < width / share; i += 16) __builtin_prefetch(y + column / share + i, 1);
+    for (int i = 0; i < n_tiles * 16 && ending != LLM__SWIGLU; i += 16) __builtin_prefetch(y + tile * 16 + i, 1);
 }
 
-/* A few tiles against a few rows. */
+/* A few tiles against a few rows, the first of which is `row`. */
 static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, int first_tile, int n_tiles,
-                              const float *x, size_t x_stride, const float *x_sums, int rows, llm__ending ending,
-                              float *y, size_t y_stride) {
+                              const llm__rows *in, int row, int rows, llm__ending ending, float *y, size_t y_stride) {
     float sums[LLM__ROWS][16 * LLM__TILES];
+    int k = llm__round_up(m->k, 32);
     memset(sums, 0, (size_t)rows * sizeof *sums);
-    c->model->kernels->product[m->kind](x, x_stride, x_sums, rows, m->data + (size_t)first_tile * m->tile_bytes,
-                                        n_tiles, llm__round_up(m->k, 32), sums[0], 16 * LLM__TILES);
-    for (int r = 0; r < rows; r++) llm__end_row(c, m, first_tile, n_tiles, sums[r], ending, y + (size_t)r * y_stride);
+    c->model->kernels->product[m->kind](in->x + (size_t)row * in->stride, in->stride,
+                                        c->sums + (size_t)row * (size_t)(k / 32), rows,
+                                        m->data + (size_t)first_tile * m->tile_bytes, n_tiles, k, sums[0],
+                                        16 * LLM__TILES);
+    for (int r = 0; r < rows; r++)
+        llm__end_row(c, m, row + r, first_tile, n_tiles, false, sums[r], ending, y + (size_t)(row + r) * y_stride);
 }
 
-/* Do so many rows meet a matrix in panels? */
-static bool llm__in_panels(const llm__cpu_context *c, int rows) { return c->packed && rows >= LLM__TILE_ROWS; }
-
-/* What a product needs of rows [first, end) of x besides them: the sums over 32 for weights in groups, and the rows
-   packed for panels. `first` is a multiple of 16. */
-static void llm__prepare_some(const llm__cpu_context *c, const llm__matrix *m, const float *x, size_t x_stride,
-                              int first, int end, bool panels) {
-    size_t k = (size_t)llm__round_up(m->k, 32);
-    for (int r = first; r < end && llm__has_groups(m->kind); r++)
-        c->model->kernels->group_sums(x + (size_t)r * x_stride, (int)k, c->sums + (size_t)r * (k / 32));
-    if (panels)
-        c->model->kernels->pack_rows(x + (size_t)first * x_stride, x_stride, end - first, (int)k,
-                                     c->packed + (size_t)first * k * 2);
-}
-
-/* Rows of a piece: the members disturb each other where they take many small ones. */
+/* Rows of a piece: 16 may be packed together. */
 static int llm__row_step(const llm__cpu_context *c, int rows) { return llm__in_panels(c, rows) ? 16 : 1; }
 
-/* The same for all rows; a phase. */
-static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x,
-                              size_t x_stride, int rows) {
+/* For weights in groups, the sums of a row over 32. */
+static void llm__sum_groups(const llm__cpu_context *c, const llm__matrix *m, const llm__rows *in, int row,
+                            bool panels) {
+    size_t r = (size_t)row;
+    float *sums = c->sums + r * (in->stride / 32);
+    if (!llm__has_groups(m->kind)) return;
+    if (panels) c->model->kernels->line_sums(llm__packed_row(c->model->kernels, in->packed, in->stride, r), (int)in->stride, sums);
+    else c->model->kernels->group_sums(in->x + r * in->stride, (int)in->stride, sums);
+}
+
+/* What a product needs of its activations beside them; a phase, unless there is nothing to do. `packed`: for panels they
+   are packed already. */
+static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const llm__rows *in,
+                              int rows, bool packed) {
     bool panels = llm__in_panels(c, rows);
-    int n_pieces = (rows + 15) / 16;
-    if (!panels && !llm__has_groups(m->kind)) return;
+    int step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step, k = (int)in->stride;
+    if (!llm__has_groups(m->kind) && (packed || !panels)) return;
     for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
-        llm__prepare_some(c, m, x, x_stride, piece * 16, rows - piece * 16 < 16 ? rows : piece * 16 + 16, panels);
+        for (int r = piece * step; r < rows && r < (piece + 1) * step; r++) {
+            if (panels && !packed)
+                c->model->kernels->pack_scale(in->x + (size_t)r * in->stride, 1, k, k,
+                                              llm__packed_row(c->model->kernels, in->packed, in->stride, (size_t)r), 0);
+            llm__sum_groups(c, m, in, r, panels);
+        }
     llm__finish(w);
 }
 
 /* A panel's tiles against some packed rows; `ahead` is the tile wanted after these, or none. */
 static void llm__panel_sums(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
-                            int ahead, int first, int rows, float *sums) {
+                            int ahead, const llm__rows *in, int first, int rows, float *sums) {
     llm__panel p;
     p.k = llm__round_up(m->k, 32);
-    p.a = c->packed + (size_t)first * (size_t)p.k * 2;
+    p.a = in->packed + (size_t)first * in->stride * 2;
     p.x_sums = c->sums + (size_t)first * (size_t)(p.k / 32);
     p.n_rows = rows;
     p.tiles = m->data + (size_t)tile * m->tile_bytes;
@@ -8546,15 +8653,15 @@ static void llm__panel_sums(const llm__cpu_context *c, int index, const llm__mat
 
 /* A panel's tiles against the rows from `row` to `end`. */
 static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
-                              int row, int end, llm__ending ending, float *y, size_t y_stride) {
+                              const llm__rows *in, int row, int end, llm__ending ending, float *y, size_t y_stride) {
     float *sums = c->panels + (size_t)index * c->panel_floats;
     for (int first = row; first < end; first += LLM__PANEL_ROWS) {
         int some = end - first < LLM__PANEL_ROWS ? end - first : (int)LLM__PANEL_ROWS;
-        llm__panel_sums(c, index, m, tile, n_tiles, tile + n_tiles, first, some, sums);
+        llm__panel_sums(c, index, m, tile, n_tiles, tile + n_tiles, in, first, some, sums);
         for (int r = 0; r < some; r++) {
             float *to = y + (size_t)(first + r) * y_stride;
             if (r + LLM__ROWS_AHEAD < some) llm__fetch_end(to + LLM__ROWS_AHEAD * y_stride, tile, n_tiles, ending);
-            llm__end_row(c, m, tile, n_tiles, sums + (size_t)r * (size_t)n_tiles * 16, ending, to);
+            llm__end_row(c, m, first + r, tile, n_tiles, true, sums + (size_t)r * (size_t)n_tiles * 16, ending, to);
         }
     }
 }
@@ -8578,42 +8685,47 @@ static int llm__piece_tiles(const llm__cpu_context *c, int n_tiles, int n_parts,
     return n < 2 ? 2 : n > LLM__PANEL_TILES ? (int)LLM__PANEL_TILES : n;
 }
 
-/* y = W x, y += W x, or y = silu(gate) * up, for all rows, which are prepared; a phase. */
-static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const float *x,
-                        size_t x_stride, int rows, llm__ending ending, float *y, size_t y_stride) {
+/* y = W x, y += W x, or c->ffn = silu(gate) * up, for all rows, which are prepared; a phase. */
+static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const llm__rows *in, int rows,
+                        llm__ending ending, float *y, size_t y_stride) {
     bool panels = llm__in_panels(c, rows);
     int n_parts = llm__row_parts(c, rows), n_tiles = llm__round_up(m->n, 16) / 16,
-        step = llm__piece_tiles(c, n_tiles, n_parts, panels), n_columns = (n_tiles + step - 1) / step,
-        groups = llm__round_up(m->k, 32) / 32;
+        step = llm__piece_tiles(c, n_tiles, n_parts, panels), n_columns = (n_tiles + step - 1) / step;
     for (int piece; (piece = llm__take(w, n_parts * n_columns)) >= 0;) {
         int first = piece % n_columns * step, n = n_tiles - first < step ? n_tiles - first : step;
         if (panels) {
             int part = piece / n_columns;
-            llm__linear_panel(c, w->index, m, first, n, llm__part_row(rows, part, n_parts),
+            llm__linear_panel(c, w->index, m, first, n, in, llm__part_row(rows, part, n_parts),
                               llm__part_row(rows, part + 1, n_parts), ending, y, y_stride);
             continue;
         }
         for (int r = 0; r < rows; r += LLM__ROWS) {
             int some = rows - r < LLM__ROWS ? rows - r : (int)LLM__ROWS;
-            llm__linear_piece(c, m, first, n, x + (size_t)r * x_stride, x_stride, c->sums + (size_t)r * (size_t)groups,
-                              some, ending, y + (size_t)r * y_stride, y_stride);
+            llm__linear_piece(c, m, first, n, in, r, some, ending, y, y_stride);
         }
     }
     llm__finish(w);
 }
 
-/* Norms the rows and prepares them for the matrix they are to meet; a phase. */
+/* Norms the rows and prepares them for the matrix they are to meet; a phase. The head's are needed one by one, too, see
+   llm__log_prob. */
 static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const float *weight, const llm__matrix *m,
                            int rows) {
     const llm_shape *s = &c->model->shape;
+    const llm__kernels *kernels = c->model->kernels;
+    const llm__rows *out = &c->normed;
+    bool panels = llm__in_panels(c, rows), both = m == &c->model->head;
     int step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step;
-    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;) {
-        int first = piece * step, end = rows - first < step ? rows : first + step;
-        for (int r = first; r < end; r++)
-            c->model->kernels->rms_norm(c->x + (size_t)r * c->x_stride, weight, s->n_embd, s->rms_eps, c->round,
-                                        c->normed + (size_t)r * c->x_stride);
-        llm__prepare_some(c, m, c->normed, c->x_stride, first, end, llm__in_panels(c, rows));
-    }
+    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
+        for (int r = piece * step; r < rows && r < (piece + 1) * step; r++) {
+            const float *x = c->x + (size_t)r * c->x_stride;
+            if (panels)
+                kernels->pack_norm(x, weight, s->n_embd, s->rms_eps,
+                                   llm__packed_row(kernels, out->packed, out->stride, (size_t)r));
+            if (!panels || both)
+                kernels->rms_norm(x, weight, s->n_embd, s->rms_eps, c->round, out->x + (size_t)r * out->stride);
+            llm__sum_groups(c, m, out, r, panels);
+        }
     llm__finish(w);
 }
 
@@ -8738,10 +8850,10 @@ static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer,
 typedef struct llm__attention_work {
     int layer, head, group, n, padded; /* group: such heads; padded: rows there is room for                       */
     const int *rows;                   /* rows[i / group] is query i's row of the pass                            */
-    int first_row;                     /* where in c->qkv and c->attention the first of them is                   */
+    int first_row, n_rows;             /* where in c->qkv and c->attention the first of them is; all rows there   */
     const int *blocks;                 /* the sequence's                                                          */
     float *q, *scores;                 /* [padded][head_stride], [padded][LLM__CHUNK]                             */
-    uint8_t *packed;                   /* q as pack_rows leaves it, then room for softmax weights; or NULL        */
+    uint8_t *packed;                   /* queries, then room for softmax weights; or NULL: there are few          */
 } llm__attention_work;
 
 /* What attention to some keys gives: [padded][head_stride] sums of values, then [padded] maxima and [padded] sums of
@@ -8796,8 +8908,7 @@ static void llm__attend_values(const llm__cpu_context *c, const llm__attention_w
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride, tile = llm__tile_bytes(c->cache_kind, LLM_BLOCK);
     if (a->packed) {
-        uint8_t *weights = a->packed + (size_t)a->padded * stride * 2;
-        kernels->pack_rows(a->scores, LLM__CHUNK, a->n, n * LLM_BLOCK, weights);
+        const uint8_t *weights = a->packed + (size_t)a->padded * stride * 2;
         for (int d = 0; d < c->head_stride; d += 32) {
             const uint8_t *values[LLM__CHUNK / LLM_BLOCK];
             for (int i = 0; i < n; i++)
@@ -8827,25 +8938,37 @@ static void llm__fetch_values(const llm__cpu_context *c, const llm__attention_wo
     for (size_t i = 0; i < c->cache_block_bytes; i += 64) __builtin_prefetch(values + i, 0, 2);
 }
 
+/* The softmax weights of query i, for the keys from position `first` on. */
+static void llm__weigh_keys(const llm__cpu_context *c, const llm__attention_work *a, int i, int first, int n_blocks,
+                            float *max, float *sum) {
+    const llm__kernels *kernels = c->model->kernels;
+    float *scores = a->scores + (size_t)i * LLM__CHUNK;
+    int last = llm__last_key(c, a, i), padded = n_blocks * LLM_BLOCK, n = last + 1 - first < padded ? last + 1 - first : padded,
+        hidden = llm__first_key(&c->model->shape, last) - first; /* keys before the window */
+    llm__lines row = {NULL, 0};
+    if (a->packed)
+        row = llm__packed_row(kernels, a->packed + (size_t)a->padded * (size_t)c->head_stride * 2, (size_t)padded, (size_t)i);
+    if (a->packed && hidden <= 0 && n > 0) {
+        kernels->pack_softmax(scores, n, padded, c->score_scale, row, max, sum);
+        return;
+    }
+    /* Each of them adds exp(-87) to a sum of at least 1, which is nothing, and then is made 0. */
+    for (int j = 0; j < hidden && j < n; j++) scores[j] = -INFINITY;
+    if (n > 0 && n > hidden) kernels->softmax(scores, n, padded, c->score_scale, c->round_cache, max, sum);
+    else hidden = padded;
+    if (hidden > 0) memset(scores, 0, (size_t)hidden * sizeof(float));
+    if (a->packed) kernels->pack_scale(scores, 1, padded, padded, row, 0);
+}
+
 /* One chunk of keys, from position `first` on. */
 static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_work *a, int first, float *part) {
-    const llm_shape *s = &c->model->shape;
-    int end = llm__end_of_keys(c, a), n_keys = end - first < LLM__CHUNK ? end - first : (int)LLM__CHUNK,
-        n_blocks = llm__blocks_for(n_keys);
+    int end = llm__end_of_keys(c, a), n_blocks = llm__blocks_for(end - first < LLM__CHUNK ? end - first : (int)LLM__CHUNK);
     const int *blocks = a->blocks + first / LLM_BLOCK;
     float *max = part + (size_t)a->padded * (size_t)c->head_stride, *sum = max + a->padded;
     llm__attend_keys(c, a, blocks, n_blocks);
     for (int i = 0; i < a->n; i++) {
-        float *scores = a->scores + (size_t)i * LLM__CHUNK;
-        int last = llm__last_key(c, a, i), n = last + 1 - first < n_keys ? last + 1 - first : n_keys;
-        int padded = n_blocks * LLM_BLOCK, hidden = llm__first_key(s, last) - first; /* keys before the window */
         if (i < n_blocks) llm__fetch_values(c, a, blocks[i]);
-        /* Each of them adds exp(-87) to a sum of at least 1, which is nothing, and then is made 0. */
-        for (int j = 0; j < hidden && j < n; j++) scores[j] = -INFINITY;
-        if (n > 0 && n > hidden)
-            c->model->kernels->softmax(scores, n, padded, c->score_scale, c->round_cache, &max[i], &sum[i]);
-        else hidden = padded;
-        if (hidden > 0) memset(scores, 0, (size_t)hidden * sizeof(float));
+        llm__weigh_keys(c, a, i, first, n_blocks, &max[i], &sum[i]);
     }
     llm__attend_values(c, a, blocks, n_blocks, part);
 }
@@ -8881,6 +9004,7 @@ static float *llm__attention_start(const llm__cpu_context *c, int index, int lay
     a->padded = llm__padded_queries(a->n);
     a->rows = rows + queries.first;
     a->first_row = queries.first;
+    a->n_rows = rows == c->all_rows ? c->pass->n_rows : c->pass->n_logits;
     a->blocks = c->pass->blocks + (size_t)c->pass->seqs[a->rows[0]] * (size_t)c->pass->blocks_per_seq;
     a->q = c->scratch + (size_t)index * c->scratch_floats;
     a->scores = a->q + (size_t)a->padded * stride;
@@ -8890,26 +9014,37 @@ static float *llm__attention_start(const llm__cpu_context *c, int index, int lay
 
 static void llm__gather_queries(const llm__cpu_context *c, int index, llm__attention_work *a) {
     const llm_shape *s = &c->model->shape;
+    const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride;
-    memset(a->q, 0, (size_t)a->n * stride * sizeof *a->q);
+    if (c->panels && c->cache_kind == LLM__W_BF16 && a->n >= LLM__TILE_ROWS)
+        a->packed = c->tiles + (size_t)index * c->tile_bytes;
+    else memset(a->q, 0, (size_t)a->n * stride * sizeof *a->q);
     for (int i = 0; i < a->n; i++) {
         const float *from = c->qkv + (size_t)(a->first_row + i / a->group) * c->qkv_stride +
                             (a->head * a->group + i % a->group) * s->head_dim;
-        c->model->kernels->scale(from, 1.0f, s->head_dim, c->round_cache, a->q + (size_t)i * stride);
+        if (a->packed)
+            kernels->pack_scale(from, 1, s->head_dim, c->head_stride, llm__packed_row(kernels, a->packed, stride, (size_t)i), 0);
+        else kernels->scale(from, 1, s->head_dim, c->round_cache, a->q + (size_t)i * stride);
     }
-    if (!c->packed || c->cache_kind != LLM__W_BF16 || a->n < LLM__TILE_ROWS) return;
-    a->packed = c->tiles + (size_t)index * c->tile_bytes;
-    c->model->kernels->pack_rows(a->q, stride, a->n, c->head_stride, a->packed);
 }
 
+/* Are heads whole halves of lines, so that each can be packed when it is known? */
+static bool llm__packs_heads(const llm__cpu_context *c) { return c->model->shape.head_dim % 16 == 0; }
+
 static void llm__attention_end(const llm__cpu_context *c, const llm__attention_work *a, const float *known) {
-    const llm_shape *s = &c->model->shape;
+    const llm__kernels *kernels = c->model->kernels;
+    const llm__rows *out = &c->attention;
     size_t stride = (size_t)c->head_stride;
     const float *sums = known + (size_t)a->padded * (stride + 1);
+    int n = c->model->shape.head_dim;
+    bool packs = llm__in_panels(c, a->n_rows) && llm__packs_heads(c);
     for (int i = 0; i < a->n; i++) {
-        float *to = c->attention + (size_t)(a->first_row + i / a->group) * c->attention_stride +
-                    (a->head * a->group + i % a->group) * s->head_dim;
-        c->model->kernels->scale(known + (size_t)i * stride, 1.0f / sums[i], s->head_dim, c->round, to);
+        size_t row = (size_t)(a->first_row + i / a->group);
+        const float *from = known + (size_t)i * stride;
+        int column = (a->head * a->group + i % a->group) * n;
+        if (packs)
+            kernels->pack_scale(from, 1.0f / sums[i], n, n, llm__packed_row(kernels, out->packed, out->stride, row), column);
+        else kernels->scale(from, 1.0f / sums[i], n, c->round, out->x + row * out->stride + column);
     }
 }
 
@@ -8998,17 +9133,15 @@ static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer)
     const llm__matrix *m = &c->model->layers[layer].qkv;
     int q = s->n_heads * s->head_dim, n_tiles = llm__round_up(m->n, 16) / 16, n = c->pass->n_logits;
     const llm__matrix keys = llm__matrix_part(m, q / 16, n_tiles), queries = llm__matrix_part(m, 0, (q + 15) / 16);
-    llm__linear(w, c, &keys, c->normed, c->x_stride, c->pass->n_rows, LLM__STORE, c->qkv + q / 16 * 16, c->qkv_stride);
+    llm__linear(w, c, &keys, &c->normed, c->pass->n_rows, LLM__STORE, c->qkv + q / 16 * 16, c->qkv_stride);
     llm__rope_rows(w, c, layer, false);
     if (w->index == 0)
-        for (int i = 0; i < n; i++) {
-            size_t from = (size_t)c->pass->logit_rows[i] * c->x_stride, to = (size_t)i * c->x_stride;
-            memmove(c->x + to, c->x + from, c->x_stride * sizeof(float));
-            memmove(c->normed + to, c->normed + from, c->x_stride * sizeof(float));
-        }
+        for (int i = 0; i < n; i++)
+            memmove(c->x + (size_t)i * c->x_stride, c->x + (size_t)c->pass->logit_rows[i] * c->x_stride,
+                    c->x_stride * sizeof(float));
     llm__barrier(w->team);
-    llm__prepare_rows(w, c, &queries, c->normed, c->x_stride, n);
-    llm__linear(w, c, &queries, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
+    llm__norm_rows(w, c, c->model->layers[layer].attention_norm, &queries, n);
+    llm__linear(w, c, &queries, &c->normed, n, LLM__STORE, c->qkv, c->qkv_stride);
     for (int i; (i = llm__take(w, n)) >= 0;) llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
     llm__finish(w);
 }
@@ -9024,11 +9157,11 @@ static void llm__score_columns(const llm__cpu_context *c, int index, bool panels
     float *logits =
         panels ? c->panels + (size_t)index * c->panel_floats : c->scratch + (size_t)index * c->scratch_floats;
     if (panels) {
-        llm__panel_sums(c, index, m, first / 16, n_tiles, m->n, first_row, rows, logits);
+        llm__panel_sums(c, index, m, first / 16, n_tiles, m->n, &c->normed, first_row, rows, logits);
     } else {
         const uint8_t *tiles = m->data + (size_t)(first / 16) * m->tile_bytes;
         memset(logits, 0, (size_t)rows * stride * sizeof(float));
-        kernels->product[m->kind](c->normed + row * c->x_stride, c->x_stride, c->sums + row * (k / 32), rows, tiles,
+        kernels->product[m->kind](c->normed.x + row * c->x_stride, c->x_stride, c->sums + row * (k / 32), rows, tiles,
                                   n_tiles, (int)k, logits, stride);
     }
     for (int r = 0; r < rows; r++) {
@@ -9045,7 +9178,7 @@ static float llm__log_prob(const llm__cpu_context *c, int row, llm_token token) 
     const float *sums = c->column_sum + (size_t)row * (size_t)n_parts;
     float logits[16] = {0}, max = maxima[0];
     double sum = 0;
-    c->model->kernels->product[m->kind](c->normed + (size_t)row * c->x_stride, c->x_stride,
+    c->model->kernels->product[m->kind](c->normed.x + (size_t)row * c->x_stride, c->x_stride,
                                         c->sums + (size_t)row * (size_t)(k / 32), 1,
                                         m->data + (size_t)(token / 16) * m->tile_bytes, 1, k, logits, 16);
     for (int i = 1; i < n_parts; i++) max = maxima[i] > max ? maxima[i] : max;
@@ -9093,23 +9226,23 @@ static void llm__forward_task(void *arg, int index) {
             rows = c->pass->logit_rows;
             n = c->pass->n_logits;
         } else {
-            llm__linear(w, c, &layer->qkv, c->normed, c->x_stride, n, LLM__STORE, c->qkv, c->qkv_stride);
+            llm__linear(w, c, &layer->qkv, &c->normed, n, LLM__STORE, c->qkv, c->qkv_stride);
             llm__rope_rows(w, c, i, true);
         }
         llm__attention_rows(w, c, i, rows, last ? c->last_queries : c->all_queries,
                             last ? c->n_last_queries : c->n_all_queries);
-        llm__prepare_rows(w, c, &layer->attention_out, c->attention, c->attention_stride, n);
-        llm__linear(w, c, &layer->attention_out, c->attention, c->attention_stride, n, LLM__ADD, c->x, c->x_stride);
+        llm__prepare_rows(w, c, &layer->attention_out, &c->attention, n, llm__packs_heads(c));
+        llm__linear(w, c, &layer->attention_out, &c->attention, n, LLM__ADD, c->x, c->x_stride);
         llm__norm_rows(w, c, layer->ffn_norm, &layer->gate_up, n);
-        llm__linear(w, c, &layer->gate_up, c->normed, c->x_stride, n, LLM__SWIGLU, c->ffn, c->ffn_stride);
-        llm__prepare_rows(w, c, &layer->down, c->ffn, c->ffn_stride, n);
-        llm__linear(w, c, &layer->down, c->ffn, c->ffn_stride, n, LLM__ADD, c->x, c->x_stride);
+        llm__linear(w, c, &layer->gate_up, &c->normed, n, LLM__SWIGLU, NULL, 0);
+        llm__prepare_rows(w, c, &layer->down, &c->ffn, n, true);
+        llm__linear(w, c, &layer->down, &c->ffn, n, LLM__ADD, c->x, c->x_stride);
     }
     if (n && !c->cancelled) {
         float *logits = c->logits + (size_t)c->pass->first_logits * (size_t)m->shape.n_vocab;
         llm__norm_rows(w, c, m->output_norm, &m->head, n);
         if (c->pass->n_targets) llm__score_rows(w, c, n);
-        else llm__linear(w, c, &m->head, c->normed, c->x_stride, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
+        else llm__linear(w, c, &m->head, &c->normed, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
     }
     if (m->kernels->tiles_leave) m->kernels->tiles_leave();
     llm__float_mode_leave(mode);
@@ -9191,7 +9324,7 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
 
 typedef struct llm__cpu_sizes {
     size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups, n_parts, partial_floats;
-    size_t packed_bytes, panel_floats, tile_bytes; /* for panels: in all, and two of each thread */
+    size_t panel_floats, tile_bytes; /* for panels: of each thread */
     int head_stride, n_partials;
 } llm__cpu_sizes;
 
@@ -9214,7 +9347,6 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
     int few = LLM__SPLIT_ROWS * group < LLM__QUERY_ROWS ? LLM__SPLIT_ROWS * group : most;
     z.partial_floats = (size_t)llm__padded_queries(few) * (size_t)(z.head_stride + 2);
     z.n_partials = d->n_threads > 1 && chunks > 1 ? chunks * s->n_kv_heads : 0;
-    z.packed_bytes = n_batch * z.most_groups * 64;
     z.panel_floats = (n_batch < LLM__PANEL_ROWS ? n_batch : (size_t)LLM__PANEL_ROWS) * LLM__PANEL_TILES * 16;
     z.tile_bytes = rows * ((size_t)z.head_stride + LLM__CHUNK) * 2;
     if (z.tile_bytes < 2 * LLM__TILE_BLOCKS * 1024) z.tile_bytes = 2 * LLM__TILE_BLOCKS * 1024;
@@ -9223,12 +9355,23 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
 
 static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
     llm__cpu_sizes z = llm__cpu_find_sizes(s, d);
+    bool panels = llm__choose_kernels(NULL)->panel != NULL;
     uint64_t row = z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + z.ffn_stride +
                    (uint64_t)s->rope_dim + 2 * z.n_parts + 5;
-    uint64_t tiles = z.packed_bytes + (uint64_t)d->n_threads * (z.panel_floats * 4 + z.tile_bytes);
+    uint64_t packed = 2 * (uint64_t)llm__round_up(d->n_batch, 16) * (z.x_stride + z.attention_stride + z.ffn_stride),
+             tiles = packed + (uint64_t)d->n_threads * (z.panel_floats * 4 + z.tile_bytes);
     return 4 * ((uint64_t)d->n_batch * row + (uint64_t)d->n_logits * (uint64_t)s->n_vocab +
                 (uint64_t)d->n_threads * z.scratch_floats + (uint64_t)z.n_partials * z.partial_floats) +
-           (llm__choose_kernels(NULL)->panel ? tiles : 0);
+           (panels ? tiles : 0);
+}
+
+/* Rows of activations, of which the first n_floats are there as floats, too. */
+static llm__rows llm__rows_create(llm__env *env, size_t n, size_t n_floats, size_t stride, bool panels) {
+    llm__rows rows;
+    rows.stride = stride;
+    rows.x = (float *)llm__alloc_zero(env, n_floats * stride, sizeof(float));
+    rows.packed = panels ? (uint8_t *)llm__alloc_zero(env, (n + 15) / 16 * 16 * stride, 2) : NULL;
+    return rows;
 }
 
 typedef struct llm__cpu_context_args {
@@ -9257,14 +9400,13 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
                                                            (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype));
     c->x_stride = z.x_stride;
     c->qkv_stride = z.qkv_stride;
-    c->attention_stride = z.attention_stride;
-    c->ffn_stride = z.ffn_stride;
     c->scratch_floats = z.scratch_floats;
     c->x = (float *)llm__alloc_zero(env, n_batch * z.x_stride, sizeof(float));
-    c->normed = (float *)llm__alloc_zero(env, n_batch * z.x_stride, sizeof(float));
     c->qkv = (float *)llm__alloc_zero(env, n_batch * z.qkv_stride, sizeof(float));
-    c->attention = (float *)llm__alloc_zero(env, n_batch * z.attention_stride, sizeof(float));
-    c->ffn = (float *)llm__alloc_zero(env, n_batch * z.ffn_stride, sizeof(float));
+    bool panels = args->model->kernels->panel && c->round;
+    c->normed = llm__rows_create(env, n_batch, n_batch, z.x_stride, panels);
+    c->attention = llm__rows_create(env, n_batch, n_batch, z.attention_stride, panels);
+    c->ffn = llm__rows_create(env, n_batch, panels ? LLM__TILE_ROWS : n_batch, z.ffn_stride, panels);
     c->sums = (float *)llm__alloc_zero(env, (n_batch + 15) / 16 * 16 * z.most_groups, sizeof(float));
     c->cosines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->sines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
@@ -9272,8 +9414,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->partial_floats = z.partial_floats;
     c->n_partials = z.n_partials;
     c->partials = (float *)llm__alloc(env, (size_t)z.n_partials * z.partial_floats, sizeof(float));
-    if (args->model->kernels->panel && c->round) {
-        c->packed = (uint8_t *)llm__alloc(env, z.packed_bytes, 1);
+    if (panels) {
         c->panels = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.panel_floats, sizeof(float));
         c->panel_floats = z.panel_floats;
         c->tiles = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_threads * z.tile_bytes, 1);

@@ -114,6 +114,58 @@ static void check_rows(const llm__kernels *k) {
     check_same("rope", a, b, sizeof a);
 }
 
+/* A packed row as floats. Lines of pairs, which are not apart, have of each four values the third, first, fourth, second. */
+static void unpack_row(llm__lines row, int n, float *to) {
+    static const int place[] = {1, 3, 0, 2};
+    for (int i = 0; i < n; i++) {
+        int at = row.step == 64 ? i % 32 / 4 * 4 + place[i % 4] : i % 32;
+        uint16_t bits;
+        memcpy(&bits, row.at + (size_t)i / 32 * row.step + (size_t)at * 2, 2);
+        to[i] = llm__bf16_to_f32(bits);
+    }
+}
+
+static void pack_rows(const llm__kernels *k, const float *from, int rows, int n, uint8_t *packed) {
+    for (int r = 0; r < rows; r++) k->pack_scale(from + r * n, 1, n, n, llm__packed_row(k, packed, (size_t)n, (size_t)r), 0);
+}
+
+/* What goes into packed rows, against the same as floats. */
+static void check_packs(const llm__kernels *k) {
+    static uint8_t packed[32 * 1024 * 2];
+    int n = 1 + (int)random_int(300), whole = llm__round_up(n, 16), padded = llm__round_up(n, 32), column = 16 * (int)random_int(4);
+    float sum[2], max[2], factor = random_float();
+    llm__lines row = llm__packed_row(k, packed, 512, random_int(32));
+    random_floats(x, 512);
+    random_floats(w, 2 * whole);
+    memset(packed, 0x55, sizeof packed);
+    memset(a, 0, sizeof a);
+    scalar->scale(x, factor, n, true, a);
+    k->pack_scale(x, factor, n, whole, row, column);
+    unpack_row(row, column + whole, b);
+    check_same("pack_scale", a, b + column, (size_t)n * 4);
+    for (int i = n; i < whole; i++) assert_true(b[column + i] == 0); /* of either sign */
+    memset(a, 0, sizeof a);
+    scalar->rms_norm(x, w, n, 1e-5f, true, a);
+    k->pack_norm(x, w, n, 1e-5f, row);
+    unpack_row(row, padded, b);
+    check_same("pack_norm", a, b, (size_t)padded * 4);
+    scalar->group_sums(a, padded, x);
+    k->line_sums(row, padded, x + 16);
+    check_same("line_sums", x, x + 16, (size_t)(padded / 32) * 4);
+    scalar->swiglu(w, whole, true, a);
+    k->pack_swiglu(w, whole, row, column);
+    unpack_row(row, column + whole, b);
+    check_same("pack_swiglu", a, b + column, (size_t)whole * 4);
+    random_floats(x, 512);
+    memcpy(a, x, sizeof a);
+    padded += 32 * (int)random_int(3);
+    scalar->softmax(a, n, padded, 0.3f, true, &max[0], &sum[0]);
+    k->pack_softmax(x, n, padded, 0.3f, row, &max[1], &sum[1]);
+    unpack_row(row, padded, b);
+    check_same("pack_softmax", a, b, (size_t)padded * 4);
+    assert_true(max[0] == max[1] && sum[0] == sum[1]);
+}
+
 /* A panel of the matrix unit against the scalar products of its tiles, up to a hundred rows. */
 static void check_panel(const llm__kernels *k, llm__kind kind) {
     enum { MOST_ROWS = 112, MOST_TILES = 5, MOST_K = 1216 };
@@ -127,7 +179,7 @@ static void check_panel(const llm__kernels *k, llm__kind kind) {
         random_tile(kind, n);
         memcpy(tiles + (size_t)i * bytes, tile, bytes);
     }
-    k->pack_rows(px, (size_t)n, rows, n, packed);
+    pack_rows(k, px, rows, n, packed);
     llm__panel panel = {packed, psums, rows, n, tiles, random_int(2) ? tiles : NULL, bytes, n_tiles, sum, unpacked};
     k->panel(kind, &panel);
     for (int i = 0; i < n_tiles; i++) {
@@ -150,7 +202,7 @@ static void check_tile_product(const llm__kernels *k) {
     for (int i = 0; i < n / 32; i++) blocks[i] = tile + i * 1024;
     random_floats(a, 32 * stride);
     memcpy(b, a, sizeof a);
-    k->pack_rows(x, (size_t)n, rows, n, packed);
+    pack_rows(k, x, rows, n, packed);
     bool add = random_int(2);
     llm__tile_product p = {packed, (rows + 15) / 16, n / 32, blocks, next, n / 32, cols, a, (size_t)stride, add, NULL, 0, 0};
     k->tile_product(&p);
@@ -167,6 +219,7 @@ static void check_set(const char *isa) {
     uint64_t mode = llm__float_mode_enter();
     if (k->tiles_enter) k->tiles_enter();
     for (int i = 0; i < ROUNDS && k->panel; i++) {
+        check_packs(k);
         check_tile_product(k);
         if (i % 8 == 0) /* the larger they are, the fewer */
             for (int kind = LLM__W_BF16; kind <= LLM__W_INT4_GROUPS; kind++) check_panel(k, (llm__kind)kind);

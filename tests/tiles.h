@@ -112,6 +112,7 @@ static bool llm__tiles_allowed(void) { return true; }
 #define LLM__TILE_RELEASE() (the_unit.configured = false)
 #define LLM__TILE_ZERO(t) tile_zero(t)
 #define LLM__TILE_LOAD(t, from, stride) tile_load(t, from, stride)
+#define LLM__TILE_STREAM(t, from, stride) tile_load(t, from, stride)
 #define LLM__TILE_STORE(t, to, stride) tile_store(t, to, stride)
 #define LLM__TILE_DOT(c, a, b) tile_dot(c, a, b)
 
