@@ -6199,7 +6199,8 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
      bf16   as the matrix unit instruction TDPBF16PS sums: x and w are bf16; for each 32 consecutive k,
                 e = fma(x[k], w[k], e) over the even k,  o likewise over the odd k,  both from 0;   y = y + (e + o).
      int8   the same sums over whole numbers, which bf16 holds exactly, and at the end  y = y + sum * scale[output].
-     groups of 32 whole numbers with scale d and minimum m:  y = fma(d, e + o, y),  then  y = fma(m, sum of x, y).
+     groups of 32 whole numbers with scale d and minimum m:  y = fma(d, e + o, y),  then  y = fma(m, sum of x, y); but
+            where more than 16 rows meet a matrix, its weights are fma(q, d, m) rounded to bf16.
    k is padded with zeros to a multiple of 32. Weights lie in tiles of 16 outputs, so that a vector holds the same k of
    16 outputs and each lane computes one output in just this order:
      f32, f16  [k][16]          bf16   [k/2][16][2]            int8   [k][16], then f32 scale[16]
@@ -6237,6 +6238,36 @@ typedef enum llm__kind {
 typedef void llm__product_fn(const float *x, size_t x_stride, const float *x_sums, int rows, const void *tiles, int n,
                              int k, float *y, size_t y_stride);
 
+typedef enum llm__ending { LLM__STORE, LLM__ADD, LLM__SWIGLU } llm__ending;
+
+/* A panel: n_rows activation rows, packed, meet n_tiles tiles; and what becomes of their sums. */
+typedef struct llm__panel {
+    const uint8_t *a;
+    size_t line_step; /* of the rows, see llm__lines */
+    int n_rows, k;
+    llm__kind kind;
+    const uint8_t *tiles, *ahead; /* ahead: the tiles that are wanted after these, or NULL */
+    size_t tile_bytes;
+    int n_tiles;
+    llm__ending ending;
+    float *y; /* [n_rows][width] where the sums go, or are added to: `width` outputs, less than 16 * n_tiles if fewer exist */
+    size_t y_stride;
+    int width;
+    uint8_t *packed; /* with LLM__SWIGLU, the rows of packed_k values whose `column` and next ones the results become */
+    size_t packed_k;
+    int column;
+    float *c;          /* scratch [n_rows padded to 16][16 * n_tiles], for sums over a part of k */
+    uint8_t *unpacked; /* scratch [2][LLM__TILE_BLOCKS][1024] */
+} llm__panel;
+
+/* Rows of a panel whose sums are complete but have not come to their end. */
+typedef struct llm__ended {
+    const llm__panel *panel;
+    int tile, n_cols, row, n;
+    const float *at; /* [n][32] in: */
+    float sums[32 * 32];
+} llm__ended;
+
 /* A product of many rows, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
    times 32 k. */
 typedef struct llm__tile_product {
@@ -6250,28 +6281,20 @@ typedef struct llm__tile_product {
     bool add;
     const uint8_t *ahead; /* what is needed next, in two runs ahead_next apart: fetched meanwhile; or NULL      */
     size_t ahead_bytes, ahead_next;
+    llm__ended *ended; /* of a panel, or NULL: what is left there is brought to its end meanwhile             */
+    bool ends;         /* these sums are complete: they go there, not to c                                    */
+    int tile;          /* the first of the panel's tiles                                                      */
 } llm__tile_product;
 
 enum {
     LLM__RUN_TILES = 4,    /* tiles that the same activations meet, a run of so many k at a time                 */
     LLM__RUN_K = 2048,     /* as pairs, 8 rows of it are 32 KB                                                   */
     LLM__TILE_ROWS = 16,   /* from so many rows on, a product goes by panels if the set has them                  */
+    LLM__EXACT_ROWS = 16,  /* more rows meet groups as bf16 (of the arithmetic)                                   */
     LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
     LLM__PANEL_TILES = 8,  /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
     LLM__PANEL_ROWS = 512
 };
-
-/* A panel: n_rows activation rows, packed, meet n_tiles tiles; c[n_rows padded to 16][16 * n_tiles]. */
-typedef struct llm__panel {
-    const uint8_t *a;
-    const float *x_sums;
-    int n_rows, k;
-    const uint8_t *tiles, *ahead; /* ahead: the tiles that are wanted after these, or NULL */
-    size_t tile_bytes;
-    int n_tiles;
-    float *c;
-    uint8_t *unpacked; /* [2][LLM__TILE_BLOCKS][1024] scratch of the matrix unit */
-} llm__panel;
 
 /* A row of activations for products of many rows: lines of 32 bf16, `step` bytes apart, in each of which they are in an
    order of the set's own. Nothing but the functions below knows it. */
@@ -6284,6 +6307,8 @@ typedef struct llm__kernels {
     const char *name;
     llm__product_fn *product[LLM__W_KINDS];
     void (*group_sums)(const float *x, int k, float *sums); /* of each 32 */
+    /* Blocks of whole numbers as bf16, in the order of its tiles: int8 as they are, in groups fma(q, scale, minimum). */
+    void (*unpack)(llm__kind kind, const uint8_t *w, int n_blocks, uint8_t *to);
     /* y = x / sqrt(mean(x * x) + eps) * w, n values, then zeros up to a multiple of 32; y rounded to bf16 if `round`. */
     void (*rms_norm)(const float *x, const float *w, int n, float eps, bool round, float *y);
     /* y = silu(gate) * up = gate / (1 + exp(-gate)) * up for n gates and ups, which take turns: 16 of each. */
@@ -6306,15 +6331,13 @@ typedef struct llm__kernels {
     /* Many rows of bf16; all NULL, and line_step 0, where `product` does them as well. */
     size_t line_step;
     void (*tile_product)(const llm__tile_product *p);
-    void (*panel)(llm__kind kind, const llm__panel *p); /* all kinds but f32 and f16 */
+    void (*panel)(const llm__panel *p); /* all kinds but f32 and f16 */
     /* What the functions above give, rounded, into a row from `column` on (a multiple of 16): x * factor for n values, and
-       zeros up to n_padded; a norm, with zeros up to the end of its last line; n gates and ups, a multiple of 16; a softmax
-       of n scores, and zeros up to `padded`, a multiple of 32, scores themselves being spoilt. */
+       zeros up to n_padded; a norm, with zeros up to the end of its last line; a softmax of n scores, with zeros up to
+       `padded`, a multiple of 32. */
     void (*pack_scale)(const float *x, float factor, int n, int n_padded, llm__lines row, int column);
     void (*pack_norm)(const float *x, const float *w, int n, float eps, llm__lines row);
-    void (*pack_swiglu)(const float *gate_up, int n, llm__lines row, int column);
     void (*pack_softmax)(const float *s, int n, int padded, float scale, llm__lines row, float *max, float *sum);
-    void (*line_sums)(llm__lines row, int k, float *sums); /* group_sums of a packed row */
     /* The matrix unit must be entered before that, by each thread; NULL where there is none. */
     void (*tiles_enter)(void), (*tiles_leave)(void);
 } llm__kernels;
@@ -6862,10 +6885,51 @@ LLM__INLINE V LLM__FN(weight)(const llm__kind KIND, const uint8_t *w, const int 
     return J % 2 ? v_odd((const uint16_t *)w + J / 2 * 32) : v_even((const uint16_t *)w + J / 2 * 32);
 }
 
-/* A block's bytes in a tile, as it is or widened, see widen. Groups end with 16 scales and 16 minimums in f16. */
-LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND, const bool WIDE) {
-    if (KIND == LLM__W_BF16 || KIND == LLM__W_INT8) return WIDE || KIND == LLM__W_BF16 ? 1024 : 512;
-    return WIDE ? 1088 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
+/* A block's bytes in a tile. Groups end with 16 scales and 16 minimums in f16. */
+LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND) {
+    return KIND == LLM__W_BF16 ? 1024 : KIND == LLM__W_INT8 ? 512 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
+}
+
+/* 16 words of two bf16: a in the lower halves, b in the upper. */
+LLM__INLINE void LLM__FN(store_words)(V a, V b, uint8_t *to) {
+#if defined(LLM__USE_BF16)
+    const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512((void *)to, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
+#else
+    float f[32];
+    v_store(f, v_round_bf16(a));
+    v_store(f + 16, v_round_bf16(b));
+    for (int i = 0; i < 16; i++) {
+        uint32_t word = llm__f32_bits(f[i]) >> 16 | llm__f32_bits(f[i + 16]);
+        memcpy(to + 4 * i, &word, 4);
+    }
+#endif
+}
+
+LLM__INLINE void LLM__FN(unpack_blocks)(const llm__kind KIND, const uint8_t *w, int n_blocks, uint8_t *to) {
+    const bool GROUPS = KIND != LLM__W_INT8;
+    const size_t bytes = LLM__FN(block_bytes)(KIND), quarter = bytes / 256 * 64;
+    for (; n_blocks; n_blocks--, w += bytes) {
+        const uint16_t *ends = (const uint16_t *)(const void *)(w + bytes) - 32;
+        V scale = v_splat(1), least = v_splat(0);
+        if (GROUPS) scale = v_half(ends);
+        if (GROUPS) least = v_half(ends + 16);
+        for (size_t i = 0; i < 4; i++) {
+            LLM__UNROLL for (int j = 0; j < 8; j += 2, to += 64) {
+                V even = LLM__FN(weight)(KIND, w + i * quarter, j), odd = LLM__FN(weight)(KIND, w + i * quarter, j + 1);
+                if (GROUPS) even = v_fma(even, scale, least);
+                if (GROUPS) odd = v_fma(odd, scale, least);
+                LLM__FN(store_words)(even, odd, to);
+            }
+        }
+    }
+}
+
+LLM__TARGET static void LLM__FN(unpack)(llm__kind kind, const uint8_t *w, int n_blocks, uint8_t *to) {
+    if (kind == LLM__W_INT8) LLM__FN(unpack_blocks)(LLM__W_INT8, w, n_blocks, to);
+    else if (kind == LLM__W_INT8_GROUPS) LLM__FN(unpack_blocks)(LLM__W_INT8_GROUPS, w, n_blocks, to);
+    else LLM__FN(unpack_blocks)(LLM__W_INT4_GROUPS, w, n_blocks, to);
 }
 
 #if defined(LLM__USE_BF16)
@@ -6948,8 +7012,8 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind
                                 const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
-    const size_t bytes = LLM__FN(block_bytes)(KIND, WIDE), quarter = bytes / 256 * 64, fetched = WIDE ? 0 : quarter;
-    if (bytes % 256 && !WIDE) __builtin_prefetch(w + bytes - 64 + 8192, 0, 2); /* scales and minimums */
+    const size_t bytes = WIDE ? 1024 : LLM__FN(block_bytes)(KIND), quarter = bytes / 256 * 64, fetched = WIDE ? 0 : quarter;
+    if (bytes % 256) __builtin_prefetch(w + bytes - 64 + 8192, 0, 2); /* scales and minimums */
     for (const uint8_t *end = w + 4 * quarter; w < end; w += quarter, x += LLM__FN(inputs) / 4) {
         LLM__UNROLL for (size_t line = 0; line < fetched; line += 64) __builtin_prefetch(w + line + 8192, 0, 2);
         LLM__UNROLL for (int j = 0; j < LLM__FN(inputs) / 4; j += 2) {
@@ -6969,7 +7033,7 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind
 LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__kind KIND, const bool WIDE,
                                  const v_input *x, size_t x_stride, const float *x_sums, size_t sums_stride,
                                  const uint8_t *w, size_t w_next, int n, V *totals) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND, WIDE);
+    const size_t bytes = WIDE ? 1024 : LLM__FN(block_bytes)(KIND);
     V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS], scale[2], least[2];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) total[i] = totals[i];
     for (int b = 0; b < n; b++, x += LLM__FN(inputs), w += bytes) {
@@ -6995,7 +7059,7 @@ LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__kin
 LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
                                      const float *x_sums, const uint8_t *w, size_t tile_bytes, int n, int k, float *y,
                                      size_t y_stride) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND, false), sums_stride = (size_t)k / 32;
+    const size_t bytes = LLM__FN(block_bytes)(KIND), sums_stride = (size_t)k / 32;
     V total[LLM__RUN_TILES][LLM__MOST_ROWS];
     for (int t = 0; t < n; t++) {
         LLM__UNROLL for (int r = 0; r < ROWS; r++) total[t][r] =
@@ -7030,7 +7094,7 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const
 LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
                                     const float *x_sums, const uint8_t *w, int n, int k, float *y, size_t y_stride) {
     const bool FLOATS = KIND == LLM__W_F32 || KIND == LLM__W_F16;
-    const size_t block_bytes = LLM__FN(block_bytes)(KIND, false), end_bytes = KIND == LLM__W_INT8 ? 64 : 0;
+    const size_t block_bytes = LLM__FN(block_bytes)(KIND), end_bytes = KIND == LLM__W_INT8 ? 64 : 0;
     const size_t float_bytes = KIND == LLM__W_F16 ? 32 : 64;
     const size_t tile_bytes = FLOATS ? (size_t)k * float_bytes : (size_t)k / 32 * block_bytes + end_bytes;
     const int STEP = FLOATS ? 1 : LLM__RUN_TILES;
@@ -7242,14 +7306,6 @@ LLM__INLINE void LLM__FN(store_half)(llm__lines row, int i, V a) {
     _mm256_storeu_si256((__m256i *)(void *)(row.at + (size_t)i / 32 * row.step + (size_t)i % 32 * 2), half);
 }
 
-LLM__INLINE V LLM__FN(load_half)(llm__lines row, int i) {
-    const __m256i in_order = _mm256_set_epi16(14, 12, 15, 13, 10, 8, 11, 9, 6, 4, 7, 5, 2, 0, 3, 1);
-    __m256i half =
-        _mm256_loadu_si256((const __m256i *)(const void *)(row.at + (size_t)i / 32 * row.step + (size_t)i % 32 * 2));
-    if (row.step == 64) half = _mm256_permutexvar_epi16(in_order, half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
 LLM__TARGET static void LLM__FN(pack_scale)(const float *x, float factor, int n, int n_padded, llm__lines row,
                                             int column) {
     for (int i = 0; i < n_padded; i += 16)
@@ -7264,11 +7320,6 @@ LLM__TARGET static void LLM__FN(pack_norm)(const float *x, const float *w, int n
         LLM__FN(store_half)(row, i, v_mul(xi, LLM__SHARED(load_part)(w + i, n - i)));
     }
     if (i & 16) LLM__FN(store_half)(row, i, v_splat(0));
-}
-
-LLM__TARGET static void LLM__FN(pack_swiglu)(const float *gate_up, int n, llm__lines row, int column) {
-    for (int i = 0; i < n; i += 16)
-        LLM__FN(store_half)(row, column + i, LLM__SHARED(silu)(v_load(gate_up + 2 * i), v_load(gate_up + 2 * i + 16)));
 }
 
 LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded, float scale, llm__lines row,
@@ -7289,22 +7340,61 @@ LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded,
     *sum = v_sum(total);
 }
 
-LLM__TARGET static void LLM__FN(line_sums)(llm__lines row, int k, float *sums) {
-    for (int i = 0; i < k; i += 32)
-        *sums++ = v_sum(v_add(LLM__FN(load_half)(row, i), LLM__FN(load_half)(row, i + 16)));
+/* What becomes of n rows of complete sums, [n][32]. */
+LLM__TARGET static void LLM__FN(end_rows)(const llm__panel *p, int tile, int n_cols, int row, int n, const float *sums) {
+    const float *scales = (const float *)(const void *)(p->tiles + (size_t)(tile + 1) * p->tile_bytes) - 16;
+    const bool scaled = p->kind == LLM__W_INT8;
+    V zero = v_splat(0), scale[2] = {zero, zero};
+    int width = p->width - tile * 16;
+    for (int i = 0; i < n_cols && scaled; i++) scale[i] = v_load(scales + (size_t)i * p->tile_bytes / 4);
+    for (; n > 0; n--, row++, sums += 32) {
+        V a = v_load(sums), b = v_load(sums + 16);
+        if (scaled) a = v_add(zero, v_mul(a, scale[0]));
+        if (scaled) b = v_add(zero, v_mul(b, scale[1]));
+        if (p->ending == LLM__SWIGLU) {
+            size_t r = (size_t)row, together = p->line_step / 64;
+            llm__lines to = {p->packed + r / together * together * p->packed_k * 2 + r % together * 64, p->line_step};
+            LLM__FN(store_half)(to, p->column + tile * 8, LLM__SHARED(silu)(a, b));
+            continue;
+        }
+        float *y = p->y + (size_t)row * p->y_stride + tile * 16;
+        if (p->ending == LLM__ADD) a = v_add(LLM__SHARED(load_part)(y, width), a);
+        LLM__SHARED(store_part)(y, a, width, false);
+        if (n_cols < 2) continue;
+        if (p->ending == LLM__ADD) b = v_add(LLM__SHARED(load_part)(y + 16, width - 16), b);
+        LLM__SHARED(store_part)(y + 16, b, width - 16, false);
+    }
 }
 
-/* A block as the products take it: its pairs in turns of even and odd ones; then what ends a group. */
-LLM__INLINE void LLM__FN(widen)(const llm__kind KIND, const uint8_t *w, uint8_t *to) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND, false), quarter = bytes / 256 * 64;
+/* Up to n of the rows that wait for it. */
+LLM__INLINE void LLM__FN(end_some)(llm__ended *e, int n) {
+    if (n > e->n) n = e->n;
+    LLM__FN(end_rows)(e->panel, e->tile, e->n_cols, e->row, n, e->at);
+    e->at += n * 32;
+    e->row += n;
+    e->n -= n;
+}
+
+/* Rows from `row` on are complete, once they are in what is returned. */
+LLM__INLINE float *LLM__FN(begin_end)(const llm__tile_product *p, int row, int n) {
+    llm__ended *e = p->ended;
+    e->tile = p->tile;
+    e->n_cols = p->n_cols;
+    e->row = row;
+    e->n = e->panel->n_rows - row < n ? e->panel->n_rows - row : n;
+    e->at = e->sums;
+    return e->sums;
+}
+
+/* A block as the products take it: its pairs in turns of even and odd ones. */
+LLM__INLINE void LLM__FN(widen)(const uint8_t *w, uint8_t *to) {
     float *pairs = (float *)(void *)to;
     for (int i = 0; i < 8; i++, pairs += 32) {
         V even, odd;
-        LLM__FN(weights)(KIND, false, w + (size_t)(i / 2) * quarter, i % 2 * 2, &even, &odd);
+        LLM__FN(weights)(LLM__W_BF16, false, w + (size_t)(i / 2) * 256, i % 2 * 2, &even, &odd);
         v_store(pairs, even);
         v_store(pairs + 16, odd);
     }
-    if (bytes % 256) memcpy(pairs, w + bytes - 64, 64);
 }
 
 /* Asks for the share of what comes next that falls to rows [row, row + step) of the pass over n_rows. */
@@ -7315,44 +7405,29 @@ LLM__INLINE void LLM__FN(fetch_ahead)(const uint8_t *ahead, size_t bytes, int ro
         _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
 }
 
-/* The blocks of two tiles; one without a neighbour is taken twice. */
-LLM__INLINE void LLM__FN(widen_tiles)(const llm__kind KIND, const llm__tile_product *p, uint8_t *wide, size_t next) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND, true), right = p->n_cols > 1 ? p->b_next : 0;
-    for (int i = 0; i < p->n_blocks; i++, wide += bytes) {
-        LLM__FN(widen)(KIND, p->b[i], wide);
-        LLM__FN(widen)(KIND, p->b[i] + right, wide + next);
+/* Up to LLM__TILE_BLOCKS blocks; one without a neighbour is taken twice. */
+LLM__TARGET static void LLM__FN(some_pairs)(const llm__tile_product *p) {
+    uint8_t wide[2][LLM__TILE_BLOCKS * 1024] __attribute__((aligned(64)));
+    const size_t stride = (size_t)p->a_blocks * 16, next = p->n_cols > 1 ? p->b_next : 0, right = p->n_cols > 1 ? 16 : 0;
+    const int n_rows = p->n_rows * 16;
+    for (int i = 0; i < p->n_blocks; i++) {
+        LLM__FN(widen)(p->b[i], wide[0] + i * 1024);
+        LLM__FN(widen)(p->b[i] + next, wide[1] + i * 1024);
     }
-}
-
-/* p->a holds pairs; x_sums[n_rows][a_blocks] belong to groups. */
-LLM__INLINE void LLM__FN(wide_product)(const llm__kind KIND, const llm__tile_product *p, const float *x_sums,
-                                       int n_rows, const uint8_t *wide, size_t next) {
-    const size_t groups = (size_t)p->a_blocks, stride = groups * 16, right = p->n_cols > 1 ? 16 : 0;
     for (int row = 0; row < n_rows; row += 4) {
         const uint32_t *x = (const uint32_t *)(const void *)p->a + (size_t)row * stride;
-        const float *sums = x_sums ? x_sums + (size_t)row * groups : NULL;
-        float *c = p->c + (size_t)row * p->c_stride;
+        float *c = p->c + (size_t)row * p->c_stride, *to = p->ends ? p->ended->sums : c;
+        const size_t to_stride = p->ends ? 32 : p->c_stride;
         V total[8];
         LLM__UNROLL for (size_t i = 0; i < 8; i++) {
             total[i] = p->add ? v_load(c + i / 2 * p->c_stride + i % 2 * right) : v_splat(0);
         }
         if (p->ahead) LLM__FN(fetch_ahead)(p->ahead, p->ahead_bytes, row, 4, n_rows);
         if (p->ahead && p->ahead_next) LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, 4, n_rows);
-        LLM__FN(blocks)(4, 2, KIND, true, x, stride, sums, groups, wide, next, p->n_blocks, total);
-        LLM__UNROLL for (size_t i = 0; i < 8; i++) v_store(c + i / 2 * p->c_stride + i % 2 * right, total[i]);
+        LLM__FN(blocks)(4, 2, LLM__W_BF16, true, x, stride, NULL, 0, wide[0], sizeof *wide, p->n_blocks, total);
+        LLM__UNROLL for (size_t i = 0; i < 8; i++) v_store(to + i / 2 * to_stride + i % 2 * right, total[i]);
+        if (p->ends) LLM__FN(end_rows)(p->ended->panel, p->tile, p->n_cols, row, p->ended->panel->n_rows - row < 4 ? p->ended->panel->n_rows - row : 4, to);
     }
-}
-
-/* Widened, all kinds of weights are one of two: without or with groups. */
-LLM__TARGET static void LLM__FN(pairs_of)(llm__kind kind, const llm__tile_product *p, const float *x_sums, int n_rows) {
-    uint8_t wide[2][LLM__TILE_BLOCKS * 1088] __attribute__((aligned(64)));
-    if (kind == LLM__W_BF16) LLM__FN(widen_tiles)(LLM__W_BF16, p, wide[0], sizeof *wide);
-    else if (kind == LLM__W_INT8) LLM__FN(widen_tiles)(LLM__W_INT8, p, wide[0], sizeof *wide);
-    else if (kind == LLM__W_INT8_GROUPS) LLM__FN(widen_tiles)(LLM__W_INT8_GROUPS, p, wide[0], sizeof *wide);
-    else LLM__FN(widen_tiles)(LLM__W_INT4_GROUPS, p, wide[0], sizeof *wide);
-    if (kind == LLM__W_BF16 || kind == LLM__W_INT8)
-        LLM__FN(wide_product)(LLM__W_BF16, p, NULL, n_rows, wide[0], sizeof *wide);
-    else LLM__FN(wide_product)(LLM__W_INT8_GROUPS, p, x_sums, n_rows, wide[0], sizeof *wide);
 }
 
 /* Long heads have more blocks than are widened at once. */
@@ -7360,66 +7435,63 @@ LLM__TARGET static void LLM__FN(pair_product)(const llm__tile_product *p) {
     llm__tile_product part = *p;
     for (int left = p->n_blocks; left > 0; left -= LLM__TILE_BLOCKS, part.add = true) {
         part.n_blocks = left < LLM__TILE_BLOCKS ? left : (int)LLM__TILE_BLOCKS;
-        LLM__FN(pairs_of)(LLM__W_BF16, &part, NULL, p->n_rows * 16);
+        LLM__FN(some_pairs)(&part);
         part.a += LLM__TILE_BLOCKS * 64;
         part.b += LLM__TILE_BLOCKS;
     }
 }
 
 /* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
-LLM__INLINE llm__tile_product LLM__FN(panel_product)(llm__kind kind, const llm__panel *p, int tile, int first, int n,
-                                                     const uint8_t **b) {
-    const size_t bytes = LLM__FN(block_bytes)(kind, false);
+LLM__INLINE llm__tile_product LLM__FN(panel_product)(const llm__panel *p, int tile, int first, int n, const uint8_t **b) {
+    const size_t bytes = p->kind == LLM__W_INT4_GROUPS   ? 320
+                         : p->kind == LLM__W_INT8_GROUPS ? 576
+                         : p->kind == LLM__W_INT8        ? 512
+                                                         : 1024;
     const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes;
     llm__tile_product product;
-    product.a = p->a + (size_t)first * 64;
+    product.a = p->a + (size_t)first * p->line_step;
     product.n_rows = (p->n_rows + 15) / 16;
     product.a_blocks = p->k / 32;
     product.b = b;
-    product.b_next = p->tile_bytes;
+    product.b_next = p->kind == LLM__W_BF16 ? p->tile_bytes : LLM__TILE_BLOCKS * 1024;
     product.n_blocks = n;
     product.n_cols = p->n_tiles - tile < 2 ? 1 : 2;
     product.c = p->c + tile * 16;
     product.c_stride = (size_t)p->n_tiles * 16;
     product.add = first > 0;
+    product.ends = first + n == p->k / 32;
+    product.tile = tile;
     /* Next is the same part of the next two tiles, then the next part of the first two, then another panel. */
     if (tile + 2 < p->n_tiles) product.ahead = w + 2 * p->tile_bytes;
-    else if (first + n < p->k / 32) product.ahead = p->tiles + (size_t)(first + n) * bytes;
+    else if (!product.ends) product.ahead = p->tiles + (size_t)(first + n) * bytes;
     else product.ahead = p->ahead;
     product.ahead_bytes = (size_t)n * bytes;
     product.ahead_next = tile + 3 == p->n_tiles || p->n_tiles == 1 ? 0 : p->tile_bytes;
-    for (int i = 0; i < n; i++) b[i] = w + (size_t)i * bytes;
+    for (int i = 0; i < n; i++) b[i] = p->kind == LLM__W_BF16 ? w + i * 1024 : p->unpacked + i * 1024;
+    for (int i = 0; i < product.n_cols && p->kind != LLM__W_BF16; i++)
+        LLM__FN(unpack)(p->kind, w + (size_t)i * p->tile_bytes, n, p->unpacked + (size_t)i * product.b_next);
     return product;
 }
 
-/* Blocks of a part, of which there are as few as LLM__TILE_BLOCKS allow. */
-LLM__INLINE int LLM__FN(part_blocks)(int n_blocks) {
-    int parts = (n_blocks + LLM__TILE_BLOCKS - 1) / LLM__TILE_BLOCKS;
-    return (n_blocks + parts - 1) / parts;
-}
-
-/* Sums over int8 weights times their scales. */
-LLM__INLINE void LLM__FN(panel_scales)(const llm__panel *p) {
-    for (int tile = 0; tile < p->n_tiles; tile++) {
-        V scale = v_load((const float *)(const void *)(p->tiles + (size_t)(tile + 1) * p->tile_bytes - 64));
-        for (int row = 0; row < p->n_rows; row++) {
-            float *c = p->c + ((size_t)row * (size_t)p->n_tiles + (size_t)tile) * 16;
-            v_store(c, v_add(v_splat(0), v_mul(v_load(c), scale)));
-        }
-    }
-}
-
-LLM__TARGET static void LLM__FN(pair_panel)(llm__kind kind, const llm__panel *p) {
-    int n_blocks = p->k / 32, step = LLM__FN(part_blocks)(n_blocks);
+/* A few blocks of two tiles at a time, for all rows: as many as LLM__TILE_BLOCKS allow, in equal parts. */
+LLM__INLINE void LLM__FN(run_panel)(const llm__panel *p, void (*product_fn)(const llm__tile_product *p)) {
     const uint8_t *b[LLM__TILE_BLOCKS];
+    llm__ended ended;
+    int n_blocks = p->k / 32, n_parts = (n_blocks + LLM__TILE_BLOCKS - 1) / LLM__TILE_BLOCKS,
+        step = (n_blocks + n_parts - 1) / n_parts;
+    ended.panel = p;
+    ended.n = 0;
     for (int first = 0; first < n_blocks; first += step)
         for (int tile = 0; tile < p->n_tiles; tile += 2) {
-            int n = n_blocks - first < step ? n_blocks - first : step;
-            llm__tile_product product = LLM__FN(panel_product)(kind, p, tile, first, n, b);
-            LLM__FN(pairs_of)(kind, &product, p->x_sums + first, p->n_rows);
+            llm__tile_product product =
+                LLM__FN(panel_product)(p, tile, first, n_blocks - first < step ? n_blocks - first : step, b);
+            product.ended = &ended;
+            product_fn(&product);
         }
-    if (kind == LLM__W_INT8) LLM__FN(panel_scales)(p);
+    if (ended.n) LLM__FN(end_some)(&ended, ended.n);
 }
+
+LLM__TARGET static void LLM__FN(pair_panel)(const llm__panel *p) { LLM__FN(run_panel)(p, LLM__FN(pair_product)); }
 
 #endif
 
@@ -7445,11 +7517,14 @@ static void LLM__FN(tiles_enter)(void) {
 
 static void LLM__FN(tiles_leave)(void) { LLM__TILE_RELEASE(); }
 
-/* One square of 2 x 2 tiles of sums, or its part; which is a constant where this is inlined. */
-LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile_product *p, const uint8_t *a,
-                                 const uint8_t *ahead, size_t lines, float *c) {
+/* One square of 2 x 2 tiles of sums, or its part; which is a constant where this is inlined. Between the products, which
+   take 16 cycles each, there is time for the vector units: to fetch `lines` of what comes next, and to bring the square
+   before to its end. */
+LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile_product *p, int row,
+                                 const uint8_t *ahead, size_t lines) {
     const size_t c_bytes = p->c_stride * 4, a_next = (size_t)p->a_blocks * 1024;
-    float *low = c + 16 * p->c_stride;
+    const uint8_t *a = p->a + (size_t)row * a_next;
+    float *c = p->c + (size_t)row * 16 * p->c_stride, *low = c + 16 * p->c_stride;
     if (p->add) {
         LLM__TILE_LOAD(0, c, c_bytes);
         if (COLS > 1) LLM__TILE_LOAD(1, c + 16, c_bytes);
@@ -7461,6 +7536,7 @@ LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile
         if (ROWS > 1) LLM__TILE_ZERO(2);
         if (ROWS > 1 && COLS > 1) LLM__TILE_ZERO(3);
     }
+    const int due = p->ended ? (p->ended->n + p->n_blocks - 1) / p->n_blocks : 0;
     for (int i = 0; i < p->n_blocks; i++, a += 1024) {
         LLM__TILE_STREAM(4, a, 64);
         LLM__TILE_LOAD(6, p->b[i], 64);
@@ -7474,98 +7550,30 @@ LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile
             _mm_prefetch((const char *)ahead, _MM_HINT_T1);
             _mm_prefetch((const char *)ahead + p->ahead_next, _MM_HINT_T1);
         }
+        if (due) LLM__FN(end_some)(p->ended, due);
     }
-    LLM__TILE_STORE(0, c, c_bytes);
-    if (COLS > 1) LLM__TILE_STORE(1, c + 16, c_bytes);
-    if (ROWS > 1) LLM__TILE_STORE(2, low, c_bytes);
-    if (ROWS > 1 && COLS > 1) LLM__TILE_STORE(3, low + 16, c_bytes);
+    float *to = p->ends ? LLM__FN(begin_end)(p, row * 16, ROWS * 16) : c;
+    const size_t to_bytes = p->ends ? 128 : c_bytes;
+    low = to + to_bytes * 4;
+    LLM__TILE_STORE(0, to, to_bytes);
+    if (COLS > 1) LLM__TILE_STORE(1, to + 16, to_bytes);
+    if (ROWS > 1) LLM__TILE_STORE(2, low, to_bytes);
+    if (ROWS > 1 && COLS > 1) LLM__TILE_STORE(3, low + 16, to_bytes);
 }
 
 LLM__TARGET static void LLM__FN(tile_product)(const llm__tile_product *p) {
-    size_t steps = (size_t)((p->n_rows + 1) / 2) * (size_t)p->n_blocks, lines = p->ahead ? (p->ahead_bytes / 64 + steps - 1) / steps : 0;
-    for (int row = 0; row < p->n_rows; row += 2) {
-        const uint8_t *a = p->a + (size_t)row * (size_t)p->a_blocks * 1024, *ahead = p->ahead + (size_t)(row / 2) * p->n_blocks * lines * 64;
-        float *c = p->c + (size_t)row * 16 * p->c_stride;
-        if (p->n_cols == 1 && row + 1 == p->n_rows) LLM__FN(square)(1, 1, p, a, ahead, lines, c);
-        else if (p->n_cols == 1) LLM__FN(square)(2, 1, p, a, ahead, lines, c);
-        else if (row + 1 == p->n_rows) LLM__FN(square)(1, 2, p, a, ahead, lines, c);
-        else LLM__FN(square)(2, 2, p, a, ahead, lines, c);
+    const size_t n_steps = (size_t)((p->n_rows + 1) / 2) * (size_t)p->n_blocks,
+                 lines = p->ahead ? (p->ahead_bytes / 64 + n_steps - 1) / n_steps : 0;
+    const uint8_t *ahead = p->ahead;
+    for (int row = 0; row < p->n_rows; row += 2, ahead += (size_t)p->n_blocks * lines * 64) {
+        if (p->n_cols == 1 && row + 1 == p->n_rows) LLM__FN(square)(1, 1, p, row, ahead, lines);
+        else if (p->n_cols == 1) LLM__FN(square)(2, 1, p, row, ahead, lines);
+        else if (row + 1 == p->n_rows) LLM__FN(square)(1, 2, p, row, ahead, lines);
+        else LLM__FN(square)(2, 2, p, row, ahead, lines);
     }
 }
 
-/* Whole numbers as bf16, which holds them exactly, in the order of bf16 tiles. */
-LLM__INLINE void LLM__FN(unpack)(const llm__kind KIND, const uint8_t *w, size_t bytes, int n_blocks, uint8_t *to) {
-    const __m512i high = _mm512_set1_epi32(-65536);
-    for (; n_blocks; n_blocks--, w += bytes) {
-        for (size_t i = 0; i < 4; i++) {
-            const uint8_t *quarter = w + i * (bytes / 256 * 64);
-            LLM__UNROLL for (int j = 0; j < 8; j += 2, to += 64) {
-                __m512i even = _mm512_castps_si512(LLM__FN(weight)(KIND, quarter, j));
-                __m512i odd = _mm512_castps_si512(LLM__FN(weight)(KIND, quarter, j + 1));
-                _mm512_storeu_si512((void *)to,
-                                    _mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_and_si512(odd, high)));
-            }
-        }
-    }
-}
-
-/* Groups: the unit gives the sums over each block, the registers hold the totals of 16 rows and one tile. */
-LLM__INLINE void LLM__FN(panel_groups)(llm__kind kind, const llm__panel *p, int tile, int first, int n_blocks) {
-    const size_t bytes = LLM__FN(block_bytes)(kind, false), blocks = (size_t)p->k / 32,
-                 c_stride = (size_t)p->n_tiles * 16;
-    float block[2][256];
-    for (int row = 0; row < p->n_rows; row += 16) {
-        const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes;
-        const uint8_t *a = p->a + ((size_t)row / 16 * blocks + (size_t)first) * 1024;
-        const float *x_sums = p->x_sums + (size_t)row * blocks + first;
-        float *c = p->c + (size_t)row * c_stride + tile * 16;
-        V total[16];
-        LLM__UNROLL for (int r = 0; r < 16; r++) total[r] = first ? v_load(c + (size_t)r * c_stride) : v_splat(0);
-        for (int i = 0; i < n_blocks; i++, w += bytes) {
-            LLM__TILE_ZERO(0);
-            LLM__TILE_LOAD(4, a + i * 1024, 64);
-            LLM__TILE_LOAD(6, p->unpacked + i * 1024, 64);
-            LLM__TILE_DOT(0, 4, 6);
-            LLM__TILE_STORE(0, block[i % 2], 64);
-            V scale = v_half((const uint16_t *)(const void *)(w + bytes) - 32),
-              least = v_half((const uint16_t *)(const void *)(w + bytes) - 16);
-            LLM__UNROLL for (int r = 0; r < 16; r++) {
-                V sum = v_fma(scale, v_load(block[i % 2] + r * 16), total[r]);
-                total[r] = v_fma(least, v_splat(x_sums[(size_t)r * blocks + (size_t)i]), sum);
-            }
-        }
-        LLM__UNROLL for (int r = 0; r < 16; r++) v_store(c + (size_t)r * c_stride, total[r]);
-    }
-}
-
-/* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
-LLM__INLINE void LLM__FN(panel_pair)(llm__kind kind, const llm__panel *p, int tile, int first, int n) {
-    const uint8_t *b[LLM__TILE_BLOCKS];
-    const bool groups = kind == LLM__W_INT8_GROUPS || kind == LLM__W_INT4_GROUPS;
-    const size_t bytes = LLM__FN(block_bytes)(kind, false);
-    llm__tile_product product = LLM__FN(panel_product)(kind, p, tile, first, n, b);
-    product.a = p->a + (size_t)first * 1024;
-    for (int i = 0; i < product.n_cols && kind != LLM__W_BF16; i++) {
-        const uint8_t *w = b[0] + (size_t)i * p->tile_bytes;
-        uint8_t *to = p->unpacked + (groups ? 0 : i * LLM__TILE_BLOCKS * 1024);
-        if (kind == LLM__W_INT4_GROUPS) LLM__FN(unpack)(LLM__W_INT4_GROUPS, w, bytes, n, to);
-        else LLM__FN(unpack)(LLM__W_INT8, w, bytes, n, to);
-        if (groups) LLM__FN(panel_groups)(kind, p, tile + i, first, n);
-    }
-    if (kind == LLM__W_INT8) {
-        for (int i = 0; i < n; i++) b[i] = p->unpacked + i * 1024;
-        product.b_next = LLM__TILE_BLOCKS * 1024;
-    }
-    if (!groups) LLM__FN(tile_product)(&product);
-}
-
-LLM__TARGET static void LLM__FN(panel)(llm__kind kind, const llm__panel *p) {
-    int n_blocks = p->k / 32, step = LLM__FN(part_blocks)(n_blocks);
-    for (int first = 0; first < n_blocks; first += step)
-        for (int tile = 0; tile < p->n_tiles; tile += 2)
-            LLM__FN(panel_pair)(kind, p, tile, first, n_blocks - first < step ? n_blocks - first : step);
-    if (kind == LLM__W_INT8) LLM__FN(panel_scales)(p);
-}
+LLM__TARGET static void LLM__FN(tile_panel)(const llm__panel *p) { LLM__FN(run_panel)(p, LLM__FN(tile_product)); }
 
 LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
     float c[16];
@@ -7591,17 +7599,17 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 
 #if defined(LLM__USE_BF16)
 #define LLM__MULTIPLY_PAIRS LLM__FN(multiply)
-#define LLM__PACK LLM__FN(pack_scale), LLM__FN(pack_norm), LLM__FN(pack_swiglu), LLM__FN(pack_softmax), LLM__FN(line_sums)
+#define LLM__PACK LLM__FN(pack_scale), LLM__FN(pack_norm), LLM__FN(pack_softmax)
 #define LLM__MANY_ROWS 64, LLM__FN(pair_product), LLM__FN(pair_panel), LLM__PACK
 #else
 #define LLM__MULTIPLY_PAIRS NULL
-#define LLM__MANY_ROWS 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+#define LLM__MANY_ROWS 0, NULL, NULL, NULL, NULL, NULL
 #endif
 
 #define LLM__KERNEL_TABLE                                                                                              \
     {LLM__SHARED(product_f32),     LLM__FN(product_bf16),        LLM__FN(product_int8),                                \
      LLM__FN(product_int8_groups), LLM__FN(product_int4_groups), LLM__SHARED(product_f16)},                            \
-        LLM__SHARED(group_sums), LLM__SHARED(rms_norm), LLM__SHARED(swiglu), LLM__SHARED(softmax), LLM__SHARED(merge), \
+        LLM__SHARED(group_sums), LLM__FN(unpack), LLM__SHARED(rms_norm), LLM__SHARED(swiglu), LLM__SHARED(softmax), LLM__SHARED(merge), \
         LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope), LLM__SHARED(read),                \
         LLM__SHARED(multiply), LLM__MULTIPLY_PAIRS
 
@@ -7622,7 +7630,7 @@ static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 static const llm__kernels LLM__FN(amx_kernels) = {
     "amx",          LLM__KERNEL_TABLE, LLM__FN(tile_multiply), 1024,                 LLM__FN(tile_product),
-    LLM__FN(panel), LLM__PACK,         LLM__FN(tiles_enter),   LLM__FN(tiles_leave),
+    LLM__FN(tile_panel), LLM__PACK,         LLM__FN(tiles_enter),   LLM__FN(tiles_leave),
 };
 #endif
 
@@ -8511,6 +8519,7 @@ enum {
     LLM__SPLIT_ROWS = 8,  /* rows of a sequence whose attention may be split over the keys                       */
     LLM__PART_ROWS = 128, /* least rows that are a member's own in products                                      */
     LLM__ROWS_AHEAD = 12, /* so many rows before it is written one is asked for                                  */
+    LLM__SCORED_ROWS = 128,
     LLM__COLUMNS = 512    /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic)         */
 };
 
@@ -8548,8 +8557,8 @@ typedef struct llm__cpu_context {
     float *partials; /* [n_partials][partial_floats] of attention that is split, see llm__attend_split */
     size_t partial_floats;
     int n_partials;
-    /* For panels, else NULL: */
-    float *panels;  /* [n_threads][panel_floats] sums of up to LLM__PANEL_ROWS rows and 16 * LLM__PANEL_TILES outputs */
+    float *panels;  /* [n_threads][panel_floats] for llm__panel's c; NULL: there are no panels */
+    int panel_rows; /* so many rows go by them */
     uint8_t *tiles; /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
     size_t panel_floats, tile_bytes;
     float *logits;                            /* [n_logits][n_vocab] */
@@ -8567,102 +8576,100 @@ static uint8_t *llm__cache_block(const llm__cpu_context *c, int layer, int value
 }
 
 /* Do so many rows meet a matrix in panels? */
-static bool llm__in_panels(const llm__cpu_context *c, int rows) { return c->panels && rows >= LLM__TILE_ROWS; }
+static bool llm__in_panels(const llm__cpu_context *c, int rows) { return c->panels && rows >= c->panel_rows; }
 
-typedef enum llm__ending { LLM__STORE, LLM__ADD, LLM__SWIGLU } llm__ending;
+/* Are a matrix's weights rounded to bf16 for so many rows? */
+static bool llm__in_bf16(const llm__matrix *m, int rows) {
+    return llm__has_groups(m->kind) && rows > LLM__EXACT_ROWS;
+}
 
-/* What becomes of the sums of `row` over some tiles, the first of which is `tile`. With LLM__SWIGLU they are pairs of
-   gates and ups, and go to c->ffn. */
-static void llm__end_row(const llm__cpu_context *c, const llm__matrix *m, int row, int tile, int n_tiles, bool panels,
-                         const float *sums, llm__ending ending, float *y) {
+/* A few tiles against a few of all rows, the first of which is `row`: their sums, added to sums[rows][stride]. */
+static void llm__tile_sums(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
+                           const llm__rows *in, int row, int rows, int all_rows, float *sums, size_t stride) {
+    const llm__kernels *kernels = c->model->kernels;
+    int k = llm__round_up(m->k, 32);
+    const uint8_t *tiles = m->data + (size_t)tile * m->tile_bytes;
+    const float *x = in->x + (size_t)row * in->stride;
+    if (!llm__in_bf16(m, all_rows)) {
+        kernels->product[m->kind](x, in->stride, c->sums + (size_t)row * (size_t)(k / 32), rows, tiles, n_tiles, k, sums,
+                                  stride);
+        return;
+    }
+    uint8_t *unpacked = c->tiles + (size_t)index * c->tile_bytes;
+    for (int i = 0; i < n_tiles; i++) {
+        kernels->unpack(m->kind, tiles + (size_t)i * m->tile_bytes, k / 32, unpacked);
+        kernels->product[LLM__W_BF16](x, in->stride, NULL, rows, unpacked, 1, k, sums + 16 * i, stride);
+    }
+}
+
+/* What becomes of a row's sums over some tiles, the first of which is `tile`. With LLM__SWIGLU they are pairs of gates
+   and ups. */
+static void llm__end_row(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles, const float *sums,
+                         llm__ending ending, float *y) {
     const llm__kernels *kernels = c->model->kernels;
     int column = tile * 16, width = m->n - column < n_tiles * 16 ? m->n - column : n_tiles * 16;
-    const llm__rows *ffn = &c->ffn;
     if (ending == LLM__ADD) kernels->add(y + column, sums, width);
     else if (ending == LLM__STORE) memcpy(y + column, sums, (size_t)width * sizeof(float));
-    else if (panels)
-        kernels->pack_swiglu(sums, n_tiles * 8, llm__packed_row(kernels, ffn->packed, ffn->stride, (size_t)row), column / 2);
-    else kernels->swiglu(sums, n_tiles * 8, c->round, ffn->x + (size_t)row * ffn->stride + column / 2);
+    else kernels->swiglu(sums, n_tiles * 8, c->round, y + column / 2);
 }
 
-/* Asks for where llm__end_row will write. */
-static void llm__fetch_end(const float *y, int tile, int n_tiles, llm__ending ending) {
-    for (int i = 0; i < n_tiles * 16 && ending != LLM__SWIGLU; i += 16) __builtin_prefetch(y + tile * 16 + i, 1);
-}
-
-/* A few tiles against a few rows, the first of which is `row`. */
-static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, int first_tile, int n_tiles,
-                              const llm__rows *in, int row, int rows, llm__ending ending, float *y, size_t y_stride) {
+/* A few tiles against a few of all rows, the first of which is `row`. */
+static void llm__linear_piece(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
+                              const llm__rows *in, int row, int rows, int all_rows, llm__ending ending, float *y,
+                              size_t y_stride) {
     float sums[LLM__ROWS][16 * LLM__TILES];
-    int k = llm__round_up(m->k, 32);
     memset(sums, 0, (size_t)rows * sizeof *sums);
-    c->model->kernels->product[m->kind](in->x + (size_t)row * in->stride, in->stride,
-                                        c->sums + (size_t)row * (size_t)(k / 32), rows,
-                                        m->data + (size_t)first_tile * m->tile_bytes, n_tiles, k, sums[0],
-                                        16 * LLM__TILES);
+    llm__tile_sums(c, index, m, tile, n_tiles, in, row, rows, all_rows, sums[0], 16 * LLM__TILES);
     for (int r = 0; r < rows; r++)
-        llm__end_row(c, m, row + r, first_tile, n_tiles, false, sums[r], ending, y + (size_t)(row + r) * y_stride);
+        llm__end_row(c, m, tile, n_tiles, sums[r], ending, y + (size_t)(row + r) * y_stride);
 }
 
 /* Rows of a piece: 16 may be packed together. */
 static int llm__row_step(const llm__cpu_context *c, int rows) { return llm__in_panels(c, rows) ? 16 : 1; }
 
-/* For weights in groups, the sums of a row over 32. */
-static void llm__sum_groups(const llm__cpu_context *c, const llm__matrix *m, const llm__rows *in, int row,
-                            bool panels) {
-    size_t r = (size_t)row;
-    float *sums = c->sums + r * (in->stride / 32);
-    if (!llm__has_groups(m->kind)) return;
-    if (panels) c->model->kernels->line_sums(llm__packed_row(c->model->kernels, in->packed, in->stride, r), (int)in->stride, sums);
-    else c->model->kernels->group_sums(in->x + r * in->stride, (int)in->stride, sums);
-}
-
-/* What a product needs of its activations beside them; a phase, unless there is nothing to do. `packed`: for panels they
-   are packed already. */
+/* What a product needs of its activations beside them: the sums over 32 for weights in groups, or that they are packed
+   for panels; a phase, unless there is nothing to do. `packed`: for panels they are packed already. */
 static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const llm__rows *in,
                               int rows, bool packed) {
-    bool panels = llm__in_panels(c, rows);
+    const llm__kernels *kernels = c->model->kernels;
+    bool panels = llm__in_panels(c, rows), sums = llm__has_groups(m->kind) && !llm__in_bf16(m, rows);
     int step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step, k = (int)in->stride;
-    if (!llm__has_groups(m->kind) && (packed || !panels)) return;
+    if (!sums && (packed || !panels)) return;
     for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
         for (int r = piece * step; r < rows && r < (piece + 1) * step; r++) {
-            if (panels && !packed)
-                c->model->kernels->pack_scale(in->x + (size_t)r * in->stride, 1, k, k,
-                                              llm__packed_row(c->model->kernels, in->packed, in->stride, (size_t)r), 0);
-            llm__sum_groups(c, m, in, r, panels);
+            const float *x = in->x + (size_t)r * in->stride;
+            if (sums) kernels->group_sums(x, k, c->sums + (size_t)r * (size_t)(k / 32));
+            else kernels->pack_scale(x, 1, k, k, llm__packed_row(kernels, in->packed, in->stride, (size_t)r), 0);
         }
     llm__finish(w);
 }
 
-/* A panel's tiles against some packed rows; `ahead` is the tile wanted after these, or none. */
-static void llm__panel_sums(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
-                            int ahead, const llm__rows *in, int first, int rows, float *sums) {
-    llm__panel p;
-    p.k = llm__round_up(m->k, 32);
-    p.a = in->packed + (size_t)first * in->stride * 2;
-    p.x_sums = c->sums + (size_t)first * (size_t)(p.k / 32);
-    p.n_rows = rows;
-    p.tiles = m->data + (size_t)tile * m->tile_bytes;
-    p.ahead = ahead * 16 < m->n ? m->data + (size_t)ahead * m->tile_bytes : NULL;
-    p.tile_bytes = m->tile_bytes;
-    p.n_tiles = n_tiles;
-    p.c = sums;
-    p.unpacked = c->tiles + (size_t)index * c->tile_bytes;
-    c->model->kernels->panel(m->kind, &p);
-}
-
-/* A panel's tiles against the rows from `row` to `end`. */
+/* A panel's tiles against the rows from `row` to `end`, the first of which belongs to the first of y. */
 static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
                               const llm__rows *in, int row, int end, llm__ending ending, float *y, size_t y_stride) {
-    float *sums = c->panels + (size_t)index * c->panel_floats;
+    const llm__rows *ffn = &c->ffn;
+    llm__panel p;
+    int next = tile + n_tiles;
+    p.line_step = c->model->kernels->line_step;
+    p.k = llm__round_up(m->k, 32);
+    p.kind = m->kind;
+    p.tiles = m->data + (size_t)tile * m->tile_bytes;
+    p.ahead = next * 16 < m->n ? m->data + (size_t)next * m->tile_bytes : NULL;
+    p.tile_bytes = m->tile_bytes;
+    p.n_tiles = n_tiles;
+    p.ending = ending;
+    p.y_stride = y_stride;
+    p.width = m->n - tile * 16;
+    p.packed_k = ffn->stride;
+    p.column = tile * 8;
+    p.c = c->panels + (size_t)index * c->panel_floats;
+    p.unpacked = c->tiles + (size_t)index * c->tile_bytes;
     for (int first = row; first < end; first += LLM__PANEL_ROWS) {
-        int some = end - first < LLM__PANEL_ROWS ? end - first : (int)LLM__PANEL_ROWS;
-        llm__panel_sums(c, index, m, tile, n_tiles, tile + n_tiles, in, first, some, sums);
-        for (int r = 0; r < some; r++) {
-            float *to = y + (size_t)(first + r) * y_stride;
-            if (r + LLM__ROWS_AHEAD < some) llm__fetch_end(to + LLM__ROWS_AHEAD * y_stride, tile, n_tiles, ending);
-            llm__end_row(c, m, first + r, tile, n_tiles, true, sums + (size_t)r * (size_t)n_tiles * 16, ending, to);
-        }
+        p.n_rows = end - first < LLM__PANEL_ROWS ? end - first : (int)LLM__PANEL_ROWS;
+        p.a = in->packed + (size_t)first * in->stride * 2;
+        p.y = y + (size_t)(first - row) * y_stride + tile * 16;
+        p.packed = ffn->packed + (size_t)first * ffn->stride * 2;
+        c->model->kernels->panel(&p);
     }
 }
 
@@ -8685,7 +8692,8 @@ static int llm__piece_tiles(const llm__cpu_context *c, int n_tiles, int n_parts,
     return n < 2 ? 2 : n > LLM__PANEL_TILES ? (int)LLM__PANEL_TILES : n;
 }
 
-/* y = W x, y += W x, or c->ffn = silu(gate) * up, for all rows, which are prepared; a phase. */
+/* y = W x, y += W x, or y = silu(gate) * up, which with panels goes to c->ffn packed; for all rows, which are prepared; a
+   phase. */
 static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const llm__rows *in, int rows,
                         llm__ending ending, float *y, size_t y_stride) {
     bool panels = llm__in_panels(c, rows);
@@ -8694,14 +8702,14 @@ static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__ma
     for (int piece; (piece = llm__take(w, n_parts * n_columns)) >= 0;) {
         int first = piece % n_columns * step, n = n_tiles - first < step ? n_tiles - first : step;
         if (panels) {
-            int part = piece / n_columns;
-            llm__linear_panel(c, w->index, m, first, n, in, llm__part_row(rows, part, n_parts),
-                              llm__part_row(rows, part + 1, n_parts), ending, y, y_stride);
+            int part = piece / n_columns, row = llm__part_row(rows, part, n_parts);
+            llm__linear_panel(c, w->index, m, first, n, in, row, llm__part_row(rows, part + 1, n_parts), ending,
+                              y + (size_t)row * y_stride, y_stride);
             continue;
         }
         for (int r = 0; r < rows; r += LLM__ROWS) {
             int some = rows - r < LLM__ROWS ? rows - r : (int)LLM__ROWS;
-            llm__linear_piece(c, m, first, n, in, r, some, ending, y, y_stride);
+            llm__linear_piece(c, w->index, m, first, n, in, r, some, rows, ending, y, y_stride);
         }
     }
     llm__finish(w);
@@ -8714,7 +8722,8 @@ static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const floa
     const llm_shape *s = &c->model->shape;
     const llm__kernels *kernels = c->model->kernels;
     const llm__rows *out = &c->normed;
-    bool panels = llm__in_panels(c, rows), both = m == &c->model->head;
+    bool panels = llm__in_panels(c, rows), both = m == &c->model->head,
+         sums = llm__has_groups(m->kind) && !llm__in_bf16(m, rows);
     int step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step;
     for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
         for (int r = piece * step; r < rows && r < (piece + 1) * step; r++) {
@@ -8724,7 +8733,9 @@ static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const floa
                                    llm__packed_row(kernels, out->packed, out->stride, (size_t)r));
             if (!panels || both)
                 kernels->rms_norm(x, weight, s->n_embd, s->rms_eps, c->round, out->x + (size_t)r * out->stride);
-            llm__sum_groups(c, m, out, r, panels);
+            if (sums)
+                kernels->group_sums(out->x + (size_t)r * out->stride, (int)out->stride,
+                                    c->sums + (size_t)r * (out->stride / 32));
         }
     llm__finish(w);
 }
@@ -8895,7 +8906,7 @@ static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_wor
             int n_parts = c->head_stride / 32;
             for (int j = 0; j < n_parts; j++) parts[j] = keys + j * 1024;
             llm__tile_product p = {a->packed, a->padded / 16, n_parts, parts, tile, n_parts, 2,
-                                   scores,    LLM__CHUNK,     false,   NULL,  0,    0};
+                                   scores,    LLM__CHUNK,     false,   NULL,  0,    0, NULL, false, 0};
             kernels->tile_product(&p);
             continue;
         }
@@ -8913,7 +8924,7 @@ static void llm__attend_values(const llm__cpu_context *c, const llm__attention_w
             const uint8_t *values[LLM__CHUNK / LLM_BLOCK];
             for (int i = 0; i < n; i++)
                 values[i] = llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile;
-            llm__tile_product p = {weights, a->padded / 16, n, values, tile, n, 2, part + d, stride, false, NULL, 0, 0};
+            llm__tile_product p = {weights, a->padded / 16, n, values, tile, n, 2, part + d, stride, false, NULL, 0, 0, NULL, false, 0};
             kernels->tile_product(&p);
         }
         return;
@@ -9148,21 +9159,21 @@ static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer)
 
 /* The head fused with log-softmax: a few rows against LLM__COLUMNS tokens of the vocabulary. Their logits are in the near
    cache only; maximum and sum are what stays of them. */
-static void llm__score_columns(const llm__cpu_context *c, int index, bool panels, int part, int first_row, int rows) {
+static void llm__score_columns(const llm__cpu_context *c, int index, int part, int first_row, int rows, int all_rows) {
     const llm__matrix *m = &c->model->head;
     const llm__kernels *kernels = c->model->kernels;
     int first = part * LLM__COLUMNS, n = m->n - first < LLM__COLUMNS ? m->n - first : (int)LLM__COLUMNS;
     int n_tiles = llm__round_up(n, 16) / 16, n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
-    size_t k = (size_t)llm__round_up(m->k, 32), row = (size_t)first_row, stride = (size_t)n_tiles * 16;
-    float *logits =
-        panels ? c->panels + (size_t)index * c->panel_floats : c->scratch + (size_t)index * c->scratch_floats;
-    if (panels) {
-        llm__panel_sums(c, index, m, first / 16, n_tiles, m->n, &c->normed, first_row, rows, logits);
+    size_t row = (size_t)first_row, stride = (size_t)n_tiles * 16;
+    float *logits = c->scratch + (size_t)index * c->scratch_floats;
+    if (llm__in_panels(c, all_rows)) {
+        const llm__matrix columns = llm__matrix_part(m, first / 16, first / 16 + n_tiles);
+        for (int tile = 0; tile < n_tiles; tile += LLM__PANEL_TILES)
+            llm__linear_panel(c, index, &columns, tile, n_tiles - tile < LLM__PANEL_TILES ? n_tiles - tile : (int)LLM__PANEL_TILES,
+                              &c->normed, first_row, first_row + rows, LLM__STORE, logits, stride);
     } else {
-        const uint8_t *tiles = m->data + (size_t)(first / 16) * m->tile_bytes;
         memset(logits, 0, (size_t)rows * stride * sizeof(float));
-        kernels->product[m->kind](c->normed.x + row * c->x_stride, c->x_stride, c->sums + row * (k / 32), rows, tiles,
-                                  n_tiles, (int)k, logits, stride);
+        llm__tile_sums(c, index, m, first / 16, n_tiles, &c->normed, first_row, rows, all_rows, logits, stride);
     }
     for (int r = 0; r < rows; r++) {
         size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)part;
@@ -9171,16 +9182,14 @@ static void llm__score_columns(const llm__cpu_context *c, int index, bool panels
 }
 
 /* log p = logit - max - log(sum over all tokens of exp(logit - max)); the one logit is computed once more. */
-static float llm__log_prob(const llm__cpu_context *c, int row, llm_token token) {
+static float llm__log_prob(const llm__cpu_context *c, int index, int row, int all_rows, llm_token token) {
     const llm__matrix *m = &c->model->head;
-    int k = llm__round_up(m->k, 32), n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
     const float *maxima = c->column_max + (size_t)row * (size_t)n_parts;
     const float *sums = c->column_sum + (size_t)row * (size_t)n_parts;
     float logits[16] = {0}, max = maxima[0];
     double sum = 0;
-    c->model->kernels->product[m->kind](c->normed.x + (size_t)row * c->x_stride, c->x_stride,
-                                        c->sums + (size_t)row * (size_t)(k / 32), 1,
-                                        m->data + (size_t)(token / 16) * m->tile_bytes, 1, k, logits, 16);
+    llm__tile_sums(c, index, m, token / 16, 1, &c->normed, row, 1, all_rows, logits, 16);
     for (int i = 1; i < n_parts; i++) max = maxima[i] > max ? maxima[i] : max;
     for (int i = 0; i < n_parts; i++) sum += sums[i] * llm__exp2(((double)maxima[i] - max) * 1.4426950408889634);
     return (float)((double)logits[token % 16] - max - llm__log2(sum) * 0.69314718055994531);
@@ -9190,15 +9199,12 @@ static void llm__score_rows(llm__worker *w, const llm__cpu_context *c, int rows)
     const llm__matrix *m = &c->model->head;
     const llm_pass *pass = c->pass;
     int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
-    int panel_rows = (int)(c->panel_floats / LLM__COLUMNS) / 16 * 16; /* whose logits there is room for */
-    bool panels = panel_rows && rows >= LLM__TILE_ROWS;
-    int step = panels ? panel_rows : (int)LLM__ROWS;
     for (int part; (part = llm__take(w, n_parts)) >= 0;)
-        for (int r = 0; r < rows; r += step)
-            llm__score_columns(c, w->index, panels, part, r, rows - r < step ? rows - r : step);
+        for (int r = 0; r < rows; r += LLM__SCORED_ROWS)
+            llm__score_columns(c, w->index, part, r, rows - r < LLM__SCORED_ROWS ? rows - r : (int)LLM__SCORED_ROWS, rows);
     llm__finish(w);
     for (int i; (i = llm__take(w, pass->n_targets)) >= 0;)
-        pass->log_probs[i] = llm__log_prob(c, pass->target_rows[i], pass->targets[i]);
+        pass->log_probs[i] = llm__log_prob(c, w->index, pass->target_rows[i], rows, pass->targets[i]);
     llm__finish(w);
 }
 
@@ -9234,7 +9240,7 @@ static void llm__forward_task(void *arg, int index) {
         llm__prepare_rows(w, c, &layer->attention_out, &c->attention, n, llm__packs_heads(c));
         llm__linear(w, c, &layer->attention_out, &c->attention, n, LLM__ADD, c->x, c->x_stride);
         llm__norm_rows(w, c, layer->ffn_norm, &layer->gate_up, n);
-        llm__linear(w, c, &layer->gate_up, &c->normed, n, LLM__SWIGLU, NULL, 0);
+        llm__linear(w, c, &layer->gate_up, &c->normed, n, LLM__SWIGLU, c->ffn.x, c->ffn.stride);
         llm__prepare_rows(w, c, &layer->down, &c->ffn, n, true);
         llm__linear(w, c, &layer->down, &c->ffn, n, LLM__ADD, c->x, c->x_stride);
     }
@@ -9341,7 +9347,7 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
     z.most_groups = (z.ffn_stride > z.attention_stride ? z.ffn_stride : z.attention_stride) / 32;
     if (z.x_stride / 32 > z.most_groups) z.most_groups = z.x_stride / 32;
     z.scratch_floats = rows * (3 * (size_t)z.head_stride + LLM__CHUNK + 4);
-    if (z.scratch_floats < LLM__ROWS * LLM__COLUMNS) z.scratch_floats = LLM__ROWS * LLM__COLUMNS;
+    if (z.scratch_floats < LLM__SCORED_ROWS * LLM__COLUMNS) z.scratch_floats = LLM__SCORED_ROWS * LLM__COLUMNS;
     z.n_parts = (size_t)(s->n_vocab + LLM__COLUMNS - 1) / LLM__COLUMNS;
     /* Splitting pays up to 4 pieces a thread (see llm__count_chunks), and is for one sequence at its full length. */
     int few = LLM__SPLIT_ROWS * group < LLM__QUERY_ROWS ? LLM__SPLIT_ROWS * group : most;
@@ -9350,6 +9356,7 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
     z.panel_floats = (n_batch < LLM__PANEL_ROWS ? n_batch : (size_t)LLM__PANEL_ROWS) * LLM__PANEL_TILES * 16;
     z.tile_bytes = rows * ((size_t)z.head_stride + LLM__CHUNK) * 2;
     if (z.tile_bytes < 2 * LLM__TILE_BLOCKS * 1024) z.tile_bytes = 2 * LLM__TILE_BLOCKS * 1024;
+    if (z.tile_bytes < z.most_groups * 1024) z.tile_bytes = z.most_groups * 1024; /* a tile, see llm__tile_sums */
     return z;
 }
 
@@ -9359,10 +9366,10 @@ static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_des
     uint64_t row = z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + z.ffn_stride +
                    (uint64_t)s->rope_dim + 2 * z.n_parts + 5;
     uint64_t packed = 2 * (uint64_t)llm__round_up(d->n_batch, 16) * (z.x_stride + z.attention_stride + z.ffn_stride),
-             tiles = packed + (uint64_t)d->n_threads * (z.panel_floats * 4 + z.tile_bytes);
+             for_panels = packed + (uint64_t)d->n_threads * z.panel_floats * 4;
     return 4 * ((uint64_t)d->n_batch * row + (uint64_t)d->n_logits * (uint64_t)s->n_vocab +
                 (uint64_t)d->n_threads * z.scratch_floats + (uint64_t)z.n_partials * z.partial_floats) +
-           (panels ? tiles : 0);
+           (uint64_t)d->n_threads * z.tile_bytes + (panels ? for_panels : 0);
 }
 
 /* Rows of activations, of which the first n_floats are there as floats, too. */
@@ -9406,7 +9413,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     bool panels = args->model->kernels->panel && c->round;
     c->normed = llm__rows_create(env, n_batch, n_batch, z.x_stride, panels);
     c->attention = llm__rows_create(env, n_batch, n_batch, z.attention_stride, panels);
-    c->ffn = llm__rows_create(env, n_batch, panels ? LLM__TILE_ROWS : n_batch, z.ffn_stride, panels);
+    c->ffn = llm__rows_create(env, n_batch, panels ? LLM__EXACT_ROWS : n_batch, z.ffn_stride, panels);
     c->sums = (float *)llm__alloc_zero(env, (n_batch + 15) / 16 * 16 * z.most_groups, sizeof(float));
     c->cosines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->sines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
@@ -9417,9 +9424,10 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     if (panels) {
         c->panels = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.panel_floats, sizeof(float));
         c->panel_floats = z.panel_floats;
-        c->tiles = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_threads * z.tile_bytes, 1);
-        c->tile_bytes = z.tile_bytes;
+        c->panel_rows = args->model->dtype == LLM_DTYPE_INT4 ? LLM__EXACT_ROWS + 1 : LLM__TILE_ROWS;
     }
+    c->tiles = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_threads * z.tile_bytes, 1);
+    c->tile_bytes = z.tile_bytes;
     c->logits = (float *)llm__alloc(env, (size_t)c->desc.n_logits * (size_t)s->n_vocab, sizeof(float));
     c->column_max = (float *)llm__alloc(env, n_batch * z.n_parts, sizeof(float));
     c->column_sum = (float *)llm__alloc(env, n_batch * z.n_parts, sizeof(float));

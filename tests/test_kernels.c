@@ -149,13 +149,6 @@ static void check_packs(const llm__kernels *k) {
     k->pack_norm(x, w, n, 1e-5f, row);
     unpack_row(row, padded, b);
     check_same("pack_norm", a, b, (size_t)padded * 4);
-    scalar->group_sums(a, padded, x);
-    k->line_sums(row, padded, x + 16);
-    check_same("line_sums", x, x + 16, (size_t)(padded / 32) * 4);
-    scalar->swiglu(w, whole, true, a);
-    k->pack_swiglu(w, whole, row, column);
-    unpack_row(row, column + whole, b);
-    check_same("pack_swiglu", a, b + column, (size_t)whole * 4);
     random_floats(x, 512);
     memcpy(a, x, sizeof a);
     padded += 32 * (int)random_int(3);
@@ -166,27 +159,50 @@ static void check_packs(const llm__kernels *k) {
     assert_true(max[0] == max[1] && sum[0] == sum[1]);
 }
 
-/* A panel of the matrix unit against the scalar products of its tiles, up to a hundred rows. */
+/* A panel against the scalar products of its tiles, up to a hundred rows, and what becomes of their sums. */
 static void check_panel(const llm__kernels *k, llm__kind kind) {
-    enum { MOST_ROWS = 112, MOST_TILES = 5, MOST_K = 1216 };
-    static float px[MOST_ROWS * MOST_K], psums[MOST_ROWS * MOST_K / 32], sum[MOST_ROWS * MOST_TILES * 16], expected[MOST_ROWS * 16];
-    static uint8_t tiles[MOST_TILES * MOST_K * 64], packed[MOST_ROWS * MOST_K * 2], unpacked[2 * LLM__TILE_BLOCKS * 1024];
+    enum { MOST_ROWS = 112, MOST_TILES = 6, MOST_K = 1216, STRIDE = MOST_TILES * 16 + 5 };
+    static float px[MOST_ROWS * MOST_K], scratch[MOST_ROWS * MOST_TILES * 16], y[MOST_ROWS * STRIDE], expected[MOST_ROWS * STRIDE], sums[MOST_ROWS * MOST_TILES * 16];
+    static uint8_t tiles[MOST_TILES * MOST_K * 64], packed[MOST_ROWS * MOST_K * 2], results[MOST_ROWS * 256], unpacked[2 * LLM__TILE_BLOCKS * 1024],
+        wide[MOST_K * 32], one[MOST_K * 32];
+    llm__ending ending = (llm__ending)random_int(3);
     int rows = 1 + (int)random_int(100), n_tiles = 1 + (int)random_int(MOST_TILES), n = 32 * (1 + (int)random_int(random_int(8) ? 6 : MOST_K / 32));
+    if (ending == LLM__SWIGLU) n_tiles += n_tiles % 2;
+    int width = n_tiles * 16 - (int)random_int(16), column = ending == LLM__SWIGLU ? 16 * (int)random_int(3) : 0;
     size_t bytes = llm__tile_bytes(kind, n);
     for (int i = 0; i < rows * n; i++) px[i] = llm__bf16_to_f32(llm__f32_to_bf16(random_float()));
-    for (int i = 0; i < rows; i++) k->group_sums(px + i * n, n, psums + i * (n / 32));
     for (int i = 0; i < n_tiles; i++) {
         random_tile(kind, n);
         memcpy(tiles + (size_t)i * bytes, tile, bytes);
     }
+    random_floats(y, rows * STRIDE);
+    memcpy(expected, y, sizeof y);
     pack_rows(k, px, rows, n, packed);
-    llm__panel panel = {packed, psums, rows, n, tiles, random_int(2) ? tiles : NULL, bytes, n_tiles, sum, unpacked};
-    k->panel(kind, &panel);
+    llm__panel panel = {packed, k->line_step, rows, n, kind, tiles, random_int(2) ? tiles : NULL, bytes, n_tiles, ending,
+                        y, STRIDE, width, results, 128, column, scratch, unpacked};
+    k->panel(&panel);
+    memset(sums, 0, sizeof sums);
     for (int i = 0; i < n_tiles; i++) {
-        memset(expected, 0, sizeof expected);
-        scalar->product[kind](px, (size_t)n, psums, rows, tiles + (size_t)i * bytes, 1, n, expected, 16);
-        for (int r = 0; r < rows; r++) check_same("panel", sum + (r * n_tiles + i) * 16, expected + r * 16, 64);
+        const uint8_t *from = tiles + (size_t)i * bytes;
+        if (llm__has_groups(kind)) {
+            scalar->unpack(kind, from, n / 32, wide);
+            k->unpack(kind, from, n / 32, one);
+            check_same("unpack", wide, one, (size_t)n * 32);
+        }
+        scalar->product[llm__has_groups(kind) ? LLM__W_BF16 : kind](px, (size_t)n, NULL, rows, llm__has_groups(kind) ? wide : from, 1, n,
+                                                                  sums + 16 * i, (size_t)n_tiles * 16);
     }
+    for (int r = 0; r < rows; r++) {
+        float *to = expected + r * STRIDE, got[128];
+        const float *from = sums + r * n_tiles * 16;
+        if (ending == LLM__STORE) memcpy(to, from, (size_t)width * 4);
+        if (ending == LLM__ADD) scalar->add(to, from, width);
+        if (ending != LLM__SWIGLU) continue;
+        scalar->swiglu(from, n_tiles * 8, true, a);
+        unpack_row(llm__packed_row(k, results, 128, (size_t)r), column + n_tiles * 8, got);
+        check_same("panel with swiglu", a, got + column, (size_t)n_tiles * 32);
+    }
+    check_same("panel", y, expected, (size_t)rows * STRIDE * 4);
 }
 
 /* One pair of tiles whose blocks lie apart, as those of a cache do. */
@@ -204,7 +220,7 @@ static void check_tile_product(const llm__kernels *k) {
     memcpy(b, a, sizeof a);
     pack_rows(k, x, rows, n, packed);
     bool add = random_int(2);
-    llm__tile_product p = {packed, (rows + 15) / 16, n / 32, blocks, next, n / 32, cols, a, (size_t)stride, add, NULL, 0, 0};
+    llm__tile_product p = {packed, (rows + 15) / 16, n / 32, blocks, next, n / 32, cols, a, (size_t)stride, add, NULL, 0, 0, NULL, false, 0};
     k->tile_product(&p);
     for (int i = 0; i < rows * stride && !add; i++)
         if (i % stride < cols * 16) b[i] = 0;
