@@ -6315,8 +6315,10 @@ typedef struct llm__kernels {
     void (*swiglu)(const float *gate_up, int n, bool round, float *y);
     /* Turns n scores into exp(scale * s - max), zeros up to `padded`; gives their maximum (of scale * s) and sum. */
     void (*softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum);
-    /* Adds a partial attention result to a running one: (max, sum, out[n]) is what is known so far. */
-    void (*merge)(float *max, float *sum, float *out, float part_max, float part_sum, const float *part, int n);
+    /* Adds partial attention results to running ones: (max, sum, out[n]) is what is known so far, for each of the rows,
+       whose out, and part, are n apart. */
+    void (*merge)(int rows, float *max, float *sum, float *out, const float *part_max, const float *part_sum,
+                  const float *part, int n);
     /* y = x * factor, rounded to bf16 if `round`. */
     void (*scale)(const float *x, float factor, int n, bool round, float *y);
     void (*add)(float *y, const float *x, int n);   /* y += x */
@@ -6569,6 +6571,7 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
 #define v_dot LLM__FN(v_dot)
 #define v_input LLM__FN(v_input)
 #define v_exp LLM__FN(v_exp)
+#define v_exp_low LLM__FN(v_exp_low)
 #define v_sum LLM__FN(v_sum)
 #define v_hmax LLM__FN(v_hmax)
 
@@ -6794,10 +6797,11 @@ LLM__INLINE V v_pow2(V s) { LLM__LANES(llm__bits_f32((llm__f32_bits(s.f[i]) + 12
 #define LLM__LONG static __attribute__((noinline))
 #endif
 
-/* exp(x) for x clamped to [-87, 88], relative error below 2e-7: 2^n times a Taylor polynomial on |r| <= log(2) / 2. */
-LLM__LONG V v_exp(V x) {
+/* exp(x) for x up to 88, but at least that of -87, relative error below 2e-7: 2^n times a Taylor polynomial on
+   |r| <= log(2) / 2. */
+LLM__LONG V v_exp_low(V x) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
-    x = v_max(v_min(x, v_splat(88.0f)), v_splat(-87.0f));
+    x = v_max(x, v_splat(-87.0f));
     V n = v_fma(x, v_splat(1.44269504f), v_splat(shift));
     V whole = v_sub(n, v_splat(shift));
     V r = v_fma(whole, v_splat(-0.693145752f), x); /* log(2) in two parts, the first with few bits */
@@ -6812,6 +6816,9 @@ LLM__LONG V v_exp(V x) {
     p = v_fma(p, r, v_splat(1.0f));
     return v_mul(p, v_pow2(n));
 }
+
+/* The same for any x; what is above 88 is taken as that. */
+LLM__INLINE V v_exp(V x) { return v_exp_low(v_min(x, v_splat(88.0f))); }
 
 #if defined(LLM__USE_AVX512)
 
@@ -7222,18 +7229,24 @@ LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scal
     *sum = v_sum(total);
 }
 
-LLM__TARGET static void LLM__FN(merge)(float *max, float *sum, float *out, float part_max, float part_sum,
-                                       const float *part, int n) {
-    float sums[16], most = *max > part_max ? *max : part_max;
-    V old_factor = v_exp(v_sub(v_splat(*max), v_splat(most)));
-    V new_factor = v_exp(v_sub(v_splat(part_max), v_splat(most)));
-    for (int i = 0; i < n; i += 16) {
-        V o = LLM__FN(load_part)(out + i, n - i), p = LLM__FN(load_part)(part + i, n - i);
-        LLM__FN(store_part)(out + i, v_fma(o, old_factor, v_mul(p, new_factor)), n - i, false);
+LLM__TARGET static void LLM__FN(merge)(int rows, float *max, float *sum, float *out, const float *part_max,
+                                       const float *part_sum, const float *part, int n) {
+    for (int first = 0; first < rows; first += 16) {
+        float old_factors[16], new_factors[16];
+        int left = rows - first;
+        V old_max = LLM__FN(load_part)(max + first, left), new_max = LLM__FN(load_part)(part_max + first, left);
+        V most = v_max(old_max, new_max), old_factor = v_exp(v_sub(old_max, most)), new_factor = v_exp(v_sub(new_max, most));
+        V new_sum = v_mul(LLM__FN(load_part)(part_sum + first, left), new_factor);
+        LLM__FN(store_part)(sum + first, v_fma(LLM__FN(load_part)(sum + first, left), old_factor, new_sum), left, false);
+        LLM__FN(store_part)(max + first, most, left, false);
+        v_store(old_factors, old_factor);
+        v_store(new_factors, new_factor);
+        for (int r = 0; r < left && r < 16; r++, out += n, part += n)
+            for (int i = 0; i < n; i += 16) {
+                V p = v_mul(LLM__FN(load_part)(part + i, n - i), v_splat(new_factors[r]));
+                LLM__FN(store_part)(out + i, v_fma(LLM__FN(load_part)(out + i, n - i), v_splat(old_factors[r]), p), n - i, false);
+            }
     }
-    v_store(sums, v_fma(v_splat(*sum), old_factor, v_mul(v_splat(part_sum), new_factor)));
-    *sum = sums[0];
-    *max = most;
 }
 
 LLM__TARGET static void LLM__FN(scale)(const float *x, float factor, int n, bool round, float *y) {
@@ -7297,13 +7310,15 @@ LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
    weights, of which there is one a cycle: so 4 rows meet 2 tiles, 6 loads for 8 products. Two tiles' weights are widened
    once for all rows, in parts that stay near (36 KB), and the next two's are fetched meanwhile. */
 
-/* Values i .. i + 15 of a row. Lines as rows of the matrix unit have values in their order; lines of pairs, which are not
+/* Values i .. i + 15 of a row; returns them as rounded. Lines as rows of the matrix unit have values in their order; lines of pairs, which are not
    apart, as pair_row leaves them. */
-LLM__INLINE void LLM__FN(store_half)(llm__lines row, int i, V a) {
+LLM__INLINE V LLM__FN(store_half)(llm__lines row, int i, V a) {
     const __m256i pairs = _mm256_set_epi16(13, 15, 12, 14, 9, 11, 8, 10, 5, 7, 4, 6, 1, 3, 0, 2);
     __m256i half = (__m256i)_mm512_cvtneps_pbh(a);
+    a = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     if (row.step == 64) half = _mm256_permutexvar_epi16(pairs, half);
     _mm256_storeu_si256((__m256i *)(void *)(row.at + (size_t)i / 32 * row.step + (size_t)i % 32 * 2), half);
+    return a;
 }
 
 LLM__TARGET static void LLM__FN(pack_scale)(const float *x, float factor, int n, int n_padded, llm__lines row,
@@ -7330,11 +7345,11 @@ LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded,
     for (; i < whole; i += 16) most = v_max(most, v_mul(v_load(s + i), factor));
     if (rest) most = _mm512_mask_max_ps(most, rest, most, v_mul(v_load(s + i), factor));
     *max = v_hmax(most);
+    const V top = v_splat(*max);
     for (i = 0; i < n; i += 16) {
-        V p = v_exp(v_sub(v_mul(v_load(s + i), factor), v_splat(*max)));
+        V p = v_exp_low(v_sub(v_mul(v_load(s + i), factor), top));
         if (i == whole) p = _mm512_maskz_mov_ps(rest, p);
-        LLM__FN(store_half)(row, i, p);
-        total = v_add(total, v_round_bf16(p));
+        total = v_add(total, LLM__FN(store_half)(row, i, p));
     }
     for (; i < padded; i += 16) LLM__FN(store_half)(row, i, v_splat(0));
     *sum = v_sum(total);
@@ -7656,6 +7671,7 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef v_dot
 #undef v_input
 #undef v_exp
+#undef v_exp_low
 #undef v_sum
 #undef v_hmax
 #undef LLM__LANES
@@ -7774,23 +7790,27 @@ static void llm__tile_set(llm__kind kind, void *tiles, size_t index, float value
     else ((uint16_t *)tiles)[index] = kind == LLM__W_F16 ? llm__f32_to_f16(value) : llm__f32_to_bf16(value);
 }
 
-/* One weight, as its kind holds it. */
-static float llm__matrix_get(const llm__matrix *m, size_t output, size_t input) {
-    size_t k = (size_t)llm__round_up(m->k, 32), lane = output % 16, i = input % 32;
+/* One output's weights, as their kind holds them. */
+static void llm__matrix_row(const llm__matrix *m, size_t output, float *out) {
+    size_t k = (size_t)llm__round_up(m->k, 32), lane = output % 16, bytes = llm__tile_bytes(m->kind, 32);
     const uint8_t *tile = m->data + output / 16 * m->tile_bytes;
-    if (m->kind == LLM__W_F32) return ((const float *)(const void *)tile)[llm__tile_index(m->kind, lane, input, k)];
-    if (m->kind == LLM__W_BF16)
-        return llm__bf16_to_f32(((const uint16_t *)(const void *)tile)[llm__tile_index(m->kind, lane, input, k)]);
-    if (m->kind == LLM__W_F16) return llm__f16_to_f32(((const uint16_t *)(const void *)tile)[input * 16 + lane]);
-    if (m->kind == LLM__W_INT8)
-        return (float)((const int8_t *)tile)[input * 16 + lane] * ((const float *)(const void *)(tile + k * 16))[lane];
-    size_t bytes = llm__tile_bytes(m->kind, 32);
-    const uint8_t *group = tile + input / 32 * bytes;
-    const uint16_t *d = (const uint16_t *)(const void *)(group + bytes) - 32;
-    int q = m->kind == LLM__W_INT8_GROUPS
-                ? ((const int8_t *)group)[i * 16 + lane]
-                : (int)(((const uint32_t *)(const void *)group)[i / 8 * 16 + lane] >> (4 * LLM__NIBBLE(i % 8)) & 15);
-    return llm__fma((float)q, llm__f16_to_f32(d[lane]), llm__f16_to_f32(d[lane + 16]));
+    const float *floats = (const float *)(const void *)tile;
+    const uint16_t *halves = (const uint16_t *)(const void *)tile;
+    for (size_t i = 0; i < (size_t)m->k; i++) {
+        const uint8_t *group = tile + i / 32 * bytes;
+        const uint16_t *d = (const uint16_t *)(const void *)(group + bytes) - 32;
+        const uint32_t *words = (const uint32_t *)(const void *)group;
+        int q;
+        switch (m->kind) {
+        case LLM__W_F32: out[i] = floats[i * 16 + lane]; continue;
+        case LLM__W_F16: out[i] = llm__f16_to_f32(halves[i * 16 + lane]); continue;
+        case LLM__W_BF16: out[i] = llm__bf16_to_f32(halves[i / 2 * 32 + lane * 2 + i % 2]); continue;
+        case LLM__W_INT8: out[i] = (float)((const int8_t *)tile)[i * 16 + lane] * floats[k * 4 + lane]; continue;
+        case LLM__W_INT8_GROUPS: q = ((const int8_t *)group)[i % 32 * 16 + lane]; break;
+        default: q = (int)(words[i % 32 / 8 * 16 + lane] >> (4 * LLM__NIBBLE(i % 8)) & 15);
+        }
+        out[i] = llm__fma((float)q, llm__f16_to_f32(d[lane]), llm__f16_to_f32(d[lane + 16]));
+    }
 }
 
 static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, const llm_weight *weight) {
@@ -8758,7 +8778,7 @@ static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
         int at = pass->positions[r];
         if (at % LLM_BLOCK == 0)
             llm__clear_block(c, pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK]);
-        for (size_t i = 0; i < (size_t)m->k; i++) x[i] = llm__matrix_get(m, (size_t)pass->tokens[r], i);
+        llm__matrix_row(m, (size_t)pass->tokens[r], x);
         for (size_t i = (size_t)r * half, j = 0; j < half; i++, j++) {
             llm__sincos(at * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
             c->sines[i] *= s->rope_scale;
@@ -8794,6 +8814,21 @@ static void llm__cache_store_int8(const llm__cpu_context *c, uint8_t *tiles, boo
         ((float *)(void *)(tiles + i / 16 * bytes + LLM_BLOCK * 16))[i % 16] = 1;
 }
 
+/* In tiles of bf16 a key is words of a column, a value halves of words in a row. */
+static void llm__cache_store_bf16(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
+    int n = c->model->shape.head_dim;
+    float rounded[LLM__MOST_HEAD + 1];
+    c->model->kernels->scale(from, 1, n, true, rounded);
+    rounded[n] = 0;
+    if (value) {
+        uint16_t *to = (uint16_t *)(void *)tiles + place / 2 * 32 + place % 2;
+        for (int d = 0; d < n; d++) to[d / 16 * 16 * LLM_BLOCK + d % 16 * 2] = (uint16_t)(llm__f32_bits(rounded[d]) >> 16);
+        return;
+    }
+    uint32_t *to = (uint32_t *)(void *)tiles + place / 16 * 8 * c->head_stride + place % 16;
+    for (int d = 0; d < n; d += 2) to[d * 8] = llm__f32_bits(rounded[d]) >> 16 | llm__f32_bits(rounded[d + 1]);
+}
+
 /* Puts one head's key or value of one position into its block. */
 static void llm__cache_store(const llm__cpu_context *c, int layer, int value, int head, int block, int place,
                              const float *from) {
@@ -8801,6 +8836,10 @@ static void llm__cache_store(const llm__cpu_context *c, int layer, int value, in
     llm__kind kind = c->cache_kind;
     if (kind == LLM__W_INT8) {
         llm__cache_store_int8(c, tiles, value, place, from);
+        return;
+    }
+    if (kind == LLM__W_BF16) {
+        llm__cache_store_bf16(c, tiles, value, place, from);
         return;
     }
     size_t k = value ? (size_t)LLM_BLOCK : (size_t)c->head_stride;
@@ -8988,19 +9027,21 @@ static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_wo
 static void llm__join_chunk(const llm__cpu_context *c, const llm__attention_work *a, int first, const float *part,
                             float *known) {
     size_t stride = (size_t)c->head_stride, stats = (size_t)a->padded * stride, padded = (size_t)a->padded;
+    size_t rows[2] = {0, 0}, n[2] = {0, 0}; /* where it begins, and where it goes on: two runs of rows */
     for (size_t i = 0; i < (size_t)a->n; i++) {
         int last = llm__last_key(c, a, (int)i), first_key = llm__first_key(&c->model->shape, last);
-        const float *max = &part[stats + i], *sum = &part[stats + padded + i];
-        float *known_max = &known[stats + i], *known_sum = &known[stats + padded + i];
-        if (first <= first_key && first_key < first + LLM__CHUNK) {
-            memcpy(known + i * stride, part + i * stride, stride * sizeof *known);
-            *known_max = *max;
-            *known_sum = *sum;
-        } else if (first > first_key && last >= first) {
-            c->model->kernels->merge(known_max, known_sum, known + i * stride, *max, *sum, part + i * stride,
-                                     c->head_stride);
-        }
+        bool begins = first <= first_key && first_key < first + LLM__CHUNK;
+        if (!begins && (first <= first_key || last < first)) continue;
+        if (!n[!begins]++) rows[!begins] = i;
     }
+    const float *max = part + stats, *sum = max + padded;
+    float *known_max = known + stats, *known_sum = known_max + padded;
+    memcpy(known + rows[0] * stride, part + rows[0] * stride, n[0] * stride * sizeof *known);
+    memcpy(known_max + rows[0], max + rows[0], n[0] * sizeof *known);
+    memcpy(known_sum + rows[0], sum + rows[0], n[0] * sizeof *known);
+    size_t r = rows[1];
+    c->model->kernels->merge((int)n[1], known_max + r, known_sum + r, known + r * stride, max + r, sum + r,
+                             part + r * stride, c->head_stride);
 }
 
 /* A thread's scratch: the work's q and scores, then a partial result, then another; returns the first of these. */
