@@ -6264,8 +6264,8 @@ typedef struct llm__panel {
 typedef struct llm__ended {
     const llm__panel *panel;
     int tile, n_cols, row, n;
-    const float *at; /* [n][32] in: */
-    float sums[32 * 32];
+    float *at; /* [n][32] in: */
+    float sums[32 * 32] __attribute__((aligned(64)));
 } llm__ended;
 
 /* A product of many rows, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
@@ -7355,29 +7355,41 @@ LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded,
     *sum = v_sum(total);
 }
 
+/* Sums over int8 weights times their scales. */
+LLM__INLINE void LLM__FN(scale_rows)(const llm__panel *p, int tile, int n_cols, int n, float *sums) {
+    const uint8_t *end = p->tiles + (size_t)(tile + 1) * p->tile_bytes;
+    for (int i = 0; i < n_cols; i++, end += p->tile_bytes) {
+        V scale = v_load((const float *)(const void *)end - 16);
+        for (float *at = sums + 16 * i; at < sums + n * 32; at += 32) v_store(at, v_add(v_splat(0), v_mul(v_load(at), scale)));
+    }
+}
+
 /* What becomes of n rows of complete sums, [n][32]. */
-LLM__TARGET static void LLM__FN(end_rows)(const llm__panel *p, int tile, int n_cols, int row, int n, const float *sums) {
-    const float *scales = (const float *)(const void *)(p->tiles + (size_t)(tile + 1) * p->tile_bytes) - 16;
-    const bool scaled = p->kind == LLM__W_INT8;
-    V zero = v_splat(0), scale[2] = {zero, zero};
-    int width = p->width - tile * 16;
-    for (int i = 0; i < n_cols && scaled; i++) scale[i] = v_load(scales + (size_t)i * p->tile_bytes / 4);
-    for (; n > 0; n--, row++, sums += 32) {
-        V a = v_load(sums), b = v_load(sums + 16);
-        if (scaled) a = v_add(zero, v_mul(a, scale[0]));
-        if (scaled) b = v_add(zero, v_mul(b, scale[1]));
-        if (p->ending == LLM__SWIGLU) {
-            size_t r = (size_t)row, together = p->line_step / 64;
-            llm__lines to = {p->packed + r / together * together * p->packed_k * 2 + r % together * 64, p->line_step};
-            LLM__FN(store_half)(to, p->column + tile * 8, LLM__SHARED(silu)(a, b));
-            continue;
+LLM__TARGET static void LLM__FN(end_rows)(const llm__panel *p, int tile, int n_cols, int row, int n, float *sums) {
+    const int width = p->width - tile * 16 < n_cols * 16 ? p->width - tile * 16 : n_cols * 16;
+    const float *end = sums + n * 32;
+    float *y = p->y + (size_t)row * p->y_stride + tile * 16;
+    if (p->kind == LLM__W_INT8) LLM__FN(scale_rows)(p, tile, n_cols, n, sums);
+    if (p->ending == LLM__SWIGLU) {
+        size_t together = p->line_step == 64 ? 1 : 16;
+        for (size_t r = (size_t)row; sums < end; sums += 32, r++) {
+            llm__lines to = {p->packed + (r & ~(together - 1)) * p->packed_k * 2 + (r & (together - 1)) * 64, p->line_step};
+            LLM__FN(store_half)(to, p->column + tile * 8, LLM__SHARED(silu)(v_load(sums), v_load(sums + 16)));
         }
-        float *y = p->y + (size_t)row * p->y_stride + tile * 16;
-        if (p->ending == LLM__ADD) a = v_add(LLM__SHARED(load_part)(y, width), a);
-        LLM__SHARED(store_part)(y, a, width, false);
-        if (n_cols < 2) continue;
-        if (p->ending == LLM__ADD) b = v_add(LLM__SHARED(load_part)(y + 16, width - 16), b);
-        LLM__SHARED(store_part)(y + 16, b, width - 16, false);
+    } else if (width < 32) {
+        for (; sums < end; sums += 32, y += p->y_stride)
+            if (p->ending == LLM__ADD) LLM__SHARED(add)(y, sums, width);
+            else memcpy(y, sums, (size_t)width * sizeof *y);
+    } else if (p->ending == LLM__ADD) {
+        for (; sums < end; sums += 32, y += p->y_stride) {
+            v_store(y, v_add(v_load(y), v_load(sums)));
+            v_store(y + 16, v_add(v_load(y + 16), v_load(sums + 16)));
+        }
+    } else {
+        for (; sums < end; sums += 32, y += p->y_stride) {
+            v_store(y, v_load(sums));
+            v_store(y + 16, v_load(sums + 16));
+        }
     }
 }
 
