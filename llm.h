@@ -866,7 +866,7 @@ static void llm__report_progress(llm__env *env, float done) {
 /* count * size bytes, aligned to LLM__ALIGN; NULL if they cannot be had. The memory is not cleared. */
 static void *llm__try_alloc(llm__pool *pool, size_t count, size_t size) {
     if (size && count > (SIZE_MAX - sizeof(llm__block) - LLM__HUGE_PAGE) / size) return NULL;
-    bool huge = count * size >= 4 * (size_t)LLM__HUGE_PAGE;
+    bool huge = count * size >= (size_t)LLM__HUGE_PAGE;
     size_t align = huge ? LLM__HUGE_PAGE : LLM__ALIGN, room = sizeof(llm__block) + align;
     void *raw = llm__resize(&pool->host, NULL, count * size + room);
     if (!raw) return NULL;
@@ -6250,9 +6250,9 @@ typedef struct llm__panel {
     size_t tile_bytes;
     int n_tiles;
     llm__ending ending;
-    float *y; /* [n_rows][width] where the sums go, or are added to: `width` outputs, less than 16 * n_tiles if fewer exist */
+    float *y; /* [n_rows][width] where the sums go, or are added to */
     size_t y_stride;
-    int width;
+    int width;       /* outputs that there are, may be less than 16 * n_tiles */
     uint8_t *packed; /* with LLM__SWIGLU, the rows of packed_k values whose `column` and next ones the results become */
     size_t packed_k;
     int column;
@@ -6292,7 +6292,7 @@ enum {
     LLM__TILE_ROWS = 16,   /* from so many rows on, a product goes by panels if the set has them                  */
     LLM__EXACT_ROWS = 16,  /* more rows meet groups as bf16 (of the arithmetic)                                   */
     LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
-    LLM__PANEL_TILES = 8,  /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
+    LLM__PANEL_TILES = 16, /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
     LLM__PANEL_ROWS = 512
 };
 
@@ -6433,8 +6433,8 @@ typedef struct llm__tile_config {
 #define LLM__TILE_ZERO(t) __asm__ volatile("tilezero %tmm" #t)
 #define LLM__TILE_LOAD(t, from, stride) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"((const void *)(from)), "r"((size_t)(stride)) : "memory")
-#define LLM__TILE_STREAM(t, from, stride) \
-    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #t : : "r"((const void *)(from)), "r"((size_t)(stride)) : "memory")
+#define LLM__TILE_STREAM(t, from, stride) /* past the near cache */ \
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #t : : "r"((const void *)(from)), "r"((size_t)stride) : "memory")
 #define LLM__TILE_STORE(t, to, stride) \
     __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"((void *)(to)), "r"((size_t)(stride)) : "memory")
 #define LLM__TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #c)
@@ -6900,8 +6900,8 @@ LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND) {
 /* 16 words of two bf16: a in the lower halves, b in the upper. */
 LLM__INLINE void LLM__FN(store_words)(V a, V b, uint8_t *to) {
 #if defined(LLM__USE_BF16)
-    const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     _mm512_storeu_si512((void *)to, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
 #else
     float f[32];
@@ -7019,7 +7019,8 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind
                                 const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
-    const size_t bytes = WIDE ? 1024 : LLM__FN(block_bytes)(KIND), quarter = bytes / 256 * 64, fetched = WIDE ? 0 : quarter;
+    const size_t bytes = WIDE ? 1024 : LLM__FN(block_bytes)(KIND), quarter = bytes / 256 * 64,
+                 fetched = WIDE ? 0 : quarter;
     if (bytes % 256) __builtin_prefetch(w + bytes - 64 + 8192, 0, 2); /* scales and minimums */
     for (const uint8_t *end = w + 4 * quarter; w < end; w += quarter, x += LLM__FN(inputs) / 4) {
         LLM__UNROLL for (size_t line = 0; line < fetched; line += 64) __builtin_prefetch(w + line + 8192, 0, 2);
@@ -7126,6 +7127,10 @@ LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x
 #if defined(LLM__USE_BF16)
     if (KIND == LLM__W_INT8 && rows == 1) { /* pairs cost more than they save */
         llm__avx512_product_int8(x, x_stride, x_sums, rows, tiles, n, k, y, y_stride);
+        return;
+    }
+    if (KIND == LLM__W_INT8_GROUPS && rows == 1) {
+        llm__avx512_product_int8_groups(x, x_stride, x_sums, rows, tiles, n, k, y, y_stride);
         return;
     }
 #endif
@@ -7235,16 +7240,19 @@ LLM__TARGET static void LLM__FN(merge)(int rows, float *max, float *sum, float *
         float old_factors[16], new_factors[16];
         int left = rows - first;
         V old_max = LLM__FN(load_part)(max + first, left), new_max = LLM__FN(load_part)(part_max + first, left);
-        V most = v_max(old_max, new_max), old_factor = v_exp(v_sub(old_max, most)), new_factor = v_exp(v_sub(new_max, most));
+        V most = v_max(old_max, new_max), old_factor = v_exp(v_sub(old_max, most)),
+          new_factor = v_exp(v_sub(new_max, most));
         V new_sum = v_mul(LLM__FN(load_part)(part_sum + first, left), new_factor);
-        LLM__FN(store_part)(sum + first, v_fma(LLM__FN(load_part)(sum + first, left), old_factor, new_sum), left, false);
+        new_sum = v_fma(LLM__FN(load_part)(sum + first, left), old_factor, new_sum);
+        LLM__FN(store_part)(sum + first, new_sum, left, false);
         LLM__FN(store_part)(max + first, most, left, false);
         v_store(old_factors, old_factor);
         v_store(new_factors, new_factor);
         for (int r = 0; r < left && r < 16; r++, out += n, part += n)
             for (int i = 0; i < n; i += 16) {
                 V p = v_mul(LLM__FN(load_part)(part + i, n - i), v_splat(new_factors[r]));
-                LLM__FN(store_part)(out + i, v_fma(LLM__FN(load_part)(out + i, n - i), v_splat(old_factors[r]), p), n - i, false);
+                p = v_fma(LLM__FN(load_part)(out + i, n - i), v_splat(old_factors[r]), p);
+                LLM__FN(store_part)(out + i, p, n - i, false);
             }
     }
 }
@@ -7360,7 +7368,8 @@ LLM__INLINE void LLM__FN(scale_rows)(const llm__panel *p, int tile, int n_cols, 
     const uint8_t *end = p->tiles + (size_t)(tile + 1) * p->tile_bytes;
     for (int i = 0; i < n_cols; i++, end += p->tile_bytes) {
         V scale = v_load((const float *)(const void *)end - 16);
-        for (float *at = sums + 16 * i; at < sums + n * 32; at += 32) v_store(at, v_add(v_splat(0), v_mul(v_load(at), scale)));
+        for (float *at = sums + 16 * i; at < sums + n * 32; at += 32)
+            v_store(at, v_add(v_splat(0), v_mul(v_load(at), scale)));
     }
 }
 
@@ -7373,7 +7382,8 @@ LLM__TARGET static void LLM__FN(end_rows)(const llm__panel *p, int tile, int n_c
     if (p->ending == LLM__SWIGLU) {
         size_t together = p->line_step == 64 ? 1 : 16;
         for (size_t r = (size_t)row; sums < end; sums += 32, r++) {
-            llm__lines to = {p->packed + (r & ~(together - 1)) * p->packed_k * 2 + (r & (together - 1)) * 64, p->line_step};
+            llm__lines to = {p->packed + (r & ~(together - 1)) * p->packed_k * 2 + (r & (together - 1)) * 64,
+                             p->line_step};
             LLM__FN(store_half)(to, p->column + tile * 8, LLM__SHARED(silu)(v_load(sums), v_load(sums + 16)));
         }
     } else if (width < 32) {
@@ -7435,7 +7445,8 @@ LLM__INLINE void LLM__FN(fetch_ahead)(const uint8_t *ahead, size_t bytes, int ro
 /* Up to LLM__TILE_BLOCKS blocks; one without a neighbour is taken twice. */
 LLM__TARGET static void LLM__FN(some_pairs)(const llm__tile_product *p) {
     uint8_t wide[2][LLM__TILE_BLOCKS * 1024] __attribute__((aligned(64)));
-    const size_t stride = (size_t)p->a_blocks * 16, next = p->n_cols > 1 ? p->b_next : 0, right = p->n_cols > 1 ? 16 : 0;
+    const size_t stride = (size_t)p->a_blocks * 16, next = p->n_cols > 1 ? p->b_next : 0,
+                 right = p->n_cols > 1 ? 16 : 0;
     const int n_rows = p->n_rows * 16;
     for (int i = 0; i < p->n_blocks; i++) {
         LLM__FN(widen)(p->b[i], wide[0] + i * 1024);
@@ -7453,7 +7464,9 @@ LLM__TARGET static void LLM__FN(some_pairs)(const llm__tile_product *p) {
         if (p->ahead && p->ahead_next) LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, 4, n_rows);
         LLM__FN(blocks)(4, 2, LLM__W_BF16, true, x, stride, NULL, 0, wide[0], sizeof *wide, p->n_blocks, total);
         LLM__UNROLL for (size_t i = 0; i < 8; i++) v_store(to + i / 2 * to_stride + i % 2 * right, total[i]);
-        if (p->ends) LLM__FN(end_rows)(p->ended->panel, p->tile, p->n_cols, row, p->ended->panel->n_rows - row < 4 ? p->ended->panel->n_rows - row : 4, to);
+        if (!p->ends) continue;
+        int left = p->ended->panel->n_rows - row;
+        LLM__FN(end_rows)(p->ended->panel, p->tile, p->n_cols, row, left < 4 ? left : 4, to);
     }
 }
 
@@ -7469,11 +7482,9 @@ LLM__TARGET static void LLM__FN(pair_product)(const llm__tile_product *p) {
 }
 
 /* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
-LLM__INLINE llm__tile_product LLM__FN(panel_product)(const llm__panel *p, int tile, int first, int n, const uint8_t **b) {
-    const size_t bytes = p->kind == LLM__W_INT4_GROUPS   ? 320
-                         : p->kind == LLM__W_INT8_GROUPS ? 576
-                         : p->kind == LLM__W_INT8        ? 512
-                                                         : 1024;
+LLM__INLINE llm__tile_product LLM__FN(panel_product)(const llm__panel *p, int tile, int first, int n,
+                                                     const uint8_t **b) {
+    const size_t bytes = LLM__FN(block_bytes)(p->kind);
     const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes;
     llm__tile_product product;
     product.a = p->a + (size_t)first * p->line_step;
@@ -7528,8 +7539,10 @@ LLM__TARGET static void LLM__FN(pair_panel)(const llm__panel *p) { LLM__FN(run_p
 
    Floor: 16 cycles for 16 x 16 sums over 32 k. Two by two tiles of sums take two loads of 1 KB from each side for four
    such products: 64 cycles, in which the nearest cache gives at least twice these 4 KB. So the two tiles of weights stay
-   there (36 KB) while all rows of the panel pass from the second cache, 32 bytes a cycle; and weights come from memory
-   once for 512 rows: 2 bytes a cycle, fetched ahead while the sums before them are made. */
+   there (36 KB) while all rows of the panel stream past it from the second cache, 32 bytes a cycle; and weights come from
+   memory once for 256 rows: 4 bytes a cycle, fetched ahead, a little with each product. What is not a product is done
+   between them: the vector units then get one of their two ports. Reached are some 60 % of the unit's rate at 576 k, and
+   45 % at 2,048, where 256 rows and their sums no longer fit the second cache (Granite Rapids). */
 
 static void LLM__FN(tiles_enter)(void) {
     llm__tile_config config;
@@ -7602,20 +7615,28 @@ LLM__TARGET static void LLM__FN(tile_product)(const llm__tile_product *p) {
 
 LLM__TARGET static void LLM__FN(tile_panel)(const llm__panel *p) { LLM__FN(run_panel)(p, LLM__FN(tile_product)); }
 
+/* On numbers of all kinds, which change, as a product's do: with zeros, or the same ones, the unit is a quarter faster than it
+   can ever be in use. */
 LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
+    uint16_t numbers[8 * 512] __attribute__((aligned(64)));
     float c[16];
+    for (uint32_t i = 0, bits = 1; i < 8 * 512; i++, bits = bits * 1664525u + 1013904223u)
+        numbers[i] = (uint16_t)(0x3C00 | (bits >> 16 & 0x83FF)); /* 2^-7 to 2, of both signs */
     LLM__FN(tiles_enter)();
     LLM__TILE_ZERO(0);
     LLM__TILE_ZERO(1);
     LLM__TILE_ZERO(2);
     LLM__TILE_ZERO(3);
-    LLM__TILE_ZERO(4);
-    LLM__TILE_ZERO(5);
     for (; n; n--) {
-        LLM__TILE_DOT(0, 4, 5);
-        LLM__TILE_DOT(1, 4, 5);
-        LLM__TILE_DOT(2, 4, 5);
-        LLM__TILE_DOT(3, 4, 5);
+        const uint16_t *two = numbers + n % 4 * 1024, *others = numbers + (n + 1) % 4 * 1024;
+        LLM__TILE_LOAD(4, two, 64);
+        LLM__TILE_LOAD(6, others, 64);
+        LLM__TILE_DOT(0, 4, 6);
+        LLM__TILE_LOAD(5, two + 512, 64);
+        LLM__TILE_DOT(2, 5, 6);
+        LLM__TILE_LOAD(7, others + 512, 64);
+        LLM__TILE_DOT(1, 4, 7);
+        LLM__TILE_DOT(3, 5, 7);
     }
     LLM__TILE_STORE(0, c, 0);
     LLM__FN(tiles_leave)();
@@ -7633,12 +7654,12 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #define LLM__MANY_ROWS 0, NULL, NULL, NULL, NULL, NULL
 #endif
 
-#define LLM__KERNEL_TABLE                                                                                              \
-    {LLM__SHARED(product_f32),     LLM__FN(product_bf16),        LLM__FN(product_int8),                                \
-     LLM__FN(product_int8_groups), LLM__FN(product_int4_groups), LLM__SHARED(product_f16)},                            \
-        LLM__SHARED(group_sums), LLM__FN(unpack), LLM__SHARED(rms_norm), LLM__SHARED(swiglu), LLM__SHARED(softmax), LLM__SHARED(merge), \
-        LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope), LLM__SHARED(read),                \
-        LLM__SHARED(multiply), LLM__MULTIPLY_PAIRS
+#define LLM__KERNEL_TABLE                                                                                           \
+    {LLM__SHARED(product_f32),     LLM__FN(product_bf16),        LLM__FN(product_int8),                             \
+     LLM__FN(product_int8_groups), LLM__FN(product_int4_groups), LLM__SHARED(product_f16)},                         \
+        LLM__SHARED(group_sums), LLM__FN(unpack), LLM__SHARED(rms_norm), LLM__SHARED(swiglu), LLM__SHARED(softmax), \
+        LLM__SHARED(merge), LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope),            \
+        LLM__SHARED(read), LLM__SHARED(multiply), LLM__MULTIPLY_PAIRS
 
 static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_BF16)
@@ -7656,8 +7677,8 @@ static const llm__kernels LLM__FN(kernels) = {
 
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 static const llm__kernels LLM__FN(amx_kernels) = {
-    "amx",          LLM__KERNEL_TABLE, LLM__FN(tile_multiply), 1024,                 LLM__FN(tile_product),
-    LLM__FN(tile_panel), LLM__PACK,         LLM__FN(tiles_enter),   LLM__FN(tiles_leave),
+    "amx",     LLM__KERNEL_TABLE,    LLM__FN(tile_multiply), 1024, LLM__FN(tile_product), LLM__FN(tile_panel),
+    LLM__PACK, LLM__FN(tiles_enter), LLM__FN(tiles_leave),
 };
 #endif
 
@@ -8552,7 +8573,7 @@ enum {
     LLM__PART_ROWS = 128, /* least rows that are a member's own in products                                      */
     LLM__ROWS_AHEAD = 12, /* so many rows before it is written one is asked for                                  */
     LLM__SCORED_ROWS = 128,
-    LLM__COLUMNS = 512    /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic)         */
+    LLM__COLUMNS = 512 /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic)         */
 };
 
 /* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
@@ -8582,9 +8603,9 @@ typedef struct llm__cpu_context {
     size_t x_stride, qkv_stride;
     float *x, *qkv; /* [n_batch][stride] */
     llm__rows normed, attention, ffn;
-    float *sums; /* [n_batch][most inputs / 32] of a product's activations, for weights in groups */
-    float *cosines, *sines;                    /* [n_batch][rope_dim / 2] */
-    float *scratch;                            /* [n_threads][scratch_floats] for attention */
+    float *sums;            /* [n_batch][most inputs / 32] of a product's activations, for weights in groups */
+    float *cosines, *sines; /* [n_batch][rope_dim / 2] */
+    float *scratch;         /* [n_threads][scratch_floats] for attention */
     size_t scratch_floats;
     float *partials; /* [n_partials][partial_floats] of attention that is split, see llm__attend_split */
     size_t partial_floats;
@@ -8611,9 +8632,7 @@ static uint8_t *llm__cache_block(const llm__cpu_context *c, int layer, int value
 static bool llm__in_panels(const llm__cpu_context *c, int rows) { return c->panels && rows >= c->panel_rows; }
 
 /* Are a matrix's weights rounded to bf16 for so many rows? */
-static bool llm__in_bf16(const llm__matrix *m, int rows) {
-    return llm__has_groups(m->kind) && rows > LLM__EXACT_ROWS;
-}
+static bool llm__in_bf16(const llm__matrix *m, int rows) { return llm__has_groups(m->kind) && rows > LLM__EXACT_ROWS; }
 
 /* A few tiles against a few of all rows, the first of which is `row`: their sums, added to sums[rows][stride]. */
 static void llm__tile_sums(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
@@ -8623,8 +8642,8 @@ static void llm__tile_sums(const llm__cpu_context *c, int index, const llm__matr
     const uint8_t *tiles = m->data + (size_t)tile * m->tile_bytes;
     const float *x = in->x + (size_t)row * in->stride;
     if (!llm__in_bf16(m, all_rows)) {
-        kernels->product[m->kind](x, in->stride, c->sums + (size_t)row * (size_t)(k / 32), rows, tiles, n_tiles, k, sums,
-                                  stride);
+        kernels->product[m->kind](x, in->stride, c->sums + (size_t)row * (size_t)(k / 32), rows, tiles, n_tiles, k,
+                                  sums, stride);
         return;
     }
     uint8_t *unpacked = c->tiles + (size_t)index * c->tile_bytes;
@@ -8652,8 +8671,7 @@ static void llm__linear_piece(const llm__cpu_context *c, int index, const llm__m
     float sums[LLM__ROWS][16 * LLM__TILES];
     memset(sums, 0, (size_t)rows * sizeof *sums);
     llm__tile_sums(c, index, m, tile, n_tiles, in, row, rows, all_rows, sums[0], 16 * LLM__TILES);
-    for (int r = 0; r < rows; r++)
-        llm__end_row(c, m, tile, n_tiles, sums[r], ending, y + (size_t)(row + r) * y_stride);
+    for (int r = 0; r < rows; r++) llm__end_row(c, m, tile, n_tiles, sums[r], ending, y + (size_t)(row + r) * y_stride);
 }
 
 /* Rows of a piece: 16 may be packed together. */
@@ -8834,7 +8852,8 @@ static void llm__cache_store_bf16(const llm__cpu_context *c, uint8_t *tiles, boo
     rounded[n] = 0;
     if (value) {
         uint16_t *to = (uint16_t *)(void *)tiles + place / 2 * 32 + place % 2;
-        for (int d = 0; d < n; d++) to[d / 16 * 16 * LLM_BLOCK + d % 16 * 2] = (uint16_t)(llm__f32_bits(rounded[d]) >> 16);
+        for (int d = 0; d < n; d++)
+            to[d / 16 * 16 * LLM_BLOCK + d % 16 * 2] = (uint16_t)(llm__f32_bits(rounded[d]) >> 16);
         return;
     }
     uint32_t *to = (uint32_t *)(void *)tiles + place / 16 * 8 * c->head_stride + place % 16;
@@ -8956,8 +8975,8 @@ static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_wor
         if (a->packed) {
             int n_parts = c->head_stride / 32;
             for (int j = 0; j < n_parts; j++) parts[j] = keys + j * 1024;
-            llm__tile_product p = {a->packed, a->padded / 16, n_parts, parts, tile, n_parts, 2,
-                                   scores,    LLM__CHUNK,     false,   NULL,  0,    0, NULL, false, 0};
+            llm__tile_product p = {a->packed,  a->padded / 16, n_parts, parts, tile, n_parts, 2,     scores,
+                                   LLM__CHUNK, false,          NULL,    0,     0,    NULL,    false, 0};
             kernels->tile_product(&p);
             continue;
         }
@@ -8975,7 +8994,8 @@ static void llm__attend_values(const llm__cpu_context *c, const llm__attention_w
             const uint8_t *values[LLM__CHUNK / LLM_BLOCK];
             for (int i = 0; i < n; i++)
                 values[i] = llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile;
-            llm__tile_product p = {weights, a->padded / 16, n, values, tile, n, 2, part + d, stride, false, NULL, 0, 0, NULL, false, 0};
+            llm__tile_product p = {weights, a->padded / 16, n,    values, tile, n,    2,     part + d,
+                                   stride,  false,          NULL, 0,      0,    NULL, false, 0};
             kernels->tile_product(&p);
         }
         return;
@@ -9005,11 +9025,13 @@ static void llm__weigh_keys(const llm__cpu_context *c, const llm__attention_work
                             float *max, float *sum) {
     const llm__kernels *kernels = c->model->kernels;
     float *scores = a->scores + (size_t)i * LLM__CHUNK;
-    int last = llm__last_key(c, a, i), padded = n_blocks * LLM_BLOCK, n = last + 1 - first < padded ? last + 1 - first : padded,
+    int last = llm__last_key(c, a, i), padded = n_blocks * LLM_BLOCK,
+        n = last + 1 - first < padded ? last + 1 - first : padded,
         hidden = llm__first_key(&c->model->shape, last) - first; /* keys before the window */
     llm__lines row = {NULL, 0};
     if (a->packed)
-        row = llm__packed_row(kernels, a->packed + (size_t)a->padded * (size_t)c->head_stride * 2, (size_t)padded, (size_t)i);
+        row = llm__packed_row(kernels, a->packed + (size_t)a->padded * (size_t)c->head_stride * 2, (size_t)padded,
+                              (size_t)i);
     if (a->packed && hidden <= 0 && n > 0) {
         kernels->pack_softmax(scores, n, padded, c->score_scale, row, max, sum);
         return;
@@ -9024,7 +9046,8 @@ static void llm__weigh_keys(const llm__cpu_context *c, const llm__attention_work
 
 /* One chunk of keys, from position `first` on. */
 static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_work *a, int first, float *part) {
-    int end = llm__end_of_keys(c, a), n_blocks = llm__blocks_for(end - first < LLM__CHUNK ? end - first : (int)LLM__CHUNK);
+    int end = llm__end_of_keys(c, a),
+        n_blocks = llm__blocks_for(end - first < LLM__CHUNK ? end - first : (int)LLM__CHUNK);
     const int *blocks = a->blocks + first / LLM_BLOCK;
     float *max = part + (size_t)a->padded * (size_t)c->head_stride, *sum = max + a->padded;
     llm__attend_keys(c, a, blocks, n_blocks);
@@ -9087,7 +9110,8 @@ static void llm__gather_queries(const llm__cpu_context *c, int index, llm__atten
         const float *from = c->qkv + (size_t)(a->first_row + i / a->group) * c->qkv_stride +
                             (a->head * a->group + i % a->group) * s->head_dim;
         if (a->packed)
-            kernels->pack_scale(from, 1, s->head_dim, c->head_stride, llm__packed_row(kernels, a->packed, stride, (size_t)i), 0);
+            kernels->pack_scale(from, 1, s->head_dim, c->head_stride,
+                                llm__packed_row(kernels, a->packed, stride, (size_t)i), 0);
         else kernels->scale(from, 1, s->head_dim, c->round_cache, a->q + (size_t)i * stride);
     }
 }
@@ -9107,7 +9131,8 @@ static void llm__attention_end(const llm__cpu_context *c, const llm__attention_w
         const float *from = known + (size_t)i * stride;
         int column = (a->head * a->group + i % a->group) * n;
         if (packs)
-            kernels->pack_scale(from, 1.0f / sums[i], n, n, llm__packed_row(kernels, out->packed, out->stride, row), column);
+            kernels->pack_scale(from, 1.0f / sums[i], n, n, llm__packed_row(kernels, out->packed, out->stride, row),
+                                column);
         else kernels->scale(from, 1.0f / sums[i], n, c->round, out->x + row * out->stride + column);
     }
 }
@@ -9206,7 +9231,8 @@ static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer)
     llm__barrier(w->team);
     llm__norm_rows(w, c, c->model->layers[layer].attention_norm, &queries, n);
     llm__linear(w, c, &queries, &c->normed, n, LLM__STORE, c->qkv, c->qkv_stride);
-    for (int i; (i = llm__take(w, n)) >= 0;) llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
+    for (int i; (i = llm__take(w, n)) >= 0;)
+        llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
     llm__finish(w);
 }
 
@@ -9222,8 +9248,9 @@ static void llm__score_columns(const llm__cpu_context *c, int index, int part, i
     if (llm__in_panels(c, all_rows)) {
         const llm__matrix columns = llm__matrix_part(m, first / 16, first / 16 + n_tiles);
         for (int tile = 0; tile < n_tiles; tile += LLM__PANEL_TILES)
-            llm__linear_panel(c, index, &columns, tile, n_tiles - tile < LLM__PANEL_TILES ? n_tiles - tile : (int)LLM__PANEL_TILES,
-                              &c->normed, first_row, first_row + rows, LLM__STORE, logits, stride);
+            llm__linear_panel(c, index, &columns, tile,
+                              n_tiles - tile < LLM__PANEL_TILES ? n_tiles - tile : (int)LLM__PANEL_TILES, &c->normed,
+                              first_row, first_row + rows, LLM__STORE, logits, stride);
     } else {
         memset(logits, 0, (size_t)rows * stride * sizeof(float));
         llm__tile_sums(c, index, m, first / 16, n_tiles, &c->normed, first_row, rows, all_rows, logits, stride);
@@ -9254,7 +9281,8 @@ static void llm__score_rows(llm__worker *w, const llm__cpu_context *c, int rows)
     int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
     for (int part; (part = llm__take(w, n_parts)) >= 0;)
         for (int r = 0; r < rows; r += LLM__SCORED_ROWS)
-            llm__score_columns(c, w->index, part, r, rows - r < LLM__SCORED_ROWS ? rows - r : (int)LLM__SCORED_ROWS, rows);
+            llm__score_columns(c, w->index, part, r, rows - r < LLM__SCORED_ROWS ? rows - r : (int)LLM__SCORED_ROWS,
+                               rows);
     llm__finish(w);
     for (int i; (i = llm__take(w, pass->n_targets)) >= 0;)
         pass->log_probs[i] = llm__log_prob(c, w->index, pass->target_rows[i], rows, pass->targets[i]);
@@ -9466,7 +9494,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     bool panels = args->model->kernels->panel && c->round;
     c->normed = llm__rows_create(env, n_batch, n_batch, z.x_stride, panels);
     c->attention = llm__rows_create(env, n_batch, n_batch, z.attention_stride, panels);
-    c->ffn = llm__rows_create(env, n_batch, panels ? LLM__EXACT_ROWS : n_batch, z.ffn_stride, panels);
+    c->ffn = llm__rows_create(env, n_batch, panels ? (size_t)LLM__EXACT_ROWS : n_batch, z.ffn_stride, panels);
     c->sums = (float *)llm__alloc_zero(env, (n_batch + 15) / 16 * 16 * z.most_groups, sizeof(float));
     c->cosines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->sines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
@@ -9488,8 +9516,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->all_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
     c->last_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
     for (int i = 0; i < c->desc.n_batch; i++) c->all_rows[i] = i;
-    c->team = lender ? lender->team
-                     : llm__team_create(env, c->desc.n_threads, c->desc.parallel, c->desc.host.user);
+    c->team = lender ? lender->team : llm__team_create(env, c->desc.n_threads, c->desc.parallel, c->desc.host.user);
     c->pool = *env->pool;
     *args->out = c;
 }

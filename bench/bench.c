@@ -169,10 +169,10 @@ typedef struct shape {
 } shape;
 
 static const shape SHAPES[] = {
-    {"llama2-7b", {32000, 32, 4096, 11008, 32, 32, 128, 128, 1e-5f, NULL, 1, 0, false, false, false}, 4096},
-    {"tinyllama-1.1b", {32000, 22, 2048, 5632, 32, 4, 64, 64, 1e-5f, NULL, 1, 0, false, false, false}, 2048},
-    {"llama3.2-1b", {128256, 16, 2048, 8192, 32, 8, 64, 64, 1e-5f, NULL, 1, 0, true, false, false}, 131072},
-    {"smollm2-135m", {49152, 30, 576, 1536, 9, 3, 64, 64, 1e-5f, NULL, 1, 0, true, false, false}, 8192}};
+    {"llama2-7b", {32000, 32, 4096, 11008, 32, 32, 128, 128, 1e-5f, NULL, 1, 0, false, false, false, 0}, 4096},
+    {"tinyllama-1.1b", {32000, 22, 2048, 5632, 32, 4, 64, 64, 1e-5f, NULL, 1, 0, false, false, false, 0}, 2048},
+    {"llama3.2-1b", {128256, 16, 2048, 8192, 32, 8, 64, 64, 1e-5f, NULL, 1, 0, true, false, false, 0}, 131072},
+    {"smollm2-135m", {49152, 30, 576, 1536, 9, 3, 64, 64, 1e-5f, NULL, 1, 0, true, false, false, 0}, 8192}};
 
 /* Rows differ, but cost little: a window onto one run of random numbers. */
 enum { RANDOM_RUN = 1 << 16 };
@@ -196,7 +196,8 @@ typedef struct random_args {
     llm_model *model;
 } random_args;
 
-static void upload_random(llm__env *env, random_args *a, llm_weight_kind kind, int layer) {
+/* Counts what a weight takes, or uploads it once the device is there. */
+static void random_weight(llm__env *env, random_args *a, llm_weight_kind kind, int layer) {
     const llm_shape *s = &a->shape->shape;
     int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
     llm_weight w = {kind, layer, 1, s->n_embd, a->run, random_row, no_raw_row, NULL, false};
@@ -207,10 +208,23 @@ static void upload_random(llm__env *env, random_args *a, llm_weight_kind kind, i
     if (kind == LLM_WEIGHT_ATTENTION_OUT) w.cols = q;
     if (kind == LLM_WEIGHT_DOWN) w.cols = s->n_ff;
     uint64_t bytes = w.rows == 1 ? 4 * (uint64_t)w.cols : a->model->backend->weight_bytes(a->desc.dtype, &w);
-    if (a->model->backend->upload(a->model->device, &w, env->err)) llm__fail(env, env->err->code, "%s", env->err->message);
+    if (a->model->device) {
+        if (a->model->backend->upload(a->model->device, &w, env->err)) llm__fail(env, env->err->code, "%s", env->err->message);
+        return;
+    }
     a->model->info.n_params += (uint64_t)w.rows * (uint64_t)w.cols;
     a->model->info.weight_bytes += bytes;
     if (kind != LLM_WEIGHT_EMBEDDING || s->tied_head) a->model->info.weight_bytes_per_token += bytes;
+}
+
+static void random_weights(llm__env *env, random_args *a) {
+    static const llm_weight_kind kinds[] = {LLM_WEIGHT_ATTENTION_NORM, LLM_WEIGHT_QKV, LLM_WEIGHT_ATTENTION_OUT, LLM_WEIGHT_FFN_NORM,
+                                            LLM_WEIGHT_GATE_UP, LLM_WEIGHT_DOWN};
+    random_weight(env, a, LLM_WEIGHT_EMBEDDING, 0);
+    for (int i = 0; i < a->shape->shape.n_layers; i++)
+        for (size_t j = 0; j < sizeof kinds / sizeof *kinds; j++) random_weight(env, a, kinds[j], i);
+    random_weight(env, a, LLM_WEIGHT_OUTPUT_NORM, 0);
+    if (!a->shape->shape.tied_head) random_weight(env, a, LLM_WEIGHT_HEAD, 0);
 }
 
 static void random_body(llm__env *env, void *arg) {
@@ -228,14 +242,10 @@ static void random_body(llm__env *env, void *arg) {
     m->info.n_vocab = s->n_vocab;
     m->info.n_ctx_train = a->shape->n_ctx;
     m->info.dtype = a->desc.dtype;
+    random_weights(env, a);
+    m->shape.weight_bytes = m->info.weight_bytes;
     if (m->backend->open(&m->device, &m->shape, &a->desc, env->err)) llm__fail(env, env->err->code, "%s", env->err->message);
-    upload_random(env, a, LLM_WEIGHT_EMBEDDING, 0);
-    static const llm_weight_kind kinds[] = {LLM_WEIGHT_ATTENTION_NORM, LLM_WEIGHT_QKV, LLM_WEIGHT_ATTENTION_OUT, LLM_WEIGHT_FFN_NORM,
-                                            LLM_WEIGHT_GATE_UP, LLM_WEIGHT_DOWN};
-    for (int i = 0; i < s->n_layers; i++)
-        for (size_t j = 0; j < sizeof kinds / sizeof *kinds; j++) upload_random(env, a, kinds[j], i);
-    upload_random(env, a, LLM_WEIGHT_OUTPUT_NORM, 0);
-    if (!s->tied_head) upload_random(env, a, LLM_WEIGHT_HEAD, 0);
+    random_weights(env, a);
     m->pool = *env->pool;
 }
 
