@@ -48,7 +48,8 @@
 
         On the CPU the logits of a token are the same bits whatever the instruction set, the compiler and its flags,
         the number of threads, the other tokens in the batch, the way a prompt was cut into passes, and whether a
-        prefix came from a fork, a saved cache or was computed anew. See section 9.
+        prefix came from a fork, a saved cache or was computed anew. One thing matters with int4 weights: they are
+        exact in passes of up to 16 tokens, and rounded to bf16 in longer ones. See section 9.
 
     COMPILE-TIME OPTIONS, defined before the include
 
@@ -507,7 +508,8 @@ typedef struct llm_question {
 LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *context, const char *ending, unsigned flags,
                                 llm_token *ids, size_t capacity, int64_t *n_context, llm_error *err);
 
-/* In what batches the questions are computed. The log-likelihoods are the same bits in all of them on the CPU. */
+/* In what batches the questions are computed. The log-likelihoods are the same bits in all of them on the CPU (with int4
+   weights in contexts of n_batch up to 16, else but for rounding). */
 typedef enum llm_schedule {
     LLM_SCHEDULE_PACKED = 0, /* every pass full of tokens that are needed, nothing padded, nothing computed twice  */
     LLM_SCHEDULE_FIXED,      /* a number of texts at a time, as they come, padded to the longest                  */
@@ -633,7 +635,7 @@ enum { LLM_BURST = 64 };
 typedef struct llm_backend_desc {
     int n_seq, blocks_per_seq; /* of every pass's block tables                                                  */
     int n_cache_blocks, n_batch, n_logits, n_threads;
-    llm_dtype cache_dtype;
+    llm_dtype dtype, cache_dtype; /* of the weights, and of the cache                                           */
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
     llm_host host;
     /* Another context, idle while this one works and there for longer, lends it its threads and, if their shapes are
@@ -754,11 +756,13 @@ enum { LLM__ALIGN = 64, LLM__HUGE_PAGE = 1 << 21 };
 
 /* Large blocks are read from end to end for each token. In pages of 2 MB, where the system has them, that needs few
    translations of addresses, and the memory is had faster. */
-static void llm__ask_for_huge_pages(void *at, size_t size) {
+static void llm__ask_for_huge_pages(void *block, size_t size) {
 #if defined(MADV_HUGEPAGE)
-    madvise(at, size & ~(size_t)(LLM__HUGE_PAGE - 1), MADV_HUGEPAGE);
+    uintptr_t first = ((uintptr_t)block + LLM__HUGE_PAGE - 1) & ~(uintptr_t)(LLM__HUGE_PAGE - 1),
+              end = ((uintptr_t)block + size) & ~(uintptr_t)(LLM__HUGE_PAGE - 1);
+    if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE);
 #else
-    (void)at;
+    (void)block;
     (void)size;
 #endif
 }
@@ -865,13 +869,12 @@ static void llm__report_progress(llm__env *env, float done) {
 
 /* count * size bytes, aligned to LLM__ALIGN; NULL if they cannot be had. The memory is not cleared. */
 static void *llm__try_alloc(llm__pool *pool, size_t count, size_t size) {
-    if (size && count > (SIZE_MAX - sizeof(llm__block) - LLM__HUGE_PAGE) / size) return NULL;
-    bool huge = count * size >= (size_t)LLM__HUGE_PAGE;
-    size_t align = huge ? LLM__HUGE_PAGE : LLM__ALIGN, room = sizeof(llm__block) + align;
+    size_t room = sizeof(llm__block) + LLM__ALIGN;
+    if (size && count > (SIZE_MAX - room) / size) return NULL;
     void *raw = llm__resize(&pool->host, NULL, count * size + room);
     if (!raw) return NULL;
-    uintptr_t at = ((uintptr_t)raw + room) & ~(uintptr_t)(align - 1);
-    if (huge) llm__ask_for_huge_pages((void *)at, count * size);
+    llm__ask_for_huge_pages(raw, count * size + room);
+    uintptr_t at = ((uintptr_t)raw + room) & ~(uintptr_t)(LLM__ALIGN - 1);
     llm__block *block = (llm__block *)at - 1;
     block->prev = NULL;
     block->next = pool->blocks;
@@ -6934,9 +6937,13 @@ LLM__INLINE void LLM__FN(unpack_blocks)(const llm__kind KIND, const uint8_t *w, 
 }
 
 LLM__TARGET static void LLM__FN(unpack)(llm__kind kind, const uint8_t *w, int n_blocks, uint8_t *to) {
+#if defined(LLM__USE_BF16)
     if (kind == LLM__W_INT8) LLM__FN(unpack_blocks)(LLM__W_INT8, w, n_blocks, to);
     else if (kind == LLM__W_INT8_GROUPS) LLM__FN(unpack_blocks)(LLM__W_INT8_GROUPS, w, n_blocks, to);
     else LLM__FN(unpack_blocks)(LLM__W_INT4_GROUPS, w, n_blocks, to);
+#else
+    LLM__FN(unpack_blocks)(kind, w, n_blocks, to); /* small, where products take longer */
+#endif
 }
 
 #if defined(LLM__USE_BF16)
@@ -7136,7 +7143,7 @@ LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x
 #endif
     if (LLM__MOST_ROWS > 4) LLM__ROWS_BY(8)
     if (LLM__MOST_ROWS > 2) LLM__ROWS_BY(4)
-    if (LLM__MOST_ROWS > 2) LLM__ROWS_BY(3) /* query heads to a key head in the default model */
+    if (LLM__MOST_ROWS > 2 && !GROUPS) LLM__ROWS_BY(3) /* query heads to a key head in the default model */
     if (LLM__MOST_ROWS > 1) LLM__ROWS_BY(2)
     LLM__ROWS_BY(1)
 }
@@ -7604,7 +7611,7 @@ LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile
 LLM__TARGET static void LLM__FN(tile_product)(const llm__tile_product *p) {
     const size_t n_steps = (size_t)((p->n_rows + 1) / 2) * (size_t)p->n_blocks,
                  lines = p->ahead ? (p->ahead_bytes / 64 + n_steps - 1) / n_steps : 0;
-    const uint8_t *ahead = p->ahead;
+    const uint8_t *ahead = lines ? p->ahead : p->a;
     for (int row = 0; row < p->n_rows; row += 2, ahead += (size_t)p->n_blocks * lines * 64) {
         if (p->n_cols == 1 && row + 1 == p->n_rows) LLM__FN(square)(1, 1, p, row, ahead, lines);
         else if (p->n_cols == 1) LLM__FN(square)(2, 1, p, row, ahead, lines);
@@ -8797,6 +8804,13 @@ static void llm__clear_block(const llm__cpu_context *c, int block) {
         memset(llm__cache_block(c, 0, 0, plane, block), 0, c->cache_block_bytes);
 }
 
+/* Do row r, which begins a block of the cache, and those behind it fill the block? */
+static bool llm__fills_block(const llm__cpu_context *c, int r) {
+    int last = r + LLM_BLOCK - 1;
+    return c->head_stride == c->model->shape.head_dim && last < c->pass->n_rows &&
+           c->pass->seqs[last] == c->pass->seqs[r];
+}
+
 /* The embeddings, and the angles by which RoPE turns each row. Rows that begin a block of the cache clear it. */
 static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
     const llm_pass *pass = c->pass;
@@ -8806,7 +8820,7 @@ static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
     for (int r; (r = llm__take(w, pass->n_rows)) >= 0;) {
         float *x = c->x + (size_t)r * c->x_stride;
         int at = pass->positions[r];
-        if (at % LLM_BLOCK == 0)
+        if (at % LLM_BLOCK == 0 && !llm__fills_block(c, r))
             llm__clear_block(c, pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK]);
         llm__matrix_row(m, (size_t)pass->tokens[r], x);
         for (size_t i = (size_t)r * half, j = 0; j < half; i++, j++) {
@@ -8860,24 +8874,18 @@ static void llm__cache_store_bf16(const llm__cpu_context *c, uint8_t *tiles, boo
     for (int d = 0; d < n; d += 2) to[d * 8] = llm__f32_bits(rounded[d]) >> 16 | llm__f32_bits(rounded[d + 1]);
 }
 
+static void llm__cache_store_f32(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
+    float *to = (float *)(void *)tiles + (value ? place * 16 : place / 16 * 16 * c->head_stride + place % 16);
+    for (int d = 0; d < c->model->shape.head_dim; d++) to[value ? d / 16 * 16 * LLM_BLOCK + d % 16 : d * 16] = from[d];
+}
+
 /* Puts one head's key or value of one position into its block. */
 static void llm__cache_store(const llm__cpu_context *c, int layer, int value, int head, int block, int place,
                              const float *from) {
     uint8_t *tiles = llm__cache_block(c, layer, value, head, block);
-    llm__kind kind = c->cache_kind;
-    if (kind == LLM__W_INT8) {
-        llm__cache_store_int8(c, tiles, value, place, from);
-        return;
-    }
-    if (kind == LLM__W_BF16) {
-        llm__cache_store_bf16(c, tiles, value, place, from);
-        return;
-    }
-    size_t k = value ? (size_t)LLM_BLOCK : (size_t)c->head_stride;
-    for (size_t d = 0; d < (size_t)c->model->shape.head_dim; d++)
-        llm__tile_set(kind, tiles,
-                      value ? llm__tile_index(kind, d, (size_t)place, k) : llm__tile_index(kind, (size_t)place, d, k),
-                      from[d]);
+    if (c->cache_kind == LLM__W_INT8) llm__cache_store_int8(c, tiles, value, place, from);
+    else if (c->cache_kind == LLM__W_BF16) llm__cache_store_bf16(c, tiles, value, place, from);
+    else llm__cache_store_f32(c, tiles, value, place, from);
 }
 
 /* One head's RMSNorm in place; `scratch` holds a head, for the kernel writes a little more than it. */
@@ -9441,16 +9449,20 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
     return z;
 }
 
+/* Are activations rounded to bf16 before a product? */
+static bool llm__rounds(llm_dtype weights) { return weights != LLM_DTYPE_F32 && weights != LLM_DTYPE_F16; }
+
 static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
     llm__cpu_sizes z = llm__cpu_find_sizes(s, d);
-    bool panels = llm__choose_kernels(NULL)->panel != NULL;
-    uint64_t row = z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + z.ffn_stride +
-                   (uint64_t)s->rope_dim + 2 * z.n_parts + 5;
-    uint64_t packed = 2 * (uint64_t)llm__round_up(d->n_batch, 16) * (z.x_stride + z.attention_stride + z.ffn_stride),
-             for_panels = packed + (uint64_t)d->n_threads * z.panel_floats * 4;
-    return 4 * ((uint64_t)d->n_batch * row + (uint64_t)d->n_logits * (uint64_t)s->n_vocab +
-                (uint64_t)d->n_threads * z.scratch_floats + (uint64_t)z.n_partials * z.partial_floats) +
-           (uint64_t)d->n_threads * z.tile_bytes + (panels ? for_panels : 0);
+    bool panels = llm__choose_kernels(NULL)->panel && llm__rounds(d->dtype);
+    uint64_t n_batch = (uint64_t)d->n_batch, n_threads = (uint64_t)d->n_threads,
+             ffn_rows = panels ? (uint64_t)LLM__EXACT_ROWS : n_batch,
+             row = z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + (uint64_t)s->rope_dim +
+                   2 * z.n_parts + 5,
+             packed = (uint64_t)llm__round_up(d->n_batch, 16) * 2 * (z.x_stride + z.attention_stride + z.ffn_stride);
+    return 4 * (n_batch * row + ffn_rows * z.ffn_stride + (uint64_t)d->n_logits * (uint64_t)s->n_vocab +
+                n_threads * z.scratch_floats + (uint64_t)z.n_partials * z.partial_floats) +
+           n_threads * z.tile_bytes + (panels ? packed + n_threads * z.panel_floats * 4 : 0);
 }
 
 /* Rows of activations, of which the first n_floats are there as floats, too. */
@@ -9477,7 +9489,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     size_t n_batch = (size_t)args->desc->n_batch, half = (size_t)s->rope_dim / 2;
     c->model = args->model;
     c->desc = *args->desc;
-    c->round = args->model->dtype != LLM_DTYPE_F32 && args->model->dtype != LLM_DTYPE_F16;
+    c->round = llm__rounds(args->model->dtype);
     c->round_cache = c->desc.cache_dtype != LLM_DTYPE_F32;
     c->cache_kind = llm__cache_kind(c->desc.cache_dtype);
     c->head_stride = z.head_stride;
@@ -10139,7 +10151,7 @@ static void llm__context_defaults_body(llm__env *env, void *arg) {
     *a->out = llm__context_defaults(env, a->info, a->backend, a->model_host, a->desc);
 }
 
-static llm_backend_desc llm__backend_desc(const llm_context_desc *d) {
+static llm_backend_desc llm__backend_desc(const llm_context_desc *d, llm_dtype dtype) {
     llm_backend_desc b;
     memset(&b, 0, sizeof b);
     b.n_seq = d->n_seq;
@@ -10148,6 +10160,7 @@ static llm_backend_desc llm__backend_desc(const llm_context_desc *d) {
     b.n_batch = d->n_batch;
     b.n_logits = d->n_logits;
     b.n_threads = d->n_threads;
+    b.dtype = dtype;
     b.cache_dtype = d->cache_dtype;
     b.parallel = d->parallel;
     b.host = d->host;
@@ -10172,7 +10185,7 @@ static void llm__context_body(llm__env *env, void *arg) {
            n_rows = (size_t)(d.n_logits > d.n_batch ? d.n_logits : d.n_batch);
     ctx->model = model;
     ctx->desc = d;
-    ctx->backend_desc = llm__backend_desc(&d);
+    ctx->backend_desc = llm__backend_desc(&d, model->info.dtype);
     ctx->backend_desc.lender = args->lender ? args->lender->device : NULL;
     ctx->backend_desc.share_cache = args->share_cache;
     if (!args->share_cache) llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
@@ -10258,7 +10271,7 @@ static void llm__estimate_body(llm__env *env, void *arg) {
     const llm_shape *shape = &plan.shape;
     llm__fill_info(&info, &plan.h, &plan.walk);
     llm_context_desc c = llm__context_defaults(env, &info, desc.backend, &desc.host, args->context_desc);
-    llm_backend_desc b = llm__backend_desc(&c);
+    llm_backend_desc b = llm__backend_desc(&c, desc.dtype);
     args->out->weights = plan.walk.weight_bytes;
     args->out->cache = (uint64_t)b.n_cache_blocks * desc.backend->block_bytes(shape, b.cache_dtype);
     args->out->scratch = desc.backend->scratch_bytes(shape, &b) + (uint64_t)shape->n_vocab * 8 +
