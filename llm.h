@@ -6337,8 +6337,8 @@ typedef struct llm__kernels {
     size_t line_step;
     void (*tile_product)(const llm__tile_product *p);
     void (*panel)(const llm__panel *p); /* all kinds but f32 and f16 */
-    /* What the functions above give, rounded, into a row from `column` on (a multiple of 16): x * factor for n values, and
-       zeros up to n_padded; a norm, with zeros up to the end of its last line; a softmax of n scores, with zeros up to
+    /* What the functions above give, rounded, into a row from `column` on (a multiple of 16): x * factor for n values,
+       and zeros up to n_padded; a norm, with zeros up to the end of its last line; a softmax of n scores, with zeros up to
        `padded`, a multiple of 32. */
     void (*pack_scale)(const float *x, float factor, int n, int n_padded, llm__lines row, int column);
     void (*pack_norm)(const float *x, const float *w, int n, float eps, llm__lines row);
@@ -7021,8 +7021,8 @@ enum { LLM__FN(inputs) = 32 };
 
 /* The sums over one block of TILES tiles that lie w_next apart, its even and odd weights as two chains. With several rows
    the products take long enough that the processor's own prefetching falls behind: what comes 16 KiB later is asked for
-   here, into the second cache. So 4 rows of bf16 take as long as one (Zen 4, two cores). Whole numbers take longer, too: what
-   comes 1 KiB later is asked for into the nearest (a tenth faster, Granite Rapids). */
+   here, into the second cache. So 4 rows of bf16 take as long as one (Zen 4, two cores). Whole numbers take longer, too:
+   what comes 1 KiB later is asked for into the nearest (a tenth faster, Granite Rapids). */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind KIND, const bool WIDE,
                                 const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
@@ -7140,7 +7140,7 @@ LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x
         llm__avx512_product_int8(x, x_stride, x_sums, rows, tiles, n, k, y, y_stride);
         return;
     }
-    if (KIND == LLM__W_INT8_GROUPS && rows == 1) {
+    if (KIND == LLM__W_INT8_GROUPS && rows == 1) { /* likewise */
         llm__avx512_product_int8_groups(x, x_stride, x_sums, rows, tiles, n, k, y, y_stride);
         return;
     }
@@ -7329,8 +7329,8 @@ LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
    weights, of which there is one a cycle: so 4 rows meet 2 tiles, 6 loads for 8 products. Two tiles' weights are widened
    once for all rows, in parts that stay near (36 KB), and the next two's are fetched meanwhile. */
 
-/* Values i .. i + 15 of a row; returns them as rounded. Lines as rows of the matrix unit have values in their order; lines of pairs, which are not
-   apart, as pair_row leaves them. */
+/* Values i .. i + 15 of a row; returns them as rounded. Lines as rows of the matrix unit have values in their order;
+   lines of pairs, which are not apart, as pair_row leaves them. */
 LLM__INLINE V LLM__FN(store_half)(llm__lines row, int i, V a) {
     const __m256i pairs = _mm256_set_epi16(13, 15, 12, 14, 9, 11, 8, 10, 5, 7, 4, 6, 1, 3, 0, 2);
     __m256i half = (__m256i)_mm512_cvtneps_pbh(a);
@@ -7626,8 +7626,8 @@ LLM__TARGET static void LLM__FN(tile_product)(const llm__tile_product *p) {
 
 LLM__TARGET static void LLM__FN(tile_panel)(const llm__panel *p) { LLM__FN(run_panel)(p, LLM__FN(tile_product)); }
 
-/* On numbers of all kinds, which change, as a product's do: with zeros, or the same ones, the unit is a quarter faster than it
-   can ever be in use. */
+/* On numbers of all kinds, which change, as a product's do: with zeros, or the same ones, the unit is a quarter faster
+   than it can ever be in use. */
 LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
     uint16_t numbers[8 * 512] __attribute__((aligned(64)));
     float c[16];
@@ -8582,7 +8582,6 @@ enum {
     LLM__TILES = 4,       /* tiles in such a group                                                               */
     LLM__SPLIT_ROWS = 8,  /* rows of a sequence whose attention may be split over the keys                       */
     LLM__PART_ROWS = 128, /* least rows that are a member's own in products                                      */
-    LLM__ROWS_AHEAD = 12, /* so many rows before it is written one is asked for                                  */
     LLM__SCORED_ROWS = 128,
     LLM__COLUMNS = 512 /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic)         */
 };
