@@ -752,20 +752,7 @@ static void llm__env_init(llm__env *env, llm__pool *pool, llm_error *err, const 
 #include <sys/mman.h>
 #endif
 
-enum { LLM__ALIGN = 64, LLM__HUGE_PAGE = 1 << 21 };
-
-/* Large blocks are read from end to end for each token. In pages of 2 MB, where the system has them, that needs few
-   translations of addresses, and the memory is had faster. */
-static void llm__ask_for_huge_pages(void *block, size_t size) {
-#if defined(MADV_HUGEPAGE)
-    uintptr_t first = ((uintptr_t)block + LLM__HUGE_PAGE - 1) & ~(uintptr_t)(LLM__HUGE_PAGE - 1),
-              end = ((uintptr_t)block + size) & ~(uintptr_t)(LLM__HUGE_PAGE - 1);
-    if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE);
-#else
-    (void)block;
-    (void)size;
-#endif
-}
+enum { LLM__ALIGN = 64 };
 
 static void *llm__resize(const llm_host *host, void *ptr, size_t size) {
     if (host->resize) return host->resize(host->user, ptr, size);
@@ -873,7 +860,6 @@ static void *llm__try_alloc(llm__pool *pool, size_t count, size_t size) {
     if (size && count > (SIZE_MAX - room) / size) return NULL;
     void *raw = llm__resize(&pool->host, NULL, count * size + room);
     if (!raw) return NULL;
-    llm__ask_for_huge_pages(raw, count * size + room);
     uintptr_t at = ((uintptr_t)raw + room) & ~(uintptr_t)(LLM__ALIGN - 1);
     llm__block *block = (llm__block *)at - 1;
     block->prev = NULL;
@@ -8371,6 +8357,21 @@ static void llm__cpu_close(void *model) {
     llm__pool_free(&pool);
 }
 
+/* Weights are read from end to end for each token. In pages of 2 MB, where the system has them, that needs few translations
+   of addresses, and the memory is had faster. (A cache would only be had sooner than it is needed.) */
+enum { LLM__HUGE_PAGE = 1 << 21 };
+
+static void llm__ask_for_huge_pages(void *block, size_t size) {
+#if defined(MADV_HUGEPAGE)
+    uintptr_t first = ((uintptr_t)block + LLM__HUGE_PAGE - 1) & ~(uintptr_t)(LLM__HUGE_PAGE - 1),
+              end = ((uintptr_t)block + size) & ~(uintptr_t)(LLM__HUGE_PAGE - 1);
+    if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE);
+#else
+    (void)block;
+    (void)size;
+#endif
+}
+
 /* The pool lives inside the object it owns: it moves there once the object's memory is had. */
 static void llm__cpu_open_body(llm__env *env, void *arg) {
     llm__cpu_open_args *args = (llm__cpu_open_args *)arg;
@@ -8381,6 +8382,7 @@ static void llm__cpu_open_body(llm__env *env, void *arg) {
     m->layers = (llm__cpu_layer *)llm__alloc_zero(env, (size_t)m->shape.n_layers, sizeof *m->layers);
     m->room = (uint8_t *)llm__alloc(env, (size_t)m->shape.weight_bytes, 1);
     m->end = m->room + m->shape.weight_bytes;
+    llm__ask_for_huge_pages(m->room, (size_t)m->shape.weight_bytes);
     m->team = llm__team_create(env, args->desc->n_threads, NULL, NULL);
     m->pool = *env->pool;
     *args->out = m;
