@@ -748,10 +748,6 @@ static void llm__env_init(llm__env *env, llm__pool *pool, llm_error *err, const 
     env->file = file;
 }
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 enum { LLM__ALIGN = 64 };
 
 static void *llm__resize(const llm_host *host, void *ptr, size_t size) {
@@ -6292,6 +6288,14 @@ typedef struct llm__lines {
     size_t step;
 } llm__lines;
 
+/* Row r of packed rows of k values: one row behind the other, or, where lines are 1024 bytes apart, 16 with their lines in
+   turns. */
+static inline llm__lines llm__packed_row(size_t step, uint8_t *packed, size_t k, size_t r) {
+    size_t in_turns = r & (step / 64 - 1);
+    llm__lines row = {packed + (r - in_turns) * k * 2 + in_turns * 64, step};
+    return row;
+}
+
 typedef struct llm__kernels {
     const char *name;
     llm__product_fn *product[LLM__W_KINDS];
@@ -6422,8 +6426,9 @@ typedef struct llm__tile_config {
 #define LLM__TILE_ZERO(t) __asm__ volatile("tilezero %tmm" #t)
 #define LLM__TILE_LOAD(t, from, stride) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"((const void *)(from)), "r"((size_t)(stride)) : "memory")
-#define LLM__TILE_STREAM(t, from, stride) /* past the near cache */ \
-    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #t : : "r"((const void *)(from)), "r"((size_t)stride) : "memory")
+/* The same past the nearest cache, for what comes by once. */
+#define LLM__TILE_STREAM(t, from, stride) \
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #t::"r"((const void *)(from)), "r"((size_t)(stride)) : "memory")
 #define LLM__TILE_STORE(t, to, stride) \
     __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"((void *)(to)), "r"((size_t)(stride)) : "memory")
 #define LLM__TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #c)
@@ -6505,13 +6510,6 @@ static bool llm__tiles_allowed(void) {
 #undef LLM__TARGET
 #undef LLM__USE_NEON
 #endif
-
-/* Row r of packed rows of k values: one row behind the other, or 16 with their lines in turns. */
-static llm__lines llm__packed_row(const llm__kernels *kernels, uint8_t *packed, size_t k, size_t r) {
-    size_t together = kernels->line_step / 64;
-    llm__lines row = {packed + r / together * together * k * 2 + r % together * 64, kernels->line_step};
-    return row;
-}
 
 /* The best instruction set of this machine, or the one named; NULL if it is not to be had. */
 static const llm__kernels *llm__choose_kernels(const char *isa) {
@@ -7120,20 +7118,18 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const 
 /* As many rows at once as the registers hold sums for, then fewer. */
 LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x_stride, const float *x_sums, int rows,
                                   const uint8_t *tiles, int n, int k, float *y, size_t y_stride) {
-    const bool GROUPS = KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS;
+    const bool GROUPS = KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS,
+               CACHED = !GROUPS && KIND != LLM__W_F16;
 #if defined(LLM__USE_BF16)
-    if (KIND == LLM__W_INT8 && rows == 1) { /* pairs cost more than they save */
-        llm__avx512_product_int8(x, x_stride, x_sums, rows, tiles, n, k, y, y_stride);
-        return;
-    }
-    if (KIND == LLM__W_INT8_GROUPS && rows == 1) { /* likewise */
-        llm__avx512_product_int8_groups(x, x_stride, x_sums, rows, tiles, n, k, y, y_stride);
+    if ((KIND == LLM__W_INT8 || KIND == LLM__W_INT8_GROUPS) && rows == 1) { /* pairs cost more than they save */
+        llm__product_fn *by_fma = GROUPS ? llm__avx512_product_int8_groups : llm__avx512_product_int8;
+        by_fma(x, x_stride, x_sums, rows, tiles, n, k, y, y_stride);
         return;
     }
 #endif
     if (LLM__MOST_ROWS > 4) LLM__ROWS_BY(8)
     if (LLM__MOST_ROWS > 2) LLM__ROWS_BY(4)
-    if (LLM__MOST_ROWS > 2 && !GROUPS) LLM__ROWS_BY(3) /* query heads to a key head in the default model */
+    if (LLM__MOST_ROWS > 2 && CACHED) LLM__ROWS_BY(3) /* query heads to a key head in the default model */
     if (LLM__MOST_ROWS > 1) LLM__ROWS_BY(2)
     LLM__ROWS_BY(1)
 }
@@ -7214,7 +7210,8 @@ LLM__TARGET static void LLM__FN(swiglu)(const float *gate_up, int n, bool round,
 
 LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum) {
     V most = v_splat(-3.0e38f), total = v_splat(0), factor = v_splat(scale);
-    for (int i = n; i < padded; i++) s[i] = i < (n + 15) / 16 * 16 ? -3.0e38f : 0;
+    for (int i = n; i % 16; i++) s[i] = -3.0e38f;
+    for (int i = (n + 15) / 16 * 16; i < padded; i++) s[i] = 0;
     for (int i = 0; i < n; i += 16) most = v_max(most, v_mul(v_load(s + i), factor));
     *max = v_hmax(most);
     for (int i = 0; i < n; i += 16) {
@@ -7374,28 +7371,24 @@ LLM__INLINE void LLM__FN(scale_rows)(const llm__panel *p, int tile, int n_cols, 
 LLM__TARGET static void LLM__FN(end_rows)(const llm__panel *p, int tile, int n_cols, int row, int n, float *sums) {
     const int width = p->width - tile * 16 < n_cols * 16 ? p->width - tile * 16 : n_cols * 16;
     const float *end = sums + n * 32;
-    float *y = p->y + (size_t)row * p->y_stride + tile * 16;
     if (p->kind == LLM__W_INT8) LLM__FN(scale_rows)(p, tile, n_cols, n, sums);
     if (p->ending == LLM__SWIGLU) {
-        size_t together = p->line_step == 64 ? 1 : 16;
-        for (size_t r = (size_t)row; sums < end; sums += 32, r++) {
-            llm__lines to = {p->packed + (r & ~(together - 1)) * p->packed_k * 2 + (r & (together - 1)) * 64,
-                             p->line_step};
+        for (; sums < end; sums += 32, row++) {
+            llm__lines to = llm__packed_row(p->line_step, p->packed, p->packed_k, (size_t)row);
             LLM__FN(store_half)(to, p->column + tile * 8, LLM__SHARED(silu)(v_load(sums), v_load(sums + 16)));
         }
-    } else if (width < 32) {
-        for (; sums < end; sums += 32, y += p->y_stride)
-            if (p->ending == LLM__ADD) LLM__SHARED(add)(y, sums, width);
-            else memcpy(y, sums, (size_t)width * sizeof *y);
-    } else if (p->ending == LLM__ADD) {
-        for (; sums < end; sums += 32, y += p->y_stride) {
-            v_store(y, v_add(v_load(y), v_load(sums)));
-            v_store(y + 16, v_add(v_load(y + 16), v_load(sums + 16)));
-        }
-    } else {
-        for (; sums < end; sums += 32, y += p->y_stride) {
-            v_store(y, v_load(sums));
-            v_store(y + 16, v_load(sums + 16));
+        return;
+    }
+    float *y = p->y + (size_t)row * p->y_stride + tile * 16;
+    for (; sums < end; sums += 32, y += p->y_stride) {
+        if (width < 32 && p->ending == LLM__ADD) LLM__SHARED(add)(y, sums, width);
+        else if (width < 32) memcpy(y, sums, (size_t)width * sizeof *y);
+        else {
+            V a = v_load(sums), b = v_load(sums + 16);
+            if (p->ending == LLM__ADD) a = v_add(v_load(y), a);
+            if (p->ending == LLM__ADD) b = v_add(v_load(y + 16), b);
+            v_store(y, a);
+            v_store(y + 16, b);
         }
     }
 }
@@ -7538,8 +7531,8 @@ LLM__TARGET static void LLM__FN(pair_panel)(const llm__panel *p) { LLM__FN(run_p
    such products: 64 cycles, in which the nearest cache gives at least twice these 4 KB. So the two tiles of weights stay
    there (36 KB) while all rows of the panel stream past it from the second cache, 32 bytes a cycle; and weights come from
    memory once for 256 rows: 4 bytes a cycle, fetched ahead, a little with each product. What is not a product is done
-   between them: the vector units then get one of their two ports. Reached are some 60 % of the unit's rate at 576 k, and
-   45 % at 2,048, where 256 rows and their sums no longer fit the second cache (Granite Rapids). */
+   between them: the vector units then get one of their two ports. One thread's panels, alone, reach 58 % of the unit's rate
+   at 576 k, and 47 % at 2,048, where 256 rows and their sums no longer fit the second cache (Granite Rapids). */
 
 static void LLM__FN(tiles_enter)(void) {
     llm__tile_config config;
@@ -7827,15 +7820,16 @@ static void llm__matrix_row(const llm__matrix *m, size_t output, float *out) {
     const float *floats = (const float *)(const void *)tile;
     const uint16_t *halves = (const uint16_t *)(const void *)tile;
     for (size_t i = 0; i < (size_t)m->k; i++) {
+        size_t at = llm__tile_index(m->kind, lane, i, k);
         const uint8_t *group = tile + i / 32 * bytes;
         const uint16_t *d = (const uint16_t *)(const void *)(group + bytes) - 32;
         const uint32_t *words = (const uint32_t *)(const void *)group;
         int q;
         switch (m->kind) {
-        case LLM__W_F32: out[i] = floats[i * 16 + lane]; continue;
-        case LLM__W_F16: out[i] = llm__f16_to_f32(halves[i * 16 + lane]); continue;
-        case LLM__W_BF16: out[i] = llm__bf16_to_f32(halves[i / 2 * 32 + lane * 2 + i % 2]); continue;
-        case LLM__W_INT8: out[i] = (float)((const int8_t *)tile)[i * 16 + lane] * floats[k * 4 + lane]; continue;
+        case LLM__W_F32: out[i] = floats[at]; continue;
+        case LLM__W_F16: out[i] = llm__f16_to_f32(halves[at]); continue;
+        case LLM__W_BF16: out[i] = llm__bf16_to_f32(halves[at]); continue;
+        case LLM__W_INT8: out[i] = (float)((const int8_t *)tile)[at] * floats[k * 4 + lane]; continue;
         case LLM__W_INT8_GROUPS: q = ((const int8_t *)group)[i % 32 * 16 + lane]; break;
         default: q = (int)(words[i % 32 / 8 * 16 + lane] >> (4 * LLM__NIBBLE(i % 8)) & 15);
         }
@@ -7848,15 +7842,14 @@ static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, const llm_weight *weight)
     return (uint64_t)(llm__round_up(n, 16) / 16) * llm__tile_bytes(llm__weight_kind(dtype, weight), weight->cols);
 }
 
-/* A matrix without memory yet; it needs so many bytes, a multiple of LLM__ALIGN. */
-static llm__matrix llm__make_matrix(llm__kind kind, int n, int k, size_t *bytes) {
+/* A matrix without memory yet. */
+static llm__matrix llm__make_matrix(llm__kind kind, int n, int k) {
     llm__matrix m;
     m.kind = kind;
     m.n = n;
     m.k = k;
     m.tile_bytes = llm__tile_bytes(kind, k);
     m.data = NULL;
-    *bytes = (size_t)(llm__round_up(n, 16) / 16) * m.tile_bytes;
     return m;
 }
 
@@ -8423,8 +8416,8 @@ static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const l
     llm__cpu_upload_args args = {model, weight, matrix, NULL};
     /* Gates and ups each fill whole tiles, so both are padded. */
     int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__round_up(weight->rows / 2, 16) : weight->rows;
-    size_t bytes;
-    *matrix = llm__make_matrix(llm__weight_kind(model->dtype, weight), n, weight->cols, &bytes);
+    size_t bytes = (size_t)llm__cpu_weight_bytes(model->dtype, weight); /* a multiple of LLM__ALIGN */
+    *matrix = llm__make_matrix(llm__weight_kind(model->dtype, weight), n, weight->cols);
     if (bytes <= (size_t)(model->end - model->room)) {
         matrix->data = model->room;
         model->room += bytes;
@@ -8578,14 +8571,14 @@ static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) 
    Every member of the team runs llm__forward_task; each phase of it is shared out in pieces and ends at a barrier. */
 
 enum {
-    LLM__CHUNK = 256,     /* keys whose softmax is taken at once; chunks are merged in order (of the arithmetic) */
-    LLM__QUERY_ROWS = 64, /* query rows, over the heads that share a key head, that meet a chunk together        */
-    LLM__ROWS = 64,       /* activation rows that meet a group of tiles while it is in the near cache            */
-    LLM__TILES = 4,       /* tiles in such a group                                                               */
-    LLM__SPLIT_ROWS = 8,  /* rows of a sequence whose attention may be split over the keys                       */
-    LLM__PART_ROWS = 128, /* least rows that are a member's own in products                                      */
-    LLM__SCORED_ROWS = 128,
-    LLM__COLUMNS = 512 /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic)         */
+    LLM__CHUNK = 256,       /* keys whose softmax is taken at once; chunks are merged in order (of the arithmetic) */
+    LLM__QUERY_ROWS = 64,   /* query rows, over the heads that share a key head, that meet a chunk together        */
+    LLM__ROWS = 64,         /* activation rows that meet a group of tiles while it is in the near cache            */
+    LLM__TILES = 4,         /* tiles in such a group                                                               */
+    LLM__SPLIT_ROWS = 8,    /* rows of a sequence whose attention may be split over the keys                       */
+    LLM__PART_ROWS = 128,   /* least rows that are a member's own in products                                      */
+    LLM__SCORED_ROWS = 128, /* rows whose logits, of so many columns, are there at once; a multiple of 16 */
+    LLM__COLUMNS = 512      /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic)         */
 };
 
 /* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
@@ -8623,7 +8616,7 @@ typedef struct llm__cpu_context {
     size_t partial_floats;
     int n_partials;
     float *panels;  /* [n_threads][panel_floats] for llm__panel's c; NULL: there are no panels */
-    int panel_rows; /* so many rows go by them */
+    int panel_rows; /* so many rows go by them, or more */
     uint8_t *tiles; /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
     size_t panel_floats, tile_bytes;
     float *logits;                            /* [n_logits][n_vocab] */
@@ -8686,6 +8679,10 @@ static void llm__linear_piece(const llm__cpu_context *c, int index, const llm__m
     for (int r = 0; r < rows; r++) llm__end_row(c, m, tile, n_tiles, sums[r], ending, y + (size_t)(row + r) * y_stride);
 }
 
+static llm__lines llm__lines_of(const llm__cpu_context *c, const llm__rows *rows, size_t r) {
+    return llm__packed_row(c->model->kernels->line_step, rows->packed, rows->stride, r);
+}
+
 /* Rows of a piece: 16 may be packed together. */
 static int llm__row_step(const llm__cpu_context *c, int rows) { return llm__in_panels(c, rows) ? 16 : 1; }
 
@@ -8701,12 +8698,12 @@ static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const l
         for (int r = piece * step; r < rows && r < (piece + 1) * step; r++) {
             const float *x = in->x + (size_t)r * in->stride;
             if (sums) kernels->group_sums(x, k, c->sums + (size_t)r * (size_t)(k / 32));
-            else kernels->pack_scale(x, 1, k, k, llm__packed_row(kernels, in->packed, in->stride, (size_t)r), 0);
+            else kernels->pack_scale(x, 1, k, k, llm__lines_of(c, in, (size_t)r), 0);
         }
     llm__finish(w);
 }
 
-/* A panel's tiles against the rows from `row` to `end`, the first of which belongs to the first of y. */
+/* A panel's tiles against the rows from `row` to `end`. */
 static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
                               const llm__rows *in, int row, int end, llm__ending ending, float *y, size_t y_stride) {
     const llm__rows *ffn = &c->ffn;
@@ -8729,7 +8726,7 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
     for (int first = row; first < end; first += LLM__PANEL_ROWS) {
         p.n_rows = end - first < LLM__PANEL_ROWS ? end - first : (int)LLM__PANEL_ROWS;
         p.a = in->packed + (size_t)first * in->stride * 2;
-        p.y = y + (size_t)(first - row) * y_stride + tile * 16;
+        p.y = ending == LLM__SWIGLU ? NULL : y + (size_t)first * y_stride + tile * 16;
         p.packed = ffn->packed + (size_t)first * ffn->stride * 2;
         c->model->kernels->panel(&p);
     }
@@ -8764,9 +8761,9 @@ static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__ma
     for (int piece; (piece = llm__take(w, n_parts * n_columns)) >= 0;) {
         int first = piece % n_columns * step, n = n_tiles - first < step ? n_tiles - first : step;
         if (panels) {
-            int part = piece / n_columns, row = llm__part_row(rows, part, n_parts);
-            llm__linear_panel(c, w->index, m, first, n, in, row, llm__part_row(rows, part + 1, n_parts), ending,
-                              y + (size_t)row * y_stride, y_stride);
+            int part = piece / n_columns;
+            llm__linear_panel(c, w->index, m, first, n, in, llm__part_row(rows, part, n_parts),
+                              llm__part_row(rows, part + 1, n_parts), ending, y, y_stride);
             continue;
         }
         for (int r = 0; r < rows; r += LLM__ROWS) {
@@ -8777,22 +8774,20 @@ static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__ma
     llm__finish(w);
 }
 
-/* Norms the rows and prepares them for the matrix they are to meet; a phase. The head's are needed one by one, too, see
-   llm__log_prob. */
+/* Norms the rows and prepares them for the matrix they are to meet; a phase. Where there are targets, the head meets them one
+   by one, too, see llm__log_prob. */
 static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const float *weight, const llm__matrix *m,
                            int rows) {
     const llm_shape *s = &c->model->shape;
     const llm__kernels *kernels = c->model->kernels;
     const llm__rows *out = &c->normed;
-    bool panels = llm__in_panels(c, rows), both = m == &c->model->head,
+    bool panels = llm__in_panels(c, rows), both = m == &c->model->head && c->pass->n_targets,
          sums = llm__has_groups(m->kind) && !llm__in_bf16(m, rows);
     int step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step;
     for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
         for (int r = piece * step; r < rows && r < (piece + 1) * step; r++) {
             const float *x = c->x + (size_t)r * c->x_stride;
-            if (panels)
-                kernels->pack_norm(x, weight, s->n_embd, s->rms_eps,
-                                   llm__packed_row(kernels, out->packed, out->stride, (size_t)r));
+            if (panels) kernels->pack_norm(x, weight, s->n_embd, s->rms_eps, llm__lines_of(c, out, (size_t)r));
             if (!panels || both)
                 kernels->rms_norm(x, weight, s->n_embd, s->rms_eps, c->round, out->x + (size_t)r * out->stride);
             if (sums)
@@ -9043,8 +9038,8 @@ static void llm__weigh_keys(const llm__cpu_context *c, const llm__attention_work
         hidden = llm__first_key(&c->model->shape, last) - first; /* keys before the window */
     llm__lines row = {NULL, 0};
     if (a->packed)
-        row = llm__packed_row(kernels, a->packed + (size_t)a->padded * (size_t)c->head_stride * 2, (size_t)padded,
-                              (size_t)i);
+        row = llm__packed_row(kernels->line_step, a->packed + (size_t)a->padded * (size_t)c->head_stride * 2,
+                              (size_t)padded, (size_t)i);
     if (a->packed && hidden <= 0 && n > 0) {
         kernels->pack_softmax(scores, n, padded, c->score_scale, row, max, sum);
         return;
@@ -9124,7 +9119,7 @@ static void llm__gather_queries(const llm__cpu_context *c, int index, llm__atten
                             (a->head * a->group + i % a->group) * s->head_dim;
         if (a->packed)
             kernels->pack_scale(from, 1, s->head_dim, c->head_stride,
-                                llm__packed_row(kernels, a->packed, stride, (size_t)i), 0);
+                                llm__packed_row(kernels->line_step, a->packed, stride, (size_t)i), 0);
         else kernels->scale(from, 1, s->head_dim, c->round_cache, a->q + (size_t)i * stride);
     }
 }
@@ -9143,9 +9138,7 @@ static void llm__attention_end(const llm__cpu_context *c, const llm__attention_w
         size_t row = (size_t)(a->first_row + i / a->group);
         const float *from = known + (size_t)i * stride;
         int column = (a->head * a->group + i % a->group) * n;
-        if (packs)
-            kernels->pack_scale(from, 1.0f / sums[i], n, n, llm__packed_row(kernels, out->packed, out->stride, row),
-                                column);
+        if (packs) kernels->pack_scale(from, 1.0f / sums[i], n, n, llm__lines_of(c, out, row), column);
         else kernels->scale(from, 1.0f / sums[i], n, c->round, out->x + row * out->stride + column);
     }
 }
@@ -9260,10 +9253,12 @@ static void llm__score_columns(const llm__cpu_context *c, int index, int part, i
     float *logits = c->scratch + (size_t)index * c->scratch_floats;
     if (llm__in_panels(c, all_rows)) {
         const llm__matrix columns = llm__matrix_part(m, first / 16, first / 16 + n_tiles);
-        for (int tile = 0; tile < n_tiles; tile += LLM__PANEL_TILES)
-            llm__linear_panel(c, index, &columns, tile,
-                              n_tiles - tile < LLM__PANEL_TILES ? n_tiles - tile : (int)LLM__PANEL_TILES, &c->normed,
-                              first_row, first_row + rows, LLM__STORE, logits, stride);
+        llm__rows some = c->normed;
+        some.packed += row * some.stride * 2; /* a multiple of 16 rows */
+        for (int tile = 0; tile < n_tiles; tile += LLM__PANEL_TILES) {
+            int n_panel = n_tiles - tile < LLM__PANEL_TILES ? n_tiles - tile : (int)LLM__PANEL_TILES;
+            llm__linear_panel(c, index, &columns, tile, n_panel, &some, 0, rows, LLM__STORE, logits, stride);
+        }
     } else {
         memset(logits, 0, (size_t)rows * stride * sizeof(float));
         llm__tile_sums(c, index, m, first / 16, n_tiles, &c->normed, first_row, rows, all_rows, logits, stride);
@@ -9424,11 +9419,16 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
 
 typedef struct llm__cpu_sizes {
     size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups, n_parts, partial_floats;
-    size_t panel_floats, tile_bytes; /* for panels: of each thread */
+    size_t panel_floats, tile_bytes; /* of each thread, see llm__cpu_context; or 0 */
+    size_t ffn_floats;               /* rows of c->ffn that are there as floats */
     int head_stride, n_partials;
+    bool panels;
 } llm__cpu_sizes;
 
-static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_desc *d) {
+/* Are activations rounded to bf16 before a product? */
+static bool llm__rounds(llm_dtype weights) { return weights != LLM_DTYPE_F32 && weights != LLM_DTYPE_F16; }
+
+static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_desc *d, const llm__kernels *kernels) {
     llm__cpu_sizes z;
     int group = s->n_heads / s->n_kv_heads, most = group > LLM__QUERY_ROWS ? group : (int)LLM__QUERY_ROWS,
         chunks = (d->blocks_per_seq * LLM_BLOCK + LLM__CHUNK - 1) / LLM__CHUNK;
@@ -9447,27 +9447,27 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
     int few = LLM__SPLIT_ROWS * group < LLM__QUERY_ROWS ? LLM__SPLIT_ROWS * group : most;
     z.partial_floats = (size_t)llm__padded_queries(few) * (size_t)(z.head_stride + 2);
     z.n_partials = d->n_threads > 1 && chunks > 1 ? chunks * s->n_kv_heads : 0;
-    z.panel_floats = (n_batch < LLM__PANEL_ROWS ? n_batch : (size_t)LLM__PANEL_ROWS) * LLM__PANEL_TILES * 16;
-    z.tile_bytes = rows * ((size_t)z.head_stride + LLM__CHUNK) * 2;
-    if (z.tile_bytes < 2 * LLM__TILE_BLOCKS * 1024) z.tile_bytes = 2 * LLM__TILE_BLOCKS * 1024;
-    if (z.tile_bytes < z.most_groups * 1024) z.tile_bytes = z.most_groups * 1024; /* a tile, see llm__tile_sums */
+    z.panels = kernels->panel && llm__rounds(d->dtype);
+    z.ffn_floats = z.panels ? (size_t)LLM__EXACT_ROWS : (size_t)d->n_batch;
+    if (n_batch > LLM__PANEL_ROWS) n_batch = LLM__PANEL_ROWS;
+    z.panel_floats = z.panels ? n_batch * LLM__PANEL_TILES * 16 : 0;
+    /* Of what is never there at once the most: attention's rows, parts of two tiles for a panel, a tile (llm__tile_sums). */
+    size_t attention = rows * ((size_t)z.head_stride + LLM__CHUNK) * 2, parts = 2 * LLM__TILE_BLOCKS * 1024,
+           tile = d->dtype == LLM_DTYPE_INT4 ? z.most_groups * 1024 : 0;
+    z.tile_bytes = !z.panels ? tile : attention > parts ? attention : parts;
+    if (z.tile_bytes < tile) z.tile_bytes = tile;
     return z;
 }
 
-/* Are activations rounded to bf16 before a product? */
-static bool llm__rounds(llm_dtype weights) { return weights != LLM_DTYPE_F32 && weights != LLM_DTYPE_F16; }
-
 static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
-    llm__cpu_sizes z = llm__cpu_find_sizes(s, d);
-    bool panels = llm__choose_kernels(NULL)->panel && llm__rounds(d->dtype);
+    llm__cpu_sizes z = llm__cpu_find_sizes(s, d, llm__choose_kernels(NULL));
     uint64_t n_batch = (uint64_t)d->n_batch, n_threads = (uint64_t)d->n_threads,
-             ffn_rows = panels ? (uint64_t)LLM__EXACT_ROWS : n_batch,
              row = z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + (uint64_t)s->rope_dim +
                    2 * z.n_parts + 5,
              packed = (uint64_t)llm__round_up(d->n_batch, 16) * 2 * (z.x_stride + z.attention_stride + z.ffn_stride);
-    return 4 * (n_batch * row + ffn_rows * z.ffn_stride + (uint64_t)d->n_logits * (uint64_t)s->n_vocab +
-                n_threads * z.scratch_floats + (uint64_t)z.n_partials * z.partial_floats) +
-           n_threads * z.tile_bytes + (panels ? packed + n_threads * z.panel_floats * 4 : 0);
+    return 4 * (n_batch * row + z.ffn_floats * z.ffn_stride + (uint64_t)d->n_logits * (uint64_t)s->n_vocab +
+                n_threads * (z.scratch_floats + z.panel_floats) + (uint64_t)z.n_partials * z.partial_floats) +
+           n_threads * z.tile_bytes + (z.panels ? packed : 0);
 }
 
 /* Rows of activations, of which the first n_floats are there as floats, too. */
@@ -9490,11 +9490,11 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     llm__cpu_context *c = (llm__cpu_context *)llm__alloc_zero(env, 1, sizeof *c);
     const llm_shape *s = &args->model->shape;
     const llm__cpu_context *lender = (const llm__cpu_context *)args->desc->lender;
-    llm__cpu_sizes z = llm__cpu_find_sizes(s, args->desc);
+    llm__cpu_sizes z = llm__cpu_find_sizes(s, args->desc, args->model->kernels);
     size_t n_batch = (size_t)args->desc->n_batch, half = (size_t)s->rope_dim / 2;
     c->model = args->model;
     c->desc = *args->desc;
-    c->round = llm__rounds(args->model->dtype);
+    c->round = llm__rounds(c->desc.dtype);
     c->round_cache = c->desc.cache_dtype != LLM_DTYPE_F32;
     c->cache_kind = llm__cache_kind(c->desc.cache_dtype);
     c->head_stride = z.head_stride;
@@ -9508,10 +9508,9 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->scratch_floats = z.scratch_floats;
     c->x = (float *)llm__alloc_zero(env, n_batch * z.x_stride, sizeof(float));
     c->qkv = (float *)llm__alloc_zero(env, n_batch * z.qkv_stride, sizeof(float));
-    bool panels = args->model->kernels->panel && c->round;
-    c->normed = llm__rows_create(env, n_batch, n_batch, z.x_stride, panels);
-    c->attention = llm__rows_create(env, n_batch, n_batch, z.attention_stride, panels);
-    c->ffn = llm__rows_create(env, n_batch, panels ? (size_t)LLM__EXACT_ROWS : n_batch, z.ffn_stride, panels);
+    c->normed = llm__rows_create(env, n_batch, n_batch, z.x_stride, z.panels);
+    c->attention = llm__rows_create(env, n_batch, n_batch, z.attention_stride, z.panels);
+    c->ffn = llm__rows_create(env, n_batch, z.ffn_floats, z.ffn_stride, z.panels);
     c->sums = (float *)llm__alloc_zero(env, (n_batch + 15) / 16 * 16 * z.most_groups, sizeof(float));
     c->cosines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->sines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
@@ -9519,10 +9518,10 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->partial_floats = z.partial_floats;
     c->n_partials = z.n_partials;
     c->partials = (float *)llm__alloc(env, (size_t)z.n_partials * z.partial_floats, sizeof(float));
-    if (panels) {
+    if (z.panels) {
         c->panels = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.panel_floats, sizeof(float));
         c->panel_floats = z.panel_floats;
-        c->panel_rows = args->model->dtype == LLM_DTYPE_INT4 ? LLM__EXACT_ROWS + 1 : LLM__TILE_ROWS;
+        c->panel_rows = c->desc.dtype == LLM_DTYPE_INT4 ? LLM__EXACT_ROWS + 1 : LLM__TILE_ROWS;
     }
     c->tiles = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_threads * z.tile_bytes, 1);
     c->tile_bytes = z.tile_bytes;

@@ -5,7 +5,7 @@
     For each type, thread count and depth: the median rate of prefill (p tokens after d others) and of decode (n tokens
     after d others), interleaved over r rounds. The limits are measured in the same run with the same threads: bytes per
     second when the model's weights are only read (MBU is the share of it that decoding reaches, its cache counted), and
-    operations per second when nothing is loaded (MFU is the share of it that prefill reaches).
+    operations per second when nothing comes from beyond the nearest cache (MFU is the share of it that prefill reaches).
 
     build/bench -m MODEL --draft lookup,self:int4 TEXT...      (bench/prompts has some)
 

@@ -132,7 +132,7 @@ static void unpack_row(llm__lines row, int n, float *to) {
 }
 
 static void pack_rows(const llm__kernels *k, const float *from, int rows, int n, uint8_t *packed) {
-    for (int r = 0; r < rows; r++) k->pack_scale(from + r * n, 1, n, n, llm__packed_row(k, packed, (size_t)n, (size_t)r), 0);
+    for (int r = 0; r < rows; r++) k->pack_scale(from + r * n, 1, n, n, llm__packed_row(k->line_step, packed, (size_t)n, (size_t)r), 0);
 }
 
 /* What goes into packed rows, against the same as floats. */
@@ -140,7 +140,7 @@ static void check_packs(const llm__kernels *k) {
     static uint8_t packed[32 * 1024 * 2];
     int n = 1 + (int)random_int(300), whole = llm__round_up(n, 16), padded = llm__round_up(n, 32), column = 16 * (int)random_int(4);
     float sum[2], max[2], factor = random_float();
-    llm__lines row = llm__packed_row(k, packed, 512, random_int(32));
+    llm__lines row = llm__packed_row(k->line_step, packed, 512, random_int(32));
     random_floats(x, 512);
     random_floats(w, 2 * whole);
     memset(packed, 0x55, sizeof packed);
@@ -205,7 +205,7 @@ static void check_panel(const llm__kernels *k, llm__kind kind) {
         if (ending == LLM__ADD) scalar->add(to, from, width);
         if (ending != LLM__SWIGLU) continue;
         scalar->swiglu(from, n_tiles * 8, true, a);
-        unpack_row(llm__packed_row(k, results, 128, (size_t)r), column + n_tiles * 8, got);
+        unpack_row(llm__packed_row(k->line_step, results, 128, (size_t)r), column + n_tiles * 8, got);
         check_same("panel with swiglu", a, got + column, (size_t)n_tiles * 32);
     }
     check_same("panel", y, expected, (size_t)rows * STRIDE * 4);
