@@ -6597,7 +6597,9 @@ LLM__INLINE V v_half(const uint16_t *p) {
 }
 LLM__INLINE V v_nibble(const uint32_t *p, int at) {
     const V numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; /* looked up by the low four bits */
-    return _mm512_permutexvar_ps((__m512i)((__v16su)_mm512_loadu_si512((const void *)p) >> (4 * at)), numbers);
+    __m512i words = _mm512_loadu_si512((const uint8_t *)p + at / 2);          /* a shift by whole bytes costs nothing */
+    __asm__("" : "+v"(words));                                                /* or the compiler shifts all the same */
+    return _mm512_permutexvar_ps(at % 2 ? _mm512_srli_epi32(words, 4) : words, numbers);
 }
 LLM__INLINE V v_round_bf16(V a) {
     __m512i u = _mm512_castps_si512(a);
@@ -7644,9 +7646,10 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #define LLM__MANY_ROWS 0, NULL, NULL, NULL, NULL, NULL
 #endif
 
-#define LLM__KERNEL_TABLE                                                                                           \
-    {LLM__SHARED(product_f32),     LLM__FN(product_bf16),        LLM__FN(product_int8),                             \
-     LLM__FN(product_int8_groups), LLM__FN(product_int4_groups), LLM__SHARED(product_f16)},                         \
+/* FN: LLM__FN, or LLM__SHARED where products of few rows are another set's. */
+#define LLM__KERNEL_TABLE(FN)                                                                                       \
+    {LLM__SHARED(product_f32), FN(product_bf16),        FN(product_int8),                                           \
+     FN(product_int8_groups),  FN(product_int4_groups), LLM__SHARED(product_f16)},                                  \
         LLM__SHARED(group_sums), LLM__FN(unpack), LLM__SHARED(rms_norm), LLM__SHARED(swiglu), LLM__SHARED(softmax), \
         LLM__SHARED(merge), LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope),            \
         LLM__SHARED(read), LLM__SHARED(multiply), LLM__MULTIPLY_PAIRS
@@ -7663,12 +7666,18 @@ static const llm__kernels LLM__FN(kernels) = {
 #else
     "scalar",
 #endif
-    LLM__KERNEL_TABLE, NULL, LLM__MANY_ROWS, NULL, NULL};
+    LLM__KERNEL_TABLE(LLM__FN),
+    NULL,
+    LLM__MANY_ROWS,
+    NULL,
+    NULL};
 
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
+/* Where there is such a unit, vdpbf16ps takes two cycles of one port: FMA on both is never slower, and a third faster for
+   8 rows (Granite Rapids). */
 static const llm__kernels LLM__FN(amx_kernels) = {
-    "amx",     LLM__KERNEL_TABLE,    LLM__FN(tile_multiply), 1024, LLM__FN(tile_product), LLM__FN(tile_panel),
-    LLM__PACK, LLM__FN(tiles_enter), LLM__FN(tiles_leave),
+    "amx",     LLM__KERNEL_TABLE(LLM__SHARED), LLM__FN(tile_multiply), 1024, LLM__FN(tile_product), LLM__FN(tile_panel),
+    LLM__PACK, LLM__FN(tiles_enter),           LLM__FN(tiles_leave),
 };
 #endif
 
@@ -8350,8 +8359,8 @@ static void llm__cpu_close(void *model) {
     llm__pool_free(&pool);
 }
 
-/* Weights are read from end to end for each token. In pages of 2 MB, where the system has them, that needs few translations
-   of addresses, and the memory is had faster. (A cache would only be had sooner than it is needed.) */
+/* Weights and cache are read from end to end for each token. In pages of 2 MB, where the system has them, that needs few
+   translations of addresses, and the memory is had faster. */
 enum { LLM__HUGE_PAGE = 1 << 21 };
 
 static void llm__ask_for_huge_pages(void *block, size_t size) {
@@ -8586,10 +8595,12 @@ typedef struct llm__queries {
     int first, n;
 } llm__queries;
 
-/* A product's activations. Many rows of bf16 go by panels; they are packed only, wherever that can be done at once. */
+/* A product's activations. Many rows of bf16 go by panels; they are packed only, wherever that can be done at once. A single
+   row is made ready by each member for itself, which takes less time than to meet. */
 typedef struct llm__rows {
     float *x; /* [n_batch, or what is not packed][stride] */
     size_t stride;
+    float *sums;     /* [n_batch][stride / 32] for weights in groups; all rows' are in one place */
     uint8_t *packed; /* [n_batch padded to 16][stride] bf16, see llm__packed_row; NULL: there are no panels */
 } llm__rows;
 
@@ -8604,11 +8615,10 @@ typedef struct llm__cpu_context {
     int head_stride;          /* head_dim padded for products */
     float score_scale;        /* 1 / sqrt(head_dim) */
     size_t cache_block_bytes; /* keys, or values, of one head in one block */
-    uint8_t *cache;           /* [n_layers][key, value][n_kv_heads][n_cache_blocks] tiles of a block */
+    uint8_t *cache;           /* see llm__cache_plane */
     size_t x_stride, qkv_stride;
     float *x, *qkv; /* [n_batch][stride] */
     llm__rows normed, attention, ffn;
-    float *sums;            /* [n_batch][most inputs / 32] of a product's activations, for weights in groups */
     float *cosines, *sines; /* [n_batch][rope_dim / 2] */
     float *scratch;         /* [n_threads][scratch_floats] for attention */
     size_t scratch_floats;
@@ -8628,9 +8638,22 @@ typedef struct llm__cpu_context {
     bool cancelled;
 } llm__cpu_context;
 
+/* The cache is [n_cache_blocks / 8][n_layers][n_kv_heads][key, value][8] tiles of a block, the last 8 perhaps fewer: so a
+   chunk's keys and values lie one behind the other, layer by layer, and memory is had only as a sequence grows. A plane is
+   a layer's, head's keys or values. */
+static int llm__n_planes(const llm__cpu_context *c) {
+    return 2 * c->model->shape.n_layers * c->model->shape.n_kv_heads;
+}
+
+static uint8_t *llm__cache_plane(const llm__cpu_context *c, int plane, int block) {
+    const int some = LLM__CHUNK / LLM_BLOCK;
+    int first = block / some * some, n = c->desc.n_cache_blocks - first < some ? c->desc.n_cache_blocks - first : some;
+    size_t at = (size_t)first * (size_t)llm__n_planes(c) + (size_t)plane * (size_t)n + (size_t)(block - first);
+    return c->cache + at * c->cache_block_bytes;
+}
+
 static uint8_t *llm__cache_block(const llm__cpu_context *c, int layer, int value, int head, int block) {
-    size_t plane = ((size_t)layer * 2 + (size_t)value) * (size_t)c->model->shape.n_kv_heads + (size_t)head;
-    return c->cache + (plane * (size_t)c->desc.n_cache_blocks + (size_t)block) * c->cache_block_bytes;
+    return llm__cache_plane(c, (layer * c->model->shape.n_kv_heads + head) * 2 + value, block);
 }
 
 /* Do so many rows meet a matrix in panels? */
@@ -8647,7 +8670,7 @@ static void llm__tile_sums(const llm__cpu_context *c, int index, const llm__matr
     const uint8_t *tiles = m->data + (size_t)tile * m->tile_bytes;
     const float *x = in->x + (size_t)row * in->stride;
     if (!llm__in_bf16(m, all_rows)) {
-        kernels->product[m->kind](x, in->stride, c->sums + (size_t)row * (size_t)(k / 32), rows, tiles, n_tiles, k,
+        kernels->product[m->kind](x, in->stride, in->sums + (size_t)row * (size_t)(k / 32), rows, tiles, n_tiles, k,
                                   sums, stride);
         return;
     }
@@ -8686,21 +8709,34 @@ static llm__lines llm__lines_of(const llm__cpu_context *c, const llm__rows *rows
 /* Rows of a piece: 16 may be packed together. */
 static int llm__row_step(const llm__cpu_context *c, int rows) { return llm__in_panels(c, rows) ? 16 : 1; }
 
+/* Does a product of these rows need the sums of each 32 of their values? */
+static bool llm__needs_sums(const llm__matrix *m, int rows) {
+    return llm__has_groups(m->kind) && !llm__in_bf16(m, rows);
+}
+
 /* What a product needs of its activations beside them: the sums over 32 for weights in groups, or that they are packed
-   for panels; a phase, unless there is nothing to do. `packed`: for panels they are packed already. */
-static void llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const llm__rows *in,
-                              int rows, bool packed) {
+   for panels; a phase, unless there is nothing to do. `packed`: for panels they are packed already. Returns the rows for
+   this member. */
+static llm__rows llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const llm__rows *in,
+                                   int rows, bool packed) {
     const llm__kernels *kernels = c->model->kernels;
-    bool panels = llm__in_panels(c, rows), sums = llm__has_groups(m->kind) && !llm__in_bf16(m, rows);
+    bool panels = llm__in_panels(c, rows), sums = llm__needs_sums(m, rows);
     int step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step, k = (int)in->stride;
-    if (!sums && (packed || !panels)) return;
+    llm__rows own = *in;
+    if (!sums && (packed || !panels)) return own;
+    if (rows == 1) {
+        own.sums += w->index * (k / 32);
+        kernels->group_sums(own.x, k, own.sums);
+        return own;
+    }
     for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
         for (int r = piece * step; r < rows && r < (piece + 1) * step; r++) {
             const float *x = in->x + (size_t)r * in->stride;
-            if (sums) kernels->group_sums(x, k, c->sums + (size_t)r * (size_t)(k / 32));
+            if (sums) kernels->group_sums(x, k, in->sums + (size_t)r * (size_t)(k / 32));
             else kernels->pack_scale(x, 1, k, k, llm__lines_of(c, in, (size_t)r), 0);
         }
     llm__finish(w);
+    return own;
 }
 
 /* A panel's tiles against the rows from `row` to `end`. */
@@ -8774,34 +8810,46 @@ static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__ma
     llm__finish(w);
 }
 
-/* Norms the rows and prepares them for the matrix they are to meet; a phase. Where there are targets, the head meets them one
-   by one, too, see llm__log_prob. */
-static void llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const float *weight, const llm__matrix *m,
-                           int rows) {
+/* One row of c->x, normed, becomes row `to` of c->normed. */
+static void llm__norm_row(const llm__cpu_context *c, const float *weight, const llm__matrix *m, int row, int rows,
+                          int to) {
     const llm_shape *s = &c->model->shape;
     const llm__kernels *kernels = c->model->kernels;
-    const llm__rows *out = &c->normed;
-    bool panels = llm__in_panels(c, rows), both = m == &c->model->head && c->pass->n_targets,
-         sums = llm__has_groups(m->kind) && !llm__in_bf16(m, rows);
+    size_t stride = c->normed.stride;
+    float *out = c->normed.x + (size_t)to * stride;
+    kernels->rms_norm(c->x + (size_t)row * c->x_stride, weight, s->n_embd, s->rms_eps, c->round, out);
+    if (llm__needs_sums(m, rows)) kernels->group_sums(out, (int)stride, c->normed.sums + (size_t)to * (stride / 32));
+}
+
+/* Norms the rows and prepares them for the matrix they are to meet; a phase, if there are several. Where there are targets,
+   the head meets them one by one, too, see llm__log_prob. Returns the rows for this member. */
+static llm__rows llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const float *weight, const llm__matrix *m,
+                                int rows) {
+    const llm_shape *s = &c->model->shape;
+    bool panels = llm__in_panels(c, rows), both = m == &c->model->head && c->pass->n_targets;
     int step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step;
+    llm__rows own = c->normed;
+    if (rows == 1 && !both) {
+        llm__norm_row(c, weight, m, 0, 1, w->index);
+        own.x += (size_t)w->index * own.stride;
+        own.sums += (size_t)w->index * (own.stride / 32);
+        return own;
+    }
     for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
         for (int r = piece * step; r < rows && r < (piece + 1) * step; r++) {
-            const float *x = c->x + (size_t)r * c->x_stride;
-            if (panels) kernels->pack_norm(x, weight, s->n_embd, s->rms_eps, llm__lines_of(c, out, (size_t)r));
-            if (!panels || both)
-                kernels->rms_norm(x, weight, s->n_embd, s->rms_eps, c->round, out->x + (size_t)r * out->stride);
-            if (sums)
-                kernels->group_sums(out->x + (size_t)r * out->stride, (int)out->stride,
-                                    c->sums + (size_t)r * (out->stride / 32));
+            if (panels)
+                c->model->kernels->pack_norm(c->x + (size_t)r * c->x_stride, weight, s->n_embd, s->rms_eps,
+                                             llm__lines_of(c, &own, (size_t)r));
+            if (!panels || both) llm__norm_row(c, weight, m, r, rows, r);
         }
     llm__finish(w);
+    return own;
 }
 
 /* Zeros in a block of all layers: what is not stored there yet is multiplied by 0, which must not meet a NaN. */
 static void llm__clear_block(const llm__cpu_context *c, int block) {
-    const llm_shape *s = &c->model->shape;
-    for (int plane = 0; plane < 2 * s->n_layers * s->n_kv_heads; plane++)
-        memset(llm__cache_block(c, 0, 0, plane, block), 0, c->cache_block_bytes);
+    for (int plane = 0; plane < llm__n_planes(c); plane++)
+        memset(llm__cache_plane(c, plane, block), 0, c->cache_block_bytes);
 }
 
 /* Do row r, which begins a block of the cache, and those behind it fill the block? */
@@ -8912,26 +8960,27 @@ static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int
     }
 }
 
-/* Rotates a row's keys, and queries if they are there, and stores keys and values. */
-static void llm__rope_row(const llm__cpu_context *c, int index, int layer, int r, bool queries) {
+/* Rotates a row's key of one head, and the queries that share it if they are there, and stores key and value. */
+static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int r, int head, bool queries) {
     const llm_pass *pass = c->pass;
     const llm_shape *s = &c->model->shape;
-    const float *k = c->qkv + (size_t)r * c->qkv_stride + s->n_heads * s->head_dim,
-                *v = k + s->n_kv_heads * s->head_dim;
-    llm__rope_heads(c, index, layer, r, r, queries ? 0 : s->n_heads, s->n_heads + 2 * s->n_kv_heads);
+    int group = s->n_heads / s->n_kv_heads, key = s->n_heads + head, value = key + s->n_kv_heads;
     int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
-    for (int h = 0; h < s->n_kv_heads; h++) {
-        llm__cache_store(c, layer, 0, h, block, at % LLM_BLOCK, k + h * s->head_dim);
-        llm__cache_store(c, layer, 1, h, block, at % LLM_BLOCK, v + h * s->head_dim);
-    }
+    const float *row = c->qkv + (size_t)r * c->qkv_stride;
+    if (queries) llm__rope_heads(c, index, layer, r, r, head * group, (head + 1) * group);
+    llm__rope_heads(c, index, layer, r, r, key, key + 1);
+    llm__rope_heads(c, index, layer, r, r, value, value + 1);
+    llm__cache_store(c, layer, 0, head, block, at % LLM_BLOCK, row + key * s->head_dim);
+    llm__cache_store(c, layer, 1, head, block, at % LLM_BLOCK, row + value * s->head_dim);
 }
 
-/* The same for all rows; a phase. */
+/* The same for all rows and heads; a phase. Rows of one tile of the cache stay together. */
 static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer, bool queries) {
-    int rows = c->pass->n_rows, step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step;
+    int rows = c->pass->n_rows, step = llm__row_step(c, rows), n_heads = c->model->shape.n_kv_heads,
+        n_pieces = (rows + step - 1) / step * n_heads;
     for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
-        for (int r = piece * step; r < rows && r < (piece + 1) * step; r++)
-            llm__rope_row(c, w->index, layer, r, queries);
+        for (int r = piece / n_heads * step; r < rows && r < (piece / n_heads + 1) * step; r++)
+            llm__rope_group(c, w->index, layer, r, piece % n_heads, queries);
     llm__finish(w);
 }
 
@@ -9163,9 +9212,9 @@ static void llm__attend_split(llm__worker *w, const llm__cpu_context *c, int lay
     int n_heads = c->model->shape.n_kv_heads, index = w->index;
     llm__attention_work a;
     for (int piece; (piece = llm__take(w, n_pieces * n_chunks)) >= 0;) {
-        const llm__queries q = queries[piece / n_chunks / n_heads];
-        llm__attention_start(c, index, layer, piece / n_chunks % n_heads, rows, q, &a);
-        int first = llm__first_chunk(c, &a) + piece % n_chunks * LLM__CHUNK;
+        const llm__queries q = queries[piece % n_pieces / n_heads];
+        llm__attention_start(c, index, layer, piece % n_pieces % n_heads, rows, q, &a);
+        int first = llm__first_chunk(c, &a) + piece / n_pieces * LLM__CHUNK;
         if (first >= llm__end_of_keys(c, &a)) continue;
         llm__gather_queries(c, index, &a);
         llm__attend_chunk(c, &a, first, c->partials + (size_t)piece * c->partial_floats);
@@ -9173,9 +9222,9 @@ static void llm__attend_split(llm__worker *w, const llm__cpu_context *c, int lay
     llm__finish(w);
     for (int piece; (piece = llm__take(w, n_pieces)) >= 0;) {
         float *known = llm__attention_start(c, index, layer, piece % n_heads, rows, queries[piece / n_heads], &a);
-        const float *part = c->partials + (size_t)piece * (size_t)n_chunks * c->partial_floats;
+        const float *part = c->partials + (size_t)piece * c->partial_floats;
         for (int first = llm__first_chunk(c, &a); first < llm__end_of_keys(c, &a);
-             first += LLM__CHUNK, part += c->partial_floats)
+             first += LLM__CHUNK, part += (size_t)n_pieces * c->partial_floats)
             llm__join_chunk(c, &a, first, part, known);
         llm__attention_end(c, &a, known);
     }
@@ -9199,17 +9248,21 @@ static int llm__count_chunks(const llm__cpu_context *c, const int *rows, const l
     return most > 1 && fits ? most : 0;
 }
 
-/* A phase, or two. */
+/* A phase, or more. A pass of a single row comes here before its heads are rotated: who attends does that, too. */
 static void llm__attention_rows(llm__worker *w, const llm__cpu_context *c, int layer, const int *rows,
                                 const llm__queries *queries, int n_queries) {
     int n_heads = c->model->shape.n_kv_heads, n_pieces = n_queries * n_heads;
     int n_chunks = llm__count_chunks(c, rows, queries, n_queries);
+    bool single = c->pass->n_rows == 1;
     if (n_chunks) {
+        if (single) llm__rope_rows(w, c, layer, true);
         llm__attend_split(w, c, layer, rows, queries, n_pieces, n_chunks);
         return;
     }
-    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
+    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;) {
+        if (single) llm__rope_group(c, w->index, layer, 0, piece % n_heads, true);
         llm__attend(c, w->index, layer, piece % n_heads, rows, queries[piece / n_heads]);
+    }
     llm__finish(w);
 }
 
@@ -9223,20 +9276,20 @@ static llm__matrix llm__matrix_part(const llm__matrix *m, int first_tile, int en
 
 /* The last layer needs keys and values of all rows; the rows whose logits are wanted then move to the front, and nothing
    else is computed for the others. */
-static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer) {
+static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer, const llm__rows *in) {
     const llm_shape *s = &c->model->shape;
     const llm__matrix *m = &c->model->layers[layer].qkv;
     int q = s->n_heads * s->head_dim, n_tiles = llm__round_up(m->n, 16) / 16, n = c->pass->n_logits;
     const llm__matrix keys = llm__matrix_part(m, q / 16, n_tiles), queries = llm__matrix_part(m, 0, (q + 15) / 16);
-    llm__linear(w, c, &keys, &c->normed, c->pass->n_rows, LLM__STORE, c->qkv + q / 16 * 16, c->qkv_stride);
+    llm__linear(w, c, &keys, in, c->pass->n_rows, LLM__STORE, c->qkv + q / 16 * 16, c->qkv_stride);
     llm__rope_rows(w, c, layer, false);
     if (w->index == 0)
         for (int i = 0; i < n; i++)
             memmove(c->x + (size_t)i * c->x_stride, c->x + (size_t)c->pass->logit_rows[i] * c->x_stride,
                     c->x_stride * sizeof(float));
     llm__barrier(w->team);
-    llm__norm_rows(w, c, c->model->layers[layer].attention_norm, &queries, n);
-    llm__linear(w, c, &queries, &c->normed, n, LLM__STORE, c->qkv, c->qkv_stride);
+    const llm__rows normed = llm__norm_rows(w, c, c->model->layers[layer].attention_norm, &queries, n);
+    llm__linear(w, c, &queries, &normed, n, LLM__STORE, c->qkv, c->qkv_stride);
     for (int i; (i = llm__take(w, n)) >= 0;)
         llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
     llm__finish(w);
@@ -9297,10 +9350,9 @@ static void llm__score_rows(llm__worker *w, const llm__cpu_context *c, int rows)
     llm__finish(w);
 }
 
-static bool llm__poll_cancel(llm__worker *w, llm__cpu_context *c) {
+/* All know of it after the next phase. */
+static void llm__poll_cancel(const llm__worker *w, llm__cpu_context *c) {
     if (w->index == 0) c->cancelled = c->pass->cancel && c->pass->cancel(c->pass->cancel_user);
-    llm__barrier(w->team);
-    return c->cancelled;
 }
 
 static void llm__forward_task(void *arg, int index) {
@@ -9311,33 +9363,35 @@ static void llm__forward_task(void *arg, int index) {
     int n = c->pass->n_rows;
     uint64_t mode = llm__float_mode_enter();
     if (m->kernels->tiles_enter) m->kernels->tiles_enter();
+    llm__poll_cancel(w, c);
     llm__embed_rows(w, c);
-    for (int i = 0; i < m->shape.n_layers && n && !llm__poll_cancel(w, c); i++) {
+    for (int i = 0; i < m->shape.n_layers && n && !c->cancelled; i++) {
         const llm__cpu_layer *layer = &m->layers[i];
         bool last = i == m->shape.n_layers - 1;
-        llm__norm_rows(w, c, layer->attention_norm, &layer->qkv, n);
+        llm__rows in = llm__norm_rows(w, c, layer->attention_norm, &layer->qkv, n);
         if (last && c->pass->n_logits < n) {
-            llm__keep_rows(w, c, i);
+            llm__keep_rows(w, c, i, &in);
             rows = c->pass->logit_rows;
             n = c->pass->n_logits;
         } else {
-            llm__linear(w, c, &layer->qkv, &c->normed, n, LLM__STORE, c->qkv, c->qkv_stride);
-            llm__rope_rows(w, c, i, true);
+            llm__linear(w, c, &layer->qkv, &in, n, LLM__STORE, c->qkv, c->qkv_stride);
+            if (n > 1) llm__rope_rows(w, c, i, true);
         }
         llm__attention_rows(w, c, i, rows, last ? c->last_queries : c->all_queries,
                             last ? c->n_last_queries : c->n_all_queries);
-        llm__prepare_rows(w, c, &layer->attention_out, &c->attention, n, llm__packs_heads(c));
-        llm__linear(w, c, &layer->attention_out, &c->attention, n, LLM__ADD, c->x, c->x_stride);
-        llm__norm_rows(w, c, layer->ffn_norm, &layer->gate_up, n);
-        llm__linear(w, c, &layer->gate_up, &c->normed, n, LLM__SWIGLU, c->ffn.x, c->ffn.stride);
-        llm__prepare_rows(w, c, &layer->down, &c->ffn, n, true);
-        llm__linear(w, c, &layer->down, &c->ffn, n, LLM__ADD, c->x, c->x_stride);
+        in = llm__prepare_rows(w, c, &layer->attention_out, &c->attention, n, llm__packs_heads(c));
+        llm__linear(w, c, &layer->attention_out, &in, n, LLM__ADD, c->x, c->x_stride);
+        in = llm__norm_rows(w, c, layer->ffn_norm, &layer->gate_up, n);
+        llm__linear(w, c, &layer->gate_up, &in, n, LLM__SWIGLU, c->ffn.x, c->ffn.stride);
+        in = llm__prepare_rows(w, c, &layer->down, &c->ffn, n, true);
+        llm__poll_cancel(w, c);
+        llm__linear(w, c, &layer->down, &in, n, LLM__ADD, c->x, c->x_stride);
     }
     if (n && !c->cancelled) {
         float *logits = c->logits + (size_t)c->pass->first_logits * (size_t)m->shape.n_vocab;
-        llm__norm_rows(w, c, m->output_norm, &m->head, n);
+        llm__rows in = llm__norm_rows(w, c, m->output_norm, &m->head, n);
         if (c->pass->n_targets) llm__score_rows(w, c, n);
-        else llm__linear(w, c, &m->head, &c->normed, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
+        else llm__linear(w, c, &m->head, &in, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
     }
     if (m->kernels->tiles_leave) m->kernels->tiles_leave();
     llm__float_mode_leave(mode);
@@ -9389,11 +9443,8 @@ static uint64_t llm__cpu_block_bytes(const llm_shape *s, llm_dtype cache_dtype) 
 static llm_status llm__cpu_copy_block(void *context, int to, int from, llm_error *err) {
     llm__cpu_context *c = (llm__cpu_context *)context;
     (void)err;
-    for (int layer = 0; layer < c->model->shape.n_layers; layer++)
-        for (int head = 0; head < c->model->shape.n_kv_heads; head++)
-            for (int value = 0; value < 2; value++)
-                memcpy(llm__cache_block(c, layer, value, head, to), llm__cache_block(c, layer, value, head, from),
-                       c->cache_block_bytes);
+    for (int plane = 0; plane < llm__n_planes(c); plane++)
+        memcpy(llm__cache_plane(c, plane, to), llm__cache_plane(c, plane, from), c->cache_block_bytes);
     return LLM_OK;
 }
 
@@ -9401,9 +9452,8 @@ static llm_status llm__cpu_read_block(void *context, int block, void *bytes, llm
     llm__cpu_context *c = (llm__cpu_context *)context;
     uint8_t *to = (uint8_t *)bytes;
     (void)err;
-    for (int plane = 0; plane < 2 * c->model->shape.n_layers * c->model->shape.n_kv_heads;
-         plane++, to += c->cache_block_bytes)
-        memcpy(to, llm__cache_block(c, 0, 0, plane, block), c->cache_block_bytes);
+    for (int plane = 0; plane < llm__n_planes(c); plane++, to += c->cache_block_bytes)
+        memcpy(to, llm__cache_plane(c, plane, block), c->cache_block_bytes);
     return LLM_OK;
 }
 
@@ -9411,9 +9461,8 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
     llm__cpu_context *c = (llm__cpu_context *)context;
     const uint8_t *from = (const uint8_t *)bytes;
     (void)err;
-    for (int plane = 0; plane < 2 * c->model->shape.n_layers * c->model->shape.n_kv_heads;
-         plane++, from += c->cache_block_bytes)
-        memcpy(llm__cache_block(c, 0, 0, plane, block), from, c->cache_block_bytes);
+    for (int plane = 0; plane < llm__n_planes(c); plane++, from += c->cache_block_bytes)
+        memcpy(llm__cache_plane(c, plane, block), from, c->cache_block_bytes);
     return LLM_OK;
 }
 
@@ -9421,6 +9470,7 @@ typedef struct llm__cpu_sizes {
     size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups, n_parts, partial_floats;
     size_t panel_floats, tile_bytes; /* of each thread, see llm__cpu_context; or 0 */
     size_t ffn_floats;               /* rows of c->ffn that are there as floats */
+    size_t n_rows;                   /* of c->normed, and of sums: a batch, or a single row for each thread */
     int head_stride, n_partials;
     bool panels;
 } llm__cpu_sizes;
@@ -9449,6 +9499,7 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
     z.n_partials = d->n_threads > 1 && chunks > 1 ? chunks * s->n_kv_heads : 0;
     z.panels = kernels->panel && llm__rounds(d->dtype);
     z.ffn_floats = z.panels ? (size_t)LLM__EXACT_ROWS : (size_t)d->n_batch;
+    z.n_rows = (size_t)(d->n_batch > d->n_threads ? d->n_batch : d->n_threads);
     if (n_batch > LLM__PANEL_ROWS) n_batch = LLM__PANEL_ROWS;
     z.panel_floats = z.panels ? n_batch * LLM__PANEL_TILES * 16 : 0;
     /* Of what is never there at once the most: attention's rows, parts of two tiles for a panel, a tile (llm__tile_sums). */
@@ -9462,18 +9513,19 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
 static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
     llm__cpu_sizes z = llm__cpu_find_sizes(s, d, llm__choose_kernels(NULL));
     uint64_t n_batch = (uint64_t)d->n_batch, n_threads = (uint64_t)d->n_threads,
-             row = z.most_groups + 2 * z.x_stride + z.qkv_stride + z.attention_stride + (uint64_t)s->rope_dim +
-                   2 * z.n_parts + 5,
+             row = z.x_stride + z.qkv_stride + z.attention_stride + (uint64_t)s->rope_dim + 2 * z.n_parts + 5,
              packed = (uint64_t)llm__round_up(d->n_batch, 16) * 2 * (z.x_stride + z.attention_stride + z.ffn_stride);
-    return 4 * (n_batch * row + z.ffn_floats * z.ffn_stride + (uint64_t)d->n_logits * (uint64_t)s->n_vocab +
-                n_threads * (z.scratch_floats + z.panel_floats) + (uint64_t)z.n_partials * z.partial_floats) +
+    return 4 * (n_batch * row + z.n_rows * (z.x_stride + z.most_groups) + z.ffn_floats * z.ffn_stride +
+                (uint64_t)d->n_logits * (uint64_t)s->n_vocab + n_threads * (z.scratch_floats + z.panel_floats) +
+                (uint64_t)z.n_partials * z.partial_floats) +
            n_threads * z.tile_bytes + (z.panels ? packed : 0);
 }
 
 /* Rows of activations, of which the first n_floats are there as floats, too. */
-static llm__rows llm__rows_create(llm__env *env, size_t n, size_t n_floats, size_t stride, bool panels) {
+static llm__rows llm__rows_create(llm__env *env, size_t n, size_t n_floats, size_t stride, float *sums, bool panels) {
     llm__rows rows;
     rows.stride = stride;
+    rows.sums = sums;
     rows.x = (float *)llm__alloc_zero(env, n_floats * stride, sizeof(float));
     rows.packed = panels ? (uint8_t *)llm__alloc_zero(env, (n + 15) / 16 * 16 * stride, 2) : NULL;
     return rows;
@@ -9500,18 +9552,19 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->head_stride = z.head_stride;
     c->score_scale = (float)(1.0 / llm__sqrt(s->head_dim));
     c->cache_block_bytes = llm__cache_head_bytes(s, c->desc.cache_dtype);
-    c->cache = c->desc.share_cache ? lender->cache
-                                   : (uint8_t *)llm__alloc(env, (size_t)c->desc.n_cache_blocks,
-                                                           (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype));
+    size_t n_blocks = (size_t)c->desc.n_cache_blocks,
+           block_bytes = (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype);
+    c->cache = c->desc.share_cache ? lender->cache : (uint8_t *)llm__alloc(env, n_blocks, block_bytes);
+    if (!c->desc.share_cache) llm__ask_for_huge_pages(c->cache, n_blocks * block_bytes);
     c->x_stride = z.x_stride;
     c->qkv_stride = z.qkv_stride;
     c->scratch_floats = z.scratch_floats;
     c->x = (float *)llm__alloc_zero(env, n_batch * z.x_stride, sizeof(float));
     c->qkv = (float *)llm__alloc_zero(env, n_batch * z.qkv_stride, sizeof(float));
-    c->normed = llm__rows_create(env, n_batch, n_batch, z.x_stride, z.panels);
-    c->attention = llm__rows_create(env, n_batch, n_batch, z.attention_stride, z.panels);
-    c->ffn = llm__rows_create(env, n_batch, z.ffn_floats, z.ffn_stride, z.panels);
-    c->sums = (float *)llm__alloc_zero(env, (n_batch + 15) / 16 * 16 * z.most_groups, sizeof(float));
+    float *sums = (float *)llm__alloc_zero(env, z.n_rows * z.most_groups, sizeof(float));
+    c->normed = llm__rows_create(env, n_batch, z.n_rows, z.x_stride, sums, z.panels);
+    c->attention = llm__rows_create(env, n_batch, n_batch, z.attention_stride, sums, z.panels);
+    c->ffn = llm__rows_create(env, n_batch, z.ffn_floats, z.ffn_stride, sums, z.panels);
     c->cosines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->sines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->scratch = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.scratch_floats, sizeof(float));
@@ -10367,7 +10420,7 @@ LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, s
                           (unsigned long long)needed, (unsigned long long)size);
     llm__saved head;
     memset(&head, 0, sizeof head);
-    memcpy(head.magic, "llmcache", 8);
+    memcpy(head.magic, "llmcach2", 8);
     head.fingerprint = llm__cache_fingerprint(ctx);
     head.length = (uint64_t)length;
     head.size = needed;
@@ -10385,7 +10438,7 @@ LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, s
 
 static llm_status llm__check_saved(const llm_context *ctx, int seq, const void *buffer, size_t size, llm__saved *head,
                                    llm_error *err) {
-    if (size < sizeof *head || memcmp(buffer, "llmcache", 8))
+    if (size < sizeof *head || memcmp(buffer, "llmcach2", 8))
         return llm__error(err, LLM_ERROR_FORMAT, "the buffer does not hold a saved sequence");
     memcpy(head, buffer, sizeof *head);
     if (head->fingerprint != llm__cache_fingerprint(ctx))
