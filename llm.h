@@ -6196,8 +6196,8 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
    tiles, whose own scales are 1, and is multiplied into the softmax weights, which are rounded to bf16 again.
 
    Other sums (RMSNorm, softmax) run in 16 lanes, element i in lane i % 16, and end in one tree: lane i takes lane
-   i + 8, then i + 4, i + 2, i + 1. Denormal results become zero. exp is the polynomial below. FMA is written where it
-   is meant; the compiler may not form or split one, whatever flags the host compiles with.
+   i + 8, then i + 4, i + 2, i + 1. Denormal results become zero. 2^x is the polynomial below, 1 / x the iteration. FMA is
+   written where it is meant; the compiler may not form or split one, whatever flags the host compiles with.
 
    One exception is known: a result that only rounding lifts to the least normal number, 2^-126, is that number on x86
    and zero on aarch64, which decides before it rounds. */
@@ -6216,6 +6216,10 @@ typedef enum llm__kind {
     LLM__W_F16,
     LLM__W_KINDS
 } llm__kind;
+
+#define LLM__LOG2_E 1.44269504f /* log2(e) */
+#define LLM__WHOLE 12582912.0f  /* 1.5 * 2^23: what it is added to is rounded to a whole number */
+#define LLM__INVERSE 0x7EF311C0 /* less the bits of a number: about those of its inverse */
 
 /* `rows` activations x[row * x_stride + k] meet n tiles that lie one behind the other, and their outputs are added to
    y[row * y_stride + 0 .. 16 * n - 1]. Products with groups need the sums of x over each 32:
@@ -6302,11 +6306,14 @@ typedef struct llm__kernels {
     void (*group_sums)(const float *x, int k, float *sums); /* of each 32 */
     /* Blocks of whole numbers as bf16, in the order of its tiles: int8 as they are, in groups fma(q, scale, minimum). */
     void (*unpack)(llm__kind kind, const uint8_t *w, int n_blocks, uint8_t *to);
-    /* y = x / sqrt(mean(x * x) + eps) * w, n values, then zeros up to a multiple of 32; y rounded to bf16 if `round`. */
-    void (*rms_norm)(const float *x, const float *w, int n, float eps, bool round, float *y);
-    /* y = silu(gate) * up = gate / (1 + exp(-gate)) * up for n gates and ups, which take turns: 16 of each. */
+    /* RMSNorm: factor = 1 / sqrt(mean(x * x) + eps); y = x * factor * w, n values, then zeros up to a multiple of 32,
+       rounded to bf16 if `round`. */
+    float (*norm_factor)(const float *x, int n, float eps);
+    void (*norm)(const float *x, const float *w, int n, float factor, bool round, float *y);
+    /* y = silu(gate) * up = gate / (1 + 2^(-log2(e) gate)) * up for n gates and ups, which take turns: 16 of each. */
     void (*swiglu)(const float *gate_up, int n, bool round, float *y);
-    /* Turns n scores into exp(scale * s - max), zeros up to `padded`; gives their maximum (of scale * s) and sum. */
+    /* Turns n scores into 2^(scale * s - max), zeros up to `padded`; gives their maximum (of scale * s, scale being above 0)
+       and sum, which is taken before they are rounded. */
     void (*softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum);
     /* Adds partial attention results to running ones: (max, sum, out[n]) is what is known so far, for each of the rows,
        whose out, and part, are n apart. */
@@ -6331,7 +6338,7 @@ typedef struct llm__kernels {
        and zeros up to n_padded; a norm, with zeros up to the end of its last line; a softmax of n scores, with zeros up to
        `padded`, a multiple of 32. */
     void (*pack_scale)(const float *x, float factor, int n, int n_padded, llm__lines row, int column);
-    void (*pack_norm)(const float *x, const float *w, int n, float eps, llm__lines row);
+    void (*pack_norm)(const float *x, const float *w, int n, float factor, llm__lines row);
     void (*pack_softmax)(const float *s, int n, int padded, float scale, llm__lines row, float *max, float *sum);
     /* The matrix unit must be entered before that, by each thread; NULL where there is none. */
     void (*tiles_enter)(void), (*tiles_leave)(void);
@@ -6543,7 +6550,6 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
 #define v_add LLM__FN(v_add)
 #define v_sub LLM__FN(v_sub)
 #define v_mul LLM__FN(v_mul)
-#define v_div LLM__FN(v_div)
 #define v_fma LLM__FN(v_fma)
 #define v_max LLM__FN(v_max)
 #define v_min LLM__FN(v_min)
@@ -6553,12 +6559,13 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
 #define v_int8 LLM__FN(v_int8)
 #define v_half LLM__FN(v_half)
 #define v_nibble LLM__FN(v_nibble)
-#define v_pow2 LLM__FN(v_pow2)
+#define v_times_pow2 LLM__FN(v_times_pow2)
+#define v_guess_inverse LLM__FN(v_guess_inverse)
 #define v_pair LLM__FN(v_pair)
 #define v_dot LLM__FN(v_dot)
 #define v_input LLM__FN(v_input)
-#define v_exp LLM__FN(v_exp)
-#define v_exp_low LLM__FN(v_exp_low)
+#define v_exp2 LLM__FN(v_exp2)
+#define v_inverse LLM__FN(v_inverse)
 #define v_sum LLM__FN(v_sum)
 #define v_hmax LLM__FN(v_hmax)
 
@@ -6575,7 +6582,6 @@ LLM__INLINE V v_mul(V a, V b) {
     LLM__HIDE("+v", r);
     return r;
 }
-LLM__INLINE V v_div(V a, V b) { return a / b; }
 LLM__INLINE V v_fma(V a, V b, V c) {
     V r = _mm512_fmadd_ps(a, b, c);
     LLM__HIDE("+v", r);
@@ -6607,9 +6613,11 @@ LLM__INLINE V v_round_bf16(V a) {
         _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7FFF));
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_add_epi32(u, up), _mm512_set1_epi32(-65536)));
 }
-LLM__INLINE V v_pow2(V shifted) {
-    __m512i u = _mm512_add_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(127));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(u, 23));
+LLM__INLINE V v_times_pow2(V a, V n) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+}
+LLM__INLINE V v_guess_inverse(V a) {
+    return _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_set1_epi32(LLM__INVERSE), _mm512_castps_si512(a)));
 }
 
 #elif defined(LLM__USE_AVX2)
@@ -6636,7 +6644,6 @@ LLM__INLINE V v_mul(V a, V b) {
     LLM__HIDE("+x", hi);
     LLM__BOTH(lo, hi);
 }
-LLM__INLINE V v_div(V a, V b) { LLM__BOTH(a.lo / b.lo, a.hi / b.hi); }
 LLM__INLINE V v_fma(V a, V b, V c) {
     __m256 lo = _mm256_fmadd_ps(a.lo, b.lo, c.lo), hi = _mm256_fmadd_ps(a.hi, b.hi, c.hi);
     LLM__HIDE("+x", lo);
@@ -6681,10 +6688,16 @@ LLM__INLINE V v_round_bf16(V a) {
     LLM__BOTH(_mm256_castsi256_ps(LLM__FN(half_round)(_mm256_castps_si256(a.lo))),
               _mm256_castsi256_ps(LLM__FN(half_round)(_mm256_castps_si256(a.hi))));
 }
-LLM__INLINE V v_pow2(V s) {
-    __m256i bias = _mm256_set1_epi32(127);
-    LLM__BOTH(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(s.lo), bias), 23)),
-              _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(s.hi), bias), 23)));
+LLM__INLINE __m256 LLM__FN(half_times_pow2)(__m256 a, __m256 n) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
+}
+LLM__INLINE V v_times_pow2(V a, V n) {
+    LLM__BOTH(LLM__FN(half_times_pow2)(a.lo, n.lo), LLM__FN(half_times_pow2)(a.hi, n.hi));
+}
+LLM__INLINE V v_guess_inverse(V a) {
+    __m256i start = _mm256_set1_epi32(LLM__INVERSE);
+    LLM__BOTH(_mm256_castsi256_ps(_mm256_sub_epi32(start, _mm256_castps_si256(a.lo))),
+              _mm256_castsi256_ps(_mm256_sub_epi32(start, _mm256_castps_si256(a.hi))));
 }
 
 #elif defined(LLM__USE_NEON)
@@ -6708,7 +6721,6 @@ LLM__INLINE float32x4_t LLM__FN(rounded)(float32x4_t a) {
     return a;
 }
 LLM__INLINE V v_mul(V a, V b) { LLM__QUARTERS(LLM__FN(rounded)(a.q[i] * b.q[i])); }
-LLM__INLINE V v_div(V a, V b) { LLM__QUARTERS(a.q[i] / b.q[i]); }
 LLM__INLINE V v_fma(V a, V b, V c) { LLM__QUARTERS(LLM__FN(rounded)(vfmaq_f32(c.q[i], a.q[i], b.q[i]))); }
 LLM__INLINE V v_max(V a, V b) { LLM__QUARTERS(vbslq_f32(vcgtq_f32(a.q[i], b.q[i]), a.q[i], b.q[i])); }
 LLM__INLINE V v_min(V a, V b) { LLM__QUARTERS(vbslq_f32(vcltq_f32(a.q[i], b.q[i]), a.q[i], b.q[i])); }
@@ -6735,9 +6747,12 @@ LLM__INLINE uint32x4_t LLM__FN(quarter_round)(uint32x4_t u) {
 LLM__INLINE V v_round_bf16(V a) {
     LLM__QUARTERS(vreinterpretq_f32_u32(LLM__FN(quarter_round)(vreinterpretq_u32_f32(a.q[i]))));
 }
-LLM__INLINE V v_pow2(V s) {
-    const uint32x4_t bias = vdupq_n_u32(127);
-    LLM__QUARTERS(vreinterpretq_f32_u32(vshlq_n_u32(vaddq_u32(vreinterpretq_u32_f32(s.q[i]), bias), 23)));
+LLM__INLINE V v_times_pow2(V a, V n) {
+    LLM__QUARTERS(vreinterpretq_f32_u32(
+        vaddq_u32(vreinterpretq_u32_f32(a.q[i]), vshlq_n_u32(vreinterpretq_u32_f32(n.q[i]), 23))));
+}
+LLM__INLINE V v_guess_inverse(V a) {
+    LLM__QUARTERS(vreinterpretq_f32_u32(vsubq_u32(vdupq_n_u32(LLM__INVERSE), vreinterpretq_u32_f32(a.q[i]))));
 }
 
 #else /* scalar: the definition */
@@ -6761,7 +6776,6 @@ LLM__INLINE V v_splat(float x) { LLM__LANES(x); }
 LLM__INLINE V v_add(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] + b.f[i])); }
 LLM__INLINE V v_sub(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] - b.f[i])); }
 LLM__INLINE V v_mul(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] * b.f[i])); }
-LLM__INLINE V v_div(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] / b.f[i])); }
 LLM__INLINE V v_fma(V a, V b, V c) { LLM__LANES(llm__fma(a.f[i], b.f[i], c.f[i])); }
 LLM__INLINE V v_max(V a, V b) { LLM__LANES(a.f[i] > b.f[i] ? a.f[i] : b.f[i]); }
 LLM__INLINE V v_min(V a, V b) { LLM__LANES(a.f[i] < b.f[i] ? a.f[i] : b.f[i]); }
@@ -6773,11 +6787,15 @@ LLM__INLINE V v_nibble(const uint32_t *p, int at) { LLM__LANES((float)(p[i] >> (
 LLM__INLINE V v_round_bf16(V a) {
     LLM__LANES(llm__bits_f32((llm__f32_bits(a.f[i]) + 0x7FFF + (llm__f32_bits(a.f[i]) >> 16 & 1)) & 0xFFFF0000));
 }
-LLM__INLINE V v_pow2(V s) { LLM__LANES(llm__bits_f32((llm__f32_bits(s.f[i]) + 127) << 23)); }
+LLM__INLINE V v_times_pow2(V a, V n) {
+    LLM__LANES(llm__bits_f32(llm__f32_bits(a.f[i]) + (llm__f32_bits(n.f[i]) << 23)));
+}
+LLM__INLINE V v_guess_inverse(V a) { LLM__LANES(llm__bits_f32(LLM__INVERSE - llm__f32_bits(a.f[i]))); }
 
 #endif
 
-/* v_round_bf16 takes no NaN, and denormals are gone before it. v_pow2 gives 2^n for n + 12582912.0f. */
+/* v_round_bf16 takes no NaN, and denormals are gone before it. v_times_pow2 multiplies by 2^n for n + LLM__WHOLE, where
+   neither it nor the result may be out of range. v_guess_inverse is within 5.1 % of 1 / a. */
 
 /* The scalar set is not for speed, but should not be large. */
 #if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2) || defined(LLM__USE_NEON)
@@ -6786,28 +6804,28 @@ LLM__INLINE V v_pow2(V s) { LLM__LANES(llm__bits_f32((llm__f32_bits(s.f[i]) + 12
 #define LLM__LONG static __attribute__((noinline))
 #endif
 
-/* exp(x) for x up to 88, but at least that of -87, relative error below 2e-7: 2^n times a Taylor polynomial on
-   |r| <= log(2) / 2. */
-LLM__LONG V v_exp_low(V x) {
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
-    x = v_max(x, v_splat(-87.0f));
-    V n = v_fma(x, v_splat(1.44269504f), v_splat(shift));
-    V whole = v_sub(n, v_splat(shift));
-    V r = v_fma(whole, v_splat(-0.693145752f), x); /* log(2) in two parts, the first with few bits */
-    r = v_fma(whole, v_splat(-1.42860677e-6f), r);
-    V p = v_splat(1.0f / 5040);
-    p = v_fma(p, r, v_splat(1.0f / 720));
-    p = v_fma(p, r, v_splat(1.0f / 120));
-    p = v_fma(p, r, v_splat(1.0f / 24));
-    p = v_fma(p, r, v_splat(1.0f / 6));
-    p = v_fma(p, r, v_splat(0.5f));
+/* 2^x for x up to 127, but at least that of -125.5; relative error below 2e-7: 2^n times a polynomial on |r| <= 1/2, the one
+   of its degree that is 1 at 0 with the least relative error. */
+LLM__LONG V v_exp2(V x) {
+    x = v_max(x, v_splat(-125.5f));
+    V n = v_add(x, v_splat(LLM__WHOLE)), r = v_sub(x, v_sub(n, v_splat(LLM__WHOLE)));
+    V p = v_splat(0.001326472731f);
+    p = v_fma(p, r, v_splat(0.009671512991f));
+    p = v_fma(p, r, v_splat(0.05550733581f));
+    p = v_fma(p, r, v_splat(0.2402224243f));
+    p = v_fma(p, r, v_splat(0.6931470037f));
     p = v_fma(p, r, v_splat(1.0f));
-    p = v_fma(p, r, v_splat(1.0f));
-    return v_mul(p, v_pow2(n));
+    return v_times_pow2(p, n);
 }
 
-/* The same for any x; what is above 88 is taken as that. */
-LLM__INLINE V v_exp(V x) { return v_exp_low(v_min(x, v_splat(88.0f))); }
+/* 1 / a for a = 1 .. 2^125, relative error below 1e-7: two of Newton's steps from a guess, the first with the next term of
+   its series, too. Divisions take longer. */
+LLM__INLINE V v_inverse(V a) {
+    V minus_a = v_sub(v_splat(0), a), y = v_guess_inverse(a);
+    V error = v_fma(minus_a, y, v_splat(1.0f));
+    y = v_fma(y, v_fma(error, error, error), y);
+    return v_fma(y, v_fma(minus_a, y, v_splat(1.0f)), y);
+}
 
 #if defined(LLM__USE_AVX512)
 
@@ -7161,25 +7179,24 @@ LLM__TARGET static void LLM__FN(group_sums)(const float *x, int k, float *sums) 
 
 /* Loads and stores of the last, partial vector of a row; what is missing is zero. */
 LLM__LONG V LLM__FN(load_part)(const float *p, int n) {
-    float f[16] = {0};
     if (n >= 16) return v_load(p);
+    float f[16] = {0};
     for (int i = 0; i < n; i++) f[i] = p[i];
     return v_load(f);
 }
 
 LLM__LONG void LLM__FN(store_part)(float *p, V a, int n, bool round) {
-    float f[16];
     if (round) a = v_round_bf16(a);
     if (n >= 16) {
         v_store(p, a);
         return;
     }
+    float f[16];
     v_store(f, a);
     for (int i = 0; i < n; i++) p[i] = f[i];
 }
 
-/* 1 / sqrt(mean(x * x) + eps) */
-LLM__LONG float LLM__FN(norm_factor)(const float *x, int n, float eps) {
+LLM__TARGET static float LLM__FN(norm_factor)(const float *x, int n, float eps) {
     V squares = v_splat(0);
     for (int i = 0; i < n; i += 16) {
         V xi = LLM__FN(load_part)(x + i, n - i);
@@ -7188,11 +7205,11 @@ LLM__LONG float LLM__FN(norm_factor)(const float *x, int n, float eps) {
     return (float)(1.0 / llm__sqrt(v_sum(squares) / (float)n + eps));
 }
 
-LLM__TARGET static void LLM__FN(rms_norm)(const float *x, const float *w, int n, float eps, bool round, float *y) {
-    V factor = v_splat(LLM__FN(norm_factor)(x, n, eps));
+LLM__TARGET static void LLM__FN(norm)(const float *x, const float *w, int n, float factor, bool round, float *y) {
+    V factors = v_splat(factor);
     int i = 0;
     for (; i < n; i += 16) {
-        V xi = v_mul(LLM__FN(load_part)(x + i, n - i), factor);
+        V xi = v_mul(LLM__FN(load_part)(x + i, n - i), factors);
         LLM__FN(store_part)(y + i, v_mul(xi, LLM__FN(load_part)(w + i, n - i)), 16, round);
     }
     if (i & 16) v_store(y + i, v_splat(0));
@@ -7200,7 +7217,8 @@ LLM__TARGET static void LLM__FN(rms_norm)(const float *x, const float *w, int n,
 
 /* silu(gate) * up */
 LLM__INLINE V LLM__FN(silu)(V gate, V up) {
-    return v_mul(v_div(gate, v_add(v_splat(1.0f), v_exp(v_sub(v_splat(0), gate)))), up);
+    V x = v_min(v_mul(gate, v_splat(-LLM__LOG2_E)), v_splat(120.0f));
+    return v_mul(v_mul(gate, v_inverse(v_add(v_splat(1.0f), v_exp2(x)))), up);
 }
 
 LLM__TARGET static void LLM__FN(swiglu)(const float *gate_up, int n, bool round, float *y) {
@@ -7214,18 +7232,17 @@ LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scal
     V most = v_splat(-3.0e38f), total = v_splat(0), factor = v_splat(scale);
     for (int i = n; i % 16; i++) s[i] = -3.0e38f;
     for (int i = (n + 15) / 16 * 16; i < padded; i++) s[i] = 0;
-    for (int i = 0; i < n; i += 16) most = v_max(most, v_mul(v_load(s + i), factor));
-    *max = v_hmax(most);
+    for (int i = 0; i < n; i += 16) most = v_max(most, v_load(s + i));
+    *max = v_hmax(most) * scale;
     for (int i = 0; i < n; i += 16) {
-        V p = v_exp(v_sub(v_mul(v_load(s + i), factor), v_splat(*max)));
+        V p = v_exp2(v_fma(v_load(s + i), factor, v_splat(-*max)));
         if (i + 16 > n) {
             v_store(s + i, p);
             for (int j = n > i ? n : i; j < i + 16; j++) s[j] = 0;
             p = v_load(s + i);
         }
-        if (round) p = v_round_bf16(p);
-        v_store(s + i, p);
         total = v_add(total, p);
+        v_store(s + i, round ? v_round_bf16(p) : p);
     }
     *sum = v_sum(total);
 }
@@ -7236,8 +7253,8 @@ LLM__TARGET static void LLM__FN(merge)(int rows, float *max, float *sum, float *
         float old_factors[16], new_factors[16];
         int left = rows - first;
         V old_max = LLM__FN(load_part)(max + first, left), new_max = LLM__FN(load_part)(part_max + first, left);
-        V most = v_max(old_max, new_max), old_factor = v_exp(v_sub(old_max, most)),
-          new_factor = v_exp(v_sub(new_max, most));
+        V most = v_max(old_max, new_max), old_factor = v_exp2(v_sub(old_max, most)),
+          new_factor = v_exp2(v_sub(new_max, most));
         V new_sum = v_mul(LLM__FN(load_part)(part_sum + first, left), new_factor);
         new_sum = v_fma(LLM__FN(load_part)(sum + first, left), old_factor, new_sum);
         LLM__FN(store_part)(sum + first, new_sum, left, false);
@@ -7314,15 +7331,13 @@ LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
    weights, of which there is one a cycle: so 4 rows meet 2 tiles, 6 loads for 8 products. Two tiles' weights are widened
    once for all rows, in parts that stay near (36 KB), and the next two's are fetched meanwhile. */
 
-/* Values i .. i + 15 of a row; returns them as rounded. Lines as rows of the matrix unit have values in their order;
-   lines of pairs, which are not apart, as pair_row leaves them. */
-LLM__INLINE V LLM__FN(store_half)(llm__lines row, int i, V a) {
+/* Values i .. i + 15 of a row. Lines as rows of the matrix unit have values in their order; lines of pairs, which are not
+   apart, as pair_row leaves them. */
+LLM__INLINE void LLM__FN(store_half)(llm__lines row, int i, V a) {
     const __m256i pairs = _mm256_set_epi16(13, 15, 12, 14, 9, 11, 8, 10, 5, 7, 4, 6, 1, 3, 0, 2);
     __m256i half = (__m256i)_mm512_cvtneps_pbh(a);
-    a = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     if (row.step == 64) half = _mm256_permutexvar_epi16(pairs, half);
     _mm256_storeu_si256((__m256i *)(void *)(row.at + (size_t)i / 32 * row.step + (size_t)i % 32 * 2), half);
-    return a;
 }
 
 LLM__TARGET static void LLM__FN(pack_scale)(const float *x, float factor, int n, int n_padded, llm__lines row,
@@ -7331,11 +7346,11 @@ LLM__TARGET static void LLM__FN(pack_scale)(const float *x, float factor, int n,
         LLM__FN(store_half)(row, column + i, v_mul(LLM__SHARED(load_part)(x + i, n - i), v_splat(factor)));
 }
 
-LLM__TARGET static void LLM__FN(pack_norm)(const float *x, const float *w, int n, float eps, llm__lines row) {
-    V factor = v_splat(LLM__SHARED(norm_factor)(x, n, eps));
+LLM__TARGET static void LLM__FN(pack_norm)(const float *x, const float *w, int n, float factor, llm__lines row) {
+    V factors = v_splat(factor);
     int i = 0;
     for (; i < n; i += 16) {
-        V xi = v_mul(LLM__SHARED(load_part)(x + i, n - i), factor);
+        V xi = v_mul(LLM__SHARED(load_part)(x + i, n - i), factors);
         LLM__FN(store_half)(row, i, v_mul(xi, LLM__SHARED(load_part)(w + i, n - i)));
     }
     if (i & 16) LLM__FN(store_half)(row, i, v_splat(0));
@@ -7346,14 +7361,15 @@ LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded,
     V most = v_splat(-3.0e38f), total = v_splat(0), factor = v_splat(scale);
     int i = 0, whole = n / 16 * 16;
     __mmask16 rest = (__mmask16)((1u << (n - whole)) - 1);
-    for (; i < whole; i += 16) most = v_max(most, v_mul(v_load(s + i), factor));
-    if (rest) most = _mm512_mask_max_ps(most, rest, most, v_mul(v_load(s + i), factor));
-    *max = v_hmax(most);
-    const V top = v_splat(*max);
+    for (; i < whole; i += 16) most = v_max(most, v_load(s + i));
+    if (rest) most = _mm512_mask_max_ps(most, rest, most, v_load(s + i));
+    *max = v_hmax(most) * scale;
+    const V minus_max = v_splat(-*max);
     for (i = 0; i < n; i += 16) {
-        V p = v_exp_low(v_sub(v_mul(v_load(s + i), factor), top));
+        V p = v_exp2(v_fma(v_load(s + i), factor, minus_max));
         if (i == whole) p = _mm512_maskz_mov_ps(rest, p);
-        total = v_add(total, LLM__FN(store_half)(row, i, p));
+        LLM__FN(store_half)(row, i, p);
+        total = v_add(total, p);
     }
     for (; i < padded; i += 16) LLM__FN(store_half)(row, i, v_splat(0));
     *sum = v_sum(total);
@@ -7650,9 +7666,9 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #define LLM__KERNEL_TABLE(FN)                                                                                       \
     {LLM__SHARED(product_f32), FN(product_bf16),        FN(product_int8),                                           \
      FN(product_int8_groups),  FN(product_int4_groups), LLM__SHARED(product_f16)},                                  \
-        LLM__SHARED(group_sums), LLM__FN(unpack), LLM__SHARED(rms_norm), LLM__SHARED(swiglu), LLM__SHARED(softmax), \
-        LLM__SHARED(merge), LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope),            \
-        LLM__SHARED(read), LLM__SHARED(multiply), LLM__MULTIPLY_PAIRS
+        LLM__SHARED(group_sums), LLM__FN(unpack), LLM__SHARED(norm_factor), LLM__SHARED(norm), LLM__SHARED(swiglu), \
+        LLM__SHARED(softmax), LLM__SHARED(merge), LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh),         \
+        LLM__SHARED(rope), LLM__SHARED(read), LLM__SHARED(multiply), LLM__MULTIPLY_PAIRS
 
 static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_BF16)
@@ -7688,7 +7704,6 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef v_add
 #undef v_sub
 #undef v_mul
-#undef v_div
 #undef v_fma
 #undef v_max
 #undef v_min
@@ -7698,12 +7713,13 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef v_int8
 #undef v_half
 #undef v_nibble
-#undef v_pow2
+#undef v_times_pow2
+#undef v_guess_inverse
 #undef v_pair
 #undef v_dot
 #undef v_input
-#undef v_exp
-#undef v_exp_low
+#undef v_exp2
+#undef v_inverse
 #undef v_sum
 #undef v_hmax
 #undef LLM__LANES
@@ -8580,7 +8596,8 @@ static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) 
    Every member of the team runs llm__forward_task; each phase of it is shared out in pieces and ends at a barrier. */
 
 enum {
-    LLM__CHUNK = 256,       /* keys whose softmax is taken at once; chunks are merged in order (of the arithmetic) */
+    LLM__CHUNK = 256, /* keys whose softmax is taken at once; chunks are merged in order (of the arithmetic) */
+    LLM__SCORES = LLM__CHUNK + 16, /* a row of scores: rows a power of two apart would share few lines of the cache */
     LLM__QUERY_ROWS = 64,   /* query rows, over the heads that share a key head, that meet a chunk together        */
     LLM__ROWS = 64,         /* activation rows that meet a group of tiles while it is in the near cache            */
     LLM__TILES = 4,         /* tiles in such a group                                                               */
@@ -8613,7 +8630,7 @@ typedef struct llm__cpu_context {
     bool round_cache; /* so are queries and softmax weights: the cache is bf16 or int8 */
     llm__kind cache_kind;
     int head_stride;          /* head_dim padded for products */
-    float score_scale;        /* 1 / sqrt(head_dim) */
+    float score_scale;        /* log2(e) / sqrt(head_dim): softmax is taken as powers of 2 */
     size_t cache_block_bytes; /* keys, or values, of one head in one block */
     uint8_t *cache;           /* see llm__cache_plane */
     size_t x_stride, qkv_stride;
@@ -8817,15 +8834,27 @@ static void llm__norm_row(const llm__cpu_context *c, const float *weight, const 
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = c->normed.stride;
     float *out = c->normed.x + (size_t)to * stride;
-    kernels->rms_norm(c->x + (size_t)row * c->x_stride, weight, s->n_embd, s->rms_eps, c->round, out);
+    const float *x = c->x + (size_t)row * c->x_stride;
+    kernels->norm(x, weight, s->n_embd, kernels->norm_factor(x, s->n_embd, s->rms_eps), c->round, out);
     if (llm__needs_sums(m, rows)) kernels->group_sums(out, (int)stride, c->normed.sums + (size_t)to * (stride / 32));
+}
+
+/* Up to 16 rows of c->x, normed and packed. Each one's factor is one long chain, so all are computed first, at once. */
+static void llm__pack_norms(const llm__cpu_context *c, const float *weight, int first, int end) {
+    const llm_shape *s = &c->model->shape;
+    const llm__kernels *kernels = c->model->kernels;
+    const float *x = c->x + (size_t)first * c->x_stride;
+    float factors[16];
+    for (int i = 0; i < end - first; i++)
+        factors[i] = kernels->norm_factor(x + (size_t)i * c->x_stride, s->n_embd, s->rms_eps);
+    for (int i = 0; i < end - first; i++, x += c->x_stride)
+        kernels->pack_norm(x, weight, s->n_embd, factors[i], llm__lines_of(c, &c->normed, (size_t)(first + i)));
 }
 
 /* Norms the rows and prepares them for the matrix they are to meet; a phase, if there are several. Where there are targets,
    the head meets them one by one, too, see llm__log_prob. Returns the rows for this member. */
 static llm__rows llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const float *weight, const llm__matrix *m,
                                 int rows) {
-    const llm_shape *s = &c->model->shape;
     bool panels = llm__in_panels(c, rows), both = m == &c->model->head && c->pass->n_targets;
     int step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step;
     llm__rows own = c->normed;
@@ -8835,13 +8864,11 @@ static llm__rows llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const
         own.sums += (size_t)w->index * (own.stride / 32);
         return own;
     }
-    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
-        for (int r = piece * step; r < rows && r < (piece + 1) * step; r++) {
-            if (panels)
-                c->model->kernels->pack_norm(c->x + (size_t)r * c->x_stride, weight, s->n_embd, s->rms_eps,
-                                             llm__lines_of(c, &own, (size_t)r));
-            if (!panels || both) llm__norm_row(c, weight, m, r, rows, r);
-        }
+    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;) {
+        int first = piece * step, end = first + step < rows ? first + step : rows;
+        if (panels) llm__pack_norms(c, weight, first, end);
+        for (int r = first; r < end && (!panels || both); r++) llm__norm_row(c, weight, m, r, rows, r);
+    }
     llm__finish(w);
     return own;
 }
@@ -8939,7 +8966,8 @@ static void llm__cache_store(const llm__cpu_context *c, int layer, int value, in
 /* One head's RMSNorm in place; `scratch` holds a head, for the kernel writes a little more than it. */
 static void llm__norm_head(const llm__cpu_context *c, const float *weight, float *scratch, float *x) {
     const llm_shape *s = &c->model->shape;
-    c->model->kernels->rms_norm(x, weight, s->head_dim, s->rms_eps, false, scratch);
+    const llm__kernels *kernels = c->model->kernels;
+    kernels->norm(x, weight, s->head_dim, kernels->norm_factor(x, s->head_dim, s->rms_eps), false, scratch);
     memcpy(x, scratch, (size_t)s->head_dim * sizeof *x);
 }
 
@@ -8974,13 +9002,16 @@ static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int
     llm__cache_store(c, layer, 1, head, block, at % LLM_BLOCK, row + value * s->head_dim);
 }
 
-/* The same for all rows and heads; a phase. Rows of one tile of the cache stay together. */
+/* The same for all heads of all rows; a phase. The heads of a single row are shared out, too. */
 static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer, bool queries) {
     int rows = c->pass->n_rows, step = llm__row_step(c, rows), n_heads = c->model->shape.n_kv_heads,
-        n_pieces = (rows + step - 1) / step * n_heads;
-    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
-        for (int r = piece / n_heads * step; r < rows && r < (piece / n_heads + 1) * step; r++)
-            llm__rope_group(c, w->index, layer, r, piece % n_heads, queries);
+        n_shares = rows == 1 ? n_heads : 1, n_pieces = (rows + step - 1) / step * n_shares;
+    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;) {
+        int first = piece / n_shares * step;
+        for (int r = first; r < rows && r < first + step; r++)
+            for (int head = piece % n_shares; head < n_heads; head += n_shares)
+                llm__rope_group(c, w->index, layer, r, head, queries);
+    }
     llm__finish(w);
 }
 
@@ -8990,7 +9021,7 @@ typedef struct llm__attention_work {
     const int *rows;                   /* rows[i / group] is query i's row of the pass                            */
     int first_row, n_rows;             /* where in c->qkv and c->attention the first of them is; all rows there   */
     const int *blocks;                 /* the sequence's                                                          */
-    float *q, *scores;                 /* [padded][head_stride], [padded][LLM__CHUNK]                             */
+    float *q, *scores;                 /* [padded][head_stride], [padded][LLM__SCORES]                            */
     uint8_t *packed;                   /* queries, then room for softmax weights; or NULL: there are few          */
 } llm__attention_work;
 
@@ -9025,19 +9056,19 @@ static int llm__end_of_keys(const llm__cpu_context *c, const llm__attention_work
 static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks, int n) {
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride, tile = llm__tile_bytes(c->cache_kind, c->head_stride);
-    if (!a->packed) memset(a->scores, 0, (size_t)a->n * LLM__CHUNK * sizeof(float));
+    if (!a->packed) memset(a->scores, 0, (size_t)a->n * LLM__SCORES * sizeof(float));
     for (int i = 0; i < n; i++) {
         const uint8_t *keys = llm__cache_block(c, a->layer, 0, a->head, blocks[i]), *parts[LLM__MOST_HEAD / 32];
         float *scores = a->scores + i * LLM_BLOCK;
         if (a->packed) {
             int n_parts = c->head_stride / 32;
             for (int j = 0; j < n_parts; j++) parts[j] = keys + j * 1024;
-            llm__tile_product p = {a->packed,  a->padded / 16, n_parts, parts, tile, n_parts, 2,     scores,
-                                   LLM__CHUNK, false,          NULL,    0,     0,    NULL,    false, 0};
+            llm__tile_product p = {a->packed,   a->padded / 16, n_parts, parts, tile, n_parts, 2,     scores,
+                                   LLM__SCORES, false,          NULL,    0,     0,    NULL,    false, 0};
             kernels->tile_product(&p);
             continue;
         }
-        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys, 2, c->head_stride, scores, LLM__CHUNK);
+        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys, 2, c->head_stride, scores, LLM__SCORES);
     }
 }
 
@@ -9061,12 +9092,12 @@ static void llm__attend_values(const llm__cpu_context *c, const llm__attention_w
     for (int i = 0; i < n && c->cache_kind == LLM__W_INT8; i++) {
         const float *scales = llm__value_scales(c, llm__cache_block(c, a->layer, 1, a->head, blocks[i]));
         for (int r = 0; r < a->n; r++) {
-            float *weights = a->scores + (size_t)r * LLM__CHUNK + i * LLM_BLOCK;
+            float *weights = a->scores + (size_t)r * LLM__SCORES + i * LLM_BLOCK;
             kernels->weigh(weights, scales, LLM_BLOCK);
         }
     }
     for (int i = 0; i < n; i++)
-        kernels->product[c->cache_kind](a->scores + i * LLM_BLOCK, LLM__CHUNK, NULL, a->n,
+        kernels->product[c->cache_kind](a->scores + i * LLM_BLOCK, LLM__SCORES, NULL, a->n,
                                         llm__cache_block(c, a->layer, 1, a->head, blocks[i]), c->head_stride / 16,
                                         LLM_BLOCK, part, stride);
 }
@@ -9081,7 +9112,7 @@ static void llm__fetch_values(const llm__cpu_context *c, const llm__attention_wo
 static void llm__weigh_keys(const llm__cpu_context *c, const llm__attention_work *a, int i, int first, int n_blocks,
                             float *max, float *sum) {
     const llm__kernels *kernels = c->model->kernels;
-    float *scores = a->scores + (size_t)i * LLM__CHUNK;
+    float *scores = a->scores + (size_t)i * LLM__SCORES;
     int last = llm__last_key(c, a, i), padded = n_blocks * LLM_BLOCK,
         n = last + 1 - first < padded ? last + 1 - first : padded,
         hidden = llm__first_key(&c->model->shape, last) - first; /* keys before the window */
@@ -9093,7 +9124,7 @@ static void llm__weigh_keys(const llm__cpu_context *c, const llm__attention_work
         kernels->pack_softmax(scores, n, padded, c->score_scale, row, max, sum);
         return;
     }
-    /* Each of them adds exp(-87) to a sum of at least 1, which is nothing, and then is made 0. */
+    /* Each of them adds 2^-125.5 to a sum of at least 1, which is nothing, and then is made 0. */
     for (int j = 0; j < hidden && j < n; j++) scores[j] = -INFINITY;
     if (n > 0 && n > hidden) kernels->softmax(scores, n, padded, c->score_scale, c->round_cache, max, sum);
     else hidden = padded;
@@ -9153,7 +9184,7 @@ static float *llm__attention_start(const llm__cpu_context *c, int index, int lay
     a->q = c->scratch + (size_t)index * c->scratch_floats;
     a->scores = a->q + (size_t)a->padded * stride;
     a->packed = NULL;
-    return a->scores + (size_t)a->padded * LLM__CHUNK;
+    return a->scores + (size_t)a->padded * LLM__SCORES;
 }
 
 static void llm__gather_queries(const llm__cpu_context *c, int index, llm__attention_work *a) {
@@ -9318,11 +9349,13 @@ static void llm__score_columns(const llm__cpu_context *c, int index, int part, i
     }
     for (int r = 0; r < rows; r++) {
         size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)part;
-        kernels->softmax(logits + (size_t)r * stride, n, (int)stride, 1, false, &c->column_max[at], &c->column_sum[at]);
+        kernels->softmax(logits + (size_t)r * stride, n, (int)stride, LLM__LOG2_E, false, &c->column_max[at],
+                         &c->column_sum[at]);
     }
 }
 
-/* log p = logit - max - log(sum over all tokens of exp(logit - max)); the one logit is computed once more. */
+/* log p = logit - log(2) (max + log2(sum over all tokens of 2^(log2(e) logit - max))); the one logit is computed once
+   more. */
 static float llm__log_prob(const llm__cpu_context *c, int index, int row, int all_rows, llm_token token) {
     const llm__matrix *m = &c->model->head;
     int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
@@ -9332,8 +9365,8 @@ static float llm__log_prob(const llm__cpu_context *c, int index, int row, int al
     double sum = 0;
     llm__tile_sums(c, index, m, token / 16, 1, &c->normed, row, 1, all_rows, logits, 16);
     for (int i = 1; i < n_parts; i++) max = maxima[i] > max ? maxima[i] : max;
-    for (int i = 0; i < n_parts; i++) sum += sums[i] * llm__exp2(((double)maxima[i] - max) * 1.4426950408889634);
-    return (float)((double)logits[token % 16] - max - llm__log2(sum) * 0.69314718055994531);
+    for (int i = 0; i < n_parts; i++) sum += sums[i] * llm__exp2((double)maxima[i] - max);
+    return (float)((double)logits[token % 16] - (max + llm__log2(sum)) * 0.69314718055994531);
 }
 
 static void llm__score_rows(llm__worker *w, const llm__cpu_context *c, int rows) {
@@ -9490,7 +9523,7 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
     z.ffn_stride = (size_t)llm__round_up(s->n_ff, 32);
     z.most_groups = (z.ffn_stride > z.attention_stride ? z.ffn_stride : z.attention_stride) / 32;
     if (z.x_stride / 32 > z.most_groups) z.most_groups = z.x_stride / 32;
-    z.scratch_floats = rows * (3 * (size_t)z.head_stride + LLM__CHUNK + 4);
+    z.scratch_floats = rows * (3 * (size_t)z.head_stride + LLM__SCORES + 4);
     if (z.scratch_floats < LLM__SCORED_ROWS * LLM__COLUMNS) z.scratch_floats = LLM__SCORED_ROWS * LLM__COLUMNS;
     z.n_parts = (size_t)(s->n_vocab + LLM__COLUMNS - 1) / LLM__COLUMNS;
     /* Splitting pays up to 4 pieces a thread (see llm__count_chunks), and is for one sequence at its full length. */
@@ -9550,7 +9583,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->round_cache = c->desc.cache_dtype != LLM_DTYPE_F32;
     c->cache_kind = llm__cache_kind(c->desc.cache_dtype);
     c->head_stride = z.head_stride;
-    c->score_scale = (float)(1.0 / llm__sqrt(s->head_dim));
+    c->score_scale = (float)(1.4426950408889634 / llm__sqrt(s->head_dim));
     c->cache_block_bytes = llm__cache_head_bytes(s, c->desc.cache_dtype);
     size_t n_blocks = (size_t)c->desc.n_cache_blocks,
            block_bytes = (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype);
@@ -10792,8 +10825,8 @@ static llm__choice llm__choose(llm_context *ctx, const float *logits, const llm_
     float top = p[best];
     for (int j = 0; j < n_vocab; j++) p[j] -= top; /* so that no temperature makes infinities of two logits */
     uint64_t mode = llm__float_mode_enter();
-    ctx->model->kernels->softmax(p, n_vocab, llm__round_up(n_vocab, 16), 1.0f / sampler->temperature, false, &max,
-                                 &sum);
+    ctx->model->kernels->softmax(p, n_vocab, llm__round_up(n_vocab, 16), LLM__LOG2_E / sampler->temperature, false,
+                                 &max, &sum);
     llm__float_mode_leave(mode);
     choice.n = llm__cut_candidates(p, ctx->candidates, n_vocab, best, sampler, sum, &choice.total);
     return choice;

@@ -79,9 +79,12 @@ static void check_rows(const llm__kernels *k) {
     random_floats(w, 2 * llm__round_up(n, 16));
     memset(a, 0, sizeof a);
     memset(b, 0, sizeof b);
-    scalar->rms_norm(x, w, n, 1e-5f, round, a);
-    k->rms_norm(x, w, n, 1e-5f, round, b);
-    check_same("rms_norm", a, b, sizeof a);
+    sum[0] = scalar->norm_factor(x, n, 1e-5f);
+    sum[1] = k->norm_factor(x, n, 1e-5f);
+    check_same("norm_factor", &sum[0], &sum[1], sizeof *sum);
+    scalar->norm(x, w, n, factor, round, a);
+    k->norm(x, w, n, factor, round, b);
+    check_same("norm", a, b, sizeof a);
     scalar->swiglu(w, n, round, a);
     k->swiglu(w, n, round, b);
     check_same("swiglu", a, b, sizeof a);
@@ -151,8 +154,8 @@ static void check_packs(const llm__kernels *k) {
     check_same("pack_scale", a, b + column, (size_t)n * 4);
     for (int i = n; i < whole; i++) assert_true(b[column + i] == 0); /* of either sign */
     memset(a, 0, sizeof a);
-    scalar->rms_norm(x, w, n, 1e-5f, true, a);
-    k->pack_norm(x, w, n, 1e-5f, row);
+    scalar->norm(x, w, n, factor, true, a);
+    k->pack_norm(x, w, n, factor, row);
     unpack_row(row, padded, b);
     check_same("pack_norm", a, b, (size_t)padded * 4);
     random_floats(x, 512);
@@ -263,20 +266,43 @@ static void test_avx512_bf16(void **state) { (void)state; check_set("avx512_bf16
 static void test_amx(void **state) { (void)state; check_set("amx"); }
 #endif
 
-/* The scalar exp against libm's in double. */
-static void test_exp(void **state) {
+/* The scalar 2^x against libm's in double. */
+static void test_exp2(void **state) {
     double worst = 0;
     (void)state;
     scalar = llm__choose_kernels("scalar");
     for (int i = 0; i < 100000; i++) {
-        float s[16] = {(float)i * -0.00087f}, max, sum;
+        float s[16] = {(float)i * -0.001255f}, max, sum;
         s[1] = 0;
         scalar->softmax(s, 2, 16, 1.0f, false, &max, &sum);
-        double error = fabs(s[0] / exp((double)((float)i * -0.00087f)) - 1);
+        double error = fabs(s[0] / exp2((double)((float)i * -0.001255f)) - 1);
         if (error > worst) worst = error;
     }
-    print_message("exp: relative error %.2g\n", worst);
+    print_message("2^x: relative error %.2g\n", worst);
     assert_true(worst < 2e-7);
+}
+
+/* The scalar silu against libm's in double, and where it ends. */
+static void test_silu(void **state) {
+    double worst = 0;
+    float pair[32] = {0}, y[16];
+    (void)state;
+    scalar = llm__choose_kernels("scalar");
+    pair[16] = 1;
+    for (float g = -80; g < 120; g += 0.0013f) {
+        pair[0] = g;
+        scalar->swiglu(pair, 1, false, y);
+        double error = fabs(y[0] / (g / (1 + exp(-(double)g))) - 1);
+        if (error > worst) worst = error;
+    }
+    print_message("silu: relative error %.2g\n", worst);
+    assert_true(worst < 5e-6); /* of 2^x at x = 115, which is rounded */
+    pair[0] = -3e38f;
+    scalar->swiglu(pair, 1, false, y);
+    assert_true(y[0] < 0 && y[0] > -1e3f);
+    pair[0] = 3e38f;
+    scalar->swiglu(pair, 1, false, y);
+    assert_true(y[0] == 3e38f);
 }
 
 /* Sine, cosine, 2^x, log2 and square root in fixed operations against libm's. */
@@ -345,6 +371,6 @@ int main(void) {
         cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512), cmocka_unit_test(test_avx512_bf16),
         cmocka_unit_test(test_amx),
 #endif
-        cmocka_unit_test(test_exp), cmocka_unit_test(test_functions), cmocka_unit_test(test_packing), cmocka_unit_test(test_f16)};
+        cmocka_unit_test(test_exp2), cmocka_unit_test(test_silu), cmocka_unit_test(test_functions), cmocka_unit_test(test_packing), cmocka_unit_test(test_f16)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
