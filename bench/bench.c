@@ -329,7 +329,7 @@ static void measure(llm_context *ctx, const options *opt, const memory *mem, dou
     double *prefill = (double *)calloc((size_t)(2 * MOST * opt->n_rounds), sizeof *prefill), *decode = prefill + MOST * opt->n_rounds;
     double bandwidth = llm_measure_bandwidth(ctx), flops = llm_measure_flops(ctx);
     if (!prefill) exit(1);
-    run(ctx, 8, 1); /* warms up */
+    run(ctx, opt->n_prefill, opt->n_prefill); /* warms up by a whole prompt, as the other programs do */
     for (int round = 0; round < opt->n_rounds; round++)
         for (int i = 0; i < opt->n_depths; i++) {
             llm_seq_truncate(ctx, 0, 0, NULL);
