@@ -7549,8 +7549,9 @@ LLM__TARGET static void LLM__FN(pair_panel)(const llm__panel *p) { LLM__FN(run_p
    such products: 64 cycles, in which the nearest cache gives at least twice these 4 KB. So the two tiles of weights stay
    there (36 KB) while all rows of the panel stream past it from the second cache, 32 bytes a cycle; and weights come from
    memory once for 256 rows: 4 bytes a cycle, fetched ahead, a little with each product. What is not a product is done
-   between them: the vector units then get one of their two ports. One thread's panels, alone, reach 58 % of the unit's rate
-   at 576 k, and 47 % at 2,048, where 256 rows and their sums no longer fit the second cache (Granite Rapids). */
+   between them: the vector units then get one of their two ports. One thread's panels, alone, reach 60 % of the unit's rate
+   at 576 k, and 53 % at 2,048, where sums over a part of k come and go (84 and 60 % if nothing becomes of the sums; Granite
+   Rapids). */
 
 static void LLM__FN(tiles_enter)(void) {
     llm__tile_config config;

@@ -56,7 +56,8 @@ def bars(axes, medians, column, limit, title, limit_name):
         at = [x + (i - 1) * 0.27 for x in range(len(kinds))]
         heights = [medians[column].get((program, weights), 0) for weights in kinds]
         drawn = axes.bar(at, heights, width=0.25, color=colour, label=program)
-        axes.bar_label(drawn, [f"{height:.0f}" for height in heights], fontsize=8)
+        axes.bar_label(drawn, [f"{height:.0f}" for height in heights], fontsize=8, padding=2, zorder=3,
+                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0})
     axes.set_xticks(range(len(kinds)), [NAMES[weights] for weights in kinds])
     for x, weights in enumerate(kinds):
         axes.hlines(medians[limit]["llm.h", weights], x - 0.4, x + 0.4, colors="black", linestyles="dashed",
