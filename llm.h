@@ -6603,8 +6603,10 @@ LLM__INLINE V v_half(const uint16_t *p) {
 }
 LLM__INLINE V v_nibble(const uint32_t *p, int at) {
     const V numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; /* looked up by the low four bits */
-    __m512i words = _mm512_loadu_si512((const uint8_t *)p + at / 2);          /* a shift by whole bytes costs nothing */
-    __asm__("" : "+v"(words));                                                /* or the compiler shifts all the same */
+    /* A shift by whole bytes costs nothing as part of the address, which reaches 3 bytes into what follows in the block; the
+       compiler is kept from shifting all the same. */
+    __m512i words = _mm512_loadu_si512((const uint8_t *)p + at / 2);
+    __asm__("" : "+v"(words));
     return _mm512_permutexvar_ps(at % 2 ? _mm512_srli_epi32(words, 4) : words, numbers);
 }
 LLM__INLINE V v_round_bf16(V a) {

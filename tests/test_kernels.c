@@ -282,7 +282,8 @@ static void test_exp2(void **state) {
     assert_true(worst < 2e-7);
 }
 
-/* The scalar silu against libm's in double, and where it ends. */
+/* The scalar silu against libm's in double, and where it ends. log2(e) g is rounded, which 2^x multiplies: the error grows
+   with the gate. */
 static void test_silu(void **state) {
     double worst = 0;
     float pair[32] = {0}, y[16];
@@ -294,9 +295,10 @@ static void test_silu(void **state) {
         scalar->swiglu(pair, 1, false, y);
         double error = fabs(y[0] / (g / (1 + exp(-(double)g))) - 1);
         if (error > worst) worst = error;
+        assert_true(error < 6e-7 + 8e-8 * fabs(g));
     }
     print_message("silu: relative error %.2g\n", worst);
-    assert_true(worst < 5e-6); /* of 2^x at x = 115, which is rounded */
+    assert_true(worst < 5e-6);
     pair[0] = -3e38f;
     scalar->swiglu(pair, 1, false, y);
     assert_true(y[0] < 0 && y[0] > -1e3f);
