@@ -6278,6 +6278,8 @@ typedef struct llm__tile_product {
 enum {
     LLM__RUN_TILES = 4,    /* tiles that the same activations meet, a run of so many k at a time                 */
     LLM__RUN_K = 2048,     /* as pairs, 8 rows of it are 32 KB                                                   */
+    LLM__STRIPS_ROWS = 96, /* rows, a multiple of LLM__STRIP_ROWS, that meet the same blocks in strips, ...        */
+    LLM__STRIP_BLOCKS = 6, /* ... which are so many                                                               */
     LLM__TILE_ROWS = 16,   /* from so many rows on, a product goes by panels if the set has them                  */
     LLM__EXACT_ROWS = 16,  /* more rows meet groups as bf16 (of the arithmetic)                                   */
     LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
@@ -6870,13 +6872,22 @@ LLM__INLINE float v_hmax(V a) {
 #define LLM__UNROLL
 #endif
 
-/* As many rows as the registers hold sums for. */
+/* As many rows as the registers hold sums for; of many rows, where there is no product of pairs, a strip of such rows and
+   tiles. */
 #if defined(LLM__USE_AVX512)
 #define LLM__MOST_ROWS 8
+#if !defined(LLM__USE_BF16)
+#define LLM__STRIP_ROWS 8
+#define LLM__STRIP_TILES 2
+#endif
 #elif defined(LLM__USE_AVX2)
 #define LLM__MOST_ROWS 4
+#define LLM__STRIP_ROWS 6
+#define LLM__STRIP_TILES 1
 #elif defined(LLM__USE_NEON)
 #define LLM__MOST_ROWS 2
+#define LLM__STRIP_ROWS 6
+#define LLM__STRIP_TILES 1
 #else
 #define LLM__MOST_ROWS 1
 #endif
@@ -7130,6 +7141,100 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const 
     }
 }
 
+#if defined(LLM__STRIP_ROWS)
+
+/* ---- Products of many rows ----
+
+   Floor: 32 FMAs for a row and a tile over 32 k. Even k go first, then odd: with one of the two chains in registers there are
+   sums for twice the rows, which share each weight that is loaded, so that FMAs outnumber loads. A few blocks of weights
+   become floats once for all rows, and stay in the nearest cache (12 KB a tile). */
+
+/* A block as floats: its even k, then its odd. */
+LLM__INLINE void LLM__FN(strip_weights)(const llm__kind KIND, const uint8_t *w, float *to) {
+    for (int i = 0; i < 4; i++, w += LLM__FN(block_bytes)(KIND) / 4, to += 64) {
+        LLM__UNROLL for (int j = 0; j < 4; j++) {
+            v_store(to + j * 16, LLM__FN(weight)(KIND, w, 2 * j));
+            v_store(to + 256 + j * 16, LLM__FN(weight)(KIND, w, 2 * j + 1));
+        }
+    }
+}
+
+/* The sums of one chain, from k on. Unrolled further, gcc and clang run out of registers. */
+LLM__INLINE void LLM__FN(strip_chain)(const float *const *rows, size_t k, const float *w, V *sum) {
+    enum { T = LLM__STRIP_TILES, N = LLM__STRIP_ROWS * T };
+    LLM__UNROLL for (int i = 0; i < N; i++) sum[i] = v_splat(0);
+    for (const float *end = w + 256; w < end; w += 32, k += 4) {
+        LLM__UNROLL for (int j = 0; j < 2; j++) {
+            V wj[T];
+            LLM__UNROLL for (int t = 0; t < T; t++) wj[t] = v_load(w + t * LLM__STRIP_BLOCKS * 512 + j * 16);
+            LLM__UNROLL for (int i = 0; i < N; i++) sum[i] =
+                v_fma(v_splat(rows[i / T][k + (size_t)j * 2]), wj[i % T], sum[i]);
+        }
+    }
+}
+
+/* n blocks of tiles `right` outputs apart, for all rows, which are a multiple of LLM__STRIP_ROWS. */
+LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_blocks)(const float *x, size_t x_stride, int rows,
+                                                                        const float *w, int n, float *y,
+                                                                        size_t y_stride, size_t right) {
+    enum { T = LLM__STRIP_TILES, N = LLM__STRIP_ROWS * T };
+    for (; rows > 0; rows -= LLM__STRIP_ROWS, x += LLM__STRIP_ROWS * x_stride, y += LLM__STRIP_ROWS * y_stride) {
+        const float *from[LLM__STRIP_ROWS]; /* gcc would compute them again for each load */
+        LLM__UNROLL for (size_t i = 0; i < LLM__STRIP_ROWS; i++) {
+            from[i] = x + i * x_stride;
+            LLM__HIDE("+r", from[i]);
+        }
+        for (int b = 0; b < n; b++) {
+            V even[N], odd[N];
+            LLM__FN(strip_chain)(from, (size_t)b * 32, w + b * 512, even);
+            LLM__FN(strip_chain)(from, (size_t)b * 32 + 1, w + b * 512 + 256, odd);
+            LLM__UNROLL for (size_t i = 0; i < N; i++) even[i] =
+                v_add(v_load(y + i / T * y_stride + i % T * right), v_add(even[i], odd[i]));
+            LLM__UNROLL for (size_t i = 0; i < N; i++) v_store(y + i / T * y_stride + i % T * right, even[i]);
+        }
+    }
+}
+
+/* All k of LLM__STRIP_TILES tiles, or of the last one, which is then taken twice. */
+LLM__INLINE void LLM__FN(strip_tiles)(const llm__kind KIND, const float *x, size_t x_stride, int rows, const uint8_t *w,
+                                      size_t tile_bytes, bool alone, int k, float *y, size_t y_stride) {
+    float wide[LLM__STRIP_TILES][LLM__STRIP_BLOCKS * 512] __attribute__((aligned(64)));
+    const size_t bytes = LLM__FN(block_bytes)(KIND);
+    for (int left = k / 32, n; left; left -= n, w += (size_t)n * bytes, x += n * 32) {
+        n = left < LLM__STRIP_BLOCKS ? left : LLM__STRIP_BLOCKS;
+        for (int t = 0; t < LLM__STRIP_TILES; t++)
+            for (int b = 0; b < n; b++)
+                LLM__FN(strip_weights)
+                (KIND, w + (alone ? 0 : (size_t)t * tile_bytes) + (size_t)b * bytes, wide[t] + b * 512);
+        LLM__FN(strip_blocks)(x, x_stride, rows, wide[0], n, y, y_stride, alone ? 0 : 16);
+    }
+}
+
+/* Sums over int8 weights are scaled before they are added. */
+LLM__INLINE void LLM__FN(strip_product)(const llm__kind KIND, const float *x, size_t x_stride, int rows,
+                                        const uint8_t *w, int n, int k, float *y, size_t y_stride) {
+    enum { T = LLM__STRIP_TILES };
+    const size_t tile_bytes = (size_t)k / 32 * LLM__FN(block_bytes)(KIND) + (KIND == LLM__W_INT8 ? 64 : 0);
+    float sums[LLM__STRIPS_ROWS][T * 16];
+    for (int t = 0; t < n; t += T, w += T * tile_bytes, y += T * 16) {
+        const int some = n - t < T ? n - t : T;
+        if (KIND == LLM__W_BF16) {
+            LLM__FN(strip_tiles)(KIND, x, x_stride, rows, w, tile_bytes, some < T, k, y, y_stride);
+            continue;
+        }
+        memset(sums, 0, (size_t)rows * sizeof *sums);
+        LLM__FN(strip_tiles)(KIND, x, x_stride, rows, w, tile_bytes, some < T, k, sums[0], T * 16);
+        for (int i = 0; i < some; i++) {
+            V scale = v_load((const float *)(const void *)(w + (size_t)(i + 1) * tile_bytes) - 16);
+            float *yi = y + 16 * i;
+            for (int r = 0; r < rows; r++, yi += y_stride)
+                v_store(yi, v_add(v_load(yi), v_mul(v_load(sums[r] + 16 * i), scale)));
+        }
+    }
+}
+
+#endif
+
 /* N rows at a time as long as there are so many. */
 #define LLM__ROWS_BY(N)                                                               \
     for (; rows >= (N); rows -= (N), x += (N)*x_stride, y += (N)*y_stride) {          \
@@ -7147,6 +7252,14 @@ LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x
         llm__product_fn *by_fma = GROUPS ? llm__avx512_product_int8_groups : llm__avx512_product_int8;
         by_fma(x, x_stride, x_sums, rows, tiles, n, k, y, y_stride);
         return;
+    }
+#endif
+#if defined(LLM__STRIP_ROWS)
+    for (int n_rows; (KIND == LLM__W_BF16 || KIND == LLM__W_INT8) && rows >= 2 * LLM__STRIP_ROWS; rows -= n_rows) {
+        n_rows = rows < LLM__STRIPS_ROWS ? rows / LLM__STRIP_ROWS * LLM__STRIP_ROWS : (int)LLM__STRIPS_ROWS;
+        LLM__FN(strip_product)(KIND, x, x_stride, n_rows, tiles, n, k, y, y_stride);
+        x += (size_t)n_rows * x_stride;
+        y += (size_t)n_rows * y_stride;
     }
 #endif
     if (LLM__MOST_ROWS > 4) LLM__ROWS_BY(8)
@@ -7731,6 +7844,8 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef LLM__INLINE
 #undef LLM__UNROLL
 #undef LLM__MOST_ROWS
+#undef LLM__STRIP_ROWS
+#undef LLM__STRIP_TILES
 #undef LLM__KERNEL_TABLE
 #undef LLM__SHARED
 #undef LLM__MULTIPLY_PAIRS
@@ -8602,7 +8717,7 @@ enum {
     LLM__CHUNK = 256, /* keys whose softmax is taken at once; chunks are merged in order (of the arithmetic) */
     LLM__SCORES = LLM__CHUNK + 16, /* a row of scores: rows a power of two apart would share few lines of the cache */
     LLM__QUERY_ROWS = 64,   /* query rows, over the heads that share a key head, that meet a chunk together        */
-    LLM__ROWS = 64,         /* activation rows that meet a group of tiles while it is in the near cache            */
+    LLM__ROWS = 96,         /* activation rows that meet a group of tiles while it is in the near cache            */
     LLM__TILES = 4,         /* tiles in such a group                                                               */
     LLM__SPLIT_ROWS = 8,    /* rows of a sequence whose attention may be split over the keys                       */
     LLM__PART_ROWS = 128,   /* least rows that are a member's own in products                                      */
@@ -8695,9 +8810,12 @@ static void llm__tile_sums(const llm__cpu_context *c, int index, const llm__matr
         return;
     }
     uint8_t *unpacked = c->tiles + (size_t)index * c->tile_bytes;
-    for (int i = 0; i < n_tiles; i++) {
-        kernels->unpack(m->kind, tiles + (size_t)i * m->tile_bytes, k / 32, unpacked);
-        kernels->product[LLM__W_BF16](x, in->stride, NULL, rows, unpacked, 1, k, sums + 16 * i, stride);
+    for (int i = 0; i < n_tiles; i += 2) {
+        int some = n_tiles - i < 2 ? 1 : 2;
+        for (int j = 0; j < some; j++)
+            kernels->unpack(m->kind, tiles + (size_t)(i + j) * m->tile_bytes, k / 32,
+                            unpacked + (size_t)j * (size_t)k * 32);
+        kernels->product[LLM__W_BF16](x, in->stride, NULL, rows, unpacked, some, k, sums + 16 * i, stride);
     }
 }
 
@@ -8788,10 +8906,11 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
     }
 }
 
-/* The members share a product's rows as they do in other phases, if there are enough; then each reads all weights, but
-   what it multiplies and adds to is in its cache. */
+/* Parts of the rows in which they meet a matrix. In panels: shared among the members as in other phases, if there are
+   enough; then each reads all weights, but what it multiplies and adds to is in its cache. */
 static int llm__row_parts(const llm__cpu_context *c, int rows) {
-    int most = llm__in_panels(c, rows) ? rows / LLM__PART_ROWS : 1;
+    if (!llm__in_panels(c, rows)) return (rows + LLM__ROWS - 1) / LLM__ROWS;
+    int most = rows / LLM__PART_ROWS;
     return most < 1 ? 1 : most < c->team->n ? most : c->team->n;
 }
 
@@ -8815,16 +8934,14 @@ static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__ma
     int n_parts = llm__row_parts(c, rows), n_tiles = llm__round_up(m->n, 16) / 16,
         step = llm__piece_tiles(c, n_tiles, n_parts, panels), n_columns = (n_tiles + step - 1) / step;
     for (int piece; (piece = llm__take(w, n_parts * n_columns)) >= 0;) {
-        int first = piece % n_columns * step, n = n_tiles - first < step ? n_tiles - first : step;
+        int column = panels ? piece % n_columns : piece / n_parts, part = panels ? piece / n_columns : piece % n_parts,
+            first = column * step, n = n_tiles - first < step ? n_tiles - first : step;
         if (panels) {
-            int part = piece / n_columns;
             llm__linear_panel(c, w->index, m, first, n, in, llm__part_row(rows, part, n_parts),
                               llm__part_row(rows, part + 1, n_parts), ending, y, y_stride);
-            continue;
-        }
-        for (int r = 0; r < rows; r += LLM__ROWS) {
-            int some = rows - r < LLM__ROWS ? rows - r : (int)LLM__ROWS;
-            llm__linear_piece(c, w->index, m, first, n, in, r, some, rows, ending, y, y_stride);
+        } else {
+            int row = part * LLM__ROWS, some = rows - row < LLM__ROWS ? rows - row : (int)LLM__ROWS;
+            llm__linear_piece(c, w->index, m, first, n, in, row, some, rows, ending, y, y_stride);
         }
     }
     llm__finish(w);
@@ -9538,11 +9655,11 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
     z.n_rows = (size_t)(d->n_batch > d->n_threads ? d->n_batch : d->n_threads);
     if (n_batch > LLM__PANEL_ROWS) n_batch = LLM__PANEL_ROWS;
     z.panel_floats = z.panels ? n_batch * LLM__PANEL_TILES * 16 : 0;
-    /* Of what is never there at once the most: attention's rows, parts of two tiles for a panel, a tile (llm__tile_sums). */
+    /* Of what is never there at once the most: attention's rows, parts of two tiles for a panel, two tiles (llm__tile_sums). */
     size_t attention = rows * ((size_t)z.head_stride + LLM__CHUNK) * 2, parts = 2 * LLM__TILE_BLOCKS * 1024,
-           tile = d->dtype == LLM_DTYPE_INT4 ? z.most_groups * 1024 : 0;
-    z.tile_bytes = !z.panels ? tile : attention > parts ? attention : parts;
-    if (z.tile_bytes < tile) z.tile_bytes = tile;
+           tiles = d->dtype == LLM_DTYPE_INT4 ? 2 * z.most_groups * 1024 : 0;
+    z.tile_bytes = !z.panels ? tiles : attention > parts ? attention : parts;
+    if (z.tile_bytes < tiles) z.tile_bytes = tiles;
     return z;
 }
 
