@@ -7196,35 +7196,36 @@ LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_blocks)(const fl
 }
 
 /* All k of LLM__STRIP_TILES tiles, or of the last one, which is then taken twice. */
-LLM__INLINE void LLM__FN(strip_tiles)(const llm__kind KIND, const float *x, size_t x_stride, int rows, const uint8_t *w,
+LLM__INLINE void LLM__FN(strip_tiles)(llm__kind kind, const float *x, size_t x_stride, int rows, const uint8_t *w,
                                       size_t tile_bytes, bool alone, int k, float *y, size_t y_stride) {
     float wide[LLM__STRIP_TILES][LLM__STRIP_BLOCKS * 512] __attribute__((aligned(64)));
-    const size_t bytes = LLM__FN(block_bytes)(KIND);
+    const size_t bytes = LLM__FN(block_bytes)(kind);
     for (int left = k / 32, n; left; left -= n, w += (size_t)n * bytes, x += n * 32) {
         n = left < LLM__STRIP_BLOCKS ? left : LLM__STRIP_BLOCKS;
-        for (int t = 0; t < LLM__STRIP_TILES; t++)
-            for (int b = 0; b < n; b++)
-                LLM__FN(strip_weights)
-                (KIND, w + (alone ? 0 : (size_t)t * tile_bytes) + (size_t)b * bytes, wide[t] + b * 512);
+        for (int i = 0; i < LLM__STRIP_TILES * n; i++) {
+            const size_t t = (size_t)(i / n), b = (size_t)(i % n);
+            const uint8_t *block = w + (alone ? 0 : t * tile_bytes) + b * bytes;
+            if (kind == LLM__W_BF16) LLM__FN(strip_weights)(LLM__W_BF16, block, wide[t] + b * 512);
+            else LLM__FN(strip_weights)(LLM__W_INT8, block, wide[t] + b * 512);
+        }
         LLM__FN(strip_blocks)(x, x_stride, rows, wide[0], n, y, y_stride, alone ? 0 : 16);
     }
 }
 
-/* Sums over int8 weights are scaled before they are added. */
-LLM__INLINE void LLM__FN(strip_product)(const llm__kind KIND, const float *x, size_t x_stride, int rows,
-                                        const uint8_t *w, int n, int k, float *y, size_t y_stride) {
+/* bf16 or int8. Sums over int8 weights are scaled before they are added. */
+LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_product)(llm__kind kind, const float *x,
+                                                                         size_t x_stride, int rows, const uint8_t *w,
+                                                                         int n, int k, float *y, size_t y_stride) {
     enum { T = LLM__STRIP_TILES };
-    const size_t tile_bytes = (size_t)k / 32 * LLM__FN(block_bytes)(KIND) + (KIND == LLM__W_INT8 ? 64 : 0);
+    const bool scaled = kind == LLM__W_INT8;
+    const size_t tile_bytes = (size_t)k / 32 * LLM__FN(block_bytes)(kind) + (scaled ? 64 : 0);
     float sums[LLM__STRIPS_ROWS][T * 16];
     for (int t = 0; t < n; t += T, w += T * tile_bytes, y += T * 16) {
         const int some = n - t < T ? n - t : T;
-        if (KIND == LLM__W_BF16) {
-            LLM__FN(strip_tiles)(KIND, x, x_stride, rows, w, tile_bytes, some < T, k, y, y_stride);
-            continue;
-        }
-        memset(sums, 0, (size_t)rows * sizeof *sums);
-        LLM__FN(strip_tiles)(KIND, x, x_stride, rows, w, tile_bytes, some < T, k, sums[0], T * 16);
-        for (int i = 0; i < some; i++) {
+        if (scaled) memset(sums, 0, (size_t)rows * sizeof *sums);
+        LLM__FN(strip_tiles)
+        (kind, x, x_stride, rows, w, tile_bytes, some < T, k, scaled ? sums[0] : y, scaled ? T * 16 : y_stride);
+        for (int i = 0; i < some && scaled; i++) {
             V scale = v_load((const float *)(const void *)(w + (size_t)(i + 1) * tile_bytes) - 16);
             float *yi = y + 16 * i;
             for (int r = 0; r < rows; r++, yi += y_stride)
