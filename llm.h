@@ -6280,7 +6280,7 @@ enum {
     LLM__RUN_K = 2048,     /* as pairs, 8 rows of it are 32 KB                                                   */
     LLM__STRIPS_ROWS = 96, /* rows, a multiple of LLM__STRIP_ROWS, that meet the same blocks in strips, ...        */
     LLM__STRIP_BLOCKS = 6, /* ... which are so many                                                               */
-    LLM__TILE_ROWS = 16,   /* from so many rows on, a product goes by panels if the set has them                  */
+    LLM__TILE_ROWS = 16,   /* of queries, from so many on attention goes as panels do                             */
     LLM__EXACT_ROWS = 16,  /* more rows meet groups as bf16 (of the arithmetic)                                   */
     LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
     LLM__PANEL_TILES = 16, /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
@@ -6332,8 +6332,9 @@ typedef struct llm__kernels {
        2 * 4 * 16 * 16 * 32. The latter two are NULL where there are none. */
     uint32_t (*read)(const void *p, size_t n);
     uint32_t (*multiply)(size_t n), (*multiply_pairs)(size_t n), (*tile_multiply)(size_t n);
-    /* Many rows of bf16; all NULL, and line_step 0, where `product` does them as well. */
+    /* Many rows of bf16, at least panel_rows: fewer go by `product`, and all where these are NULL, and line_step 0. */
     size_t line_step;
+    int panel_rows;
     void (*tile_product)(const llm__tile_product *p);
     void (*panel)(const llm__panel *p); /* all kinds but f32 and f16 */
     /* What the functions above give, rounded, into a row from `column` on (a multiple of 16): x * factor for n values,
@@ -7773,10 +7774,10 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #if defined(LLM__USE_BF16)
 #define LLM__MULTIPLY_PAIRS LLM__FN(multiply)
 #define LLM__PACK LLM__FN(pack_scale), LLM__FN(pack_norm), LLM__FN(pack_softmax)
-#define LLM__MANY_ROWS 64, LLM__FN(pair_product), LLM__FN(pair_panel), LLM__PACK
+#define LLM__MANY_ROWS 64, 16, LLM__FN(pair_product), LLM__FN(pair_panel), LLM__PACK
 #else
 #define LLM__MULTIPLY_PAIRS NULL
-#define LLM__MANY_ROWS 0, NULL, NULL, NULL, NULL, NULL
+#define LLM__MANY_ROWS 0, 0, NULL, NULL, NULL, NULL, NULL
 #endif
 
 /* FN: LLM__FN, or LLM__SHARED where products of few rows are another set's. */
@@ -7807,10 +7808,18 @@ static const llm__kernels LLM__FN(kernels) = {
 
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 /* Where there is such a unit, vdpbf16ps takes two cycles of one port: FMA on both is never slower, and a third faster for
-   8 rows (Granite Rapids). */
+   8 rows. From 5 on the unit takes no longer than for 16 (Granite Rapids). */
 static const llm__kernels LLM__FN(amx_kernels) = {
-    "amx",     LLM__KERNEL_TABLE(LLM__SHARED), LLM__FN(tile_multiply), 1024, LLM__FN(tile_product), LLM__FN(tile_panel),
-    LLM__PACK, LLM__FN(tiles_enter),           LLM__FN(tiles_leave),
+    "amx",
+    LLM__KERNEL_TABLE(LLM__SHARED),
+    LLM__FN(tile_multiply),
+    1024,
+    5,
+    LLM__FN(tile_product),
+    LLM__FN(tile_panel),
+    LLM__PACK,
+    LLM__FN(tiles_enter),
+    LLM__FN(tiles_leave),
 };
 #endif
 
@@ -9728,7 +9737,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     if (z.panels) {
         c->panels = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.panel_floats, sizeof(float));
         c->panel_floats = z.panel_floats;
-        c->panel_rows = c->desc.dtype == LLM_DTYPE_INT4 ? LLM__EXACT_ROWS + 1 : LLM__TILE_ROWS;
+        c->panel_rows = c->desc.dtype == LLM_DTYPE_INT4 ? LLM__EXACT_ROWS + 1 : c->model->kernels->panel_rows;
     }
     c->tiles = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_threads * z.tile_bytes, 1);
     c->tile_bytes = z.tile_bytes;

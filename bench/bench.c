@@ -480,7 +480,7 @@ static void compare_rows(llm_context *ctx, const options *opt, int depth) {
 
 /* What --draft and --rows ask for, of one type and number of threads. */
 static void compare(const options *opt, llm_dtype dtype, int n_threads) {
-    llm_model_desc desc = {.dtype = dtype, .n_threads = n_threads};
+    llm_model_desc desc = {.dtype = dtype, .n_threads = n_threads, .isa = getenv("LLM_ISA")};
     llm_context_desc context_desc = {.n_logits = LLM_DRAFT_MOST + 1, .n_threads = n_threads};
     llm_model *model = NULL;
     llm_context *ctx = NULL;
