@@ -1532,7 +1532,9 @@ static void llm__decode_q5_1(const uint8_t *src, size_t n, float *dst) {
 static void llm__decode_q8_0(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 32, src += 34, dst += 32) {
         float d = llm__f16_to_f32(llm__load_u16(src));
-        for (int i = 0; i < 32; i++) dst[i] = (float)(int8_t)src[2 + i] * d;
+        int8_t q[32]; /* where dst is not, so that these can be vectors */
+        memcpy(q, src + 2, 32);
+        for (int i = 0; i < 32; i++) dst[i] = (float)q[i] * d;
     }
 }
 
@@ -8006,14 +8008,28 @@ static llm__matrix llm__make_matrix(llm__kind kind, int n, int k) {
     return m;
 }
 
+/* The bits of the largest magnitude of n numbers: they are in order, and behind all numbers are infinities and NaNs.
+   Sixteen at once, which compilers make vectors of. */
+static uint32_t llm__largest_bits(const float *x, size_t n) {
+    int32_t most[16] = {0}, bits[16];
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        memcpy(bits, x + i, sizeof bits);
+        for (int j = 0; j < 16; j++) bits[j] &= 0x7FFFFFFF;
+        for (int j = 0; j < 16; j++) most[j] = bits[j] > most[j] ? bits[j] : most[j];
+    }
+    for (; i < n; i++) {
+        int32_t rest = (int32_t)(llm__f32_bits(x[i]) & 0x7FFFFFFF);
+        most[0] = rest > most[0] ? rest : most[0];
+    }
+    for (int j = 1; j < 16; j++) most[0] = most[j] > most[0] ? most[j] : most[0];
+    return (uint32_t)most[0];
+}
+
 /* Symmetric int8 of a whole row: q = round(127 w / max|row|) = floor(127 w / max|row| + 0.5). Returns the scale; it is
    NaN, and makes the row NaN, if a weight is not finite. */
 static float llm__quantize_row(const float *row, size_t n, int8_t *q, size_t step) {
-    uint32_t bits = 0; /* of the largest magnitude: they are in order, and behind all numbers are infinities and NaNs */
-    for (size_t i = 0; i < n; i++) {
-        uint32_t magnitude = llm__f32_bits(row[i]) & 0x7FFFFFFF;
-        bits = magnitude > bits ? magnitude : bits;
-    }
+    uint32_t bits = llm__largest_bits(row, n);
     float most = bits < 0x7F800000 ? llm__bits_f32(bits) : NAN;
     bool finite = most >= 0;
     double inverse = most > 0 ? 127.0 / most : 0;
@@ -8118,6 +8134,18 @@ static void llm__pack_bf16_tile(const llm__kernels *kernels, uint8_t *tile, floa
         }
 }
 
+/* The same of rows that are bf16 in the file, all but denormals as they are; absent ones (NULL) are zero. */
+static void llm__copy_bf16_tile(uint8_t *tile, const uint8_t *const raw[16], size_t n, size_t k) {
+    static const uint8_t nothing[4];
+    for (size_t i = 0; i < k; i += 2)
+        for (size_t lane = 0; lane < 16; lane++, tile += 4) {
+            uint32_t pair = llm__load_u32(raw[lane] && i < n ? raw[lane] + 2 * i : nothing);
+            if (!(pair & 0x7F80)) pair &= 0xFFFF8000;
+            if (!(pair & 0x7F800000)) pair &= 0x8000FFFF;
+            memcpy(tile, &pair, 4);
+        }
+}
+
 /* A tile's groups, as the file has them or made of its 16 rows; a raw row that is NULL is absent, or is to be made. */
 static void llm__pack_groups(const llm__matrix *m, uint8_t *tile, const uint8_t *const raw[16], const int types[16],
                              const float *rows, size_t k) {
@@ -8135,15 +8163,23 @@ static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, in
     uint8_t *to = m->data + (size_t)tile * m->tile_bytes;
     const uint8_t *raw[16];
     int types[16];
-    memset(rows, 0, 16 * k * sizeof *rows);
+    bool all_bf16 = m->kind == LLM__W_BF16 && m->k % 2 == 0;
     for (size_t lane = 0; lane < 16; lane++) {
         types[lane] = LLM__F32;
         raw[lane] = NULL;
         if (numbers[lane] < 0) continue;
         raw[lane] = (const uint8_t *)weight->raw_row(weight, numbers[lane], &types[lane]);
+        all_bf16 = all_bf16 && types[lane] == LLM__BF16;
+    }
+    if (all_bf16) {
+        llm__copy_bf16_tile(to, raw, (size_t)m->k, k);
+        return;
+    }
+    memset(rows, 0, 16 * k * sizeof *rows);
+    for (size_t lane = 0; lane < 16; lane++) {
         bool whole = llm__has_groups(m->kind) &&
                      (types[lane] == LLM__Q4_0 || types[lane] == LLM__Q4_1 || types[lane] == LLM__Q8_0);
-        if (!whole)
+        if (numbers[lane] >= 0 && !whole)
             weight->read_row(weight, numbers[lane], rows + lane * k); /* else its groups are taken as they are */
     }
     if (m->kind == LLM__W_BF16) {

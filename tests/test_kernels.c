@@ -321,6 +321,27 @@ static void test_functions(void **state) {
     }
 }
 
+/* Rows that are bf16 in the file give the same tile as they do by way of floats: denormals are gone, absent rows zero. */
+static void test_bf16_tile(void **state) {
+    (void)state;
+    for (int round = 0; round < 20; round++) {
+        size_t n = 2 * (1 + random_int(60)), k = (n + 31) / 32 * 32;
+        static uint8_t rows[16][256], by_floats[128 * 64], copied[128 * 64];
+        const uint8_t *raw[16];
+        for (size_t lane = 0; lane < 16; lane++) {
+            raw[lane] = random_int(8) ? rows[lane] : NULL;
+            for (size_t i = 0; i < k; i++) {
+                uint16_t half = (uint16_t)(random_int(1 << 16) & (random_int(8) ? 0xFEFF : 0x807F)); /* finite, or denormal */
+                memcpy(rows[lane] + 2 * i, &half, 2);
+                x[lane * k + i] = raw[lane] && i < n ? llm__bf16_to_f32(half) : 0;
+            }
+        }
+        llm__pack_bf16_tile(llm__choose_kernels("scalar"), by_floats, x, k);
+        llm__copy_bf16_tile(copied, raw, n, k);
+        assert_memory_equal(copied, by_floats, k * 32);
+    }
+}
+
 /* Quantised weights stay within half a step of what they were, and files in groups are held exactly. */
 static void test_packing(void **state) {
     static const struct { uint32_t type; llm_dtype dtype; double steps; } cases[] = {
@@ -373,6 +394,6 @@ int main(void) {
         cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512), cmocka_unit_test(test_avx512_bf16),
         cmocka_unit_test(test_amx),
 #endif
-        cmocka_unit_test(test_exp2), cmocka_unit_test(test_silu), cmocka_unit_test(test_functions), cmocka_unit_test(test_packing), cmocka_unit_test(test_f16)};
+        cmocka_unit_test(test_exp2), cmocka_unit_test(test_silu), cmocka_unit_test(test_functions), cmocka_unit_test(test_bf16_tile), cmocka_unit_test(test_packing), cmocka_unit_test(test_f16)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
