@@ -8764,7 +8764,7 @@ enum {
     LLM__SCORES = LLM__CHUNK + 16, /* a row of scores: rows a power of two apart would share few lines of the cache */
     LLM__QUERY_ROWS = 64,   /* query rows, over the heads that share a key head, that meet a chunk together        */
     LLM__ROWS = 96,         /* activation rows that meet a group of tiles while it is in the near cache            */
-    LLM__TILES = 4,         /* tiles in such a group                                                               */
+    LLM__TILES = 2,         /* tiles in such a group; with 4, matrices of 36 tiles would leave a thread waiting    */
     LLM__SPLIT_ROWS = 8,    /* rows of a sequence whose attention may be split over the keys                       */
     LLM__PART_ROWS = 128,   /* least rows that are a member's own in products                                      */
     LLM__SCORED_ROWS = 128, /* rows whose logits, of so many columns, are there at once; a multiple of 16 */
