@@ -8764,7 +8764,7 @@ enum {
     LLM__SCORES = LLM__CHUNK + 16, /* a row of scores: rows a power of two apart would share few lines of the cache */
     LLM__QUERY_ROWS = 64,   /* query rows, over the heads that share a key head, that meet a chunk together        */
     LLM__ROWS = 96,         /* activation rows that meet a group of tiles while it is in the near cache            */
-    LLM__TILES = 2,         /* tiles in such a group; with 4, matrices of 36 tiles would leave a thread waiting    */
+    LLM__TILES = 4,         /* tiles in such a group                                                               */
     LLM__SPLIT_ROWS = 8,    /* rows of a sequence whose attention may be split over the keys                       */
     LLM__PART_ROWS = 128,   /* least rows that are a member's own in products                                      */
     LLM__SCORED_ROWS = 128, /* rows whose logits, of so many columns, are there at once; a multiple of 16 */
@@ -8965,9 +8965,10 @@ static int llm__part_row(int rows, int part, int n_parts) {
     return part == n_parts ? rows : (int)((int64_t)((rows + 15) / 16) * part / n_parts) * 16;
 }
 
-/* Tiles in a piece of work: as many as serve the caches where that leaves enough pieces for the threads. */
+/* Tiles in a piece of work: as many as serve the caches where that leaves enough pieces for the threads. If few rows had 4,
+   one of two threads would wait for the other in a matrix of 36. */
 static int llm__piece_tiles(const llm__cpu_context *c, int n_tiles, int n_parts, bool panels) {
-    if (!panels) return LLM__TILES;
+    if (!panels) return n_parts > 1 ? LLM__TILES : 2;
     int n = n_tiles * n_parts / (8 * c->team->n) / 2 * 2;
     return n < 2 ? 2 : n > LLM__PANEL_TILES ? (int)LLM__PANEL_TILES : n;
 }
