@@ -1532,7 +1532,7 @@ static void llm__decode_q5_1(const uint8_t *src, size_t n, float *dst) {
 static void llm__decode_q8_0(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 32, src += 34, dst += 32) {
         float d = llm__f16_to_f32(llm__load_u16(src));
-        int8_t q[32]; /* where dst is not, so that these can be vectors */
+        int8_t q[32]; /* a copy, which dst cannot overlap, so that compilers make vectors of it */
         memcpy(q, src + 2, 32);
         for (int i = 0; i < 32; i++) dst[i] = (float)q[i] * d;
     }
@@ -6280,7 +6280,7 @@ typedef struct llm__tile_product {
 enum {
     LLM__RUN_TILES = 4,    /* tiles that the same activations meet, a run of so many k at a time                 */
     LLM__RUN_K = 2048,     /* as pairs, 8 rows of it are 32 KB                                                   */
-    LLM__STRIPS_ROWS = 96, /* rows, a multiple of LLM__STRIP_ROWS, that meet the same blocks in strips, ...        */
+    LLM__STRIP_MOST = 96,  /* rows, a multiple of LLM__STRIP_ROWS, that meet the same blocks in strips, ...       */
     LLM__STRIP_BLOCKS = 6, /* ... which are so many                                                               */
     LLM__TILE_ROWS = 16,   /* of queries, from so many on attention goes as panels do                             */
     LLM__EXACT_ROWS = 16,  /* more rows meet groups as bf16 (of the arithmetic)                                   */
@@ -6334,7 +6334,7 @@ typedef struct llm__kernels {
        2 * 4 * 16 * 16 * 32. The latter two are NULL where there are none. */
     uint32_t (*read)(const void *p, size_t n);
     uint32_t (*multiply)(size_t n), (*multiply_pairs)(size_t n), (*tile_multiply)(size_t n);
-    /* Many rows of bf16, at least panel_rows: fewer go by `product`, and all where these are NULL, and line_step 0. */
+    /* Many rows of bf16; all NULL, and 0, where `product` does them as well. panel_rows: from so many on it pays. */
     size_t line_step;
     int panel_rows;
     void (*tile_product)(const llm__tile_product *p);
@@ -6875,8 +6875,8 @@ LLM__INLINE float v_hmax(V a) {
 #define LLM__UNROLL
 #endif
 
-/* As many rows as the registers hold sums for; of many rows, where there is no product of pairs, a strip of such rows and
-   tiles. */
+/* As many rows as the registers hold sums for. Without products of pairs many rows go in strips: so many rows and tiles at
+   once. */
 #if defined(LLM__USE_AVX512)
 #define LLM__MOST_ROWS 8
 #if !defined(LLM__USE_BF16)
@@ -7042,18 +7042,18 @@ enum { LLM__FN(inputs) = 32 };
 /* The sums over one block of TILES tiles that lie w_next apart, its even and odd weights as two chains. With several rows
    the products take long enough that the processor's own prefetching falls behind: what comes 16 KiB later is asked for
    here, into the second cache. So 4 rows of bf16 take as long as one (Zen 4, two cores). Whole numbers take longer, too:
-   what comes 1 KiB later is asked for into the nearest (a tenth faster, Granite Rapids). */
+   what comes 8 KiB later is asked for, and 2 KiB later into the nearest (a tenth faster, Granite Rapids). */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind KIND, const bool WIDE,
                                 const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
     const size_t bytes = WIDE ? 1024 : LLM__FN(block_bytes)(KIND), quarter = bytes / 256 * 64,
-                 fetched = WIDE ? 0 : quarter;
-    if (bytes % 256) __builtin_prefetch(w + bytes - 64 + 16384, 0, 2); /* scales and minimums */
+                 fetched = WIDE ? 0 : quarter, later = KIND == LLM__W_BF16 ? 16384 : 8192;
+    if (bytes % 256) __builtin_prefetch(w + bytes - 64 + later, 0, 2); /* scales and minimums */
     for (const uint8_t *end = w + 4 * quarter; w < end; w += quarter, x += LLM__FN(inputs) / 4) {
         LLM__UNROLL for (size_t line = 0; line < fetched; line += 64) {
-            __builtin_prefetch(w + line + 16384, 0, 2);
-            if (KIND != LLM__W_BF16) __builtin_prefetch(w + line + 1024);
+            __builtin_prefetch(w + line + later, 0, 2);
+            if (KIND != LLM__W_BF16) __builtin_prefetch(w + line + 2048);
         }
         LLM__UNROLL for (int j = 0; j < LLM__FN(inputs) / 4; j += 2) {
             LLM__UNROLL for (int t = 0; t < TILES; t++)
@@ -7148,8 +7148,8 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const 
 
 /* ---- Products of many rows ----
 
-   Floor: 32 FMAs for a row and a tile over 32 k. Even k go first, then odd: with one of the two chains in registers there are
-   sums for twice the rows, which share each weight that is loaded, so that FMAs outnumber loads. A few blocks of weights
+   Floor: 32 FMAs for a row and a tile over 32 k. Even k go first, then odd: with one of the two chains in registers there is
+   room for sums of more rows or tiles, so that FMAs outnumber loads. A few blocks of weights
    become floats once for all rows, and stay in the nearest cache (12 KB a tile). */
 
 /* A block as floats: its even k, then its odd. */
@@ -7182,10 +7182,10 @@ LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_blocks)(const fl
                                                                         size_t y_stride, size_t right) {
     enum { T = LLM__STRIP_TILES, N = LLM__STRIP_ROWS * T };
     for (; rows > 0; rows -= LLM__STRIP_ROWS, x += LLM__STRIP_ROWS * x_stride, y += LLM__STRIP_ROWS * y_stride) {
-        const float *from[LLM__STRIP_ROWS]; /* gcc would compute them again for each load */
+        const float *from[LLM__STRIP_ROWS];
         LLM__UNROLL for (size_t i = 0; i < LLM__STRIP_ROWS; i++) {
             from[i] = x + i * x_stride;
-            LLM__HIDE("+r", from[i]);
+            __asm__("" : "+r"(from[i])); /* gcc would compute them again for each load */
         }
         for (int b = 0; b < n; b++) {
             V even[N], odd[N];
@@ -7205,11 +7205,12 @@ LLM__INLINE void LLM__FN(strip_tiles)(llm__kind kind, const float *x, size_t x_s
     const size_t bytes = LLM__FN(block_bytes)(kind);
     for (int left = k / 32, n; left; left -= n, w += (size_t)n * bytes, x += n * 32) {
         n = left < LLM__STRIP_BLOCKS ? left : LLM__STRIP_BLOCKS;
-        for (int i = 0; i < LLM__STRIP_TILES * n; i++) {
-            const size_t t = (size_t)(i / n), b = (size_t)(i % n);
-            const uint8_t *block = w + (alone ? 0 : t * tile_bytes) + b * bytes;
-            if (kind == LLM__W_BF16) LLM__FN(strip_weights)(LLM__W_BF16, block, wide[t] + b * 512);
-            else LLM__FN(strip_weights)(LLM__W_INT8, block, wide[t] + b * 512);
+        for (size_t t = 0; t < LLM__STRIP_TILES; t++) {
+            const uint8_t *block = w + (alone ? 0 : t * tile_bytes);
+            for (int b = 0; b < n; b++, block += bytes) {
+                if (kind == LLM__W_BF16) LLM__FN(strip_weights)(LLM__W_BF16, block, wide[t] + b * 512);
+                else LLM__FN(strip_weights)(LLM__W_INT8, block, wide[t] + b * 512);
+            }
         }
         LLM__FN(strip_blocks)(x, x_stride, rows, wide[0], n, y, y_stride, alone ? 0 : 16);
     }
@@ -7222,7 +7223,7 @@ LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_product)(llm__ki
     enum { T = LLM__STRIP_TILES };
     const bool scaled = kind == LLM__W_INT8;
     const size_t tile_bytes = (size_t)k / 32 * LLM__FN(block_bytes)(kind) + (scaled ? 64 : 0);
-    float sums[LLM__STRIPS_ROWS][T * 16];
+    float sums[LLM__STRIP_MOST][T * 16] __attribute__((aligned(64)));
     for (int t = 0; t < n; t += T, w += T * tile_bytes, y += T * 16) {
         const int some = n - t < T ? n - t : T;
         if (scaled) memset(sums, 0, (size_t)rows * sizeof *sums);
@@ -7259,8 +7260,9 @@ LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x
     }
 #endif
 #if defined(LLM__STRIP_ROWS)
+    /* For fewer, weights would be made floats for too few sums. */
     for (int n_rows; (KIND == LLM__W_BF16 || KIND == LLM__W_INT8) && rows >= 2 * LLM__STRIP_ROWS; rows -= n_rows) {
-        n_rows = rows < LLM__STRIPS_ROWS ? rows / LLM__STRIP_ROWS * LLM__STRIP_ROWS : (int)LLM__STRIPS_ROWS;
+        n_rows = rows < LLM__STRIP_MOST ? rows / LLM__STRIP_ROWS * LLM__STRIP_ROWS : (int)LLM__STRIP_MOST;
         LLM__FN(strip_product)(KIND, x, x_stride, n_rows, tiles, n, k, y, y_stride);
         x += (size_t)n_rows * x_stride;
         y += (size_t)n_rows * y_stride;
@@ -7782,7 +7784,7 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #define LLM__MANY_ROWS 0, 0, NULL, NULL, NULL, NULL, NULL
 #endif
 
-/* FN: LLM__FN, or LLM__SHARED where products of few rows are another set's. */
+/* FN: LLM__FN, or LLM__SHARED where these products are another set's. */
 #define LLM__KERNEL_TABLE(FN)                                                                                       \
     {LLM__SHARED(product_f32), FN(product_bf16),        FN(product_int8),                                           \
      FN(product_int8_groups),  FN(product_int4_groups), LLM__SHARED(product_f16)},                                  \
@@ -7810,7 +7812,8 @@ static const llm__kernels LLM__FN(kernels) = {
 
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 /* Where there is such a unit, vdpbf16ps takes two cycles of one port: FMA on both is never slower, and a third faster for
-   8 rows. From 5 on the unit takes no longer than for 16 (Granite Rapids). */
+   8 rows of groups. Other kinds go by the unit from 5 rows on, which take it as long as 16, but less than FMA (Granite
+   Rapids). */
 static const llm__kernels LLM__FN(amx_kernels) = {
     "amx",
     LLM__KERNEL_TABLE(LLM__SHARED),
@@ -8009,7 +8012,7 @@ static llm__matrix llm__make_matrix(llm__kind kind, int n, int k) {
 }
 
 /* The bits of the largest magnitude of n numbers: they are in order, and behind all numbers are infinities and NaNs.
-   Sixteen at once, which compilers make vectors of. */
+   Sixteen at once, and signed, which compilers make vectors of. */
 static uint32_t llm__largest_bits(const float *x, size_t n) {
     int32_t most[16] = {0}, bits[16];
     size_t i = 0;
@@ -8134,7 +8137,7 @@ static void llm__pack_bf16_tile(const llm__kernels *kernels, uint8_t *tile, floa
         }
 }
 
-/* The same of rows that are bf16 in the file, all but denormals as they are; absent ones (NULL) are zero. */
+/* The same of rows that are bf16 in the file, as they are but for denormals, which become zero, as do absent rows (NULL). */
 static void llm__copy_bf16_tile(uint8_t *tile, const uint8_t *const raw[16], size_t n, size_t k) {
     static const uint8_t nothing[4];
     for (size_t i = 0; i < k; i += 2)
@@ -8766,7 +8769,7 @@ enum {
     LLM__ROWS = 96,         /* activation rows that meet a group of tiles while it is in the near cache            */
     LLM__TILES = 4,         /* tiles in such a group                                                               */
     LLM__SPLIT_ROWS = 8,    /* rows of a sequence whose attention may be split over the keys                       */
-    LLM__PART_ROWS = 128,   /* least rows that are a member's own in products                                      */
+    LLM__PART_ROWS = 128,   /* least rows that are a member's own in panels                                        */
     LLM__SCORED_ROWS = 128, /* rows whose logits, of so many columns, are there at once; a multiple of 16 */
     LLM__COLUMNS = 512      /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic)         */
 };
@@ -8880,7 +8883,7 @@ static void llm__end_row(const llm__cpu_context *c, const llm__matrix *m, int ti
 static void llm__linear_piece(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
                               const llm__rows *in, int row, int rows, int all_rows, llm__ending ending, float *y,
                               size_t y_stride) {
-    float sums[LLM__ROWS][16 * LLM__TILES];
+    float sums[LLM__ROWS][16 * LLM__TILES] __attribute__((aligned(64)));
     memset(sums, 0, (size_t)rows * sizeof *sums);
     llm__tile_sums(c, index, m, tile, n_tiles, in, row, rows, all_rows, sums[0], 16 * LLM__TILES);
     for (int r = 0; r < rows; r++) llm__end_row(c, m, tile, n_tiles, sums[r], ending, y + (size_t)(row + r) * y_stride);
@@ -8890,8 +8893,11 @@ static llm__lines llm__lines_of(const llm__cpu_context *c, const llm__rows *rows
     return llm__packed_row(c->model->kernels->line_step, rows->packed, rows->stride, r);
 }
 
-/* Rows of a piece: 16 may be packed together. */
-static int llm__row_step(const llm__cpu_context *c, int rows) { return llm__in_panels(c, rows) ? 16 : 1; }
+/* Rows of a piece: up to 16 are packed at once, if there are enough for all members. */
+static int llm__row_step(const llm__cpu_context *c, int rows) {
+    int share = (rows + c->team->n - 1) / c->team->n;
+    return !llm__in_panels(c, rows) ? 1 : share < 16 ? share : 16;
+}
 
 /* Does a product of these rows need the sums of each 32 of their values? */
 static bool llm__needs_sums(const llm__matrix *m, int rows) {
@@ -8953,7 +8959,8 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
 }
 
 /* Parts of the rows in which they meet a matrix. In panels: shared among the members as in other phases, if there are
-   enough; then each reads all weights, but what it multiplies and adds to is in its cache. */
+   enough; then each reads all weights, but what it multiplies and adds to is in its cache. Else LLM__ROWS each, which meet
+   the same tiles one part after the other. */
 static int llm__row_parts(const llm__cpu_context *c, int rows) {
     if (!llm__in_panels(c, rows)) return (rows + LLM__ROWS - 1) / LLM__ROWS;
     int most = rows / LLM__PART_ROWS;

@@ -8,7 +8,7 @@
 #include <setjmp.h>
 #include <cmocka.h>
 
-enum { ROUNDS = 300, ROOM = 8192, MOST_ROWS = 120, MOST_BLOCKS = 14 };
+enum { ROUNDS = 300, ROOM = 8192, PRODUCT_ROWS = 120, PRODUCT_BLOCKS = 14 };
 
 static const llm__kernels *scalar;
 static uint32_t seed = 1;
@@ -33,7 +33,7 @@ static void check_same(const char *what, const void *a, const void *b, size_t n)
     if (memcmp(a, b, n)) fail_msg("%s differs from the scalar kernel", what);
 }
 
-static float x[MOST_ROWS * (32 * MOST_BLOCKS + 8)], w[ROOM], a[MOST_ROWS * 100], b[MOST_ROWS * 100], sums[ROOM];
+static float x[PRODUCT_ROWS * (32 * PRODUCT_BLOCKS + 8)], w[ROOM], a[PRODUCT_ROWS * 100], b[PRODUCT_ROWS * 100], sums[ROOM];
 static uint8_t tile[(LLM__RUN_K + 192) * 64], tiles[2 * sizeof tile];
 
 /* A tile of random weights: whole numbers with scales, or floats. */
@@ -53,8 +53,8 @@ static void random_tile(llm__kind kind, int k) {
 /* Mostly few k, which some rows and tiles meet; now and then many rows, or more k than meet a tile at once. */
 static void check_product(const llm__kernels *k, llm__kind kind) {
     bool deep = random_int(16) == 0, many = !deep && random_int(8) == 0;
-    int rows = 1 + (int)random_int(deep ? 3 : many ? MOST_ROWS : 20), n_tiles = 1 + (int)random_int(deep ? 2 : 6);
-    int n = 32 * (1 + (int)random_int(many ? MOST_BLOCKS : 6) + (deep ? LLM__RUN_K / 32 : 0)), stride = n + (int)random_int(9), y_stride = 16 * n_tiles + (int)random_int(5);
+    int rows = 1 + (int)random_int(deep ? 3 : many ? PRODUCT_ROWS : 20), n_tiles = 1 + (int)random_int(deep ? 2 : 6);
+    int n = 32 * (1 + (int)random_int(many ? PRODUCT_BLOCKS : 6) + (deep ? LLM__RUN_K / 32 : 0)), stride = n + (int)random_int(9), y_stride = 16 * n_tiles + (int)random_int(5);
     random_floats(x, rows * stride);
     for (int i = n_tiles; i--;) {
         random_tile(kind, n);
