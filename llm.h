@@ -8139,7 +8139,7 @@ static void llm__pack_bf16_tile(const llm__kernels *kernels, uint8_t *tile, floa
 
 /* The same of rows that are bf16 in the file, as they are but for denormals, which become zero, as do absent rows (NULL). */
 static void llm__copy_bf16_tile(uint8_t *tile, const uint8_t *const raw[16], size_t n, size_t k) {
-    static const uint8_t nothing[4];
+    static const uint8_t nothing[4] = {0};
     for (size_t i = 0; i < k; i += 2)
         for (size_t lane = 0; lane < 16; lane++, tile += 4) {
             uint32_t pair = llm__load_u32(raw[lane] && i < n ? raw[lane] + 2 * i : nothing);
