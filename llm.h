@@ -7149,8 +7149,8 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const 
 /* ---- Products of many rows ----
 
    Floor: 32 FMAs for a row and a tile over 32 k. Even k go first, then odd: with one of the two chains in registers there is
-   room for sums of more rows or tiles, so that FMAs outnumber loads. A few blocks of weights
-   become floats once for all rows, and stay in the nearest cache (12 KB a tile). */
+   room for sums of more rows or tiles, so that FMAs outnumber loads. A few blocks of weights become floats once for all
+   rows, and stay in the nearest cache (12 KB a tile). */
 
 /* A block as floats: its even k, then its odd. */
 LLM__INLINE void LLM__FN(strip_weights)(const llm__kind KIND, const uint8_t *w, float *to) {
@@ -7162,7 +7162,7 @@ LLM__INLINE void LLM__FN(strip_weights)(const llm__kind KIND, const uint8_t *w, 
     }
 }
 
-/* The sums of one chain, from k on. Unrolled further, gcc and clang run out of registers. */
+/* The sums of one chain, from k on. Unrolled further, gcc (4 k at once) or clang (16) keep sums in memory. */
 LLM__INLINE void LLM__FN(strip_chain)(const float *const *rows, size_t k, const float *w, V *sum) {
     enum { T = LLM__STRIP_TILES, N = LLM__STRIP_ROWS * T };
     LLM__UNROLL for (int i = 0; i < N; i++) sum[i] = v_splat(0);
@@ -8765,8 +8765,8 @@ static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) 
 enum {
     LLM__CHUNK = 256, /* keys whose softmax is taken at once; chunks are merged in order (of the arithmetic) */
     LLM__SCORES = LLM__CHUNK + 16, /* a row of scores: rows a power of two apart would share few lines of the cache */
-    LLM__QUERY_ROWS = 64,   /* query rows, over the heads that share a key head, that meet a chunk together        */
-    LLM__ROWS = 96,         /* activation rows that meet a group of tiles while it is in the near cache            */
+    LLM__QUERY_ROWS = 64, /* query rows, over the heads that share a key head, that meet a chunk together        */
+    LLM__ROWS = LLM__STRIP_MOST, /* activation rows that meet a group of tiles while it is in the near cache */
     LLM__TILES = 4,         /* tiles in such a group                                                               */
     LLM__SPLIT_ROWS = 8,    /* rows of a sequence whose attention may be split over the keys                       */
     LLM__PART_ROWS = 128,   /* least rows that are a member's own in panels                                        */
