@@ -49,7 +49,7 @@
         On the CPU the logits of a token are the same bits whatever the instruction set, the compiler and its flags,
         the number of threads, the other tokens in the batch, the way a prompt was cut into passes, and whether a
         prefix came from a fork, a saved cache or was computed anew. One thing matters with int4 weights: they are
-        exact in passes of up to 16 tokens, and rounded to bf16 in longer ones. See section 9.
+        exact in passes of up to 16 tokens, and rounded to bf16 in longer ones. See section 11.
 
     COMPILE-TIME OPTIONS, defined before the include
 
@@ -698,7 +698,24 @@ LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
 #include <stdlib.h>
 #include <string.h>
 
-/* The arithmetic of section 9 is exact to the bit: -ffast-math and contraction end here. */
+#if defined(_WIN32)
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#else
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+#endif
+
+/* The arithmetic of section 11 is exact to the bit: -ffast-math and contraction end here. */
 #if defined(__clang__)
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wignored-pragmas" /* clang 14 for aarch64 does not have float_control */
@@ -713,19 +730,19 @@ LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
 /* ==== 1 Base ====================================================================================================
 
    Everything an object owns hangs in its pool, so that freeing the pool frees the object. Work that can fail runs
-   under llm__guarded: llm__fail unwinds to it from any depth, and llm__alloc calls llm__fail when memory runs out, so
+   under llm__env_run: llm__fail unwinds to it from any depth, and llm__alloc calls llm__fail when memory runs out, so
    that loaders need not check each step. Nothing below the guard holds a resource outside the pool. */
 
-typedef struct llm__block {
-    struct llm__block *prev, *next;
+typedef struct llm__pool_block {
+    struct llm__pool_block *prev, *next;
     size_t size;
     void *raw;                   /* what the host's allocator returned; the block stands at an aligned address in it */
     void (*release)(void *data); /* called before the block goes, for what is not memory; NULL: nothing to do        */
-} llm__block;
+} llm__pool_block;
 
 typedef struct llm__pool {
     llm_host host;
-    llm__block *blocks;
+    llm__pool_block *blocks;
 } llm__pool;
 
 typedef struct llm__env {
@@ -750,7 +767,7 @@ static void llm__env_init(llm__env *env, llm__pool *pool, llm_error *err, const 
 
 enum { LLM__ALIGN = 64 };
 
-static void *llm__resize(const llm_host *host, void *ptr, size_t size) {
+static void *llm__alloc_resize(const llm_host *host, void *ptr, size_t size) {
     if (host->resize) return host->resize(host->user, ptr, size);
     if (size) return realloc(ptr, size);
     free(ptr);
@@ -772,7 +789,7 @@ static size_t llm__utf8_length(const uint8_t *p, const uint8_t *end) {
 }
 
 /* Cuts text so that it ends in a whole UTF-8 character; what else a damaged file may have put into it becomes '?'. */
-static void llm__trim_utf8(char *text) {
+static void llm__utf8_trim(char *text) {
     size_t n = strlen(text), back = 0;
     while (back < n && back < 3 && ((unsigned char)text[n - 1 - back] & 0xC0) == 0x80) back++;
     unsigned char lead = back < n ? (unsigned char)text[n - 1 - back] : 0;
@@ -796,12 +813,12 @@ static void llm__trim_utf8(char *text) {
 #define LLM__UNUSED
 #endif
 
-static llm_status llm__verror(llm_error *err, llm_status code, const char *file, const char *format, va_list args) {
+static llm_status llm__error_v(llm_error *err, llm_status code, const char *file, const char *format, va_list args) {
     if (!err) return code;
     int n = file ? snprintf(err->message, sizeof err->message, "%s: ", file) : 0;
     if (n < 0 || (size_t)n >= sizeof err->message) n = 0;
     vsnprintf(err->message + n, sizeof err->message - (size_t)n, format, args);
-    llm__trim_utf8(err->message);
+    llm__utf8_trim(err->message);
     err->code = code;
     return code;
 }
@@ -810,7 +827,7 @@ static llm_status llm__verror(llm_error *err, llm_status code, const char *file,
 LLM__PRINTF(3, 4) static llm_status llm__error(llm_error *err, llm_status code, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    llm__verror(err, code, NULL, format, args);
+    llm__error_v(err, code, NULL, format, args);
     va_end(args);
     return code;
 }
@@ -819,14 +836,14 @@ LLM__PRINTF(3, 4) static llm_status llm__error(llm_error *err, llm_status code, 
 LLM__NORETURN LLM__PRINTF(3, 4) static void llm__fail(llm__env *env, llm_status code, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    llm__verror(env->err, code, env->file, format, args);
+    llm__error_v(env->err, code, env->file, format, args);
     va_end(args);
     env->status = code;
     longjmp(env->unwind, 1);
 }
 
 /* Runs body(env, arg); returns LLM_OK, or the code of the llm__fail that ended it. */
-static llm_status llm__guarded(llm__env *env, void (*body)(llm__env *env, void *arg), void *arg) {
+static llm_status llm__env_run(llm__env *env, void (*body)(llm__env *env, void *arg), void *arg) {
     env->status = LLM_OK;
     if (setjmp(env->unwind)) return env->status;
     body(env, arg);
@@ -840,24 +857,24 @@ LLM__PRINTF(2, 3) static void llm__log(const llm_host *host, const char *format,
     va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    llm__trim_utf8(line);
+    llm__utf8_trim(line);
     host->log(host->user, line);
 }
 
-static void llm__report_progress(llm__env *env, float done) {
+static void llm__env_progress(llm__env *env, float done) {
     const llm_host *host = &env->pool->host;
     if (host->progress && !host->progress(host->user, done))
         llm__fail(env, LLM_ERROR_CANCELLED, "loading was cancelled");
 }
 
 /* count * size bytes, aligned to LLM__ALIGN; NULL if they cannot be had. The memory is not cleared. */
-static void *llm__try_alloc(llm__pool *pool, size_t count, size_t size) {
-    size_t room = sizeof(llm__block) + LLM__ALIGN;
+static void *llm__alloc_try(llm__pool *pool, size_t count, size_t size) {
+    size_t room = sizeof(llm__pool_block) + LLM__ALIGN;
     if (size && count > (SIZE_MAX - room) / size) return NULL;
-    void *raw = llm__resize(&pool->host, NULL, count * size + room);
+    void *raw = llm__alloc_resize(&pool->host, NULL, count * size + room);
     if (!raw) return NULL;
     uintptr_t at = ((uintptr_t)raw + room) & ~(uintptr_t)(LLM__ALIGN - 1);
-    llm__block *block = (llm__block *)at - 1;
+    llm__pool_block *block = (llm__pool_block *)at - 1;
     block->prev = NULL;
     block->next = pool->blocks;
     block->size = count * size;
@@ -869,7 +886,7 @@ static void *llm__try_alloc(llm__pool *pool, size_t count, size_t size) {
 }
 
 static void *llm__alloc(llm__env *env, size_t count, size_t size) {
-    void *ptr = llm__try_alloc(env->pool, count, size);
+    void *ptr = llm__alloc_try(env->pool, count, size);
     if (!ptr)
         llm__fail(env, LLM_ERROR_MEMORY, "out of memory: %llu bytes were asked for", (unsigned long long)count * size);
     return ptr;
@@ -881,12 +898,12 @@ static void *llm__alloc_zero(llm__env *env, size_t count, size_t size) {
 
 static void llm__free(llm__pool *pool, void *ptr) {
     if (!ptr) return;
-    llm__block *block = (llm__block *)ptr - 1;
+    llm__pool_block *block = (llm__pool_block *)ptr - 1;
     if (block->release) block->release(ptr);
     if (block->prev) block->prev->next = block->next;
     else pool->blocks = block->next;
     if (block->next) block->next->prev = block->prev;
-    llm__resize(&pool->host, block->raw, 0);
+    llm__alloc_resize(&pool->host, block->raw, 0);
 }
 
 static void llm__pool_free(llm__pool *pool) {
@@ -894,20 +911,22 @@ static void llm__pool_free(llm__pool *pool) {
 }
 
 /* Has `release` called on the block when it is freed. */
-static void llm__on_free(void *ptr, void (*release)(void *data)) { ((llm__block *)ptr - 1)->release = release; }
+static void llm__pool_on_free(void *ptr, void (*release)(void *data)) {
+    ((llm__pool_block *)ptr - 1)->release = release;
+}
 
-static void llm__release_pool(void *data) { llm__pool_free((llm__pool *)data); }
+static void llm__pool_release(void *data) { llm__pool_free((llm__pool *)data); }
 
 /* A pool in the pool, for what is needed only for a while: env->pool may point to it meanwhile. */
-static llm__pool *llm__inner_pool(llm__env *env) {
+static llm__pool *llm__pool_inner(llm__env *env) {
     llm__pool *pool = (llm__pool *)llm__alloc_zero(env, 1, sizeof *pool);
     pool->host = env->pool->host;
-    llm__on_free(pool, llm__release_pool);
+    llm__pool_on_free(pool, llm__pool_release);
     return pool;
 }
 
 /* Room for one more item in a growing array of `*capacity` items; returns the array, perhaps moved. */
-static void *llm__grow(llm__env *env, void *items, size_t count, size_t *capacity, size_t size) {
+static void *llm__alloc_grow(llm__env *env, void *items, size_t count, size_t *capacity, size_t size) {
     if (count < *capacity) return items;
     size_t wanted = *capacity ? *capacity * 2 : 16;
     void *moved = llm__alloc(env, wanted, size);
@@ -918,7 +937,7 @@ static void *llm__grow(llm__env *env, void *items, size_t count, size_t *capacit
 }
 
 /* A NUL-terminated copy of n bytes. */
-static char *llm__copy_string(llm__env *env, const char *text, size_t n) {
+static char *llm__str_copy(llm__env *env, const char *text, size_t n) {
     char *copy = (char *)llm__alloc(env, n + 1, 1);
     if (n) memcpy(copy, text, n);
     copy[n] = 0;
@@ -934,6 +953,11 @@ typedef struct llm__str {
 static bool llm__str_is(llm__str s, const char *text) { return s.n == strlen(text) && !memcmp(s.at, text, s.n); }
 static bool llm__str_equal(llm__str a, llm__str b) { return a.n == b.n && (a.n == 0 || !memcmp(a.at, b.at, a.n)); }
 
+static int llm__str_compare(llm__str a, llm__str b) {
+    int order = memcmp(a.at, b.at, a.n < b.n ? a.n : b.n);
+    return order ? order : (a.n > b.n) - (a.n < b.n);
+}
+
 /* A code point as UTF-8; at most 4 bytes, how many is returned. */
 static size_t llm__utf8_encode(uint32_t c, uint8_t *out) {
     if (c < 0x80) {
@@ -946,30 +970,69 @@ static size_t llm__utf8_encode(uint32_t c, uint8_t *out) {
     return n;
 }
 
-/* Text of a file in a message: `%.*s` with these two, so that a hostile name cannot flood it. */
-#define LLM__SHOW(s) ((s).n > 80 ? 80 : (int)(s).n), (s).at
+/* The first byte that is not part of a well-formed character; end if there is none. */
+static const uint8_t *llm__utf8_check(const uint8_t *p, const uint8_t *end) {
+    while (p < end) {
+        uint64_t eight;
+        while (end - p >= 8 && (memcpy(&eight, p, 8), !(eight & 0x8080808080808080u))) p += 8;
+        if (p == end) break;
+        size_t n = llm__utf8_length(p, end);
+        if (!n) break;
+        p += n;
+    }
+    return p;
+}
+
+/* The code point at p, which is well formed; *next is where the one after it begins. */
+static uint32_t llm__utf8_decode(const uint8_t *p, const uint8_t **next) {
+    uint32_t c = p[0];
+    if (c < 0x80) {
+        *next = p + 1;
+        return c;
+    }
+    int n = c >= 0xF0 ? 4 : c >= 0xE0 ? 3 : 2;
+    c &= 0x7Fu >> n;
+    for (int i = 1; i < n; i++) c = c << 6 | (p[i] & 0x3F);
+    *next = p + n;
+    return c;
+}
+
+/* How many bytes of a piece or merge to show in a message: whole characters, 80 bytes at most. */
+static int llm__str_shown(llm__str s) {
+    size_t n = s.n < 80 ? s.n : 80;
+    while (n && n < s.n && ((uint8_t)s.at[n] & 0xC0) == 0x80) n--;
+    return (int)n;
+}
+/* The arguments of a `%.*s` that shows a text from a file, so that a hostile name cannot flood a message. */
+#define LLM__SHOW(s) llm__str_shown(s), (s).at
+
+/* Seconds of a clock that only goes forward. */
+static double llm__clock_now(void) {
+#if defined(_WIN32)
+    LARGE_INTEGER t, f;
+    QueryPerformanceCounter(&t);
+    QueryPerformanceFrequency(&f);
+    return (double)t.QuadPart / (double)f.QuadPart;
+#elif defined(CLOCK_MONOTONIC)
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+#else /* -std=c99, and the host included system headers before this file could ask for more */
+    struct timeval t;
+    gettimeofday(&t, NULL);
+    return (double)t.tv_sec + 1e-6 * (double)t.tv_usec;
+#endif
+}
+
+/* Little-endian integers at any address. */
+static uint16_t llm__bytes_u16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
+static uint32_t llm__bytes_u32(const uint8_t *p) { return llm__bytes_u16(p) | (uint32_t)llm__bytes_u16(p + 2) << 16; }
+static uint64_t llm__bytes_u64(const uint8_t *p) { return llm__bytes_u32(p) | (uint64_t)llm__bytes_u32(p + 4) << 32; }
 
 /* ==== 2 Files ===================================================================================================
 
    A file is one run of read-only bytes: mapped where the system can, so that nothing is read twice or copied. Of a file
    behind a function only the beginning is in memory. */
-
-#if defined(_WIN32)
-#ifndef WIN32_LEAN_AND_MEAN
-#define WIN32_LEAN_AND_MEAN
-#endif
-#ifndef NOMINMAX
-#define NOMINMAX
-#endif
-#include <windows.h>
-#else
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/time.h>
-#include <time.h>
-#include <unistd.h>
-#endif
 
 typedef struct llm__file {
     const uint8_t *data;
@@ -988,24 +1051,6 @@ enum { LLM__SLASH = '\\' }; /* beside the usual one */
 #else
 enum { LLM__SLASH = '/' };
 #endif
-
-/* Seconds of a clock that only goes forward. */
-static double llm__now(void) {
-#if defined(_WIN32)
-    LARGE_INTEGER t, f;
-    QueryPerformanceCounter(&t);
-    QueryPerformanceFrequency(&f);
-    return (double)t.QuadPart / (double)f.QuadPart;
-#elif defined(CLOCK_MONOTONIC)
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-#else /* -std=c99, and the host included system headers before this file could ask for more */
-    struct timeval t;
-    gettimeofday(&t, NULL);
-    return (double)t.tv_sec + 1e-6 * (double)t.tv_usec;
-#endif
-}
 
 static void llm__file_close(void *data) {
     llm__file *file = (llm__file *)data;
@@ -1068,7 +1113,7 @@ static llm__file *llm__file_open(llm__env *env, const char *path) {
     if (problem) llm__fail(env, LLM_ERROR_IO, "the file cannot be read: %s", problem);
     file->mapped = true;
     file->have = file->size;
-    llm__on_free(file, llm__file_close);
+    llm__pool_on_free(file, llm__file_close);
     return file;
 }
 
@@ -1104,7 +1149,7 @@ static llm__file *llm__file_function(llm__env *env, bool (*read)(void *, uint64_
 
 typedef enum llm__path_kind { LLM__NOTHING, LLM__REGULAR, LLM__DIRECTORY } llm__path_kind;
 
-static llm__path_kind llm__find_path(const char *path) {
+static llm__path_kind llm__path_find(const char *path) {
 #if defined(_WIN32)
     wchar_t wide[1024];
     if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 1024)) return LLM__NOTHING;
@@ -1134,6 +1179,40 @@ static char *llm__path_join(llm__env *env, const char *directory, const char *na
     path[n] = '/';
     memcpy(path + n + slash, name, m + 1);
     return path;
+}
+
+/* A place in a file that cannot run past its end. */
+typedef struct llm__cursor {
+    llm__env *env;
+    const uint8_t *data;
+    uint64_t size, have, at; /* as in llm__file */
+    const char *what;        /* what is being read, for messages */
+    llm__str name;           /* and its name, where it has one   */
+} llm__cursor;
+
+static const uint8_t *llm__cursor_bytes(llm__cursor *r, uint64_t n) {
+    if (n > r->size - r->at)
+        llm__fail(r->env, LLM_ERROR_FORMAT, "the file ends inside %s%.*s: %llu bytes wanted at offset %llu of %llu",
+                  r->what, LLM__SHOW(r->name), (unsigned long long)n, (unsigned long long)r->at,
+                  (unsigned long long)r->size);
+    if (n > r->have - r->at)
+        llm__fail(r->env, LLM_ERROR_UNSUPPORTED,
+                  "%s%.*s goes on at offset %llu: longer headers are only read from files by path", r->what,
+                  LLM__SHOW(r->name), (unsigned long long)r->at);
+    const uint8_t *p = r->data + r->at;
+    r->at += n;
+    return p;
+}
+
+static uint32_t llm__cursor_u32(llm__cursor *r) { return llm__bytes_u32(llm__cursor_bytes(r, 4)); }
+static uint64_t llm__cursor_u64(llm__cursor *r) { return llm__bytes_u64(llm__cursor_bytes(r, 8)); }
+
+static llm__str llm__cursor_str(llm__cursor *r) {
+    llm__str s;
+    uint64_t n = llm__cursor_u64(r);
+    s.at = (const char *)llm__cursor_bytes(r, n);
+    s.n = (size_t)n;
+    return s;
 }
 
 /* ==== 3 JSON reader =============================================================================================
@@ -1410,13 +1489,13 @@ static uint32_t llm__f32_bits(float x) {
     return u;
 }
 
-static float llm__bits_f32(uint32_t u) {
+static float llm__f32_from_bits(uint32_t u) {
     float x;
     memcpy(&x, &u, 4);
     return x;
 }
 
-static float llm__bf16_to_f32(uint16_t h) { return llm__bits_f32((uint32_t)h << 16); }
+static float llm__bf16_to_f32(uint16_t h) { return llm__f32_from_bits((uint32_t)h << 16); }
 
 /* Round to nearest even; NaN stays NaN; denormals become zero, as matrix units take them. */
 static uint16_t llm__f32_to_bf16(float x) {
@@ -1428,16 +1507,12 @@ static uint16_t llm__f32_to_bf16(float x) {
 
 static float llm__f16_to_f32(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3FF;
-    if (exponent == 31) return llm__bits_f32(sign | 0x7F800000 | mantissa << 13);
-    if (exponent) return llm__bits_f32(sign | (exponent + 112) << 23 | mantissa << 13);
-    if (!mantissa) return llm__bits_f32(sign);
+    if (exponent == 31) return llm__f32_from_bits(sign | 0x7F800000 | mantissa << 13);
+    if (exponent) return llm__f32_from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
+    if (!mantissa) return llm__f32_from_bits(sign);
     for (exponent = 113; !(mantissa & 0x400); exponent--) mantissa <<= 1; /* a denormal f16 is a normal f32 */
-    return llm__bits_f32(sign | exponent << 23 | (mantissa & 0x3FF) << 13);
+    return llm__f32_from_bits(sign | exponent << 23 | (mantissa & 0x3FF) << 13);
 }
-
-static uint16_t llm__load_u16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
-static uint32_t llm__load_u32(const uint8_t *p) { return llm__load_u16(p) | (uint32_t)llm__load_u16(p + 2) << 16; }
-static uint64_t llm__load_u64(const uint8_t *p) { return llm__load_u32(p) | (uint64_t)llm__load_u32(p + 4) << 32; }
 
 /* Round to nearest even; what is too large becomes infinite. */
 static uint16_t llm__f32_to_f16(float x) {
@@ -1451,7 +1526,7 @@ static uint16_t llm__f32_to_f16(float x) {
 }
 
 /* Types of tensors, numbered as in GGUF; those this library only knows by name are in the table below. */
-typedef enum llm__type {
+typedef enum llm__file_type {
     LLM__F32 = 0,
     LLM__F16 = 1,
     LLM__Q4_0 = 2,
@@ -1467,24 +1542,24 @@ typedef enum llm__type {
     LLM__I8 = 24,
     LLM__BF16 = 30,
     LLM__NO_GGUF = 1000 /* and above: not in GGUF */
-} llm__type;
+} llm__file_type;
 
 static void llm__decode_f32(const uint8_t *src, size_t n, float *dst) {
-    for (size_t i = 0; i < n; i++) dst[i] = llm__bits_f32(llm__load_u32(src + 4 * i));
+    for (size_t i = 0; i < n; i++) dst[i] = llm__f32_from_bits(llm__bytes_u32(src + 4 * i));
 }
 
 static void llm__decode_f16(const uint8_t *src, size_t n, float *dst) {
-    for (size_t i = 0; i < n; i++) dst[i] = llm__f16_to_f32(llm__load_u16(src + 2 * i));
+    for (size_t i = 0; i < n; i++) dst[i] = llm__f16_to_f32(llm__bytes_u16(src + 2 * i));
 }
 
 static void llm__decode_bf16(const uint8_t *src, size_t n, float *dst) {
-    for (size_t i = 0; i < n; i++) dst[i] = llm__bf16_to_f32(llm__load_u16(src + 2 * i));
+    for (size_t i = 0; i < n; i++) dst[i] = llm__bf16_to_f32(llm__bytes_u16(src + 2 * i));
 }
 
 /* 32 weights: f16 scale d, then 16 bytes whose low and high halves are weights 0-15 and 16-31: (q - 8) * d. */
 static void llm__decode_q4_0(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 32, src += 18, dst += 32) {
-        float d = llm__f16_to_f32(llm__load_u16(src));
+        float d = llm__f16_to_f32(llm__bytes_u16(src));
         for (int i = 0; i < 16; i++) {
             dst[i] = (float)((src[2 + i] & 15) - 8) * d;
             dst[i + 16] = (float)((src[2 + i] >> 4) - 8) * d;
@@ -1496,7 +1571,7 @@ static void llm__decode_q4_0(const uint8_t *src, size_t n, float *dst) {
    whether or not the compiler fuses them. */
 static void llm__decode_q4_1(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 32, src += 20, dst += 32) {
-        float d = llm__f16_to_f32(llm__load_u16(src)), m = llm__f16_to_f32(llm__load_u16(src + 2));
+        float d = llm__f16_to_f32(llm__bytes_u16(src)), m = llm__f16_to_f32(llm__bytes_u16(src + 2));
         for (int i = 0; i < 16; i++) {
             dst[i] = (float)(src[4 + i] & 15) * d + m;
             dst[i + 16] = (float)(src[4 + i] >> 4) * d + m;
@@ -1507,8 +1582,8 @@ static void llm__decode_q4_1(const uint8_t *src, size_t n, float *dst) {
 /* 32 weights: f16 scale d, 32 fifth bits, then halves of bytes as above: (q - 16) * d. */
 static void llm__decode_q5_0(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 32, src += 22, dst += 32) {
-        float d = llm__f16_to_f32(llm__load_u16(src));
-        uint32_t high = llm__load_u32(src + 2);
+        float d = llm__f16_to_f32(llm__bytes_u16(src));
+        uint32_t high = llm__bytes_u32(src + 2);
         for (int i = 0; i < 16; i++) {
             dst[i] = (float)((src[6 + i] & 15) + (int)(high >> i & 1) * 16 - 16) * d;
             dst[i + 16] = (float)((src[6 + i] >> 4) + (int)(high >> (i + 16) & 1) * 16 - 16) * d;
@@ -1519,8 +1594,8 @@ static void llm__decode_q5_0(const uint8_t *src, size_t n, float *dst) {
 /* 32 weights: f16 scale d and minimum m, then as above: q * d + m. */
 static void llm__decode_q5_1(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 32, src += 24, dst += 32) {
-        float d = llm__f16_to_f32(llm__load_u16(src)), m = llm__f16_to_f32(llm__load_u16(src + 2));
-        uint32_t high = llm__load_u32(src + 4);
+        float d = llm__f16_to_f32(llm__bytes_u16(src)), m = llm__f16_to_f32(llm__bytes_u16(src + 2));
+        uint32_t high = llm__bytes_u32(src + 4);
         for (int i = 0; i < 16; i++) {
             dst[i] = (float)((src[8 + i] & 15) + (int)(high >> i & 1) * 16) * d + m;
             dst[i + 16] = (float)((src[8 + i] >> 4) + (int)(high >> (i + 16) & 1) * 16) * d + m;
@@ -1531,7 +1606,7 @@ static void llm__decode_q5_1(const uint8_t *src, size_t n, float *dst) {
 /* 32 weights: f16 scale d, then 32 signed bytes: q * d. */
 static void llm__decode_q8_0(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 32, src += 34, dst += 32) {
-        float d = llm__f16_to_f32(llm__load_u16(src));
+        float d = llm__f16_to_f32(llm__bytes_u16(src));
         int8_t q[32]; /* a copy, which dst cannot overlap, so that compilers make vectors of it */
         memcpy(q, src + 2, 32);
         for (int i = 0; i < 32; i++) dst[i] = (float)q[i] * d;
@@ -1545,7 +1620,7 @@ static void llm__decode_q8_0(const uint8_t *src, size_t n, float *dst) {
 /* 16 bytes with a scale in the low and a minimum in the high half, 64 bytes of 2 bits a weight, d, m. */
 static void llm__decode_q2_k(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 256, src += 84, dst += 256) {
-        float d = llm__f16_to_f32(llm__load_u16(src + 80)), m = llm__f16_to_f32(llm__load_u16(src + 82));
+        float d = llm__f16_to_f32(llm__bytes_u16(src + 80)), m = llm__f16_to_f32(llm__bytes_u16(src + 82));
         for (int i = 0; i < 256; i++) {
             int q = src[16 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3, scale = src[i / 16];
             dst[i] = d * (float)(scale & 15) * (float)q - m * (float)(scale >> 4);
@@ -1557,7 +1632,7 @@ static void llm__decode_q2_k(const uint8_t *src, size_t n, float *dst) {
 static void llm__decode_q3_k(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 256, src += 110, dst += 256) {
         const uint8_t *scales = src + 96;
-        float d = llm__f16_to_f32(llm__load_u16(src + 108));
+        float d = llm__f16_to_f32(llm__bytes_u16(src + 108));
         for (int i = 0; i < 256; i++) {
             int low = src[32 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3, high = src[i % 32] >> (i / 32) & 1;
             int j = i / 16, scale = scales[j % 8] >> (j / 8 * 4) & 15;
@@ -1568,7 +1643,7 @@ static void llm__decode_q3_k(const uint8_t *src, size_t n, float *dst) {
 }
 
 /* The scale and the minimum of group j, 6 bits each, of the 8 groups' 12 bytes. */
-static void llm__k_scale(const uint8_t *s, int j, float *scale, float *minimum) {
+static void llm__decode_k_scale(const uint8_t *s, int j, float *scale, float *minimum) {
     *scale = (float)(j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6 << 4));
     *minimum = (float)(j < 4 ? s[j + 4] & 63 : (s[j + 4] >> 4) | (s[j] >> 6 << 4));
 }
@@ -1576,9 +1651,9 @@ static void llm__k_scale(const uint8_t *s, int j, float *scale, float *minimum) 
 /* d, m, the scales' 12 bytes, 128 bytes of 4 bits a weight. */
 static void llm__decode_q4_k(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 256, src += 144, dst += 256) {
-        float d = llm__f16_to_f32(llm__load_u16(src)), m = llm__f16_to_f32(llm__load_u16(src + 2)), scale, minimum;
+        float d = llm__f16_to_f32(llm__bytes_u16(src)), m = llm__f16_to_f32(llm__bytes_u16(src + 2)), scale, minimum;
         for (int j = 0; j < 8; j++) {
-            llm__k_scale(src + 4, j, &scale, &minimum);
+            llm__decode_k_scale(src + 4, j, &scale, &minimum);
             for (int i = 0; i < 32; i++) {
                 int q = src[16 + j / 2 * 32 + i] >> (j % 2 * 4) & 15;
                 dst[j * 32 + i] = d * scale * (float)q - m * minimum;
@@ -1590,9 +1665,9 @@ static void llm__decode_q4_k(const uint8_t *src, size_t n, float *dst) {
 /* d, m, the scales' 12 bytes, 32 bytes of fifth bits, 128 bytes of 4 bits a weight. */
 static void llm__decode_q5_k(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 256, src += 176, dst += 256) {
-        float d = llm__f16_to_f32(llm__load_u16(src)), m = llm__f16_to_f32(llm__load_u16(src + 2)), scale, minimum;
+        float d = llm__f16_to_f32(llm__bytes_u16(src)), m = llm__f16_to_f32(llm__bytes_u16(src + 2)), scale, minimum;
         for (int j = 0; j < 8; j++) {
-            llm__k_scale(src + 4, j, &scale, &minimum);
+            llm__decode_k_scale(src + 4, j, &scale, &minimum);
             for (int i = 0; i < 32; i++) {
                 int q = (src[48 + j / 2 * 32 + i] >> (j % 2 * 4) & 15) + (src[16 + i] >> j & 1) * 16;
                 dst[j * 32 + i] = d * scale * (float)q - m * minimum;
@@ -1604,7 +1679,7 @@ static void llm__decode_q5_k(const uint8_t *src, size_t n, float *dst) {
 /* 128 bytes of 4 bits a weight, 64 bytes of 2 more, 16 signed scales, d. */
 static void llm__decode_q6_k(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 256, src += 210, dst += 256) {
-        float d = llm__f16_to_f32(llm__load_u16(src + 208));
+        float d = llm__f16_to_f32(llm__bytes_u16(src + 208));
         for (int i = 0; i < 256; i++) {
             int low = src[i / 128 * 64 + i % 64] >> (i / 64 % 2 * 4) & 15;
             int high = src[128 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
@@ -1617,14 +1692,14 @@ static void llm__decode_i8(const uint8_t *src, size_t n, float *dst) {
     for (size_t i = 0; i < n; i++) dst[i] = (float)(int8_t)src[i];
 }
 
-typedef struct llm__type_info {
+typedef struct llm__file_type_info {
     uint32_t type;
     const char *name;
     uint32_t block_weights, block_bytes;                      /* a row is a whole number of blocks */
     void (*decode)(const uint8_t *src, size_t n, float *dst); /* NULL: this library does not read it */
-} llm__type_info;
+} llm__file_type_info;
 
-static const llm__type_info llm__types[] = {
+static const llm__file_type_info llm__file_types[] = {
     {LLM__F32, "F32", 1, 4, llm__decode_f32},
     {LLM__F16, "F16", 1, 2, llm__decode_f16},
     {LLM__BF16, "BF16", 1, 2, llm__decode_bf16},
@@ -1670,19 +1745,20 @@ static const llm__type_info llm__types[] = {
     {LLM__NO_GGUF, "F8_E8M0", 1, 1, NULL},
 };
 
-enum { LLM__N_TYPES = sizeof llm__types / sizeof *llm__types };
+enum { LLM__N_TYPES = sizeof llm__file_types / sizeof *llm__file_types };
 
 /* NULL for a number that is unknown. */
-static const llm__type_info *llm__find_type(uint32_t type) {
+static const llm__file_type_info *llm__file_type_find(uint32_t type) {
     for (size_t i = 0; i < LLM__N_TYPES; i++)
-        if (llm__types[i].type == type && type < LLM__NO_GGUF) return &llm__types[i];
+        if (llm__file_types[i].type == type && type < LLM__NO_GGUF) return &llm__file_types[i];
     return NULL;
 }
 
 /* The type of that name among those that are not in blocks, as safetensors has them; NULL if it is unknown. */
-static const llm__type_info *llm__find_plain_type(llm__str name) {
+static const llm__file_type_info *llm__file_type_find_plain(llm__str name) {
     for (size_t i = 0; i < LLM__N_TYPES; i++)
-        if (llm__types[i].block_weights == 1 && llm__str_is(name, llm__types[i].name)) return &llm__types[i];
+        if (llm__file_types[i].block_weights == 1 && llm__str_is(name, llm__file_types[i].name))
+            return &llm__file_types[i];
     return NULL;
 }
 
@@ -1694,12 +1770,12 @@ static const llm__type_info *llm__find_plain_type(llm__str name) {
 
 typedef struct llm__tensor {
     llm__str name;
-    const llm__type_info *type;
+    const llm__file_type_info *type;
     uint64_t cols, rows; /* a row holds the inputs of one output; a vector is one row */
     uint64_t row_bytes;
     const llm__file *file;
     uint64_t offset;                  /* in the file */
-    const uint8_t *data;              /* NULL where the file is not in memory, see llm__bring */
+    const uint8_t *data;              /* NULL where the file is not in memory, see llm__tensor_bytes */
     const struct llm__tensor *scales; /* of int8 rows, a number for each by which it is multiplied; else NULL */
 } llm__tensor;
 
@@ -1720,42 +1796,42 @@ enum llm__gguf_type {
     LLM__GGUF_N_TYPES
 };
 
-typedef struct llm__value {
+typedef struct llm__gguf_value {
     llm__str key;
     uint32_t type; /* enum llm__gguf_type; of an array, that of its items */
     bool is_array;
     uint64_t count;      /* 1, or an array's items */
     const uint8_t *data; /* the first item; a string is its length in 8 bytes, then its bytes */
-} llm__value;
+} llm__gguf_value;
 
-typedef enum llm__format { LLM__GGUF, LLM__HUGGING_FACE } llm__format;
+typedef enum llm__checkpoint_format { LLM__GGUF, LLM__HUGGING_FACE } llm__checkpoint_format;
 
 typedef struct llm__checkpoint {
-    llm__format format;
-    llm__value *values; /* GGUF's */
+    llm__checkpoint_format format;
+    llm__gguf_value *values; /* GGUF's */
     size_t n_values;
     const char *directory;   /* Hugging Face's */
     const char *config_path; /* its config.json, for messages */
     const llm__json *config;
     llm__tensor *tensors; /* sorted by name */
     size_t n_tensors, tensor_room;
-    bool *used; /* [n_tensors] which of them llm__get_tensor has given out */
+    bool *used; /* [n_tensors] which of them llm__tensor_get has given out */
 } llm__checkpoint;
 
-static void llm__add_tensor(llm__env *env, llm__checkpoint *ck, const llm__tensor *t) {
-    ck->tensors = (llm__tensor *)llm__grow(env, ck->tensors, ck->n_tensors, &ck->tensor_room, sizeof *t);
+static void llm__tensor_add(llm__env *env, llm__checkpoint *ck, const llm__tensor *t) {
+    ck->tensors = (llm__tensor *)llm__alloc_grow(env, ck->tensors, ck->n_tensors, &ck->tensor_room, sizeof *t);
     ck->tensors[ck->n_tensors++] = *t;
 }
 
 /* a * b and a + b for a tensor's sizes, which came out of a file; fail rather than wrap. */
-static uint64_t llm__mul(llm__env *env, llm__str tensor, uint64_t a, uint64_t b) {
+static uint64_t llm__tensor_mul(llm__env *env, llm__str tensor, uint64_t a, uint64_t b) {
     if (b && a > UINT64_MAX / b)
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s: %llu * %llu overflows 64 bits", LLM__SHOW(tensor),
                   (unsigned long long)a, (unsigned long long)b);
     return a * b;
 }
 
-static uint64_t llm__add(llm__env *env, llm__str tensor, uint64_t a, uint64_t b) {
+static uint64_t llm__tensor_plus(llm__env *env, llm__str tensor, uint64_t a, uint64_t b) {
     if (a > UINT64_MAX - b)
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s: %llu + %llu overflows 64 bits", LLM__SHOW(tensor),
                   (unsigned long long)a, (unsigned long long)b);
@@ -1763,8 +1839,8 @@ static uint64_t llm__add(llm__env *env, llm__str tensor, uint64_t a, uint64_t b)
 }
 
 /* Puts a tensor's bytes at its offset of the file, if they are there. */
-static void llm__place_tensor(llm__env *env, llm__tensor *t, const llm__file *file, uint64_t offset) {
-    uint64_t bytes = llm__mul(env, t->name, t->rows, t->row_bytes);
+static void llm__tensor_place(llm__env *env, llm__tensor *t, const llm__file *file, uint64_t offset) {
+    uint64_t bytes = llm__tensor_mul(env, t->name, t->rows, t->row_bytes);
     if (offset > file->size || bytes > file->size - offset)
         llm__fail(env, LLM_ERROR_FORMAT,
                   "tensor %.*s, %llu x %llu of type %s, needs %llu bytes at offset %llu, but the file ends at %llu",
@@ -1776,53 +1852,48 @@ static void llm__place_tensor(llm__env *env, llm__tensor *t, const llm__file *fi
     t->scales = NULL;
 }
 
-static int llm__compare_str(llm__str a, llm__str b) {
-    int order = memcmp(a.at, b.at, a.n < b.n ? a.n : b.n);
-    return order ? order : (a.n > b.n) - (a.n < b.n);
+static int llm__tensor_compare_names(const void *a, const void *b) {
+    return llm__str_compare(((const llm__tensor *)a)->name, ((const llm__tensor *)b)->name);
 }
 
-static int llm__compare_tensor_names(const void *a, const void *b) {
-    return llm__compare_str(((const llm__tensor *)a)->name, ((const llm__tensor *)b)->name);
-}
-
-static int llm__compare_tensor_places(const void *a, const void *b) {
+static int llm__tensor_compare_places(const void *a, const void *b) {
     const llm__tensor *x = (const llm__tensor *)a, *y = (const llm__tensor *)b;
     if (x->file != y->file) return (uintptr_t)x->file > (uintptr_t)y->file ? 1 : -1;
     return (x->offset > y->offset) - (x->offset < y->offset);
 }
 
-static void llm__sort_tensors(llm__env *env, llm__checkpoint *ck) {
+static void llm__tensor_sort(llm__env *env, llm__checkpoint *ck) {
     ck->used = (bool *)llm__alloc_zero(env, ck->n_tensors + 1, sizeof *ck->used);
     if (!ck->n_tensors) return;
-    qsort(ck->tensors, ck->n_tensors, sizeof *ck->tensors, llm__compare_tensor_places);
+    qsort(ck->tensors, ck->n_tensors, sizeof *ck->tensors, llm__tensor_compare_places);
     for (size_t i = 1; i < ck->n_tensors; i++) {
         const llm__tensor *a = &ck->tensors[i - 1], *b = &ck->tensors[i];
         if (a->file == b->file && b->offset < a->offset + a->rows * a->row_bytes)
             llm__fail(env, LLM_ERROR_FORMAT, "tensors %.*s and %.*s overlap at offset %llu", LLM__SHOW(a->name),
                       LLM__SHOW(b->name), (unsigned long long)b->offset);
     }
-    qsort(ck->tensors, ck->n_tensors, sizeof *ck->tensors, llm__compare_tensor_names);
+    qsort(ck->tensors, ck->n_tensors, sizeof *ck->tensors, llm__tensor_compare_names);
     for (size_t i = 1; i < ck->n_tensors; i++)
         if (llm__str_equal(ck->tensors[i - 1].name, ck->tensors[i].name))
             llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s is there twice", LLM__SHOW(ck->tensors[i].name));
 }
 
-static const llm__tensor *llm__find_tensor(const llm__checkpoint *ck, const char *name) {
+static const llm__tensor *llm__tensor_find(const llm__checkpoint *ck, const char *name) {
     llm__tensor wanted;
     memset(&wanted, 0, sizeof wanted);
     wanted.name.at = name;
     wanted.name.n = strlen(name);
     if (!ck->n_tensors) return NULL;
-    return (const llm__tensor *)bsearch(&wanted, ck->tensors, ck->n_tensors, sizeof wanted, llm__compare_tensor_names);
+    return (const llm__tensor *)bsearch(&wanted, ck->tensors, ck->n_tensors, sizeof wanted, llm__tensor_compare_names);
 }
 
-static void llm__use_tensor(const llm__checkpoint *ck, const llm__tensor *t) { ck->used[t - ck->tensors] = true; }
+static void llm__tensor_use(const llm__checkpoint *ck, const llm__tensor *t) { ck->used[t - ck->tensors] = true; }
 
 /* The numbers by which the rows of an int8 tensor are multiplied, named as compressed-tensors does. */
-static const llm__tensor *llm__find_scales(llm__env *env, const llm__checkpoint *ck, const llm__tensor *t) {
+static const llm__tensor *llm__tensor_find_scales(llm__env *env, const llm__checkpoint *ck, const llm__tensor *t) {
     char name[200];
     snprintf(name, sizeof name, "%.*s_scale", LLM__SHOW(t->name));
-    const llm__tensor *scales = ck->format == LLM__HUGGING_FACE ? llm__find_tensor(ck, name) : NULL; /* GGUF has none */
+    const llm__tensor *scales = ck->format == LLM__HUGGING_FACE ? llm__tensor_find(ck, name) : NULL; /* GGUF has none */
     if (!scales)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s is of type I8, but there is no tensor %s",
                   LLM__SHOW(t->name), name);
@@ -1833,14 +1904,14 @@ static const llm__tensor *llm__find_scales(llm__env *env, const llm__checkpoint 
                   "the %llu rows it belongs to, of type F32, F16 or BF16",
                   name, (unsigned long long)scales->rows, (unsigned long long)scales->cols, scales->type->name,
                   (unsigned long long)t->rows);
-    llm__use_tensor(ck, scales);
+    llm__tensor_use(ck, scales);
     return scales;
 }
 
 /* A tensor of just this shape, and of a type that can be read. */
-static llm__tensor llm__get_tensor(llm__env *env, const llm__checkpoint *ck, const char *name, uint64_t rows,
+static llm__tensor llm__tensor_get(llm__env *env, const llm__checkpoint *ck, const char *name, uint64_t rows,
                                    uint64_t cols) {
-    const llm__tensor *found = llm__find_tensor(ck, name);
+    const llm__tensor *found = llm__tensor_find(ck, name);
     if (!found) llm__fail(env, LLM_ERROR_FORMAT, "tensor %s is missing", name);
     llm__tensor t = *found;
     if (t.rows != rows || t.cols != cols)
@@ -1850,13 +1921,13 @@ static llm__tensor llm__get_tensor(llm__env *env, const llm__checkpoint *ck, con
     if (!t.type->decode)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %s is of type %s, which this library does not read", name,
                   t.type->name);
-    llm__use_tensor(ck, found);
-    if (t.type->type == LLM__I8) t.scales = llm__find_scales(env, ck, found);
+    llm__tensor_use(ck, found);
+    if (t.type->type == LLM__I8) t.scales = llm__tensor_find_scales(env, ck, found);
     return t;
 }
 
 /* A tensor nobody has asked for is part of something that would be left out. */
-static void llm__refuse_unused_tensors(llm__env *env, const llm__checkpoint *ck) {
+static void llm__tensor_refuse_unused(llm__env *env, const llm__checkpoint *ck) {
     static const char *const known[] = {"rotary_emb.inv_freq"}; /* a table that older files carry along */
     for (size_t i = 0; i < ck->n_tensors; i++) {
         llm__str name = ck->tensors[i].name;
@@ -1872,7 +1943,7 @@ static void llm__refuse_unused_tensors(llm__env *env, const llm__checkpoint *ck)
 }
 
 /* A tensor's bytes, read if they are not in memory; to be freed if so. */
-static uint8_t *llm__bring(llm__env *env, llm__tensor *t) {
+static uint8_t *llm__tensor_bytes(llm__env *env, llm__tensor *t) {
     if (t->data) return NULL;
     uint8_t *bytes = llm__file_read(env, t->file, t->offset, t->rows * t->row_bytes);
     t->data = bytes;
@@ -1884,94 +1955,60 @@ static uint8_t *llm__bring(llm__env *env, llm__tensor *t) {
    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: magic, version, counts, key-value pairs, tensor
    descriptions, padding, data; all little-endian. A split file has its tensors in several files of this kind. */
 
-/* A place in a file that cannot run past its end. */
-typedef struct llm__reader {
-    llm__env *env;
-    const uint8_t *data;
-    uint64_t size, have, at; /* as in llm__file */
-    const char *what;        /* what is being read, for messages */
-    llm__str name;           /* and its name, where it has one   */
-} llm__reader;
-
-static const uint8_t *llm__read(llm__reader *r, uint64_t n) {
-    if (n > r->size - r->at)
-        llm__fail(r->env, LLM_ERROR_FORMAT, "the file ends inside %s%.*s: %llu bytes wanted at offset %llu of %llu",
-                  r->what, LLM__SHOW(r->name), (unsigned long long)n, (unsigned long long)r->at,
-                  (unsigned long long)r->size);
-    if (n > r->have - r->at)
-        llm__fail(r->env, LLM_ERROR_UNSUPPORTED,
-                  "%s%.*s goes on at offset %llu: longer headers are only read from files by path", r->what,
-                  LLM__SHOW(r->name), (unsigned long long)r->at);
-    const uint8_t *p = r->data + r->at;
-    r->at += n;
-    return p;
-}
-
-static uint32_t llm__read_u32(llm__reader *r) { return llm__load_u32(llm__read(r, 4)); }
-static uint64_t llm__read_u64(llm__reader *r) { return llm__load_u64(llm__read(r, 8)); }
-
-static llm__str llm__read_str(llm__reader *r) {
-    llm__str s;
-    uint64_t n = llm__read_u64(r);
-    s.at = (const char *)llm__read(r, n);
-    s.n = (size_t)n;
-    return s;
-}
-
 static uint32_t llm__gguf_size(uint32_t type) { /* 0: strings have no fixed size */
     static const uint8_t sizes[LLM__GGUF_N_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
     return sizes[type];
 }
 
 /* A name, which the messages about what follows it then mention. */
-static llm__str llm__read_name(llm__reader *r, const char *anonymous, const char *named) {
+static llm__str llm__gguf_read_name(llm__cursor *r, const char *anonymous, const char *named) {
     r->what = anonymous;
     r->name.n = 0;
-    r->name = llm__read_str(r);
+    r->name = llm__cursor_str(r);
     r->what = named;
     return r->name;
 }
 
 /* `count` of what takes at least `size` bytes each follow. */
-static void llm__check_count(llm__reader *r, uint64_t count, uint64_t size) {
+static void llm__gguf_check_count(llm__cursor *r, uint64_t count, uint64_t size) {
     if (count > (r->size - r->at) / size)
         llm__fail(r->env, LLM_ERROR_FORMAT, "%s%.*s is to have %llu entries at offset %llu, but the file ends at %llu",
                   r->what, LLM__SHOW(r->name), (unsigned long long)count, (unsigned long long)r->at,
                   (unsigned long long)r->size);
 }
 
-static llm__value llm__read_value(llm__reader *r) {
-    llm__value v;
-    v.key = llm__read_name(r, "a metadata key", "metadata ");
-    v.type = llm__read_u32(r);
+static llm__gguf_value llm__gguf_read_value(llm__cursor *r) {
+    llm__gguf_value v;
+    v.key = llm__gguf_read_name(r, "a metadata key", "metadata ");
+    v.type = llm__cursor_u32(r);
     v.is_array = v.type == LLM__GGUF_ARRAY;
     v.count = 1;
     if (v.is_array) {
-        v.type = llm__read_u32(r);
-        v.count = llm__read_u64(r);
+        v.type = llm__cursor_u32(r);
+        v.count = llm__cursor_u64(r);
     }
     if (v.type >= LLM__GGUF_N_TYPES || v.type == LLM__GGUF_ARRAY)
         llm__fail(r->env, LLM_ERROR_FORMAT, "metadata %.*s has the unknown type %lu", LLM__SHOW(v.key),
                   (unsigned long)v.type);
     v.data = r->data + r->at;
     uint32_t size = llm__gguf_size(v.type);
-    llm__check_count(r, v.count, size ? size : 8);
+    llm__gguf_check_count(r, v.count, size ? size : 8);
     if (size) {
-        llm__read(r, v.count * size);
+        llm__cursor_bytes(r, v.count * size);
     } else {
-        for (uint64_t i = 0; i < v.count; i++) llm__read_str(r);
+        for (uint64_t i = 0; i < v.count; i++) llm__cursor_str(r);
     }
     return v;
 }
 
-static const llm__value *llm__find_value(const llm__checkpoint *ck, const char *key) {
+static const llm__gguf_value *llm__gguf_find(const llm__checkpoint *ck, const char *key) {
     for (size_t i = 0; i < ck->n_values; i++)
         if (llm__str_is(ck->values[i].key, key)) return &ck->values[i];
     return NULL;
 }
 
 /* Any number as a double; exact up to 2^53. */
-static double llm__value_number(const llm__value *v, uint64_t i) {
+static double llm__gguf_value_number(const llm__gguf_value *v, uint64_t i) {
     const uint8_t *p = v->data + i * llm__gguf_size(v->type);
     uint64_t bits;
     double d;
@@ -1979,33 +2016,33 @@ static double llm__value_number(const llm__value *v, uint64_t i) {
     case LLM__GGUF_U8:
     case LLM__GGUF_BOOL: return p[0];
     case LLM__GGUF_I8: return (int8_t)p[0];
-    case LLM__GGUF_U16: return llm__load_u16(p);
-    case LLM__GGUF_I16: return (int16_t)llm__load_u16(p);
-    case LLM__GGUF_U32: return llm__load_u32(p);
-    case LLM__GGUF_I32: return (int32_t)llm__load_u32(p);
-    case LLM__GGUF_F32: return llm__bits_f32(llm__load_u32(p));
-    case LLM__GGUF_U64: return (double)llm__load_u64(p);
-    case LLM__GGUF_I64: return (double)(int64_t)llm__load_u64(p);
+    case LLM__GGUF_U16: return llm__bytes_u16(p);
+    case LLM__GGUF_I16: return (int16_t)llm__bytes_u16(p);
+    case LLM__GGUF_U32: return llm__bytes_u32(p);
+    case LLM__GGUF_I32: return (int32_t)llm__bytes_u32(p);
+    case LLM__GGUF_F32: return llm__f32_from_bits(llm__bytes_u32(p));
+    case LLM__GGUF_U64: return (double)llm__bytes_u64(p);
+    case LLM__GGUF_I64: return (double)(int64_t)llm__bytes_u64(p);
     default:
-        bits = llm__load_u64(p);
+        bits = llm__bytes_u64(p);
         memcpy(&d, &bits, 8);
         return d;
     }
 }
 
 /* A single number, or `missing` where the key is not there. */
-static double llm__get_number(llm__env *env, const llm__checkpoint *ck, const char *key, double missing) {
-    const llm__value *v = llm__find_value(ck, key);
+static double llm__gguf_number(llm__env *env, const llm__checkpoint *ck, const char *key, double missing) {
+    const llm__gguf_value *v = llm__gguf_find(ck, key);
     if (!v) return missing;
     if (v->is_array || v->type == LLM__GGUF_STRING)
         llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not a number", key);
-    return llm__value_number(v, 0);
+    return llm__gguf_value_number(v, 0);
 }
 
 /* A whole number from `least` to `most`, or `missing` where the key is not there; a negative `missing` requires it. */
-static int64_t llm__get_int(llm__env *env, const llm__checkpoint *ck, const char *key, int64_t missing, int64_t least,
-                            int64_t most) {
-    double d = llm__get_number(env, ck, key, -1e300);
+static int64_t llm__gguf_int(llm__env *env, const llm__checkpoint *ck, const char *key, int64_t missing, int64_t least,
+                             int64_t most) {
+    double d = llm__gguf_number(env, ck, key, -1e300);
     if (d == -1e300) {
         if (missing < 0) llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is missing", key);
         return missing;
@@ -2017,20 +2054,20 @@ static int64_t llm__get_int(llm__env *env, const llm__checkpoint *ck, const char
 }
 
 /* A string, empty where the key is not there. */
-static llm__str llm__get_str(llm__env *env, const llm__checkpoint *ck, const char *key) {
+static llm__str llm__gguf_str(llm__env *env, const llm__checkpoint *ck, const char *key) {
     llm__str s = {"", 0};
-    const llm__value *v = llm__find_value(ck, key);
+    const llm__gguf_value *v = llm__gguf_find(ck, key);
     if (!v) return s;
     if (v->is_array || v->type != LLM__GGUF_STRING)
         llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not a string", key);
-    s.n = (size_t)llm__load_u64(v->data);
+    s.n = (size_t)llm__bytes_u64(v->data);
     s.at = (const char *)v->data + 8;
     return s;
 }
 
 /* An array of strings, allocated; NULL and *n = 0 where the key is not there. */
-static llm__str *llm__get_strings(llm__env *env, const llm__checkpoint *ck, const char *key, size_t *n) {
-    const llm__value *v = llm__find_value(ck, key);
+static llm__str *llm__gguf_strings(llm__env *env, const llm__checkpoint *ck, const char *key, size_t *n) {
+    const llm__gguf_value *v = llm__gguf_find(ck, key);
     *n = 0;
     if (!v) return NULL;
     if (!v->is_array || v->type != LLM__GGUF_STRING)
@@ -2038,7 +2075,7 @@ static llm__str *llm__get_strings(llm__env *env, const llm__checkpoint *ck, cons
     llm__str *list = (llm__str *)llm__alloc(env, (size_t)v->count, sizeof *list);
     const uint8_t *p = v->data;
     for (uint64_t i = 0; i < v->count; i++) {
-        list[i].n = (size_t)llm__load_u64(p);
+        list[i].n = (size_t)llm__bytes_u64(p);
         list[i].at = (const char *)p + 8;
         p += 8 + list[i].n;
     }
@@ -2046,41 +2083,41 @@ static llm__str *llm__get_strings(llm__env *env, const llm__checkpoint *ck, cons
     return list;
 }
 
-static llm__tensor llm__read_tensor(llm__reader *r, uint64_t *offset) {
+static llm__tensor llm__gguf_read_tensor(llm__cursor *r, uint64_t *offset) {
     llm__tensor t;
     llm__env *env = r->env;
     memset(&t, 0, sizeof t);
-    t.name = llm__read_name(r, "a tensor's name", "tensor ");
-    uint32_t n_dims = llm__read_u32(r);
+    t.name = llm__gguf_read_name(r, "a tensor's name", "tensor ");
+    uint32_t n_dims = llm__cursor_u32(r);
     if (n_dims < 1 || n_dims > 4)
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s has %lu dimensions", LLM__SHOW(t.name), (unsigned long)n_dims);
-    t.cols = llm__read_u64(r);
+    t.cols = llm__cursor_u64(r);
     t.rows = 1;
-    for (uint32_t i = 1; i < n_dims; i++) t.rows = llm__mul(env, t.name, t.rows, llm__read_u64(r));
-    uint32_t type = llm__read_u32(r);
-    *offset = llm__read_u64(r);
-    t.type = llm__find_type(type);
+    for (uint32_t i = 1; i < n_dims; i++) t.rows = llm__tensor_mul(env, t.name, t.rows, llm__cursor_u64(r));
+    uint32_t type = llm__cursor_u32(r);
+    *offset = llm__cursor_u64(r);
+    t.type = llm__file_type_find(type);
     if (!t.type)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s has the unknown type number %lu", LLM__SHOW(t.name),
                   (unsigned long)type);
     if (!t.cols || !t.rows || t.cols % t.type->block_weights)
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s has %llu columns and %llu rows of type %s", LLM__SHOW(t.name),
                   (unsigned long long)t.cols, (unsigned long long)t.rows, t.type->name);
-    t.row_bytes = llm__mul(env, t.name, t.cols / t.type->block_weights, t.type->block_bytes);
+    t.row_bytes = llm__tensor_mul(env, t.name, t.cols / t.type->block_weights, t.type->block_bytes);
     return t;
 }
 
-static void llm__read_tensors(llm__reader *r, llm__checkpoint *ck, const llm__file *file, uint64_t n_tensors,
-                              uint64_t alignment) {
+static void llm__gguf_read_tensors(llm__cursor *r, llm__checkpoint *ck, const llm__file *file, uint64_t n_tensors,
+                                   uint64_t alignment) {
     llm__env *env = r->env;
     r->what = "the list of tensors";
     r->name.n = 0;
-    llm__check_count(r, n_tensors, 8 + 4 + 8 + 4 + 8);
+    llm__gguf_check_count(r, n_tensors, 8 + 4 + 8 + 4 + 8);
     for (uint64_t i = 0; i < n_tensors; i++) {
         uint64_t offset;
-        llm__tensor t = llm__read_tensor(r, &offset);
+        llm__tensor t = llm__gguf_read_tensor(r, &offset);
         t.offset = offset; /* from where the data begins, until the tensor is placed */
-        llm__add_tensor(env, ck, &t);
+        llm__tensor_add(env, ck, &t);
     }
     uint64_t start = (r->at + alignment - 1) / alignment * alignment;
     for (size_t i = ck->n_tensors - (size_t)n_tensors; i < ck->n_tensors; i++) {
@@ -2089,47 +2126,47 @@ static void llm__read_tensors(llm__reader *r, llm__checkpoint *ck, const llm__fi
             llm__fail(env, LLM_ERROR_FORMAT,
                       "tensor %.*s has offset %llu, not a multiple of %llu in a file of %llu bytes", LLM__SHOW(t->name),
                       (unsigned long long)t->offset, (unsigned long long)alignment, (unsigned long long)file->size);
-        llm__place_tensor(env, t, file, llm__add(env, t->name, start, t->offset));
+        llm__tensor_place(env, t, file, llm__tensor_plus(env, t->name, start, t->offset));
     }
 }
 
 /* One file; its values and tensors are added to the checkpoint's. */
-static void llm__read_gguf_part(llm__env *env, llm__checkpoint *ck, const llm__file *file) {
-    llm__reader r = {env, file->data, file->size, file->have, 0, "the header", {"", 0}};
-    if (memcmp(llm__read(&r, 4), "GGUF", 4))
+static void llm__gguf_read_part(llm__env *env, llm__checkpoint *ck, const llm__file *file) {
+    llm__cursor r = {env, file->data, file->size, file->have, 0, "the header", {"", 0}};
+    if (memcmp(llm__cursor_bytes(&r, 4), "GGUF", 4))
         llm__fail(env, LLM_ERROR_FORMAT,
                   "this is not a GGUF file (what Hugging Face publishes is loaded by its directory)");
-    uint32_t version = llm__read_u32(&r);
+    uint32_t version = llm__cursor_u32(&r);
     if (version != 2 && version != 3)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is GGUF version %lu; versions 2 and 3 are known",
                   (unsigned long)version);
-    uint64_t n_tensors = llm__read_u64(&r), n_values = llm__read_u64(&r);
+    uint64_t n_tensors = llm__cursor_u64(&r), n_values = llm__cursor_u64(&r);
     size_t room = 0;
     r.what = "the metadata";
-    llm__check_count(&r, n_values, 8 + 4 + 1);
+    llm__gguf_check_count(&r, n_values, 8 + 4 + 1);
     for (uint64_t i = 0; i < n_values; i++) {
-        ck->values = (llm__value *)llm__grow(env, ck->values, ck->n_values, &room, sizeof *ck->values);
-        ck->values[ck->n_values] = llm__read_value(&r);
+        ck->values = (llm__gguf_value *)llm__alloc_grow(env, ck->values, ck->n_values, &room, sizeof *ck->values);
+        ck->values[ck->n_values] = llm__gguf_read_value(&r);
         ck->n_values++;
     }
-    int64_t alignment = llm__get_int(env, ck, "general.alignment", 32, 1, 1 << 20);
+    int64_t alignment = llm__gguf_int(env, ck, "general.alignment", 32, 1, 1 << 20);
     if (alignment & (alignment - 1))
         llm__fail(env, LLM_ERROR_FORMAT, "general.alignment is %lld, not a power of two", (long long)alignment);
-    llm__read_tensors(&r, ck, file, n_tensors, (uint64_t)alignment);
+    llm__gguf_read_tensors(&r, ck, file, n_tensors, (uint64_t)alignment);
 }
 
 /* One file; of a split one, what is in it. */
-static llm__checkpoint *llm__read_gguf(llm__env *env, const llm__file *file) {
+static llm__checkpoint *llm__gguf_read_first(llm__env *env, const llm__file *file) {
     llm__checkpoint *ck = (llm__checkpoint *)llm__alloc_zero(env, 1, sizeof *ck);
-    llm__read_gguf_part(env, ck, file);
-    llm__sort_tensors(env, ck);
+    llm__gguf_read_part(env, ck, file);
+    llm__tensor_sort(env, ck);
     return ck;
 }
 
 /* The same for what has no path by which others could be found. */
-static llm__checkpoint *llm__read_whole_gguf(llm__env *env, const llm__file *file) {
-    llm__checkpoint *ck = llm__read_gguf(env, file);
-    int count = (int)llm__get_int(env, ck, "split.count", 1, 0, 65535);
+static llm__checkpoint *llm__gguf_read_whole(llm__env *env, const llm__file *file) {
+    llm__checkpoint *ck = llm__gguf_read_first(env, file);
+    int count = (int)llm__gguf_int(env, ck, "split.count", 1, 0, 65535);
     if (count > 1)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is one of the %d parts of a split file, which is loaded by path",
                   count);
@@ -2137,43 +2174,43 @@ static llm__checkpoint *llm__read_whole_gguf(llm__env *env, const llm__file *fil
 }
 
 /* The path of part `number` of a split file; NULL if the first one's path does not end in -00001-of-0000N.gguf. */
-static char *llm__split_path(llm__env *env, const char *path, int number, int count) {
+static char *llm__gguf_split_path(llm__env *env, const char *path, int number, int count) {
     char ending[40];
     size_t n = strlen(path), m = (size_t)snprintf(ending, sizeof ending, "-00001-of-%05d.gguf", count);
     if (n < m || strcmp(path + n - m, ending)) return NULL;
-    char *other = llm__copy_string(env, path, n);
+    char *other = llm__str_copy(env, path, n);
     snprintf(ending, sizeof ending, "-%05d-of-%05d.gguf", number, count);
     memcpy(other + n - m, ending, m);
     return other;
 }
 
 /* A file, and the others if it is the first of a split one. */
-static llm__checkpoint *llm__open_gguf(llm__env *env, const char *path) {
+static llm__checkpoint *llm__gguf_open(llm__env *env, const char *path) {
     llm__checkpoint *ck = (llm__checkpoint *)llm__alloc_zero(env, 1, sizeof *ck);
-    llm__read_gguf_part(env, ck, llm__file_open(env, path));
-    int count = (int)llm__get_int(env, ck, "split.count", 1, 0, 65535);
-    int no = (int)llm__get_int(env, ck, "split.no", 0, 0, 65535);
-    if (count > 1 && (no || !llm__split_path(env, path, 1, count)))
+    llm__gguf_read_part(env, ck, llm__file_open(env, path));
+    int count = (int)llm__gguf_int(env, ck, "split.count", 1, 0, 65535);
+    int no = (int)llm__gguf_int(env, ck, "split.no", 0, 0, 65535);
+    if (count > 1 && (no || !llm__gguf_split_path(env, path, 1, count)))
         llm__fail(env, LLM_ERROR_ARGUMENT,
                   "this is part %d of %d: the first is to be loaded, its name ends in -00001-of-%05d.gguf", no + 1,
                   count, count);
     for (int i = 1; i < count; i++) {
         llm__checkpoint part;
         memset(&part, 0, sizeof part);
-        env->file = llm__split_path(env, path, i + 1, count);
-        llm__read_gguf_part(env, &part, llm__file_open(env, env->file));
-        if (llm__get_int(env, &part, "split.no", -1, 0, 65535) != i ||
-            llm__get_int(env, &part, "split.count", -1, 0, 65535) != count)
+        env->file = llm__gguf_split_path(env, path, i + 1, count);
+        llm__gguf_read_part(env, &part, llm__file_open(env, env->file));
+        if (llm__gguf_int(env, &part, "split.no", -1, 0, 65535) != i ||
+            llm__gguf_int(env, &part, "split.count", -1, 0, 65535) != count)
             llm__fail(env, LLM_ERROR_FORMAT, "split.no and split.count do not say that this is part %d of %d", i + 1,
                       count);
-        for (size_t j = 0; j < part.n_tensors; j++) llm__add_tensor(env, ck, &part.tensors[j]);
+        for (size_t j = 0; j < part.n_tensors; j++) llm__tensor_add(env, ck, &part.tensors[j]);
     }
     env->file = path;
-    uint64_t wanted = (uint64_t)llm__get_int(env, ck, "split.tensors.count", (int64_t)ck->n_tensors, 0, INT32_MAX);
+    uint64_t wanted = (uint64_t)llm__gguf_int(env, ck, "split.tensors.count", (int64_t)ck->n_tensors, 0, INT32_MAX);
     if (wanted != ck->n_tensors)
         llm__fail(env, LLM_ERROR_FORMAT, "split.tensors.count is %llu, but the %d parts hold %llu tensors",
                   (unsigned long long)wanted, count, (unsigned long long)ck->n_tensors);
-    llm__sort_tensors(env, ck);
+    llm__tensor_sort(env, ck);
     return ck;
 }
 
@@ -2202,30 +2239,30 @@ static llm__tensor llm__safetensors_tensor(llm__env *env, const llm__file *file,
     if (!dtype || dtype->type != LLM__JSON_STRING || !shape || shape->type != LLM__JSON_ARRAY || !offsets ||
         offsets->type != LLM__JSON_ARRAY || offsets->n != 2)
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s lacks a dtype, a shape or two data_offsets", LLM__SHOW(t.name));
-    t.type = llm__find_plain_type(dtype->string);
+    t.type = llm__file_type_find_plain(dtype->string);
     if (!t.type)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s has the unknown dtype %.*s", LLM__SHOW(t.name),
                   LLM__SHOW(dtype->string));
     t.rows = t.cols = 1;
     for (const llm__json *d = shape->first; d; d = d->next) {
-        t.rows = llm__mul(env, t.name, t.rows, t.cols);
+        t.rows = llm__tensor_mul(env, t.name, t.rows, t.cols);
         t.cols = llm__safetensors_number(env, t.name, d);
     }
-    t.row_bytes = llm__mul(env, t.name, t.cols, t.type->block_bytes);
+    t.row_bytes = llm__tensor_mul(env, t.name, t.cols, t.type->block_bytes);
     uint64_t begin = llm__safetensors_number(env, t.name, offsets->first);
     uint64_t end = llm__safetensors_number(env, t.name, offsets->first->next);
-    if (end < begin || end - begin != llm__mul(env, t.name, t.rows, t.row_bytes))
+    if (end < begin || end - begin != llm__tensor_mul(env, t.name, t.rows, t.row_bytes))
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s is %llu x %llu of %s, but its data_offsets are %llu and %llu",
                   LLM__SHOW(t.name), (unsigned long long)t.rows, (unsigned long long)t.cols, t.type->name,
                   (unsigned long long)begin, (unsigned long long)end);
-    llm__place_tensor(env, &t, file, llm__add(env, t.name, start, begin));
+    llm__tensor_place(env, &t, file, llm__tensor_plus(env, t.name, start, begin));
     return t;
 }
 
 /* Adds a file's tensors; env->file is its path. */
-static void llm__read_safetensors(llm__env *env, llm__checkpoint *ck) {
+static void llm__safetensors_read(llm__env *env, llm__checkpoint *ck) {
     const llm__file *file = llm__file_open(env, env->file);
-    uint64_t n = file->size < 8 ? 0 : llm__load_u64(file->data);
+    uint64_t n = file->size < 8 ? 0 : llm__bytes_u64(file->data);
     if (file->size < 8 || n > file->size - 8)
         llm__fail(env, LLM_ERROR_FORMAT, "the header is said to be %llu bytes long, but the file has %llu",
                   (unsigned long long)n, (unsigned long long)file->size);
@@ -2234,11 +2271,11 @@ static void llm__read_safetensors(llm__env *env, llm__checkpoint *ck) {
     for (const llm__json *entry = header->first; entry; entry = entry->next) {
         if (llm__str_is(entry->key, "__metadata__")) continue;
         llm__tensor t = llm__safetensors_tensor(env, file, 8 + n, entry);
-        llm__add_tensor(env, ck, &t);
+        llm__tensor_add(env, ck, &t);
     }
 }
 
-static const llm__json *llm__open_json(llm__env *env, const char *directory, const char *name) {
+static const llm__json *llm__hf_open_json(llm__env *env, const char *directory, const char *name) {
     env->file = llm__path_join(env, directory, name);
     const llm__file *file = llm__file_open(env, env->file);
     const llm__json *v = llm__json_parse(env, file->data, (size_t)file->size);
@@ -2247,7 +2284,8 @@ static const llm__json *llm__open_json(llm__env *env, const char *directory, con
 }
 
 /* The files an index names; its weight_map says for each tensor in which it is. */
-static void llm__read_shards(llm__env *env, llm__checkpoint *ck, const llm__json *index, const char *index_path) {
+static void llm__safetensors_read_shards(llm__env *env, llm__checkpoint *ck, const llm__json *index,
+                                         const char *index_path) {
     const llm__json *map = llm__json_get(index, "weight_map");
     if (!map || map->type != LLM__JSON_OBJECT) llm__fail(env, LLM_ERROR_FORMAT, "weight_map is not an object");
     llm__str *names = (llm__str *)llm__alloc(env, map->n + 1, sizeof *names);
@@ -2264,50 +2302,50 @@ static void llm__read_shards(llm__env *env, llm__checkpoint *ck, const llm__json
         names[i] = name;
         if (i < n) continue;
         n++;
-        env->file = llm__path_join(env, ck->directory, llm__copy_string(env, name.at, name.n));
-        llm__read_safetensors(env, ck);
+        env->file = llm__path_join(env, ck->directory, llm__str_copy(env, name.at, name.n));
+        llm__safetensors_read(env, ck);
         env->file = index_path;
     }
 }
 
-static llm__checkpoint *llm__open_directory(llm__env *env, const char *directory) {
+static llm__checkpoint *llm__hf_open(llm__env *env, const char *directory) {
     const char *path = env->file;
     llm__checkpoint *ck = (llm__checkpoint *)llm__alloc_zero(env, 1, sizeof *ck);
     ck->format = LLM__HUGGING_FACE;
     ck->directory = directory;
-    ck->config = llm__open_json(env, directory, "config.json");
+    ck->config = llm__hf_open_json(env, directory, "config.json");
     ck->config_path = env->file;
     env->file = llm__path_join(env, directory, "model.safetensors");
-    if (llm__find_path(env->file) == LLM__REGULAR) {
-        llm__read_safetensors(env, ck);
+    if (llm__path_find(env->file) == LLM__REGULAR) {
+        llm__safetensors_read(env, ck);
     } else {
         const char *name = "model.safetensors.index.json";
         env->file = path;
-        if (llm__find_path(llm__path_join(env, directory, name)) != LLM__REGULAR)
+        if (llm__path_find(llm__path_join(env, directory, name)) != LLM__REGULAR)
             llm__fail(env, LLM_ERROR_IO, "there is neither model.safetensors nor %s in this directory", name);
-        const llm__json *index = llm__open_json(env, directory, name);
-        llm__read_shards(env, ck, index, env->file);
+        const llm__json *index = llm__hf_open_json(env, directory, name);
+        llm__safetensors_read_shards(env, ck, index, env->file);
     }
     env->file = path;
-    llm__sort_tensors(env, ck);
+    llm__tensor_sort(env, ck);
     return ck;
 }
 
 /* The directory of a path that names one, or the config.json in one; NULL for other paths. */
-static const char *llm__model_directory(llm__env *env, const char *path) {
+static const char *llm__hf_directory(llm__env *env, const char *path) {
     const char *name = llm__path_name(path);
-    if (llm__find_path(path) == LLM__DIRECTORY) return path;
+    if (llm__path_find(path) == LLM__DIRECTORY) return path;
     if (strcmp(name, "config.json")) return NULL;
-    return name == path ? "." : llm__copy_string(env, path, (size_t)(name - path));
+    return name == path ? "." : llm__str_copy(env, path, (size_t)(name - path));
 }
 
-static llm__checkpoint *llm__open_checkpoint(llm__env *env, const char *path, const llm_model_desc *desc) {
-    if (desc->data) return llm__read_whole_gguf(env, llm__file_memory(env, desc->data, desc->data_size));
+static llm__checkpoint *llm__checkpoint_open(llm__env *env, const char *path, const llm_model_desc *desc) {
+    if (desc->data) return llm__gguf_read_whole(env, llm__file_memory(env, desc->data, desc->data_size));
     if (desc->read)
-        return llm__read_whole_gguf(env, llm__file_function(env, desc->read, desc->read_user, desc->read_size));
+        return llm__gguf_read_whole(env, llm__file_function(env, desc->read, desc->read_user, desc->read_size));
     if (!path) llm__fail(env, LLM_ERROR_ARGUMENT, "neither a path nor data to load from were given");
-    const char *directory = llm__model_directory(env, path);
-    return directory ? llm__open_directory(env, directory) : llm__open_gguf(env, path);
+    const char *directory = llm__hf_directory(env, path);
+    return directory ? llm__hf_open(env, directory) : llm__gguf_open(env, path);
 }
 
 /* ==== 6 Hyperparameters =========================================================================================
@@ -2318,51 +2356,61 @@ static llm__checkpoint *llm__open_checkpoint(llm__env *env, const char *path, co
 enum { LLM__MOST_HEAD = 4096 }; /* dimensions of a head */
 
 /* What config.json's sliding_window means. */
-typedef enum llm__window_rule { LLM__NO_WINDOW, LLM__WINDOW_ALWAYS, LLM__WINDOW_IF_USED } llm__window_rule;
+typedef enum llm__hparams_window_rule {
+    LLM__NO_WINDOW,
+    LLM__WINDOW_ALWAYS,
+    LLM__WINDOW_IF_USED
+} llm__hparams_window_rule;
 
-typedef struct llm__architecture {
+typedef struct llm__hparams_architecture {
     const char *gguf, *hugging_face, *class_name; /* NULL: GGUF calls it by another's name */
     bool interleaved_rope; /* GGUF's rows of Q and K pair dimension 2i with 2i + 1, not i with i + rope_dim / 2 */
     bool qkv_bias, qk_norm;
-    llm__window_rule window;
-} llm__architecture;
+    llm__hparams_window_rule window;
+} llm__hparams_architecture;
 
-static const llm__architecture llm__architectures[] = {
+static const llm__hparams_architecture llm__hparams_architectures[] = {
     {"llama", "llama", "LlamaForCausalLM", true, false, false, LLM__NO_WINDOW},
     {NULL, "mistral", "MistralForCausalLM", true, false, false, LLM__WINDOW_ALWAYS},
     {"qwen2", "qwen2", "Qwen2ForCausalLM", false, true, false, LLM__WINDOW_IF_USED},
     {"qwen3", "qwen3", "Qwen3ForCausalLM", false, false, true, LLM__WINDOW_IF_USED},
 };
 
-enum { LLM__N_ARCHITECTURES = sizeof llm__architectures / sizeof *llm__architectures };
+enum { LLM__N_ARCHITECTURES = sizeof llm__hparams_architectures / sizeof *llm__hparams_architectures };
 
 /* A pair of dimensions makes `turns` full turns within the positions the model was first trained for. To reach further,
    pairs that turn seldom are slowed down by a factor and those that turn often are left alone:
      linear   all are slowed down
      llama3   in between, the share of the two is linear in the turns
      yarn     in between, it is linear in the pair's number (arXiv:2309.00071); sines and cosines are scaled, too */
-typedef enum llm__rope_kind { LLM__ROPE_PLAIN, LLM__ROPE_LINEAR, LLM__ROPE_LLAMA3, LLM__ROPE_YARN } llm__rope_kind;
+typedef enum llm__hparams_rope_kind {
+    LLM__ROPE_PLAIN,
+    LLM__ROPE_LINEAR,
+    LLM__ROPE_LLAMA3,
+    LLM__ROPE_YARN
+} llm__hparams_rope_kind;
 
-typedef struct llm__rope {
-    llm__rope_kind kind;
+typedef struct llm__hparams_rope {
+    llm__hparams_rope_kind kind;
     double base, factor;
     double n_original; /* the positions first trained for */
     double few_turns, many_turns;
     bool whole_pairs;            /* yarn: the limits are rounded to whole pairs */
     double scale;                /* of sines and cosines; 0: as yarn says, */
     double growth, growth_below; /* (1 + growth * log(factor) / 10) / (1 + growth_below * log(factor) / 10) */
-} llm__rope;
+} llm__hparams_rope;
 
 typedef struct llm__hparams {
     llm__str name, architecture;
     int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim, n_ctx_train;
     int window; /* 0: none */
     float rms_eps;
-    llm__rope rope;
+    llm__hparams_rope rope;
     bool interleaved_rope, qkv_bias, qk_norm, tied_head;
 } llm__hparams;
 
-static void llm__set_architecture(llm__hparams *h, const llm__architecture *a, llm__format format) {
+static void llm__hparams_set_architecture(llm__hparams *h, const llm__hparams_architecture *a,
+                                          llm__checkpoint_format format) {
     h->interleaved_rope = a->interleaved_rope && format == LLM__GGUF;
     h->qkv_bias = a->qkv_bias;
     h->qk_norm = a->qk_norm;
@@ -2373,7 +2421,7 @@ static void llm__set_architecture(llm__hparams *h, const llm__architecture *a, l
 #define LLM__MOST_BASE 1e15
 
 /* What both formats' numbers must fulfil. */
-static void llm__check_hparams(llm__env *env, const llm__hparams *h) {
+static void llm__hparams_check(llm__env *env, const llm__hparams *h) {
     if (h->n_heads % h->n_kv_heads)
         llm__fail(env, LLM_ERROR_FORMAT, "%d query heads cannot share %d key heads", h->n_heads, h->n_kv_heads);
     if (h->n_heads / h->n_kv_heads > 64)
@@ -2389,32 +2437,33 @@ static void llm__check_hparams(llm__env *env, const llm__hparams *h) {
 /* ---- GGUF ---- */
 
 /* The architecture's own keys, as in "llama.block_count". */
-typedef struct llm__arch_key {
+typedef struct llm__gguf_arch_key {
     char text[128];
-} llm__arch_key;
+} llm__gguf_arch_key;
 
-static llm__arch_key llm__make_arch_key(llm__env *env, const llm__checkpoint *ck, const char *key) {
-    llm__arch_key full;
-    llm__str arch = llm__get_str(env, ck, "general.architecture");
+static llm__gguf_arch_key llm__gguf_make_arch_key(llm__env *env, const llm__checkpoint *ck, const char *key) {
+    llm__gguf_arch_key full;
+    llm__str arch = llm__gguf_str(env, ck, "general.architecture");
     snprintf(full.text, sizeof full.text, "%.*s.%s", LLM__SHOW(arch), key);
     return full;
 }
 
-static int llm__arch_int(llm__env *env, const llm__checkpoint *ck, const char *key, int64_t missing, int64_t most) {
-    return (int)llm__get_int(env, ck, llm__make_arch_key(env, ck, key).text, missing, missing == 0 ? 0 : 1, most);
+static int llm__gguf_arch_int(llm__env *env, const llm__checkpoint *ck, const char *key, int64_t missing,
+                              int64_t most) {
+    return (int)llm__gguf_int(env, ck, llm__gguf_make_arch_key(env, ck, key).text, missing, missing == 0 ? 0 : 1, most);
 }
 
-static double llm__arch_number(llm__env *env, const llm__checkpoint *ck, const char *key, double missing, double least,
-                               double most) {
-    llm__arch_key full = llm__make_arch_key(env, ck, key);
-    if (!llm__find_value(ck, full.text)) return missing;
-    double d = llm__get_number(env, ck, full.text, 0);
+static double llm__gguf_arch_number(llm__env *env, const llm__checkpoint *ck, const char *key, double missing,
+                                    double least, double most) {
+    llm__gguf_arch_key full = llm__gguf_make_arch_key(env, ck, key);
+    if (!llm__gguf_find(ck, full.text)) return missing;
+    double d = llm__gguf_number(env, ck, full.text, 0);
     if (!(d >= least && d <= most))
         llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is %g, not from %g to %g", full.text, d, least, most);
     return d;
 }
 
-static void llm__refuse_gguf(llm__env *env, const llm__checkpoint *ck) {
+static void llm__gguf_refuse(llm__env *env, const llm__checkpoint *ck) {
     static const struct {
         const char *key;
         double harmless;
@@ -2436,32 +2485,32 @@ static void llm__refuse_gguf(llm__env *env, const llm__checkpoint *ck) {
         {"rope.dimension_sections", 0},
     };
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
-        llm__arch_key key = llm__make_arch_key(env, ck, keys[i].key);
-        const llm__value *v = llm__find_value(ck, key.text);
-        if (!v || (!v->is_array && v->type != LLM__GGUF_STRING && llm__value_number(v, 0) == keys[i].harmless))
+        llm__gguf_arch_key key = llm__gguf_make_arch_key(env, ck, keys[i].key);
+        const llm__gguf_value *v = llm__gguf_find(ck, key.text);
+        if (!v || (!v->is_array && v->type != LLM__GGUF_STRING && llm__gguf_value_number(v, 0) == keys[i].harmless))
             continue;
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "metadata %s is set, which this library does not run", key.text);
     }
 }
 
-static llm__rope llm__gguf_rope(llm__env *env, const llm__checkpoint *ck, int n_ctx_train) {
-    llm__rope r;
+static llm__hparams_rope llm__gguf_rope(llm__env *env, const llm__checkpoint *ck, int n_ctx_train) {
+    llm__hparams_rope r;
     memset(&r, 0, sizeof r);
-    r.base = llm__arch_number(env, ck, "rope.freq_base", 10000, LLM__LEAST_BASE, LLM__MOST_BASE);
-    r.factor = llm__arch_number(env, ck, "rope.scaling.factor",
-                                llm__arch_number(env, ck, "rope.scale_linear", 0, 0, 1e6), 0, 1e6);
+    r.base = llm__gguf_arch_number(env, ck, "rope.freq_base", 10000, LLM__LEAST_BASE, LLM__MOST_BASE);
+    r.factor = llm__gguf_arch_number(env, ck, "rope.scaling.factor",
+                                     llm__gguf_arch_number(env, ck, "rope.scale_linear", 0, 0, 1e6), 0, 1e6);
     r.scale = 1;
-    llm__arch_key key = llm__make_arch_key(env, ck, "rope.scaling.type");
-    llm__str type = llm__get_str(env, ck, key.text);
+    llm__gguf_arch_key key = llm__gguf_make_arch_key(env, ck, "rope.scaling.type");
+    llm__str type = llm__gguf_str(env, ck, key.text);
     if (llm__str_is(type, "yarn")) {
         r.kind = LLM__ROPE_YARN;
         if (r.factor == 0)
             llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is yarn, but rope.scaling.factor is missing", key.text);
-        r.n_original = llm__arch_number(env, ck, "rope.scaling.original_context_length", n_ctx_train, 1, 1 << 28);
-        r.few_turns = llm__arch_number(env, ck, "rope.scaling.yarn_beta_slow", 1, 1e-3, 1e6);
-        r.many_turns = llm__arch_number(env, ck, "rope.scaling.yarn_beta_fast", 32, 1e-3, 1e6);
+        r.n_original = llm__gguf_arch_number(env, ck, "rope.scaling.original_context_length", n_ctx_train, 1, 1 << 28);
+        r.few_turns = llm__gguf_arch_number(env, ck, "rope.scaling.yarn_beta_slow", 1, 1e-3, 1e6);
+        r.many_turns = llm__gguf_arch_number(env, ck, "rope.scaling.yarn_beta_fast", 32, 1e-3, 1e6);
         r.whole_pairs = true;
-        r.scale = llm__arch_number(env, ck, "rope.scaling.yarn_attn_factor", 0, 1e-3, 1e3);
+        r.scale = llm__gguf_arch_number(env, ck, "rope.scaling.yarn_attn_factor", 0, 1e-3, 1e3);
         r.growth = 1;
     } else if (type.n && !llm__str_is(type, "linear") && !llm__str_is(type, "none")) {
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "metadata %s is \"%.*s\"; this library runs none, linear and yarn",
@@ -2472,41 +2521,42 @@ static llm__rope llm__gguf_rope(llm__env *env, const llm__checkpoint *ck, int n_
     return r;
 }
 
-static llm__hparams llm__gguf_hparams(llm__env *env, const llm__checkpoint *ck) {
+static llm__hparams llm__hparams_from_gguf(llm__env *env, const llm__checkpoint *ck) {
     llm__hparams h;
     memset(&h, 0, sizeof h);
-    h.name = llm__get_str(env, ck, "general.name");
-    h.architecture = llm__get_str(env, ck, "general.architecture");
-    const llm__architecture *a = llm__architectures;
-    while (a < llm__architectures + LLM__N_ARCHITECTURES && !(a->gguf && llm__str_is(h.architecture, a->gguf))) a++;
-    if (a == llm__architectures + LLM__N_ARCHITECTURES)
+    h.name = llm__gguf_str(env, ck, "general.name");
+    h.architecture = llm__gguf_str(env, ck, "general.architecture");
+    const llm__hparams_architecture *a = llm__hparams_architectures;
+    while (a < llm__hparams_architectures + LLM__N_ARCHITECTURES && !(a->gguf && llm__str_is(h.architecture, a->gguf)))
+        a++;
+    if (a == llm__hparams_architectures + LLM__N_ARCHITECTURES)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the architecture is \"%.*s\"; this library runs llama, qwen2 and qwen3",
                   LLM__SHOW(h.architecture));
-    llm__set_architecture(&h, a, ck->format);
-    llm__refuse_gguf(env, ck);
-    const llm__tensor *embd = llm__find_tensor(ck, "token_embd.weight");
+    llm__hparams_set_architecture(&h, a, ck->format);
+    llm__gguf_refuse(env, ck);
+    const llm__tensor *embd = llm__tensor_find(ck, "token_embd.weight");
     if (!embd) llm__fail(env, LLM_ERROR_FORMAT, "tensor token_embd.weight is missing");
     if (embd->rows > 1 << 24)
         llm__fail(env, LLM_ERROR_FORMAT, "tensor token_embd.weight has %llu rows", (unsigned long long)embd->rows);
     h.n_vocab = (int)embd->rows;
-    h.n_layers = llm__arch_int(env, ck, "block_count", -1, 4096);
-    h.n_embd = llm__arch_int(env, ck, "embedding_length", -1, 1 << 20);
-    h.n_ff = llm__arch_int(env, ck, "feed_forward_length", -1, 1 << 22);
-    h.n_heads = llm__arch_int(env, ck, "attention.head_count", -1, 4096);
-    h.n_kv_heads = llm__arch_int(env, ck, "attention.head_count_kv", h.n_heads, 4096);
-    h.n_ctx_train = llm__arch_int(env, ck, "context_length", -1, 1 << 28);
-    h.head_dim =
-        llm__arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1, LLM__MOST_HEAD);
-    int value_length = llm__arch_int(env, ck, "attention.value_length", h.head_dim, LLM__MOST_HEAD);
+    h.n_layers = llm__gguf_arch_int(env, ck, "block_count", -1, 4096);
+    h.n_embd = llm__gguf_arch_int(env, ck, "embedding_length", -1, 1 << 20);
+    h.n_ff = llm__gguf_arch_int(env, ck, "feed_forward_length", -1, 1 << 22);
+    h.n_heads = llm__gguf_arch_int(env, ck, "attention.head_count", -1, 4096);
+    h.n_kv_heads = llm__gguf_arch_int(env, ck, "attention.head_count_kv", h.n_heads, 4096);
+    h.n_ctx_train = llm__gguf_arch_int(env, ck, "context_length", -1, 1 << 28);
+    h.head_dim = llm__gguf_arch_int(env, ck, "attention.key_length", h.n_embd / h.n_heads ? h.n_embd / h.n_heads : 1,
+                                    LLM__MOST_HEAD);
+    int value_length = llm__gguf_arch_int(env, ck, "attention.value_length", h.head_dim, LLM__MOST_HEAD);
     if (value_length != h.head_dim)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "attention.value_length is %d and attention.key_length %d; this library runs equal ones",
                   value_length, h.head_dim);
-    h.rope_dim = llm__arch_int(env, ck, "rope.dimension_count", h.head_dim, 4096);
-    h.window = llm__arch_int(env, ck, "attention.sliding_window", 0, 1 << 28);
-    h.rms_eps = (float)llm__arch_number(env, ck, "attention.layer_norm_rms_epsilon", 1e-5, 1e-12, 1);
+    h.rope_dim = llm__gguf_arch_int(env, ck, "rope.dimension_count", h.head_dim, 4096);
+    h.window = llm__gguf_arch_int(env, ck, "attention.sliding_window", 0, 1 << 28);
+    h.rms_eps = (float)llm__gguf_arch_number(env, ck, "attention.layer_norm_rms_epsilon", 1e-5, 1e-12, 1);
     h.rope = llm__gguf_rope(env, ck, h.n_ctx_train);
-    h.tied_head = !llm__find_tensor(ck, "output.weight");
+    h.tied_head = !llm__tensor_find(ck, "output.weight");
     return h;
 }
 
@@ -2561,10 +2611,11 @@ static const llm__json *llm__config_object(llm__env *env, const llm__json *objec
     return v;
 }
 
-static const llm__architecture *llm__config_architecture(llm__env *env, const llm__json *config, llm__str type) {
-    const llm__architecture *a = llm__architectures;
-    while (a < llm__architectures + LLM__N_ARCHITECTURES && !llm__str_is(type, a->hugging_face)) a++;
-    if (a == llm__architectures + LLM__N_ARCHITECTURES)
+static const llm__hparams_architecture *llm__config_architecture(llm__env *env, const llm__json *config,
+                                                                 llm__str type) {
+    const llm__hparams_architecture *a = llm__hparams_architectures;
+    while (a < llm__hparams_architectures + LLM__N_ARCHITECTURES && !llm__str_is(type, a->hugging_face)) a++;
+    if (a == llm__hparams_architectures + LLM__N_ARCHITECTURES)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "model_type is \"%.*s\"; this library runs llama, mistral, qwen2 and qwen3", LLM__SHOW(type));
     const llm__json *classes = llm__json_get(config, "architectures");
@@ -2576,7 +2627,7 @@ static const llm__architecture *llm__config_architecture(llm__env *env, const ll
 }
 
 /* Weights as compressed-tensors writes them: int8, one scale for each output. */
-static void llm__check_quantization(llm__env *env, const llm__json *q) {
+static void llm__config_check_quantization(llm__env *env, const llm__json *q) {
     if (!q) return;
     llm__str method = llm__config_str(env, q, "quant_method"), format = llm__config_str(env, q, "format");
     if (!llm__str_is(method, "compressed-tensors") ||
@@ -2602,7 +2653,7 @@ static void llm__check_quantization(llm__env *env, const llm__json *q) {
     }
 }
 
-static void llm__refuse_config(llm__env *env, const llm__json *config, const llm__architecture *a) {
+static void llm__config_refuse(llm__env *env, const llm__json *config, const llm__hparams_architecture *a) {
     static const char *const flags[] = {"attention_bias", "mlp_bias"};
     llm__str act = llm__config_str(env, config, "hidden_act");
     if (act.n && !llm__str_is(act, "silu") && !llm__str_is(act, "swish"))
@@ -2611,26 +2662,26 @@ static void llm__refuse_config(llm__env *env, const llm__json *config, const llm
     for (size_t i = 0; i < sizeof flags / sizeof *flags && !a->qkv_bias; i++)
         if (llm__config_bool(env, config, flags[i], false))
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s is true, which this library does not run", flags[i]);
-    llm__check_quantization(env, llm__config_object(env, config, "quantization_config"));
-    llm__check_quantization(env, llm__config_object(env, config, "compression_config"));
+    llm__config_check_quantization(env, llm__config_object(env, config, "quantization_config"));
+    llm__config_check_quantization(env, llm__config_object(env, config, "compression_config"));
 }
 
-static void llm__check_rotary_part(llm__env *env, const llm__json *object) {
+static void llm__config_check_rotary_part(llm__env *env, const llm__json *object) {
     double part = llm__config_number(env, object, "partial_rotary_factor", 1, 0, 1);
     if (part != 1) llm__fail(env, LLM_ERROR_UNSUPPORTED, "partial_rotary_factor is %g; this library runs 1", part);
 }
 
 /* rope_scaling, or rope_parameters as it is called in newer files, which hold rope_theta too. */
-static llm__rope llm__config_rope(llm__env *env, const llm__json *config, int n_ctx_train) {
-    llm__rope r;
+static llm__hparams_rope llm__config_rope(llm__env *env, const llm__json *config, int n_ctx_train) {
+    llm__hparams_rope r;
     const llm__json *o = llm__config_object(env, config, "rope_scaling");
     memset(&r, 0, sizeof r);
     r.scale = 1;
     r.base = llm__config_number(env, config, "rope_theta", 10000, LLM__LEAST_BASE, LLM__MOST_BASE);
-    llm__check_rotary_part(env, config);
+    llm__config_check_rotary_part(env, config);
     if (!o) o = llm__config_object(env, config, "rope_parameters");
     if (!o) return r;
-    llm__check_rotary_part(env, o);
+    llm__config_check_rotary_part(env, o);
     for (const llm__json *m = o->first; m; m = m->next)
         if (m->type == LLM__JSON_OBJECT || m->type == LLM__JSON_ARRAY)
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s.%.*s is set, which this library does not run",
@@ -2669,7 +2720,8 @@ static llm__rope llm__config_rope(llm__env *env, const llm__json *config, int n_
 }
 
 /* The positions a token attends to, 0 for all: the same in all layers, or it is refused. */
-static int llm__config_window(llm__env *env, const llm__json *config, const llm__architecture *a, int n_layers) {
+static int llm__config_window(llm__env *env, const llm__json *config, const llm__hparams_architecture *a,
+                              int n_layers) {
     const llm__json *types = llm__json_get(config, "layer_types");
     bool used = a->window == LLM__WINDOW_ALWAYS ||
                 (a->window == LLM__WINDOW_IF_USED && llm__config_bool(env, config, "use_sliding_window", false));
@@ -2698,8 +2750,8 @@ static int llm__config_window(llm__env *env, const llm__json *config, const llm_
 }
 
 static bool llm__config_tied_head(llm__env *env, const llm__checkpoint *ck) {
-    const llm__tensor *embedding = llm__find_tensor(ck, "model.embed_tokens.weight");
-    const llm__tensor *head = llm__find_tensor(ck, "lm_head.weight");
+    const llm__tensor *embedding = llm__tensor_find(ck, "model.embed_tokens.weight");
+    const llm__tensor *head = llm__tensor_find(ck, "lm_head.weight");
     bool tied = llm__config_bool(env, ck->config, "tie_word_embeddings", !head);
     if (!tied && !head)
         llm__fail(env, LLM_ERROR_FORMAT, "tie_word_embeddings is false, but there is no tensor lm_head.weight");
@@ -2708,11 +2760,11 @@ static bool llm__config_tied_head(llm__env *env, const llm__checkpoint *ck) {
         memcmp(head->data, embedding->data, (size_t)(head->rows * head->row_bytes)))
         llm__fail(env, LLM_ERROR_FORMAT,
                   "tie_word_embeddings is true, but tensor lm_head.weight is not model.embed_tokens.weight");
-    llm__use_tensor(ck, head);
+    llm__tensor_use(ck, head);
     return true;
 }
 
-static llm__hparams llm__config_hparams(llm__env *env, const llm__checkpoint *ck) {
+static llm__hparams llm__hparams_from_config(llm__env *env, const llm__checkpoint *ck) {
     llm__hparams h;
     const llm__json *config = ck->config;
     const char *path = env->file;
@@ -2720,9 +2772,9 @@ static llm__hparams llm__config_hparams(llm__env *env, const llm__checkpoint *ck
     env->file = ck->config_path;
     h.name = llm__config_str(env, config, "_name_or_path");
     h.architecture = llm__config_str(env, config, "model_type");
-    const llm__architecture *a = llm__config_architecture(env, config, h.architecture);
-    llm__set_architecture(&h, a, ck->format);
-    llm__refuse_config(env, config, a);
+    const llm__hparams_architecture *a = llm__config_architecture(env, config, h.architecture);
+    llm__hparams_set_architecture(&h, a, ck->format);
+    llm__config_refuse(env, config, a);
     h.n_vocab = llm__config_int(env, config, "vocab_size", -1, 1, 1 << 24);
     h.n_layers = llm__config_int(env, config, "num_hidden_layers", -1, 1, 4096);
     h.n_embd = llm__config_int(env, config, "hidden_size", -1, 1, 1 << 20);
@@ -2737,19 +2789,19 @@ static llm__hparams llm__config_hparams(llm__env *env, const llm__checkpoint *ck
     h.rms_eps = (float)llm__config_number(env, config, "rms_norm_eps", 1e-6, 1e-12, 1);
     h.rope = llm__config_rope(env, config, h.n_ctx_train);
     h.tied_head = llm__config_tied_head(env, ck);
-    llm__check_hparams(env, &h);
+    llm__hparams_check(env, &h);
     env->file = path;
     return h;
 }
 
-static llm__hparams llm__read_hparams(llm__env *env, const llm__checkpoint *ck) {
-    if (ck->format == LLM__HUGGING_FACE) return llm__config_hparams(env, ck);
-    llm__hparams h = llm__gguf_hparams(env, ck);
-    llm__check_hparams(env, &h);
+static llm__hparams llm__hparams_read(llm__env *env, const llm__checkpoint *ck) {
+    if (ck->format == LLM__HUGGING_FACE) return llm__hparams_from_config(env, ck);
+    llm__hparams h = llm__hparams_from_gguf(env, ck);
+    llm__hparams_check(env, &h);
     return h;
 }
 
-/* ==== 7 Unicode and tokenizers ==================================================================================
+/* ==== 7 Unicode =================================================================================================
 
    From text to tokens: special tokens are cut out first; what is between them is normalised if the tokenizer does so
    (NFC, a space put before it), tokens that are looked for in normalised text are cut out, the rest is cut into words by
@@ -2784,7 +2836,7 @@ enum { /* what a code point is to a pre-tokenizer: Unicode's general category in
 
 /* The tables are printed by tokenizer/unicode.py. Classes: a letter and how many code points in a row have the class it
    stands for; A is for pairs of an upper and a lower case letter. */
-static const char *const llm__class_runs[] = {
+static const char *const llm__unicode_class_runs[] = {
     ".9s5.18sp3yp6yp4n10p2y3p2U26p3ypyl26pypy.6s.26spy5py2opy.y4n2ylp2ynopn3pU23yU7l24yl8A27Ul2A7Ul2A23U2lAUl3U2lA",
     "U2lU3l2U4lU2lU3l3U2lU2lA2U2lUl2AU2lU3lAU2l2oUl3o4U2lU2lU2lA7Ul2A8Ul2U2lAU3lA28Ul7U2lU2l2AU4lA3Ul69ol27o18y4o12",
     "y14o5y7oyoy17m112A2oyA.2ol3pU.4y2UpU3.U.U2lU17.U9l35Ul2U3l3A11Ul5AyAU2l2U51l48A17ym7A27U2lA5Ul2A48.U38.2op6l41",
@@ -2839,20 +2891,20 @@ static const char *const llm__class_runs[] = {
 /* A table of classes for all code points, in pages of 128 of which each different one is kept once; page 0 is ASCII. */
 enum { LLM__N_PAGES = 0x110000 / 128, LLM__MAX_PAGES = 320 };
 
-typedef struct llm__classes {
+typedef struct llm__unicode_classes {
     uint8_t page[LLM__MAX_PAGES][128];
     uint16_t index[LLM__N_PAGES];
     int n_pages;
-} llm__classes;
+} llm__unicode_classes;
 
-static uint16_t llm__page_index(llm__classes *c, const uint8_t *page) {
+static uint16_t llm__unicode_page_index(llm__unicode_classes *c, const uint8_t *page) {
     for (int i = c->n_pages; i-- > 0;)
         if (!memcmp(c->page[i], page, 128)) return (uint16_t)i;
     memcpy(c->page[c->n_pages], page, 128);
     return (uint16_t)c->n_pages++;
 }
 
-static unsigned llm__class_of_letter(char letter) {
+static unsigned llm__unicode_class_of_letter(char letter) {
     switch (letter) {
     case 'A':
     case 'U': return LLM__UPPER;
@@ -2867,13 +2919,13 @@ static unsigned llm__class_of_letter(char letter) {
     }
 }
 
-static llm__classes *llm__build_classes(llm__env *env) {
-    llm__classes *c = (llm__classes *)llm__alloc(env, 1, sizeof *c);
+static llm__unicode_classes *llm__unicode_build_classes(llm__env *env) {
+    llm__unicode_classes *c = (llm__unicode_classes *)llm__alloc(env, 1, sizeof *c);
     uint8_t page[128];
     uint32_t code = 0;
     c->n_pages = 0;
-    for (int line = 0; llm__class_runs[line]; line++) {
-        for (const char *p = llm__class_runs[line]; *p;) {
+    for (int line = 0; llm__unicode_class_runs[line]; line++) {
+        for (const char *p = llm__unicode_class_runs[line]; *p;) {
             char letter = *p++;
             uint32_t n = 0;
             while (*p >= '0' && *p <= '9') n = 10 * n + (uint32_t)(*p++ - '0');
@@ -2887,10 +2939,10 @@ static llm__classes *llm__build_classes(llm__env *env) {
                     c->index[code / 128] = (uint16_t)whole;
                     continue;
                 }
-                memset(page + at, (int)llm__class_of_letter(letter), step);
+                memset(page + at, (int)llm__unicode_class_of_letter(letter), step);
                 for (uint32_t j = 0; letter == 'A' && j < step; j++)
                     if ((i + j) % 2) page[at + j] = LLM__LOWER;
-                if (at + step == 128) c->index[code / 128] = llm__page_index(c, page);
+                if (at + step == 128) c->index[code / 128] = llm__unicode_page_index(c, page);
                 if (step == 128) whole = c->index[code / 128];
             }
         }
@@ -2898,34 +2950,7 @@ static llm__classes *llm__build_classes(llm__env *env) {
     return c;
 }
 
-/* The first byte that is not part of a well-formed character; end if there is none. */
-static const uint8_t *llm__utf8_check(const uint8_t *p, const uint8_t *end) {
-    while (p < end) {
-        uint64_t eight;
-        while (end - p >= 8 && (memcpy(&eight, p, 8), !(eight & 0x8080808080808080u))) p += 8;
-        if (p == end) break;
-        size_t n = llm__utf8_length(p, end);
-        if (!n) break;
-        p += n;
-    }
-    return p;
-}
-
-/* The code point at p, which is well formed; *next is where the one after it begins. */
-static uint32_t llm__utf8_decode(const uint8_t *p, const uint8_t **next) {
-    uint32_t c = p[0];
-    if (c < 0x80) {
-        *next = p + 1;
-        return c;
-    }
-    int n = c >= 0xF0 ? 4 : c >= 0xE0 ? 3 : 2;
-    c &= 0x7Fu >> n;
-    for (int i = 1; i < n; i++) c = c << 6 | (p[i] & 0x3F);
-    *next = p + n;
-    return c;
-}
-
-static unsigned llm__class_at(const llm__classes *classes, const uint8_t *p, const uint8_t **next) {
+static unsigned llm__unicode_class_at(const llm__unicode_classes *classes, const uint8_t *p, const uint8_t **next) {
     if (*p < 0x80) {
         *next = p + 1;
         return classes->page[0][*p];
@@ -2934,14 +2959,6 @@ static unsigned llm__class_at(const llm__classes *classes, const uint8_t *p, con
     return classes->page[classes->index[c / 128]][c % 128];
 }
 
-/* How many bytes of a piece or merge to show in a message: whole characters, 80 bytes at most. */
-static int llm__shown(llm__str s) {
-    size_t n = s.n < 80 ? s.n : 80;
-    while (n && n < s.n && ((uint8_t)s.at[n] & 0xC0) == 0x80) n--;
-    return (int)n;
-}
-#define LLM__SHOW_PIECE(s) llm__shown(s), (s).at
-
 /* ---- Normalisation form C ----
 
    Three numbers per canonical decomposition: how far the code point is from the last one, doubled, and odd if it is
@@ -2949,7 +2966,7 @@ static int llm__shown(llm__str s) {
    Three per run of one combining class: the gap before, the length, the class. Numbers are in base 45, lowest digit
    first, all but the last digit from the upper half of the 90 characters used. Hangul is arithmetic. This is Unicode 9.0,
    as in Hugging Face's normaliser, with which the models were trained: later marks are left where they are. */
-static const char *const llm__decompositions[] = {
+static const char *const llm__nfc_decompositions[] = {
     "j+z%$%#%%#&%#'%#,%#.''L%'$%#%%#&%#,%+$%#%%#&%#,'-'%%$%#%%#&%#'%#,)/$%#%%#&%#,%+%)3$%#%%#&%#'%#,%#.''L%'$%#%%#&",
     "%#,%+$%#%%#&%#,'-'%%$%#%%#&%#'%#,)/$%#%%#&%#,%+%'#,%g%(%e$(%d$*%e$*%d$M%e$M%`$%%e$%%d$&%e$&%d$+%e$+%d$0%e$0",
     "%b$0%e$0)b$(%e$(%d$*%e$*%d$+%e$+%d$M%e$M%d$0%e$0%`$&%e$&%d$*%e$*%d$+%e$+%d$L%e$L%b$&%e$&)b$'%e$'%d$(%e$(%d$*",
@@ -3035,7 +3052,7 @@ static const char *const llm__decompositions[] = {
     "&Sez%#&Tl7#&xn7#&-#&1#&7#&1#&o$#&fX{%#",
     NULL};
 
-static const char *const llm__combining_runs[] = {
+static const char *const llm__nfc_combining_runs[] = {
     "T48V(#$X(#'z'#$X(#$v'#(z'#%h'#'z'#%h'#.z'#($#'z'#+V(#$a(#$V(#&z'#&V(#%z'$&V(#'z'#$V(#$X(#%z'#$V(#$Y(#%Z(#$Y(",
     "#%Z(#$Y(#0V(V)(V(z($z'#'V(#$z'#&V(#$|'#$z'#)V(#)z'#%V(#$z'#%V(#$|'#$T(#$V(#$-#$.#$/#$0#$1#$2#$3#$4#$5#%6#$7#$8",
     "#$9$$:$$;#$<$$V(#$z'$$5m$+V(#$B#$C#$DT$$>#$@#$A#$B#$C#$D#$E#$F#%V(#%z'#(V(#$z'#%V(#$z'3$G]%*V(%'V(#$z'#$V(%%V(",
@@ -3051,21 +3068,21 @@ static const char *const llm__combining_runs[] = {
     "YU$*z'e%)V(#$*",
     NULL};
 
-typedef struct llm__decomposition {
+typedef struct llm__nfc_decomposition {
     uint32_t code, first, second;
     bool composes;
-} llm__decomposition;
+} llm__nfc_decomposition;
 
-typedef struct llm__combining_run {
+typedef struct llm__nfc_combining_run {
     uint32_t begin, end;
     uint8_t value;
-} llm__combining_run;
+} llm__nfc_combining_run;
 
 enum { LLM__MAX_DECOMPOSITIONS = 2200, LLM__MAX_COMBINING_RUNS = 500 };
 
 typedef struct llm__nfc {
-    llm__decomposition by_code[LLM__MAX_DECOMPOSITIONS], by_parts[LLM__MAX_DECOMPOSITIONS];
-    llm__combining_run runs[LLM__MAX_COMBINING_RUNS];
+    llm__nfc_decomposition by_code[LLM__MAX_DECOMPOSITIONS], by_parts[LLM__MAX_DECOMPOSITIONS];
+    llm__nfc_combining_run runs[LLM__MAX_COMBINING_RUNS];
     size_t n_by_code, n_by_parts, n_runs;
     bool page_changes[LLM__N_PAGES]; /* holds code points that NFC may change or join to the one before them */
 } llm__nfc;
@@ -3082,7 +3099,7 @@ enum {
 };
 
 /* The next number of a table, 0 at its end; *line and *at say where the reading is. */
-static uint32_t llm__next_number(const char *const *table, int *line, const char **at) {
+static uint32_t llm__nfc_next_number(const char *const *table, int *line, const char **at) {
     uint32_t value = 0, scale = 1;
     if (!**at) {
         if (!table[*line + 1]) return 0;
@@ -3095,52 +3112,52 @@ static uint32_t llm__next_number(const char *const *table, int *line, const char
     }
 }
 
-static int llm__compare_parts(const void *a, const void *b) {
-    const llm__decomposition *x = (const llm__decomposition *)a, *y = (const llm__decomposition *)b;
+static int llm__nfc_compare_parts(const void *a, const void *b) {
+    const llm__nfc_decomposition *x = (const llm__nfc_decomposition *)a, *y = (const llm__nfc_decomposition *)b;
     if (x->first != y->first) return x->first < y->first ? -1 : 1;
     return (x->second > y->second) - (x->second < y->second);
 }
 
-static void llm__read_decompositions(llm__nfc *nfc) {
+static void llm__nfc_read_decompositions(llm__nfc *nfc) {
     int line = 0;
-    const char *at = llm__decompositions[0];
+    const char *at = llm__nfc_decompositions[0];
     uint32_t step, code = 0, first = 0;
-    while ((step = llm__next_number(llm__decompositions, &line, &at)) != 0) {
-        uint32_t zigzag = llm__next_number(llm__decompositions, &line, &at);
-        llm__decomposition *d = &nfc->by_code[nfc->n_by_code++];
+    while ((step = llm__nfc_next_number(llm__nfc_decompositions, &line, &at)) != 0) {
+        uint32_t zigzag = llm__nfc_next_number(llm__nfc_decompositions, &line, &at);
+        llm__nfc_decomposition *d = &nfc->by_code[nfc->n_by_code++];
         d->code = code += step / 2;
         d->first = first += zigzag & 1 ? 0u - (zigzag + 1) / 2 : zigzag / 2;
-        d->second = llm__next_number(llm__decompositions, &line, &at);
+        d->second = llm__nfc_next_number(llm__nfc_decompositions, &line, &at);
         if (d->second) d->second += 0x2FF;
         d->composes = step % 2 == 0;
         if (d->composes) nfc->by_parts[nfc->n_by_parts++] = *d;
         nfc->page_changes[(d->composes ? d->second : code) / 128] = true;
     }
-    qsort(nfc->by_parts, nfc->n_by_parts, sizeof *nfc->by_parts, llm__compare_parts);
+    qsort(nfc->by_parts, nfc->n_by_parts, sizeof *nfc->by_parts, llm__nfc_compare_parts);
 }
 
-static void llm__read_combining_runs(llm__nfc *nfc) {
+static void llm__nfc_read_combining_runs(llm__nfc *nfc) {
     int line = 0;
-    const char *at = llm__combining_runs[0];
+    const char *at = llm__nfc_combining_runs[0];
     uint32_t code = 0;
-    while (*at || llm__combining_runs[line + 1]) {
-        llm__combining_run *run = &nfc->runs[nfc->n_runs++];
-        run->begin = code += llm__next_number(llm__combining_runs, &line, &at);
-        run->end = code += llm__next_number(llm__combining_runs, &line, &at);
-        run->value = (uint8_t)llm__next_number(llm__combining_runs, &line, &at);
+    while (*at || llm__nfc_combining_runs[line + 1]) {
+        llm__nfc_combining_run *run = &nfc->runs[nfc->n_runs++];
+        run->begin = code += llm__nfc_next_number(llm__nfc_combining_runs, &line, &at);
+        run->end = code += llm__nfc_next_number(llm__nfc_combining_runs, &line, &at);
+        run->value = (uint8_t)llm__nfc_next_number(llm__nfc_combining_runs, &line, &at);
         for (uint32_t c = run->begin; c < run->end; c++) nfc->page_changes[c / 128] = true;
     }
 }
 
-static llm__nfc *llm__build_nfc(llm__env *env) {
+static llm__nfc *llm__nfc_build(llm__env *env) {
     llm__nfc *nfc = (llm__nfc *)llm__alloc_zero(env, 1, sizeof *nfc);
-    llm__read_decompositions(nfc);
-    llm__read_combining_runs(nfc);
+    llm__nfc_read_decompositions(nfc);
+    llm__nfc_read_combining_runs(nfc);
     nfc->page_changes[LLM__HANGUL_V / 128] = nfc->page_changes[LLM__HANGUL_T / 128] = true;
     return nfc;
 }
 
-static uint8_t llm__combining(const llm__nfc *nfc, uint32_t code) {
+static uint8_t llm__nfc_combining(const llm__nfc *nfc, uint32_t code) {
     size_t lo = 0, hi = nfc->n_runs;
     while (lo < hi) {
         size_t mid = (lo + hi) / 2;
@@ -3151,14 +3168,14 @@ static uint8_t llm__combining(const llm__nfc *nfc, uint32_t code) {
 }
 
 /* What first and second become together; 0 if they do not. */
-static uint32_t llm__compose(const llm__nfc *nfc, uint32_t first, uint32_t second) {
+static uint32_t llm__nfc_compose(const llm__nfc *nfc, uint32_t first, uint32_t second) {
     uint32_t l = first - LLM__HANGUL_L, v = second - LLM__HANGUL_V, s = first - LLM__HANGUL, t = second - LLM__HANGUL_T;
     if (l < LLM__HANGUL_NL && v < LLM__HANGUL_NV) return LLM__HANGUL + (l * LLM__HANGUL_NV + v) * LLM__HANGUL_NT;
     if (s < LLM__N_HANGUL && s % LLM__HANGUL_NT == 0 && t - 1 < LLM__HANGUL_NT - 1) return first + t;
     size_t lo = 0, hi = nfc->n_by_parts;
     while (lo < hi) {
         size_t mid = (lo + hi) / 2;
-        const llm__decomposition *d = &nfc->by_parts[mid];
+        const llm__nfc_decomposition *d = &nfc->by_parts[mid];
         if (d->first == first && d->second == second) return d->code;
         if (d->first < first || (d->first == first && d->second < second)) lo = mid + 1;
         else hi = mid;
@@ -3168,29 +3185,29 @@ static uint32_t llm__compose(const llm__nfc *nfc, uint32_t first, uint32_t secon
 
 /* A stretch of text being normalised: combining class << 56 | place << 21 | code point, so that sorting marks by class
    keeps the order of equal ones. */
-typedef struct llm__marks {
+typedef struct llm__nfc_marks {
     llm__env *env;
     const llm__nfc *nfc;
     uint64_t *items;
     size_t n, room;
-} llm__marks;
+} llm__nfc_marks;
 
 #define LLM__MARK_CODE(item) ((uint32_t)(item)&0x1FFFFF)
 #define LLM__MARK_CLASS(item) ((unsigned)((item) >> 56))
 
-static void llm__marks_add(llm__marks *m, uint32_t code) {
-    m->items = (uint64_t *)llm__grow(m->env, m->items, m->n, &m->room, sizeof *m->items);
-    m->items[m->n] = (uint64_t)llm__combining(m->nfc, code) << 56 | (uint64_t)m->n << 21 | code;
+static void llm__nfc_marks_add(llm__nfc_marks *m, uint32_t code) {
+    m->items = (uint64_t *)llm__alloc_grow(m->env, m->items, m->n, &m->room, sizeof *m->items);
+    m->items[m->n] = (uint64_t)llm__nfc_combining(m->nfc, code) << 56 | (uint64_t)m->n << 21 | code;
     m->n++;
 }
 
-static void llm__decompose(llm__marks *m, uint32_t code) {
+static void llm__nfc_decompose(llm__nfc_marks *m, uint32_t code) {
     uint32_t s = code - LLM__HANGUL;
     size_t lo = 0, hi = m->nfc->n_by_code;
     if (s < LLM__N_HANGUL) {
-        llm__marks_add(m, LLM__HANGUL_L + s / (LLM__HANGUL_NV * LLM__HANGUL_NT));
-        llm__marks_add(m, LLM__HANGUL_V + s / LLM__HANGUL_NT % LLM__HANGUL_NV);
-        if (s % LLM__HANGUL_NT) llm__marks_add(m, LLM__HANGUL_T + s % LLM__HANGUL_NT);
+        llm__nfc_marks_add(m, LLM__HANGUL_L + s / (LLM__HANGUL_NV * LLM__HANGUL_NT));
+        llm__nfc_marks_add(m, LLM__HANGUL_V + s / LLM__HANGUL_NT % LLM__HANGUL_NV);
+        if (s % LLM__HANGUL_NT) llm__nfc_marks_add(m, LLM__HANGUL_T + s % LLM__HANGUL_NT);
         return;
     }
     while (lo < hi) {
@@ -3199,36 +3216,36 @@ static void llm__decompose(llm__marks *m, uint32_t code) {
         else hi = mid;
     }
     if (lo == m->nfc->n_by_code || m->nfc->by_code[lo].code != code) {
-        llm__marks_add(m, code);
+        llm__nfc_marks_add(m, code);
         return;
     }
-    llm__decompose(m, m->nfc->by_code[lo].first);
-    if (m->nfc->by_code[lo].second) llm__decompose(m, m->nfc->by_code[lo].second);
+    llm__nfc_decompose(m, m->nfc->by_code[lo].first);
+    if (m->nfc->by_code[lo].second) llm__nfc_decompose(m, m->nfc->by_code[lo].second);
 }
 
-static int llm__compare_u64(const void *a, const void *b) {
+static int llm__nfc_compare_u64(const void *a, const void *b) {
     uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
     return (x > y) - (x < y);
 }
 
-static void llm__sort_marks(llm__marks *m) {
+static void llm__nfc_sort_marks(llm__nfc_marks *m) {
     for (size_t i = 0; i < m->n;) {
         size_t begin = i;
         bool sorted = true;
         for (; i < m->n && LLM__MARK_CLASS(m->items[i]); i++)
             if (i > begin && LLM__MARK_CLASS(m->items[i]) < LLM__MARK_CLASS(m->items[i - 1])) sorted = false;
-        if (!sorted) qsort(m->items + begin, i - begin, sizeof *m->items, llm__compare_u64);
+        if (!sorted) qsort(m->items + begin, i - begin, sizeof *m->items, llm__nfc_compare_u64);
         if (i == begin) i++;
     }
 }
 
-static void llm__compose_marks(llm__marks *m) {
+static void llm__nfc_compose_marks(llm__nfc_marks *m) {
     size_t n = 0, starter = SIZE_MAX;
     for (size_t i = 0; i < m->n; i++) {
         unsigned c = LLM__MARK_CLASS(m->items[i]);
         bool blocked = starter == SIZE_MAX || (n > starter + 1 && LLM__MARK_CLASS(m->items[n - 1]) >= c);
         uint32_t joined =
-            blocked ? 0 : llm__compose(m->nfc, LLM__MARK_CODE(m->items[starter]), LLM__MARK_CODE(m->items[i]));
+            blocked ? 0 : llm__nfc_compose(m->nfc, LLM__MARK_CODE(m->items[starter]), LLM__MARK_CODE(m->items[i]));
         if (joined) {
             m->items[starter] = joined;
             continue;
@@ -3241,8 +3258,8 @@ static void llm__compose_marks(llm__marks *m) {
 
 /* The text in form C: itself, or memory to be freed. Only stretches with a code point that may change, and the one
    before it, are looked at closely. */
-static uint8_t *llm__to_nfc(llm__env *env, const llm__nfc *nfc, const uint8_t *p, const uint8_t *end, size_t *n) {
-    llm__marks m;
+static uint8_t *llm__nfc_apply(llm__env *env, const llm__nfc *nfc, const uint8_t *p, const uint8_t *end, size_t *n) {
+    llm__nfc_marks m;
     memset(&m, 0, sizeof m);
     m.env = env;
     m.nfc = nfc;
@@ -3263,10 +3280,10 @@ static uint8_t *llm__to_nfc(llm__env *env, const llm__nfc *nfc, const uint8_t *p
         for (p = before; p < end; p = next) {
             uint32_t code = llm__utf8_decode(p, &next);
             if (p != before && !nfc->page_changes[code / 128]) break;
-            llm__decompose(&m, code);
+            llm__nfc_decompose(&m, code);
         }
-        llm__sort_marks(&m);
-        llm__compose_marks(&m);
+        llm__nfc_sort_marks(&m);
+        llm__nfc_compose_marks(&m);
         for (size_t i = 0; i < m.n; i++) n_out += llm__utf8_encode(LLM__MARK_CODE(m.items[i]), out + n_out);
         done = next = p;
     }
@@ -3277,16 +3294,18 @@ static uint8_t *llm__to_nfc(llm__env *env, const llm__nfc *nfc, const uint8_t *p
     return out;
 }
 
-/* ---- Vocabulary ---- */
+/* ==== 8 Tokenizer ===============================================================================================
 
-typedef enum llm__token_type { /* as GGUF numbers them */
-                               LLM__TYPE_NORMAL = 1,
-                               LLM__TYPE_UNKNOWN,
-                               LLM__TYPE_CONTROL,
-                               LLM__TYPE_USER_DEFINED,
-                               LLM__TYPE_UNUSED,
-                               LLM__TYPE_BYTE
-} llm__token_type;
+   Vocabulary, merging, pre-tokenizers, encoding and decoding. */
+
+typedef enum llm__vocab_token_type { /* as GGUF numbers them */
+                                     LLM__TYPE_NORMAL = 1,
+                                     LLM__TYPE_UNKNOWN,
+                                     LLM__TYPE_CONTROL,
+                                     LLM__TYPE_USER_DEFINED,
+                                     LLM__TYPE_UNUSED,
+                                     LLM__TYPE_BYTE
+} llm__vocab_token_type;
 
 enum { /* what is kept of each token */
        LLM__TYPE_MASK = 7,
@@ -3300,25 +3319,25 @@ enum { /* what is kept of each token */
 };
 
 /* Where a space is put before the text, so that its first word is like the others. */
-typedef enum llm__prefix {
+typedef enum llm__vocab_prefix {
     LLM__NO_PREFIX,
     LLM__PREFIX_STRETCH,  /* before each stretch between special tokens                      */
     LLM__PREFIX_UNSPACED, /* ... that does not begin with a space                            */
     LLM__PREFIX_FIRST     /* ... that does not begin with a space and is where the text begins */
-} llm__prefix;
+} llm__vocab_prefix;
 
-typedef enum llm__rule_kind {
+typedef enum llm__pre_rule_kind {
     LLM__NO_RULE,
     LLM__RULE_RUN,
     LLM__RULE_GPT2,
     LLM__RULE_LLAMA3,
     LLM__RULE_CASED,
     LLM__RULE_METASPACE
-} llm__rule_kind;
+} llm__pre_rule_kind;
 
 /* How a pre-tokenizer cuts, one rule after the other: each cuts what the one before it left whole. */
-typedef struct llm__rule {
-    llm__rule_kind kind;
+typedef struct llm__pre_rule {
+    llm__pre_rule_kind kind;
     unsigned classes;       /* of the code points in a run                                                        */
     int least, most;        /* code points in a run; most: numbers in a word                                      */
     bool space;             /* a run may begin with white space                                                   */
@@ -3326,44 +3345,44 @@ typedef struct llm__rule {
     bool contractions;      /* a word may end in 's and the like                                                  */
     const uint32_t *ranges; /* [n_ranges][2] first and last of the further code points in a run, sorted           */
     size_t n_ranges;
-} llm__rule;
+} llm__pre_rule;
 
 enum { LLM__MAX_RULES = 8, LLM__MAX_RANGES = 256, LLM__NONE = -1 };
 
-typedef struct llm__merge_pair {
+typedef struct llm__bpe_merge_text {
     llm__str left, right;
-} llm__merge_pair;
+} llm__bpe_merge_text;
 
 /* What a vocabulary is built from, whatever file it was in. The strings need only live while it is built. */
 typedef struct llm__vocab_source {
     bool sentencepiece; /* pieces are made of characters, and bytes as in "<0x0A>"; else byte-level BPE */
     const char *pieces_name, *scores_name, *types_name, *merges_name; /* of the fields, for messages              */
     size_t n_pieces, n_merges;
-    const llm__str *pieces;        /* [n_pieces] as in the file: spaces and bytes are characters that stand for them */
-    const float *scores;           /* [n_pieces] what orders merges where there is no list of them; NULL: there is */
-    const int32_t *types;          /* [n_pieces] llm__token_type; NULL: normal                                    */
-    const uint16_t *traits;        /* [n_pieces] LLM__END to LLM__IN_MODEL; NULL: none                            */
-    const llm__merge_pair *merges; /* [n_merges] best first                                                       */
-    llm__rule rules[LLM__MAX_RULES];
+    const llm__str *pieces; /* [n_pieces] as in the file: spaces and bytes are characters that stand for them */
+    const float *scores;    /* [n_pieces] what orders merges where there is no list of them; NULL: there is */
+    const int32_t *types;   /* [n_pieces] llm__vocab_token_type; NULL: normal                                    */
+    const uint16_t *traits; /* [n_pieces] LLM__END to LLM__IN_MODEL; NULL: none                            */
+    const llm__bpe_merge_text *merges; /* [n_merges] best first                                                       */
+    llm__pre_rule rules[LLM__MAX_RULES];
     int n_rules;
     bool nfc, ignore_merges;
     bool fuse_unk; /* a run of unknown characters is one token                                    */
-    llm__prefix prefix;
+    llm__vocab_prefix prefix;
     bool strip_prefix;       /* decoding takes a space off the text's begin                                 */
     llm_token bos, eos, unk; /* LLM__NONE: none                                                             */
     bool add_bos, add_eos;
     llm__str chat_template;
 } llm__vocab_source;
 
-typedef struct llm__piece_slot {
+typedef struct llm__vocab_piece_slot {
     uint32_t tag;
     llm_token id; /* LLM__NONE: free */
-} llm__piece_slot;
+} llm__vocab_piece_slot;
 
-typedef struct llm__pair_slot {
+typedef struct llm__bpe_pair_slot {
     llm_token left, right, merged; /* left LLM__NONE: free */
     uint32_t rank;
-} llm__pair_slot;
+} llm__bpe_pair_slot;
 
 typedef struct llm__special {
     llm__str text;
@@ -3382,39 +3401,39 @@ typedef struct llm__special_set {
 struct llm_tokenizer {
     llm__pool own; /* what the tokenizer is in, if it was loaded alone */
     llm_host host;
-    llm__classes *classes;
+    llm__unicode_classes *classes;
     llm__nfc *nfc; /* NULL: the text is not normalised */
     bool sentencepiece, add_bos, add_eos, ignore_merges, fuse_unk, strip_prefix;
-    llm__prefix prefix;
+    llm__vocab_prefix prefix;
     int n_vocab;
     llm_token bos, eos, unk;
     uint16_t *flags;   /* [n_vocab]                                                      */
     uint32_t *offsets; /* [n_vocab + 1] into bytes                                       */
     uint8_t *bytes;
-    llm__piece_slot *pieces;
+    llm__vocab_piece_slot *pieces;
     size_t piece_mask, longest_piece;
-    llm__pair_slot *pairs;
+    llm__bpe_pair_slot *pairs;
     size_t pair_mask, n_pairs;
     uint32_t n_ranks;
     uint8_t joined[256][32]; /* [byte][byte / 8] bits: which bytes follow one another in some piece */
     llm_token byte_tokens[256];
     llm__special_set raw, normalized; /* recognised in the text as it is, and when it is normalised */
-    llm__rule rules[LLM__MAX_RULES + 1];
+    llm__pre_rule rules[LLM__MAX_RULES + 1];
     char *chat_template; /* the text in the file; NULL: none */
 };
 
-static llm__str llm__piece(const llm_tokenizer *t, llm_token id) {
+static llm__str llm__vocab_piece(const llm_tokenizer *t, llm_token id) {
     llm__str s;
     s.at = (const char *)t->bytes + t->offsets[id];
     s.n = t->offsets[id + 1] - t->offsets[id];
     return s;
 }
 
-static int llm__type_of(const llm_tokenizer *t, llm_token id) { return t->flags[id] & LLM__TYPE_MASK; }
+static int llm__vocab_type_of(const llm_tokenizer *t, llm_token id) { return t->flags[id] & LLM__TYPE_MASK; }
 
 /* ---- Hash tables: open addressing, at most half full ---- */
 
-static uint64_t llm__load_native(const uint8_t *p, size_t n) { /* n <= 8 bytes, in any order that tells them apart */
+static uint64_t llm__load_tail(const uint8_t *p, size_t n) { /* n <= 8 bytes, in any order that tells them apart */
     uint64_t lo = 0, hi = 0;
     if (n >= 4) {
         memcpy(&lo, p, 4);
@@ -3424,76 +3443,77 @@ static uint64_t llm__load_native(const uint8_t *p, size_t n) { /* n <= 8 bytes, 
     return n ? (uint64_t)p[0] | (uint64_t)p[n / 2] << 8 | (uint64_t)p[n - 1] << 16 : 0;
 }
 
-static uint64_t llm__mix(uint64_t h) {
+static uint64_t llm__hash_mix(uint64_t h) {
     h = (h ^ h >> 32) * 0x9E3779B97F4A7C15u;
     return h ^ h >> 29;
 }
 
-static uint64_t llm__hash(const uint8_t *p, size_t n) {
-    uint64_t h = llm__mix(n + 1), eight;
+static uint64_t llm__hash_bytes(const uint8_t *p, size_t n) {
+    uint64_t h = llm__hash_mix(n + 1), eight;
     for (; n > 8; p += 8, n -= 8) {
         memcpy(&eight, p, 8);
-        h = llm__mix(h ^ eight) * 0xD6E8FEB86659FD93u;
+        h = llm__hash_mix(h ^ eight) * 0xD6E8FEB86659FD93u;
     }
-    return llm__mix((h ^ llm__load_native(p, n)) * 0xD6E8FEB86659FD93u);
+    return llm__hash_mix((h ^ llm__load_tail(p, n)) * 0xD6E8FEB86659FD93u);
 }
 
 /* The slot that holds these bytes, or the free one where they would go. */
-static llm__piece_slot *llm__piece_slot_of(const llm_tokenizer *t, const uint8_t *p, size_t n, uint32_t *tag,
-                                           size_t *probes) {
-    uint64_t h = llm__hash(p, n);
+static llm__vocab_piece_slot *llm__vocab_slot_of(const llm_tokenizer *t, const uint8_t *p, size_t n, uint32_t *tag,
+                                                 size_t *probes) {
+    uint64_t h = llm__hash_bytes(p, n);
     *tag = (uint32_t)(h >> 32);
     for (size_t i = h & t->piece_mask;; i = (i + 1) & t->piece_mask, ++*probes) {
-        llm__piece_slot *slot = &t->pieces[i];
+        llm__vocab_piece_slot *slot = &t->pieces[i];
         if (slot->id == LLM__NONE) return slot;
         if (slot->tag != *tag) continue;
-        llm__str s = llm__piece(t, slot->id);
+        llm__str s = llm__vocab_piece(t, slot->id);
         if (s.n == n && !memcmp(s.at, p, n)) return slot;
     }
 }
 
-static llm_token llm__find_piece(const llm_tokenizer *t, const uint8_t *p, size_t n) {
+static llm_token llm__vocab_find(const llm_tokenizer *t, const uint8_t *p, size_t n) {
     uint32_t tag;
     size_t probes = 0;
-    return n && n <= t->longest_piece ? llm__piece_slot_of(t, p, n, &tag, &probes)->id : LLM__NONE;
+    return n && n <= t->longest_piece ? llm__vocab_slot_of(t, p, n, &tag, &probes)->id : LLM__NONE;
 }
 
-static llm__pair_slot *llm__pair_slot_of(const llm_tokenizer *t, llm_token left, llm_token right, size_t *probes) {
-    uint64_t h = llm__mix(((uint64_t)(uint32_t)left << 32 | (uint32_t)right) * 0xD6E8FEB86659FD93u);
+static llm__bpe_pair_slot *llm__bpe_pair_slot_of(const llm_tokenizer *t, llm_token left, llm_token right,
+                                                 size_t *probes) {
+    uint64_t h = llm__hash_mix(((uint64_t)(uint32_t)left << 32 | (uint32_t)right) * 0xD6E8FEB86659FD93u);
     for (size_t i = h & t->pair_mask;; i = (i + 1) & t->pair_mask, ++*probes) {
-        llm__pair_slot *slot = &t->pairs[i];
+        llm__bpe_pair_slot *slot = &t->pairs[i];
         if ((slot->left == left && slot->right == right) || slot->left == LLM__NONE) return slot;
     }
 }
 
 /* The merge of two tokens, NULL if there is none. */
-static const llm__pair_slot *llm__find_pair(const llm_tokenizer *t, llm_token left, llm_token right) {
+static const llm__bpe_pair_slot *llm__bpe_find_pair(const llm_tokenizer *t, llm_token left, llm_token right) {
     size_t probes = 0;
-    const llm__pair_slot *slot = llm__pair_slot_of(t, left, right, &probes);
+    const llm__bpe_pair_slot *slot = llm__bpe_pair_slot_of(t, left, right, &probes);
     return slot->left == LLM__NONE ? NULL : slot;
 }
 
 /* ---- Merging ---- */
 
-typedef struct llm__symbol {
+typedef struct llm__bpe_symbol {
     llm_token id, merged;    /* merged: with the one after it                 */
     uint32_t rank;           /* of that merge; LLM__NO_RANK if there is none  */
     uint32_t previous, next; /* places; LLM__NO_PLACE at the ends          */
-} llm__symbol;
+} llm__bpe_symbol;
 
 enum { LLM__SHORT_WORD = 32 };
 #define LLM__NO_RANK UINT32_MAX
 #define LLM__NO_PLACE UINT32_MAX
 
-static void llm__rank_symbol(const llm_tokenizer *t, llm__symbol *s, const llm__symbol *next) {
-    const llm__pair_slot *pair = next ? llm__find_pair(t, s->id, next->id) : NULL;
+static void llm__bpe_rank_symbol(const llm_tokenizer *t, llm__bpe_symbol *s, const llm__bpe_symbol *next) {
+    const llm__bpe_pair_slot *pair = next ? llm__bpe_find_pair(t, s->id, next->id) : NULL;
     s->rank = pair ? pair->rank : LLM__NO_RANK;
     s->merged = pair ? pair->merged : LLM__NONE;
 }
 
 /* Does all merges of the lowest rank, from left to right, or until one makes room for a merge of a lower rank. Returns
    how many symbols are left, and in *n_merged how many merges these were. */
-static size_t llm__merge_lowest(const llm_tokenizer *t, llm__symbol *s, size_t n, size_t *n_merged) {
+static size_t llm__bpe_merge_lowest(const llm_tokenizer *t, llm__bpe_symbol *s, size_t n, size_t *n_merged) {
     uint32_t rank = LLM__NO_RANK;
     size_t j = 0;
     *n_merged = 0;
@@ -3508,8 +3528,8 @@ static size_t llm__merge_lowest(const llm_tokenizer *t, llm__symbol *s, size_t n
             else break;
             ++*n_merged;
             s[j].id = s[j].merged;
-            llm__rank_symbol(t, &s[j], i < n ? &s[i] : NULL);
-            if (j) llm__rank_symbol(t, &s[j - 1], &s[j]);
+            llm__bpe_rank_symbol(t, &s[j], i < n ? &s[i] : NULL);
+            if (j) llm__bpe_rank_symbol(t, &s[j - 1], &s[j]);
             lower = s[j].rank < rank || (j && s[j - 1].rank < rank);
         }
     }
@@ -3518,22 +3538,22 @@ static size_t llm__merge_lowest(const llm_tokenizer *t, llm__symbol *s, size_t n
 
 /* For long words: the places that can be merged, by rank and then by place. Places that have changed since they were
    put there are known by their rank not being what it was. */
-typedef struct llm__heap {
+typedef struct llm__bpe_heap {
     llm__env *env;
     uint64_t *items; /* rank << 32 | place */
     size_t n, room;
-} llm__heap;
+} llm__bpe_heap;
 
-static void llm__heap_push(llm__heap *h, const llm__symbol *symbols, uint32_t place) {
+static void llm__bpe_heap_push(llm__bpe_heap *h, const llm__bpe_symbol *symbols, uint32_t place) {
     if (symbols[place].rank == LLM__NO_RANK) return;
     uint64_t item = (uint64_t)symbols[place].rank << 32 | place;
-    h->items = (uint64_t *)llm__grow(h->env, h->items, h->n, &h->room, sizeof *h->items);
+    h->items = (uint64_t *)llm__alloc_grow(h->env, h->items, h->n, &h->room, sizeof *h->items);
     size_t i = h->n++;
     for (; i && h->items[(i - 1) / 2] > item; i = (i - 1) / 2) h->items[i] = h->items[(i - 1) / 2];
     h->items[i] = item;
 }
 
-static uint64_t llm__heap_pop(llm__heap *h) {
+static uint64_t llm__bpe_heap_pop(llm__bpe_heap *h) {
     uint64_t top = h->items[0], item = h->items[--h->n];
     size_t i = 0, child;
     while ((child = 2 * i + 1) < h->n) {
@@ -3546,28 +3566,28 @@ static uint64_t llm__heap_pop(llm__heap *h) {
     return top;
 }
 
-static size_t llm__merge_by_heap(llm__env *env, const llm_tokenizer *t, llm__symbol *s, size_t n) {
-    llm__heap h = {env, NULL, 0, 0};
+static size_t llm__bpe_merge_by_heap(llm__env *env, const llm_tokenizer *t, llm__bpe_symbol *s, size_t n) {
+    llm__bpe_heap h = {env, NULL, 0, 0};
     size_t count = 0;
     if (n > UINT32_MAX / 2) llm__fail(env, LLM_ERROR_UNSUPPORTED, "a word of %llu bytes", (unsigned long long)n);
     for (uint32_t i = 0; i < n; i++) {
         s[i].previous = i ? i - 1 : LLM__NO_PLACE;
         s[i].next = i + 1 < n ? i + 1 : LLM__NO_PLACE;
-        llm__heap_push(&h, s, i);
+        llm__bpe_heap_push(&h, s, i);
     }
     while (h.n) {
-        uint64_t top = llm__heap_pop(&h);
+        uint64_t top = llm__bpe_heap_pop(&h);
         uint32_t place = (uint32_t)top, right = s[place].next, previous = s[place].previous;
         if (s[place].rank != top >> 32) continue;
         s[right].rank = LLM__NO_RANK; /* it becomes part of s[place] */
         s[place].id = s[place].merged;
         s[place].next = s[right].next;
         if (s[right].next != LLM__NO_PLACE) s[s[right].next].previous = place;
-        llm__rank_symbol(t, &s[place], s[place].next == LLM__NO_PLACE ? NULL : &s[s[place].next]);
-        llm__heap_push(&h, s, place);
+        llm__bpe_rank_symbol(t, &s[place], s[place].next == LLM__NO_PLACE ? NULL : &s[s[place].next]);
+        llm__bpe_heap_push(&h, s, place);
         if (previous == LLM__NO_PLACE) continue;
-        llm__rank_symbol(t, &s[previous], &s[place]);
-        llm__heap_push(&h, s, previous);
+        llm__bpe_rank_symbol(t, &s[previous], &s[place]);
+        llm__bpe_heap_push(&h, s, previous);
     }
     llm__free(env->pool, h.items);
     for (uint32_t i = 0; i != LLM__NO_PLACE; i = s[i].next) s[count++] = s[i];
@@ -3576,25 +3596,25 @@ static size_t llm__merge_by_heap(llm__env *env, const llm_tokenizer *t, llm__sym
 
 /* Merges n symbols and returns how many are left. The heap does whole long words in time, but slowly; where one rank is
    common, as in a run of one letter, going over the word rank by rank is much faster. */
-static size_t llm__merge(llm__env *env, const llm_tokenizer *t, llm__symbol *s, size_t n) {
+static size_t llm__bpe_merge(llm__env *env, const llm_tokenizer *t, llm__bpe_symbol *s, size_t n) {
     size_t n_merged = 1;
-    for (size_t i = 0; i < n; i++) llm__rank_symbol(t, &s[i], i + 1 < n ? &s[i + 1] : NULL);
+    for (size_t i = 0; i < n; i++) llm__bpe_rank_symbol(t, &s[i], i + 1 < n ? &s[i + 1] : NULL);
     for (int patience = 8; patience && n_merged;) {
-        n = llm__merge_lowest(t, s, n, &n_merged);
+        n = llm__bpe_merge_lowest(t, s, n, &n_merged);
         if (n_merged < n / 64) patience--;
     }
-    return n_merged ? llm__merge_by_heap(env, t, s, n) : n;
+    return n_merged ? llm__bpe_merge_by_heap(env, t, s, n) : n;
 }
 
 /* Whether a merge may go across the place between p[-1] and p[0]. */
-static bool llm__may_join(const llm_tokenizer *t, const uint8_t *p) {
+static bool llm__bpe_may_join(const llm_tokenizer *t, const uint8_t *p) {
     if (t->sentencepiece && (*p & 0xC0) == 0x80) return true; /* characters stay whole */
     return t->joined[p[-1]][*p / 8] >> *p % 8 & 1;
 }
 
 /* What merging starts from: a token per byte or, for SentencePiece, per character, which is its bytes or the unknown
    token where it has none of its own. Where there is none of these it is left out, as Hugging Face's tokenizers do. */
-static size_t llm__first_symbols(const llm_tokenizer *t, const uint8_t *p, size_t n, llm__symbol *s) {
+static size_t llm__bpe_first_symbols(const llm_tokenizer *t, const uint8_t *p, size_t n, llm__bpe_symbol *s) {
     const uint8_t *end = p + n;
     size_t count = 0;
     for (; !t->sentencepiece && p < end; p++) {
@@ -3603,7 +3623,7 @@ static size_t llm__first_symbols(const llm_tokenizer *t, const uint8_t *p, size_
     }
     while (p < end) {
         size_t length = llm__utf8_length(p, end), n_bytes = 0;
-        llm_token id = llm__find_piece(t, p, length);
+        llm_token id = llm__vocab_find(t, p, length);
         if (id == LLM__NONE)
             while (n_bytes < length && t->byte_tokens[p[n_bytes]] != LLM__NONE) n_bytes++;
         if (id == LLM__NONE && n_bytes < length) id = t->unk;
@@ -3618,15 +3638,16 @@ static size_t llm__first_symbols(const llm_tokenizer *t, const uint8_t *p, size_
 /* ---- Pre-tokenizers: the regular expressions of the models' own tokenizers, by hand ---- */
 
 /* The end of the run of code points whose class is in `mask`, or is not in it. */
-static const uint8_t *llm__skip(const llm__classes *c, const uint8_t *p, const uint8_t *end, unsigned mask, bool in) {
+static const uint8_t *llm__pre_skip(const llm__unicode_classes *c, const uint8_t *p, const uint8_t *end, unsigned mask,
+                                    bool in) {
     const uint8_t *next;
     for (; p < end; p = next)
-        if (((llm__class_at(c, p, &next) & mask) != 0) != in) break;
+        if (((llm__unicode_class_at(c, p, &next) & mask) != 0) != in) break;
     return p;
 }
 
 /* 's 't 're 've 'm 'll 'd: the bytes of one at p, or 0. In any case `folded`, where a long s is an s too. */
-static size_t llm__contraction(const uint8_t *p, const uint8_t *end, bool folded) {
+static size_t llm__pre_contraction(const uint8_t *p, const uint8_t *end, bool folded) {
     size_t n = (size_t)(end - p);
     if (n < 2 || *p != '\'') return 0;
     int a = p[1], b = n > 2 ? p[2] : 0;
@@ -3640,87 +3661,91 @@ static size_t llm__contraction(const uint8_t *p, const uint8_t *end, bool folded
 }
 
 /* \s+(?!\S)|\s+ at p, where white space begins: a run leaves its last character to the word after it. */
-static const uint8_t *llm__space_word(const llm__classes *c, const uint8_t *p, const uint8_t *end) {
+static const uint8_t *llm__pre_space_word(const llm__unicode_classes *c, const uint8_t *p, const uint8_t *end) {
     const uint8_t *last = p, *q = p, *next;
-    for (; q < end && (llm__class_at(c, q, &next) & LLM__SPACE); q = next) last = q;
+    for (; q < end && (llm__unicode_class_at(c, q, &next) & LLM__SPACE); q = next) last = q;
     return q == end || last == p ? q : last;
 }
 
 /* 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ */
-static const uint8_t *llm__gpt2_word(const llm__classes *c, const uint8_t *p, const uint8_t *end) {
+static const uint8_t *llm__pre_gpt2_word(const llm__unicode_classes *c, const uint8_t *p, const uint8_t *end) {
     const uint8_t *q = p + (*p == ' ' && p + 1 < end), *next;
-    size_t n = llm__contraction(p, end, false);
+    size_t n = llm__pre_contraction(p, end, false);
     if (n) return p + n;
-    unsigned first = llm__class_at(c, q, &next);
-    if (first & LLM__SPACE) return llm__space_word(c, p, end);
-    if (first & LLM__LETTER) return llm__skip(c, next, end, LLM__LETTER, true);
-    if (first & LLM__NUMBER) return llm__skip(c, next, end, LLM__NUMBER, true);
-    return llm__skip(c, next, end, LLM__SPACE | LLM__LETTER | LLM__NUMBER, false);
+    unsigned first = llm__unicode_class_at(c, q, &next);
+    if (first & LLM__SPACE) return llm__pre_space_word(c, p, end);
+    if (first & LLM__LETTER) return llm__pre_skip(c, next, end, LLM__LETTER, true);
+    if (first & LLM__NUMBER) return llm__pre_skip(c, next, end, LLM__NUMBER, true);
+    return llm__pre_skip(c, next, end, LLM__SPACE | LLM__LETTER | LLM__NUMBER, false);
 }
 
 /* \p{N}{1,most}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+, where no word of letters begins; with `slash`
    [\r\n/]*. */
-static const uint8_t *llm__wordless(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t *end,
-                                    bool slash) {
+static const uint8_t *llm__pre_wordless(const llm__unicode_classes *c, const llm__pre_rule *rule, const uint8_t *p,
+                                        const uint8_t *end, bool slash) {
     const uint8_t *q, *after, *newline = NULL;
-    unsigned first = llm__class_at(c, p, &q);
+    unsigned first = llm__unicode_class_at(c, p, &q);
     if (first & LLM__NUMBER) {
-        for (int i = 1; i < rule->most && q < end && (llm__class_at(c, q, &after) & LLM__NUMBER); i++) q = after;
+        for (int i = 1; i < rule->most && q < end && (llm__unicode_class_at(c, q, &after) & LLM__NUMBER); i++)
+            q = after;
         return q;
     }
-    unsigned second = q < end ? llm__class_at(c, q, &after) : (unsigned)LLM__SPACE;
+    unsigned second = q < end ? llm__unicode_class_at(c, q, &after) : (unsigned)LLM__SPACE;
     if (!(first & LLM__SPACE) || (*p == ' ' && !(second & (LLM__SPACE | LLM__LETTER | LLM__NUMBER)))) {
-        q = llm__skip(c, q, end, LLM__SPACE | LLM__LETTER | LLM__NUMBER, false);
+        q = llm__pre_skip(c, q, end, LLM__SPACE | LLM__LETTER | LLM__NUMBER, false);
         while (q < end && (*q == '\r' || *q == '\n' || (slash && *q == '/'))) q++;
         return q;
     }
-    for (q = p; q < end && (llm__class_at(c, q, &after) & LLM__SPACE); q = after)
+    for (q = p; q < end && (llm__unicode_class_at(c, q, &after) & LLM__SPACE); q = after)
         if (*q == '\r' || *q == '\n') newline = q;
-    return newline ? newline + 1 : llm__space_word(c, p, end);
+    return newline ? newline + 1 : llm__pre_space_word(c, p, end);
 }
 
 /* (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|... */
-static const uint8_t *llm__llama3_word(const llm__classes *c, const llm__rule *rule, const uint8_t *p,
-                                       const uint8_t *end) {
+static const uint8_t *llm__pre_llama3_word(const llm__unicode_classes *c, const llm__pre_rule *rule, const uint8_t *p,
+                                           const uint8_t *end) {
     const uint8_t *q, *after;
-    size_t n = llm__contraction(p, end, true);
+    size_t n = llm__pre_contraction(p, end, true);
     if (n) return p + n;
-    unsigned first = llm__class_at(c, p, &q);
-    if (first & LLM__LETTER) return llm__skip(c, q, end, LLM__LETTER, true);
-    if (!(first & LLM__NUMBER) && *p != '\r' && *p != '\n' && q < end && (llm__class_at(c, q, &after) & LLM__LETTER))
-        return llm__skip(c, after, end, LLM__LETTER, true);
-    return llm__wordless(c, rule, p, end, false);
+    unsigned first = llm__unicode_class_at(c, p, &q);
+    if (first & LLM__LETTER) return llm__pre_skip(c, q, end, LLM__LETTER, true);
+    if (!(first & LLM__NUMBER) && *p != '\r' && *p != '\n' && q < end &&
+        (llm__unicode_class_at(c, q, &after) & LLM__LETTER))
+        return llm__pre_skip(c, after, end, LLM__LETTER, true);
+    return llm__pre_wordless(c, rule, p, end, false);
 }
 
 /* [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+ at p, or with the + and the * exchanged if `upper`; NULL
    if it is not there. Where no lower case follows, the first part gives back what the second may begin with. */
-static const uint8_t *llm__cased_letters(const llm__classes *c, const uint8_t *p, const uint8_t *end, bool upper) {
+static const uint8_t *llm__pre_cased_letters(const llm__unicode_classes *c, const uint8_t *p, const uint8_t *end,
+                                             bool upper) {
     enum { EITHER = LLM__CASELESS | LLM__MARK };
     const uint8_t *q = p, *given = NULL, *next;
-    for (unsigned seen; q < end && ((seen = llm__class_at(c, q, &next)) & (LLM__UPPER | EITHER)); q = next)
+    for (unsigned seen; q < end && ((seen = llm__unicode_class_at(c, q, &next)) & (LLM__UPPER | EITHER)); q = next)
         if (seen & EITHER) given = next;
-    const uint8_t *lower = llm__skip(c, q, end, LLM__LOWER | EITHER, true);
+    const uint8_t *lower = llm__pre_skip(c, q, end, LLM__LOWER | EITHER, true);
     if (lower > q) return upper && q == p ? NULL : lower;
     return upper ? (q > p ? q : NULL) : given;
 }
 
 /* Words in which case matters: a lower case letter ends what upper case may go on with. As the last one but for
    [^\r\n\p{L}\p{N}]?<cased letters>(?i:'s|...)? */
-static const uint8_t *llm__cased_word(const llm__classes *c, const llm__rule *rule, const uint8_t *p,
-                                      const uint8_t *end) {
+static const uint8_t *llm__pre_cased_word(const llm__unicode_classes *c, const llm__pre_rule *rule, const uint8_t *p,
+                                          const uint8_t *end) {
     const uint8_t *second, *q = NULL;
-    unsigned first = llm__class_at(c, p, &second);
+    unsigned first = llm__unicode_class_at(c, p, &second);
     bool skips = !(first & (LLM__LETTER | LLM__NUMBER)) && *p != '\r' && *p != '\n';
     for (int upper = 0; upper < 2 && !q; upper++) {
-        if (skips) q = llm__cased_letters(c, second, end, upper);
-        if (!q) q = llm__cased_letters(c, p, end, upper);
+        if (skips) q = llm__pre_cased_letters(c, second, end, upper);
+        if (!q) q = llm__pre_cased_letters(c, p, end, upper);
     }
-    if (!q) return llm__wordless(c, rule, p, end, true);
-    return q + (rule->contractions ? llm__contraction(q, end, true) : 0);
+    if (!q) return llm__pre_wordless(c, rule, p, end, true);
+    return q + (rule->contractions ? llm__pre_contraction(q, end, true) : 0);
 }
 
-static bool llm__in_run(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t **next) {
-    if (llm__class_at(c, p, next) & rule->classes) return true;
+static bool llm__pre_in_run(const llm__unicode_classes *c, const llm__pre_rule *rule, const uint8_t *p,
+                            const uint8_t **next) {
+    if (llm__unicode_class_at(c, p, next) & rule->classes) return true;
     uint32_t code = rule->n_ranges ? llm__utf8_decode(p, next) : 0;
     for (size_t i = 0; i < rule->n_ranges && rule->ranges[2 * i] <= code; i++)
         if (code <= rule->ranges[2 * i + 1]) return true;
@@ -3728,21 +3753,23 @@ static bool llm__in_run(const llm__classes *c, const llm__rule *rule, const uint
 }
 
 /* The end of the run at p; NULL if it is too short. */
-static const uint8_t *llm__run_end(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t *end) {
+static const uint8_t *llm__pre_run_end(const llm__unicode_classes *c, const llm__pre_rule *rule, const uint8_t *p,
+                                       const uint8_t *end) {
     const uint8_t *next;
     int n = 0;
-    for (; p < end && n < rule->most && llm__in_run(c, rule, p, &next); p = next) n++;
+    for (; p < end && n < rule->most && llm__pre_in_run(c, rule, p, &next); p = next) n++;
     return n < rule->least ? NULL : p;
 }
 
-static const uint8_t *llm__find_run(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t *end,
-                                    const uint8_t **from) {
+static const uint8_t *llm__pre_find_run(const llm__unicode_classes *c, const llm__pre_rule *rule, const uint8_t *p,
+                                        const uint8_t *end, const uint8_t **from) {
     const uint8_t *next, *q = NULL;
-    if (!rule->space && !rule->n_ranges) p = llm__skip(c, p, end, rule->classes, false); /* most of the text, fast */
+    if (!rule->space && !rule->n_ranges)
+        p = llm__pre_skip(c, p, end, rule->classes, false); /* most of the text, fast */
     for (; p < end; p = next) {
-        bool space = llm__class_at(c, p, &next) & LLM__SPACE;
-        q = rule->space && space ? llm__run_end(c, rule, next, end) : NULL;
-        if (!q) q = llm__run_end(c, rule, p, end);
+        bool space = llm__unicode_class_at(c, p, &next) & LLM__SPACE;
+        q = rule->space && space ? llm__pre_run_end(c, rule, next, end) : NULL;
+        if (!q) q = llm__pre_run_end(c, rule, p, end);
         if (q && (q == end || !rule->to_end)) break;
         if (q) next = q;
     }
@@ -3751,15 +3778,15 @@ static const uint8_t *llm__find_run(const llm__classes *c, const llm__rule *rule
 }
 
 /* The next word a rule finds from p on: returns its end, and its beginning in *from. */
-static const uint8_t *llm__find_word(const llm__classes *c, const llm__rule *rule, const uint8_t *p, const uint8_t *end,
-                                     const uint8_t **from) {
+static const uint8_t *llm__pre_find_word(const llm__unicode_classes *c, const llm__pre_rule *rule, const uint8_t *p,
+                                         const uint8_t *end, const uint8_t **from) {
     const uint8_t *space;
     *from = p;
     switch (rule->kind) {
-    case LLM__RULE_RUN: return llm__find_run(c, rule, p, end, from);
-    case LLM__RULE_GPT2: return llm__gpt2_word(c, p, end);
-    case LLM__RULE_LLAMA3: return llm__llama3_word(c, rule, p, end);
-    case LLM__RULE_CASED: return llm__cased_word(c, rule, p, end);
+    case LLM__RULE_RUN: return llm__pre_find_run(c, rule, p, end, from);
+    case LLM__RULE_GPT2: return llm__pre_gpt2_word(c, p, end);
+    case LLM__RULE_LLAMA3: return llm__pre_llama3_word(c, rule, p, end);
+    case LLM__RULE_CASED: return llm__pre_cased_word(c, rule, p, end);
     case LLM__RULE_METASPACE: /* a word begins with its space */
         space = (const uint8_t *)memchr(p + 1, ' ', (size_t)(end - p) - 1);
         return space ? space : end;
@@ -3769,24 +3796,24 @@ static const uint8_t *llm__find_word(const llm__classes *c, const llm__rule *rul
 
 /* ---- Encoding ---- */
 
-typedef struct llm__span {
+typedef struct llm__enc_span {
     size_t begin, end;
-} llm__span;
+} llm__enc_span;
 
-typedef struct llm__encode_job {
+typedef struct llm__enc_job {
     llm__env *env;
     const llm_tokenizer *t;
     const uint8_t *text, *end;
     unsigned flags;
-    const llm__span *plain; /* stretches of the text, in order, where no special token is recognised */
+    const llm__enc_span *plain; /* stretches of the text, in order, where no special token is recognised */
     size_t n_plain;
     llm_token *ids;
     size_t capacity, count;
     llm_token last;
     bool after_bos; /* the BOS that the file asks for was put first, and nothing since */
-} llm__encode_job;
+} llm__enc_job;
 
-static void llm__emit(llm__encode_job *job, llm_token id) {
+static void llm__enc_emit(llm__enc_job *job, llm_token id) {
     bool twice = job->after_bos && id == job->t->bos;
     job->after_bos = false;
     if (twice) return;
@@ -3796,58 +3823,58 @@ static void llm__emit(llm__encode_job *job, llm_token id) {
 }
 
 /* *unknown: whether the word so far ends in an unknown token. */
-static void llm__merge_word(llm__encode_job *job, const uint8_t *p, size_t n, bool *unknown) {
+static void llm__enc_merge_word(llm__enc_job *job, const uint8_t *p, size_t n, bool *unknown) {
     const llm_tokenizer *t = job->t;
-    llm__symbol few[LLM__SHORT_WORD], *s = few;
-    if (n > LLM__SHORT_WORD) s = (llm__symbol *)llm__alloc(job->env, n, sizeof *s);
-    size_t count = llm__merge(job->env, t, s, llm__first_symbols(t, p, n, s));
+    llm__bpe_symbol few[LLM__SHORT_WORD], *s = few;
+    if (n > LLM__SHORT_WORD) s = (llm__bpe_symbol *)llm__alloc(job->env, n, sizeof *s);
+    size_t count = llm__bpe_merge(job->env, t, s, llm__bpe_first_symbols(t, p, n, s));
     for (size_t i = 0; i < count; i++) {
         bool before = *unknown;
         *unknown = s[i].id == t->unk;
-        if (!(before && *unknown && t->fuse_unk)) llm__emit(job, s[i].id);
+        if (!(before && *unknown && t->fuse_unk)) llm__enc_emit(job, s[i].id);
     }
     if (s != few) llm__free(job->env->pool, s);
 }
 
 /* Emits the token that is all of these bytes, if there is one that merging would come to. */
-static bool llm__encode_whole(llm__encode_job *job, const uint8_t *p, const uint8_t *end, bool anyhow) {
-    llm_token id = llm__find_piece(job->t, p, (size_t)(end - p));
+static bool llm__enc_whole(llm__enc_job *job, const uint8_t *p, const uint8_t *end, bool anyhow) {
+    llm_token id = llm__vocab_find(job->t, p, (size_t)(end - p));
     if (id == LLM__NONE || !(anyhow || (job->t->flags[id] & LLM__WHOLE))) return false;
-    llm__emit(job, id);
+    llm__enc_emit(job, id);
     return true;
 }
 
-static void llm__encode_word(llm__encode_job *job, const uint8_t *p, const uint8_t *end) {
+static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
     bool unknown = false;
-    if (llm__encode_whole(job, p, end, job->t->ignore_merges)) return;
+    if (llm__enc_whole(job, p, end, job->t->ignore_merges)) return;
     while (p < end) {
         const uint8_t *q = p + 1;
-        while (q < end && llm__may_join(job->t, q)) q++;
-        if (llm__encode_whole(job, p, q, false)) unknown = false;
-        else llm__merge_word(job, p, (size_t)(q - p), &unknown);
+        while (q < end && llm__bpe_may_join(job->t, q)) q++;
+        if (llm__enc_whole(job, p, q, false)) unknown = false;
+        else llm__enc_merge_word(job, p, (size_t)(q - p), &unknown);
         p = q;
     }
 }
 
-static void llm__split(llm__encode_job *job, const llm__rule *rule, const uint8_t *p, const uint8_t *end) {
+static void llm__enc_split(llm__enc_job *job, const llm__pre_rule *rule, const uint8_t *p, const uint8_t *end) {
     if (rule->kind == LLM__NO_RULE) {
-        llm__encode_word(job, p, end);
+        llm__enc_word(job, p, end);
         return;
     }
     while (p < end) {
-        const uint8_t *from, *to = llm__find_word(job->t->classes, rule, p, end, &from);
-        if (from > p) llm__split(job, rule + 1, p, from);
-        if (to > from) llm__split(job, rule + 1, from, to);
+        const uint8_t *from, *to = llm__pre_find_word(job->t->classes, rule, p, end, &from);
+        if (from > p) llm__enc_split(job, rule + 1, p, from);
+        if (to > from) llm__enc_split(job, rule + 1, from, to);
         p = to;
     }
 }
 
-static bool llm__is_word_char(const llm__classes *c, const uint8_t *p) {
+static bool llm__unicode_is_word_char(const llm__unicode_classes *c, const uint8_t *p) {
     const uint8_t *next;
-    return *p == '_' || (llm__class_at(c, p, &next) & (LLM__LETTER | LLM__MARK | LLM__NUMBER));
+    return *p == '_' || (llm__unicode_class_at(c, p, &next) & (LLM__LETTER | LLM__MARK | LLM__NUMBER));
 }
 
-static const uint8_t *llm__char_before(const uint8_t *p) {
+static const uint8_t *llm__utf8_before(const uint8_t *p) {
     for (p--; (*p & 0xC0) == 0x80;) p--;
     return p;
 }
@@ -3857,11 +3884,11 @@ static const uint8_t *llm__char_before(const uint8_t *p) {
 static bool llm__special_fits(const llm_tokenizer *t, const llm__special *s, const uint8_t *begin, const uint8_t *p,
                               const uint8_t *end, const uint8_t *control_end) {
     const uint8_t *after = p + s->text.n;
-    bool control = llm__type_of(t, s->id) != LLM__TYPE_USER_DEFINED;
+    bool control = llm__vocab_type_of(t, s->id) != LLM__TYPE_USER_DEFINED;
     if (control && (control_end <= p || s->text.n > (size_t)(control_end - p))) return false;
     if (!(t->flags[s->id] & LLM__SINGLE_WORD)) return true;
-    return (p == begin || !llm__is_word_char(t->classes, llm__char_before(p))) &&
-           (after == end || !llm__is_word_char(t->classes, after));
+    return (p == begin || !llm__unicode_is_word_char(t->classes, llm__utf8_before(p))) &&
+           (after == end || !llm__unicode_is_word_char(t->classes, after));
 }
 
 /* The longest special token at p; NULL if there is none. */
@@ -3887,7 +3914,7 @@ static const llm__special *llm__special_at(const llm_tokenizer *t, const llm__sp
 }
 
 /* How far from p on control tokens are recognised; *span is the first stretch of plain text that ends behind p. */
-static const uint8_t *llm__control_end(const llm__encode_job *job, const uint8_t *p, size_t *span) {
+static const uint8_t *llm__special_control_end(const llm__enc_job *job, const uint8_t *p, size_t *span) {
     size_t at = (size_t)(p - job->text);
     if (!(job->flags & LLM_ENCODE_SPECIAL)) return p;
     while (*span < job->n_plain && job->plain[*span].end <= at) ++*span;
@@ -3895,59 +3922,61 @@ static const uint8_t *llm__control_end(const llm__encode_job *job, const uint8_t
     return at >= job->plain[*span].begin ? p : job->text + job->plain[*span].begin;
 }
 
-typedef struct llm__match {
+typedef struct llm__special_match {
     llm_token id;
     const uint8_t *begin, *end; /* with the white space that goes with it */
-} llm__match;
+} llm__special_match;
 
-/* The first special token from `from` on in a text that begins at `begin`. `span`: see llm__control_end; NULL: only
+/* The first special token from `from` on in a text that begins at `begin`. `span`: see llm__special_control_end; NULL: only
    user-defined tokens. */
-static bool llm__next_special(const llm__encode_job *job, const llm__special_set *set, const uint8_t *begin,
-                              const uint8_t *from, const uint8_t *end, size_t *span, llm__match *m) {
+static bool llm__special_next(const llm__enc_job *job, const llm__special_set *set, const uint8_t *begin,
+                              const uint8_t *from, const uint8_t *end, size_t *span, llm__special_match *m) {
     const llm_tokenizer *t = job->t;
     unsigned wanted = span && (job->flags & LLM_ENCODE_SPECIAL) ? 3 : 1;
     if (!(set->kinds & wanted)) return false;
     for (const uint8_t *p = from; p < end; p++) {
         if (!(set->starts[*p] & wanted)) continue;
-        const llm__special *s = llm__special_at(t, set, begin, p, end, span ? llm__control_end(job, p, span) : p);
+        const llm__special *s =
+            llm__special_at(t, set, begin, p, end, span ? llm__special_control_end(job, p, span) : p);
         if (!s) continue;
         m->id = s->id;
         m->begin = p;
         m->end = p + s->text.n;
         if (t->flags[s->id] & LLM__LSTRIP) {
             const uint8_t *next;
-            while (m->begin > from && (llm__class_at(t->classes, llm__char_before(m->begin), &next) & LLM__SPACE))
-                m->begin = llm__char_before(m->begin);
+            while (m->begin > from &&
+                   (llm__unicode_class_at(t->classes, llm__utf8_before(m->begin), &next) & LLM__SPACE))
+                m->begin = llm__utf8_before(m->begin);
         }
-        if (t->flags[s->id] & LLM__RSTRIP) m->end = llm__skip(t->classes, m->end, end, LLM__SPACE, true);
+        if (t->flags[s->id] & LLM__RSTRIP) m->end = llm__pre_skip(t->classes, m->end, end, LLM__SPACE, true);
         return true;
     }
     return false;
 }
 
 /* What is between special tokens. If a space may have to be put before it, there is room for that. */
-static void llm__encode_plain(llm__encode_job *job, const uint8_t *p, const uint8_t *end, bool first) {
-    llm__prefix prefix = job->t->prefix;
+static void llm__enc_plain(llm__enc_job *job, const uint8_t *p, const uint8_t *end, bool first) {
+    llm__vocab_prefix prefix = job->t->prefix;
     if (p == end) return;
     if (*p != ' ' && (prefix == LLM__PREFIX_UNSPACED || (prefix == LLM__PREFIX_FIRST && first))) {
         p--;
         *(uint8_t *)(uintptr_t)p = ' ';
     }
-    llm__split(job, job->t->rules, p, end);
+    llm__enc_split(job, job->t->rules, p, end);
 }
 
-static void llm__encode_normalized(llm__encode_job *job, const uint8_t *p, const uint8_t *end, bool first) {
-    llm__match m;
+static void llm__enc_normalized(llm__enc_job *job, const uint8_t *p, const uint8_t *end, bool first) {
+    llm__special_match m;
     const uint8_t *from = p;
-    for (; llm__next_special(job, &job->t->normalized, p, from, end, NULL, &m); from = m.end) {
-        llm__encode_plain(job, from, m.begin, first && from == p);
-        llm__emit(job, m.id);
+    for (; llm__special_next(job, &job->t->normalized, p, from, end, NULL, &m); from = m.end) {
+        llm__enc_plain(job, from, m.begin, first && from == p);
+        llm__enc_emit(job, m.id);
     }
-    llm__encode_plain(job, from, end, first && from == p);
+    llm__enc_plain(job, from, end, first && from == p);
 }
 
 /* A copy with a space before it. For SentencePiece U+2581 becomes a space. */
-static uint8_t *llm__to_spaces(llm__env *env, bool marks, const uint8_t *p, const uint8_t *end, size_t *n) {
+static uint8_t *llm__enc_to_spaces(llm__env *env, bool marks, const uint8_t *p, const uint8_t *end, size_t *n) {
     uint8_t *out = (uint8_t *)llm__alloc(env, (size_t)(end - p) + 1, 1);
     out[0] = ' ';
     for (*n = 1; p < end;) {
@@ -3958,40 +3987,40 @@ static uint8_t *llm__to_spaces(llm__env *env, bool marks, const uint8_t *p, cons
     return out;
 }
 
-static void llm__encode_stretch(llm__encode_job *job, const uint8_t *p, const uint8_t *end) {
+static void llm__enc_stretch(llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
     const llm_tokenizer *t = job->t;
     bool first = p == job->text;
     size_t n = 0;
     uint8_t *composed = NULL, *spaced = NULL;
     if (p == end) return;
-    if (t->nfc) composed = llm__to_nfc(job->env, t->nfc, p, end, &n);
+    if (t->nfc) composed = llm__nfc_apply(job->env, t->nfc, p, end, &n);
     if (composed) {
         p = composed;
         end = composed + n;
     }
     if (t->sentencepiece || t->prefix) {
-        spaced = llm__to_spaces(job->env, t->sentencepiece, p, end, &n);
+        spaced = llm__enc_to_spaces(job->env, t->sentencepiece, p, end, &n);
         p = spaced + (t->prefix != LLM__PREFIX_STRETCH);
         end = spaced + n;
     }
-    llm__encode_normalized(job, p, end, first);
+    llm__enc_normalized(job, p, end, first);
     llm__free(job->env->pool, spaced);
     llm__free(job->env->pool, composed);
 }
 
-static void llm__encode_text(llm__encode_job *job) {
+static void llm__enc_text(llm__enc_job *job) {
     const uint8_t *from = job->text;
-    llm__match m;
+    llm__special_match m;
     size_t span = 0;
-    for (; llm__next_special(job, &job->t->raw, job->text, from, job->end, &span, &m); from = m.end) {
-        llm__encode_stretch(job, from, m.begin);
-        llm__emit(job, m.id);
+    for (; llm__special_next(job, &job->t->raw, job->text, from, job->end, &span, &m); from = m.end) {
+        llm__enc_stretch(job, from, m.begin);
+        llm__enc_emit(job, m.id);
     }
-    llm__encode_stretch(job, from, job->end);
+    llm__enc_stretch(job, from, job->end);
 }
 
 /* A copy in which each byte that is not part of well-formed UTF-8 is U+FFFD. */
-static uint8_t *llm__repair_utf8(llm__env *env, const uint8_t *p, const uint8_t *end, size_t *n) {
+static uint8_t *llm__utf8_repair(llm__env *env, const uint8_t *p, const uint8_t *end, size_t *n) {
     uint8_t *out = (uint8_t *)llm__alloc(env, (size_t)(end - p), 3);
     for (*n = 0; p < end;) {
         size_t length = llm__utf8_length(p, end);
@@ -4003,30 +4032,31 @@ static uint8_t *llm__repair_utf8(llm__env *env, const uint8_t *p, const uint8_t 
 }
 
 /* The text up to *end as UTF-8: itself, or a copy with another end. */
-static const uint8_t *llm__as_utf8(llm__env *env, const uint8_t *p, const uint8_t **end) {
+static const uint8_t *llm__enc_as_utf8(llm__env *env, const uint8_t *p, const uint8_t **end) {
     size_t n;
     if (llm__utf8_check(p, *end) == *end) return p;
-    p = llm__repair_utf8(env, p, *end, &n);
+    p = llm__utf8_repair(env, p, *end, &n);
     *end = p + n;
     return p;
 }
 
-static void llm__encode_body(llm__env *env, void *arg) {
-    llm__encode_job *job = (llm__encode_job *)arg;
+static void llm__enc_body(llm__env *env, void *arg) {
+    llm__enc_job *job = (llm__enc_job *)arg;
     bool ends = (job->flags & LLM_ENCODE_BOS) != 0;
     job->env = env;
-    job->text = llm__as_utf8(env, job->text, &job->end);
+    job->text = llm__enc_as_utf8(env, job->text, &job->end);
     if (ends && job->t->add_bos && job->t->bos != LLM__NONE) {
-        llm__emit(job, job->t->bos);
+        llm__enc_emit(job, job->t->bos);
         job->after_bos = true;
     }
-    llm__encode_text(job);
-    if (ends && job->t->add_eos && job->t->eos != LLM__NONE && job->last != job->t->eos) llm__emit(job, job->t->eos);
+    llm__enc_text(job);
+    if (ends && job->t->add_eos && job->t->eos != LLM__NONE && job->last != job->t->eos)
+        llm__enc_emit(job, job->t->eos);
 }
 
-static llm__encode_job llm__new_encode_job(const llm_tokenizer *t, const char *text, size_t n_bytes, unsigned flags,
-                                           llm_token *ids, size_t capacity) {
-    llm__encode_job job;
+static llm__enc_job llm__enc_job_init(const llm_tokenizer *t, const char *text, size_t n_bytes, unsigned flags,
+                                      llm_token *ids, size_t capacity) {
+    llm__enc_job job;
     memset(&job, 0, sizeof job);
     job.t = t;
     job.text = (const uint8_t *)(text ? text : "");
@@ -4040,23 +4070,23 @@ static llm__encode_job llm__new_encode_job(const llm_tokenizer *t, const char *t
 
 /* llm_encode in a guarded place, with stretches in which special tokens are plain text; if there are any, the text must
    be UTF-8. */
-static size_t llm__encode_spans(llm__env *env, const llm_tokenizer *t, const char *text, size_t n_bytes, unsigned flags,
-                                const llm__span *plain, size_t n_plain, llm_token *ids, size_t capacity) {
-    llm__encode_job job = llm__new_encode_job(t, text, n_bytes, flags, ids, capacity);
+static size_t llm__enc_spans(llm__env *env, const llm_tokenizer *t, const char *text, size_t n_bytes, unsigned flags,
+                             const llm__enc_span *plain, size_t n_plain, llm_token *ids, size_t capacity) {
+    llm__enc_job job = llm__enc_job_init(t, text, n_bytes, flags, ids, capacity);
     job.plain = plain;
     job.n_plain = n_plain;
-    llm__encode_body(env, &job);
+    llm__enc_body(env, &job);
     return job.count;
 }
 
 LLM_API int64_t llm_encode(const llm_tokenizer *tokenizer, const char *text, size_t n_bytes, unsigned flags,
                            llm_token *ids, size_t capacity, llm_error *err) {
-    llm__encode_job job = llm__new_encode_job(tokenizer, text, n_bytes, flags, ids, capacity);
+    llm__enc_job job = llm__enc_job_init(tokenizer, text, n_bytes, flags, ids, capacity);
     llm__pool pool;
     llm__env env;
     llm__pool_init(&pool, &tokenizer->host);
     llm__env_init(&env, &pool, err, NULL);
-    llm_status status = llm__guarded(&env, llm__encode_body, &job);
+    llm_status status = llm__env_run(&env, llm__enc_body, &job);
     llm__pool_free(&pool);
     return status ? -1 : (int64_t)job.count;
 }
@@ -4066,14 +4096,14 @@ LLM_API int64_t llm_encode(const llm_tokenizer *tokenizer, const char *text, siz
 LLM_API const char *llm_token_bytes(const llm_tokenizer *tokenizer, llm_token id, size_t *n_bytes) {
     *n_bytes = 0;
     if (id < 0 || id >= tokenizer->n_vocab) return NULL;
-    llm__str s = llm__piece(tokenizer, id);
+    llm__str s = llm__vocab_piece(tokenizer, id);
     *n_bytes = s.n;
     return s.at;
 }
 
 LLM_API bool llm_token_is_special(const llm_tokenizer *tokenizer, llm_token id) {
     if (id < 0 || id >= tokenizer->n_vocab) return false;
-    int type = llm__type_of(tokenizer, id);
+    int type = llm__vocab_type_of(tokenizer, id);
     return type == LLM__TYPE_CONTROL || type == LLM__TYPE_UNKNOWN;
 }
 
@@ -4086,10 +4116,10 @@ LLM_API llm_token llm_tokenizer_bos(const llm_tokenizer *tokenizer) { return tok
 LLM_API llm_token llm_tokenizer_eos(const llm_tokenizer *tokenizer) { return tokenizer->eos; }
 
 /* What a token adds to a text, NULL where it is not shown; the space that SentencePiece put before a text goes. */
-static llm__str llm__shown_text(const llm_tokenizer *t, llm_token id, unsigned flags, bool text_begins) {
+static llm__str llm__dec_text(const llm_tokenizer *t, llm_token id, unsigned flags, bool text_begins) {
     llm__str s = {NULL, 0};
     if (id < 0 || id >= t->n_vocab || (llm_token_is_special(t, id) && !(flags & LLM_ENCODE_SPECIAL))) return s;
-    s = llm__piece(t, id);
+    s = llm__vocab_piece(t, id);
     if (text_begins && t->strip_prefix && s.n && s.at[0] == ' ') {
         s.at++;
         s.n--;
@@ -4102,7 +4132,7 @@ LLM_API size_t llm_decode(const llm_tokenizer *tokenizer, const llm_token *ids, 
     size_t n = 0;
     bool begins = true;
     for (size_t i = 0; i < n_ids; i++) {
-        llm__str s = llm__shown_text(tokenizer, ids[i], flags, begins);
+        llm__str s = llm__dec_text(tokenizer, ids[i], flags, begins);
         if (!s.at) continue;
         begins = false;
         if (n < capacity) memcpy(text + n, s.at, s.n < capacity - n ? s.n : capacity - n);
@@ -4114,7 +4144,7 @@ LLM_API size_t llm_decode(const llm_tokenizer *tokenizer, const llm_token *ids, 
 
 /* How the bytes at p < end begin: *n bytes that are a whole character (true) or, where there is none, one byte to be
    shown as U+FFFD (false). *n is 0 if what there is may yet become a character. */
-static bool llm__next_character(const uint8_t *p, const uint8_t *end, size_t *n) {
+static bool llm__dec_next_character(const uint8_t *p, const uint8_t *end, size_t *n) {
     static const uint8_t completion[3][3] = {{0x80, 0x80, 0x80}, {0x90, 0x80, 0x80}, {0xA0, 0x80, 0x80}};
     uint8_t whole[8];
     size_t have = (size_t)(end - p);
@@ -4132,7 +4162,7 @@ static bool llm__next_character(const uint8_t *p, const uint8_t *end, size_t *n)
 
 LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream *stream, llm_token token, char *text,
                                 size_t capacity) {
-    llm__str s = llm__shown_text(tokenizer, token, stream->flags, !stream->started);
+    llm__str s = llm__dec_text(tokenizer, token, stream->flags, !stream->started);
     uint8_t head[8]; /* what was pending and the first bytes of the token */
     size_t n_out = 0, at = 0, n_pending = (size_t)stream->n_pending, total = n_pending + s.n;
     for (bool ends = token < 0; at < total;) {
@@ -4141,7 +4171,7 @@ LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream 
             size_t i = at + n_head;
             head[n_head++] = i < n_pending ? stream->pending[i] : (uint8_t)s.at[i - n_pending];
         }
-        bool whole = llm__next_character(head, head + n_head, &n);
+        bool whole = llm__dec_next_character(head, head + n_head, &n);
         if (!n && !ends) break;
         if (!n) n = 1;
         const char *shown = whole ? (const char *)head : "\xEF\xBF\xBD";
@@ -4164,14 +4194,14 @@ LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream 
 
 enum { LLM__MAX_PIECE = 65535, LLM__MAX_SPM_PIECE = 512, LLM__MAX_SPECIAL = 512, LLM__MAX_PROBES = 2000 };
 
-static size_t llm__power_of_two(size_t least) {
+static size_t llm__hash_slots(size_t least) {
     size_t n = 16;
     while (n < least) n *= 2;
     return n;
 }
 
 /* The byte a code point stands for in the pieces of byte-level BPE, where each byte is a visible character, or -1. */
-static int llm__byte_of_code(uint32_t c) {
+static int llm__vocab_byte_of_code(uint32_t c) {
     if ((c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255)) return (int)c;
     if (c < 256 || c > 323) return -1;
     c -= 256; /* the others, in order: 0 to 32, 127 to 160, 173 */
@@ -4179,17 +4209,17 @@ static int llm__byte_of_code(uint32_t c) {
 }
 
 /* Writes the bytes a byte-level piece stands for; false if it holds a character that is not one of those. */
-static bool llm__unmap_bytes(llm__str s, uint8_t *out, size_t *n) {
+static bool llm__vocab_unmap_bytes(llm__str s, uint8_t *out, size_t *n) {
     const uint8_t *p = (const uint8_t *)s.at, *end = p + s.n;
     for (*n = 0; p < end;) {
-        int byte = llm__byte_of_code(llm__utf8_decode(p, &p));
+        int byte = llm__vocab_byte_of_code(llm__utf8_decode(p, &p));
         if (byte < 0) return false;
         out[(*n)++] = (uint8_t)byte;
     }
     return true;
 }
 
-static int llm__hex_digit(char c) {
+static int llm__vocab_hex_digit(char c) {
     return c >= '0' && c <= '9'   ? c - '0'
            : c >= 'A' && c <= 'F' ? c - 'A' + 10
            : c >= 'a' && c <= 'f' ? c - 'a' + 10
@@ -4197,25 +4227,25 @@ static int llm__hex_digit(char c) {
 }
 
 /* "<0x0A>" is 10; -1 for any other text. */
-static int llm__byte_piece(llm__str s) {
+static int llm__vocab_byte_piece(llm__str s) {
     if (s.n != 6 || memcmp(s.at, "<0x", 3) || s.at[5] != '>') return -1;
-    int hi = llm__hex_digit(s.at[3]), lo = llm__hex_digit(s.at[4]);
+    int hi = llm__vocab_hex_digit(s.at[3]), lo = llm__vocab_hex_digit(s.at[4]);
     return hi < 0 || lo < 0 ? -1 : 16 * hi + lo;
 }
 
-static llm__token_type llm__source_type(llm__env *env, const llm__vocab_source *v, size_t i) {
+static llm__vocab_token_type llm__vocab_source_type(llm__env *env, const llm__vocab_source *v, size_t i) {
     if (v->types) {
         if (v->types[i] < LLM__TYPE_NORMAL || v->types[i] > LLM__TYPE_BYTE)
             llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is %ld, not a type from 1 to 6", v->types_name,
                       (unsigned long long)i, (long)v->types[i]);
-        return (llm__token_type)v->types[i];
+        return (llm__vocab_token_type)v->types[i];
     }
-    if (v->sentencepiece && llm__byte_piece(v->pieces[i]) >= 0) return LLM__TYPE_BYTE;
+    if (v->sentencepiece && llm__vocab_byte_piece(v->pieces[i]) >= 0) return LLM__TYPE_BYTE;
     bool special = (llm_token)i == v->bos || (llm_token)i == v->eos;
     return (llm_token)i == v->unk ? LLM__TYPE_UNKNOWN : special ? LLM__TYPE_CONTROL : LLM__TYPE_NORMAL;
 }
 
-static void llm__check_piece(llm__env *env, const char *name, size_t i, llm__str s, size_t most) {
+static void llm__vocab_check_piece(llm__env *env, const char *name, size_t i, llm__str s, size_t most) {
     const uint8_t *p = (const uint8_t *)s.at;
     if (!s.n) llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is empty", name, (unsigned long long)i);
     if (s.n > most)
@@ -4228,14 +4258,14 @@ static void llm__check_piece(llm__env *env, const char *name, size_t i, llm__str
 }
 
 /* Adds a token to the table of pieces, which merging and words look into. */
-static void llm__index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, llm_token id) {
-    llm__str s = llm__piece(t, id);
+static void llm__vocab_index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, llm_token id) {
+    llm__str s = llm__vocab_piece(t, id);
     uint32_t tag;
     size_t probes = 0;
-    llm__piece_slot *slot = llm__piece_slot_of(t, (const uint8_t *)s.at, s.n, &tag, &probes);
+    llm__vocab_piece_slot *slot = llm__vocab_slot_of(t, (const uint8_t *)s.at, s.n, &tag, &probes);
     if (slot->id != LLM__NONE)
         llm__fail(env, LLM_ERROR_FORMAT, "%s[%ld] and [%ld] are the same piece: \"%.*s\"", v->pieces_name,
-                  (long)slot->id, (long)id, LLM__SHOW_PIECE(v->pieces[id]));
+                  (long)slot->id, (long)id, LLM__SHOW(v->pieces[id]));
     if (probes > LLM__MAX_PROBES)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s[%ld] collides with too many others", v->pieces_name, (long)id);
     slot->tag = tag;
@@ -4248,7 +4278,7 @@ static void llm__index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_s
 }
 
 /* Writes a text of SentencePiece with plain spaces. */
-static size_t llm__unmark_spaces(llm__str s, uint8_t *out) {
+static size_t llm__vocab_unmark_spaces(llm__str s, uint8_t *out) {
     size_t n = 0;
     for (size_t from = 0; from < s.n; n++) {
         bool mark = s.n - from >= 3 && !memcmp(s.at + from, "\xE2\x96\x81", 3);
@@ -4259,23 +4289,23 @@ static size_t llm__unmark_spaces(llm__str s, uint8_t *out) {
 }
 
 /* Copies a piece as the bytes it stands for; returns whether words can be made of it. */
-static bool llm__store_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, size_t i) {
+static bool llm__vocab_store_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, size_t i) {
     llm__str s = v->pieces[i];
     uint8_t *out = t->bytes + t->offsets[i];
     size_t n = s.n;
-    int type = llm__type_of(t, (llm_token)i), byte = llm__byte_piece(s);
+    int type = llm__vocab_type_of(t, (llm_token)i), byte = llm__vocab_byte_piece(s);
     bool in_words = type == LLM__TYPE_NORMAL || (t->flags[i] & LLM__IN_MODEL);
     if (t->sentencepiece && type == LLM__TYPE_BYTE) {
         if (byte < 0)
             llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is \"%.*s\", not a byte like \"<0x0A>\"", v->pieces_name,
-                      (unsigned long long)i, LLM__SHOW_PIECE(s));
+                      (unsigned long long)i, LLM__SHOW(s));
         out[0] = (uint8_t)byte;
         n = 1;
         t->byte_tokens[byte] = (llm_token)i;
     } else if (t->sentencepiece) {
-        n = llm__unmark_spaces(s, out);
+        n = llm__vocab_unmark_spaces(s, out);
     } else {
-        in_words = in_words && llm__unmap_bytes(s, out, &n);
+        in_words = in_words && llm__vocab_unmap_bytes(s, out, &n);
         if (type != LLM__TYPE_NORMAL) in_words = in_words && n == s.n; /* it is shown as it is written */
         if (!in_words) memcpy(out, s.at, n = s.n);
         else if (n == 1) t->byte_tokens[out[0]] = (llm_token)i;
@@ -4284,45 +4314,45 @@ static bool llm__store_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_s
     return in_words;
 }
 
-static void llm__build_pieces(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
+static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
     uint64_t total = 0;
     t->flags = (uint16_t *)llm__alloc_zero(env, v->n_pieces, sizeof *t->flags);
     for (size_t i = 0; i < v->n_pieces; i++) {
-        t->flags[i] = (uint16_t)(llm__source_type(env, v, i) | (v->traits ? v->traits[i] : 0));
-        if (v->pieces[i].n || llm__type_of(t, (llm_token)i) != LLM__TYPE_UNUSED)
-            llm__check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_PIECE);
+        t->flags[i] = (uint16_t)(llm__vocab_source_type(env, v, i) | (v->traits ? v->traits[i] : 0));
+        if (v->pieces[i].n || llm__vocab_type_of(t, (llm_token)i) != LLM__TYPE_UNUSED)
+            llm__vocab_check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_PIECE);
         total += v->pieces[i].n;
     }
     if (total > UINT32_MAX)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s has %llu bytes", v->pieces_name, (unsigned long long)total);
-    size_t room = llm__power_of_two(2 * v->n_pieces);
+    size_t room = llm__hash_slots(2 * v->n_pieces);
     t->offsets = (uint32_t *)llm__alloc_zero(env, v->n_pieces + 1, sizeof *t->offsets);
     t->bytes = (uint8_t *)llm__alloc(env, (size_t)total, 1);
-    t->pieces = (llm__piece_slot *)llm__alloc(env, room, sizeof *t->pieces);
+    t->pieces = (llm__vocab_piece_slot *)llm__alloc(env, room, sizeof *t->pieces);
     t->piece_mask = room - 1;
     memset(t->pieces, 0xFF, room * sizeof *t->pieces);
     memset(t->byte_tokens, 0xFF, sizeof t->byte_tokens);
     for (size_t i = 0; i < v->n_pieces; i++)
-        if (llm__store_piece(env, t, v, i)) llm__index_piece(env, t, v, (llm_token)i);
+        if (llm__vocab_store_piece(env, t, v, i)) llm__vocab_index_piece(env, t, v, (llm_token)i);
 }
 
-static void llm__pairs_resize(llm__env *env, llm_tokenizer *t, size_t room) {
-    llm__pair_slot *old = t->pairs;
+static void llm__bpe_pairs_resize(llm__env *env, llm_tokenizer *t, size_t room) {
+    llm__bpe_pair_slot *old = t->pairs;
     size_t n_old = old ? t->pair_mask + 1 : 0, probes = 0;
-    t->pairs = (llm__pair_slot *)llm__alloc(env, room, sizeof *t->pairs);
+    t->pairs = (llm__bpe_pair_slot *)llm__alloc(env, room, sizeof *t->pairs);
     memset(t->pairs, 0xFF, room * sizeof *t->pairs);
     t->pair_mask = room - 1;
     for (size_t i = 0; i < n_old; i++)
-        if (old[i].left != LLM__NONE) *llm__pair_slot_of(t, old[i].left, old[i].right, &probes) = old[i];
+        if (old[i].left != LLM__NONE) *llm__bpe_pair_slot_of(t, old[i].left, old[i].right, &probes) = old[i];
     llm__free(env->pool, old);
 }
 
 /* A pair that comes again has the rank of its last coming, as in Hugging Face's tokenizers. */
-static void llm__add_pair(llm__env *env, llm_tokenizer *t, llm_token left, llm_token right, llm_token merged,
-                          uint32_t rank) {
-    if (2 * (t->n_pairs + 1) > t->pair_mask + 1) llm__pairs_resize(env, t, 2 * (t->pair_mask + 1));
+static void llm__bpe_add_pair(llm__env *env, llm_tokenizer *t, llm_token left, llm_token right, llm_token merged,
+                              uint32_t rank) {
+    if (2 * (t->n_pairs + 1) > t->pair_mask + 1) llm__bpe_pairs_resize(env, t, 2 * (t->pair_mask + 1));
     size_t probes = 0;
-    llm__pair_slot *slot = llm__pair_slot_of(t, left, right, &probes);
+    llm__bpe_pair_slot *slot = llm__bpe_pair_slot_of(t, left, right, &probes);
     if (slot->left == LLM__NONE) t->n_pairs++;
     if (probes > LLM__MAX_PROBES) llm__fail(env, LLM_ERROR_UNSUPPORTED, "too many merges collide");
     slot->left = left;
@@ -4331,74 +4361,75 @@ static void llm__add_pair(llm__env *env, llm_tokenizer *t, llm_token left, llm_t
     slot->rank = rank;
 }
 
-static size_t llm__unmap_merge(llm__env *env, const llm__vocab_source *v, size_t i, llm__str s, uint8_t *out) {
+static size_t llm__bpe_unmap_merge(llm__env *env, const llm__vocab_source *v, size_t i, llm__str s, uint8_t *out) {
     size_t n;
-    llm__check_piece(env, v->merges_name, i, s, LLM__MAX_PIECE);
-    if (v->sentencepiece) return llm__unmark_spaces(s, out);
-    if (!llm__unmap_bytes(s, out, &n))
+    llm__vocab_check_piece(env, v->merges_name, i, s, LLM__MAX_PIECE);
+    if (v->sentencepiece) return llm__vocab_unmark_spaces(s, out);
+    if (!llm__vocab_unmap_bytes(s, out, &n))
         llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu]: \"%.*s\" is not made of byte characters", v->merges_name,
-                  (unsigned long long)i, LLM__SHOW_PIECE(s));
+                  (unsigned long long)i, LLM__SHOW(s));
     return n;
 }
 
-static llm_token llm__merge_token(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v, size_t i,
-                                  const uint8_t *p, size_t n, llm__str shown) {
-    llm_token id = llm__find_piece(t, p, n);
+static llm_token llm__bpe_merge_token(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v, size_t i,
+                                      const uint8_t *p, size_t n, llm__str shown) {
+    llm_token id = llm__vocab_find(t, p, n);
     if (id == LLM__NONE)
         llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] needs \"%.*s\", which is not in %s", v->merges_name,
-                  (unsigned long long)i, LLM__SHOW_PIECE(shown), v->pieces_name);
+                  (unsigned long long)i, LLM__SHOW(shown), v->pieces_name);
     return id;
 }
 
-static void llm__build_merges(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
+static void llm__bpe_build_merges(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
     uint8_t *joined = (uint8_t *)llm__alloc(env, 2, LLM__MAX_PIECE);
     for (size_t i = 0; i < v->n_merges; i++) {
         llm__str left = v->merges[i].left, right = v->merges[i].right;
-        size_t n_left = llm__unmap_merge(env, v, i, left, joined);
-        size_t n_right = llm__unmap_merge(env, v, i, right, joined + n_left);
-        llm_token a = llm__merge_token(env, t, v, i, joined, n_left, left);
-        llm_token b = llm__merge_token(env, t, v, i, joined + n_left, n_right, right);
-        llm_token ab = llm__find_piece(t, joined, n_left + n_right);
+        size_t n_left = llm__bpe_unmap_merge(env, v, i, left, joined);
+        size_t n_right = llm__bpe_unmap_merge(env, v, i, right, joined + n_left);
+        llm_token a = llm__bpe_merge_token(env, t, v, i, joined, n_left, left);
+        llm_token b = llm__bpe_merge_token(env, t, v, i, joined + n_left, n_right, right);
+        llm_token ab = llm__vocab_find(t, joined, n_left + n_right);
         if (ab == LLM__NONE)
             llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] makes \"%.*s%.*s\", which is not in %s", v->merges_name,
-                      (unsigned long long)i, LLM__SHOW_PIECE(left), LLM__SHOW_PIECE(right), v->pieces_name);
-        llm__add_pair(env, t, a, b, ab, (uint32_t)i);
+                      (unsigned long long)i, LLM__SHOW(left), LLM__SHOW(right), v->pieces_name);
+        llm__bpe_add_pair(env, t, a, b, ab, (uint32_t)i);
     }
     t->n_ranks = (uint32_t)v->n_merges;
     llm__free(env->pool, joined);
 }
 
-typedef struct llm__scored {
+typedef struct llm__bpe_scored {
     float score;
     llm_token id;
-} llm__scored;
+} llm__bpe_scored;
 
-static int llm__compare_scores(const void *a, const void *b) { /* the highest first */
-    float x = ((const llm__scored *)a)->score, y = ((const llm__scored *)b)->score;
+static int llm__bpe_compare_scores(const void *a, const void *b) { /* the highest first */
+    float x = ((const llm__bpe_scored *)a)->score, y = ((const llm__bpe_scored *)b)->score;
     return (x < y) - (x > y);
 }
 
 /* SentencePiece merges any two neighbours that are a piece together, the highest score first: each way to cut a piece
    into two pieces is a merge, and equal scores have the same rank. */
-static void llm__build_scored(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
-    llm__scored *order = (llm__scored *)llm__alloc(env, v->n_pieces, sizeof *order);
+static void llm__bpe_build_scored(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
+    llm__bpe_scored *order = (llm__bpe_scored *)llm__alloc(env, v->n_pieces, sizeof *order);
     size_t n = 0;
     for (size_t i = 0; i < v->n_pieces; i++) {
-        if (llm__type_of(t, (llm_token)i) != LLM__TYPE_NORMAL && !(t->flags[i] & LLM__IN_MODEL)) continue;
+        if (llm__vocab_type_of(t, (llm_token)i) != LLM__TYPE_NORMAL && !(t->flags[i] & LLM__IN_MODEL)) continue;
         if (v->scores[i] != v->scores[i])
             llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is not a number", v->scores_name, (unsigned long long)i);
-        llm__check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_SPM_PIECE);
+        llm__vocab_check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_SPM_PIECE);
         order[n].score = v->scores[i];
         order[n++].id = (llm_token)i;
     }
-    qsort(order, n, sizeof *order, llm__compare_scores);
+    qsort(order, n, sizeof *order, llm__bpe_compare_scores);
     for (size_t i = 0; i < n; i++) {
         if (i && order[i].score != order[i - 1].score) t->n_ranks++;
-        llm__str s = llm__piece(t, order[i].id);
+        llm__str s = llm__vocab_piece(t, order[i].id);
         const uint8_t *p = (const uint8_t *)s.at, *end = p + s.n, *q = p;
         while (llm__utf8_decode(q, &q), q < end) {
-            llm_token left = llm__find_piece(t, p, (size_t)(q - p)), right = llm__find_piece(t, q, (size_t)(end - q));
-            if (left != LLM__NONE && right != LLM__NONE) llm__add_pair(env, t, left, right, order[i].id, t->n_ranks);
+            llm_token left = llm__vocab_find(t, p, (size_t)(q - p)), right = llm__vocab_find(t, q, (size_t)(end - q));
+            if (left != LLM__NONE && right != LLM__NONE)
+                llm__bpe_add_pair(env, t, left, right, order[i].id, t->n_ranks);
         }
     }
     t->n_ranks++;
@@ -4406,21 +4437,21 @@ static void llm__build_scored(llm__env *env, llm_tokenizer *t, const llm__vocab_
 }
 
 /* Finds the pieces that their own bytes merge into. */
-static void llm__mark_whole(llm__env *env, llm_tokenizer *t) {
-    llm__symbol *s = (llm__symbol *)llm__alloc(env, t->longest_piece + 1, sizeof *s);
+static void llm__bpe_mark_whole(llm__env *env, llm_tokenizer *t) {
+    llm__bpe_symbol *s = (llm__bpe_symbol *)llm__alloc(env, t->longest_piece + 1, sizeof *s);
     for (llm_token id = 0; id < t->n_vocab; id++) {
-        llm__str piece = llm__piece(t, id);
+        llm__str piece = llm__vocab_piece(t, id);
         const uint8_t *p = (const uint8_t *)piece.at;
-        if (llm__find_piece(t, p, piece.n) != id) continue;
-        if (llm__merge(env, t, s, llm__first_symbols(t, p, piece.n, s)) == 1 && s[0].id == id)
+        if (llm__vocab_find(t, p, piece.n) != id) continue;
+        if (llm__bpe_merge(env, t, s, llm__bpe_first_symbols(t, p, piece.n, s)) == 1 && s[0].id == id)
             t->flags[id] |= LLM__WHOLE;
     }
     llm__free(env->pool, s);
 }
 
-static int llm__compare_specials(const void *a, const void *b) {
+static int llm__special_compare(const void *a, const void *b) {
     const llm__special *x = (const llm__special *)a, *y = (const llm__special *)b;
-    int order = llm__compare_str(x->text, y->text);
+    int order = llm__str_compare(x->text, y->text);
     return order ? order : (x->id < y->id) - (x->id > y->id); /* of two the lower id comes last and is found */
 }
 
@@ -4429,10 +4460,10 @@ static llm__str llm__special_text(llm__env *env, const llm_tokenizer *t, const l
     llm__str s = v->pieces[id], text;
     size_t n = s.n, space = 0;
     uint8_t *out = NULL, *composed = NULL;
-    llm__check_piece(env, v->pieces_name, (size_t)id, s, LLM__MAX_SPECIAL);
+    llm__vocab_check_piece(env, v->pieces_name, (size_t)id, s, LLM__MAX_SPECIAL);
     if (t->flags[id] & LLM__NORMALIZED) {
         const uint8_t *p = (const uint8_t *)s.at;
-        if (t->nfc) composed = llm__to_nfc(env, t->nfc, p, p + s.n, &n);
+        if (t->nfc) composed = llm__nfc_apply(env, t->nfc, p, p + s.n, &n);
         space = t->prefix == LLM__PREFIX_STRETCH && !v->scores; /* a normaliser of Hugging Face's puts it there, too */
     }
     if (composed) {
@@ -4441,7 +4472,7 @@ static llm__str llm__special_text(llm__env *env, const llm_tokenizer *t, const l
     }
     out = (uint8_t *)llm__alloc(env, s.n + 1, 1);
     out[0] = ' ';
-    if ((t->flags[id] & LLM__NORMALIZED) && t->sentencepiece) n = llm__unmark_spaces(s, out + space);
+    if ((t->flags[id] & LLM__NORMALIZED) && t->sentencepiece) n = llm__vocab_unmark_spaces(s, out + space);
     else memcpy(out + space, s.at, n = s.n);
     llm__free(env->pool, composed);
     text.at = (const char *)out;
@@ -4449,13 +4480,13 @@ static llm__str llm__special_text(llm__env *env, const llm_tokenizer *t, const l
     return text;
 }
 
-static void llm__build_specials(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, llm__special_set *set,
-                                bool normalized) {
+static void llm__special_build(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, llm__special_set *set,
+                               bool normalized) {
     for (int pass = 0; pass < 2; pass++) {
         if (pass) set->items = (llm__special *)llm__alloc(env, (size_t)set->n, sizeof *set->items);
         set->n = 0;
         for (llm_token id = 0; id < t->n_vocab; id++) {
-            int type = llm__type_of(t, id), kind = type == LLM__TYPE_USER_DEFINED ? 1 : 2;
+            int type = llm__vocab_type_of(t, id), kind = type == LLM__TYPE_USER_DEFINED ? 1 : 2;
             if (kind == 2 && type != LLM__TYPE_CONTROL && type != LLM__TYPE_UNKNOWN) continue;
             if (((t->flags[id] & LLM__NORMALIZED) != 0) != normalized) continue;
             llm__special *s = pass ? &set->items[set->n] : NULL;
@@ -4467,7 +4498,7 @@ static void llm__build_specials(llm__env *env, llm_tokenizer *t, const llm__voca
             set->kinds |= (uint8_t)kind;
         }
     }
-    qsort(set->items, (size_t)set->n, sizeof *set->items, llm__compare_specials);
+    qsort(set->items, (size_t)set->n, sizeof *set->items, llm__special_compare);
     for (int i = 0; i < set->n; i++) {
         llm__str text = set->items[i].text;
         int32_t prefix = i - 1;
@@ -4478,7 +4509,7 @@ static void llm__build_specials(llm__env *env, llm_tokenizer *t, const llm__voca
     }
 }
 
-static void llm__build_ends(llm_tokenizer *t, const llm__vocab_source *v) {
+static void llm__vocab_build_ends(llm_tokenizer *t, const llm__vocab_source *v) {
     static const char *const texts[] = {"<|im_end|>",
                                         "<|eot_id|>",
                                         "<|eom_id|>",
@@ -4502,9 +4533,9 @@ static void llm__build_ends(llm_tokenizer *t, const llm__vocab_source *v) {
 }
 
 /* The tokenizer keeps nothing of the source. */
-static void llm__build_rules(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
+static void llm__pre_build_rules(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
     for (int i = 0; i < v->n_rules; i++) {
-        llm__rule *rule = &t->rules[i];
+        llm__pre_rule *rule = &t->rules[i];
         *rule = v->rules[i];
         if (!rule->n_ranges) continue;
         size_t n = 2 * rule->n_ranges * sizeof *rule->ranges;
@@ -4529,23 +4560,26 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
     t->unk = v->unk;
     t->add_bos = v->add_bos;
     t->add_eos = v->add_eos;
-    t->classes = llm__build_classes(env);
-    if (v->nfc) t->nfc = llm__build_nfc(env);
-    if (v->chat_template.n) t->chat_template = llm__copy_string(env, v->chat_template.at, v->chat_template.n);
-    llm__build_rules(env, t, v);
-    llm__build_pieces(env, t, v);
-    llm__pairs_resize(env, t, llm__power_of_two(2 * v->n_merges));
-    if (v->scores) llm__build_scored(env, t, v);
-    else llm__build_merges(env, t, v);
-    llm__mark_whole(env, t);
-    llm__build_specials(env, t, v, &t->raw, false);
-    llm__build_specials(env, t, v, &t->normalized, true);
-    llm__build_ends(t, v);
+    t->classes = llm__unicode_build_classes(env);
+    if (v->nfc) t->nfc = llm__nfc_build(env);
+    if (v->chat_template.n) t->chat_template = llm__str_copy(env, v->chat_template.at, v->chat_template.n);
+    llm__pre_build_rules(env, t, v);
+    llm__vocab_build_pieces(env, t, v);
+    llm__bpe_pairs_resize(env, t, llm__hash_slots(2 * v->n_merges));
+    if (v->scores) llm__bpe_build_scored(env, t, v);
+    else llm__bpe_build_merges(env, t, v);
+    llm__bpe_mark_whole(env, t);
+    llm__special_build(env, t, v, &t->raw, false);
+    llm__special_build(env, t, v, &t->normalized, true);
+    llm__vocab_build_ends(t, v);
     return t;
 }
 
-/* ---- The pre-tokenizers that are known ----
+/* ==== 9 Tokenizer files =========================================================================================
 
+   Vocabularies and pre-tokenizers from GGUF, tokenizer.json and tokenizer.model. */
+
+/* ---- The pre-tokenizers that are known ----
    They are regular expressions. Those with several alternatives are recognised as a whole, for they are matched by
    hand; a run of one kind of characters is read. */
 
@@ -4564,10 +4598,10 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
     "*" end "|" numbers "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*" LLM__RE_SPACES
 #define LLM__RE_CJK "[\xE4\xB8\x80-\xE9\xBE\xA5\xE0\xA0\x80-\xE4\xB8\x80\xEA\xB0\x80-\xED\x9F\xBF]+"
 
-static bool llm__known_rule(llm__str regex, llm__rule *rule) {
+static bool llm__pre_known_rule(llm__str regex, llm__pre_rule *rule) {
     static const struct {
         const char *regex;
-        llm__rule_kind kind;
+        llm__pre_rule_kind kind;
         int most;
         bool contractions;
     } known[] = {{LLM__RE_GPT2, LLM__RULE_GPT2, 0, false},
@@ -4623,13 +4657,13 @@ static bool llm__regex_character(llm__regex *r, uint32_t *code) {
     return true;
 }
 
-static int llm__compare_ranges(const void *a, const void *b) {
+static int llm__regex_compare_ranges(const void *a, const void *b) {
     uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
     return (x > y) - (x < y);
 }
 
 /* \p{L} or [...]; the ranges have room for LLM__MAX_RANGES. */
-static bool llm__regex_set(llm__regex *r, llm__rule *rule, uint32_t *ranges) {
+static bool llm__regex_set(llm__regex *r, llm__pre_rule *rule, uint32_t *ranges) {
     if (*r->at != '[') return (rule->classes = llm__regex_class(r)) != 0;
     r->at++;
     if (r->at < r->end && *r->at == '^') return false;
@@ -4643,13 +4677,13 @@ static bool llm__regex_set(llm__regex *r, llm__rule *rule, uint32_t *ranges) {
         if (llm__regex_takes(r, "-") && (!llm__regex_character(r, &range[1]) || range[1] < range[0])) return false;
         rule->n_ranges++;
     }
-    qsort(ranges, rule->n_ranges, 2 * sizeof *ranges, llm__compare_ranges);
+    qsort(ranges, rule->n_ranges, 2 * sizeof *ranges, llm__regex_compare_ranges);
     rule->ranges = ranges;
     return rule->classes || rule->n_ranges;
 }
 
 /* A set of characters, once, several times, or with one of + {1,n} +$ after it, and perhaps \s? before it. */
-static bool llm__run_rule(llm__env *env, llm__str regex, llm__rule *rule) {
+static bool llm__pre_run_rule(llm__env *env, llm__str regex, llm__pre_rule *rule) {
     llm__regex r = {(const uint8_t *)regex.at, (const uint8_t *)regex.at + regex.n};
     uint32_t *ranges = (uint32_t *)llm__alloc(env, 2 * LLM__MAX_RANGES, sizeof *ranges);
     rule->kind = LLM__RULE_RUN;
@@ -4672,18 +4706,18 @@ static bool llm__run_rule(llm__env *env, llm__str regex, llm__rule *rule) {
 }
 
 /* Adds the rule a regular expression stands for; false if it is not known. */
-static bool llm__add_rule(llm__env *env, llm__vocab_source *v, llm__str regex) {
-    llm__rule *rule = &v->rules[v->n_rules];
+static bool llm__pre_add_rule(llm__env *env, llm__vocab_source *v, llm__str regex) {
+    llm__pre_rule *rule = &v->rules[v->n_rules];
     const uint8_t *p = (const uint8_t *)regex.at;
     if (v->n_rules == LLM__MAX_RULES || llm__utf8_check(p, p + regex.n) != p + regex.n) return false;
     memset(rule, 0, sizeof *rule);
-    if (!llm__known_rule(regex, rule) && !llm__run_rule(env, regex, rule)) return false;
+    if (!llm__pre_known_rule(regex, rule) && !llm__pre_run_rule(env, regex, rule)) return false;
     v->n_rules++;
     return true;
 }
 
 /* Fills in how the pre-tokenizer of this name in GGUF cuts and normalises. */
-static void llm__use_pre_tokenizer(llm__env *env, llm__vocab_source *v, llm__str name) {
+static void llm__pre_use(llm__env *env, llm__vocab_source *v, llm__str name) {
     static const struct {
         const char *names; /* each followed by a comma */
         const char *rules[6];
@@ -4707,7 +4741,7 @@ static void llm__use_pre_tokenizer(llm__env *env, llm__vocab_source *v, llm__str
             v->ignore_merges = known[i].ignore_merges;
             for (int k = 0; k < 6 && known[i].rules[k]; k++) {
                 llm__str regex = {known[i].rules[k], strlen(known[i].rules[k])};
-                llm__add_rule(env, v, regex);
+                llm__pre_add_rule(env, v, regex);
             }
             return;
         }
@@ -4718,18 +4752,18 @@ static void llm__use_pre_tokenizer(llm__env *env, llm__vocab_source *v, llm__str
 
 /* ---- Tokenizers in GGUF files ---- */
 
-static llm_token llm__get_token(llm__env *env, const llm__checkpoint *ck, const char *key, size_t n_pieces) {
-    if (!n_pieces || !llm__find_value(ck, key)) return LLM__NONE;
-    return (llm_token)llm__get_int(env, ck, key, 0, 0, (int64_t)n_pieces - 1);
+static llm_token llm__gguf_token(llm__env *env, const llm__checkpoint *ck, const char *key, size_t n_pieces) {
+    if (!n_pieces || !llm__gguf_find(ck, key)) return LLM__NONE;
+    return (llm_token)llm__gguf_int(env, ck, key, 0, 0, (int64_t)n_pieces - 1);
 }
 
-static bool llm__get_bool(llm__env *env, const llm__checkpoint *ck, const char *key, bool missing) {
-    return llm__get_number(env, ck, key, missing) != 0;
+static bool llm__gguf_bool(llm__env *env, const llm__checkpoint *ck, const char *key, bool missing) {
+    return llm__gguf_number(env, ck, key, missing) != 0;
 }
 
 /* An array of n numbers; NULL if it is not there. */
-static const llm__value *llm__get_numbers(llm__env *env, const llm__checkpoint *ck, const char *key, size_t n) {
-    const llm__value *v = llm__find_value(ck, key);
+static const llm__gguf_value *llm__gguf_numbers(llm__env *env, const llm__checkpoint *ck, const char *key, size_t n) {
+    const llm__gguf_value *v = llm__gguf_find(ck, key);
     if (!v) return NULL;
     if (!v->is_array || v->type == LLM__GGUF_STRING)
         llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not an array of numbers", key);
@@ -4740,11 +4774,11 @@ static const llm__value *llm__get_numbers(llm__env *env, const llm__checkpoint *
 }
 
 static int32_t *llm__gguf_types(llm__env *env, const llm__checkpoint *ck, size_t n) {
-    const llm__value *v = llm__get_numbers(env, ck, "tokenizer.ggml.token_type", n);
+    const llm__gguf_value *v = llm__gguf_numbers(env, ck, "tokenizer.ggml.token_type", n);
     if (!v) return NULL;
     int32_t *types = (int32_t *)llm__alloc(env, n, sizeof *types);
     for (size_t i = 0; i < n; i++) {
-        double d = llm__value_number(v, i);
+        double d = llm__gguf_value_number(v, i);
         if (!(d >= LLM__TYPE_NORMAL && d <= LLM__TYPE_BYTE))
             llm__fail(env, LLM_ERROR_FORMAT, "tokenizer.ggml.token_type[%llu] is %g, not a type from 1 to 6",
                       (unsigned long long)i, d);
@@ -4754,20 +4788,20 @@ static int32_t *llm__gguf_types(llm__env *env, const llm__checkpoint *ck, size_t
 }
 
 static float *llm__gguf_scores(llm__env *env, const llm__checkpoint *ck, size_t n) {
-    const llm__value *v = llm__get_numbers(env, ck, "tokenizer.ggml.scores", n);
+    const llm__gguf_value *v = llm__gguf_numbers(env, ck, "tokenizer.ggml.scores", n);
     if (!v) llm__fail(env, LLM_ERROR_FORMAT, "metadata tokenizer.ggml.scores is missing");
     float *scores = (float *)llm__alloc(env, n, sizeof *scores);
-    for (size_t i = 0; i < n; i++) scores[i] = (float)llm__value_number(v, i);
+    for (size_t i = 0; i < n; i++) scores[i] = (float)llm__gguf_value_number(v, i);
     return scores;
 }
 
 /* "left right" */
-static llm__merge_pair llm__split_merge(llm__env *env, const char *name, size_t i, llm__str line) {
-    llm__merge_pair merge;
+static llm__bpe_merge_text llm__bpe_split_merge(llm__env *env, const char *name, size_t i, llm__str line) {
+    llm__bpe_merge_text merge;
     const char *space = line.n > 1 ? (const char *)memchr(line.at + 1, ' ', line.n - 1) : NULL;
     if (!space || space + 1 == line.at + line.n)
         llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is \"%.*s\", not two pieces with a space between", name,
-                  (unsigned long long)i, LLM__SHOW_PIECE(line));
+                  (unsigned long long)i, LLM__SHOW(line));
     merge.left.at = line.at;
     merge.left.n = (size_t)(space - line.at);
     merge.right.at = space + 1;
@@ -4775,11 +4809,11 @@ static llm__merge_pair llm__split_merge(llm__env *env, const char *name, size_t 
     return merge;
 }
 
-static llm__merge_pair *llm__gguf_merges(llm__env *env, const llm__checkpoint *ck, size_t *n) {
-    llm__str *lines = llm__get_strings(env, ck, "tokenizer.ggml.merges", n);
+static llm__bpe_merge_text *llm__gguf_merges(llm__env *env, const llm__checkpoint *ck, size_t *n) {
+    llm__str *lines = llm__gguf_strings(env, ck, "tokenizer.ggml.merges", n);
     if (!lines) llm__fail(env, LLM_ERROR_FORMAT, "metadata tokenizer.ggml.merges is missing");
-    llm__merge_pair *merges = (llm__merge_pair *)llm__alloc(env, *n, sizeof *merges);
-    for (size_t i = 0; i < *n; i++) merges[i] = llm__split_merge(env, "tokenizer.ggml.merges", i, lines[i]);
+    llm__bpe_merge_text *merges = (llm__bpe_merge_text *)llm__alloc(env, *n, sizeof *merges);
+    for (size_t i = 0; i < *n; i++) merges[i] = llm__bpe_split_merge(env, "tokenizer.ggml.merges", i, lines[i]);
     llm__free(env->pool, lines);
     return merges;
 }
@@ -4789,55 +4823,55 @@ static uint16_t *llm__gguf_ends(llm__env *env, const llm__checkpoint *ck, size_t
     static const char *const keys[] = {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
     uint16_t *traits = (uint16_t *)llm__alloc_zero(env, n, sizeof *traits);
     for (size_t i = 0; i < 2; i++) {
-        llm_token id = llm__get_token(env, ck, keys[i], n);
+        llm_token id = llm__gguf_token(env, ck, keys[i], n);
         if (id != LLM__NONE) traits[id] |= LLM__END;
     }
     return traits;
 }
 
-static void llm__read_gguf_vocab(llm__env *env, const llm__checkpoint *ck, llm__vocab_source *v) {
+static void llm__gguf_vocab(llm__env *env, const llm__checkpoint *ck, llm__vocab_source *v) {
     v->pieces_name = "tokenizer.ggml.tokens";
     v->scores_name = "tokenizer.ggml.scores";
     v->types_name = "tokenizer.ggml.token_type";
     v->merges_name = "tokenizer.ggml.merges";
-    llm__str model = llm__get_str(env, ck, "tokenizer.ggml.model");
+    llm__str model = llm__gguf_str(env, ck, "tokenizer.ggml.model");
     v->sentencepiece = llm__str_is(model, "llama");
     if (!v->sentencepiece && !llm__str_is(model, "gpt2"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "tokenizer.ggml.model is \"%.*s\"; \"llama\" (SentencePiece BPE) and \"gpt2\" "
                   "(byte-level BPE) are known here",
                   LLM__SHOW(model));
-    if (llm__find_value(ck, "tokenizer.ggml.precompiled_charsmap"))
+    if (llm__gguf_find(ck, "tokenizer.ggml.precompiled_charsmap"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "tokenizer.ggml.precompiled_charsmap is set: such a normaliser is not run here");
-    v->pieces = llm__get_strings(env, ck, "tokenizer.ggml.tokens", &v->n_pieces);
+    v->pieces = llm__gguf_strings(env, ck, "tokenizer.ggml.tokens", &v->n_pieces);
     if (!v->pieces) llm__fail(env, LLM_ERROR_FORMAT, "metadata tokenizer.ggml.tokens is missing");
     v->types = llm__gguf_types(env, ck, v->n_pieces);
     v->traits = llm__gguf_ends(env, ck, v->n_pieces);
-    v->bos = llm__get_token(env, ck, "tokenizer.ggml.bos_token_id", v->n_pieces);
-    v->eos = llm__get_token(env, ck, "tokenizer.ggml.eos_token_id", v->n_pieces);
+    v->bos = llm__gguf_token(env, ck, "tokenizer.ggml.bos_token_id", v->n_pieces);
+    v->eos = llm__gguf_token(env, ck, "tokenizer.ggml.eos_token_id", v->n_pieces);
     v->unk = LLM__NONE;
     v->fuse_unk = true;
     if (v->sentencepiece) {
         v->scores = llm__gguf_scores(env, ck, v->n_pieces);
-        v->unk = (llm_token)llm__get_int(env, ck, "tokenizer.ggml.unknown_token_id", 0, 0, (int64_t)v->n_pieces - 1);
-        v->strip_prefix = llm__get_bool(env, ck, "tokenizer.ggml.add_space_prefix", true);
+        v->unk = (llm_token)llm__gguf_int(env, ck, "tokenizer.ggml.unknown_token_id", 0, 0, (int64_t)v->n_pieces - 1);
+        v->strip_prefix = llm__gguf_bool(env, ck, "tokenizer.ggml.add_space_prefix", true);
         v->prefix = v->strip_prefix ? LLM__PREFIX_STRETCH : LLM__NO_PREFIX;
     } else {
         v->merges = llm__gguf_merges(env, ck, &v->n_merges);
-        llm__use_pre_tokenizer(env, v, llm__get_str(env, ck, "tokenizer.ggml.pre"));
+        llm__pre_use(env, v, llm__gguf_str(env, ck, "tokenizer.ggml.pre"));
     }
-    v->add_bos = llm__get_bool(env, ck, "tokenizer.ggml.add_bos_token", v->sentencepiece || v->ignore_merges);
-    v->add_eos = llm__get_bool(env, ck, "tokenizer.ggml.add_eos_token", false);
-    v->chat_template = llm__get_str(env, ck, "tokenizer.chat_template");
+    v->add_bos = llm__gguf_bool(env, ck, "tokenizer.ggml.add_bos_token", v->sentencepiece || v->ignore_merges);
+    v->add_eos = llm__gguf_bool(env, ck, "tokenizer.ggml.add_eos_token", false);
+    v->chat_template = llm__gguf_str(env, ck, "tokenizer.chat_template");
 }
 
 static llm_tokenizer *llm__tokenizer_from_gguf(llm__env *env, const llm__checkpoint *ck) {
     llm__vocab_source v;
-    llm__pool *outer = env->pool, *inner = llm__inner_pool(env);
+    llm__pool *outer = env->pool, *inner = llm__pool_inner(env);
     memset(&v, 0, sizeof v);
     env->pool = inner;
-    llm__read_gguf_vocab(env, ck, &v);
+    llm__gguf_vocab(env, ck, &v);
     env->pool = outer;
     llm_tokenizer *t = llm__tokenizer_build(env, &v);
     llm__free(outer, inner);
@@ -4897,18 +4931,18 @@ static llm_token llm__json_id(llm__env *env, const llm__json *v, const char *wha
     if (v->type != LLM__JSON_NUMBER || !(v->number >= 0 && v->number < 1 << 24) ||
         v->number != (double)(llm_token)v->number)
         llm__fail(env, LLM_ERROR_FORMAT, "%s \"%.*s\" has the id %.*s, not a whole number from 0 to 16777215", what,
-                  LLM__SHOW_PIECE(name), LLM__SHOW(v->string));
+                  LLM__SHOW(name), LLM__SHOW(v->string));
     return (llm_token)v->number;
 }
 
 /* Room for token `id`; ids need not come in order, but a file cannot ask for much more room than it fills. */
-static void llm__reserve_token(llm__env *env, llm__vocab_parts *parts, llm_token id, size_t n_known) {
+static void llm__vocab_reserve(llm__env *env, llm__vocab_parts *parts, llm_token id, size_t n_known) {
     size_t n = (size_t)id + 1;
     if (n > n_known + LLM__MAX_GAP)
         llm__fail(env, LLM_ERROR_FORMAT, "a token has the id %ld, but there are only %llu tokens", (long)id,
                   (unsigned long long)n_known);
     if (n > parts->room) {
-        size_t room = llm__power_of_two(n);
+        size_t room = llm__hash_slots(n);
         llm__str *pieces = (llm__str *)llm__alloc_zero(env, room, sizeof *pieces);
         int32_t *types = (int32_t *)llm__alloc_zero(env, room, sizeof *types);
         uint16_t *traits = (uint16_t *)llm__alloc_zero(env, room, sizeof *traits);
@@ -4925,19 +4959,19 @@ static void llm__reserve_token(llm__env *env, llm__vocab_parts *parts, llm_token
     if (n > parts->n) parts->n = n;
 }
 
-static void llm__put_piece(llm__env *env, llm__vocab_parts *parts, llm_token id, llm__str text, llm__token_type type,
-                           size_t n_known) {
-    llm__reserve_token(env, parts, id, n_known);
+static void llm__vocab_put(llm__env *env, llm__vocab_parts *parts, llm_token id, llm__str text,
+                           llm__vocab_token_type type, size_t n_known) {
+    llm__vocab_reserve(env, parts, id, n_known);
     if (parts->types[id] && !llm__str_equal(parts->pieces[id], text))
-        llm__fail(env, LLM_ERROR_FORMAT, "\"%.*s\" and \"%.*s\" both have the id %ld",
-                  LLM__SHOW_PIECE(parts->pieces[id]), LLM__SHOW_PIECE(text), (long)id);
+        llm__fail(env, LLM_ERROR_FORMAT, "\"%.*s\" and \"%.*s\" both have the id %ld", LLM__SHOW(parts->pieces[id]),
+                  LLM__SHOW(text), (long)id);
     if (parts->types[id] == LLM__TYPE_NORMAL) parts->traits[id] |= LLM__IN_MODEL;
     parts->types[id] = type;
     parts->pieces[id] = text;
 }
 
 /* An entry of "added_tokens", or of "added_tokens_decoder", where the id is its key. */
-static void llm__put_added_token(llm__env *env, llm__vocab_parts *parts, const llm__json *entry, llm_token id,
+static void llm__vocab_put_added(llm__env *env, llm__vocab_parts *parts, const llm__json *entry, llm_token id,
                                  size_t n_known) {
     static const struct {
         const char *key;
@@ -4948,7 +4982,7 @@ static void llm__put_added_token(llm__env *env, llm__vocab_parts *parts, const l
                  {"normalized", LLM__NORMALIZED}};
     llm__str text = llm__json_need(env, entry, "content", LLM__JSON_STRING)->string;
     bool special = llm__json_flag(env, entry, "special", false);
-    llm__put_piece(env, parts, id, text, special ? LLM__TYPE_CONTROL : LLM__TYPE_USER_DEFINED, n_known);
+    llm__vocab_put(env, parts, id, text, special ? LLM__TYPE_CONTROL : LLM__TYPE_USER_DEFINED, n_known);
     for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
         parts->traits[id] &= (uint16_t)~flags[i].trait;
         if (llm__json_flag(env, entry, flags[i].key, false)) parts->traits[id] |= flags[i].trait;
@@ -4957,24 +4991,24 @@ static void llm__put_added_token(llm__env *env, llm__vocab_parts *parts, const l
         parts->traits[id] &= (uint16_t)~LLM__NORMALIZED; /* where it must not be forged is known of the raw text */
 }
 
-static void llm__read_json_tokens(llm__env *env, const llm__json *root, const llm__json *vocab, bool byte_fallback,
-                                  llm__vocab_parts *parts) {
+static void llm__hftok_tokens(llm__env *env, const llm__json *root, const llm__json *vocab, bool byte_fallback,
+                              llm__vocab_parts *parts) {
     const llm__json *added = llm__json_take(env, root, "added_tokens", LLM__JSON_ARRAY);
     size_t n_known = vocab->n + (added ? added->n : 0);
     for (const llm__json *entry = vocab->first; entry; entry = entry->next) {
-        bool byte = byte_fallback && llm__byte_piece(entry->key) >= 0;
-        llm__put_piece(env, parts, llm__json_id(env, entry, "token", entry->key), entry->key,
+        bool byte = byte_fallback && llm__vocab_byte_piece(entry->key) >= 0;
+        llm__vocab_put(env, parts, llm__json_id(env, entry, "token", entry->key), entry->key,
                        byte ? LLM__TYPE_BYTE : LLM__TYPE_NORMAL, n_known);
     }
     for (const llm__json *entry = added ? added->first : NULL; entry; entry = entry->next) {
         llm__str text = llm__json_need(env, entry, "content", LLM__JSON_STRING)->string;
         const llm__json *id = llm__json_need(env, entry, "id", LLM__JSON_NUMBER);
-        llm__put_added_token(env, parts, entry, llm__json_id(env, id, "added token", text), n_known);
+        llm__vocab_put_added(env, parts, entry, llm__json_id(env, id, "added token", text), n_known);
     }
 }
 
-static llm__merge_pair *llm__json_merges(llm__env *env, const llm__json *merges) {
-    llm__merge_pair *pairs = (llm__merge_pair *)llm__alloc(env, merges->n, sizeof *pairs);
+static llm__bpe_merge_text *llm__hftok_merges(llm__env *env, const llm__json *merges) {
+    llm__bpe_merge_text *pairs = (llm__bpe_merge_text *)llm__alloc(env, merges->n, sizeof *pairs);
     size_t i = 0;
     for (const llm__json *m = merges->first; m; m = m->next, i++) {
         bool pair = m->type == LLM__JSON_ARRAY && m->n == 2 && m->first->type == LLM__JSON_STRING &&
@@ -4983,7 +5017,7 @@ static llm__merge_pair *llm__json_merges(llm__env *env, const llm__json *merges)
             llm__fail(env, LLM_ERROR_FORMAT, "merges[%llu] is neither \"left right\" nor [\"left\", \"right\"]",
                       (unsigned long long)i);
         if (!pair) {
-            pairs[i] = llm__split_merge(env, "merges", i, m->string);
+            pairs[i] = llm__bpe_split_merge(env, "merges", i, m->string);
             continue;
         }
         pairs[i].left = m->first->string;
@@ -4993,13 +5027,13 @@ static llm__merge_pair *llm__json_merges(llm__env *env, const llm__json *merges)
 }
 
 /* The id of a token of this text; LLM__NONE if there is none. */
-static llm_token llm__find_part(const llm__vocab_parts *parts, llm__str text) {
+static llm_token llm__vocab_find_part(const llm__vocab_parts *parts, llm__str text) {
     for (size_t id = parts->n; id-- > 0;)
         if (parts->types[id] && llm__str_equal(parts->pieces[id], text)) return (llm_token)id;
     return LLM__NONE;
 }
 
-static void llm__read_json_model(llm__env *env, const llm__json *root, llm__vocab_parts *parts, llm__vocab_source *v) {
+static void llm__hftok_model(llm__env *env, const llm__json *root, llm__vocab_parts *parts, llm__vocab_source *v) {
     const llm__json *model = llm__json_need(env, root, "model", LLM__JSON_OBJECT),
                     *dropout = llm__json_get(model, "dropout");
     llm__str type = llm__json_text(env, model, "type"), unk = llm__json_text(env, model, "unk_token");
@@ -5012,23 +5046,23 @@ static void llm__read_json_model(llm__env *env, const llm__json *root, llm__voca
                   "the model has a \"continuing_subword_prefix\" or an \"end_of_word_suffix\"");
     const llm__json *vocab = llm__json_need(env, model, "vocab", LLM__JSON_OBJECT);
     const llm__json *merges = llm__json_need(env, model, "merges", LLM__JSON_ARRAY);
-    llm__read_json_tokens(env, root, vocab, llm__json_flag(env, model, "byte_fallback", false), parts);
-    v->merges = llm__json_merges(env, merges);
+    llm__hftok_tokens(env, root, vocab, llm__json_flag(env, model, "byte_fallback", false), parts);
+    v->merges = llm__hftok_merges(env, merges);
     v->n_merges = merges->n;
     v->ignore_merges = llm__json_flag(env, model, "ignore_merges", false);
     v->fuse_unk = llm__json_flag(env, model, "fuse_unk", false);
-    v->unk = unk.n ? llm__find_part(parts, unk) : LLM__NONE;
+    v->unk = unk.n ? llm__vocab_find_part(parts, unk) : LLM__NONE;
     if (unk.n && v->unk == LLM__NONE)
-        llm__fail(env, LLM_ERROR_FORMAT, "unk_token is \"%.*s\", which is not in vocab", LLM__SHOW_PIECE(unk));
+        llm__fail(env, LLM_ERROR_FORMAT, "unk_token is \"%.*s\", which is not in vocab", LLM__SHOW(unk));
 }
 
 #define LLM__SPACE_MARK "\xE2\x96\x81"
 
-static void llm__read_json_normalizer(llm__env *env, const llm__json *n, llm__vocab_source *v) {
+static void llm__hftok_normalizer(llm__env *env, const llm__json *n, llm__vocab_source *v) {
     llm__str type = llm__json_need(env, n, "type", LLM__JSON_STRING)->string;
     if (llm__str_is(type, "Sequence")) {
         const llm__json *list = llm__json_need(env, n, "normalizers", LLM__JSON_ARRAY);
-        for (n = list->first; n; n = n->next) llm__read_json_normalizer(env, n, v);
+        for (n = list->first; n; n = n->next) llm__hftok_normalizer(env, n, v);
     } else if (llm__str_is(type, "NFC")) {
         v->nfc = true;
     } else if (llm__str_is(type, "Prepend") && llm__str_is(llm__json_text(env, n, "prepend"), LLM__SPACE_MARK)) {
@@ -5044,36 +5078,35 @@ static void llm__read_json_normalizer(llm__env *env, const llm__json *n, llm__vo
     }
 }
 
-static void llm__add_json_rule(llm__env *env, llm__vocab_source *v, llm__str regex) {
-    if (!llm__add_rule(env, v, regex))
+static void llm__hftok_add_rule(llm__env *env, llm__vocab_source *v, llm__str regex) {
+    if (!llm__pre_add_rule(env, v, regex))
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "the pre_tokenizer splits by \"%.*s\", which is not one of the rules known here",
-                  LLM__SHOW_PIECE(regex));
+                  "the pre_tokenizer splits by \"%.*s\", which is not one of the rules known here", LLM__SHOW(regex));
 }
 
-static void llm__add_json_class(llm__env *env, llm__vocab_source *v, const char *once, const char *run,
-                                bool contiguous) {
+static void llm__hftok_add_class(llm__env *env, llm__vocab_source *v, const char *once, const char *run,
+                                 bool contiguous) {
     llm__str regex;
     regex.at = contiguous ? run : once;
     regex.n = strlen(regex.at);
-    llm__add_json_rule(env, v, regex);
+    llm__hftok_add_rule(env, v, regex);
 }
 
-static void llm__read_json_split(llm__env *env, const llm__json *p, llm__vocab_source *v, bool bytes) {
+static void llm__hftok_split(llm__env *env, const llm__json *p, llm__vocab_source *v, bool bytes) {
     const llm__json *pattern = llm__json_need(env, p, "pattern", LLM__JSON_OBJECT);
     llm__str regex = llm__json_text(env, pattern, "Regex"), behavior = llm__json_text(env, p, "behavior");
     bool invert = llm__json_flag(env, p, "invert", false);
     if (!regex.n) llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by a String; a Regex is known here");
     if (v->sentencepiece || (bytes && !llm__str_is(regex, LLM__RE_THOUSANDS)))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by \"%.*s\" after %s", LLM__SHOW_PIECE(regex),
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by \"%.*s\" after %s", LLM__SHOW(regex),
                   bytes ? "ByteLevel" : "spaces have become U+2581");
-    if (llm__str_is(behavior, invert ? "Removed" : "Isolated")) llm__add_json_rule(env, v, regex);
+    if (llm__str_is(behavior, invert ? "Removed" : "Isolated")) llm__hftok_add_rule(env, v, regex);
     else
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits with behavior \"%.*s\"%s", LLM__SHOW(behavior),
                   invert ? ", inverted" : "");
 }
 
-static void llm__read_json_metaspace(llm__env *env, const llm__json *p, llm__vocab_source *v) {
+static void llm__hftok_metaspace(llm__env *env, const llm__json *p, llm__vocab_source *v) {
     llm__str scheme = llm__json_text(env, p, "prepend_scheme");
     bool always = scheme.n ? llm__str_is(scheme, "always") : llm__json_flag(env, p, "add_prefix_space", true);
     if (!llm__str_is(llm__json_text(env, p, "replacement"), LLM__SPACE_MARK))
@@ -5086,13 +5119,13 @@ static void llm__read_json_metaspace(llm__env *env, const llm__json *p, llm__voc
 }
 
 /* *bytes: the text is already in byte characters. */
-static void llm__read_json_pre_tokenizer(llm__env *env, const llm__json *p, llm__vocab_source *v, bool *bytes) {
+static void llm__hftok_pre_tokenizer(llm__env *env, const llm__json *p, llm__vocab_source *v, bool *bytes) {
     llm__str type = llm__json_need(env, p, "type", LLM__JSON_STRING)->string;
     if (*bytes && !llm__str_is(type, "Split"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer \"%.*s\" comes after ByteLevel", LLM__SHOW(type));
     if (llm__str_is(type, "Sequence")) {
         const llm__json *list = llm__json_need(env, p, "pretokenizers", LLM__JSON_ARRAY);
-        for (p = list->first; p; p = p->next) llm__read_json_pre_tokenizer(env, p, v, bytes);
+        for (p = list->first; p; p = p->next) llm__hftok_pre_tokenizer(env, p, v, bytes);
     } else if (llm__str_is(type, "ByteLevel")) {
         *bytes = true;
         if (llm__json_flag(env, p, "add_prefix_space", true)) {
@@ -5100,21 +5133,21 @@ static void llm__read_json_pre_tokenizer(llm__env *env, const llm__json *p, llm_
                 llm__fail(env, LLM_ERROR_UNSUPPORTED, "ByteLevel adds a space to what other pre_tokenizers have cut");
             v->prefix = LLM__PREFIX_UNSPACED;
         }
-        if (llm__json_flag(env, p, "use_regex", true)) llm__add_json_class(env, v, LLM__RE_GPT2, NULL, false);
+        if (llm__json_flag(env, p, "use_regex", true)) llm__hftok_add_class(env, v, LLM__RE_GPT2, NULL, false);
     } else if (llm__str_is(type, "Split")) {
-        llm__read_json_split(env, p, v, *bytes);
+        llm__hftok_split(env, p, v, *bytes);
     } else if (llm__str_is(type, "Digits")) {
-        llm__add_json_class(env, v, LLM__RE_NUMBERS, LLM__RE_NUMBERS "+",
-                            !llm__json_flag(env, p, "individual_digits", false));
+        llm__hftok_add_class(env, v, LLM__RE_NUMBERS, LLM__RE_NUMBERS "+",
+                             !llm__json_flag(env, p, "individual_digits", false));
     } else if (llm__str_is(type, "Punctuation")) {
         llm__str behavior = llm__json_text(env, p, "behavior");
         bool contiguous = llm__str_is(behavior, "Contiguous");
         if (!contiguous && behavior.n && !llm__str_is(behavior, "Isolated"))
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Punctuation has behavior \"%.*s\"",
                       LLM__SHOW(behavior));
-        llm__add_json_class(env, v, LLM__RE_PUNCTUATION, LLM__RE_PUNCTUATION "+", contiguous);
+        llm__hftok_add_class(env, v, LLM__RE_PUNCTUATION, LLM__RE_PUNCTUATION "+", contiguous);
     } else if (llm__str_is(type, "Metaspace")) {
-        llm__read_json_metaspace(env, p, v);
+        llm__hftok_metaspace(env, p, v);
     } else {
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer \"%.*s\" is not run here", LLM__SHOW(type));
     }
@@ -5123,12 +5156,12 @@ static void llm__read_json_pre_tokenizer(llm__env *env, const llm__json *p, llm_
 }
 
 /* Whether decoding takes the first space away. */
-static bool llm__json_strips(llm__env *env, const llm__json *decoder) {
+static bool llm__hftok_strips(llm__env *env, const llm__json *decoder) {
     llm__str type = llm__json_text(env, decoder, "type");
     if (llm__str_is(type, "Sequence")) {
         const llm__json *list = llm__json_need(env, decoder, "decoders", LLM__JSON_ARRAY);
         for (decoder = list->first; decoder; decoder = decoder->next)
-            if (llm__json_strips(env, decoder)) return true;
+            if (llm__hftok_strips(env, decoder)) return true;
         return false;
     }
     if (llm__str_is(type, "Metaspace")) {
@@ -5139,32 +5172,31 @@ static bool llm__json_strips(llm__env *env, const llm__json *decoder) {
 }
 
 /* One of the tokens a post-processor puts around a text. */
-static llm_token llm__json_template_token(llm__env *env, const llm__json *processor, const llm__json *item,
-                                          size_t n_pieces) {
+static llm_token llm__hftok_template_token(llm__env *env, const llm__json *processor, const llm__json *item,
+                                           size_t n_pieces) {
     const llm__json *tokens = llm__json_need(env, processor, "special_tokens", LLM__JSON_OBJECT);
     llm__str name = llm__json_need(env, item, "id", LLM__JSON_STRING)->string;
     for (const llm__json *token = tokens->first; token; token = token->next) {
         if (!llm__str_equal(token->key, name)) continue;
         const llm__json *ids = llm__json_need(env, token, "ids", LLM__JSON_ARRAY);
         if (ids->n != 1)
-            llm__fail(env, LLM_ERROR_UNSUPPORTED, "the post_processor's \"%.*s\" is %llu tokens", LLM__SHOW_PIECE(name),
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "the post_processor's \"%.*s\" is %llu tokens", LLM__SHOW(name),
                       (unsigned long long)ids->n);
         llm_token id = llm__json_id(env, ids->first, "the post_processor's", name);
         if ((size_t)id >= n_pieces)
             llm__fail(env, LLM_ERROR_FORMAT, "the post_processor's \"%.*s\" has the id %ld, which is no token's",
-                      LLM__SHOW_PIECE(name), (long)id);
+                      LLM__SHOW(name), (long)id);
         return id;
     }
-    llm__fail(env, LLM_ERROR_FORMAT, "the post_processor's \"%.*s\" is not in its special_tokens",
-              LLM__SHOW_PIECE(name));
+    llm__fail(env, LLM_ERROR_FORMAT, "the post_processor's \"%.*s\" is not in its special_tokens", LLM__SHOW(name));
 }
 
-static void llm__read_json_post_processor(llm__env *env, const llm__json *p, llm__vocab_source *v) {
+static void llm__hftok_post_processor(llm__env *env, const llm__json *p, llm__vocab_source *v) {
     llm__str type = llm__json_need(env, p, "type", LLM__JSON_STRING)->string;
     if (llm__str_is(type, "ByteLevel")) return;
     if (llm__str_is(type, "Sequence")) {
         const llm__json *list = llm__json_need(env, p, "processors", LLM__JSON_ARRAY);
-        for (p = list->first; p; p = p->next) llm__read_json_post_processor(env, p, v);
+        for (p = list->first; p; p = p->next) llm__hftok_post_processor(env, p, v);
         return;
     }
     if (!llm__str_is(type, "TemplateProcessing"))
@@ -5180,12 +5212,11 @@ static void llm__read_json_post_processor(llm__env *env, const llm__json *p, llm
         bool *add = after ? &v->add_eos : &v->add_bos;
         if (*add) llm__fail(env, LLM_ERROR_UNSUPPORTED, "the post_processor adds several tokens on one side of a text");
         *add = true;
-        *(after ? &v->eos : &v->bos) = llm__json_template_token(env, p, token, v->n_pieces);
+        *(after ? &v->eos : &v->bos) = llm__hftok_template_token(env, p, token, v->n_pieces);
     }
 }
 
-static void llm__read_tokenizer_json(llm__env *env, const llm__json *root, llm__vocab_parts *parts,
-                                     llm__vocab_source *v) {
+static void llm__hftok_read(llm__env *env, const llm__json *root, llm__vocab_parts *parts, llm__vocab_source *v) {
     const llm__json *normalizer = llm__json_take(env, root, "normalizer", LLM__JSON_OBJECT);
     const llm__json *pre = llm__json_take(env, root, "pre_tokenizer", LLM__JSON_OBJECT);
     const llm__json *post = llm__json_take(env, root, "post_processor", LLM__JSON_OBJECT);
@@ -5193,16 +5224,16 @@ static void llm__read_tokenizer_json(llm__env *env, const llm__json *root, llm__
     bool bytes = false;
     v->pieces_name = "vocab";
     v->merges_name = "merges";
-    llm__read_json_model(env, root, parts, v);
-    if (normalizer) llm__read_json_normalizer(env, normalizer, v);
-    if (pre) llm__read_json_pre_tokenizer(env, pre, v, &bytes);
+    llm__hftok_model(env, root, parts, v);
+    if (normalizer) llm__hftok_normalizer(env, normalizer, v);
+    if (pre) llm__hftok_pre_tokenizer(env, pre, v, &bytes);
     if (bytes == v->sentencepiece || (bytes && v->prefix == LLM__PREFIX_STRETCH))
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   bytes ? "ByteLevel and U+2581 for spaces do not go together here"
                         : "neither a ByteLevel pre_tokenizer nor U+2581 for spaces: such a model is not run here");
-    v->strip_prefix = decoder && llm__json_strips(env, decoder);
+    v->strip_prefix = decoder && llm__hftok_strips(env, decoder);
     v->n_pieces = parts->n;
-    if (post) llm__read_json_post_processor(env, post, v);
+    if (post) llm__hftok_post_processor(env, post, v);
 }
 
 /* ---- tokenizer.model, as SentencePiece writes it ----
@@ -5211,7 +5242,7 @@ static void llm__read_tokenizer_json(llm__env *env, const llm__json *root, llm__
    bytes (2) or 4 bytes (5). https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto */
 
 typedef struct llm__proto {
-    llm__reader in;
+    llm__cursor in;
     uint32_t field, wire;
     uint64_t number; /* a varint; the bits of 4 bytes */
     llm__str bytes;
@@ -5228,10 +5259,10 @@ static llm__proto llm__proto_open(llm__env *env, const void *data, size_t n, con
     return p;
 }
 
-static uint64_t llm__proto_varint(llm__reader *r) {
+static uint64_t llm__proto_varint(llm__cursor *r) {
     uint64_t value = 0;
     for (int shift = 0; shift < 64; shift += 7) {
-        uint8_t byte = *llm__read(r, 1);
+        uint8_t byte = *llm__cursor_bytes(r, 1);
         value |= (uint64_t)(byte & 0x7F) << shift;
         if (byte < 0x80) return value;
     }
@@ -5240,7 +5271,7 @@ static uint64_t llm__proto_varint(llm__reader *r) {
 
 /* The next field; false at the end. */
 static bool llm__proto_next(llm__proto *p) {
-    llm__reader *r = &p->in;
+    llm__cursor *r = &p->in;
     if (r->at == r->size) return false;
     uint64_t key = llm__proto_varint(r);
     p->field = key >> 3 > UINT32_MAX ? 0 : (uint32_t)(key >> 3);
@@ -5250,13 +5281,13 @@ static bool llm__proto_next(llm__proto *p) {
     p->number = 0;
     switch (p->wire) {
     case 0: p->number = llm__proto_varint(r); break;
-    case 1: llm__read(r, 8); break;
+    case 1: llm__cursor_bytes(r, 8); break;
     case 2:
         p->number = llm__proto_varint(r);
-        p->bytes.at = (const char *)llm__read(r, p->number);
+        p->bytes.at = (const char *)llm__cursor_bytes(r, p->number);
         p->bytes.n = (size_t)p->number;
         break;
-    case 5: p->number = llm__load_u32(llm__read(r, 4)); break;
+    case 5: p->number = llm__bytes_u32(llm__cursor_bytes(r, 4)); break;
     default:
         llm__fail(r->env, LLM_ERROR_FORMAT,
                   "%s: a field at offset %llu has the wire type %d: this is no SentencePiece model", r->what,
@@ -5265,25 +5296,25 @@ static bool llm__proto_next(llm__proto *p) {
     return true;
 }
 
-static void llm__read_proto_piece(llm__env *env, llm__proto *model, llm__vocab_parts *parts, float *score) {
+static void llm__proto_read_piece(llm__env *env, llm__proto *model, llm__vocab_parts *parts, float *score) {
     llm__proto p = llm__proto_open(env, model->bytes.at, model->bytes.n, "a piece");
     llm__str text = {"", 0};
     llm_token id = (llm_token)parts->n;
     uint64_t type = LLM__TYPE_NORMAL;
     while (llm__proto_next(&p)) {
         if (p.field == 1 && p.wire == 2) text = p.bytes;
-        if (p.field == 2 && p.wire == 5) *score = llm__bits_f32((uint32_t)p.number);
+        if (p.field == 2 && p.wire == 5) *score = llm__f32_from_bits((uint32_t)p.number);
         if (p.field == 3 && p.wire == 0) type = p.number;
     }
     if (type < LLM__TYPE_NORMAL || type > LLM__TYPE_BYTE)
         llm__fail(env, LLM_ERROR_FORMAT, "pieces[%ld] has the type %llu, not one from 1 to 6", (long)id,
                   (unsigned long long)type);
-    llm__put_piece(env, parts, id, text, (llm__token_type)type, parts->n);
+    llm__vocab_put(env, parts, id, text, (llm__vocab_token_type)type, parts->n);
     if (type == LLM__TYPE_USER_DEFINED) parts->traits[id] |= LLM__NORMALIZED;
 }
 
 /* SentencePiece numbers the kinds of tokens as GGUF does. */
-static void llm__read_proto_pieces(llm__env *env, const llm__file *file, llm__vocab_parts *parts,
+static void llm__proto_read_pieces(llm__env *env, const llm__file *file, llm__vocab_parts *parts,
                                    llm__vocab_source *v) {
     llm__proto p = llm__proto_open(env, file->data, (size_t)file->size, "the model");
     float *scores = NULL;
@@ -5292,9 +5323,9 @@ static void llm__read_proto_pieces(llm__env *env, const llm__file *file, llm__vo
         if (p.field != 1 || p.wire != 2) continue;
         if (parts->n == 1 << 24)
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "there are more than %llu pieces", (unsigned long long)parts->n);
-        scores = (float *)llm__grow(env, scores, parts->n, &room, sizeof *scores);
+        scores = (float *)llm__alloc_grow(env, scores, parts->n, &room, sizeof *scores);
         scores[parts->n] = 0;
-        llm__read_proto_piece(env, &p, parts, &scores[parts->n]);
+        llm__proto_read_piece(env, &p, parts, &scores[parts->n]);
     }
     v->scores = scores;
 }
@@ -5307,7 +5338,7 @@ static llm_token llm__proto_id(llm__env *env, const llm__vocab_parts *parts, con
     return (llm_token)id;
 }
 
-static void llm__read_proto_trainer(llm__env *env, llm__str bytes, const llm__vocab_parts *parts,
+static void llm__proto_read_trainer(llm__env *env, llm__str bytes, const llm__vocab_parts *parts,
                                     llm__vocab_source *v) {
     static const char *const kinds[] = {"?", "unigram", "BPE", "word", "char"};
     llm__proto p = llm__proto_open(env, bytes.at, bytes.n, "trainer_spec");
@@ -5326,7 +5357,7 @@ static void llm__read_proto_trainer(llm__env *env, llm__str bytes, const llm__vo
                   (unsigned long long)kind, kinds[kind < 5 ? kind : 0]);
 }
 
-static void llm__read_proto_normalizer(llm__env *env, llm__str bytes, llm__vocab_source *v) {
+static void llm__proto_read_normalizer(llm__env *env, llm__str bytes, llm__vocab_source *v) {
     llm__proto p = llm__proto_open(env, bytes.at, bytes.n, "normalizer_spec");
     bool remove_spaces = true, escape = true;
     while (llm__proto_next(&p)) {
@@ -5341,8 +5372,7 @@ static void llm__read_proto_normalizer(llm__env *env, llm__str bytes, llm__vocab
                   escape ? "remove_extra_whitespaces is set" : "escape_whitespaces is not set");
 }
 
-static void llm__read_tokenizer_model(llm__env *env, const llm__file *file, llm__vocab_parts *parts,
-                                      llm__vocab_source *v) {
+static void llm__proto_read(llm__env *env, const llm__file *file, llm__vocab_parts *parts, llm__vocab_source *v) {
     llm__proto p = llm__proto_open(env, file->data, (size_t)file->size, "the model");
     llm__str trainer = {"", 0}, normalizer = {"", 0};
     v->pieces_name = "pieces";
@@ -5351,7 +5381,7 @@ static void llm__read_tokenizer_model(llm__env *env, const llm__file *file, llm_
     v->merges_name = "merges";
     v->sentencepiece = v->fuse_unk = v->add_bos = true;
     v->prefix = LLM__PREFIX_STRETCH;
-    llm__read_proto_pieces(env, file, parts, v);
+    llm__proto_read_pieces(env, file, parts, v);
     while (llm__proto_next(&p)) {
         if (p.field == 2 && p.wire == 2) trainer = p.bytes;
         if (p.field == 3 && p.wire == 2) normalizer = p.bytes;
@@ -5359,8 +5389,8 @@ static void llm__read_tokenizer_model(llm__env *env, const llm__file *file, llm_
     v->unk = parts->n > 0 ? 0 : LLM__NONE;
     v->bos = parts->n > 1 ? 1 : LLM__NONE;
     v->eos = parts->n > 2 ? 2 : LLM__NONE;
-    llm__read_proto_trainer(env, trainer, parts, v);
-    llm__read_proto_normalizer(env, normalizer, v);
+    llm__proto_read_trainer(env, trainer, parts, v);
+    llm__proto_read_normalizer(env, normalizer, v);
     v->strip_prefix = v->prefix == LLM__PREFIX_STRETCH;
 }
 
@@ -5369,30 +5399,30 @@ static void llm__read_tokenizer_model(llm__env *env, const llm__file *file, llm_
    tokenizer.json or tokenizer.model is the vocabulary; the files beside it say which tokens begin and end a text. */
 
 /* A JSON file in the directory; NULL if there is none. Names it in messages. */
-static const llm__json *llm__beside(llm__env *env, const char *directory, const char *name) {
+static const llm__json *llm__hf_find_json(llm__env *env, const char *directory, const char *name) {
     env->file = llm__path_join(env, directory, name);
-    return llm__find_path(env->file) == LLM__REGULAR ? llm__open_json(env, directory, name) : NULL;
+    return llm__path_find(env->file) == LLM__REGULAR ? llm__hf_open_json(env, directory, name) : NULL;
 }
 
 /* A token by its text, which stands there itself or as the "content" of an object. */
-static llm_token llm__named_token(llm__env *env, const llm__json *config, const char *key,
-                                  const llm__vocab_parts *parts) {
+static llm_token llm__hf_named_token(llm__env *env, const llm__json *config, const char *key,
+                                     const llm__vocab_parts *parts) {
     const llm__json *v = llm__json_get(config, key);
     if (v && v->type == LLM__JSON_OBJECT) v = llm__json_need(env, v, "content", LLM__JSON_STRING);
     if (!v) return LLM__NONE;
     if (v->type != LLM__JSON_STRING)
         llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not a token's text", key, llm__json_type_name(v->type));
-    llm_token id = llm__find_part(parts, v->string);
+    llm_token id = llm__vocab_find_part(parts, v->string);
     if (id == LLM__NONE)
         llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is \"%.*s\", which is no token of the vocabulary", key,
-                  LLM__SHOW_PIECE(v->string));
+                  LLM__SHOW(v->string));
     return id;
 }
 
-static void llm__read_named_tokens(llm__env *env, const llm__json *config, const llm__vocab_parts *parts,
-                                   llm__vocab_source *v) {
-    llm_token bos = llm__named_token(env, config, "bos_token", parts),
-              eos = llm__named_token(env, config, "eos_token", parts);
+static void llm__hf_named_tokens(llm__env *env, const llm__json *config, const llm__vocab_parts *parts,
+                                 llm__vocab_source *v) {
+    llm_token bos = llm__hf_named_token(env, config, "bos_token", parts),
+              eos = llm__hf_named_token(env, config, "eos_token", parts);
     if (eos != LLM__NONE && v->add_eos && v->eos != LLM__NONE && v->eos != eos)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "eos_token is token %ld, but the post_processor ends texts with token %ld", (long)eos, (long)v->eos);
@@ -5401,8 +5431,8 @@ static void llm__read_named_tokens(llm__env *env, const llm__json *config, const
 }
 
 /* "eos_token_id" of config.json and generation_config.json: a number or a list of them; all end a text. */
-static void llm__read_end_ids(llm__env *env, const llm__json *config, const llm__vocab_parts *parts,
-                              llm__vocab_source *v) {
+static void llm__hf_end_ids(llm__env *env, const llm__json *config, const llm__vocab_parts *parts,
+                            llm__vocab_source *v) {
     static const llm__str key = {"eos_token_id", 12};
     const llm__json *ids = llm__json_get(config, key.at), *bos = llm__json_get(config, "bos_token_id");
     bool list = ids && ids->type == LLM__JSON_ARRAY;
@@ -5420,7 +5450,7 @@ static void llm__read_end_ids(llm__env *env, const llm__json *config, const llm_
 }
 
 /* "chat_template" is a text, or a list of named ones, of which "default" is taken. */
-static llm__str llm__read_chat_template(llm__env *env, const llm__json *config) {
+static llm__str llm__hf_chat_template(llm__env *env, const llm__json *config) {
     const llm__json *v = llm__json_get(config, "chat_template");
     llm__str none = {"", 0};
     if (!v) return none;
@@ -5432,7 +5462,7 @@ static llm__str llm__read_chat_template(llm__env *env, const llm__json *config) 
 }
 
 /* Tokens a tokenizer.model does not have itself. */
-static void llm__read_added_tokens(llm__env *env, const llm__json *config, llm__vocab_parts *parts) {
+static void llm__hf_added_tokens(llm__env *env, const llm__json *config, llm__vocab_parts *parts) {
     const llm__json *added = llm__json_take(env, config, "added_tokens_decoder", LLM__JSON_OBJECT);
     size_t n_known = parts->n + (added ? added->n : 0);
     for (const llm__json *entry = added ? added->first : NULL; entry; entry = entry->next) {
@@ -5443,41 +5473,41 @@ static void llm__read_added_tokens(llm__env *env, const llm__json *config, llm__
                 llm__fail(env, LLM_ERROR_FORMAT, "added_tokens_decoder has the id \"%.*s\"", LLM__SHOW(entry->key));
             id = 10 * id + (digit - '0');
         }
-        llm__put_added_token(env, parts, entry, id, n_known);
+        llm__vocab_put_added(env, parts, entry, id, n_known);
     }
 }
 
-static void llm__read_tokenizer_config(llm__env *env, const llm__json *config, llm__vocab_parts *parts,
-                                       llm__vocab_source *v) {
+static void llm__hf_tokenizer_config(llm__env *env, const llm__json *config, llm__vocab_parts *parts,
+                                     llm__vocab_source *v) {
     if (v->scores) {
-        llm__read_added_tokens(env, config, parts);
+        llm__hf_added_tokens(env, config, parts);
         if (v->prefix == LLM__PREFIX_STRETCH && !llm__json_flag(env, config, "legacy", true))
             v->prefix = LLM__PREFIX_FIRST;
     }
-    v->chat_template = llm__read_chat_template(env, config);
-    llm__read_named_tokens(env, config, parts, v);
+    v->chat_template = llm__hf_chat_template(env, config);
+    llm__hf_named_tokens(env, config, parts, v);
     v->add_bos = llm__json_flag(env, config, "add_bos_token", v->add_bos);
     v->add_eos = llm__json_flag(env, config, "add_eos_token", v->add_eos);
 }
 
-static void llm__read_beside(llm__env *env, const char *directory, llm__vocab_parts *parts, llm__vocab_source *v) {
+static void llm__hf_read_configs(llm__env *env, const char *directory, llm__vocab_parts *parts, llm__vocab_source *v) {
     static const char *const ids[] = {"generation_config.json", "config.json"};
-    const llm__json *config = llm__beside(env, directory, "tokenizer_config.json");
-    if (config) llm__read_tokenizer_config(env, config, parts, v);
+    const llm__json *config = llm__hf_find_json(env, directory, "tokenizer_config.json");
+    if (config) llm__hf_tokenizer_config(env, config, parts, v);
     if ((v->bos == LLM__NONE || v->eos == LLM__NONE) &&
-        (config = llm__beside(env, directory, "special_tokens_map.json")) != NULL)
-        llm__read_named_tokens(env, config, parts, v);
+        (config = llm__hf_find_json(env, directory, "special_tokens_map.json")) != NULL)
+        llm__hf_named_tokens(env, config, parts, v);
     for (int i = 0; i < 2; i++)
-        if ((config = llm__beside(env, directory, ids[i])) != NULL) llm__read_end_ids(env, config, parts, v);
+        if ((config = llm__hf_find_json(env, directory, ids[i])) != NULL) llm__hf_end_ids(env, config, parts, v);
     env->file = llm__path_join(env, directory, "chat_template.jinja");
-    if (llm__find_path(env->file) != LLM__REGULAR) return;
+    if (llm__path_find(env->file) != LLM__REGULAR) return;
     const llm__file *file = llm__file_open(env, env->file);
     v->chat_template.at = (const char *)file->data;
     v->chat_template.n = (size_t)file->size;
 }
 
 /* Ids that no token has are there all the same, and are never made. */
-static void llm__finish_parts(llm__env *env, llm__vocab_parts *parts, llm__vocab_source *v) {
+static void llm__vocab_finish(llm__env *env, llm__vocab_parts *parts, llm__vocab_source *v) {
     float *scores = v->scores ? (float *)llm__alloc_zero(env, parts->n + 1, sizeof *scores) : NULL;
     if (scores) memcpy(scores, v->scores, v->n_pieces * sizeof *scores);
     v->scores = scores;
@@ -5494,7 +5524,7 @@ static void llm__finish_parts(llm__env *env, llm__vocab_parts *parts, llm__vocab
 
 /* From tokenizer.json or tokenizer.model, whichever `path` is, and the files in the same directory. */
 static llm_tokenizer *llm__tokenizer_from_file(llm__env *env, const char *directory, const char *path) {
-    llm__pool *outer = env->pool, *inner = llm__inner_pool(env);
+    llm__pool *outer = env->pool, *inner = llm__pool_inner(env);
     const char *file_before = env->file;
     llm__vocab_source v;
     llm__vocab_parts parts;
@@ -5506,14 +5536,14 @@ static llm_tokenizer *llm__tokenizer_from_file(llm__env *env, const char *direct
     const llm__file *file = llm__file_open(env, path);
     size_t n = strlen(path);
     if (n > 6 && !strcmp(path + n - 6, ".model")) {
-        llm__read_tokenizer_model(env, file, &parts, &v);
+        llm__proto_read(env, file, &parts, &v);
     } else {
         const llm__json *root = llm__json_parse(env, file->data, (size_t)file->size);
-        llm__read_tokenizer_json(env, root, &parts, &v);
+        llm__hftok_read(env, root, &parts, &v);
     }
     v.n_pieces = parts.n;
-    llm__read_beside(env, directory, &parts, &v);
-    llm__finish_parts(env, &parts, &v);
+    llm__hf_read_configs(env, directory, &parts, &v);
+    llm__vocab_finish(env, &parts, &v);
     env->file = path;
     env->pool = outer;
     llm_tokenizer *t = llm__tokenizer_build(env, &v);
@@ -5525,8 +5555,8 @@ static llm_tokenizer *llm__tokenizer_from_file(llm__env *env, const char *direct
 static llm_tokenizer *llm__tokenizer_from_directory(llm__env *env, const char *directory) {
     const char *json = llm__path_join(env, directory, "tokenizer.json"),
                *model = llm__path_join(env, directory, "tokenizer.model");
-    const char *path = llm__find_path(json) == LLM__REGULAR ? json : model;
-    if (llm__find_path(path) != LLM__REGULAR)
+    const char *path = llm__path_find(json) == LLM__REGULAR ? json : model;
+    if (llm__path_find(path) != LLM__REGULAR)
         llm__fail(env, LLM_ERROR_IO, "there is neither tokenizer.json nor tokenizer.model in this directory");
     return llm__tokenizer_from_file(env, directory, path);
 }
@@ -5538,10 +5568,10 @@ typedef struct llm__tokenizer_load_job {
     llm_tokenizer *tokenizer;
 } llm__tokenizer_load_job;
 
-static llm_tokenizer *llm__load_gguf_tokenizer(llm__env *env, const char *path) {
-    llm__pool *outer = env->pool, *inner = llm__inner_pool(env);
+static llm_tokenizer *llm__tokenizer_load_gguf(llm__env *env, const char *path) {
+    llm__pool *outer = env->pool, *inner = llm__pool_inner(env);
     env->pool = inner;
-    const llm__checkpoint *ck = llm__read_gguf(env, llm__file_open(env, path));
+    const llm__checkpoint *ck = llm__gguf_read_first(env, llm__file_open(env, path));
     env->pool = outer;
     llm_tokenizer *t = llm__tokenizer_from_gguf(env, ck);
     llm__free(outer, inner);
@@ -5551,13 +5581,13 @@ static llm_tokenizer *llm__load_gguf_tokenizer(llm__env *env, const char *path) 
 static void llm__tokenizer_load_body(llm__env *env, void *arg) {
     llm__tokenizer_load_job *job = (llm__tokenizer_load_job *)arg;
     const char *name = llm__path_name(job->path), *end = strrchr(name, '.');
-    if (llm__find_path(job->path) == LLM__DIRECTORY) {
+    if (llm__path_find(job->path) == LLM__DIRECTORY) {
         job->tokenizer = llm__tokenizer_from_directory(env, job->path);
     } else if (end && (!strcmp(end, ".json") || !strcmp(end, ".model"))) {
-        const char *directory = name == job->path ? "." : llm__copy_string(env, job->path, (size_t)(name - job->path));
+        const char *directory = name == job->path ? "." : llm__str_copy(env, job->path, (size_t)(name - job->path));
         job->tokenizer = llm__tokenizer_from_file(env, directory, job->path);
     } else {
-        job->tokenizer = llm__load_gguf_tokenizer(env, job->path);
+        job->tokenizer = llm__tokenizer_load_gguf(env, job->path);
     }
 }
 
@@ -5572,7 +5602,7 @@ LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, con
     llm__pool_init(&pool, host);
     llm__env_init(&env, &pool, err, path);
     job.path = path;
-    llm_status status = llm__guarded(&env, llm__tokenizer_load_body, &job);
+    llm_status status = llm__env_run(&env, llm__tokenizer_load_body, &job);
     if (status) {
         llm__pool_free(&pool);
         return status;
@@ -5588,7 +5618,7 @@ LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer) {
     llm__pool_free(&pool);
 }
 
-/* ==== 8 Chat templates ==========================================================================================
+/* ==== 10 Chat templates =========================================================================================
 
    A model's file holds its chat template as a program in Jinja. Nearly all say one of a few things, so they are not run
    here but recognised by what they must contain, and the small ways in which they differ (a default system message,
@@ -5598,12 +5628,12 @@ LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer) {
    The stretches that came from messages are remembered: no special token is recognised in them, so that what a user
    types cannot end his turn and speak as the assistant. */
 
-typedef struct llm__rendered {
+typedef struct llm__chat_text {
     char *text; /* NUL-terminated, UTF-8 */
     size_t n, room;
-    llm__span *spans; /* where the messages' contents are */
+    llm__enc_span *spans; /* where the messages' contents are */
     size_t n_spans, span_room;
-} llm__rendered;
+} llm__chat_text;
 
 typedef struct llm__chat {
     llm__env *env;
@@ -5611,7 +5641,7 @@ typedef struct llm__chat {
     const llm_message *messages;
     int n_messages;
     bool trim; /* contents lose the white space around them */
-    llm__rendered out;
+    llm__chat_text out;
 } llm__chat;
 
 typedef struct llm__chat_form {
@@ -5620,10 +5650,10 @@ typedef struct llm__chat_form {
     void (*render)(llm__chat *c, bool open_answer);
 } llm__chat_form;
 
-static void llm__put_utf8(llm__chat *c, const uint8_t *p, const uint8_t *end) {
-    llm__rendered *out = &c->out;
+static void llm__chat_put_utf8(llm__chat *c, const uint8_t *p, const uint8_t *end) {
+    llm__chat_text *out = &c->out;
     size_t n = (size_t)(end - p);
-    while (out->room - out->n <= n) out->text = (char *)llm__grow(c->env, out->text, out->room, &out->room, 1);
+    while (out->room - out->n <= n) out->text = (char *)llm__alloc_grow(c->env, out->text, out->room, &out->room, 1);
     memcpy(out->text + out->n, p, n);
     out->n += n;
     out->text[out->n] = 0;
@@ -5631,64 +5661,67 @@ static void llm__put_utf8(llm__chat *c, const uint8_t *p, const uint8_t *end) {
 
 /* Text of a template or a vocabulary, which may be anything: what is not UTF-8 is repaired here, because the places of
    the contents must not move any more. */
-static void llm__put_bytes(llm__chat *c, const char *text, size_t n) {
+static void llm__chat_put_bytes(llm__chat *c, const char *text, size_t n) {
     const uint8_t *p = (const uint8_t *)text, *end = p + n;
-    p = llm__as_utf8(c->env, p, &end);
-    llm__put_utf8(c, p, end);
+    p = llm__enc_as_utf8(c->env, p, &end);
+    llm__chat_put_utf8(c, p, end);
 }
 
-static void llm__put(llm__chat *c, const char *text) { llm__put_bytes(c, text, strlen(text)); }
+static void llm__chat_put(llm__chat *c, const char *text) { llm__chat_put_bytes(c, text, strlen(text)); }
 
-static void llm__put_token(llm__chat *c, llm_token id) {
+static void llm__chat_put_token(llm__chat *c, llm_token id) {
     if (id == LLM__NONE) return;
-    llm__str s = llm__piece(c->t, id);
-    llm__put_bytes(c, s.at, s.n);
+    llm__str s = llm__vocab_piece(c->t, id);
+    llm__chat_put_bytes(c, s.at, s.n);
 }
 
 /* As Python's strip(). */
-static void llm__trim(const llm__classes *classes, const uint8_t **p, const uint8_t **end) {
+static void llm__chat_trim(const llm__unicode_classes *classes, const uint8_t **p, const uint8_t **end) {
     const uint8_t *next;
     for (; *p < *end; *p = next)
-        if (!(llm__class_at(classes, *p, &next) & LLM__SPACE) && (**p < 0x1C || **p > 0x1F)) break;
+        if (!(llm__unicode_class_at(classes, *p, &next) & LLM__SPACE) && (**p < 0x1C || **p > 0x1F)) break;
     for (; *p < *end; *end = next) {
         for (next = *end - 1; next > *p && (*next & 0xC0) == 0x80;) next--;
         const uint8_t *after;
-        if (!(llm__class_at(classes, next, &after) & LLM__SPACE) && (*next < 0x1C || *next > 0x1F)) break;
+        if (!(llm__unicode_class_at(classes, next, &after) & LLM__SPACE) && (*next < 0x1C || *next > 0x1F)) break;
     }
 }
 
 /* A message's content, or a part of it. */
-static void llm__put_stretch(llm__chat *c, const char *text, size_t n_text) {
+static void llm__chat_put_stretch(llm__chat *c, const char *text, size_t n_text) {
     const uint8_t *p = (const uint8_t *)text, *end = p + n_text;
-    p = llm__as_utf8(c->env, p, &end);
-    if (c->trim) llm__trim(c->t->classes, &p, &end);
-    llm__rendered *out = &c->out;
-    out->spans = (llm__span *)llm__grow(c->env, out->spans, out->n_spans, &out->span_room, sizeof *out->spans);
+    p = llm__enc_as_utf8(c->env, p, &end);
+    if (c->trim) llm__chat_trim(c->t->classes, &p, &end);
+    llm__chat_text *out = &c->out;
+    out->spans =
+        (llm__enc_span *)llm__alloc_grow(c->env, out->spans, out->n_spans, &out->span_room, sizeof *out->spans);
     out->spans[out->n_spans].begin = out->n;
-    llm__put_utf8(c, p, end);
+    llm__chat_put_utf8(c, p, end);
     out->spans[out->n_spans++].end = out->n;
 }
 
-static void llm__put_content(llm__chat *c, const char *content) { llm__put_stretch(c, content, strlen(content)); }
+static void llm__chat_put_content(llm__chat *c, const char *content) {
+    llm__chat_put_stretch(c, content, strlen(content));
+}
 
 /* Takes the white space off the end of what is there so far. */
-static void llm__trim_end(llm__chat *c) {
+static void llm__chat_trim_end(llm__chat *c) {
     const uint8_t *p = (const uint8_t *)c->out.text, *end = p + c->out.n;
-    llm__span *last = &c->out.spans[c->out.n_spans - 1];
-    llm__trim(c->t->classes, &p, &end);
+    llm__enc_span *last = &c->out.spans[c->out.n_spans - 1];
+    llm__chat_trim(c->t->classes, &p, &end);
     c->out.n = (size_t)(end - (const uint8_t *)c->out.text);
     c->out.text[c->out.n] = 0;
     if (last->begin > c->out.n) last->begin = c->out.n;
     if (last->end > c->out.n) last->end = c->out.n;
 }
 
-static bool llm__template_has(const llm__chat *c, const char *text) {
+static bool llm__chat_template_has(const llm__chat *c, const char *text) {
     return strstr(c->t->chat_template, text) != NULL;
 }
 
 /* What stands between `before` and the next of the characters `ends` in the template; empty if it is not there. A
    line's end may be written as \n in it. */
-static llm__str llm__template_text(const llm__chat *c, const char *before, const char *ends) {
+static llm__str llm__chat_template_text(const llm__chat *c, const char *before, const char *ends) {
     llm__str s = {"", 0};
     const char *at = strstr(c->t->chat_template, before);
     if (!at) return s;
@@ -5697,24 +5730,24 @@ static llm__str llm__template_text(const llm__chat *c, const char *before, const
     return s;
 }
 
-static bool llm__begins_with_system(const llm__chat *c) {
+static bool llm__chat_begins_with_system(const llm__chat *c) {
     return c->n_messages && !strcmp(c->messages[0].role, "system");
 }
 
 /* ---- ChatML: <|im_start|>role\ncontent<|im_end|>\n ---- */
 
-static void llm__chatml_message(llm__chat *c, const char *role) {
-    llm__put(c, "<|im_start|>");
-    llm__put(c, role);
-    llm__put(c, "\n");
+static void llm__chat_chatml_message(llm__chat *c, const char *role) {
+    llm__chat_put(c, "<|im_start|>");
+    llm__chat_put(c, role);
+    llm__chat_put(c, "\n");
 }
 
 /* The system message that the template puts in where the conversation has none. */
-static llm__str llm__chatml_default(const llm__chat *c) {
+static llm__str llm__chat_chatml_default(const llm__chat *c) {
     static const char *const before[] = {"<|im_start|>system\n", "<|im_start|>system\\n"};
     llm__str s = {"", 0};
     for (int i = 0; i < 2 && !s.n; i++) {
-        s = llm__template_text(c, before[i], "<'\"{}");
+        s = llm__chat_template_text(c, before[i], "<'\"{}");
         for (const char *at = s.at; !s.n && (at = strstr(at, before[i])) != NULL;) {
             at += strlen(before[i]);
             s.at = at;
@@ -5724,33 +5757,33 @@ static llm__str llm__chatml_default(const llm__chat *c) {
     return s;
 }
 
-static void llm__render_chatml(llm__chat *c, bool open_answer) {
-    llm__str system = llm__chatml_default(c);
-    if (llm__template_has(c, "bos_token")) llm__put_token(c, c->t->bos);
-    if (system.n && !llm__begins_with_system(c)) {
-        llm__chatml_message(c, "system");
-        llm__put_bytes(c, system.at, system.n);
-        llm__put(c, "<|im_end|>\n");
+static void llm__chat_render_chatml(llm__chat *c, bool open_answer) {
+    llm__str system = llm__chat_chatml_default(c);
+    if (llm__chat_template_has(c, "bos_token")) llm__chat_put_token(c, c->t->bos);
+    if (system.n && !llm__chat_begins_with_system(c)) {
+        llm__chat_chatml_message(c, "system");
+        llm__chat_put_bytes(c, system.at, system.n);
+        llm__chat_put(c, "<|im_end|>\n");
     }
     for (int i = 0; i < c->n_messages; i++) {
-        llm__chatml_message(c, c->messages[i].role);
-        llm__put_content(c, c->messages[i].content);
-        llm__put(c, "<|im_end|>\n");
+        llm__chat_chatml_message(c, c->messages[i].role);
+        llm__chat_put_content(c, c->messages[i].content);
+        llm__chat_put(c, "<|im_end|>\n");
     }
-    if (open_answer) llm__chatml_message(c, "assistant");
+    if (open_answer) llm__chat_chatml_message(c, "assistant");
 }
 
 /* Many templates have ChatML's tokens and do something else with the messages. Which one it is is seen from its
    outline: its tags in one way of writing, without the branches that only tools take. */
-typedef struct llm__tag {
+typedef struct llm__chat_tag {
     char kind; /* '{', '%', '#'; 0: the template's end */
     const char *text;
     size_t n;
     bool trims; /* the white space after it */
-} llm__tag;
+} llm__chat_tag;
 
 /* Reads the next tag; false where there is text before it that would be shown. */
-static bool llm__next_tag(const char **at, llm__tag *tag) {
+static bool llm__chat_next_tag(const char **at, llm__chat_tag *tag) {
     const char *p = *at, *start = p;
     char quote = 0;
     while (*p == ' ' || *p == '\n' || *p == '\t') p++;
@@ -5775,7 +5808,7 @@ static bool llm__next_tag(const char **at, llm__tag *tag) {
 }
 
 /* ['role'] at the end of what is written becomes .role; returns how much is written then. */
-static size_t llm__unbracket(char *out, size_t n) {
+static size_t llm__chat_unbracket(char *out, size_t n) {
     size_t key = n - 2;
     while (key && out[key - 1] != '\'') key--;
     if (key < 2 || out[key - 2] != '[') return n;
@@ -5786,7 +5819,7 @@ static size_t llm__unbracket(char *out, size_t n) {
 
 /* Writes a tag without spaces, with single quotes, \n for a new line, .role for ['role'] and one string for a sum of
    strings; false if it is too long. */
-static bool llm__write_tag(const llm__tag *tag, char *out, size_t room) {
+static bool llm__chat_write_tag(const llm__chat_tag *tag, char *out, size_t room) {
     size_t n = 0;
     char quote = 0;
     out[n++] = tag->kind;
@@ -5800,7 +5833,7 @@ static bool llm__write_tag(const llm__tag *tag, char *out, size_t room) {
             out[n++] = *p == '\n' ? 'n' : *++p;
         } else if (quote || (*p != ' ' && *p != '\n' && *p != '\t')) out[n++] = *p;
         if (mark) quote = quote ? 0 : *p;
-        if (!quote && out[n - 1] == ']' && out[n - 2] == '\'') n = llm__unbracket(out, n);
+        if (!quote && out[n - 1] == ']' && out[n - 2] == '\'') n = llm__chat_unbracket(out, n);
     }
     out[n] = 0;
     return true;
@@ -5810,7 +5843,7 @@ static bool llm__write_tag(const llm__tag *tag, char *out, size_t room) {
 #define LLM__IM_END "<|im_end|>\\n'"
 
 /* A star for the text of a default system message. */
-static void llm__star_system(char *tag) {
+static void llm__chat_star_system(char *tag) {
     size_t n = strlen(tag), begin = strlen(LLM__IM_SYSTEM), end = strlen(LLM__IM_END);
     if (n < begin + end || strncmp(tag, LLM__IM_SYSTEM, begin) || strcmp(tag + n - end, LLM__IM_END)) return;
     if (!memchr(tag + begin, '\'', n - begin - end) && !memchr(tag + begin, '\\', n - begin - end))
@@ -5818,16 +5851,16 @@ static void llm__star_system(char *tag) {
 }
 
 /* False if it is too long, or no template of tags alone. */
-static bool llm__write_outline(const char *text, char *out, size_t room) {
+static bool llm__chat_write_outline(const char *text, char *out, size_t room) {
     static const char *const dead[] = {"%iftools", "%elifmessage.role=='assistant'", "%elifmessage.role=='tool'"};
     char written[512];
-    llm__tag tag;
+    llm__chat_tag tag;
     size_t n = 0;
     int depth = 0; /* of ifs in a branch that is not taken */
     memset(&tag, 0, sizeof tag);
-    while (llm__next_tag(&text, &tag)) {
+    while (llm__chat_next_tag(&text, &tag)) {
         if (!tag.kind) return true;
-        bool fits = llm__write_tag(&tag, written, sizeof written);
+        bool fits = llm__chat_write_tag(&tag, written, sizeof written);
         if (tag.kind == '#') continue;
         if (depth && fits) {
             if (!strncmp(written, "%if", 3)) depth++;
@@ -5840,7 +5873,7 @@ static bool llm__write_outline(const char *text, char *out, size_t room) {
         for (int i = 0; i < 3; i++)
             if (!strcmp(written, dead[i])) depth = 1;
         if (depth && !tools) continue;
-        llm__star_system(written);
+        llm__chat_star_system(written);
         size_t length = strlen(written);
         if (length >= room - n) return false;
         memcpy(out + n, written, length + 1);
@@ -5860,7 +5893,7 @@ static bool llm__write_outline(const char *text, char *out, size_t room) {
     "%if(message.role=='user')or(message.role=='system'andnotloop.first)or(message.role=='assistant'andnotmessage." \
     "tool_calls)"
 
-static bool llm__is_chatml(const char *text) {
+static bool llm__chat_is_chatml(const char *text) {
     static const char *const first[] = {"{bos_token",
                                         "%ifnotadd_generation_promptisdefined%setadd_generation_prompt=false%endif"};
     static const char *const known[] = {
@@ -5871,7 +5904,7 @@ static bool llm__is_chatml(const char *text) {
         "%iftools%else" LLM__IM_QWEN25 "%endif" LLM__IM_MESSAGES LLM__IM_NO_CALL LLM__IM_MESSAGE
         "%endif" LLM__IM_ANSWER};
     char outline[1024] = "", *p = outline;
-    if (!llm__write_outline(text, outline, sizeof outline)) return false;
+    if (!llm__chat_write_outline(text, outline, sizeof outline)) return false;
     for (int i = 0; i < 2; i++)
         if (!strncmp(p, first[i], strlen(first[i]))) p += strlen(first[i]);
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
@@ -5881,7 +5914,7 @@ static bool llm__is_chatml(const char *text) {
 
 /* ---- Qwen 3: ChatML, but of an answer's thoughts only those since the last question are kept ---- */
 
-static llm__str llm__strip_lines(const char *p, const char *end) {
+static llm__str llm__chat_strip_lines(const char *p, const char *end) {
     llm__str s;
     while (p < end && *p == '\n') p++;
     while (p < end && end[-1] == '\n') end--;
@@ -5891,33 +5924,33 @@ static llm__str llm__strip_lines(const char *p, const char *end) {
 }
 
 /* What stands after the last `mark` before `end`; all if there is none. */
-static const char *llm__after_last(const char *text, const char *end, const char *mark) {
+static const char *llm__chat_after_last(const char *text, const char *end, const char *mark) {
     size_t n = strlen(mark);
     for (const char *p = end; (size_t)(p - text) >= n; p--)
         if (!memcmp(p - n, mark, n)) return p;
     return text;
 }
 
-static void llm__qwen3_answer(llm__chat *c, const char *content, bool recent, bool last) {
+static void llm__chat_qwen3_answer(llm__chat *c, const char *content, bool recent, bool last) {
     const char *end = content + strlen(content), *close = strstr(content, "</think>"), *answer = content;
     llm__str thoughts = {"", 0};
     if (close) {
-        thoughts = llm__strip_lines(llm__after_last(content, close, "<think>"), close);
-        answer = llm__after_last(content, end, "</think>");
+        thoughts = llm__chat_strip_lines(llm__chat_after_last(content, close, "<think>"), close);
+        answer = llm__chat_after_last(content, end, "</think>");
     }
     bool shown = recent && (last || thoughts.n);
     if (close || shown)
         while (*answer == '\n') answer++;
     if (shown) {
-        llm__put(c, "<think>\n");
-        llm__put_stretch(c, thoughts.at, thoughts.n);
-        llm__put(c, "\n</think>\n\n");
+        llm__chat_put(c, "<think>\n");
+        llm__chat_put_stretch(c, thoughts.at, thoughts.n);
+        llm__chat_put(c, "\n</think>\n\n");
     }
-    llm__put_stretch(c, answer, (size_t)(end - answer));
+    llm__chat_put_stretch(c, answer, (size_t)(end - answer));
 }
 
 /* Whether a user's message is not what a tool said. */
-static bool llm__is_question(const llm_message *m) {
+static bool llm__chat_is_question(const llm_message *m) {
     static const char open[] = "<tool_response>", close[] = "</tool_response>";
     size_t n = strlen(m->content);
     bool response = n >= sizeof close - 1 && !strncmp(m->content, open, sizeof open - 1) &&
@@ -5925,161 +5958,163 @@ static bool llm__is_question(const llm_message *m) {
     return !strcmp(m->role, "user") && !response;
 }
 
-static void llm__render_qwen3(llm__chat *c, bool open_answer) {
+static void llm__chat_render_qwen3(llm__chat *c, bool open_answer) {
     int question = c->n_messages - 1;
-    while (question >= 0 && !llm__is_question(&c->messages[question])) question--;
+    while (question >= 0 && !llm__chat_is_question(&c->messages[question])) question--;
     if (question < 0) question = c->n_messages - 1;
     for (int i = 0; i < c->n_messages; i++) {
         const llm_message *m = &c->messages[i];
-        llm__chatml_message(c, m->role);
-        if (!strcmp(m->role, "assistant")) llm__qwen3_answer(c, m->content, i > question, i == c->n_messages - 1);
-        else llm__put_content(c, m->content);
-        llm__put(c, "<|im_end|>\n");
+        llm__chat_chatml_message(c, m->role);
+        if (!strcmp(m->role, "assistant")) llm__chat_qwen3_answer(c, m->content, i > question, i == c->n_messages - 1);
+        else llm__chat_put_content(c, m->content);
+        llm__chat_put(c, "<|im_end|>\n");
     }
-    if (open_answer) llm__chatml_message(c, "assistant");
+    if (open_answer) llm__chat_chatml_message(c, "assistant");
 }
 
 /* ---- Llama 3: <|start_header_id|>role<|end_header_id|>\n\ncontent<|eot_id|> ---- */
 
-static void llm__llama3_header(llm__chat *c, const char *role) {
-    llm__put(c, "<|start_header_id|>");
-    llm__put(c, role);
-    llm__put(c, "<|end_header_id|>\n\n");
+static void llm__chat_llama3_header(llm__chat *c, const char *role) {
+    llm__chat_put(c, "<|start_header_id|>");
+    llm__chat_put(c, role);
+    llm__chat_put(c, "<|end_header_id|>\n\n");
 }
 
-static void llm__llama3_message(llm__chat *c, const llm_message *m) {
-    llm__llama3_header(c, m->role);
-    llm__put_content(c, m->content);
-    llm__put(c, "<|eot_id|>");
+static void llm__chat_llama3_message(llm__chat *c, const llm_message *m) {
+    llm__chat_llama3_header(c, m->role);
+    llm__chat_put_content(c, m->content);
+    llm__chat_put(c, "<|eot_id|>");
 }
 
 /* From 3.1 on there always is a system message, which begins with two dates. "Today" is the one written in the
    template, so that a prompt does not change from day to day. */
-static int llm__llama31_system(llm__chat *c) {
-    llm__str date = llm__template_text(c, "date_string = \"", "\"");
-    bool given = llm__begins_with_system(c);
-    llm__llama3_header(c, "system");
-    llm__put(c, "Cutting Knowledge Date: December 2023\nToday Date: ");
-    llm__put_bytes(c, date.at, date.n);
-    llm__put(c, "\n\n");
-    if (given) llm__put_content(c, c->messages[0].content);
-    llm__put(c, "<|eot_id|>");
+static int llm__chat_llama31_system(llm__chat *c) {
+    llm__str date = llm__chat_template_text(c, "date_string = \"", "\"");
+    bool given = llm__chat_begins_with_system(c);
+    llm__chat_llama3_header(c, "system");
+    llm__chat_put(c, "Cutting Knowledge Date: December 2023\nToday Date: ");
+    llm__chat_put_bytes(c, date.at, date.n);
+    llm__chat_put(c, "\n\n");
+    if (given) llm__chat_put_content(c, c->messages[0].content);
+    llm__chat_put(c, "<|eot_id|>");
     return given;
 }
 
-static void llm__render_llama3(llm__chat *c, bool open_answer) {
+static void llm__chat_render_llama3(llm__chat *c, bool open_answer) {
     int first = 0;
     c->trim = true;
-    llm__put_token(c, c->t->bos);
-    if (llm__template_has(c, "Cutting Knowledge Date: December 2023")) first = llm__llama31_system(c);
-    for (int i = first; i < c->n_messages; i++) llm__llama3_message(c, &c->messages[i]);
-    if (open_answer) llm__llama3_header(c, "assistant");
+    llm__chat_put_token(c, c->t->bos);
+    if (llm__chat_template_has(c, "Cutting Knowledge Date: December 2023")) first = llm__chat_llama31_system(c);
+    for (int i = first; i < c->n_messages; i++) llm__chat_llama3_message(c, &c->messages[i]);
+    if (open_answer) llm__chat_llama3_header(c, "assistant");
 }
 
 /* ---- Llama 2: <s>[INST] <<SYS>>\nsystem\n<</SYS>>\n\nuser [/INST] assistant </s> ---- */
 
-static void llm__render_llama2(llm__chat *c, bool open_answer) {
-    int first = llm__begins_with_system(c);
+static void llm__chat_render_llama2(llm__chat *c, bool open_answer) {
+    int first = llm__chat_begins_with_system(c);
     (void)open_answer; /* "[/INST]" opens the answer */
     for (int i = first; i < c->n_messages; i++) {
         if (!strcmp(c->messages[i].role, "assistant")) {
-            llm__put(c, " ");
+            llm__chat_put(c, " ");
             c->trim = true;
-            llm__put_content(c, c->messages[i].content);
-            llm__put(c, " ");
-            llm__put_token(c, c->t->eos);
+            llm__chat_put_content(c, c->messages[i].content);
+            llm__chat_put(c, " ");
+            llm__chat_put_token(c, c->t->eos);
             continue;
         }
-        llm__put_token(c, c->t->bos);
-        llm__put(c, "[INST] ");
+        llm__chat_put_token(c, c->t->bos);
+        llm__chat_put(c, "[INST] ");
         c->trim = !(first && i == 1); /* of "<<SYS>>..." the whole is trimmed, not the messages in it */
         if (!c->trim) {
-            llm__put(c, "<<SYS>>\n");
-            llm__put_content(c, c->messages[0].content);
-            llm__put(c, "\n<</SYS>>\n\n");
+            llm__chat_put(c, "<<SYS>>\n");
+            llm__chat_put_content(c, c->messages[0].content);
+            llm__chat_put(c, "\n<</SYS>>\n\n");
         }
-        llm__put_content(c, c->messages[i].content);
-        llm__trim_end(c);
-        llm__put(c, " [/INST]");
+        llm__chat_put_content(c, c->messages[i].content);
+        llm__chat_trim_end(c);
+        llm__chat_put(c, " [/INST]");
     }
 }
 
 /* ---- Mistral: <s>[INST] user [/INST] assistant</s>, with spaces in different places ---- */
 
-static void llm__render_mistral(llm__chat *c, bool open_answer) {
-    bool system = llm__begins_with_system(c), last = llm__template_has(c, "loop.last and system_message");
-    const char *open = llm__template_has(c, " [INST] ")  ? " [INST] "
-                       : llm__template_has(c, "[INST] ") ? "[INST] "
-                                                         : "[INST]";
-    const char *close = llm__template_has(c, " [/INST]") ? " [/INST]" : "[/INST]";
-    bool space =
-        llm__template_has(c, "' ' + message['content']") || llm__template_has(c, "\" \" + message[\"content\"]");
-    bool after = llm__template_has(c, "eos_token + ' '"), trim = llm__template_has(c, "message[\"content\"]|trim");
+static void llm__chat_render_mistral(llm__chat *c, bool open_answer) {
+    bool system = llm__chat_begins_with_system(c), last = llm__chat_template_has(c, "loop.last and system_message");
+    const char *open = llm__chat_template_has(c, " [INST] ")  ? " [INST] "
+                       : llm__chat_template_has(c, "[INST] ") ? "[INST] "
+                                                              : "[INST]";
+    const char *close = llm__chat_template_has(c, " [/INST]") ? " [/INST]" : "[/INST]";
+    bool space = llm__chat_template_has(c, "' ' + message['content']") ||
+                 llm__chat_template_has(c, "\" \" + message[\"content\"]");
+    bool after = llm__chat_template_has(c, "eos_token + ' '"),
+         trim = llm__chat_template_has(c, "message[\"content\"]|trim");
     (void)open_answer;
-    if (system && !llm__template_has(c, "system_message"))
+    if (system && !llm__chat_template_has(c, "system_message"))
         llm__fail(c->env, LLM_ERROR_ARGUMENT, "this model's chat template takes no system message");
     if (system && last && (c->n_messages - system) % 2 == 0)
         llm__fail(c->env, LLM_ERROR_ARGUMENT,
                   "this model's chat template puts the system message into the last message, "
                   "which must be the user's");
-    llm__put_token(c, c->t->bos);
+    llm__chat_put_token(c, c->t->bos);
     for (int i = system; i < c->n_messages; i++) {
         bool user = !strcmp(c->messages[i].role, "user");
-        llm__put(c, user ? open : space ? " " : "");
+        llm__chat_put(c, user ? open : space ? " " : "");
         if (system && i == (last ? c->n_messages - 1 : 1) && user) {
-            llm__put_content(c, c->messages[0].content);
-            llm__put(c, "\n\n");
+            llm__chat_put_content(c, c->messages[0].content);
+            llm__chat_put(c, "\n\n");
         }
         c->trim = trim && !user;
-        llm__put_content(c, c->messages[i].content);
+        llm__chat_put_content(c, c->messages[i].content);
         c->trim = false;
         if (user) {
-            llm__put(c, close);
+            llm__chat_put(c, close);
         } else {
-            llm__put_token(c, c->t->eos);
-            if (after) llm__put(c, " ");
+            llm__chat_put_token(c, c->t->eos);
+            if (after) llm__chat_put(c, " ");
         }
     }
 }
 
 /* ---- Zephyr: <|role|>\ncontent</s>\n ---- */
 
-static void llm__render_zephyr(llm__chat *c, bool open_answer) {
+static void llm__chat_render_zephyr(llm__chat *c, bool open_answer) {
     for (int i = 0; i < c->n_messages; i++) {
-        llm__put(c, "<|");
-        llm__put(c, c->messages[i].role);
-        llm__put(c, "|>\n");
-        llm__put_content(c, c->messages[i].content);
-        llm__put_token(c, c->t->eos);
-        llm__put(c, "\n");
+        llm__chat_put(c, "<|");
+        llm__chat_put(c, c->messages[i].role);
+        llm__chat_put(c, "|>\n");
+        llm__chat_put_content(c, c->messages[i].content);
+        llm__chat_put_token(c, c->t->eos);
+        llm__chat_put(c, "\n");
     }
-    if (open_answer) llm__put(c, "<|assistant|>\n");
+    if (open_answer) llm__chat_put(c, "<|assistant|>\n");
 }
 
 /* ---- Which of them it is ---- */
 
 /* NULL if the template is none of those known. */
-static const llm__chat_form *llm__find_chat_form(const char *text) {
+static const llm__chat_form *llm__chat_find_form(const char *text) {
     static const struct {
         llm__chat_form form;
         const char *has[3], *lacks[3];
-    } known[] = {
-        {{"qwen3", false, llm__render_qwen3},
-         {"loop.index0 > ns.last_query_index", "loop.last or (not loop.last and reasoning_content)",
-          "split('</think>')[-1].lstrip('\\n')"},
-         {"<s>", "bos_token", "raise_exception"}},
-        {{"llama-3", false, llm__render_llama3},
-         {"<|start_header_id|>", "<|eot_id|>", "message['content'] | trim"},
-         {"system_prompt", NULL, NULL}},
-        {{"llama-2", true, llm__render_llama2},
-         {"<<SYS>>", "bos_token + '[INST] '", "content.strip()"},
-         {NULL, NULL, NULL}},
-        {{"mistral", true, llm__render_mistral},
-         {"[INST]", "[/INST]", "eos_token"},
-         {"<<SYS>>", "[SYSTEM_PROMPT]", NULL}},
-        {{"zephyr", false, llm__render_zephyr}, {"<|user|>", "<|assistant|>", "eos_token"}, {"<|end|>", NULL, NULL}}};
-    static const llm__chat_form chatml = {"chatml", false, llm__render_chatml};
-    if (text && llm__is_chatml(text)) return &chatml;
+    } known[] = {{{"qwen3", false, llm__chat_render_qwen3},
+                  {"loop.index0 > ns.last_query_index", "loop.last or (not loop.last and reasoning_content)",
+                   "split('</think>')[-1].lstrip('\\n')"},
+                  {"<s>", "bos_token", "raise_exception"}},
+                 {{"llama-3", false, llm__chat_render_llama3},
+                  {"<|start_header_id|>", "<|eot_id|>", "message['content'] | trim"},
+                  {"system_prompt", NULL, NULL}},
+                 {{"llama-2", true, llm__chat_render_llama2},
+                  {"<<SYS>>", "bos_token + '[INST] '", "content.strip()"},
+                  {NULL, NULL, NULL}},
+                 {{"mistral", true, llm__chat_render_mistral},
+                  {"[INST]", "[/INST]", "eos_token"},
+                  {"<<SYS>>", "[SYSTEM_PROMPT]", NULL}},
+                 {{"zephyr", false, llm__chat_render_zephyr},
+                  {"<|user|>", "<|assistant|>", "eos_token"},
+                  {"<|end|>", NULL, NULL}}};
+    static const llm__chat_form chatml = {"chatml", false, llm__chat_render_chatml};
+    if (text && llm__chat_is_chatml(text)) return &chatml;
     for (size_t i = 0; text && i < sizeof known / sizeof *known; i++) {
         bool fits = true;
         for (int k = 0; k < 3; k++) {
@@ -6091,11 +6126,11 @@ static const llm__chat_form *llm__find_chat_form(const char *text) {
     return NULL;
 }
 
-static void llm__check_messages(llm__chat *c, bool alternates) {
+static void llm__chat_check_messages(llm__chat *c, bool alternates) {
     for (int i = 0; i < c->n_messages; i++)
         if (!c->messages[i].role || !c->messages[i].content)
             llm__fail(c->env, LLM_ERROR_ARGUMENT, "messages[%d] has no role or no content", i);
-    int first = llm__begins_with_system(c);
+    int first = llm__chat_begins_with_system(c);
     for (int i = 0; i < c->n_messages; i++) {
         const llm_message *m = &c->messages[i];
         bool system = !strcmp(m->role, "system"), user = !strcmp(m->role, "user");
@@ -6112,10 +6147,10 @@ static void llm__check_messages(llm__chat *c, bool alternates) {
     }
 }
 
-static llm__rendered llm__render_chat(llm__env *env, const llm_tokenizer *t, const llm_message *messages,
-                                      int n_messages, bool open_answer) {
+static llm__chat_text llm__chat_render(llm__env *env, const llm_tokenizer *t, const llm_message *messages,
+                                       int n_messages, bool open_answer) {
     llm__chat c;
-    const llm__chat_form *form = llm__find_chat_form(t->chat_template);
+    const llm__chat_form *form = llm__chat_find_form(t->chat_template);
     memset(&c, 0, sizeof c);
     c.env = env;
     c.t = t;
@@ -6129,8 +6164,8 @@ static llm__rendered llm__render_chat(llm__env *env, const llm_tokenizer *t, con
                   "the chat template in the model's file is not one of those known here (ChatML, "
                   "Qwen3, Llama-2, Llama-3, Mistral, Zephyr); render the messages as text yourself");
     if (n_messages < 1) llm__fail(env, LLM_ERROR_ARGUMENT, "there are %d messages", n_messages);
-    llm__check_messages(&c, form->alternates);
-    llm__put(&c, "");
+    llm__chat_check_messages(&c, form->alternates);
+    llm__chat_put(&c, "");
     form->render(&c, open_answer);
     return c.out;
 }
@@ -6140,12 +6175,12 @@ typedef struct llm__chat_render_job {
     const llm_message *messages;
     int n_messages;
     bool open_answer;
-    llm__rendered out;
+    llm__chat_text out;
 } llm__chat_render_job;
 
 static void llm__chat_render_body(llm__env *env, void *arg) {
     llm__chat_render_job *job = (llm__chat_render_job *)arg;
-    job->out = llm__render_chat(env, job->t, job->messages, job->n_messages, job->open_answer);
+    job->out = llm__chat_render(env, job->t, job->messages, job->n_messages, job->open_answer);
 }
 
 LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
@@ -6160,7 +6195,7 @@ LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_mes
     job.messages = messages;
     job.n_messages = n_messages;
     job.open_answer = open_answer;
-    llm_status status = llm__guarded(&env, llm__chat_render_body, &job);
+    llm_status status = llm__env_run(&env, llm__chat_render_body, &job);
     size_t n = status ? 0 : job.out.n, shown = n < capacity ? n : capacity ? capacity - 1 : 0;
     if (shown) memcpy(text, job.out.text, shown);
     if (capacity) text[shown] = 0;
@@ -6170,13 +6205,13 @@ LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_mes
 }
 
 LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
-    const llm__chat_form *form = llm__find_chat_form(tokenizer->chat_template);
+    const llm__chat_form *form = llm__chat_find_form(tokenizer->chat_template);
     return form ? form->name : NULL;
 }
 
 #endif
 
-/* ==== 9 CPU kernels =============================================================================================
+/* ==== 11 CPU kernels ============================================================================================
 
    THE ONE ARITHMETIC. All that is computed on the CPU is defined here, once, over vectors of 16 floats; each
    instruction set supplies the vectors, and the text below is compiled for each. The scalar set is the definition.
@@ -6209,7 +6244,7 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
 /* Where in its word of int4 the number of k = 0..7 is. Those of k and k + 2 are half a word apart, see v_dot. */
 #define LLM__NIBBLE(k) (((k)&1) | ((k)&4) >> 1 | (~(k)&2) << 1)
 
-typedef enum llm__kind {
+typedef enum llm__weight_type {
     LLM__W_F32,
     LLM__W_BF16,
     LLM__W_INT8,
@@ -6217,7 +6252,7 @@ typedef enum llm__kind {
     LLM__W_INT4_GROUPS,
     LLM__W_F16,
     LLM__W_KINDS
-} llm__kind;
+} llm__weight_type;
 
 #define LLM__LOG2_E 1.44269504f /* log2(e) */
 #define LLM__WHOLE 12582912.0f  /* 1.5 * 2^23: what it is added to is rounded to a whole number */
@@ -6226,21 +6261,21 @@ typedef enum llm__kind {
 /* `rows` activations x[row * x_stride + k] meet n tiles that lie one behind the other, and their outputs are added to
    y[row * y_stride + 0 .. 16 * n - 1]. Products with groups need the sums of x over each 32:
    x_sums[row * k / 32 + group]. */
-typedef void llm__product_fn(const float *x, size_t x_stride, const float *x_sums, int rows, const void *tiles, int n,
-                             int k, float *y, size_t y_stride);
+typedef void llm__kernel_product_fn(const float *x, size_t x_stride, const float *x_sums, int rows, const void *tiles,
+                                    int n, int k, float *y, size_t y_stride);
 
-typedef enum llm__ending { LLM__STORE, LLM__ADD, LLM__SWIGLU } llm__ending;
+typedef enum llm__kernel_ending { LLM__STORE, LLM__ADD, LLM__SWIGLU } llm__kernel_ending;
 
 /* A panel: n_rows activation rows, packed, meet n_tiles tiles; and what becomes of their sums. */
-typedef struct llm__panel {
+typedef struct llm__kernel_panel {
     const uint8_t *a;
-    size_t line_step; /* of the rows, see llm__lines */
+    size_t line_step; /* of the rows, see llm__kernel_lines */
     int n_rows, k;
-    llm__kind kind;
+    llm__weight_type kind;
     const uint8_t *tiles, *ahead; /* ahead: the tiles that are wanted after these, or NULL */
     size_t tile_bytes;
     int n_tiles;
-    llm__ending ending;
+    llm__kernel_ending ending;
     float *y; /* [n_rows][width] where the sums go, or are added to */
     size_t y_stride;
     int width;       /* outputs that there are, may be less than 16 * n_tiles */
@@ -6249,20 +6284,20 @@ typedef struct llm__panel {
     int column;
     float *c;          /* scratch [n_rows padded to 16][16 * n_tiles], for sums over a part of k */
     uint8_t *unpacked; /* scratch [2][LLM__TILE_BLOCKS][1024] */
-} llm__panel;
+} llm__kernel_panel;
 
 /* Rows of a panel whose sums are complete but have not come to their end. */
-typedef struct llm__ended {
-    const llm__panel *panel;
+typedef struct llm__kernel_ended {
+    const llm__kernel_panel *panel;
     int tile, n_cols, row, n;
     float *at; /* [n][32] in: */
     float sums[32 * 32] __attribute__((aligned(64)));
-} llm__ended;
+} llm__kernel_ended;
 
 /* A product of many rows, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
    times 32 k. */
-typedef struct llm__tile_product {
-    const uint8_t *a;        /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, see llm__packed_row         */
+typedef struct llm__kernel_tile_product {
+    const uint8_t *a; /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, see llm__kernel_packed_row         */
     int n_rows, a_blocks;    /* n_rows counts 16 rows each                                                         */
     const uint8_t *const *b; /* [n_blocks] where the first tile's blocks lie, 1 KB each: [16 pairs of k][16][2]     */
     size_t b_next;           /* how much further those of the second tile lie                                      */
@@ -6272,10 +6307,10 @@ typedef struct llm__tile_product {
     bool add;
     const uint8_t *ahead; /* what is needed next, in two runs ahead_next apart: fetched meanwhile; or NULL      */
     size_t ahead_bytes, ahead_next;
-    llm__ended *ended; /* of a panel, or NULL: what is left there is brought to its end meanwhile             */
-    bool ends;         /* these sums are complete: they go there, not to c                                    */
-    int tile;          /* the first of the panel's tiles                                                      */
-} llm__tile_product;
+    llm__kernel_ended *ended; /* of a panel, or NULL: what is left there is brought to its end meanwhile             */
+    bool ends;                /* these sums are complete: they go there, not to c                                    */
+    int tile;                 /* the first of the panel's tiles                                                      */
+} llm__kernel_tile_product;
 
 enum {
     LLM__RUN_TILES = 4,    /* tiles that the same activations meet, a run of so many k at a time                 */
@@ -6291,25 +6326,25 @@ enum {
 
 /* A row of activations for products of many rows: lines of 32 bf16, `step` bytes apart, in each of which they are in an
    order of the set's own. Nothing but the functions below knows it. */
-typedef struct llm__lines {
+typedef struct llm__kernel_lines {
     uint8_t *at;
     size_t step;
-} llm__lines;
+} llm__kernel_lines;
 
 /* Row r of packed rows of k values: one row behind the other, or, where lines are 1024 bytes apart, 16 with their lines in
    turns. */
-static inline llm__lines llm__packed_row(size_t step, uint8_t *packed, size_t k, size_t r) {
+static inline llm__kernel_lines llm__kernel_packed_row(size_t step, uint8_t *packed, size_t k, size_t r) {
     size_t in_turns = r & (step / 64 - 1);
-    llm__lines row = {packed + (r - in_turns) * k * 2 + in_turns * 64, step};
+    llm__kernel_lines row = {packed + (r - in_turns) * k * 2 + in_turns * 64, step};
     return row;
 }
 
 typedef struct llm__kernels {
     const char *name;
-    llm__product_fn *product[LLM__W_KINDS];
+    llm__kernel_product_fn *product[LLM__W_KINDS];
     void (*group_sums)(const float *x, int k, float *sums); /* of each 32 */
     /* Blocks of whole numbers as bf16, in the order of its tiles: int8 as they are, in groups fma(q, scale, minimum). */
-    void (*unpack)(llm__kind kind, const uint8_t *w, int n_blocks, uint8_t *to);
+    void (*unpack)(llm__weight_type kind, const uint8_t *w, int n_blocks, uint8_t *to);
     /* RMSNorm: factor = 1 / sqrt(mean(x * x) + eps); y = x * factor * w, n values, then zeros up to a multiple of 32,
        rounded to bf16 if `round`. */
     float (*norm_factor)(const float *x, int n, float eps);
@@ -6337,20 +6372,20 @@ typedef struct llm__kernels {
     /* Many rows of bf16; all NULL, and 0, where `product` does them as well. panel_rows: from so many on it pays. */
     size_t line_step;
     int panel_rows;
-    void (*tile_product)(const llm__tile_product *p);
-    void (*panel)(const llm__panel *p); /* all kinds but f32 and f16 */
+    void (*tile_product)(const llm__kernel_tile_product *p);
+    void (*panel)(const llm__kernel_panel *p); /* all kinds but f32 and f16 */
     /* What the functions above give, rounded, into a row from `column` on (a multiple of 16): x * factor for n values,
        and zeros up to n_padded; a norm, with zeros up to the end of its last line; a softmax of n scores, with zeros up to
        `padded`, a multiple of 32. */
-    void (*pack_scale)(const float *x, float factor, int n, int n_padded, llm__lines row, int column);
-    void (*pack_norm)(const float *x, const float *w, int n, float factor, llm__lines row);
-    void (*pack_softmax)(const float *s, int n, int padded, float scale, llm__lines row, float *max, float *sum);
+    void (*pack_scale)(const float *x, float factor, int n, int n_padded, llm__kernel_lines row, int column);
+    void (*pack_norm)(const float *x, const float *w, int n, float factor, llm__kernel_lines row);
+    void (*pack_softmax)(const float *s, int n, int padded, float scale, llm__kernel_lines row, float *max, float *sum);
     /* The matrix unit must be entered before that, by each thread; NULL where there is none. */
     void (*tiles_enter)(void), (*tiles_leave)(void);
 } llm__kernels;
 
 /* Sets the floating-point unit to round to nearest and flush denormals; returns what it was set to. */
-static uint64_t llm__float_mode_enter(void) {
+static uint64_t llm__fpu_enter(void) {
 #if defined(__x86_64__)
     uint32_t old, wanted = 0x9FC0; /* flush to zero, denormals are zero, all exceptions masked */
     __asm__ volatile("stmxcsr %0" : "=m"(old));
@@ -6366,7 +6401,7 @@ static uint64_t llm__float_mode_enter(void) {
 #endif
 }
 
-static void llm__float_mode_leave(uint64_t old) {
+static void llm__fpu_leave(uint64_t old) {
 #if defined(__x86_64__)
     uint32_t word = (uint32_t)old;
     __asm__ volatile("ldmxcsr %0" : : "m"(word));
@@ -6392,7 +6427,7 @@ static void llm__float_mode_leave(uint64_t old) {
 #endif
 
 /* a * b + c rounded once, denormals flushed. */
-static inline float llm__fma(float a, float b, float c) {
+static inline float llm__math_fma(float a, float b, float c) {
 #if defined(_WIN32) || (defined(__clang__) && defined(__FAST_MATH__))
     /* Not every Windows C library rounds fmaf once, and clang under -ffast-math may replace it. In double the product is
        exact; rounding the sum to odd leaves the last rounding, to float, correct (Boldo and Melquiond, "Emulation of FMA
@@ -6406,11 +6441,11 @@ static inline float llm__fma(float a, float b, float c) {
 #else
     float r = fmaf(a, b, c);
 #endif
-    return (llm__f32_bits(r) & 0x7F800000) ? r : llm__bits_f32(llm__f32_bits(r) & 0x80000000);
+    return (llm__f32_bits(r) & 0x7F800000) ? r : llm__f32_from_bits(llm__f32_bits(r) & 0x80000000);
 }
 
 /* The square root of a positive number in fixed operations: a call could be replaced by an estimate. */
-static double llm__sqrt(double x) {
+static double llm__math_sqrt(double x) {
     uint64_t bits;
     double r;
     memcpy(&bits, &x, 8);
@@ -6424,11 +6459,11 @@ static double llm__sqrt(double x) {
    that they touch memory. A test may bring its own, to run where there is no such unit. */
 #if defined(LLM__TILE_DOT) || (defined(__x86_64__) && defined(__linux__) && !defined(LLM_NO_SIMD))
 #define LLM__HAVE_TILES
-typedef struct llm__tile_config {
+typedef struct llm__amx_config {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
-} llm__tile_config;
+} llm__amx_config;
 #endif
 #if defined(LLM__HAVE_TILES) && !defined(LLM__TILE_DOT)
 #include <cpuid.h>
@@ -6446,7 +6481,7 @@ typedef struct llm__tile_config {
 #define LLM__TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #c)
 
 /* Is there such a unit, does the system save its registers, and may this process use it? */
-static bool llm__tiles_allowed(void) {
+static bool llm__amx_allowed(void) {
     uint32_t a, b, c, d, low, high;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false; /* OSXSAVE */
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -6524,7 +6559,7 @@ static bool llm__tiles_allowed(void) {
 #endif
 
 /* The best instruction set of this machine, or the one named; NULL if it is not to be had. */
-static const llm__kernels *llm__choose_kernels(const char *isa) {
+static const llm__kernels *llm__kernels_choose(const char *isa) {
 #if defined(__x86_64__) && !defined(LLM_NO_SIMD)
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* every such chip has f16c */
@@ -6532,7 +6567,7 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #if defined(LLM__HAVE_TILES)
-    if (bf16 && (!isa || !strcmp(isa, "amx")) && llm__tiles_allowed()) return &llm__avx512_bf16_amx_kernels;
+    if (bf16 && (!isa || !strcmp(isa, "amx")) && llm__amx_allowed()) return &llm__avx512_bf16_amx_kernels;
 #endif
     if (bf16 && (!isa || !strcmp(isa, "avx512_bf16"))) return &llm__avx512_bf16_kernels;
     if (avx512 && (!isa || !strcmp(isa, "avx512"))) return &llm__avx512_kernels;
@@ -6543,7 +6578,4662 @@ static const llm__kernels *llm__choose_kernels(const char *isa) {
     return !isa || !strcmp(isa, "scalar") ? &llm__scalar_kernels : NULL;
 }
 
+/* ==== 12 Weights ================================================================================================
+
+   From tensors in a file to matrices in the kernels' order. */
+
+/* The rows of a weight come from up to three tensors, one after the other. */
+typedef struct llm__weight_source {
+    llm__tensor parts[3];
+    int n_parts;
+    int n_interleaved[3]; /* parts whose RoPE pairs are (2i, 2i + 1): their heads' length, else 0 */
+    int rope_dim;
+} llm__weight_source;
+
+/* The row of an interleaved tensor that holds dimension `row` of the halved order this library computes in. */
+static int llm__weight_interleaved_row(int row, int head_dim, int rope_dim) {
+    int head = row / head_dim, d = row % head_dim, half = rope_dim / 2;
+    if (d >= rope_dim) return row;
+    return head * head_dim + (d < half ? 2 * d : 2 * (d - half) + 1);
+}
+
+/* The tensor a weight's row comes from; *row becomes its number there. */
+static const llm__tensor *llm__weight_find_row(const llm_weight *weight, int *row) {
+    const llm__weight_source *source = (const llm__weight_source *)weight->source;
+    int part = 0;
+    while ((uint64_t)*row >= source->parts[part].rows) *row -= (int)source->parts[part++].rows;
+    if (source->n_interleaved[part])
+        *row = llm__weight_interleaved_row(*row, source->n_interleaved[part], source->rope_dim);
+    return &source->parts[part];
+}
+
+static float llm__tensor_row_scale(const llm__tensor *t, int row) {
+    float scale = 1;
+    if (t->scales) t->scales->type->decode(t->scales->data + (uint64_t)row * t->scales->type->block_bytes, 1, &scale);
+    return scale;
+}
+
+static float llm__weight_row_scale(const llm_weight *weight, int row) {
+    const llm__tensor *t = llm__weight_find_row(weight, &row);
+    return llm__tensor_row_scale(t, row);
+}
+
+static void llm__weight_read_row(const llm_weight *weight, int row, float *out) {
+    const llm__tensor *t = llm__weight_find_row(weight, &row);
+    t->type->decode(t->data + (uint64_t)row * t->row_bytes, (size_t)t->cols, out);
+    float scale = llm__tensor_row_scale(t, row);
+    for (uint64_t i = 0; i < t->cols && t->scales; i++) out[i] *= scale;
+}
+
+static const void *llm__weight_raw_row(const llm_weight *weight, int row, int *type) {
+    const llm__tensor *t = llm__weight_find_row(weight, &row);
+    *type = (int)t->type->type;
+    return t->data + (uint64_t)row * t->row_bytes;
+}
+
+LLM_API const char *llm_dtype_name(llm_dtype dtype) {
+    static const char *const names[] = {NULL, "f32", "bf16", "int8", "int4", "f16"};
+    return dtype >= LLM_DTYPE_DEFAULT && dtype <= LLM_DTYPE_F16 ? names[dtype] : NULL;
+}
+
+LLM_API llm_dtype llm_dtype_from_name(const char *name) {
+    for (int i = LLM_DTYPE_F32; i <= LLM_DTYPE_F16; i++)
+        if (name && !strcmp(name, llm_dtype_name((llm_dtype)i))) return (llm_dtype)i;
+    return LLM_DTYPE_DEFAULT;
+}
+
+static bool llm__matrix_has_groups(llm__weight_type kind) {
+    return kind == LLM__W_INT8_GROUPS || kind == LLM__W_INT4_GROUPS;
+}
+
+/* A matrix in tiles of 16 outputs, see section 11. */
+typedef struct llm__matrix {
+    llm__weight_type kind;
+    int n, k; /* outputs and inputs as the model has them; both are padded with zeros in memory */
+    size_t tile_bytes;
+    uint8_t *data;
+} llm__matrix;
+
+static int llm__math_round_up(int n, int step) { return (n + step - 1) / step * step; }
+
+static llm__weight_type llm__weight_type_for(llm_dtype dtype, const llm_weight *weight) {
+    if (dtype == LLM_DTYPE_F32) return LLM__W_F32;
+    if (dtype == LLM_DTYPE_F16) return LLM__W_F16;
+    if (dtype == LLM_DTYPE_BF16) return LLM__W_BF16;
+    if (dtype == LLM_DTYPE_INT8) return LLM__W_INT8;
+    return weight->has_q8_0 ? LLM__W_INT8_GROUPS : LLM__W_INT4_GROUPS;
+}
+
+static size_t llm__matrix_tile_bytes(llm__weight_type kind, int k) {
+    static const size_t block_bytes[LLM__W_KINDS] = {2048, 1024, 512, 576, 320, 1024};
+    return (size_t)llm__math_round_up(k, 32) / 32 * block_bytes[kind] + (kind == LLM__W_INT8 ? 64 : 0);
+}
+
+/* Where in a tile of f32, f16 or bf16 with k inputs (padded) an element is; the KV cache's blocks are such matrices. */
+static size_t llm__matrix_tile_index(llm__weight_type kind, size_t output, size_t input, size_t k) {
+    size_t tile = output / 16 * k * 16, lane = output % 16;
+    return kind != LLM__W_BF16 ? tile + input * 16 + lane : tile + input / 2 * 32 + lane * 2 + input % 2;
+}
+
+static void llm__matrix_tile_set(llm__weight_type kind, void *tiles, size_t index, float value) {
+    if (kind == LLM__W_F32) ((float *)tiles)[index] = value;
+    else ((uint16_t *)tiles)[index] = kind == LLM__W_F16 ? llm__f32_to_f16(value) : llm__f32_to_bf16(value);
+}
+
+/* One output's weights, as their kind holds them. */
+static void llm__matrix_get_row(const llm__matrix *m, size_t output, float *out) {
+    size_t k = (size_t)llm__math_round_up(m->k, 32), lane = output % 16, bytes = llm__matrix_tile_bytes(m->kind, 32);
+    const uint8_t *tile = m->data + output / 16 * m->tile_bytes;
+    const float *floats = (const float *)(const void *)tile;
+    const uint16_t *halves = (const uint16_t *)(const void *)tile;
+    for (size_t i = 0; i < (size_t)m->k; i++) {
+        size_t at = llm__matrix_tile_index(m->kind, lane, i, k);
+        const uint8_t *group = tile + i / 32 * bytes;
+        const uint16_t *d = (const uint16_t *)(const void *)(group + bytes) - 32;
+        const uint32_t *words = (const uint32_t *)(const void *)group;
+        int q;
+        switch (m->kind) {
+        case LLM__W_F32: out[i] = floats[at]; continue;
+        case LLM__W_F16: out[i] = llm__f16_to_f32(halves[at]); continue;
+        case LLM__W_BF16: out[i] = llm__bf16_to_f32(halves[at]); continue;
+        case LLM__W_INT8: out[i] = (float)((const int8_t *)tile)[at] * floats[k * 4 + lane]; continue;
+        case LLM__W_INT8_GROUPS: q = ((const int8_t *)group)[i % 32 * 16 + lane]; break;
+        default: q = (int)(words[i % 32 / 8 * 16 + lane] >> (4 * LLM__NIBBLE(i % 8)) & 15);
+        }
+        out[i] = llm__math_fma((float)q, llm__f16_to_f32(d[lane]), llm__f16_to_f32(d[lane + 16]));
+    }
+}
+
+static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, const llm_weight *weight) {
+    int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__math_round_up(weight->rows / 2, 16) : weight->rows;
+    return (uint64_t)(llm__math_round_up(n, 16) / 16) *
+           llm__matrix_tile_bytes(llm__weight_type_for(dtype, weight), weight->cols);
+}
+
+/* A matrix without memory yet. */
+static llm__matrix llm__matrix_init(llm__weight_type kind, int n, int k) {
+    llm__matrix m;
+    m.kind = kind;
+    m.n = n;
+    m.k = k;
+    m.tile_bytes = llm__matrix_tile_bytes(kind, k);
+    m.data = NULL;
+    return m;
+}
+
+/* The bits of the largest magnitude of n numbers: they are in order, and behind all numbers are infinities and NaNs.
+   Sixteen at once, and signed, which compilers make vectors of. */
+static uint32_t llm__pack_largest_bits(const float *x, size_t n) {
+    int32_t most[16] = {0}, bits[16];
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        memcpy(bits, x + i, sizeof bits);
+        for (int j = 0; j < 16; j++) bits[j] &= 0x7FFFFFFF;
+        for (int j = 0; j < 16; j++) most[j] = bits[j] > most[j] ? bits[j] : most[j];
+    }
+    for (; i < n; i++) {
+        int32_t rest = (int32_t)(llm__f32_bits(x[i]) & 0x7FFFFFFF);
+        most[0] = rest > most[0] ? rest : most[0];
+    }
+    for (int j = 1; j < 16; j++) most[0] = most[j] > most[0] ? most[j] : most[0];
+    return (uint32_t)most[0];
+}
+
+/* Symmetric int8 of a whole row: q = round(127 w / max|row|) = floor(127 w / max|row| + 0.5). Returns the scale; it is
+   NaN, and makes the row NaN, if a weight is not finite. */
+static float llm__pack_quantize_row(const float *row, size_t n, int8_t *q, size_t step) {
+    uint32_t bits = llm__pack_largest_bits(row, n);
+    float most = bits < 0x7F800000 ? llm__f32_from_bits(bits) : NAN;
+    bool finite = most >= 0;
+    double inverse = most > 0 ? 127.0 / most : 0;
+    for (size_t i = 0; i < n && finite; i++) {
+        double x = row[i] * inverse + 0.5;
+        int whole = (int)x; /* towards zero; the next line makes it floor(x), which would be a call */
+        q[i * step] = (int8_t)(whole - (whole > x));
+    }
+    for (size_t i = 0; i < n && !finite; i++) q[i * step] = 0;
+    return most / 127.0f;
+}
+
+static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, size_t k) {
+    ((float *)(void *)(tile + k * 16))[lane] = llm__pack_quantize_row(row, k, (int8_t *)tile + lane, 16);
+}
+
+/* A row that is int8 in the file stays as it is: k of them, zeros up to `padded`. */
+static void llm__pack_copy_int8_row(uint8_t *tile, size_t lane, const int8_t *row, size_t k, size_t padded,
+                                    float scale) {
+    for (size_t i = 0; i < padded; i++) ((int8_t *)tile)[i * 16 + lane] = i < k ? row[i] : 0;
+    ((float *)(void *)(tile + padded * 16))[lane] = scale;
+}
+
+/* The smallest error a 4-bit group with its least weight as minimum can have. A NaN makes the whole group NaN. */
+static llm_group llm__pack_quantize_group(const float *w) {
+    llm_group g;
+    float least = w[0], most = w[0];
+    for (int i = 1; i < 32; i++) {
+        if (w[i] < least) least = w[i];
+        if (w[i] > most) most = w[i];
+    }
+    g.minimum = llm__f32_to_f16(least);
+    g.scale = llm__f32_to_f16((most - least) / 15);
+    double d = llm__f16_to_f32(g.scale), m = llm__f16_to_f32(g.minimum);
+    for (int i = 0; i < 32; i++) {
+        double q = d > 0 ? floor((w[i] - m) / d + 0.5) : 0;
+        if (q != q) q = 0, g.scale = 0x7E00;
+        g.q[i] = (int8_t)(q < 0 ? 0 : q > 15 ? 15 : q);
+    }
+    return g;
+}
+
+/* A group as the file has it, where it is of a type that fits; else made from its weights. */
+static llm_group llm__pack_read_group(int type, const uint8_t *raw, size_t index, const float *w) {
+    llm_group g;
+    if (type == LLM__Q8_0) {
+        raw += index * 34;
+        g.scale = llm__bytes_u16(raw);
+        g.minimum = 0;
+        memcpy(g.q, raw + 2, 32);
+    } else if (type == LLM__Q4_0 || type == LLM__Q4_1) {
+        raw += index * (type == LLM__Q4_0 ? 18 : 20);
+        g.scale = llm__bytes_u16(raw);
+        g.minimum = type == LLM__Q4_1 ? llm__bytes_u16(raw + 2) : llm__f32_to_f16(-8 * llm__f16_to_f32(g.scale));
+        raw += type == LLM__Q4_0 ? 2 : 4;
+        for (int i = 0; i < 16; i++) {
+            g.q[i] = (int8_t)(raw[i] & 15);
+            g.q[i + 16] = (int8_t)(raw[i] >> 4);
+        }
+    } else {
+        g = llm__pack_quantize_group(w);
+    }
+    return g;
+}
+
+LLM_API void llm_weight_groups(const llm_weight *weight, int row, float *scratch, llm_group *groups) {
+    size_t n = (size_t)llm__math_round_up(weight->cols, 32) / 32;
+    int type;
+    const uint8_t *raw = (const uint8_t *)weight->raw_row(weight, row, &type);
+    memset(scratch, 0, n * 32 * sizeof *scratch);
+    weight->read_row(weight, row, scratch);
+    for (size_t i = 0; i < n; i++) groups[i] = llm__pack_read_group(type, raw, i, scratch + i * 32);
+}
+
+static void llm__pack_group(llm__weight_type kind, uint8_t *to, size_t lane, const llm_group *g) {
+    size_t bytes = llm__matrix_tile_bytes(kind, 32);
+    uint16_t *d = (uint16_t *)(void *)(to + bytes) - 32;
+    d[lane] = g->scale;
+    d[lane + 16] = g->minimum;
+    if (kind == LLM__W_INT8_GROUPS) {
+        for (size_t i = 0; i < 32; i++) ((int8_t *)to)[i * 16 + lane] = g->q[i];
+        return;
+    }
+    for (size_t i = 0; i < 4; i++) {
+        uint32_t word = 0;
+        for (size_t j = 0; j < 8; j++) word |= (uint32_t)(g->q[i * 8 + j] & 15) << (4 * LLM__NIBBLE(j));
+        ((uint32_t *)(void *)to)[i * 16 + lane] = word;
+    }
+}
+
+/* 16 rows of k into a tile of bf16: even and odd k side by side, so that the tile is written from front to back. */
+static void llm__pack_bf16_tile(const llm__kernels *kernels, uint8_t *tile, float *rows, size_t k) {
+    uint64_t mode = llm__fpu_enter();
+    for (size_t lane = 0; lane < 16; lane++) kernels->scale(rows + lane * k, 1.0f, (int)k, true, rows + lane * k);
+    llm__fpu_leave(mode);
+    for (size_t i = 0; i < k; i += 2)
+        for (size_t lane = 0; lane < 16; lane++, tile += 4) {
+            uint32_t even, odd;
+            memcpy(&even, &rows[lane * k + i], 4);
+            memcpy(&odd, &rows[lane * k + i + 1], 4);
+            even = even >> 16 | odd;
+            memcpy(tile, &even, 4);
+        }
+}
+
+/* The same of rows that are bf16 in the file, as they are but for denormals, which become zero, as do absent rows (NULL). */
+static void llm__pack_copy_bf16_tile(uint8_t *tile, const uint8_t *const raw[16], size_t n, size_t k) {
+    static const uint8_t nothing[4] = {0};
+    for (size_t i = 0; i < k; i += 2)
+        for (size_t lane = 0; lane < 16; lane++, tile += 4) {
+            uint32_t pair = llm__bytes_u32(raw[lane] && i < n ? raw[lane] + 2 * i : nothing);
+            if (!(pair & 0x7F80)) pair &= 0xFFFF8000;
+            if (!(pair & 0x7F800000)) pair &= 0x8000FFFF;
+            memcpy(tile, &pair, 4);
+        }
+}
+
+/* A tile's groups, as the file has them or made of its 16 rows; a raw row that is NULL is absent, or is to be made. */
+static void llm__pack_groups(const llm__matrix *m, uint8_t *tile, const uint8_t *const raw[16], const int types[16],
+                             const float *rows, size_t k) {
+    for (size_t lane = 0; lane < 16; lane++)
+        for (size_t i = 0; i < k / 32; i++) {
+            llm_group g = llm__pack_read_group(types[lane], raw[lane], i, rows + lane * k + i * 32);
+            llm__pack_group(m->kind, tile + i * llm__matrix_tile_bytes(m->kind, 32), lane, &g);
+        }
+}
+
+/* Rows of one tile into their order; `rows` is scratch for 16. Absent rows (-1) are zero. */
+static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, int tile, const llm_weight *weight,
+                           const int numbers[16], float *rows) {
+    size_t k = (size_t)llm__math_round_up(m->k, 32);
+    uint8_t *to = m->data + (size_t)tile * m->tile_bytes;
+    const uint8_t *raw[16];
+    int types[16];
+    bool all_bf16 = m->kind == LLM__W_BF16 && m->k % 2 == 0;
+    for (size_t lane = 0; lane < 16; lane++) {
+        types[lane] = LLM__F32;
+        raw[lane] = NULL;
+        if (numbers[lane] < 0) continue;
+        raw[lane] = (const uint8_t *)weight->raw_row(weight, numbers[lane], &types[lane]);
+        all_bf16 = all_bf16 && types[lane] == LLM__BF16;
+    }
+    if (all_bf16) {
+        llm__pack_copy_bf16_tile(to, raw, (size_t)m->k, k);
+        return;
+    }
+    memset(rows, 0, 16 * k * sizeof *rows);
+    for (size_t lane = 0; lane < 16; lane++) {
+        bool whole = llm__matrix_has_groups(m->kind) &&
+                     (types[lane] == LLM__Q4_0 || types[lane] == LLM__Q4_1 || types[lane] == LLM__Q8_0);
+        if (numbers[lane] >= 0 && !whole)
+            weight->read_row(weight, numbers[lane], rows + lane * k); /* else its groups are taken as they are */
+    }
+    if (m->kind == LLM__W_BF16) {
+        llm__pack_bf16_tile(kernels, to, rows, k);
+        return;
+    }
+    if (llm__matrix_has_groups(m->kind)) {
+        llm__pack_groups(m, to, raw, types, rows, k);
+        return;
+    }
+    for (size_t lane = 0; lane < 16; lane++) {
+        const float *row = rows + lane * k;
+        if (types[lane] == LLM__I8 && m->kind == LLM__W_INT8)
+            llm__pack_copy_int8_row(to, lane, (const int8_t *)raw[lane], (size_t)m->k, k,
+                                    weight->row_scale(weight, numbers[lane]));
+        else if (m->kind == LLM__W_INT8) llm__pack_int8_row(to, lane, row, k);
+        for (size_t i = 0; i < k && m->kind != LLM__W_INT8; i++)
+            llm__matrix_tile_set(m->kind, to, llm__matrix_tile_index(m->kind, lane, i, k), row[i]);
+    }
+}
+
+/* Which rows of its weight a tile holds. Gates and ups take turns, tile by tile, so that they are computed together. */
+static void llm__matrix_tile_rows(const llm_weight *weight, int tile, int rows[16]) {
+    bool paired = weight->kind == LLM_WEIGHT_GATE_UP;
+    int n = paired ? weight->rows / 2 : weight->rows, first = paired ? tile / 2 * 16 : tile * 16;
+    for (int i = 0; i < 16; i++) {
+        rows[i] = first + i < n ? first + i : -1;
+        if (paired && tile % 2 && rows[i] >= 0) rows[i] += n;
+    }
+}
+
+/* 2^x and log2(x), sine and cosine in double, of fixed operations so that every compiler gives the same bits. */
+static double llm__math_log2(double x) {
+    int exponent;
+    double m = frexp(x, &exponent);
+    if (m < 0.70710678118654752) {
+        m *= 2;
+        exponent--;
+    }
+    double s = (m - 1) / (m + 1), s2 = s * s, sum = 0;
+    for (int i = 23; i >= 1; i -= 2) sum = sum * s2 + 1.0 / i; /* log(m) = 2 (s + s^3 / 3 + s^5 / 5 + ...) */
+    return exponent + 2 * s * sum * 1.4426950408889634;
+}
+
+static double llm__math_exp2(double x) {
+    double whole = floor(x + 0.5), r = (x - whole) * 0.69314718055994531, sum = 1;
+    for (int i = 16; i >= 1; i--) sum = 1 + r / i * sum;
+    return ldexp(sum, (int)whole);
+}
+
+static void llm__math_sincos(double x, float *sine, float *cosine) {
+    double n = floor(x * 0.63661977236758134 + 0.5);
+    double r = x - n * 1.5707963267341256 - n * 6.0771005063039655e-11 - n * 2.0222662487959506e-21;
+    double r2 = r * r, s = 0, c = 0;
+    for (int i = 15; i >= 3; i -= 2) s = -r2 / (i * (i - 1)) * (1 + s); /* sin r = r (1 + s), cos r = 1 + c */
+    for (int i = 16; i >= 2; i -= 2) c = -r2 / (i * (i - 1)) * (1 + c);
+    s = r * (1 + s);
+    c = 1 + c;
+    int quarter = (int)(n - 4 * floor(n / 4));
+    *sine = (float)(quarter == 0 ? s : quarter == 1 ? c : quarter == 2 ? -s : -c);
+    *cosine = (float)(quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s);
+}
+
+/* ==== 13 The CPU backend: threads and weights ===================================================================
+
+   A team of threads runs one task on all its members at once; the calling thread is member 0. Inside the task they
+   meet at barriers. Members spin a little for the next task, then sleep, so an idle context costs nothing. */
+
+#ifndef LLM_NO_THREADS
+#if defined(_WIN32)
+typedef HANDLE llm__os_thread;
+typedef CRITICAL_SECTION llm__os_mutex;
+typedef CONDITION_VARIABLE llm__os_cond;
+#define LLM__THREAD_RESULT DWORD WINAPI
+static void llm__os_mutex_init(llm__os_mutex *m) { InitializeCriticalSection(m); }
+static void llm__os_mutex_destroy(llm__os_mutex *m) { DeleteCriticalSection(m); }
+static void llm__os_mutex_lock(llm__os_mutex *m) { EnterCriticalSection(m); }
+static void llm__os_mutex_unlock(llm__os_mutex *m) { LeaveCriticalSection(m); }
+static void llm__os_cond_init(llm__os_cond *c) { InitializeConditionVariable(c); }
+static void llm__os_cond_destroy(llm__os_cond *c) { (void)c; }
+static void llm__os_cond_wait(llm__os_cond *c, llm__os_mutex *m) { SleepConditionVariableCS(c, m, INFINITE); }
+static void llm__os_cond_broadcast(llm__os_cond *c) { WakeAllConditionVariable(c); }
+static bool llm__os_thread_start(llm__os_thread *t, DWORD(WINAPI *run)(void *), void *arg) {
+    return (*t = CreateThread(NULL, 0, run, arg, 0, NULL)) != NULL;
+}
+static void llm__os_thread_join(llm__os_thread t) {
+    WaitForSingleObject(t, INFINITE);
+    CloseHandle(t);
+}
+static void llm__os_thread_yield(void) { SwitchToThread(); }
+#else
+#include <pthread.h>
+#include <sched.h>
+typedef pthread_t llm__os_thread;
+typedef pthread_mutex_t llm__os_mutex;
+typedef pthread_cond_t llm__os_cond;
+#define LLM__THREAD_RESULT void *
+static void llm__os_mutex_init(llm__os_mutex *m) { pthread_mutex_init(m, NULL); }
+static void llm__os_mutex_destroy(llm__os_mutex *m) { pthread_mutex_destroy(m); }
+static void llm__os_mutex_lock(llm__os_mutex *m) { pthread_mutex_lock(m); }
+static void llm__os_mutex_unlock(llm__os_mutex *m) { pthread_mutex_unlock(m); }
+static void llm__os_cond_init(llm__os_cond *c) { pthread_cond_init(c, NULL); }
+static void llm__os_cond_destroy(llm__os_cond *c) { pthread_cond_destroy(c); }
+static void llm__os_cond_wait(llm__os_cond *c, llm__os_mutex *m) { pthread_cond_wait(c, m); }
+static void llm__os_cond_broadcast(llm__os_cond *c) { pthread_cond_broadcast(c); }
+static bool llm__os_thread_start(llm__os_thread *t, void *(*run)(void *), void *arg) {
+    return pthread_create(t, NULL, run, arg) == 0;
+}
+static void llm__os_thread_join(llm__os_thread t) { pthread_join(t, NULL); }
+static void llm__os_thread_yield(void) { sched_yield(); }
 #endif
+#endif
+
+typedef struct llm__team llm__team;
+
+typedef struct llm__team_member {
+    llm__team *team;
+    int index;
+#ifndef LLM_NO_THREADS
+    llm__os_thread thread;
+#endif
+} llm__team_member;
+
+/* A member's share of a phase's pieces; alone in its lines of the cache. */
+typedef struct llm__team_share {
+    int n_taken; /* atomic */
+    char alone[124];
+} llm__team_share;
+
+struct llm__team {
+    int n;
+    void (*task)(void *arg, int index);
+    void *arg;
+    void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg); /* the host's, or NULL */
+    void *user;
+    int n_at_barrier, barrier_round; /* atomic */
+    int n_working, job;              /* atomic; job counts the tasks so far */
+    llm__team_share *shares;         /* [n] */
+    bool stop;
+    llm__team_member *members; /* [n - 1], the caller is not among them */
+    int n_started;
+#ifndef LLM_NO_THREADS
+    llm__os_mutex mutex;
+    llm__os_cond wake;
+#endif
+};
+
+static void llm__team_spin_pause(int round) {
+#if defined(__x86_64__)
+    __asm__ volatile("pause");
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+#ifndef LLM_NO_THREADS
+    if (round % 1024 == 1023) llm__os_thread_yield(); /* there may be more threads than cores */
+#else
+    (void)round;
+#endif
+}
+
+/* All shares are whole again: a new phase can begin. */
+static void llm__team_renew_shares(llm__team *team) {
+    for (int i = 0; i < team->n; i++) __atomic_store_n(&team->shares[i].n_taken, 0, __ATOMIC_RELAXED);
+}
+
+/* Waits until all members are here. What any of them wrote before is seen by all after. */
+static void llm__team_barrier(llm__team *team) {
+    if (team->n == 1) {
+        llm__team_renew_shares(team);
+        return;
+    }
+    int round = __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&team->n_at_barrier, 1, __ATOMIC_ACQ_REL) == team->n) {
+        llm__team_renew_shares(team);
+        __atomic_store_n(&team->n_at_barrier, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&team->barrier_round, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int i = 0; __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE) == round; i++) llm__team_spin_pause(i);
+}
+
+/* One member's view of a task that goes through phases. In a phase the members take pieces 0 .. n-1 until none are
+   left, and meet. Each begins with its share, the index'th part of the pieces, which in each phase are about the same
+   rows or columns, so that it finds in its cache what it left there; then it helps the others. */
+typedef struct llm__team_worker {
+    llm__team *team;
+    int index, n_done; /* shares in which nothing is left */
+} llm__team_worker;
+
+/* The next piece of n; -1 if none is left. */
+static int llm__team_take(llm__team_worker *w, int n) {
+    for (; w->n_done < w->team->n; w->n_done++) {
+        int i = (w->index + w->n_done) % w->team->n;
+        int first = (int)((int64_t)n * i / w->team->n), end = (int)((int64_t)n * (i + 1) / w->team->n);
+        int *n_taken = &w->team->shares[i].n_taken;
+        if (__atomic_load_n(n_taken, __ATOMIC_RELAXED) >= end - first) continue;
+        int piece = first + __atomic_fetch_add(n_taken, 1, __ATOMIC_RELAXED);
+        if (piece < end) return piece;
+    }
+    return -1;
+}
+
+static void llm__team_finish(llm__team_worker *w) {
+    llm__team_barrier(w->team);
+    w->n_done = 0;
+}
+
+#ifndef LLM_NO_THREADS
+static bool llm__team_wait_for_job(llm__team *team, int done) {
+    for (int i = 0; i < 20000; i++) {
+        if (__atomic_load_n(&team->job, __ATOMIC_ACQUIRE) != done) return !team->stop;
+        llm__team_spin_pause(i);
+    }
+    llm__os_mutex_lock(&team->mutex);
+    while (__atomic_load_n(&team->job, __ATOMIC_ACQUIRE) == done) llm__os_cond_wait(&team->wake, &team->mutex);
+    llm__os_mutex_unlock(&team->mutex);
+    return !team->stop;
+}
+
+static LLM__THREAD_RESULT llm__team_member_main(void *arg) {
+    llm__team_member *member = (llm__team_member *)arg;
+    llm__team *team = member->team;
+    for (int done = 0; llm__team_wait_for_job(team, done); done++) {
+        team->task(team->arg, member->index);
+        __atomic_sub_fetch(&team->n_working, 1, __ATOMIC_ACQ_REL);
+    }
+    return 0;
+}
+
+static void llm__team_wake(llm__team *team) {
+    llm__os_mutex_lock(&team->mutex);
+    __atomic_add_fetch(&team->job, 1, __ATOMIC_ACQ_REL);
+    llm__os_cond_broadcast(&team->wake);
+    llm__os_mutex_unlock(&team->mutex);
+}
+
+static void llm__team_stop(void *data) {
+    llm__team *team = (llm__team *)data;
+    team->stop = true;
+    if (team->n_started) llm__team_wake(team);
+    for (int i = 0; i < team->n_started; i++) llm__os_thread_join(team->members[i].thread);
+    llm__os_cond_destroy(&team->wake);
+    llm__os_mutex_destroy(&team->mutex);
+}
+#endif
+
+typedef void llm__team_parallel_fn(void *user, int n, void (*task)(void *arg, int i), void *arg);
+
+/* A team of n: the host's threads if it has a function for that, else own ones, which end when the team is freed. Where
+   the system gives fewer threads, the team is smaller. */
+static llm__team *llm__team_create(llm__env *env, int n, llm__team_parallel_fn *parallel, void *user) {
+    llm__team_member *members = (llm__team_member *)llm__alloc_zero(env, (size_t)n, sizeof *members);
+    llm__team_share *shares = (llm__team_share *)llm__alloc_zero(env, (size_t)n, sizeof *shares);
+    llm__team *team = (llm__team *)llm__alloc_zero(env, 1, sizeof *team);
+    team->n = parallel ? n : 1;
+    team->parallel = parallel;
+    team->user = user;
+    team->members = members;
+    team->shares = shares;
+#ifndef LLM_NO_THREADS
+    llm__os_mutex_init(&team->mutex);
+    llm__os_cond_init(&team->wake);
+    llm__pool_on_free(team, llm__team_stop);
+    for (; team->n < n; team->n++) { /* not if there is `parallel` */
+        llm__team_member *member = &members[team->n - 1];
+        member->team = team;
+        member->index = team->n;
+        if (!llm__os_thread_start(&member->thread, llm__team_member_main, member)) break;
+        team->n_started++;
+    }
+#endif
+    return team;
+}
+
+static void llm__team_run(llm__team *team, void (*task)(void *arg, int index), void *arg) {
+    llm__team_renew_shares(team);
+    if (team->parallel) {
+        team->parallel(team->user, team->n, task, arg);
+        return;
+    }
+    team->task = task;
+    team->arg = arg;
+#ifndef LLM_NO_THREADS
+    __atomic_store_n(&team->n_working, team->n_started, __ATOMIC_RELEASE);
+    if (team->n_started) llm__team_wake(team);
+#endif
+    task(arg, 0);
+#ifndef LLM_NO_THREADS
+    for (int i = 0; __atomic_load_n(&team->n_working, __ATOMIC_ACQUIRE) > 0; i++) llm__team_spin_pause(i);
+#endif
+}
+
+/* One thread per physical core this process may use. */
+static int llm__team_default_threads(void) {
+#if defined(LLM_NO_THREADS)
+    return 1;
+#elif defined(_WIN32)
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION info[512];
+    DWORD_PTR process, all;
+    DWORD size = sizeof info;
+    int n = 0;
+    if (GetProcessAffinityMask(GetCurrentProcess(), &process, &all) && GetLogicalProcessorInformation(info, &size))
+        for (DWORD i = 0; i < size / sizeof *info; i++)
+            n += info[i].Relationship == RelationProcessorCore && (info[i].ProcessorMask & process) != 0;
+    if (n) return n;
+    SYSTEM_INFO system; /* it spreads over several groups of 64 processors */
+    GetSystemInfo(&system);
+    return (int)system.dwNumberOfProcessors;
+#else
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+#if defined(__linux__)
+#if defined(CPU_COUNT)
+    cpu_set_t set;
+    if (!sched_getaffinity(0, sizeof set, &set) && CPU_COUNT(&set) < n) n = CPU_COUNT(&set);
+#endif
+    char smt = '0';
+    int fd = open("/sys/devices/system/cpu/smt/active", O_RDONLY);
+    if (fd >= 0) {
+        if (read(fd, &smt, 1) == 1 && smt == '1' && n > 1) n /= 2;
+        close(fd);
+    }
+#endif
+    return n < 1 ? 1 : n > 256 ? 256 : (int)n;
+#endif
+}
+
+/* ---- The model on the CPU ---- */
+
+typedef struct llm__cpu_layer {
+    float *attention_norm, *ffn_norm; /* [n_embd] */
+    float *qkv_bias;                  /* [(n_heads + 2 * n_kv_heads) * head_dim] or NULL */
+    float *q_norm, *k_norm;           /* [head_dim] or NULL */
+    llm__matrix qkv, attention_out, gate_up, down;
+} llm__cpu_layer;
+
+typedef struct llm__cpu_model {
+    llm__pool pool;
+    llm_shape shape;
+    llm_dtype dtype;
+    const llm__kernels *kernels;
+    llm__team *team;     /* for loading */
+    uint8_t *room, *end; /* of the matrices, which lie one behind the other */
+    llm__cpu_layer *layers;
+    float *output_norm;
+    llm__matrix embedding, head; /* the same if tied */
+} llm__cpu_model;
+
+typedef struct llm__cpu_open_args {
+    void **out;
+    const llm_shape *shape;
+    const llm_model_desc *desc;
+} llm__cpu_open_args;
+
+static void llm__cpu_close(void *model) {
+    if (!model) return;
+    llm__pool pool = ((llm__cpu_model *)model)->pool;
+    llm__pool_free(&pool);
+}
+
+/* Weights and cache are read from end to end for each token. In pages of 2 MB, where the system has them, that needs few
+   translations of addresses, and the memory is had faster. */
+enum { LLM__HUGE_PAGE = 1 << 21 };
+
+static void llm__cpu_use_huge_pages(void *block, size_t size) {
+#if defined(MADV_HUGEPAGE)
+    uintptr_t first = ((uintptr_t)block + LLM__HUGE_PAGE - 1) & ~(uintptr_t)(LLM__HUGE_PAGE - 1),
+              end = ((uintptr_t)block + size) & ~(uintptr_t)(LLM__HUGE_PAGE - 1);
+    if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE);
+#else
+    (void)block;
+    (void)size;
+#endif
+}
+
+/* The pool lives inside the object it owns: it moves there once the object's memory is had. */
+static void llm__cpu_open_body(llm__env *env, void *arg) {
+    llm__cpu_open_args *args = (llm__cpu_open_args *)arg;
+    llm__cpu_model *m = (llm__cpu_model *)llm__alloc_zero(env, 1, sizeof *m);
+    m->shape = *args->shape;
+    m->dtype = args->desc->dtype;
+    m->kernels = llm__kernels_choose(args->desc->isa);
+    m->layers = (llm__cpu_layer *)llm__alloc_zero(env, (size_t)m->shape.n_layers, sizeof *m->layers);
+    m->room = (uint8_t *)llm__alloc(env, (size_t)m->shape.weight_bytes, 1);
+    m->end = m->room + m->shape.weight_bytes;
+    llm__cpu_use_huge_pages(m->room, (size_t)m->shape.weight_bytes);
+    m->team = llm__team_create(env, args->desc->n_threads, NULL, NULL);
+    m->pool = *env->pool;
+    *args->out = m;
+}
+
+static llm_status llm__cpu_open(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_error *err) {
+    llm__pool pool;
+    llm__env env;
+    llm__cpu_open_args args = {out, shape, desc};
+    *out = NULL;
+    llm__pool_init(&pool, &desc->host);
+    llm__env_init(&env, &pool, err, NULL);
+    llm_status status = llm__env_run(&env, llm__cpu_open_body, &args);
+    if (status) llm__pool_free(&pool);
+    return status;
+}
+
+typedef struct llm__cpu_upload_args {
+    llm__cpu_model *model;
+    const llm_weight *weight;
+    llm__matrix *matrix;
+    float *rows; /* scratch, 16 rows a thread */
+} llm__cpu_upload_args;
+
+static void llm__cpu_pack_task(void *arg, int index) {
+    llm__cpu_upload_args *a = (llm__cpu_upload_args *)arg;
+    int n_tiles = llm__math_round_up(a->matrix->n, 16) / 16, numbers[16];
+    float *rows = a->rows + (size_t)index * 16 * (size_t)llm__math_round_up(a->matrix->k, 32);
+    llm__team_worker w = {a->model->team, index, 0};
+    for (int tile; (tile = llm__team_take(&w, n_tiles)) >= 0;) {
+        llm__matrix_tile_rows(a->weight, tile, numbers);
+        llm__pack_tile(a->model->kernels, a->matrix, tile, a->weight, numbers, rows);
+    }
+}
+
+static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const llm_weight *weight,
+                                   llm__matrix *matrix) {
+    llm__cpu_upload_args args = {model, weight, matrix, NULL};
+    /* Gates and ups each fill whole tiles, so both are padded. */
+    int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__math_round_up(weight->rows / 2, 16) : weight->rows;
+    size_t bytes = (size_t)llm__cpu_weight_bytes(model->dtype, weight); /* a multiple of LLM__ALIGN */
+    *matrix = llm__matrix_init(llm__weight_type_for(model->dtype, weight), n, weight->cols);
+    if (bytes <= (size_t)(model->end - model->room)) {
+        matrix->data = model->room;
+        model->room += bytes;
+    } else matrix->data = (uint8_t *)llm__alloc(env, bytes, 1);
+    args.rows = (float *)llm__alloc(env, (size_t)model->team->n * 16 * (size_t)llm__math_round_up(weight->cols, 32),
+                                    sizeof(float));
+    llm__team_run(model->team, llm__cpu_pack_task, &args);
+    llm__free(env->pool, args.rows);
+}
+
+/* A row, or a column. */
+static float *llm__cpu_upload_vector(llm__env *env, const llm_weight *weight) {
+    float *v = (float *)llm__alloc(env, (size_t)weight->rows * (size_t)weight->cols, sizeof *v);
+    for (int i = 0; i < weight->rows; i++) weight->read_row(weight, i, v + (size_t)i * (size_t)weight->cols);
+    return v;
+}
+
+static void llm__cpu_upload_body(llm__env *env, void *arg) {
+    llm__cpu_upload_args *a = (llm__cpu_upload_args *)arg;
+    llm__cpu_model *m = a->model;
+    const llm_weight *w = a->weight;
+    llm__cpu_layer *layer = &m->layers[w->layer];
+    switch (w->kind) {
+    case LLM_WEIGHT_EMBEDDING: llm__cpu_upload_matrix(env, m, w, &m->embedding); break;
+    case LLM_WEIGHT_ATTENTION_NORM: layer->attention_norm = llm__cpu_upload_vector(env, w); break;
+    case LLM_WEIGHT_QKV: llm__cpu_upload_matrix(env, m, w, &layer->qkv); break;
+    case LLM_WEIGHT_QKV_BIAS: layer->qkv_bias = llm__cpu_upload_vector(env, w); break;
+    case LLM_WEIGHT_Q_NORM: layer->q_norm = llm__cpu_upload_vector(env, w); break;
+    case LLM_WEIGHT_K_NORM: layer->k_norm = llm__cpu_upload_vector(env, w); break;
+    case LLM_WEIGHT_ATTENTION_OUT: llm__cpu_upload_matrix(env, m, w, &layer->attention_out); break;
+    case LLM_WEIGHT_FFN_NORM: layer->ffn_norm = llm__cpu_upload_vector(env, w); break;
+    case LLM_WEIGHT_GATE_UP: llm__cpu_upload_matrix(env, m, w, &layer->gate_up); break;
+    case LLM_WEIGHT_DOWN: llm__cpu_upload_matrix(env, m, w, &layer->down); break;
+    case LLM_WEIGHT_OUTPUT_NORM: m->output_norm = llm__cpu_upload_vector(env, w); break;
+    case LLM_WEIGHT_HEAD: llm__cpu_upload_matrix(env, m, w, &m->head); break;
+    }
+    if (w->kind == LLM_WEIGHT_EMBEDDING && m->shape.tied_head) m->head = m->embedding;
+}
+
+static llm_status llm__cpu_upload(void *model, const llm_weight *weight, llm_error *err) {
+    llm__cpu_model *m = (llm__cpu_model *)model;
+    llm__env env;
+    llm__cpu_upload_args args = {m, weight, NULL, NULL};
+    llm__env_init(&env, &m->pool, err, NULL);
+    return llm__env_run(&env, llm__cpu_upload_body, &args);
+}
+
+/* ==== 14 KV cache ===============================================================================================
+
+   Keys and values live in blocks of LLM_BLOCK positions, all allocated when the context is created. A sequence is a
+   length and a table of blocks. A fork shares its parent's blocks by counting references; whoever appends to a block
+   that is shared takes a copy of it first. Here is the bookkeeping; the blocks' contents are the backend's. */
+
+typedef struct llm__cache {
+    int n_seq, n_ctx, blocks_per_seq, n_blocks, n_free;
+    int *free_blocks;  /* [n_blocks] a stack                                    */
+    int *n_users;      /* [n_blocks] sequences that hold the block              */
+    int *tables;       /* [n_seq][blocks_per_seq]                               */
+    int *lengths;      /* [n_seq]                                               */
+    llm_token *tokens; /* [n_seq][n_ctx]                                        */
+} llm__cache;
+
+static int llm__cache_blocks_for(int n_positions) { return (n_positions + LLM_BLOCK - 1) / LLM_BLOCK; }
+
+static void llm__cache_create(llm__env *env, llm__cache *cache, int n_seq, int n_ctx, int n_blocks) {
+    cache->n_seq = n_seq;
+    cache->n_ctx = n_ctx;
+    cache->blocks_per_seq = llm__cache_blocks_for(n_ctx);
+    cache->n_blocks = cache->n_free = n_blocks;
+    cache->free_blocks = (int *)llm__alloc(env, (size_t)n_blocks, sizeof(int));
+    cache->n_users = (int *)llm__alloc_zero(env, (size_t)n_blocks, sizeof(int));
+    cache->tables = (int *)llm__alloc_zero(env, (size_t)n_seq * (size_t)cache->blocks_per_seq, sizeof(int));
+    cache->lengths = (int *)llm__alloc_zero(env, (size_t)n_seq, sizeof(int));
+    cache->tokens = (llm_token *)llm__alloc(env, (size_t)n_seq * (size_t)n_ctx, sizeof(llm_token));
+    for (int i = 0; i < n_blocks; i++) cache->free_blocks[i] = n_blocks - 1 - i; /* so that they come in order */
+}
+
+static int *llm__cache_table(const llm__cache *cache, int seq) {
+    return cache->tables + (size_t)seq * (size_t)cache->blocks_per_seq;
+}
+
+static llm_token *llm__cache_tokens(const llm__cache *cache, int seq) {
+    return cache->tokens + (size_t)seq * (size_t)cache->n_ctx;
+}
+
+/* Does appending to this sequence begin by copying its last block? */
+static bool llm__cache_must_copy(const llm__cache *cache, int seq) {
+    int length = cache->lengths[seq];
+    return length % LLM_BLOCK && cache->n_users[llm__cache_table(cache, seq)[length / LLM_BLOCK]] > 1;
+}
+
+/* Blocks that appending n tokens takes from the free ones. */
+static int llm__cache_needs(const llm__cache *cache, int seq, int n) {
+    int length = cache->lengths[seq];
+    return llm__cache_blocks_for(length + n) - llm__cache_blocks_for(length) + (n && llm__cache_must_copy(cache, seq));
+}
+
+static int llm__cache_take(llm__cache *cache) {
+    int block = cache->free_blocks[--cache->n_free];
+    cache->n_users[block] = 1;
+    return block;
+}
+
+static void llm__cache_drop(llm__cache *cache, int block) {
+    if (--cache->n_users[block] == 0) cache->free_blocks[cache->n_free++] = block;
+}
+
+static void llm__cache_truncate(llm__cache *cache, int seq, int length) {
+    for (int i = llm__cache_blocks_for(length); i < llm__cache_blocks_for(cache->lengths[seq]); i++)
+        llm__cache_drop(cache, llm__cache_table(cache, seq)[i]);
+    cache->lengths[seq] = length;
+}
+
+/* Puts an own block in the place of a shared last one; returns the shared one, from which to copy, or -1. */
+static int llm__cache_unshare(llm__cache *cache, int seq) {
+    if (!llm__cache_must_copy(cache, seq)) return -1;
+    int *place = &llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_BLOCK], shared = *place;
+    *place = llm__cache_take(cache);
+    llm__cache_drop(cache, shared);
+    return shared;
+}
+
+/* Appends one token to a sequence whose last block is its own. Room was made sure of before. */
+static void llm__cache_append(llm__cache *cache, int seq, llm_token token) {
+    int at = cache->lengths[seq]++;
+    if (at % LLM_BLOCK == 0) llm__cache_table(cache, seq)[at / LLM_BLOCK] = llm__cache_take(cache);
+    llm__cache_tokens(cache, seq)[at] = token;
+}
+
+static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) {
+    llm__cache_truncate(cache, seq, 0);
+    for (int i = 0; i < llm__cache_blocks_for(length); i++) {
+        int block = llm__cache_table(cache, parent)[i];
+        llm__cache_table(cache, seq)[i] = block;
+        cache->n_users[block]++;
+    }
+    memcpy(llm__cache_tokens(cache, seq), llm__cache_tokens(cache, parent), (size_t)length * sizeof(llm_token));
+    cache->lengths[seq] = length;
+}
+
+/* ==== 15 Forward pass ===========================================================================================
+
+   The Llama transformer: Touvron et al. 2023 (arXiv:2302.13971), with RMSNorm (1910.07467), rotary embeddings
+   (2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245). For rows x[n_embd] of all tokens at once:
+
+       x = embedding[token]
+       for each layer:   q, k, v = Wqkv norm(x) [+ bias];  q, k = rope([norm] q, [norm] k);  k, v go to the cache
+                         x += Wo attention(q, cache);   x += Wdown (silu(Wgate norm(x)) * Wup norm(x))
+       logits = Whead norm(x)
+
+   Every member of the team runs llm__fwd_task; each phase of it is shared out in pieces and ends at a barrier. */
+
+enum {
+    LLM__CHUNK = 256, /* keys whose softmax is taken at once; chunks are merged in order (of the arithmetic) */
+    LLM__SCORES = LLM__CHUNK + 16, /* a row of scores: rows a power of two apart would share few lines of the cache */
+    LLM__QUERY_ROWS = 64, /* query rows, over the heads that share a key head, that meet a chunk together        */
+    LLM__ROWS = LLM__STRIP_MOST, /* activation rows that meet a group of tiles while it is in the near cache */
+    LLM__TILES = 4,         /* tiles in such a group                                                               */
+    LLM__SPLIT_ROWS = 8,    /* rows of a sequence whose attention may be split over the keys                       */
+    LLM__PART_ROWS = 128,   /* least rows that are a member's own in panels                                        */
+    LLM__SCORED_ROWS = 128, /* rows whose logits, of so many columns, are there at once; a multiple of 16 */
+    LLM__COLUMNS = 512      /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic)         */
+};
+
+/* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
+typedef struct llm__fwd_queries {
+    int first, n;
+} llm__fwd_queries;
+
+/* A product's activations. Many rows of bf16 go by panels; they are packed only, wherever that can be done at once. A single
+   row is made ready by each member for itself, which takes less time than to meet. */
+typedef struct llm__fwd_rows {
+    float *x; /* [n_batch, or what is not packed][stride] */
+    size_t stride;
+    float *sums;     /* [n_batch][stride / 32] for weights in groups; all rows' are in one place */
+    uint8_t *packed; /* [n_batch padded to 16][stride] bf16, see llm__kernel_packed_row; NULL: there are no panels */
+} llm__fwd_rows;
+
+typedef struct llm__cpu_context {
+    llm__pool pool;
+    const llm__cpu_model *model;
+    llm_backend_desc desc;
+    llm__team *team;
+    bool round;       /* activations are rounded to bf16 before a product */
+    bool round_cache; /* so are queries and softmax weights: the cache is bf16 or int8 */
+    llm__weight_type cache_kind;
+    int head_stride;          /* head_dim padded for products */
+    float score_scale;        /* log2(e) / sqrt(head_dim): softmax is taken as powers of 2 */
+    size_t cache_block_bytes; /* keys, or values, of one head in one block */
+    uint8_t *cache;           /* see llm__cache_plane */
+    size_t x_stride, qkv_stride;
+    float *x, *qkv; /* [n_batch][stride] */
+    llm__fwd_rows normed, attention, ffn;
+    float *cosines, *sines; /* [n_batch][rope_dim / 2] */
+    float *scratch;         /* [n_threads][scratch_floats] for attention */
+    size_t scratch_floats;
+    float *partials; /* [n_partials][partial_floats] of attention that is split, see llm__attn_split */
+    size_t partial_floats;
+    int n_partials;
+    float *panels;  /* [n_threads][panel_floats] for llm__kernel_panel's c; NULL: there are no panels */
+    int panel_rows; /* so many rows go by them, or more */
+    uint8_t *tiles; /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
+    size_t panel_floats, tile_bytes;
+    float *logits;                                /* [n_logits][n_vocab] */
+    float *column_max, *column_sum;               /* [n_batch][n_vocab / LLM__COLUMNS] of a softmax in parts */
+    int *all_rows;                                /* 0, 1, 2 ... */
+    llm__fwd_queries *all_queries, *last_queries; /* of all rows; of the rows whose logits are wanted */
+    int n_all_queries, n_last_queries;
+    const llm_pass *pass;
+    bool cancelled;
+} llm__cpu_context;
+
+/* The cache is [n_cache_blocks / 8][n_layers][n_kv_heads][key, value][8] tiles of a block, the last 8 perhaps fewer: so a
+   chunk's keys and values lie one behind the other, layer by layer, and memory is had only as a sequence grows. A plane is
+   a layer's, head's keys or values. */
+static int llm__cache_n_planes(const llm__cpu_context *c) {
+    return 2 * c->model->shape.n_layers * c->model->shape.n_kv_heads;
+}
+
+static uint8_t *llm__cache_plane(const llm__cpu_context *c, int plane, int block) {
+    const int some = LLM__CHUNK / LLM_BLOCK;
+    int first = block / some * some, n = c->desc.n_cache_blocks - first < some ? c->desc.n_cache_blocks - first : some;
+    size_t at = (size_t)first * (size_t)llm__cache_n_planes(c) + (size_t)plane * (size_t)n + (size_t)(block - first);
+    return c->cache + at * c->cache_block_bytes;
+}
+
+static uint8_t *llm__cache_block(const llm__cpu_context *c, int layer, int value, int head, int block) {
+    return llm__cache_plane(c, (layer * c->model->shape.n_kv_heads + head) * 2 + value, block);
+}
+
+/* Do so many rows meet a matrix in panels? */
+static bool llm__fwd_in_panels(const llm__cpu_context *c, int rows) { return c->panels && rows >= c->panel_rows; }
+
+/* Are a matrix's weights rounded to bf16 for so many rows? */
+static bool llm__fwd_in_bf16(const llm__matrix *m, int rows) {
+    return llm__matrix_has_groups(m->kind) && rows > LLM__EXACT_ROWS;
+}
+
+/* A few tiles against a few of all rows, the first of which is `row`: their sums, added to sums[rows][stride]. */
+static void llm__fwd_tile_sums(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
+                               const llm__fwd_rows *in, int row, int rows, int all_rows, float *sums, size_t stride) {
+    const llm__kernels *kernels = c->model->kernels;
+    int k = llm__math_round_up(m->k, 32);
+    const uint8_t *tiles = m->data + (size_t)tile * m->tile_bytes;
+    const float *x = in->x + (size_t)row * in->stride;
+    if (!llm__fwd_in_bf16(m, all_rows)) {
+        kernels->product[m->kind](x, in->stride, in->sums + (size_t)row * (size_t)(k / 32), rows, tiles, n_tiles, k,
+                                  sums, stride);
+        return;
+    }
+    uint8_t *unpacked = c->tiles + (size_t)index * c->tile_bytes;
+    for (int i = 0; i < n_tiles; i += 2) {
+        int some = n_tiles - i < 2 ? 1 : 2;
+        for (int j = 0; j < some; j++)
+            kernels->unpack(m->kind, tiles + (size_t)(i + j) * m->tile_bytes, k / 32,
+                            unpacked + (size_t)j * (size_t)k * 32);
+        kernels->product[LLM__W_BF16](x, in->stride, NULL, rows, unpacked, some, k, sums + 16 * i, stride);
+    }
+}
+
+/* What becomes of a row's sums over some tiles, the first of which is `tile`. With LLM__SWIGLU they are pairs of gates
+   and ups. */
+static void llm__fwd_end_row(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles, const float *sums,
+                             llm__kernel_ending ending, float *y) {
+    const llm__kernels *kernels = c->model->kernels;
+    int column = tile * 16, width = m->n - column < n_tiles * 16 ? m->n - column : n_tiles * 16;
+    if (ending == LLM__ADD) kernels->add(y + column, sums, width);
+    else if (ending == LLM__STORE) memcpy(y + column, sums, (size_t)width * sizeof(float));
+    else kernels->swiglu(sums, n_tiles * 8, c->round, y + column / 2);
+}
+
+/* A few tiles against a few of all rows, the first of which is `row`. */
+static void llm__linear_piece(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
+                              const llm__fwd_rows *in, int row, int rows, int all_rows, llm__kernel_ending ending,
+                              float *y, size_t y_stride) {
+    float sums[LLM__ROWS][16 * LLM__TILES] __attribute__((aligned(64)));
+    memset(sums, 0, (size_t)rows * sizeof *sums);
+    llm__fwd_tile_sums(c, index, m, tile, n_tiles, in, row, rows, all_rows, sums[0], 16 * LLM__TILES);
+    for (int r = 0; r < rows; r++)
+        llm__fwd_end_row(c, m, tile, n_tiles, sums[r], ending, y + (size_t)(row + r) * y_stride);
+}
+
+static llm__kernel_lines llm__fwd_lines_of(const llm__cpu_context *c, const llm__fwd_rows *rows, size_t r) {
+    return llm__kernel_packed_row(c->model->kernels->line_step, rows->packed, rows->stride, r);
+}
+
+/* Rows of a piece: up to 16 are packed at once, if there are enough for all members. */
+static int llm__fwd_row_step(const llm__cpu_context *c, int rows) {
+    int share = (rows + c->team->n - 1) / c->team->n;
+    return !llm__fwd_in_panels(c, rows) ? 1 : share < 16 ? share : 16;
+}
+
+/* Does a product of these rows need the sums of each 32 of their values? */
+static bool llm__fwd_needs_sums(const llm__matrix *m, int rows) {
+    return llm__matrix_has_groups(m->kind) && !llm__fwd_in_bf16(m, rows);
+}
+
+/* What a product needs of its activations beside them: the sums over 32 for weights in groups, or that they are packed
+   for panels; a phase, unless there is nothing to do. `packed`: for panels they are packed already. Returns the rows for
+   this member. */
+static llm__fwd_rows llm__fwd_prepare_rows(llm__team_worker *w, const llm__cpu_context *c, const llm__matrix *m,
+                                           const llm__fwd_rows *in, int rows, bool packed) {
+    const llm__kernels *kernels = c->model->kernels;
+    bool panels = llm__fwd_in_panels(c, rows), sums = llm__fwd_needs_sums(m, rows);
+    int step = llm__fwd_row_step(c, rows), n_pieces = (rows + step - 1) / step, k = (int)in->stride;
+    llm__fwd_rows own = *in;
+    if (!sums && (packed || !panels)) return own;
+    if (rows == 1) {
+        own.sums += w->index * (k / 32);
+        kernels->group_sums(own.x, k, own.sums);
+        return own;
+    }
+    for (int piece; (piece = llm__team_take(w, n_pieces)) >= 0;)
+        for (int r = piece * step; r < rows && r < (piece + 1) * step; r++) {
+            const float *x = in->x + (size_t)r * in->stride;
+            if (sums) kernels->group_sums(x, k, in->sums + (size_t)r * (size_t)(k / 32));
+            else kernels->pack_scale(x, 1, k, k, llm__fwd_lines_of(c, in, (size_t)r), 0);
+        }
+    llm__team_finish(w);
+    return own;
+}
+
+/* A panel's tiles against the rows from `row` to `end`. */
+static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
+                              const llm__fwd_rows *in, int row, int end, llm__kernel_ending ending, float *y,
+                              size_t y_stride) {
+    const llm__fwd_rows *ffn = &c->ffn;
+    llm__kernel_panel p;
+    int next = tile + n_tiles;
+    p.line_step = c->model->kernels->line_step;
+    p.k = llm__math_round_up(m->k, 32);
+    p.kind = m->kind;
+    p.tiles = m->data + (size_t)tile * m->tile_bytes;
+    p.ahead = next * 16 < m->n ? m->data + (size_t)next * m->tile_bytes : NULL;
+    p.tile_bytes = m->tile_bytes;
+    p.n_tiles = n_tiles;
+    p.ending = ending;
+    p.y_stride = y_stride;
+    p.width = m->n - tile * 16;
+    p.packed_k = ffn->stride;
+    p.column = tile * 8;
+    p.c = c->panels + (size_t)index * c->panel_floats;
+    p.unpacked = c->tiles + (size_t)index * c->tile_bytes;
+    for (int first = row; first < end; first += LLM__PANEL_ROWS) {
+        p.n_rows = end - first < LLM__PANEL_ROWS ? end - first : (int)LLM__PANEL_ROWS;
+        p.a = in->packed + (size_t)first * in->stride * 2;
+        p.y = ending == LLM__SWIGLU ? NULL : y + (size_t)first * y_stride + tile * 16;
+        p.packed = ffn->packed + (size_t)first * ffn->stride * 2;
+        c->model->kernels->panel(&p);
+    }
+}
+
+/* Parts of the rows in which they meet a matrix. In panels: shared among the members as in other phases, if there are
+   enough; then each reads all weights, but what it multiplies and adds to is in its cache. Else LLM__ROWS each, which meet
+   the same tiles one part after the other. */
+static int llm__fwd_row_parts(const llm__cpu_context *c, int rows) {
+    if (!llm__fwd_in_panels(c, rows)) return (rows + LLM__ROWS - 1) / LLM__ROWS;
+    int most = rows / LLM__PART_ROWS;
+    return most < 1 ? 1 : most < c->team->n ? most : c->team->n;
+}
+
+/* The first row of a part; 16 stay together, see llm__fwd_row_step. */
+static int llm__fwd_part_row(int rows, int part, int n_parts) {
+    return part == n_parts ? rows : (int)((int64_t)((rows + 15) / 16) * part / n_parts) * 16;
+}
+
+/* Tiles in a piece of work: as many as serve the caches where that leaves enough pieces for the threads. If few rows had 4,
+   one of two threads would wait for the other in a matrix of 36. */
+static int llm__fwd_piece_tiles(const llm__cpu_context *c, int n_tiles, int n_parts, bool panels) {
+    if (!panels) return n_parts > 1 ? LLM__TILES : 2;
+    int n = n_tiles * n_parts / (8 * c->team->n) / 2 * 2;
+    return n < 2 ? 2 : n > LLM__PANEL_TILES ? (int)LLM__PANEL_TILES : n;
+}
+
+/* y = W x, y += W x, or y = silu(gate) * up, which with panels goes to c->ffn packed; for all rows, which are prepared; a
+   phase. */
+static void llm__linear(llm__team_worker *w, const llm__cpu_context *c, const llm__matrix *m, const llm__fwd_rows *in,
+                        int rows, llm__kernel_ending ending, float *y, size_t y_stride) {
+    bool panels = llm__fwd_in_panels(c, rows);
+    int n_parts = llm__fwd_row_parts(c, rows), n_tiles = llm__math_round_up(m->n, 16) / 16,
+        step = llm__fwd_piece_tiles(c, n_tiles, n_parts, panels), n_columns = (n_tiles + step - 1) / step;
+    for (int piece; (piece = llm__team_take(w, n_parts * n_columns)) >= 0;) {
+        int column = panels ? piece % n_columns : piece / n_parts, part = panels ? piece / n_columns : piece % n_parts,
+            first = column * step, n = n_tiles - first < step ? n_tiles - first : step;
+        if (panels) {
+            llm__linear_panel(c, w->index, m, first, n, in, llm__fwd_part_row(rows, part, n_parts),
+                              llm__fwd_part_row(rows, part + 1, n_parts), ending, y, y_stride);
+        } else {
+            int row = part * LLM__ROWS, some = rows - row < LLM__ROWS ? rows - row : (int)LLM__ROWS;
+            llm__linear_piece(c, w->index, m, first, n, in, row, some, rows, ending, y, y_stride);
+        }
+    }
+    llm__team_finish(w);
+}
+
+/* One row of c->x, normed, becomes row `to` of c->normed. */
+static void llm__fwd_norm_row(const llm__cpu_context *c, const float *weight, const llm__matrix *m, int row, int rows,
+                              int to) {
+    const llm_shape *s = &c->model->shape;
+    const llm__kernels *kernels = c->model->kernels;
+    size_t stride = c->normed.stride;
+    float *out = c->normed.x + (size_t)to * stride;
+    const float *x = c->x + (size_t)row * c->x_stride;
+    kernels->norm(x, weight, s->n_embd, kernels->norm_factor(x, s->n_embd, s->rms_eps), c->round, out);
+    if (llm__fwd_needs_sums(m, rows))
+        kernels->group_sums(out, (int)stride, c->normed.sums + (size_t)to * (stride / 32));
+}
+
+/* Up to 16 rows of c->x, normed and packed. Each one's factor is one long chain, so all are computed first, at once. */
+static void llm__fwd_pack_norms(const llm__cpu_context *c, const float *weight, int first, int end) {
+    const llm_shape *s = &c->model->shape;
+    const llm__kernels *kernels = c->model->kernels;
+    const float *x = c->x + (size_t)first * c->x_stride;
+    float factors[16];
+    for (int i = 0; i < end - first; i++)
+        factors[i] = kernels->norm_factor(x + (size_t)i * c->x_stride, s->n_embd, s->rms_eps);
+    for (int i = 0; i < end - first; i++, x += c->x_stride)
+        kernels->pack_norm(x, weight, s->n_embd, factors[i], llm__fwd_lines_of(c, &c->normed, (size_t)(first + i)));
+}
+
+/* Norms the rows and prepares them for the matrix they are to meet; a phase, if there are several. Where there are targets,
+   the head meets them one by one, too, see llm__fwd_log_prob. Returns the rows for this member. */
+static llm__fwd_rows llm__fwd_norm_rows(llm__team_worker *w, const llm__cpu_context *c, const float *weight,
+                                        const llm__matrix *m, int rows) {
+    bool panels = llm__fwd_in_panels(c, rows), both = m == &c->model->head && c->pass->n_targets;
+    int step = llm__fwd_row_step(c, rows), n_pieces = (rows + step - 1) / step;
+    llm__fwd_rows own = c->normed;
+    if (rows == 1 && !both) {
+        llm__fwd_norm_row(c, weight, m, 0, 1, w->index);
+        own.x += (size_t)w->index * own.stride;
+        own.sums += (size_t)w->index * (own.stride / 32);
+        return own;
+    }
+    for (int piece; (piece = llm__team_take(w, n_pieces)) >= 0;) {
+        int first = piece * step, end = first + step < rows ? first + step : rows;
+        if (panels) llm__fwd_pack_norms(c, weight, first, end);
+        for (int r = first; r < end && (!panels || both); r++) llm__fwd_norm_row(c, weight, m, r, rows, r);
+    }
+    llm__team_finish(w);
+    return own;
+}
+
+/* Zeros in a block of all layers: what is not stored there yet is multiplied by 0, which must not meet a NaN. */
+static void llm__cache_clear_block(const llm__cpu_context *c, int block) {
+    for (int plane = 0; plane < llm__cache_n_planes(c); plane++)
+        memset(llm__cache_plane(c, plane, block), 0, c->cache_block_bytes);
+}
+
+/* Do row r, which begins a block of the cache, and those behind it fill the block? */
+static bool llm__fwd_fills_block(const llm__cpu_context *c, int r) {
+    int last = r + LLM_BLOCK - 1;
+    return c->head_stride == c->model->shape.head_dim && last < c->pass->n_rows &&
+           c->pass->seqs[last] == c->pass->seqs[r];
+}
+
+/* The embeddings, and the angles by which RoPE turns each row. Rows that begin a block of the cache clear it. */
+static void llm__fwd_embed_rows(llm__team_worker *w, const llm__cpu_context *c) {
+    const llm_pass *pass = c->pass;
+    const llm_shape *s = &c->model->shape;
+    const llm__matrix *m = &c->model->embedding;
+    size_t half = (size_t)s->rope_dim / 2;
+    for (int r; (r = llm__team_take(w, pass->n_rows)) >= 0;) {
+        float *x = c->x + (size_t)r * c->x_stride;
+        int at = pass->positions[r];
+        if (at % LLM_BLOCK == 0 && !llm__fwd_fills_block(c, r))
+            llm__cache_clear_block(c, pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK]);
+        llm__matrix_get_row(m, (size_t)pass->tokens[r], x);
+        for (size_t i = (size_t)r * half, j = 0; j < half; i++, j++) {
+            llm__math_sincos(at * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
+            c->sines[i] *= s->rope_scale;
+            c->cosines[i] *= s->rope_scale;
+        }
+    }
+    llm__team_finish(w);
+}
+
+static llm__weight_type llm__cache_weight_type(llm_dtype dtype) {
+    return dtype == LLM_DTYPE_F32 ? LLM__W_F32 : dtype == LLM_DTYPE_INT8 ? LLM__W_INT8 : LLM__W_BF16;
+}
+
+/* The scales of a block of int8 values, one for each position. */
+static float *llm__cache_value_scales(const llm__cpu_context *c, uint8_t *values) {
+    return (float *)(void *)(values + c->cache_block_bytes) - LLM_BLOCK;
+}
+
+/* A key is a row of a tile; a value is a column across the tiles of its block. */
+static void llm__cache_store_int8(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
+    size_t n = (size_t)c->model->shape.head_dim, lane = (size_t)place % 16;
+    if (!value) {
+        uint8_t *tile = tiles + (size_t)(place / 16) * llm__matrix_tile_bytes(LLM__W_INT8, c->head_stride);
+        float scale = llm__pack_quantize_row(from, n, (int8_t *)tile + lane, 16);
+        ((float *)(void *)(tile + (size_t)c->head_stride * 16))[lane] = scale;
+        return;
+    }
+    int8_t q[LLM__MOST_HEAD];
+    size_t bytes = llm__matrix_tile_bytes(LLM__W_INT8, LLM_BLOCK);
+    llm__cache_value_scales(c, tiles)[place] = llm__pack_quantize_row(from, n, q, 1);
+    for (size_t d = 0; d < n; d++) ((int8_t *)tiles)[d / 16 * bytes + (size_t)place * 16 + d % 16] = q[d];
+    for (size_t i = 0; i < (size_t)c->head_stride; i++)
+        ((float *)(void *)(tiles + i / 16 * bytes + LLM_BLOCK * 16))[i % 16] = 1;
+}
+
+/* In tiles of bf16 a key is words of a column, a value halves of words in a row. */
+static void llm__cache_store_bf16(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
+    int n = c->model->shape.head_dim;
+    float rounded[LLM__MOST_HEAD + 1];
+    c->model->kernels->scale(from, 1, n, true, rounded);
+    rounded[n] = 0;
+    if (value) {
+        uint16_t *to = (uint16_t *)(void *)tiles + place / 2 * 32 + place % 2;
+        for (int d = 0; d < n; d++)
+            to[d / 16 * 16 * LLM_BLOCK + d % 16 * 2] = (uint16_t)(llm__f32_bits(rounded[d]) >> 16);
+        return;
+    }
+    uint32_t *to = (uint32_t *)(void *)tiles + place / 16 * 8 * c->head_stride + place % 16;
+    for (int d = 0; d < n; d += 2) to[d * 8] = llm__f32_bits(rounded[d]) >> 16 | llm__f32_bits(rounded[d + 1]);
+}
+
+static void llm__cache_store_f32(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
+    float *to = (float *)(void *)tiles + (value ? place * 16 : place / 16 * 16 * c->head_stride + place % 16);
+    for (int d = 0; d < c->model->shape.head_dim; d++) to[value ? d / 16 * 16 * LLM_BLOCK + d % 16 : d * 16] = from[d];
+}
+
+/* Puts one head's key or value of one position into its block. */
+static void llm__cache_store(const llm__cpu_context *c, int layer, int value, int head, int block, int place,
+                             const float *from) {
+    uint8_t *tiles = llm__cache_block(c, layer, value, head, block);
+    if (c->cache_kind == LLM__W_INT8) llm__cache_store_int8(c, tiles, value, place, from);
+    else if (c->cache_kind == LLM__W_BF16) llm__cache_store_bf16(c, tiles, value, place, from);
+    else llm__cache_store_f32(c, tiles, value, place, from);
+}
+
+/* One head's RMSNorm in place; `scratch` holds a head, for the kernel writes a little more than it. */
+static void llm__rope_norm_head(const llm__cpu_context *c, const float *weight, float *scratch, float *x) {
+    const llm_shape *s = &c->model->shape;
+    const llm__kernels *kernels = c->model->kernels;
+    kernels->norm(x, weight, s->head_dim, kernels->norm_factor(x, s->head_dim, s->rms_eps), false, scratch);
+    memcpy(x, scratch, (size_t)s->head_dim * sizeof *x);
+}
+
+/* What becomes of some heads of a row of queries, keys and values: a bias, a norm, and the rotation by row `at`'s angles.
+   The heads are numbered queries, keys, values. */
+static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int row, int at, int first, int end) {
+    const llm_shape *s = &c->model->shape;
+    const llm__cpu_layer *weights = &c->model->layers[layer];
+    const llm__kernels *kernels = c->model->kernels;
+    size_t half = (size_t)s->rope_dim / 2;
+    float *qkv = c->qkv + (size_t)row * c->qkv_stride, *scratch = c->scratch + (size_t)index * c->scratch_floats;
+    int start = first * s->head_dim;
+    if (s->qkv_bias) kernels->add(qkv + start, weights->qkv_bias + start, (end - first) * s->head_dim);
+    for (int h = first; h < end && h < s->n_heads + s->n_kv_heads; h++) {
+        float *x = qkv + h * s->head_dim;
+        if (s->qk_norm) llm__rope_norm_head(c, h < s->n_heads ? weights->q_norm : weights->k_norm, scratch, x);
+        kernels->rope(x, c->cosines + (size_t)at * half, c->sines + (size_t)at * half, (int)half);
+    }
+}
+
+/* Rotates a row's key of one head, and the queries that share it if they are there, and stores key and value. */
+static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int r, int head, bool queries) {
+    const llm_pass *pass = c->pass;
+    const llm_shape *s = &c->model->shape;
+    int group = s->n_heads / s->n_kv_heads, key = s->n_heads + head, value = key + s->n_kv_heads;
+    int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
+    const float *row = c->qkv + (size_t)r * c->qkv_stride;
+    if (queries) llm__rope_heads(c, index, layer, r, r, head * group, (head + 1) * group);
+    llm__rope_heads(c, index, layer, r, r, key, key + 1);
+    llm__rope_heads(c, index, layer, r, r, value, value + 1);
+    llm__cache_store(c, layer, 0, head, block, at % LLM_BLOCK, row + key * s->head_dim);
+    llm__cache_store(c, layer, 1, head, block, at % LLM_BLOCK, row + value * s->head_dim);
+}
+
+/* The same for all heads of all rows; a phase. The heads of a single row are shared out, too. */
+static void llm__rope_rows(llm__team_worker *w, const llm__cpu_context *c, int layer, bool queries) {
+    int rows = c->pass->n_rows, step = llm__fwd_row_step(c, rows), n_heads = c->model->shape.n_kv_heads,
+        n_shares = rows == 1 ? n_heads : 1, n_pieces = (rows + step - 1) / step * n_shares;
+    for (int piece; (piece = llm__team_take(w, n_pieces)) >= 0;) {
+        int first = piece / n_shares * step;
+        for (int r = first; r < rows && r < first + step; r++)
+            for (int head = piece % n_shares; head < n_heads; head += n_shares)
+                llm__rope_group(c, w->index, layer, r, head, queries);
+    }
+    llm__team_finish(w);
+}
+
+/* The query heads that share one key head, of a few rows of one sequence: n query rows, and room for what they meet. */
+typedef struct llm__attn_work {
+    int layer, head, group, n, padded; /* group: such heads; padded: rows there is room for                       */
+    const int *rows;                   /* rows[i / group] is query i's row of the pass                            */
+    int first_row, n_rows;             /* where in c->qkv and c->attention the first of them is; all rows there   */
+    const int *blocks;                 /* the sequence's                                                          */
+    float *q, *scores;                 /* [padded][head_stride], [padded][LLM__SCORES]                            */
+    uint8_t *packed;                   /* queries, then room for softmax weights; or NULL: there are few          */
+} llm__attn_work;
+
+/* What attention to some keys gives: [padded][head_stride] sums of values, then [padded] maxima and [padded] sums of
+   softmax weights. */
+static size_t llm__attn_partial_floats(const llm__cpu_context *c, int padded) {
+    return (size_t)padded * (size_t)(c->head_stride + 2);
+}
+
+/* Whole tiles of rows where there are enough of them. */
+static int llm__attn_padded_queries(int n) { return n < LLM__TILE_ROWS ? n : llm__math_round_up(n, 16); }
+
+/* The first position that one at `position` attends to. */
+static int llm__attn_first_key(const llm_shape *s, int position) {
+    return s->window && position >= s->window ? position - s->window + 1 : 0;
+}
+
+static int llm__attn_last_key(const llm__cpu_context *c, const llm__attn_work *a, int i) {
+    return c->pass->positions[a->rows[i / a->group]];
+}
+
+/* The first position of the chunks that any of the queries attends to, and what is behind the last. */
+static int llm__attn_first_chunk(const llm__cpu_context *c, const llm__attn_work *a) {
+    return llm__attn_first_key(&c->model->shape, llm__attn_last_key(c, a, 0)) / LLM__CHUNK * LLM__CHUNK;
+}
+
+static int llm__attn_end_of_keys(const llm__cpu_context *c, const llm__attn_work *a) {
+    return llm__attn_last_key(c, a, a->n - 1) + 1;
+}
+
+/* The sums of queries and keys, or of softmax weights and values, over the n cache blocks named. */
+static void llm__attn_keys(const llm__cpu_context *c, const llm__attn_work *a, const int *blocks, int n) {
+    const llm__kernels *kernels = c->model->kernels;
+    size_t stride = (size_t)c->head_stride, tile = llm__matrix_tile_bytes(c->cache_kind, c->head_stride);
+    if (!a->packed) memset(a->scores, 0, (size_t)a->n * LLM__SCORES * sizeof(float));
+    for (int i = 0; i < n; i++) {
+        const uint8_t *keys = llm__cache_block(c, a->layer, 0, a->head, blocks[i]), *parts[LLM__MOST_HEAD / 32];
+        float *scores = a->scores + i * LLM_BLOCK;
+        if (a->packed) {
+            int n_parts = c->head_stride / 32;
+            for (int j = 0; j < n_parts; j++) parts[j] = keys + j * 1024;
+            llm__kernel_tile_product p = {a->packed,   a->padded / 16, n_parts, parts, tile, n_parts, 2,     scores,
+                                          LLM__SCORES, false,          NULL,    0,     0,    NULL,    false, 0};
+            kernels->tile_product(&p);
+            continue;
+        }
+        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys, 2, c->head_stride, scores, LLM__SCORES);
+    }
+}
+
+static void llm__attn_values(const llm__cpu_context *c, const llm__attn_work *a, const int *blocks, int n,
+                             float *part) {
+    const llm__kernels *kernels = c->model->kernels;
+    size_t stride = (size_t)c->head_stride, tile = llm__matrix_tile_bytes(c->cache_kind, LLM_BLOCK);
+    if (a->packed) {
+        const uint8_t *weights = a->packed + (size_t)a->padded * stride * 2;
+        for (int d = 0; d < c->head_stride; d += 32) {
+            const uint8_t *values[LLM__CHUNK / LLM_BLOCK];
+            for (int i = 0; i < n; i++)
+                values[i] = llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile;
+            llm__kernel_tile_product p = {weights, a->padded / 16, n,    values, tile, n,    2,     part + d,
+                                          stride,  false,          NULL, 0,      0,    NULL, false, 0};
+            kernels->tile_product(&p);
+        }
+        return;
+    }
+    memset(part, 0, (size_t)a->n * stride * sizeof(float));
+    for (int i = 0; i < n && c->cache_kind == LLM__W_INT8; i++) {
+        const float *scales = llm__cache_value_scales(c, llm__cache_block(c, a->layer, 1, a->head, blocks[i]));
+        for (int r = 0; r < a->n; r++) {
+            float *weights = a->scores + (size_t)r * LLM__SCORES + i * LLM_BLOCK;
+            kernels->weigh(weights, scales, LLM_BLOCK);
+        }
+    }
+    for (int i = 0; i < n; i++)
+        kernels->product[c->cache_kind](a->scores + i * LLM_BLOCK, LLM__SCORES, NULL, a->n,
+                                        llm__cache_block(c, a->layer, 1, a->head, blocks[i]), c->head_stride / 16,
+                                        LLM_BLOCK, part, stride);
+}
+
+/* Asks for a block of values, so that memory is not idle while softmax is taken of the scores. */
+static void llm__attn_fetch_values(const llm__cpu_context *c, const llm__attn_work *a, int block) {
+    const uint8_t *values = llm__cache_block(c, a->layer, 1, a->head, block);
+    for (size_t i = 0; i < c->cache_block_bytes; i += 64) __builtin_prefetch(values + i, 0, 2);
+}
+
+/* The softmax weights of query i, for the keys from position `first` on. */
+static void llm__attn_weigh_keys(const llm__cpu_context *c, const llm__attn_work *a, int i, int first, int n_blocks,
+                                 float *max, float *sum) {
+    const llm__kernels *kernels = c->model->kernels;
+    float *scores = a->scores + (size_t)i * LLM__SCORES;
+    int last = llm__attn_last_key(c, a, i), padded = n_blocks * LLM_BLOCK,
+        n = last + 1 - first < padded ? last + 1 - first : padded,
+        hidden = llm__attn_first_key(&c->model->shape, last) - first; /* keys before the window */
+    llm__kernel_lines row = {NULL, 0};
+    if (a->packed)
+        row = llm__kernel_packed_row(kernels->line_step, a->packed + (size_t)a->padded * (size_t)c->head_stride * 2,
+                                     (size_t)padded, (size_t)i);
+    if (a->packed && hidden <= 0 && n > 0) {
+        kernels->pack_softmax(scores, n, padded, c->score_scale, row, max, sum);
+        return;
+    }
+    /* Each of them adds 2^-125.5 to a sum of at least 1, which is nothing, and then is made 0. */
+    for (int j = 0; j < hidden && j < n; j++) scores[j] = -INFINITY;
+    if (n > 0 && n > hidden) kernels->softmax(scores, n, padded, c->score_scale, c->round_cache, max, sum);
+    else hidden = padded;
+    if (hidden > 0) memset(scores, 0, (size_t)hidden * sizeof(float));
+    if (a->packed) kernels->pack_scale(scores, 1, padded, padded, row, 0);
+}
+
+/* One chunk of keys, from position `first` on. */
+static void llm__attn_chunk(const llm__cpu_context *c, const llm__attn_work *a, int first, float *part) {
+    int end = llm__attn_end_of_keys(c, a),
+        n_blocks = llm__cache_blocks_for(end - first < LLM__CHUNK ? end - first : (int)LLM__CHUNK);
+    const int *blocks = a->blocks + first / LLM_BLOCK;
+    float *max = part + (size_t)a->padded * (size_t)c->head_stride, *sum = max + a->padded;
+    llm__attn_keys(c, a, blocks, n_blocks);
+    for (int i = 0; i < a->n; i++) {
+        if (i < n_blocks) llm__attn_fetch_values(c, a, blocks[i]);
+        llm__attn_weigh_keys(c, a, i, first, n_blocks, &max[i], &sum[i]);
+    }
+    llm__attn_values(c, a, blocks, n_blocks, part);
+}
+
+/* Adds what the chunk from position `first` on gave to what the chunks before it gave. */
+static void llm__attn_join_chunk(const llm__cpu_context *c, const llm__attn_work *a, int first, const float *part,
+                                 float *known) {
+    size_t stride = (size_t)c->head_stride, stats = (size_t)a->padded * stride, padded = (size_t)a->padded;
+    size_t rows[2] = {0, 0}, n[2] = {0, 0}; /* where it begins, and where it goes on: two runs of rows */
+    for (size_t i = 0; i < (size_t)a->n; i++) {
+        int last = llm__attn_last_key(c, a, (int)i), first_key = llm__attn_first_key(&c->model->shape, last);
+        bool begins = first <= first_key && first_key < first + LLM__CHUNK;
+        if (!begins && (first <= first_key || last < first)) continue;
+        if (!n[!begins]++) rows[!begins] = i;
+    }
+    const float *max = part + stats, *sum = max + padded;
+    float *known_max = known + stats, *known_sum = known_max + padded;
+    memcpy(known + rows[0] * stride, part + rows[0] * stride, n[0] * stride * sizeof *known);
+    memcpy(known_max + rows[0], max + rows[0], n[0] * sizeof *known);
+    memcpy(known_sum + rows[0], sum + rows[0], n[0] * sizeof *known);
+    size_t r = rows[1];
+    c->model->kernels->merge((int)n[1], known_max + r, known_sum + r, known + r * stride, max + r, sum + r,
+                             part + r * stride, c->head_stride);
+}
+
+/* A thread's scratch: the work's q and scores, then a partial result, then another; returns the first of these. */
+static float *llm__attn_start(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
+                              llm__fwd_queries queries, llm__attn_work *a) {
+    const llm_shape *s = &c->model->shape;
+    size_t stride = (size_t)c->head_stride;
+    a->layer = layer;
+    a->head = head;
+    a->group = s->n_heads / s->n_kv_heads;
+    a->n = queries.n * a->group;
+    a->padded = llm__attn_padded_queries(a->n);
+    a->rows = rows + queries.first;
+    a->first_row = queries.first;
+    a->n_rows = rows == c->all_rows ? c->pass->n_rows : c->pass->n_logits;
+    a->blocks = c->pass->blocks + (size_t)c->pass->seqs[a->rows[0]] * (size_t)c->pass->blocks_per_seq;
+    a->q = c->scratch + (size_t)index * c->scratch_floats;
+    a->scores = a->q + (size_t)a->padded * stride;
+    a->packed = NULL;
+    return a->scores + (size_t)a->padded * LLM__SCORES;
+}
+
+static void llm__attn_gather_queries(const llm__cpu_context *c, int index, llm__attn_work *a) {
+    const llm_shape *s = &c->model->shape;
+    const llm__kernels *kernels = c->model->kernels;
+    size_t stride = (size_t)c->head_stride;
+    if (c->panels && c->cache_kind == LLM__W_BF16 && a->n >= LLM__TILE_ROWS)
+        a->packed = c->tiles + (size_t)index * c->tile_bytes;
+    else memset(a->q, 0, (size_t)a->n * stride * sizeof *a->q);
+    for (int i = 0; i < a->n; i++) {
+        const float *from = c->qkv + (size_t)(a->first_row + i / a->group) * c->qkv_stride +
+                            (a->head * a->group + i % a->group) * s->head_dim;
+        if (a->packed)
+            kernels->pack_scale(from, 1, s->head_dim, c->head_stride,
+                                llm__kernel_packed_row(kernels->line_step, a->packed, stride, (size_t)i), 0);
+        else kernels->scale(from, 1, s->head_dim, c->round_cache, a->q + (size_t)i * stride);
+    }
+}
+
+/* Are heads whole halves of lines, so that each can be packed when it is known? */
+static bool llm__attn_packs_heads(const llm__cpu_context *c) { return c->model->shape.head_dim % 16 == 0; }
+
+static void llm__attn_end(const llm__cpu_context *c, const llm__attn_work *a, const float *known) {
+    const llm__kernels *kernels = c->model->kernels;
+    const llm__fwd_rows *out = &c->attention;
+    size_t stride = (size_t)c->head_stride;
+    const float *sums = known + (size_t)a->padded * (stride + 1);
+    int n = c->model->shape.head_dim;
+    bool packs = llm__fwd_in_panels(c, a->n_rows) && llm__attn_packs_heads(c);
+    for (int i = 0; i < a->n; i++) {
+        size_t row = (size_t)(a->first_row + i / a->group);
+        const float *from = known + (size_t)i * stride;
+        int column = (a->head * a->group + i % a->group) * n;
+        if (packs) kernels->pack_scale(from, 1.0f / sums[i], n, n, llm__fwd_lines_of(c, out, row), column);
+        else kernels->scale(from, 1.0f / sums[i], n, c->round, out->x + row * out->stride + column);
+    }
+}
+
+/* All chunks of keys, in order. */
+static void llm__attn_run(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
+                          llm__fwd_queries queries) {
+    llm__attn_work a;
+    float *part = llm__attn_start(c, index, layer, head, rows, queries, &a),
+          *known = part + llm__attn_partial_floats(c, a.padded);
+    llm__attn_gather_queries(c, index, &a);
+    for (int first = llm__attn_first_chunk(c, &a); first < llm__attn_end_of_keys(c, &a); first += LLM__CHUNK) {
+        llm__attn_chunk(c, &a, first, part);
+        llm__attn_join_chunk(c, &a, first, part, known);
+    }
+    llm__attn_end(c, &a, known);
+}
+
+/* Where few queries would leave threads idle, each chunk of keys is a piece of its own, and the joining another phase. */
+static void llm__attn_split(llm__team_worker *w, const llm__cpu_context *c, int layer, const int *rows,
+                            const llm__fwd_queries *queries, int n_pieces, int n_chunks) {
+    int n_heads = c->model->shape.n_kv_heads, index = w->index;
+    llm__attn_work a;
+    for (int piece; (piece = llm__team_take(w, n_pieces * n_chunks)) >= 0;) {
+        const llm__fwd_queries q = queries[piece % n_pieces / n_heads];
+        llm__attn_start(c, index, layer, piece % n_pieces % n_heads, rows, q, &a);
+        int first = llm__attn_first_chunk(c, &a) + piece / n_pieces * LLM__CHUNK;
+        if (first >= llm__attn_end_of_keys(c, &a)) continue;
+        llm__attn_gather_queries(c, index, &a);
+        llm__attn_chunk(c, &a, first, c->partials + (size_t)piece * c->partial_floats);
+    }
+    llm__team_finish(w);
+    for (int piece; (piece = llm__team_take(w, n_pieces)) >= 0;) {
+        float *known = llm__attn_start(c, index, layer, piece % n_heads, rows, queries[piece / n_heads], &a);
+        const float *part = c->partials + (size_t)piece * c->partial_floats;
+        for (int first = llm__attn_first_chunk(c, &a); first < llm__attn_end_of_keys(c, &a);
+             first += LLM__CHUNK, part += (size_t)n_pieces * c->partial_floats)
+            llm__attn_join_chunk(c, &a, first, part, known);
+        llm__attn_end(c, &a, known);
+    }
+    llm__team_finish(w);
+}
+
+/* The chunks of keys that attention is to be split into, or 0: when there are too few queries to share out and room for
+   what the chunks give. */
+static int llm__attn_count_chunks(const llm__cpu_context *c, const int *rows, const llm__fwd_queries *queries,
+                                  int n_queries) {
+    const llm_shape *s = &c->model->shape;
+    int most = 0, n_pieces = n_queries * s->n_kv_heads, n_rows = 0;
+    if (c->team->n == 1 || n_pieces >= 4 * c->team->n) return 0;
+    for (int i = 0; i < n_queries; i++) {
+        int from = c->pass->positions[rows[queries[i].first]],
+            to = c->pass->positions[rows[queries[i].first + queries[i].n - 1]];
+        int n = to / LLM__CHUNK - llm__attn_first_key(s, from) / LLM__CHUNK + 1;
+        if (n > most) most = n;
+        if (queries[i].n > n_rows) n_rows = queries[i].n;
+    }
+    bool fits = n_rows <= LLM__SPLIT_ROWS && n_pieces * most <= c->n_partials;
+    return most > 1 && fits ? most : 0;
+}
+
+/* A phase, or more. A pass of a single row comes here before its heads are rotated: who attends does that, too. */
+static void llm__attn_rows(llm__team_worker *w, const llm__cpu_context *c, int layer, const int *rows,
+                           const llm__fwd_queries *queries, int n_queries) {
+    int n_heads = c->model->shape.n_kv_heads, n_pieces = n_queries * n_heads;
+    int n_chunks = llm__attn_count_chunks(c, rows, queries, n_queries);
+    bool single = c->pass->n_rows == 1;
+    if (n_chunks) {
+        if (single) llm__rope_rows(w, c, layer, true);
+        llm__attn_split(w, c, layer, rows, queries, n_pieces, n_chunks);
+        return;
+    }
+    for (int piece; (piece = llm__team_take(w, n_pieces)) >= 0;) {
+        if (single) llm__rope_group(c, w->index, layer, 0, piece % n_heads, true);
+        llm__attn_run(c, w->index, layer, piece % n_heads, rows, queries[piece / n_heads]);
+    }
+    llm__team_finish(w);
+}
+
+/* Some tiles of a matrix, as a matrix. */
+static llm__matrix llm__matrix_part(const llm__matrix *m, int first_tile, int end_tile) {
+    llm__matrix part = *m;
+    part.data += (size_t)first_tile * m->tile_bytes;
+    part.n = (end_tile * 16 < m->n ? end_tile * 16 : m->n) - first_tile * 16;
+    return part;
+}
+
+/* The last layer needs keys and values of all rows; the rows whose logits are wanted then move to the front, and nothing
+   else is computed for the others. */
+static void llm__fwd_keep_rows(llm__team_worker *w, const llm__cpu_context *c, int layer, const llm__fwd_rows *in) {
+    const llm_shape *s = &c->model->shape;
+    const llm__matrix *m = &c->model->layers[layer].qkv;
+    int q = s->n_heads * s->head_dim, n_tiles = llm__math_round_up(m->n, 16) / 16, n = c->pass->n_logits;
+    const llm__matrix keys = llm__matrix_part(m, q / 16, n_tiles), queries = llm__matrix_part(m, 0, (q + 15) / 16);
+    llm__linear(w, c, &keys, in, c->pass->n_rows, LLM__STORE, c->qkv + q / 16 * 16, c->qkv_stride);
+    llm__rope_rows(w, c, layer, false);
+    if (w->index == 0)
+        for (int i = 0; i < n; i++)
+            memmove(c->x + (size_t)i * c->x_stride, c->x + (size_t)c->pass->logit_rows[i] * c->x_stride,
+                    c->x_stride * sizeof(float));
+    llm__team_barrier(w->team);
+    const llm__fwd_rows normed = llm__fwd_norm_rows(w, c, c->model->layers[layer].attention_norm, &queries, n);
+    llm__linear(w, c, &queries, &normed, n, LLM__STORE, c->qkv, c->qkv_stride);
+    for (int i; (i = llm__team_take(w, n)) >= 0;)
+        llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
+    llm__team_finish(w);
+}
+
+/* The head fused with log-softmax: a few rows against LLM__COLUMNS tokens of the vocabulary. Their logits are in the near
+   cache only; maximum and sum are what stays of them. */
+static void llm__fwd_score_columns(const llm__cpu_context *c, int index, int part, int first_row, int rows,
+                                   int all_rows) {
+    const llm__matrix *m = &c->model->head;
+    const llm__kernels *kernels = c->model->kernels;
+    int first = part * LLM__COLUMNS, n = m->n - first < LLM__COLUMNS ? m->n - first : (int)LLM__COLUMNS;
+    int n_tiles = llm__math_round_up(n, 16) / 16, n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    size_t row = (size_t)first_row, stride = (size_t)n_tiles * 16;
+    float *logits = c->scratch + (size_t)index * c->scratch_floats;
+    if (llm__fwd_in_panels(c, all_rows)) {
+        const llm__matrix columns = llm__matrix_part(m, first / 16, first / 16 + n_tiles);
+        llm__fwd_rows some = c->normed;
+        some.packed += row * some.stride * 2; /* a multiple of 16 rows */
+        for (int tile = 0; tile < n_tiles; tile += LLM__PANEL_TILES) {
+            int n_panel = n_tiles - tile < LLM__PANEL_TILES ? n_tiles - tile : (int)LLM__PANEL_TILES;
+            llm__linear_panel(c, index, &columns, tile, n_panel, &some, 0, rows, LLM__STORE, logits, stride);
+        }
+    } else {
+        memset(logits, 0, (size_t)rows * stride * sizeof(float));
+        llm__fwd_tile_sums(c, index, m, first / 16, n_tiles, &c->normed, first_row, rows, all_rows, logits, stride);
+    }
+    for (int r = 0; r < rows; r++) {
+        size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)part;
+        kernels->softmax(logits + (size_t)r * stride, n, (int)stride, LLM__LOG2_E, false, &c->column_max[at],
+                         &c->column_sum[at]);
+    }
+}
+
+/* log p = logit - log(2) (max + log2(sum over all tokens of 2^(log2(e) logit - max))); the one logit is computed once
+   more. */
+static float llm__fwd_log_prob(const llm__cpu_context *c, int index, int row, int all_rows, llm_token token) {
+    const llm__matrix *m = &c->model->head;
+    int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    const float *maxima = c->column_max + (size_t)row * (size_t)n_parts;
+    const float *sums = c->column_sum + (size_t)row * (size_t)n_parts;
+    float logits[16] = {0}, max = maxima[0];
+    double sum = 0;
+    llm__fwd_tile_sums(c, index, m, token / 16, 1, &c->normed, row, 1, all_rows, logits, 16);
+    for (int i = 1; i < n_parts; i++) max = maxima[i] > max ? maxima[i] : max;
+    for (int i = 0; i < n_parts; i++) sum += sums[i] * llm__math_exp2((double)maxima[i] - max);
+    return (float)((double)logits[token % 16] - (max + llm__math_log2(sum)) * 0.69314718055994531);
+}
+
+static void llm__fwd_score_rows(llm__team_worker *w, const llm__cpu_context *c, int rows) {
+    const llm__matrix *m = &c->model->head;
+    const llm_pass *pass = c->pass;
+    int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    for (int part; (part = llm__team_take(w, n_parts)) >= 0;)
+        for (int r = 0; r < rows; r += LLM__SCORED_ROWS)
+            llm__fwd_score_columns(c, w->index, part, r, rows - r < LLM__SCORED_ROWS ? rows - r : (int)LLM__SCORED_ROWS,
+                                   rows);
+    llm__team_finish(w);
+    for (int i; (i = llm__team_take(w, pass->n_targets)) >= 0;)
+        pass->log_probs[i] = llm__fwd_log_prob(c, w->index, pass->target_rows[i], rows, pass->targets[i]);
+    llm__team_finish(w);
+}
+
+/* All know of it after the next phase. */
+static void llm__fwd_poll_cancel(const llm__team_worker *w, llm__cpu_context *c) {
+    if (w->index == 0) c->cancelled = c->pass->cancel && c->pass->cancel(c->pass->cancel_user);
+}
+
+static void llm__fwd_task(void *arg, int index) {
+    llm__cpu_context *c = (llm__cpu_context *)arg;
+    llm__team_worker worker = {c->team, index, 0}, *w = &worker;
+    const llm__cpu_model *m = c->model;
+    const int *rows = c->all_rows;
+    int n = c->pass->n_rows;
+    uint64_t mode = llm__fpu_enter();
+    if (m->kernels->tiles_enter) m->kernels->tiles_enter();
+    llm__fwd_poll_cancel(w, c);
+    llm__fwd_embed_rows(w, c);
+    for (int i = 0; i < m->shape.n_layers && n && !c->cancelled; i++) {
+        const llm__cpu_layer *layer = &m->layers[i];
+        bool last = i == m->shape.n_layers - 1;
+        llm__fwd_rows in = llm__fwd_norm_rows(w, c, layer->attention_norm, &layer->qkv, n);
+        if (last && c->pass->n_logits < n) {
+            llm__fwd_keep_rows(w, c, i, &in);
+            rows = c->pass->logit_rows;
+            n = c->pass->n_logits;
+        } else {
+            llm__linear(w, c, &layer->qkv, &in, n, LLM__STORE, c->qkv, c->qkv_stride);
+            if (n > 1) llm__rope_rows(w, c, i, true);
+        }
+        llm__attn_rows(w, c, i, rows, last ? c->last_queries : c->all_queries,
+                       last ? c->n_last_queries : c->n_all_queries);
+        in = llm__fwd_prepare_rows(w, c, &layer->attention_out, &c->attention, n, llm__attn_packs_heads(c));
+        llm__linear(w, c, &layer->attention_out, &in, n, LLM__ADD, c->x, c->x_stride);
+        in = llm__fwd_norm_rows(w, c, layer->ffn_norm, &layer->gate_up, n);
+        llm__linear(w, c, &layer->gate_up, &in, n, LLM__SWIGLU, c->ffn.x, c->ffn.stride);
+        in = llm__fwd_prepare_rows(w, c, &layer->down, &c->ffn, n, true);
+        llm__fwd_poll_cancel(w, c);
+        llm__linear(w, c, &layer->down, &in, n, LLM__ADD, c->x, c->x_stride);
+    }
+    if (n && !c->cancelled) {
+        float *logits = c->logits + (size_t)c->pass->first_logits * (size_t)m->shape.n_vocab;
+        llm__fwd_rows in = llm__fwd_norm_rows(w, c, m->output_norm, &m->head, n);
+        if (c->pass->n_targets) llm__fwd_score_rows(w, c, n);
+        else llm__linear(w, c, &m->head, &in, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
+    }
+    if (m->kernels->tiles_leave) m->kernels->tiles_leave();
+    llm__fpu_leave(mode);
+}
+
+/* Cuts a list of rows into runs of one sequence that fit LLM__QUERY_ROWS; returns how many. */
+static int llm__fwd_group_queries(const llm__cpu_context *c, const int *rows, int n, llm__fwd_queries *queries) {
+    int most = LLM__QUERY_ROWS / (c->model->shape.n_heads / c->model->shape.n_kv_heads), n_queries = 0;
+    for (int i = 0; i < n; i++) {
+        llm__fwd_queries *q = n_queries ? &queries[n_queries - 1] : NULL;
+        if (q && q->n < most && c->pass->seqs[rows[i]] == c->pass->seqs[rows[q->first]]) {
+            q->n++;
+        } else {
+            queries[n_queries].first = i;
+            queries[n_queries++].n = 1;
+        }
+    }
+    return n_queries;
+}
+
+static llm_status llm__cpu_forward(void *context, const llm_pass *pass, llm_error *err) {
+    llm__cpu_context *c = (llm__cpu_context *)context;
+    c->pass = pass;
+    c->cancelled = false;
+    c->n_all_queries = llm__fwd_group_queries(c, c->all_rows, pass->n_rows, c->all_queries);
+    c->n_last_queries = llm__fwd_group_queries(c, pass->logit_rows, pass->n_logits, c->last_queries);
+    llm__team_run(c->team, llm__fwd_task, c);
+    return c->cancelled ? llm__error(err, LLM_ERROR_CANCELLED, "the forward pass was cancelled") : LLM_OK;
+}
+
+static const float *llm__cpu_logits(void *context, int i) {
+    llm__cpu_context *c = (llm__cpu_context *)context;
+    return c->logits + (size_t)i * (size_t)c->model->shape.n_vocab;
+}
+
+/* ==== 16 The CPU context ========================================================================================
+
+   The CPU backend's contexts: scratch space, blocks of the cache, and the limits that benchmarks compare with. */
+
+/* The keys, or the values with their scales, of one head in one block: the larger of the two. */
+static size_t llm__cache_head_bytes(const llm_shape *s, llm_dtype cache_dtype) {
+    llm__weight_type kind = llm__cache_weight_type(cache_dtype);
+    size_t values = (size_t)llm__math_round_up(s->head_dim, 32) / 16 * llm__matrix_tile_bytes(kind, LLM_BLOCK);
+    return values + (kind == LLM__W_INT8 ? LLM_BLOCK * sizeof(float) : 0);
+}
+
+static uint64_t llm__cpu_block_bytes(const llm_shape *s, llm_dtype cache_dtype) {
+    return (uint64_t)s->n_layers * 2 * (uint64_t)s->n_kv_heads * llm__cache_head_bytes(s, cache_dtype);
+}
+
+static llm_status llm__cpu_copy_block(void *context, int to, int from, llm_error *err) {
+    llm__cpu_context *c = (llm__cpu_context *)context;
+    (void)err;
+    for (int plane = 0; plane < llm__cache_n_planes(c); plane++)
+        memcpy(llm__cache_plane(c, plane, to), llm__cache_plane(c, plane, from), c->cache_block_bytes);
+    return LLM_OK;
+}
+
+static llm_status llm__cpu_read_block(void *context, int block, void *bytes, llm_error *err) {
+    llm__cpu_context *c = (llm__cpu_context *)context;
+    uint8_t *to = (uint8_t *)bytes;
+    (void)err;
+    for (int plane = 0; plane < llm__cache_n_planes(c); plane++, to += c->cache_block_bytes)
+        memcpy(to, llm__cache_plane(c, plane, block), c->cache_block_bytes);
+    return LLM_OK;
+}
+
+static llm_status llm__cpu_write_block(void *context, int block, const void *bytes, llm_error *err) {
+    llm__cpu_context *c = (llm__cpu_context *)context;
+    const uint8_t *from = (const uint8_t *)bytes;
+    (void)err;
+    for (int plane = 0; plane < llm__cache_n_planes(c); plane++, from += c->cache_block_bytes)
+        memcpy(llm__cache_plane(c, plane, block), from, c->cache_block_bytes);
+    return LLM_OK;
+}
+
+typedef struct llm__cpu_sizes {
+    size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups, n_parts, partial_floats;
+    size_t panel_floats, tile_bytes; /* of each thread, see llm__cpu_context; or 0 */
+    size_t ffn_floats;               /* rows of c->ffn that are there as floats */
+    size_t n_rows;                   /* of c->normed, and of sums: a batch, or a single row for each thread */
+    int head_stride, n_partials;
+    bool panels;
+} llm__cpu_sizes;
+
+/* Are activations rounded to bf16 before a product? */
+static bool llm__cpu_rounds_rows(llm_dtype weights) { return weights != LLM_DTYPE_F32 && weights != LLM_DTYPE_F16; }
+
+static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_desc *d, const llm__kernels *kernels) {
+    llm__cpu_sizes z;
+    int group = s->n_heads / s->n_kv_heads, most = group > LLM__QUERY_ROWS ? group : (int)LLM__QUERY_ROWS,
+        chunks = (d->blocks_per_seq * LLM_BLOCK + LLM__CHUNK - 1) / LLM__CHUNK;
+    size_t rows = (size_t)llm__math_round_up(most, 16), n_batch = (size_t)llm__math_round_up(d->n_batch, 16);
+    z.head_stride = llm__math_round_up(s->head_dim, 32);
+    z.x_stride = (size_t)llm__math_round_up(s->n_embd, 32);
+    z.qkv_stride = (size_t)llm__math_round_up((s->n_heads + 2 * s->n_kv_heads) * s->head_dim, 16);
+    z.attention_stride = (size_t)llm__math_round_up(s->n_heads * s->head_dim, 32);
+    z.ffn_stride = (size_t)llm__math_round_up(s->n_ff, 32);
+    z.most_groups = (z.ffn_stride > z.attention_stride ? z.ffn_stride : z.attention_stride) / 32;
+    if (z.x_stride / 32 > z.most_groups) z.most_groups = z.x_stride / 32;
+    z.scratch_floats = rows * (3 * (size_t)z.head_stride + LLM__SCORES + 4);
+    if (z.scratch_floats < LLM__SCORED_ROWS * LLM__COLUMNS) z.scratch_floats = LLM__SCORED_ROWS * LLM__COLUMNS;
+    z.n_parts = (size_t)(s->n_vocab + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    /* Splitting pays up to 4 pieces a thread (see llm__attn_count_chunks), and is for one sequence at its full length. */
+    int few = LLM__SPLIT_ROWS * group < LLM__QUERY_ROWS ? LLM__SPLIT_ROWS * group : most;
+    z.partial_floats = (size_t)llm__attn_padded_queries(few) * (size_t)(z.head_stride + 2);
+    z.n_partials = d->n_threads > 1 && chunks > 1 ? chunks * s->n_kv_heads : 0;
+    z.panels = kernels->panel && llm__cpu_rounds_rows(d->dtype);
+    z.ffn_floats = z.panels ? (size_t)LLM__EXACT_ROWS : (size_t)d->n_batch;
+    z.n_rows = (size_t)(d->n_batch > d->n_threads ? d->n_batch : d->n_threads);
+    if (n_batch > LLM__PANEL_ROWS) n_batch = LLM__PANEL_ROWS;
+    z.panel_floats = z.panels ? n_batch * LLM__PANEL_TILES * 16 : 0;
+    /* Of what is never there at once the most: attention's rows, parts of two tiles for a panel, two tiles (llm__fwd_tile_sums). */
+    size_t attention = rows * ((size_t)z.head_stride + LLM__CHUNK) * 2, parts = 2 * LLM__TILE_BLOCKS * 1024,
+           tiles = d->dtype == LLM_DTYPE_INT4 ? 2 * z.most_groups * 1024 : 0;
+    z.tile_bytes = !z.panels ? tiles : attention > parts ? attention : parts;
+    if (z.tile_bytes < tiles) z.tile_bytes = tiles;
+    return z;
+}
+
+static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
+    llm__cpu_sizes z = llm__cpu_find_sizes(s, d, llm__kernels_choose(NULL));
+    uint64_t n_batch = (uint64_t)d->n_batch, n_threads = (uint64_t)d->n_threads,
+             row = z.x_stride + z.qkv_stride + z.attention_stride + (uint64_t)s->rope_dim + 2 * z.n_parts + 5,
+             packed =
+                 (uint64_t)llm__math_round_up(d->n_batch, 16) * 2 * (z.x_stride + z.attention_stride + z.ffn_stride);
+    return 4 * (n_batch * row + z.n_rows * (z.x_stride + z.most_groups) + z.ffn_floats * z.ffn_stride +
+                (uint64_t)d->n_logits * (uint64_t)s->n_vocab + n_threads * (z.scratch_floats + z.panel_floats) +
+                (uint64_t)z.n_partials * z.partial_floats) +
+           n_threads * z.tile_bytes + (z.panels ? packed : 0);
+}
+
+/* Rows of activations, of which the first n_floats are there as floats, too. */
+static llm__fwd_rows llm__fwd_rows_create(llm__env *env, size_t n, size_t n_floats, size_t stride, float *sums,
+                                          bool panels) {
+    llm__fwd_rows rows;
+    rows.stride = stride;
+    rows.sums = sums;
+    rows.x = (float *)llm__alloc_zero(env, n_floats * stride, sizeof(float));
+    rows.packed = panels ? (uint8_t *)llm__alloc_zero(env, (n + 15) / 16 * 16 * stride, 2) : NULL;
+    return rows;
+}
+
+typedef struct llm__cpu_context_args {
+    void **out;
+    const llm__cpu_model *model;
+    const llm_backend_desc *desc;
+} llm__cpu_context_args;
+
+static void llm__cpu_context_body(llm__env *env, void *arg) {
+    llm__cpu_context_args *args = (llm__cpu_context_args *)arg;
+    llm__cpu_context *c = (llm__cpu_context *)llm__alloc_zero(env, 1, sizeof *c);
+    const llm_shape *s = &args->model->shape;
+    const llm__cpu_context *lender = (const llm__cpu_context *)args->desc->lender;
+    llm__cpu_sizes z = llm__cpu_find_sizes(s, args->desc, args->model->kernels);
+    size_t n_batch = (size_t)args->desc->n_batch, half = (size_t)s->rope_dim / 2;
+    c->model = args->model;
+    c->desc = *args->desc;
+    c->round = llm__cpu_rounds_rows(c->desc.dtype);
+    c->round_cache = c->desc.cache_dtype != LLM_DTYPE_F32;
+    c->cache_kind = llm__cache_weight_type(c->desc.cache_dtype);
+    c->head_stride = z.head_stride;
+    c->score_scale = (float)(1.4426950408889634 / llm__math_sqrt(s->head_dim));
+    c->cache_block_bytes = llm__cache_head_bytes(s, c->desc.cache_dtype);
+    size_t n_blocks = (size_t)c->desc.n_cache_blocks,
+           block_bytes = (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype);
+    c->cache = c->desc.share_cache ? lender->cache : (uint8_t *)llm__alloc(env, n_blocks, block_bytes);
+    if (!c->desc.share_cache) llm__cpu_use_huge_pages(c->cache, n_blocks * block_bytes);
+    c->x_stride = z.x_stride;
+    c->qkv_stride = z.qkv_stride;
+    c->scratch_floats = z.scratch_floats;
+    c->x = (float *)llm__alloc_zero(env, n_batch * z.x_stride, sizeof(float));
+    c->qkv = (float *)llm__alloc_zero(env, n_batch * z.qkv_stride, sizeof(float));
+    float *sums = (float *)llm__alloc_zero(env, z.n_rows * z.most_groups, sizeof(float));
+    c->normed = llm__fwd_rows_create(env, n_batch, z.n_rows, z.x_stride, sums, z.panels);
+    c->attention = llm__fwd_rows_create(env, n_batch, n_batch, z.attention_stride, sums, z.panels);
+    c->ffn = llm__fwd_rows_create(env, n_batch, z.ffn_floats, z.ffn_stride, sums, z.panels);
+    c->cosines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
+    c->sines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
+    c->scratch = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.scratch_floats, sizeof(float));
+    c->partial_floats = z.partial_floats;
+    c->n_partials = z.n_partials;
+    c->partials = (float *)llm__alloc(env, (size_t)z.n_partials * z.partial_floats, sizeof(float));
+    if (z.panels) {
+        c->panels = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.panel_floats, sizeof(float));
+        c->panel_floats = z.panel_floats;
+        c->panel_rows = c->desc.dtype == LLM_DTYPE_INT4 ? LLM__EXACT_ROWS + 1 : c->model->kernels->panel_rows;
+    }
+    c->tiles = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_threads * z.tile_bytes, 1);
+    c->tile_bytes = z.tile_bytes;
+    c->logits = (float *)llm__alloc(env, (size_t)c->desc.n_logits * (size_t)s->n_vocab, sizeof(float));
+    c->column_max = (float *)llm__alloc(env, n_batch * z.n_parts, sizeof(float));
+    c->column_sum = (float *)llm__alloc(env, n_batch * z.n_parts, sizeof(float));
+    c->all_rows = (int *)llm__alloc(env, n_batch, sizeof(int));
+    c->all_queries = (llm__fwd_queries *)llm__alloc(env, n_batch, sizeof(llm__fwd_queries));
+    c->last_queries = (llm__fwd_queries *)llm__alloc(env, n_batch, sizeof(llm__fwd_queries));
+    for (int i = 0; i < c->desc.n_batch; i++) c->all_rows[i] = i;
+    c->team = lender ? lender->team : llm__team_create(env, c->desc.n_threads, c->desc.parallel, c->desc.host.user);
+    c->pool = *env->pool;
+    *args->out = c;
+}
+
+static llm_status llm__cpu_context_create(void **out, void *model, const llm_backend_desc *desc, llm_error *err) {
+    llm__pool pool;
+    llm__env env;
+    llm__cpu_context_args args = {out, (const llm__cpu_model *)model, desc};
+    *out = NULL;
+    llm__pool_init(&pool, &desc->host);
+    llm__env_init(&env, &pool, err, NULL);
+    llm_status status = llm__env_run(&env, llm__cpu_context_body, &args);
+    if (status) llm__pool_free(&pool);
+    return status;
+}
+
+static void llm__cpu_context_free(void *context) {
+    if (!context) return;
+    llm__pool pool = ((llm__cpu_context *)context)->pool;
+    llm__pool_free(&pool);
+}
+
+/* ---- The limit of decoding ---- */
+
+typedef struct llm__cpu_bandwidth_args {
+    llm__cpu_context *context;
+    uint32_t sink;
+} llm__cpu_bandwidth_args;
+
+static void llm__cpu_bandwidth_matrix(llm__team_worker *w, llm__cpu_bandwidth_args *a, const llm__matrix *m) {
+    int n_tiles = llm__math_round_up(m->n, 16) / 16, n = (n_tiles + LLM__TILES - 1) / LLM__TILES;
+    for (int i; (i = llm__team_take(w, n)) >= 0;) {
+        int first = i * LLM__TILES, some = n_tiles - first < LLM__TILES ? n_tiles - first : LLM__TILES;
+        uint32_t got =
+            a->context->model->kernels->read(m->data + (size_t)first * m->tile_bytes, (size_t)some * m->tile_bytes);
+        __atomic_fetch_xor(&a->sink, got, __ATOMIC_RELAXED);
+    }
+    llm__team_finish(w);
+}
+
+static void llm__cpu_bandwidth_task(void *arg, int index) {
+    llm__cpu_bandwidth_args *a = (llm__cpu_bandwidth_args *)arg;
+    const llm__cpu_model *m = a->context->model;
+    llm__team_worker worker = {a->context->team, index, 0}, *w = &worker;
+    for (int i = 0; i < m->shape.n_layers; i++) {
+        llm__cpu_bandwidth_matrix(w, a, &m->layers[i].qkv);
+        llm__cpu_bandwidth_matrix(w, a, &m->layers[i].attention_out);
+        llm__cpu_bandwidth_matrix(w, a, &m->layers[i].gate_up);
+        llm__cpu_bandwidth_matrix(w, a, &m->layers[i].down);
+    }
+    llm__cpu_bandwidth_matrix(w, a, &m->head);
+}
+
+/* The best of several passes over the weights, the first of which warms the caches. */
+static double llm__cpu_measure_bandwidth(void *context) {
+    llm__cpu_bandwidth_args args = {(llm__cpu_context *)context, 0};
+    const llm__cpu_model *m = args.context->model;
+    double bytes = (double)llm__math_round_up(m->head.n, 16) / 16 * (double)m->head.tile_bytes, best = 0,
+           start = llm__clock_now();
+    for (int i = 0; i < m->shape.n_layers; i++) {
+        const llm__matrix *all[4] = {&m->layers[i].qkv, &m->layers[i].attention_out, &m->layers[i].gate_up,
+                                     &m->layers[i].down};
+        for (int j = 0; j < 4; j++)
+            bytes += (double)llm__math_round_up(all[j]->n, 16) / 16 * (double)all[j]->tile_bytes;
+    }
+    for (int i = 0; i < 10 && (i < 3 || llm__clock_now() - start < 0.5); i++) {
+        double before = llm__clock_now();
+        llm__team_run(args.context->team, llm__cpu_bandwidth_task, &args);
+        double rate = bytes / (llm__clock_now() - before);
+        if (rate > best) best = rate;
+    }
+    return best;
+}
+
+enum { LLM__MULTIPLY_ROUNDS = 2000000 };
+
+typedef struct llm__cpu_multiply_args {
+    uint32_t (*multiply)(size_t n);
+    uint32_t sink;
+} llm__cpu_multiply_args;
+
+static void llm__cpu_multiply_task(void *arg, int index) {
+    llm__cpu_multiply_args *a = (llm__cpu_multiply_args *)arg;
+    (void)index;
+    __atomic_fetch_xor(&a->sink, a->multiply(LLM__MULTIPLY_ROUNDS), __ATOMIC_RELAXED);
+}
+
+/* In the way that the model's weights are multiplied. */
+static double llm__cpu_measure_flops(void *context) {
+    const llm__cpu_context *c = (const llm__cpu_context *)context;
+    const llm__kernels *k = c->model->kernels;
+    bool floats = c->model->dtype == LLM_DTYPE_F32 || c->model->dtype == LLM_DTYPE_F16;
+    llm__cpu_multiply_args args = {k->multiply, 0};
+    double best = 0, round = 2.0 * 16 * 12;
+    if (k->tile_multiply && !floats) {
+        args.multiply = k->tile_multiply;
+        round = 2.0 * 16 * 4 * 16 * 32;
+    } else if (k->multiply_pairs && !floats) {
+        args.multiply = k->multiply_pairs;
+        round *= 2;
+    }
+    for (int i = 0; i < 4; i++) {
+        double before = llm__clock_now();
+        llm__team_run(c->team, llm__cpu_multiply_task, &args);
+        double rate = round * LLM__MULTIPLY_ROUNDS * c->team->n / (llm__clock_now() - before);
+        if (rate > best) best = rate;
+    }
+    return best;
+}
+
+static const llm_backend llm__cpu_backend = {
+    "cpu",
+    llm__cpu_open,
+    llm__cpu_upload,
+    llm__cpu_close,
+    llm__cpu_weight_bytes,
+    llm__cpu_block_bytes,
+    llm__cpu_scratch_bytes,
+    llm__cpu_context_create,
+    llm__cpu_context_free,
+    llm__cpu_forward,
+    llm__cpu_logits,
+    llm__cpu_copy_block,
+    llm__cpu_read_block,
+    llm__cpu_write_block,
+    llm__cpu_measure_bandwidth,
+    llm__cpu_measure_flops,
+    NULL,
+};
+
+/* ==== 17 Models =================================================================================================
+
+   Loading: from a checkpoint and its hyperparameters to weights on a backend. */
+
+struct llm_model {
+    llm__pool pool;
+    const llm_backend *backend;
+    void *device; /* the backend's model */
+    llm_model_desc desc;
+    llm_shape shape;
+    llm_model_info info;
+    uint64_t source; /* the fingerprint that the same weights in any type share */
+    llm_tokenizer *tokenizer;
+    const llm__kernels *kernels; /* for what is computed on the host whatever the backend */
+};
+
+typedef struct llm__model_load_args {
+    llm_model **out;
+    const char *path;
+    llm_model_desc desc;
+    const llm_backend *backend;
+    void *device; /* to be closed if loading fails after it was opened */
+} llm__model_load_args;
+
+static uint64_t llm__hash_fnv(uint64_t hash, const void *bytes, size_t n) { /* FNV-1a, eight bytes at a time */
+    const uint8_t *p = (const uint8_t *)bytes;
+    for (; n >= 8; n -= 8, p += 8) hash = (hash ^ llm__bytes_u64(p)) * 0x100000001B3u;
+    for (; n; n--, p++) hash = (hash ^ *p) * 0x100000001B3u;
+    return hash;
+}
+
+/* The number of the pair of dimensions that makes so many turns within the original positions. */
+static double llm__rope_yarn_pair(const llm__hparams *h, double turns) {
+    return h->rope_dim * llm__math_log2(h->rope.n_original / (turns * 6.2831853071795865)) /
+           (2 * llm__math_log2(h->rope.base));
+}
+
+/* How much of its frequency pair i keeps: 1 all of it, 0 it is divided by the factor. */
+static double llm__rope_kept(const llm__hparams *h, int i, double frequency) {
+    const llm__hparams_rope *r = &h->rope;
+    double turns = r->n_original * frequency / 6.2831853071795865, kept;
+    if (r->kind == LLM__ROPE_LLAMA3) {
+        kept = (turns - r->few_turns) / (r->many_turns - r->few_turns);
+    } else {
+        double first = llm__rope_yarn_pair(h, r->many_turns), last = llm__rope_yarn_pair(h, r->few_turns);
+        if (r->whole_pairs) {
+            first = floor(first);
+            last = ceil(last);
+        }
+        if (first < 0) first = 0;
+        if (last > h->rope_dim - 1) last = h->rope_dim - 1;
+        kept = 1 - (i - first) / (last == first ? 0.001 : last - first);
+    }
+    return kept < 0 ? 0 : kept > 1 ? 1 : kept;
+}
+
+/* The angle pair i turns by from one position to the next: base^(-2i / rope_dim), and what becomes of it. */
+static double llm__rope_frequency(const llm__hparams *h, int i) {
+    double f = llm__math_exp2(-2.0 * i / h->rope_dim * llm__math_log2(h->rope.base));
+    if (h->rope.kind == LLM__ROPE_PLAIN) return f;
+    double kept = h->rope.kind == LLM__ROPE_LINEAR ? 0 : llm__rope_kept(h, i, f);
+    return f * kept + f / h->rope.factor * (1 - kept);
+}
+
+/* GGUF has the effect of llama3's scaling in a tensor of divisors. */
+static double *llm__rope_frequencies(llm__env *env, const llm__hparams *h, const llm__checkpoint *ck) {
+    int half = h->rope_dim / 2;
+    double *frequencies = (double *)llm__alloc(env, (size_t)half + 1, sizeof *frequencies);
+    for (int i = 0; i < half; i++) frequencies[i] = llm__rope_frequency(h, i);
+    if (ck->format != LLM__GGUF || !llm__tensor_find(ck, "rope_freqs.weight")) return frequencies;
+    llm__tensor t = llm__tensor_get(env, ck, "rope_freqs.weight", 1, (uint64_t)half);
+    uint8_t *bytes = llm__tensor_bytes(env, &t);
+    float *divisors = (float *)llm__alloc(env, (size_t)half, sizeof *divisors);
+    t.type->decode(t.data, (size_t)half, divisors);
+    for (int i = 0; i < half; i++) {
+        if (!(divisors[i] > 0 && divisors[i] < 1e6f))
+            llm__fail(env, LLM_ERROR_FORMAT, "tensor rope_freqs.weight divides frequency %d by %g", i,
+                      (double)divisors[i]);
+        frequencies[i] /= divisors[i];
+    }
+    llm__free(env->pool, divisors);
+    llm__free(env->pool, bytes);
+    return frequencies;
+}
+
+static float llm__rope_scale(const llm__hparams_rope *r) {
+    if (r->scale != 0) return (float)r->scale;
+    if (r->kind != LLM__ROPE_YARN || r->factor <= 1) return 1;
+    double grown = 0.1 * 0.69314718055994531 * llm__math_log2(r->factor);
+    return (float)((1 + r->growth * grown) / (1 + r->growth_below * grown));
+}
+
+static llm_shape llm__model_find_shape(llm__env *env, const llm__hparams *h, const llm__checkpoint *ck) {
+    llm_shape s;
+    s.n_vocab = h->n_vocab;
+    s.n_layers = h->n_layers;
+    s.n_embd = h->n_embd;
+    s.n_ff = h->n_ff;
+    s.n_heads = h->n_heads;
+    s.n_kv_heads = h->n_kv_heads;
+    s.head_dim = h->head_dim;
+    s.rope_dim = h->rope_dim;
+    s.rms_eps = h->rms_eps;
+    s.rope_frequencies = llm__rope_frequencies(env, h, ck);
+    s.rope_scale = llm__rope_scale(&h->rope);
+    s.window = h->window;
+    s.tied_head = h->tied_head;
+    s.qkv_bias = h->qkv_bias;
+    s.qk_norm = h->qk_norm;
+    return s;
+}
+
+/* The names of the tensors that make up a weight, in GGUF and in Hugging Face's files; those of a layer have a prefix. */
+static const char *const llm__model_tensor_names[][2][3] = {
+    {{"token_embd.weight", NULL, NULL}, {"model.embed_tokens.weight", NULL, NULL}},
+    {{"attn_norm.weight", NULL, NULL}, {"input_layernorm.weight", NULL, NULL}},
+    {{"attn_q.weight", "attn_k.weight", "attn_v.weight"},
+     {"self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"}},
+    {{"attn_q.bias", "attn_k.bias", "attn_v.bias"},
+     {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"}},
+    {{"attn_q_norm.weight", NULL, NULL}, {"self_attn.q_norm.weight", NULL, NULL}},
+    {{"attn_k_norm.weight", NULL, NULL}, {"self_attn.k_norm.weight", NULL, NULL}},
+    {{"attn_output.weight", NULL, NULL}, {"self_attn.o_proj.weight", NULL, NULL}},
+    {{"ffn_norm.weight", NULL, NULL}, {"post_attention_layernorm.weight", NULL, NULL}},
+    {{"ffn_gate.weight", "ffn_up.weight", NULL}, {"mlp.gate_proj.weight", "mlp.up_proj.weight", NULL}},
+    {{"ffn_down.weight", NULL, NULL}, {"mlp.down_proj.weight", NULL, NULL}},
+    {{"output_norm.weight", NULL, NULL}, {"model.norm.weight", NULL, NULL}},
+    {{"output.weight", NULL, NULL}, {"lm_head.weight", NULL, NULL}},
+};
+
+/* The rows of the tensors a weight is made of, 0 where there are no more. */
+static void llm__model_part_rows(const llm__hparams *h, llm_weight_kind kind, int rows[3]) {
+    int q = h->n_heads * h->head_dim, kv = h->n_kv_heads * h->head_dim;
+    rows[0] = 1; /* a norm is one row */
+    rows[1] = rows[2] = 0;
+    switch (kind) {
+    case LLM_WEIGHT_EMBEDDING:
+    case LLM_WEIGHT_HEAD: rows[0] = h->n_vocab; break;
+    case LLM_WEIGHT_QKV:
+    case LLM_WEIGHT_QKV_BIAS:
+        rows[0] = q;
+        rows[1] = rows[2] = kv;
+        break;
+    case LLM_WEIGHT_GATE_UP: rows[0] = rows[1] = h->n_ff; break;
+    case LLM_WEIGHT_ATTENTION_OUT:
+    case LLM_WEIGHT_DOWN: rows[0] = h->n_embd; break;
+    default: break;
+    }
+}
+
+/* A bias is a row in the file; here it is a column, as it has a number for each row of its matrix. */
+static llm__tensor llm__model_get_column(llm__env *env, const llm__checkpoint *ck, const char *name, uint64_t rows) {
+    llm__tensor t = llm__tensor_get(env, ck, name, 1, rows);
+    if (t.type->block_weights != 1 || t.scales)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %s is of type %s; no bias is read from that", name, t.type->name);
+    t.rows = rows;
+    t.cols = 1;
+    t.row_bytes = t.type->block_bytes;
+    return t;
+}
+
+/* A weight made of up to three tensors of the file, each with its rows. */
+static llm_weight llm__model_make_weight(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h,
+                                         llm__weight_source *source, llm_weight_kind kind, int layer, int cols) {
+    bool in_layer = kind != LLM_WEIGHT_EMBEDDING && kind != LLM_WEIGHT_OUTPUT_NORM && kind != LLM_WEIGHT_HEAD;
+    bool rotated = kind == LLM_WEIGHT_QKV || kind == LLM_WEIGHT_QKV_BIAS;
+    int rows[3];
+    llm_weight w = {kind, layer, 0, cols, source, llm__weight_read_row, llm__weight_raw_row, llm__weight_row_scale,
+                    false};
+    memset(source, 0, sizeof *source);
+    source->rope_dim = h->rope_dim;
+    llm__model_part_rows(h, kind, rows);
+    for (int i = 0; i < 3 && rows[i]; i++) {
+        char name[80];
+        uint64_t n = (uint64_t)rows[i];
+        const char *prefix = ck->format == LLM__GGUF ? "blk" : "model.layers";
+        const char *last = llm__model_tensor_names[kind][ck->format][i];
+        if (in_layer) snprintf(name, sizeof name, "%s.%d.%s", prefix, layer, last);
+        else snprintf(name, sizeof name, "%s", last);
+        source->parts[i] = kind == LLM_WEIGHT_QKV_BIAS ? llm__model_get_column(env, ck, name, n)
+                                                       : llm__tensor_get(env, ck, name, n, (uint64_t)cols);
+        if (rotated && i < 2 && h->interleaved_rope) source->n_interleaved[i] = h->head_dim;
+        source->n_parts++;
+        w.rows += rows[i];
+        w.has_q8_0 = w.has_q8_0 || source->parts[i].type->type == LLM__Q8_0;
+    }
+    return w;
+}
+
+static int llm__model_weight_cols(const llm__hparams *h, llm_weight_kind kind) {
+    if (kind == LLM_WEIGHT_ATTENTION_OUT) return h->n_heads * h->head_dim;
+    if (kind == LLM_WEIGHT_QKV_BIAS) return 1;
+    if (kind == LLM_WEIGHT_Q_NORM || kind == LLM_WEIGHT_K_NORM) return h->head_dim;
+    return kind == LLM_WEIGHT_DOWN ? h->n_ff : h->n_embd;
+}
+
+/* Calls visit for every weight of the model, in the order they are used. */
+typedef struct llm__model_walk {
+    llm__env *env;
+    const llm__checkpoint *ck;
+    const llm__hparams *h;
+    void (*visit)(struct llm__model_walk *walk, const llm_weight *weight);
+    const llm_backend *backend;
+    void *device;
+    llm_dtype dtype;
+    uint64_t n_params, weight_bytes, weight_bytes_per_token, fingerprint; /* the last whatever the dtype */
+} llm__model_walk;
+
+/* The fingerprint takes samples: the whole would have to be read. */
+static uint64_t llm__model_sample_tensor(uint64_t hash, const llm__tensor *t) {
+    uint64_t n = t->rows * t->row_bytes, step = n / 16;
+    for (uint64_t at = 0; at < n; at += step ? step : 1)
+        hash = llm__hash_fnv(hash, t->data + at, (size_t)(n - at < 64 ? n - at : 64));
+    return hash;
+}
+
+static void llm__model_walk_weight(llm__model_walk *walk, llm_weight_kind kind, int layer) {
+    llm__env *env = walk->env;
+    llm__weight_source source;
+    llm_weight w =
+        llm__model_make_weight(env, walk->ck, walk->h, &source, kind, layer, llm__model_weight_cols(walk->h, kind));
+    uint8_t *brought[3] = {NULL, NULL, NULL};
+    bool vector = w.rows == 1 || w.cols == 1;
+    uint64_t bytes = vector ? (uint64_t)w.rows * (uint64_t)w.cols * 4 : walk->backend->weight_bytes(walk->dtype, &w);
+    walk->n_params += (uint64_t)w.rows * (uint64_t)w.cols;
+    walk->weight_bytes += bytes;
+    if (kind != LLM_WEIGHT_EMBEDDING || walk->h->tied_head) walk->weight_bytes_per_token += bytes;
+    if (!walk->visit) return;
+    for (int i = 0; i < source.n_parts; i++) {
+        brought[i] = llm__tensor_bytes(env, &source.parts[i]);
+        walk->fingerprint = llm__model_sample_tensor(walk->fingerprint, &source.parts[i]);
+    }
+    walk->visit(walk, &w);
+    for (int i = 0; i < source.n_parts; i++) llm__free(env->pool, brought[i]);
+}
+
+static void llm__model_walk_weights(llm__model_walk *walk) {
+    const llm__hparams *h = walk->h;
+    llm__model_walk_weight(walk, LLM_WEIGHT_EMBEDDING, 0);
+    for (int i = 0; i < h->n_layers; i++) {
+        for (int kind = LLM_WEIGHT_ATTENTION_NORM; kind <= LLM_WEIGHT_DOWN; kind++) {
+            if (kind == LLM_WEIGHT_QKV_BIAS && !h->qkv_bias) continue;
+            if ((kind == LLM_WEIGHT_Q_NORM || kind == LLM_WEIGHT_K_NORM) && !h->qk_norm) continue;
+            llm__model_walk_weight(walk, (llm_weight_kind)kind, i);
+        }
+    }
+    llm__model_walk_weight(walk, LLM_WEIGHT_OUTPUT_NORM, 0);
+    if (!h->tied_head) llm__model_walk_weight(walk, LLM_WEIGHT_HEAD, 0);
+}
+
+static void llm__model_upload_weight(llm__model_walk *walk, const llm_weight *weight) {
+    llm__env *env = walk->env;
+    llm_status status = walk->backend->upload(walk->device, weight, env->err);
+    if (status) {
+        env->status = status;
+        longjmp(env->unwind, 1);
+    }
+    bool behind_layers = weight->kind == LLM_WEIGHT_OUTPUT_NORM || weight->kind == LLM_WEIGHT_HEAD;
+    llm__env_progress(env, (float)(behind_layers ? walk->h->n_layers : weight->layer) / (float)(walk->h->n_layers + 1));
+}
+
+/* Only the CPU has caches of f32. */
+static llm_dtype llm__model_cache_dtype(const llm_backend *backend, llm_dtype weights) {
+    bool exact = backend == &llm__cpu_backend && (weights == LLM_DTYPE_F32 || weights == LLM_DTYPE_F16);
+    return exact ? LLM_DTYPE_F32 : LLM_DTYPE_BF16;
+}
+
+static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *desc) {
+    llm_model_desc d = *desc;
+    if (d.dtype == LLM_DTYPE_DEFAULT) d.dtype = LLM_DTYPE_BF16;
+    if (!d.backend) d.backend = &llm__cpu_backend;
+    if (!llm__kernels_choose(d.isa))
+        llm__fail(env, LLM_ERROR_ARGUMENT, "the instruction set \"%s\" is unknown, or not on this machine", d.isa);
+    if (!llm_dtype_name(d.dtype))
+        llm__fail(env, LLM_ERROR_ARGUMENT, "desc.dtype is %d, which is no type to run in", (int)d.dtype);
+    if (d.n_threads < 0 || d.n_threads > 1024) llm__fail(env, LLM_ERROR_ARGUMENT, "desc.n_threads is %d", d.n_threads);
+    if (d.n_threads == 0) d.n_threads = llm__team_default_threads();
+    return d;
+}
+
+static void llm__model_copy_name(char *to, size_t size, llm__str from) {
+    size_t n = from.n < size - 1 ? from.n : size - 1;
+    memcpy(to, from.at, n);
+    to[n] = 0;
+    llm__utf8_trim(to);
+}
+
+static void llm__model_fill_info(llm_model_info *info, const llm__hparams *h, const llm__model_walk *walk) {
+    llm__model_copy_name(info->name, sizeof info->name, h->name);
+    llm__model_copy_name(info->architecture, sizeof info->architecture, h->architecture);
+    info->dtype = walk->dtype;
+    info->n_vocab = h->n_vocab;
+    info->n_layers = h->n_layers;
+    info->n_embd = h->n_embd;
+    info->n_ff = h->n_ff;
+    info->n_heads = h->n_heads;
+    info->n_kv_heads = h->n_kv_heads;
+    info->head_dim = h->head_dim;
+    info->n_ctx_train = h->n_ctx_train;
+    info->n_params = walk->n_params;
+    info->weight_bytes = walk->weight_bytes;
+    info->weight_bytes_per_token = walk->weight_bytes_per_token;
+    info->fingerprint = llm__hash_fnv(walk->fingerprint, &walk->dtype, sizeof walk->dtype);
+}
+
+static llm__model_walk llm__model_start_walk(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h,
+                                             const llm_backend *backend, llm_dtype dtype) {
+    llm__model_walk walk;
+    memset(&walk, 0, sizeof walk);
+    walk.env = env;
+    walk.ck = ck;
+    walk.h = h;
+    walk.backend = backend;
+    walk.dtype = dtype;
+    return walk;
+}
+
+/* What the keys in a cache depend on beside the weights. */
+static uint64_t llm__model_hash_shape(const llm_shape *s) {
+    int numbers[] = {s->n_vocab,    s->n_layers, s->n_embd,   s->n_ff,  s->n_heads,
+                     s->n_kv_heads, s->head_dim, s->rope_dim, s->window};
+    float floats[] = {s->rms_eps, s->rope_scale};
+    uint64_t hash = llm__hash_fnv(0xCBF29CE484222325u, numbers, sizeof numbers);
+    hash = llm__hash_fnv(hash, floats, sizeof floats);
+    return llm__hash_fnv(hash, s->rope_frequencies, (size_t)(s->rope_dim / 2) * sizeof *s->rope_frequencies);
+}
+
+/* A model found in files: all its weights are there and in their shape, and there is nothing it would leave out. */
+typedef struct llm__model_plan {
+    llm__pool *pool; /* of the files, and all that points into them */
+    const llm__checkpoint *ck;
+    llm__hparams h;
+    llm_shape shape;
+    llm__model_walk walk; /* what the weights come to */
+} llm__model_plan;
+
+static void llm__model_make_plan(llm__env *env, const char *path, const llm_model_desc *desc, llm__model_plan *plan) {
+    llm__pool *outer = env->pool;
+    plan->pool = llm__pool_inner(env);
+    env->pool = plan->pool;
+    plan->ck = llm__checkpoint_open(env, path, desc);
+    plan->h = llm__hparams_read(env, plan->ck);
+    env->pool = outer;
+    plan->shape = llm__model_find_shape(env, &plan->h, plan->ck);
+    plan->walk = llm__model_start_walk(env, plan->ck, &plan->h, desc->backend, desc->dtype);
+    llm__model_walk_weights(&plan->walk);
+    llm__tensor_refuse_unused(env, plan->ck);
+}
+
+static void llm__model_load_body(llm__env *env, void *arg) {
+    llm__model_load_args *args = (llm__model_load_args *)arg;
+    double start = llm__clock_now();
+    llm_model *model = (llm_model *)llm__alloc_zero(env, 1, sizeof *model);
+    llm_model_desc desc = llm__model_defaults(env, &args->desc);
+    llm__model_plan plan;
+    llm__model_make_plan(env, args->path, &desc, &plan);
+    const llm__checkpoint *ck = plan.ck;
+    model->backend = args->backend = desc.backend;
+    model->shape = plan.shape;
+    model->shape.weight_bytes = plan.walk.weight_bytes;
+    model->tokenizer =
+        ck->format == LLM__GGUF ? llm__tokenizer_from_gguf(env, ck) : llm__tokenizer_from_directory(env, ck->directory);
+    if (llm_tokenizer_n_vocab(model->tokenizer) > plan.h.n_vocab)
+        llm__fail(env, LLM_ERROR_FORMAT, "the vocabulary has %d tokens, but the embedding only %d rows",
+                  llm_tokenizer_n_vocab(model->tokenizer), plan.h.n_vocab);
+    llm__model_walk walk = llm__model_start_walk(env, ck, &plan.h, model->backend, desc.dtype);
+    walk.fingerprint = llm__model_hash_shape(&model->shape);
+    llm_status status = model->backend->open(&args->device, &model->shape, &desc, env->err);
+    if (status) {
+        env->status = status;
+        longjmp(env->unwind, 1);
+    }
+    walk.device = args->device;
+    walk.visit = llm__model_upload_weight;
+    llm__model_walk_weights(&walk);
+    llm__model_fill_info(&model->info, &plan.h, &walk);
+    model->source = walk.fingerprint;
+    model->kernels = llm__kernels_choose(desc.isa);
+    model->info.isa = model->kernels->name;
+    model->info.cache_bytes_per_token =
+        model->backend->block_bytes(&model->shape, llm__model_cache_dtype(model->backend, desc.dtype)) / LLM_BLOCK;
+    llm__free(env->pool, plan.pool); /* all of it has been converted */
+    model->device = args->device;
+    model->desc = desc;
+    model->pool = *env->pool;
+    *args->out = model;
+    llm__env_progress(env, 1);
+    llm__log(&desc.host, "loaded %s: %s, %llu parameters as %s, %.0f MB, %s, in %.2f s",
+             args->path ? args->path : "memory", model->info.architecture, (unsigned long long)walk.n_params,
+             llm_dtype_name(desc.dtype), (double)walk.weight_bytes / 1e6, model->info.isa, llm__clock_now() - start);
+}
+
+LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_model_desc *desc, llm_error *err) {
+    llm__model_load_args args;
+    llm__pool pool;
+    llm__env env;
+    memset(&args, 0, sizeof args);
+    if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
+    *out = NULL;
+    args.out = out;
+    args.path = path;
+    if (desc) args.desc = *desc;
+    llm__pool_init(&pool, &args.desc.host);
+    llm__env_init(&env, &pool, err, path);
+    llm_status status = llm__env_run(&env, llm__model_load_body, &args);
+    if (status) {
+        *out = NULL;
+        if (args.device) args.backend->close(args.device);
+        llm__pool_free(&pool);
+    }
+    return status;
+}
+
+LLM_API void llm_model_free(llm_model *model) {
+    if (!model) return;
+    llm__pool pool = model->pool;
+    model->backend->close(model->device);
+    llm__pool_free(&pool);
+}
+
+LLM_API llm_model_info llm_model_get_info(const llm_model *model) { return model->info; }
+LLM_API const llm_tokenizer *llm_model_tokenizer(const llm_model *model) { return model->tokenizer; }
+
+/* ==== 18 Contexts and sequences =================================================================================
+
+   A context is a cache, scratch space and the threads that compute, for up to n_seq sequences. */
+
+/* What a batch that is scored predicts: after token i of it, the targets from first[i] to first[i + 1]. */
+typedef struct llm__ctx_targets {
+    const int *first;      /* [n_tokens + 1]                                                              */
+    const llm_token *ids;  /* [first[n_tokens]]                                                           */
+    bool count_only;       /* nothing is computed                                                         */
+    int n;                 /* in the pass, in order of its rows:                                          */
+    llm_token *pass_ids;   /* [n]                                                                         */
+    int *pass_rows, *from; /* [n] an index into the pass's logit_rows; which of the targets above it is   */
+    float *log_probs;      /* [n] the results                                                             */
+} llm__ctx_targets;
+
+struct llm_context {
+    llm__pool pool;
+    const llm_model *model;
+    llm_context_desc desc;
+    llm_backend_desc backend_desc;
+    void *device; /* the backend's context */
+    llm__cache cache;
+    /* The pass being built: the batch's tokens in order of sequence. */
+    llm_token *tokens; /* [n_batch] */
+    int *positions, *seqs, *logit_rows;
+    int *batch_index;          /* [n_batch] which of the batch's tokens a row's logits answer, -1: not wanted */
+    int *n_new;                /* [n_seq] tokens the batch brings to each sequence */
+    int *first_row;            /* [n_seq + 1] where the sequence's rows begin */
+    int *old_lengths;          /* [n_seq] to go back to */
+    int *logits_of;            /* [n_logits or n_batch] the batch's token each row of logits belongs to */
+    int n_logits;              /* rows of logits there are now */
+    llm__ctx_targets *targets; /* of a batch that is scored, which is a single pass; NULL: logits are wanted */
+    float *probabilities;      /* [n_vocab padded to 16] for the sampler */
+    llm_token *candidates;     /* [n_vocab] likewise */
+};
+
+static llm_context_desc llm__ctx_defaults(llm__env *env, const llm_model_info *info, const llm_backend *backend,
+                                          const llm_host *model_host, const llm_context_desc *desc) {
+    llm_context_desc d;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    if (d.n_ctx < 0 || d.n_seq < 0 || d.n_cache < 0 || d.n_batch < 0 || d.n_logits < 0 || d.n_threads < 0 ||
+        d.n_threads > 1024)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is negative or absurd");
+    if (!d.n_ctx) d.n_ctx = info->n_ctx_train < 4096 ? info->n_ctx_train : 4096;
+    if (!d.n_seq) d.n_seq = 1;
+    if (!d.n_batch) d.n_batch = 512;
+    if (!d.n_logits) d.n_logits = d.n_seq;
+    if (!d.n_threads) d.n_threads = llm__team_default_threads();
+    if (!d.cache_dtype) d.cache_dtype = llm__model_cache_dtype(backend, info->dtype);
+    if (d.cache_dtype != LLM_DTYPE_F32 && d.cache_dtype != LLM_DTYPE_BF16 && d.cache_dtype != LLM_DTYPE_INT8)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "cache_dtype is %d, which no cache can have", (int)d.cache_dtype);
+    if (d.n_ctx > 1 << 28 || d.n_seq > 1 << 20 || d.n_batch > 1 << 20 || d.n_logits > 1 << 20)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is absurdly large");
+    uint64_t n_cache =
+        d.n_cache ? (uint64_t)d.n_cache : (uint64_t)llm__cache_blocks_for(d.n_ctx) * LLM_BLOCK * (uint64_t)d.n_seq;
+    if (n_cache > 1 << 30)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "the cache would have %llu positions", (unsigned long long)n_cache);
+    d.n_cache = (int)n_cache;
+    if (!d.host.resize && !d.host.log && !d.host.progress && !d.host.user) d.host = *model_host;
+    return d;
+}
+
+typedef struct llm__ctx_defaults_args {
+    llm_context_desc *out;
+    const llm_model_info *info;
+    const llm_backend *backend;
+    const llm_host *model_host;
+    const llm_context_desc *desc;
+} llm__ctx_defaults_args;
+
+static void llm__ctx_defaults_body(llm__env *env, void *arg) {
+    llm__ctx_defaults_args *a = (llm__ctx_defaults_args *)arg;
+    *a->out = llm__ctx_defaults(env, a->info, a->backend, a->model_host, a->desc);
+}
+
+static llm_backend_desc llm__ctx_backend_desc(const llm_context_desc *d, llm_dtype dtype) {
+    llm_backend_desc b;
+    memset(&b, 0, sizeof b);
+    b.n_seq = d->n_seq;
+    b.blocks_per_seq = llm__cache_blocks_for(d->n_ctx);
+    b.n_cache_blocks = llm__cache_blocks_for(d->n_cache);
+    b.n_batch = d->n_batch;
+    b.n_logits = d->n_logits;
+    b.n_threads = d->n_threads;
+    b.dtype = dtype;
+    b.cache_dtype = d->cache_dtype;
+    b.parallel = d->parallel;
+    b.host = d->host;
+    return b;
+}
+
+typedef struct llm__ctx_args {
+    llm_context **out;
+    const llm_model *model;
+    llm_context_desc desc;
+    const llm_context *lender; /* of threads, and of the cache if share_cache; see llm_backend_desc */
+    bool share_cache;
+    void *device;
+} llm__ctx_args;
+
+static void llm__ctx_body(llm__env *env, void *arg) {
+    llm__ctx_args *args = (llm__ctx_args *)arg;
+    const llm_model *model = args->model;
+    llm_context *ctx = (llm_context *)llm__alloc_zero(env, 1, sizeof *ctx);
+    llm_context_desc d = args->desc;
+    size_t n_batch = (size_t)d.n_batch, n_seq = (size_t)d.n_seq,
+           n_rows = (size_t)(d.n_logits > d.n_batch ? d.n_logits : d.n_batch);
+    ctx->model = model;
+    ctx->desc = d;
+    ctx->backend_desc = llm__ctx_backend_desc(&d, model->info.dtype);
+    ctx->backend_desc.lender = args->lender ? args->lender->device : NULL;
+    ctx->backend_desc.share_cache = args->share_cache;
+    if (!args->share_cache) llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
+    ctx->tokens = (llm_token *)llm__alloc(env, n_batch, sizeof *ctx->tokens);
+    ctx->positions = (int *)llm__alloc(env, n_batch, sizeof(int));
+    ctx->seqs = (int *)llm__alloc(env, n_batch, sizeof(int));
+    ctx->batch_index = (int *)llm__alloc(env, n_batch, sizeof(int));
+    ctx->logit_rows = (int *)llm__alloc(env, n_rows, sizeof(int));
+    ctx->n_new = (int *)llm__alloc_zero(env, n_seq, sizeof(int));
+    ctx->first_row = (int *)llm__alloc(env, n_seq + 1, sizeof(int));
+    ctx->logits_of = (int *)llm__alloc(env, n_rows, sizeof(int));
+    ctx->old_lengths = (int *)llm__alloc(env, n_seq, sizeof(int));
+    ctx->probabilities = (float *)llm__alloc(env, (size_t)llm__math_round_up(model->shape.n_vocab, 16), sizeof(float));
+    ctx->candidates = (llm_token *)llm__alloc(env, (size_t)model->shape.n_vocab, sizeof(llm_token));
+    llm_status status = model->backend->context_create(&args->device, model->device, &ctx->backend_desc, env->err);
+    if (status) {
+        env->status = status;
+        longjmp(env->unwind, 1);
+    }
+    ctx->device = args->device;
+    ctx->pool = *env->pool;
+    *args->out = ctx;
+}
+
+static llm_status llm__ctx_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
+                                  const llm_context *lender, bool share_cache, llm_error *err) {
+    llm__ctx_args args;
+    llm__pool pool;
+    llm__env env;
+    memset(&args, 0, sizeof args);
+    *out = NULL;
+    args.out = out;
+    args.model = model;
+    args.lender = lender;
+    args.share_cache = share_cache;
+    llm__pool_init(&pool, &model->desc.host);
+    llm__env_init(&env, &pool, err, NULL);
+    llm__ctx_defaults_args defaults = {&args.desc, &model->info, model->backend, &model->desc.host, desc};
+    llm_status status = llm__env_run(&env, llm__ctx_defaults_body, &defaults);
+    if (status) return status;
+    llm__pool_init(&pool, &args.desc.host);
+    status = llm__env_run(&env, llm__ctx_body, &args);
+    if (status) {
+        *out = NULL;
+        model->backend->context_free(args.device);
+        llm__pool_free(&pool);
+    }
+    return status;
+}
+
+LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
+                                      llm_error *err) {
+    if (!out || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out or model is NULL");
+    return llm__ctx_create(out, model, desc, NULL, false, err);
+}
+
+LLM_API void llm_context_free(llm_context *ctx) {
+    if (!ctx) return;
+    llm__pool pool = ctx->pool;
+    ctx->model->backend->context_free(ctx->device);
+    llm__pool_free(&pool);
+}
+
+LLM_API const llm_model *llm_context_model(const llm_context *ctx) { return ctx->model; }
+LLM_API int llm_context_n_ctx(const llm_context *ctx) { return ctx->desc.n_ctx; }
+LLM_API int llm_context_n_threads(const llm_context *ctx) { return ctx->desc.n_threads; }
+LLM_API double llm_measure_bandwidth(llm_context *ctx) { return ctx->model->backend->measure_bandwidth(ctx->device); }
+LLM_API double llm_measure_flops(llm_context *ctx) { return ctx->model->backend->measure_flops(ctx->device); }
+
+typedef struct llm__ctx_estimate_args {
+    const char *path;
+    const llm_model_desc *model_desc;
+    const llm_context_desc *context_desc;
+    llm_memory *out;
+} llm__ctx_estimate_args;
+
+static void llm__ctx_estimate_body(llm__env *env, void *arg) {
+    llm__ctx_estimate_args *args = (llm__ctx_estimate_args *)arg;
+    llm_model_desc desc = llm__model_defaults(env, args->model_desc);
+    llm__model_plan plan;
+    llm_model_info info;
+    llm__model_make_plan(env, args->path, &desc, &plan);
+    const llm_shape *shape = &plan.shape;
+    llm__model_fill_info(&info, &plan.h, &plan.walk);
+    llm_context_desc c = llm__ctx_defaults(env, &info, desc.backend, &desc.host, args->context_desc);
+    llm_backend_desc b = llm__ctx_backend_desc(&c, desc.dtype);
+    args->out->weights = plan.walk.weight_bytes;
+    args->out->cache = (uint64_t)b.n_cache_blocks * desc.backend->block_bytes(shape, b.cache_dtype);
+    args->out->scratch = desc.backend->scratch_bytes(shape, &b) + (uint64_t)shape->n_vocab * 8 +
+                         (uint64_t)c.n_seq * ((uint64_t)c.n_ctx * 4 + (uint64_t)llm__cache_blocks_for(c.n_ctx) * 4);
+}
+
+LLM_API llm_status llm_memory_estimate(const char *path, const llm_model_desc *model_desc,
+                                       const llm_context_desc *context_desc, llm_memory *out, llm_error *err) {
+    llm_model_desc zero;
+    llm__pool pool;
+    llm__env env;
+    memset(&zero, 0, sizeof zero);
+    if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
+    memset(out, 0, sizeof *out);
+    llm__ctx_estimate_args args = {path, model_desc ? model_desc : &zero, context_desc, out};
+    llm__pool_init(&pool, &args.model_desc->host);
+    llm__env_init(&env, &pool, err, path);
+    llm_status status = llm__env_run(&env, llm__ctx_estimate_body, &args);
+    llm__pool_free(&pool);
+    return status;
+}
+
+/* ---- Sequences ---- */
+
+static llm_status llm__ctx_check_seq(const llm_context *ctx, int seq, llm_error *err) {
+    if (seq >= 0 && seq < ctx->desc.n_seq) return LLM_OK;
+    return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d was named, but the context has %d", seq, ctx->desc.n_seq);
+}
+
+LLM_API int llm_seq_length(const llm_context *ctx, int seq) {
+    return llm__ctx_check_seq(ctx, seq, NULL) ? 0 : ctx->cache.lengths[seq];
+}
+
+LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq) {
+    return llm__ctx_check_seq(ctx, seq, NULL) ? NULL : llm__cache_tokens(&ctx->cache, seq);
+}
+
+LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_error *err) {
+    llm_status status = llm__ctx_check_seq(ctx, seq, err);
+    if (status) return status;
+    if (length < 0 || length > ctx->cache.lengths[seq])
+        return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; it cannot be cut to %d", seq,
+                          ctx->cache.lengths[seq], length);
+    llm__cache_truncate(&ctx->cache, seq, length);
+    return LLM_OK;
+}
+
+LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int length, llm_error *err) {
+    llm_status status = llm__ctx_check_seq(ctx, seq, err);
+    if (!status) status = llm__ctx_check_seq(ctx, parent, err);
+    if (status) return status;
+    if (length < 0 || length > ctx->cache.lengths[parent])
+        return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; there is no fork at %d", parent,
+                          ctx->cache.lengths[parent], length);
+    if (seq == parent) return llm_seq_truncate(ctx, seq, length, err);
+    llm__cache_fork(&ctx->cache, seq, parent, length);
+    return LLM_OK;
+}
+
+/* A saved sequence: this, then its tokens, then its blocks as the backend keeps them. */
+typedef struct llm__seq_saved {
+    char magic[8];
+    uint64_t fingerprint, hash; /* of model and cache type; of all that follows this struct */
+    uint64_t length, size;
+} llm__seq_saved;
+
+static uint64_t llm__seq_fingerprint(const llm_context *ctx) {
+    uint64_t hash = llm__hash_fnv(ctx->model->info.fingerprint, &ctx->desc.cache_dtype, sizeof ctx->desc.cache_dtype);
+    return llm__hash_fnv(hash, ctx->model->backend->name, strlen(ctx->model->backend->name));
+}
+
+static size_t llm__seq_saved_size(const llm_context *ctx, size_t length) {
+    size_t block = (size_t)ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype);
+    return sizeof(llm__seq_saved) + length * sizeof(llm_token) + (size_t)llm__cache_blocks_for((int)length) * block;
+}
+
+LLM_API size_t llm_seq_save_size(const llm_context *ctx, int seq) {
+    return llm__seq_saved_size(ctx, (size_t)llm_seq_length(ctx, seq));
+}
+
+LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, size_t size, llm_error *err) {
+    llm_status status = llm__ctx_check_seq(ctx, seq, err);
+    if (status) return status;
+    int length = ctx->cache.lengths[seq];
+    size_t needed = llm__seq_saved_size(ctx, (size_t)length),
+           block = llm__seq_saved_size(ctx, 1) - llm__seq_saved_size(ctx, 0) - sizeof(llm_token);
+    if (size < needed)
+        return llm__error(err, LLM_ERROR_ARGUMENT, "saving takes %llu bytes, but the buffer has %llu",
+                          (unsigned long long)needed, (unsigned long long)size);
+    llm__seq_saved head;
+    memset(&head, 0, sizeof head);
+    memcpy(head.magic, "llmcach2", 8);
+    head.fingerprint = llm__seq_fingerprint(ctx);
+    head.length = (uint64_t)length;
+    head.size = needed;
+    uint8_t *at = (uint8_t *)buffer + sizeof head;
+    memcpy(at, llm__cache_tokens(&ctx->cache, seq), (size_t)length * sizeof(llm_token));
+    at += (size_t)length * sizeof(llm_token);
+    for (int i = 0; i < llm__cache_blocks_for(length); i++, at += block) {
+        status = ctx->model->backend->read_block(ctx->device, llm__cache_table(&ctx->cache, seq)[i], at, err);
+        if (status) return status;
+    }
+    head.hash = llm__hash_fnv(0, (const uint8_t *)buffer + sizeof head, needed - sizeof head);
+    memcpy(buffer, &head, sizeof head);
+    return LLM_OK;
+}
+
+static llm_status llm__seq_check_saved(const llm_context *ctx, int seq, const void *buffer, size_t size,
+                                       llm__seq_saved *head, llm_error *err) {
+    if (size < sizeof *head || memcmp(buffer, "llmcach2", 8))
+        return llm__error(err, LLM_ERROR_FORMAT, "the buffer does not hold a saved sequence");
+    memcpy(head, buffer, sizeof *head);
+    if (head->fingerprint != llm__seq_fingerprint(ctx))
+        return llm__error(err, LLM_ERROR_FORMAT, "the sequence was saved with another model or another type of cache");
+    if (head->length > (uint64_t)ctx->desc.n_ctx)
+        return llm__error(err, LLM_ERROR_CONTEXT_FULL, "the saved sequence has %llu tokens; this context holds %d",
+                          (unsigned long long)head->length, ctx->desc.n_ctx);
+    if (head->size != llm__seq_saved_size(ctx, (size_t)head->length) || size < head->size ||
+        head->hash != llm__hash_fnv(0, (const uint8_t *)buffer + sizeof *head, (size_t)head->size - sizeof *head))
+        return llm__error(err, LLM_ERROR_FORMAT, "the saved sequence is damaged");
+    int own = 0; /* blocks that dropping what the sequence holds would free */
+    for (int i = 0; i < llm__cache_blocks_for(ctx->cache.lengths[seq]); i++)
+        own += ctx->cache.n_users[llm__cache_table(&ctx->cache, seq)[i]] == 1;
+    if (llm__cache_blocks_for((int)head->length) > ctx->cache.n_free + own)
+        return llm__error(err, LLM_ERROR_CONTEXT_FULL,
+                          "the saved sequence needs %d positions of the cache, but %d are free",
+                          llm__cache_blocks_for((int)head->length) * LLM_BLOCK, (ctx->cache.n_free + own) * LLM_BLOCK);
+    return LLM_OK;
+}
+
+LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer, size_t size, llm_error *err) {
+    llm__seq_saved head;
+    llm_status status = llm__ctx_check_seq(ctx, seq, err);
+    if (!status) status = llm__seq_check_saved(ctx, seq, buffer, size, &head, err);
+    if (status) return status;
+    const uint8_t *at = (const uint8_t *)buffer + sizeof head;
+    size_t block = llm__seq_saved_size(ctx, 1) - llm__seq_saved_size(ctx, 0) - sizeof(llm_token);
+    for (uint64_t i = 0; i < head.length; i++) {
+        uint32_t token = llm__bytes_u32(at + 4 * i);
+        if (token >= (uint32_t)ctx->model->shape.n_vocab)
+            return llm__error(err, LLM_ERROR_FORMAT, "the saved sequence holds token %lu", (unsigned long)token);
+    }
+    llm__cache_truncate(&ctx->cache, seq, 0);
+    for (uint64_t i = 0; i < head.length; i++)
+        llm__cache_append(&ctx->cache, seq, (llm_token)llm__bytes_u32(at + 4 * i));
+    at += head.length * sizeof(llm_token);
+    for (int i = 0; i < llm__cache_blocks_for((int)head.length) && !status; i++, at += block)
+        status = ctx->model->backend->write_block(ctx->device, llm__cache_table(&ctx->cache, seq)[i], at, err);
+    if (status) llm__cache_truncate(&ctx->cache, seq, 0);
+    return status;
+}
+
+/* ---- llm_forward ---- */
+
+static int llm__ctx_batch_seq(const llm_batch *batch, int i) { return batch->seqs ? batch->seqs[i] : 0; }
+
+/* Blocks that appending n_new tokens to each sequence takes. Of the sequences that share a block and go on, the last
+   keeps it if nobody else holds it, so the users are counted down as the copying will do, and then up again. */
+static int64_t llm__ctx_blocks_needed(llm_context *ctx) {
+    llm__cache *cache = &ctx->cache;
+    int64_t blocks = 0;
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
+        int *left = &ctx->first_row[seq]; /* the block this sequence copies and leaves, or -1 */
+        bool copies = ctx->n_new[seq] && llm__cache_must_copy(cache, seq);
+        blocks += llm__cache_needs(cache, seq, ctx->n_new[seq]);
+        *left = copies ? llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_BLOCK] : -1;
+        if (copies) cache->n_users[*left]--;
+    }
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++)
+        if (ctx->first_row[seq] >= 0) cache->n_users[ctx->first_row[seq]]++;
+    return blocks;
+}
+
+/* Everything that could stop the batch, before anything is done. Leaves n_new of each sequence behind. */
+static llm_status llm__ctx_check_batch(llm_context *ctx, const llm_batch *batch, llm_error *err) {
+    llm__cache *cache = &ctx->cache;
+    int n_logits = 0, n_touched = 0;
+    if (batch->n_tokens <= 0 || !batch->tokens) return llm__error(err, LLM_ERROR_ARGUMENT, "the batch has no tokens");
+    memset(ctx->n_new, 0, (size_t)ctx->desc.n_seq * sizeof(int));
+    for (int i = 0; i < batch->n_tokens; i++) {
+        llm_status status = llm__ctx_check_seq(ctx, llm__ctx_batch_seq(batch, i), err);
+        if (status) return status;
+        if (batch->tokens[i] < 0 || batch->tokens[i] >= ctx->model->shape.n_vocab)
+            return llm__error(err, LLM_ERROR_ARGUMENT, "token %d of the batch is %ld; the vocabulary has %d", i,
+                              (long)batch->tokens[i], ctx->model->shape.n_vocab);
+        n_touched += ctx->n_new[llm__ctx_batch_seq(batch, i)]++ == 0;
+        n_logits += batch->logits ? batch->logits[i] : 0;
+    }
+    if (!batch->logits) n_logits = n_touched;
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++)
+        if ((int64_t)cache->lengths[seq] + ctx->n_new[seq] > ctx->desc.n_ctx)
+            return llm__error(err, LLM_ERROR_CONTEXT_FULL,
+                              "sequence %d has %d tokens and is to get %d more, but holds %d (n_ctx)", seq,
+                              cache->lengths[seq], ctx->n_new[seq], ctx->desc.n_ctx);
+    int64_t blocks = llm__ctx_blocks_needed(ctx);
+    if (blocks > cache->n_free)
+        return llm__error(err, LLM_ERROR_CONTEXT_FULL,
+                          "the batch needs %lld positions of the cache, but %d are free (n_cache)",
+                          (long long)blocks * LLM_BLOCK, cache->n_free * LLM_BLOCK);
+    if (n_logits > ctx->desc.n_logits && !ctx->targets)
+        return llm__error(err, LLM_ERROR_ARGUMENT,
+                          "the logits of %d tokens are wanted; the context holds %d (n_logits)", n_logits,
+                          ctx->desc.n_logits);
+    return LLM_OK;
+}
+
+/* Appends tokens [first, first + n) of the batch to their sequences, and lays them out by sequence. n_new counts down,
+   so that the last token of each sequence is known. */
+static void llm__ctx_build_pass(llm_context *ctx, const llm_batch *batch, int first, int n, llm_pass *pass) {
+    int n_seq = ctx->desc.n_seq;
+    memset(ctx->first_row, 0, (size_t)(n_seq + 1) * sizeof(int));
+    for (int i = first; i < first + n; i++) ctx->first_row[llm__ctx_batch_seq(batch, i) + 1]++;
+    for (int seq = 0; seq < n_seq; seq++) ctx->first_row[seq + 1] += ctx->first_row[seq];
+    for (int i = first; i < first + n; i++) {
+        int seq = llm__ctx_batch_seq(batch, i), row = ctx->first_row[seq]++;
+        bool last = --ctx->n_new[seq] == 0;
+        ctx->tokens[row] = batch->tokens[i];
+        ctx->seqs[row] = seq;
+        ctx->positions[row] = ctx->cache.lengths[seq];
+        ctx->batch_index[row] = (batch->logits ? batch->logits[i] : last) ? i : -1;
+        llm__cache_append(&ctx->cache, seq, batch->tokens[i]);
+    }
+    memset(pass, 0, sizeof *pass);
+    pass->n_rows = n;
+    pass->tokens = ctx->tokens;
+    pass->positions = ctx->positions;
+    pass->seqs = ctx->seqs;
+    pass->logit_rows = ctx->logit_rows;
+    pass->first_logits = ctx->n_logits;
+    pass->blocks = ctx->cache.tables;
+    pass->blocks_per_seq = ctx->cache.blocks_per_seq;
+    for (int row = 0; row < n; row++) {
+        if (ctx->batch_index[row] < 0) continue;
+        ctx->logit_rows[pass->n_logits++] = row;
+        ctx->logits_of[ctx->n_logits++] = ctx->batch_index[row];
+    }
+}
+
+/* Lays out the targets as build_pass has laid out the rows. */
+static void llm__ctx_place_targets(llm_context *ctx, llm_pass *pass) {
+    llm__ctx_targets *t = ctx->targets;
+    t->n = 0;
+    for (int row = 0; row < pass->n_logits; row++)
+        for (int i = t->first[ctx->logits_of[row]]; i < t->first[ctx->logits_of[row] + 1]; i++) {
+            t->pass_ids[t->n] = t->ids[i];
+            t->pass_rows[t->n] = row;
+            t->from[t->n++] = i;
+        }
+    pass->n_targets = t->n;
+    pass->targets = t->pass_ids;
+    pass->target_rows = t->pass_rows;
+    pass->log_probs = t->log_probs;
+}
+
+static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *batch, bool (*cancel)(void *user),
+                                          void *user, llm_error *err) {
+    const llm_backend *backend = ctx->model->backend;
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
+        int shared = ctx->n_new[seq] ? llm__cache_unshare(&ctx->cache, seq) : -1;
+        if (shared < 0 || (ctx->targets && ctx->targets->count_only)) continue;
+        int own = llm__cache_table(&ctx->cache, seq)[ctx->cache.lengths[seq] / LLM_BLOCK];
+        llm_status status = backend->copy_block(ctx->device, own, shared, err);
+        if (status) return status;
+    }
+    for (int first = 0; first < batch->n_tokens; first += ctx->desc.n_batch) {
+        llm_pass pass;
+        int n = batch->n_tokens - first < ctx->desc.n_batch ? batch->n_tokens - first : ctx->desc.n_batch;
+        llm__ctx_build_pass(ctx, batch, first, n, &pass);
+        pass.cancel = cancel;
+        pass.cancel_user = user;
+        if (ctx->targets) llm__ctx_place_targets(ctx, &pass);
+        if (ctx->targets && ctx->targets->count_only) continue;
+        llm_status status = backend->forward(ctx->device, &pass, err);
+        if (status) return status;
+    }
+    return LLM_OK;
+}
+
+static llm_status llm__ctx_forward(llm_context *ctx, const llm_batch *batch, bool (*cancel)(void *user), void *user,
+                                   llm_error *err) {
+    llm_status status = llm__ctx_check_batch(ctx, batch, err);
+    if (status) return status;
+    memcpy(ctx->old_lengths, ctx->cache.lengths, (size_t)ctx->desc.n_seq * sizeof(int));
+    ctx->n_logits = 0;
+    status = llm__ctx_forward_passes(ctx, batch, cancel, user, err);
+    if (!status) return LLM_OK;
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++) llm__cache_truncate(&ctx->cache, seq, ctx->old_lengths[seq]);
+    ctx->n_logits = 0;
+    return status;
+}
+
+LLM_API llm_status llm_forward(llm_context *ctx, const llm_batch *batch, llm_error *err) {
+    if (!ctx || !batch) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or batch is NULL");
+    return llm__ctx_forward(ctx, batch, ctx->desc.cancel, ctx->desc.cancel_user, err);
+}
+
+LLM_API const float *llm_logits(const llm_context *ctx, int i) {
+    for (int j = 0; j < ctx->n_logits; j++)
+        if (ctx->logits_of[j] == i) return ctx->model->backend->logits(ctx->device, j);
+    return NULL;
+}
+
+/* ==== 19 Sampler ================================================================================================
+
+   Logits become a distribution (biases, repetition penalty, temperature, top-k, top-p, min-p in this order), of which
+   one token is drawn. All arithmetic is fixed, so a seed means the same text everywhere. Top-p is from Holtzman et al.
+   2019 (arXiv:1904.09751), min-p from Nguyen et al. 2024 (2407.01082), the penalty from Keskar et al. 2019 (1909.05858). */
+
+static void llm__sampler_apply_biases(float *logits, int n_vocab, const llm_sampler *s) {
+    for (int i = 0; i < s->n_biases; i++)
+        if (s->biases[i].token >= 0 && s->biases[i].token < n_vocab) logits[s->biases[i].token] += s->biases[i].bias;
+}
+
+/* Once for each token, however often it stands in the window; `seen` [n_vocab] is scratch. */
+static void llm__sampler_apply_penalty(float *logits, int n_vocab, const llm_token *tokens, int n, const llm_sampler *s,
+                                       llm_token *seen) {
+    int window = s->repeat_window > 0 ? s->repeat_window : 64;
+    if (s->repeat_penalty <= 0 || s->repeat_penalty == 1) return;
+    memset(seen, 0, (size_t)n_vocab * sizeof *seen);
+    for (int i = n > window ? n - window : 0; i < n; i++) {
+        float *logit = &logits[tokens[i]];
+        if (seen[tokens[i]]++) continue;
+        *logit = *logit > 0 ? *logit / s->repeat_penalty : *logit * s->repeat_penalty;
+    }
+}
+
+static llm_token llm__sampler_argmax(const float *logits, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (logits[i] > logits[best]) best = i;
+    return best;
+}
+
+static void llm__sampler_swap_ids(llm_token *ids, int i, int j) {
+    llm_token moved = ids[i];
+    ids[i] = ids[j];
+    ids[j] = moved;
+}
+
+/* A heap of tokens, the most probable at the top, the lower id first among equals. */
+static bool llm__sampler_likelier(const float *p, llm_token a, llm_token b) {
+    return p[a] > p[b] || (p[a] == p[b] && a < b);
+}
+
+static void llm__sampler_sift_down(const float *p, llm_token *heap, int n, int i) {
+    for (;;) {
+        int best = i;
+        for (int child = 2 * i + 1; child <= 2 * i + 2 && child < n; child++)
+            if (llm__sampler_likelier(p, heap[child], heap[best])) best = child;
+        if (best == i) return;
+        llm__sampler_swap_ids(heap, i, best);
+        i = best;
+    }
+}
+
+/* Takes the most likely out of the heap of n and puts it behind the rest. */
+static llm_token llm__sampler_take_likeliest(const float *p, llm_token *heap, int n) {
+    llm__sampler_swap_ids(heap, 0, n - 1);
+    llm__sampler_sift_down(p, heap, n - 1, 0);
+    return heap[n - 1];
+}
+
+/* The upper bits of a p from 0 to 1; NaN must not lead out of the 1,024 bins. */
+static int llm__sampler_bin(float p) { return (int)(llm__f32_bits(p) >> 20 & 1023); }
+
+/* Of the last n of `ids` [n_vocab] the most likely come to the end: at most `most`, and as few as reach `mass` together;
+   returns how many. Only those in the bin through which the cut goes are put in order, as a whole vocabulary takes longer
+   to sort than some models to compute. */
+static int llm__sampler_keep_likeliest(const float *p, llm_token *ids, int n_vocab, int n, int most, double mass) {
+    struct {
+        double mass;
+        int count;
+    } bins[1024];
+    int bin = 1023, kept = 0;
+    double sum = 0;
+    memset(bins, 0, sizeof bins);
+    for (int i = n_vocab - n; i < n_vocab; i++) {
+        bins[llm__sampler_bin(p[ids[i]])].mass += p[ids[i]];
+        bins[llm__sampler_bin(p[ids[i]])].count++;
+    }
+    for (; bin > 0 && kept + bins[bin].count <= most && sum + bins[bin].mass < mass; bin--) {
+        kept += bins[bin].count;
+        sum += bins[bin].mass;
+    }
+    int end = n_vocab;
+    for (int i = n_vocab - 1; i >= n_vocab - n; i--)
+        if (llm__sampler_bin(p[ids[i]]) > bin) llm__sampler_swap_ids(ids, i, --end);
+    int begin = end;
+    for (int i = end - 1; i >= n_vocab - n; i--)
+        if (llm__sampler_bin(p[ids[i]]) == bin) llm__sampler_swap_ids(ids, i, --begin);
+    int left = end - begin;
+    for (int i = left / 2; i >= 0; i--) llm__sampler_sift_down(p, ids + begin, left, i);
+    for (; left && kept < most && sum < mass; kept++) sum += p[llm__sampler_take_likeliest(p, ids + begin, left--)];
+    return kept;
+}
+
+/* The tokens that may be drawn, at the end of `ids` [n_vocab], the best as the last: their number, in *total their p. */
+static int llm__sampler_cut_candidates(const float *p, llm_token *ids, int n_vocab, llm_token best,
+                                       const llm_sampler *s, double sum, double *total) {
+    bool by_k = s->top_k > 0 && s->top_k < n_vocab;
+    bool by_p = s->top_p > 0 && s->top_p < 1;
+    int n = n_vocab;
+    for (int i = 0; i < n_vocab; i++) ids[i] = i;
+    llm__sampler_swap_ids(ids, best, n_vocab - 1);
+    if (by_k) n = llm__sampler_keep_likeliest(p, ids, n_vocab, n, s->top_k, INFINITY);
+    if (by_k && by_p) { /* top-p counts within what top-k left */
+        sum = 0;
+        for (int i = 1; i <= n; i++) sum += p[ids[n_vocab - i]];
+    }
+    if (by_p) n = llm__sampler_keep_likeliest(p, ids, n_vocab, n, n, (double)s->top_p * sum);
+    int found = n;
+    n = 1;
+    *total = p[best];
+    for (int i = 2; i <= found; i++) {
+        float next = p[ids[n_vocab - i]];
+        if (s->min_p > 0 && next < (double)s->min_p * p[best]) continue;
+        *total += next;
+        llm__sampler_swap_ids(ids, n_vocab - i, n_vocab - ++n);
+    }
+    return n;
+}
+
+/* A number in [0, 1) from the seed and a count (splitmix64: Steele, Lea and Flood 2014). */
+static double llm__sampler_random(llm_sampler *s) {
+    uint64_t z = s->seed + ++s->n_drawn * 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return (double)((z ^ z >> 31) >> 11) * (1.0 / 9007199254740992.0);
+}
+
+/* The token at which, from the most likely on, the sum of p first exceeds the share `at` of the total. */
+static llm_token llm__sampler_draw(const float *p, llm_token *ids, int n_vocab, int n, double total, double at) {
+    llm_token best = ids[n_vocab - 1];
+    int kept = llm__sampler_keep_likeliest(p, ids, n_vocab, n, n, nextafter(at * total, INFINITY));
+    llm_token last = kept ? ids[n_vocab - kept] : best;
+    return p[last] > 0 ? last : best; /* rounding left a little over */
+}
+
+/* Tokens that may be drawn, with p that sum to `total`. */
+typedef struct llm__sampler_choice {
+    const float *p; /* [n_vocab] */
+    llm_token *ids; /* [n_vocab] they are the last n of these, the best is the last */
+    int n_vocab, n;
+    double total;
+} llm__sampler_choice;
+
+static bool llm__sampler_is_greedy(const llm_sampler *sampler) { return !(sampler->temperature >= 1e-30f); }
+
+/* What comes after `tokens`, by their logits; valid until the next choice in the context. */
+static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const float *logits, const llm_token *tokens,
+                                               int n_tokens, const llm_sampler *sampler) {
+    int n_vocab = ctx->model->shape.n_vocab;
+    float *p = ctx->probabilities, max, sum;
+    llm__sampler_choice choice = {p, ctx->candidates, n_vocab, 1, 1};
+    memcpy(p, logits, (size_t)n_vocab * sizeof *p);
+    llm__sampler_apply_biases(p, n_vocab, sampler);
+    llm__sampler_apply_penalty(p, n_vocab, tokens, n_tokens, sampler, ctx->candidates);
+    llm_token best = llm__sampler_argmax(p, n_vocab);
+    if (llm__sampler_is_greedy(sampler)) {
+        ctx->candidates[n_vocab - 1] = best;
+        return choice;
+    }
+    float top = p[best];
+    for (int j = 0; j < n_vocab; j++) p[j] -= top; /* so that no temperature makes infinities of two logits */
+    uint64_t mode = llm__fpu_enter();
+    ctx->model->kernels->softmax(p, n_vocab, llm__math_round_up(n_vocab, 16), LLM__LOG2_E / sampler->temperature, false,
+                                 &max, &sum);
+    llm__fpu_leave(mode);
+    choice.n = llm__sampler_cut_candidates(p, ctx->candidates, n_vocab, best, sampler, sum, &choice.total);
+    return choice;
+}
+
+static llm_token llm__sampler_draw_choice(const llm__sampler_choice *c, llm_sampler *sampler) {
+    if (llm__sampler_is_greedy(sampler)) return c->ids[c->n_vocab - 1];
+    return llm__sampler_draw(c->p, c->ids, c->n_vocab, c->n, c->total, llm__sampler_random(sampler));
+}
+
+LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler) {
+    const float *logits = llm_logits(ctx, i);
+    if (!logits) return -1;
+    llm__sampler_choice choice =
+        llm__sampler_choose(ctx, logits, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler);
+    return llm__sampler_draw_choice(&choice, sampler);
+}
+
+/* ==== 20 Speculative decoding ===================================================================================
+
+   A pass for a few tokens reads the weights once, like a pass for one, so tokens that were guessed beforehand are
+   checked almost for nothing. In a round the draft guesses, the model computes the last token and the guesses in one
+   pass, tokens are drawn from its logits for as long as they are what was guessed, and the rest of the cache is
+   truncated. Leviathan et al. 2023 (arXiv:2211.17192), Chen et al. 2023 (2302.01318); prompt lookup: Saxena 2023. */
+
+/* ---- How many guesses are worth it ---- */
+
+enum {
+    LLM__DRAFT_PLAIN = 64,  /* passes after which one is plain, to know what that takes */
+    LLM__DRAFT_FORGET = 512 /* passes after which the time of a size is forgotten       */
+};
+
+static const int llm__spec_rows[LLM_DRAFT_SIZES] = {1, 2, 4, 8, 16};
+
+static void llm__spec_add_time(llm_draft_times *t, double seconds) {
+    t->recent[t->n % LLM_DRAFT_RECENT] = (float)seconds;
+    t->n = t->n + 1 < 2 * LLM_DRAFT_RECENT ? t->n + 1 : (int)LLM_DRAFT_RECENT;
+    t->age = 0;
+}
+
+/* The median of the recent times; of fewer than three the least, for one interruption must not count as the rule. */
+static double llm__spec_usual_time(const llm_draft_times *t) {
+    float sorted[LLM_DRAFT_RECENT];
+    int n = t->n < LLM_DRAFT_RECENT ? t->n : (int)LLM_DRAFT_RECENT;
+    for (int i = 0; i < n; i++) {
+        int at = i;
+        for (; at > 0 && sorted[at - 1] > t->recent[i]; at--) sorted[at] = sorted[at - 1];
+        sorted[at] = t->recent[i];
+    }
+    return n ? (double)sorted[n < 3 ? 0 : n / 2] : 0;
+}
+
+/* Seconds of passes of each size; where none was measured lately, what they may well be. */
+static void llm__spec_pass_times(const llm_draft_state *s, double seconds[LLM_DRAFT_SIZES]) {
+    static const double usual[LLM_DRAFT_SIZES] = {1, 1.1, 1.2, 1.5, 2.5};
+    for (int i = 0; i < LLM_DRAFT_SIZES; i++)
+        seconds[i] = s->passes[i].n ? llm__spec_usual_time(&s->passes[i]) : usual[i] * seconds[0];
+}
+
+/* The number of guesses of a kind, at most `most`, with which tokens come fastest. The chance that a guess is right,
+   all before it being right, is what was seen of such guesses; where little was, it is like the one before it, and that
+   of the first like that of the kind below. */
+static int llm__spec_best_guesses(const llm_draft_state *s, const double *pass_seconds, int kind, int most,
+                                  double guess_seconds) {
+    double chance = 0.1, all_right = 1, tokens = 1, best_rate = 1 / pass_seconds[0];
+    int best = 0;
+    for (int i = 0; i < kind; i++) chance = ((double)s->n_right[i][0] + 2 * chance) / ((double)s->n_known[i][0] + 2);
+    for (int size = 1; size < LLM_DRAFT_SIZES && llm__spec_rows[size] - 1 <= most; size++) {
+        int n = llm__spec_rows[size] - 1;
+        for (int i = llm__spec_rows[size - 1] - 1; i < n; i++) {
+            chance = ((double)s->n_right[kind][i] + 2 * chance) / ((double)s->n_known[kind][i] + 2);
+            all_right *= chance;
+            tokens += all_right;
+        }
+        double rate = tokens / (pass_seconds[size] + n * guess_seconds);
+        if (rate <= 1.02 * best_rate) continue; /* 2 %: more than the times are sure of */
+        best_rate = rate;
+        best = n;
+    }
+    return best;
+}
+
+/* ---- A generation's rounds ---- */
+
+typedef struct llm__spec {
+    llm_draft *draft; /* NULL: none, or it failed */
+    llm_context *ctx;
+    int seq, most;
+    llm_sampler *sampler;
+    bool (*cancel)(void *user);
+    void *cancel_user;
+    llm_draft_guesses guesses;
+    float *q[LLM_DRAFT_MOST]; /* room for guesses.q, or NULL */
+    int n_checked;            /* of the guesses, in the pass whose logits there are */
+    llm_draft_stats *stats;
+} llm__spec;
+
+/* What is asked of the draft. False: nothing, as guessing has not paid so far. It is then tried in two rounds one after
+   the other, the second of which shows what a guess takes, whenever all trials took less than a hundredth of the
+   time. */
+static bool llm__spec_plan_round(llm_draft_state *s, const double *pass_seconds, int most, int wanted[LLM_DRAFT_KINDS],
+                                 bool *trial) {
+    bool known = s->guess.n > 0;
+    double guess_seconds = known ? llm__spec_usual_time(&s->guess) : pass_seconds[0] / 2;
+    bool cheap = known && guess_seconds < 0.01 * pass_seconds[0], pays = false;
+    for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++) {
+        wanted[kind] = llm__spec_best_guesses(s, pass_seconds, kind, most, guess_seconds);
+        pays = pays || (wanted[kind] && s->n_known[kind][0] > 0); /* a kind that never came says nothing */
+    }
+    *trial = !pays && !cheap;
+    if (*trial && s->n_in_step != 1 && s->trial_seconds > 0.01 * s->seconds) return false;
+    /* One more than is checked: whether it is right will be seen all the same. */
+    for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++)
+        if ((cheap || *trial) && wanted[kind] < most) wanted[kind]++;
+    return true;
+}
+
+/* Makes of what a draft wrote what it was asked for. */
+static void llm__spec_trim_guesses(llm_draft_guesses *g, const int *wanted, int n_vocab) {
+    if (g->kind < 0 || g->kind >= LLM_DRAFT_KINDS) g->kind = 0;
+    if (g->n > wanted[g->kind]) g->n = wanted[g->kind];
+    for (int i = 0; i < g->n; i++)
+        if (g->tokens[i] < 0 || g->tokens[i] >= n_vocab) g->n = i;
+    if (g->n < 0) g->n = 0;
+    for (int i = 0; i < g->n; i++) g->has_q = g->has_q && g->q[i];
+}
+
+static llm_status llm__spec_call_draft(llm__spec *sp, llm_token last, const int *wanted, llm_error *err) {
+    llm_context *ctx = sp->ctx;
+    llm_error why;
+    int length = ctx->cache.lengths[sp->seq];
+    llm_token *text = llm__cache_tokens(&ctx->cache, sp->seq);
+    text[length] = last; /* there is room for it, and the pass will put it there */
+    llm_draft_request request = {ctx, sp->seq, text, length + 1, wanted, sp->sampler, sp->cancel, sp->cancel_user};
+    memcpy(sp->guesses.q, sp->q, sizeof sp->q);
+    memset(&why, 0, sizeof why);
+    llm_status status = sp->draft->propose(sp->draft->user, &request, &sp->guesses, &why);
+    if (status == LLM_ERROR_CANCELLED) return llm__error(err, status, "the draft was cancelled");
+    if (status) {
+        llm__log(&ctx->desc.host, "decoding goes on without the draft %s: %s", sp->draft->name, why.message);
+        sp->draft = NULL;
+        sp->guesses.n = 0;
+        sp->stats->failed = true;
+    }
+    llm__spec_trim_guesses(&sp->guesses, wanted, ctx->model->shape.n_vocab);
+    return LLM_OK;
+}
+
+/* Has guesses made of what follows `last`, the token after the sequence, and decides how many of them the next pass is
+   to check: n_checked, at most `most`. */
+static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_error *err) {
+    int wanted[LLM_DRAFT_KINDS];
+    double pass_seconds[LLM_DRAFT_SIZES], start = llm__clock_now();
+    bool trial;
+    sp->n_checked = 0;
+    memset(&sp->guesses, 0, sizeof sp->guesses);
+    if (!sp->draft) return LLM_OK;
+    llm_draft_state *s = &sp->draft->state;
+    for (int i = 0; i < LLM_DRAFT_SIZES; i++)
+        if (s->passes[i].age < LLM__DRAFT_FORGET) s->passes[i].age++;
+        else if (i) s->passes[i].n = 0; /* times change: see again */
+    if (most > sp->most) most = sp->most;
+    /* Now and then a plain pass, to know what it takes. */
+    if (most < 1 || !s->passes[0].n || s->passes[0].age > LLM__DRAFT_PLAIN) return LLM_OK;
+    llm__spec_pass_times(s, pass_seconds);
+    if (!llm__spec_plan_round(s, pass_seconds, most, wanted, &trial)) {
+        s->n_in_step = 0;
+        return LLM_OK;
+    }
+    llm_status status = llm__spec_call_draft(sp, last, wanted, err);
+    double took = llm__clock_now() - start;
+    sp->stats->draft_seconds += took;
+    s->seconds += took;
+    if (trial) s->trial_seconds += took;
+    if (status) return status;
+    /* After a pause the draft had to catch up with the text: that time is not the rule. */
+    if (s->n_in_step && sp->guesses.n) llm__spec_add_time(&s->guess, took / sp->guesses.n);
+    s->n_in_step = s->n_in_step < 2 ? s->n_in_step + 1 : 2;
+    sp->n_checked =
+        llm__spec_best_guesses(s, pass_seconds, sp->guesses.kind, sp->guesses.n < most ? sp->guesses.n : most, 0);
+    return LLM_OK;
+}
+
+/* Takes note of what a pass took. */
+static void llm__spec_time_pass(llm__spec *sp, double seconds) {
+    int size = 0;
+    sp->stats->pass_seconds += seconds;
+    if (!sp->draft) return;
+    while (llm__spec_rows[size] < sp->n_checked + 1) size++;
+    llm__spec_add_time(&sp->draft->state.passes[size], seconds);
+    sp->draft->state.seconds += seconds;
+}
+
+/* The chance of a token. */
+static double llm__spec_choice_p(const llm__sampler_choice *c, llm_token token) {
+    for (int i = c->n_vocab - c->n; i < c->n_vocab; i++)
+        if (c->ids[i] == token) return c->p[token] / c->total;
+    return 0;
+}
+
+/* One of the choice, each with probability proportional to max(0, p - q). */
+static llm_token llm__spec_draw_rest(const llm__sampler_choice *c, const float *q, llm_sampler *sampler) {
+    double sum = 0;
+    for (int i = c->n_vocab - c->n; i < c->n_vocab; i++) {
+        double rest = c->p[c->ids[i]] / c->total - q[c->ids[i]];
+        if (rest > 0) sum += rest;
+    }
+    double at = llm__sampler_random(sampler) * sum;
+    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--) {
+        double rest = c->p[c->ids[i]] / c->total - q[c->ids[i]];
+        if (rest > 0) at -= rest;
+        if (rest > 0 && at < 0) return c->ids[i];
+    }
+    return c->ids[c->n_vocab - 1]; /* nothing is left, or rounding left a little over */
+}
+
+/* Draws the token that the logits at `row` of the pass are about; `row` counts from `first`, its first row that belongs
+   here, whose token ends the first `length` of the sequence. *right: it is what was guessed, so that the next row's
+   logits are good too. */
+static llm_token llm__spec_draw_checked(llm__spec *sp, int first, int row, int length, bool *right) {
+    const llm_draft_guesses *g = &sp->guesses;
+    bool guessed = row < g->n;
+    llm_token guess = guessed ? g->tokens[row] : -1, token;
+    llm__sampler_choice choice = llm__sampler_choose(sp->ctx, llm_logits(sp->ctx, first + row),
+                                                     llm_seq_tokens(sp->ctx, sp->seq), length, sp->sampler);
+    if (row < sp->n_checked && g->has_q && !llm__sampler_is_greedy(sp->sampler)) {
+        *right = llm__sampler_random(sp->sampler) * g->q[row][guess] < llm__spec_choice_p(&choice, guess);
+        token = *right ? guess : llm__spec_draw_rest(&choice, g->q[row], sp->sampler);
+    } else {
+        token = llm__sampler_draw_choice(&choice, sp->sampler);
+        *right = guessed && token == guess;
+    }
+    if (guessed && sp->draft) {
+        float *n_right = &sp->draft->state.n_right[g->kind][row], *n_known = &sp->draft->state.n_known[g->kind][row];
+        *n_right = 0.95f * *n_right + (*right ? 1.0f : 0.0f);
+        *n_known = 0.95f * *n_known + 1.0f;
+    }
+    *right = *right && row < sp->n_checked;
+    return token;
+}
+
+static void llm__spec_count_pass(llm__spec *sp, int n_right) {
+    llm_draft_stats *stats = sp->stats;
+    if (!sp->n_checked) return;
+    stats->n_passes++;
+    stats->n_proposed += sp->n_checked;
+    stats->n_accepted += n_right;
+    stats->n_by_accepted[n_right]++;
+    stats->tokens_per_pass = 1 + (double)stats->n_accepted / stats->n_passes;
+}
+
+/* Plain decoding would have taken a plain pass for each token, and for all but passes and guesses the same. */
+static void llm__spec_find_speedup(const llm__spec *sp, int n_tokens, double seconds) {
+    llm_draft_stats *stats = sp->stats;
+    if (!sp->draft || !sp->draft->state.passes[0].n || n_tokens < 1) return;
+    double rest = seconds - stats->draft_seconds - stats->pass_seconds;
+    stats->speedup = (n_tokens * llm__spec_usual_time(&sp->draft->state.passes[0]) + rest) / seconds;
+}
+
+/* ---- Prompt lookup ---- */
+
+enum { LLM__LOOKUP_MOST = 16 }; /* tokens a match is looked at for */
+
+/* Finds the longest end of the text that stands in it before, of several the last. Returns where what followed it
+   begins, 0 if there is none. */
+static int llm__lookup_find_match(const llm_token *text, int n, int *length) {
+    int best = 0;
+    *length = 0;
+    for (int end = n - 1; end > 0 && *length < LLM__LOOKUP_MOST; end--) {
+        int same = 0;
+        while (same < LLM__LOOKUP_MOST && same < end && text[end - 1 - same] == text[n - 1 - same]) same++;
+        if (same <= *length) continue;
+        *length = same;
+        best = end;
+    }
+    return best;
+}
+
+/* Longer matches are trusted more: they are kinds of their own. What follows a match that reaches into the end of the
+   text goes on with the guesses themselves. */
+static llm_status llm__lookup_propose(void *user, const llm_draft_request *r, llm_draft_guesses *g, llm_error *err) {
+    static const int kinds[LLM__LOOKUP_MOST + 1] = {0, 0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 6, 6, 7};
+    int length, from = llm__lookup_find_match(r->tokens, r->n_tokens, &length);
+    (void)user;
+    (void)err;
+    if (!length) return LLM_OK;
+    g->kind = kinds[length];
+    for (; g->n < r->n_wanted[g->kind]; g->n++) {
+        int at = from + g->n;
+        g->tokens[g->n] = at < r->n_tokens ? r->tokens[at] : g->tokens[at - r->n_tokens];
+    }
+    return LLM_OK;
+}
+
+LLM_API llm_draft llm_draft_lookup(void) {
+    llm_draft draft;
+    memset(&draft, 0, sizeof draft);
+    draft.name = "lookup";
+    draft.propose = llm__lookup_propose;
+    return draft;
+}
+
+/* ---- A model as the draft ---- */
+
+typedef struct llm__draft_model {
+    llm__pool pool;
+    llm_context *target, *ctx; /* what it guesses for; its own */
+    bool shares_cache;         /* of the target: its own is then lent to it for each proposal */
+    int *starts;               /* [n_seq] where in the text its sequence begins: it may be too short for all of it */
+    int *seqs;                 /* [n_ctx] for a batch's tokens */
+} llm__draft_model;
+
+/* Cuts its sequence to what it has in common with the text, moving on in the text where that leaves no room for
+   `n_more`; returns how many tokens of the text it has not read. */
+static int llm__draft_model_align(llm__draft_model *d, const llm_draft_request *r, int n_more) {
+    int n_ctx = d->ctx->desc.n_ctx, *start = &d->starts[r->seq], same = 0;
+    if (d->shares_cache) return 1;
+    if (*start >= r->n_tokens || r->n_tokens - *start + n_more > n_ctx)
+        *start = r->n_tokens + n_more > n_ctx ? r->n_tokens - n_ctx / 2 : 0;
+    const llm_token *own = llm_seq_tokens(d->ctx, r->seq), *text = r->tokens + *start;
+    while (same < r->n_tokens - *start - 1 && same < llm_seq_length(d->ctx, r->seq) && own[same] == text[same]) same++;
+    llm__cache_truncate(&d->ctx->cache, r->seq, same);
+    return r->n_tokens - *start - same;
+}
+
+/* The target may have fewer tokens. The best may be among those that go; then another is the last. */
+static void llm__draft_model_drop_unknown(llm__sampler_choice *c, int n_known) {
+    int kept = 0;
+    c->total = 0;
+    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--) {
+        if (c->ids[i] >= n_known) continue;
+        c->total += c->p[c->ids[i]];
+        llm__sampler_swap_ids(c->ids, i, c->n_vocab - ++kept);
+    }
+    c->n = kept;
+}
+
+/* Guesses what comes after its sequence by the last pass's logits; false if it is nothing the target knows. */
+static bool llm__draft_model_draw(llm__draft_model *d, int seq, const float *logits, llm_sampler *sampler,
+                                  llm_draft_guesses *g) {
+    int n_known = d->target->model->shape.n_vocab;
+    llm__sampler_choice choice =
+        llm__sampler_choose(d->ctx, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq), sampler);
+    float *q = g->q[g->n];
+    if (n_known < choice.n_vocab) llm__draft_model_drop_unknown(&choice, n_known);
+    if (!choice.n) return false;
+    g->tokens[g->n++] = llm__sampler_draw_choice(&choice, sampler);
+    if (!q) return true;
+    memset(q, 0, (size_t)n_known * sizeof *q);
+    for (int i = choice.n_vocab - choice.n; i < choice.n_vocab; i++)
+        q[choice.ids[i]] = (float)(choice.p[choice.ids[i]] / choice.total);
+    return true;
+}
+
+/* Reads the last n_new tokens of the text, and guesses, reading each guess but the last. */
+static llm_status llm__draft_model_run(llm__draft_model *d, const llm_draft_request *r, int n_new, llm_draft_guesses *g,
+                                       llm_error *err) {
+    llm_sampler sampler = *r->sampler;
+    const llm_token *tokens = r->tokens + r->n_tokens - n_new;
+    g->has_q = g->q[0] != NULL;
+    if (g->has_q) sampler.seed = ~sampler.seed; /* numbers that the target does not use */
+    for (int i = 0; i < n_new; i++) {
+        if (tokens[i] >= d->ctx->model->shape.n_vocab) return LLM_OK; /* it cannot read that */
+        d->seqs[i] = r->seq;
+    }
+    while (g->n < r->n_wanted[0]) {
+        llm_batch batch = {n_new, tokens, d->seqs, NULL};
+        llm_status status = llm__ctx_forward(d->ctx, &batch, r->cancel, r->cancel_user, err);
+        if (status) return status;
+        if (!llm__draft_model_draw(d, r->seq, llm_logits(d->ctx, n_new - 1), &sampler, g)) break;
+        tokens = &g->tokens[g->n - 1];
+        n_new = 1;
+    }
+    return LLM_OK;
+}
+
+static llm_status llm__draft_model_propose(void *user, const llm_draft_request *r, llm_draft_guesses *g,
+                                           llm_error *err) {
+    llm__draft_model *d = (llm__draft_model *)user;
+    if (r->ctx != d->target) return llm__error(err, LLM_ERROR_ARGUMENT, "the draft was made for another context");
+    if (d->shares_cache) d->ctx->cache = d->target->cache;
+    llm_status status = llm__draft_model_run(d, r, llm__draft_model_align(d, r, r->n_wanted[0]), g, err);
+    if (!d->shares_cache) return status;
+    llm__cache_truncate(&d->ctx->cache, r->seq, r->n_tokens - 1);
+    d->target->cache = d->ctx->cache;
+    return status;
+}
+
+static void llm__draft_model_close(void *user) {
+    llm__draft_model *d = (llm__draft_model *)user;
+    llm_context_free(d->ctx);
+    llm__pool pool = d->pool;
+    llm__pool_free(&pool);
+}
+
+/* Do two vocabularies say the same, as far as both go? The longer may be padded. */
+static llm_status llm__draft_check_vocabularies(const llm_tokenizer *a, const llm_tokenizer *b, llm_error *err) {
+    int n_a = llm_tokenizer_n_vocab(a), n_b = llm_tokenizer_n_vocab(b);
+    for (int i = 0; i < n_a && i < n_b; i++) {
+        llm__str x, y;
+        x.at = llm_token_bytes(a, i, &x.n);
+        y.at = llm_token_bytes(b, i, &y.n);
+        if (!llm__str_equal(x, y) || llm_token_is_special(a, i) != llm_token_is_special(b, i))
+            return llm__error(err, LLM_ERROR_ARGUMENT,
+                              "the draft has another vocabulary: its token %d is \"%.*s\"%s, the model's is \"%.*s\"%s",
+                              i, LLM__SHOW(y), llm_token_is_special(b, i) ? " (special)" : "", LLM__SHOW(x),
+                              llm_token_is_special(a, i) ? " (special)" : "");
+    }
+    return LLM_OK;
+}
+
+typedef struct llm__draft_model_args {
+    llm_context *target;
+    const llm_model *model;
+    llm__draft_model *draft;
+    llm_context *ctx; /* to be freed if something fails after it was made */
+} llm__draft_model_args;
+
+/* The draft's context: on the target's cache if that holds what the draft's own would, but for the type of the
+   weights. */
+static llm_status llm__draft_model_context(llm__draft_model_args *a, bool *shares_cache, llm_error *err) {
+    const llm_model *model = a->model;
+    llm_context_desc desc = a->target->desc;
+    bool same_backend = model->backend == a->target->model->backend;
+    llm_status status = LLM_ERROR_UNSUPPORTED;
+    *shares_cache = same_backend && model->source == a->target->model->source;
+    desc.n_logits = 1;
+    if (*shares_cache) {
+        desc.n_batch = 1; /* it reads the last token, and then its own guesses */
+    } else {
+        desc.cache_dtype = LLM_DTYPE_DEFAULT;
+        desc.n_cache = 0;
+        if (model->info.n_ctx_train > 0 && model->info.n_ctx_train < desc.n_ctx) desc.n_ctx = model->info.n_ctx_train;
+    }
+    if (same_backend) status = llm__ctx_create(&a->ctx, model, &desc, a->target, *shares_cache, err);
+    if (status != LLM_ERROR_UNSUPPORTED) return status;
+    *shares_cache = false;
+    return llm__ctx_create(&a->ctx, model, &desc, NULL, false, err);
+}
+
+static void llm__draft_model_body(llm__env *env, void *arg) {
+    llm__draft_model_args *a = (llm__draft_model_args *)arg;
+    llm__draft_model *d = (llm__draft_model *)llm__alloc_zero(env, 1, sizeof *d);
+    llm_status status = llm__draft_model_context(a, &d->shares_cache, env->err);
+    if (status) {
+        env->status = status;
+        longjmp(env->unwind, 1);
+    }
+    d->target = a->target;
+    d->ctx = a->ctx;
+    d->starts = (int *)llm__alloc_zero(env, (size_t)d->ctx->desc.n_seq, sizeof(int));
+    d->seqs = (int *)llm__alloc(env, (size_t)d->ctx->desc.n_ctx, sizeof(int));
+    d->pool = *env->pool;
+    a->draft = d;
+}
+
+LLM_API llm_status llm_draft_model(llm_draft *out, llm_context *ctx, const llm_model *model, llm_error *err) {
+    llm__draft_model_args args = {ctx, model, NULL, NULL};
+    llm__pool pool;
+    llm__env env;
+    if (!out || !ctx || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out, ctx or model is NULL");
+    memset(out, 0, sizeof *out);
+    llm_status status = llm__draft_check_vocabularies(ctx->model->tokenizer, model->tokenizer, err);
+    if (status) return status;
+    llm__pool_init(&pool, &ctx->desc.host);
+    llm__env_init(&env, &pool, err, NULL);
+    status = llm__env_run(&env, llm__draft_model_body, &args);
+    if (status) {
+        llm_context_free(args.ctx);
+        llm__pool_free(&pool);
+        return status;
+    }
+    out->name = llm_dtype_name(model->info.dtype);
+    out->propose = llm__draft_model_propose;
+    out->close = llm__draft_model_close;
+    out->user = args.draft;
+    return LLM_OK;
+}
+
+LLM_API void llm_draft_free(llm_draft *draft) {
+    if (!draft) return;
+    if (draft->close) draft->close(draft->user);
+    memset(draft, 0, sizeof *draft);
+}
+
+/* ==== 21 Generation =============================================================================================
+
+   Prompt in, text out: encode, run what the cache does not hold yet, then sample, show and run one token at a time, or
+   several with a draft. */
+
+/* Text on its way to the host. What might be the beginning of a stop string waits until that is known. */
+typedef struct llm__gen_outbox {
+    const llm_generate_desc *desc;
+    char *text; /* waiting */
+    size_t n, capacity;
+    llm_text_stream stream;
+    int stop_index; /* the stop string that was found, or -1 */
+    bool refused;   /* a callback returned false */
+} llm__gen_outbox;
+
+/* Bytes at the end of the waiting text that begin some stop string. */
+static size_t llm__gen_possible_stop(const llm__gen_outbox *box) {
+    for (size_t at = 0; at < box->n; at++)
+        for (int i = 0; i < box->desc->n_stop_strings; i++) {
+            const char *stop = box->desc->stop_strings[i];
+            if (strlen(stop) > box->n - at && !memcmp(box->text + at, stop, box->n - at)) return box->n - at;
+        }
+    return 0;
+}
+
+/* Where the first stop string in the waiting text begins; box->n if there is none. */
+static size_t llm__gen_find_stop(llm__gen_outbox *box) {
+    for (size_t at = 0; at < box->n; at++)
+        for (int i = 0; i < box->desc->n_stop_strings; i++) {
+            size_t length = strlen(box->desc->stop_strings[i]);
+            if (length && length <= box->n - at && !memcmp(box->text + at, box->desc->stop_strings[i], length)) {
+                box->stop_index = i;
+                return at;
+            }
+        }
+    return box->n;
+}
+
+static void llm__gen_show(llm__gen_outbox *box, size_t n) {
+    char next = box->text[n];
+    if (!n) return;
+    box->text[n] = 0;
+    if (box->desc->on_text && !box->desc->on_text(box->desc->user, box->text, n)) box->refused = true;
+    box->text[n] = next;
+    memmove(box->text, box->text + n, box->n - n);
+    box->n -= n;
+}
+
+/* Adds a token's text, or with token -1 what is left at the end, and shows what can be shown. */
+static void llm__gen_outbox_add(llm__env *env, llm__gen_outbox *box, const llm_tokenizer *tokenizer, llm_token token) {
+    size_t n_bytes = 0;
+    llm_token_bytes(tokenizer, token, &n_bytes);
+    size_t wanted = box->n + 3 * n_bytes + 32; /* each invalid byte may become three */
+    if (wanted > box->capacity) {
+        char *grown = (char *)llm__alloc(env, wanted * 2, 1);
+        if (box->n) memcpy(grown, box->text, box->n);
+        llm__free(env->pool, box->text);
+        box->text = grown;
+        box->capacity = wanted * 2;
+    }
+    box->n += llm_stream_token(tokenizer, &box->stream, token, box->text + box->n, box->capacity - box->n);
+    size_t safe = llm__gen_find_stop(box);
+    if (safe == box->n && token >= 0) safe -= llm__gen_possible_stop(box);
+    llm__gen_show(box, safe);
+}
+
+typedef struct llm__gen_args {
+    llm_context *ctx;
+    const llm_generate_desc *desc;
+    llm_stats *stats;
+    llm__spec speculation;
+} llm__gen_args;
+
+/* The prompt's tokens, allocated. */
+static llm_token *llm__gen_prompt_tokens(llm__env *env, const llm__gen_args *a, int *n) {
+    const llm_generate_desc *d = a->desc;
+    const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
+    llm__chat_text chat;
+    unsigned flags = LLM_ENCODE_SPECIAL;
+    if ((d->prompt != NULL) + (d->messages != NULL) + (d->tokens != NULL) != 1)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "exactly one of prompt, messages and tokens must be given");
+    if (d->tokens) {
+        if (d->n_tokens <= 0)
+            llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens: n_tokens is %d", d->n_tokens);
+        llm_token *copy = (llm_token *)llm__alloc(env, (size_t)d->n_tokens, sizeof *copy);
+        memcpy(copy, d->tokens, (size_t)d->n_tokens * sizeof *copy);
+        *n = d->n_tokens;
+        return copy;
+    }
+    memset(&chat, 0, sizeof chat);
+    if (d->messages) {
+        chat = llm__chat_render(env, tokenizer, d->messages, d->n_messages, true);
+    } else {
+        flags |= LLM_ENCODE_BOS;
+        chat.text = (char *)(uintptr_t)d->prompt;
+        chat.n = strlen(d->prompt);
+    }
+    if (chat.n > INT32_MAX / 8)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has %llu bytes", (unsigned long long)chat.n);
+    llm_token *ids = (llm_token *)llm__alloc(env, 4 * chat.n + 8, sizeof *ids);
+    *n = (int)llm__enc_spans(env, tokenizer, chat.text, chat.n, flags, chat.spans, chat.n_spans, ids, 4 * chat.n + 8);
+    return ids;
+}
+
+/* A forward pass that the caller's cancel stops, or the context's where the caller has none. */
+static llm_status llm__gen_forward(const llm__gen_args *a, const llm_batch *batch, llm_error *err) {
+    const llm_context_desc *c = &a->ctx->desc;
+    if (a->desc->cancel) return llm__ctx_forward(a->ctx, batch, a->desc->cancel, a->desc->user, err);
+    return llm__ctx_forward(a->ctx, batch, c->cancel, c->cancel_user, err);
+}
+
+/* Runs the part of the prompt that the sequence does not hold. At least one token is run, to have its logits. */
+static llm_status llm__gen_prefill(llm__env *env, const llm__gen_args *a, const llm_token *ids, int n) {
+    llm_context *ctx = a->ctx;
+    int seq = a->desc->seq, reused = 0;
+    if (n == 0) llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens");
+    if (n > ctx->desc.n_ctx)
+        llm__fail(env, LLM_ERROR_CONTEXT_FULL,
+                  "the prompt has %d tokens, but a sequence of this context holds %d (n_ctx)", n, ctx->desc.n_ctx);
+    for (int i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= ctx->model->shape.n_vocab)
+            llm__fail(env, LLM_ERROR_ARGUMENT, "token %d of the prompt is %ld; the vocabulary has %d", i, (long)ids[i],
+                      ctx->model->shape.n_vocab);
+    while (reused < n - 1 && reused < llm_seq_length(ctx, seq) && llm_seq_tokens(ctx, seq)[reused] == ids[reused])
+        reused++;
+    llm__cache_truncate(&ctx->cache, seq, reused);
+    a->stats->n_prompt = n;
+    a->stats->n_reused = reused;
+    int *seqs = (int *)llm__alloc(env, (size_t)n, sizeof *seqs);
+    for (int i = 0; i < n; i++) seqs[i] = seq;
+    llm_batch batch = {n - reused, ids + reused, seqs, NULL};
+    llm_status status = llm__gen_forward(a, &batch, env->err);
+    llm__free(env->pool, seqs);
+    return status;
+}
+
+/* Ends the generation if this token does, without showing it. */
+static bool llm__gen_token_stops(const llm__gen_args *a, llm_token token) {
+    if (!a->desc->ignore_end && llm_token_is_end(a->ctx->model->tokenizer, token)) {
+        a->stats->stop = LLM_STOP_END;
+        return true;
+    }
+    for (int i = 0; i < a->desc->n_stop_tokens; i++)
+        if (a->desc->stop_tokens[i] == token) {
+            a->stats->stop = LLM_STOP_TOKEN;
+            a->stats->stop_index = i;
+            return true;
+        }
+    return false;
+}
+
+/* Is there no place for one more token, in the sequence or in the cache? */
+static bool llm__seq_is_full(const llm_context *ctx, int seq) {
+    return ctx->cache.lengths[seq] == ctx->desc.n_ctx || llm__cache_needs(&ctx->cache, seq, 1) > ctx->cache.n_free;
+}
+
+/* Shows a token and says whether something there ends the generation. `has_place`: it is in the cache already, or its
+   place is. */
+static bool llm__gen_show_token(llm__env *env, const llm__gen_args *a, llm__gen_outbox *box, llm_token token,
+                                bool has_place) {
+    const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
+    llm_stats *stats = a->stats;
+    size_t n_bytes = 0;
+    const char *bytes = llm_token_bytes(tokenizer, token, &n_bytes);
+    stats->n_generated++;
+    if (a->desc->on_token && !a->desc->on_token(a->desc->user, token, bytes, n_bytes)) box->refused = true;
+    llm__gen_outbox_add(env, box, tokenizer, token);
+    if (box->stop_index >= 0) {
+        stats->stop = LLM_STOP_STRING;
+        stats->stop_index = box->stop_index;
+    } else if (box->refused) {
+        stats->stop = LLM_STOP_CALLBACK;
+    } else if (stats->n_generated == a->desc->max_tokens) {
+        stats->stop = LLM_STOP_LENGTH;
+    } else if (!has_place && llm__seq_is_full(a->ctx, a->desc->seq)) {
+        stats->stop = LLM_STOP_CONTEXT;
+    }
+    return stats->stop != LLM_STOP_NONE;
+}
+
+/* The sequence's last token went through the model. */
+static void llm__gen_count_decode(const llm__gen_args *a) {
+    const llm_model *model = a->ctx->model;
+    uint64_t length = (uint64_t)llm_seq_length(a->ctx, a->desc->seq);
+    uint64_t block_bytes = model->backend->block_bytes(&model->shape, a->ctx->desc.cache_dtype);
+    a->stats->n_decode_passes++;
+    a->stats->decode_bytes += model->info.weight_bytes_per_token + length * block_bytes / LLM_BLOCK;
+}
+
+/* The most guesses there is room for after a token, in the sequence and the cache, and use for. */
+static int llm__gen_most_guesses(const llm__gen_args *a) {
+    const llm_context *ctx = a->ctx;
+    int seq = a->desc->seq, most = ctx->desc.n_ctx - ctx->cache.lengths[seq] - 1;
+    if (most > LLM_DRAFT_MOST) most = LLM_DRAFT_MOST;
+    if (a->desc->max_tokens > 0 && a->desc->max_tokens - a->stats->n_generated - 1 < most)
+        most = a->desc->max_tokens - a->stats->n_generated - 1;
+    while (most > 0 && llm__cache_needs(&ctx->cache, seq, most + 1) > ctx->cache.n_free) most--;
+    return most;
+}
+
+/* A token through the model, and after it the guesses that are worth it. */
+static llm_status llm__gen_step(llm__gen_args *a, llm_token token, llm_error *err) {
+    llm__spec *sp = &a->speculation;
+    llm_token tokens[LLM_DRAFT_MOST + 1];
+    int seqs[LLM_DRAFT_MOST + 1];
+    bool logits[LLM_DRAFT_MOST + 1];
+    llm_status status = llm__spec_guess(sp, token, llm__gen_most_guesses(a), err);
+    if (status) return status;
+    for (int i = 0; i <= sp->n_checked; i++) {
+        tokens[i] = i ? sp->guesses.tokens[i - 1] : token;
+        seqs[i] = a->desc->seq;
+        logits[i] = true;
+    }
+    llm_batch batch = {sp->n_checked + 1, tokens, seqs, logits};
+    double start = llm__clock_now();
+    status = llm__gen_forward(a, &batch, err);
+    if (status) return status;
+    llm__spec_time_pass(sp, llm__clock_now() - start);
+    llm__gen_count_decode(a);
+    return LLM_OK;
+}
+
+/* ---- Bursts ---- */
+
+typedef struct llm__gen_burst_args {
+    llm__env *env;
+    const llm__gen_args *a;
+    llm__gen_outbox *box;
+    llm_sampler *sampler;
+    llm_burst burst;
+    int n_known;     /* of its tokens */
+    llm_token token; /* the last known */
+    llm_status status;
+} llm__gen_burst_args;
+
+/* How many tokens the device may pick: places for all but the last must be there. */
+static int llm__gen_burst_size(const llm__gen_args *a, const llm_sampler *s) {
+    const llm__cache *cache = &a->ctx->cache;
+    int seq = a->desc->seq, left = a->desc->max_tokens - a->stats->n_generated, n = LLM_BURST;
+    bool plain = s->n_biases == 0 && (s->repeat_penalty <= 0 || s->repeat_penalty == 1);
+    if (!a->ctx->model->backend->burst || !plain) return 0;
+    if (a->desc->max_tokens > 0 && left < n) n = left;
+    if (a->ctx->desc.n_ctx - cache->lengths[seq] + 1 < n) n = a->ctx->desc.n_ctx - cache->lengths[seq] + 1;
+    if (llm__cache_must_copy(cache, seq)) return 1;
+    while (n > 1 && llm__cache_needs(cache, seq, n - 1) > cache->n_free) n--;
+    return n;
+}
+
+static bool llm__gen_poll_cancel(const llm__gen_args *a) {
+    const llm_context_desc *c = &a->ctx->desc;
+    if (a->desc->cancel) return a->desc->cancel(a->desc->user);
+    return c->cancel && c->cancel(c->cancel_user);
+}
+
+/* The burst's next token is known. */
+static void llm__gen_burst_token_body(llm__env *env, void *arg) {
+    llm__gen_burst_args *b = (llm__gen_burst_args *)arg;
+    const llm__gen_args *a = b->a;
+    llm__cache *cache = &a->ctx->cache;
+    bool is_last = ++b->n_known == b->burst.n;
+    if (b->n_known > 1) llm__gen_count_decode(a);
+    if (b->sampler->temperature >= 1e-30f) b->sampler->n_drawn++;
+    if (llm__gen_token_stops(a, b->token) || llm__gen_show_token(env, a, b->box, b->token, !is_last) || is_last) return;
+    if (llm__gen_poll_cancel(a)) {
+        a->stats->stop = LLM_STOP_CALLBACK;
+        return;
+    }
+    llm__cache_tokens(cache, a->desc->seq)[cache->lengths[a->desc->seq]++] = b->token;
+}
+
+/* Where memory runs out, the device's work is brought to an end before the error goes up. */
+static bool llm__gen_burst_token(void *user, llm_token token) {
+    llm__gen_burst_args *b = (llm__gen_burst_args *)user;
+    llm__env env;
+    llm__env_init(&env, b->env->pool, b->env->err, NULL);
+    b->token = token;
+    b->status = llm__env_run(&env, llm__gen_burst_token_body, b);
+    return !b->status && b->a->stats->stop == LLM_STOP_NONE;
+}
+
+/* Lets the device pick n tokens, in places that are taken beforehand; while it does, the sequence's length is that of
+   its known tokens. *token becomes the last of them. */
+static llm_status llm__gen_run_burst(llm__env *env, const llm__gen_args *a, llm__gen_outbox *box, llm_sampler *sampler,
+                                     int n, llm_token *token) {
+    llm_context *ctx = a->ctx;
+    llm__gen_burst_args b = {env, a, box, sampler, {n, 0, NULL, sampler, llm__gen_burst_token, NULL}, 0, -1, LLM_OK};
+    int seq = a->desc->seq, *length = &ctx->cache.lengths[seq], before = *length, known;
+    llm_sampler start = *sampler; /* for its n_drawn counts on while the device draws */
+    b.burst.sampler = &start;
+    b.burst.position = before;
+    b.burst.blocks = llm__cache_table(&ctx->cache, seq);
+    b.burst.user = &b;
+    for (int i = 1; i < n; i++) llm__cache_append(&ctx->cache, seq, 0);
+    *length = before;
+    llm_status status = ctx->model->backend->burst(ctx->device, &b.burst, env->err);
+    known = *length;
+    *length = before + n - 1;
+    llm__cache_truncate(&ctx->cache, seq, known);
+    ctx->n_logits = 0; /* they are those of a later token */
+    *token = b.token;
+    return status ? status : b.status;
+}
+
+/* Draws and shows tokens by the logits of the last pass, of which row `first` is the first that answers this sequence:
+   one, and another for each guess that was right. *token becomes the last of them, which has not been computed on;
+   false if something ends the generation. */
+static bool llm__gen_take_tokens(llm__env *env, llm__gen_args *a, llm__gen_outbox *box, int first, llm_token *token) {
+    llm__spec *sp = &a->speculation;
+    int seq = a->desc->seq, length = a->ctx->cache.lengths[seq] - sp->n_checked, row = 0;
+    bool right, ended;
+    do {
+        *token = llm__spec_draw_checked(sp, first, row, length + row, &right);
+        if (!right) llm__cache_truncate(&a->ctx->cache, seq, length + row);
+        ended = llm__gen_token_stops(a, *token) || llm__gen_show_token(env, a, box, *token, right);
+        row += right;
+    } while (right && !ended);
+    llm__spec_count_pass(sp, row);
+    if (right) llm__cache_truncate(&a->ctx->cache, seq, length + row - 1); /* the end was guessed */
+    return !ended;
+}
+
+static void llm__gen_start_speculation(llm__env *env, llm__gen_args *a, llm_sampler *sampler) {
+    const llm_generate_desc *d = a->desc;
+    const llm_context *ctx = a->ctx;
+    llm__spec *sp = &a->speculation;
+    int n_logits = ctx->desc.n_logits < ctx->desc.n_batch ? ctx->desc.n_logits : ctx->desc.n_batch;
+    sp->draft = d->draft;
+    sp->ctx = a->ctx;
+    sp->seq = d->seq;
+    sp->sampler = sampler;
+    sp->cancel = d->cancel ? d->cancel : ctx->desc.cancel;
+    sp->cancel_user = d->cancel ? d->user : ctx->desc.cancel_user;
+    sp->stats = &a->stats->draft;
+    if (!d->draft) return;
+    if (!d->draft->propose || d->draft_max < 0)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "the draft has no function, or draft_max is negative");
+    if (n_logits < 2)
+        llm__fail(env, LLM_ERROR_ARGUMENT,
+                  "a draft is of use only in a context whose n_logits and n_batch are above 1: they are %d and %d",
+                  ctx->desc.n_logits, ctx->desc.n_batch);
+    sp->most = d->draft_max && d->draft_max < n_logits - 1 ? d->draft_max : n_logits - 1;
+    if (sp->most > LLM_DRAFT_MOST) sp->most = LLM_DRAFT_MOST;
+    for (int i = 0; i < sp->most && !d->draft_keeps_text && !llm__sampler_is_greedy(sampler); i++)
+        sp->q[i] = (float *)llm__alloc(env, (size_t)ctx->model->shape.n_vocab, sizeof(float));
+}
+
+static void llm__gen_body(llm__env *env, void *arg) {
+    llm__gen_args *a = (llm__gen_args *)arg;
+    llm_context *ctx = a->ctx;
+    llm_sampler greedy, *sampler = a->desc->sampler ? a->desc->sampler : &greedy;
+    llm__gen_outbox box;
+    llm_token token;
+    double start = llm__clock_now();
+    int n;
+    memset(&greedy, 0, sizeof greedy);
+    memset(&box, 0, sizeof box);
+    box.desc = a->desc;
+    box.stop_index = -1;
+    box.stream.started =
+        !a->desc->messages; /* what continues a prompt does not begin a text: its first space is shown */
+    llm__gen_start_speculation(env, a, sampler);
+    llm_token *ids = llm__gen_prompt_tokens(env, a, &n);
+    llm_status status = llm__gen_prefill(env, a, ids, n);
+    a->stats->prefill_seconds = llm__clock_now() - start;
+    start = llm__clock_now();
+    for (int first = n - 1 - a->stats->n_reused; !status; first = 0) {
+        int n_burst = a->speculation.draft ? 0 : llm__gen_burst_size(a, sampler);
+        if (n_burst) {
+            status = llm__gen_run_burst(env, a, &box, sampler, n_burst, &token);
+            if (status || a->stats->stop) break;
+        } else if (!llm__gen_take_tokens(env, a, &box, first, &token)) {
+            break;
+        }
+        status = llm__gen_step(a, token, env->err);
+    }
+    a->stats->decode_seconds = llm__clock_now() - start;
+    llm__spec_find_speedup(&a->speculation, a->stats->n_generated - 1, a->stats->decode_seconds);
+    if (status && status != LLM_ERROR_CANCELLED) {
+        env->status = status;
+        longjmp(env->unwind, 1);
+    }
+    if (status) a->stats->stop = LLM_STOP_CALLBACK;
+    if (a->stats->stop == LLM_STOP_STRING || box.refused) return;
+    llm__gen_outbox_add(env, &box, ctx->model->tokenizer, -1);
+    if (box.stop_index < 0) return;
+    a->stats->stop = LLM_STOP_STRING; /* in the U+FFFD that ends the text */
+    a->stats->stop_index = box.stop_index;
+}
+
+LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err) {
+    llm_stats unwanted;
+    llm__pool pool;
+    llm__env env;
+    if (!ctx || !desc) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or desc is NULL");
+    llm_status status = llm__ctx_check_seq(ctx, desc->seq, err);
+    if (status) return status;
+    llm__gen_args args;
+    memset(&args, 0, sizeof args);
+    args.ctx = ctx;
+    args.desc = desc;
+    args.stats = stats ? stats : &unwanted;
+    memset(args.stats, 0, sizeof *args.stats);
+    llm__pool_init(&pool, &ctx->desc.host);
+    llm__env_init(&env, &pool, err, NULL);
+    status = llm__env_run(&env, llm__gen_body, &args);
+    llm__pool_free(&pool);
+    return status;
+}
+
+/* ==== 22 Scoring ================================================================================================
+
+   A question's text with one ending is its context and that ending. All texts of a question share a prefix: the context
+   and the first tokens that all endings have in common. A token is computed if another is predicted from it: all but the
+   last of each text. Rows from which a token of an ending is predicted go through the last layer and the head.
+
+   Packed: the prefix is one sequence, the endings are forks of it. Passes are filled to the last token with what there
+   is to do: endings of questions whose prefix was computed in a pass before, then prefixes of further questions.
+
+   The other schedules make rectangles, as a library without ragged batches must, and do compute the padding. They are
+   those of H. Kim and J. Ryu, "Samsung Computer Engineering Challenge 2023, Round 1 Report" (Team H). */
+
+/* ---- Text ---- */
+
+/* The bytes of the white space that a text ends with; white space is what Python's str.rstrip takes for it. */
+static size_t llm__pair_trailing_space(const char *text, size_t n) {
+    static const char wide[][4] = {"\xC2\x85",     "\xC2\xA0",     "\xE1\x9A\x80", "\xE2\x80\x80", "\xE2\x80\x81",
+                                   "\xE2\x80\x82", "\xE2\x80\x83", "\xE2\x80\x84", "\xE2\x80\x85", "\xE2\x80\x86",
+                                   "\xE2\x80\x87", "\xE2\x80\x88", "\xE2\x80\x89", "\xE2\x80\x8A", "\xE2\x80\xA8",
+                                   "\xE2\x80\xA9", "\xE2\x80\xAF", "\xE2\x81\x9F", "\xE3\x80\x80"};
+    size_t left = n;
+    for (size_t length = 1; length && left; left -= length) {
+        unsigned char last = (unsigned char)text[left - 1];
+        length = last == ' ' || (last >= 9 && last <= 13) || (last >= 28 && last <= 31);
+        for (size_t i = 0; i < sizeof wide / sizeof *wide && !length; i++)
+            if (strlen(wide[i]) <= left && !memcmp(text + left - strlen(wide[i]), wide[i], strlen(wide[i])))
+                length = strlen(wide[i]);
+    }
+    return n - left;
+}
+
+typedef struct llm__pair {
+    const llm_tokenizer *tokenizer;
+    const char *context, *ending;
+    unsigned flags;
+    llm_token *ids;
+    size_t capacity, n_context, n;
+} llm__pair;
+
+static void llm__pair_body(llm__env *env, void *arg) {
+    llm__pair *p = (llm__pair *)arg;
+    const llm_tokenizer *t = p->tokenizer;
+    size_t n_context = strlen(p->context), n_ending = strlen(p->ending);
+    size_t n_kept = n_context - llm__pair_trailing_space(p->context, n_context);
+    char *whole = (char *)llm__alloc(env, n_context + n_ending + 1, 1);
+    memcpy(whole, p->context, n_context);
+    memcpy(whole + n_context, p->ending, n_ending + 1);
+    if (n_kept) { /* the whole text's ids, and then the context's over their beginning */
+        p->n = llm__enc_spans(env, t, whole, n_context + n_ending, p->flags, NULL, 0, p->ids, p->capacity);
+        p->n_context = llm__enc_spans(env, t, whole, n_kept, p->flags, NULL, 0, p->ids, p->capacity);
+        if (p->n < p->n_context) p->n = p->n_context; /* merged across the border, there are none left for the ending */
+        return;
+    }
+    llm_token first = t->bos >= 0 ? t->bos : t->eos;
+    if (first < 0) llm__fail(env, LLM_ERROR_ARGUMENT, "the context is empty, and there is no BOS token to begin with");
+    if (p->capacity && p->ids) p->ids[0] = first;
+    p->n_context = 1;
+    p->n = 1 + llm__enc_spans(env, t, whole, n_context + n_ending, p->flags & ~(unsigned)LLM_ENCODE_BOS, NULL, 0,
+                              p->ids ? p->ids + 1 : NULL, p->capacity ? p->capacity - 1 : 0);
+}
+
+LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *context, const char *ending, unsigned flags,
+                                llm_token *ids, size_t capacity, int64_t *n_context, llm_error *err) {
+    llm__pair pair = {tokenizer, context ? context : "", ending ? ending : "", flags, ids, ids ? capacity : 0, 0, 0};
+    llm__pool pool;
+    llm__env env;
+    llm__pool_init(&pool, &tokenizer->host);
+    llm__env_init(&env, &pool, err, NULL);
+    llm_status status = llm__env_run(&env, llm__pair_body, &pair);
+    llm__pool_free(&pool);
+    *n_context = (int64_t)pair.n_context;
+    return status ? -1 : (int64_t)pair.n;
+}
+
+/* ---- The batch being filled ---- */
+
+/* A question on its way through the packed schedule. */
+typedef struct llm__score_slot {
+    int question; /* -1: none                                                */
+    int ending;   /* the one being computed; -1: the prefix                  */
+    int at;       /* its first token that is in no batch yet                 */
+} llm__score_slot;
+
+typedef struct llm__scorer {
+    llm__env *env;
+    llm_context *ctx;
+    const llm_question *questions;
+    int n_questions, most_endings;
+    const llm_score_desc *desc_given; /* may be NULL */
+    llm_score_desc desc;
+    llm_score_stats *stats;
+    double *results;      /* NULL: they are not wanted                                                */
+    size_t *first_result; /* [n_questions]                                                            */
+    int *prefixes;        /* [n_questions] tokens that all texts of a question begin with             */
+    int *unfinished;      /* [n_questions] endings yet to be computed                                 */
+    int n;                /* tokens in the batch                                                      */
+    llm_token *tokens;    /* [n_batch]                                                                */
+    int *seqs;            /* [n_batch]                                                                */
+    bool *logits;         /* [n_batch]                                                                */
+    int *first_target;    /* [n_batch + 1]                                                            */
+    llm_token *ids;       /* [n_batch * most_endings] what is predicted                               */
+    size_t *credits;      /* [n_batch * most_endings] the first result that a prediction is part of   */
+    int *n_credits;       /* [n_batch * most_endings] how many, one after the other                   */
+    llm__ctx_targets targets;
+    llm__score_slot *slots; /* [n_slots] slot i has the sequences from i * most_endings on              */
+    int n_slots;
+} llm__scorer;
+
+/* Computes the batch and begins another. A text's predictions come in order, so its sum is the same in all
+   schedules. */
+static void llm__score_batch(llm__scorer *s) {
+    llm_context *ctx = s->ctx;
+    llm_batch batch = {s->n, s->tokens, s->seqs, s->logits};
+    if (s->n == 0) return;
+    ctx->targets = &s->targets;
+    llm_status status = llm__ctx_forward(ctx, &batch, ctx->desc.cancel, ctx->desc.cancel_user, s->env->err);
+    ctx->targets = NULL;
+    ctx->n_logits = 0;
+    if (status) {
+        s->env->status = status;
+        longjmp(s->env->unwind, 1);
+    }
+    for (int i = 0; i < s->targets.n && s->results; i++)
+        for (int j = 0; j < s->n_credits[s->targets.from[i]]; j++)
+            s->results[s->credits[s->targets.from[i]] + (size_t)j] += (double)s->targets.log_probs[i];
+    s->stats->n_passes++;
+    s->n = 0;
+}
+
+/* Appends a token to a sequence; the batch has room. */
+static void llm__score_push(llm__scorer *s, int seq, llm_token token) {
+    s->tokens[s->n] = token;
+    s->seqs[s->n] = seq;
+    s->logits[s->n] = false;
+    s->first_target[s->n + 1] = s->first_target[s->n];
+    s->n++;
+    s->stats->n_computed++;
+}
+
+/* After the last token pushed, this one is part of n endings. */
+static void llm__score_expect(llm__scorer *s, llm_token token, size_t result, int n) {
+    int target = s->first_target[s->n]++;
+    s->ids[target] = token;
+    s->credits[target] = result;
+    s->n_credits[target] = n;
+    s->stats->n_predicted += !s->logits[s->n - 1];
+    s->logits[s->n - 1] = true;
+}
+
+static llm_token llm__score_text_at(const llm_question *q, int ending, int i) {
+    return i < q->n_context ? q->context[i] : q->endings[ending][i - q->n_context];
+}
+
+/* Tokens of a text that something is predicted from. */
+static int llm__score_text_length(const llm_question *q, int ending) { return q->n_context + q->n_ending[ending] - 1; }
+
+/* Pushes token i of a text, or with ending -1 of the prefix of them all, and what is predicted from it. */
+static void llm__score_token(llm__scorer *s, int seq, int question, int ending, int i) {
+    const llm_question *q = &s->questions[question];
+    size_t result = s->first_result[question];
+    llm__score_push(s, seq, llm__score_text_at(q, ending < 0 ? 0 : ending, i));
+    if (ending > 0 && i < s->prefixes[question]) s->stats->n_redundant++;
+    if (i + 1 < q->n_context) return;
+    if (ending >= 0) llm__score_expect(s, llm__score_text_at(q, ending, i + 1), result + (size_t)ending, 1);
+    else if (i + 1 < s->prefixes[question]) llm__score_expect(s, llm__score_text_at(q, 0, i + 1), result, q->n_endings);
+    else
+        for (int e = 0; e < q->n_endings; e++)
+            llm__score_expect(s, llm__score_text_at(q, e, i + 1), result + (size_t)e, 1);
+}
+
+/* One more ending of a question is computed. */
+static void llm__score_finished(llm__scorer *s, int question) {
+    if (--s->unfinished[question]) return;
+    s->stats->n_questions++;
+    if (s->results && s->desc.on_question &&
+        !s->desc.on_question(s->desc.user, question, s->results + s->first_result[question]))
+        llm__fail(s->env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
+}
+
+static void llm__score_drop(llm__scorer *s, int first_seq, int n) {
+    for (int seq = first_seq; seq < first_seq + n; seq++) llm__cache_truncate(&s->ctx->cache, seq, 0);
+}
+
+/* ---- The packed schedule ---- */
+
+static int llm__score_shared_prefix(const llm__scorer *s, int question) {
+    return s->desc.no_share ? 0 : s->prefixes[question];
+}
+
+/* Blocks of the cache that a question takes at most. */
+static int64_t llm__score_question_blocks(const llm__scorer *s, int question) {
+    const llm_question *q = &s->questions[question];
+    int prefix = llm__score_shared_prefix(s, question);
+    int64_t blocks = llm__cache_blocks_for(prefix);
+    for (int e = 0; e < q->n_endings; e++)
+        if (llm__score_text_length(q, e) > prefix)
+            blocks += llm__cache_blocks_for(llm__score_text_length(q, e)) - prefix / LLM_BLOCK;
+    return blocks;
+}
+
+/* Puts into the batch what it has room for. */
+static void llm__score_fill_from_slot(llm__scorer *s, int index) {
+    llm__score_slot *slot = &s->slots[index];
+    const llm_question *q = &s->questions[slot->question];
+    int seq = index * s->most_endings, prefix = llm__score_shared_prefix(s, slot->question),
+        room = s->ctx->desc.n_batch;
+    if (slot->ending < 0) {
+        for (; slot->at < prefix && s->n < room; slot->at++) llm__score_token(s, seq, slot->question, -1, slot->at);
+        return;
+    }
+    for (; slot->ending < q->n_endings; slot->ending++, slot->at = prefix) {
+        int length = llm__score_text_length(q, slot->ending);
+        for (; slot->at < length && s->n < room; slot->at++)
+            llm__score_token(s, seq + slot->ending, slot->question, slot->ending, slot->at);
+        if (slot->at < length) return;
+    }
+}
+
+/* After a pass: a prefix that is complete is forked, a question that is complete leaves. */
+static void llm__score_settle_slot(llm__scorer *s, int index) {
+    llm__score_slot *slot = &s->slots[index];
+    const llm_question *q = &s->questions[slot->question];
+    int seq = index * s->most_endings, prefix = llm__score_shared_prefix(s, slot->question), question = slot->question;
+    if (slot->ending < 0 && slot->at == prefix) {
+        for (int e = 1; e < q->n_endings; e++) /* the first ending goes on in the prefix's own sequence */
+            if (llm__score_text_length(q, e) > prefix) llm__cache_fork(&s->ctx->cache, seq + e, seq, prefix);
+        slot->ending = 0;
+    } else if (slot->ending == q->n_endings) {
+        llm__score_drop(s, seq, q->n_endings);
+        slot->question = -1;
+        for (int e = 0; e < q->n_endings; e++) llm__score_finished(s, question);
+    }
+}
+
+/* Takes the next question into a free slot, if the cache has room for all of it. */
+static bool llm__score_start_question(llm__scorer *s, int index, int question, int64_t *blocks_left) {
+    llm__score_slot *slot = &s->slots[index];
+    if (question == s->n_questions || llm__score_question_blocks(s, question) > *blocks_left) return false;
+    *blocks_left -= llm__score_question_blocks(s, question);
+    slot->question = question;
+    slot->ending = llm__score_shared_prefix(s, question) ? -1 : 0;
+    slot->at = 0;
+    return true;
+}
+
+static void llm__score_packed(llm__scorer *s) {
+    int64_t blocks_left = s->ctx->cache.n_blocks;
+    int n_batch = s->ctx->desc.n_batch;
+    for (int next = 0; s->stats->n_questions < s->n_questions;) {
+        for (int i = 0; i < s->n_slots; i++)
+            if (s->slots[i].question >= 0) llm__score_fill_from_slot(s, i);
+        for (int i = 0; i < s->n_slots && s->n < n_batch; i++) {
+            if (s->slots[i].question >= 0) continue;
+            if (!llm__score_start_question(s, i, next, &blocks_left)) break;
+            llm__score_fill_from_slot(s, i);
+            next++;
+        }
+        llm__score_batch(s);
+        for (int i = 0; i < s->n_slots; i++) {
+            int question = s->slots[i].question;
+            if (question < 0) continue;
+            llm__score_settle_slot(s, i);
+            if (s->slots[i].question < 0) blocks_left += llm__score_question_blocks(s, question);
+        }
+    }
+}
+
+/* ---- Rectangles ---- */
+
+/* A text, or the prefix of a question's texts (ending -1), with the tokens to be computed of it. */
+typedef struct llm__score_text {
+    int length, question, ending;
+} llm__score_text;
+
+static int llm__score_compare_texts(const void *a, const void *b) {
+    const llm__score_text *x = (const llm__score_text *)a, *y = (const llm__score_text *)b;
+    if (x->length != y->length) return x->length < y->length ? -1 : 1;
+    if (x->question != y->question) return x->question < y->question ? -1 : 1;
+    return (x->ending > y->ending) - (x->ending < y->ending);
+}
+
+/* What a batch may take of the context: sequences, and blocks beside those of the `base` tokens that are there
+   already. */
+typedef struct llm__score_room {
+    int n_seq, n_blocks, base;
+} llm__score_room;
+
+static int llm__score_most_texts(const llm__score_room *room, int length) {
+    int blocks = llm__cache_blocks_for(room->base + length) - room->base / LLM_BLOCK;
+    int most = blocks && room->n_blocks / blocks < room->n_seq ? room->n_blocks / blocks : room->n_seq;
+    return most < 1 ? 1 : most;
+}
+
+/* Ends of batches of so many texts as they come, fewer where there is no room; returns how many batches. */
+static int llm__score_cut_fixed(const llm__score_text *texts, int n, int size, const llm__score_room *room, int *ends) {
+    int n_batches = 0, from = 0, longest = 0;
+    for (int i = 0; i < n; i++) {
+        if (texts[i].length > longest) longest = texts[i].length;
+        if (i > from && (i - from == size || i - from + 1 > llm__score_most_texts(room, longest))) {
+            ends[n_batches++] = from = i;
+            longest = texts[i].length;
+        }
+    }
+    ends[n_batches++] = n;
+    return n_batches;
+}
+
+/* The report's equations 3 and 4 over texts in order of length l: D[i] is the least waste in batches of the first i texts,
+
+       D[i] = min over j < i of  D[j] + l_i (i - j) - sum of l_k, k = j+1 .. i       if l_i (i - j) >= theta
+       D[i] = min over j < i of  D[j] + sum of l_k - l_(j+1) (i - j)                 if l_(j+1) (i - j) >= theta
+
+   the first for texts padded to the longest, the second for contexts cut to the shortest. Where the conditions cannot be
+   kept, there are as few batches below theta as can be; so it is a waste that outweighs all others. */
+static int llm__score_cut_by_waste(llm__env *env, const llm__score_text *texts, int n, bool to_shortest, int theta,
+                                   const llm__score_room *room, int *ends) {
+    const int64_t below_theta = (int64_t)1 << 40;
+    int64_t *least = (int64_t *)llm__alloc(env, (size_t)n + 1, sizeof *least);
+    int64_t *total = (int64_t *)llm__alloc(env, (size_t)n + 1, sizeof *total);
+    int *from = (int *)llm__alloc(env, (size_t)n + 1, sizeof *from), n_batches = 0;
+    least[0] = total[0] = 0;
+    for (int i = 1; i <= n; i++) {
+        int most = llm__score_most_texts(room, texts[i - 1].length);
+        total[i] = total[i - 1] + texts[i - 1].length;
+        least[i] = INT64_MAX;
+        for (int j = i - 1; j >= 0 && i - j <= most; j--) {
+            int64_t area = (int64_t)texts[to_shortest ? j : i - 1].length * (i - j), sum = total[i] - total[j];
+            int64_t waste = least[j] + (to_shortest ? sum - area : area - sum) + (area < theta ? below_theta : 0);
+            if (waste > least[i]) continue;
+            least[i] = waste;
+            from[i] = j;
+        }
+    }
+    for (int i = n; i > 0; i = from[i]) n_batches++;
+    for (int i = n, batch = n_batches; i > 0; i = from[i]) ends[--batch] = i;
+    llm__free(env->pool, from);
+    llm__free(env->pool, total);
+    llm__free(env->pool, least);
+    return n_batches;
+}
+
+/* Ends of the batches, in an array of its own. */
+static int *llm__score_cut_batches(llm__scorer *s, llm__score_text *texts, int n, bool to_shortest,
+                                   const llm__score_room *room, int *n_batches) {
+    int *ends = (int *)llm__alloc(s->env, (size_t)n + 1, sizeof *ends);
+    if (s->desc.schedule == LLM_SCHEDULE_FIXED) {
+        *n_batches = llm__score_cut_fixed(texts, n, s->desc.batch, room, ends);
+        return ends;
+    }
+    qsort(texts, (size_t)n, sizeof *texts, llm__score_compare_texts);
+    *n_batches = llm__score_cut_by_waste(s->env, texts, n, to_shortest,
+                                         to_shortest ? s->desc.theta_context : s->desc.theta, room, ends);
+    return ends;
+}
+
+/* Computes tokens [from, to) of n texts, each in its sequence; those that are shorter are padded. */
+static void llm__score_rectangle(llm__scorer *s, const llm__score_text *texts, int n, int first_seq, int from, int to) {
+    for (int text = 0; text < n; text++)
+        for (int i = from; i < to; i++) {
+            if (s->n == s->ctx->desc.n_batch) llm__score_batch(s);
+            if (i < from + texts[text].length) {
+                llm__score_token(s, first_seq + text, texts[text].question, texts[text].ending, i);
+            } else {
+                llm__score_push(s, first_seq + text, 0);
+                s->stats->n_padded++;
+            }
+        }
+    llm__score_batch(s);
+}
+
+static int llm__score_longest_text(const llm__score_text *texts, int n) {
+    int longest = 0;
+    for (int i = 0; i < n; i++)
+        if (texts[i].length > longest) longest = texts[i].length;
+    return longest;
+}
+
+/* The texts of n questions, each without the first `base` tokens; those of which nothing is left are left out. */
+static int llm__score_list_texts(const llm__scorer *s, const llm__score_text *questions, int n, int base,
+                                 llm__score_text *texts) {
+    int n_texts = 0;
+    for (int i = 0; i < n; i++)
+        for (int e = 0; e < s->questions[questions[i].question].n_endings; e++) {
+            llm__score_text text = {llm__score_text_length(&s->questions[questions[i].question], e) - base,
+                                    questions[i].question, e};
+            if (text.length > 0) texts[n_texts++] = text;
+        }
+    return n_texts;
+}
+
+/* Without a shared cache: every text is computed from its first token on. */
+static void llm__score_whole_texts(llm__scorer *s, llm__score_text *prefixes, llm__score_text *texts) {
+    llm__score_room room = {s->ctx->desc.n_seq, s->ctx->cache.n_blocks, 0};
+    int n_batches, n = llm__score_list_texts(s, prefixes, s->n_questions, 0, texts);
+    int *ends = llm__score_cut_batches(s, texts, n, false, &room, &n_batches);
+    for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
+        int some = ends[batch] - from;
+        llm__score_rectangle(s, texts + from, some, 0, 0, llm__score_longest_text(texts + from, some));
+        llm__score_drop(s, 0, some);
+        for (int i = from; i < from + some; i++) llm__score_finished(s, texts[i].question);
+    }
+    llm__free(s->env->pool, ends);
+}
+
+/* The texts of questions whose prefixes stand in the first n sequences, `base` tokens of each. */
+static void llm__score_endings(llm__scorer *s, const llm__score_text *prefixes, int n, int base,
+                               llm__score_text *texts) {
+    llm__score_room room = {s->ctx->desc.n_seq - n, s->ctx->cache.n_free, base};
+    int n_batches, n_texts = llm__score_list_texts(s, prefixes, n, base, texts);
+    int *ends = llm__score_cut_batches(s, texts, n_texts, false, &room, &n_batches);
+    for (int batch = 0, from = 0; batch < n_batches && n_texts; from = ends[batch++]) {
+        int some = ends[batch] - from;
+        for (int i = 0; i < some; i++) {
+            int parent = 0;
+            while (prefixes[parent].question != texts[from + i].question) parent++;
+            llm__cache_fork(&s->ctx->cache, n + i, parent, base);
+        }
+        llm__score_rectangle(s, texts + from, some, n, base, base + llm__score_longest_text(texts + from, some));
+        llm__score_drop(s, n, some);
+    }
+    llm__free(s->env->pool, ends);
+}
+
+/* Contexts in batches, cut to the shortest of each; then, batch by batch, what follows. */
+static void llm__score_shared_prefixes(llm__scorer *s, llm__score_text *prefixes, llm__score_text *texts) {
+    int n_blocks = s->ctx->cache.n_blocks, longest = 0, n_batches;
+    for (int i = 0; i < s->n_questions; i++)
+        for (int e = 0; e < s->questions[i].n_endings; e++)
+            if (llm__score_text_length(&s->questions[i], e) > longest)
+                longest = llm__score_text_length(&s->questions[i], e);
+    int kept =
+        llm__cache_blocks_for(longest) > n_blocks / 2 ? llm__cache_blocks_for(longest) : n_blocks / 2; /* for endings */
+    llm__score_room room = {s->ctx->desc.n_seq / 2, n_blocks - kept, 0};
+    int *ends = llm__score_cut_batches(s, prefixes, s->n_questions, true, &room, &n_batches);
+    for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
+        llm__score_text *group = prefixes + from;
+        int n = ends[batch] - from, shortest = group[0].length;
+        for (int i = 1; i < n; i++)
+            if (group[i].length < shortest) shortest = group[i].length;
+        llm__score_rectangle(s, group, n, 0, 0, shortest);
+        llm__score_endings(s, group, n, shortest, texts);
+        llm__score_drop(s, 0, n);
+        for (int i = 0; i < n; i++)
+            for (int e = 0; e < s->questions[group[i].question].n_endings; e++)
+                llm__score_finished(s, group[i].question);
+    }
+    llm__free(s->env->pool, ends);
+}
+
+static void llm__score_rectangles(llm__scorer *s, size_t n_texts) {
+    llm__score_text *prefixes = (llm__score_text *)llm__alloc(s->env, (size_t)s->n_questions, sizeof *prefixes);
+    llm__score_text *texts = (llm__score_text *)llm__alloc(s->env, n_texts, sizeof *texts);
+    for (int i = 0; i < s->n_questions; i++) {
+        llm__score_text prefix = {s->prefixes[i], i, -1};
+        prefixes[i] = prefix;
+    }
+    if (s->desc.no_share) llm__score_whole_texts(s, prefixes, texts);
+    else llm__score_shared_prefixes(s, prefixes, texts);
+}
+
+/* ---- llm_score ---- */
+
+static void llm__score_check_tokens(const llm__scorer *s, int question, const char *what, const llm_token *tokens,
+                                    int n) {
+    int n_vocab = s->ctx->model->shape.n_vocab;
+    if (n <= 0 || !tokens) llm__fail(s->env, LLM_ERROR_ARGUMENT, "question %d: %s has no tokens", question, what);
+    for (int i = 0; i < n; i++)
+        if (tokens[i] < 0 || tokens[i] >= n_vocab)
+            llm__fail(s->env, LLM_ERROR_ARGUMENT, "question %d: token %d of %s is %ld; the vocabulary has %d", question,
+                      i, what, (long)tokens[i], n_vocab);
+}
+
+/* Everything that could stop the work is found here. */
+static void llm__score_check_question(llm__scorer *s, int question) {
+    const llm_question *q = &s->questions[question];
+    const llm_context_desc *d = &s->ctx->desc;
+    llm__score_check_tokens(s, question, "its context", q->context, q->n_context);
+    if (q->n_endings <= 0 || !q->endings || !q->n_ending)
+        llm__fail(s->env, LLM_ERROR_ARGUMENT, "question %d has no endings", question);
+    if (q->n_endings > d->n_seq)
+        llm__fail(s->env, LLM_ERROR_CONTEXT_FULL, "question %d has %d endings, but the context %d sequences (n_seq)",
+                  question, q->n_endings, d->n_seq);
+    for (int e = 0; e < q->n_endings; e++) {
+        llm__score_check_tokens(s, question, "an ending", q->endings[e], q->n_ending[e]);
+        if ((int64_t)q->n_context + q->n_ending[e] - 1 > d->n_ctx)
+            llm__fail(s->env, LLM_ERROR_CONTEXT_FULL,
+                      "question %d with its ending %d has %lld tokens to compute, but a sequence holds %d (n_ctx)",
+                      question, e, (long long)q->n_context + q->n_ending[e] - 1, d->n_ctx);
+    }
+}
+
+/* The context's tokens and those with which all endings begin; one at least is left of each ending. */
+static int llm__score_common_prefix(const llm_question *q) {
+    int n = q->n_ending[0] - 1;
+    for (int e = 1; e < q->n_endings; e++) {
+        int same = 0;
+        while (same < n && same < q->n_ending[e] - 1 && q->endings[e][same] == q->endings[0][same]) same++;
+        n = same;
+    }
+    return q->n_context + n;
+}
+
+static llm_score_desc llm__score_defaults(llm__env *env, const llm_score_desc *desc) {
+    llm_score_desc d;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    if (d.schedule < LLM_SCHEDULE_PACKED || d.schedule > LLM_SCHEDULE_DP)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "desc.schedule is %d, which is none", (int)d.schedule);
+    if (d.batch < 0 || d.theta < 0 || d.theta_context < 0)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_score_desc is negative");
+    if (!d.batch) d.batch = 32;
+    if (!d.theta) d.theta = 512; /* two cores with AVX-512 reach 90 % of their best there: bench --flops-table */
+    if (!d.theta_context) d.theta_context = 4096; /* the more the better, for it leaves the endings more choice */
+    return d;
+}
+
+static void llm__score_alloc(llm__scorer *s) {
+    size_t n_batch = (size_t)s->ctx->desc.n_batch, n_targets = n_batch * (size_t)s->most_endings;
+    llm__env *env = s->env;
+    s->tokens = (llm_token *)llm__alloc(env, n_batch, sizeof *s->tokens);
+    s->seqs = (int *)llm__alloc(env, n_batch, sizeof *s->seqs);
+    s->logits = (bool *)llm__alloc(env, n_batch, sizeof *s->logits);
+    s->first_target = (int *)llm__alloc_zero(env, n_batch + 1, sizeof *s->first_target);
+    s->ids = (llm_token *)llm__alloc(env, n_targets, sizeof *s->ids);
+    s->credits = (size_t *)llm__alloc(env, n_targets, sizeof *s->credits);
+    s->n_credits = (int *)llm__alloc(env, n_targets, sizeof *s->n_credits);
+    s->targets.first = s->first_target;
+    s->targets.ids = s->ids;
+    s->targets.count_only = !s->results;
+    s->targets.pass_ids = (llm_token *)llm__alloc(env, n_targets, sizeof *s->targets.pass_ids);
+    s->targets.pass_rows = (int *)llm__alloc(env, n_targets, sizeof *s->targets.pass_rows);
+    s->targets.from = (int *)llm__alloc(env, n_targets, sizeof *s->targets.from);
+    s->targets.log_probs = (float *)llm__alloc(env, n_targets, sizeof *s->targets.log_probs);
+    s->n_slots = s->ctx->desc.n_seq / s->most_endings;
+    s->slots = (llm__score_slot *)llm__alloc(env, (size_t)s->n_slots, sizeof *s->slots);
+    for (int i = 0; i < s->n_slots; i++) s->slots[i].question = -1;
+}
+
+static void llm__score_body(llm__env *env, void *arg) {
+    llm__scorer *s = (llm__scorer *)arg;
+    size_t n_texts = 0, n = (size_t)s->n_questions;
+    double start = llm__clock_now();
+    s->env = env;
+    s->desc = llm__score_defaults(env, s->desc_given);
+    s->first_result = (size_t *)llm__alloc(env, n, sizeof *s->first_result);
+    s->prefixes = (int *)llm__alloc(env, n, sizeof *s->prefixes);
+    s->unfinished = (int *)llm__alloc(env, n, sizeof *s->unfinished);
+    for (int i = 0; i < s->n_questions; i++) {
+        llm__score_check_question(s, i);
+        s->first_result[i] = n_texts;
+        s->prefixes[i] = llm__score_common_prefix(&s->questions[i]);
+        s->unfinished[i] = s->questions[i].n_endings;
+        n_texts += (size_t)s->questions[i].n_endings;
+        if (s->questions[i].n_endings > s->most_endings) s->most_endings = s->questions[i].n_endings;
+        if (llm__score_question_blocks(s, i) > s->ctx->cache.n_blocks)
+            llm__fail(env, LLM_ERROR_CONTEXT_FULL,
+                      "question %d needs %lld positions of the cache, which has %d (n_cache)", i,
+                      (long long)llm__score_question_blocks(s, i) * LLM_BLOCK, s->ctx->cache.n_blocks * LLM_BLOCK);
+    }
+    for (size_t i = 0; i < n_texts && s->results; i++) s->results[i] = 0;
+    llm__score_drop(s, 0, s->ctx->desc.n_seq);
+    llm__score_alloc(s);
+    if (s->desc.schedule == LLM_SCHEDULE_PACKED) llm__score_packed(s);
+    else llm__score_rectangles(s, n_texts);
+    s->stats->seconds = llm__clock_now() - start;
+}
+
+LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, int n_questions,
+                             const llm_score_desc *desc, double *log_likelihoods, llm_score_stats *stats,
+                             llm_error *err) {
+    llm_score_stats unwanted;
+    llm__scorer scorer;
+    llm__pool pool;
+    llm__env env;
+    if (!ctx || n_questions < 0 || (n_questions && !questions))
+        return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or questions is NULL, or n_questions negative");
+    memset(&scorer, 0, sizeof scorer);
+    scorer.ctx = ctx;
+    scorer.questions = questions;
+    scorer.n_questions = n_questions;
+    scorer.most_endings = 1;
+    scorer.desc_given = desc;
+    scorer.results = log_likelihoods;
+    scorer.stats = stats ? stats : &unwanted;
+    memset(scorer.stats, 0, sizeof *scorer.stats);
+    llm__pool_init(&pool, &ctx->desc.host);
+    llm__env_init(&env, &pool, err, NULL);
+    llm_status status = llm__env_run(&env, llm__score_body, &scorer);
+    if (scorer.tokens) llm__score_drop(&scorer, 0, ctx->desc.n_seq);
+    llm__pool_free(&pool);
+    return status;
+}
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT DEFAULT
+#pragma float_control(pop)
+#pragma clang diagnostic pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+
+#define LLM__IMPLEMENTED
+#endif /* LLM_IMPLEMENTATION */
+
+/* ==== 23 Kernel text ============================================================================================
+
+   The text of the kernels. Section 11 includes this file once for each instruction set, and each time only what follows
+   is compiled. */
 
 #ifdef LLM__KERNEL_PASS /* compiled once for each instruction set */
 
@@ -6773,7 +11463,7 @@ typedef struct V {
     return r
 LLM__INLINE float LLM__FN(flush)(float x) {
     LLM__HIDE_FLOAT(x);
-    return (llm__f32_bits(x) & 0x7F800000) ? x : llm__bits_f32(llm__f32_bits(x) & 0x80000000);
+    return (llm__f32_bits(x) & 0x7F800000) ? x : llm__f32_from_bits(llm__f32_bits(x) & 0x80000000);
 }
 LLM__INLINE V v_load(const float *p) { LLM__LANES(p[i]); }
 LLM__INLINE void v_store(float *p, V a) {
@@ -6783,7 +11473,7 @@ LLM__INLINE V v_splat(float x) { LLM__LANES(x); }
 LLM__INLINE V v_add(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] + b.f[i])); }
 LLM__INLINE V v_sub(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] - b.f[i])); }
 LLM__INLINE V v_mul(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] * b.f[i])); }
-LLM__INLINE V v_fma(V a, V b, V c) { LLM__LANES(llm__fma(a.f[i], b.f[i], c.f[i])); }
+LLM__INLINE V v_fma(V a, V b, V c) { LLM__LANES(llm__math_fma(a.f[i], b.f[i], c.f[i])); }
 LLM__INLINE V v_max(V a, V b) { LLM__LANES(a.f[i] > b.f[i] ? a.f[i] : b.f[i]); }
 LLM__INLINE V v_min(V a, V b) { LLM__LANES(a.f[i] < b.f[i] ? a.f[i] : b.f[i]); }
 LLM__INLINE V v_even(const uint16_t *p) { LLM__LANES(llm__bf16_to_f32(p[2 * i])); }
@@ -6792,12 +11482,12 @@ LLM__INLINE V v_int8(const int8_t *p) { LLM__LANES(p[i]); }
 LLM__INLINE V v_half(const uint16_t *p) { LLM__LANES(llm__f16_to_f32(p[i])); }
 LLM__INLINE V v_nibble(const uint32_t *p, int at) { LLM__LANES((float)(p[i] >> (4 * at) & 15)); }
 LLM__INLINE V v_round_bf16(V a) {
-    LLM__LANES(llm__bits_f32((llm__f32_bits(a.f[i]) + 0x7FFF + (llm__f32_bits(a.f[i]) >> 16 & 1)) & 0xFFFF0000));
+    LLM__LANES(llm__f32_from_bits((llm__f32_bits(a.f[i]) + 0x7FFF + (llm__f32_bits(a.f[i]) >> 16 & 1)) & 0xFFFF0000));
 }
 LLM__INLINE V v_times_pow2(V a, V n) {
-    LLM__LANES(llm__bits_f32(llm__f32_bits(a.f[i]) + (llm__f32_bits(n.f[i]) << 23)));
+    LLM__LANES(llm__f32_from_bits(llm__f32_bits(a.f[i]) + (llm__f32_bits(n.f[i]) << 23)));
 }
-LLM__INLINE V v_guess_inverse(V a) { LLM__LANES(llm__bits_f32(LLM__INVERSE - llm__f32_bits(a.f[i]))); }
+LLM__INLINE V v_guess_inverse(V a) { LLM__LANES(llm__f32_from_bits(LLM__INVERSE - llm__f32_bits(a.f[i]))); }
 
 #endif
 
@@ -6909,14 +11599,14 @@ LLM__INLINE void LLM__FN(float_rows)(const int ROWS, const bool HALF, const floa
 }
 
 /* Weight J of eight, for each of the kinds. */
-LLM__INLINE V LLM__FN(weight)(const llm__kind KIND, const uint8_t *w, const int J) {
+LLM__INLINE V LLM__FN(weight)(const llm__weight_type KIND, const uint8_t *w, const int J) {
     if (KIND == LLM__W_INT4_GROUPS) return v_nibble((const uint32_t *)w, LLM__NIBBLE(J));
     if (KIND != LLM__W_BF16) return v_int8((const int8_t *)w + J * 16);
     return J % 2 ? v_odd((const uint16_t *)w + J / 2 * 32) : v_even((const uint16_t *)w + J / 2 * 32);
 }
 
 /* A block's bytes in a tile. Groups end with 16 scales and 16 minimums in f16. */
-LLM__INLINE size_t LLM__FN(block_bytes)(const llm__kind KIND) {
+LLM__INLINE size_t LLM__FN(block_bytes)(const llm__weight_type KIND) {
     return KIND == LLM__W_BF16 ? 1024 : KIND == LLM__W_INT8 ? 512 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
 }
 
@@ -6937,7 +11627,7 @@ LLM__INLINE void LLM__FN(store_words)(V a, V b, uint8_t *to) {
 #endif
 }
 
-LLM__INLINE void LLM__FN(unpack_blocks)(const llm__kind KIND, const uint8_t *w, int n_blocks, uint8_t *to) {
+LLM__INLINE void LLM__FN(unpack_blocks)(const llm__weight_type KIND, const uint8_t *w, int n_blocks, uint8_t *to) {
     const bool GROUPS = KIND != LLM__W_INT8;
     const size_t bytes = LLM__FN(block_bytes)(KIND), quarter = bytes / 256 * 64;
     for (; n_blocks; n_blocks--, w += bytes) {
@@ -6956,7 +11646,7 @@ LLM__INLINE void LLM__FN(unpack_blocks)(const llm__kind KIND, const uint8_t *w, 
     }
 }
 
-LLM__TARGET static void LLM__FN(unpack)(llm__kind kind, const uint8_t *w, int n_blocks, uint8_t *to) {
+LLM__TARGET static void LLM__FN(unpack)(llm__weight_type kind, const uint8_t *w, int n_blocks, uint8_t *to) {
 #if defined(LLM__USE_BF16)
     if (kind == LLM__W_INT8) LLM__FN(unpack_blocks)(LLM__W_INT8, w, n_blocks, to);
     else if (kind == LLM__W_INT8_GROUPS) LLM__FN(unpack_blocks)(LLM__W_INT8_GROUPS, w, n_blocks, to);
@@ -6992,7 +11682,7 @@ LLM__INLINE void LLM__FN(pair_row)(const float *x, int k, uint32_t *pairs) {
 }
 
 /* Of eight weights the J'th and next pairs of even and of odd ones, 2 J and 2 J + 2, 2 J + 1 and 2 J + 3; J is 0 or 2. */
-LLM__INLINE void LLM__FN(weights)(const llm__kind KIND, const bool WIDE, const uint8_t *w, const int J, V *even,
+LLM__INLINE void LLM__FN(weights)(const llm__weight_type KIND, const bool WIDE, const uint8_t *w, const int J, V *even,
                                   V *odd) {
     const float *words = (const float *)(const void *)w + J * 16;
     if (WIDE) {
@@ -7027,7 +11717,7 @@ enum { LLM__FN(inputs) = 16 };
 
 LLM__INLINE V v_dot(float x, V w, V sum) { return v_fma(v_splat(x), w, sum); }
 
-LLM__INLINE void LLM__FN(weights)(const llm__kind KIND, const bool WIDE, const uint8_t *w, const int J, V *even,
+LLM__INLINE void LLM__FN(weights)(const llm__weight_type KIND, const bool WIDE, const uint8_t *w, const int J, V *even,
                                   V *odd) {
     (void)WIDE;
     *even = LLM__FN(weight)(KIND, w, J);
@@ -7043,7 +11733,7 @@ enum { LLM__FN(inputs) = 32 };
    the products take long enough that the processor's own prefetching falls behind: what comes 16 KiB later is asked for
    here, into the second cache. So 4 rows of bf16 take as long as one (Zen 4, two cores). Whole numbers take longer, too:
    what comes 8 KiB later is asked for, and 2 KiB later into the nearest (a tenth faster, Granite Rapids). */
-LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind KIND, const bool WIDE,
+LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE,
                                 const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
@@ -7069,7 +11759,7 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__kind
 }
 
 /* The sums over n blocks are added to the totals[ROWS][TILES]. */
-LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__kind KIND, const bool WIDE,
+LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE,
                                  const v_input *x, size_t x_stride, const float *x_sums, size_t sums_stride,
                                  const uint8_t *w, size_t w_next, int n, V *totals) {
     const size_t bytes = WIDE ? 1024 : LLM__FN(block_bytes)(KIND);
@@ -7095,7 +11785,7 @@ LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__kin
 }
 
 /* Up to LLM__RUN_TILES tiles. */
-LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
+LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__weight_type KIND, const float *x, size_t x_stride,
                                      const float *x_sums, const uint8_t *w, size_t tile_bytes, int n, int k, float *y,
                                      size_t y_stride) {
     const size_t bytes = LLM__FN(block_bytes)(KIND), sums_stride = (size_t)k / 32;
@@ -7130,7 +11820,7 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__kind KIND, const
     }
 }
 
-LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const float *x, size_t x_stride,
+LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__weight_type KIND, const float *x, size_t x_stride,
                                     const float *x_sums, const uint8_t *w, int n, int k, float *y, size_t y_stride) {
     const bool FLOATS = KIND == LLM__W_F32 || KIND == LLM__W_F16;
     const size_t block_bytes = LLM__FN(block_bytes)(KIND), end_bytes = KIND == LLM__W_INT8 ? 64 : 0;
@@ -7153,7 +11843,7 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__kind KIND, const 
    rows, and stay in the nearest cache (12 KB a tile). */
 
 /* A block as floats: its even k, then its odd. */
-LLM__INLINE void LLM__FN(strip_weights)(const llm__kind KIND, const uint8_t *w, float *to) {
+LLM__INLINE void LLM__FN(strip_weights)(const llm__weight_type KIND, const uint8_t *w, float *to) {
     for (int i = 0; i < 4; i++, w += LLM__FN(block_bytes)(KIND) / 4, to += 64) {
         LLM__UNROLL for (int j = 0; j < 4; j++) {
             v_store(to + j * 16, LLM__FN(weight)(KIND, w, 2 * j));
@@ -7199,8 +11889,9 @@ LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_blocks)(const fl
 }
 
 /* All k of LLM__STRIP_TILES tiles, or of the last one, which is then taken twice. */
-LLM__INLINE void LLM__FN(strip_tiles)(llm__kind kind, const float *x, size_t x_stride, int rows, const uint8_t *w,
-                                      size_t tile_bytes, bool alone, int k, float *y, size_t y_stride) {
+LLM__INLINE void LLM__FN(strip_tiles)(llm__weight_type kind, const float *x, size_t x_stride, int rows,
+                                      const uint8_t *w, size_t tile_bytes, bool alone, int k, float *y,
+                                      size_t y_stride) {
     float wide[LLM__STRIP_TILES][LLM__STRIP_BLOCKS * 512] __attribute__((aligned(64)));
     const size_t bytes = LLM__FN(block_bytes)(kind);
     for (int left = k / 32, n; left; left -= n, w += (size_t)n * bytes, x += n * 32) {
@@ -7217,7 +11908,7 @@ LLM__INLINE void LLM__FN(strip_tiles)(llm__kind kind, const float *x, size_t x_s
 }
 
 /* bf16 or int8. Sums over int8 weights are scaled before they are added. */
-LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_product)(llm__kind kind, const float *x,
+LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_product)(llm__weight_type kind, const float *x,
                                                                          size_t x_stride, int rows, const uint8_t *w,
                                                                          int n, int k, float *y, size_t y_stride) {
     enum { T = LLM__STRIP_TILES };
@@ -7248,13 +11939,13 @@ LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_product)(llm__ki
     }
 
 /* As many rows at once as the registers hold sums for, then fewer. */
-LLM__INLINE void LLM__FN(product)(const llm__kind KIND, const float *x, size_t x_stride, const float *x_sums, int rows,
-                                  const uint8_t *tiles, int n, int k, float *y, size_t y_stride) {
+LLM__INLINE void LLM__FN(product)(const llm__weight_type KIND, const float *x, size_t x_stride, const float *x_sums,
+                                  int rows, const uint8_t *tiles, int n, int k, float *y, size_t y_stride) {
     const bool GROUPS = KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS,
                CACHED = !GROUPS && KIND != LLM__W_F16;
 #if defined(LLM__USE_BF16)
     if ((KIND == LLM__W_INT8 || KIND == LLM__W_INT8_GROUPS) && rows == 1) { /* pairs cost more than they save */
-        llm__product_fn *by_fma = GROUPS ? llm__avx512_product_int8_groups : llm__avx512_product_int8;
+        llm__kernel_product_fn *by_fma = GROUPS ? llm__avx512_product_int8_groups : llm__avx512_product_int8;
         by_fma(x, x_stride, x_sums, rows, tiles, n, k, y, y_stride);
         return;
     }
@@ -7323,7 +12014,7 @@ LLM__TARGET static float LLM__FN(norm_factor)(const float *x, int n, float eps) 
         V xi = LLM__FN(load_part)(x + i, n - i);
         squares = v_fma(xi, xi, squares);
     }
-    return (float)(1.0 / llm__sqrt(v_sum(squares) / (float)n + eps));
+    return (float)(1.0 / llm__math_sqrt(v_sum(squares) / (float)n + eps));
 }
 
 LLM__TARGET static void LLM__FN(norm)(const float *x, const float *w, int n, float factor, bool round, float *y) {
@@ -7454,20 +12145,20 @@ LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
 
 /* Values i .. i + 15 of a row. Lines as rows of the matrix unit have values in their order; lines of pairs, which are not
    apart, as pair_row leaves them. */
-LLM__INLINE void LLM__FN(store_half)(llm__lines row, int i, V a) {
+LLM__INLINE void LLM__FN(store_half)(llm__kernel_lines row, int i, V a) {
     const __m256i pairs = _mm256_set_epi16(13, 15, 12, 14, 9, 11, 8, 10, 5, 7, 4, 6, 1, 3, 0, 2);
     __m256i half = (__m256i)_mm512_cvtneps_pbh(a);
     if (row.step == 64) half = _mm256_permutexvar_epi16(pairs, half);
     _mm256_storeu_si256((__m256i *)(void *)(row.at + (size_t)i / 32 * row.step + (size_t)i % 32 * 2), half);
 }
 
-LLM__TARGET static void LLM__FN(pack_scale)(const float *x, float factor, int n, int n_padded, llm__lines row,
+LLM__TARGET static void LLM__FN(pack_scale)(const float *x, float factor, int n, int n_padded, llm__kernel_lines row,
                                             int column) {
     for (int i = 0; i < n_padded; i += 16)
         LLM__FN(store_half)(row, column + i, v_mul(LLM__SHARED(load_part)(x + i, n - i), v_splat(factor)));
 }
 
-LLM__TARGET static void LLM__FN(pack_norm)(const float *x, const float *w, int n, float factor, llm__lines row) {
+LLM__TARGET static void LLM__FN(pack_norm)(const float *x, const float *w, int n, float factor, llm__kernel_lines row) {
     V factors = v_splat(factor);
     int i = 0;
     for (; i < n; i += 16) {
@@ -7477,7 +12168,7 @@ LLM__TARGET static void LLM__FN(pack_norm)(const float *x, const float *w, int n
     if (i & 16) LLM__FN(store_half)(row, i, v_splat(0));
 }
 
-LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded, float scale, llm__lines row,
+LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded, float scale, llm__kernel_lines row,
                                               float *max, float *sum) {
     V most = v_splat(-3.0e38f), total = v_splat(0), factor = v_splat(scale);
     int i = 0, whole = n / 16 * 16;
@@ -7497,7 +12188,7 @@ LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded,
 }
 
 /* Sums over int8 weights times their scales. */
-LLM__INLINE void LLM__FN(scale_rows)(const llm__panel *p, int tile, int n_cols, int n, float *sums) {
+LLM__INLINE void LLM__FN(scale_rows)(const llm__kernel_panel *p, int tile, int n_cols, int n, float *sums) {
     const uint8_t *end = p->tiles + (size_t)(tile + 1) * p->tile_bytes;
     for (int i = 0; i < n_cols; i++, end += p->tile_bytes) {
         V scale = v_load((const float *)(const void *)end - 16);
@@ -7507,13 +12198,14 @@ LLM__INLINE void LLM__FN(scale_rows)(const llm__panel *p, int tile, int n_cols, 
 }
 
 /* What becomes of n rows of complete sums, [n][32]. */
-LLM__TARGET static void LLM__FN(end_rows)(const llm__panel *p, int tile, int n_cols, int row, int n, float *sums) {
+LLM__TARGET static void LLM__FN(end_rows)(const llm__kernel_panel *p, int tile, int n_cols, int row, int n,
+                                          float *sums) {
     const int width = p->width - tile * 16 < n_cols * 16 ? p->width - tile * 16 : n_cols * 16;
     const float *end = sums + n * 32;
     if (p->kind == LLM__W_INT8) LLM__FN(scale_rows)(p, tile, n_cols, n, sums);
     if (p->ending == LLM__SWIGLU) {
         for (; sums < end; sums += 32, row++) {
-            llm__lines to = llm__packed_row(p->line_step, p->packed, p->packed_k, (size_t)row);
+            llm__kernel_lines to = llm__kernel_packed_row(p->line_step, p->packed, p->packed_k, (size_t)row);
             LLM__FN(store_half)(to, p->column + tile * 8, LLM__SHARED(silu)(v_load(sums), v_load(sums + 16)));
         }
         return;
@@ -7533,7 +12225,7 @@ LLM__TARGET static void LLM__FN(end_rows)(const llm__panel *p, int tile, int n_c
 }
 
 /* Up to n of the rows that wait for it. */
-LLM__INLINE void LLM__FN(end_some)(llm__ended *e, int n) {
+LLM__INLINE void LLM__FN(end_some)(llm__kernel_ended *e, int n) {
     if (n > e->n) n = e->n;
     LLM__FN(end_rows)(e->panel, e->tile, e->n_cols, e->row, n, e->at);
     e->at += n * 32;
@@ -7542,8 +12234,8 @@ LLM__INLINE void LLM__FN(end_some)(llm__ended *e, int n) {
 }
 
 /* Rows from `row` on are complete, once they are in what is returned. */
-LLM__INLINE float *LLM__FN(begin_end)(const llm__tile_product *p, int row, int n) {
-    llm__ended *e = p->ended;
+LLM__INLINE float *LLM__FN(begin_end)(const llm__kernel_tile_product *p, int row, int n) {
+    llm__kernel_ended *e = p->ended;
     e->tile = p->tile;
     e->n_cols = p->n_cols;
     e->row = row;
@@ -7572,7 +12264,7 @@ LLM__INLINE void LLM__FN(fetch_ahead)(const uint8_t *ahead, size_t bytes, int ro
 }
 
 /* Up to LLM__TILE_BLOCKS blocks; one without a neighbour is taken twice. */
-LLM__TARGET static void LLM__FN(some_pairs)(const llm__tile_product *p) {
+LLM__TARGET static void LLM__FN(some_pairs)(const llm__kernel_tile_product *p) {
     uint8_t wide[2][LLM__TILE_BLOCKS * 1024] __attribute__((aligned(64)));
     const size_t stride = (size_t)p->a_blocks * 16, next = p->n_cols > 1 ? p->b_next : 0,
                  right = p->n_cols > 1 ? 16 : 0;
@@ -7600,8 +12292,8 @@ LLM__TARGET static void LLM__FN(some_pairs)(const llm__tile_product *p) {
 }
 
 /* Long heads have more blocks than are widened at once. */
-LLM__TARGET static void LLM__FN(pair_product)(const llm__tile_product *p) {
-    llm__tile_product part = *p;
+LLM__TARGET static void LLM__FN(pair_product)(const llm__kernel_tile_product *p) {
+    llm__kernel_tile_product part = *p;
     for (int left = p->n_blocks; left > 0; left -= LLM__TILE_BLOCKS, part.add = true) {
         part.n_blocks = left < LLM__TILE_BLOCKS ? left : (int)LLM__TILE_BLOCKS;
         LLM__FN(some_pairs)(&part);
@@ -7611,11 +12303,11 @@ LLM__TARGET static void LLM__FN(pair_product)(const llm__tile_product *p) {
 }
 
 /* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
-LLM__INLINE llm__tile_product LLM__FN(panel_product)(const llm__panel *p, int tile, int first, int n,
-                                                     const uint8_t **b) {
+LLM__INLINE llm__kernel_tile_product LLM__FN(panel_product)(const llm__kernel_panel *p, int tile, int first, int n,
+                                                            const uint8_t **b) {
     const size_t bytes = LLM__FN(block_bytes)(p->kind);
     const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes;
-    llm__tile_product product;
+    llm__kernel_tile_product product;
     product.a = p->a + (size_t)first * p->line_step;
     product.n_rows = (p->n_rows + 15) / 16;
     product.a_blocks = p->k / 32;
@@ -7641,16 +12333,16 @@ LLM__INLINE llm__tile_product LLM__FN(panel_product)(const llm__panel *p, int ti
 }
 
 /* A few blocks of two tiles at a time, for all rows: as many as LLM__TILE_BLOCKS allow, in equal parts. */
-LLM__INLINE void LLM__FN(run_panel)(const llm__panel *p, void (*product_fn)(const llm__tile_product *p)) {
+LLM__INLINE void LLM__FN(run_panel)(const llm__kernel_panel *p, void (*product_fn)(const llm__kernel_tile_product *p)) {
     const uint8_t *b[LLM__TILE_BLOCKS];
-    llm__ended ended;
+    llm__kernel_ended ended;
     int n_blocks = p->k / 32, n_parts = (n_blocks + LLM__TILE_BLOCKS - 1) / LLM__TILE_BLOCKS,
         step = (n_blocks + n_parts - 1) / n_parts;
     ended.panel = p;
     ended.n = 0;
     for (int first = 0; first < n_blocks; first += step)
         for (int tile = 0; tile < p->n_tiles; tile += 2) {
-            llm__tile_product product =
+            llm__kernel_tile_product product =
                 LLM__FN(panel_product)(p, tile, first, n_blocks - first < step ? n_blocks - first : step, b);
             product.ended = &ended;
             product_fn(&product);
@@ -7658,7 +12350,9 @@ LLM__INLINE void LLM__FN(run_panel)(const llm__panel *p, void (*product_fn)(cons
     if (ended.n) LLM__FN(end_some)(&ended, ended.n);
 }
 
-LLM__TARGET static void LLM__FN(pair_panel)(const llm__panel *p) { LLM__FN(run_panel)(p, LLM__FN(pair_product)); }
+LLM__TARGET static void LLM__FN(pair_panel)(const llm__kernel_panel *p) {
+    LLM__FN(run_panel)(p, LLM__FN(pair_product));
+}
 
 #endif
 
@@ -7675,7 +12369,7 @@ LLM__TARGET static void LLM__FN(pair_panel)(const llm__panel *p) { LLM__FN(run_p
    Rapids). */
 
 static void LLM__FN(tiles_enter)(void) {
-    llm__tile_config config;
+    llm__amx_config config;
     memset(&config, 0, sizeof config);
     config.palette = 1;
     for (int i = 0; i < 8; i++) {
@@ -7690,7 +12384,7 @@ static void LLM__FN(tiles_leave)(void) { LLM__TILE_RELEASE(); }
 /* One square of 2 x 2 tiles of sums, or its part; which is a constant where this is inlined. Between the products, which
    take 16 cycles each, there is time for the vector units: to fetch `lines` of what comes next, and to bring the square
    before to its end. */
-LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile_product *p, int row,
+LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__kernel_tile_product *p, int row,
                                  const uint8_t *ahead, size_t lines) {
     const size_t c_bytes = p->c_stride * 4, a_next = (size_t)p->a_blocks * 1024;
     const uint8_t *a = p->a + (size_t)row * a_next;
@@ -7731,7 +12425,7 @@ LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__tile
     if (ROWS > 1 && COLS > 1) LLM__TILE_STORE(3, low + 16, to_bytes);
 }
 
-LLM__TARGET static void LLM__FN(tile_product)(const llm__tile_product *p) {
+LLM__TARGET static void LLM__FN(tile_product)(const llm__kernel_tile_product *p) {
     const size_t n_steps = (size_t)((p->n_rows + 1) / 2) * (size_t)p->n_blocks,
                  lines = p->ahead ? (p->ahead_bytes / 64 + n_steps - 1) / n_steps : 0;
     const uint8_t *ahead = lines ? p->ahead : p->a;
@@ -7743,7 +12437,9 @@ LLM__TARGET static void LLM__FN(tile_product)(const llm__tile_product *p) {
     }
 }
 
-LLM__TARGET static void LLM__FN(tile_panel)(const llm__panel *p) { LLM__FN(run_panel)(p, LLM__FN(tile_product)); }
+LLM__TARGET static void LLM__FN(tile_panel)(const llm__kernel_panel *p) {
+    LLM__FN(run_panel)(p, LLM__FN(tile_product));
+}
 
 /* On numbers of all kinds, which change, as a product's do: with zeros, or the same ones, the unit is a quarter faster
    than it can ever be in use. */
@@ -7869,4623 +12565,3 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef LLM__LONG
 
 #endif /* LLM__KERNEL_PASS */
-
-#if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
-
-/* ==== 10 Weights ================================================================================================
-
-   From tensors in a file to matrices in the kernels' order. */
-
-/* The rows of a weight come from up to three tensors, one after the other. */
-typedef struct llm__source {
-    llm__tensor parts[3];
-    int n_parts;
-    int n_interleaved[3]; /* parts whose RoPE pairs are (2i, 2i + 1): their heads' length, else 0 */
-    int rope_dim;
-} llm__source;
-
-/* The row of an interleaved tensor that holds dimension `row` of the halved order this library computes in. */
-static int llm__interleaved_row(int row, int head_dim, int rope_dim) {
-    int head = row / head_dim, d = row % head_dim, half = rope_dim / 2;
-    if (d >= rope_dim) return row;
-    return head * head_dim + (d < half ? 2 * d : 2 * (d - half) + 1);
-}
-
-/* The tensor a weight's row comes from; *row becomes its number there. */
-static const llm__tensor *llm__find_row(const llm_weight *weight, int *row) {
-    const llm__source *source = (const llm__source *)weight->source;
-    int part = 0;
-    while ((uint64_t)*row >= source->parts[part].rows) *row -= (int)source->parts[part++].rows;
-    if (source->n_interleaved[part]) *row = llm__interleaved_row(*row, source->n_interleaved[part], source->rope_dim);
-    return &source->parts[part];
-}
-
-static float llm__tensor_row_scale(const llm__tensor *t, int row) {
-    float scale = 1;
-    if (t->scales) t->scales->type->decode(t->scales->data + (uint64_t)row * t->scales->type->block_bytes, 1, &scale);
-    return scale;
-}
-
-static float llm__weight_row_scale(const llm_weight *weight, int row) {
-    const llm__tensor *t = llm__find_row(weight, &row);
-    return llm__tensor_row_scale(t, row);
-}
-
-static void llm__read_weight_row(const llm_weight *weight, int row, float *out) {
-    const llm__tensor *t = llm__find_row(weight, &row);
-    t->type->decode(t->data + (uint64_t)row * t->row_bytes, (size_t)t->cols, out);
-    float scale = llm__tensor_row_scale(t, row);
-    for (uint64_t i = 0; i < t->cols && t->scales; i++) out[i] *= scale;
-}
-
-static const void *llm__raw_weight_row(const llm_weight *weight, int row, int *type) {
-    const llm__tensor *t = llm__find_row(weight, &row);
-    *type = (int)t->type->type;
-    return t->data + (uint64_t)row * t->row_bytes;
-}
-
-LLM_API const char *llm_dtype_name(llm_dtype dtype) {
-    static const char *const names[] = {NULL, "f32", "bf16", "int8", "int4", "f16"};
-    return dtype >= LLM_DTYPE_DEFAULT && dtype <= LLM_DTYPE_F16 ? names[dtype] : NULL;
-}
-
-LLM_API llm_dtype llm_dtype_from_name(const char *name) {
-    for (int i = LLM_DTYPE_F32; i <= LLM_DTYPE_F16; i++)
-        if (name && !strcmp(name, llm_dtype_name((llm_dtype)i))) return (llm_dtype)i;
-    return LLM_DTYPE_DEFAULT;
-}
-
-static bool llm__has_groups(llm__kind kind) { return kind == LLM__W_INT8_GROUPS || kind == LLM__W_INT4_GROUPS; }
-
-/* A matrix in tiles of 16 outputs, see section 9. */
-typedef struct llm__matrix {
-    llm__kind kind;
-    int n, k; /* outputs and inputs as the model has them; both are padded with zeros in memory */
-    size_t tile_bytes;
-    uint8_t *data;
-} llm__matrix;
-
-static int llm__round_up(int n, int step) { return (n + step - 1) / step * step; }
-
-static llm__kind llm__weight_kind(llm_dtype dtype, const llm_weight *weight) {
-    if (dtype == LLM_DTYPE_F32) return LLM__W_F32;
-    if (dtype == LLM_DTYPE_F16) return LLM__W_F16;
-    if (dtype == LLM_DTYPE_BF16) return LLM__W_BF16;
-    if (dtype == LLM_DTYPE_INT8) return LLM__W_INT8;
-    return weight->has_q8_0 ? LLM__W_INT8_GROUPS : LLM__W_INT4_GROUPS;
-}
-
-static size_t llm__tile_bytes(llm__kind kind, int k) {
-    static const size_t block_bytes[LLM__W_KINDS] = {2048, 1024, 512, 576, 320, 1024};
-    return (size_t)llm__round_up(k, 32) / 32 * block_bytes[kind] + (kind == LLM__W_INT8 ? 64 : 0);
-}
-
-/* Where in a tile of f32, f16 or bf16 with k inputs (padded) an element is; the KV cache's blocks are such matrices. */
-static size_t llm__tile_index(llm__kind kind, size_t output, size_t input, size_t k) {
-    size_t tile = output / 16 * k * 16, lane = output % 16;
-    return kind != LLM__W_BF16 ? tile + input * 16 + lane : tile + input / 2 * 32 + lane * 2 + input % 2;
-}
-
-static void llm__tile_set(llm__kind kind, void *tiles, size_t index, float value) {
-    if (kind == LLM__W_F32) ((float *)tiles)[index] = value;
-    else ((uint16_t *)tiles)[index] = kind == LLM__W_F16 ? llm__f32_to_f16(value) : llm__f32_to_bf16(value);
-}
-
-/* One output's weights, as their kind holds them. */
-static void llm__matrix_row(const llm__matrix *m, size_t output, float *out) {
-    size_t k = (size_t)llm__round_up(m->k, 32), lane = output % 16, bytes = llm__tile_bytes(m->kind, 32);
-    const uint8_t *tile = m->data + output / 16 * m->tile_bytes;
-    const float *floats = (const float *)(const void *)tile;
-    const uint16_t *halves = (const uint16_t *)(const void *)tile;
-    for (size_t i = 0; i < (size_t)m->k; i++) {
-        size_t at = llm__tile_index(m->kind, lane, i, k);
-        const uint8_t *group = tile + i / 32 * bytes;
-        const uint16_t *d = (const uint16_t *)(const void *)(group + bytes) - 32;
-        const uint32_t *words = (const uint32_t *)(const void *)group;
-        int q;
-        switch (m->kind) {
-        case LLM__W_F32: out[i] = floats[at]; continue;
-        case LLM__W_F16: out[i] = llm__f16_to_f32(halves[at]); continue;
-        case LLM__W_BF16: out[i] = llm__bf16_to_f32(halves[at]); continue;
-        case LLM__W_INT8: out[i] = (float)((const int8_t *)tile)[at] * floats[k * 4 + lane]; continue;
-        case LLM__W_INT8_GROUPS: q = ((const int8_t *)group)[i % 32 * 16 + lane]; break;
-        default: q = (int)(words[i % 32 / 8 * 16 + lane] >> (4 * LLM__NIBBLE(i % 8)) & 15);
-        }
-        out[i] = llm__fma((float)q, llm__f16_to_f32(d[lane]), llm__f16_to_f32(d[lane + 16]));
-    }
-}
-
-static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, const llm_weight *weight) {
-    int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__round_up(weight->rows / 2, 16) : weight->rows;
-    return (uint64_t)(llm__round_up(n, 16) / 16) * llm__tile_bytes(llm__weight_kind(dtype, weight), weight->cols);
-}
-
-/* A matrix without memory yet. */
-static llm__matrix llm__make_matrix(llm__kind kind, int n, int k) {
-    llm__matrix m;
-    m.kind = kind;
-    m.n = n;
-    m.k = k;
-    m.tile_bytes = llm__tile_bytes(kind, k);
-    m.data = NULL;
-    return m;
-}
-
-/* The bits of the largest magnitude of n numbers: they are in order, and behind all numbers are infinities and NaNs.
-   Sixteen at once, and signed, which compilers make vectors of. */
-static uint32_t llm__largest_bits(const float *x, size_t n) {
-    int32_t most[16] = {0}, bits[16];
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        memcpy(bits, x + i, sizeof bits);
-        for (int j = 0; j < 16; j++) bits[j] &= 0x7FFFFFFF;
-        for (int j = 0; j < 16; j++) most[j] = bits[j] > most[j] ? bits[j] : most[j];
-    }
-    for (; i < n; i++) {
-        int32_t rest = (int32_t)(llm__f32_bits(x[i]) & 0x7FFFFFFF);
-        most[0] = rest > most[0] ? rest : most[0];
-    }
-    for (int j = 1; j < 16; j++) most[0] = most[j] > most[0] ? most[j] : most[0];
-    return (uint32_t)most[0];
-}
-
-/* Symmetric int8 of a whole row: q = round(127 w / max|row|) = floor(127 w / max|row| + 0.5). Returns the scale; it is
-   NaN, and makes the row NaN, if a weight is not finite. */
-static float llm__quantize_row(const float *row, size_t n, int8_t *q, size_t step) {
-    uint32_t bits = llm__largest_bits(row, n);
-    float most = bits < 0x7F800000 ? llm__bits_f32(bits) : NAN;
-    bool finite = most >= 0;
-    double inverse = most > 0 ? 127.0 / most : 0;
-    for (size_t i = 0; i < n && finite; i++) {
-        double x = row[i] * inverse + 0.5;
-        int whole = (int)x; /* towards zero; the next line makes it floor(x), which would be a call */
-        q[i * step] = (int8_t)(whole - (whole > x));
-    }
-    for (size_t i = 0; i < n && !finite; i++) q[i * step] = 0;
-    return most / 127.0f;
-}
-
-static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, size_t k) {
-    ((float *)(void *)(tile + k * 16))[lane] = llm__quantize_row(row, k, (int8_t *)tile + lane, 16);
-}
-
-/* A row that is int8 in the file stays as it is: k of them, zeros up to `padded`. */
-static void llm__copy_int8_row(uint8_t *tile, size_t lane, const int8_t *row, size_t k, size_t padded, float scale) {
-    for (size_t i = 0; i < padded; i++) ((int8_t *)tile)[i * 16 + lane] = i < k ? row[i] : 0;
-    ((float *)(void *)(tile + padded * 16))[lane] = scale;
-}
-
-/* The smallest error a 4-bit group with its least weight as minimum can have. A NaN makes the whole group NaN. */
-static llm_group llm__quantize_group(const float *w) {
-    llm_group g;
-    float least = w[0], most = w[0];
-    for (int i = 1; i < 32; i++) {
-        if (w[i] < least) least = w[i];
-        if (w[i] > most) most = w[i];
-    }
-    g.minimum = llm__f32_to_f16(least);
-    g.scale = llm__f32_to_f16((most - least) / 15);
-    double d = llm__f16_to_f32(g.scale), m = llm__f16_to_f32(g.minimum);
-    for (int i = 0; i < 32; i++) {
-        double q = d > 0 ? floor((w[i] - m) / d + 0.5) : 0;
-        if (q != q) q = 0, g.scale = 0x7E00;
-        g.q[i] = (int8_t)(q < 0 ? 0 : q > 15 ? 15 : q);
-    }
-    return g;
-}
-
-/* A group as the file has it, where it is of a type that fits; else made from its weights. */
-static llm_group llm__read_group(int type, const uint8_t *raw, size_t index, const float *w) {
-    llm_group g;
-    if (type == LLM__Q8_0) {
-        raw += index * 34;
-        g.scale = llm__load_u16(raw);
-        g.minimum = 0;
-        memcpy(g.q, raw + 2, 32);
-    } else if (type == LLM__Q4_0 || type == LLM__Q4_1) {
-        raw += index * (type == LLM__Q4_0 ? 18 : 20);
-        g.scale = llm__load_u16(raw);
-        g.minimum = type == LLM__Q4_1 ? llm__load_u16(raw + 2) : llm__f32_to_f16(-8 * llm__f16_to_f32(g.scale));
-        raw += type == LLM__Q4_0 ? 2 : 4;
-        for (int i = 0; i < 16; i++) {
-            g.q[i] = (int8_t)(raw[i] & 15);
-            g.q[i + 16] = (int8_t)(raw[i] >> 4);
-        }
-    } else {
-        g = llm__quantize_group(w);
-    }
-    return g;
-}
-
-LLM_API void llm_weight_groups(const llm_weight *weight, int row, float *scratch, llm_group *groups) {
-    size_t n = (size_t)llm__round_up(weight->cols, 32) / 32;
-    int type;
-    const uint8_t *raw = (const uint8_t *)weight->raw_row(weight, row, &type);
-    memset(scratch, 0, n * 32 * sizeof *scratch);
-    weight->read_row(weight, row, scratch);
-    for (size_t i = 0; i < n; i++) groups[i] = llm__read_group(type, raw, i, scratch + i * 32);
-}
-
-static void llm__pack_group(llm__kind kind, uint8_t *to, size_t lane, const llm_group *g) {
-    size_t bytes = llm__tile_bytes(kind, 32);
-    uint16_t *d = (uint16_t *)(void *)(to + bytes) - 32;
-    d[lane] = g->scale;
-    d[lane + 16] = g->minimum;
-    if (kind == LLM__W_INT8_GROUPS) {
-        for (size_t i = 0; i < 32; i++) ((int8_t *)to)[i * 16 + lane] = g->q[i];
-        return;
-    }
-    for (size_t i = 0; i < 4; i++) {
-        uint32_t word = 0;
-        for (size_t j = 0; j < 8; j++) word |= (uint32_t)(g->q[i * 8 + j] & 15) << (4 * LLM__NIBBLE(j));
-        ((uint32_t *)(void *)to)[i * 16 + lane] = word;
-    }
-}
-
-/* 16 rows of k into a tile of bf16: even and odd k side by side, so that the tile is written from front to back. */
-static void llm__pack_bf16_tile(const llm__kernels *kernels, uint8_t *tile, float *rows, size_t k) {
-    uint64_t mode = llm__float_mode_enter();
-    for (size_t lane = 0; lane < 16; lane++) kernels->scale(rows + lane * k, 1.0f, (int)k, true, rows + lane * k);
-    llm__float_mode_leave(mode);
-    for (size_t i = 0; i < k; i += 2)
-        for (size_t lane = 0; lane < 16; lane++, tile += 4) {
-            uint32_t even, odd;
-            memcpy(&even, &rows[lane * k + i], 4);
-            memcpy(&odd, &rows[lane * k + i + 1], 4);
-            even = even >> 16 | odd;
-            memcpy(tile, &even, 4);
-        }
-}
-
-/* The same of rows that are bf16 in the file, as they are but for denormals, which become zero, as do absent rows (NULL). */
-static void llm__copy_bf16_tile(uint8_t *tile, const uint8_t *const raw[16], size_t n, size_t k) {
-    static const uint8_t nothing[4] = {0};
-    for (size_t i = 0; i < k; i += 2)
-        for (size_t lane = 0; lane < 16; lane++, tile += 4) {
-            uint32_t pair = llm__load_u32(raw[lane] && i < n ? raw[lane] + 2 * i : nothing);
-            if (!(pair & 0x7F80)) pair &= 0xFFFF8000;
-            if (!(pair & 0x7F800000)) pair &= 0x8000FFFF;
-            memcpy(tile, &pair, 4);
-        }
-}
-
-/* A tile's groups, as the file has them or made of its 16 rows; a raw row that is NULL is absent, or is to be made. */
-static void llm__pack_groups(const llm__matrix *m, uint8_t *tile, const uint8_t *const raw[16], const int types[16],
-                             const float *rows, size_t k) {
-    for (size_t lane = 0; lane < 16; lane++)
-        for (size_t i = 0; i < k / 32; i++) {
-            llm_group g = llm__read_group(types[lane], raw[lane], i, rows + lane * k + i * 32);
-            llm__pack_group(m->kind, tile + i * llm__tile_bytes(m->kind, 32), lane, &g);
-        }
-}
-
-/* Rows of one tile into their order; `rows` is scratch for 16. Absent rows (-1) are zero. */
-static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, int tile, const llm_weight *weight,
-                           const int numbers[16], float *rows) {
-    size_t k = (size_t)llm__round_up(m->k, 32);
-    uint8_t *to = m->data + (size_t)tile * m->tile_bytes;
-    const uint8_t *raw[16];
-    int types[16];
-    bool all_bf16 = m->kind == LLM__W_BF16 && m->k % 2 == 0;
-    for (size_t lane = 0; lane < 16; lane++) {
-        types[lane] = LLM__F32;
-        raw[lane] = NULL;
-        if (numbers[lane] < 0) continue;
-        raw[lane] = (const uint8_t *)weight->raw_row(weight, numbers[lane], &types[lane]);
-        all_bf16 = all_bf16 && types[lane] == LLM__BF16;
-    }
-    if (all_bf16) {
-        llm__copy_bf16_tile(to, raw, (size_t)m->k, k);
-        return;
-    }
-    memset(rows, 0, 16 * k * sizeof *rows);
-    for (size_t lane = 0; lane < 16; lane++) {
-        bool whole = llm__has_groups(m->kind) &&
-                     (types[lane] == LLM__Q4_0 || types[lane] == LLM__Q4_1 || types[lane] == LLM__Q8_0);
-        if (numbers[lane] >= 0 && !whole)
-            weight->read_row(weight, numbers[lane], rows + lane * k); /* else its groups are taken as they are */
-    }
-    if (m->kind == LLM__W_BF16) {
-        llm__pack_bf16_tile(kernels, to, rows, k);
-        return;
-    }
-    if (llm__has_groups(m->kind)) {
-        llm__pack_groups(m, to, raw, types, rows, k);
-        return;
-    }
-    for (size_t lane = 0; lane < 16; lane++) {
-        const float *row = rows + lane * k;
-        if (types[lane] == LLM__I8 && m->kind == LLM__W_INT8)
-            llm__copy_int8_row(to, lane, (const int8_t *)raw[lane], (size_t)m->k, k,
-                               weight->row_scale(weight, numbers[lane]));
-        else if (m->kind == LLM__W_INT8) llm__pack_int8_row(to, lane, row, k);
-        for (size_t i = 0; i < k && m->kind != LLM__W_INT8; i++)
-            llm__tile_set(m->kind, to, llm__tile_index(m->kind, lane, i, k), row[i]);
-    }
-}
-
-/* Which rows of its weight a tile holds. Gates and ups take turns, tile by tile, so that they are computed together. */
-static void llm__tile_rows(const llm_weight *weight, int tile, int rows[16]) {
-    bool paired = weight->kind == LLM_WEIGHT_GATE_UP;
-    int n = paired ? weight->rows / 2 : weight->rows, first = paired ? tile / 2 * 16 : tile * 16;
-    for (int i = 0; i < 16; i++) {
-        rows[i] = first + i < n ? first + i : -1;
-        if (paired && tile % 2 && rows[i] >= 0) rows[i] += n;
-    }
-}
-
-/* 2^x and log2(x), sine and cosine in double, of fixed operations so that every compiler gives the same bits. */
-static double llm__log2(double x) {
-    int exponent;
-    double m = frexp(x, &exponent);
-    if (m < 0.70710678118654752) {
-        m *= 2;
-        exponent--;
-    }
-    double s = (m - 1) / (m + 1), s2 = s * s, sum = 0;
-    for (int i = 23; i >= 1; i -= 2) sum = sum * s2 + 1.0 / i; /* log(m) = 2 (s + s^3 / 3 + s^5 / 5 + ...) */
-    return exponent + 2 * s * sum * 1.4426950408889634;
-}
-
-static double llm__exp2(double x) {
-    double whole = floor(x + 0.5), r = (x - whole) * 0.69314718055994531, sum = 1;
-    for (int i = 16; i >= 1; i--) sum = 1 + r / i * sum;
-    return ldexp(sum, (int)whole);
-}
-
-static void llm__sincos(double x, float *sine, float *cosine) {
-    double n = floor(x * 0.63661977236758134 + 0.5);
-    double r = x - n * 1.5707963267341256 - n * 6.0771005063039655e-11 - n * 2.0222662487959506e-21;
-    double r2 = r * r, s = 0, c = 0;
-    for (int i = 15; i >= 3; i -= 2) s = -r2 / (i * (i - 1)) * (1 + s); /* sin r = r (1 + s), cos r = 1 + c */
-    for (int i = 16; i >= 2; i -= 2) c = -r2 / (i * (i - 1)) * (1 + c);
-    s = r * (1 + s);
-    c = 1 + c;
-    int quarter = (int)(n - 4 * floor(n / 4));
-    *sine = (float)(quarter == 0 ? s : quarter == 1 ? c : quarter == 2 ? -s : -c);
-    *cosine = (float)(quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s);
-}
-
-/* ==== 11 The CPU backend: threads, weights, memory ==============================================================
-
-   A team of threads runs one task on all its members at once; the calling thread is member 0. Inside the task they
-   meet at barriers. Members spin a little for the next task, then sleep, so an idle context costs nothing. */
-
-#ifndef LLM_NO_THREADS
-#if defined(_WIN32)
-typedef HANDLE llm__thread;
-typedef CRITICAL_SECTION llm__mutex;
-typedef CONDITION_VARIABLE llm__cond;
-#define LLM__THREAD_RESULT DWORD WINAPI
-static void llm__mutex_init(llm__mutex *m) { InitializeCriticalSection(m); }
-static void llm__mutex_destroy(llm__mutex *m) { DeleteCriticalSection(m); }
-static void llm__mutex_lock(llm__mutex *m) { EnterCriticalSection(m); }
-static void llm__mutex_unlock(llm__mutex *m) { LeaveCriticalSection(m); }
-static void llm__cond_init(llm__cond *c) { InitializeConditionVariable(c); }
-static void llm__cond_destroy(llm__cond *c) { (void)c; }
-static void llm__cond_wait(llm__cond *c, llm__mutex *m) { SleepConditionVariableCS(c, m, INFINITE); }
-static void llm__cond_broadcast(llm__cond *c) { WakeAllConditionVariable(c); }
-static bool llm__thread_start(llm__thread *t, DWORD(WINAPI *run)(void *), void *arg) {
-    return (*t = CreateThread(NULL, 0, run, arg, 0, NULL)) != NULL;
-}
-static void llm__thread_join(llm__thread t) {
-    WaitForSingleObject(t, INFINITE);
-    CloseHandle(t);
-}
-static void llm__thread_yield(void) { SwitchToThread(); }
-#else
-#include <pthread.h>
-#include <sched.h>
-typedef pthread_t llm__thread;
-typedef pthread_mutex_t llm__mutex;
-typedef pthread_cond_t llm__cond;
-#define LLM__THREAD_RESULT void *
-static void llm__mutex_init(llm__mutex *m) { pthread_mutex_init(m, NULL); }
-static void llm__mutex_destroy(llm__mutex *m) { pthread_mutex_destroy(m); }
-static void llm__mutex_lock(llm__mutex *m) { pthread_mutex_lock(m); }
-static void llm__mutex_unlock(llm__mutex *m) { pthread_mutex_unlock(m); }
-static void llm__cond_init(llm__cond *c) { pthread_cond_init(c, NULL); }
-static void llm__cond_destroy(llm__cond *c) { pthread_cond_destroy(c); }
-static void llm__cond_wait(llm__cond *c, llm__mutex *m) { pthread_cond_wait(c, m); }
-static void llm__cond_broadcast(llm__cond *c) { pthread_cond_broadcast(c); }
-static bool llm__thread_start(llm__thread *t, void *(*run)(void *), void *arg) {
-    return pthread_create(t, NULL, run, arg) == 0;
-}
-static void llm__thread_join(llm__thread t) { pthread_join(t, NULL); }
-static void llm__thread_yield(void) { sched_yield(); }
-#endif
-#endif
-
-typedef struct llm__team llm__team;
-
-typedef struct llm__member {
-    llm__team *team;
-    int index;
-#ifndef LLM_NO_THREADS
-    llm__thread thread;
-#endif
-} llm__member;
-
-/* A member's share of a phase's pieces; alone in its lines of the cache. */
-typedef struct llm__share {
-    int n_taken; /* atomic */
-    char alone[124];
-} llm__share;
-
-struct llm__team {
-    int n;
-    void (*task)(void *arg, int index);
-    void *arg;
-    void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg); /* the host's, or NULL */
-    void *user;
-    int n_at_barrier, barrier_round; /* atomic */
-    int n_working, job;              /* atomic; job counts the tasks so far */
-    llm__share *shares;              /* [n] */
-    bool stop;
-    llm__member *members; /* [n - 1], the caller is not among them */
-    int n_started;
-#ifndef LLM_NO_THREADS
-    llm__mutex mutex;
-    llm__cond wake;
-#endif
-};
-
-static void llm__spin_pause(int round) {
-#if defined(__x86_64__)
-    __asm__ volatile("pause");
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-#ifndef LLM_NO_THREADS
-    if (round % 1024 == 1023) llm__thread_yield(); /* there may be more threads than cores */
-#else
-    (void)round;
-#endif
-}
-
-/* All shares are whole again: a new phase can begin. */
-static void llm__renew_shares(llm__team *team) {
-    for (int i = 0; i < team->n; i++) __atomic_store_n(&team->shares[i].n_taken, 0, __ATOMIC_RELAXED);
-}
-
-/* Waits until all members are here. What any of them wrote before is seen by all after. */
-static void llm__barrier(llm__team *team) {
-    if (team->n == 1) {
-        llm__renew_shares(team);
-        return;
-    }
-    int round = __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE);
-    if (__atomic_add_fetch(&team->n_at_barrier, 1, __ATOMIC_ACQ_REL) == team->n) {
-        llm__renew_shares(team);
-        __atomic_store_n(&team->n_at_barrier, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&team->barrier_round, round + 1, __ATOMIC_RELEASE);
-        return;
-    }
-    for (int i = 0; __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE) == round; i++) llm__spin_pause(i);
-}
-
-/* One member's view of a task that goes through phases. In a phase the members take pieces 0 .. n-1 until none are
-   left, and meet. Each begins with its share, the index'th part of the pieces, which in each phase are about the same
-   rows or columns, so that it finds in its cache what it left there; then it helps the others. */
-typedef struct llm__worker {
-    llm__team *team;
-    int index, n_done; /* shares in which nothing is left */
-} llm__worker;
-
-/* The next piece of n; -1 if none is left. */
-static int llm__take(llm__worker *w, int n) {
-    for (; w->n_done < w->team->n; w->n_done++) {
-        int i = (w->index + w->n_done) % w->team->n;
-        int first = (int)((int64_t)n * i / w->team->n), end = (int)((int64_t)n * (i + 1) / w->team->n);
-        int *n_taken = &w->team->shares[i].n_taken;
-        if (__atomic_load_n(n_taken, __ATOMIC_RELAXED) >= end - first) continue;
-        int piece = first + __atomic_fetch_add(n_taken, 1, __ATOMIC_RELAXED);
-        if (piece < end) return piece;
-    }
-    return -1;
-}
-
-static void llm__finish(llm__worker *w) {
-    llm__barrier(w->team);
-    w->n_done = 0;
-}
-
-#ifndef LLM_NO_THREADS
-static bool llm__wait_for_job(llm__team *team, int done) {
-    for (int i = 0; i < 20000; i++) {
-        if (__atomic_load_n(&team->job, __ATOMIC_ACQUIRE) != done) return !team->stop;
-        llm__spin_pause(i);
-    }
-    llm__mutex_lock(&team->mutex);
-    while (__atomic_load_n(&team->job, __ATOMIC_ACQUIRE) == done) llm__cond_wait(&team->wake, &team->mutex);
-    llm__mutex_unlock(&team->mutex);
-    return !team->stop;
-}
-
-static LLM__THREAD_RESULT llm__member_main(void *arg) {
-    llm__member *member = (llm__member *)arg;
-    llm__team *team = member->team;
-    for (int done = 0; llm__wait_for_job(team, done); done++) {
-        team->task(team->arg, member->index);
-        __atomic_sub_fetch(&team->n_working, 1, __ATOMIC_ACQ_REL);
-    }
-    return 0;
-}
-
-static void llm__team_wake(llm__team *team) {
-    llm__mutex_lock(&team->mutex);
-    __atomic_add_fetch(&team->job, 1, __ATOMIC_ACQ_REL);
-    llm__cond_broadcast(&team->wake);
-    llm__mutex_unlock(&team->mutex);
-}
-
-static void llm__team_stop(void *data) {
-    llm__team *team = (llm__team *)data;
-    team->stop = true;
-    if (team->n_started) llm__team_wake(team);
-    for (int i = 0; i < team->n_started; i++) llm__thread_join(team->members[i].thread);
-    llm__cond_destroy(&team->wake);
-    llm__mutex_destroy(&team->mutex);
-}
-#endif
-
-typedef void llm__parallel_fn(void *user, int n, void (*task)(void *arg, int i), void *arg);
-
-/* A team of n: the host's threads if it has a function for that, else own ones, which end when the team is freed. Where
-   the system gives fewer threads, the team is smaller. */
-static llm__team *llm__team_create(llm__env *env, int n, llm__parallel_fn *parallel, void *user) {
-    llm__member *members = (llm__member *)llm__alloc_zero(env, (size_t)n, sizeof *members);
-    llm__share *shares = (llm__share *)llm__alloc_zero(env, (size_t)n, sizeof *shares);
-    llm__team *team = (llm__team *)llm__alloc_zero(env, 1, sizeof *team);
-    team->n = parallel ? n : 1;
-    team->parallel = parallel;
-    team->user = user;
-    team->members = members;
-    team->shares = shares;
-#ifndef LLM_NO_THREADS
-    llm__mutex_init(&team->mutex);
-    llm__cond_init(&team->wake);
-    llm__on_free(team, llm__team_stop);
-    for (; team->n < n; team->n++) { /* not if there is `parallel` */
-        llm__member *member = &members[team->n - 1];
-        member->team = team;
-        member->index = team->n;
-        if (!llm__thread_start(&member->thread, llm__member_main, member)) break;
-        team->n_started++;
-    }
-#endif
-    return team;
-}
-
-static void llm__team_run(llm__team *team, void (*task)(void *arg, int index), void *arg) {
-    llm__renew_shares(team);
-    if (team->parallel) {
-        team->parallel(team->user, team->n, task, arg);
-        return;
-    }
-    team->task = task;
-    team->arg = arg;
-#ifndef LLM_NO_THREADS
-    __atomic_store_n(&team->n_working, team->n_started, __ATOMIC_RELEASE);
-    if (team->n_started) llm__team_wake(team);
-#endif
-    task(arg, 0);
-#ifndef LLM_NO_THREADS
-    for (int i = 0; __atomic_load_n(&team->n_working, __ATOMIC_ACQUIRE) > 0; i++) llm__spin_pause(i);
-#endif
-}
-
-/* One thread per physical core this process may use. */
-static int llm__default_threads(void) {
-#if defined(LLM_NO_THREADS)
-    return 1;
-#elif defined(_WIN32)
-    SYSTEM_LOGICAL_PROCESSOR_INFORMATION info[512];
-    DWORD_PTR process, all;
-    DWORD size = sizeof info;
-    int n = 0;
-    if (GetProcessAffinityMask(GetCurrentProcess(), &process, &all) && GetLogicalProcessorInformation(info, &size))
-        for (DWORD i = 0; i < size / sizeof *info; i++)
-            n += info[i].Relationship == RelationProcessorCore && (info[i].ProcessorMask & process) != 0;
-    if (n) return n;
-    SYSTEM_INFO system; /* it spreads over several groups of 64 processors */
-    GetSystemInfo(&system);
-    return (int)system.dwNumberOfProcessors;
-#else
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-#if defined(__linux__)
-#if defined(CPU_COUNT)
-    cpu_set_t set;
-    if (!sched_getaffinity(0, sizeof set, &set) && CPU_COUNT(&set) < n) n = CPU_COUNT(&set);
-#endif
-    char smt = '0';
-    int fd = open("/sys/devices/system/cpu/smt/active", O_RDONLY);
-    if (fd >= 0) {
-        if (read(fd, &smt, 1) == 1 && smt == '1' && n > 1) n /= 2;
-        close(fd);
-    }
-#endif
-    return n < 1 ? 1 : n > 256 ? 256 : (int)n;
-#endif
-}
-
-/* ---- The model on the CPU ---- */
-
-typedef struct llm__cpu_layer {
-    float *attention_norm, *ffn_norm; /* [n_embd] */
-    float *qkv_bias;                  /* [(n_heads + 2 * n_kv_heads) * head_dim] or NULL */
-    float *q_norm, *k_norm;           /* [head_dim] or NULL */
-    llm__matrix qkv, attention_out, gate_up, down;
-} llm__cpu_layer;
-
-typedef struct llm__cpu_model {
-    llm__pool pool;
-    llm_shape shape;
-    llm_dtype dtype;
-    const llm__kernels *kernels;
-    llm__team *team;     /* for loading */
-    uint8_t *room, *end; /* of the matrices, which lie one behind the other */
-    llm__cpu_layer *layers;
-    float *output_norm;
-    llm__matrix embedding, head; /* the same if tied */
-} llm__cpu_model;
-
-typedef struct llm__cpu_open_args {
-    void **out;
-    const llm_shape *shape;
-    const llm_model_desc *desc;
-} llm__cpu_open_args;
-
-static void llm__cpu_close(void *model) {
-    if (!model) return;
-    llm__pool pool = ((llm__cpu_model *)model)->pool;
-    llm__pool_free(&pool);
-}
-
-/* Weights and cache are read from end to end for each token. In pages of 2 MB, where the system has them, that needs few
-   translations of addresses, and the memory is had faster. */
-enum { LLM__HUGE_PAGE = 1 << 21 };
-
-static void llm__ask_for_huge_pages(void *block, size_t size) {
-#if defined(MADV_HUGEPAGE)
-    uintptr_t first = ((uintptr_t)block + LLM__HUGE_PAGE - 1) & ~(uintptr_t)(LLM__HUGE_PAGE - 1),
-              end = ((uintptr_t)block + size) & ~(uintptr_t)(LLM__HUGE_PAGE - 1);
-    if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE);
-#else
-    (void)block;
-    (void)size;
-#endif
-}
-
-/* The pool lives inside the object it owns: it moves there once the object's memory is had. */
-static void llm__cpu_open_body(llm__env *env, void *arg) {
-    llm__cpu_open_args *args = (llm__cpu_open_args *)arg;
-    llm__cpu_model *m = (llm__cpu_model *)llm__alloc_zero(env, 1, sizeof *m);
-    m->shape = *args->shape;
-    m->dtype = args->desc->dtype;
-    m->kernels = llm__choose_kernels(args->desc->isa);
-    m->layers = (llm__cpu_layer *)llm__alloc_zero(env, (size_t)m->shape.n_layers, sizeof *m->layers);
-    m->room = (uint8_t *)llm__alloc(env, (size_t)m->shape.weight_bytes, 1);
-    m->end = m->room + m->shape.weight_bytes;
-    llm__ask_for_huge_pages(m->room, (size_t)m->shape.weight_bytes);
-    m->team = llm__team_create(env, args->desc->n_threads, NULL, NULL);
-    m->pool = *env->pool;
-    *args->out = m;
-}
-
-static llm_status llm__cpu_open(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_error *err) {
-    llm__pool pool;
-    llm__env env;
-    llm__cpu_open_args args = {out, shape, desc};
-    *out = NULL;
-    llm__pool_init(&pool, &desc->host);
-    llm__env_init(&env, &pool, err, NULL);
-    llm_status status = llm__guarded(&env, llm__cpu_open_body, &args);
-    if (status) llm__pool_free(&pool);
-    return status;
-}
-
-typedef struct llm__cpu_upload_args {
-    llm__cpu_model *model;
-    const llm_weight *weight;
-    llm__matrix *matrix;
-    float *rows; /* scratch, 16 rows a thread */
-} llm__cpu_upload_args;
-
-static void llm__cpu_pack_task(void *arg, int index) {
-    llm__cpu_upload_args *a = (llm__cpu_upload_args *)arg;
-    int n_tiles = llm__round_up(a->matrix->n, 16) / 16, numbers[16];
-    float *rows = a->rows + (size_t)index * 16 * (size_t)llm__round_up(a->matrix->k, 32);
-    llm__worker w = {a->model->team, index, 0};
-    for (int tile; (tile = llm__take(&w, n_tiles)) >= 0;) {
-        llm__tile_rows(a->weight, tile, numbers);
-        llm__pack_tile(a->model->kernels, a->matrix, tile, a->weight, numbers, rows);
-    }
-}
-
-static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const llm_weight *weight,
-                                   llm__matrix *matrix) {
-    llm__cpu_upload_args args = {model, weight, matrix, NULL};
-    /* Gates and ups each fill whole tiles, so both are padded. */
-    int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__round_up(weight->rows / 2, 16) : weight->rows;
-    size_t bytes = (size_t)llm__cpu_weight_bytes(model->dtype, weight); /* a multiple of LLM__ALIGN */
-    *matrix = llm__make_matrix(llm__weight_kind(model->dtype, weight), n, weight->cols);
-    if (bytes <= (size_t)(model->end - model->room)) {
-        matrix->data = model->room;
-        model->room += bytes;
-    } else matrix->data = (uint8_t *)llm__alloc(env, bytes, 1);
-    args.rows =
-        (float *)llm__alloc(env, (size_t)model->team->n * 16 * (size_t)llm__round_up(weight->cols, 32), sizeof(float));
-    llm__team_run(model->team, llm__cpu_pack_task, &args);
-    llm__free(env->pool, args.rows);
-}
-
-/* A row, or a column. */
-static float *llm__cpu_upload_vector(llm__env *env, const llm_weight *weight) {
-    float *v = (float *)llm__alloc(env, (size_t)weight->rows * (size_t)weight->cols, sizeof *v);
-    for (int i = 0; i < weight->rows; i++) weight->read_row(weight, i, v + (size_t)i * (size_t)weight->cols);
-    return v;
-}
-
-static void llm__cpu_upload_body(llm__env *env, void *arg) {
-    llm__cpu_upload_args *a = (llm__cpu_upload_args *)arg;
-    llm__cpu_model *m = a->model;
-    const llm_weight *w = a->weight;
-    llm__cpu_layer *layer = &m->layers[w->layer];
-    switch (w->kind) {
-    case LLM_WEIGHT_EMBEDDING: llm__cpu_upload_matrix(env, m, w, &m->embedding); break;
-    case LLM_WEIGHT_ATTENTION_NORM: layer->attention_norm = llm__cpu_upload_vector(env, w); break;
-    case LLM_WEIGHT_QKV: llm__cpu_upload_matrix(env, m, w, &layer->qkv); break;
-    case LLM_WEIGHT_QKV_BIAS: layer->qkv_bias = llm__cpu_upload_vector(env, w); break;
-    case LLM_WEIGHT_Q_NORM: layer->q_norm = llm__cpu_upload_vector(env, w); break;
-    case LLM_WEIGHT_K_NORM: layer->k_norm = llm__cpu_upload_vector(env, w); break;
-    case LLM_WEIGHT_ATTENTION_OUT: llm__cpu_upload_matrix(env, m, w, &layer->attention_out); break;
-    case LLM_WEIGHT_FFN_NORM: layer->ffn_norm = llm__cpu_upload_vector(env, w); break;
-    case LLM_WEIGHT_GATE_UP: llm__cpu_upload_matrix(env, m, w, &layer->gate_up); break;
-    case LLM_WEIGHT_DOWN: llm__cpu_upload_matrix(env, m, w, &layer->down); break;
-    case LLM_WEIGHT_OUTPUT_NORM: m->output_norm = llm__cpu_upload_vector(env, w); break;
-    case LLM_WEIGHT_HEAD: llm__cpu_upload_matrix(env, m, w, &m->head); break;
-    }
-    if (w->kind == LLM_WEIGHT_EMBEDDING && m->shape.tied_head) m->head = m->embedding;
-}
-
-static llm_status llm__cpu_upload(void *model, const llm_weight *weight, llm_error *err) {
-    llm__cpu_model *m = (llm__cpu_model *)model;
-    llm__env env;
-    llm__cpu_upload_args args = {m, weight, NULL, NULL};
-    llm__env_init(&env, &m->pool, err, NULL);
-    return llm__guarded(&env, llm__cpu_upload_body, &args);
-}
-
-/* ==== 12 KV cache ===============================================================================================
-
-   Keys and values live in blocks of LLM_BLOCK positions, all allocated when the context is created. A sequence is a
-   length and a table of blocks. A fork shares its parent's blocks by counting references; whoever appends to a block
-   that is shared takes a copy of it first. Here is the bookkeeping; the blocks' contents are the backend's. */
-
-typedef struct llm__cache {
-    int n_seq, n_ctx, blocks_per_seq, n_blocks, n_free;
-    int *free_blocks;  /* [n_blocks] a stack                                    */
-    int *n_users;      /* [n_blocks] sequences that hold the block              */
-    int *tables;       /* [n_seq][blocks_per_seq]                               */
-    int *lengths;      /* [n_seq]                                               */
-    llm_token *tokens; /* [n_seq][n_ctx]                                        */
-} llm__cache;
-
-static int llm__blocks_for(int n_positions) { return (n_positions + LLM_BLOCK - 1) / LLM_BLOCK; }
-
-static void llm__cache_create(llm__env *env, llm__cache *cache, int n_seq, int n_ctx, int n_blocks) {
-    cache->n_seq = n_seq;
-    cache->n_ctx = n_ctx;
-    cache->blocks_per_seq = llm__blocks_for(n_ctx);
-    cache->n_blocks = cache->n_free = n_blocks;
-    cache->free_blocks = (int *)llm__alloc(env, (size_t)n_blocks, sizeof(int));
-    cache->n_users = (int *)llm__alloc_zero(env, (size_t)n_blocks, sizeof(int));
-    cache->tables = (int *)llm__alloc_zero(env, (size_t)n_seq * (size_t)cache->blocks_per_seq, sizeof(int));
-    cache->lengths = (int *)llm__alloc_zero(env, (size_t)n_seq, sizeof(int));
-    cache->tokens = (llm_token *)llm__alloc(env, (size_t)n_seq * (size_t)n_ctx, sizeof(llm_token));
-    for (int i = 0; i < n_blocks; i++) cache->free_blocks[i] = n_blocks - 1 - i; /* so that they come in order */
-}
-
-static int *llm__cache_table(const llm__cache *cache, int seq) {
-    return cache->tables + (size_t)seq * (size_t)cache->blocks_per_seq;
-}
-
-static llm_token *llm__cache_tokens(const llm__cache *cache, int seq) {
-    return cache->tokens + (size_t)seq * (size_t)cache->n_ctx;
-}
-
-/* Does appending to this sequence begin by copying its last block? */
-static bool llm__cache_must_copy(const llm__cache *cache, int seq) {
-    int length = cache->lengths[seq];
-    return length % LLM_BLOCK && cache->n_users[llm__cache_table(cache, seq)[length / LLM_BLOCK]] > 1;
-}
-
-/* Blocks that appending n tokens takes from the free ones. */
-static int llm__cache_needs(const llm__cache *cache, int seq, int n) {
-    int length = cache->lengths[seq];
-    return llm__blocks_for(length + n) - llm__blocks_for(length) + (n && llm__cache_must_copy(cache, seq));
-}
-
-static int llm__cache_take(llm__cache *cache) {
-    int block = cache->free_blocks[--cache->n_free];
-    cache->n_users[block] = 1;
-    return block;
-}
-
-static void llm__cache_drop(llm__cache *cache, int block) {
-    if (--cache->n_users[block] == 0) cache->free_blocks[cache->n_free++] = block;
-}
-
-static void llm__cache_truncate(llm__cache *cache, int seq, int length) {
-    for (int i = llm__blocks_for(length); i < llm__blocks_for(cache->lengths[seq]); i++)
-        llm__cache_drop(cache, llm__cache_table(cache, seq)[i]);
-    cache->lengths[seq] = length;
-}
-
-/* Puts an own block in the place of a shared last one; returns the shared one, from which to copy, or -1. */
-static int llm__cache_unshare(llm__cache *cache, int seq) {
-    if (!llm__cache_must_copy(cache, seq)) return -1;
-    int *place = &llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_BLOCK], shared = *place;
-    *place = llm__cache_take(cache);
-    llm__cache_drop(cache, shared);
-    return shared;
-}
-
-/* Appends one token to a sequence whose last block is its own. Room was made sure of before. */
-static void llm__cache_append(llm__cache *cache, int seq, llm_token token) {
-    int at = cache->lengths[seq]++;
-    if (at % LLM_BLOCK == 0) llm__cache_table(cache, seq)[at / LLM_BLOCK] = llm__cache_take(cache);
-    llm__cache_tokens(cache, seq)[at] = token;
-}
-
-static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) {
-    llm__cache_truncate(cache, seq, 0);
-    for (int i = 0; i < llm__blocks_for(length); i++) {
-        int block = llm__cache_table(cache, parent)[i];
-        llm__cache_table(cache, seq)[i] = block;
-        cache->n_users[block]++;
-    }
-    memcpy(llm__cache_tokens(cache, seq), llm__cache_tokens(cache, parent), (size_t)length * sizeof(llm_token));
-    cache->lengths[seq] = length;
-}
-
-/* ==== 13 Forward pass ===========================================================================================
-
-   The Llama transformer: Touvron et al. 2023 (arXiv:2302.13971), with RMSNorm (1910.07467), rotary embeddings
-   (2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245). For rows x[n_embd] of all tokens at once:
-
-       x = embedding[token]
-       for each layer:   q, k, v = Wqkv norm(x) [+ bias];  q, k = rope([norm] q, [norm] k);  k, v go to the cache
-                         x += Wo attention(q, cache);   x += Wdown (silu(Wgate norm(x)) * Wup norm(x))
-       logits = Whead norm(x)
-
-   Every member of the team runs llm__forward_task; each phase of it is shared out in pieces and ends at a barrier. */
-
-enum {
-    LLM__CHUNK = 256, /* keys whose softmax is taken at once; chunks are merged in order (of the arithmetic) */
-    LLM__SCORES = LLM__CHUNK + 16, /* a row of scores: rows a power of two apart would share few lines of the cache */
-    LLM__QUERY_ROWS = 64, /* query rows, over the heads that share a key head, that meet a chunk together        */
-    LLM__ROWS = LLM__STRIP_MOST, /* activation rows that meet a group of tiles while it is in the near cache */
-    LLM__TILES = 4,         /* tiles in such a group                                                               */
-    LLM__SPLIT_ROWS = 8,    /* rows of a sequence whose attention may be split over the keys                       */
-    LLM__PART_ROWS = 128,   /* least rows that are a member's own in panels                                        */
-    LLM__SCORED_ROWS = 128, /* rows whose logits, of so many columns, are there at once; a multiple of 16 */
-    LLM__COLUMNS = 512      /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic)         */
-};
-
-/* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
-typedef struct llm__queries {
-    int first, n;
-} llm__queries;
-
-/* A product's activations. Many rows of bf16 go by panels; they are packed only, wherever that can be done at once. A single
-   row is made ready by each member for itself, which takes less time than to meet. */
-typedef struct llm__rows {
-    float *x; /* [n_batch, or what is not packed][stride] */
-    size_t stride;
-    float *sums;     /* [n_batch][stride / 32] for weights in groups; all rows' are in one place */
-    uint8_t *packed; /* [n_batch padded to 16][stride] bf16, see llm__packed_row; NULL: there are no panels */
-} llm__rows;
-
-typedef struct llm__cpu_context {
-    llm__pool pool;
-    const llm__cpu_model *model;
-    llm_backend_desc desc;
-    llm__team *team;
-    bool round;       /* activations are rounded to bf16 before a product */
-    bool round_cache; /* so are queries and softmax weights: the cache is bf16 or int8 */
-    llm__kind cache_kind;
-    int head_stride;          /* head_dim padded for products */
-    float score_scale;        /* log2(e) / sqrt(head_dim): softmax is taken as powers of 2 */
-    size_t cache_block_bytes; /* keys, or values, of one head in one block */
-    uint8_t *cache;           /* see llm__cache_plane */
-    size_t x_stride, qkv_stride;
-    float *x, *qkv; /* [n_batch][stride] */
-    llm__rows normed, attention, ffn;
-    float *cosines, *sines; /* [n_batch][rope_dim / 2] */
-    float *scratch;         /* [n_threads][scratch_floats] for attention */
-    size_t scratch_floats;
-    float *partials; /* [n_partials][partial_floats] of attention that is split, see llm__attend_split */
-    size_t partial_floats;
-    int n_partials;
-    float *panels;  /* [n_threads][panel_floats] for llm__panel's c; NULL: there are no panels */
-    int panel_rows; /* so many rows go by them, or more */
-    uint8_t *tiles; /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
-    size_t panel_floats, tile_bytes;
-    float *logits;                            /* [n_logits][n_vocab] */
-    float *column_max, *column_sum;           /* [n_batch][n_vocab / LLM__COLUMNS] of a softmax in parts */
-    int *all_rows;                            /* 0, 1, 2 ... */
-    llm__queries *all_queries, *last_queries; /* of all rows; of the rows whose logits are wanted */
-    int n_all_queries, n_last_queries;
-    const llm_pass *pass;
-    bool cancelled;
-} llm__cpu_context;
-
-/* The cache is [n_cache_blocks / 8][n_layers][n_kv_heads][key, value][8] tiles of a block, the last 8 perhaps fewer: so a
-   chunk's keys and values lie one behind the other, layer by layer, and memory is had only as a sequence grows. A plane is
-   a layer's, head's keys or values. */
-static int llm__n_planes(const llm__cpu_context *c) {
-    return 2 * c->model->shape.n_layers * c->model->shape.n_kv_heads;
-}
-
-static uint8_t *llm__cache_plane(const llm__cpu_context *c, int plane, int block) {
-    const int some = LLM__CHUNK / LLM_BLOCK;
-    int first = block / some * some, n = c->desc.n_cache_blocks - first < some ? c->desc.n_cache_blocks - first : some;
-    size_t at = (size_t)first * (size_t)llm__n_planes(c) + (size_t)plane * (size_t)n + (size_t)(block - first);
-    return c->cache + at * c->cache_block_bytes;
-}
-
-static uint8_t *llm__cache_block(const llm__cpu_context *c, int layer, int value, int head, int block) {
-    return llm__cache_plane(c, (layer * c->model->shape.n_kv_heads + head) * 2 + value, block);
-}
-
-/* Do so many rows meet a matrix in panels? */
-static bool llm__in_panels(const llm__cpu_context *c, int rows) { return c->panels && rows >= c->panel_rows; }
-
-/* Are a matrix's weights rounded to bf16 for so many rows? */
-static bool llm__in_bf16(const llm__matrix *m, int rows) { return llm__has_groups(m->kind) && rows > LLM__EXACT_ROWS; }
-
-/* A few tiles against a few of all rows, the first of which is `row`: their sums, added to sums[rows][stride]. */
-static void llm__tile_sums(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
-                           const llm__rows *in, int row, int rows, int all_rows, float *sums, size_t stride) {
-    const llm__kernels *kernels = c->model->kernels;
-    int k = llm__round_up(m->k, 32);
-    const uint8_t *tiles = m->data + (size_t)tile * m->tile_bytes;
-    const float *x = in->x + (size_t)row * in->stride;
-    if (!llm__in_bf16(m, all_rows)) {
-        kernels->product[m->kind](x, in->stride, in->sums + (size_t)row * (size_t)(k / 32), rows, tiles, n_tiles, k,
-                                  sums, stride);
-        return;
-    }
-    uint8_t *unpacked = c->tiles + (size_t)index * c->tile_bytes;
-    for (int i = 0; i < n_tiles; i += 2) {
-        int some = n_tiles - i < 2 ? 1 : 2;
-        for (int j = 0; j < some; j++)
-            kernels->unpack(m->kind, tiles + (size_t)(i + j) * m->tile_bytes, k / 32,
-                            unpacked + (size_t)j * (size_t)k * 32);
-        kernels->product[LLM__W_BF16](x, in->stride, NULL, rows, unpacked, some, k, sums + 16 * i, stride);
-    }
-}
-
-/* What becomes of a row's sums over some tiles, the first of which is `tile`. With LLM__SWIGLU they are pairs of gates
-   and ups. */
-static void llm__end_row(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles, const float *sums,
-                         llm__ending ending, float *y) {
-    const llm__kernels *kernels = c->model->kernels;
-    int column = tile * 16, width = m->n - column < n_tiles * 16 ? m->n - column : n_tiles * 16;
-    if (ending == LLM__ADD) kernels->add(y + column, sums, width);
-    else if (ending == LLM__STORE) memcpy(y + column, sums, (size_t)width * sizeof(float));
-    else kernels->swiglu(sums, n_tiles * 8, c->round, y + column / 2);
-}
-
-/* A few tiles against a few of all rows, the first of which is `row`. */
-static void llm__linear_piece(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
-                              const llm__rows *in, int row, int rows, int all_rows, llm__ending ending, float *y,
-                              size_t y_stride) {
-    float sums[LLM__ROWS][16 * LLM__TILES] __attribute__((aligned(64)));
-    memset(sums, 0, (size_t)rows * sizeof *sums);
-    llm__tile_sums(c, index, m, tile, n_tiles, in, row, rows, all_rows, sums[0], 16 * LLM__TILES);
-    for (int r = 0; r < rows; r++) llm__end_row(c, m, tile, n_tiles, sums[r], ending, y + (size_t)(row + r) * y_stride);
-}
-
-static llm__lines llm__lines_of(const llm__cpu_context *c, const llm__rows *rows, size_t r) {
-    return llm__packed_row(c->model->kernels->line_step, rows->packed, rows->stride, r);
-}
-
-/* Rows of a piece: up to 16 are packed at once, if there are enough for all members. */
-static int llm__row_step(const llm__cpu_context *c, int rows) {
-    int share = (rows + c->team->n - 1) / c->team->n;
-    return !llm__in_panels(c, rows) ? 1 : share < 16 ? share : 16;
-}
-
-/* Does a product of these rows need the sums of each 32 of their values? */
-static bool llm__needs_sums(const llm__matrix *m, int rows) {
-    return llm__has_groups(m->kind) && !llm__in_bf16(m, rows);
-}
-
-/* What a product needs of its activations beside them: the sums over 32 for weights in groups, or that they are packed
-   for panels; a phase, unless there is nothing to do. `packed`: for panels they are packed already. Returns the rows for
-   this member. */
-static llm__rows llm__prepare_rows(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const llm__rows *in,
-                                   int rows, bool packed) {
-    const llm__kernels *kernels = c->model->kernels;
-    bool panels = llm__in_panels(c, rows), sums = llm__needs_sums(m, rows);
-    int step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step, k = (int)in->stride;
-    llm__rows own = *in;
-    if (!sums && (packed || !panels)) return own;
-    if (rows == 1) {
-        own.sums += w->index * (k / 32);
-        kernels->group_sums(own.x, k, own.sums);
-        return own;
-    }
-    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;)
-        for (int r = piece * step; r < rows && r < (piece + 1) * step; r++) {
-            const float *x = in->x + (size_t)r * in->stride;
-            if (sums) kernels->group_sums(x, k, in->sums + (size_t)r * (size_t)(k / 32));
-            else kernels->pack_scale(x, 1, k, k, llm__lines_of(c, in, (size_t)r), 0);
-        }
-    llm__finish(w);
-    return own;
-}
-
-/* A panel's tiles against the rows from `row` to `end`. */
-static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
-                              const llm__rows *in, int row, int end, llm__ending ending, float *y, size_t y_stride) {
-    const llm__rows *ffn = &c->ffn;
-    llm__panel p;
-    int next = tile + n_tiles;
-    p.line_step = c->model->kernels->line_step;
-    p.k = llm__round_up(m->k, 32);
-    p.kind = m->kind;
-    p.tiles = m->data + (size_t)tile * m->tile_bytes;
-    p.ahead = next * 16 < m->n ? m->data + (size_t)next * m->tile_bytes : NULL;
-    p.tile_bytes = m->tile_bytes;
-    p.n_tiles = n_tiles;
-    p.ending = ending;
-    p.y_stride = y_stride;
-    p.width = m->n - tile * 16;
-    p.packed_k = ffn->stride;
-    p.column = tile * 8;
-    p.c = c->panels + (size_t)index * c->panel_floats;
-    p.unpacked = c->tiles + (size_t)index * c->tile_bytes;
-    for (int first = row; first < end; first += LLM__PANEL_ROWS) {
-        p.n_rows = end - first < LLM__PANEL_ROWS ? end - first : (int)LLM__PANEL_ROWS;
-        p.a = in->packed + (size_t)first * in->stride * 2;
-        p.y = ending == LLM__SWIGLU ? NULL : y + (size_t)first * y_stride + tile * 16;
-        p.packed = ffn->packed + (size_t)first * ffn->stride * 2;
-        c->model->kernels->panel(&p);
-    }
-}
-
-/* Parts of the rows in which they meet a matrix. In panels: shared among the members as in other phases, if there are
-   enough; then each reads all weights, but what it multiplies and adds to is in its cache. Else LLM__ROWS each, which meet
-   the same tiles one part after the other. */
-static int llm__row_parts(const llm__cpu_context *c, int rows) {
-    if (!llm__in_panels(c, rows)) return (rows + LLM__ROWS - 1) / LLM__ROWS;
-    int most = rows / LLM__PART_ROWS;
-    return most < 1 ? 1 : most < c->team->n ? most : c->team->n;
-}
-
-/* The first row of a part; 16 stay together, see llm__row_step. */
-static int llm__part_row(int rows, int part, int n_parts) {
-    return part == n_parts ? rows : (int)((int64_t)((rows + 15) / 16) * part / n_parts) * 16;
-}
-
-/* Tiles in a piece of work: as many as serve the caches where that leaves enough pieces for the threads. If few rows had 4,
-   one of two threads would wait for the other in a matrix of 36. */
-static int llm__piece_tiles(const llm__cpu_context *c, int n_tiles, int n_parts, bool panels) {
-    if (!panels) return n_parts > 1 ? LLM__TILES : 2;
-    int n = n_tiles * n_parts / (8 * c->team->n) / 2 * 2;
-    return n < 2 ? 2 : n > LLM__PANEL_TILES ? (int)LLM__PANEL_TILES : n;
-}
-
-/* y = W x, y += W x, or y = silu(gate) * up, which with panels goes to c->ffn packed; for all rows, which are prepared; a
-   phase. */
-static void llm__linear(llm__worker *w, const llm__cpu_context *c, const llm__matrix *m, const llm__rows *in, int rows,
-                        llm__ending ending, float *y, size_t y_stride) {
-    bool panels = llm__in_panels(c, rows);
-    int n_parts = llm__row_parts(c, rows), n_tiles = llm__round_up(m->n, 16) / 16,
-        step = llm__piece_tiles(c, n_tiles, n_parts, panels), n_columns = (n_tiles + step - 1) / step;
-    for (int piece; (piece = llm__take(w, n_parts * n_columns)) >= 0;) {
-        int column = panels ? piece % n_columns : piece / n_parts, part = panels ? piece / n_columns : piece % n_parts,
-            first = column * step, n = n_tiles - first < step ? n_tiles - first : step;
-        if (panels) {
-            llm__linear_panel(c, w->index, m, first, n, in, llm__part_row(rows, part, n_parts),
-                              llm__part_row(rows, part + 1, n_parts), ending, y, y_stride);
-        } else {
-            int row = part * LLM__ROWS, some = rows - row < LLM__ROWS ? rows - row : (int)LLM__ROWS;
-            llm__linear_piece(c, w->index, m, first, n, in, row, some, rows, ending, y, y_stride);
-        }
-    }
-    llm__finish(w);
-}
-
-/* One row of c->x, normed, becomes row `to` of c->normed. */
-static void llm__norm_row(const llm__cpu_context *c, const float *weight, const llm__matrix *m, int row, int rows,
-                          int to) {
-    const llm_shape *s = &c->model->shape;
-    const llm__kernels *kernels = c->model->kernels;
-    size_t stride = c->normed.stride;
-    float *out = c->normed.x + (size_t)to * stride;
-    const float *x = c->x + (size_t)row * c->x_stride;
-    kernels->norm(x, weight, s->n_embd, kernels->norm_factor(x, s->n_embd, s->rms_eps), c->round, out);
-    if (llm__needs_sums(m, rows)) kernels->group_sums(out, (int)stride, c->normed.sums + (size_t)to * (stride / 32));
-}
-
-/* Up to 16 rows of c->x, normed and packed. Each one's factor is one long chain, so all are computed first, at once. */
-static void llm__pack_norms(const llm__cpu_context *c, const float *weight, int first, int end) {
-    const llm_shape *s = &c->model->shape;
-    const llm__kernels *kernels = c->model->kernels;
-    const float *x = c->x + (size_t)first * c->x_stride;
-    float factors[16];
-    for (int i = 0; i < end - first; i++)
-        factors[i] = kernels->norm_factor(x + (size_t)i * c->x_stride, s->n_embd, s->rms_eps);
-    for (int i = 0; i < end - first; i++, x += c->x_stride)
-        kernels->pack_norm(x, weight, s->n_embd, factors[i], llm__lines_of(c, &c->normed, (size_t)(first + i)));
-}
-
-/* Norms the rows and prepares them for the matrix they are to meet; a phase, if there are several. Where there are targets,
-   the head meets them one by one, too, see llm__log_prob. Returns the rows for this member. */
-static llm__rows llm__norm_rows(llm__worker *w, const llm__cpu_context *c, const float *weight, const llm__matrix *m,
-                                int rows) {
-    bool panels = llm__in_panels(c, rows), both = m == &c->model->head && c->pass->n_targets;
-    int step = llm__row_step(c, rows), n_pieces = (rows + step - 1) / step;
-    llm__rows own = c->normed;
-    if (rows == 1 && !both) {
-        llm__norm_row(c, weight, m, 0, 1, w->index);
-        own.x += (size_t)w->index * own.stride;
-        own.sums += (size_t)w->index * (own.stride / 32);
-        return own;
-    }
-    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;) {
-        int first = piece * step, end = first + step < rows ? first + step : rows;
-        if (panels) llm__pack_norms(c, weight, first, end);
-        for (int r = first; r < end && (!panels || both); r++) llm__norm_row(c, weight, m, r, rows, r);
-    }
-    llm__finish(w);
-    return own;
-}
-
-/* Zeros in a block of all layers: what is not stored there yet is multiplied by 0, which must not meet a NaN. */
-static void llm__clear_block(const llm__cpu_context *c, int block) {
-    for (int plane = 0; plane < llm__n_planes(c); plane++)
-        memset(llm__cache_plane(c, plane, block), 0, c->cache_block_bytes);
-}
-
-/* Do row r, which begins a block of the cache, and those behind it fill the block? */
-static bool llm__fills_block(const llm__cpu_context *c, int r) {
-    int last = r + LLM_BLOCK - 1;
-    return c->head_stride == c->model->shape.head_dim && last < c->pass->n_rows &&
-           c->pass->seqs[last] == c->pass->seqs[r];
-}
-
-/* The embeddings, and the angles by which RoPE turns each row. Rows that begin a block of the cache clear it. */
-static void llm__embed_rows(llm__worker *w, const llm__cpu_context *c) {
-    const llm_pass *pass = c->pass;
-    const llm_shape *s = &c->model->shape;
-    const llm__matrix *m = &c->model->embedding;
-    size_t half = (size_t)s->rope_dim / 2;
-    for (int r; (r = llm__take(w, pass->n_rows)) >= 0;) {
-        float *x = c->x + (size_t)r * c->x_stride;
-        int at = pass->positions[r];
-        if (at % LLM_BLOCK == 0 && !llm__fills_block(c, r))
-            llm__clear_block(c, pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK]);
-        llm__matrix_row(m, (size_t)pass->tokens[r], x);
-        for (size_t i = (size_t)r * half, j = 0; j < half; i++, j++) {
-            llm__sincos(at * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
-            c->sines[i] *= s->rope_scale;
-            c->cosines[i] *= s->rope_scale;
-        }
-    }
-    llm__finish(w);
-}
-
-static llm__kind llm__cache_kind(llm_dtype dtype) {
-    return dtype == LLM_DTYPE_F32 ? LLM__W_F32 : dtype == LLM_DTYPE_INT8 ? LLM__W_INT8 : LLM__W_BF16;
-}
-
-/* The scales of a block of int8 values, one for each position. */
-static float *llm__value_scales(const llm__cpu_context *c, uint8_t *values) {
-    return (float *)(void *)(values + c->cache_block_bytes) - LLM_BLOCK;
-}
-
-/* A key is a row of a tile; a value is a column across the tiles of its block. */
-static void llm__cache_store_int8(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
-    size_t n = (size_t)c->model->shape.head_dim, lane = (size_t)place % 16;
-    if (!value) {
-        uint8_t *tile = tiles + (size_t)(place / 16) * llm__tile_bytes(LLM__W_INT8, c->head_stride);
-        float scale = llm__quantize_row(from, n, (int8_t *)tile + lane, 16);
-        ((float *)(void *)(tile + (size_t)c->head_stride * 16))[lane] = scale;
-        return;
-    }
-    int8_t q[LLM__MOST_HEAD];
-    size_t bytes = llm__tile_bytes(LLM__W_INT8, LLM_BLOCK);
-    llm__value_scales(c, tiles)[place] = llm__quantize_row(from, n, q, 1);
-    for (size_t d = 0; d < n; d++) ((int8_t *)tiles)[d / 16 * bytes + (size_t)place * 16 + d % 16] = q[d];
-    for (size_t i = 0; i < (size_t)c->head_stride; i++)
-        ((float *)(void *)(tiles + i / 16 * bytes + LLM_BLOCK * 16))[i % 16] = 1;
-}
-
-/* In tiles of bf16 a key is words of a column, a value halves of words in a row. */
-static void llm__cache_store_bf16(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
-    int n = c->model->shape.head_dim;
-    float rounded[LLM__MOST_HEAD + 1];
-    c->model->kernels->scale(from, 1, n, true, rounded);
-    rounded[n] = 0;
-    if (value) {
-        uint16_t *to = (uint16_t *)(void *)tiles + place / 2 * 32 + place % 2;
-        for (int d = 0; d < n; d++)
-            to[d / 16 * 16 * LLM_BLOCK + d % 16 * 2] = (uint16_t)(llm__f32_bits(rounded[d]) >> 16);
-        return;
-    }
-    uint32_t *to = (uint32_t *)(void *)tiles + place / 16 * 8 * c->head_stride + place % 16;
-    for (int d = 0; d < n; d += 2) to[d * 8] = llm__f32_bits(rounded[d]) >> 16 | llm__f32_bits(rounded[d + 1]);
-}
-
-static void llm__cache_store_f32(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
-    float *to = (float *)(void *)tiles + (value ? place * 16 : place / 16 * 16 * c->head_stride + place % 16);
-    for (int d = 0; d < c->model->shape.head_dim; d++) to[value ? d / 16 * 16 * LLM_BLOCK + d % 16 : d * 16] = from[d];
-}
-
-/* Puts one head's key or value of one position into its block. */
-static void llm__cache_store(const llm__cpu_context *c, int layer, int value, int head, int block, int place,
-                             const float *from) {
-    uint8_t *tiles = llm__cache_block(c, layer, value, head, block);
-    if (c->cache_kind == LLM__W_INT8) llm__cache_store_int8(c, tiles, value, place, from);
-    else if (c->cache_kind == LLM__W_BF16) llm__cache_store_bf16(c, tiles, value, place, from);
-    else llm__cache_store_f32(c, tiles, value, place, from);
-}
-
-/* One head's RMSNorm in place; `scratch` holds a head, for the kernel writes a little more than it. */
-static void llm__norm_head(const llm__cpu_context *c, const float *weight, float *scratch, float *x) {
-    const llm_shape *s = &c->model->shape;
-    const llm__kernels *kernels = c->model->kernels;
-    kernels->norm(x, weight, s->head_dim, kernels->norm_factor(x, s->head_dim, s->rms_eps), false, scratch);
-    memcpy(x, scratch, (size_t)s->head_dim * sizeof *x);
-}
-
-/* What becomes of some heads of a row of queries, keys and values: a bias, a norm, and the rotation by row `at`'s angles.
-   The heads are numbered queries, keys, values. */
-static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int row, int at, int first, int end) {
-    const llm_shape *s = &c->model->shape;
-    const llm__cpu_layer *weights = &c->model->layers[layer];
-    const llm__kernels *kernels = c->model->kernels;
-    size_t half = (size_t)s->rope_dim / 2;
-    float *qkv = c->qkv + (size_t)row * c->qkv_stride, *scratch = c->scratch + (size_t)index * c->scratch_floats;
-    int start = first * s->head_dim;
-    if (s->qkv_bias) kernels->add(qkv + start, weights->qkv_bias + start, (end - first) * s->head_dim);
-    for (int h = first; h < end && h < s->n_heads + s->n_kv_heads; h++) {
-        float *x = qkv + h * s->head_dim;
-        if (s->qk_norm) llm__norm_head(c, h < s->n_heads ? weights->q_norm : weights->k_norm, scratch, x);
-        kernels->rope(x, c->cosines + (size_t)at * half, c->sines + (size_t)at * half, (int)half);
-    }
-}
-
-/* Rotates a row's key of one head, and the queries that share it if they are there, and stores key and value. */
-static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int r, int head, bool queries) {
-    const llm_pass *pass = c->pass;
-    const llm_shape *s = &c->model->shape;
-    int group = s->n_heads / s->n_kv_heads, key = s->n_heads + head, value = key + s->n_kv_heads;
-    int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
-    const float *row = c->qkv + (size_t)r * c->qkv_stride;
-    if (queries) llm__rope_heads(c, index, layer, r, r, head * group, (head + 1) * group);
-    llm__rope_heads(c, index, layer, r, r, key, key + 1);
-    llm__rope_heads(c, index, layer, r, r, value, value + 1);
-    llm__cache_store(c, layer, 0, head, block, at % LLM_BLOCK, row + key * s->head_dim);
-    llm__cache_store(c, layer, 1, head, block, at % LLM_BLOCK, row + value * s->head_dim);
-}
-
-/* The same for all heads of all rows; a phase. The heads of a single row are shared out, too. */
-static void llm__rope_rows(llm__worker *w, const llm__cpu_context *c, int layer, bool queries) {
-    int rows = c->pass->n_rows, step = llm__row_step(c, rows), n_heads = c->model->shape.n_kv_heads,
-        n_shares = rows == 1 ? n_heads : 1, n_pieces = (rows + step - 1) / step * n_shares;
-    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;) {
-        int first = piece / n_shares * step;
-        for (int r = first; r < rows && r < first + step; r++)
-            for (int head = piece % n_shares; head < n_heads; head += n_shares)
-                llm__rope_group(c, w->index, layer, r, head, queries);
-    }
-    llm__finish(w);
-}
-
-/* The query heads that share one key head, of a few rows of one sequence: n query rows, and room for what they meet. */
-typedef struct llm__attention_work {
-    int layer, head, group, n, padded; /* group: such heads; padded: rows there is room for                       */
-    const int *rows;                   /* rows[i / group] is query i's row of the pass                            */
-    int first_row, n_rows;             /* where in c->qkv and c->attention the first of them is; all rows there   */
-    const int *blocks;                 /* the sequence's                                                          */
-    float *q, *scores;                 /* [padded][head_stride], [padded][LLM__SCORES]                            */
-    uint8_t *packed;                   /* queries, then room for softmax weights; or NULL: there are few          */
-} llm__attention_work;
-
-/* What attention to some keys gives: [padded][head_stride] sums of values, then [padded] maxima and [padded] sums of
-   softmax weights. */
-static size_t llm__partial_floats(const llm__cpu_context *c, int padded) {
-    return (size_t)padded * (size_t)(c->head_stride + 2);
-}
-
-/* Whole tiles of rows where there are enough of them. */
-static int llm__padded_queries(int n) { return n < LLM__TILE_ROWS ? n : llm__round_up(n, 16); }
-
-/* The first position that one at `position` attends to. */
-static int llm__first_key(const llm_shape *s, int position) {
-    return s->window && position >= s->window ? position - s->window + 1 : 0;
-}
-
-static int llm__last_key(const llm__cpu_context *c, const llm__attention_work *a, int i) {
-    return c->pass->positions[a->rows[i / a->group]];
-}
-
-/* The first position of the chunks that any of the queries attends to, and what is behind the last. */
-static int llm__first_chunk(const llm__cpu_context *c, const llm__attention_work *a) {
-    return llm__first_key(&c->model->shape, llm__last_key(c, a, 0)) / LLM__CHUNK * LLM__CHUNK;
-}
-
-static int llm__end_of_keys(const llm__cpu_context *c, const llm__attention_work *a) {
-    return llm__last_key(c, a, a->n - 1) + 1;
-}
-
-/* The sums of queries and keys, or of softmax weights and values, over the n cache blocks named. */
-static void llm__attend_keys(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks, int n) {
-    const llm__kernels *kernels = c->model->kernels;
-    size_t stride = (size_t)c->head_stride, tile = llm__tile_bytes(c->cache_kind, c->head_stride);
-    if (!a->packed) memset(a->scores, 0, (size_t)a->n * LLM__SCORES * sizeof(float));
-    for (int i = 0; i < n; i++) {
-        const uint8_t *keys = llm__cache_block(c, a->layer, 0, a->head, blocks[i]), *parts[LLM__MOST_HEAD / 32];
-        float *scores = a->scores + i * LLM_BLOCK;
-        if (a->packed) {
-            int n_parts = c->head_stride / 32;
-            for (int j = 0; j < n_parts; j++) parts[j] = keys + j * 1024;
-            llm__tile_product p = {a->packed,   a->padded / 16, n_parts, parts, tile, n_parts, 2,     scores,
-                                   LLM__SCORES, false,          NULL,    0,     0,    NULL,    false, 0};
-            kernels->tile_product(&p);
-            continue;
-        }
-        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys, 2, c->head_stride, scores, LLM__SCORES);
-    }
-}
-
-static void llm__attend_values(const llm__cpu_context *c, const llm__attention_work *a, const int *blocks, int n,
-                               float *part) {
-    const llm__kernels *kernels = c->model->kernels;
-    size_t stride = (size_t)c->head_stride, tile = llm__tile_bytes(c->cache_kind, LLM_BLOCK);
-    if (a->packed) {
-        const uint8_t *weights = a->packed + (size_t)a->padded * stride * 2;
-        for (int d = 0; d < c->head_stride; d += 32) {
-            const uint8_t *values[LLM__CHUNK / LLM_BLOCK];
-            for (int i = 0; i < n; i++)
-                values[i] = llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile;
-            llm__tile_product p = {weights, a->padded / 16, n,    values, tile, n,    2,     part + d,
-                                   stride,  false,          NULL, 0,      0,    NULL, false, 0};
-            kernels->tile_product(&p);
-        }
-        return;
-    }
-    memset(part, 0, (size_t)a->n * stride * sizeof(float));
-    for (int i = 0; i < n && c->cache_kind == LLM__W_INT8; i++) {
-        const float *scales = llm__value_scales(c, llm__cache_block(c, a->layer, 1, a->head, blocks[i]));
-        for (int r = 0; r < a->n; r++) {
-            float *weights = a->scores + (size_t)r * LLM__SCORES + i * LLM_BLOCK;
-            kernels->weigh(weights, scales, LLM_BLOCK);
-        }
-    }
-    for (int i = 0; i < n; i++)
-        kernels->product[c->cache_kind](a->scores + i * LLM_BLOCK, LLM__SCORES, NULL, a->n,
-                                        llm__cache_block(c, a->layer, 1, a->head, blocks[i]), c->head_stride / 16,
-                                        LLM_BLOCK, part, stride);
-}
-
-/* Asks for a block of values, so that memory is not idle while softmax is taken of the scores. */
-static void llm__fetch_values(const llm__cpu_context *c, const llm__attention_work *a, int block) {
-    const uint8_t *values = llm__cache_block(c, a->layer, 1, a->head, block);
-    for (size_t i = 0; i < c->cache_block_bytes; i += 64) __builtin_prefetch(values + i, 0, 2);
-}
-
-/* The softmax weights of query i, for the keys from position `first` on. */
-static void llm__weigh_keys(const llm__cpu_context *c, const llm__attention_work *a, int i, int first, int n_blocks,
-                            float *max, float *sum) {
-    const llm__kernels *kernels = c->model->kernels;
-    float *scores = a->scores + (size_t)i * LLM__SCORES;
-    int last = llm__last_key(c, a, i), padded = n_blocks * LLM_BLOCK,
-        n = last + 1 - first < padded ? last + 1 - first : padded,
-        hidden = llm__first_key(&c->model->shape, last) - first; /* keys before the window */
-    llm__lines row = {NULL, 0};
-    if (a->packed)
-        row = llm__packed_row(kernels->line_step, a->packed + (size_t)a->padded * (size_t)c->head_stride * 2,
-                              (size_t)padded, (size_t)i);
-    if (a->packed && hidden <= 0 && n > 0) {
-        kernels->pack_softmax(scores, n, padded, c->score_scale, row, max, sum);
-        return;
-    }
-    /* Each of them adds 2^-125.5 to a sum of at least 1, which is nothing, and then is made 0. */
-    for (int j = 0; j < hidden && j < n; j++) scores[j] = -INFINITY;
-    if (n > 0 && n > hidden) kernels->softmax(scores, n, padded, c->score_scale, c->round_cache, max, sum);
-    else hidden = padded;
-    if (hidden > 0) memset(scores, 0, (size_t)hidden * sizeof(float));
-    if (a->packed) kernels->pack_scale(scores, 1, padded, padded, row, 0);
-}
-
-/* One chunk of keys, from position `first` on. */
-static void llm__attend_chunk(const llm__cpu_context *c, const llm__attention_work *a, int first, float *part) {
-    int end = llm__end_of_keys(c, a),
-        n_blocks = llm__blocks_for(end - first < LLM__CHUNK ? end - first : (int)LLM__CHUNK);
-    const int *blocks = a->blocks + first / LLM_BLOCK;
-    float *max = part + (size_t)a->padded * (size_t)c->head_stride, *sum = max + a->padded;
-    llm__attend_keys(c, a, blocks, n_blocks);
-    for (int i = 0; i < a->n; i++) {
-        if (i < n_blocks) llm__fetch_values(c, a, blocks[i]);
-        llm__weigh_keys(c, a, i, first, n_blocks, &max[i], &sum[i]);
-    }
-    llm__attend_values(c, a, blocks, n_blocks, part);
-}
-
-/* Adds what the chunk from position `first` on gave to what the chunks before it gave. */
-static void llm__join_chunk(const llm__cpu_context *c, const llm__attention_work *a, int first, const float *part,
-                            float *known) {
-    size_t stride = (size_t)c->head_stride, stats = (size_t)a->padded * stride, padded = (size_t)a->padded;
-    size_t rows[2] = {0, 0}, n[2] = {0, 0}; /* where it begins, and where it goes on: two runs of rows */
-    for (size_t i = 0; i < (size_t)a->n; i++) {
-        int last = llm__last_key(c, a, (int)i), first_key = llm__first_key(&c->model->shape, last);
-        bool begins = first <= first_key && first_key < first + LLM__CHUNK;
-        if (!begins && (first <= first_key || last < first)) continue;
-        if (!n[!begins]++) rows[!begins] = i;
-    }
-    const float *max = part + stats, *sum = max + padded;
-    float *known_max = known + stats, *known_sum = known_max + padded;
-    memcpy(known + rows[0] * stride, part + rows[0] * stride, n[0] * stride * sizeof *known);
-    memcpy(known_max + rows[0], max + rows[0], n[0] * sizeof *known);
-    memcpy(known_sum + rows[0], sum + rows[0], n[0] * sizeof *known);
-    size_t r = rows[1];
-    c->model->kernels->merge((int)n[1], known_max + r, known_sum + r, known + r * stride, max + r, sum + r,
-                             part + r * stride, c->head_stride);
-}
-
-/* A thread's scratch: the work's q and scores, then a partial result, then another; returns the first of these. */
-static float *llm__attention_start(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
-                                   llm__queries queries, llm__attention_work *a) {
-    const llm_shape *s = &c->model->shape;
-    size_t stride = (size_t)c->head_stride;
-    a->layer = layer;
-    a->head = head;
-    a->group = s->n_heads / s->n_kv_heads;
-    a->n = queries.n * a->group;
-    a->padded = llm__padded_queries(a->n);
-    a->rows = rows + queries.first;
-    a->first_row = queries.first;
-    a->n_rows = rows == c->all_rows ? c->pass->n_rows : c->pass->n_logits;
-    a->blocks = c->pass->blocks + (size_t)c->pass->seqs[a->rows[0]] * (size_t)c->pass->blocks_per_seq;
-    a->q = c->scratch + (size_t)index * c->scratch_floats;
-    a->scores = a->q + (size_t)a->padded * stride;
-    a->packed = NULL;
-    return a->scores + (size_t)a->padded * LLM__SCORES;
-}
-
-static void llm__gather_queries(const llm__cpu_context *c, int index, llm__attention_work *a) {
-    const llm_shape *s = &c->model->shape;
-    const llm__kernels *kernels = c->model->kernels;
-    size_t stride = (size_t)c->head_stride;
-    if (c->panels && c->cache_kind == LLM__W_BF16 && a->n >= LLM__TILE_ROWS)
-        a->packed = c->tiles + (size_t)index * c->tile_bytes;
-    else memset(a->q, 0, (size_t)a->n * stride * sizeof *a->q);
-    for (int i = 0; i < a->n; i++) {
-        const float *from = c->qkv + (size_t)(a->first_row + i / a->group) * c->qkv_stride +
-                            (a->head * a->group + i % a->group) * s->head_dim;
-        if (a->packed)
-            kernels->pack_scale(from, 1, s->head_dim, c->head_stride,
-                                llm__packed_row(kernels->line_step, a->packed, stride, (size_t)i), 0);
-        else kernels->scale(from, 1, s->head_dim, c->round_cache, a->q + (size_t)i * stride);
-    }
-}
-
-/* Are heads whole halves of lines, so that each can be packed when it is known? */
-static bool llm__packs_heads(const llm__cpu_context *c) { return c->model->shape.head_dim % 16 == 0; }
-
-static void llm__attention_end(const llm__cpu_context *c, const llm__attention_work *a, const float *known) {
-    const llm__kernels *kernels = c->model->kernels;
-    const llm__rows *out = &c->attention;
-    size_t stride = (size_t)c->head_stride;
-    const float *sums = known + (size_t)a->padded * (stride + 1);
-    int n = c->model->shape.head_dim;
-    bool packs = llm__in_panels(c, a->n_rows) && llm__packs_heads(c);
-    for (int i = 0; i < a->n; i++) {
-        size_t row = (size_t)(a->first_row + i / a->group);
-        const float *from = known + (size_t)i * stride;
-        int column = (a->head * a->group + i % a->group) * n;
-        if (packs) kernels->pack_scale(from, 1.0f / sums[i], n, n, llm__lines_of(c, out, row), column);
-        else kernels->scale(from, 1.0f / sums[i], n, c->round, out->x + row * out->stride + column);
-    }
-}
-
-/* All chunks of keys, in order. */
-static void llm__attend(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
-                        llm__queries queries) {
-    llm__attention_work a;
-    float *part = llm__attention_start(c, index, layer, head, rows, queries, &a),
-          *known = part + llm__partial_floats(c, a.padded);
-    llm__gather_queries(c, index, &a);
-    for (int first = llm__first_chunk(c, &a); first < llm__end_of_keys(c, &a); first += LLM__CHUNK) {
-        llm__attend_chunk(c, &a, first, part);
-        llm__join_chunk(c, &a, first, part, known);
-    }
-    llm__attention_end(c, &a, known);
-}
-
-/* Where few queries would leave threads idle, each chunk of keys is a piece of its own, and the joining another phase. */
-static void llm__attend_split(llm__worker *w, const llm__cpu_context *c, int layer, const int *rows,
-                              const llm__queries *queries, int n_pieces, int n_chunks) {
-    int n_heads = c->model->shape.n_kv_heads, index = w->index;
-    llm__attention_work a;
-    for (int piece; (piece = llm__take(w, n_pieces * n_chunks)) >= 0;) {
-        const llm__queries q = queries[piece % n_pieces / n_heads];
-        llm__attention_start(c, index, layer, piece % n_pieces % n_heads, rows, q, &a);
-        int first = llm__first_chunk(c, &a) + piece / n_pieces * LLM__CHUNK;
-        if (first >= llm__end_of_keys(c, &a)) continue;
-        llm__gather_queries(c, index, &a);
-        llm__attend_chunk(c, &a, first, c->partials + (size_t)piece * c->partial_floats);
-    }
-    llm__finish(w);
-    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;) {
-        float *known = llm__attention_start(c, index, layer, piece % n_heads, rows, queries[piece / n_heads], &a);
-        const float *part = c->partials + (size_t)piece * c->partial_floats;
-        for (int first = llm__first_chunk(c, &a); first < llm__end_of_keys(c, &a);
-             first += LLM__CHUNK, part += (size_t)n_pieces * c->partial_floats)
-            llm__join_chunk(c, &a, first, part, known);
-        llm__attention_end(c, &a, known);
-    }
-    llm__finish(w);
-}
-
-/* The chunks of keys that attention is to be split into, or 0: when there are too few queries to share out and room for
-   what the chunks give. */
-static int llm__count_chunks(const llm__cpu_context *c, const int *rows, const llm__queries *queries, int n_queries) {
-    const llm_shape *s = &c->model->shape;
-    int most = 0, n_pieces = n_queries * s->n_kv_heads, n_rows = 0;
-    if (c->team->n == 1 || n_pieces >= 4 * c->team->n) return 0;
-    for (int i = 0; i < n_queries; i++) {
-        int from = c->pass->positions[rows[queries[i].first]],
-            to = c->pass->positions[rows[queries[i].first + queries[i].n - 1]];
-        int n = to / LLM__CHUNK - llm__first_key(s, from) / LLM__CHUNK + 1;
-        if (n > most) most = n;
-        if (queries[i].n > n_rows) n_rows = queries[i].n;
-    }
-    bool fits = n_rows <= LLM__SPLIT_ROWS && n_pieces * most <= c->n_partials;
-    return most > 1 && fits ? most : 0;
-}
-
-/* A phase, or more. A pass of a single row comes here before its heads are rotated: who attends does that, too. */
-static void llm__attention_rows(llm__worker *w, const llm__cpu_context *c, int layer, const int *rows,
-                                const llm__queries *queries, int n_queries) {
-    int n_heads = c->model->shape.n_kv_heads, n_pieces = n_queries * n_heads;
-    int n_chunks = llm__count_chunks(c, rows, queries, n_queries);
-    bool single = c->pass->n_rows == 1;
-    if (n_chunks) {
-        if (single) llm__rope_rows(w, c, layer, true);
-        llm__attend_split(w, c, layer, rows, queries, n_pieces, n_chunks);
-        return;
-    }
-    for (int piece; (piece = llm__take(w, n_pieces)) >= 0;) {
-        if (single) llm__rope_group(c, w->index, layer, 0, piece % n_heads, true);
-        llm__attend(c, w->index, layer, piece % n_heads, rows, queries[piece / n_heads]);
-    }
-    llm__finish(w);
-}
-
-/* Some tiles of a matrix, as a matrix. */
-static llm__matrix llm__matrix_part(const llm__matrix *m, int first_tile, int end_tile) {
-    llm__matrix part = *m;
-    part.data += (size_t)first_tile * m->tile_bytes;
-    part.n = (end_tile * 16 < m->n ? end_tile * 16 : m->n) - first_tile * 16;
-    return part;
-}
-
-/* The last layer needs keys and values of all rows; the rows whose logits are wanted then move to the front, and nothing
-   else is computed for the others. */
-static void llm__keep_rows(llm__worker *w, const llm__cpu_context *c, int layer, const llm__rows *in) {
-    const llm_shape *s = &c->model->shape;
-    const llm__matrix *m = &c->model->layers[layer].qkv;
-    int q = s->n_heads * s->head_dim, n_tiles = llm__round_up(m->n, 16) / 16, n = c->pass->n_logits;
-    const llm__matrix keys = llm__matrix_part(m, q / 16, n_tiles), queries = llm__matrix_part(m, 0, (q + 15) / 16);
-    llm__linear(w, c, &keys, in, c->pass->n_rows, LLM__STORE, c->qkv + q / 16 * 16, c->qkv_stride);
-    llm__rope_rows(w, c, layer, false);
-    if (w->index == 0)
-        for (int i = 0; i < n; i++)
-            memmove(c->x + (size_t)i * c->x_stride, c->x + (size_t)c->pass->logit_rows[i] * c->x_stride,
-                    c->x_stride * sizeof(float));
-    llm__barrier(w->team);
-    const llm__rows normed = llm__norm_rows(w, c, c->model->layers[layer].attention_norm, &queries, n);
-    llm__linear(w, c, &queries, &normed, n, LLM__STORE, c->qkv, c->qkv_stride);
-    for (int i; (i = llm__take(w, n)) >= 0;)
-        llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
-    llm__finish(w);
-}
-
-/* The head fused with log-softmax: a few rows against LLM__COLUMNS tokens of the vocabulary. Their logits are in the near
-   cache only; maximum and sum are what stays of them. */
-static void llm__score_columns(const llm__cpu_context *c, int index, int part, int first_row, int rows, int all_rows) {
-    const llm__matrix *m = &c->model->head;
-    const llm__kernels *kernels = c->model->kernels;
-    int first = part * LLM__COLUMNS, n = m->n - first < LLM__COLUMNS ? m->n - first : (int)LLM__COLUMNS;
-    int n_tiles = llm__round_up(n, 16) / 16, n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
-    size_t row = (size_t)first_row, stride = (size_t)n_tiles * 16;
-    float *logits = c->scratch + (size_t)index * c->scratch_floats;
-    if (llm__in_panels(c, all_rows)) {
-        const llm__matrix columns = llm__matrix_part(m, first / 16, first / 16 + n_tiles);
-        llm__rows some = c->normed;
-        some.packed += row * some.stride * 2; /* a multiple of 16 rows */
-        for (int tile = 0; tile < n_tiles; tile += LLM__PANEL_TILES) {
-            int n_panel = n_tiles - tile < LLM__PANEL_TILES ? n_tiles - tile : (int)LLM__PANEL_TILES;
-            llm__linear_panel(c, index, &columns, tile, n_panel, &some, 0, rows, LLM__STORE, logits, stride);
-        }
-    } else {
-        memset(logits, 0, (size_t)rows * stride * sizeof(float));
-        llm__tile_sums(c, index, m, first / 16, n_tiles, &c->normed, first_row, rows, all_rows, logits, stride);
-    }
-    for (int r = 0; r < rows; r++) {
-        size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)part;
-        kernels->softmax(logits + (size_t)r * stride, n, (int)stride, LLM__LOG2_E, false, &c->column_max[at],
-                         &c->column_sum[at]);
-    }
-}
-
-/* log p = logit - log(2) (max + log2(sum over all tokens of 2^(log2(e) logit - max))); the one logit is computed once
-   more. */
-static float llm__log_prob(const llm__cpu_context *c, int index, int row, int all_rows, llm_token token) {
-    const llm__matrix *m = &c->model->head;
-    int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
-    const float *maxima = c->column_max + (size_t)row * (size_t)n_parts;
-    const float *sums = c->column_sum + (size_t)row * (size_t)n_parts;
-    float logits[16] = {0}, max = maxima[0];
-    double sum = 0;
-    llm__tile_sums(c, index, m, token / 16, 1, &c->normed, row, 1, all_rows, logits, 16);
-    for (int i = 1; i < n_parts; i++) max = maxima[i] > max ? maxima[i] : max;
-    for (int i = 0; i < n_parts; i++) sum += sums[i] * llm__exp2((double)maxima[i] - max);
-    return (float)((double)logits[token % 16] - (max + llm__log2(sum)) * 0.69314718055994531);
-}
-
-static void llm__score_rows(llm__worker *w, const llm__cpu_context *c, int rows) {
-    const llm__matrix *m = &c->model->head;
-    const llm_pass *pass = c->pass;
-    int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
-    for (int part; (part = llm__take(w, n_parts)) >= 0;)
-        for (int r = 0; r < rows; r += LLM__SCORED_ROWS)
-            llm__score_columns(c, w->index, part, r, rows - r < LLM__SCORED_ROWS ? rows - r : (int)LLM__SCORED_ROWS,
-                               rows);
-    llm__finish(w);
-    for (int i; (i = llm__take(w, pass->n_targets)) >= 0;)
-        pass->log_probs[i] = llm__log_prob(c, w->index, pass->target_rows[i], rows, pass->targets[i]);
-    llm__finish(w);
-}
-
-/* All know of it after the next phase. */
-static void llm__poll_cancel(const llm__worker *w, llm__cpu_context *c) {
-    if (w->index == 0) c->cancelled = c->pass->cancel && c->pass->cancel(c->pass->cancel_user);
-}
-
-static void llm__forward_task(void *arg, int index) {
-    llm__cpu_context *c = (llm__cpu_context *)arg;
-    llm__worker worker = {c->team, index, 0}, *w = &worker;
-    const llm__cpu_model *m = c->model;
-    const int *rows = c->all_rows;
-    int n = c->pass->n_rows;
-    uint64_t mode = llm__float_mode_enter();
-    if (m->kernels->tiles_enter) m->kernels->tiles_enter();
-    llm__poll_cancel(w, c);
-    llm__embed_rows(w, c);
-    for (int i = 0; i < m->shape.n_layers && n && !c->cancelled; i++) {
-        const llm__cpu_layer *layer = &m->layers[i];
-        bool last = i == m->shape.n_layers - 1;
-        llm__rows in = llm__norm_rows(w, c, layer->attention_norm, &layer->qkv, n);
-        if (last && c->pass->n_logits < n) {
-            llm__keep_rows(w, c, i, &in);
-            rows = c->pass->logit_rows;
-            n = c->pass->n_logits;
-        } else {
-            llm__linear(w, c, &layer->qkv, &in, n, LLM__STORE, c->qkv, c->qkv_stride);
-            if (n > 1) llm__rope_rows(w, c, i, true);
-        }
-        llm__attention_rows(w, c, i, rows, last ? c->last_queries : c->all_queries,
-                            last ? c->n_last_queries : c->n_all_queries);
-        in = llm__prepare_rows(w, c, &layer->attention_out, &c->attention, n, llm__packs_heads(c));
-        llm__linear(w, c, &layer->attention_out, &in, n, LLM__ADD, c->x, c->x_stride);
-        in = llm__norm_rows(w, c, layer->ffn_norm, &layer->gate_up, n);
-        llm__linear(w, c, &layer->gate_up, &in, n, LLM__SWIGLU, c->ffn.x, c->ffn.stride);
-        in = llm__prepare_rows(w, c, &layer->down, &c->ffn, n, true);
-        llm__poll_cancel(w, c);
-        llm__linear(w, c, &layer->down, &in, n, LLM__ADD, c->x, c->x_stride);
-    }
-    if (n && !c->cancelled) {
-        float *logits = c->logits + (size_t)c->pass->first_logits * (size_t)m->shape.n_vocab;
-        llm__rows in = llm__norm_rows(w, c, m->output_norm, &m->head, n);
-        if (c->pass->n_targets) llm__score_rows(w, c, n);
-        else llm__linear(w, c, &m->head, &in, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
-    }
-    if (m->kernels->tiles_leave) m->kernels->tiles_leave();
-    llm__float_mode_leave(mode);
-}
-
-/* Cuts a list of rows into runs of one sequence that fit LLM__QUERY_ROWS; returns how many. */
-static int llm__group_queries(const llm__cpu_context *c, const int *rows, int n, llm__queries *queries) {
-    int most = LLM__QUERY_ROWS / (c->model->shape.n_heads / c->model->shape.n_kv_heads), n_queries = 0;
-    for (int i = 0; i < n; i++) {
-        llm__queries *q = n_queries ? &queries[n_queries - 1] : NULL;
-        if (q && q->n < most && c->pass->seqs[rows[i]] == c->pass->seqs[rows[q->first]]) {
-            q->n++;
-        } else {
-            queries[n_queries].first = i;
-            queries[n_queries++].n = 1;
-        }
-    }
-    return n_queries;
-}
-
-static llm_status llm__cpu_forward(void *context, const llm_pass *pass, llm_error *err) {
-    llm__cpu_context *c = (llm__cpu_context *)context;
-    c->pass = pass;
-    c->cancelled = false;
-    c->n_all_queries = llm__group_queries(c, c->all_rows, pass->n_rows, c->all_queries);
-    c->n_last_queries = llm__group_queries(c, pass->logit_rows, pass->n_logits, c->last_queries);
-    llm__team_run(c->team, llm__forward_task, c);
-    return c->cancelled ? llm__error(err, LLM_ERROR_CANCELLED, "the forward pass was cancelled") : LLM_OK;
-}
-
-static const float *llm__cpu_logits(void *context, int i) {
-    llm__cpu_context *c = (llm__cpu_context *)context;
-    return c->logits + (size_t)i * (size_t)c->model->shape.n_vocab;
-}
-
-/* ---- The context on the CPU ---- */
-
-/* The keys, or the values with their scales, of one head in one block: the larger of the two. */
-static size_t llm__cache_head_bytes(const llm_shape *s, llm_dtype cache_dtype) {
-    llm__kind kind = llm__cache_kind(cache_dtype);
-    size_t values = (size_t)llm__round_up(s->head_dim, 32) / 16 * llm__tile_bytes(kind, LLM_BLOCK);
-    return values + (kind == LLM__W_INT8 ? LLM_BLOCK * sizeof(float) : 0);
-}
-
-static uint64_t llm__cpu_block_bytes(const llm_shape *s, llm_dtype cache_dtype) {
-    return (uint64_t)s->n_layers * 2 * (uint64_t)s->n_kv_heads * llm__cache_head_bytes(s, cache_dtype);
-}
-
-static llm_status llm__cpu_copy_block(void *context, int to, int from, llm_error *err) {
-    llm__cpu_context *c = (llm__cpu_context *)context;
-    (void)err;
-    for (int plane = 0; plane < llm__n_planes(c); plane++)
-        memcpy(llm__cache_plane(c, plane, to), llm__cache_plane(c, plane, from), c->cache_block_bytes);
-    return LLM_OK;
-}
-
-static llm_status llm__cpu_read_block(void *context, int block, void *bytes, llm_error *err) {
-    llm__cpu_context *c = (llm__cpu_context *)context;
-    uint8_t *to = (uint8_t *)bytes;
-    (void)err;
-    for (int plane = 0; plane < llm__n_planes(c); plane++, to += c->cache_block_bytes)
-        memcpy(to, llm__cache_plane(c, plane, block), c->cache_block_bytes);
-    return LLM_OK;
-}
-
-static llm_status llm__cpu_write_block(void *context, int block, const void *bytes, llm_error *err) {
-    llm__cpu_context *c = (llm__cpu_context *)context;
-    const uint8_t *from = (const uint8_t *)bytes;
-    (void)err;
-    for (int plane = 0; plane < llm__n_planes(c); plane++, from += c->cache_block_bytes)
-        memcpy(llm__cache_plane(c, plane, block), from, c->cache_block_bytes);
-    return LLM_OK;
-}
-
-typedef struct llm__cpu_sizes {
-    size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups, n_parts, partial_floats;
-    size_t panel_floats, tile_bytes; /* of each thread, see llm__cpu_context; or 0 */
-    size_t ffn_floats;               /* rows of c->ffn that are there as floats */
-    size_t n_rows;                   /* of c->normed, and of sums: a batch, or a single row for each thread */
-    int head_stride, n_partials;
-    bool panels;
-} llm__cpu_sizes;
-
-/* Are activations rounded to bf16 before a product? */
-static bool llm__rounds(llm_dtype weights) { return weights != LLM_DTYPE_F32 && weights != LLM_DTYPE_F16; }
-
-static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_desc *d, const llm__kernels *kernels) {
-    llm__cpu_sizes z;
-    int group = s->n_heads / s->n_kv_heads, most = group > LLM__QUERY_ROWS ? group : (int)LLM__QUERY_ROWS,
-        chunks = (d->blocks_per_seq * LLM_BLOCK + LLM__CHUNK - 1) / LLM__CHUNK;
-    size_t rows = (size_t)llm__round_up(most, 16), n_batch = (size_t)llm__round_up(d->n_batch, 16);
-    z.head_stride = llm__round_up(s->head_dim, 32);
-    z.x_stride = (size_t)llm__round_up(s->n_embd, 32);
-    z.qkv_stride = (size_t)llm__round_up((s->n_heads + 2 * s->n_kv_heads) * s->head_dim, 16);
-    z.attention_stride = (size_t)llm__round_up(s->n_heads * s->head_dim, 32);
-    z.ffn_stride = (size_t)llm__round_up(s->n_ff, 32);
-    z.most_groups = (z.ffn_stride > z.attention_stride ? z.ffn_stride : z.attention_stride) / 32;
-    if (z.x_stride / 32 > z.most_groups) z.most_groups = z.x_stride / 32;
-    z.scratch_floats = rows * (3 * (size_t)z.head_stride + LLM__SCORES + 4);
-    if (z.scratch_floats < LLM__SCORED_ROWS * LLM__COLUMNS) z.scratch_floats = LLM__SCORED_ROWS * LLM__COLUMNS;
-    z.n_parts = (size_t)(s->n_vocab + LLM__COLUMNS - 1) / LLM__COLUMNS;
-    /* Splitting pays up to 4 pieces a thread (see llm__count_chunks), and is for one sequence at its full length. */
-    int few = LLM__SPLIT_ROWS * group < LLM__QUERY_ROWS ? LLM__SPLIT_ROWS * group : most;
-    z.partial_floats = (size_t)llm__padded_queries(few) * (size_t)(z.head_stride + 2);
-    z.n_partials = d->n_threads > 1 && chunks > 1 ? chunks * s->n_kv_heads : 0;
-    z.panels = kernels->panel && llm__rounds(d->dtype);
-    z.ffn_floats = z.panels ? (size_t)LLM__EXACT_ROWS : (size_t)d->n_batch;
-    z.n_rows = (size_t)(d->n_batch > d->n_threads ? d->n_batch : d->n_threads);
-    if (n_batch > LLM__PANEL_ROWS) n_batch = LLM__PANEL_ROWS;
-    z.panel_floats = z.panels ? n_batch * LLM__PANEL_TILES * 16 : 0;
-    /* Of what is never there at once the most: attention's rows, parts of two tiles for a panel, two tiles (llm__tile_sums). */
-    size_t attention = rows * ((size_t)z.head_stride + LLM__CHUNK) * 2, parts = 2 * LLM__TILE_BLOCKS * 1024,
-           tiles = d->dtype == LLM_DTYPE_INT4 ? 2 * z.most_groups * 1024 : 0;
-    z.tile_bytes = !z.panels ? tiles : attention > parts ? attention : parts;
-    if (z.tile_bytes < tiles) z.tile_bytes = tiles;
-    return z;
-}
-
-static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
-    llm__cpu_sizes z = llm__cpu_find_sizes(s, d, llm__choose_kernels(NULL));
-    uint64_t n_batch = (uint64_t)d->n_batch, n_threads = (uint64_t)d->n_threads,
-             row = z.x_stride + z.qkv_stride + z.attention_stride + (uint64_t)s->rope_dim + 2 * z.n_parts + 5,
-             packed = (uint64_t)llm__round_up(d->n_batch, 16) * 2 * (z.x_stride + z.attention_stride + z.ffn_stride);
-    return 4 * (n_batch * row + z.n_rows * (z.x_stride + z.most_groups) + z.ffn_floats * z.ffn_stride +
-                (uint64_t)d->n_logits * (uint64_t)s->n_vocab + n_threads * (z.scratch_floats + z.panel_floats) +
-                (uint64_t)z.n_partials * z.partial_floats) +
-           n_threads * z.tile_bytes + (z.panels ? packed : 0);
-}
-
-/* Rows of activations, of which the first n_floats are there as floats, too. */
-static llm__rows llm__rows_create(llm__env *env, size_t n, size_t n_floats, size_t stride, float *sums, bool panels) {
-    llm__rows rows;
-    rows.stride = stride;
-    rows.sums = sums;
-    rows.x = (float *)llm__alloc_zero(env, n_floats * stride, sizeof(float));
-    rows.packed = panels ? (uint8_t *)llm__alloc_zero(env, (n + 15) / 16 * 16 * stride, 2) : NULL;
-    return rows;
-}
-
-typedef struct llm__cpu_context_args {
-    void **out;
-    const llm__cpu_model *model;
-    const llm_backend_desc *desc;
-} llm__cpu_context_args;
-
-static void llm__cpu_context_body(llm__env *env, void *arg) {
-    llm__cpu_context_args *args = (llm__cpu_context_args *)arg;
-    llm__cpu_context *c = (llm__cpu_context *)llm__alloc_zero(env, 1, sizeof *c);
-    const llm_shape *s = &args->model->shape;
-    const llm__cpu_context *lender = (const llm__cpu_context *)args->desc->lender;
-    llm__cpu_sizes z = llm__cpu_find_sizes(s, args->desc, args->model->kernels);
-    size_t n_batch = (size_t)args->desc->n_batch, half = (size_t)s->rope_dim / 2;
-    c->model = args->model;
-    c->desc = *args->desc;
-    c->round = llm__rounds(c->desc.dtype);
-    c->round_cache = c->desc.cache_dtype != LLM_DTYPE_F32;
-    c->cache_kind = llm__cache_kind(c->desc.cache_dtype);
-    c->head_stride = z.head_stride;
-    c->score_scale = (float)(1.4426950408889634 / llm__sqrt(s->head_dim));
-    c->cache_block_bytes = llm__cache_head_bytes(s, c->desc.cache_dtype);
-    size_t n_blocks = (size_t)c->desc.n_cache_blocks,
-           block_bytes = (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype);
-    c->cache = c->desc.share_cache ? lender->cache : (uint8_t *)llm__alloc(env, n_blocks, block_bytes);
-    if (!c->desc.share_cache) llm__ask_for_huge_pages(c->cache, n_blocks * block_bytes);
-    c->x_stride = z.x_stride;
-    c->qkv_stride = z.qkv_stride;
-    c->scratch_floats = z.scratch_floats;
-    c->x = (float *)llm__alloc_zero(env, n_batch * z.x_stride, sizeof(float));
-    c->qkv = (float *)llm__alloc_zero(env, n_batch * z.qkv_stride, sizeof(float));
-    float *sums = (float *)llm__alloc_zero(env, z.n_rows * z.most_groups, sizeof(float));
-    c->normed = llm__rows_create(env, n_batch, z.n_rows, z.x_stride, sums, z.panels);
-    c->attention = llm__rows_create(env, n_batch, n_batch, z.attention_stride, sums, z.panels);
-    c->ffn = llm__rows_create(env, n_batch, z.ffn_floats, z.ffn_stride, sums, z.panels);
-    c->cosines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
-    c->sines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
-    c->scratch = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.scratch_floats, sizeof(float));
-    c->partial_floats = z.partial_floats;
-    c->n_partials = z.n_partials;
-    c->partials = (float *)llm__alloc(env, (size_t)z.n_partials * z.partial_floats, sizeof(float));
-    if (z.panels) {
-        c->panels = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.panel_floats, sizeof(float));
-        c->panel_floats = z.panel_floats;
-        c->panel_rows = c->desc.dtype == LLM_DTYPE_INT4 ? LLM__EXACT_ROWS + 1 : c->model->kernels->panel_rows;
-    }
-    c->tiles = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_threads * z.tile_bytes, 1);
-    c->tile_bytes = z.tile_bytes;
-    c->logits = (float *)llm__alloc(env, (size_t)c->desc.n_logits * (size_t)s->n_vocab, sizeof(float));
-    c->column_max = (float *)llm__alloc(env, n_batch * z.n_parts, sizeof(float));
-    c->column_sum = (float *)llm__alloc(env, n_batch * z.n_parts, sizeof(float));
-    c->all_rows = (int *)llm__alloc(env, n_batch, sizeof(int));
-    c->all_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
-    c->last_queries = (llm__queries *)llm__alloc(env, n_batch, sizeof(llm__queries));
-    for (int i = 0; i < c->desc.n_batch; i++) c->all_rows[i] = i;
-    c->team = lender ? lender->team : llm__team_create(env, c->desc.n_threads, c->desc.parallel, c->desc.host.user);
-    c->pool = *env->pool;
-    *args->out = c;
-}
-
-static llm_status llm__cpu_context_create(void **out, void *model, const llm_backend_desc *desc, llm_error *err) {
-    llm__pool pool;
-    llm__env env;
-    llm__cpu_context_args args = {out, (const llm__cpu_model *)model, desc};
-    *out = NULL;
-    llm__pool_init(&pool, &desc->host);
-    llm__env_init(&env, &pool, err, NULL);
-    llm_status status = llm__guarded(&env, llm__cpu_context_body, &args);
-    if (status) llm__pool_free(&pool);
-    return status;
-}
-
-static void llm__cpu_context_free(void *context) {
-    if (!context) return;
-    llm__pool pool = ((llm__cpu_context *)context)->pool;
-    llm__pool_free(&pool);
-}
-
-/* ---- The limit of decoding ---- */
-
-typedef struct llm__bandwidth_args {
-    llm__cpu_context *context;
-    uint32_t sink;
-} llm__bandwidth_args;
-
-static void llm__bandwidth_matrix(llm__worker *w, llm__bandwidth_args *a, const llm__matrix *m) {
-    int n_tiles = llm__round_up(m->n, 16) / 16, n = (n_tiles + LLM__TILES - 1) / LLM__TILES;
-    for (int i; (i = llm__take(w, n)) >= 0;) {
-        int first = i * LLM__TILES, some = n_tiles - first < LLM__TILES ? n_tiles - first : LLM__TILES;
-        uint32_t got =
-            a->context->model->kernels->read(m->data + (size_t)first * m->tile_bytes, (size_t)some * m->tile_bytes);
-        __atomic_fetch_xor(&a->sink, got, __ATOMIC_RELAXED);
-    }
-    llm__finish(w);
-}
-
-static void llm__bandwidth_task(void *arg, int index) {
-    llm__bandwidth_args *a = (llm__bandwidth_args *)arg;
-    const llm__cpu_model *m = a->context->model;
-    llm__worker worker = {a->context->team, index, 0}, *w = &worker;
-    for (int i = 0; i < m->shape.n_layers; i++) {
-        llm__bandwidth_matrix(w, a, &m->layers[i].qkv);
-        llm__bandwidth_matrix(w, a, &m->layers[i].attention_out);
-        llm__bandwidth_matrix(w, a, &m->layers[i].gate_up);
-        llm__bandwidth_matrix(w, a, &m->layers[i].down);
-    }
-    llm__bandwidth_matrix(w, a, &m->head);
-}
-
-/* The best of several passes over the weights, the first of which warms the caches. */
-static double llm__cpu_measure_bandwidth(void *context) {
-    llm__bandwidth_args args = {(llm__cpu_context *)context, 0};
-    const llm__cpu_model *m = args.context->model;
-    double bytes = (double)llm__round_up(m->head.n, 16) / 16 * (double)m->head.tile_bytes, best = 0, start = llm__now();
-    for (int i = 0; i < m->shape.n_layers; i++) {
-        const llm__matrix *all[4] = {&m->layers[i].qkv, &m->layers[i].attention_out, &m->layers[i].gate_up,
-                                     &m->layers[i].down};
-        for (int j = 0; j < 4; j++) bytes += (double)llm__round_up(all[j]->n, 16) / 16 * (double)all[j]->tile_bytes;
-    }
-    for (int i = 0; i < 10 && (i < 3 || llm__now() - start < 0.5); i++) {
-        double before = llm__now();
-        llm__team_run(args.context->team, llm__bandwidth_task, &args);
-        double rate = bytes / (llm__now() - before);
-        if (rate > best) best = rate;
-    }
-    return best;
-}
-
-enum { LLM__MULTIPLY_ROUNDS = 2000000 };
-
-typedef struct llm__multiply_args {
-    uint32_t (*multiply)(size_t n);
-    uint32_t sink;
-} llm__multiply_args;
-
-static void llm__multiply_task(void *arg, int index) {
-    llm__multiply_args *a = (llm__multiply_args *)arg;
-    (void)index;
-    __atomic_fetch_xor(&a->sink, a->multiply(LLM__MULTIPLY_ROUNDS), __ATOMIC_RELAXED);
-}
-
-/* In the way that the model's weights are multiplied. */
-static double llm__cpu_measure_flops(void *context) {
-    const llm__cpu_context *c = (const llm__cpu_context *)context;
-    const llm__kernels *k = c->model->kernels;
-    bool floats = c->model->dtype == LLM_DTYPE_F32 || c->model->dtype == LLM_DTYPE_F16;
-    llm__multiply_args args = {k->multiply, 0};
-    double best = 0, round = 2.0 * 16 * 12;
-    if (k->tile_multiply && !floats) {
-        args.multiply = k->tile_multiply;
-        round = 2.0 * 16 * 4 * 16 * 32;
-    } else if (k->multiply_pairs && !floats) {
-        args.multiply = k->multiply_pairs;
-        round *= 2;
-    }
-    for (int i = 0; i < 4; i++) {
-        double before = llm__now();
-        llm__team_run(c->team, llm__multiply_task, &args);
-        double rate = round * LLM__MULTIPLY_ROUNDS * c->team->n / (llm__now() - before);
-        if (rate > best) best = rate;
-    }
-    return best;
-}
-
-static const llm_backend llm__cpu_backend = {
-    "cpu",
-    llm__cpu_open,
-    llm__cpu_upload,
-    llm__cpu_close,
-    llm__cpu_weight_bytes,
-    llm__cpu_block_bytes,
-    llm__cpu_scratch_bytes,
-    llm__cpu_context_create,
-    llm__cpu_context_free,
-    llm__cpu_forward,
-    llm__cpu_logits,
-    llm__cpu_copy_block,
-    llm__cpu_read_block,
-    llm__cpu_write_block,
-    llm__cpu_measure_bandwidth,
-    llm__cpu_measure_flops,
-    NULL,
-};
-
-/* ---- Models ---- */
-
-struct llm_model {
-    llm__pool pool;
-    const llm_backend *backend;
-    void *device; /* the backend's model */
-    llm_model_desc desc;
-    llm_shape shape;
-    llm_model_info info;
-    uint64_t source; /* the fingerprint that the same weights in any type share */
-    llm_tokenizer *tokenizer;
-    const llm__kernels *kernels; /* for what is computed on the host whatever the backend */
-};
-
-typedef struct llm__load_args {
-    llm_model **out;
-    const char *path;
-    llm_model_desc desc;
-    const llm_backend *backend;
-    void *device; /* to be closed if loading fails after it was opened */
-} llm__load_args;
-
-static uint64_t llm__hash_bytes(uint64_t hash, const void *bytes, size_t n) { /* FNV-1a, eight bytes at a time */
-    const uint8_t *p = (const uint8_t *)bytes;
-    for (; n >= 8; n -= 8, p += 8) hash = (hash ^ llm__load_u64(p)) * 0x100000001B3u;
-    for (; n; n--, p++) hash = (hash ^ *p) * 0x100000001B3u;
-    return hash;
-}
-
-/* The number of the pair of dimensions that makes so many turns within the original positions. */
-static double llm__yarn_pair(const llm__hparams *h, double turns) {
-    return h->rope_dim * llm__log2(h->rope.n_original / (turns * 6.2831853071795865)) / (2 * llm__log2(h->rope.base));
-}
-
-/* How much of its frequency pair i keeps: 1 all of it, 0 it is divided by the factor. */
-static double llm__rope_kept(const llm__hparams *h, int i, double frequency) {
-    const llm__rope *r = &h->rope;
-    double turns = r->n_original * frequency / 6.2831853071795865, kept;
-    if (r->kind == LLM__ROPE_LLAMA3) {
-        kept = (turns - r->few_turns) / (r->many_turns - r->few_turns);
-    } else {
-        double first = llm__yarn_pair(h, r->many_turns), last = llm__yarn_pair(h, r->few_turns);
-        if (r->whole_pairs) {
-            first = floor(first);
-            last = ceil(last);
-        }
-        if (first < 0) first = 0;
-        if (last > h->rope_dim - 1) last = h->rope_dim - 1;
-        kept = 1 - (i - first) / (last == first ? 0.001 : last - first);
-    }
-    return kept < 0 ? 0 : kept > 1 ? 1 : kept;
-}
-
-/* The angle pair i turns by from one position to the next: base^(-2i / rope_dim), and what becomes of it. */
-static double llm__rope_frequency(const llm__hparams *h, int i) {
-    double f = llm__exp2(-2.0 * i / h->rope_dim * llm__log2(h->rope.base));
-    if (h->rope.kind == LLM__ROPE_PLAIN) return f;
-    double kept = h->rope.kind == LLM__ROPE_LINEAR ? 0 : llm__rope_kept(h, i, f);
-    return f * kept + f / h->rope.factor * (1 - kept);
-}
-
-/* GGUF has the effect of llama3's scaling in a tensor of divisors. */
-static double *llm__rope_frequencies(llm__env *env, const llm__hparams *h, const llm__checkpoint *ck) {
-    int half = h->rope_dim / 2;
-    double *frequencies = (double *)llm__alloc(env, (size_t)half + 1, sizeof *frequencies);
-    for (int i = 0; i < half; i++) frequencies[i] = llm__rope_frequency(h, i);
-    if (ck->format != LLM__GGUF || !llm__find_tensor(ck, "rope_freqs.weight")) return frequencies;
-    llm__tensor t = llm__get_tensor(env, ck, "rope_freqs.weight", 1, (uint64_t)half);
-    uint8_t *bytes = llm__bring(env, &t);
-    float *divisors = (float *)llm__alloc(env, (size_t)half, sizeof *divisors);
-    t.type->decode(t.data, (size_t)half, divisors);
-    for (int i = 0; i < half; i++) {
-        if (!(divisors[i] > 0 && divisors[i] < 1e6f))
-            llm__fail(env, LLM_ERROR_FORMAT, "tensor rope_freqs.weight divides frequency %d by %g", i,
-                      (double)divisors[i]);
-        frequencies[i] /= divisors[i];
-    }
-    llm__free(env->pool, divisors);
-    llm__free(env->pool, bytes);
-    return frequencies;
-}
-
-static float llm__rope_scale(const llm__rope *r) {
-    if (r->scale != 0) return (float)r->scale;
-    if (r->kind != LLM__ROPE_YARN || r->factor <= 1) return 1;
-    double grown = 0.1 * 0.69314718055994531 * llm__log2(r->factor);
-    return (float)((1 + r->growth * grown) / (1 + r->growth_below * grown));
-}
-
-static llm_shape llm__find_shape(llm__env *env, const llm__hparams *h, const llm__checkpoint *ck) {
-    llm_shape s;
-    s.n_vocab = h->n_vocab;
-    s.n_layers = h->n_layers;
-    s.n_embd = h->n_embd;
-    s.n_ff = h->n_ff;
-    s.n_heads = h->n_heads;
-    s.n_kv_heads = h->n_kv_heads;
-    s.head_dim = h->head_dim;
-    s.rope_dim = h->rope_dim;
-    s.rms_eps = h->rms_eps;
-    s.rope_frequencies = llm__rope_frequencies(env, h, ck);
-    s.rope_scale = llm__rope_scale(&h->rope);
-    s.window = h->window;
-    s.tied_head = h->tied_head;
-    s.qkv_bias = h->qkv_bias;
-    s.qk_norm = h->qk_norm;
-    return s;
-}
-
-/* The names of the tensors that make up a weight, in GGUF and in Hugging Face's files; those of a layer have a prefix. */
-static const char *const llm__tensor_names[][2][3] = {
-    {{"token_embd.weight", NULL, NULL}, {"model.embed_tokens.weight", NULL, NULL}},
-    {{"attn_norm.weight", NULL, NULL}, {"input_layernorm.weight", NULL, NULL}},
-    {{"attn_q.weight", "attn_k.weight", "attn_v.weight"},
-     {"self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"}},
-    {{"attn_q.bias", "attn_k.bias", "attn_v.bias"},
-     {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"}},
-    {{"attn_q_norm.weight", NULL, NULL}, {"self_attn.q_norm.weight", NULL, NULL}},
-    {{"attn_k_norm.weight", NULL, NULL}, {"self_attn.k_norm.weight", NULL, NULL}},
-    {{"attn_output.weight", NULL, NULL}, {"self_attn.o_proj.weight", NULL, NULL}},
-    {{"ffn_norm.weight", NULL, NULL}, {"post_attention_layernorm.weight", NULL, NULL}},
-    {{"ffn_gate.weight", "ffn_up.weight", NULL}, {"mlp.gate_proj.weight", "mlp.up_proj.weight", NULL}},
-    {{"ffn_down.weight", NULL, NULL}, {"mlp.down_proj.weight", NULL, NULL}},
-    {{"output_norm.weight", NULL, NULL}, {"model.norm.weight", NULL, NULL}},
-    {{"output.weight", NULL, NULL}, {"lm_head.weight", NULL, NULL}},
-};
-
-/* The rows of the tensors a weight is made of, 0 where there are no more. */
-static void llm__part_rows(const llm__hparams *h, llm_weight_kind kind, int rows[3]) {
-    int q = h->n_heads * h->head_dim, kv = h->n_kv_heads * h->head_dim;
-    rows[0] = 1; /* a norm is one row */
-    rows[1] = rows[2] = 0;
-    switch (kind) {
-    case LLM_WEIGHT_EMBEDDING:
-    case LLM_WEIGHT_HEAD: rows[0] = h->n_vocab; break;
-    case LLM_WEIGHT_QKV:
-    case LLM_WEIGHT_QKV_BIAS:
-        rows[0] = q;
-        rows[1] = rows[2] = kv;
-        break;
-    case LLM_WEIGHT_GATE_UP: rows[0] = rows[1] = h->n_ff; break;
-    case LLM_WEIGHT_ATTENTION_OUT:
-    case LLM_WEIGHT_DOWN: rows[0] = h->n_embd; break;
-    default: break;
-    }
-}
-
-/* A bias is a row in the file; here it is a column, as it has a number for each row of its matrix. */
-static llm__tensor llm__get_column(llm__env *env, const llm__checkpoint *ck, const char *name, uint64_t rows) {
-    llm__tensor t = llm__get_tensor(env, ck, name, 1, rows);
-    if (t.type->block_weights != 1 || t.scales)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %s is of type %s; no bias is read from that", name, t.type->name);
-    t.rows = rows;
-    t.cols = 1;
-    t.row_bytes = t.type->block_bytes;
-    return t;
-}
-
-/* A weight made of up to three tensors of the file, each with its rows. */
-static llm_weight llm__make_weight(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h, llm__source *source,
-                                   llm_weight_kind kind, int layer, int cols) {
-    bool in_layer = kind != LLM_WEIGHT_EMBEDDING && kind != LLM_WEIGHT_OUTPUT_NORM && kind != LLM_WEIGHT_HEAD;
-    bool rotated = kind == LLM_WEIGHT_QKV || kind == LLM_WEIGHT_QKV_BIAS;
-    int rows[3];
-    llm_weight w = {kind, layer, 0, cols, source, llm__read_weight_row, llm__raw_weight_row, llm__weight_row_scale,
-                    false};
-    memset(source, 0, sizeof *source);
-    source->rope_dim = h->rope_dim;
-    llm__part_rows(h, kind, rows);
-    for (int i = 0; i < 3 && rows[i]; i++) {
-        char name[80];
-        uint64_t n = (uint64_t)rows[i];
-        const char *prefix = ck->format == LLM__GGUF ? "blk" : "model.layers";
-        const char *last = llm__tensor_names[kind][ck->format][i];
-        if (in_layer) snprintf(name, sizeof name, "%s.%d.%s", prefix, layer, last);
-        else snprintf(name, sizeof name, "%s", last);
-        source->parts[i] = kind == LLM_WEIGHT_QKV_BIAS ? llm__get_column(env, ck, name, n)
-                                                       : llm__get_tensor(env, ck, name, n, (uint64_t)cols);
-        if (rotated && i < 2 && h->interleaved_rope) source->n_interleaved[i] = h->head_dim;
-        source->n_parts++;
-        w.rows += rows[i];
-        w.has_q8_0 = w.has_q8_0 || source->parts[i].type->type == LLM__Q8_0;
-    }
-    return w;
-}
-
-static int llm__weight_cols(const llm__hparams *h, llm_weight_kind kind) {
-    if (kind == LLM_WEIGHT_ATTENTION_OUT) return h->n_heads * h->head_dim;
-    if (kind == LLM_WEIGHT_QKV_BIAS) return 1;
-    if (kind == LLM_WEIGHT_Q_NORM || kind == LLM_WEIGHT_K_NORM) return h->head_dim;
-    return kind == LLM_WEIGHT_DOWN ? h->n_ff : h->n_embd;
-}
-
-/* Calls visit for every weight of the model, in the order they are used. */
-typedef struct llm__weight_walk {
-    llm__env *env;
-    const llm__checkpoint *ck;
-    const llm__hparams *h;
-    void (*visit)(struct llm__weight_walk *walk, const llm_weight *weight);
-    const llm_backend *backend;
-    void *device;
-    llm_dtype dtype;
-    uint64_t n_params, weight_bytes, weight_bytes_per_token, fingerprint; /* the last whatever the dtype */
-} llm__weight_walk;
-
-/* The fingerprint takes samples: the whole would have to be read. */
-static uint64_t llm__sample_tensor(uint64_t hash, const llm__tensor *t) {
-    uint64_t n = t->rows * t->row_bytes, step = n / 16;
-    for (uint64_t at = 0; at < n; at += step ? step : 1)
-        hash = llm__hash_bytes(hash, t->data + at, (size_t)(n - at < 64 ? n - at : 64));
-    return hash;
-}
-
-static void llm__walk_weight(llm__weight_walk *walk, llm_weight_kind kind, int layer) {
-    llm__env *env = walk->env;
-    llm__source source;
-    llm_weight w = llm__make_weight(env, walk->ck, walk->h, &source, kind, layer, llm__weight_cols(walk->h, kind));
-    uint8_t *brought[3] = {NULL, NULL, NULL};
-    bool vector = w.rows == 1 || w.cols == 1;
-    uint64_t bytes = vector ? (uint64_t)w.rows * (uint64_t)w.cols * 4 : walk->backend->weight_bytes(walk->dtype, &w);
-    walk->n_params += (uint64_t)w.rows * (uint64_t)w.cols;
-    walk->weight_bytes += bytes;
-    if (kind != LLM_WEIGHT_EMBEDDING || walk->h->tied_head) walk->weight_bytes_per_token += bytes;
-    if (!walk->visit) return;
-    for (int i = 0; i < source.n_parts; i++) {
-        brought[i] = llm__bring(env, &source.parts[i]);
-        walk->fingerprint = llm__sample_tensor(walk->fingerprint, &source.parts[i]);
-    }
-    walk->visit(walk, &w);
-    for (int i = 0; i < source.n_parts; i++) llm__free(env->pool, brought[i]);
-}
-
-static void llm__walk_weights(llm__weight_walk *walk) {
-    const llm__hparams *h = walk->h;
-    llm__walk_weight(walk, LLM_WEIGHT_EMBEDDING, 0);
-    for (int i = 0; i < h->n_layers; i++) {
-        for (int kind = LLM_WEIGHT_ATTENTION_NORM; kind <= LLM_WEIGHT_DOWN; kind++) {
-            if (kind == LLM_WEIGHT_QKV_BIAS && !h->qkv_bias) continue;
-            if ((kind == LLM_WEIGHT_Q_NORM || kind == LLM_WEIGHT_K_NORM) && !h->qk_norm) continue;
-            llm__walk_weight(walk, (llm_weight_kind)kind, i);
-        }
-    }
-    llm__walk_weight(walk, LLM_WEIGHT_OUTPUT_NORM, 0);
-    if (!h->tied_head) llm__walk_weight(walk, LLM_WEIGHT_HEAD, 0);
-}
-
-static void llm__upload_weight(llm__weight_walk *walk, const llm_weight *weight) {
-    llm__env *env = walk->env;
-    llm_status status = walk->backend->upload(walk->device, weight, env->err);
-    if (status) {
-        env->status = status;
-        longjmp(env->unwind, 1);
-    }
-    bool behind_layers = weight->kind == LLM_WEIGHT_OUTPUT_NORM || weight->kind == LLM_WEIGHT_HEAD;
-    llm__report_progress(env,
-                         (float)(behind_layers ? walk->h->n_layers : weight->layer) / (float)(walk->h->n_layers + 1));
-}
-
-/* Only the CPU has caches of f32. */
-static llm_dtype llm__default_cache_dtype(const llm_backend *backend, llm_dtype weights) {
-    bool exact = backend == &llm__cpu_backend && (weights == LLM_DTYPE_F32 || weights == LLM_DTYPE_F16);
-    return exact ? LLM_DTYPE_F32 : LLM_DTYPE_BF16;
-}
-
-static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *desc) {
-    llm_model_desc d = *desc;
-    if (d.dtype == LLM_DTYPE_DEFAULT) d.dtype = LLM_DTYPE_BF16;
-    if (!d.backend) d.backend = &llm__cpu_backend;
-    if (!llm__choose_kernels(d.isa))
-        llm__fail(env, LLM_ERROR_ARGUMENT, "the instruction set \"%s\" is unknown, or not on this machine", d.isa);
-    if (!llm_dtype_name(d.dtype))
-        llm__fail(env, LLM_ERROR_ARGUMENT, "desc.dtype is %d, which is no type to run in", (int)d.dtype);
-    if (d.n_threads < 0 || d.n_threads > 1024) llm__fail(env, LLM_ERROR_ARGUMENT, "desc.n_threads is %d", d.n_threads);
-    if (d.n_threads == 0) d.n_threads = llm__default_threads();
-    return d;
-}
-
-static void llm__copy_name(char *to, size_t size, llm__str from) {
-    size_t n = from.n < size - 1 ? from.n : size - 1;
-    memcpy(to, from.at, n);
-    to[n] = 0;
-    llm__trim_utf8(to);
-}
-
-static void llm__fill_info(llm_model_info *info, const llm__hparams *h, const llm__weight_walk *walk) {
-    llm__copy_name(info->name, sizeof info->name, h->name);
-    llm__copy_name(info->architecture, sizeof info->architecture, h->architecture);
-    info->dtype = walk->dtype;
-    info->n_vocab = h->n_vocab;
-    info->n_layers = h->n_layers;
-    info->n_embd = h->n_embd;
-    info->n_ff = h->n_ff;
-    info->n_heads = h->n_heads;
-    info->n_kv_heads = h->n_kv_heads;
-    info->head_dim = h->head_dim;
-    info->n_ctx_train = h->n_ctx_train;
-    info->n_params = walk->n_params;
-    info->weight_bytes = walk->weight_bytes;
-    info->weight_bytes_per_token = walk->weight_bytes_per_token;
-    info->fingerprint = llm__hash_bytes(walk->fingerprint, &walk->dtype, sizeof walk->dtype);
-}
-
-static llm__weight_walk llm__start_walk(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h,
-                                        const llm_backend *backend, llm_dtype dtype) {
-    llm__weight_walk walk;
-    memset(&walk, 0, sizeof walk);
-    walk.env = env;
-    walk.ck = ck;
-    walk.h = h;
-    walk.backend = backend;
-    walk.dtype = dtype;
-    return walk;
-}
-
-/* What the keys in a cache depend on beside the weights. */
-static uint64_t llm__hash_shape(const llm_shape *s) {
-    int numbers[] = {s->n_vocab,    s->n_layers, s->n_embd,   s->n_ff,  s->n_heads,
-                     s->n_kv_heads, s->head_dim, s->rope_dim, s->window};
-    float floats[] = {s->rms_eps, s->rope_scale};
-    uint64_t hash = llm__hash_bytes(0xCBF29CE484222325u, numbers, sizeof numbers);
-    hash = llm__hash_bytes(hash, floats, sizeof floats);
-    return llm__hash_bytes(hash, s->rope_frequencies, (size_t)(s->rope_dim / 2) * sizeof *s->rope_frequencies);
-}
-
-/* A model found in files: all its weights are there and in their shape, and there is nothing it would leave out. */
-typedef struct llm__plan {
-    llm__pool *pool; /* of the files, and all that points into them */
-    const llm__checkpoint *ck;
-    llm__hparams h;
-    llm_shape shape;
-    llm__weight_walk walk; /* what the weights come to */
-} llm__plan;
-
-static void llm__make_plan(llm__env *env, const char *path, const llm_model_desc *desc, llm__plan *plan) {
-    llm__pool *outer = env->pool;
-    plan->pool = llm__inner_pool(env);
-    env->pool = plan->pool;
-    plan->ck = llm__open_checkpoint(env, path, desc);
-    plan->h = llm__read_hparams(env, plan->ck);
-    env->pool = outer;
-    plan->shape = llm__find_shape(env, &plan->h, plan->ck);
-    plan->walk = llm__start_walk(env, plan->ck, &plan->h, desc->backend, desc->dtype);
-    llm__walk_weights(&plan->walk);
-    llm__refuse_unused_tensors(env, plan->ck);
-}
-
-static void llm__load_body(llm__env *env, void *arg) {
-    llm__load_args *args = (llm__load_args *)arg;
-    double start = llm__now();
-    llm_model *model = (llm_model *)llm__alloc_zero(env, 1, sizeof *model);
-    llm_model_desc desc = llm__model_defaults(env, &args->desc);
-    llm__plan plan;
-    llm__make_plan(env, args->path, &desc, &plan);
-    const llm__checkpoint *ck = plan.ck;
-    model->backend = args->backend = desc.backend;
-    model->shape = plan.shape;
-    model->shape.weight_bytes = plan.walk.weight_bytes;
-    model->tokenizer =
-        ck->format == LLM__GGUF ? llm__tokenizer_from_gguf(env, ck) : llm__tokenizer_from_directory(env, ck->directory);
-    if (llm_tokenizer_n_vocab(model->tokenizer) > plan.h.n_vocab)
-        llm__fail(env, LLM_ERROR_FORMAT, "the vocabulary has %d tokens, but the embedding only %d rows",
-                  llm_tokenizer_n_vocab(model->tokenizer), plan.h.n_vocab);
-    llm__weight_walk walk = llm__start_walk(env, ck, &plan.h, model->backend, desc.dtype);
-    walk.fingerprint = llm__hash_shape(&model->shape);
-    llm_status status = model->backend->open(&args->device, &model->shape, &desc, env->err);
-    if (status) {
-        env->status = status;
-        longjmp(env->unwind, 1);
-    }
-    walk.device = args->device;
-    walk.visit = llm__upload_weight;
-    llm__walk_weights(&walk);
-    llm__fill_info(&model->info, &plan.h, &walk);
-    model->source = walk.fingerprint;
-    model->kernels = llm__choose_kernels(desc.isa);
-    model->info.isa = model->kernels->name;
-    model->info.cache_bytes_per_token =
-        model->backend->block_bytes(&model->shape, llm__default_cache_dtype(model->backend, desc.dtype)) / LLM_BLOCK;
-    llm__free(env->pool, plan.pool); /* all of it has been converted */
-    model->device = args->device;
-    model->desc = desc;
-    model->pool = *env->pool;
-    *args->out = model;
-    llm__report_progress(env, 1);
-    llm__log(&desc.host, "loaded %s: %s, %llu parameters as %s, %.0f MB, %s, in %.2f s",
-             args->path ? args->path : "memory", model->info.architecture, (unsigned long long)walk.n_params,
-             llm_dtype_name(desc.dtype), (double)walk.weight_bytes / 1e6, model->info.isa, llm__now() - start);
-}
-
-LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_model_desc *desc, llm_error *err) {
-    llm__load_args args;
-    llm__pool pool;
-    llm__env env;
-    memset(&args, 0, sizeof args);
-    if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
-    *out = NULL;
-    args.out = out;
-    args.path = path;
-    if (desc) args.desc = *desc;
-    llm__pool_init(&pool, &args.desc.host);
-    llm__env_init(&env, &pool, err, path);
-    llm_status status = llm__guarded(&env, llm__load_body, &args);
-    if (status) {
-        *out = NULL;
-        if (args.device) args.backend->close(args.device);
-        llm__pool_free(&pool);
-    }
-    return status;
-}
-
-LLM_API void llm_model_free(llm_model *model) {
-    if (!model) return;
-    llm__pool pool = model->pool;
-    model->backend->close(model->device);
-    llm__pool_free(&pool);
-}
-
-LLM_API llm_model_info llm_model_get_info(const llm_model *model) { return model->info; }
-LLM_API const llm_tokenizer *llm_model_tokenizer(const llm_model *model) { return model->tokenizer; }
-
-/* ---- Contexts ---- */
-
-/* What a batch that is scored predicts: after token i of it, the targets from first[i] to first[i + 1]. */
-typedef struct llm__targets {
-    const int *first;      /* [n_tokens + 1]                                                              */
-    const llm_token *ids;  /* [first[n_tokens]]                                                           */
-    bool count_only;       /* nothing is computed                                                         */
-    int n;                 /* in the pass, in order of its rows:                                          */
-    llm_token *pass_ids;   /* [n]                                                                         */
-    int *pass_rows, *from; /* [n] an index into the pass's logit_rows; which of the targets above it is   */
-    float *log_probs;      /* [n] the results                                                             */
-} llm__targets;
-
-struct llm_context {
-    llm__pool pool;
-    const llm_model *model;
-    llm_context_desc desc;
-    llm_backend_desc backend_desc;
-    void *device; /* the backend's context */
-    llm__cache cache;
-    /* The pass being built: the batch's tokens in order of sequence. */
-    llm_token *tokens; /* [n_batch] */
-    int *positions, *seqs, *logit_rows;
-    int *batch_index;      /* [n_batch] which of the batch's tokens a row's logits answer, -1: not wanted */
-    int *n_new;            /* [n_seq] tokens the batch brings to each sequence */
-    int *first_row;        /* [n_seq + 1] where the sequence's rows begin */
-    int *old_lengths;      /* [n_seq] to go back to */
-    int *logits_of;        /* [n_logits or n_batch] the batch's token each row of logits belongs to */
-    int n_logits;          /* rows of logits there are now */
-    llm__targets *targets; /* of a batch that is scored, which is a single pass; NULL: logits are wanted */
-    float *probabilities;  /* [n_vocab padded to 16] for the sampler */
-    llm_token *candidates; /* [n_vocab] likewise */
-};
-
-static llm_context_desc llm__context_defaults(llm__env *env, const llm_model_info *info, const llm_backend *backend,
-                                              const llm_host *model_host, const llm_context_desc *desc) {
-    llm_context_desc d;
-    memset(&d, 0, sizeof d);
-    if (desc) d = *desc;
-    if (d.n_ctx < 0 || d.n_seq < 0 || d.n_cache < 0 || d.n_batch < 0 || d.n_logits < 0 || d.n_threads < 0 ||
-        d.n_threads > 1024)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is negative or absurd");
-    if (!d.n_ctx) d.n_ctx = info->n_ctx_train < 4096 ? info->n_ctx_train : 4096;
-    if (!d.n_seq) d.n_seq = 1;
-    if (!d.n_batch) d.n_batch = 512;
-    if (!d.n_logits) d.n_logits = d.n_seq;
-    if (!d.n_threads) d.n_threads = llm__default_threads();
-    if (!d.cache_dtype) d.cache_dtype = llm__default_cache_dtype(backend, info->dtype);
-    if (d.cache_dtype != LLM_DTYPE_F32 && d.cache_dtype != LLM_DTYPE_BF16 && d.cache_dtype != LLM_DTYPE_INT8)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "cache_dtype is %d, which no cache can have", (int)d.cache_dtype);
-    if (d.n_ctx > 1 << 28 || d.n_seq > 1 << 20 || d.n_batch > 1 << 20 || d.n_logits > 1 << 20)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is absurdly large");
-    uint64_t n_cache =
-        d.n_cache ? (uint64_t)d.n_cache : (uint64_t)llm__blocks_for(d.n_ctx) * LLM_BLOCK * (uint64_t)d.n_seq;
-    if (n_cache > 1 << 30)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "the cache would have %llu positions", (unsigned long long)n_cache);
-    d.n_cache = (int)n_cache;
-    if (!d.host.resize && !d.host.log && !d.host.progress && !d.host.user) d.host = *model_host;
-    return d;
-}
-
-typedef struct llm__context_defaults_args {
-    llm_context_desc *out;
-    const llm_model_info *info;
-    const llm_backend *backend;
-    const llm_host *model_host;
-    const llm_context_desc *desc;
-} llm__context_defaults_args;
-
-static void llm__context_defaults_body(llm__env *env, void *arg) {
-    llm__context_defaults_args *a = (llm__context_defaults_args *)arg;
-    *a->out = llm__context_defaults(env, a->info, a->backend, a->model_host, a->desc);
-}
-
-static llm_backend_desc llm__backend_desc(const llm_context_desc *d, llm_dtype dtype) {
-    llm_backend_desc b;
-    memset(&b, 0, sizeof b);
-    b.n_seq = d->n_seq;
-    b.blocks_per_seq = llm__blocks_for(d->n_ctx);
-    b.n_cache_blocks = llm__blocks_for(d->n_cache);
-    b.n_batch = d->n_batch;
-    b.n_logits = d->n_logits;
-    b.n_threads = d->n_threads;
-    b.dtype = dtype;
-    b.cache_dtype = d->cache_dtype;
-    b.parallel = d->parallel;
-    b.host = d->host;
-    return b;
-}
-
-typedef struct llm__context_args {
-    llm_context **out;
-    const llm_model *model;
-    llm_context_desc desc;
-    const llm_context *lender; /* of threads, and of the cache if share_cache; see llm_backend_desc */
-    bool share_cache;
-    void *device;
-} llm__context_args;
-
-static void llm__context_body(llm__env *env, void *arg) {
-    llm__context_args *args = (llm__context_args *)arg;
-    const llm_model *model = args->model;
-    llm_context *ctx = (llm_context *)llm__alloc_zero(env, 1, sizeof *ctx);
-    llm_context_desc d = args->desc;
-    size_t n_batch = (size_t)d.n_batch, n_seq = (size_t)d.n_seq,
-           n_rows = (size_t)(d.n_logits > d.n_batch ? d.n_logits : d.n_batch);
-    ctx->model = model;
-    ctx->desc = d;
-    ctx->backend_desc = llm__backend_desc(&d, model->info.dtype);
-    ctx->backend_desc.lender = args->lender ? args->lender->device : NULL;
-    ctx->backend_desc.share_cache = args->share_cache;
-    if (!args->share_cache) llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
-    ctx->tokens = (llm_token *)llm__alloc(env, n_batch, sizeof *ctx->tokens);
-    ctx->positions = (int *)llm__alloc(env, n_batch, sizeof(int));
-    ctx->seqs = (int *)llm__alloc(env, n_batch, sizeof(int));
-    ctx->batch_index = (int *)llm__alloc(env, n_batch, sizeof(int));
-    ctx->logit_rows = (int *)llm__alloc(env, n_rows, sizeof(int));
-    ctx->n_new = (int *)llm__alloc_zero(env, n_seq, sizeof(int));
-    ctx->first_row = (int *)llm__alloc(env, n_seq + 1, sizeof(int));
-    ctx->logits_of = (int *)llm__alloc(env, n_rows, sizeof(int));
-    ctx->old_lengths = (int *)llm__alloc(env, n_seq, sizeof(int));
-    ctx->probabilities = (float *)llm__alloc(env, (size_t)llm__round_up(model->shape.n_vocab, 16), sizeof(float));
-    ctx->candidates = (llm_token *)llm__alloc(env, (size_t)model->shape.n_vocab, sizeof(llm_token));
-    llm_status status = model->backend->context_create(&args->device, model->device, &ctx->backend_desc, env->err);
-    if (status) {
-        env->status = status;
-        longjmp(env->unwind, 1);
-    }
-    ctx->device = args->device;
-    ctx->pool = *env->pool;
-    *args->out = ctx;
-}
-
-static llm_status llm__context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
-                                      const llm_context *lender, bool share_cache, llm_error *err) {
-    llm__context_args args;
-    llm__pool pool;
-    llm__env env;
-    memset(&args, 0, sizeof args);
-    *out = NULL;
-    args.out = out;
-    args.model = model;
-    args.lender = lender;
-    args.share_cache = share_cache;
-    llm__pool_init(&pool, &model->desc.host);
-    llm__env_init(&env, &pool, err, NULL);
-    llm__context_defaults_args defaults = {&args.desc, &model->info, model->backend, &model->desc.host, desc};
-    llm_status status = llm__guarded(&env, llm__context_defaults_body, &defaults);
-    if (status) return status;
-    llm__pool_init(&pool, &args.desc.host);
-    status = llm__guarded(&env, llm__context_body, &args);
-    if (status) {
-        *out = NULL;
-        model->backend->context_free(args.device);
-        llm__pool_free(&pool);
-    }
-    return status;
-}
-
-LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
-                                      llm_error *err) {
-    if (!out || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out or model is NULL");
-    return llm__context_create(out, model, desc, NULL, false, err);
-}
-
-LLM_API void llm_context_free(llm_context *ctx) {
-    if (!ctx) return;
-    llm__pool pool = ctx->pool;
-    ctx->model->backend->context_free(ctx->device);
-    llm__pool_free(&pool);
-}
-
-LLM_API const llm_model *llm_context_model(const llm_context *ctx) { return ctx->model; }
-LLM_API int llm_context_n_ctx(const llm_context *ctx) { return ctx->desc.n_ctx; }
-LLM_API int llm_context_n_threads(const llm_context *ctx) { return ctx->desc.n_threads; }
-LLM_API double llm_measure_bandwidth(llm_context *ctx) { return ctx->model->backend->measure_bandwidth(ctx->device); }
-LLM_API double llm_measure_flops(llm_context *ctx) { return ctx->model->backend->measure_flops(ctx->device); }
-
-typedef struct llm__estimate_args {
-    const char *path;
-    const llm_model_desc *model_desc;
-    const llm_context_desc *context_desc;
-    llm_memory *out;
-} llm__estimate_args;
-
-static void llm__estimate_body(llm__env *env, void *arg) {
-    llm__estimate_args *args = (llm__estimate_args *)arg;
-    llm_model_desc desc = llm__model_defaults(env, args->model_desc);
-    llm__plan plan;
-    llm_model_info info;
-    llm__make_plan(env, args->path, &desc, &plan);
-    const llm_shape *shape = &plan.shape;
-    llm__fill_info(&info, &plan.h, &plan.walk);
-    llm_context_desc c = llm__context_defaults(env, &info, desc.backend, &desc.host, args->context_desc);
-    llm_backend_desc b = llm__backend_desc(&c, desc.dtype);
-    args->out->weights = plan.walk.weight_bytes;
-    args->out->cache = (uint64_t)b.n_cache_blocks * desc.backend->block_bytes(shape, b.cache_dtype);
-    args->out->scratch = desc.backend->scratch_bytes(shape, &b) + (uint64_t)shape->n_vocab * 8 +
-                         (uint64_t)c.n_seq * ((uint64_t)c.n_ctx * 4 + (uint64_t)llm__blocks_for(c.n_ctx) * 4);
-}
-
-LLM_API llm_status llm_memory_estimate(const char *path, const llm_model_desc *model_desc,
-                                       const llm_context_desc *context_desc, llm_memory *out, llm_error *err) {
-    llm_model_desc zero;
-    llm__pool pool;
-    llm__env env;
-    memset(&zero, 0, sizeof zero);
-    if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
-    memset(out, 0, sizeof *out);
-    llm__estimate_args args = {path, model_desc ? model_desc : &zero, context_desc, out};
-    llm__pool_init(&pool, &args.model_desc->host);
-    llm__env_init(&env, &pool, err, path);
-    llm_status status = llm__guarded(&env, llm__estimate_body, &args);
-    llm__pool_free(&pool);
-    return status;
-}
-
-/* ---- Sequences ---- */
-
-static llm_status llm__check_seq(const llm_context *ctx, int seq, llm_error *err) {
-    if (seq >= 0 && seq < ctx->desc.n_seq) return LLM_OK;
-    return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d was named, but the context has %d", seq, ctx->desc.n_seq);
-}
-
-LLM_API int llm_seq_length(const llm_context *ctx, int seq) {
-    return llm__check_seq(ctx, seq, NULL) ? 0 : ctx->cache.lengths[seq];
-}
-
-LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq) {
-    return llm__check_seq(ctx, seq, NULL) ? NULL : llm__cache_tokens(&ctx->cache, seq);
-}
-
-LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_error *err) {
-    llm_status status = llm__check_seq(ctx, seq, err);
-    if (status) return status;
-    if (length < 0 || length > ctx->cache.lengths[seq])
-        return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; it cannot be cut to %d", seq,
-                          ctx->cache.lengths[seq], length);
-    llm__cache_truncate(&ctx->cache, seq, length);
-    return LLM_OK;
-}
-
-LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int length, llm_error *err) {
-    llm_status status = llm__check_seq(ctx, seq, err);
-    if (!status) status = llm__check_seq(ctx, parent, err);
-    if (status) return status;
-    if (length < 0 || length > ctx->cache.lengths[parent])
-        return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; there is no fork at %d", parent,
-                          ctx->cache.lengths[parent], length);
-    if (seq == parent) return llm_seq_truncate(ctx, seq, length, err);
-    llm__cache_fork(&ctx->cache, seq, parent, length);
-    return LLM_OK;
-}
-
-/* A saved sequence: this, then its tokens, then its blocks as the backend keeps them. */
-typedef struct llm__saved {
-    char magic[8];
-    uint64_t fingerprint, hash; /* of model and cache type; of all that follows this struct */
-    uint64_t length, size;
-} llm__saved;
-
-static uint64_t llm__cache_fingerprint(const llm_context *ctx) {
-    uint64_t hash = llm__hash_bytes(ctx->model->info.fingerprint, &ctx->desc.cache_dtype, sizeof ctx->desc.cache_dtype);
-    return llm__hash_bytes(hash, ctx->model->backend->name, strlen(ctx->model->backend->name));
-}
-
-static size_t llm__saved_size(const llm_context *ctx, size_t length) {
-    size_t block = (size_t)ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype);
-    return sizeof(llm__saved) + length * sizeof(llm_token) + (size_t)llm__blocks_for((int)length) * block;
-}
-
-LLM_API size_t llm_seq_save_size(const llm_context *ctx, int seq) {
-    return llm__saved_size(ctx, (size_t)llm_seq_length(ctx, seq));
-}
-
-LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, size_t size, llm_error *err) {
-    llm_status status = llm__check_seq(ctx, seq, err);
-    if (status) return status;
-    int length = ctx->cache.lengths[seq];
-    size_t needed = llm__saved_size(ctx, (size_t)length),
-           block = llm__saved_size(ctx, 1) - llm__saved_size(ctx, 0) - sizeof(llm_token);
-    if (size < needed)
-        return llm__error(err, LLM_ERROR_ARGUMENT, "saving takes %llu bytes, but the buffer has %llu",
-                          (unsigned long long)needed, (unsigned long long)size);
-    llm__saved head;
-    memset(&head, 0, sizeof head);
-    memcpy(head.magic, "llmcach2", 8);
-    head.fingerprint = llm__cache_fingerprint(ctx);
-    head.length = (uint64_t)length;
-    head.size = needed;
-    uint8_t *at = (uint8_t *)buffer + sizeof head;
-    memcpy(at, llm__cache_tokens(&ctx->cache, seq), (size_t)length * sizeof(llm_token));
-    at += (size_t)length * sizeof(llm_token);
-    for (int i = 0; i < llm__blocks_for(length); i++, at += block) {
-        status = ctx->model->backend->read_block(ctx->device, llm__cache_table(&ctx->cache, seq)[i], at, err);
-        if (status) return status;
-    }
-    head.hash = llm__hash_bytes(0, (const uint8_t *)buffer + sizeof head, needed - sizeof head);
-    memcpy(buffer, &head, sizeof head);
-    return LLM_OK;
-}
-
-static llm_status llm__check_saved(const llm_context *ctx, int seq, const void *buffer, size_t size, llm__saved *head,
-                                   llm_error *err) {
-    if (size < sizeof *head || memcmp(buffer, "llmcach2", 8))
-        return llm__error(err, LLM_ERROR_FORMAT, "the buffer does not hold a saved sequence");
-    memcpy(head, buffer, sizeof *head);
-    if (head->fingerprint != llm__cache_fingerprint(ctx))
-        return llm__error(err, LLM_ERROR_FORMAT, "the sequence was saved with another model or another type of cache");
-    if (head->length > (uint64_t)ctx->desc.n_ctx)
-        return llm__error(err, LLM_ERROR_CONTEXT_FULL, "the saved sequence has %llu tokens; this context holds %d",
-                          (unsigned long long)head->length, ctx->desc.n_ctx);
-    if (head->size != llm__saved_size(ctx, (size_t)head->length) || size < head->size ||
-        head->hash != llm__hash_bytes(0, (const uint8_t *)buffer + sizeof *head, (size_t)head->size - sizeof *head))
-        return llm__error(err, LLM_ERROR_FORMAT, "the saved sequence is damaged");
-    int own = 0; /* blocks that dropping what the sequence holds would free */
-    for (int i = 0; i < llm__blocks_for(ctx->cache.lengths[seq]); i++)
-        own += ctx->cache.n_users[llm__cache_table(&ctx->cache, seq)[i]] == 1;
-    if (llm__blocks_for((int)head->length) > ctx->cache.n_free + own)
-        return llm__error(err, LLM_ERROR_CONTEXT_FULL,
-                          "the saved sequence needs %d positions of the cache, but %d are free",
-                          llm__blocks_for((int)head->length) * LLM_BLOCK, (ctx->cache.n_free + own) * LLM_BLOCK);
-    return LLM_OK;
-}
-
-LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer, size_t size, llm_error *err) {
-    llm__saved head;
-    llm_status status = llm__check_seq(ctx, seq, err);
-    if (!status) status = llm__check_saved(ctx, seq, buffer, size, &head, err);
-    if (status) return status;
-    const uint8_t *at = (const uint8_t *)buffer + sizeof head;
-    size_t block = llm__saved_size(ctx, 1) - llm__saved_size(ctx, 0) - sizeof(llm_token);
-    for (uint64_t i = 0; i < head.length; i++) {
-        uint32_t token = llm__load_u32(at + 4 * i);
-        if (token >= (uint32_t)ctx->model->shape.n_vocab)
-            return llm__error(err, LLM_ERROR_FORMAT, "the saved sequence holds token %lu", (unsigned long)token);
-    }
-    llm__cache_truncate(&ctx->cache, seq, 0);
-    for (uint64_t i = 0; i < head.length; i++)
-        llm__cache_append(&ctx->cache, seq, (llm_token)llm__load_u32(at + 4 * i));
-    at += head.length * sizeof(llm_token);
-    for (int i = 0; i < llm__blocks_for((int)head.length) && !status; i++, at += block)
-        status = ctx->model->backend->write_block(ctx->device, llm__cache_table(&ctx->cache, seq)[i], at, err);
-    if (status) llm__cache_truncate(&ctx->cache, seq, 0);
-    return status;
-}
-
-/* ---- llm_forward ---- */
-
-static int llm__batch_seq(const llm_batch *batch, int i) { return batch->seqs ? batch->seqs[i] : 0; }
-
-/* Blocks that appending n_new tokens to each sequence takes. Of the sequences that share a block and go on, the last
-   keeps it if nobody else holds it, so the users are counted down as the copying will do, and then up again. */
-static int64_t llm__blocks_needed(llm_context *ctx) {
-    llm__cache *cache = &ctx->cache;
-    int64_t blocks = 0;
-    for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
-        int *left = &ctx->first_row[seq]; /* the block this sequence copies and leaves, or -1 */
-        bool copies = ctx->n_new[seq] && llm__cache_must_copy(cache, seq);
-        blocks += llm__cache_needs(cache, seq, ctx->n_new[seq]);
-        *left = copies ? llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_BLOCK] : -1;
-        if (copies) cache->n_users[*left]--;
-    }
-    for (int seq = 0; seq < ctx->desc.n_seq; seq++)
-        if (ctx->first_row[seq] >= 0) cache->n_users[ctx->first_row[seq]]++;
-    return blocks;
-}
-
-/* Everything that could stop the batch, before anything is done. Leaves n_new of each sequence behind. */
-static llm_status llm__check_batch(llm_context *ctx, const llm_batch *batch, llm_error *err) {
-    llm__cache *cache = &ctx->cache;
-    int n_logits = 0, n_touched = 0;
-    if (batch->n_tokens <= 0 || !batch->tokens) return llm__error(err, LLM_ERROR_ARGUMENT, "the batch has no tokens");
-    memset(ctx->n_new, 0, (size_t)ctx->desc.n_seq * sizeof(int));
-    for (int i = 0; i < batch->n_tokens; i++) {
-        llm_status status = llm__check_seq(ctx, llm__batch_seq(batch, i), err);
-        if (status) return status;
-        if (batch->tokens[i] < 0 || batch->tokens[i] >= ctx->model->shape.n_vocab)
-            return llm__error(err, LLM_ERROR_ARGUMENT, "token %d of the batch is %ld; the vocabulary has %d", i,
-                              (long)batch->tokens[i], ctx->model->shape.n_vocab);
-        n_touched += ctx->n_new[llm__batch_seq(batch, i)]++ == 0;
-        n_logits += batch->logits ? batch->logits[i] : 0;
-    }
-    if (!batch->logits) n_logits = n_touched;
-    for (int seq = 0; seq < ctx->desc.n_seq; seq++)
-        if ((int64_t)cache->lengths[seq] + ctx->n_new[seq] > ctx->desc.n_ctx)
-            return llm__error(err, LLM_ERROR_CONTEXT_FULL,
-                              "sequence %d has %d tokens and is to get %d more, but holds %d (n_ctx)", seq,
-                              cache->lengths[seq], ctx->n_new[seq], ctx->desc.n_ctx);
-    int64_t blocks = llm__blocks_needed(ctx);
-    if (blocks > cache->n_free)
-        return llm__error(err, LLM_ERROR_CONTEXT_FULL,
-                          "the batch needs %lld positions of the cache, but %d are free (n_cache)",
-                          (long long)blocks * LLM_BLOCK, cache->n_free * LLM_BLOCK);
-    if (n_logits > ctx->desc.n_logits && !ctx->targets)
-        return llm__error(err, LLM_ERROR_ARGUMENT,
-                          "the logits of %d tokens are wanted; the context holds %d (n_logits)", n_logits,
-                          ctx->desc.n_logits);
-    return LLM_OK;
-}
-
-/* Appends tokens [first, first + n) of the batch to their sequences, and lays them out by sequence. n_new counts down,
-   so that the last token of each sequence is known. */
-static void llm__build_pass(llm_context *ctx, const llm_batch *batch, int first, int n, llm_pass *pass) {
-    int n_seq = ctx->desc.n_seq;
-    memset(ctx->first_row, 0, (size_t)(n_seq + 1) * sizeof(int));
-    for (int i = first; i < first + n; i++) ctx->first_row[llm__batch_seq(batch, i) + 1]++;
-    for (int seq = 0; seq < n_seq; seq++) ctx->first_row[seq + 1] += ctx->first_row[seq];
-    for (int i = first; i < first + n; i++) {
-        int seq = llm__batch_seq(batch, i), row = ctx->first_row[seq]++;
-        bool last = --ctx->n_new[seq] == 0;
-        ctx->tokens[row] = batch->tokens[i];
-        ctx->seqs[row] = seq;
-        ctx->positions[row] = ctx->cache.lengths[seq];
-        ctx->batch_index[row] = (batch->logits ? batch->logits[i] : last) ? i : -1;
-        llm__cache_append(&ctx->cache, seq, batch->tokens[i]);
-    }
-    memset(pass, 0, sizeof *pass);
-    pass->n_rows = n;
-    pass->tokens = ctx->tokens;
-    pass->positions = ctx->positions;
-    pass->seqs = ctx->seqs;
-    pass->logit_rows = ctx->logit_rows;
-    pass->first_logits = ctx->n_logits;
-    pass->blocks = ctx->cache.tables;
-    pass->blocks_per_seq = ctx->cache.blocks_per_seq;
-    for (int row = 0; row < n; row++) {
-        if (ctx->batch_index[row] < 0) continue;
-        ctx->logit_rows[pass->n_logits++] = row;
-        ctx->logits_of[ctx->n_logits++] = ctx->batch_index[row];
-    }
-}
-
-/* Lays out the targets as build_pass has laid out the rows. */
-static void llm__place_targets(llm_context *ctx, llm_pass *pass) {
-    llm__targets *t = ctx->targets;
-    t->n = 0;
-    for (int row = 0; row < pass->n_logits; row++)
-        for (int i = t->first[ctx->logits_of[row]]; i < t->first[ctx->logits_of[row] + 1]; i++) {
-            t->pass_ids[t->n] = t->ids[i];
-            t->pass_rows[t->n] = row;
-            t->from[t->n++] = i;
-        }
-    pass->n_targets = t->n;
-    pass->targets = t->pass_ids;
-    pass->target_rows = t->pass_rows;
-    pass->log_probs = t->log_probs;
-}
-
-static llm_status llm__forward_passes(llm_context *ctx, const llm_batch *batch, bool (*cancel)(void *user), void *user,
-                                      llm_error *err) {
-    const llm_backend *backend = ctx->model->backend;
-    for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
-        int shared = ctx->n_new[seq] ? llm__cache_unshare(&ctx->cache, seq) : -1;
-        if (shared < 0 || (ctx->targets && ctx->targets->count_only)) continue;
-        int own = llm__cache_table(&ctx->cache, seq)[ctx->cache.lengths[seq] / LLM_BLOCK];
-        llm_status status = backend->copy_block(ctx->device, own, shared, err);
-        if (status) return status;
-    }
-    for (int first = 0; first < batch->n_tokens; first += ctx->desc.n_batch) {
-        llm_pass pass;
-        int n = batch->n_tokens - first < ctx->desc.n_batch ? batch->n_tokens - first : ctx->desc.n_batch;
-        llm__build_pass(ctx, batch, first, n, &pass);
-        pass.cancel = cancel;
-        pass.cancel_user = user;
-        if (ctx->targets) llm__place_targets(ctx, &pass);
-        if (ctx->targets && ctx->targets->count_only) continue;
-        llm_status status = backend->forward(ctx->device, &pass, err);
-        if (status) return status;
-    }
-    return LLM_OK;
-}
-
-static llm_status llm__forward(llm_context *ctx, const llm_batch *batch, bool (*cancel)(void *user), void *user,
-                               llm_error *err) {
-    llm_status status = llm__check_batch(ctx, batch, err);
-    if (status) return status;
-    memcpy(ctx->old_lengths, ctx->cache.lengths, (size_t)ctx->desc.n_seq * sizeof(int));
-    ctx->n_logits = 0;
-    status = llm__forward_passes(ctx, batch, cancel, user, err);
-    if (!status) return LLM_OK;
-    for (int seq = 0; seq < ctx->desc.n_seq; seq++) llm__cache_truncate(&ctx->cache, seq, ctx->old_lengths[seq]);
-    ctx->n_logits = 0;
-    return status;
-}
-
-LLM_API llm_status llm_forward(llm_context *ctx, const llm_batch *batch, llm_error *err) {
-    if (!ctx || !batch) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or batch is NULL");
-    return llm__forward(ctx, batch, ctx->desc.cancel, ctx->desc.cancel_user, err);
-}
-
-LLM_API const float *llm_logits(const llm_context *ctx, int i) {
-    for (int j = 0; j < ctx->n_logits; j++)
-        if (ctx->logits_of[j] == i) return ctx->model->backend->logits(ctx->device, j);
-    return NULL;
-}
-
-/* ==== 14 Sampler ================================================================================================
-
-   Logits become a distribution (biases, repetition penalty, temperature, top-k, top-p, min-p in this order), of which
-   one token is drawn. All arithmetic is fixed, so a seed means the same text everywhere. Top-p is from Holtzman et al.
-   2019 (arXiv:1904.09751), min-p from Nguyen et al. 2024 (2407.01082), the penalty from Keskar et al. 2019 (1909.05858). */
-
-static void llm__apply_biases(float *logits, int n_vocab, const llm_sampler *s) {
-    for (int i = 0; i < s->n_biases; i++)
-        if (s->biases[i].token >= 0 && s->biases[i].token < n_vocab) logits[s->biases[i].token] += s->biases[i].bias;
-}
-
-/* Once for each token, however often it stands in the window; `seen` [n_vocab] is scratch. */
-static void llm__apply_penalty(float *logits, int n_vocab, const llm_token *tokens, int n, const llm_sampler *s,
-                               llm_token *seen) {
-    int window = s->repeat_window > 0 ? s->repeat_window : 64;
-    if (s->repeat_penalty <= 0 || s->repeat_penalty == 1) return;
-    memset(seen, 0, (size_t)n_vocab * sizeof *seen);
-    for (int i = n > window ? n - window : 0; i < n; i++) {
-        float *logit = &logits[tokens[i]];
-        if (seen[tokens[i]]++) continue;
-        *logit = *logit > 0 ? *logit / s->repeat_penalty : *logit * s->repeat_penalty;
-    }
-}
-
-static llm_token llm__argmax(const float *logits, int n) {
-    int best = 0;
-    for (int i = 1; i < n; i++)
-        if (logits[i] > logits[best]) best = i;
-    return best;
-}
-
-static void llm__swap_ids(llm_token *ids, int i, int j) {
-    llm_token moved = ids[i];
-    ids[i] = ids[j];
-    ids[j] = moved;
-}
-
-/* A heap of tokens, the most probable at the top, the lower id first among equals. */
-static bool llm__likelier(const float *p, llm_token a, llm_token b) { return p[a] > p[b] || (p[a] == p[b] && a < b); }
-
-static void llm__sift_down(const float *p, llm_token *heap, int n, int i) {
-    for (;;) {
-        int best = i;
-        for (int child = 2 * i + 1; child <= 2 * i + 2 && child < n; child++)
-            if (llm__likelier(p, heap[child], heap[best])) best = child;
-        if (best == i) return;
-        llm__swap_ids(heap, i, best);
-        i = best;
-    }
-}
-
-/* Takes the most likely out of the heap of n and puts it behind the rest. */
-static llm_token llm__take_likeliest(const float *p, llm_token *heap, int n) {
-    llm__swap_ids(heap, 0, n - 1);
-    llm__sift_down(p, heap, n - 1, 0);
-    return heap[n - 1];
-}
-
-/* The upper bits of a p from 0 to 1; NaN must not lead out of the 1,024 bins. */
-static int llm__bin(float p) { return (int)(llm__f32_bits(p) >> 20 & 1023); }
-
-/* Of the last n of `ids` [n_vocab] the most likely come to the end: at most `most`, and as few as reach `mass` together;
-   returns how many. Only those in the bin through which the cut goes are put in order, as a whole vocabulary takes longer
-   to sort than some models to compute. */
-static int llm__keep_likeliest(const float *p, llm_token *ids, int n_vocab, int n, int most, double mass) {
-    struct {
-        double mass;
-        int count;
-    } bins[1024];
-    int bin = 1023, kept = 0;
-    double sum = 0;
-    memset(bins, 0, sizeof bins);
-    for (int i = n_vocab - n; i < n_vocab; i++) {
-        bins[llm__bin(p[ids[i]])].mass += p[ids[i]];
-        bins[llm__bin(p[ids[i]])].count++;
-    }
-    for (; bin > 0 && kept + bins[bin].count <= most && sum + bins[bin].mass < mass; bin--) {
-        kept += bins[bin].count;
-        sum += bins[bin].mass;
-    }
-    int end = n_vocab;
-    for (int i = n_vocab - 1; i >= n_vocab - n; i--)
-        if (llm__bin(p[ids[i]]) > bin) llm__swap_ids(ids, i, --end);
-    int begin = end;
-    for (int i = end - 1; i >= n_vocab - n; i--)
-        if (llm__bin(p[ids[i]]) == bin) llm__swap_ids(ids, i, --begin);
-    int left = end - begin;
-    for (int i = left / 2; i >= 0; i--) llm__sift_down(p, ids + begin, left, i);
-    for (; left && kept < most && sum < mass; kept++) sum += p[llm__take_likeliest(p, ids + begin, left--)];
-    return kept;
-}
-
-/* The tokens that may be drawn, at the end of `ids` [n_vocab], the best as the last: their number, in *total their p. */
-static int llm__cut_candidates(const float *p, llm_token *ids, int n_vocab, llm_token best, const llm_sampler *s,
-                               double sum, double *total) {
-    bool by_k = s->top_k > 0 && s->top_k < n_vocab;
-    bool by_p = s->top_p > 0 && s->top_p < 1;
-    int n = n_vocab;
-    for (int i = 0; i < n_vocab; i++) ids[i] = i;
-    llm__swap_ids(ids, best, n_vocab - 1);
-    if (by_k) n = llm__keep_likeliest(p, ids, n_vocab, n, s->top_k, INFINITY);
-    if (by_k && by_p) { /* top-p counts within what top-k left */
-        sum = 0;
-        for (int i = 1; i <= n; i++) sum += p[ids[n_vocab - i]];
-    }
-    if (by_p) n = llm__keep_likeliest(p, ids, n_vocab, n, n, (double)s->top_p * sum);
-    int found = n;
-    n = 1;
-    *total = p[best];
-    for (int i = 2; i <= found; i++) {
-        float next = p[ids[n_vocab - i]];
-        if (s->min_p > 0 && next < (double)s->min_p * p[best]) continue;
-        *total += next;
-        llm__swap_ids(ids, n_vocab - i, n_vocab - ++n);
-    }
-    return n;
-}
-
-/* A number in [0, 1) from the seed and a count (splitmix64: Steele, Lea and Flood 2014). */
-static double llm__random(llm_sampler *s) {
-    uint64_t z = s->seed + ++s->n_drawn * 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return (double)((z ^ z >> 31) >> 11) * (1.0 / 9007199254740992.0);
-}
-
-/* The token at which, from the most likely on, the sum of p first exceeds the share `at` of the total. */
-static llm_token llm__draw(const float *p, llm_token *ids, int n_vocab, int n, double total, double at) {
-    llm_token best = ids[n_vocab - 1];
-    int kept = llm__keep_likeliest(p, ids, n_vocab, n, n, nextafter(at * total, INFINITY));
-    llm_token last = kept ? ids[n_vocab - kept] : best;
-    return p[last] > 0 ? last : best; /* rounding left a little over */
-}
-
-/* Tokens that may be drawn, with p that sum to `total`. */
-typedef struct llm__choice {
-    const float *p; /* [n_vocab] */
-    llm_token *ids; /* [n_vocab] they are the last n of these, the best is the last */
-    int n_vocab, n;
-    double total;
-} llm__choice;
-
-static bool llm__is_greedy(const llm_sampler *sampler) { return !(sampler->temperature >= 1e-30f); }
-
-/* What comes after `tokens`, by their logits; valid until the next choice in the context. */
-static llm__choice llm__choose(llm_context *ctx, const float *logits, const llm_token *tokens, int n_tokens,
-                               const llm_sampler *sampler) {
-    int n_vocab = ctx->model->shape.n_vocab;
-    float *p = ctx->probabilities, max, sum;
-    llm__choice choice = {p, ctx->candidates, n_vocab, 1, 1};
-    memcpy(p, logits, (size_t)n_vocab * sizeof *p);
-    llm__apply_biases(p, n_vocab, sampler);
-    llm__apply_penalty(p, n_vocab, tokens, n_tokens, sampler, ctx->candidates);
-    llm_token best = llm__argmax(p, n_vocab);
-    if (llm__is_greedy(sampler)) {
-        ctx->candidates[n_vocab - 1] = best;
-        return choice;
-    }
-    float top = p[best];
-    for (int j = 0; j < n_vocab; j++) p[j] -= top; /* so that no temperature makes infinities of two logits */
-    uint64_t mode = llm__float_mode_enter();
-    ctx->model->kernels->softmax(p, n_vocab, llm__round_up(n_vocab, 16), LLM__LOG2_E / sampler->temperature, false,
-                                 &max, &sum);
-    llm__float_mode_leave(mode);
-    choice.n = llm__cut_candidates(p, ctx->candidates, n_vocab, best, sampler, sum, &choice.total);
-    return choice;
-}
-
-static llm_token llm__draw_choice(const llm__choice *c, llm_sampler *sampler) {
-    if (llm__is_greedy(sampler)) return c->ids[c->n_vocab - 1];
-    return llm__draw(c->p, c->ids, c->n_vocab, c->n, c->total, llm__random(sampler));
-}
-
-LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler) {
-    const float *logits = llm_logits(ctx, i);
-    if (!logits) return -1;
-    llm__choice choice = llm__choose(ctx, logits, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler);
-    return llm__draw_choice(&choice, sampler);
-}
-
-/* ==== 15 Speculative decoding ===================================================================================
-
-   A pass for a few tokens reads the weights once, like a pass for one, so tokens that were guessed beforehand are
-   checked almost for nothing. In a round the draft guesses, the model computes the last token and the guesses in one
-   pass, tokens are drawn from its logits for as long as they are what was guessed, and the rest of the cache is
-   truncated. Leviathan et al. 2023 (arXiv:2211.17192), Chen et al. 2023 (2302.01318); prompt lookup: Saxena 2023. */
-
-/* ---- How many guesses are worth it ---- */
-
-enum {
-    LLM__DRAFT_PLAIN = 64,  /* passes after which one is plain, to know what that takes */
-    LLM__DRAFT_FORGET = 512 /* passes after which the time of a size is forgotten       */
-};
-
-static const int llm__draft_rows[LLM_DRAFT_SIZES] = {1, 2, 4, 8, 16};
-
-static void llm__add_time(llm_draft_times *t, double seconds) {
-    t->recent[t->n % LLM_DRAFT_RECENT] = (float)seconds;
-    t->n = t->n + 1 < 2 * LLM_DRAFT_RECENT ? t->n + 1 : (int)LLM_DRAFT_RECENT;
-    t->age = 0;
-}
-
-/* The median of the recent times; of fewer than three the least, for one interruption must not count as the rule. */
-static double llm__usual_time(const llm_draft_times *t) {
-    float sorted[LLM_DRAFT_RECENT];
-    int n = t->n < LLM_DRAFT_RECENT ? t->n : (int)LLM_DRAFT_RECENT;
-    for (int i = 0; i < n; i++) {
-        int at = i;
-        for (; at > 0 && sorted[at - 1] > t->recent[i]; at--) sorted[at] = sorted[at - 1];
-        sorted[at] = t->recent[i];
-    }
-    return n ? (double)sorted[n < 3 ? 0 : n / 2] : 0;
-}
-
-/* Seconds of passes of each size; where none was measured lately, what they may well be. */
-static void llm__pass_times(const llm_draft_state *s, double seconds[LLM_DRAFT_SIZES]) {
-    static const double usual[LLM_DRAFT_SIZES] = {1, 1.1, 1.2, 1.5, 2.5};
-    for (int i = 0; i < LLM_DRAFT_SIZES; i++)
-        seconds[i] = s->passes[i].n ? llm__usual_time(&s->passes[i]) : usual[i] * seconds[0];
-}
-
-/* The number of guesses of a kind, at most `most`, with which tokens come fastest. The chance that a guess is right,
-   all before it being right, is what was seen of such guesses; where little was, it is like the one before it, and that
-   of the first like that of the kind below. */
-static int llm__best_guesses(const llm_draft_state *s, const double *pass_seconds, int kind, int most,
-                             double guess_seconds) {
-    double chance = 0.1, all_right = 1, tokens = 1, best_rate = 1 / pass_seconds[0];
-    int best = 0;
-    for (int i = 0; i < kind; i++) chance = ((double)s->n_right[i][0] + 2 * chance) / ((double)s->n_known[i][0] + 2);
-    for (int size = 1; size < LLM_DRAFT_SIZES && llm__draft_rows[size] - 1 <= most; size++) {
-        int n = llm__draft_rows[size] - 1;
-        for (int i = llm__draft_rows[size - 1] - 1; i < n; i++) {
-            chance = ((double)s->n_right[kind][i] + 2 * chance) / ((double)s->n_known[kind][i] + 2);
-            all_right *= chance;
-            tokens += all_right;
-        }
-        double rate = tokens / (pass_seconds[size] + n * guess_seconds);
-        if (rate <= 1.02 * best_rate) continue; /* 2 %: more than the times are sure of */
-        best_rate = rate;
-        best = n;
-    }
-    return best;
-}
-
-/* ---- A generation's rounds ---- */
-
-typedef struct llm__speculation {
-    llm_draft *draft; /* NULL: none, or it failed */
-    llm_context *ctx;
-    int seq, most;
-    llm_sampler *sampler;
-    bool (*cancel)(void *user);
-    void *cancel_user;
-    llm_draft_guesses guesses;
-    float *q[LLM_DRAFT_MOST]; /* room for guesses.q, or NULL */
-    int n_checked;            /* of the guesses, in the pass whose logits there are */
-    llm_draft_stats *stats;
-} llm__speculation;
-
-/* What is asked of the draft. False: nothing, as guessing has not paid so far. It is then tried in two rounds one after
-   the other, the second of which shows what a guess takes, whenever all trials took less than a hundredth of the
-   time. */
-static bool llm__plan_round(llm_draft_state *s, const double *pass_seconds, int most, int wanted[LLM_DRAFT_KINDS],
-                            bool *trial) {
-    bool known = s->guess.n > 0;
-    double guess_seconds = known ? llm__usual_time(&s->guess) : pass_seconds[0] / 2;
-    bool cheap = known && guess_seconds < 0.01 * pass_seconds[0], pays = false;
-    for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++) {
-        wanted[kind] = llm__best_guesses(s, pass_seconds, kind, most, guess_seconds);
-        pays = pays || (wanted[kind] && s->n_known[kind][0] > 0); /* a kind that never came says nothing */
-    }
-    *trial = !pays && !cheap;
-    if (*trial && s->n_in_step != 1 && s->trial_seconds > 0.01 * s->seconds) return false;
-    /* One more than is checked: whether it is right will be seen all the same. */
-    for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++)
-        if ((cheap || *trial) && wanted[kind] < most) wanted[kind]++;
-    return true;
-}
-
-/* Makes of what a draft wrote what it was asked for. */
-static void llm__trim_guesses(llm_draft_guesses *g, const int *wanted, int n_vocab) {
-    if (g->kind < 0 || g->kind >= LLM_DRAFT_KINDS) g->kind = 0;
-    if (g->n > wanted[g->kind]) g->n = wanted[g->kind];
-    for (int i = 0; i < g->n; i++)
-        if (g->tokens[i] < 0 || g->tokens[i] >= n_vocab) g->n = i;
-    if (g->n < 0) g->n = 0;
-    for (int i = 0; i < g->n; i++) g->has_q = g->has_q && g->q[i];
-}
-
-static llm_status llm__call_draft(llm__speculation *sp, llm_token last, const int *wanted, llm_error *err) {
-    llm_context *ctx = sp->ctx;
-    llm_error why;
-    int length = ctx->cache.lengths[sp->seq];
-    llm_token *text = llm__cache_tokens(&ctx->cache, sp->seq);
-    text[length] = last; /* there is room for it, and the pass will put it there */
-    llm_draft_request request = {ctx, sp->seq, text, length + 1, wanted, sp->sampler, sp->cancel, sp->cancel_user};
-    memcpy(sp->guesses.q, sp->q, sizeof sp->q);
-    memset(&why, 0, sizeof why);
-    llm_status status = sp->draft->propose(sp->draft->user, &request, &sp->guesses, &why);
-    if (status == LLM_ERROR_CANCELLED) return llm__error(err, status, "the draft was cancelled");
-    if (status) {
-        llm__log(&ctx->desc.host, "decoding goes on without the draft %s: %s", sp->draft->name, why.message);
-        sp->draft = NULL;
-        sp->guesses.n = 0;
-        sp->stats->failed = true;
-    }
-    llm__trim_guesses(&sp->guesses, wanted, ctx->model->shape.n_vocab);
-    return LLM_OK;
-}
-
-/* Has guesses made of what follows `last`, the token after the sequence, and decides how many of them the next pass is
-   to check: n_checked, at most `most`. */
-static llm_status llm__guess(llm__speculation *sp, llm_token last, int most, llm_error *err) {
-    int wanted[LLM_DRAFT_KINDS];
-    double pass_seconds[LLM_DRAFT_SIZES], start = llm__now();
-    bool trial;
-    sp->n_checked = 0;
-    memset(&sp->guesses, 0, sizeof sp->guesses);
-    if (!sp->draft) return LLM_OK;
-    llm_draft_state *s = &sp->draft->state;
-    for (int i = 0; i < LLM_DRAFT_SIZES; i++)
-        if (s->passes[i].age < LLM__DRAFT_FORGET) s->passes[i].age++;
-        else if (i) s->passes[i].n = 0; /* times change: see again */
-    if (most > sp->most) most = sp->most;
-    /* Now and then a plain pass, to know what it takes. */
-    if (most < 1 || !s->passes[0].n || s->passes[0].age > LLM__DRAFT_PLAIN) return LLM_OK;
-    llm__pass_times(s, pass_seconds);
-    if (!llm__plan_round(s, pass_seconds, most, wanted, &trial)) {
-        s->n_in_step = 0;
-        return LLM_OK;
-    }
-    llm_status status = llm__call_draft(sp, last, wanted, err);
-    double took = llm__now() - start;
-    sp->stats->draft_seconds += took;
-    s->seconds += took;
-    if (trial) s->trial_seconds += took;
-    if (status) return status;
-    /* After a pause the draft had to catch up with the text: that time is not the rule. */
-    if (s->n_in_step && sp->guesses.n) llm__add_time(&s->guess, took / sp->guesses.n);
-    s->n_in_step = s->n_in_step < 2 ? s->n_in_step + 1 : 2;
-    sp->n_checked =
-        llm__best_guesses(s, pass_seconds, sp->guesses.kind, sp->guesses.n < most ? sp->guesses.n : most, 0);
-    return LLM_OK;
-}
-
-/* Takes note of what a pass took. */
-static void llm__time_pass(llm__speculation *sp, double seconds) {
-    int size = 0;
-    sp->stats->pass_seconds += seconds;
-    if (!sp->draft) return;
-    while (llm__draft_rows[size] < sp->n_checked + 1) size++;
-    llm__add_time(&sp->draft->state.passes[size], seconds);
-    sp->draft->state.seconds += seconds;
-}
-
-/* The chance of a token. */
-static double llm__choice_p(const llm__choice *c, llm_token token) {
-    for (int i = c->n_vocab - c->n; i < c->n_vocab; i++)
-        if (c->ids[i] == token) return c->p[token] / c->total;
-    return 0;
-}
-
-/* One of the choice, each with probability proportional to max(0, p - q). */
-static llm_token llm__draw_rest(const llm__choice *c, const float *q, llm_sampler *sampler) {
-    double sum = 0;
-    for (int i = c->n_vocab - c->n; i < c->n_vocab; i++) {
-        double rest = c->p[c->ids[i]] / c->total - q[c->ids[i]];
-        if (rest > 0) sum += rest;
-    }
-    double at = llm__random(sampler) * sum;
-    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--) {
-        double rest = c->p[c->ids[i]] / c->total - q[c->ids[i]];
-        if (rest > 0) at -= rest;
-        if (rest > 0 && at < 0) return c->ids[i];
-    }
-    return c->ids[c->n_vocab - 1]; /* nothing is left, or rounding left a little over */
-}
-
-/* Draws the token that the logits at `row` of the pass are about; `row` counts from `first`, its first row that belongs
-   here, whose token ends the first `length` of the sequence. *right: it is what was guessed, so that the next row's
-   logits are good too. */
-static llm_token llm__draw_checked(llm__speculation *sp, int first, int row, int length, bool *right) {
-    const llm_draft_guesses *g = &sp->guesses;
-    bool guessed = row < g->n;
-    llm_token guess = guessed ? g->tokens[row] : -1, token;
-    llm__choice choice =
-        llm__choose(sp->ctx, llm_logits(sp->ctx, first + row), llm_seq_tokens(sp->ctx, sp->seq), length, sp->sampler);
-    if (row < sp->n_checked && g->has_q && !llm__is_greedy(sp->sampler)) {
-        *right = llm__random(sp->sampler) * g->q[row][guess] < llm__choice_p(&choice, guess);
-        token = *right ? guess : llm__draw_rest(&choice, g->q[row], sp->sampler);
-    } else {
-        token = llm__draw_choice(&choice, sp->sampler);
-        *right = guessed && token == guess;
-    }
-    if (guessed && sp->draft) {
-        float *n_right = &sp->draft->state.n_right[g->kind][row], *n_known = &sp->draft->state.n_known[g->kind][row];
-        *n_right = 0.95f * *n_right + (*right ? 1.0f : 0.0f);
-        *n_known = 0.95f * *n_known + 1.0f;
-    }
-    *right = *right && row < sp->n_checked;
-    return token;
-}
-
-static void llm__count_pass(llm__speculation *sp, int n_right) {
-    llm_draft_stats *stats = sp->stats;
-    if (!sp->n_checked) return;
-    stats->n_passes++;
-    stats->n_proposed += sp->n_checked;
-    stats->n_accepted += n_right;
-    stats->n_by_accepted[n_right]++;
-    stats->tokens_per_pass = 1 + (double)stats->n_accepted / stats->n_passes;
-}
-
-/* Plain decoding would have taken a plain pass for each token, and for all but passes and guesses the same. */
-static void llm__find_speedup(const llm__speculation *sp, int n_tokens, double seconds) {
-    llm_draft_stats *stats = sp->stats;
-    if (!sp->draft || !sp->draft->state.passes[0].n || n_tokens < 1) return;
-    double rest = seconds - stats->draft_seconds - stats->pass_seconds;
-    stats->speedup = (n_tokens * llm__usual_time(&sp->draft->state.passes[0]) + rest) / seconds;
-}
-
-/* ---- Prompt lookup ---- */
-
-enum { LLM__LOOKUP_MOST = 16 }; /* tokens a match is looked at for */
-
-/* Finds the longest end of the text that stands in it before, of several the last. Returns where what followed it
-   begins, 0 if there is none. */
-static int llm__find_match(const llm_token *text, int n, int *length) {
-    int best = 0;
-    *length = 0;
-    for (int end = n - 1; end > 0 && *length < LLM__LOOKUP_MOST; end--) {
-        int same = 0;
-        while (same < LLM__LOOKUP_MOST && same < end && text[end - 1 - same] == text[n - 1 - same]) same++;
-        if (same <= *length) continue;
-        *length = same;
-        best = end;
-    }
-    return best;
-}
-
-/* Longer matches are trusted more: they are kinds of their own. What follows a match that reaches into the end of the
-   text goes on with the guesses themselves. */
-static llm_status llm__lookup_propose(void *user, const llm_draft_request *r, llm_draft_guesses *g, llm_error *err) {
-    static const int kinds[LLM__LOOKUP_MOST + 1] = {0, 0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 6, 6, 7};
-    int length, from = llm__find_match(r->tokens, r->n_tokens, &length);
-    (void)user;
-    (void)err;
-    if (!length) return LLM_OK;
-    g->kind = kinds[length];
-    for (; g->n < r->n_wanted[g->kind]; g->n++) {
-        int at = from + g->n;
-        g->tokens[g->n] = at < r->n_tokens ? r->tokens[at] : g->tokens[at - r->n_tokens];
-    }
-    return LLM_OK;
-}
-
-LLM_API llm_draft llm_draft_lookup(void) {
-    llm_draft draft;
-    memset(&draft, 0, sizeof draft);
-    draft.name = "lookup";
-    draft.propose = llm__lookup_propose;
-    return draft;
-}
-
-/* ---- A model as the draft ---- */
-
-typedef struct llm__model_draft {
-    llm__pool pool;
-    llm_context *target, *ctx; /* what it guesses for; its own */
-    bool shares_cache;         /* of the target: its own is then lent to it for each proposal */
-    int *starts;               /* [n_seq] where in the text its sequence begins: it may be too short for all of it */
-    int *seqs;                 /* [n_ctx] for a batch's tokens */
-} llm__model_draft;
-
-/* Cuts its sequence to what it has in common with the text, moving on in the text where that leaves no room for
-   `n_more`; returns how many tokens of the text it has not read. */
-static int llm__model_draft_align(llm__model_draft *d, const llm_draft_request *r, int n_more) {
-    int n_ctx = d->ctx->desc.n_ctx, *start = &d->starts[r->seq], same = 0;
-    if (d->shares_cache) return 1;
-    if (*start >= r->n_tokens || r->n_tokens - *start + n_more > n_ctx)
-        *start = r->n_tokens + n_more > n_ctx ? r->n_tokens - n_ctx / 2 : 0;
-    const llm_token *own = llm_seq_tokens(d->ctx, r->seq), *text = r->tokens + *start;
-    while (same < r->n_tokens - *start - 1 && same < llm_seq_length(d->ctx, r->seq) && own[same] == text[same]) same++;
-    llm__cache_truncate(&d->ctx->cache, r->seq, same);
-    return r->n_tokens - *start - same;
-}
-
-/* The target may have fewer tokens. The best may be among those that go; then another is the last. */
-static void llm__drop_unknown(llm__choice *c, int n_known) {
-    int kept = 0;
-    c->total = 0;
-    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--) {
-        if (c->ids[i] >= n_known) continue;
-        c->total += c->p[c->ids[i]];
-        llm__swap_ids(c->ids, i, c->n_vocab - ++kept);
-    }
-    c->n = kept;
-}
-
-/* Guesses what comes after its sequence by the last pass's logits; false if it is nothing the target knows. */
-static bool llm__model_draft_draw(llm__model_draft *d, int seq, const float *logits, llm_sampler *sampler,
-                                  llm_draft_guesses *g) {
-    int n_known = d->target->model->shape.n_vocab;
-    llm__choice choice = llm__choose(d->ctx, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq), sampler);
-    float *q = g->q[g->n];
-    if (n_known < choice.n_vocab) llm__drop_unknown(&choice, n_known);
-    if (!choice.n) return false;
-    g->tokens[g->n++] = llm__draw_choice(&choice, sampler);
-    if (!q) return true;
-    memset(q, 0, (size_t)n_known * sizeof *q);
-    for (int i = choice.n_vocab - choice.n; i < choice.n_vocab; i++)
-        q[choice.ids[i]] = (float)(choice.p[choice.ids[i]] / choice.total);
-    return true;
-}
-
-/* Reads the last n_new tokens of the text, and guesses, reading each guess but the last. */
-static llm_status llm__model_draft_run(llm__model_draft *d, const llm_draft_request *r, int n_new, llm_draft_guesses *g,
-                                       llm_error *err) {
-    llm_sampler sampler = *r->sampler;
-    const llm_token *tokens = r->tokens + r->n_tokens - n_new;
-    g->has_q = g->q[0] != NULL;
-    if (g->has_q) sampler.seed = ~sampler.seed; /* numbers that the target does not use */
-    for (int i = 0; i < n_new; i++) {
-        if (tokens[i] >= d->ctx->model->shape.n_vocab) return LLM_OK; /* it cannot read that */
-        d->seqs[i] = r->seq;
-    }
-    while (g->n < r->n_wanted[0]) {
-        llm_batch batch = {n_new, tokens, d->seqs, NULL};
-        llm_status status = llm__forward(d->ctx, &batch, r->cancel, r->cancel_user, err);
-        if (status) return status;
-        if (!llm__model_draft_draw(d, r->seq, llm_logits(d->ctx, n_new - 1), &sampler, g)) break;
-        tokens = &g->tokens[g->n - 1];
-        n_new = 1;
-    }
-    return LLM_OK;
-}
-
-static llm_status llm__model_draft_propose(void *user, const llm_draft_request *r, llm_draft_guesses *g,
-                                           llm_error *err) {
-    llm__model_draft *d = (llm__model_draft *)user;
-    if (r->ctx != d->target) return llm__error(err, LLM_ERROR_ARGUMENT, "the draft was made for another context");
-    if (d->shares_cache) d->ctx->cache = d->target->cache;
-    llm_status status = llm__model_draft_run(d, r, llm__model_draft_align(d, r, r->n_wanted[0]), g, err);
-    if (!d->shares_cache) return status;
-    llm__cache_truncate(&d->ctx->cache, r->seq, r->n_tokens - 1);
-    d->target->cache = d->ctx->cache;
-    return status;
-}
-
-static void llm__model_draft_close(void *user) {
-    llm__model_draft *d = (llm__model_draft *)user;
-    llm_context_free(d->ctx);
-    llm__pool pool = d->pool;
-    llm__pool_free(&pool);
-}
-
-/* Do two vocabularies say the same, as far as both go? The longer may be padded. */
-static llm_status llm__check_vocabularies(const llm_tokenizer *a, const llm_tokenizer *b, llm_error *err) {
-    int n_a = llm_tokenizer_n_vocab(a), n_b = llm_tokenizer_n_vocab(b);
-    for (int i = 0; i < n_a && i < n_b; i++) {
-        llm__str x, y;
-        x.at = llm_token_bytes(a, i, &x.n);
-        y.at = llm_token_bytes(b, i, &y.n);
-        if (!llm__str_equal(x, y) || llm_token_is_special(a, i) != llm_token_is_special(b, i))
-            return llm__error(err, LLM_ERROR_ARGUMENT,
-                              "the draft has another vocabulary: its token %d is \"%.*s\"%s, the model's is \"%.*s\"%s",
-                              i, LLM__SHOW(y), llm_token_is_special(b, i) ? " (special)" : "", LLM__SHOW(x),
-                              llm_token_is_special(a, i) ? " (special)" : "");
-    }
-    return LLM_OK;
-}
-
-typedef struct llm__model_draft_args {
-    llm_context *target;
-    const llm_model *model;
-    llm__model_draft *draft;
-    llm_context *ctx; /* to be freed if something fails after it was made */
-} llm__model_draft_args;
-
-/* The draft's context: on the target's cache if that holds what the draft's own would, but for the type of the
-   weights. */
-static llm_status llm__model_draft_context(llm__model_draft_args *a, bool *shares_cache, llm_error *err) {
-    const llm_model *model = a->model;
-    llm_context_desc desc = a->target->desc;
-    bool same_backend = model->backend == a->target->model->backend;
-    llm_status status = LLM_ERROR_UNSUPPORTED;
-    *shares_cache = same_backend && model->source == a->target->model->source;
-    desc.n_logits = 1;
-    if (*shares_cache) {
-        desc.n_batch = 1; /* it reads the last token, and then its own guesses */
-    } else {
-        desc.cache_dtype = LLM_DTYPE_DEFAULT;
-        desc.n_cache = 0;
-        if (model->info.n_ctx_train > 0 && model->info.n_ctx_train < desc.n_ctx) desc.n_ctx = model->info.n_ctx_train;
-    }
-    if (same_backend) status = llm__context_create(&a->ctx, model, &desc, a->target, *shares_cache, err);
-    if (status != LLM_ERROR_UNSUPPORTED) return status;
-    *shares_cache = false;
-    return llm__context_create(&a->ctx, model, &desc, NULL, false, err);
-}
-
-static void llm__model_draft_body(llm__env *env, void *arg) {
-    llm__model_draft_args *a = (llm__model_draft_args *)arg;
-    llm__model_draft *d = (llm__model_draft *)llm__alloc_zero(env, 1, sizeof *d);
-    llm_status status = llm__model_draft_context(a, &d->shares_cache, env->err);
-    if (status) {
-        env->status = status;
-        longjmp(env->unwind, 1);
-    }
-    d->target = a->target;
-    d->ctx = a->ctx;
-    d->starts = (int *)llm__alloc_zero(env, (size_t)d->ctx->desc.n_seq, sizeof(int));
-    d->seqs = (int *)llm__alloc(env, (size_t)d->ctx->desc.n_ctx, sizeof(int));
-    d->pool = *env->pool;
-    a->draft = d;
-}
-
-LLM_API llm_status llm_draft_model(llm_draft *out, llm_context *ctx, const llm_model *model, llm_error *err) {
-    llm__model_draft_args args = {ctx, model, NULL, NULL};
-    llm__pool pool;
-    llm__env env;
-    if (!out || !ctx || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out, ctx or model is NULL");
-    memset(out, 0, sizeof *out);
-    llm_status status = llm__check_vocabularies(ctx->model->tokenizer, model->tokenizer, err);
-    if (status) return status;
-    llm__pool_init(&pool, &ctx->desc.host);
-    llm__env_init(&env, &pool, err, NULL);
-    status = llm__guarded(&env, llm__model_draft_body, &args);
-    if (status) {
-        llm_context_free(args.ctx);
-        llm__pool_free(&pool);
-        return status;
-    }
-    out->name = llm_dtype_name(model->info.dtype);
-    out->propose = llm__model_draft_propose;
-    out->close = llm__model_draft_close;
-    out->user = args.draft;
-    return LLM_OK;
-}
-
-LLM_API void llm_draft_free(llm_draft *draft) {
-    if (!draft) return;
-    if (draft->close) draft->close(draft->user);
-    memset(draft, 0, sizeof *draft);
-}
-
-/* ==== 16 Generation =============================================================================================
-
-   Prompt in, text out: encode, run what the cache does not hold yet, then sample, show and run one token at a time, or
-   several with a draft. */
-
-/* Text on its way to the host. What might be the beginning of a stop string waits until that is known. */
-typedef struct llm__outbox {
-    const llm_generate_desc *desc;
-    char *text; /* waiting */
-    size_t n, capacity;
-    llm_text_stream stream;
-    int stop_index; /* the stop string that was found, or -1 */
-    bool refused;   /* a callback returned false */
-} llm__outbox;
-
-/* Bytes at the end of the waiting text that begin some stop string. */
-static size_t llm__possible_stop(const llm__outbox *box) {
-    for (size_t at = 0; at < box->n; at++)
-        for (int i = 0; i < box->desc->n_stop_strings; i++) {
-            const char *stop = box->desc->stop_strings[i];
-            if (strlen(stop) > box->n - at && !memcmp(box->text + at, stop, box->n - at)) return box->n - at;
-        }
-    return 0;
-}
-
-/* Where the first stop string in the waiting text begins; box->n if there is none. */
-static size_t llm__find_stop(llm__outbox *box) {
-    for (size_t at = 0; at < box->n; at++)
-        for (int i = 0; i < box->desc->n_stop_strings; i++) {
-            size_t length = strlen(box->desc->stop_strings[i]);
-            if (length && length <= box->n - at && !memcmp(box->text + at, box->desc->stop_strings[i], length)) {
-                box->stop_index = i;
-                return at;
-            }
-        }
-    return box->n;
-}
-
-static void llm__show(llm__outbox *box, size_t n) {
-    char next = box->text[n];
-    if (!n) return;
-    box->text[n] = 0;
-    if (box->desc->on_text && !box->desc->on_text(box->desc->user, box->text, n)) box->refused = true;
-    box->text[n] = next;
-    memmove(box->text, box->text + n, box->n - n);
-    box->n -= n;
-}
-
-/* Adds a token's text, or with token -1 what is left at the end, and shows what can be shown. */
-static void llm__outbox_add(llm__env *env, llm__outbox *box, const llm_tokenizer *tokenizer, llm_token token) {
-    size_t n_bytes = 0;
-    llm_token_bytes(tokenizer, token, &n_bytes);
-    size_t wanted = box->n + 3 * n_bytes + 32; /* each invalid byte may become three */
-    if (wanted > box->capacity) {
-        char *grown = (char *)llm__alloc(env, wanted * 2, 1);
-        if (box->n) memcpy(grown, box->text, box->n);
-        llm__free(env->pool, box->text);
-        box->text = grown;
-        box->capacity = wanted * 2;
-    }
-    box->n += llm_stream_token(tokenizer, &box->stream, token, box->text + box->n, box->capacity - box->n);
-    size_t safe = llm__find_stop(box);
-    if (safe == box->n && token >= 0) safe -= llm__possible_stop(box);
-    llm__show(box, safe);
-}
-
-typedef struct llm__generate_args {
-    llm_context *ctx;
-    const llm_generate_desc *desc;
-    llm_stats *stats;
-    llm__speculation speculation;
-} llm__generate_args;
-
-/* The prompt's tokens, allocated. */
-static llm_token *llm__prompt_tokens(llm__env *env, const llm__generate_args *a, int *n) {
-    const llm_generate_desc *d = a->desc;
-    const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
-    llm__rendered chat;
-    unsigned flags = LLM_ENCODE_SPECIAL;
-    if ((d->prompt != NULL) + (d->messages != NULL) + (d->tokens != NULL) != 1)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "exactly one of prompt, messages and tokens must be given");
-    if (d->tokens) {
-        if (d->n_tokens <= 0)
-            llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens: n_tokens is %d", d->n_tokens);
-        llm_token *copy = (llm_token *)llm__alloc(env, (size_t)d->n_tokens, sizeof *copy);
-        memcpy(copy, d->tokens, (size_t)d->n_tokens * sizeof *copy);
-        *n = d->n_tokens;
-        return copy;
-    }
-    memset(&chat, 0, sizeof chat);
-    if (d->messages) {
-        chat = llm__render_chat(env, tokenizer, d->messages, d->n_messages, true);
-    } else {
-        flags |= LLM_ENCODE_BOS;
-        chat.text = (char *)(uintptr_t)d->prompt;
-        chat.n = strlen(d->prompt);
-    }
-    if (chat.n > INT32_MAX / 8)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has %llu bytes", (unsigned long long)chat.n);
-    llm_token *ids = (llm_token *)llm__alloc(env, 4 * chat.n + 8, sizeof *ids);
-    *n =
-        (int)llm__encode_spans(env, tokenizer, chat.text, chat.n, flags, chat.spans, chat.n_spans, ids, 4 * chat.n + 8);
-    return ids;
-}
-
-/* A forward pass that the caller's cancel stops, or the context's where the caller has none. */
-static llm_status llm__generate_forward(const llm__generate_args *a, const llm_batch *batch, llm_error *err) {
-    const llm_context_desc *c = &a->ctx->desc;
-    if (a->desc->cancel) return llm__forward(a->ctx, batch, a->desc->cancel, a->desc->user, err);
-    return llm__forward(a->ctx, batch, c->cancel, c->cancel_user, err);
-}
-
-/* Runs the part of the prompt that the sequence does not hold. At least one token is run, to have its logits. */
-static llm_status llm__prefill(llm__env *env, const llm__generate_args *a, const llm_token *ids, int n) {
-    llm_context *ctx = a->ctx;
-    int seq = a->desc->seq, reused = 0;
-    if (n == 0) llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens");
-    if (n > ctx->desc.n_ctx)
-        llm__fail(env, LLM_ERROR_CONTEXT_FULL,
-                  "the prompt has %d tokens, but a sequence of this context holds %d (n_ctx)", n, ctx->desc.n_ctx);
-    for (int i = 0; i < n; i++)
-        if (ids[i] < 0 || ids[i] >= ctx->model->shape.n_vocab)
-            llm__fail(env, LLM_ERROR_ARGUMENT, "token %d of the prompt is %ld; the vocabulary has %d", i, (long)ids[i],
-                      ctx->model->shape.n_vocab);
-    while (reused < n - 1 && reused < llm_seq_length(ctx, seq) && llm_seq_tokens(ctx, seq)[reused] == ids[reused])
-        reused++;
-    llm__cache_truncate(&ctx->cache, seq, reused);
-    a->stats->n_prompt = n;
-    a->stats->n_reused = reused;
-    int *seqs = (int *)llm__alloc(env, (size_t)n, sizeof *seqs);
-    for (int i = 0; i < n; i++) seqs[i] = seq;
-    llm_batch batch = {n - reused, ids + reused, seqs, NULL};
-    llm_status status = llm__generate_forward(a, &batch, env->err);
-    llm__free(env->pool, seqs);
-    return status;
-}
-
-/* Ends the generation if this token does, without showing it. */
-static bool llm__token_stops(const llm__generate_args *a, llm_token token) {
-    if (!a->desc->ignore_end && llm_token_is_end(a->ctx->model->tokenizer, token)) {
-        a->stats->stop = LLM_STOP_END;
-        return true;
-    }
-    for (int i = 0; i < a->desc->n_stop_tokens; i++)
-        if (a->desc->stop_tokens[i] == token) {
-            a->stats->stop = LLM_STOP_TOKEN;
-            a->stats->stop_index = i;
-            return true;
-        }
-    return false;
-}
-
-/* Is there no place for one more token, in the sequence or in the cache? */
-static bool llm__seq_is_full(const llm_context *ctx, int seq) {
-    return ctx->cache.lengths[seq] == ctx->desc.n_ctx || llm__cache_needs(&ctx->cache, seq, 1) > ctx->cache.n_free;
-}
-
-/* Shows a token and says whether something there ends the generation. `has_place`: it is in the cache already, or its
-   place is. */
-static bool llm__show_token(llm__env *env, const llm__generate_args *a, llm__outbox *box, llm_token token,
-                            bool has_place) {
-    const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
-    llm_stats *stats = a->stats;
-    size_t n_bytes = 0;
-    const char *bytes = llm_token_bytes(tokenizer, token, &n_bytes);
-    stats->n_generated++;
-    if (a->desc->on_token && !a->desc->on_token(a->desc->user, token, bytes, n_bytes)) box->refused = true;
-    llm__outbox_add(env, box, tokenizer, token);
-    if (box->stop_index >= 0) {
-        stats->stop = LLM_STOP_STRING;
-        stats->stop_index = box->stop_index;
-    } else if (box->refused) {
-        stats->stop = LLM_STOP_CALLBACK;
-    } else if (stats->n_generated == a->desc->max_tokens) {
-        stats->stop = LLM_STOP_LENGTH;
-    } else if (!has_place && llm__seq_is_full(a->ctx, a->desc->seq)) {
-        stats->stop = LLM_STOP_CONTEXT;
-    }
-    return stats->stop != LLM_STOP_NONE;
-}
-
-/* The sequence's last token went through the model. */
-static void llm__count_decode(const llm__generate_args *a) {
-    const llm_model *model = a->ctx->model;
-    uint64_t length = (uint64_t)llm_seq_length(a->ctx, a->desc->seq);
-    uint64_t block_bytes = model->backend->block_bytes(&model->shape, a->ctx->desc.cache_dtype);
-    a->stats->n_decode_passes++;
-    a->stats->decode_bytes += model->info.weight_bytes_per_token + length * block_bytes / LLM_BLOCK;
-}
-
-/* The most guesses there is room for after a token, in the sequence and the cache, and use for. */
-static int llm__most_guesses(const llm__generate_args *a) {
-    const llm_context *ctx = a->ctx;
-    int seq = a->desc->seq, most = ctx->desc.n_ctx - ctx->cache.lengths[seq] - 1;
-    if (most > LLM_DRAFT_MOST) most = LLM_DRAFT_MOST;
-    if (a->desc->max_tokens > 0 && a->desc->max_tokens - a->stats->n_generated - 1 < most)
-        most = a->desc->max_tokens - a->stats->n_generated - 1;
-    while (most > 0 && llm__cache_needs(&ctx->cache, seq, most + 1) > ctx->cache.n_free) most--;
-    return most;
-}
-
-/* A token through the model, and after it the guesses that are worth it. */
-static llm_status llm__step(llm__generate_args *a, llm_token token, llm_error *err) {
-    llm__speculation *sp = &a->speculation;
-    llm_token tokens[LLM_DRAFT_MOST + 1];
-    int seqs[LLM_DRAFT_MOST + 1];
-    bool logits[LLM_DRAFT_MOST + 1];
-    llm_status status = llm__guess(sp, token, llm__most_guesses(a), err);
-    if (status) return status;
-    for (int i = 0; i <= sp->n_checked; i++) {
-        tokens[i] = i ? sp->guesses.tokens[i - 1] : token;
-        seqs[i] = a->desc->seq;
-        logits[i] = true;
-    }
-    llm_batch batch = {sp->n_checked + 1, tokens, seqs, logits};
-    double start = llm__now();
-    status = llm__generate_forward(a, &batch, err);
-    if (status) return status;
-    llm__time_pass(sp, llm__now() - start);
-    llm__count_decode(a);
-    return LLM_OK;
-}
-
-/* ---- Bursts ---- */
-
-typedef struct llm__burst_args {
-    llm__env *env;
-    const llm__generate_args *a;
-    llm__outbox *box;
-    llm_sampler *sampler;
-    llm_burst burst;
-    int n_known;     /* of its tokens */
-    llm_token token; /* the last known */
-    llm_status status;
-} llm__burst_args;
-
-/* How many tokens the device may pick: places for all but the last must be there. */
-static int llm__burst_size(const llm__generate_args *a, const llm_sampler *s) {
-    const llm__cache *cache = &a->ctx->cache;
-    int seq = a->desc->seq, left = a->desc->max_tokens - a->stats->n_generated, n = LLM_BURST;
-    bool plain = s->n_biases == 0 && (s->repeat_penalty <= 0 || s->repeat_penalty == 1);
-    if (!a->ctx->model->backend->burst || !plain) return 0;
-    if (a->desc->max_tokens > 0 && left < n) n = left;
-    if (a->ctx->desc.n_ctx - cache->lengths[seq] + 1 < n) n = a->ctx->desc.n_ctx - cache->lengths[seq] + 1;
-    if (llm__cache_must_copy(cache, seq)) return 1;
-    while (n > 1 && llm__cache_needs(cache, seq, n - 1) > cache->n_free) n--;
-    return n;
-}
-
-static bool llm__poll_generate_cancel(const llm__generate_args *a) {
-    const llm_context_desc *c = &a->ctx->desc;
-    if (a->desc->cancel) return a->desc->cancel(a->desc->user);
-    return c->cancel && c->cancel(c->cancel_user);
-}
-
-/* The burst's next token is known. */
-static void llm__burst_token_body(llm__env *env, void *arg) {
-    llm__burst_args *b = (llm__burst_args *)arg;
-    const llm__generate_args *a = b->a;
-    llm__cache *cache = &a->ctx->cache;
-    bool is_last = ++b->n_known == b->burst.n;
-    if (b->n_known > 1) llm__count_decode(a);
-    if (b->sampler->temperature >= 1e-30f) b->sampler->n_drawn++;
-    if (llm__token_stops(a, b->token) || llm__show_token(env, a, b->box, b->token, !is_last) || is_last) return;
-    if (llm__poll_generate_cancel(a)) {
-        a->stats->stop = LLM_STOP_CALLBACK;
-        return;
-    }
-    llm__cache_tokens(cache, a->desc->seq)[cache->lengths[a->desc->seq]++] = b->token;
-}
-
-/* Where memory runs out, the device's work is brought to an end before the error goes up. */
-static bool llm__burst_token(void *user, llm_token token) {
-    llm__burst_args *b = (llm__burst_args *)user;
-    llm__env env;
-    llm__env_init(&env, b->env->pool, b->env->err, NULL);
-    b->token = token;
-    b->status = llm__guarded(&env, llm__burst_token_body, b);
-    return !b->status && b->a->stats->stop == LLM_STOP_NONE;
-}
-
-/* Lets the device pick n tokens, in places that are taken beforehand; while it does, the sequence's length is that of
-   its known tokens. *token becomes the last of them. */
-static llm_status llm__run_burst(llm__env *env, const llm__generate_args *a, llm__outbox *box, llm_sampler *sampler,
-                                 int n, llm_token *token) {
-    llm_context *ctx = a->ctx;
-    llm__burst_args b = {env, a, box, sampler, {n, 0, NULL, sampler, llm__burst_token, NULL}, 0, -1, LLM_OK};
-    int seq = a->desc->seq, *length = &ctx->cache.lengths[seq], before = *length, known;
-    llm_sampler start = *sampler; /* for its n_drawn counts on while the device draws */
-    b.burst.sampler = &start;
-    b.burst.position = before;
-    b.burst.blocks = llm__cache_table(&ctx->cache, seq);
-    b.burst.user = &b;
-    for (int i = 1; i < n; i++) llm__cache_append(&ctx->cache, seq, 0);
-    *length = before;
-    llm_status status = ctx->model->backend->burst(ctx->device, &b.burst, env->err);
-    known = *length;
-    *length = before + n - 1;
-    llm__cache_truncate(&ctx->cache, seq, known);
-    ctx->n_logits = 0; /* they are those of a later token */
-    *token = b.token;
-    return status ? status : b.status;
-}
-
-/* Draws and shows tokens by the logits of the last pass, of which row `first` is the first that answers this sequence:
-   one, and another for each guess that was right. *token becomes the last of them, which has not been computed on;
-   false if something ends the generation. */
-static bool llm__take_tokens(llm__env *env, llm__generate_args *a, llm__outbox *box, int first, llm_token *token) {
-    llm__speculation *sp = &a->speculation;
-    int seq = a->desc->seq, length = a->ctx->cache.lengths[seq] - sp->n_checked, row = 0;
-    bool right, ended;
-    do {
-        *token = llm__draw_checked(sp, first, row, length + row, &right);
-        if (!right) llm__cache_truncate(&a->ctx->cache, seq, length + row);
-        ended = llm__token_stops(a, *token) || llm__show_token(env, a, box, *token, right);
-        row += right;
-    } while (right && !ended);
-    llm__count_pass(sp, row);
-    if (right) llm__cache_truncate(&a->ctx->cache, seq, length + row - 1); /* the end was guessed */
-    return !ended;
-}
-
-static void llm__start_speculation(llm__env *env, llm__generate_args *a, llm_sampler *sampler) {
-    const llm_generate_desc *d = a->desc;
-    const llm_context *ctx = a->ctx;
-    llm__speculation *sp = &a->speculation;
-    int n_logits = ctx->desc.n_logits < ctx->desc.n_batch ? ctx->desc.n_logits : ctx->desc.n_batch;
-    sp->draft = d->draft;
-    sp->ctx = a->ctx;
-    sp->seq = d->seq;
-    sp->sampler = sampler;
-    sp->cancel = d->cancel ? d->cancel : ctx->desc.cancel;
-    sp->cancel_user = d->cancel ? d->user : ctx->desc.cancel_user;
-    sp->stats = &a->stats->draft;
-    if (!d->draft) return;
-    if (!d->draft->propose || d->draft_max < 0)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "the draft has no function, or draft_max is negative");
-    if (n_logits < 2)
-        llm__fail(env, LLM_ERROR_ARGUMENT,
-                  "a draft is of use only in a context whose n_logits and n_batch are above 1: they are %d and %d",
-                  ctx->desc.n_logits, ctx->desc.n_batch);
-    sp->most = d->draft_max && d->draft_max < n_logits - 1 ? d->draft_max : n_logits - 1;
-    if (sp->most > LLM_DRAFT_MOST) sp->most = LLM_DRAFT_MOST;
-    for (int i = 0; i < sp->most && !d->draft_keeps_text && !llm__is_greedy(sampler); i++)
-        sp->q[i] = (float *)llm__alloc(env, (size_t)ctx->model->shape.n_vocab, sizeof(float));
-}
-
-static void llm__generate_body(llm__env *env, void *arg) {
-    llm__generate_args *a = (llm__generate_args *)arg;
-    llm_context *ctx = a->ctx;
-    llm_sampler greedy, *sampler = a->desc->sampler ? a->desc->sampler : &greedy;
-    llm__outbox box;
-    llm_token token;
-    double start = llm__now();
-    int n;
-    memset(&greedy, 0, sizeof greedy);
-    memset(&box, 0, sizeof box);
-    box.desc = a->desc;
-    box.stop_index = -1;
-    box.stream.started =
-        !a->desc->messages; /* what continues a prompt does not begin a text: its first space is shown */
-    llm__start_speculation(env, a, sampler);
-    llm_token *ids = llm__prompt_tokens(env, a, &n);
-    llm_status status = llm__prefill(env, a, ids, n);
-    a->stats->prefill_seconds = llm__now() - start;
-    start = llm__now();
-    for (int first = n - 1 - a->stats->n_reused; !status; first = 0) {
-        int n_burst = a->speculation.draft ? 0 : llm__burst_size(a, sampler);
-        if (n_burst) {
-            status = llm__run_burst(env, a, &box, sampler, n_burst, &token);
-            if (status || a->stats->stop) break;
-        } else if (!llm__take_tokens(env, a, &box, first, &token)) {
-            break;
-        }
-        status = llm__step(a, token, env->err);
-    }
-    a->stats->decode_seconds = llm__now() - start;
-    llm__find_speedup(&a->speculation, a->stats->n_generated - 1, a->stats->decode_seconds);
-    if (status && status != LLM_ERROR_CANCELLED) {
-        env->status = status;
-        longjmp(env->unwind, 1);
-    }
-    if (status) a->stats->stop = LLM_STOP_CALLBACK;
-    if (a->stats->stop == LLM_STOP_STRING || box.refused) return;
-    llm__outbox_add(env, &box, ctx->model->tokenizer, -1);
-    if (box.stop_index < 0) return;
-    a->stats->stop = LLM_STOP_STRING; /* in the U+FFFD that ends the text */
-    a->stats->stop_index = box.stop_index;
-}
-
-LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err) {
-    llm_stats unwanted;
-    llm__pool pool;
-    llm__env env;
-    if (!ctx || !desc) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or desc is NULL");
-    llm_status status = llm__check_seq(ctx, desc->seq, err);
-    if (status) return status;
-    llm__generate_args args;
-    memset(&args, 0, sizeof args);
-    args.ctx = ctx;
-    args.desc = desc;
-    args.stats = stats ? stats : &unwanted;
-    memset(args.stats, 0, sizeof *args.stats);
-    llm__pool_init(&pool, &ctx->desc.host);
-    llm__env_init(&env, &pool, err, NULL);
-    status = llm__guarded(&env, llm__generate_body, &args);
-    llm__pool_free(&pool);
-    return status;
-}
-
-/* ==== 17 Batch scheduling and scoring ===========================================================================
-
-   A question's text with one ending is its context and that ending. All texts of a question share a prefix: the context
-   and the first tokens that all endings have in common. A token is computed if another is predicted from it: all but the
-   last of each text. Rows from which a token of an ending is predicted go through the last layer and the head.
-
-   Packed: the prefix is one sequence, the endings are forks of it. Passes are filled to the last token with what there
-   is to do: endings of questions whose prefix was computed in a pass before, then prefixes of further questions.
-
-   The other schedules make rectangles, as a library without ragged batches must, and do compute the padding. They are
-   those of H. Kim and J. Ryu, "Samsung Computer Engineering Challenge 2023, Round 1 Report" (Team H). */
-
-/* ---- Text ---- */
-
-/* The bytes of the white space that a text ends with; white space is what Python's str.rstrip takes for it. */
-static size_t llm__trailing_space(const char *text, size_t n) {
-    static const char wide[][4] = {"\xC2\x85",     "\xC2\xA0",     "\xE1\x9A\x80", "\xE2\x80\x80", "\xE2\x80\x81",
-                                   "\xE2\x80\x82", "\xE2\x80\x83", "\xE2\x80\x84", "\xE2\x80\x85", "\xE2\x80\x86",
-                                   "\xE2\x80\x87", "\xE2\x80\x88", "\xE2\x80\x89", "\xE2\x80\x8A", "\xE2\x80\xA8",
-                                   "\xE2\x80\xA9", "\xE2\x80\xAF", "\xE2\x81\x9F", "\xE3\x80\x80"};
-    size_t left = n;
-    for (size_t length = 1; length && left; left -= length) {
-        unsigned char last = (unsigned char)text[left - 1];
-        length = last == ' ' || (last >= 9 && last <= 13) || (last >= 28 && last <= 31);
-        for (size_t i = 0; i < sizeof wide / sizeof *wide && !length; i++)
-            if (strlen(wide[i]) <= left && !memcmp(text + left - strlen(wide[i]), wide[i], strlen(wide[i])))
-                length = strlen(wide[i]);
-    }
-    return n - left;
-}
-
-typedef struct llm__pair {
-    const llm_tokenizer *tokenizer;
-    const char *context, *ending;
-    unsigned flags;
-    llm_token *ids;
-    size_t capacity, n_context, n;
-} llm__pair;
-
-static void llm__encode_pair_body(llm__env *env, void *arg) {
-    llm__pair *p = (llm__pair *)arg;
-    const llm_tokenizer *t = p->tokenizer;
-    size_t n_context = strlen(p->context), n_ending = strlen(p->ending);
-    size_t n_kept = n_context - llm__trailing_space(p->context, n_context);
-    char *whole = (char *)llm__alloc(env, n_context + n_ending + 1, 1);
-    memcpy(whole, p->context, n_context);
-    memcpy(whole + n_context, p->ending, n_ending + 1);
-    if (n_kept) { /* the whole text's ids, and then the context's over their beginning */
-        p->n = llm__encode_spans(env, t, whole, n_context + n_ending, p->flags, NULL, 0, p->ids, p->capacity);
-        p->n_context = llm__encode_spans(env, t, whole, n_kept, p->flags, NULL, 0, p->ids, p->capacity);
-        if (p->n < p->n_context) p->n = p->n_context; /* merged across the border, there are none left for the ending */
-        return;
-    }
-    llm_token first = t->bos >= 0 ? t->bos : t->eos;
-    if (first < 0) llm__fail(env, LLM_ERROR_ARGUMENT, "the context is empty, and there is no BOS token to begin with");
-    if (p->capacity && p->ids) p->ids[0] = first;
-    p->n_context = 1;
-    p->n = 1 + llm__encode_spans(env, t, whole, n_context + n_ending, p->flags & ~(unsigned)LLM_ENCODE_BOS, NULL, 0,
-                                 p->ids ? p->ids + 1 : NULL, p->capacity ? p->capacity - 1 : 0);
-}
-
-LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *context, const char *ending, unsigned flags,
-                                llm_token *ids, size_t capacity, int64_t *n_context, llm_error *err) {
-    llm__pair pair = {tokenizer, context ? context : "", ending ? ending : "", flags, ids, ids ? capacity : 0, 0, 0};
-    llm__pool pool;
-    llm__env env;
-    llm__pool_init(&pool, &tokenizer->host);
-    llm__env_init(&env, &pool, err, NULL);
-    llm_status status = llm__guarded(&env, llm__encode_pair_body, &pair);
-    llm__pool_free(&pool);
-    *n_context = (int64_t)pair.n_context;
-    return status ? -1 : (int64_t)pair.n;
-}
-
-/* ---- The batch being filled ---- */
-
-/* A question on its way through the packed schedule. */
-typedef struct llm__slot {
-    int question; /* -1: none                                                */
-    int ending;   /* the one being computed; -1: the prefix                  */
-    int at;       /* its first token that is in no batch yet                 */
-} llm__slot;
-
-typedef struct llm__scorer {
-    llm__env *env;
-    llm_context *ctx;
-    const llm_question *questions;
-    int n_questions, most_endings;
-    const llm_score_desc *desc_given; /* may be NULL */
-    llm_score_desc desc;
-    llm_score_stats *stats;
-    double *results;      /* NULL: they are not wanted                                                */
-    size_t *first_result; /* [n_questions]                                                            */
-    int *prefixes;        /* [n_questions] tokens that all texts of a question begin with             */
-    int *unfinished;      /* [n_questions] endings yet to be computed                                 */
-    int n;                /* tokens in the batch                                                      */
-    llm_token *tokens;    /* [n_batch]                                                                */
-    int *seqs;            /* [n_batch]                                                                */
-    bool *logits;         /* [n_batch]                                                                */
-    int *first_target;    /* [n_batch + 1]                                                            */
-    llm_token *ids;       /* [n_batch * most_endings] what is predicted                               */
-    size_t *credits;      /* [n_batch * most_endings] the first result that a prediction is part of   */
-    int *n_credits;       /* [n_batch * most_endings] how many, one after the other                   */
-    llm__targets targets;
-    llm__slot *slots; /* [n_slots] slot i has the sequences from i * most_endings on              */
-    int n_slots;
-} llm__scorer;
-
-/* Computes the batch and begins another. A text's predictions come in order, so its sum is the same in all
-   schedules. */
-static void llm__score_batch(llm__scorer *s) {
-    llm_context *ctx = s->ctx;
-    llm_batch batch = {s->n, s->tokens, s->seqs, s->logits};
-    if (s->n == 0) return;
-    ctx->targets = &s->targets;
-    llm_status status = llm__forward(ctx, &batch, ctx->desc.cancel, ctx->desc.cancel_user, s->env->err);
-    ctx->targets = NULL;
-    ctx->n_logits = 0;
-    if (status) {
-        s->env->status = status;
-        longjmp(s->env->unwind, 1);
-    }
-    for (int i = 0; i < s->targets.n && s->results; i++)
-        for (int j = 0; j < s->n_credits[s->targets.from[i]]; j++)
-            s->results[s->credits[s->targets.from[i]] + (size_t)j] += (double)s->targets.log_probs[i];
-    s->stats->n_passes++;
-    s->n = 0;
-}
-
-/* Appends a token to a sequence; the batch has room. */
-static void llm__score_push(llm__scorer *s, int seq, llm_token token) {
-    s->tokens[s->n] = token;
-    s->seqs[s->n] = seq;
-    s->logits[s->n] = false;
-    s->first_target[s->n + 1] = s->first_target[s->n];
-    s->n++;
-    s->stats->n_computed++;
-}
-
-/* After the last token pushed, this one is part of n endings. */
-static void llm__score_expect(llm__scorer *s, llm_token token, size_t result, int n) {
-    int target = s->first_target[s->n]++;
-    s->ids[target] = token;
-    s->credits[target] = result;
-    s->n_credits[target] = n;
-    s->stats->n_predicted += !s->logits[s->n - 1];
-    s->logits[s->n - 1] = true;
-}
-
-static llm_token llm__text_at(const llm_question *q, int ending, int i) {
-    return i < q->n_context ? q->context[i] : q->endings[ending][i - q->n_context];
-}
-
-/* Tokens of a text that something is predicted from. */
-static int llm__text_length(const llm_question *q, int ending) { return q->n_context + q->n_ending[ending] - 1; }
-
-/* Pushes token i of a text, or with ending -1 of the prefix of them all, and what is predicted from it. */
-static void llm__score_token(llm__scorer *s, int seq, int question, int ending, int i) {
-    const llm_question *q = &s->questions[question];
-    size_t result = s->first_result[question];
-    llm__score_push(s, seq, llm__text_at(q, ending < 0 ? 0 : ending, i));
-    if (ending > 0 && i < s->prefixes[question]) s->stats->n_redundant++;
-    if (i + 1 < q->n_context) return;
-    if (ending >= 0) llm__score_expect(s, llm__text_at(q, ending, i + 1), result + (size_t)ending, 1);
-    else if (i + 1 < s->prefixes[question]) llm__score_expect(s, llm__text_at(q, 0, i + 1), result, q->n_endings);
-    else
-        for (int e = 0; e < q->n_endings; e++) llm__score_expect(s, llm__text_at(q, e, i + 1), result + (size_t)e, 1);
-}
-
-/* One more ending of a question is computed. */
-static void llm__score_finished(llm__scorer *s, int question) {
-    if (--s->unfinished[question]) return;
-    s->stats->n_questions++;
-    if (s->results && s->desc.on_question &&
-        !s->desc.on_question(s->desc.user, question, s->results + s->first_result[question]))
-        llm__fail(s->env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
-}
-
-static void llm__score_drop(llm__scorer *s, int first_seq, int n) {
-    for (int seq = first_seq; seq < first_seq + n; seq++) llm__cache_truncate(&s->ctx->cache, seq, 0);
-}
-
-/* ---- The packed schedule ---- */
-
-static int llm__shared_prefix(const llm__scorer *s, int question) {
-    return s->desc.no_share ? 0 : s->prefixes[question];
-}
-
-/* Blocks of the cache that a question takes at most. */
-static int64_t llm__question_blocks(const llm__scorer *s, int question) {
-    const llm_question *q = &s->questions[question];
-    int prefix = llm__shared_prefix(s, question);
-    int64_t blocks = llm__blocks_for(prefix);
-    for (int e = 0; e < q->n_endings; e++)
-        if (llm__text_length(q, e) > prefix) blocks += llm__blocks_for(llm__text_length(q, e)) - prefix / LLM_BLOCK;
-    return blocks;
-}
-
-/* Puts into the batch what it has room for. */
-static void llm__fill_from_slot(llm__scorer *s, int index) {
-    llm__slot *slot = &s->slots[index];
-    const llm_question *q = &s->questions[slot->question];
-    int seq = index * s->most_endings, prefix = llm__shared_prefix(s, slot->question), room = s->ctx->desc.n_batch;
-    if (slot->ending < 0) {
-        for (; slot->at < prefix && s->n < room; slot->at++) llm__score_token(s, seq, slot->question, -1, slot->at);
-        return;
-    }
-    for (; slot->ending < q->n_endings; slot->ending++, slot->at = prefix) {
-        int length = llm__text_length(q, slot->ending);
-        for (; slot->at < length && s->n < room; slot->at++)
-            llm__score_token(s, seq + slot->ending, slot->question, slot->ending, slot->at);
-        if (slot->at < length) return;
-    }
-}
-
-/* After a pass: a prefix that is complete is forked, a question that is complete leaves. */
-static void llm__settle_slot(llm__scorer *s, int index) {
-    llm__slot *slot = &s->slots[index];
-    const llm_question *q = &s->questions[slot->question];
-    int seq = index * s->most_endings, prefix = llm__shared_prefix(s, slot->question), question = slot->question;
-    if (slot->ending < 0 && slot->at == prefix) {
-        for (int e = 1; e < q->n_endings; e++) /* the first ending goes on in the prefix's own sequence */
-            if (llm__text_length(q, e) > prefix) llm__cache_fork(&s->ctx->cache, seq + e, seq, prefix);
-        slot->ending = 0;
-    } else if (slot->ending == q->n_endings) {
-        llm__score_drop(s, seq, q->n_endings);
-        slot->question = -1;
-        for (int e = 0; e < q->n_endings; e++) llm__score_finished(s, question);
-    }
-}
-
-/* Takes the next question into a free slot, if the cache has room for all of it. */
-static bool llm__start_question(llm__scorer *s, int index, int question, int64_t *blocks_left) {
-    llm__slot *slot = &s->slots[index];
-    if (question == s->n_questions || llm__question_blocks(s, question) > *blocks_left) return false;
-    *blocks_left -= llm__question_blocks(s, question);
-    slot->question = question;
-    slot->ending = llm__shared_prefix(s, question) ? -1 : 0;
-    slot->at = 0;
-    return true;
-}
-
-static void llm__score_packed(llm__scorer *s) {
-    int64_t blocks_left = s->ctx->cache.n_blocks;
-    int n_batch = s->ctx->desc.n_batch;
-    for (int next = 0; s->stats->n_questions < s->n_questions;) {
-        for (int i = 0; i < s->n_slots; i++)
-            if (s->slots[i].question >= 0) llm__fill_from_slot(s, i);
-        for (int i = 0; i < s->n_slots && s->n < n_batch; i++) {
-            if (s->slots[i].question >= 0) continue;
-            if (!llm__start_question(s, i, next, &blocks_left)) break;
-            llm__fill_from_slot(s, i);
-            next++;
-        }
-        llm__score_batch(s);
-        for (int i = 0; i < s->n_slots; i++) {
-            int question = s->slots[i].question;
-            if (question < 0) continue;
-            llm__settle_slot(s, i);
-            if (s->slots[i].question < 0) blocks_left += llm__question_blocks(s, question);
-        }
-    }
-}
-
-/* ---- Rectangles ---- */
-
-/* A text, or the prefix of a question's texts (ending -1), with the tokens to be computed of it. */
-typedef struct llm__text {
-    int length, question, ending;
-} llm__text;
-
-static int llm__compare_texts(const void *a, const void *b) {
-    const llm__text *x = (const llm__text *)a, *y = (const llm__text *)b;
-    if (x->length != y->length) return x->length < y->length ? -1 : 1;
-    if (x->question != y->question) return x->question < y->question ? -1 : 1;
-    return (x->ending > y->ending) - (x->ending < y->ending);
-}
-
-/* What a batch may take of the context: sequences, and blocks beside those of the `base` tokens that are there
-   already. */
-typedef struct llm__room {
-    int n_seq, n_blocks, base;
-} llm__room;
-
-static int llm__most_texts(const llm__room *room, int length) {
-    int blocks = llm__blocks_for(room->base + length) - room->base / LLM_BLOCK;
-    int most = blocks && room->n_blocks / blocks < room->n_seq ? room->n_blocks / blocks : room->n_seq;
-    return most < 1 ? 1 : most;
-}
-
-/* Ends of batches of so many texts as they come, fewer where there is no room; returns how many batches. */
-static int llm__cut_fixed(const llm__text *texts, int n, int size, const llm__room *room, int *ends) {
-    int n_batches = 0, from = 0, longest = 0;
-    for (int i = 0; i < n; i++) {
-        if (texts[i].length > longest) longest = texts[i].length;
-        if (i > from && (i - from == size || i - from + 1 > llm__most_texts(room, longest))) {
-            ends[n_batches++] = from = i;
-            longest = texts[i].length;
-        }
-    }
-    ends[n_batches++] = n;
-    return n_batches;
-}
-
-/* The report's equations 3 and 4 over texts in order of length l: D[i] is the least waste in batches of the first i texts,
-
-       D[i] = min over j < i of  D[j] + l_i (i - j) - sum of l_k, k = j+1 .. i       if l_i (i - j) >= theta
-       D[i] = min over j < i of  D[j] + sum of l_k - l_(j+1) (i - j)                 if l_(j+1) (i - j) >= theta
-
-   the first for texts padded to the longest, the second for contexts cut to the shortest. Where the conditions cannot be
-   kept, there are as few batches below theta as can be; so it is a waste that outweighs all others. */
-static int llm__cut_by_waste(llm__env *env, const llm__text *texts, int n, bool to_shortest, int theta,
-                             const llm__room *room, int *ends) {
-    const int64_t below_theta = (int64_t)1 << 40;
-    int64_t *least = (int64_t *)llm__alloc(env, (size_t)n + 1, sizeof *least);
-    int64_t *total = (int64_t *)llm__alloc(env, (size_t)n + 1, sizeof *total);
-    int *from = (int *)llm__alloc(env, (size_t)n + 1, sizeof *from), n_batches = 0;
-    least[0] = total[0] = 0;
-    for (int i = 1; i <= n; i++) {
-        int most = llm__most_texts(room, texts[i - 1].length);
-        total[i] = total[i - 1] + texts[i - 1].length;
-        least[i] = INT64_MAX;
-        for (int j = i - 1; j >= 0 && i - j <= most; j--) {
-            int64_t area = (int64_t)texts[to_shortest ? j : i - 1].length * (i - j), sum = total[i] - total[j];
-            int64_t waste = least[j] + (to_shortest ? sum - area : area - sum) + (area < theta ? below_theta : 0);
-            if (waste > least[i]) continue;
-            least[i] = waste;
-            from[i] = j;
-        }
-    }
-    for (int i = n; i > 0; i = from[i]) n_batches++;
-    for (int i = n, batch = n_batches; i > 0; i = from[i]) ends[--batch] = i;
-    llm__free(env->pool, from);
-    llm__free(env->pool, total);
-    llm__free(env->pool, least);
-    return n_batches;
-}
-
-/* Ends of the batches, in an array of its own. */
-static int *llm__cut_batches(llm__scorer *s, llm__text *texts, int n, bool to_shortest, const llm__room *room,
-                             int *n_batches) {
-    int *ends = (int *)llm__alloc(s->env, (size_t)n + 1, sizeof *ends);
-    if (s->desc.schedule == LLM_SCHEDULE_FIXED) {
-        *n_batches = llm__cut_fixed(texts, n, s->desc.batch, room, ends);
-        return ends;
-    }
-    qsort(texts, (size_t)n, sizeof *texts, llm__compare_texts);
-    *n_batches = llm__cut_by_waste(s->env, texts, n, to_shortest, to_shortest ? s->desc.theta_context : s->desc.theta,
-                                   room, ends);
-    return ends;
-}
-
-/* Computes tokens [from, to) of n texts, each in its sequence; those that are shorter are padded. */
-static void llm__score_rectangle(llm__scorer *s, const llm__text *texts, int n, int first_seq, int from, int to) {
-    for (int text = 0; text < n; text++)
-        for (int i = from; i < to; i++) {
-            if (s->n == s->ctx->desc.n_batch) llm__score_batch(s);
-            if (i < from + texts[text].length) {
-                llm__score_token(s, first_seq + text, texts[text].question, texts[text].ending, i);
-            } else {
-                llm__score_push(s, first_seq + text, 0);
-                s->stats->n_padded++;
-            }
-        }
-    llm__score_batch(s);
-}
-
-static int llm__longest_text(const llm__text *texts, int n) {
-    int longest = 0;
-    for (int i = 0; i < n; i++)
-        if (texts[i].length > longest) longest = texts[i].length;
-    return longest;
-}
-
-/* The texts of n questions, each without the first `base` tokens; those of which nothing is left are left out. */
-static int llm__list_texts(const llm__scorer *s, const llm__text *questions, int n, int base, llm__text *texts) {
-    int n_texts = 0;
-    for (int i = 0; i < n; i++)
-        for (int e = 0; e < s->questions[questions[i].question].n_endings; e++) {
-            llm__text text = {llm__text_length(&s->questions[questions[i].question], e) - base, questions[i].question,
-                              e};
-            if (text.length > 0) texts[n_texts++] = text;
-        }
-    return n_texts;
-}
-
-/* Without a shared cache: every text is computed from its first token on. */
-static void llm__score_whole_texts(llm__scorer *s, llm__text *prefixes, llm__text *texts) {
-    llm__room room = {s->ctx->desc.n_seq, s->ctx->cache.n_blocks, 0};
-    int n_batches, n = llm__list_texts(s, prefixes, s->n_questions, 0, texts);
-    int *ends = llm__cut_batches(s, texts, n, false, &room, &n_batches);
-    for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
-        int some = ends[batch] - from;
-        llm__score_rectangle(s, texts + from, some, 0, 0, llm__longest_text(texts + from, some));
-        llm__score_drop(s, 0, some);
-        for (int i = from; i < from + some; i++) llm__score_finished(s, texts[i].question);
-    }
-    llm__free(s->env->pool, ends);
-}
-
-/* The texts of questions whose prefixes stand in the first n sequences, `base` tokens of each. */
-static void llm__score_endings(llm__scorer *s, const llm__text *prefixes, int n, int base, llm__text *texts) {
-    llm__room room = {s->ctx->desc.n_seq - n, s->ctx->cache.n_free, base};
-    int n_batches, n_texts = llm__list_texts(s, prefixes, n, base, texts);
-    int *ends = llm__cut_batches(s, texts, n_texts, false, &room, &n_batches);
-    for (int batch = 0, from = 0; batch < n_batches && n_texts; from = ends[batch++]) {
-        int some = ends[batch] - from;
-        for (int i = 0; i < some; i++) {
-            int parent = 0;
-            while (prefixes[parent].question != texts[from + i].question) parent++;
-            llm__cache_fork(&s->ctx->cache, n + i, parent, base);
-        }
-        llm__score_rectangle(s, texts + from, some, n, base, base + llm__longest_text(texts + from, some));
-        llm__score_drop(s, n, some);
-    }
-    llm__free(s->env->pool, ends);
-}
-
-/* Contexts in batches, cut to the shortest of each; then, batch by batch, what follows. */
-static void llm__score_shared_prefixes(llm__scorer *s, llm__text *prefixes, llm__text *texts) {
-    int n_blocks = s->ctx->cache.n_blocks, longest = 0, n_batches;
-    for (int i = 0; i < s->n_questions; i++)
-        for (int e = 0; e < s->questions[i].n_endings; e++)
-            if (llm__text_length(&s->questions[i], e) > longest) longest = llm__text_length(&s->questions[i], e);
-    int kept = llm__blocks_for(longest) > n_blocks / 2 ? llm__blocks_for(longest) : n_blocks / 2; /* for endings */
-    llm__room room = {s->ctx->desc.n_seq / 2, n_blocks - kept, 0};
-    int *ends = llm__cut_batches(s, prefixes, s->n_questions, true, &room, &n_batches);
-    for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
-        llm__text *group = prefixes + from;
-        int n = ends[batch] - from, shortest = group[0].length;
-        for (int i = 1; i < n; i++)
-            if (group[i].length < shortest) shortest = group[i].length;
-        llm__score_rectangle(s, group, n, 0, 0, shortest);
-        llm__score_endings(s, group, n, shortest, texts);
-        llm__score_drop(s, 0, n);
-        for (int i = 0; i < n; i++)
-            for (int e = 0; e < s->questions[group[i].question].n_endings; e++)
-                llm__score_finished(s, group[i].question);
-    }
-    llm__free(s->env->pool, ends);
-}
-
-static void llm__score_rectangles(llm__scorer *s, size_t n_texts) {
-    llm__text *prefixes = (llm__text *)llm__alloc(s->env, (size_t)s->n_questions, sizeof *prefixes);
-    llm__text *texts = (llm__text *)llm__alloc(s->env, n_texts, sizeof *texts);
-    for (int i = 0; i < s->n_questions; i++) {
-        llm__text prefix = {s->prefixes[i], i, -1};
-        prefixes[i] = prefix;
-    }
-    if (s->desc.no_share) llm__score_whole_texts(s, prefixes, texts);
-    else llm__score_shared_prefixes(s, prefixes, texts);
-}
-
-/* ---- llm_score ---- */
-
-static void llm__check_tokens(const llm__scorer *s, int question, const char *what, const llm_token *tokens, int n) {
-    int n_vocab = s->ctx->model->shape.n_vocab;
-    if (n <= 0 || !tokens) llm__fail(s->env, LLM_ERROR_ARGUMENT, "question %d: %s has no tokens", question, what);
-    for (int i = 0; i < n; i++)
-        if (tokens[i] < 0 || tokens[i] >= n_vocab)
-            llm__fail(s->env, LLM_ERROR_ARGUMENT, "question %d: token %d of %s is %ld; the vocabulary has %d", question,
-                      i, what, (long)tokens[i], n_vocab);
-}
-
-/* Everything that could stop the work is found here. */
-static void llm__check_question(llm__scorer *s, int question) {
-    const llm_question *q = &s->questions[question];
-    const llm_context_desc *d = &s->ctx->desc;
-    llm__check_tokens(s, question, "its context", q->context, q->n_context);
-    if (q->n_endings <= 0 || !q->endings || !q->n_ending)
-        llm__fail(s->env, LLM_ERROR_ARGUMENT, "question %d has no endings", question);
-    if (q->n_endings > d->n_seq)
-        llm__fail(s->env, LLM_ERROR_CONTEXT_FULL, "question %d has %d endings, but the context %d sequences (n_seq)",
-                  question, q->n_endings, d->n_seq);
-    for (int e = 0; e < q->n_endings; e++) {
-        llm__check_tokens(s, question, "an ending", q->endings[e], q->n_ending[e]);
-        if ((int64_t)q->n_context + q->n_ending[e] - 1 > d->n_ctx)
-            llm__fail(s->env, LLM_ERROR_CONTEXT_FULL,
-                      "question %d with its ending %d has %lld tokens to compute, but a sequence holds %d (n_ctx)",
-                      question, e, (long long)q->n_context + q->n_ending[e] - 1, d->n_ctx);
-    }
-}
-
-/* The context's tokens and those with which all endings begin; one at least is left of each ending. */
-static int llm__common_prefix(const llm_question *q) {
-    int n = q->n_ending[0] - 1;
-    for (int e = 1; e < q->n_endings; e++) {
-        int same = 0;
-        while (same < n && same < q->n_ending[e] - 1 && q->endings[e][same] == q->endings[0][same]) same++;
-        n = same;
-    }
-    return q->n_context + n;
-}
-
-static llm_score_desc llm__score_defaults(llm__env *env, const llm_score_desc *desc) {
-    llm_score_desc d;
-    memset(&d, 0, sizeof d);
-    if (desc) d = *desc;
-    if (d.schedule < LLM_SCHEDULE_PACKED || d.schedule > LLM_SCHEDULE_DP)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "desc.schedule is %d, which is none", (int)d.schedule);
-    if (d.batch < 0 || d.theta < 0 || d.theta_context < 0)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_score_desc is negative");
-    if (!d.batch) d.batch = 32;
-    if (!d.theta) d.theta = 512; /* two cores with AVX-512 reach 90 % of their best there: bench --flops-table */
-    if (!d.theta_context) d.theta_context = 4096; /* the more the better, for it leaves the endings more choice */
-    return d;
-}
-
-static void llm__score_alloc(llm__scorer *s) {
-    size_t n_batch = (size_t)s->ctx->desc.n_batch, n_targets = n_batch * (size_t)s->most_endings;
-    llm__env *env = s->env;
-    s->tokens = (llm_token *)llm__alloc(env, n_batch, sizeof *s->tokens);
-    s->seqs = (int *)llm__alloc(env, n_batch, sizeof *s->seqs);
-    s->logits = (bool *)llm__alloc(env, n_batch, sizeof *s->logits);
-    s->first_target = (int *)llm__alloc_zero(env, n_batch + 1, sizeof *s->first_target);
-    s->ids = (llm_token *)llm__alloc(env, n_targets, sizeof *s->ids);
-    s->credits = (size_t *)llm__alloc(env, n_targets, sizeof *s->credits);
-    s->n_credits = (int *)llm__alloc(env, n_targets, sizeof *s->n_credits);
-    s->targets.first = s->first_target;
-    s->targets.ids = s->ids;
-    s->targets.count_only = !s->results;
-    s->targets.pass_ids = (llm_token *)llm__alloc(env, n_targets, sizeof *s->targets.pass_ids);
-    s->targets.pass_rows = (int *)llm__alloc(env, n_targets, sizeof *s->targets.pass_rows);
-    s->targets.from = (int *)llm__alloc(env, n_targets, sizeof *s->targets.from);
-    s->targets.log_probs = (float *)llm__alloc(env, n_targets, sizeof *s->targets.log_probs);
-    s->n_slots = s->ctx->desc.n_seq / s->most_endings;
-    s->slots = (llm__slot *)llm__alloc(env, (size_t)s->n_slots, sizeof *s->slots);
-    for (int i = 0; i < s->n_slots; i++) s->slots[i].question = -1;
-}
-
-static void llm__score_body(llm__env *env, void *arg) {
-    llm__scorer *s = (llm__scorer *)arg;
-    size_t n_texts = 0, n = (size_t)s->n_questions;
-    double start = llm__now();
-    s->env = env;
-    s->desc = llm__score_defaults(env, s->desc_given);
-    s->first_result = (size_t *)llm__alloc(env, n, sizeof *s->first_result);
-    s->prefixes = (int *)llm__alloc(env, n, sizeof *s->prefixes);
-    s->unfinished = (int *)llm__alloc(env, n, sizeof *s->unfinished);
-    for (int i = 0; i < s->n_questions; i++) {
-        llm__check_question(s, i);
-        s->first_result[i] = n_texts;
-        s->prefixes[i] = llm__common_prefix(&s->questions[i]);
-        s->unfinished[i] = s->questions[i].n_endings;
-        n_texts += (size_t)s->questions[i].n_endings;
-        if (s->questions[i].n_endings > s->most_endings) s->most_endings = s->questions[i].n_endings;
-        if (llm__question_blocks(s, i) > s->ctx->cache.n_blocks)
-            llm__fail(env, LLM_ERROR_CONTEXT_FULL,
-                      "question %d needs %lld positions of the cache, which has %d (n_cache)", i,
-                      (long long)llm__question_blocks(s, i) * LLM_BLOCK, s->ctx->cache.n_blocks * LLM_BLOCK);
-    }
-    for (size_t i = 0; i < n_texts && s->results; i++) s->results[i] = 0;
-    llm__score_drop(s, 0, s->ctx->desc.n_seq);
-    llm__score_alloc(s);
-    if (s->desc.schedule == LLM_SCHEDULE_PACKED) llm__score_packed(s);
-    else llm__score_rectangles(s, n_texts);
-    s->stats->seconds = llm__now() - start;
-}
-
-LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, int n_questions,
-                             const llm_score_desc *desc, double *log_likelihoods, llm_score_stats *stats,
-                             llm_error *err) {
-    llm_score_stats unwanted;
-    llm__scorer scorer;
-    llm__pool pool;
-    llm__env env;
-    if (!ctx || n_questions < 0 || (n_questions && !questions))
-        return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or questions is NULL, or n_questions negative");
-    memset(&scorer, 0, sizeof scorer);
-    scorer.ctx = ctx;
-    scorer.questions = questions;
-    scorer.n_questions = n_questions;
-    scorer.most_endings = 1;
-    scorer.desc_given = desc;
-    scorer.results = log_likelihoods;
-    scorer.stats = stats ? stats : &unwanted;
-    memset(scorer.stats, 0, sizeof *scorer.stats);
-    llm__pool_init(&pool, &ctx->desc.host);
-    llm__env_init(&env, &pool, err, NULL);
-    llm_status status = llm__guarded(&env, llm__score_body, &scorer);
-    if (scorer.tokens) llm__score_drop(&scorer, 0, ctx->desc.n_seq);
-    llm__pool_free(&pool);
-    return status;
-}
-
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT DEFAULT
-#pragma float_control(pop)
-#pragma clang diagnostic pop
-#elif defined(__GNUC__)
-#pragma GCC pop_options
-#endif
-
-#define LLM__IMPLEMENTED
-#endif /* LLM_IMPLEMENTATION */

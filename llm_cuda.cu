@@ -241,9 +241,9 @@ static __device__ float llm__half(uint32_t bits) {
 }
 
 /* Eight f16 w as bf16: w = high + low, exactly. The high ones have the first eight digits of w, the low ones the other three. */
-typedef struct llm__split {
+typedef struct llm__enc_split {
     uint4 high, low;
-} llm__split;
+} llm__enc_split;
 
 static __device__ void llm__split_2(uint32_t pair, uint32_t *high, uint32_t *low) {
     float a = llm__half(pair & 0xFFFFu), b = llm__half(pair >> 16);
@@ -252,8 +252,8 @@ static __device__ void llm__split_2(uint32_t pair, uint32_t *high, uint32_t *low
     *low = __float_as_uint(a - __uint_as_float(a_high)) >> 16 | __float_as_uint(b - __uint_as_float(b_high));
 }
 
-static __device__ llm__split llm__split_8(uint4 v) {
-    llm__split s;
+static __device__ llm__enc_split llm__split_8(uint4 v) {
+    llm__enc_split s;
     llm__split_2(v.x, &s.high.x, &s.low.x);
     llm__split_2(v.y, &s.high.y, &s.low.y);
     llm__split_2(v.z, &s.high.z, &s.low.z);
@@ -295,18 +295,18 @@ enum {
     LLM__PAD = 128        /* activations are padded to this                                            */
 };
 
-typedef enum llm__format {
+typedef enum llm__checkpoint_format {
     LLM__BF16,
     LLM__F16,
     LLM__INT8,        /* a scale for each output                                                       */
     LLM__INT8_GROUPS, /* scale and minimum for each 32 inputs of an output, as with LLM__INT4_GROUPS   */
     LLM__INT4_GROUPS
-} llm__format;
+} llm__checkpoint_format;
 
 /* [n][k] numbers, k padded with zeros to whole turns of 64 bytes. Groups lie in a turn so that each of four lanes finds
    its inputs 8t .. 8t+7 of all groups in 16 bytes: [turn][t][group]. */
 typedef struct llm__gpu_matrix {
-    llm__format format;
+    llm__checkpoint_format format;
     uint8_t *data;
     uint32_t *scales; /* LLM__INT8: [n] floats; groups: [n][k / 32] pairs of f16, the scale in the low half */
     int n, k;
@@ -329,7 +329,7 @@ static __host__ __device__ size_t llm__group_place(int format, int i) {
 }
 
 /* The pass, in the GPU's memory. A kernel reads it there, so that one recorded graph serves every position. */
-typedef struct llm__rows {
+typedef struct llm__fwd_rows {
     const int *counts;     /* rows, rows with logits, query tiles                        */
     const int *tokens, *positions;
     const int *slots;      /* which of the tables is the row's sequence's                */
@@ -337,7 +337,7 @@ typedef struct llm__rows {
     const int *tile_first, *tile_rows; /* query tiles: neighbouring rows of one sequence */
     const int *tables;     /* [slot][blocks_per_seq]                                     */
     int blocks_per_seq;
-} llm__rows;
+} llm__fwd_rows;
 
 /* Block b of the KV cache is one run of memory: [layer][keys, values][head]. A head's keys stand [place][dimension], its
    values [dimension][place], both with the dimensions padded to `stride`: so scores and weighted sums are both products
@@ -356,7 +356,7 @@ static __device__ uint16_t *llm__values(llm__kv kv, int block, int layer, int he
     return llm__keys(kv, block, layer, kv.n_heads + head);
 }
 
-static __device__ const int *llm__table(llm__rows rows, int row) {
+static __device__ const int *llm__table(llm__fwd_rows rows, int row) {
     return rows.tables + (size_t)rows.slots[row] * rows.blocks_per_seq;
 }
 
@@ -371,7 +371,7 @@ typedef struct llm__qkv_store {
     float eps;
 } llm__qkv_store;
 
-static __device__ void llm__store_dim(const llm__qkv_store *s, llm__rows rows, int row, int head, int dim, float value) {
+static __device__ void llm__store_dim(const llm__qkv_store *s, llm__fwd_rows rows, int row, int head, int dim, float value) {
     uint16_t bits = llm__to_bf16(value);
     if (head < s->n_heads) {
         s->q[((size_t)row * s->n_heads + head) * s->kv.stride + dim] = bits;
@@ -389,7 +389,7 @@ static __device__ int llm__pair_dim(int pair, int rope_dim, int second) {
     return pair < half ? pair + second * half : 2 * pair + second;
 }
 
-static __device__ void llm__store_pair(const llm__qkv_store *s, llm__rows rows, int row, int head, int pair, float a, float b) {
+static __device__ void llm__store_pair(const llm__qkv_store *s, llm__fwd_rows rows, int row, int head, int pair, float a, float b) {
     int half = s->rope_dim / 2, first = llm__pair_dim(pair, s->rope_dim, 0), second = llm__pair_dim(pair, s->rope_dim, 1);
     if (pair < half && head < s->n_heads + s->kv.n_heads) {
         float cosine = s->cosines[row * half + pair], sine = s->sines[row * half + pair], turned = a * cosine - b * sine;
@@ -415,10 +415,10 @@ static __device__ void llm__store_pair(const llm__qkv_store *s, llm__rows rows, 
    RMSNorm is folded in: whoever writes the residual stream x also writes bf16(x * norm weight), which the next product
    reads, and the squares of its 16 outputs; the product's end divides by the root of their mean. */
 
-typedef enum llm__ending { LLM__QKV, LLM__PLAIN, LLM__RESIDUAL, LLM__SWIGLU, LLM__LOGITS } llm__ending;
+typedef enum llm__kernel_ending { LLM__QKV, LLM__PLAIN, LLM__RESIDUAL, LLM__SWIGLU, LLM__LOGITS } llm__kernel_ending;
 
 typedef struct llm__product {
-    llm__rows rows;
+    llm__fwd_rows rows;
     llm__gpu_matrix weight;
     int n;                    /* outputs; LLM__SWIGLU: n_ff                                        */
     const uint16_t *x;        /* [rows][llm__input_stride(weight)]                                 */
@@ -509,7 +509,7 @@ static __device__ void llm__multiply_turn(float sums[4], uint4 upper, uint4 lowe
     if (FORMAT == LLM__BF16) {
         llm__multiply_32(sums, upper, lower, *(const uint4 *)x);
     } else if (FORMAT == LLM__F16) {
-        llm__split a = llm__split_8(upper), b = llm__split_8(lower);
+        llm__enc_split a = llm__split_8(upper), b = llm__split_8(lower);
         llm__multiply_32(sums, a.high, b.high, *(const uint4 *)x);
         llm__multiply_32(sums, a.low, b.low, *(const uint4 *)x);
     } else if (FORMAT == LLM__INT8) {
@@ -610,7 +610,7 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, FORMAT >= LLM__INT8_GR
 }
 
 typedef struct llm__start {
-    llm__rows rows;
+    llm__fwd_rows rows;
     llm__gpu_matrix embedding; /* [n_vocab][n_embd] */
     const double *frequencies;
     float *cosines, *sines, rope_scale;
@@ -668,8 +668,8 @@ static __global__ void llm__embed(llm__start s) {
    into spans of a fixed length, each a block's work ("flash-decoding"), and the last block to finish joins them in
    order. The floor is the bytes of the keys and values. */
 
-typedef struct llm__attend {
-    llm__rows rows;
+typedef struct llm__attn_run {
+    llm__fwd_rows rows;
     llm__kv kv;
     const uint16_t *q;   /* [rows][n_heads][kv.stride]                                           */
     uint16_t *out;       /* [rows][out_stride]                                                   */
@@ -679,7 +679,7 @@ typedef struct llm__attend {
     int span;            /* keys in a span; 0: tiles of several rows, whose keys are not cut     */
     float *partial;      /* [row][key head][LLM__MOST_SPANS][group][kv.stride + 2]: the answer of a span, its maximum and sum */
     unsigned *n_done;    /* [row][key head] spans that are done; zero between kernels            */
-} llm__attend;
+} llm__attn_run;
 
 /* What a block knows of its tile. */
 template <int COLUMNS>
@@ -691,13 +691,13 @@ struct llm__tile {
 };
 
 /* The first key that a query at this position sees. */
-static __device__ int llm__first_key(const llm__attend &a, int position) {
+static __device__ int llm__attn_first_key(const llm__attn_run &a, int position) {
     return a.window && position >= a.window ? position - a.window + 1 : 0;
 }
 
 /* The scores of 16 keys, from `key` on, by one warp. */
 template <int COLUMNS>
-static __device__ void llm__score(const llm__attend &a, llm__tile<COLUMNS> *tile, int first_row, int n_columns, int group,
+static __device__ void llm__score(const llm__attn_run &a, llm__tile<COLUMNS> *tile, int first_row, int n_columns, int group,
                                   const int *table, int key, int end, int place) {
     int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4, head = (int)blockIdx.y;
     float sums[COLUMNS / 8][4] = {};
@@ -745,7 +745,7 @@ static __device__ void llm__weigh(llm__tile<COLUMNS> *tile, int n_columns) {
 
 /* answer = answer * shrink + values * weights; a warp has every fourth 16 of the dimensions. */
 template <int COLUMNS, int DIMS>
-static __device__ void llm__gather(const llm__attend &a, const llm__tile<COLUMNS> *tile, const int *table, int key, int end,
+static __device__ void llm__gather(const llm__attn_run &a, const llm__tile<COLUMNS> *tile, const int *table, int key, int end,
                                    float answer[DIMS][COLUMNS / 8][4]) {
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -766,14 +766,14 @@ static __device__ void llm__gather(const llm__attend &a, const llm__tile<COLUMNS
     }
 }
 
-static __device__ float *llm__partial(const llm__attend &a, int row, int span, int in_group) {
+static __device__ float *llm__partial(const llm__attn_run &a, int row, int span, int in_group) {
     int group = a.n_heads / a.kv.n_heads;
     return a.partial + ((((size_t)row * a.kv.n_heads + blockIdx.y) * LLM__MOST_SPANS + span) * group + in_group) * (a.kv.stride + 2);
 }
 
 /* Writes the answers of keys [begin, end), whole or to be joined. */
 template <int COLUMNS, int DIMS>
-static __device__ void llm__attend_span(const llm__attend &a, llm__tile<COLUMNS> *tile, int first_row, int n_columns, int span,
+static __device__ void llm__attend_span(const llm__attn_run &a, llm__tile<COLUMNS> *tile, int first_row, int n_columns, int span,
                                         int begin, int end, bool whole) {
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, g = lane / 4, t = lane % 4, group = a.n_heads / a.kv.n_heads;
     const int *table = llm__table(a.rows, first_row);
@@ -783,7 +783,7 @@ static __device__ void llm__attend_span(const llm__attend &a, llm__tile<COLUMNS>
         tile->sum[i] = 0;
         tile->shrink[i] = 0;
         tile->last_key[i] = i < n_columns ? a.rows.positions[first_row + i / group] : -1;
-        tile->first_key[i] = llm__first_key(a, tile->last_key[i]);
+        tile->first_key[i] = llm__attn_first_key(a, tile->last_key[i]);
         for (int j = 0; i >= n_columns && j < LLM__STEP; j++) tile->weights[i][j] = 0;
     }
     __syncthreads();
@@ -814,7 +814,7 @@ static __device__ void llm__attend_span(const llm__attend &a, llm__tile<COLUMNS>
 }
 
 /* Joins spans [first, n_spans) of one row, in order. */
-static __device__ void llm__join_spans(const llm__attend &a, int row, int first, int n_spans) {
+static __device__ void llm__join_spans(const llm__attn_run &a, int row, int first, int n_spans) {
     int group = a.n_heads / a.kv.n_heads;
     for (int i = (int)threadIdx.x; i < group * a.head_dim; i += (int)blockDim.x) {
         int in_group = i / a.head_dim, dim = i % a.head_dim;
@@ -832,7 +832,7 @@ static __device__ void llm__join_spans(const llm__attend &a, int row, int first,
 
 /* Grid: blocks that share out the spans; key heads; tiles (with spans: rows). DIMS * 64 dimensions. */
 template <int COLUMNS, int DIMS>
-static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, 2) llm__fused_attention(llm__attend a) {
+static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, 2) llm__fused_attention(llm__attn_run a) {
     __shared__ llm__tile<COLUMNS> tile;
     __shared__ bool is_last;
     llm__let_next_start();
@@ -841,12 +841,12 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, 2) llm__fused_a
     if ((int)blockIdx.z >= n_tiles) return;
     if (!a.span) {
         int i = n_tiles - 1 - (int)blockIdx.z, first = a.rows.tile_first[i], n = a.rows.tile_rows[i]; /* the longest first */
-        int begin = llm__first_key(a, a.rows.positions[first]) / LLM__STEP * LLM__STEP;
+        int begin = llm__attn_first_key(a, a.rows.positions[first]) / LLM__STEP * LLM__STEP;
         llm__attend_span<COLUMNS, DIMS>(a, &tile, first, n * group, 0, begin, a.rows.positions[first + n - 1] + 1, true);
         return;
     }
     int row = (int)blockIdx.z, n_keys = a.rows.positions[row] + 1, n_spans = (n_keys + a.span - 1) / a.span;
-    int first_step = llm__first_key(a, n_keys - 1) / LLM__STEP * LLM__STEP, first_span = first_step / a.span;
+    int first_step = llm__attn_first_key(a, n_keys - 1) / LLM__STEP * LLM__STEP, first_span = first_step / a.span;
     for (int span = first_span + (int)blockIdx.x; span < n_spans; span += (int)gridDim.x) {
         int begin = span == first_span ? first_step : span * a.span, end = llm__least((span + 1) * a.span, n_keys);
         bool whole = n_spans - first_span == 1;
@@ -883,7 +883,7 @@ typedef struct llm__picker_state {
 } llm__picker_state;
 
 typedef struct llm__picker {
-    llm__rows rows; /* the first is the token's to be */
+    llm__fwd_rows rows; /* the first is the token's to be */
     const float *logits;
     int n_vocab;
     llm__picker_state *state;
@@ -1030,7 +1030,7 @@ static __device__ unsigned long long llm__cut(const llm__picker &p, const llm__p
 }
 
 /* The same numbers as llm_sample's (splitmix64). */
-static __device__ double llm__random(unsigned long long seed, unsigned long long n) {
+static __device__ double llm__sampler_random(unsigned long long seed, unsigned long long n) {
     unsigned long long z = seed + n * 0x9E3779B97F4A7C15u;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
@@ -1046,7 +1046,7 @@ static __global__ void __launch_bounds__(LLM__PICK_THREADS, 1) llm__pick(llm__pi
     int token = llm__best_token(p, &m);
     if (s.scale > 0) {
         float max = p.logits[token];
-        unsigned long long at = (unsigned long long)(llm__random(s.seed, s.n_drawn + 1) * (double)llm__cut(p, s, max, &m));
+        unsigned long long at = (unsigned long long)(llm__sampler_random(s.seed, s.n_drawn + 1) * (double)llm__cut(p, s, max, &m));
         llm__place place = llm__descend<false>(p, max, s.scale, at, &m);
         unsigned weight = llm__weight(__uint_as_float(place.key + llm__key_base()));
         token = llm__nth_of_weight(p, max, s.scale, place.key, (at - place.weight_above) / weight, &m);
@@ -1095,7 +1095,7 @@ static __global__ void llm__widen(llm__gpu_matrix m, int first, int n, bool low,
     size_t at = 8 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
     if (at >= (size_t)n * m.k) return;
     if (m.format == LLM__F16) {
-        llm__split s = llm__split_8(*(const uint4 *)(m.data + 2 * ((size_t)first * m.k + at)));
+        llm__enc_split s = llm__split_8(*(const uint4 *)(m.data + 2 * ((size_t)first * m.k + at)));
         *(uint4 *)(to + at) = low ? s.low : s.high;
         return;
     }
@@ -1139,7 +1139,7 @@ static __device__ llm__head llm__find_head(const llm__qkv_store &s, const float 
 }
 
 /* Adds the bias, norms and turns queries and keys, and puts all three in place; a warp a head of a row. */
-static __global__ void llm__rope(llm__rows rows, llm__qkv_store s, const float *qkv) {
+static __global__ void llm__hparams_rope(llm__fwd_rows rows, llm__qkv_store s, const float *qkv) {
     int lane = (int)threadIdx.x % 32, head = (int)(blockIdx.x * blockDim.x + threadIdx.x) / 32, row = (int)blockIdx.y;
     llm__let_next_start();
     llm__wait_for_previous();
@@ -1152,14 +1152,14 @@ static __global__ void llm__rope(llm__rows rows, llm__qkv_store s, const float *
 }
 
 /* softmax(q . keys) . values; a warp for one head of one row, a lane for each key of a block. */
-static __global__ void llm__plain_attention(llm__attend a) {
+static __global__ void llm__plain_attention(llm__attn_run a) {
     __shared__ float answer[LLM__MOST_HEAD_DIM], weights[LLM_BLOCK];
     int head = (int)blockIdx.x, row = (int)blockIdx.y, lane = (int)threadIdx.x, n_keys = a.rows.positions[row] + 1;
     int key_head = head / (a.n_heads / a.kv.n_heads);
     const uint16_t *q = a.q + ((size_t)row * a.n_heads + head) * a.kv.stride;
     float max = -INFINITY, sum = 0;
     for (int dim = lane; dim < a.head_dim; dim += 32) answer[dim] = 0;
-    int first_key = llm__first_key(a, n_keys - 1);
+    int first_key = llm__attn_first_key(a, n_keys - 1);
     for (int first = first_key / LLM_BLOCK * LLM_BLOCK; first < n_keys; first += LLM_BLOCK) {
         int block = llm__table(a.rows, row)[first / LLM_BLOCK];
         const uint16_t *key = llm__keys(a.kv, block, a.layer, key_head) + (size_t)lane * a.kv.stride;
@@ -1192,7 +1192,7 @@ static __global__ void llm__swiglu(const float *gate_up, int n_ff, uint16_t *out
 }
 
 /* The rows whose logits are wanted, close together; after the last layer's attention no others are needed. */
-static __global__ void llm__keep_rows(llm__rows rows, const float *x, float *kept_x, int n_embd, const uint16_t *attention,
+static __global__ void llm__fwd_keep_rows(llm__fwd_rows rows, const float *x, float *kept_x, int n_embd, const uint16_t *attention,
                                       uint16_t *kept_attention, int stride) {
     size_t to = blockIdx.x, from = (size_t)rows.logit_rows[blockIdx.x];
     for (int i = (int)threadIdx.x; i < n_embd; i += (int)blockDim.x) kept_x[to * n_embd + i] = x[from * n_embd + i];
@@ -1606,7 +1606,7 @@ typedef struct llm__recording {
 
 typedef struct llm__sizes {
     int n_embd, q, ffn, fused_rows, n_tables;       /* strides of activations; rows the fused buffers have; tables  */
-    int n_wide, n_squares, rows_ints;               /* widest product; blocks of an n_embd product; ints of llm__rows */
+    int n_wide, n_squares, rows_ints;               /* widest product; blocks of an n_embd product; ints of llm__fwd_rows */
     size_t blas_bytes, widened;                     /* cuBLAS's own; elements of int8 widened for it at a time */
 } llm__sizes;
 
@@ -1618,12 +1618,12 @@ typedef struct llm__gpu_context {
     uint8_t *memory, *pinned;
     size_t memory_bytes, cache_bytes, pinned_bytes;
     llm__kv kv;
-    int *rows, *host_rows;           /* what the parts of llm__rows point into                    */
+    int *rows, *host_rows;           /* what the parts of llm__fwd_rows point into                    */
     float *cosines, *sines;          /* [n_batch][rope_dim / 2]                                   */
     float *x, *kept_x, *wide;        /* [n_batch][n_embd], the same, [n_batch][n_wide]            */
     uint16_t *normed, *q, *attention, *kept_attention, *ffn; /* [n_batch][padded]                 */
     float *squares;                  /* [fused_rows][n_squares]                                   */
-    float *partial;                  /* see llm__attend                                           */
+    float *partial;                  /* see llm__attn_run                                           */
     unsigned *n_done;
     float *logits, *host_logits;     /* [n_logits][n_vocab]                                       */
     int *targets, *host_targets;     /* [2][n_batch] tokens, and the rows they come after         */
@@ -1794,9 +1794,9 @@ static llm_status llm__gpu_context_create(void **out, void *model, const llm_bac
 
 /* ==== 10 Forward pass ============================================================================================ */
 
-/* The parts of llm__rows, for `capacity` rows, one after the other in `ints`. */
-static llm__rows llm__place_rows(const llm__gpu_context *c, const int *ints, int capacity) {
-    llm__rows rows;
+/* The parts of llm__fwd_rows, for `capacity` rows, one after the other in `ints`. */
+static llm__fwd_rows llm__place_rows(const llm__gpu_context *c, const int *ints, int capacity) {
+    llm__fwd_rows rows;
     rows.counts = ints;
     rows.tokens = ints + 3;
     rows.positions = rows.tokens + capacity;
@@ -1825,7 +1825,7 @@ static int llm__make_tiles(const llm_pass *pass, int most, int *first, int *n) {
 
 /* Sends the pass to the GPU, with the tables of the sequences that are in it. Returns how many query tiles there are. */
 static int llm__send_rows(llm__gpu_context *c, const llm_pass *pass, int capacity) {
-    llm__rows rows = llm__place_rows(c, c->host_rows, capacity);
+    llm__fwd_rows rows = llm__place_rows(c, c->host_rows, capacity);
     const llm_shape *s = &c->model->shape;
     int slot = -1, n_tiles;
     for (int row = 0; row < pass->n_rows; row++) {
@@ -1848,7 +1848,7 @@ static int llm__send_rows(llm__gpu_context *c, const llm_pass *pass, int capacit
     return n_tiles;
 }
 
-static llm__start llm__make_start(const llm__gpu_context *c, llm__rows rows, bool fused) {
+static llm__start llm__make_start(const llm__gpu_context *c, llm__fwd_rows rows, bool fused) {
     const llm__gpu_model *m = c->model;
     llm__start s = {rows, m->embedding, m->frequencies, c->cosines, c->sines, m->shape.rope_scale, m->shape.n_embd, m->shape.rope_dim / 2,
                     c->x, NULL, NULL, NULL};
@@ -1868,9 +1868,9 @@ static llm__qkv_store llm__make_store(const llm__gpu_context *c, int layer) {
 }
 
 /* Spans are as long for every pass of a context, so that a row's answer does not depend on the others. */
-static llm__attend llm__make_attend(const llm__gpu_context *c, llm__rows rows, int layer, bool in_spans) {
+static llm__attn_run llm__make_attend(const llm__gpu_context *c, llm__fwd_rows rows, int layer, bool in_spans) {
     const llm_shape *s = &c->model->shape;
-    llm__attend a;
+    llm__attn_run a;
     memset(&a, 0, sizeof a);
     a.rows = rows;
     a.kv = c->kv;
@@ -1888,7 +1888,7 @@ static llm__attend llm__make_attend(const llm__gpu_context *c, llm__rows rows, i
     return a;
 }
 
-typedef void (*llm__attention_fn)(llm__attend);
+typedef void (*llm__attention_fn)(llm__attn_run);
 
 template <int COLUMNS>
 static llm__attention_fn llm__choose_dims(int head_stride) {
@@ -1905,10 +1905,10 @@ static bool llm__is_cancelled(const llm_pass *pass) { return pass->cancel && pas
 
 /* ---- Up to 16 rows: five kernels a layer, six with norms of queries and keys ---- */
 
-typedef void (*llm__product_fn)(llm__product);
+typedef void (*llm__kernel_product_fn)(llm__product);
 
 template <int ENDING, int TILES>
-static llm__product_fn llm__choose_format(llm__format format) {
+static llm__kernel_product_fn llm__choose_format(llm__checkpoint_format format) {
     switch (format) {
     case LLM__F16: return llm__fused_product<ENDING, TILES, LLM__F16>;
     case LLM__INT8: return llm__fused_product<ENDING, TILES, LLM__INT8>;
@@ -1920,11 +1920,11 @@ static llm__product_fn llm__choose_format(llm__format format) {
 
 template <int ENDING>
 static void llm__run_product(llm__gpu_context *c, const char *what, int n_blocks, int bucket, const llm__product &p) {
-    llm__product_fn kernel = bucket <= 8 ? llm__choose_format<ENDING, 1>(p.weight.format) : llm__choose_format<ENDING, 2>(p.weight.format);
+    llm__kernel_product_fn kernel = bucket <= 8 ? llm__choose_format<ENDING, 1>(p.weight.format) : llm__choose_format<ENDING, 2>(p.weight.format);
     llm__launch(&c->queue, LLM__OVERLAP, what, dim3((unsigned)n_blocks), LLM__WARPS * 32, kernel, p);
 }
 
-static llm__product llm__make_product(const llm__gpu_context *c, llm__rows rows, llm__gpu_matrix matrix, const uint16_t *x) {
+static llm__product llm__make_product(const llm__gpu_context *c, llm__fwd_rows rows, llm__gpu_matrix matrix, const uint16_t *x) {
     llm__product p;
     memset(&p, 0, sizeof p);
     p.rows = rows;
@@ -1938,7 +1938,7 @@ static llm__product llm__make_product(const llm__gpu_context *c, llm__rows rows,
     return p;
 }
 
-static void llm__fused_residual(llm__gpu_context *c, llm__rows rows, int bucket, llm__gpu_matrix matrix, const uint16_t *x,
+static void llm__fused_residual(llm__gpu_context *c, llm__fwd_rows rows, int bucket, llm__gpu_matrix matrix, const uint16_t *x,
                                 const float *next_norm) {
     llm__product p = llm__make_product(c, rows, matrix, x);
     p.residual = c->x;
@@ -1949,13 +1949,13 @@ static void llm__fused_residual(llm__gpu_context *c, llm__rows rows, int bucket,
     llm__run_product<LLM__RESIDUAL>(c, "the product into the residual stream", c->sizes.n_squares, bucket, p);
 }
 
-static void llm__run_rope(llm__gpu_context *c, int overlap, llm__rows rows, int n_rows, int layer) {
+static void llm__run_rope(llm__gpu_context *c, int overlap, llm__fwd_rows rows, int n_rows, int layer) {
     const llm_shape *s = &c->model->shape;
-    llm__launch(&c->queue, overlap, "RoPE", dim3((unsigned)(s->n_heads + 2 * s->n_kv_heads + 3) / 4, (unsigned)n_rows), 128, llm__rope, rows,
+    llm__launch(&c->queue, overlap, "RoPE", dim3((unsigned)(s->n_heads + 2 * s->n_kv_heads + 3) / 4, (unsigned)n_rows), 128, llm__hparams_rope, rows,
                 llm__make_store(c, layer), c->wide);
 }
 
-static void llm__fused_layer(llm__gpu_context *c, llm__rows rows, int bucket, int layer) {
+static void llm__fused_layer(llm__gpu_context *c, llm__fwd_rows rows, int bucket, int layer) {
     const llm__gpu_model *m = c->model;
     const llm_shape *s = &m->shape;
     const llm__gpu_layer *l = &m->layers[layer];
@@ -1990,7 +1990,7 @@ static void llm__fused_layer(llm__gpu_context *c, llm__rows rows, int bucket, in
 }
 
 static void llm__fused_pass(llm__gpu_context *c, int bucket) {
-    llm__rows rows = llm__place_rows(c, c->rows, LLM__FUSED_ROWS);
+    llm__fwd_rows rows = llm__place_rows(c, c->rows, LLM__FUSED_ROWS);
     llm__launch(&c->queue, LLM__SERIAL, "the embedding", dim3((unsigned)bucket), 256, llm__embed, llm__make_start(c, rows, true));
     for (int layer = 0; layer < c->model->shape.n_layers; layer++) llm__fused_layer(c, rows, bucket, layer);
     llm__product head = llm__make_product(c, rows, c->model->head, c->normed);
@@ -2086,9 +2086,9 @@ static void llm__plain_norm(llm__gpu_context *c, const float *x, const float *we
     llm__launch(&c->queue, LLM__SERIAL, "a norm", dim3((unsigned)rows), 256, llm__norm, x, weight, s->n_embd, s->rms_eps, c->normed, c->sizes.n_embd);
 }
 
-static void llm__run_attention(llm__gpu_context *c, llm__rows rows, int n_rows, int n_tiles, int layer) {
+static void llm__run_attention(llm__gpu_context *c, llm__fwd_rows rows, int n_rows, int n_tiles, int layer) {
     const llm_shape *s = &c->model->shape;
-    llm__attend a = llm__make_attend(c, rows, layer, false);
+    llm__attn_run a = llm__make_attend(c, rows, layer, false);
     if (c->model->mode == LLM_CUDA_EAGER)
         llm__launch(&c->queue, LLM__SERIAL, "attention", dim3((unsigned)s->n_heads, (unsigned)n_rows), 32, llm__plain_attention, a);
     else
@@ -2107,7 +2107,7 @@ static void llm__plain_ffn(llm__gpu_context *c, const llm__gpu_layer *l, int n, 
 
 /* The head for rows [first, end), and the log-probabilities of the n targets that follow them. Logits are made for as
    many rows at a time as fit into the context's, or into what the layers' products went to, which is idle by now. */
-static void llm__score_rows(llm__gpu_context *c, int first, int end, int n_targets) {
+static void llm__fwd_score_rows(llm__gpu_context *c, int first, int end, int n_targets) {
     llm__gpu_matrix head = c->model->head;
     size_t in_wide = (size_t)c->desc.n_batch * (size_t)c->sizes.n_wide / (size_t)head.n, in_logits = (size_t)c->desc.n_logits;
     size_t most = in_wide > in_logits ? in_wide : in_logits, n_rows = (size_t)(end - first), n_pieces = (n_rows + most - 1) / most;
@@ -2131,7 +2131,7 @@ static void llm__score_targets(llm__gpu_context *c, const llm_pass *pass) {
         memcpy(c->host_targets + most, pass->target_rows + first, bytes);
         llm__note(&c->queue, cudaMemcpyAsync(c->targets, c->host_targets, (size_t)most * sizeof(int) + bytes, cudaMemcpyHostToDevice, c->queue.stream),
                   "sending the targets");
-        llm__score_rows(c, pass->target_rows[first], pass->target_rows[first + n - 1] + 1, n);
+        llm__fwd_score_rows(c, pass->target_rows[first], pass->target_rows[first + n - 1] + 1, n);
         llm__note(&c->queue, cudaMemcpyAsync(c->host_log_probs, c->log_probs, bytes, cudaMemcpyDeviceToHost, c->queue.stream),
                   "fetching log-probabilities");
         llm__note(&c->queue, cudaStreamSynchronize(c->queue.stream), "scoring");
@@ -2144,7 +2144,7 @@ static bool llm__plain_forward(llm__gpu_context *c, const llm_pass *pass) {
     const llm__gpu_model *m = c->model;
     const llm_shape *s = &m->shape;
     int capacity = llm__pad(pass->n_rows, LLM__FUSED_ROWS), n_tiles = llm__send_rows(c, pass, capacity), n = pass->n_rows;
-    llm__rows rows = llm__place_rows(c, c->rows, capacity);
+    llm__fwd_rows rows = llm__place_rows(c, c->rows, capacity);
     const uint16_t *attention = c->attention;
     float *x = c->x;
     llm__launch(&c->queue, LLM__SERIAL, "the embedding", dim3((unsigned)n), 256, llm__embed, llm__make_start(c, rows, false));
@@ -2158,7 +2158,7 @@ static bool llm__plain_forward(llm__gpu_context *c, const llm_pass *pass) {
         llm__run_attention(c, rows, n, n_tiles, layer);
         if (layer == s->n_layers - 1) {
             n = pass->n_logits;
-            llm__launch(&c->queue, LLM__SERIAL, "keeping rows", dim3((unsigned)n), 256, llm__keep_rows, rows, x, c->kept_x, s->n_embd,
+            llm__launch(&c->queue, LLM__SERIAL, "keeping rows", dim3((unsigned)n), 256, llm__fwd_keep_rows, rows, x, c->kept_x, s->n_embd,
                         attention, c->kept_attention, c->sizes.q);
             x = c->kept_x;
             attention = c->kept_attention;
@@ -2199,11 +2199,11 @@ static const float *llm__gpu_logits(void *context, int i) {
    ahead of the token it awaits: the GPU never waits for it, and little is in vain when that token ends the text. */
 
 static void llm__send_burst(llm__gpu_context *c, const llm_burst *burst) {
-    llm__rows rows = llm__place_rows(c, c->host_rows, LLM__FUSED_ROWS);
+    llm__fwd_rows rows = llm__place_rows(c, c->host_rows, LLM__FUSED_ROWS);
     const llm_sampler *s = burst->sampler;
     size_t n_blocks = (size_t)(burst->position + burst->n - 1 + LLM_BLOCK - 1) / LLM_BLOCK;
     memset(c->host_rows, 0, (size_t)(rows.tables - c->host_rows) * sizeof(int));
-    for (int i = 0; i < 3; i++) c->host_rows[i] = 1; /* llm__rows.counts */
+    for (int i = 0; i < 3; i++) c->host_rows[i] = 1; /* llm__fwd_rows.counts */
     const_cast<int *>(rows.positions)[0] = burst->position - 1;
     const_cast<int *>(rows.tile_rows)[0] = 1;
     memcpy(const_cast<int *>(rows.tables), burst->blocks, n_blocks * sizeof(int));

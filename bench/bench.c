@@ -232,12 +232,12 @@ static void random_body(llm__env *env, void *arg) {
     llm_model *m = a->model = (llm_model *)llm__alloc_zero(env, 1, sizeof *m);
     const llm_shape *s = &a->shape->shape;
     double *frequencies = (double *)llm__alloc(env, (size_t)s->rope_dim / 2, sizeof *frequencies);
-    for (int i = 0; i < s->rope_dim / 2; i++) frequencies[i] = llm__exp2(-2.0 * i / s->rope_dim * llm__log2(10000));
+    for (int i = 0; i < s->rope_dim / 2; i++) frequencies[i] = llm__math_exp2(-2.0 * i / s->rope_dim * llm__math_log2(10000));
     m->backend = &llm__cpu_backend;
     m->desc = a->desc;
     m->shape = *s;
     m->shape.rope_frequencies = frequencies;
-    m->kernels = llm__choose_kernels(NULL);
+    m->kernels = llm__kernels_choose(NULL);
     m->info.isa = m->kernels->name;
     m->info.n_vocab = s->n_vocab;
     m->info.n_ctx_train = a->shape->n_ctx;
@@ -262,12 +262,12 @@ static llm_status load_random(llm_model **out, const char *name, const llm_model
         free(run);
         return llm__error(err, LLM_ERROR_ARGUMENT, "there is no shape '%s'; see --help", name);
     }
-    if (!args.desc.n_threads) args.desc.n_threads = llm__default_threads();
+    if (!args.desc.n_threads) args.desc.n_threads = llm__team_default_threads();
     args.run = run;
     env.pool = &pool;
     env.err = err;
     env.file = name;
-    llm_status status = llm__guarded(&env, random_body, &args);
+    llm_status status = llm__env_run(&env, random_body, &args);
     free(run);
     if (status) {
         if (args.model) llm__cpu_backend.close(args.model->device);
@@ -299,14 +299,14 @@ static void fail(const llm_error *err) {
 static double run(llm_context *ctx, int n, int step) {
     static llm_token tokens[1 << 20];
     llm_error err;
-    double start = llm__now();
+    double start = llm__clock_now();
     for (int i = 0; i < n; i += step) {
         int some = n - i < step ? n - i : step;
         for (int j = 0; j < some; j++) tokens[j] = (llm_token)((i + j) * 37 % 5000 + 10);
         llm_batch batch = {some, tokens, NULL, NULL};
         if (llm_forward(ctx, &batch, &err)) fail(&err);
     }
-    return llm__now() - start;
+    return llm__clock_now() - start;
 }
 
 /* Operations of a prefill of n tokens after d others: products, and attention to all keys before. */
@@ -319,7 +319,7 @@ static double prefill_operations(const llm_model *model, int n, int d) {
 }
 
 static double decode_bytes(const llm_model *model, int n, int d) {
-    llm_dtype type = llm__default_cache_dtype(model->backend, model->info.dtype);
+    llm_dtype type = llm__model_cache_dtype(model->backend, model->info.dtype);
     double cache = (double)model->backend->block_bytes(&model->shape, type) / LLM_BLOCK;
     return (double)model->info.weight_bytes_per_token + cache * (d + n / 2.0);
 }
@@ -463,9 +463,9 @@ static void compare_rows(llm_context *ctx, const options *opt, int depth) {
     for (int round = 0; round < opt->n_rounds; round++)
         for (int i = 0; i < opt->n_rows; i++) {
             llm_batch batch = {opt->rows[i], ids, NULL, logits};
-            double start = llm__now();
+            double start = llm__clock_now();
             if (llm_forward(ctx, &batch, &err)) fail(&err);
-            seconds[i * opt->n_rounds + round] = llm__now() - start;
+            seconds[i * opt->n_rounds + round] = llm__clock_now() - start;
             llm_seq_truncate(ctx, 0, depth, NULL);
         }
     for (int i = 0; i < opt->n_rows; i++) {
@@ -540,9 +540,9 @@ static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
         llm_context *ctx = NULL;
         result results[MOST];
         llm_error err;
-        double start = llm__now();
+        double start = llm__clock_now();
         load_model(opt, &desc, &model);
-        double load_seconds = llm__now() - start;
+        double load_seconds = llm__clock_now() - start;
         if (llm_context_create(&ctx, model, &context_desc, &err)) fail(&err);
         measure(ctx, opt, &mem, load_seconds, results);
         for (int i = 0; i < opt->n_depths; i++, first = false) print_result(opt->format, &results[i], first);
@@ -578,12 +578,12 @@ static double time_rectangle(llm_context *ctx, int batch, int length) {
         tokens[i] = (llm_token)(i * 37 % 5000 + 10);
         seqs[i] = i / length;
     }
-    for (double start = llm__now(); best == 1e9 || llm__now() - start < 0.1;) {
+    for (double start = llm__clock_now(); best == 1e9 || llm__clock_now() - start < 0.1;) {
         llm_batch all = {batch * length, tokens, seqs, logits};
         for (int seq = 0; seq < batch; seq++) llm_seq_truncate(ctx, seq, 0, NULL);
-        double before = llm__now();
+        double before = llm__clock_now();
         if (llm_forward(ctx, &all, &err)) fail(&err);
-        if (llm__now() - before < best) best = llm__now() - before;
+        if (llm__clock_now() - before < best) best = llm__clock_now() - before;
     }
     return best;
 }
@@ -637,7 +637,7 @@ static void run_flops_table(const options *opt) {
 
 int main(int argc, char **argv) {
     options opt = {.format = "md", .n_prefill = 512, .n_decode = 128, .n_rounds = 5, .n_depths = 1, .n_threads = 1, .n_dtypes = 1,
-                   .dtypes = {LLM_DTYPE_BF16}, .threads = {llm__default_threads()}};
+                   .dtypes = {LLM_DTYPE_BF16}, .threads = {llm__team_default_threads()}};
     const struct argp argp = {OPTIONS, parse_option, "[TEXT...]", "Measures how fast a model runs, beside what the machine allows.", NULL, NULL, NULL};
     argp_parse(&argp, argc, argv, 0, NULL, &opt);
     if (opt.n_drafts || opt.n_rows) {

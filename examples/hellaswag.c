@@ -210,7 +210,7 @@ static void replace(char *text, const char *from, const char *to) {
 /* As the harness's `preprocess` does. */
 static char *clean(char *text) {
     size_t n = strlen(text);
-    text[n - llm__trailing_space(text, n)] = 0;
+    text[n - llm__pair_trailing_space(text, n)] = 0;
     char *begin = text + strspn(text, " \t\n\r\v\f");
     memmove(text, begin, strlen(begin) + 1);
     replace(text, " [title]", ". ");
@@ -361,7 +361,7 @@ static void describe_run(const task *t, const llm_model_info *info, char *line, 
     uint64_t hash = 0;
     for (int i = 0; i < t->n; i++)
         for (int e = 0; e < ENDINGS; e++)
-            hash = llm__hash_bytes(hash, t->questions[i].tokens[e],
+            hash = llm__hash_fnv(hash, t->questions[i].tokens[e],
                                    (size_t)(t->questions[i].n_context + t->questions[i].n_ending[e]) * sizeof(llm_token));
     snprintf(line, size, "hellaswag model %016llx %s questions %d %016llx\n", (unsigned long long)info->fingerprint,
              llm_dtype_name(info->dtype), t->n, (unsigned long long)hash);
@@ -425,7 +425,7 @@ static int64_t tokens_of(const question *q) {
 
 static void show_progress(task *t) {
     char bar[41];
-    double now = llm__now(), done = (double)t->n_done / (double)t->n_tokens, left = (now - t->start) * (1 / done - 1);
+    double now = llm__clock_now(), done = (double)t->n_done / (double)t->n_tokens, left = (now - t->start) * (1 / done - 1);
     if (now - t->shown < 0.2 && t->n_done < t->n_tokens) return;
     t->shown = now;
     for (int i = 0; i < 40; i++) bar[i] = i < (int)(40 * done) ? '#' : '.';
@@ -563,7 +563,7 @@ static llm_model *prepare(task *t) {
     pthread_t threads[4];
     int n = 0;
     if (llm_tokenizer_load(&t->tokenizer, t->opt.model, NULL, &t->err)) give_up("%s", t->err.message);
-    for (; n < 4 && n < llm__default_threads(); n++)
+    for (; n < 4 && n < llm__team_default_threads(); n++)
         if (pthread_create(&threads[n], NULL, tokenize, t)) break;
     llm_status status = llm_model_load(&model, t->opt.model, &desc, &t->err);
     if (status) give_up("%s", t->err.message);
@@ -580,21 +580,21 @@ int main(int argc, char **argv) {
     memset(&r, 0, sizeof r);
     argp_parse(&option_parser, argc, argv, 0, NULL, &t.opt);
     t.data = find_data(&t.opt);
-    double start = llm__now();
+    double start = llm__clock_now();
     read_questions(&t);
     llm_model *model = prepare(&t);
     llm_model_info info = llm_model_get_info(model);
     if (!t.opt.count) open_results(&t, &info);
     list_questions(&t);
     llm_context *ctx = create_context(&t, model);
-    r.load_seconds = llm__now() - start;
+    r.load_seconds = llm__clock_now() - start;
     r.n_threads = llm_context_n_threads(ctx);
     double *log_likelihoods = t.opt.count ? NULL : (double *)must_alloc((size_t)t.n * ENDINGS * sizeof(double));
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     t.opt.score.on_question = on_question;
     t.opt.score.user = &t;
-    t.start = llm__now();
+    t.start = llm__clock_now();
     llm_status status = llm_score(ctx, t.to_score, t.n_left, &t.opt.score, log_likelihoods, &r.stats, &err);
     if (status == LLM_ERROR_CANCELLED && stopped)
         fprintf(stderr, "\nStopped.%s\n", t.opt.results ? " The same command goes on from here." : "");

@@ -123,7 +123,7 @@ static void write_rows(llm__env *env, FILE *file, const llm__tensor *t, bool sca
     int8_t *q = (int8_t *)llm__alloc(env, (size_t)t->cols, 1);
     for (uint64_t r = 0; r < t->rows; r++) {
         t->type->decode(t->data + r * t->row_bytes, (size_t)t->cols, row);
-        float scale = llm__quantize_row(row, (size_t)t->cols, q, 1);
+        float scale = llm__pack_quantize_row(row, (size_t)t->cols, q, 1);
         if (scales) put(env, file, &scale, sizeof scale);
         else put(env, file, q, (size_t)t->cols);
     }
@@ -136,7 +136,7 @@ static void write_tensors(llm__env *env, FILE *file, const llm__checkpoint *ck) 
         for (size_t i = 0; i < ck->n_tensors; i++) {
             llm__tensor t = ck->tensors[i];
             if (is_quantized(&t) != (pass != 1)) continue;
-            uint8_t *bytes = llm__bring(env, &t);
+            uint8_t *bytes = llm__tensor_bytes(env, &t);
             if (pass == 1) put(env, file, t.data, (size_t)(t.rows * t.row_bytes));
             else write_rows(env, file, &t, pass == 0);
             llm__free(env->pool, bytes);
@@ -146,7 +146,7 @@ static void write_tensors(llm__env *env, FILE *file, const llm__checkpoint *ck) 
 static void quantize(llm__env *env, void *arg) {
     const job *job = (const struct job *)arg;
     llm_model_desc desc = {.dtype = LLM_DTYPE_INT8};
-    const llm__checkpoint *ck = llm__open_checkpoint(env, job->in, &desc);
+    const llm__checkpoint *ck = llm__checkpoint_open(env, job->in, &desc);
     if (ck->format != LLM__HUGGING_FACE) llm__fail(env, LLM_ERROR_UNSUPPORTED, "it is no directory as Hugging Face has them");
     for (size_t i = 0; i < ck->n_tensors; i++) check_type(env, &ck->tensors[i]);
     if (mkdir(job->out, 0777)) llm__fail(env, LLM_ERROR_IO, "the directory %s cannot be made: %s", job->out, strerror(errno));
@@ -171,7 +171,7 @@ int main(int argc, char **argv) {
     env.pool = &pool;
     env.err = &err;
     env.file = argv[1];
-    llm_status status = llm__guarded(&env, quantize, &job);
+    llm_status status = llm__env_run(&env, quantize, &job);
     llm__pool_free(&pool);
     if (status) fprintf(stderr, "quantize: %s\n", err.message);
     return status != LLM_OK;

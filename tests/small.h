@@ -8,7 +8,7 @@ static inline llm_status guarded(llm__pool *pool, const llm_host *host, void (*b
     llm__env env;
     llm__pool_init(pool, host);
     llm__env_init(&env, pool, err, NULL);
-    return llm__guarded(&env, body, arg);
+    return llm__env_run(&env, body, arg);
 }
 
 typedef struct small_job {

@@ -124,8 +124,8 @@ typedef struct forge_job {
 
 static void forge(llm__env *env, void *arg) {
     forge_job *job = (forge_job *)arg;
-    llm__rendered r = llm__render_chat(env, job->tokenizer, job->messages, job->n_messages, true);
-    job->n_ids = llm__encode_spans(env, job->tokenizer, r.text, r.n, LLM_ENCODE_SPECIAL, r.spans, r.n_spans, job->ids, 256);
+    llm__chat_text r = llm__chat_render(env, job->tokenizer, job->messages, job->n_messages, true);
+    job->n_ids = llm__enc_spans(env, job->tokenizer, r.text, r.n, LLM_ENCODE_SPECIAL, r.spans, r.n_spans, job->ids, 256);
     snprintf(job->text, sizeof job->text, "%s", r.text);
 }
 

@@ -20,9 +20,9 @@ static void blocks_are_read_exactly(void **state) {
     int n_types = 0;
     (void)state;
     for (const uint8_t *p = b.at; p < b.at + b.n; n_types++) {
-        uint32_t type = llm__load_u32(p), n = llm__load_u32(p + 4), n_bytes = llm__load_u32(p + 8),
-                 n_weights = llm__load_u32(p + 12);
-        const llm__type_info *info = llm__find_type(type);
+        uint32_t type = llm__bytes_u32(p), n = llm__bytes_u32(p + 4), n_bytes = llm__bytes_u32(p + 8),
+                 n_weights = llm__bytes_u32(p + 12);
+        const llm__file_type_info *info = llm__file_type_find(type);
         assert_non_null(info);
         assert_int_equal(info->block_bytes, n_bytes);
         assert_int_equal(info->block_weights, n_weights);

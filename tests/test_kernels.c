@@ -37,28 +37,28 @@ static float x[PRODUCT_ROWS * (32 * PRODUCT_BLOCKS + 8)], w[ROOM], a[PRODUCT_ROW
 static uint8_t tile[(LLM__RUN_K + 192) * 64], tiles[2 * sizeof tile];
 
 /* A tile of random weights: whole numbers with scales, or floats. */
-static void random_tile(llm__kind kind, int k) {
-    llm__matrix m = {kind, 16, k, llm__tile_bytes(kind, k), tile};
+static void random_tile(llm__weight_type kind, int k) {
+    llm__matrix m = {kind, 16, k, llm__matrix_tile_bytes(kind, k), tile};
     for (size_t i = 0; i < m.tile_bytes; i++) tile[i] = (uint8_t)random_int(256);
     bool floats = kind == LLM__W_F32 || kind == LLM__W_F16 || kind == LLM__W_BF16;
-    for (size_t i = 0; i < (size_t)k * 16 && floats; i++) llm__tile_set(kind, tile, i, random_float());
+    for (size_t i = 0; i < (size_t)k * 16 && floats; i++) llm__matrix_tile_set(kind, tile, i, random_float());
     if (kind == LLM__W_INT8) random_floats((float *)(void *)(tile + k * 16), 16);
-    for (int g = 0; g < k / 32 && llm__has_groups(kind); g++)
+    for (int g = 0; g < k / 32 && llm__matrix_has_groups(kind); g++)
         for (int i = 0; i < 32; i++) {
             uint16_t half = llm__f32_to_f16(random_float() * 0.01f);
-            memcpy(tile + (size_t)(g + 1) * llm__tile_bytes(kind, 32) - 64 + 2 * i, &half, 2);
+            memcpy(tile + (size_t)(g + 1) * llm__matrix_tile_bytes(kind, 32) - 64 + 2 * i, &half, 2);
         }
 }
 
 /* Mostly few k, which some rows and tiles meet; now and then many rows, or more k than meet a tile at once. */
-static void check_product(const llm__kernels *k, llm__kind kind) {
+static void check_product(const llm__kernels *k, llm__weight_type kind) {
     bool deep = random_int(16) == 0, many = !deep && random_int(8) == 0;
     int rows = 1 + (int)random_int(deep ? 3 : many ? PRODUCT_ROWS : 20), n_tiles = 1 + (int)random_int(deep ? 2 : 6);
     int n = 32 * (1 + (int)random_int(many ? PRODUCT_BLOCKS : 6) + (deep ? LLM__RUN_K / 32 : 0)), stride = n + (int)random_int(9), y_stride = 16 * n_tiles + (int)random_int(5);
     random_floats(x, rows * stride);
     for (int i = n_tiles; i--;) {
         random_tile(kind, n);
-        memcpy(tiles + (size_t)i * llm__tile_bytes(kind, n), tile, llm__tile_bytes(kind, n));
+        memcpy(tiles + (size_t)i * llm__matrix_tile_bytes(kind, n), tile, llm__matrix_tile_bytes(kind, n));
     }
     random_floats(a, rows * y_stride);
     memcpy(b, a, sizeof a);
@@ -76,7 +76,7 @@ static void check_rows(const llm__kernels *k) {
     bool round = random_int(2);
     float sum[2], max[2], factor = random_float();
     random_floats(x, n);
-    random_floats(w, 2 * llm__round_up(n, 16));
+    random_floats(w, 2 * llm__math_round_up(n, 16));
     memset(a, 0, sizeof a);
     memset(b, 0, sizeof b);
     sum[0] = scalar->norm_factor(x, n, 1e-5f);
@@ -109,7 +109,7 @@ static void check_rows(const llm__kernels *k) {
     check_same("merge", a, b, sizeof a);
     check_same("merge's maxima", maxima[0], maxima[1], (size_t)rows * 4);
     check_same("merge's sums", totals[0], totals[1], (size_t)rows * 4);
-    int padded = llm__round_up(n, 16) + 16 * (int)random_int(3);
+    int padded = llm__math_round_up(n, 16) + 16 * (int)random_int(3);
     memcpy(a, x, sizeof a);
     memcpy(b, x, sizeof b);
     scalar->softmax(a, n, padded, 0.3f, round, &max[0], &sum[0]);
@@ -124,7 +124,7 @@ static void check_rows(const llm__kernels *k) {
 }
 
 /* A packed row as floats. Lines of pairs, which are not apart, have of each four values the third, first, fourth, second. */
-static void unpack_row(llm__lines row, int n, float *to) {
+static void unpack_row(llm__kernel_lines row, int n, float *to) {
     static const int place[] = {1, 3, 0, 2};
     for (int i = 0; i < n; i++) {
         int at = row.step == 64 ? i % 32 / 4 * 4 + place[i % 4] : i % 32;
@@ -135,15 +135,15 @@ static void unpack_row(llm__lines row, int n, float *to) {
 }
 
 static void pack_rows(const llm__kernels *k, const float *from, int rows, int n, uint8_t *packed) {
-    for (int r = 0; r < rows; r++) k->pack_scale(from + r * n, 1, n, n, llm__packed_row(k->line_step, packed, (size_t)n, (size_t)r), 0);
+    for (int r = 0; r < rows; r++) k->pack_scale(from + r * n, 1, n, n, llm__kernel_packed_row(k->line_step, packed, (size_t)n, (size_t)r), 0);
 }
 
 /* What goes into packed rows, against the same as floats. */
 static void check_packs(const llm__kernels *k) {
     static uint8_t packed[32 * 1024 * 2];
-    int n = 1 + (int)random_int(300), whole = llm__round_up(n, 16), padded = llm__round_up(n, 32), column = 16 * (int)random_int(4);
+    int n = 1 + (int)random_int(300), whole = llm__math_round_up(n, 16), padded = llm__math_round_up(n, 32), column = 16 * (int)random_int(4);
     float sum[2], max[2], factor = random_float();
-    llm__lines row = llm__packed_row(k->line_step, packed, 512, random_int(32));
+    llm__kernel_lines row = llm__kernel_packed_row(k->line_step, packed, 512, random_int(32));
     random_floats(x, 512);
     random_floats(w, 2 * whole);
     memset(packed, 0x55, sizeof packed);
@@ -169,16 +169,16 @@ static void check_packs(const llm__kernels *k) {
 }
 
 /* A panel against the scalar products of its tiles, up to a hundred rows, and what becomes of their sums. */
-static void check_panel(const llm__kernels *k, llm__kind kind) {
+static void check_panel(const llm__kernels *k, llm__weight_type kind) {
     enum { MOST_ROWS = 112, MOST_TILES = 6, MOST_K = 1216, STRIDE = MOST_TILES * 16 + 5 };
     static float px[MOST_ROWS * MOST_K], scratch[MOST_ROWS * MOST_TILES * 16], y[MOST_ROWS * STRIDE], expected[MOST_ROWS * STRIDE], sums[MOST_ROWS * MOST_TILES * 16];
     static uint8_t tiles[MOST_TILES * MOST_K * 64], packed[MOST_ROWS * MOST_K * 2], results[MOST_ROWS * 256], unpacked[2 * LLM__TILE_BLOCKS * 1024],
         wide[MOST_K * 32], one[MOST_K * 32];
-    llm__ending ending = (llm__ending)random_int(3);
+    llm__kernel_ending ending = (llm__kernel_ending)random_int(3);
     int rows = 1 + (int)random_int(100), n_tiles = 1 + (int)random_int(MOST_TILES), n = 32 * (1 + (int)random_int(random_int(8) ? 6 : MOST_K / 32));
     if (ending == LLM__SWIGLU) n_tiles += n_tiles % 2;
     int width = n_tiles * 16 - (int)random_int(16), column = ending == LLM__SWIGLU ? 16 * (int)random_int(3) : 0;
-    size_t bytes = llm__tile_bytes(kind, n);
+    size_t bytes = llm__matrix_tile_bytes(kind, n);
     for (int i = 0; i < rows * n; i++) px[i] = llm__bf16_to_f32(llm__f32_to_bf16(random_float()));
     for (int i = 0; i < n_tiles; i++) {
         random_tile(kind, n);
@@ -187,18 +187,18 @@ static void check_panel(const llm__kernels *k, llm__kind kind) {
     random_floats(y, rows * STRIDE);
     memcpy(expected, y, sizeof y);
     pack_rows(k, px, rows, n, packed);
-    llm__panel panel = {packed, k->line_step, rows, n, kind, tiles, random_int(2) ? tiles : NULL, bytes, n_tiles, ending,
+    llm__kernel_panel panel = {packed, k->line_step, rows, n, kind, tiles, random_int(2) ? tiles : NULL, bytes, n_tiles, ending,
                         y, STRIDE, width, results, 128, column, scratch, unpacked};
     k->panel(&panel);
     memset(sums, 0, sizeof sums);
     for (int i = 0; i < n_tiles; i++) {
         const uint8_t *from = tiles + (size_t)i * bytes;
-        if (llm__has_groups(kind)) {
+        if (llm__matrix_has_groups(kind)) {
             scalar->unpack(kind, from, n / 32, wide);
             k->unpack(kind, from, n / 32, one);
             check_same("unpack", wide, one, (size_t)n * 32);
         }
-        scalar->product[llm__has_groups(kind) ? LLM__W_BF16 : kind](px, (size_t)n, NULL, rows, llm__has_groups(kind) ? wide : from, 1, n,
+        scalar->product[llm__matrix_has_groups(kind) ? LLM__W_BF16 : kind](px, (size_t)n, NULL, rows, llm__matrix_has_groups(kind) ? wide : from, 1, n,
                                                                   sums + 16 * i, (size_t)n_tiles * 16);
     }
     for (int r = 0; r < rows; r++) {
@@ -208,7 +208,7 @@ static void check_panel(const llm__kernels *k, llm__kind kind) {
         if (ending == LLM__ADD) scalar->add(to, from, width);
         if (ending != LLM__SWIGLU) continue;
         scalar->swiglu(from, n_tiles * 8, true, a);
-        unpack_row(llm__packed_row(k->line_step, results, 128, (size_t)r), column + n_tiles * 8, got);
+        unpack_row(llm__kernel_packed_row(k->line_step, results, 128, (size_t)r), column + n_tiles * 8, got);
         check_same("panel with swiglu", a, got + column, (size_t)n_tiles * 32);
     }
     check_same("panel", y, expected, (size_t)rows * STRIDE * 4);
@@ -223,13 +223,13 @@ static void check_tile_product(const llm__kernels *k) {
     size_t next = (size_t)n * 32;
     random_floats(x, rows * n);
     for (int i = 0; i < rows * n; i++) x[i] = llm__bf16_to_f32(llm__f32_to_bf16(x[i]));
-    for (int i = 0; i < 2 * n * 16; i++) llm__tile_set(LLM__W_BF16, tile, (size_t)i, random_float());
+    for (int i = 0; i < 2 * n * 16; i++) llm__matrix_tile_set(LLM__W_BF16, tile, (size_t)i, random_float());
     for (int i = 0; i < n / 32; i++) blocks[i] = tile + i * 1024;
     random_floats(a, 32 * stride);
     memcpy(b, a, sizeof a);
     pack_rows(k, x, rows, n, packed);
     bool add = random_int(2);
-    llm__tile_product p = {packed, (rows + 15) / 16, n / 32, blocks, next, n / 32, cols, a, (size_t)stride, add, NULL, 0, 0, NULL, false, 0};
+    llm__kernel_tile_product p = {packed, (rows + 15) / 16, n / 32, blocks, next, n / 32, cols, a, (size_t)stride, add, NULL, 0, 0, NULL, false, 0};
     k->tile_product(&p);
     for (int i = 0; i < rows * stride && !add; i++)
         if (i % stride < cols * 16) b[i] = 0;
@@ -238,23 +238,23 @@ static void check_tile_product(const llm__kernels *k) {
 }
 
 static void check_set(const char *isa) {
-    const llm__kernels *k = llm__choose_kernels(isa);
-    scalar = llm__choose_kernels("scalar");
+    const llm__kernels *k = llm__kernels_choose(isa);
+    scalar = llm__kernels_choose("scalar");
     if (!k) skip();
-    uint64_t mode = llm__float_mode_enter();
+    uint64_t mode = llm__fpu_enter();
     if (k->tiles_enter) k->tiles_enter();
     for (int i = 0; i < ROUNDS && k->panel; i++) {
         check_packs(k);
         check_tile_product(k);
         if (i % 8 == 0) /* the larger they are, the fewer */
-            for (int kind = LLM__W_BF16; kind <= LLM__W_INT4_GROUPS; kind++) check_panel(k, (llm__kind)kind);
+            for (int kind = LLM__W_BF16; kind <= LLM__W_INT4_GROUPS; kind++) check_panel(k, (llm__weight_type)kind);
     }
     if (k->tiles_leave) k->tiles_leave();
     for (int i = 0; i < ROUNDS; i++) {
-        for (int kind = 0; kind < LLM__W_KINDS; kind++) check_product(k, (llm__kind)kind);
+        for (int kind = 0; kind < LLM__W_KINDS; kind++) check_product(k, (llm__weight_type)kind);
         check_rows(k);
     }
-    llm__float_mode_leave(mode);
+    llm__fpu_leave(mode);
 }
 
 #if defined(__aarch64__)
@@ -270,7 +270,7 @@ static void test_amx(void **state) { (void)state; check_set("amx"); }
 static void test_exp2(void **state) {
     double worst = 0;
     (void)state;
-    scalar = llm__choose_kernels("scalar");
+    scalar = llm__kernels_choose("scalar");
     for (int i = 0; i < 100000; i++) {
         float s[16] = {(float)i * -0.001255f}, max, sum;
         s[1] = 0;
@@ -288,7 +288,7 @@ static void test_silu(void **state) {
     double worst = 0;
     float pair[32] = {0}, y[16];
     (void)state;
-    scalar = llm__choose_kernels("scalar");
+    scalar = llm__kernels_choose("scalar");
     pair[16] = 1;
     for (float g = -80; g < 120; g += 0.0013f) {
         pair[0] = g;
@@ -313,11 +313,11 @@ static void test_functions(void **state) {
     for (int i = 0; i < 200000; i++) {
         double v = i * 0.37;
         float s, c;
-        llm__sincos(v, &s, &c);
+        llm__math_sincos(v, &s, &c);
         assert_true(fabs(s - sin(v)) < 1e-7 && fabs(c - cos(v)) < 1e-7);
-        assert_true(fabs(llm__log2(v + 0.01) - log2(v + 0.01)) < 1e-14 * 20);
-        assert_true(fabs(llm__exp2(-v / 1000) / exp2(-v / 1000) - 1) < 1e-15 * 4);
-        assert_true(fabs(llm__sqrt(v + 1e-9) / sqrt(v + 1e-9) - 1) < 1e-15);
+        assert_true(fabs(llm__math_log2(v + 0.01) - log2(v + 0.01)) < 1e-14 * 20);
+        assert_true(fabs(llm__math_exp2(-v / 1000) / exp2(-v / 1000) - 1) < 1e-15 * 4);
+        assert_true(fabs(llm__math_sqrt(v + 1e-9) / sqrt(v + 1e-9) - 1) < 1e-15);
     }
 }
 
@@ -336,8 +336,8 @@ static void test_bf16_tile(void **state) {
                 x[lane * k + i] = raw[lane] && i < n ? llm__bf16_to_f32(half) : 0;
             }
         }
-        llm__pack_bf16_tile(llm__choose_kernels("scalar"), by_floats, x, k);
-        llm__copy_bf16_tile(copied, raw, n, k);
+        llm__pack_bf16_tile(llm__kernels_choose("scalar"), by_floats, x, k);
+        llm__pack_copy_bf16_tile(copied, raw, n, k);
         assert_memory_equal(copied, by_floats, k * 32);
     }
 }
@@ -361,8 +361,8 @@ static void test_packing(void **state) {
         for (size_t row = 0; row < (size_t)m->n; row++) {
             float held[96], exactly[96];
             double most = 0;
-            llm__matrix_row(m, row, held);
-            llm__matrix_row(r, row, exactly);
+            llm__matrix_get_row(m, row, held);
+            llm__matrix_get_row(r, row, exactly);
             for (size_t k = 0; k < 96; k++)
                 if (fabs(exactly[k]) > most) most = fabs(exactly[k]);
             for (size_t k = 0; k < 96; k++) assert_true(fabs(held[k] - exactly[k]) <= cases[i].steps * most);

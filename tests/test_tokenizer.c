@@ -58,7 +58,7 @@ static void build_body(llm__env *env, void *arg) {
     vocabulary *in = (vocabulary *)arg;
     llm__vocab_source v;
     llm__str pieces[256];
-    llm__merge_pair merges[64];
+    llm__bpe_merge_text merges[64];
     memset(&v, 0, sizeof v);
     for (int i = 0; i < in->n; i++) pieces[i] = str(in->pieces[i]);
     for (int i = 0; i < in->n_merges; i++) {
@@ -85,7 +85,7 @@ static void build_body(llm__env *env, void *arg) {
     v.strip_prefix = in->add_space_prefix;
     v.prefix = in->add_space_prefix ? LLM__PREFIX_STRETCH : LLM__NO_PREFIX;
     v.fuse_unk = true;
-    if (!in->sentencepiece) llm__use_pre_tokenizer(env, &v, str(in->pre ? in->pre : "gpt-2"));
+    if (!in->sentencepiece) llm__pre_use(env, &v, str(in->pre ? in->pre : "gpt-2"));
     in->built = llm__tokenizer_build(env, &v);
 }
 
@@ -215,7 +215,7 @@ static void test_byte_level(void **state) {
 
 typedef struct unicode_job {
     const json_t *golden;
-    llm__classes *classes;
+    llm__unicode_classes *classes;
     llm__nfc *nfc;
 } unicode_job;
 
@@ -229,7 +229,7 @@ static uint64_t hash_nfc(llm__env *env, const llm__nfc *nfc, const char *before,
         memcpy(p, after, strlen(after));
         p += strlen(after);
         size_t n = (size_t)(p - text);
-        uint8_t *changed = llm__to_nfc(env, nfc, text, p, &n);
+        uint8_t *changed = llm__nfc_apply(env, nfc, text, p, &n);
         const uint8_t *q = changed ? changed : text, *end = q + n;
         while (q < end) hash = fnv(hash, llm__utf8_decode(q, &q));
         llm__free(env->pool, changed);
@@ -239,15 +239,15 @@ static uint64_t hash_nfc(llm__env *env, const llm__nfc *nfc, const char *before,
 
 static void unicode_body(llm__env *env, void *arg) {
     unicode_job *job = (unicode_job *)arg;
-    job->classes = llm__build_classes(env);
-    job->nfc = llm__build_nfc(env);
+    job->classes = llm__unicode_build_classes(env);
+    job->nfc = llm__nfc_build(env);
     uint64_t hash = FNV;
     for (uint32_t c = 0; c < 0x110000; c++) {
         uint8_t text[4];
         const uint8_t *next;
         if (c >= 0xD800 && c < 0xE000) continue;
         llm__utf8_encode(c, text);
-        hash = fnv(hash, llm__class_at(job->classes, text, &next));
+        hash = fnv(hash, llm__unicode_class_at(job->classes, text, &next));
     }
     check_hash("classes", hash, json_object_get(job->golden, "classes"));
     size_t i;
@@ -755,9 +755,9 @@ static double seconds_for(const llm_tokenizer *tokenizer, const char *unit, llm_
     for (size_t i = 0; i < N; i++) text[i] = unit[i % strlen(unit)];
     double best = 1e9;
     for (int i = 0; i < 3; i++) {
-        double begin = llm__now();
+        double begin = llm__clock_now();
         llm_encode(tokenizer, text, N, 0, ids, N, NULL);
-        double took = llm__now() - begin;
+        double took = llm__clock_now() - begin;
         if (took < best) best = took;
     }
     free(text);

@@ -106,7 +106,7 @@ __attribute__((target("fma"))) static void tile_dot(int c, int a, int b) {
     }
 }
 
-static bool llm__tiles_allowed(void) { return true; }
+static bool llm__amx_allowed(void) { return true; }
 
 #define LLM__TILE_CONFIG(config) tile_config(&(config))
 #define LLM__TILE_RELEASE() (the_unit.configured = false)

@@ -108,6 +108,6 @@ def table(name, words):
     print("    NULL};\n")
 
 
-table("llm__class_runs", class_words())
-table("llm__decompositions", decomposition_words())
-table("llm__combining_runs", combining_words())
+table("llm__unicode_class_runs", class_words())
+table("llm__nfc_decompositions", decomposition_words())
+table("llm__nfc_combining_runs", combining_words())

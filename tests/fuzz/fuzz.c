@@ -399,10 +399,10 @@ typedef struct chat_job {
 /* How many control tokens a conversation has. */
 static void count_control(llm__env *env, void *arg) {
     chat_job *job = (chat_job *)arg;
-    llm__rendered r = llm__render_chat(env, job->tokenizer, job->messages, job->n_messages, true);
+    llm__chat_text r = llm__chat_render(env, job->tokenizer, job->messages, job->n_messages, true);
     size_t room = 4 * r.n + 8;
     llm_token *ids = (llm_token *)llm__alloc(env, room, sizeof *ids);
-    size_t n = llm__encode_spans(env, job->tokenizer, r.text, r.n, LLM_ENCODE_SPECIAL, r.spans, r.n_spans, ids, room);
+    size_t n = llm__enc_spans(env, job->tokenizer, r.text, r.n, LLM_ENCODE_SPECIAL, r.spans, r.n_spans, ids, room);
     CHECK(n <= room);
     job->n_control = 0;
     for (size_t i = 0; i < n; i++) job->n_control += ids[i] > 0 && ids[i] < 5;
@@ -622,7 +622,7 @@ static size_t mutate_gguf(uint8_t *data, size_t size, size_t most, unsigned seed
 /* One of the texts changes, and the length before the third is right again. */
 static size_t mutate_safetensors(uint8_t *data, size_t size, size_t most, unsigned seed) {
     bytes rest = {data, size}, config = cut(&rest), index = cut(&rest), chosen = seed / 8 % 4 ? config : index;
-    uint64_t n = rest.n < 8 ? 0 : llm__load_u64(rest.at);
+    uint64_t n = rest.n < 8 ? 0 : llm__bytes_u64(rest.at);
     size_t room = most - size < 64 ? most - size : 64;
     if (rest.n < 8 || n > rest.n - 8 || seed / 8 % 4 == 3) {
         mutate_part(data, &size, (size_t)(chosen.at - data), chosen.n, room);
