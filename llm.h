@@ -729,15 +729,18 @@ LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
 
 /* ==== 1 Base ====================================================================================================
 
-   Everything an object owns hangs in its pool, so that freeing the pool frees the object. Work that can fail runs
-   under llm__env_run: llm__fail unwinds to it from any depth, and llm__alloc calls llm__fail when memory runs out, so
-   that loaders need not check each step. Nothing below the guard holds a resource outside the pool. */
+   Memory, errors and text, used by everything below.
+
+   Each object owns a pool of allocations; freeing the pool frees the object and all it owns. Work that can fail runs
+   inside llm__env_run. When something goes wrong at any depth, llm__fail fills in the error and unwinds to
+   llm__env_run with longjmp, and llm__alloc fails this way when memory runs out. So loaders do not check every step.
+   The rule that makes this safe: code that runs there keeps no resource outside the pool. */
 
 typedef struct llm__pool_block {
     struct llm__pool_block *prev, *next;
     size_t size;
-    void *raw;                   /* what the host's allocator returned; the block stands at an aligned address in it */
-    void (*release)(void *data); /* called before the block goes, for what is not memory; NULL: nothing to do        */
+    void *raw;                   /* the host's pointer; this block starts at the first aligned address in it */
+    void (*release)(void *data); /* runs before the block is freed, for example to unmap a file; may be NULL */
 } llm__pool_block;
 
 typedef struct llm__pool {
@@ -749,11 +752,11 @@ typedef struct llm__env {
     llm__pool *pool;
     llm_error *err;
     llm_status status;
-    const char *file; /* named in messages, may be NULL */
+    const char *file; /* prefix of error messages, may be NULL */
     jmp_buf unwind;
 } llm__env;
 
-/* No host: malloc and free. */
+/* With host == NULL the pool uses malloc and free. */
 static void llm__pool_init(llm__pool *pool, const llm_host *host) {
     memset(pool, 0, sizeof *pool);
     if (host) pool->host = *host;
@@ -774,7 +777,7 @@ static void *llm__alloc_resize(const llm_host *host, void *ptr, size_t size) {
     return NULL;
 }
 
-/* The bytes of the well-formed character at p < end; 0 if there is none. */
+/* Length in bytes of the well-formed character at p < end, or 0 if there is none. */
 static size_t llm__utf8_length(const uint8_t *p, const uint8_t *end) {
     if (p[0] < 0x80) return 1;
     size_t n = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2;
@@ -788,7 +791,7 @@ static size_t llm__utf8_length(const uint8_t *p, const uint8_t *end) {
     return n;
 }
 
-/* Cuts text so that it ends in a whole UTF-8 character; what else a damaged file may have put into it becomes '?'. */
+/* Drops an incomplete UTF-8 character at the end of text and replaces every other invalid byte by '?'. */
 static void llm__utf8_trim(char *text) {
     size_t n = strlen(text), back = 0;
     while (back < n && back < 3 && ((unsigned char)text[n - 1 - back] & 0xC0) == 0x80) back++;
@@ -823,7 +826,7 @@ static llm_status llm__error_v(llm_error *err, llm_status code, const char *file
     return code;
 }
 
-/* Fills *err and returns the code, for `return llm__error(...)`. */
+/* Fills *err and returns the code, so that callers can write `return llm__error(...)`. */
 LLM__PRINTF(3, 4) static llm_status llm__error(llm_error *err, llm_status code, const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -832,7 +835,7 @@ LLM__PRINTF(3, 4) static llm_status llm__error(llm_error *err, llm_status code, 
     return code;
 }
 
-/* Fills the error and unwinds to the guard. */
+/* Fills the error and unwinds to llm__env_run. Does not return. */
 LLM__NORETURN LLM__PRINTF(3, 4) static void llm__fail(llm__env *env, llm_status code, const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -842,7 +845,7 @@ LLM__NORETURN LLM__PRINTF(3, 4) static void llm__fail(llm__env *env, llm_status 
     longjmp(env->unwind, 1);
 }
 
-/* Runs body(env, arg); returns LLM_OK, or the code of the llm__fail that ended it. */
+/* Runs body(env, arg). Returns LLM_OK, or the status of the llm__fail that ended it. */
 static llm_status llm__env_run(llm__env *env, void (*body)(llm__env *env, void *arg), void *arg) {
     env->status = LLM_OK;
     if (setjmp(env->unwind)) return env->status;
@@ -867,7 +870,7 @@ static void llm__env_progress(llm__env *env, float done) {
         llm__fail(env, LLM_ERROR_CANCELLED, "loading was cancelled");
 }
 
-/* count * size bytes, aligned to LLM__ALIGN; NULL if they cannot be had. The memory is not cleared. */
+/* Allocates count * size bytes, aligned to LLM__ALIGN and not cleared. Returns NULL if that fails. */
 static void *llm__alloc_try(llm__pool *pool, size_t count, size_t size) {
     size_t room = sizeof(llm__pool_block) + LLM__ALIGN;
     if (size && count > (SIZE_MAX - room) / size) return NULL;
@@ -910,14 +913,14 @@ static void llm__pool_free(llm__pool *pool) {
     while (pool->blocks) llm__free(pool, pool->blocks + 1);
 }
 
-/* Has `release` called on the block when it is freed. */
+/* Sets the function that runs before the block is freed. */
 static void llm__pool_on_free(void *ptr, void (*release)(void *data)) {
     ((llm__pool_block *)ptr - 1)->release = release;
 }
 
 static void llm__pool_release(void *data) { llm__pool_free((llm__pool *)data); }
 
-/* A pool in the pool, for what is needed only for a while: env->pool may point to it meanwhile. */
+/* Creates a pool inside env->pool for temporary memory. Callers may point env->pool at it for a while. */
 static llm__pool *llm__pool_inner(llm__env *env) {
     llm__pool *pool = (llm__pool *)llm__alloc_zero(env, 1, sizeof *pool);
     pool->host = env->pool->host;
@@ -925,7 +928,7 @@ static llm__pool *llm__pool_inner(llm__env *env) {
     return pool;
 }
 
-/* Room for one more item in a growing array of `*capacity` items; returns the array, perhaps moved. */
+/* Makes room for one more item in an array of `*capacity` items. Returns the array, which may have moved. */
 static void *llm__alloc_grow(llm__env *env, void *items, size_t count, size_t *capacity, size_t size) {
     if (count < *capacity) return items;
     size_t wanted = *capacity ? *capacity * 2 : 16;
@@ -936,7 +939,7 @@ static void *llm__alloc_grow(llm__env *env, void *items, size_t count, size_t *c
     return moved;
 }
 
-/* A NUL-terminated copy of n bytes. */
+/* Copies n bytes and adds a NUL. */
 static char *llm__str_copy(llm__env *env, const char *text, size_t n) {
     char *copy = (char *)llm__alloc(env, n + 1, 1);
     if (n) memcpy(copy, text, n);
@@ -944,7 +947,7 @@ static char *llm__str_copy(llm__env *env, const char *text, size_t n) {
     return copy;
 }
 
-/* A run of bytes that is not NUL-terminated. */
+/* A string of n bytes without a terminating NUL. */
 typedef struct llm__str {
     const char *at;
     size_t n;
@@ -958,7 +961,7 @@ static int llm__str_compare(llm__str a, llm__str b) {
     return order ? order : (a.n > b.n) - (a.n < b.n);
 }
 
-/* A code point as UTF-8; at most 4 bytes, how many is returned. */
+/* Writes a code point as UTF-8 and returns its length, 1 to 4 bytes. */
 static size_t llm__utf8_encode(uint32_t c, uint8_t *out) {
     if (c < 0x80) {
         out[0] = (uint8_t)c;
@@ -970,7 +973,7 @@ static size_t llm__utf8_encode(uint32_t c, uint8_t *out) {
     return n;
 }
 
-/* The first byte that is not part of a well-formed character; end if there is none. */
+/* Finds the first byte that is not part of a well-formed character; returns end if all are. */
 static const uint8_t *llm__utf8_check(const uint8_t *p, const uint8_t *end) {
     while (p < end) {
         uint64_t eight;
@@ -983,7 +986,7 @@ static const uint8_t *llm__utf8_check(const uint8_t *p, const uint8_t *end) {
     return p;
 }
 
-/* The code point at p, which is well formed; *next is where the one after it begins. */
+/* Decodes the well-formed character at p; *next becomes the address of the next one. */
 static uint32_t llm__utf8_decode(const uint8_t *p, const uint8_t **next) {
     uint32_t c = p[0];
     if (c < 0x80) {
@@ -997,16 +1000,17 @@ static uint32_t llm__utf8_decode(const uint8_t *p, const uint8_t **next) {
     return c;
 }
 
-/* How many bytes of a piece or merge to show in a message: whole characters, 80 bytes at most. */
+/* How many bytes of a text to show in a message: at most 80, in whole characters. */
 static int llm__str_shown(llm__str s) {
     size_t n = s.n < 80 ? s.n : 80;
     while (n && n < s.n && ((uint8_t)s.at[n] & 0xC0) == 0x80) n--;
     return (int)n;
 }
-/* The arguments of a `%.*s` that shows a text from a file, so that a hostile name cannot flood a message. */
+/* The two arguments of a `%.*s` that shows text from a file. Long hostile names are cut so they cannot flood a
+   message. */
 #define LLM__SHOW(s) llm__str_shown(s), (s).at
 
-/* Seconds of a clock that only goes forward. */
+/* Seconds on a clock that never goes back. */
 static double llm__clock_now(void) {
 #if defined(_WIN32)
     LARGE_INTEGER t, f;
@@ -1017,37 +1021,37 @@ static double llm__clock_now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-#else /* -std=c99, and the host included system headers before this file could ask for more */
+#else /* -std=c99, and the host included system headers before this file could define _GNU_SOURCE */
     struct timeval t;
     gettimeofday(&t, NULL);
     return (double)t.tv_sec + 1e-6 * (double)t.tv_usec;
 #endif
 }
 
-/* Little-endian integers at any address. */
+/* Little-endian integers at any alignment. */
 static uint16_t llm__bytes_u16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
 static uint32_t llm__bytes_u32(const uint8_t *p) { return llm__bytes_u16(p) | (uint32_t)llm__bytes_u16(p + 2) << 16; }
 static uint64_t llm__bytes_u64(const uint8_t *p) { return llm__bytes_u32(p) | (uint64_t)llm__bytes_u32(p + 4) << 32; }
 
 /* ==== 2 Files ===================================================================================================
 
-   A file is one run of read-only bytes: mapped where the system can, so that nothing is read twice or copied. Of a file
-   behind a function only the beginning is in memory. */
+   A file is one read-only range of bytes. Files with a path are memory-mapped, so nothing is read twice or copied. Of
+   a file behind a read callback only the first LLM__FILE_START bytes are kept in memory. */
 
 typedef struct llm__file {
     const uint8_t *data;
-    uint64_t size, have; /* the file's bytes; how many of them are at data */
+    uint64_t size, have; /* size of the file; number of bytes available at data */
     bool mapped;
-    bool (*read)(void *user, uint64_t offset, void *to, size_t n_bytes); /* for the others */
+    bool (*read)(void *user, uint64_t offset, void *to, size_t n_bytes); /* reads the rest if the file is not mapped */
     void *user;
 } llm__file;
 
 #ifndef LLM__FILE_START
-#define LLM__FILE_START (64u << 20) /* bytes read at once where a file cannot be mapped: headers are shorter */
+#define LLM__FILE_START (64u << 20) /* bytes kept in memory of a file that is not mapped; GGUF headers are shorter */
 #endif
 
 #if defined(_WIN32)
-enum { LLM__SLASH = '\\' }; /* beside the usual one */
+enum { LLM__SLASH = '\\' }; /* allowed in paths beside '/' */
 #else
 enum { LLM__SLASH = '/' };
 #endif
@@ -1063,7 +1067,7 @@ static void llm__file_close(void *data) {
 }
 
 #if defined(_WIN32)
-/* Fills data and size; returns NULL, or what went wrong. */
+/* Sets data and size. Returns NULL, or a description of the problem. */
 static const char *llm__file_map(llm__file *file, const char *path) {
     wchar_t wide[1024];
     if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 1024)) return "the path is too long or not UTF-8";
@@ -1106,7 +1110,7 @@ static const char *llm__file_map(llm__file *file, const char *path) {
 }
 #endif
 
-/* Opens a file as bytes that stay until the returned object is freed. */
+/* Maps a file; it stays mapped until the returned object is freed. */
 static llm__file *llm__file_open(llm__env *env, const char *path) {
     llm__file *file = (llm__file *)llm__alloc_zero(env, 1, sizeof *file);
     const char *problem = llm__file_map(file, path);
@@ -1117,7 +1121,7 @@ static llm__file *llm__file_open(llm__env *env, const char *path) {
     return file;
 }
 
-/* The same for bytes the host has in memory. */
+/* Makes a file of bytes that the host holds in memory. */
 static llm__file *llm__file_memory(llm__env *env, const void *data, size_t size) {
     llm__file *file = (llm__file *)llm__alloc_zero(env, 1, sizeof *file);
     file->data = (const uint8_t *)data;
@@ -1125,7 +1129,7 @@ static llm__file *llm__file_memory(llm__env *env, const void *data, size_t size)
     return file;
 }
 
-/* n bytes of a file that is read by a function, in memory of their own. */
+/* Reads n bytes through the callback into newly allocated memory. */
 static uint8_t *llm__file_read(llm__env *env, const llm__file *file, uint64_t offset, uint64_t n) {
     if (n > SIZE_MAX)
         llm__fail(env, LLM_ERROR_MEMORY, "out of memory: %llu bytes were asked for", (unsigned long long)n);
@@ -1163,7 +1167,7 @@ static llm__path_kind llm__path_find(const char *path) {
 #endif
 }
 
-/* Where the last part of a path begins. */
+/* Returns the last component of a path. */
 static const char *llm__path_name(const char *path) {
     const char *name = path;
     for (; *path; path++)
@@ -1181,13 +1185,13 @@ static char *llm__path_join(llm__env *env, const char *directory, const char *na
     return path;
 }
 
-/* A place in a file that cannot run past its end. */
+/* A read position in a file. Reading past the end of the file fails with an error. */
 typedef struct llm__cursor {
     llm__env *env;
     const uint8_t *data;
     uint64_t size, have, at; /* as in llm__file */
     const char *what;        /* what is being read, for messages */
-    llm__str name;           /* and its name, where it has one   */
+    llm__str name;           /* its name, if it has one */
 } llm__cursor;
 
 static const uint8_t *llm__cursor_bytes(llm__cursor *r, uint64_t n) {
@@ -1217,7 +1221,7 @@ static llm__str llm__cursor_str(llm__cursor *r) {
 
 /* ==== 3 JSON reader =============================================================================================
 
-   Reads a JSON text (RFC 8259) into a tree. Strings without escapes point into the text, so it must stay as long as the
+   Parses a JSON text (RFC 8259) into a tree. Strings without escapes point into the text, so the text must outlive the
    tree. */
 
 typedef enum llm__json_type {
@@ -1232,21 +1236,21 @@ typedef enum llm__json_type {
 
 typedef struct llm__json {
     llm__json_type type;
-    llm__str key;    /* of a member of an object                     */
-    llm__str string; /* a string's text; a number as it is written   */
+    llm__str key;    /* of an object's member */
+    llm__str string; /* the text of a string, or a number as written */
     double number;
-    struct llm__json *first; /* an array's items, an object's members        */
-    struct llm__json *next;  /* the one after this in its array or object    */
-    size_t n;                /* how many an array or object has              */
+    struct llm__json *first; /* first item of an array, first member of an object */
+    struct llm__json *next;  /* the next item or member */
+    size_t n;                /* number of items or members */
 } llm__json;
 
-enum { LLM__JSON_DEPTH = 64, LLM__JSON_CHUNK = 200 }; /* nodes allocated at once */
+enum { LLM__JSON_DEPTH = 64, LLM__JSON_CHUNK = 200 }; /* maximum nesting; nodes per allocation */
 
 typedef struct llm__json_reader {
     llm__env *env;
     const char *start, *at, *end;
     llm__json *nodes;
-    size_t n_nodes; /* of these, taken */
+    size_t n_nodes; /* nodes of the current chunk in use */
 } llm__json_reader;
 
 static llm__json *llm__json_node(llm__json_reader *r) {
@@ -1289,7 +1293,7 @@ static uint32_t llm__json_hex(llm__json_reader *r) {
     return value;
 }
 
-/* What follows a backslash; returns how many bytes it wrote. */
+/* Decodes the escape after a backslash. Returns the number of bytes written. */
 static size_t llm__json_escape(llm__json_reader *r, char *out) {
     static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     char c = r->at < r->end ? *r->at++ : 0;
@@ -1351,7 +1355,8 @@ static size_t llm__json_digits(llm__json_reader *r) {
     return (size_t)(r->at - start);
 }
 
-/* The value of a number that is well formed: exact where digits and power fit a double, else within a few roundings. */
+/* Converts a well-formed number. Exact if its digits and its power of ten fit a double, otherwise within a few
+   roundings. */
 static double llm__json_value(llm__str s) {
     uint64_t digits = 0;
     int power = 0, written = 0;
@@ -1378,7 +1383,7 @@ static double llm__json_value(llm__str s) {
     double value = (double)digits, ten = 10;
     bool down = power < 0;
     double factor = 1;
-    for (int p = !digits ? 0 : down ? -power : power; p; p >>= 1, ten *= ten) /* 0 * infinity: no */
+    for (int p = !digits ? 0 : down ? -power : power; p; p >>= 1, ten *= ten) /* 0 * infinity would be NaN */
         if (p & 1) factor *= ten;
     value = down ? value / factor : value * factor;
     return s.at[0] == '-' ? -value : value;
@@ -1463,7 +1468,7 @@ static llm__json *llm__json_parse(llm__env *env, const void *text, size_t n) {
     return v;
 }
 
-/* A member of an object; where a key is there twice the last one counts. NULL if it is not there. */
+/* Finds a member of an object. Returns NULL if it is absent; the last of duplicate keys wins. */
 static const llm__json *llm__json_find(const llm__json *object, const char *key) {
     const llm__json *found = NULL;
     if (object->type != LLM__JSON_OBJECT) return NULL;
@@ -1472,7 +1477,7 @@ static const llm__json *llm__json_find(const llm__json *object, const char *key)
     return found;
 }
 
-/* The same, but NULL if it is null, too. */
+/* The same, but also returns NULL for a JSON null. */
 static const llm__json *llm__json_get(const llm__json *object, const char *key) {
     const llm__json *found = llm__json_find(object, key);
     return found && found->type != LLM__JSON_NULL ? found : NULL;
@@ -1480,8 +1485,8 @@ static const llm__json *llm__json_get(const llm__json *object, const char *key) 
 
 /* ==== 4 Number formats ==========================================================================================
 
-   How files store numbers, and how to read a row of them as f32. All conversions are exact or rounded once, to
-   nearest even, and made of integer operations where the compiler's flags could change them. */
+   How files store numbers, and how rows of them are read as f32. Every conversion is exact or rounded once, to nearest
+   even. Integer operations are used wherever compiler flags could change a floating-point result. */
 
 static uint32_t llm__f32_bits(float x) {
     uint32_t u;
@@ -1497,7 +1502,7 @@ static float llm__f32_from_bits(uint32_t u) {
 
 static float llm__bf16_to_f32(uint16_t h) { return llm__f32_from_bits((uint32_t)h << 16); }
 
-/* Round to nearest even; NaN stays NaN; denormals become zero, as matrix units take them. */
+/* Rounds to nearest even. NaN stays NaN; denormals become zero, because matrix units treat them as zero. */
 static uint16_t llm__f32_to_bf16(float x) {
     uint32_t u = llm__f32_bits(x);
     if ((u & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(u >> 16 | 0x40);
@@ -1510,11 +1515,11 @@ static float llm__f16_to_f32(uint16_t h) {
     if (exponent == 31) return llm__f32_from_bits(sign | 0x7F800000 | mantissa << 13);
     if (exponent) return llm__f32_from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
     if (!mantissa) return llm__f32_from_bits(sign);
-    for (exponent = 113; !(mantissa & 0x400); exponent--) mantissa <<= 1; /* a denormal f16 is a normal f32 */
+    for (exponent = 113; !(mantissa & 0x400); exponent--) mantissa <<= 1; /* a denormal f16 becomes a normal f32 */
     return llm__f32_from_bits(sign | exponent << 23 | (mantissa & 0x3FF) << 13);
 }
 
-/* Round to nearest even; what is too large becomes infinite. */
+/* Rounds to nearest even; numbers beyond the range become infinite. */
 static uint16_t llm__f32_to_f16(float x) {
     uint32_t u = llm__f32_bits(x), sign = u >> 16 & 0x8000, rest = u & 0x7FFFFFFF;
     if (rest > 0x7F800000) return (uint16_t)(sign | 0x7E00);
@@ -1525,7 +1530,7 @@ static uint16_t llm__f32_to_f16(float x) {
     return (uint16_t)(sign | ((mantissa + (1u << (shift - 1)) - 1 + (mantissa >> shift & 1)) >> shift));
 }
 
-/* Types of tensors, numbered as in GGUF; those this library only knows by name are in the table below. */
+/* Tensor types, numbered as in GGUF. The table below also names types that this library refuses. */
 typedef enum llm__file_type {
     LLM__F32 = 0,
     LLM__F16 = 1,
@@ -1541,7 +1546,7 @@ typedef enum llm__file_type {
     LLM__Q6_K = 14,
     LLM__I8 = 24,
     LLM__BF16 = 30,
-    LLM__NO_GGUF = 1000 /* and above: not in GGUF */
+    LLM__NO_GGUF = 1000 /* this and larger numbers do not occur in GGUF */
 } llm__file_type;
 
 static void llm__decode_f32(const uint8_t *src, size_t n, float *dst) {
@@ -1556,7 +1561,7 @@ static void llm__decode_bf16(const uint8_t *src, size_t n, float *dst) {
     for (size_t i = 0; i < n; i++) dst[i] = llm__bf16_to_f32(llm__bytes_u16(src + 2 * i));
 }
 
-/* 32 weights: f16 scale d, then 16 bytes whose low and high halves are weights 0-15 and 16-31: (q - 8) * d. */
+/* 32 weights: f16 scale d, then 16 bytes. Their low halves are weights 0-15, their high halves 16-31: (q - 8) * d. */
 static void llm__decode_q4_0(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 32, src += 18, dst += 32) {
         float d = llm__f16_to_f32(llm__bytes_u16(src));
@@ -1567,8 +1572,8 @@ static void llm__decode_q4_0(const uint8_t *src, size_t n, float *dst) {
     }
 }
 
-/* 32 weights: f16 scale d and minimum m, then as above: q * d + m. The product is exact, so the sum is rounded once
-   whether or not the compiler fuses them. */
+/* 32 weights: f16 scale d and minimum m, then as above: q * d + m. The product is exact, so the result is rounded once
+   whether or not the compiler fuses the two operations. */
 static void llm__decode_q4_1(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 32, src += 20, dst += 32) {
         float d = llm__f16_to_f32(llm__bytes_u16(src)), m = llm__f16_to_f32(llm__bytes_u16(src + 2));
@@ -1579,7 +1584,7 @@ static void llm__decode_q4_1(const uint8_t *src, size_t n, float *dst) {
     }
 }
 
-/* 32 weights: f16 scale d, 32 fifth bits, then halves of bytes as above: (q - 16) * d. */
+/* 32 weights: f16 scale d, 32 fifth bits, then half bytes as above: (q - 16) * d. */
 static void llm__decode_q5_0(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 32, src += 22, dst += 32) {
         float d = llm__f16_to_f32(llm__bytes_u16(src));
@@ -1607,17 +1612,17 @@ static void llm__decode_q5_1(const uint8_t *src, size_t n, float *dst) {
 static void llm__decode_q8_0(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 32, src += 34, dst += 32) {
         float d = llm__f16_to_f32(llm__bytes_u16(src));
-        int8_t q[32]; /* a copy, which dst cannot overlap, so that compilers make vectors of it */
+        int8_t q[32]; /* a copy that cannot alias dst, so that compilers can vectorise the loop */
         memcpy(q, src + 2, 32);
         for (int i = 0; i < 32; i++) dst[i] = (float)q[i] * d;
     }
 }
 
-/* The K formats: 256 weights share the f16 numbers d and m, by which small whole numbers for each 16 or 32 weights are
-   multiplied to give their scale and minimum. Weights are read here in 8 groups of 32, whose bits lie side by side: a
-   byte holds the bits of several groups. All products are exact, so again each weight is rounded at most once. */
+/* The K formats: 256 weights share two f16 numbers, d and m. Each 16 or 32 weights have a small integer scale (and
+   minimum), which is multiplied by d (and m). We read the weights in 8 groups of 32. The bits of several groups lie
+   side by side in one byte. All products are exact, so each weight is rounded at most once. */
 
-/* 16 bytes with a scale in the low and a minimum in the high half, 64 bytes of 2 bits a weight, d, m. */
+/* 16 bytes with a scale in the low half and a minimum in the high half, 64 bytes with 2 bits per weight, d, m. */
 static void llm__decode_q2_k(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 256, src += 84, dst += 256) {
         float d = llm__f16_to_f32(llm__bytes_u16(src + 80)), m = llm__f16_to_f32(llm__bytes_u16(src + 82));
@@ -1628,7 +1633,7 @@ static void llm__decode_q2_k(const uint8_t *src, size_t n, float *dst) {
     }
 }
 
-/* 32 bytes of third bits, 64 bytes of 2 bits a weight, 16 scales of 6 bits in 12 bytes, d. */
+/* 32 bytes of third bits, 64 bytes with 2 bits per weight, 16 scales of 6 bits in 12 bytes, d. */
 static void llm__decode_q3_k(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 256, src += 110, dst += 256) {
         const uint8_t *scales = src + 96;
@@ -1642,13 +1647,13 @@ static void llm__decode_q3_k(const uint8_t *src, size_t n, float *dst) {
     }
 }
 
-/* The scale and the minimum of group j, 6 bits each, of the 8 groups' 12 bytes. */
+/* The 6-bit scale and minimum of group j, from the 12 bytes that hold those of all 8 groups. */
 static void llm__decode_k_scale(const uint8_t *s, int j, float *scale, float *minimum) {
     *scale = (float)(j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6 << 4));
     *minimum = (float)(j < 4 ? s[j + 4] & 63 : (s[j + 4] >> 4) | (s[j] >> 6 << 4));
 }
 
-/* d, m, the scales' 12 bytes, 128 bytes of 4 bits a weight. */
+/* d, m, 12 bytes of scales and minimums, 128 bytes with 4 bits per weight. */
 static void llm__decode_q4_k(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 256, src += 144, dst += 256) {
         float d = llm__f16_to_f32(llm__bytes_u16(src)), m = llm__f16_to_f32(llm__bytes_u16(src + 2)), scale, minimum;
@@ -1662,7 +1667,7 @@ static void llm__decode_q4_k(const uint8_t *src, size_t n, float *dst) {
     }
 }
 
-/* d, m, the scales' 12 bytes, 32 bytes of fifth bits, 128 bytes of 4 bits a weight. */
+/* d, m, 12 bytes of scales and minimums, 32 bytes of fifth bits, 128 bytes with 4 bits per weight. */
 static void llm__decode_q5_k(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 256, src += 176, dst += 256) {
         float d = llm__f16_to_f32(llm__bytes_u16(src)), m = llm__f16_to_f32(llm__bytes_u16(src + 2)), scale, minimum;
@@ -1676,7 +1681,7 @@ static void llm__decode_q5_k(const uint8_t *src, size_t n, float *dst) {
     }
 }
 
-/* 128 bytes of 4 bits a weight, 64 bytes of 2 more, 16 signed scales, d. */
+/* 128 bytes with 4 bits per weight, 64 bytes with 2 more, 16 signed scales, d. */
 static void llm__decode_q6_k(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 256, src += 210, dst += 256) {
         float d = llm__f16_to_f32(llm__bytes_u16(src + 208));
@@ -1695,8 +1700,8 @@ static void llm__decode_i8(const uint8_t *src, size_t n, float *dst) {
 typedef struct llm__file_type_info {
     uint32_t type;
     const char *name;
-    uint32_t block_weights, block_bytes;                      /* a row is a whole number of blocks */
-    void (*decode)(const uint8_t *src, size_t n, float *dst); /* NULL: this library does not read it */
+    uint32_t block_weights, block_bytes;                      /* a row consists of whole blocks */
+    void (*decode)(const uint8_t *src, size_t n, float *dst); /* NULL if this library cannot read the type */
 } llm__file_type_info;
 
 static const llm__file_type_info llm__file_types[] = {
@@ -1747,14 +1752,14 @@ static const llm__file_type_info llm__file_types[] = {
 
 enum { LLM__N_TYPES = sizeof llm__file_types / sizeof *llm__file_types };
 
-/* NULL for a number that is unknown. */
+/* Returns NULL for an unknown number. */
 static const llm__file_type_info *llm__file_type_find(uint32_t type) {
     for (size_t i = 0; i < LLM__N_TYPES; i++)
         if (llm__file_types[i].type == type && type < LLM__NO_GGUF) return &llm__file_types[i];
     return NULL;
 }
 
-/* The type of that name among those that are not in blocks, as safetensors has them; NULL if it is unknown. */
+/* Finds an unblocked type by its name in safetensors files. Returns NULL if there is none. */
 static const llm__file_type_info *llm__file_type_find_plain(llm__str name) {
     for (size_t i = 0; i < LLM__N_TYPES; i++)
         if (llm__file_types[i].block_weights == 1 && llm__str_is(name, llm__file_types[i].name))
@@ -1764,19 +1769,19 @@ static const llm__file_type_info *llm__file_type_find_plain(llm__str name) {
 
 /* ==== 5 Checkpoints =============================================================================================
 
-   A checkpoint is a list of named tensors and what there is of hyperparameters: GGUF has named values, a directory in
-   Hugging Face's manner config.json. All point into the files. Nothing in them is trusted: each count and offset is
-   checked against the bytes there are before it is used. */
+   A checkpoint is a list of named tensors plus hyperparameters: key-value pairs in GGUF, config.json in a Hugging Face
+   directory. Both point into the mapped files. Files are not trusted: every count and offset is checked against the
+   size of the file before it is used. */
 
 typedef struct llm__tensor {
     llm__str name;
     const llm__file_type_info *type;
-    uint64_t cols, rows; /* a row holds the inputs of one output; a vector is one row */
+    uint64_t cols, rows; /* a row holds the weights of one output; a vector is one row */
     uint64_t row_bytes;
     const llm__file *file;
     uint64_t offset;                  /* in the file */
-    const uint8_t *data;              /* NULL where the file is not in memory, see llm__tensor_bytes */
-    const struct llm__tensor *scales; /* of int8 rows, a number for each by which it is multiplied; else NULL */
+    const uint8_t *data;              /* NULL if the bytes are not in memory; see llm__tensor_bytes */
+    const struct llm__tensor *scales; /* int8 tensors: one scale per row; NULL for other types */
 } llm__tensor;
 
 enum llm__gguf_type {
@@ -1798,9 +1803,9 @@ enum llm__gguf_type {
 
 typedef struct llm__gguf_value {
     llm__str key;
-    uint32_t type; /* enum llm__gguf_type; of an array, that of its items */
+    uint32_t type; /* enum llm__gguf_type; for an array the type of its items */
     bool is_array;
-    uint64_t count;      /* 1, or an array's items */
+    uint64_t count;      /* number of items of an array, otherwise 1 */
     const uint8_t *data; /* the first item; a string is its length in 8 bytes, then its bytes */
 } llm__gguf_value;
 
@@ -1808,14 +1813,14 @@ typedef enum llm__checkpoint_format { LLM__GGUF, LLM__HUGGING_FACE } llm__checkp
 
 typedef struct llm__checkpoint {
     llm__checkpoint_format format;
-    llm__gguf_value *values; /* GGUF's */
+    llm__gguf_value *values; /* of a GGUF file */
     size_t n_values;
-    const char *directory;   /* Hugging Face's */
-    const char *config_path; /* its config.json, for messages */
+    const char *directory;   /* of a Hugging Face directory */
+    const char *config_path; /* path of its config.json, for messages */
     const llm__json *config;
     llm__tensor *tensors; /* sorted by name */
     size_t n_tensors, tensor_room;
-    bool *used; /* [n_tensors] which of them llm__tensor_get has given out */
+    bool *used; /* [n_tensors] true for those that llm__tensor_get has returned */
 } llm__checkpoint;
 
 static void llm__tensor_add(llm__env *env, llm__checkpoint *ck, const llm__tensor *t) {
@@ -1823,7 +1828,7 @@ static void llm__tensor_add(llm__env *env, llm__checkpoint *ck, const llm__tenso
     ck->tensors[ck->n_tensors++] = *t;
 }
 
-/* a * b and a + b for a tensor's sizes, which came out of a file; fail rather than wrap. */
+/* a * b and a + b for sizes that come from a file. They fail instead of wrapping around. */
 static uint64_t llm__tensor_mul(llm__env *env, llm__str tensor, uint64_t a, uint64_t b) {
     if (b && a > UINT64_MAX / b)
         llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s: %llu * %llu overflows 64 bits", LLM__SHOW(tensor),
@@ -1838,7 +1843,7 @@ static uint64_t llm__tensor_plus(llm__env *env, llm__str tensor, uint64_t a, uin
     return a + b;
 }
 
-/* Puts a tensor's bytes at its offset of the file, if they are there. */
+/* Checks a tensor's size and offset against the file and points the tensor at its bytes. */
 static void llm__tensor_place(llm__env *env, llm__tensor *t, const llm__file *file, uint64_t offset) {
     uint64_t bytes = llm__tensor_mul(env, t->name, t->rows, t->row_bytes);
     if (offset > file->size || bytes > file->size - offset)
@@ -1889,11 +1894,12 @@ static const llm__tensor *llm__tensor_find(const llm__checkpoint *ck, const char
 
 static void llm__tensor_use(const llm__checkpoint *ck, const llm__tensor *t) { ck->used[t - ck->tensors] = true; }
 
-/* The numbers by which the rows of an int8 tensor are multiplied, named as compressed-tensors does. */
+/* The row scales of an int8 tensor, by the names that compressed-tensors uses. */
 static const llm__tensor *llm__tensor_find_scales(llm__env *env, const llm__checkpoint *ck, const llm__tensor *t) {
     char name[200];
     snprintf(name, sizeof name, "%.*s_scale", LLM__SHOW(t->name));
-    const llm__tensor *scales = ck->format == LLM__HUGGING_FACE ? llm__tensor_find(ck, name) : NULL; /* GGUF has none */
+    const llm__tensor *scales =
+        ck->format == LLM__HUGGING_FACE ? llm__tensor_find(ck, name) : NULL; /* GGUF has no such tensors */
     if (!scales)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s is of type I8, but there is no tensor %s",
                   LLM__SHOW(t->name), name);
@@ -1908,7 +1914,7 @@ static const llm__tensor *llm__tensor_find_scales(llm__env *env, const llm__chec
     return scales;
 }
 
-/* A tensor of just this shape, and of a type that can be read. */
+/* Finds a tensor and checks that it has this shape and a readable type. */
 static llm__tensor llm__tensor_get(llm__env *env, const llm__checkpoint *ck, const char *name, uint64_t rows,
                                    uint64_t cols) {
     const llm__tensor *found = llm__tensor_find(ck, name);
@@ -1926,9 +1932,9 @@ static llm__tensor llm__tensor_get(llm__env *env, const llm__checkpoint *ck, con
     return t;
 }
 
-/* A tensor nobody has asked for is part of something that would be left out. */
+/* Fails if the file has tensors that nothing used: they belong to a feature that we would silently leave out. */
 static void llm__tensor_refuse_unused(llm__env *env, const llm__checkpoint *ck) {
-    static const char *const known[] = {"rotary_emb.inv_freq"}; /* a table that older files carry along */
+    static const char *const known[] = {"rotary_emb.inv_freq"}; /* a table in older files that nothing needs */
     for (size_t i = 0; i < ck->n_tensors; i++) {
         llm__str name = ck->tensors[i].name;
         bool ignored = ck->used[i];
@@ -1942,7 +1948,7 @@ static void llm__tensor_refuse_unused(llm__env *env, const llm__checkpoint *ck) 
     }
 }
 
-/* A tensor's bytes, read if they are not in memory; to be freed if so. */
+/* A tensor's bytes, read into new memory if they are not in memory already. The caller frees them in that case. */
 static uint8_t *llm__tensor_bytes(llm__env *env, llm__tensor *t) {
     if (t->data) return NULL;
     uint8_t *bytes = llm__file_read(env, t->file, t->offset, t->rows * t->row_bytes);
@@ -1951,16 +1957,16 @@ static uint8_t *llm__tensor_bytes(llm__env *env, llm__tensor *t) {
 }
 
 /* ---- GGUF ----
-
    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: magic, version, counts, key-value pairs, tensor
-   descriptions, padding, data; all little-endian. A split file has its tensors in several files of this kind. */
+   descriptions, padding, data; all little-endian. A split model is several such files, each with some of the
+   tensors. */
 
-static uint32_t llm__gguf_size(uint32_t type) { /* 0: strings have no fixed size */
+static uint32_t llm__gguf_size(uint32_t type) { /* 0 for strings, which have no fixed size */
     static const uint8_t sizes[LLM__GGUF_N_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
     return sizes[type];
 }
 
-/* A name, which the messages about what follows it then mention. */
+/* Reads a name. Messages about what follows it mention it. */
 static llm__str llm__gguf_read_name(llm__cursor *r, const char *anonymous, const char *named) {
     r->what = anonymous;
     r->name.n = 0;
@@ -1969,7 +1975,7 @@ static llm__str llm__gguf_read_name(llm__cursor *r, const char *anonymous, const
     return r->name;
 }
 
-/* `count` of what takes at least `size` bytes each follow. */
+/* Checks that the file is long enough for `count` items of at least `size` bytes each. */
 static void llm__gguf_check_count(llm__cursor *r, uint64_t count, uint64_t size) {
     if (count > (r->size - r->at) / size)
         llm__fail(r->env, LLM_ERROR_FORMAT, "%s%.*s is to have %llu entries at offset %llu, but the file ends at %llu",
@@ -2007,7 +2013,7 @@ static const llm__gguf_value *llm__gguf_find(const llm__checkpoint *ck, const ch
     return NULL;
 }
 
-/* Any number as a double; exact up to 2^53. */
+/* Converts any numeric type to double; exact up to 2^53. */
 static double llm__gguf_value_number(const llm__gguf_value *v, uint64_t i) {
     const uint8_t *p = v->data + i * llm__gguf_size(v->type);
     uint64_t bits;
@@ -2030,7 +2036,7 @@ static double llm__gguf_value_number(const llm__gguf_value *v, uint64_t i) {
     }
 }
 
-/* A single number, or `missing` where the key is not there. */
+/* A single number, or `missing` if the key is absent. */
 static double llm__gguf_number(llm__env *env, const llm__checkpoint *ck, const char *key, double missing) {
     const llm__gguf_value *v = llm__gguf_find(ck, key);
     if (!v) return missing;
@@ -2039,7 +2045,7 @@ static double llm__gguf_number(llm__env *env, const llm__checkpoint *ck, const c
     return llm__gguf_value_number(v, 0);
 }
 
-/* A whole number from `least` to `most`, or `missing` where the key is not there; a negative `missing` requires it. */
+/* An integer in [least, most], or `missing` if the key is absent. A negative `missing` makes the key required. */
 static int64_t llm__gguf_int(llm__env *env, const llm__checkpoint *ck, const char *key, int64_t missing, int64_t least,
                              int64_t most) {
     double d = llm__gguf_number(env, ck, key, -1e300);
@@ -2053,7 +2059,7 @@ static int64_t llm__gguf_int(llm__env *env, const llm__checkpoint *ck, const cha
     return (int64_t)d;
 }
 
-/* A string, empty where the key is not there. */
+/* A string, empty if the key is absent. */
 static llm__str llm__gguf_str(llm__env *env, const llm__checkpoint *ck, const char *key) {
     llm__str s = {"", 0};
     const llm__gguf_value *v = llm__gguf_find(ck, key);
@@ -2065,7 +2071,7 @@ static llm__str llm__gguf_str(llm__env *env, const llm__checkpoint *ck, const ch
     return s;
 }
 
-/* An array of strings, allocated; NULL and *n = 0 where the key is not there. */
+/* An array of strings in new memory; NULL and *n = 0 if the key is absent. */
 static llm__str *llm__gguf_strings(llm__env *env, const llm__checkpoint *ck, const char *key, size_t *n) {
     const llm__gguf_value *v = llm__gguf_find(ck, key);
     *n = 0;
@@ -2116,7 +2122,7 @@ static void llm__gguf_read_tensors(llm__cursor *r, llm__checkpoint *ck, const ll
     for (uint64_t i = 0; i < n_tensors; i++) {
         uint64_t offset;
         llm__tensor t = llm__gguf_read_tensor(r, &offset);
-        t.offset = offset; /* from where the data begins, until the tensor is placed */
+        t.offset = offset; /* relative to the start of the data until the tensor is placed */
         llm__tensor_add(env, ck, &t);
     }
     uint64_t start = (r->at + alignment - 1) / alignment * alignment;
@@ -2130,7 +2136,7 @@ static void llm__gguf_read_tensors(llm__cursor *r, llm__checkpoint *ck, const ll
     }
 }
 
-/* One file; its values and tensors are added to the checkpoint's. */
+/* Reads one file and adds its values and tensors to the checkpoint. */
 static void llm__gguf_read_part(llm__env *env, llm__checkpoint *ck, const llm__file *file) {
     llm__cursor r = {env, file->data, file->size, file->have, 0, "the header", {"", 0}};
     if (memcmp(llm__cursor_bytes(&r, 4), "GGUF", 4))
@@ -2155,7 +2161,7 @@ static void llm__gguf_read_part(llm__env *env, llm__checkpoint *ck, const llm__f
     llm__gguf_read_tensors(&r, ck, file, n_tensors, (uint64_t)alignment);
 }
 
-/* One file; of a split one, what is in it. */
+/* Reads one file, which may be the first part of a split model. */
 static llm__checkpoint *llm__gguf_read_first(llm__env *env, const llm__file *file) {
     llm__checkpoint *ck = (llm__checkpoint *)llm__alloc_zero(env, 1, sizeof *ck);
     llm__gguf_read_part(env, ck, file);
@@ -2163,7 +2169,7 @@ static llm__checkpoint *llm__gguf_read_first(llm__env *env, const llm__file *fil
     return ck;
 }
 
-/* The same for what has no path by which others could be found. */
+/* Reads a model from memory or a callback. It must be in one part, since the other parts cannot be found. */
 static llm__checkpoint *llm__gguf_read_whole(llm__env *env, const llm__file *file) {
     llm__checkpoint *ck = llm__gguf_read_first(env, file);
     int count = (int)llm__gguf_int(env, ck, "split.count", 1, 0, 65535);
@@ -2173,7 +2179,7 @@ static llm__checkpoint *llm__gguf_read_whole(llm__env *env, const llm__file *fil
     return ck;
 }
 
-/* The path of part `number` of a split file; NULL if the first one's path does not end in -00001-of-0000N.gguf. */
+/* The path of part `number` of a split model; NULL if the first part's path does not end in -00001-of-0000N.gguf. */
 static char *llm__gguf_split_path(llm__env *env, const char *path, int number, int count) {
     char ending[40];
     size_t n = strlen(path), m = (size_t)snprintf(ending, sizeof ending, "-00001-of-%05d.gguf", count);
@@ -2184,7 +2190,7 @@ static char *llm__gguf_split_path(llm__env *env, const char *path, int number, i
     return other;
 }
 
-/* A file, and the others if it is the first of a split one. */
+/* Opens a file, and the other parts if it is the first part of a split model. */
 static llm__checkpoint *llm__gguf_open(llm__env *env, const char *path) {
     llm__checkpoint *ck = (llm__checkpoint *)llm__alloc_zero(env, 1, sizeof *ck);
     llm__gguf_read_part(env, ck, llm__file_open(env, path));
@@ -2215,12 +2221,12 @@ static llm__checkpoint *llm__gguf_open(llm__env *env, const char *path) {
 }
 
 /* ---- Hugging Face directories ----
+   config.json and tensors, either in model.safetensors or in the files that model.safetensors.index.json lists. A
+   safetensors file (https://github.com/huggingface/safetensors) is the length of a JSON text in 8 bytes, then the
+   text, then data:
+     {"NAME": {"dtype": "BF16", "shape": [rows, cols], "data_offsets": [begin, end]}, ..., "__metadata__": {...}} */
 
-   config.json, and tensors in model.safetensors or in several files that model.safetensors.index.json lists. Such a
-   file (https://github.com/huggingface/safetensors) is the length of a JSON text in 8 bytes, the text, and data:
-       {"NAME": {"dtype": "BF16", "shape": [rows, cols], "data_offsets": [begin, end]}, ..., "__metadata__": {...}} */
-
-/* A whole number in the header; sizes in a file this machine can map are below 2^53. */
+/* An unsigned integer in the header. Sizes of files that this machine can map are below 2^53. */
 static uint64_t llm__safetensors_number(llm__env *env, llm__str tensor, const llm__json *v) {
     if (v->type != LLM__JSON_NUMBER || !(v->number >= 0 && v->number <= 9007199254740992.0) ||
         v->number != (double)(uint64_t)v->number)
@@ -2259,7 +2265,7 @@ static llm__tensor llm__safetensors_tensor(llm__env *env, const llm__file *file,
     return t;
 }
 
-/* Adds a file's tensors; env->file is its path. */
+/* Adds the tensors of one file, whose path is env->file. */
 static void llm__safetensors_read(llm__env *env, llm__checkpoint *ck) {
     const llm__file *file = llm__file_open(env, env->file);
     uint64_t n = file->size < 8 ? 0 : llm__bytes_u64(file->data);
@@ -2283,7 +2289,7 @@ static const llm__json *llm__hf_open_json(llm__env *env, const char *directory, 
     return v;
 }
 
-/* The files an index names; its weight_map says for each tensor in which it is. */
+/* Reads the files that an index names. Its weight_map maps each tensor to a file. */
 static void llm__safetensors_read_shards(llm__env *env, llm__checkpoint *ck, const llm__json *index,
                                          const char *index_path) {
     const llm__json *map = llm__json_get(index, "weight_map");
@@ -2331,7 +2337,7 @@ static llm__checkpoint *llm__hf_open(llm__env *env, const char *directory) {
     return ck;
 }
 
-/* The directory of a path that names one, or the config.json in one; NULL for other paths. */
+/* If path is a directory, or the config.json in one, returns that directory; otherwise NULL. */
 static const char *llm__hf_directory(llm__env *env, const char *path) {
     const char *name = llm__path_name(path);
     if (llm__path_find(path) == LLM__DIRECTORY) return path;
@@ -2350,12 +2356,12 @@ static llm__checkpoint *llm__checkpoint_open(llm__env *env, const char *path, co
 
 /* ==== 6 Hyperparameters =========================================================================================
 
-   The numbers that shape a model, checked once so that nothing after this has to. What would show only as wrong text is
-   refused by name. */
+   The numbers that define a model's shape, checked here once. A setting that we do not implement is refused by name,
+   because ignoring it would only show up as bad output. */
 
-enum { LLM__MOST_HEAD = 4096 }; /* dimensions of a head */
+enum { LLM__MOST_HEAD = 4096 }; /* largest head_dim */
 
-/* What config.json's sliding_window means. */
+/* The meaning of config.json's sliding_window. */
 typedef enum llm__hparams_window_rule {
     LLM__NO_WINDOW,
     LLM__WINDOW_ALWAYS,
@@ -2363,8 +2369,9 @@ typedef enum llm__hparams_window_rule {
 } llm__hparams_window_rule;
 
 typedef struct llm__hparams_architecture {
-    const char *gguf, *hugging_face, *class_name; /* NULL: GGUF calls it by another's name */
-    bool interleaved_rope; /* GGUF's rows of Q and K pair dimension 2i with 2i + 1, not i with i + rope_dim / 2 */
+    const char *gguf, *hugging_face, *class_name; /* gguf is NULL if GGUF files use another architecture's name */
+    bool
+        interleaved_rope; /* GGUF stores the rows of Q and K so that RoPE pairs are (2i, 2i + 1) instead of (i, i + rope_dim / 2) */
     bool qkv_bias, qk_norm;
     llm__hparams_window_rule window;
 } llm__hparams_architecture;
@@ -2378,11 +2385,12 @@ static const llm__hparams_architecture llm__hparams_architectures[] = {
 
 enum { LLM__N_ARCHITECTURES = sizeof llm__hparams_architectures / sizeof *llm__hparams_architectures };
 
-/* A pair of dimensions makes `turns` full turns within the positions the model was first trained for. To reach further,
-   pairs that turn seldom are slowed down by a factor and those that turn often are left alone:
-     linear   all are slowed down
-     llama3   in between, the share of the two is linear in the turns
-     yarn     in between, it is linear in the pair's number (arXiv:2309.00071); sines and cosines are scaled, too */
+/* RoPE scaling. Each pair of dimensions rotates at its own frequency; `turns` is how often it goes round within the
+   context length of the original training. To extend the context, slow pairs are slowed down further by a factor, and
+   fast pairs are left alone:
+     linear   all pairs are slowed down
+     llama3   between the two, a blend that is linear in the number of turns
+     yarn     between the two, a blend that is linear in the pair's index (arXiv:2309.00071); also scales sines and cosines */
 typedef enum llm__hparams_rope_kind {
     LLM__ROPE_PLAIN,
     LLM__ROPE_LINEAR,
@@ -2393,17 +2401,17 @@ typedef enum llm__hparams_rope_kind {
 typedef struct llm__hparams_rope {
     llm__hparams_rope_kind kind;
     double base, factor;
-    double n_original; /* the positions first trained for */
+    double n_original; /* context length of the original training */
     double few_turns, many_turns;
-    bool whole_pairs;            /* yarn: the limits are rounded to whole pairs */
-    double scale;                /* of sines and cosines; 0: as yarn says, */
-    double growth, growth_below; /* (1 + growth * log(factor) / 10) / (1 + growth_below * log(factor) / 10) */
+    bool whole_pairs;            /* yarn: round the limits to whole pairs */
+    double scale;                /* factor for sines and cosines; 0: computed as in yarn, */
+    double growth, growth_below; /* as (1 + growth * log(factor) / 10) / (1 + growth_below * log(factor) / 10) */
 } llm__hparams_rope;
 
 typedef struct llm__hparams {
     llm__str name, architecture;
     int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim, n_ctx_train;
-    int window; /* 0: none */
+    int window; /* sliding window in positions; 0: none */
     float rms_eps;
     llm__hparams_rope rope;
     bool interleaved_rope, qkv_bias, qk_norm, tied_head;
@@ -2416,11 +2424,11 @@ static void llm__hparams_set_architecture(llm__hparams *h, const llm__hparams_ar
     h->qk_norm = a->qk_norm;
 }
 
-/* The base of RoPE's frequencies. */
+/* Smallest base of RoPE's frequencies. */
 #define LLM__LEAST_BASE 2.0
 #define LLM__MOST_BASE 1e15
 
-/* What both formats' numbers must fulfil. */
+/* Checks that apply to both file formats. */
 static void llm__hparams_check(llm__env *env, const llm__hparams *h) {
     if (h->n_heads % h->n_kv_heads)
         llm__fail(env, LLM_ERROR_FORMAT, "%d query heads cannot share %d key heads", h->n_heads, h->n_kv_heads);
@@ -2436,7 +2444,7 @@ static void llm__hparams_check(llm__env *env, const llm__hparams *h) {
 
 /* ---- GGUF ---- */
 
-/* The architecture's own keys, as in "llama.block_count". */
+/* Keys that begin with the architecture's name, such as "llama.block_count". */
 typedef struct llm__gguf_arch_key {
     char text[128];
 } llm__gguf_arch_key;
@@ -2562,7 +2570,7 @@ static llm__hparams llm__hparams_from_gguf(llm__env *env, const llm__checkpoint 
 
 /* ---- config.json ---- */
 
-/* In messages: "rope_scaling.factor". */
+/* Shows a key in messages as "rope_scaling.factor". */
 #define LLM__SHOW_KEY(object, key) LLM__SHOW((object)->key), (object)->key.n ? "." : "", key
 
 static double llm__config_number(llm__env *env, const llm__json *object, const char *key, double missing, double least,
@@ -2577,7 +2585,7 @@ static double llm__config_number(llm__env *env, const llm__json *object, const c
     return v->number;
 }
 
-/* A whole number from `least` to `most`; a negative `missing` requires it. */
+/* An integer in [least, most], or `missing` if absent. A negative `missing` makes the key required. */
 static int llm__config_int(llm__env *env, const llm__json *object, const char *key, int missing, int least, int most) {
     double d = llm__config_number(env, object, key, missing, least, most);
     if (missing < 0 && !llm__json_get(object, key))
@@ -2594,7 +2602,7 @@ static bool llm__config_bool(llm__env *env, const llm__json *object, const char 
     return v ? v->type == LLM__JSON_TRUE : missing;
 }
 
-/* A string, empty where it is not there. */
+/* A string, empty if absent. */
 static llm__str llm__config_str(llm__env *env, const llm__json *object, const char *key) {
     llm__str none = {"", 0};
     const llm__json *v = llm__json_get(object, key);
@@ -2603,7 +2611,7 @@ static llm__str llm__config_str(llm__env *env, const llm__json *object, const ch
     return v ? v->string : none;
 }
 
-/* NULL where it is not there. */
+/* NULL if absent. */
 static const llm__json *llm__config_object(llm__env *env, const llm__json *object, const char *key) {
     const llm__json *v = llm__json_get(object, key);
     if (v && v->type != LLM__JSON_OBJECT)
@@ -2626,7 +2634,7 @@ static const llm__hparams_architecture *llm__config_architecture(llm__env *env, 
     return a;
 }
 
-/* Weights as compressed-tensors writes them: int8, one scale for each output. */
+/* int8 weights as compressed-tensors writes them, with one scale per output channel. */
 static void llm__config_check_quantization(llm__env *env, const llm__json *q) {
     if (!q) return;
     llm__str method = llm__config_str(env, q, "quant_method"), format = llm__config_str(env, q, "format");
@@ -2658,7 +2666,7 @@ static void llm__config_refuse(llm__env *env, const llm__json *config, const llm
     llm__str act = llm__config_str(env, config, "hidden_act");
     if (act.n && !llm__str_is(act, "silu") && !llm__str_is(act, "swish"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "hidden_act is \"%.*s\"; this library runs silu", LLM__SHOW(act));
-    /* Where there always is a bias they mean nothing. */
+    /* Architectures that always have these biases ignore the flags. */
     for (size_t i = 0; i < sizeof flags / sizeof *flags && !a->qkv_bias; i++)
         if (llm__config_bool(env, config, flags[i], false))
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s is true, which this library does not run", flags[i]);
@@ -2671,7 +2679,7 @@ static void llm__config_check_rotary_part(llm__env *env, const llm__json *object
     if (part != 1) llm__fail(env, LLM_ERROR_UNSUPPORTED, "partial_rotary_factor is %g; this library runs 1", part);
 }
 
-/* rope_scaling, or rope_parameters as it is called in newer files, which hold rope_theta too. */
+/* Reads rope_scaling. Newer files call it rope_parameters and put rope_theta into it. */
 static llm__hparams_rope llm__config_rope(llm__env *env, const llm__json *config, int n_ctx_train) {
     llm__hparams_rope r;
     const llm__json *o = llm__config_object(env, config, "rope_scaling");
@@ -2704,7 +2712,7 @@ static llm__hparams_rope llm__config_rope(llm__env *env, const llm__json *config
         r.scale = llm__config_number(env, o, "attention_factor", 0, 1e-3, 1e3);
         r.growth = llm__config_number(env, o, "mscale", 0, 0, 1e3);
         r.growth_below = llm__config_number(env, o, "mscale_all_dim", 0, 0, 1e3);
-        if (r.growth == 0 || r.growth_below == 0) { /* one without the other means nothing */
+        if (r.growth == 0 || r.growth_below == 0) { /* one without the other has no meaning */
             r.growth = 1;
             r.growth_below = 0;
         }
@@ -2719,7 +2727,7 @@ static llm__hparams_rope llm__config_rope(llm__env *env, const llm__json *config
     return r;
 }
 
-/* The positions a token attends to, 0 for all: the same in all layers, or it is refused. */
+/* The sliding window in positions, 0 for none. It must be the same in all layers, otherwise the file is refused. */
 static int llm__config_window(llm__env *env, const llm__json *config, const llm__hparams_architecture *a,
                               int n_layers) {
     const llm__json *types = llm__json_get(config, "layer_types");
@@ -2803,26 +2811,11 @@ static llm__hparams llm__hparams_read(llm__env *env, const llm__checkpoint *ck) 
 
 /* ==== 7 Unicode =================================================================================================
 
-   From text to tokens: special tokens are cut out first; what is between them is normalised if the tokenizer does so
-   (NFC, a space put before it), tokens that are looked for in normalised text are cut out, the rest is cut into words by
-   the pre-tokenizer's rules, and each word is merged. Merging starts from single bytes
-   (byte-level BPE) or characters (SentencePiece) and again and again joins the neighbours whose merge has the lowest
-   rank, the leftmost of equals, until no two neighbours merge.
+   What the tokenizer must know of Unicode: the class of each code point, for the pre-tokenizers, and normalisation
+   form C. Both come from compact tables that tokenizer/unicode.py prints and that are unpacked when a tokenizer is
+   built. */
 
-   Both kinds come down to two hash tables: one from a piece's bytes to its id, one from two ids to the rank and the id
-   of their merge. Most words are a piece, and which pieces come out of the merging of their own bytes is found out
-   when the tokenizer is built; so most words cost one look into the first table. What is no
-   piece is cut where no piece has the two bytes side by side, for no merge goes across. Short words are merged by
-   scanning, long ones with a queue, so that the time is linear (times a logarithm) in the text whatever it holds.
-
-   A vocabulary comes from GGUF, from tokenizer.json (Hugging Face) or from tokenizer.model (SentencePiece); each reader
-   fills in an llm__vocab_source, from which the tokenizer is built.
-
-   SentencePiece writes a space as U+2581 in its pieces; they are kept with plain spaces here, and U+2581 in a text is
-   taken as a space. Text need not be UTF-8: a byte is well formed if it is part of a sequence of table 3-7 of the
-   Unicode standard (no overlong forms, no surrogates, nothing above U+10FFFF); each other byte becomes U+FFFD. */
-
-enum { /* what a code point is to a pre-tokenizer: Unicode's general category in one bit, but spaces are White_Space */
+enum { /* classes of code points for the pre-tokenizers: the general category in one bit; a space is any White_Space */
        LLM__UPPER = 1,    /* Lu, Lt */
        LLM__LOWER = 2,    /* Ll     */
        LLM__CASELESS = 4, /* Lm, Lo */
@@ -2834,8 +2827,9 @@ enum { /* what a code point is to a pre-tokenizer: Unicode's general category in
        LLM__SPACE = 128
 };
 
-/* The tables are printed by tokenizer/unicode.py. Classes: a letter and how many code points in a row have the class it
-   stands for; A is for pairs of an upper and a lower case letter. */
+/* Generated by tokenizer/unicode.py from here to the next function: classes as runs. Each run is a letter, which names
+   a class, and a length, as llm__unicode_build_classes reads them. The letter A stands for pairs of an upper and a
+   lower case letter. */
 static const char *const llm__unicode_class_runs[] = {
     ".9s5.18sp3yp6yp4n10p2y3p2U26p3ypyl26pypy.6s.26spy5py2opy.y4n2ylp2ynopn3pU23yU7l24yl8A27Ul2A7Ul2A23U2lAUl3U2lA",
     "U2lU3l2U4lU2lU3l3U2lU2lA2U2lUl2AU2lU3lAU2l2oUl3o4U2lU2lU2lA7Ul2A8Ul2U2lAU3lA28Ul7U2lU2l2AU4lA3Ul69ol27o18y4o12",
@@ -2888,7 +2882,7 @@ static const char *const llm__unicode_class_runs[] = {
     ".2466o542.1506o4939.5o4192.712016m240.196112",
     NULL};
 
-/* A table of classes for all code points, in pages of 128 of which each different one is kept once; page 0 is ASCII. */
+/* The classes of all code points in pages of 128. Equal pages are stored once. Page 0 is ASCII. */
 enum { LLM__N_PAGES = 0x110000 / 128, LLM__MAX_PAGES = 320 };
 
 typedef struct llm__unicode_classes {
@@ -2931,8 +2925,8 @@ static llm__unicode_classes *llm__unicode_build_classes(llm__env *env) {
             while (*p >= '0' && *p <= '9') n = 10 * n + (uint32_t)(*p++ - '0');
             if (!n) n = 1;
             if (letter == 'A') n *= 2;
-            int whole = -1; /* the page that the run fills wholly, if it does */
-            for (uint32_t i = 0, step; i < n; i += step, code += step) { /* what of the run is in one page */
+            int whole = -1; /* index of the page if the run fills it completely, otherwise -1 */
+            for (uint32_t i = 0, step; i < n; i += step, code += step) { /* one step per page that the run touches */
                 uint32_t at = code % 128;
                 step = n - i < 128 - at ? n - i : 128 - at;
                 if (step == 128 && whole >= 0) {
@@ -2960,12 +2954,16 @@ static unsigned llm__unicode_class_at(const llm__unicode_classes *classes, const
 }
 
 /* ---- Normalisation form C ----
+   Generated by tokenizer/unicode.py from here to the next banner: the tables of normalisation form C.
 
-   Three numbers per canonical decomposition: how far the code point is from the last one, doubled, and odd if it is
-   never composed again; how far the first part is from the last one, zigzag; the second part, from U+02FF, 0 for none.
-   Three per run of one combining class: the gap before, the length, the class. Numbers are in base 45, lowest digit
-   first, all but the last digit from the upper half of the 90 characters used. Hangul is arithmetic. This is Unicode 9.0,
-   as in Hugging Face's normaliser, with which the models were trained: later marks are left where they are. */
+   Each canonical decomposition is three numbers. The first is twice the distance from the previous code point, plus 1
+   if the decomposition is never composed again. The second is the distance of its first part from the previous first
+   part, zigzag-coded (0, -1, 1, -2, ...). The third is its second part counted from U+02FF, or 0 if it has none. Each
+   run of one combining class is three numbers, too: the gap before it, its length, the class.
+
+   Numbers are written in base 45, lowest digit first. There are 90 characters; a digit from the upper half says that
+   another digit follows. Hangul is computed. The data is Unicode 9.0, which Hugging Face's normaliser uses and the
+   models were trained with: marks that came later stay where they are. */
 static const char *const llm__nfc_decompositions[] = {
     "j+z%$%#%%#&%#'%#,%#.''L%'$%#%%#&%#,%+$%#%%#&%#,'-'%%$%#%%#&%#'%#,)/$%#%%#&%#,%+%)3$%#%%#&%#'%#,%#.''L%'$%#%%#&",
     "%#,%+$%#%%#&%#,'-'%%$%#%%#&%#'%#,)/$%#%%#&%#,%+%'#,%g%(%e$(%d$*%e$*%d$M%e$M%`$%%e$%%d$&%e$&%d$+%e$+%d$0%e$0",
@@ -3084,7 +3082,7 @@ typedef struct llm__nfc {
     llm__nfc_decomposition by_code[LLM__MAX_DECOMPOSITIONS], by_parts[LLM__MAX_DECOMPOSITIONS];
     llm__nfc_combining_run runs[LLM__MAX_COMBINING_RUNS];
     size_t n_by_code, n_by_parts, n_runs;
-    bool page_changes[LLM__N_PAGES]; /* holds code points that NFC may change or join to the one before them */
+    bool page_changes[LLM__N_PAGES]; /* true if NFC may change a code point of the page or join it to the one before */
 } llm__nfc;
 
 enum {
@@ -3098,7 +3096,7 @@ enum {
     LLM__N_HANGUL = 11172
 };
 
-/* The next number of a table, 0 at its end; *line and *at say where the reading is. */
+/* Reads the next number of a table, 0 at the end. *line and *at hold the read position. */
 static uint32_t llm__nfc_next_number(const char *const *table, int *line, const char **at) {
     uint32_t value = 0, scale = 1;
     if (!**at) {
@@ -3167,7 +3165,7 @@ static uint8_t llm__nfc_combining(const llm__nfc *nfc, uint32_t code) {
     return lo < nfc->n_runs && code >= nfc->runs[lo].begin ? nfc->runs[lo].value : 0;
 }
 
-/* What first and second become together; 0 if they do not. */
+/* The composition of first and second, or 0 if they do not compose. */
 static uint32_t llm__nfc_compose(const llm__nfc *nfc, uint32_t first, uint32_t second) {
     uint32_t l = first - LLM__HANGUL_L, v = second - LLM__HANGUL_V, s = first - LLM__HANGUL, t = second - LLM__HANGUL_T;
     if (l < LLM__HANGUL_NL && v < LLM__HANGUL_NV) return LLM__HANGUL + (l * LLM__HANGUL_NV + v) * LLM__HANGUL_NT;
@@ -3183,8 +3181,8 @@ static uint32_t llm__nfc_compose(const llm__nfc *nfc, uint32_t first, uint32_t s
     return 0;
 }
 
-/* A stretch of text being normalised: combining class << 56 | place << 21 | code point, so that sorting marks by class
-   keeps the order of equal ones. */
+/* A stretch of text being normalised. Each item is combining class << 56 | position << 21 | code point. So sorting by
+   class keeps the order of marks of the same class. */
 typedef struct llm__nfc_marks {
     llm__env *env;
     const llm__nfc *nfc;
@@ -3256,8 +3254,8 @@ static void llm__nfc_compose_marks(llm__nfc_marks *m) {
     m->n = n;
 }
 
-/* The text in form C: itself, or memory to be freed. Only stretches with a code point that may change, and the one
-   before it, are looked at closely. */
+/* The text in form C: either the text itself, or new memory that the caller frees. Only code points that may change,
+   and the one before each, are processed. */
 static uint8_t *llm__nfc_apply(llm__env *env, const llm__nfc *nfc, const uint8_t *p, const uint8_t *end, size_t *n) {
     llm__nfc_marks m;
     memset(&m, 0, sizeof m);
@@ -3273,7 +3271,7 @@ static uint8_t *llm__nfc_apply(llm__env *env, const llm__nfc *nfc, const uint8_t
             continue;
         }
         if (!nfc->page_changes[llm__utf8_decode(p, &next) / 128]) continue;
-        if (!out) out = (uint8_t *)llm__alloc(env, (size_t)(end - done), 3); /* NFC never grows text further */
+        if (!out) out = (uint8_t *)llm__alloc(env, (size_t)(end - done), 3); /* NFC grows a text at most threefold */
         memcpy(out + n_out, done, (size_t)(before - done));
         n_out += (size_t)(before - done);
         m.n = 0;
@@ -3296,9 +3294,26 @@ static uint8_t *llm__nfc_apply(llm__env *env, const llm__nfc *nfc, const uint8_t
 
 /* ==== 8 Tokenizer ===============================================================================================
 
-   Vocabulary, merging, pre-tokenizers, encoding and decoding. */
+   From text to tokens, in four steps. Special tokens are cut out of the text. The text between them is normalised if
+   the tokenizer does that (NFC, a space in front), and special tokens that are matched in normalised text are cut out,
+   too. The pre-tokenizer's rules split the rest into words. Each word is merged: starting from single bytes
+   (byte-level BPE) or characters (SentencePiece), the two neighbours whose merge has the lowest rank are joined, the
+   leftmost of equals first, until no neighbours merge.
 
-typedef enum llm__vocab_token_type { /* as GGUF numbers them */
+   Two hash tables do the work: one from the bytes of a piece to its id, one from two ids to the rank and the id of
+   their merge. Most words are a single piece. At build time we mark the pieces that merging their own bytes
+   reproduces, so such a word costs one lookup. Other words are first split between bytes that are adjacent in no
+   piece, since no merge can cross there. Short words are merged by scanning, long ones with a heap, so the time is O(n
+   log n) for any text.
+
+   A vocabulary comes from GGUF, from tokenizer.json (Hugging Face) or from tokenizer.model (SentencePiece). Each
+   reader fills in an llm__vocab_source, from which the tokenizer is built.
+
+   SentencePiece writes a space as U+2581 in its pieces. Here they are stored with plain spaces, and U+2581 in a text
+   counts as a space. Text need not be valid UTF-8: each byte that is not part of a well-formed sequence (table 3-7 of
+   the Unicode standard) becomes U+FFFD. */
+
+typedef enum llm__vocab_token_type { /* numbered as in GGUF */
                                      LLM__TYPE_NORMAL = 1,
                                      LLM__TYPE_UNKNOWN,
                                      LLM__TYPE_CONTROL,
@@ -3307,23 +3322,23 @@ typedef enum llm__vocab_token_type { /* as GGUF numbers them */
                                      LLM__TYPE_BYTE
 } llm__vocab_token_type;
 
-enum { /* what is kept of each token */
+enum { /* flags of a token */
        LLM__TYPE_MASK = 7,
-       LLM__WHOLE = 8,         /* merging the piece's own bytes gives the piece                                      */
+       LLM__WHOLE = 8,         /* merging the piece's own bytes gives the piece */
        LLM__END = 16,          /* ends a text or a turn                                                              */
-       LLM__LSTRIP = 32,       /* where it is recognised in a text, it swallows the white space before it            */
-       LLM__RSTRIP = 64,       /* ... after it                                                                       */
-       LLM__SINGLE_WORD = 128, /* ... only where no letter, mark, number or underscore touches it                    */
-       LLM__NORMALIZED = 256,  /* ... in the text as it is when normalised                                           */
-       LLM__IN_MODEL = 512     /* not a normal token, but merges may make it all the same                            */
+       LLM__LSTRIP = 32,       /* in a text, the token includes the white space before it */
+       LLM__RSTRIP = 64,       /* in a text, the token includes the white space after it */
+       LLM__SINGLE_WORD = 128, /* only recognised where no letter, mark, number or underscore touches it */
+       LLM__NORMALIZED = 256,  /* recognised in the normalised text */
+       LLM__IN_MODEL = 512     /* not a normal token, but merges may still produce it */
 };
 
-/* Where a space is put before the text, so that its first word is like the others. */
+/* Where a space is added in front of the text, so that its first word looks like the others. */
 typedef enum llm__vocab_prefix {
     LLM__NO_PREFIX,
-    LLM__PREFIX_STRETCH,  /* before each stretch between special tokens                      */
-    LLM__PREFIX_UNSPACED, /* ... that does not begin with a space                            */
-    LLM__PREFIX_FIRST     /* ... that does not begin with a space and is where the text begins */
+    LLM__PREFIX_STRETCH,  /* before each stretch of text between special tokens */
+    LLM__PREFIX_UNSPACED, /* the same, unless the stretch begins with a space */
+    LLM__PREFIX_FIRST     /* at the start of the text, unless it begins with a space */
 } llm__vocab_prefix;
 
 typedef enum llm__pre_rule_kind {
@@ -3335,15 +3350,15 @@ typedef enum llm__pre_rule_kind {
     LLM__RULE_METASPACE
 } llm__pre_rule_kind;
 
-/* How a pre-tokenizer cuts, one rule after the other: each cuts what the one before it left whole. */
+/* A pre-tokenizer is a list of rules. Each one cuts the pieces that the rule before it left whole. */
 typedef struct llm__pre_rule {
     llm__pre_rule_kind kind;
-    unsigned classes;       /* of the code points in a run                                                        */
-    int least, most;        /* code points in a run; most: numbers in a word                                      */
-    bool space;             /* a run may begin with white space                                                   */
-    bool to_end;            /* a run must end where the text does                                                 */
-    bool contractions;      /* a word may end in 's and the like                                                  */
-    const uint32_t *ranges; /* [n_ranges][2] first and last of the further code points in a run, sorted           */
+    unsigned classes;       /* classes of the code points in a run */
+    int least, most;        /* code points in a run; `most` is also the maximum of digits in a number */
+    bool space;             /* a run may begin with white space */
+    bool to_end;            /* a run must end where the text ends */
+    bool contractions;      /* a word may end in 's and the like */
+    const uint32_t *ranges; /* [n_ranges][2] first and last of more code points that a run may hold, sorted */
     size_t n_ranges;
 } llm__pre_rule;
 
@@ -3353,56 +3368,57 @@ typedef struct llm__bpe_merge_text {
     llm__str left, right;
 } llm__bpe_merge_text;
 
-/* What a vocabulary is built from, whatever file it was in. The strings need only live while it is built. */
+/* The input from which a vocabulary is built, in a form common to all file formats. The strings must stay valid during
+   the build only. */
 typedef struct llm__vocab_source {
-    bool sentencepiece; /* pieces are made of characters, and bytes as in "<0x0A>"; else byte-level BPE */
-    const char *pieces_name, *scores_name, *types_name, *merges_name; /* of the fields, for messages              */
+    bool sentencepiece; /* pieces consist of characters, and of bytes written as "<0x0A>"; otherwise byte-level BPE */
+    const char *pieces_name, *scores_name, *types_name, *merges_name; /* names of the file's fields, for messages */
     size_t n_pieces, n_merges;
-    const llm__str *pieces; /* [n_pieces] as in the file: spaces and bytes are characters that stand for them */
-    const float *scores;    /* [n_pieces] what orders merges where there is no list of them; NULL: there is */
-    const int32_t *types;   /* [n_pieces] llm__vocab_token_type; NULL: normal                                    */
-    const uint16_t *traits; /* [n_pieces] LLM__END to LLM__IN_MODEL; NULL: none                            */
-    const llm__bpe_merge_text *merges; /* [n_merges] best first                                                       */
+    const llm__str *pieces; /* [n_pieces] as in the file, where spaces and bytes are written as other characters */
+    const float *scores;    /* [n_pieces] order of the merges if there is no list of merges; otherwise NULL */
+    const int32_t *types;   /* [n_pieces] llm__vocab_token_type; NULL: all normal */
+    const uint16_t *traits; /* [n_pieces] flags LLM__END to LLM__IN_MODEL; NULL: none */
+    const llm__bpe_merge_text *merges; /* [n_merges] in order of rank */
     llm__pre_rule rules[LLM__MAX_RULES];
     int n_rules;
     bool nfc, ignore_merges;
-    bool fuse_unk; /* a run of unknown characters is one token                                    */
+    bool fuse_unk; /* a run of unknown characters becomes one token */
     llm__vocab_prefix prefix;
-    bool strip_prefix;       /* decoding takes a space off the text's begin                                 */
-    llm_token bos, eos, unk; /* LLM__NONE: none                                                             */
+    bool strip_prefix;       /* decoding removes a space at the start of the text */
+    llm_token bos, eos, unk; /* LLM__NONE if absent */
     bool add_bos, add_eos;
     llm__str chat_template;
 } llm__vocab_source;
 
 typedef struct llm__vocab_piece_slot {
     uint32_t tag;
-    llm_token id; /* LLM__NONE: free */
+    llm_token id; /* LLM__NONE: the slot is free */
 } llm__vocab_piece_slot;
 
 typedef struct llm__bpe_pair_slot {
-    llm_token left, right, merged; /* left LLM__NONE: free */
+    llm_token left, right, merged; /* left is LLM__NONE if the slot is free */
     uint32_t rank;
 } llm__bpe_pair_slot;
 
 typedef struct llm__special {
     llm__str text;
     llm_token id;
-    int32_t prefix; /* the longest other one that this one begins with, as an index; LLM__NONE */
+    int32_t prefix; /* index of the longest special that is a prefix of this one, or LLM__NONE */
 } llm__special;
 
-/* Tokens that are recognised in a text before it is cut into words. */
+/* Tokens that are recognised in a text before it is split into words. */
 typedef struct llm__special_set {
-    llm__special *items; /* sorted by their texts                                                     */
+    llm__special *items; /* sorted by their texts */
     int n;
-    uint8_t kinds;       /* all of the next together                                                  */
-    uint8_t starts[256]; /* 1: a user-defined token starts with this byte, 2: another special one     */
+    uint8_t kinds;       /* union of the values in starts */
+    uint8_t starts[256]; /* bit 1: a user-defined token starts with this byte; bit 2: another special token does */
 } llm__special_set;
 
 struct llm_tokenizer {
-    llm__pool own; /* what the tokenizer is in, if it was loaded alone */
+    llm__pool own; /* holds the tokenizer if it was loaded alone */
     llm_host host;
     llm__unicode_classes *classes;
-    llm__nfc *nfc; /* NULL: the text is not normalised */
+    llm__nfc *nfc; /* NULL if the text is not normalised */
     bool sentencepiece, add_bos, add_eos, ignore_merges, fuse_unk, strip_prefix;
     llm__vocab_prefix prefix;
     int n_vocab;
@@ -3415,11 +3431,11 @@ struct llm_tokenizer {
     llm__bpe_pair_slot *pairs;
     size_t pair_mask, n_pairs;
     uint32_t n_ranks;
-    uint8_t joined[256][32]; /* [byte][byte / 8] bits: which bytes follow one another in some piece */
+    uint8_t joined[256][32]; /* [byte][byte / 8] one bit per pair of bytes that are adjacent in some piece */
     llm_token byte_tokens[256];
-    llm__special_set raw, normalized; /* recognised in the text as it is, and when it is normalised */
+    llm__special_set raw, normalized; /* recognised in the raw text, and in the normalised text */
     llm__pre_rule rules[LLM__MAX_RULES + 1];
-    char *chat_template; /* the text in the file; NULL: none */
+    char *chat_template; /* its source text; NULL if the file has none */
 };
 
 static llm__str llm__vocab_piece(const llm_tokenizer *t, llm_token id) {
@@ -3433,7 +3449,8 @@ static int llm__vocab_type_of(const llm_tokenizer *t, llm_token id) { return t->
 
 /* ---- Hash tables: open addressing, at most half full ---- */
 
-static uint64_t llm__load_tail(const uint8_t *p, size_t n) { /* n <= 8 bytes, in any order that tells them apart */
+static uint64_t llm__load_tail(const uint8_t *p,
+                               size_t n) { /* n <= 8 bytes as a number; different bytes give different numbers */
     uint64_t lo = 0, hi = 0;
     if (n >= 4) {
         memcpy(&lo, p, 4);
@@ -3457,7 +3474,7 @@ static uint64_t llm__hash_bytes(const uint8_t *p, size_t n) {
     return llm__hash_mix((h ^ llm__load_tail(p, n)) * 0xD6E8FEB86659FD93u);
 }
 
-/* The slot that holds these bytes, or the free one where they would go. */
+/* The slot that holds these bytes, or the free slot where they belong. */
 static llm__vocab_piece_slot *llm__vocab_slot_of(const llm_tokenizer *t, const uint8_t *p, size_t n, uint32_t *tag,
                                                  size_t *probes) {
     uint64_t h = llm__hash_bytes(p, n);
@@ -3486,7 +3503,7 @@ static llm__bpe_pair_slot *llm__bpe_pair_slot_of(const llm_tokenizer *t, llm_tok
     }
 }
 
-/* The merge of two tokens, NULL if there is none. */
+/* The merge of two tokens, or NULL if they do not merge. */
 static const llm__bpe_pair_slot *llm__bpe_find_pair(const llm_tokenizer *t, llm_token left, llm_token right) {
     size_t probes = 0;
     const llm__bpe_pair_slot *slot = llm__bpe_pair_slot_of(t, left, right, &probes);
@@ -3496,9 +3513,9 @@ static const llm__bpe_pair_slot *llm__bpe_find_pair(const llm_tokenizer *t, llm_
 /* ---- Merging ---- */
 
 typedef struct llm__bpe_symbol {
-    llm_token id, merged;    /* merged: with the one after it                 */
-    uint32_t rank;           /* of that merge; LLM__NO_RANK if there is none  */
-    uint32_t previous, next; /* places; LLM__NO_PLACE at the ends          */
+    llm_token id, merged;    /* merged: the id if this symbol is joined with the next */
+    uint32_t rank;           /* of that merge; LLM__NO_RANK if there is none */
+    uint32_t previous, next; /* indices of the neighbours; LLM__NO_PLACE at the ends */
 } llm__bpe_symbol;
 
 enum { LLM__SHORT_WORD = 32 };
@@ -3511,8 +3528,8 @@ static void llm__bpe_rank_symbol(const llm_tokenizer *t, llm__bpe_symbol *s, con
     s->merged = pair ? pair->merged : LLM__NONE;
 }
 
-/* Does all merges of the lowest rank, from left to right, or until one makes room for a merge of a lower rank. Returns
-   how many symbols are left, and in *n_merged how many merges these were. */
+/* Does all merges of the lowest rank from left to right, stopping early if a merge enables one of lower rank. Returns
+   the number of symbols that remain; *n_merged is the number of merges done. */
 static size_t llm__bpe_merge_lowest(const llm_tokenizer *t, llm__bpe_symbol *s, size_t n, size_t *n_merged) {
     uint32_t rank = LLM__NO_RANK;
     size_t j = 0;
@@ -3523,8 +3540,8 @@ static size_t llm__bpe_merge_lowest(const llm_tokenizer *t, llm__bpe_symbol *s, 
     for (size_t i = 0; i < n; j++) {
         s[j] = s[i++];
         while (!lower) {
-            if (j && s[j - 1].rank == rank) j--; /* s[j + 1] becomes part of s[j] */
-            else if (s[j].rank == rank) i++;     /* s[i - 1] does                 */
+            if (j && s[j - 1].rank == rank) j--; /* s[j + 1] has become part of s[j] */
+            else if (s[j].rank == rank) i++;     /* s[i - 1] has become part of it */
             else break;
             ++*n_merged;
             s[j].id = s[j].merged;
@@ -3536,8 +3553,8 @@ static size_t llm__bpe_merge_lowest(const llm_tokenizer *t, llm__bpe_symbol *s, 
     return j;
 }
 
-/* For long words: the places that can be merged, by rank and then by place. Places that have changed since they were
-   put there are known by their rank not being what it was. */
+/* For long words: a heap of the places that can merge, ordered by rank, then by place. Entries go stale when a place
+   changes; a stale entry is recognised because the symbol's rank has changed. */
 typedef struct llm__bpe_heap {
     llm__env *env;
     uint64_t *items; /* rank << 32 | place */
@@ -3579,7 +3596,7 @@ static size_t llm__bpe_merge_by_heap(llm__env *env, const llm_tokenizer *t, llm_
         uint64_t top = llm__bpe_heap_pop(&h);
         uint32_t place = (uint32_t)top, right = s[place].next, previous = s[place].previous;
         if (s[place].rank != top >> 32) continue;
-        s[right].rank = LLM__NO_RANK; /* it becomes part of s[place] */
+        s[right].rank = LLM__NO_RANK; /* it has become part of s[place] */
         s[place].id = s[place].merged;
         s[place].next = s[right].next;
         if (s[right].next != LLM__NO_PLACE) s[s[right].next].previous = place;
@@ -3594,8 +3611,8 @@ static size_t llm__bpe_merge_by_heap(llm__env *env, const llm_tokenizer *t, llm_
     return count;
 }
 
-/* Merges n symbols and returns how many are left. The heap does whole long words in time, but slowly; where one rank is
-   common, as in a run of one letter, going over the word rank by rank is much faster. */
+/* Merges n symbols and returns how many remain. The heap bounds the time for long words, but is slow. If many places
+   share one rank, as in a run of one letter, going over the word rank by rank is much faster. */
 static size_t llm__bpe_merge(llm__env *env, const llm_tokenizer *t, llm__bpe_symbol *s, size_t n) {
     size_t n_merged = 1;
     for (size_t i = 0; i < n; i++) llm__bpe_rank_symbol(t, &s[i], i + 1 < n ? &s[i + 1] : NULL);
@@ -3606,14 +3623,15 @@ static size_t llm__bpe_merge(llm__env *env, const llm_tokenizer *t, llm__bpe_sym
     return n_merged ? llm__bpe_merge_by_heap(env, t, s, n) : n;
 }
 
-/* Whether a merge may go across the place between p[-1] and p[0]. */
+/* True if a merge may cross the boundary between p[-1] and p[0]. */
 static bool llm__bpe_may_join(const llm_tokenizer *t, const uint8_t *p) {
-    if (t->sentencepiece && (*p & 0xC0) == 0x80) return true; /* characters stay whole */
+    if (t->sentencepiece && (*p & 0xC0) == 0x80) return true; /* characters are never split */
     return t->joined[p[-1]][*p / 8] >> *p % 8 & 1;
 }
 
-/* What merging starts from: a token per byte or, for SentencePiece, per character, which is its bytes or the unknown
-   token where it has none of its own. Where there is none of these it is left out, as Hugging Face's tokenizers do. */
+/* The symbols that merging starts from: one token per byte or, for SentencePiece, per character. A character without a
+   token becomes its bytes, or the unknown token. If those do not exist either, it is dropped, as in Hugging Face's
+   tokenizers. */
 static size_t llm__bpe_first_symbols(const llm_tokenizer *t, const uint8_t *p, size_t n, llm__bpe_symbol *s) {
     const uint8_t *end = p + n;
     size_t count = 0;
@@ -3637,7 +3655,7 @@ static size_t llm__bpe_first_symbols(const llm_tokenizer *t, const uint8_t *p, s
 
 /* ---- Pre-tokenizers: the regular expressions of the models' own tokenizers, by hand ---- */
 
-/* The end of the run of code points whose class is in `mask`, or is not in it. */
+/* Skips the code points whose class is in `mask` (or is not, with `in` false) and returns where they end. */
 static const uint8_t *llm__pre_skip(const llm__unicode_classes *c, const uint8_t *p, const uint8_t *end, unsigned mask,
                                     bool in) {
     const uint8_t *next;
@@ -3646,7 +3664,8 @@ static const uint8_t *llm__pre_skip(const llm__unicode_classes *c, const uint8_t
     return p;
 }
 
-/* 's 't 're 've 'm 'll 'd: the bytes of one at p, or 0. In any case `folded`, where a long s is an s too. */
+/* Length in bytes of a contraction 's 't 're 've 'm 'll 'd at p, or 0. With `folded` case does not matter, and a long
+   s counts as an s. */
 static size_t llm__pre_contraction(const uint8_t *p, const uint8_t *end, bool folded) {
     size_t n = (size_t)(end - p);
     if (n < 2 || *p != '\'') return 0;
@@ -3660,7 +3679,7 @@ static size_t llm__pre_contraction(const uint8_t *p, const uint8_t *end, bool fo
     return ((a == 'r' || a == 'v') && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
 }
 
-/* \s+(?!\S)|\s+ at p, where white space begins: a run leaves its last character to the word after it. */
+/* \s+(?!\S)|\s+ at p, which is white space. A run of white space leaves its last character to the word after it. */
 static const uint8_t *llm__pre_space_word(const llm__unicode_classes *c, const uint8_t *p, const uint8_t *end) {
     const uint8_t *last = p, *q = p, *next;
     for (; q < end && (llm__unicode_class_at(c, q, &next) & LLM__SPACE); q = next) last = q;
@@ -3679,8 +3698,8 @@ static const uint8_t *llm__pre_gpt2_word(const llm__unicode_classes *c, const ui
     return llm__pre_skip(c, next, end, LLM__SPACE | LLM__LETTER | LLM__NUMBER, false);
 }
 
-/* \p{N}{1,most}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+, where no word of letters begins; with `slash`
-   [\r\n/]*. */
+/* \p{N}{1,most}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+ at p, where no word of letters begins. With
+   `slash`, [\r\n/]* takes the place of [\r\n]*. */
 static const uint8_t *llm__pre_wordless(const llm__unicode_classes *c, const llm__pre_rule *rule, const uint8_t *p,
                                         const uint8_t *end, bool slash) {
     const uint8_t *q, *after, *newline = NULL;
@@ -3715,8 +3734,8 @@ static const uint8_t *llm__pre_llama3_word(const llm__unicode_classes *c, const 
     return llm__pre_wordless(c, rule, p, end, false);
 }
 
-/* [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+ at p, or with the + and the * exchanged if `upper`; NULL
-   if it is not there. Where no lower case follows, the first part gives back what the second may begin with. */
+/* [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+ at p, or with + and * swapped if `upper`. Returns NULL if
+   it does not match. If no lower case follows, the first part gives back characters that the second can begin with. */
 static const uint8_t *llm__pre_cased_letters(const llm__unicode_classes *c, const uint8_t *p, const uint8_t *end,
                                              bool upper) {
     enum { EITHER = LLM__CASELESS | LLM__MARK };
@@ -3728,7 +3747,7 @@ static const uint8_t *llm__pre_cased_letters(const llm__unicode_classes *c, cons
     return upper ? (q > p ? q : NULL) : given;
 }
 
-/* Words in which case matters: a lower case letter ends what upper case may go on with. As the last one but for
+/* Words in which case matters: upper case cannot follow lower case. Like the rule above, except for
    [^\r\n\p{L}\p{N}]?<cased letters>(?i:'s|...)? */
 static const uint8_t *llm__pre_cased_word(const llm__unicode_classes *c, const llm__pre_rule *rule, const uint8_t *p,
                                           const uint8_t *end) {
@@ -3752,7 +3771,7 @@ static bool llm__pre_in_run(const llm__unicode_classes *c, const llm__pre_rule *
     return false;
 }
 
-/* The end of the run at p; NULL if it is too short. */
+/* The end of the run at p, or NULL if the run is too short. */
 static const uint8_t *llm__pre_run_end(const llm__unicode_classes *c, const llm__pre_rule *rule, const uint8_t *p,
                                        const uint8_t *end) {
     const uint8_t *next;
@@ -3765,7 +3784,7 @@ static const uint8_t *llm__pre_find_run(const llm__unicode_classes *c, const llm
                                         const uint8_t *end, const uint8_t **from) {
     const uint8_t *next, *q = NULL;
     if (!rule->space && !rule->n_ranges)
-        p = llm__pre_skip(c, p, end, rule->classes, false); /* most of the text, fast */
+        p = llm__pre_skip(c, p, end, rule->classes, false); /* skips most of the text quickly */
     for (; p < end; p = next) {
         bool space = llm__unicode_class_at(c, p, &next) & LLM__SPACE;
         q = rule->space && space ? llm__pre_run_end(c, rule, next, end) : NULL;
@@ -3777,7 +3796,7 @@ static const uint8_t *llm__pre_find_run(const llm__unicode_classes *c, const llm
     return p < end ? q : end;
 }
 
-/* The next word a rule finds from p on: returns its end, and its beginning in *from. */
+/* Finds the next word from p on. Returns its end; *from is its start. */
 static const uint8_t *llm__pre_find_word(const llm__unicode_classes *c, const llm__pre_rule *rule, const uint8_t *p,
                                          const uint8_t *end, const uint8_t **from) {
     const uint8_t *space;
@@ -3787,7 +3806,7 @@ static const uint8_t *llm__pre_find_word(const llm__unicode_classes *c, const ll
     case LLM__RULE_GPT2: return llm__pre_gpt2_word(c, p, end);
     case LLM__RULE_LLAMA3: return llm__pre_llama3_word(c, rule, p, end);
     case LLM__RULE_CASED: return llm__pre_cased_word(c, rule, p, end);
-    case LLM__RULE_METASPACE: /* a word begins with its space */
+    case LLM__RULE_METASPACE: /* a word includes the space before it */
         space = (const uint8_t *)memchr(p + 1, ' ', (size_t)(end - p) - 1);
         return space ? space : end;
     default: return end;
@@ -3805,12 +3824,12 @@ typedef struct llm__enc_job {
     const llm_tokenizer *t;
     const uint8_t *text, *end;
     unsigned flags;
-    const llm__enc_span *plain; /* stretches of the text, in order, where no special token is recognised */
+    const llm__enc_span *plain; /* stretches of the text, in order, in which special tokens are plain text */
     size_t n_plain;
     llm_token *ids;
     size_t capacity, count;
     llm_token last;
-    bool after_bos; /* the BOS that the file asks for was put first, and nothing since */
+    bool after_bos; /* only the BOS that the file asks for has been emitted so far */
 } llm__enc_job;
 
 static void llm__enc_emit(llm__enc_job *job, llm_token id) {
@@ -3822,7 +3841,7 @@ static void llm__enc_emit(llm__enc_job *job, llm_token id) {
     job->last = id;
 }
 
-/* *unknown: whether the word so far ends in an unknown token. */
+/* *unknown: the word so far ends in an unknown token. */
 static void llm__enc_merge_word(llm__enc_job *job, const uint8_t *p, size_t n, bool *unknown) {
     const llm_tokenizer *t = job->t;
     llm__bpe_symbol few[LLM__SHORT_WORD], *s = few;
@@ -3836,7 +3855,7 @@ static void llm__enc_merge_word(llm__enc_job *job, const uint8_t *p, size_t n, b
     if (s != few) llm__free(job->env->pool, s);
 }
 
-/* Emits the token that is all of these bytes, if there is one that merging would come to. */
+/* Emits the token that equals all these bytes, if there is one and merging would produce it. */
 static bool llm__enc_whole(llm__enc_job *job, const uint8_t *p, const uint8_t *end, bool anyhow) {
     llm_token id = llm__vocab_find(job->t, p, (size_t)(end - p));
     if (id == LLM__NONE || !(anyhow || (job->t->flags[id] & LLM__WHOLE))) return false;
@@ -3879,8 +3898,8 @@ static const uint8_t *llm__utf8_before(const uint8_t *p) {
     return p;
 }
 
-/* Whether the token may be what stands at p, before `end`, in a text from `begin` on; a control token must also end
-   before `control_end`. */
+/* True if the token may stand at p in a text from `begin` to `end`. A control token must also end before
+   `control_end`. */
 static bool llm__special_fits(const llm_tokenizer *t, const llm__special *s, const uint8_t *begin, const uint8_t *p,
                               const uint8_t *end, const uint8_t *control_end) {
     const uint8_t *after = p + s->text.n;
@@ -3891,13 +3910,12 @@ static bool llm__special_fits(const llm_tokenizer *t, const llm__special *s, con
            (after == end || !llm__unicode_is_word_char(t->classes, after));
 }
 
-/* The longest special token at p; NULL if there is none. */
+/* The longest special token at p, or NULL. */
 static const llm__special *llm__special_at(const llm_tokenizer *t, const llm__special_set *set, const uint8_t *begin,
                                            const uint8_t *p, const uint8_t *end, const uint8_t *control_end) {
     int lo = 0, hi = set->n;
     size_t n = (size_t)(end - p), same = 0;
-    while (lo <
-           hi) { /* the first that sorts after the text; all its prefixes are before, and prefixes of one another */
+    while (lo < hi) { /* finds the first that sorts after the text; every prefix of the text sorts before it */
         int mid = (lo + hi) / 2;
         llm__str s = set->items[mid].text;
         int order = memcmp(s.at, p, s.n < n ? s.n : n);
@@ -3913,7 +3931,7 @@ static const llm__special *llm__special_at(const llm_tokenizer *t, const llm__sp
     return NULL;
 }
 
-/* How far from p on control tokens are recognised; *span is the first stretch of plain text that ends behind p. */
+/* Up to where, from p on, control tokens are recognised. *span is the first plain stretch that ends after p. */
 static const uint8_t *llm__special_control_end(const llm__enc_job *job, const uint8_t *p, size_t *span) {
     size_t at = (size_t)(p - job->text);
     if (!(job->flags & LLM_ENCODE_SPECIAL)) return p;
@@ -3924,11 +3942,11 @@ static const uint8_t *llm__special_control_end(const llm__enc_job *job, const ui
 
 typedef struct llm__special_match {
     llm_token id;
-    const uint8_t *begin, *end; /* with the white space that goes with it */
+    const uint8_t *begin, *end; /* including the white space that the token swallows */
 } llm__special_match;
 
-/* The first special token from `from` on in a text that begins at `begin`. `span`: see llm__special_control_end; NULL: only
-   user-defined tokens. */
+/* Finds the next special token from `from` on in a text that begins at `begin`. `span` is as in
+   llm__special_control_end; NULL restricts the search to user-defined tokens. */
 static bool llm__special_next(const llm__enc_job *job, const llm__special_set *set, const uint8_t *begin,
                               const uint8_t *from, const uint8_t *end, size_t *span, llm__special_match *m) {
     const llm_tokenizer *t = job->t;
@@ -3954,7 +3972,7 @@ static bool llm__special_next(const llm__enc_job *job, const llm__special_set *s
     return false;
 }
 
-/* What is between special tokens. If a space may have to be put before it, there is room for that. */
+/* Encodes text between special tokens. If a space may have to be added, the caller has left room for it. */
 static void llm__enc_plain(llm__enc_job *job, const uint8_t *p, const uint8_t *end, bool first) {
     llm__vocab_prefix prefix = job->t->prefix;
     if (p == end) return;
@@ -3975,12 +3993,13 @@ static void llm__enc_normalized(llm__enc_job *job, const uint8_t *p, const uint8
     llm__enc_plain(job, from, end, first && from == p);
 }
 
-/* A copy with a space before it. For SentencePiece U+2581 becomes a space. */
+/* Copies the text with a space in front. With `marks`, U+2581 becomes a space. */
 static uint8_t *llm__enc_to_spaces(llm__env *env, bool marks, const uint8_t *p, const uint8_t *end, size_t *n) {
     uint8_t *out = (uint8_t *)llm__alloc(env, (size_t)(end - p) + 1, 1);
     out[0] = ' ';
     for (*n = 1; p < end;) {
-        bool mark = marks && *p == 0xE2 && !memcmp(p, "\xE2\x96\x81", 3); /* well-formed text has all three bytes */
+        bool mark = marks && *p == 0xE2 &&
+                    !memcmp(p, "\xE2\x96\x81", 3); /* the text is well formed, so all three bytes are there */
         out[(*n)++] = mark ? ' ' : *p;
         p += mark ? 3 : 1;
     }
@@ -4019,7 +4038,7 @@ static void llm__enc_text(llm__enc_job *job) {
     llm__enc_stretch(job, from, job->end);
 }
 
-/* A copy in which each byte that is not part of well-formed UTF-8 is U+FFFD. */
+/* Copies the text with U+FFFD for each byte that is not part of well-formed UTF-8. */
 static uint8_t *llm__utf8_repair(llm__env *env, const uint8_t *p, const uint8_t *end, size_t *n) {
     uint8_t *out = (uint8_t *)llm__alloc(env, (size_t)(end - p), 3);
     for (*n = 0; p < end;) {
@@ -4031,7 +4050,7 @@ static uint8_t *llm__utf8_repair(llm__env *env, const uint8_t *p, const uint8_t 
     return out;
 }
 
-/* The text up to *end as UTF-8: itself, or a copy with another end. */
+/* The text as valid UTF-8: the text itself, or a copy; *end is adjusted. */
 static const uint8_t *llm__enc_as_utf8(llm__env *env, const uint8_t *p, const uint8_t **end) {
     size_t n;
     if (llm__utf8_check(p, *end) == *end) return p;
@@ -4068,8 +4087,8 @@ static llm__enc_job llm__enc_job_init(const llm_tokenizer *t, const char *text, 
     return job;
 }
 
-/* llm_encode in a guarded place, with stretches in which special tokens are plain text; if there are any, the text must
-   be UTF-8. */
+/* llm_encode inside llm__env_run. `spans` are stretches in which special tokens are plain text; with spans the text
+   must be valid UTF-8. */
 static size_t llm__enc_spans(llm__env *env, const llm_tokenizer *t, const char *text, size_t n_bytes, unsigned flags,
                              const llm__enc_span *plain, size_t n_plain, llm_token *ids, size_t capacity) {
     llm__enc_job job = llm__enc_job_init(t, text, n_bytes, flags, ids, capacity);
@@ -4115,7 +4134,8 @@ LLM_API int llm_tokenizer_n_vocab(const llm_tokenizer *tokenizer) { return token
 LLM_API llm_token llm_tokenizer_bos(const llm_tokenizer *tokenizer) { return tokenizer->bos; }
 LLM_API llm_token llm_tokenizer_eos(const llm_tokenizer *tokenizer) { return tokenizer->eos; }
 
-/* What a token adds to a text, NULL where it is not shown; the space that SentencePiece put before a text goes. */
+/* The text that a token adds, NULL if it is not shown. At the start of a text, the space that SentencePiece added is
+   removed. */
 static llm__str llm__dec_text(const llm_tokenizer *t, llm_token id, unsigned flags, bool text_begins) {
     llm__str s = {NULL, 0};
     if (id < 0 || id >= t->n_vocab || (llm_token_is_special(t, id) && !(flags & LLM_ENCODE_SPECIAL))) return s;
@@ -4142,8 +4162,8 @@ LLM_API size_t llm_decode(const llm_tokenizer *tokenizer, const llm_token *ids, 
     return n;
 }
 
-/* How the bytes at p < end begin: *n bytes that are a whole character (true) or, where there is none, one byte to be
-   shown as U+FFFD (false). *n is 0 if what there is may yet become a character. */
+/* Looks at the bytes at p < end. True: they begin with a whole character of *n bytes. False: they begin with *n
+   invalid bytes (1) to show as U+FFFD, or, with *n == 0, with a character that more bytes may complete. */
 static bool llm__dec_next_character(const uint8_t *p, const uint8_t *end, size_t *n) {
     static const uint8_t completion[3][3] = {{0x80, 0x80, 0x80}, {0x90, 0x80, 0x80}, {0xA0, 0x80, 0x80}};
     uint8_t whole[8];
@@ -4152,7 +4172,7 @@ static bool llm__dec_next_character(const uint8_t *p, const uint8_t *end, size_t
     if (*n) return true;
     *n = 1;
     for (int i = 0; i < 3 && have < 4;
-         i++) { /* some continuation of 80, 90 or A0 completes whatever can be completed */
+         i++) { /* one of the continuations 80, 90 or A0 completes every completable prefix */
         memcpy(whole, p, have);
         memcpy(whole + have, completion[i], 3);
         if (llm__utf8_length(whole, whole + have + 3) > have) *n = 0;
@@ -4163,7 +4183,7 @@ static bool llm__dec_next_character(const uint8_t *p, const uint8_t *end, size_t
 LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream *stream, llm_token token, char *text,
                                 size_t capacity) {
     llm__str s = llm__dec_text(tokenizer, token, stream->flags, !stream->started);
-    uint8_t head[8]; /* what was pending and the first bytes of the token */
+    uint8_t head[8]; /* the pending bytes and the first bytes of the token */
     size_t n_out = 0, at = 0, n_pending = (size_t)stream->n_pending, total = n_pending + s.n;
     for (bool ends = token < 0; at < total;) {
         size_t n, n_head = 0;
@@ -4180,9 +4200,9 @@ LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream 
         n_out += n_shown;
         at += n;
     }
-    if (n_out >= capacity) return n_out; /* nothing has happened: the caller comes again with more room */
+    if (n_out >= capacity) return n_out; /* nothing has changed: the caller can try again with more room */
     text[n_out] = 0;
-    for (size_t i = 0; at + i < total; i++) /* at most three bytes; those that were pending move to the front */
+    for (size_t i = 0; at + i < total; i++) /* at most three bytes; the ones that were pending move to the front */
         head[i] = at + i < n_pending ? stream->pending[at + i] : (uint8_t)s.at[at + i - n_pending];
     stream->n_pending = (int)(total - at);
     memcpy(stream->pending, head, total - at);
@@ -4200,7 +4220,8 @@ static size_t llm__hash_slots(size_t least) {
     return n;
 }
 
-/* The byte a code point stands for in the pieces of byte-level BPE, where each byte is a visible character, or -1. */
+/* The byte that a code point stands for in byte-level pieces, or -1. Each byte is written as a visible character
+   there. */
 static int llm__vocab_byte_of_code(uint32_t c) {
     if ((c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255)) return (int)c;
     if (c < 256 || c > 323) return -1;
@@ -4208,7 +4229,7 @@ static int llm__vocab_byte_of_code(uint32_t c) {
     return c <= 32 ? (int)c : c <= 66 ? (int)(c - 33 + 127) : 173;
 }
 
-/* Writes the bytes a byte-level piece stands for; false if it holds a character that is not one of those. */
+/* Writes the bytes that a byte-level piece stands for. False if it has a character that stands for no byte. */
 static bool llm__vocab_unmap_bytes(llm__str s, uint8_t *out, size_t *n) {
     const uint8_t *p = (const uint8_t *)s.at, *end = p + s.n;
     for (*n = 0; p < end;) {
@@ -4226,7 +4247,7 @@ static int llm__vocab_hex_digit(char c) {
                                   : -1;
 }
 
-/* "<0x0A>" is 10; -1 for any other text. */
+/* "<0x0A>" gives 10; any other text gives -1. */
 static int llm__vocab_byte_piece(llm__str s) {
     if (s.n != 6 || memcmp(s.at, "<0x", 3) || s.at[5] != '>') return -1;
     int hi = llm__vocab_hex_digit(s.at[3]), lo = llm__vocab_hex_digit(s.at[4]);
@@ -4257,7 +4278,7 @@ static void llm__vocab_check_piece(llm__env *env, const char *name, size_t i, ll
                   (int)(bad - p), *bad);
 }
 
-/* Adds a token to the table of pieces, which merging and words look into. */
+/* Adds a token to the hash table of pieces, in which words and merges are looked up. */
 static void llm__vocab_index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, llm_token id) {
     llm__str s = llm__vocab_piece(t, id);
     uint32_t tag;
@@ -4277,7 +4298,7 @@ static void llm__vocab_index_piece(llm__env *env, llm_tokenizer *t, const llm__v
     }
 }
 
-/* Writes a text of SentencePiece with plain spaces. */
+/* Writes a SentencePiece text with plain spaces. */
 static size_t llm__vocab_unmark_spaces(llm__str s, uint8_t *out) {
     size_t n = 0;
     for (size_t from = 0; from < s.n; n++) {
@@ -4288,7 +4309,7 @@ static size_t llm__vocab_unmark_spaces(llm__str s, uint8_t *out) {
     return n;
 }
 
-/* Copies a piece as the bytes it stands for; returns whether words can be made of it. */
+/* Stores a piece as the bytes it stands for. Returns true if words can contain it. */
 static bool llm__vocab_store_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, size_t i) {
     llm__str s = v->pieces[i];
     uint8_t *out = t->bytes + t->offsets[i];
@@ -4306,7 +4327,7 @@ static bool llm__vocab_store_piece(llm__env *env, llm_tokenizer *t, const llm__v
         n = llm__vocab_unmark_spaces(s, out);
     } else {
         in_words = in_words && llm__vocab_unmap_bytes(s, out, &n);
-        if (type != LLM__TYPE_NORMAL) in_words = in_words && n == s.n; /* it is shown as it is written */
+        if (type != LLM__TYPE_NORMAL) in_words = in_words && n == s.n; /* shown as written */
         if (!in_words) memcpy(out, s.at, n = s.n);
         else if (n == 1) t->byte_tokens[out[0]] = (llm_token)i;
     }
@@ -4347,7 +4368,7 @@ static void llm__bpe_pairs_resize(llm__env *env, llm_tokenizer *t, size_t room) 
     llm__free(env->pool, old);
 }
 
-/* A pair that comes again has the rank of its last coming, as in Hugging Face's tokenizers. */
+/* A pair that occurs twice gets the rank of its last occurrence, as in Hugging Face's tokenizers. */
 static void llm__bpe_add_pair(llm__env *env, llm_tokenizer *t, llm_token left, llm_token right, llm_token merged,
                               uint32_t rank) {
     if (2 * (t->n_pairs + 1) > t->pair_mask + 1) llm__bpe_pairs_resize(env, t, 2 * (t->pair_mask + 1));
@@ -4403,13 +4424,13 @@ typedef struct llm__bpe_scored {
     llm_token id;
 } llm__bpe_scored;
 
-static int llm__bpe_compare_scores(const void *a, const void *b) { /* the highest first */
+static int llm__bpe_compare_scores(const void *a, const void *b) { /* highest score first */
     float x = ((const llm__bpe_scored *)a)->score, y = ((const llm__bpe_scored *)b)->score;
     return (x < y) - (x > y);
 }
 
-/* SentencePiece merges any two neighbours that are a piece together, the highest score first: each way to cut a piece
-   into two pieces is a merge, and equal scores have the same rank. */
+/* SentencePiece merges any two neighbours whose concatenation is a piece, the highest score first. So every way to cut
+   a piece into two pieces is a merge; equal scores have the same rank. */
 static void llm__bpe_build_scored(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
     llm__bpe_scored *order = (llm__bpe_scored *)llm__alloc(env, v->n_pieces, sizeof *order);
     size_t n = 0;
@@ -4436,7 +4457,7 @@ static void llm__bpe_build_scored(llm__env *env, llm_tokenizer *t, const llm__vo
     llm__free(env->pool, order);
 }
 
-/* Finds the pieces that their own bytes merge into. */
+/* Marks the pieces that merging their own bytes reproduces. */
 static void llm__bpe_mark_whole(llm__env *env, llm_tokenizer *t) {
     llm__bpe_symbol *s = (llm__bpe_symbol *)llm__alloc(env, t->longest_piece + 1, sizeof *s);
     for (llm_token id = 0; id < t->n_vocab; id++) {
@@ -4452,10 +4473,11 @@ static void llm__bpe_mark_whole(llm__env *env, llm_tokenizer *t) {
 static int llm__special_compare(const void *a, const void *b) {
     const llm__special *x = (const llm__special *)a, *y = (const llm__special *)b;
     int order = llm__str_compare(x->text, y->text);
-    return order ? order : (x->id < y->id) - (x->id > y->id); /* of two the lower id comes last and is found */
+    return order ? order
+                 : (x->id < y->id) - (x->id > y->id); /* of two equal texts the lower id comes last and is found */
 }
 
-/* A token as it stands in a text; one that is looked for in normalised text is normalised itself. */
+/* A special token as it appears in a text. If it is matched in normalised text, it is normalised itself. */
 static llm__str llm__special_text(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v, llm_token id) {
     llm__str s = v->pieces[id], text;
     size_t n = s.n, space = 0;
@@ -4464,7 +4486,7 @@ static llm__str llm__special_text(llm__env *env, const llm_tokenizer *t, const l
     if (t->flags[id] & LLM__NORMALIZED) {
         const uint8_t *p = (const uint8_t *)s.at;
         if (t->nfc) composed = llm__nfc_apply(env, t->nfc, p, p + s.n, &n);
-        space = t->prefix == LLM__PREFIX_STRETCH && !v->scores; /* a normaliser of Hugging Face's puts it there, too */
+        space = t->prefix == LLM__PREFIX_STRETCH && !v->scores; /* a Hugging Face normaliser adds it there, too */
     }
     if (composed) {
         s.at = (const char *)composed;
@@ -4532,7 +4554,7 @@ static void llm__vocab_build_ends(llm_tokenizer *t, const llm__vocab_source *v) 
     }
 }
 
-/* The tokenizer keeps nothing of the source. */
+/* Copies the rules, since the tokenizer keeps nothing of the source. */
 static void llm__pre_build_rules(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
     for (int i = 0; i < v->n_rules; i++) {
         llm__pre_rule *rule = &t->rules[i];
@@ -4577,11 +4599,11 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
 
 /* ==== 9 Tokenizer files =========================================================================================
 
-   Vocabularies and pre-tokenizers from GGUF, tokenizer.json and tokenizer.model. */
+   Vocabularies and pre-tokenizers from GGUF, tokenizer.json, tokenizer.model and the files beside them. */
 
 /* ---- The pre-tokenizers that are known ----
-   They are regular expressions. Those with several alternatives are recognised as a whole, for they are matched by
-   hand; a run of one kind of characters is read. */
+   A pre-tokenizer is given as regular expressions. Those with several alternatives are recognised as a whole and
+   matched by hand-written code. Simple ones that match a run of characters of one kind are parsed. */
 
 #define LLM__RE_FOLDED "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 #define LLM__RE_NUMBERS "\\p{N}"
@@ -4619,7 +4641,7 @@ static bool llm__pre_known_rule(llm__str regex, llm__pre_rule *rule) {
     return false;
 }
 
-/* A place in a regular expression, which is well-formed UTF-8. */
+/* A read position in a regular expression, which is well-formed UTF-8. */
 typedef struct llm__regex {
     const uint8_t *at, *end;
 } llm__regex;
@@ -4631,7 +4653,7 @@ static bool llm__regex_takes(llm__regex *r, const char *text) {
     return true;
 }
 
-/* \p{L} and the like; 0: there is none. */
+/* Reads \p{L} and the like. Returns its classes, or 0 if there is none. */
 static unsigned llm__regex_class(llm__regex *r) {
     static const char letters[] = "LMNPS";
     static const unsigned classes[] = {LLM__LETTER, LLM__MARK, LLM__NUMBER, LLM__PUNCTUATION, LLM__SYMBOL};
@@ -4642,14 +4664,14 @@ static unsigned llm__regex_class(llm__regex *r) {
     return classes[strchr(letters, p[3]) - letters];
 }
 
-/* A character of a class, perhaps escaped; false if it is something else. */
+/* Reads a character of a class, perhaps escaped. False if something else is there. */
 static bool llm__regex_character(llm__regex *r, uint32_t *code) {
     if (r->at == r->end || *r->at == ']' || *r->at == '[') return false;
     bool escaped = *r->at == '\\';
     r->at += escaped;
     if (r->at == r->end) return false;
     *code = llm__utf8_decode(r->at, &r->at);
-    if (!escaped) return *code != '&'; /* "&&" makes an intersection */
+    if (!escaped) return *code != '&'; /* "&&" would be an intersection */
     if (*code == 'r' || *code == 'n' || *code == 't') *code = *code == 'r' ? '\r' : *code == 'n' ? '\n' : '\t';
     else if (*code < '!' || *code > '~' || (*code >= '0' && *code <= '9') ||
              ((*code | 32) >= 'a' && (*code | 32) <= 'z'))
@@ -4662,7 +4684,7 @@ static int llm__regex_compare_ranges(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* \p{L} or [...]; the ranges have room for LLM__MAX_RANGES. */
+/* Reads \p{L} or [...]. `ranges` has room for LLM__MAX_RANGES. */
 static bool llm__regex_set(llm__regex *r, llm__pre_rule *rule, uint32_t *ranges) {
     if (*r->at != '[') return (rule->classes = llm__regex_class(r)) != 0;
     r->at++;
@@ -4682,7 +4704,8 @@ static bool llm__regex_set(llm__regex *r, llm__pre_rule *rule, uint32_t *ranges)
     return rule->classes || rule->n_ranges;
 }
 
-/* A set of characters, once, several times, or with one of + {1,n} +$ after it, and perhaps \s? before it. */
+/* Reads a set of characters that matches once, a fixed number of times, or with one of + {1,n} +$ after it. It may
+   have \s? in front. */
 static bool llm__pre_run_rule(llm__env *env, llm__str regex, llm__pre_rule *rule) {
     llm__regex r = {(const uint8_t *)regex.at, (const uint8_t *)regex.at + regex.n};
     uint32_t *ranges = (uint32_t *)llm__alloc(env, 2 * LLM__MAX_RANGES, sizeof *ranges);
@@ -4705,7 +4728,7 @@ static bool llm__pre_run_rule(llm__env *env, llm__str regex, llm__pre_rule *rule
     return r.at == r.end;
 }
 
-/* Adds the rule a regular expression stands for; false if it is not known. */
+/* Adds the rule that a regular expression stands for. False if we do not know it. */
 static bool llm__pre_add_rule(llm__env *env, llm__vocab_source *v, llm__str regex) {
     llm__pre_rule *rule = &v->rules[v->n_rules];
     const uint8_t *p = (const uint8_t *)regex.at;
@@ -4716,10 +4739,10 @@ static bool llm__pre_add_rule(llm__env *env, llm__vocab_source *v, llm__str rege
     return true;
 }
 
-/* Fills in how the pre-tokenizer of this name in GGUF cuts and normalises. */
+/* Sets the rules and the normalisation that a pre-tokenizer's name in GGUF stands for. */
 static void llm__pre_use(llm__env *env, llm__vocab_source *v, llm__str name) {
     static const struct {
-        const char *names; /* each followed by a comma */
+        const char *names; /* a comma after each */
         const char *rules[6];
         bool nfc, ignore_merges;
     } known[] = {
@@ -4761,7 +4784,7 @@ static bool llm__gguf_bool(llm__env *env, const llm__checkpoint *ck, const char 
     return llm__gguf_number(env, ck, key, missing) != 0;
 }
 
-/* An array of n numbers; NULL if it is not there. */
+/* An array of n numbers, or NULL if the key is absent. */
 static const llm__gguf_value *llm__gguf_numbers(llm__env *env, const llm__checkpoint *ck, const char *key, size_t n) {
     const llm__gguf_value *v = llm__gguf_find(ck, key);
     if (!v) return NULL;
@@ -4795,7 +4818,7 @@ static float *llm__gguf_scores(llm__env *env, const llm__checkpoint *ck, size_t 
     return scores;
 }
 
-/* "left right" */
+/* Splits "left right". */
 static llm__bpe_merge_text llm__bpe_split_merge(llm__env *env, const char *name, size_t i, llm__str line) {
     llm__bpe_merge_text merge;
     const char *space = line.n > 1 ? (const char *)memchr(line.at + 1, ' ', line.n - 1) : NULL;
@@ -4818,7 +4841,7 @@ static llm__bpe_merge_text *llm__gguf_merges(llm__env *env, const llm__checkpoin
     return merges;
 }
 
-/* Tokens besides EOS that end a text or a turn. */
+/* Tokens other than EOS that end a text or a turn. */
 static uint16_t *llm__gguf_ends(llm__env *env, const llm__checkpoint *ck, size_t n) {
     static const char *const keys[] = {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
     uint16_t *traits = (uint16_t *)llm__alloc_zero(env, n, sizeof *traits);
@@ -4879,15 +4902,15 @@ static llm_tokenizer *llm__tokenizer_from_gguf(llm__env *env, const llm__checkpo
 }
 
 /* ---- tokenizer.json, as Hugging Face's tokenizers write it ----
-
    {"added_tokens": [...], "normalizer": ..., "pre_tokenizer": ..., "post_processor": ..., "decoder": ...,
-    "model": {"type": "BPE", "vocab": {PIECE: id, ...}, "merges": [...], ...}}
-   What is not known here is refused by name. */
+      "model": {"type": "BPE", "vocab": {PIECE: id, ...}, "merges": [...], ...}}
 
-/* A vocabulary as it is put together, by id. */
+   Anything that we do not know here is refused by name. */
+
+/* A vocabulary while it is being collected, indexed by id. */
 typedef struct llm__vocab_parts {
     llm__str *pieces;
-    int32_t *types; /* 0: there is no token of this id (yet) */
+    int32_t *types; /* 0: no token has this id (yet) */
     uint16_t *traits;
     size_t n, room;
 } llm__vocab_parts;
@@ -4899,7 +4922,7 @@ static const char *llm__json_type_name(llm__json_type type) {
     return names[type];
 }
 
-/* A member of this type; NULL if it is not there or null. */
+/* A member of this type, or NULL if it is absent or null. */
 static const llm__json *llm__json_take(llm__env *env, const llm__json *object, const char *key, llm__json_type type) {
     const llm__json *v = llm__json_get(object, key);
     if (v && v->type != type)
@@ -4935,7 +4958,7 @@ static llm_token llm__json_id(llm__env *env, const llm__json *v, const char *wha
     return (llm_token)v->number;
 }
 
-/* Room for token `id`; ids need not come in order, but a file cannot ask for much more room than it fills. */
+/* Makes room for token `id`. Ids may come in any order, but a file cannot claim much more room than it fills. */
 static void llm__vocab_reserve(llm__env *env, llm__vocab_parts *parts, llm_token id, size_t n_known) {
     size_t n = (size_t)id + 1;
     if (n > n_known + LLM__MAX_GAP)
@@ -4970,7 +4993,7 @@ static void llm__vocab_put(llm__env *env, llm__vocab_parts *parts, llm_token id,
     parts->pieces[id] = text;
 }
 
-/* An entry of "added_tokens", or of "added_tokens_decoder", where the id is its key. */
+/* Adds an entry of "added_tokens", or of "added_tokens_decoder", where the key is the id. */
 static void llm__vocab_put_added(llm__env *env, llm__vocab_parts *parts, const llm__json *entry, llm_token id,
                                  size_t n_known) {
     static const struct {
@@ -4988,7 +5011,8 @@ static void llm__vocab_put_added(llm__env *env, llm__vocab_parts *parts, const l
         if (llm__json_flag(env, entry, flags[i].key, false)) parts->traits[id] |= flags[i].trait;
     }
     if (special)
-        parts->traits[id] &= (uint16_t)~LLM__NORMALIZED; /* where it must not be forged is known of the raw text */
+        parts->traits[id] &=
+            (uint16_t)~LLM__NORMALIZED; /* such tokens must not be forged, so they are matched in the raw text */
 }
 
 static void llm__hftok_tokens(llm__env *env, const llm__json *root, const llm__json *vocab, bool byte_fallback,
@@ -5026,7 +5050,7 @@ static llm__bpe_merge_text *llm__hftok_merges(llm__env *env, const llm__json *me
     return pairs;
 }
 
-/* The id of a token of this text; LLM__NONE if there is none. */
+/* The id of the token with this text, or LLM__NONE. */
 static llm_token llm__vocab_find_part(const llm__vocab_parts *parts, llm__str text) {
     for (size_t id = parts->n; id-- > 0;)
         if (parts->types[id] && llm__str_equal(parts->pieces[id], text)) return (llm_token)id;
@@ -5118,7 +5142,7 @@ static void llm__hftok_metaspace(llm__env *env, const llm__json *p, llm__vocab_s
     if (llm__json_flag(env, p, "split", true)) v->rules[v->n_rules++].kind = LLM__RULE_METASPACE;
 }
 
-/* *bytes: the text is already in byte characters. */
+/* *bytes becomes true if the text has already been mapped to byte characters. */
 static void llm__hftok_pre_tokenizer(llm__env *env, const llm__json *p, llm__vocab_source *v, bool *bytes) {
     llm__str type = llm__json_need(env, p, "type", LLM__JSON_STRING)->string;
     if (*bytes && !llm__str_is(type, "Split"))
@@ -5155,7 +5179,7 @@ static void llm__hftok_pre_tokenizer(llm__env *env, const llm__json *p, llm__voc
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer has more than %d rules", LLM__MAX_RULES - 1);
 }
 
-/* Whether decoding takes the first space away. */
+/* True if decoding removes the first space. */
 static bool llm__hftok_strips(llm__env *env, const llm__json *decoder) {
     llm__str type = llm__json_text(env, decoder, "type");
     if (llm__str_is(type, "Sequence")) {
@@ -5171,7 +5195,7 @@ static bool llm__hftok_strips(llm__env *env, const llm__json *decoder) {
     return llm__str_is(type, "Strip") && llm__str_is(llm__json_text(env, decoder, "content"), " ");
 }
 
-/* One of the tokens a post-processor puts around a text. */
+/* One of the tokens that a post-processor adds before or after a text. */
 static llm_token llm__hftok_template_token(llm__env *env, const llm__json *processor, const llm__json *item,
                                            size_t n_pieces) {
     const llm__json *tokens = llm__json_need(env, processor, "special_tokens", LLM__JSON_OBJECT);
@@ -5237,14 +5261,14 @@ static void llm__hftok_read(llm__env *env, const llm__json *root, llm__vocab_par
 }
 
 /* ---- tokenizer.model, as SentencePiece writes it ----
-
-   A protocol buffer: fields, each a number and a wire type in one varint, then a varint (0), 8 bytes (1), a length and
-   bytes (2) or 4 bytes (5). https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto */
+   A protocol buffer is a list of fields. Each begins with a varint that holds its number and its wire type. The value
+   follows: a varint (type 0), 8 bytes (1), a length and bytes (2) or 4 bytes (5).
+   https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto */
 
 typedef struct llm__proto {
     llm__cursor in;
     uint32_t field, wire;
-    uint64_t number; /* a varint; the bits of 4 bytes */
+    uint64_t number; /* a varint, or the bits of 4 bytes */
     llm__str bytes;
 } llm__proto;
 
@@ -5269,7 +5293,7 @@ static uint64_t llm__proto_varint(llm__cursor *r) {
     llm__fail(r->env, LLM_ERROR_FORMAT, "%s: a number at offset %llu is too long", r->what, (unsigned long long)r->at);
 }
 
-/* The next field; false at the end. */
+/* Reads the next field. False at the end. */
 static bool llm__proto_next(llm__proto *p) {
     llm__cursor *r = &p->in;
     if (r->at == r->size) return false;
@@ -5313,7 +5337,7 @@ static void llm__proto_read_piece(llm__env *env, llm__proto *model, llm__vocab_p
     if (type == LLM__TYPE_USER_DEFINED) parts->traits[id] |= LLM__NORMALIZED;
 }
 
-/* SentencePiece numbers the kinds of tokens as GGUF does. */
+/* SentencePiece and GGUF number the types of tokens alike. */
 static void llm__proto_read_pieces(llm__env *env, const llm__file *file, llm__vocab_parts *parts,
                                    llm__vocab_source *v) {
     llm__proto p = llm__proto_open(env, file->data, (size_t)file->size, "the model");
@@ -5331,7 +5355,7 @@ static void llm__proto_read_pieces(llm__env *env, const llm__file *file, llm__vo
 }
 
 static llm_token llm__proto_id(llm__env *env, const llm__vocab_parts *parts, const char *name, uint64_t number) {
-    int64_t id = (int64_t)number; /* -1: none */
+    int64_t id = (int64_t)number; /* -1 means none */
     if (id < -1 || id >= (int64_t)parts->n)
         llm__fail(env, LLM_ERROR_FORMAT, "%s is %lld, but there are %llu pieces", name, (long long)id,
                   (unsigned long long)parts->n);
@@ -5395,16 +5419,16 @@ static void llm__proto_read(llm__env *env, const llm__file *file, llm__vocab_par
 }
 
 /* ---- Directories as published on Hugging Face ----
+   The vocabulary is in tokenizer.json or tokenizer.model. The files beside it name the tokens that begin and end a
+   text. */
 
-   tokenizer.json or tokenizer.model is the vocabulary; the files beside it say which tokens begin and end a text. */
-
-/* A JSON file in the directory; NULL if there is none. Names it in messages. */
+/* Opens a JSON file in the directory, or returns NULL if it does not exist. Later messages name the file. */
 static const llm__json *llm__hf_find_json(llm__env *env, const char *directory, const char *name) {
     env->file = llm__path_join(env, directory, name);
     return llm__path_find(env->file) == LLM__REGULAR ? llm__hf_open_json(env, directory, name) : NULL;
 }
 
-/* A token by its text, which stands there itself or as the "content" of an object. */
+/* A token given by its text: a string, or an object with "content". */
 static llm_token llm__hf_named_token(llm__env *env, const llm__json *config, const char *key,
                                      const llm__vocab_parts *parts) {
     const llm__json *v = llm__json_get(config, key);
@@ -5430,7 +5454,7 @@ static void llm__hf_named_tokens(llm__env *env, const llm__json *config, const l
     if (eos != LLM__NONE) v->eos = eos;
 }
 
-/* "eos_token_id" of config.json and generation_config.json: a number or a list of them; all end a text. */
+/* "eos_token_id" in config.json and generation_config.json is a number or a list of numbers. All of them end a text. */
 static void llm__hf_end_ids(llm__env *env, const llm__json *config, const llm__vocab_parts *parts,
                             llm__vocab_source *v) {
     static const llm__str key = {"eos_token_id", 12};
@@ -5449,7 +5473,7 @@ static void llm__hf_end_ids(llm__env *env, const llm__json *config, const llm__v
         v->bos = (llm_token)bos->number;
 }
 
-/* "chat_template" is a text, or a list of named ones, of which "default" is taken. */
+/* "chat_template" is a string, or a list of named templates, of which we use "default". */
 static llm__str llm__hf_chat_template(llm__env *env, const llm__json *config) {
     const llm__json *v = llm__json_get(config, "chat_template");
     llm__str none = {"", 0};
@@ -5461,7 +5485,7 @@ static llm__str llm__hf_chat_template(llm__env *env, const llm__json *config) {
     return none;
 }
 
-/* Tokens a tokenizer.model does not have itself. */
+/* Tokens that a tokenizer.model itself does not have. */
 static void llm__hf_added_tokens(llm__env *env, const llm__json *config, llm__vocab_parts *parts) {
     const llm__json *added = llm__json_take(env, config, "added_tokens_decoder", LLM__JSON_OBJECT);
     size_t n_known = parts->n + (added ? added->n : 0);
@@ -5506,7 +5530,7 @@ static void llm__hf_read_configs(llm__env *env, const char *directory, llm__voca
     v->chat_template.n = (size_t)file->size;
 }
 
-/* Ids that no token has are there all the same, and are never made. */
+/* Ids without a token stay in the vocabulary, but encoding never produces them. */
 static void llm__vocab_finish(llm__env *env, llm__vocab_parts *parts, llm__vocab_source *v) {
     float *scores = v->scores ? (float *)llm__alloc_zero(env, parts->n + 1, sizeof *scores) : NULL;
     if (scores) memcpy(scores, v->scores, v->n_pieces * sizeof *scores);
@@ -5522,7 +5546,7 @@ static void llm__vocab_finish(llm__env *env, llm__vocab_parts *parts, llm__vocab
     }
 }
 
-/* From tokenizer.json or tokenizer.model, whichever `path` is, and the files in the same directory. */
+/* Reads path, which is a tokenizer.json or tokenizer.model, and the files beside it. */
 static llm_tokenizer *llm__tokenizer_from_file(llm__env *env, const char *directory, const char *path) {
     llm__pool *outer = env->pool, *inner = llm__pool_inner(env);
     const char *file_before = env->file;
@@ -5614,7 +5638,7 @@ LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, con
 
 LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer) {
     if (!tokenizer) return;
-    llm__pool pool = tokenizer->own; /* the tokenizer itself is in it */
+    llm__pool pool = tokenizer->own; /* a copy, since the tokenizer itself lies in its pool */
     llm__pool_free(&pool);
 }
 
