@@ -1483,6 +1483,68 @@ static const llm__json *llm__json_get(const llm__json *object, const char *key) 
     return found && found->type != LLM__JSON_NULL ? found : NULL;
 }
 
+/* ---- Members of objects, checked ----
+   Messages name a member by its object's key and its own, as in "rope_scaling.factor". */
+
+#define LLM__SHOW_KEY(object, key) LLM__SHOW((object)->key), (object)->key.n ? "." : "", key
+
+static const char *llm__json_type_name(llm__json_type type) {
+    static const char *const names[] = {"null", "false", "true", "a number", "a string", "an array", "an object"};
+    return names[type];
+}
+
+/* A member of this type, or NULL if it is absent or null. */
+static const llm__json *llm__json_get_type(llm__env *env, const llm__json *object, const char *key,
+                                           llm__json_type type) {
+    const llm__json *v = llm__json_get(object, key);
+    if (v && v->type != type)
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %s, not %s", LLM__SHOW_KEY(object, key),
+                  llm__json_type_name(v->type), llm__json_type_name(type));
+    return v;
+}
+
+/* A member of this type; fails if it is absent or null. */
+static const llm__json *llm__json_need(llm__env *env, const llm__json *object, const char *key, llm__json_type type) {
+    const llm__json *v = llm__json_get_type(env, object, key, type);
+    if (!v) llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is missing", LLM__SHOW_KEY(object, key));
+    return v;
+}
+
+/* A string, empty if absent. */
+static llm__str llm__json_get_str(llm__env *env, const llm__json *object, const char *key) {
+    llm__str none = {"", 0};
+    const llm__json *v = llm__json_get_type(env, object, key, LLM__JSON_STRING);
+    return v ? v->string : none;
+}
+
+static bool llm__json_get_bool(llm__env *env, const llm__json *object, const char *key, bool missing) {
+    const llm__json *v = llm__json_get(object, key);
+    if (v && v->type != LLM__JSON_TRUE && v->type != LLM__JSON_FALSE)
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %s, not true or false", LLM__SHOW_KEY(object, key),
+                  llm__json_type_name(v->type));
+    return v ? v->type == LLM__JSON_TRUE : missing;
+}
+
+/* A number in [min, max], or `missing` if absent. */
+static double llm__json_get_number(llm__env *env, const llm__json *object, const char *key, double missing, double min,
+                                   double max) {
+    const llm__json *v = llm__json_get_type(env, object, key, LLM__JSON_NUMBER);
+    if (!v) return missing;
+    if (!(v->number >= min && v->number <= max))
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %g, not from %g to %g", LLM__SHOW_KEY(object, key), v->number,
+                  min, max);
+    return v->number;
+}
+
+/* An integer in [min, max], or `missing` if absent. A negative `missing` makes the key required. */
+static int llm__json_get_int(llm__env *env, const llm__json *object, const char *key, int missing, int min, int max) {
+    double d = llm__json_get_number(env, object, key, missing, min, max);
+    if (missing < 0) llm__json_need(env, object, key, LLM__JSON_NUMBER);
+    if (d != (double)(int)d)
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %g, not a whole number", LLM__SHOW_KEY(object, key), d);
+    return (int)d;
+}
+
 /* ==== 4 Number formats ==========================================================================================
 
    How files store numbers, and how rows of them are read as f32. Every conversion is exact or rounded once, to nearest
@@ -2570,55 +2632,6 @@ static llm__hparams llm__hparams_from_gguf(llm__env *env, const llm__checkpoint 
 
 /* ---- config.json ---- */
 
-/* Shows a key in messages as "rope_scaling.factor". */
-#define LLM__SHOW_KEY(object, key) LLM__SHOW((object)->key), (object)->key.n ? "." : "", key
-
-static double llm__config_number(llm__env *env, const llm__json *object, const char *key, double missing, double least,
-                                 double most) {
-    const llm__json *v = llm__json_get(object, key);
-    if (!v) return missing;
-    if (v->type != LLM__JSON_NUMBER)
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is not a number", LLM__SHOW_KEY(object, key));
-    if (!(v->number >= least && v->number <= most))
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %g, not from %g to %g", LLM__SHOW_KEY(object, key), v->number,
-                  least, most);
-    return v->number;
-}
-
-/* An integer in [least, most], or `missing` if absent. A negative `missing` makes the key required. */
-static int llm__config_int(llm__env *env, const llm__json *object, const char *key, int missing, int least, int most) {
-    double d = llm__config_number(env, object, key, missing, least, most);
-    if (missing < 0 && !llm__json_get(object, key))
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is missing", LLM__SHOW_KEY(object, key));
-    if (d != (double)(int)d)
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %g, not a whole number", LLM__SHOW_KEY(object, key), d);
-    return (int)d;
-}
-
-static bool llm__config_bool(llm__env *env, const llm__json *object, const char *key, bool missing) {
-    const llm__json *v = llm__json_get(object, key);
-    if (v && v->type != LLM__JSON_TRUE && v->type != LLM__JSON_FALSE)
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is neither true nor false", LLM__SHOW_KEY(object, key));
-    return v ? v->type == LLM__JSON_TRUE : missing;
-}
-
-/* A string, empty if absent. */
-static llm__str llm__config_str(llm__env *env, const llm__json *object, const char *key) {
-    llm__str none = {"", 0};
-    const llm__json *v = llm__json_get(object, key);
-    if (v && v->type != LLM__JSON_STRING)
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is not a string", LLM__SHOW_KEY(object, key));
-    return v ? v->string : none;
-}
-
-/* NULL if absent. */
-static const llm__json *llm__config_object(llm__env *env, const llm__json *object, const char *key) {
-    const llm__json *v = llm__json_get(object, key);
-    if (v && v->type != LLM__JSON_OBJECT)
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is not an object", LLM__SHOW_KEY(object, key));
-    return v;
-}
-
 static const llm__hparams_architecture *llm__config_architecture(llm__env *env, const llm__json *config,
                                                                  llm__str type) {
     const llm__hparams_architecture *a = llm__hparams_architectures;
@@ -2637,7 +2650,7 @@ static const llm__hparams_architecture *llm__config_architecture(llm__env *env, 
 /* int8 weights as compressed-tensors writes them, with one scale per output channel. */
 static void llm__config_check_quantization(llm__env *env, const llm__json *q) {
     if (!q) return;
-    llm__str method = llm__config_str(env, q, "quant_method"), format = llm__config_str(env, q, "format");
+    llm__str method = llm__json_get_str(env, q, "quant_method"), format = llm__json_get_str(env, q, "format");
     if (!llm__str_is(method, "compressed-tensors") ||
         (!llm__str_is(format, "int-quantized") && !llm__str_is(format, "naive-quantized")))
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
@@ -2647,13 +2660,13 @@ static void llm__config_check_quantization(llm__env *env, const llm__json *q) {
     if (llm__json_get(q, "kv_cache_scheme"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s.kv_cache_scheme is set, which this library does not run",
                   LLM__SHOW(q->key));
-    const llm__json *groups = llm__config_object(env, q, "config_groups");
+    const llm__json *groups = llm__json_get_type(env, q, "config_groups", LLM__JSON_OBJECT);
     for (const llm__json *g = groups ? groups->first : NULL; g; g = g->next) {
-        const llm__json *w = llm__config_object(env, g, "weights");
-        llm__str own = llm__config_str(env, g, "format");
-        if (!w || (own.n && !llm__str_equal(own, format)) || llm__config_int(env, w, "num_bits", 0, 1, 64) != 8 ||
-            !llm__str_is(llm__config_str(env, w, "type"), "int") || !llm__config_bool(env, w, "symmetric", false) ||
-            !llm__str_is(llm__config_str(env, w, "strategy"), "channel"))
+        const llm__json *w = llm__json_get_type(env, g, "weights", LLM__JSON_OBJECT);
+        llm__str own = llm__json_get_str(env, g, "format");
+        if (!w || (own.n && !llm__str_equal(own, format)) || llm__json_get_int(env, w, "num_bits", 0, 1, 64) != 8 ||
+            !llm__str_is(llm__json_get_str(env, w, "type"), "int") || !llm__json_get_bool(env, w, "symmetric", false) ||
+            !llm__str_is(llm__json_get_str(env, w, "strategy"), "channel"))
             llm__fail(env, LLM_ERROR_UNSUPPORTED,
                       "config_groups.%.*s: the weights are not num_bits 8, type int, symmetric, strategy channel "
                       "and of the whole's format, which is what this library runs",
@@ -2663,55 +2676,55 @@ static void llm__config_check_quantization(llm__env *env, const llm__json *q) {
 
 static void llm__config_refuse(llm__env *env, const llm__json *config, const llm__hparams_architecture *a) {
     static const char *const flags[] = {"attention_bias", "mlp_bias"};
-    llm__str act = llm__config_str(env, config, "hidden_act");
+    llm__str act = llm__json_get_str(env, config, "hidden_act");
     if (act.n && !llm__str_is(act, "silu") && !llm__str_is(act, "swish"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "hidden_act is \"%.*s\"; this library runs silu", LLM__SHOW(act));
     /* Architectures that always have these biases ignore the flags. */
     for (size_t i = 0; i < sizeof flags / sizeof *flags && !a->qkv_bias; i++)
-        if (llm__config_bool(env, config, flags[i], false))
+        if (llm__json_get_bool(env, config, flags[i], false))
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s is true, which this library does not run", flags[i]);
-    llm__config_check_quantization(env, llm__config_object(env, config, "quantization_config"));
-    llm__config_check_quantization(env, llm__config_object(env, config, "compression_config"));
+    llm__config_check_quantization(env, llm__json_get_type(env, config, "quantization_config", LLM__JSON_OBJECT));
+    llm__config_check_quantization(env, llm__json_get_type(env, config, "compression_config", LLM__JSON_OBJECT));
 }
 
 static void llm__config_check_rotary_part(llm__env *env, const llm__json *object) {
-    double part = llm__config_number(env, object, "partial_rotary_factor", 1, 0, 1);
+    double part = llm__json_get_number(env, object, "partial_rotary_factor", 1, 0, 1);
     if (part != 1) llm__fail(env, LLM_ERROR_UNSUPPORTED, "partial_rotary_factor is %g; this library runs 1", part);
 }
 
 /* Reads rope_scaling. Newer files call it rope_parameters and put rope_theta into it. */
 static llm__hparams_rope llm__config_rope(llm__env *env, const llm__json *config, int n_ctx_train) {
     llm__hparams_rope r;
-    const llm__json *o = llm__config_object(env, config, "rope_scaling");
+    const llm__json *o = llm__json_get_type(env, config, "rope_scaling", LLM__JSON_OBJECT);
     memset(&r, 0, sizeof r);
     r.scale = 1;
-    r.base = llm__config_number(env, config, "rope_theta", 10000, LLM__LEAST_BASE, LLM__MOST_BASE);
+    r.base = llm__json_get_number(env, config, "rope_theta", 10000, LLM__LEAST_BASE, LLM__MOST_BASE);
     llm__config_check_rotary_part(env, config);
-    if (!o) o = llm__config_object(env, config, "rope_parameters");
+    if (!o) o = llm__json_get_type(env, config, "rope_parameters", LLM__JSON_OBJECT);
     if (!o) return r;
     llm__config_check_rotary_part(env, o);
     for (const llm__json *m = o->first; m; m = m->next)
         if (m->type == LLM__JSON_OBJECT || m->type == LLM__JSON_ARRAY)
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s.%.*s is set, which this library does not run",
                       LLM__SHOW(o->key), LLM__SHOW(m->key));
-    r.base = llm__config_number(env, o, "rope_theta", r.base, LLM__LEAST_BASE, LLM__MOST_BASE);
-    llm__str type = llm__config_str(env, o, llm__json_get(o, "rope_type") ? "rope_type" : "type");
+    r.base = llm__json_get_number(env, o, "rope_theta", r.base, LLM__LEAST_BASE, LLM__MOST_BASE);
+    llm__str type = llm__json_get_str(env, o, llm__json_get(o, "rope_type") ? "rope_type" : "type");
     if (!type.n || llm__str_is(type, "default")) return r;
-    r.n_original = llm__config_number(env, o, "original_max_position_embeddings", n_ctx_train, 1, 1 << 28);
+    r.n_original = llm__json_get_number(env, o, "original_max_position_embeddings", n_ctx_train, 1, 1 << 28);
     if (llm__str_is(type, "linear")) {
         r.kind = LLM__ROPE_LINEAR;
     } else if (llm__str_is(type, "llama3")) {
         r.kind = LLM__ROPE_LLAMA3;
-        r.few_turns = llm__config_number(env, o, "low_freq_factor", 1, 1e-3, 1e6);
-        r.many_turns = llm__config_number(env, o, "high_freq_factor", 4, 1e-3, 1e6);
+        r.few_turns = llm__json_get_number(env, o, "low_freq_factor", 1, 1e-3, 1e6);
+        r.many_turns = llm__json_get_number(env, o, "high_freq_factor", 4, 1e-3, 1e6);
     } else if (llm__str_is(type, "yarn")) {
         r.kind = LLM__ROPE_YARN;
-        r.few_turns = llm__config_number(env, o, "beta_slow", 1, 1e-3, 1e6);
-        r.many_turns = llm__config_number(env, o, "beta_fast", 32, 1e-3, 1e6);
-        r.whole_pairs = llm__config_bool(env, o, "truncate", true);
-        r.scale = llm__config_number(env, o, "attention_factor", 0, 1e-3, 1e3);
-        r.growth = llm__config_number(env, o, "mscale", 0, 0, 1e3);
-        r.growth_below = llm__config_number(env, o, "mscale_all_dim", 0, 0, 1e3);
+        r.few_turns = llm__json_get_number(env, o, "beta_slow", 1, 1e-3, 1e6);
+        r.many_turns = llm__json_get_number(env, o, "beta_fast", 32, 1e-3, 1e6);
+        r.whole_pairs = llm__json_get_bool(env, o, "truncate", true);
+        r.scale = llm__json_get_number(env, o, "attention_factor", 0, 1e-3, 1e3);
+        r.growth = llm__json_get_number(env, o, "mscale", 0, 0, 1e3);
+        r.growth_below = llm__json_get_number(env, o, "mscale_all_dim", 0, 0, 1e3);
         if (r.growth == 0 || r.growth_below == 0) { /* one without the other has no meaning */
             r.growth = 1;
             r.growth_below = 0;
@@ -2723,7 +2736,7 @@ static llm__hparams_rope llm__config_rope(llm__env *env, const llm__json *config
     }
     if (r.kind != LLM__ROPE_YARN && !llm__json_get(o, "factor"))
         llm__fail(env, LLM_ERROR_FORMAT, "%.*s.factor is missing", LLM__SHOW(o->key));
-    r.factor = llm__config_number(env, o, "factor", n_ctx_train / r.n_original, 1e-3, 1e6);
+    r.factor = llm__json_get_number(env, o, "factor", n_ctx_train / r.n_original, 1e-3, 1e6);
     return r;
 }
 
@@ -2732,7 +2745,7 @@ static int llm__config_window(llm__env *env, const llm__json *config, const llm_
                               int n_layers) {
     const llm__json *types = llm__json_get(config, "layer_types");
     bool used = a->window == LLM__WINDOW_ALWAYS ||
-                (a->window == LLM__WINDOW_IF_USED && llm__config_bool(env, config, "use_sliding_window", false));
+                (a->window == LLM__WINDOW_IF_USED && llm__json_get_bool(env, config, "use_sliding_window", false));
     int n = 0;
     for (const llm__json *t = types ? types->first : NULL; t; t = t->next) {
         if (!llm__str_is(t->string, "sliding_attention") && !llm__str_is(t->string, "full_attention"))
@@ -2746,21 +2759,21 @@ static int llm__config_window(llm__env *env, const llm__json *config, const llm_
                   n_layers);
     if (!types && a->window == LLM__WINDOW_ALWAYS) n = n_layers;
     if (!types && a->window == LLM__WINDOW_IF_USED && used) {
-        int full = llm__config_int(env, config, "max_window_layers", 28, 0, 1 << 28);
+        int full = llm__json_get_int(env, config, "max_window_layers", 28, 0, 1 << 28);
         n = full < n_layers ? n_layers - full : 0;
     }
     if (n == 0) return 0;
     if (n != n_layers || !used)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "%d of %d layers have a sliding window; this library runs it in all layers or none", n, n_layers);
-    return llm__config_int(env, config, "sliding_window", llm__json_find(config, "sliding_window") ? 0 : 4096, 1,
-                           1 << 28);
+    return llm__json_get_int(env, config, "sliding_window", llm__json_find(config, "sliding_window") ? 0 : 4096, 1,
+                             1 << 28);
 }
 
 static bool llm__config_tied_head(llm__env *env, const llm__checkpoint *ck) {
     const llm__tensor *embedding = llm__tensor_find(ck, "model.embed_tokens.weight");
     const llm__tensor *head = llm__tensor_find(ck, "lm_head.weight");
-    bool tied = llm__config_bool(env, ck->config, "tie_word_embeddings", !head);
+    bool tied = llm__json_get_bool(env, ck->config, "tie_word_embeddings", !head);
     if (!tied && !head)
         llm__fail(env, LLM_ERROR_FORMAT, "tie_word_embeddings is false, but there is no tensor lm_head.weight");
     if (!tied || !head) return tied;
@@ -2778,23 +2791,23 @@ static llm__hparams llm__hparams_from_config(llm__env *env, const llm__checkpoin
     const char *path = env->file;
     memset(&h, 0, sizeof h);
     env->file = ck->config_path;
-    h.name = llm__config_str(env, config, "_name_or_path");
-    h.architecture = llm__config_str(env, config, "model_type");
+    h.name = llm__json_get_str(env, config, "_name_or_path");
+    h.architecture = llm__json_get_str(env, config, "model_type");
     const llm__hparams_architecture *a = llm__config_architecture(env, config, h.architecture);
     llm__hparams_set_architecture(&h, a, ck->format);
     llm__config_refuse(env, config, a);
-    h.n_vocab = llm__config_int(env, config, "vocab_size", -1, 1, 1 << 24);
-    h.n_layers = llm__config_int(env, config, "num_hidden_layers", -1, 1, 4096);
-    h.n_embd = llm__config_int(env, config, "hidden_size", -1, 1, 1 << 20);
-    h.n_ff = llm__config_int(env, config, "intermediate_size", -1, 1, 1 << 22);
-    h.n_heads = llm__config_int(env, config, "num_attention_heads", -1, 1, 4096);
-    h.n_kv_heads = llm__config_int(env, config, "num_key_value_heads", h.n_heads, 1, 4096);
-    h.n_ctx_train = llm__config_int(env, config, "max_position_embeddings", -1, 1, 1 << 28);
+    h.n_vocab = llm__json_get_int(env, config, "vocab_size", -1, 1, 1 << 24);
+    h.n_layers = llm__json_get_int(env, config, "num_hidden_layers", -1, 1, 4096);
+    h.n_embd = llm__json_get_int(env, config, "hidden_size", -1, 1, 1 << 20);
+    h.n_ff = llm__json_get_int(env, config, "intermediate_size", -1, 1, 1 << 22);
+    h.n_heads = llm__json_get_int(env, config, "num_attention_heads", -1, 1, 4096);
+    h.n_kv_heads = llm__json_get_int(env, config, "num_key_value_heads", h.n_heads, 1, 4096);
+    h.n_ctx_train = llm__json_get_int(env, config, "max_position_embeddings", -1, 1, 1 << 28);
     int usual = a->qk_norm ? 128 : h.n_embd / h.n_heads;
-    h.head_dim = llm__config_int(env, config, "head_dim", usual ? usual : 1, 1, LLM__MOST_HEAD);
+    h.head_dim = llm__json_get_int(env, config, "head_dim", usual ? usual : 1, 1, LLM__MOST_HEAD);
     h.rope_dim = h.head_dim;
     h.window = llm__config_window(env, config, a, h.n_layers);
-    h.rms_eps = (float)llm__config_number(env, config, "rms_norm_eps", 1e-6, 1e-12, 1);
+    h.rms_eps = (float)llm__json_get_number(env, config, "rms_norm_eps", 1e-6, 1e-12, 1);
     h.rope = llm__config_rope(env, config, h.n_ctx_train);
     h.tied_head = llm__config_tied_head(env, ck);
     llm__hparams_check(env, &h);
@@ -4917,39 +4930,6 @@ typedef struct llm__vocab_parts {
 
 enum { LLM__MAX_GAP = 65536 };
 
-static const char *llm__json_type_name(llm__json_type type) {
-    static const char *const names[] = {"null", "false", "true", "a number", "a string", "an array", "an object"};
-    return names[type];
-}
-
-/* A member of this type, or NULL if it is absent or null. */
-static const llm__json *llm__json_take(llm__env *env, const llm__json *object, const char *key, llm__json_type type) {
-    const llm__json *v = llm__json_get(object, key);
-    if (v && v->type != type)
-        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not %s", key, llm__json_type_name(v->type),
-                  llm__json_type_name(type));
-    return v;
-}
-
-static const llm__json *llm__json_need(llm__env *env, const llm__json *object, const char *key, llm__json_type type) {
-    const llm__json *v = llm__json_take(env, object, key, type);
-    if (!v) llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is missing", key);
-    return v;
-}
-
-static llm__str llm__json_text(llm__env *env, const llm__json *object, const char *key) {
-    llm__str none = {"", 0};
-    const llm__json *v = llm__json_take(env, object, key, LLM__JSON_STRING);
-    return v ? v->string : none;
-}
-
-static bool llm__json_flag(llm__env *env, const llm__json *object, const char *key, bool missing) {
-    const llm__json *v = llm__json_get(object, key);
-    if (v && v->type != LLM__JSON_TRUE && v->type != LLM__JSON_FALSE)
-        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not true or false", key, llm__json_type_name(v->type));
-    return v ? v->type == LLM__JSON_TRUE : missing;
-}
-
 static llm_token llm__json_id(llm__env *env, const llm__json *v, const char *what, llm__str name) {
     if (v->type != LLM__JSON_NUMBER || !(v->number >= 0 && v->number < 1 << 24) ||
         v->number != (double)(llm_token)v->number)
@@ -5004,11 +4984,11 @@ static void llm__vocab_put_added(llm__env *env, llm__vocab_parts *parts, const l
                  {"single_word", LLM__SINGLE_WORD},
                  {"normalized", LLM__NORMALIZED}};
     llm__str text = llm__json_need(env, entry, "content", LLM__JSON_STRING)->string;
-    bool special = llm__json_flag(env, entry, "special", false);
+    bool special = llm__json_get_bool(env, entry, "special", false);
     llm__vocab_put(env, parts, id, text, special ? LLM__TYPE_CONTROL : LLM__TYPE_USER_DEFINED, n_known);
     for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
         parts->traits[id] &= (uint16_t)~flags[i].trait;
-        if (llm__json_flag(env, entry, flags[i].key, false)) parts->traits[id] |= flags[i].trait;
+        if (llm__json_get_bool(env, entry, flags[i].key, false)) parts->traits[id] |= flags[i].trait;
     }
     if (special)
         parts->traits[id] &=
@@ -5017,7 +4997,7 @@ static void llm__vocab_put_added(llm__env *env, llm__vocab_parts *parts, const l
 
 static void llm__hftok_tokens(llm__env *env, const llm__json *root, const llm__json *vocab, bool byte_fallback,
                               llm__vocab_parts *parts) {
-    const llm__json *added = llm__json_take(env, root, "added_tokens", LLM__JSON_ARRAY);
+    const llm__json *added = llm__json_get_type(env, root, "added_tokens", LLM__JSON_ARRAY);
     size_t n_known = vocab->n + (added ? added->n : 0);
     for (const llm__json *entry = vocab->first; entry; entry = entry->next) {
         bool byte = byte_fallback && llm__vocab_byte_piece(entry->key) >= 0;
@@ -5060,21 +5040,22 @@ static llm_token llm__vocab_find_part(const llm__vocab_parts *parts, llm__str te
 static void llm__hftok_model(llm__env *env, const llm__json *root, llm__vocab_parts *parts, llm__vocab_source *v) {
     const llm__json *model = llm__json_need(env, root, "model", LLM__JSON_OBJECT),
                     *dropout = llm__json_get(model, "dropout");
-    llm__str type = llm__json_text(env, model, "type"), unk = llm__json_text(env, model, "unk_token");
+    llm__str type = llm__json_get_str(env, model, "type"), unk = llm__json_get_str(env, model, "unk_token");
     if (type.n && !llm__str_is(type, "BPE"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model's type is \"%.*s\"; \"BPE\" is known here", LLM__SHOW(type));
     if (dropout && !(dropout->type == LLM__JSON_NUMBER && dropout->number == 0))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model has a \"dropout\", which makes tokens depend on chance");
-    if (llm__json_text(env, model, "continuing_subword_prefix").n || llm__json_text(env, model, "end_of_word_suffix").n)
+    if (llm__json_get_str(env, model, "continuing_subword_prefix").n ||
+        llm__json_get_str(env, model, "end_of_word_suffix").n)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "the model has a \"continuing_subword_prefix\" or an \"end_of_word_suffix\"");
     const llm__json *vocab = llm__json_need(env, model, "vocab", LLM__JSON_OBJECT);
     const llm__json *merges = llm__json_need(env, model, "merges", LLM__JSON_ARRAY);
-    llm__hftok_tokens(env, root, vocab, llm__json_flag(env, model, "byte_fallback", false), parts);
+    llm__hftok_tokens(env, root, vocab, llm__json_get_bool(env, model, "byte_fallback", false), parts);
     v->merges = llm__hftok_merges(env, merges);
     v->n_merges = merges->n;
-    v->ignore_merges = llm__json_flag(env, model, "ignore_merges", false);
-    v->fuse_unk = llm__json_flag(env, model, "fuse_unk", false);
+    v->ignore_merges = llm__json_get_bool(env, model, "ignore_merges", false);
+    v->fuse_unk = llm__json_get_bool(env, model, "fuse_unk", false);
     v->unk = unk.n ? llm__vocab_find_part(parts, unk) : LLM__NONE;
     if (unk.n && v->unk == LLM__NONE)
         llm__fail(env, LLM_ERROR_FORMAT, "unk_token is \"%.*s\", which is not in vocab", LLM__SHOW(unk));
@@ -5089,12 +5070,12 @@ static void llm__hftok_normalizer(llm__env *env, const llm__json *n, llm__vocab_
         for (n = list->first; n; n = n->next) llm__hftok_normalizer(env, n, v);
     } else if (llm__str_is(type, "NFC")) {
         v->nfc = true;
-    } else if (llm__str_is(type, "Prepend") && llm__str_is(llm__json_text(env, n, "prepend"), LLM__SPACE_MARK)) {
+    } else if (llm__str_is(type, "Prepend") && llm__str_is(llm__json_get_str(env, n, "prepend"), LLM__SPACE_MARK)) {
         v->prefix = LLM__PREFIX_STRETCH;
     } else if (llm__str_is(type, "Replace")) {
         const llm__json *pattern = llm__json_need(env, n, "pattern", LLM__JSON_OBJECT);
-        if (!llm__str_is(llm__json_text(env, pattern, "String"), " ") ||
-            !llm__str_is(llm__json_text(env, n, "content"), LLM__SPACE_MARK))
+        if (!llm__str_is(llm__json_get_str(env, pattern, "String"), " ") ||
+            !llm__str_is(llm__json_get_str(env, n, "content"), LLM__SPACE_MARK))
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "the normalizer replaces something else than a space by U+2581");
         v->sentencepiece = true;
     } else {
@@ -5118,8 +5099,8 @@ static void llm__hftok_add_class(llm__env *env, llm__vocab_source *v, const char
 
 static void llm__hftok_split(llm__env *env, const llm__json *p, llm__vocab_source *v, bool bytes) {
     const llm__json *pattern = llm__json_need(env, p, "pattern", LLM__JSON_OBJECT);
-    llm__str regex = llm__json_text(env, pattern, "Regex"), behavior = llm__json_text(env, p, "behavior");
-    bool invert = llm__json_flag(env, p, "invert", false);
+    llm__str regex = llm__json_get_str(env, pattern, "Regex"), behavior = llm__json_get_str(env, p, "behavior");
+    bool invert = llm__json_get_bool(env, p, "invert", false);
     if (!regex.n) llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by a String; a Regex is known here");
     if (v->sentencepiece || (bytes && !llm__str_is(regex, LLM__RE_THOUSANDS)))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by \"%.*s\" after %s", LLM__SHOW(regex),
@@ -5131,15 +5112,15 @@ static void llm__hftok_split(llm__env *env, const llm__json *p, llm__vocab_sourc
 }
 
 static void llm__hftok_metaspace(llm__env *env, const llm__json *p, llm__vocab_source *v) {
-    llm__str scheme = llm__json_text(env, p, "prepend_scheme");
-    bool always = scheme.n ? llm__str_is(scheme, "always") : llm__json_flag(env, p, "add_prefix_space", true);
-    if (!llm__str_is(llm__json_text(env, p, "replacement"), LLM__SPACE_MARK))
+    llm__str scheme = llm__json_get_str(env, p, "prepend_scheme");
+    bool always = scheme.n ? llm__str_is(scheme, "always") : llm__json_get_bool(env, p, "add_prefix_space", true);
+    if (!llm__str_is(llm__json_get_str(env, p, "replacement"), LLM__SPACE_MARK))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Metaspace has another replacement than U+2581");
     if (v->prefix || v->n_rules)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Metaspace comes after something else");
     v->sentencepiece = true;
     v->prefix = llm__str_is(scheme, "first") ? LLM__PREFIX_FIRST : always ? LLM__PREFIX_UNSPACED : LLM__NO_PREFIX;
-    if (llm__json_flag(env, p, "split", true)) v->rules[v->n_rules++].kind = LLM__RULE_METASPACE;
+    if (llm__json_get_bool(env, p, "split", true)) v->rules[v->n_rules++].kind = LLM__RULE_METASPACE;
 }
 
 /* *bytes becomes true if the text has already been mapped to byte characters. */
@@ -5152,19 +5133,19 @@ static void llm__hftok_pre_tokenizer(llm__env *env, const llm__json *p, llm__voc
         for (p = list->first; p; p = p->next) llm__hftok_pre_tokenizer(env, p, v, bytes);
     } else if (llm__str_is(type, "ByteLevel")) {
         *bytes = true;
-        if (llm__json_flag(env, p, "add_prefix_space", true)) {
+        if (llm__json_get_bool(env, p, "add_prefix_space", true)) {
             if (v->n_rules)
                 llm__fail(env, LLM_ERROR_UNSUPPORTED, "ByteLevel adds a space to what other pre_tokenizers have cut");
             v->prefix = LLM__PREFIX_UNSPACED;
         }
-        if (llm__json_flag(env, p, "use_regex", true)) llm__hftok_add_class(env, v, LLM__RE_GPT2, NULL, false);
+        if (llm__json_get_bool(env, p, "use_regex", true)) llm__hftok_add_class(env, v, LLM__RE_GPT2, NULL, false);
     } else if (llm__str_is(type, "Split")) {
         llm__hftok_split(env, p, v, *bytes);
     } else if (llm__str_is(type, "Digits")) {
         llm__hftok_add_class(env, v, LLM__RE_NUMBERS, LLM__RE_NUMBERS "+",
-                             !llm__json_flag(env, p, "individual_digits", false));
+                             !llm__json_get_bool(env, p, "individual_digits", false));
     } else if (llm__str_is(type, "Punctuation")) {
-        llm__str behavior = llm__json_text(env, p, "behavior");
+        llm__str behavior = llm__json_get_str(env, p, "behavior");
         bool contiguous = llm__str_is(behavior, "Contiguous");
         if (!contiguous && behavior.n && !llm__str_is(behavior, "Isolated"))
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Punctuation has behavior \"%.*s\"",
@@ -5181,7 +5162,7 @@ static void llm__hftok_pre_tokenizer(llm__env *env, const llm__json *p, llm__voc
 
 /* True if decoding removes the first space. */
 static bool llm__hftok_strips(llm__env *env, const llm__json *decoder) {
-    llm__str type = llm__json_text(env, decoder, "type");
+    llm__str type = llm__json_get_str(env, decoder, "type");
     if (llm__str_is(type, "Sequence")) {
         const llm__json *list = llm__json_need(env, decoder, "decoders", LLM__JSON_ARRAY);
         for (decoder = list->first; decoder; decoder = decoder->next)
@@ -5189,10 +5170,10 @@ static bool llm__hftok_strips(llm__env *env, const llm__json *decoder) {
         return false;
     }
     if (llm__str_is(type, "Metaspace")) {
-        llm__str scheme = llm__json_text(env, decoder, "prepend_scheme");
-        return scheme.n ? !llm__str_is(scheme, "never") : llm__json_flag(env, decoder, "add_prefix_space", true);
+        llm__str scheme = llm__json_get_str(env, decoder, "prepend_scheme");
+        return scheme.n ? !llm__str_is(scheme, "never") : llm__json_get_bool(env, decoder, "add_prefix_space", true);
     }
-    return llm__str_is(type, "Strip") && llm__str_is(llm__json_text(env, decoder, "content"), " ");
+    return llm__str_is(type, "Strip") && llm__str_is(llm__json_get_str(env, decoder, "content"), " ");
 }
 
 /* One of the tokens that a post-processor adds before or after a text. */
@@ -5227,7 +5208,7 @@ static void llm__hftok_post_processor(llm__env *env, const llm__json *p, llm__vo
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the post_processor \"%.*s\" is not run here", LLM__SHOW(type));
     bool after = false;
     for (const llm__json *item = llm__json_need(env, p, "single", LLM__JSON_ARRAY)->first; item; item = item->next) {
-        const llm__json *token = llm__json_take(env, item, "SpecialToken", LLM__JSON_OBJECT);
+        const llm__json *token = llm__json_get_type(env, item, "SpecialToken", LLM__JSON_OBJECT);
         if (!token) {
             llm__json_need(env, item, "Sequence", LLM__JSON_OBJECT);
             after = true;
@@ -5241,10 +5222,10 @@ static void llm__hftok_post_processor(llm__env *env, const llm__json *p, llm__vo
 }
 
 static void llm__hftok_read(llm__env *env, const llm__json *root, llm__vocab_parts *parts, llm__vocab_source *v) {
-    const llm__json *normalizer = llm__json_take(env, root, "normalizer", LLM__JSON_OBJECT);
-    const llm__json *pre = llm__json_take(env, root, "pre_tokenizer", LLM__JSON_OBJECT);
-    const llm__json *post = llm__json_take(env, root, "post_processor", LLM__JSON_OBJECT);
-    const llm__json *decoder = llm__json_take(env, root, "decoder", LLM__JSON_OBJECT);
+    const llm__json *normalizer = llm__json_get_type(env, root, "normalizer", LLM__JSON_OBJECT);
+    const llm__json *pre = llm__json_get_type(env, root, "pre_tokenizer", LLM__JSON_OBJECT);
+    const llm__json *post = llm__json_get_type(env, root, "post_processor", LLM__JSON_OBJECT);
+    const llm__json *decoder = llm__json_get_type(env, root, "decoder", LLM__JSON_OBJECT);
     bool bytes = false;
     v->pieces_name = "vocab";
     v->merges_name = "merges";
@@ -5481,13 +5462,13 @@ static llm__str llm__hf_chat_template(llm__env *env, const llm__json *config) {
     if (v->type == LLM__JSON_STRING) return v->string;
     if (v->type == LLM__JSON_ARRAY)
         for (v = v->first; v; v = v->next)
-            if (llm__str_is(llm__json_text(env, v, "name"), "default")) return llm__json_text(env, v, "template");
+            if (llm__str_is(llm__json_get_str(env, v, "name"), "default")) return llm__json_get_str(env, v, "template");
     return none;
 }
 
 /* Tokens that a tokenizer.model itself does not have. */
 static void llm__hf_added_tokens(llm__env *env, const llm__json *config, llm__vocab_parts *parts) {
-    const llm__json *added = llm__json_take(env, config, "added_tokens_decoder", LLM__JSON_OBJECT);
+    const llm__json *added = llm__json_get_type(env, config, "added_tokens_decoder", LLM__JSON_OBJECT);
     size_t n_known = parts->n + (added ? added->n : 0);
     for (const llm__json *entry = added ? added->first : NULL; entry; entry = entry->next) {
         llm_token id = 0;
@@ -5505,13 +5486,13 @@ static void llm__hf_tokenizer_config(llm__env *env, const llm__json *config, llm
                                      llm__vocab_source *v) {
     if (v->scores) {
         llm__hf_added_tokens(env, config, parts);
-        if (v->prefix == LLM__PREFIX_STRETCH && !llm__json_flag(env, config, "legacy", true))
+        if (v->prefix == LLM__PREFIX_STRETCH && !llm__json_get_bool(env, config, "legacy", true))
             v->prefix = LLM__PREFIX_FIRST;
     }
     v->chat_template = llm__hf_chat_template(env, config);
     llm__hf_named_tokens(env, config, parts, v);
-    v->add_bos = llm__json_flag(env, config, "add_bos_token", v->add_bos);
-    v->add_eos = llm__json_flag(env, config, "add_eos_token", v->add_eos);
+    v->add_bos = llm__json_get_bool(env, config, "add_bos_token", v->add_bos);
+    v->add_eos = llm__json_get_bool(env, config, "add_eos_token", v->add_eos);
 }
 
 static void llm__hf_read_configs(llm__env *env, const char *directory, llm__vocab_parts *parts, llm__vocab_source *v) {

@@ -208,7 +208,7 @@ static void test_hostile_json(void **state) {
     (void)state;
     static const char *const cases[][3] = {
         {"\"BPE\"", "\"Unigram\"", "the model's type is \"Unigram\""},
-        {"\"BPE\"", "3", "\"type\" is a number, not a string"},
+        {"\"BPE\"", "3", "type is a number, not a string"},
         {"\"BPE\"", "\"BPE\",\"dropout\":0.1", "dropout"},
         {"\"BPE\"", "\"BPE\",\"end_of_word_suffix\":\"</w>\"", "end_of_word_suffix"},
         {"\"BPE\"", "\"BPE\",\"unk_token\":\"<x>\"", "unk_token is \"<x>\", which is not in vocab"},
@@ -224,16 +224,16 @@ static void test_hostile_json(void **state) {
         {"\"a b\"", "\"ab\"", "merges[0] is \"ab\", not two pieces"},
         {"\"a b\"", "[\"a\"]", "merges[0] is neither"},
         {"\"a b\"", "[\"a\",1]", "merges[0] is neither"},
-        {"[\"a b\"]", "{}", "\"merges\" is an object, not an array"},
-        {"\"vocab\"", "\"vocabulary\"", "\"vocab\" is missing"},
-        {"\"model\"", "\"mod\"", "\"model\" is missing"},
+        {"[\"a b\"]", "{}", "merges is an object, not an array"},
+        {"\"vocab\"", "\"vocabulary\"", "vocab is missing"},
+        {"\"model\"", "\"mod\"", "model is missing"},
         {"\"id\":3", "\"id\":0", "\"a\" and \"<s>\" both have the id 0"},
         {"\"id\":3", "\"id\":3000000", "a token has the id 3000000"},
-        {"\"content\":\"<s>\"", "\"content\":5", "\"content\" is a number, not a string"},
-        {"\"special\":true", "\"special\":1", "\"special\" is a number, not true or false"},
+        {"\"content\":\"<s>\"", "\"content\":5", "content is a number, not a string"},
+        {"\"special\":true", "\"special\":1", "special is a number, not true or false"},
         {"\"normalizer\":null", "\"normalizer\":{\"type\":\"NFKC\"}", "the normalizer \"NFKC\" is not run here"},
         {"\"normalizer\":null", "\"normalizer\":{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"x\"},\"content\":\"y\"}", "replaces something else"},
-        {"\"normalizer\":null", "\"normalizer\":{}", "\"type\" is missing"},
+        {"\"normalizer\":null", "\"normalizer\":{}", "type is missing"},
         {"\"ByteLevel\"", "\"Whitespace\"", "the pre_tokenizer \"Whitespace\" is not run here"},
         {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"(a|b)+\"},\"behavior\":\"Isolated\"", "splits by \"(a|b)+\""},
         {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"[a\"},\"behavior\":\"Isolated\"", "splits by \"[a\""},
@@ -253,11 +253,11 @@ static void test_hostile_json(void **state) {
     llm_tokenizer *t;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         refuses("tokenizer.json", cases[i][0], cases[i][1], cases[i][2]);
-    refuses("tokenizer.json", NULL, "[]", "\"model\" is missing");
+    refuses("tokenizer.json", NULL, "[]", "model is missing");
     refuses("tokenizer.json", NULL, "{\"model\":", "JSON text");
     refuses("tokenizer_config.json", NULL, "{\"bos_token\":\"<x>\"}", "\"bos_token\" is \"<x>\", which is no token");
     refuses("tokenizer_config.json", NULL, "{\"bos_token\":7}", "\"bos_token\" is a number, not a token's text");
-    refuses("tokenizer_config.json", NULL, "{\"add_bos_token\":\"yes\"}", "\"add_bos_token\" is a string, not true or false");
+    refuses("tokenizer_config.json", NULL, "{\"add_bos_token\":\"yes\"}", "add_bos_token is a string, not true or false");
     refuses("tokenizer_config.json", NULL, "[]", "not a JSON object");
     refuses("config.json", NULL, "{\"eos_token_id\":5}", "eos_token_id is 5, but the vocabulary has 5 tokens");
     refuses("config.json", NULL, "{\"eos_token_id\":[1,-1]}", "has the id -1");
