@@ -7375,9 +7375,9 @@ static llm_status llm__cpu_upload(void *model, const llm_weight *weight, llm_err
 
 /* ==== 14 KV cache ===============================================================================================
 
-   Keys and values live in blocks of LLM_BLOCK positions, all allocated when the context is created. A sequence is a
-   length and a table of blocks. A fork shares its parent's blocks by counting references; whoever appends to a block
-   that is shared takes a copy of it first. Here is the bookkeeping; the blocks' contents are the backend's. */
+   Keys and values are stored in blocks of LLM_BLOCK positions, all allocated when the context is created. A sequence
+   is a length and a table of blocks. A fork shares its parent's blocks, which are reference-counted. Whoever appends
+   to a shared block first copies it. This section keeps the books; the backend owns the blocks' contents. */
 
 typedef struct llm__cache {
     int n_seq, n_ctx, blocks_per_seq, n_blocks, n_free;
@@ -7400,7 +7400,8 @@ static void llm__cache_create(llm__env *env, llm__cache *cache, int n_seq, int n
     cache->tables = (int *)llm__alloc_zero(env, (size_t)n_seq * (size_t)cache->blocks_per_seq, sizeof(int));
     cache->lengths = (int *)llm__alloc_zero(env, (size_t)n_seq, sizeof(int));
     cache->tokens = (llm_token *)llm__alloc(env, (size_t)n_seq * (size_t)n_ctx, sizeof(llm_token));
-    for (int i = 0; i < n_blocks; i++) cache->free_blocks[i] = n_blocks - 1 - i; /* so that they come in order */
+    for (int i = 0; i < n_blocks; i++)
+        cache->free_blocks[i] = n_blocks - 1 - i; /* so that they are taken in ascending order */
 }
 
 static int *llm__cache_table(const llm__cache *cache, int seq) {
@@ -7411,13 +7412,13 @@ static llm_token *llm__cache_tokens(const llm__cache *cache, int seq) {
     return cache->tokens + (size_t)seq * (size_t)cache->n_ctx;
 }
 
-/* Does appending to this sequence begin by copying its last block? */
+/* True if appending to this sequence must first copy its last block. */
 static bool llm__cache_must_copy(const llm__cache *cache, int seq) {
     int length = cache->lengths[seq];
     return length % LLM_BLOCK && cache->n_users[llm__cache_table(cache, seq)[length / LLM_BLOCK]] > 1;
 }
 
-/* Blocks that appending n tokens takes from the free ones. */
+/* Number of free blocks that appending n tokens takes. */
 static int llm__cache_needs(const llm__cache *cache, int seq, int n) {
     int length = cache->lengths[seq];
     return llm__cache_blocks_for(length + n) - llm__cache_blocks_for(length) + (n && llm__cache_must_copy(cache, seq));
@@ -7439,7 +7440,8 @@ static void llm__cache_truncate(llm__cache *cache, int seq, int length) {
     cache->lengths[seq] = length;
 }
 
-/* Puts an own block in the place of a shared last one; returns the shared one, from which to copy, or -1. */
+/* Replaces a shared last block by a block of its own. Returns the shared block, from which the caller copies, or -1 if
+   there is nothing to do. */
 static int llm__cache_unshare(llm__cache *cache, int seq) {
     if (!llm__cache_must_copy(cache, seq)) return -1;
     int *place = &llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_BLOCK], shared = *place;
@@ -7448,7 +7450,7 @@ static int llm__cache_unshare(llm__cache *cache, int seq) {
     return shared;
 }
 
-/* Appends one token to a sequence whose last block is its own. Room was made sure of before. */
+/* Appends one token to a sequence whose last block is its own. The caller has checked that there is room. */
 static void llm__cache_append(llm__cache *cache, int seq, llm_token token) {
     int at = cache->lengths[seq]++;
     if (at % LLM_BLOCK == 0) llm__cache_table(cache, seq)[at / LLM_BLOCK] = llm__cache_take(cache);
@@ -10633,19 +10635,22 @@ LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc,
 
 /* ==== 22 Scoring ================================================================================================
 
-   A question's text with one ending is its context and that ending. All texts of a question share a prefix: the context
-   and the first tokens that all endings have in common. A token is computed if another is predicted from it: all but the
-   last of each text. Rows from which a token of an ending is predicted go through the last layer and the head.
+   llm_score computes how likely endings are after their contexts. The text of a question with one ending is its
+   context followed by that ending. All texts of a question share a prefix: the context and the first tokens that all
+   endings have in common. A token is computed if another one is predicted from it, which is true for all but the last
+   of each text. Only rows that predict a token of an ending go through the last layer and the head.
 
-   Packed: the prefix is one sequence, the endings are forks of it. Passes are filled to the last token with what there
-   is to do: endings of questions whose prefix was computed in a pass before, then prefixes of further questions.
+   The packed schedule makes the prefix one sequence and the endings forks of it. It fills every pass to the last
+   token: first with endings of questions whose prefix an earlier pass has computed, then with prefixes of further
+   questions.
 
-   The other schedules make rectangles, as a library without ragged batches must, and do compute the padding. They are
-   those of H. Kim and J. Ryu, "Samsung Computer Engineering Challenge 2023, Round 1 Report" (Team H). */
+   The other schedules make rectangular batches, as libraries without ragged batches must, and really do compute the
+   padding. They are those of H. Kim and J. Ryu, "Samsung Computer Engineering Challenge 2023, Round 1 Report" (Team
+   H). */
 
 /* ---- Text ---- */
 
-/* The bytes of the white space that a text ends with; white space is what Python's str.rstrip takes for it. */
+/* Length in bytes of the white space at the end of a text, by the rules of Python's str.rstrip. */
 static size_t llm__pair_trailing_space(const char *text, size_t n) {
     static const char wide[][4] = {"\xC2\x85",     "\xC2\xA0",     "\xE1\x9A\x80", "\xE2\x80\x80", "\xE2\x80\x81",
                                    "\xE2\x80\x82", "\xE2\x80\x83", "\xE2\x80\x84", "\xE2\x80\x85", "\xE2\x80\x86",
@@ -10678,10 +10683,10 @@ static void llm__pair_body(llm__env *env, void *arg) {
     char *whole = (char *)llm__alloc(env, n_context + n_ending + 1, 1);
     memcpy(whole, p->context, n_context);
     memcpy(whole + n_context, p->ending, n_ending + 1);
-    if (n_kept) { /* the whole text's ids, and then the context's over their beginning */
+    if (n_kept) { /* first the ids of the whole text, then the context's ids over their beginning */
         p->n = llm__enc_spans(env, t, whole, n_context + n_ending, p->flags, NULL, 0, p->ids, p->capacity);
         p->n_context = llm__enc_spans(env, t, whole, n_kept, p->flags, NULL, 0, p->ids, p->capacity);
-        if (p->n < p->n_context) p->n = p->n_context; /* merged across the border, there are none left for the ending */
+        if (p->n < p->n_context) p->n = p->n_context; /* a merge across the border left no token for the ending */
         return;
     }
     llm_token first = t->bos >= 0 ? t->bos : t->eos;
@@ -10707,11 +10712,11 @@ LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *cont
 
 /* ---- The batch being filled ---- */
 
-/* A question on its way through the packed schedule. */
+/* A question that the packed schedule is working on. */
 typedef struct llm__score_slot {
-    int question; /* -1: none                                                */
-    int ending;   /* the one being computed; -1: the prefix                  */
-    int at;       /* its first token that is in no batch yet                 */
+    int question; /* -1: the slot is free */
+    int ending;   /* the ending being computed; -1: the prefix */
+    int at;       /* its first token that is not in a batch yet */
 } llm__score_slot;
 
 typedef struct llm__scorer {
@@ -10722,24 +10727,24 @@ typedef struct llm__scorer {
     const llm_score_desc *desc_given; /* may be NULL */
     llm_score_desc desc;
     llm_score_stats *stats;
-    double *results;      /* NULL: they are not wanted                                                */
+    double *results;      /* NULL: only count what would be computed */
     size_t *first_result; /* [n_questions]                                                            */
-    int *prefixes;        /* [n_questions] tokens that all texts of a question begin with             */
-    int *unfinished;      /* [n_questions] endings yet to be computed                                 */
+    int *prefixes;        /* [n_questions] length of the prefix that all texts of a question share */
+    int *unfinished;      /* [n_questions] endings not computed yet */
     int n;                /* tokens in the batch                                                      */
     llm_token *tokens;    /* [n_batch]                                                                */
     int *seqs;            /* [n_batch]                                                                */
     bool *logits;         /* [n_batch]                                                                */
     int *first_target;    /* [n_batch + 1]                                                            */
-    llm_token *ids;       /* [n_batch * most_endings] what is predicted                               */
-    size_t *credits;      /* [n_batch * most_endings] the first result that a prediction is part of   */
-    int *n_credits;       /* [n_batch * most_endings] how many, one after the other                   */
+    llm_token *ids;       /* [n_batch * most_endings] the predicted tokens */
+    size_t *credits;      /* [n_batch * most_endings] the first result that a prediction counts for */
+    int *n_credits;       /* [n_batch * most_endings] for how many consecutive results */
     llm__ctx_targets targets;
-    llm__score_slot *slots; /* [n_slots] slot i has the sequences from i * most_endings on              */
+    llm__score_slot *slots; /* [n_slots] slot i owns the sequences from i * most_endings on */
     int n_slots;
 } llm__scorer;
 
-/* Computes the batch and begins another. A text's predictions come in order, so its sum is the same in all
+/* Computes the batch and empties it. The predictions of a text come in order, so its sum has the same bits in all
    schedules. */
 static void llm__score_batch(llm__scorer *s) {
     llm_context *ctx = s->ctx;
@@ -10760,7 +10765,7 @@ static void llm__score_batch(llm__scorer *s) {
     s->n = 0;
 }
 
-/* Appends a token to a sequence; the batch has room. */
+/* Appends a token to a sequence. The caller has checked that the batch has room. */
 static void llm__score_push(llm__scorer *s, int seq, llm_token token) {
     s->tokens[s->n] = token;
     s->seqs[s->n] = seq;
@@ -10770,7 +10775,7 @@ static void llm__score_push(llm__scorer *s, int seq, llm_token token) {
     s->stats->n_computed++;
 }
 
-/* After the last token pushed, this one is part of n endings. */
+/* Says that `token`, which follows the last token pushed, is part of n endings. */
 static void llm__score_expect(llm__scorer *s, llm_token token, size_t result, int n) {
     int target = s->first_target[s->n]++;
     s->ids[target] = token;
@@ -10784,10 +10789,10 @@ static llm_token llm__score_text_at(const llm_question *q, int ending, int i) {
     return i < q->n_context ? q->context[i] : q->endings[ending][i - q->n_context];
 }
 
-/* Tokens of a text that something is predicted from. */
+/* Number of tokens of a text from which another one is predicted. */
 static int llm__score_text_length(const llm_question *q, int ending) { return q->n_context + q->n_ending[ending] - 1; }
 
-/* Pushes token i of a text, or with ending -1 of the prefix of them all, and what is predicted from it. */
+/* Pushes token i of a text and what it predicts. With ending -1 it is a token of the shared prefix. */
 static void llm__score_token(llm__scorer *s, int seq, int question, int ending, int i) {
     const llm_question *q = &s->questions[question];
     size_t result = s->first_result[question];
@@ -10801,7 +10806,7 @@ static void llm__score_token(llm__scorer *s, int seq, int question, int ending, 
             llm__score_expect(s, llm__score_text_at(q, e, i + 1), result + (size_t)e, 1);
 }
 
-/* One more ending of a question is computed. */
+/* Counts one more finished ending of a question. */
 static void llm__score_finished(llm__scorer *s, int question) {
     if (--s->unfinished[question]) return;
     s->stats->n_questions++;
@@ -10820,7 +10825,7 @@ static int llm__score_shared_prefix(const llm__scorer *s, int question) {
     return s->desc.no_share ? 0 : s->prefixes[question];
 }
 
-/* Blocks of the cache that a question takes at most. */
+/* The most cache blocks that a question can take. */
 static int64_t llm__score_question_blocks(const llm__scorer *s, int question) {
     const llm_question *q = &s->questions[question];
     int prefix = llm__score_shared_prefix(s, question);
@@ -10831,7 +10836,7 @@ static int64_t llm__score_question_blocks(const llm__scorer *s, int question) {
     return blocks;
 }
 
-/* Puts into the batch what it has room for. */
+/* Adds as many of the slot's tokens as the batch has room for. */
 static void llm__score_fill_from_slot(llm__scorer *s, int index) {
     llm__score_slot *slot = &s->slots[index];
     const llm_question *q = &s->questions[slot->question];
@@ -10849,13 +10854,13 @@ static void llm__score_fill_from_slot(llm__scorer *s, int index) {
     }
 }
 
-/* After a pass: a prefix that is complete is forked, a question that is complete leaves. */
+/* After a pass: forks a prefix that is complete, and frees the slot of a question that is complete. */
 static void llm__score_settle_slot(llm__scorer *s, int index) {
     llm__score_slot *slot = &s->slots[index];
     const llm_question *q = &s->questions[slot->question];
     int seq = index * s->most_endings, prefix = llm__score_shared_prefix(s, slot->question), question = slot->question;
     if (slot->ending < 0 && slot->at == prefix) {
-        for (int e = 1; e < q->n_endings; e++) /* the first ending goes on in the prefix's own sequence */
+        for (int e = 1; e < q->n_endings; e++) /* the first ending continues in the prefix's own sequence */
             if (llm__score_text_length(q, e) > prefix) llm__cache_fork(&s->ctx->cache, seq + e, seq, prefix);
         slot->ending = 0;
     } else if (slot->ending == q->n_endings) {
@@ -10865,7 +10870,7 @@ static void llm__score_settle_slot(llm__scorer *s, int index) {
     }
 }
 
-/* Takes the next question into a free slot, if the cache has room for all of it. */
+/* Takes the next question into a free slot, if the cache has room for the whole question. */
 static bool llm__score_start_question(llm__scorer *s, int index, int question, int64_t *blocks_left) {
     llm__score_slot *slot = &s->slots[index];
     if (question == s->n_questions || llm__score_question_blocks(s, question) > *blocks_left) return false;
@@ -10900,7 +10905,7 @@ static void llm__score_packed(llm__scorer *s) {
 
 /* ---- Rectangles ---- */
 
-/* A text, or the prefix of a question's texts (ending -1), with the tokens to be computed of it. */
+/* A text, or with ending -1 the shared prefix of a question, and the number of its tokens to compute. */
 typedef struct llm__score_text {
     int length, question, ending;
 } llm__score_text;
@@ -10912,8 +10917,7 @@ static int llm__score_compare_texts(const void *a, const void *b) {
     return (x->ending > y->ending) - (x->ending < y->ending);
 }
 
-/* What a batch may take of the context: sequences, and blocks beside those of the `base` tokens that are there
-   already. */
+/* What a batch may use: sequences, and cache blocks beside those of the `base` tokens that are already there. */
 typedef struct llm__score_room {
     int n_seq, n_blocks, base;
 } llm__score_room;
@@ -10924,7 +10928,8 @@ static int llm__score_most_texts(const llm__score_room *room, int length) {
     return most < 1 ? 1 : most;
 }
 
-/* Ends of batches of so many texts as they come, fewer where there is no room; returns how many batches. */
+/* Cuts the texts, in the given order, into batches of `size`, or fewer where there is no room. Writes where each ends
+   and returns the number of batches. */
 static int llm__score_cut_fixed(const llm__score_text *texts, int n, int size, const llm__score_room *room, int *ends) {
     int n_batches = 0, from = 0, longest = 0;
     for (int i = 0; i < n; i++) {
@@ -10938,13 +10943,15 @@ static int llm__score_cut_fixed(const llm__score_text *texts, int n, int size, c
     return n_batches;
 }
 
-/* The report's equations 3 and 4 over texts in order of length l: D[i] is the least waste in batches of the first i texts,
+/* Equations 3 and 4 of the report. For texts in order of length l, D[i] is the smallest waste of batches that hold the
+   first i texts:
 
-       D[i] = min over j < i of  D[j] + l_i (i - j) - sum of l_k, k = j+1 .. i       if l_i (i - j) >= theta
-       D[i] = min over j < i of  D[j] + sum of l_k - l_(j+1) (i - j)                 if l_(j+1) (i - j) >= theta
+     D[i] = min over j < i of  D[j] + l_i (i - j) - sum of l_k, k = j+1 .. i       if l_i (i - j) >= theta
+     D[i] = min over j < i of  D[j] + sum of l_k - l_(j+1) (i - j)                 if l_(j+1) (i - j) >= theta
 
-   the first for texts padded to the longest, the second for contexts cut to the shortest. Where the conditions cannot be
-   kept, there are as few batches below theta as can be; so it is a waste that outweighs all others. */
+   The first is for texts padded to the longest, the second for contexts cut to the shortest. Where theta cannot be
+   reached, there are as few batches below theta as possible: such a batch counts as a waste that outweighs all
+   others. */
 static int llm__score_cut_by_waste(llm__env *env, const llm__score_text *texts, int n, bool to_shortest, int theta,
                                    const llm__score_room *room, int *ends) {
     const int64_t below_theta = (int64_t)1 << 40;
@@ -10972,7 +10979,7 @@ static int llm__score_cut_by_waste(llm__env *env, const llm__score_text *texts, 
     return n_batches;
 }
 
-/* Ends of the batches, in an array of its own. */
+/* Cuts the texts into batches and returns where each ends, in new memory. */
 static int *llm__score_cut_batches(llm__scorer *s, llm__score_text *texts, int n, bool to_shortest,
                                    const llm__score_room *room, int *n_batches) {
     int *ends = (int *)llm__alloc(s->env, (size_t)n + 1, sizeof *ends);
@@ -10986,7 +10993,7 @@ static int *llm__score_cut_batches(llm__scorer *s, llm__score_text *texts, int n
     return ends;
 }
 
-/* Computes tokens [from, to) of n texts, each in its sequence; those that are shorter are padded. */
+/* Computes tokens [from, to) of n texts, each in its own sequence. Shorter texts are padded. */
 static void llm__score_rectangle(llm__scorer *s, const llm__score_text *texts, int n, int first_seq, int from, int to) {
     for (int text = 0; text < n; text++)
         for (int i = from; i < to; i++) {
@@ -11008,7 +11015,7 @@ static int llm__score_longest_text(const llm__score_text *texts, int n) {
     return longest;
 }
 
-/* The texts of n questions, each without the first `base` tokens; those of which nothing is left are left out. */
+/* Lists the texts of n questions without their first `base` tokens, and without texts of which nothing remains. */
 static int llm__score_list_texts(const llm__scorer *s, const llm__score_text *questions, int n, int base,
                                  llm__score_text *texts) {
     int n_texts = 0;
@@ -11021,7 +11028,7 @@ static int llm__score_list_texts(const llm__scorer *s, const llm__score_text *qu
     return n_texts;
 }
 
-/* Without a shared cache: every text is computed from its first token on. */
+/* Without a shared cache: computes every text from its first token on. */
 static void llm__score_whole_texts(llm__scorer *s, llm__score_text *prefixes, llm__score_text *texts) {
     llm__score_room room = {s->ctx->desc.n_seq, s->ctx->cache.n_blocks, 0};
     int n_batches, n = llm__score_list_texts(s, prefixes, s->n_questions, 0, texts);
@@ -11035,7 +11042,7 @@ static void llm__score_whole_texts(llm__scorer *s, llm__score_text *prefixes, ll
     llm__free(s->env->pool, ends);
 }
 
-/* The texts of questions whose prefixes stand in the first n sequences, `base` tokens of each. */
+/* Computes the endings of questions of whose prefixes the first n sequences hold `base` tokens each. */
 static void llm__score_endings(llm__scorer *s, const llm__score_text *prefixes, int n, int base,
                                llm__score_text *texts) {
     llm__score_room room = {s->ctx->desc.n_seq - n, s->ctx->cache.n_free, base};
@@ -11054,15 +11061,16 @@ static void llm__score_endings(llm__scorer *s, const llm__score_text *prefixes, 
     llm__free(s->env->pool, ends);
 }
 
-/* Contexts in batches, cut to the shortest of each; then, batch by batch, what follows. */
+/* Computes contexts in batches that are cut to the shortest of each batch, and after each batch what follows its
+   contexts. */
 static void llm__score_shared_prefixes(llm__scorer *s, llm__score_text *prefixes, llm__score_text *texts) {
     int n_blocks = s->ctx->cache.n_blocks, longest = 0, n_batches;
     for (int i = 0; i < s->n_questions; i++)
         for (int e = 0; e < s->questions[i].n_endings; e++)
             if (llm__score_text_length(&s->questions[i], e) > longest)
                 longest = llm__score_text_length(&s->questions[i], e);
-    int kept =
-        llm__cache_blocks_for(longest) > n_blocks / 2 ? llm__cache_blocks_for(longest) : n_blocks / 2; /* for endings */
+    int kept = llm__cache_blocks_for(longest) > n_blocks / 2 ? llm__cache_blocks_for(longest)
+                                                             : n_blocks / 2; /* for the endings */
     llm__score_room room = {s->ctx->desc.n_seq / 2, n_blocks - kept, 0};
     int *ends = llm__score_cut_batches(s, prefixes, s->n_questions, true, &room, &n_batches);
     for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
@@ -11103,7 +11111,7 @@ static void llm__score_check_tokens(const llm__scorer *s, int question, const ch
                       i, what, (long)tokens[i], n_vocab);
 }
 
-/* Everything that could stop the work is found here. */
+/* Checks everything that could fail later. */
 static void llm__score_check_question(llm__scorer *s, int question) {
     const llm_question *q = &s->questions[question];
     const llm_context_desc *d = &s->ctx->desc;
@@ -11122,7 +11130,7 @@ static void llm__score_check_question(llm__scorer *s, int question) {
     }
 }
 
-/* The context's tokens and those with which all endings begin; one at least is left of each ending. */
+/* Length of the prefix that all texts share. At least one token of each ending is not part of it. */
 static int llm__score_common_prefix(const llm_question *q) {
     int n = q->n_ending[0] - 1;
     for (int e = 1; e < q->n_endings; e++) {
@@ -11142,8 +11150,8 @@ static llm_score_desc llm__score_defaults(llm__env *env, const llm_score_desc *d
     if (d.batch < 0 || d.theta < 0 || d.theta_context < 0)
         llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_score_desc is negative");
     if (!d.batch) d.batch = 32;
-    if (!d.theta) d.theta = 512; /* two cores with AVX-512 reach 90 % of their best there: bench --flops-table */
-    if (!d.theta_context) d.theta_context = 4096; /* the more the better, for it leaves the endings more choice */
+    if (!d.theta) d.theta = 512; /* two cores with AVX-512 reach 90 % of their best rate there: bench --flops-table */
+    if (!d.theta_context) d.theta_context = 4096; /* larger is better, since it gives the endings more choice */
     return d;
 }
 
