@@ -1,4 +1,4 @@
-/*  llm.h - run Llama-family language models from one C file.                            MIT licence, see LICENSE
+/*  llm.h - run Llama-family language models from one C file.                     MIT licence, at the end of this file
 
     Put this file beside your program. In ONE source file write
 
@@ -38,11 +38,12 @@
 
     WHAT EVERY FUNCTION PROMISES
 
-        It never exits, aborts, prints or throws. It returns an llm_status and explains a failure in words in an
-        llm_error, which may be NULL. A failed load releases all it took. A forward pass allocates nothing. There are
-        no mutable globals. Functions taking a const object may be called from many threads at once.
-        Settings structs may be zero ({0}) or NULL for defaults. What llm_..._create or llm_..._load made is released
-        by llm_..._free, which takes NULL too; a context must go before its model. Strings are UTF-8.
+        It never exits, aborts, prints or throws. One that can fail returns an llm_status, or -1 where it returns a
+        number, and explains the failure in words in the llm_error it is given, which may be NULL. A failed load
+        releases all it took. A forward pass allocates nothing. There are no mutable globals. Functions taking a const
+        object may be called from many threads at once. Settings structs may be zero ({0}) or NULL for defaults. What
+        llm_..._create or llm_..._load made is released by llm_..._free, which takes NULL too; a context must go before
+        its model. Strings are UTF-8.
 
     ONE ARITHMETIC
 
@@ -65,10 +66,10 @@
         declarations: errors . host callbacks . model . tokenizer . chat . context . forward pass . sampler . drafts .
                       generation . scoring . backends
         1 base                    2 files               3 JSON reader        4 number formats
-        5 checkpoints             6 hyperparameters     7 tokenizers         8 chat templates
-        9 CPU kernels            10 weights            11 backend           12 KV cache
-       13 forward pass           14 sampler            15 speculative decoding
-       16 generation             17 scoring
+        5 checkpoints             6 hyperparameters     7 Unicode and tokenizers
+        8 chat templates          9 CPU kernels        10 weights           11 the CPU backend
+       12 KV cache               13 forward pass       14 sampler           15 speculative decoding
+       16 generation             17 batch scheduling and scoring
 */
 #ifndef LLM_H
 #define LLM_H
@@ -235,8 +236,8 @@ typedef struct llm_message {
 } llm_message;
 
 /* Renders messages with the chat template named in the model's file (ChatML, Qwen3, Llama-2, Llama-3, Mistral and
-   Zephyr are known), followed by the opening of the assistant's turn if `open_answer`. Writes at most `capacity` bytes,
-   a NUL included, and the bytes of the whole text to *n_bytes. The text is meant for llm_encode with LLM_ENCODE_SPECIAL
+   Zephyr are known; a template that differs from them is refused), followed by the opening of the assistant's turn if
+   `open_answer`. Writes at most `capacity` bytes, a NUL included, and the bytes of the whole text to *n_bytes. The text is meant for llm_encode with LLM_ENCODE_SPECIAL
    and without LLM_ENCODE_BOS: it holds its own. A message that contains a special token's text then becomes that token;
    llm_generate's `messages` do not let it. */
 LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
@@ -677,8 +678,9 @@ typedef enum llm_cuda_mode {
     LLM_CUDA_EAGER      /* one plain kernel per operation, launched one by one                                    */
 } llm_cuda_mode;
 
-LLM_API const llm_backend *llm_cuda_backend(void); /* the fastest, LLM_CUDA_GRAPH */
-LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
+/* Never static: they are defined in llm_cuda.cu, also where the rest is LLM_STATIC. */
+extern const llm_backend *llm_cuda_backend(void); /* the fastest, LLM_CUDA_GRAPH */
+extern const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
 #endif
 
 #ifdef __cplusplus
@@ -1091,7 +1093,11 @@ static const char *llm__file_map(llm__file *file, const char *path) {
 }
 #else
 static const char *llm__file_map(llm__file *file, const char *path) {
-    int fd = open(path, O_RDONLY);
+    int flags = O_RDONLY | O_NONBLOCK; /* a pipe is refused below, not waited for */
+#if defined(O_CLOEXEC) /* not where the host's headers are strict C99 */
+    flags |= O_CLOEXEC;
+#endif
+    int fd = open(path, flags);
     if (fd < 0) return strerror(errno);
     struct stat st;
     const char *problem = NULL;
@@ -1356,7 +1362,7 @@ static size_t llm__json_digits(llm__json_reader *r) {
 }
 
 /* Converts a well-formed number. Exact if its digits and its power of ten fit a double, otherwise within a few
-   roundings. */
+   roundings. The largest doubles may become infinite, and the smallest keep fewer digits. */
 static double llm__json_value(llm__str s) {
     uint64_t digits = 0;
     int power = 0, written = 0;
@@ -1380,12 +1386,17 @@ static double llm__json_value(llm__str s) {
             written = written * 10 + (s.at[i] - '0');
         power += negative ? -written : written;
     }
-    double value = (double)digits, ten = 10;
+    double value = (double)digits;
     bool down = power < 0;
-    double factor = 1;
-    for (int p = !digits ? 0 : down ? -power : power; p; p >>= 1, ten *= ten) /* 0 * infinity would be NaN */
-        if (p & 1) factor *= ten;
-    value = down ? value / factor : value * factor;
+    int left = down ? -power : power;
+    while (left && value > 0 && value < HUGE_VAL) {
+        int step = left < 256 ? left : 256; /* so that no power of ten is infinite */
+        double factor = 1, ten = 10;
+        for (int p = step; p; p >>= 1, ten *= ten)
+            if (p & 1) factor *= ten;
+        value = down ? value / factor : value * factor;
+        left -= step;
+    }
     return s.at[0] == '-' ? -value : value;
 }
 
@@ -1958,20 +1969,22 @@ static void llm__tensor_use(const llm__checkpoint *ck, const llm__tensor *t) { c
 
 /* The row scales of an int8 tensor, by the names that compressed-tensors uses. */
 static const llm__tensor *llm__tensor_find_scales(llm__env *env, const llm__checkpoint *ck, const llm__tensor *t) {
-    char name[200];
-    snprintf(name, sizeof name, "%.*s_scale", LLM__SHOW(t->name));
-    const llm__tensor *scales =
-        ck->format == LLM__HUGGING_FACE ? llm__tensor_find(ck, name) : NULL; /* GGUF has no such tensors */
+    static const char suffix[] = "_scale";
+    char *name = (char *)llm__alloc(env, t->name.n + sizeof suffix, 1);
+    memcpy(name, t->name.at, t->name.n);
+    memcpy(name + t->name.n, suffix, sizeof suffix);
+    llm__str shown = {name, strlen(name)};
+    const llm__tensor *scales = ck->format == LLM__HUGGING_FACE ? llm__tensor_find(ck, name) : NULL; /* GGUF has none */
     if (!scales)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s is of type I8, but there is no tensor %s",
-                  LLM__SHOW(t->name), name);
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s is of type I8, but there is no tensor %.*s",
+                  LLM__SHOW(t->name), LLM__SHOW(shown));
     if (scales->rows * scales->cols != t->rows || scales->type->block_weights != 1 || !scales->type->decode ||
         scales->type->type == LLM__I8)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "tensor %s is %llu x %llu of type %s; this library runs one number for each of "
+                  "tensor %.*s is %llu x %llu of type %s; this library runs one number for each of "
                   "the %llu rows it belongs to, of type F32, F16 or BF16",
-                  name, (unsigned long long)scales->rows, (unsigned long long)scales->cols, scales->type->name,
-                  (unsigned long long)t->rows);
+                  LLM__SHOW(shown), (unsigned long long)scales->rows, (unsigned long long)scales->cols,
+                  scales->type->name, (unsigned long long)t->rows);
     llm__tensor_use(ck, scales);
     return scales;
 }
@@ -2692,7 +2705,8 @@ static void llm__config_check_rotary_part(llm__env *env, const llm__json *object
     if (part != 1) llm__fail(env, LLM_ERROR_UNSUPPORTED, "partial_rotary_factor is %g; this library runs 1", part);
 }
 
-/* Reads rope_scaling. Newer files call it rope_parameters and put rope_theta into it. */
+/* Reads rope_scaling. Newer files call it rope_parameters and put rope_theta into it. If both have a setting,
+   rope_scaling wins, as in transformers. */
 static llm__hparams_rope llm__config_rope(llm__env *env, const llm__json *config, int n_ctx_train) {
     llm__hparams_rope r;
     const llm__json *o = llm__json_get_type(env, config, "rope_scaling", LLM__JSON_OBJECT);
@@ -2700,7 +2714,8 @@ static llm__hparams_rope llm__config_rope(llm__env *env, const llm__json *config
     r.scale = 1;
     r.base = llm__json_get_number(env, config, "rope_theta", 10000, LLM__LEAST_BASE, LLM__MOST_BASE);
     llm__config_check_rotary_part(env, config);
-    if (!o) o = llm__json_get_type(env, config, "rope_parameters", LLM__JSON_OBJECT);
+    if (!o || !o->n) /* an empty object sets nothing */
+        o = llm__json_get_type(env, config, "rope_parameters", LLM__JSON_OBJECT);
     if (!o) return r;
     llm__config_check_rotary_part(env, o);
     for (const llm__json *m = o->first; m; m = m->next)
@@ -3337,7 +3352,7 @@ typedef enum llm__vocab_token_type { /* numbered as in GGUF */
 
 enum { /* flags of a token */
        LLM__TYPE_MASK = 7,
-       LLM__WHOLE = 8,         /* merging the piece's own bytes gives the piece */
+       LLM__WHOLE_PIECE = 8,   /* merging the piece's own bytes gives the piece */
        LLM__END = 16,          /* ends a text or a turn                                                              */
        LLM__LSTRIP = 32,       /* in a text, the token includes the white space before it */
        LLM__RSTRIP = 64,       /* in a text, the token includes the white space after it */
@@ -3751,11 +3766,11 @@ static const uint8_t *llm__pre_llama3_word(const llm__unicode_classes *c, const 
    it does not match. If no lower case follows, the first part gives back characters that the second can begin with. */
 static const uint8_t *llm__pre_cased_letters(const llm__unicode_classes *c, const uint8_t *p, const uint8_t *end,
                                              bool upper) {
-    enum { EITHER = LLM__CASELESS | LLM__MARK };
+    const unsigned either = LLM__CASELESS | LLM__MARK;
     const uint8_t *q = p, *given = NULL, *next;
-    for (unsigned seen; q < end && ((seen = llm__unicode_class_at(c, q, &next)) & (LLM__UPPER | EITHER)); q = next)
-        if (seen & EITHER) given = next;
-    const uint8_t *lower = llm__pre_skip(c, q, end, LLM__LOWER | EITHER, true);
+    for (unsigned seen; q < end && ((seen = llm__unicode_class_at(c, q, &next)) & (LLM__UPPER | either)); q = next)
+        if (seen & either) given = next;
+    const uint8_t *lower = llm__pre_skip(c, q, end, LLM__LOWER | either, true);
     if (lower > q) return upper && q == p ? NULL : lower;
     return upper ? (q > p ? q : NULL) : given;
 }
@@ -3871,7 +3886,7 @@ static void llm__enc_merge_word(llm__enc_job *job, const uint8_t *p, size_t n, b
 /* Emits the token that equals all these bytes, if there is one and merging would produce it. */
 static bool llm__enc_whole(llm__enc_job *job, const uint8_t *p, const uint8_t *end, bool anyhow) {
     llm_token id = llm__vocab_find(job->t, p, (size_t)(end - p));
-    if (id == LLM__NONE || !(anyhow || (job->t->flags[id] & LLM__WHOLE))) return false;
+    if (id == LLM__NONE || !(anyhow || (job->t->flags[id] & LLM__WHOLE_PIECE))) return false;
     llm__enc_emit(job, id);
     return true;
 }
@@ -4478,7 +4493,7 @@ static void llm__bpe_mark_whole(llm__env *env, llm_tokenizer *t) {
         const uint8_t *p = (const uint8_t *)piece.at;
         if (llm__vocab_find(t, p, piece.n) != id) continue;
         if (llm__bpe_merge(env, t, s, llm__bpe_first_symbols(t, p, piece.n, s)) == 1 && s[0].id == id)
-            t->flags[id] |= LLM__WHOLE;
+            t->flags[id] |= LLM__WHOLE_PIECE;
     }
     llm__free(env->pool, s);
 }
@@ -4672,9 +4687,11 @@ static unsigned llm__regex_class(llm__regex *r) {
     static const unsigned classes[] = {LLM__LETTER, LLM__MARK, LLM__NUMBER, LLM__PUNCTUATION, LLM__SYMBOL};
     const uint8_t *p = r->at;
     if (llm__regex_takes(r, "\\s")) return LLM__SPACE;
-    if (r->end - p < 5 || memcmp(p, "\\p{", 3) || p[4] != '}' || !strchr(letters, p[3])) return 0;
+    if (r->end - p < 5 || memcmp(p, "\\p{", 3) || p[4] != '}') return 0;
+    const char *found = p[3] ? strchr(letters, p[3]) : NULL; /* strchr finds a NUL, too: behind the letters */
+    if (!found) return 0;
     r->at += 5;
-    return classes[strchr(letters, p[3]) - letters];
+    return classes[found - letters];
 }
 
 /* Reads a character of a class, perhaps escaped. False if something else is there. */
@@ -4815,7 +4832,7 @@ static int32_t *llm__gguf_types(llm__env *env, const llm__checkpoint *ck, size_t
     int32_t *types = (int32_t *)llm__alloc(env, n, sizeof *types);
     for (size_t i = 0; i < n; i++) {
         double d = llm__gguf_value_number(v, i);
-        if (!(d >= LLM__TYPE_NORMAL && d <= LLM__TYPE_BYTE))
+        if (!(d >= (double)LLM__TYPE_NORMAL && d <= (double)LLM__TYPE_BYTE))
             llm__fail(env, LLM_ERROR_FORMAT, "tokenizer.ggml.token_type[%llu] is %g, not a type from 1 to 6",
                       (unsigned long long)i, d);
         types[i] = (int32_t)d;
@@ -4928,7 +4945,7 @@ typedef struct llm__vocab_parts {
     size_t n, room;
 } llm__vocab_parts;
 
-enum { LLM__MAX_GAP = 65536 };
+enum { LLM__MAX_GAP = 65536, LLM__MAX_MISPLACED = 1024 };
 
 static llm_token llm__json_id(llm__env *env, const llm__json *v, const char *what, llm__str name) {
     if (v->type != LLM__JSON_NUMBER || !(v->number >= 0 && v->number < 1 << 24) ||
@@ -5409,19 +5426,54 @@ static const llm__json *llm__hf_find_json(llm__env *env, const char *directory, 
     return llm__path_find(env->file) == LLM__REGULAR ? llm__hf_open_json(env, directory, name) : NULL;
 }
 
-/* A token given by its text: a string, or an object with "content". */
-static llm_token llm__hf_named_token(llm__env *env, const llm__json *config, const char *key,
-                                     const llm__vocab_parts *parts) {
-    const llm__json *v = llm__json_get(config, key);
+/* A token's text, given as a string or as the "content" of an object; empty if there is none. */
+static llm__str llm__hf_named_text(llm__env *env, const llm__json *v, const char *key) {
+    llm__str none = {"", 0};
     if (v && v->type == LLM__JSON_OBJECT) v = llm__json_need(env, v, "content", LLM__JSON_STRING);
-    if (!v) return LLM__NONE;
+    if (!v) return none;
     if (v->type != LLM__JSON_STRING)
         llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not a token's text", key, llm__json_type_name(v->type));
-    llm_token id = llm__vocab_find_part(parts, v->string);
-    if (id == LLM__NONE)
-        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is \"%.*s\", which is no token of the vocabulary", key,
-                  LLM__SHOW(v->string));
-    return id;
+    return v->string;
+}
+
+/* LLM__NONE: none is named, or there is no such token. */
+static llm_token llm__hf_named_token(llm__env *env, const llm__json *config, const char *key,
+                                     const llm__vocab_parts *parts) {
+    llm__str text = llm__hf_named_text(env, llm__json_get(config, key), key);
+    return text.n ? llm__vocab_find_part(parts, text) : LLM__NONE;
+}
+
+/* Makes a named token special. One that is new gets the next id, if the model has a row for it: transformers adds it in
+   any case, but cannot run it. */
+static void llm__hf_add_named_token(llm__env *env, const llm__json *v, const char *key, size_t n_rows,
+                                    llm__vocab_parts *parts) {
+    llm__str text = llm__hf_named_text(env, v, key);
+    llm_token id = text.n ? llm__vocab_find_part(parts, text) : LLM__NONE;
+    if (!text.n || (id == LLM__NONE && parts->n >= n_rows)) return;
+    if (id == LLM__NONE) id = (llm_token)parts->n;
+    if ((size_t)id == parts->n || parts->types[id] == LLM__TYPE_NORMAL) {
+        if (v->type == LLM__JSON_OBJECT) llm__vocab_put_added(env, parts, v, id, parts->n);
+        else llm__vocab_put(env, parts, id, text, LLM__TYPE_CONTROL, parts->n);
+    }
+    if (parts->types[id] == LLM__TYPE_USER_DEFINED) parts->types[id] = LLM__TYPE_CONTROL;
+    if (parts->types[id] == LLM__TYPE_CONTROL) parts->traits[id] &= (uint16_t)~LLM__NORMALIZED;
+}
+
+/* In the order in which transformers gives the new ones their ids. */
+static void llm__hf_add_named_tokens(llm__env *env, const llm__json *config, size_t n_rows, llm__vocab_parts *parts) {
+    static const char *const keys[] = {"bos_token", "eos_token", "unk_token", "sep_token",
+                                       "pad_token", "cls_token", "mask_token"};
+    static const char *const lists[] = {"additional_special_tokens", "extra_special_tokens"};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        llm__hf_add_named_token(env, llm__json_get(config, keys[i]), keys[i], n_rows, parts);
+    for (int i = 0; i < 2; i++) {
+        const llm__json *list = llm__json_get(config, lists[i]);
+        bool many = list && (list->type == LLM__JSON_ARRAY || list->type == LLM__JSON_OBJECT);
+        if (many && list->n > LLM__MAX_MISPLACED)
+            llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" names %llu tokens", lists[i], (unsigned long long)list->n);
+        for (const llm__json *item = many ? list->first : NULL; item; item = item->next)
+            llm__hf_add_named_token(env, item, lists[i], n_rows, parts);
+    }
 }
 
 static void llm__hf_named_tokens(llm__env *env, const llm__json *config, const llm__vocab_parts *parts,
@@ -5466,30 +5518,73 @@ static llm__str llm__hf_chat_template(llm__env *env, const llm__json *config) {
     return none;
 }
 
+static llm_token llm__hf_added_token_id(llm__env *env, llm__str key) {
+    llm_token id = 0;
+    for (size_t i = 0; i < key.n; i++) {
+        char digit = key.at[i];
+        if (digit < '0' || digit > '9' || i > 7)
+            llm__fail(env, LLM_ERROR_FORMAT, "added_tokens_decoder has the id \"%.*s\"", LLM__SHOW(key));
+        id = 10 * id + (digit - '0');
+    }
+    return id;
+}
+
 /* Tokens that a tokenizer.model itself does not have. */
 static void llm__hf_added_tokens(llm__env *env, const llm__json *config, llm__vocab_parts *parts) {
     const llm__json *added = llm__json_get_type(env, config, "added_tokens_decoder", LLM__JSON_OBJECT);
     size_t n_known = parts->n + (added ? added->n : 0);
-    for (const llm__json *entry = added ? added->first : NULL; entry; entry = entry->next) {
-        llm_token id = 0;
-        for (size_t i = 0; i < entry->key.n; i++) {
-            char digit = entry->key.at[i];
-            if (digit < '0' || digit > '9' || i > 7)
-                llm__fail(env, LLM_ERROR_FORMAT, "added_tokens_decoder has the id \"%.*s\"", LLM__SHOW(entry->key));
-            id = 10 * id + (digit - '0');
+    for (const llm__json *entry = added ? added->first : NULL; entry; entry = entry->next)
+        llm__vocab_put_added(env, parts, entry, llm__hf_added_token_id(env, entry->key), n_known);
+}
+
+typedef struct llm__hf_placed_token {
+    llm_token id;
+    const llm__json *entry;
+} llm__hf_placed_token;
+
+static int llm__hf_compare_placed_tokens(const void *a, const void *b) {
+    llm_token x = ((const llm__hf_placed_token *)a)->id, y = ((const llm__hf_placed_token *)b)->id;
+    return (x > y) - (x < y);
+}
+
+/* Tokens beside a tokenizer.json: their flags are those that count. As transformers does it, a token that is there
+   keeps its id, and the others get the next ids, in the order of the ids that they have here. */
+static void llm__hf_merge_added_tokens(llm__env *env, const llm__json *config, size_t n_rows, llm__vocab_parts *parts) {
+    const llm__json *added = llm__json_get_type(env, config, "added_tokens_decoder", LLM__JSON_OBJECT);
+    if (!added) return;
+    llm__hf_placed_token *placed = (llm__hf_placed_token *)llm__alloc(env, added->n, sizeof *placed);
+    size_t n = 0, n_misplaced = 0;
+    for (const llm__json *entry = added->first; entry; entry = entry->next, n++) {
+        placed[n].id = llm__hf_added_token_id(env, entry->key);
+        placed[n].entry = entry;
+    }
+    qsort(placed, n, sizeof *placed, llm__hf_compare_placed_tokens);
+    for (size_t i = 0; i < n; i++) {
+        llm_token id = placed[i].id;
+        llm__str text = llm__json_need(env, placed[i].entry, "content", LLM__JSON_STRING)->string;
+        if ((size_t)id >= parts->n || !parts->types[id] || !llm__str_equal(parts->pieces[id], text)) {
+            if (++n_misplaced > LLM__MAX_MISPLACED) /* each is looked for among all tokens */
+                llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                          "added_tokens_decoder has more than %d tokens that are not at their ids in tokenizer.json",
+                          LLM__MAX_MISPLACED);
+            id = llm__vocab_find_part(parts, text);
         }
-        llm__vocab_put_added(env, parts, entry, id, n_known);
+        if (!text.n || (id == LLM__NONE && parts->n >= n_rows)) continue;
+        llm__vocab_put_added(env, parts, placed[i].entry, id == LLM__NONE ? (llm_token)parts->n : id, parts->n);
     }
 }
 
-static void llm__hf_tokenizer_config(llm__env *env, const llm__json *config, llm__vocab_parts *parts,
+static void llm__hf_tokenizer_config(llm__env *env, const llm__json *config, size_t n_rows, llm__vocab_parts *parts,
                                      llm__vocab_source *v) {
-    if (v->scores) {
+    if (!v->scores) {
+        llm__hf_merge_added_tokens(env, config, n_rows, parts);
+    } else {
         llm__hf_added_tokens(env, config, parts);
         if (v->prefix == LLM__PREFIX_STRETCH && !llm__json_get_bool(env, config, "legacy", true))
             v->prefix = LLM__PREFIX_FIRST;
     }
     v->chat_template = llm__hf_chat_template(env, config);
+    llm__hf_add_named_tokens(env, config, n_rows, parts);
     llm__hf_named_tokens(env, config, parts, v);
     v->add_bos = llm__json_get_bool(env, config, "add_bos_token", v->add_bos);
     v->add_eos = llm__json_get_bool(env, config, "add_eos_token", v->add_eos);
@@ -5497,8 +5592,12 @@ static void llm__hf_tokenizer_config(llm__env *env, const llm__json *config, llm
 
 static void llm__hf_read_configs(llm__env *env, const char *directory, llm__vocab_parts *parts, llm__vocab_source *v) {
     static const char *const ids[] = {"generation_config.json", "config.json"};
-    const llm__json *config = llm__hf_find_json(env, directory, "tokenizer_config.json");
-    if (config) llm__hf_tokenizer_config(env, config, parts, v);
+    const llm__json *config = llm__hf_find_json(env, directory, "config.json"),
+                    *rows = config ? llm__json_get(config, "vocab_size") : NULL;
+    bool known = rows && rows->type == LLM__JSON_NUMBER && rows->number >= 0 && rows->number <= INT32_MAX;
+    size_t n_rows = known ? (size_t)rows->number : SIZE_MAX;
+    config = llm__hf_find_json(env, directory, "tokenizer_config.json");
+    if (config) llm__hf_tokenizer_config(env, config, n_rows, parts, v);
     if ((v->bos == LLM__NONE || v->eos == LLM__NONE) &&
         (config = llm__hf_find_json(env, directory, "special_tokens_map.json")) != NULL)
         llm__hf_named_tokens(env, config, parts, v);
@@ -5626,9 +5725,9 @@ LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer) {
 /* ==== 10 Chat templates =========================================================================================
 
    A model's file holds its chat template as a program in Jinja. Nearly all say one of a few things, so they are not run
-   here but recognised by what they must contain, and the small ways in which they differ (a default system message,
-   trimmed contents, a space here and there) are read off their text. What is not recognised is an error, for a prompt
-   that is nearly right is worse than none.
+   here but recognised: a template is brought into one way of writing, its outline, and must then be one of the outlines
+   below from the first tag to the last. What is not recognised is an error, for a prompt that is nearly right is worse
+   than none.
 
    The stretches that came from messages are remembered: no special token is recognised in them, so that what a user
    types cannot end his turn and speak as the assistant. */
@@ -5640,8 +5739,12 @@ typedef struct llm__chat_text {
     size_t n_spans, span_room;
 } llm__chat_text;
 
+typedef struct llm__chat_form llm__chat_form;
+
 typedef struct llm__chat {
     llm__env *env;
+    const llm__chat_form *form;
+    const char *default_system; /* ChatML's system message where the conversation has none; NULL: there is none */
     const llm_tokenizer *t;
     const llm_message *messages;
     int n_messages;
@@ -5649,11 +5752,22 @@ typedef struct llm__chat {
     llm__chat_text out;
 } llm__chat;
 
-typedef struct llm__chat_form {
+/* What is around the messages in one of Mistral's templates. */
+typedef struct llm__chat_mistral_marks {
+    const char *open, *close, *before_answer, *after_answer;
+    bool trims_answer, has_system;
+    bool system_last; /* the system message is in the last message, not in the first */
+} llm__chat_mistral_marks;
+
+enum { LLM__MAX_OUTLINES = 3 };
+
+struct llm__chat_form {
     const char *name;
     bool alternates; /* only user and assistant in turn after an optional system message */
     void (*render)(llm__chat *c, bool open_answer);
-} llm__chat_form;
+    const llm__chat_mistral_marks *marks;    /* NULL for the others */
+    const char *outlines[LLM__MAX_OUTLINES]; /* of the templates that it renders; NULL behind the last */
+};
 
 static void llm__chat_put_utf8(llm__chat *c, const uint8_t *p, const uint8_t *end) {
     llm__chat_text *out = &c->out;
@@ -5720,21 +5834,6 @@ static void llm__chat_trim_end(llm__chat *c) {
     if (last->end > c->out.n) last->end = c->out.n;
 }
 
-static bool llm__chat_template_has(const llm__chat *c, const char *text) {
-    return strstr(c->t->chat_template, text) != NULL;
-}
-
-/* What stands between `before` and the next of the characters `ends` in the template; empty if it is not there. A
-   line's end may be written as \n in it. */
-static llm__str llm__chat_template_text(const llm__chat *c, const char *before, const char *ends) {
-    llm__str s = {"", 0};
-    const char *at = strstr(c->t->chat_template, before);
-    if (!at) return s;
-    s.at = at + strlen(before);
-    s.n = strcspn(s.at, ends);
-    return s;
-}
-
 static bool llm__chat_begins_with_system(const llm__chat *c) {
     return c->n_messages && !strcmp(c->messages[0].role, "system");
 }
@@ -5747,27 +5846,10 @@ static void llm__chat_chatml_message(llm__chat *c, const char *role) {
     llm__chat_put(c, "\n");
 }
 
-/* The system message that the template puts in where the conversation has none. */
-static llm__str llm__chat_chatml_default(const llm__chat *c) {
-    static const char *const before[] = {"<|im_start|>system\n", "<|im_start|>system\\n"};
-    llm__str s = {"", 0};
-    for (int i = 0; i < 2 && !s.n; i++) {
-        s = llm__chat_template_text(c, before[i], "<'\"{}");
-        for (const char *at = s.at; !s.n && (at = strstr(at, before[i])) != NULL;) {
-            at += strlen(before[i]);
-            s.at = at;
-            s.n = strcspn(at, "<'\"{}");
-        }
-    }
-    return s;
-}
-
 static void llm__chat_render_chatml(llm__chat *c, bool open_answer) {
-    llm__str system = llm__chat_chatml_default(c);
-    if (llm__chat_template_has(c, "bos_token")) llm__chat_put_token(c, c->t->bos);
-    if (system.n && !llm__chat_begins_with_system(c)) {
+    if (c->default_system && !llm__chat_begins_with_system(c)) {
         llm__chat_chatml_message(c, "system");
-        llm__chat_put_bytes(c, system.at, system.n);
+        llm__chat_put(c, c->default_system);
         llm__chat_put(c, "<|im_end|>\n");
     }
     for (int i = 0; i < c->n_messages; i++) {
@@ -5778,25 +5860,68 @@ static void llm__chat_render_chatml(llm__chat *c, bool open_answer) {
     if (open_answer) llm__chat_chatml_message(c, "assistant");
 }
 
-/* Many templates have ChatML's tokens and do something else with the messages. Which one it is is seen from its
-   outline: its tags in one way of writing, without the branches that only tools take. */
+static void llm__chat_render_chatml_bos(llm__chat *c, bool open_answer) {
+    llm__chat_put_token(c, c->t->bos);
+    llm__chat_render_chatml(c, open_answer);
+}
+
+#define LLM__IM_MESSAGES "%for message in messages"
+#define LLM__IM_SYSTEM "{'<|im_start|>system\\n"
+#define LLM__IM_END "<|im_end|>\\n'"
+#define LLM__IM_DEFAULT LLM__IM_SYSTEM "*" LLM__IM_END
+#define LLM__IM_MESSAGE "{'<|im_start|>'+message.role+'\\n'+message.content+'" LLM__IM_END
+#define LLM__IM_ANSWER "%if add_generation_prompt{'<|im_start|>assistant\\n'%endif"
+#define LLM__IM_GIVEN "%if messages[0].role=='system'" LLM__IM_SYSTEM "'+messages[0].content+'" LLM__IM_END
+#define LLM__IM_NO_CALL                                                                                         \
+    "%if(message.role=='user')or(message.role=='system'and not loop.first)or(message.role=='assistant'and not " \
+    "message.tool_calls)"
+
+/* Plain; with a default system message; the same as Qwen 2.5 writes it. */
+#define LLM__CHATML LLM__IM_MESSAGES LLM__IM_MESSAGE "%endfor" LLM__IM_ANSWER
+#define LLM__CHATML_DEFAULT                                                                                   \
+    LLM__IM_MESSAGES "%if loop.first and messages[0].role!='system'" LLM__IM_DEFAULT "%endif" LLM__IM_MESSAGE \
+                     "%endfor" LLM__IM_ANSWER
+#define LLM__CHATML_QWEN25                                                                                   \
+    LLM__IM_GIVEN "%else" LLM__IM_DEFAULT "%endif" LLM__IM_MESSAGES LLM__IM_NO_CALL LLM__IM_MESSAGE "%endif" \
+                  "%endfor" LLM__IM_ANSWER
+#define LLM__CHATML_SET "%if not add_generation_prompt is defined%set add_generation_prompt=false%endif" LLM__CHATML
+
+/* ---- Outlines: a template's tags in one way of writing, without the branches that only tools take ---- */
+
 typedef struct llm__chat_tag {
-    char kind; /* '{', '%', '#'; 0: the template's end */
+    char kind; /* '{', '%', '#'; 0: the template's begin or end */
     const char *text;
     size_t n;
-    bool trims; /* the white space after it */
+    bool trims;     /* the white space after it */
+    llm__str space; /* the white space before it that is shown */
 } llm__chat_tag;
 
-/* Reads the next tag; false where there is text before it that would be shown. */
+/* What is shown of the white space between the tag before and the one at p, or the template's end: transformers sets
+   trim_blocks and lstrip_blocks. */
+static llm__str llm__chat_shown_space(const char *start, const char *p, const llm__chat_tag *before) {
+    const char *end = p;
+    bool block = before->kind && before->kind != '{', starts_line = !before->kind || (block && *start == '\n');
+    if (!*p && p > start && p[-1] == '\n') end--; /* a template's last line end is dropped */
+    if (block && start < end && *start == '\n') start++;
+    if (*p && (p[1] == '%' || p[1] == '#')) { /* so is what is before a block in its line */
+        const char *line = end;
+        while (line > start && line[-1] != '\n') line--;
+        if (line > start || starts_line) end = line;
+    }
+    if (before->trims || (*p && p[1] && p[2] == '-')) end = start;
+    llm__str s = {start, (size_t)(end - start)};
+    return s;
+}
+
+/* Reads the next tag; false where there is text before it, other than white space, or it does not end. */
 static bool llm__chat_next_tag(const char **at, llm__chat_tag *tag) {
-    const char *p = *at, *start = p;
+    const char *p = *at;
     char quote = 0;
     while (*p == ' ' || *p == '\n' || *p == '\t') p++;
-    bool space = p > start && !tag->trims && !(tag->kind != '{' && p == start + 1 && *start == '\n');
+    tag->space = llm__chat_shown_space(*at, p, tag);
     tag->kind = *p ? p[1] : 0;
-    if (!*p) return !space;
+    if (!*p) return true;
     if (*p != '{' || (p[1] != '{' && p[1] != '%' && p[1] != '#')) return false;
-    if (space && p[2] != '-') return false;
     char close = p[1] == '{' ? '}' : p[1];
     p += p[2] == '-' ? 3 : 2;
     tag->text = p;
@@ -5822,102 +5947,210 @@ static size_t llm__chat_unbracket(char *out, size_t n) {
     return n - 3;
 }
 
-/* Writes a tag without spaces, with single quotes, \n for a new line, .role for ['role'] and one string for a sum of
-   strings; false if it is too long. */
+static bool llm__chat_in_word(char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
+}
+
+/* Writes a tag with spaces only between words, with single quotes, \n for a new line, .role for ['role'] and one string
+   for a sum of strings; false if it is too long. */
 static bool llm__chat_write_tag(const llm__chat_tag *tag, char *out, size_t room) {
     size_t n = 0;
     char quote = 0;
     out[n++] = tag->kind;
     for (const char *p = tag->text, *end = p + tag->n; p < end; p++) {
-        if (n + 3 > room) return false;
+        if (n + 4 > room) return false;
         bool mark = quote ? *p == quote : *p == '\'' || *p == '"';
+        bool blank = !quote && (*p == ' ' || *p == '\n' || *p == '\t');
+        if (!quote && !mark && !blank && p > tag->text && (p[-1] == ' ' || p[-1] == '\n' || p[-1] == '\t') &&
+            llm__chat_in_word(*p) && llm__chat_in_word(out[n - 1]))
+            out[n++] = ' ';
         if (mark && !quote && n > 2 && out[n - 2] == '\'' && out[n - 1] == '+') n -= 2;
         else if (mark) out[n++] = '\'';
-        else if (quote && (*p == '\n' || *p == '\\')) {
+        else if (quote && (*p == '\n' || *p == '\\' || *p == '\'')) {
             out[n++] = '\\';
-            out[n++] = *p == '\n' ? 'n' : *++p;
-        } else if (quote || (*p != ' ' && *p != '\n' && *p != '\t')) out[n++] = *p;
+            out[n++] = *p == '\n' ? 'n' : *p == '\\' ? *++p : *p;
+        } else if (!quote && (*p == '%' || *p == '{')) { /* no tag begins here */
+            out[n++] = '\\';
+            out[n++] = *p;
+        } else if (!blank) out[n++] = *p;
         if (mark) quote = quote ? 0 : *p;
-        if (!quote && out[n - 1] == ']' && out[n - 2] == '\'') n = llm__chat_unbracket(out, n);
+        if (!quote && n > 2 && out[n - 1] == ']' && out[n - 2] == '\'') n = llm__chat_unbracket(out, n);
     }
     out[n] = 0;
     return true;
 }
 
-#define LLM__IM_SYSTEM "{'<|im_start|>system\\n"
-#define LLM__IM_END "<|im_end|>\\n'"
+/* An if or a for that is open where the outline has got to. */
+typedef enum llm__chat_block_kind {
+    LLM__BLOCK_WRITTEN, /* its tags are in the outline                             */
+    LLM__BLOCK_SEEKS,   /* no branch has been taken so far: all were known as false */
+    LLM__BLOCK_DONE     /* a branch was known as true: it stands there without tags  */
+} llm__chat_block_kind;
 
-/* A star for the text of a default system message. */
-static void llm__chat_star_system(char *tag) {
-    size_t n = strlen(tag), begin = strlen(LLM__IM_SYSTEM), end = strlen(LLM__IM_END);
-    if (n < begin + end || strncmp(tag, LLM__IM_SYSTEM, begin) || strcmp(tag + n - end, LLM__IM_END)) return;
-    if (!memchr(tag + begin, '\'', n - begin - end) && !memchr(tag + begin, '\\', n - begin - end))
-        strcpy(tag + begin, "*" LLM__IM_END);
+enum { LLM__MAX_BLOCKS = 16, LLM__MAX_OUTLINE = 2048, LLM__MAX_TAG = 512 };
+
+typedef struct llm__chat_outline {
+    char text[LLM__MAX_OUTLINE];
+    size_t n;
+    char system[LLM__MAX_TAG]; /* the default system message, for which the outline has a star; empty: none */
+    struct {
+        llm__chat_block_kind kind;
+        bool dead; /* its branch here is not taken */
+    } blocks[LLM__MAX_BLOCKS];
+    int n_blocks;
+} llm__chat_outline;
+
+/* What a condition says where there are no tools, contents are text and thoughts are in them: 1, 0, or -1: not known.
+   (Today's date is not asked for either: a prompt should not change from day to day.) */
+static int llm__chat_known_condition(const llm__chat_outline *o, const char *condition) {
+    static const char *const no[] = {"tools",
+                                     "tools is not none",
+                                     "not tools is defined",
+                                     "custom_tools is defined",
+                                     "builtin_tools is defined",
+                                     "builtin_tools is defined or tools is not none",
+                                     "not tools_in_user_message is defined",
+                                     "tools is not none and not tools_in_user_message",
+                                     "tools_in_user_message and not tools is none",
+                                     "tools is not none and(message==user_messages[-1])",
+                                     "message.tool_calls",
+                                     "'tool_calls'in message",
+                                     "message.tool_calls is defined and message.tool_calls is not none",
+                                     "(message.tool_calls is defined and message.tool_calls is not none)",
+                                     "message.role=='tool'",
+                                     "message.role=='tool'or message.role=='ipython'",
+                                     "message.role=='tool_results'or message.role=='tool'",
+                                     "message.reasoning_content is string",
+                                     "message.reasoning_content is defined and message.reasoning_content is not none",
+                                     "enable_thinking is defined and enable_thinking is false",
+                                     "strftime_now is defined"};
+    static const char *const yes[] = {
+        "message.content is string", "not(message.role=='ipython'or message.role=='tool'or'tool_calls'in message)",
+        ("not(message.role=='tool'or message.role=='tool_results'or(message.tool_calls is defined and "
+         "message.tool_calls is not none))")};
+    condition += *condition == ' ';
+    for (size_t i = 0; i < sizeof no / sizeof *no; i++)
+        if (!strcmp(condition, no[i])) return 0;
+    for (size_t i = 0; i < sizeof yes / sizeof *yes; i++)
+        if (!strcmp(condition, yes[i])) return 1;
+    /* The branch before it has taken all answers that call nothing. */
+    return !strcmp(condition, "message.role=='assistant'") && strstr(o->text, LLM__IM_NO_CALL) ? 0 : -1;
 }
 
-/* False if it is too long, or no template of tags alone. */
-static bool llm__chat_write_outline(const char *text, char *out, size_t room) {
-    static const char *const dead[] = {"%iftools", "%elifmessage.role=='assistant'", "%elifmessage.role=='tool'"};
-    char written[512];
+/* Whether the tag is a statement of this name, which is not the beginning of another. */
+static bool llm__chat_tag_is(const char *tag, const char *name) {
+    size_t n = strlen(name);
+    return !strncmp(tag, name, n) && !llm__chat_in_word(tag[n]);
+}
+
+typedef enum llm__chat_tag_use { LLM__TAG_WRITTEN, LLM__TAG_AS_IF, LLM__TAG_DROPPED, LLM__TAG_WRONG } llm__chat_tag_use;
+
+/* Follows the ifs and fors, and says what becomes of their tags: where the branches before are known as false, an elif
+   becomes an if. */
+static llm__chat_tag_use llm__chat_follow_blocks(llm__chat_outline *o, const char *tag) {
+    bool opens = llm__chat_tag_is(tag, "%if") || llm__chat_tag_is(tag, "%for"), other = llm__chat_tag_is(tag, "%elif");
+    bool last = llm__chat_tag_is(tag, "%else"),
+         closes = llm__chat_tag_is(tag, "%endif") || llm__chat_tag_is(tag, "%endfor");
+    if (opens ? o->n_blocks == LLM__MAX_BLOCKS : (other || last || closes) && !o->n_blocks) return LLM__TAG_WRONG;
+    int here = o->n_blocks - !opens;
+    bool outer_dead = here > 0 && o->blocks[here - 1].dead;
+    if (opens) {
+        int known = tag[1] == 'i' ? llm__chat_known_condition(o, tag + 3) : -1;
+        o->blocks[here].kind = known < 0 ? LLM__BLOCK_WRITTEN : known ? LLM__BLOCK_DONE : LLM__BLOCK_SEEKS;
+        o->blocks[here].dead = outer_dead || known == 0;
+        o->n_blocks++;
+        return known < 0 && !outer_dead ? LLM__TAG_WRITTEN : LLM__TAG_DROPPED;
+    }
+    if (!other && !last && !closes) return o->n_blocks && o->blocks[here].dead ? LLM__TAG_DROPPED : LLM__TAG_WRITTEN;
+    llm__chat_block_kind kind = o->blocks[here].kind;
+    if (closes) o->n_blocks--;
+    if (closes || outer_dead) return kind == LLM__BLOCK_WRITTEN && !outer_dead ? LLM__TAG_WRITTEN : LLM__TAG_DROPPED;
+    int known = last ? 1 : llm__chat_known_condition(o, tag + 5);
+    o->blocks[here].dead = kind == LLM__BLOCK_DONE || known == 0;
+    if (o->blocks[here].dead) return LLM__TAG_DROPPED;
+    if (kind == LLM__BLOCK_WRITTEN) return LLM__TAG_WRITTEN;
+    o->blocks[here].kind = known > 0 ? LLM__BLOCK_DONE : LLM__BLOCK_WRITTEN;
+    return known > 0 ? LLM__TAG_DROPPED : LLM__TAG_AS_IF;
+}
+
+static bool llm__chat_outline_put(llm__chat_outline *o, const char *text, size_t n) {
+    if (n >= sizeof o->text - o->n) return false;
+    memcpy(o->text + o->n, text, n);
+    o->n += n;
+    o->text[o->n] = 0;
+    return true;
+}
+
+/* A star for the text of a default system message, which goes to o->system. */
+static void llm__chat_star_system(llm__chat_outline *o, char *tag) {
+    size_t n = strlen(tag), begin = strlen(LLM__IM_SYSTEM), end = strlen(LLM__IM_END);
+    if (n <= begin + end || strncmp(tag, LLM__IM_SYSTEM, begin) || strcmp(tag + n - end, LLM__IM_END)) return;
+    n -= begin + end;
+    if (memchr(tag + begin, '\'', n) || memchr(tag + begin, '\\', n)) return;
+    memcpy(o->system, tag + begin, n);
+    o->system[n] = 0;
+    strcpy(tag + begin, "*" LLM__IM_END);
+}
+
+/* False if it is too long, or no template of tags and white space alone. */
+static bool llm__chat_write_outline(const char *text, llm__chat_outline *o) {
+    static const char raises[] = "{raise_exception(";
+    char written[LLM__MAX_TAG];
     llm__chat_tag tag;
-    size_t n = 0;
-    int depth = 0; /* of ifs in a branch that is not taken */
     memset(&tag, 0, sizeof tag);
+    o->n = 0;
+    o->n_blocks = 0;
+    o->text[0] = o->system[0] = 0;
     while (llm__chat_next_tag(&text, &tag)) {
-        if (!tag.kind) return true;
-        bool fits = llm__chat_write_tag(&tag, written, sizeof written);
+        bool dead = o->n_blocks && o->blocks[o->n_blocks - 1].dead;
+        if (!dead && !llm__chat_outline_put(o, tag.space.at, tag.space.n)) return false;
+        if (!tag.kind) return !o->n_blocks;
         if (tag.kind == '#') continue;
-        if (depth && fits) {
-            if (!strncmp(written, "%if", 3)) depth++;
-            if (!strcmp(written, "%endif")) depth--;
-            if (depth == 1 && !strncmp(written, "%el", 3)) depth = 0;
+        if (!llm__chat_write_tag(&tag, written, sizeof written)) {
+            if (dead && tag.kind == '{') continue;
+            return false;
         }
-        if (depth) continue;
-        if (!fits) return false;
-        bool tools = !strcmp(written, dead[0]);
-        for (int i = 0; i < 3; i++)
-            if (!strcmp(written, dead[i])) depth = 1;
-        if (depth && !tools) continue;
-        llm__chat_star_system(written);
-        size_t length = strlen(written);
-        if (length >= room - n) return false;
-        memcpy(out + n, written, length + 1);
-        n += length;
+        llm__chat_tag_use use = llm__chat_follow_blocks(o, written);
+        if (use == LLM__TAG_WRONG) return false;
+        if (use == LLM__TAG_DROPPED) continue;
+        if (use == LLM__TAG_AS_IF) memmove(written + 1, written + 3, strlen(written + 3) + 1);
+        if (!strncmp(written, raises, sizeof raises - 1)) written[sizeof raises - 2] = 0; /* whatever it says */
+        llm__chat_star_system(o, written);
+        if (!llm__chat_outline_put(o, written, strlen(written))) return false;
     }
     return false;
 }
 
-#define LLM__IM_MESSAGES "%formessageinmessages"
-#define LLM__IM_DEFAULT LLM__IM_SYSTEM "*" LLM__IM_END
-#define LLM__IM_MESSAGE "{'<|im_start|>'+message.role+'\\n'+message.content+'" LLM__IM_END
-#define LLM__IM_ANSWER "%endfor%ifadd_generation_prompt{'<|im_start|>assistant\\n'%endif"
-#define LLM__IM_QWEN25                                                                                           \
-    "%ifmessages[0].role=='system'" LLM__IM_SYSTEM "'+messages[0].content+'" LLM__IM_END "%else" LLM__IM_DEFAULT \
-    "%endif"
-#define LLM__IM_NO_CALL                                                                                             \
-    "%if(message.role=='user')or(message.role=='system'andnotloop.first)or(message.role=='assistant'andnotmessage." \
-    "tool_calls)"
-
-static bool llm__chat_is_chatml(const char *text) {
-    static const char *const first[] = {"{bos_token",
-                                        "%ifnotadd_generation_promptisdefined%setadd_generation_prompt=false%endif"};
-    static const char *const known[] = {
-        LLM__IM_MESSAGES LLM__IM_MESSAGE LLM__IM_ANSWER,
-        LLM__IM_MESSAGES "%ifloop.firstandmessages[0].role!='system'" LLM__IM_DEFAULT
-                         "%endif" LLM__IM_MESSAGE LLM__IM_ANSWER,
-        LLM__IM_QWEN25 LLM__IM_MESSAGES LLM__IM_NO_CALL LLM__IM_MESSAGE "%endif" LLM__IM_ANSWER,
-        "%iftools%else" LLM__IM_QWEN25 "%endif" LLM__IM_MESSAGES LLM__IM_NO_CALL LLM__IM_MESSAGE
-        "%endif" LLM__IM_ANSWER};
-    char outline[1024] = "", *p = outline;
-    if (!llm__chat_write_outline(text, outline, sizeof outline)) return false;
-    for (int i = 0; i < 2; i++)
-        if (!strncmp(p, first[i], strlen(first[i]))) p += strlen(first[i]);
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (!strcmp(p, known[i])) return true;
-    return false;
-}
-
 /* ---- Qwen 3: ChatML, but of an answer's thoughts only those since the last question are kept ---- */
+
+/* Two editions differ in where a message's content is read, and in the order of these. */
+#define LLM__QWEN3_HEAD(is_text)                                                                                      \
+    LLM__IM_GIVEN "%endif%set ns=namespace(multi_step_tool=true,last_query_index=messages|length-1)%for message in "  \
+                  "messages[::-1]%set index=(messages|length-1)-loop.index0%if ns.multi_step_tool and message.role==" \
+                  "'user'and " is_text "not(message.content.startswith('<tool_response>')and message.content."        \
+                  "endswith('</tool_response>'))%set ns.multi_step_tool=false%set ns.last_query_index=index%endif"    \
+                  "%endfor" LLM__IM_MESSAGES
+#define LLM__QWEN3_MESSAGE(content)                                                                                    \
+    "%if(message.role=='user')or(message.role=='system'and not loop.first){'<|im_start|>'+message.role+'\\n'+" content \
+    "+'" LLM__IM_END "%elif message.role=='assistant'"
+#define LLM__QWEN3_ANSWER(content) "%set content=" content ".split('</think>')[-1].lstrip('\\n')"
+#define LLM__QWEN3_THOUGHTS(content) \
+    "%set reasoning_content=" content ".split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n')"
+#define LLM__QWEN3_TAIL                                                                                              \
+    "%endif%if loop.index0>ns.last_query_index%if loop.last or(not loop.last and reasoning_content){'<|im_start|>'+" \
+    "message.role+'\\n<think>\\n'+reasoning_content.strip('\\n')+'\\n</think>\\n\\n'+content.lstrip('\\n')%else"     \
+    "{'<|im_start|>'+message.role+'\\n'+content%endif%else{'<|im_start|>'+message.role+'\\n'+content%endif{"         \
+    "'" LLM__IM_END "%endif%endfor" LLM__IM_ANSWER
+#define LLM__QWEN3_FIRST                                                                                      \
+    LLM__QWEN3_HEAD("")                                                                                       \
+    LLM__QWEN3_MESSAGE("message.content")                                                                     \
+    "%set content=message.content%set reasoning_content=''%if'</think>'in message.content" LLM__QWEN3_ANSWER( \
+        "message.content") LLM__QWEN3_THOUGHTS("message.content") LLM__QWEN3_TAIL
+#define LLM__QWEN3_SECOND                                                                            \
+    LLM__QWEN3_HEAD("message.content is string and ")                                                \
+    "%set content=message.content" LLM__QWEN3_MESSAGE(                                               \
+        "content") "%set reasoning_content=''%if'</think>'in content" LLM__QWEN3_THOUGHTS("content") \
+        LLM__QWEN3_ANSWER("content") LLM__QWEN3_TAIL
 
 static llm__str llm__chat_strip_lines(const char *p, const char *end) {
     llm__str s;
@@ -5979,6 +6212,20 @@ static void llm__chat_render_qwen3(llm__chat *c, bool open_answer) {
 
 /* ---- Llama 3: <|start_header_id|>role<|end_header_id|>\n\ncontent<|eot_id|> ---- */
 
+#define LLM__LLAMA3_MESSAGE \
+    "'<|start_header_id|>'+message.role+'<|end_header_id|>\\n\\n'+message.content|trim+'<|eot_id|>'"
+#define LLM__LLAMA3_ANSWER "%if add_generation_prompt{'<|start_header_id|>assistant<|end_header_id|>\\n\\n'%endif"
+#define LLM__LLAMA3                                                                             \
+    "%set loop_messages=messages%for message in loop_messages%set content=" LLM__LLAMA3_MESSAGE \
+    "%if loop.index0==0%set content=bos_token+content%endif{content%endfor" LLM__LLAMA3_ANSWER
+#define LLM__LLAMA31_DATE "26 Jul 2024"
+#define LLM__LLAMA31                                                                                                \
+    "{bos_token%if not date_string is defined%set date_string='" LLM__LLAMA31_DATE "'%endif%if messages[0].role=="  \
+    "'system'%set system_message=messages[0].content|trim%set messages=messages[1:]%else%set system_message=''"     \
+    "%endif{'<|start_header_id|>system<|end_header_id|>\\n\\n'{'Cutting Knowledge Date: December 2023\\n'"          \
+    "{'Today Date: '+date_string+'\\n\\n'{system_message{'<|eot_id|>'%for message in messages{" LLM__LLAMA3_MESSAGE \
+    "%endfor" LLM__LLAMA3_ANSWER
+
 static void llm__chat_llama3_header(llm__chat *c, const char *role) {
     llm__chat_put(c, "<|start_header_id|>");
     llm__chat_put(c, role);
@@ -5991,30 +6238,37 @@ static void llm__chat_llama3_message(llm__chat *c, const llm_message *m) {
     llm__chat_put(c, "<|eot_id|>");
 }
 
-/* From 3.1 on there always is a system message, which begins with two dates. "Today" is the one written in the
-   template, so that a prompt does not change from day to day. */
-static int llm__chat_llama31_system(llm__chat *c) {
-    llm__str date = llm__chat_template_text(c, "date_string = \"", "\"");
-    bool given = llm__chat_begins_with_system(c);
-    llm__chat_llama3_header(c, "system");
-    llm__chat_put(c, "Cutting Knowledge Date: December 2023\nToday Date: ");
-    llm__chat_put_bytes(c, date.at, date.n);
-    llm__chat_put(c, "\n\n");
-    if (given) llm__chat_put_content(c, c->messages[0].content);
-    llm__chat_put(c, "<|eot_id|>");
-    return given;
-}
-
 static void llm__chat_render_llama3(llm__chat *c, bool open_answer) {
-    int first = 0;
     c->trim = true;
     llm__chat_put_token(c, c->t->bos);
-    if (llm__chat_template_has(c, "Cutting Knowledge Date: December 2023")) first = llm__chat_llama31_system(c);
-    for (int i = first; i < c->n_messages; i++) llm__chat_llama3_message(c, &c->messages[i]);
+    for (int i = 0; i < c->n_messages; i++) llm__chat_llama3_message(c, &c->messages[i]);
+    if (open_answer) llm__chat_llama3_header(c, "assistant");
+}
+
+/* From 3.1 on there always is a system message, which begins with two dates. "Today" is the one written in the
+   template, so that a prompt does not change from day to day. */
+static void llm__chat_render_llama31(llm__chat *c, bool open_answer) {
+    int given = llm__chat_begins_with_system(c);
+    c->trim = true;
+    llm__chat_put_token(c, c->t->bos);
+    llm__chat_llama3_header(c, "system");
+    llm__chat_put(c, "Cutting Knowledge Date: December 2023\nToday Date: " LLM__LLAMA31_DATE "\n\n");
+    if (given) llm__chat_put_content(c, c->messages[0].content);
+    llm__chat_put(c, "<|eot_id|>");
+    for (int i = given; i < c->n_messages; i++) llm__chat_llama3_message(c, &c->messages[i]);
     if (open_answer) llm__chat_llama3_header(c, "assistant");
 }
 
 /* ---- Llama 2: <s>[INST] <<SYS>>\nsystem\n<</SYS>>\n\nuser [/INST] assistant </s> ---- */
+
+#define LLM__CHAT_ALTERNATES(index) "%if(message.role=='user')!=(" index "\\%2==0){raise_exception%endif"
+#define LLM__LLAMA2(trim)                                                                                            \
+    "%if messages[0].role=='system'%set loop_messages=messages[1:]%set system_message=messages[0].content%else%set " \
+    "loop_messages=messages%set system_message=false%endif%for message in loop_messages" LLM__CHAT_ALTERNATES(       \
+        "loop.index0") "%if loop.index0==0 and system_message!=false%set content='<<SYS>>\\n'+system_message+'\\n"   \
+                       "<</SYS>>\\n\\n'+message.content%else%set content=message.content%endif%if message.role=="    \
+                       "'user'{bos_token+'[INST] '+content" trim "+' [/INST]'%elif message.role=='assistant'{' '+"   \
+                       "content" trim "+' '+eos_token%endif%endfor"
 
 static void llm__chat_render_llama2(llm__chat *c, bool open_answer) {
     int first = llm__chat_begins_with_system(c);
@@ -6037,25 +6291,42 @@ static void llm__chat_render_llama2(llm__chat *c, bool open_answer) {
             llm__chat_put(c, "\n<</SYS>>\n\n");
         }
         llm__chat_put_content(c, c->messages[i].content);
-        llm__chat_trim_end(c);
+        if (!c->trim) llm__chat_trim_end(c);
         llm__chat_put(c, " [/INST]");
     }
 }
 
 /* ---- Mistral: <s>[INST] user [/INST] assistant</s>, with spaces in different places ---- */
 
+#define LLM__MISTRAL_ONLY "%else{raise_exception%endif%endfor"
+#define LLM__MISTRAL_FIRST(after)                                                                                  \
+    "{bos_token%for message in messages" LLM__CHAT_ALTERNATES(                                                     \
+        "loop.index0") "%if message.role=='user'{'[INST] '+"                                                       \
+                       "message.content+' [/INST]'%elif message.role=='assistant'{message.content+eos_token" after \
+                           LLM__MISTRAL_ONLY
+/* The roles are looked at in a loop before, in one that counts for itself, or in the loop that renders. */
+#define LLM__MISTRAL_LOOP "%for message in loop_messages"
+#define LLM__MISTRAL_BEFORE LLM__MISTRAL_LOOP LLM__CHAT_ALTERNATES("loop.index0") "%endfor"
+#define LLM__MISTRAL_COUNTED                                                                            \
+    "%set user_messages=loop_messages|selectattr('role','equalto','user')|list%set ns=namespace()%set " \
+    "ns.index=0" LLM__MISTRAL_LOOP LLM__CHAT_ALTERNATES("ns.index") "%set ns.index=ns.index+1%endfor"
+#define LLM__MISTRAL(before, inside, where, open, close, answer)                                                     \
+    "%if messages[0].role=='system'%set system_message=messages[0].content%set loop_messages=messages[1:]%else%set " \
+    "loop_messages=messages%endif" before "{bos_token" LLM__MISTRAL_LOOP inside "%if message.role=='user'%if " where \
+    " and system_message is defined{'" open "'+system_message+'\\n\\n'+message.content+'" close "'%else{'" open      \
+    "'+message.content+'" close "'%endif%elif message.role=='assistant'{" answer "+eos_token" LLM__MISTRAL_ONLY
+#define LLM__MISTRAL_EACH(where, open, close, answer)                                         \
+    {                                                                                         \
+        LLM__MISTRAL(LLM__MISTRAL_BEFORE, "", where, open, close, answer),                    \
+            LLM__MISTRAL(LLM__MISTRAL_COUNTED, "", where, open, close, answer),               \
+            LLM__MISTRAL("", LLM__CHAT_ALTERNATES("loop.index0"), where, open, close, answer) \
+    }
+
 static void llm__chat_render_mistral(llm__chat *c, bool open_answer) {
-    bool system = llm__chat_begins_with_system(c), last = llm__chat_template_has(c, "loop.last and system_message");
-    const char *open = llm__chat_template_has(c, " [INST] ")  ? " [INST] "
-                       : llm__chat_template_has(c, "[INST] ") ? "[INST] "
-                                                              : "[INST]";
-    const char *close = llm__chat_template_has(c, " [/INST]") ? " [/INST]" : "[/INST]";
-    bool space = llm__chat_template_has(c, "' ' + message['content']") ||
-                 llm__chat_template_has(c, "\" \" + message[\"content\"]");
-    bool after = llm__chat_template_has(c, "eos_token + ' '"),
-         trim = llm__chat_template_has(c, "message[\"content\"]|trim");
+    const llm__chat_mistral_marks *marks = c->form->marks;
+    bool system = llm__chat_begins_with_system(c), last = marks->system_last;
     (void)open_answer;
-    if (system && !llm__chat_template_has(c, "system_message"))
+    if (system && !marks->has_system)
         llm__fail(c->env, LLM_ERROR_ARGUMENT, "this model's chat template takes no system message");
     if (system && last && (c->n_messages - system) % 2 == 0)
         llm__fail(c->env, LLM_ERROR_ARGUMENT,
@@ -6064,24 +6335,31 @@ static void llm__chat_render_mistral(llm__chat *c, bool open_answer) {
     llm__chat_put_token(c, c->t->bos);
     for (int i = system; i < c->n_messages; i++) {
         bool user = !strcmp(c->messages[i].role, "user");
-        llm__chat_put(c, user ? open : space ? " " : "");
+        llm__chat_put(c, user ? marks->open : marks->before_answer);
         if (system && i == (last ? c->n_messages - 1 : 1) && user) {
             llm__chat_put_content(c, c->messages[0].content);
             llm__chat_put(c, "\n\n");
         }
-        c->trim = trim && !user;
+        c->trim = marks->trims_answer && !user;
         llm__chat_put_content(c, c->messages[i].content);
         c->trim = false;
         if (user) {
-            llm__chat_put(c, close);
+            llm__chat_put(c, marks->close);
         } else {
             llm__chat_put_token(c, c->t->eos);
-            if (after) llm__chat_put(c, " ");
+            llm__chat_put(c, marks->after_answer);
         }
     }
 }
 
 /* ---- Zephyr: <|role|>\ncontent</s>\n ---- */
+
+/* The new line after a message is one between the tags. */
+#define LLM__ZEPHYR_ROLE(role) "message.role=='" role "'{'<|" role "|>\\n'+message.content+eos_token\n"
+#define LLM__ZEPHYR                                                                    \
+    "%for message in messages%if " LLM__ZEPHYR_ROLE("user") "%elif " LLM__ZEPHYR_ROLE( \
+        "system") "%elif " LLM__ZEPHYR_ROLE("assistant") "%endif%if loop.last and "    \
+                                                         "add_generation_prompt{'<|assistant|>'\n%endif%endfor"
 
 static void llm__chat_render_zephyr(llm__chat *c, bool open_answer) {
     for (int i = 0; i < c->n_messages; i++) {
@@ -6098,36 +6376,37 @@ static void llm__chat_render_zephyr(llm__chat *c, bool open_answer) {
 /* ---- Which of them it is ---- */
 
 /* NULL if the template is none of those known. */
-static const llm__chat_form *llm__chat_find_form(const char *text) {
-    static const struct {
-        llm__chat_form form;
-        const char *has[3], *lacks[3];
-    } known[] = {{{"qwen3", false, llm__chat_render_qwen3},
-                  {"loop.index0 > ns.last_query_index", "loop.last or (not loop.last and reasoning_content)",
-                   "split('</think>')[-1].lstrip('\\n')"},
-                  {"<s>", "bos_token", "raise_exception"}},
-                 {{"llama-3", false, llm__chat_render_llama3},
-                  {"<|start_header_id|>", "<|eot_id|>", "message['content'] | trim"},
-                  {"system_prompt", NULL, NULL}},
-                 {{"llama-2", true, llm__chat_render_llama2},
-                  {"<<SYS>>", "bos_token + '[INST] '", "content.strip()"},
-                  {NULL, NULL, NULL}},
-                 {{"mistral", true, llm__chat_render_mistral},
-                  {"[INST]", "[/INST]", "eos_token"},
-                  {"<<SYS>>", "[SYSTEM_PROMPT]", NULL}},
-                 {{"zephyr", false, llm__chat_render_zephyr},
-                  {"<|user|>", "<|assistant|>", "eos_token"},
-                  {"<|end|>", NULL, NULL}}};
-    static const llm__chat_form chatml = {"chatml", false, llm__chat_render_chatml};
-    if (text && llm__chat_is_chatml(text)) return &chatml;
-    for (size_t i = 0; text && i < sizeof known / sizeof *known; i++) {
-        bool fits = true;
-        for (int k = 0; k < 3; k++) {
-            if (!strstr(text, known[i].has[k])) fits = false;
-            if (known[i].lacks[k] && strstr(text, known[i].lacks[k])) fits = false;
-        }
-        if (fits) return &known[i].form;
-    }
+static const llm__chat_form *llm__chat_find_form(const char *text, llm__chat_outline *o) {
+    static const llm__chat_mistral_marks marks[] = {{"[INST] ", " [/INST]", "", "", false, false, false},
+                                                    {"[INST] ", " [/INST]", "", " ", false, false, false},
+                                                    {" [INST] ", " [/INST]", " ", "", false, true, false},
+                                                    {"[INST] ", "[/INST]", " ", "", true, true, true},
+                                                    {"[INST]", "[/INST]", "", "", false, true, true}};
+    static const llm__chat_form known[] = {
+        {"chatml", false, llm__chat_render_chatml, NULL, {LLM__CHATML, LLM__CHATML_DEFAULT}},
+        {"chatml", false, llm__chat_render_chatml, NULL, {LLM__CHATML_QWEN25, LLM__CHATML_SET}},
+        {"chatml",
+         false,
+         llm__chat_render_chatml_bos,
+         NULL,
+         {"{bos_token" LLM__CHATML, "{bos_token" LLM__CHATML_DEFAULT}},
+        {"qwen3", false, llm__chat_render_qwen3, NULL, {LLM__QWEN3_FIRST, LLM__QWEN3_SECOND}},
+        {"llama-3", false, llm__chat_render_llama3, NULL, {LLM__LLAMA3}},
+        {"llama-3", false, llm__chat_render_llama31, NULL, {LLM__LLAMA31}},
+        {"llama-2", true, llm__chat_render_llama2, NULL, {LLM__LLAMA2(".strip()"), LLM__LLAMA2("|trim")}},
+        {"mistral", true, llm__chat_render_mistral, &marks[0], {LLM__MISTRAL_FIRST("")}},
+        {"mistral", true, llm__chat_render_mistral, &marks[1], {LLM__MISTRAL_FIRST("+' '")}},
+        {"mistral", true, llm__chat_render_mistral, &marks[2],
+         LLM__MISTRAL_EACH("loop.first", " [INST] ", " [/INST]", "' '+message.content")},
+        {"mistral", true, llm__chat_render_mistral, &marks[3],
+         LLM__MISTRAL_EACH("loop.last", "[INST] ", "[/INST]", "' '+message.content|trim")},
+        {"mistral", true, llm__chat_render_mistral, &marks[4],
+         LLM__MISTRAL_EACH("loop.last", "[INST]", "[/INST]", "message.content")},
+        {"zephyr", false, llm__chat_render_zephyr, NULL, {LLM__ZEPHYR}}};
+    if (!text || !llm__chat_write_outline(text, o)) return NULL;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        for (int k = 0; k < LLM__MAX_OUTLINES && known[i].outlines[k]; k++)
+            if (!strcmp(o->text, known[i].outlines[k])) return &known[i];
     return NULL;
 }
 
@@ -6155,9 +6434,12 @@ static void llm__chat_check_messages(llm__chat *c, bool alternates) {
 static llm__chat_text llm__chat_render(llm__env *env, const llm_tokenizer *t, const llm_message *messages,
                                        int n_messages, bool open_answer) {
     llm__chat c;
-    const llm__chat_form *form = llm__chat_find_form(t->chat_template);
+    llm__chat_outline outline;
+    const llm__chat_form *form = llm__chat_find_form(t->chat_template, &outline);
     memset(&c, 0, sizeof c);
     c.env = env;
+    c.form = form;
+    c.default_system = form && outline.system[0] ? outline.system : NULL;
     c.t = t;
     c.messages = messages;
     c.n_messages = n_messages;
@@ -6210,7 +6492,8 @@ LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_mes
 }
 
 LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
-    const llm__chat_form *form = llm__chat_find_form(tokenizer->chat_template);
+    llm__chat_outline outline;
+    const llm__chat_form *form = llm__chat_find_form(tokenizer->chat_template, &outline);
     return form ? form->name : NULL;
 }
 
@@ -7548,7 +7831,7 @@ static int llm__cache_n_planes(const llm__cpu_context *c) {
 }
 
 static uint8_t *llm__cache_plane(const llm__cpu_context *c, int plane, int block) {
-    const int some = LLM__CHUNK / LLM_BLOCK;
+    const int some = (int)LLM__CHUNK / (int)LLM_BLOCK;
     int first = block / some * some, n = c->desc.n_cache_blocks - first < some ? c->desc.n_cache_blocks - first : some;
     size_t at = (size_t)first * (size_t)llm__cache_n_planes(c) + (size_t)plane * (size_t)n + (size_t)(block - first);
     return c->cache + at * c->cache_block_bytes;
@@ -7976,7 +8259,7 @@ static void llm__attn_values(const llm__cpu_context *c, const llm__attn_work *a,
     if (a->packed) {
         const uint8_t *weights = a->packed + (size_t)a->padded * stride * 2;
         for (int d = 0; d < c->head_stride; d += 32) {
-            const uint8_t *values[LLM__CHUNK / LLM_BLOCK];
+            const uint8_t *values[(int)LLM__CHUNK / (int)LLM_BLOCK];
             for (int i = 0; i < n; i++)
                 values[i] = llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile;
             llm__kernel_tile_product p = {weights, a->padded / 16, n,    values, tile, n,    2,     part + d,
@@ -8626,7 +8909,7 @@ static double llm__cpu_measure_flops(void *context) {
     for (int i = 0; i < 4; i++) {
         double before = llm__clock_now();
         llm__team_run(c->team, llm__cpu_multiply_task, &args);
-        double rate = round * LLM__MULTIPLY_ROUNDS * c->team->n / (llm__clock_now() - before);
+        double rate = round * (double)LLM__MULTIPLY_ROUNDS * c->team->n / (llm__clock_now() - before);
         if (rate > best) best = rate;
     }
     return best;
@@ -11242,6 +11525,30 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
 
 #define LLM__IMPLEMENTED
 #endif /* LLM_IMPLEMENTATION */
+
+/*
+MIT License
+
+Copyright (c) 2026 llm.h authors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files (the "Software"), to deal
+in the Software without restriction, including without limitation the rights
+to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE.
+*/
 
 /* ==== 23 Kernel text ============================================================================================
 

@@ -256,6 +256,10 @@ static void test_perplexity(void **state) {
     assert_true(fabs(f32 / 28.8670 - 1) < 1e-3); /* llama.cpp's */
     assert_true(fabs(readers[1].perplexity / f32 - 1) < 2e-3);
     assert_true(fabs(readers[2].perplexity / f32 - 1) < 5e-3);
+    assert_true(fabs(readers[3].perplexity / f32 - 1) < 1e-3); /* the file's own numbers */
+    static const double means[READERS] = {0, 0.0003, 0.006, 0.0003}, p99s[READERS] = {0, 0.0014, 0.026, 0.0012};
+    for (int i = 0; i < READERS; i++) /* half as much again as it is */
+        assert_true(readers[i].mean <= means[i] && readers[i].p99 <= p99s[i] && (i == 0 || readers[i].mean > 0));
     free(data.at);
 }
 

@@ -243,6 +243,7 @@ static void test_flips(void **state) {
         while (n--) data[at[n]] = kept[n];
     }
     print_message("%d of 5000 damaged files still loaded\n", n_loaded);
+    assert_in_range(n_loaded, 1000, 4000); /* most bytes are weights, which may be anything; a header may not */
     free(w);
     free(data);
 }
