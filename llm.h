@@ -1135,6 +1135,19 @@ static llm__file *llm__file_memory(llm__env *env, const void *data, size_t size)
     return file;
 }
 
+/* Tells the system that n bytes of a mapped file are wanted soon, or (`done`) that it may drop them from this process;
+   reading them again then takes them from the page cache. Works on whole pages, so the neighbours at both ends are
+   affected, too. */
+static void llm__file_advise(const llm__file *file, const uint8_t *data, uint64_t n, bool done) {
+#if defined(MADV_WILLNEED) && defined(MADV_DONTNEED)
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)data & ~(page - 1);
+    if (file->mapped && n)
+        madvise((void *)first, (size_t)((uintptr_t)data + n - first), done ? MADV_DONTNEED : MADV_WILLNEED);
+#else
+    (void)file, (void)data, (void)n, (void)done;
+#endif
+}
+
 /* Reads n bytes through the callback into newly allocated memory. */
 static uint8_t *llm__file_read(llm__env *env, const llm__file *file, uint64_t offset, uint64_t n) {
     if (n > SIZE_MAX)
@@ -6608,6 +6621,7 @@ enum {
     LLM__TILE_ROWS = 16,   /* of queries, from so many on attention goes as panels do                             */
     LLM__EXACT_ROWS = 16,  /* more rows meet groups as bf16 (of the arithmetic)                                   */
     LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
+    LLM__PANEL_LEAST = 36, /* rows for which widening two tiles for pairs of bf16 pays (Zen 4) */
     LLM__PANEL_TILES = 16, /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
     LLM__PANEL_ROWS = 512
 };
@@ -6876,7 +6890,10 @@ typedef struct llm__weight_source {
     int n_parts;
     int n_interleaved[3]; /* parts whose RoPE pairs are (2i, 2i + 1): their heads' length, else 0 */
     int rope_dim;
+    size_t *n_read; /* atomic: bytes given out as raw rows */
 } llm__weight_source;
+
+enum { LLM__KEPT_BYTES = 8 << 20 }; /* of a mapped file that stay in memory behind what is read of it */
 
 /* The row of an interleaved tensor that holds dimension `row` of the halved order this library computes in. */
 static int llm__weight_interleaved_row(int row, int head_dim, int rope_dim) {
@@ -6913,8 +6930,16 @@ static void llm__weight_read_row(const llm_weight *weight, int row, float *out) 
     for (uint64_t i = 0; i < t->cols && t->scales; i++) out[i] *= scale;
 }
 
+/* Every so many bytes the file's pages are given back, so that it does not lie in memory beside the packed weights. Rows
+   that others still read come back from the system's cache. */
 static const void *llm__weight_raw_row(const llm_weight *weight, int row, int *type) {
+    const llm__weight_source *source = (const llm__weight_source *)weight->source;
     const llm__tensor *t = llm__weight_find_row(weight, &row);
+    size_t before = __atomic_fetch_add(source->n_read, (size_t)t->row_bytes, __ATOMIC_RELAXED);
+    if (before / LLM__KEPT_BYTES != (before + t->row_bytes) / LLM__KEPT_BYTES)
+        for (int i = 0; i < source->n_parts; i++)
+            llm__file_advise(source->parts[i].file, source->parts[i].data,
+                             source->parts[i].rows * source->parts[i].row_bytes, true);
     *type = (int)t->type->type;
     return t->data + (uint64_t)row * t->row_bytes;
 }
@@ -7312,71 +7337,105 @@ typedef struct llm__team_share {
 } llm__team_share;
 
 struct llm__team {
+    /* Nothing of this changes during a task, so that all members keep it in their caches. */
     int n;
     void (*task)(void *arg, int index);
     void *arg;
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg); /* the host's, or NULL */
     void *user;
-    int n_at_barrier, barrier_round; /* atomic */
-    int n_working, job;              /* atomic; job counts the tasks so far */
-    llm__team_share *shares;         /* [n] */
+    llm__team_share *shares; /* [2][n] of even and of odd phases */
     bool stop;
     llm__team_member *members; /* [n - 1], the caller is not among them */
     int n_started;
+    /* Atomic, in lines of their own: members that wait read the round, those that arrive write the number. */
+    char before[128];
+    int n_at_barrier;
+    char between[124];
+    unsigned barrier_round; /* counts barriers, and job tasks; both may wrap */
+    char after[124];
+    unsigned job;
+    int n_working;
 #ifndef LLM_NO_THREADS
+    int n_asleep; /* atomic: members that sleep at the barrier */
     llm__os_mutex mutex;
-    llm__os_cond wake;
+    llm__os_cond wake; /* a job is there, or a barrier is open */
 #endif
 };
 
-static void llm__team_spin_pause(int round) {
+enum {
+    LLM__SPINS = 256,   /* pauses (6 us on Zen 4) in which a member that comes is soon here */
+    LLM__YIELDS = 32,   /* pauses between two yields after that: the late member may want this core */
+    LLM__SLEEPY = 2048, /* pauses, and yields, after which a member that waits at a barrier sleeps */
+    LLM__IDLE = 20000,  /* pauses after which a member without a job sleeps */
+    LLM__NEIGHBOURS = 8 /* members whose shares a member looks into when its own is empty */
+};
+
+static void llm__team_spin_pause(unsigned round) {
 #if defined(__x86_64__)
     __asm__ volatile("pause");
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
 #ifndef LLM_NO_THREADS
-    if (round % 1024 == 1023) llm__os_thread_yield(); /* there may be more threads than cores */
+    if (round >= LLM__SPINS && round % LLM__YIELDS == 0)
+        llm__os_thread_yield(); /* there may be more threads than cores */
 #else
     (void)round;
 #endif
 }
 
-/* All shares are whole again: a new phase can begin. */
-static void llm__team_renew_shares(llm__team *team) {
-    for (int i = 0; i < team->n; i++) __atomic_store_n(&team->shares[i].n_taken, 0, __ATOMIC_RELAXED);
+#ifndef LLM_NO_THREADS
+/* Sleeps until the barrier of this round is open. */
+static void llm__team_barrier_sleep(llm__team *team, unsigned round) {
+    llm__os_mutex_lock(&team->mutex);
+    __atomic_add_fetch(&team->n_asleep, 1, __ATOMIC_SEQ_CST); /* before the round is read: who opens does it in turn */
+    while (__atomic_load_n(&team->barrier_round, __ATOMIC_SEQ_CST) == round)
+        llm__os_cond_wait(&team->wake, &team->mutex);
+    __atomic_sub_fetch(&team->n_asleep, 1, __ATOMIC_SEQ_CST);
+    llm__os_mutex_unlock(&team->mutex);
 }
+#endif
 
-/* Waits until all members are here. What any of them wrote before is seen by all after. */
+/* Waits until all members are here. What any of them wrote before is seen by all after. A member that is late for long has
+   no core: those that wait then sleep, so that it gets one of theirs. */
 static void llm__team_barrier(llm__team *team) {
-    if (team->n == 1) {
-        llm__team_renew_shares(team);
-        return;
-    }
-    int round = __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE);
+    if (team->n == 1) return;
+    unsigned round = __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&team->n_at_barrier, 1, __ATOMIC_ACQ_REL) == team->n) {
-        llm__team_renew_shares(team);
         __atomic_store_n(&team->n_at_barrier, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&team->barrier_round, round + 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&team->barrier_round, round + 1, __ATOMIC_SEQ_CST);
+#ifndef LLM_NO_THREADS
+        if (!__atomic_load_n(&team->n_asleep, __ATOMIC_SEQ_CST)) return;
+        llm__os_mutex_lock(&team->mutex);
+        llm__os_cond_broadcast(&team->wake);
+        llm__os_mutex_unlock(&team->mutex);
+#endif
         return;
     }
-    for (int i = 0; __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE) == round; i++) llm__team_spin_pause(i);
+    for (unsigned i = 0; __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE) == round; i++) {
+        llm__team_spin_pause(i);
+#ifndef LLM_NO_THREADS
+        if (i == LLM__SLEEPY) llm__team_barrier_sleep(team, round);
+#endif
+    }
 }
 
 /* One member's view of a task that goes through phases. In a phase the members take pieces 0 .. n-1 until none are
    left, and meet. Each begins with its share, the index'th part of the pieces, which in each phase are about the same
-   rows or columns, so that it finds in its cache what it left there; then it helps the others. */
+   rows or columns, so that it finds in its cache what it left there; then it helps its neighbours. */
 typedef struct llm__team_worker {
     llm__team *team;
     int index, n_done; /* shares in which nothing is left */
+    int phase;         /* 0 or 1: which of the two sets of shares it uses */
 } llm__team_worker;
 
 /* The next piece of n; -1 if none is left. */
 static int llm__team_take(llm__team_worker *w, int n) {
-    for (; w->n_done < w->team->n; w->n_done++) {
-        int i = (w->index + w->n_done) % w->team->n;
-        int first = (int)((int64_t)n * i / w->team->n), end = (int)((int64_t)n * (i + 1) / w->team->n);
-        int *n_taken = &w->team->shares[i].n_taken;
+    const int n_members = w->team->n;
+    for (; w->n_done < n_members && w->n_done <= LLM__NEIGHBOURS; w->n_done++) {
+        int i = (w->index + w->n_done) % n_members;
+        int first = (int)((int64_t)n * i / n_members), end = (int)((int64_t)n * (i + 1) / n_members);
+        int *n_taken = &w->team->shares[w->phase * n_members + i].n_taken;
         if (__atomic_load_n(n_taken, __ATOMIC_RELAXED) >= end - first) continue;
         int piece = first + __atomic_fetch_add(n_taken, 1, __ATOMIC_RELAXED);
         if (piece < end) return piece;
@@ -7384,14 +7443,17 @@ static int llm__team_take(llm__team_worker *w, int n) {
     return -1;
 }
 
+/* The next phase's shares are those of the phase before, which all have left: each member makes its own whole again. */
 static void llm__team_finish(llm__team_worker *w) {
+    w->phase = 1 - w->phase;
+    __atomic_store_n(&w->team->shares[w->phase * w->team->n + w->index].n_taken, 0, __ATOMIC_RELAXED);
     llm__team_barrier(w->team);
     w->n_done = 0;
 }
 
 #ifndef LLM_NO_THREADS
-static bool llm__team_wait_for_job(llm__team *team, int done) {
-    for (int i = 0; i < 20000; i++) {
+static bool llm__team_wait_for_job(llm__team *team, unsigned done) {
+    for (unsigned i = 0; i < LLM__IDLE; i++) {
         if (__atomic_load_n(&team->job, __ATOMIC_ACQUIRE) != done) return !team->stop;
         llm__team_spin_pause(i);
     }
@@ -7404,7 +7466,7 @@ static bool llm__team_wait_for_job(llm__team *team, int done) {
 static LLM__THREAD_RESULT llm__team_member_main(void *arg) {
     llm__team_member *member = (llm__team_member *)arg;
     llm__team *team = member->team;
-    for (int done = 0; llm__team_wait_for_job(team, done); done++) {
+    for (unsigned done = 0; llm__team_wait_for_job(team, done); done++) {
         team->task(team->arg, member->index);
         __atomic_sub_fetch(&team->n_working, 1, __ATOMIC_ACQ_REL);
     }
@@ -7434,7 +7496,7 @@ typedef void llm__team_parallel_fn(void *user, int n, void (*task)(void *arg, in
    the system gives fewer threads, the team is smaller. */
 static llm__team *llm__team_create(llm__env *env, int n, llm__team_parallel_fn *parallel, void *user) {
     llm__team_member *members = (llm__team_member *)llm__alloc_zero(env, (size_t)n, sizeof *members);
-    llm__team_share *shares = (llm__team_share *)llm__alloc_zero(env, (size_t)n, sizeof *shares);
+    llm__team_share *shares = (llm__team_share *)llm__alloc_zero(env, (size_t)n * 2, sizeof *shares);
     llm__team *team = (llm__team *)llm__alloc_zero(env, 1, sizeof *team);
     team->n = parallel ? n : 1;
     team->parallel = parallel;
@@ -7456,8 +7518,16 @@ static llm__team *llm__team_create(llm__env *env, int n, llm__team_parallel_fn *
     return team;
 }
 
+static void llm__team_free(llm__pool *pool, llm__team *team) {
+    llm__team_member *members = team->members;
+    llm__team_share *shares = team->shares;
+    llm__free(pool, team);
+    llm__free(pool, members);
+    llm__free(pool, shares);
+}
+
 static void llm__team_run(llm__team *team, void (*task)(void *arg, int index), void *arg) {
-    llm__team_renew_shares(team);
+    for (int i = 0; i < 2 * team->n; i++) __atomic_store_n(&team->shares[i].n_taken, 0, __ATOMIC_RELAXED);
     if (team->parallel) {
         team->parallel(team->user, team->n, task, arg);
         return;
@@ -7470,11 +7540,102 @@ static void llm__team_run(llm__team *team, void (*task)(void *arg, int index), v
 #endif
     task(arg, 0);
 #ifndef LLM_NO_THREADS
-    for (int i = 0; __atomic_load_n(&team->n_working, __ATOMIC_ACQUIRE) > 0; i++) llm__team_spin_pause(i);
+    for (unsigned i = 0; __atomic_load_n(&team->n_working, __ATOMIC_ACQUIRE) > 0; i++) llm__team_spin_pause(i);
 #endif
 }
 
-/* One thread per physical core this process may use. */
+#if defined(__linux__) && !defined(LLM_NO_THREADS)
+
+/* ---- How many cores there are ----
+
+   Linux says it in files. `root` stands before their paths: it is empty, but for tests. */
+
+enum { LLM__MOST_CPUS = 1024 };
+
+/* A small file as text; false if there is none. */
+static bool llm__cores_read(const char *root, const char *path, char *text, size_t size) {
+    char whole[1024];
+    if (snprintf(whole, sizeof whole, "%s%s", root, path) >= (int)sizeof whole) return false;
+    int fd = open(whole, O_RDONLY);
+    if (fd < 0) return false;
+    ssize_t n = read(fd, text, size - 1);
+    close(fd);
+    text[n < 0 ? 0 : n] = 0;
+    return n > 0;
+}
+
+/* A number that names the core of a processor, one for all its hardware threads; the processor's own where none is told. */
+static int64_t llm__cores_name(const char *root, int cpu) {
+    char path[96], text[32];
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/core_id", cpu);
+    if (!llm__cores_read(root, path, text, sizeof text)) return -1 - cpu;
+    int64_t core = strtol(text, NULL, 10);
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/physical_package_id", cpu);
+    int64_t package = llm__cores_read(root, path, text, sizeof text) ? strtol(text, NULL, 10) : 0;
+    return core < 0 ? -1 - cpu : package << 32 | core;
+}
+
+/* The cores of which this process may use a hardware thread; in a hybrid, large and small ones. */
+static int llm__cores_allowed(const char *root, const uint8_t allowed[LLM__MOST_CPUS]) {
+    int64_t names[LLM__MOST_CPUS];
+    int n = 0;
+    for (int cpu = 0; cpu < LLM__MOST_CPUS; cpu++) {
+        if (!allowed[cpu]) continue;
+        int at = 0;
+        for (names[n] = llm__cores_name(root, cpu); names[at] != names[n];) at++;
+        n += at == n;
+    }
+    return n;
+}
+
+/* The processors that a group has time for; LLM__MOST_CPUS: it has no limit. Version 2 has "QUOTA PERIOD" in one file. */
+static int llm__cores_quota(const char *root, const char *group, bool version_2) {
+    char path[768], text[64];
+    double quota = 0, period = 0;
+    snprintf(path, sizeof path, version_2 ? "%s/cpu.max" : "%s/cpu.cfs_quota_us", group);
+    if (!llm__cores_read(root, path, text, sizeof text)) return LLM__MOST_CPUS;
+    int n = sscanf(text, "%lf %lf", &quota, &period); /* or "max" */
+    if (!version_2) {
+        snprintf(path, sizeof path, "%s/cpu.cfs_period_us", group);
+        n += llm__cores_read(root, path, text, sizeof text) && sscanf(text, "%lf", &period) == 1;
+    }
+    if (n != 2 || !(quota > 0) || !(period > 0) || quota / period > LLM__MOST_CPUS) return LLM__MOST_CPUS;
+    return quota < period ? 1 : (int)(quota / period);
+}
+
+/* The same of this process's group and all above it. In a container these may be out of sight: then the mount's own. */
+static int llm__cores_group(const char *root) {
+    char text[4096], group[512];
+    int least = LLM__MOST_CPUS;
+    if (!llm__cores_read(root, "/proc/self/cgroup", text, sizeof text)) return least;
+    for (char *line = text, *next; line; line = next) { /* NUMBER:CONTROLLERS:PATH */
+        next = strchr(line, '\n');
+        if (next) *next++ = 0;
+        char *controllers = strchr(line, ':'), *path = controllers ? strchr(controllers + 1, ':') : NULL;
+        if (!path) continue;
+        *path++ = 0;
+        bool version_2 = !controllers[1];
+        if (!version_2 && strncmp(controllers, ":cpu,", 5) && strcmp(controllers, ":cpu") &&
+            !strstr(controllers, ",cpu,"))
+            continue;
+        const char *mount = version_2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu";
+        if (snprintf(group, sizeof group, "%s%s", mount, path) >= (int)sizeof group) continue;
+        for (size_t n = strlen(group); n >= strlen(mount); group[n] = 0) {
+            int quota = llm__cores_quota(root, group, version_2);
+            if (quota < least) least = quota;
+            while (n > 0 && group[--n] != '/') continue;
+        }
+    }
+    return least;
+}
+
+static int llm__cores_count(const char *root, const uint8_t allowed[LLM__MOST_CPUS]) {
+    int cores = llm__cores_allowed(root, allowed), quota = llm__cores_group(root);
+    return cores < quota ? cores : quota;
+}
+#endif
+
+/* One thread per physical core this process may use, but not more than it is given time for. */
 static int llm__team_default_threads(void) {
 #if defined(LLM_NO_THREADS)
     return 1;
@@ -7491,20 +7652,18 @@ static int llm__team_default_threads(void) {
     GetSystemInfo(&system);
     return (int)system.dwNumberOfProcessors;
 #else
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    int n = (int)sysconf(_SC_NPROCESSORS_ONLN);
 #if defined(__linux__)
-#if defined(CPU_COUNT)
+    uint8_t allowed[LLM__MOST_CPUS];
+    for (int i = 0; i < LLM__MOST_CPUS; i++) allowed[i] = i < n;
+#if defined(CPU_ISSET) /* not where a host included its headers first, without extensions */
     cpu_set_t set;
-    if (!sched_getaffinity(0, sizeof set, &set) && CPU_COUNT(&set) < n) n = CPU_COUNT(&set);
+    bool known = !sched_getaffinity(0, sizeof set, &set);
+    for (int i = 0; known && i < LLM__MOST_CPUS; i++) allowed[i] = i < CPU_SETSIZE && CPU_ISSET(i, &set);
 #endif
-    char smt = '0';
-    int fd = open("/sys/devices/system/cpu/smt/active", O_RDONLY);
-    if (fd >= 0) {
-        if (read(fd, &smt, 1) == 1 && smt == '1' && n > 1) n /= 2;
-        close(fd);
-    }
+    n = llm__cores_count("", allowed);
 #endif
-    return n < 1 ? 1 : n > 256 ? 256 : (int)n;
+    return n < 1 ? 1 : n > 256 ? 256 : n;
 #endif
 }
 
@@ -7522,7 +7681,7 @@ typedef struct llm__cpu_model {
     llm_shape shape;
     llm_dtype dtype;
     const llm__kernels *kernels;
-    llm__team *team;     /* for loading */
+    llm__team *team;     /* for loading; NULL afterwards */
     uint8_t *room, *end; /* of the matrices, which lie one behind the other */
     llm__cpu_layer *layers;
     float *output_norm;
@@ -7595,7 +7754,7 @@ static void llm__cpu_pack_task(void *arg, int index) {
     llm__cpu_upload_args *a = (llm__cpu_upload_args *)arg;
     int n_tiles = llm__math_round_up(a->matrix->n, 16) / 16, numbers[16];
     float *rows = a->rows + (size_t)index * 16 * (size_t)llm__math_round_up(a->matrix->k, 32);
-    llm__team_worker w = {a->model->team, index, 0};
+    llm__team_worker w = {a->model->team, index, 0, 0};
     for (int tile; (tile = llm__team_take(&w, n_tiles)) >= 0;) {
         llm__matrix_tile_rows(a->weight, tile, numbers);
         llm__pack_tile(a->model->kernels, a->matrix, tile, a->weight, numbers, rows);
@@ -7646,6 +7805,9 @@ static void llm__cpu_upload_body(llm__env *env, void *arg) {
     case LLM_WEIGHT_HEAD: llm__cpu_upload_matrix(env, m, w, &m->head); break;
     }
     if (w->kind == LLM_WEIGHT_EMBEDDING && m->shape.tied_head) m->head = m->embedding;
+    if (w->kind != (m->shape.tied_head ? LLM_WEIGHT_OUTPUT_NORM : LLM_WEIGHT_HEAD)) return; /* the last one */
+    llm__team_free(env->pool, m->team);
+    m->team = NULL;
 }
 
 static llm_status llm__cpu_upload(void *model, const llm_weight *weight, llm_error *err) {
@@ -8109,7 +8271,8 @@ static void llm__cache_store_int8(const llm__cpu_context *c, uint8_t *tiles, boo
     size_t bytes = llm__matrix_tile_bytes(LLM__W_INT8, LLM_BLOCK);
     llm__cache_value_scales(c, tiles)[place] = llm__pack_quantize_row(from, n, q, 1);
     for (size_t d = 0; d < n; d++) ((int8_t *)tiles)[d / 16 * bytes + (size_t)place * 16 + d % 16] = q[d];
-    for (size_t i = 0; i < (size_t)c->head_stride; i++)
+    for (size_t i = 0; i < (size_t)c->head_stride && place == 0;
+         i++) /* the block's first position: others store theirs */
         ((float *)(void *)(tiles + i / 16 * bytes + LLM_BLOCK * 16))[i % 16] = 1;
 }
 
@@ -8572,7 +8735,7 @@ static void llm__fwd_poll_cancel(const llm__team_worker *w, llm__cpu_context *c)
 
 static void llm__fwd_task(void *arg, int index) {
     llm__cpu_context *c = (llm__cpu_context *)arg;
-    llm__team_worker worker = {c->team, index, 0}, *w = &worker;
+    llm__team_worker worker = {c->team, index, 0, 0}, *w = &worker;
     const llm__cpu_model *m = c->model;
     const int *rows = c->all_rows;
     int n = c->pass->n_rows;
@@ -8686,9 +8849,9 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
 typedef struct llm__cpu_sizes {
     size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups, n_parts, partial_floats;
     size_t panel_floats, tile_bytes; /* of each thread, see llm__cpu_context; or 0 */
-    size_t ffn_floats;               /* rows of c->ffn that are there as floats */
+    size_t ffn_floats;               /* rows of c->ffn that are there as floats: what does not go by panels */
     size_t n_rows;                   /* of c->normed, and of sums: a batch, or a single row for each thread */
-    int head_stride, n_partials;
+    int head_stride, n_partials, panel_rows;
     bool panels;
 } llm__cpu_sizes;
 
@@ -8715,7 +8878,8 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
     z.partial_floats = (size_t)llm__attn_padded_queries(few) * (size_t)(z.head_stride + 2);
     z.n_partials = d->n_threads > 1 && chunks > 1 ? chunks * s->n_kv_heads : 0;
     z.panels = kernels->panel && llm__cpu_rounds_rows(d->dtype);
-    z.ffn_floats = z.panels ? (size_t)LLM__EXACT_ROWS : (size_t)d->n_batch;
+    z.panel_rows = d->dtype == LLM_DTYPE_INT4 ? LLM__EXACT_ROWS + 1 : kernels->panel_rows;
+    z.ffn_floats = (size_t)(z.panels && z.panel_rows <= d->n_batch ? z.panel_rows - 1 : d->n_batch);
     z.n_rows = (size_t)(d->n_batch > d->n_threads ? d->n_batch : d->n_threads);
     if (n_batch > LLM__PANEL_ROWS) n_batch = LLM__PANEL_ROWS;
     z.panel_floats = z.panels ? n_batch * LLM__PANEL_TILES * 16 : 0;
@@ -8793,7 +8957,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     if (z.panels) {
         c->panels = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.panel_floats, sizeof(float));
         c->panel_floats = z.panel_floats;
-        c->panel_rows = c->desc.dtype == LLM_DTYPE_INT4 ? LLM__EXACT_ROWS + 1 : c->model->kernels->panel_rows;
+        c->panel_rows = z.panel_rows;
     }
     c->tiles = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_threads * z.tile_bytes, 1);
     c->tile_bytes = z.tile_bytes;
@@ -8848,7 +9012,7 @@ static void llm__cpu_bandwidth_matrix(llm__team_worker *w, llm__cpu_bandwidth_ar
 static void llm__cpu_bandwidth_task(void *arg, int index) {
     llm__cpu_bandwidth_args *a = (llm__cpu_bandwidth_args *)arg;
     const llm__cpu_model *m = a->context->model;
-    llm__team_worker worker = {a->context->team, index, 0}, *w = &worker;
+    llm__team_worker worker = {a->context->team, index, 0, 0}, *w = &worker;
     for (int i = 0; i < m->shape.n_layers; i++) {
         llm__cpu_bandwidth_matrix(w, a, &m->layers[i].qkv);
         llm__cpu_bandwidth_matrix(w, a, &m->layers[i].attention_out);
@@ -9157,6 +9321,7 @@ static void llm__model_walk_weight(llm__model_walk *walk, llm_weight_kind kind, 
     llm_weight w =
         llm__model_make_weight(env, walk->ck, walk->h, &source, kind, layer, llm__model_weight_cols(walk->h, kind));
     uint8_t *brought[3] = {NULL, NULL, NULL};
+    size_t n_read = 0;
     bool vector = w.rows == 1 || w.cols == 1;
     uint64_t bytes = vector ? (uint64_t)w.rows * (uint64_t)w.cols * 4 : walk->backend->weight_bytes(walk->dtype, &w);
     walk->n_params += (uint64_t)w.rows * (uint64_t)w.cols;
@@ -9165,10 +9330,18 @@ static void llm__model_walk_weight(llm__model_walk *walk, llm_weight_kind kind, 
     if (!walk->visit) return;
     for (int i = 0; i < source.n_parts; i++) {
         brought[i] = llm__tensor_bytes(env, &source.parts[i]);
+        llm__file_advise(source.parts[i].file, source.parts[i].data, source.parts[i].rows * source.parts[i].row_bytes,
+                         false);
         walk->fingerprint = llm__model_sample_tensor(walk->fingerprint, &source.parts[i]);
     }
+    source.n_read = &n_read;
     walk->visit(walk, &w);
-    for (int i = 0; i < source.n_parts; i++) llm__free(env->pool, brought[i]);
+    for (int i = 0; i < source.n_parts; i++) {
+        if (!brought[i])
+            llm__file_advise(source.parts[i].file, source.parts[i].data,
+                             source.parts[i].rows * source.parts[i].row_bytes, true);
+        llm__free(env->pool, brought[i]);
+    }
 }
 
 static void llm__model_walk_weights(llm__model_walk *walk) {
@@ -11584,6 +11757,15 @@ SOFTWARE.
 #define v_sum LLM__FN(v_sum)
 #define v_hmax LLM__FN(v_hmax)
 
+/* Sums are in registers only where loops over them are unrolled. clang reads GCC's pragma, but does nothing. */
+#if !defined(LLM__USE_AVX512) && !defined(LLM__USE_AVX2) && !defined(LLM__USE_NEON)
+#define LLM__UNROLL
+#elif defined(__clang__)
+#define LLM__UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define LLM__UNROLL _Pragma("GCC unroll 16")
+#endif
+
 #if defined(LLM__USE_AVX512)
 
 typedef __m512 V;
@@ -11722,14 +11904,12 @@ LLM__INLINE V v_guess_inverse(V a) {
 typedef struct V {
     float32x4_t q[4];
 } V;
-#define LLM__QUARTERS(expression)                                              \
-    V r;                                                                       \
-    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) r.q[i] = (expression); \
+#define LLM__QUARTERS(expression)                                  \
+    V r;                                                           \
+    LLM__UNROLL for (int i = 0; i < 4; i++) r.q[i] = (expression); \
     return r
 LLM__INLINE V v_load(const float *p) { LLM__QUARTERS(vld1q_f32(p + 4 * i)); }
-LLM__INLINE void v_store(float *p, V a) {
-    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.q[i]);
-}
+LLM__INLINE void v_store(float *p, V a) { LLM__UNROLL for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.q[i]); }
 LLM__INLINE V v_splat(float x) { LLM__QUARTERS(vdupq_n_f32(x)); }
 LLM__INLINE V v_add(V a, V b) { LLM__QUARTERS(a.q[i] + b.q[i]); }
 LLM__INLINE V v_sub(V a, V b) { LLM__QUARTERS(a.q[i] - b.q[i]); }
@@ -11879,20 +12059,10 @@ LLM__INLINE float v_hmax(V a) {
 
 #endif
 
-#if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2) || defined(LLM__USE_NEON)
-#define LLM__UNROLL _Pragma("GCC unroll 16")
-#else
-#define LLM__UNROLL
-#endif
-
-/* As many rows as the registers hold sums for. Without products of pairs many rows go in strips: so many rows and tiles at
+/* As many rows as the registers hold sums for. Where these are few, many rows go in strips: so many rows and tiles at
    once. */
 #if defined(LLM__USE_AVX512)
 #define LLM__MOST_ROWS 8
-#if !defined(LLM__USE_BF16)
-#define LLM__STRIP_ROWS 8
-#define LLM__STRIP_TILES 2
-#endif
 #elif defined(LLM__USE_AVX2)
 #define LLM__MOST_ROWS 4
 #define LLM__STRIP_ROWS 6
@@ -12588,7 +12758,7 @@ LLM__TARGET static void LLM__FN(some_pairs)(const llm__kernel_tile_product *p) {
     uint8_t wide[2][LLM__TILE_BLOCKS * 1024] __attribute__((aligned(64)));
     const size_t stride = (size_t)p->a_blocks * 16, next = p->n_cols > 1 ? p->b_next : 0,
                  right = p->n_cols > 1 ? 16 : 0;
-    const int n_rows = p->n_rows * 16;
+    const int n_rows = p->ended ? (p->ended->panel->n_rows + 3) / 4 * 4 : p->n_rows * 16;
     for (int i = 0; i < p->n_blocks; i++) {
         LLM__FN(widen)(p->b[i], wide[0] + i * 1024);
         LLM__FN(widen)(p->b[i] + next, wide[1] + i * 1024);
@@ -12794,7 +12964,7 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #if defined(LLM__USE_BF16)
 #define LLM__MULTIPLY_PAIRS LLM__FN(multiply)
 #define LLM__PACK LLM__FN(pack_scale), LLM__FN(pack_norm), LLM__FN(pack_softmax)
-#define LLM__MANY_ROWS 64, 16, LLM__FN(pair_product), LLM__FN(pair_panel), LLM__PACK
+#define LLM__MANY_ROWS 64, LLM__PANEL_LEAST, LLM__FN(pair_product), LLM__FN(pair_panel), LLM__PACK
 #else
 #define LLM__MULTIPLY_PAIRS NULL
 #define LLM__MANY_ROWS 0, 0, NULL, NULL, NULL, NULL, NULL

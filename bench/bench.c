@@ -26,7 +26,7 @@
 
 #include <argp.h>
 
-enum { MOST = 16, KEY_DTYPE = 256, KEY_RANDOM, KEY_DRAFT, KEY_DRAFT_MAX, KEY_TEMP, KEY_ROWS, KEY_FLOPS_TABLE };
+enum { MOST = 16, MOST_ROWS = 64, KEY_DTYPE = 256, KEY_RANDOM, KEY_DRAFT, KEY_DRAFT_MAX, KEY_TEMP, KEY_ROWS, KEY_FLOPS_TABLE };
 
 typedef struct options {
     const char *model, *random, *format;
@@ -61,7 +61,7 @@ static const struct argp_option OPTIONS[] = {
     {"draft", KEY_DRAFT, "LIST", 0, "drafts to continue the texts with: lookup, self:int8, self:int4 or a model's file", 4},
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "most guesses in a pass (15)", 4},
     {"temp", KEY_TEMP, "T", 0, "temperature of what continues the texts; small models repeat themselves at 0 (0)", 4},
-    {"rows", KEY_ROWS, "LIST", 0, "passes of so many tokens, up to 16, to be compared", 4},
+    {"rows", KEY_ROWS, "LIST", 0, "passes of so many tokens, up to 64, to be compared", 4},
     {"output", 'o', "FORMAT", 0, "md, csv or json (md)", 3},
     {0}};
 
@@ -129,7 +129,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         if (!opt->n_drafts != !opt->n_texts) argp_error(state, "--draft goes with texts to continue");
         if (opt->n_drafts && !opt->model) argp_error(state, "random weights do not continue texts: --draft needs -m");
         for (int i = 0; i < opt->n_rows; i++)
-            if (opt->rows[i] > LLM_DRAFT_MOST + 1) argp_error(state, "--rows: at most %d", LLM_DRAFT_MOST + 1);
+            if (opt->rows[i] > MOST_ROWS) argp_error(state, "--rows: at most %d", MOST_ROWS);
         if (opt->flops_table && !strcmp(opt->format, "json")) argp_error(state, "--flops-table comes as md or csv");
         break;
     default: return ARGP_ERR_UNKNOWN;
@@ -448,12 +448,12 @@ static void compare_draft(llm_context *ctx, const options *opt, const char *name
 
 /* Passes of different numbers of rows after the same `depth` tokens, in turns. */
 static void compare_rows(llm_context *ctx, const options *opt, int depth) {
-    llm_token ids[LLM_DRAFT_MOST + 1];
-    bool logits[LLM_DRAFT_MOST + 1];
+    llm_token ids[MOST_ROWS];
+    bool logits[MOST_ROWS];
     double *seconds = (double *)calloc((size_t)(MOST * opt->n_rounds), sizeof *seconds), first = 0;
     llm_error err;
     if (!seconds) exit(1);
-    for (int i = 0; i <= LLM_DRAFT_MOST; i++) {
+    for (int i = 0; i < MOST_ROWS; i++) {
         ids[i] = i * 37 % 5000 + 10;
         logits[i] = true;
     }
@@ -481,7 +481,7 @@ static void compare_rows(llm_context *ctx, const options *opt, int depth) {
 /* What --draft and --rows ask for, of one type and number of threads. */
 static void compare(const options *opt, llm_dtype dtype, int n_threads) {
     llm_model_desc desc = {.dtype = dtype, .n_threads = n_threads, .isa = getenv("LLM_ISA")};
-    llm_context_desc context_desc = {.n_logits = LLM_DRAFT_MOST + 1, .n_threads = n_threads};
+    llm_context_desc context_desc = {.n_logits = opt->n_rows ? MOST_ROWS : LLM_DRAFT_MOST + 1, .n_threads = n_threads};
     llm_model *model = NULL;
     llm_context *ctx = NULL;
     llm_error err;
