@@ -107,6 +107,7 @@ typedef enum llm_status {
     LLM_ERROR_DEVICE        /* the backend's device failed                                                    */
 } llm_status;
 
+/* Every function that takes an llm_error fills it: after a success with LLM_OK and "". */
 typedef struct llm_error {
     llm_status code;
     char message[500]; /* what, where, and what to do; always NUL-terminated, whole UTF-8 characters */
@@ -122,6 +123,12 @@ typedef struct llm_host {
     bool (*progress)(void *user, float done);            /* loading, 0 to 1; return false to cancel           */
     void *user;                                          /* handed to each of these                           */
 } llm_host;
+
+/* Callbacks (these, `cancel`, on_text, on_token, on_question, a draft's propose) run on the thread that called the library.
+   A callback must not use the context that called it: llm_seq_length, llm_seq_tokens and llm_logits may be read, all else
+   fails with LLM_ERROR_ARGUMENT, and the context must not be freed. A callback should return, too. If a C++ exception or
+   longjmp leaves one on its way to the caller, the next call on the context ends what was under way and frees its memory,
+   and the sequences hold what is sure of them; but what was being loaded or created is lost, memory included. */
 
 /* ---- Model --------------------------------------------------------------------------------------------------- */
 
@@ -249,14 +256,20 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer); /* "chatm
 typedef struct llm_context llm_context;
 
 typedef struct llm_context_desc {
-    int n_ctx;             /* positions a sequence can hold; 0: what the model was trained for, at most 4096  */
-    int n_seq;             /* sequences; 0: 1                                                                 */
-    int n_cache;           /* positions of all sequences, forks sharing their parent's; 0: n_ctx * n_seq      */
-    int n_batch;           /* tokens computed in one pass; longer batches take several; 0: 512                */
+    int n_ctx; /* positions a sequence can hold; 0: what the model was trained for, at most 4096  */
+    int n_seq; /* sequences; 0: 1                                                                 */
+    /* Positions of all sequences; 0: n_ctx * n_seq. They come in blocks of 32: a sequence takes its length, rounded up. A
+       fork shares its parent's blocks. If their last block is not full, the first of the two that goes on takes a copy of
+       it, a block more, and gives that back when it is cut back to where both were the same. */
+    int n_cache;
+    /* Tokens computed in one pass; longer batches take several; 0: 512. With int4 weights a pass of more than 16 tokens
+       rounds a little, so that a text depends on the other tokens in its passes; n_batch = 16 prevents it. */
+    int n_batch;
     int n_logits;          /* rows of logits one llm_forward can return; 0: n_seq                             */
     int n_threads;         /* 0: one per physical core                                                        */
     llm_dtype cache_dtype; /* f32, bf16 or int8; 0: bf16, but f32 on the CPU if weights are f32 or f16        */
-    /* Polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED. */
+    /* Polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED. llm_generate asks its own `cancel`
+       instead, if it has one, and then ends with LLM_STOP_CALLBACK. */
     bool (*cancel)(void *user);
     void *cancel_user;
     /* The host's own threads instead of ours: must run task(arg, i) for i = 0 .. n-1 all at the same time (tasks
@@ -270,7 +283,7 @@ LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model,
 LLM_API void llm_context_free(llm_context *ctx);
 LLM_API const llm_model *llm_context_model(const llm_context *ctx);
 LLM_API int llm_context_n_ctx(const llm_context *ctx);
-LLM_API int llm_context_n_threads(const llm_context *ctx);
+LLM_API int llm_context_n_threads(const llm_context *ctx); /* fewer than wanted where the system gave no more */
 
 typedef struct llm_memory {
     uint64_t weights, cache, scratch; /* bytes */
@@ -287,7 +300,7 @@ LLM_API llm_status llm_memory_estimate(const char *path, const llm_model_desc *m
 LLM_API int llm_seq_length(const llm_context *ctx, int seq);
 LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq); /* llm_seq_length of them            */
 
-/* Keeps the first `length` tokens. */
+/* Keeps the first `length` tokens. The places of the others are free again, see n_cache. */
 LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_error *err);
 
 /* Makes `seq` the first `length` tokens of `parent`, whose cache both then read; only what comes after is stored
@@ -308,8 +321,8 @@ typedef struct llm_batch {
     const bool *logits;      /* [n_tokens] whose logits are wanted; NULL: the last of each sequence               */
 } llm_batch;
 
-/* Appends the batch's tokens to their sequences. All is checked before anything is done; when the pass is cancelled
-   the sequences are as they were before. */
+/* Appends the batch's tokens to their sequences. All is checked before anything is done; when it is cancelled or fails, the
+   sequences are as they were before, also if the batch took several passes. */
 LLM_API llm_status llm_forward(llm_context *ctx, const llm_batch *batch, llm_error *err);
 
 /* The logits [n_vocab] of the batch's i-th token, valid until the next pass; NULL if they were not asked for. */
@@ -325,7 +338,7 @@ LLM_API double llm_measure_flops(llm_context *ctx);
 
 typedef struct llm_logit_bias {
     llm_token token;
-    float bias; /* added to the logit; -INFINITY forbids the token */
+    float bias; /* added to the logit; -INFINITY forbids the token, INFINITY forces it, at any temperature */
 } llm_logit_bias;
 
 typedef struct llm_sampler {
@@ -335,7 +348,7 @@ typedef struct llm_sampler {
     float min_p;          /* keep those at least min_p times as likely as the most likely; 0: all                 */
     float repeat_penalty; /* divides (multiplies, if negative) the logits of recent tokens; 0: off                */
     int repeat_window;    /* how many recent tokens; 0: 64                                                        */
-    const llm_logit_bias *biases; /* the host's; must outlive the sampler                                         */
+    const llm_logit_bias *biases; /* the host's; must outlive the sampler. on_token may change them for the next  */
     int n_biases;
     uint64_t seed;
     uint64_t n_drawn; /* the state: how many random numbers were used                                         */
@@ -343,7 +356,8 @@ typedef struct llm_sampler {
 
 /* Picks a token by the logits of the batch's i-th token; `recent` is that sequence. The order is: biases, repetition
    penalty, temperature, top-k, top-p, min-p. The same seed gives the same tokens on every machine. Ties go to the
-   lower id. Returns -1 if logits i were not asked for. */
+   lower id. A sampler that is NULL is greedy. Returns -1 if there is nothing to pick: logits i were not wanted, one of them
+   is NaN, all tokens are forbidden, n_biases is above 0 but biases is NULL, or ctx is inside one of its callbacks. */
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler);
 
 /* ---- Speculative decoding ------------------------------------------------------------------------------------ */
@@ -376,9 +390,13 @@ typedef struct llm_draft_request {
 typedef struct llm_draft_guesses {
     int n; /* 0: no idea                                                                                             */
     llm_token tokens[LLM_DRAFT_MOST];
-    int kind;   /* 0 to LLM_DRAFT_KINDS - 1, of all of them; higher ones are trusted more                      */
-    bool has_q; /* guess i was drawn from the distribution q[i], which sums to 1, by random numbers that the model's
-                   own draws do not use. Without it a guess is right when the model draws the same              */
+    int kind; /* 0 to LLM_DRAFT_KINDS - 1, of all of them; higher ones are trusted more. Without meaning with has_q  */
+    /* Guess i was drawn from the distribution q[i], which sums to 1, by random numbers that the model's own draws do not
+       use. Without it a guess is right when the model draws the same. A draft does this always or never, and once a guess
+       is drawn it must stay among the guesses, whatever it is. Whether one more is drawn may follow from those before it
+       and from q: a draft may stop after an end of text, or before a q without a likely token. Without room for q (at
+       temperature 0, or with draft_keeps_text) has_q counts as false. */
+    bool has_q;
     float *q[LLM_DRAFT_MOST]; /* [n_vocab of the model] each, room to fill; NULL where probabilities are not wanted  */
 } llm_draft_guesses;
 
@@ -436,7 +454,7 @@ typedef enum llm_stop {
     LLM_STOP_NONE = 0,
     LLM_STOP_END,     /* the model ended its text or turn                */
     LLM_STOP_LENGTH,  /* max_tokens                                      */
-    LLM_STOP_CONTEXT, /* the sequence is full                            */
+    LLM_STOP_CONTEXT, /* the sequence is full (n_ctx), or the cache (n_cache) */
     LLM_STOP_TOKEN,   /* one of stop_tokens                              */
     LLM_STOP_STRING,  /* one of stop_strings                             */
     LLM_STOP_CALLBACK /* on_text or on_token returned false, or `cancel` */
@@ -452,7 +470,7 @@ typedef struct llm_generate_desc {
     int n_tokens;
 
     int seq;
-    int max_tokens;       /* 0 or less: until the model ends or the sequence is full                               */
+    int max_tokens;       /* 0 or less: until the model ends or there is no more room                              */
     llm_sampler *sampler; /* NULL: greedy                                                                  */
     const char *const *stop_strings; /* none of them is shown                                                     */
     int n_stop_strings;
@@ -469,24 +487,29 @@ typedef struct llm_generate_desc {
 
     bool (*on_text)(void *user, const char *text, size_t n_bytes); /* whole UTF-8 characters, NUL-terminated     */
     bool (*on_token)(void *user, llm_token token, const char *bytes, size_t n_bytes); /* raw, as they come        */
-    bool (*cancel)(void *user); /* polled between layers, so also within a long prompt                           */
+    bool (*cancel)(void *user); /* polled between layers, so also within a long prompt; NULL: the context's      */
     void *user;
 } llm_generate_desc;
 
 typedef struct llm_stats {
     llm_stop stop;
-    int stop_index; /* which of stop_strings or stop_tokens                                               */
-    int n_prompt;   /* tokens of the prompt                                                               */
-    int n_reused;   /* of these, found in the cache                                                       */
-    int n_generated;
+    int stop_index;      /* which of stop_strings or stop_tokens                                               */
+    int n_prompt;        /* tokens of the prompt                                                               */
+    int n_reused;        /* of these, found in the cache                                                       */
+    int n_generated;     /* tokens shown: an end token, or one of stop_tokens, does not count                      */
     int n_decode_passes; /* forward passes after the prompt's                                                  */
     double prefill_seconds, decode_seconds; /* until the first token's logits; after it                           */
     uint64_t decode_bytes; /* weights and cache read while decoding                                              */
     llm_draft_stats draft;
 } llm_stats;
 
-/* Runs the prompt and generates. Cancellation is not an error: it is stats->stop. Afterwards the sequence holds the
-   prompt and what was generated, less the last token, which was never computed on. */
+/* Runs the prompt and generates. Cancellation is not an error: it is stats->stop. Afterwards the sequence holds the prompt
+   and the n_generated tokens, but the last of them was never computed on and is missing. If an end token or one of
+   stop_tokens ended the text, all of them are there, and that token is not. If the prompt was cancelled, or failed, the
+   sequence holds what its finished passes (of n_batch tokens) computed, and the same call goes on from there.
+   A token may be any bytes, so a text that is encoded anew need not give the tokens that were drawn: to continue it without
+   computing it again, pass `tokens`. A sampler that leaves no token (all forbidden) is LLM_ERROR_ARGUMENT, and a logit that
+   is NaN LLM_ERROR_FORMAT. */
 LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err);
 
 /* ---- Scoring ------------------------------------------------------------------------------------------------- */
@@ -540,8 +563,8 @@ typedef struct llm_score_stats {
 } llm_score_stats;
 
 /* Fills log_likelihoods: the first question's [n_endings], then the second's, and so on. What the context's sequences
-   held is dropped. It should have many sequences and much cache, or batches stay small: at least n_seq as many as a
-   question has endings, n_ctx as a text has tokens. A pass is at most n_batch tokens. All that every ending of a
+   held is dropped. The context needs n_seq >= the endings of a question, and n_ctx >= the tokens of a text; with more
+   sequences and more cache, passes are fuller. A pass is at most n_batch tokens. All that every ending of a
    question begins with is taken as part of its context, and a token is only computed if another is predicted from it,
    the head and the last layer only where one is that counts. With log_likelihoods NULL nothing is computed, but stats
    tell what would be. */
@@ -637,6 +660,7 @@ typedef struct llm_backend_desc {
     int n_seq, blocks_per_seq; /* of every pass's block tables                                                  */
     int n_cache_blocks, n_batch, n_logits, n_threads;
     llm_dtype dtype, cache_dtype; /* of the weights, and of the cache                                           */
+    const char *isa;              /* the model's, see llm_model_desc                                            */
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
     llm_host host;
     /* Another context, idle while this one works and there for longer, lends it its threads and, if their shapes are
@@ -693,6 +717,7 @@ extern const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
 #if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 
 #include <errno.h>
+#include <float.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -811,10 +836,12 @@ static void llm__utf8_trim(char *text) {
 #if defined(__GNUC__) || defined(__clang__)
 #define LLM__PRINTF(f, a) __attribute__((format(printf, f, a)))
 #define LLM__NORETURN __attribute__((noreturn))
+#define LLM__NOINLINE __attribute__((noinline))
 #define LLM__UNUSED __attribute__((unused))
 #else
 #define LLM__PRINTF(f, a)
 #define LLM__NORETURN
+#define LLM__NOINLINE
 #define LLM__UNUSED
 #endif
 
@@ -835,6 +862,14 @@ LLM__PRINTF(3, 4) static llm_status llm__error(llm_error *err, llm_status code, 
     llm__error_v(err, code, NULL, format, args);
     va_end(args);
     return code;
+}
+
+/* Ends a public function. After a success *err says so, too. */
+static llm_status llm__error_done(llm_error *err, llm_status status) {
+    if (status || !err) return status;
+    err->code = LLM_OK;
+    err->message[0] = 0;
+    return status;
 }
 
 /* Fills the error and unwinds to llm__env_run. Does not return. */
@@ -4148,7 +4183,7 @@ LLM_API int64_t llm_encode(const llm_tokenizer *tokenizer, const char *text, siz
     llm__env_init(&env, &pool, err, NULL);
     llm_status status = llm__env_run(&env, llm__enc_body, &job);
     llm__pool_free(&pool);
-    return status ? -1 : (int64_t)job.count;
+    return llm__error_done(err, status) ? -1 : (int64_t)job.count;
 }
 
 /* ---- Decoding ---- */
@@ -5726,7 +5761,7 @@ LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, con
     }
     job.tokenizer->own = pool;
     *out = job.tokenizer;
-    return LLM_OK;
+    return llm__error_done(err, LLM_OK);
 }
 
 LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer) {
@@ -6501,7 +6536,7 @@ LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_mes
     if (capacity) text[shown] = 0;
     if (n_bytes) *n_bytes = n;
     llm__pool_free(&pool);
-    return status;
+    return llm__error_done(err, status);
 }
 
 LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
@@ -6623,7 +6658,8 @@ enum {
     LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
     LLM__PANEL_LEAST = 36, /* rows for which widening two tiles for pairs of bf16 pays (Zen 4) */
     LLM__PANEL_TILES = 16, /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
-    LLM__PANEL_ROWS = 512
+    LLM__PANEL_ROWS = 512,
+    LLM__MAX_RUN = 128 /* tokens of the vocabulary that have one max in the sampler; a multiple of 16             */
 };
 
 /* A row of activations for products of many rows: lines of 32 bf16, `step` bytes apart, in each of which they are in an
@@ -6656,6 +6692,11 @@ typedef struct llm__kernels {
     /* Turns n scores into 2^(scale * s - max), zeros up to `padded`; gives their maximum (of scale * s, scale being above 0)
        and sum, which is taken before they are rounded. */
     void (*softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum);
+    /* For the sampler: the max of each LLM__MAX_RUN of n values; returns false if one of the values is NaN. */
+    bool (*maxima)(const float *x, int n, float *maxima);
+    /* p = 2^((x - top) * scale), 0 where that is below 2^-125.5, for n values of at most `top`, and zeros up to a multiple of
+       16; their maxima as above. Returns the sum. */
+    float (*odds)(const float *x, int n, float top, float scale, float *p, float *maxima);
     /* Adds partial attention results to running ones: (max, sum, out[n]) is what is known so far, for each of the rows,
        whose out, and part, are n apart. */
     void (*merge)(int rows, float *max, float *sum, float *out, const float *part_max, const float *part_sum,
@@ -7344,6 +7385,7 @@ struct llm__team {
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg); /* the host's, or NULL */
     void *user;
     llm__team_share *shares; /* [2][n] of even and of odd phases */
+    bool running;            /* a task that the caller has not come back from */
     bool stop;
     llm__team_member *members; /* [n - 1], the caller is not among them */
     int n_started;
@@ -7451,6 +7493,13 @@ static void llm__team_finish(llm__team_worker *w) {
     w->n_done = 0;
 }
 
+/* A member's part of the task. */
+static void llm__team_member_task(void *arg, int index) {
+    llm__team *team = (llm__team *)arg;
+    team->task(team->arg, index);
+    if (index) __atomic_sub_fetch(&team->n_working, 1, __ATOMIC_ACQ_REL);
+}
+
 #ifndef LLM_NO_THREADS
 static bool llm__team_wait_for_job(llm__team *team, unsigned done) {
     for (unsigned i = 0; i < LLM__IDLE; i++) {
@@ -7466,10 +7515,7 @@ static bool llm__team_wait_for_job(llm__team *team, unsigned done) {
 static LLM__THREAD_RESULT llm__team_member_main(void *arg) {
     llm__team_member *member = (llm__team_member *)arg;
     llm__team *team = member->team;
-    for (unsigned done = 0; llm__team_wait_for_job(team, done); done++) {
-        team->task(team->arg, member->index);
-        __atomic_sub_fetch(&team->n_working, 1, __ATOMIC_ACQ_REL);
-    }
+    for (unsigned done = 0; llm__team_wait_for_job(team, done); done++) llm__team_member_task(team, member->index);
     return 0;
 }
 
@@ -7526,22 +7572,27 @@ static void llm__team_free(llm__pool *pool, llm__team *team) {
     llm__free(pool, shares);
 }
 
+/* Waits until the other members have ended the task. */
+static void llm__team_wait(llm__team *team) {
+    for (unsigned i = 0; __atomic_load_n(&team->n_working, __ATOMIC_ACQUIRE) > 0; i++) llm__team_spin_pause(i);
+    team->running = false;
+}
+
 static void llm__team_run(llm__team *team, void (*task)(void *arg, int index), void *arg) {
     for (int i = 0; i < 2 * team->n; i++) __atomic_store_n(&team->shares[i].n_taken, 0, __ATOMIC_RELAXED);
-    if (team->parallel) {
-        team->parallel(team->user, team->n, task, arg);
-        return;
-    }
     team->task = task;
     team->arg = arg;
+    team->running = true;
+    __atomic_store_n(&team->n_working, team->n - 1, __ATOMIC_RELEASE);
+    if (team->parallel) {
+        team->parallel(team->user, team->n, llm__team_member_task, team);
+    } else {
 #ifndef LLM_NO_THREADS
-    __atomic_store_n(&team->n_working, team->n_started, __ATOMIC_RELEASE);
-    if (team->n_started) llm__team_wake(team);
+        if (team->n_started) llm__team_wake(team);
 #endif
-    task(arg, 0);
-#ifndef LLM_NO_THREADS
-    for (unsigned i = 0; __atomic_load_n(&team->n_working, __ATOMIC_ACQUIRE) > 0; i++) llm__team_spin_pause(i);
-#endif
+        task(arg, 0);
+    }
+    llm__team_wait(team);
 }
 
 #if defined(__linux__) && !defined(LLM_NO_THREADS)
@@ -7828,6 +7879,9 @@ typedef struct llm__cache {
     int n_seq, n_ctx, blocks_per_seq, n_blocks, n_free;
     int *free_blocks;  /* [n_blocks] a stack                                    */
     int *n_users;      /* [n_blocks] sequences that hold the block              */
+    int *origins;      /* [n_blocks] the block whose first positions it has, -1: none: a fork went on in the middle */
+    int *n_copied;     /* [n_blocks] how many of them are still the same        */
+    int *n_lent;       /* [n_blocks] the most positions another block has of it */
     int *tables;       /* [n_seq][blocks_per_seq]                               */
     int *lengths;      /* [n_seq]                                               */
     llm_token *tokens; /* [n_seq][n_ctx]                                        */
@@ -7842,6 +7896,9 @@ static void llm__cache_create(llm__env *env, llm__cache *cache, int n_seq, int n
     cache->n_blocks = cache->n_free = n_blocks;
     cache->free_blocks = (int *)llm__alloc(env, (size_t)n_blocks, sizeof(int));
     cache->n_users = (int *)llm__alloc_zero(env, (size_t)n_blocks, sizeof(int));
+    cache->origins = (int *)llm__alloc(env, (size_t)n_blocks, sizeof(int));
+    cache->n_copied = (int *)llm__alloc_zero(env, (size_t)n_blocks, sizeof(int));
+    cache->n_lent = (int *)llm__alloc_zero(env, (size_t)n_blocks, sizeof(int));
     cache->tables = (int *)llm__alloc_zero(env, (size_t)n_seq * (size_t)cache->blocks_per_seq, sizeof(int));
     cache->lengths = (int *)llm__alloc_zero(env, (size_t)n_seq, sizeof(int));
     cache->tokens = (llm_token *)llm__alloc(env, (size_t)n_seq * (size_t)n_ctx, sizeof(llm_token));
@@ -7872,33 +7929,58 @@ static int llm__cache_needs(const llm__cache *cache, int seq, int n) {
 static int llm__cache_take(llm__cache *cache) {
     int block = cache->free_blocks[--cache->n_free];
     cache->n_users[block] = 1;
+    cache->origins[block] = -1;
     return block;
 }
 
-static void llm__cache_drop(llm__cache *cache, int block) {
-    if (--cache->n_users[block] == 0) cache->free_blocks[cache->n_free++] = block;
+/* From position `place` on a block becomes another one: what was copied of that is no longer the same. */
+static void llm__cache_change(llm__cache *cache, int block, int place) {
+    if (place < cache->n_copied[block]) cache->n_copied[block] = place;
+    if (place >= cache->n_lent[block]) return;
+    cache->n_lent[block] = place;
+    for (int i = 0; i < cache->n_blocks; i++)
+        if (cache->origins[i] == block && cache->n_copied[i] > place) cache->n_copied[i] = place;
 }
 
+static void llm__cache_drop(llm__cache *cache, int block) {
+    if (--cache->n_users[block]) return;
+    llm__cache_change(cache, block, 0);
+    cache->origins[block] = -1;
+    cache->free_blocks[cache->n_free++] = block;
+}
+
+/* A sequence that is cut back to what it shared before it went on shares it again, and its own block is free. */
 static void llm__cache_truncate(llm__cache *cache, int seq, int length) {
+    int *table = llm__cache_table(cache, seq), last = length / LLM_BLOCK, place = length % LLM_BLOCK;
     for (int i = llm__cache_blocks_for(length); i < llm__cache_blocks_for(cache->lengths[seq]); i++)
-        llm__cache_drop(cache, llm__cache_table(cache, seq)[i]);
+        llm__cache_drop(cache, table[i]);
     cache->lengths[seq] = length;
+    int own = place ? table[last] : 0, origin = place ? cache->origins[own] : -1;
+    if (origin < 0 || place > cache->n_copied[own]) return;
+    table[last] = origin;
+    cache->n_users[origin]++;
+    llm__cache_drop(cache, own);
 }
 
 /* Replaces a shared last block by a block of its own. Returns the shared block, from which the caller copies, or -1 if
    there is nothing to do. */
 static int llm__cache_unshare(llm__cache *cache, int seq) {
     if (!llm__cache_must_copy(cache, seq)) return -1;
+    int n = cache->lengths[seq] % LLM_BLOCK;
     int *place = &llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_BLOCK], shared = *place;
     *place = llm__cache_take(cache);
+    cache->origins[*place] = shared;
+    cache->n_copied[*place] = n;
+    if (cache->n_lent[shared] < n) cache->n_lent[shared] = n;
     llm__cache_drop(cache, shared);
     return shared;
 }
 
 /* Appends one token to a sequence whose last block is its own. The caller has checked that there is room. */
 static void llm__cache_append(llm__cache *cache, int seq, llm_token token) {
-    int at = cache->lengths[seq]++;
-    if (at % LLM_BLOCK == 0) llm__cache_table(cache, seq)[at / LLM_BLOCK] = llm__cache_take(cache);
+    int at = cache->lengths[seq]++, *block = &llm__cache_table(cache, seq)[at / LLM_BLOCK];
+    if (at % LLM_BLOCK == 0) *block = llm__cache_take(cache);
+    else llm__cache_change(cache, *block, at % LLM_BLOCK);
     llm__cache_tokens(cache, seq)[at] = token;
 }
 
@@ -7982,6 +8064,7 @@ typedef struct llm__cpu_context {
     llm__fwd_queries *all_queries, *last_queries; /* of all rows; of the rows whose logits are wanted */
     int n_all_queries, n_last_queries;
     const llm_pass *pass;
+    llm_pass own_pass; /* where it points: a callback may leave llm_forward while the other members still read it */
     bool cancelled;
 } llm__cpu_context;
 
@@ -8215,6 +8298,12 @@ static llm__fwd_rows llm__fwd_norm_rows(llm__team_worker *w, const llm__cpu_cont
     return own;
 }
 
+/* The cache's block for row r. */
+static int llm__fwd_pass_block(const llm_pass *pass, int r) {
+    const int *table = pass->blocks + (size_t)pass->seqs[r] * (size_t)pass->blocks_per_seq;
+    return table[pass->positions[r] / LLM_BLOCK];
+}
+
 /* Zeros in a block of all layers: what is not stored there yet is multiplied by 0, which must not meet a NaN. */
 static void llm__cache_clear_block(const llm__cpu_context *c, int block) {
     for (int plane = 0; plane < llm__cache_n_planes(c); plane++)
@@ -8237,8 +8326,7 @@ static void llm__fwd_embed_rows(llm__team_worker *w, const llm__cpu_context *c) 
     for (int r; (r = llm__team_take(w, pass->n_rows)) >= 0;) {
         float *x = c->x + (size_t)r * c->x_stride;
         int at = pass->positions[r];
-        if (at % LLM_BLOCK == 0 && !llm__fwd_fills_block(c, r))
-            llm__cache_clear_block(c, pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK]);
+        if (at % LLM_BLOCK == 0 && !llm__fwd_fills_block(c, r)) llm__cache_clear_block(c, llm__fwd_pass_block(pass, r));
         llm__matrix_get_row(m, (size_t)pass->tokens[r], x);
         for (size_t i = (size_t)r * half, j = 0; j < half; i++, j++) {
             llm__math_sincos(at * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
@@ -8336,7 +8424,7 @@ static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int
     const llm_pass *pass = c->pass;
     const llm_shape *s = &c->model->shape;
     int group = s->n_heads / s->n_kv_heads, key = s->n_heads + head, value = key + s->n_kv_heads;
-    int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
+    int at = pass->positions[r], block = llm__fwd_pass_block(pass, r);
     const float *row = c->qkv + (size_t)r * c->qkv_stride;
     if (queries) llm__rope_heads(c, index, layer, r, r, head * group, (head + 1) * group);
     llm__rope_heads(c, index, layer, r, r, key, key + 1);
@@ -8728,9 +8816,24 @@ static void llm__fwd_score_rows(llm__team_worker *w, const llm__cpu_context *c, 
     llm__team_finish(w);
 }
 
-/* All know of it after the next phase. */
-static void llm__fwd_poll_cancel(const llm__team_worker *w, llm__cpu_context *c) {
-    if (w->index == 0) c->cancelled = c->pass->cancel && c->pass->cancel(c->pass->cancel_user);
+/* A thread's settings for computing; returns what they were. */
+static uint64_t llm__kernels_enter(const llm__kernels *kernels) {
+    uint64_t mode = llm__fpu_enter();
+    if (kernels->tiles_enter) kernels->tiles_enter();
+    return mode;
+}
+
+static void llm__kernels_leave(const llm__kernels *kernels, uint64_t mode) {
+    if (kernels->tiles_leave) kernels->tiles_leave();
+    llm__fpu_leave(mode);
+}
+
+/* All know of it after the next phase. The host's function, which may leave by an exception, runs in its own settings. */
+static void llm__fwd_poll_cancel(const llm__team_worker *w, llm__cpu_context *c, uint64_t mode) {
+    if (w->index || !c->pass->cancel) return;
+    llm__kernels_leave(c->model->kernels, mode);
+    c->cancelled = c->pass->cancel(c->pass->cancel_user);
+    llm__kernels_enter(c->model->kernels);
 }
 
 static void llm__fwd_task(void *arg, int index) {
@@ -8739,9 +8842,8 @@ static void llm__fwd_task(void *arg, int index) {
     const llm__cpu_model *m = c->model;
     const int *rows = c->all_rows;
     int n = c->pass->n_rows;
-    uint64_t mode = llm__fpu_enter();
-    if (m->kernels->tiles_enter) m->kernels->tiles_enter();
-    llm__fwd_poll_cancel(w, c);
+    uint64_t mode = llm__kernels_enter(m->kernels);
+    llm__fwd_poll_cancel(w, c, mode);
     llm__fwd_embed_rows(w, c);
     for (int i = 0; i < m->shape.n_layers && n && !c->cancelled; i++) {
         const llm__cpu_layer *layer = &m->layers[i];
@@ -8762,7 +8864,7 @@ static void llm__fwd_task(void *arg, int index) {
         in = llm__fwd_norm_rows(w, c, layer->ffn_norm, &layer->gate_up, n);
         llm__linear(w, c, &layer->gate_up, &in, n, LLM__SWIGLU, c->ffn.x, c->ffn.stride);
         in = llm__fwd_prepare_rows(w, c, &layer->down, &c->ffn, n, true);
-        llm__fwd_poll_cancel(w, c);
+        llm__fwd_poll_cancel(w, c, mode);
         llm__linear(w, c, &layer->down, &in, n, LLM__ADD, c->x, c->x_stride);
     }
     if (n && !c->cancelled) {
@@ -8771,8 +8873,7 @@ static void llm__fwd_task(void *arg, int index) {
         if (c->pass->n_targets) llm__fwd_score_rows(w, c, n);
         else llm__linear(w, c, &m->head, &in, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
     }
-    if (m->kernels->tiles_leave) m->kernels->tiles_leave();
-    llm__fpu_leave(mode);
+    llm__kernels_leave(m->kernels, mode);
 }
 
 /* Cuts a list of rows into runs of one sequence that fit LLM__QUERY_ROWS; returns how many. */
@@ -8792,12 +8893,21 @@ static int llm__fwd_group_queries(const llm__cpu_context *c, const int *rows, in
 
 static llm_status llm__cpu_forward(void *context, const llm_pass *pass, llm_error *err) {
     llm__cpu_context *c = (llm__cpu_context *)context;
-    c->pass = pass;
+    c->own_pass = *pass;
+    c->pass = &c->own_pass;
     c->cancelled = false;
     c->n_all_queries = llm__fwd_group_queries(c, c->all_rows, pass->n_rows, c->all_queries);
     c->n_last_queries = llm__fwd_group_queries(c, pass->logit_rows, pass->n_logits, c->last_queries);
     llm__team_run(c->team, llm__fwd_task, c);
     return c->cancelled ? llm__error(err, LLM_ERROR_CANCELLED, "the forward pass was cancelled") : LLM_OK;
+}
+
+/* Where a callback left a pass, the other members wait at the next barrier: they are let go. */
+static void llm__cpu_end_pass(llm__team *team) {
+    if (!team->running || team->task != llm__fwd_task) return;
+    ((llm__cpu_context *)team->arg)->cancelled = true;
+    llm__team_barrier(team);
+    llm__team_wait(team);
 }
 
 static const float *llm__cpu_logits(void *context, int i) {
@@ -8892,7 +9002,7 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
 }
 
 static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
-    llm__cpu_sizes z = llm__cpu_find_sizes(s, d, llm__kernels_choose(NULL));
+    llm__cpu_sizes z = llm__cpu_find_sizes(s, d, llm__kernels_choose(d->isa));
     uint64_t n_batch = (uint64_t)d->n_batch, n_threads = (uint64_t)d->n_threads,
              row = z.x_stride + z.qkv_stride + z.attention_stride + (uint64_t)s->rope_dim + 2 * z.n_parts + 5,
              packed =
@@ -8987,6 +9097,7 @@ static llm_status llm__cpu_context_create(void **out, void *model, const llm_bac
 
 static void llm__cpu_context_free(void *context) {
     if (!context) return;
+    llm__cpu_end_pass(((llm__cpu_context *)context)->team);
     llm__pool pool = ((llm__cpu_context *)context)->pool;
     llm__pool_free(&pool);
 }
@@ -9518,7 +9629,7 @@ LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_m
         if (args.device) args.backend->close(args.device);
         llm__pool_free(&pool);
     }
-    return status;
+    return llm__error_done(err, status);
 }
 
 LLM_API void llm_model_free(llm_model *model) {
@@ -9559,12 +9670,21 @@ struct llm_context {
     int *batch_index;          /* [n_batch] which of the batch's tokens a row's logits answer, -1: not wanted */
     int *n_new;                /* [n_seq] tokens the batch brings to each sequence */
     int *first_row;            /* [n_seq + 1] where the sequence's rows begin */
-    int *old_lengths;          /* [n_seq] to go back to */
+    int *old_lengths;          /* [n_seq] to go back to if what is under way fails, see `unsettled` */
     int *logits_of;            /* [n_logits or n_batch] the batch's token each row of logits belongs to */
     int n_logits;              /* rows of logits there are now */
     llm__ctx_targets *targets; /* of a batch that is scored, which is a single pass; NULL: logits are wanted */
     float *probabilities;      /* [n_vocab padded to 16] for the sampler */
     llm_token *candidates;     /* [n_vocab] likewise */
+    float *maxima;             /* [n_vocab / LLM__MAX_RUN, rounded up] likewise */
+    /* The call under way. A callback may leave it by longjmp or a C++ exception; the next call then ends it first. */
+    llm__pool work;           /* what it allocates */
+    uintptr_t callback;       /* the frame that called the host; 0: none */
+    bool unsettled;           /* sequences are longer than what is sure of them */
+    int burst_seq, burst_end; /* a burst has places in this sequence up to here; 0: there is none */
+    llm_context *borrower;    /* a draft that is using the cache, or NULL */
+    bool (*cancel)(void *user);
+    void *cancel_user;
 };
 
 static llm_context_desc llm__ctx_defaults(llm__env *env, const llm_model_info *info, const llm_backend *backend,
@@ -9574,7 +9694,10 @@ static llm_context_desc llm__ctx_defaults(llm__env *env, const llm_model_info *i
     if (desc) d = *desc;
     if (d.n_ctx < 0 || d.n_seq < 0 || d.n_cache < 0 || d.n_batch < 0 || d.n_logits < 0 || d.n_threads < 0 ||
         d.n_threads > 1024)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is negative or absurd");
+        llm__fail(env, LLM_ERROR_ARGUMENT,
+                  "llm_context_desc: a number is negative, or n_threads is above 1024: n_ctx %d, n_seq %d, n_cache %d, "
+                  "n_batch %d, n_logits %d, n_threads %d",
+                  d.n_ctx, d.n_seq, d.n_cache, d.n_batch, d.n_logits, d.n_threads);
     if (!d.n_ctx) d.n_ctx = info->n_ctx_train < 4096 ? info->n_ctx_train : 4096;
     if (!d.n_seq) d.n_seq = 1;
     if (!d.n_batch) d.n_batch = 512;
@@ -9584,7 +9707,9 @@ static llm_context_desc llm__ctx_defaults(llm__env *env, const llm_model_info *i
     if (d.cache_dtype != LLM_DTYPE_F32 && d.cache_dtype != LLM_DTYPE_BF16 && d.cache_dtype != LLM_DTYPE_INT8)
         llm__fail(env, LLM_ERROR_ARGUMENT, "cache_dtype is %d, which no cache can have", (int)d.cache_dtype);
     if (d.n_ctx > 1 << 28 || d.n_seq > 1 << 20 || d.n_batch > 1 << 20 || d.n_logits > 1 << 20)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is absurdly large");
+        llm__fail(env, LLM_ERROR_ARGUMENT,
+                  "llm_context_desc: n_ctx is %d (at most 2^28), n_seq %d, n_batch %d, n_logits %d (at most 2^20)",
+                  d.n_ctx, d.n_seq, d.n_batch, d.n_logits);
     uint64_t n_cache =
         d.n_cache ? (uint64_t)d.n_cache : (uint64_t)llm__cache_blocks_for(d.n_ctx) * LLM_BLOCK * (uint64_t)d.n_seq;
     if (n_cache > 1 << 30)
@@ -9607,7 +9732,7 @@ static void llm__ctx_defaults_body(llm__env *env, void *arg) {
     *a->out = llm__ctx_defaults(env, a->info, a->backend, a->model_host, a->desc);
 }
 
-static llm_backend_desc llm__ctx_backend_desc(const llm_context_desc *d, llm_dtype dtype) {
+static llm_backend_desc llm__ctx_backend_desc(const llm_context_desc *d, llm_dtype dtype, const char *isa) {
     llm_backend_desc b;
     memset(&b, 0, sizeof b);
     b.n_seq = d->n_seq;
@@ -9617,6 +9742,7 @@ static llm_backend_desc llm__ctx_backend_desc(const llm_context_desc *d, llm_dty
     b.n_logits = d->n_logits;
     b.n_threads = d->n_threads;
     b.dtype = dtype;
+    b.isa = isa;
     b.cache_dtype = d->cache_dtype;
     b.parallel = d->parallel;
     b.host = d->host;
@@ -9639,9 +9765,10 @@ static void llm__ctx_body(llm__env *env, void *arg) {
     llm_context_desc d = args->desc;
     size_t n_batch = (size_t)d.n_batch, n_seq = (size_t)d.n_seq,
            n_rows = (size_t)(d.n_logits > d.n_batch ? d.n_logits : d.n_batch);
+    llm__pool_init(&ctx->work, &d.host);
     ctx->model = model;
     ctx->desc = d;
-    ctx->backend_desc = llm__ctx_backend_desc(&d, model->info.dtype);
+    ctx->backend_desc = llm__ctx_backend_desc(&d, model->info.dtype, model->info.isa);
     ctx->backend_desc.lender = args->lender ? args->lender->device : NULL;
     ctx->backend_desc.share_cache = args->share_cache;
     if (!args->share_cache) llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
@@ -9656,6 +9783,7 @@ static void llm__ctx_body(llm__env *env, void *arg) {
     ctx->old_lengths = (int *)llm__alloc(env, n_seq, sizeof(int));
     ctx->probabilities = (float *)llm__alloc(env, (size_t)llm__math_round_up(model->shape.n_vocab, 16), sizeof(float));
     ctx->candidates = (llm_token *)llm__alloc(env, (size_t)model->shape.n_vocab, sizeof(llm_token));
+    ctx->maxima = (float *)llm__alloc(env, (size_t)model->shape.n_vocab / LLM__MAX_RUN + 1, sizeof(float));
     llm_status status = model->backend->context_create(&args->device, model->device, &ctx->backend_desc, env->err);
     if (status) {
         env->status = status;
@@ -9695,21 +9823,95 @@ static llm_status llm__ctx_create(llm_context **out, const llm_model *model, con
 LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
                                       llm_error *err) {
     if (!out || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out or model is NULL");
-    return llm__ctx_create(out, model, desc, NULL, false, err);
+    return llm__error_done(err, llm__ctx_create(out, model, desc, NULL, false, err));
 }
 
 LLM_API void llm_context_free(llm_context *ctx) {
     if (!ctx) return;
     llm__pool pool = ctx->pool;
     ctx->model->backend->context_free(ctx->device);
+    llm__pool_free(&ctx->work);
     llm__pool_free(&pool);
 }
 
 LLM_API const llm_model *llm_context_model(const llm_context *ctx) { return ctx->model; }
 LLM_API int llm_context_n_ctx(const llm_context *ctx) { return ctx->desc.n_ctx; }
-LLM_API int llm_context_n_threads(const llm_context *ctx) { return ctx->desc.n_threads; }
-LLM_API double llm_measure_bandwidth(llm_context *ctx) { return ctx->model->backend->measure_bandwidth(ctx->device); }
-LLM_API double llm_measure_flops(llm_context *ctx) { return ctx->model->backend->measure_flops(ctx->device); }
+LLM_API int llm_context_n_threads(const llm_context *ctx) {
+    if (ctx->model->backend != &llm__cpu_backend) return ctx->desc.n_threads;
+    return ((llm__cpu_context *)ctx->device)->team->n;
+}
+
+/* ---- Calls of the host, and from it ---- */
+
+/* Stands around each call of a host's function that has the context at hand. */
+LLM__NOINLINE static void llm__ctx_begin_callback(llm_context *ctx) {
+    ctx->callback = (uintptr_t)__builtin_frame_address(0);
+}
+
+static void llm__ctx_end_callback(llm_context *ctx) { ctx->callback = 0; }
+
+static bool llm__ctx_poll_host(void *user) {
+    llm_context *ctx = (llm_context *)user;
+    llm__ctx_begin_callback(ctx);
+    bool stop = ctx->cancel(ctx->cancel_user);
+    llm__ctx_end_callback(ctx);
+    return stop;
+}
+
+/* Back to what is sure of the sequences. */
+static void llm__ctx_roll_back(llm_context *ctx) {
+    if (!ctx->unsettled) return;
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++) llm__cache_truncate(&ctx->cache, seq, ctx->old_lengths[seq]);
+    ctx->unsettled = false;
+    ctx->n_logits = 0;
+}
+
+/* Gives back the places of a burst that hold no known token. */
+static void llm__ctx_end_burst(llm_context *ctx) {
+    if (!ctx->burst_end) return;
+    int known = ctx->cache.lengths[ctx->burst_seq];
+    ctx->cache.lengths[ctx->burst_seq] = ctx->burst_end;
+    llm__cache_truncate(&ctx->cache, ctx->burst_seq, known);
+    ctx->burst_end = 0;
+    ctx->n_logits = 0; /* they are those of a later token */
+}
+
+/* Ends what a callback, or an allocator, did not return to. */
+static void llm__ctx_settle(llm_context *ctx) {
+    llm_context *borrower = ctx->borrower;
+    if (ctx->model->backend == &llm__cpu_backend) llm__cpu_end_pass(((llm__cpu_context *)ctx->device)->team);
+    ctx->callback = 0;
+    ctx->targets = NULL;
+    ctx->borrower = NULL;
+    if (borrower) {
+        llm__ctx_settle(borrower);
+        ctx->cache = borrower->cache;
+    }
+    llm__ctx_end_burst(ctx);
+    llm__ctx_roll_back(ctx);
+    llm__pool_free(&ctx->work);
+}
+
+/* What begins every public function that works with a context; `frame` is its own. One that a callback calls stands below
+   the callback's; one that stands above shows that the callback never returned. Otherwise nothing is written, for several
+   threads may save sequences of one context. */
+static llm_status llm__ctx_enter(llm_context *ctx, const void *frame, llm_error *err) {
+    if (ctx->callback && (uintptr_t)frame <= ctx->callback)
+        return llm__error(err, LLM_ERROR_ARGUMENT,
+                          "the context was used inside one of its own callbacks, which must return first");
+    if (ctx->callback || ctx->unsettled || ctx->targets || ctx->work.blocks) llm__ctx_settle(ctx);
+    return LLM_OK;
+}
+
+#define LLM__ENTER(ctx, err) llm__ctx_enter(ctx, __builtin_frame_address(0), err)
+
+LLM_API double llm_measure_bandwidth(llm_context *ctx) {
+    return LLM__ENTER(ctx, NULL) ? 0 : ctx->model->backend->measure_bandwidth(ctx->device);
+}
+
+LLM_API double llm_measure_flops(llm_context *ctx) {
+    return LLM__ENTER(ctx, NULL) ? 0 : ctx->model->backend->measure_flops(ctx->device);
+}
 
 typedef struct llm__ctx_estimate_args {
     const char *path;
@@ -9727,7 +9929,7 @@ static void llm__ctx_estimate_body(llm__env *env, void *arg) {
     const llm_shape *shape = &plan.shape;
     llm__model_fill_info(&info, &plan.h, &plan.walk);
     llm_context_desc c = llm__ctx_defaults(env, &info, desc.backend, &desc.host, args->context_desc);
-    llm_backend_desc b = llm__ctx_backend_desc(&c, desc.dtype);
+    llm_backend_desc b = llm__ctx_backend_desc(&c, desc.dtype, desc.isa);
     args->out->weights = plan.walk.weight_bytes;
     args->out->cache = (uint64_t)b.n_cache_blocks * desc.backend->block_bytes(shape, b.cache_dtype);
     args->out->scratch = desc.backend->scratch_bytes(shape, &b) + (uint64_t)shape->n_vocab * 8 +
@@ -9747,7 +9949,7 @@ LLM_API llm_status llm_memory_estimate(const char *path, const llm_model_desc *m
     llm__env_init(&env, &pool, err, path);
     llm_status status = llm__env_run(&env, llm__ctx_estimate_body, &args);
     llm__pool_free(&pool);
-    return status;
+    return llm__error_done(err, status);
 }
 
 /* ---- Sequences ---- */
@@ -9758,7 +9960,8 @@ static llm_status llm__ctx_check_seq(const llm_context *ctx, int seq, llm_error 
 }
 
 LLM_API int llm_seq_length(const llm_context *ctx, int seq) {
-    return llm__ctx_check_seq(ctx, seq, NULL) ? 0 : ctx->cache.lengths[seq];
+    if (llm__ctx_check_seq(ctx, seq, NULL)) return 0;
+    return ctx->unsettled ? ctx->old_lengths[seq] : ctx->cache.lengths[seq];
 }
 
 LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq) {
@@ -9766,25 +9969,27 @@ LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq) {
 }
 
 LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_error *err) {
-    llm_status status = llm__ctx_check_seq(ctx, seq, err);
+    llm_status status = LLM__ENTER(ctx, err);
+    if (!status) status = llm__ctx_check_seq(ctx, seq, err);
     if (status) return status;
     if (length < 0 || length > ctx->cache.lengths[seq])
         return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; it cannot be cut to %d", seq,
                           ctx->cache.lengths[seq], length);
     llm__cache_truncate(&ctx->cache, seq, length);
-    return LLM_OK;
+    return llm__error_done(err, LLM_OK);
 }
 
 LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int length, llm_error *err) {
-    llm_status status = llm__ctx_check_seq(ctx, seq, err);
+    llm_status status = LLM__ENTER(ctx, err);
+    if (!status) status = llm__ctx_check_seq(ctx, seq, err);
     if (!status) status = llm__ctx_check_seq(ctx, parent, err);
     if (status) return status;
     if (length < 0 || length > ctx->cache.lengths[parent])
         return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; there is no fork at %d", parent,
                           ctx->cache.lengths[parent], length);
-    if (seq == parent) return llm_seq_truncate(ctx, seq, length, err);
-    llm__cache_fork(&ctx->cache, seq, parent, length);
-    return LLM_OK;
+    if (seq == parent) llm__cache_truncate(&ctx->cache, seq, length);
+    else llm__cache_fork(&ctx->cache, seq, parent, length);
+    return llm__error_done(err, LLM_OK);
 }
 
 /* A saved sequence: this, then its tokens, then its blocks as the backend keeps them. */
@@ -9809,7 +10014,8 @@ LLM_API size_t llm_seq_save_size(const llm_context *ctx, int seq) {
 }
 
 LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, size_t size, llm_error *err) {
-    llm_status status = llm__ctx_check_seq(ctx, seq, err);
+    llm_status status = LLM__ENTER((llm_context *)(uintptr_t)ctx, err); /* not const if a call is to be ended */
+    if (!status) status = llm__ctx_check_seq(ctx, seq, err);
     if (status) return status;
     int length = ctx->cache.lengths[seq];
     size_t needed = llm__seq_saved_size(ctx, (size_t)length),
@@ -9832,7 +10038,7 @@ LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, s
     }
     head.hash = llm__hash_fnv(0, (const uint8_t *)buffer + sizeof head, needed - sizeof head);
     memcpy(buffer, &head, sizeof head);
-    return LLM_OK;
+    return llm__error_done(err, LLM_OK);
 }
 
 static llm_status llm__seq_check_saved(const llm_context *ctx, int seq, const void *buffer, size_t size,
@@ -9860,7 +10066,8 @@ static llm_status llm__seq_check_saved(const llm_context *ctx, int seq, const vo
 
 LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer, size_t size, llm_error *err) {
     llm__seq_saved head;
-    llm_status status = llm__ctx_check_seq(ctx, seq, err);
+    llm_status status = LLM__ENTER(ctx, err);
+    if (!status) status = llm__ctx_check_seq(ctx, seq, err);
     if (!status) status = llm__seq_check_saved(ctx, seq, buffer, size, &head, err);
     if (status) return status;
     const uint8_t *at = (const uint8_t *)buffer + sizeof head;
@@ -9877,7 +10084,7 @@ LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer
     for (int i = 0; i < llm__cache_blocks_for((int)head.length) && !status; i++, at += block)
         status = ctx->model->backend->write_block(ctx->device, llm__cache_table(&ctx->cache, seq)[i], at, err);
     if (status) llm__cache_truncate(&ctx->cache, seq, 0);
-    return status;
+    return llm__error_done(err, status);
 }
 
 /* ---- llm_forward ---- */
@@ -9982,8 +10189,7 @@ static void llm__ctx_place_targets(llm_context *ctx, llm_pass *pass) {
     pass->log_probs = t->log_probs;
 }
 
-static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *batch, bool (*cancel)(void *user),
-                                          void *user, llm_error *err) {
+static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *batch, bool keep, llm_error *err) {
     const llm_backend *backend = ctx->model->backend;
     for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
         int shared = ctx->n_new[seq] ? llm__cache_unshare(&ctx->cache, seq) : -1;
@@ -9996,32 +10202,38 @@ static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *bat
         llm_pass pass;
         int n = batch->n_tokens - first < ctx->desc.n_batch ? batch->n_tokens - first : ctx->desc.n_batch;
         llm__ctx_build_pass(ctx, batch, first, n, &pass);
-        pass.cancel = cancel;
-        pass.cancel_user = user;
+        pass.cancel = ctx->cancel ? llm__ctx_poll_host : NULL;
+        pass.cancel_user = ctx;
         if (ctx->targets) llm__ctx_place_targets(ctx, &pass);
         if (ctx->targets && ctx->targets->count_only) continue;
         llm_status status = backend->forward(ctx->device, &pass, err);
         if (status) return status;
+        if (keep) memcpy(ctx->old_lengths, ctx->cache.lengths, (size_t)ctx->desc.n_seq * sizeof(int));
     }
     return LLM_OK;
 }
 
-static llm_status llm__ctx_forward(llm_context *ctx, const llm_batch *batch, bool (*cancel)(void *user), void *user,
-                                   llm_error *err) {
+/* `keep`: if it fails, what the passes before computed stays in the sequences. */
+static llm_status llm__ctx_forward(llm_context *ctx, const llm_batch *batch, bool keep, bool (*cancel)(void *user),
+                                   void *user, llm_error *err) {
     llm_status status = llm__ctx_check_batch(ctx, batch, err);
     if (status) return status;
     memcpy(ctx->old_lengths, ctx->cache.lengths, (size_t)ctx->desc.n_seq * sizeof(int));
+    ctx->unsettled = true;
     ctx->n_logits = 0;
-    status = llm__ctx_forward_passes(ctx, batch, cancel, user, err);
-    if (!status) return LLM_OK;
-    for (int seq = 0; seq < ctx->desc.n_seq; seq++) llm__cache_truncate(&ctx->cache, seq, ctx->old_lengths[seq]);
-    ctx->n_logits = 0;
+    ctx->cancel = cancel;
+    ctx->cancel_user = user;
+    status = llm__ctx_forward_passes(ctx, batch, keep, err);
+    if (status) llm__ctx_roll_back(ctx);
+    ctx->unsettled = false;
     return status;
 }
 
 LLM_API llm_status llm_forward(llm_context *ctx, const llm_batch *batch, llm_error *err) {
     if (!ctx || !batch) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or batch is NULL");
-    return llm__ctx_forward(ctx, batch, ctx->desc.cancel, ctx->desc.cancel_user, err);
+    llm_status status = LLM__ENTER(ctx, err);
+    if (status) return status;
+    return llm__error_done(err, llm__ctx_forward(ctx, batch, false, ctx->desc.cancel, ctx->desc.cancel_user, err));
 }
 
 LLM_API const float *llm_logits(const llm_context *ctx, int i) {
@@ -10041,23 +10253,31 @@ static void llm__sampler_apply_biases(float *logits, int n_vocab, const llm_samp
         if (s->biases[i].token >= 0 && s->biases[i].token < n_vocab) logits[s->biases[i].token] += s->biases[i].bias;
 }
 
+static bool llm__sampler_has_penalty(const llm_sampler *s) { return s->repeat_penalty > 0 && s->repeat_penalty != 1; }
+
 /* Once for each token, however often it stands in the window; `seen` [n_vocab] is scratch. */
-static void llm__sampler_apply_penalty(float *logits, int n_vocab, const llm_token *tokens, int n, const llm_sampler *s,
+static void llm__sampler_apply_penalty(float *logits, const llm_token *tokens, int n, const llm_sampler *s,
                                        llm_token *seen) {
-    int window = s->repeat_window > 0 ? s->repeat_window : 64;
-    if (s->repeat_penalty <= 0 || s->repeat_penalty == 1) return;
-    memset(seen, 0, (size_t)n_vocab * sizeof *seen);
-    for (int i = n > window ? n - window : 0; i < n; i++) {
+    int window = s->repeat_window > 0 ? s->repeat_window : 64, first = n > window ? n - window : 0;
+    for (int i = first; i < n; i++) seen[tokens[i]] = 0;
+    for (int i = first; i < n; i++) {
         float *logit = &logits[tokens[i]];
         if (seen[tokens[i]]++) continue;
         *logit = *logit > 0 ? *logit / s->repeat_penalty : *logit * s->repeat_penalty;
     }
 }
 
-static llm_token llm__sampler_argmax(const float *logits, int n) {
+/* The best token, the lower of equals; -1 if one of the logits is NaN. */
+static llm_token llm__sampler_argmax(const llm__kernels *kernels, const float *logits, int n, float *maxima) {
+    float largest = -INFINITY;
     int best = 0;
-    for (int i = 1; i < n; i++)
-        if (logits[i] > logits[best]) best = i;
+    if (!kernels->maxima(logits, n, maxima)) return -1;
+    for (int i = 0; i * LLM__MAX_RUN < n; i++) {
+        if (!(maxima[i] > largest)) continue;
+        largest = maxima[i];
+        best = i * LLM__MAX_RUN;
+    }
+    while (logits[best] != largest) best++;
     return best;
 }
 
@@ -10124,30 +10344,107 @@ static int llm__sampler_keep_likeliest(const float *p, llm_token *ids, int n_voc
     return kept;
 }
 
-/* The tokens that may be drawn, at the end of `ids` [n_vocab], the best as the last: their number, in *total their p. */
-static int llm__sampler_cut_candidates(const float *p, llm_token *ids, int n_vocab, llm_token best,
-                                       const llm_sampler *s, double sum, double *total) {
+/* Tokens that may be drawn, with p that sum to `total`. */
+typedef struct llm__sampler_choice {
+    float *p;            /* [n_vocab] */
+    llm_token *ids;      /* [n_vocab] they are the last n of these, the best is the last. Scratch if n is n_vocab */
+    const float *maxima; /* [n_vocab / LLM__MAX_RUN, rounded up] no p of a run is above */
+    int n_vocab, n;      /* 0: there is none, see `status` */
+    llm_token best;
+    double total;
+    llm_status status;
+} llm__sampler_choice;
+
+/* The i'th token of a choice, the best first where not all tokens are in it. */
+static llm_token llm__sampler_choice_id(const llm__sampler_choice *c, int i) {
+    return c->n == c->n_vocab ? i : c->ids[c->n_vocab - 1 - i];
+}
+
+/* Puts the tokens whose p is `least` or more at the end of ids, the best as the last, the others in order; returns how
+   many there are. */
+static int llm__sampler_gather(const llm__sampler_choice *c, float least) {
+    int n = 0;
+    for (int run = (c->n_vocab - 1) / LLM__MAX_RUN; run >= 0; run--) {
+        int first = run * LLM__MAX_RUN, end = first + LLM__MAX_RUN < c->n_vocab ? first + LLM__MAX_RUN : c->n_vocab;
+        if (c->maxima[run] < least) continue;
+        for (int i = end - 1; i >= first; i--) {
+            c->ids[c->n_vocab - 1 - n] = i;
+            n += c->p[i] >= least;
+        }
+    }
+    for (int i = c->n_vocab - n; i < c->n_vocab; i++)
+        if (c->ids[i] == c->best) llm__sampler_swap_ids(c->ids, i, c->n_vocab - 1);
+    return n;
+}
+
+/* A bound that at least n tokens reach, and not many more: at least n runs have a max that does. 0 if there are not so
+   many runs. */
+static float llm__sampler_bound_of(const llm__sampler_choice *c, int n) {
+    uint32_t bits = 0;
+    for (uint32_t bit = 1u << 30; bit >= 1u << 18; bit >>= 1) { /* floats above 0 are in order of their bits */
+        float bound = llm__f32_from_bits(bits | bit);
+        int n_runs = 0;
+        for (int run = 0; run * LLM__MAX_RUN < c->n_vocab; run++) n_runs += c->maxima[run] >= bound;
+        if (n_runs >= n) bits |= bit;
+    }
+    return llm__f32_from_bits(bits);
+}
+
+/* Gathers the most likely tokens: `most` of them or more, or as many as reach `mass` together, or all whose p is above 0
+   and `least` or more. Of a whole vocabulary most are much too unlikely, so the bound starts high. */
+static int llm__sampler_gather_likely(const llm__sampler_choice *c, int most, double mass, float least) {
+    float bound = most < c->n_vocab ? llm__sampler_bound_of(c, most) : mass < INFINITY ? c->p[c->best] / 1024 : least;
+    if (bound == 0) bound = c->p[c->best] / 1024;
+    if (least < FLT_MIN) least = FLT_MIN;
+    for (;; bound /= 1024) {
+        double sum = 0;
+        if (bound < least) bound = least;
+        int n = llm__sampler_gather(c, bound);
+        if (n >= most || bound == least) return n;
+        for (int i = c->n_vocab - n; i < c->n_vocab && mass < INFINITY; i++) sum += c->p[c->ids[i]];
+        if (sum > mass * (1 + 1e-12)) return n; /* in whatever order they are added */
+    }
+}
+
+/* The sum of all p, in eight parts, for one addition would wait for the other. */
+static double llm__sampler_total_of(const float *p, int n) {
+    double sums[8] = {0};
+    int i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) sums[j] += p[i + j];
+    for (; i < n; i++) sums[0] += p[i];
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+/* Leaves in a choice of all tokens, whose p sum to `sum`, those that may be drawn. */
+static void llm__sampler_cut_candidates(llm__sampler_choice *c, const llm_sampler *s, double sum) {
+    const float *p = c->p, best = p[c->best];
+    int n_vocab = c->n_vocab;
     bool by_k = s->top_k > 0 && s->top_k < n_vocab;
     bool by_p = s->top_p > 0 && s->top_p < 1;
-    int n = n_vocab;
-    for (int i = 0; i < n_vocab; i++) ids[i] = i;
-    llm__sampler_swap_ids(ids, best, n_vocab - 1);
-    if (by_k) n = llm__sampler_keep_likeliest(p, ids, n_vocab, n, s->top_k, INFINITY);
+    bool by_min = s->min_p > 0;
+    if (!by_k && !by_p && !by_min) {
+        c->total = llm__sampler_total_of(p, n_vocab);
+        return;
+    }
+    float least = by_min && !by_k ? s->min_p * best : 0;
+    if (least > best) least = best;
+    int n = llm__sampler_gather_likely(c, by_k ? s->top_k : n_vocab, by_p && !by_k ? (double)s->top_p * sum : INFINITY,
+                                       least);
+    if (by_k) n = llm__sampler_keep_likeliest(p, c->ids, n_vocab, n, s->top_k, INFINITY);
     if (by_k && by_p) { /* top-p counts within what top-k left */
         sum = 0;
-        for (int i = 1; i <= n; i++) sum += p[ids[n_vocab - i]];
+        for (int i = 1; i <= n; i++) sum += p[c->ids[n_vocab - i]];
     }
-    if (by_p) n = llm__sampler_keep_likeliest(p, ids, n_vocab, n, n, (double)s->top_p * sum);
-    int found = n;
-    n = 1;
-    *total = p[best];
-    for (int i = 2; i <= found; i++) {
-        float next = p[ids[n_vocab - i]];
-        if (s->min_p > 0 && next < (double)s->min_p * p[best]) continue;
-        *total += next;
-        llm__sampler_swap_ids(ids, n_vocab - i, n_vocab - ++n);
+    if (by_p) n = llm__sampler_keep_likeliest(p, c->ids, n_vocab, n, n, (double)s->top_p * sum);
+    c->n = 0;
+    c->total = 0;
+    for (int i = 1; i <= n; i++) {
+        float next = p[c->ids[n_vocab - i]];
+        if (by_min && next < (double)s->min_p * best && c->n) continue;
+        c->total += next;
+        llm__sampler_swap_ids(c->ids, n_vocab - i, n_vocab - ++c->n);
     }
-    return n;
 }
 
 /* A number in [0, 1) from the seed and a count (splitmix64: Steele, Lea and Flood 2014). */
@@ -10159,58 +10456,77 @@ static double llm__sampler_random(llm_sampler *s) {
 }
 
 /* The token at which, from the most likely on, the sum of p first exceeds the share `at` of the total. */
-static llm_token llm__sampler_draw(const float *p, llm_token *ids, int n_vocab, int n, double total, double at) {
-    llm_token best = ids[n_vocab - 1];
-    int kept = llm__sampler_keep_likeliest(p, ids, n_vocab, n, n, nextafter(at * total, INFINITY));
-    llm_token last = kept ? ids[n_vocab - kept] : best;
-    return p[last] > 0 ? last : best; /* rounding left a little over */
+static llm_token llm__sampler_draw(const llm__sampler_choice *c, double at) {
+    double mass = nextafter(at * c->total, INFINITY);
+    int n = c->n < c->n_vocab ? c->n : llm__sampler_gather_likely(c, c->n_vocab, mass, 0);
+    int kept = llm__sampler_keep_likeliest(c->p, c->ids, c->n_vocab, n, n, mass);
+    return kept ? c->ids[c->n_vocab - kept] : c->best; /* rounding left a little over */
 }
-
-/* Tokens that may be drawn, with p that sum to `total`. */
-typedef struct llm__sampler_choice {
-    const float *p; /* [n_vocab] */
-    llm_token *ids; /* [n_vocab] they are the last n of these, the best is the last */
-    int n_vocab, n;
-    double total;
-} llm__sampler_choice;
 
 static bool llm__sampler_is_greedy(const llm_sampler *sampler) { return !(sampler->temperature >= 1e-30f); }
 
+/* A choice of which this token is all. */
+static llm__sampler_choice llm__sampler_choose_one(llm__sampler_choice c, llm_token token) {
+    c.ids[c.n_vocab - 1] = c.best = token;
+    c.p[token] = 1;
+    c.n = 1;
+    c.total = 1;
+    return c;
+}
+
 /* What comes after `tokens`, by their logits; valid until the next choice in the context. */
 static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const float *logits, const llm_token *tokens,
-                                               int n_tokens, const llm_sampler *sampler) {
+                                               int n_tokens, const llm_sampler *sampler, llm_error *err) {
+    const llm__kernels *kernels = ctx->model->kernels;
     int n_vocab = ctx->model->shape.n_vocab;
-    float *p = ctx->probabilities, max, sum;
-    llm__sampler_choice choice = {p, ctx->candidates, n_vocab, 1, 1};
-    memcpy(p, logits, (size_t)n_vocab * sizeof *p);
-    llm__sampler_apply_biases(p, n_vocab, sampler);
-    llm__sampler_apply_penalty(p, n_vocab, tokens, n_tokens, sampler, ctx->candidates);
-    llm_token best = llm__sampler_argmax(p, n_vocab);
-    if (llm__sampler_is_greedy(sampler)) {
-        ctx->candidates[n_vocab - 1] = best;
+    float *p = ctx->probabilities;
+    llm__sampler_choice choice = {p, ctx->candidates, ctx->maxima, n_vocab, 0, 0, 0, LLM_OK};
+    if (sampler->n_biases > 0 && !sampler->biases) {
+        choice.status = llm__error(err, LLM_ERROR_ARGUMENT, "the sampler's n_biases is %d, but its biases are NULL",
+                                   sampler->n_biases);
         return choice;
     }
-    float top = p[best];
-    for (int j = 0; j < n_vocab; j++) p[j] -= top; /* so that no temperature makes infinities of two logits */
+    if (sampler->n_biases > 0 || llm__sampler_has_penalty(sampler)) {
+        logits = (const float *)memcpy(p, logits, (size_t)n_vocab * sizeof *p);
+        llm__sampler_apply_biases(p, n_vocab, sampler);
+        if (llm__sampler_has_penalty(sampler))
+            llm__sampler_apply_penalty(p, tokens, n_tokens, sampler, ctx->candidates);
+    }
+    choice.best = llm__sampler_argmax(kernels, logits, n_vocab, ctx->maxima);
+    float top = choice.best < 0 ? NAN : logits[choice.best];
+    if (choice.best < 0)
+        choice.status = llm__error(err, LLM_ERROR_FORMAT,
+                                   "after %d tokens a logit is not a number (NaN): the model's weights are damaged, or "
+                                   "a bias is NaN, or +INFINITY and -INFINITY meet",
+                                   n_tokens);
+    else if (top == -INFINITY)
+        choice.status =
+            llm__error(err, LLM_ERROR_ARGUMENT,
+                       "all tokens are forbidden after %d tokens: the sampler's biases are -INFINITY", n_tokens);
+    if (choice.status) return choice;
+    if (llm__sampler_is_greedy(sampler) || top == INFINITY) return llm__sampler_choose_one(choice, choice.best);
     uint64_t mode = llm__fpu_enter();
-    ctx->model->kernels->softmax(p, n_vocab, llm__math_round_up(n_vocab, 16), LLM__LOG2_E / sampler->temperature, false,
-                                 &max, &sum);
+    float sum = kernels->odds(logits, n_vocab, top, LLM__LOG2_E / sampler->temperature, p, ctx->maxima);
     llm__fpu_leave(mode);
-    choice.n = llm__sampler_cut_candidates(p, ctx->candidates, n_vocab, best, sampler, sum, &choice.total);
+    choice.n = n_vocab;
+    llm__sampler_cut_candidates(&choice, sampler, sum);
     return choice;
 }
 
 static llm_token llm__sampler_draw_choice(const llm__sampler_choice *c, llm_sampler *sampler) {
-    if (llm__sampler_is_greedy(sampler)) return c->ids[c->n_vocab - 1];
-    return llm__sampler_draw(c->p, c->ids, c->n_vocab, c->n, c->total, llm__sampler_random(sampler));
+    if (llm__sampler_is_greedy(sampler)) return c->best;
+    return llm__sampler_draw(c, llm__sampler_random(sampler));
 }
 
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler) {
     const float *logits = llm_logits(ctx, i);
-    if (!logits) return -1;
+    llm_sampler greedy;
+    memset(&greedy, 0, sizeof greedy);
+    if (!sampler) sampler = &greedy;
+    if (!logits || LLM__ENTER(ctx, NULL)) return -1;
     llm__sampler_choice choice =
-        llm__sampler_choose(ctx, logits, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler);
-    return llm__sampler_draw_choice(&choice, sampler);
+        llm__sampler_choose(ctx, logits, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler, NULL);
+    return choice.n ? llm__sampler_draw_choice(&choice, sampler) : -1;
 }
 
 /* ==== 20 Speculative decoding ===================================================================================
@@ -10312,9 +10628,11 @@ static bool llm__spec_plan_round(llm_draft_state *s, const double *pass_seconds,
     return true;
 }
 
-/* Makes of what a draft wrote what it was asked for. */
-static void llm__spec_trim_guesses(llm_draft_guesses *g, const int *wanted, int n_vocab) {
-    if (g->kind < 0 || g->kind >= LLM_DRAFT_KINDS) g->kind = 0;
+/* Cuts what a draft wrote to what was wanted. `with_q`: room for probabilities was offered. A kind may follow from what was
+   drawn, and so must not say how many guesses drawn from q are checked. */
+static void llm__spec_trim_guesses(llm_draft_guesses *g, const int *wanted, int n_vocab, bool with_q) {
+    g->has_q = g->has_q && with_q;
+    if (g->kind < 0 || g->kind >= LLM_DRAFT_KINDS || g->has_q) g->kind = 0;
     if (g->n > wanted[g->kind]) g->n = wanted[g->kind];
     for (int i = 0; i < g->n; i++)
         if (g->tokens[i] < 0 || g->tokens[i] >= n_vocab) g->n = i;
@@ -10331,15 +10649,19 @@ static llm_status llm__spec_call_draft(llm__spec *sp, llm_token last, const int 
     llm_draft_request request = {ctx, sp->seq, text, length + 1, wanted, sp->sampler, sp->cancel, sp->cancel_user};
     memcpy(sp->guesses.q, sp->q, sizeof sp->q);
     memset(&why, 0, sizeof why);
+    llm__ctx_begin_callback(ctx);
     llm_status status = sp->draft->propose(sp->draft->user, &request, &sp->guesses, &why);
+    llm__ctx_end_callback(ctx);
     if (status == LLM_ERROR_CANCELLED) return llm__error(err, status, "the draft was cancelled");
     if (status) {
+        llm__ctx_begin_callback(ctx);
         llm__log(&ctx->desc.host, "decoding goes on without the draft %s: %s", sp->draft->name, why.message);
+        llm__ctx_end_callback(ctx);
         sp->draft = NULL;
         sp->guesses.n = 0;
         sp->stats->failed = true;
     }
-    llm__spec_trim_guesses(&sp->guesses, wanted, ctx->model->shape.n_vocab);
+    llm__spec_trim_guesses(&sp->guesses, wanted, ctx->model->shape.n_vocab, sp->q[0] != NULL);
     return LLM_OK;
 }
 
@@ -10364,6 +10686,9 @@ static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_e
         s->n_in_step = 0;
         return LLM_OK;
     }
+    /* Guesses drawn from probabilities are checked up to a number that was settled before the first was drawn: whether one
+       is checked must not follow from what it is, or the text is another one's. */
+    int planned = llm__spec_best_guesses(s, pass_seconds, 0, most, 0);
     llm_status status = llm__spec_call_draft(sp, last, wanted, err);
     double took = llm__clock_now() - start;
     sp->stats->draft_seconds += took;
@@ -10373,8 +10698,9 @@ static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_e
     /* After a pause the draft had to catch up with the text: that time is not the rule. */
     if (s->n_in_step && sp->guesses.n) llm__spec_add_time(&s->guess, took / sp->guesses.n);
     s->n_in_step = s->n_in_step < 2 ? s->n_in_step + 1 : 2;
-    sp->n_checked =
-        llm__spec_best_guesses(s, pass_seconds, sp->guesses.kind, sp->guesses.n < most ? sp->guesses.n : most, 0);
+    if (sp->guesses.n < most) most = sp->guesses.n;
+    if (sp->guesses.has_q) sp->n_checked = planned < most ? planned : most;
+    else sp->n_checked = llm__spec_best_guesses(s, pass_seconds, sp->guesses.kind, most, 0);
     return LLM_OK;
 }
 
@@ -10390,42 +10716,46 @@ static void llm__spec_time_pass(llm__spec *sp, double seconds) {
 
 /* The chance of a token. */
 static double llm__spec_choice_p(const llm__sampler_choice *c, llm_token token) {
-    for (int i = c->n_vocab - c->n; i < c->n_vocab; i++)
-        if (c->ids[i] == token) return c->p[token] / c->total;
+    for (int i = 0; i < c->n; i++)
+        if (llm__sampler_choice_id(c, i) == token) return c->p[token] / c->total;
     return 0;
 }
 
 /* One of the choice, each with probability proportional to max(0, p - q). */
 static llm_token llm__spec_draw_rest(const llm__sampler_choice *c, const float *q, llm_sampler *sampler) {
     double sum = 0;
-    for (int i = c->n_vocab - c->n; i < c->n_vocab; i++) {
-        double rest = c->p[c->ids[i]] / c->total - q[c->ids[i]];
+    for (int i = 0; i < c->n; i++) {
+        llm_token id = llm__sampler_choice_id(c, i);
+        double rest = c->p[id] / c->total - q[id];
         if (rest > 0) sum += rest;
     }
     double at = llm__sampler_random(sampler) * sum;
-    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--) {
-        double rest = c->p[c->ids[i]] / c->total - q[c->ids[i]];
+    for (int i = 0; i < c->n; i++) {
+        llm_token id = llm__sampler_choice_id(c, i);
+        double rest = c->p[id] / c->total - q[id];
         if (rest > 0) at -= rest;
-        if (rest > 0 && at < 0) return c->ids[i];
+        if (rest > 0 && at < 0) return id;
     }
-    return c->ids[c->n_vocab - 1]; /* nothing is left, or rounding left a little over */
+    return c->best; /* nothing is left, or rounding left a little over */
 }
 
 /* Draws the token that the logits at `row` of the pass are about; `row` counts from `first`, its first row that belongs
    here, whose token ends the first `length` of the sequence. *right: it is what was guessed, so that the next row's
    logits are good too. */
-static llm_token llm__spec_draw_checked(llm__spec *sp, int first, int row, int length, bool *right) {
+static llm_status llm__spec_draw_checked(llm__spec *sp, int first, int row, int length, llm_token *token, bool *right,
+                                         llm_error *err) {
     const llm_draft_guesses *g = &sp->guesses;
     bool guessed = row < g->n;
-    llm_token guess = guessed ? g->tokens[row] : -1, token;
+    llm_token guess = guessed ? g->tokens[row] : -1;
     llm__sampler_choice choice = llm__sampler_choose(sp->ctx, llm_logits(sp->ctx, first + row),
-                                                     llm_seq_tokens(sp->ctx, sp->seq), length, sp->sampler);
+                                                     llm_seq_tokens(sp->ctx, sp->seq), length, sp->sampler, err);
+    if (choice.status) return choice.status;
     if (row < sp->n_checked && g->has_q && !llm__sampler_is_greedy(sp->sampler)) {
         *right = llm__sampler_random(sp->sampler) * g->q[row][guess] < llm__spec_choice_p(&choice, guess);
-        token = *right ? guess : llm__spec_draw_rest(&choice, g->q[row], sp->sampler);
+        *token = *right ? guess : llm__spec_draw_rest(&choice, g->q[row], sp->sampler);
     } else {
-        token = llm__sampler_draw_choice(&choice, sp->sampler);
-        *right = guessed && token == guess;
+        *token = llm__sampler_draw_choice(&choice, sp->sampler);
+        *right = guessed && *token == guess;
     }
     if (guessed && sp->draft) {
         float *n_right = &sp->draft->state.n_right[g->kind][row], *n_known = &sp->draft->state.n_known[g->kind][row];
@@ -10433,7 +10763,7 @@ static llm_token llm__spec_draw_checked(llm__spec *sp, int first, int row, int l
         *n_known = 0.95f * *n_known + 1.0f;
     }
     *right = *right && row < sp->n_checked;
-    return token;
+    return LLM_OK;
 }
 
 static void llm__spec_count_pass(llm__spec *sp, int n_right) {
@@ -10522,14 +10852,15 @@ static int llm__draft_model_align(llm__draft_model *d, const llm_draft_request *
 
 /* The target may have fewer tokens. The best may be among those that go; then another is the last. */
 static void llm__draft_model_drop_unknown(llm__sampler_choice *c, int n_known) {
-    int kept = 0;
+    int n = c->n == c->n_vocab ? llm__sampler_gather_likely(c, c->n_vocab, INFINITY, 0) : c->n, kept = 0;
     c->total = 0;
-    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--) {
+    for (int i = c->n_vocab - 1; i >= c->n_vocab - n; i--) {
         if (c->ids[i] >= n_known) continue;
         c->total += c->p[c->ids[i]];
         llm__sampler_swap_ids(c->ids, i, c->n_vocab - ++kept);
     }
     c->n = kept;
+    c->best = c->ids[c->n_vocab - 1];
 }
 
 /* Guesses what comes after its sequence by the last pass's logits; false if it is nothing the target knows. */
@@ -10537,15 +10868,17 @@ static bool llm__draft_model_draw(llm__draft_model *d, int seq, const float *log
                                   llm_draft_guesses *g) {
     int n_known = d->target->model->shape.n_vocab;
     llm__sampler_choice choice =
-        llm__sampler_choose(d->ctx, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq), sampler);
+        llm__sampler_choose(d->ctx, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq), sampler, NULL);
     float *q = g->q[g->n];
-    if (n_known < choice.n_vocab) llm__draft_model_drop_unknown(&choice, n_known);
+    if (choice.n && n_known < choice.n_vocab) llm__draft_model_drop_unknown(&choice, n_known);
     if (!choice.n) return false;
     g->tokens[g->n++] = llm__sampler_draw_choice(&choice, sampler);
     if (!q) return true;
     memset(q, 0, (size_t)n_known * sizeof *q);
-    for (int i = choice.n_vocab - choice.n; i < choice.n_vocab; i++)
-        q[choice.ids[i]] = (float)(choice.p[choice.ids[i]] / choice.total);
+    for (int i = 0; i < choice.n; i++) {
+        llm_token id = llm__sampler_choice_id(&choice, i);
+        q[id] = (float)(choice.p[id] / choice.total);
+    }
     return true;
 }
 
@@ -10562,7 +10895,7 @@ static llm_status llm__draft_model_run(llm__draft_model *d, const llm_draft_requ
     }
     while (g->n < r->n_wanted[0]) {
         llm_batch batch = {n_new, tokens, d->seqs, NULL};
-        llm_status status = llm__ctx_forward(d->ctx, &batch, r->cancel, r->cancel_user, err);
+        llm_status status = llm__ctx_forward(d->ctx, &batch, false, r->cancel, r->cancel_user, err);
         if (status) return status;
         if (!llm__draft_model_draw(d, r->seq, llm_logits(d->ctx, n_new - 1), &sampler, g)) break;
         tokens = &g->tokens[g->n - 1];
@@ -10575,11 +10908,19 @@ static llm_status llm__draft_model_propose(void *user, const llm_draft_request *
                                            llm_error *err) {
     llm__draft_model *d = (llm__draft_model *)user;
     if (r->ctx != d->target) return llm__error(err, LLM_ERROR_ARGUMENT, "the draft was made for another context");
-    if (d->shares_cache) d->ctx->cache = d->target->cache;
+    llm__ctx_settle(d->ctx);
+    if (d->shares_cache) {
+        d->ctx->cache = d->target->cache;
+        d->target->borrower = d->ctx;
+        d->target->old_lengths[r->seq] = r->n_tokens - 1;
+        d->target->unsettled = true;
+    }
     llm_status status = llm__draft_model_run(d, r, llm__draft_model_align(d, r, r->n_wanted[0]), g, err);
     if (!d->shares_cache) return status;
     llm__cache_truncate(&d->ctx->cache, r->seq, r->n_tokens - 1);
     d->target->cache = d->ctx->cache;
+    d->target->borrower = NULL;
+    d->target->unsettled = false;
     return status;
 }
 
@@ -10657,7 +10998,8 @@ LLM_API llm_status llm_draft_model(llm_draft *out, llm_context *ctx, const llm_m
     llm__env env;
     if (!out || !ctx || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out, ctx or model is NULL");
     memset(out, 0, sizeof *out);
-    llm_status status = llm__draft_check_vocabularies(ctx->model->tokenizer, model->tokenizer, err);
+    llm_status status = LLM__ENTER(ctx, err);
+    if (!status) status = llm__draft_check_vocabularies(ctx->model->tokenizer, model->tokenizer, err);
     if (status) return status;
     llm__pool_init(&pool, &ctx->desc.host);
     llm__env_init(&env, &pool, err, NULL);
@@ -10671,7 +11013,7 @@ LLM_API llm_status llm_draft_model(llm_draft *out, llm_context *ctx, const llm_m
     out->propose = llm__draft_model_propose;
     out->close = llm__draft_model_close;
     out->user = args.draft;
-    return LLM_OK;
+    return llm__error_done(err, LLM_OK);
 }
 
 LLM_API void llm_draft_free(llm_draft *draft) {
@@ -10687,6 +11029,7 @@ LLM_API void llm_draft_free(llm_draft *draft) {
 
 /* Text on its way to the host. What might be the beginning of a stop string waits until that is known. */
 typedef struct llm__gen_outbox {
+    llm_context *ctx;
     const llm_generate_desc *desc;
     char *text; /* waiting */
     size_t n, capacity;
@@ -10722,7 +11065,9 @@ static void llm__gen_show(llm__gen_outbox *box, size_t n) {
     char next = box->text[n];
     if (!n) return;
     box->text[n] = 0;
+    llm__ctx_begin_callback(box->ctx);
     if (box->desc->on_text && !box->desc->on_text(box->desc->user, box->text, n)) box->refused = true;
+    llm__ctx_end_callback(box->ctx);
     box->text[n] = next;
     memmove(box->text, box->text + n, box->n - n);
     box->n -= n;
@@ -10784,11 +11129,12 @@ static llm_token *llm__gen_prompt_tokens(llm__env *env, const llm__gen_args *a, 
     return ids;
 }
 
-/* A forward pass that the caller's cancel stops, or the context's where the caller has none. */
+/* A forward pass that the caller's cancel stops, or the context's where the caller has none. Of a long prompt, the passes
+   before stay. */
 static llm_status llm__gen_forward(const llm__gen_args *a, const llm_batch *batch, llm_error *err) {
     const llm_context_desc *c = &a->ctx->desc;
-    if (a->desc->cancel) return llm__ctx_forward(a->ctx, batch, a->desc->cancel, a->desc->user, err);
-    return llm__ctx_forward(a->ctx, batch, c->cancel, c->cancel_user, err);
+    if (a->desc->cancel) return llm__ctx_forward(a->ctx, batch, true, a->desc->cancel, a->desc->user, err);
+    return llm__ctx_forward(a->ctx, batch, true, c->cancel, c->cancel_user, err);
 }
 
 /* Runs the part of the prompt that the sequence does not hold. At least one token is run, to have its logits. */
@@ -10845,7 +11191,9 @@ static bool llm__gen_show_token(llm__env *env, const llm__gen_args *a, llm__gen_
     size_t n_bytes = 0;
     const char *bytes = llm_token_bytes(tokenizer, token, &n_bytes);
     stats->n_generated++;
+    llm__ctx_begin_callback(a->ctx);
     if (a->desc->on_token && !a->desc->on_token(a->desc->user, token, bytes, n_bytes)) box->refused = true;
+    llm__ctx_end_callback(a->ctx);
     llm__gen_outbox_add(env, box, tokenizer, token);
     if (box->stop_index >= 0) {
         stats->stop = LLM_STOP_STRING;
@@ -10929,9 +11277,10 @@ static int llm__gen_burst_size(const llm__gen_args *a, const llm_sampler *s) {
 }
 
 static bool llm__gen_poll_cancel(const llm__gen_args *a) {
-    const llm_context_desc *c = &a->ctx->desc;
-    if (a->desc->cancel) return a->desc->cancel(a->desc->user);
-    return c->cancel && c->cancel(c->cancel_user);
+    llm_context *ctx = a->ctx;
+    ctx->cancel = a->desc->cancel ? a->desc->cancel : ctx->desc.cancel;
+    ctx->cancel_user = a->desc->cancel ? a->desc->user : ctx->desc.cancel_user;
+    return ctx->cancel && llm__ctx_poll_host(ctx);
 }
 
 /* The burst's next token is known. */
@@ -10940,6 +11289,8 @@ static void llm__gen_burst_token_body(llm__env *env, void *arg) {
     const llm__gen_args *a = b->a;
     llm__cache *cache = &a->ctx->cache;
     bool is_last = ++b->n_known == b->burst.n;
+    if (b->token < 0 || b->token >= a->ctx->model->shape.n_vocab)
+        llm__fail(env, LLM_ERROR_FORMAT, "a logit is not a number (NaN): the model's weights are damaged");
     if (b->n_known > 1) llm__gen_count_decode(a);
     if (b->sampler->temperature >= 1e-30f) b->sampler->n_drawn++;
     if (llm__gen_token_stops(a, b->token) || llm__gen_show_token(env, a, b->box, b->token, !is_last) || is_last) return;
@@ -10966,7 +11317,7 @@ static llm_status llm__gen_run_burst(llm__env *env, const llm__gen_args *a, llm_
                                      int n, llm_token *token) {
     llm_context *ctx = a->ctx;
     llm__gen_burst_args b = {env, a, box, sampler, {n, 0, NULL, sampler, llm__gen_burst_token, NULL}, 0, -1, LLM_OK};
-    int seq = a->desc->seq, *length = &ctx->cache.lengths[seq], before = *length, known;
+    int seq = a->desc->seq, *length = &ctx->cache.lengths[seq], before = *length;
     llm_sampler start = *sampler; /* for its n_drawn counts on while the device draws */
     b.burst.sampler = &start;
     b.burst.position = before;
@@ -10974,11 +11325,10 @@ static llm_status llm__gen_run_burst(llm__env *env, const llm__gen_args *a, llm_
     b.burst.user = &b;
     for (int i = 1; i < n; i++) llm__cache_append(&ctx->cache, seq, 0);
     *length = before;
+    ctx->burst_seq = seq;
+    ctx->burst_end = before + n - 1;
     llm_status status = ctx->model->backend->burst(ctx->device, &b.burst, env->err);
-    known = *length;
-    *length = before + n - 1;
-    llm__cache_truncate(&ctx->cache, seq, known);
-    ctx->n_logits = 0; /* they are those of a later token */
+    llm__ctx_end_burst(ctx);
     *token = b.token;
     return status ? status : b.status;
 }
@@ -10988,16 +11338,21 @@ static llm_status llm__gen_run_burst(llm__env *env, const llm__gen_args *a, llm_
    false if something ends the generation. */
 static bool llm__gen_take_tokens(llm__env *env, llm__gen_args *a, llm__gen_outbox *box, int first, llm_token *token) {
     llm__spec *sp = &a->speculation;
-    int seq = a->desc->seq, length = a->ctx->cache.lengths[seq] - sp->n_checked, row = 0;
+    llm_context *ctx = a->ctx;
+    int seq = a->desc->seq, length = ctx->cache.lengths[seq] - sp->n_checked, row = 0;
     bool right, ended;
+    ctx->unsettled = sp->n_checked > 0; /* until all guesses are accepted or gone */
     do {
-        *token = llm__spec_draw_checked(sp, first, row, length + row, &right);
-        if (!right) llm__cache_truncate(&a->ctx->cache, seq, length + row);
+        ctx->old_lengths[seq] = length + row;
+        env->status = llm__spec_draw_checked(sp, first, row, length + row, token, &right, env->err);
+        if (env->status) longjmp(env->unwind, 1);
+        if (!right) llm__cache_truncate(&ctx->cache, seq, length + row);
         ended = llm__gen_token_stops(a, *token) || llm__gen_show_token(env, a, box, *token, right);
         row += right;
     } while (right && !ended);
     llm__spec_count_pass(sp, row);
-    if (right) llm__cache_truncate(&a->ctx->cache, seq, length + row - 1); /* the end was guessed */
+    if (right) llm__cache_truncate(&ctx->cache, seq, length + row - 1); /* the end was guessed */
+    ctx->unsettled = false;
     return !ended;
 }
 
@@ -11026,6 +11381,17 @@ static void llm__gen_start_speculation(llm__env *env, llm__gen_args *a, llm_samp
         sp->q[i] = (float *)llm__alloc(env, (size_t)ctx->model->shape.n_vocab, sizeof(float));
 }
 
+/* Arrays that a description counts, but does not have. */
+static void llm__gen_check_arrays(llm__env *env, const llm_generate_desc *d, const llm_sampler *sampler) {
+    const char *name = d->n_stop_strings > 0 && !d->stop_strings   ? "stop_strings"
+                       : d->n_stop_tokens > 0 && !d->stop_tokens   ? "stop_tokens"
+                       : sampler->n_biases > 0 && !sampler->biases ? "biases"
+                                                                   : NULL;
+    if (name) llm__fail(env, LLM_ERROR_ARGUMENT, "n_%s is above 0, but %s is NULL", name, name);
+    for (int i = 0; i < d->n_stop_strings; i++)
+        if (!d->stop_strings[i]) llm__fail(env, LLM_ERROR_ARGUMENT, "stop_strings[%d] is NULL", i);
+}
+
 static void llm__gen_body(llm__env *env, void *arg) {
     llm__gen_args *a = (llm__gen_args *)arg;
     llm_context *ctx = a->ctx;
@@ -11036,6 +11402,8 @@ static void llm__gen_body(llm__env *env, void *arg) {
     int n;
     memset(&greedy, 0, sizeof greedy);
     memset(&box, 0, sizeof box);
+    llm__gen_check_arrays(env, a->desc, sampler);
+    box.ctx = ctx;
     box.desc = a->desc;
     box.stop_index = -1;
     box.stream.started =
@@ -11071,10 +11439,10 @@ static void llm__gen_body(llm__env *env, void *arg) {
 
 LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err) {
     llm_stats unwanted;
-    llm__pool pool;
     llm__env env;
     if (!ctx || !desc) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or desc is NULL");
-    llm_status status = llm__ctx_check_seq(ctx, desc->seq, err);
+    llm_status status = LLM__ENTER(ctx, err);
+    if (!status) status = llm__ctx_check_seq(ctx, desc->seq, err);
     if (status) return status;
     llm__gen_args args;
     memset(&args, 0, sizeof args);
@@ -11082,11 +11450,11 @@ LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc,
     args.desc = desc;
     args.stats = stats ? stats : &unwanted;
     memset(args.stats, 0, sizeof *args.stats);
-    llm__pool_init(&pool, &ctx->desc.host);
-    llm__env_init(&env, &pool, err, NULL);
+    llm__env_init(&env, &ctx->work, err, NULL);
     status = llm__env_run(&env, llm__gen_body, &args);
-    llm__pool_free(&pool);
-    return status;
+    llm__ctx_roll_back(ctx);
+    llm__pool_free(&ctx->work);
+    return llm__error_done(err, status);
 }
 
 /* ==== 22 Scoring ================================================================================================
@@ -11163,7 +11531,7 @@ LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *cont
     llm_status status = llm__env_run(&env, llm__pair_body, &pair);
     llm__pool_free(&pool);
     *n_context = (int64_t)pair.n_context;
-    return status ? -1 : (int64_t)pair.n;
+    return llm__error_done(err, status) ? -1 : (int64_t)pair.n;
 }
 
 /* ---- The batch being filled ---- */
@@ -11207,7 +11575,7 @@ static void llm__score_batch(llm__scorer *s) {
     llm_batch batch = {s->n, s->tokens, s->seqs, s->logits};
     if (s->n == 0) return;
     ctx->targets = &s->targets;
-    llm_status status = llm__ctx_forward(ctx, &batch, ctx->desc.cancel, ctx->desc.cancel_user, s->env->err);
+    llm_status status = llm__ctx_forward(ctx, &batch, false, ctx->desc.cancel, ctx->desc.cancel_user, s->env->err);
     ctx->targets = NULL;
     ctx->n_logits = 0;
     if (status) {
@@ -11266,9 +11634,11 @@ static void llm__score_token(llm__scorer *s, int seq, int question, int ending, 
 static void llm__score_finished(llm__scorer *s, int question) {
     if (--s->unfinished[question]) return;
     s->stats->n_questions++;
-    if (s->results && s->desc.on_question &&
-        !s->desc.on_question(s->desc.user, question, s->results + s->first_result[question]))
-        llm__fail(s->env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
+    llm__ctx_begin_callback(s->ctx);
+    bool go_on = !s->results || !s->desc.on_question ||
+                 s->desc.on_question(s->desc.user, question, s->results + s->first_result[question]);
+    llm__ctx_end_callback(s->ctx);
+    if (!go_on) llm__fail(s->env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
 }
 
 static void llm__score_drop(llm__scorer *s, int first_seq, int n) {
@@ -11667,10 +12037,11 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
                              llm_error *err) {
     llm_score_stats unwanted;
     llm__scorer scorer;
-    llm__pool pool;
     llm__env env;
     if (!ctx || n_questions < 0 || (n_questions && !questions))
         return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or questions is NULL, or n_questions negative");
+    llm_status status = LLM__ENTER(ctx, err);
+    if (status) return status;
     memset(&scorer, 0, sizeof scorer);
     scorer.ctx = ctx;
     scorer.questions = questions;
@@ -11680,12 +12051,11 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
     scorer.results = log_likelihoods;
     scorer.stats = stats ? stats : &unwanted;
     memset(scorer.stats, 0, sizeof *scorer.stats);
-    llm__pool_init(&pool, &ctx->desc.host);
-    llm__env_init(&env, &pool, err, NULL);
-    llm_status status = llm__env_run(&env, llm__score_body, &scorer);
+    llm__env_init(&env, &ctx->work, err, NULL);
+    status = llm__env_run(&env, llm__score_body, &scorer);
     if (scorer.tokens) llm__score_drop(&scorer, 0, ctx->desc.n_seq);
-    llm__pool_free(&pool);
-    return status;
+    llm__pool_free(&ctx->work);
+    return llm__error_done(err, status);
 }
 
 #if defined(__clang__)
@@ -12549,6 +12919,46 @@ LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scal
     *sum = v_sum(total);
 }
 
+/* Integers show a NaN whatever the compiler's flags. */
+typedef int32_t LLM__FN(bits) __attribute__((vector_size(64)));
+
+LLM__TARGET static bool LLM__FN(maxima)(const float *x, int n, float *maxima) {
+    LLM__FN(bits) nan = {0}, bits;
+    float last[16];
+    int32_t any = 0;
+    for (int j = 0; j < 16; j++) last[j] = j < n % 16 ? x[n - n % 16 + j] : -INFINITY;
+    for (int first = 0; first < n; first += LLM__MAX_RUN) {
+        V most = v_splat(-INFINITY);
+        for (int i = first; i < n && i < first + LLM__MAX_RUN; i += 16) {
+            const float *at = i + 16 <= n ? x + i : last;
+            memcpy(&bits, at, sizeof bits);
+            nan |= (bits & 0x7FFFFFFF) > 0x7F800000;
+            most = v_max(most, v_load(at));
+        }
+        *maxima++ = v_hmax(most);
+    }
+    for (int j = 0; j < 16; j++) any |= nan[j];
+    return any == 0;
+}
+
+/* Of what v_exp2 gives, its least is taken away: a forbidden token's p is 0, and a p above 2^-100 does not change. */
+LLM__TARGET static float LLM__FN(odds)(const float *x, int n, float top, float scale, float *p, float *maxima) {
+    V total = v_splat(0), tops = v_splat(top), factor = v_splat(scale), least = v_exp2(v_splat(-125.5f));
+    for (int first = 0; first < n; first += LLM__MAX_RUN) {
+        V most = v_splat(0);
+        for (int i = first; i < n && i < first + LLM__MAX_RUN; i += 16) {
+            V power = v_exp2(v_mul(v_sub(LLM__FN(load_part)(x + i, n - i), tops), factor));
+            v_store(p + i, v_sub(power, least));
+            for (int j = n; j < i + 16; j++) p[j] = 0;
+            V pi = v_load(p + i);
+            total = v_add(total, pi);
+            most = v_max(most, pi);
+        }
+        *maxima++ = v_hmax(most);
+    }
+    return v_sum(total);
+}
+
 LLM__TARGET static void LLM__FN(merge)(int rows, float *max, float *sum, float *out, const float *part_max,
                                        const float *part_sum, const float *part, int n) {
     for (int first = 0; first < rows; first += 16) {
@@ -12975,8 +13385,9 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
     {LLM__SHARED(product_f32), FN(product_bf16),        FN(product_int8),                                           \
      FN(product_int8_groups),  FN(product_int4_groups), LLM__SHARED(product_f16)},                                  \
         LLM__SHARED(group_sums), LLM__FN(unpack), LLM__SHARED(norm_factor), LLM__SHARED(norm), LLM__SHARED(swiglu), \
-        LLM__SHARED(softmax), LLM__SHARED(merge), LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh),         \
-        LLM__SHARED(rope), LLM__SHARED(read), LLM__SHARED(multiply), LLM__MULTIPLY_PAIRS
+        LLM__SHARED(softmax), LLM__SHARED(maxima), LLM__SHARED(odds), LLM__SHARED(merge), LLM__SHARED(scale),       \
+        LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope), LLM__SHARED(read), LLM__SHARED(multiply),          \
+        LLM__MULTIPLY_PAIRS
 
 static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_BF16)
