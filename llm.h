@@ -6144,6 +6144,7 @@ static llm__jinja_value llm__jinja_eval_node(llm__jinja_run *r, const llm__jinja
         if (node->op == '~') {
             v = llm__jinja_as_text(r, &v);
             w = llm__jinja_as_text(r, &w);
+            v.is_markup = w.is_markup = false; /* ~ escapes nothing */
             return llm__jinja_arithmetic(r, '+', &v, &w);
         }
         return llm__jinja_arithmetic(r, node->op, &v, &w);
