@@ -191,8 +191,8 @@ LLM_API const llm_tokenizer *llm_model_tokenizer(const llm_model *model);
 typedef int32_t llm_token;
 
 enum {
-    LLM_ENCODE_BOS = 1,    /* begin (and end) with the tokens the model's file asks for; never adds a second BOS  */
-    LLM_ENCODE_SPECIAL = 2 /* text like "<|im_end|>" becomes the special token; without it, it is plain text      */
+    LLM_TOKENS_ENDS = 1,   /* begin (and end) with the tokens the model's file asks for; never adds a second BOS  */
+    LLM_TOKENS_SPECIAL = 2 /* text like "<|im_end|>" becomes the special token; without it, it is plain text      */
 };
 
 /* Loads a tokenizer alone: from a GGUF file, which needs no weights, from a directory with tokenizer.json or
@@ -208,13 +208,13 @@ LLM_API int64_t llm_encode(const llm_tokenizer *tokenizer, const char *text, siz
                            llm_token *ids, size_t capacity, llm_error *err);
 
 /* Writes the text of the ids and a NUL, at most `capacity` bytes in all, and returns the bytes the whole text has,
-   like snprintf. Ids that are not in the vocabulary give nothing. With LLM_ENCODE_SPECIAL special tokens are shown. */
+   like snprintf. Ids that are not in the vocabulary give nothing. With LLM_TOKENS_SPECIAL special tokens are shown. */
 LLM_API size_t llm_decode(const llm_tokenizer *tokenizer, const llm_token *ids, size_t n_ids, unsigned flags,
                           char *text, size_t capacity);
 
 /* Turns a stream of tokens into whole UTF-8 characters. Start with all zero. */
 typedef struct llm_text_stream {
-    unsigned flags;           /* LLM_ENCODE_SPECIAL: special tokens are shown                                     */
+    unsigned flags;           /* LLM_TOKENS_SPECIAL: special tokens are shown                                     */
     bool started;             /* false: the next token begins a text, so a space that only marks that is dropped  */
     unsigned char pending[4]; /* the beginning of a character that is not yet whole                               */
     int n_pending;
@@ -244,12 +244,12 @@ typedef struct llm_message {
 
 /* Renders messages with the chat template named in the model's file (ChatML, Qwen3, Llama-2, Llama-3, Mistral and
    Zephyr are known; a template that differs from them is refused), followed by the opening of the assistant's turn if
-   `open_answer`. Writes at most `capacity` bytes, a NUL included, and the bytes of the whole text to *n_bytes. The text is meant for llm_encode with LLM_ENCODE_SPECIAL
-   and without LLM_ENCODE_BOS: it holds its own. A message that contains a special token's text then becomes that token;
+   `open_answer`. Writes at most `capacity` bytes, a NUL included, and the bytes of the whole text to *n_bytes. The text is meant for llm_encode with LLM_TOKENS_SPECIAL
+   and without LLM_TOKENS_ENDS: it holds its own. A message that contains a special token's text then becomes that token;
    llm_generate's `messages` do not let it. */
 LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
                                    bool open_answer, char *text, size_t capacity, size_t *n_bytes, llm_error *err);
-LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer); /* "chatml", ...; NULL: none is known   */
+LLM_API const char *llm_chat_format(const llm_tokenizer *tokenizer); /* "chatml", ...; NULL: none is known   */
 
 /* ---- Context ------------------------------------------------------------------------------------------------- */
 
@@ -370,10 +370,12 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
    guessing does not pay, decoding is plain. */
 
 enum {
-    LLM_DRAFT_MOST = 15, /* guesses that one pass can check                                                          */
+    LLM_DRAFT_MAX = 15,  /* guesses that one pass can check                                                          */
     LLM_DRAFT_KINDS = 8, /* kinds of guesses a draft may tell apart by how much it trusts them                       */
-    LLM_DRAFT_SIZES = 5, /* passes have 1, 2, 4, 8 or 16 rows                                                        */
-    LLM_DRAFT_RECENT = 5 /* times that are remembered of each                                                        */
+    LLM_DRAFT_LEARNT_SIZES =
+        5, /* passes have 1, 2, 4, 8 or 16 rows                                                        */
+    LLM_DRAFT_LEARNT_TIMES =
+        5 /* times that are remembered of each                                                        */
 };
 
 typedef struct llm_draft_request {
@@ -389,7 +391,7 @@ typedef struct llm_draft_request {
 
 typedef struct llm_draft_guesses {
     int n; /* 0: no idea                                                                                             */
-    llm_token tokens[LLM_DRAFT_MOST];
+    llm_token tokens[LLM_DRAFT_MAX];
     int kind; /* 0 to LLM_DRAFT_KINDS - 1, of all of them; higher ones are trusted more. Without meaning with has_q  */
     /* Guess i was drawn from the distribution q[i], which sums to 1, by random numbers that the model's own draws do not
        use. Without it a guess is right when the model draws the same. A draft does this always or never, and once a guess
@@ -397,23 +399,25 @@ typedef struct llm_draft_guesses {
        and from q: a draft may stop after an end of text, or before a q without a likely token. Without room for q (at
        temperature 0, or with draft_keeps_text) has_q counts as false. */
     bool has_q;
-    float *q[LLM_DRAFT_MOST]; /* [n_vocab of the model] each, room to fill; NULL where probabilities are not wanted  */
+    float *q[LLM_DRAFT_MAX]; /* [n_vocab of the model] each, room to fill; NULL where probabilities are not wanted  */
 } llm_draft_guesses;
 
-typedef struct llm_draft_times {
-    float recent[LLM_DRAFT_RECENT]; /* seconds                                                                       */
-    int n, age;                     /* 0: none; passes since the last                                                */
-} llm_draft_times;
+typedef struct llm_draft_learnt_times {
+    float recent
+        [LLM_DRAFT_LEARNT_TIMES]; /* seconds                                                                       */
+    int n, age;                   /* 0: none; passes since the last                                                */
+} llm_draft_learnt_times;
 
 /* What llm_generate has learnt about a draft, from one text to the next. */
-typedef struct llm_draft_state {
+typedef struct llm_draft_learnt {
     /* Guesses of a kind at a place, all before them right: how many were right, of how many. Older ones count less. */
-    float n_right[LLM_DRAFT_KINDS][LLM_DRAFT_MOST];
-    float n_known[LLM_DRAFT_KINDS][LLM_DRAFT_MOST];
-    llm_draft_times passes[LLM_DRAFT_SIZES], guess; /* a pass of each size; one guess                                */
-    int n_in_step;                                  /* times it was asked without a pause, up to 2                   */
+    float n_right[LLM_DRAFT_KINDS][LLM_DRAFT_MAX];
+    float n_known[LLM_DRAFT_KINDS][LLM_DRAFT_MAX];
+    llm_draft_learnt_times passes[LLM_DRAFT_LEARNT_SIZES],
+        guess;                     /* a pass of each size; one guess                                */
+    int n_in_step;                 /* times it was asked without a pause, up to 2                   */
     double seconds, trial_seconds; /* of decoding, and of these with guesses that did not seem to pay                */
-} llm_draft_state;
+} llm_draft_learnt;
 
 /* A draft: one of the library's, or a host's own. One generation at a time may use it. */
 typedef struct llm_draft {
@@ -423,7 +427,8 @@ typedef struct llm_draft {
     llm_status (*propose)(void *user, const llm_draft_request *request, llm_draft_guesses *guesses, llm_error *err);
     void (*close)(void *user); /* for llm_draft_free, may be NULL                                                    */
     void *user;
-    llm_draft_state state; /* zero at first                                                                          */
+    llm_draft_learnt
+        learnt; /* zero at first                                                                          */
 } llm_draft;
 
 /* Prompt lookup: finds the text's last tokens earlier in the text and guesses that it goes on as it did there. It needs
@@ -441,7 +446,7 @@ LLM_API void llm_draft_free(llm_draft *draft);
 typedef struct llm_draft_stats {
     int n_passes;               /* that checked guesses                                                        */
     int n_proposed, n_accepted; /* guesses that were checked; that were right                                  */
-    int n_by_accepted[LLM_DRAFT_MOST + 1]; /* passes in which so many guesses were right                             */
+    int n_by_accepted[LLM_DRAFT_MAX + 1]; /* passes in which so many guesses were right                             */
     double tokens_per_pass; /* of passes that checked guesses                                              */
     double draft_seconds, pass_seconds; /* asking the draft; all passes                                              */
     double speedup; /* against plain decoding, by plain passes measured meanwhile; 0: none was     */
@@ -542,10 +547,11 @@ typedef enum llm_schedule {
 
 typedef struct llm_score_desc {
     llm_schedule schedule;
-    bool no_share;     /* each ending computes the context for itself, instead of all from one cache               */
-    int batch;         /* LLM_SCHEDULE_FIXED: texts in a batch; 0: 32                                              */
-    int theta;         /* LLM_SCHEDULE_DP: tokens a batch has at least, if it can; 0: 512                          */
-    int theta_context; /* ... and a batch of contexts; 0: 4096                                                     */
+    bool
+        recompute_context; /* each ending computes the context for itself, instead of all from one cache               */
+    int batch;      /* LLM_SCHEDULE_FIXED: texts in a batch; 0: 32                                              */
+    int min_tokens; /* LLM_SCHEDULE_DP: tokens a batch has at least, if it can; 0: 512                          */
+    int min_context_tokens; /* ... and a batch of contexts; 0: 4096                                                     */
     /* Told of each question once it is answered: its [n_endings] log-likelihoods. Returning false stops the work, which
        then ends with LLM_ERROR_CANCELLED. */
     bool (*on_question)(void *user, int question, const double *log_likelihoods);
@@ -577,7 +583,7 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
 /* What computes. The CPU's is built in; llm_cuda.cu holds another. Everything else (tokens, sequences, sampling) is
    the same for all of them. A host does not call these. */
 
-typedef struct llm_shape {
+typedef struct llm_backend_shape {
     int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim;
     float rms_eps;
     const double *rope_frequencies; /* [rope_dim / 2] radians per position, for the pair (i, i + rope_dim / 2)    */
@@ -586,9 +592,9 @@ typedef struct llm_shape {
     bool tied_head;                 /* the head is the embedding                                                  */
     bool qkv_bias, qk_norm;         /* which of the weights below there are                                       */
     uint64_t weight_bytes;          /* what they will take, as the backend says; 0: not known                     */
-} llm_shape;
+} llm_backend_shape;
 
-typedef enum llm_weight_kind {
+typedef enum llm_backend_weight_kind {
     LLM_WEIGHT_EMBEDDING,      /* [n_vocab][n_embd], also the head if that is tied                                */
     LLM_WEIGHT_ATTENTION_NORM, /* [1][n_embd]                                                                     */
     LLM_WEIGHT_QKV,            /* [(n_heads + 2 * n_kv_heads) * head_dim][n_embd]: queries, keys, values          */
@@ -601,28 +607,32 @@ typedef enum llm_weight_kind {
     LLM_WEIGHT_DOWN,           /* [n_embd][n_ff]                                                                  */
     LLM_WEIGHT_OUTPUT_NORM,    /* [1][n_embd]                                                                     */
     LLM_WEIGHT_HEAD            /* [n_vocab][n_embd]                                                               */
-} llm_weight_kind;
+} llm_backend_weight_kind;
 
-typedef struct llm_weight {
-    llm_weight_kind kind;
+typedef struct llm_backend_weight {
+    llm_backend_weight_kind kind;
     int layer, rows, cols;
     const void *source;
-    void (*read_row)(const struct llm_weight *weight, int row, float *out); /* out[cols]; any thread may call it  */
-    const void *(*raw_row)(const struct llm_weight *weight, int row, int *type); /* as the file has it; GGUF's type */
-    float (*row_scale)(const struct llm_weight *weight, int row); /* by which a raw row of type I8 is multiplied     */
-    bool has_q8_0; /* some of its rows are of that type                                               */
-} llm_weight;
+    void (*read_row)(const struct llm_backend_weight *weight, int row,
+                     float *out); /* out[cols]; any thread may call it  */
+    const void *(*raw_row)(const struct llm_backend_weight *weight, int row,
+                           int *type); /* as the file has it; GGUF's type */
+    float (*row_scale)(const struct llm_backend_weight *weight,
+                       int row); /* by which a raw row of type I8 is multiplied     */
+    bool has_q8_0;               /* some of its rows are of that type                                               */
+} llm_backend_weight;
 
-typedef struct llm_group {
+typedef struct llm_backend_group {
     int8_t q[32];            /* of LLM_DTYPE_INT4: 0 .. 15 but for weights with has_q8_0                          */
     uint16_t scale, minimum; /* f16: w = q * scale + minimum                                                      */
-} llm_group;
+} llm_backend_group;
 
 /* A weight's row as LLM_DTYPE_INT4 holds it: ceil(cols / 32) groups. `scratch` has room for 32 floats of each. */
-LLM_API void llm_weight_groups(const llm_weight *weight, int row, float *scratch, llm_group *groups);
+LLM_API void llm_backend_weight_groups(const llm_backend_weight *weight, int row, float *scratch,
+                                       llm_backend_group *groups);
 
 /* One forward pass. Rows of one sequence stand together, in order of position. */
-typedef struct llm_pass {
+typedef struct llm_backend_pass {
     int n_rows;
     const llm_token *tokens; /* [n_rows]                                                                      */
     const int *positions;    /* [n_rows]                                                                      */
@@ -635,26 +645,26 @@ typedef struct llm_pass {
     const llm_token *targets; /* [n_targets]                                                                 */
     const int *target_rows;   /* [n_targets] ascending: after which of the logit_rows each comes, as an index */
     float *log_probs;         /* [n_targets] the results                                                     */
-    const int *blocks;        /* [n_seq][blocks_per_seq] which cache block holds LLM_BLOCK positions of a sequence */
+    const int *blocks; /* [n_seq][blocks_per_seq] which cache block holds LLM_CACHE_BLOCK positions of a sequence */
     int blocks_per_seq;
     bool (*cancel)(void *user);
     void *cancel_user;
-} llm_pass;
+} llm_backend_pass;
 
-enum { LLM_BLOCK = 32 }; /* positions in a block of the KV cache */
+enum { LLM_CACHE_BLOCK = 32 }; /* positions in a block of the KV cache */
 
 /* Tokens of one sequence that the device picks by itself: the first by the logits of the last pass, which had one row
    of them, the others by those of the token before. All but the last go through the model. */
-typedef struct llm_burst {
-    int n;                      /* tokens, at most LLM_BURST                                                      */
-    int position;               /* of the first of them                                                           */
-    const int *blocks;          /* the sequence's, with room for all                                              */
+typedef struct llm_backend_burst {
+    int n;             /* tokens, at most LLM_BACKEND_BURST                                                      */
+    int position;      /* of the first of them                                                           */
+    const int *blocks; /* the sequence's, with room for all                                              */
     const llm_sampler *sampler; /* without biases and penalty; draws go on from n_drawn                           */
     bool (*on_token)(void *user, llm_token token); /* as soon as each is known; false: no more are wanted         */
     void *user;
-} llm_burst;
+} llm_backend_burst;
 
-enum { LLM_BURST = 64 };
+enum { LLM_BACKEND_BURST = 64 };
 
 typedef struct llm_backend_desc {
     int n_seq, blocks_per_seq; /* of every pass's block tables                                                  */
@@ -672,15 +682,15 @@ typedef struct llm_backend_desc {
 struct llm_backend {
     const char *name;
     /* A model on the device; weights follow one by one. *out is freed by close, also after a failure. */
-    llm_status (*open)(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_error *err);
-    llm_status (*upload)(void *model, const llm_weight *weight, llm_error *err);
+    llm_status (*open)(void **out, const llm_backend_shape *shape, const llm_model_desc *desc, llm_error *err);
+    llm_status (*upload)(void *model, const llm_backend_weight *weight, llm_error *err);
     void (*close)(void *model);
-    uint64_t (*weight_bytes)(llm_dtype dtype, const llm_weight *weight);
-    uint64_t (*block_bytes)(const llm_shape *shape, llm_dtype cache_dtype);
-    uint64_t (*scratch_bytes)(const llm_shape *shape, const llm_backend_desc *desc);
+    uint64_t (*weight_bytes)(llm_dtype dtype, const llm_backend_weight *weight);
+    uint64_t (*block_bytes)(const llm_backend_shape *shape, llm_dtype cache_dtype);
+    uint64_t (*scratch_bytes)(const llm_backend_shape *shape, const llm_backend_desc *desc);
     llm_status (*context_create)(void **out, void *model, const llm_backend_desc *desc, llm_error *err);
     void (*context_free)(void *context);
-    llm_status (*forward)(void *context, const llm_pass *pass, llm_error *err);
+    llm_status (*forward)(void *context, const llm_backend_pass *pass, llm_error *err);
     const float *(*logits)(void *context, int i);
     llm_status (*copy_block)(void *context, int to, int from, llm_error *err);
     llm_status (*read_block)(void *context, int block, void *bytes, llm_error *err);
@@ -688,7 +698,7 @@ struct llm_backend {
     double (*measure_bandwidth)(void *context);
     double (*measure_flops)(void *context);
     /* May be NULL. The host knows a token while the next ones are being computed, so none waits for it. */
-    llm_status (*burst)(void *context, const llm_burst *burst, llm_error *err);
+    llm_status (*burst)(void *context, const llm_backend_burst *burst, llm_error *err);
 };
 
 #ifdef LLM_CUDA
@@ -4010,7 +4020,7 @@ static const llm__special *llm__special_at(const llm_tokenizer *t, const llm__sp
 /* Up to where, from p on, control tokens are recognised. *span is the first plain stretch that ends after p. */
 static const uint8_t *llm__special_control_end(const llm__enc_job *job, const uint8_t *p, size_t *span) {
     size_t at = (size_t)(p - job->text);
-    if (!(job->flags & LLM_ENCODE_SPECIAL)) return p;
+    if (!(job->flags & LLM_TOKENS_SPECIAL)) return p;
     while (*span < job->n_plain && job->plain[*span].end <= at) ++*span;
     if (*span == job->n_plain) return job->end;
     return at >= job->plain[*span].begin ? p : job->text + job->plain[*span].begin;
@@ -4026,7 +4036,7 @@ typedef struct llm__special_match {
 static bool llm__special_next(const llm__enc_job *job, const llm__special_set *set, const uint8_t *begin,
                               const uint8_t *from, const uint8_t *end, size_t *span, llm__special_match *m) {
     const llm_tokenizer *t = job->t;
-    unsigned wanted = span && (job->flags & LLM_ENCODE_SPECIAL) ? 3 : 1;
+    unsigned wanted = span && (job->flags & LLM_TOKENS_SPECIAL) ? 3 : 1;
     if (!(set->kinds & wanted)) return false;
     for (const uint8_t *p = from; p < end; p++) {
         if (!(set->starts[*p] & wanted)) continue;
@@ -4137,7 +4147,7 @@ static const uint8_t *llm__enc_as_utf8(llm__env *env, const uint8_t *p, const ui
 
 static void llm__enc_body(llm__env *env, void *arg) {
     llm__enc_job *job = (llm__enc_job *)arg;
-    bool ends = (job->flags & LLM_ENCODE_BOS) != 0;
+    bool ends = (job->flags & LLM_TOKENS_ENDS) != 0;
     job->env = env;
     job->text = llm__enc_as_utf8(env, job->text, &job->end);
     if (ends && job->t->add_bos && job->t->bos != LLM__NONE) {
@@ -4214,7 +4224,7 @@ LLM_API llm_token llm_tokenizer_eos(const llm_tokenizer *tokenizer) { return tok
    removed. */
 static llm__str llm__dec_text(const llm_tokenizer *t, llm_token id, unsigned flags, bool text_begins) {
     llm__str s = {NULL, 0};
-    if (id < 0 || id >= t->n_vocab || (llm_token_is_special(t, id) && !(flags & LLM_ENCODE_SPECIAL))) return s;
+    if (id < 0 || id >= t->n_vocab || (llm_token_is_special(t, id) && !(flags & LLM_TOKENS_SPECIAL))) return s;
     s = llm__vocab_piece(t, id);
     if (text_begins && t->strip_prefix && s.n && s.at[0] == ' ') {
         s.at++;
@@ -6539,7 +6549,7 @@ LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_mes
     return llm__error_done(err, status);
 }
 
-LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
+LLM_API const char *llm_chat_format(const llm_tokenizer *tokenizer) {
     llm__chat_outline outline;
     const llm__chat_form *form = llm__chat_find_form(tokenizer->chat_template, &outline);
     return form ? form->name : NULL;
@@ -6944,7 +6954,7 @@ static int llm__weight_interleaved_row(int row, int head_dim, int rope_dim) {
 }
 
 /* The tensor a weight's row comes from; *row becomes its number there. */
-static const llm__tensor *llm__weight_find_row(const llm_weight *weight, int *row) {
+static const llm__tensor *llm__weight_find_row(const llm_backend_weight *weight, int *row) {
     const llm__weight_source *source = (const llm__weight_source *)weight->source;
     int part = 0;
     while ((uint64_t)*row >= source->parts[part].rows) *row -= (int)source->parts[part++].rows;
@@ -6959,12 +6969,12 @@ static float llm__tensor_row_scale(const llm__tensor *t, int row) {
     return scale;
 }
 
-static float llm__weight_row_scale(const llm_weight *weight, int row) {
+static float llm__weight_row_scale(const llm_backend_weight *weight, int row) {
     const llm__tensor *t = llm__weight_find_row(weight, &row);
     return llm__tensor_row_scale(t, row);
 }
 
-static void llm__weight_read_row(const llm_weight *weight, int row, float *out) {
+static void llm__weight_read_row(const llm_backend_weight *weight, int row, float *out) {
     const llm__tensor *t = llm__weight_find_row(weight, &row);
     t->type->decode(t->data + (uint64_t)row * t->row_bytes, (size_t)t->cols, out);
     float scale = llm__tensor_row_scale(t, row);
@@ -6973,7 +6983,7 @@ static void llm__weight_read_row(const llm_weight *weight, int row, float *out) 
 
 /* Every so many bytes the file's pages are given back, so that it does not lie in memory beside the packed weights. Rows
    that others still read come back from the system's cache. */
-static const void *llm__weight_raw_row(const llm_weight *weight, int row, int *type) {
+static const void *llm__weight_raw_row(const llm_backend_weight *weight, int row, int *type) {
     const llm__weight_source *source = (const llm__weight_source *)weight->source;
     const llm__tensor *t = llm__weight_find_row(weight, &row);
     size_t before = __atomic_fetch_add(source->n_read, (size_t)t->row_bytes, __ATOMIC_RELAXED);
@@ -7010,7 +7020,7 @@ typedef struct llm__matrix {
 
 static int llm__math_round_up(int n, int step) { return (n + step - 1) / step * step; }
 
-static llm__weight_type llm__weight_type_for(llm_dtype dtype, const llm_weight *weight) {
+static llm__weight_type llm__weight_type_for(llm_dtype dtype, const llm_backend_weight *weight) {
     if (dtype == LLM_DTYPE_F32) return LLM__W_F32;
     if (dtype == LLM_DTYPE_F16) return LLM__W_F16;
     if (dtype == LLM_DTYPE_BF16) return LLM__W_BF16;
@@ -7058,7 +7068,7 @@ static void llm__matrix_get_row(const llm__matrix *m, size_t output, float *out)
     }
 }
 
-static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, const llm_weight *weight) {
+static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, const llm_backend_weight *weight) {
     int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__math_round_up(weight->rows / 2, 16) : weight->rows;
     return (uint64_t)(llm__math_round_up(n, 16) / 16) *
            llm__matrix_tile_bytes(llm__weight_type_for(dtype, weight), weight->cols);
@@ -7121,8 +7131,8 @@ static void llm__pack_copy_int8_row(uint8_t *tile, size_t lane, const int8_t *ro
 }
 
 /* The smallest error a 4-bit group with its least weight as minimum can have. A NaN makes the whole group NaN. */
-static llm_group llm__pack_quantize_group(const float *w) {
-    llm_group g;
+static llm_backend_group llm__pack_quantize_group(const float *w) {
+    llm_backend_group g;
     float least = w[0], most = w[0];
     for (int i = 1; i < 32; i++) {
         if (w[i] < least) least = w[i];
@@ -7140,8 +7150,8 @@ static llm_group llm__pack_quantize_group(const float *w) {
 }
 
 /* A group as the file has it, where it is of a type that fits; else made from its weights. */
-static llm_group llm__pack_read_group(int type, const uint8_t *raw, size_t index, const float *w) {
-    llm_group g;
+static llm_backend_group llm__pack_read_group(int type, const uint8_t *raw, size_t index, const float *w) {
+    llm_backend_group g;
     if (type == LLM__Q8_0) {
         raw += index * 34;
         g.scale = llm__bytes_u16(raw);
@@ -7162,7 +7172,8 @@ static llm_group llm__pack_read_group(int type, const uint8_t *raw, size_t index
     return g;
 }
 
-LLM_API void llm_weight_groups(const llm_weight *weight, int row, float *scratch, llm_group *groups) {
+LLM_API void llm_backend_weight_groups(const llm_backend_weight *weight, int row, float *scratch,
+                                       llm_backend_group *groups) {
     size_t n = (size_t)llm__math_round_up(weight->cols, 32) / 32;
     int type;
     const uint8_t *raw = (const uint8_t *)weight->raw_row(weight, row, &type);
@@ -7171,7 +7182,7 @@ LLM_API void llm_weight_groups(const llm_weight *weight, int row, float *scratch
     for (size_t i = 0; i < n; i++) groups[i] = llm__pack_read_group(type, raw, i, scratch + i * 32);
 }
 
-static void llm__pack_group(llm__weight_type kind, uint8_t *to, size_t lane, const llm_group *g) {
+static void llm__pack_group(llm__weight_type kind, uint8_t *to, size_t lane, const llm_backend_group *g) {
     size_t bytes = llm__matrix_tile_bytes(kind, 32);
     uint16_t *d = (uint16_t *)(void *)(to + bytes) - 32;
     d[lane] = g->scale;
@@ -7219,14 +7230,14 @@ static void llm__pack_groups(const llm__matrix *m, uint8_t *tile, const uint8_t 
                              const float *rows, size_t k) {
     for (size_t lane = 0; lane < 16; lane++)
         for (size_t i = 0; i < k / 32; i++) {
-            llm_group g = llm__pack_read_group(types[lane], raw[lane], i, rows + lane * k + i * 32);
+            llm_backend_group g = llm__pack_read_group(types[lane], raw[lane], i, rows + lane * k + i * 32);
             llm__pack_group(m->kind, tile + i * llm__matrix_tile_bytes(m->kind, 32), lane, &g);
         }
 }
 
 /* Rows of one tile into their order; `rows` is scratch for 16. Absent rows (-1) are zero. */
-static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, int tile, const llm_weight *weight,
-                           const int numbers[16], float *rows) {
+static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, int tile,
+                           const llm_backend_weight *weight, const int numbers[16], float *rows) {
     size_t k = (size_t)llm__math_round_up(m->k, 32);
     uint8_t *to = m->data + (size_t)tile * m->tile_bytes;
     const uint8_t *raw[16];
@@ -7270,7 +7281,7 @@ static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, in
 }
 
 /* Which rows of its weight a tile holds. Gates and ups take turns, tile by tile, so that they are computed together. */
-static void llm__matrix_tile_rows(const llm_weight *weight, int tile, int rows[16]) {
+static void llm__matrix_tile_rows(const llm_backend_weight *weight, int tile, int rows[16]) {
     bool paired = weight->kind == LLM_WEIGHT_GATE_UP;
     int n = paired ? weight->rows / 2 : weight->rows, first = paired ? tile / 2 * 16 : tile * 16;
     for (int i = 0; i < 16; i++) {
@@ -7729,7 +7740,7 @@ typedef struct llm__cpu_layer {
 
 typedef struct llm__cpu_model {
     llm__pool pool;
-    llm_shape shape;
+    llm_backend_shape shape;
     llm_dtype dtype;
     const llm__kernels *kernels;
     llm__team *team;     /* for loading; NULL afterwards */
@@ -7741,7 +7752,7 @@ typedef struct llm__cpu_model {
 
 typedef struct llm__cpu_open_args {
     void **out;
-    const llm_shape *shape;
+    const llm_backend_shape *shape;
     const llm_model_desc *desc;
 } llm__cpu_open_args;
 
@@ -7782,7 +7793,8 @@ static void llm__cpu_open_body(llm__env *env, void *arg) {
     *args->out = m;
 }
 
-static llm_status llm__cpu_open(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_error *err) {
+static llm_status llm__cpu_open(void **out, const llm_backend_shape *shape, const llm_model_desc *desc,
+                                llm_error *err) {
     llm__pool pool;
     llm__env env;
     llm__cpu_open_args args = {out, shape, desc};
@@ -7796,7 +7808,7 @@ static llm_status llm__cpu_open(void **out, const llm_shape *shape, const llm_mo
 
 typedef struct llm__cpu_upload_args {
     llm__cpu_model *model;
-    const llm_weight *weight;
+    const llm_backend_weight *weight;
     llm__matrix *matrix;
     float *rows; /* scratch, 16 rows a thread */
 } llm__cpu_upload_args;
@@ -7812,7 +7824,7 @@ static void llm__cpu_pack_task(void *arg, int index) {
     }
 }
 
-static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const llm_weight *weight,
+static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const llm_backend_weight *weight,
                                    llm__matrix *matrix) {
     llm__cpu_upload_args args = {model, weight, matrix, NULL};
     /* Gates and ups each fill whole tiles, so both are padded. */
@@ -7830,7 +7842,7 @@ static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const l
 }
 
 /* A row, or a column. */
-static float *llm__cpu_upload_vector(llm__env *env, const llm_weight *weight) {
+static float *llm__cpu_upload_vector(llm__env *env, const llm_backend_weight *weight) {
     float *v = (float *)llm__alloc(env, (size_t)weight->rows * (size_t)weight->cols, sizeof *v);
     for (int i = 0; i < weight->rows; i++) weight->read_row(weight, i, v + (size_t)i * (size_t)weight->cols);
     return v;
@@ -7839,7 +7851,7 @@ static float *llm__cpu_upload_vector(llm__env *env, const llm_weight *weight) {
 static void llm__cpu_upload_body(llm__env *env, void *arg) {
     llm__cpu_upload_args *a = (llm__cpu_upload_args *)arg;
     llm__cpu_model *m = a->model;
-    const llm_weight *w = a->weight;
+    const llm_backend_weight *w = a->weight;
     llm__cpu_layer *layer = &m->layers[w->layer];
     switch (w->kind) {
     case LLM_WEIGHT_EMBEDDING: llm__cpu_upload_matrix(env, m, w, &m->embedding); break;
@@ -7861,7 +7873,7 @@ static void llm__cpu_upload_body(llm__env *env, void *arg) {
     m->team = NULL;
 }
 
-static llm_status llm__cpu_upload(void *model, const llm_weight *weight, llm_error *err) {
+static llm_status llm__cpu_upload(void *model, const llm_backend_weight *weight, llm_error *err) {
     llm__cpu_model *m = (llm__cpu_model *)model;
     llm__env env;
     llm__cpu_upload_args args = {m, weight, NULL, NULL};
@@ -7871,7 +7883,7 @@ static llm_status llm__cpu_upload(void *model, const llm_weight *weight, llm_err
 
 /* ==== 14 KV cache ===============================================================================================
 
-   Keys and values are stored in blocks of LLM_BLOCK positions, all allocated when the context is created. A sequence
+   Keys and values are stored in blocks of LLM_CACHE_BLOCK positions, all allocated when the context is created. A sequence
    is a length and a table of blocks. A fork shares its parent's blocks, which are reference-counted. Whoever appends
    to a shared block first copies it. This section keeps the books; the backend owns the blocks' contents. */
 
@@ -7887,7 +7899,7 @@ typedef struct llm__cache {
     llm_token *tokens; /* [n_seq][n_ctx]                                        */
 } llm__cache;
 
-static int llm__cache_blocks_for(int n_positions) { return (n_positions + LLM_BLOCK - 1) / LLM_BLOCK; }
+static int llm__cache_blocks_for(int n_positions) { return (n_positions + LLM_CACHE_BLOCK - 1) / LLM_CACHE_BLOCK; }
 
 static void llm__cache_create(llm__env *env, llm__cache *cache, int n_seq, int n_ctx, int n_blocks) {
     cache->n_seq = n_seq;
@@ -7917,7 +7929,7 @@ static llm_token *llm__cache_tokens(const llm__cache *cache, int seq) {
 /* True if appending to this sequence must first copy its last block. */
 static bool llm__cache_must_copy(const llm__cache *cache, int seq) {
     int length = cache->lengths[seq];
-    return length % LLM_BLOCK && cache->n_users[llm__cache_table(cache, seq)[length / LLM_BLOCK]] > 1;
+    return length % LLM_CACHE_BLOCK && cache->n_users[llm__cache_table(cache, seq)[length / LLM_CACHE_BLOCK]] > 1;
 }
 
 /* Number of free blocks that appending n tokens takes. */
@@ -7951,7 +7963,7 @@ static void llm__cache_drop(llm__cache *cache, int block) {
 
 /* A sequence that is cut back to what it shared before it went on shares it again, and its own block is free. */
 static void llm__cache_truncate(llm__cache *cache, int seq, int length) {
-    int *table = llm__cache_table(cache, seq), last = length / LLM_BLOCK, place = length % LLM_BLOCK;
+    int *table = llm__cache_table(cache, seq), last = length / LLM_CACHE_BLOCK, place = length % LLM_CACHE_BLOCK;
     for (int i = llm__cache_blocks_for(length); i < llm__cache_blocks_for(cache->lengths[seq]); i++)
         llm__cache_drop(cache, table[i]);
     cache->lengths[seq] = length;
@@ -7966,8 +7978,8 @@ static void llm__cache_truncate(llm__cache *cache, int seq, int length) {
    there is nothing to do. */
 static int llm__cache_unshare(llm__cache *cache, int seq) {
     if (!llm__cache_must_copy(cache, seq)) return -1;
-    int n = cache->lengths[seq] % LLM_BLOCK;
-    int *place = &llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_BLOCK], shared = *place;
+    int n = cache->lengths[seq] % LLM_CACHE_BLOCK;
+    int *place = &llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_CACHE_BLOCK], shared = *place;
     *place = llm__cache_take(cache);
     cache->origins[*place] = shared;
     cache->n_copied[*place] = n;
@@ -7978,9 +7990,9 @@ static int llm__cache_unshare(llm__cache *cache, int seq) {
 
 /* Appends one token to a sequence whose last block is its own. The caller has checked that there is room. */
 static void llm__cache_append(llm__cache *cache, int seq, llm_token token) {
-    int at = cache->lengths[seq]++, *block = &llm__cache_table(cache, seq)[at / LLM_BLOCK];
-    if (at % LLM_BLOCK == 0) *block = llm__cache_take(cache);
-    else llm__cache_change(cache, *block, at % LLM_BLOCK);
+    int at = cache->lengths[seq]++, *block = &llm__cache_table(cache, seq)[at / LLM_CACHE_BLOCK];
+    if (at % LLM_CACHE_BLOCK == 0) *block = llm__cache_take(cache);
+    else llm__cache_change(cache, *block, at % LLM_CACHE_BLOCK);
     llm__cache_tokens(cache, seq)[at] = token;
 }
 
@@ -8063,8 +8075,9 @@ typedef struct llm__cpu_context {
     int *all_rows;                                /* 0, 1, 2 ... */
     llm__fwd_queries *all_queries, *last_queries; /* of all rows; of the rows whose logits are wanted */
     int n_all_queries, n_last_queries;
-    const llm_pass *pass;
-    llm_pass own_pass; /* where it points: a callback may leave llm_forward while the other members still read it */
+    const llm_backend_pass *pass;
+    llm_backend_pass
+        own_pass; /* where it points: a callback may leave llm_forward while the other members still read it */
     bool cancelled;
 } llm__cpu_context;
 
@@ -8076,7 +8089,7 @@ static int llm__cache_n_planes(const llm__cpu_context *c) {
 }
 
 static uint8_t *llm__cache_plane(const llm__cpu_context *c, int plane, int block) {
-    const int some = (int)LLM__CHUNK / (int)LLM_BLOCK;
+    const int some = (int)LLM__CHUNK / (int)LLM_CACHE_BLOCK;
     int first = block / some * some, n = c->desc.n_cache_blocks - first < some ? c->desc.n_cache_blocks - first : some;
     size_t at = (size_t)first * (size_t)llm__cache_n_planes(c) + (size_t)plane * (size_t)n + (size_t)(block - first);
     return c->cache + at * c->cache_block_bytes;
@@ -8254,7 +8267,7 @@ static void llm__linear(llm__team_worker *w, const llm__cpu_context *c, const ll
 /* One row of c->x, normed, becomes row `to` of c->normed. */
 static void llm__fwd_norm_row(const llm__cpu_context *c, const float *weight, const llm__matrix *m, int row, int rows,
                               int to) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = c->normed.stride;
     float *out = c->normed.x + (size_t)to * stride;
@@ -8266,7 +8279,7 @@ static void llm__fwd_norm_row(const llm__cpu_context *c, const float *weight, co
 
 /* Up to 16 rows of c->x, normed and packed. Each one's factor is one long chain, so all are computed first, at once. */
 static void llm__fwd_pack_norms(const llm__cpu_context *c, const float *weight, int first, int end) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     const llm__kernels *kernels = c->model->kernels;
     const float *x = c->x + (size_t)first * c->x_stride;
     float factors[16];
@@ -8299,9 +8312,9 @@ static llm__fwd_rows llm__fwd_norm_rows(llm__team_worker *w, const llm__cpu_cont
 }
 
 /* The cache's block for row r. */
-static int llm__fwd_pass_block(const llm_pass *pass, int r) {
+static int llm__fwd_pass_block(const llm_backend_pass *pass, int r) {
     const int *table = pass->blocks + (size_t)pass->seqs[r] * (size_t)pass->blocks_per_seq;
-    return table[pass->positions[r] / LLM_BLOCK];
+    return table[pass->positions[r] / LLM_CACHE_BLOCK];
 }
 
 /* Zeros in a block of all layers: what is not stored there yet is multiplied by 0, which must not meet a NaN. */
@@ -8312,21 +8325,22 @@ static void llm__cache_clear_block(const llm__cpu_context *c, int block) {
 
 /* Do row r, which begins a block of the cache, and those behind it fill the block? */
 static bool llm__fwd_fills_block(const llm__cpu_context *c, int r) {
-    int last = r + LLM_BLOCK - 1;
+    int last = r + LLM_CACHE_BLOCK - 1;
     return c->head_stride == c->model->shape.head_dim && last < c->pass->n_rows &&
            c->pass->seqs[last] == c->pass->seqs[r];
 }
 
 /* The embeddings, and the angles by which RoPE turns each row. Rows that begin a block of the cache clear it. */
 static void llm__fwd_embed_rows(llm__team_worker *w, const llm__cpu_context *c) {
-    const llm_pass *pass = c->pass;
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_pass *pass = c->pass;
+    const llm_backend_shape *s = &c->model->shape;
     const llm__matrix *m = &c->model->embedding;
     size_t half = (size_t)s->rope_dim / 2;
     for (int r; (r = llm__team_take(w, pass->n_rows)) >= 0;) {
         float *x = c->x + (size_t)r * c->x_stride;
         int at = pass->positions[r];
-        if (at % LLM_BLOCK == 0 && !llm__fwd_fills_block(c, r)) llm__cache_clear_block(c, llm__fwd_pass_block(pass, r));
+        if (at % LLM_CACHE_BLOCK == 0 && !llm__fwd_fills_block(c, r))
+            llm__cache_clear_block(c, llm__fwd_pass_block(pass, r));
         llm__matrix_get_row(m, (size_t)pass->tokens[r], x);
         for (size_t i = (size_t)r * half, j = 0; j < half; i++, j++) {
             llm__math_sincos(at * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
@@ -8343,7 +8357,7 @@ static llm__weight_type llm__cache_weight_type(llm_dtype dtype) {
 
 /* The scales of a block of int8 values, one for each position. */
 static float *llm__cache_value_scales(const llm__cpu_context *c, uint8_t *values) {
-    return (float *)(void *)(values + c->cache_block_bytes) - LLM_BLOCK;
+    return (float *)(void *)(values + c->cache_block_bytes) - LLM_CACHE_BLOCK;
 }
 
 /* A key is a row of a tile; a value is a column across the tiles of its block. */
@@ -8356,12 +8370,12 @@ static void llm__cache_store_int8(const llm__cpu_context *c, uint8_t *tiles, boo
         return;
     }
     int8_t q[LLM__MOST_HEAD];
-    size_t bytes = llm__matrix_tile_bytes(LLM__W_INT8, LLM_BLOCK);
+    size_t bytes = llm__matrix_tile_bytes(LLM__W_INT8, LLM_CACHE_BLOCK);
     llm__cache_value_scales(c, tiles)[place] = llm__pack_quantize_row(from, n, q, 1);
     for (size_t d = 0; d < n; d++) ((int8_t *)tiles)[d / 16 * bytes + (size_t)place * 16 + d % 16] = q[d];
     for (size_t i = 0; i < (size_t)c->head_stride && place == 0;
          i++) /* the block's first position: others store theirs */
-        ((float *)(void *)(tiles + i / 16 * bytes + LLM_BLOCK * 16))[i % 16] = 1;
+        ((float *)(void *)(tiles + i / 16 * bytes + LLM_CACHE_BLOCK * 16))[i % 16] = 1;
 }
 
 /* In tiles of bf16 a key is words of a column, a value halves of words in a row. */
@@ -8373,7 +8387,7 @@ static void llm__cache_store_bf16(const llm__cpu_context *c, uint8_t *tiles, boo
     if (value) {
         uint16_t *to = (uint16_t *)(void *)tiles + place / 2 * 32 + place % 2;
         for (int d = 0; d < n; d++)
-            to[d / 16 * 16 * LLM_BLOCK + d % 16 * 2] = (uint16_t)(llm__f32_bits(rounded[d]) >> 16);
+            to[d / 16 * 16 * LLM_CACHE_BLOCK + d % 16 * 2] = (uint16_t)(llm__f32_bits(rounded[d]) >> 16);
         return;
     }
     uint32_t *to = (uint32_t *)(void *)tiles + place / 16 * 8 * c->head_stride + place % 16;
@@ -8382,7 +8396,8 @@ static void llm__cache_store_bf16(const llm__cpu_context *c, uint8_t *tiles, boo
 
 static void llm__cache_store_f32(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
     float *to = (float *)(void *)tiles + (value ? place * 16 : place / 16 * 16 * c->head_stride + place % 16);
-    for (int d = 0; d < c->model->shape.head_dim; d++) to[value ? d / 16 * 16 * LLM_BLOCK + d % 16 : d * 16] = from[d];
+    for (int d = 0; d < c->model->shape.head_dim; d++)
+        to[value ? d / 16 * 16 * LLM_CACHE_BLOCK + d % 16 : d * 16] = from[d];
 }
 
 /* Puts one head's key or value of one position into its block. */
@@ -8396,7 +8411,7 @@ static void llm__cache_store(const llm__cpu_context *c, int layer, int value, in
 
 /* One head's RMSNorm in place; `scratch` holds a head, for the kernel writes a little more than it. */
 static void llm__rope_norm_head(const llm__cpu_context *c, const float *weight, float *scratch, float *x) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     const llm__kernels *kernels = c->model->kernels;
     kernels->norm(x, weight, s->head_dim, kernels->norm_factor(x, s->head_dim, s->rms_eps), false, scratch);
     memcpy(x, scratch, (size_t)s->head_dim * sizeof *x);
@@ -8405,7 +8420,7 @@ static void llm__rope_norm_head(const llm__cpu_context *c, const float *weight, 
 /* What becomes of some heads of a row of queries, keys and values: a bias, a norm, and the rotation by row `at`'s angles.
    The heads are numbered queries, keys, values. */
 static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int row, int at, int first, int end) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     const llm__cpu_layer *weights = &c->model->layers[layer];
     const llm__kernels *kernels = c->model->kernels;
     size_t half = (size_t)s->rope_dim / 2;
@@ -8421,16 +8436,16 @@ static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int
 
 /* Rotates a row's key of one head, and the queries that share it if they are there, and stores key and value. */
 static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int r, int head, bool queries) {
-    const llm_pass *pass = c->pass;
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_pass *pass = c->pass;
+    const llm_backend_shape *s = &c->model->shape;
     int group = s->n_heads / s->n_kv_heads, key = s->n_heads + head, value = key + s->n_kv_heads;
     int at = pass->positions[r], block = llm__fwd_pass_block(pass, r);
     const float *row = c->qkv + (size_t)r * c->qkv_stride;
     if (queries) llm__rope_heads(c, index, layer, r, r, head * group, (head + 1) * group);
     llm__rope_heads(c, index, layer, r, r, key, key + 1);
     llm__rope_heads(c, index, layer, r, r, value, value + 1);
-    llm__cache_store(c, layer, 0, head, block, at % LLM_BLOCK, row + key * s->head_dim);
-    llm__cache_store(c, layer, 1, head, block, at % LLM_BLOCK, row + value * s->head_dim);
+    llm__cache_store(c, layer, 0, head, block, at % LLM_CACHE_BLOCK, row + key * s->head_dim);
+    llm__cache_store(c, layer, 1, head, block, at % LLM_CACHE_BLOCK, row + value * s->head_dim);
 }
 
 /* The same for all heads of all rows; a phase. The heads of a single row are shared out, too. */
@@ -8466,7 +8481,7 @@ static size_t llm__attn_partial_floats(const llm__cpu_context *c, int padded) {
 static int llm__attn_padded_queries(int n) { return n < LLM__TILE_ROWS ? n : llm__math_round_up(n, 16); }
 
 /* The first position that one at `position` attends to. */
-static int llm__attn_first_key(const llm_shape *s, int position) {
+static int llm__attn_first_key(const llm_backend_shape *s, int position) {
     return s->window && position >= s->window ? position - s->window + 1 : 0;
 }
 
@@ -8490,7 +8505,7 @@ static void llm__attn_keys(const llm__cpu_context *c, const llm__attn_work *a, c
     if (!a->packed) memset(a->scores, 0, (size_t)a->n * LLM__SCORES * sizeof(float));
     for (int i = 0; i < n; i++) {
         const uint8_t *keys = llm__cache_block(c, a->layer, 0, a->head, blocks[i]), *parts[LLM__MOST_HEAD / 32];
-        float *scores = a->scores + i * LLM_BLOCK;
+        float *scores = a->scores + i * LLM_CACHE_BLOCK;
         if (a->packed) {
             int n_parts = c->head_stride / 32;
             for (int j = 0; j < n_parts; j++) parts[j] = keys + j * 1024;
@@ -8506,11 +8521,11 @@ static void llm__attn_keys(const llm__cpu_context *c, const llm__attn_work *a, c
 static void llm__attn_values(const llm__cpu_context *c, const llm__attn_work *a, const int *blocks, int n,
                              float *part) {
     const llm__kernels *kernels = c->model->kernels;
-    size_t stride = (size_t)c->head_stride, tile = llm__matrix_tile_bytes(c->cache_kind, LLM_BLOCK);
+    size_t stride = (size_t)c->head_stride, tile = llm__matrix_tile_bytes(c->cache_kind, LLM_CACHE_BLOCK);
     if (a->packed) {
         const uint8_t *weights = a->packed + (size_t)a->padded * stride * 2;
         for (int d = 0; d < c->head_stride; d += 32) {
-            const uint8_t *values[(int)LLM__CHUNK / (int)LLM_BLOCK];
+            const uint8_t *values[(int)LLM__CHUNK / (int)LLM_CACHE_BLOCK];
             for (int i = 0; i < n; i++)
                 values[i] = llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile;
             llm__kernel_tile_product p = {weights, a->padded / 16, n,    values, tile, n,    2,     part + d,
@@ -8523,14 +8538,14 @@ static void llm__attn_values(const llm__cpu_context *c, const llm__attn_work *a,
     for (int i = 0; i < n && c->cache_kind == LLM__W_INT8; i++) {
         const float *scales = llm__cache_value_scales(c, llm__cache_block(c, a->layer, 1, a->head, blocks[i]));
         for (int r = 0; r < a->n; r++) {
-            float *weights = a->scores + (size_t)r * LLM__SCORES + i * LLM_BLOCK;
-            kernels->weigh(weights, scales, LLM_BLOCK);
+            float *weights = a->scores + (size_t)r * LLM__SCORES + i * LLM_CACHE_BLOCK;
+            kernels->weigh(weights, scales, LLM_CACHE_BLOCK);
         }
     }
     for (int i = 0; i < n; i++)
-        kernels->product[c->cache_kind](a->scores + i * LLM_BLOCK, LLM__SCORES, NULL, a->n,
+        kernels->product[c->cache_kind](a->scores + i * LLM_CACHE_BLOCK, LLM__SCORES, NULL, a->n,
                                         llm__cache_block(c, a->layer, 1, a->head, blocks[i]), c->head_stride / 16,
-                                        LLM_BLOCK, part, stride);
+                                        LLM_CACHE_BLOCK, part, stride);
 }
 
 /* Asks for a block of values, so that memory is not idle while softmax is taken of the scores. */
@@ -8544,7 +8559,7 @@ static void llm__attn_weigh_keys(const llm__cpu_context *c, const llm__attn_work
                                  float *max, float *sum) {
     const llm__kernels *kernels = c->model->kernels;
     float *scores = a->scores + (size_t)i * LLM__SCORES;
-    int last = llm__attn_last_key(c, a, i), padded = n_blocks * LLM_BLOCK,
+    int last = llm__attn_last_key(c, a, i), padded = n_blocks * LLM_CACHE_BLOCK,
         n = last + 1 - first < padded ? last + 1 - first : padded,
         hidden = llm__attn_first_key(&c->model->shape, last) - first; /* keys before the window */
     llm__kernel_lines row = {NULL, 0};
@@ -8567,7 +8582,7 @@ static void llm__attn_weigh_keys(const llm__cpu_context *c, const llm__attn_work
 static void llm__attn_chunk(const llm__cpu_context *c, const llm__attn_work *a, int first, float *part) {
     int end = llm__attn_end_of_keys(c, a),
         n_blocks = llm__cache_blocks_for(end - first < LLM__CHUNK ? end - first : (int)LLM__CHUNK);
-    const int *blocks = a->blocks + first / LLM_BLOCK;
+    const int *blocks = a->blocks + first / LLM_CACHE_BLOCK;
     float *max = part + (size_t)a->padded * (size_t)c->head_stride, *sum = max + a->padded;
     llm__attn_keys(c, a, blocks, n_blocks);
     for (int i = 0; i < a->n; i++) {
@@ -8601,7 +8616,7 @@ static void llm__attn_join_chunk(const llm__cpu_context *c, const llm__attn_work
 /* A thread's scratch: the work's q and scores, then a partial result, then another; returns the first of these. */
 static float *llm__attn_start(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
                               llm__fwd_queries queries, llm__attn_work *a) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     size_t stride = (size_t)c->head_stride;
     a->layer = layer;
     a->head = head;
@@ -8619,7 +8634,7 @@ static float *llm__attn_start(const llm__cpu_context *c, int index, int layer, i
 }
 
 static void llm__attn_gather_queries(const llm__cpu_context *c, int index, llm__attn_work *a) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride;
     if (c->panels && c->cache_kind == LLM__W_BF16 && a->n >= LLM__TILE_ROWS)
@@ -8697,7 +8712,7 @@ static void llm__attn_split(llm__team_worker *w, const llm__cpu_context *c, int 
    what the chunks give. */
 static int llm__attn_count_chunks(const llm__cpu_context *c, const int *rows, const llm__fwd_queries *queries,
                                   int n_queries) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     int most = 0, n_pieces = n_queries * s->n_kv_heads, n_rows = 0;
     if (c->team->n == 1 || n_pieces >= 4 * c->team->n) return 0;
     for (int i = 0; i < n_queries; i++) {
@@ -8740,7 +8755,7 @@ static llm__matrix llm__matrix_part(const llm__matrix *m, int first_tile, int en
 /* The last layer needs keys and values of all rows; the rows whose logits are wanted then move to the front, and nothing
    else is computed for the others. */
 static void llm__fwd_keep_rows(llm__team_worker *w, const llm__cpu_context *c, int layer, const llm__fwd_rows *in) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     const llm__matrix *m = &c->model->layers[layer].qkv;
     int q = s->n_heads * s->head_dim, n_tiles = llm__math_round_up(m->n, 16) / 16, n = c->pass->n_logits;
     const llm__matrix keys = llm__matrix_part(m, q / 16, n_tiles), queries = llm__matrix_part(m, 0, (q + 15) / 16);
@@ -8804,7 +8819,7 @@ static float llm__fwd_log_prob(const llm__cpu_context *c, int index, int row, in
 
 static void llm__fwd_score_rows(llm__team_worker *w, const llm__cpu_context *c, int rows) {
     const llm__matrix *m = &c->model->head;
-    const llm_pass *pass = c->pass;
+    const llm_backend_pass *pass = c->pass;
     int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
     for (int part; (part = llm__team_take(w, n_parts)) >= 0;)
         for (int r = 0; r < rows; r += LLM__SCORED_ROWS)
@@ -8891,7 +8906,7 @@ static int llm__fwd_group_queries(const llm__cpu_context *c, const int *rows, in
     return n_queries;
 }
 
-static llm_status llm__cpu_forward(void *context, const llm_pass *pass, llm_error *err) {
+static llm_status llm__cpu_forward(void *context, const llm_backend_pass *pass, llm_error *err) {
     llm__cpu_context *c = (llm__cpu_context *)context;
     c->own_pass = *pass;
     c->pass = &c->own_pass;
@@ -8920,13 +8935,13 @@ static const float *llm__cpu_logits(void *context, int i) {
    The CPU backend's contexts: scratch space, blocks of the cache, and the limits that benchmarks compare with. */
 
 /* The keys, or the values with their scales, of one head in one block: the larger of the two. */
-static size_t llm__cache_head_bytes(const llm_shape *s, llm_dtype cache_dtype) {
+static size_t llm__cache_head_bytes(const llm_backend_shape *s, llm_dtype cache_dtype) {
     llm__weight_type kind = llm__cache_weight_type(cache_dtype);
-    size_t values = (size_t)llm__math_round_up(s->head_dim, 32) / 16 * llm__matrix_tile_bytes(kind, LLM_BLOCK);
-    return values + (kind == LLM__W_INT8 ? LLM_BLOCK * sizeof(float) : 0);
+    size_t values = (size_t)llm__math_round_up(s->head_dim, 32) / 16 * llm__matrix_tile_bytes(kind, LLM_CACHE_BLOCK);
+    return values + (kind == LLM__W_INT8 ? LLM_CACHE_BLOCK * sizeof(float) : 0);
 }
 
-static uint64_t llm__cpu_block_bytes(const llm_shape *s, llm_dtype cache_dtype) {
+static uint64_t llm__cpu_block_bytes(const llm_backend_shape *s, llm_dtype cache_dtype) {
     return (uint64_t)s->n_layers * 2 * (uint64_t)s->n_kv_heads * llm__cache_head_bytes(s, cache_dtype);
 }
 
@@ -8968,10 +8983,11 @@ typedef struct llm__cpu_sizes {
 /* Are activations rounded to bf16 before a product? */
 static bool llm__cpu_rounds_rows(llm_dtype weights) { return weights != LLM_DTYPE_F32 && weights != LLM_DTYPE_F16; }
 
-static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_desc *d, const llm__kernels *kernels) {
+static llm__cpu_sizes llm__cpu_find_sizes(const llm_backend_shape *s, const llm_backend_desc *d,
+                                          const llm__kernels *kernels) {
     llm__cpu_sizes z;
     int group = s->n_heads / s->n_kv_heads, most = group > LLM__QUERY_ROWS ? group : (int)LLM__QUERY_ROWS,
-        chunks = (d->blocks_per_seq * LLM_BLOCK + LLM__CHUNK - 1) / LLM__CHUNK;
+        chunks = (d->blocks_per_seq * LLM_CACHE_BLOCK + LLM__CHUNK - 1) / LLM__CHUNK;
     size_t rows = (size_t)llm__math_round_up(most, 16), n_batch = (size_t)llm__math_round_up(d->n_batch, 16);
     z.head_stride = llm__math_round_up(s->head_dim, 32);
     z.x_stride = (size_t)llm__math_round_up(s->n_embd, 32);
@@ -9001,7 +9017,7 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
     return z;
 }
 
-static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
+static uint64_t llm__cpu_scratch_bytes(const llm_backend_shape *s, const llm_backend_desc *d) {
     llm__cpu_sizes z = llm__cpu_find_sizes(s, d, llm__kernels_choose(d->isa));
     uint64_t n_batch = (uint64_t)d->n_batch, n_threads = (uint64_t)d->n_threads,
              row = z.x_stride + z.qkv_stride + z.attention_stride + (uint64_t)s->rope_dim + 2 * z.n_parts + 5,
@@ -9033,7 +9049,7 @@ typedef struct llm__cpu_context_args {
 static void llm__cpu_context_body(llm__env *env, void *arg) {
     llm__cpu_context_args *args = (llm__cpu_context_args *)arg;
     llm__cpu_context *c = (llm__cpu_context *)llm__alloc_zero(env, 1, sizeof *c);
-    const llm_shape *s = &args->model->shape;
+    const llm_backend_shape *s = &args->model->shape;
     const llm__cpu_context *lender = (const llm__cpu_context *)args->desc->lender;
     llm__cpu_sizes z = llm__cpu_find_sizes(s, args->desc, args->model->kernels);
     size_t n_batch = (size_t)args->desc->n_batch, half = (size_t)s->rope_dim / 2;
@@ -9219,7 +9235,7 @@ struct llm_model {
     const llm_backend *backend;
     void *device; /* the backend's model */
     llm_model_desc desc;
-    llm_shape shape;
+    llm_backend_shape shape;
     llm_model_info info;
     uint64_t source; /* the fingerprint that the same weights in any type share */
     llm_tokenizer *tokenizer;
@@ -9302,8 +9318,8 @@ static float llm__rope_scale(const llm__hparams_rope *r) {
     return (float)((1 + r->growth * grown) / (1 + r->growth_below * grown));
 }
 
-static llm_shape llm__model_find_shape(llm__env *env, const llm__hparams *h, const llm__checkpoint *ck) {
-    llm_shape s;
+static llm_backend_shape llm__model_find_shape(llm__env *env, const llm__hparams *h, const llm__checkpoint *ck) {
+    llm_backend_shape s;
     s.n_vocab = h->n_vocab;
     s.n_layers = h->n_layers;
     s.n_embd = h->n_embd;
@@ -9341,7 +9357,7 @@ static const char *const llm__model_tensor_names[][2][3] = {
 };
 
 /* The rows of the tensors a weight is made of, 0 where there are no more. */
-static void llm__model_part_rows(const llm__hparams *h, llm_weight_kind kind, int rows[3]) {
+static void llm__model_part_rows(const llm__hparams *h, llm_backend_weight_kind kind, int rows[3]) {
     int q = h->n_heads * h->head_dim, kv = h->n_kv_heads * h->head_dim;
     rows[0] = 1; /* a norm is one row */
     rows[1] = rows[2] = 0;
@@ -9372,13 +9388,14 @@ static llm__tensor llm__model_get_column(llm__env *env, const llm__checkpoint *c
 }
 
 /* A weight made of up to three tensors of the file, each with its rows. */
-static llm_weight llm__model_make_weight(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h,
-                                         llm__weight_source *source, llm_weight_kind kind, int layer, int cols) {
+static llm_backend_weight llm__model_make_weight(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h,
+                                                 llm__weight_source *source, llm_backend_weight_kind kind, int layer,
+                                                 int cols) {
     bool in_layer = kind != LLM_WEIGHT_EMBEDDING && kind != LLM_WEIGHT_OUTPUT_NORM && kind != LLM_WEIGHT_HEAD;
     bool rotated = kind == LLM_WEIGHT_QKV || kind == LLM_WEIGHT_QKV_BIAS;
     int rows[3];
-    llm_weight w = {kind, layer, 0, cols, source, llm__weight_read_row, llm__weight_raw_row, llm__weight_row_scale,
-                    false};
+    llm_backend_weight w = {
+        kind, layer, 0, cols, source, llm__weight_read_row, llm__weight_raw_row, llm__weight_row_scale, false};
     memset(source, 0, sizeof *source);
     source->rope_dim = h->rope_dim;
     llm__model_part_rows(h, kind, rows);
@@ -9399,7 +9416,7 @@ static llm_weight llm__model_make_weight(llm__env *env, const llm__checkpoint *c
     return w;
 }
 
-static int llm__model_weight_cols(const llm__hparams *h, llm_weight_kind kind) {
+static int llm__model_weight_cols(const llm__hparams *h, llm_backend_weight_kind kind) {
     if (kind == LLM_WEIGHT_ATTENTION_OUT) return h->n_heads * h->head_dim;
     if (kind == LLM_WEIGHT_QKV_BIAS) return 1;
     if (kind == LLM_WEIGHT_Q_NORM || kind == LLM_WEIGHT_K_NORM) return h->head_dim;
@@ -9411,7 +9428,7 @@ typedef struct llm__model_walk {
     llm__env *env;
     const llm__checkpoint *ck;
     const llm__hparams *h;
-    void (*visit)(struct llm__model_walk *walk, const llm_weight *weight);
+    void (*visit)(struct llm__model_walk *walk, const llm_backend_weight *weight);
     const llm_backend *backend;
     void *device;
     llm_dtype dtype;
@@ -9426,10 +9443,10 @@ static uint64_t llm__model_sample_tensor(uint64_t hash, const llm__tensor *t) {
     return hash;
 }
 
-static void llm__model_walk_weight(llm__model_walk *walk, llm_weight_kind kind, int layer) {
+static void llm__model_walk_weight(llm__model_walk *walk, llm_backend_weight_kind kind, int layer) {
     llm__env *env = walk->env;
     llm__weight_source source;
-    llm_weight w =
+    llm_backend_weight w =
         llm__model_make_weight(env, walk->ck, walk->h, &source, kind, layer, llm__model_weight_cols(walk->h, kind));
     uint8_t *brought[3] = {NULL, NULL, NULL};
     size_t n_read = 0;
@@ -9462,14 +9479,14 @@ static void llm__model_walk_weights(llm__model_walk *walk) {
         for (int kind = LLM_WEIGHT_ATTENTION_NORM; kind <= LLM_WEIGHT_DOWN; kind++) {
             if (kind == LLM_WEIGHT_QKV_BIAS && !h->qkv_bias) continue;
             if ((kind == LLM_WEIGHT_Q_NORM || kind == LLM_WEIGHT_K_NORM) && !h->qk_norm) continue;
-            llm__model_walk_weight(walk, (llm_weight_kind)kind, i);
+            llm__model_walk_weight(walk, (llm_backend_weight_kind)kind, i);
         }
     }
     llm__model_walk_weight(walk, LLM_WEIGHT_OUTPUT_NORM, 0);
     if (!h->tied_head) llm__model_walk_weight(walk, LLM_WEIGHT_HEAD, 0);
 }
 
-static void llm__model_upload_weight(llm__model_walk *walk, const llm_weight *weight) {
+static void llm__model_upload_weight(llm__model_walk *walk, const llm_backend_weight *weight) {
     llm__env *env = walk->env;
     llm_status status = walk->backend->upload(walk->device, weight, env->err);
     if (status) {
@@ -9537,7 +9554,7 @@ static llm__model_walk llm__model_start_walk(llm__env *env, const llm__checkpoin
 }
 
 /* What the keys in a cache depend on beside the weights. */
-static uint64_t llm__model_hash_shape(const llm_shape *s) {
+static uint64_t llm__model_hash_shape(const llm_backend_shape *s) {
     int numbers[] = {s->n_vocab,    s->n_layers, s->n_embd,   s->n_ff,  s->n_heads,
                      s->n_kv_heads, s->head_dim, s->rope_dim, s->window};
     float floats[] = {s->rms_eps, s->rope_scale};
@@ -9551,7 +9568,7 @@ typedef struct llm__model_plan {
     llm__pool *pool; /* of the files, and all that points into them */
     const llm__checkpoint *ck;
     llm__hparams h;
-    llm_shape shape;
+    llm_backend_shape shape;
     llm__model_walk walk; /* what the weights come to */
 } llm__model_plan;
 
@@ -9599,7 +9616,8 @@ static void llm__model_load_body(llm__env *env, void *arg) {
     model->kernels = llm__kernels_choose(desc.isa);
     model->info.isa = model->kernels->name;
     model->info.cache_bytes_per_token =
-        model->backend->block_bytes(&model->shape, llm__model_cache_dtype(model->backend, desc.dtype)) / LLM_BLOCK;
+        model->backend->block_bytes(&model->shape, llm__model_cache_dtype(model->backend, desc.dtype)) /
+        LLM_CACHE_BLOCK;
     llm__free(env->pool, plan.pool); /* all of it has been converted */
     model->device = args->device;
     model->desc = desc;
@@ -9710,8 +9728,8 @@ static llm_context_desc llm__ctx_defaults(llm__env *env, const llm_model_info *i
         llm__fail(env, LLM_ERROR_ARGUMENT,
                   "llm_context_desc: n_ctx is %d (at most 2^28), n_seq %d, n_batch %d, n_logits %d (at most 2^20)",
                   d.n_ctx, d.n_seq, d.n_batch, d.n_logits);
-    uint64_t n_cache =
-        d.n_cache ? (uint64_t)d.n_cache : (uint64_t)llm__cache_blocks_for(d.n_ctx) * LLM_BLOCK * (uint64_t)d.n_seq;
+    uint64_t n_cache = d.n_cache ? (uint64_t)d.n_cache
+                                 : (uint64_t)llm__cache_blocks_for(d.n_ctx) * LLM_CACHE_BLOCK * (uint64_t)d.n_seq;
     if (n_cache > 1 << 30)
         llm__fail(env, LLM_ERROR_ARGUMENT, "the cache would have %llu positions", (unsigned long long)n_cache);
     d.n_cache = (int)n_cache;
@@ -9926,7 +9944,7 @@ static void llm__ctx_estimate_body(llm__env *env, void *arg) {
     llm__model_plan plan;
     llm_model_info info;
     llm__model_make_plan(env, args->path, &desc, &plan);
-    const llm_shape *shape = &plan.shape;
+    const llm_backend_shape *shape = &plan.shape;
     llm__model_fill_info(&info, &plan.h, &plan.walk);
     llm_context_desc c = llm__ctx_defaults(env, &info, desc.backend, &desc.host, args->context_desc);
     llm_backend_desc b = llm__ctx_backend_desc(&c, desc.dtype, desc.isa);
@@ -10058,9 +10076,9 @@ static llm_status llm__seq_check_saved(const llm_context *ctx, int seq, const vo
     for (int i = 0; i < llm__cache_blocks_for(ctx->cache.lengths[seq]); i++)
         own += ctx->cache.n_users[llm__cache_table(&ctx->cache, seq)[i]] == 1;
     if (llm__cache_blocks_for((int)head->length) > ctx->cache.n_free + own)
-        return llm__error(err, LLM_ERROR_CONTEXT_FULL,
-                          "the saved sequence needs %d positions of the cache, but %d are free",
-                          llm__cache_blocks_for((int)head->length) * LLM_BLOCK, (ctx->cache.n_free + own) * LLM_BLOCK);
+        return llm__error(
+            err, LLM_ERROR_CONTEXT_FULL, "the saved sequence needs %d positions of the cache, but %d are free",
+            llm__cache_blocks_for((int)head->length) * LLM_CACHE_BLOCK, (ctx->cache.n_free + own) * LLM_CACHE_BLOCK);
     return LLM_OK;
 }
 
@@ -10100,7 +10118,7 @@ static int64_t llm__ctx_blocks_needed(llm_context *ctx) {
         int *left = &ctx->first_row[seq]; /* the block this sequence copies and leaves, or -1 */
         bool copies = ctx->n_new[seq] && llm__cache_must_copy(cache, seq);
         blocks += llm__cache_needs(cache, seq, ctx->n_new[seq]);
-        *left = copies ? llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_BLOCK] : -1;
+        *left = copies ? llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_CACHE_BLOCK] : -1;
         if (copies) cache->n_users[*left]--;
     }
     for (int seq = 0; seq < ctx->desc.n_seq; seq++)
@@ -10133,7 +10151,7 @@ static llm_status llm__ctx_check_batch(llm_context *ctx, const llm_batch *batch,
     if (blocks > cache->n_free)
         return llm__error(err, LLM_ERROR_CONTEXT_FULL,
                           "the batch needs %lld positions of the cache, but %d are free (n_cache)",
-                          (long long)blocks * LLM_BLOCK, cache->n_free * LLM_BLOCK);
+                          (long long)blocks * LLM_CACHE_BLOCK, cache->n_free * LLM_CACHE_BLOCK);
     if (n_logits > ctx->desc.n_logits && !ctx->targets)
         return llm__error(err, LLM_ERROR_ARGUMENT,
                           "the logits of %d tokens are wanted; the context holds %d (n_logits)", n_logits,
@@ -10143,7 +10161,7 @@ static llm_status llm__ctx_check_batch(llm_context *ctx, const llm_batch *batch,
 
 /* Appends tokens [first, first + n) of the batch to their sequences, and lays them out by sequence. n_new counts down,
    so that the last token of each sequence is known. */
-static void llm__ctx_build_pass(llm_context *ctx, const llm_batch *batch, int first, int n, llm_pass *pass) {
+static void llm__ctx_build_pass(llm_context *ctx, const llm_batch *batch, int first, int n, llm_backend_pass *pass) {
     int n_seq = ctx->desc.n_seq;
     memset(ctx->first_row, 0, (size_t)(n_seq + 1) * sizeof(int));
     for (int i = first; i < first + n; i++) ctx->first_row[llm__ctx_batch_seq(batch, i) + 1]++;
@@ -10174,7 +10192,7 @@ static void llm__ctx_build_pass(llm_context *ctx, const llm_batch *batch, int fi
 }
 
 /* Lays out the targets as build_pass has laid out the rows. */
-static void llm__ctx_place_targets(llm_context *ctx, llm_pass *pass) {
+static void llm__ctx_place_targets(llm_context *ctx, llm_backend_pass *pass) {
     llm__ctx_targets *t = ctx->targets;
     t->n = 0;
     for (int row = 0; row < pass->n_logits; row++)
@@ -10194,12 +10212,12 @@ static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *bat
     for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
         int shared = ctx->n_new[seq] ? llm__cache_unshare(&ctx->cache, seq) : -1;
         if (shared < 0 || (ctx->targets && ctx->targets->count_only)) continue;
-        int own = llm__cache_table(&ctx->cache, seq)[ctx->cache.lengths[seq] / LLM_BLOCK];
+        int own = llm__cache_table(&ctx->cache, seq)[ctx->cache.lengths[seq] / LLM_CACHE_BLOCK];
         llm_status status = backend->copy_block(ctx->device, own, shared, err);
         if (status) return status;
     }
     for (int first = 0; first < batch->n_tokens; first += ctx->desc.n_batch) {
-        llm_pass pass;
+        llm_backend_pass pass;
         int n = batch->n_tokens - first < ctx->desc.n_batch ? batch->n_tokens - first : ctx->desc.n_batch;
         llm__ctx_build_pass(ctx, batch, first, n, &pass);
         pass.cancel = ctx->cancel ? llm__ctx_poll_host : NULL;
@@ -10543,18 +10561,18 @@ enum {
     LLM__DRAFT_FORGET = 512 /* passes after which the time of a size is forgotten       */
 };
 
-static const int llm__spec_rows[LLM_DRAFT_SIZES] = {1, 2, 4, 8, 16};
+static const int llm__spec_rows[LLM_DRAFT_LEARNT_SIZES] = {1, 2, 4, 8, 16};
 
-static void llm__spec_add_time(llm_draft_times *t, double seconds) {
-    t->recent[t->n % LLM_DRAFT_RECENT] = (float)seconds;
-    t->n = t->n + 1 < 2 * LLM_DRAFT_RECENT ? t->n + 1 : (int)LLM_DRAFT_RECENT;
+static void llm__spec_add_time(llm_draft_learnt_times *t, double seconds) {
+    t->recent[t->n % LLM_DRAFT_LEARNT_TIMES] = (float)seconds;
+    t->n = t->n + 1 < 2 * LLM_DRAFT_LEARNT_TIMES ? t->n + 1 : (int)LLM_DRAFT_LEARNT_TIMES;
     t->age = 0;
 }
 
 /* The median of the recent times; of fewer than three the least, for one interruption must not count as the rule. */
-static double llm__spec_usual_time(const llm_draft_times *t) {
-    float sorted[LLM_DRAFT_RECENT];
-    int n = t->n < LLM_DRAFT_RECENT ? t->n : (int)LLM_DRAFT_RECENT;
+static double llm__spec_usual_time(const llm_draft_learnt_times *t) {
+    float sorted[LLM_DRAFT_LEARNT_TIMES];
+    int n = t->n < LLM_DRAFT_LEARNT_TIMES ? t->n : (int)LLM_DRAFT_LEARNT_TIMES;
     for (int i = 0; i < n; i++) {
         int at = i;
         for (; at > 0 && sorted[at - 1] > t->recent[i]; at--) sorted[at] = sorted[at - 1];
@@ -10564,21 +10582,21 @@ static double llm__spec_usual_time(const llm_draft_times *t) {
 }
 
 /* Seconds of passes of each size; where none was measured lately, what they may well be. */
-static void llm__spec_pass_times(const llm_draft_state *s, double seconds[LLM_DRAFT_SIZES]) {
-    static const double usual[LLM_DRAFT_SIZES] = {1, 1.1, 1.2, 1.5, 2.5};
-    for (int i = 0; i < LLM_DRAFT_SIZES; i++)
+static void llm__spec_pass_times(const llm_draft_learnt *s, double seconds[LLM_DRAFT_LEARNT_SIZES]) {
+    static const double usual[LLM_DRAFT_LEARNT_SIZES] = {1, 1.1, 1.2, 1.5, 2.5};
+    for (int i = 0; i < LLM_DRAFT_LEARNT_SIZES; i++)
         seconds[i] = s->passes[i].n ? llm__spec_usual_time(&s->passes[i]) : usual[i] * seconds[0];
 }
 
 /* The number of guesses of a kind, at most `most`, with which tokens come fastest. The chance that a guess is right,
    all before it being right, is what was seen of such guesses; where little was, it is like the one before it, and that
    of the first like that of the kind below. */
-static int llm__spec_best_guesses(const llm_draft_state *s, const double *pass_seconds, int kind, int most,
+static int llm__spec_best_guesses(const llm_draft_learnt *s, const double *pass_seconds, int kind, int most,
                                   double guess_seconds) {
     double chance = 0.1, all_right = 1, tokens = 1, best_rate = 1 / pass_seconds[0];
     int best = 0;
     for (int i = 0; i < kind; i++) chance = ((double)s->n_right[i][0] + 2 * chance) / ((double)s->n_known[i][0] + 2);
-    for (int size = 1; size < LLM_DRAFT_SIZES && llm__spec_rows[size] - 1 <= most; size++) {
+    for (int size = 1; size < LLM_DRAFT_LEARNT_SIZES && llm__spec_rows[size] - 1 <= most; size++) {
         int n = llm__spec_rows[size] - 1;
         for (int i = llm__spec_rows[size - 1] - 1; i < n; i++) {
             chance = ((double)s->n_right[kind][i] + 2 * chance) / ((double)s->n_known[kind][i] + 2);
@@ -10603,15 +10621,15 @@ typedef struct llm__spec {
     bool (*cancel)(void *user);
     void *cancel_user;
     llm_draft_guesses guesses;
-    float *q[LLM_DRAFT_MOST]; /* room for guesses.q, or NULL */
-    int n_checked;            /* of the guesses, in the pass whose logits there are */
+    float *q[LLM_DRAFT_MAX]; /* room for guesses.q, or NULL */
+    int n_checked;           /* of the guesses, in the pass whose logits there are */
     llm_draft_stats *stats;
 } llm__spec;
 
 /* What is asked of the draft. False: nothing, as guessing has not paid so far. It is then tried in two rounds one after
    the other, the second of which shows what a guess takes, whenever all trials took less than a hundredth of the
    time. */
-static bool llm__spec_plan_round(llm_draft_state *s, const double *pass_seconds, int most, int wanted[LLM_DRAFT_KINDS],
+static bool llm__spec_plan_round(llm_draft_learnt *s, const double *pass_seconds, int most, int wanted[LLM_DRAFT_KINDS],
                                  bool *trial) {
     bool known = s->guess.n > 0;
     double guess_seconds = known ? llm__spec_usual_time(&s->guess) : pass_seconds[0] / 2;
@@ -10669,13 +10687,13 @@ static llm_status llm__spec_call_draft(llm__spec *sp, llm_token last, const int 
    to check: n_checked, at most `most`. */
 static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_error *err) {
     int wanted[LLM_DRAFT_KINDS];
-    double pass_seconds[LLM_DRAFT_SIZES], start = llm__clock_now();
+    double pass_seconds[LLM_DRAFT_LEARNT_SIZES], start = llm__clock_now();
     bool trial;
     sp->n_checked = 0;
     memset(&sp->guesses, 0, sizeof sp->guesses);
     if (!sp->draft) return LLM_OK;
-    llm_draft_state *s = &sp->draft->state;
-    for (int i = 0; i < LLM_DRAFT_SIZES; i++)
+    llm_draft_learnt *s = &sp->draft->learnt;
+    for (int i = 0; i < LLM_DRAFT_LEARNT_SIZES; i++)
         if (s->passes[i].age < LLM__DRAFT_FORGET) s->passes[i].age++;
         else if (i) s->passes[i].n = 0; /* times change: see again */
     if (most > sp->most) most = sp->most;
@@ -10710,8 +10728,8 @@ static void llm__spec_time_pass(llm__spec *sp, double seconds) {
     sp->stats->pass_seconds += seconds;
     if (!sp->draft) return;
     while (llm__spec_rows[size] < sp->n_checked + 1) size++;
-    llm__spec_add_time(&sp->draft->state.passes[size], seconds);
-    sp->draft->state.seconds += seconds;
+    llm__spec_add_time(&sp->draft->learnt.passes[size], seconds);
+    sp->draft->learnt.seconds += seconds;
 }
 
 /* The chance of a token. */
@@ -10758,7 +10776,7 @@ static llm_status llm__spec_draw_checked(llm__spec *sp, int first, int row, int 
         *right = guessed && *token == guess;
     }
     if (guessed && sp->draft) {
-        float *n_right = &sp->draft->state.n_right[g->kind][row], *n_known = &sp->draft->state.n_known[g->kind][row];
+        float *n_right = &sp->draft->learnt.n_right[g->kind][row], *n_known = &sp->draft->learnt.n_known[g->kind][row];
         *n_right = 0.95f * *n_right + (*right ? 1.0f : 0.0f);
         *n_known = 0.95f * *n_known + 1.0f;
     }
@@ -10779,9 +10797,9 @@ static void llm__spec_count_pass(llm__spec *sp, int n_right) {
 /* Plain decoding would have taken a plain pass for each token, and for all but passes and guesses the same. */
 static void llm__spec_find_speedup(const llm__spec *sp, int n_tokens, double seconds) {
     llm_draft_stats *stats = sp->stats;
-    if (!sp->draft || !sp->draft->state.passes[0].n || n_tokens < 1) return;
+    if (!sp->draft || !sp->draft->learnt.passes[0].n || n_tokens < 1) return;
     double rest = seconds - stats->draft_seconds - stats->pass_seconds;
-    stats->speedup = (n_tokens * llm__spec_usual_time(&sp->draft->state.passes[0]) + rest) / seconds;
+    stats->speedup = (n_tokens * llm__spec_usual_time(&sp->draft->learnt.passes[0]) + rest) / seconds;
 }
 
 /* ---- Prompt lookup ---- */
@@ -11103,7 +11121,7 @@ static llm_token *llm__gen_prompt_tokens(llm__env *env, const llm__gen_args *a, 
     const llm_generate_desc *d = a->desc;
     const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
     llm__chat_text chat;
-    unsigned flags = LLM_ENCODE_SPECIAL;
+    unsigned flags = LLM_TOKENS_SPECIAL;
     if ((d->prompt != NULL) + (d->messages != NULL) + (d->tokens != NULL) != 1)
         llm__fail(env, LLM_ERROR_ARGUMENT, "exactly one of prompt, messages and tokens must be given");
     if (d->tokens) {
@@ -11118,7 +11136,7 @@ static llm_token *llm__gen_prompt_tokens(llm__env *env, const llm__gen_args *a, 
     if (d->messages) {
         chat = llm__chat_render(env, tokenizer, d->messages, d->n_messages, true);
     } else {
-        flags |= LLM_ENCODE_BOS;
+        flags |= LLM_TOKENS_ENDS;
         chat.text = (char *)(uintptr_t)d->prompt;
         chat.n = strlen(d->prompt);
     }
@@ -11214,14 +11232,14 @@ static void llm__gen_count_decode(const llm__gen_args *a) {
     uint64_t length = (uint64_t)llm_seq_length(a->ctx, a->desc->seq);
     uint64_t block_bytes = model->backend->block_bytes(&model->shape, a->ctx->desc.cache_dtype);
     a->stats->n_decode_passes++;
-    a->stats->decode_bytes += model->info.weight_bytes_per_token + length * block_bytes / LLM_BLOCK;
+    a->stats->decode_bytes += model->info.weight_bytes_per_token + length * block_bytes / LLM_CACHE_BLOCK;
 }
 
 /* The most guesses there is room for after a token, in the sequence and the cache, and use for. */
 static int llm__gen_most_guesses(const llm__gen_args *a) {
     const llm_context *ctx = a->ctx;
     int seq = a->desc->seq, most = ctx->desc.n_ctx - ctx->cache.lengths[seq] - 1;
-    if (most > LLM_DRAFT_MOST) most = LLM_DRAFT_MOST;
+    if (most > LLM_DRAFT_MAX) most = LLM_DRAFT_MAX;
     if (a->desc->max_tokens > 0 && a->desc->max_tokens - a->stats->n_generated - 1 < most)
         most = a->desc->max_tokens - a->stats->n_generated - 1;
     while (most > 0 && llm__cache_needs(&ctx->cache, seq, most + 1) > ctx->cache.n_free) most--;
@@ -11231,9 +11249,9 @@ static int llm__gen_most_guesses(const llm__gen_args *a) {
 /* A token through the model, and after it the guesses that are worth it. */
 static llm_status llm__gen_step(llm__gen_args *a, llm_token token, llm_error *err) {
     llm__spec *sp = &a->speculation;
-    llm_token tokens[LLM_DRAFT_MOST + 1];
-    int seqs[LLM_DRAFT_MOST + 1];
-    bool logits[LLM_DRAFT_MOST + 1];
+    llm_token tokens[LLM_DRAFT_MAX + 1];
+    int seqs[LLM_DRAFT_MAX + 1];
+    bool logits[LLM_DRAFT_MAX + 1];
     llm_status status = llm__spec_guess(sp, token, llm__gen_most_guesses(a), err);
     if (status) return status;
     for (int i = 0; i <= sp->n_checked; i++) {
@@ -11257,7 +11275,7 @@ typedef struct llm__gen_burst_args {
     const llm__gen_args *a;
     llm__gen_outbox *box;
     llm_sampler *sampler;
-    llm_burst burst;
+    llm_backend_burst burst;
     int n_known;     /* of its tokens */
     llm_token token; /* the last known */
     llm_status status;
@@ -11266,7 +11284,7 @@ typedef struct llm__gen_burst_args {
 /* How many tokens the device may pick: places for all but the last must be there. */
 static int llm__gen_burst_size(const llm__gen_args *a, const llm_sampler *s) {
     const llm__cache *cache = &a->ctx->cache;
-    int seq = a->desc->seq, left = a->desc->max_tokens - a->stats->n_generated, n = LLM_BURST;
+    int seq = a->desc->seq, left = a->desc->max_tokens - a->stats->n_generated, n = LLM_BACKEND_BURST;
     bool plain = s->n_biases == 0 && (s->repeat_penalty <= 0 || s->repeat_penalty == 1);
     if (!a->ctx->model->backend->burst || !plain) return 0;
     if (a->desc->max_tokens > 0 && left < n) n = left;
@@ -11376,7 +11394,7 @@ static void llm__gen_start_speculation(llm__env *env, llm__gen_args *a, llm_samp
                   "a draft is of use only in a context whose n_logits and n_batch are above 1: they are %d and %d",
                   ctx->desc.n_logits, ctx->desc.n_batch);
     sp->most = d->draft_max && d->draft_max < n_logits - 1 ? d->draft_max : n_logits - 1;
-    if (sp->most > LLM_DRAFT_MOST) sp->most = LLM_DRAFT_MOST;
+    if (sp->most > LLM_DRAFT_MAX) sp->most = LLM_DRAFT_MAX;
     for (int i = 0; i < sp->most && !d->draft_keeps_text && !llm__sampler_is_greedy(sampler); i++)
         sp->q[i] = (float *)llm__alloc(env, (size_t)ctx->model->shape.n_vocab, sizeof(float));
 }
@@ -11517,7 +11535,7 @@ static void llm__pair_body(llm__env *env, void *arg) {
     if (first < 0) llm__fail(env, LLM_ERROR_ARGUMENT, "the context is empty, and there is no BOS token to begin with");
     if (p->capacity && p->ids) p->ids[0] = first;
     p->n_context = 1;
-    p->n = 1 + llm__enc_spans(env, t, whole, n_context + n_ending, p->flags & ~(unsigned)LLM_ENCODE_BOS, NULL, 0,
+    p->n = 1 + llm__enc_spans(env, t, whole, n_context + n_ending, p->flags & ~(unsigned)LLM_TOKENS_ENDS, NULL, 0,
                               p->ids ? p->ids + 1 : NULL, p->capacity ? p->capacity - 1 : 0);
 }
 
@@ -11648,7 +11666,7 @@ static void llm__score_drop(llm__scorer *s, int first_seq, int n) {
 /* ---- The packed schedule ---- */
 
 static int llm__score_shared_prefix(const llm__scorer *s, int question) {
-    return s->desc.no_share ? 0 : s->prefixes[question];
+    return s->desc.recompute_context ? 0 : s->prefixes[question];
 }
 
 /* The most cache blocks that a question can take. */
@@ -11658,7 +11676,7 @@ static int64_t llm__score_question_blocks(const llm__scorer *s, int question) {
     int64_t blocks = llm__cache_blocks_for(prefix);
     for (int e = 0; e < q->n_endings; e++)
         if (llm__score_text_length(q, e) > prefix)
-            blocks += llm__cache_blocks_for(llm__score_text_length(q, e)) - prefix / LLM_BLOCK;
+            blocks += llm__cache_blocks_for(llm__score_text_length(q, e)) - prefix / LLM_CACHE_BLOCK;
     return blocks;
 }
 
@@ -11749,7 +11767,7 @@ typedef struct llm__score_room {
 } llm__score_room;
 
 static int llm__score_most_texts(const llm__score_room *room, int length) {
-    int blocks = llm__cache_blocks_for(room->base + length) - room->base / LLM_BLOCK;
+    int blocks = llm__cache_blocks_for(room->base + length) - room->base / LLM_CACHE_BLOCK;
     int most = blocks && room->n_blocks / blocks < room->n_seq ? room->n_blocks / blocks : room->n_seq;
     return most < 1 ? 1 : most;
 }
@@ -11815,7 +11833,7 @@ static int *llm__score_cut_batches(llm__scorer *s, llm__score_text *texts, int n
     }
     qsort(texts, (size_t)n, sizeof *texts, llm__score_compare_texts);
     *n_batches = llm__score_cut_by_waste(s->env, texts, n, to_shortest,
-                                         to_shortest ? s->desc.theta_context : s->desc.theta, room, ends);
+                                         to_shortest ? s->desc.min_context_tokens : s->desc.min_tokens, room, ends);
     return ends;
 }
 
@@ -11921,7 +11939,7 @@ static void llm__score_rectangles(llm__scorer *s, size_t n_texts) {
         llm__score_text prefix = {s->prefixes[i], i, -1};
         prefixes[i] = prefix;
     }
-    if (s->desc.no_share) llm__score_whole_texts(s, prefixes, texts);
+    if (s->desc.recompute_context) llm__score_whole_texts(s, prefixes, texts);
     else llm__score_shared_prefixes(s, prefixes, texts);
 }
 
@@ -11973,11 +11991,13 @@ static llm_score_desc llm__score_defaults(llm__env *env, const llm_score_desc *d
     if (desc) d = *desc;
     if (d.schedule < LLM_SCHEDULE_PACKED || d.schedule > LLM_SCHEDULE_DP)
         llm__fail(env, LLM_ERROR_ARGUMENT, "desc.schedule is %d, which is none", (int)d.schedule);
-    if (d.batch < 0 || d.theta < 0 || d.theta_context < 0)
+    if (d.batch < 0 || d.min_tokens < 0 || d.min_context_tokens < 0)
         llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_score_desc is negative");
     if (!d.batch) d.batch = 32;
-    if (!d.theta) d.theta = 512; /* two cores with AVX-512 reach 90 % of their best rate there: bench --flops-table */
-    if (!d.theta_context) d.theta_context = 4096; /* larger is better, since it gives the endings more choice */
+    if (!d.min_tokens)
+        d.min_tokens = 512; /* two cores with AVX-512 reach 90 % of their best rate there: bench --flops-table */
+    if (!d.min_context_tokens)
+        d.min_context_tokens = 4096; /* larger is better, since it gives the endings more choice */
     return d;
 }
 
@@ -12022,7 +12042,8 @@ static void llm__score_body(llm__env *env, void *arg) {
         if (llm__score_question_blocks(s, i) > s->ctx->cache.n_blocks)
             llm__fail(env, LLM_ERROR_CONTEXT_FULL,
                       "question %d needs %lld positions of the cache, which has %d (n_cache)", i,
-                      (long long)llm__score_question_blocks(s, i) * LLM_BLOCK, s->ctx->cache.n_blocks * LLM_BLOCK);
+                      (long long)llm__score_question_blocks(s, i) * LLM_CACHE_BLOCK,
+                      s->ctx->cache.n_blocks * LLM_CACHE_BLOCK);
     }
     for (size_t i = 0; i < n_texts && s->results; i++) s->results[i] = 0;
     llm__score_drop(s, 0, s->ctx->desc.n_seq);

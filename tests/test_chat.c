@@ -54,13 +54,13 @@ static void test_golden(void **state) {
         const char *kind = json_string_value(json_object_get(entry, "kind"));
         llm_tokenizer *tokenizer = small_tokenizer(json_string_value(json_object_get(entry, "template")));
         if (kind) {
-            assert_string_equal(llm_chat_template(tokenizer), kind);
+            assert_string_equal(llm_chat_format(tokenizer), kind);
             size_t i;
             json_t *item;
             json_array_foreach(json_object_get(entry, "cases"), i, item) check_case(tokenizer, name, item);
             n_cases += (int)i;
         } else {
-            assert_null(llm_chat_template(tokenizer));
+            assert_null(llm_chat_format(tokenizer));
         }
         llm_tokenizer_free(tokenizer);
         json_decref(entry);
@@ -125,7 +125,7 @@ typedef struct forge_job {
 static void forge(llm__env *env, void *arg) {
     forge_job *job = (forge_job *)arg;
     llm__chat_text r = llm__chat_render(env, job->tokenizer, job->messages, job->n_messages, true);
-    job->n_ids = llm__enc_spans(env, job->tokenizer, r.text, r.n, LLM_ENCODE_SPECIAL, r.spans, r.n_spans, job->ids, 256);
+    job->n_ids = llm__enc_spans(env, job->tokenizer, r.text, r.n, LLM_TOKENS_SPECIAL, r.spans, r.n_spans, job->ids, 256);
     snprintf(job->text, sizeof job->text, "%s", r.text);
 }
 

@@ -564,7 +564,7 @@ static void assert_shadow(const llm_context *ctx, const shadow *s) {
 /* Positions in whole blocks, as if nothing were shared. */
 static int unshared(const shadow *s, const int *more) {
     int n = 0;
-    for (int i = 0; i < N_SEQ; i++) n += (s->lengths[i] + more[i] + LLM_BLOCK - 1) / LLM_BLOCK * LLM_BLOCK;
+    for (int i = 0; i < N_SEQ; i++) n += (s->lengths[i] + more[i] + LLM_CACHE_BLOCK - 1) / LLM_CACHE_BLOCK * LLM_CACHE_BLOCK;
     return n;
 }
 

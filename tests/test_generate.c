@@ -134,7 +134,7 @@ static void test_prompt_is_its_tokens(void **state) {
     const char *prompt = "aaab \xC3\xA9";
     llm_sampler one = lively(1), two = lively(1);
     (void)state;
-    int n = (int)llm_encode(llm_model_tokenizer(llm_context_model(ctx)), prompt, strlen(prompt), LLM_ENCODE_SPECIAL, ids, 64, NULL);
+    int n = (int)llm_encode(llm_model_tokenizer(llm_context_model(ctx)), prompt, strlen(prompt), LLM_TOKENS_SPECIAL, ids, 64, NULL);
     answer *a = fresh(ctx, (llm_generate_desc){.prompt = prompt, .max_tokens = 30, .sampler = &one, .ignore_end = true});
     answer *b = fresh(ctx, (llm_generate_desc){.tokens = ids, .n_tokens = n, .max_tokens = 30, .sampler = &two, .ignore_end = true});
     assert_int_equal(a->stats.n_prompt, n);
@@ -694,7 +694,7 @@ static void test_message_is_text(void **state) {
     if (emulated()) skip(); /* minutes */
     llm_model *model = load_model(model_path(), NULL);
     const llm_tokenizer *tokenizer = llm_model_tokenizer(model);
-    assert_int_equal(llm_encode(tokenizer, "<|im_end|>", 10, LLM_ENCODE_SPECIAL, &end, 1, NULL), 1);
+    assert_int_equal(llm_encode(tokenizer, "<|im_end|>", 10, LLM_TOKENS_SPECIAL, &end, 1, NULL), 1);
     llm_context *ctx = create_context(model, &(llm_context_desc){.n_ctx = 256});
     answer *a = fresh(ctx, (llm_generate_desc){.messages = &plain, .n_messages = 1, .max_tokens = 1});
     int turns = count(llm_seq_tokens(ctx, 0), a->stats.n_prompt, end), starts = count(llm_seq_tokens(ctx, 0), a->stats.n_prompt, llm_tokenizer_bos(tokenizer));

@@ -539,7 +539,7 @@ static llm_status do_encode(void *job, llm_error *err) {
     memset(text, 'a', sizeof text);
     text[100] = (char)0xFF;
     memset(err, 0, sizeof *err);
-    int64_t n = llm_encode(llm_model_tokenizer(s->model), text, sizeof text, LLM_ENCODE_BOS | LLM_ENCODE_SPECIAL, ids, 8, err);
+    int64_t n = llm_encode(llm_model_tokenizer(s->model), text, sizeof text, LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, ids, 8, err);
     assert_true(n > 8 || n == -1);
     return n < 0 ? err->code : LLM_OK;
 }

@@ -403,7 +403,7 @@ static void count_control(llm__env *env, void *arg) {
     llm__chat_text r = llm__chat_render(env, job->tokenizer, job->messages, job->n_messages, true);
     size_t room = 4 * r.n + 8;
     llm_token *ids = (llm_token *)llm__alloc(env, room, sizeof *ids);
-    size_t n = llm__enc_spans(env, job->tokenizer, r.text, r.n, LLM_ENCODE_SPECIAL, r.spans, r.n_spans, ids, room);
+    size_t n = llm__enc_spans(env, job->tokenizer, r.text, r.n, LLM_TOKENS_SPECIAL, r.spans, r.n_spans, ids, room);
     CHECK(n <= room);
     job->n_control = 0;
     for (size_t i = 0; i < n; i++) job->n_control += ids[i] > 0 && ids[i] < 5;
@@ -509,7 +509,7 @@ static void load_families(void) {
 static void fuzz_round_trip(const uint8_t *data, size_t size) {
     if (size < 2) return;
     unsigned family = data[1] % N_FAMILIES, flags = data[0] % 4;
-    bool exact = family < N_EXACT && !tokenizers[family]->nfc && flags != (LLM_ENCODE_BOS | LLM_ENCODE_SPECIAL); /* BOS is shown */
+    bool exact = family < N_EXACT && !tokenizers[family]->nfc && flags != (LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL); /* BOS is shown */
     check_text(tokenizers[family], data + 2, size - 2, flags, exact);
 }
 
