@@ -349,7 +349,7 @@ typedef struct llm__kv {
 } llm__kv;
 
 static __device__ uint16_t *llm__keys(llm__kv kv, int block, int layer, int head) {
-    return kv.data + (size_t)block * kv.block_size + ((size_t)layer * 2 * kv.n_heads + head) * LLM_BLOCK * kv.stride;
+    return kv.data + (size_t)block * kv.block_size + ((size_t)layer * 2 * kv.n_heads + head) * LLM_CACHE_BLOCK * kv.stride;
 }
 
 static __device__ uint16_t *llm__values(llm__kv kv, int block, int layer, int head) {
@@ -377,10 +377,10 @@ static __device__ void llm__store_dim(const llm__qkv_store *s, llm__fwd_rows row
         s->q[((size_t)row * s->n_heads + head) * s->kv.stride + dim] = bits;
         return;
     }
-    int at = rows.positions[row], place = at % LLM_BLOCK, block = llm__table(rows, row)[at / LLM_BLOCK];
+    int at = rows.positions[row], place = at % LLM_CACHE_BLOCK, block = llm__table(rows, row)[at / LLM_CACHE_BLOCK];
     head -= s->n_heads;
     if (head < s->kv.n_heads) llm__keys(s->kv, block, s->layer, head)[(size_t)place * s->kv.stride + dim] = bits;
-    else llm__values(s->kv, block, s->layer, head - s->kv.n_heads)[dim * LLM_BLOCK + place] = bits;
+    else llm__values(s->kv, block, s->layer, head - s->kv.n_heads)[dim * LLM_CACHE_BLOCK + place] = bits;
 }
 
 /* Dimensions of a head go in pairs: those that RoPE turns together, then what is left, by twos. */
@@ -702,7 +702,7 @@ static __device__ void llm__score(const llm__attn_run &a, llm__tile<COLUMNS> *ti
     int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4, head = (int)blockIdx.y;
     float sums[COLUMNS / 8][4] = {};
     if (key < end) {
-        const uint16_t *keys = llm__keys(a.kv, table[key / LLM_BLOCK], a.layer, head) + (size_t)(key % LLM_BLOCK + g) * a.kv.stride + 8 * t;
+        const uint16_t *keys = llm__keys(a.kv, table[key / LLM_CACHE_BLOCK], a.layer, head) + (size_t)(key % LLM_CACHE_BLOCK + g) * a.kv.stride + 8 * t;
         for (int d = 0; d < a.kv.stride; d += 32) {
             uint4 upper = *(const uint4 *)(keys + d), lower = *(const uint4 *)(keys + 8 * a.kv.stride + d);
 #pragma unroll
@@ -752,16 +752,16 @@ static __device__ void llm__gather(const llm__attn_run &a, const llm__tile<COLUM
     for (int j = 0; j < COLUMNS / 8; j++)
         for (int i = 0; i < 4; i++)
             for (int d = 0; d < DIMS; d++) answer[d][j][i] *= tile->shrink[8 * j + 2 * t + i % 2];
-    for (int block = 0; block < LLM__STEP / LLM_BLOCK && key + block * LLM_BLOCK < end; block++) {
-        const uint16_t *values = llm__values(a.kv, table[key / LLM_BLOCK + block], a.layer, (int)blockIdx.y) + g * LLM_BLOCK + 8 * t;
+    for (int block = 0; block < LLM__STEP / LLM_CACHE_BLOCK && key + block * LLM_CACHE_BLOCK < end; block++) {
+        const uint16_t *values = llm__values(a.kv, table[key / LLM_CACHE_BLOCK + block], a.layer, (int)blockIdx.y) + g * LLM_CACHE_BLOCK + 8 * t;
 #pragma unroll
         for (int d = 0; d < DIMS; d++) {
             int dim = 16 * (warp + d * LLM__ATTEND_WARPS);
             if (dim >= a.kv.stride) continue;
-            uint4 upper = *(const uint4 *)(values + dim * LLM_BLOCK), lower = *(const uint4 *)(values + (dim + 8) * LLM_BLOCK);
+            uint4 upper = *(const uint4 *)(values + dim * LLM_CACHE_BLOCK), lower = *(const uint4 *)(values + (dim + 8) * LLM_CACHE_BLOCK);
 #pragma unroll
             for (int j = 0; j < COLUMNS / 8; j++)
-                llm__multiply_32(answer[d][j], upper, lower, *(const uint4 *)&tile->weights[8 * j + g][block * LLM_BLOCK + 8 * t]);
+                llm__multiply_32(answer[d][j], upper, lower, *(const uint4 *)&tile->weights[8 * j + g][block * LLM_CACHE_BLOCK + 8 * t]);
         }
     }
 }
@@ -1153,15 +1153,15 @@ static __global__ void llm__hparams_rope(llm__fwd_rows rows, llm__qkv_store s, c
 
 /* softmax(q . keys) . values; a warp for one head of one row, a lane for each key of a block. */
 static __global__ void llm__plain_attention(llm__attn_run a) {
-    __shared__ float answer[LLM__MOST_HEAD_DIM], weights[LLM_BLOCK];
+    __shared__ float answer[LLM__MOST_HEAD_DIM], weights[LLM_CACHE_BLOCK];
     int head = (int)blockIdx.x, row = (int)blockIdx.y, lane = (int)threadIdx.x, n_keys = a.rows.positions[row] + 1;
     int key_head = head / (a.n_heads / a.kv.n_heads);
     const uint16_t *q = a.q + ((size_t)row * a.n_heads + head) * a.kv.stride;
     float max = -INFINITY, sum = 0;
     for (int dim = lane; dim < a.head_dim; dim += 32) answer[dim] = 0;
     int first_key = llm__attn_first_key(a, n_keys - 1);
-    for (int first = first_key / LLM_BLOCK * LLM_BLOCK; first < n_keys; first += LLM_BLOCK) {
-        int block = llm__table(a.rows, row)[first / LLM_BLOCK];
+    for (int first = first_key / LLM_CACHE_BLOCK * LLM_CACHE_BLOCK; first < n_keys; first += LLM_CACHE_BLOCK) {
+        int block = llm__table(a.rows, row)[first / LLM_CACHE_BLOCK];
         const uint16_t *key = llm__keys(a.kv, block, a.layer, key_head) + (size_t)lane * a.kv.stride;
         const uint16_t *values = llm__values(a.kv, block, a.layer, key_head);
         float score = 0;
@@ -1174,7 +1174,7 @@ static __global__ void llm__plain_attention(llm__attn_run a) {
         __syncwarp();
         for (int dim = lane; dim < a.head_dim; dim += 32) {
             float x = answer[dim] * shrink;
-            for (int i = 0; i < LLM_BLOCK && first + i < n_keys; i++) x += weights[i] * llm__from_bf16(values[dim * LLM_BLOCK + i]);
+            for (int i = 0; i < LLM_CACHE_BLOCK && first + i < n_keys; i++) x += weights[i] * llm__from_bf16(values[dim * LLM_CACHE_BLOCK + i]);
             answer[dim] = x;
         }
         __syncwarp();
@@ -1249,7 +1249,7 @@ typedef struct llm__gpu_layer {
 
 typedef struct llm__gpu_model {
     llm_host host;
-    llm_shape shape;
+    llm_backend_shape shape;
     llm_cuda_mode mode;
     llm_dtype dtype;
     int n_threads, n_processors;
@@ -1266,22 +1266,20 @@ typedef struct llm__gpu_model {
 
 enum { LLM__STAGING = 4 << 20 };
 
-static void *llm__host_resize(const llm_host *host, void *ptr, size_t size) {
-    if (host->resize) return host->resize(host->user, ptr, size);
-    if (size) return realloc(ptr, size);
-    free(ptr);
-    return NULL;
+static void llm__host_free(const llm_host *host, void *ptr) {
+    if (host->alloc) (host->free)(host->user, ptr);
+    else (free)(ptr);
 }
 
 static void *llm__host_zero(const llm_host *host, size_t size, llm_error *err) {
-    void *ptr = llm__host_resize(host, NULL, size);
+    void *ptr = host->alloc ? host->alloc(host->user, size) : malloc(size);
     if (ptr) return memset(ptr, 0, size);
     llm__cuda_error(err, LLM_ERROR_MEMORY, "out of memory: %llu bytes were asked for", (unsigned long long)size);
     return NULL;
 }
 
 /* A matrix without memory. */
-static llm__gpu_matrix llm__describe_matrix(llm_dtype dtype, const llm_weight *weight) {
+static llm__gpu_matrix llm__describe_matrix(llm_dtype dtype, const llm_backend_weight *weight) {
     llm__gpu_matrix m;
     memset(&m, 0, sizeof m);
     if (dtype == LLM_DTYPE_F16) m.format = LLM__F16;
@@ -1295,7 +1293,7 @@ static llm__gpu_matrix llm__describe_matrix(llm_dtype dtype, const llm_weight *w
 /* Scales that belong to a row. */
 static size_t llm__row_scales(llm__gpu_matrix m) { return m.format <= LLM__F16 ? 0 : m.format == LLM__INT8 ? 1 : (size_t)m.k / 32; }
 
-static uint64_t llm__gpu_weight_bytes(llm_dtype dtype, const llm_weight *weight) {
+static uint64_t llm__gpu_weight_bytes(llm_dtype dtype, const llm_backend_weight *weight) {
     llm__gpu_matrix m = llm__describe_matrix(dtype, weight);
     return (uint64_t)m.n * (llm__row_bytes(m) + llm__row_scales(m) * 4);
 }
@@ -1317,7 +1315,7 @@ static llm_status llm__find_gpu(llm__gpu_model *m, llm_error *err) {
     return LLM_OK;
 }
 
-static llm_status llm__check_shape(const llm_shape *s, llm_dtype dtype, llm_error *err) {
+static llm_status llm__check_shape(const llm_backend_shape *s, llm_dtype dtype, llm_error *err) {
     if (dtype == LLM_DTYPE_F32)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU weights are bf16, f16, int8 or int4; desc.dtype asks for f32");
     if (s->n_vocab > LLM__MOST_VOCAB)
@@ -1332,7 +1330,7 @@ static llm_status llm__check_shape(const llm_shape *s, llm_dtype dtype, llm_erro
     return LLM_OK;
 }
 
-static size_t llm__staging_bytes(const llm_shape *s) {
+static size_t llm__staging_bytes(const llm_backend_shape *s) {
     int q = s->n_heads * s->head_dim, most = s->n_embd > s->n_ff ? s->n_embd : s->n_ff;
     size_t row = (size_t)llm__pad(most > q ? most : q, LLM__PAD) * 2;
     return row > LLM__STAGING ? row : (size_t)LLM__STAGING;
@@ -1357,7 +1355,7 @@ static llm_status llm__open_gpu(llm__gpu_model *m, const llm_model_desc *desc, l
     return LLM_OK;
 }
 
-static llm_status llm__gpu_open(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_cuda_mode mode, llm_error *err) {
+static llm_status llm__gpu_open(void **out, const llm_backend_shape *shape, const llm_model_desc *desc, llm_cuda_mode mode, llm_error *err) {
     *out = NULL;
     llm__gpu_model *m = (llm__gpu_model *)llm__host_zero(&desc->host, sizeof *m, err);
     *out = m;
@@ -1370,15 +1368,15 @@ static llm_status llm__gpu_open(void **out, const llm_shape *shape, const llm_mo
     return llm__open_gpu(m, desc, err);
 }
 
-static llm_status llm__open_graph(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_error *err) {
+static llm_status llm__open_graph(void **out, const llm_backend_shape *shape, const llm_model_desc *desc, llm_error *err) {
     return llm__gpu_open(out, shape, desc, LLM_CUDA_GRAPH, err);
 }
 
-static llm_status llm__open_fused(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_error *err) {
+static llm_status llm__open_fused(void **out, const llm_backend_shape *shape, const llm_model_desc *desc, llm_error *err) {
     return llm__gpu_open(out, shape, desc, LLM_CUDA_FUSED, err);
 }
 
-static llm_status llm__open_eager(void **out, const llm_shape *shape, const llm_model_desc *desc, llm_error *err) {
+static llm_status llm__open_eager(void **out, const llm_backend_shape *shape, const llm_model_desc *desc, llm_error *err) {
     return llm__gpu_open(out, shape, desc, LLM_CUDA_EAGER, err);
 }
 
@@ -1408,8 +1406,8 @@ static void llm__gpu_close(void *model) {
     }
     if (m->stream) cudaStreamDestroy(m->stream);
     llm_host host = m->host;
-    if (m->layers) llm__host_resize(&host, m->layers, 0);
-    llm__host_resize(&host, m, 0);
+    if (m->layers) llm__host_free(&host, m->layers);
+    llm__host_free(&host, m);
 }
 
 /* From memory that is not pinned; done when it returns. */
@@ -1420,7 +1418,7 @@ static cudaError_t llm__copy_in(llm__gpu_model *m, void *to, const void *from, s
 
 /* Rows [first, first + n) of a weight, to be converted into a pinned buffer. */
 typedef struct llm__conversion {
-    const llm_weight *weight;
+    const llm_backend_weight *weight;
     llm__gpu_matrix matrix; /* with n rows, in the buffer */
     int first, n_threads;
     size_t scratch_bytes;   /* of a thread: a row of floats and one of groups, see llm__conversion_bytes */
@@ -1428,9 +1426,9 @@ typedef struct llm__conversion {
 } llm__conversion;
 
 /* Groups come behind the floats. */
-static size_t llm__conversion_bytes(const llm_weight *weight) {
+static size_t llm__conversion_bytes(const llm_backend_weight *weight) {
     size_t n_groups = (size_t)llm__pad(weight->cols, 32) / 32;
-    return n_groups * 32 * sizeof(float) + n_groups * sizeof(llm_group);
+    return n_groups * 32 * sizeof(float) + n_groups * sizeof(llm_backend_group);
 }
 
 static void llm__bf16_row(const float *row, int n, uint16_t *out) {
@@ -1464,7 +1462,7 @@ static float llm__int8_row(const float *row, int n, int8_t *out) {
 }
 
 /* The same groups as on the CPU, in the order of llm__gpu_matrix. */
-static void llm__group_row(int format, const llm_group *groups, int n_groups, uint8_t *out, uint32_t *scales) {
+static void llm__group_row(int format, const llm_backend_group *groups, int n_groups, uint8_t *out, uint32_t *scales) {
     for (int g = 0; g < n_groups; g++) {
         scales[g] = groups[g].scale | (uint32_t)groups[g].minimum << 16;
         for (int t = 0; t < 4; t++) {
@@ -1484,14 +1482,14 @@ static void llm__convert_rows(const llm__conversion *c, int index) {
     size_t row_bytes = llm__row_bytes(*m), row_scales = llm__row_scales(*m);
     int n_groups = llm__pad(c->weight->cols, 32) / 32;
     float *row = (float *)(void *)(c->scratch + (size_t)index * c->scratch_bytes);
-    llm_group *groups = (llm_group *)(void *)(row + 32 * n_groups);
+    llm_backend_group *groups = (llm_backend_group *)(void *)(row + 32 * n_groups);
     for (int r = index; r < m->n; r += c->n_threads) {
         uint8_t *to = m->data + r * row_bytes;
         uint32_t *scales = m->scales + r * row_scales;
         memset(to, 0, row_bytes);
         memset(scales, 0, row_scales * 4);
         if (m->format >= LLM__INT8_GROUPS) {
-            llm_weight_groups(c->weight, c->first + r, row, groups);
+            llm_backend_weight_groups(c->weight, c->first + r, row, groups);
             llm__group_row(m->format, groups, n_groups, to, scales);
             continue;
         }
@@ -1524,7 +1522,7 @@ static void llm__convert(llm__conversion *c, int n_threads) {
 }
 
 /* A buffer holds rows and behind them their scales. */
-static llm_status llm__upload_rows(llm__gpu_model *m, const llm_weight *weight, uint8_t *scratch, llm__gpu_matrix matrix, llm_error *err) {
+static llm_status llm__upload_rows(llm__gpu_model *m, const llm_backend_weight *weight, uint8_t *scratch, llm__gpu_matrix matrix, llm_error *err) {
     size_t row_bytes = llm__row_bytes(matrix), scale_bytes = llm__row_scales(matrix) * 4;
     int some = (int)(llm__staging_bytes(&m->shape) / (row_bytes + scale_bytes));
     llm__conversion c = {weight, matrix, 0, 0, llm__conversion_bytes(weight), scratch};
@@ -1543,7 +1541,7 @@ static llm_status llm__upload_rows(llm__gpu_model *m, const llm_weight *weight, 
     return LLM_OK;
 }
 
-static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_weight *weight, llm__gpu_matrix *matrix, llm_error *err) {
+static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_backend_weight *weight, llm__gpu_matrix *matrix, llm_error *err) {
     *matrix = llm__describe_matrix(m->dtype, weight);
     size_t n = (size_t)matrix->n, scale_bytes = n * llm__row_scales(*matrix) * 4;
     if (scale_bytes) LLM__TRY(cudaMalloc((void **)&matrix->scales, scale_bytes));
@@ -1551,23 +1549,23 @@ static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_weight *weight
     uint8_t *scratch = (uint8_t *)llm__host_zero(&m->host, (size_t)m->n_threads * llm__conversion_bytes(weight), err);
     if (!scratch) return LLM_ERROR_MEMORY;
     llm_status status = llm__upload_rows(m, weight, scratch, *matrix, err);
-    llm__host_resize(&m->host, scratch, 0);
+    llm__host_free(&m->host, scratch);
     return status;
 }
 
 /* A row, or a column. */
-static llm_status llm__upload_vector(llm__gpu_model *m, const llm_weight *weight, float **vector, llm_error *err) {
+static llm_status llm__upload_vector(llm__gpu_model *m, const llm_backend_weight *weight, float **vector, llm_error *err) {
     size_t bytes = (size_t)weight->rows * (size_t)weight->cols * sizeof(float);
     LLM__TRY(cudaMalloc((void **)vector, bytes));
     float *row = (float *)llm__host_zero(&m->host, bytes, err);
     if (!row) return LLM_ERROR_MEMORY;
     for (int i = 0; i < weight->rows; i++) weight->read_row(weight, i, row + (size_t)i * (size_t)weight->cols);
     cudaError_t result = llm__copy_in(m, *vector, row, bytes);
-    llm__host_resize(&m->host, row, 0);
+    llm__host_free(&m->host, row);
     return llm__cuda_check(result, "copying a vector to the GPU", err);
 }
 
-static llm_status llm__gpu_upload(void *model, const llm_weight *w, llm_error *err) {
+static llm_status llm__gpu_upload(void *model, const llm_backend_weight *w, llm_error *err) {
     llm__gpu_model *m = (llm__gpu_model *)model;
     llm__gpu_layer *layer = &m->layers[w->layer];
     llm_status status = LLM_OK;
@@ -1632,20 +1630,20 @@ typedef struct llm__gpu_context {
     uint16_t *widened;               /* a piece of a matrix                                       */
     llm__recording passes[LLM__BUCKETS];
     llm__picker_state *picker, *host_picker;
-    int *host_picked;                /* [LLM_BURST]                                               */
+    int *host_picked;                /* [LLM_BACKEND_BURST]                                               */
     cudaEvent_t picked[LLM__AHEAD + 1];
     llm__recording burst_pass;       /* of one row, and the picking of the next                   */
 } llm__gpu_context;
 
 /* Elements of the widest and longest matrix there could be, or of whole rows of at most 64 MB; at least of one. */
-static size_t llm__widest_piece(const llm_shape *s, const llm__sizes *z) {
+static size_t llm__widest_piece(const llm_backend_shape *s, const llm__sizes *z) {
     size_t k = (size_t)(z->n_embd > z->ffn ? z->n_embd : z->ffn), n = (size_t)(s->n_vocab > z->n_wide ? s->n_vocab : z->n_wide);
     if (k < (size_t)z->q) k = (size_t)z->q;
     size_t most = (size_t)32 << 20, all = n * k;
     return all < most ? all : k > most ? k : most;
 }
 
-static llm__sizes llm__find_sizes(const llm_shape *s, const llm_backend_desc *d) {
+static llm__sizes llm__find_sizes(const llm_backend_shape *s, const llm_backend_desc *d) {
     llm__sizes z;
     int qkv = (s->n_heads + 2 * s->n_kv_heads) * s->head_dim;
     z.n_embd = llm__pad(s->n_embd, LLM__PAD);
@@ -1669,15 +1667,15 @@ static void *llm__part(uint8_t *memory, size_t *used, size_t bytes) {
     return at;
 }
 
-static int llm__head_stride(const llm_shape *s) { return llm__pad(s->head_dim, 32); }
+static int llm__head_stride(const llm_backend_shape *s) { return llm__pad(s->head_dim, 32); }
 
-static uint64_t llm__gpu_block_bytes(const llm_shape *s, llm_dtype cache_dtype) {
+static uint64_t llm__gpu_block_bytes(const llm_backend_shape *s, llm_dtype cache_dtype) {
     (void)cache_dtype;
-    return (uint64_t)s->n_layers * 2 * (uint64_t)s->n_kv_heads * LLM_BLOCK * (uint64_t)llm__head_stride(s) * 2;
+    return (uint64_t)s->n_layers * 2 * (uint64_t)s->n_kv_heads * LLM_CACHE_BLOCK * (uint64_t)llm__head_stride(s) * 2;
 }
 
 /* Lays out c->memory: the cache, then everything else. With c->memory NULL only the sizes are found. */
-static void llm__lay_out(llm__gpu_context *c, const llm_shape *s) {
+static void llm__lay_out(llm__gpu_context *c, const llm_backend_shape *s) {
     const llm_backend_desc *d = &c->desc;
     const llm__sizes *z = &c->sizes;
     uint8_t *m = c->memory;
@@ -1714,11 +1712,11 @@ static void llm__lay_out(llm__gpu_context *c, const llm_shape *s) {
     c->host_targets = (int *)llm__part(c->pinned, &used, 2 * n * 4);
     c->host_log_probs = (float *)llm__part(c->pinned, &used, n * 4);
     c->host_picker = (llm__picker_state *)llm__part(c->pinned, &used, sizeof *c->host_picker);
-    c->host_picked = (int *)llm__part(c->pinned, &used, LLM_BURST * sizeof *c->host_picked);
+    c->host_picked = (int *)llm__part(c->pinned, &used, LLM_BACKEND_BURST * sizeof *c->host_picked);
     c->pinned_bytes = used;
 }
 
-static uint64_t llm__gpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
+static uint64_t llm__gpu_scratch_bytes(const llm_backend_shape *s, const llm_backend_desc *d) {
     llm__gpu_context c;
     memset(&c, 0, sizeof c);
     c.desc = *d;
@@ -1741,7 +1739,7 @@ static llm_status llm__create_blas(llm__gpu_context *c, llm_error *err) {
 }
 
 static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     if (c->desc.cache_dtype != LLM_DTYPE_BF16)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU the KV cache is bf16; cache_dtype asks for %s",
                                llm_dtype_name(c->desc.cache_dtype));
@@ -1777,7 +1775,7 @@ static void llm__gpu_context_free(void *context) {
     if (c->pinned) cudaFreeHost(c->pinned);
     if (c->queue.stream) cudaStreamDestroy(c->queue.stream);
     llm_host host = c->desc.host;
-    llm__host_resize(&host, c, 0);
+    llm__host_free(&host, c);
 }
 
 static llm_status llm__gpu_context_create(void **out, void *model, const llm_backend_desc *desc, llm_error *err) {
@@ -1810,7 +1808,7 @@ static llm__fwd_rows llm__place_rows(const llm__gpu_context *c, const int *ints,
 }
 
 /* Neighbouring rows of one sequence are answered together, as many as fit. */
-static int llm__make_tiles(const llm_pass *pass, int most, int *first, int *n) {
+static int llm__make_tiles(const llm_backend_pass *pass, int most, int *first, int *n) {
     int n_tiles = 0;
     for (int row = 0; row < pass->n_rows; row++) {
         if (n_tiles && n[n_tiles - 1] < most && pass->seqs[row] == pass->seqs[row - 1]) {
@@ -1824,12 +1822,12 @@ static int llm__make_tiles(const llm_pass *pass, int most, int *first, int *n) {
 }
 
 /* Sends the pass to the GPU, with the tables of the sequences that are in it. Returns how many query tiles there are. */
-static int llm__send_rows(llm__gpu_context *c, const llm_pass *pass, int capacity) {
+static int llm__send_rows(llm__gpu_context *c, const llm_backend_pass *pass, int capacity) {
     llm__fwd_rows rows = llm__place_rows(c, c->host_rows, capacity);
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     int slot = -1, n_tiles;
     for (int row = 0; row < pass->n_rows; row++) {
-        int seq = pass->seqs[row], used = pass->positions[row] / LLM_BLOCK + 1;
+        int seq = pass->seqs[row], used = pass->positions[row] / LLM_CACHE_BLOCK + 1;
         if (row == 0 || seq != pass->seqs[row - 1]) slot++;
         ((int *)rows.tokens)[row] = pass->tokens[row];
         ((int *)rows.positions)[row] = pass->positions[row];
@@ -1860,7 +1858,7 @@ static llm__start llm__make_start(const llm__gpu_context *c, llm__fwd_rows rows,
 }
 
 static llm__qkv_store llm__make_store(const llm__gpu_context *c, int layer) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     const llm__gpu_layer *l = &c->model->layers[layer];
     llm__qkv_store store = {c->kv, c->q, c->cosines, c->sines, s->n_heads, s->head_dim, s->rope_dim, layer, l->qkv_bias, l->q_norm,
                             l->k_norm, s->rms_eps};
@@ -1869,7 +1867,7 @@ static llm__qkv_store llm__make_store(const llm__gpu_context *c, int layer) {
 
 /* Spans are as long for every pass of a context, so that a row's answer does not depend on the others. */
 static llm__attn_run llm__make_attend(const llm__gpu_context *c, llm__fwd_rows rows, int layer, bool in_spans) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     llm__attn_run a;
     memset(&a, 0, sizeof a);
     a.rows = rows;
@@ -1882,7 +1880,7 @@ static llm__attn_run llm__make_attend(const llm__gpu_context *c, llm__fwd_rows r
     a.layer = layer;
     a.window = s->window;
     a.scale = (float)(1.4426950408889634 / sqrt((double)s->head_dim));
-    a.span = in_spans ? llm__pad((c->desc.blocks_per_seq * LLM_BLOCK + LLM__MOST_SPANS - 1) / LLM__MOST_SPANS, LLM__STEP) : 0;
+    a.span = in_spans ? llm__pad((c->desc.blocks_per_seq * LLM_CACHE_BLOCK + LLM__MOST_SPANS - 1) / LLM__MOST_SPANS, LLM__STEP) : 0;
     a.partial = c->partial;
     a.n_done = c->n_done;
     return a;
@@ -1901,7 +1899,7 @@ static llm__attention_fn llm__choose_attention(int n_columns, int head_stride) {
     return n_columns <= 16 ? llm__choose_dims<16>(head_stride) : llm__choose_dims<32>(head_stride);
 }
 
-static bool llm__is_cancelled(const llm_pass *pass) { return pass->cancel && pass->cancel(pass->cancel_user); }
+static bool llm__is_cancelled(const llm_backend_pass *pass) { return pass->cancel && pass->cancel(pass->cancel_user); }
 
 /* ---- Up to 16 rows: five kernels a layer, six with norms of queries and keys ---- */
 
@@ -1950,14 +1948,14 @@ static void llm__fused_residual(llm__gpu_context *c, llm__fwd_rows rows, int buc
 }
 
 static void llm__run_rope(llm__gpu_context *c, int overlap, llm__fwd_rows rows, int n_rows, int layer) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     llm__launch(&c->queue, overlap, "RoPE", dim3((unsigned)(s->n_heads + 2 * s->n_kv_heads + 3) / 4, (unsigned)n_rows), 128, llm__hparams_rope, rows,
                 llm__make_store(c, layer), c->wide);
 }
 
 static void llm__fused_layer(llm__gpu_context *c, llm__fwd_rows rows, int bucket, int layer) {
     const llm__gpu_model *m = c->model;
-    const llm_shape *s = &m->shape;
+    const llm_backend_shape *s = &m->shape;
     const llm__gpu_layer *l = &m->layers[layer];
     int blocks_per_head = ((s->head_dim + 1) / 2 + LLM__PAIRS - 1) / LLM__PAIRS, group = s->n_heads / s->n_kv_heads;
     const float *next_norm = layer + 1 < s->n_layers ? l[1].attention_norm : m->output_norm;
@@ -2028,7 +2026,7 @@ static void llm__run_graph(llm__gpu_context *c, int bucket, bool pick, llm__reco
     if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaGraphLaunch(r->graph, c->queue.stream), "launching the graph");
 }
 
-static void llm__fused_forward(llm__gpu_context *c, const llm_pass *pass) {
+static void llm__fused_forward(llm__gpu_context *c, const llm_backend_pass *pass) {
     int index = 0;
     while (1 << index < pass->n_rows) index++;
     llm__send_rows(c, pass, LLM__FUSED_ROWS);
@@ -2082,12 +2080,12 @@ static void llm__plain_product(llm__gpu_context *c, llm__gpu_matrix m, const uin
 }
 
 static void llm__plain_norm(llm__gpu_context *c, const float *x, const float *weight, int rows) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     llm__launch(&c->queue, LLM__SERIAL, "a norm", dim3((unsigned)rows), 256, llm__norm, x, weight, s->n_embd, s->rms_eps, c->normed, c->sizes.n_embd);
 }
 
 static void llm__run_attention(llm__gpu_context *c, llm__fwd_rows rows, int n_rows, int n_tiles, int layer) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     llm__attn_run a = llm__make_attend(c, rows, layer, false);
     if (c->model->mode == LLM_CUDA_EAGER)
         llm__launch(&c->queue, LLM__SERIAL, "attention", dim3((unsigned)s->n_heads, (unsigned)n_rows), 32, llm__plain_attention, a);
@@ -2097,7 +2095,7 @@ static void llm__run_attention(llm__gpu_context *c, llm__fwd_rows rows, int n_ro
 }
 
 static void llm__plain_ffn(llm__gpu_context *c, const llm__gpu_layer *l, int n, float *x) {
-    const llm_shape *s = &c->model->shape;
+    const llm_backend_shape *s = &c->model->shape;
     llm__plain_norm(c, x, l->ffn_norm, n);
     llm__plain_product(c, l->gate_up, c->normed, n, c->wide, false);
     llm__launch(&c->queue, LLM__SERIAL, "SwiGLU", dim3((unsigned)(s->n_ff + 255) / 256, (unsigned)n), 256, llm__swiglu, c->wide, s->n_ff,
@@ -2121,8 +2119,8 @@ static void llm__fwd_score_rows(llm__gpu_context *c, int first, int end, int n_t
     }
 }
 
-/* What llm_pass wants instead of logits; usually there is room for all targets at once. */
-static void llm__score_targets(llm__gpu_context *c, const llm_pass *pass) {
+/* What llm_backend_pass wants instead of logits; usually there is room for all targets at once. */
+static void llm__score_targets(llm__gpu_context *c, const llm_backend_pass *pass) {
     int most = c->desc.n_batch;
     for (int first = 0; first < pass->n_targets; first += most) {
         int n = llm__least(pass->n_targets - first, most);
@@ -2140,9 +2138,9 @@ static void llm__score_targets(llm__gpu_context *c, const llm_pass *pass) {
 }
 
 /* Returns false if it was cancelled. */
-static bool llm__plain_forward(llm__gpu_context *c, const llm_pass *pass) {
+static bool llm__plain_forward(llm__gpu_context *c, const llm_backend_pass *pass) {
     const llm__gpu_model *m = c->model;
-    const llm_shape *s = &m->shape;
+    const llm_backend_shape *s = &m->shape;
     int capacity = llm__pad(pass->n_rows, LLM__FUSED_ROWS), n_tiles = llm__send_rows(c, pass, capacity), n = pass->n_rows;
     llm__fwd_rows rows = llm__place_rows(c, c->rows, capacity);
     const uint16_t *attention = c->attention;
@@ -2172,7 +2170,7 @@ static bool llm__plain_forward(llm__gpu_context *c, const llm_pass *pass) {
     return true;
 }
 
-static llm_status llm__gpu_forward(void *context, const llm_pass *pass, llm_error *err) {
+static llm_status llm__gpu_forward(void *context, const llm_backend_pass *pass, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
     size_t n_vocab = (size_t)c->model->shape.n_vocab;
     bool finished = !llm__is_cancelled(pass);
@@ -2198,10 +2196,10 @@ static const float *llm__gpu_logits(void *context, int i) {
    Each pass ends by picking the token of the next, so the host queues passes without knowing their tokens. It is a few
    ahead of the token it awaits: the GPU never waits for it, and little is in vain when that token ends the text. */
 
-static void llm__send_burst(llm__gpu_context *c, const llm_burst *burst) {
+static void llm__send_burst(llm__gpu_context *c, const llm_backend_burst *burst) {
     llm__fwd_rows rows = llm__place_rows(c, c->host_rows, LLM__FUSED_ROWS);
     const llm_sampler *s = burst->sampler;
-    size_t n_blocks = (size_t)(burst->position + burst->n - 1 + LLM_BLOCK - 1) / LLM_BLOCK;
+    size_t n_blocks = (size_t)(burst->position + burst->n - 1 + LLM_CACHE_BLOCK - 1) / LLM_CACHE_BLOCK;
     memset(c->host_rows, 0, (size_t)(rows.tables - c->host_rows) * sizeof(int));
     for (int i = 0; i < 3; i++) c->host_rows[i] = 1; /* llm__fwd_rows.counts */
     const_cast<int *>(rows.positions)[0] = burst->position - 1;
@@ -2227,7 +2225,7 @@ static void llm__queue_token(llm__gpu_context *c, int i) {
     llm__note(&c->queue, cudaEventRecord(c->picked[i % (LLM__AHEAD + 1)], c->queue.stream), "marking a token");
 }
 
-static llm_status llm__gpu_burst(void *context, const llm_burst *burst, llm_error *err) {
+static llm_status llm__gpu_burst(void *context, const llm_backend_burst *burst, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
     bool wanted = true;
     llm__send_burst(c, burst);
@@ -2323,7 +2321,7 @@ static double llm__gpu_measure_flops(void *context) { return llm__measure((llm__
 
 } // namespace llm__cuda
 
-extern const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode) {
+LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode) {
     using namespace llm__cuda;
     static const llm_backend graph = LLM__GPU_BACKEND(llm__open_graph, llm__gpu_burst);
     static const llm_backend fused = LLM__GPU_BACKEND(llm__open_fused, llm__gpu_burst);
@@ -2331,4 +2329,4 @@ extern const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode) {
     return mode == LLM_CUDA_EAGER ? &eager : mode == LLM_CUDA_FUSED ? &fused : &graph;
 }
 
-extern const llm_backend *llm_cuda_backend(void) { return llm_cuda_backend_mode(LLM_CUDA_GRAPH); }
+LLM_API const llm_backend *llm_cuda_backend(void) { return llm_cuda_backend_mode(LLM_CUDA_GRAPH); }

@@ -21,7 +21,7 @@
     build/bench -m MODEL --flops-table [-o md|csv]
 
     A table of the operations per second that the layers reach for a number of sequences of a length, in one pass. It
-    shows how many tokens a batch must have, the theta of LLM_SCHEDULE_DP. bench/flops-table.py draws it. */
+    shows how many tokens a batch must have, min_tokens of LLM_SCHEDULE_DP. bench/flops-table.py draws it. */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
@@ -144,16 +144,10 @@ typedef struct memory {
     size_t now, peak;
 } memory;
 
-/* realloc that counts; the size stands in front of each block. */
-static void *count_resize(void *user, void *ptr, size_t size) {
+/* An allocator that counts; the size stands in front of each block. */
+static void *count_alloc(void *user, size_t size) {
     memory *m = (memory *)user;
-    size_t *block = ptr ? (size_t *)ptr - 2 : NULL;
-    if (block) m->now -= block[0];
-    if (!size) {
-        free(block);
-        return NULL;
-    }
-    block = (size_t *)realloc(block, size + 2 * sizeof *block);
+    size_t *block = (size_t *)malloc(size + 2 * sizeof *block);
     if (!block) return NULL;
     block[0] = size;
     m->now += size;
@@ -161,11 +155,17 @@ static void *count_resize(void *user, void *ptr, size_t size) {
     return block + 2;
 }
 
+static void count_free(void *user, void *ptr) {
+    size_t *block = (size_t *)ptr - 2;
+    ((memory *)user)->now -= block[0];
+    free(block);
+}
+
 /* ---- Random models ---- */
 
 typedef struct shape {
     const char *name;
-    llm_shape shape;
+    llm_backend_shape shape;
     int n_ctx;
 } shape;
 
@@ -178,13 +178,13 @@ static const shape SHAPES[] = {
 /* Rows differ, but cost little: a window onto one run of random numbers. */
 enum { RANDOM_RUN = 1 << 16 };
 
-static void random_row(const llm_weight *weight, int row, float *out) {
+static void random_row(const llm_backend_weight *weight, int row, float *out) {
     const float *run = (const float *)weight->source;
     size_t at = ((size_t)row * 7919 + (size_t)weight->layer * 104729 + (size_t)weight->kind * 1299709) % RANDOM_RUN;
     for (int i = 0; i < weight->cols; i++, at = (at + 1) % RANDOM_RUN) out[i] = weight->rows == 1 ? 1 : run[at];
 }
 
-static const void *no_raw_row(const llm_weight *weight, int row, int *type) {
+static const void *no_raw_row(const llm_backend_weight *weight, int row, int *type) {
     (void)weight, (void)row;
     *type = LLM__F32;
     return NULL;
@@ -198,10 +198,10 @@ typedef struct random_args {
 } random_args;
 
 /* Counts what a weight takes, or uploads it once the device is there. */
-static void random_weight(llm__env *env, random_args *a, llm_weight_kind kind, int layer) {
-    const llm_shape *s = &a->shape->shape;
+static void random_weight(llm__env *env, random_args *a, llm_backend_weight_kind kind, int layer) {
+    const llm_backend_shape *s = &a->shape->shape;
     int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
-    llm_weight w = {kind, layer, 1, s->n_embd, a->run, random_row, no_raw_row, NULL, false};
+    llm_backend_weight w = {kind, layer, 1, s->n_embd, a->run, random_row, no_raw_row, NULL, false};
     if (kind == LLM_WEIGHT_EMBEDDING || kind == LLM_WEIGHT_HEAD) w.rows = s->n_vocab;
     if (kind == LLM_WEIGHT_QKV) w.rows = q + 2 * kv;
     if (kind == LLM_WEIGHT_GATE_UP) w.rows = 2 * s->n_ff;
@@ -219,7 +219,7 @@ static void random_weight(llm__env *env, random_args *a, llm_weight_kind kind, i
 }
 
 static void random_weights(llm__env *env, random_args *a) {
-    static const llm_weight_kind kinds[] = {LLM_WEIGHT_ATTENTION_NORM, LLM_WEIGHT_QKV, LLM_WEIGHT_ATTENTION_OUT, LLM_WEIGHT_FFN_NORM,
+    static const llm_backend_weight_kind kinds[] = {LLM_WEIGHT_ATTENTION_NORM, LLM_WEIGHT_QKV, LLM_WEIGHT_ATTENTION_OUT, LLM_WEIGHT_FFN_NORM,
                                             LLM_WEIGHT_GATE_UP, LLM_WEIGHT_DOWN};
     random_weight(env, a, LLM_WEIGHT_EMBEDDING, 0);
     for (int i = 0; i < a->shape->shape.n_layers; i++)
@@ -231,7 +231,7 @@ static void random_weights(llm__env *env, random_args *a) {
 static void random_body(llm__env *env, void *arg) {
     random_args *a = (random_args *)arg;
     llm_model *m = a->model = (llm_model *)llm__alloc_zero(env, 1, sizeof *m);
-    const llm_shape *s = &a->shape->shape;
+    const llm_backend_shape *s = &a->shape->shape;
     double *frequencies = (double *)llm__alloc(env, (size_t)s->rope_dim / 2, sizeof *frequencies);
     for (int i = 0; i < s->rope_dim / 2; i++) frequencies[i] = llm__math_exp2(-2.0 * i / s->rope_dim * llm__math_log2(10000));
     m->tokenizer = (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *m->tokenizer); /* of no tokens: they have no text */
@@ -313,7 +313,7 @@ static double run(llm_context *ctx, int n, int step) {
 
 /* Operations of a prefill of n tokens after d others: products, and attention to all keys before. */
 static double prefill_operations(const llm_model *model, int n, int d) {
-    const llm_shape *s = &model->shape;
+    const llm_backend_shape *s = &model->shape;
     double q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
     double weights = (double)s->n_layers * s->n_embd * (2 * q + 2 * kv + 3.0 * s->n_ff);
     double keys = (double)n * d + (double)n * (n + 1) / 2;
@@ -322,7 +322,7 @@ static double prefill_operations(const llm_model *model, int n, int d) {
 
 static double decode_bytes(const llm_model *model, int n, int d) {
     llm_dtype type = llm__model_cache_dtype(model->backend, model->info.dtype);
-    double cache = (double)model->backend->block_bytes(&model->shape, type) / LLM_BLOCK;
+    double cache = (double)model->backend->block_bytes(&model->shape, type) / LLM_CACHE_BLOCK;
     return (double)model->info.weight_bytes_per_token + cache * (d + n / 2.0);
 }
 
@@ -443,7 +443,7 @@ static void compare_draft(llm_context *ctx, const options *opt, const char *name
     for (int i = 0; i < opt->n_texts; i++) {
         char *text = read_text(opt->texts[i]);
         llm_stats stats;
-        memset(&draft.state, 0, sizeof draft.state); /* each text is the first */
+        memset(&draft.learnt, 0, sizeof draft.learnt); /* each text is the first */
         continue_text(ctx, opt, text, NULL, plain, &stats); /* warms up */
         for (int round = 0; round < opt->n_rounds; round++) {
             rates[round] = continue_text(ctx, opt, text, NULL, plain, &stats);
@@ -503,7 +503,7 @@ static void compare_rows(llm_context *ctx, const options *opt, int depth) {
 /* What --draft and --rows ask for, of one type and number of threads. */
 static void compare(const options *opt, llm_dtype dtype, int n_threads) {
     llm_model_desc desc = {.dtype = dtype, .n_threads = n_threads, .isa = getenv("LLM_ISA")};
-    llm_context_desc context_desc = {.n_logits = opt->n_rows ? MOST_ROWS : LLM_DRAFT_MOST + 1, .n_threads = n_threads};
+    llm_context_desc context_desc = {.n_logits = opt->n_rows ? MOST_ROWS : LLM_DRAFT_MAX + 1, .n_threads = n_threads};
     llm_model *model = NULL;
     llm_context *ctx = NULL;
     llm_error err;
@@ -554,7 +554,7 @@ static void print_result(const char *format, const result *r, bool first) {
 static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
     for (int t = 0; t < opt->n_threads; t++) {
         memory mem = {0, 0};
-        llm_model_desc desc = {.dtype = dtype, .n_threads = opt->threads[t], .isa = getenv("LLM_ISA"), .host = {.resize = count_resize, .user = &mem}};
+        llm_model_desc desc = {.dtype = dtype, .n_threads = opt->threads[t], .isa = getenv("LLM_ISA"), .host = {.alloc = count_alloc, .free = count_free, .user = &mem}};
         int most = 0;
         for (int i = 0; i < opt->n_depths; i++) most = opt->depths[i] > most ? opt->depths[i] : most;
         llm_context_desc context_desc = {.n_ctx = most + opt->n_prefill + opt->n_decode, .n_batch = opt->n_prefill, .n_threads = opt->threads[t]};
@@ -582,7 +582,7 @@ static const int table_batches[BATCHES] = {1, 2, 4, 8, 16, 32}, table_lengths[LE
 /* Operations of the layers: products, and attention to all tokens before. The last layer ends behind keys and values, for
    no logits are asked for. */
 static double layer_operations(const llm_model *model, double batch, double length) {
-    const llm_shape *s = &model->shape;
+    const llm_backend_shape *s = &model->shape;
     double q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
     double inputs = s->n_embd * (q + 2 * kv), rest = s->n_embd * (q + 3.0 * s->n_ff);
     return batch * (2 * length * (s->n_layers * inputs + (s->n_layers - 1) * rest) +

@@ -36,7 +36,7 @@ enum { PROMPT = 6, DEEP = 3800, NEW_TOKENS = 200 };
 
 typedef struct bench {
     const shape *s;
-    llm_shape llm;
+    llm_backend_shape llm;
     const llm_backend *backend;
     void *model, *context;
     const char *mode, *dtype;
@@ -55,7 +55,7 @@ static void check(llm_status status, const llm_error *err) {
 }
 
 /* Cheap numbers of about the right size; each row begins elsewhere in a short list. */
-static void random_row(const llm_weight *weight, int row, float *out) {
+static void random_row(const llm_backend_weight *weight, int row, float *out) {
     unsigned x = (unsigned)row * 2654435761u + (unsigned)weight->kind * 40503u + 12345u;
     for (int i = 0; i < weight->cols; i++) {
         x = x * 1664525u + 1013904223u;
@@ -64,13 +64,13 @@ static void random_row(const llm_weight *weight, int row, float *out) {
 }
 
 /* So that int4 makes its groups of the numbers above. */
-static const void *no_raw_row(const llm_weight *, int, int *type) {
+static const void *no_raw_row(const llm_backend_weight *, int, int *type) {
     *type = 0; /* F32 */
     return NULL;
 }
 
-static void upload(bench *b, llm_dtype dtype, llm_weight_kind kind, int layer, int rows, int cols) {
-    llm_weight w = {};
+static void upload(bench *b, llm_dtype dtype, llm_backend_weight_kind kind, int layer, int rows, int cols) {
+    llm_backend_weight w = {};
     llm_error err;
     w.kind = kind;
     w.layer = layer;
@@ -99,7 +99,7 @@ static void upload_all(bench *b, llm_dtype dtype) {
 
 static void open_model(bench *b, llm_dtype dtype) {
     const shape *s = b->s;
-    llm_shape &shape = b->llm;
+    llm_backend_shape &shape = b->llm;
     llm_model_desc desc = {};
     llm_error err;
     shape.n_vocab = s->n_vocab;
@@ -121,7 +121,7 @@ static void open_model(bench *b, llm_dtype dtype) {
 }
 
 /* Keys and values of about the size of real ones, all over the cache. */
-static void fill_cache(bench *b, const llm_shape *shape, int n_blocks) {
+static void fill_cache(bench *b, const llm_backend_shape *shape, int n_blocks) {
     std::vector<uint16_t> block((size_t)b->backend->block_bytes(shape, LLM_DTYPE_BF16) / 2);
     llm_error err;
     unsigned x = 1;
@@ -135,7 +135,7 @@ static void fill_cache(bench *b, const llm_shape *shape, int n_blocks) {
 static void open_context(bench *b) {
     llm_backend_desc desc = {};
     llm_error err;
-    int blocks = b->s->n_ctx / LLM_BLOCK, n_batch = b->s->n_ctx < 2048 ? b->s->n_ctx : 2048;
+    int blocks = b->s->n_ctx / LLM_CACHE_BLOCK, n_batch = b->s->n_ctx < 2048 ? b->s->n_ctx : 2048;
     desc.n_seq = 1;
     desc.blocks_per_seq = desc.n_cache_blocks = blocks;
     desc.n_batch = n_batch;
@@ -153,7 +153,7 @@ static void open_context(bench *b) {
 }
 
 static void forward(bench *b, int from, int n) {
-    llm_pass pass = {};
+    llm_backend_pass pass = {};
     llm_error err;
     int last = n - 1;
     for (int i = 0; i < n; i++) {
@@ -196,9 +196,9 @@ static void decode(bench *b, int depth, int n, bool on_host) {
     static const llm_sampler greedy = {};
     llm_error err;
     for (int done = 0; done < n;) {
-        int some = on_host ? 1 : n - done < LLM_BURST ? n - done : (int)LLM_BURST;
+        int some = on_host ? 1 : n - done < LLM_BACKEND_BURST ? n - done : (int)LLM_BACKEND_BURST;
         if (on_host) b->tokens[0] = best_token(b);
-        llm_burst burst = {some, depth + done, b->table.data(), &greedy, go_on, NULL};
+        llm_backend_burst burst = {some, depth + done, b->table.data(), &greedy, go_on, NULL};
         if (!on_host) check(b->backend->burst(b->context, &burst, &err), &err);
         done += some;
         forward(b, depth + done - 1, 1); /* of a burst's last token, so that the next one has logits */
@@ -269,7 +269,7 @@ static void cut_text(const llm_tokenizer *tokenizer, const std::string &context,
     llm_error err;
     int64_t n_context;
     text.resize(4 * (context.size() + ending.size()) + 16);
-    int64_t n = llm_encode_pair(tokenizer, context.c_str(), (" " + ending).c_str(), LLM_ENCODE_BOS, text.data(), text.size(), &n_context, &err);
+    int64_t n = llm_encode_pair(tokenizer, context.c_str(), (" " + ending).c_str(), LLM_TOKENS_ENDS, text.data(), text.size(), &n_context, &err);
     if (n < 0) check(err.code, &err);
     text.resize((size_t)n);
     for (llm_token &token : text) token %= n_vocab;

@@ -53,7 +53,7 @@ static const struct argp_option option_list[] = {
     {"limit", KEY_LIMIT, "N", 0, "the first N questions only", 1},
     {"no-label", KEY_NO_LABEL, NULL, 0, "leave the activity label out", 1},
     {"results", KEY_RESULTS, "FILE", 0, "keep answers here, and go on behind those that it has", 1},
-    {"schedule", KEY_SCHEDULE, "NAME", 0, "packed (default); fixed:N texts at a time; dp or dp:THETA or dp:THETA,THETA_CONTEXT", 2},
+    {"schedule", KEY_SCHEDULE, "NAME", 0, "packed (default); fixed:N texts at a time; dp, dp:TOKENS or dp:TOKENS,CONTEXT_TOKENS: tokens in a batch of endings, of contexts", 2},
     {"no-share", KEY_NO_SHARE, NULL, 0, "compute the context anew for each ending", 2},
     {"batch", KEY_BATCH, "N", 0, "tokens in one pass (default: 512)", 2},
     {"count", KEY_COUNT, NULL, 0, "only count the tokens this would compute", 2},
@@ -86,9 +86,9 @@ static void parse_schedule(struct argp_state *state, const char *text, llm_score
         d->batch = parse_whole(state, text + 6);
     } else if (!strcmp(text, "dp") || !strncmp(text, "dp:", 3)) {
         d->schedule = LLM_SCHEDULE_DP;
-        if (*end) d->theta = parse_number(state, end + 1, &end);
-        if (*end == ',') d->theta_context = parse_whole(state, end + 1);
-        else if (*end) argp_error(state, "'%s' is not dp:THETA,THETA_CONTEXT", text);
+        if (*end) d->min_tokens = parse_number(state, end + 1, &end);
+        if (*end == ',') d->min_context_tokens = parse_whole(state, end + 1);
+        else if (*end) argp_error(state, "'%s' is not dp:TOKENS,CONTEXT_TOKENS", text);
     } else {
         argp_error(state, "--schedule: '%s' is none of packed, fixed:N, dp", text);
     }
@@ -109,7 +109,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_NO_LABEL: opt->no_label = true; break;
     case KEY_RESULTS: opt->results = arg; break;
     case KEY_SCHEDULE: parse_schedule(state, arg, &opt->score); break;
-    case KEY_NO_SHARE: opt->score.no_share = true; break;
+    case KEY_NO_SHARE: opt->score.recompute_context = true; break;
     case KEY_COUNT: opt->count = true; break;
     case KEY_DTYPE:
         opt->dtype = llm_dtype_from_name(arg);
@@ -414,7 +414,7 @@ static bool tokenize_question(const llm_tokenizer *tokenizer, question *q, llm_e
         spaced[0] = ' ';
         memcpy(spaced + 1, q->endings[e], n_bytes);
         q->tokens[e] = (llm_token *)must_alloc(room * sizeof(llm_token));
-        int64_t n = llm_encode_pair(tokenizer, q->context, spaced, LLM_ENCODE_BOS | LLM_ENCODE_SPECIAL, q->tokens[e], room, &n_context, err);
+        int64_t n = llm_encode_pair(tokenizer, q->context, spaced, LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, q->tokens[e], room, &n_context, err);
         free(spaced);
         if (n < 0) return false;
         q->tokens[e] = (llm_token *)realloc(q->tokens[e], (size_t)(n + 1) * sizeof(llm_token));

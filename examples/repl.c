@@ -121,7 +121,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         break;
     case KEY_DTYPE: opt->dtype = parse_dtype(state, arg); break;
     case KEY_DRAFT: opt->draft = check_draft(state, arg); break;
-    case KEY_DRAFT_MAX: opt->draft_max = (int)parse_integer(state, "--draft-max", arg, 1, LLM_DRAFT_MOST); break;
+    case KEY_DRAFT_MAX: opt->draft_max = (int)parse_integer(state, "--draft-max", arg, 1, LLM_DRAFT_MAX); break;
     case KEY_CTX: opt->n_ctx = (int)parse_integer(state, "--ctx", arg, 1, INT_MAX); break;
     case ARGP_KEY_ARG: argp_error(state, "'%s' is not an option; text to answer goes after -p", arg); break;
     case ARGP_KEY_END: finish_options(state, opt); break;
@@ -209,7 +209,7 @@ static llm_status load(repl *r, llm_error *err) {
     llm_model_desc model_desc = {.dtype = r->opt.dtype, .n_threads = r->opt.n_threads, .isa = getenv("LLM_ISA")};
     llm_context_desc context_desc = {.n_ctx = r->opt.n_ctx, .n_threads = r->opt.n_threads};
     if (watched) model_desc.host.progress = show_progress;
-    if (r->opt.draft) context_desc.n_logits = LLM_DRAFT_MOST + 1;
+    if (r->opt.draft) context_desc.n_logits = LLM_DRAFT_MAX + 1;
     double start = now();
     llm_status status = llm_model_load(&r->model, r->opt.model, &model_desc, err);
     if (status == LLM_OK) status = llm_context_create(&r->ctx, r->model, &context_desc, err);

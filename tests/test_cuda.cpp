@@ -505,7 +505,7 @@ static void scores_as_cpu(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype d
     static const struct {
         int n_seq, n_batch, n_logits;
         llm_schedule schedule;
-        bool no_share;
+        bool recompute_context;
     } ways[] = {{9, 4, 3, LLM_SCHEDULE_PACKED, false}, {60, 200, 1, LLM_SCHEDULE_PACKED, false}, {20, 40, 1, LLM_SCHEDULE_DP, false},
                 {60, 200, 170, LLM_SCHEDULE_FIXED, true}};
     llm_model *cpu = load(spec, NULL, dtype), *gpu = load(spec, llm_cuda_backend_mode(mode), dtype);
@@ -522,7 +522,7 @@ static void scores_as_cpu(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype d
         desc.n_logits = way.n_logits;
         desc.n_threads = 2;
         how.schedule = way.schedule;
-        how.no_share = way.no_share;
+        how.recompute_context = way.recompute_context;
         std::vector<double> expected = score(cpu, z, desc, how), got = score(gpu, z, desc, how);
         double squares = 0, differences = 0;
         for (size_t i = 0, at = 0; i < QUESTIONS; i++)
@@ -643,14 +643,14 @@ static llm_status make_and_free(void *job, llm_error *err) {
     llm_context_desc context_desc = {};
     llm_model *model = NULL;
     llm_context *ctx = NULL;
-    uint8_t *data = tiny_model(&SMALL, &desc.data_size);
-    desc.data = data;
+    size_t size;
+    uint8_t *data = tiny_model(&SMALL, &size);
     desc.backend = llm_cuda_backend();
     desc.n_threads = 2;
     desc.host = heap_host((heap *)job);
     context_desc.n_ctx = 64;
     context_desc.n_batch = 16;
-    llm_status status = llm_model_load(&model, NULL, &desc, err);
+    llm_status status = llm_model_load_memory(&model, data, size, &desc, err);
     if (!status) status = llm_context_create(&ctx, model, &context_desc, err);
     llm_context_free(ctx);
     llm_model_free(model);

@@ -17,9 +17,9 @@ static int open_isa(fixture *f, const char *isa) {
     static const llm_token tokens[1] = {7};
     llm_model_desc desc = {.isa = isa, .n_threads = 1};
     llm_context_desc context_desc = {.n_threads = 1};
-    uint8_t *data = tiny_model(&SPEC, &desc.data_size);
-    desc.data = data;
-    if (llm_model_load(&f->model, NULL, &desc, NULL) || llm_context_create(&f->ctx, f->model, &context_desc, NULL)) return -1;
+    size_t size;
+    uint8_t *data = tiny_model(&SPEC, &size);
+    if (llm_model_load_memory(&f->model, data, size, &desc, NULL) || llm_context_create(&f->ctx, f->model, &context_desc, NULL)) return -1;
     free(data);
     if (llm_forward(f->ctx, &(llm_batch){1, tokens, NULL, NULL}, NULL)) return -1;
     f->logits = (float *)(uintptr_t)llm_logits(f->ctx, 0);

@@ -127,14 +127,14 @@ static void test_sum(void **state) {
 /* ---- The same bits ---- */
 
 static const llm_score_desc SCHEDULES[] = {{.schedule = LLM_SCHEDULE_PACKED},
-                                           {.schedule = LLM_SCHEDULE_PACKED, .no_share = true},
-                                           {.schedule = LLM_SCHEDULE_FIXED, .batch = 1, .no_share = true},
+                                           {.schedule = LLM_SCHEDULE_PACKED, .recompute_context = true},
+                                           {.schedule = LLM_SCHEDULE_FIXED, .batch = 1, .recompute_context = true},
                                            {.schedule = LLM_SCHEDULE_FIXED, .batch = 1},
-                                           {.schedule = LLM_SCHEDULE_FIXED, .no_share = true},
+                                           {.schedule = LLM_SCHEDULE_FIXED, .recompute_context = true},
                                            {.schedule = LLM_SCHEDULE_FIXED, .batch = 5},
-                                           {.schedule = LLM_SCHEDULE_DP, .theta = 300, .no_share = true},
-                                           {.schedule = LLM_SCHEDULE_DP, .theta = 1, .theta_context = 1},
-                                           {.schedule = LLM_SCHEDULE_DP, .theta = 100, .theta_context = 200},
+                                           {.schedule = LLM_SCHEDULE_DP, .min_tokens = 300, .recompute_context = true},
+                                           {.schedule = LLM_SCHEDULE_DP, .min_tokens = 1, .min_context_tokens = 1},
+                                           {.schedule = LLM_SCHEDULE_DP, .min_tokens = 100, .min_context_tokens = 200},
                                            {.schedule = LLM_SCHEDULE_DP}};
 enum { N_SCHEDULES = sizeof SCHEDULES / sizeof *SCHEDULES };
 
@@ -296,7 +296,7 @@ static void test_refusals(void **state) {
     llm_question bad = {&token, 1, 2, endings, ones};
     assert_int_equal(llm_score(ctx, &bad, 1, NULL, results, NULL, &err), LLM_ERROR_ARGUMENT);
     assert_string_equal(err.message, "question 0: token 0 of an ending is 856; the vocabulary has 856");
-    llm_score_desc wrong_desc = {.schedule = (llm_schedule)3}, negative = {.theta = -1};
+    llm_score_desc wrong_desc = {.schedule = (llm_schedule)3}, negative = {.min_tokens = -1};
     assert_int_equal(llm_score(ctx, &q, 1, &wrong_desc, results, NULL, &err), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_score(ctx, &q, 1, &negative, results, NULL, &err), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_seq_length(ctx, 0), 1); /* what is refused has touched nothing */
@@ -335,12 +335,14 @@ typedef struct budget {
     int left;
 } budget;
 
-static void *spend(void *user, void *ptr, size_t size) {
+static void *spend(void *user, size_t size) {
     budget *b = (budget *)user;
-    if (size && b->left-- <= 0) return NULL;
-    if (size) return realloc(ptr, size);
+    return b->left-- > 0 ? malloc(size) : NULL;
+}
+
+static void give_back(void *user, void *ptr) {
+    (void)user;
     free(ptr);
-    return NULL;
 }
 
 /* Each allocation fails once. */
@@ -349,7 +351,7 @@ static void test_memory(void **state) {
     double results[QUESTIONS * MOST_ENDINGS];
     budget b = {1 << 20};
     llm_model *model = load(LLM_DTYPE_F32, NULL);
-    llm_context_desc desc = {.n_ctx = 100, .n_seq = 8, .n_batch = 64, .n_threads = 1, .host = {.resize = spend, .user = &b}};
+    llm_context_desc desc = {.n_ctx = 100, .n_seq = 8, .n_batch = 64, .n_threads = 1, .host = {.alloc = spend, .free = give_back, .user = &b}};
     llm_context *ctx = create_context(model, &desc);
     (void)state;
     make_quiz(&z);
@@ -383,7 +385,7 @@ static void encode_like(const llm_tokenizer *tokenizer, json_t *line, int ending
     llm_error err;
     json_t *context = json_object_get(line, "context"), *rest = json_array_get(json_object_get(line, "endings"), (size_t)ending);
     snprintf(text, sizeof text, " %s", json_string_value(json_array_get(json_object_get(line, "choices"), (size_t)ending)));
-    int64_t n = llm_encode_pair(tokenizer, json_string_value(json_object_get(line, "query")), text, LLM_ENCODE_BOS | LLM_ENCODE_SPECIAL,
+    int64_t n = llm_encode_pair(tokenizer, json_string_value(json_object_get(line, "query")), text, LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL,
                                 ids, 256, &n_first, &err);
     assert_int_equal(n_first, json_array_size(context));
     assert_int_equal(n, json_array_size(context) + json_array_size(rest));
@@ -448,13 +450,13 @@ static void test_default_schedules(void **state) {
 
 static void check_pair(const llm_tokenizer *t, const char *context, const char *ending, const char *first, const char *second) {
     llm_token ids[64], expected[64];
-    int64_t n_context, n = llm_encode_pair(t, context, ending, LLM_ENCODE_SPECIAL, ids, 64, &n_context, NULL);
-    int64_t n_first = llm_encode(t, first, strlen(first), LLM_ENCODE_SPECIAL, expected, 64, NULL);
-    int64_t n_second = llm_encode(t, second, strlen(second), LLM_ENCODE_SPECIAL, expected + n_first, (size_t)(64 - n_first), NULL);
+    int64_t n_context, n = llm_encode_pair(t, context, ending, LLM_TOKENS_SPECIAL, ids, 64, &n_context, NULL);
+    int64_t n_first = llm_encode(t, first, strlen(first), LLM_TOKENS_SPECIAL, expected, 64, NULL);
+    int64_t n_second = llm_encode(t, second, strlen(second), LLM_TOKENS_SPECIAL, expected + n_first, (size_t)(64 - n_first), NULL);
     assert_int_equal(n_context, n_first);
     assert_int_equal(n, n_first + n_second);
     assert_memory_equal(ids, expected, (size_t)n * sizeof *ids);
-    assert_int_equal(llm_encode_pair(t, context, ending, LLM_ENCODE_SPECIAL, NULL, 0, &n_context, NULL), n);
+    assert_int_equal(llm_encode_pair(t, context, ending, LLM_TOKENS_SPECIAL, NULL, 0, &n_context, NULL), n);
     assert_int_equal(n_context, n_first);
 }
 

@@ -32,7 +32,7 @@ static llm_status oracle_propose(void *user, const llm_draft_request *r, llm_dra
     int wanted = r->n_wanted[0];
     o->n_calls++;
     assert_int_equal(r->n_tokens, llm_seq_length(r->ctx, r->seq) + 1);
-    assert_in_range(wanted, 0, LLM_DRAFT_MOST);
+    assert_in_range(wanted, 0, LLM_DRAFT_MAX);
     assert_int_equal(g->n, 0);
     if (o->habit == FAILS) {
         err->code = LLM_ERROR_DEVICE;
@@ -121,7 +121,7 @@ static void assert_same(const answer *a, const answer *b) {
 static void assert_draft_stats(const llm_stats *s) {
     const llm_draft_stats *d = &s->draft;
     int passes = 0, accepted = 0;
-    for (int i = 0; i <= LLM_DRAFT_MOST; i++) {
+    for (int i = 0; i <= LLM_DRAFT_MAX; i++) {
         passes += d->n_by_accepted[i];
         accepted += i * d->n_by_accepted[i];
     }
@@ -156,12 +156,12 @@ static int whole_text(llm_context *ctx, const char *prompt, const llm_sampler *s
 
 /* As if plain passes took for ever and others no time, so that guesses are checked until the true times are known. */
 static void encourage(llm_draft *draft) {
-    memset(&draft->state, 0, sizeof draft->state);
-    for (int i = 0; i < LLM_DRAFT_SIZES; i++) {
-        for (int j = 0; j < LLM_DRAFT_RECENT; j++) draft->state.passes[i].recent[j] = i ? 1e-9f * (1 + 0.01f * (float)i) : 1000;
-        draft->state.passes[i].n = 1 << 20;
+    memset(&draft->learnt, 0, sizeof draft->learnt);
+    for (int i = 0; i < LLM_DRAFT_LEARNT_SIZES; i++) {
+        for (int j = 0; j < LLM_DRAFT_LEARNT_TIMES; j++) draft->learnt.passes[i].recent[j] = i ? 1e-9f * (1 + 0.01f * (float)i) : 1000;
+        draft->learnt.passes[i].n = 1 << 20;
     }
-    draft->state.seconds = 1e9;
+    draft->learnt.seconds = 1e9;
 }
 
 static void test_any_draft(void **state) {
@@ -461,9 +461,9 @@ static void test_refused(void **state) {
 static void test_padded(void **state) {
     llm_context *ctx = open_tiny(200, 1);
     llm_model_desc desc = {.dtype = LLM_DTYPE_BF16, .n_threads = 1};
-    uint8_t *data = tiny_padded(&SPEC, 20, &desc.data_size);
-    desc.data = data;
-    llm_model *model = load_model(NULL, &desc);
+    size_t size;
+    uint8_t *data = tiny_padded(&SPEC, 20, &size);
+    llm_model *model = load_memory(data, size, &desc);
     free(data);
     llm_draft draft = draft_model(ctx, model);
     static const llm_sampler samplers[] = {{0}, {.temperature = 1, .seed = 3}};
@@ -565,16 +565,16 @@ static void check_distribution(llm_context *ctx, llm_sampler sampler, llm_draft 
             biases[sampler.n_biases++].bias = -INFINITY;
         }
     encourage(draft);
-    draft->state.guess.n = 1; /* costs nothing, and is always right: three are checked at once */
-    for (int i = 0; i < LLM_DRAFT_MOST; i++) draft->state.n_right[0][i] = draft->state.n_known[0][i] = 100;
-    const llm_draft_state willing = draft->state;
+    draft->learnt.guess.n = 1; /* costs nothing, and is always right: three are checked at once */
+    for (int i = 0; i < LLM_DRAFT_MAX; i++) draft->learnt.n_right[0][i] = draft->learnt.n_known[0][i] = 100;
+    const llm_draft_learnt willing = draft->learnt;
     for (int t = 0; t < n_texts; t++) {
         answer a;
         memset(&a.stats, 0, sizeof a.stats);
         a.n_tokens = a.last_token = 0;
         /* The context's first token is 'b' again, so nothing of the prompt is computed anew but its last token. */
         llm_generate_desc desc = {.tokens = text, .n_tokens = 1, .max_tokens = 5, .sampler = &sampler, .draft = draft, .on_token = on_token, .user = &a};
-        draft->state = willing;
+        draft->learnt = willing;
         if (llm_generate(ctx, &desc, &a.stats, NULL)) fail();
         assert_int_equal(a.n_tokens, 5);
         seen[((a.tokens[0] - 'a') * FEW + a.tokens[1] - 'a') * FEW + a.tokens[2] - 'a']++;
@@ -653,7 +653,7 @@ static void test_keeps_text(void **state) {
     (void)state;
     for (uint64_t seed = 0; seed < 10; seed++) {
         encourage(&draft);
-        draft.state.guess.n = 1;
+        draft.learnt.guess.n = 1;
         check_draft(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 20, .ignore_end = true, .draft_keeps_text = true},
                     &(llm_sampler){.temperature = 1, .seed = seed}, &draft);
     }

@@ -145,7 +145,7 @@ static void test_sentencepiece(void **state) {
     vocabulary v = spm_vocabulary();
     llm_tokenizer *t = build(&v);
     check_ids(t, "", 0, "");
-    check_ids(t, "", LLM_ENCODE_BOS, "1");
+    check_ids(t, "", LLM_TOKENS_ENDS, "1");
     check_ids(t, "b", 0, "3 5");
     check_ids(t, "a", 0, "10");
     check_ids(t, " a", 0, "3 10");
@@ -155,12 +155,12 @@ static void test_sentencepiece(void **state) {
     check_ids(t, "\xC3\xA8", 0, "3 0");          /* one of its bytes has no token                                 */
     check_ids(t, "b" SPACE "a", 0, "3 5 10");
     check_ids(t, "<s>b", 0, "3 0 5"); /* a run of unknown characters is one token */
-    check_ids(t, "<s>b", LLM_ENCODE_SPECIAL, "1 3 5");
-    check_ids(t, "<s>b", LLM_ENCODE_SPECIAL | LLM_ENCODE_BOS, "1 3 5"); /* never two */
+    check_ids(t, "<s>b", LLM_TOKENS_SPECIAL, "1 3 5");
+    check_ids(t, "<s>b", LLM_TOKENS_SPECIAL | LLM_TOKENS_ENDS, "1 3 5"); /* never two */
     check_ids(t, "b<u>b", 0, "3 5 14 3 5");
     const llm_token ids[] = {1, 3, 5, 10, 12, 13, 2, 99, -5};
     check_text(t, ids, 9, 0, "b a\xC3\xA9");
-    check_text(t, ids, 9, LLM_ENCODE_SPECIAL, "<s> b a\xC3\xA9</s>");
+    check_text(t, ids, 9, LLM_TOKENS_SPECIAL, "<s> b a\xC3\xA9</s>");
     check_text(t, ids + 1, 1, 0, "");
     assert_true(llm_token_is_special(t, 0) && llm_token_is_special(t, 1) && !llm_token_is_special(t, 14));
     assert_true(llm_token_is_end(t, 2) && !llm_token_is_end(t, 1) && !llm_token_is_end(t, -1) && !llm_token_is_end(t, 15));
@@ -175,8 +175,8 @@ static void test_no_byte_tokens(void **state) {
     v.add_space_prefix = false;
     llm_tokenizer *t = build(&v);
     check_ids(t, "b\xC3\xA9\xC3\xA8" "b\n", 0, "5 0 5 0"); /* a run of unknown characters is one token */
-    check_ids(t, "b", LLM_ENCODE_BOS, "1 5 2");
-    check_ids(t, "b</s>", LLM_ENCODE_BOS | LLM_ENCODE_SPECIAL, "1 5 2");
+    check_ids(t, "b", LLM_TOKENS_ENDS, "1 5 2");
+    check_ids(t, "b</s>", LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, "1 5 2");
     llm_tokenizer_free(t);
 }
 
@@ -201,9 +201,9 @@ static void test_byte_level(void **state) {
     check_ids(t, "dab", 0, "3");    /* d has no token and is left out                   */
     check_ids(t, "a<x>y  b", 0, "0 8 1");
     check_ids(t, "a <x>a", 0, "0 6 11 0");
-    check_ids(t, "a <x>a", LLM_ENCODE_SPECIAL, "0 7 0");
-    check_ids(t, "<x<x>y", LLM_ENCODE_SPECIAL, "9 8"); /* the longest */
-    check_ids(t, "a", LLM_ENCODE_BOS, "0");
+    check_ids(t, "a <x>a", LLM_TOKENS_SPECIAL, "0 7 0");
+    check_ids(t, "<x<x>y", LLM_TOKENS_SPECIAL, "9 8"); /* the longest */
+    check_ids(t, "a", LLM_TOKENS_ENDS, "0");
     llm_tokenizer_free(t);
     v.pre = "llama-bpe"; /* a word that is a piece is not merged */
     t = build(&v);
@@ -308,12 +308,12 @@ static void compare_back(golden_run *run, const char *text, size_t n) {
     char wanted[4096];
     assert_in_range(n, 0, sizeof wanted);
     size_t n_wanted = representable(run, text, n, wanted), n_streamed = 0;
-    int64_t count = llm_encode(run->tokenizer, text, n, LLM_ENCODE_SPECIAL, run->ids, MAX_IDS, &err);
-    size_t n_text = llm_decode(run->tokenizer, run->ids, (size_t)count, LLM_ENCODE_SPECIAL, run->text, MAX_IDS);
+    int64_t count = llm_encode(run->tokenizer, text, n, LLM_TOKENS_SPECIAL, run->ids, MAX_IDS, &err);
+    size_t n_text = llm_decode(run->tokenizer, run->ids, (size_t)count, LLM_TOKENS_SPECIAL, run->text, MAX_IDS);
     if (n_text != n_wanted || memcmp(run->text, wanted, n_wanted)) report(run, "decoded texts", text);
     llm_text_stream stream;
     memset(&stream, 0, sizeof stream);
-    stream.flags = LLM_ENCODE_SPECIAL;
+    stream.flags = LLM_TOKENS_SPECIAL;
     for (int64_t i = 0; i <= count; i++) {
         char *out = run->streamed + n_streamed;
         size_t more = llm_stream_token(run->tokenizer, &stream, i < count ? run->ids[i] : -1, out, MAX_IDS - n_streamed);
@@ -350,7 +350,7 @@ static void test_golden(void **state) {
             compare_long(&run, entry);
         } else {
             const json_t *text = json_array_get(entry, 0), *ids = json_array_get(entry, 1), *plain = json_array_get(entry, 2);
-            compare_ids(&run, json_string_value(text), json_string_length(text), LLM_ENCODE_SPECIAL, ids);
+            compare_ids(&run, json_string_value(text), json_string_length(text), LLM_TOKENS_SPECIAL, ids);
             compare_ids(&run, json_string_value(text), json_string_length(text), 0, plain ? plain : ids);
             compare_back(&run, json_string_value(text), json_string_length(text));
         }
@@ -378,7 +378,7 @@ static void test_tokens(void **state) {
     assert_null(llm_token_bytes(t, -1, &n));
     assert_non_null(llm_token_bytes(t, 2, &n));
     assert_int_equal(n, strlen("<|im_end|>"));
-    check_ids(t, "<|im_end|>", LLM_ENCODE_BOS | LLM_ENCODE_SPECIAL, "2"); /* the file asks for no BOS */
+    check_ids(t, "<|im_end|>", LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, "2"); /* the file asks for no BOS */
     llm_tokenizer_free(t);
 }
 
@@ -723,7 +723,7 @@ typedef struct worker {
 
 static void *work(void *arg) {
     worker *w = (worker *)arg;
-    for (int i = 0; i < 5; i++) w->n = llm_encode(w->tokenizer, w->text, N_SAMPLE, LLM_ENCODE_SPECIAL, w->ids, N_SAMPLE, NULL);
+    for (int i = 0; i < 5; i++) w->n = llm_encode(w->tokenizer, w->text, N_SAMPLE, LLM_TOKENS_SPECIAL, w->ids, N_SAMPLE, NULL);
     return NULL;
 }
 

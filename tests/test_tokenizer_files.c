@@ -56,7 +56,7 @@ static void compare_text(const llm_tokenizer *t, const char *name, const json_t 
 
 static const json_t *either(const json_t *first, const json_t *second) { return json_is_null(first) ? second : first; }
 
-/* LLM_ENCODE_BOS does not add a second BOS or EOS; the others do. */
+/* LLM_TOKENS_ENDS does not add a second BOS or EOS; the others do. */
 static bool begins_or_ends(const llm_tokenizer *t, const json_t *ids) {
     size_t n = json_array_size(ids);
     return n && (json_integer_value(json_array_get(ids, 0)) == llm_tokenizer_bos(t) ||
@@ -75,12 +75,12 @@ static int compare_lines(const char *name) {
         bool special = !json_is_null(ids);
         plain = either(plain, ids);
         ids = either(ids, plain);
-        if (special) compare_ids(t, name, text, LLM_ENCODE_SPECIAL, ids);
+        if (special) compare_ids(t, name, text, LLM_TOKENS_SPECIAL, ids);
         compare_ids(t, name, text, 0, plain);
         if (!begins_or_ends(t, ids))
-            compare_ids(t, name, text, LLM_ENCODE_BOS | (special ? (unsigned)LLM_ENCODE_SPECIAL : 0), either(whole, ids));
+            compare_ids(t, name, text, LLM_TOKENS_ENDS | (special ? (unsigned)LLM_TOKENS_SPECIAL : 0), either(whole, ids));
         if (!json_is_false(decoded)) compare_text(t, name, ids, 0, either(decoded, text));
-        if (special && !json_is_false(decoded)) compare_text(t, name, ids, LLM_ENCODE_SPECIAL, either(shown, either(decoded, text)));
+        if (special && !json_is_false(decoded)) compare_text(t, name, ids, LLM_TOKENS_SPECIAL, either(shown, either(decoded, text)));
         json_decref(entry);
     }
     llm_tokenizer_free(t);
@@ -140,7 +140,7 @@ static void test_beside(void **state) {
     remove_files();
     write_text("tokenizer.json", SMALL);
     llm_tokenizer *t = load(directory);
-    check_ids(t, "ab", LLM_ENCODE_BOS, "2");
+    check_ids(t, "ab", LLM_TOKENS_ENDS, "2");
     assert_int_equal(llm_tokenizer_bos(t), -1);
     assert_true(llm_token_is_end(t, 4)); /* by its text */
     llm_tokenizer_free(t);
@@ -148,7 +148,7 @@ static void test_beside(void **state) {
                                         "\"chat_template\":[{\"name\":\"tools\",\"template\":\"x\"},{\"name\":\"default\",\"template\":\"y\"}]}");
     write_text("generation_config.json", "{\"eos_token_id\":[4,1]}");
     t = load(in_directory("tokenizer.json"));
-    check_ids(t, "ab", LLM_ENCODE_BOS, "3 2 4");
+    check_ids(t, "ab", LLM_TOKENS_ENDS, "3 2 4");
     assert_int_equal(llm_tokenizer_eos(t), 4);
     assert_true(llm_token_is_end(t, 4) && llm_token_is_end(t, 1) && !llm_token_is_end(t, 0));
     assert_string_equal(t->chat_template, "y");
@@ -162,7 +162,7 @@ static void test_beside(void **state) {
     assert_int_equal(llm_tokenizer_bos(t), 3);
     assert_int_equal(llm_tokenizer_eos(t), 0);
     assert_string_equal(t->chat_template, "z");
-    check_ids(t, "ab", LLM_ENCODE_BOS, "2");
+    check_ids(t, "ab", LLM_TOKENS_ENDS, "2");
     llm_tokenizer_free(t);
 }
 
@@ -183,7 +183,7 @@ static void test_tokens_beside(void **state) {
         llm_tokenizer *t = load(directory);
         size_t i;
         json_array_foreach(json_object_get(line, "texts"), i, item)
-            compare_ids(t, text, json_array_get(item, 0), LLM_ENCODE_SPECIAL, json_array_get(item, 1));
+            compare_ids(t, text, json_array_get(item, 0), LLM_TOKENS_SPECIAL, json_array_get(item, 1));
         const json_t *bos = json_object_get(line, "bos"), *eos = json_object_get(line, "eos");
         assert_int_equal(llm_tokenizer_n_vocab(t), json_integer_value(json_object_get(line, "n_vocab")));
         assert_int_equal(llm_tokenizer_bos(t), json_is_null(bos) ? -1 : json_integer_value(bos));
@@ -212,10 +212,10 @@ static void test_added_to_model(void **state) {
     llm_tokenizer *t = load(directory);
     assert_int_equal(llm_tokenizer_n_vocab(t), 481);
     llm_token one, two[2];
-    assert_int_equal(llm_encode(t, "<|x|>  \n", 8, LLM_ENCODE_SPECIAL, &one, 1, NULL), 1);
+    assert_int_equal(llm_encode(t, "<|x|>  \n", 8, LLM_TOKENS_SPECIAL, &one, 1, NULL), 1);
     assert_int_equal(one, 480);
     assert_true(llm_encode(t, "<|x|> ", 6, 0, NULL, 0, NULL) > 2);
-    assert_true(llm_encode(t, "<|x|>,", 6, LLM_ENCODE_SPECIAL, two, 2, NULL) == 2); /* legacy: there would be a space before the comma */
+    assert_true(llm_encode(t, "<|x|>,", 6, LLM_TOKENS_SPECIAL, two, 2, NULL) == 2); /* legacy: there would be a space before the comma */
     llm_tokenizer_free(t);
 }
 
@@ -318,7 +318,7 @@ static void shake(const char *name, const char *golden_name, size_t step) {
         write_file(in_directory(name), file.at, file.n);
         file.at[i] ^= (uint8_t)(1 << i % 8);
         if (!llm_tokenizer_load(&t, directory, NULL, &err)) {
-            assert_true(llm_encode(t, "The quick  brown <s> fox\n42", 27, LLM_ENCODE_SPECIAL, NULL, 0, NULL) >= 0);
+            assert_true(llm_encode(t, "The quick  brown <s> fox\n42", 27, LLM_TOKENS_SPECIAL, NULL, 0, NULL) >= 0);
             llm_tokenizer_free(t);
         }
     }

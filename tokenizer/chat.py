@@ -371,7 +371,7 @@ ODD = {
     "Zephyr, end after answers": EOS_AFTER_ANSWERS,
     "Zephyr, no lines": ZEPHYR.replace("}}\n", "}}"),
 }
-# name: (what llm_chat_template calls it, template, the published one's file)
+# name: (what llm_chat_format calls it, template, the published one's file)
 TEMPLATES = {
     "SmolLM2": ("chatml", chatml("You are a helpful AI assistant named SmolLM, trained by Hugging Face"), None),
     "Qwen2": ("chatml", chatml("You are a helpful assistant.").replace("\n", r"\n"), None),

@@ -27,8 +27,8 @@ static error_t parse_option(int key, char *value, struct argp_state *state) {
     case 'm': o->model = value; return 0;
     case 'd': o->decode = 1; return 0;
     case OPTION_JSON: o->json = 1; return 0;
-    case OPTION_BOS: o->flags |= LLM_ENCODE_BOS; return 0;
-    case OPTION_SPECIAL: o->flags |= LLM_ENCODE_SPECIAL; return 0;
+    case OPTION_BOS: o->flags |= LLM_TOKENS_ENDS; return 0;
+    case OPTION_SPECIAL: o->flags |= LLM_TOKENS_SPECIAL; return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument \"%s\"; text comes from standard input", value); return 0;
     case ARGP_KEY_END:
         if (!o->model) argp_error(state, "which model? Give -m MODEL");
