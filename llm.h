@@ -53,7 +53,7 @@
        conversation costs only what is new in it. (A sampled answer may become other tokens when it comes back as a
        message; then it is computed again from the first that differs.)
 
-    6. To do more yourself, use the parts of llm_generate: llm_encode and llm_encode_messages make tokens, llm_forward
+    6. To do more yourself, use the parts of llm_generate: llm_encode and llm_chat_encode make tokens, llm_forward
        runs any mix of tokens of any sequences in one pass, llm_logits and llm_sample turn the result into the next
        token, llm_stream_token turns tokens into text. examples/loop.c is such a loop, as a whole program.
 
@@ -86,7 +86,7 @@
         else is in the batch, however a prompt was cut into passes, and whether a prefix came from a fork, a saved cache
         or was computed. One exception: int4 weights are used exactly in passes of up to 16 tokens and rounded to bf16
         in longer ones. If that matters, as for users whose texts must not depend on their neighbours', set n_batch to
-        16. See section 11.
+        16. See section 12.
 
     RECIPES
 
@@ -289,7 +289,8 @@
         Models: decoder-only transformers of the Llama family, as README.md lists them; no mixture of experts, no
         images or sound, no encoders, no embeddings, no LoRA adapters, no training. What a file needs and this library
         lacks is refused by name and never ignored.
-        Chat templates: six families, see llm_chat_format; Jinja is not executed, and tools are not supported.
+        Chat templates: the Jinja that templates use; what is outside of it is refused by name. Tool calls are not read
+        back out of an answer.
         Sampling: no grammars; llm_sampler.biases, changed in on_token, or a loop of one's own constrain the text.
         A full sequence cannot be shifted: drop old messages and generate again, which computes the rest anew.
 
@@ -563,26 +564,35 @@ LLM_API llm_token llm_tokenizer_eos(const llm_tokenizer *tokenizer); /* -1 if th
 /* ---- Chat ---------------------------------------------------------------------------------------------------- */
 
 typedef struct llm_message {
-    const char *role; /* "system", "user" or "assistant" */
+    const char *role; /* "system", "user", "assistant", or another one that the template knows */
     const char *content;
 } llm_message;
 
-/* The ids of a conversation, as llm_generate makes them from its messages: rendered with the model's chat template, and
-   followed by the begin of the assistant's turn if `open_answer`. The text of a special token inside a message stays
-   plain text. Returns how many ids there are, or -1 and an explanation in *err, as llm_encode does. */
-LLM_API int64_t llm_encode_messages(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
-                                    bool open_answer, llm_token *ids, size_t capacity, llm_error *err);
+typedef struct llm_chat_desc {
+    const llm_message *messages; /* [n_messages]                                                                  */
+    int n_messages;
+    /* Instead of messages: a JSON list of them in the form that OpenAI's API and transformers use, with tool_calls,
+       tool_call_id, name, reasoning_content and whatever else the template looks at. */
+    const char *messages_json;
+    const char *tools_json;     /* a JSON list of the tools that the model may call; NULL: none                  */
+    const char *variables_json; /* a JSON object: more variables of the template, as {"enable_thinking": false}  */
+    bool open_answer;           /* end with the start of the assistant's turn                                    */
+} llm_chat_desc;
+
+/* The ids of a conversation, as llm_generate makes them from its messages: rendered with the model's chat template,
+   which is a program in Jinja and is run as transformers runs it. The text of a special token inside a message, a tool
+   or a variable stays plain text. Returns how many ids there are, or -1 and an explanation in *err, as llm_encode
+   does; LLM_ERROR_ARGUMENT if the template refuses the messages. */
+LLM_API int64_t llm_chat_encode(const llm_tokenizer *tokenizer, const llm_chat_desc *desc, llm_token *ids,
+                                size_t capacity, llm_error *err);
 
 /* The same as text and a NUL; returns the bytes of the whole text without the NUL, or -1. Encode it with
    LLM_TOKENS_SPECIAL but without LLM_TOKENS_ENDS, since the template writes BOS itself. Then the text of a special
-   token inside a message becomes that token: use llm_encode_messages for text that you do not trust. */
-LLM_API int64_t llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
-                                bool open_answer, char *text, size_t capacity, llm_error *err);
+   token inside a message becomes that token: use llm_chat_encode for text that you do not trust. */
+LLM_API int64_t llm_chat_render(const llm_tokenizer *tokenizer, const llm_chat_desc *desc, char *text, size_t capacity,
+                                llm_error *err);
 
-/* Which family of templates the model's is: "chatml", "qwen3", "llama-2", "llama-3", "mistral" or "zephyr"; NULL if it
-   has none or an unknown one. Then render the messages yourself, by the template's text: Jinja, NULL if there is none,
-   valid as long as the tokenizer. */
-LLM_API const char *llm_chat_format(const llm_tokenizer *tokenizer);
+/* The template's text; NULL if the model's file has none. Valid as long as the tokenizer. */
 LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer);
 
 /* ---- Context ------------------------------------------------------------------------------------------------- */
@@ -661,9 +671,10 @@ typedef struct llm_generate_desc {
     /* What to answer: exactly one of these three. A prefix that the sequence already holds is reused; the rest of the
        sequence is discarded. */
     const char *prompt;          /* text to continue                                                              */
-    const llm_message *messages; /* a conversation, rendered with the model's chat template                       */
+    const llm_message *messages; /* a conversation, rendered with the model's chat template and an open answer    */
     int n_messages;
-    const llm_token *tokens; /* ids, used as they are                                                             */
+    const llm_chat_desc *chat; /* a conversation with tools or variables                                        */
+    const llm_token *tokens;   /* ids, used as they are                                                             */
     int n_tokens;
 
     int seq;
@@ -1116,7 +1127,7 @@ struct llm_backend {
 #include <unistd.h>
 #endif
 
-/* The arithmetic of section 11 is exact to the bit: -ffast-math and contraction end here. */
+/* The arithmetic of section 12 is exact to the bit: -ffast-math and contraction end here. */
 #if defined(__clang__)
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wignored-pragmas" /* clang 14 for aarch64 does not have float_control */
@@ -3875,7 +3886,6 @@ typedef struct llm__jinja_dict {
 typedef struct llm__jinja_loop {
     const llm__jinja_list *list;
     size_t index;
-    int depth;
 } llm__jinja_loop;
 
 typedef enum llm__jinja_kind {
@@ -4157,12 +4167,14 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
 }
 
 /* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
-#define LLM__JINJA_FILTERS(X)                                                                                      \
-    X(trim)                                                                                                        \
-    X(tojson)                                                                                                      \
-    X(length) X(count) X(upper) X(lower) X(title) X(capitalize) X(replace) X(join) X(first) X(last) X(list) X(map) \
-        X(select) X(reject) X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) \
-            X(dictsort) X(sort) X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
+#define LLM__JINJA_FILTERS(X)                                                                                       \
+    X(trim)                                                                                                         \
+    X(tojson)                                                                                                       \
+    X(length)                                                                                                       \
+    X(count)                                                                                                        \
+    X(upper) X(lower) X(title) X(capitalize) X(replace) X(join) X(first) X(last) X(list) X(map) X(select) X(reject) \
+        X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort)  \
+            X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 #undef X
@@ -4170,12 +4182,14 @@ static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #undef X
 
-#define LLM__JINJA_TESTS(X)                                                                                           \
-    X(defined)                                                                                                        \
-    X(undefined)                                                                                                      \
-    X(none) X(string) X(mapping) X(sequence) X(iterable) X(number) X(integer) X(float) X(boolean) X(true) X(false)    \
-        X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) \
-            X(callable) X(sameas) X(lower) X(upper)
+#define LLM__JINJA_TESTS(X)                                                                                       \
+    X(defined)                                                                                                    \
+    X(undefined)                                                                                                  \
+    X(none)                                                                                                       \
+    X(string)                                                                                                     \
+    X(mapping) X(sequence) X(iterable) X(number) X(integer) X(float) X(boolean) X(true) X(false) X(equalto) X(eq) \
+        X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable)  \
+            X(sameas) X(lower) X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 #undef X
@@ -4183,12 +4197,14 @@ static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 enum { LLM__JINJA_TESTS(X) LLM__JT_END };
 #undef X
 
-#define LLM__JINJA_METHODS(X)                                                                                          \
-    X(strip)                                                                                                           \
-    X(lstrip)                                                                                                          \
-    X(rstrip) X(split) X(rsplit) X(startswith) X(endswith) X(replace) X(upper) X(lower) X(title) X(capitalize) X(find) \
-        X(rfind) X(count) X(join) X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) \
-            X(values) X(get) X(index) X(cycle) X(format)
+#define LLM__JINJA_METHODS(X)                                                                                         \
+    X(strip)                                                                                                          \
+    X(lstrip)                                                                                                         \
+    X(rstrip)                                                                                                         \
+    X(split)                                                                                                          \
+    X(rsplit) X(startswith) X(endswith) X(replace) X(upper) X(lower) X(title) X(capitalize) X(find) X(rfind) X(count) \
+        X(join) X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) \
+            X(index) X(cycle) X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
 #undef X
@@ -4822,7 +4838,7 @@ typedef struct llm__jinja_run {
     llm__jinja_scope *scope, *top;
     llm__jinja_buffer out;
     bool breaks, continues; /* the innermost loop is being left, or begins its next round */
-    int depth, loop_depth;
+    int depth;
     size_t steps, memory;
 } llm__jinja_run;
 
@@ -5534,11 +5550,10 @@ static llm__jinja_list *llm__jinja_iterate(llm__jinja_run *r, const llm__jinja_v
     return list;
 }
 
-static llm__jinja_value llm__jinja_loop_attribute(llm__jinja_run *r, const llm__jinja_loop *loop, llm__str name) {
+static llm__jinja_value llm__jinja_loop_attribute(const llm__jinja_loop *loop, llm__str name) {
     static const char *const names[] = {"index",     "index0", "first",  "last",     "length",   "revindex",
                                         "revindex0", "depth",  "depth0", "previtem", "nextitem", NULL};
     int64_t i = (int64_t)loop->index, n = (int64_t)loop->list->n;
-    (void)r;
     switch (llm__jinja_find(names, name)) {
     case 0: return llm__jinja_int(i + 1);
     case 1: return llm__jinja_int(i);
@@ -5547,8 +5562,8 @@ static llm__jinja_value llm__jinja_loop_attribute(llm__jinja_run *r, const llm__
     case 4: return llm__jinja_int(n);
     case 5: return llm__jinja_int(n - i);
     case 6: return llm__jinja_int(n - i - 1);
-    case 7: return llm__jinja_int(loop->depth);
-    case 8: return llm__jinja_int(loop->depth - 1);
+    case 7: return llm__jinja_int(1); /* loops are not recursive */
+    case 8: return llm__jinja_int(0);
     case 9: return i ? loop->list->items[i - 1] : llm__jinja_undefined(name);
     case 10: return i + 1 < n ? loop->list->items[i + 1] : llm__jinja_undefined(name);
     default: return llm__jinja_undefined(name);
@@ -5558,7 +5573,7 @@ static llm__jinja_value llm__jinja_loop_attribute(llm__jinja_run *r, const llm__
 static llm__jinja_value llm__jinja_attribute(llm__jinja_run *r, const llm__jinja_value *v, llm__str name) {
     llm__jinja_value key = llm__jinja_text(name.at, name.n);
     if (v->type == LLM__J_UNDEFINED) llm__jinja_type_error(r, "an attribute", v);
-    if (v->type == LLM__J_LOOP) return llm__jinja_loop_attribute(r, v->u.loop, name);
+    if (v->type == LLM__J_LOOP) return llm__jinja_loop_attribute(v->u.loop, name);
     llm__jinja_value *found = v->type == LLM__J_DICT ? llm__jinja_lookup(r, v->u.dict, &key) : NULL;
     return found ? *found : llm__jinja_undefined(name);
 }
@@ -5628,6 +5643,7 @@ static bool llm__jinja_contains(llm__jinja_run *r, const llm__jinja_value *v, co
 
 static llm__jinja_value llm__jinja_pairs(llm__jinja_run *r, const llm__jinja_value *v) {
     llm__jinja_value list = llm__jinja_new_list(r);
+    list.is_lazy = true;
     if (v->type == LLM__J_UNDEFINED) return list;
     if (v->type != LLM__J_DICT) llm__jinja_type_error(r, "items", v);
     for (size_t i = 0; i < v->u.dict->n; i += 2) {
@@ -5715,7 +5731,7 @@ static llm__jinja_value llm__jinja_call_function(llm__jinja_run *r, int number, 
 /* "{} {0} {name}".format(...), without format specifications. */
 static llm__jinja_value llm__jinja_format(llm__jinja_run *r, const llm__jinja_value *s, llm__jinja_args *a) {
     llm__jinja_buffer b = {NULL, NULL, 0, 0};
-    int next = 0;
+    int next = 0, n_numbered = 0;
     for (size_t i = 0, end; i < s->u.s.n; i = end) {
         char c = s->u.s.at[i];
         end = i + 1;
@@ -5730,6 +5746,8 @@ static llm__jinja_value llm__jinja_format(llm__jinja_run *r, const llm__jinja_va
             else if (name.n == 1 && llm__jinja_is_digit(*name.at)) v = llm__jinja_arg(a, *name.at - '0', NULL);
             for (int k = a->n_positional; k < a->n && !v; k++)
                 if (llm__str_equal(a->names[k], name)) v = &a->values[k];
+            n_numbered += name.n == 1 && llm__jinja_is_digit(*name.at);
+            if (next && n_numbered) llm__jinja_error(r, "format takes either {} or {0}");
             if (!v) llm__jinja_error(r, "format lacks the argument {%.*s}", LLM__SHOW(name));
             llm__jinja_put_value(r, &b, v, 0);
             end++;
@@ -5847,6 +5865,7 @@ static llm__jinja_value llm__jinja_call_method(llm__jinja_run *r, int number, co
     if (v->type == LLM__J_DICT && number == LLM__JM_items) return llm__jinja_pairs(r, v);
     if (v->type == LLM__J_DICT && (number == LLM__JM_keys || number == LLM__JM_values)) {
         list = llm__jinja_new_list(r);
+        list.is_lazy = true;
         for (size_t i = number == LLM__JM_values; i < v->u.dict->n; i += 2)
             llm__jinja_add(r, list.u.list, v->u.dict->items[i]);
         return list;
@@ -6544,6 +6563,7 @@ static llm__jinja_value llm__jinja_eval_node(llm__jinja_run *r, const llm__jinja
         v = llm__jinja_eval(r, node->a);
         w = llm__jinja_int(0);
         r->at = node;
+        if (v.type == LLM__J_FLOAT) return llm__jinja_float(node->kind == LLM__J_PLUS ? v.u.f : -v.u.f);
         return llm__jinja_arithmetic(r, node->kind == LLM__J_PLUS ? '+' : '-', &w, &v);
     case LLM__J_BINARY:
         v = llm__jinja_eval(r, node->a);
@@ -6623,7 +6643,6 @@ static void llm__jinja_exec_for(llm__jinja_run *r, const llm__jinja_node *node) 
     }
     memset(&loop, 0, sizeof loop);
     loop.list = items;
-    loop.depth = ++r->loop_depth;
     llm__jinja_value self = llm__jinja_make(LLM__J_LOOP);
     self.u.loop = &loop;
     llm__str name = {"loop", 4};
@@ -6636,7 +6655,6 @@ static void llm__jinja_exec_for(llm__jinja_run *r, const llm__jinja_node *node) 
         llm__jinja_exec(r, node->body);
     }
     r->breaks = r->continues = false;
-    r->loop_depth--;
     r->scope = outside;
 }
 
@@ -6767,7 +6785,7 @@ static void llm__jinja_begin(llm__jinja_run *r, llm__env *env, const llm__unicod
     r->scope = r->top = (llm__jinja_scope *)llm__alloc_zero(env, 1, sizeof *r->top);
 }
 
-/* ==== 8 Tokenizer ===============================================================================================
+/* ==== 9 Tokenizer ===============================================================================================
 
    From text to tokens, in four steps. Special tokens are cut out of the text. The text between them is normalised if
    the tokenizer does that (NFC, a space in front), and special tokens that are matched in normalised text are cut out,
@@ -6910,7 +6928,9 @@ struct llm_tokenizer {
     llm_token byte_tokens[256];
     llm__special_set raw, normalized; /* recognised in the raw text, and in the normalised text */
     llm__pre_rule rules[LLM__MAX_RULES + 1];
-    char *chat_template; /* its source text; NULL if the file has none */
+    char *chat_template;           /* its source text; NULL if the file has none */
+    llm__jinja_node *chat_program; /* the template, parsed                       */
+    char *chat_problem;            /* why it cannot be run; NULL: it can         */
 };
 
 static llm__str llm__vocab_piece(const llm_tokenizer *t, llm_token id) {
@@ -8004,6 +8024,33 @@ static void llm__pre_build_rules(llm__env *env, llm_tokenizer *t, const llm__voc
     }
 }
 
+/* Parses the template from a copy that is UTF-8 with \n at the ends of lines. */
+static void llm__tokenizer_chat_body(llm__env *env, void *arg) {
+    llm_tokenizer *t = (llm_tokenizer *)arg;
+    const uint8_t *p = (const uint8_t *)t->chat_template, *end = p + strlen(t->chat_template);
+    p = llm__utf8_valid(env, p, &end);
+    char *text = llm__str_copy(env, (const char *)p, (size_t)(end - p));
+    size_t n = 0;
+    for (const char *q = text; *q; q++)
+        if (*q != '\r') text[n++] = *q;
+        else if (q[1] != '\n') text[n++] = '\n';
+    t->chat_program = llm__jinja_parse(env, text, n);
+}
+
+/* A template that cannot be run does not keep a model from loading: what is wrong is logged now, and is the error of
+   every chat. */
+static void llm__tokenizer_parse_chat(llm__env *env, llm_tokenizer *t) {
+    llm__env inner;
+    llm_error err;
+    if (!t->chat_template) return;
+    llm__env_init(&inner, env->pool, &err, NULL);
+    llm_status status = llm__env_run(&inner, llm__tokenizer_chat_body, t);
+    if (status == LLM_ERROR_MEMORY) llm__fail(env, status, "%s", err.message);
+    if (status == LLM_OK) return;
+    t->chat_problem = llm__str_copy(env, err.message, strlen(err.message));
+    llm__log(&env->pool->host, "%s", err.message);
+}
+
 static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_source *v) {
     llm_tokenizer *t = (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *t);
     if (v->n_pieces < 1 || v->n_pieces > 1 << 24 || v->n_merges > 1 << 26)
@@ -8024,6 +8071,7 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
     t->classes = llm__unicode_build_classes(env);
     if (v->nfc) t->nfc = llm__nfc_build(env);
     if (v->chat_template.n) t->chat_template = llm__str_copy(env, v->chat_template.at, v->chat_template.n);
+    llm__tokenizer_parse_chat(env, t);
     llm__pre_build_rules(env, t, v);
     llm__vocab_build_pieces(env, t, v);
     llm__bpe_pairs_resize(env, t, llm__hash_slots(2 * v->n_merges));
@@ -8036,7 +8084,7 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
     return t;
 }
 
-/* ==== 9 Tokenizer files =========================================================================================
+/* ==== 10 Tokenizer files ========================================================================================
 
    Vocabularies and pre-tokenizers from GGUF, tokenizer.json, tokenizer.model and the files beside them. */
 
@@ -9153,754 +9201,135 @@ LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer) {
     llm__pool_free(&pool);
 }
 
-/* ==== 10 Chat templates =========================================================================================
+/* ==== 11 Chat templates =========================================================================================
 
-   A model's file holds its chat template as a program in Jinja. Nearly all say one of a few things, so they are not run
-   here but recognised: a template is brought into one way of writing, its outline, and must then be one of the outlines
-   below from the first tag to the last. What is not recognised is an error, for a prompt that is nearly right is worse
-   than none.
-
-   The stretches that came from messages are remembered: no special token is recognised in them, so that what a user
-   types cannot end his turn and speak as the assistant. */
+   A conversation becomes text by the model's chat template, which section 8 runs. Strings of the host's are marked byte
+   by byte there; the marked stretches of the result are encoded without special tokens. */
 
 typedef struct llm__chat_text {
-    char *text; /* NUL-terminated, UTF-8 */
-    size_t n, room;
-    llm__enc_span *spans; /* where the messages' contents are */
-    size_t n_spans, span_room;
+    const char *text; /* [n] UTF-8 */
+    size_t n;
+    llm__enc_span *spans; /* [n_spans] stretches that came from the host */
+    size_t n_spans;
 } llm__chat_text;
 
-typedef struct llm__chat_form llm__chat_form;
-
-typedef struct llm__chat {
-    llm__env *env;
-    const llm__chat_form *form;
-    const char *default_system; /* ChatML's system message where the conversation has none; NULL: there is none */
-    const llm_tokenizer *t;
-    const llm_message *messages;
-    int n_messages;
-    bool trim; /* contents lose the white space around them */
-    llm__chat_text out;
-} llm__chat;
-
-/* What is around the messages in one of Mistral's templates. */
-typedef struct llm__chat_mistral_marks {
-    const char *open, *close, *before_answer, *after_answer;
-    bool trims_answer, has_system;
-    bool system_last; /* the system message is in the last message, not in the first */
-} llm__chat_mistral_marks;
-
-enum { LLM__MAX_OUTLINES = 3 };
-
-struct llm__chat_form {
-    const char *name;
-    bool alternates; /* only user and assistant in turn after an optional system message */
-    void (*render)(llm__chat *c, bool open_answer);
-    const llm__chat_mistral_marks *marks;    /* NULL for the others */
-    const char *outlines[LLM__MAX_OUTLINES]; /* of the templates that it renders; NULL behind the last */
-};
-
-static void llm__chat_put_utf8(llm__chat *c, const uint8_t *p, const uint8_t *end) {
-    llm__chat_text *out = &c->out;
-    size_t n = (size_t)(end - p);
-    while (out->room - out->n <= n) out->text = (char *)llm__alloc_grow(c->env, out->text, out->room, &out->room, 1);
-    memcpy(out->text + out->n, p, n);
-    out->n += n;
-    out->text[out->n] = 0;
+/* A role is part of the template's language if it looks like a word: "<|" + role + "|>" may be a special token. */
+static llm__jinja_value llm__chat_role(llm__jinja_run *r, const char *role, size_t n) {
+    size_t i = 0;
+    while (i < n && i < 32 && (llm__jinja_is_word(role[i]) || role[i] == '-')) i++;
+    return n && i == n ? llm__jinja_text(role, n) : llm__jinja_host_text(r, role, n);
 }
 
-/* Text of a template or a vocabulary, which may be anything: what is not UTF-8 is repaired here, because the places of
-   the contents must not move any more. */
-static void llm__chat_put_bytes(llm__chat *c, const char *text, size_t n) {
-    const uint8_t *p = (const uint8_t *)text, *end = p + n;
-    p = llm__utf8_valid(c->env, p, &end);
-    llm__chat_put_utf8(c, p, end);
+static void llm__chat_store(llm__jinja_run *r, const llm__jinja_value *dict, const char *key, llm__jinja_value v) {
+    llm__jinja_store(r, dict->u.dict, llm__jinja_text(key, strlen(key)), v);
 }
 
-static void llm__chat_put(llm__chat *c, const char *text) { llm__chat_put_bytes(c, text, strlen(text)); }
+static llm__jinja_value llm__chat_messages(llm__jinja_run *r, const llm_chat_desc *d) {
+    llm__jinja_value list = llm__jinja_new_list(r);
+    if (d->n_messages < 1 || !d->messages)
+        llm__fail(r->env, LLM_ERROR_ARGUMENT, "there are %d messages", d->messages ? d->n_messages : 0);
+    for (int i = 0; i < d->n_messages; i++) {
+        const llm_message *m = &d->messages[i];
+        if (!m->role || !m->content) llm__fail(r->env, LLM_ERROR_ARGUMENT, "messages[%d] has no role or no content", i);
+        llm__jinja_value message = llm__jinja_new_dict(r);
+        llm__chat_store(r, &message, "role", llm__chat_role(r, m->role, strlen(m->role)));
+        llm__chat_store(r, &message, "content", llm__jinja_host_text(r, m->content, strlen(m->content)));
+        llm__jinja_add(r, list.u.list, message);
+    }
+    return list;
+}
 
-static void llm__chat_put_token(llm__chat *c, llm_token id) {
+/* Reads a JSON text of the host's; `type` is what it must be. */
+static const llm__json *llm__chat_json(llm__env *env, const char *text, const char *what, llm__json_type type) {
+    const char *file = env->file;
+    env->file = what;
+    const llm__json *v = llm__json_parse(env, text, strlen(text));
+    if (v->type != type)
+        llm__fail(env, LLM_ERROR_FORMAT, "this is %s, not %s", llm__json_type_name(v->type), llm__json_type_name(type));
+    env->file = file;
+    return v;
+}
+
+/* Messages given as JSON, in the form that OpenAI's API and transformers use. */
+static llm__jinja_value llm__chat_json_messages(llm__jinja_run *r, const char *text) {
+    const llm__json *v = llm__chat_json(r->env, text, "messages_json", LLM__JSON_ARRAY);
+    llm__jinja_value list = llm__jinja_from_json(r, v);
+    size_t i = 0;
+    for (const llm__json *message = v->first; message; message = message->next, i++) {
+        const llm__json *role = llm__json_get(message, "role");
+        if (!role || role->type != LLM__JSON_STRING)
+            llm__fail(r->env, LLM_ERROR_ARGUMENT, "message %llu of messages_json has no role", (unsigned long long)i);
+        llm__chat_store(r, &list.u.list->items[i], "role", llm__chat_role(r, role->string.at, role->string.n));
+    }
+    return list;
+}
+
+static void llm__chat_set_token(llm__jinja_run *r, const llm_tokenizer *t, const char *name, llm_token id) {
     if (id == LLM__NONE) return;
-    llm__str s = llm__vocab_piece(c->t, id);
-    llm__chat_put_bytes(c, s.at, s.n);
+    llm__str piece = llm__vocab_piece(t, id);
+    const uint8_t *p = (const uint8_t *)piece.at, *end = p + piece.n;
+    p = llm__utf8_valid(r->env, p, &end);
+    llm__jinja_set_variable(r, name, llm__jinja_text((const char *)p, (size_t)(end - p)));
 }
 
-/* As Python's strip(). */
-static void llm__chat_trim(const llm__unicode_classes *classes, const uint8_t **p, const uint8_t **end) {
-    const uint8_t *next;
-    for (; *p < *end; *p = next)
-        if (!(llm__unicode_class_at(classes, *p, &next) & LLM__SPACE) && (**p < 0x1C || **p > 0x1F)) break;
-    for (; *p < *end; *end = next) {
-        for (next = *end - 1; next > *p && (*next & 0xC0) == 0x80;) next--;
-        const uint8_t *after;
-        if (!(llm__unicode_class_at(classes, next, &after) & LLM__SPACE) && (*next < 0x1C || *next > 0x1F)) break;
-    }
+/* The variables that transformers gives a template. */
+static void llm__chat_set_variables(llm__jinja_run *r, const llm_tokenizer *t, const llm_chat_desc *d) {
+    llm__jinja_value none = llm__jinja_make(LLM__J_NONE);
+    llm__chat_set_token(r, t, "bos_token", t->bos);
+    llm__chat_set_token(r, t, "eos_token", t->eos);
+    llm__jinja_set_variable(r, "add_generation_prompt", llm__jinja_bool(d->open_answer));
+    llm__jinja_set_variable(r, "documents", none);
+    llm__jinja_set_variable(
+        r, "tools",
+        d->tools_json ? llm__jinja_from_json(r, llm__chat_json(r->env, d->tools_json, "tools_json", LLM__JSON_ARRAY))
+                      : none);
+    const llm__json *more =
+        d->variables_json ? llm__chat_json(r->env, d->variables_json, "variables_json", LLM__JSON_OBJECT)->first : NULL;
+    for (; more; more = more->next) llm__jinja_assign(r, more->key, llm__jinja_from_json(r, more));
+    llm__jinja_set_variable(r, "messages",
+                            d->messages_json ? llm__chat_json_messages(r, d->messages_json) : llm__chat_messages(r, d));
 }
 
-/* A message's content, or a part of it. */
-static void llm__chat_put_stretch(llm__chat *c, const char *text, size_t n_text) {
-    const uint8_t *p = (const uint8_t *)text, *end = p + n_text;
-    p = llm__utf8_valid(c->env, p, &end);
-    if (c->trim) llm__chat_trim(c->t->classes, &p, &end);
-    llm__chat_text *out = &c->out;
-    out->spans =
-        (llm__enc_span *)llm__alloc_grow(c->env, out->spans, out->n_spans, &out->span_room, sizeof *out->spans);
-    out->spans[out->n_spans].begin = out->n;
-    llm__chat_put_utf8(c, p, end);
-    out->spans[out->n_spans++].end = out->n;
-}
-
-static void llm__chat_put_content(llm__chat *c, const char *content) {
-    llm__chat_put_stretch(c, content, strlen(content));
-}
-
-/* Takes the white space off the end of what is there so far. */
-static void llm__chat_trim_end(llm__chat *c) {
-    const uint8_t *p = (const uint8_t *)c->out.text, *end = p + c->out.n;
-    llm__enc_span *last = &c->out.spans[c->out.n_spans - 1];
-    llm__chat_trim(c->t->classes, &p, &end);
-    c->out.n = (size_t)(end - (const uint8_t *)c->out.text);
-    c->out.text[c->out.n] = 0;
-    if (last->begin > c->out.n) last->begin = c->out.n;
-    if (last->end > c->out.n) last->end = c->out.n;
-}
-
-static bool llm__chat_begins_with_system(const llm__chat *c) {
-    return c->n_messages && !strcmp(c->messages[0].role, "system");
-}
-
-/* ---- ChatML: <|im_start|>role\ncontent<|im_end|>\n ---- */
-
-static void llm__chat_chatml_message(llm__chat *c, const char *role) {
-    llm__chat_put(c, "<|im_start|>");
-    llm__chat_put(c, role);
-    llm__chat_put(c, "\n");
-}
-
-static void llm__chat_render_chatml(llm__chat *c, bool open_answer) {
-    if (c->default_system && !llm__chat_begins_with_system(c)) {
-        llm__chat_chatml_message(c, "system");
-        llm__chat_put(c, c->default_system);
-        llm__chat_put(c, "<|im_end|>\n");
-    }
-    for (int i = 0; i < c->n_messages; i++) {
-        llm__chat_chatml_message(c, c->messages[i].role);
-        llm__chat_put_content(c, c->messages[i].content);
-        llm__chat_put(c, "<|im_end|>\n");
-    }
-    if (open_answer) llm__chat_chatml_message(c, "assistant");
-}
-
-static void llm__chat_render_chatml_bos(llm__chat *c, bool open_answer) {
-    llm__chat_put_token(c, c->t->bos);
-    llm__chat_render_chatml(c, open_answer);
-}
-
-#define LLM__IM_MESSAGES "%for message in messages"
-#define LLM__IM_SYSTEM "{'<|im_start|>system\\n"
-#define LLM__IM_END "<|im_end|>\\n'"
-#define LLM__IM_DEFAULT LLM__IM_SYSTEM "*" LLM__IM_END
-#define LLM__IM_MESSAGE "{'<|im_start|>'+message.role+'\\n'+message.content+'" LLM__IM_END
-#define LLM__IM_ANSWER "%if add_generation_prompt{'<|im_start|>assistant\\n'%endif"
-#define LLM__IM_GIVEN "%if messages[0].role=='system'" LLM__IM_SYSTEM "'+messages[0].content+'" LLM__IM_END
-#define LLM__IM_NO_CALL                                                                                         \
-    "%if(message.role=='user')or(message.role=='system'and not loop.first)or(message.role=='assistant'and not " \
-    "message.tool_calls)"
-
-/* Plain; with a default system message; the same as Qwen 2.5 writes it. */
-#define LLM__CHATML LLM__IM_MESSAGES LLM__IM_MESSAGE "%endfor" LLM__IM_ANSWER
-#define LLM__CHATML_DEFAULT                                                                                   \
-    LLM__IM_MESSAGES "%if loop.first and messages[0].role!='system'" LLM__IM_DEFAULT "%endif" LLM__IM_MESSAGE \
-                     "%endfor" LLM__IM_ANSWER
-#define LLM__CHATML_QWEN25                                                                                   \
-    LLM__IM_GIVEN "%else" LLM__IM_DEFAULT "%endif" LLM__IM_MESSAGES LLM__IM_NO_CALL LLM__IM_MESSAGE "%endif" \
-                  "%endfor" LLM__IM_ANSWER
-#define LLM__CHATML_SET "%if not add_generation_prompt is defined%set add_generation_prompt=false%endif" LLM__CHATML
-
-/* ---- Outlines: a template's tags in one way of writing, without the branches that only tools take ---- */
-
-typedef struct llm__chat_tag {
-    char kind; /* '{', '%', '#'; 0: the template's begin or end */
-    const char *text;
-    size_t n;
-    bool trims;     /* the white space after it */
-    llm__str space; /* the white space before it that is shown */
-} llm__chat_tag;
-
-/* What is shown of the white space between the tag before and the one at p, or the template's end: transformers sets
-   trim_blocks and lstrip_blocks. */
-static llm__str llm__chat_shown_space(const char *start, const char *p, const llm__chat_tag *before) {
-    const char *end = p;
-    bool block = before->kind && before->kind != '{', starts_line = !before->kind || (block && *start == '\n');
-    if (!*p && p > start && p[-1] == '\n') end--; /* a template's last line end is dropped */
-    if (block && start < end && *start == '\n') start++;
-    if (*p && (p[1] == '%' || p[1] == '#')) { /* so is what is before a block in its line */
-        const char *line = end;
-        while (line > start && line[-1] != '\n') line--;
-        if (line > start || starts_line) end = line;
-    }
-    if (before->trims || (*p && p[1] && p[2] == '-')) end = start;
-    llm__str s = {start, (size_t)(end - start)};
-    return s;
-}
-
-/* Reads the next tag; false where there is text before it, other than white space, or it does not end. */
-static bool llm__chat_next_tag(const char **at, llm__chat_tag *tag) {
-    const char *p = *at;
-    char quote = 0;
-    while (*p == ' ' || *p == '\n' || *p == '\t') p++;
-    tag->space = llm__chat_shown_space(*at, p, tag);
-    tag->kind = *p ? p[1] : 0;
-    if (!*p) return true;
-    if (*p != '{' || (p[1] != '{' && p[1] != '%' && p[1] != '#')) return false;
-    char close = p[1] == '{' ? '}' : p[1];
-    p += p[2] == '-' ? 3 : 2;
-    tag->text = p;
-    for (; *p && (quote || p[0] != close || p[1] != '}'); p++) {
-        if (quote && *p == '\\' && p[1]) p++;
-        else if (quote) quote = *p == quote ? 0 : quote;
-        else if (close != '#' && (*p == '\'' || *p == '"')) quote = *p;
-    }
-    if (!*p) return false;
-    tag->trims = p > tag->text && p[-1] == '-';
-    tag->n = (size_t)(p - tag->text) - tag->trims;
-    *at = p + 2;
-    return true;
-}
-
-/* ['role'] at the end of what is written becomes .role; returns how much is written then. */
-static size_t llm__chat_unbracket(char *out, size_t n) {
-    size_t key = n - 2;
-    while (key && out[key - 1] != '\'') key--;
-    if (key < 2 || out[key - 2] != '[') return n;
-    out[key - 2] = '.';
-    memmove(out + key - 1, out + key, n - 2 - key);
-    return n - 3;
-}
-
-static bool llm__chat_in_word(char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
-}
-
-/* Writes a tag with spaces only between words, with single quotes, \n for a new line, .role for ['role'] and one string
-   for a sum of strings; false if it is too long. */
-static bool llm__chat_write_tag(const llm__chat_tag *tag, char *out, size_t room) {
-    size_t n = 0;
-    char quote = 0;
-    out[n++] = tag->kind;
-    for (const char *p = tag->text, *end = p + tag->n; p < end; p++) {
-        if (n + 4 > room) return false;
-        bool mark = quote ? *p == quote : *p == '\'' || *p == '"';
-        bool blank = !quote && (*p == ' ' || *p == '\n' || *p == '\t');
-        if (!quote && !mark && !blank && p > tag->text && (p[-1] == ' ' || p[-1] == '\n' || p[-1] == '\t') &&
-            llm__chat_in_word(*p) && llm__chat_in_word(out[n - 1]))
-            out[n++] = ' ';
-        if (mark && !quote && n > 2 && out[n - 2] == '\'' && out[n - 1] == '+') n -= 2;
-        else if (mark) out[n++] = '\'';
-        else if (quote && (*p == '\n' || *p == '\\' || *p == '\'')) {
-            out[n++] = '\\';
-            out[n++] = *p == '\n' ? 'n' : *p == '\\' ? *++p : *p;
-        } else if (!quote && (*p == '%' || *p == '{')) { /* no tag begins here */
-            out[n++] = '\\';
-            out[n++] = *p;
-        } else if (!blank) out[n++] = *p;
-        if (mark) quote = quote ? 0 : *p;
-        if (!quote && n > 2 && out[n - 1] == ']' && out[n - 2] == '\'') n = llm__chat_unbracket(out, n);
-    }
-    out[n] = 0;
-    return true;
-}
-
-/* An if or a for that is open where the outline has got to. */
-typedef enum llm__chat_block_kind {
-    LLM__BLOCK_WRITTEN, /* its tags are in the outline                             */
-    LLM__BLOCK_SEEKS,   /* no branch has been taken so far: all were known as false */
-    LLM__BLOCK_DONE     /* a branch was known as true: it stands there without tags  */
-} llm__chat_block_kind;
-
-enum { LLM__MAX_BLOCKS = 16, LLM__MAX_OUTLINE = 2048, LLM__MAX_TAG = 512 };
-
-typedef struct llm__chat_outline {
-    char text[LLM__MAX_OUTLINE];
-    size_t n;
-    char system[LLM__MAX_TAG]; /* the default system message, for which the outline has a star; empty: none */
-    struct {
-        llm__chat_block_kind kind;
-        bool dead; /* its branch here is not taken */
-    } blocks[LLM__MAX_BLOCKS];
-    int n_blocks;
-} llm__chat_outline;
-
-/* What a condition says where there are no tools, contents are text and thoughts are in them: 1, 0, or -1: not known.
-   (Today's date is not asked for either: a prompt should not change from day to day.) */
-static int llm__chat_known_condition(const llm__chat_outline *o, const char *condition) {
-    static const char *const no[] = {"tools",
-                                     "tools is not none",
-                                     "not tools is defined",
-                                     "custom_tools is defined",
-                                     "builtin_tools is defined",
-                                     "builtin_tools is defined or tools is not none",
-                                     "not tools_in_user_message is defined",
-                                     "tools is not none and not tools_in_user_message",
-                                     "tools_in_user_message and not tools is none",
-                                     "tools is not none and(message==user_messages[-1])",
-                                     "message.tool_calls",
-                                     "'tool_calls'in message",
-                                     "message.tool_calls is defined and message.tool_calls is not none",
-                                     "(message.tool_calls is defined and message.tool_calls is not none)",
-                                     "message.role=='tool'",
-                                     "message.role=='tool'or message.role=='ipython'",
-                                     "message.role=='tool_results'or message.role=='tool'",
-                                     "message.reasoning_content is string",
-                                     "message.reasoning_content is defined and message.reasoning_content is not none",
-                                     "enable_thinking is defined and enable_thinking is false",
-                                     "strftime_now is defined"};
-    static const char *const yes[] = {
-        "message.content is string", "not(message.role=='ipython'or message.role=='tool'or'tool_calls'in message)",
-        ("not(message.role=='tool'or message.role=='tool_results'or(message.tool_calls is defined and "
-         "message.tool_calls is not none))")};
-    condition += *condition == ' ';
-    for (size_t i = 0; i < sizeof no / sizeof *no; i++)
-        if (!strcmp(condition, no[i])) return 0;
-    for (size_t i = 0; i < sizeof yes / sizeof *yes; i++)
-        if (!strcmp(condition, yes[i])) return 1;
-    /* The branch before it has taken all answers that call nothing. */
-    return !strcmp(condition, "message.role=='assistant'") && strstr(o->text, LLM__IM_NO_CALL) ? 0 : -1;
-}
-
-/* Whether the tag is a statement of this name, which is not the beginning of another. */
-static bool llm__chat_tag_is(const char *tag, const char *name) {
-    size_t n = strlen(name);
-    return !strncmp(tag, name, n) && !llm__chat_in_word(tag[n]);
-}
-
-typedef enum llm__chat_tag_use { LLM__TAG_WRITTEN, LLM__TAG_AS_IF, LLM__TAG_DROPPED, LLM__TAG_WRONG } llm__chat_tag_use;
-
-/* Follows the ifs and fors, and says what becomes of their tags: where the branches before are known as false, an elif
-   becomes an if. */
-static llm__chat_tag_use llm__chat_follow_blocks(llm__chat_outline *o, const char *tag) {
-    bool opens = llm__chat_tag_is(tag, "%if") || llm__chat_tag_is(tag, "%for"), other = llm__chat_tag_is(tag, "%elif");
-    bool last = llm__chat_tag_is(tag, "%else"),
-         closes = llm__chat_tag_is(tag, "%endif") || llm__chat_tag_is(tag, "%endfor");
-    if (opens ? o->n_blocks == LLM__MAX_BLOCKS : (other || last || closes) && !o->n_blocks) return LLM__TAG_WRONG;
-    int here = o->n_blocks - !opens;
-    bool outer_dead = here > 0 && o->blocks[here - 1].dead;
-    if (opens) {
-        int known = tag[1] == 'i' ? llm__chat_known_condition(o, tag + 3) : -1;
-        o->blocks[here].kind = known < 0 ? LLM__BLOCK_WRITTEN : known ? LLM__BLOCK_DONE : LLM__BLOCK_SEEKS;
-        o->blocks[here].dead = outer_dead || known == 0;
-        o->n_blocks++;
-        return known < 0 && !outer_dead ? LLM__TAG_WRITTEN : LLM__TAG_DROPPED;
-    }
-    if (!other && !last && !closes) return o->n_blocks && o->blocks[here].dead ? LLM__TAG_DROPPED : LLM__TAG_WRITTEN;
-    llm__chat_block_kind kind = o->blocks[here].kind;
-    if (closes) o->n_blocks--;
-    if (closes || outer_dead) return kind == LLM__BLOCK_WRITTEN && !outer_dead ? LLM__TAG_WRITTEN : LLM__TAG_DROPPED;
-    int known = last ? 1 : llm__chat_known_condition(o, tag + 5);
-    o->blocks[here].dead = kind == LLM__BLOCK_DONE || known == 0;
-    if (o->blocks[here].dead) return LLM__TAG_DROPPED;
-    if (kind == LLM__BLOCK_WRITTEN) return LLM__TAG_WRITTEN;
-    o->blocks[here].kind = known > 0 ? LLM__BLOCK_DONE : LLM__BLOCK_WRITTEN;
-    return known > 0 ? LLM__TAG_DROPPED : LLM__TAG_AS_IF;
-}
-
-static bool llm__chat_outline_put(llm__chat_outline *o, const char *text, size_t n) {
-    if (n >= sizeof o->text - o->n) return false;
-    memcpy(o->text + o->n, text, n);
-    o->n += n;
-    o->text[o->n] = 0;
-    return true;
-}
-
-/* A star for the text of a default system message, which goes to o->system. */
-static void llm__chat_star_system(llm__chat_outline *o, char *tag) {
-    size_t n = strlen(tag), begin = strlen(LLM__IM_SYSTEM), end = strlen(LLM__IM_END);
-    if (n <= begin + end || strncmp(tag, LLM__IM_SYSTEM, begin) || strcmp(tag + n - end, LLM__IM_END)) return;
-    n -= begin + end;
-    if (memchr(tag + begin, '\'', n) || memchr(tag + begin, '\\', n)) return;
-    memcpy(o->system, tag + begin, n);
-    o->system[n] = 0;
-    strcpy(tag + begin, "*" LLM__IM_END);
-}
-
-/* False if it is too long, or no template of tags and white space alone. */
-static bool llm__chat_write_outline(const char *text, llm__chat_outline *o) {
-    static const char raises[] = "{raise_exception(";
-    char written[LLM__MAX_TAG];
-    llm__chat_tag tag;
-    memset(&tag, 0, sizeof tag);
-    o->n = 0;
-    o->n_blocks = 0;
-    o->text[0] = o->system[0] = 0;
-    while (llm__chat_next_tag(&text, &tag)) {
-        bool dead = o->n_blocks && o->blocks[o->n_blocks - 1].dead;
-        if (!dead && !llm__chat_outline_put(o, tag.space.at, tag.space.n)) return false;
-        if (!tag.kind) return !o->n_blocks;
-        if (tag.kind == '#') continue;
-        if (!llm__chat_write_tag(&tag, written, sizeof written)) {
-            if (dead && tag.kind == '{') continue;
-            return false;
+/* The stretches of the output that came from the host. */
+static llm__chat_text llm__chat_finish(llm__env *env, const llm__jinja_buffer *out) {
+    llm__chat_text text = {out->text ? out->text : "", out->n, NULL, 0};
+    size_t room = 0;
+    for (size_t i = 0; i < out->n; i++) {
+        if (!out->host[i]) continue;
+        if (!i || !out->host[i - 1]) {
+            text.spans = (llm__enc_span *)llm__alloc_grow(env, text.spans, text.n_spans, &room, sizeof *text.spans);
+            text.spans[text.n_spans++].begin = i;
         }
-        llm__chat_tag_use use = llm__chat_follow_blocks(o, written);
-        if (use == LLM__TAG_WRONG) return false;
-        if (use == LLM__TAG_DROPPED) continue;
-        if (use == LLM__TAG_AS_IF) memmove(written + 1, written + 3, strlen(written + 3) + 1);
-        if (!strncmp(written, raises, sizeof raises - 1)) written[sizeof raises - 2] = 0; /* whatever it says */
-        llm__chat_star_system(o, written);
-        if (!llm__chat_outline_put(o, written, strlen(written))) return false;
+        text.spans[text.n_spans - 1].end = i + 1;
     }
-    return false;
-}
-
-/* ---- Qwen 3: ChatML, but of an answer's thoughts only those since the last question are kept ---- */
-
-/* Two editions differ in where a message's content is read, and in the order of these. */
-#define LLM__QWEN3_HEAD(is_text)                                                                                      \
-    LLM__IM_GIVEN "%endif%set ns=namespace(multi_step_tool=true,last_query_index=messages|length-1)%for message in "  \
-                  "messages[::-1]%set index=(messages|length-1)-loop.index0%if ns.multi_step_tool and message.role==" \
-                  "'user'and " is_text "not(message.content.startswith('<tool_response>')and message.content."        \
-                  "endswith('</tool_response>'))%set ns.multi_step_tool=false%set ns.last_query_index=index%endif"    \
-                  "%endfor" LLM__IM_MESSAGES
-#define LLM__QWEN3_MESSAGE(content)                                                                                    \
-    "%if(message.role=='user')or(message.role=='system'and not loop.first){'<|im_start|>'+message.role+'\\n'+" content \
-    "+'" LLM__IM_END "%elif message.role=='assistant'"
-#define LLM__QWEN3_ANSWER(content) "%set content=" content ".split('</think>')[-1].lstrip('\\n')"
-#define LLM__QWEN3_THOUGHTS(content) \
-    "%set reasoning_content=" content ".split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n')"
-#define LLM__QWEN3_TAIL                                                                                              \
-    "%endif%if loop.index0>ns.last_query_index%if loop.last or(not loop.last and reasoning_content){'<|im_start|>'+" \
-    "message.role+'\\n<think>\\n'+reasoning_content.strip('\\n')+'\\n</think>\\n\\n'+content.lstrip('\\n')%else"     \
-    "{'<|im_start|>'+message.role+'\\n'+content%endif%else{'<|im_start|>'+message.role+'\\n'+content%endif{"         \
-    "'" LLM__IM_END "%endif%endfor" LLM__IM_ANSWER
-#define LLM__QWEN3_FIRST                                                                                      \
-    LLM__QWEN3_HEAD("")                                                                                       \
-    LLM__QWEN3_MESSAGE("message.content")                                                                     \
-    "%set content=message.content%set reasoning_content=''%if'</think>'in message.content" LLM__QWEN3_ANSWER( \
-        "message.content") LLM__QWEN3_THOUGHTS("message.content") LLM__QWEN3_TAIL
-#define LLM__QWEN3_SECOND                                                                            \
-    LLM__QWEN3_HEAD("message.content is string and ")                                                \
-    "%set content=message.content" LLM__QWEN3_MESSAGE(                                               \
-        "content") "%set reasoning_content=''%if'</think>'in content" LLM__QWEN3_THOUGHTS("content") \
-        LLM__QWEN3_ANSWER("content") LLM__QWEN3_TAIL
-
-static llm__str llm__chat_strip_lines(const char *p, const char *end) {
-    llm__str s;
-    while (p < end && *p == '\n') p++;
-    while (p < end && end[-1] == '\n') end--;
-    s.at = p;
-    s.n = (size_t)(end - p);
-    return s;
-}
-
-/* What stands after the last `mark` before `end`; all if there is none. */
-static const char *llm__chat_after_last(const char *text, const char *end, const char *mark) {
-    size_t n = strlen(mark);
-    for (const char *p = end; (size_t)(p - text) >= n; p--)
-        if (!memcmp(p - n, mark, n)) return p;
     return text;
 }
 
-static void llm__chat_qwen3_answer(llm__chat *c, const char *content, bool recent, bool last) {
-    const char *end = content + strlen(content), *close = strstr(content, "</think>"), *answer = content;
-    llm__str thoughts = {"", 0};
-    if (close) {
-        thoughts = llm__chat_strip_lines(llm__chat_after_last(content, close, "<think>"), close);
-        answer = llm__chat_after_last(content, end, "</think>");
-    }
-    bool shown = recent && (last || thoughts.n);
-    if (close || shown)
-        while (*answer == '\n') answer++;
-    if (shown) {
-        llm__chat_put(c, "<think>\n");
-        llm__chat_put_stretch(c, thoughts.at, thoughts.n);
-        llm__chat_put(c, "\n</think>\n\n");
-    }
-    llm__chat_put_stretch(c, answer, (size_t)(end - answer));
-}
-
-/* Whether a user's message is not what a tool said. */
-static bool llm__chat_is_question(const llm_message *m) {
-    static const char open[] = "<tool_response>", close[] = "</tool_response>";
-    size_t n = strlen(m->content);
-    bool response = n >= sizeof close - 1 && !strncmp(m->content, open, sizeof open - 1) &&
-                    !strcmp(m->content + n - (sizeof close - 1), close);
-    return !strcmp(m->role, "user") && !response;
-}
-
-static void llm__chat_render_qwen3(llm__chat *c, bool open_answer) {
-    int question = c->n_messages - 1;
-    while (question >= 0 && !llm__chat_is_question(&c->messages[question])) question--;
-    if (question < 0) question = c->n_messages - 1;
-    for (int i = 0; i < c->n_messages; i++) {
-        const llm_message *m = &c->messages[i];
-        llm__chat_chatml_message(c, m->role);
-        if (!strcmp(m->role, "assistant")) llm__chat_qwen3_answer(c, m->content, i > question, i == c->n_messages - 1);
-        else llm__chat_put_content(c, m->content);
-        llm__chat_put(c, "<|im_end|>\n");
-    }
-    if (open_answer) llm__chat_chatml_message(c, "assistant");
-}
-
-/* ---- Llama 3: <|start_header_id|>role<|end_header_id|>\n\ncontent<|eot_id|> ---- */
-
-#define LLM__LLAMA3_MESSAGE \
-    "'<|start_header_id|>'+message.role+'<|end_header_id|>\\n\\n'+message.content|trim+'<|eot_id|>'"
-#define LLM__LLAMA3_ANSWER "%if add_generation_prompt{'<|start_header_id|>assistant<|end_header_id|>\\n\\n'%endif"
-#define LLM__LLAMA3                                                                             \
-    "%set loop_messages=messages%for message in loop_messages%set content=" LLM__LLAMA3_MESSAGE \
-    "%if loop.index0==0%set content=bos_token+content%endif{content%endfor" LLM__LLAMA3_ANSWER
-#define LLM__LLAMA31_DATE "26 Jul 2024"
-#define LLM__LLAMA31                                                                                                \
-    "{bos_token%if not date_string is defined%set date_string='" LLM__LLAMA31_DATE "'%endif%if messages[0].role=="  \
-    "'system'%set system_message=messages[0].content|trim%set messages=messages[1:]%else%set system_message=''"     \
-    "%endif{'<|start_header_id|>system<|end_header_id|>\\n\\n'{'Cutting Knowledge Date: December 2023\\n'"          \
-    "{'Today Date: '+date_string+'\\n\\n'{system_message{'<|eot_id|>'%for message in messages{" LLM__LLAMA3_MESSAGE \
-    "%endfor" LLM__LLAMA3_ANSWER
-
-static void llm__chat_llama3_header(llm__chat *c, const char *role) {
-    llm__chat_put(c, "<|start_header_id|>");
-    llm__chat_put(c, role);
-    llm__chat_put(c, "<|end_header_id|>\n\n");
-}
-
-static void llm__chat_llama3_message(llm__chat *c, const llm_message *m) {
-    llm__chat_llama3_header(c, m->role);
-    llm__chat_put_content(c, m->content);
-    llm__chat_put(c, "<|eot_id|>");
-}
-
-static void llm__chat_render_llama3(llm__chat *c, bool open_answer) {
-    c->trim = true;
-    llm__chat_put_token(c, c->t->bos);
-    for (int i = 0; i < c->n_messages; i++) llm__chat_llama3_message(c, &c->messages[i]);
-    if (open_answer) llm__chat_llama3_header(c, "assistant");
-}
-
-/* From 3.1 on there always is a system message, which begins with two dates. "Today" is the one written in the
-   template, so that a prompt does not change from day to day. */
-static void llm__chat_render_llama31(llm__chat *c, bool open_answer) {
-    int given = llm__chat_begins_with_system(c);
-    c->trim = true;
-    llm__chat_put_token(c, c->t->bos);
-    llm__chat_llama3_header(c, "system");
-    llm__chat_put(c, "Cutting Knowledge Date: December 2023\nToday Date: " LLM__LLAMA31_DATE "\n\n");
-    if (given) llm__chat_put_content(c, c->messages[0].content);
-    llm__chat_put(c, "<|eot_id|>");
-    for (int i = given; i < c->n_messages; i++) llm__chat_llama3_message(c, &c->messages[i]);
-    if (open_answer) llm__chat_llama3_header(c, "assistant");
-}
-
-/* ---- Llama 2: <s>[INST] <<SYS>>\nsystem\n<</SYS>>\n\nuser [/INST] assistant </s> ---- */
-
-#define LLM__CHAT_ALTERNATES(index) "%if(message.role=='user')!=(" index "\\%2==0){raise_exception%endif"
-#define LLM__LLAMA2(trim)                                                                                            \
-    "%if messages[0].role=='system'%set loop_messages=messages[1:]%set system_message=messages[0].content%else%set " \
-    "loop_messages=messages%set system_message=false%endif%for message in loop_messages" LLM__CHAT_ALTERNATES(       \
-        "loop.index0") "%if loop.index0==0 and system_message!=false%set content='<<SYS>>\\n'+system_message+'\\n"   \
-                       "<</SYS>>\\n\\n'+message.content%else%set content=message.content%endif%if message.role=="    \
-                       "'user'{bos_token+'[INST] '+content" trim "+' [/INST]'%elif message.role=='assistant'{' '+"   \
-                       "content" trim "+' '+eos_token%endif%endfor"
-
-static void llm__chat_render_llama2(llm__chat *c, bool open_answer) {
-    int first = llm__chat_begins_with_system(c);
-    (void)open_answer; /* "[/INST]" opens the answer */
-    for (int i = first; i < c->n_messages; i++) {
-        if (!strcmp(c->messages[i].role, "assistant")) {
-            llm__chat_put(c, " ");
-            c->trim = true;
-            llm__chat_put_content(c, c->messages[i].content);
-            llm__chat_put(c, " ");
-            llm__chat_put_token(c, c->t->eos);
-            continue;
-        }
-        llm__chat_put_token(c, c->t->bos);
-        llm__chat_put(c, "[INST] ");
-        c->trim = !(first && i == 1); /* of "<<SYS>>..." the whole is trimmed, not the messages in it */
-        if (!c->trim) {
-            llm__chat_put(c, "<<SYS>>\n");
-            llm__chat_put_content(c, c->messages[0].content);
-            llm__chat_put(c, "\n<</SYS>>\n\n");
-        }
-        llm__chat_put_content(c, c->messages[i].content);
-        if (!c->trim) llm__chat_trim_end(c);
-        llm__chat_put(c, " [/INST]");
-    }
-}
-
-/* ---- Mistral: <s>[INST] user [/INST] assistant</s>, with spaces in different places ---- */
-
-#define LLM__MISTRAL_ONLY "%else{raise_exception%endif%endfor"
-#define LLM__MISTRAL_FIRST(after)                                                                                  \
-    "{bos_token%for message in messages" LLM__CHAT_ALTERNATES(                                                     \
-        "loop.index0") "%if message.role=='user'{'[INST] '+"                                                       \
-                       "message.content+' [/INST]'%elif message.role=='assistant'{message.content+eos_token" after \
-                           LLM__MISTRAL_ONLY
-/* The roles are looked at in a loop before, in one that counts for itself, or in the loop that renders. */
-#define LLM__MISTRAL_LOOP "%for message in loop_messages"
-#define LLM__MISTRAL_BEFORE LLM__MISTRAL_LOOP LLM__CHAT_ALTERNATES("loop.index0") "%endfor"
-#define LLM__MISTRAL_COUNTED                                                                            \
-    "%set user_messages=loop_messages|selectattr('role','equalto','user')|list%set ns=namespace()%set " \
-    "ns.index=0" LLM__MISTRAL_LOOP LLM__CHAT_ALTERNATES("ns.index") "%set ns.index=ns.index+1%endfor"
-#define LLM__MISTRAL(before, inside, where, open, close, answer)                                                     \
-    "%if messages[0].role=='system'%set system_message=messages[0].content%set loop_messages=messages[1:]%else%set " \
-    "loop_messages=messages%endif" before "{bos_token" LLM__MISTRAL_LOOP inside "%if message.role=='user'%if " where \
-    " and system_message is defined{'" open "'+system_message+'\\n\\n'+message.content+'" close "'%else{'" open      \
-    "'+message.content+'" close "'%endif%elif message.role=='assistant'{" answer "+eos_token" LLM__MISTRAL_ONLY
-#define LLM__MISTRAL_EACH(where, open, close, answer)                                         \
-    {                                                                                         \
-        LLM__MISTRAL(LLM__MISTRAL_BEFORE, "", where, open, close, answer),                    \
-            LLM__MISTRAL(LLM__MISTRAL_COUNTED, "", where, open, close, answer),               \
-            LLM__MISTRAL("", LLM__CHAT_ALTERNATES("loop.index0"), where, open, close, answer) \
-    }
-
-static void llm__chat_render_mistral(llm__chat *c, bool open_answer) {
-    const llm__chat_mistral_marks *marks = c->form->marks;
-    bool system = llm__chat_begins_with_system(c), last = marks->system_last;
-    (void)open_answer;
-    if (system && !marks->has_system)
-        llm__fail(c->env, LLM_ERROR_ARGUMENT, "this model's chat template takes no system message");
-    if (system && last && (c->n_messages - system) % 2 == 0)
-        llm__fail(c->env, LLM_ERROR_ARGUMENT,
-                  "this model's chat template puts the system message into the last message, "
-                  "which must be the user's");
-    llm__chat_put_token(c, c->t->bos);
-    for (int i = system; i < c->n_messages; i++) {
-        bool user = !strcmp(c->messages[i].role, "user");
-        llm__chat_put(c, user ? marks->open : marks->before_answer);
-        if (system && i == (last ? c->n_messages - 1 : 1) && user) {
-            llm__chat_put_content(c, c->messages[0].content);
-            llm__chat_put(c, "\n\n");
-        }
-        c->trim = marks->trims_answer && !user;
-        llm__chat_put_content(c, c->messages[i].content);
-        c->trim = false;
-        if (user) {
-            llm__chat_put(c, marks->close);
-        } else {
-            llm__chat_put_token(c, c->t->eos);
-            llm__chat_put(c, marks->after_answer);
-        }
-    }
-}
-
-/* ---- Zephyr: <|role|>\ncontent</s>\n ---- */
-
-/* The new line after a message is one between the tags. */
-#define LLM__ZEPHYR_ROLE(role) "message.role=='" role "'{'<|" role "|>\\n'+message.content+eos_token\n"
-#define LLM__ZEPHYR                                                                    \
-    "%for message in messages%if " LLM__ZEPHYR_ROLE("user") "%elif " LLM__ZEPHYR_ROLE( \
-        "system") "%elif " LLM__ZEPHYR_ROLE("assistant") "%endif%if loop.last and "    \
-                                                         "add_generation_prompt{'<|assistant|>'\n%endif%endfor"
-
-static void llm__chat_render_zephyr(llm__chat *c, bool open_answer) {
-    for (int i = 0; i < c->n_messages; i++) {
-        llm__chat_put(c, "<|");
-        llm__chat_put(c, c->messages[i].role);
-        llm__chat_put(c, "|>\n");
-        llm__chat_put_content(c, c->messages[i].content);
-        llm__chat_put_token(c, c->t->eos);
-        llm__chat_put(c, "\n");
-    }
-    if (open_answer) llm__chat_put(c, "<|assistant|>\n");
-}
-
-/* ---- Which of them it is ---- */
-
-/* NULL if the template is none of those known. */
-static const llm__chat_form *llm__chat_find_form(const char *text, llm__chat_outline *o) {
-    static const llm__chat_mistral_marks marks[] = {{"[INST] ", " [/INST]", "", "", false, false, false},
-                                                    {"[INST] ", " [/INST]", "", " ", false, false, false},
-                                                    {" [INST] ", " [/INST]", " ", "", false, true, false},
-                                                    {"[INST] ", "[/INST]", " ", "", true, true, true},
-                                                    {"[INST]", "[/INST]", "", "", false, true, true}};
-    static const llm__chat_form known[] = {
-        {"chatml", false, llm__chat_render_chatml, NULL, {LLM__CHATML, LLM__CHATML_DEFAULT}},
-        {"chatml", false, llm__chat_render_chatml, NULL, {LLM__CHATML_QWEN25, LLM__CHATML_SET}},
-        {"chatml",
-         false,
-         llm__chat_render_chatml_bos,
-         NULL,
-         {"{bos_token" LLM__CHATML, "{bos_token" LLM__CHATML_DEFAULT}},
-        {"qwen3", false, llm__chat_render_qwen3, NULL, {LLM__QWEN3_FIRST, LLM__QWEN3_SECOND}},
-        {"llama-3", false, llm__chat_render_llama3, NULL, {LLM__LLAMA3}},
-        {"llama-3", false, llm__chat_render_llama31, NULL, {LLM__LLAMA31}},
-        {"llama-2", true, llm__chat_render_llama2, NULL, {LLM__LLAMA2(".strip()"), LLM__LLAMA2("|trim")}},
-        {"mistral", true, llm__chat_render_mistral, &marks[0], {LLM__MISTRAL_FIRST("")}},
-        {"mistral", true, llm__chat_render_mistral, &marks[1], {LLM__MISTRAL_FIRST("+' '")}},
-        {"mistral", true, llm__chat_render_mistral, &marks[2],
-         LLM__MISTRAL_EACH("loop.first", " [INST] ", " [/INST]", "' '+message.content")},
-        {"mistral", true, llm__chat_render_mistral, &marks[3],
-         LLM__MISTRAL_EACH("loop.last", "[INST] ", "[/INST]", "' '+message.content|trim")},
-        {"mistral", true, llm__chat_render_mistral, &marks[4],
-         LLM__MISTRAL_EACH("loop.last", "[INST]", "[/INST]", "message.content")},
-        {"zephyr", false, llm__chat_render_zephyr, NULL, {LLM__ZEPHYR}}};
-    if (!text || !llm__chat_write_outline(text, o)) return NULL;
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        for (int k = 0; k < LLM__MAX_OUTLINES && known[i].outlines[k]; k++)
-            if (!strcmp(o->text, known[i].outlines[k])) return &known[i];
-    return NULL;
-}
-
-static void llm__chat_check_messages(llm__chat *c, bool alternates) {
-    for (int i = 0; i < c->n_messages; i++)
-        if (!c->messages[i].role || !c->messages[i].content)
-            llm__fail(c->env, LLM_ERROR_ARGUMENT, "messages[%d] has no role or no content", i);
-    int first = llm__chat_begins_with_system(c);
-    for (int i = 0; i < c->n_messages; i++) {
-        const llm_message *m = &c->messages[i];
-        bool system = !strcmp(m->role, "system"), user = !strcmp(m->role, "user");
-        if (!system && !user && strcmp(m->role, "assistant"))
-            llm__fail(c->env, LLM_ERROR_ARGUMENT,
-                      "messages[%d] has the role \"%.40s\"; there are \"system\", \"user\" and "
-                      "\"assistant\"",
-                      i, m->role);
-        if (alternates && i >= first && (system || user != ((i - first) % 2 == 0)))
-            llm__fail(c->env, LLM_ERROR_ARGUMENT,
-                      "messages[%d] is of the %s, but this model's chat template wants user and "
-                      "assistant in turn, after one system message at most",
-                      i, m->role);
-    }
-}
-
-static llm__chat_text llm__chat_render(llm__env *env, const llm_tokenizer *t, const llm_message *messages,
-                                       int n_messages, bool open_answer) {
-    llm__chat c;
-    llm__chat_outline outline;
-    const llm__chat_form *form = llm__chat_find_form(t->chat_template, &outline);
-    memset(&c, 0, sizeof c);
-    c.env = env;
-    c.form = form;
-    c.default_system = form && outline.system[0] ? outline.system : NULL;
-    c.t = t;
-    c.messages = messages;
-    c.n_messages = n_messages;
+static llm__chat_text llm__chat_render(llm__env *env, const llm_tokenizer *t, const llm_chat_desc *d) {
+    llm__jinja_run r;
     if (!t->chat_template)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "the model's file has no chat template; render the messages as text yourself");
-    if (!form)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "the chat template in the model's file is not one of those known here (ChatML, "
-                  "Qwen3, Llama-2, Llama-3, Mistral, Zephyr); render the messages as text yourself");
-    if (n_messages < 1) llm__fail(env, LLM_ERROR_ARGUMENT, "there are %d messages", n_messages);
-    llm__chat_check_messages(&c, form->alternates);
-    llm__chat_put(&c, "");
-    form->render(&c, open_answer);
-    return c.out;
+    if (t->chat_problem) llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s", t->chat_problem);
+    llm__jinja_begin(&r, env, t->classes);
+    llm__chat_set_variables(&r, t, d);
+    llm__jinja_exec(&r, t->chat_program);
+    return llm__chat_finish(env, &r.out);
 }
 
-typedef struct llm__chat_render_job {
+typedef struct llm__chat_job {
     const llm_tokenizer *t;
-    const llm_message *messages;
-    int n_messages;
-    bool open_answer, encode;
+    const llm_chat_desc *desc;
+    bool encode;
     char *text;     /* [capacity] if not encode */
-    llm_token *ids; /* [capacity] if encode */
+    llm_token *ids; /* [capacity] if encode     */
     size_t capacity, n;
-} llm__chat_render_job;
+} llm__chat_job;
 
-static void llm__chat_render_body(llm__env *env, void *arg) {
-    llm__chat_render_job *job = (llm__chat_render_job *)arg;
-    llm__chat_text out = llm__chat_render(env, job->t, job->messages, job->n_messages, job->open_answer);
+static void llm__chat_body(llm__env *env, void *arg) {
+    llm__chat_job *job = (llm__chat_job *)arg;
+    if (!job->desc) llm__fail(env, LLM_ERROR_ARGUMENT, "desc is NULL");
+    llm__chat_text out = llm__chat_render(env, job->t, job->desc);
     if (job->encode) {
         job->n = llm__enc_spans(env, job->t, out.text, out.n, LLM_TOKENS_SPECIAL, out.spans, out.n_spans, job->ids,
                                 job->capacity);
@@ -9913,39 +9342,33 @@ static void llm__chat_render_body(llm__env *env, void *arg) {
     job->text[n_shown] = 0;
 }
 
-static int64_t llm__chat_run(llm__chat_render_job *job, llm_error *err) {
+static int64_t llm__chat_run(llm__chat_job *job, llm_error *err) {
     llm__pool pool;
     llm__env env;
     llm__pool_init(&pool, &job->t->host);
     llm__env_init(&env, &pool, err, NULL);
-    llm_status status = llm__env_run(&env, llm__chat_render_body, job);
+    llm_status status = llm__env_run(&env, llm__chat_body, job);
     llm__pool_free(&pool);
     return llm__error_done(err, status) ? -1 : (int64_t)job->n;
 }
 
-LLM_API int64_t llm_encode_messages(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
-                                    bool open_answer, llm_token *ids, size_t capacity, llm_error *err) {
-    llm__chat_render_job job = {tokenizer, messages, n_messages, open_answer, true, NULL, ids, capacity, 0};
+LLM_API int64_t llm_chat_encode(const llm_tokenizer *tokenizer, const llm_chat_desc *desc, llm_token *ids,
+                                size_t capacity, llm_error *err) {
+    llm__chat_job job = {tokenizer, desc, true, NULL, ids, capacity, 0};
     return llm__chat_run(&job, err);
 }
 
-LLM_API int64_t llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
-                                bool open_answer, char *text, size_t capacity, llm_error *err) {
-    llm__chat_render_job job = {tokenizer, messages, n_messages, open_answer, false, text, NULL, capacity, 0};
+LLM_API int64_t llm_chat_render(const llm_tokenizer *tokenizer, const llm_chat_desc *desc, char *text, size_t capacity,
+                                llm_error *err) {
+    llm__chat_job job = {tokenizer, desc, false, text, NULL, capacity, 0};
     return llm__chat_run(&job, err);
-}
-
-LLM_API const char *llm_chat_format(const llm_tokenizer *tokenizer) {
-    llm__chat_outline outline;
-    const llm__chat_form *form = llm__chat_find_form(tokenizer->chat_template, &outline);
-    return form ? form->name : NULL;
 }
 
 LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer) { return tokenizer->chat_template; }
 
 #endif
 
-/* ==== 11 CPU kernels ============================================================================================
+/* ==== 12 CPU kernels ============================================================================================
 
    THE ONE ARITHMETIC. All that is computed on the CPU is defined here, once, over vectors of 16 floats; each
    instruction set supplies the vectors, and the text below is compiled for each. The scalar set is the definition.
@@ -10319,7 +9742,7 @@ static const llm__kernels *llm__kernels_choose(const char *isa) {
     return !isa || !strcmp(isa, "scalar") ? &llm__scalar_kernels : NULL;
 }
 
-/* ==== 12 Weights ================================================================================================
+/* ==== 13 Weights ================================================================================================
 
    From tensors in a file to matrices in the kernels' order. */
 
@@ -10398,7 +9821,7 @@ static bool llm__matrix_has_groups(llm__weight_type kind) {
     return kind == LLM__W_INT8_GROUPS || kind == LLM__W_INT4_GROUPS;
 }
 
-/* A matrix in tiles of 16 outputs, see section 11. */
+/* A matrix in tiles of 16 outputs, see section 12. */
 typedef struct llm__matrix {
     llm__weight_type kind;
     int n, k; /* outputs and inputs as the model has them; both are padded with zeros in memory */
@@ -10710,7 +10133,7 @@ static void llm__math_sincos(double x, float *sine, float *cosine) {
     *cosine = (float)(quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s);
 }
 
-/* ==== 13 The CPU backend: threads and weights ===================================================================
+/* ==== 14 The CPU backend: threads and weights ===================================================================
 
    A team of threads runs one task on all its members at once; the calling thread is member 0. Inside the task they
    meet at barriers. Members spin a little for the next task, then sleep, so an idle context costs nothing. */
@@ -11269,7 +10692,7 @@ static llm_status llm__cpu_upload(void *model, const llm_backend_weight *weight,
     return llm__env_run(&env, llm__cpu_upload_body, &args);
 }
 
-/* ==== 14 KV cache ===============================================================================================
+/* ==== 15 KV cache ===============================================================================================
 
    Keys and values are stored in blocks of LLM_CACHE_BLOCK positions, all allocated when the context is created. A sequence
    is a length and a table of blocks. A fork shares its parent's blocks, which are reference-counted. Whoever appends
@@ -11395,7 +10818,7 @@ static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) 
     cache->lengths[seq] = length;
 }
 
-/* ==== 15 Forward pass ===========================================================================================
+/* ==== 16 Forward pass ===========================================================================================
 
    The Llama transformer: Touvron et al. 2023 (arXiv:2302.13971), with RMSNorm (1910.07467), rotary embeddings
    (2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245). For rows x[n_embd] of all tokens at once:
@@ -12318,7 +11741,7 @@ static const float *llm__cpu_logits(void *context, int i) {
     return c->logits + (size_t)i * (size_t)c->model->shape.n_vocab;
 }
 
-/* ==== 16 The CPU context ========================================================================================
+/* ==== 17 The CPU context ========================================================================================
 
    The CPU backend's contexts: scratch space, blocks of the cache, and the limits that benchmarks compare with. */
 
@@ -12614,7 +12037,7 @@ static const llm_backend llm__cpu_backend = {
     NULL,
 };
 
-/* ==== 17 Models =================================================================================================
+/* ==== 18 Models =================================================================================================
 
    Loading: from a checkpoint and its hyperparameters to weights on a backend. */
 
@@ -13423,7 +12846,7 @@ LLM_API llm_status llm_quantize_directory(const char *from, const char *to, cons
     return llm__error_done(err, status);
 }
 
-/* ==== 18 Contexts and sequences =================================================================================
+/* ==== 19 Contexts and sequences =================================================================================
 
    A context is a cache, scratch space and the threads that compute, for up to n_seq sequences. */
 
@@ -14033,7 +13456,7 @@ LLM_API const float *llm_logits(const llm_context *ctx, int i) {
     return NULL;
 }
 
-/* ==== 19 Sampler ================================================================================================
+/* ==== 20 Sampler ================================================================================================
 
    Logits become a distribution (biases, repetition penalty, temperature, top-k, top-p, min-p in this order), of which
    one token is drawn. All arithmetic is fixed, so a seed means the same text everywhere. Top-p is from Holtzman et al.
@@ -14320,7 +13743,7 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
     return choice.n ? llm__sampler_draw_choice(&choice, sampler) : -1;
 }
 
-/* ==== 20 Speculative decoding ===================================================================================
+/* ==== 21 Speculative decoding ===================================================================================
 
    A pass for a few tokens reads the weights once, like a pass for one, so tokens that were guessed beforehand are
    checked almost for nothing. In a round the draft guesses, the model computes the last token and the guesses in one
@@ -14813,7 +14236,7 @@ LLM_API void llm_draft_free(llm_draft *draft) {
     memset(draft, 0, sizeof *draft);
 }
 
-/* ==== 21 Generation =============================================================================================
+/* ==== 22 Generation =============================================================================================
 
    Prompt in, text out: encode, run what the cache does not hold yet, then sample, show and run one token at a time, or
    several with a draft. */
@@ -14895,8 +14318,8 @@ static llm_token *llm__gen_prompt_tokens(llm__env *env, const llm__gen_args *a, 
     const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
     llm__chat_text chat;
     unsigned flags = LLM_TOKENS_SPECIAL;
-    if ((d->prompt != NULL) + (d->messages != NULL) + (d->tokens != NULL) != 1)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "exactly one of prompt, messages and tokens must be given");
+    if ((d->prompt != NULL) + (d->messages != NULL) + (d->chat != NULL) + (d->tokens != NULL) != 1)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "exactly one of prompt, messages, chat and tokens must be given");
     if (d->tokens) {
         if (d->n_tokens <= 0)
             llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens: n_tokens is %d", d->n_tokens);
@@ -14906,11 +14329,16 @@ static llm_token *llm__gen_prompt_tokens(llm__env *env, const llm__gen_args *a, 
         return copy;
     }
     memset(&chat, 0, sizeof chat);
-    if (d->messages) {
-        chat = llm__chat_render(env, tokenizer, d->messages, d->n_messages, true);
+    if (d->messages || d->chat) {
+        llm_chat_desc messages;
+        memset(&messages, 0, sizeof messages);
+        messages.messages = d->messages;
+        messages.n_messages = d->n_messages;
+        messages.open_answer = true;
+        chat = llm__chat_render(env, tokenizer, d->chat ? d->chat : &messages);
     } else {
         flags |= LLM_TOKENS_ENDS;
-        chat.text = (char *)(uintptr_t)d->prompt;
+        chat.text = d->prompt;
         chat.n = strlen(d->prompt);
     }
     if (chat.n > INT32_MAX / 8)
@@ -15273,7 +14701,7 @@ LLM_API llm_status llm_prefill(llm_context *ctx, const llm_generate_desc *desc, 
     return llm__gen_run(ctx, desc, stats, llm__gen_prefill_body, err);
 }
 
-/* ==== 22 Scoring ================================================================================================
+/* ==== 23 Scoring ================================================================================================
 
    llm_score computes how likely endings are after their contexts. The text of a question with one ending is its
    context followed by that ending. All texts of a question share a prefix: the context and the first tokens that all
@@ -15912,9 +15340,9 @@ OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
 SOFTWARE.
 */
 
-/* ==== 23 Kernel text ============================================================================================
+/* ==== 24 Kernel text ============================================================================================
 
-   The text of the kernels. Section 11 includes this file once for each instruction set, and each time only what follows
+   The text of the kernels. Section 12 includes this file once for each instruction set, and each time only what follows
    is compiled. */
 
 #ifdef LLM__KERNEL_PASS /* compiled once for each instruction set */

@@ -518,7 +518,8 @@ static llm_status do_render(void *job, llm_error *err) {
     static const llm_message message = {"user", "a\xFF"};
     const starved *s = (const starved *)job;
     char text[10];
-    return llm_chat_render(llm_model_tokenizer(s->model), &message, 1, true, text, sizeof text, err) < 0 ? err->code : LLM_OK;
+    llm_chat_desc chat = {.messages = &message, .n_messages = 1, .open_answer = true};
+    return llm_chat_render(llm_model_tokenizer(s->model), &chat, text, sizeof text, err) < 0 ? err->code : LLM_OK;
 }
 
 static llm_status do_create(void *job, llm_error *err) {

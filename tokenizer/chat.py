@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/chat.jsonl: conversations as Jinja renders them with models' chat templates.
+"""Writes tests/golden/chat.jsonl: conversations as Jinja renders them with models' chat templates, and small templates
+that use every construct of the language.
 
     pip install jinja2
     python3 tokenizer/chat.py tests/golden/chat.jsonl [DIRECTORY]
@@ -12,7 +13,9 @@ import json
 import os
 import sys
 
+from jinja2 import nodes
 from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 CHATML = "'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'"
@@ -337,6 +340,7 @@ LLAMA2_FIRST = (
 )
 
 # What has the tokens of a known template and is something else.
+# Variations of the above, each with a small difference.
 ODD = {
     "Yi": "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|im_start|>user\n' + message['content'] + '<|im_end|>\n<|im_start|>assistant\n' }}"
     "{% else %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}",
@@ -371,31 +375,31 @@ ODD = {
     "Zephyr, end after answers": EOS_AFTER_ANSWERS,
     "Zephyr, no lines": ZEPHYR.replace("}}\n", "}}"),
 }
-# name: (what llm_chat_format calls it, template, the published one's file)
+# name: (template, the published one's file)
 TEMPLATES = {
-    "SmolLM2": ("chatml", chatml("You are a helpful AI assistant named SmolLM, trained by Hugging Face"), None),
-    "Qwen2": ("chatml", chatml("You are a helpful assistant.").replace("\n", r"\n"), None),
-    "Qwen2.5": ("chatml", QWEN25, "Qwen-Qwen2.5-7B-Instruct.jinja"),
-    "ChatML": ("chatml", chatml(""), None),
-    "ChatML with BOS": ("chatml", chatml("", "{{bos_token}}"), None),
-    "Dolphin": ("chatml", chatml("", "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"), None),
-    "ChatML, other quotes": ("chatml", chatml("You are a bot.").replace("'", '"').replace('["role"]', ".role"), None),
-    "Qwen3": ("qwen3", QWEN3, "Qwen-Qwen3-0.6B.jinja"),
-    "Qwen3, strings": ("qwen3", QWEN3_STRINGS, None),
-    "Llama-2": ("llama-2", LLAMA2, None),
-    "Llama-2, trimmed by a filter": ("llama-2", LLAMA2.replace(".strip()", " | trim"), None),
-    "Llama-3": ("llama-3", LLAMA3, None),
-    "Llama-3.1": ("llama-3", LLAMA31, "meta-llama-Llama-3.1-8B-Instruct.jinja"),
-    "Llama-3.2": ("llama-3", LLAMA32, "meta-llama-Llama-3.2-3B-Instruct.jinja"),
-    "Mistral 0.2": ("mistral", MISTRAL_01.replace("%s", ""), None),
-    "Mistral 0.1": ("mistral", MISTRAL_01.replace("%s", " + ' '"), None),
-    "Mixtral": ("mistral", mistral("loop.first", " [INST] ", " [/INST]", "' ' + message['content']", inside=ALTERNATE + "\n"), None),
-    "Mistral 0.3": ("mistral", mistral("loop.last", "[INST] ", "[/INST]", '" " + message["content"]|trim', ALTERNATE_COUNTED), None),
-    "Mistral-Nemo": ("mistral", mistral("loop.last", "[INST]", "[/INST]", 'message["content"]', ALTERNATE_COUNTED), "mistralai-Mistral-Nemo-Instruct-2407.jinja"),
-    "Mistral 0.3, checked before": ("mistral", mistral("loop.last", "[INST] ", "[/INST]", '" " + message["content"]|trim', ALTERNATE_BEFORE), None),
-    "Zephyr": ("zephyr", ZEPHYR, None),
-    **{name: (None, template, None) for name, template in ODD.items()},
-    "unknown": (None, "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", None),
+    "SmolLM2": (chatml("You are a helpful AI assistant named SmolLM, trained by Hugging Face"), None),
+    "Qwen2": (chatml("You are a helpful assistant.").replace("\n", r"\n"), None),
+    "Qwen2.5": (QWEN25, "Qwen-Qwen2.5-7B-Instruct.jinja"),
+    "ChatML": (chatml(""), None),
+    "ChatML with BOS": (chatml("", "{{bos_token}}"), None),
+    "Dolphin": (chatml("", "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"), None),
+    "ChatML, other quotes": (chatml("You are a bot.").replace("'", '"').replace('["role"]', ".role"), None),
+    "Qwen3": (QWEN3, "Qwen-Qwen3-0.6B.jinja"),
+    "Qwen3, strings": (QWEN3_STRINGS, None),
+    "Llama-2": (LLAMA2, None),
+    "Llama-2, trimmed by a filter": (LLAMA2.replace(".strip()", " | trim"), None),
+    "Llama-3": (LLAMA3, None),
+    "Llama-3.1": (LLAMA31, "meta-llama-Llama-3.1-8B-Instruct.jinja"),
+    "Llama-3.2": (LLAMA32, "meta-llama-Llama-3.2-3B-Instruct.jinja"),
+    "Mistral 0.2": (MISTRAL_01.replace("%s", ""), None),
+    "Mistral 0.1": (MISTRAL_01.replace("%s", " + ' '"), None),
+    "Mixtral": (mistral("loop.first", " [INST] ", " [/INST]", "' ' + message['content']", inside=ALTERNATE + "\n"), None),
+    "Mistral 0.3": (mistral("loop.last", "[INST] ", "[/INST]", '" " + message["content"]|trim', ALTERNATE_COUNTED), None),
+    "Mistral-Nemo": (mistral("loop.last", "[INST]", "[/INST]", 'message["content"]', ALTERNATE_COUNTED), "mistralai-Mistral-Nemo-Instruct-2407.jinja"),
+    "Mistral 0.3, checked before": (mistral("loop.last", "[INST] ", "[/INST]", '" " + message["content"]|trim', ALTERNATE_BEFORE), None),
+    "Zephyr": (ZEPHYR, None),
+    **{name: (template, None) for name, template in ODD.items()},
+    "unknown": ("{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", None),
 }
 S, U, A = "system", "user", "assistant"
 CONVERSATIONS = [
@@ -416,38 +420,111 @@ CONVERSATIONS = [
 ]
 
 
+# Templates that use the language itself, each with variables.
+V = {
+    "s": "  Hello, World \n", "t": "a,b,,c", "u": "é Ünï 漢字 😀", "n": 7, "m": -3, "f": 2.5, "z": None, "yes": True,
+    "list": [3, 1, 2], "names": ["b", "A", "c", "a"], "d": {"x": 1, "y": [1, {"z": None}], "k": "v"}, "empty": [],
+    "people": [{"name": "Ann", "age": 30, "tags": ["x"]}, {"name": "bob", "age": 25}, {"name": "Cy", "age": 30, "tags": []}],
+}
+EXPRESSIONS = """
+1 + 2 * 3 - 4 // 3 % 5|2 ** 3 ** 2|-2 ** 2|7 / 2|-7 // 2|-7 % 3|7 % -3|7.5 // 2|7.5 % 2|1e3|1e16|1e-5|0.1 + 0.2|1/3|100000000000000000000.0 * 10
+'a' ~ 1 ~ none ~ true|'a' 'b' "c"|'x' * 3|[1] * 2 + [2]|'\\n\\t\\x41\\u00e9\\\\\\'' + "\\q"|(1, 'a', none)|(1,)|[1, 'it''s', "it's", 'q"', true, none, 1.0]|{'a': 1, 2: 'b'}
+1 < 2 < 3|1 < 3 < 2|'a' < 'b'|[1, 2] < [1, 3]|1 == 1.0|true == 1|'1' == 1|none == none|x == y|not 1|not not ''|1 and 0 or 'c'|'' or 'd'|0 and x.y
+'a' in 'cat'|4 not in list|'k' in d|'a' if n > 3 else 'b'|'a' if n > 9|('a' if n > 9 else 'b' if n > 5 else 'c')|list[0] + list[-1]|list[7]|d.k + d['k']|d.nothing|s[2]|u[0] + u[-1]
+list[1:]|list[:-1]|list[::-1]|list[::2]|s[2:7]|u[2:5]|u[::-1]|t[-3:]|t[5:2]|list[2:0:-1]|d.y[1].z|d['y'][0]
+s.strip()|s.lstrip() + '.'|s.rstrip() + '.'|'xxaxx'.strip('x')|'abcba'.lstrip('ab')|t.split(',')|t.split(',', 1)|t.rsplit(',', 1)|t.rsplit(',', 2)|t.rsplit(',', 9)|s.split()|'a--b--c'.split('--')[-1]
+t.startswith('a,')|t.endswith(('x', 'c'))|t.replace(',', ';')|t.replace(',', ';', 2)|s.upper()|s.lower()|'hELLO wORLD-x'.title()|'hELLO'.capitalize()|u.upper()|u.lower()|'ПРИВЕТ Ω'.lower()|'привет ω ÿ'.replace('ÿ', '').upper()
+t.find('c')|t.find('z')|u.find('漢')|t.rfind(',')|t.count(',')|'-'.join(['a', 'b'])|'a\\nb\\r\\nc\\n'.splitlines()|'abc'.removeprefix('a')|'abc'.removesuffix('bc')|'12'.isdigit()|'1a'.isdigit()|' '.isspace()|'{} {1} {a} {{}}'.format(1, 2, a='x')
+d.items() | list|d.keys() | list|d.values() | list|d.get('x')|d.get('q')|d.get('q', 5)|list.index(1)|list.count(2)|d|d.y|'%' in s|range(3) | list|range(5, 0, -2) | list|dict(a=1, b=[2])
+s | trim|'xax' | trim('x')|s | length|u | length|list | length|d | length|x | length|s | upper|'hello wORLD (it)' | title|'hELLO' | capitalize|t | replace(',', '')|list | join('-')|list | join|people | join(', ', attribute='name')
+list | first|list | last|empty | first|s | first|'ab' | list|d | list|people | map(attribute='name') | list|people | map(attribute='tags', default='none') | list|names | map('upper') | list|names | map('replace', 'a', 'x') | join
+list | select('odd') | list|list | reject('gt', 1) | list|people | selectattr('age', 'equalto', 30) | map(attribute='name') | join(' ')|people | rejectattr('tags') | list | length|people | selectattr('tags', 'defined') | list | length|[0, 1, '', 'a'] | select | list
+x | default('q')|'' | default('q')|'' | default('q', true)|z | default('q')|z | d('q', true)|'a<b' | safe|5 | string + 'a'|'42' | int + 1|'4.7' | int|'x' | int|'x' | int(3)|'2.50' | float|'1e3' | float|3.9 | int|-3.9 | int|true | int
+d | items | list|{'b': 1, 'a': 2} | dictsort|{'b': 1, 'a': 2} | dictsort(by='value', reverse=true)|list | sort|names | sort|names | sort(case_sensitive=true)|list | sort(reverse=true)|people | sort(attribute='age') | map(attribute='name') | list|[1, 2, 1, 'a', 'A'] | unique | list
+list | reverse | list|'abc' | reverse|'a\\nb\\n\\nc' | indent|'a\\nb' | indent(2, true)|'a\\n\\nb' | indent(2, blank=true)|m | abs|2.567 | round|2.567 | round(2)|2.1 | round(method='ceil')|list | sum|people | sum(attribute='age')|list | min|list | max|names | min
+d | tojson|d | tojson(indent=2)|list | tojson|u | tojson|u | tojson(ensure_ascii=true)|'a"b\\\\c\\n<&>' | tojson|{'b': 1.0, 'a': 1e20, 'c': none, 'd': true} | tojson(sort_keys=true)|d | tojson(separators=(',', ':'))|[] | tojson(indent=2)|{} | tojson|5 | tojson|-0.0 | tojson
+x is defined|z is defined|x is undefined|z is none|s is string|d is mapping|list is sequence|s is sequence|list is iterable|5 is iterable|n is number|n is integer|f is float|yes is boolean|yes is true|0 is false|n is not odd|n is even|n is divisibleby 7|n is divisibleby(2)|n is eq 7|n is gt(3)|n is in [7]|'a' is lower|'A' is upper|none is none|n is sameas n
+loop is defined|namespace(a=1).a|x.y|1 / 0|list | nothing_like_it|raise_exception('no')|5 + 'a'|'a' < 1|list.append(1)|none | length|5 | join
+"""
+STATEMENTS = [
+    "{% for i in list %}{{ loop.index }}/{{ loop.index0 }}/{{ loop.first }}/{{ loop.last }}/{{ loop.length }}/{{ loop.revindex }}/{{ loop.revindex0 }}:{{ i }} {% endfor %}",
+    "{% for i in list %}{{ loop.previtem }}<{{ i }}>{{ loop.nextitem }} {{ loop.cycle('a', 'b') }}{% for j in 'xy' %}{{ loop.depth }}{{ j }}{% endfor %}\n{% endfor %}",
+    "{% for i in list if i > 1 %}{{ loop.index }}{{ i }}{% else %}none{% endfor %}{% for i in empty %}x{% else %}none{% endfor %}",
+    "{% for k, v in d.items() %}{{ k }}={{ v }};{% endfor %}{% for k in d %}{{ k }}{% endfor %}",
+    "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i == 5 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "{% set a = 1 %}{% for i in list %}{% set a = i %}{{ a }}{% endfor %}{{ a }}{% set ns = namespace(a=0) %}{% for i in list %}{% set ns.a = ns.a + i %}{% endfor %}{{ ns.a }}",
+    "{% set a, b = 1, 'x' %}{{ a }}{{ b }}{% set c %}block {{ a }}{% endset %}[{{ c }}]{% set e | upper | trim %} up {% endset %}[{{ e }}]",
+    "{% macro m(a, b='B', c=none) %}({{ a }}{{ b }}{{ c }}){% endmacro %}{{ m(1) }}{{ m(1, 2) }}{{ m(1, c=3) }}{{ m() }}{{ m('a' ~ m(2)) }}",
+    "{% macro outer(x) %}{% if x > 0 %}{{ x }}{{ outer(x - 1) }}{% endif %}{% endmacro %}{{ outer(5) }}",
+    "{% if n > 9 %}a{% elif n > 5 %}b{% else %}c{% endif %}{% if x %}{% elif z %}{% else %}d{% endif %}",
+    "  {% if yes %}\n  line\n  {% endif %}\n\tend {%- if yes -%}  x  {%- endif %} y\n{{ n }}\n{{- n -}}\n z\n",
+    "a {# note #} b\n  {# own line #}\nc {#- stripped -#} d{##}",
+    "  {%+ if yes %} kept {% endif +%}\n next {% raw %}{{ raw }} {% if %}{% endraw %} {%- raw -%} {{ x }} {%- endraw -%} .",
+    "{% filter upper %}a{{ s }}{% endfilter %}{% with a = 1, b = n %}{{ a }}{{ b }}{% endwith %}{{ a }}",
+    "{% generation %}text{% endgeneration %}\n{{ {'a': {'b': [1, 2]}}.a.b[1] }}{{ '}}' }}{{ \"%}\" }}",
+    "{{ '{{' }}{{ messages }}{{ bos_token }}{{ tools }}{{ add_generation_prompt }}",
+    "{%- for message in messages -%}{{- message.role }}: {{ message['content'] | trim }}{{ '\\n' }}{%- endfor -%}",
+    "line\r\nend\rlast\n\n",
+    "{{ 'a<b>' | safe + '<c>&' }}{{ ('x' | safe) ~ '<y>' }}",
+]
+
+
 def refuse(message):
     raise TemplateError(message)
 
 
-def render(template, messages, open_answer):
-    """As transformers does, but for the date; None if the template refuses the messages or leaves one out (but Qwen3's,
-    which leaves out thoughts)."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+class Generation(Extension):
+    """{% generation %}, which transformers defines to mark what the assistant said."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return nodes.CallBlock(self.call_method("_shown"), [], [], body).set_lineno(line)
+
+    def _shown(self, caller):
+        return caller()
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def render(template, **variables):
+    """As transformers does, but for the date; None where that fails."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = to_json
     try:
-        text = environment.from_string(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=open_answer, bos_token="<s>", eos_token="</s>")
-    except TemplateError:
+        return environment.from_string(template).render(tools=None, documents=None, bos_token="<s>", eos_token="</s>", **variables)
+    except (TemplateError, TypeError, ValueError, ZeroDivisionError):
         return None
-    return text if "</think>" in template or all(message["content"].strip() in text for message in messages) else None
 
 
 def main(output, directory=None):
     with open(output, "w", encoding="utf-8", newline="\n") as file:
-        for name, (kind, template, published) in TEMPLATES.items():
+        def write(name, template, cases):
+            line = {"name": name, "template": template, "cases": cases}
+            file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+        for name, (template, published) in TEMPLATES.items():
             cases = []
             for conversation in CONVERSATIONS:
                 for open_answer in (True, False):
                     messages = [{"role": role, "content": content} for role, content in conversation]
-                    text = render(template, messages, open_answer)
-                    if kind:
-                        cases.append({"messages": conversation, "open": open_answer, "text": text})
+                    date = {"date_string": "26 Jul 2024"}
+                    text = render(template, messages=messages, add_generation_prompt=open_answer, **date)
+                    cases.append({"messages": conversation, "open": open_answer, "text": text, "variables": json.dumps(date)})
                     if directory and published:
                         with open(os.path.join(directory, published), encoding="utf-8") as other:
-                            assert render(other.read(), messages, open_answer) == text, (name, conversation)
-            line = {"name": name, "kind": kind, "template": template, "cases": cases}
-            file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+                            assert render(other.read(), messages=messages, add_generation_prompt=open_answer, **date) == text, (name, conversation)
+            write(name, template, cases)
+        expressions = ["{{ " + e + " }}" for e in EXPRESSIONS.strip().replace("\n", "|").replace(" | ", "\0").split("|")]
+        for template in [e.replace("\0", " | ") for e in expressions] + STATEMENTS:
+            conversation = [(U, " Hi\n")]
+            text = render(template, messages=[{"role": U, "content": " Hi\n"}], add_generation_prompt=False, **V)
+            write(template, template, [{"messages": conversation, "open": False, "text": text, "variables": json.dumps(V)}])
 
 
 if __name__ == "__main__":
