@@ -9,7 +9,7 @@ WARNINGS = -Wall -Wextra -pedantic
 LDLIBS   = $(if $(filter hellaswag test_hellaswag_text,$(@F)),-lbz2) $(if $(filter repl,$(@F)),-ledit) \
            $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat test_score hellaswag test_hellaswag_text fuzz,$(basename $(@F))),-ljansson) \
            $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
-PROGRAMS = build/repl build/hello build/tokenize build/embed build/quantize build/hellaswag build/bench
+PROGRAMS = build/repl build/hello build/loop build/tokenize build/embed build/quantize build/hellaswag build/bench
 
 comma := ,
 
@@ -106,7 +106,6 @@ build/gpu/llm_cuda.o: llm_cuda.cu llm.h
 		-gencode arch=compute_90,code=compute_90 -c -o $@ llm_cuda.cu
 
 # Tests that include the program, or the test, that they test.
-build/test_quantize build/asan/test_quantize: examples/quantize.c
 build/test_hellaswag_text build/asan/test_hellaswag_text: examples/hellaswag.c
 build/test_amx build/asan/test_amx: tests/test_kernels.c tests/test_hash.c
 
@@ -141,6 +140,9 @@ build/%: %.sh $(PROGRAMS)
 	install $< $@
 
 build/asan/%: %.sh build/asan/repl build/asan/hello build/asan/tokenize
+	install $< $@
+
+build/test_manual: tests/test_manual.sh tests/manual.c build/llm.o
 	install $< $@
 
 build/test_valgrind: tests/test_valgrind.sh build/hello build/test_hf

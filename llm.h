@@ -1,11 +1,13 @@
-/*  llm.h - run Llama-family language models from one C file.                     MIT licence, at the end of this file
+/*  llm.h 1.0.0 - run Llama-family language models from one C file.               MIT licence, at the end of this file
 
     Put this file beside your program. In ONE source file write
 
         #define LLM_IMPLEMENTATION
         #include "llm.h"
 
-    and elsewhere just include it. Link with -lm and -lpthread; nothing else is needed.
+    and elsewhere just include it. Link with -lm and -lpthread; nothing else is needed. Compile with -O2: without
+    optimisation everything is five times as slow. This comment is the manual: a program that runs, the same step by
+    step, what is promised, recipes to copy, limits, options, and where to find what in this file.
 
     QUICK START
 
@@ -27,6 +29,36 @@
             llm_model_free(model);
         }
 
+    STEP BY STEP
+
+    1. Get a model: a .gguf file, or a directory with config.json, *.safetensors and tokenizer.json, as published on
+       Hugging Face. README.md lists the architectures and types. llm_model_read_info says what a file holds and
+       llm_memory_estimate how much memory it would take, without loading it.
+
+    2. Load it with llm_model_load. The weights are converted to one type, bf16 if llm_model_desc says nothing. For a
+       4-bit file {.dtype = LLM_DTYPE_INT4} takes a third of that memory and is two to three times as fast. The model
+       never changes afterwards; all threads may share it.
+
+    3. Create a context with llm_context_create: the memory of the conversations (the KV cache) and the threads that
+       compute. One context holds n_seq sequences. A sequence is a list of tokens that the model has read; n_ctx limits
+       its length. Everything is allocated here, nothing later.
+
+    4. Ask with llm_generate: a text to continue (.prompt), a conversation (.messages), or token ids (.tokens). It
+       turns the question into tokens, runs those that the sequence does not hold yet through the model (prefill), then
+       picks one token after the other (decode) by the rules in .sampler, and gives the text to .on_text as whole UTF-8
+       characters. It stops at the model's own end, at max_tokens, at a stop string, or when a callback says so;
+       llm_stats tells which, and how fast it was.
+
+    5. Ask again. What the sequence and the new prompt have in common at their beginning is not computed again, so a
+       conversation costs only what is new in it. (A sampled answer may become other tokens when it comes back as a
+       message; then it is computed again from the first that differs.)
+
+    6. To do more yourself, use the parts of llm_generate: llm_encode and llm_encode_messages make tokens, llm_forward
+       runs any mix of tokens of any sequences in one pass, llm_logits and llm_sample turn the result into the next
+       token, llm_stream_token turns tokens into text. examples/loop.c is such a loop, as a whole program.
+
+    7. Free contexts and drafts first, then the model.
+
     THE OBJECTS
 
         llm_model      weights, hyperparameters, tokenizer. Immutable once loaded; any number of threads may share it.
@@ -35,44 +67,279 @@
         llm_batch      a packed, ragged list of tokens, each with its sequence. Prefill, decode and several users at
                        once are the same call with different batches. There is no padding.
         llm_sampler    settings and the state of a random generator; plain data, copied by assignment.
+        llm_draft      guesses how a text goes on, which makes decoding faster and leaves the text as it is.
 
     WHAT EVERY FUNCTION PROMISES
 
-        It never exits, aborts, prints or throws. One that can fail returns an llm_status, or -1 where it returns a
-        number, and explains the failure in words in the llm_error it is given, which may be NULL. A failed load
-        releases all it took. A forward pass allocates nothing. There are no mutable globals. Functions taking a const
-        object may be called from many threads at once. Settings structs may be zero ({0}) or NULL for defaults. What
-        llm_..._create or llm_..._load made is released by llm_..._free, which takes NULL too; a context must go before
-        its model. Strings are UTF-8.
+        It never exits, aborts, prints or throws. A function that can fail returns an llm_status, or -1 in place of a
+        count, and explains the failure in an llm_error, which may be NULL: what went wrong, where, and what to do. If a
+        load fails, everything it allocated is freed. A forward pass allocates nothing. There are no mutable globals.
+        Functions that take a const object may be called from many threads at once.
+        Settings structs may be zero ({0}) or NULL for defaults. Free with the matching llm_*_free; NULL is allowed.
+        Strings are UTF-8. A pointer that a function returns belongs to the object it was asked of, and is valid until
+        that is freed, or as long as the declaration says.
+        Callbacks run on the thread that made the call. They must not use the context, and should not throw or longjmp.
 
     ONE ARITHMETIC
 
-        On the CPU the logits of a token are the same bits whatever the instruction set, the compiler and its flags,
-        the number of threads, the other tokens in the batch, the way a prompt was cut into passes, and whether a
-        prefix came from a fork, a saved cache or was computed anew. One thing matters with int4 weights: they are
-        exact in passes of up to 16 tokens, and rounded to bf16 in longer ones. See section 11.
+        CPU logits are the same bits on every instruction set, with every compiler, its flags, thread count, whatever
+        else is in the batch, however a prompt was cut into passes, and whether a prefix came from a fork, a saved cache
+        or was computed. One exception: int4 weights are used exactly in passes of up to 16 tokens and rounded to bf16
+        in longer ones. If that matters, as for users whose texts must not depend on their neighbours', set n_batch to
+        16. See section 11.
+
+    RECIPES
+
+    Functions to copy; a test compiles and runs each of them.
+
+    RECIPE: a chat with its history. Each turn reuses the cache of the turns before.
+
+        static bool append(void *user, const char *text, size_t n_bytes) {
+            char *answer = (char *)user;
+            size_t n = strlen(answer);
+            if (n + n_bytes >= 4096) return false;              // no room: stop the answer
+            memcpy(answer + n, text, n_bytes + 1);              // with its NUL
+            return true;
+        }
+
+        static llm_status chat(llm_context *ctx, llm_message *messages, int *n, char answer[4096], llm_error *err) {
+            llm_generate_desc desc = {.messages = messages, .n_messages = *n, .max_tokens = 300, .on_text = append,
+                                      .user = answer};
+            answer[0] = 0;
+            llm_status status = llm_generate(ctx, &desc, NULL, err);
+            messages[*n].role = "assistant";
+            messages[(*n)++].content = answer;                  // the host adds the user's next message
+            return status;
+        }
+
+    RECIPE: a loop of one's own. The first batch is the prompt, the others are one token each.
+
+        static llm_status loop(llm_context *ctx, const char *prompt, llm_sampler *sampler, llm_error *err) {
+            const llm_tokenizer *tokenizer = llm_model_tokenizer(llm_context_model(ctx));
+            llm_text_stream stream = {.started = true};         // what continues a text does not begin one
+            llm_token ids[512], token;
+            char text[512];
+            int64_t n = llm_encode(tokenizer, prompt, strlen(prompt), LLM_TOKENS_ENDS, ids, 512, err);
+            if (n < 0 || n > 512) return LLM_ERROR_ARGUMENT;
+            llm_batch batch = {.n_tokens = (int)n, .tokens = ids};
+            for (int i = 0; i < 50; i++) {
+                llm_status status = llm_forward(ctx, &batch, err);
+                if (status) return status;
+                token = llm_sample(ctx, batch.n_tokens - 1, 0, sampler);
+                if (llm_token_is_end(tokenizer, token)) break;
+                fwrite(text, 1, llm_stream_token(tokenizer, &stream, token, text, sizeof text), stdout);
+                batch.tokens = &token;
+                batch.n_tokens = 1;
+            }
+            return LLM_OK;
+        }
+
+    RECIPE: several users in one pass. User u has sequence u and is silent while last[u] is -1; a new user's prompt can
+    be in the same batch. The context was created with n_seq >= n_users.
+
+        static llm_status step(llm_context *ctx, llm_token *last, int n_users, llm_sampler *samplers, llm_error *err) {
+            llm_token tokens[64];
+            int seqs[64], n = 0;
+            for (int u = 0; u < n_users; u++)
+                if (last[u] >= 0) tokens[n] = last[u], seqs[n++] = u;
+            llm_batch batch = {.n_tokens = n, .tokens = tokens, .seqs = seqs};
+            llm_status status = llm_forward(ctx, &batch, err);
+            for (int i = 0; i < n && !status; i++) last[seqs[i]] = llm_sample(ctx, i, seqs[i], &samplers[seqs[i]]);
+            return status;
+        }
+
+    RECIPE: fork and truncate. All sequences begin with one text, which is computed and stored once.
+
+        static llm_status share(llm_context *ctx, const char *prefix, llm_error *err) {
+            llm_generate_desc desc = {.prompt = prefix};
+            llm_status status = llm_prefill(ctx, &desc, NULL, err);             // into sequence 0
+            int length = llm_seq_length(ctx, 0) / LLM_CACHE_BLOCK * LLM_CACHE_BLOCK;    // whole blocks cost nothing
+            for (int seq = 1; seq < llm_context_n_seq(ctx) && !status; seq++)
+                status = llm_seq_fork(ctx, seq, 0, length, err);
+            return status ? status : llm_seq_truncate(ctx, 0, length, err);     // forget what came after
+        }
+
+    RECIPE: speculative decoding. The text is the same, and comes sooner where it repeats its prompt. The context was
+    created with n_logits = LLM_DRAFT_MAX + 1. llm_draft_model takes a small model as the draft instead.
+
+        static llm_status faster(llm_context *ctx, const char *prompt, llm_stats *stats, llm_error *err) {
+            llm_draft draft = llm_draft_lookup();
+            llm_generate_desc desc = {.prompt = prompt, .max_tokens = 100, .draft = &draft};
+            llm_status status = llm_generate(ctx, &desc, stats, err);
+            llm_draft_free(&draft);
+            return status;                                      // stats->draft.speedup tells whether it was worth it
+        }
+
+    RECIPE: cancel from another thread, which sets *stop. The answer ends within a layer's time.
+
+        static bool is_set(void *user) { return __atomic_load_n((bool *)user, __ATOMIC_RELAXED); }
+
+        static bool until_stopped(llm_context *ctx, const char *prompt, bool *stop, llm_error *err) {
+            llm_generate_desc desc = {.prompt = prompt, .cancel = is_set, .user = stop};
+            llm_stats stats;
+            return !llm_generate(ctx, &desc, &stats, err) && stats.stop == LLM_STOP_CALLBACK;
+        }
+
+    RECIPE: the host's allocator and threads. A real host keeps its threads instead of starting them for each pass.
+
+        static void *count_alloc(void *user, size_t size) {
+            __atomic_add_fetch((int *)user, 1, __ATOMIC_RELAXED);
+            return malloc(size);
+        }
+
+        static void count_free(void *user, void *ptr) {
+            __atomic_sub_fetch((int *)user, 1, __ATOMIC_RELAXED);
+            free(ptr);
+        }
+
+        typedef struct share_of_work {
+            void (*task)(void *arg, int i);
+            void *arg;
+            int i;
+        } share_of_work;
+
+        static void *run_share(void *arg) {
+            share_of_work *s = (share_of_work *)arg;
+            s->task(s->arg, s->i);
+            return NULL;
+        }
+
+        static void run_all(void *user, int n, void (*task)(void *arg, int i), void *arg) {
+            pthread_t threads[16];
+            share_of_work shares[16];
+            (void)user;
+            for (int i = 0; i < n; i++) {
+                shares[i].task = task, shares[i].arg = arg, shares[i].i = i;
+                if (pthread_create(&threads[i], NULL, run_share, &shares[i])) abort();
+            }
+            for (int i = 0; i < n; i++) pthread_join(threads[i], NULL);
+        }
+
+        static llm_status open_own(llm_context **ctx, const llm_model *model, int *n_blocks, llm_error *err) {
+            llm_context_desc desc = {.n_threads = 2, .parallel = run_all,
+                                     .host = {.alloc = count_alloc, .free = count_free, .user = n_blocks}};
+            return llm_context_create(ctx, model, &desc, err);
+        }
+
+    RECIPE: save a sequence and restore it, here or in another process with the same model.
+
+        static llm_status copy(llm_context *from, llm_context *to, llm_error *err) {
+            size_t size = llm_seq_save_size(from, 0);
+            void *bytes = malloc(size);
+            if (!bytes) return LLM_ERROR_MEMORY;
+            llm_status status = llm_seq_save(from, 0, bytes, size, err);        // a file could be written here
+            if (!status) status = llm_seq_restore(to, 0, bytes, size, err);
+            free(bytes);
+            return status;
+        }
+
+    RECIPE: score. Which of two endings is the likelier? One call may have any number of questions.
+
+        static int likelier(llm_context *ctx, const char *context, const char *const text[2], llm_error *err) {
+            const llm_tokenizer *tokenizer = llm_model_tokenizer(llm_context_model(ctx));
+            llm_token ids[2][256];
+            const llm_token *endings[2];
+            int n_ending[2];
+            int64_t n_context = 0;
+            double log_likelihoods[2];
+            for (int e = 0; e < 2; e++) {
+                unsigned flags = LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL;
+                int64_t n = llm_encode_pair(tokenizer, context, text[e], flags, ids[e], 256, &n_context, err);
+                if (n < 0 || n > 256) return -1;
+                endings[e] = ids[e] + n_context;
+                n_ending[e] = (int)(n - n_context);
+            }
+            llm_question question = {ids[0], (int)n_context, 2, endings, n_ending};
+            if (llm_score(ctx, &question, 1, NULL, log_likelihoods, NULL, err)) return -1;
+            return log_likelihoods[1] > log_likelihoods[0];
+        }
+
+    RECIPE: errors. A full cache is found before any work is done, so that room can be made and the call repeated.
+
+        static llm_status answer(llm_context *ctx, const llm_generate_desc *desc, int old_seq, llm_error *err) {
+            llm_status status = llm_generate(ctx, desc, NULL, err);
+            if (status == LLM_ERROR_CONTEXT_FULL) {
+                llm_seq_truncate(ctx, old_seq, 0, NULL);
+                status = llm_generate(ctx, desc, NULL, err);
+            }
+            if (status) fprintf(stderr, "%s: %s\n", llm_status_name(status), err->message);
+            return status;
+        }
+
+    RECIPE: the type of weights that fits into a limit of memory, found before loading.
+
+        static llm_dtype largest_type(const char *path, uint64_t max_bytes) {
+            const llm_dtype types[] = {LLM_DTYPE_BF16, LLM_DTYPE_INT8, LLM_DTYPE_INT4};
+            for (int i = 0; i < 3; i++) {
+                llm_model_desc desc = {.dtype = types[i]};
+                llm_model_info info;
+                llm_memory memory;
+                if (llm_model_read_info(path, &desc, &info, NULL) || llm_memory_estimate(&info, NULL, &memory, NULL))
+                    return LLM_DTYPE_DEFAULT;
+                if (memory.weights + memory.cache + memory.scratch <= max_bytes) return types[i];
+            }
+            return LLM_DTYPE_DEFAULT;
+        }
+
+    LIMITS
+
+        Compilers: gcc and clang, on Windows MinGW; C99 to C23, C++17 and later. Others stop at an #error.
+        Machines: little-endian (an #error elsewhere), tested on x86-64 and aarch64. 32-bit ones are not tested.
+        Systems: Linux and Windows. Other POSIX systems should work but are not tested.
+        Models: decoder-only transformers of the Llama family, as README.md lists them; no mixture of experts, no
+        images or sound, no encoders, no embeddings, no LoRA adapters, no training. What a file needs and this library
+        lacks is refused by name and never ignored.
+        Chat templates: six families, see llm_chat_format; Jinja is not executed, and tools are not supported.
+        Sampling: no grammars; llm_sampler.biases, changed in on_token, or a loop of one's own constrain the text.
+        A full sequence cannot be shifted: drop old messages and generate again, which computes the rest anew.
 
     COMPILE-TIME OPTIONS, defined before the include
 
         LLM_IMPLEMENTATION      compile the implementation here
-        LLM_STATIC              make everything private to this source file
+        LLM_STATIC              make everything private to this source file (not with LLM_CUDA)
+        LLM_API                 what stands before each public function; default: extern. For a Windows DLL
+                                __declspec(dllexport)
         LLM_HEADER_FILENAME     this file's name if it is not "llm.h" (it includes itself once per instruction set)
         LLM_NO_THREADS          compile without threads (n_threads is then always 1)
         LLM_NO_SIMD             compile the plain C kernels only: small, slow, the same bits
         LLM_CUDA                declare the GPU backend that llm_cuda.cu holds
 
-    CONTENTS
+    CONTENTS, in the order of the file. Search for "---- NAME" in the declarations, "==== NUMBER" in the implementation.
 
-        declarations: errors . host callbacks . model . tokenizer . chat . context . forward pass . sampler . drafts .
-                      generation . scoring . backends
-        1 base                    2 files               3 JSON reader        4 number formats
-        5 checkpoints             6 hyperparameters     7 Unicode and tokenizers
-        8 chat templates          9 CPU kernels        10 weights           11 the CPU backend
-       12 KV cache               13 forward pass       14 sampler           15 speculative decoding
-       16 generation             17 batch scheduling and scoring
+        declarations: Errors . Host callbacks . Model . Tokenizer . Chat . Context . Generation . Sequences .
+               Forward pass . Sampler . Speculative decoding . Scoring . NVIDIA GPU
+        BACKENDS: NOT FOR HOSTS
+         1 Base
+         2 Files
+         3 JSON reader: Members of objects
+         4 Number formats
+         5 Checkpoints: GGUF . Hugging Face directories
+         6 Hyperparameters: GGUF . config.json
+         7 Unicode: Normalisation form C
+         8 Tokenizer: Hash tables . Merging . Pre-tokenizers . Encoding . Decoding . Building a tokenizer
+         9 Tokenizer files: The pre-tokenizers that are known . Tokenizers in GGUF files . tokenizer.json .
+               tokenizer.model . Directories as published on Hugging Face . Tokenizers alone
+        10 Chat templates: ChatML . Outlines . Qwen 3 . Llama 3 . Llama 2 . Mistral . Zephyr . Which of them it is
+        11 CPU kernels
+        12 Weights
+        13 The CPU backend: threads and weights: How many cores there are . The model on the CPU
+        14 KV cache
+        15 Forward pass
+        16 The CPU context: The limit of decoding
+        17 Models: Metadata as text . Loading . What a file's header says . A directory with int8 weights
+        18 Contexts and sequences: Calls of the host . Sequences . llm_forward
+        19 Sampler
+        20 Speculative decoding: How many guesses are worth it . A generation's rounds . Prompt lookup . A model as
+               the draft
+        21 Generation: Bursts
+        22 Scoring: Text . The batch being filled . The packed schedule . Rectangles . llm_score
+        23 Kernel text: Products of many rows . Products on the matrix unit
 */
 #ifndef LLM_H
 #define LLM_H
+
+#define LLM_VERSION "1.0.0"
+#define LLM_VERSION_NUMBER 10000 /* 10000 * major + 100 * minor + patch */
 
 #if defined(LLM_IMPLEMENTATION) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* for mmap and threads under -std=c99 */
@@ -81,30 +348,38 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(LLM_STATIC) && (defined(__GNUC__) || defined(__clang__))
-#define LLM_API static __attribute__((unused))
-#elif defined(LLM_STATIC)
-#define LLM_API static
-#else
+#if defined(LLM_STATIC) && defined(LLM_CUDA)
+#error "llm_cuda.cu calls functions of llm.h, so LLM_CUDA cannot be combined with LLM_STATIC"
+#elif defined(LLM_STATIC) && defined(LLM_API)
+#error "define LLM_STATIC or LLM_API, not both"
+#endif
+#if !defined(LLM_API) && !defined(LLM_STATIC)
 #define LLM_API extern
+#elif !defined(LLM_API) && (defined(__GNUC__) || defined(__clang__))
+#define LLM_API static __attribute__((unused))
+#elif !defined(LLM_API)
+#define LLM_API static
 #endif
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
+/* The version that was compiled: LLM_VERSION_NUMBER, for programs that load the library at run time. */
+LLM_API int llm_version(void);
+
 /* ---- Errors -------------------------------------------------------------------------------------------------- */
 
 typedef enum llm_status {
     LLM_OK = 0,
-    LLM_ERROR_ARGUMENT,     /* the caller asked for something that makes no sense                             */
-    LLM_ERROR_IO,           /* a file cannot be opened or read                                                */
-    LLM_ERROR_FORMAT,       /* a file is damaged or contradicts itself                                        */
-    LLM_ERROR_UNSUPPORTED,  /* a file is sound but asks for what this library does not do                     */
-    LLM_ERROR_MEMORY,       /* an allocation failed                                                           */
-    LLM_ERROR_CONTEXT_FULL, /* the KV cache has no room; found before any work is done                        */
-    LLM_ERROR_CANCELLED,    /* a callback asked to stop                                                       */
-    LLM_ERROR_DEVICE        /* the backend's device failed                                                    */
+    LLM_ERROR_ARGUMENT,     /* the caller passed something that makes no sense                       */
+    LLM_ERROR_IO,           /* a file cannot be opened, read or written                              */
+    LLM_ERROR_FORMAT,       /* a file is damaged or contradicts itself                               */
+    LLM_ERROR_UNSUPPORTED,  /* a file is sound but needs a feature that this library does not have   */
+    LLM_ERROR_MEMORY,       /* an allocation failed                                                  */
+    LLM_ERROR_CONTEXT_FULL, /* the KV cache has no room; found before any work is done               */
+    LLM_ERROR_CANCELLED,    /* a callback stopped the work                                           */
+    LLM_ERROR_DEVICE        /* the backend's device failed                                           */
 } llm_status;
 
 /* Every function that takes an llm_error fills it: after a success with LLM_OK and "". */
@@ -113,22 +388,27 @@ typedef struct llm_error {
     char message[500]; /* what, where, and what to do; always NUL-terminated, whole UTF-8 characters */
 } llm_error;
 
+/* The constant's name, "LLM_ERROR_IO"; NULL if there is no such status. */
+LLM_API const char *llm_status_name(llm_status status);
+
 /* ---- Host callbacks ------------------------------------------------------------------------------------------ */
 
-/* What the host program lends the library. All may be NULL. The allocator must be safe to call from several threads
-   if several objects that carry it are used from several threads. */
-typedef struct llm_host {
-    void *(*resize)(void *user, void *ptr, size_t size); /* realloc; size 0 frees and returns NULL            */
-    void (*log)(void *user, const char *line);           /* what happens, in words; silent if NULL            */
-    bool (*progress)(void *user, float done);            /* loading, 0 to 1; return false to cancel           */
-    void *user;                                          /* handed to each of these                           */
-} llm_host;
+/* What the host program lends the library. All may be NULL; alloc and free must be given together. The memory that
+   alloc returns is aligned as malloc's and need not be cleared. A model, a tokenizer and a context each keep a copy of
+   this struct. If several threads use objects with the same allocator, it must be thread-safe.
 
-/* Callbacks (these, `cancel`, on_text, on_token, on_question, a draft's propose) run on the thread that called the library.
-   A callback must not use the context that called it: llm_seq_length, llm_seq_tokens and llm_logits may be read, all else
-   fails with LLM_ERROR_ARGUMENT, and the context must not be freed. A callback should return, too. If a C++ exception or
-   longjmp leaves one on its way to the caller, the next call on the context ends what was under way and frees its memory,
-   and the sequences hold what is sure of them; but what was being loaded or created is lost, memory included. */
+   Every callback in this file runs on the thread that called the library, and before that call returns. It must not use
+   the context that called it, nor free it: llm_seq_length, llm_seq_tokens, llm_logits and the getters may be read, all
+   else fails with LLM_ERROR_ARGUMENT. It should return. If a C++ exception or longjmp leaves it on its way to the
+   caller, the next call on the context ends what was under way and frees its memory, and the sequences hold what is
+   sure of them; but what was being loaded or created is lost, memory included. */
+typedef struct llm_host {
+    void *(*alloc)(void *user, size_t size);   /* returns NULL if there is no memory                            */
+    void (*free)(void *user, void *ptr);       /* ptr is never NULL                                             */
+    void (*log)(void *user, const char *line); /* a line that says what was done; silent if NULL                */
+    bool (*progress)(void *user, float done);  /* while loading, from 0 to 1; return false to cancel            */
+    void *user;                                /* the first argument of all four                                */
+} llm_host;
 
 /* ---- Model --------------------------------------------------------------------------------------------------- */
 
@@ -136,7 +416,7 @@ typedef struct llm_model llm_model;
 typedef struct llm_tokenizer llm_tokenizer;
 typedef struct llm_backend llm_backend;
 
-/* The type weights are held in at run time; a file of any type is converted while it is loaded. */
+/* The type weights have in memory. A file of any type is converted while it is loaded. */
 typedef enum llm_dtype {
     LLM_DTYPE_DEFAULT = 0, /* bf16                                                                        */
     LLM_DTYPE_F32,
@@ -146,88 +426,133 @@ typedef enum llm_dtype {
     LLM_DTYPE_F16   /* as F16 files have them; on the CPU activations stay f32                     */
 } llm_dtype;
 
-/* "f32", "bf16", "int8", "int4", "f16"; NULL and LLM_DTYPE_DEFAULT for what is none of them. */
+/* "f32", "bf16", "int8", "int4", "f16". NULL or LLM_DTYPE_DEFAULT if there is no such type. */
 LLM_API const char *llm_dtype_name(llm_dtype dtype);
 LLM_API llm_dtype llm_dtype_from_name(const char *name);
 
 typedef struct llm_model_desc {
     llm_dtype dtype;
-    int n_threads;    /* threads that convert while loading; 0: one per physical core                    */
-    const void *data; /* a whole GGUF file in memory, instead of a path; must stay until loading is done */
-    size_t data_size;
-    /* Or a GGUF file of read_size bytes behind a function, which copies n_bytes of it from `offset` and returns false
-       if it cannot. It is called by the thread that loads, for the header and then for each tensor. */
-    bool (*read)(void *user, uint64_t offset, void *to, size_t n_bytes);
-    void *read_user;
-    uint64_t read_size;
-    const char *isa; /* force one: "scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"; NULL: the best there is  */
+    int n_threads;              /* threads that convert while loading; 0: one per physical core               */
+    const char *isa;            /* "scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"; NULL: the fastest */
     const llm_backend *backend; /* what computes; NULL: the CPU. See llm_cuda_backend                         */
     llm_host host;
 } llm_model_desc;
 
 typedef struct llm_model_info {
-    char name[64];         /* as the file calls itself, may be empty                                          */
+    char name[64];         /* from the file, may be empty                                                     */
     char architecture[32]; /* "llama", ...                                                                    */
     llm_dtype dtype;
-    const char *isa; /* the instruction set in use                                                      */
-    int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_ctx_train;
+    const char *isa; /* the instruction set in use                                                            */
+    const llm_backend *backend;
+    int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim, n_ctx_train;
     uint64_t n_params;
-    uint64_t weight_bytes;           /* memory the weights take                                                */
-    uint64_t weight_bytes_per_token; /* of these, what one decoded token reads                                */
-    uint64_t cache_bytes_per_token;  /* KV cache one position takes                                            */
-    uint64_t fingerprint;            /* of weights and hyperparameters; equal means interchangeable caches     */
+    uint64_t weight_bytes;           /* memory for the weights                                                 */
+    uint64_t weight_bytes_per_token; /* how much of it decoding one token reads                                */
+    uint64_t cache_bytes_per_token;  /* KV cache of one position                                               */
+    uint64_t fingerprint; /* of weights and hyperparameters: equal ones can share saved sequences; 0: not loaded */
 } llm_model_info;
 
-/* Loads a model: a GGUF file (of a split one, the first), or a directory as Hugging Face has them (or its config.json)
-   with safetensors. *out is NULL after a failure. What the file asks for and this library does not do is refused by
-   name. */
+/* Copies n_bytes at `offset` of a file to `to`; returns false if it cannot. */
+typedef bool (*llm_read_fn)(void *user, uint64_t offset, void *to, size_t n_bytes);
+
+/* Loads a model from a GGUF file (for a split model, its first part), or from a Hugging Face directory (or its
+   config.json) with safetensors. If the file needs a feature this library lacks, loading fails and the message names
+   the feature. *out is NULL after a failure. Free it after its contexts. */
 LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_model_desc *desc, llm_error *err);
+
+/* The same for a whole GGUF file in memory, which is not needed any more once this returns. */
+LLM_API llm_status llm_model_load_memory(llm_model **out, const void *data, size_t size, const llm_model_desc *desc,
+                                         llm_error *err);
+
+/* The same for a GGUF file of `size` bytes behind a function, called first for the header and then for each tensor. */
+LLM_API llm_status llm_model_load_callback(llm_model **out, llm_read_fn read, void *user, uint64_t size,
+                                           const llm_model_desc *desc, llm_error *err);
+
 LLM_API void llm_model_free(llm_model *model);
 LLM_API llm_model_info llm_model_get_info(const llm_model *model);
+
+/* The tokenizer belongs to the model and is valid until llm_model_free. */
 LLM_API const llm_tokenizer *llm_model_tokenizer(const llm_model *model);
+
+/* The file's metadata as text: GGUF's values, or those of config.json, whose nested ones have keys like
+   "rope_scaling.factor". Arrays are left out. NULL if there is no such key, or no i-th one. The strings belong to the
+   model and are valid until llm_model_free. */
+LLM_API const char *llm_model_meta(const llm_model *model, const char *key);
+LLM_API const char *llm_model_meta_key(const llm_model *model, int i);
+
+/* What llm_model_load, llm_model_load_memory and llm_model_load_callback would load, from the file's header alone. Like
+   loading, they fail if the model is damaged or not supported, but do not look at the weights and the tokenizer. */
+LLM_API llm_status llm_model_read_info(const char *path, const llm_model_desc *desc, llm_model_info *info,
+                                       llm_error *err);
+LLM_API llm_status llm_model_read_info_memory(const void *data, size_t size, const llm_model_desc *desc,
+                                              llm_model_info *info, llm_error *err);
+LLM_API llm_status llm_model_read_info_callback(llm_read_fn read, void *user, uint64_t size, const llm_model_desc *desc,
+                                                llm_model_info *info, llm_error *err);
+
+/* Makes a model's weights int8 once, so that loading them as LLM_DTYPE_INT8 needs no conversion. `from` is a Hugging
+   Face directory with weights of F32, F16 or BF16; `to` is a new directory of the same kind. The matrices inside the
+   layers (..._proj.weight) become int8 with one f32 scale per output, named as compressed-tensors does; everything else
+   is copied. Loaded as int8, `to` gives the same bits as `from`. A failure may leave a part of `to` behind. */
+LLM_API llm_status llm_quantize_directory(const char *from, const char *to, const llm_host *host, llm_error *err);
 
 /* ---- Tokenizer ----------------------------------------------------------------------------------------------- */
 
 typedef int32_t llm_token;
 
+/* Flags for text to tokens and back. */
 enum {
-    LLM_TOKENS_ENDS = 1,   /* begin (and end) with the tokens the model's file asks for; never adds a second BOS  */
-    LLM_TOKENS_SPECIAL = 2 /* text like "<|im_end|>" becomes the special token; without it, it is plain text      */
+    /* Encoding: add the tokens that the model's file wants at the begin (BOS) and the end (EOS) of a text, unless they
+       are there already. Usual for a prompt, wrong for a rendered chat. */
+    LLM_TOKENS_ENDS = 1,
+    /* Encoding: text like "<|im_end|>" becomes the special token; without this flag it is plain text. Decoding: show
+       special tokens; without this flag they are left out. */
+    LLM_TOKENS_SPECIAL = 2
 };
 
-/* Loads a tokenizer alone: from a GGUF file, which needs no weights, from a directory with tokenizer.json or
-   tokenizer.model as published on Hugging Face, or from one of these files, which is read with those beside it. */
+/* Loads a tokenizer alone: from a GGUF file, which needs no weights; from a directory with tokenizer.json or
+   tokenizer.model as published on Hugging Face; or from one of these files, which is read with those beside it. */
 LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, const llm_host *host, llm_error *err);
+
+/* The same from a GGUF file in memory, or behind a function; see llm_model_load_memory, llm_model_load_callback. */
+LLM_API llm_status llm_tokenizer_load_memory(llm_tokenizer **out, const void *data, size_t size, const llm_host *host,
+                                             llm_error *err);
+LLM_API llm_status llm_tokenizer_load_callback(llm_tokenizer **out, llm_read_fn read, void *user, uint64_t size,
+                                               const llm_host *host, llm_error *err);
+
+/* For tokenizers that were loaded alone. */
 LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer);
 
-/* Writes at most `capacity` ids to `ids` and returns how many the whole text has, like snprintf: n_bytes + 8 are enough
-   but for invalid UTF-8 and odd vocabularies, 4 * n_bytes + 8 always. Returns -1 and explains in *err when memory runs
-   out. Text need not be NUL-terminated and may hold any bytes: each byte that is not part of valid UTF-8 is taken as
-   U+FFFD. What a vocabulary has no token for is left out, or is its unknown token. */
+/* Functions that fill a buffer count like snprintf: they write what fits into `capacity` and return how much the whole
+   result has. A result above the capacity (with text: not below it, for the NUL) was cut; call again with more room. */
+
+/* Text to token ids. A capacity of 4 * n_bytes + 8 always suffices; n_bytes + 8 does for valid UTF-8 and ordinary
+   vocabularies. Returns -1 and explains in *err if memory runs out. The text need not be NUL-terminated and may hold
+   any bytes; each byte that is not part of valid UTF-8 counts as U+FFFD. Characters without a token become the unknown
+   token, or are dropped if there is none. */
 LLM_API int64_t llm_encode(const llm_tokenizer *tokenizer, const char *text, size_t n_bytes, unsigned flags,
                            llm_token *ids, size_t capacity, llm_error *err);
 
-/* Writes the text of the ids and a NUL, at most `capacity` bytes in all, and returns the bytes the whole text has,
-   like snprintf. Ids that are not in the vocabulary give nothing. With LLM_TOKENS_SPECIAL special tokens are shown. */
+/* Token ids to text and a NUL; returns the bytes of the whole text without the NUL. Ids outside the vocabulary are
+   skipped. The text may begin or end inside a character: for output that comes token by token use a stream. */
 LLM_API size_t llm_decode(const llm_tokenizer *tokenizer, const llm_token *ids, size_t n_ids, unsigned flags,
                           char *text, size_t capacity);
 
 /* Turns a stream of tokens into whole UTF-8 characters. Start with all zero. */
 typedef struct llm_text_stream {
-    unsigned flags;           /* LLM_TOKENS_SPECIAL: special tokens are shown                                     */
-    bool started;             /* false: the next token begins a text, so a space that only marks that is dropped  */
-    unsigned char pending[4]; /* the beginning of a character that is not yet whole                               */
+    unsigned flags; /* LLM_TOKENS_SPECIAL: show special tokens                                                     */
+    bool started;   /* false until the first token; then the space that SentencePiece puts before a text is dropped */
+    unsigned char pending[4]; /* the first bytes of a character that is not yet whole                                */
     int n_pending;
 } llm_text_stream;
 
-/* Writes the characters that `token` completes and a NUL, at most `capacity` bytes in all, and returns the bytes
-   without the NUL. A result of `capacity` or more says that there was too little room; then nothing has happened, and
-   the call can be made again. Token -1 ends the text. A byte that can be part of no character is shown as U+FFFD. */
+/* Writes the characters that `token` completes, and a NUL; returns their bytes without the NUL. If the result is not
+   below `capacity`, nothing was written and the stream is unchanged; call again with more room. Token -1 ends the text.
+   A byte that cannot be part of a character is shown as U+FFFD. */
 LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream *stream, llm_token token, char *text,
                                 size_t capacity);
 
-/* The bytes of one token, in the tokenizer's memory, not NUL-terminated and not always whole UTF-8 characters.
-   NULL for an id outside the vocabulary. */
+/* The bytes of one token, not NUL-terminated and not always whole UTF-8 characters; NULL for an id outside the
+   vocabulary. They belong to the tokenizer. n_bytes may be NULL. */
 LLM_API const char *llm_token_bytes(const llm_tokenizer *tokenizer, llm_token id, size_t *n_bytes);
 LLM_API bool llm_token_is_special(const llm_tokenizer *tokenizer, llm_token id);
 LLM_API bool llm_token_is_end(const llm_tokenizer *tokenizer, llm_token id); /* ends a text or a turn          */
@@ -242,25 +567,34 @@ typedef struct llm_message {
     const char *content;
 } llm_message;
 
-/* Renders messages with the chat template named in the model's file (ChatML, Qwen3, Llama-2, Llama-3, Mistral and
-   Zephyr are known; a template that differs from them is refused), followed by the opening of the assistant's turn if
-   `open_answer`. Writes at most `capacity` bytes, a NUL included, and the bytes of the whole text to *n_bytes. The text is meant for llm_encode with LLM_TOKENS_SPECIAL
-   and without LLM_TOKENS_ENDS: it holds its own. A message that contains a special token's text then becomes that token;
-   llm_generate's `messages` do not let it. */
-LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
-                                   bool open_answer, char *text, size_t capacity, size_t *n_bytes, llm_error *err);
-LLM_API const char *llm_chat_format(const llm_tokenizer *tokenizer); /* "chatml", ...; NULL: none is known   */
+/* The ids of a conversation, as llm_generate makes them from its messages: rendered with the model's chat template, and
+   followed by the begin of the assistant's turn if `open_answer`. The text of a special token inside a message stays
+   plain text. Returns how many ids there are, or -1 and an explanation in *err, as llm_encode does. */
+LLM_API int64_t llm_encode_messages(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
+                                    bool open_answer, llm_token *ids, size_t capacity, llm_error *err);
+
+/* The same as text and a NUL; returns the bytes of the whole text without the NUL, or -1. Encode it with
+   LLM_TOKENS_SPECIAL but without LLM_TOKENS_ENDS, since the template writes BOS itself. Then the text of a special
+   token inside a message becomes that token: use llm_encode_messages for text that you do not trust. */
+LLM_API int64_t llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
+                                bool open_answer, char *text, size_t capacity, llm_error *err);
+
+/* Which family of templates the model's is: "chatml", "qwen3", "llama-2", "llama-3", "mistral" or "zephyr"; NULL if it
+   has none or an unknown one. Then render the messages yourself, by the template's text: Jinja, NULL if there is none,
+   valid as long as the tokenizer. */
+LLM_API const char *llm_chat_format(const llm_tokenizer *tokenizer);
+LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer);
 
 /* ---- Context ------------------------------------------------------------------------------------------------- */
 
 typedef struct llm_context llm_context;
 
+enum { LLM_CACHE_BLOCK = 32 }; /* the KV cache is handed out in blocks of this many positions */
+
 typedef struct llm_context_desc {
-    int n_ctx; /* positions a sequence can hold; 0: what the model was trained for, at most 4096  */
-    int n_seq; /* sequences; 0: 1                                                                 */
-    /* Positions of all sequences; 0: n_ctx * n_seq. They come in blocks of 32: a sequence takes its length, rounded up. A
-       fork shares its parent's blocks. If their last block is not full, the first of the two that goes on takes a copy of
-       it, a block more, and gives that back when it is cut back to where both were the same. */
+    int n_ctx; /* positions a sequence can hold; 0: what the model was trained for, at most 4096 */
+    int n_seq; /* sequences; 0: 1                                                                */
+    /* Cache positions of all sequences; 0: n_ctx * n_seq. See llm_context_n_free. */
     int n_cache;
     /* Tokens computed in one pass; longer batches take several; 0: 512. With int4 weights a pass of more than 16 tokens
        rounds a little, so that a text depends on the other tokens in its passes; n_batch = 16 prevents it. */
@@ -268,8 +602,8 @@ typedef struct llm_context_desc {
     int n_logits;          /* rows of logits one llm_forward can return; 0: n_seq                             */
     int n_threads;         /* 0: one per physical core                                                        */
     llm_dtype cache_dtype; /* f32, bf16 or int8; 0: bf16, but f32 on the CPU if weights are f32 or f16        */
-    /* Polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED. llm_generate asks its own `cancel`
-       instead, if it has one, and then ends with LLM_STOP_CALLBACK. */
+    /* Polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED, and ends llm_generate unless its own
+       `cancel` is set. */
     bool (*cancel)(void *user);
     void *cancel_user;
     /* The host's own threads instead of ours: must run task(arg, i) for i = 0 .. n-1 all at the same time (tasks
@@ -278,36 +612,138 @@ typedef struct llm_context_desc {
     llm_host host; /* zero: the model's */
 } llm_context_desc;
 
+/* The model must stay until the context is freed. */
 LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
                                       llm_error *err);
 LLM_API void llm_context_free(llm_context *ctx);
+
+/* What the context was created with, the defaults filled in. */
 LLM_API const llm_model *llm_context_model(const llm_context *ctx);
 LLM_API int llm_context_n_ctx(const llm_context *ctx);
-LLM_API int llm_context_n_threads(const llm_context *ctx); /* fewer than wanted where the system gave no more */
+LLM_API int llm_context_n_seq(const llm_context *ctx);
+LLM_API int llm_context_n_cache(const llm_context *ctx);
+LLM_API int llm_context_n_batch(const llm_context *ctx);
+LLM_API int llm_context_n_logits(const llm_context *ctx);
+LLM_API int llm_context_n_threads(const llm_context *ctx); /* fewer than wanted if the system gave no more */
+
+/* Free positions of the cache. A sequence takes whole blocks of LLM_CACHE_BLOCK positions, so one of 33 tokens takes
+   64. A fork shares its parent's blocks and takes one of its own when it first grows, if it began in the middle of a
+   block: fork at a multiple of LLM_CACHE_BLOCK to avoid that. Cutting a sequence frees the blocks behind its new
+   end. */
+LLM_API int llm_context_n_free(const llm_context *ctx);
 
 typedef struct llm_memory {
     uint64_t weights, cache, scratch; /* bytes */
 } llm_memory;
 
-/* What loading `path` and one context would take, found from the file's header alone. */
-LLM_API llm_status llm_memory_estimate(const char *path, const llm_model_desc *model_desc,
-                                       const llm_context_desc *context_desc, llm_memory *out, llm_error *err);
+/* What such a model and one context take. *info is of llm_model_read_info, so that nothing has to be loaded, or of
+   llm_model_get_info. */
+LLM_API llm_status llm_memory_estimate(const llm_model_info *info, const llm_context_desc *desc, llm_memory *out,
+                                       llm_error *err);
+
+/* ---- Generation ---------------------------------------------------------------------------------------------- */
+
+typedef struct llm_sampler llm_sampler; /* see Sampler              */
+typedef struct llm_draft llm_draft;     /* see Speculative decoding */
+
+typedef enum llm_stop {
+    LLM_STOP_NONE = 0,
+    LLM_STOP_END,     /* the model ended its text or turn                           */
+    LLM_STOP_LENGTH,  /* max_tokens                                                 */
+    LLM_STOP_CONTEXT, /* the sequence is full: it has n_ctx tokens                  */
+    LLM_STOP_CACHE,   /* the cache of all sequences is full: no block is free       */
+    LLM_STOP_TOKEN,   /* one of stop_tokens                                         */
+    LLM_STOP_STRING,  /* one of stop_strings                                        */
+    LLM_STOP_CALLBACK /* on_text or on_token returned false, or `cancel` true       */
+} llm_stop;
+
+typedef struct llm_generate_desc {
+    /* What to answer: exactly one of these three. A prefix that the sequence already holds is reused; the rest of the
+       sequence is discarded. */
+    const char *prompt;          /* text to continue                                                              */
+    const llm_message *messages; /* a conversation, rendered with the model's chat template                       */
+    int n_messages;
+    const llm_token *tokens; /* ids, used as they are                                                             */
+    int n_tokens;
+
+    int seq;
+    int max_tokens;                  /* 0 or less: until the model ends or there is no more room */
+    llm_sampler *sampler;            /* NULL: greedy                                                              */
+    const char *const *stop_strings; /* none of them is shown                                                     */
+    int n_stop_strings;
+    const llm_token *stop_tokens;
+    int n_stop_tokens;
+    bool ignore_end; /* go on after the model's end-of-text tokens                                                */
+
+    llm_draft *draft; /* speculative decoding; the context's n_logits must be above 1                             */
+    int draft_max;    /* max guesses in a pass; 0, and at most: n_logits - 1 of the context, and LLM_DRAFT_MAX    */
+    /* At a temperature: the seed gives the text it gives without a draft, for a guess is right if the draft draws what
+       the model draws. Without it, guesses are checked by rejection sampling: more are right, but the text depends on
+       how many were made, and so on timing. */
+    bool draft_keeps_text;
+
+    bool (*on_text)(void *user, const char *text, size_t n_bytes); /* whole UTF-8 characters, NUL-terminated      */
+    bool (*on_token)(void *user, llm_token token, const char *bytes, size_t n_bytes); /* raw, as they come        */
+    bool (*cancel)(void *user); /* polled between layers, so also within a long prompt; NULL: the context's */
+    void *user;
+} llm_generate_desc;
+
+enum { LLM_DRAFT_MAX = 15 }; /* max guesses that one pass can check */
+
+typedef struct llm_draft_stats {
+    int n_passes;                         /* passes that checked guesses                                       */
+    int n_proposed, n_accepted;           /* guesses that were checked; that were right                        */
+    int n_by_accepted[LLM_DRAFT_MAX + 1]; /* [k]: passes in which k guesses were right                         */
+    double tokens_per_pass;               /* in passes that checked guesses                                    */
+    double draft_seconds, pass_seconds;   /* time in the draft; in all passes                                  */
+    double speedup; /* against plain decoding, by plain passes measured meanwhile; 0: none were                */
+    bool failed;    /* the draft failed, and was not used again                                                */
+} llm_draft_stats;
+
+typedef struct llm_stats {
+    llm_stop stop;
+    int stop_index;      /* which of stop_strings or stop_tokens                                                   */
+    int n_prompt;        /* tokens of the prompt                                                                   */
+    int n_reused;        /* how many of them the sequence already held                                             */
+    int n_generated;     /* tokens shown; an end token, or one of stop_tokens, is not counted */
+    int n_decode_passes; /* forward passes after the prompt's                               */
+    double prefill_seconds, decode_seconds; /* until the first token's logits; after it                        */
+    uint64_t decode_bytes;                  /* weights and cache read while decoding                           */
+    llm_draft_stats draft;
+} llm_stats;
+
+/* Runs the prompt and generates. stats may be NULL. Cancellation is not an error: it is stats->stop. Afterwards the
+   sequence holds the prompt and the n_generated tokens, except the last one, which has not been fed to the model yet.
+   If an end token or one of stop_tokens ended the text, all of them are there, and that token is not. If the prompt was
+   cancelled or failed, the sequence holds what its finished passes (of n_batch tokens) computed, and the same call goes
+   on from there. A token may be any bytes, so a text that is encoded again need not give the tokens that were drawn: to
+   continue it without computing it again, pass `tokens`. A sampler that leaves no token (all forbidden) is
+   LLM_ERROR_ARGUMENT, and a logit that is NaN LLM_ERROR_FORMAT. */
+LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err);
+
+/* Runs the prompt only, so that a later llm_generate with a prompt that begins like this one answers at once.
+   Afterwards the logits of the prompt's last token are llm_logits(ctx, stats->n_prompt - stats->n_reused - 1). */
+LLM_API llm_status llm_prefill(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err);
 
 /* ---- Sequences ----------------------------------------------------------------------------------------------- */
 
-/* A sequence is a list of tokens whose keys and values are in the cache; it is named by a number below n_seq and is
+/* A sequence is a list of tokens whose keys and values are in the cache. It is named by a number below n_seq and is
    empty at first. */
 LLM_API int llm_seq_length(const llm_context *ctx, int seq);
-LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq); /* llm_seq_length of them            */
 
-/* Keeps the first `length` tokens. The places of the others are free again, see n_cache. */
+/* [llm_seq_length] tokens. The pointer stays valid until the context is freed, but what it points at changes with the
+   sequence. */
+LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq);
+
+/* Keeps the first `length` tokens. The places of the others are free again, see llm_context_n_free. */
 LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_error *err);
 
 /* Makes `seq` the first `length` tokens of `parent`, whose cache both then read; only what comes after is stored
-   anew. What `seq` held before is dropped. The parent may go on, be truncated or be dropped. */
+   separately. What `seq` held before is dropped. The parent may go on, be truncated or be dropped. */
 LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int length, llm_error *err);
 
-/* A sequence's cache as bytes, for llm_seq_restore into a context of the same model and cache type. */
+/* A sequence's cache as bytes, for llm_seq_restore into a context of the same model, backend and cache type. The format
+   may change with the version. A buffer smaller than llm_seq_save_size is an error. */
 LLM_API size_t llm_seq_save_size(const llm_context *ctx, int seq);
 LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, size_t size, llm_error *err);
 LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer, size_t size, llm_error *err);
@@ -321,17 +757,17 @@ typedef struct llm_batch {
     const bool *logits;      /* [n_tokens] whose logits are wanted; NULL: the last of each sequence               */
 } llm_batch;
 
-/* Appends the batch's tokens to their sequences. All is checked before anything is done; when it is cancelled or fails, the
-   sequences are as they were before, also if the batch took several passes. */
+/* Appends the batch's tokens to their sequences. Everything is checked before anything is done; if it is cancelled or
+   fails, the sequences are as they were before, also if the batch took several passes. */
 LLM_API llm_status llm_forward(llm_context *ctx, const llm_batch *batch, llm_error *err);
 
-/* The logits [n_vocab] of the batch's i-th token, valid until the next pass; NULL if they were not asked for. */
+/* The logits [n_vocab] of the batch's i-th token, valid until the context's next pass; NULL if they were not wanted. */
 LLM_API const float *llm_logits(const llm_context *ctx, int i);
 
-/* Bytes per second this context's threads reach when they only read the model's weights: the limit of decoding. */
+/* Bytes per second that this context's threads reach when they only read the model's weights: the limit of decoding. */
 LLM_API double llm_measure_bandwidth(llm_context *ctx);
 
-/* Floating-point operations per second they reach when they do nothing else: the limit of prefill. */
+/* Floating-point operations per second that they reach when they do nothing else: the limit of prefill. */
 LLM_API double llm_measure_flops(llm_context *ctx);
 
 /* ---- Sampler ------------------------------------------------------------------------------------------------- */
@@ -341,51 +777,46 @@ typedef struct llm_logit_bias {
     float bias; /* added to the logit; -INFINITY forbids the token, INFINITY forces it, at any temperature */
 } llm_logit_bias;
 
-typedef struct llm_sampler {
+struct llm_sampler {
     float temperature;    /* 0: greedy                                                                            */
     int top_k;            /* keep the k most likely; 0: all                                                       */
     float top_p;          /* keep the most likely until their sum reaches p; 0: all                               */
     float min_p;          /* keep those at least min_p times as likely as the most likely; 0: all                 */
     float repeat_penalty; /* divides (multiplies, if negative) the logits of recent tokens; 0: off                */
     int repeat_window;    /* how many recent tokens; 0: 64                                                        */
-    const llm_logit_bias *biases; /* the host's; must outlive the sampler. on_token may change them for the next  */
+    const llm_logit_bias *biases; /* the host's; they must stay while the sampler is used                         */
     int n_biases;
     uint64_t seed;
-    uint64_t n_drawn; /* the state: how many random numbers were used                                         */
-} llm_sampler;
+    uint64_t n_drawn; /* the state: how many random numbers were used                                             */
+};
 
-/* Picks a token by the logits of the batch's i-th token; `recent` is that sequence. The order is: biases, repetition
-   penalty, temperature, top-k, top-p, min-p. The same seed gives the same tokens on every machine. Ties go to the
-   lower id. A sampler that is NULL is greedy. Returns -1 if there is nothing to pick: logits i were not wanted, one of them
-   is NaN, all tokens are forbidden, n_biases is above 0 but biases is NULL, or ctx is inside one of its callbacks. */
+/* Picks a token by the logits of the batch's i-th token, which belongs to sequence `seq`: its last tokens are the
+   recent ones. The order is: biases, repetition penalty, temperature, top-k, top-p, min-p. The same seed gives the same
+   tokens on every machine. Ties go to the lower id. A sampler that is NULL is greedy. Returns -1 if there is nothing to
+   pick: logits i were not wanted, one of them is NaN, all tokens are forbidden, n_biases is above 0 but biases is NULL,
+   or ctx is inside one of its callbacks. The host may change the biases between calls, and in on_token, to constrain
+   the text; on a GPU only if there is one from the start, be it 0. */
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler);
 
 /* ---- Speculative decoding ------------------------------------------------------------------------------------ */
 
 /* A draft guesses how a text goes on. llm_generate has the model check several guesses in one pass, which costs little
    more than a pass for one token, and keeps those that are right (Leviathan et al. 2023, arXiv:2211.17192). Guesses
-   change the speed, never what is said: at temperature 0, and with guesses that come without probabilities, the text is
-   that of plain decoding, token for token; with probabilities it is another draw from the same distribution. How many
-   are asked for follows from how often they were right and what passes and guesses were measured to take; where
-   guessing does not pay, decoding is plain. */
+   change the speed, never the text: at temperature 0, and with guesses that come without probabilities, the text is
+   that of plain decoding, token for token; with probabilities it is another draw from the same distribution. The number
+   of guesses follows from how often they were right and from the measured times of passes and guesses; where guessing
+   does not pay, decoding is plain. */
 
-enum {
-    LLM_DRAFT_MAX = 15,  /* guesses that one pass can check                                                          */
-    LLM_DRAFT_KINDS = 8, /* kinds of guesses a draft may tell apart by how much it trusts them                       */
-    LLM_DRAFT_LEARNT_SIZES =
-        5, /* passes have 1, 2, 4, 8 or 16 rows                                                        */
-    LLM_DRAFT_LEARNT_TIMES =
-        5 /* times that are remembered of each                                                        */
-};
+enum { LLM_DRAFT_KINDS = 8 }; /* kinds of guesses a draft may tell apart by how much it trusts them */
 
 typedef struct llm_draft_request {
     llm_context *ctx; /* that generates; its sequence `seq` holds all of the text but the last token                 */
     int seq;
     const llm_token *tokens; /* [n_tokens] the text so far                                                           */
     int n_tokens;
-    const int *n_wanted;        /* [LLM_DRAFT_KINDS] so many guesses of each kind are worth it, perhaps none         */
+    const int *n_wanted;        /* [LLM_DRAFT_KINDS] how many guesses of each kind pay off now; may be 0             */
     const llm_sampler *sampler; /* as the model will draw: a copy of it draws the first guess as the model would     */
-    bool (*cancel)(void *user); /* to be polled, may be NULL; then return LLM_ERROR_CANCELLED                        */
+    bool (*cancel)(void *user); /* to be polled, may be NULL; if true, return LLM_ERROR_CANCELLED                    */
     void *cancel_user;
 } llm_draft_request;
 
@@ -393,43 +824,45 @@ typedef struct llm_draft_guesses {
     int n; /* 0: no idea                                                                                             */
     llm_token tokens[LLM_DRAFT_MAX];
     int kind; /* 0 to LLM_DRAFT_KINDS - 1, of all of them; higher ones are trusted more. Without meaning with has_q  */
-    /* Guess i was drawn from the distribution q[i], which sums to 1, by random numbers that the model's own draws do not
-       use. Without it a guess is right when the model draws the same. A draft does this always or never, and once a guess
-       is drawn it must stay among the guesses, whatever it is. Whether one more is drawn may follow from those before it
-       and from q: a draft may stop after an end of text, or before a q without a likely token. Without room for q (at
-       temperature 0, or with draft_keeps_text) has_q counts as false. */
+    /* Guess i was drawn from the distribution q[i], which sums to 1, by random numbers that the model's own draws do
+       not use. Without it a guess is right when the model draws the same. A draft does this always or never, and once a
+       guess is drawn it must stay among the guesses, whatever it is. Whether one more is drawn may follow from those
+       before it and from q: a draft may stop after an end of text, or before a q without a likely token. Without room
+       for q (at temperature 0, or with draft_keeps_text) has_q counts as false. */
     bool has_q;
     float *q[LLM_DRAFT_MAX]; /* [n_vocab of the model] each, room to fill; NULL where probabilities are not wanted  */
 } llm_draft_guesses;
 
+/* What llm_generate has learnt about a draft, from one text to the next. A host only sets it to zero. */
+enum {
+    LLM_DRAFT_LEARNT_SIZES = 5, /* passes have 1, 2, 4, 8 or 16 rows                                                 */
+    LLM_DRAFT_LEARNT_TIMES = 5  /* timing samples kept per size                                                      */
+};
+
 typedef struct llm_draft_learnt_times {
-    float recent
-        [LLM_DRAFT_LEARNT_TIMES]; /* seconds                                                                       */
-    int n, age;                   /* 0: none; passes since the last                                                */
+    float recent[LLM_DRAFT_LEARNT_TIMES]; /* seconds                                                                 */
+    int n, age;                           /* samples; passes since the last                                          */
 } llm_draft_learnt_times;
 
-/* What llm_generate has learnt about a draft, from one text to the next. */
 typedef struct llm_draft_learnt {
-    /* Guesses of a kind at a place, all before them right: how many were right, of how many. Older ones count less. */
+    /* For guesses of a kind at a place, if all before them were right: n_right of n_known were right. They decay. */
     float n_right[LLM_DRAFT_KINDS][LLM_DRAFT_MAX];
     float n_known[LLM_DRAFT_KINDS][LLM_DRAFT_MAX];
-    llm_draft_learnt_times passes[LLM_DRAFT_LEARNT_SIZES],
-        guess;                     /* a pass of each size; one guess                                */
-    int n_in_step;                 /* times it was asked without a pause, up to 2                   */
-    double seconds, trial_seconds; /* of decoding, and of these with guesses that did not seem to pay                */
+    llm_draft_learnt_times passes[LLM_DRAFT_LEARNT_SIZES], guess; /* a pass of each size; one guess                  */
+    int n_in_step;                 /* times it was used without a pause, up to 2                                     */
+    double seconds, trial_seconds; /* of decoding; how much of it with guesses that did not seem to pay              */
 } llm_draft_learnt;
 
-/* A draft: one of the library's, or a host's own. One generation at a time may use it. */
-typedef struct llm_draft {
+/* A draft: one of the library's, see below, or a host's own. One generation at a time may use it. */
+struct llm_draft {
     const char *name;
-    /* Fills *guesses, which come zeroed but for q, with at most n_wanted of their kind. What fails here does not fail
+    /* Fills *guesses, which come zeroed but for q, with at most n_wanted of their kind. A failure here does not fail
        the generation: it goes on without the draft. */
     llm_status (*propose)(void *user, const llm_draft_request *request, llm_draft_guesses *guesses, llm_error *err);
     void (*close)(void *user); /* for llm_draft_free, may be NULL                                                    */
     void *user;
-    llm_draft_learnt
-        learnt; /* zero at first                                                                          */
-} llm_draft;
+    llm_draft_learnt learnt; /* zero at first                                                                        */
+};
 
 /* Prompt lookup: finds the text's last tokens earlier in the text and guesses that it goes on as it did there. It needs
    no model, costs next to nothing, and is right where a text repeats its prompt: summaries, edits, quotations. */
@@ -442,80 +875,6 @@ LLM_API llm_draft llm_draft_lookup(void);
    the model. */
 LLM_API llm_status llm_draft_model(llm_draft *out, llm_context *ctx, const llm_model *model, llm_error *err);
 LLM_API void llm_draft_free(llm_draft *draft);
-
-typedef struct llm_draft_stats {
-    int n_passes;               /* that checked guesses                                                        */
-    int n_proposed, n_accepted; /* guesses that were checked; that were right                                  */
-    int n_by_accepted[LLM_DRAFT_MAX + 1]; /* passes in which so many guesses were right                             */
-    double tokens_per_pass; /* of passes that checked guesses                                              */
-    double draft_seconds, pass_seconds; /* asking the draft; all passes                                              */
-    double speedup; /* against plain decoding, by plain passes measured meanwhile; 0: none was     */
-    bool failed;    /* the draft did, and was not asked again                                      */
-} llm_draft_stats;
-
-/* ---- Generation ---------------------------------------------------------------------------------------------- */
-
-typedef enum llm_stop {
-    LLM_STOP_NONE = 0,
-    LLM_STOP_END,     /* the model ended its text or turn                */
-    LLM_STOP_LENGTH,  /* max_tokens                                      */
-    LLM_STOP_CONTEXT, /* the sequence is full (n_ctx), or the cache (n_cache) */
-    LLM_STOP_TOKEN,   /* one of stop_tokens                              */
-    LLM_STOP_STRING,  /* one of stop_strings                             */
-    LLM_STOP_CALLBACK /* on_text or on_token returned false, or `cancel` */
-} llm_stop;
-
-typedef struct llm_generate_desc {
-    /* What to answer: one of these three. The part of it that is already in the sequence is not computed again;
-       what else the sequence holds is dropped. */
-    const char *prompt;          /* text to continue                                                              */
-    const llm_message *messages; /* a conversation, rendered with the model's chat template                       */
-    int n_messages;
-    const llm_token *tokens; /* ids, taken as they are                                                        */
-    int n_tokens;
-
-    int seq;
-    int max_tokens;       /* 0 or less: until the model ends or there is no more room                              */
-    llm_sampler *sampler; /* NULL: greedy                                                                  */
-    const char *const *stop_strings; /* none of them is shown                                                     */
-    int n_stop_strings;
-    const llm_token *stop_tokens;
-    int n_stop_tokens;
-    bool ignore_end; /* go on after the model's end-of-text tokens                                    */
-
-    llm_draft *draft; /* speculative decoding; the context's n_logits must be above 1                             */
-    int draft_max;    /* most guesses in a pass: at most n_logits - 1 of the context, and 15; 0: that many        */
-    /* At a temperature: the seed gives the text it gives without a draft, for guesses are right where the draft draws
-       what the model draws. By itself, guesses are taken by rejection sampling: more are right, but the text depends on
-       how many were asked for, and so on timing. */
-    bool draft_keeps_text;
-
-    bool (*on_text)(void *user, const char *text, size_t n_bytes); /* whole UTF-8 characters, NUL-terminated     */
-    bool (*on_token)(void *user, llm_token token, const char *bytes, size_t n_bytes); /* raw, as they come        */
-    bool (*cancel)(void *user); /* polled between layers, so also within a long prompt; NULL: the context's      */
-    void *user;
-} llm_generate_desc;
-
-typedef struct llm_stats {
-    llm_stop stop;
-    int stop_index;      /* which of stop_strings or stop_tokens                                               */
-    int n_prompt;        /* tokens of the prompt                                                               */
-    int n_reused;        /* of these, found in the cache                                                       */
-    int n_generated;     /* tokens shown: an end token, or one of stop_tokens, does not count                      */
-    int n_decode_passes; /* forward passes after the prompt's                                                  */
-    double prefill_seconds, decode_seconds; /* until the first token's logits; after it                           */
-    uint64_t decode_bytes; /* weights and cache read while decoding                                              */
-    llm_draft_stats draft;
-} llm_stats;
-
-/* Runs the prompt and generates. Cancellation is not an error: it is stats->stop. Afterwards the sequence holds the prompt
-   and the n_generated tokens, but the last of them was never computed on and is missing. If an end token or one of
-   stop_tokens ended the text, all of them are there, and that token is not. If the prompt was cancelled, or failed, the
-   sequence holds what its finished passes (of n_batch tokens) computed, and the same call goes on from there.
-   A token may be any bytes, so a text that is encoded anew need not give the tokens that were drawn: to continue it without
-   computing it again, pass `tokens`. A sampler that leaves no token (all forbidden) is LLM_ERROR_ARGUMENT, and a logit that
-   is NaN LLM_ERROR_FORMAT. */
-LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err);
 
 /* ---- Scoring ------------------------------------------------------------------------------------------------- */
 
@@ -530,30 +889,29 @@ typedef struct llm_question {
 } llm_question;
 
 /* The tokens of a context and of one ending, one behind the other, as the LM evaluation harness has them: white space
-   at the context's end goes over to the ending; the context's tokens are those of the context alone, the ending's those
-   of the whole text without the first *n_context. An empty context is the BOS token, or where there is none, EOS.
-   Writes at most `capacity` ids and returns how many there are, or -1, as llm_encode does, whose flags these are (the
-   harness's are both of them). */
+   at the context's end is moved to the ending; the context's tokens are those of the context alone, the ending's those
+   of the whole text without the first *n_context. An empty context is the BOS token or, if there is none, EOS. Flags
+   and result are those of llm_encode; the harness sets both flags. */
 LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *context, const char *ending, unsigned flags,
                                 llm_token *ids, size_t capacity, int64_t *n_context, llm_error *err);
 
-/* In what batches the questions are computed. The log-likelihoods are the same bits in all of them on the CPU (with int4
-   weights in contexts of n_batch up to 16, else but for rounding). */
+/* In what batches the questions are computed. Use LLM_SCHEDULE_PACKED: the others do what other programs do, and exist
+   to measure it. On the CPU the log-likelihoods are the same bits in all of them (with int4 weights only if the
+   context's n_batch is at most 16). */
 typedef enum llm_schedule {
     LLM_SCHEDULE_PACKED = 0, /* every pass full of tokens that are needed, nothing padded, nothing computed twice  */
-    LLM_SCHEDULE_FIXED,      /* a number of texts at a time, as they come, padded to the longest                  */
-    LLM_SCHEDULE_DP          /* texts in order of length, cut into padded batches by dynamic programming          */
+    LLM_SCHEDULE_FIXED,      /* baseline: a number of texts at a time, as they come, padded to the longest         */
+    LLM_SCHEDULE_DP          /* baseline: texts by length, cut into padded batches by dynamic programming          */
 } llm_schedule;
 
 typedef struct llm_score_desc {
     llm_schedule schedule;
-    bool
-        recompute_context; /* each ending computes the context for itself, instead of all from one cache               */
-    int batch;      /* LLM_SCHEDULE_FIXED: texts in a batch; 0: 32                                              */
-    int min_tokens; /* LLM_SCHEDULE_DP: tokens a batch has at least, if it can; 0: 512                          */
-    int min_context_tokens; /* ... and a batch of contexts; 0: 4096                                                     */
-    /* Told of each question once it is answered: its [n_endings] log-likelihoods. Returning false stops the work, which
-       then ends with LLM_ERROR_CANCELLED. */
+    bool recompute_context; /* baseline: each ending computes the context again, instead of all from one cache     */
+    int batch;              /* LLM_SCHEDULE_FIXED: texts in a batch; 0: 32                                         */
+    int min_tokens;         /* LLM_SCHEDULE_DP: tokens of a batch of endings, if there are so many; 0: 512         */
+    int min_context_tokens; /* ... of a batch of contexts; 0: 4096                                                 */
+    /* Called for each question once it is answered, with its [n_endings] log-likelihoods. Returning false stops the
+       work with LLM_ERROR_CANCELLED. */
     bool (*on_question)(void *user, int question, const double *log_likelihoods);
     void *user;
 } llm_score_desc;
@@ -569,19 +927,36 @@ typedef struct llm_score_stats {
 } llm_score_stats;
 
 /* Fills log_likelihoods: the first question's [n_endings], then the second's, and so on. What the context's sequences
-   held is dropped. The context needs n_seq >= the endings of a question, and n_ctx >= the tokens of a text; with more
-   sequences and more cache, passes are fuller. A pass is at most n_batch tokens. All that every ending of a
-   question begins with is taken as part of its context, and a token is only computed if another is predicted from it,
-   the head and the last layer only where one is that counts. With log_likelihoods NULL nothing is computed, but stats
-   tell what would be. */
+   held is dropped. The context needs n_ctx of the longest text and n_seq of the most endings; batches become larger
+   with more sequences and cache. A pass has at most n_batch tokens. A prefix common to all endings is moved into the
+   context. Tokens from which nothing is predicted are skipped, and the last layer and the head run only at scored
+   positions. With log_likelihoods NULL nothing is computed, but stats tell what would be. */
 LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, int n_questions,
                              const llm_score_desc *desc, double *log_likelihoods, llm_score_stats *stats,
                              llm_error *err);
 
-/* ---- Backends ------------------------------------------------------------------------------------------------ */
+/* ---- NVIDIA GPU ---------------------------------------------------------------------------------------------- */
 
-/* What computes. The CPU's is built in; llm_cuda.cu holds another. Everything else (tokens, sequences, sampling) is
-   the same for all of them. A host does not call these. */
+#ifdef LLM_CUDA
+/* In llm_cuda.cu: compile that with nvcc, link with -lcublas, and set llm_model_desc.backend to one of these. Without a
+   usable GPU llm_model_load fails with LLM_ERROR_DEVICE or LLM_ERROR_UNSUPPORTED; the host may then load for the CPU.
+   llm_generate lets the GPU pick the tokens, unless the sampler has biases or a penalty; a seed then means the same
+   text on every run there, and afterwards llm_logits has none. LLM_CUDA_EAGER leaves the picking to the host. */
+typedef enum llm_cuda_mode {
+    LLM_CUDA_GRAPH = 0, /* up to 16 rows: the fused kernels, launched as one recorded graph                       */
+    LLM_CUDA_FUSED,     /* the same kernels, launched one by one                                                  */
+    LLM_CUDA_EAGER      /* one plain kernel per operation, launched one by one                                    */
+} llm_cuda_mode;
+
+LLM_API const llm_backend *llm_cuda_backend(void); /* the fastest, LLM_CUDA_GRAPH */
+LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
+#endif
+
+/* ==== BACKENDS: NOT FOR HOSTS ===================================================================================
+
+   A program that uses the library needs nothing from here to the end of the declarations. It is what llm.h and
+   llm_cuda.cu agree on: a backend computes on weights and cache, all else (tokens, sequences, sampling) is the same for
+   all of them. The CPU's is built in. */
 
 typedef struct llm_backend_shape {
     int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim;
@@ -651,8 +1026,6 @@ typedef struct llm_backend_pass {
     void *cancel_user;
 } llm_backend_pass;
 
-enum { LLM_CACHE_BLOCK = 32 }; /* positions in a block of the KV cache */
-
 /* Tokens of one sequence that the device picks by itself: the first by the logits of the last pass, which had one row
    of them, the others by those of the token before. All but the last go through the model. */
 typedef struct llm_backend_burst {
@@ -701,22 +1074,6 @@ struct llm_backend {
     llm_status (*burst)(void *context, const llm_backend_burst *burst, llm_error *err);
 };
 
-#ifdef LLM_CUDA
-/* In llm_cuda.cu: compile that with nvcc, link with -lcublas, and name one of these in llm_model_desc. Without a usable
-   GPU llm_model_load fails with LLM_ERROR_DEVICE or LLM_ERROR_UNSUPPORTED; the host may then load for the CPU.
-   llm_generate lets the GPU pick the tokens, unless the sampler has biases or a penalty; a seed then means the same
-   text on every run there, and afterwards llm_logits has none. LLM_CUDA_EAGER leaves the picking to the host. */
-typedef enum llm_cuda_mode {
-    LLM_CUDA_GRAPH = 0, /* up to 16 rows: the fused kernels, launched as one recorded graph                       */
-    LLM_CUDA_FUSED,     /* the same kernels, launched one by one                                                  */
-    LLM_CUDA_EAGER      /* one plain kernel per operation, launched one by one                                    */
-} llm_cuda_mode;
-
-/* Never static: they are defined in llm_cuda.cu, also where the rest is LLM_STATIC. */
-extern const llm_backend *llm_cuda_backend(void); /* the fastest, LLM_CUDA_GRAPH */
-extern const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
-#endif
-
 #ifdef __cplusplus
 }
 #endif
@@ -725,6 +1082,12 @@ extern const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
 /* ============================================================================================================== */
 
 #if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
+
+#if !defined(__GNUC__) && !defined(__clang__)
+#error "llm.h is for gcc and clang (on Windows: MinGW); it uses their vector types, attributes and atomics"
+#elif !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "llm.h is for little-endian machines: it reads model files as they are"
+#endif
 
 #include <errno.h>
 #include <float.h>
@@ -807,11 +1170,14 @@ static void llm__env_init(llm__env *env, llm__pool *pool, llm_error *err, const 
 
 enum { LLM__ALIGN = 64 };
 
-static void *llm__alloc_resize(const llm_host *host, void *ptr, size_t size) {
-    if (host->resize) return host->resize(host->user, ptr, size);
-    if (size) return realloc(ptr, size);
-    free(ptr);
-    return NULL;
+/* The host's allocator. (free) is in brackets because a host may have made a macro of it. */
+static void *llm__alloc_raw(const llm_host *host, size_t size) {
+    return host->alloc ? host->alloc(host->user, size) : malloc(size);
+}
+
+static void llm__alloc_raw_free(const llm_host *host, void *ptr) {
+    if (host->alloc) (host->free)(host->user, ptr);
+    else (free)(ptr);
 }
 
 /* Length in bytes of the well-formed character at p < end, or 0 if there is none. */
@@ -843,17 +1209,10 @@ static void llm__utf8_trim(char *text) {
     }
 }
 
-#if defined(__GNUC__) || defined(__clang__)
 #define LLM__PRINTF(f, a) __attribute__((format(printf, f, a)))
 #define LLM__NORETURN __attribute__((noreturn))
 #define LLM__NOINLINE __attribute__((noinline))
 #define LLM__UNUSED __attribute__((unused))
-#else
-#define LLM__PRINTF(f, a)
-#define LLM__NORETURN
-#define LLM__NOINLINE
-#define LLM__UNUSED
-#endif
 
 static llm_status llm__error_v(llm_error *err, llm_status code, const char *file, const char *format, va_list args) {
     if (!err) return code;
@@ -880,6 +1239,27 @@ static llm_status llm__error_done(llm_error *err, llm_status status) {
     err->code = LLM_OK;
     err->message[0] = 0;
     return status;
+}
+
+/* Half an allocator would free one's memory with the other. */
+static llm_status llm__host_check(const llm_host *host, llm_error *err) {
+    if (!host || !host->alloc == !host->free) return LLM_OK;
+    return llm__error(err, LLM_ERROR_ARGUMENT, "host.alloc and host.free must be given together, or neither");
+}
+
+LLM_API int llm_version(void) { return LLM_VERSION_NUMBER; }
+
+LLM_API const char *llm_status_name(llm_status status) {
+    static const char *const names[] = {"LLM_OK",
+                                        "LLM_ERROR_ARGUMENT",
+                                        "LLM_ERROR_IO",
+                                        "LLM_ERROR_FORMAT",
+                                        "LLM_ERROR_UNSUPPORTED",
+                                        "LLM_ERROR_MEMORY",
+                                        "LLM_ERROR_CONTEXT_FULL",
+                                        "LLM_ERROR_CANCELLED",
+                                        "LLM_ERROR_DEVICE"};
+    return status >= LLM_OK && status <= LLM_ERROR_DEVICE ? names[status] : NULL;
 }
 
 /* Fills the error and unwinds to llm__env_run. Does not return. */
@@ -921,7 +1301,7 @@ static void llm__env_progress(llm__env *env, float done) {
 static void *llm__alloc_try(llm__pool *pool, size_t count, size_t size) {
     size_t room = sizeof(llm__pool_block) + LLM__ALIGN;
     if (size && count > (SIZE_MAX - room) / size) return NULL;
-    void *raw = llm__alloc_resize(&pool->host, NULL, count * size + room);
+    void *raw = llm__alloc_raw(&pool->host, count * size + room);
     if (!raw) return NULL;
     uintptr_t at = ((uintptr_t)raw + room) & ~(uintptr_t)(LLM__ALIGN - 1);
     llm__pool_block *block = (llm__pool_block *)at - 1;
@@ -953,7 +1333,7 @@ static void llm__free(llm__pool *pool, void *ptr) {
     if (block->prev) block->prev->next = block->next;
     else pool->blocks = block->next;
     if (block->next) block->next->prev = block->prev;
-    llm__alloc_resize(&pool->host, block->raw, 0);
+    llm__alloc_raw_free(&pool->host, block->raw);
 }
 
 static void llm__pool_free(llm__pool *pool) {
@@ -1089,7 +1469,7 @@ typedef struct llm__file {
     const uint8_t *data;
     uint64_t size, have; /* size of the file; number of bytes available at data */
     bool mapped;
-    bool (*read)(void *user, uint64_t offset, void *to, size_t n_bytes); /* reads the rest if the file is not mapped */
+    llm_read_fn read; /* reads the rest if the file is not mapped */
     void *user;
 } llm__file;
 
@@ -1199,13 +1579,12 @@ static uint8_t *llm__file_read(llm__env *env, const llm__file *file, uint64_t of
         llm__fail(env, LLM_ERROR_MEMORY, "out of memory: %llu bytes were asked for", (unsigned long long)n);
     uint8_t *data = (uint8_t *)llm__alloc(env, (size_t)n, 1);
     if (n && !file->read(file->user, offset, data, (size_t)n))
-        llm__fail(env, LLM_ERROR_IO, "desc.read gave no %llu bytes from offset %llu", (unsigned long long)n,
-                  (unsigned long long)offset);
+        llm__fail(env, LLM_ERROR_IO, "the read callback failed to read %llu bytes at offset %llu",
+                  (unsigned long long)n, (unsigned long long)offset);
     return data;
 }
 
-static llm__file *llm__file_function(llm__env *env, bool (*read)(void *, uint64_t, void *, size_t), void *user,
-                                     uint64_t size) {
+static llm__file *llm__file_function(llm__env *env, llm_read_fn read, void *user, uint64_t size) {
     llm__file *file = (llm__file *)llm__alloc_zero(env, 1, sizeof *file);
     file->read = read;
     file->user = user;
@@ -1213,6 +1592,28 @@ static llm__file *llm__file_function(llm__env *env, bool (*read)(void *, uint64_
     file->have = size < LLM__FILE_START ? size : LLM__FILE_START;
     file->data = llm__file_read(env, file, 0, file->have);
     return file;
+}
+
+/* Where a model's file comes from: one of three. */
+typedef struct llm__file_source {
+    const char *path;
+    const void *data;
+    llm_read_fn read;
+    void *user;
+    uint64_t size; /* of data, or of what read reads */
+} llm__file_source;
+
+/* *source from a path, if there is one, or bytes or a function; what is missing is the caller's fault. */
+static llm_status llm__file_check_source(const llm__file_source *source, llm_error *err) {
+    if (source->path || source->data || source->read) return LLM_OK;
+    return llm__error(err, LLM_ERROR_ARGUMENT, "there is nothing to load: the path, data or read function is NULL");
+}
+
+/* A file that is a single one. */
+static llm__file *llm__file_open_source(llm__env *env, const llm__file_source *source) {
+    if (source->data) return llm__file_memory(env, source->data, (size_t)source->size);
+    if (source->read) return llm__file_function(env, source->read, source->user, source->size);
+    return llm__file_open(env, source->path);
 }
 
 typedef enum llm__path_kind { LLM__NOTHING, LLM__REGULAR, LLM__DIRECTORY } llm__path_kind;
@@ -2478,13 +2879,10 @@ static const char *llm__hf_directory(llm__env *env, const char *path) {
     return name == path ? "." : llm__str_copy(env, path, (size_t)(name - path));
 }
 
-static llm__checkpoint *llm__checkpoint_open(llm__env *env, const char *path, const llm_model_desc *desc) {
-    if (desc->data) return llm__gguf_read_whole(env, llm__file_memory(env, desc->data, desc->data_size));
-    if (desc->read)
-        return llm__gguf_read_whole(env, llm__file_function(env, desc->read, desc->read_user, desc->read_size));
-    if (!path) llm__fail(env, LLM_ERROR_ARGUMENT, "neither a path nor data to load from were given");
-    const char *directory = llm__hf_directory(env, path);
-    return directory ? llm__hf_open(env, directory) : llm__gguf_open(env, path);
+static llm__checkpoint *llm__checkpoint_open(llm__env *env, const llm__file_source *source) {
+    if (!source->path) return llm__gguf_read_whole(env, llm__file_open_source(env, source));
+    const char *directory = llm__hf_directory(env, source->path);
+    return directory ? llm__hf_open(env, directory) : llm__gguf_open(env, source->path);
 }
 
 /* ==== 6 Hyperparameters =========================================================================================
@@ -4199,10 +4597,9 @@ LLM_API int64_t llm_encode(const llm_tokenizer *tokenizer, const char *text, siz
 /* ---- Decoding ---- */
 
 LLM_API const char *llm_token_bytes(const llm_tokenizer *tokenizer, llm_token id, size_t *n_bytes) {
-    *n_bytes = 0;
-    if (id < 0 || id >= tokenizer->n_vocab) return NULL;
-    llm__str s = llm__vocab_piece(tokenizer, id);
-    *n_bytes = s.n;
+    llm__str s = {NULL, 0};
+    if (id >= 0 && id < tokenizer->n_vocab) s = llm__vocab_piece(tokenizer, id);
+    if (n_bytes) *n_bytes = s.n;
     return s.at;
 }
 
@@ -5726,14 +6123,14 @@ static llm_tokenizer *llm__tokenizer_from_directory(llm__env *env, const char *d
 /* ---- Tokenizers alone ---- */
 
 typedef struct llm__tokenizer_load_job {
-    const char *path;
+    llm__file_source source;
     llm_tokenizer *tokenizer;
 } llm__tokenizer_load_job;
 
-static llm_tokenizer *llm__tokenizer_load_gguf(llm__env *env, const char *path) {
+static llm_tokenizer *llm__tokenizer_load_gguf(llm__env *env, const llm__file_source *source) {
     llm__pool *outer = env->pool, *inner = llm__pool_inner(env);
     env->pool = inner;
-    const llm__checkpoint *ck = llm__gguf_read_first(env, llm__file_open(env, path));
+    const llm__checkpoint *ck = llm__gguf_read_first(env, llm__file_open_source(env, source));
     env->pool = outer;
     llm_tokenizer *t = llm__tokenizer_from_gguf(env, ck);
     llm__free(outer, inner);
@@ -5742,29 +6139,32 @@ static llm_tokenizer *llm__tokenizer_load_gguf(llm__env *env, const char *path) 
 
 static void llm__tokenizer_load_body(llm__env *env, void *arg) {
     llm__tokenizer_load_job *job = (llm__tokenizer_load_job *)arg;
-    const char *name = llm__path_name(job->path), *end = strrchr(name, '.');
-    if (llm__path_find(job->path) == LLM__DIRECTORY) {
-        job->tokenizer = llm__tokenizer_from_directory(env, job->path);
+    const char *path = job->source.path, *name = path ? llm__path_name(path) : "", *end = strrchr(name, '.');
+    if (path && llm__path_find(path) == LLM__DIRECTORY) {
+        job->tokenizer = llm__tokenizer_from_directory(env, path);
     } else if (end && (!strcmp(end, ".json") || !strcmp(end, ".model"))) {
-        const char *directory = name == job->path ? "." : llm__str_copy(env, job->path, (size_t)(name - job->path));
-        job->tokenizer = llm__tokenizer_from_file(env, directory, job->path);
+        const char *directory = name == path ? "." : llm__str_copy(env, path, (size_t)(name - path));
+        job->tokenizer = llm__tokenizer_from_file(env, directory, path);
     } else {
-        job->tokenizer = llm__tokenizer_load_gguf(env, job->path);
+        job->tokenizer = llm__tokenizer_load_gguf(env, &job->source);
     }
 }
 
-LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, const llm_host *host, llm_error *err) {
+static llm_status llm__tokenizer_load(llm_tokenizer **out, const llm__file_source *source, const llm_host *host,
+                                      llm_error *err) {
     llm__pool pool;
     llm__env env;
     llm__tokenizer_load_job job;
-    memset(&job, 0, sizeof job);
     if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
     *out = NULL;
-    if (!path) return llm__error(err, LLM_ERROR_ARGUMENT, "path is NULL");
+    llm_status status = llm__file_check_source(source, err);
+    if (!status) status = llm__host_check(host, err);
+    if (status) return status;
+    job.source = *source;
+    job.tokenizer = NULL;
     llm__pool_init(&pool, host);
-    llm__env_init(&env, &pool, err, path);
-    job.path = path;
-    llm_status status = llm__env_run(&env, llm__tokenizer_load_body, &job);
+    llm__env_init(&env, &pool, err, source->path);
+    status = llm__env_run(&env, llm__tokenizer_load_body, &job);
     if (status) {
         llm__pool_free(&pool);
         return status;
@@ -5772,6 +6172,23 @@ LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, con
     job.tokenizer->own = pool;
     *out = job.tokenizer;
     return llm__error_done(err, LLM_OK);
+}
+
+LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, const llm_host *host, llm_error *err) {
+    llm__file_source source = {path, NULL, NULL, NULL, 0};
+    return llm__tokenizer_load(out, &source, host, err);
+}
+
+LLM_API llm_status llm_tokenizer_load_memory(llm_tokenizer **out, const void *data, size_t size, const llm_host *host,
+                                             llm_error *err) {
+    llm__file_source source = {NULL, data, NULL, NULL, size};
+    return llm__tokenizer_load(out, &source, host, err);
+}
+
+LLM_API llm_status llm_tokenizer_load_callback(llm_tokenizer **out, llm_read_fn read, void *user, uint64_t size,
+                                               const llm_host *host, llm_error *err) {
+    llm__file_source source = {NULL, NULL, read, user, size};
+    return llm__tokenizer_load(out, &source, host, err);
 }
 
 LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer) {
@@ -6519,34 +6936,47 @@ typedef struct llm__chat_render_job {
     const llm_tokenizer *t;
     const llm_message *messages;
     int n_messages;
-    bool open_answer;
-    llm__chat_text out;
+    bool open_answer, encode;
+    char *text;     /* [capacity] if not encode */
+    llm_token *ids; /* [capacity] if encode */
+    size_t capacity, n;
 } llm__chat_render_job;
 
 static void llm__chat_render_body(llm__env *env, void *arg) {
     llm__chat_render_job *job = (llm__chat_render_job *)arg;
-    job->out = llm__chat_render(env, job->t, job->messages, job->n_messages, job->open_answer);
+    llm__chat_text out = llm__chat_render(env, job->t, job->messages, job->n_messages, job->open_answer);
+    if (job->encode) {
+        job->n = llm__enc_spans(env, job->t, out.text, out.n, LLM_TOKENS_SPECIAL, out.spans, out.n_spans, job->ids,
+                                job->capacity);
+        return;
+    }
+    job->n = out.n;
+    if (!job->capacity) return;
+    size_t n_shown = out.n < job->capacity ? out.n : job->capacity - 1;
+    memcpy(job->text, out.text, n_shown);
+    job->text[n_shown] = 0;
 }
 
-LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
-                                   bool open_answer, char *text, size_t capacity, size_t *n_bytes, llm_error *err) {
+static int64_t llm__chat_run(llm__chat_render_job *job, llm_error *err) {
     llm__pool pool;
     llm__env env;
-    llm__chat_render_job job;
-    memset(&job, 0, sizeof job);
-    llm__pool_init(&pool, &tokenizer->host);
+    llm__pool_init(&pool, &job->t->host);
     llm__env_init(&env, &pool, err, NULL);
-    job.t = tokenizer;
-    job.messages = messages;
-    job.n_messages = n_messages;
-    job.open_answer = open_answer;
-    llm_status status = llm__env_run(&env, llm__chat_render_body, &job);
-    size_t n = status ? 0 : job.out.n, shown = n < capacity ? n : capacity ? capacity - 1 : 0;
-    if (shown) memcpy(text, job.out.text, shown);
-    if (capacity) text[shown] = 0;
-    if (n_bytes) *n_bytes = n;
+    llm_status status = llm__env_run(&env, llm__chat_render_body, job);
     llm__pool_free(&pool);
-    return llm__error_done(err, status);
+    return llm__error_done(err, status) ? -1 : (int64_t)job->n;
+}
+
+LLM_API int64_t llm_encode_messages(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
+                                    bool open_answer, llm_token *ids, size_t capacity, llm_error *err) {
+    llm__chat_render_job job = {tokenizer, messages, n_messages, open_answer, true, NULL, ids, capacity, 0};
+    return llm__chat_run(&job, err);
+}
+
+LLM_API int64_t llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
+                                bool open_answer, char *text, size_t capacity, llm_error *err) {
+    llm__chat_render_job job = {tokenizer, messages, n_messages, open_answer, false, text, NULL, capacity, 0};
+    return llm__chat_run(&job, err);
 }
 
 LLM_API const char *llm_chat_format(const llm_tokenizer *tokenizer) {
@@ -6554,6 +6984,8 @@ LLM_API const char *llm_chat_format(const llm_tokenizer *tokenizer) {
     const llm__chat_form *form = llm__chat_find_form(tokenizer->chat_template, &outline);
     return form ? form->name : NULL;
 }
+
+LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer) { return tokenizer->chat_template; }
 
 #endif
 
@@ -7661,7 +8093,7 @@ static int llm__cores_quota(const char *root, const char *group, bool version_2)
         snprintf(path, sizeof path, "%s/cpu.cfs_period_us", group);
         n += llm__cores_read(root, path, text, sizeof text) && sscanf(text, "%lf", &period) == 1;
     }
-    if (n != 2 || !(quota > 0) || !(period > 0) || quota / period > LLM__MOST_CPUS) return LLM__MOST_CPUS;
+    if (n != 2 || !(quota > 0) || !(period > 0) || quota / period > (int)LLM__MOST_CPUS) return LLM__MOST_CPUS;
     return quota < period ? 1 : (int)(quota / period);
 }
 
@@ -9230,6 +9662,10 @@ static const llm_backend llm__cpu_backend = {
 
    Loading: from a checkpoint and its hyperparameters to weights on a backend. */
 
+typedef struct llm__meta_entry {
+    const char *key, *value;
+} llm__meta_entry;
+
 struct llm_model {
     llm__pool pool;
     const llm_backend *backend;
@@ -9240,11 +9676,13 @@ struct llm_model {
     uint64_t source; /* the fingerprint that the same weights in any type share */
     llm_tokenizer *tokenizer;
     const llm__kernels *kernels; /* for what is computed on the host whatever the backend */
+    llm__meta_entry *meta;       /* [n_meta] */
+    size_t n_meta, meta_room;
 };
 
 typedef struct llm__model_load_args {
     llm_model **out;
-    const char *path;
+    const llm__file_source *source;
     llm_model_desc desc;
     const llm_backend *backend;
     void *device; /* to be closed if loading fails after it was opened */
@@ -9523,10 +9961,15 @@ static void llm__model_copy_name(char *to, size_t size, llm__str from) {
     llm__utf8_trim(to);
 }
 
-static void llm__model_fill_info(llm_model_info *info, const llm__hparams *h, const llm__model_walk *walk) {
+/* All but the fingerprint. */
+static llm_model_info llm__model_info(const llm__hparams *h, const llm__model_walk *walk,
+                                      const llm_backend_shape *shape, const llm_model_desc *desc) {
+    llm_model_info made, *info = &made;
+    memset(info, 0, sizeof *info);
     llm__model_copy_name(info->name, sizeof info->name, h->name);
     llm__model_copy_name(info->architecture, sizeof info->architecture, h->architecture);
     info->dtype = walk->dtype;
+    info->backend = walk->backend;
     info->n_vocab = h->n_vocab;
     info->n_layers = h->n_layers;
     info->n_embd = h->n_embd;
@@ -9534,11 +9977,15 @@ static void llm__model_fill_info(llm_model_info *info, const llm__hparams *h, co
     info->n_heads = h->n_heads;
     info->n_kv_heads = h->n_kv_heads;
     info->head_dim = h->head_dim;
+    info->rope_dim = h->rope_dim;
     info->n_ctx_train = h->n_ctx_train;
     info->n_params = walk->n_params;
     info->weight_bytes = walk->weight_bytes;
     info->weight_bytes_per_token = walk->weight_bytes_per_token;
-    info->fingerprint = llm__hash_fnv(walk->fingerprint, &walk->dtype, sizeof walk->dtype);
+    info->isa = llm__kernels_choose(desc->isa)->name;
+    info->cache_bytes_per_token =
+        desc->backend->block_bytes(shape, llm__model_cache_dtype(desc->backend, desc->dtype)) / LLM_CACHE_BLOCK;
+    return made;
 }
 
 static llm__model_walk llm__model_start_walk(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h,
@@ -9563,6 +10010,78 @@ static uint64_t llm__model_hash_shape(const llm_backend_shape *s) {
     return llm__hash_fnv(hash, s->rope_frequencies, (size_t)(s->rope_dim / 2) * sizeof *s->rope_frequencies);
 }
 
+/* ---- Metadata as text ---- */
+
+enum { LLM__META_MAX_KEY = 200 }; /* a longer path of keys is not kept, so that no file can make much of a little */
+
+static void llm__meta_add(llm__env *env, llm_model *model, llm__str key, llm__str value) {
+    model->meta =
+        (llm__meta_entry *)llm__alloc_grow(env, model->meta, model->n_meta, &model->meta_room, sizeof *model->meta);
+    char *k = llm__str_copy(env, key.at, key.n), *v = llm__str_copy(env, value.at, value.n);
+    llm__utf8_trim(k);
+    llm__utf8_trim(v);
+    model->meta[model->n_meta].key = k;
+    model->meta[model->n_meta++].value = v;
+}
+
+/* A floating-point number in the fewest digits that give it back, with a point whatever the host's locale. */
+static void llm__meta_print_float(char *to, size_t size, double number, bool single) {
+    for (int digits = 6; digits <= 17; digits++) {
+        snprintf(to, size, "%.*g", digits, number);
+        for (char *p = to; *p; p++)
+            if (*p == ',') *p = '.';
+        llm__str text = {to, strlen(to)};
+        double back = llm__json_value(text);
+        if (single ? (float)back == (float)number : back == number) return;
+    }
+}
+
+static void llm__meta_add_gguf(llm__env *env, llm_model *model, const llm__gguf_value *v) {
+    char number[40];
+    llm__str text = {number, 0};
+    if (v->type == LLM__GGUF_STRING) {
+        text.at = (const char *)v->data + 8;
+        text.n = (size_t)llm__bytes_u64(v->data);
+    } else {
+        double d = llm__gguf_value_number(v, 0);
+        if (v->type == LLM__GGUF_BOOL) snprintf(number, sizeof number, "%s", d != 0 ? "true" : "false");
+        else if (v->type == LLM__GGUF_F32 || v->type == LLM__GGUF_F64)
+            llm__meta_print_float(number, sizeof number, d, v->type == LLM__GGUF_F32);
+        else if (v->type == LLM__GGUF_U64)
+            snprintf(number, sizeof number, "%llu", (unsigned long long)llm__bytes_u64(v->data));
+        else if (v->type == LLM__GGUF_I64) snprintf(number, sizeof number, "%lld", (long long)llm__bytes_u64(v->data));
+        else snprintf(number, sizeof number, "%.0f", d);
+        text.n = strlen(number);
+    }
+    llm__meta_add(env, model, v->key, text);
+}
+
+/* The members of an object, whose keys stand after `prefix`, and of the objects in it. */
+static void llm__meta_add_json(llm__env *env, llm_model *model, llm__str prefix, const llm__json *object) {
+    static const llm__str yes = {"true", 4}, no = {"false", 5}, null = {"null", 4};
+    for (const llm__json *v = object->first; v; v = v->next) {
+        char path[LLM__META_MAX_KEY];
+        llm__str key = {path, prefix.n + (prefix.n != 0) + v->key.n};
+        if (v->type == LLM__JSON_ARRAY || key.n > sizeof path) continue;
+        if (prefix.n) memcpy(path, prefix.at, prefix.n);
+        if (prefix.n) path[prefix.n] = '.';
+        if (v->key.n) memcpy(path + key.n - v->key.n, v->key.at, v->key.n);
+        if (v->type == LLM__JSON_OBJECT) llm__meta_add_json(env, model, key, v);
+        else if (v->type == LLM__JSON_STRING || v->type == LLM__JSON_NUMBER) llm__meta_add(env, model, key, v->string);
+        else llm__meta_add(env, model, key, v->type == LLM__JSON_TRUE ? yes : v->type == LLM__JSON_FALSE ? no : null);
+    }
+}
+
+static void llm__meta_read(llm__env *env, llm_model *model, const llm__checkpoint *ck) {
+    llm__str none = {"", 0};
+    for (size_t i = 0; i < ck->n_values; i++)
+        if (!ck->values[i].is_array && ck->values[i].key.n <= LLM__META_MAX_KEY)
+            llm__meta_add_gguf(env, model, &ck->values[i]);
+    if (ck->config) llm__meta_add_json(env, model, none, ck->config);
+}
+
+/* ---- Loading ---- */
+
 /* A model found in files: all its weights are there and in their shape, and there is nothing it would leave out. */
 typedef struct llm__model_plan {
     llm__pool *pool; /* of the files, and all that points into them */
@@ -9572,11 +10091,12 @@ typedef struct llm__model_plan {
     llm__model_walk walk; /* what the weights come to */
 } llm__model_plan;
 
-static void llm__model_make_plan(llm__env *env, const char *path, const llm_model_desc *desc, llm__model_plan *plan) {
+static void llm__model_make_plan(llm__env *env, const llm__file_source *source, const llm_model_desc *desc,
+                                 llm__model_plan *plan) {
     llm__pool *outer = env->pool;
     plan->pool = llm__pool_inner(env);
     env->pool = plan->pool;
-    plan->ck = llm__checkpoint_open(env, path, desc);
+    plan->ck = llm__checkpoint_open(env, source);
     plan->h = llm__hparams_read(env, plan->ck);
     env->pool = outer;
     plan->shape = llm__model_find_shape(env, &plan->h, plan->ck);
@@ -9591,7 +10111,7 @@ static void llm__model_load_body(llm__env *env, void *arg) {
     llm_model *model = (llm_model *)llm__alloc_zero(env, 1, sizeof *model);
     llm_model_desc desc = llm__model_defaults(env, &args->desc);
     llm__model_plan plan;
-    llm__model_make_plan(env, args->path, &desc, &plan);
+    llm__model_make_plan(env, args->source, &desc, &plan);
     const llm__checkpoint *ck = plan.ck;
     model->backend = args->backend = desc.backend;
     model->shape = plan.shape;
@@ -9611,13 +10131,11 @@ static void llm__model_load_body(llm__env *env, void *arg) {
     walk.device = args->device;
     walk.visit = llm__model_upload_weight;
     llm__model_walk_weights(&walk);
-    llm__model_fill_info(&model->info, &plan.h, &walk);
+    model->info = llm__model_info(&plan.h, &walk, &model->shape, &desc);
+    model->info.fingerprint = llm__hash_fnv(walk.fingerprint, &desc.dtype, sizeof desc.dtype);
     model->source = walk.fingerprint;
     model->kernels = llm__kernels_choose(desc.isa);
-    model->info.isa = model->kernels->name;
-    model->info.cache_bytes_per_token =
-        model->backend->block_bytes(&model->shape, llm__model_cache_dtype(model->backend, desc.dtype)) /
-        LLM_CACHE_BLOCK;
+    llm__meta_read(env, model, ck);
     llm__free(env->pool, plan.pool); /* all of it has been converted */
     model->device = args->device;
     model->desc = desc;
@@ -9625,11 +10143,13 @@ static void llm__model_load_body(llm__env *env, void *arg) {
     *args->out = model;
     llm__env_progress(env, 1);
     llm__log(&desc.host, "loaded %s: %s, %llu parameters as %s, %.0f MB, %s, in %.2f s",
-             args->path ? args->path : "memory", model->info.architecture, (unsigned long long)walk.n_params,
-             llm_dtype_name(desc.dtype), (double)walk.weight_bytes / 1e6, model->info.isa, llm__clock_now() - start);
+             args->source->path ? args->source->path : "a model", model->info.architecture,
+             (unsigned long long)walk.n_params, llm_dtype_name(desc.dtype), (double)walk.weight_bytes / 1e6,
+             model->info.isa, llm__clock_now() - start);
 }
 
-LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_model_desc *desc, llm_error *err) {
+static llm_status llm__model_load(llm_model **out, const llm__file_source *source, const llm_model_desc *desc,
+                                  llm_error *err) {
     llm__model_load_args args;
     llm__pool pool;
     llm__env env;
@@ -9637,17 +10157,37 @@ LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_m
     if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
     *out = NULL;
     args.out = out;
-    args.path = path;
+    args.source = source;
     if (desc) args.desc = *desc;
+    llm_status status = llm__file_check_source(source, err);
+    if (!status) status = llm__host_check(&args.desc.host, err);
+    if (status) return status;
     llm__pool_init(&pool, &args.desc.host);
-    llm__env_init(&env, &pool, err, path);
-    llm_status status = llm__env_run(&env, llm__model_load_body, &args);
+    llm__env_init(&env, &pool, err, source->path);
+    status = llm__env_run(&env, llm__model_load_body, &args);
     if (status) {
         *out = NULL;
         if (args.device) args.backend->close(args.device);
         llm__pool_free(&pool);
     }
     return llm__error_done(err, status);
+}
+
+LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_model_desc *desc, llm_error *err) {
+    llm__file_source source = {path, NULL, NULL, NULL, 0};
+    return llm__model_load(out, &source, desc, err);
+}
+
+LLM_API llm_status llm_model_load_memory(llm_model **out, const void *data, size_t size, const llm_model_desc *desc,
+                                         llm_error *err) {
+    llm__file_source source = {NULL, data, NULL, NULL, size};
+    return llm__model_load(out, &source, desc, err);
+}
+
+LLM_API llm_status llm_model_load_callback(llm_model **out, llm_read_fn read, void *user, uint64_t size,
+                                           const llm_model_desc *desc, llm_error *err) {
+    llm__file_source source = {NULL, NULL, read, user, size};
+    return llm__model_load(out, &source, desc, err);
 }
 
 LLM_API void llm_model_free(llm_model *model) {
@@ -9659,6 +10199,273 @@ LLM_API void llm_model_free(llm_model *model) {
 
 LLM_API llm_model_info llm_model_get_info(const llm_model *model) { return model->info; }
 LLM_API const llm_tokenizer *llm_model_tokenizer(const llm_model *model) { return model->tokenizer; }
+
+LLM_API const char *llm_model_meta_key(const llm_model *model, int i) {
+    return i >= 0 && (size_t)i < model->n_meta ? model->meta[i].key : NULL;
+}
+
+LLM_API const char *llm_model_meta(const llm_model *model, const char *key) {
+    for (size_t i = 0; key && i < model->n_meta; i++)
+        if (!strcmp(model->meta[i].key, key)) return model->meta[i].value;
+    return NULL;
+}
+
+/* ---- What a file's header says ---- */
+
+typedef struct llm__model_info_args {
+    const llm__file_source *source;
+    const llm_model_desc *desc;
+    llm_model_info *out;
+} llm__model_info_args;
+
+static void llm__model_info_body(llm__env *env, void *arg) {
+    llm__model_info_args *args = (llm__model_info_args *)arg;
+    llm_model_desc desc = llm__model_defaults(env, args->desc);
+    llm__model_plan plan;
+    llm__model_make_plan(env, args->source, &desc, &plan);
+    *args->out = llm__model_info(&plan.h, &plan.walk, &plan.shape, &desc);
+}
+
+static llm_status llm__model_read_info(const llm__file_source *source, const llm_model_desc *desc, llm_model_info *info,
+                                       llm_error *err) {
+    llm_model_desc zero;
+    llm__pool pool;
+    llm__env env;
+    memset(&zero, 0, sizeof zero);
+    if (!info) return llm__error(err, LLM_ERROR_ARGUMENT, "info is NULL");
+    memset(info, 0, sizeof *info);
+    llm__model_info_args args = {source, desc ? desc : &zero, info};
+    llm_status status = llm__file_check_source(source, err);
+    if (!status) status = llm__host_check(&args.desc->host, err);
+    if (status) return status;
+    llm__pool_init(&pool, &args.desc->host);
+    llm__env_init(&env, &pool, err, source->path);
+    status = llm__env_run(&env, llm__model_info_body, &args);
+    llm__pool_free(&pool);
+    return llm__error_done(err, status);
+}
+
+LLM_API llm_status llm_model_read_info(const char *path, const llm_model_desc *desc, llm_model_info *info,
+                                       llm_error *err) {
+    llm__file_source source = {path, NULL, NULL, NULL, 0};
+    return llm__model_read_info(&source, desc, info, err);
+}
+
+LLM_API llm_status llm_model_read_info_memory(const void *data, size_t size, const llm_model_desc *desc,
+                                              llm_model_info *info, llm_error *err) {
+    llm__file_source source = {NULL, data, NULL, NULL, size};
+    return llm__model_read_info(&source, desc, info, err);
+}
+
+LLM_API llm_status llm_model_read_info_callback(llm_read_fn read, void *user, uint64_t size, const llm_model_desc *desc,
+                                                llm_model_info *info, llm_error *err) {
+    llm__file_source source = {NULL, NULL, read, user, size};
+    return llm__model_read_info(&source, desc, info, err);
+}
+
+/* ---- A directory with int8 weights ----
+
+   compressed-tensors ("int-quantized"): config.json says what was done, and a matrix NAME is int8 with an f32 scale for
+   each row in NAME_scale. */
+
+typedef struct llm__quantize_args {
+    const char *from, *to;
+    const llm__checkpoint *ck;
+} llm__quantize_args;
+
+/* A file being written; closed if it is still open when its memory is freed. */
+typedef struct llm__out {
+    FILE *file;
+} llm__out;
+
+static void llm__out_release(void *data) {
+    llm__out *out = (llm__out *)data;
+    if (out->file) fclose(out->file);
+}
+
+static llm__out *llm__out_create(llm__env *env, const char *directory, const char *name) {
+    const char *path = llm__path_join(env, directory, name);
+    llm__out *out = (llm__out *)llm__alloc_zero(env, 1, sizeof *out);
+    llm__pool_on_free(out, llm__out_release);
+#if defined(_WIN32)
+    wchar_t wide[1024];
+    if (MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 1024)) out->file = _wfopen(wide, L"wb");
+#else
+    out->file = fopen(path, "wb");
+#endif
+    if (!out->file) llm__fail(env, LLM_ERROR_IO, "%s cannot be written: %s", path, strerror(errno));
+    return out;
+}
+
+static void llm__out_put(llm__env *env, llm__out *out, const void *bytes, size_t n) {
+    if (n && fwrite(bytes, 1, n, out->file) != n) llm__fail(env, LLM_ERROR_IO, "writing failed: %s", strerror(errno));
+}
+
+static void llm__out_close(llm__env *env, llm__out *out) {
+    FILE *file = out->file;
+    out->file = NULL;
+    if (fclose(file)) llm__fail(env, LLM_ERROR_IO, "writing failed: %s", strerror(errno));
+    llm__free(env->pool, out);
+}
+
+static void llm__path_create_directory(llm__env *env, const char *path) {
+#if defined(_WIN32)
+    wchar_t wide[1024];
+    bool made = MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 1024) && CreateDirectoryW(wide, NULL);
+    if (!made) llm__fail(env, LLM_ERROR_IO, "the directory %s cannot be created; it must not exist yet", path);
+#else
+    if (mkdir(path, 0777))
+        llm__fail(env, LLM_ERROR_IO, "the directory %s cannot be created: %s", path, strerror(errno));
+#endif
+}
+
+/* Copies a file that may be missing. */
+static void llm__quantize_copy(llm__env *env, const llm__quantize_args *a, const char *name) {
+    const char *path = llm__path_join(env, a->from, name);
+    if (llm__path_find(path) == LLM__NOTHING) return;
+    env->file = path;
+    llm__file *file = llm__file_open(env, path);
+    env->file = a->from;
+    llm__out *out = llm__out_create(env, a->to, name);
+    llm__out_put(env, out, file->data, (size_t)file->size);
+    llm__out_close(env, out);
+    llm__free(env->pool, file);
+}
+
+/* config.json, with a first member that says what the weights are now. */
+static void llm__quantize_config(llm__env *env, const llm__quantize_args *a) {
+    static const char added[] =
+        "{\"quantization_config\": {\"quant_method\": \"compressed-tensors\", \"format\": \"int-quantized\", "
+        "\"quantization_status\": \"compressed\", \"ignore\": [\"lm_head\"], \"config_groups\": {\"group_0\": "
+        "{\"targets\": [\"Linear\"], \"format\": \"int-quantized\", \"input_activations\": null, "
+        "\"output_activations\": null, \"weights\": {\"num_bits\": 8, \"type\": \"int\", \"symmetric\": true, "
+        "\"strategy\": \"channel\", \"dynamic\": false, \"group_size\": null, \"block_structure\": null, "
+        "\"actorder\": null, \"observer\": \"minmax\", \"observer_kwargs\": {}}}}},";
+    llm__file *file = llm__file_open(env, a->ck->config_path);
+    const uint8_t *brace = (const uint8_t *)memchr(file->data, '{', (size_t)file->size);
+    if (!brace) llm__fail(env, LLM_ERROR_IO, "%s is no longer the JSON object that it was", a->ck->config_path);
+    llm__out *out = llm__out_create(env, a->to, "config.json");
+    llm__out_put(env, out, added, sizeof added - 1);
+    llm__out_put(env, out, brace + 1, (size_t)(file->data + file->size - (brace + 1)));
+    llm__out_close(env, out);
+    llm__free(env->pool, file);
+}
+
+static bool llm__quantize_chooses(const llm__tensor *t) {
+    static const char end[] = "_proj.weight";
+    size_t n = sizeof end - 1;
+    return t->rows > 1 && t->name.n > n && !memcmp(t->name.at + t->name.n - n, end, n);
+}
+
+/* The file has three parts, so that all numbers stay aligned: scales, what is copied, int8. */
+enum { LLM__QUANTIZE_SCALES, LLM__QUANTIZE_COPIES, LLM__QUANTIZE_INT8, LLM__QUANTIZE_PARTS };
+
+static bool llm__quantize_is_in(const llm__tensor *t, int part) {
+    return llm__quantize_chooses(t) == (part != LLM__QUANTIZE_COPIES);
+}
+
+/* A tensor's entry in the header; *at is where its bytes begin, and then where they end. Returns the characters. */
+static size_t llm__quantize_describe(char *to, size_t room, const llm__tensor *t, int part, uint64_t *at) {
+    uint64_t rows = t->rows, cols = part == LLM__QUANTIZE_SCALES ? 1 : t->cols, bytes = t->rows * t->row_bytes;
+    if (part == LLM__QUANTIZE_SCALES) bytes = 4 * rows;
+    if (part == LLM__QUANTIZE_INT8) bytes = rows * cols;
+    char shape[64];
+    if (rows > 1) snprintf(shape, sizeof shape, "%llu, %llu", (unsigned long long)rows, (unsigned long long)cols);
+    else snprintf(shape, sizeof shape, "%llu", (unsigned long long)cols);
+    const char *type = part == LLM__QUANTIZE_SCALES ? "F32" : part == LLM__QUANTIZE_INT8 ? "I8" : t->type->name;
+    int n = snprintf(to, room, "%s\"%.*s%s\": {\"dtype\": \"%s\", \"shape\": [%s], \"data_offsets\": [%llu, %llu]}",
+                     *at ? ", " : "", (int)t->name.n, t->name.at, part == LLM__QUANTIZE_SCALES ? "_scale" : "", type,
+                     shape, (unsigned long long)*at, (unsigned long long)(*at + bytes));
+    *at += bytes;
+    return (size_t)n;
+}
+
+static void llm__quantize_header(llm__env *env, llm__out *out, const llm__checkpoint *ck) {
+    size_t room = 16, n = 1;
+    uint64_t at = 0;
+    for (size_t i = 0; i < ck->n_tensors; i++) room += 2 * (ck->tensors[i].name.n + 160);
+    char *text = (char *)llm__alloc(env, room, 1);
+    text[0] = '{';
+    for (int part = 0; part < LLM__QUANTIZE_PARTS; part++)
+        for (size_t i = 0; i < ck->n_tensors; i++)
+            if (llm__quantize_is_in(&ck->tensors[i], part))
+                n += llm__quantize_describe(text + n, room - n, &ck->tensors[i], part, &at);
+    text[n++] = '}';
+    while (n % 8) text[n++] = ' ';
+    uint64_t size = n;
+    llm__out_put(env, out, &size, sizeof size);
+    llm__out_put(env, out, text, n);
+    llm__free(env->pool, text);
+}
+
+/* A tensor's rows as int8, or the scales by which they are multiplied. */
+static void llm__quantize_rows(llm__env *env, llm__out *out, const llm__tensor *t, bool scales) {
+    float *row = (float *)llm__alloc(env, (size_t)t->cols, sizeof *row);
+    int8_t *q = (int8_t *)llm__alloc(env, (size_t)t->cols, 1);
+    for (uint64_t r = 0; r < t->rows; r++) {
+        t->type->decode(t->data + r * t->row_bytes, (size_t)t->cols, row);
+        float scale = llm__pack_quantize_row(row, (size_t)t->cols, q, 1);
+        if (scales) llm__out_put(env, out, &scale, sizeof scale);
+        else llm__out_put(env, out, q, (size_t)t->cols);
+    }
+    llm__free(env->pool, q);
+    llm__free(env->pool, row);
+}
+
+static void llm__quantize_tensors(llm__env *env, const llm__quantize_args *a) {
+    llm__out *out = llm__out_create(env, a->to, "model.safetensors");
+    llm__quantize_header(env, out, a->ck);
+    for (int part = 0; part < LLM__QUANTIZE_PARTS; part++)
+        for (size_t i = 0; i < a->ck->n_tensors; i++) {
+            const llm__tensor *t = &a->ck->tensors[i];
+            if (!llm__quantize_is_in(t, part)) continue;
+            if (part == LLM__QUANTIZE_COPIES) llm__out_put(env, out, t->data, (size_t)(t->rows * t->row_bytes));
+            else llm__quantize_rows(env, out, t, part == LLM__QUANTIZE_SCALES);
+        }
+    llm__out_close(env, out);
+}
+
+static void llm__quantize_body(llm__env *env, void *arg) {
+    static const char *const copied[] = {"tokenizer.json",
+                                         "tokenizer.model",
+                                         "tokenizer_config.json",
+                                         "generation_config.json",
+                                         "special_tokens_map.json",
+                                         "added_tokens.json",
+                                         "vocab.json",
+                                         "merges.txt",
+                                         "chat_template.jinja"};
+    llm__quantize_args *a = (llm__quantize_args *)arg;
+    if (llm__path_find(a->from) != LLM__DIRECTORY)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is not a directory as Hugging Face publishes them");
+    a->ck = llm__hf_open(env, a->from);
+    for (size_t i = 0; i < a->ck->n_tensors; i++) {
+        const llm__tensor *t = &a->ck->tensors[i];
+        if (t->type->type != LLM__F32 && t->type->type != LLM__F16 && t->type->type != LLM__BF16)
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s is of type %s; only F32, F16 and BF16 can be quantized",
+                      LLM__SHOW(t->name), t->type->name);
+    }
+    if (llm__json_get(a->ck->config, "quantization_config") || llm__json_get(a->ck->config, "compression_config"))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the weights are quantized already");
+    llm__path_create_directory(env, a->to);
+    llm__quantize_config(env, a);
+    for (size_t i = 0; i < sizeof copied / sizeof *copied; i++) llm__quantize_copy(env, a, copied[i]);
+    llm__quantize_tensors(env, a);
+}
+
+LLM_API llm_status llm_quantize_directory(const char *from, const char *to, const llm_host *host, llm_error *err) {
+    llm__quantize_args args = {from, to, NULL};
+    llm__pool pool;
+    llm__env env;
+    if (!from || !to) return llm__error(err, LLM_ERROR_ARGUMENT, "from or to is NULL");
+    llm_status status = llm__host_check(host, err);
+    if (status) return status;
+    llm__pool_init(&pool, host);
+    llm__env_init(&env, &pool, err, from);
+    status = llm__env_run(&env, llm__quantize_body, &args);
+    llm__pool_free(&pool);
+    return llm__error_done(err, status);
+}
 
 /* ==== 18 Contexts and sequences =================================================================================
 
@@ -9733,7 +10540,7 @@ static llm_context_desc llm__ctx_defaults(llm__env *env, const llm_model_info *i
     if (n_cache > 1 << 30)
         llm__fail(env, LLM_ERROR_ARGUMENT, "the cache would have %llu positions", (unsigned long long)n_cache);
     d.n_cache = (int)n_cache;
-    if (!d.host.resize && !d.host.log && !d.host.progress && !d.host.user) d.host = *model_host;
+    if (!d.host.alloc && !d.host.free && !d.host.log && !d.host.progress && !d.host.user) d.host = *model_host;
     return d;
 }
 
@@ -9841,7 +10648,10 @@ static llm_status llm__ctx_create(llm_context **out, const llm_model *model, con
 LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
                                       llm_error *err) {
     if (!out || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out or model is NULL");
-    return llm__error_done(err, llm__ctx_create(out, model, desc, NULL, false, err));
+    *out = NULL;
+    llm_status status = desc ? llm__host_check(&desc->host, err) : LLM_OK;
+    if (!status) status = llm__ctx_create(out, model, desc, NULL, false, err);
+    return llm__error_done(err, status);
 }
 
 LLM_API void llm_context_free(llm_context *ctx) {
@@ -9854,6 +10664,11 @@ LLM_API void llm_context_free(llm_context *ctx) {
 
 LLM_API const llm_model *llm_context_model(const llm_context *ctx) { return ctx->model; }
 LLM_API int llm_context_n_ctx(const llm_context *ctx) { return ctx->desc.n_ctx; }
+LLM_API int llm_context_n_seq(const llm_context *ctx) { return ctx->desc.n_seq; }
+LLM_API int llm_context_n_cache(const llm_context *ctx) { return ctx->desc.n_cache; }
+LLM_API int llm_context_n_batch(const llm_context *ctx) { return ctx->desc.n_batch; }
+LLM_API int llm_context_n_logits(const llm_context *ctx) { return ctx->desc.n_logits; }
+LLM_API int llm_context_n_free(const llm_context *ctx) { return ctx->cache.n_free * LLM_CACHE_BLOCK; }
 LLM_API int llm_context_n_threads(const llm_context *ctx) {
     if (ctx->model->backend != &llm__cpu_backend) return ctx->desc.n_threads;
     return ((llm__cpu_context *)ctx->device)->team->n;
@@ -9931,43 +10746,45 @@ LLM_API double llm_measure_flops(llm_context *ctx) {
     return LLM__ENTER(ctx, NULL) ? 0 : ctx->model->backend->measure_flops(ctx->device);
 }
 
-typedef struct llm__ctx_estimate_args {
-    const char *path;
-    const llm_model_desc *model_desc;
-    const llm_context_desc *context_desc;
-    llm_memory *out;
-} llm__ctx_estimate_args;
-
-static void llm__ctx_estimate_body(llm__env *env, void *arg) {
-    llm__ctx_estimate_args *args = (llm__ctx_estimate_args *)arg;
-    llm_model_desc desc = llm__model_defaults(env, args->model_desc);
-    llm__model_plan plan;
-    llm_model_info info;
-    llm__model_make_plan(env, args->path, &desc, &plan);
-    const llm_backend_shape *shape = &plan.shape;
-    llm__model_fill_info(&info, &plan.h, &plan.walk);
-    llm_context_desc c = llm__ctx_defaults(env, &info, desc.backend, &desc.host, args->context_desc);
-    llm_backend_desc b = llm__ctx_backend_desc(&c, desc.dtype, desc.isa);
-    args->out->weights = plan.walk.weight_bytes;
-    args->out->cache = (uint64_t)b.n_cache_blocks * desc.backend->block_bytes(shape, b.cache_dtype);
-    args->out->scratch = desc.backend->scratch_bytes(shape, &b) + (uint64_t)shape->n_vocab * 8 +
-                         (uint64_t)c.n_seq * ((uint64_t)c.n_ctx * 4 + (uint64_t)llm__cache_blocks_for(c.n_ctx) * 4);
+/* As much of the shape as the sizes of cache and scratch depend on. */
+static llm_backend_shape llm__ctx_shape_of(const llm_model_info *info) {
+    llm_backend_shape s;
+    memset(&s, 0, sizeof s);
+    s.n_vocab = info->n_vocab;
+    s.n_layers = info->n_layers;
+    s.n_embd = info->n_embd;
+    s.n_ff = info->n_ff;
+    s.n_heads = info->n_heads;
+    s.n_kv_heads = info->n_kv_heads;
+    s.head_dim = info->head_dim;
+    s.rope_dim = info->rope_dim;
+    s.weight_bytes = info->weight_bytes;
+    return s;
 }
 
-LLM_API llm_status llm_memory_estimate(const char *path, const llm_model_desc *model_desc,
-                                       const llm_context_desc *context_desc, llm_memory *out, llm_error *err) {
-    llm_model_desc zero;
+LLM_API llm_status llm_memory_estimate(const llm_model_info *info, const llm_context_desc *desc, llm_memory *out,
+                                       llm_error *err) {
+    llm_context_desc c;
+    llm_host none;
     llm__pool pool;
     llm__env env;
-    memset(&zero, 0, sizeof zero);
     if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
     memset(out, 0, sizeof *out);
-    llm__ctx_estimate_args args = {path, model_desc ? model_desc : &zero, context_desc, out};
-    llm__pool_init(&pool, &args.model_desc->host);
-    llm__env_init(&env, &pool, err, path);
-    llm_status status = llm__env_run(&env, llm__ctx_estimate_body, &args);
-    llm__pool_free(&pool);
-    return llm__error_done(err, status);
+    if (!info || !info->backend)
+        return llm__error(err, LLM_ERROR_ARGUMENT, "info is NULL or empty; llm_model_read_info fills it");
+    memset(&none, 0, sizeof none);
+    llm__ctx_defaults_args args = {&c, info, info->backend, &none, desc};
+    llm__pool_init(&pool, NULL);
+    llm__env_init(&env, &pool, err, NULL);
+    llm_status status = llm__env_run(&env, llm__ctx_defaults_body, &args);
+    if (status) return status;
+    llm_backend_shape shape = llm__ctx_shape_of(info);
+    llm_backend_desc b = llm__ctx_backend_desc(&c, info->dtype, info->isa);
+    out->weights = info->weight_bytes;
+    out->cache = (uint64_t)b.n_cache_blocks * info->backend->block_bytes(&shape, b.cache_dtype);
+    out->scratch = info->backend->scratch_bytes(&shape, &b) + (uint64_t)shape.n_vocab * 8 +
+                   (uint64_t)c.n_seq * ((uint64_t)c.n_ctx * 4 + (uint64_t)llm__cache_blocks_for(c.n_ctx) * 4);
+    return llm__error_done(err, LLM_OK);
 }
 
 /* ---- Sequences ---- */
@@ -11195,9 +12012,10 @@ static bool llm__gen_token_stops(const llm__gen_args *a, llm_token token) {
     return false;
 }
 
-/* Is there no place for one more token, in the sequence or in the cache? */
-static bool llm__seq_is_full(const llm_context *ctx, int seq) {
-    return ctx->cache.lengths[seq] == ctx->desc.n_ctx || llm__cache_needs(&ctx->cache, seq, 1) > ctx->cache.n_free;
+/* What leaves no place for one more token: the sequence's length, or the cache; LLM_STOP_NONE: there is one. */
+static llm_stop llm__seq_is_full(const llm_context *ctx, int seq) {
+    if (ctx->cache.lengths[seq] == ctx->desc.n_ctx) return LLM_STOP_CONTEXT;
+    return llm__cache_needs(&ctx->cache, seq, 1) > ctx->cache.n_free ? LLM_STOP_CACHE : LLM_STOP_NONE;
 }
 
 /* Shows a token and says whether something there ends the generation. `has_place`: it is in the cache already, or its
@@ -11220,8 +12038,8 @@ static bool llm__gen_show_token(llm__env *env, const llm__gen_args *a, llm__gen_
         stats->stop = LLM_STOP_CALLBACK;
     } else if (stats->n_generated == a->desc->max_tokens) {
         stats->stop = LLM_STOP_LENGTH;
-    } else if (!has_place && llm__seq_is_full(a->ctx, a->desc->seq)) {
-        stats->stop = LLM_STOP_CONTEXT;
+    } else if (!has_place) {
+        stats->stop = llm__seq_is_full(a->ctx, a->desc->seq);
     }
     return stats->stop != LLM_STOP_NONE;
 }
@@ -11410,6 +12228,21 @@ static void llm__gen_check_arrays(llm__env *env, const llm_generate_desc *d, con
         if (!d->stop_strings[i]) llm__fail(env, LLM_ERROR_ARGUMENT, "stop_strings[%d] is NULL", i);
 }
 
+/* The prompt alone. */
+static void llm__gen_prefill_body(llm__env *env, void *arg) {
+    llm__gen_args *a = (llm__gen_args *)arg;
+    double start = llm__clock_now();
+    int n;
+    llm_token *ids = llm__gen_prompt_tokens(env, a, &n);
+    llm_status status = llm__gen_prefill(env, a, ids, n);
+    a->stats->prefill_seconds = llm__clock_now() - start;
+    if (status && status != LLM_ERROR_CANCELLED) {
+        env->status = status;
+        longjmp(env->unwind, 1);
+    }
+    if (status) a->stats->stop = LLM_STOP_CALLBACK;
+}
+
 static void llm__gen_body(llm__env *env, void *arg) {
     llm__gen_args *a = (llm__gen_args *)arg;
     llm_context *ctx = a->ctx;
@@ -11455,7 +12288,8 @@ static void llm__gen_body(llm__env *env, void *arg) {
     a->stats->stop_index = box.stop_index;
 }
 
-LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err) {
+static llm_status llm__gen_run(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats,
+                               void (*body)(llm__env *env, void *arg), llm_error *err) {
     llm_stats unwanted;
     llm__env env;
     if (!ctx || !desc) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or desc is NULL");
@@ -11469,10 +12303,18 @@ LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc,
     args.stats = stats ? stats : &unwanted;
     memset(args.stats, 0, sizeof *args.stats);
     llm__env_init(&env, &ctx->work, err, NULL);
-    status = llm__env_run(&env, llm__gen_body, &args);
+    status = llm__env_run(&env, body, &args);
     llm__ctx_roll_back(ctx);
     llm__pool_free(&ctx->work);
     return llm__error_done(err, status);
+}
+
+LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err) {
+    return llm__gen_run(ctx, desc, stats, llm__gen_body, err);
+}
+
+LLM_API llm_status llm_prefill(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err) {
+    return llm__gen_run(ctx, desc, stats, llm__gen_prefill_body, err);
 }
 
 /* ==== 22 Scoring ================================================================================================

@@ -1266,15 +1266,13 @@ typedef struct llm__gpu_model {
 
 enum { LLM__STAGING = 4 << 20 };
 
-static void *llm__host_resize(const llm_host *host, void *ptr, size_t size) {
-    if (host->resize) return host->resize(host->user, ptr, size);
-    if (size) return realloc(ptr, size);
-    free(ptr);
-    return NULL;
+static void llm__host_free(const llm_host *host, void *ptr) {
+    if (host->alloc) (host->free)(host->user, ptr);
+    else (free)(ptr);
 }
 
 static void *llm__host_zero(const llm_host *host, size_t size, llm_error *err) {
-    void *ptr = llm__host_resize(host, NULL, size);
+    void *ptr = host->alloc ? host->alloc(host->user, size) : malloc(size);
     if (ptr) return memset(ptr, 0, size);
     llm__cuda_error(err, LLM_ERROR_MEMORY, "out of memory: %llu bytes were asked for", (unsigned long long)size);
     return NULL;
@@ -1408,8 +1406,8 @@ static void llm__gpu_close(void *model) {
     }
     if (m->stream) cudaStreamDestroy(m->stream);
     llm_host host = m->host;
-    if (m->layers) llm__host_resize(&host, m->layers, 0);
-    llm__host_resize(&host, m, 0);
+    if (m->layers) llm__host_free(&host, m->layers);
+    llm__host_free(&host, m);
 }
 
 /* From memory that is not pinned; done when it returns. */
@@ -1551,7 +1549,7 @@ static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_backend_weight
     uint8_t *scratch = (uint8_t *)llm__host_zero(&m->host, (size_t)m->n_threads * llm__conversion_bytes(weight), err);
     if (!scratch) return LLM_ERROR_MEMORY;
     llm_status status = llm__upload_rows(m, weight, scratch, *matrix, err);
-    llm__host_resize(&m->host, scratch, 0);
+    llm__host_free(&m->host, scratch);
     return status;
 }
 
@@ -1563,7 +1561,7 @@ static llm_status llm__upload_vector(llm__gpu_model *m, const llm_backend_weight
     if (!row) return LLM_ERROR_MEMORY;
     for (int i = 0; i < weight->rows; i++) weight->read_row(weight, i, row + (size_t)i * (size_t)weight->cols);
     cudaError_t result = llm__copy_in(m, *vector, row, bytes);
-    llm__host_resize(&m->host, row, 0);
+    llm__host_free(&m->host, row);
     return llm__cuda_check(result, "copying a vector to the GPU", err);
 }
 
@@ -1777,7 +1775,7 @@ static void llm__gpu_context_free(void *context) {
     if (c->pinned) cudaFreeHost(c->pinned);
     if (c->queue.stream) cudaStreamDestroy(c->queue.stream);
     llm_host host = c->desc.host;
-    llm__host_resize(&host, c, 0);
+    llm__host_free(&host, c);
 }
 
 static llm_status llm__gpu_context_create(void **out, void *model, const llm_backend_desc *desc, llm_error *err) {
@@ -2323,7 +2321,7 @@ static double llm__gpu_measure_flops(void *context) { return llm__measure((llm__
 
 } // namespace llm__cuda
 
-extern const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode) {
+LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode) {
     using namespace llm__cuda;
     static const llm_backend graph = LLM__GPU_BACKEND(llm__open_graph, llm__gpu_burst);
     static const llm_backend fused = LLM__GPU_BACKEND(llm__open_fused, llm__gpu_burst);
@@ -2331,4 +2329,4 @@ extern const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode) {
     return mode == LLM_CUDA_EAGER ? &eager : mode == LLM_CUDA_FUSED ? &fused : &graph;
 }
 
-extern const llm_backend *llm_cuda_backend(void) { return llm_cuda_backend_mode(LLM_CUDA_GRAPH); }
+LLM_API const llm_backend *llm_cuda_backend(void) { return llm_cuda_backend_mode(LLM_CUDA_GRAPH); }

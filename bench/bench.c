@@ -21,7 +21,7 @@
     build/bench -m MODEL --flops-table [-o md|csv]
 
     A table of the operations per second that the layers reach for a number of sequences of a length, in one pass. It
-    shows how many tokens a batch must have, the theta of LLM_SCHEDULE_DP. bench/flops-table.py draws it. */
+    shows how many tokens a batch must have, min_tokens of LLM_SCHEDULE_DP. bench/flops-table.py draws it. */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
@@ -144,21 +144,21 @@ typedef struct memory {
     size_t now, peak;
 } memory;
 
-/* realloc that counts; the size stands in front of each block. */
-static void *count_resize(void *user, void *ptr, size_t size) {
+/* An allocator that counts; the size stands in front of each block. */
+static void *count_alloc(void *user, size_t size) {
     memory *m = (memory *)user;
-    size_t *block = ptr ? (size_t *)ptr - 2 : NULL;
-    if (block) m->now -= block[0];
-    if (!size) {
-        free(block);
-        return NULL;
-    }
-    block = (size_t *)realloc(block, size + 2 * sizeof *block);
+    size_t *block = (size_t *)malloc(size + 2 * sizeof *block);
     if (!block) return NULL;
     block[0] = size;
     m->now += size;
     if (m->now > m->peak) m->peak = m->now;
     return block + 2;
+}
+
+static void count_free(void *user, void *ptr) {
+    size_t *block = (size_t *)ptr - 2;
+    ((memory *)user)->now -= block[0];
+    free(block);
 }
 
 /* ---- Random models ---- */
@@ -554,7 +554,7 @@ static void print_result(const char *format, const result *r, bool first) {
 static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
     for (int t = 0; t < opt->n_threads; t++) {
         memory mem = {0, 0};
-        llm_model_desc desc = {.dtype = dtype, .n_threads = opt->threads[t], .isa = getenv("LLM_ISA"), .host = {.resize = count_resize, .user = &mem}};
+        llm_model_desc desc = {.dtype = dtype, .n_threads = opt->threads[t], .isa = getenv("LLM_ISA"), .host = {.alloc = count_alloc, .free = count_free, .user = &mem}};
         int most = 0;
         for (int i = 0; i < opt->n_depths; i++) most = opt->depths[i] > most ? opt->depths[i] : most;
         llm_context_desc context_desc = {.n_ctx = most + opt->n_prefill + opt->n_decode, .n_batch = opt->n_prefill, .n_threads = opt->threads[t]};

@@ -53,7 +53,7 @@ static const struct argp_option option_list[] = {
     {"limit", KEY_LIMIT, "N", 0, "the first N questions only", 1},
     {"no-label", KEY_NO_LABEL, NULL, 0, "leave the activity label out", 1},
     {"results", KEY_RESULTS, "FILE", 0, "keep answers here, and go on behind those that it has", 1},
-    {"schedule", KEY_SCHEDULE, "NAME", 0, "packed (default); fixed:N texts at a time; dp or dp:THETA or dp:THETA,THETA_CONTEXT", 2},
+    {"schedule", KEY_SCHEDULE, "NAME", 0, "packed (default); fixed:N texts at a time; dp, dp:TOKENS or dp:TOKENS,CONTEXT_TOKENS: tokens in a batch of endings, of contexts", 2},
     {"no-share", KEY_NO_SHARE, NULL, 0, "compute the context anew for each ending", 2},
     {"batch", KEY_BATCH, "N", 0, "tokens in one pass (default: 512)", 2},
     {"count", KEY_COUNT, NULL, 0, "only count the tokens this would compute", 2},
@@ -88,7 +88,7 @@ static void parse_schedule(struct argp_state *state, const char *text, llm_score
         d->schedule = LLM_SCHEDULE_DP;
         if (*end) d->min_tokens = parse_number(state, end + 1, &end);
         if (*end == ',') d->min_context_tokens = parse_whole(state, end + 1);
-        else if (*end) argp_error(state, "'%s' is not dp:THETA,THETA_CONTEXT", text);
+        else if (*end) argp_error(state, "'%s' is not dp:TOKENS,CONTEXT_TOKENS", text);
     } else {
         argp_error(state, "--schedule: '%s' is none of packed, fixed:N, dp", text);
     }

@@ -70,12 +70,19 @@ static inline llm_model *load_model(const char *path, const llm_model_desc *desc
     return model;
 }
 
+static inline llm_model *load_memory(const void *data, size_t size, const llm_model_desc *desc) {
+    llm_model *model = NULL;
+    llm_error err;
+    if (llm_model_load_memory(&model, data, size, desc, &err)) fail_msg("%s", err.message);
+    return model;
+}
+
 #ifdef TINY_H
 /* This one may fail. */
 static inline llm_status try_tiny(llm_model **model, const tiny_spec *spec, llm_model_desc desc, llm_error *err) {
-    uint8_t *data = tiny_model(spec, &desc.data_size);
-    desc.data = data;
-    llm_status status = llm_model_load(model, NULL, &desc, err);
+    size_t size;
+    uint8_t *data = tiny_model(spec, &size);
+    llm_status status = llm_model_load_memory(model, data, size, &desc, err);
     free(data);
     return status;
 }
@@ -151,27 +158,33 @@ typedef struct heap {
 
 enum { HEAP_HEAD = 16 };
 
-static inline void *heap_resize(void *user, void *ptr, size_t size) {
+static inline void *heap_alloc(void *user, size_t size) {
     heap *h = (heap *)user;
-    uint8_t *old = ptr ? (uint8_t *)ptr - HEAP_HEAD : NULL;
-    uint64_t old_size = 0, new_size = size;
-    if (old) memcpy(&old_size, old, 8);
-    if (size && __atomic_add_fetch(&h->n_calls, 1, __ATOMIC_RELAXED) == h->fail_at) return NULL;
-    uint8_t *new_block = size ? (uint8_t *)realloc(old, size + HEAP_HEAD) : NULL;
-    if (size && !new_block) return NULL;
-    if (!size) free(old);
-    int64_t live = __atomic_add_fetch(&h->live, (int64_t)(new_size - old_size), __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&h->n_calls, 1, __ATOMIC_RELAXED) == h->fail_at) return NULL;
+    uint8_t *block = (uint8_t *)malloc(size + HEAP_HEAD);
+    if (!block) return NULL;
+    int64_t live = __atomic_add_fetch(&h->live, (int64_t)size, __ATOMIC_RELAXED);
     if (live > h->peak) h->peak = live; /* read only by tests of one thread */
-    __atomic_add_fetch(&h->n_blocks, (size != 0) - (old != NULL), __ATOMIC_RELAXED);
-    if (!size) return NULL;
-    memcpy(new_block, &new_size, 8);
-    return new_block + HEAP_HEAD;
+    __atomic_add_fetch(&h->n_blocks, 1, __ATOMIC_RELAXED);
+    memcpy(block, &size, sizeof size);
+    return block + HEAP_HEAD;
+}
+
+static inline void heap_free(void *user, void *ptr) {
+    heap *h = (heap *)user;
+    uint8_t *block = (uint8_t *)ptr - HEAP_HEAD;
+    size_t size;
+    memcpy(&size, block, sizeof size);
+    __atomic_sub_fetch(&h->live, (int64_t)size, __ATOMIC_RELAXED);
+    __atomic_sub_fetch(&h->n_blocks, 1, __ATOMIC_RELAXED);
+    free(block);
 }
 
 static inline llm_host heap_host(heap *h) {
     llm_host host;
     memset(&host, 0, sizeof host);
-    host.resize = heap_resize;
+    host.alloc = heap_alloc;
+    host.free = heap_free;
     host.user = h;
     return host;
 }

@@ -40,6 +40,15 @@ in_every_language "declarations" "$tmp/declarations"
 in_every_language "implementation" "$tmp/whole"
 check "implementation after other headers" "${machine}gcc" -std=c99 -O0 $strict "$tmp/late.c"
 check "implementation after other headers, C++" "${machine}g++" -std=c++17 -O0 $strict "$tmp/late.cpp"
+refuses() { # WORDS FLAGS...
+    words=$1
+    shift
+    ! "${machine}gcc" -std=c99 -fsyntax-only -I. "$@" "$tmp/whole.c" 2>"$tmp/errors" && grep -q "#error $words" "$tmp/errors"
+}
+check "LLM_API" "${machine}gcc" -std=c99 -O0 $strict '-DLLM_API=extern __attribute__((visibility("default")))' "$tmp/whole.c"
+check "LLM_STATIC beside LLM_API is refused" refuses '"define LLM_STATIC or LLM_API' -DLLM_STATIC -DLLM_API=extern
+check "LLM_STATIC beside LLM_CUDA is refused" refuses '"llm_cuda.cu calls' -DLLM_STATIC -DLLM_CUDA
+check "a big-endian machine is refused" refuses '"llm.h is for little-endian' -U__BYTE_ORDER__ -D__BYTE_ORDER__=4321
 check "LLM_STATIC" "${machine}gcc" -std=c99 -O0 $strict "$tmp/static.c"
 check "LLM_STATIC, C++" "${machine}g++" -std=c++17 -O0 $strict "$tmp/static.cpp"
 check "LLM_CUDA" "${machine}gcc" -std=c99 -O0 $strict -DLLM_CUDA "$tmp/whole.c"
@@ -58,19 +67,6 @@ if [ "$machine" ]; then
 fi
 check "LLM_STATIC, clang" clang -std=c99 -O0 $strict "$tmp/static.c"
 
-# The backend of llm_cuda.cu is in another file also where all else is static.
-printf '#define LLM_CUDA\n#include "llm.h"\nconst llm_backend *llm_cuda_backend(void) { return (const llm_backend *)0; }\n' >"$tmp/backend.c"
-cat >"$tmp/static_cuda.c" <<'END'
-#define LLM_CUDA
-#define LLM_STATIC
-#define LLM_IMPLEMENTATION
-#include "llm.h"
-int main(void) { return llm_cuda_backend() != NULL; }
-END
-check "LLM_STATIC links with LLM_CUDA" gcc -std=c99 -O0 -Wall -Wextra -pedantic -Werror -I. -DLLM_NO_SIMD -o "$tmp/static_cuda" "$tmp/static_cuda.c" \
-    "$tmp/backend.c" -lm -lpthread
-check "a program of both runs" "$tmp/static_cuda"
-
 for program in examples/*.c tokenizer/*.c; do
     check "$program, gcc" gcc -std=c99 -O0 $strict "$program"
     check "$program, clang" clang -std=c99 -O0 $strict "$program"
@@ -88,7 +84,7 @@ check "the program in README.md is examples/hello.c" cmp "$tmp/readme.c" "$tmp/h
 
 {
     printf '#include <stdio.h>\n#define LLM_IMPLEMENTATION\n#include "llm.h"\n'
-    sed -n '/^ *QUICK START/,/^ *THE OBJECTS/p' llm.h | sed '1d;$d'
+    sed -n '/^ *QUICK START/,/^ *STEP BY STEP/p' llm.h | sed '1d;$d'
 } >"$tmp/quick.c"
 check "the quick start in llm.h compiles" gcc -std=c99 -O0 $strict "$tmp/quick.c"
 check "the quick start in llm.h compiles with clang" clang -std=c99 -O0 $strict "$tmp/quick.c"

@@ -26,7 +26,6 @@ static void check_case(const llm_tokenizer *tokenizer, const char *name, const j
     int n = (int)json_array_size(list);
     llm_error err;
     char text[4096];
-    size_t n_bytes;
     assert_in_range(n, 1, 8);
     for (int i = 0; i < n; i++) {
         const json_t *message = json_array_get(list, (size_t)i);
@@ -34,12 +33,12 @@ static void check_case(const llm_tokenizer *tokenizer, const char *name, const j
         messages[i].content = json_string_value(json_array_get(message, 1));
     }
     bool open = json_is_true(json_object_get(item, "open"));
-    llm_status status = llm_chat_render(tokenizer, messages, n, open, text, sizeof text, &n_bytes, &err);
+    int64_t n_bytes = llm_chat_render(tokenizer, messages, n, open, text, sizeof text, &err);
     if (json_is_null(expected)) {
-        if (status != LLM_ERROR_ARGUMENT) fail_msg("%s: a conversation the template refuses gave \"%s\"", name, text);
+        if (n_bytes >= 0 || err.code != LLM_ERROR_ARGUMENT) fail_msg("%s: a conversation the template refuses gave \"%s\"", name, text);
         return;
     }
-    if (status) fail_msg("%s: %s", name, err.message);
+    if (n_bytes < 0) fail_msg("%s: %s", name, err.message);
     if (strcmp(text, json_string_value(expected)))
         fail_msg("%s gave\n%s\ninstead of\n%s", name, text, json_string_value(expected));
     assert_int_equal(n_bytes, json_string_length(expected));
@@ -74,11 +73,14 @@ static void refuses(const char *chat_template, const llm_message *messages, int 
     llm_tokenizer *tokenizer = small_tokenizer(chat_template);
     llm_error err;
     char text[64];
-    size_t n_bytes;
-    assert_int_equal(llm_chat_render(tokenizer, messages, n, true, text, sizeof text, &n_bytes, &err), code);
-    if (!strstr(err.message, words)) fail_msg("\"%s\" does not say \"%s\"", err.message, words);
-    assert_int_equal(n_bytes, 0);
-    assert_string_equal(text, "");
+    llm_token ids[64];
+    for (int i = 0; i < 2; i++) {
+        memset(&err, 0, sizeof err);
+        assert_int_equal(i ? llm_chat_render(tokenizer, messages, n, true, text, sizeof text, &err)
+                           : llm_encode_messages(tokenizer, messages, n, true, ids, 64, &err), -1);
+        assert_int_equal(err.code, code);
+        if (!strstr(err.message, words)) fail_msg("\"%s\" does not say \"%s\"", err.message, words);
+    }
     llm_tokenizer_free(tokenizer);
 }
 
@@ -103,11 +105,14 @@ static void test_small_buffer(void **state) {
     llm_message message = {"user", "ab"};
     llm_error err;
     char text[8] = "xxxxxxx";
-    size_t n_bytes;
-    assert_int_equal(llm_chat_render(tokenizer, &message, 1, false, text, 5, &n_bytes, &err), LLM_OK);
+    int64_t whole = (int64_t)strlen("<|im_start|>user\nab<|im_end|>\n");
+    assert_int_equal(llm_chat_render(tokenizer, &message, 1, false, text, 5, &err), whole);
     assert_string_equal(text, "<|im");
-    assert_int_equal(n_bytes, strlen("<|im_start|>user\nab<|im_end|>\n"));
-    assert_int_equal(llm_chat_render(tokenizer, &message, 1, false, NULL, 0, &n_bytes, &err), LLM_OK);
+    assert_int_equal(llm_chat_render(tokenizer, &message, 1, false, NULL, 0, &err), whole);
+    llm_token ids[4] = {-1, -1, -1, -1};
+    int64_t n = llm_encode_messages(tokenizer, &message, 1, false, ids, 2, &err);
+    assert_true(n > 2 && ids[0] == 3 && ids[1] >= 0 && ids[2] == -1);
+    assert_int_equal(llm_encode_messages(tokenizer, &message, 1, false, NULL, 0, &err), n);
     llm_tokenizer_free(tokenizer);
 }
 
@@ -125,7 +130,6 @@ typedef struct forge_job {
 static void forge(llm__env *env, void *arg) {
     forge_job *job = (forge_job *)arg;
     llm__chat_text r = llm__chat_render(env, job->tokenizer, job->messages, job->n_messages, true);
-    job->n_ids = llm__enc_spans(env, job->tokenizer, r.text, r.n, LLM_TOKENS_SPECIAL, r.spans, r.n_spans, job->ids, 256);
     snprintf(job->text, sizeof job->text, "%s", r.text);
 }
 
@@ -139,6 +143,8 @@ static forge_job forged(const llm_tokenizer *tokenizer, const char *content) {
     job.messages = &message;
     job.n_messages = 1;
     if (guarded(&pool, NULL, forge, &job, &err)) fail_msg("%s", err.message);
+    job.n_ids = (size_t)llm_encode_messages(tokenizer, &message, 1, true, job.ids, 256, &err);
+    assert_in_range(job.n_ids, 1, 256);
     llm__pool_free(&pool);
     return job;
 }
@@ -170,9 +176,15 @@ static void test_default_model(void **state) {
     llm_error err;
     llm_message message = {"user", "Hi"};
     char text[512];
-    size_t n_bytes;
     if (llm_tokenizer_load(&tokenizer, model_path(), NULL, &err)) fail_msg("%s (run `make model` for the default model)", err.message);
-    assert_int_equal(llm_chat_render(tokenizer, &message, 1, true, text, sizeof text, &n_bytes, &err), LLM_OK);
+    int64_t n = llm_chat_render(tokenizer, &message, 1, true, text, sizeof text, &err), n_ids;
+    llm_token ids[64], again[64];
+    assert_int_equal(n, strlen(text));
+    n_ids = llm_encode_messages(tokenizer, &message, 1, true, ids, 64, &err);
+    assert_in_range(n_ids, 1, 64);
+    assert_int_equal(llm_encode(tokenizer, text, (size_t)n, LLM_TOKENS_SPECIAL, again, 64, &err), n_ids);
+    assert_memory_equal(ids, again, (size_t)n_ids * sizeof *ids);
+    assert_non_null(strstr(llm_chat_template_text(tokenizer), "<|im_start|>"));
     assert_string_equal(text, "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
                               "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
     llm_tokenizer_free(tokenizer);

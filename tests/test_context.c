@@ -10,12 +10,11 @@ enum { N_VOCAB = 265 };
 
 static llm_model *load_changed(const tiny_spec *spec, llm_dtype dtype, const char *key, float value) {
     llm_model_desc desc = {.dtype = dtype, .n_threads = 1};
-    uint8_t *data = tiny_model(spec, &desc.data_size);
-    size_t n = key ? strlen(key) : 0;
-    for (size_t at = 0; key && at + n + 8 < desc.data_size; at++)
+    size_t size, n = key ? strlen(key) : 0;
+    uint8_t *data = tiny_model(spec, &size);
+    for (size_t at = 0; key && at + n + 8 < size; at++)
         if (!memcmp(data + at, key, n)) memcpy(data + at + n + 4, &value, 4); /* behind the value's type */
-    desc.data = data;
-    llm_model *model = load_model(NULL, &desc);
+    llm_model *model = load_memory(data, size, &desc);
     free(data);
     return model;
 }
@@ -495,15 +494,18 @@ static void test_success_is_told(void **state) {
     llm_memory memory;
     llm_token ids[8] = {1, 2};
     llm_model_desc desc = {.n_threads = 1};
+    llm_model_info info;
+    const llm_message message = {"user", "a"};
+    llm_tokenizer *alone;
     const llm_tokenizer *tokenizer;
     const llm_token *endings[] = {ids};
     const int two = 2;
     llm_question question = {ids, 2, 1, endings, &two};
     double likelihood;
     int64_t n_context;
-    uint8_t *data = tiny_model(&SPEC, &desc.data_size);
+    size_t n_data;
+    uint8_t *data = tiny_model(&SPEC, &n_data);
     (void)state;
-    desc.data = data;
 #define TOLD(call)                            \
     {                                         \
         llm_error *err = stale();             \
@@ -511,12 +513,16 @@ static void test_success_is_told(void **state) {
         assert_int_equal(err->code, LLM_OK);  \
         assert_string_equal(err->message, ""); \
     }
-    TOLD(-(int)llm_model_load(&model, NULL, &desc, err))
-    TOLD(-(int)llm_model_load(&again, NULL, &desc, err))
-    TOLD(-(int)llm_memory_estimate(NULL, &desc, NULL, &memory, err))
+    TOLD(-(int)llm_model_load_memory(&model, data, n_data, &desc, err))
+    TOLD(-(int)llm_model_load_memory(&again, data, n_data, &desc, err))
+    TOLD(-(int)llm_model_read_info_memory(data, n_data, &desc, &info, err))
+    TOLD(-(int)llm_memory_estimate(&info, NULL, &memory, err))
+    TOLD(-(int)llm_tokenizer_load_memory(&alone, data, n_data, NULL, err))
     tokenizer = llm_model_tokenizer(model);
     TOLD(-(int)llm_context_create(&ctx, model, &(llm_context_desc){.n_ctx = 64, .n_seq = 2, .n_threads = 1}, err))
     TOLD(llm_encode(tokenizer, "ab", 2, 0, ids, 8, err))
+    TOLD(llm_encode_messages(tokenizer, &message, 1, true, NULL, 0, err))
+    TOLD(llm_chat_render(tokenizer, &message, 1, true, NULL, 0, err))
     TOLD(llm_encode_pair(tokenizer, "ab", "c", 0, ids, 8, &n_context, err))
     TOLD(-(int)llm_forward(ctx, &(llm_batch){2, ids, NULL, NULL}, err))
     TOLD(-(int)llm_seq_truncate(ctx, 0, 1, err))
@@ -528,9 +534,11 @@ static void test_success_is_told(void **state) {
     TOLD(-(int)llm_seq_restore(ctx, 1, saved, size, err))
     TOLD(-(int)llm_draft_model(&draft, ctx, again, err))
     TOLD(-(int)llm_generate(ctx, &(llm_generate_desc){.prompt = "abc", .max_tokens = 2}, NULL, err))
+    TOLD(-(int)llm_prefill(ctx, &(llm_generate_desc){.prompt = "abc"}, NULL, err))
     TOLD(-(int)llm_score(ctx, &question, 1, NULL, &likelihood, NULL, err))
     free(saved);
     free(data);
+    llm_tokenizer_free(alone);
     llm_draft_free(&draft);
     llm_context_free(ctx);
     llm_model_free(again);
@@ -640,9 +648,62 @@ static void test_accounts(void **state) {
     llm_model_free(model);
 }
 
+/* ---- What a context is ---- */
+
+static void test_getters(void **state) {
+    llm_model *model = load(11);
+    llm_context *plain = create_context(model, &(llm_context_desc){.n_ctx = 50, .n_threads = 1});
+    llm_context *ctx = create_context(model, &(llm_context_desc){.n_ctx = 100, .n_seq = 3, .n_cache = 192, .n_batch = 7, .n_logits = 2, .n_threads = 1});
+    (void)state;
+    assert_int_equal(llm_context_n_seq(plain), 1);
+    assert_int_equal(llm_context_n_batch(plain), 512);
+    assert_int_equal(llm_context_n_logits(plain), 1);
+    assert_int_equal(llm_context_n_cache(plain), 64); /* whole blocks */
+    assert_ptr_equal(llm_context_model(ctx), model);
+    assert_int_equal(llm_context_n_ctx(ctx), 100);
+    assert_int_equal(llm_context_n_seq(ctx), 3);
+    assert_int_equal(llm_context_n_cache(ctx), 192);
+    assert_int_equal(llm_context_n_batch(ctx), 7);
+    assert_int_equal(llm_context_n_logits(ctx), 2);
+    assert_int_equal(llm_context_n_threads(ctx), 1);
+    assert_int_equal(llm_version(), LLM_VERSION_NUMBER);
+    int major, minor, patch;
+    assert_int_equal(sscanf(LLM_VERSION, "%d.%d.%d", &major, &minor, &patch), 3);
+    assert_int_equal(10000 * major + 100 * minor + patch, LLM_VERSION_NUMBER);
+    assert_string_equal(llm_status_name(LLM_OK), "LLM_OK");
+    assert_string_equal(llm_status_name(LLM_ERROR_CONTEXT_FULL), "LLM_ERROR_CONTEXT_FULL");
+    assert_string_equal(llm_status_name(LLM_ERROR_DEVICE), "LLM_ERROR_DEVICE");
+    assert_null(llm_status_name((llm_status)(LLM_ERROR_DEVICE + 1)));
+    assert_null(llm_status_name((llm_status)-1));
+    llm_context_free(plain);
+    close_context(ctx);
+}
+
+/* A sequence takes whole blocks; a fork from the middle of one takes its own when it grows. */
+static void test_free_positions(void **state) {
+    llm_context *ctx = create_context(load(11), &(llm_context_desc){.n_ctx = 96, .n_seq = 3, .n_threads = 1});
+    (void)state;
+    int all = llm_context_n_free(ctx);
+    assert_int_equal(all, llm_context_n_cache(ctx));
+    must_append(ctx, 0, 0, 0, 33);
+    assert_int_equal(llm_context_n_free(ctx), all - 2 * LLM_CACHE_BLOCK);
+    assert_int_equal(llm_seq_fork(ctx, 1, 0, 33, NULL), LLM_OK);
+    assert_int_equal(llm_seq_fork(ctx, 2, 0, 32, NULL), LLM_OK);
+    assert_int_equal(llm_context_n_free(ctx), all - 2 * LLM_CACHE_BLOCK);
+    must_append(ctx, 1, 1, 33, 34); /* copies the block it shares the half of */
+    assert_int_equal(llm_context_n_free(ctx), all - 3 * LLM_CACHE_BLOCK);
+    must_append(ctx, 2, 2, 32, 33); /* begins a block */
+    assert_int_equal(llm_context_n_free(ctx), all - 4 * LLM_CACHE_BLOCK);
+    assert_int_equal(llm_seq_truncate(ctx, 1, 32, NULL), LLM_OK);
+    assert_int_equal(llm_context_n_free(ctx), all - 3 * LLM_CACHE_BLOCK);
+    for (int seq = 0; seq < 3; seq++) assert_int_equal(llm_seq_truncate(ctx, seq, 0, NULL), LLM_OK);
+    assert_int_equal(llm_context_n_free(ctx), all);
+    close_context(ctx);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_refused), cmocka_unit_test(test_sequence_arguments), cmocka_unit_test(test_logits_where_asked),
+        cmocka_unit_test(test_getters), cmocka_unit_test(test_free_positions), cmocka_unit_test(test_refused), cmocka_unit_test(test_sequence_arguments), cmocka_unit_test(test_logits_where_asked),
         cmocka_unit_test(test_forks), cmocka_unit_test(test_last_copy), cmocka_unit_test(test_saved),
         cmocka_unit_test(test_saved_damaged), cmocka_unit_test(test_saved_elsewhere), cmocka_unit_test(test_cancelled),
         cmocka_unit_test(test_given_back), cmocka_unit_test(test_left), cmocka_unit_test(test_success_is_told),

@@ -643,14 +643,14 @@ static llm_status make_and_free(void *job, llm_error *err) {
     llm_context_desc context_desc = {};
     llm_model *model = NULL;
     llm_context *ctx = NULL;
-    uint8_t *data = tiny_model(&SMALL, &desc.data_size);
-    desc.data = data;
+    size_t size;
+    uint8_t *data = tiny_model(&SMALL, &size);
     desc.backend = llm_cuda_backend();
     desc.n_threads = 2;
     desc.host = heap_host((heap *)job);
     context_desc.n_ctx = 64;
     context_desc.n_batch = 16;
-    llm_status status = llm_model_load(&model, NULL, &desc, err);
+    llm_status status = llm_model_load_memory(&model, data, size, &desc, err);
     if (!status) status = llm_context_create(&ctx, model, &context_desc, err);
     llm_context_free(ctx);
     llm_model_free(model);

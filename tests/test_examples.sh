@@ -1,9 +1,10 @@
 #!/bin/sh
-# hello.c and embed.cpp: they answer, and explain what goes wrong.
+# hello.c, loop.c and embed.cpp: they answer, and explain what goes wrong.
 . tests/tap.sh
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 hello=$(dirname "$0")/hello
+loop=$(dirname "$0")/loop
 embed=$(dirname "$0")/embed
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
 
@@ -16,6 +17,9 @@ fails_saying() {
 
 check "hello continues a text" says "$hello" "$model" "Once upon a time"
 check "hello explains a missing model" fails_saying absent.gguf "$hello" absent.gguf
+"$hello" "$model" "Once upon a time" >"$log"
+check "loop says what hello says" sh -c '"$1" "$2" "Once upon a time" | cmp - "$3"' sh "$loop" "$model" "$log"
+check "loop explains a missing model" fails_saying absent.gguf "$loop" absent.gguf
 check "embed answers a question" says "$embed" "$model" "What is the capital of France?"
 check "embed explains a missing model" fails_saying absent.gguf "$embed" absent.gguf
 finish

@@ -44,6 +44,8 @@ static bool on_poll(void *user) {
     return ++a->n_polls == a->last_poll;
 }
 
+static bool counts_to_two(void *user) { return ++*(int *)user == 2; }
+
 static void assert_stats(const llm_context *ctx, const llm_generate_desc *desc, const answer *a) {
     const llm_stats *s = &a->stats;
     bool cancelled = s->stop == LLM_STOP_CALLBACK && a->last_poll && a->n_polls == a->last_poll;
@@ -375,8 +377,9 @@ static void test_cache_end(void **state) {
     (void)state;
     free(fresh(ctx, other));
     answer *a = fresh(ctx, desc);
-    assert_int_equal(a->stats.stop, LLM_STOP_CONTEXT);
+    assert_int_equal(a->stats.stop, LLM_STOP_CACHE);
     assert_int_equal(a->n_tokens, 30);
+    assert_int_equal(llm_context_n_free(ctx), 0);
     assert_int_equal(llm_seq_length(ctx, 0), 32);
     free(a);
     llm_context_free(ctx);
@@ -465,6 +468,7 @@ static void use_inside(nested *n) {
     char buffer[64] = {0};
     int before = llm_seq_length(ctx, 0);
     must_refuse(n, llm_generate(ctx, &(llm_generate_desc){.prompt = "x", .max_tokens = 2}, NULL, &err), &err);
+    must_refuse(n, llm_prefill(ctx, &(llm_generate_desc){.prompt = "x"}, NULL, &err), &err);
     must_refuse(n, llm_forward(ctx, &(llm_batch){1, tokens, NULL, NULL}, &err), &err);
     must_refuse(n, llm_score(ctx, &question, 1, NULL, NULL, NULL, &err), &err);
     must_refuse(n, llm_seq_truncate(ctx, 0, 0, &err), &err);
@@ -645,9 +649,9 @@ static uint8_t *sentencepiece_model(size_t *size) {
 
 static llm_context *open_sentencepiece(void) {
     llm_model_desc desc = {.n_threads = 1};
-    uint8_t *data = sentencepiece_model(&desc.data_size);
-    desc.data = data;
-    llm_model *model = load_model(NULL, &desc);
+    size_t size;
+    uint8_t *data = sentencepiece_model(&size);
+    llm_model *model = load_memory(data, size, &desc);
     free(data);
     return create_context(model, &(llm_context_desc){.n_ctx = 64, .n_threads = 1});
 }
@@ -707,6 +711,40 @@ static void test_message_is_text(void **state) {
     close_context(ctx);
 }
 
+/* ---- The prompt alone ---- */
+
+static void test_prefill(void **state) {
+    llm_context *ctx = open_tiny(128, 2);
+    llm_generate_desc desc = {.prompt = "once upon a time", .max_tokens = 8, .seq = 1};
+    llm_stats stats;
+    llm_error err;
+    int polls = 0;
+    (void)state;
+    answer *alone = fresh(ctx, desc), *after = (answer *)calloc(1, sizeof *after);
+    assert_int_equal(llm_seq_truncate(ctx, 1, 0, NULL), LLM_OK);
+    if (llm_prefill(ctx, &desc, &stats, &err)) fail_msg("%s", err.message);
+    assert_int_equal(stats.stop, LLM_STOP_NONE);
+    assert_int_equal(stats.n_prompt, alone->stats.n_prompt);
+    assert_int_equal(stats.n_generated, 0);
+    assert_int_equal(llm_seq_length(ctx, 1), stats.n_prompt);
+    assert_non_null(llm_logits(ctx, stats.n_prompt - stats.n_reused - 1));
+    assert_int_equal(llm_sample(ctx, stats.n_prompt - stats.n_reused - 1, 1, &(llm_sampler){0}), alone->tokens[0]);
+    run(ctx, desc, after);
+    assert_int_equal(after->stats.n_reused, stats.n_prompt - 1);
+    assert_string_equal(after->text, alone->text);
+    assert_int_equal(llm_seq_truncate(ctx, 1, 0, NULL), LLM_OK);
+    desc.cancel = counts_to_two;
+    desc.user = &polls;
+    if (llm_prefill(ctx, &desc, &stats, &err)) fail_msg("%s", err.message);
+    assert_int_equal(stats.stop, LLM_STOP_CALLBACK);
+    assert_int_equal(llm_prefill(ctx, &(llm_generate_desc){.seq = 2, .prompt = "a"}, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_prefill(ctx, &(llm_generate_desc){0}, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_prefill(NULL, &desc, NULL, NULL), LLM_ERROR_ARGUMENT);
+    free(alone);
+    free(after);
+    close_context(ctx);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_one_source), cmocka_unit_test(test_prompt_is_its_tokens), cmocka_unit_test(test_reuse),
@@ -716,6 +754,6 @@ int main(void) {
         cmocka_unit_test(test_cache_end), cmocka_unit_test(test_refused_text), cmocka_unit_test(test_cancelled),
         cmocka_unit_test(test_context_cancel), cmocka_unit_test(test_one_bos), cmocka_unit_test(test_first_space),
         cmocka_unit_test(test_message_is_text), cmocka_unit_test(test_context_inside_callbacks), cmocka_unit_test(test_careless),
-        cmocka_unit_test(test_no_error)};
+        cmocka_unit_test(test_no_error), cmocka_unit_test(test_prefill)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -65,12 +65,11 @@ static reference read_reference(const char *name) {
     return r;
 }
 
-static llm_model *load(const char *path, const llm_model_desc *more, llm_dtype dtype) {
+static llm_model *load(const char *path, llm_dtype dtype) {
     llm_model *model;
     llm_error err;
     llm_model_desc desc;
     memset(&desc, 0, sizeof desc);
-    if (more) desc = *more;
     desc.dtype = dtype;
     desc.n_threads = 2;
     if (llm_model_load(&model, path, &desc, &err)) fail_msg("%s", err.message);
@@ -109,7 +108,7 @@ static float difference(const reference *r, const float *logits) {
 }
 
 static float difference_of(const char *path, const reference *r) {
-    llm_model *model = load(path, NULL, LLM_DTYPE_F32);
+    llm_model *model = load(path, LLM_DTYPE_F32);
     float *logits = compute(model, r, 512), *again = compute(model, r, 37);
     float d = difference(r, logits);
     if (memcmp(logits, again, (size_t)r->n_rows * (size_t)r->n_vocab * sizeof *logits))
@@ -153,7 +152,7 @@ static void bf16_is_near(void **state) {
     (void)state;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         reference r = read_reference(names[i]);
-        llm_model *model = load(golden(names[i]), NULL, LLM_DTYPE_BF16);
+        llm_model *model = load(golden(names[i]), LLM_DTYPE_BF16);
         float *logits = compute(model, &r, 512), d = difference(&r, logits);
         if (d > 0.05f) fail_msg("%s: %g", names[i], (double)d);
         free(logits);
@@ -163,8 +162,9 @@ static void bf16_is_near(void **state) {
 }
 
 static void models_are_described(void **state) {
-    llm_model *model = load(golden("qwen3/config.json"), NULL, LLM_DTYPE_F32);
+    llm_model *model = load(golden("qwen3/config.json"), LLM_DTYPE_F32);
     llm_model_info info = llm_model_get_info(model);
+    llm_model_info header;
     llm_memory memory;
     llm_error err;
     (void)state;
@@ -175,8 +175,12 @@ static void models_are_described(void **state) {
     assert_int_equal(info.n_kv_heads, 2);
     assert_int_equal(info.head_dim, 16);
     assert_int_equal(info.n_ctx_train, 1024);
-    if (llm_memory_estimate(golden("qwen3"), NULL, NULL, &memory, &err)) fail_msg("%s", err.message);
-    assert_true(memory.weights > 0 && memory.cache > 0);
+    if (llm_model_read_info(golden("qwen3"), &(llm_model_desc){.dtype = LLM_DTYPE_F32}, &header, &err)) fail_msg("%s", err.message);
+    assert_int_equal(header.fingerprint, 0); /* for which the weights would have to be read */
+    header.fingerprint = info.fingerprint;
+    assert_memory_equal(&header, &info, sizeof info);
+    if (llm_memory_estimate(&info, NULL, &memory, &err)) fail_msg("%s", err.message);
+    assert_true(memory.weights == info.weight_bytes && memory.cache > 0);
     llm_model_free(model);
 }
 
@@ -192,17 +196,12 @@ static bool read_bytes(void *user, uint64_t offset, void *to, size_t n) {
 static void memory_and_functions_serve_too(void **state) {
     reference r = read_reference("qwen2");
     bytes file = read_file(golden("qwen2.gguf"));
-    llm_model_desc memory, function;
+    llm_model_desc desc = {.n_threads = 2};
+    llm_model *models[3] = {load(golden("qwen2.gguf"), LLM_DTYPE_BF16), NULL, NULL};
+    llm_error err;
     (void)state;
-    memset(&memory, 0, sizeof memory);
-    memset(&function, 0, sizeof function);
-    memory.data = file.at;
-    memory.data_size = file.n;
-    function.read = read_bytes;
-    function.read_user = &file;
-    function.read_size = file.n;
-    llm_model *models[] = {load(golden("qwen2.gguf"), NULL, LLM_DTYPE_BF16), load(NULL, &memory, LLM_DTYPE_BF16),
-                           load(NULL, &function, LLM_DTYPE_BF16)};
+    if (llm_model_load_memory(&models[1], file.at, file.n, &desc, &err)) fail_msg("%s", err.message);
+    if (llm_model_load_callback(&models[2], read_bytes, &file, file.n, &desc, &err)) fail_msg("%s", err.message);
     float *first = NULL;
     for (int i = 0; i < 3; i++) {
         float *logits = compute(models[i], &r, 512);
@@ -221,22 +220,61 @@ static bool read_only_the_start(void *user, uint64_t offset, void *to, size_t n)
     return offset == 0 && read_bytes(user, offset, to, n);
 }
 
+/* What the file says about itself, as text: of GGUF and of config.json. */
+static void metadata_is_text(void **state) {
+    llm_model *gguf = load(golden("qwen2.gguf"), LLM_DTYPE_F32), *directory = load(golden("llama3"), LLM_DTYPE_F32);
+    int n = 0;
+    (void)state;
+    assert_string_equal(llm_model_meta(gguf, "general.architecture"), "qwen2");
+    assert_string_equal(llm_model_meta(gguf, "qwen2.block_count"), "1");
+    assert_string_equal(llm_model_meta(gguf, "qwen2.attention.layer_norm_rms_epsilon"), "1e-05");
+    assert_null(llm_model_meta(gguf, "tokenizer.ggml.tokens")); /* an array */
+    assert_null(llm_model_meta(gguf, "qwen2"));
+    assert_null(llm_model_meta(gguf, NULL));
+    for (const char *key; (key = llm_model_meta_key(gguf, n)) != NULL; n++) assert_non_null(llm_model_meta(gguf, key));
+    assert_true(n > 10);
+    assert_null(llm_model_meta_key(gguf, -1));
+    assert_string_equal(llm_model_meta(directory, "model_type"), "llama");
+    assert_string_equal(llm_model_meta(directory, "rope_parameters.rope_type"), "llama3");
+    assert_string_equal(llm_model_meta(directory, "tie_word_embeddings"), "false");
+    assert_null(llm_model_meta(directory, "architectures"));
+    assert_null(llm_model_meta(directory, "rope_parameters"));
+    llm_model_free(gguf);
+    llm_model_free(directory);
+}
+
+/* A tokenizer alone, from wherever a model may come. */
+static void tokenizers_load_alone(void **state) {
+    bytes file = read_file(golden("qwen2.gguf"));
+    llm_tokenizer *all[3];
+    llm_token ids[3][32];
+    size_t n_bytes;
+    llm_error err;
+    (void)state;
+    if (llm_tokenizer_load(&all[0], golden("qwen2.gguf"), NULL, &err) || llm_tokenizer_load_memory(&all[1], file.at, file.n, NULL, &err))
+        fail_msg("%s", err.message);
+    assert_int_equal(llm_tokenizer_load_callback(&all[2], read_only_the_start, &file, file.n, NULL, &err), LLM_OK);
+    free(file.at);
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(llm_encode(all[i], "a b cab", 7, 0, ids[i], 32, NULL), llm_encode(all[0], "a b cab", 7, 0, NULL, 0, NULL));
+        assert_int_equal(ids[i][0], ids[0][0]);
+        assert_ptr_equal(llm_token_bytes(all[i], 3, NULL), llm_token_bytes(all[i], 3, &n_bytes));
+        assert_null(llm_token_bytes(all[i], -1, NULL));
+    }
+    for (int i = 0; i < 3; i++) llm_tokenizer_free(all[i]);
+    assert_int_equal(llm_tokenizer_load_memory(&all[0], "GGUF", 4, NULL, &err), LLM_ERROR_FORMAT);
+    assert_null(all[0]);
+}
+
 static void functions_that_fail_are_reported(void **state) {
     bytes file = read_file(golden("qwen2.gguf"));
     llm_model *model;
-    llm_model_desc desc;
     llm_error err;
     (void)state;
     assert_true(file.n > 2 * LLM__FILE_START);
-    memset(&desc, 0, sizeof desc);
-    desc.read = read_only_the_start;
-    desc.read_user = &file;
-    desc.read_size = file.n;
-    assert_int_equal(llm_model_load(&model, NULL, &desc, &err), LLM_ERROR_IO);
-    assert_non_null(strstr(err.message, "desc.read gave no"));
-    desc.read = read_bytes;
-    desc.read_size = file.n - 1;
-    assert_int_equal(llm_model_load(&model, NULL, &desc, &err), LLM_ERROR_FORMAT);
+    assert_int_equal(llm_model_load_callback(&model, read_only_the_start, &file, file.n, NULL, &err), LLM_ERROR_IO);
+    assert_non_null(strstr(err.message, "the read callback failed to read"));
+    assert_int_equal(llm_model_load_callback(&model, read_bytes, &file, file.n - 1, NULL, &err), LLM_ERROR_FORMAT);
     assert_non_null(strstr(err.message, "but the file ends at"));
     free(file.at);
 }
@@ -427,7 +465,7 @@ static void rope_may_be_said_twice(void **state) {
         llm_model *model = load_model(folder, NULL);
         int n = model->shape.rope_dim;
         for (int k = 0; k < n / 2; k++) {
-            double wanted = pow(table[i].min_tokens, -2.0 * k / n) / table[i].factor, is = model->shape.rope_frequencies[k];
+            double wanted = pow(table[i].theta, -2.0 * k / n) / table[i].factor, is = model->shape.rope_frequencies[k];
             if (fabs(is - wanted) > 1e-9 * wanted) fail_msg("%s: frequency %d is %g, not %g", members, k, is, wanted);
         }
         llm_model_free(model);
@@ -608,8 +646,8 @@ static void truncated_files_are_refused(void **state) {
         free(whole.at);
         free(config.at);
     }
-    llm_model_free(load(folder, NULL, LLM_DTYPE_F32));
-    llm_model_free(load(in_folder("m.gguf"), NULL, LLM_DTYPE_F32));
+    llm_model_free(load(folder, LLM_DTYPE_F32));
+    llm_model_free(load(in_folder("m.gguf"), LLM_DTYPE_F32));
 }
 
 static void bad_indexes_are_refused(void **state) {
@@ -737,7 +775,7 @@ static void what_gguf_asks_for_is_refused_by_name(void **state) {
     for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
         write_with(in_folder("m.gguf"), file, table[i].key, table[i].number, table[i].string);
         if (table[i].words) expect_failure(in_folder("m.gguf"), table[i].words, "m.gguf");
-        else llm_model_free(load(in_folder("m.gguf"), NULL, LLM_DTYPE_F32));
+        else llm_model_free(load(in_folder("m.gguf"), LLM_DTYPE_F32));
     }
     free(file.at);
 }
@@ -779,7 +817,7 @@ static void split_files_need_all_their_parts(void **state) {
     write_file(in_folder("s-00003-of-00003.gguf"), parts[1].at, parts[1].n);
     expect_failure(in_folder("s-00001-of-00003.gguf"), "do not say that this is part 3 of 3", "s-00003-of-00003.gguf");
     write_file(in_folder("s-00003-of-00003.gguf"), parts[2].at, parts[2].n);
-    llm_model_free(load(in_folder("s-00001-of-00003.gguf"), NULL, LLM_DTYPE_F32));
+    llm_model_free(load(in_folder("s-00001-of-00003.gguf"), LLM_DTYPE_F32));
     for (int i = 0; i < 3; i++) free(parts[i].at);
 }
 
@@ -790,7 +828,8 @@ int main(void) {
         cmocka_unit_test(bf16_is_near),
         cmocka_unit_test(models_are_described),
         cmocka_unit_test(memory_and_functions_serve_too),
-        cmocka_unit_test(functions_that_fail_are_reported),
+        cmocka_unit_test(functions_that_fail_are_reported), cmocka_unit_test(metadata_is_text),
+        cmocka_unit_test(tokenizers_load_alone),
         cmocka_unit_test(every_allocation_may_fail),
         cmocka_unit_test(a_hundred_loads_leave_nothing),
         cmocka_unit_test(bad_configs_are_refused),

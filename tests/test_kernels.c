@@ -365,12 +365,11 @@ static void test_packing(void **state) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         tiny_spec spec = {1, 96, 64, 3, 1, 32, 64, 43, 0, cases[i].type, 5};
         llm_model_desc desc = {.dtype = cases[i].dtype, .n_threads = 1}, exact = {.dtype = LLM_DTYPE_F32, .n_threads = 1};
-        uint8_t *data = tiny_model(&spec, &desc.data_size);
+        size_t size;
+        uint8_t *data = tiny_model(&spec, &size);
         llm_model *model = NULL, *reference = NULL;
         llm_error err;
-        desc.data = exact.data = data;
-        exact.data_size = desc.data_size;
-        if (llm_model_load(&model, NULL, &desc, &err) || llm_model_load(&reference, NULL, &exact, &err)) fail_msg("%s", err.message);
+        if (llm_model_load_memory(&model, data, size, &desc, &err) || llm_model_load_memory(&reference, data, size, &exact, &err)) fail_msg("%s", err.message);
         const llm__matrix *m = &((llm__cpu_model *)model->device)->layers[0].gate_up, *r = &((llm__cpu_model *)reference->device)->layers[0].gate_up;
         for (size_t row = 0; row < (size_t)m->n; row++) {
             float held[96], exactly[96];

@@ -17,11 +17,10 @@ static const tiny_spec LARGE = {3, 256, 704, 8, 4, 32, 1024, 500, 1, 0, 5};
 
 /* Loads from memory; a failure must be explained and leave nothing. */
 static llm_model *load(heap *h, const uint8_t *data, size_t size, llm_error *err) {
-    llm_model_desc desc = {.dtype = LLM_DTYPE_F32, .n_threads = 1, .data = data, .data_size = size,
-                           .host = heap_host(h)};
+    llm_model_desc desc = {.dtype = LLM_DTYPE_F32, .n_threads = 1, .host = heap_host(h)};
     llm_model *model = (llm_model *)(uintptr_t)1;
     memset(err, 0xEE, sizeof *err);
-    llm_status status = llm_model_load(&model, NULL, &desc, err);
+    llm_status status = llm_model_load_memory(&model, data, size, &desc, err);
     if (!status) {
         assert_non_null(model);
         return model;
@@ -378,7 +377,7 @@ static void refuse_path(const char *path, llm_status expected) {
     llm_model_desc desc = {.host = heap_host(&h)};
     llm_model *model = NULL;
     llm_tokenizer *tokenizer = NULL;
-    llm_memory memory;
+    llm_model_info info;
     llm_error err;
     assert_int_equal(llm_model_load(&model, path, &desc, &err), expected);
     assert_explained(expected, &err);
@@ -387,9 +386,9 @@ static void refuse_path(const char *path, llm_status expected) {
     assert_int_equal(llm_tokenizer_load(&tokenizer, path, &desc.host, &err), expected);
     assert_non_null(strstr(err.message, path));
     assert_null(tokenizer);
-    assert_int_equal(llm_memory_estimate(path, &desc, NULL, &memory, &err), expected);
+    assert_int_equal(llm_model_read_info(path, &desc, &info, &err), expected);
     assert_non_null(strstr(err.message, path));
-    assert_int_equal(memory.weights + memory.cache + memory.scratch, 0);
+    assert_int_equal(info.weight_bytes, 0);
     assert_all_returned(&h);
 }
 
@@ -438,6 +437,9 @@ static void test_arguments(void **state) {
         {.n_threads = -1}, {.n_ctx = INT32_MAX}, {.n_seq = INT32_MAX}, {.n_batch = INT32_MAX}, {.n_logits = INT32_MAX},
         {.n_cache = INT32_MAX}, {.n_threads = INT32_MAX}, {.cache_dtype = (llm_dtype)99}};
     static const llm_model_desc bad_models[] = {{.dtype = (llm_dtype)99}, {.n_threads = -1}, {.isa = "abacus"}};
+    llm_tokenizer *tokenizer = NULL;
+    llm_model_info info;
+    llm_memory memory;
     (void)state;
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         assert_int_equal(llm_context_create(&ctx, model, &bad[i], &err), LLM_ERROR_ARGUMENT);
@@ -446,12 +448,23 @@ static void test_arguments(void **state) {
     }
     for (size_t i = 0; i < sizeof bad_models / sizeof *bad_models; i++) {
         llm_model_desc desc = bad_models[i];
-        desc.data = data;
-        desc.data_size = size;
-        assert_int_equal(llm_model_load(&other, NULL, &desc, &err), LLM_ERROR_ARGUMENT);
+        assert_int_equal(llm_model_load_memory(&other, data, size, &desc, &err), LLM_ERROR_ARGUMENT);
         assert_explained(LLM_ERROR_ARGUMENT, &err);
     }
+    const llm_host half = {.alloc = heap_alloc, .user = &h}, other_half = {.free = heap_free, .user = &h};
+    assert_int_equal(llm_model_load_memory(&other, data, size, &(llm_model_desc){.host = half}, &err), LLM_ERROR_ARGUMENT);
+    assert_non_null(strstr(err.message, "host.alloc and host.free"));
+    assert_int_equal(llm_model_read_info_memory(data, size, &(llm_model_desc){.host = other_half}, &info, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_tokenizer_load_memory(&tokenizer, data, size, &half, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_context_create(&ctx, model, &(llm_context_desc){.host = other_half}, &err), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_model_load(&other, NULL, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_model_load_memory(&other, NULL, 9, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_model_load_callback(&other, NULL, NULL, 9, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_model_read_info(NULL, NULL, &info, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_model_read_info("x", NULL, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_memory_estimate(&info, NULL, &memory, &err), LLM_ERROR_ARGUMENT); /* it was not filled */
+    assert_int_equal(llm_memory_estimate(NULL, NULL, &memory, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_tokenizer_load(&tokenizer, NULL, NULL, &err), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_model_load(NULL, "x", NULL, &err), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_tokenizer_load(NULL, "x", NULL, &err), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_context_create(&ctx, NULL, NULL, &err), LLM_ERROR_ARGUMENT);
@@ -478,9 +491,9 @@ typedef struct starved {
 
 static llm_status do_load(void *job, llm_error *err) {
     starved *s = (starved *)job;
-    llm_model_desc desc = {.n_threads = 2, .data = s->data, .data_size = s->size, .host = heap_host(&s->h)};
+    llm_model_desc desc = {.n_threads = 2, .host = heap_host(&s->h)};
     llm_model *model = NULL;
-    llm_status status = llm_model_load(&model, NULL, &desc, err);
+    llm_status status = llm_model_load_memory(&model, s->data, s->size, &desc, err);
     assert_int_equal(status == LLM_OK, model != NULL);
     llm_model_free(model);
     return status;
@@ -494,9 +507,9 @@ static bool read_starved(void *user, uint64_t offset, void *to, size_t n) {
 
 static llm_status do_read(void *job, llm_error *err) {
     starved *s = (starved *)job;
-    llm_model_desc desc = {.n_threads = 2, .read = read_starved, .read_user = s, .read_size = s->size, .host = heap_host(&s->h)};
+    llm_model_desc desc = {.n_threads = 2, .host = heap_host(&s->h)};
     llm_model *model = NULL;
-    llm_status status = llm_model_load(&model, NULL, &desc, err);
+    llm_status status = llm_model_load_callback(&model, read_starved, s, s->size, &desc, err);
     llm_model_free(model);
     return status;
 }
@@ -505,7 +518,7 @@ static llm_status do_render(void *job, llm_error *err) {
     static const llm_message message = {"user", "a\xFF"};
     const starved *s = (const starved *)job;
     char text[10];
-    return llm_chat_render(llm_model_tokenizer(s->model), &message, 1, true, text, sizeof text, NULL, err);
+    return llm_chat_render(llm_model_tokenizer(s->model), &message, 1, true, text, sizeof text, err) < 0 ? err->code : LLM_OK;
 }
 
 static llm_status do_create(void *job, llm_error *err) {
@@ -544,11 +557,11 @@ static llm_status do_encode(void *job, llm_error *err) {
     return n < 0 ? err->code : LLM_OK;
 }
 
-static llm_status do_estimate(void *job, llm_error *err) {
+static llm_status do_read_info(void *job, llm_error *err) {
     starved *s = (starved *)job;
     llm_model_desc desc = {.host = heap_host(&s->h)};
-    llm_memory memory;
-    return llm_memory_estimate(s->path, &desc, NULL, &memory, err);
+    llm_model_info info;
+    return llm_model_read_info(s->path, &desc, &info, err);
 }
 
 static void test_starved(void **state) {
@@ -561,10 +574,10 @@ static void test_starved(void **state) {
     s.data = data;
     s.path = write_own(data, s.size);
     load_job alone = {.path = s.path};
-    starve(&s.h, do_load, &s, 1, "llm_model_load");
-    starve(&s.h, do_read, &s, 1, "llm_model_load by a function");
+    starve(&s.h, do_load, &s, 1, "llm_model_load_memory");
+    starve(&s.h, do_read, &s, 1, "llm_model_load_callback");
     starve(&alone.h, load_tokenizer_starved, &alone, 1, "llm_tokenizer_load");
-    starve(&s.h, do_estimate, &s, 1, "llm_memory_estimate");
+    starve(&s.h, do_read_info, &s, 1, "llm_model_read_info");
     s.model = load(&s.h, data, s.size, &err);
     starve(&s.h, do_create, &s, 1, "llm_context_create");
     starve(&s.h, do_encode, &s, 1, "llm_encode");
@@ -785,11 +798,11 @@ static void test_progress(void **state) {
     size_t size;
     uint8_t *data = tiny_model(&TINY_ODD, &size);
     progress p = {0, 0, 0, true};
-    llm_model_desc desc = {.n_threads = 1, .data = data, .data_size = size, .host = {.progress = on_progress, .user = &p}};
+    llm_model_desc desc = {.n_threads = 1, .host = {.progress = on_progress, .user = &p}};
     llm_model *model = NULL;
     llm_error err;
     (void)state;
-    assert_int_equal(llm_model_load(&model, NULL, &desc, &err), LLM_OK);
+    assert_int_equal(llm_model_load_memory(&model, data, size, &desc, &err), LLM_OK);
     llm_model_free(model);
     int n = p.n;
     assert_true(n > TINY_ODD.n_layers);
@@ -799,7 +812,7 @@ static void test_progress(void **state) {
         memset(&p, 0, sizeof p);
         p.stop_at = stop_at;
         model = (llm_model *)(uintptr_t)1;
-        assert_int_equal(llm_model_load(&model, NULL, &desc, &err), LLM_ERROR_CANCELLED);
+        assert_int_equal(llm_model_load_memory(&model, data, size, &desc, &err), LLM_ERROR_CANCELLED);
         assert_explained(LLM_ERROR_CANCELLED, &err);
         assert_null(model);
         assert_int_equal(p.n, stop_at);
@@ -813,14 +826,15 @@ static void check_estimate(const tiny_spec *spec, llm_dtype dtype, const char *i
     heap h = {0};
     size_t size;
     uint8_t *data = tiny_model(spec, &size);
-    llm_model_desc desc = {.dtype = dtype, .n_threads = 2, .data = data, .data_size = size, .isa = isa,
-                           .host = heap_host(&h)};
+    llm_model_desc desc = {.dtype = dtype, .n_threads = 2, .isa = isa, .host = heap_host(&h)};
+    llm_model_info info;
     llm_model *model = NULL;
     llm_context *ctx = NULL;
     llm_memory memory;
-    assert_int_equal(llm_memory_estimate(NULL, &desc, context_desc, &memory, NULL), LLM_OK);
+    assert_int_equal(llm_model_read_info_memory(data, size, &desc, &info, NULL), LLM_OK);
+    assert_int_equal(llm_memory_estimate(&info, context_desc, &memory, NULL), LLM_OK);
     assert_all_returned(&h);
-    assert_int_equal(llm_model_load(&model, NULL, &desc, NULL), LLM_OK);
+    assert_int_equal(llm_model_load_memory(&model, data, size, &desc, NULL), LLM_OK);
     assert_int_equal(memory.weights, llm_model_get_info(model).weight_bytes);
     double loaded = (double)h.live;
     assert_int_equal(llm_context_create(&ctx, model, context_desc, NULL), LLM_OK);
@@ -864,7 +878,7 @@ static void test_silent(void **state) {
     size_t size;
     int n_lines = 0;
     uint8_t *data = tiny_model(&SMALL, &size);
-    llm_model_desc desc = {.n_threads = 1, .data = data, .data_size = size, .host = {.log = count_line, .user = &n_lines}};
+    llm_model_desc desc = {.n_threads = 1, .host = {.log = count_line, .user = &n_lines}};
     llm_model *model = NULL;
     llm_error err;
     FILE *file = tmpfile();
@@ -872,7 +886,7 @@ static void test_silent(void **state) {
     assert_non_null(file);
     int out = redirect(1, fileno(file)), error = redirect(2, fileno(file));
     bool loaded = try_file(data, size, &err), half = try_file(data, size / 2, &err);
-    llm_status status = llm_model_load(&model, NULL, &desc, &err);
+    llm_status status = llm_model_load_memory(&model, data, size, &desc, &err);
     llm_model_free(model);
     close(redirect(1, out));
     close(redirect(2, error));

@@ -17,9 +17,9 @@ static int open_isa(fixture *f, const char *isa) {
     static const llm_token tokens[1] = {7};
     llm_model_desc desc = {.isa = isa, .n_threads = 1};
     llm_context_desc context_desc = {.n_threads = 1};
-    uint8_t *data = tiny_model(&SPEC, &desc.data_size);
-    desc.data = data;
-    if (llm_model_load(&f->model, NULL, &desc, NULL) || llm_context_create(&f->ctx, f->model, &context_desc, NULL)) return -1;
+    size_t size;
+    uint8_t *data = tiny_model(&SPEC, &size);
+    if (llm_model_load_memory(&f->model, data, size, &desc, NULL) || llm_context_create(&f->ctx, f->model, &context_desc, NULL)) return -1;
     free(data);
     if (llm_forward(f->ctx, &(llm_batch){1, tokens, NULL, NULL}, NULL)) return -1;
     f->logits = (float *)(uintptr_t)llm_logits(f->ctx, 0);
@@ -410,10 +410,10 @@ static void test_large_vocabulary(void **state) {
     llm_model *model = NULL;
     llm_context *ctx = NULL;
     static const llm_token tokens[] = {7, 9, 7};
-    uint8_t *data = tiny_padded(&SPEC, LARGE - N, &desc.data_size);
+    size_t size;
+    uint8_t *data = tiny_padded(&SPEC, LARGE - N, &size);
     (void)state;
-    desc.data = data;
-    assert_int_equal(llm_model_load(&model, NULL, &desc, NULL), LLM_OK);
+    assert_int_equal(llm_model_load_memory(&model, data, size, &desc, NULL), LLM_OK);
     assert_int_equal(llm_context_create(&ctx, model, &context_desc, NULL), LLM_OK);
     assert_int_equal(llm_forward(ctx, &(llm_batch){3, tokens, NULL, NULL}, NULL), LLM_OK);
     free(data);

@@ -335,12 +335,14 @@ typedef struct budget {
     int left;
 } budget;
 
-static void *spend(void *user, void *ptr, size_t size) {
+static void *spend(void *user, size_t size) {
     budget *b = (budget *)user;
-    if (size && b->left-- <= 0) return NULL;
-    if (size) return realloc(ptr, size);
+    return b->left-- > 0 ? malloc(size) : NULL;
+}
+
+static void give_back(void *user, void *ptr) {
+    (void)user;
     free(ptr);
-    return NULL;
 }
 
 /* Each allocation fails once. */
@@ -349,7 +351,7 @@ static void test_memory(void **state) {
     double results[QUESTIONS * MOST_ENDINGS];
     budget b = {1 << 20};
     llm_model *model = load(LLM_DTYPE_F32, NULL);
-    llm_context_desc desc = {.n_ctx = 100, .n_seq = 8, .n_batch = 64, .n_threads = 1, .host = {.resize = spend, .user = &b}};
+    llm_context_desc desc = {.n_ctx = 100, .n_seq = 8, .n_batch = 64, .n_threads = 1, .host = {.alloc = spend, .free = give_back, .user = &b}};
     llm_context *ctx = create_context(model, &desc);
     (void)state;
     make_quiz(&z);

@@ -461,9 +461,9 @@ static void test_refused(void **state) {
 static void test_padded(void **state) {
     llm_context *ctx = open_tiny(200, 1);
     llm_model_desc desc = {.dtype = LLM_DTYPE_BF16, .n_threads = 1};
-    uint8_t *data = tiny_padded(&SPEC, 20, &desc.data_size);
-    desc.data = data;
-    llm_model *model = load_model(NULL, &desc);
+    size_t size;
+    uint8_t *data = tiny_padded(&SPEC, 20, &size);
+    llm_model *model = load_memory(data, size, &desc);
     free(data);
     llm_draft draft = draft_model(ctx, model);
     static const llm_sampler samplers[] = {{0}, {.temperature = 1, .seed = 3}};

@@ -31,25 +31,26 @@ enum { MOST_MEMORY = 48 << 20, MEMORY_PER_BYTE = 400, MOST_SECONDS = 3 };
 static size_t live, allowed; /* bytes */
 static clock_t begun;
 
-static void *counted_resize(void *user, void *ptr, size_t size) {
+static void *counted_alloc(void *user, size_t size) {
     (void)user;
     if (size > (size_t)1 << 40) return NULL; /* more than any machine has; what the sanitizer calls a fault */
-    live -= ptr ? malloc_usable_size(ptr) : 0;
-    if (!size) {
-        free(ptr);
-        return NULL;
-    }
     if (live + size > allowed) {
         fprintf(stderr, "%zu bytes are asked for beside %zu, for an input that may take %zu\n", size, live, allowed);
         abort();
     }
-    void *moved = realloc(ptr, size);
-    CHECK(moved);
-    live += malloc_usable_size(moved);
-    return moved;
+    void *ptr = malloc(size);
+    CHECK(ptr);
+    live += malloc_usable_size(ptr);
+    return ptr;
 }
 
-static const llm_host counting = {counted_resize, NULL, NULL, NULL};
+static void counted_free(void *user, void *ptr) {
+    (void)user;
+    live -= malloc_usable_size(ptr);
+    free(ptr);
+}
+
+static const llm_host counting = {counted_alloc, counted_free, NULL, NULL, NULL};
 
 static void begin(size_t size) {
     live = 0;
@@ -190,23 +191,29 @@ static void use_model(const llm_model *model) {
     check_tokenizer(llm_model_tokenizer(model));
 }
 
-static void try_model(const char *path, llm_model_desc desc) {
+static void try_model(llm__file_source source, llm_dtype dtype) {
     llm_model *model;
+    llm_model_desc desc;
+    llm_model_info info;
     llm_memory memory;
-    llm_error err, estimate_err;
+    llm_error err, info_err;
+    memset(&desc, 0, sizeof desc);
+    desc.dtype = dtype;
     desc.n_threads = 1;
     desc.host = counting;
     memset(&err, 0xEE, sizeof err);
-    memset(&estimate_err, 0xEE, sizeof err);
-    llm_status status = llm_model_load(&model, path, &desc, &err);
-    llm_status estimate = llm_memory_estimate(path, &desc, NULL, &memory, &estimate_err);
-    if (estimate) check_error(estimate, &estimate_err);
+    memset(&info_err, 0xEE, sizeof err);
+    llm_status status = llm__model_load(&model, &source, &desc, &err);
+    llm_status info_status = llm__model_read_info(&source, &desc, &info, &info_err);
+    if (info_status) check_error(info_status, &info_err);
     if (status) {
         check_refusal(status, &err);
         CHECK(!model);
         return;
     }
-    CHECK(!estimate && memory.weights == llm_model_get_info(model).weight_bytes);
+    CHECK(!info_status && info.weight_bytes == llm_model_get_info(model).weight_bytes);
+    info_status = llm_memory_estimate(&info, NULL, &memory, &info_err);
+    if (info_status) check_error(info_status, &info_err);
     use_model(model);
     llm_model_free(model);
 }
@@ -225,18 +232,8 @@ static bool read_bytes(void *user, uint64_t offset, void *to, size_t n) {
 
 static void fuzz_gguf(const uint8_t *data, size_t size) {
     bytes all = {data, size};
-    llm_model_desc desc;
-    memset(&desc, 0, sizeof desc);
-    desc.dtype = (llm_dtype)(LLM_DTYPE_F32 + size / 2 % 4);
-    if (size % 2) {
-        desc.read = read_bytes;
-        desc.read_user = &all;
-        desc.read_size = size;
-    } else {
-        desc.data = data;
-        desc.data_size = size;
-    }
-    try_model(NULL, desc);
+    llm__file_source memory = {NULL, data, NULL, NULL, size}, function = {NULL, NULL, read_bytes, &all, size};
+    try_model(size % 2 ? function : memory, (llm_dtype)(LLM_DTYPE_F32 + size / 2 % 4));
 }
 
 /* ---- Directories ---- */
@@ -275,15 +272,13 @@ static void fuzz_safetensors(const uint8_t *data, size_t size) {
     static const char tokenizer[] = "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2,\"c\":3},\"merges\":[\"a b\"]},"
                                     "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false}}";
     bytes rest = {data, size}, config = cut(&rest), index = cut(&rest), words = {(const uint8_t *)tokenizer, sizeof tokenizer - 1};
-    llm_model_desc desc;
-    memset(&desc, 0, sizeof desc);
-    desc.dtype = (llm_dtype)(LLM_DTYPE_F32 + size % 4);
+    llm__file_source source = {folder, NULL, NULL, NULL, 0};
     write_file("config.json", config);
     write_file("tokenizer.json", words);
     remove(in_folder("model.safetensors"));
     write_file(index.n ? "a.safetensors" : "model.safetensors", rest);
     if (index.n) write_file("model.safetensors.index.json", index);
-    try_model(folder, desc);
+    try_model(source, (llm_dtype)(LLM_DTYPE_F32 + size % 4));
 }
 
 static void try_tokenizer(void) {
@@ -299,8 +294,7 @@ static void try_tokenizer(void) {
         return;
     }
     check_tokenizer(t);
-    status = llm_chat_render(t, messages, 1, true, text, sizeof text, NULL, &err);
-    if (status) check_error(status, &err);
+    if (llm_chat_render(t, messages, 1, true, text, sizeof text, &err) < 0) check_error(err.code, &err);
     llm_tokenizer_free(t);
 }
 
@@ -420,16 +414,16 @@ static int control_tokens(chat_job *job) {
 /* Whether it is rendered; a small buffer gets its beginning. */
 static bool render(const llm_tokenizer *t, const llm_message *messages, int n, bool open_answer) {
     llm_error err;
-    size_t n_text, n_again;
     char few[20], *text;
-    llm_status status = llm_chat_render(t, messages, n, open_answer, few, sizeof few, &n_text, &err);
-    if (status) {
-        check_error(status, &err);
+    int64_t n_bytes = llm_chat_render(t, messages, n, open_answer, few, sizeof few, &err);
+    if (n_bytes < 0) {
+        check_error(err.code, &err);
         return false;
     }
+    size_t n_text = (size_t)n_bytes;
     text = (char *)malloc(n_text + 1);
     CHECK(text);
-    CHECK(!llm_chat_render(t, messages, n, open_answer, text, n_text + 1, &n_again, &err) && n_again == n_text);
+    CHECK(llm_chat_render(t, messages, n, open_answer, text, n_text + 1, &err) == n_bytes);
     CHECK(strlen(few) <= n_text && !strncmp(text, few, strlen(few)) && !text[n_text]);
     free(text);
     return true;

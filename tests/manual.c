@@ -1,0 +1,153 @@
+/* Runs the recipes of llm.h's title comment, which test_manual.sh puts into recipes.h: each with the model that is named on
+   the command line. Says what went wrong; exits with 1. */
+#include "llm.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "recipes.h"
+
+static int n_failed;
+
+static void check(bool right, const char *what, const llm_error *err) {
+    if (right) return;
+    printf("failed: %s: %s\n", what, err->message);
+    n_failed++;
+}
+
+static llm_context *create(const llm_model *model, int n_seq, int n_logits) {
+    llm_context_desc desc = {.n_ctx = 512, .n_seq = n_seq, .n_logits = n_logits};
+    llm_context *ctx = NULL;
+    llm_error err;
+    check(!llm_context_create(&ctx, model, &desc, &err), "creating a context", &err);
+    if (!ctx) exit(1);
+    return ctx;
+}
+
+static void try_chat(const llm_model *model) {
+    llm_context *ctx = create(model, 1, 1);
+    llm_message messages[4] = {{"user", "What is the capital of France?"}};
+    char first[4096], second[4096];
+    int n = 1;
+    llm_error err = {LLM_OK, "the answer is wrong"};
+    check(!chat(ctx, messages, &n, first, &err) && strstr(first, "Paris"), "a chat", &err);
+    messages[n].role = "user";
+    messages[n++].content = "And of Italy?";
+    check(!chat(ctx, messages, &n, second, &err) && *second && n == 4, "a second turn", &err);
+    llm_context_free(ctx);
+}
+
+/* The loop's and the batch's tokens are those of llm_generate. */
+static void try_loops(const llm_model *model) {
+    llm_context *ctx = create(model, 2, 2), *plain = create(model, 1, 1);
+    llm_generate_desc desc = {.prompt = "The quick brown fox", .max_tokens = 50};
+    llm_sampler samplers[2];
+    llm_token last[2] = {-1, -1};
+    llm_error err = {LLM_OK, "other tokens than llm_generate's"};
+    memset(samplers, 0, sizeof samplers);
+    check(!llm_generate(plain, &desc, NULL, &err), "llm_generate", &err);
+    const llm_token *tokens = llm_seq_tokens(plain, 0);
+    check(!loop(ctx, desc.prompt, &samplers[0], &err), "a loop", &err);
+    int n = llm_seq_length(ctx, 0);
+    check(n > 40 && !memcmp(tokens, llm_seq_tokens(ctx, 0), (size_t)n * sizeof *tokens), "a loop", &err);
+    printf("\n");
+    for (int u = 0; u < 2; u++) {
+        check(!llm_seq_truncate(ctx, u, 0, &err) && !(u ? llm_seq_fork(ctx, 1, 0, 3, &err) : copy(plain, ctx, &err)),
+              "copying", &err);
+        check(!llm_seq_truncate(ctx, u, 3, &err), "cutting", &err);
+        last[u] = tokens[3];
+    }
+    for (int i = 4; i < 20; i++) {
+        check(!step(ctx, last, 2, samplers, &err), "a step", &err);
+        check(last[0] == last[1] && (i < llm_seq_length(ctx, 0) + 1), "two users", &err);
+        last[0] = last[1] = tokens[i];
+    }
+    llm_context_free(ctx);
+    llm_context_free(plain);
+}
+
+static void try_share(const llm_model *model) {
+    llm_context *ctx = create(model, 3, 3);
+    const char *prefix = "This text is longer than a block of the cache has positions, for forks begin where a block "
+                         "ends. It goes on for "
+                         "a while, and then it ends.";
+    llm_error err = {LLM_OK, "the sequences do not share it"};
+    int n_free = llm_context_n_free(ctx);
+    check(!share(ctx, prefix, &err), "sharing", &err);
+    for (int seq = 0; seq < 3; seq++) check(llm_seq_length(ctx, seq) == LLM_CACHE_BLOCK, "sharing", &err);
+    check(llm_context_n_free(ctx) == n_free - LLM_CACHE_BLOCK, "sharing", &err);
+    llm_context_free(ctx);
+}
+
+static void try_draft(const llm_model *model) {
+    llm_context *ctx = create(model, 1, LLM_DRAFT_MAX + 1);
+    llm_stats stats;
+    llm_error err = {LLM_OK, "nothing was generated"};
+    check(!faster(ctx, "one two three one two three one two three one two", &stats, &err) && stats.n_generated == 100,
+          "a draft", &err);
+    llm_context_free(ctx);
+}
+
+static void try_cancel(const llm_model *model) {
+    llm_context *ctx = create(model, 1, 1);
+    llm_error err = {LLM_OK, "it was not cancelled"};
+    bool stop = true;
+    check(until_stopped(ctx, "Once upon a time", &stop, &err), "cancelling", &err);
+    llm_context_free(ctx);
+}
+
+static void try_host(const llm_model *model) {
+    llm_context *ctx = NULL;
+    llm_generate_desc desc = {.prompt = "Once upon a time", .max_tokens = 3};
+    llm_error err = {LLM_OK, "memory was not counted"};
+    int n_blocks = 0;
+    check(!open_own(&ctx, model, &n_blocks, &err) && n_blocks > 0, "a host's allocator", &err);
+    check(!answer(ctx, &desc, 0, &err), "a host's threads", &err);
+    llm_context_free(ctx);
+    check(n_blocks == 0, "a host's allocator", &err);
+}
+
+static void try_score(const llm_model *model) {
+    llm_context *ctx = create(model, 4, 4);
+    const char *const endings[2] = {" banana.", " Paris."};
+    llm_error err = {LLM_OK, "the wrong ending"};
+    check(likelier(ctx, "The capital of France is", endings, &err) == 1, "scoring", &err);
+    llm_context_free(ctx);
+}
+
+static void try_full_cache(const llm_model *model) {
+    llm_context_desc desc = {.n_ctx = 64, .n_seq = 2, .n_cache = 64};
+    llm_context *ctx = NULL;
+    llm_generate_desc first = {.prompt = "Once upon a time", .max_tokens = 40},
+                      second = {.prompt = "Once upon a time", .seq = 1, .max_tokens = 40};
+    llm_error err = {LLM_OK, "no room was made"};
+    check(!llm_context_create(&ctx, model, &desc, &err), "a small context", &err);
+    check(!llm_generate(ctx, &first, NULL, &err) && !answer(ctx, &second, 0, &err), "a full cache", &err);
+    check(llm_seq_length(ctx, 0) == 0 && llm_seq_length(ctx, 1) > 4, "a full cache", &err);
+    llm_context_free(ctx);
+}
+
+int main(int argc, char **argv) {
+    llm_model *model = NULL;
+    llm_error err = {LLM_OK, "another type"};
+    if (argc != 2 || llm_model_load(&model, argv[1], NULL, &err)) {
+        printf("%s\n", err.message);
+        return 1;
+    }
+    try_chat(model);
+    try_loops(model);
+    try_share(model);
+    try_draft(model);
+    try_cancel(model);
+    try_host(model);
+    try_score(model);
+    try_full_cache(model);
+    llm_model_info info = llm_model_get_info(model);
+    check(largest_type(argv[1], UINT64_MAX) == LLM_DTYPE_BF16, "a type", &err);
+    check(largest_type(argv[1], info.weight_bytes) == LLM_DTYPE_INT8, "a type", &err);
+    check(largest_type(argv[1], 1 << 20) == LLM_DTYPE_DEFAULT, "a type", &err);
+    llm_model_free(model);
+    return n_failed > 0;
+}
