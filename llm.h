@@ -297,7 +297,7 @@
     COMPILE-TIME OPTIONS, defined before the include
 
         LLM_IMPLEMENTATION      compile the implementation here
-        LLM_STATIC              make everything private to this source file
+        LLM_STATIC              make everything private to this source file (not with LLM_CUDA)
         LLM_API                 what stands before each public function; default: extern. For a Windows DLL
                                 __declspec(dllexport)
         LLM_HEADER_FILENAME     this file's name if it is not "llm.h" (it includes itself once per instruction set)
@@ -317,24 +317,25 @@
          5 Checkpoints: GGUF . Hugging Face directories
          6 Hyperparameters: GGUF . config.json
          7 Unicode: Normalisation form C
-         8 Tokenizer: Hash tables . Merging . Pre-tokenizers . Encoding . Decoding . Building a tokenizer
-         9 Tokenizer files: The pre-tokenizers that are known . Tokenizers in GGUF files . tokenizer.json .
+         8 Jinja: Lexer . Parser . Values . Strings . Values as text . Functions . Running
+         9 Tokenizer: Hash tables . Merging . Pre-tokenizers . Encoding . Decoding . Building a tokenizer
+        10 Tokenizer files: The pre-tokenizers that are known . Tokenizers in GGUF files . tokenizer.json .
                tokenizer.model . Directories as published on Hugging Face . Tokenizers alone
-        10 Chat templates: ChatML . Outlines . Qwen 3 . Llama 3 . Llama 2 . Mistral . Zephyr . Which of them it is
-        11 CPU kernels
-        12 Weights
-        13 The CPU backend: threads and weights: How many cores there are . The model on the CPU
-        14 KV cache
-        15 Forward pass
-        16 The CPU context: The limit of decoding
-        17 Models: Metadata as text . Loading . What a file's header says . A directory with int8 weights
-        18 Contexts and sequences: Calls of the host . Sequences . llm_forward
-        19 Sampler
-        20 Speculative decoding: How many guesses are worth it . A generation's rounds . Prompt lookup . A model as
+        11 Chat templates
+        12 CPU kernels
+        13 Weights
+        14 The CPU backend: threads and weights: How many cores there are . The model on the CPU
+        15 KV cache
+        16 Forward pass
+        17 The CPU context: The limit of decoding
+        18 Models: Metadata as text . Loading . What a file's header says . A directory with int8 weights
+        19 Contexts and sequences: Calls of the host . Sequences . llm_forward
+        20 Sampler
+        21 Speculative decoding: How many guesses are worth it . A generation's rounds . Prompt lookup . A model as
                the draft
-        21 Generation: Bursts
-        22 Scoring: Text . The batch being filled . The packed schedule . Rectangles . llm_score
-        23 Kernel text: Products of many rows . Products on the matrix unit
+        22 Generation: Bursts
+        23 Scoring: Text . The batch being filled . The packed schedule . Rectangles . llm_score
+        24 Kernel text: Products of many rows . Products on the matrix unit
 */
 #ifndef LLM_H
 #define LLM_H
@@ -668,7 +669,7 @@ typedef enum llm_stop {
 } llm_stop;
 
 typedef struct llm_generate_desc {
-    /* What to answer: exactly one of these three. A prefix that the sequence already holds is reused; the rest of the
+    /* What to answer: exactly one of these four. A prefix that the sequence already holds is reused; the rest of the
        sequence is discarded. */
     const char *prompt;          /* text to continue                                                              */
     const llm_message *messages; /* a conversation, rendered with the model's chat template and an open answer    */
@@ -4167,13 +4168,14 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
 }
 
 /* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
-#define LLM__JINJA_FILTERS(X)                                                                                       \
-    X(trim)                                                                                                         \
-    X(tojson)                                                                                                       \
-    X(length)                                                                                                       \
-    X(count)                                                                                                        \
-    X(upper) X(lower) X(title) X(capitalize) X(replace) X(join) X(first) X(last) X(list) X(map) X(select) X(reject) \
-        X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort)  \
+#define LLM__JINJA_FILTERS(X)                                                                                      \
+    X(trim)                                                                                                        \
+    X(tojson)                                                                                                      \
+    X(length)                                                                                                      \
+    X(count)                                                                                                       \
+    X(upper)                                                                                                       \
+    X(lower) X(title) X(capitalize) X(replace) X(join) X(first) X(last) X(list) X(map) X(select) X(reject)         \
+        X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort) \
             X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
@@ -4182,14 +4184,15 @@ static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #undef X
 
-#define LLM__JINJA_TESTS(X)                                                                                       \
-    X(defined)                                                                                                    \
-    X(undefined)                                                                                                  \
-    X(none)                                                                                                       \
-    X(string)                                                                                                     \
-    X(mapping) X(sequence) X(iterable) X(number) X(integer) X(float) X(boolean) X(true) X(false) X(equalto) X(eq) \
-        X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable)  \
-            X(sameas) X(lower) X(upper)
+#define LLM__JINJA_TESTS(X)                                                                                        \
+    X(defined)                                                                                                     \
+    X(undefined)                                                                                                   \
+    X(none)                                                                                                        \
+    X(string)                                                                                                      \
+    X(mapping)                                                                                                     \
+    X(sequence) X(iterable) X(number) X(integer) X(float) X(boolean) X(true) X(false) X(equalto) X(eq) X(ne) X(gt) \
+        X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) X(sameas)     \
+            X(lower) X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 #undef X
@@ -4197,14 +4200,15 @@ static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 enum { LLM__JINJA_TESTS(X) LLM__JT_END };
 #undef X
 
-#define LLM__JINJA_METHODS(X)                                                                                         \
-    X(strip)                                                                                                          \
-    X(lstrip)                                                                                                         \
-    X(rstrip)                                                                                                         \
-    X(split)                                                                                                          \
-    X(rsplit) X(startswith) X(endswith) X(replace) X(upper) X(lower) X(title) X(capitalize) X(find) X(rfind) X(count) \
-        X(join) X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) \
-            X(index) X(cycle) X(format)
+#define LLM__JINJA_METHODS(X)                                                                                          \
+    X(strip)                                                                                                           \
+    X(lstrip)                                                                                                          \
+    X(rstrip)                                                                                                          \
+    X(split)                                                                                                           \
+    X(rsplit)                                                                                                          \
+    X(startswith) X(endswith) X(replace) X(upper) X(lower) X(title) X(capitalize) X(find) X(rfind) X(count) X(join)    \
+        X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) \
+            X(cycle) X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
 #undef X
@@ -10472,7 +10476,7 @@ static int llm__cores_quota(const char *root, const char *group, bool version_2)
         snprintf(path, sizeof path, "%s/cpu.cfs_period_us", group);
         n += llm__cores_read(root, path, text, sizeof text) && sscanf(text, "%lf", &period) == 1;
     }
-    if (n != 2 || !(quota > 0) || !(period > 0) || quota / period > LLM__MOST_CPUS) return LLM__MOST_CPUS;
+    if (n != 2 || !(quota > 0) || !(period > 0) || quota / period > (int)LLM__MOST_CPUS) return LLM__MOST_CPUS;
     return quota < period ? 1 : (int)(quota / period);
 }
 

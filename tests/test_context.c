@@ -494,15 +494,18 @@ static void test_success_is_told(void **state) {
     llm_memory memory;
     llm_token ids[8] = {1, 2};
     llm_model_desc desc = {.n_threads = 1};
+    llm_model_info info;
+    const llm_message message = {"user", "a"};
+    llm_tokenizer *alone;
     const llm_tokenizer *tokenizer;
     const llm_token *endings[] = {ids};
     const int two = 2;
     llm_question question = {ids, 2, 1, endings, &two};
     double likelihood;
     int64_t n_context;
-    uint8_t *data = tiny_model(&SPEC, &desc.data_size);
+    size_t n_data;
+    uint8_t *data = tiny_model(&SPEC, &n_data);
     (void)state;
-    desc.data = data;
 #define TOLD(call)                            \
     {                                         \
         llm_error *err = stale();             \
@@ -510,12 +513,16 @@ static void test_success_is_told(void **state) {
         assert_int_equal(err->code, LLM_OK);  \
         assert_string_equal(err->message, ""); \
     }
-    TOLD(-(int)llm_model_load(&model, NULL, &desc, err))
-    TOLD(-(int)llm_model_load(&again, NULL, &desc, err))
-    TOLD(-(int)llm_memory_estimate(NULL, &desc, NULL, &memory, err))
+    TOLD(-(int)llm_model_load_memory(&model, data, n_data, &desc, err))
+    TOLD(-(int)llm_model_load_memory(&again, data, n_data, &desc, err))
+    TOLD(-(int)llm_model_read_info_memory(data, n_data, &desc, &info, err))
+    TOLD(-(int)llm_memory_estimate(&info, NULL, &memory, err))
+    TOLD(-(int)llm_tokenizer_load_memory(&alone, data, n_data, NULL, err))
     tokenizer = llm_model_tokenizer(model);
     TOLD(-(int)llm_context_create(&ctx, model, &(llm_context_desc){.n_ctx = 64, .n_seq = 2, .n_threads = 1}, err))
     TOLD(llm_encode(tokenizer, "ab", 2, 0, ids, 8, err))
+    TOLD(llm_encode_messages(tokenizer, &message, 1, true, NULL, 0, err))
+    TOLD(llm_chat_render(tokenizer, &message, 1, true, NULL, 0, err))
     TOLD(llm_encode_pair(tokenizer, "ab", "c", 0, ids, 8, &n_context, err))
     TOLD(-(int)llm_forward(ctx, &(llm_batch){2, ids, NULL, NULL}, err))
     TOLD(-(int)llm_seq_truncate(ctx, 0, 1, err))
@@ -527,9 +534,11 @@ static void test_success_is_told(void **state) {
     TOLD(-(int)llm_seq_restore(ctx, 1, saved, size, err))
     TOLD(-(int)llm_draft_model(&draft, ctx, again, err))
     TOLD(-(int)llm_generate(ctx, &(llm_generate_desc){.prompt = "abc", .max_tokens = 2}, NULL, err))
+    TOLD(-(int)llm_prefill(ctx, &(llm_generate_desc){.prompt = "abc"}, NULL, err))
     TOLD(-(int)llm_score(ctx, &question, 1, NULL, &likelihood, NULL, err))
     free(saved);
     free(data);
+    llm_tokenizer_free(alone);
     llm_draft_free(&draft);
     llm_context_free(ctx);
     llm_model_free(again);

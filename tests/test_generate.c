@@ -468,6 +468,7 @@ static void use_inside(nested *n) {
     char buffer[64] = {0};
     int before = llm_seq_length(ctx, 0);
     must_refuse(n, llm_generate(ctx, &(llm_generate_desc){.prompt = "x", .max_tokens = 2}, NULL, &err), &err);
+    must_refuse(n, llm_prefill(ctx, &(llm_generate_desc){.prompt = "x"}, NULL, &err), &err);
     must_refuse(n, llm_forward(ctx, &(llm_batch){1, tokens, NULL, NULL}, &err), &err);
     must_refuse(n, llm_score(ctx, &question, 1, NULL, NULL, NULL, &err), &err);
     must_refuse(n, llm_seq_truncate(ctx, 0, 0, &err), &err);

@@ -465,7 +465,7 @@ static void rope_may_be_said_twice(void **state) {
         llm_model *model = load_model(folder, NULL);
         int n = model->shape.rope_dim;
         for (int k = 0; k < n / 2; k++) {
-            double wanted = pow(table[i].min_tokens, -2.0 * k / n) / table[i].factor, is = model->shape.rope_frequencies[k];
+            double wanted = pow(table[i].theta, -2.0 * k / n) / table[i].factor, is = model->shape.rope_frequencies[k];
             if (fabs(is - wanted) > 1e-9 * wanted) fail_msg("%s: frequency %d is %g, not %g", members, k, is, wanted);
         }
         llm_model_free(model);
