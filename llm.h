@@ -4168,15 +4168,16 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
 }
 
 /* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
-#define LLM__JINJA_FILTERS(X)                                                                                      \
-    X(trim)                                                                                                        \
-    X(tojson)                                                                                                      \
-    X(length)                                                                                                      \
-    X(count)                                                                                                       \
-    X(upper)                                                                                                       \
-    X(lower) X(title) X(capitalize) X(replace) X(join) X(first) X(last) X(list) X(map) X(select) X(reject)         \
-        X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort) \
-            X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
+#define LLM__JINJA_FILTERS(X)                                                                                   \
+    X(trim)                                                                                                     \
+    X(tojson)                                                                                                   \
+    X(length)                                                                                                   \
+    X(count)                                                                                                    \
+    X(upper)                                                                                                    \
+    X(lower)                                                                                                    \
+    X(title) X(capitalize) X(replace) X(join) X(first) X(last) X(list) X(map) X(select) X(reject) X(selectattr) \
+        X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort) X(unique)  \
+            X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 #undef X
@@ -4184,15 +4185,15 @@ static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #undef X
 
-#define LLM__JINJA_TESTS(X)                                                                                        \
-    X(defined)                                                                                                     \
-    X(undefined)                                                                                                   \
-    X(none)                                                                                                        \
-    X(string)                                                                                                      \
-    X(mapping)                                                                                                     \
-    X(sequence) X(iterable) X(number) X(integer) X(float) X(boolean) X(true) X(false) X(equalto) X(eq) X(ne) X(gt) \
-        X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) X(sameas)     \
-            X(lower) X(upper)
+#define LLM__JINJA_TESTS(X)                                                                                           \
+    X(defined)                                                                                                        \
+    X(undefined)                                                                                                      \
+    X(none)                                                                                                           \
+    X(string)                                                                                                         \
+    X(mapping)                                                                                                        \
+    X(sequence)                                                                                                       \
+    X(iterable) X(number) X(integer) X(float) X(boolean) X(true) X(false) X(equalto) X(eq) X(ne) X(gt) X(greaterthan) \
+        X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(lower) X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 #undef X
@@ -4200,15 +4201,16 @@ static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 enum { LLM__JINJA_TESTS(X) LLM__JT_END };
 #undef X
 
-#define LLM__JINJA_METHODS(X)                                                                                          \
-    X(strip)                                                                                                           \
-    X(lstrip)                                                                                                          \
-    X(rstrip)                                                                                                          \
-    X(split)                                                                                                           \
-    X(rsplit)                                                                                                          \
-    X(startswith) X(endswith) X(replace) X(upper) X(lower) X(title) X(capitalize) X(find) X(rfind) X(count) X(join)    \
-        X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) \
-            X(cycle) X(format)
+#define LLM__JINJA_METHODS(X)                                                                                       \
+    X(strip)                                                                                                        \
+    X(lstrip)                                                                                                       \
+    X(rstrip)                                                                                                       \
+    X(split)                                                                                                        \
+    X(rsplit)                                                                                                       \
+    X(startswith)                                                                                                   \
+    X(endswith) X(replace) X(upper) X(lower) X(title) X(capitalize) X(find) X(rfind) X(count) X(join) X(splitlines) \
+        X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) X(cycle)   \
+            X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
 #undef X
@@ -13462,9 +13464,10 @@ LLM_API const float *llm_logits(const llm_context *ctx, int i) {
 
 /* ==== 20 Sampler ================================================================================================
 
-   Logits become a distribution (biases, repetition penalty, temperature, top-k, top-p, min-p in this order), of which
-   one token is drawn. All arithmetic is fixed, so a seed means the same text everywhere. Top-p is from Holtzman et al.
-   2019 (arXiv:1904.09751), min-p from Nguyen et al. 2024 (2407.01082), the penalty from Keskar et al. 2019 (1909.05858). */
+   Logits become a probability distribution, from which one token is drawn. The order is: biases, repetition penalty,
+   temperature, top-k, top-p, min-p. All arithmetic is fixed, so a seed gives the same text everywhere. Top-p is from
+   Holtzman et al. 2019 (arXiv:1904.09751), min-p from Nguyen et al. 2024 (2407.01082), the penalty from Keskar et al.
+   2019 (1909.05858). */
 
 static void llm__sampler_apply_biases(float *logits, int n_vocab, const llm_sampler *s) {
     for (int i = 0; i < s->n_biases; i++)
@@ -13473,7 +13476,7 @@ static void llm__sampler_apply_biases(float *logits, int n_vocab, const llm_samp
 
 static bool llm__sampler_has_penalty(const llm_sampler *s) { return s->repeat_penalty > 0 && s->repeat_penalty != 1; }
 
-/* Once for each token, however often it stands in the window; `seen` [n_vocab] is scratch. */
+/* Penalises each token once, however often it occurs in the window. `seen` [n_vocab] is scratch. */
 static void llm__sampler_apply_penalty(float *logits, const llm_token *tokens, int n, const llm_sampler *s,
                                        llm_token *seen) {
     int window = s->repeat_window > 0 ? s->repeat_window : 64, first = n > window ? n - window : 0;
@@ -13485,7 +13488,7 @@ static void llm__sampler_apply_penalty(float *logits, const llm_token *tokens, i
     }
 }
 
-/* The best token, the lower of equals; -1 if one of the logits is NaN. */
+/* The token with the largest logit, the lower id of equals. Returns -1 if a logit is NaN. */
 static llm_token llm__sampler_argmax(const llm__kernels *kernels, const float *logits, int n, float *maxima) {
     float largest = -INFINITY;
     int best = 0;
@@ -13505,7 +13508,7 @@ static void llm__sampler_swap_ids(llm_token *ids, int i, int j) {
     ids[j] = moved;
 }
 
-/* A heap of tokens, the most probable at the top, the lower id first among equals. */
+/* The order of a heap of tokens: the most probable at the top; of equals, the lower id first. */
 static bool llm__sampler_likelier(const float *p, llm_token a, llm_token b) {
     return p[a] > p[b] || (p[a] == p[b] && a < b);
 }
@@ -13521,19 +13524,19 @@ static void llm__sampler_sift_down(const float *p, llm_token *heap, int n, int i
     }
 }
 
-/* Takes the most likely out of the heap of n and puts it behind the rest. */
+/* Removes the most likely token from a heap of n and puts it behind the others. */
 static llm_token llm__sampler_take_likeliest(const float *p, llm_token *heap, int n) {
     llm__sampler_swap_ids(heap, 0, n - 1);
     llm__sampler_sift_down(p, heap, n - 1, 0);
     return heap[n - 1];
 }
 
-/* The upper bits of a p from 0 to 1; NaN must not lead out of the 1,024 bins. */
+/* The upper bits of a p in [0, 1]. The mask keeps a NaN inside the 1,024 bins. */
 static int llm__sampler_bin(float p) { return (int)(llm__f32_bits(p) >> 20 & 1023); }
 
-/* Of the last n of `ids` [n_vocab] the most likely come to the end: at most `most`, and as few as reach `mass` together;
-   returns how many. Only those in the bin through which the cut goes are put in order, as a whole vocabulary takes longer
-   to sort than some models to compute. */
+/* Moves the most likely of the last n of `ids` [n_vocab] to the end: at most `most`, and as few as reach `mass`
+   together. Returns how many. Only the bin through which the cut goes is sorted, because sorting a whole vocabulary
+   takes longer than a token of a small model. */
 static int llm__sampler_keep_likeliest(const float *p, llm_token *ids, int n_vocab, int n, int most, double mass) {
     struct {
         double mass;
@@ -13562,24 +13565,24 @@ static int llm__sampler_keep_likeliest(const float *p, llm_token *ids, int n_voc
     return kept;
 }
 
-/* Tokens that may be drawn, with p that sum to `total`. */
+/* The tokens that may be drawn, and their p, which sum to `total`. */
 typedef struct llm__sampler_choice {
     float *p;            /* [n_vocab] */
-    llm_token *ids;      /* [n_vocab] they are the last n of these, the best is the last. Scratch if n is n_vocab */
-    const float *maxima; /* [n_vocab / LLM__MAX_RUN, rounded up] no p of a run is above */
-    int n_vocab, n;      /* 0: there is none, see `status` */
+    llm_token *ids;      /* [n_vocab] the last n are the candidates, the best of them last. Scratch if n is n_vocab */
+    const float *maxima; /* [n_vocab / LLM__MAX_RUN, rounded up] an upper bound of the p of each run */
+    int n_vocab, n;      /* n is 0 if no token can be drawn; see `status` */
     llm_token best;
     double total;
     llm_status status;
 } llm__sampler_choice;
 
-/* The i'th token of a choice, the best first where not all tokens are in it. */
+/* Token i of a choice. The best comes first, unless the choice holds all tokens. */
 static llm_token llm__sampler_choice_id(const llm__sampler_choice *c, int i) {
     return c->n == c->n_vocab ? i : c->ids[c->n_vocab - 1 - i];
 }
 
-/* Puts the tokens whose p is `least` or more at the end of ids, the best as the last, the others in order; returns how
-   many there are. */
+/* Moves the tokens with p >= `least` to the end of ids, the best one last, the others in order. Returns how many there
+   are. */
 static int llm__sampler_gather(const llm__sampler_choice *c, float least) {
     int n = 0;
     for (int run = (c->n_vocab - 1) / LLM__MAX_RUN; run >= 0; run--) {
@@ -13595,11 +13598,11 @@ static int llm__sampler_gather(const llm__sampler_choice *c, float least) {
     return n;
 }
 
-/* A bound that at least n tokens reach, and not many more: at least n runs have a max that does. 0 if there are not so
-   many runs. */
+/* A bound for p that at least n tokens reach, and not many more: at least n runs have a maximum that reaches it.
+   Returns 0 if there are fewer runs than that. */
 static float llm__sampler_bound_of(const llm__sampler_choice *c, int n) {
     uint32_t bits = 0;
-    for (uint32_t bit = 1u << 30; bit >= 1u << 18; bit >>= 1) { /* floats above 0 are in order of their bits */
+    for (uint32_t bit = 1u << 30; bit >= 1u << 18; bit >>= 1) { /* floats above 0 have the same order as their bits */
         float bound = llm__f32_from_bits(bits | bit);
         int n_runs = 0;
         for (int run = 0; run * LLM__MAX_RUN < c->n_vocab; run++) n_runs += c->maxima[run] >= bound;
@@ -13608,8 +13611,8 @@ static float llm__sampler_bound_of(const llm__sampler_choice *c, int n) {
     return llm__f32_from_bits(bits);
 }
 
-/* Gathers the most likely tokens: `most` of them or more, or as many as reach `mass` together, or all whose p is above 0
-   and `least` or more. Of a whole vocabulary most are much too unlikely, so the bound starts high. */
+/* Gathers the most likely tokens: `most` of them or more, or as many as reach `mass` together, or all with p above 0
+   and at least `least`. Most tokens of a vocabulary are far too unlikely, so the search starts with a high bound. */
 static int llm__sampler_gather_likely(const llm__sampler_choice *c, int most, double mass, float least) {
     float bound = most < c->n_vocab ? llm__sampler_bound_of(c, most) : mass < INFINITY ? c->p[c->best] / 1024 : least;
     if (bound == 0) bound = c->p[c->best] / 1024;
@@ -13620,11 +13623,11 @@ static int llm__sampler_gather_likely(const llm__sampler_choice *c, int most, do
         int n = llm__sampler_gather(c, bound);
         if (n >= most || bound == least) return n;
         for (int i = c->n_vocab - n; i < c->n_vocab && mass < INFINITY; i++) sum += c->p[c->ids[i]];
-        if (sum > mass * (1 + 1e-12)) return n; /* in whatever order they are added */
+        if (sum > mass * (1 + 1e-12)) return n; /* true for any order of summation */
     }
 }
 
-/* The sum of all p, in eight parts, for one addition would wait for the other. */
+/* The sum of all p. Eight partial sums keep an addition from waiting for the one before. */
 static double llm__sampler_total_of(const float *p, int n) {
     double sums[8] = {0};
     int i = 0;
@@ -13634,7 +13637,7 @@ static double llm__sampler_total_of(const float *p, int n) {
     return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-/* Leaves in a choice of all tokens, whose p sum to `sum`, those that may be drawn. */
+/* Reduces a choice of all tokens, whose p sum to `sum`, to those that may be drawn. */
 static void llm__sampler_cut_candidates(llm__sampler_choice *c, const llm_sampler *s, double sum) {
     const float *p = c->p, best = p[c->best];
     int n_vocab = c->n_vocab;
@@ -13650,7 +13653,7 @@ static void llm__sampler_cut_candidates(llm__sampler_choice *c, const llm_sample
     int n = llm__sampler_gather_likely(c, by_k ? s->top_k : n_vocab, by_p && !by_k ? (double)s->top_p * sum : INFINITY,
                                        least);
     if (by_k) n = llm__sampler_keep_likeliest(p, c->ids, n_vocab, n, s->top_k, INFINITY);
-    if (by_k && by_p) { /* top-p counts within what top-k left */
+    if (by_k && by_p) { /* top-p applies to what top-k kept */
         sum = 0;
         for (int i = 1; i <= n; i++) sum += p[c->ids[n_vocab - i]];
     }
@@ -13665,7 +13668,7 @@ static void llm__sampler_cut_candidates(llm__sampler_choice *c, const llm_sample
     }
 }
 
-/* A number in [0, 1) from the seed and a count (splitmix64: Steele, Lea and Flood 2014). */
+/* A number in [0, 1) from the seed and a counter (splitmix64: Steele, Lea and Flood 2014). */
 static double llm__sampler_random(llm_sampler *s) {
     uint64_t z = s->seed + ++s->n_drawn * 0x9E3779B97F4A7C15u;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
@@ -13673,7 +13676,7 @@ static double llm__sampler_random(llm_sampler *s) {
     return (double)((z ^ z >> 31) >> 11) * (1.0 / 9007199254740992.0);
 }
 
-/* The token at which, from the most likely on, the sum of p first exceeds the share `at` of the total. */
+/* The token at which the sum of p, from the most likely on, first exceeds the fraction `at` of the total. */
 static llm_token llm__sampler_draw(const llm__sampler_choice *c, double at) {
     double mass = nextafter(at * c->total, INFINITY);
     int n = c->n < c->n_vocab ? c->n : llm__sampler_gather_likely(c, c->n_vocab, mass, 0);
@@ -13683,7 +13686,7 @@ static llm_token llm__sampler_draw(const llm__sampler_choice *c, double at) {
 
 static bool llm__sampler_is_greedy(const llm_sampler *sampler) { return !(sampler->temperature >= 1e-30f); }
 
-/* A choice of which this token is all. */
+/* A choice with this token alone. */
 static llm__sampler_choice llm__sampler_choose_one(llm__sampler_choice c, llm_token token) {
     c.ids[c.n_vocab - 1] = c.best = token;
     c.p[token] = 1;
@@ -13692,7 +13695,7 @@ static llm__sampler_choice llm__sampler_choose_one(llm__sampler_choice c, llm_to
     return c;
 }
 
-/* What comes after `tokens`, by their logits; valid until the next choice in the context. */
+/* The choice for the token after `tokens`, from its logits. Valid until the next choice in this context. */
 static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const float *logits, const llm_token *tokens,
                                                int n_tokens, const llm_sampler *sampler, llm_error *err) {
     const llm__kernels *kernels = ctx->model->kernels;
@@ -13749,16 +13752,16 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
 
 /* ==== 21 Speculative decoding ===================================================================================
 
-   A pass for a few tokens reads the weights once, like a pass for one, so tokens that were guessed beforehand are
-   checked almost for nothing. In a round the draft guesses, the model computes the last token and the guesses in one
-   pass, tokens are drawn from its logits for as long as they are what was guessed, and the rest of the cache is
-   truncated. Leviathan et al. 2023 (arXiv:2211.17192), Chen et al. 2023 (2302.01318); prompt lookup: Saxena 2023. */
+   A pass for a few tokens reads the weights once, like a pass for one token. So guessed tokens can be checked almost
+   for free. In each round the draft guesses some tokens, and the model computes the last token and the guesses in one
+   pass. Tokens are drawn from its logits for as long as they equal the guesses. The remaining guesses are removed from
+   the cache. Leviathan et al. 2023 (arXiv:2211.17192), Chen et al. 2023 (2302.01318); prompt lookup: Saxena 2023. */
 
 /* ---- How many guesses are worth it ---- */
 
 enum {
-    LLM__DRAFT_PLAIN = 64,  /* passes after which one is plain, to know what that takes */
-    LLM__DRAFT_FORGET = 512 /* passes after which the time of a size is forgotten       */
+    LLM__DRAFT_PLAIN = 64,  /* every so many passes one is plain, to measure its time again */
+    LLM__DRAFT_FORGET = 512 /* after so many passes the time of a size is forgotten */
 };
 
 static const int llm__spec_rows[LLM_DRAFT_LEARNT_SIZES] = {1, 2, 4, 8, 16};
@@ -13769,7 +13772,8 @@ static void llm__spec_add_time(llm_draft_learnt_times *t, double seconds) {
     t->age = 0;
 }
 
-/* The median of the recent times; of fewer than three the least, for one interruption must not count as the rule. */
+/* The median of the recent times. With fewer than three it is the smallest, so that one interruption does not count as
+   the usual time. */
 static double llm__spec_usual_time(const llm_draft_learnt_times *t) {
     float sorted[LLM_DRAFT_LEARNT_TIMES];
     int n = t->n < LLM_DRAFT_LEARNT_TIMES ? t->n : (int)LLM_DRAFT_LEARNT_TIMES;
@@ -13781,16 +13785,16 @@ static double llm__spec_usual_time(const llm_draft_learnt_times *t) {
     return n ? (double)sorted[n < 3 ? 0 : n / 2] : 0;
 }
 
-/* Seconds of passes of each size; where none was measured lately, what they may well be. */
+/* Seconds of a pass of each size. A size that was not measured lately gets an estimate. */
 static void llm__spec_pass_times(const llm_draft_learnt *s, double seconds[LLM_DRAFT_LEARNT_SIZES]) {
     static const double usual[LLM_DRAFT_LEARNT_SIZES] = {1, 1.1, 1.2, 1.5, 2.5};
     for (int i = 0; i < LLM_DRAFT_LEARNT_SIZES; i++)
         seconds[i] = s->passes[i].n ? llm__spec_usual_time(&s->passes[i]) : usual[i] * seconds[0];
 }
 
-/* The number of guesses of a kind, at most `most`, with which tokens come fastest. The chance that a guess is right,
-   all before it being right, is what was seen of such guesses; where little was, it is like the one before it, and that
-   of the first like that of the kind below. */
+/* The number of guesses of a kind, up to `most`, that gives the most tokens per second. The chance that a guess is
+   right, if all before it are, is estimated from earlier guesses at the same place. With little data it is like that
+   of the guess before it, and for the first guess like that of the kind below. */
 static int llm__spec_best_guesses(const llm_draft_learnt *s, const double *pass_seconds, int kind, int most,
                                   double guess_seconds) {
     double chance = 0.1, all_right = 1, tokens = 1, best_rate = 1 / pass_seconds[0];
@@ -13804,7 +13808,7 @@ static int llm__spec_best_guesses(const llm_draft_learnt *s, const double *pass_
             tokens += all_right;
         }
         double rate = tokens / (pass_seconds[size] + n * guess_seconds);
-        if (rate <= 1.02 * best_rate) continue; /* 2 %: more than the times are sure of */
+        if (rate <= 1.02 * best_rate) continue; /* less than 2 % is within the noise of the times */
         best_rate = rate;
         best = n;
     }
@@ -13814,7 +13818,7 @@ static int llm__spec_best_guesses(const llm_draft_learnt *s, const double *pass_
 /* ---- A generation's rounds ---- */
 
 typedef struct llm__spec {
-    llm_draft *draft; /* NULL: none, or it failed */
+    llm_draft *draft; /* NULL if there is none, or if it failed */
     llm_context *ctx;
     int seq, most;
     llm_sampler *sampler;
@@ -13822,13 +13826,13 @@ typedef struct llm__spec {
     void *cancel_user;
     llm_draft_guesses guesses;
     float *q[LLM_DRAFT_MAX]; /* room for guesses.q, or NULL */
-    int n_checked;           /* of the guesses, in the pass whose logits there are */
+    int n_checked;           /* number of guesses in the pass that the logits belong to */
     llm_draft_stats *stats;
 } llm__spec;
 
-/* What is asked of the draft. False: nothing, as guessing has not paid so far. It is then tried in two rounds one after
-   the other, the second of which shows what a guess takes, whenever all trials took less than a hundredth of the
-   time. */
+/* Decides how many guesses of each kind to request. Returns false if guessing has not paid off so far. It is then
+   tried again in two consecutive rounds (the time of the second one counts) whenever all trials took less than 1 % of
+   the time. */
 static bool llm__spec_plan_round(llm_draft_learnt *s, const double *pass_seconds, int most, int wanted[LLM_DRAFT_KINDS],
                                  bool *trial) {
     bool known = s->guess.n > 0;
@@ -13836,18 +13840,18 @@ static bool llm__spec_plan_round(llm_draft_learnt *s, const double *pass_seconds
     bool cheap = known && guess_seconds < 0.01 * pass_seconds[0], pays = false;
     for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++) {
         wanted[kind] = llm__spec_best_guesses(s, pass_seconds, kind, most, guess_seconds);
-        pays = pays || (wanted[kind] && s->n_known[kind][0] > 0); /* a kind that never came says nothing */
+        pays = pays || (wanted[kind] && s->n_known[kind][0] > 0); /* a kind that never occurred tells nothing */
     }
     *trial = !pays && !cheap;
     if (*trial && s->n_in_step != 1 && s->trial_seconds > 0.01 * s->seconds) return false;
-    /* One more than is checked: whether it is right will be seen all the same. */
+    /* One more than will be checked: the text shows later whether it was right. */
     for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++)
         if ((cheap || *trial) && wanted[kind] < most) wanted[kind]++;
     return true;
 }
 
-/* Cuts what a draft wrote to what was wanted. `with_q`: room for probabilities was offered. A kind may follow from what was
-   drawn, and so must not say how many guesses drawn from q are checked. */
+/* Cuts the draft's guesses to the number requested. `with_q`: room for probabilities was offered. The kind may depend
+   on the draw, so it must not decide how many guesses drawn from q are checked. */
 static void llm__spec_trim_guesses(llm_draft_guesses *g, const int *wanted, int n_vocab, bool with_q) {
     g->has_q = g->has_q && with_q;
     if (g->kind < 0 || g->kind >= LLM_DRAFT_KINDS || g->has_q) g->kind = 0;
@@ -13863,7 +13867,7 @@ static llm_status llm__spec_call_draft(llm__spec *sp, llm_token last, const int 
     llm_error why;
     int length = ctx->cache.lengths[sp->seq];
     llm_token *text = llm__cache_tokens(&ctx->cache, sp->seq);
-    text[length] = last; /* there is room for it, and the pass will put it there */
+    text[length] = last; /* there is room, and the pass will put it there anyway */
     llm_draft_request request = {ctx, sp->seq, text, length + 1, wanted, sp->sampler, sp->cancel, sp->cancel_user};
     memcpy(sp->guesses.q, sp->q, sizeof sp->q);
     memset(&why, 0, sizeof why);
@@ -13883,8 +13887,8 @@ static llm_status llm__spec_call_draft(llm__spec *sp, llm_token last, const int 
     return LLM_OK;
 }
 
-/* Has guesses made of what follows `last`, the token after the sequence, and decides how many of them the next pass is
-   to check: n_checked, at most `most`. */
+/* Lets the draft guess what follows `last`, the token after the sequence, and sets n_checked: how many guesses the
+   next pass checks, at most `most`. */
 static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_error *err) {
     int wanted[LLM_DRAFT_KINDS];
     double pass_seconds[LLM_DRAFT_LEARNT_SIZES], start = llm__clock_now();
@@ -13895,17 +13899,17 @@ static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_e
     llm_draft_learnt *s = &sp->draft->learnt;
     for (int i = 0; i < LLM_DRAFT_LEARNT_SIZES; i++)
         if (s->passes[i].age < LLM__DRAFT_FORGET) s->passes[i].age++;
-        else if (i) s->passes[i].n = 0; /* times change: see again */
+        else if (i) s->passes[i].n = 0; /* times change, so measure again */
     if (most > sp->most) most = sp->most;
-    /* Now and then a plain pass, to know what it takes. */
+    /* Now and then a plain pass, to measure its time. */
     if (most < 1 || !s->passes[0].n || s->passes[0].age > LLM__DRAFT_PLAIN) return LLM_OK;
     llm__spec_pass_times(s, pass_seconds);
     if (!llm__spec_plan_round(s, pass_seconds, most, wanted, &trial)) {
         s->n_in_step = 0;
         return LLM_OK;
     }
-    /* Guesses drawn from probabilities are checked up to a number that was settled before the first was drawn: whether one
-       is checked must not follow from what it is, or the text is another one's. */
+    /* Guesses drawn from probabilities: the number to check is fixed before the first one is drawn. If it depended on
+       the draws, the text would follow another distribution. */
     int planned = llm__spec_best_guesses(s, pass_seconds, 0, most, 0);
     llm_status status = llm__spec_call_draft(sp, last, wanted, err);
     double took = llm__clock_now() - start;
@@ -13913,7 +13917,7 @@ static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_e
     s->seconds += took;
     if (trial) s->trial_seconds += took;
     if (status) return status;
-    /* After a pause the draft had to catch up with the text: that time is not the rule. */
+    /* After a pause the draft first had to catch up with the text, so that time is not counted. */
     if (s->n_in_step && sp->guesses.n) llm__spec_add_time(&s->guess, took / sp->guesses.n);
     s->n_in_step = s->n_in_step < 2 ? s->n_in_step + 1 : 2;
     if (sp->guesses.n < most) most = sp->guesses.n;
@@ -13922,7 +13926,7 @@ static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_e
     return LLM_OK;
 }
 
-/* Takes note of what a pass took. */
+/* Records the time of a pass. */
 static void llm__spec_time_pass(llm__spec *sp, double seconds) {
     int size = 0;
     sp->stats->pass_seconds += seconds;
@@ -13932,14 +13936,14 @@ static void llm__spec_time_pass(llm__spec *sp, double seconds) {
     sp->draft->learnt.seconds += seconds;
 }
 
-/* The chance of a token. */
+/* The probability of a token. */
 static double llm__spec_choice_p(const llm__sampler_choice *c, llm_token token) {
     for (int i = 0; i < c->n; i++)
         if (llm__sampler_choice_id(c, i) == token) return c->p[token] / c->total;
     return 0;
 }
 
-/* One of the choice, each with probability proportional to max(0, p - q). */
+/* Draws a token with probability proportional to max(0, p - q). */
 static llm_token llm__spec_draw_rest(const llm__sampler_choice *c, const float *q, llm_sampler *sampler) {
     double sum = 0;
     for (int i = 0; i < c->n; i++) {
@@ -13957,9 +13961,8 @@ static llm_token llm__spec_draw_rest(const llm__sampler_choice *c, const float *
     return c->best; /* nothing is left, or rounding left a little over */
 }
 
-/* Draws the token that the logits at `row` of the pass are about; `row` counts from `first`, its first row that belongs
-   here, whose token ends the first `length` of the sequence. *right: it is what was guessed, so that the next row's
-   logits are good too. */
+/* Draws the token that follows position length - 1 of the sequence from the logits at `row`, counted from `first`, the
+   first row of this sequence in the pass. *right: it equals the guess, so the next row's logits are valid, too. */
 static llm_status llm__spec_draw_checked(llm__spec *sp, int first, int row, int length, llm_token *token, bool *right,
                                          llm_error *err) {
     const llm_draft_guesses *g = &sp->guesses;
@@ -13994,7 +13997,7 @@ static void llm__spec_count_pass(llm__spec *sp, int n_right) {
     stats->tokens_per_pass = 1 + (double)stats->n_accepted / stats->n_passes;
 }
 
-/* Plain decoding would have taken a plain pass for each token, and for all but passes and guesses the same. */
+/* Plain decoding would have needed a plain pass per token; all other costs would have been the same. */
 static void llm__spec_find_speedup(const llm__spec *sp, int n_tokens, double seconds) {
     llm_draft_stats *stats = sp->stats;
     if (!sp->draft || !sp->draft->learnt.passes[0].n || n_tokens < 1) return;
@@ -14004,10 +14007,10 @@ static void llm__spec_find_speedup(const llm__spec *sp, int n_tokens, double sec
 
 /* ---- Prompt lookup ---- */
 
-enum { LLM__LOOKUP_MOST = 16 }; /* tokens a match is looked at for */
+enum { LLM__LOOKUP_MOST = 16 }; /* maximum length of a match */
 
-/* Finds the longest end of the text that stands in it before, of several the last. Returns where what followed it
-   begins, 0 if there is none. */
+/* Finds the longest suffix of the text that also occurs earlier in it, the last occurrence if there are several.
+   Returns the position after that occurrence, or 0 if there is none. */
 static int llm__lookup_find_match(const llm_token *text, int n, int *length) {
     int best = 0;
     *length = 0;
@@ -14021,8 +14024,8 @@ static int llm__lookup_find_match(const llm_token *text, int n, int *length) {
     return best;
 }
 
-/* Longer matches are trusted more: they are kinds of their own. What follows a match that reaches into the end of the
-   text goes on with the guesses themselves. */
+/* Longer matches are more reliable, so they are kinds of their own. If a match reaches the end of the text, the
+   guesses continue with themselves. */
 static llm_status llm__lookup_propose(void *user, const llm_draft_request *r, llm_draft_guesses *g, llm_error *err) {
     static const int kinds[LLM__LOOKUP_MOST + 1] = {0, 0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 6, 6, 7};
     int length, from = llm__lookup_find_match(r->tokens, r->n_tokens, &length);
@@ -14049,14 +14052,14 @@ LLM_API llm_draft llm_draft_lookup(void) {
 
 typedef struct llm__draft_model {
     llm__pool pool;
-    llm_context *target, *ctx; /* what it guesses for; its own */
-    bool shares_cache;         /* of the target: its own is then lent to it for each proposal */
-    int *starts;               /* [n_seq] where in the text its sequence begins: it may be too short for all of it */
-    int *seqs;                 /* [n_ctx] for a batch's tokens */
+    llm_context *target, *ctx; /* the context it guesses for, and its own */
+    bool shares_cache;         /* it uses the target's cache, which is lent to it for each proposal */
+    int *starts; /* [n_seq] where its sequence begins in the text, since it may be too short for the whole text */
+    int *seqs;   /* [n_ctx] for the tokens of a batch */
 } llm__draft_model;
 
-/* Cuts its sequence to what it has in common with the text, moving on in the text where that leaves no room for
-   `n_more`; returns how many tokens of the text it has not read. */
+/* Cuts the draft's sequence to the part it has in common with the text. Moves its start forward if that leaves no room
+   for `n_more` tokens. Returns how many tokens of the text it has not read yet. */
 static int llm__draft_model_align(llm__draft_model *d, const llm_draft_request *r, int n_more) {
     int n_ctx = d->ctx->desc.n_ctx, *start = &d->starts[r->seq], same = 0;
     if (d->shares_cache) return 1;
@@ -14068,7 +14071,7 @@ static int llm__draft_model_align(llm__draft_model *d, const llm_draft_request *
     return r->n_tokens - *start - same;
 }
 
-/* The target may have fewer tokens. The best may be among those that go; then another is the last. */
+/* Removes tokens that the target does not have. If the best one is among them, the next best becomes the last. */
 static void llm__draft_model_drop_unknown(llm__sampler_choice *c, int n_known) {
     int n = c->n == c->n_vocab ? llm__sampler_gather_likely(c, c->n_vocab, INFINITY, 0) : c->n, kept = 0;
     c->total = 0;
@@ -14081,7 +14084,7 @@ static void llm__draft_model_drop_unknown(llm__sampler_choice *c, int n_known) {
     c->best = c->ids[c->n_vocab - 1];
 }
 
-/* Guesses what comes after its sequence by the last pass's logits; false if it is nothing the target knows. */
+/* Guesses the token after the draft's sequence from the last pass's logits. False if the target does not have it. */
 static bool llm__draft_model_draw(llm__draft_model *d, int seq, const float *logits, llm_sampler *sampler,
                                   llm_draft_guesses *g) {
     int n_known = d->target->model->shape.n_vocab;
@@ -14100,15 +14103,15 @@ static bool llm__draft_model_draw(llm__draft_model *d, int seq, const float *log
     return true;
 }
 
-/* Reads the last n_new tokens of the text, and guesses, reading each guess but the last. */
+/* Reads the last n_new tokens of the text, then guesses tokens and reads each of them but the last. */
 static llm_status llm__draft_model_run(llm__draft_model *d, const llm_draft_request *r, int n_new, llm_draft_guesses *g,
                                        llm_error *err) {
     llm_sampler sampler = *r->sampler;
     const llm_token *tokens = r->tokens + r->n_tokens - n_new;
     g->has_q = g->q[0] != NULL;
-    if (g->has_q) sampler.seed = ~sampler.seed; /* numbers that the target does not use */
+    if (g->has_q) sampler.seed = ~sampler.seed; /* random numbers that the target does not use */
     for (int i = 0; i < n_new; i++) {
-        if (tokens[i] >= d->ctx->model->shape.n_vocab) return LLM_OK; /* it cannot read that */
+        if (tokens[i] >= d->ctx->model->shape.n_vocab) return LLM_OK; /* it cannot read this token */
         d->seqs[i] = r->seq;
     }
     while (g->n < r->n_wanted[0]) {
@@ -14149,7 +14152,7 @@ static void llm__draft_model_close(void *user) {
     llm__pool_free(&pool);
 }
 
-/* Do two vocabularies say the same, as far as both go? The longer may be padded. */
+/* Checks that two vocabularies agree as far as both go. The longer one may be padded. */
 static llm_status llm__draft_check_vocabularies(const llm_tokenizer *a, const llm_tokenizer *b, llm_error *err) {
     int n_a = llm_tokenizer_n_vocab(a), n_b = llm_tokenizer_n_vocab(b);
     for (int i = 0; i < n_a && i < n_b; i++) {
@@ -14169,11 +14172,10 @@ typedef struct llm__draft_model_args {
     llm_context *target;
     const llm_model *model;
     llm__draft_model *draft;
-    llm_context *ctx; /* to be freed if something fails after it was made */
+    llm_context *ctx; /* freed if something fails after it was created */
 } llm__draft_model_args;
 
-/* The draft's context: on the target's cache if that holds what the draft's own would, but for the type of the
-   weights. */
+/* Creates the draft's context. It uses the target's cache if the two differ in nothing but the type of the weights. */
 static llm_status llm__draft_model_context(llm__draft_model_args *a, bool *shares_cache, llm_error *err) {
     const llm_model *model = a->model;
     llm_context_desc desc = a->target->desc;
@@ -14182,7 +14184,7 @@ static llm_status llm__draft_model_context(llm__draft_model_args *a, bool *share
     *shares_cache = same_backend && model->source == a->target->model->source;
     desc.n_logits = 1;
     if (*shares_cache) {
-        desc.n_batch = 1; /* it reads the last token, and then its own guesses */
+        desc.n_batch = 1; /* it reads the last token, then its own guesses */
     } else {
         desc.cache_dtype = LLM_DTYPE_DEFAULT;
         desc.n_cache = 0;
@@ -14242,21 +14244,21 @@ LLM_API void llm_draft_free(llm_draft *draft) {
 
 /* ==== 22 Generation =============================================================================================
 
-   Prompt in, text out: encode, run what the cache does not hold yet, then sample, show and run one token at a time, or
-   several with a draft. */
+   Prompt in, text out: encode the prompt, run the part that the cache does not hold, then draw, show and run one token
+   at a time, or several with a draft. */
 
-/* Text on its way to the host. What might be the beginning of a stop string waits until that is known. */
+/* Text on its way to the host. What may be the start of a stop string is held back until that is decided. */
 typedef struct llm__gen_outbox {
     llm_context *ctx;
     const llm_generate_desc *desc;
-    char *text; /* waiting */
+    char *text; /* text that is held back */
     size_t n, capacity;
     llm_text_stream stream;
-    int stop_index; /* the stop string that was found, or -1 */
+    int stop_index; /* index of the stop string that was found, or -1 */
     bool refused;   /* a callback returned false */
 } llm__gen_outbox;
 
-/* Bytes at the end of the waiting text that begin some stop string. */
+/* Number of bytes at the end of the held text that may be the start of a stop string. */
 static size_t llm__gen_possible_stop(const llm__gen_outbox *box) {
     for (size_t at = 0; at < box->n; at++)
         for (int i = 0; i < box->desc->n_stop_strings; i++) {
@@ -14266,7 +14268,7 @@ static size_t llm__gen_possible_stop(const llm__gen_outbox *box) {
     return 0;
 }
 
-/* Where the first stop string in the waiting text begins; box->n if there is none. */
+/* Position of the first stop string in the held text; box->n if there is none. */
 static size_t llm__gen_find_stop(llm__gen_outbox *box) {
     for (size_t at = 0; at < box->n; at++)
         for (int i = 0; i < box->desc->n_stop_strings; i++) {
@@ -14291,7 +14293,7 @@ static void llm__gen_show(llm__gen_outbox *box, size_t n) {
     box->n -= n;
 }
 
-/* Adds a token's text, or with token -1 what is left at the end, and shows what can be shown. */
+/* Adds a token's text, or for token -1 what remains at the end, and shows what can be shown. */
 static void llm__gen_outbox_add(llm__env *env, llm__gen_outbox *box, const llm_tokenizer *tokenizer, llm_token token) {
     size_t n_bytes = 0;
     llm_token_bytes(tokenizer, token, &n_bytes);
@@ -14316,7 +14318,7 @@ typedef struct llm__gen_args {
     llm__spec speculation;
 } llm__gen_args;
 
-/* The prompt's tokens, allocated. */
+/* The tokens of the prompt in new memory. */
 static llm_token *llm__gen_prompt_tokens(llm__env *env, const llm__gen_args *a, int *n) {
     const llm_generate_desc *d = a->desc;
     const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
@@ -14352,15 +14354,16 @@ static llm_token *llm__gen_prompt_tokens(llm__env *env, const llm__gen_args *a, 
     return ids;
 }
 
-/* A forward pass that the caller's cancel stops, or the context's where the caller has none. Of a long prompt, the passes
-   before stay. */
+/* A forward pass. The caller's cancel stops it, or the context's if the caller has none. The passes of a long prompt
+   that were finished before stay. */
 static llm_status llm__gen_forward(const llm__gen_args *a, const llm_batch *batch, llm_error *err) {
     const llm_context_desc *c = &a->ctx->desc;
     if (a->desc->cancel) return llm__ctx_forward(a->ctx, batch, true, a->desc->cancel, a->desc->user, err);
     return llm__ctx_forward(a->ctx, batch, true, c->cancel, c->cancel_user, err);
 }
 
-/* Runs the part of the prompt that the sequence does not hold. At least one token is run, to have its logits. */
+/* Runs the part of the prompt that the sequence does not hold. At least one token is run, since its logits are
+   needed. */
 static llm_status llm__gen_prefill(llm__env *env, const llm__gen_args *a, const llm_token *ids, int n) {
     llm_context *ctx = a->ctx;
     int seq = a->desc->seq, reused = 0;
@@ -14385,7 +14388,7 @@ static llm_status llm__gen_prefill(llm__env *env, const llm__gen_args *a, const 
     return status;
 }
 
-/* Ends the generation if this token does, without showing it. */
+/* True if this token ends the generation. It is not shown. */
 static bool llm__gen_token_stops(const llm__gen_args *a, llm_token token) {
     if (!a->desc->ignore_end && llm_token_is_end(a->ctx->model->tokenizer, token)) {
         a->stats->stop = LLM_STOP_END;
@@ -14400,14 +14403,14 @@ static bool llm__gen_token_stops(const llm__gen_args *a, llm_token token) {
     return false;
 }
 
-/* What leaves no place for one more token: the sequence's length, or the cache; LLM_STOP_NONE: there is one. */
+/* Which limit leaves no room for one more token: the sequence's length or the cache. LLM_STOP_NONE: there is room. */
 static llm_stop llm__seq_is_full(const llm_context *ctx, int seq) {
     if (ctx->cache.lengths[seq] == ctx->desc.n_ctx) return LLM_STOP_CONTEXT;
     return llm__cache_needs(&ctx->cache, seq, 1) > ctx->cache.n_free ? LLM_STOP_CACHE : LLM_STOP_NONE;
 }
 
-/* Shows a token and says whether something there ends the generation. `has_place`: it is in the cache already, or its
-   place is. */
+/* Shows a token. Returns false if something about it ends the generation. `has_place`: it is in the cache already, or
+   its place is reserved. */
 static bool llm__gen_show_token(llm__env *env, const llm__gen_args *a, llm__gen_outbox *box, llm_token token,
                                 bool has_place) {
     const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
@@ -14432,7 +14435,7 @@ static bool llm__gen_show_token(llm__env *env, const llm__gen_args *a, llm__gen_
     return stats->stop != LLM_STOP_NONE;
 }
 
-/* The sequence's last token went through the model. */
+/* Counts a decoded token. */
 static void llm__gen_count_decode(const llm__gen_args *a) {
     const llm_model *model = a->ctx->model;
     uint64_t length = (uint64_t)llm_seq_length(a->ctx, a->desc->seq);
@@ -14441,7 +14444,7 @@ static void llm__gen_count_decode(const llm__gen_args *a) {
     a->stats->decode_bytes += model->info.weight_bytes_per_token + length * block_bytes / LLM_CACHE_BLOCK;
 }
 
-/* The most guesses there is room for after a token, in the sequence and the cache, and use for. */
+/* The largest number of guesses after a token that sequence and cache have room for and that can be of use. */
 static int llm__gen_most_guesses(const llm__gen_args *a) {
     const llm_context *ctx = a->ctx;
     int seq = a->desc->seq, most = ctx->desc.n_ctx - ctx->cache.lengths[seq] - 1;
@@ -14452,7 +14455,7 @@ static int llm__gen_most_guesses(const llm__gen_args *a) {
     return most;
 }
 
-/* A token through the model, and after it the guesses that are worth it. */
+/* Runs a token through the model, followed by the guesses that are worth checking. */
 static llm_status llm__gen_step(llm__gen_args *a, llm_token token, llm_error *err) {
     llm__spec *sp = &a->speculation;
     llm_token tokens[LLM_DRAFT_MAX + 1];
@@ -14482,12 +14485,12 @@ typedef struct llm__gen_burst_args {
     llm__gen_outbox *box;
     llm_sampler *sampler;
     llm_backend_burst burst;
-    int n_known;     /* of its tokens */
-    llm_token token; /* the last known */
+    int n_known;     /* number of its tokens known so far */
+    llm_token token; /* the last known token */
     llm_status status;
 } llm__gen_burst_args;
 
-/* How many tokens the device may pick: places for all but the last must be there. */
+/* How many tokens the device may pick. All but the last need a place in the cache. */
 static int llm__gen_burst_size(const llm__gen_args *a, const llm_sampler *s) {
     const llm__cache *cache = &a->ctx->cache;
     int seq = a->desc->seq, left = a->desc->max_tokens - a->stats->n_generated, n = LLM_BACKEND_BURST;
@@ -14507,7 +14510,7 @@ static bool llm__gen_poll_cancel(const llm__gen_args *a) {
     return ctx->cancel && llm__ctx_poll_host(ctx);
 }
 
-/* The burst's next token is known. */
+/* Handles the next token of the burst. */
 static void llm__gen_burst_token_body(llm__env *env, void *arg) {
     llm__gen_burst_args *b = (llm__gen_burst_args *)arg;
     const llm__gen_args *a = b->a;
@@ -14525,7 +14528,7 @@ static void llm__gen_burst_token_body(llm__env *env, void *arg) {
     llm__cache_tokens(cache, a->desc->seq)[cache->lengths[a->desc->seq]++] = b->token;
 }
 
-/* Where memory runs out, the device's work is brought to an end before the error goes up. */
+/* If memory runs out here, the device first finishes its work; then the error is raised. */
 static bool llm__gen_burst_token(void *user, llm_token token) {
     llm__gen_burst_args *b = (llm__gen_burst_args *)user;
     llm__env env;
@@ -14535,14 +14538,14 @@ static bool llm__gen_burst_token(void *user, llm_token token) {
     return !b->status && b->a->stats->stop == LLM_STOP_NONE;
 }
 
-/* Lets the device pick n tokens, in places that are taken beforehand; while it does, the sequence's length is that of
-   its known tokens. *token becomes the last of them. */
+/* Lets the device pick n tokens. Their places in the cache are reserved beforehand; meanwhile the sequence's length is
+   that of its known tokens. *token becomes the last one. */
 static llm_status llm__gen_run_burst(llm__env *env, const llm__gen_args *a, llm__gen_outbox *box, llm_sampler *sampler,
                                      int n, llm_token *token) {
     llm_context *ctx = a->ctx;
     llm__gen_burst_args b = {env, a, box, sampler, {n, 0, NULL, sampler, llm__gen_burst_token, NULL}, 0, -1, LLM_OK};
     int seq = a->desc->seq, *length = &ctx->cache.lengths[seq], before = *length;
-    llm_sampler start = *sampler; /* for its n_drawn counts on while the device draws */
+    llm_sampler start = *sampler; /* a copy, since n_drawn advances while the device draws */
     b.burst.sampler = &start;
     b.burst.position = before;
     b.burst.blocks = llm__cache_table(&ctx->cache, seq);
@@ -14557,15 +14560,15 @@ static llm_status llm__gen_run_burst(llm__env *env, const llm__gen_args *a, llm_
     return status ? status : b.status;
 }
 
-/* Draws and shows tokens by the logits of the last pass, of which row `first` is the first that answers this sequence:
-   one, and another for each guess that was right. *token becomes the last of them, which has not been computed on;
-   false if something ends the generation. */
+/* Draws and shows tokens from the logits of the last pass: one, and another for each guess that was right. `first` is
+   the first row of this sequence. *token becomes the last one, which has not been run yet. False if something ends the
+   generation. */
 static bool llm__gen_take_tokens(llm__env *env, llm__gen_args *a, llm__gen_outbox *box, int first, llm_token *token) {
     llm__spec *sp = &a->speculation;
     llm_context *ctx = a->ctx;
     int seq = a->desc->seq, length = ctx->cache.lengths[seq] - sp->n_checked, row = 0;
     bool right, ended;
-    ctx->unsettled = sp->n_checked > 0; /* until all guesses are accepted or gone */
+    ctx->unsettled = sp->n_checked > 0; /* until all guesses are accepted or removed */
     do {
         ctx->old_lengths[seq] = length + row;
         env->status = llm__spec_draw_checked(sp, first, row, length + row, token, &right, env->err);
@@ -14605,7 +14608,7 @@ static void llm__gen_start_speculation(llm__env *env, llm__gen_args *a, llm_samp
         sp->q[i] = (float *)llm__alloc(env, (size_t)ctx->model->shape.n_vocab, sizeof(float));
 }
 
-/* Arrays that a description counts, but does not have. */
+/* Checks that arrays with a count above 0 are not NULL. */
 static void llm__gen_check_arrays(llm__env *env, const llm_generate_desc *d, const llm_sampler *sampler) {
     const char *name = d->n_stop_strings > 0 && !d->stop_strings   ? "stop_strings"
                        : d->n_stop_tokens > 0 && !d->stop_tokens   ? "stop_tokens"
@@ -14616,7 +14619,7 @@ static void llm__gen_check_arrays(llm__env *env, const llm_generate_desc *d, con
         if (!d->stop_strings[i]) llm__fail(env, LLM_ERROR_ARGUMENT, "stop_strings[%d] is NULL", i);
 }
 
-/* The prompt alone. */
+/* Runs the prompt and stops. */
 static void llm__gen_prefill_body(llm__env *env, void *arg) {
     llm__gen_args *a = (llm__gen_args *)arg;
     double start = llm__clock_now();
@@ -14646,7 +14649,7 @@ static void llm__gen_body(llm__env *env, void *arg) {
     box.desc = a->desc;
     box.stop_index = -1;
     box.stream.started =
-        !a->desc->messages; /* what continues a prompt does not begin a text: its first space is shown */
+        !a->desc->messages; /* what continues a prompt is not the start of a text, so its first space is shown */
     llm__gen_start_speculation(env, a, sampler);
     llm_token *ids = llm__gen_prompt_tokens(env, a, &n);
     llm_status status = llm__gen_prefill(env, a, ids, n);
