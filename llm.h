@@ -4168,16 +4168,17 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
 }
 
 /* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
-#define LLM__JINJA_FILTERS(X)                                                                                   \
-    X(trim)                                                                                                     \
-    X(tojson)                                                                                                   \
-    X(length)                                                                                                   \
-    X(count)                                                                                                    \
-    X(upper)                                                                                                    \
-    X(lower)                                                                                                    \
-    X(title) X(capitalize) X(replace) X(join) X(first) X(last) X(list) X(map) X(select) X(reject) X(selectattr) \
-        X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort) X(unique)  \
-            X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
+#define LLM__JINJA_FILTERS(X)                                                                                         \
+    X(trim)                                                                                                           \
+    X(tojson)                                                                                                         \
+    X(length)                                                                                                         \
+    X(count)                                                                                                          \
+    X(upper)                                                                                                          \
+    X(lower)                                                                                                          \
+    X(title)                                                                                                          \
+    X(capitalize) X(replace) X(join) X(first) X(last) X(list) X(map) X(select) X(reject) X(selectattr) X(rejectattr)  \
+        X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort) X(unique) X(reverse) X(indent) \
+            X(abs) X(round) X(sum) X(min) X(max)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 #undef X
@@ -4192,8 +4193,9 @@ enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
     X(string)                                                                                                         \
     X(mapping)                                                                                                        \
     X(sequence)                                                                                                       \
-    X(iterable) X(number) X(integer) X(float) X(boolean) X(true) X(false) X(equalto) X(eq) X(ne) X(gt) X(greaterthan) \
-        X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(lower) X(upper)
+    X(iterable)                                                                                                       \
+    X(number) X(integer) X(float) X(boolean) X(true) X(false) X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) \
+        X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(lower) X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 #undef X
@@ -4201,15 +4203,16 @@ static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 enum { LLM__JINJA_TESTS(X) LLM__JT_END };
 #undef X
 
-#define LLM__JINJA_METHODS(X)                                                                                       \
-    X(strip)                                                                                                        \
-    X(lstrip)                                                                                                       \
-    X(rstrip)                                                                                                       \
-    X(split)                                                                                                        \
-    X(rsplit)                                                                                                       \
-    X(startswith)                                                                                                   \
-    X(endswith) X(replace) X(upper) X(lower) X(title) X(capitalize) X(find) X(rfind) X(count) X(join) X(splitlines) \
-        X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) X(cycle)   \
+#define LLM__JINJA_METHODS(X)                                                                                     \
+    X(strip)                                                                                                      \
+    X(lstrip)                                                                                                     \
+    X(rstrip)                                                                                                     \
+    X(split)                                                                                                      \
+    X(rsplit)                                                                                                     \
+    X(startswith)                                                                                                 \
+    X(endswith)                                                                                                   \
+    X(replace) X(upper) X(lower) X(title) X(capitalize) X(find) X(rfind) X(count) X(join) X(splitlines)           \
+        X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) X(cycle) \
             X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
@@ -12045,7 +12048,7 @@ static const llm_backend llm__cpu_backend = {
 
 /* ==== 18 Models =================================================================================================
 
-   Loading: from a checkpoint and its hyperparameters to weights on a backend. */
+   Loading a model: from a checkpoint and its hyperparameters to weights on a backend. */
 
 typedef struct llm__meta_entry {
     const char *key, *value;
@@ -12058,9 +12061,9 @@ struct llm_model {
     llm_model_desc desc;
     llm_backend_shape shape;
     llm_model_info info;
-    uint64_t source; /* the fingerprint that the same weights in any type share */
+    uint64_t source; /* fingerprint of the weights, the same for every type they are held in */
     llm_tokenizer *tokenizer;
-    const llm__kernels *kernels; /* for what is computed on the host whatever the backend */
+    const llm__kernels *kernels; /* for what the host computes with any backend */
     llm__meta_entry *meta;       /* [n_meta] */
     size_t n_meta, meta_room;
 };
@@ -12070,7 +12073,7 @@ typedef struct llm__model_load_args {
     const llm__file_source *source;
     llm_model_desc desc;
     const llm_backend *backend;
-    void *device; /* to be closed if loading fails after it was opened */
+    void *device; /* closed if loading fails after it was opened */
 } llm__model_load_args;
 
 static uint64_t llm__hash_fnv(uint64_t hash, const void *bytes, size_t n) { /* FNV-1a, eight bytes at a time */
@@ -12080,13 +12083,13 @@ static uint64_t llm__hash_fnv(uint64_t hash, const void *bytes, size_t n) { /* F
     return hash;
 }
 
-/* The number of the pair of dimensions that makes so many turns within the original positions. */
+/* The pair of dimensions (as a real number) that makes this many turns within the original context length. */
 static double llm__rope_yarn_pair(const llm__hparams *h, double turns) {
     return h->rope_dim * llm__math_log2(h->rope.n_original / (turns * 6.2831853071795865)) /
            (2 * llm__math_log2(h->rope.base));
 }
 
-/* How much of its frequency pair i keeps: 1 all of it, 0 it is divided by the factor. */
+/* Which share of its frequency pair i keeps. 1: all of it; 0: it is divided by the factor. */
 static double llm__rope_kept(const llm__hparams *h, int i, double frequency) {
     const llm__hparams_rope *r = &h->rope;
     double turns = r->n_original * frequency / 6.2831853071795865, kept;
@@ -12105,7 +12108,7 @@ static double llm__rope_kept(const llm__hparams *h, int i, double frequency) {
     return kept < 0 ? 0 : kept > 1 ? 1 : kept;
 }
 
-/* The angle pair i turns by from one position to the next: base^(-2i / rope_dim), and what becomes of it. */
+/* The angle in radians by which pair i turns from one position to the next: base^(-2i / rope_dim), scaled. */
 static double llm__rope_frequency(const llm__hparams *h, int i) {
     double f = llm__math_exp2(-2.0 * i / h->rope_dim * llm__math_log2(h->rope.base));
     if (h->rope.kind == LLM__ROPE_PLAIN) return f;
@@ -12113,7 +12116,7 @@ static double llm__rope_frequency(const llm__hparams *h, int i) {
     return f * kept + f / h->rope.factor * (1 - kept);
 }
 
-/* GGUF has the effect of llama3's scaling in a tensor of divisors. */
+/* GGUF stores the effect of llama3's scaling as a tensor of divisors. */
 static double *llm__rope_frequencies(llm__env *env, const llm__hparams *h, const llm__checkpoint *ck) {
     int half = h->rope_dim / 2;
     double *frequencies = (double *)llm__alloc(env, (size_t)half + 1, sizeof *frequencies);
@@ -12161,7 +12164,8 @@ static llm_backend_shape llm__model_find_shape(llm__env *env, const llm__hparams
     return s;
 }
 
-/* The names of the tensors that make up a weight, in GGUF and in Hugging Face's files; those of a layer have a prefix. */
+/* Names of the tensors that make up a weight, in GGUF and in Hugging Face files. The names of a layer's tensors have a
+   prefix. */
 static const char *const llm__model_tensor_names[][2][3] = {
     {{"token_embd.weight", NULL, NULL}, {"model.embed_tokens.weight", NULL, NULL}},
     {{"attn_norm.weight", NULL, NULL}, {"input_layernorm.weight", NULL, NULL}},
@@ -12179,7 +12183,7 @@ static const char *const llm__model_tensor_names[][2][3] = {
     {{"output.weight", NULL, NULL}, {"lm_head.weight", NULL, NULL}},
 };
 
-/* The rows of the tensors a weight is made of, 0 where there are no more. */
+/* Number of rows of each tensor that makes up a weight; 0 where there are fewer than three. */
 static void llm__model_part_rows(const llm__hparams *h, llm_backend_weight_kind kind, int rows[3]) {
     int q = h->n_heads * h->head_dim, kv = h->n_kv_heads * h->head_dim;
     rows[0] = 1; /* a norm is one row */
@@ -12199,7 +12203,7 @@ static void llm__model_part_rows(const llm__hparams *h, llm_backend_weight_kind 
     }
 }
 
-/* A bias is a row in the file; here it is a column, as it has a number for each row of its matrix. */
+/* A bias is a row in the file. Here it is a column, with one number for each row of its matrix. */
 static llm__tensor llm__model_get_column(llm__env *env, const llm__checkpoint *ck, const char *name, uint64_t rows) {
     llm__tensor t = llm__tensor_get(env, ck, name, 1, rows);
     if (t.type->block_weights != 1 || t.scales)
@@ -12210,7 +12214,7 @@ static llm__tensor llm__model_get_column(llm__env *env, const llm__checkpoint *c
     return t;
 }
 
-/* A weight made of up to three tensors of the file, each with its rows. */
+/* Describes a weight that consists of up to three tensors of the file. */
 static llm_backend_weight llm__model_make_weight(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h,
                                                  llm__weight_source *source, llm_backend_weight_kind kind, int layer,
                                                  int cols) {
@@ -12246,7 +12250,7 @@ static int llm__model_weight_cols(const llm__hparams *h, llm_backend_weight_kind
     return kind == LLM_WEIGHT_DOWN ? h->n_ff : h->n_embd;
 }
 
-/* Calls visit for every weight of the model, in the order they are used. */
+/* Calls visit for every weight of the model, in order of use. */
 typedef struct llm__model_walk {
     llm__env *env;
     const llm__checkpoint *ck;
@@ -12255,10 +12259,11 @@ typedef struct llm__model_walk {
     const llm_backend *backend;
     void *device;
     llm_dtype dtype;
-    uint64_t n_params, weight_bytes, weight_bytes_per_token, fingerprint; /* the last whatever the dtype */
+    uint64_t n_params, weight_bytes, weight_bytes_per_token,
+        fingerprint; /* the fingerprint is the same for every dtype */
 } llm__model_walk;
 
-/* The fingerprint takes samples: the whole would have to be read. */
+/* The fingerprint uses samples, because hashing everything would mean reading it. */
 static uint64_t llm__model_sample_tensor(uint64_t hash, const llm__tensor *t) {
     uint64_t n = t->rows * t->row_bytes, step = n / 16;
     for (uint64_t at = 0; at < n; at += step ? step : 1)
@@ -12320,7 +12325,7 @@ static void llm__model_upload_weight(llm__model_walk *walk, const llm_backend_we
     llm__env_progress(env, (float)(behind_layers ? walk->h->n_layers : weight->layer) / (float)(walk->h->n_layers + 1));
 }
 
-/* Only the CPU has caches of f32. */
+/* Only the CPU has f32 caches. */
 static llm_dtype llm__model_cache_dtype(const llm_backend *backend, llm_dtype weights) {
     bool exact = backend == &llm__cpu_backend && (weights == LLM_DTYPE_F32 || weights == LLM_DTYPE_F16);
     return exact ? LLM_DTYPE_F32 : LLM_DTYPE_BF16;
@@ -12346,7 +12351,7 @@ static void llm__model_copy_name(char *to, size_t size, llm__str from) {
     llm__utf8_trim(to);
 }
 
-/* All but the fingerprint. */
+/* Everything but the fingerprint. */
 static llm_model_info llm__model_info(const llm__hparams *h, const llm__model_walk *walk,
                                       const llm_backend_shape *shape, const llm_model_desc *desc) {
     llm_model_info made, *info = &made;
@@ -12385,7 +12390,7 @@ static llm__model_walk llm__model_start_walk(llm__env *env, const llm__checkpoin
     return walk;
 }
 
-/* What the keys in a cache depend on beside the weights. */
+/* Hashes what cached keys depend on, apart from the weights. */
 static uint64_t llm__model_hash_shape(const llm_backend_shape *s) {
     int numbers[] = {s->n_vocab,    s->n_layers, s->n_embd,   s->n_ff,  s->n_heads,
                      s->n_kv_heads, s->head_dim, s->rope_dim, s->window};
@@ -12397,7 +12402,9 @@ static uint64_t llm__model_hash_shape(const llm_backend_shape *s) {
 
 /* ---- Metadata as text ---- */
 
-enum { LLM__META_MAX_KEY = 200 }; /* a longer path of keys is not kept, so that no file can make much of a little */
+enum {
+    LLM__META_MAX_KEY = 200
+}; /* longer paths of keys are dropped, so that a small file cannot expand into a huge one */
 
 static void llm__meta_add(llm__env *env, llm_model *model, llm__str key, llm__str value) {
     model->meta =
@@ -12409,7 +12416,7 @@ static void llm__meta_add(llm__env *env, llm_model *model, llm__str key, llm__st
     model->meta[model->n_meta++].value = v;
 }
 
-/* A floating-point number in the fewest digits that give it back, with a point whatever the host's locale. */
+/* Prints a floating-point number with the fewest digits that restore it, and with a point in every locale. */
 static void llm__meta_print_float(char *to, size_t size, double number, bool single) {
     for (int digits = 6; digits <= 17; digits++) {
         snprintf(to, size, "%.*g", digits, number);
@@ -12441,7 +12448,7 @@ static void llm__meta_add_gguf(llm__env *env, llm_model *model, const llm__gguf_
     llm__meta_add(env, model, v->key, text);
 }
 
-/* The members of an object, whose keys stand after `prefix`, and of the objects in it. */
+/* Adds the members of an object and of the objects inside it. Their keys follow `prefix`. */
 static void llm__meta_add_json(llm__env *env, llm_model *model, llm__str prefix, const llm__json *object) {
     static const llm__str yes = {"true", 4}, no = {"false", 5}, null = {"null", 4};
     for (const llm__json *v = object->first; v; v = v->next) {
@@ -12467,13 +12474,13 @@ static void llm__meta_read(llm__env *env, llm_model *model, const llm__checkpoin
 
 /* ---- Loading ---- */
 
-/* A model found in files: all its weights are there and in their shape, and there is nothing it would leave out. */
+/* A model found in files. All its weights exist and have the right shapes, and no tensor is left over. */
 typedef struct llm__model_plan {
-    llm__pool *pool; /* of the files, and all that points into them */
+    llm__pool *pool; /* holds the files and everything that points into them */
     const llm__checkpoint *ck;
     llm__hparams h;
     llm_backend_shape shape;
-    llm__model_walk walk; /* what the weights come to */
+    llm__model_walk walk; /* totals of the weights */
 } llm__model_plan;
 
 static void llm__model_make_plan(llm__env *env, const llm__file_source *source, const llm_model_desc *desc,
@@ -12521,7 +12528,7 @@ static void llm__model_load_body(llm__env *env, void *arg) {
     model->source = walk.fingerprint;
     model->kernels = llm__kernels_choose(desc.isa);
     llm__meta_read(env, model, ck);
-    llm__free(env->pool, plan.pool); /* all of it has been converted */
+    llm__free(env->pool, plan.pool); /* everything has been converted */
     model->device = args->device;
     model->desc = desc;
     model->pool = *env->pool;
@@ -12649,16 +12656,15 @@ LLM_API llm_status llm_model_read_info_callback(llm_read_fn read, void *user, ui
 }
 
 /* ---- A directory with int8 weights ----
-
-   compressed-tensors ("int-quantized"): config.json says what was done, and a matrix NAME is int8 with an f32 scale for
-   each row in NAME_scale. */
+   The format is compressed-tensors "int-quantized": config.json describes it, and each matrix NAME is int8 with an f32
+   scale per row in NAME_scale. */
 
 typedef struct llm__quantize_args {
     const char *from, *to;
     const llm__checkpoint *ck;
 } llm__quantize_args;
 
-/* A file being written; closed if it is still open when its memory is freed. */
+/* A file that is being written. It is closed, if still open, when its memory is freed. */
 typedef struct llm__out {
     FILE *file;
 } llm__out;
@@ -12704,7 +12710,7 @@ static void llm__path_create_directory(llm__env *env, const char *path) {
 #endif
 }
 
-/* Copies a file that may be missing. */
+/* Copies a file if it exists. */
 static void llm__quantize_copy(llm__env *env, const llm__quantize_args *a, const char *name) {
     const char *path = llm__path_join(env, a->from, name);
     if (llm__path_find(path) == LLM__NOTHING) return;
@@ -12717,7 +12723,7 @@ static void llm__quantize_copy(llm__env *env, const llm__quantize_args *a, const
     llm__free(env->pool, file);
 }
 
-/* config.json, with a first member that says what the weights are now. */
+/* Writes config.json with a new first member that describes the weights. */
 static void llm__quantize_config(llm__env *env, const llm__quantize_args *a) {
     static const char added[] =
         "{\"quantization_config\": {\"quant_method\": \"compressed-tensors\", \"format\": \"int-quantized\", "
@@ -12742,14 +12748,15 @@ static bool llm__quantize_chooses(const llm__tensor *t) {
     return t->rows > 1 && t->name.n > n && !memcmp(t->name.at + t->name.n - n, end, n);
 }
 
-/* The file has three parts, so that all numbers stay aligned: scales, what is copied, int8. */
+/* The file has three parts, so that everything stays aligned: scales, copied tensors, int8 tensors. */
 enum { LLM__QUANTIZE_SCALES, LLM__QUANTIZE_COPIES, LLM__QUANTIZE_INT8, LLM__QUANTIZE_PARTS };
 
 static bool llm__quantize_is_in(const llm__tensor *t, int part) {
     return llm__quantize_chooses(t) == (part != LLM__QUANTIZE_COPIES);
 }
 
-/* A tensor's entry in the header; *at is where its bytes begin, and then where they end. Returns the characters. */
+/* Writes a tensor's entry of the header and returns its length. *at is the offset of its bytes; it advances past
+   them. */
 static size_t llm__quantize_describe(char *to, size_t room, const llm__tensor *t, int part, uint64_t *at) {
     uint64_t rows = t->rows, cols = part == LLM__QUANTIZE_SCALES ? 1 : t->cols, bytes = t->rows * t->row_bytes;
     if (part == LLM__QUANTIZE_SCALES) bytes = 4 * rows;
@@ -12783,7 +12790,7 @@ static void llm__quantize_header(llm__env *env, llm__out *out, const llm__checkp
     llm__free(env->pool, text);
 }
 
-/* A tensor's rows as int8, or the scales by which they are multiplied. */
+/* Writes a tensor's rows as int8, or the scales of its rows. */
 static void llm__quantize_rows(llm__env *env, llm__out *out, const llm__tensor *t, bool scales) {
     float *row = (float *)llm__alloc(env, (size_t)t->cols, sizeof *row);
     int8_t *q = (int8_t *)llm__alloc(env, (size_t)t->cols, 1);
@@ -12856,14 +12863,14 @@ LLM_API llm_status llm_quantize_directory(const char *from, const char *to, cons
 
    A context is a cache, scratch space and the threads that compute, for up to n_seq sequences. */
 
-/* What a batch that is scored predicts: after token i of it, the targets from first[i] to first[i + 1]. */
+/* What a scored batch predicts: after token i, the targets first[i] to first[i + 1] - 1. */
 typedef struct llm__ctx_targets {
     const int *first;      /* [n_tokens + 1]                                                              */
     const llm_token *ids;  /* [first[n_tokens]]                                                           */
-    bool count_only;       /* nothing is computed                                                         */
-    int n;                 /* in the pass, in order of its rows:                                          */
+    bool count_only;       /* only count, compute nothing */
+    int n;                 /* targets of the current pass, in order of its rows: */
     llm_token *pass_ids;   /* [n]                                                                         */
-    int *pass_rows, *from; /* [n] an index into the pass's logit_rows; which of the targets above it is   */
+    int *pass_rows, *from; /* [n] index into the pass's logit_rows; index of the target above */
     float *log_probs;      /* [n] the results                                                             */
 } llm__ctx_targets;
 
@@ -12874,25 +12881,25 @@ struct llm_context {
     llm_backend_desc backend_desc;
     void *device; /* the backend's context */
     llm__cache cache;
-    /* The pass being built: the batch's tokens in order of sequence. */
+    /* The pass that is being built: the batch's tokens, ordered by sequence. */
     llm_token *tokens; /* [n_batch] */
     int *positions, *seqs, *logit_rows;
-    int *batch_index;          /* [n_batch] which of the batch's tokens a row's logits answer, -1: not wanted */
-    int *n_new;                /* [n_seq] tokens the batch brings to each sequence */
-    int *first_row;            /* [n_seq + 1] where the sequence's rows begin */
-    int *old_lengths;          /* [n_seq] to go back to if what is under way fails, see `unsettled` */
-    int *logits_of;            /* [n_logits or n_batch] the batch's token each row of logits belongs to */
-    int n_logits;              /* rows of logits there are now */
-    llm__ctx_targets *targets; /* of a batch that is scored, which is a single pass; NULL: logits are wanted */
+    int *batch_index;          /* [n_batch] the batch's token whose logits a row computes, -1: none */
+    int *n_new;                /* [n_seq] number of tokens the batch appends */
+    int *first_row;            /* [n_seq + 1] first row of each sequence */
+    int *old_lengths;          /* [n_seq] to restore if the call fails; see `unsettled` */
+    int *logits_of;            /* [n_logits or n_batch] the batch's token that each row of logits belongs to */
+    int n_logits;              /* number of valid rows of logits */
+    llm__ctx_targets *targets; /* of a scored batch, which is a single pass; NULL: logits are wanted */
     float *probabilities;      /* [n_vocab padded to 16] for the sampler */
     llm_token *candidates;     /* [n_vocab] likewise */
     float *maxima;             /* [n_vocab / LLM__MAX_RUN, rounded up] likewise */
-    /* The call under way. A callback may leave it by longjmp or a C++ exception; the next call then ends it first. */
-    llm__pool work;           /* what it allocates */
-    uintptr_t callback;       /* the frame that called the host; 0: none */
-    bool unsettled;           /* sequences are longer than what is sure of them */
-    int burst_seq, burst_end; /* a burst has places in this sequence up to here; 0: there is none */
-    llm_context *borrower;    /* a draft that is using the cache, or NULL */
+    /* The call in progress. A callback may leave it by longjmp or a C++ exception. The next call then ends it first. */
+    llm__pool work;           /* memory of the call */
+    uintptr_t callback;       /* frame of the code that called the host; 0: no callback is running */
+    bool unsettled;           /* the sequences hold tokens that are not final */
+    int burst_seq, burst_end; /* a burst has reserved places in this sequence up to here; 0: none */
+    llm_context *borrower;    /* a draft that uses this context's cache, or NULL */
     bool (*cancel)(void *user);
     void *cancel_user;
 };
@@ -12963,7 +12970,7 @@ typedef struct llm__ctx_args {
     llm_context **out;
     const llm_model *model;
     llm_context_desc desc;
-    const llm_context *lender; /* of threads, and of the cache if share_cache; see llm_backend_desc */
+    const llm_context *lender; /* lends its threads, and its cache if share_cache; see llm_backend_desc */
     bool share_cache;
     void *device;
 } llm__ctx_args;
@@ -13061,7 +13068,7 @@ LLM_API int llm_context_n_threads(const llm_context *ctx) {
 
 /* ---- Calls of the host, and from it ---- */
 
-/* Stands around each call of a host's function that has the context at hand. */
+/* These two enclose every call of a host function that could use the context. */
 LLM__NOINLINE static void llm__ctx_begin_callback(llm_context *ctx) {
     ctx->callback = (uintptr_t)__builtin_frame_address(0);
 }
@@ -13076,7 +13083,7 @@ static bool llm__ctx_poll_host(void *user) {
     return stop;
 }
 
-/* Back to what is sure of the sequences. */
+/* Restores the sequences to their last final state. */
 static void llm__ctx_roll_back(llm_context *ctx) {
     if (!ctx->unsettled) return;
     for (int seq = 0; seq < ctx->desc.n_seq; seq++) llm__cache_truncate(&ctx->cache, seq, ctx->old_lengths[seq]);
@@ -13084,17 +13091,17 @@ static void llm__ctx_roll_back(llm_context *ctx) {
     ctx->n_logits = 0;
 }
 
-/* Gives back the places of a burst that hold no known token. */
+/* Releases the reserved places of a burst that hold no known token. */
 static void llm__ctx_end_burst(llm_context *ctx) {
     if (!ctx->burst_end) return;
     int known = ctx->cache.lengths[ctx->burst_seq];
     ctx->cache.lengths[ctx->burst_seq] = ctx->burst_end;
     llm__cache_truncate(&ctx->cache, ctx->burst_seq, known);
     ctx->burst_end = 0;
-    ctx->n_logits = 0; /* they are those of a later token */
+    ctx->n_logits = 0; /* they belong to a later token */
 }
 
-/* Ends what a callback, or an allocator, did not return to. */
+/* Ends a call that a callback or an allocator never returned to. */
 static void llm__ctx_settle(llm_context *ctx) {
     llm_context *borrower = ctx->borrower;
     if (ctx->model->backend == &llm__cpu_backend) llm__cpu_end_pass(((llm__cpu_context *)ctx->device)->team);
@@ -13110,9 +13117,9 @@ static void llm__ctx_settle(llm_context *ctx) {
     llm__pool_free(&ctx->work);
 }
 
-/* What begins every public function that works with a context; `frame` is its own. One that a callback calls stands below
-   the callback's; one that stands above shows that the callback never returned. Otherwise nothing is written, for several
-   threads may save sequences of one context. */
+/* Every public function that works with a context begins here; `frame` is its own stack frame. A function that a
+   callback calls has a frame below the callback's. A frame above it shows that the callback never returned. In the
+   normal case nothing is written, because several threads may save sequences of one context. */
 static llm_status llm__ctx_enter(llm_context *ctx, const void *frame, llm_error *err) {
     if (ctx->callback && (uintptr_t)frame <= ctx->callback)
         return llm__error(err, LLM_ERROR_ARGUMENT,
@@ -13131,7 +13138,7 @@ LLM_API double llm_measure_flops(llm_context *ctx) {
     return LLM__ENTER(ctx, NULL) ? 0 : ctx->model->backend->measure_flops(ctx->device);
 }
 
-/* As much of the shape as the sizes of cache and scratch depend on. */
+/* The part of the shape that the sizes of cache and scratch depend on. */
 static llm_backend_shape llm__ctx_shape_of(const llm_model_info *info) {
     llm_backend_shape s;
     memset(&s, 0, sizeof s);
@@ -13212,10 +13219,10 @@ LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int lengt
     return llm__error_done(err, LLM_OK);
 }
 
-/* A saved sequence: this, then its tokens, then its blocks as the backend keeps them. */
+/* A saved sequence is this struct, then its tokens, then its blocks in the backend's format. */
 typedef struct llm__seq_saved {
     char magic[8];
-    uint64_t fingerprint, hash; /* of model and cache type; of all that follows this struct */
+    uint64_t fingerprint, hash; /* of model and cache type; of everything after this struct */
     uint64_t length, size;
 } llm__seq_saved;
 
@@ -13234,7 +13241,8 @@ LLM_API size_t llm_seq_save_size(const llm_context *ctx, int seq) {
 }
 
 LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, size_t size, llm_error *err) {
-    llm_status status = LLM__ENTER((llm_context *)(uintptr_t)ctx, err); /* not const if a call is to be ended */
+    llm_status status =
+        LLM__ENTER((llm_context *)(uintptr_t)ctx, err); /* not const, since it may have to end an abandoned call */
     if (!status) status = llm__ctx_check_seq(ctx, seq, err);
     if (status) return status;
     int length = ctx->cache.lengths[seq];
@@ -13274,7 +13282,7 @@ static llm_status llm__seq_check_saved(const llm_context *ctx, int seq, const vo
     if (head->size != llm__seq_saved_size(ctx, (size_t)head->length) || size < head->size ||
         head->hash != llm__hash_fnv(0, (const uint8_t *)buffer + sizeof *head, (size_t)head->size - sizeof *head))
         return llm__error(err, LLM_ERROR_FORMAT, "the saved sequence is damaged");
-    int own = 0; /* blocks that dropping what the sequence holds would free */
+    int own = 0; /* blocks that dropping the sequence would free */
     for (int i = 0; i < llm__cache_blocks_for(ctx->cache.lengths[seq]); i++)
         own += ctx->cache.n_users[llm__cache_table(&ctx->cache, seq)[i]] == 1;
     if (llm__cache_blocks_for((int)head->length) > ctx->cache.n_free + own)
@@ -13311,13 +13319,14 @@ LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer
 
 static int llm__ctx_batch_seq(const llm_batch *batch, int i) { return batch->seqs ? batch->seqs[i] : 0; }
 
-/* Blocks that appending n_new tokens to each sequence takes. Of the sequences that share a block and go on, the last
-   keeps it if nobody else holds it, so the users are counted down as the copying will do, and then up again. */
+/* Number of blocks that appending n_new tokens to each sequence takes. If several sequences that share their last
+   block are appended to, all but one must copy it. So we simulate the copies by decrementing n_users, then restore
+   it. */
 static int64_t llm__ctx_blocks_needed(llm_context *ctx) {
     llm__cache *cache = &ctx->cache;
     int64_t blocks = 0;
     for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
-        int *left = &ctx->first_row[seq]; /* the block this sequence copies and leaves, or -1 */
+        int *left = &ctx->first_row[seq]; /* the block that this sequence copies, or -1 */
         bool copies = ctx->n_new[seq] && llm__cache_must_copy(cache, seq);
         blocks += llm__cache_needs(cache, seq, ctx->n_new[seq]);
         *left = copies ? llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_CACHE_BLOCK] : -1;
@@ -13328,7 +13337,7 @@ static int64_t llm__ctx_blocks_needed(llm_context *ctx) {
     return blocks;
 }
 
-/* Everything that could stop the batch, before anything is done. Leaves n_new of each sequence behind. */
+/* Checks everything that could fail, before any work is done. Sets n_new of each sequence. */
 static llm_status llm__ctx_check_batch(llm_context *ctx, const llm_batch *batch, llm_error *err) {
     llm__cache *cache = &ctx->cache;
     int n_logits = 0, n_touched = 0;
@@ -13361,8 +13370,8 @@ static llm_status llm__ctx_check_batch(llm_context *ctx, const llm_batch *batch,
     return LLM_OK;
 }
 
-/* Appends tokens [first, first + n) of the batch to their sequences, and lays them out by sequence. n_new counts down,
-   so that the last token of each sequence is known. */
+/* Appends tokens [first, first + n) of the batch to their sequences and orders them by sequence. n_new counts down, so
+   that the last token of each sequence is known. */
 static void llm__ctx_build_pass(llm_context *ctx, const llm_batch *batch, int first, int n, llm_backend_pass *pass) {
     int n_seq = ctx->desc.n_seq;
     memset(ctx->first_row, 0, (size_t)(n_seq + 1) * sizeof(int));
@@ -13393,7 +13402,7 @@ static void llm__ctx_build_pass(llm_context *ctx, const llm_batch *batch, int fi
     }
 }
 
-/* Lays out the targets as build_pass has laid out the rows. */
+/* Orders the targets as llm__ctx_build_pass has ordered the rows. */
 static void llm__ctx_place_targets(llm_context *ctx, llm_backend_pass *pass) {
     llm__ctx_targets *t = ctx->targets;
     t->n = 0;
@@ -13433,7 +13442,7 @@ static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *bat
     return LLM_OK;
 }
 
-/* `keep`: if it fails, what the passes before computed stays in the sequences. */
+/* `keep`: if it fails, the tokens of the finished passes stay in the sequences. */
 static llm_status llm__ctx_forward(llm_context *ctx, const llm_batch *batch, bool keep, bool (*cancel)(void *user),
                                    void *user, llm_error *err) {
     llm_status status = llm__ctx_check_batch(ctx, batch, err);
