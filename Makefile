@@ -33,7 +33,7 @@ NEEDED_TO_RUN   = libedit-dev:histedit.h libstb-dev:stb/stb_ds.h
 NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h libbz2-dev:bzlib.h g++:g++
 NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
                   libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.asan-x86_64.a \
-                  libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp valgrind:valgrind
+                  libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp valgrind:valgrind python3:python3
 NEEDED_TO_CROSS = gcc-aarch64-linux-gnu:aarch64-linux-gnu-gcc g++-aarch64-linux-gnu:aarch64-linux-gnu-g++ \
                   qemu-user-static:qemu-aarch64-static wine64:/usr/lib/wine/wine64 \
                   gcc-mingw-w64-x86-64:x86_64-w64-mingw32-gcc g++-mingw-w64-x86-64:x86_64-w64-mingw32-g++ \
@@ -44,7 +44,8 @@ vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run test test-cuda test-cross fuzz bench-tokenizer bench-peers size model deps clean help
+.PHONY: all run test test-cuda test-cross fuzz bench-tokenizer bench-peers size model deps clean help \
+        walkthrough walkthrough-programs walkthrough-diff
 all:
 	.ci/need $(NEEDED_TO_BUILD)
 	$(MAKE) $(PROGRAMS)
@@ -228,6 +229,43 @@ build/peers/llama/bin/llama-bench:
 		$$(! command -v clang++-19 >/dev/null || echo -DCMAKE_C_COMPILER=clang-19 -DCMAKE_CXX_COMPILER=clang++-19)
 	cmake --build build/peers/llama --target llama-bench llama-quantize
 
+# ---- Walkthrough ----------------------------------------------------------------------------------------------------
+
+# examples/walkthrough: one program a step, for this machine's own instructions. Without mpicc step 7 is left out.
+WALK          = examples/walkthrough
+WALK_PROGRAMS = $(patsubst $(WALK)/%.c,build/walkthrough/%,$(filter-out $(if $(shell command -v mpicc),,$(WALK)/07%),$(wildcard $(WALK)/[0-9]*.c)))
+WALK_CC       = $(CC) -std=gnu11 -O3 -march=native -fopenmp $(WARNINGS) -I. $(CPPFLAGS)
+
+build/walkthrough/07-tensor-parallel: private WALK_CC := OMPI_CC="$(CC)" mpicc $(wordlist 2,99,$(WALK_CC))
+build/walkthrough/%: $(WALK)/%.c $(WALK)/walkthrough.h build/llm.o
+	mkdir -p $(@D)
+	echo "  compile $@"
+	$(WALK_CC) -o $@ $< build/llm.o $(LDFLAGS) -lm -lpthread
+
+# Runs all steps, writes their figures into the README and draws them. mpicc, Python and matplotlib are for step 7 and the pictures.
+walkthrough:
+	.ci/need g++:g++ libopenmpi-dev:mpicc openmpi-bin:mpirun python3-venv:/usr/lib/python3*/ensurepip || true
+	$(MAKE) build/llm.o build/hellaswag build/walkthrough/venv/ready $(filter $(SMOLLM2),$(MODEL))
+	$(MAKE) walkthrough-programs
+	$(WALK)/run.sh $(MODEL) build/walkthrough/out
+	mkdir -p $(WALK)/figures
+	build/walkthrough/venv/bin/python bench/extract_and_plot.py build/walkthrough/out/[0-9l]*.out --to $(WALK)/figures/steps \
+		--readme $(WALK)/README.md --scoring build/walkthrough/out/09-scoring.md
+
+walkthrough-programs: $(WALK_PROGRAMS)
+
+build/walkthrough/venv/ready: Makefile
+	python3 -m venv build/walkthrough/venv
+	build/walkthrough/venv/bin/pip install -q matplotlib
+	touch $@
+
+# What step N changes: N=3 shows 03 beside the step that its first lines name.
+walkthrough-diff:
+	$(WALK)/diff.sh $(N)
+
+build/test_walkthrough: tests/test_walkthrough.sh $(WALK_PROGRAMS)
+	install $< $@
+
 # ---- The rest -------------------------------------------------------------------------------------------------------
 
 # llm.h alone: what it adds to a program that does nothing else, and how long the compiler works on it.
@@ -253,6 +291,8 @@ help:
 	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
 	echo "make bench-tokenizer   MB/s beside Hugging Face's tokenizers and tiktoken"
 	echo "make bench-peers       the CPU beside llama.cpp and OpenVINO GenAI; the first time builds or fetches these (1 GB)"
+	echo "make walkthrough       the course in examples/walkthrough: runs every step, makes its table and pictures (under 10 minutes)"
+	echo "make walkthrough-diff N=3   what step 3 changes"
 	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine (as long again); T=name as above"
 	echo "make size        the size of the library in a program, and how long it takes to compile"
 	echo "make model       fetch the default model"

@@ -1,0 +1,344 @@
+/*  08-sparse.c - of each four weights two are zero, and are neither stored nor read.
+
+    --weights "bf16 2:4" or "int8 2:4" prunes the matrices in the layers: of four weights side by side the two smallest
+    become zero (prune, in walkthrough.h). What is left is stored one behind the other, with a bit for each weight that
+    says whether it is there. "bf16" and "int8" alone store all weights, to compare with. */
+#include <stdint.h>
+
+typedef enum kind { BF16, INT8, BF16_2_4, INT8_2_4 } kind;
+
+typedef struct matrix {
+    int n, k;
+    kind kind;
+    uint16_t *bf16;  /* [n][k], or with 2:4 [n][k / 2]: the upper halves of floats      */
+    int8_t *q;       /* the same, as whole numbers                                      */
+    uint16_t *there; /* [n][k / 16] with 2:4: bit i says whether weight i is stored     */
+    float *scale;    /* [n] by which a row's sum is multiplied; 1 for bf16              */
+} matrix;
+#include "walkthrough.h"
+
+/* The embedding, which is the head, too, keeps all its weights: it is what the model sees and says. */
+static kind kind_of(const llm_backend_weight *weight) {
+    bool pruned = strstr(rounding, "2:4") && weight->kind != LLM_WEIGHT_EMBEDDING && weight->kind != LLM_WEIGHT_HEAD;
+    if (strstr(rounding, "int8")) return pruned ? INT8_2_4 : INT8;
+    return pruned ? BF16_2_4 : BF16;
+}
+
+static uint64_t matrix_bytes(const llm_backend_weight *weight) {
+    static const int eighths[] = {16, 8, 9, 5}; /* of a byte for a weight */
+    return (uint64_t)weight->rows * ((uint64_t)weight->cols * eighths[kind_of(weight)] / 8 + sizeof(float));
+}
+
+static void load_matrix(matrix *m, const llm_backend_weight *weight) {
+    m->n = weight->rows;
+    m->k = weight->cols;
+    m->kind = kind_of(weight);
+    bool pruned = m->kind == BF16_2_4 || m->kind == INT8_2_4, bf16 = m->kind == BF16 || m->kind == BF16_2_4;
+    size_t stored = (size_t)m->k / (pruned ? 2 : 1);
+    if (bf16) m->bf16 = allocate(m->n * stored * sizeof *m->bf16);
+    else m->q = allocate(m->n * stored);
+    if (pruned) m->there = allocate((size_t)m->n * m->k / 16 * sizeof *m->there);
+    m->scale = floats((size_t)m->n);
+#pragma omp parallel
+    {
+        float *row = malloc((size_t)m->k * sizeof(float));
+#pragma omp for schedule(static)
+        for (int i = 0; i < m->n; i++) {
+            size_t at = i * stored;
+            weight->read_row(weight, i, row);
+            if (pruned) prune(row, m->k);
+            float scale = m->scale[i] = bf16 ? 1 : largest(row, m->k) / 127;
+            for (int j = 0, in_four = 0; j < m->k; j++) {
+                /* Always two of four: where more are zero, some of the zeros are stored. */
+                if (j % 4 == 0) in_four = 0;
+                bool must = in_four < 2 && j % 4 >= 2 + in_four;
+                if (pruned && (in_four == 2 || (row[j] == 0 && !must))) continue;
+                if (bf16) m->bf16[at++] = to_bf16(row[j]);
+                else m->q[at++] = scale ? (int8_t)rintf(row[j] / scale) : 0;
+                if (pruned) m->there[((size_t)i * m->k + j) / 16] |= (uint16_t)(1 << j % 16);
+                in_four++;
+            }
+        }
+        free(row);
+    }
+}
+
+enum {
+    BLOCK = 32,  /* positions that are met at once */
+    PIECE = 256, /* positions of a piece of the cache, which one thread walks */
+    ROWS = 8,    /* rows whose queries walk together */
+    AHEAD = 4096 /* bytes from the weights that are multiplied to those that are asked for */
+};
+
+struct context {
+    const model *m;
+    float *keys;   /* [n_layers][n_kv_heads][n_ctx / BLOCK][head_dim][BLOCK] a block's keys side by side */
+    float *values; /* [n_layers][n_kv_heads][n_ctx][head_dim] */
+    float *x;      /* [n_batch][n_embd] what the layers add to */
+    float *normed; /* [n_batch][n_embd] */
+    float *qkv;    /* [n_batch][(n_heads + 2 * n_kv_heads) * head_dim] queries, keys, values */
+    float *found;  /* [n_batch][n_heads][n_pieces][head_dim + 2] what each piece gave: see meet */
+    float *mixed;  /* [n_batch][n_heads * head_dim] values mixed by attention */
+    float *ffn;    /* [n_batch][n_ff] */
+    float *logits; /* [n_logits][n_vocab] */
+    int n_ctx, n_pieces;
+};
+
+static context *create_context(const model *m, int n_ctx, int n_batch, int n_logits) {
+    const llm_backend_shape *s = &m->shape;
+    context *c = allocate(sizeof *c);
+    c->m = m;
+    c->n_ctx = n_ctx;
+    c->keys = floats((size_t)s->n_layers * n_ctx * s->n_kv_heads * s->head_dim);
+    c->values = floats((size_t)s->n_layers * n_ctx * s->n_kv_heads * s->head_dim);
+    c->x = floats((size_t)n_batch * s->n_embd);
+    c->normed = floats((size_t)n_batch * s->n_embd);
+    c->qkv = floats((size_t)n_batch * (s->n_heads + 2 * s->n_kv_heads) * s->head_dim);
+    c->n_pieces = (n_ctx + PIECE - 1) / PIECE;
+    c->found = floats((size_t)n_batch * s->n_heads * c->n_pieces * (s->head_dim + 2));
+    c->mixed = floats((size_t)n_batch * s->n_heads * s->head_dim);
+    c->ffn = floats((size_t)n_batch * s->n_ff);
+    c->logits = floats((size_t)n_logits * s->n_vocab);
+    return c;
+}
+
+/* ---- Kernels ---- */
+
+static float dot(const float *a, const float *b, int n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* LANES weights of one row, from a column on, still without the row's scale */
+KERNEL vec weights_at(const matrix *m, kind kind, int row, int column) {
+    size_t at = (size_t)row * m->k + column;
+#if defined(__AVX512VBMI2__) && defined(__AVX512VL__)
+    if (kind == BF16_2_4) { /* 8 numbers go to the 16 places that the bits name; the others are 0 */
+        __m256i w = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(m->bf16 + at / 2)));
+        w = _mm256_maskz_expand_epi16(m->there[at / 16], w);
+        return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(w), 16);
+    }
+    if (kind == INT8_2_4) {
+        __m128i w = _mm_maskz_expand_epi8(m->there[at / 16], _mm_loadl_epi64((const __m128i *)(m->q + at / 2)));
+        return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(w));
+    }
+#endif
+    if (kind == BF16) return from_bf16s(m->bf16 + at);
+    if (kind == INT8) return from_int8(m->q + at);
+    vec out; /* plainly, bit by bit */
+    unsigned bits = m->there[at / 16] >> at % 16;
+    for (int i = 0, from = 0; i < LANES; i++) {
+        bool there = bits >> i & 1;
+        out[i] = !there ? 0 : kind == BF16_2_4 ? from_bf16(m->bf16[at / 2 + from]) : m->q[at / 2 + from];
+        from += there;
+    }
+    return out;
+}
+
+/* 4 rows of W meet 4 rows of x: 8 loads serve 16 products of vectors. */
+KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x, kind kind) {
+    vec v[4][4] = {0};
+    for (int j = 0; j < m->k; j += LANES)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            vec w = weights_at(m, kind, first + i, j);
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) v[r][i] += w * *(const vec *)(x + (size_t)r * m->k + j);
+        }
+    for (int r = 0; r < 4; r++)
+        for (int i = 0; i < 4; i++) sums[r][i] = sum_of(v[r][i]);
+}
+
+/* One row of W meets one row of x. Decoding does this row after row, as they lie in memory. */
+KERNEL float one(const matrix *m, int i, const float *x, kind kind) {
+    vec v[4] = {0}; /* four sums, none of which waits for another */
+    for (int j = 0; j < m->k; j += 4 * LANES) {
+        size_t at = (size_t)i * m->k + j;
+        if (kind == BF16)
+            __builtin_prefetch(m->bf16 + at + AHEAD / 2), __builtin_prefetch(m->bf16 + at + AHEAD / 2 + 32);
+        if (kind == BF16_2_4) __builtin_prefetch(m->bf16 + at / 2 + AHEAD / 2);
+        if (kind == INT8) __builtin_prefetch(m->q + at + AHEAD);
+        if (kind == INT8_2_4) __builtin_prefetch(m->q + at / 2 + AHEAD);
+#pragma GCC unroll 4
+        for (int a = 0; a < 4; a++) v[a] += weights_at(m, kind, i, j + a * LANES) * *(const vec *)(x + j + a * LANES);
+    }
+    return sum_of(v[0] + v[1] + (v[2] + v[3]));
+}
+
+KERNEL int multiply_kind(float sums[4][4], const matrix *m, int i, const float *x, int rows, kind kind) {
+    rows = rows < 4 ? 1 : 4;
+    if (rows == 4) tile(sums, m, i, x, kind);
+    else
+        for (int j = 0; j < 4; j++) sums[0][j] = one(m, i + j, x, kind);
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < 4; j++) sums[r][j] *= m->scale[i + j];
+    return rows;
+}
+
+/* Rows i to i + 3 of W meet 4 rows of x, or one if there are not so many: how many it was is returned. */
+static int multiply(float sums[4][4], const matrix *m, int i, const float *x, int rows) {
+    if (m->kind == BF16) return multiply_kind(sums, m, i, x, rows, BF16);
+    if (m->kind == INT8) return multiply_kind(sums, m, i, x, rows, INT8);
+    if (m->kind == BF16_2_4) return multiply_kind(sums, m, i, x, rows, BF16_2_4);
+    return multiply_kind(sums, m, i, x, rows, INT8_2_4);
+}
+
+/* y[rows][n] = x[rows][k] W, or that is added to y. The rows of W are shared out among the threads; each is read once
+   from memory, for all rows of x. */
+static void product(float *y, const matrix *m, const float *x, int rows, bool add) {
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < m->n; i += 4) {
+        float sums[4][4];
+        for (int r = 0, some; r < rows; r += some) {
+            some = multiply(sums, m, i, x + (size_t)r * m->k, rows - r);
+            for (int a = 0; a < some; a++)
+                for (int b = 0; b < 4; b++) {
+                    float *to = y + (size_t)(r + a) * m->n + i + b;
+                    *to = sums[a][b] + (add ? *to : 0);
+                }
+        }
+    }
+}
+
+/* y[rows][n_ff] = silu(gates) * ups, both of which come from x */
+static void gated_product(float *y, const matrix *m, const float *x, int rows) {
+    int n_ff = m->n / 2;
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < n_ff; i += 4) {
+        float gates[4][4], ups[4][4];
+        for (int r = 0, some; r < rows; r += some) {
+            multiply(gates, m, i, x + (size_t)r * m->k, rows - r);
+            some = multiply(ups, m, n_ff + i, x + (size_t)r * m->k, rows - r);
+            for (int a = 0; a < some; a++)
+                for (int b = 0; b < 4; b++)
+                    y[(size_t)(r + a) * n_ff + i + b] = gates[a][b] / (1 + expf(-gates[a][b])) * ups[a][b];
+        }
+    }
+}
+
+static void rmsnorm(float *y, const float *x, const float *weight, int n, float eps) {
+    float scale = 1 / sqrtf(dot(x, x, n) / n + eps);
+    for (int i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+}
+
+static void rotate(float *head, const model *m, int position) {
+    int half = m->shape.rope_dim / 2;
+    const float *cosines = m->cosines + position * half, *sines = m->sines + position * half;
+    for (int i = 0; i < half; i++) {
+        float a = head[i], b = head[i + half];
+        head[i] = a * cosines[i] - b * sines[i];
+        head[i + half] = a * sines[i] + b * cosines[i];
+    }
+}
+
+/* One query meets one block of positions, of which the first n count. `found` holds what it found so far: the sum of
+   exp(score - most) * value [head_dim], then most, then the sum of exp(score - most). */
+static void meet(float *found, const float *query, const float *keys, const float *values, int n, int head_dim) {
+    float scores[BLOCK] = {0}, *most = found + head_dim, *sum = most + 1, old = *most;
+    for (int i = 0; i < head_dim; i++)
+        for (int p = 0; p < BLOCK; p++) scores[p] += query[i] * keys[i * BLOCK + p];
+    for (int p = 0; p < n; p++) {
+        scores[p] /= sqrtf((float)head_dim);
+        if (scores[p] > *most) *most = scores[p];
+    }
+    float scale = expf(old - *most); /* 0 the first time, as old is -INFINITY */
+    *sum *= scale;
+    for (int i = 0; i < head_dim; i++) found[i] *= scale;
+    for (int p = 0; p < n; p++) {
+        float share = expf(scores[p] - *most);
+        *sum += share;
+        for (int i = 0; i < head_dim; i++) found[i] += share * values[p * head_dim + i];
+    }
+}
+
+/* out[head_dim] of what was found in n pieces */
+static void join(float *out, const float *found, int n, int head_dim) {
+    float most = -INFINITY, sum = 0;
+    for (int i = 0; i < n; i++) most = fmaxf(most, found[i * (head_dim + 2) + head_dim]);
+    memset(out, 0, (size_t)head_dim * sizeof(float));
+    for (int i = 0; i < n; i++, found += head_dim + 2) {
+        float scale = expf(found[head_dim] - most);
+        sum += scale * found[head_dim + 1];
+        for (int j = 0; j < head_dim; j++) out[j] += scale * found[j];
+    }
+    for (int j = 0; j < head_dim; j++) out[j] /= sum;
+}
+
+/* mixed[rows][n_heads * head_dim] of queries [rows][qkv_dim] and one layer's cache. A thread takes up to 8 rows, one
+   head of keys and values, and one piece of the cache: a block is fetched once for all queries of these rows. */
+static void attention(context *c, const llm_backend_pass *pass, const float *keys, const float *values) {
+    const llm_backend_shape *s = &c->m->shape;
+    int rows = pass->n_rows, dim = s->head_dim, qkv_dim = (s->n_heads + 2 * s->n_kv_heads) * dim;
+    int group = s->n_heads / s->n_kv_heads, n_pieces = pass->positions[rows - 1] / PIECE + 1;
+    size_t per_head = (size_t)c->n_pieces * (dim + 2), head = (size_t)c->n_ctx * dim;
+#pragma omp parallel for collapse(3) schedule(dynamic)
+    for (int first = 0; first < rows; first += ROWS)
+        for (int kv = 0; kv < s->n_kv_heads; kv++)
+            for (int piece = 0; piece < n_pieces; piece++)
+                for (int at = piece * PIECE; at < (piece + 1) * PIECE; at += BLOCK)
+                    for (int r = first; r < first + ROWS && r < rows; r++)
+                        for (int h = kv * group; h < (kv + 1) * group; h++) {
+                            float *found = c->found + ((size_t)r * s->n_heads + h) * per_head + piece * (dim + 2);
+                            int n = pass->positions[r] + 1 - at; /* a token sees itself and what is before it */
+                            if (at == piece * PIECE) {
+                                memset(found, 0, (size_t)(dim + 2) * sizeof(float));
+                                found[dim] = -INFINITY;
+                            }
+                            if (n > 0)
+                                meet(found, c->qkv + (size_t)r * qkv_dim + h * dim, keys + kv * head + at * dim,
+                                     values + kv * head + at * dim, n < BLOCK ? n : BLOCK, dim);
+                        }
+#pragma omp parallel for schedule(static)
+    for (int j = 0; j < rows * s->n_heads; j++) join(c->mixed + j * dim, c->found + j * per_head, n_pieces, dim);
+}
+
+/* Puts the keys and values [2][n_kv_heads][head_dim] of one position into the cache. */
+static void store(context *c, float *keys, float *values, const float *kv, int position) {
+    int dim = c->m->shape.head_dim, n = c->m->shape.n_kv_heads, block = position / BLOCK * BLOCK;
+    for (int h = 0; h < n; h++)
+        for (int i = 0; i < dim; i++) {
+            keys[((size_t)h * c->n_ctx + block) * dim + i * BLOCK + position % BLOCK] = kv[h * dim + i];
+            values[((size_t)h * c->n_ctx + position) * dim + i] = kv[(n + h) * dim + i];
+        }
+}
+
+/* ---- The forward pass ---- */
+
+static float *forward(context *c, const llm_backend_pass *pass) {
+    const model *m = c->m;
+    const llm_backend_shape *s = &m->shape;
+    int rows = pass->n_rows, head_dim = s->head_dim, n_embd = s->n_embd;
+    int kv_dim = s->n_kv_heads * head_dim, q_dim = s->n_heads * head_dim, qkv_dim = q_dim + 2 * kv_dim;
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < n_embd; j += LANES)
+            *(vec *)(c->x + r * n_embd + j) =
+                weights_at(&m->embedding, m->embedding.kind, pass->tokens[r], j) * m->embedding.scale[pass->tokens[r]];
+    for (int i = 0; i < s->n_layers; i++) {
+        const layer *l = &m->layers[i];
+        float *keys = c->keys + (size_t)i * c->n_ctx * kv_dim, *values = c->values + (size_t)i * c->n_ctx * kv_dim;
+        for (int r = 0; r < rows; r++)
+            rmsnorm(c->normed + r * n_embd, c->x + r * n_embd, l->attention_norm, n_embd, s->rms_eps);
+        product(c->qkv, &l->qkv, c->normed, rows, false);
+        for (int r = 0; r < rows; r++) {
+            float *q = c->qkv + (size_t)r * qkv_dim;
+            for (int h = 0; h < s->n_heads + s->n_kv_heads; h++) rotate(q + h * head_dim, m, pass->positions[r]);
+            store(c, keys, values, q + q_dim, pass->positions[r]);
+        }
+        attention(c, pass, keys, values);
+        product(c->x, &l->out, c->mixed, rows, true);
+        for (int r = 0; r < rows; r++)
+            rmsnorm(c->normed + r * n_embd, c->x + r * n_embd, l->ffn_norm, n_embd, s->rms_eps);
+        gated_product(c->ffn, &l->gate_up, c->normed, rows);
+        product(c->x, &l->down, c->ffn, rows, true);
+    }
+    for (int i = 0; i < pass->n_logits; i++)
+        rmsnorm(c->normed + i * n_embd, c->x + pass->logit_rows[i] * n_embd, m->output_norm, n_embd, s->rms_eps);
+    if (pass->n_logits) product(c->logits, &m->head, c->normed, pass->n_logits, false);
+    return c->logits;
+}
+
+int main(int argc, char **argv) {
+    return walkthrough(argc, argv, &(step){.name = "8 sparse", .n_batch = 128, .n_logits = 16});
+}
