@@ -44,7 +44,7 @@ vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run test test-cuda test-cross fuzz bench-tokenizer bench-peers size model deps clean help \
+.PHONY: all run test gpu-bundle test-cuda test-cross fuzz bench-tokenizer bench-peers size model deps clean help \
         walkthrough walkthrough-programs walkthrough-diff
 all:
 	.ci/need $(NEEDED_TO_BUILD)
@@ -100,6 +100,17 @@ build/gpu/hellaswag: build/gpu/%: %.c llm.h build/gpu/llm_cuda.o
 	$(CC) $(CFLAGS) -std=c99 $(WARNINGS) -DLLM_CUDA -I. $(CPPFLAGS) -o $@ $(filter %.c %.o,$^) -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 $(LDFLAGS) \
 		-lcublas -lcudart -lstdc++ $(LDLIBS)
 
+# All that bench/gpu.sh needs on a machine with a GPU and no network: programs, cmocka, a tokenizer and HellaSwag's questions.
+gpu-bundle:
+	.ci/need libcmocka-dev:cmocka.h g++:g++ python3:python3
+	$(MAKE) $(SMOLLM2)
+	bench/gpu.sh --build
+	cp -L $$($(CC) -print-file-name=libcmocka.so.0) build/gpu/
+	python3 bench/gguf_metadata.py $(SMOLLM2) build/gpu/tokenizer.gguf
+	test -z "$(LLM_DATA)" || cp $(LLM_DATA)/hellaswag_val_full.txt.bz2 build/gpu/
+	rm -f build/gpu/*.o
+	du -sh build/gpu
+
 build/gpu/llm_cuda.o: llm_cuda.cu llm.h
 	mkdir -p $(@D)
 	echo "  compile $@"
@@ -117,6 +128,14 @@ $(foreach dir,build build/asan,$(dir)/test_cuda): tests/test_cuda.cpp llm_cuda.c
 	echo "  compile $@"
 	$(if $(filter build/asan/%,$@),$(subst clang,clang++,$(COMPILE_asan)),$(CXX) $(CXXFLAGS)) -std=c++17 $(WARNINGS) -Wno-unknown-pragmas -fno-strict-aliasing \
 		-Itests/cuda_host -I. $(CPPFLAGS) -o $@ -x c++ $(filter %.cpp %.cu,$^) -x none $(filter %.o,$^) $(LDFLAGS) $(LDLIBS)
+
+# The same with every access of a kernel looked at: the compiler's calls to ThreadSanitizer go to tests/cuda_host/cuda_watch.h.
+build/test_cuda_access: tests/test_cuda_access.cpp llm_cuda.cu build/llm.o $(wildcard tests/*.h tests/cuda_host/*)
+	mkdir -p $(@D)
+	echo "  compile $@"
+	g++ -O2 -std=c++17 $(WARNINGS) -Wno-unknown-pragmas -fno-strict-aliasing -fsanitize=thread -DCUDA_HOST_WATCH -Itests/cuda_host -I. \
+		$(CPPFLAGS) -c -o $@.o $<
+	g++ -o $@ $@.o build/llm.o $(LDFLAGS) -lcmocka -lboost_context -lm -lpthread
 
 # ---- Tests ----------------------------------------------------------------------------------------------------------
 
@@ -288,6 +307,7 @@ help:
 	echo "make run         fetch the default model once and let it continue a text; MODEL=path takes another"
 	echo "make test        everything that is checked (under 15 minutes on two cores); T=name runs the tests of that name"
 	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
+	echo "make gpu-bundle  build/gpu, with which bench/gpu.sh runs on a machine with a GPU (needs nvcc; LLM_DATA as for bench-tokenizer)"
 	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
 	echo "make bench-tokenizer   MB/s beside Hugging Face's tokenizers and tiktoken"
 	echo "make bench-peers       the CPU beside llama.cpp and OpenVINO GenAI; the first time builds or fetches these (1 GB)"

@@ -1,4 +1,4 @@
-/*  llm_cuda.cu - llm.h's models on an NVIDIA GPU.                                       MIT licence, see LICENSE
+/*  llm_cuda.cu - llm.h's models on an NVIDIA GPU.                                 MIT licence, at the end of this file
 
     Compile this file with nvcc, link it with your program and with cuBLAS, and name the backend when you load a model:
 
@@ -8,14 +8,14 @@
         #include "llm.h"
         llm_model_desc desc = {.backend = llm_cuda_backend()};
 
-    It runs every architecture llm.h does and needs compute capability 8.0 (Ampere) or newer. Weights are
-    bf16, f16, int8 or int4 in groups, the KV cache is bf16; residual stream, sums, softmax and logits are f32. A row's logits
-    do not depend on the other rows of a pass of up to 16 rows, to the bit; they differ from the CPU's in the last places
-    of bf16.
+    It runs every architecture that llm.h runs and needs compute capability 8.0 (Ampere) or newer. Weights are bf16,
+    f16, int8 or int4 in groups, the KV cache is bf16; residual stream, sums, softmax and logits are f32. A row's logits
+    do not depend on the other rows of a pass of up to 16 rows, to the bit; they differ from the CPU's in the last
+    places of bf16.
 
     CONTENTS
-        1 errors and launches    2 the chip's own instructions    3 what kernels are told    4 fused products
-        5 fused attention        6 picking tokens                 7 plain kernels            8 the model
+        1 errors and launches    2 the chip's own instructions    3 parameters of kernels    4 fused products
+        5 attention              6 picking tokens                 7 plain kernels            8 the model
         9 the context           10 forward pass                  11 bursts                  12 the backend
 */
 #ifndef LLM_CUDA
@@ -32,12 +32,12 @@
 #include <string.h>
 #include <thread>
 
-namespace llm__cuda { /* so that the names below may be llm.h's own, should both be compiled as one */
+namespace llm__cuda { /* so that names here may be those of llm.h, if both are compiled as one */
 
 /* ==== 1 Errors and launches =====================================================================================
 
-   Every call's result is looked at. Work for the GPU is queued on a context's stream: the first failure is kept in the
-   queue's state, what follows it does nothing, and the forward pass asks once at its end. */
+   Every call's result is checked. Work for the GPU is queued on a context's stream. The first failure is kept in the
+   queue, what follows it does nothing, and the forward pass reports it at its end. */
 
 static llm_status llm__cuda_error(llm_error *err, llm_status code, const char *format, ...) {
     if (!err) return code;
@@ -51,44 +51,94 @@ static llm_status llm__cuda_error(llm_error *err, llm_status code, const char *f
 
 static llm_status llm__cuda_check(cudaError_t result, const char *what, llm_error *err) {
     if (result == cudaSuccess) return LLM_OK;
-    (void)cudaGetLastError(); /* or the next launch would report this failure again */
+    (void)cudaGetLastError(); /* otherwise the next launch would report this failure again */
     if (result == cudaErrorMemoryAllocation)
         return llm__cuda_error(err, LLM_ERROR_MEMORY, "the GPU is out of memory: %s", what);
     return llm__cuda_error(err, LLM_ERROR_DEVICE, "CUDA: %s failed: %s", what, cudaGetErrorString(result));
 }
 
-#define LLM__TRY(call)                                                \
-    do {                                                              \
-        llm_status status_ = llm__cuda_check((call), #call, err);     \
-        if (status_) return status_;                                  \
+#define LLM__TRY(call)                                            \
+    do {                                                          \
+        llm_status status_ = llm__cuda_check((call), #call, err); \
+        if (status_) return status_;                              \
     } while (0)
 
 typedef struct llm__queue {
     cudaStream_t stream;
     cublasHandle_t blas;
-    bool can_overlap;        /* the chip starts a kernel while the one before it ends (programmatic dependent launch) */
-    cudaError_t failure;     /* the first one, and what it was about */
+    bool can_overlap;    /* a kernel may start while the one before it ends (programmatic dependent launch) */
+    unsigned left_out;   /* kinds of kernels that are not launched: a bit for each */
+    cudaError_t failure; /* the first one, and what failed then */
     cublasStatus_t blas_failure;
     const char *what;
 } llm__queue;
 
 enum { LLM__SERIAL = 0, LLM__OVERLAP = 1 };
 
-static void llm__note(llm__queue *queue, cudaError_t result, const char *what) {
+/* What a kernel does. A measurement can leave out those up to LLM__KIND_HEAD, see llm__cuda_vary. */
+typedef enum llm__weight_type {
+    LLM__KIND_QKV,
+    LLM__KIND_ROPE,
+    LLM__KIND_ATTENTION,
+    LLM__KIND_ATTENTION_OUT,
+    LLM__KIND_GATE_UP,
+    LLM__KIND_DOWN,
+    LLM__KIND_HEAD,
+    LLM__KIND_EMBED,
+    LLM__KIND_PICK,
+    LLM__KIND_NORM,
+    LLM__KIND_WIDEN,
+    LLM__KIND_SCALE,
+    LLM__KIND_VALUES,
+    LLM__KIND_SWIGLU,
+    LLM__KIND_KEEP,
+    LLM__KIND_SCORE,
+    LLM__KIND_READ,
+    LLM__KIND_FILL,
+    LLM__KINDS
+} llm__weight_type;
+
+static const char *llm__kind_name(int kind) {
+    static const char *const names[LLM__KINDS] = {"queries, keys and values",
+                                                  "RoPE",
+                                                  "attention",
+                                                  "attention's output",
+                                                  "gates and ups",
+                                                  "down",
+                                                  "the logits",
+                                                  "the embedding",
+                                                  "picking a token",
+                                                  "a norm",
+                                                  "widening weights",
+                                                  "scaling sums",
+                                                  "storing values",
+                                                  "SwiGLU",
+                                                  "keeping rows",
+                                                  "scoring",
+                                                  "reading all weights",
+                                                  "filling with random numbers"};
+    return names[kind];
+}
+
+static void llm__queue_note(llm__queue *queue, cudaError_t result, const char *what) {
     if (result == cudaSuccess || queue->failure != cudaSuccess) return;
     queue->failure = result;
     queue->what = what;
     (void)cudaGetLastError();
 }
 
-/* The only place kernels are launched from. A kernel launched with LLM__OVERLAP may start before the kernels ahead of
-   it are done, and must call llm__wait_for_previous before it reads what they wrote or writes what they read. */
+/* All kernels are launched here. One launched with LLM__OVERLAP may start before the kernels ahead of it are done. It
+   must call llm__chip_wait_for_previous before it reads what any kernel of this pass has written, and before it writes
+   anything. Before that it may read weights and llm__fwd_rows: these were there before the pass's first kernel, which is
+   launched with LLM__SERIAL, began. A block may return without waiting if another block of its kernel always waits; if
+   none did, the kernel after it could begin too early. */
 template <typename... Parameters, typename... Arguments>
-static void llm__launch(llm__queue *queue, int overlap, const char *what, dim3 grid, int threads,
-                        void (*kernel)(Parameters...), Arguments... arguments) {
+static void llm__queue_launch(llm__queue *queue, int overlap, llm__weight_type kind, dim3 grid, int threads,
+                              void (*kernel)(Parameters...), Arguments... arguments) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute = {};
     if (queue->failure != cudaSuccess || queue->blas_failure != CUBLAS_STATUS_SUCCESS) return;
+    if (queue->left_out >> kind & 1) return;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid;
@@ -96,7 +146,8 @@ static void llm__launch(llm__queue *queue, int overlap, const char *what, dim3 g
     config.stream = queue->stream;
     config.attrs = &attribute;
     config.numAttrs = overlap == LLM__OVERLAP && queue->can_overlap ? 1 : 0;
-    llm__note(queue, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), what);
+    llm__queue_note(queue, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
+                    llm__kind_name(kind));
 }
 
 static llm_status llm__queue_status(llm__queue *queue, llm_error *err) {
@@ -111,31 +162,86 @@ static llm_status llm__queue_status(llm__queue *queue, llm_error *err) {
 
 /* ==== 2 The chip's own instructions =============================================================================
 
-   Each stands beside C that does the same, for compilers of other machines. */
+   Beside each stands C code that does the same, for compilers of other machines. */
 
-static __host__ __device__ int llm__least(int a, int b) { return a < b ? a : b; }
+static __host__ __device__ int llm__min(int a, int b) { return a < b ? a : b; }
+static __host__ __device__ int llm__divide_up(int a, int b) { return (a + b - 1) / b; }
 
-/* 16 bytes that nobody reads again soon: they go past the L1 cache. */
-static __device__ uint4 llm__load_once(const void *from) {
+/* 16 bytes that are read once: they go past the L1 cache. Being volatile, the load stays before the kernel's wait. */
+static __device__ uint4 llm__chip_load_once(const void *from) {
 #ifdef __CUDA_ARCH__
     uint4 v;
-    asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
     return v;
 #else
     return *(const uint4 *)from;
 #endif
 }
 
+/* Lets the L2 cache fetch `bytes` from memory while the thread goes on. Both arguments are multiples of 16. */
+static __device__ void llm__chip_prefetch(const void *from, unsigned bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#elif !defined(__CUDACC__)
+    cuda_host_prefetch(from, bytes);
+#else
+    (void)from, (void)bytes;
+#endif
+}
+
+/* The same for the 128 bytes around an address. */
+static __device__ void llm__chip_prefetch_line(const void *at) {
+#ifdef __CUDA_ARCH__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#else
+    (void)at;
+#endif
+}
+
+/* Starts copying `bytes` of 16 to shared memory; the others become zero. */
+static __device__ void llm__chip_copy_16(void *to, const void *from, int bytes) {
+#ifdef __CUDA_ARCH__
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(bytes)
+                 : "memory");
+#else
+    uint4 copy = make_uint4(0, 0, 0, 0);
+    memcpy((void *)&copy, from, (size_t)bytes);
+    *(uint4 *)to = copy;
+#endif
+}
+
+/* Waits until this thread's copies are done. */
+static __device__ void llm__chip_wait_for_copies(void) {
+#ifdef __CUDA_ARCH__
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+/* Adds 1 and returns what there was. Whoever counts next sees what this block wrote before its last barrier. */
+static __device__ unsigned llm__chip_count_up(unsigned *at) {
+#ifdef __CUDA_ARCH__
+    unsigned before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
+    return before;
+#else
+    return atomicAdd(at, 1u);
+#endif
+}
+
 /* Waits until all kernels ahead in the stream are done and what they wrote can be seen. */
-static __device__ void llm__wait_for_previous(void) {
+static __device__ void llm__chip_wait_for_previous(void) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif !defined(__CUDACC__)
+    cuda_host_wait();
 #endif
 }
 
 /* Lets the next kernel begin as soon as there is room for it. */
-static __device__ void llm__let_next_start(void) {
+static __device__ void llm__chip_let_next_start(void) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -143,21 +249,24 @@ static __device__ void llm__let_next_start(void) {
 
 #ifdef __CUDACC__
 /* sums = a * b + sums */
-static __device__ void llm__tensor_core(float sums[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                        uint32_t b1) {
-    float c0 = sums[0], c1 = sums[1], c2 = sums[2], c3 = sums[3]; /* not one operand with the results: they may be zeros */
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-        : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
+static __device__ void llm__chip_tensor_core(float sums[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                             uint32_t b0, uint32_t b1) {
+    /* Not the same operands as the results, as they may be zeros. */
+    float c0 = sums[0], c1 = sums[1], c2 = sums[2], c3 = sums[3];
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%10, %11, %12, %13};"
+                 : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
 }
 #else
-static __device__ float llm__low(uint32_t pair) { return __uint_as_float(pair << 16); }
-static __device__ float llm__high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+static __device__ float llm__chip_low(uint32_t pair) { return __uint_as_float(pair << 16); }
+static __device__ float llm__chip_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
-static __device__ float llm__dot_8(uint4 a, uint4 b) {
+static __device__ float llm__chip_dot_8(uint4 a, uint4 b) {
     const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
     float sum = 0;
-    for (int i = 0; i < 4; i++) sum += llm__low(left[i]) * llm__low(right[i]) + llm__high(left[i]) * llm__high(right[i]);
+    for (int i = 0; i < 4; i++)
+        sum += llm__chip_low(left[i]) * llm__chip_low(right[i]) + llm__chip_high(left[i]) * llm__chip_high(right[i]);
     return sum;
 }
 
@@ -166,40 +275,41 @@ typedef struct llm__factors {
 } llm__factors;
 #endif
 
-/* A warp multiplies 16 rows by 8 columns over 32 values of k. With g = lane / 4 and t = lane % 4 a lane brings k = 8t ..
-   8t+7 of row g (`upper`), of row g + 8 (`lower`) and of column g, and keeps the sums of row g with columns 2t and 2t+1,
-   then those of row g + 8. Both factors stand in memory with k running fastest, so each is one 16-byte load. (The tensor
-   core numbers k otherwise, but any order is right that is the same for both factors.) */
-static __device__ void llm__multiply_32(float sums[4], uint4 upper, uint4 lower, uint4 column) {
+/* A warp multiplies 16 rows by 8 columns over 32 values of k. With g = lane / 4 and t = lane % 4 a lane brings k = 8t
+   .. 8t+7 of row g (`upper`), of row g + 8 (`lower`) and of column g, and keeps the sums of row g with columns 2t and
+   2t+1, then those of row g + 8. Both factors stand in memory with k running fastest, so each is one 16-byte load. (The
+   tensor core numbers k otherwise, but any order is right that is the same for both factors.) */
+static __device__ void llm__chip_multiply_32(float sums[4], uint4 upper, uint4 lower, uint4 column) {
 #ifdef __CUDACC__
-    llm__tensor_core(sums, upper.x, lower.x, upper.y, lower.y, column.x, column.y);
-    llm__tensor_core(sums, upper.z, lower.z, upper.w, lower.w, column.z, column.w);
+    llm__chip_tensor_core(sums, upper.x, lower.x, upper.y, lower.y, column.x, column.y);
+    llm__chip_tensor_core(sums, upper.z, lower.z, upper.w, lower.w, column.z, column.w);
 #else
     llm__factors own = {upper, lower, column};
     const llm__factors *lanes = cuda_host_warp(own);
     int lane = (int)threadIdx.x % 32, first = lane / 4 * 4, left = lane % 4 * 8, right = left + 4;
     for (int t = 0; t < 4; t++) {
-        sums[0] += llm__dot_8(lanes[first + t].upper, lanes[left + t].column);
-        sums[1] += llm__dot_8(lanes[first + t].upper, lanes[right + t].column);
-        sums[2] += llm__dot_8(lanes[first + t].lower, lanes[left + t].column);
-        sums[3] += llm__dot_8(lanes[first + t].lower, lanes[right + t].column);
+        sums[0] += llm__chip_dot_8(lanes[first + t].upper, lanes[left + t].column);
+        sums[1] += llm__chip_dot_8(lanes[first + t].upper, lanes[right + t].column);
+        sums[2] += llm__chip_dot_8(lanes[first + t].lower, lanes[left + t].column);
+        sums[3] += llm__chip_dot_8(lanes[first + t].lower, lanes[right + t].column);
     }
 #endif
 }
 
 /* a + b of two pairs of bf16, where that is exact. */
-static __device__ uint32_t llm__add_pairs(uint32_t a, uint32_t b) {
+static __device__ uint32_t llm__chip_add_pairs(uint32_t a, uint32_t b) {
 #ifdef __CUDACC__
     uint32_t sum;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));
     return sum;
 #else
-    return __float_as_uint(llm__low(a) + llm__low(b)) >> 16 | __float_as_uint(llm__high(a) + llm__high(b));
+    return __float_as_uint(llm__chip_low(a) + llm__chip_low(b)) >> 16 |
+           __float_as_uint(llm__chip_high(a) + llm__chip_high(b));
 #endif
 }
 
-/* (v & mask) | added, in one instruction: the compiler makes two of it, for two constants. */
-static __device__ uint32_t llm__mask_and_add(uint32_t v, uint32_t mask, uint32_t added) {
+/* (v & mask) | added, in one instruction; the compiler would use two, one for each constant. */
+static __device__ uint32_t llm__chip_mask_and_add(uint32_t v, uint32_t mask, uint32_t added) {
 #ifdef __CUDACC__
     uint32_t bits;
     asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(bits) : "r"(v), "r"(mask), "r"(added));
@@ -209,28 +319,30 @@ static __device__ uint32_t llm__mask_and_add(uint32_t v, uint32_t mask, uint32_t
 #endif
 }
 
-/* The signed bytes at bits 0 and 16 of v as bf16: 128 + the low seven bits, less 128, or less 256 if the eighth is set. */
-static __device__ uint32_t llm__widen_2(uint32_t v) {
-    return llm__add_pairs(llm__mask_and_add(v, 0x007F007Fu, 0x43004300u), llm__mask_and_add(v, 0x00800080u, 0xC300C300u));
+/* The signed bytes at bits 0 and 16 of v as bf16: 128 + the low seven bits, then minus 128, or minus 256 if the eighth
+   bit is set. */
+static __device__ uint32_t llm__chip_widen_2(uint32_t v) {
+    return llm__chip_add_pairs(llm__chip_mask_and_add(v, 0x007F007Fu, 0x43004300u),
+                               llm__chip_mask_and_add(v, 0x00800080u, 0xC300C300u));
 }
 
-/* Eight signed bytes as bf16. In memory the middle two of each four are exchanged, see llm__byte_place. */
-static __device__ uint4 llm__widen_8(uint32_t a, uint32_t b) {
-    return make_uint4(llm__widen_2(a), llm__widen_2(a >> 8), llm__widen_2(b), llm__widen_2(b >> 8));
+/* Eight signed bytes as bf16. In memory the middle two of each four are exchanged, see llm__chip_byte_place. */
+static __device__ uint4 llm__chip_widen_8(uint32_t a, uint32_t b) {
+    return make_uint4(llm__chip_widen_2(a), llm__chip_widen_2(a >> 8), llm__chip_widen_2(b), llm__chip_widen_2(b >> 8));
 }
 
-static __host__ __device__ int llm__byte_place(int i) { return (i & ~3) | (i & 1) << 1 | (i >> 1 & 1); }
+static __host__ __device__ int llm__chip_byte_place(int i) { return (i & ~3) | (i & 1) << 1 | (i >> 1 & 1); }
 
-/* Eight numbers of four bits as bf16, 128 too large each: the bits go into the mantissa of 2^7. Nibble i and nibble i + 4
-   are neighbours in k. */
-static __device__ uint4 llm__widen_nibbles(uint32_t v) {
+/* Eight numbers of four bits as bf16, 128 too large each: the bits go into the mantissa of 2^7. Nibble i and nibble i +
+   4 are neighbours in k. */
+static __device__ uint4 llm__chip_widen_nibbles(uint32_t v) {
     const uint32_t mask = 0x000F000Fu, added = 0x43004300u;
-    return make_uint4(llm__mask_and_add(v, mask, added), llm__mask_and_add(v >> 4, mask, added), llm__mask_and_add(v >> 8, mask, added),
-                      llm__mask_and_add(v >> 12, mask, added));
+    return make_uint4(llm__chip_mask_and_add(v, mask, added), llm__chip_mask_and_add(v >> 4, mask, added),
+                      llm__chip_mask_and_add(v >> 8, mask, added), llm__chip_mask_and_add(v >> 12, mask, added));
 }
 
 /* The f16 in the low 16 bits, which is finite. */
-static __device__ float llm__half(uint32_t bits) {
+static __device__ float llm__chip_half(uint32_t bits) {
 #ifdef __CUDA_ARCH__
     float x;
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((uint16_t)bits));
@@ -240,59 +352,78 @@ static __device__ float llm__half(uint32_t bits) {
 #endif
 }
 
-/* Eight f16 w as bf16: w = high + low, exactly. The high ones have the first eight digits of w, the low ones the other three. */
+/* Eight f16 w as pairs of bf16: w = high + low, exactly. `high` has the first eight binary digits, `low` the other
+   three. */
 typedef struct llm__enc_split {
     uint4 high, low;
 } llm__enc_split;
 
-static __device__ void llm__split_2(uint32_t pair, uint32_t *high, uint32_t *low) {
-    float a = llm__half(pair & 0xFFFFu), b = llm__half(pair >> 16);
+static __device__ void llm__chip_split_2(uint32_t pair, uint32_t *high, uint32_t *low) {
+    float a = llm__chip_half(pair & 0xFFFFu), b = llm__chip_half(pair >> 16);
     uint32_t a_high = __float_as_uint(a) & 0xFFFF0000u, b_high = __float_as_uint(b) & 0xFFFF0000u;
     *high = a_high >> 16 | b_high;
     *low = __float_as_uint(a - __uint_as_float(a_high)) >> 16 | __float_as_uint(b - __uint_as_float(b_high));
 }
 
-static __device__ llm__enc_split llm__split_8(uint4 v) {
+static __device__ llm__enc_split llm__chip_split_8(uint4 v) {
     llm__enc_split s;
-    llm__split_2(v.x, &s.high.x, &s.low.x);
-    llm__split_2(v.y, &s.high.y, &s.low.y);
-    llm__split_2(v.z, &s.high.z, &s.low.z);
-    llm__split_2(v.w, &s.high.w, &s.low.w);
+    llm__chip_split_2(v.x, &s.high.x, &s.low.x);
+    llm__chip_split_2(v.y, &s.high.y, &s.low.y);
+    llm__chip_split_2(v.z, &s.high.z, &s.low.z);
+    llm__chip_split_2(v.w, &s.high.w, &s.low.w);
     return s;
 }
 
-static __host__ __device__ uint16_t llm__round_bits(uint32_t u) {
+static __host__ __device__ uint16_t llm__chip_round_bits(uint32_t u) {
     if ((u & 0x7FFFFFFFu) > 0x7F800000u) return (uint16_t)(u >> 16 | 0x40); /* NaN stays NaN */
     return (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
 }
 
-static __device__ uint16_t llm__to_bf16(float x) { return llm__round_bits(__float_as_uint(x)); }
-static __device__ float llm__from_bf16(uint16_t h) { return __uint_as_float((uint32_t)h << 16); }
-static __device__ float llm__silu(float x) { return x / (1.0f + expf(-x)); }
+/* Two numbers as bf16, the first in the low half. */
+static __device__ uint32_t llm__chip_pack_bf16(float low, float high) {
+#ifdef __CUDA_ARCH__
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return llm__chip_round_bits(__float_as_uint(low)) | (uint32_t)llm__chip_round_bits(__float_as_uint(high)) << 16;
+#endif
+}
 
-static __device__ float llm__warp_sum(float x) {
+static __device__ uint16_t llm__chip_to_bf16(float x) { return (uint16_t)llm__chip_pack_bf16(x, 0); }
+static __device__ float llm__chip_from_bf16(uint16_t h) { return __uint_as_float((uint32_t)h << 16); }
+static __device__ float llm__chip_silu(float x) { return x / (1.0f + expf(-x)); }
+
+static __device__ float llm__chip_warp_sum(float x) {
     for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
     return x;
 }
 
-static __device__ float llm__warp_max(float x) {
+static __device__ float llm__chip_warp_max(float x) {
     for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
     return x;
 }
 
-/* ==== 3 What kernels are told =================================================================================== */
+/* ==== 3 Parameters of kernels =================================================================================== */
+
+/* Kilobytes of weights that a block of a fused product prefetches into the L2 cache before it waits. */
+#ifndef LLM_CUDA_PREFETCH
+#define LLM_CUDA_PREFETCH 48
+#endif
 
 enum {
-    LLM__MOST_ROWS = 65535, /* of a pass: what a grid's second dimension can be                         */
-    LLM__FUSED_ROWS = 16, /* rows the fused kernels take                                               */
-    LLM__WARPS = 8,       /* of a block of a fused product; they share out k                           */
-    LLM__PAIRS = 8,       /* pairs of outputs such a block computes, see section 4                     */
-    LLM__ATTEND_WARPS = 4,
-    LLM__STEP = 64,       /* keys an attention block takes at a time, 16 for each warp                 */
-    LLM__TILE_COLUMNS = 32, /* queries, over the heads that share a key head, it answers at once       */
-    LLM__MOST_SPANS = 64, /* pieces the keys of one query are cut into at most                         */
-    LLM__MOST_HEAD_DIM = 256,
-    LLM__PAD = 128        /* activations are padded to this                                            */
+    LLM__MAX_ROWS = 65535,  /* of a pass: the limit of a grid's second dimension                     */
+    LLM__FUSED_ROWS = 16,   /* max rows of the fused kernels                                         */
+    LLM__WARPS = 8,         /* of a block of a fused product; each has every eighth part of k        */
+    LLM__PAIRS = 8,         /* pairs of outputs in a tile of a fused product, see section 4          */
+    LLM__ATTEND_WARPS = 4,  /* of a block of attention                                               */
+    LLM__STEP = 64,         /* keys that a block of attention reads at a time                        */
+    LLM__MIN_STEPS = 3,     /* of a span: fewer are not worth joining                                */
+    LLM__MAX_SPANS = 64,    /* into which the keys of one query are cut                              */
+    LLM__MAX_GROUP = 32,    /* query heads that share a key head                                     */
+    LLM__TILE_QUERIES = 64, /* queries in a tile of a long pass; a warp has 16                       */
+    LLM__MAX_HEAD_DIM = 256,
+    LLM__PAD = 128 /* rows of activations are padded to a multiple of this                  */
 };
 
 typedef enum llm__checkpoint_format {
@@ -313,104 +444,139 @@ typedef struct llm__gpu_matrix {
 } llm__gpu_matrix;
 
 /* Numbers in 64 bytes of a row. */
-static __host__ __device__ constexpr int llm__turn(int format) { return format <= LLM__F16 ? 32 : format == LLM__INT4_GROUPS ? 128 : 64; }
+static __host__ __device__ constexpr int llm__matrix_turn(int format) {
+    return format <= LLM__F16 ? 32 : format == LLM__INT4_GROUPS ? 128 : 64;
+}
 
-static __host__ __device__ size_t llm__row_bytes(llm__gpu_matrix m) { return (size_t)(m.k / llm__turn(m.format)) * 64; }
+static __host__ __device__ size_t llm__matrix_row_bytes(llm__gpu_matrix m) {
+    return (size_t)(m.k / llm__matrix_turn(m.format)) * 64;
+}
 
 static __host__ __device__ int llm__pad(int n, int step) { return (n + step - 1) / step * step; }
 
 /* From one row of a matrix's inputs to the next. */
-static __host__ __device__ int llm__input_stride(llm__gpu_matrix m) { return llm__pad(m.k, LLM__PAD); }
+static __host__ __device__ int llm__matrix_input_stride(llm__gpu_matrix m) { return llm__pad(m.k, LLM__PAD); }
 
 /* Where in a row of a matrix in groups inputs i .. i+7 stand, i being a multiple of 8. */
-static __host__ __device__ size_t llm__group_place(int format, int i) {
-    int in_turn = i / 32 % (llm__turn(format) / 32), bytes = format == LLM__INT4_GROUPS ? 4 : 8;
-    return (size_t)(i / llm__turn(format) * 64 + i % 32 / 8 * 16 + in_turn * bytes);
+static __host__ __device__ size_t llm__matrix_group_place(int format, int i) {
+    int in_turn = i / 32 % (llm__matrix_turn(format) / 32), bytes = format == LLM__INT4_GROUPS ? 4 : 8;
+    return (size_t)(i / llm__matrix_turn(format) * 64 + i % 32 / 8 * 16 + in_turn * bytes);
 }
 
-/* The pass, in the GPU's memory. A kernel reads it there, so that one recorded graph serves every position. */
+/* The pass, in the GPU's memory. Kernels read it there, so that one recorded graph works for every position. */
 typedef struct llm__fwd_rows {
-    const int *counts;     /* rows, rows with logits, query tiles                        */
+    const int *counts; /* rows, rows with logits, query tiles                        */
     const int *tokens, *positions;
-    const int *slots;      /* which of the tables is the row's sequence's                */
+    const int *slots; /* which of the tables is the row's sequence's                */
     const int *logit_rows;
     const int *tile_first, *tile_rows; /* query tiles: neighbouring rows of one sequence */
-    const int *tables;     /* [slot][blocks_per_seq]                                     */
+    const int *tables;                 /* [slot][blocks_per_seq]                                     */
     int blocks_per_seq;
 } llm__fwd_rows;
 
-/* Block b of the KV cache is one run of memory: [layer][keys, values][head]. A head's keys stand [place][dimension], its
-   values [dimension][place], both with the dimensions padded to `stride`: so scores and weighted sums are both products
-   of rows in which k runs fastest. */
+/* Block b of the KV cache is one run of memory: [layer][keys, values][head]. A head's keys stand [place][dimension],
+   its values [dimension][place], both with the dimensions padded to `stride`: so scores and weighted sums are both
+   products of rows in which k runs fastest. */
 typedef struct llm__kv {
     uint16_t *data;
     size_t block_size; /* in elements */
     int n_heads, stride;
 } llm__kv;
 
-static __device__ uint16_t *llm__keys(llm__kv kv, int block, int layer, int head) {
+static __device__ uint16_t *llm__cache_keys(llm__kv kv, int block, int layer, int head) {
     return kv.data + (size_t)block * kv.block_size + ((size_t)layer * 2 * kv.n_heads + head) * LLM_CACHE_BLOCK * kv.stride;
 }
 
-static __device__ uint16_t *llm__values(llm__kv kv, int block, int layer, int head) {
-    return llm__keys(kv, block, layer, kv.n_heads + head);
+static __device__ uint16_t *llm__cache_values(llm__kv kv, int block, int layer, int head) {
+    return llm__cache_keys(kv, block, layer, kv.n_heads + head);
 }
 
-static __device__ const int *llm__table(llm__fwd_rows rows, int row) {
-    return rows.tables + (size_t)rows.slots[row] * rows.blocks_per_seq;
+/* The block table of a row's sequence. These, like all of llm__fwd_rows, are read past the L1 cache (__ldcg), since a
+   kernel may read them before it waits. */
+static __device__ const int *llm__rows_table(llm__fwd_rows rows, int row) {
+    return rows.tables + (size_t)__ldcg(rows.slots + row) * rows.blocks_per_seq;
 }
 
 /* One head's query, key or value dimension of a row, to where attention looks for it. */
 typedef struct llm__qkv_store {
     llm__kv kv;
-    uint16_t *q; /* [rows][n_heads][kv.stride] */
+    uint16_t *q;                  /* [rows][n_heads][kv.stride] */
     const float *cosines, *sines; /* [rows][rope_dim / 2] */
     int n_heads, head_dim, rope_dim, layer;
+    int tiles;                    /* of a fused product in a head                                               */
     const float *bias;            /* [(n_heads + 2 kv.n_heads) * head_dim]; NULL: none                          */
     const float *q_norm, *k_norm; /* [head_dim]; NULL: heads do not go through an RMSNorm                       */
     float eps;
 } llm__qkv_store;
 
-static __device__ void llm__store_dim(const llm__qkv_store *s, llm__fwd_rows rows, int row, int head, int dim, float value) {
-    uint16_t bits = llm__to_bf16(value);
-    if (head < s->n_heads) {
-        s->q[((size_t)row * s->n_heads + head) * s->kv.stride + dim] = bits;
-        return;
-    }
-    int at = rows.positions[row], place = at % LLM_CACHE_BLOCK, block = llm__table(rows, row)[at / LLM_CACHE_BLOCK];
-    head -= s->n_heads;
-    if (head < s->kv.n_heads) llm__keys(s->kv, block, s->layer, head)[(size_t)place * s->kv.stride + dim] = bits;
-    else llm__values(s->kv, block, s->layer, head - s->kv.n_heads)[dim * LLM_CACHE_BLOCK + place] = bits;
+/* The place of a row's key and value in the KV cache: a block, and a position in it. */
+typedef struct llm__cell {
+    int block, place;
+} llm__cell;
+
+static __device__ llm__cell llm__rows_cell(llm__fwd_rows rows, int row) {
+    int position = __ldcg(rows.positions + row);
+    llm__cell cell = {__ldcg(llm__rows_table(rows, row) + position / LLM_CACHE_BLOCK), position % LLM_CACHE_BLOCK};
+    return cell;
 }
 
-/* Dimensions of a head go in pairs: those that RoPE turns together, then what is left, by twos. */
-static __device__ int llm__pair_dim(int pair, int rope_dim, int second) {
+static __device__ void llm__store_dim(const llm__qkv_store &s, llm__cell cell, int row, int head, int dim,
+                                      float value) {
+    uint16_t bits = llm__chip_to_bf16(value);
+    if (head < s.n_heads) {
+        s.q[((size_t)row * s.n_heads + head) * s.kv.stride + dim] = bits;
+        return;
+    }
+    head -= s.n_heads;
+    if (head < s.kv.n_heads)
+        llm__cache_keys(s.kv, cell.block, s.layer, head)[(size_t)cell.place * s.kv.stride + dim] = bits;
+    else llm__cache_values(s.kv, cell.block, s.layer, head - s.kv.n_heads)[dim * LLM_CACHE_BLOCK + cell.place] = bits;
+}
+
+/* Dimensions of a head go in pairs: first those that RoPE turns together, then the others, two neighbours at a time. */
+static __device__ int llm__store_pair_dim(int pair, int rope_dim, int second) {
     int half = rope_dim / 2;
     return pair < half ? pair + second * half : 2 * pair + second;
 }
 
-static __device__ void llm__store_pair(const llm__qkv_store *s, llm__fwd_rows rows, int row, int head, int pair, float a, float b) {
-    int half = s->rope_dim / 2, first = llm__pair_dim(pair, s->rope_dim, 0), second = llm__pair_dim(pair, s->rope_dim, 1);
-    if (pair < half && head < s->n_heads + s->kv.n_heads) {
-        float cosine = s->cosines[row * half + pair], sine = s->sines[row * half + pair], turned = a * cosine - b * sine;
-        b = a * sine + b * cosine;
-        a = turned;
+/* The cosine and sine of the angle by which RoPE turns a pair; 1 and 0 where it does not turn. */
+typedef struct llm__turn_by {
+    float cosine, sine;
+} llm__turn_by;
+
+static __device__ llm__turn_by llm__store_find_turn(const llm__qkv_store &s, int row, int head, int pair) {
+    int half = s.rope_dim / 2;
+    llm__turn_by turn = {1, 0};
+    if (pair < half && head < s.n_heads + s.kv.n_heads) {
+        turn.cosine = s.cosines[row * half + pair];
+        turn.sine = s.sines[row * half + pair];
     }
-    if (first < s->head_dim) llm__store_dim(s, rows, row, head, first, a);
-    if (second < s->head_dim) llm__store_dim(s, rows, row, head, second, b);
+    return turn;
+}
+
+static __device__ void llm__store_pair(const llm__qkv_store &s, llm__cell cell, llm__turn_by turn, int row, int head,
+                                       int pair, float a, float b) {
+    int first = llm__store_pair_dim(pair, s.rope_dim, 0), second = llm__store_pair_dim(pair, s.rope_dim, 1);
+    if (first < s.head_dim) llm__store_dim(s, cell, row, head, first, a * turn.cosine - b * turn.sine);
+    if (second < s.head_dim) llm__store_dim(s, cell, row, head, second, a * turn.sine + b * turn.cosine);
 }
 
 /* ==== 4 Fused products ==========================================================================================
 
-   Up to 16 rows meet a weight matrix as the columns of a tensor-core product. The matrix is read once; everything else
-   is done at the product's end. The floor is the matrix's bytes over the memory's bandwidth.
+   Up to 16 rows are multiplied by a weight matrix as the columns of a tensor-core product. The matrix is read once, and
+   all that follows the product is done at its end. The limit is the matrix's bytes over the memory's bandwidth.
 
-   A block computes 16 outputs, as 8 pairs (a, b) whose sums meet in one thread: the two dimensions RoPE turns together,
-   a gate and its up, or just neighbours. Its 8 warps share out k in turns of 64 bytes, so a block reads 512 bytes of each
-   of its 16 rows at a time, 4 such loads in flight per warp; the first are on their way before the kernels ahead are done.
-   A row's sums are taken in the same order however many rows there are. int8 is widened in registers, exactly; its
-   scales, one for each output, are the sums' business. f16 is split in two there, each of which meets the inputs. Of weights in groups the tensor core multiplies the whole numbers,
-   32 at a time, and a matrix of ones by the same inputs: sum += scale * (q . x) + minimum * (1 . x).
+   A tile is 16 outputs, as 8 pairs (a, b) whose sums meet in one thread: the two dimensions that RoPE turns together, a
+   gate and its up, or two neighbours. A block computes tiles blockIdx.x, blockIdx.x + gridDim.x, ...; all blocks fit
+   the GPU at once. Its 8 warps share k in turns of 64 bytes, so a block reads 512 bytes of each of 16 rows at a time,
+   and each warp has several such loads in flight. The loads never stop: the last turns of a tile start the first loads
+   of the next tile, which arrive while this one's sums are added up. The first loads start before the kernels ahead are
+   done, and the L2 cache prefetches what follows them.
+
+   A row's sums are added in the same order however many rows there are. int8 is widened in registers, exactly; its
+   scale, one for each output, is applied to the sum. f16 is split in two there, and each part is multiplied by the
+   inputs. Of weights in groups the tensor core multiplies the whole numbers, 32 at a time, and a matrix of ones by the
+   same inputs: sum += scale * (q . x) + minimum * (1 . x).
 
    RMSNorm is folded in: whoever writes the residual stream x also writes bf16(x * norm weight), which the next product
    reads, and the squares of its 16 outputs; the product's end divides by the root of their mean. */
@@ -420,193 +586,314 @@ typedef enum llm__kernel_ending { LLM__QKV, LLM__PLAIN, LLM__RESIDUAL, LLM__SWIG
 typedef struct llm__product {
     llm__fwd_rows rows;
     llm__gpu_matrix weight;
-    int n;                    /* outputs; LLM__SWIGLU: n_ff                                        */
-    const uint16_t *x;        /* [rows][llm__input_stride(weight)]                                 */
-    const float *squares;     /* [rows][n_squares] of what x was made from                         */
+    int n, n_tiles;       /* outputs (LLM__SWIGLU: n_ff), and tiles of 16                      */
+    int count;            /* which of rows.counts is the number of columns                     */
+    const int *gather;    /* the rows of x that are the columns; NULL: the first ones          */
+    int prefetch;         /* bytes of a row of weights to prefetch, a multiple of 16           */
+    const uint16_t *x;    /* [rows][llm__matrix_input_stride(weight)]                                 */
+    const float *squares; /* [rows][n_squares] of what x was made from                         */
     int n_squares, n_embd;
     float eps;
-    llm__qkv_store store;     /* LLM__QKV                                                          */
-    float *residual;          /* LLM__RESIDUAL: [rows][n]; then, for the product after this one:   */
-    const float *next_norm;   /* [n]                                                               */
-    uint16_t *next_x;         /* [rows][next_stride]; with LLM__SWIGLU the products of the pairs   */
+    llm__qkv_store store;   /* LLM__QKV                                                          */
+    float *residual;        /* LLM__RESIDUAL: [rows][n]; then, for the product after this one:   */
+    const float *next_norm; /* [n]                                                               */
+    uint16_t *next_x;       /* [rows][next_stride]; with LLM__SWIGLU the products of the pairs   */
     int next_stride;
-    float *next_squares;      /* [rows][blocks]                                                    */
-    float *out;               /* LLM__PLAIN: [rows][n]; LLM__LOGITS: [rows with logits][n]         */
+    float *next_squares; /* [rows][n_tiles]                                                   */
+    float *out;          /* LLM__PLAIN, LLM__LOGITS: [columns][n]                             */
 } llm__product;
 
-/* The outputs of pair `pair` of block `block`; -1: there is none. */
-template <int ENDING>
-static __device__ int llm__output(const llm__product &p, int block, int pair, int second) {
+/* The first or second output of a pair of a tile; -1: there is none. */
+template <int ENDING> static __device__ int llm__product_output(const llm__product &p, int tile, int pair, int second) {
     if (ENDING == LLM__QKV) {
-        int blocks_per_head = ((p.store.head_dim + 1) / 2 + LLM__PAIRS - 1) / LLM__PAIRS;
-        int dim = llm__pair_dim(block % blocks_per_head * LLM__PAIRS + pair, p.store.rope_dim, second);
-        return dim < p.store.head_dim ? block / blocks_per_head * p.store.head_dim + dim : -1;
+        int tiles = p.store.tiles;
+        int dim = llm__store_pair_dim(tile % tiles * LLM__PAIRS + pair, p.store.rope_dim, second);
+        return dim < p.store.head_dim ? tile / tiles * p.store.head_dim + dim : -1;
     }
     if (ENDING == LLM__SWIGLU) {
-        int i = block * LLM__PAIRS + pair;
+        int i = tile * LLM__PAIRS + pair;
         return i < p.n ? i + second * p.n : -1;
     }
-    int i = (block * 2 + second) * LLM__PAIRS + pair;
+    int i = (tile * 2 + second) * LLM__PAIRS + pair;
     return i < p.n ? i : -1;
 }
 
-static __device__ void llm__end_qkv(const llm__product &p, int row, int pair, int output_a, int output_b, float a, float b) {
-    int blocks_per_head = ((p.store.head_dim + 1) / 2 + LLM__PAIRS - 1) / LLM__PAIRS, block = (int)blockIdx.x;
-    if (p.store.bias) {
-        a += p.store.bias[output_a];
-        b += output_b < 0 ? 0 : p.store.bias[output_b];
+/* What the end of a tile reads for a pair of a column. It is loaded before the barrier, and has arrived after it. */
+typedef struct llm__end_inputs {
+    float scale_a, scale_b; /* LLM__INT8: of the two outputs                                  */
+    float add_a, add_b;     /* LLM__RESIDUAL: the residual stream; LLM__QKV: the bias         */
+    float norm_a, norm_b;   /* LLM__RESIDUAL: the next norm's weights                         */
+    llm__turn_by turn;      /* LLM__QKV                                                       */
+} llm__end_inputs;
+
+template <int ENDING, int FORMAT>
+static __device__ llm__end_inputs llm__product_load_end(const llm__product &p, int tile, int column, int pair) {
+    llm__end_inputs in = {1, 1, 0, 0, 0, 0, {1, 0}};
+    int a = llm__product_output<ENDING>(p, tile, pair, 0), b = llm__product_output<ENDING>(p, tile, pair, 1);
+    if (FORMAT == LLM__INT8) {
+        if (a >= 0) in.scale_a = __uint_as_float(p.weight.scales[a]);
+        if (b >= 0) in.scale_b = __uint_as_float(p.weight.scales[b]);
     }
-    llm__store_pair(&p.store, p.rows, row, block / blocks_per_head, block % blocks_per_head * LLM__PAIRS + pair, a, b);
+    if (ENDING == LLM__RESIDUAL) {
+        const float *residual = p.residual + (size_t)column * p.n;
+        if (a >= 0) in.add_a = residual[a], in.norm_a = p.next_norm[a];
+        if (b >= 0) in.add_b = residual[b], in.norm_b = p.next_norm[b];
+    }
+    if (ENDING == LLM__QKV) {
+        int tiles = p.store.tiles;
+        if (p.store.bias && a >= 0) in.add_a = p.store.bias[a];
+        if (p.store.bias && b >= 0) in.add_b = p.store.bias[b];
+        in.turn = llm__store_find_turn(p.store, column, tile / tiles, tile % tiles * LLM__PAIRS + pair);
+    }
+    return in;
 }
 
-/* Adds to the residual stream, and readies it for the next product. Eight neighbouring threads have the pairs of a row. */
-static __device__ void llm__end_residual(const llm__product &p, int row, bool wanted, int pair, int a, int b, float sum_a, float sum_b) {
-    float square = 0;
-    for (int i = 0; i < 2; i++) {
-        int output = i ? b : a;
-        if (!wanted || output < 0) continue;
-        float x = p.residual[(size_t)row * p.n + output] += i ? sum_b : sum_a;
-        p.next_x[(size_t)row * p.next_stride + output] = llm__to_bf16(x * p.next_norm[output]);
-        square += x * x;
-    }
+/* Adds to the residual stream, and makes the next product's inputs. Eight neighbouring threads have a row's pairs. */
+static __device__ void llm__product_end_residual(const llm__product &p, const llm__end_inputs &in, int tile, int row,
+                                                 bool wanted, int pair, float sum_a, float sum_b) {
+    int a = llm__product_output<LLM__RESIDUAL>(p, tile, pair, 0),
+        b = llm__product_output<LLM__RESIDUAL>(p, tile, pair, 1);
+    float x_a = a < 0 ? 0 : in.add_a + sum_a, x_b = b < 0 ? 0 : in.add_b + sum_b, square = x_a * x_a + x_b * x_b;
     for (int step = 4; step; step /= 2) square += __shfl_xor_sync(0xFFFFFFFFu, square, step);
-    if (wanted && pair == 0) p.next_squares[(size_t)row * gridDim.x + blockIdx.x] = square;
+    if (!wanted) return;
+    if (a >= 0) p.residual[(size_t)row * p.n + a] = x_a;
+    if (b >= 0) p.residual[(size_t)row * p.n + b] = x_b;
+    if (a >= 0) p.next_x[(size_t)row * p.next_stride + a] = llm__chip_to_bf16(x_a * in.norm_a);
+    if (b >= 0) p.next_x[(size_t)row * p.next_stride + b] = llm__chip_to_bf16(x_b * in.norm_b);
+    if (pair == 0) p.next_squares[(size_t)row * p.n_tiles + tile] = square;
+}
+
+/* What follows a product, for the sums of a pair of a tile and one column. Whole warps call this. */
+template <int ENDING>
+static __device__ void llm__product_end_tile(const llm__product &p, const llm__end_inputs &in, llm__cell cell, int tile,
+                                             int column, bool wanted, int pair, float scale, float sum_a, float sum_b) {
+    sum_a *= in.scale_a;
+    sum_b *= in.scale_b;
+    if (ENDING == LLM__RESIDUAL) {
+        llm__product_end_residual(p, in, tile, column, wanted, pair, sum_a, sum_b);
+        return;
+    }
+    if (!wanted) return;
+    sum_a *= scale;
+    sum_b *= scale;
+    int a = llm__product_output<ENDING>(p, tile, pair, 0), b = llm__product_output<ENDING>(p, tile, pair, 1);
+    if (ENDING == LLM__QKV) {
+        int tiles = p.store.tiles;
+        if (a >= 0)
+            llm__store_pair(p.store, cell, in.turn, column, tile / tiles, tile % tiles * LLM__PAIRS + pair,
+                            sum_a + in.add_a, sum_b + in.add_b);
+    } else if (ENDING == LLM__SWIGLU) {
+        if (a >= 0) p.next_x[(size_t)column * p.next_stride + a] = llm__chip_to_bf16(llm__chip_silu(sum_a) * sum_b);
+    } else {
+        if (a >= 0) p.out[(size_t)column * p.n + a] = sum_a;
+        if (b >= 0) p.out[(size_t)column * p.n + b] = sum_b;
+    }
 }
 
 /* 1 / sqrt(mean(x^2) + eps) of a row, by one warp. */
-static __device__ float llm__inverse_norm(const llm__product &p, int row) {
+static __device__ float llm__product_inverse_norm(const llm__product &p, int row) {
     float sum = 0;
     for (int i = (int)threadIdx.x % 32; i < p.n_squares; i += 32) sum += p.squares[(size_t)row * p.n_squares + i];
-    return 1.0f / sqrtf(llm__warp_sum(sum) / (float)p.n_embd + p.eps);
+    return 1.0f / sqrtf(llm__chip_warp_sum(sum) / (float)p.n_embd + p.eps);
 }
 
-/* What a turn of groups adds; see llm__multiply_turn. Nibbles come 128 too large, which is taken off again in f32. */
+/* What a turn of groups adds; see llm__product_multiply_turn. Nibbles come 128 too large, which is taken off again in
+   f32. */
 template <int FORMAT>
-static __device__ void llm__multiply_groups(float sums[4], uint4 upper, uint4 lower, uint4 upper_scales, uint4 lower_scales, const uint16_t *x) {
+static __device__ void llm__product_multiply_groups(float sums[4], uint4 upper, uint4 lower, uint4 upper_scales,
+                                                    uint4 lower_scales, const uint16_t *x) {
     constexpr float excess = FORMAT == LLM__INT4_GROUPS ? 128 : 0;
     const uint32_t a[4] = {upper.x, upper.y, upper.z, upper.w}, b[4] = {lower.x, lower.y, lower.z, lower.w};
     const uint32_t a_scales[4] = {upper_scales.x, upper_scales.y, upper_scales.z, upper_scales.w};
     const uint32_t b_scales[4] = {lower_scales.x, lower_scales.y, lower_scales.z, lower_scales.w};
     const uint4 ones = make_uint4(0x3F803F80u, 0x3F803F80u, 0x3F803F80u, 0x3F803F80u);
 #pragma unroll
-    for (int j = 0; j < llm__turn(FORMAT) / 32; j++) {
+    for (int j = 0; j < llm__matrix_turn(FORMAT) / 32; j++) {
         uint4 column = *(const uint4 *)(x + 32 * j);
         float dots[4] = {}, totals[4] = {};
-        if (FORMAT == LLM__INT4_GROUPS) llm__multiply_32(dots, llm__widen_nibbles(a[j]), llm__widen_nibbles(b[j]), column);
-        else llm__multiply_32(dots, llm__widen_8(a[2 * j % 4], a[2 * j % 4 + 1]), llm__widen_8(b[2 * j % 4], b[2 * j % 4 + 1]), column);
-        llm__multiply_32(totals, ones, ones, column);
+        if (FORMAT == LLM__INT4_GROUPS)
+            llm__chip_multiply_32(dots, llm__chip_widen_nibbles(a[j]), llm__chip_widen_nibbles(b[j]), column);
+        else
+            llm__chip_multiply_32(dots, llm__chip_widen_8(a[2 * j % 4], a[2 * j % 4 + 1]),
+                                  llm__chip_widen_8(b[2 * j % 4], b[2 * j % 4 + 1]), column);
+        llm__chip_multiply_32(totals, ones, ones, column);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             uint32_t d = i < 2 ? a_scales[j] : b_scales[j];
-            sums[i] = fmaf(llm__half(d), dots[i], fmaf(llm__half(d >> 16) - excess * llm__half(d), totals[i], sums[i]));
+            sums[i] = fmaf(llm__chip_half(d), dots[i],
+                           fmaf(llm__chip_half(d >> 16) - excess * llm__chip_half(d), totals[i], sums[i]));
         }
     }
 }
 
 /* What one turn adds: a lane has 16 bytes of its two rows of the matrix, and the inputs that belong to them. */
 template <int FORMAT>
-static __device__ void llm__multiply_turn(float sums[4], uint4 upper, uint4 lower, uint4 upper_scales, uint4 lower_scales, const uint16_t *x) {
+static __device__ void llm__product_multiply_turn(float sums[4], uint4 upper, uint4 lower, uint4 upper_scales,
+                                                  uint4 lower_scales, const uint16_t *x) {
     if (FORMAT == LLM__BF16) {
-        llm__multiply_32(sums, upper, lower, *(const uint4 *)x);
+        llm__chip_multiply_32(sums, upper, lower, *(const uint4 *)x);
     } else if (FORMAT == LLM__F16) {
-        llm__enc_split a = llm__split_8(upper), b = llm__split_8(lower);
-        llm__multiply_32(sums, a.high, b.high, *(const uint4 *)x);
-        llm__multiply_32(sums, a.low, b.low, *(const uint4 *)x);
+        llm__enc_split a = llm__chip_split_8(upper), b = llm__chip_split_8(lower);
+        llm__chip_multiply_32(sums, a.high, b.high, *(const uint4 *)x);
+        llm__chip_multiply_32(sums, a.low, b.low, *(const uint4 *)x);
     } else if (FORMAT == LLM__INT8) {
-        llm__multiply_32(sums, llm__widen_8(upper.x, upper.y), llm__widen_8(lower.x, lower.y), *(const uint4 *)x);
-        llm__multiply_32(sums, llm__widen_8(upper.z, upper.w), llm__widen_8(lower.z, lower.w), *(const uint4 *)(x + 8));
+        llm__chip_multiply_32(sums, llm__chip_widen_8(upper.x, upper.y), llm__chip_widen_8(lower.x, lower.y),
+                              *(const uint4 *)x);
+        llm__chip_multiply_32(sums, llm__chip_widen_8(upper.z, upper.w), llm__chip_widen_8(lower.z, lower.w),
+                              *(const uint4 *)(x + 8));
     } else {
-        llm__multiply_groups<FORMAT>(sums, upper, lower, upper_scales, lower_scales, x);
+        llm__product_multiply_groups<FORMAT>(sums, upper, lower, upper_scales, lower_scales, x);
     }
 }
 
 /* A lane's 16 bytes of a turn, and the scales and minima of its groups; turns are counted through all rows. */
 template <int FORMAT>
-static __device__ void llm__load_turn(const llm__gpu_matrix &m, unsigned turn, int t, uint4 *numbers, uint4 *scales) {
-    *numbers = llm__load_once(m.data + (size_t)turn * 64 + 16 * t);
-    if (FORMAT == LLM__INT4_GROUPS) *scales = llm__load_once(m.scales + (size_t)turn * 4);
+static __device__ void llm__product_load_turn(const llm__gpu_matrix &m, unsigned turn, int t, uint4 *numbers,
+                                              uint4 *scales) {
+    *numbers = llm__chip_load_once(m.data + (size_t)turn * 64 + 16 * t);
+    if (FORMAT == LLM__INT4_GROUPS) *scales = llm__chip_load_once(m.scales + (size_t)turn * 4);
     if (FORMAT != LLM__INT8_GROUPS) return;
     uint2 v = *(const uint2 *)(m.scales + (size_t)turn * 2);
     *scales = make_uint4(v.x, v.y, 0, 0);
 }
 
-/* TILES * 8 columns. */
+/* The warps' loads in flight. */
+template <int N> struct llm__flight { uint4 upper[N], lower[N], upper_scales[N], lower_scales[N]; };
+
+/* Where a tile's rows g and g + 8 begin, in turns. An output that is not there repeats the first, which changes
+   nothing. */
+typedef struct llm__matrix_tile_rows {
+    unsigned upper, lower;
+} llm__matrix_tile_rows;
+
+template <int ENDING>
+static __device__ llm__matrix_tile_rows llm__product_find_rows(const llm__product &p, int tile, int pair, int n_turns) {
+    int a = llm__product_output<ENDING>(p, tile, pair, 0), b = llm__product_output<ENDING>(p, tile, pair, 1);
+    llm__matrix_tile_rows rows = {(unsigned)(a < 0 ? 0 : a) * (unsigned)n_turns,
+                           (unsigned)(b < 0 ? 0 : b) * (unsigned)n_turns};
+    return rows;
+}
+
+/* Prefetches what follows the first loads of this block's tiles, p.prefetch bytes of each of the 16 rows; a thread a
+   row. */
+template <int ENDING, int FORMAT>
+static __device__ void llm__product_prefetch_tiles(const llm__product &p, int n_turns, int turns_in_flight) {
+    int row = (int)threadIdx.x, skipped = llm__min(turns_in_flight, n_turns), left = p.prefetch / 64;
+    for (int tile = (int)blockIdx.x; tile < p.n_tiles && left > 0; tile += (int)gridDim.x) {
+        int turns = llm__min(n_turns - skipped, left), output = llm__product_output<ENDING>(p, tile, row % 8, row / 8);
+        size_t first = (size_t)output * (size_t)n_turns + (size_t)skipped;
+        if (output >= 0 && FORMAT == LLM__INT8) llm__chip_prefetch_line(p.weight.scales + output);
+        if (output >= 0 && ENDING == LLM__RESIDUAL) llm__chip_prefetch_line(p.next_norm + output);
+        if (output >= 0 && ENDING == LLM__QKV && p.store.bias) llm__chip_prefetch_line(p.store.bias + output);
+        if (turns > 0 && output >= 0) {
+            llm__chip_prefetch(p.weight.data + first * 64, (unsigned)turns * 64);
+            if (FORMAT == LLM__INT4_GROUPS) llm__chip_prefetch(p.weight.scales + first * 4, (unsigned)turns * 16);
+            if (FORMAT == LLM__INT8_GROUPS && turns > 2) /* scales of a turn are 8 bytes */
+                llm__chip_prefetch(p.weight.scales + (first + 1) / 2 * 4, (unsigned)(turns - 1) / 2 * 16);
+        }
+        left -= turns;
+        skipped = 0;
+    }
+}
+
+/* How many blocks of a fused product a multiprocessor holds: as many as its registers allow. */
+static __host__ __device__ constexpr int llm__product_blocks_per_processor(int format, int tiles) {
+    return format >= LLM__INT8_GROUPS || tiles == 2 ? 2 : 3;
+}
+
+/* For TILES * 8 columns. */
 template <int ENDING, int TILES, int FORMAT>
-static __global__ void __launch_bounds__(LLM__WARPS * 32, FORMAT >= LLM__INT8_GROUPS ? 2 : 3) llm__fused_product(llm__product p) {
+static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_per_processor(FORMAT, TILES))
+    llm__fused_product(llm__product p) {
     constexpr bool GROUPS = FORMAT >= LLM__INT8_GROUPS;
-    constexpr int IN_FLIGHT = GROUPS ? (TILES == 1 ? 3 : 1) : TILES == 1 ? 4 : 2, COLUMNS = TILES * 8, TURN = llm__turn(FORMAT);
-    __shared__ float parts[LLM__WARPS][COLUMNS][17], scales[COLUMNS];
-    int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4, n_turns = p.weight.k / TURN;
-    int a = llm__output<ENDING>(p, (int)blockIdx.x, g, 0), b = llm__output<ENDING>(p, (int)blockIdx.x, g, 1);
-    unsigned upper_row = (unsigned)(a < 0 ? 0 : a) * (unsigned)n_turns, lower_row = (unsigned)(b < 0 ? 0 : b) * (unsigned)n_turns;
-    uint4 upper[IN_FLIGHT] = {}, lower[IN_FLIGHT] = {}, upper_scales[IN_FLIGHT] = {}, lower_scales[IN_FLIGHT] = {};
-    float sums[TILES][4] = {};
+    constexpr int IN_FLIGHT = !GROUPS ? 4 : TILES == 1 ? 3 : 1, COLUMNS = TILES * 8, TURN = llm__matrix_turn(FORMAT);
+    constexpr bool EARLY_END = !GROUPS || TILES == 1;                    /* otherwise there are no registers for it */
+    __shared__ float parts[2][LLM__WARPS][COLUMNS][20], scales[COLUMNS]; /* 20: warps write without bank conflicts */
+    __shared__ llm__cell cells[COLUMNS];
+    int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4,
+        n_turns = p.weight.k / TURN;
+    int n_columns = __ldcg(p.rows.counts + p.count), tile = (int)blockIdx.x;
+    if (ENDING == LLM__LOGITS && n_columns == 0) { /* a pass without logits does not read the head */
+        llm__chip_let_next_start();
+        llm__chip_wait_for_previous();
+        return;
+    }
+    llm__matrix_tile_rows rows = llm__product_find_rows<ENDING>(p, tile, g, n_turns);
+    llm__flight<IN_FLIGHT> in = {};
 #pragma unroll
     for (int i = 0; i < IN_FLIGHT; i++) {
         int turn = warp + i * LLM__WARPS;
         if (turn >= n_turns) continue;
-        llm__load_turn<FORMAT>(p.weight, upper_row + (unsigned)turn, t, &upper[i], &upper_scales[i]);
-        llm__load_turn<FORMAT>(p.weight, lower_row + (unsigned)turn, t, &lower[i], &lower_scales[i]);
+        llm__product_load_turn<FORMAT>(p.weight, rows.upper + (unsigned)turn, t, &in.upper[i], &in.upper_scales[i]);
+        llm__product_load_turn<FORMAT>(p.weight, rows.lower + (unsigned)turn, t, &in.lower[i], &in.lower_scales[i]);
     }
-    llm__let_next_start();
-    llm__wait_for_previous();
-    int n_columns = p.rows.counts[ENDING == LLM__LOGITS];
-    if (n_columns == 0) return;
-    const uint16_t *x[TILES];
+    llm__chip_let_next_start();
+    if (threadIdx.x < 16) llm__product_prefetch_tiles<ENDING, FORMAT>(p, n_turns, IN_FLIGHT * LLM__WARPS);
+    if (ENDING == LLM__QKV && (int)threadIdx.x < n_columns)
+        cells[threadIdx.x] = llm__rows_cell(p.rows, (int)threadIdx.x);
+    llm__chip_wait_for_previous();
+    unsigned x_at[TILES];
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
-        int column = 8 * j + g < n_columns ? 8 * j + g : 0; /* absent columns repeat the first, and are left at the end */
-        x[j] = p.x + (size_t)(ENDING == LLM__LOGITS ? p.rows.logit_rows[column] : column) * llm__input_stride(p.weight) + (GROUPS ? 8 : TURN / 4) * t;
+        int column = 8 * j + g < n_columns
+                         ? 8 * j + g
+                         : 0; /* columns that are not there repeat the first, and are left at the end */
+        unsigned row = (unsigned)(p.gather ? __ldcg(p.gather + column) : column);
+        x_at[j] = row * (unsigned)llm__matrix_input_stride(p.weight) + (GROUPS ? 8u : TURN / 4u) * (unsigned)t;
     }
-    for (int first = warp; first < n_turns; first += IN_FLIGHT * LLM__WARPS) {
-#pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) {
-            int turn = first + i * LLM__WARPS, next = turn + IN_FLIGHT * LLM__WARPS;
-            if (turn >= n_turns) continue;
-#pragma unroll
-            for (int j = 0; j < TILES; j++)
-                llm__multiply_turn<FORMAT>(sums[j], upper[i], lower[i], upper_scales[i], lower_scales[i], x[j] + turn * TURN);
-            if (next >= n_turns) continue;
-            llm__load_turn<FORMAT>(p.weight, upper_row + (unsigned)next, t, &upper[i], &upper_scales[i]);
-            llm__load_turn<FORMAT>(p.weight, lower_row + (unsigned)next, t, &lower[i], &lower_scales[i]);
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < TILES; j++)
-        for (int i = 0; i < 4; i++) parts[warp][8 * j + 2 * t + i % 2][g + i / 2 * 8] = sums[j][i];
     if (ENDING != LLM__RESIDUAL)
         for (int column = warp; column < n_columns; column += LLM__WARPS) {
-            float scale = llm__inverse_norm(p, ENDING == LLM__LOGITS ? p.rows.logit_rows[column] : column);
+            float scale = llm__product_inverse_norm(p, p.gather ? __ldcg(p.gather + column) : column);
             if (lane == 0) scales[column] = scale;
         }
-    __syncthreads();
-
-    int column = (int)threadIdx.x / LLM__PAIRS, pair = (int)threadIdx.x % LLM__PAIRS;
-    if (column >= COLUMNS) return; /* whole warps */
-    bool wanted = column < n_columns;
-    float sum_a = 0, sum_b = 0;
-    for (int i = 0; i < LLM__WARPS; i++) {
-        sum_a += parts[i][column][pair];
-        sum_b += parts[i][column][pair + 8];
+    for (int round = 0; tile < p.n_tiles; round ^= 1) {
+        int next_tile = tile + (int)gridDim.x;
+        bool goes_on = next_tile < p.n_tiles;
+        llm__matrix_tile_rows next_rows = llm__product_find_rows<ENDING>(p, goes_on ? next_tile : tile, g, n_turns);
+        float sums[TILES][4] = {};
+#pragma unroll 1
+        for (int first = warp; first < n_turns; first += IN_FLIGHT * LLM__WARPS) {
+#pragma unroll
+            for (int i = 0; i < IN_FLIGHT; i++) {
+                int turn = first + i * LLM__WARPS, next = turn + IN_FLIGHT * LLM__WARPS;
+                if (turn >= n_turns) continue;
+#pragma unroll
+                for (int j = 0; j < TILES; j++)
+                    llm__product_multiply_turn<FORMAT>(sums[j], in.upper[i], in.lower[i], in.upper_scales[i],
+                                                       in.lower_scales[i], p.x + (x_at[j] + (unsigned)(turn * TURN)));
+                bool same_tile = next < n_turns;
+                if (!same_tile && !goes_on) continue;
+                unsigned upper =
+                    same_tile ? rows.upper + (unsigned)next : next_rows.upper + (unsigned)(warp + i * LLM__WARPS);
+                unsigned lower =
+                    same_tile ? rows.lower + (unsigned)next : next_rows.lower + (unsigned)(warp + i * LLM__WARPS);
+                llm__product_load_turn<FORMAT>(p.weight, upper, t, &in.upper[i], &in.upper_scales[i]);
+                llm__product_load_turn<FORMAT>(p.weight, lower, t, &in.lower[i], &in.lower_scales[i]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < TILES; j++)
+            for (int i = 0; i < 4; i++) parts[round][warp][8 * j + 2 * t + i % 2][g + i / 2 * 8] = sums[j][i];
+        int column = (int)threadIdx.x / LLM__PAIRS, pair = (int)threadIdx.x % LLM__PAIRS;
+        bool wanted = column < n_columns, ends = column < COLUMNS; /* whole warps end the tile */
+        llm__end_inputs end = {};
+        if (wanted && EARLY_END) end = llm__product_load_end<ENDING, FORMAT>(p, tile, column, pair);
+        /* The one barrier of a tile: the other half of `parts` is not written before all have passed the next one. */
+        __syncthreads();
+        if (ends) {
+            float sum_a = 0, sum_b = 0;
+#pragma unroll
+            for (int i = 0; i < LLM__WARPS; i++) {
+                sum_a += parts[round][i][column][pair];
+                sum_b += parts[round][i][column][pair + 8];
+            }
+            if (wanted && !EARLY_END) end = llm__product_load_end<ENDING, FORMAT>(p, tile, column, pair);
+            llm__product_end_tile<ENDING>(p, end, cells[column], tile, column, wanted, pair, scales[column], sum_a,
+                                          sum_b);
+        }
+        tile = next_tile;
+        rows = next_rows;
     }
-    a = llm__output<ENDING>(p, (int)blockIdx.x, pair, 0);
-    b = llm__output<ENDING>(p, (int)blockIdx.x, pair, 1);
-    if (FORMAT == LLM__INT8) {
-        sum_a *= a < 0 ? 0 : __uint_as_float(p.weight.scales[a]);
-        sum_b *= b < 0 ? 0 : __uint_as_float(p.weight.scales[b]);
-    }
-    if (ENDING == LLM__RESIDUAL) {
-        llm__end_residual(p, column, wanted, pair, a, b, sum_a, sum_b);
-        return;
-    }
-    if (!wanted) return;
-    sum_a *= scales[column];
-    sum_b *= scales[column];
-    if (ENDING == LLM__QKV && a >= 0) llm__end_qkv(p, column, pair, a, b, sum_a, sum_b);
-    if (ENDING == LLM__SWIGLU && a >= 0) p.next_x[(size_t)column * p.next_stride + a] = llm__to_bf16(llm__silu(sum_a) * sum_b);
-    if (ENDING != LLM__PLAIN && ENDING != LLM__LOGITS) return;
-    if (a >= 0) p.out[(size_t)column * p.n + a] = sum_a;
-    if (b >= 0) p.out[(size_t)column * p.n + b] = sum_b;
 }
 
 typedef struct llm__start {
@@ -615,14 +902,14 @@ typedef struct llm__start {
     const double *frequencies;
     float *cosines, *sines, rope_scale;
     int n_embd, half;
-    float *x;                  /* [rows][n_embd] */
-    const float *next_norm;    /* as of llm__product; NULL in the plain pass */
+    float *x;               /* [rows][n_embd] */
+    const float *next_norm; /* as of llm__product; NULL in the plain pass */
     uint16_t *next_x;
     float *next_squares;
 } llm__start;
 
 /* The angles by which RoPE turns a row; in double, because positions are large. */
-static __device__ void llm__find_angles(const llm__start &s, int row) {
+static __device__ void llm__embed_find_angles(const llm__start &s, int row) {
     for (int i = (int)threadIdx.x; i < s.half; i += (int)blockDim.x) {
         double sine, cosine;
         sincos(s.rows.positions[row] * s.frequencies[i], &sine, &cosine);
@@ -632,167 +919,273 @@ static __device__ void llm__find_angles(const llm__start &s, int row) {
 }
 
 /* One weight. */
-static __device__ float llm__element(llm__gpu_matrix m, int row, int i) {
-    const uint8_t *from = m.data + row * llm__row_bytes(m);
-    if (m.format == LLM__BF16) return llm__from_bf16(((const uint16_t *)from)[i]);
-    if (m.format == LLM__F16) return llm__half(((const uint16_t *)from)[i]);
-    if (m.format == LLM__INT8) return (float)((const int8_t *)from)[llm__byte_place(i)] * __uint_as_float(m.scales[row]);
-    const uint8_t *eight = from + llm__group_place(m.format, i / 8 * 8);
+static __device__ float llm__matrix_element(llm__gpu_matrix m, int row, int i) {
+    const uint8_t *from = m.data + row * llm__matrix_row_bytes(m);
+    if (m.format == LLM__BF16) return llm__chip_from_bf16(((const uint16_t *)from)[i]);
+    if (m.format == LLM__F16) return llm__chip_half(((const uint16_t *)from)[i]);
+    if (m.format == LLM__INT8)
+        return (float)((const int8_t *)from)[llm__chip_byte_place(i)] * __uint_as_float(m.scales[row]);
+    const uint8_t *eight = from + llm__matrix_group_place(m.format, i / 8 * 8);
     uint32_t d = m.scales[(size_t)row * (m.k / 32) + i / 32];
-    int q = m.format == LLM__INT8_GROUPS ? ((const int8_t *)eight)[llm__byte_place(i % 8)] : (int)(*(const uint32_t *)eight >> (i % 8 / 2 * 4 + i % 2 * 16) & 15);
-    return (float)q * llm__half(d) + llm__half(d >> 16);
+    int q = m.format == LLM__INT8_GROUPS ? ((const int8_t *)eight)[llm__chip_byte_place(i % 8)]
+                                         : (int)(*(const uint32_t *)eight >> (i % 8 / 2 * 4 + i % 2 * 16) & 15);
+    return (float)q * llm__chip_half(d) + llm__chip_half(d >> 16);
 }
 
-/* The first kernel of a pass: one block a row. */
+/* The first kernel of a pass: one block a row. It is launched with LLM__SERIAL, so it needs no wait. */
 static __global__ void llm__embed(llm__start s) {
     int row = (int)blockIdx.x, n_squares = (s.n_embd + 15) / 16;
+    llm__chip_let_next_start();
     if (row >= s.rows.counts[0]) return;
-    llm__find_angles(s, row);
+    llm__embed_find_angles(s, row);
     for (int i = (int)threadIdx.x; i < n_squares; i += (int)blockDim.x) {
         float square = 0;
         for (int j = 16 * i; j < 16 * i + 16 && j < s.n_embd; j++) {
-            float x = llm__element(s.embedding, s.rows.tokens[row], j);
+            float x = llm__matrix_element(s.embedding, s.rows.tokens[row], j);
             s.x[(size_t)row * s.n_embd + j] = x;
             square += x * x;
-            if (s.next_norm) s.next_x[(size_t)row * llm__input_stride(s.embedding) + j] = llm__to_bf16(x * s.next_norm[j]);
+            if (s.next_norm)
+                s.next_x[(size_t)row * llm__matrix_input_stride(s.embedding) + j] =
+                    llm__chip_to_bf16(x * s.next_norm[j]);
         }
         if (s.next_norm) s.next_squares[(size_t)row * n_squares + i] = square;
     }
 }
 
-/* ==== 5 Fused attention =========================================================================================
+/* ==== 5 Attention ===============================================================================================
 
-   A block answers a tile of queries that share a sequence and a key head, as columns of tensor-core products: scores
-   are keys times queries, the answer is values times softmax weights, and the softmax goes along step by step (Milakov
-   and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, 2205.14135). When few queries are asked their keys are cut
-   into spans of a fixed length, each a block's work ("flash-decoding"), and the last block to finish joins them in
-   order. The floor is the bytes of the keys and values. */
+   Scores and the weighted sum of values are tensor-core products. The softmax goes along step by step (Milakov and
+   Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, 2205.14135). Few queries (up to 16 rows) and many need different
+   kernels.
+
+   Few: a block has the queries of one row that share a key head, as columns: scores are keys times queries, the answer
+   is values times weights. The row's keys are cut into spans, each the work of a block ("flash-decoding"), and the last
+   block to finish joins them in order. The length of a span depends on the row's own position alone, so a row's answer
+   does not depend on the others. The limit is the bytes of the keys and values, and in short contexts the latency of
+   memory: all loads of a step are in flight at once.
+
+   Many: a block has a tile of up to 64 queries that share a sequence and a key head, 16 for each warp. Queries are the
+   rows of the products and keys the columns, so a warp's weights are in its registers where the second product wants
+   them (Dao 2023, arXiv:2307.08691). Keys and values come through shared memory; one is copied while the other is
+   used. */
 
 typedef struct llm__attn_run {
     llm__fwd_rows rows;
     llm__kv kv;
-    const uint16_t *q;   /* [rows][n_heads][kv.stride]                                           */
-    uint16_t *out;       /* [rows][out_stride]                                                   */
+    const uint16_t *q; /* [rows][n_heads][kv.stride]                                    */
+    uint16_t *out;     /* [rows][out_stride]                                            */
     int out_stride, n_heads, head_dim, layer;
-    int window;          /* positions a query sees, its own included; 0: all before it                */
-    float scale;         /* of scores: log2(e) / sqrt(head_dim)                                  */
-    int span;            /* keys in a span; 0: tiles of several rows, whose keys are not cut     */
-    float *partial;      /* [row][key head][LLM__MOST_SPANS][group][kv.stride + 2]: the answer of a span, its maximum and sum */
-    unsigned *n_done;    /* [row][key head] spans that are done; zero between kernels            */
+    int group;     /* query heads that share a key head                             */
+    int window;    /* positions a query sees, its own included; 0: all before it    */
+    float scale;   /* of scores: log2(e) / sqrt(head_dim)                           */
+    int max_spans; /* into which a row's keys are cut                               */
+    float
+        *partial; /* [row][key head][LLM__MAX_SPANS][group][kv.stride + 2]: the answer of a span, its maximum and sum */
+    unsigned *n_done; /* [row][key head] spans that are done; zero between kernels     */
 } llm__attn_run;
 
-/* What a block knows of its tile. */
-template <int COLUMNS>
-struct llm__tile {
-    float scores[COLUMNS][LLM__STEP + 1];
-    alignas(16) uint16_t weights[COLUMNS][LLM__STEP + 8];
-    float max[COLUMNS], sum[COLUMNS], shrink[COLUMNS];
-    int first_key[COLUMNS], last_key[COLUMNS];
-};
-
 /* The first key that a query at this position sees. */
-static __device__ int llm__attn_first_key(const llm__attn_run &a, int position) {
+static __device__ int llm__attend_first_key(const llm__attn_run &a, int position) {
     return a.window && position >= a.window ? position - a.window + 1 : 0;
 }
 
-/* The scores of 16 keys, from `key` on, by one warp. */
-template <int COLUMNS>
-static __device__ void llm__score(const llm__attn_run &a, llm__tile<COLUMNS> *tile, int first_row, int n_columns, int group,
-                                  const int *table, int key, int end, int place) {
-    int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4, head = (int)blockIdx.y;
-    float sums[COLUMNS / 8][4] = {};
-    if (key < end) {
-        const uint16_t *keys = llm__keys(a.kv, table[key / LLM_CACHE_BLOCK], a.layer, head) + (size_t)(key % LLM_CACHE_BLOCK + g) * a.kv.stride + 8 * t;
-        for (int d = 0; d < a.kv.stride; d += 32) {
-            uint4 upper = *(const uint4 *)(keys + d), lower = *(const uint4 *)(keys + 8 * a.kv.stride + d);
+/* ---- Few queries ---- */
+
+/* What a block shares. Scores become the weights of spans when these are joined. */
+template <int COLUMNS> struct llm__span_memory {
+    float scores[COLUMNS][LLM__STEP + 4]; /* 4 and 32: no bank conflicts */
+    alignas(16) uint16_t weights[COLUMNS][LLM__STEP + 32];
+    float max[COLUMNS], sum[COLUMNS], shrink[COLUMNS];
+    bool is_last;
+};
+
+/* The keys that a row's query sees, cut into spans. */
+typedef struct llm__spans {
+    int first_key, first_step, n_keys; /* keys [first_key, n_keys); a step's first key is a multiple of LLM__STEP */
+    int n, length;                     /* spans, and keys of each                                                 */
+} llm__spans;
+
+static __device__ llm__spans llm__attend_cut_spans(const llm__attn_run &a, int row) {
+    llm__spans spans;
+    spans.n_keys = __ldcg(a.rows.positions + row) + 1;
+    spans.first_key = llm__attend_first_key(a, spans.n_keys - 1);
+    spans.first_step = spans.first_key / LLM__STEP * LLM__STEP;
+    int n_steps = llm__divide_up(spans.n_keys - spans.first_step, LLM__STEP),
+        steps = llm__divide_up(n_steps, a.max_spans);
+    if (steps < LLM__MIN_STEPS) steps = LLM__MIN_STEPS;
+    spans.n = llm__divide_up(n_steps, steps);
+    spans.length = steps * LLM__STEP;
+    return spans;
+}
+
+/* Prefetches a step's keys and values; a thread for each of these in each block. Lines that are being written do no
+   harm: the L2 cache is where all multiprocessors meet. */
+static __device__ void llm__attend_prefetch_step(const llm__attn_run &a, const int *table, int key, int end) {
+    int thread = (int)threadIdx.x, block = thread / 2 * LLM_CACHE_BLOCK, head = (int)blockIdx.y;
+    if (thread >= 2 * LLM__STEP / LLM_CACHE_BLOCK || key + block >= end) return;
+    const uint16_t *from = llm__cache_keys(a.kv, __ldcg(table + (key + block) / LLM_CACHE_BLOCK), a.layer,
+                                           thread % 2 ? a.kv.n_heads + head : head);
+    llm__chip_prefetch(from, (unsigned)(LLM_CACHE_BLOCK * a.kv.stride) * 2);
+}
+
+/* What a warp multiplies in a step: 16 keys, with all dimensions, and of 64 places every fourth 16 of the values'
+   dimensions. DIMS * 64 dimensions in all. */
+template <int DIMS> struct llm__step_loads {
+    uint4 upper_keys[2 * DIMS], lower_keys[2 * DIMS], upper_values[LLM__STEP / LLM_CACHE_BLOCK][DIMS],
+        lower_values[LLM__STEP / LLM_CACHE_BLOCK][DIMS];
+};
+
+/* The first n of eight numbers, the others zero. */
+static __device__ uint4 llm__attend_first_of_8(uint4 v, int n) {
+    v.x &= n > 1 ? 0xFFFFFFFFu : n > 0 ? 0xFFFFu : 0;
+    v.y &= n > 3 ? 0xFFFFFFFFu : n > 2 ? 0xFFFFu : 0;
+    v.z &= n > 5 ? 0xFFFFFFFFu : n > 4 ? 0xFFFFu : 0;
+    v.w &= n > 7 ? 0xFFFFFFFFu : n > 6 ? 0xFFFFu : 0;
+    return v;
+}
+
+template <int DIMS>
+static __device__ void llm__attend_load_step(const llm__attn_run &a, const int *table, int key, int end,
+                                             llm__step_loads<DIMS> *loads) {
+    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, g = lane / 4, t = lane % 4, head = (int)blockIdx.y;
+    const uint4 zeros = make_uint4(0, 0, 0, 0);
+    int own = key + 16 * warp;
+    const uint16_t *keys = llm__cache_keys(a.kv, own < end ? __ldcg(table + own / LLM_CACHE_BLOCK) : 0, a.layer, head) +
+                           (size_t)(own % LLM_CACHE_BLOCK + g) * a.kv.stride + 8 * t;
 #pragma unroll
-            for (int j = 0; j < COLUMNS / 8; j++) {
-                int column = 8 * j + g;
-                const uint16_t *q = a.q + ((size_t)(first_row + column / group) * a.n_heads + head * group + column % group) * a.kv.stride + d + 8 * t;
-                llm__multiply_32(sums[j], upper, lower, column < n_columns ? *(const uint4 *)q : make_uint4(0, 0, 0, 0));
-            }
+    for (int i = 0; i < 2 * DIMS; i++) {
+        bool there = own < end && 32 * i < a.kv.stride;
+        loads->upper_keys[i] = there ? *(const uint4 *)(keys + 32 * i) : zeros;
+        loads->lower_keys[i] = there ? *(const uint4 *)(keys + 8 * a.kv.stride + 32 * i) : zeros;
+    }
+#pragma unroll
+    for (int block = 0; block < LLM__STEP / LLM_CACHE_BLOCK; block++) {
+        bool has_block = key + block * LLM_CACHE_BLOCK < end;
+        const uint16_t *values =
+            llm__cache_values(a.kv, has_block ? __ldcg(table + key / LLM_CACHE_BLOCK + block) : 0, a.layer, head) +
+            g * LLM_CACHE_BLOCK + 8 * t;
+#pragma unroll
+        for (int d = 0; d < DIMS; d++) {
+            int dim = 16 * (warp + d * LLM__ATTEND_WARPS);
+            bool there = has_block && dim < a.kv.stride;
+            loads->upper_values[block][d] = there ? *(const uint4 *)(values + dim * LLM_CACHE_BLOCK) : zeros;
+            loads->lower_values[block][d] = there ? *(const uint4 *)(values + (dim + 8) * LLM_CACHE_BLOCK) : zeros;
+        }
+    }
+}
+
+/* The scores of a warp's 16 keys, which begin at `key`. */
+template <int COLUMNS, int DIMS>
+static __device__ void llm__attend_score(const llm__attn_run &a, llm__span_memory<COLUMNS> *m,
+                                         const llm__step_loads<DIMS> &loads, int row, int key, llm__spans spans) {
+    int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4, place = (int)threadIdx.x / 32 * 16;
+    float sums[COLUMNS / 8][4] = {};
+#pragma unroll
+    for (int i = 0; i < 2 * DIMS; i++) {
+        if (32 * i >= a.kv.stride) continue;
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 8; j++) {
+            int column = 8 * j + g;
+            const uint16_t *q =
+                a.q + ((size_t)row * a.n_heads + (int)blockIdx.y * a.group + column) * a.kv.stride + 32 * i + 8 * t;
+            llm__chip_multiply_32(sums[j], loads.upper_keys[i], loads.lower_keys[i],
+                                  column < a.group ? *(const uint4 *)q : make_uint4(0, 0, 0, 0));
         }
     }
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; j++)
         for (int i = 0; i < 4; i++) {
-            int column = 8 * j + 2 * t + i % 2, at = g + i / 2 * 8;
-            bool seen = key + at < end && key + at >= tile->first_key[column] && key + at <= tile->last_key[column];
-            tile->scores[column][place + at] = seen ? sums[j][i] * a.scale : -INFINITY;
+            int at = key + g + i / 2 * 8;
+            bool seen = at >= spans.first_key && at < spans.n_keys;
+            m->scores[8 * j + 2 * t + i % 2][place + g + i / 2 * 8] = seen ? sums[j][i] * a.scale : -INFINITY;
         }
 }
 
-/* Scores become weights 2^(score - max), by a warp for each column in turn. */
-template <int COLUMNS>
-static __device__ void llm__weigh(llm__tile<COLUMNS> *tile, int n_columns) {
+/* Scores become weights 2^(score - max); a warp has every fourth column. */
+template <int COLUMNS> static __device__ void llm__attend_weigh(llm__span_memory<COLUMNS> *m, int n_columns) {
     int lane = (int)threadIdx.x % 32;
     for (int column = (int)threadIdx.x / 32; column < n_columns; column += LLM__ATTEND_WARPS) {
-        float x = tile->scores[column][lane], y = tile->scores[column][lane + 32], old = tile->max[column];
-        float max = llm__warp_max(fmaxf(fmaxf(x, y), old));
-        float base = max == -INFINITY ? 0 : max; /* nothing seen yet: all weights are 0 */
+        float x = m->scores[column][lane], y = m->scores[column][lane + 32], old = m->max[column];
+        float max = llm__chip_warp_max(fmaxf(fmaxf(x, y), old));
+        float base = max == -INFINITY ? 0 : max; /* no key was seen so far: all weights are 0 */
         x = exp2f(x - base);
         y = exp2f(y - base);
-        float sum = llm__warp_sum(x + y), shrink = exp2f(old - base);
-        tile->weights[column][lane] = llm__to_bf16(x);
-        tile->weights[column][lane + 32] = llm__to_bf16(y);
+        float sum = llm__chip_warp_sum(x + y), shrink = exp2f(old - base);
+        m->weights[column][lane] = llm__chip_to_bf16(x);
+        m->weights[column][lane + 32] = llm__chip_to_bf16(y);
         __syncwarp();
         if (lane) continue;
-        tile->max[column] = max;
-        tile->sum[column] = tile->sum[column] * shrink + sum;
-        tile->shrink[column] = shrink;
+        m->max[column] = max;
+        m->sum[column] = m->sum[column] * shrink + sum;
+        m->shrink[column] = shrink;
     }
 }
 
-/* answer = answer * shrink + values * weights; a warp has every fourth 16 of the dimensions. */
+/* answer = answer * shrink + values * weights. Places after the last key may hold anything, even NaN, and count as
+   zero. */
 template <int COLUMNS, int DIMS>
-static __device__ void llm__gather(const llm__attn_run &a, const llm__tile<COLUMNS> *tile, const int *table, int key, int end,
-                                   float answer[DIMS][COLUMNS / 8][4]) {
+static __device__ void llm__attend_gather(const llm__attn_run &a, const llm__span_memory<COLUMNS> *m,
+                                          llm__step_loads<DIMS> &loads, int n_keys,
+                                          float answer[DIMS][COLUMNS / 8][4]) {
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; j++)
         for (int i = 0; i < 4; i++)
-            for (int d = 0; d < DIMS; d++) answer[d][j][i] *= tile->shrink[8 * j + 2 * t + i % 2];
-    for (int block = 0; block < LLM__STEP / LLM_CACHE_BLOCK && key + block * LLM_CACHE_BLOCK < end; block++) {
-        const uint16_t *values = llm__values(a.kv, table[key / LLM_CACHE_BLOCK + block], a.layer, (int)blockIdx.y) + g * LLM_CACHE_BLOCK + 8 * t;
+            for (int d = 0; d < DIMS; d++) answer[d][j][i] *= m->shrink[8 * j + 2 * t + i % 2];
+    if (n_keys < LLM__STEP) {
+#pragma unroll
+        for (int block = 0; block < LLM__STEP / LLM_CACHE_BLOCK; block++)
+#pragma unroll
+            for (int d = 0; d < DIMS; d++) {
+                int n = n_keys - block * LLM_CACHE_BLOCK - 8 * t;
+                loads.upper_values[block][d] = llm__attend_first_of_8(loads.upper_values[block][d], n);
+                loads.lower_values[block][d] = llm__attend_first_of_8(loads.lower_values[block][d], n);
+            }
+    }
+#pragma unroll
+    for (int block = 0; block < LLM__STEP / LLM_CACHE_BLOCK; block++)
 #pragma unroll
         for (int d = 0; d < DIMS; d++) {
-            int dim = 16 * (warp + d * LLM__ATTEND_WARPS);
-            if (dim >= a.kv.stride) continue;
-            uint4 upper = *(const uint4 *)(values + dim * LLM_CACHE_BLOCK), lower = *(const uint4 *)(values + (dim + 8) * LLM_CACHE_BLOCK);
+            if (16 * (warp + d * LLM__ATTEND_WARPS) >= a.kv.stride) continue;
 #pragma unroll
             for (int j = 0; j < COLUMNS / 8; j++)
-                llm__multiply_32(answer[d][j], upper, lower, *(const uint4 *)&tile->weights[8 * j + g][block * LLM_CACHE_BLOCK + 8 * t]);
+                llm__chip_multiply_32(answer[d][j], loads.upper_values[block][d], loads.lower_values[block][d],
+                                      *(const uint4 *)&m->weights[8 * j + g][block * LLM_CACHE_BLOCK + 8 * t]);
         }
-    }
 }
 
-static __device__ float *llm__partial(const llm__attn_run &a, int row, int span, int in_group) {
-    int group = a.n_heads / a.kv.n_heads;
-    return a.partial + ((((size_t)row * a.kv.n_heads + blockIdx.y) * LLM__MOST_SPANS + span) * group + in_group) * (a.kv.stride + 2);
+static __device__ float *llm__attend_partial(const llm__attn_run &a, int row, int span, int in_group) {
+    return a.partial + ((((size_t)row * a.kv.n_heads + blockIdx.y) * LLM__MAX_SPANS + span) * a.group + in_group) *
+                           (a.kv.stride + 2);
 }
 
-/* Writes the answers of keys [begin, end), whole or to be joined. */
+static __device__ uint16_t *llm__attend_answer(const llm__attn_run &a, int row, int in_group) {
+    return a.out + (size_t)row * a.out_stride + ((int)blockIdx.y * a.group + in_group) * a.head_dim;
+}
+
+/* Writes the answer of a row's span: to a.out if it is the only one, else to a.partial. */
 template <int COLUMNS, int DIMS>
-static __device__ void llm__attend_span(const llm__attn_run &a, llm__tile<COLUMNS> *tile, int first_row, int n_columns, int span,
-                                        int begin, int end, bool whole) {
-    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, g = lane / 4, t = lane % 4, group = a.n_heads / a.kv.n_heads;
-    const int *table = llm__table(a.rows, first_row);
+static __device__ void llm__attend_span(const llm__attn_run &a, llm__span_memory<COLUMNS> *m, int row, const int *table,
+                                        llm__spans spans, int span) {
+    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    int begin = spans.first_step + span * spans.length, end = llm__min(begin + spans.length, spans.n_keys);
     float answer[DIMS][COLUMNS / 8][4] = {};
     for (int i = (int)threadIdx.x; i < COLUMNS; i += (int)blockDim.x) {
-        tile->max[i] = -INFINITY;
-        tile->sum[i] = 0;
-        tile->shrink[i] = 0;
-        tile->last_key[i] = i < n_columns ? a.rows.positions[first_row + i / group] : -1;
-        tile->first_key[i] = llm__attn_first_key(a, tile->last_key[i]);
-        for (int j = 0; i >= n_columns && j < LLM__STEP; j++) tile->weights[i][j] = 0;
+        m->max[i] = -INFINITY;
+        m->sum[i] = 0;
+        m->shrink[i] = 0;
+        for (int j = 0; i >= a.group && j < LLM__STEP; j++) m->weights[i][j] = 0;
     }
     __syncthreads();
     for (int key = begin; key < end; key += LLM__STEP) {
-        llm__score<COLUMNS>(a, tile, first_row, n_columns, group, table, key + 16 * warp, end, 16 * warp);
+        llm__step_loads<DIMS> loads;
+        if (key + LLM__STEP < end) llm__attend_prefetch_step(a, table, key + LLM__STEP, end);
+        llm__attend_load_step<DIMS>(a, table, key, end, &loads);
+        llm__attend_score<COLUMNS, DIMS>(a, m, loads, row, key + 16 * warp, spans);
         __syncthreads();
-        llm__weigh<COLUMNS>(tile, n_columns);
+        llm__attend_weigh<COLUMNS>(m, a.group);
         __syncthreads();
-        llm__gather<COLUMNS, DIMS>(a, tile, table, key, end, answer);
+        llm__attend_gather<COLUMNS, DIMS>(a, m, loads, end - key, answer);
     }
 #pragma unroll
     for (int d = 0; d < DIMS; d++)
@@ -800,81 +1193,271 @@ static __device__ void llm__attend_span(const llm__attn_run &a, llm__tile<COLUMN
         for (int j = 0; j < COLUMNS / 8; j++)
             for (int i = 0; i < 4; i++) {
                 int dim = 16 * (warp + d * LLM__ATTEND_WARPS) + g + i / 2 * 8, column = 8 * j + 2 * t + i % 2;
-                if (dim >= a.head_dim || column >= n_columns) continue;
-                int row = first_row + column / group, head = (int)blockIdx.y * group + column % group;
-                if (whole) a.out[(size_t)row * a.out_stride + head * a.head_dim + dim] = llm__to_bf16(answer[d][j][i] / tile->sum[column]);
-                else llm__partial(a, row, span, column)[dim] = answer[d][j][i];
+                if (dim >= a.head_dim || column >= a.group) continue;
+                if (spans.n == 1)
+                    llm__attend_answer(a, row, column)[dim] = llm__chip_to_bf16(answer[d][j][i] / m->sum[column]);
+                else llm__attend_partial(a, row, span, column)[dim] = answer[d][j][i];
             }
-    if (!whole && (int)threadIdx.x < n_columns) {
-        float *stats = llm__partial(a, first_row, span, (int)threadIdx.x) + a.kv.stride;
-        stats[0] = tile->max[threadIdx.x];
-        stats[1] = tile->sum[threadIdx.x];
+    if (spans.n > 1 && (int)threadIdx.x < a.group) {
+        float *stats = llm__attend_partial(a, row, span, (int)threadIdx.x) + a.kv.stride;
+        stats[0] = m->max[threadIdx.x];
+        stats[1] = m->sum[threadIdx.x];
     }
     __syncthreads();
 }
 
-/* Joins spans [first, n_spans) of one row, in order. */
-static __device__ void llm__join_spans(const llm__attn_run &a, int row, int first, int n_spans) {
-    int group = a.n_heads / a.kv.n_heads;
-    for (int i = (int)threadIdx.x; i < group * a.head_dim; i += (int)blockDim.x) {
-        int in_group = i / a.head_dim, dim = i % a.head_dim;
-        float max = -INFINITY, sum = 0, answer = 0;
-        for (int span = first; span < n_spans; span++) max = fmaxf(max, __ldcg(llm__partial(a, row, span, in_group) + a.kv.stride));
-        for (int span = first; span < n_spans; span++) {
-            const float *from = llm__partial(a, row, span, in_group);
-            float weight = exp2f(__ldcg(from + a.kv.stride) - max);
-            sum += __ldcg(from + a.kv.stride + 1) * weight;
-            answer += __ldcg(from + dim) * weight;
+/* Joins the spans of one row, in order: first a warp for each query finds their weights, then a thread sums up a
+   dimension. */
+template <int COLUMNS>
+static __device__ void llm__attend_join_spans(const llm__attn_run &a, llm__span_memory<COLUMNS> *m, int row,
+                                              int n_spans) {
+    int lane = (int)threadIdx.x % 32;
+    for (int in_group = (int)threadIdx.x / 32; in_group < a.group; in_group += LLM__ATTEND_WARPS) {
+        float max[2], sum[2], weight[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int span = lane + 32 * i;
+            const float *stats = llm__attend_partial(a, row, span, in_group) + a.kv.stride;
+            max[i] = span < n_spans ? __ldcg(stats) : -INFINITY;
+            sum[i] = span < n_spans ? __ldcg(stats + 1) : 0;
         }
-        a.out[(size_t)row * a.out_stride + ((int)blockIdx.y * group + in_group) * a.head_dim + dim] = llm__to_bf16(answer / sum);
+        float most = llm__chip_warp_max(fmaxf(max[0], max[1]));
+        for (int i = 0; i < 2; i++) weight[i] = exp2f(max[i] - most);
+        float all = llm__chip_warp_sum(weight[0] * sum[0] + weight[1] * sum[1]);
+        for (int i = 0; i < 2; i++) m->scores[in_group][lane + 32 * i] = weight[i] / all;
+    }
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < a.group * a.head_dim; i += (int)blockDim.x) {
+        int in_group = i / a.head_dim, dim = i % a.head_dim;
+        size_t step = (size_t)a.group * (a.kv.stride + 2);
+        const float *from = llm__attend_partial(a, row, 0, in_group) + dim;
+        float answer = 0;
+#pragma unroll 8
+        for (int span = 0; span < n_spans; span++) answer += __ldcg(from + span * step) * m->scores[in_group][span];
+        llm__attend_answer(a, row, in_group)[dim] = llm__chip_to_bf16(answer);
     }
 }
 
-/* Grid: blocks that share out the spans; key heads; tiles (with spans: rows). DIMS * 64 dimensions. */
+/* Grid: blocks that share the spans; key heads; rows. DIMS * 64 dimensions. */
 template <int COLUMNS, int DIMS>
-static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, 2) llm__fused_attention(llm__attn_run a) {
-    __shared__ llm__tile<COLUMNS> tile;
-    __shared__ bool is_last;
-    llm__let_next_start();
-    llm__wait_for_previous();
-    int group = a.n_heads / a.kv.n_heads, n_tiles = a.rows.counts[a.span ? 0 : 2];
-    if ((int)blockIdx.z >= n_tiles) return;
-    if (!a.span) {
-        int i = n_tiles - 1 - (int)blockIdx.z, first = a.rows.tile_first[i], n = a.rows.tile_rows[i]; /* the longest first */
-        int begin = llm__attn_first_key(a, a.rows.positions[first]) / LLM__STEP * LLM__STEP;
-        llm__attend_span<COLUMNS, DIMS>(a, &tile, first, n * group, 0, begin, a.rows.positions[first + n - 1] + 1, true);
+static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, COLUMNS == 8 && DIMS <= 2 ? 4 : 2)
+    llm__fused_attention(llm__attn_run a) {
+    __shared__ llm__span_memory<COLUMNS> m;
+    int row = (int)blockIdx.z;
+    llm__chip_let_next_start();
+    if (row >= __ldcg(a.rows.counts)) return; /* without waiting: the first block of row 0 always has a span */
+    llm__spans spans = llm__attend_cut_spans(a, row);
+    const int *table = llm__rows_table(a.rows, row);
+    int first = spans.first_step + (int)blockIdx.x * spans.length;
+    if ((int)blockIdx.x >= spans.n) return;
+    llm__attend_prefetch_step(a, table, first, llm__min(first + spans.length, spans.n_keys));
+    llm__chip_wait_for_previous();
+    for (int span = (int)blockIdx.x; span < spans.n; span += (int)gridDim.x) {
+        unsigned *n_done = &a.n_done[row * a.kv.n_heads + (int)blockIdx.y];
+        llm__attend_span<COLUMNS, DIMS>(a, &m, row, table, spans, span);
+        if (spans.n == 1) return;
+        if (threadIdx.x == 0) m.is_last = llm__chip_count_up(n_done) + 1 == (unsigned)spans.n;
+        __syncthreads();
+        if (!m.is_last) continue; /* the next span begins with a barrier before this is written again */
+        llm__attend_join_spans<COLUMNS>(a, &m, row, spans.n);
+        if (threadIdx.x == 0) *n_done = 0;
         return;
     }
-    int row = (int)blockIdx.z, n_keys = a.rows.positions[row] + 1, n_spans = (n_keys + a.span - 1) / a.span;
-    int first_step = llm__attn_first_key(a, n_keys - 1) / LLM__STEP * LLM__STEP, first_span = first_step / a.span;
-    for (int span = first_span + (int)blockIdx.x; span < n_spans; span += (int)gridDim.x) {
-        int begin = span == first_span ? first_step : span * a.span, end = llm__least((span + 1) * a.span, n_keys);
-        bool whole = n_spans - first_span == 1;
-        llm__attend_span<COLUMNS, DIMS>(a, &tile, row, group, span, begin, end, whole);
-        if (whole) return;
-        if (threadIdx.x == 0) {
-            __threadfence(); /* after the barrier at the span's end: the whole block's writes come before the count */
-            is_last = atomicAdd(&a.n_done[row * a.kv.n_heads + (int)blockIdx.y], 1u) + 1 == (unsigned)(n_spans - first_span);
-            __threadfence();
+}
+
+/* ---- Many queries ---- */
+
+/* Pieces are 16 bytes. In rows of 128 bytes and more, those of odd rows change place, so that the lanes of a warp,
+   which read four pieces of each of eight rows, meet no bank conflicts. */
+static __device__ int llm__attend_swizzle(int row, int piece, int pieces) {
+    return row * pieces + (pieces >= 8 ? piece ^ (row & 1) << 2 : piece);
+}
+
+/* A step's keys [KEYS][CHUNKS * 32] and values [CHUNKS * 32][KEYS] in shared memory. */
+template <int CHUNKS, int KEYS> struct llm__tile_memory { uint4 keys[KEYS * CHUNKS * 4], values[KEYS * CHUNKS * 4]; };
+
+/* Starts copying the keys of a step, of which `key` is the first; those after the row's last block are zero. */
+template <int CHUNKS, int KEYS>
+static __device__ void llm__attend_copy_keys(const llm__attn_run &a, uint4 *to, const int *table, int key, int end) {
+    constexpr int PIECES = CHUNKS * 4, ROWS = LLM__ATTEND_WARPS * 32 / PIECES; /* rows copied at a time */
+    int row = (int)threadIdx.x / PIECES, piece = (int)threadIdx.x % PIECES;
+#pragma unroll
+    for (int block = 0; block < KEYS / LLM_CACHE_BLOCK; block++) {
+        bool there = key + block * LLM_CACHE_BLOCK < end && 8 * piece < a.kv.stride;
+        const uint16_t *from =
+            llm__cache_keys(a.kv, there ? table[key / LLM_CACHE_BLOCK + block] : 0, a.layer, (int)blockIdx.y);
+        if (there) from += row * a.kv.stride + 8 * piece;
+#pragma unroll
+        for (int i = 0; i < LLM_CACHE_BLOCK; i += ROWS)
+            llm__chip_copy_16(&to[llm__attend_swizzle(row, piece, PIECES) + (block * LLM_CACHE_BLOCK + i) * PIECES],
+                              from + (there ? i * a.kv.stride : 0), there ? 16 : 0);
+    }
+}
+
+/* The same for the values. Places after the last key may hold anything, even NaN, and become zero. */
+template <int CHUNKS, int KEYS>
+static __device__ void llm__attend_copy_values(const llm__attn_run &a, uint4 *to, const int *table, int key, int end) {
+    constexpr int PIECES = KEYS / 8, DIMS = LLM__ATTEND_WARPS * 32 / PIECES; /* dimensions copied at a time */
+    int dim = (int)threadIdx.x / PIECES, piece = (int)threadIdx.x % PIECES, n = llm__min(end - key - 8 * piece, 8);
+    const uint16_t *from =
+        llm__cache_values(a.kv, n > 0 ? table[(key + 8 * piece) / LLM_CACHE_BLOCK] : 0, a.layer, (int)blockIdx.y);
+    if (n > 0) from += dim * LLM_CACHE_BLOCK + 8 * piece % LLM_CACHE_BLOCK;
+#pragma unroll
+    for (int i = 0; i < CHUNKS * 32; i += DIMS) {
+        bool there = n > 0 && dim + i < a.kv.stride;
+        llm__chip_copy_16(&to[llm__attend_swizzle(dim, piece, PIECES) + i * PIECES], from + (there ? i * LLM_CACHE_BLOCK : 0),
+                          there ? 2 * n : 0);
+    }
+}
+
+/* What a lane keeps of its warp's 16 queries: for queries g and g + 8 (index 0 and 1) the softmax so far and the keys
+   they see. */
+typedef struct llm__query_pair {
+    float max[2], sum[2];
+    int last_key[2]; /* that it sees; -1: there is no such query */
+} llm__query_pair;
+
+/* Scores of queries become weights, in place, and are summed up. The lane's scores are those of keys 32 h + 8 t + 2 j +
+   b, in scores[4 h + j][b] for query g and [2 + b] for query g + 8. Returns how much the answers so far shrink. */
+template <int KEYS>
+static __device__ float2 llm__attend_weigh_queries(const llm__attn_run &a, llm__query_pair *q, float scores[KEYS / 8][4],
+                                                   int key) {
+    int t = (int)threadIdx.x % 4;
+    float shrink[2];
+#pragma unroll
+    for (int query = 0; query < 2; query++) {
+        float max = q->max[query], sum = 0;
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++)
+            for (int b = 0; b < 2; b++) {
+                float *score = &scores[j][2 * query + b];
+                int at = key + j / 4 * 32 + 8 * t + 2 * (j % 4) + b;
+                bool seen = at <= q->last_key[query] && (!a.window || at + a.window > q->last_key[query]);
+                *score = seen ? *score * a.scale : -INFINITY;
+                max = fmaxf(max, *score);
+            }
+        for (int step = 1; step <= 2; step *= 2) max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFFu, max, step));
+        float base = max == -INFINITY ? 0 : max; /* no key was seen so far: all weights are 0 */
+        shrink[query] = exp2f(q->max[query] - base);
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++)
+            for (int b = 0; b < 2; b++) sum += scores[j][2 * query + b] = exp2f(scores[j][2 * query + b] - base);
+        q->max[query] = max;
+        q->sum[query] = q->sum[query] * shrink[query] + sum;
+    }
+    return make_float2(shrink[0], shrink[1]);
+}
+
+/* A lane's part of 32 dimensions of a query; zero if it is not `there`. */
+static __device__ uint4 llm__attend_load_query(const llm__attn_run &a, int first_row, int query, int chunk, bool there) {
+    if (!there || 32 * chunk >= a.kv.stride) return make_uint4(0, 0, 0, 0);
+    int head = (int)blockIdx.y * a.group + query % a.group;
+    const uint16_t *from = a.q + ((size_t)(first_row + query / a.group) * a.n_heads + head) * a.kv.stride;
+    return *(const uint4 *)(from + 32 * chunk + threadIdx.x % 4 * 8);
+}
+
+/* Grid: 1; key heads; tiles. CHUNKS * 32 dimensions, KEYS keys a step. */
+template <int CHUNKS, int KEYS>
+static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, CHUNKS == 8 ? 1 : 2)
+    llm__tile_attention(llm__attn_run a) {
+    __shared__ llm__tile_memory<CHUNKS, KEYS> m;
+    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, g = lane / 4, t = lane % 4,
+        n_tiles = a.rows.counts[2];
+    int tile = n_tiles - 1 - (int)blockIdx.z, first_row = a.rows.tile_first[tile],
+        n_rows = a.rows.tile_rows[tile]; /* the longest first */
+    int begin = llm__attend_first_key(a, a.rows.positions[first_row]) / KEYS * KEYS,
+        end = a.rows.positions[first_row + n_rows - 1] + 1;
+    const int *table = llm__rows_table(a.rows, first_row);
+    bool works = 16 * warp < n_rows * a.group; /* the warp has queries */
+    float answer[CHUNKS * 4][4] = {};
+    constexpr bool KEEPS_QUERIES =
+        CHUNKS <= 4;                    /* otherwise there are no registers for them, and each step loads them again */
+    uint4 upper[CHUNKS], lower[CHUNKS]; /* queries g and g + 8 */
+    llm__query_pair q;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int query = 16 * warp + 8 * i + g;
+        bool there = query < n_rows * a.group;
+        q.max[i] = -INFINITY;
+        q.sum[i] = 0;
+        q.last_key[i] = there ? a.rows.positions[first_row + query / a.group] : -1;
+    }
+#pragma unroll
+    for (int c = 0; KEEPS_QUERIES && c < CHUNKS; c++) {
+        upper[c] = llm__attend_load_query(a, first_row, 16 * warp + g, c, q.last_key[0] >= 0);
+        lower[c] = llm__attend_load_query(a, first_row, 16 * warp + 8 + g, c, q.last_key[1] >= 0);
+    }
+    llm__attend_copy_keys<CHUNKS, KEYS>(a, m.keys, table, begin, end);
+    for (int key = begin; key < end; key += KEYS) {
+        llm__chip_wait_for_copies();
+        __syncthreads(); /* the keys are there, and nobody reads the values of the step before */
+        llm__attend_copy_values<CHUNKS, KEYS>(a, m.values, table, key, end);
+        float scores[KEYS / 8][4] = {};
+        float2 shrink = make_float2(1, 1);
+        if (works) {
+            /* Column g of product j is the key that lets lane t have keys 8 t .. 8 t + 7 of each 32, as the second
+               product wants. */
+#pragma unroll(KEEPS_QUERIES ? CHUNKS : 1)
+            for (int c = 0; c < CHUNKS; c++) {
+                uint4 up = KEEPS_QUERIES ? upper[c]
+                                         : llm__attend_load_query(a, first_row, 16 * warp + g, c, q.last_key[0] >= 0);
+                uint4 low = KEEPS_QUERIES
+                                ? lower[c]
+                                : llm__attend_load_query(a, first_row, 16 * warp + 8 + g, c, q.last_key[1] >= 0);
+#pragma unroll
+                for (int j = 0; j < KEYS / 8; j++) {
+                    int row = j / 4 * 32 + g / 2 * 8 + j % 4 * 2 + g % 2;
+                    llm__chip_multiply_32(scores[j], up, low, m.keys[llm__attend_swizzle(row, 4 * c + t, CHUNKS * 4)]);
+                }
+            }
+            shrink = llm__attend_weigh_queries<KEYS>(a, &q, scores, key);
         }
-        __syncthreads();
-        if (!is_last) continue;
-        llm__join_spans(a, row, first_span, n_spans);
-        if (threadIdx.x == 0) a.n_done[row * a.kv.n_heads + (int)blockIdx.y] = 0;
-        return;
+        llm__chip_wait_for_copies();
+        __syncthreads(); /* the values are there, and nobody reads this step's keys */
+        if (key + KEYS < end) llm__attend_copy_keys<CHUNKS, KEYS>(a, m.keys, table, key + KEYS, end);
+        if (!works) continue;
+#pragma unroll
+        for (int n = 0; n < CHUNKS * 4; n++) {
+            for (int i = 0; i < 4; i++) answer[n][i] *= i < 2 ? shrink.x : shrink.y;
+#pragma unroll
+            for (int h = 0; h < KEYS / 32; h++) {
+                uint32_t weights[2][4];
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    for (int i = 0; i < 2; i++)
+                        weights[i][j] = llm__chip_pack_bf16(scores[4 * h + j][2 * i], scores[4 * h + j][2 * i + 1]);
+                llm__chip_multiply_32(answer[n], make_uint4(weights[0][0], weights[0][1], weights[0][2], weights[0][3]),
+                                      make_uint4(weights[1][0], weights[1][1], weights[1][2], weights[1][3]),
+                                      m.values[llm__attend_swizzle(8 * n + g, 4 * h + t, KEYS / 8)]);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int query = 16 * warp + 8 * i + g;
+        float sum = q.sum[i];
+        for (int step = 1; step <= 2; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+        float inverse = 1 / sum;
+        if (query >= n_rows * a.group) continue;
+        uint16_t *out = llm__attend_answer(a, first_row + query / a.group, query % a.group);
+#pragma unroll
+        for (int n = 0; n < CHUNKS * 4; n++)
+            for (int b = 0; b < 2; b++)
+                if (8 * n + 2 * t + b < a.head_dim)
+                    out[8 * n + 2 * t + b] = llm__chip_to_bf16(answer[n][2 * i + b] * inverse);
     }
 }
 
 /* ==== 6 Picking tokens ==========================================================================================
 
-   What llm_sample does, where the logits are: one block reads them a few times, which next to the weights is nothing. A
-   token's weight is a whole number, so that sums are exact and a seed means the same text on every run. Tokens in order
-   of weight are cut to a prefix by top-k, top-p and min-p alike, so of each cut only the weight of what it leaves is
-   needed; the least of the three is drawn in, and the token found where that much has gone by. */
+   This is llm_sample on the GPU: one block reads the logits a few times, which takes no time beside the weights. A
+   token's weight is a whole number, so sums are exact and a seed gives the same text on every run. Top-k, top-p and
+   min-p each cut the tokens, ordered by weight, to a prefix. So of each cut only the weight of the prefix is needed. A
+   number is drawn below the smallest of the three, and the token is found where the weights so far exceed it. */
 
-enum { LLM__PICK_THREADS = 1024, LLM__WEIGHT_BITS = 27, LLM__LOW_BITS = 14, LLM__MOST_VOCAB = 1 << 18 };
+enum { LLM__PICK_THREADS = 1024, LLM__WEIGHT_BITS = 27, LLM__LOW_BITS = 14, LLM__MAX_VOCAB = 1 << 18 };
 
-/* In the GPU's memory; a kernel counts n_drawn and n_picked on. */
+/* In the GPU's memory; the kernel increases n_drawn and n_picked. */
 typedef struct llm__picker_state {
     float scale, top_p, min_p; /* log2(e) / temperature, 0: greedy */
     int top_k;
@@ -883,11 +1466,11 @@ typedef struct llm__picker_state {
 } llm__picker_state;
 
 typedef struct llm__picker {
-    llm__fwd_rows rows; /* the first is the token's to be */
+    llm__fwd_rows rows; /* the first row is for the picked token */
     const float *logits;
     int n_vocab;
     llm__picker_state *state;
-    int *picked;    /* in the host's memory */
+    int *picked; /* in the host's memory; -1: the logits have a NaN or an infinity, or all tokens are forbidden */
 } llm__picker;
 
 /* What the block shares. The sums of a step of the descent are in two parts, as atomics have 32 bits. */
@@ -905,14 +1488,18 @@ typedef struct llm__place {
     unsigned long long n_above, weight_above;
 } llm__place;
 
-static __device__ float llm__likelihood(const llm__picker &p, float max, float scale, int token) { return exp2f((p.logits[token] - max) * scale); }
-static __device__ unsigned llm__weight(float likelihood) { return (unsigned)(likelihood * (float)(1 << LLM__WEIGHT_BITS)); }
+static __device__ float llm__pick_likelihood(const llm__picker &p, float max, float scale, int token) {
+    return exp2f((p.logits[token] - max) * scale);
+}
+static __device__ unsigned llm__pick_weight(float likelihood) {
+    return (unsigned)(likelihood * (float)(1 << LLM__WEIGHT_BITS));
+}
 
 /* Of likelihoods from 2^-WEIGHT_BITS to 1: 28 bits in the same order. */
-static __device__ uint32_t llm__key_base(void) { return (uint32_t)(127 - LLM__WEIGHT_BITS) << 23; }
+static __device__ uint32_t llm__pick_key_base(void) { return (uint32_t)(127 - LLM__WEIGHT_BITS) << 23; }
 
 /* The sum of the values of this thread and those before it. */
-static __device__ unsigned long long llm__scan(unsigned long long value, unsigned long long *warps) {
+static __device__ unsigned long long llm__pick_scan(unsigned long long value, unsigned long long *warps) {
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     for (int step = 1; step < 32; step *= 2) {
         unsigned long long other = __shfl_up_sync(0xFFFFFFFFu, value, step);
@@ -925,8 +1512,8 @@ static __device__ unsigned long long llm__scan(unsigned long long value, unsigne
     return value;
 }
 
-static __device__ unsigned long long llm__block_sum(unsigned long long value, llm__pick_memory *m) {
-    value = llm__scan(value, m->warps);
+static __device__ unsigned long long llm__pick_block_sum(unsigned long long value, llm__pick_memory *m) {
+    value = llm__pick_scan(value, m->warps);
     if (threadIdx.x == blockDim.x - 1) m->weight_before = value;
     __syncthreads();
     value = m->weight_before;
@@ -934,11 +1521,13 @@ static __device__ unsigned long long llm__block_sum(unsigned long long value, ll
     return value;
 }
 
-/* The first token of those with the largest logit: orders them by logit, then by number downwards. */
-static __device__ int llm__best_token(const llm__picker &p, llm__pick_memory *m) {
+/* The first of the tokens with the largest logit: orders them by logit, then by number downwards. -1 if a logit is NaN
+   or +infinity, or if all are -infinity. */
+static __device__ int llm__pick_best_token(const llm__picker &p, llm__pick_memory *m) {
     unsigned long long best = 0;
     for (int i = (int)threadIdx.x; i < p.n_vocab; i += (int)blockDim.x) {
         uint32_t bits = __float_as_uint(p.logits[i]), order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+        if ((bits & 0x7FFFFFFFu) > 0x7F800000u) order = 0xFFFFFFFFu; /* NaN, of either sign, comes before all others */
         unsigned long long key = (unsigned long long)order << 32 | (uint32_t)~i;
         best = key > best ? key : best;
     }
@@ -950,22 +1539,24 @@ static __device__ int llm__best_token(const llm__picker &p, llm__pick_memory *m)
     __syncthreads();
     for (int i = 0; i < (int)blockDim.x / 32; i++) best = m->warps[i] > best ? m->warps[i] : best;
     __syncthreads();
-    return (int)~(uint32_t)best;
+    uint32_t order = (uint32_t)(best >> 32); /* that of +infinity is 0xFF800000, that of -infinity 0x007FFFFF */
+    return order >= 0xFF800000u || order <= 0x007FFFFFu ? -1 : (int)~(uint32_t)best;
 }
 
 /* Going down from the heaviest token, the place where the sum of weights (or with BY_COUNT the number of tokens) first
    exceeds `target`, which all of them together do: ten bits of its key, then nine, then nine. A thread has a bin. */
 template <bool BY_COUNT>
-static __device__ llm__place llm__descend(const llm__picker &p, float max, float scale, unsigned long long target, llm__pick_memory *m) {
+static __device__ llm__place llm__pick_descend(const llm__picker &p, float max, float scale, unsigned long long target,
+                                               llm__pick_memory *m) {
     int thread = (int)threadIdx.x, bin = LLM__PICK_THREADS - 1 - thread;
     llm__place place = {0, 0, 0};
     for (int shift = 18; shift >= 0; shift -= 9) {
         m->counts[thread] = m->low[thread] = m->high[thread] = 0;
         __syncthreads();
         for (int i = thread; i < p.n_vocab; i += LLM__PICK_THREADS) {
-            float likelihood = llm__likelihood(p, max, scale, i);
-            unsigned weight = llm__weight(likelihood);
-            uint32_t key = __float_as_uint(likelihood) - llm__key_base(), above = shift == 18 ? 28 : shift + 9;
+            float likelihood = llm__pick_likelihood(p, max, scale, i);
+            unsigned weight = llm__pick_weight(likelihood);
+            uint32_t key = __float_as_uint(likelihood) - llm__pick_key_base(), above = shift == 18 ? 28 : shift + 9;
             if (!weight || key >> above != place.key >> above) continue;
             uint32_t to = key >> shift & ((1u << (above - shift)) - 1);
             atomicAdd(&m->counts[to], 1u);
@@ -973,8 +1564,10 @@ static __device__ llm__place llm__descend(const llm__picker &p, float max, float
             atomicAdd(&m->high[to], weight >> LLM__LOW_BITS);
         }
         __syncthreads();
-        unsigned long long n = m->counts[bin], weight = ((unsigned long long)m->high[bin] << LLM__LOW_BITS) + m->low[bin];
-        unsigned long long n_through = place.n_above + llm__scan(n, m->warps), through = place.weight_above + llm__scan(weight, m->warps);
+        unsigned long long n = m->counts[bin],
+                           weight = ((unsigned long long)m->high[bin] << LLM__LOW_BITS) + m->low[bin];
+        unsigned long long n_through = place.n_above + llm__pick_scan(n, m->warps),
+                           through = place.weight_above + llm__pick_scan(weight, m->warps);
         if (BY_COUNT ? n_through > target && n_through - n <= target : through > target && through - weight <= target) {
             m->bin = bin;
             m->n_before = (unsigned)(n_through - n);
@@ -990,79 +1583,87 @@ static __device__ llm__place llm__descend(const llm__picker &p, float max, float
 }
 
 /* Among tokens of one weight, those of lower number come first. */
-static __device__ int llm__nth_of_weight(const llm__picker &p, float max, float scale, uint32_t key, unsigned long long n, llm__pick_memory *m) {
-    int some = (p.n_vocab + LLM__PICK_THREADS - 1) / LLM__PICK_THREADS, first = llm__least((int)threadIdx.x * some, p.n_vocab);
-    int end = llm__least(first + some, p.n_vocab);
+static __device__ int llm__pick_nth_of_weight(const llm__picker &p, float max, float scale, uint32_t key,
+                                              unsigned long long n, llm__pick_memory *m) {
+    int some = (p.n_vocab + LLM__PICK_THREADS - 1) / LLM__PICK_THREADS,
+        first = llm__min((int)threadIdx.x * some, p.n_vocab);
+    int end = llm__min(first + some, p.n_vocab);
     unsigned long long found = 0;
-    for (int i = first; i < end; i++) found += __float_as_uint(llm__likelihood(p, max, scale, i)) == key + llm__key_base();
-    unsigned long long before = llm__scan(found, m->warps) - found;
+    for (int i = first; i < end; i++)
+        found += __float_as_uint(llm__pick_likelihood(p, max, scale, i)) == key + llm__pick_key_base();
+    unsigned long long before = llm__pick_scan(found, m->warps) - found;
     for (int i = first; i < end && before <= n; i++)
-        if (__float_as_uint(llm__likelihood(p, max, scale, i)) == key + llm__key_base() && before++ == n) m->bin = i;
+        if (__float_as_uint(llm__pick_likelihood(p, max, scale, i)) == key + llm__pick_key_base() && before++ == n)
+            m->bin = i;
     __syncthreads();
     return m->bin;
 }
 
 /* The weight of what top-k, top-p and min-p leave. */
-static __device__ unsigned long long llm__cut(const llm__picker &p, const llm__picker_state &s, float max, llm__pick_memory *m) {
+static __device__ unsigned long long llm__pick_cut(const llm__picker &p, const llm__picker_state &s, float max,
+                                                   llm__pick_memory *m) {
     unsigned long long n = 0, all = 0, likely = 0;
     for (int i = (int)threadIdx.x; i < p.n_vocab; i += LLM__PICK_THREADS) {
-        float likelihood = llm__likelihood(p, max, s.scale, i);
-        unsigned weight = llm__weight(likelihood);
+        float likelihood = llm__pick_likelihood(p, max, s.scale, i);
+        unsigned weight = llm__pick_weight(likelihood);
         n += weight > 0;
         all += weight;
         likely += likelihood >= s.min_p ? weight : 0;
     }
-    n = llm__block_sum(n, m);
-    all = llm__block_sum(all, m);
-    likely = llm__block_sum(likely, m);
+    n = llm__pick_block_sum(n, m);
+    all = llm__pick_block_sum(all, m);
+    likely = llm__pick_block_sum(likely, m);
     if (s.top_k > 0 && (unsigned long long)s.top_k < n) {
-        llm__place kth = llm__descend<true>(p, max, s.scale, (unsigned long long)s.top_k - 1, m);
-        all = kth.weight_above + ((unsigned long long)s.top_k - kth.n_above) * llm__weight(__uint_as_float(kth.key + llm__key_base()));
+        llm__place kth = llm__pick_descend<true>(p, max, s.scale, (unsigned long long)s.top_k - 1, m);
+        all = kth.weight_above + ((unsigned long long)s.top_k - kth.n_above) *
+                                     llm__pick_weight(__uint_as_float(kth.key + llm__pick_key_base()));
     }
     if (s.top_p > 0 && s.top_p < 1) {
         unsigned long long enough = (unsigned long long)((double)s.top_p * (double)all) + 1;
         if (enough > all) enough = all;
-        llm__place last = llm__descend<false>(p, max, s.scale, enough - 1, m);
-        unsigned long long weight = llm__weight(__uint_as_float(last.key + llm__key_base()));
+        llm__place last = llm__pick_descend<false>(p, max, s.scale, enough - 1, m);
+        unsigned long long weight = llm__pick_weight(__uint_as_float(last.key + llm__pick_key_base()));
         all = last.weight_above + (enough - last.weight_above + weight - 1) / weight * weight;
     }
     return all < likely ? all : likely;
 }
 
 /* The same numbers as llm_sample's (splitmix64). */
-static __device__ double llm__sampler_random(unsigned long long seed, unsigned long long n) {
+static __device__ double llm__pick_random(unsigned long long seed, unsigned long long n) {
     unsigned long long z = seed + n * 0x9E3779B97F4A7C15u;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
     return (double)((z ^ z >> 31) >> 11) * (1.0 / 9007199254740992.0);
 }
 
-/* Picks a token and makes it the next pass's, one position on; one block. */
+/* Picks a token and puts it into the next pass, one position on; one block. */
 static __global__ void __launch_bounds__(LLM__PICK_THREADS, 1) llm__pick(llm__picker p) {
     __shared__ llm__pick_memory m;
-    llm__let_next_start();
-    llm__wait_for_previous();
+    llm__chip_let_next_start();
+    llm__chip_wait_for_previous();
     llm__picker_state s = *p.state;
-    int token = llm__best_token(p, &m);
-    if (s.scale > 0) {
+    int token = llm__pick_best_token(p, &m);
+    if (s.scale > 0 && token >= 0) {
         float max = p.logits[token];
-        unsigned long long at = (unsigned long long)(llm__sampler_random(s.seed, s.n_drawn + 1) * (double)llm__cut(p, s, max, &m));
-        llm__place place = llm__descend<false>(p, max, s.scale, at, &m);
-        unsigned weight = llm__weight(__uint_as_float(place.key + llm__key_base()));
-        token = llm__nth_of_weight(p, max, s.scale, place.key, (at - place.weight_above) / weight, &m);
+        unsigned long long at =
+            (unsigned long long)(llm__pick_random(s.seed, s.n_drawn + 1) * (double)llm__pick_cut(p, s, max, &m));
+        llm__place place = llm__pick_descend<false>(p, max, s.scale, at, &m);
+        unsigned weight = llm__pick_weight(__uint_as_float(place.key + llm__pick_key_base()));
+        token = llm__pick_nth_of_weight(p, max, s.scale, place.key, (at - place.weight_above) / weight, &m);
     }
     if (threadIdx.x) return;
     p.state->n_drawn = s.n_drawn + 1;
     p.state->n_picked = s.n_picked + 1;
     p.picked[s.n_picked] = token;
-    const_cast<int *>(p.rows.tokens)[0] = token;
+    const_cast<int *>(p.rows.tokens)[0] =
+        token < 0 ? 0 : token; /* the next pass is under way, but nobody will use it */
     const_cast<int *>(p.rows.positions)[0]++;
 }
 
 /* ==== 7 Plain kernels ===========================================================================================
 
-   One operation each. They are what eager passes consist of; longer passes put cuBLAS's products and the attention of
-   section 5 between them. */
+   Each does one operation. Eager passes consist of these alone; longer passes use cuBLAS's products and the attention
+   of section 5 between them. */
 
 /* out = x / rms(x) * weight in bf16; a block a row. */
 static __global__ void llm__norm(const float *x, const float *weight, int n, float eps, uint16_t *out, int stride) {
@@ -1070,13 +1671,14 @@ static __global__ void llm__norm(const float *x, const float *weight, int n, flo
     const float *from = x + (size_t)blockIdx.x * n;
     float sum = 0;
     for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) sum += from[i] * from[i];
-    sum = llm__warp_sum(sum);
+    sum = llm__chip_warp_sum(sum);
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
     __syncthreads();
     sum = 0;
     for (int i = 0; i < (int)blockDim.x / 32; i++) sum += parts[i];
     float scale = 1.0f / sqrtf(sum / (float)n + eps);
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) out[(size_t)blockIdx.x * stride + i] = llm__to_bf16(from[i] * scale * weight[i]);
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
+        out[(size_t)blockIdx.x * stride + i] = llm__chip_to_bf16(from[i] * scale * weight[i]);
 }
 
 /* y[row][output] = (or, with `add`, +=) W[output] . x[row]; a warp an output, eight in a block. */
@@ -1084,136 +1686,195 @@ static __global__ void llm__matrix_product(llm__gpu_matrix m, const uint16_t *x,
     int output = (int)(blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = (int)threadIdx.x % 32, row = (int)blockIdx.y;
     if (output >= m.n) return;
     float sum = 0;
-    for (int i = lane; i < m.k; i += 32) sum += llm__element(m, output, i) * llm__from_bf16(x[(size_t)row * llm__input_stride(m) + i]);
-    sum = llm__warp_sum(sum);
+    for (int i = lane; i < m.k; i += 32)
+        sum +=
+            llm__matrix_element(m, output, i) * llm__chip_from_bf16(x[(size_t)row * llm__matrix_input_stride(m) + i]);
+    sum = llm__chip_warp_sum(sum);
     if (lane == 0) y[(size_t)row * m.n + output] = add ? y[(size_t)row * m.n + output] + sum : sum;
 }
 
-/* Rows [first, first + n) as bf16, for cuBLAS: int8 exactly and without its scales, of f16 the high parts or the low ones; a
-   thread for each eight. */
+/* Rows [first, first + n) as bf16, for cuBLAS: int8 exactly and without its scales, of f16 the high parts or the low
+   ones. A thread makes eight numbers. */
 static __global__ void llm__widen(llm__gpu_matrix m, int first, int n, bool low, uint16_t *to) {
-    size_t at = 8 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
-    if (at >= (size_t)n * m.k) return;
+    unsigned eight = blockIdx.x * blockDim.x + threadIdx.x, per_row = (unsigned)m.k / 8;
+    if (eight >= (unsigned)n * per_row) return;
+    int row = first + (int)(eight / per_row), i = (int)(eight % per_row) * 8;
+    const uint8_t *from = m.data + row * llm__matrix_row_bytes(m);
+    uint4 out;
     if (m.format == LLM__F16) {
-        llm__enc_split s = llm__split_8(*(const uint4 *)(m.data + 2 * ((size_t)first * m.k + at)));
-        *(uint4 *)(to + at) = low ? s.low : s.high;
-        return;
+        llm__enc_split s = llm__chip_split_8(*(const uint4 *)(from + 2 * i));
+        out = low ? s.low : s.high;
+    } else if (m.format == LLM__INT8) {
+        uint2 bytes = *(const uint2 *)(from + i);
+        out = llm__chip_widen_8(bytes.x, bytes.y);
+    } else {
+        const uint8_t *place = from + llm__matrix_group_place(m.format, i);
+        uint32_t d = m.scales[(size_t)row * (m.k / 32) + i / 32], pairs[4];
+        float scale = llm__chip_half(d), minimum = llm__chip_half(d >> 16);
+        uint4 q; /* pairs of whole numbers as bf16, which is exact */
+        if (m.format == LLM__INT4_GROUPS) {
+            q = llm__chip_widen_nibbles(*(const uint32_t *)place);
+            minimum -= 128 * scale;
+        } else {
+            uint2 bytes = *(const uint2 *)place;
+            q = llm__chip_widen_8(bytes.x, bytes.y);
+        }
+        const uint32_t whole[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            pairs[j] = llm__chip_pack_bf16(fmaf(__uint_as_float(whole[j] << 16), scale, minimum),
+                                           fmaf(__uint_as_float(whole[j] & 0xFFFF0000u), scale, minimum));
+        out = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
-    if (m.format == LLM__INT8) {
-        uint2 bytes = *(const uint2 *)(m.data + (size_t)first * m.k + at);
-        *(uint4 *)(to + at) = llm__widen_8(bytes.x, bytes.y);
-        return;
-    }
-    int row = first + (int)(at / m.k), i = (int)(at % m.k);
-    for (int j = 0; j < 8; j++) to[at + j] = llm__to_bf16(llm__element(m, row, i + j));
+    *(uint4 *)(to + 8 * (size_t)eight) = out;
 }
 
-/* What is left to do after a product with int8: y = (or, with `add`, +=) sums * scales; a thread an output. */
-static __global__ void llm__scale(const float *sums, const uint32_t *scales, int n, float *y, bool add) {
+/* What follows a product with int8: y += sums * scales; a thread an output. */
+static __global__ void llm__scale(const float *sums, const uint32_t *scales, int n, float *y) {
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     size_t at = (size_t)blockIdx.y * n + i;
-    if (i < n) y[at] = (add ? y[at] : 0) + sums[at] * __uint_as_float(scales[i]);
+    if (i < n) y[at] += sums[at] * __uint_as_float(scales[i]);
+}
+
+/* The outputs of a wide product, queries, keys and values or gates and ups, for the kernel that follows it. */
+typedef struct llm__wide {
+    const void *data; /* [rows][n] f32 or bf16 */
+    bool is_bf16;
+    const uint32_t *scales; /* [n] floats by which they are still to be multiplied; NULL: none */
+    int n;
+} llm__wide;
+
+static __device__ float llm__wide_at(const llm__wide &w, int row, int i) {
+    size_t at = (size_t)row * w.n + i;
+    float x = w.is_bf16 ? llm__chip_from_bf16(((const uint16_t *)w.data)[at]) : ((const float *)w.data)[at];
+    return w.scales ? x * __uint_as_float(w.scales[i]) : x;
 }
 
 /* One head's query, key or value before RoPE. */
 typedef struct llm__head {
-    const float *from, *bias, *norm; /* [head_dim]; the last two may be NULL */
-    float scale;                     /* 1 / sqrt(mean(x^2) + eps), with norm */
+    int row, first;           /* where it is in llm__wide */
+    const float *bias, *norm; /* [head_dim]; NULL: none */
+    float scale;              /* 1 / sqrt(mean(x^2) + eps), with norm */
 } llm__head;
 
-static __device__ float llm__head_dim(const llm__head &h, int dim) {
-    float x = h.from[dim] + (h.bias ? h.bias[dim] : 0);
+static __device__ float llm__head_dim(const llm__wide &w, const llm__head &h, int dim) {
+    float x = llm__wide_at(w, h.row, h.first + dim) + (h.bias ? h.bias[dim] : 0);
     return h.norm ? x * h.scale * h.norm[dim] : x;
 }
 
-static __device__ llm__head llm__find_head(const llm__qkv_store &s, const float *qkv, int row, int head) {
-    int n_heads = s.n_heads + 2 * s.kv.n_heads;
+static __device__ llm__head llm__find_head(const llm__qkv_store &s, const llm__wide &w, int row, int head) {
     const float *norm = head < s.n_heads ? s.q_norm : head < s.n_heads + s.kv.n_heads ? s.k_norm : NULL;
-    llm__head h = {qkv + ((size_t)row * n_heads + head) * s.head_dim, s.bias ? s.bias + head * s.head_dim : NULL, NULL, 0};
+    llm__head h = {row, head * s.head_dim, s.bias ? s.bias + head * s.head_dim : NULL, NULL, 0};
     if (!norm) return h;
     float sum = 0;
-    for (int dim = (int)threadIdx.x % 32; dim < s.head_dim; dim += 32) sum += llm__head_dim(h, dim) * llm__head_dim(h, dim);
-    h.scale = 1.0f / sqrtf(llm__warp_sum(sum) / (float)s.head_dim + s.eps);
+    for (int dim = (int)threadIdx.x % 32; dim < s.head_dim; dim += 32) {
+        float x = llm__head_dim(w, h, dim);
+        sum += x * x;
+    }
+    h.scale = 1.0f / sqrtf(llm__chip_warp_sum(sum) / (float)s.head_dim + s.eps);
     h.norm = norm;
     return h;
 }
 
-/* Adds the bias, norms and turns queries and keys, and puts all three in place; a warp a head of a row. */
-static __global__ void llm__hparams_rope(llm__fwd_rows rows, llm__qkv_store s, const float *qkv) {
+/* Adds the bias, norms and turns, and stores the first n_heads of queries, keys and values; a warp a head of a row. */
+static __global__ void llm__hparams_rope(llm__fwd_rows rows, llm__qkv_store s, llm__wide w, int n_heads) {
     int lane = (int)threadIdx.x % 32, head = (int)(blockIdx.x * blockDim.x + threadIdx.x) / 32, row = (int)blockIdx.y;
-    llm__let_next_start();
-    llm__wait_for_previous();
-    if (head >= s.n_heads + 2 * s.kv.n_heads || row >= rows.counts[0]) return;
-    llm__head h = llm__find_head(s, qkv, row, head);
+    llm__chip_let_next_start();
+    llm__chip_wait_for_previous();
+    if (head >= n_heads || row >= rows.counts[0]) return;
+    llm__head h = llm__find_head(s, w, row, head);
+    llm__cell cell = llm__rows_cell(rows, row);
     for (int pair = lane; pair < (s.head_dim + 1) / 2; pair += 32) {
-        int first = llm__pair_dim(pair, s.rope_dim, 0), second = llm__pair_dim(pair, s.rope_dim, 1);
-        llm__store_pair(&s, rows, row, head, pair, llm__head_dim(h, first), second < s.head_dim ? llm__head_dim(h, second) : 0);
+        int first = llm__store_pair_dim(pair, s.rope_dim, 0), second = llm__store_pair_dim(pair, s.rope_dim, 1);
+        llm__store_pair(s, cell, llm__store_find_turn(s, row, head, pair), row, head, pair, llm__head_dim(w, h, first),
+                        second < s.head_dim ? llm__head_dim(w, h, second) : 0);
     }
+}
+
+/* Stores the values of 32 rows of a key head, in a long pass. The cache has the positions of a dimension side by side,
+   so they go through shared memory: a warp then writes one dimension of 32 rows, which usually stand side by side. */
+static __global__ void llm__store_values(llm__fwd_rows rows, llm__qkv_store s, llm__wide w) {
+    __shared__ uint16_t values[32][LLM__MAX_HEAD_DIM + 2];
+    int first = (int)blockIdx.x * 32, n = llm__min(rows.counts[0] - first, 32),
+        head = s.n_heads + s.kv.n_heads + (int)blockIdx.y;
+    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, n_warps = (int)blockDim.x / 32;
+    for (int i = warp; i < n; i += n_warps) {
+        llm__head h = llm__find_head(s, w, first + i, head);
+        for (int dim = lane; dim < s.head_dim; dim += 32) values[i][dim] = llm__chip_to_bf16(llm__head_dim(w, h, dim));
+    }
+    __syncthreads();
+    if (lane >= n) return;
+    llm__cell cell = llm__rows_cell(rows, first + lane);
+    uint16_t *to = llm__cache_values(s.kv, cell.block, s.layer, (int)blockIdx.y) + cell.place;
+    for (int dim = warp; dim < s.head_dim; dim += n_warps) to[dim * LLM_CACHE_BLOCK] = values[lane][dim];
 }
 
 /* softmax(q . keys) . values; a warp for one head of one row, a lane for each key of a block. */
 static __global__ void llm__plain_attention(llm__attn_run a) {
-    __shared__ float answer[LLM__MOST_HEAD_DIM], weights[LLM_CACHE_BLOCK];
+    __shared__ float answer[LLM__MAX_HEAD_DIM], weights[LLM_CACHE_BLOCK];
     int head = (int)blockIdx.x, row = (int)blockIdx.y, lane = (int)threadIdx.x, n_keys = a.rows.positions[row] + 1;
-    int key_head = head / (a.n_heads / a.kv.n_heads);
+    int key_head = head / a.group;
     const uint16_t *q = a.q + ((size_t)row * a.n_heads + head) * a.kv.stride;
     float max = -INFINITY, sum = 0;
     for (int dim = lane; dim < a.head_dim; dim += 32) answer[dim] = 0;
-    int first_key = llm__attn_first_key(a, n_keys - 1);
+    int first_key = llm__attend_first_key(a, n_keys - 1);
     for (int first = first_key / LLM_CACHE_BLOCK * LLM_CACHE_BLOCK; first < n_keys; first += LLM_CACHE_BLOCK) {
-        int block = llm__table(a.rows, row)[first / LLM_CACHE_BLOCK];
-        const uint16_t *key = llm__keys(a.kv, block, a.layer, key_head) + (size_t)lane * a.kv.stride;
-        const uint16_t *values = llm__values(a.kv, block, a.layer, key_head);
+        int block = llm__rows_table(a.rows, row)[first / LLM_CACHE_BLOCK];
+        const uint16_t *key = llm__cache_keys(a.kv, block, a.layer, key_head) + (size_t)lane * a.kv.stride;
+        const uint16_t *values = llm__cache_values(a.kv, block, a.layer, key_head);
         float score = 0;
-        for (int dim = 0; dim < a.head_dim; dim++) score += llm__from_bf16(q[dim]) * llm__from_bf16(key[dim]);
+        for (int dim = 0; dim < a.head_dim; dim++) score += llm__chip_from_bf16(q[dim]) * llm__chip_from_bf16(key[dim]);
         score = first + lane >= first_key && first + lane < n_keys ? score * a.scale : -INFINITY;
-        float new_max = fmaxf(max, llm__warp_max(score)), shrink = exp2f(max - new_max), weight = exp2f(score - new_max);
-        sum = sum * shrink + llm__warp_sum(weight);
+        float new_max = fmaxf(max, llm__chip_warp_max(score)), shrink = exp2f(max - new_max),
+              weight = exp2f(score - new_max);
+        sum = sum * shrink + llm__chip_warp_sum(weight);
         max = new_max;
         weights[lane] = weight;
         __syncwarp();
         for (int dim = lane; dim < a.head_dim; dim += 32) {
             float x = answer[dim] * shrink;
-            for (int i = 0; i < LLM_CACHE_BLOCK && first + i < n_keys; i++) x += weights[i] * llm__from_bf16(values[dim * LLM_CACHE_BLOCK + i]);
+            for (int i = 0; i < LLM_CACHE_BLOCK && first + i < n_keys; i++)
+                x += weights[i] * llm__chip_from_bf16(values[dim * LLM_CACHE_BLOCK + i]);
             answer[dim] = x;
         }
         __syncwarp();
     }
     for (int dim = lane; dim < a.head_dim; dim += 32)
-        a.out[(size_t)row * a.out_stride + head * a.head_dim + dim] = llm__to_bf16(answer[dim] / sum);
+        a.out[(size_t)row * a.out_stride + head * a.head_dim + dim] = llm__chip_to_bf16(answer[dim] / sum);
 }
 
-/* out[row][i] = silu(gate) * up; gates and ups stand one after the other in a row. */
-static __global__ void llm__swiglu(const float *gate_up, int n_ff, uint16_t *out, int stride) {
+/* out[row][i] = silu(gate) * up; a row has all gates, then all ups. */
+static __global__ void llm__swiglu(llm__wide w, int n_ff, uint16_t *out, int stride) {
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x), row = (int)blockIdx.y;
-    if (i >= n_ff) return;
-    const float *from = gate_up + (size_t)row * 2 * n_ff;
-    out[(size_t)row * stride + i] = llm__to_bf16(llm__silu(from[i]) * from[n_ff + i]);
+    if (i < n_ff)
+        out[(size_t)row * stride + i] =
+            llm__chip_to_bf16(llm__chip_silu(llm__wide_at(w, row, i)) * llm__wide_at(w, row, n_ff + i));
 }
 
 /* The rows whose logits are wanted, close together; after the last layer's attention no others are needed. */
-static __global__ void llm__fwd_keep_rows(llm__fwd_rows rows, const float *x, float *kept_x, int n_embd, const uint16_t *attention,
-                                      uint16_t *kept_attention, int stride) {
+static __global__ void llm__fwd_keep_rows(llm__fwd_rows rows, const float *x, float *kept_x, int n_embd,
+                                      const uint16_t *attention, uint16_t *kept_attention, int stride) {
     size_t to = blockIdx.x, from = (size_t)rows.logit_rows[blockIdx.x];
     for (int i = (int)threadIdx.x; i < n_embd; i += (int)blockDim.x) kept_x[to * n_embd + i] = x[from * n_embd + i];
-    for (int i = (int)threadIdx.x; i < stride; i += (int)blockDim.x) kept_attention[to * stride + i] = attention[from * stride + i];
+    for (int i = (int)threadIdx.x; i < stride; i += (int)blockDim.x)
+        kept_attention[to * stride + i] = attention[from * stride + i];
 }
 
 /* log p = logit - max - log(sum of exp(logit - max)) for those of n targets that follow rows `first` and up, of which
    these are the logits; a block a row. */
-static __global__ void llm__score_row(const float *logits, int n_vocab, int first, const int *targets, const int *target_rows,
-                                      int n_targets, float *log_probs) {
+static __global__ void llm__score_row(const float *logits, int n_vocab, int first, const int *targets,
+                                      const int *target_rows, int n_targets, float *log_probs) {
     __shared__ float maxima[32], sums[32];
     int thread = (int)threadIdx.x, n_threads = (int)blockDim.x, n_warps = n_threads / 32;
     const float *row = logits + (size_t)blockIdx.x * n_vocab;
     float max = -INFINITY, sum = 0;
     for (int i = thread; i < n_vocab; i += n_threads) max = fmaxf(max, row[i]);
-    max = llm__warp_max(max);
+    max = llm__chip_warp_max(max);
     if (thread % 32 == 0) maxima[thread / 32] = max;
     __syncthreads();
     for (int i = 0; i < n_warps; i++) max = fmaxf(max, maxima[i]);
     for (int i = thread; i < n_vocab; i += n_threads) sum += expf(row[i] - max);
-    sum = llm__warp_sum(sum);
+    sum = llm__chip_warp_sum(sum);
     if (thread % 32 == 0) sums[thread / 32] = sum;
     __syncthreads();
     sum = 0;
@@ -1222,24 +1883,44 @@ static __global__ void llm__score_row(const float *logits, int n_vocab, int firs
         if (target_rows[i] == first + (int)blockIdx.x) log_probs[i] = row[targets[i]] - max - logf(sum);
 }
 
-/* Reads and does next to nothing: the limit of decoding. */
-static __global__ void llm__read_all(const uint8_t *data, size_t n_vectors, unsigned *sink) {
+/* A matrix's numbers, for llm__read_all. */
+typedef struct llm__region {
+    const uint8_t *data;
+    size_t n_vectors; /* of 16 bytes */
+} llm__region;
+
+/* Reads all regions, one after the other without a pause, and does next to nothing: the limit of decoding. */
+static __global__ void llm__read_all(const llm__region *regions, int n_regions, unsigned *sink) {
     unsigned seen = 0;
-    size_t step = (size_t)gridDim.x * blockDim.x;
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n_vectors; i += 4 * step)
+    size_t step = (size_t)gridDim.x * blockDim.x, thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    for (int r = 0; r < n_regions; r++) {
+        llm__region region = regions[r];
+        for (size_t i = thread; i < region.n_vectors; i += 4 * step)
 #pragma unroll
-        for (size_t j = 0; j < 4; j++) {
-            if (i + j * step >= n_vectors) continue;
-            uint4 v = llm__load_once(data + 16 * (i + j * step));
-            seen ^= v.x ^ v.y ^ v.z ^ v.w;
-        }
+            for (size_t j = 0; j < 4; j++) {
+                if (i + j * step >= region.n_vectors) continue;
+                uint4 v = llm__chip_load_once(region.data + 16 * (i + j * step));
+                seen ^= v.x ^ v.y ^ v.z ^ v.w;
+            }
+    }
     if (seen == 0x9E3779B9u) *sink = seen; /* so that the loads are not left out */
+}
+
+/* Random bf16 from -1 to 1: what the tensor cores are fed with when their rate is measured, as it depends on the
+   numbers. */
+static __global__ void llm__fill(uint16_t *to, size_t n) {
+    size_t step = (size_t)gridDim.x * blockDim.x;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
+        uint32_t x = (uint32_t)i * 2654435761u;
+        x = (x ^ x >> 15) * 2246822519u;
+        to[i] = llm__chip_to_bf16((float)(int)(x ^ x >> 13) * 0x1p-31f);
+    }
 }
 
 /* ==== 8 The model ===============================================================================================
 
-   Matrices stand row by row as the file has them. They are converted by the host's threads into one of two pinned
-   buffers while the other is on its way. */
+   Matrices are stored row by row, as in the file. The host's threads convert rows into one of two pinned buffers while
+   the other one is being copied to the GPU. */
 
 typedef struct llm__gpu_layer {
     float *attention_norm, *ffn_norm;
@@ -1253,6 +1934,7 @@ typedef struct llm__gpu_model {
     llm_cuda_mode mode;
     llm_dtype dtype;
     int n_threads, n_processors;
+    int device; /* what all calls of this model and its contexts are for, see llm__on_device */
     bool can_overlap;
     double *frequencies; /* on the GPU */
     llm__gpu_layer *layers;
@@ -1261,7 +1943,7 @@ typedef struct llm__gpu_model {
     cudaStream_t stream;
     uint8_t *staging[2]; /* pinned */
     cudaEvent_t sent[2];
-    int turn;            /* which of the two is next */
+    int turn; /* which of the two is next */
 } llm__gpu_model;
 
 enum { LLM__STAGING = 4 << 20 };
@@ -1271,15 +1953,28 @@ static void llm__host_free(const llm_host *host, void *ptr) {
     else (free)(ptr);
 }
 
+/* Makes a GPU the calling thread's for as long as this lives, then the one before it again. */
+struct llm__on_device {
+    int device, before;
+    explicit llm__on_device(int device_) : device(device_), before(device_) {
+        if (cudaGetDevice(&before) == cudaSuccess && before != device)
+            (void)cudaSetDevice(device); /* if this fails, so does what follows */
+    }
+    ~llm__on_device() {
+        if (before != device) (void)cudaSetDevice(before);
+    }
+};
+
 static void *llm__host_zero(const llm_host *host, size_t size, llm_error *err) {
     void *ptr = host->alloc ? host->alloc(host->user, size) : malloc(size);
     if (ptr) return memset(ptr, 0, size);
-    llm__cuda_error(err, LLM_ERROR_MEMORY, "out of memory: %llu bytes were asked for", (unsigned long long)size);
+    llm__cuda_error(err, LLM_ERROR_MEMORY, "out of memory: %llu bytes could not be allocated",
+                    (unsigned long long)size);
     return NULL;
 }
 
 /* A matrix without memory. */
-static llm__gpu_matrix llm__describe_matrix(llm_dtype dtype, const llm_backend_weight *weight) {
+static llm__gpu_matrix llm__matrix_describe(llm_dtype dtype, const llm_backend_weight *weight) {
     llm__gpu_matrix m;
     memset(&m, 0, sizeof m);
     if (dtype == LLM_DTYPE_F16) m.format = LLM__F16;
@@ -1291,42 +1986,52 @@ static llm__gpu_matrix llm__describe_matrix(llm_dtype dtype, const llm_backend_w
 }
 
 /* Scales that belong to a row. */
-static size_t llm__row_scales(llm__gpu_matrix m) { return m.format <= LLM__F16 ? 0 : m.format == LLM__INT8 ? 1 : (size_t)m.k / 32; }
-
-static uint64_t llm__gpu_weight_bytes(llm_dtype dtype, const llm_backend_weight *weight) {
-    llm__gpu_matrix m = llm__describe_matrix(dtype, weight);
-    return (uint64_t)m.n * (llm__row_bytes(m) + llm__row_scales(m) * 4);
+static size_t llm__matrix_row_scales(llm__gpu_matrix m) {
+    return m.format <= LLM__F16 ? 0 : m.format == LLM__INT8 ? 1 : (size_t)m.k / 32;
 }
 
-/* A GPU that can run this: compute capability 8.0 has the bf16 tensor cores. */
+static uint64_t llm__gpu_weight_bytes(llm_dtype dtype, const llm_backend_weight *weight) {
+    llm__gpu_matrix m = llm__matrix_describe(dtype, weight);
+    return (uint64_t)m.n * (llm__matrix_row_bytes(m) + llm__matrix_row_scales(m) * 4);
+}
+
+/* The calling thread's GPU, if it can run this: compute capability 8.0 has the bf16 tensor cores. Kernels may overlap
+   if the chip can do it and the code that will run knows of it: PTX for older chips, compiled by the driver, does not
+   wait. */
 static llm_status llm__find_gpu(llm__gpu_model *m, llm_error *err) {
-    int n = 0, device = 0, major = 0, minor = 0;
+    int n = 0, major = 0, minor = 0;
+    cudaFuncAttributes code;
     if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) {
         const char *why = cudaGetErrorString(cudaGetLastError());
-        return llm__cuda_error(err, LLM_ERROR_DEVICE, "no GPU can be used (%s); load without desc.backend to run on the CPU", why);
+        return llm__cuda_error(err, LLM_ERROR_DEVICE,
+                               "no GPU can be used (%s); load without desc.backend to run on the CPU", why);
     }
-    LLM__TRY(cudaGetDevice(&device));
-    LLM__TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    LLM__TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    LLM__TRY(cudaDeviceGetAttribute(&m->n_processors, cudaDevAttrMultiProcessorCount, device));
+    LLM__TRY(cudaGetDevice(&m->device));
+    LLM__TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, m->device));
+    LLM__TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, m->device));
+    LLM__TRY(cudaDeviceGetAttribute(&m->n_processors, cudaDevAttrMultiProcessorCount, m->device));
     if (major < 8)
-        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "the GPU has compute capability %d.%d; 8.0 or newer is needed", major, minor);
-    m->can_overlap = major >= 9;
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED,
+                               "the GPU has compute capability %d.%d; 8.0 or newer is needed", major, minor);
+    LLM__TRY(cudaFuncGetAttributes(&code, llm__pick));
+    m->can_overlap = major >= 9 && code.ptxVersion >= 90;
     return LLM_OK;
 }
 
 static llm_status llm__check_shape(const llm_backend_shape *s, llm_dtype dtype, llm_error *err) {
     if (dtype == LLM_DTYPE_F32)
-        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU weights are bf16, f16, int8 or int4; desc.dtype asks for f32");
-    if (s->n_vocab > LLM__MOST_VOCAB)
-        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "the vocabulary has %d tokens; on the GPU at most %d are run", s->n_vocab,
-                               (int)LLM__MOST_VOCAB);
-    if (s->head_dim > LLM__MOST_HEAD_DIM)
-        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "heads have %d dimensions; on the GPU at most %d are run", s->head_dim,
-                               (int)LLM__MOST_HEAD_DIM);
-    if (s->n_heads / s->n_kv_heads > LLM__TILE_COLUMNS)
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED,
+                               "on the GPU weights are bf16, f16, int8 or int4; desc.dtype asks for f32");
+    if (s->n_vocab > LLM__MAX_VOCAB)
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED,
+                               "the vocabulary has %d tokens; on the GPU at most %d are run", s->n_vocab,
+                               (int)LLM__MAX_VOCAB);
+    if (s->head_dim > LLM__MAX_HEAD_DIM)
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "heads have %d dimensions; on the GPU at most %d are run",
+                               s->head_dim, (int)LLM__MAX_HEAD_DIM);
+    if (s->n_heads / s->n_kv_heads > LLM__MAX_GROUP)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "%d query heads share a key head; on the GPU at most %d can",
-                               s->n_heads / s->n_kv_heads, (int)LLM__TILE_COLUMNS);
+                               s->n_heads / s->n_kv_heads, (int)LLM__MAX_GROUP);
     return LLM_OK;
 }
 
@@ -1355,7 +2060,8 @@ static llm_status llm__open_gpu(llm__gpu_model *m, const llm_model_desc *desc, l
     return LLM_OK;
 }
 
-static llm_status llm__gpu_open(void **out, const llm_backend_shape *shape, const llm_model_desc *desc, llm_cuda_mode mode, llm_error *err) {
+static llm_status llm__gpu_open(void **out, const llm_backend_shape *shape, const llm_model_desc *desc, llm_cuda_mode mode,
+                                llm_error *err) {
     *out = NULL;
     llm__gpu_model *m = (llm__gpu_model *)llm__host_zero(&desc->host, sizeof *m, err);
     *out = m;
@@ -1380,7 +2086,7 @@ static llm_status llm__open_eager(void **out, const llm_backend_shape *shape, co
     return llm__gpu_open(out, shape, desc, LLM_CUDA_EAGER, err);
 }
 
-static void llm__free_matrix(llm__gpu_matrix m) {
+static void llm__matrix_free(llm__gpu_matrix m) {
     cudaFree(m.data);
     cudaFree(m.scales);
 }
@@ -1388,16 +2094,17 @@ static void llm__free_matrix(llm__gpu_matrix m) {
 static void llm__gpu_close(void *model) {
     llm__gpu_model *m = (llm__gpu_model *)model;
     if (!m) return;
+    llm__on_device on(m->device);
     if (m->stream) cudaStreamSynchronize(m->stream);
     for (int i = 0; m->layers && i < m->shape.n_layers; i++) {
         llm__gpu_layer *layer = &m->layers[i];
         llm__gpu_matrix matrices[] = {layer->qkv, layer->attention_out, layer->gate_up, layer->down};
-        for (int j = 0; j < 4; j++) llm__free_matrix(matrices[j]);
+        for (int j = 0; j < 4; j++) llm__matrix_free(matrices[j]);
         float *vectors[] = {layer->attention_norm, layer->ffn_norm, layer->qkv_bias, layer->q_norm, layer->k_norm};
         for (int j = 0; j < 5; j++) cudaFree(vectors[j]);
     }
-    if (m->head.data != m->embedding.data) llm__free_matrix(m->head);
-    llm__free_matrix(m->embedding);
+    if (m->head.data != m->embedding.data) llm__matrix_free(m->head);
+    llm__matrix_free(m->embedding);
     cudaFree(m->output_norm);
     cudaFree(m->frequencies);
     for (int i = 0; i < 2; i++) {
@@ -1421,7 +2128,7 @@ typedef struct llm__conversion {
     const llm_backend_weight *weight;
     llm__gpu_matrix matrix; /* with n rows, in the buffer */
     int first, n_threads;
-    size_t scratch_bytes;   /* of a thread: a row of floats and one of groups, see llm__conversion_bytes */
+    size_t scratch_bytes; /* of a thread: a row of floats and one of groups, see llm__conversion_bytes */
     uint8_t *scratch;
 } llm__conversion;
 
@@ -1435,11 +2142,11 @@ static void llm__bf16_row(const float *row, int n, uint16_t *out) {
     for (int i = 0; i < n; i++) {
         uint32_t bits;
         memcpy(&bits, &row[i], 4);
-        out[i] = llm__round_bits(bits);
+        out[i] = llm__chip_round_bits(bits);
     }
 }
 
-/* To the nearest f16, of two the even one; too large a number becomes infinite, as on the CPU. */
+/* To the nearest f16, ties to the even one; a number that is too large becomes infinite, as on the CPU. */
 static uint16_t llm__round_to_f16(float x) {
     uint32_t bits, sign;
     memcpy(&bits, &x, 4);
@@ -1457,7 +2164,7 @@ static float llm__int8_row(const float *row, int n, int8_t *out) {
     float most = 0;
     for (int i = 0; i < n; i++) most = fmaxf(most, fabsf(row[i]));
     double inverse = most > 0 ? 127.0 / most : 0;
-    for (int i = 0; i < n; i++) out[llm__byte_place(i)] = (int8_t)floor(row[i] * inverse + 0.5);
+    for (int i = 0; i < n; i++) out[llm__chip_byte_place(i)] = (int8_t)floor(row[i] * inverse + 0.5);
     return most / 127.0f;
 }
 
@@ -1467,11 +2174,12 @@ static void llm__group_row(int format, const llm_backend_group *groups, int n_gr
         scales[g] = groups[g].scale | (uint32_t)groups[g].minimum << 16;
         for (int t = 0; t < 4; t++) {
             const int8_t *q = groups[g].q + 8 * t;
-            uint8_t *to = out + llm__group_place(format, 32 * g + 8 * t);
+            uint8_t *to = out + llm__matrix_group_place(format, 32 * g + 8 * t);
             uint32_t nibbles = 0;
             for (int i = 0; i < 8; i++) nibbles |= (uint32_t)(q[i] & 15) << (i / 2 * 4 + i % 2 * 16);
             if (format == LLM__INT4_GROUPS) memcpy(to, &nibbles, 4);
-            else for (int i = 0; i < 8; i++) to[llm__byte_place(i)] = (uint8_t)q[i];
+            else
+                for (int i = 0; i < 8; i++) to[llm__chip_byte_place(i)] = (uint8_t)q[i];
         }
     }
 }
@@ -1479,7 +2187,7 @@ static void llm__group_row(int format, const llm_backend_group *groups, int n_gr
 /* Thread `index` takes every n_threads-th row. */
 static void llm__convert_rows(const llm__conversion *c, int index) {
     const llm__gpu_matrix *m = &c->matrix;
-    size_t row_bytes = llm__row_bytes(*m), row_scales = llm__row_scales(*m);
+    size_t row_bytes = llm__matrix_row_bytes(*m), row_scales = llm__matrix_row_scales(*m);
     int n_groups = llm__pad(c->weight->cols, 32) / 32;
     float *row = (float *)(void *)(c->scratch + (size_t)index * c->scratch_bytes);
     llm_backend_group *groups = (llm_backend_group *)(void *)(row + 32 * n_groups);
@@ -1507,7 +2215,7 @@ static void llm__convert_rows(const llm__conversion *c, int index) {
 
 static void llm__convert(llm__conversion *c, int n_threads) {
     std::thread threads[64];
-    int n_started = 1; /* this thread is the first; where the system gives no more, it does their work too */
+    int n_started = 1; /* this thread is the first; if the system gives no more, it does their work too */
     c->n_threads = (size_t)c->matrix.n * c->weight->cols < 100000 ? 1 : n_threads < 64 ? n_threads : 64;
     for (; n_started < c->n_threads; n_started++) {
         try {
@@ -1521,31 +2229,35 @@ static void llm__convert(llm__conversion *c, int n_threads) {
     for (int i = 1; i < n_started; i++) threads[i].join();
 }
 
-/* A buffer holds rows and behind them their scales. */
-static llm_status llm__upload_rows(llm__gpu_model *m, const llm_backend_weight *weight, uint8_t *scratch, llm__gpu_matrix matrix, llm_error *err) {
-    size_t row_bytes = llm__row_bytes(matrix), scale_bytes = llm__row_scales(matrix) * 4;
+/* A buffer holds rows, then their scales. */
+static llm_status llm__upload_rows(llm__gpu_model *m, const llm_backend_weight *weight, uint8_t *scratch,
+                                   llm__gpu_matrix matrix, llm_error *err) {
+    size_t row_bytes = llm__matrix_row_bytes(matrix), scale_bytes = llm__matrix_row_scales(matrix) * 4;
     int some = (int)(llm__staging_bytes(&m->shape) / (row_bytes + scale_bytes));
     llm__conversion c = {weight, matrix, 0, 0, llm__conversion_bytes(weight), scratch};
     for (; c.first < weight->rows; c.first += some, m->turn ^= 1) {
-        size_t n = (size_t)llm__least(weight->rows - c.first, some), first = (size_t)c.first;
+        size_t n = (size_t)llm__min(weight->rows - c.first, some), first = (size_t)c.first;
         c.matrix.n = (int)n;
         c.matrix.data = m->staging[m->turn];
         c.matrix.scales = (uint32_t *)(void *)(c.matrix.data + n * row_bytes);
         LLM__TRY(cudaEventSynchronize(m->sent[m->turn]));
         llm__convert(&c, m->n_threads);
-        LLM__TRY(cudaMemcpyAsync(matrix.data + first * row_bytes, c.matrix.data, n * row_bytes, cudaMemcpyHostToDevice, m->stream));
+        LLM__TRY(cudaMemcpyAsync(matrix.data + first * row_bytes, c.matrix.data, n * row_bytes, cudaMemcpyHostToDevice,
+                                 m->stream));
         if (scale_bytes)
-            LLM__TRY(cudaMemcpyAsync(matrix.scales + first * (scale_bytes / 4), c.matrix.scales, n * scale_bytes, cudaMemcpyHostToDevice, m->stream));
+            LLM__TRY(cudaMemcpyAsync(matrix.scales + first * (scale_bytes / 4), c.matrix.scales, n * scale_bytes,
+                                     cudaMemcpyHostToDevice, m->stream));
         LLM__TRY(cudaEventRecord(m->sent[m->turn], m->stream));
     }
     return LLM_OK;
 }
 
-static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_backend_weight *weight, llm__gpu_matrix *matrix, llm_error *err) {
-    *matrix = llm__describe_matrix(m->dtype, weight);
-    size_t n = (size_t)matrix->n, scale_bytes = n * llm__row_scales(*matrix) * 4;
+static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_backend_weight *weight, llm__gpu_matrix *matrix,
+                                     llm_error *err) {
+    *matrix = llm__matrix_describe(m->dtype, weight);
+    size_t n = (size_t)matrix->n, scale_bytes = n * llm__matrix_row_scales(*matrix) * 4;
     if (scale_bytes) LLM__TRY(cudaMalloc((void **)&matrix->scales, scale_bytes));
-    LLM__TRY(cudaMalloc((void **)&matrix->data, n * llm__row_bytes(*matrix)));
+    LLM__TRY(cudaMalloc((void **)&matrix->data, n * llm__matrix_row_bytes(*matrix)));
     uint8_t *scratch = (uint8_t *)llm__host_zero(&m->host, (size_t)m->n_threads * llm__conversion_bytes(weight), err);
     if (!scratch) return LLM_ERROR_MEMORY;
     llm_status status = llm__upload_rows(m, weight, scratch, *matrix, err);
@@ -1567,6 +2279,7 @@ static llm_status llm__upload_vector(llm__gpu_model *m, const llm_backend_weight
 
 static llm_status llm__gpu_upload(void *model, const llm_backend_weight *w, llm_error *err) {
     llm__gpu_model *m = (llm__gpu_model *)model;
+    llm__on_device on(m->device);
     llm__gpu_layer *layer = &m->layers[w->layer];
     llm_status status = LLM_OK;
     switch (w->kind) {
@@ -1589,23 +2302,24 @@ static llm_status llm__gpu_upload(void *model, const llm_backend_weight *w, llm_
 
 /* ==== 9 The context =============================================================================================
 
-   A stream, and all the memory a pass needs: one piece on the GPU, one pinned on the host. Both are laid out by walking
-   over their parts twice, first to learn how much there is. */
+   A context is a stream and all the memory that a pass needs: one allocation on the GPU, and a pinned one on the host.
+   Both are laid out twice, first to find their size, then to place their parts. */
 
 enum {
     LLM__BUCKETS = 5, /* passes of 1, 2, 4, 8 and 16 rows have each their graph          */
-    LLM__AHEAD = 4    /* passes of a burst under way behind the one whose token is awaited */
+    LLM__AHEAD = 4    /* passes of a burst that are queued behind the one whose token is next */
 };
 
 typedef struct llm__recording {
-    bool loaded;           /* its kernels are on the GPU */
-    cudaGraphExec_t graph; /* NULL: not recorded yet     */
+    bool loaded;           /* its kernels are on the GPU                                              */
+    bool refused;          /* it could not be recorded, so its kernels are launched one by one        */
+    cudaGraphExec_t graph; /* NULL: not recorded so far                                               */
 } llm__recording;
 
 typedef struct llm__sizes {
-    int n_embd, q, ffn, fused_rows, n_tables;       /* strides of activations; rows the fused buffers have; tables  */
-    int n_wide, n_squares, rows_ints;               /* widest product; blocks of an n_embd product; ints of llm__fwd_rows */
-    size_t blas_bytes, widened;                     /* cuBLAS's own; elements of int8 widened for it at a time */
+    int n_embd, q, ffn, fused_rows, n_tables; /* strides of activations; rows the fused buffers have; tables  */
+    int n_wide, n_squares, rows_ints;         /* widest product; blocks of an n_embd product; ints of llm__fwd_rows */
+    size_t blas_bytes, widened;               /* cuBLAS's own; elements of int8 widened for it at a time */
 } llm__sizes;
 
 typedef struct llm__gpu_context {
@@ -1616,28 +2330,31 @@ typedef struct llm__gpu_context {
     uint8_t *memory, *pinned;
     size_t memory_bytes, cache_bytes, pinned_bytes;
     llm__kv kv;
-    int *rows, *host_rows;           /* what the parts of llm__fwd_rows point into                    */
-    float *cosines, *sines;          /* [n_batch][rope_dim / 2]                                   */
-    float *x, *kept_x, *wide;        /* [n_batch][n_embd], the same, [n_batch][n_wide]            */
+    int *rows, *host_rows;    /* what the parts of llm__fwd_rows point into                    */
+    float *cosines, *sines;   /* [n_batch][rope_dim / 2]                                   */
+    float *x, *kept_x, *wide; /* [n_batch][n_embd], the same, [n_batch][n_wide]            */
+    llm__region *regions;     /* [4 * n_layers + 1] all matrices of weights                */
+    int prefetch;             /* bytes of weights a block prefetches                       */
     uint16_t *normed, *q, *attention, *kept_attention, *ffn; /* [n_batch][padded]                 */
-    float *squares;                  /* [fused_rows][n_squares]                                   */
-    float *partial;                  /* see llm__attn_run                                           */
+    float *squares; /* [fused_rows][n_squares]                                   */
+    float *partial; /* see llm__attn_run                                           */
     unsigned *n_done;
-    float *logits, *host_logits;     /* [n_logits][n_vocab]                                       */
-    int *targets, *host_targets;     /* [2][n_batch] tokens, and the rows they come after         */
+    float *logits, *host_logits;       /* [n_logits][n_vocab]                                       */
+    int *targets, *host_targets;       /* [2][n_batch] tokens, and the rows they come after         */
     float *log_probs, *host_log_probs; /* [n_batch]                                               */
     void *blas_memory;
-    uint16_t *widened;               /* a piece of a matrix                                       */
+    uint16_t *widened; /* a piece of a matrix                                       */
     llm__recording passes[LLM__BUCKETS];
     llm__picker_state *picker, *host_picker;
-    int *host_picked;                /* [LLM_BACKEND_BURST]                                               */
+    int *host_picked; /* [LLM_BACKEND_BURST]                                               */
     cudaEvent_t picked[LLM__AHEAD + 1];
-    llm__recording burst_pass;       /* of one row, and the picking of the next                   */
+    llm__recording burst_pass; /* of one row, and the picking of the next                   */
 } llm__gpu_context;
 
 /* Elements of the widest and longest matrix there could be, or of whole rows of at most 64 MB; at least of one. */
 static size_t llm__widest_piece(const llm_backend_shape *s, const llm__sizes *z) {
-    size_t k = (size_t)(z->n_embd > z->ffn ? z->n_embd : z->ffn), n = (size_t)(s->n_vocab > z->n_wide ? s->n_vocab : z->n_wide);
+    size_t k = (size_t)(z->n_embd > z->ffn ? z->n_embd : z->ffn),
+           n = (size_t)(s->n_vocab > z->n_wide ? s->n_vocab : z->n_wide);
     if (k < (size_t)z->q) k = (size_t)z->q;
     size_t most = (size_t)32 << 20, all = n * k;
     return all < most ? all : k > most ? k : most;
@@ -1649,13 +2366,13 @@ static llm__sizes llm__find_sizes(const llm_backend_shape *s, const llm_backend_
     z.n_embd = llm__pad(s->n_embd, LLM__PAD);
     z.q = llm__pad(s->n_heads * s->head_dim, LLM__PAD);
     z.ffn = llm__pad(s->n_ff, LLM__PAD);
-    z.fused_rows = llm__least(d->n_batch, LLM__FUSED_ROWS);
-    z.n_tables = llm__least(d->n_seq, d->n_batch);
+    z.fused_rows = llm__min(d->n_batch, LLM__FUSED_ROWS);
+    z.n_tables = llm__min(d->n_seq, d->n_batch);
     z.n_wide = qkv > 2 * s->n_ff ? qkv : 2 * s->n_ff;
     if (z.n_wide < s->n_embd) z.n_wide = s->n_embd;
     z.n_squares = (s->n_embd + 15) / 16;
     z.rows_ints = 3 + 6 * llm__pad(d->n_batch, LLM__FUSED_ROWS) + z.n_tables * d->blocks_per_seq;
-    z.blas_bytes = d->n_batch > LLM__FUSED_ROWS ? (size_t)32 << 20 : 0; /* what cuBLAS asks for on Hopper */
+    z.blas_bytes = d->n_batch > LLM__FUSED_ROWS ? (size_t)32 << 20 : 0; /* what cuBLAS wants on Hopper */
     z.widened = d->n_batch > LLM__FUSED_ROWS ? llm__widest_piece(s, &z) : 0;
     return z;
 }
@@ -1679,7 +2396,8 @@ static void llm__lay_out(llm__gpu_context *c, const llm_backend_shape *s) {
     const llm_backend_desc *d = &c->desc;
     const llm__sizes *z = &c->sizes;
     uint8_t *m = c->memory;
-    size_t used = 0, n = (size_t)d->n_batch, half = (size_t)s->rope_dim / 2, fused = (size_t)z->fused_rows, n_logits = (size_t)d->n_logits;
+    size_t used = 0, n = (size_t)d->n_batch, half = (size_t)s->rope_dim / 2, fused = (size_t)z->fused_rows,
+           n_logits = (size_t)d->n_logits;
     c->kv.n_heads = s->n_kv_heads;
     c->kv.stride = llm__head_stride(s);
     c->kv.block_size = (size_t)llm__gpu_block_bytes(s, d->cache_dtype) / 2;
@@ -1697,12 +2415,14 @@ static void llm__lay_out(llm__gpu_context *c, const llm_backend_shape *s) {
     c->kept_attention = (uint16_t *)llm__part(m, &used, n * (size_t)z->q * 2);
     c->ffn = (uint16_t *)llm__part(m, &used, n * (size_t)z->ffn * 2);
     c->squares = (float *)llm__part(m, &used, fused * (size_t)z->n_squares * 4);
-    c->partial = (float *)llm__part(m, &used, fused * (size_t)s->n_heads * LLM__MOST_SPANS * (size_t)(c->kv.stride + 2) * 4);
+    c->partial =
+        (float *)llm__part(m, &used, fused * (size_t)s->n_heads * LLM__MAX_SPANS * (size_t)(c->kv.stride + 2) * 4);
     c->n_done = (unsigned *)llm__part(m, &used, fused * (size_t)s->n_kv_heads * 4);
     c->logits = (float *)llm__part(m, &used, n_logits * (size_t)s->n_vocab * 4);
     c->targets = (int *)llm__part(m, &used, 2 * n * 4);
     c->log_probs = (float *)llm__part(m, &used, n * 4);
     c->picker = (llm__picker_state *)llm__part(m, &used, sizeof *c->picker);
+    c->regions = (llm__region *)llm__part(m, &used, (4 * (size_t)s->n_layers + 1) * sizeof *c->regions);
     c->blas_memory = llm__part(m, &used, z->blas_bytes);
     c->widened = (uint16_t *)llm__part(m, &used, z->widened * 2);
     c->memory_bytes = used;
@@ -1743,31 +2463,41 @@ static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     if (c->desc.cache_dtype != LLM_DTYPE_BF16)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU the KV cache is bf16; cache_dtype asks for %s",
                                llm_dtype_name(c->desc.cache_dtype));
-    if (c->desc.lender) return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU a context lends nothing to another");
-    if (c->desc.n_batch > LLM__MOST_ROWS)
-        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "n_batch is %d; on the GPU a pass has at most %d rows", c->desc.n_batch, (int)LLM__MOST_ROWS);
+    if (c->desc.lender)
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "on the GPU a context lends nothing to another");
+    if (c->desc.n_batch > LLM__MAX_ROWS)
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "n_batch is %d; on the GPU a pass has at most %d rows",
+                               c->desc.n_batch, (int)LLM__MAX_ROWS);
     LLM__TRY(cudaStreamSynchronize(c->model->stream)); /* the weights are there */
     LLM__TRY(cudaStreamCreateWithFlags(&c->queue.stream, cudaStreamNonBlocking));
     c->queue.can_overlap = c->model->can_overlap;
+    c->prefetch = LLM_CUDA_PREFETCH << 10;
     for (int i = 0; i <= LLM__AHEAD; i++) LLM__TRY(cudaEventCreateWithFlags(&c->picked[i], cudaEventDisableTiming));
     c->sizes = llm__find_sizes(s, &c->desc);
     llm__lay_out(c, s);
     LLM__TRY(cudaMalloc((void **)&c->memory, c->memory_bytes));
     LLM__TRY(cudaMallocHost((void **)&c->pinned, c->pinned_bytes));
     llm__lay_out(c, s);
-    /* Padding is zero and stays so; places of the cache that hold nothing yet must not hold NaN. */
+    /* Padding is zero and stays so. */
     LLM__TRY(cudaMemsetAsync(c->memory, 0, c->memory_bytes, c->queue.stream));
     LLM__TRY(cudaStreamSynchronize(c->queue.stream));
     return c->sizes.blas_bytes ? llm__create_blas(c, err) : LLM_OK;
 }
 
+static void llm__forget_graphs(llm__gpu_context *c) {
+    for (int i = 0; i <= LLM__BUCKETS; i++) {
+        llm__recording *r = i < LLM__BUCKETS ? &c->passes[i] : &c->burst_pass;
+        if (r->graph) cudaGraphExecDestroy(r->graph);
+        memset(r, 0, sizeof *r);
+    }
+}
+
 static void llm__gpu_context_free(void *context) {
     llm__gpu_context *c = (llm__gpu_context *)context;
     if (!c) return;
+    llm__on_device on(c->model->device);
     if (c->queue.stream) cudaStreamSynchronize(c->queue.stream);
-    for (int i = 0; i < LLM__BUCKETS; i++)
-        if (c->passes[i].graph) cudaGraphExecDestroy(c->passes[i].graph);
-    if (c->burst_pass.graph) cudaGraphExecDestroy(c->burst_pass.graph);
+    llm__forget_graphs(c);
     for (int i = 0; i <= LLM__AHEAD; i++)
         if (c->picked[i]) cudaEventDestroy(c->picked[i]);
     if (c->queue.blas) cublasDestroy(c->queue.blas);
@@ -1784,6 +2514,7 @@ static llm_status llm__gpu_context_create(void **out, void *model, const llm_bac
     if (!c) return LLM_ERROR_MEMORY;
     c->model = (llm__gpu_model *)model;
     c->desc = *desc;
+    llm__on_device on(c->model->device);
     llm_status status = llm__create_context(c, err);
     if (status) llm__gpu_context_free(c);
     else *out = c;
@@ -1821,7 +2552,7 @@ static int llm__make_tiles(const llm_backend_pass *pass, int most, int *first, i
     return n_tiles;
 }
 
-/* Sends the pass to the GPU, with the tables of the sequences that are in it. Returns how many query tiles there are. */
+/* Sends the pass to the GPU, with the tables of its sequences. Returns the number of query tiles. */
 static int llm__send_rows(llm__gpu_context *c, const llm_backend_pass *pass, int capacity) {
     llm__fwd_rows rows = llm__place_rows(c, c->host_rows, capacity);
     const llm_backend_shape *s = &c->model->shape;
@@ -1832,24 +2563,37 @@ static int llm__send_rows(llm__gpu_context *c, const llm_backend_pass *pass, int
         ((int *)rows.tokens)[row] = pass->tokens[row];
         ((int *)rows.positions)[row] = pass->positions[row];
         ((int *)rows.slots)[row] = slot;
-        memcpy((int *)rows.tables + (size_t)slot * c->desc.blocks_per_seq, pass->blocks + (size_t)seq * pass->blocks_per_seq,
-               (size_t)used * sizeof(int));
+        memcpy((int *)rows.tables + (size_t)slot * c->desc.blocks_per_seq,
+               pass->blocks + (size_t)seq * pass->blocks_per_seq, (size_t)used * sizeof(int));
     }
     memcpy((int *)rows.logit_rows, pass->logit_rows, (size_t)pass->n_logits * sizeof(int));
-    n_tiles = llm__make_tiles(pass, LLM__TILE_COLUMNS / (s->n_heads / s->n_kv_heads), (int *)rows.tile_first, (int *)rows.tile_rows);
+    n_tiles = llm__make_tiles(pass, LLM__TILE_QUERIES / (s->n_heads / s->n_kv_heads), (int *)rows.tile_first,
+                              (int *)rows.tile_rows);
     c->host_rows[0] = pass->n_rows;
     c->host_rows[1] = pass->n_logits;
     c->host_rows[2] = n_tiles;
     size_t n_ints = (size_t)(rows.tables - c->host_rows) + (size_t)(slot + 1) * (size_t)c->desc.blocks_per_seq;
-    llm__note(&c->queue, cudaMemcpyAsync(c->rows, c->host_rows, n_ints * sizeof(int), cudaMemcpyHostToDevice, c->queue.stream),
-              "sending the rows");
+    llm__queue_note(
+        &c->queue,
+        cudaMemcpyAsync(c->rows, c->host_rows, n_ints * sizeof(int), cudaMemcpyHostToDevice, c->queue.stream),
+        "sending the rows");
     return n_tiles;
 }
 
 static llm__start llm__make_start(const llm__gpu_context *c, llm__fwd_rows rows, bool fused) {
     const llm__gpu_model *m = c->model;
-    llm__start s = {rows, m->embedding, m->frequencies, c->cosines, c->sines, m->shape.rope_scale, m->shape.n_embd, m->shape.rope_dim / 2,
-                    c->x, NULL, NULL, NULL};
+    llm__start s = {rows,
+                    m->embedding,
+                    m->frequencies,
+                    c->cosines,
+                    c->sines,
+                    m->shape.rope_scale,
+                    m->shape.n_embd,
+                    m->shape.rope_dim / 2,
+                    c->x,
+                    NULL,
+                    NULL,
+                    NULL};
     if (!fused) return s;
     s.next_norm = m->layers[0].attention_norm;
     s.next_x = c->normed;
@@ -1860,13 +2604,22 @@ static llm__start llm__make_start(const llm__gpu_context *c, llm__fwd_rows rows,
 static llm__qkv_store llm__make_store(const llm__gpu_context *c, int layer) {
     const llm_backend_shape *s = &c->model->shape;
     const llm__gpu_layer *l = &c->model->layers[layer];
-    llm__qkv_store store = {c->kv, c->q, c->cosines, c->sines, s->n_heads, s->head_dim, s->rope_dim, layer, l->qkv_bias, l->q_norm,
-                            l->k_norm, s->rms_eps};
+    llm__qkv_store store = {c->kv,       c->q,       c->cosines,
+                            c->sines,    s->n_heads, s->head_dim,
+                            s->rope_dim, layer,      llm__divide_up(llm__divide_up(s->head_dim, 2), LLM__PAIRS),
+                            l->qkv_bias, l->q_norm,  l->k_norm,
+                            s->rms_eps};
     return store;
 }
 
-/* Spans are as long for every pass of a context, so that a row's answer does not depend on the others. */
-static llm__attn_run llm__make_attend(const llm__gpu_context *c, llm__fwd_rows rows, int layer, bool in_spans) {
+/* A row's keys are cut into no more spans than give every multiprocessor about four blocks of a single row. That
+   depends on the model alone, so a row's answer does not depend on the others. */
+static int llm__max_spans(const llm__gpu_model *m) {
+    int n = 4 * m->n_processors / m->shape.n_kv_heads;
+    return n < 1 ? 1 : llm__min(n, LLM__MAX_SPANS);
+}
+
+static llm__attn_run llm__make_attend(const llm__gpu_context *c, llm__fwd_rows rows, int layer) {
     const llm_backend_shape *s = &c->model->shape;
     llm__attn_run a;
     memset(&a, 0, sizeof a);
@@ -1878,9 +2631,10 @@ static llm__attn_run llm__make_attend(const llm__gpu_context *c, llm__fwd_rows r
     a.n_heads = s->n_heads;
     a.head_dim = s->head_dim;
     a.layer = layer;
+    a.group = s->n_heads / s->n_kv_heads;
     a.window = s->window;
     a.scale = (float)(1.4426950408889634 / sqrt((double)s->head_dim));
-    a.span = in_spans ? llm__pad((c->desc.blocks_per_seq * LLM_CACHE_BLOCK + LLM__MOST_SPANS - 1) / LLM__MOST_SPANS, LLM__STEP) : 0;
+    a.max_spans = llm__max_spans(c->model);
     a.partial = c->partial;
     a.n_done = c->n_done;
     return a;
@@ -1888,8 +2642,7 @@ static llm__attn_run llm__make_attend(const llm__gpu_context *c, llm__fwd_rows r
 
 typedef void (*llm__attention_fn)(llm__attn_run);
 
-template <int COLUMNS>
-static llm__attention_fn llm__choose_dims(int head_stride) {
+template <int COLUMNS> static llm__attention_fn llm__choose_dims(int head_stride) {
     if (head_stride <= 64) return llm__fused_attention<COLUMNS, 1>;
     return head_stride <= 128 ? llm__fused_attention<COLUMNS, 2> : llm__fused_attention<COLUMNS, 4>;
 }
@@ -1901,12 +2654,16 @@ static llm__attention_fn llm__choose_attention(int n_columns, int head_stride) {
 
 static bool llm__is_cancelled(const llm_backend_pass *pass) { return pass->cancel && pass->cancel(pass->cancel_user); }
 
+static llm__attention_fn llm__choose_tile_attention(int head_stride) {
+    if (head_stride <= 64) return llm__tile_attention<2, 64>;
+    return head_stride <= 128 ? llm__tile_attention<4, 64> : llm__tile_attention<8, 32>;
+}
+
 /* ---- Up to 16 rows: five kernels a layer, six with norms of queries and keys ---- */
 
 typedef void (*llm__kernel_product_fn)(llm__product);
 
-template <int ENDING, int TILES>
-static llm__kernel_product_fn llm__choose_format(llm__checkpoint_format format) {
+template <int ENDING, int TILES> static llm__kernel_product_fn llm__choose_format(llm__checkpoint_format format) {
     switch (format) {
     case LLM__F16: return llm__fused_product<ENDING, TILES, LLM__F16>;
     case LLM__INT8: return llm__fused_product<ENDING, TILES, LLM__INT8>;
@@ -1916,18 +2673,33 @@ static llm__kernel_product_fn llm__choose_format(llm__checkpoint_format format) 
     }
 }
 
-template <int ENDING>
-static void llm__run_product(llm__gpu_context *c, const char *what, int n_blocks, int bucket, const llm__product &p) {
-    llm__kernel_product_fn kernel = bucket <= 8 ? llm__choose_format<ENDING, 1>(p.weight.format) : llm__choose_format<ENDING, 2>(p.weight.format);
-    llm__launch(&c->queue, LLM__OVERLAP, what, dim3((unsigned)n_blocks), LLM__WARPS * 32, kernel, p);
+/* Blocks of a fused product: no more than the GPU holds at once, and all with equally many tiles, give or take one. */
+static int llm__product_blocks(const llm__gpu_context *c, llm__gpu_matrix m, int n_tiles, int bucket) {
+    int most = c->model->n_processors * llm__product_blocks_per_processor(m.format, bucket <= 8 ? 1 : 2);
+    return llm__divide_up(n_tiles, llm__divide_up(n_tiles, most));
 }
 
-static llm__product llm__make_product(const llm__gpu_context *c, llm__fwd_rows rows, llm__gpu_matrix matrix, const uint16_t *x) {
+template <int ENDING>
+static void llm__run_product(llm__gpu_context *c, llm__weight_type kind, int bucket, const llm__product &p) {
+    llm__kernel_product_fn kernel =
+        bucket <= 8 ? llm__choose_format<ENDING, 1>(p.weight.format) : llm__choose_format<ENDING, 2>(p.weight.format);
+    int n_blocks = llm__product_blocks(c, p.weight, p.n_tiles, bucket);
+    llm__queue_launch(&c->queue, LLM__OVERLAP, kind, dim3((unsigned)n_blocks), LLM__WARPS * 32, kernel, p);
+}
+
+/* The rows of a pass that a fused product multiplies: all, or those with logits, close together. */
+typedef enum llm__columns { LLM__ALL_ROWS = 0, LLM__LOGIT_ROWS = 1 } llm__columns;
+
+static llm__product llm__make_product(const llm__gpu_context *c, llm__fwd_rows rows, llm__columns columns,
+                                      llm__gpu_matrix matrix, const uint16_t *x) {
     llm__product p;
     memset(&p, 0, sizeof p);
     p.rows = rows;
     p.weight = matrix;
     p.n = matrix.n;
+    p.n_tiles = llm__divide_up(matrix.n, 16);
+    p.count = columns;
+    p.prefetch = llm__pad(c->prefetch / 16, 64);
     p.x = x;
     p.squares = c->squares;
     p.n_squares = c->sizes.n_squares;
@@ -1936,94 +2708,134 @@ static llm__product llm__make_product(const llm__gpu_context *c, llm__fwd_rows r
     return p;
 }
 
-static void llm__fused_residual(llm__gpu_context *c, llm__fwd_rows rows, int bucket, llm__gpu_matrix matrix, const uint16_t *x,
-                                const float *next_norm) {
-    llm__product p = llm__make_product(c, rows, matrix, x);
-    p.residual = c->x;
+static void llm__fused_residual(llm__gpu_context *c, llm__weight_type kind, llm__fwd_rows rows, llm__columns columns, int bucket,
+                                llm__gpu_matrix matrix, const uint16_t *in, float *x, const float *next_norm) {
+    llm__product p = llm__make_product(c, rows, columns, matrix, in);
+    p.residual = x;
     p.next_norm = next_norm;
     p.next_x = c->normed;
     p.next_stride = c->sizes.n_embd;
     p.next_squares = c->squares;
-    llm__run_product<LLM__RESIDUAL>(c, "the product into the residual stream", c->sizes.n_squares, bucket, p);
+    llm__run_product<LLM__RESIDUAL>(c, kind, bucket, p);
 }
 
-static void llm__run_rope(llm__gpu_context *c, int overlap, llm__fwd_rows rows, int n_rows, int layer) {
-    const llm_backend_shape *s = &c->model->shape;
-    llm__launch(&c->queue, overlap, "RoPE", dim3((unsigned)(s->n_heads + 2 * s->n_kv_heads + 3) / 4, (unsigned)n_rows), 128, llm__hparams_rope, rows,
-                llm__make_store(c, layer), c->wide);
+static void llm__run_rope(llm__gpu_context *c, int overlap, llm__fwd_rows rows, int n_rows, int layer, llm__wide wide,
+                          int n_heads) {
+    llm__queue_launch(&c->queue, overlap, LLM__KIND_ROPE, dim3((unsigned)llm__divide_up(n_heads, 4), (unsigned)n_rows),
+                      128, llm__hparams_rope, rows, llm__make_store(c, layer), wide, n_heads);
 }
 
-static void llm__fused_layer(llm__gpu_context *c, llm__fwd_rows rows, int bucket, int layer) {
+static void llm__fused_attention_in(llm__gpu_context *c, llm__fwd_rows rows, int bucket, int layer) {
     const llm__gpu_model *m = c->model;
     const llm_backend_shape *s = &m->shape;
     const llm__gpu_layer *l = &m->layers[layer];
-    int blocks_per_head = ((s->head_dim + 1) / 2 + LLM__PAIRS - 1) / LLM__PAIRS, group = s->n_heads / s->n_kv_heads;
-    const float *next_norm = layer + 1 < s->n_layers ? l[1].attention_norm : m->output_norm;
-
-    llm__product qkv = llm__make_product(c, rows, l->qkv, c->normed);
-    qkv.store = llm__make_store(c, layer);
-    qkv.out = c->wide;
-    if (s->qk_norm) { /* of whole heads, which are more than one block's outputs */
-        llm__run_product<LLM__PLAIN>(c, "queries, keys and values", (qkv.n + 15) / 16, bucket, qkv);
-        llm__run_rope(c, LLM__OVERLAP, rows, bucket, layer);
+    int n_heads = s->n_heads + 2 * s->n_kv_heads;
+    llm__product qkv = llm__make_product(c, rows, LLM__ALL_ROWS, l->qkv, c->normed);
+    if (s->qk_norm) { /* of whole heads, which are more outputs than a tile has */
+        llm__wide wide = {c->wide, false, NULL, qkv.n};
+        qkv.out = c->wide;
+        llm__run_product<LLM__PLAIN>(c, LLM__KIND_QKV, bucket, qkv);
+        llm__run_rope(c, LLM__OVERLAP, rows, bucket, layer, wide, n_heads);
     } else {
-        llm__run_product<LLM__QKV>(c, "queries, keys and values", (s->n_heads + 2 * s->n_kv_heads) * blocks_per_head, bucket, qkv);
+        qkv.store = llm__make_store(c, layer);
+        qkv.n_tiles = n_heads * qkv.store.tiles;
+        llm__run_product<LLM__QKV>(c, LLM__KIND_QKV, bucket, qkv);
     }
 
-    /* About four blocks for every processor, over all spans that there could be. */
-    int most_spans = llm__least(c->desc.blocks_per_seq / 2 + 1, LLM__MOST_SPANS), blocks = 4 * m->n_processors / (s->n_kv_heads * bucket) + 1;
-    dim3 grid((unsigned)llm__least(most_spans, blocks), (unsigned)s->n_kv_heads, (unsigned)bucket);
-    llm__launch(&c->queue, LLM__OVERLAP, "attention", grid, LLM__ATTEND_WARPS * 32, llm__choose_attention(group, c->kv.stride),
-                llm__make_attend(c, rows, layer, true));
+    /* Blocks for all spans that there could be, but with many rows not many more than the GPU holds. */
+    int blocks = llm__divide_up(4 * m->n_processors, s->n_kv_heads * bucket);
+    dim3 grid((unsigned)llm__min(llm__max_spans(m), blocks), (unsigned)s->n_kv_heads, (unsigned)bucket);
+    llm__queue_launch(&c->queue, LLM__OVERLAP, LLM__KIND_ATTENTION, grid, LLM__ATTEND_WARPS * 32,
+                      llm__choose_attention(s->n_heads / s->n_kv_heads, c->kv.stride),
+                      llm__make_attend(c, rows, layer));
+}
 
-    llm__fused_residual(c, rows, bucket, l->attention_out, c->attention, l->ffn_norm);
-
-    llm__product gate_up = llm__make_product(c, rows, l->gate_up, c->normed);
+/* What follows the attention of a layer; `x` is the residual stream of the rows that are left. */
+static void llm__fused_rest(llm__gpu_context *c, llm__fwd_rows rows, llm__columns columns, int bucket, int layer,
+                            const uint16_t *attention, float *x) {
+    const llm__gpu_model *m = c->model;
+    const llm_backend_shape *s = &m->shape;
+    const llm__gpu_layer *l = &m->layers[layer];
+    const float *next_norm = layer + 1 < s->n_layers ? l[1].attention_norm : m->output_norm;
+    llm__fused_residual(c, LLM__KIND_ATTENTION_OUT, rows, columns, bucket, l->attention_out, attention, x, l->ffn_norm);
+    llm__product gate_up = llm__make_product(c, rows, columns, l->gate_up, c->normed);
     gate_up.n = s->n_ff;
+    gate_up.n_tiles = llm__divide_up(s->n_ff, LLM__PAIRS);
     gate_up.next_x = c->ffn;
     gate_up.next_stride = c->sizes.ffn;
-    llm__run_product<LLM__SWIGLU>(c, "gates and ups", (s->n_ff + LLM__PAIRS - 1) / LLM__PAIRS, bucket, gate_up);
+    llm__run_product<LLM__SWIGLU>(c, LLM__KIND_GATE_UP, bucket, gate_up);
+    llm__fused_residual(c, LLM__KIND_DOWN, rows, columns, bucket, l->down, c->ffn, x, next_norm);
+}
 
-    llm__fused_residual(c, rows, bucket, l->down, c->ffn, next_norm);
+/* The rows of c->normed are those of the pass, or with `gathered` those with logits alone. */
+static void llm__fused_head(llm__gpu_context *c, llm__fwd_rows rows, bool gathered, int bucket) {
+    llm__product head = llm__make_product(c, rows, LLM__LOGIT_ROWS, c->model->head, c->normed);
+    head.gather = gathered ? NULL : rows.logit_rows;
+    head.out = c->logits;
+    llm__run_product<LLM__LOGITS>(c, LLM__KIND_HEAD, bucket, head);
 }
 
 static void llm__fused_pass(llm__gpu_context *c, int bucket) {
     llm__fwd_rows rows = llm__place_rows(c, c->rows, LLM__FUSED_ROWS);
-    llm__launch(&c->queue, LLM__SERIAL, "the embedding", dim3((unsigned)bucket), 256, llm__embed, llm__make_start(c, rows, true));
-    for (int layer = 0; layer < c->model->shape.n_layers; layer++) llm__fused_layer(c, rows, bucket, layer);
-    llm__product head = llm__make_product(c, rows, c->model->head, c->normed);
-    head.out = c->logits;
-    llm__run_product<LLM__LOGITS>(c, "the logits", (head.n + 15) / 16, bucket, head);
+    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_EMBED, dim3((unsigned)bucket), 256, llm__embed,
+                      llm__make_start(c, rows, true));
+    for (int layer = 0; layer < c->model->shape.n_layers; layer++) {
+        llm__fused_attention_in(c, rows, bucket, layer);
+        llm__fused_rest(c, rows, LLM__ALL_ROWS, bucket, layer, c->attention, c->x);
+    }
+    llm__fused_head(c, rows, false, bucket);
 }
 
 static void llm__run_picker(llm__gpu_context *c) {
-    llm__picker p = {llm__place_rows(c, c->rows, LLM__FUSED_ROWS), c->logits, c->model->shape.n_vocab, c->picker, c->host_picked};
-    llm__launch(&c->queue, LLM__OVERLAP, "picking a token", dim3(1), LLM__PICK_THREADS, llm__pick, p);
+    llm__picker p = {llm__place_rows(c, c->rows, LLM__FUSED_ROWS), c->logits, c->model->shape.n_vocab, c->picker,
+                     c->host_picked};
+    llm__queue_launch(&c->queue, LLM__OVERLAP, LLM__KIND_PICK, dim3(1), LLM__PICK_THREADS, llm__pick, p);
+}
+
+static void llm__run_one_by_one(llm__gpu_context *c, int bucket, bool pick) {
+    llm__fused_pass(c, bucket);
+    if (pick) llm__run_picker(c);
 }
 
 /* The same launches, recorded once for each bucket, and for bursts. Other threads may go on using the GPU meanwhile. */
 static void llm__record_graph(llm__gpu_context *c, int bucket, bool pick, cudaGraphExec_t *out) {
     cudaGraph_t graph = NULL;
-    llm__note(&c->queue, cudaStreamBeginCapture(c->queue.stream, cudaStreamCaptureModeThreadLocal), "starting to record the pass");
+    llm__queue_note(&c->queue, cudaStreamBeginCapture(c->queue.stream, cudaStreamCaptureModeThreadLocal),
+                    "starting to record the pass");
     if (c->queue.failure != cudaSuccess) return;
-    llm__fused_pass(c, bucket);
-    if (pick) llm__run_picker(c);
-    llm__note(&c->queue, cudaStreamEndCapture(c->queue.stream, &graph), "recording the pass");
-    if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaGraphInstantiate(out, graph, 0), "making a graph of the pass");
+    llm__run_one_by_one(c, bucket, pick);
+    llm__queue_note(&c->queue, cudaStreamEndCapture(c->queue.stream, &graph), "recording the pass");
+    if (c->queue.failure == cudaSuccess)
+        llm__queue_note(&c->queue, cudaGraphInstantiate(out, graph, 0), "making a graph of the pass");
     if (graph) cudaGraphDestroy(graph);
 }
 
-/* The first time kernels are launched one by one: then they are loaded, which may need what must not be done while recording.
-   The second time they are recorded. */
+/* Tells the host's log that a pass could not be recorded. */
+static void llm__log_refusal(const llm__gpu_context *c) {
+    const llm_host *host = &c->desc.host;
+    char line[200];
+    if (!host->log) return;
+    snprintf(line, sizeof line, "CUDA: %s failed: %s; kernels are launched one by one instead, which is slower",
+             c->queue.what, cudaGetErrorString(c->queue.failure));
+    host->log(host->user, line);
+}
+
+/* The first time kernels are launched one by one. That loads them, which may need what is forbidden while recording.
+   The second time they are recorded; where that fails, they go on being launched one by one. */
 static void llm__run_graph(llm__gpu_context *c, int bucket, bool pick, llm__recording *r) {
-    if (!r->loaded) {
-        llm__fused_pass(c, bucket);
-        if (pick) llm__run_picker(c);
-        r->loaded = c->queue.failure == cudaSuccess;
+    if (c->queue.failure != cudaSuccess) return;
+    if (r->loaded && !r->graph && !r->refused) {
+        llm__record_graph(c, bucket, pick, &r->graph);
+        r->refused = c->queue.failure != cudaSuccess;
+        if (r->refused) llm__log_refusal(c);
+        c->queue.failure = cudaSuccess;
+    }
+    if (r->graph) {
+        llm__queue_note(&c->queue, cudaGraphLaunch(r->graph, c->queue.stream), "launching the graph");
         return;
     }
-    if (!r->graph && c->queue.failure == cudaSuccess) llm__record_graph(c, bucket, pick, &r->graph);
-    if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaGraphLaunch(r->graph, c->queue.stream), "launching the graph");
+    llm__run_one_by_one(c, bucket, pick);
+    r->loaded = c->queue.failure == cudaSuccess;
 }
 
 static void llm__fused_forward(llm__gpu_context *c, const llm_backend_pass *pass) {
@@ -2036,70 +2848,114 @@ static void llm__fused_forward(llm__gpu_context *c, const llm_backend_pass *pass
 
 /* ---- Any number of rows: one operation after the other ----
 
-   Of what follows a product cuBLAS itself does the addition to the residual stream (beta = 1). cuBLASLt's epilogues are a
-   bias, ReLU and GELU: none multiplies SiLU(gate) by up, turns queries and keys, or squares a row, which are what there is to
-   fuse here; a bias is added where RoPE reads anyway. So plain cuBLAS it is. (Lt could scale int8's outputs one by one, by a
-   vector for alpha, for types that only the device's own library names.) */
+   cuBLAS multiplies, and itself adds to the residual stream (beta = 1). cuBLASLt's epilogues are a bias, ReLU and GELU.
+   None multiplies SiLU(gate) by up, turns queries and keys, or squares a row, which is what could be fused here, and a
+   bias is added where RoPE reads anyway, so plain cuBLAS is used. (Lt could scale int8's outputs one by one, by a
+   vector for alpha, but only for types that the device's own library names.) Gates and ups are written as bf16, half
+   the bytes. Queries and keys are not: rounded before RoPE and again after it, they double the error of the logits. */
 
-/* Outputs [first, first + n) of y = W x, or y += W x, for bf16. cuBLAS counts columns first: y' = (W')' x'. */
-static void llm__blas_product(llm__gpu_context *c, llm__gpu_matrix m, const void *weight, int first, int n, const uint16_t *x, int rows,
-                              float *y, bool add) {
+/* Outputs [first, first + n) of y = W x, or y += W x, for bf16 weights. cuBLAS counts columns first: y' = (W')' x'. */
+static void llm__blas_product(llm__gpu_context *c, llm__gpu_matrix m, const void *weight, int first, int n,
+                              const uint16_t *x, int rows, void *y, bool is_bf16, bool add) {
     float one = 1, beta = add ? 1.0f : 0.0f;
     if (c->queue.failure != cudaSuccess || c->queue.blas_failure != CUBLAS_STATUS_SUCCESS) return;
-    c->queue.blas_failure = cublasGemmEx(c->queue.blas, CUBLAS_OP_T, CUBLAS_OP_N, n, rows, m.k, &one, weight, CUDA_R_16BF, m.k, x,
-                                         CUDA_R_16BF, llm__input_stride(m), &beta, y + first, CUDA_R_32F, m.n, CUBLAS_COMPUTE_32F,
-                                         CUBLAS_GEMM_DEFAULT);
+    uint8_t *out = (uint8_t *)y + (size_t)first * (is_bf16 ? 2 : 4);
+    c->queue.blas_failure =
+        cublasGemmEx(c->queue.blas, CUBLAS_OP_T, CUBLAS_OP_N, n, rows, m.k, &one, weight, CUDA_R_16BF, m.k, x,
+                     CUDA_R_16BF, llm__matrix_input_stride(m), &beta, out, is_bf16 ? CUDA_R_16BF : CUDA_R_32F, m.n,
+                     CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
 }
 
-/* The same for what is not bf16, piece by piece; int8 without its scales, f16 in two goes. */
-static void llm__widened_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *y, bool add) {
-    int some = llm__least((int)(c->sizes.widened / (size_t)m.k), m.n);
+/* The same for all formats, whose weights become bf16 piece by piece: int8 without its scales, f16 in two parts. */
+static void llm__widened_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, void *y,
+                                 bool is_bf16, bool add) {
+    if (m.format == LLM__BF16) {
+        llm__blas_product(c, m, m.data, 0, m.n, x, rows, y, is_bf16, add);
+        return;
+    }
+    int some = llm__min((int)(c->sizes.widened / (size_t)m.k), m.n);
     for (int first = 0; first < m.n; first += some) {
-        int n = llm__least(m.n - first, some);
+        int n = llm__min(m.n - first, some);
         unsigned n_blocks = (unsigned)(((size_t)n * (size_t)m.k + 2047) / 2048);
         for (int part = 0; part < (m.format == LLM__F16 ? 2 : 1); part++) {
-            llm__launch(&c->queue, LLM__SERIAL, "widening", dim3(n_blocks), 256, llm__widen, m, first, n, part == 1, c->widened);
-            llm__blas_product(c, m, c->widened, first, n, x, rows, y, add || part);
+            llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_WIDEN, dim3(n_blocks), 256, llm__widen, m, first, n,
+                              part == 1, c->widened);
+            llm__blas_product(c, m, c->widened, first, n, x, rows, y, is_bf16, add || part);
         }
     }
 }
 
-static void llm__int8_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *y, bool add) {
-    float *sums = add ? c->wide : y;
-    llm__widened_product(c, m, x, rows, sums, false);
-    llm__launch(&c->queue, LLM__SERIAL, "scaling", dim3((unsigned)(m.n + 255) / 256, (unsigned)rows), 256, llm__scale, sums, m.scales, m.n, y, add);
+/* Eager passes, and contexts for few rows, do without cuBLAS. */
+static bool llm__has_blas(const llm__gpu_context *c) { return c->queue.blas && c->model->mode != LLM_CUDA_EAGER; }
+
+static void llm__eager_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *y,
+                               bool add) {
+    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_QKV, dim3((unsigned)llm__divide_up(m.n, 8), (unsigned)rows),
+                      256, llm__matrix_product, m, x, y, add);
 }
 
-/* y = W x, or y += W x. */
-static void llm__plain_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *y, bool add) {
-    if (rows <= LLM__FUSED_ROWS)
-        llm__launch(&c->queue, LLM__SERIAL, "a product", dim3((unsigned)(m.n + 7) / 8, (unsigned)rows), 256, llm__matrix_product, m, x, y, add);
-    else if (m.format == LLM__BF16) llm__blas_product(c, m, m.data, 0, m.n, x, rows, y, add);
-    else if (m.format == LLM__INT8) llm__int8_product(c, m, x, rows, y, add);
-    else llm__widened_product(c, m, x, rows, y, add);
+/* y = W x, or y += W x, in f32. */
+static void llm__plain_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *y,
+                               bool add) {
+    bool scales = m.format == LLM__INT8 && llm__has_blas(c);
+    float *sums = scales ? c->wide : y;
+    if (!llm__has_blas(c)) llm__eager_product(c, m, x, rows, y, add);
+    else llm__widened_product(c, m, x, rows, sums, false, add && !scales);
+    if (!scales) return;
+    if (!add)
+        llm__queue_note(&c->queue, cudaMemsetAsync(y, 0, (size_t)rows * (size_t)m.n * sizeof *y, c->queue.stream),
+                        "clearing sums");
+    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_SCALE, dim3((unsigned)llm__divide_up(m.n, 256), (unsigned)rows),
+                      256, llm__scale, sums, m.scales, m.n, y);
+}
+
+/* W x into c->wide, for a kernel that reads it once; it may be rounded to bf16. f16 needs f32, since its two parts are
+   added up. */
+static llm__wide llm__wide_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows,
+                                   bool may_round) {
+    llm__wide wide = {c->wide, may_round && llm__has_blas(c) && m.format != LLM__F16,
+                      llm__has_blas(c) && m.format == LLM__INT8 ? m.scales : NULL, m.n};
+    if (llm__has_blas(c)) llm__widened_product(c, m, x, rows, c->wide, wide.is_bf16, false);
+    else llm__eager_product(c, m, x, rows, c->wide, false);
+    return wide;
 }
 
 static void llm__plain_norm(llm__gpu_context *c, const float *x, const float *weight, int rows) {
     const llm_backend_shape *s = &c->model->shape;
-    llm__launch(&c->queue, LLM__SERIAL, "a norm", dim3((unsigned)rows), 256, llm__norm, x, weight, s->n_embd, s->rms_eps, c->normed, c->sizes.n_embd);
+    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_NORM, dim3((unsigned)rows), 256, llm__norm, x, weight,
+                      s->n_embd, s->rms_eps, c->normed, c->sizes.n_embd);
+}
+
+static void llm__plain_qkv(llm__gpu_context *c, llm__fwd_rows rows, int n_rows, int layer) {
+    const llm_backend_shape *s = &c->model->shape;
+    llm__wide wide = llm__wide_product(c, c->model->layers[layer].qkv, c->normed, n_rows, false);
+    bool values_apart = llm__has_blas(c);
+    llm__run_rope(c, LLM__SERIAL, rows, n_rows, layer, wide, s->n_heads + (values_apart ? 1 : 2) * s->n_kv_heads);
+    if (!values_apart) return;
+    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_VALUES,
+                      dim3((unsigned)llm__divide_up(n_rows, 32), (unsigned)s->n_kv_heads), 256, llm__store_values, rows,
+                      llm__make_store(c, layer), wide);
 }
 
 static void llm__run_attention(llm__gpu_context *c, llm__fwd_rows rows, int n_rows, int n_tiles, int layer) {
     const llm_backend_shape *s = &c->model->shape;
-    llm__attn_run a = llm__make_attend(c, rows, layer, false);
+    llm__attn_run a = llm__make_attend(c, rows, layer);
     if (c->model->mode == LLM_CUDA_EAGER)
-        llm__launch(&c->queue, LLM__SERIAL, "attention", dim3((unsigned)s->n_heads, (unsigned)n_rows), 32, llm__plain_attention, a);
+        llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_ATTENTION, dim3((unsigned)s->n_heads, (unsigned)n_rows), 32,
+                          llm__plain_attention, a);
     else
-        llm__launch(&c->queue, LLM__SERIAL, "attention", dim3(1, (unsigned)s->n_kv_heads, (unsigned)n_tiles), LLM__ATTEND_WARPS * 32,
-                    llm__choose_attention(LLM__TILE_COLUMNS, c->kv.stride), a);
+        llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_ATTENTION,
+                          dim3(1, (unsigned)s->n_kv_heads, (unsigned)n_tiles), LLM__ATTEND_WARPS * 32,
+                          llm__choose_tile_attention(c->kv.stride), a);
 }
 
 static void llm__plain_ffn(llm__gpu_context *c, const llm__gpu_layer *l, int n, float *x) {
     const llm_backend_shape *s = &c->model->shape;
     llm__plain_norm(c, x, l->ffn_norm, n);
-    llm__plain_product(c, l->gate_up, c->normed, n, c->wide, false);
-    llm__launch(&c->queue, LLM__SERIAL, "SwiGLU", dim3((unsigned)(s->n_ff + 255) / 256, (unsigned)n), 256, llm__swiglu, c->wide, s->n_ff,
-                c->ffn, c->sizes.ffn);
+    llm__wide wide = llm__wide_product(c, l->gate_up, c->normed, n, true);
+    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_SWIGLU,
+                      dim3((unsigned)llm__divide_up(s->n_ff, 256), (unsigned)n), 256, llm__swiglu, wide, s->n_ff,
+                      c->ffn, c->sizes.ffn);
     llm__plain_product(c, l->down, c->ffn, n, x, true);
 }
 
@@ -2107,15 +2963,17 @@ static void llm__plain_ffn(llm__gpu_context *c, const llm__gpu_layer *l, int n, 
    many rows at a time as fit into the context's, or into what the layers' products went to, which is idle by now. */
 static void llm__fwd_score_rows(llm__gpu_context *c, int first, int end, int n_targets) {
     llm__gpu_matrix head = c->model->head;
-    size_t in_wide = (size_t)c->desc.n_batch * (size_t)c->sizes.n_wide / (size_t)head.n, in_logits = (size_t)c->desc.n_logits;
-    size_t most = in_wide > in_logits ? in_wide : in_logits, n_rows = (size_t)(end - first), n_pieces = (n_rows + most - 1) / most;
-    int some = (int)((n_rows + n_pieces - 1) / n_pieces); /* all alike: a last piece of few rows would go without cuBLAS */
+    size_t in_wide = (size_t)c->desc.n_batch * (size_t)c->sizes.n_wide / (size_t)head.n,
+           in_logits = (size_t)c->desc.n_logits;
+    size_t most = in_wide > in_logits ? in_wide : in_logits, n_rows = (size_t)(end - first),
+           n_pieces = (n_rows + most - 1) / most;
+    int some = (int)((n_rows + n_pieces - 1) / n_pieces); /* all alike: few rows would use the matrix badly */
     float *logits = in_wide > in_logits ? c->wide : c->logits;
     for (; first < end; first += some) {
-        int n = llm__least(end - first, some);
+        int n = llm__min(end - first, some);
         llm__plain_product(c, head, c->normed + (size_t)first * (size_t)c->sizes.n_embd, n, logits, false);
-        llm__launch(&c->queue, LLM__SERIAL, "scoring", dim3((unsigned)n), 256, llm__score_row, logits, head.n, first, c->targets,
-                    c->targets + c->desc.n_batch, n_targets, c->log_probs);
+        llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_SCORE, dim3((unsigned)n), 256, llm__score_row, logits,
+                          head.n, first, c->targets, c->targets + c->desc.n_batch, n_targets, c->log_probs);
     }
 }
 
@@ -2123,65 +2981,83 @@ static void llm__fwd_score_rows(llm__gpu_context *c, int first, int end, int n_t
 static void llm__score_targets(llm__gpu_context *c, const llm_backend_pass *pass) {
     int most = c->desc.n_batch;
     for (int first = 0; first < pass->n_targets; first += most) {
-        int n = llm__least(pass->n_targets - first, most);
+        int n = llm__min(pass->n_targets - first, most);
         size_t bytes = (size_t)n * sizeof(int);
         memcpy(c->host_targets, pass->targets + first, bytes);
         memcpy(c->host_targets + most, pass->target_rows + first, bytes);
-        llm__note(&c->queue, cudaMemcpyAsync(c->targets, c->host_targets, (size_t)most * sizeof(int) + bytes, cudaMemcpyHostToDevice, c->queue.stream),
-                  "sending the targets");
+        llm__queue_note(&c->queue,
+                        cudaMemcpyAsync(c->targets, c->host_targets, (size_t)most * sizeof(int) + bytes,
+                                        cudaMemcpyHostToDevice, c->queue.stream),
+                        "sending the targets");
         llm__fwd_score_rows(c, pass->target_rows[first], pass->target_rows[first + n - 1] + 1, n);
-        llm__note(&c->queue, cudaMemcpyAsync(c->host_log_probs, c->log_probs, bytes, cudaMemcpyDeviceToHost, c->queue.stream),
-                  "fetching log-probabilities");
-        llm__note(&c->queue, cudaStreamSynchronize(c->queue.stream), "scoring");
+        llm__queue_note(
+            &c->queue, cudaMemcpyAsync(c->host_log_probs, c->log_probs, bytes, cudaMemcpyDeviceToHost, c->queue.stream),
+            "fetching log-probabilities");
+        llm__queue_note(&c->queue, cudaStreamSynchronize(c->queue.stream), "scoring");
         memcpy(pass->log_probs + first, c->host_log_probs, bytes);
     }
+}
+
+/* The last layer's rest and the head, for the rows with logits alone: with few of them by the fused kernels. */
+static void llm__plain_end(llm__gpu_context *c, const llm_backend_pass *pass, llm__fwd_rows rows, int layer) {
+    const llm__gpu_model *m = c->model;
+    const llm__gpu_layer *l = &m->layers[layer];
+    int n = pass->n_logits;
+    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_KEEP, dim3((unsigned)n), 256, llm__fwd_keep_rows, rows, c->x,
+                      c->kept_x, m->shape.n_embd, c->attention, c->kept_attention, c->sizes.q);
+    if (n <= LLM__FUSED_ROWS && !pass->n_targets && m->mode != LLM_CUDA_EAGER) {
+        llm__fused_rest(c, rows, LLM__LOGIT_ROWS, n, layer, c->kept_attention, c->kept_x);
+        llm__fused_head(c, rows, true, n);
+        return;
+    }
+    llm__plain_product(c, l->attention_out, c->kept_attention, n, c->kept_x, true);
+    llm__plain_ffn(c, l, n, c->kept_x);
+    llm__plain_norm(c, c->kept_x, m->output_norm, n);
+    if (pass->n_targets) llm__score_targets(c, pass);
+    else llm__plain_product(c, m->head, c->normed, n, c->logits, false);
 }
 
 /* Returns false if it was cancelled. */
 static bool llm__plain_forward(llm__gpu_context *c, const llm_backend_pass *pass) {
     const llm__gpu_model *m = c->model;
-    const llm_backend_shape *s = &m->shape;
-    int capacity = llm__pad(pass->n_rows, LLM__FUSED_ROWS), n_tiles = llm__send_rows(c, pass, capacity), n = pass->n_rows;
+    int capacity = llm__pad(pass->n_rows, LLM__FUSED_ROWS), n_tiles = llm__send_rows(c, pass, capacity),
+        n = pass->n_rows;
     llm__fwd_rows rows = llm__place_rows(c, c->rows, capacity);
-    const uint16_t *attention = c->attention;
-    float *x = c->x;
-    llm__launch(&c->queue, LLM__SERIAL, "the embedding", dim3((unsigned)n), 256, llm__embed, llm__make_start(c, rows, false));
-    for (int layer = 0; layer < s->n_layers && n; layer++) {
+    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_EMBED, dim3((unsigned)n), 256, llm__embed,
+                      llm__make_start(c, rows, false));
+    for (int layer = 0; layer < m->shape.n_layers; layer++) {
         const llm__gpu_layer *l = &m->layers[layer];
+        bool is_last = layer == m->shape.n_layers - 1;
         if (llm__is_cancelled(pass)) return false;
-        llm__plain_norm(c, x, l->attention_norm, n);
-        llm__plain_product(c, l->qkv, c->normed, n, c->wide, false);
-        llm__run_rope(c, LLM__SERIAL, rows, n, layer);
-        if (layer == s->n_layers - 1 && pass->n_logits == 0) return true;
+        llm__plain_norm(c, c->x, l->attention_norm, n);
+        llm__plain_qkv(c, rows, n, layer);
+        if (is_last && pass->n_logits == 0) break; /* only keys and values are wanted */
         llm__run_attention(c, rows, n, n_tiles, layer);
-        if (layer == s->n_layers - 1) {
-            n = pass->n_logits;
-            llm__launch(&c->queue, LLM__SERIAL, "keeping rows", dim3((unsigned)n), 256, llm__fwd_keep_rows, rows, x, c->kept_x, s->n_embd,
-                        attention, c->kept_attention, c->sizes.q);
-            x = c->kept_x;
-            attention = c->kept_attention;
+        if (is_last) {
+            llm__plain_end(c, pass, rows, layer);
+            break;
         }
-        llm__plain_product(c, l->attention_out, attention, n, x, true);
-        llm__plain_ffn(c, l, n, x);
+        llm__plain_product(c, l->attention_out, c->attention, n, c->x, true);
+        llm__plain_ffn(c, l, n, c->x);
     }
-    llm__plain_norm(c, x, m->output_norm, n);
-    if (pass->n_targets) llm__score_targets(c, pass);
-    else llm__plain_product(c, m->head, c->normed, n, c->logits, false);
     return true;
 }
 
 static llm_status llm__gpu_forward(void *context, const llm_backend_pass *pass, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
+    llm__on_device on(c->model->device);
     size_t n_vocab = (size_t)c->model->shape.n_vocab;
     bool finished = !llm__is_cancelled(pass);
     bool fused = pass->n_rows <= LLM__FUSED_ROWS && !pass->n_targets && c->model->mode != LLM_CUDA_EAGER;
     if (finished && fused) llm__fused_forward(c, pass);
     else if (finished) finished = llm__plain_forward(c, pass);
     if (finished && pass->n_logits && !pass->n_targets && c->queue.failure == cudaSuccess)
-        llm__note(&c->queue, cudaMemcpyAsync(c->host_logits + (size_t)pass->first_logits * n_vocab, c->logits,
-                                             (size_t)pass->n_logits * n_vocab * sizeof(float), cudaMemcpyDeviceToHost, c->queue.stream),
-                  "fetching the logits");
-    llm__note(&c->queue, cudaStreamSynchronize(c->queue.stream), "computing the pass");
+        llm__queue_note(&c->queue,
+                        cudaMemcpyAsync(c->host_logits + (size_t)pass->first_logits * n_vocab, c->logits,
+                                        (size_t)pass->n_logits * n_vocab * sizeof(float), cudaMemcpyDeviceToHost,
+                                        c->queue.stream),
+                        "fetching the logits");
+    llm__queue_note(&c->queue, cudaStreamSynchronize(c->queue.stream), "computing the pass");
     llm_status status = llm__queue_status(&c->queue, err);
     return status || finished ? status : llm__cuda_error(err, LLM_ERROR_CANCELLED, "the forward pass was cancelled");
 }
@@ -2193,8 +3069,9 @@ static const float *llm__gpu_logits(void *context, int i) {
 
 /* ==== 11 Bursts =================================================================================================
 
-   Each pass ends by picking the token of the next, so the host queues passes without knowing their tokens. It is a few
-   ahead of the token it awaits: the GPU never waits for it, and little is in vain when that token ends the text. */
+   Each pass ends by picking the token of the next one, so the host queues passes without knowing their tokens. It stays
+   a few passes ahead of the token it waits for: the GPU never waits for the host, and when that token ends the text,
+   few passes were in vain. */
 
 static void llm__send_burst(llm__gpu_context *c, const llm_backend_burst *burst) {
     llm__fwd_rows rows = llm__place_rows(c, c->host_rows, LLM__FUSED_ROWS);
@@ -2206,12 +3083,21 @@ static void llm__send_burst(llm__gpu_context *c, const llm_backend_burst *burst)
     const_cast<int *>(rows.tile_rows)[0] = 1;
     memcpy(const_cast<int *>(rows.tables), burst->blocks, n_blocks * sizeof(int));
     size_t n_ints = (size_t)(rows.tables - c->host_rows) + n_blocks;
-    llm__picker_state state = {s->temperature >= 1e-30f ? 1.44269504f / s->temperature : 0, s->top_p, s->min_p, s->top_k, s->seed, s->n_drawn, 0};
+    llm__picker_state state = {s->temperature >= 1e-30f ? 1.44269504f / s->temperature : 0,
+                               s->top_p,
+                               s->min_p,
+                               s->top_k,
+                               s->seed,
+                               s->n_drawn,
+                               0};
     *c->host_picker = state;
-    llm__note(&c->queue, cudaMemcpyAsync(c->rows, c->host_rows, n_ints * sizeof(int), cudaMemcpyHostToDevice, c->queue.stream),
-              "sending the burst");
-    llm__note(&c->queue, cudaMemcpyAsync(c->picker, c->host_picker, sizeof state, cudaMemcpyHostToDevice, c->queue.stream),
-              "sending the sampler");
+    llm__queue_note(
+        &c->queue,
+        cudaMemcpyAsync(c->rows, c->host_rows, n_ints * sizeof(int), cudaMemcpyHostToDevice, c->queue.stream),
+        "sending the burst");
+    llm__queue_note(&c->queue,
+                    cudaMemcpyAsync(c->picker, c->host_picker, sizeof state, cudaMemcpyHostToDevice, c->queue.stream),
+                    "sending the sampler");
 }
 
 /* Token i of a burst. */
@@ -2222,102 +3108,160 @@ static void llm__queue_token(llm__gpu_context *c, int i) {
         if (i) llm__fused_pass(c, 1);
         llm__run_picker(c);
     }
-    llm__note(&c->queue, cudaEventRecord(c->picked[i % (LLM__AHEAD + 1)], c->queue.stream), "marking a token");
+    llm__queue_note(&c->queue, cudaEventRecord(c->picked[i % (LLM__AHEAD + 1)], c->queue.stream), "marking a token");
 }
 
 static llm_status llm__gpu_burst(void *context, const llm_backend_burst *burst, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
-    bool wanted = true;
+    llm__on_device on(c->model->device);
+    bool wanted = true, is_wrong = false;
     llm__send_burst(c, burst);
     for (int i = 0, n_queued = 0; i < burst->n && wanted; i++) {
         for (; n_queued < burst->n && n_queued <= i + LLM__AHEAD; n_queued++) llm__queue_token(c, n_queued);
-        llm__note(&c->queue, cudaEventSynchronize(c->picked[i % (LLM__AHEAD + 1)]), "awaiting a token");
-        wanted = c->queue.failure == cudaSuccess && burst->on_token(burst->user, c->host_picked[i]);
+        llm__queue_note(&c->queue, cudaEventSynchronize(c->picked[i % (LLM__AHEAD + 1)]), "awaiting a token");
+        wanted = c->queue.failure == cudaSuccess;
+        is_wrong = wanted && c->host_picked[i] < 0;
+        wanted = wanted && !is_wrong && burst->on_token(burst->user, c->host_picked[i]);
     }
-    llm__note(&c->queue, cudaStreamSynchronize(c->queue.stream), "ending the burst");
-    return llm__queue_status(&c->queue, err);
+    llm__queue_note(&c->queue, cudaStreamSynchronize(c->queue.stream), "ending the burst");
+    llm_status status = llm__queue_status(&c->queue, err);
+    if (status || !is_wrong) return status;
+    return llm__cuda_error(
+        err, LLM_ERROR_FORMAT,
+        "no token can be picked: a logit is NaN or infinite, or all are -infinity; the model file may be damaged, "
+        "or its numbers too large for this type");
 }
 
 /* ==== 12 The backend ============================================================================================ */
 
 static llm_status llm__gpu_copy_block(void *context, int to, int from, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
+    llm__on_device on(c->model->device);
     size_t size = c->kv.block_size;
-    LLM__TRY(cudaMemcpyAsync(c->kv.data + (size_t)to * size, c->kv.data + (size_t)from * size, size * 2, cudaMemcpyDeviceToDevice,
-                             c->queue.stream));
+    LLM__TRY(cudaMemcpyAsync(c->kv.data + (size_t)to * size, c->kv.data + (size_t)from * size, size * 2,
+                             cudaMemcpyDeviceToDevice, c->queue.stream));
     return LLM_OK;
 }
 
 static llm_status llm__gpu_read_block(void *context, int block, void *bytes, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
+    llm__on_device on(c->model->device);
     size_t size = c->kv.block_size;
-    LLM__TRY(cudaMemcpyAsync(bytes, c->kv.data + (size_t)block * size, size * 2, cudaMemcpyDeviceToHost, c->queue.stream));
+    LLM__TRY(
+        cudaMemcpyAsync(bytes, c->kv.data + (size_t)block * size, size * 2, cudaMemcpyDeviceToHost, c->queue.stream));
     LLM__TRY(cudaStreamSynchronize(c->queue.stream));
     return LLM_OK;
 }
 
 static llm_status llm__gpu_write_block(void *context, int block, const void *bytes, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
+    llm__on_device on(c->model->device);
     size_t size = c->kv.block_size;
-    LLM__TRY(cudaMemcpyAsync(c->kv.data + (size_t)block * size, bytes, size * 2, cudaMemcpyHostToDevice, c->queue.stream));
+    LLM__TRY(
+        cudaMemcpyAsync(c->kv.data + (size_t)block * size, bytes, size * 2, cudaMemcpyHostToDevice, c->queue.stream));
     LLM__TRY(cudaStreamSynchronize(c->queue.stream));
     return LLM_OK;
 }
 
-static double llm__read_matrix(llm__gpu_context *c, llm__gpu_matrix m) {
-    size_t n_vectors = (size_t)m.n * llm__row_bytes(m) / 16;
-    llm__launch(&c->queue, LLM__SERIAL, "reading", dim3((unsigned)c->model->n_processors * 8), 256, llm__read_all, m.data, n_vectors, c->n_done);
-    return (double)n_vectors * 16;
+static void llm__add_region(llm__region *regions, int *n, llm__gpu_matrix m) {
+    llm__region region = {m.data, (size_t)m.n * llm__matrix_row_bytes(m) / 16};
+    regions[(*n)++] = region;
 }
 
+/* Reads all weights, but not their scales, by one kernel. */
 static double llm__read_weights(llm__gpu_context *c) {
     const llm__gpu_model *m = c->model;
-    double bytes = llm__read_matrix(c, m->head);
+    size_t size = (4 * (size_t)m->shape.n_layers + 1) * sizeof(llm__region);
+    llm__region *regions = (llm__region *)llm__host_zero(&c->desc.host, size, NULL);
+    double bytes = 0;
+    int n = 0;
+    if (!regions) return 0;
+    llm__add_region(regions, &n, m->head);
     for (int i = 0; i < m->shape.n_layers; i++) {
         const llm__gpu_layer *l = &m->layers[i];
-        bytes += llm__read_matrix(c, l->qkv) + llm__read_matrix(c, l->attention_out) + llm__read_matrix(c, l->gate_up) + llm__read_matrix(c, l->down);
+        llm__add_region(regions, &n, l->qkv);
+        llm__add_region(regions, &n, l->attention_out);
+        llm__add_region(regions, &n, l->gate_up);
+        llm__add_region(regions, &n, l->down);
     }
+    for (int i = 0; i < n; i++) bytes += (double)regions[i].n_vectors * 16;
+    llm__queue_note(&c->queue, cudaMemcpyAsync(c->regions, regions, size, cudaMemcpyHostToDevice, c->queue.stream),
+                    "measuring");
+    llm__queue_note(&c->queue, cudaStreamSynchronize(c->queue.stream), "measuring");
+    llm__host_free(&c->desc.host, regions);
     return bytes;
 }
 
-/* cuBLAS on bf16; what the numbers are does not matter. */
-static double llm__multiply_much(llm__gpu_context *c) {
-    llm__gpu_matrix m = c->model->layers[0].gate_up;
-    int n = m.format == LLM__BF16 ? m.n : llm__least((int)(c->sizes.widened / (size_t)m.k), m.n), rows = c->desc.n_batch;
-    const void *weight = m.format == LLM__BF16 ? (void *)m.data : c->widened;
-    for (int i = 0; i < 10 && c->queue.blas; i++) llm__blas_product(c, m, weight, 0, n, c->normed, rows, c->wide, false);
-    return c->queue.blas ? 20.0 * n * m.k * rows : 0;
+static void llm__run_reading(llm__gpu_context *c) {
+    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_READ, dim3((unsigned)c->model->n_processors * 8), 256,
+                      llm__read_all, c->regions, 4 * c->model->shape.n_layers + 1, c->n_done);
 }
 
-/* What `work` says it does, over the seconds it takes: the best of several times; 0 if it could not be measured. */
-static double llm__measure(llm__gpu_context *c, double (*work)(llm__gpu_context *c)) {
+static void llm__run_filling(llm__gpu_context *c, uint16_t *to, size_t n) {
+    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_FILL, dim3((unsigned)c->model->n_processors * 8), 256,
+                      llm__fill, to, n);
+}
+
+/* Fills the inputs of the widest product with random numbers. Returns the operations of ten such products. */
+static double llm__fill_products(llm__gpu_context *c) {
+    llm__gpu_matrix m = c->model->layers[0].gate_up;
+    if (!c->queue.blas) return 0;
+    llm__run_filling(c, c->normed, (size_t)c->desc.n_batch * (size_t)c->sizes.n_embd);
+    llm__run_filling(c, c->widened, c->sizes.widened);
+    return 20.0 * llm__min((int)(c->sizes.widened / (size_t)m.k), m.n) * m.k * c->desc.n_batch;
+}
+
+/* cuBLAS on bf16. */
+static void llm__run_products(llm__gpu_context *c) {
+    llm__gpu_matrix m = c->model->layers[0].gate_up;
+    int n = llm__min((int)(c->sizes.widened / (size_t)m.k), m.n);
+    for (int i = 0; i < 10 && c->queue.blas; i++)
+        llm__blas_product(c, m, c->widened, 0, n, c->normed, c->desc.n_batch, c->wide, true, false);
+}
+
+/* What `prepare` says there is to do, over the seconds that `work` takes: the best of several times. 0 if it cannot be
+   measured. */
+static double llm__measure(llm__gpu_context *c, double (*prepare)(llm__gpu_context *c),
+                           void (*work)(llm__gpu_context *c)) {
+    llm__on_device on(c->model->device);
     cudaEvent_t start = NULL, end = NULL;
-    double best = 0;
-    llm__note(&c->queue, cudaEventCreateWithFlags(&start, cudaEventDefault), "measuring");
-    llm__note(&c->queue, cudaEventCreateWithFlags(&end, cudaEventDefault), "measuring");
-    for (int i = 0; i < 8 && start && end; i++) {
+    double best = 0, amount = prepare(c);
+    llm__queue_note(&c->queue, cudaEventCreateWithFlags(&start, cudaEventDefault), "measuring");
+    llm__queue_note(&c->queue, cudaEventCreateWithFlags(&end, cudaEventDefault), "measuring");
+    for (int i = 0; i < 8 && start && end && amount > 0; i++) {
         float ms = 0;
-        llm__note(&c->queue, cudaEventRecord(start, c->queue.stream), "measuring");
-        double done = work(c);
-        llm__note(&c->queue, cudaEventRecord(end, c->queue.stream), "measuring");
-        llm__note(&c->queue, cudaStreamSynchronize(c->queue.stream), "measuring");
-        if (c->queue.failure == cudaSuccess) llm__note(&c->queue, cudaEventElapsedTime(&ms, start, end), "measuring");
-        if (c->queue.failure == cudaSuccess && ms > 0) best = fmax(best, done / (ms * 1e-3));
+        llm__queue_note(&c->queue, cudaEventRecord(start, c->queue.stream), "measuring");
+        work(c);
+        llm__queue_note(&c->queue, cudaEventRecord(end, c->queue.stream), "measuring");
+        llm__queue_note(&c->queue, cudaStreamSynchronize(c->queue.stream), "measuring");
+        if (c->queue.failure == cudaSuccess)
+            llm__queue_note(&c->queue, cudaEventElapsedTime(&ms, start, end), "measuring");
+        if (c->queue.failure == cudaSuccess && ms > 0) best = fmax(best, amount / (ms * 1e-3));
     }
     if (start) cudaEventDestroy(start);
     if (end) cudaEventDestroy(end);
-    cudaMemsetAsync(c->n_done, 0, sizeof *c->n_done, c->queue.stream); /* the reading kernels' sink */
+    cudaMemsetAsync(c->n_done, 0, sizeof *c->n_done, c->queue.stream); /* the reading kernel's sink */
+    cudaMemsetAsync(c->normed, 0, (size_t)c->desc.n_batch * (size_t)c->sizes.n_embd * 2,
+                    c->queue.stream); /* padding is zero */
     return llm__queue_status(&c->queue, NULL) ? 0 : best;
 }
 
-/* Each matrix is a kernel, as in a pass. */
-static double llm__gpu_measure_bandwidth(void *context) { return llm__measure((llm__gpu_context *)context, llm__read_weights); }
-static double llm__gpu_measure_flops(void *context) { return llm__measure((llm__gpu_context *)context, llm__multiply_much); }
+/* One pass over all weights; cuBLAS on the widest matrix. */
+static double llm__gpu_measure_bandwidth(void *context) {
+    return llm__measure((llm__gpu_context *)context, llm__read_weights, llm__run_reading);
+}
 
-#define LLM__GPU_BACKEND(open, burst)                                                                                    \
-    {"cuda", open, llm__gpu_upload, llm__gpu_close, llm__gpu_weight_bytes, llm__gpu_block_bytes, llm__gpu_scratch_bytes, \
-     llm__gpu_context_create, llm__gpu_context_free, llm__gpu_forward, llm__gpu_logits, llm__gpu_copy_block,             \
-     llm__gpu_read_block, llm__gpu_write_block, llm__gpu_measure_bandwidth, llm__gpu_measure_flops, burst}
+static double llm__gpu_measure_flops(void *context) {
+    return llm__measure((llm__gpu_context *)context, llm__fill_products, llm__run_products);
+}
+
+#define LLM__GPU_BACKEND(open, burst)                                                                                  \
+    {                                                                                                                  \
+        "cuda", open, llm__gpu_upload, llm__gpu_close, llm__gpu_weight_bytes, llm__gpu_block_bytes,                    \
+            llm__gpu_scratch_bytes, llm__gpu_context_create, llm__gpu_context_free, llm__gpu_forward, llm__gpu_logits, \
+            llm__gpu_copy_block, llm__gpu_read_block, llm__gpu_write_block, llm__gpu_measure_bandwidth,                \
+            llm__gpu_measure_flops, burst                                                                              \
+    }
 
 } // namespace llm__cuda
 
@@ -2330,3 +3274,60 @@ LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode) {
 }
 
 LLM_API const llm_backend *llm_cuda_backend(void) { return llm_cuda_backend_mode(LLM_CUDA_GRAPH); }
+
+/* ---- For bench/gpu.cpp, which declares these itself ---- */
+
+/* Changes how a context decodes from now on: the bytes that a block prefetches (-1: as built), whether kernels overlap,
+   and which kinds of kernels are launched, a bit for each of the first ones of llm__weight_type. Leaving out some makes the
+   results meaningless, but not the time of the others. */
+LLM_API void llm__cuda_vary(void *context, int prefetch, bool overlap, unsigned kinds) {
+    using namespace llm__cuda;
+    llm__gpu_context *c = (llm__gpu_context *)context;
+    llm__on_device on(c->model->device);
+    c->prefetch = prefetch < 0 ? LLM_CUDA_PREFETCH << 10 : prefetch;
+    c->queue.can_overlap = overlap && c->model->can_overlap;
+    c->queue.left_out = ~kinds & ((1u << LLM__KIND_EMBED) - 1);
+    cudaStreamSynchronize(c->queue.stream);
+    llm__forget_graphs(c);
+}
+
+/* The name of such a kind, NULL after the last; how many of its kernels a token needs, and how many bytes of weights
+   they read. */
+LLM_API const char *llm__cuda_kind(void *context, int kind, int *n_kernels, double *bytes) {
+    using namespace llm__cuda;
+    const llm__gpu_model *m = ((llm__gpu_context *)context)->model;
+    const llm__gpu_layer *l = m->layers;
+    const llm__gpu_matrix none = {};
+    const llm__gpu_matrix matrices[] = {l->qkv, none, none, l->attention_out, l->gate_up, l->down, m->head};
+    if (kind < 0 || kind > LLM__KIND_HEAD) return NULL;
+    *n_kernels = kind == LLM__KIND_HEAD ? 1 : kind == LLM__KIND_ROPE && !m->shape.qk_norm ? 0 : m->shape.n_layers;
+    llm__gpu_matrix matrix = matrices[kind];
+    *bytes = matrix.n == 0 ? 0
+                           : (double)*n_kernels * matrix.n *
+                                 (double)(llm__matrix_row_bytes(matrix) + llm__matrix_row_scales(matrix) * 4);
+    return llm__kind_name(kind);
+}
+
+/*
+MIT License
+
+Copyright (c) 2026 llm.h authors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files (the "Software"), to deal
+in the Software without restriction, including without limitation the rights
+to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE.
+*/

@@ -1,15 +1,22 @@
-/*  gpu.cpp - how fast llm_cuda.cu is, on models of well-known shapes with random weights:  gpu [SHAPE...]
-              on HellaSwag's texts, cut into tokens as MODEL does:                           gpu --hellaswag SHAPE MODEL TEXTS [QUESTIONS]
-              and whether a real model says the same on the GPU as on the CPU:               gpu --same MODEL
+/*  gpu.cpp - how fast llm_cuda.cu is, on models of well-known shapes with random weights.
 
-    It drives the backend itself, so models need no files. Each line is one measurement, beside the limit measured on the
-    same GPU: decoding against the bandwidth of reading the weights (MBU), prefill and scoring against cuBLAS on the widest
-    matrix (MFU). bench/gpu.sh builds and runs it. */
+        bench SHAPE TYPE MODE      limits, decoding and prefill; TYPE is bf16, f16, int8 or int4, MODE graph, fused or
+        eager bench --why SHAPE TYPE     decoding without some of what makes it fast, and the time of each kind of
+        kernel bench --few SHAPE TYPE     a few passes, one kernel at a time, for a profiler to look at bench
+        --hellaswag SHAPE MODEL TEXTS [QUESTIONS]   HellaSwag's texts, cut into tokens as MODEL does bench --same MODEL
+        whether a real model says the same on the GPU as on the CPU bench --device             the GPU bench --help
+        the shapes
+
+    It drives the backend itself, so models need no files. Each line is one measurement: model, weights, mode, what, the
+    rate per second, and its share of the limit measured on the same GPU. Decoding is held against the bandwidth of
+    reading the weights (MBU), prefill and scoring against cuBLAS on the widest matrix (MFU). bench/gpu.sh builds and
+    runs it. */
 #define LLM_CUDA
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
 #include <chrono>
+#include <cuda_runtime.h>
 #include <fstream>
 #include <math.h>
 #include <stdio.h>
@@ -29,10 +36,14 @@ static const shape SHAPES[] = {
     {"TinyLlama-1.1B", 22, 2048, 5632, 32, 4, 64, 32000, 8320},
     {"SmolLM2-135M", 30, 576, 1536, 9, 3, 64, 49152, 8320},
     {"LLaMA-33B", 60, 6656, 17920, 52, 52, 128, 32000, 8320}, /* for --hellaswag */
-    {"smallest", 2, 64, 96, 4, 2, 16, 300, 320}, /* to try this program without a GPU */
+    {"smallest", 2, 64, 96, 4, 2, 16, 300, 320},              /* to try this program without a GPU */
 };
 
-enum { PROMPT = 6, DEEP = 3800, NEW_TOKENS = 200 };
+enum { PROMPT = 6, DEEP = 3800, NEW_TOKENS = 200, SOME_TOKENS = 64 };
+
+/* llm_cuda.cu has these for this program alone. */
+LLM_API void llm__cuda_vary(void *context, int prefetch, bool overlap, unsigned kinds);
+LLM_API const char *llm__cuda_kind(void *context, int kind, int *n_kernels, double *bytes);
 
 typedef struct bench {
     const shape *s;
@@ -46,7 +57,9 @@ typedef struct bench {
     std::vector<double> frequencies;
 } bench;
 
-static double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+static double seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 static void check(llm_status status, const llm_error *err) {
     if (!status) return;
@@ -148,8 +161,16 @@ static void open_context(bench *b) {
     b->seqs.assign((size_t)n_batch, 0);
     b->tokens.resize((size_t)n_batch);
     fill_cache(b, &b->llm, blocks);
-    b->bandwidth = b->backend->measure_bandwidth(b->context);
-    b->flops = b->backend->measure_flops(b->context);
+}
+
+/* GB/s by the data sheet: two transfers a clock. */
+static double sheet_bandwidth() {
+    int device = 0, khz = 0, bits = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device) != cudaSuccess)
+        return 0;
+    return 2e3 * khz * bits / 8 / 1e9;
 }
 
 static void forward(bench *b, int from, int n) {
@@ -233,25 +254,119 @@ static void bench_prefill(bench *b, int n) {
     print_row(b, what, n / each, per_token * n / each / b->flops);
 }
 
-static void bench_model(const shape *s, llm_dtype dtype, llm_cuda_mode mode) {
-    static const char *const modes[] = {"graph", "fused", "eager"};
+static const char *const MODES[] = {"graph", "fused", "eager"};
+
+static bench make_bench(const shape *s, llm_dtype dtype, llm_cuda_mode mode) {
     bench b = {};
     b.s = s;
     b.backend = llm_cuda_backend_mode(mode);
-    b.mode = modes[mode];
+    b.mode = MODES[mode];
     b.dtype = llm_dtype_name(dtype);
+    double start = seconds();
     open_model(&b, dtype);
     open_context(&b);
-    if (mode == LLM_CUDA_GRAPH) {
-        print_row(&b, "read GB/s", b.bandwidth / 1e9, 1);
-        print_row(&b, "cuBLAS TFLOP/s", b.flops / 1e12, 1);
-    }
-    bench_decode(&b, PROMPT, false);
-    bench_decode(&b, PROMPT, true);
+    fprintf(stderr, "gpu: %s in %s was made in %.1f s\n", s->name, b.dtype, seconds() - start);
+    return b;
+}
+
+static int close_bench(bench *b) {
+    b->backend->context_free(b->context);
+    b->backend->close(b->model);
+    return 0;
+}
+
+static int bench_model(const shape *s, llm_dtype dtype, llm_cuda_mode mode) {
+    bench b = make_bench(s, dtype, mode);
+    double sheet = sheet_bandwidth();
+    b.bandwidth = b.backend->measure_bandwidth(b.context);
+    print_row(&b, "read GB/s", b.bandwidth / 1e9, sheet > 0 ? b.bandwidth / 1e9 / sheet : 0);
+    bench_decode(&b, PROMPT, mode == LLM_CUDA_EAGER);
     bench_decode(&b, DEEP, mode == LLM_CUDA_EAGER);
-    for (int n = 512; n <= 8192 && mode == LLM_CUDA_GRAPH; n *= 4) bench_prefill(&b, n);
-    b.backend->context_free(b.context);
-    b.backend->close(b.model);
+    if (mode == LLM_CUDA_GRAPH) {
+        bench_decode(&b, PROMPT, true);
+        b.flops = b.backend->measure_flops(b.context);
+        print_row(&b, "cuBLAS TFLOP/s", b.flops / 1e12, 1);
+        for (int n = 512; n <= 8192; n *= 4) bench_prefill(&b, n);
+    }
+    return close_bench(&b);
+}
+
+/* ---- What the time is made of ---- */
+
+/* Seconds for a token, by bursts of which all passes are alike. */
+static double token_seconds(bench *b, int depth) {
+    forward(b, depth, 1);
+    decode(b, depth + 1, 3, false); /* kernels are loaded, then the graph is recorded */
+    double start = seconds();
+    decode(b, depth + 4, SOME_TOKENS, false);
+    return (seconds() - start) / SOME_TOKENS;
+}
+
+static double vary(bench *b, const char *what, int prefetch, bool overlap, unsigned kinds) {
+    llm__cuda_vary(b->context, prefetch, overlap, kinds);
+    double each = token_seconds(b, PROMPT);
+    print_row(b, what, 1 / each, b->weight_bytes / each / b->bandwidth);
+    return each;
+}
+
+/* Each kind of kernel: how long one takes when only they run, one layer's after the other's, and what leaving them out
+   saves. */
+static void bench_kinds(bench *b, int depth, double whole) {
+    const char *name;
+    double bytes;
+    int n;
+    llm__cuda_vary(b->context, -1, true, 0);
+    double empty = token_seconds(b, depth);
+    for (int kind = 0; (name = llm__cuda_kind(b->context, kind, &n, &bytes)) != NULL; kind++) {
+        char what[128];
+        if (n == 0) continue;
+        llm__cuda_vary(b->context, -1, true, 1u << kind);
+        double alone = (token_seconds(b, depth) - empty) / n;
+        llm__cuda_vary(b->context, -1, true, ~(1u << kind));
+        double saved = (whole - token_seconds(b, depth)) / n;
+        snprintf(what, sizeof what, "at %d: %s: us each alone; GB/s; us saved without", depth, name);
+        printf("%s,%s,%s,%s,%.2f; %.0f; %.2f,%.1f\n", b->s->name, b->dtype, b->mode, what, alone * 1e6,
+               alone > 0 ? bytes / n / alone / 1e9 : 0, saved * 1e6,
+               alone > 0 ? bytes / n / alone / b->bandwidth * 100 : 0);
+        fflush(stdout);
+    }
+    llm__cuda_vary(b->context, -1, true, ~0u);
+}
+
+static int bench_why(const shape *s, llm_dtype dtype) {
+    static const int prefetches[] = {0, 16, 48, 96};
+    bench b = make_bench(s, dtype, LLM_CUDA_GRAPH);
+    b.bandwidth = b.backend->measure_bandwidth(b.context);
+    double whole = vary(&b, "as it is", -1, true, ~0u);
+    vary(&b, "kernels do not overlap", -1, false, ~0u);
+    for (int kb : prefetches) {
+        char what[64];
+        snprintf(what, sizeof what, "%d KB prefetched", kb);
+        vary(&b, what, kb << 10, true, ~0u);
+    }
+    bench_kinds(&b, PROMPT, whole);
+    if (DEEP + SOME_TOKENS + 8 <= s->n_ctx) bench_kinds(&b, DEEP, token_seconds(&b, DEEP));
+    return close_bench(&b);
+}
+
+static int run_few(const shape *s, llm_dtype dtype) {
+    bench b = make_bench(s, dtype, LLM_CUDA_FUSED);
+    for (int i = 0; i < 4; i++) forward(&b, PROMPT + i, 1);
+    return close_bench(&b);
+}
+
+static int print_device() {
+    int n = 0, device = 0, processors = 0, major = 0, l2 = 0;
+    if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0 || cudaGetDevice(&device) != cudaSuccess) {
+        fprintf(stderr, "gpu: no GPU can be used: %s\n", cudaGetErrorString(cudaGetLastError()));
+        return 3;
+    }
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
+    fprintf(stderr, "gpu: compute capability %d, %d multiprocessors, %d MB of L2, %.0f GB/s by the data sheet\n", major,
+            processors, l2 >> 20, sheet_bandwidth());
+    return 0;
 }
 
 /* ---- HellaSwag: of the texts only the lengths matter to a model of random weights ---- */
@@ -264,12 +379,14 @@ typedef struct scored {
     int n_context, n_ending[ENDINGS];
 } scored;
 
-static void cut_text(const llm_tokenizer *tokenizer, const std::string &context, const std::string &ending, int n_vocab, scored *q, int e) {
+static void cut_text(const llm_tokenizer *tokenizer, const std::string &context, const std::string &ending, int n_vocab,
+                     scored *q, int e) {
     std::vector<llm_token> &text = q->texts[e];
     llm_error err;
     int64_t n_context;
     text.resize(4 * (context.size() + ending.size()) + 16);
-    int64_t n = llm_encode_pair(tokenizer, context.c_str(), (" " + ending).c_str(), LLM_TOKENS_ENDS, text.data(), text.size(), &n_context, &err);
+    int64_t n = llm_encode_pair(tokenizer, context.c_str(), (" " + ending).c_str(), LLM_TOKENS_ENDS, text.data(),
+                                text.size(), &n_context, &err);
     if (n < 0) check(err.code, &err);
     text.resize((size_t)n);
     for (llm_token &token : text) token %= n_vocab;
@@ -288,7 +405,8 @@ static std::vector<scored> read_questions(const char *model, const char *path, s
     size_t n = 0;
     check(llm_tokenizer_load(&tokenizer, model, NULL, &err), &err);
     for (; n < most && std::getline(file, context) && std::getline(file, line); n++)
-        for (int e = 0; e < ENDINGS && std::getline(file, line); e++) cut_text(tokenizer, context, line, n_vocab, &questions[n], e);
+        for (int e = 0; e < ENDINGS && std::getline(file, line); e++)
+            cut_text(tokenizer, context, line, n_vocab, &questions[n], e);
     questions.resize(n);
     if (questions.empty()) {
         fprintf(stderr, "gpu: %s has no questions\n", path);
@@ -300,7 +418,8 @@ static std::vector<scored> read_questions(const char *model, const char *path, s
 
 /* As examples/hellaswag.c counts them. */
 static double useful_operations(const shape *s, const llm_score_stats *stats) {
-    double q = s->n_heads * s->head_dim, projections = s->n_embd * (q + 2.0 * s->n_kv_heads * s->head_dim), rest = s->n_embd * (q + 3.0 * s->n_ff);
+    double q = s->n_heads * s->head_dim, projections = s->n_embd * (q + 2.0 * s->n_kv_heads * s->head_dim),
+           rest = s->n_embd * (q + 3.0 * s->n_ff);
     return 2 * ((double)stats->n_computed * (s->n_layers * projections + (s->n_layers - 1) * rest) +
                 (double)stats->n_predicted * (rest + (double)s->n_embd * s->n_vocab));
 }
@@ -317,7 +436,8 @@ static int score_hellaswag(const shape *s, const char *tokenizer, const char *pa
     llm_error err;
     bench b = {};
     char what[100];
-    for (const scored &t : texts) questions.push_back(llm_question{t.texts[0].data(), t.n_context, ENDINGS, t.endings, t.n_ending});
+    for (const scored &t : texts)
+        questions.push_back(llm_question{t.texts[0].data(), t.n_context, ENDINGS, t.endings, t.n_ending});
     b.s = s;
     b.backend = llm_cuda_backend();
     b.mode = "packed";
@@ -334,11 +454,14 @@ static int score_hellaswag(const shape *s, const char *tokenizer, const char *pa
     desc.n_logits = 1;
     check(llm_context_create(&ctx, &model, &desc, &err), &err);
     int n = (int)questions.size();
-    check(llm_score(ctx, questions.data(), (n + 9) / 10, NULL, results.data(), &stats, &err), &err); /* cuBLAS loads its kernels */
+    check(llm_score(ctx, questions.data(), (n + 9) / 10, NULL, results.data(), &stats, &err),
+          &err); /* cuBLAS loads its kernels */
     check(llm_score(ctx, questions.data(), n, NULL, results.data(), &stats, &err), &err);
-    int used = snprintf(what, sizeof what, "HellaSwag: %d questions in %.1f s", n, stats.seconds);
-    if (n < ALL_QUESTIONS) snprintf(what + used, sizeof what - (size_t)used, " (all %d extrapolated: %.0f s)", ALL_QUESTIONS, stats.seconds / n * ALL_QUESTIONS);
-    print_row(&b, what, (double)stats.n_computed / stats.seconds, useful_operations(s, &stats) / stats.seconds / llm_measure_flops(ctx));
+    snprintf(what, sizeof what, "HellaSwag: %d questions in %.1f s; tokens", n, stats.seconds);
+    print_row(&b, what, (double)stats.n_computed / stats.seconds,
+              useful_operations(s, &stats) / stats.seconds / llm_measure_flops(ctx));
+    snprintf(what, sizeof what, "HellaSwag: seconds for all %d", ALL_QUESTIONS);
+    printf("%s,%s,%s,%s,%.1f,\n", s->name, b.dtype, b.mode, what, stats.seconds / n * ALL_QUESTIONS);
     llm_context_free(ctx);
     b.backend->close(b.model);
     return 0;
@@ -410,18 +533,40 @@ static int same_text(const char *path) {
     return apart < 0.01 ? 0 : 1;
 }
 
-/* All modes for the first shape, only the fastest for the others. */
-int main(int argc, char **argv) {
-    static const llm_dtype dtypes[] = {LLM_DTYPE_BF16, LLM_DTYPE_INT8, LLM_DTYPE_INT4};
-    if (argc == 3 && !strcmp(argv[1], "--same")) return same_text(argv[2]);
+static int usage(FILE *out) {
+    fprintf(out, "bench SHAPE TYPE MODE | --why SHAPE TYPE | --few SHAPE TYPE | --hellaswag SHAPE MODEL TEXTS "
+                 "[QUESTIONS] | --same MODEL | --device\n"
+                 "SHAPE:");
+    for (const shape &s : SHAPES) fprintf(out, " %s", s.name);
+    fprintf(out, "\nTYPE: bf16 f16 int8 int4\nMODE: graph fused eager\n");
+    return out == stdout ? 0 : 2;
+}
+
+static const shape *find_shape(const char *name) {
     for (const shape &s : SHAPES)
-        if (argc >= 5 && !strcmp(argv[1], "--hellaswag") && !strcmp(argv[2], s.name))
-            return score_hellaswag(&s, argv[3], argv[4], argc > 5 ? strtoul(argv[5], NULL, 10) : (size_t)SOME_QUESTIONS);
-    printf("model,weights,mode,what,per second,%% of the limit\n");
-    for (size_t i = 0; i < sizeof SHAPES / sizeof *SHAPES; i++) {
-        bool smallest = !strcmp(SHAPES[i].name, "smallest"), wanted = argc < 2 && !smallest && strcmp(SHAPES[i].name, "LLaMA-33B");
-        for (int j = 1; j < argc; j++) wanted |= !strcmp(argv[j], SHAPES[i].name);
-        for (int mode = LLM_CUDA_GRAPH; wanted && mode <= (i == 0 || smallest ? LLM_CUDA_EAGER : LLM_CUDA_GRAPH); mode++)
-            for (llm_dtype dtype : dtypes) bench_model(&SHAPES[i], dtype, (llm_cuda_mode)mode);
-    }
+        if (!strcmp(s.name, name)) return &s;
+    return NULL;
+}
+
+static bool find_dtype(const char *name, llm_dtype *out) {
+    for (llm_dtype dtype : {LLM_DTYPE_BF16, LLM_DTYPE_F16, LLM_DTYPE_INT8, LLM_DTYPE_INT4})
+        if (!strcmp(llm_dtype_name(dtype), name)) return *out = dtype, true;
+    return false;
+}
+
+int main(int argc, char **argv) {
+    const char *what = argc > 1 ? argv[1] : "";
+    llm_dtype dtype = LLM_DTYPE_BF16;
+    if (!strcmp(what, "--help")) return usage(stdout);
+    if (!strcmp(what, "--device")) return print_device();
+    if (!strcmp(what, "--same") && argc == 3) return same_text(argv[2]);
+    const shape *s = argc > 2 ? find_shape(what[0] == '-' ? argv[2] : what) : NULL;
+    if (s && !strcmp(what, "--hellaswag") && argc >= 5)
+        return score_hellaswag(s, argv[3], argv[4], argc > 5 ? strtoul(argv[5], NULL, 10) : (size_t)SOME_QUESTIONS);
+    if (!s || argc != 4 || !find_dtype(what[0] == '-' ? argv[3] : argv[2], &dtype)) return usage(stderr);
+    if (!strcmp(what, "--why")) return bench_why(s, dtype);
+    if (!strcmp(what, "--few")) return run_few(s, dtype);
+    for (int mode = LLM_CUDA_GRAPH; mode <= LLM_CUDA_EAGER; mode++)
+        if (!strcmp(argv[3], MODES[mode])) return bench_model(s, dtype, (llm_cuda_mode)mode);
+    return usage(stderr);
 }

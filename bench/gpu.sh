@@ -1,129 +1,374 @@
 #!/bin/bash
-# On a machine with an NVIDIA GPU and the CUDA Toolkit, in less than nine minutes: builds llm_cuda.cu; runs its tests on
-# the device, then some under compute-sanitizer; measures the device's limits and how near decoding and prefill come to
-# them; measures peers; compares the default model's text with the CPU's; scores part of HellaSwag. Prints one table last
-# and writes it to build/gpu/gpu.csv. What is not on the machine (cmocka, compute-sanitizer, PyTorch, the model, the data)
-# is left out, and said so.
-#   bench/gpu.sh [SHAPE...]   SHAPE: only these of bench/gpu.cpp
-#   bench/gpu.sh --build      only builds, which needs no GPU
-#   LLAMA_BENCH=path          llama.cpp's llama-bench, built with CUDA, to run on the default model
+# Tests and measures llm_cuda.cu on a machine with an NVIDIA GPU, and ends by itself before 560 seconds are over.
+#   bench/gpu.sh              all steps, the most wanted first
+#   bench/gpu.sh STEP...      these steps only: probe first why types fused tests sanitizer ncu peer shapes same hellaswag
+#   bench/gpu.sh --build      only builds build/gpu, which needs no GPU
+#   OUT=folder                where results go as they come: gpu.log, gpu.csv, clocks.csv and others (default: build/gpu)
 #   LLM_MODEL=path            the default model, if it is not in models/
-#   LLM_DATA=folder           with hellaswag_val_full.txt (perhaps .bz2), six lines a question; the first 400 are scored
-# All questions: build/gpu/bench --hellaswag LLaMA-33B models/SmolLM2-135M-Instruct.Q4_1.gguf hellaswag_val_full.txt 10042
+#   LLM_DATA=folder           with hellaswag_val_full.txt (or .bz2), six lines a question; the first 400 are scored
+#   LLAMA_BENCH=path          llama.cpp's llama-bench, built with CUDA, to run on the default model
+# It needs a driver. `make gpu-bundle` builds everything beforehand; what is missing or older than its sources is built here
+# with nvcc. No step is fatal: one that cannot run says why. Each shape, type and mode has its own process, and each test.
+# All of HellaSwag: build/gpu/bench --hellaswag LLaMA-33B MODEL hellaswag_val_full.txt 10042
 set -u
 cd "$(dirname "$0")/.." || exit 1
-PATH=$PATH:/usr/local/cuda/bin
-out=build/gpu
+bin=build/gpu
+out=${OUT:-build/gpu}
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
-seconds=520 # for everything
+seconds=540 # for everything
 failures=0
-command -v nvcc >/dev/null || { echo "nvcc of the CUDA Toolkit is needed." >&2; exit 1; }
-cuda=$(dirname "$(dirname "$(command -v nvcc)")")
-export LD_LIBRARY_PATH="$cuda/lib64:${LD_LIBRARY_PATH:-}"
-mkdir -p $out
-rm -f $out/gpu.csv
+steps="probe first why types fused tests sanitizer ncu peer shapes same hellaswag"
+mkdir -p $bin "$out"
+csv=$out/gpu.csv
 
 say() { printf '\n== %s (%d s) ==\n' "$1" "$SECONDS"; }
 
-# A command within MOST seconds, and within what is left of all.
-part() { # NAME MOST COMMAND...
-    local name=$1 most=$2 left=$((seconds - SECONDS)) code=0
-    shift 2
-    if [ "$left" -lt 5 ]; then
-        echo "$name: left out, the time is up" >&2
-        failures=$((failures + 1))
-        return 1
+# ---- Where things are ----
+
+# The first folder that holds a file of this name.
+folder_with() { # NAME FOLDER...
+    local name=$1 folder
+    shift
+    for folder; do
+        if [ -e "$folder/$name" ]; then
+            echo "$folder"
+            return
+        fi
+    done
+}
+
+# The CUDA Toolkit may be a full one, parts of one, or the wheels that PyTorch brings along.
+find_cuda() {
+    local python_folders
+    PATH=$PATH:/usr/local/cuda/bin
+    for folder in /usr/local/cuda-*/bin /opt/cuda/bin /usr/lib/nvidia-cuda-toolkit/bin; do [ ! -d "$folder" ] || PATH=$PATH:$folder; done
+    python_folders=$(python3 -c 'import site, sys
+for folder in site.getsitepackages() + [site.getusersitepackages()] + sys.path: print(folder)' 2>/dev/null | grep packages | sort -u)
+    roots=()
+    if command -v nvcc >/dev/null; then roots+=("$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")"); fi
+    roots+=(/usr/local/cuda /usr/local/cuda-* /opt/cuda)
+    for folder in $python_folders; do
+        roots+=("$folder"/nvidia/cu13 "$folder"/nvidia/cublas "$folder"/nvidia/cuda_runtime "$folder"/nvidia/cu12)
+        [ -n "$(command -v nvcc)" ] || [ ! -x "$folder/nvidia/cu13/bin/nvcc" ] || PATH=$PATH:$folder/nvidia/cu13/bin
+    done
+    libraries=() headers=()
+    for root in "${roots[@]}"; do
+        for folder in "$root"/lib64 "$root"/lib "$root"/targets/*/lib; do [ ! -d "$folder" ] || libraries+=("$folder"); done
+        for folder in "$root"/include "$root"/targets/*/include; do [ ! -d "$folder" ] || headers+=("$folder"); done
+    done
+    libraries+=(/usr/lib/x86_64-linux-gnu /usr/lib64)
+    headers+=(/usr/include)
+    blas=$(folder_with libcublas.so.13 "${libraries[@]}")
+    blas_name=libcublas.so.13
+    if [ -z "$blas" ]; then # another version: good enough for what is built here
+        blas=$(folder_with libcublas.so "${libraries[@]}")
+        blas_name=libcublas.so
+        [ -n "$blas" ] || { blas=$(folder_with libcublas.so.12 "${libraries[@]}") && blas_name=libcublas.so.12; }
     fi
-    timeout "$((most < left ? most : left))" "$@" || code=$?
-    [ $code = 0 ] && return
-    echo "$name: $([ $code = 124 ] && echo "stopped, its time was up" || echo "failed with exit code $code")" >&2
-    failures=$((failures + 1))
-    return 1
+    [ -z "$blas" ] || export LD_LIBRARY_PATH="$blas:${LD_LIBRARY_PATH:-}"
+}
+
+# ---- Building ----
+
+sources="llm.h llm_cuda.cu bench/gpu.cpp tests/test_cuda.cpp tests/tiny.h tests/common.h tests/check.h"
+
+sources_sum() { cat $sources 2>/dev/null | cksum; }
+
+is_built() { # whether what is there starts here and is of these sources
+    [ -x $bin/bench ] && [ "$(cat $bin/sources.sum 2>/dev/null)" = "$(sources_sum)" ] && $bin/bench --help >/dev/null 2>&1
 }
 
 has_cmocka() {
     printf '#include <%s>\n' setjmp.h stdarg.h stddef.h stdint.h cmocka.h | g++ -x c++ -fsyntax-only - 2>/dev/null
 }
 
-say "1. Build"
-host=(g++ -O2 -std=c++17 -I. "-I$cuda/include")
-libraries=("-L$cuda/lib64" -lcublas -lcudart -lpthread -lm)
-"${host[@]}" -c -o $out/bench.o bench/gpu.cpp &
-bench=$!
-if has_cmocka; then
-    gcc -O2 -std=c99 -DLLM_IMPLEMENTATION -I. -c -o $out/llm.o -x c llm.h &
-    llm=$!
-    "${host[@]}" -c -o $out/test_cuda.o tests/test_cuda.cpp &
-    tests=$!
-else
-    echo "No tests: cmocka.h is not here (Debian: libcmocka-dev)"
-    tests=
-fi
-nvcc -O3 -std=c++17 -t 0 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
-    -gencode arch=compute_90,code=compute_90 -c -o $out/llm_cuda.o llm_cuda.cu || exit 1
-wait $bench || exit 1
-g++ -o $out/bench $out/bench.o $out/llm_cuda.o "${libraries[@]}" || exit 1
-if [ -n "$tests" ]; then
-    { wait "$tests" && wait "$llm"; } || exit 1
-    g++ -o $out/test_cuda $out/test_cuda.o $out/llm.o $out/llm_cuda.o "${libraries[@]}" -lcmocka || exit 1
-fi
-[ "${1:-}" != --build ] || exit 0
-nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem --format=csv,noheader || exit 1
+# For the chip that is here, or without a GPU for all that are supported.
+build() {
+    local runtime_headers blas_headers runtime link chip flags pids=() tests=
+    command -v nvcc >/dev/null || { echo "Not built: there is no nvcc on this machine"; return 1; }
+    [ -n "$blas" ] || { echo "Not built: libcublas.so.13 is in none of ${libraries[*]}"; return 1; }
+    runtime_headers=$(folder_with cuda_runtime.h "${headers[@]}")
+    blas_headers=$(folder_with cublas_v2.h "${headers[@]}")
+    [ -n "$runtime_headers" ] && [ -n "$blas_headers" ] || { echo "Not built: cuda_runtime.h or cublas_v2.h is missing"; return 1; }
+    runtime=$(folder_with libcudart_static.a "${libraries[@]}")
+    if [ -n "$runtime" ]; then
+        link=("$runtime/libcudart_static.a" -ldl -lrt)
+    else
+        runtime=$(folder_with libcudart.so.13 "${libraries[@]}")
+        [ -n "$runtime" ] || { echo "Not built: neither libcudart_static.a nor libcudart.so.13 is here"; return 1; }
+        link=("$runtime/libcudart.so.13" "-Wl,-rpath,$runtime")
+    fi
+    link+=("$blas/$blas_name" "-Wl,-rpath,\$ORIGIN" "-Wl,-rpath,$blas" -static-libstdc++ -static-libgcc -lpthread -lm)
+    chip=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
+    case $chip in
+    [0-9]*) flags=(-gencode "arch=compute_$chip,code=sm_$chip") ;;
+    *) flags=(-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90) ;;
+    esac
+    local host=(g++ -O2 -std=c++17 -I. "-I$runtime_headers")
+    "${host[@]}" -c -o $bin/bench.o bench/gpu.cpp & pids+=($!)
+    if has_cmocka; then
+        tests=1
+        gcc -O2 -std=c99 -DLLM_IMPLEMENTATION -I. -c -o $bin/llm.o -x c llm.h & pids+=($!)
+        "${host[@]}" -c -o $bin/test_cuda.o tests/test_cuda.cpp & pids+=($!)
+    else
+        echo "The tests are not built: cmocka.h is not here (Debian: libcmocka-dev)"
+    fi
+    nvcc -O3 -std=c++17 -t 0 "${flags[@]}" "-I$blas_headers" -c -o $bin/llm_cuda.o llm_cuda.cu & pids+=($!)
+    for pid in "${pids[@]}"; do wait "$pid" || { echo "Not built: the compiler failed"; return 1; }; done
+    g++ -s -o $bin/bench $bin/bench.o $bin/llm_cuda.o "${link[@]}" || return 1
+    if [ -n "$tests" ]; then
+        g++ -s -o $bin/test_cuda $bin/test_cuda.o $bin/llm.o $bin/llm_cuda.o "${link[@]}" -lcmocka || return 1
+    fi
+    sources_sum >$bin/sources.sum
+}
 
-if [ -n "$tests" ]; then
-    say "1. Tests on the device"
-    part "the tests" 100 $out/test_cuda
-    if command -v compute-sanitizer >/dev/null; then
-        for tool in memcheck racecheck; do
-            for test in test_groups test_bursts_of_all_modes test_scores_against_logits; do
-                say "1. compute-sanitizer $tool, $test"
-                part "$tool" 30 compute-sanitizer --tool $tool --error-exitcode 1 $out/test_cuda $test >$out/$tool.$test.log 2>&1
-                tail -n 5 $out/$tool.$test.log
-            done
+# ---- Running ----
+
+# Runs a command within MOST seconds and within what is left of all.
+table=/dev/null
+part() { # NAME MOST COMMAND...
+    local name=$1 most=$2 left=$((seconds - SECONDS)) code=0
+    shift 2
+    if [ "$left" -lt 5 ]; then
+        echo "$name: left out, the time is up"
+        failures=$((failures + 1))
+        return 1
+    fi
+    timeout -k 5 "$((most < left ? most : left))" "$@" > >(tee -a "$table") &
+    running=$!
+    wait $running || code=$?
+    running=
+    [ $code = 0 ] && return
+    echo "$name: $([ $code = 124 ] && echo "stopped, its time was up" || echo "failed with exit code $code")"
+    failures=$((failures + 1))
+    return 1
+}
+
+# The same; what it prints are rows of the table.
+rows() { # NAME MOST COMMAND...
+    local code=0
+    table=$csv
+    part "$@" || code=$?
+    table=/dev/null
+    return $code
+}
+
+# The clocks and the power since the last call.
+clocks() {
+    [ -r "$out/clocks.csv" ] || return 0
+    awk -F', *' -v from="${clock_lines:-0}" 'NR > from && $3 + 0 > 1000 { n++; power += $4; if ($2 > sm) sm = $2; low = n == 1 || $2 < low ? $2 : low; memory = $3 }
+        END { if (n) printf "   (clocks: SM %d to %d MHz, memory %d MHz, %.0f W on average)\n", low, sm, memory, power / n }' "$out/clocks.csv"
+    clock_lines=$(wc -l <"$out/clocks.csv")
+}
+
+bench() { # MOST ARGUMENT...
+    local most=$1
+    shift
+    rows "bench $*" "$most" $bin/bench "$@"
+    clocks
+}
+
+has_bench() { [ -x $bin/bench ] || { echo "Left out: $bin/bench could not be built"; false; }; }
+
+step_probe() {
+    say "The machine"
+    uname -srm
+    nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.mem,power.limit --format=csv,noheader ||
+        echo "nvidia-smi does not work here"
+    echo "nvcc: $(command -v nvcc || echo none); cuBLAS: ${blas:-none}; python3: $(command -v python3 || echo none); processors: $(nproc)"
+    if has_bench; then $bin/bench --device || echo "No GPU can be used here; what needs one will fail"; fi
+}
+
+step_first() {
+    say "Llama-2-7B in bf16"
+    has_bench && bench 60 Llama-2-7B bf16 graph
+}
+
+step_why() {
+    say "What the time is made of"
+    has_bench && bench 60 --why Llama-2-7B bf16
+    has_bench && bench 45 --why Llama-2-7B int4
+}
+
+step_types() {
+    say "The other types"
+    has_bench && for type in int8 int4; do bench 45 Llama-2-7B $type graph; done
+}
+
+step_fused() {
+    say "Without graphs"
+    has_bench && for mode in fused eager; do bench 45 Llama-2-7B bf16 $mode; done
+}
+
+step_tests() {
+    local passed=0 failed= n=0 test most
+    say "Tests on the device"
+    [ -x $bin/test_cuda ] || { echo "Left out: $bin/test_cuda was not built (it needs cmocka)"; return; }
+    for test in $($bin/test_cuda --list); do
+        n=$((n + 1)) most=20
+        if part "$test" $most $bin/test_cuda "$test" >"$out/tests.tmp" 2>&1; then
+            passed=$((passed + 1))
+        else
+            failed="$failed $test"
+            tail -n 12 "$out/tests.tmp"
+        fi
+        cat "$out/tests.tmp" >>"$out/tests.log"
+    done
+    rm -f "$out/tests.tmp"
+    echo "$passed of $n tests passed${failed:+; failed:}$failed"
+    printf 'tests,,,passed of %d,%d,\n' "$n" "$passed" >>"$csv"
+}
+
+step_sanitizer() {
+    local sanitizer only test tool
+    say "compute-sanitizer"
+    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer /opt/nvidia/*/*/compute-sanitizer 2>/dev/null | head -n 1)
+    if [ -z "$sanitizer" ] || [ ! -x $bin/test_cuda ]; then
+        echo "Left out: compute-sanitizer or $bin/test_cuda is not here"
+        return
+    fi
+    only=(--kernel-name kernel_substring=llm__) # not cuBLAS's
+    "$sanitizer" --help 2>/dev/null | grep -q -e '--kernel-name ' || only=(--kernel-regex kns=llm__)
+    for tool in memcheck racecheck; do
+        for test in test_groups test_graph test_bursts_of_all_modes; do
+            part "$tool $test" 25 "$sanitizer" --tool $tool "${only[@]}" --error-exitcode 1 $bin/test_cuda $test >"$out/sanitizer.tmp" 2>&1
+            echo "$tool, $test:" "$(grep -e 'ERROR SUMMARY' -e 'RACECHECK SUMMARY' -e 'failed with' -e 'its time' "$out/sanitizer.tmp" | tail -n 2)"
+            cat "$out/sanitizer.tmp" >>"$out/sanitizer.log"
         done
-    else
-        echo "No memcheck and racecheck: compute-sanitizer is not here"
+    done
+    rm -f "$out/sanitizer.tmp"
+}
+
+step_ncu() {
+    local ncu
+    say "Nsight Compute: a layer of Llama-2-7B in bf16"
+    ncu=$(command -v ncu || ls /usr/local/cuda*/bin/ncu /opt/nvidia/nsight-compute/*/ncu 2>/dev/null | head -n 1)
+    if [ -z "$ncu" ] || ! has_bench; then
+        echo "Left out: ncu is not here"
+        return
     fi
-fi
+    part "ncu" 50 "$ncu" --clock-control none --kernel-name regex:product\|attention -s 340 -c 12 --metrics \
+        gpu__time_duration.sum,dram__bytes_read.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,lts__t_sector_hit_rate.pct,sm__warps_active.avg.pct_of_peak_sustained_active,smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio \
+        $bin/bench --few Llama-2-7B bf16 >"$out/ncu.txt" 2>&1
+    grep -e llm__ -e '__' "$out/ncu.txt" | tail -n 90
+}
 
-say "2. to 4. Limits, decoding, prefill"
-part "the benchmark" 200 $out/bench "$@" >$out/gpu.csv
-
-say "5. Peers"
-if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-    gbs=$(awk -F, '$1 == "Llama-2-7B" && $4 == "read GB/s" { print $5; exit }' $out/gpu.csv)
-    part "gptfast.py" 150 python3 bench/peers/gptfast.py --read-gbs "${gbs:-0}" >>$out/gpu.csv
-else
-    echo "No gptfast.py: PyTorch with CUDA is not here"
-fi
-if [ -n "${LLAMA_BENCH:-}" ] && [ -r "$model" ]; then
-    part "llama-bench" 40 "$LLAMA_BENCH" -m "$model" -ngl 99 -p 512 -n 128 -r 3 -o csv >$out/llama-bench.csv
-    cat $out/llama-bench.csv
-else
-    echo "No llama.cpp: LLAMA_BENCH does not name its llama-bench, or there is no model"
-fi
-
-say "6. The default model's text"
-if [ -r "$model" ]; then
-    part "the comparison with the CPU" 60 $out/bench --same "$model" >>$out/gpu.csv
-else
-    echo "Not compared with the CPU: $model is not here"
-fi
-
-say "7. HellaSwag"
-data=${LLM_DATA:-data}/hellaswag_val_full.txt
-! [ -r "$data.bz2" ] || { bunzip2 -c "$data.bz2" >$out/hellaswag.txt && data=$out/hellaswag.txt; }
-if [ -r "$data" ] && [ -r "$model" ]; then
-    part "HellaSwag of Llama-2-7B" 40 $out/bench --hellaswag Llama-2-7B "$model" "$data" >>$out/gpu.csv
-    if [ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)" -gt 78000 ]; then
-        part "HellaSwag of LLaMA-33B" 60 $out/bench --hellaswag LLaMA-33B "$model" "$data" >>$out/gpu.csv
-    else
-        echo "No LLaMA-33B: it and its cache take 75 GB"
+step_peer() {
+    local gbs
+    say "The torch.compile peer"
+    if ! python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+        echo "Left out: there is no PyTorch that can use a GPU"
+        return
     fi
-else
-    echo "No HellaSwag: LLM_DATA does not name its folder, or there is no model"
-fi
+    gbs=$(awk -F, '$1 == "Llama-2-7B" && $4 == "read GB/s" { print $5; exit }' "$csv")
+    for type in bf16 int8; do rows "gptfast.py $type" 110 python3 bench/peers/gptfast.py --weights $type --read-gbs "${gbs:-0}"; done
+    clocks
+}
 
-say "All in $out/gpu.csv; $failures parts failed"
-awk -F, '{ for (i = 1; i <= 6; i++) printf "| %s ", $i; print "|" } NR == 1 { print "|---|---|---|---|---|---|" }' $out/gpu.csv
-[ $failures = 0 ]
+step_shapes() {
+    say "Other shapes"
+    has_bench && for run in "SmolLM2-135M bf16" "Llama-3.1-8B bf16" "TinyLlama-1.1B bf16" "Llama-3.1-8B int8" "Llama-3.1-8B int4" "TinyLlama-1.1B int4"; do
+        bench 30 $run graph
+    done
+}
+
+step_same() {
+    say "The default model's text"
+    if [ -n "${LLAMA_BENCH:-}" ] && [ -r "$model" ]; then
+        part "llama-bench" 40 "$LLAMA_BENCH" -m "$model" -ngl 99 -p 512 -n 128 -r 3 -o csv >"$out/llama-bench.csv"
+        cat "$out/llama-bench.csv"
+    fi
+    if ! [ -r "$model" ]; then
+        echo "Left out: $model is not here"
+        return
+    fi
+    has_bench && rows "the comparison with the CPU" 60 $bin/bench --same "$model"
+}
+
+step_hellaswag() {
+    local data="" tokenizer=$model folder
+    say "HellaSwag"
+    [ -r "$tokenizer" ] || tokenizer=$bin/tokenizer.gguf
+    for folder in "${LLM_DATA:-data}" $bin; do
+        [ -z "$data" ] && [ -r "$folder/hellaswag_val_full.txt" ] && data=$folder/hellaswag_val_full.txt
+        if [ -z "$data" ] && [ -r "$folder/hellaswag_val_full.txt.bz2" ]; then
+            data=$bin/hellaswag.txt
+            python3 -c 'import bz2, sys; sys.stdout.buffer.write(bz2.open(sys.argv[1]).read())' "$folder/hellaswag_val_full.txt.bz2" >$data ||
+                bunzip2 -c "$folder/hellaswag_val_full.txt.bz2" >$data || data=
+        fi
+    done
+    if [ -z "$data" ] || ! [ -r "$tokenizer" ]; then
+        echo "Left out: there are no questions (LLM_DATA) or there is no tokenizer"
+        return
+    fi
+    has_bench || return
+    bench 45 --hellaswag Llama-2-7B "$tokenizer" "$data"
+    bench 75 --hellaswag LLaMA-33B "$tokenizer" "$data"
+}
+
+# ---- The end ----
+
+# Each target: met or missed, and by how much.
+verdicts() {
+    awk -F, '
+        function judge(name, value, target, unit, less) {
+            if (value == "") printf "  %-52s not measured\n", name
+            else if (less ? value + 0 <= target : value + 0 >= target) printf "  %-52s met: %.1f%s (target %s%s)\n", name, value, unit, target, unit
+            else printf "  %-52s MISSED by %.1f%s: %.1f%s (target %s%s)\n", name, less ? value - target : target - value, unit, value, unit, target, unit
+        }
+        function ratio(a, b) { return a == "" || b == "" || b + 0 == 0 ? "" : a / b }
+        { rate[$1, $2, $3, $4] = $5; share[$1, $2, $3, $4] = $6; if ($1 == "tests") { passed = $5; n = $4; sub(/passed of /, "", n) } }
+        END {
+            m = "Llama-2-7B"; d = "decode at 6"; g = "graph"; t = "torch.compile"
+            judge("7B bf16, share of the measured read bandwidth", share[m, "bf16", g, d], 92, " %")
+            judge("7B int8, share of the measured read bandwidth", share[m, "int8", g, d], 88, " %")
+            judge("7B int4, share of the measured read bandwidth", share[m, "int4", g, d], 80, " %")
+            judge("7B bf16, times the torch.compile peer", ratio(rate[m, "bf16", g, d], rate[m, "bf16", t, d]), 1.25, "x")
+            judge("7B int8, times the torch.compile peer", ratio(rate[m, "int8", g, d], rate[m, "int8", t, d]), 1.6, "x")
+            judge("7B bf16, prefill of 2,048 tokens, MFU", share[m, "bf16", g, "prefill 2048"], 75, " %")
+            judge("135M bf16, tokens per second", rate["SmolLM2-135M", "bf16", g, d], 2500, "")
+            judge("LLaMA-33B, all of HellaSwag, seconds", rate["LLaMA-33B", "bf16", "packed", "HellaSwag: seconds for all 10042"], 250, "", 1)
+            judge("tests that failed", n == "" ? "" : n - passed, 0, "", 1)
+        }' "$csv"
+}
+
+finish() {
+    trap - EXIT TERM INT
+    [ -z "${running:-}" ] || kill "$running" 2>/dev/null
+    [ -z "${watching:-}" ] || kill "$watching" 2>/dev/null
+    say "All rows, in $csv; $failures parts failed"
+    awk -F, 'NF >= 5 { for (i = 1; i <= 6; i++) printf "| %s ", $i; print "|" } NR == 1 { print "|---|---|---|---|---|---|" }' "$csv"
+    say "Targets"
+    verdicts
+    exec >&- 2>&- # so that the log is whole
+    wait "$logging" 2>/dev/null
+    exit $((failures > 0))
+}
+
+find_cuda
+if [ "${1:-}" = --build ]; then
+    build
+    exit
+fi
+: >"$out/gpu.log"
+rm -f "$out/clocks.csv" "$out/tests.log" "$out/sanitizer.log"
+echo "model,weights,mode,what,per second,% of the limit" >"$csv"
+exec > >(tee -a "$out/gpu.log") 2>&1
+logging=$!
+trap finish EXIT
+trap 'echo "Stopped by a signal"; failures=$((failures + 1)); exit 1' TERM INT
+if ! is_built; then
+    say "Build"
+    build || ! $bin/bench --help >/dev/null 2>&1 || echo "What was built earlier, from other sources, is used"
+fi
+nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,clocks_throttle_reasons.active --format=csv,noheader,nounits -lms 500 \
+    >"$out/clocks.csv" 2>/dev/null &
+watching=$!
+for step in ${*:-$steps}; do
+    if [[ " $steps " == *" $step "* ]]; then
+        step_"$step"
+    else
+        echo "There is no step $step; there are: $steps"
+        failures=$((failures + 1))
+    fi
+done

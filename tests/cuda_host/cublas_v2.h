@@ -1,4 +1,5 @@
-/*  cublas_v2.h - the one product of cuBLAS that llm_cuda.cu uses, in plain loops. See cuda_runtime.h beside this file. */
+/*  cublas_v2.h - the one product of cuBLAS that llm_cuda.cu uses, in plain loops. See cuda_runtime.h beside this file.
+    */
 #ifndef CUDA_HOST_CUBLAS_H
 #define CUDA_HOST_CUBLAS_H
 
@@ -35,21 +36,37 @@ static inline cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *, size_t) 
 
 static inline float cuda_host_bf16(uint16_t bits) { return __uint_as_float((uint32_t)bits << 16); }
 
-/* c[j][i] = alpha * a[i] . b[j] + beta * c[j][i]; only this combination of types and transpositions is there. */
-static inline cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
-                                          const void *alpha, const void *a, cudaDataType a_type, int lda, const void *b,
-                                          cudaDataType b_type, int ldb, const void *beta, void *c, cudaDataType c_type, int ldc,
-                                          cublasComputeType_t, cublasGemmAlgo_t) {
-    if (ta != CUBLAS_OP_T || tb != CUBLAS_OP_N || a_type != CUDA_R_16BF || b_type != CUDA_R_16BF || c_type != CUDA_R_32F)
+static inline uint16_t cuda_host_to_bf16(float x) {
+    uint32_t bits = __float_as_uint(x);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+/* c[j][i] = alpha * a[i] . b[j] + beta * c[j][i]; only these combinations of types and transpositions are there. */
+static inline cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m,
+                                          int n, int k, const void *alpha, const void *a, cudaDataType a_type, int lda,
+                                          const void *b, cudaDataType b_type, int ldb, const void *beta, void *c,
+                                          cudaDataType c_type, int ldc, cublasComputeType_t, cublasGemmAlgo_t) {
+    if (ta != CUBLAS_OP_T || tb != CUBLAS_OP_N || a_type != CUDA_R_16BF || b_type != CUDA_R_16BF ||
+        (c_type != CUDA_R_32F && c_type != CUDA_R_16BF))
         return CUBLAS_STATUS_EXECUTION_FAILED;
     float scale = *(const float *)alpha, keep = *(const float *)beta;
     cudaError_t result = cuda_host_enqueue(handle->stream, [=] {
         for (int j = 0; j < n; j++)
             for (int i = 0; i < m; i++) {
-                const uint16_t *row = (const uint16_t *)a + (size_t)i * lda, *column = (const uint16_t *)b + (size_t)j * ldb;
-                float *out = (float *)c + (size_t)j * ldc + i, sum = 0;
+                const uint16_t *row = (const uint16_t *)a + (size_t)i * lda,
+                               *column = (const uint16_t *)b + (size_t)j * ldb;
+                size_t at = (size_t)j * ldc + i;
+                float sum = 0;
                 for (int l = 0; l < k; l++) sum += cuda_host_bf16(row[l]) * cuda_host_bf16(column[l]);
-                *out = scale * sum + (keep != 0 ? keep * *out : 0);
+                sum *= scale;
+                if (c_type == CUDA_R_16BF) {
+                    uint16_t *out = (uint16_t *)c + at;
+                    *out = cuda_host_to_bf16(sum + (keep != 0 ? keep * cuda_host_bf16(*out) : 0));
+                } else {
+                    float *out = (float *)c + at;
+                    *out = sum + (keep != 0 ? keep * *out : 0);
+                }
             }
     });
     return result == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;

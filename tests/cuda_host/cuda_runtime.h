@@ -1,16 +1,17 @@
 /*  cuda_runtime.h - enough of CUDA for a C++ compiler to build llm_cuda.cu and run its kernels on the CPU.
 
     It stands in for the toolkit's header of that name. Memory "on the GPU" is the host's, filled with NaN when it is
-    allocated. Streams are queues of closures that run when somebody waits for them, so that a host which reuses a buffer
-    too early is caught. Graphs are recorded queues. A kernel's blocks run one after the other; the threads of a block are
-    fibers of the calling thread, which change at barriers and warp operations only. A fiber waits there until all that
-    must come have come; when nobody can go on, the program ends with a message. Tests can let the n-th call fail, have
-    the threads of a block run in the opposite order, and count what was not released. */
+    allocated. Streams are queues of closures that run when somebody waits for them, so that a host which reuses a
+    buffer too early is caught. Graphs are recorded queues. A kernel's blocks run one after the other; the threads of a
+    block are fibers of the calling thread, which change at barriers and warp operations only. A fiber waits there until
+    all that must come have come; when nobody can go on, the program ends with a message. Tests can let the n-th call
+    fail, have the threads of a block run in the opposite order, and count what was not released. */
 #ifndef CUDA_HOST_RUNTIME_H
 #define CUDA_HOST_RUNTIME_H
 
 #include <boost/context/detail/fcontext.hpp>
 #include <functional>
+#include <map>
 #include <math.h>
 #include <memory>
 #include <mutex>
@@ -19,6 +20,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <string>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -33,7 +35,7 @@
 #endif
 
 /* What is not looked at by the sanitizers: only what changes from thread to thread, most often of all. */
-#define CUDA_HOST_SWITCH __attribute__((no_sanitize("address", "undefined"))) inline
+#define CUDA_HOST_SWITCH __attribute__((no_sanitize("address", "undefined", "thread"))) inline
 
 #define __host__
 #define __device__
@@ -46,31 +48,62 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+/* Vectors are copied from and to addresses that are multiples of their size. */
+static inline void cuda_host_check_alignment(const void *at, size_t size);
+
 struct alignas(8) uint2 {
     uint32_t x, y;
+    uint2() = default;
+    uint2(const uint2 &from) : x(from.x), y(from.y) { cuda_host_check_alignment(&from, 8); }
+    uint2 &operator=(const uint2 &from) {
+        cuda_host_check_alignment(this, 8);
+        cuda_host_check_alignment(&from, 8);
+        x = from.x, y = from.y;
+        return *this;
+    }
 };
 
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
+    uint4() = default;
+    uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) : x(x), y(y), z(z), w(w) {}
+    uint4(const uint4 &from) : x(from.x), y(from.y), z(from.z), w(from.w) { cuda_host_check_alignment(&from, 16); }
+    uint4 &operator=(const uint4 &from) {
+        cuda_host_check_alignment(this, 16);
+        cuda_host_check_alignment(&from, 16);
+        x = from.x, y = from.y, z = from.z, w = from.w;
+        return *this;
+    }
 };
 
-static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return uint4{x, y, z, w}; }
+struct alignas(8) float2 {
+    float x, y;
+};
+
+static inline float2 make_float2(float x, float y) { return float2{x, y}; }
+static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return uint4(x, y, z, w); }
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 /* ---- What tests may ask for ---- */
 
 struct cuda_host_settings {
-    int fail_at = 0;       /* the call of this number from now on fails; 0: none does                    */
-    bool reverse = false;  /* the threads of a block begin with the last                                 */
-    int n_live = 0;        /* allocations, streams, events, graphs that were not released                */
-    int n_devices = 1, major = 9;
+    int fail_at = 0;      /* the call of this number from now on fails; 0: none does                    */
+    bool reverse = false; /* the threads of a block begin with the last                                 */
+    int n_live = 0;       /* allocations, streams, events, graphs that were not released                */
+    int n_devices = 1, major = 9, ptx_version = 90;
     int n_launches = 0, n_graph_launches = 0; /* by hand; of graphs                                      */
+    int n_overlapping = 0;     /* launches that may begin before the kernel ahead of them is done            */
+    bool keeps_faults = false; /* faults of kernels are kept, and do not end the program                  */
+    std::set<std::string> faults;
+    bool can_record = true;        /* false: streams cannot be captured                                         */
+    bool failed_recording = false; /* the call that was to fail was one of those that record a graph      */
 };
 
 inline cuda_host_settings cuda_host;
 inline thread_local bool cuda_host_records = false; /* this thread, so some calls are forbidden it                    */
-inline std::recursive_mutex cuda_host_lock; /* one thread at a time uses the GPU */
+inline thread_local int cuda_host_device = 0;       /* this thread's                                                  */
+inline std::recursive_mutex cuda_host_lock;         /* one thread at a time uses the GPU */
 
 /* ---- Threads of a block ---- */
 
@@ -94,6 +127,8 @@ struct fiber {
     void *fake_stack = nullptr;
     const meeting *awaited = nullptr; /* to be past this round */
     int round = 0;
+    int n_syncs = 0;     /* __syncwarp calls that it has passed                              */
+    bool waited = false; /* for the kernels ahead of this one                                */
     bool done = true;
 };
 
@@ -138,7 +173,8 @@ CUDA_HOST_SWITCH void go_on(block &b, fiber &self, int warp, int lane) {
         const fiber &f = b.fibers[first + lane];
         if (f.done || (f.awaited && f.awaited->round == f.round)) continue;
         int i = b.current = first + lane;
-        threadIdx = dim3((unsigned)i % blockDim.x, (unsigned)i / blockDim.x % blockDim.y, (unsigned)i / blockDim.x / blockDim.y);
+        threadIdx = dim3((unsigned)i % blockDim.x, (unsigned)i / blockDim.x % blockDim.y,
+                         (unsigned)i / blockDim.x / blockDim.y);
         go(self, f);
         return;
     }
@@ -184,6 +220,8 @@ inline void begin(fiber &f, int i) {
         f.stack_size = STACK - (size_t)i * STAGGER % 4096;
         f.context = boost::context::detail::make_fcontext(f.memory.get() + f.stack_size, f.stack_size, fiber_main);
     }
+    f.n_syncs = 0;
+    f.waited = false;
     f.done = false;
 }
 
@@ -198,16 +236,18 @@ inline void run_block(const std::function<void()> &body, int n) {
     for (int i = 0; i < n; i++) begin(b.fibers[i], i), b.parity[i] = 0;
     while (b.n_done < n) {
         b.current = -1;
-        for (int j = 0, warps = (n + 31) / 32; j < warps; j++) go_on(b, b.scheduler, cuda_host.reverse ? warps - 1 - j : j, 0);
+        for (int j = 0, warps = (n + 31) / 32; j < warps; j++)
+            go_on(b, b.scheduler, cuda_host.reverse ? warps - 1 - j : j, 0);
         if (b.current >= 0) continue;
         fprintf(stderr, "cuda_host: the threads of a block wait for each other for ever\n");
         abort();
     }
+    b.current = -1; /* what follows is the host's */
 }
 
-/* What the lanes of this warp bring to the same operation, all 32 of which take part. It can be read until the next one. */
-template <typename T>
-CUDA_HOST_SWITCH const T *warp_values(const T &value) {
+/* What the lanes of this warp bring to the same operation, all 32 of which take part. It can be read until the next
+   one. */
+template <typename T> CUDA_HOST_SWITCH const T *warp_values(const T &value) {
     block &b = here();
     int i = b.current, warp = i / 32, parity = b.parity[i] ^= 1, lanes = b.n - warp * 32 < 32 ? b.n - warp * 32 : 32;
     static_assert(sizeof(T) <= LANE, "some registers");
@@ -217,10 +257,7 @@ CUDA_HOST_SWITCH const T *warp_values(const T &value) {
     return values;
 }
 
-template <typename T>
-CUDA_HOST_SWITCH T exchange(T value, int source) {
-    return warp_values(value)[source % 32];
-}
+template <typename T> CUDA_HOST_SWITCH T exchange(T value, int source) { return warp_values(value)[source % 32]; }
 
 } // namespace cuda_host_fibers
 
@@ -229,39 +266,122 @@ static inline void __syncthreads() {
     cuda_host_fibers::meet(b, b.all, b.n);
 }
 
-static inline void __syncwarp() { cuda_host_fibers::exchange(0, 0); }
+static inline void __syncwarp() {
+    cuda_host_fibers::exchange(0, 0);
+    cuda_host_fibers::here().fibers[cuda_host_fibers::here().current].n_syncs++;
+}
 
-template <typename T>
-static CUDA_HOST_SWITCH T __shfl_sync(unsigned, T value, int lane) {
+template <typename T> static CUDA_HOST_SWITCH T __shfl_sync(unsigned, T value, int lane) {
     return cuda_host_fibers::exchange(value, lane);
 }
 
-template <typename T>
-static CUDA_HOST_SWITCH T __shfl_xor_sync(unsigned, T value, int mask) {
+template <typename T> static CUDA_HOST_SWITCH T __shfl_xor_sync(unsigned, T value, int mask) {
     return cuda_host_fibers::exchange(value, cuda_host_fibers::here().current % 32 ^ mask);
 }
 
-template <typename T>
-static CUDA_HOST_SWITCH T __shfl_up_sync(unsigned, T value, int step) {
+template <typename T> static CUDA_HOST_SWITCH T __shfl_up_sync(unsigned, T value, int step) {
     int lane = cuda_host_fibers::here().current % 32;
     return cuda_host_fibers::exchange(value, lane < step ? lane : lane - step);
 }
 
 /* Not CUDA's: for the C twins of operations that a whole warp does at once. */
-template <typename T>
-static CUDA_HOST_SWITCH const T *cuda_host_warp(const T &value) {
+template <typename T> static CUDA_HOST_SWITCH const T *cuda_host_warp(const T &value) {
     return cuda_host_fibers::warp_values(value);
 }
 
-static inline void __threadfence() {}
-template <typename T>
-static inline T __ldcg(const T *from) {
-    return *from;
+/* The kernel that runs. Kernels are numbered; what those from `first_ahead` on have written may not be there before it
+   waits. */
+struct cuda_host_kernel {
+    unsigned number = 0, first_ahead = 0;
+    bool overlaps = false, runs = false;
+    int n_waits = 0; /* threads that have waited */
+};
+
+inline cuda_host_kernel cuda_host_current; /* under cuda_host_lock */
+
+/* What a kernel does wrong ends the program, or is kept for a test that does it on purpose. */
+CUDA_HOST_SWITCH void cuda_host_fault(const char *what) {
+    if (cuda_host.keeps_faults) {
+        cuda_host.faults.insert(what);
+        return;
+    }
+    fprintf(stderr, "cuda_host: %s (thread %u, block %u)\n", what, threadIdx.x, blockIdx.x);
+    abort();
 }
 
-static inline unsigned atomicAdd(unsigned *at, unsigned value) {
+static inline void cuda_host_check_alignment(const void *at, size_t size) {
+    uintptr_t address = (uintptr_t)at;
+    __asm__("" : "+r"(address)); /* the compiler would rely on the type */
+    if (address % size) cuda_host_fault("an access is not aligned");
+}
+
+/* Memory on the GPU, and who wrote it: of each two bytes the last kernel, if anybody watches. */
+struct cuda_host_memory {
+    uintptr_t begin = 0;
+    size_t size = 0;
+    unsigned *writers = nullptr;
+};
+
+inline std::map<uintptr_t, cuda_host_memory> cuda_host_memories; /* by address, under cuda_host_lock */
+inline cuda_host_memory cuda_host_last_memory;                   /* the one that was found last       */
+
+CUDA_HOST_SWITCH const cuda_host_memory *cuda_host_find_memory(uintptr_t at) {
+    cuda_host_memory &last = cuda_host_last_memory;
+    if (at - last.begin < last.size) return &last;
+    auto found = cuda_host_memories.upper_bound(at);
+    if (found == cuda_host_memories.begin()) return nullptr;
+    --found;
+    if (at - found->first >= found->second.size) return nullptr;
+    last = found->second;
+    return &last;
+}
+
+static inline void cuda_host_add_memory(void *begin, size_t size) {
+    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    cuda_host_memory memory;
+    memory.begin = (uintptr_t)begin;
+    memory.size = size;
+#ifdef CUDA_HOST_WATCH
+    memory.writers = (unsigned *)calloc((size + 1) / 2, sizeof(unsigned));
+#endif
+    cuda_host_memories[memory.begin] = memory;
+}
+
+static inline void cuda_host_remove_memory(void *begin) {
+    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    auto found = cuda_host_memories.find((uintptr_t)begin);
+    if (found == cuda_host_memories.end()) return;
+    free(found->second.writers);
+    cuda_host_memories.erase(found);
+    cuda_host_last_memory = cuda_host_memory();
+}
+
+/* Not CUDA's: where a kernel waits for those ahead of it, and what it prefetches. */
+static inline void cuda_host_wait() {
+    cuda_host_fibers::here().fibers[cuda_host_fibers::here().current].waited = true;
+    cuda_host_current.n_waits++;
+}
+
+static inline void cuda_host_prefetch(const void *from, size_t size) {
+    uintptr_t at = (uintptr_t)from;
+    const cuda_host_memory *memory = cuda_host_find_memory(at);
+    if (at % 16 || size % 16 || size == 0) cuda_host_fault("a prefetch is not of whole 16 bytes");
+    if (!memory || at - memory->begin + size > memory->size) cuda_host_fault("a prefetch reaches beyond its memory");
+}
+
+#ifdef CUDA_HOST_WATCH
+#include "cuda_watch.h"
+#else
+static inline void cuda_host_watch_block() {}
+static inline void cuda_host_watch_atomic(unsigned *) {}
+#endif
+
+template <typename T> static inline T __ldcg(const T *from) { return *from; }
+
+CUDA_HOST_SWITCH unsigned atomicAdd(unsigned *at, unsigned value) {
     unsigned old = *at;
     *at += value;
+    cuda_host_watch_atomic(at);
     return old;
 }
 
@@ -289,7 +409,14 @@ enum cudaError_t {
 
 enum { cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor,
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrMemoryClockRate,
+    cudaDevAttrGlobalMemoryBusWidth,
+    cudaDevAttrL2CacheSize
+};
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
 
@@ -298,6 +425,7 @@ typedef std::vector<std::function<void()>> cuda_host_queue;
 struct cuda_host_stream {
     cuda_host_queue queue;
     bool recording = false;
+    int device = cuda_host_device;
 };
 
 struct cuda_host_event {
@@ -324,9 +452,11 @@ struct cudaLaunchConfig_t {
 };
 
 /* Every call that can fail asks here first. */
-static inline bool cuda_host_fails() {
+static inline bool cuda_host_fails(bool records = cuda_host_records) {
     std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
-    return cuda_host.fail_at && --cuda_host.fail_at == 0;
+    bool fails = cuda_host.fail_at && --cuda_host.fail_at == 0;
+    if (fails) cuda_host.failed_recording = records;
+    return fails;
 }
 
 static inline void cuda_host_count(int n) {
@@ -339,23 +469,21 @@ static inline void cuda_host_count_launch(int *counter) {
     ++*counter;
 }
 
-template <typename T>
-static inline cudaError_t cuda_host_new(T **out) {
-    if (cuda_host_fails()) return cudaErrorMemoryAllocation;
+template <typename T> static inline cudaError_t cuda_host_new(T **out, bool records = cuda_host_records) {
+    if (cuda_host_fails(records)) return cudaErrorMemoryAllocation;
     *out = new T;
     cuda_host_count(1);
     return cudaSuccess;
 }
 
-template <typename T>
-static inline cudaError_t cuda_host_delete(T *object) {
+template <typename T> static inline cudaError_t cuda_host_delete(T *object) {
     delete object;
     cuda_host_count(-1);
     return cudaSuccess;
 }
 
 static inline cudaError_t cuda_host_enqueue(cudaStream_t stream, std::function<void()> work) {
-    if (cuda_host_fails()) return cudaErrorInvalidValue;
+    if (cuda_host_fails() || stream->device != cuda_host_device) return cudaErrorInvalidValue;
     stream->queue.push_back(std::move(work));
     return cudaSuccess;
 }
@@ -366,7 +494,9 @@ static inline void cuda_host_run(cuda_host_queue &queue) {
 }
 
 static inline cudaError_t cudaGetLastError() { return cudaErrorNoDevice; }
-static inline const char *cudaGetErrorString(cudaError_t error) { return error == cudaErrorNoDevice ? "no device" : "a failure made by the test"; }
+static inline const char *cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorNoDevice ? "no device" : "a failure made by the test";
+}
 
 static inline cudaError_t cudaGetDeviceCount(int *n) {
     *n = cuda_host.n_devices;
@@ -374,12 +504,29 @@ static inline cudaError_t cudaGetDeviceCount(int *n) {
 }
 
 static inline cudaError_t cudaGetDevice(int *device) {
-    *device = 0;
+    *device = cuda_host_device;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= cuda_host.n_devices) return cudaErrorInvalidValue;
+    cuda_host_device = device;
+    return cudaSuccess;
+}
+
+struct cudaFuncAttributes {
+    int ptxVersion;
+};
+
+template <typename Kernel> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *out, Kernel *) {
+    out->ptxVersion = cuda_host.ptx_version;
     return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrComputeCapabilityMajor ? cuda_host.major : attribute == cudaDevAttrComputeCapabilityMinor ? 0 : 3;
+    *value = attribute == cudaDevAttrComputeCapabilityMajor   ? cuda_host.major
+             : attribute == cudaDevAttrComputeCapabilityMinor ? 0
+                                                              : 3;
     return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
 }
 
@@ -390,11 +537,13 @@ static inline cudaError_t cudaMalloc(void **out, size_t size) {
     if (!*out) return cudaErrorMemoryAllocation;
     memset(*out, 0xFF, size);
     cuda_host_count(1);
+    cuda_host_add_memory(*out, size);
     return cudaSuccess;
 }
 
 static inline cudaError_t cudaFree(void *ptr) {
     if (ptr) cuda_host_count(-1);
+    cuda_host_remove_memory(ptr);
     free(ptr);
     return cudaSuccess;
 }
@@ -402,7 +551,8 @@ static inline cudaError_t cudaFree(void *ptr) {
 static inline cudaError_t cudaMallocHost(void **out, size_t size) { return cudaMalloc(out, size); }
 static inline cudaError_t cudaFreeHost(void *ptr) { return cudaFree(ptr); }
 
-static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind, cudaStream_t stream) {
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind,
+                                          cudaStream_t stream) {
     return cuda_host_enqueue(stream, [=] { memcpy(to, from, size); });
 }
 
@@ -439,7 +589,7 @@ static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent
 }
 
 static inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
-    if (cuda_host_fails()) return cudaErrorInvalidValue;
+    if (cuda_host_fails(true) || !cuda_host.can_record) return cudaErrorStreamCaptureUnsupported;
     cuda_host_run(stream->queue); /* what was queued before is not part of the graph */
     stream->queue.clear();
     stream->recording = cuda_host_records = true;
@@ -450,13 +600,13 @@ static inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t 
     stream->recording = cuda_host_records = false;
     cuda_host_queue recorded;
     recorded.swap(stream->queue);
-    cudaError_t result = cuda_host_new(out);
+    cudaError_t result = cuda_host_new(out, true);
     if (result == cudaSuccess) (*out)->swap(recorded);
     return result;
 }
 
 static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long) {
-    cudaError_t result = cuda_host_new(out);
+    cudaError_t result = cuda_host_new(out, true);
     if (result == cudaSuccess) **out = *graph;
     return result;
 }
@@ -469,15 +619,25 @@ static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t st
     return cuda_host_enqueue(stream, [=] { cuda_host_run(*graph); });
 }
 
-static inline void cuda_host_run_grid(dim3 grid, dim3 block, const std::function<void()> &thread) {
+static inline void cuda_host_run_grid(dim3 grid, dim3 block, bool overlaps, const std::function<void()> &thread) {
+    cuda_host_kernel &kernel = cuda_host_current;
     gridDim = grid;
     blockDim = block;
+    kernel.number++;
+    kernel.overlaps = overlaps;
+    kernel.n_waits = 0;
+    kernel.runs = true;
+    if (!overlaps) kernel.first_ahead = kernel.number;
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
             for (unsigned x = 0; x < grid.x; x++) {
                 blockIdx = dim3(x, y, z);
+                cuda_host_watch_block();
                 cuda_host_fibers::run_block(thread, (int)(block.x * block.y * block.z));
             }
+    kernel.runs = false;
+    if (overlaps && kernel.n_waits == 0)
+        cuda_host_fault("no block of a kernel waits, so the next one could begin too early");
 }
 
 /* A kernel is loaded when it is launched for the first time, which is not to be while recording. */
@@ -489,13 +649,19 @@ static inline bool cuda_host_may_launch(const void *kernel, bool recording) {
 }
 
 template <typename... Parameters, typename... Arguments>
-static inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Parameters...), Arguments... arguments) {
+static inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Parameters...),
+                                             Arguments... arguments) {
     dim3 grid = config->gridDim, block = config->blockDim;
     unsigned n = block.x * block.y * block.z;
-    if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !n || n > 1024) return cudaErrorInvalidValue;
-    if (!cuda_host_may_launch((const void *)kernel, config->stream->recording)) return cudaErrorStreamCaptureUnsupported;
+    if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !n || n > 1024)
+        return cudaErrorInvalidValue;
+    if (!cuda_host_may_launch((const void *)kernel, config->stream->recording))
+        return cudaErrorStreamCaptureUnsupported;
     if (!config->stream->recording) cuda_host_count_launch(&cuda_host.n_launches);
-    return cuda_host_enqueue(config->stream, [=] { cuda_host_run_grid(grid, block, [=] { kernel(arguments...); }); });
+    if (config->numAttrs) cuda_host_count_launch(&cuda_host.n_overlapping);
+    bool overlaps = config->numAttrs > 0;
+    return cuda_host_enqueue(config->stream,
+                             [=] { cuda_host_run_grid(grid, block, overlaps, [=] { kernel(arguments...); }); });
 }
 
 #endif
