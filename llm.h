@@ -84,9 +84,7 @@
 
         CPU logits are the same bits on every instruction set, with every compiler, its flags, thread count, whatever
         else is in the batch, however a prompt was cut into passes, and whether a prefix came from a fork, a saved cache
-        or was computed. One exception: int4 weights are used exactly in passes of up to 16 tokens and rounded to bf16
-        in longer ones. If that matters, as for users whose texts must not depend on their neighbours', set n_batch to
-        16. See section 12.
+        or was computed. See section 12.
 
     RECIPES
 
@@ -418,17 +416,20 @@ typedef struct llm_model llm_model;
 typedef struct llm_tokenizer llm_tokenizer;
 typedef struct llm_backend llm_backend;
 
-/* The type weights have in memory. A file of any type is converted while it is loaded. */
+/* The type weights have in memory. LLM_DTYPE_FILE keeps the file's own: a tensor in blocks (Q4_0, Q4_1, Q5_0, Q5_1,
+   Q8_0, Q2_K to Q6_K) keeps its numbers and about its size, int8 per channel stays as it is, and F32, F16 and BF16
+   become bf16; so one model may have several types. With the others every matrix is converted while it is loaded. */
 typedef enum llm_dtype {
-    LLM_DTYPE_DEFAULT = 0, /* bf16                                                                        */
+    LLM_DTYPE_DEFAULT = 0, /* LLM_DTYPE_FILE on the CPU, bf16 on a GPU                                    */
     LLM_DTYPE_F32,
     LLM_DTYPE_BF16,
     LLM_DTYPE_INT8, /* per output channel: q = round(127 w / max|row|)                             */
-    LLM_DTYPE_INT4, /* in groups of 32 with scale and minimum; Q4_0, Q4_1 and Q8_0 tensors exactly */
-    LLM_DTYPE_F16   /* as F16 files have them; on the CPU activations stay f32                     */
+    LLM_DTYPE_INT4, /* in groups of 32 with scale and minimum; blocks of up to 4 bits, and Q8_0, stay      */
+    LLM_DTYPE_F16,  /* as F16 files have them; on the CPU activations stay f32                     */
+    LLM_DTYPE_FILE  /* as the file has them; bf16 if none is in blocks or int8                             */
 } llm_dtype;
 
-/* "f32", "bf16", "int8", "int4", "f16". NULL or LLM_DTYPE_DEFAULT if there is no such type. */
+/* "f32", "bf16", "int8", "int4", "f16", "file". NULL or LLM_DTYPE_DEFAULT if there is no such type. */
 LLM_API const char *llm_dtype_name(llm_dtype dtype);
 LLM_API llm_dtype llm_dtype_from_name(const char *name);
 
@@ -443,7 +444,8 @@ typedef struct llm_model_desc {
 typedef struct llm_model_info {
     char name[64];         /* from the file, may be empty                                                     */
     char architecture[32]; /* "llama", ...                                                                    */
-    llm_dtype dtype;
+    llm_dtype dtype; /* LLM_DTYPE_FILE if weights are in blocks, or in several types, as in the file              */
+    char held[96];   /* what the matrices are held in: "bf16", "Q4_K 71 %, Q6_K 29 %" (of the parameters)         */
     const char *isa; /* the instruction set in use                                                            */
     const llm_backend *backend;
     int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim, n_ctx_train;
@@ -908,8 +910,7 @@ LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *cont
                                 llm_token *ids, size_t capacity, int64_t *n_context, llm_error *err);
 
 /* In what batches the questions are computed. Use LLM_SCHEDULE_PACKED: the others do what other programs do, and exist
-   to measure it. On the CPU the log-likelihoods are the same bits in all of them (with int4 weights only if the
-   context's n_batch is at most 16). */
+   to measure it. On the CPU the log-likelihoods are the same bits in all of them. */
 typedef enum llm_schedule {
     LLM_SCHEDULE_PACKED = 0, /* every pass full of tokens that are needed, nothing padded, nothing computed twice  */
     LLM_SCHEDULE_FIXED,      /* baseline: a number of texts at a time, as they come, padded to the longest         */
@@ -1007,6 +1008,7 @@ typedef struct llm_backend_weight {
     float (*row_scale)(const struct llm_backend_weight *weight,
                        int row); /* by which a raw row of type I8 is multiplied     */
     bool has_q8_0;               /* some of its rows are of that type                                               */
+    int n_parts, part_rows[3], part_types[3]; /* the tensors it is made of, one after the other; GGUF's types */
 } llm_backend_weight;
 
 typedef struct llm_backend_group {
@@ -4168,17 +4170,18 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
 }
 
 /* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
-#define LLM__JINJA_FILTERS(X)                                                                                         \
-    X(trim)                                                                                                           \
-    X(tojson)                                                                                                         \
-    X(length)                                                                                                         \
-    X(count)                                                                                                          \
-    X(upper)                                                                                                          \
-    X(lower)                                                                                                          \
-    X(title)                                                                                                          \
-    X(capitalize) X(replace) X(join) X(first) X(last) X(list) X(map) X(select) X(reject) X(selectattr) X(rejectattr)  \
-        X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort) X(unique) X(reverse) X(indent) \
-            X(abs) X(round) X(sum) X(min) X(max)
+#define LLM__JINJA_FILTERS(X)                                                                                          \
+    X(trim)                                                                                                            \
+    X(tojson)                                                                                                          \
+    X(length)                                                                                                          \
+    X(count)                                                                                                           \
+    X(upper)                                                                                                           \
+    X(lower)                                                                                                           \
+    X(title)                                                                                                           \
+    X(capitalize)                                                                                                      \
+    X(replace) X(join) X(first) X(last) X(list) X(map) X(select) X(reject) X(selectattr) X(rejectattr) X(default) X(d) \
+        X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort) X(unique) X(reverse) X(indent) X(abs) X(round)  \
+            X(sum) X(min) X(max)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 #undef X
@@ -4186,15 +4189,16 @@ static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #undef X
 
-#define LLM__JINJA_TESTS(X)                                                                                           \
-    X(defined)                                                                                                        \
-    X(undefined)                                                                                                      \
-    X(none)                                                                                                           \
-    X(string)                                                                                                         \
-    X(mapping)                                                                                                        \
-    X(sequence)                                                                                                       \
-    X(iterable)                                                                                                       \
-    X(number) X(integer) X(float) X(boolean) X(true) X(false) X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) \
+#define LLM__JINJA_TESTS(X)                                                                                 \
+    X(defined)                                                                                              \
+    X(undefined)                                                                                            \
+    X(none)                                                                                                 \
+    X(string)                                                                                               \
+    X(mapping)                                                                                              \
+    X(sequence)                                                                                             \
+    X(iterable)                                                                                             \
+    X(number)                                                                                               \
+    X(integer) X(float) X(boolean) X(true) X(false) X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) \
         X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(lower) X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
@@ -4203,17 +4207,17 @@ static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 enum { LLM__JINJA_TESTS(X) LLM__JT_END };
 #undef X
 
-#define LLM__JINJA_METHODS(X)                                                                                     \
-    X(strip)                                                                                                      \
-    X(lstrip)                                                                                                     \
-    X(rstrip)                                                                                                     \
-    X(split)                                                                                                      \
-    X(rsplit)                                                                                                     \
-    X(startswith)                                                                                                 \
-    X(endswith)                                                                                                   \
-    X(replace) X(upper) X(lower) X(title) X(capitalize) X(find) X(rfind) X(count) X(join) X(splitlines)           \
-        X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) X(cycle) \
-            X(format)
+#define LLM__JINJA_METHODS(X)                                                                                \
+    X(strip)                                                                                                 \
+    X(lstrip)                                                                                                \
+    X(rstrip)                                                                                                \
+    X(split)                                                                                                 \
+    X(rsplit)                                                                                                \
+    X(startswith)                                                                                            \
+    X(endswith)                                                                                              \
+    X(replace)                                                                                               \
+    X(upper) X(lower) X(title) X(capitalize) X(find) X(rfind) X(count) X(join) X(splitlines) X(removeprefix) \
+        X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) X(cycle) X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
 #undef X
@@ -5691,6 +5695,10 @@ static llm__jinja_value llm__jinja_range(llm__jinja_run *r, llm__jinja_args *a) 
     }
     return list;
 }
+
+#if !defined(_WIN32) && !defined(__cplusplus)
+struct tm *localtime_r(const time_t *time, struct tm *date); /* hidden by -std=c99 if the host included time.h first */
+#endif
 
 static llm__jinja_value llm__jinja_strftime(llm__jinja_run *r, const llm__jinja_value *format) {
     char text[256], copy[128];
@@ -9387,13 +9395,13 @@ LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer) { ret
      bf16   as the matrix unit instruction TDPBF16PS sums: x and w are bf16; for each 32 consecutive k,
                 e = fma(x[k], w[k], e) over the even k,  o likewise over the odd k,  both from 0;   y = y + (e + o).
      int8   the same sums over whole numbers, which bf16 holds exactly, and at the end  y = y + sum * scale[output].
-     groups of 32 whole numbers with scale d and minimum m:  y = fma(d, e + o, y),  then  y = fma(m, sum of x, y); but
-            where more than 16 rows meet a matrix, its weights are fma(q, d, m) rounded to bf16.
+     groups x, rounded to bf16 as above, becomes whole numbers in groups of 32: s = max|x| / 127, x = s * a. Weights are
+            d * q + m, of which 32 or 16 consecutive k share d and m. So  y = fma(d * s, sum of q * a, y),  and where
+            there are minimums then  y = fma(m, s * sum of a, y).  Sums of whole numbers are exact in any order.
    k is padded with zeros to a multiple of 32. Weights lie in tiles of 16 outputs, so that a vector holds the same k of
    16 outputs and each lane computes one output in just this order:
      f32, f16  [k][16]          bf16   [k/2][16][2]            int8   [k][16], then f32 scale[16]
-     int8 in groups: for each group [32][16], then f16 d[16], m[16];  int4: [4][16] words of 8 numbers (in the order of
-     LLM__NIBBLE), d[16], m[16]
+     groups: see llm__kernel_forms
    A block of the KV cache is such tiles: keys with k along the head, values with k along the positions. In an int8
    cache a position's key, or value, has one scale: the keys' tiles hold it; that of the values stands behind their
    tiles, whose own scales are 1, and is multiplied into the softmax weights, which are rounded to bf16 again.
@@ -9407,28 +9415,77 @@ LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer) { ret
 
 #if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 
-/* Where in its word of int4 the number of k = 0..7 is. Those of k and k + 2 are half a word apart, see v_dot. */
-#define LLM__NIBBLE(k) (((k)&1) | ((k)&4) >> 1 | (~(k)&2) << 1)
-
 typedef enum llm__weight_type {
     LLM__W_F32,
     LLM__W_BF16,
     LLM__W_INT8,
-    LLM__W_INT8_GROUPS,
-    LLM__W_INT4_GROUPS,
     LLM__W_F16,
+    LLM__W_Q4, /* this and all below: in groups */
+    LLM__W_Q4_MIN,
+    LLM__W_Q4_K,
+    LLM__W_Q4_K16,
+    LLM__W_Q5,
+    LLM__W_Q5_MIN,
+    LLM__W_Q5_K,
+    LLM__W_Q6_K16,
+    LLM__W_Q8,
     LLM__W_KINDS
 } llm__weight_type;
+
+/* How the kinds in groups hold weights. A tile has first the numbers of all its groups, then all scales, then, of the K
+   kinds, an f16 d[16] (and m[16]) for each 8 groups. The numbers of a group are bytes [8][16][4]: of four k for each of
+   16 outputs. If they have fewer than 8 bits: [4][16][4] bytes with the low four bits of [j] and [j + 4], then the bits
+   above, those of [0] lowest: in [16][4] bytes the fifth of all 8, or in [2][16][4] the fifth and sixth of four each.
+   Scales of a group: f16 d[16], then m[16] if there are minimums. Of the K kinds they are whole numbers of 8 bits, or
+   two times 16 of each where 16 k share them; they are multiplied by d, and by -m. */
+typedef struct llm__kernel_form {
+    uint8_t bits, zero;       /* a weight is d * (number - zero) + m; numbers of 8 bits have a sign */
+    bool minimum, k, sixteen; /* K kinds; 16 k share a scale */
+} llm__kernel_form;
+
+static const llm__kernel_form llm__kernel_forms[LLM__W_KINDS] = {
+    {0, 0, false, false, false},  {0, 0, false, false, false}, {0, 0, false, false, false}, {0, 0, false, false, false},
+    {4, 8, false, false, false},  {4, 0, true, false, false},  {4, 0, true, true, false},   {4, 0, true, true, true},
+    {5, 16, false, false, false}, {5, 0, true, false, false},  {5, 0, true, true, false},   {6, 32, false, true, true},
+    {8, 0, false, false, false},
+};
+
+/* Bytes of a group's numbers and of its scales in a tile, and of the d and m of 8 groups. */
+#define LLM__NUMBER_BYTES(kind) ((size_t)llm__kernel_forms[kind].bits * 64)
+#define LLM__SCALE_BYTES(kind)                     \
+    ((size_t)(llm__kernel_forms[kind].k ? 16 : 32) \
+     << (llm__kernel_forms[kind].minimum ? 1 : 0) << (llm__kernel_forms[kind].sixteen ? 1 : 0))
+#define LLM__K_BYTES(kind) ((size_t)(llm__kernel_forms[kind].k ? 32 : 0) << (llm__kernel_forms[kind].minimum ? 1 : 0))
+
+static int llm__math_round_up(int n, int step) { return (n + step - 1) / step * step; }
+
+/* A tile with k inputs. */
+static size_t llm__matrix_tile_bytes(llm__weight_type kind, int k) {
+    static const size_t block_bytes[LLM__W_Q4] = {2048, 1024, 512, 1024};
+    size_t n = (size_t)llm__math_round_up(k, 32) / 32;
+    if (kind < LLM__W_Q4) return n * block_bytes[kind] + (kind == LLM__W_INT8 ? 64 : 0);
+    size_t bytes = n * (LLM__NUMBER_BYTES(kind) + LLM__SCALE_BYTES(kind)) + (n + 7) / 8 * LLM__K_BYTES(kind);
+    return (bytes + 63) / 64 * 64;
+}
+
+static bool llm__matrix_has_groups(llm__weight_type kind) { return kind >= LLM__W_Q4; }
+
+/* 32 activations as whole numbers: x = scale * a. The sums are of the numbers, of all and of each 16. */
+typedef struct llm__kernel_group {
+    int8_t a[32];
+    float scale, scaled_sum, scaled_sums[2]; /* scale * n, scale * halves[] */
+    int32_t n, halves[2], unused;
+} llm__kernel_group;
 
 #define LLM__LOG2_E 1.44269504f /* log2(e) */
 #define LLM__WHOLE 12582912.0f  /* 1.5 * 2^23: what it is added to is rounded to a whole number */
 #define LLM__INVERSE 0x7EF311C0 /* less the bits of a number: about those of its inverse */
+#define LLM__LEAST 1e-30f       /* activations in groups all of which are below it count as 0 */
 
 /* `rows` activations x[row * x_stride + k] meet n tiles that lie one behind the other, and their outputs are added to
-   y[row * y_stride + 0 .. 16 * n - 1]. Products with groups need the sums of x over each 32:
-   x_sums[row * k / 32 + group]. */
-typedef void llm__kernel_product_fn(const float *x, size_t x_stride, const float *x_sums, int rows, const void *tiles,
-                                    int n, int k, float *y, size_t y_stride);
+   y[row * y_stride + 0 .. 16 * n - 1]. */
+typedef void llm__kernel_product_fn(const float *x, size_t x_stride, int rows, const void *tiles, int n, int k,
+                                    float *y, size_t y_stride);
 
 typedef enum llm__kernel_ending { LLM__STORE, LLM__ADD, LLM__SWIGLU } llm__kernel_ending;
 
@@ -9484,7 +9541,7 @@ enum {
     LLM__STRIP_MOST = 96,  /* rows, a multiple of LLM__STRIP_ROWS, that meet the same blocks in strips, ...       */
     LLM__STRIP_BLOCKS = 6, /* ... which are so many                                                               */
     LLM__TILE_ROWS = 16,   /* of queries, from so many on attention goes as panels do                             */
-    LLM__EXACT_ROWS = 16,  /* more rows meet groups as bf16 (of the arithmetic)                                   */
+    LLM__GROUPS = 16,      /* groups of two tiles that become bytes for many rows at once: 24 KB                  */
     LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
     LLM__PANEL_LEAST = 36, /* rows for which widening two tiles for pairs of bf16 pays (Zen 4) */
     LLM__PANEL_TILES = 16, /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
@@ -9509,10 +9566,13 @@ static inline llm__kernel_lines llm__kernel_packed_row(size_t step, uint8_t *pac
 
 typedef struct llm__kernels {
     const char *name;
-    llm__kernel_product_fn *product[LLM__W_KINDS];
-    void (*group_sums)(const float *x, int k, float *sums); /* of each 32 */
-    /* Blocks of whole numbers as bf16, in the order of its tiles: int8 as they are, in groups fma(q, scale, minimum). */
-    void (*unpack)(llm__weight_type kind, const uint8_t *w, int n_blocks, uint8_t *to);
+    llm__kernel_product_fn *product[LLM__W_Q4];
+    /* The same with tiles of a kind in groups, and rows of k / 32 lines, which `quantize` makes of k activations. A row
+       in which one is no number, or infinite, has scales that are NaN. */
+    void (*group_product)(llm__weight_type kind, const llm__kernel_group *x, size_t x_stride, int rows,
+                          const uint8_t *tiles, int n, int k, float *y, size_t y_stride);
+    void (*quantize)(const float *x, int k, llm__kernel_group *lines);
+    void (*unpack)(const uint8_t *w, int n_blocks, uint8_t *to); /* blocks of int8 as bf16, in the order of its tiles */
     /* RMSNorm: factor = 1 / sqrt(mean(x * x) + eps); y = x * factor * w, n values, then zeros up to a multiple of 32,
        rounded to bf16 if `round`. */
     float (*norm_factor)(const float *x, int n, float eps);
@@ -9538,15 +9598,16 @@ typedef struct llm__kernels {
     /* Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given. */
     void (*rope)(float *x, const float *cosines, const float *sines, int half);
     /* The limits benchmarks compare with: reads n bytes and does nothing with them; does n times 2 * 16 * 12 floating-
-       point operations that wait for nothing but each other, or twice as many on pairs of bf16, or on the matrix unit
-       2 * 4 * 16 * 16 * 32. The latter two are NULL where there are none. */
+       point operations that wait for nothing but each other, or four times as many on bytes, or twice as many on pairs
+       of bf16, or on the matrix unit 2 * 4 * 16 * 16 * 32. The latter two are NULL where there are none. */
     uint32_t (*read)(const void *p, size_t n);
-    uint32_t (*multiply)(size_t n), (*multiply_pairs)(size_t n), (*tile_multiply)(size_t n);
+    uint32_t (*multiply)(size_t n), (*multiply_bytes)(size_t n), (*multiply_pairs)(size_t n),
+        (*tile_multiply)(size_t n);
     /* Many rows of bf16; all NULL, and 0, where `product` does them as well. panel_rows: from so many on it pays. */
     size_t line_step;
     int panel_rows;
     void (*tile_product)(const llm__kernel_tile_product *p);
-    void (*panel)(const llm__kernel_panel *p); /* all kinds but f32 and f16 */
+    void (*panel)(const llm__kernel_panel *p); /* bf16 and int8 */
     /* What the functions above give, rounded, into a row from `column` on (a multiple of 16): x * factor for n values,
        and zeros up to n_padded; a norm, with zeros up to the end of its last line; a softmax of n scores, with zeros up to
        `padded`, a multiple of 32. */
@@ -9700,7 +9761,7 @@ static bool llm__amx_allowed(void) {
 #undef LLM__TARGET
 
 #define LLM__USE_BF16
-#define LLM__TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
+#define LLM__TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c")))
 #define LLM__KERNEL_PASS llm__avx512_bf16_
 #include LLM_HEADER_FILENAME
 #undef LLM__KERNEL_PASS
@@ -9738,7 +9799,7 @@ static const llm__kernels *llm__kernels_choose(const char *isa) {
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* every such chip has f16c */
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #if defined(LLM__HAVE_TILES)
     if (bf16 && (!isa || !strcmp(isa, "amx")) && llm__amx_allowed()) return &llm__avx512_bf16_amx_kernels;
 #endif
@@ -9816,41 +9877,92 @@ static const void *llm__weight_raw_row(const llm_backend_weight *weight, int row
 }
 
 LLM_API const char *llm_dtype_name(llm_dtype dtype) {
-    static const char *const names[] = {NULL, "f32", "bf16", "int8", "int4", "f16"};
-    return dtype >= LLM_DTYPE_DEFAULT && dtype <= LLM_DTYPE_F16 ? names[dtype] : NULL;
+    static const char *const names[] = {NULL, "f32", "bf16", "int8", "int4", "f16", "file"};
+    return dtype >= LLM_DTYPE_DEFAULT && dtype <= LLM_DTYPE_FILE ? names[dtype] : NULL;
 }
 
 LLM_API llm_dtype llm_dtype_from_name(const char *name) {
-    for (int i = LLM_DTYPE_F32; i <= LLM_DTYPE_F16; i++)
+    for (int i = LLM_DTYPE_F32; i <= LLM_DTYPE_FILE; i++)
         if (name && !strcmp(name, llm_dtype_name((llm_dtype)i))) return (llm_dtype)i;
     return LLM_DTYPE_DEFAULT;
 }
 
-static bool llm__matrix_has_groups(llm__weight_type kind) {
-    return kind == LLM__W_INT8_GROUPS || kind == LLM__W_INT4_GROUPS;
-}
-
-/* A matrix in tiles of 16 outputs, see section 12. */
+/* A matrix in tiles of 16 outputs, see section 12. If the tensors of a weight are held in several kinds, their tiles
+   follow each other, or alternate (gates and ups). */
 typedef struct llm__matrix {
-    llm__weight_type kind;
-    int n, k; /* outputs and inputs as the model has them; both are padded with zeros in memory */
+    llm__weight_type kind; /* of all tiles, or of the first */
+    int n, k;              /* outputs and inputs as the model has them; both are padded with zeros in memory */
     size_t tile_bytes;
     uint8_t *data;
+    int first;   /* the matrix begins with this tile of data, see llm__matrix_part */
+    int n_kinds; /* 0: all tiles are alike; else those before ends[i] are of kinds[i] */
+    llm__weight_type kinds[3];
+    int ends[3];
+    bool in_turns; /* tiles 0, 2, 4 ... are of kinds[0], the others of kinds[1] */
+    bool panels;   /* many rows meet it in panels, if there are such */
+    bool groups;   /* some of it is in groups */
 } llm__matrix;
 
-static int llm__math_round_up(int n, int step) { return (n + step - 1) / step * step; }
+/* Tiles of one kind that lie one behind the other. */
+typedef struct llm__kernel_tiles {
+    llm__weight_type kind;
+    int n;
+    size_t tile_bytes;
+    uint8_t *at;
+} llm__kernel_tiles;
 
-static llm__weight_type llm__weight_type_for(llm_dtype dtype, const llm_backend_weight *weight) {
+/* The tiles from `tile` on, at most n. */
+static llm__kernel_tiles llm__matrix_tiles(const llm__matrix *m, int tile, int n) {
+    llm__kernel_tiles t = {m->kind, n, m->tile_bytes, m->data};
+    tile += m->first;
+    if (m->in_turns) {
+        size_t bytes[2] = {llm__matrix_tile_bytes(m->kinds[0], m->k), llm__matrix_tile_bytes(m->kinds[1], m->k)};
+        t.kind = m->kinds[tile % 2];
+        t.n = 1;
+        t.tile_bytes = bytes[tile % 2];
+        t.at += (size_t)(tile / 2) * (bytes[0] + bytes[1]) + (tile % 2 ? bytes[0] : 0);
+        return t;
+    }
+    int begin = 0;
+    for (int i = 0; i < m->n_kinds; begin = m->ends[i++]) {
+        t.kind = m->kinds[i];
+        t.tile_bytes = llm__matrix_tile_bytes(t.kind, m->k);
+        if (tile < m->ends[i] || i == m->n_kinds - 1) {
+            if (n > m->ends[i] - tile) t.n = m->ends[i] - tile;
+            break;
+        }
+        t.at += (size_t)(m->ends[i] - begin) * t.tile_bytes;
+    }
+    t.at += (size_t)(tile - begin) * t.tile_bytes;
+    return t;
+}
+
+/* The kind that holds a tensor of a file's type best: its own numbers, where they are in blocks. */
+static llm__weight_type llm__kernel_kind_of_file(int type) {
+    switch (type) {
+    case LLM__Q4_0: return LLM__W_Q4;
+    case LLM__Q4_1: return LLM__W_Q4_MIN;
+    case LLM__Q5_0: return LLM__W_Q5;
+    case LLM__Q5_1: return LLM__W_Q5_MIN;
+    case LLM__Q8_0: return LLM__W_Q8;
+    case LLM__Q2_K:
+    case LLM__Q3_K: return LLM__W_Q4_K16;
+    case LLM__Q4_K: return LLM__W_Q4_K;
+    case LLM__Q5_K: return LLM__W_Q5_K;
+    case LLM__Q6_K: return LLM__W_Q6_K16;
+    case LLM__I8: return LLM__W_INT8;
+    default: return LLM__W_BF16;
+    }
+}
+
+static llm__weight_type llm__weight_type_for(llm_dtype dtype, int type) {
+    llm__weight_type own = llm__kernel_kind_of_file(type);
     if (dtype == LLM_DTYPE_F32) return LLM__W_F32;
     if (dtype == LLM_DTYPE_F16) return LLM__W_F16;
     if (dtype == LLM_DTYPE_BF16) return LLM__W_BF16;
     if (dtype == LLM_DTYPE_INT8) return LLM__W_INT8;
-    return weight->has_q8_0 ? LLM__W_INT8_GROUPS : LLM__W_INT4_GROUPS;
-}
-
-static size_t llm__matrix_tile_bytes(llm__weight_type kind, int k) {
-    static const size_t block_bytes[LLM__W_KINDS] = {2048, 1024, 512, 576, 320, 1024};
-    return (size_t)llm__math_round_up(k, 32) / 32 * block_bytes[kind] + (kind == LLM__W_INT8 ? 64 : 0);
+    if (dtype == LLM_DTYPE_FILE) return own;
+    return llm__kernel_forms[own].bits == 4 || own == LLM__W_Q8 ? own : LLM__W_Q4_MIN;
 }
 
 /* Where in a tile of f32, f16 or bf16 with k inputs (padded) an element is; the KV cache's blocks are such matrices. */
@@ -9864,45 +9976,98 @@ static void llm__matrix_tile_set(llm__weight_type kind, void *tiles, size_t inde
     else ((uint16_t *)tiles)[index] = kind == LLM__W_F16 ? llm__f32_to_f16(value) : llm__f32_to_bf16(value);
 }
 
+/* A group's number of input i (below 32) for output `lane`. */
+static int llm__kernel_group_number(llm__weight_type kind, const uint8_t *q, size_t i, size_t lane) {
+    const llm__kernel_form *form = &llm__kernel_forms[kind];
+    size_t j = i / 4, at = lane * 4 + i % 4;
+    if (form->bits == 8) return (int8_t)q[j * 64 + at];
+    int number = q[j % 4 * 64 + at] >> (j / 4 * 4) & 15;
+    if (form->bits == 5) number |= (q[256 + at] >> j & 1) << 4;
+    if (form->bits == 6) number |= (q[256 + j / 4 * 64 + at] >> (j % 4 * 2) & 3) << 4;
+    return number - form->zero;
+}
+
+/* The scale and minimum of input i (below 32): s is where a group's scales are, d the f16 numbers of its eight. */
+static void llm__kernel_group_scales(llm__weight_type kind, const uint8_t *s, const uint8_t *d, size_t i, size_t lane,
+                                     float *scale, float *least) {
+    const llm__kernel_form *form = &llm__kernel_forms[kind];
+    size_t half = form->sixteen ? i / 16 : 0;
+    const int8_t *small = (const int8_t *)s + half * 16 + lane;
+    const uint8_t *halves = (form->k ? d : s) + 2 * lane;
+    *scale = llm__f16_to_f32(llm__bytes_u16(halves)) * (form->k ? (float)*small : 1);
+    *least = 0;
+    if (!form->minimum) return;
+    *least = llm__f16_to_f32(llm__bytes_u16(halves + 32));
+    if (form->k) *least *= -(float)small[form->sixteen ? 32 : 16];
+}
+
 /* One output's weights, as their kind holds them. */
 static void llm__matrix_get_row(const llm__matrix *m, size_t output, float *out) {
-    size_t k = (size_t)llm__math_round_up(m->k, 32), lane = output % 16, bytes = llm__matrix_tile_bytes(m->kind, 32);
-    const uint8_t *tile = m->data + output / 16 * m->tile_bytes;
-    const float *floats = (const float *)(const void *)tile;
-    const uint16_t *halves = (const uint16_t *)(const void *)tile;
+    const llm__kernel_tiles t = llm__matrix_tiles(m, (int)(output / 16), 1);
+    size_t k = (size_t)llm__math_round_up(m->k, 32), lane = output % 16;
+    const float *floats = (const float *)(const void *)t.at;
+    const uint16_t *halves = (const uint16_t *)(const void *)t.at;
+    const uint8_t *scales = t.at + k / 32 * LLM__NUMBER_BYTES(t.kind), *ds = scales + k / 32 * LLM__SCALE_BYTES(t.kind);
     for (size_t i = 0; i < (size_t)m->k; i++) {
-        size_t at = llm__matrix_tile_index(m->kind, lane, i, k);
-        const uint8_t *group = tile + i / 32 * bytes;
-        const uint16_t *d = (const uint16_t *)(const void *)(group + bytes) - 32;
-        const uint32_t *words = (const uint32_t *)(const void *)group;
-        int q;
-        switch (m->kind) {
+        size_t at = llm__matrix_tile_index(t.kind, lane, i, k), g = i / 32;
+        float scale, least;
+        switch (t.kind) {
         case LLM__W_F32: out[i] = floats[at]; continue;
         case LLM__W_F16: out[i] = llm__f16_to_f32(halves[at]); continue;
         case LLM__W_BF16: out[i] = llm__bf16_to_f32(halves[at]); continue;
-        case LLM__W_INT8: out[i] = (float)((const int8_t *)tile)[at] * floats[k * 4 + lane]; continue;
-        case LLM__W_INT8_GROUPS: q = ((const int8_t *)group)[i % 32 * 16 + lane]; break;
-        default: q = (int)(words[i % 32 / 8 * 16 + lane] >> (4 * LLM__NIBBLE(i % 8)) & 15);
+        case LLM__W_INT8: out[i] = (float)((const int8_t *)t.at)[at] * floats[k * 4 + lane]; continue;
+        default:
+            llm__kernel_group_scales(t.kind, scales + g * LLM__SCALE_BYTES(t.kind), ds + g / 8 * LLM__K_BYTES(t.kind),
+                                     i % 32, lane, &scale, &least);
+            int q = llm__kernel_group_number(t.kind, t.at + g * LLM__NUMBER_BYTES(t.kind), i % 32, lane);
+            out[i] = llm__math_fma((float)q, scale, least);
         }
-        out[i] = llm__math_fma((float)q, llm__f16_to_f32(d[lane]), llm__f16_to_f32(d[lane + 16]));
     }
-}
-
-static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, const llm_backend_weight *weight) {
-    int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__math_round_up(weight->rows / 2, 16) : weight->rows;
-    return (uint64_t)(llm__math_round_up(n, 16) / 16) *
-           llm__matrix_tile_bytes(llm__weight_type_for(dtype, weight), weight->cols);
 }
 
 /* A matrix without memory yet. */
 static llm__matrix llm__matrix_init(llm__weight_type kind, int n, int k) {
     llm__matrix m;
+    memset(&m, 0, sizeof m);
     m.kind = kind;
     m.n = n;
     m.k = k;
     m.tile_bytes = llm__matrix_tile_bytes(kind, k);
-    m.data = NULL;
+    m.panels = kind == LLM__W_BF16 || kind == LLM__W_INT8;
+    m.groups = llm__matrix_has_groups(kind);
     return m;
+}
+
+/* The same for a weight. If tensors of several kinds meet within a tile, all are bf16. Gates and ups each fill whole
+   tiles, so both are padded. */
+static llm__matrix llm__matrix_describe(llm_dtype dtype, const llm_backend_weight *weight) {
+    bool in_turns = weight->kind == LLM_WEIGHT_GATE_UP;
+    int n = in_turns ? 2 * llm__math_round_up(weight->rows / 2, 16) : weight->rows, rows = 0;
+    llm__matrix m = llm__matrix_init(llm__weight_type_for(dtype, weight->part_types[0]), n, weight->cols);
+    bool alike = true, whole = true;
+    for (int i = 0; i < weight->n_parts; i++) {
+        m.kinds[i] = llm__weight_type_for(dtype, weight->part_types[i]);
+        whole = whole && (in_turns || rows % 16 == 0);
+        rows += weight->part_rows[i];
+        m.ends[i] = llm__math_round_up(rows, 16) / 16;
+        alike = alike && m.kinds[i] == m.kind;
+    }
+    if (alike) return m;
+    if (!whole) return llm__matrix_init(LLM__W_BF16, n, weight->cols);
+    m.n_kinds = weight->n_parts;
+    m.in_turns = in_turns;
+    m.panels = false;
+    for (int i = 0; i < m.n_kinds; i++) m.groups = m.groups || llm__matrix_has_groups(m.kinds[i]);
+    return m;
+}
+
+static size_t llm__matrix_bytes(const llm__matrix *m) {
+    return (size_t)(llm__matrix_tiles(m, llm__math_round_up(m->n, 16) / 16, 0).at - m->data);
+}
+
+static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, const llm_backend_weight *weight) {
+    llm__matrix m = llm__matrix_describe(dtype, weight);
+    return llm__matrix_bytes(&m);
 }
 
 /* The bits of the largest magnitude of n numbers: they are in order, and behind all numbers are infinities and NaNs.
@@ -9969,52 +10134,148 @@ static llm_backend_group llm__pack_quantize_group(const float *w) {
     return g;
 }
 
-/* A group as the file has it, where it is of a type that fits; else made from its weights. */
-static llm_backend_group llm__pack_read_group(int type, const uint8_t *raw, size_t index, const float *w) {
-    llm_backend_group g;
-    if (type == LLM__Q8_0) {
-        raw += index * 34;
-        g.scale = llm__bytes_u16(raw);
-        g.minimum = 0;
-        memcpy(g.q, raw + 2, 32);
-    } else if (type == LLM__Q4_0 || type == LLM__Q4_1) {
-        raw += index * (type == LLM__Q4_0 ? 18 : 20);
-        g.scale = llm__bytes_u16(raw);
-        g.minimum = type == LLM__Q4_1 ? llm__bytes_u16(raw + 2) : llm__f32_to_f16(-8 * llm__f16_to_f32(g.scale));
-        raw += type == LLM__Q4_0 ? 2 : 4;
-        for (int i = 0; i < 16; i++) {
-            g.q[i] = (int8_t)(raw[i] & 15);
-            g.q[i + 16] = (int8_t)(raw[i] >> 4);
-        }
-    } else {
-        g = llm__pack_quantize_group(w);
+/* A group of any kind: words of four numbers each; scales and minimums, of which there are two if 16 k share them, as
+   f16 or, of the K kinds, as whole numbers which d and -m multiply. */
+typedef struct llm__pack_quants {
+    uint32_t q[8];
+    int scales[2], minimums[2];
+    uint16_t d, m;
+} llm__pack_quants;
+
+/* Four bits as the lowest of four bytes. */
+static uint32_t llm__pack_spread_bits(uint32_t bits) { return (bits & 15) * 0x204081u & 0x01010101u; }
+
+/* Of groups of 32 with a scale of their own; `raw` is where the block begins. */
+static void llm__pack_read_plain_group(int type, const uint8_t *raw, llm__pack_quants *g) {
+    bool minimum = type == LLM__Q4_1 || type == LLM__Q5_1, five = type == LLM__Q5_0 || type == LLM__Q5_1;
+    g->scales[0] = llm__bytes_u16(raw);
+    g->minimums[0] = minimum ? llm__bytes_u16(raw + 2) : 0;
+    raw += minimum ? 4 : 2;
+    for (int j = 0; j < 8 && type == LLM__Q8_0; j++) g->q[j] = llm__bytes_u32(raw + 4 * j);
+    if (type == LLM__Q8_0) return;
+    uint32_t high = five ? llm__bytes_u32(raw) : 0;
+    if (five) raw += 4;
+    for (int j = 0; j < 8; j++) {
+        uint32_t low = llm__bytes_u32(raw + j % 4 * 4) >> (j / 4 * 4) & 0x0F0F0F0Fu;
+        g->q[j] = low | llm__pack_spread_bits(high >> (4 * j)) << 4;
     }
-    return g;
 }
 
+/* Group i of 8 of a K block. Q3_K's d * (scale - 32) * (q - 4) is d * s * q - d * 4 * s. */
+static void llm__pack_read_k_group(int type, const uint8_t *raw, int i, llm__pack_quants *g) {
+    const uint8_t *scales = raw + (type == LLM__Q2_K   ? 0
+                                   : type == LLM__Q3_K ? 96
+                                   : type == LLM__Q6_K ? 192
+                                                       : 4),
+                  *low = raw + (type == LLM__Q2_K || type == LLM__Q4_K ? 16
+                                : type == LLM__Q3_K                    ? 32
+                                : type == LLM__Q5_K                    ? 48
+                                                                       : 0),
+                  *high = raw + (type == LLM__Q6_K   ? 128 + i / 4 * 32
+                                 : type == LLM__Q5_K ? 16
+                                                     : 0);
+    int d_at = type == LLM__Q2_K ? 80 : type == LLM__Q3_K ? 108 : type == LLM__Q6_K ? 208 : 0;
+    g->d = llm__bytes_u16(raw + d_at);
+    g->m = type == LLM__Q3_K ? g->d : type == LLM__Q6_K ? 0 : llm__bytes_u16(raw + d_at + 2);
+    for (int j = 0; j < 8; j++) {
+        switch (type) {
+        case LLM__Q2_K:
+        case LLM__Q3_K:
+            g->q[j] = llm__bytes_u32(low + i / 4 * 32 + 4 * j) >> (i % 4 * 2) & 0x03030303u;
+            if (type == LLM__Q3_K) g->q[j] |= (llm__bytes_u32(high + 4 * j) >> i & 0x01010101u) << 2;
+            break;
+        case LLM__Q6_K:
+            g->q[j] = llm__bytes_u32(low + i / 4 * 64 + i % 2 * 32 + 4 * j) >> (i / 2 % 2 * 4) & 0x0F0F0F0Fu;
+            g->q[j] |= (llm__bytes_u32(high + 4 * j) >> (i % 4 * 2) & 0x03030303u) << 4;
+            break;
+        default:
+            g->q[j] = llm__bytes_u32(low + i / 2 * 32 + 4 * j) >> (i % 2 * 4) & 0x0F0F0F0Fu;
+            if (type == LLM__Q5_K) g->q[j] |= (llm__bytes_u32(high + 4 * j) >> i & 0x01010101u) << 4;
+        }
+    }
+    for (int h = 0; h < 2; h++) {
+        int at = 2 * i + h;
+        float scale, minimum;
+        switch (type) {
+        case LLM__Q2_K:
+            g->scales[h] = scales[at] & 15;
+            g->minimums[h] = scales[at] >> 4;
+            break;
+        case LLM__Q3_K:
+            g->scales[h] = (scales[at % 8] >> (at / 8 * 4) & 15) + (scales[8 + at % 4] >> (at / 4 * 2) & 3) * 16 - 32;
+            g->minimums[h] = 4 * g->scales[h];
+            break;
+        case LLM__Q6_K:
+            g->scales[h] = (int8_t)scales[at];
+            g->minimums[h] = 0;
+            break;
+        default:
+            llm__decode_k_scale(scales, i, &scale, &minimum);
+            g->scales[h] = (int)scale;
+            g->minimums[h] = (int)minimum;
+        }
+    }
+}
+
+/* Group i of a row as the file has it. */
+static void llm__pack_read_group(const llm__file_type_info *type, const uint8_t *row, size_t i, llm__pack_quants *g) {
+    size_t in_block = type->block_weights / 32;
+    row += i / in_block * type->block_bytes;
+    if (in_block == 1) llm__pack_read_plain_group((int)type->type, row, g);
+    else llm__pack_read_k_group((int)type->type, row, (int)(i % in_block), g);
+}
+
+/* Groups for LLM_DTYPE_INT4 as other backends hold them. Those of Q4_K have scales that are rounded once; other K
+   types, and those with more bits, are made anew. */
 LLM_API void llm_backend_weight_groups(const llm_backend_weight *weight, int row, float *scratch,
                                        llm_backend_group *groups) {
     size_t n = (size_t)llm__math_round_up(weight->cols, 32) / 32;
     int type;
     const uint8_t *raw = (const uint8_t *)weight->raw_row(weight, row, &type);
+    const llm__weight_type kind = llm__kernel_kind_of_file(type);
+    const bool own = kind == LLM__W_Q8 || kind == LLM__W_Q4 || kind == LLM__W_Q4_MIN || kind == LLM__W_Q4_K;
     memset(scratch, 0, n * 32 * sizeof *scratch);
-    weight->read_row(weight, row, scratch);
-    for (size_t i = 0; i < n; i++) groups[i] = llm__pack_read_group(type, raw, i, scratch + i * 32);
+    if (!own) weight->read_row(weight, row, scratch);
+    for (size_t i = 0; i < n; i++) {
+        llm__pack_quants g;
+        if (!own) groups[i] = llm__pack_quantize_group(scratch + i * 32);
+        if (!own) continue;
+        llm__pack_read_group(llm__file_type_find((uint32_t)type), raw, i, &g);
+        for (int j = 0; j < 32; j++) groups[i].q[j] = (int8_t)(g.q[j / 4] >> (j % 4 * 8) & 255);
+        float scale =
+            kind == LLM__W_Q4_K ? llm__f16_to_f32(g.d) * (float)g.scales[0] : llm__f16_to_f32((uint16_t)g.scales[0]);
+        groups[i].scale = llm__f32_to_f16(scale);
+        groups[i].minimum = (uint16_t)g.minimums[0];
+        if (kind == LLM__W_Q4) groups[i].minimum = llm__f32_to_f16(-8 * scale);
+        if (kind == LLM__W_Q4_K) groups[i].minimum = llm__f32_to_f16(-llm__f16_to_f32(g.m) * (float)g.minimums[0]);
+    }
 }
 
-static void llm__pack_group(llm__weight_type kind, uint8_t *to, size_t lane, const llm_backend_group *g) {
-    size_t bytes = llm__matrix_tile_bytes(kind, 32);
-    uint16_t *d = (uint16_t *)(void *)(to + bytes) - 32;
-    d[lane] = g->scale;
-    d[lane + 16] = g->minimum;
-    if (kind == LLM__W_INT8_GROUPS) {
-        for (size_t i = 0; i < 32; i++) ((int8_t *)to)[i * 16 + lane] = g->q[i];
+/* Puts a group into a tile of n_groups. */
+static void llm__pack_group(llm__weight_type kind, uint8_t *tile, size_t n_groups, size_t group, size_t lane,
+                            const llm__pack_quants *g) {
+    const llm__kernel_form *form = &llm__kernel_forms[kind];
+    uint8_t *q = tile + group * LLM__NUMBER_BYTES(kind) + lane * 4,
+            *s = tile + n_groups * LLM__NUMBER_BYTES(kind) + group * LLM__SCALE_BYTES(kind),
+            *d = tile + n_groups * (LLM__NUMBER_BYTES(kind) + LLM__SCALE_BYTES(kind)) + group / 8 * LLM__K_BYTES(kind);
+    uint32_t above[2] = {0, 0}, words[8];
+    int per_word = form->bits == 6 ? 4 : 8, n_words = form->bits == 8 ? 8 : 4;
+    memcpy(words, g->q, sizeof words);
+    for (int j = 0; j < 4 && n_words == 4; j++) words[j] = (g->q[j] & 0x0F0F0F0Fu) | (g->q[j + 4] & 0x0F0F0F0Fu) << 4;
+    for (int j = 0; j < 8 && n_words == 4; j++)
+        above[j / per_word] |= (g->q[j] >> 4 & 0x03030303u) << (j % per_word * 8 / per_word);
+    for (int j = 0; j < n_words; j++) memcpy(q + j * 64, &words[j], 4);
+    for (int j = 0; j < form->bits - 4 && n_words == 4; j++) memcpy(q + 256 + j * 64, &above[j], 4);
+    if (!form->k) {
+        ((uint16_t *)(void *)s)[lane] = (uint16_t)g->scales[0];
+        if (form->minimum) ((uint16_t *)(void *)s)[lane + 16] = (uint16_t)g->minimums[0];
         return;
     }
-    for (size_t i = 0; i < 4; i++) {
-        uint32_t word = 0;
-        for (size_t j = 0; j < 8; j++) word |= (uint32_t)(g->q[i * 8 + j] & 15) << (4 * LLM__NIBBLE(j));
-        ((uint32_t *)(void *)to)[i * 16 + lane] = word;
+    ((uint16_t *)(void *)d)[lane] = g->d;
+    if (form->minimum) ((uint16_t *)(void *)d)[lane + 16] = g->m;
+    for (size_t h = 0; h < (form->sixteen ? 2u : 1u); h++) {
+        ((int8_t *)s)[h * 16 + lane] = (int8_t)g->scales[h];
+        if (form->minimum) ((int8_t *)s)[(form->sixteen ? 32 : 16) + h * 16 + lane] = (int8_t)g->minimums[h];
     }
 }
 
@@ -10045,58 +10306,70 @@ static void llm__pack_copy_bf16_tile(uint8_t *tile, const uint8_t *const raw[16]
         }
 }
 
-/* A tile's groups, as the file has them or made of its 16 rows; a raw row that is NULL is absent, or is to be made. */
-static void llm__pack_groups(const llm__matrix *m, uint8_t *tile, const uint8_t *const raw[16], const int types[16],
+/* A group made of 32 weights. */
+static void llm__pack_make_group(const float *w, llm__pack_quants *g) {
+    const llm_backend_group made = llm__pack_quantize_group(w);
+    memcpy(g->q, made.q, sizeof g->q);
+    g->scales[0] = made.scale;
+    g->minimums[0] = made.minimum;
+}
+
+/* A tile's groups, as the file has them (raw rows of types that this kind holds; NULL: absent, so zero), or, if raw is
+   NULL, made of its rows. */
+static void llm__pack_groups(llm__weight_type kind, uint8_t *tile, const uint8_t *const raw[16], const int types[16],
                              const float *rows, size_t k) {
-    for (size_t lane = 0; lane < 16; lane++)
-        for (size_t i = 0; i < k / 32; i++) {
-            llm_backend_group g = llm__pack_read_group(types[lane], raw[lane], i, rows + lane * k + i * 32);
-            llm__pack_group(m->kind, tile + i * llm__matrix_tile_bytes(m->kind, 32), lane, &g);
+    const llm__file_type_info *infos[16];
+    for (size_t lane = 0; lane < 16; lane++) infos[lane] = llm__file_type_find((uint32_t)types[lane]);
+    memset(tile, 0, llm__matrix_tile_bytes(kind, (int)k));
+    for (size_t i = 0; i < k / 32; i++)
+        for (size_t lane = 0; lane < 16; lane++) {
+            llm__pack_quants g;
+            if (raw && !raw[lane]) continue;
+            if (raw) llm__pack_read_group(infos[lane], raw[lane], i, &g);
+            else llm__pack_make_group(rows + lane * k + i * 32, &g);
+            llm__pack_group(kind, tile, k / 32, i, lane, &g);
         }
 }
 
 /* Rows of one tile into their order; `rows` is scratch for 16. Absent rows (-1) are zero. */
 static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, int tile,
                            const llm_backend_weight *weight, const int numbers[16], float *rows) {
+    const llm__kernel_tiles t = llm__matrix_tiles(m, tile, 1);
     size_t k = (size_t)llm__math_round_up(m->k, 32);
-    uint8_t *to = m->data + (size_t)tile * m->tile_bytes;
     const uint8_t *raw[16];
     int types[16];
-    bool all_bf16 = m->kind == LLM__W_BF16 && m->k % 2 == 0;
+    bool all_bf16 = t.kind == LLM__W_BF16 && m->k % 2 == 0, own = llm__matrix_has_groups(t.kind);
     for (size_t lane = 0; lane < 16; lane++) {
         types[lane] = LLM__F32;
         raw[lane] = NULL;
         if (numbers[lane] < 0) continue;
         raw[lane] = (const uint8_t *)weight->raw_row(weight, numbers[lane], &types[lane]);
         all_bf16 = all_bf16 && types[lane] == LLM__BF16;
+        own = own && llm__kernel_kind_of_file(types[lane]) == t.kind;
     }
     if (all_bf16) {
-        llm__pack_copy_bf16_tile(to, raw, (size_t)m->k, k);
+        llm__pack_copy_bf16_tile(t.at, raw, (size_t)m->k, k);
         return;
     }
-    memset(rows, 0, 16 * k * sizeof *rows);
-    for (size_t lane = 0; lane < 16; lane++) {
-        bool whole = llm__matrix_has_groups(m->kind) &&
-                     (types[lane] == LLM__Q4_0 || types[lane] == LLM__Q4_1 || types[lane] == LLM__Q8_0);
-        if (numbers[lane] >= 0 && !whole)
-            weight->read_row(weight, numbers[lane], rows + lane * k); /* else its groups are taken as they are */
-    }
-    if (m->kind == LLM__W_BF16) {
-        llm__pack_bf16_tile(kernels, to, rows, k);
+    if (!own) memset(rows, 0, 16 * k * sizeof *rows);
+    for (size_t lane = 0; lane < 16 && !own; lane++)
+        if (numbers[lane] >= 0) weight->read_row(weight, numbers[lane], rows + lane * k);
+    if (t.kind == LLM__W_BF16) {
+        llm__pack_bf16_tile(kernels, t.at, rows, k);
         return;
     }
-    if (llm__matrix_has_groups(m->kind)) {
-        llm__pack_groups(m, to, raw, types, rows, k);
+    if (llm__matrix_has_groups(t.kind)) {
+        llm__pack_groups(t.kind, t.at, own ? raw : NULL, types, rows, k);
         return;
     }
     for (size_t lane = 0; lane < 16; lane++) {
         const float *row = rows + lane * k;
-        if (types[lane] == LLM__I8 && m->kind == LLM__W_INT8)
-            llm__pack_copy_int8_row(to, lane, (const int8_t *)raw[lane], (size_t)m->k, k,
+        if (types[lane] == LLM__I8 && t.kind == LLM__W_INT8)
+            llm__pack_copy_int8_row(t.at, lane, (const int8_t *)raw[lane], (size_t)m->k, k,
                                     weight->row_scale(weight, numbers[lane]));
-        else if (m->kind == LLM__W_INT8) llm__pack_int8_row(to, lane, row, k);
-        for (size_t i = 0; i < k && m->kind != LLM__W_INT8; i++)
-            llm__matrix_tile_set(m->kind, to, llm__matrix_tile_index(m->kind, lane, i, k), row[i]);
+        else if (t.kind == LLM__W_INT8) llm__pack_int8_row(t.at, lane, row, k);
+        for (size_t i = 0; i < k && t.kind != LLM__W_INT8; i++)
+            llm__matrix_tile_set(t.kind, t.at, llm__matrix_tile_index(t.kind, lane, i, k), row[i]);
     }
 }
 
@@ -10647,10 +10920,8 @@ static void llm__cpu_pack_task(void *arg, int index) {
 static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const llm_backend_weight *weight,
                                    llm__matrix *matrix) {
     llm__cpu_upload_args args = {model, weight, matrix, NULL};
-    /* Gates and ups each fill whole tiles, so both are padded. */
-    int n = weight->kind == LLM_WEIGHT_GATE_UP ? 2 * llm__math_round_up(weight->rows / 2, 16) : weight->rows;
-    size_t bytes = (size_t)llm__cpu_weight_bytes(model->dtype, weight); /* a multiple of LLM__ALIGN */
-    *matrix = llm__matrix_init(llm__weight_type_for(model->dtype, weight), n, weight->cols);
+    *matrix = llm__matrix_describe(model->dtype, weight);
+    size_t bytes = llm__matrix_bytes(matrix); /* a multiple of LLM__ALIGN */
     if (bytes <= (size_t)(model->end - model->room)) {
         matrix->data = model->room;
         model->room += bytes;
@@ -10683,7 +10954,10 @@ static void llm__cpu_upload_body(llm__env *env, void *arg) {
     case LLM_WEIGHT_ATTENTION_OUT: llm__cpu_upload_matrix(env, m, w, &layer->attention_out); break;
     case LLM_WEIGHT_FFN_NORM: layer->ffn_norm = llm__cpu_upload_vector(env, w); break;
     case LLM_WEIGHT_GATE_UP: llm__cpu_upload_matrix(env, m, w, &layer->gate_up); break;
-    case LLM_WEIGHT_DOWN: llm__cpu_upload_matrix(env, m, w, &layer->down); break;
+    case LLM_WEIGHT_DOWN:
+        llm__cpu_upload_matrix(env, m, w, &layer->down);
+        if (!layer->down.panels) layer->gate_up.panels = false; /* whose results would be packed */
+        break;
     case LLM_WEIGHT_OUTPUT_NORM: m->output_norm = llm__cpu_upload_vector(env, w); break;
     case LLM_WEIGHT_HEAD: llm__cpu_upload_matrix(env, m, w, &m->head); break;
     }
@@ -10861,7 +11135,7 @@ typedef struct llm__fwd_queries {
 typedef struct llm__fwd_rows {
     float *x; /* [n_batch, or what is not packed][stride] */
     size_t stride;
-    float *sums;     /* [n_batch][stride / 32] for weights in groups; all rows' are in one place */
+    llm__kernel_group *lines; /* [n_batch][stride / 32] for weights in groups; all rows' are in one place */
     uint8_t *packed; /* [n_batch padded to 16][stride] bf16, see llm__kernel_packed_row; NULL: there are no panels */
 } llm__fwd_rows;
 
@@ -10920,32 +11194,22 @@ static uint8_t *llm__cache_block(const llm__cpu_context *c, int layer, int value
 }
 
 /* Do so many rows meet a matrix in panels? */
-static bool llm__fwd_in_panels(const llm__cpu_context *c, int rows) { return c->panels && rows >= c->panel_rows; }
-
-/* Are a matrix's weights rounded to bf16 for so many rows? */
-static bool llm__fwd_in_bf16(const llm__matrix *m, int rows) {
-    return llm__matrix_has_groups(m->kind) && rows > LLM__EXACT_ROWS;
+static bool llm__fwd_in_panels(const llm__cpu_context *c, const llm__matrix *m, int rows) {
+    return c->panels && m->panels && rows >= c->panel_rows;
 }
 
-/* A few tiles against a few of all rows, the first of which is `row`: their sums, added to sums[rows][stride]. */
-static void llm__fwd_tile_sums(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
-                               const llm__fwd_rows *in, int row, int rows, int all_rows, float *sums, size_t stride) {
+/* A few tiles against a few rows, the first of which is `row`: their sums, added to sums[rows][stride]. */
+static void llm__fwd_tile_sums(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles,
+                               const llm__fwd_rows *in, int row, int rows, float *sums, size_t stride) {
     const llm__kernels *kernels = c->model->kernels;
     int k = llm__math_round_up(m->k, 32);
-    const uint8_t *tiles = m->data + (size_t)tile * m->tile_bytes;
-    const float *x = in->x + (size_t)row * in->stride;
-    if (!llm__fwd_in_bf16(m, all_rows)) {
-        kernels->product[m->kind](x, in->stride, in->sums + (size_t)row * (size_t)(k / 32), rows, tiles, n_tiles, k,
-                                  sums, stride);
-        return;
-    }
-    uint8_t *unpacked = c->tiles + (size_t)index * c->tile_bytes;
-    for (int i = 0; i < n_tiles; i += 2) {
-        int some = n_tiles - i < 2 ? 1 : 2;
-        for (int j = 0; j < some; j++)
-            kernels->unpack(m->kind, tiles + (size_t)(i + j) * m->tile_bytes, k / 32,
-                            unpacked + (size_t)j * (size_t)k * 32);
-        kernels->product[LLM__W_BF16](x, in->stride, NULL, rows, unpacked, some, k, sums + 16 * i, stride);
+    size_t n_lines = in->stride / 32;
+    for (llm__kernel_tiles t; n_tiles > 0; tile += t.n, n_tiles -= t.n, sums += 16 * t.n) {
+        t = llm__matrix_tiles(m, tile, n_tiles);
+        if (llm__matrix_has_groups(t.kind))
+            kernels->group_product(t.kind, in->lines + (size_t)row * n_lines, n_lines, rows, t.at, t.n, k, sums,
+                                   stride);
+        else kernels->product[t.kind](in->x + (size_t)row * in->stride, in->stride, rows, t.at, t.n, k, sums, stride);
     }
 }
 
@@ -10960,13 +11224,13 @@ static void llm__fwd_end_row(const llm__cpu_context *c, const llm__matrix *m, in
     else kernels->swiglu(sums, n_tiles * 8, c->round, y + column / 2);
 }
 
-/* A few tiles against a few of all rows, the first of which is `row`. */
-static void llm__linear_piece(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
-                              const llm__fwd_rows *in, int row, int rows, int all_rows, llm__kernel_ending ending,
-                              float *y, size_t y_stride) {
+/* A few tiles against a few rows, the first of which is `row`. */
+static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles,
+                              const llm__fwd_rows *in, int row, int rows, llm__kernel_ending ending, float *y,
+                              size_t y_stride) {
     float sums[LLM__ROWS][16 * LLM__TILES] __attribute__((aligned(64)));
     memset(sums, 0, (size_t)rows * sizeof *sums);
-    llm__fwd_tile_sums(c, index, m, tile, n_tiles, in, row, rows, all_rows, sums[0], 16 * LLM__TILES);
+    llm__fwd_tile_sums(c, m, tile, n_tiles, in, row, rows, sums[0], 16 * LLM__TILES);
     for (int r = 0; r < rows; r++)
         llm__fwd_end_row(c, m, tile, n_tiles, sums[r], ending, y + (size_t)(row + r) * y_stride);
 }
@@ -10976,35 +11240,30 @@ static llm__kernel_lines llm__fwd_lines_of(const llm__cpu_context *c, const llm_
 }
 
 /* Rows of a piece: up to 16 are packed at once, if there are enough for all members. */
-static int llm__fwd_row_step(const llm__cpu_context *c, int rows) {
+static int llm__fwd_row_step(const llm__cpu_context *c, const llm__matrix *m, int rows) {
     int share = (rows + c->team->n - 1) / c->team->n;
-    return !llm__fwd_in_panels(c, rows) ? 1 : share < 16 ? share : 16;
+    return !llm__fwd_in_panels(c, m, rows) ? 1 : share < 16 ? share : 16;
 }
 
-/* Does a product of these rows need the sums of each 32 of their values? */
-static bool llm__fwd_needs_sums(const llm__matrix *m, int rows) {
-    return llm__matrix_has_groups(m->kind) && !llm__fwd_in_bf16(m, rows);
-}
-
-/* What a product needs of its activations beside them: the sums over 32 for weights in groups, or that they are packed
-   for panels; a phase, unless there is nothing to do. `packed`: for panels they are packed already. Returns the rows for
-   this member. */
+/* What a product needs of its activations beside them: their whole numbers for weights in groups, or that they are
+   packed for panels; a phase, unless there is nothing to do. `packed`: for panels they are packed already. Returns the
+   rows for this member. */
 static llm__fwd_rows llm__fwd_prepare_rows(llm__team_worker *w, const llm__cpu_context *c, const llm__matrix *m,
                                            const llm__fwd_rows *in, int rows, bool packed) {
     const llm__kernels *kernels = c->model->kernels;
-    bool panels = llm__fwd_in_panels(c, rows), sums = llm__fwd_needs_sums(m, rows);
-    int step = llm__fwd_row_step(c, rows), n_pieces = (rows + step - 1) / step, k = (int)in->stride;
+    bool panels = llm__fwd_in_panels(c, m, rows);
+    int step = llm__fwd_row_step(c, m, rows), n_pieces = (rows + step - 1) / step, k = (int)in->stride;
     llm__fwd_rows own = *in;
-    if (!sums && (packed || !panels)) return own;
+    if (!m->groups && (packed || !panels)) return own;
     if (rows == 1) {
-        own.sums += w->index * (k / 32);
-        kernels->group_sums(own.x, k, own.sums);
+        own.lines += w->index * (k / 32);
+        kernels->quantize(own.x, k, own.lines);
         return own;
     }
     for (int piece; (piece = llm__team_take(w, n_pieces)) >= 0;)
         for (int r = piece * step; r < rows && r < (piece + 1) * step; r++) {
             const float *x = in->x + (size_t)r * in->stride;
-            if (sums) kernels->group_sums(x, k, in->sums + (size_t)r * (size_t)(k / 32));
+            if (m->groups) kernels->quantize(x, k, in->lines + (size_t)r * (size_t)(k / 32));
             else kernels->pack_scale(x, 1, k, k, llm__fwd_lines_of(c, in, (size_t)r), 0);
         }
     llm__team_finish(w);
@@ -11021,8 +11280,8 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
     p.line_step = c->model->kernels->line_step;
     p.k = llm__math_round_up(m->k, 32);
     p.kind = m->kind;
-    p.tiles = m->data + (size_t)tile * m->tile_bytes;
-    p.ahead = next * 16 < m->n ? m->data + (size_t)next * m->tile_bytes : NULL;
+    p.tiles = llm__matrix_tiles(m, tile, n_tiles).at;
+    p.ahead = next * 16 < m->n ? llm__matrix_tiles(m, next, 1).at : NULL;
     p.tile_bytes = m->tile_bytes;
     p.n_tiles = n_tiles;
     p.ending = ending;
@@ -11044,8 +11303,8 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
 /* Parts of the rows in which they meet a matrix. In panels: shared among the members as in other phases, if there are
    enough; then each reads all weights, but what it multiplies and adds to is in its cache. Else LLM__ROWS each, which meet
    the same tiles one part after the other. */
-static int llm__fwd_row_parts(const llm__cpu_context *c, int rows) {
-    if (!llm__fwd_in_panels(c, rows)) return (rows + LLM__ROWS - 1) / LLM__ROWS;
+static int llm__fwd_row_parts(const llm__cpu_context *c, const llm__matrix *m, int rows) {
+    if (!llm__fwd_in_panels(c, m, rows)) return (rows + LLM__ROWS - 1) / LLM__ROWS;
     int most = rows / LLM__PART_ROWS;
     return most < 1 ? 1 : most < c->team->n ? most : c->team->n;
 }
@@ -11067,8 +11326,8 @@ static int llm__fwd_piece_tiles(const llm__cpu_context *c, int n_tiles, int n_pa
    phase. */
 static void llm__linear(llm__team_worker *w, const llm__cpu_context *c, const llm__matrix *m, const llm__fwd_rows *in,
                         int rows, llm__kernel_ending ending, float *y, size_t y_stride) {
-    bool panels = llm__fwd_in_panels(c, rows);
-    int n_parts = llm__fwd_row_parts(c, rows), n_tiles = llm__math_round_up(m->n, 16) / 16,
+    bool panels = llm__fwd_in_panels(c, m, rows);
+    int n_parts = llm__fwd_row_parts(c, m, rows), n_tiles = llm__math_round_up(m->n, 16) / 16,
         step = llm__fwd_piece_tiles(c, n_tiles, n_parts, panels), n_columns = (n_tiles + step - 1) / step;
     for (int piece; (piece = llm__team_take(w, n_parts * n_columns)) >= 0;) {
         int column = panels ? piece % n_columns : piece / n_parts, part = panels ? piece / n_columns : piece % n_parts,
@@ -11078,23 +11337,21 @@ static void llm__linear(llm__team_worker *w, const llm__cpu_context *c, const ll
                               llm__fwd_part_row(rows, part + 1, n_parts), ending, y, y_stride);
         } else {
             int row = part * LLM__ROWS, some = rows - row < LLM__ROWS ? rows - row : (int)LLM__ROWS;
-            llm__linear_piece(c, w->index, m, first, n, in, row, some, rows, ending, y, y_stride);
+            llm__linear_piece(c, m, first, n, in, row, some, ending, y, y_stride);
         }
     }
     llm__team_finish(w);
 }
 
 /* One row of c->x, normed, becomes row `to` of c->normed. */
-static void llm__fwd_norm_row(const llm__cpu_context *c, const float *weight, const llm__matrix *m, int row, int rows,
-                              int to) {
+static void llm__fwd_norm_row(const llm__cpu_context *c, const float *weight, const llm__matrix *m, int row, int to) {
     const llm_backend_shape *s = &c->model->shape;
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = c->normed.stride;
     float *out = c->normed.x + (size_t)to * stride;
     const float *x = c->x + (size_t)row * c->x_stride;
     kernels->norm(x, weight, s->n_embd, kernels->norm_factor(x, s->n_embd, s->rms_eps), c->round, out);
-    if (llm__fwd_needs_sums(m, rows))
-        kernels->group_sums(out, (int)stride, c->normed.sums + (size_t)to * (stride / 32));
+    if (m->groups) kernels->quantize(out, (int)stride, c->normed.lines + (size_t)to * (stride / 32));
 }
 
 /* Up to 16 rows of c->x, normed and packed. Each one's factor is one long chain, so all are computed first, at once. */
@@ -11113,19 +11370,19 @@ static void llm__fwd_pack_norms(const llm__cpu_context *c, const float *weight, 
    the head meets them one by one, too, see llm__fwd_log_prob. Returns the rows for this member. */
 static llm__fwd_rows llm__fwd_norm_rows(llm__team_worker *w, const llm__cpu_context *c, const float *weight,
                                         const llm__matrix *m, int rows) {
-    bool panels = llm__fwd_in_panels(c, rows), both = m == &c->model->head && c->pass->n_targets;
-    int step = llm__fwd_row_step(c, rows), n_pieces = (rows + step - 1) / step;
+    bool panels = llm__fwd_in_panels(c, m, rows), both = m == &c->model->head && c->pass->n_targets;
+    int step = llm__fwd_row_step(c, m, rows), n_pieces = (rows + step - 1) / step;
     llm__fwd_rows own = c->normed;
     if (rows == 1 && !both) {
-        llm__fwd_norm_row(c, weight, m, 0, 1, w->index);
+        llm__fwd_norm_row(c, weight, m, 0, w->index);
         own.x += (size_t)w->index * own.stride;
-        own.sums += (size_t)w->index * (own.stride / 32);
+        own.lines += (size_t)w->index * (own.stride / 32);
         return own;
     }
     for (int piece; (piece = llm__team_take(w, n_pieces)) >= 0;) {
         int first = piece * step, end = first + step < rows ? first + step : rows;
         if (panels) llm__fwd_pack_norms(c, weight, first, end);
-        for (int r = first; r < end && (!panels || both); r++) llm__fwd_norm_row(c, weight, m, r, rows, r);
+        for (int r = first; r < end && (!panels || both); r++) llm__fwd_norm_row(c, weight, m, r, r);
     }
     llm__team_finish(w);
     return own;
@@ -11270,8 +11527,9 @@ static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int
 
 /* The same for all heads of all rows; a phase. The heads of a single row are shared out, too. */
 static void llm__rope_rows(llm__team_worker *w, const llm__cpu_context *c, int layer, bool queries) {
-    int rows = c->pass->n_rows, step = llm__fwd_row_step(c, rows), n_heads = c->model->shape.n_kv_heads,
-        n_shares = rows == 1 ? n_heads : 1, n_pieces = (rows + step - 1) / step * n_shares;
+    int rows = c->pass->n_rows, step = llm__fwd_row_step(c, &c->model->layers[layer].qkv, rows),
+        n_heads = c->model->shape.n_kv_heads, n_shares = rows == 1 ? n_heads : 1,
+        n_pieces = (rows + step - 1) / step * n_shares;
     for (int piece; (piece = llm__team_take(w, n_pieces)) >= 0;) {
         int first = piece / n_shares * step;
         for (int r = first; r < rows && r < first + step; r++)
@@ -11334,7 +11592,7 @@ static void llm__attn_keys(const llm__cpu_context *c, const llm__attn_work *a, c
             kernels->tile_product(&p);
             continue;
         }
-        kernels->product[c->cache_kind](a->q, stride, NULL, a->n, keys, 2, c->head_stride, scores, LLM__SCORES);
+        kernels->product[c->cache_kind](a->q, stride, a->n, keys, 2, c->head_stride, scores, LLM__SCORES);
     }
 }
 
@@ -11363,7 +11621,7 @@ static void llm__attn_values(const llm__cpu_context *c, const llm__attn_work *a,
         }
     }
     for (int i = 0; i < n; i++)
-        kernels->product[c->cache_kind](a->scores + i * LLM_CACHE_BLOCK, LLM__SCORES, NULL, a->n,
+        kernels->product[c->cache_kind](a->scores + i * LLM_CACHE_BLOCK, LLM__SCORES, a->n,
                                         llm__cache_block(c, a->layer, 1, a->head, blocks[i]), c->head_stride / 16,
                                         LLM_CACHE_BLOCK, part, stride);
 }
@@ -11479,7 +11737,8 @@ static void llm__attn_end(const llm__cpu_context *c, const llm__attn_work *a, co
     size_t stride = (size_t)c->head_stride;
     const float *sums = known + (size_t)a->padded * (stride + 1);
     int n = c->model->shape.head_dim;
-    bool packs = llm__fwd_in_panels(c, a->n_rows) && llm__attn_packs_heads(c);
+    bool packs =
+        llm__fwd_in_panels(c, &c->model->layers[a->layer].attention_out, a->n_rows) && llm__attn_packs_heads(c);
     for (int i = 0; i < a->n; i++) {
         size_t row = (size_t)(a->first_row + i / a->group);
         const float *from = known + (size_t)i * stride;
@@ -11567,7 +11826,7 @@ static void llm__attn_rows(llm__team_worker *w, const llm__cpu_context *c, int l
 /* Some tiles of a matrix, as a matrix. */
 static llm__matrix llm__matrix_part(const llm__matrix *m, int first_tile, int end_tile) {
     llm__matrix part = *m;
-    part.data += (size_t)first_tile * m->tile_bytes;
+    part.first += first_tile;
     part.n = (end_tile * 16 < m->n ? end_tile * 16 : m->n) - first_tile * 16;
     return part;
 }
@@ -11603,7 +11862,7 @@ static void llm__fwd_score_columns(const llm__cpu_context *c, int index, int par
     int n_tiles = llm__math_round_up(n, 16) / 16, n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
     size_t row = (size_t)first_row, stride = (size_t)n_tiles * 16;
     float *logits = c->scratch + (size_t)index * c->scratch_floats;
-    if (llm__fwd_in_panels(c, all_rows)) {
+    if (llm__fwd_in_panels(c, m, all_rows)) {
         const llm__matrix columns = llm__matrix_part(m, first / 16, first / 16 + n_tiles);
         llm__fwd_rows some = c->normed;
         some.packed += row * some.stride * 2; /* a multiple of 16 rows */
@@ -11613,7 +11872,7 @@ static void llm__fwd_score_columns(const llm__cpu_context *c, int index, int par
         }
     } else {
         memset(logits, 0, (size_t)rows * stride * sizeof(float));
-        llm__fwd_tile_sums(c, index, m, first / 16, n_tiles, &c->normed, first_row, rows, all_rows, logits, stride);
+        llm__fwd_tile_sums(c, m, first / 16, n_tiles, &c->normed, first_row, rows, logits, stride);
     }
     for (int r = 0; r < rows; r++) {
         size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)part;
@@ -11624,14 +11883,14 @@ static void llm__fwd_score_columns(const llm__cpu_context *c, int index, int par
 
 /* log p = logit - log(2) (max + log2(sum over all tokens of 2^(log2(e) logit - max))); the one logit is computed once
    more. */
-static float llm__fwd_log_prob(const llm__cpu_context *c, int index, int row, int all_rows, llm_token token) {
+static float llm__fwd_log_prob(const llm__cpu_context *c, int row, llm_token token) {
     const llm__matrix *m = &c->model->head;
     int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
     const float *maxima = c->column_max + (size_t)row * (size_t)n_parts;
     const float *sums = c->column_sum + (size_t)row * (size_t)n_parts;
     float logits[16] = {0}, max = maxima[0];
     double sum = 0;
-    llm__fwd_tile_sums(c, index, m, token / 16, 1, &c->normed, row, 1, all_rows, logits, 16);
+    llm__fwd_tile_sums(c, m, token / 16, 1, &c->normed, row, 1, logits, 16);
     for (int i = 1; i < n_parts; i++) max = maxima[i] > max ? maxima[i] : max;
     for (int i = 0; i < n_parts; i++) sum += sums[i] * llm__math_exp2((double)maxima[i] - max);
     return (float)((double)logits[token % 16] - (max + llm__math_log2(sum)) * 0.69314718055994531);
@@ -11647,7 +11906,7 @@ static void llm__fwd_score_rows(llm__team_worker *w, const llm__cpu_context *c, 
                                    rows);
     llm__team_finish(w);
     for (int i; (i = llm__team_take(w, pass->n_targets)) >= 0;)
-        pass->log_probs[i] = llm__fwd_log_prob(c, w->index, pass->target_rows[i], rows, pass->targets[i]);
+        pass->log_probs[i] = llm__fwd_log_prob(c, pass->target_rows[i], pass->targets[i]);
     llm__team_finish(w);
 }
 
@@ -11792,16 +12051,20 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
 }
 
 typedef struct llm__cpu_sizes {
-    size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups, n_parts, partial_floats;
+    size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, n_parts, partial_floats;
     size_t panel_floats, tile_bytes; /* of each thread, see llm__cpu_context; or 0 */
-    size_t ffn_floats;               /* rows of c->ffn that are there as floats: what does not go by panels */
-    size_t n_rows;                   /* of c->normed, and of sums: a batch, or a single row for each thread */
+    size_t ffn_floats;               /* rows of c->ffn that are there as floats: those that do not go by panels */
+    size_t n_lines;                  /* of each row, if there are weights in groups */
+    size_t n_rows;                   /* of c->normed, and of lines: a batch, or a single row for each thread */
     int head_stride, n_partials, panel_rows;
     bool panels;
 } llm__cpu_sizes;
 
 /* Are activations rounded to bf16 before a product? */
 static bool llm__cpu_rounds_rows(llm_dtype weights) { return weights != LLM_DTYPE_F32 && weights != LLM_DTYPE_F16; }
+
+/* May weights be in groups? */
+static bool llm__cpu_may_group(llm_dtype weights) { return weights == LLM_DTYPE_INT4 || weights == LLM_DTYPE_FILE; }
 
 static llm__cpu_sizes llm__cpu_find_sizes(const llm_backend_shape *s, const llm_backend_desc *d,
                                           const llm__kernels *kernels) {
@@ -11814,8 +12077,9 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_backend_shape *s, const llm_
     z.qkv_stride = (size_t)llm__math_round_up((s->n_heads + 2 * s->n_kv_heads) * s->head_dim, 16);
     z.attention_stride = (size_t)llm__math_round_up(s->n_heads * s->head_dim, 32);
     z.ffn_stride = (size_t)llm__math_round_up(s->n_ff, 32);
-    z.most_groups = (z.ffn_stride > z.attention_stride ? z.ffn_stride : z.attention_stride) / 32;
-    if (z.x_stride / 32 > z.most_groups) z.most_groups = z.x_stride / 32;
+    z.n_lines = (z.ffn_stride > z.attention_stride ? z.ffn_stride : z.attention_stride) / 32;
+    if (z.x_stride / 32 > z.n_lines) z.n_lines = z.x_stride / 32;
+    if (!llm__cpu_may_group(d->dtype)) z.n_lines = 0;
     z.scratch_floats = rows * (3 * (size_t)z.head_stride + LLM__SCORES + 4);
     if (z.scratch_floats < LLM__SCORED_ROWS * LLM__COLUMNS) z.scratch_floats = LLM__SCORED_ROWS * LLM__COLUMNS;
     z.n_parts = (size_t)(s->n_vocab + LLM__COLUMNS - 1) / LLM__COLUMNS;
@@ -11824,16 +12088,14 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_backend_shape *s, const llm_
     z.partial_floats = (size_t)llm__attn_padded_queries(few) * (size_t)(z.head_stride + 2);
     z.n_partials = d->n_threads > 1 && chunks > 1 ? chunks * s->n_kv_heads : 0;
     z.panels = kernels->panel && llm__cpu_rounds_rows(d->dtype);
-    z.panel_rows = d->dtype == LLM_DTYPE_INT4 ? LLM__EXACT_ROWS + 1 : kernels->panel_rows;
-    z.ffn_floats = (size_t)(z.panels && z.panel_rows <= d->n_batch ? z.panel_rows - 1 : d->n_batch);
+    z.panel_rows = kernels->panel_rows;
+    z.ffn_floats = (size_t)(z.panels && !z.n_lines && z.panel_rows <= d->n_batch ? z.panel_rows - 1 : d->n_batch);
     z.n_rows = (size_t)(d->n_batch > d->n_threads ? d->n_batch : d->n_threads);
     if (n_batch > LLM__PANEL_ROWS) n_batch = LLM__PANEL_ROWS;
     z.panel_floats = z.panels ? n_batch * LLM__PANEL_TILES * 16 : 0;
-    /* Of what is never there at once the most: attention's rows, parts of two tiles for a panel, two tiles (llm__fwd_tile_sums). */
-    size_t attention = rows * ((size_t)z.head_stride + LLM__CHUNK) * 2, parts = 2 * LLM__TILE_BLOCKS * 1024,
-           tiles = d->dtype == LLM_DTYPE_INT4 ? 2 * z.most_groups * 1024 : 0;
-    z.tile_bytes = !z.panels ? tiles : attention > parts ? attention : parts;
-    if (z.tile_bytes < tiles) z.tile_bytes = tiles;
+    /* Of what is never there at once the most: attention's rows, and parts of two tiles for a panel. */
+    size_t attention = rows * ((size_t)z.head_stride + LLM__CHUNK) * 2, parts = 2 * LLM__TILE_BLOCKS * 1024;
+    z.tile_bytes = !z.panels ? 0 : attention > parts ? attention : parts;
     return z;
 }
 
@@ -11843,18 +12105,18 @@ static uint64_t llm__cpu_scratch_bytes(const llm_backend_shape *s, const llm_bac
              row = z.x_stride + z.qkv_stride + z.attention_stride + (uint64_t)s->rope_dim + 2 * z.n_parts + 5,
              packed =
                  (uint64_t)llm__math_round_up(d->n_batch, 16) * 2 * (z.x_stride + z.attention_stride + z.ffn_stride);
-    return 4 * (n_batch * row + z.n_rows * (z.x_stride + z.most_groups) + z.ffn_floats * z.ffn_stride +
+    return 4 * (n_batch * row + z.n_rows * z.x_stride + z.ffn_floats * z.ffn_stride +
                 (uint64_t)d->n_logits * (uint64_t)s->n_vocab + n_threads * (z.scratch_floats + z.panel_floats) +
                 (uint64_t)z.n_partials * z.partial_floats) +
-           n_threads * z.tile_bytes + (z.panels ? packed : 0);
+           n_threads * z.tile_bytes + z.n_rows * z.n_lines * sizeof(llm__kernel_group) + (z.panels ? packed : 0);
 }
 
 /* Rows of activations, of which the first n_floats are there as floats, too. */
-static llm__fwd_rows llm__fwd_rows_create(llm__env *env, size_t n, size_t n_floats, size_t stride, float *sums,
-                                          bool panels) {
+static llm__fwd_rows llm__fwd_rows_create(llm__env *env, size_t n, size_t n_floats, size_t stride,
+                                          llm__kernel_group *lines, bool panels) {
     llm__fwd_rows rows;
     rows.stride = stride;
-    rows.sums = sums;
+    rows.lines = lines;
     rows.x = (float *)llm__alloc_zero(env, n_floats * stride, sizeof(float));
     rows.packed = panels ? (uint8_t *)llm__alloc_zero(env, (n + 15) / 16 * 16 * stride, 2) : NULL;
     return rows;
@@ -11890,10 +12152,10 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->scratch_floats = z.scratch_floats;
     c->x = (float *)llm__alloc_zero(env, n_batch * z.x_stride, sizeof(float));
     c->qkv = (float *)llm__alloc_zero(env, n_batch * z.qkv_stride, sizeof(float));
-    float *sums = (float *)llm__alloc_zero(env, z.n_rows * z.most_groups, sizeof(float));
-    c->normed = llm__fwd_rows_create(env, n_batch, z.n_rows, z.x_stride, sums, z.panels);
-    c->attention = llm__fwd_rows_create(env, n_batch, n_batch, z.attention_stride, sums, z.panels);
-    c->ffn = llm__fwd_rows_create(env, n_batch, z.ffn_floats, z.ffn_stride, sums, z.panels);
+    llm__kernel_group *lines = (llm__kernel_group *)llm__alloc_zero(env, z.n_rows * z.n_lines, sizeof *lines);
+    c->normed = llm__fwd_rows_create(env, n_batch, z.n_rows, z.x_stride, lines, z.panels);
+    c->attention = llm__fwd_rows_create(env, n_batch, n_batch, z.attention_stride, lines, z.panels);
+    c->ffn = llm__fwd_rows_create(env, n_batch, z.ffn_floats, z.ffn_stride, lines, z.panels);
     c->cosines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->sines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
     c->scratch = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.scratch_floats, sizeof(float));
@@ -11949,8 +12211,8 @@ static void llm__cpu_bandwidth_matrix(llm__team_worker *w, llm__cpu_bandwidth_ar
     int n_tiles = llm__math_round_up(m->n, 16) / 16, n = (n_tiles + LLM__TILES - 1) / LLM__TILES;
     for (int i; (i = llm__team_take(w, n)) >= 0;) {
         int first = i * LLM__TILES, some = n_tiles - first < LLM__TILES ? n_tiles - first : LLM__TILES;
-        uint32_t got =
-            a->context->model->kernels->read(m->data + (size_t)first * m->tile_bytes, (size_t)some * m->tile_bytes);
+        const uint8_t *from = llm__matrix_tiles(m, first, 1).at, *end = llm__matrix_tiles(m, first + some, 0).at;
+        uint32_t got = a->context->model->kernels->read(from, (size_t)(end - from));
         __atomic_fetch_xor(&a->sink, got, __ATOMIC_RELAXED);
     }
     llm__team_finish(w);
@@ -11973,13 +12235,11 @@ static void llm__cpu_bandwidth_task(void *arg, int index) {
 static double llm__cpu_measure_bandwidth(void *context) {
     llm__cpu_bandwidth_args args = {(llm__cpu_context *)context, 0};
     const llm__cpu_model *m = args.context->model;
-    double bytes = (double)llm__math_round_up(m->head.n, 16) / 16 * (double)m->head.tile_bytes, best = 0,
-           start = llm__clock_now();
+    double bytes = (double)llm__matrix_bytes(&m->head), best = 0, start = llm__clock_now();
     for (int i = 0; i < m->shape.n_layers; i++) {
         const llm__matrix *all[4] = {&m->layers[i].qkv, &m->layers[i].attention_out, &m->layers[i].gate_up,
                                      &m->layers[i].down};
-        for (int j = 0; j < 4; j++)
-            bytes += (double)llm__math_round_up(all[j]->n, 16) / 16 * (double)all[j]->tile_bytes;
+        for (int j = 0; j < 4; j++) bytes += (double)llm__matrix_bytes(all[j]);
     }
     for (int i = 0; i < 10 && (i < 3 || llm__clock_now() - start < 0.5); i++) {
         double before = llm__clock_now();
@@ -12010,7 +12270,10 @@ static double llm__cpu_measure_flops(void *context) {
     bool floats = c->model->dtype == LLM_DTYPE_F32 || c->model->dtype == LLM_DTYPE_F16;
     llm__cpu_multiply_args args = {k->multiply, 0};
     double best = 0, round = 2.0 * 16 * 12;
-    if (k->tile_multiply && !floats) {
+    if (c->model->head.groups) {
+        args.multiply = k->multiply_bytes;
+        round *= 4;
+    } else if (k->tile_multiply && !floats) {
         args.multiply = k->tile_multiply;
         round = 2.0 * 16 * 4 * 16 * 32;
     } else if (k->multiply_pairs && !floats) {
@@ -12221,8 +12484,15 @@ static llm_backend_weight llm__model_make_weight(llm__env *env, const llm__check
     bool in_layer = kind != LLM_WEIGHT_EMBEDDING && kind != LLM_WEIGHT_OUTPUT_NORM && kind != LLM_WEIGHT_HEAD;
     bool rotated = kind == LLM_WEIGHT_QKV || kind == LLM_WEIGHT_QKV_BIAS;
     int rows[3];
-    llm_backend_weight w = {
-        kind, layer, 0, cols, source, llm__weight_read_row, llm__weight_raw_row, llm__weight_row_scale, false};
+    llm_backend_weight w;
+    memset(&w, 0, sizeof w);
+    w.kind = kind;
+    w.layer = layer;
+    w.cols = cols;
+    w.source = source;
+    w.read_row = llm__weight_read_row;
+    w.raw_row = llm__weight_raw_row;
+    w.row_scale = llm__weight_row_scale;
     memset(source, 0, sizeof *source);
     source->rope_dim = h->rope_dim;
     llm__model_part_rows(h, kind, rows);
@@ -12238,6 +12508,8 @@ static llm_backend_weight llm__model_make_weight(llm__env *env, const llm__check
         if (rotated && i < 2 && h->interleaved_rope) source->n_interleaved[i] = h->head_dim;
         source->n_parts++;
         w.rows += rows[i];
+        w.part_rows[w.n_parts] = rows[i];
+        w.part_types[w.n_parts++] = (int)source->parts[i].type->type;
         w.has_q8_0 = w.has_q8_0 || source->parts[i].type->type == LLM__Q8_0;
     }
     return w;
@@ -12259,9 +12531,57 @@ typedef struct llm__model_walk {
     const llm_backend *backend;
     void *device;
     llm_dtype dtype;
-    uint64_t n_params, weight_bytes, weight_bytes_per_token,
-        fingerprint; /* the fingerprint is the same for every dtype */
+    uint64_t n_params, weight_bytes, weight_bytes_per_token;
+    uint64_t fingerprint; /* the same for every dtype */
+    struct {
+        const char *name;
+        uint64_t n_params;
+    } held[LLM__N_TYPES]; /* matrices' parameters by the name of what holds them, up to the first NULL */
 } llm__model_walk;
+
+/* What holds part i of a matrix: the file's type where it keeps its numbers, else the type it was made. */
+static const char *llm__model_held_name(const llm__model_walk *walk, const llm_backend_weight *weight, int i) {
+    static const char *const names[LLM__W_Q4] = {"f32", "bf16", "int8", "f16"};
+    if (walk->backend != &llm__cpu_backend) return llm_dtype_name(walk->dtype);
+    llm__matrix m = llm__matrix_describe(walk->dtype, weight);
+    llm__weight_type kind = m.n_kinds ? m.kinds[i] : m.kind;
+    if (!llm__matrix_has_groups(kind)) return names[kind];
+    return llm__kernel_kind_of_file(weight->part_types[i]) == kind
+               ? llm__file_type_find((uint32_t)weight->part_types[i])->name
+               : "int4";
+}
+
+static void llm__model_count_held(llm__model_walk *walk, const llm_backend_weight *weight) {
+    for (int i = 0; i < weight->n_parts; i++) {
+        const char *name = llm__model_held_name(walk, weight, i);
+        size_t at = 0;
+        while (walk->held[at].name && strcmp(walk->held[at].name, name)) at++;
+        walk->held[at].name = name;
+        walk->held[at].n_params += (uint64_t)weight->part_rows[i] * (uint64_t)weight->cols;
+    }
+}
+
+/* "Q4_K 71 %, Q6_K 29 %", the largest share first; the name alone if there is one. */
+static void llm__model_describe_held(const llm__model_walk *walk, char *text, size_t size) {
+    uint64_t total = 0, below = UINT64_MAX;
+    for (size_t i = 0; i < LLM__N_TYPES && walk->held[i].name; i++) total += walk->held[i].n_params;
+    text[0] = 0;
+    for (size_t n = 0; n < size;) {
+        const char *name = NULL;
+        uint64_t most = 0;
+        for (size_t i = 0; i < LLM__N_TYPES && walk->held[i].name; i++)
+            if (walk->held[i].n_params > most && walk->held[i].n_params < below) {
+                most = walk->held[i].n_params;
+                name = walk->held[i].name;
+            }
+        if (!name) return;
+        below = most;
+        int written = most == total ? snprintf(text, size, "%s", name)
+                                    : snprintf(text + n, size - n, "%s%s %.3g %%", n ? ", " : "", name,
+                                               100.0 * (double)most / (double)total);
+        n += (size_t)written;
+    }
+}
 
 /* The fingerprint uses samples, because hashing everything would mean reading it. */
 static uint64_t llm__model_sample_tensor(uint64_t hash, const llm__tensor *t) {
@@ -12282,6 +12602,7 @@ static void llm__model_walk_weight(llm__model_walk *walk, llm_backend_weight_kin
     uint64_t bytes = vector ? (uint64_t)w.rows * (uint64_t)w.cols * 4 : walk->backend->weight_bytes(walk->dtype, &w);
     walk->n_params += (uint64_t)w.rows * (uint64_t)w.cols;
     walk->weight_bytes += bytes;
+    if (!vector) llm__model_count_held(walk, &w);
     if (kind != LLM_WEIGHT_EMBEDDING || walk->h->tied_head) walk->weight_bytes_per_token += bytes;
     if (!walk->visit) return;
     for (int i = 0; i < source.n_parts; i++) {
@@ -12333,8 +12654,8 @@ static llm_dtype llm__model_cache_dtype(const llm_backend *backend, llm_dtype we
 
 static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *desc) {
     llm_model_desc d = *desc;
-    if (d.dtype == LLM_DTYPE_DEFAULT) d.dtype = LLM_DTYPE_BF16;
     if (!d.backend) d.backend = &llm__cpu_backend;
+    if (d.dtype == LLM_DTYPE_DEFAULT) d.dtype = d.backend == &llm__cpu_backend ? LLM_DTYPE_FILE : LLM_DTYPE_BF16;
     if (!llm__kernels_choose(d.isa))
         llm__fail(env, LLM_ERROR_ARGUMENT, "the instruction set \"%s\" is unknown, or not on this machine", d.isa);
     if (!llm_dtype_name(d.dtype))
@@ -12372,6 +12693,7 @@ static llm_model_info llm__model_info(const llm__hparams *h, const llm__model_wa
     info->n_params = walk->n_params;
     info->weight_bytes = walk->weight_bytes;
     info->weight_bytes_per_token = walk->weight_bytes_per_token;
+    llm__model_describe_held(walk, info->held, sizeof info->held);
     info->isa = llm__kernels_choose(desc->isa)->name;
     info->cache_bytes_per_token =
         desc->backend->block_bytes(shape, llm__model_cache_dtype(desc->backend, desc->dtype)) / LLM_CACHE_BLOCK;
@@ -12480,8 +12802,15 @@ typedef struct llm__model_plan {
     const llm__checkpoint *ck;
     llm__hparams h;
     llm_backend_shape shape;
+    llm_dtype dtype;      /* as asked for, but LLM_DTYPE_FILE only if that is not bf16 throughout */
     llm__model_walk walk; /* totals of the weights */
 } llm__model_plan;
+
+static llm_dtype llm__model_plan_dtype(const llm__checkpoint *ck, llm_dtype dtype) {
+    for (size_t i = 0; i < ck->n_tensors && dtype == LLM_DTYPE_FILE; i++)
+        if (llm__kernel_kind_of_file((int)ck->tensors[i].type->type) != LLM__W_BF16) return LLM_DTYPE_FILE;
+    return dtype == LLM_DTYPE_FILE ? LLM_DTYPE_BF16 : dtype;
+}
 
 static void llm__model_make_plan(llm__env *env, const llm__file_source *source, const llm_model_desc *desc,
                                  llm__model_plan *plan) {
@@ -12492,7 +12821,8 @@ static void llm__model_make_plan(llm__env *env, const llm__file_source *source, 
     plan->h = llm__hparams_read(env, plan->ck);
     env->pool = outer;
     plan->shape = llm__model_find_shape(env, &plan->h, plan->ck);
-    plan->walk = llm__model_start_walk(env, plan->ck, &plan->h, desc->backend, desc->dtype);
+    plan->dtype = llm__model_plan_dtype(plan->ck, desc->dtype);
+    plan->walk = llm__model_start_walk(env, plan->ck, &plan->h, desc->backend, plan->dtype);
     llm__model_walk_weights(&plan->walk);
     llm__tensor_refuse_unused(env, plan->ck);
 }
@@ -12505,6 +12835,7 @@ static void llm__model_load_body(llm__env *env, void *arg) {
     llm__model_plan plan;
     llm__model_make_plan(env, args->source, &desc, &plan);
     const llm__checkpoint *ck = plan.ck;
+    desc.dtype = plan.dtype;
     model->backend = args->backend = desc.backend;
     model->shape = plan.shape;
     model->shape.weight_bytes = plan.walk.weight_bytes;
@@ -12536,8 +12867,8 @@ static void llm__model_load_body(llm__env *env, void *arg) {
     llm__env_progress(env, 1);
     llm__log(&desc.host, "loaded %s: %s, %llu parameters as %s, %.0f MB, %s, in %.2f s",
              args->source->path ? args->source->path : "a model", model->info.architecture,
-             (unsigned long long)walk.n_params, llm_dtype_name(desc.dtype), (double)walk.weight_bytes / 1e6,
-             model->info.isa, llm__clock_now() - start);
+             (unsigned long long)walk.n_params, model->info.held, (double)walk.weight_bytes / 1e6, model->info.isa,
+             llm__clock_now() - start);
 }
 
 static llm_status llm__model_load(llm_model **out, const llm__file_source *source, const llm_model_desc *desc,
@@ -12615,6 +12946,7 @@ static void llm__model_info_body(llm__env *env, void *arg) {
     llm_model_desc desc = llm__model_defaults(env, args->desc);
     llm__model_plan plan;
     llm__model_make_plan(env, args->source, &desc, &plan);
+    desc.dtype = plan.dtype;
     *args->out = llm__model_info(&plan.h, &plan.walk, &plan.shape, &desc);
 }
 
@@ -15379,7 +15711,17 @@ SOFTWARE.
 #define v_round_bf16 LLM__FN(v_round_bf16)
 #define v_int8 LLM__FN(v_int8)
 #define v_half LLM__FN(v_half)
-#define v_nibble LLM__FN(v_nibble)
+#define v_store_bytes LLM__FN(v_store_bytes)
+#define v_bytes LLM__FN(v_bytes)
+#define v_ints LLM__FN(v_ints)
+#define v_load_bytes LLM__FN(v_load_bytes)
+#define v_save_bytes LLM__FN(v_save_bytes)
+#define v_low LLM__FN(v_low)
+#define v_high LLM__FN(v_high)
+#define v_above LLM__FN(v_above)
+#define v_splat_int LLM__FN(v_splat_int)
+#define v_dot_bytes LLM__FN(v_dot_bytes)
+#define v_of_ints LLM__FN(v_of_ints)
 #define v_times_pow2 LLM__FN(v_times_pow2)
 #define v_guess_inverse LLM__FN(v_guess_inverse)
 #define v_pair LLM__FN(v_pair)
@@ -15431,13 +15773,30 @@ LLM__INLINE V v_int8(const int8_t *p) {
 LLM__INLINE V v_half(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
 }
-LLM__INLINE V v_nibble(const uint32_t *p, int at) {
-    const V numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; /* looked up by the low four bits */
-    /* A shift by whole bytes costs nothing as part of the address, which reaches 3 bytes into what follows in the block; the
-       compiler is kept from shifting all the same. */
-    __m512i words = _mm512_loadu_si512((const uint8_t *)p + at / 2);
-    __asm__("" : "+v"(words));
-    return _mm512_permutexvar_ps(at % 2 ? _mm512_srli_epi32(words, 4) : words, numbers);
+LLM__INLINE void v_store_bytes(V a, int8_t *to) {
+    _mm_storeu_si128((__m128i *)(void *)to, _mm512_cvtepi32_epi8(_mm512_castps_si512(a)));
+}
+typedef __m512i v_bytes, v_ints;
+LLM__INLINE v_bytes v_load_bytes(const uint8_t *p) { return _mm512_loadu_si512((const void *)p); }
+LLM__INLINE void v_save_bytes(uint8_t *p, v_bytes a) { _mm512_storeu_si512((void *)p, a); }
+LLM__INLINE v_bytes v_low(v_bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+LLM__INLINE v_bytes v_high(v_bytes a) { return v_low(_mm512_srli_epi16(a, 4)); }
+LLM__INLINE v_bytes v_above(v_bytes a, v_bytes bits, const int MASK, const int AT) {
+    v_bytes up = AT < 4 ? _mm512_slli_epi16(bits, AT < 4 ? 4 - AT : 0) : _mm512_srli_epi16(bits, AT < 4 ? 0 : AT - 4);
+    return _mm512_or_si512(a, _mm512_and_si512(up, _mm512_set1_epi8((char)(MASK << 4))));
+}
+LLM__INLINE v_ints v_splat_int(int32_t x) { return _mm512_set1_epi32(x); }
+LLM__INLINE V v_of_ints(v_ints a) { return _mm512_cvtepi32_ps(a); }
+LLM__INLINE v_ints v_dot_bytes(const bool SIGNED, v_ints sum, v_bytes w, int32_t x) {
+    v_bytes xs = _mm512_set1_epi32(x);
+#if defined(LLM__USE_BF16) /* and VNNI; numbers with a sign come with 128 added */
+    (void)SIGNED;
+    return _mm512_dpbusd_epi32(sum, w, xs);
+#else
+    if (SIGNED) xs = _mm512_mask_sub_epi8(xs, _mm512_movepi8_mask(w), _mm512_setzero_si512(), xs);
+    if (SIGNED) w = _mm512_abs_epi8(w);
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(w, xs), _mm512_set1_epi16(1)));
+#endif
 }
 LLM__INLINE V v_round_bf16(V a) {
     __m512i u = _mm512_castps_si512(a);
@@ -15509,12 +15868,56 @@ LLM__INLINE V v_half(const uint16_t *p) {
     LLM__BOTH(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)),
               _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + 8))));
 }
-LLM__INLINE __m256 LLM__FN(half_nibble)(const uint32_t *p, int at) {
-    __m256i words = (__m256i)((__v8su)_mm256_loadu_si256((const __m256i *)(const void *)p) >> (4 * at));
-    return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(15)));
+LLM__INLINE void v_store_bytes(V a, int8_t *to) {
+    const __m256i low = _mm256_set1_epi32(255);
+    __m256i words = _mm256_packus_epi32(_mm256_and_si256(_mm256_castps_si256(a.lo), low),
+                                        _mm256_and_si256(_mm256_castps_si256(a.hi), low));
+    words = _mm256_permute4x64_epi64(words, 0xD8);
+    _mm_storeu_si128((__m128i *)(void *)to,
+                     _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
-LLM__INLINE V v_nibble(const uint32_t *p, int at) {
-    LLM__BOTH(LLM__FN(half_nibble)(p, at), LLM__FN(half_nibble)(p + 8, at));
+typedef struct v_ints {
+    __m256i lo, hi;
+} v_ints, v_bytes;
+#define LLM__BOTH_INTS(l, h) \
+    v_ints r;                \
+    r.lo = l;                \
+    r.hi = h;                \
+    return r
+LLM__INLINE v_bytes v_load_bytes(const uint8_t *p) {
+    LLM__BOTH_INTS(_mm256_loadu_si256((const __m256i *)(const void *)p),
+                   _mm256_loadu_si256((const __m256i *)(const void *)(p + 32)));
+}
+LLM__INLINE void v_save_bytes(uint8_t *p, v_bytes a) {
+    _mm256_storeu_si256((__m256i *)(void *)p, a.lo);
+    _mm256_storeu_si256((__m256i *)(void *)(p + 32), a.hi);
+}
+LLM__INLINE v_bytes v_low(v_bytes a) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    LLM__BOTH_INTS(_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask));
+}
+LLM__INLINE v_bytes v_high(v_bytes a) {
+    a.lo = _mm256_srli_epi16(a.lo, 4);
+    a.hi = _mm256_srli_epi16(a.hi, 4);
+    return v_low(a);
+}
+LLM__INLINE __m256i LLM__FN(half_above)(__m256i a, __m256i bits, const int MASK, const int AT) {
+    __m256i up = AT < 4 ? _mm256_slli_epi16(bits, AT < 4 ? 4 - AT : 0) : _mm256_srli_epi16(bits, AT < 4 ? 0 : AT - 4);
+    return _mm256_or_si256(a, _mm256_and_si256(up, _mm256_set1_epi8((char)(MASK << 4))));
+}
+LLM__INLINE v_bytes v_above(v_bytes a, v_bytes bits, const int MASK, const int AT) {
+    LLM__BOTH_INTS(LLM__FN(half_above)(a.lo, bits.lo, MASK, AT), LLM__FN(half_above)(a.hi, bits.hi, MASK, AT));
+}
+LLM__INLINE v_ints v_splat_int(int32_t x) { LLM__BOTH_INTS(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
+LLM__INLINE V v_of_ints(v_ints a) { LLM__BOTH(_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)); }
+LLM__INLINE __m256i LLM__FN(half_dot)(const bool SIGNED, __m256i sum, __m256i w, __m256i x) {
+    __m256i pairs =
+        SIGNED ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+LLM__INLINE v_ints v_dot_bytes(const bool SIGNED, v_ints sum, v_bytes w, int32_t x) {
+    __m256i xs = _mm256_set1_epi32(x);
+    LLM__BOTH_INTS(LLM__FN(half_dot)(SIGNED, sum.lo, w.lo, xs), LLM__FN(half_dot)(SIGNED, sum.hi, w.hi, xs));
 }
 LLM__INLINE V v_round_bf16(V a) {
     LLM__BOTH(_mm256_castsi256_ps(LLM__FN(half_round)(_mm256_castps_si256(a.lo))),
@@ -15567,8 +15970,48 @@ LLM__INLINE V v_int8(const int8_t *p) {
     LLM__QUARTERS(vcvtq_f32_s32(vmovl_s16(i % 2 ? vget_high_s16(i < 2 ? lo : hi) : vget_low_s16(i < 2 ? lo : hi))));
 }
 LLM__INLINE V v_half(const uint16_t *p) { LLM__QUARTERS(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)))); }
-LLM__INLINE V v_nibble(const uint32_t *p, int at) {
-    LLM__QUARTERS(vcvtq_f32_u32(vandq_u32(vld1q_u32(p + 4 * i) >> (uint32_t)(4 * at), vdupq_n_u32(15))));
+LLM__INLINE void v_store_bytes(V a, int8_t *to) {
+    uint16x4_t words[4];
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) words[i] = vmovn_u32(vreinterpretq_u32_f32(a.q[i]));
+    uint8x8_t low = vmovn_u16(vcombine_u16(words[0], words[1])), high = vmovn_u16(vcombine_u16(words[2], words[3]));
+    vst1q_s8(to, vreinterpretq_s8_u8(vcombine_u8(low, high)));
+}
+typedef struct v_bytes {
+    uint8x16_t q[4];
+} v_bytes;
+typedef struct v_ints {
+    int32x4_t q[4];
+} v_ints;
+#define LLM__QUARTER_BYTES(expression)                                         \
+    v_bytes r;                                                                 \
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) r.q[i] = (expression); \
+    return r
+LLM__INLINE v_bytes v_load_bytes(const uint8_t *p) { LLM__QUARTER_BYTES(vld1q_u8(p + 16 * i)); }
+LLM__INLINE void v_save_bytes(uint8_t *p, v_bytes a) {
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) vst1q_u8(p + 16 * i, a.q[i]);
+}
+LLM__INLINE v_bytes v_low(v_bytes a) { LLM__QUARTER_BYTES(vandq_u8(a.q[i], vdupq_n_u8(15))); }
+LLM__INLINE v_bytes v_high(v_bytes a) { LLM__QUARTER_BYTES(vshrq_n_u8(a.q[i], 4)); }
+LLM__INLINE v_bytes v_above(v_bytes a, v_bytes bits, const int MASK, const int AT) {
+    LLM__QUARTER_BYTES(vorrq_u8(
+        a.q[i], vandq_u8(vshlq_u8(bits.q[i], vdupq_n_s8((int8_t)(4 - AT))), vdupq_n_u8((uint8_t)(MASK << 4)))));
+}
+LLM__INLINE v_ints v_splat_int(int32_t x) {
+    v_ints r;
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) r.q[i] = vdupq_n_s32(x);
+    return r;
+}
+LLM__INLINE V v_of_ints(v_ints a) { LLM__QUARTERS(vcvtq_f32_s32(a.q[i])); }
+LLM__INLINE v_ints v_dot_bytes(const bool SIGNED, v_ints sum, v_bytes w, int32_t x) {
+    const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(x));
+    (void)SIGNED; /* others have at most 6 bits */
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+        int8x16_t ws = vreinterpretq_s8_u8(w.q[i]);
+        int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(ws), vget_low_s8(xs))),
+                  high = vpaddlq_s16(vmull_s8(vget_high_s8(ws), vget_high_s8(xs)));
+        sum.q[i] = vaddq_s32(sum.q[i], vpaddq_s32(low, high));
+    }
+    return sum;
 }
 LLM__INLINE uint32x4_t LLM__FN(quarter_round)(uint32x4_t u) {
     uint32x4_t up = vaddq_u32(vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1)), vdupq_n_u32(0x7FFF));
@@ -15613,7 +16056,34 @@ LLM__INLINE V v_even(const uint16_t *p) { LLM__LANES(llm__bf16_to_f32(p[2 * i]))
 LLM__INLINE V v_odd(const uint16_t *p) { LLM__LANES(llm__bf16_to_f32(p[2 * i + 1])); }
 LLM__INLINE V v_int8(const int8_t *p) { LLM__LANES(p[i]); }
 LLM__INLINE V v_half(const uint16_t *p) { LLM__LANES(llm__f16_to_f32(p[i])); }
-LLM__INLINE V v_nibble(const uint32_t *p, int at) { LLM__LANES((float)(p[i] >> (4 * at) & 15)); }
+LLM__INLINE void v_store_bytes(V a, int8_t *to) {
+    for (int i = 0; i < 16; i++) to[i] = (int8_t)(llm__f32_bits(a.f[i]) & 255);
+}
+typedef struct v_bytes {
+    uint8_t b[64];
+} v_bytes;
+typedef struct v_ints {
+    int32_t i[16];
+} v_ints;
+#define LLM__LANES_OF(type, n, member, expression)          \
+    type r;                                                 \
+    for (int i = 0; i < n; i++) r.member[i] = (expression); \
+    return r
+LLM__INLINE v_bytes v_load_bytes(const uint8_t *p) { LLM__LANES_OF(v_bytes, 64, b, p[i]); }
+LLM__INLINE void v_save_bytes(uint8_t *p, v_bytes a) { memcpy(p, a.b, 64); }
+LLM__INLINE v_bytes v_low(v_bytes a) { LLM__LANES_OF(v_bytes, 64, b, a.b[i] & 15); }
+LLM__INLINE v_bytes v_high(v_bytes a) { LLM__LANES_OF(v_bytes, 64, b, (uint8_t)(a.b[i] >> 4)); }
+LLM__INLINE v_bytes v_above(v_bytes a, v_bytes bits, const int MASK, const int AT) {
+    LLM__LANES_OF(v_bytes, 64, b, (uint8_t)(a.b[i] | (bits.b[i] >> AT & MASK) << 4));
+}
+LLM__INLINE v_ints v_splat_int(int32_t x) { LLM__LANES_OF(v_ints, 16, i, x); }
+LLM__INLINE V v_of_ints(v_ints a) { LLM__LANES((float)a.i[i]); }
+LLM__INLINE v_ints v_dot_bytes(const bool SIGNED, v_ints sum, v_bytes w, int32_t x) {
+    int8_t xs[4];
+    memcpy(xs, &x, 4);
+    for (int i = 0; i < 64; i++) sum.i[i / 4] += (SIGNED ? (int8_t)w.b[i] : w.b[i]) * xs[i % 4];
+    return sum;
+}
 LLM__INLINE V v_round_bf16(V a) {
     LLM__LANES(llm__f32_from_bits((llm__f32_bits(a.f[i]) + 0x7FFF + (llm__f32_bits(a.f[i]) >> 16 & 1)) & 0xFFFF0000));
 }
@@ -15624,8 +16094,10 @@ LLM__INLINE V v_guess_inverse(V a) { LLM__LANES(llm__f32_from_bits(LLM__INVERSE 
 
 #endif
 
-/* v_round_bf16 takes no NaN, and denormals are gone before it. v_times_pow2 multiplies by 2^n for n + LLM__WHOLE, where
-   neither it nor the result may be out of range. v_guess_inverse is within 5.1 % of 1 / a. */
+/* v_bytes are [16][4], v_ints [16]. v_above puts the bits of MASK, from bit AT on, over a number's low four.
+   v_dot_bytes adds to each sum four products with the four whole numbers x. v_store_bytes takes the lowest byte of each
+   of 16 words. v_round_bf16 takes no NaN, and denormals are gone before it. v_times_pow2 multiplies by 2^n for n +
+   LLM__WHOLE, where neither it nor the result may be out of range. v_guess_inverse is within 5.1 % of 1 / a. */
 
 /* The scalar set is not for speed, but should not be large. */
 #if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2) || defined(LLM__USE_NEON)
@@ -15696,16 +16168,24 @@ LLM__INLINE float v_hmax(V a) {
    once. */
 #if defined(LLM__USE_AVX512)
 #define LLM__MOST_ROWS 8
+#define LLM__GROUP_ROWS 4
+#define LLM__GROUP_TILES 2
 #elif defined(LLM__USE_AVX2)
 #define LLM__MOST_ROWS 4
 #define LLM__STRIP_ROWS 6
 #define LLM__STRIP_TILES 1
+#define LLM__GROUP_ROWS 4
+#define LLM__GROUP_TILES 1
 #elif defined(LLM__USE_NEON)
 #define LLM__MOST_ROWS 2
 #define LLM__STRIP_ROWS 6
 #define LLM__STRIP_TILES 1
+#define LLM__GROUP_ROWS 4
+#define LLM__GROUP_TILES 1
 #else
 #define LLM__MOST_ROWS 1
+#define LLM__GROUP_ROWS 1
+#define LLM__GROUP_TILES 1
 #endif
 
 /* ROWS rows at once, so that a weight once loaded serves them all. ROWS is a constant where this is inlined. */
@@ -15723,15 +16203,12 @@ LLM__INLINE void LLM__FN(float_rows)(const int ROWS, const bool HALF, const floa
 
 /* Weight J of eight, for each of the kinds. */
 LLM__INLINE V LLM__FN(weight)(const llm__weight_type KIND, const uint8_t *w, const int J) {
-    if (KIND == LLM__W_INT4_GROUPS) return v_nibble((const uint32_t *)w, LLM__NIBBLE(J));
     if (KIND != LLM__W_BF16) return v_int8((const int8_t *)w + J * 16);
     return J % 2 ? v_odd((const uint16_t *)w + J / 2 * 32) : v_even((const uint16_t *)w + J / 2 * 32);
 }
 
-/* A block's bytes in a tile. Groups end with 16 scales and 16 minimums in f16. */
-LLM__INLINE size_t LLM__FN(block_bytes)(const llm__weight_type KIND) {
-    return KIND == LLM__W_BF16 ? 1024 : KIND == LLM__W_INT8 ? 512 : KIND == LLM__W_INT8_GROUPS ? 576 : 320;
-}
+/* A block's bytes in a tile. */
+LLM__INLINE size_t LLM__FN(block_bytes)(const llm__weight_type KIND) { return KIND == LLM__W_BF16 ? 1024 : 512; }
 
 /* 16 words of two bf16: a in the lower halves, b in the upper. */
 LLM__INLINE void LLM__FN(store_words)(V a, V b, uint8_t *to) {
@@ -15750,33 +16227,11 @@ LLM__INLINE void LLM__FN(store_words)(V a, V b, uint8_t *to) {
 #endif
 }
 
-LLM__INLINE void LLM__FN(unpack_blocks)(const llm__weight_type KIND, const uint8_t *w, int n_blocks, uint8_t *to) {
-    const bool GROUPS = KIND != LLM__W_INT8;
-    const size_t bytes = LLM__FN(block_bytes)(KIND), quarter = bytes / 256 * 64;
-    for (; n_blocks; n_blocks--, w += bytes) {
-        const uint16_t *ends = (const uint16_t *)(const void *)(w + bytes) - 32;
-        V scale = v_splat(1), least = v_splat(0);
-        if (GROUPS) scale = v_half(ends);
-        if (GROUPS) least = v_half(ends + 16);
-        for (size_t i = 0; i < 4; i++) {
-            LLM__UNROLL for (int j = 0; j < 8; j += 2, to += 64) {
-                V even = LLM__FN(weight)(KIND, w + i * quarter, j), odd = LLM__FN(weight)(KIND, w + i * quarter, j + 1);
-                if (GROUPS) even = v_fma(even, scale, least);
-                if (GROUPS) odd = v_fma(odd, scale, least);
-                LLM__FN(store_words)(even, odd, to);
-            }
-        }
+LLM__TARGET static void LLM__FN(unpack)(const uint8_t *w, int n_blocks, uint8_t *to) {
+    for (int i = 0; i < n_blocks * 4; i++, w += 128) {
+        LLM__UNROLL for (int j = 0; j < 8; j += 2, to += 64)
+            LLM__FN(store_words)(LLM__FN(weight)(LLM__W_INT8, w, j), LLM__FN(weight)(LLM__W_INT8, w, j + 1), to);
     }
-}
-
-LLM__TARGET static void LLM__FN(unpack)(llm__weight_type kind, const uint8_t *w, int n_blocks, uint8_t *to) {
-#if defined(LLM__USE_BF16)
-    if (kind == LLM__W_INT8) LLM__FN(unpack_blocks)(LLM__W_INT8, w, n_blocks, to);
-    else if (kind == LLM__W_INT8_GROUPS) LLM__FN(unpack_blocks)(LLM__W_INT8_GROUPS, w, n_blocks, to);
-    else LLM__FN(unpack_blocks)(LLM__W_INT4_GROUPS, w, n_blocks, to);
-#else
-    LLM__FN(unpack_blocks)(kind, w, n_blocks, to); /* small, where products take longer */
-#endif
 }
 
 #if defined(LLM__USE_BF16)
@@ -15817,14 +16272,6 @@ LLM__INLINE void LLM__FN(weights)(const llm__weight_type KIND, const bool WIDE, 
         __m512i up = _mm512_slli_epi32(_mm512_castps_si512(a), 16);
         *even = _mm512_castsi512_ps(_mm512_mask_mov_epi16(up, 0x55555555, _mm512_castps_si512(b)));
         *odd = v_pair(a, b);
-    } else if (KIND == LLM__W_INT4_GROUPS) {
-        const V evens = {0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14},
-                odds = {1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15};
-        const __m512i numbers = _mm512_castps_si512(v_pair(odds, evens)); /* looked up by the low five bits */
-        __m512i nibbles = _mm512_loadu_si512((const void *)w);
-        __asm__("" : "+v"(nibbles));
-        *even = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(nibbles, J * 4), numbers));
-        *odd = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(nibbles, J * 4 + 4), numbers));
     } else {
         const int8_t *q = (const int8_t *)w + J * 32;
         *even = v_pair(v_int8(q), v_int8(q + 32));
@@ -15862,7 +16309,6 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weig
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
     const size_t bytes = WIDE ? 1024 : LLM__FN(block_bytes)(KIND), quarter = bytes / 256 * 64,
                  fetched = WIDE ? 0 : quarter, later = KIND == LLM__W_BF16 ? 16384 : 8192;
-    if (bytes % 256) __builtin_prefetch(w + bytes - 64 + later, 0, 2); /* scales and minimums */
     for (const uint8_t *end = w + 4 * quarter; w < end; w += quarter, x += LLM__FN(inputs) / 4) {
         LLM__UNROLL for (size_t line = 0; line < fetched; line += 64) {
             __builtin_prefetch(w + line + later, 0, 2);
@@ -15883,35 +16329,21 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weig
 
 /* The sums over n blocks are added to the totals[ROWS][TILES]. */
 LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE,
-                                 const v_input *x, size_t x_stride, const float *x_sums, size_t sums_stride,
-                                 const uint8_t *w, size_t w_next, int n, V *totals) {
+                                 const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, int n, V *totals) {
     const size_t bytes = WIDE ? 1024 : LLM__FN(block_bytes)(KIND);
-    V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS], scale[2], least[2];
+    V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) total[i] = totals[i];
     for (int b = 0; b < n; b++, x += LLM__FN(inputs), w += bytes) {
         LLM__FN(block)(ROWS, TILES, KIND, WIDE, x, x_stride, w, w_next, sum);
-        if (KIND == LLM__W_BF16 || KIND == LLM__W_INT8) {
-            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) total[i] = v_add(total[i], sum[i]);
-            continue;
-        }
-        LLM__UNROLL for (int t = 0; t < TILES; t++) {
-            const uint16_t *ends = (const uint16_t *)(const void *)(w + (size_t)t * w_next + bytes) - 32;
-            scale[t] = v_half(ends);
-            least[t] = v_half(ends + 16);
-        }
-        LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
-            V x_sum = v_splat(x_sums[(size_t)(i / TILES) * sums_stride + (size_t)b]);
-            total[i] = v_fma(least[i % TILES], x_sum, v_fma(scale[i % TILES], sum[i], total[i]));
-        }
+        LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) total[i] = v_add(total[i], sum[i]);
     }
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) totals[i] = total[i];
 }
 
 /* Up to LLM__RUN_TILES tiles. */
 LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__weight_type KIND, const float *x, size_t x_stride,
-                                     const float *x_sums, const uint8_t *w, size_t tile_bytes, int n, int k, float *y,
-                                     size_t y_stride) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND), sums_stride = (size_t)k / 32;
+                                     const uint8_t *w, size_t tile_bytes, int n, int k, float *y, size_t y_stride) {
+    const size_t bytes = LLM__FN(block_bytes)(KIND);
     V total[LLM__RUN_TILES][LLM__MOST_ROWS];
     for (int t = 0; t < n; t++) {
         LLM__UNROLL for (int r = 0; r < ROWS; r++) total[t][r] =
@@ -15928,10 +16360,9 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__weight_type KIND
         const float *run = x + i;
         const size_t run_stride = x_stride;
 #endif
-        const float *run_sums = x_sums ? x_sums + i / 32 : NULL;
         const uint8_t *part = w + (size_t)i / 32 * bytes;
         for (int t = 0; t < n; t++, part += tile_bytes)
-            LLM__FN(blocks)(ROWS, 1, KIND, false, run, run_stride, run_sums, sums_stride, part, 0, some / 32, total[t]);
+            LLM__FN(blocks)(ROWS, 1, KIND, false, run, run_stride, part, 0, some / 32, total[t]);
     }
     for (int t = 0; t < n; t++) {
         LLM__UNROLL for (int r = 0; r < ROWS; r++) {
@@ -15944,7 +16375,7 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__weight_type KIND
 }
 
 LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__weight_type KIND, const float *x, size_t x_stride,
-                                    const float *x_sums, const uint8_t *w, int n, int k, float *y, size_t y_stride) {
+                                    const uint8_t *w, int n, int k, float *y, size_t y_stride) {
     const bool FLOATS = KIND == LLM__W_F32 || KIND == LLM__W_F16;
     const size_t block_bytes = LLM__FN(block_bytes)(KIND), end_bytes = KIND == LLM__W_INT8 ? 64 : 0;
     const size_t float_bytes = KIND == LLM__W_F16 ? 32 : 64;
@@ -15953,7 +16384,7 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__weight_type KIND,
     for (int t = 0; t < n; t += STEP, w += (size_t)STEP * tile_bytes, y += 16 * STEP) {
         int some = n - t < STEP ? n - t : STEP;
         if (FLOATS) LLM__FN(float_rows)(ROWS, KIND == LLM__W_F16, x, x_stride, w, k, y, y_stride);
-        else LLM__FN(block_rows)(ROWS, KIND, x, x_stride, x_sums, w, tile_bytes, some, k, y, y_stride);
+        else LLM__FN(block_rows)(ROWS, KIND, x, x_stride, w, tile_bytes, some, k, y, y_stride);
     }
 }
 
@@ -16055,21 +16486,17 @@ LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_product)(llm__we
 #endif
 
 /* N rows at a time as long as there are so many. */
-#define LLM__ROWS_BY(N)                                                               \
-    for (; rows >= (N); rows -= (N), x += (N)*x_stride, y += (N)*y_stride) {          \
-        LLM__FN(some_rows)((N), KIND, x, x_stride, x_sums, tiles, n, k, y, y_stride); \
-        if (GROUPS) x_sums += (N) * (k / 32);                                         \
-    }
+#define LLM__ROWS_BY(N)                                                    \
+    for (; rows >= (N); rows -= (N), x += (N)*x_stride, y += (N)*y_stride) \
+        LLM__FN(some_rows)((N), KIND, x, x_stride, tiles, n, k, y, y_stride);
 
 /* As many rows at once as the registers hold sums for, then fewer. */
-LLM__INLINE void LLM__FN(product)(const llm__weight_type KIND, const float *x, size_t x_stride, const float *x_sums,
-                                  int rows, const uint8_t *tiles, int n, int k, float *y, size_t y_stride) {
-    const bool GROUPS = KIND == LLM__W_INT8_GROUPS || KIND == LLM__W_INT4_GROUPS,
-               CACHED = !GROUPS && KIND != LLM__W_F16;
+LLM__INLINE void LLM__FN(product)(const llm__weight_type KIND, const float *x, size_t x_stride, int rows,
+                                  const uint8_t *tiles, int n, int k, float *y, size_t y_stride) {
+    const bool CACHED = KIND != LLM__W_F16;
 #if defined(LLM__USE_BF16)
-    if ((KIND == LLM__W_INT8 || KIND == LLM__W_INT8_GROUPS) && rows == 1) { /* pairs cost more than they save */
-        llm__kernel_product_fn *by_fma = GROUPS ? llm__avx512_product_int8_groups : llm__avx512_product_int8;
-        by_fma(x, x_stride, x_sums, rows, tiles, n, k, y, y_stride);
+    if (KIND == LLM__W_INT8 && rows == 1) { /* pairs cost more than they save */
+        llm__avx512_product_int8(x, x_stride, rows, tiles, n, k, y, y_stride);
         return;
     }
 #endif
@@ -16090,15 +16517,277 @@ LLM__INLINE void LLM__FN(product)(const llm__weight_type KIND, const float *x, s
 }
 #undef LLM__ROWS_BY
 
-#define LLM__PRODUCT(name, KIND)                                                                          \
-    LLM__TARGET static void LLM__FN(name)(const float *x, size_t x_stride, const float *x_sums, int rows, \
-                                          const void *tiles, int n, int k, float *y, size_t y_stride) {   \
-        LLM__FN(product)(KIND, x, x_stride, x_sums, rows, (const uint8_t *)tiles, n, k, y, y_stride);     \
+#define LLM__PRODUCT(name, KIND)                                                                                      \
+    LLM__TARGET static void LLM__FN(name)(const float *x, size_t x_stride, int rows, const void *tiles, int n, int k, \
+                                          float *y, size_t y_stride) {                                                \
+        LLM__FN(product)(KIND, x, x_stride, rows, (const uint8_t *)tiles, n, k, y, y_stride);                         \
     }
 LLM__PRODUCT(product_bf16, LLM__W_BF16)
 LLM__PRODUCT(product_int8, LLM__W_INT8)
-LLM__PRODUCT(product_int8_groups, LLM__W_INT8_GROUPS)
-LLM__PRODUCT(product_int4_groups, LLM__W_INT4_GROUPS)
+
+/* ---- Products with groups ----
+
+   Floor: 8 products of bytes for a row and a tile over 32 k. A single row waits for memory, so its weights go to the
+   products as they are read. For more rows a few groups of one or two tiles become bytes first, which stay in the
+   nearest cache, and their scales floats; LLM__GROUP_ROWS rows meet them at once. */
+
+/* Numbers with a sign are bytes without one to VPDPBUSD: 128 is added here, and taken away with `zero`. */
+#if defined(LLM__USE_BF16)
+#define LLM__SIGN 128
+#else
+#define LLM__SIGN 0
+#endif
+
+/* The same kernels serve kinds whose groups, once they are bytes, are alike; they differ in `zero`. */
+LLM__INLINE int LLM__FN(zero)(llm__weight_type kind) {
+    return llm__kernel_forms[kind].bits == 8 ? LLM__SIGN : llm__kernel_forms[kind].zero;
+}
+
+/* A group's numbers of k = 4 J .. 4 J + 3; J is 0 .. 7. WIDE: they have become bytes. */
+LLM__INLINE v_bytes LLM__FN(numbers)(const llm__weight_type KIND, const bool WIDE, const uint8_t *q, const int J) {
+    const int BITS = llm__kernel_forms[KIND].bits;
+    if (WIDE) return v_load_bytes(q + J * 64);
+#if defined(LLM__USE_BF16)
+    if (BITS == 8) return _mm512_xor_si512(v_load_bytes(q + J * 64), _mm512_set1_epi8(-128));
+#endif
+    if (BITS == 8) return v_load_bytes(q + J * 64);
+    v_bytes a = J < 4 ? v_low(v_load_bytes(q + J * 64)) : v_high(v_load_bytes(q + (J - 4) * 64));
+    if (BITS == 5) return v_above(a, v_load_bytes(q + 256), 1, J);
+    if (BITS == 6) return v_above(a, v_load_bytes(q + 256 + J / 4 * 64), 3, J % 4 * 2);
+    return a;
+}
+
+/* A group's scales s, and d of its eight, or what has become of them: those of all 32 k (H is 0), or of each 16. */
+LLM__INLINE void LLM__FN(scales)(const llm__weight_type KIND, const bool WIDE, const uint8_t *s, const uint8_t *d,
+                                 const int H, V *scale, V *least) {
+    const llm__kernel_form FORM = llm__kernel_forms[KIND];
+    const float *wide = (const float *)(const void *)s + H * 16;
+    const int8_t *small = (const int8_t *)s + H * 16;
+    const uint16_t *halves = (const uint16_t *)(const void *)(FORM.k ? d : s);
+    *scale = WIDE ? v_load(wide) : v_half(halves);
+    if (!WIDE && FORM.k) *scale = v_mul(*scale, v_int8(small));
+    *least = v_splat(0);
+    if (!FORM.minimum) return;
+    *least = WIDE ? v_load(wide + 32) : v_half(halves + 16);
+    if (!WIDE && FORM.k) *least = v_mul(v_sub(v_splat(0), *least), v_int8(small + (FORM.sixteen ? 32 : 16)));
+}
+
+/* A group as bytes: its numbers, then scales [2][16] and minimums [2][16] as floats. */
+enum { LLM__FN(wide_bytes) = 768 };
+
+LLM__INLINE void LLM__FN(widen_group)(const llm__weight_type KIND, const uint8_t *q, const uint8_t *s, const uint8_t *d,
+                                      uint8_t *to) {
+    float *scales = (float *)(void *)(to + 512);
+    LLM__UNROLL for (int j = 0; j < 8; j++) v_save_bytes(to + j * 64, LLM__FN(numbers)(KIND, false, q, j));
+    LLM__UNROLL for (int h = 0; h < 1 + llm__kernel_forms[KIND].sixteen; h++) {
+        V scale, least;
+        LLM__FN(scales)(KIND, false, s, d, h, &scale, &least);
+        v_store(scales + h * 16, scale);
+        v_store(scales + 32 + h * 16, least);
+    }
+}
+
+/* One group of TILES tiles, q and s (and d) of each, and a line of each of ROWS rows: total[ROWS][TILES] += their
+   products. */
+LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE, int zero,
+                                const llm__kernel_group *const *x, const uint8_t *const *q, const uint8_t *const *s,
+                                const uint8_t *d, V *total) {
+    const llm__kernel_form FORM = llm__kernel_forms[KIND];
+    const int STEP = FORM.sixteen ? 4 : 8;
+    LLM__UNROLL for (int h = 0; h < 8 / STEP; h++) {
+        v_ints sum[LLM__GROUP_ROWS * LLM__GROUP_TILES];
+        V scale[LLM__GROUP_TILES], least[LLM__GROUP_TILES];
+        LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
+            const llm__kernel_group *xi = x[i / TILES];
+            sum[i] = v_splat_int(FORM.minimum ? 0 : -zero * (FORM.sixteen ? xi->halves[h] : xi->n));
+        }
+        LLM__UNROLL for (int j = h * STEP; j < h * STEP + STEP; j++) {
+            v_bytes w[LLM__GROUP_TILES];
+            LLM__UNROLL for (int t = 0; t < TILES; t++) w[t] = LLM__FN(numbers)(KIND, WIDE, q[t], j);
+            LLM__UNROLL for (int r = 0; r < ROWS; r++) {
+                int32_t four;
+                memcpy(&four, x[r]->a + 4 * j, 4);
+                LLM__UNROLL for (int t = 0; t < TILES; t++) sum[r * TILES + t] =
+                    v_dot_bytes(FORM.bits == 8, sum[r * TILES + t], w[t], four);
+            }
+        }
+        LLM__UNROLL for (int t = 0; t < TILES; t++) LLM__FN(scales)(KIND, WIDE, s[t], d, h, &scale[t], &least[t]);
+        LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
+            const llm__kernel_group *xi = x[i / TILES];
+            total[i] = v_fma(v_mul(scale[i % TILES], v_splat(xi->scale)), v_of_ints(sum[i]), total[i]);
+            if (FORM.minimum)
+                total[i] =
+                    v_fma(least[i % TILES], v_splat(FORM.sixteen ? xi->scaled_sums[h] : xi->scaled_sum), total[i]);
+        }
+    }
+}
+
+/* A single row. What comes 8 KiB later is asked for into the second cache, and 2 KiB later into the nearest. */
+LLM__INLINE void LLM__FN(group_row)(const llm__weight_type KIND, const llm__kernel_group *x, const uint8_t *tile,
+                                    int n_groups, float *y) {
+    const uint8_t *q = tile, *s = q + (size_t)n_groups * LLM__NUMBER_BYTES(KIND),
+                  *d = s + (size_t)n_groups * LLM__SCALE_BYTES(KIND);
+    V total = v_load(y);
+    for (int g = 0; g < n_groups; g++, x++, q += LLM__NUMBER_BYTES(KIND), s += LLM__SCALE_BYTES(KIND)) {
+        LLM__UNROLL for (size_t line = 0; line < LLM__NUMBER_BYTES(KIND); line += 64) {
+            __builtin_prefetch(q + line + 8192, 0, 2);
+            __builtin_prefetch(q + line + 2048);
+        }
+        LLM__FN(group)
+        (1, 1, KIND, false, LLM__FN(zero)(KIND), &x, &q, &s, d + (size_t)(g / 8) * LLM__K_BYTES(KIND), &total);
+    }
+    v_store(y, total);
+}
+
+/* All rows and n groups that have become bytes, of LLM__GROUP_TILES tiles (or of one, taken twice: right is 0). Where
+   too few rows are left, the last is taken several times. */
+LLM__INLINE void LLM__FN(wide_rows)(const llm__weight_type KIND, int zero, const llm__kernel_group *x, size_t x_stride,
+                                    int rows, const uint8_t *wide, size_t wide_next, int n, float *y, size_t y_stride,
+                                    size_t right) {
+    enum { R = LLM__GROUP_ROWS, T = LLM__GROUP_TILES };
+    for (int row = 0; row < rows; row += R) {
+        const llm__kernel_group *xs[R];
+        const uint8_t *q[T], *s[T];
+        float *ys[R];
+        V total[R * T];
+        LLM__UNROLL for (int r = 0; r < R; r++) {
+            size_t at = (size_t)(row + r < rows ? row + r : rows - 1);
+            xs[r] = x + at * x_stride;
+            ys[r] = y + at * y_stride;
+        }
+        LLM__UNROLL for (size_t t = 0; t < T; t++) {
+            q[t] = wide + t * wide_next;
+            s[t] = q[t] + 512;
+        }
+        LLM__UNROLL for (int i = 0; i < R * T; i++) total[i] = v_load(ys[i / T] + (size_t)(i % T) * right);
+        for (int g = 0; g < n; g++) {
+            LLM__FN(group)(R, T, KIND, true, zero, xs, q, s, NULL, total);
+            LLM__UNROLL for (int r = 0; r < R; r++) xs[r]++;
+            LLM__UNROLL for (int t = 0; t < T; t++) q[t] += LLM__FN(wide_bytes), s[t] += LLM__FN(wide_bytes);
+        }
+        LLM__UNROLL for (int i = 0; i < R * T; i++) v_store(ys[i / T] + (size_t)(i % T) * right, total[i]);
+    }
+}
+
+LLM__TARGET static __attribute__((noinline)) void
+LLM__FN(wide_product)(llm__weight_type kind, const llm__kernel_group *x, size_t x_stride, int rows, const uint8_t *wide,
+                      size_t wide_next, int n, float *y, size_t y_stride, size_t right) {
+#define LLM__WIDE_ROWS(KIND) \
+    LLM__FN(wide_rows)(KIND, LLM__FN(zero)(kind), x, x_stride, rows, wide, wide_next, n, y, y_stride, right)
+    if (llm__kernel_forms[kind].bits == 8) LLM__WIDE_ROWS(LLM__W_Q8);
+    else if (kind == LLM__W_Q6_K16) LLM__WIDE_ROWS(LLM__W_Q6_K16);
+    else if (kind == LLM__W_Q4_K16) LLM__WIDE_ROWS(LLM__W_Q4_K16);
+    else if (llm__kernel_forms[kind].minimum) LLM__WIDE_ROWS(LLM__W_Q4_MIN);
+    else LLM__WIDE_ROWS(LLM__W_Q4);
+#undef LLM__WIDE_ROWS
+}
+
+LLM__TARGET static __attribute__((noinline)) void LLM__FN(widen_groups)(llm__weight_type kind, const uint8_t *tile,
+                                                                        int n_groups, int first, int n, uint8_t *to) {
+    const uint8_t *q = tile + (size_t)first * LLM__NUMBER_BYTES(kind),
+                  *s = tile + (size_t)n_groups * LLM__NUMBER_BYTES(kind) + (size_t)first * LLM__SCALE_BYTES(kind),
+                  *ds = tile + (size_t)n_groups * (LLM__NUMBER_BYTES(kind) + LLM__SCALE_BYTES(kind));
+    for (int g = first; g < first + n; g++, q += LLM__NUMBER_BYTES(kind), s += LLM__SCALE_BYTES(kind)) {
+        const uint8_t *d = ds + (size_t)(g / 8) * LLM__K_BYTES(kind);
+        switch (kind) {
+#define LLM__WIDEN(KIND) \
+    case KIND: LLM__FN(widen_group)(KIND, q, s, d, to + (size_t)(g - first) * LLM__FN(wide_bytes)); break;
+            LLM__WIDEN(LLM__W_Q4)
+            LLM__WIDEN(LLM__W_Q4_MIN)
+            LLM__WIDEN(LLM__W_Q4_K)
+            LLM__WIDEN(LLM__W_Q4_K16)
+            LLM__WIDEN(LLM__W_Q5)
+            LLM__WIDEN(LLM__W_Q5_MIN)
+            LLM__WIDEN(LLM__W_Q5_K)
+            LLM__WIDEN(LLM__W_Q6_K16)
+        default: LLM__FN(widen_group)(LLM__W_Q8, q, s, d, to + (size_t)(g - first) * LLM__FN(wide_bytes));
+#undef LLM__WIDEN
+        }
+    }
+}
+
+LLM__TARGET static __attribute__((noinline)) void
+LLM__FN(row_product)(llm__weight_type kind, const llm__kernel_group *x, const uint8_t *tile, int n_groups, float *y) {
+    switch (kind) {
+#define LLM__GROUP_ROW(KIND) \
+    case KIND: LLM__FN(group_row)(KIND, x, tile, n_groups, y); break;
+        LLM__GROUP_ROW(LLM__W_Q4)
+        LLM__GROUP_ROW(LLM__W_Q4_MIN)
+        LLM__GROUP_ROW(LLM__W_Q4_K)
+        LLM__GROUP_ROW(LLM__W_Q4_K16)
+        LLM__GROUP_ROW(LLM__W_Q5)
+        LLM__GROUP_ROW(LLM__W_Q5_MIN)
+        LLM__GROUP_ROW(LLM__W_Q5_K)
+        LLM__GROUP_ROW(LLM__W_Q6_K16)
+    default: LLM__FN(group_row)(LLM__W_Q8, x, tile, n_groups, y);
+#undef LLM__GROUP_ROW
+    }
+}
+
+LLM__TARGET static void LLM__FN(group_product)(llm__weight_type kind, const llm__kernel_group *x, size_t x_stride,
+                                               int rows, const uint8_t *tiles, int n, int k, float *y,
+                                               size_t y_stride) {
+    enum { T = LLM__GROUP_TILES };
+    uint8_t wide[T][LLM__GROUPS * LLM__FN(wide_bytes)] __attribute__((aligned(64)));
+    const size_t bytes = llm__matrix_tile_bytes(kind, k);
+    const int n_groups = k / 32;
+    for (int t = 0; t < n && rows == 1; t++)
+        LLM__FN(row_product)(kind, x, tiles + (size_t)t * bytes, n_groups, y + 16 * t);
+    for (int t = 0; t < n && rows > 1; t += T) {
+        const int some = n - t < T ? n - t : T;
+        for (int first = 0; first < n_groups; first += LLM__GROUPS) {
+            const int part = n_groups - first < LLM__GROUPS ? n_groups - first : (int)LLM__GROUPS;
+            for (int i = 0; i < some; i++)
+                LLM__FN(widen_groups)(kind, tiles + (size_t)(t + i) * bytes, n_groups, first, part, wide[i]);
+            LLM__FN(wide_product)
+            (kind, x + first, x_stride, rows, wide[0], some < T ? 0 : sizeof *wide, part, y + 16 * t, y_stride,
+             some < T ? 0 : 16);
+        }
+    }
+}
+
+/* Lines of 32 activations as whole numbers. */
+LLM__TARGET static void LLM__FN(quantize)(const float *x, int k, llm__kernel_group *lines) {
+    const V zero = v_splat(0), whole = v_splat(LLM__WHOLE);
+    V all = zero;
+    for (int i = 0; i < k; i += 16) all = v_fma(v_load(x + i), zero, all);
+    const float none = v_sum(all); /* 0, or NaN */
+    for (llm__kernel_group *line = lines; line < lines + k / 32; line++, x += 32) {
+        V a = v_load(x), b = v_load(x + 16);
+        float most = v_hmax(v_max(v_max(a, v_sub(zero, a)), v_max(b, v_sub(zero, b))));
+        bool any = most > LLM__LEAST && none == 0;
+        V inverse = v_splat(any ? 127.0f / most : 0);
+        line->scale = any ? most / 127.0f : none;
+        if (none != 0) a = b = zero;
+        a = v_fma(a, inverse, whole);
+        b = v_fma(b, inverse, whole);
+        v_store_bytes(a, line->a);
+        v_store_bytes(b, line->a + 16);
+        float low = v_sum(v_sub(a, whole)), high = v_sum(v_sub(b, whole));
+        line->scaled_sum = line->scale * (low + high);
+        line->scaled_sums[0] = line->scale * low;
+        line->scaled_sums[1] = line->scale * high;
+        line->halves[0] = (int32_t)low;
+        line->halves[1] = (int32_t)high;
+        line->n = (int32_t)(low + high);
+        line->unused = 0;
+    }
+}
+
+LLM__TARGET static uint32_t LLM__FN(multiply_bytes)(size_t n) {
+    uint8_t start[80];
+    for (int i = 0; i < 80; i++) start[i] = (uint8_t)(i % 16);
+    v_ints sum[12];
+    V total = v_splat(0);
+    LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_splat_int(i);
+    for (; n; n--) {
+        __asm__ volatile("" : : "r"(start) : "memory"); /* or the products would be computed once */
+        LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] =
+            v_dot_bytes(false, sum[i], v_load_bytes(start + i), 0x01FF01FF);
+    }
+    LLM__UNROLL for (int i = 0; i < 12; i++) total = v_add(total, v_of_ints(sum[i]));
+    return llm__f32_bits(v_sum(total));
+}
 
 #if defined(LLM__USE_BF16) /* all else is what AVX-512 has */
 #define LLM__SHARED(name) llm__avx512_##name
@@ -16107,10 +16796,6 @@ LLM__PRODUCT(product_int4_groups, LLM__W_INT4_GROUPS)
 
 LLM__PRODUCT(product_f32, LLM__W_F32)
 LLM__PRODUCT(product_f16, LLM__W_F16)
-
-LLM__TARGET static void LLM__FN(group_sums)(const float *x, int k, float *sums) {
-    for (int i = 0; i < k; i += 32) *sums++ = v_sum(v_add(v_load(x + i), v_load(x + i + 16)));
-}
 
 /* Loads and stores of the last, partial vector of a row; what is missing is zero. */
 LLM__LONG V LLM__FN(load_part)(const float *p, int n) {
@@ -16446,7 +17131,7 @@ LLM__TARGET static void LLM__FN(some_pairs)(const llm__kernel_tile_product *p) {
         }
         if (p->ahead) LLM__FN(fetch_ahead)(p->ahead, p->ahead_bytes, row, 4, n_rows);
         if (p->ahead && p->ahead_next) LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, 4, n_rows);
-        LLM__FN(blocks)(4, 2, LLM__W_BF16, true, x, stride, NULL, 0, wide[0], sizeof *wide, p->n_blocks, total);
+        LLM__FN(blocks)(4, 2, LLM__W_BF16, true, x, stride, wide[0], sizeof *wide, p->n_blocks, total);
         LLM__UNROLL for (size_t i = 0; i < 8; i++) v_store(to + i / 2 * to_stride + i % 2 * right, total[i]);
         if (!p->ends) continue;
         int left = p->ended->panel->n_rows - row;
@@ -16491,7 +17176,7 @@ LLM__INLINE llm__kernel_tile_product LLM__FN(panel_product)(const llm__kernel_pa
     product.ahead_next = tile + 3 == p->n_tiles || p->n_tiles == 1 ? 0 : p->tile_bytes;
     for (int i = 0; i < n; i++) b[i] = p->kind == LLM__W_BF16 ? w + i * 1024 : p->unpacked + i * 1024;
     for (int i = 0; i < product.n_cols && p->kind != LLM__W_BF16; i++)
-        LLM__FN(unpack)(p->kind, w + (size_t)i * p->tile_bytes, n, p->unpacked + (size_t)i * product.b_next);
+        LLM__FN(unpack)(w + (size_t)i * p->tile_bytes, n, p->unpacked + (size_t)i * product.b_next);
     return product;
 }
 
@@ -16644,13 +17329,12 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #endif
 
 /* FN: LLM__FN, or LLM__SHARED where these products are another set's. */
-#define LLM__KERNEL_TABLE(FN)                                                                                       \
-    {LLM__SHARED(product_f32), FN(product_bf16),        FN(product_int8),                                           \
-     FN(product_int8_groups),  FN(product_int4_groups), LLM__SHARED(product_f16)},                                  \
-        LLM__SHARED(group_sums), LLM__FN(unpack), LLM__SHARED(norm_factor), LLM__SHARED(norm), LLM__SHARED(swiglu), \
-        LLM__SHARED(softmax), LLM__SHARED(maxima), LLM__SHARED(odds), LLM__SHARED(merge), LLM__SHARED(scale),       \
-        LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope), LLM__SHARED(read), LLM__SHARED(multiply),          \
-        LLM__MULTIPLY_PAIRS
+#define LLM__KERNEL_TABLE(FN)                                                                                         \
+    {LLM__SHARED(product_f32), FN(product_bf16), FN(product_int8), LLM__SHARED(product_f16)}, LLM__FN(group_product), \
+        LLM__FN(quantize), LLM__FN(unpack), LLM__SHARED(norm_factor), LLM__SHARED(norm), LLM__SHARED(swiglu),         \
+        LLM__SHARED(softmax), LLM__SHARED(maxima), LLM__SHARED(odds), LLM__SHARED(merge), LLM__SHARED(scale),         \
+        LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope), LLM__SHARED(read), LLM__SHARED(multiply),            \
+        LLM__FN(multiply_bytes), LLM__MULTIPLY_PAIRS
 
 static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_BF16)
@@ -16703,7 +17387,17 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef v_round_bf16
 #undef v_int8
 #undef v_half
-#undef v_nibble
+#undef v_store_bytes
+#undef v_bytes
+#undef v_ints
+#undef v_load_bytes
+#undef v_save_bytes
+#undef v_low
+#undef v_high
+#undef v_above
+#undef v_splat_int
+#undef v_dot_bytes
+#undef v_of_ints
 #undef v_times_pow2
 #undef v_guess_inverse
 #undef v_pair
@@ -16714,13 +17408,19 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef v_sum
 #undef v_hmax
 #undef LLM__LANES
+#undef LLM__LANES_OF
 #undef LLM__BOTH
+#undef LLM__BOTH_INTS
+#undef LLM__QUARTER_BYTES
 #undef LLM__QUARTERS
 #undef LLM__INLINE
 #undef LLM__UNROLL
 #undef LLM__MOST_ROWS
 #undef LLM__STRIP_ROWS
 #undef LLM__STRIP_TILES
+#undef LLM__GROUP_ROWS
+#undef LLM__GROUP_TILES
+#undef LLM__SIGN
 #undef LLM__KERNEL_TABLE
 #undef LLM__SHARED
 #undef LLM__MULTIPLY_PAIRS

@@ -2019,9 +2019,10 @@ static llm_status llm__find_gpu(llm__gpu_model *m, llm_error *err) {
 }
 
 static llm_status llm__check_shape(const llm_backend_shape *s, llm_dtype dtype, llm_error *err) {
-    if (dtype == LLM_DTYPE_F32)
+    if (dtype == LLM_DTYPE_F32 || dtype == LLM_DTYPE_FILE)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED,
-                               "on the GPU weights are bf16, f16, int8 or int4; desc.dtype asks for f32");
+                               "on the GPU weights are bf16, f16, int8 or int4; desc.dtype asks for %s",
+                               llm_dtype_name(dtype));
     if (s->n_vocab > LLM__MAX_VOCAB)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED,
                                "the vocabulary has %d tokens; on the GPU at most %d are run", s->n_vocab,

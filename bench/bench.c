@@ -55,7 +55,7 @@ static const struct argp_option OPTIONS[] = {
     {"prefill", 'p', "N", 0, "tokens of a prompt (512)", 1},
     {"decode", 'n', "N", 0, "tokens decoded after it (128)", 1},
     {"depth", 'd', "LIST", 0, "tokens in the cache before that (0)", 1},
-    {"dtype", KEY_DTYPE, "LIST", 0, "types of the weights: f32, f16, bf16, int8, int4 (bf16)", 2},
+    {"dtype", KEY_DTYPE, "LIST", 0, "types of the weights: f32, f16, bf16, int8, int4, file (bf16)", 2},
     {"threads", 't', "LIST", 0, "threads (one per physical core)", 2},
     {"flops-table", KEY_FLOPS_TABLE, "N", OPTION_ARG_OPTIONAL, "instead: batches of several sequences, up to N tokens in all, with the first type and thread count", 1},
     {"rounds", 'r', "N", 0, "rounds of which the median is given (5)", 3},
@@ -88,7 +88,7 @@ static int parse_number(struct argp_state *state, char *text, int least) {
 static int parse_dtypes(struct argp_state *state, char *text, llm_dtype *list) {
     int n = 0;
     for (char *name = strtok(text, ","); name; name = strtok(NULL, ",")) {
-        if (n == MOST || !llm_dtype_from_name(name)) argp_error(state, "'%s' is none of f32, f16, bf16, int8, int4", name);
+        if (n == MOST || !llm_dtype_from_name(name)) argp_error(state, "'%s' is none of f32, f16, bf16, int8, int4, file", name);
         list[n++] = llm_dtype_from_name(name);
     }
     return n;
@@ -201,7 +201,7 @@ typedef struct random_args {
 static void random_weight(llm__env *env, random_args *a, llm_backend_weight_kind kind, int layer) {
     const llm_backend_shape *s = &a->shape->shape;
     int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
-    llm_backend_weight w = {kind, layer, 1, s->n_embd, a->run, random_row, no_raw_row, NULL, false};
+    llm_backend_weight w = {.kind = kind, .layer = layer, .rows = 1, .cols = s->n_embd, .source = a->run, .read_row = random_row, .raw_row = no_raw_row};
     if (kind == LLM_WEIGHT_EMBEDDING || kind == LLM_WEIGHT_HEAD) w.rows = s->n_vocab;
     if (kind == LLM_WEIGHT_QKV) w.rows = q + 2 * kv;
     if (kind == LLM_WEIGHT_GATE_UP) w.rows = 2 * s->n_ff;

@@ -58,7 +58,7 @@ static const struct argp_option option_list[] = {
     {"batch", KEY_BATCH, "N", 0, "tokens in one pass (default: 512)", 2},
     {"count", KEY_COUNT, NULL, 0, "only count the tokens this would compute", 2},
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
-    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, bf16, int8 or int4 (default: bf16)", 3},
+    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, bf16, int8 or int4 (default: file, as the file has them)", 3},
     {"output", 'o', "FORMAT", 0, "text or csv (default: text)", 3},
     {0}};
 
@@ -113,7 +113,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_COUNT: opt->count = true; break;
     case KEY_DTYPE:
         opt->dtype = llm_dtype_from_name(arg);
-        if (!opt->dtype) argp_error(state, "--dtype: '%s' is none of f32, bf16, int8, int4", arg);
+        if (!opt->dtype) argp_error(state, "--dtype: '%s' is none of f32, bf16, int8, int4, file", arg);
         break;
     case ARGP_KEY_ARG: argp_error(state, "'%s' is not an option", arg); break;
     case ARGP_KEY_END:

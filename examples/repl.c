@@ -53,7 +53,7 @@ static const struct argp_option option_list[] = {
     {"min-p", KEY_MIN_P, "P", 0, "drop those P times less likely than the best (default: 0.05)", 2},
     {"seed", KEY_SEED, "S", 0, "same seed, same text (default: from the clock)", 2},
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
-    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, f16, bf16, int8 or int4 (default: bf16)", 3},
+    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, f16, bf16, int8 or int4 (default: file, as the file has them)", 3},
     {"draft", KEY_DRAFT, "DRAFT", 0, "guess tokens and check several at once: lookup (in the text so far), self:int8 or self:int4 (the model in that type), or another model's file; the text stays the same", 3},
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "check at most N guesses at once (default: 15)", 3},
     {"ctx", KEY_CTX, "N", 0, "tokens a conversation can hold (default: the model's limit, at most 4096)", 3},
@@ -79,7 +79,7 @@ static float parse_real(struct argp_state *state, const char *name, const char *
 
 static llm_dtype parse_dtype(struct argp_state *state, const char *text) {
     llm_dtype dtype = llm_dtype_from_name(text);
-    if (!dtype) argp_error(state, "--dtype: '%s' is none of f32, f16, bf16, int8, int4", text);
+    if (!dtype) argp_error(state, "--dtype: '%s' is none of f32, f16, bf16, int8, int4, file", text);
     return dtype;
 }
 
@@ -223,7 +223,7 @@ static void greet(const repl *r) {
     llm_model_info info = llm_model_get_info(r->model);
     fprintf(stderr, "%s: %.0f M parameters in %s, %s, %d threads, room for %d tokens. /help lists commands.\n",
             info.name[0] ? info.name : r->opt.model, (double)info.n_params * 1e-6,
-            llm_dtype_name(info.dtype), info.isa, llm_context_n_threads(r->ctx),
+            info.held, info.isa, llm_context_n_threads(r->ctx),
             llm_context_n_ctx(r->ctx));
 }
 

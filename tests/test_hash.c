@@ -13,20 +13,23 @@ enum { LENGTH = 300, N_VOCAB = 299 }; /* long enough for two chunks of keys */
 
 typedef struct expected {
     llm_dtype dtype, cache; /* of weights and of the KV cache, 0: the usual */
-    bool in_groups; /* the small model is a Q4_1 file */
+    const tiny_spec *spec; /* of the small model */
     uint64_t tiny, real;
-    uint64_t many; /* with groups: the small model's in passes of more than 16 tokens */
 } expected;
+
+/* A Q4_1 file. */
+static const tiny_spec FOUR_BITS = {2, 96, 128, 6, 2, 32, 512, 43, 1, 3, 1};
 
 /* Of the small model's logits at all positions, and of the default model's at 32. */
 static const expected EXPECTED[] = {
-    {LLM_DTYPE_F32, LLM_DTYPE_DEFAULT, false, 0x7341783e55522002, 0x8edd79e970583c6d, 0},
-    {LLM_DTYPE_BF16, LLM_DTYPE_DEFAULT, false, 0xa2c2d316d6e4273d, 0x242236317cf1af6e, 0},
-    {LLM_DTYPE_INT8, LLM_DTYPE_DEFAULT, false, 0x297e51aa2376e23a, 0x074a66040270b064, 0},
-    {LLM_DTYPE_INT4, LLM_DTYPE_DEFAULT, true, 0x15c900c2068058cf, 0x0f6e7ecad2d246e2, 0x08402891e6ef15f8},
-    {LLM_DTYPE_F16, LLM_DTYPE_DEFAULT, false, 0xbf15d36c8d3dc2a0, 0xfe977a84362c4ec6, 0},
-    {LLM_DTYPE_BF16, LLM_DTYPE_F32, false, 0x58765bbb4d8752e9, 0xe792122691ca1235, 0},
-    {LLM_DTYPE_BF16, LLM_DTYPE_INT8, false, 0xcb45b2d27860d649, 0x3ab86aed28c7d761, 0},
+    {LLM_DTYPE_F32, LLM_DTYPE_DEFAULT, &TINY_ODD, 0x7341783e55522002, 0x8edd79e970583c6d},
+    {LLM_DTYPE_BF16, LLM_DTYPE_DEFAULT, &TINY_ODD, 0xa2c2d316d6e4273d, 0x242236317cf1af6e},
+    {LLM_DTYPE_INT8, LLM_DTYPE_DEFAULT, &TINY_ODD, 0x297e51aa2376e23a, 0x074a66040270b064},
+    {LLM_DTYPE_INT4, LLM_DTYPE_DEFAULT, &FOUR_BITS, 0x03516e26d0bf5356, 0xa370081832c4702d},
+    {LLM_DTYPE_FILE, LLM_DTYPE_DEFAULT, &TINY_ALL_TYPES, 0x2cf5f63844d315fb, 0xa370081832c4702d},
+    {LLM_DTYPE_F16, LLM_DTYPE_DEFAULT, &TINY_ODD, 0xbf15d36c8d3dc2a0, 0xfe977a84362c4ec6},
+    {LLM_DTYPE_BF16, LLM_DTYPE_F32, &TINY_ODD, 0x58765bbb4d8752e9, 0xe792122691ca1235},
+    {LLM_DTYPE_BF16, LLM_DTYPE_INT8, &TINY_ODD, 0xcb45b2d27860d649, 0x3ab86aed28c7d761},
 };
 
 #ifdef LLM_TEST_COMPILER
@@ -57,17 +60,16 @@ static bool must_run(const char *isa) {
                   __builtin_cpu_supports("avx512vl");
     if (!strcmp(isa, "avx2")) return avx2;
     if (!strcmp(isa, "avx512")) return avx512;
-    if (!strcmp(isa, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (!strcmp(isa, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
     return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
 }
 
 static llm_model *load(const expected *e, const char *isa) {
-    static const tiny_spec groups = {2, 96, 128, 6, 2, 32, 512, 43, 1, 3, 1};
     llm_model_desc desc = {.dtype = e->dtype, .isa = isa, .n_threads = 2};
     llm_model *model = NULL;
     llm_error err;
-    llm_status status = try_tiny(&model, e->in_groups ? &groups : &TINY_ODD, desc, &err);
+    llm_status status = try_tiny(&model, e->spec, desc, &err);
     /* Only an instruction set that this machine lacks is a reason to skip. */
     bool absent = status == LLM_ERROR_ARGUMENT && strstr(err.message, "not on this machine");
     if (status && (!absent || must_run(isa))) fail_msg("%s", err.message);
@@ -154,8 +156,7 @@ static uint64_t restored(llm_context *ctx, llm_context *other) {
     return append(other, 5, 100, LENGTH, hash);
 }
 
-/* The first four are gone with one thread, the others with two, and a third of all with each of more; `small` takes at most 37 tokens in a pass. With weights in
-   groups, which are rounded where more than 16 tokens meet them, no pass has more than these, or all have. */
+/* The first four run with one thread, the others with two, and a third of all with each larger number; `small` takes at most 37 tokens in a pass. */
 enum { WAYS = 9, WAYS_OF_ONE = 4, COUNTS = 5 };
 
 static const int THREADS[COUNTS] = {1, 2, 3, 5, 8};
@@ -182,17 +183,11 @@ static void check_tiny(int type, const char *isa) {
     if (!model) skip(); /* this machine does not have the instruction set */
     bool slow = !strcmp(isa, "scalar"), a_third = (OTHER_COMPILER || emulated() || THREAD_SANITIZED) && slow;
     for (int count = emulated() || THREAD_SANITIZED; count < (emulated() || slow ? 2 : COUNTS); count++) {
-        int n_threads = THREADS[count];
-        llm_context *ctx = create(model, e->cache, n_threads, e->in_groups ? 16 : 0),
-                    *small = create(model, e->cache, n_threads, e->in_groups ? 11 : 37);
+        llm_context *ctx = create(model, e->cache, THREADS[count], 0), *small = create(model, e->cache, THREADS[count], 37);
         for (int way = 0; way < WAYS; way++)
             if (goes(way, count) && (!a_third || way % 3 == type % 3)) assert_int_equal(go(way, ctx, small), e->tiny);
         llm_context_free(ctx);
         llm_context_free(small);
-        if (!e->many) continue;
-        ctx = create(model, e->cache, n_threads, 0);
-        assert_int_equal(in_chunks(ctx, n_threads == 1 ? 64 : LENGTH), e->many);
-        llm_context_free(ctx);
     }
     llm_model_free(model);
 }

@@ -196,7 +196,7 @@ static bool read_bytes(void *user, uint64_t offset, void *to, size_t n) {
 static void memory_and_functions_serve_too(void **state) {
     reference r = read_reference("qwen2");
     bytes file = read_file(golden("qwen2.gguf"));
-    llm_model_desc desc = {.n_threads = 2};
+    llm_model_desc desc = {.dtype = LLM_DTYPE_BF16, .n_threads = 2};
     llm_model *models[3] = {load(golden("qwen2.gguf"), LLM_DTYPE_BF16), NULL, NULL};
     llm_error err;
     (void)state;

@@ -33,21 +33,60 @@ static void check_same(const char *what, const void *a, const void *b, size_t n)
     if (memcmp(a, b, n)) fail_msg("%s differs from the scalar kernel", what);
 }
 
-static float x[PRODUCT_ROWS * (32 * PRODUCT_BLOCKS + 8)], w[ROOM], a[PRODUCT_ROWS * 100], b[PRODUCT_ROWS * 100], sums[ROOM];
+static float x[PRODUCT_ROWS * (32 * PRODUCT_BLOCKS + 8)], w[ROOM], a[PRODUCT_ROWS * 100], b[PRODUCT_ROWS * 100];
 static uint8_t tile[(LLM__RUN_K + 192) * 64], tiles[2 * sizeof tile];
 
 /* A tile of random weights: whole numbers with scales, or floats. */
 static void random_tile(llm__weight_type kind, int k) {
-    llm__matrix m = {kind, 16, k, llm__matrix_tile_bytes(kind, k), tile};
-    for (size_t i = 0; i < m.tile_bytes; i++) tile[i] = (uint8_t)random_int(256);
+    size_t bytes = llm__matrix_tile_bytes(kind, k), n = (size_t)k / 32;
+    for (size_t i = 0; i < bytes; i++) tile[i] = (uint8_t)random_int(256);
     bool floats = kind == LLM__W_F32 || kind == LLM__W_F16 || kind == LLM__W_BF16;
     for (size_t i = 0; i < (size_t)k * 16 && floats; i++) llm__matrix_tile_set(kind, tile, i, random_float());
     if (kind == LLM__W_INT8) random_floats((float *)(void *)(tile + k * 16), 16);
-    for (int g = 0; g < k / 32 && llm__matrix_has_groups(kind); g++)
-        for (int i = 0; i < 32; i++) {
-            uint16_t half = llm__f32_to_f16(random_float() * 0.01f);
-            memcpy(tile + (size_t)(g + 1) * llm__matrix_tile_bytes(kind, 32) - 64 + 2 * i, &half, 2);
-        }
+    if (!llm__matrix_has_groups(kind)) return;
+    uint8_t *scales = tile + n * LLM__NUMBER_BYTES(kind), *end = tile + bytes;
+    if (llm__kernel_forms[kind].k) scales += n * LLM__SCALE_BYTES(kind);
+    for (; scales < end; scales += 2) {
+        uint16_t half = llm__f32_to_f16(random_float() * 0.01f);
+        memcpy(scales, &half, 2);
+    }
+}
+
+static llm__kernel_group lines[2][PRODUCT_ROWS * (LLM__RUN_K / 32 + 6)];
+
+/* Activations become the same whole numbers, also where there are none, and where all are small. */
+static void check_quantize(const llm__kernels *k) {
+    int n = 32 * (1 + (int)random_int(6));
+    random_floats(x, n);
+    if (random_int(8) == 0) x[random_int((uint32_t)n)] = random_int(2) ? NAN : -INFINITY;
+    if (random_int(8) == 0) memset(x, 0, 32 * sizeof *x);
+    scalar->quantize(x, n, lines[0]);
+    k->quantize(x, n, lines[1]);
+    for (int i = 0; i < n / 32; i++) /* a NaN is not always the same one */
+        if (lines[0][0].scale != lines[0][0].scale) memcpy(&lines[1][i].scale, &lines[0][i].scale, 16);
+    check_same("quantize", lines[0], lines[1], (size_t)(n / 32) * sizeof *lines[0]);
+}
+
+/* Rows against tiles in groups, as in check_product. */
+static void check_group_product(const llm__kernels *k, llm__weight_type kind) {
+    bool deep = random_int(16) == 0, many = !deep && random_int(8) == 0;
+    int rows = 1 + (int)random_int(deep ? 3 : many ? PRODUCT_ROWS : 8), n_tiles = 1 + (int)random_int(deep ? 2 : 6);
+    int n = 32 * (1 + (int)random_int(many ? PRODUCT_BLOCKS : 6) + (deep ? LLM__RUN_K / 32 : 0)), n_lines = n / 32 + (int)random_int(3), y_stride = 16 * n_tiles + (int)random_int(5);
+    if (llm__kernel_forms[kind].k) n = llm__math_round_up(n, 256), n_lines = n / 32;
+    if (rows * n_lines > (int)(sizeof lines[0] / sizeof *lines[0])) rows = (int)(sizeof lines[0] / sizeof *lines[0]) / n_lines;
+    for (int r = 0; r < rows; r++) {
+        random_floats(x, n);
+        scalar->quantize(x, n, lines[0] + r * n_lines);
+    }
+    for (int i = n_tiles; i--;) {
+        random_tile(kind, n);
+        memcpy(tiles + (size_t)i * llm__matrix_tile_bytes(kind, n), tile, llm__matrix_tile_bytes(kind, n));
+    }
+    random_floats(a, rows * y_stride);
+    memcpy(b, a, sizeof a);
+    scalar->group_product(kind, lines[0], (size_t)n_lines, rows, tiles, n_tiles, n, a, (size_t)y_stride);
+    k->group_product(kind, lines[0], (size_t)n_lines, rows, tiles, n_tiles, n, b, (size_t)y_stride);
+    check_same("group_product", a, b, sizeof a);
 }
 
 /* Mostly few k, which some rows and tiles meet; now and then many rows, or more k than meet a tile at once. */
@@ -63,11 +102,8 @@ static void check_product(const llm__kernels *k, llm__weight_type kind) {
     random_floats(a, rows * y_stride);
     memcpy(b, a, sizeof a);
     for (int i = 0; i < rows * stride && kind != LLM__W_F32; i++) x[i] = llm__bf16_to_f32(llm__f32_to_bf16(x[i]));
-    for (int i = 0; i < rows; i++) k->group_sums(x + i * stride, n, sums + i * (n / 32));
-    for (int i = 0; i < rows; i++) scalar->group_sums(x + i * stride, n, w + i * (n / 32));
-    check_same("group_sums", sums, w, (size_t)(rows * (n / 32)) * 4);
-    scalar->product[kind](x, (size_t)stride, sums, rows, tiles, n_tiles, n, a, (size_t)y_stride);
-    k->product[kind](x, (size_t)stride, sums, rows, tiles, n_tiles, n, b, (size_t)y_stride);
+    scalar->product[kind](x, (size_t)stride, rows, tiles, n_tiles, n, a, (size_t)y_stride);
+    k->product[kind](x, (size_t)stride, rows, tiles, n_tiles, n, b, (size_t)y_stride);
     check_same("product", a, b, sizeof a);
 }
 
@@ -207,13 +243,12 @@ static void check_panel(const llm__kernels *k, llm__weight_type kind) {
     memset(sums, 0, sizeof sums);
     for (int i = 0; i < n_tiles; i++) {
         const uint8_t *from = tiles + (size_t)i * bytes;
-        if (llm__matrix_has_groups(kind)) {
-            scalar->unpack(kind, from, n / 32, wide);
-            k->unpack(kind, from, n / 32, one);
+        if (kind == LLM__W_INT8) {
+            scalar->unpack(from, n / 32, wide);
+            k->unpack(from, n / 32, one);
             check_same("unpack", wide, one, (size_t)n * 32);
         }
-        scalar->product[llm__matrix_has_groups(kind) ? LLM__W_BF16 : kind](px, (size_t)n, NULL, rows, llm__matrix_has_groups(kind) ? wide : from, 1, n,
-                                                                  sums + 16 * i, (size_t)n_tiles * 16);
+        scalar->product[kind](px, (size_t)n, rows, from, 1, n, sums + 16 * i, (size_t)n_tiles * 16);
     }
     for (int r = 0; r < rows; r++) {
         float *to = expected + r * STRIDE, got[128];
@@ -247,7 +282,7 @@ static void check_tile_product(const llm__kernels *k) {
     k->tile_product(&p);
     for (int i = 0; i < rows * stride && !add; i++)
         if (i % stride < cols * 16) b[i] = 0;
-    for (int i = 0; i < cols; i++) scalar->product[LLM__W_BF16](x, (size_t)n, NULL, rows, tile + (size_t)i * next, 1, n, b + 16 * i, (size_t)stride);
+    for (int i = 0; i < cols; i++) scalar->product[LLM__W_BF16](x, (size_t)n, rows, tile + (size_t)i * next, 1, n, b + 16 * i, (size_t)stride);
     check_same("tile_product", a, b, (size_t)(rows * stride) * 4);
 }
 
@@ -261,11 +296,13 @@ static void check_set(const char *isa) {
         check_packs(k);
         check_tile_product(k);
         if (i % 8 == 0) /* the larger they are, the fewer */
-            for (int kind = LLM__W_BF16; kind <= LLM__W_INT4_GROUPS; kind++) check_panel(k, (llm__weight_type)kind);
+            for (int kind = LLM__W_BF16; kind <= LLM__W_INT8; kind++) check_panel(k, (llm__weight_type)kind);
     }
     if (k->tiles_leave) k->tiles_leave();
     for (int i = 0; i < ROUNDS; i++) {
-        for (int kind = 0; kind < LLM__W_KINDS; kind++) check_product(k, (llm__weight_type)kind);
+        for (int kind = 0; kind < LLM__W_Q4; kind++) check_product(k, (llm__weight_type)kind);
+        for (int kind = LLM__W_Q4; kind < LLM__W_KINDS; kind++) check_group_product(k, (llm__weight_type)kind);
+        check_quantize(k);
         check_rows(k);
     }
     llm__fpu_leave(mode);
@@ -386,6 +423,58 @@ static void test_packing(void **state) {
     }
 }
 
+/* Blocks of every type, random but for their f16 numbers, which are finite: the products' weights are to the bit those the
+   file's type says, and the scalar product is the sum of these times the activations' whole numbers. */
+static void test_blocks(void **state) {
+    enum { ROWS = 16, K = 512 };
+    static uint8_t file[ROWS][K * 4];
+    (void)state;
+    scalar = llm__kernels_choose("scalar");
+    uint64_t mode = llm__fpu_enter();
+    for (size_t t = 0; t < LLM__N_TYPES; t++) {
+        const llm__file_type_info *type = &llm__file_types[t];
+        if (!type->decode || type->block_weights == 1) continue;
+        llm__weight_type kind = llm__kernel_kind_of_file((int)type->type);
+        const uint8_t *raw[ROWS];
+        int types[ROWS];
+        assert_true(llm__matrix_has_groups(kind));
+        for (size_t r = 0; r < ROWS; r++) {
+            raw[r] = file[r];
+            types[r] = (int)type->type;
+            size_t n = K / type->block_weights * type->block_bytes;
+            for (size_t i = 0; i < n; i++) file[r][i] = (uint8_t)random_int(256);
+            for (size_t at = 0; at < n; at += type->block_bytes) {
+                uint32_t id = type->type;
+                size_t d = at + (id == LLM__Q2_K ? 80 : id == LLM__Q3_K ? 108 : id == LLM__Q6_K ? 208 : 0);
+                for (size_t i = 0; i < 2; i++) { /* d, and what may be m */
+                    uint16_t half = llm__f32_to_f16(random_float());
+                    if (d + 2 * i + 2 <= at + type->block_bytes) memcpy(&file[r][d + 2 * i], &half, 2);
+                }
+            }
+        }
+        llm__matrix m = llm__matrix_init(kind, ROWS, K);
+        m.data = tile;
+        llm__pack_groups(kind, tile, raw, types, NULL, K);
+        float y[16] = {0}, held[ROWS][K], exact[K];
+        random_floats(x, K);
+        scalar->quantize(x, K, lines[0]);
+        scalar->group_product(kind, lines[0], K / 32, 1, tile, 1, K, y, 16);
+        for (size_t r = 0; r < ROWS; r++) {
+            double sum = 0, size = 0;
+            type->decode(file[r], K, exact);
+            llm__matrix_get_row(&m, r, held[r]);
+            for (size_t i = 0; i < K; i++) {
+                if (held[r][i] != exact[i]) fail_msg("%s: weight %zu is %.9g instead of %.9g", type->name, i, (double)held[r][i], (double)exact[i]);
+                double product = (double)exact[i] * lines[0][i / 32].a[i % 32] * lines[0][i / 32].scale;
+                sum += product;
+                size += fabs(product);
+            }
+            if (!(fabs(y[r] - sum) <= 2e-5 * size)) fail_msg("%s: a product is %.9g instead of %.9g", type->name, (double)y[r], sum);
+        }
+    }
+    llm__fpu_leave(mode);
+}
+
 /* Every f16 there and back, and rounding to nearest even in between. */
 static void test_f16(void **state) {
     (void)state;
@@ -407,6 +496,6 @@ int main(void) {
         cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512), cmocka_unit_test(test_avx512_bf16),
         cmocka_unit_test(test_amx),
 #endif
-        cmocka_unit_test(test_exp2), cmocka_unit_test(test_silu), cmocka_unit_test(test_functions), cmocka_unit_test(test_bf16_tile), cmocka_unit_test(test_packing), cmocka_unit_test(test_f16)};
+        cmocka_unit_test(test_exp2), cmocka_unit_test(test_silu), cmocka_unit_test(test_functions), cmocka_unit_test(test_bf16_tile), cmocka_unit_test(test_packing), cmocka_unit_test(test_blocks), cmocka_unit_test(test_f16)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

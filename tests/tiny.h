@@ -12,9 +12,14 @@ typedef struct tiny_spec {
     int n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_ctx;
     int n_extra;  /* tokens after the 256 bytes; the last two are <|end|> (EOS) and <|start|> (BOS) */
     int untied;   /* 1: with output.weight */
-    uint32_t type; /* of the matrices: 0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 8 Q8_0, 30 BF16; blocks need dims of 32 */
+    uint32_t type; /* of the matrices: 0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 6 Q5_0, 7 Q5_1, 8 Q8_0, 10 to 14 Q2_K to Q6_K, 30 BF16,
+                      or TINY_MIXED; blocks need dims of 32, those of K types of 256 */
     uint32_t seed;
 } tiny_spec;
+
+/* Another type for each matrix of two layers, as tiny_mixed_type says. */
+enum { TINY_MIXED = 99 };
+static const tiny_spec TINY_ALL_TYPES = {2, 256, 256, 4, 2, 64, 512, 43, 1, TINY_MIXED, 1};
 
 /* Dimensions that are multiples of nothing. */
 static const tiny_spec TINY_ODD = {2, 72, 100, 6, 2, 20, 512, 43, 0, 0, 1};
@@ -122,20 +127,42 @@ static size_t tiny_row_bytes(uint32_t type, int cols) {
     case 1: case 30: return (size_t)cols * 2;
     case 2: return (size_t)cols / 32 * 18;
     case 3: return (size_t)cols / 32 * 20;
+    case 6: return (size_t)cols / 32 * 22;
+    case 7: return (size_t)cols / 32 * 24;
     case 8: return (size_t)cols / 32 * 34;
+    case 10: return (size_t)cols / 256 * 84;
+    case 11: return (size_t)cols / 256 * 110;
+    case 12: return (size_t)cols / 256 * 144;
+    case 13: return (size_t)cols / 256 * 176;
+    case 14: return (size_t)cols / 256 * 210;
     default: return (size_t)cols * 4;
     }
 }
 
-static uint32_t tiny_type(const tiny_spec *s, int rows) { return rows == 1 ? 0 : s->type; }
+/* Gates and ups, and queries, keys and values, are of several types; and what has few bits follows what has many. */
+static uint32_t tiny_mixed_type(const char *name) {
+    static const struct {
+        const char *name;
+        uint32_t type;
+    } types[] = {{"blk.0.attn_q.", 12}, {"blk.0.attn_k.", 6}, {"blk.0.attn_v.", 14}, {"blk.0.attn_output.", 13}, {"blk.0.ffn_gate.", 2},
+                 {"blk.0.ffn_up.", 7}, {"blk.0.ffn_down.", 11}, {"blk.1.attn_q.", 10}, {"blk.1.attn_k.", 30}, {"blk.1.attn_v.", 8},
+                 {"blk.1.attn_output.", 1}, {"blk.1.ffn_gate.", 30}, {"blk.1.ffn_up.", 30}, {"blk.1.ffn_down.", 3}, {"output.", 14}};
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++)
+        if (!strncmp(name, types[i].name, strlen(types[i].name))) return types[i].type;
+    return 12;
+}
+
+static uint32_t tiny_type(const tiny_spec *s, const char *name, int rows) {
+    return rows == 1 ? 0 : s->type == TINY_MIXED ? tiny_mixed_type(name) : s->type;
+}
 
 static void tiny_describe(tiny_file *f, const tiny_spec *s, const char *name, int rows, int cols) {
-    size_t bytes = (size_t)rows * tiny_row_bytes(tiny_type(s, rows), cols);
+    size_t bytes = (size_t)rows * tiny_row_bytes(tiny_type(s, name, rows), cols);
     tiny_str(f, name);
     tiny_u32(f, rows == 1 ? 1 : 2);
     tiny_u64(f, (uint64_t)cols);
     if (rows > 1) tiny_u64(f, (uint64_t)rows);
-    tiny_u32(f, tiny_type(s, rows));
+    tiny_u32(f, tiny_type(s, name, rows));
     tiny_u64(f, f->tensor_bytes);
     f->tensor_bytes += (bytes + 31) / 32 * 32;
 }
@@ -152,11 +179,36 @@ static void tiny_block(tiny_file *f, uint32_t type, float scale) {
     }
 }
 
+/* A positive number from 2^-14 on as f16, rounded towards 0. */
+static uint16_t tiny_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (uint16_t)(((bits >> 23) - 112) << 10 | (bits >> 13 & 1023));
+}
+
+/* The others: random bits but for d, by which the largest weight is about `scale`, and m, by which their mean is about 0. */
+static void tiny_other_block(tiny_file *f, uint32_t type, float scale) {
+    const float largest = type == 6 ? 16 : type == 7 ? 31 : type == 10 ? 45 : type == 11 ? 128 : type == 12 ? 945 : type == 13 ? 1953 : 4096;
+    size_t bytes = tiny_row_bytes(type, type < 10 ? 32 : 256), d = type == 10 ? 80 : type == 11 ? 108 : type == 14 ? 208 : 0;
+    float unit = scale / largest * (type == 7 || type == 10 || type == 12 || type == 13 ? 2 : 1);
+    uint16_t half = tiny_half(unit < 6.2e-5f ? 6.2e-5f : unit), minimum = 0;
+    if (type == 7) minimum = (uint16_t)(tiny_half(scale) | 0x8000);
+    if (type == 10) minimum = tiny_half(unit * 1.5f);
+    if (type == 12) minimum = tiny_half(unit * 7.5f);
+    if (type == 13) minimum = tiny_half(unit * 15.5f);
+    for (size_t i = 0; i < bytes; i++) {
+        tiny_random(f);
+        uint8_t byte = (uint8_t)(f->random >> 24);
+        uint16_t number = i < d + 2 ? half : minimum;
+        if (i >= d && (i < d + 2 || (minimum && i < d + 4))) byte = (uint8_t)((i - d) % 2 ? number >> 8 : number & 255);
+        tiny_put(f, &byte, 1);
+    }
+}
+
 static void tiny_tensor(tiny_file *f, const tiny_spec *s, const char *name, int rows, int cols) {
-    uint32_t type = tiny_type(s, rows);
+    uint32_t type = tiny_type(s, name, rows);
     float scale = 1.7f / 10.0f;
     static const uint8_t zeros[32] = {0};
-    (void)name;
     while (scale * scale * (float)cols > 3.0f) scale *= 0.9f; /* about sqrt(3 / cols), without sqrt */
     for (int i = 0; i < rows * cols && (type < 2 || type == 30); i++) {
         float x = rows == 1 ? 1.0f + 0.2f * tiny_random(f) : scale * tiny_random(f);
@@ -167,7 +219,9 @@ static void tiny_tensor(tiny_file *f, const tiny_spec *s, const char *name, int 
         if (type == 0) tiny_put(f, &bits, 4);
         else tiny_put(f, type == 1 ? &f16 : &bf16, 2);
     }
-    for (int i = 0; i < rows * cols / 32 && !(type < 2 || type == 30); i++) tiny_block(f, type, scale);
+    for (int i = 0; i < rows * cols / 32 && (type == 2 || type == 3 || type == 8); i++) tiny_block(f, type, scale);
+    for (int i = 0; i < rows * cols / 32; i += type < 10 ? 1 : 8)
+        if (type == 6 || type == 7 || (type >= 10 && type < 30)) tiny_other_block(f, type, scale);
     size_t bytes = (size_t)rows * tiny_row_bytes(type, cols);
     tiny_put(f, zeros, (32 - bytes % 32) % 32);
 }

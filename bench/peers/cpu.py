@@ -26,7 +26,7 @@ FOLDER = TOP / "build" / "peers"
 COLUMNS = ["date", "program", "version", "weights", "file", "isa", "threads", "prompt", "new", "round", "prefill_tok_s",
            "decode_tok_s", "bandwidth_gb_s", "gflop_s", "decode_mbu", "prefill_mfu", "load_s"]
 FILES = {"bf16": "BF16", "q8_0": "Q8_0", "q4_1": None, "q4_0": "Q4_0"}  # None: the model itself
-OURS = {"bf16": "bf16", "q8_0": "int8", "q4_1": "int4", "q4_0": "int4"}
+OURS = {"bf16": "bf16", "q8_0": "file", "q4_1": "file", "q4_0": "file"}
 OPENVINO = {"bf16": "F16", "q8_0": "Q8_0", "q4_1": "Q4_0", "q4_0": "Q4_0"}
 
 
