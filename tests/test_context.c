@@ -521,8 +521,8 @@ static void test_success_is_told(void **state) {
     tokenizer = llm_model_tokenizer(model);
     TOLD(-(int)llm_context_create(&ctx, model, &(llm_context_desc){.n_ctx = 64, .n_seq = 2, .n_threads = 1}, err))
     TOLD(llm_encode(tokenizer, "ab", 2, 0, ids, 8, err))
-    TOLD(llm_encode_messages(tokenizer, &message, 1, true, NULL, 0, err))
-    TOLD(llm_chat_render(tokenizer, &message, 1, true, NULL, 0, err))
+    TOLD(llm_chat_encode(tokenizer, &chat, NULL, 0, err))
+    TOLD(llm_chat_render(tokenizer, &chat, NULL, 0, err))
     TOLD(llm_encode_pair(tokenizer, "ab", "c", 0, ids, 8, &n_context, err))
     TOLD(-(int)llm_forward(ctx, &(llm_batch){2, ids, NULL, NULL}, err))
     TOLD(-(int)llm_seq_truncate(ctx, 0, 1, err))
