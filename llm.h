@@ -1559,12 +1559,20 @@ static const char *llm__file_map(llm__file *file, const char *path) {
     return problem;
 }
 #else
-static const char *llm__file_map(llm__file *file, const char *path) {
-    int flags = O_RDONLY | O_NONBLOCK; /* a pipe is refused below, not waited for */
-#if defined(O_CLOEXEC) /* not where the host's headers are strict C99 */
-    flags |= O_CLOEXEC;
-#endif
+/* A descriptor for reading that the host's child programs do not get; -1 and errno if there is none. */
+static int llm__file_descriptor(const char *path) {
+    const int flags = O_RDONLY | O_NONBLOCK; /* nobody waits for the other end of a pipe */
+#if defined(O_CLOEXEC)
+    return open(path, flags | O_CLOEXEC);
+#else /* the host's headers are strict C99 */
     int fd = open(path, flags);
+    if (fd >= 0) fcntl(fd, F_SETFD, FD_CLOEXEC);
+    return fd;
+#endif
+}
+
+static const char *llm__file_map(llm__file *file, const char *path) {
+    int fd = llm__file_descriptor(path);
     if (fd < 0) return strerror(errno);
     struct stat st;
     const char *problem = NULL;
@@ -4170,18 +4178,20 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
 }
 
 /* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
-#define LLM__JINJA_FILTERS(X)                                                                                          \
-    X(trim)                                                                                                            \
-    X(tojson)                                                                                                          \
-    X(length)                                                                                                          \
-    X(count)                                                                                                           \
-    X(upper)                                                                                                           \
-    X(lower)                                                                                                           \
-    X(title)                                                                                                           \
-    X(capitalize)                                                                                                      \
-    X(replace) X(join) X(first) X(last) X(list) X(map) X(select) X(reject) X(selectattr) X(rejectattr) X(default) X(d) \
-        X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort) X(unique) X(reverse) X(indent) X(abs) X(round)  \
-            X(sum) X(min) X(max)
+#define LLM__JINJA_FILTERS(X)                                                                                         \
+    X(trim)                                                                                                           \
+    X(tojson)                                                                                                         \
+    X(length)                                                                                                         \
+    X(count)                                                                                                          \
+    X(upper)                                                                                                          \
+    X(lower)                                                                                                          \
+    X(title)                                                                                                          \
+    X(capitalize)                                                                                                     \
+    X(replace)                                                                                                        \
+    X(join)                                                                                                           \
+    X(first) X(last) X(list) X(map) X(select) X(reject) X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) \
+        X(int) X(float) X(items) X(dictsort) X(sort) X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min)     \
+            X(max)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 #undef X
@@ -4189,17 +4199,19 @@ static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #undef X
 
-#define LLM__JINJA_TESTS(X)                                                                                 \
-    X(defined)                                                                                              \
-    X(undefined)                                                                                            \
-    X(none)                                                                                                 \
-    X(string)                                                                                               \
-    X(mapping)                                                                                              \
-    X(sequence)                                                                                             \
-    X(iterable)                                                                                             \
-    X(number)                                                                                               \
-    X(integer) X(float) X(boolean) X(true) X(false) X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) \
-        X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(lower) X(upper)
+#define LLM__JINJA_TESTS(X)                                                                                     \
+    X(defined)                                                                                                  \
+    X(undefined)                                                                                                \
+    X(none)                                                                                                     \
+    X(string)                                                                                                   \
+    X(mapping)                                                                                                  \
+    X(sequence)                                                                                                 \
+    X(iterable)                                                                                                 \
+    X(number)                                                                                                   \
+    X(integer)                                                                                                  \
+    X(float)                                                                                                    \
+    X(boolean) X(true) X(false) X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) \
+        X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(lower) X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 #undef X
@@ -4207,17 +4219,19 @@ static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 enum { LLM__JINJA_TESTS(X) LLM__JT_END };
 #undef X
 
-#define LLM__JINJA_METHODS(X)                                                                                \
-    X(strip)                                                                                                 \
-    X(lstrip)                                                                                                \
-    X(rstrip)                                                                                                \
-    X(split)                                                                                                 \
-    X(rsplit)                                                                                                \
-    X(startswith)                                                                                            \
-    X(endswith)                                                                                              \
-    X(replace)                                                                                               \
-    X(upper) X(lower) X(title) X(capitalize) X(find) X(rfind) X(count) X(join) X(splitlines) X(removeprefix) \
-        X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) X(cycle) X(format)
+#define LLM__JINJA_METHODS(X)                                                                                         \
+    X(strip)                                                                                                          \
+    X(lstrip)                                                                                                         \
+    X(rstrip)                                                                                                         \
+    X(split)                                                                                                          \
+    X(rsplit)                                                                                                         \
+    X(startswith)                                                                                                     \
+    X(endswith)                                                                                                       \
+    X(replace)                                                                                                        \
+    X(upper)                                                                                                          \
+    X(lower)                                                                                                          \
+    X(title) X(capitalize) X(find) X(rfind) X(count) X(join) X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) \
+        X(isspace) X(items) X(keys) X(values) X(get) X(index) X(cycle) X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
 #undef X
@@ -10711,7 +10725,7 @@ enum { LLM__MOST_CPUS = 1024 };
 static bool llm__cores_read(const char *root, const char *path, char *text, size_t size) {
     char whole[1024];
     if (snprintf(whole, sizeof whole, "%s%s", root, path) >= (int)sizeof whole) return false;
-    int fd = open(whole, O_RDONLY);
+    int fd = llm__file_descriptor(whole);
     if (fd < 0) return false;
     ssize_t n = read(fd, text, size - 1);
     close(fd);
@@ -13849,60 +13863,54 @@ static void llm__sampler_swap_ids(llm_token *ids, int i, int j) {
     ids[j] = moved;
 }
 
-/* The order of a heap of tokens: the most probable at the top; of equals, the lower id first. */
-static bool llm__sampler_likelier(const float *p, llm_token a, llm_token b) {
-    return p[a] > p[b] || (p[a] == p[b] && a < b);
+/* Larger for the likelier token, and among equals for the one of the lower id. */
+static uint64_t llm__sampler_key(const float *p, llm_token id) {
+    return (uint64_t)llm__f32_bits(p[id]) << 32 | (uint32_t)~id;
 }
 
-static void llm__sampler_sift_down(const float *p, llm_token *heap, int n, int i) {
-    for (;;) {
-        int best = i;
-        for (int child = 2 * i + 1; child <= 2 * i + 2 && child < n; child++)
-            if (llm__sampler_likelier(p, heap[child], heap[best])) best = child;
-        if (best == i) return;
-        llm__sampler_swap_ids(heap, i, best);
-        i = best;
-    }
+/* Which of 1,024 bins a token is in: by ten bits of its key. */
+static int llm__sampler_bin(const float *p, llm_token id, int shift) {
+    return (int)(llm__sampler_key(p, id) >> shift & 1023);
 }
-
-/* Removes the most likely token from a heap of n and puts it behind the others. */
-static llm_token llm__sampler_take_likeliest(const float *p, llm_token *heap, int n) {
-    llm__sampler_swap_ids(heap, 0, n - 1);
-    llm__sampler_sift_down(p, heap, n - 1, 0);
-    return heap[n - 1];
-}
-
-/* The upper bits of a p in [0, 1]. The mask keeps a NaN inside the 1,024 bins. */
-static int llm__sampler_bin(float p) { return (int)(llm__f32_bits(p) >> 20 & 1023); }
 
 /* Moves the most likely of the last n of `ids` [n_vocab] to the end: at most `most`, and as few as reach `mass`
-   together. Returns how many. Only the bin through which the cut goes is sorted, because sorting a whole vocabulary
+   together. Returns how many. The last is the best, and the first the worst if `mass` is what ends them. Only the bin
+   through which the cut goes is split again, by the next bits, until few tokens are left: sorting a whole vocabulary
    takes longer than a token of a small model. */
 static int llm__sampler_keep_likeliest(const float *p, llm_token *ids, int n_vocab, int n, int most, double mass) {
+    enum { FEW = 64 }; /* they are taken one by one */
     struct {
         double mass;
         int count;
     } bins[1024];
-    int bin = 1023, kept = 0;
+    int begin = n_vocab - n, end = n_vocab, kept = 0;
     double sum = 0;
-    memset(bins, 0, sizeof bins);
-    for (int i = n_vocab - n; i < n_vocab; i++) {
-        bins[llm__sampler_bin(p[ids[i]])].mass += p[ids[i]];
-        bins[llm__sampler_bin(p[ids[i]])].count++;
+    for (int shift = 52; end - begin > FEW && shift > 0; shift -= 10) { /* a p from 0 to 1 has 30 bits */
+        int bin = 1023, left = end - begin;
+        memset(bins, 0, sizeof bins);
+        for (int i = begin; i < end; i++) {
+            bins[llm__sampler_bin(p, ids[i], shift)].mass += p[ids[i]];
+            bins[llm__sampler_bin(p, ids[i], shift)].count++;
+        }
+        for (; bins[bin].count < left && kept + bins[bin].count <= most && sum + bins[bin].mass < mass; bin--) {
+            left -= bins[bin].count;
+            kept += bins[bin].count;
+            sum += bins[bin].mass;
+        }
+        int first = begin;
+        for (int i = end - 1; i >= first; i--)
+            if (llm__sampler_bin(p, ids[i], shift) > bin) llm__sampler_swap_ids(ids, i, --end);
+        begin = end;
+        for (int i = end - 1; i >= first; i--)
+            if (llm__sampler_bin(p, ids[i], shift) == bin) llm__sampler_swap_ids(ids, i, --begin);
     }
-    for (; bin > 0 && kept + bins[bin].count <= most && sum + bins[bin].mass < mass; bin--) {
-        kept += bins[bin].count;
-        sum += bins[bin].mass;
+    for (; begin < end && kept < most && sum < mass; kept++) {
+        int best = begin;
+        for (int i = begin + 1; i < end; i++)
+            if (llm__sampler_key(p, ids[i]) > llm__sampler_key(p, ids[best])) best = i;
+        llm__sampler_swap_ids(ids, best, --end);
+        sum += p[ids[end]];
     }
-    int end = n_vocab;
-    for (int i = n_vocab - 1; i >= n_vocab - n; i--)
-        if (llm__sampler_bin(p[ids[i]]) > bin) llm__sampler_swap_ids(ids, i, --end);
-    int begin = end;
-    for (int i = end - 1; i >= n_vocab - n; i--)
-        if (llm__sampler_bin(p[ids[i]]) == bin) llm__sampler_swap_ids(ids, i, --begin);
-    int left = end - begin;
-    for (int i = left / 2; i >= 0; i--) llm__sampler_sift_down(p, ids + begin, left, i);
-    for (; left && kept < most && sum < mass; kept++) sum += p[llm__sampler_take_likeliest(p, ids + begin, left--)];
     return kept;
 }
 
@@ -16164,8 +16172,7 @@ LLM__INLINE float v_hmax(V a) {
 
 #endif
 
-/* As many rows as the registers hold sums for. Where these are few, many rows go in strips: so many rows and tiles at
-   once. */
+/* As many rows as the registers hold sums for. Where these are few, many rows go in strips of so many rows. */
 #if defined(LLM__USE_AVX512)
 #define LLM__MOST_ROWS 8
 #define LLM__GROUP_ROWS 4
@@ -16173,13 +16180,11 @@ LLM__INLINE float v_hmax(V a) {
 #elif defined(LLM__USE_AVX2)
 #define LLM__MOST_ROWS 4
 #define LLM__STRIP_ROWS 6
-#define LLM__STRIP_TILES 1
 #define LLM__GROUP_ROWS 4
 #define LLM__GROUP_TILES 1
 #elif defined(LLM__USE_NEON)
 #define LLM__MOST_ROWS 2
 #define LLM__STRIP_ROWS 6
-#define LLM__STRIP_TILES 1
 #define LLM__GROUP_ROWS 4
 #define LLM__GROUP_TILES 1
 #else
@@ -16408,26 +16413,23 @@ LLM__INLINE void LLM__FN(strip_weights)(const llm__weight_type KIND, const uint8
 
 /* The sums of one chain, from k on. Unrolled further, gcc (4 k at once) or clang (16) keep sums in memory. */
 LLM__INLINE void LLM__FN(strip_chain)(const float *const *rows, size_t k, const float *w, V *sum) {
-    enum { T = LLM__STRIP_TILES, N = LLM__STRIP_ROWS * T };
-    LLM__UNROLL for (int i = 0; i < N; i++) sum[i] = v_splat(0);
+    LLM__UNROLL for (int i = 0; i < LLM__STRIP_ROWS; i++) sum[i] = v_splat(0);
     for (const float *end = w + 256; w < end; w += 32, k += 4) {
         LLM__UNROLL for (int j = 0; j < 2; j++) {
-            V wj[T];
-            LLM__UNROLL for (int t = 0; t < T; t++) wj[t] = v_load(w + t * LLM__STRIP_BLOCKS * 512 + j * 16);
-            LLM__UNROLL for (int i = 0; i < N; i++) sum[i] =
-                v_fma(v_splat(rows[i / T][k + (size_t)j * 2]), wj[i % T], sum[i]);
+            V wj = v_load(w + j * 16);
+            LLM__UNROLL for (int i = 0; i < LLM__STRIP_ROWS; i++) sum[i] =
+                v_fma(v_splat(rows[i][k + (size_t)j * 2]), wj, sum[i]);
         }
     }
 }
 
-/* n blocks of tiles `right` outputs apart, for all rows, which are a multiple of LLM__STRIP_ROWS. */
-LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_blocks)(const float *x, size_t x_stride, int rows,
-                                                                        const float *w, int n, float *y,
-                                                                        size_t y_stride, size_t right) {
-    enum { T = LLM__STRIP_TILES, N = LLM__STRIP_ROWS * T };
-    for (; rows > 0; rows -= LLM__STRIP_ROWS, x += LLM__STRIP_ROWS * x_stride, y += LLM__STRIP_ROWS * y_stride) {
-        const float *from[LLM__STRIP_ROWS];
-        LLM__UNROLL for (size_t i = 0; i < LLM__STRIP_ROWS; i++) {
+/* n blocks of a tile, for all rows, which are a multiple of LLM__STRIP_ROWS. */
+LLM__TARGET static __attribute__((noinline)) void
+LLM__FN(strip_blocks)(const float *x, size_t x_stride, int rows, const float *w, int n, float *y, size_t y_stride) {
+    enum { N = LLM__STRIP_ROWS };
+    for (; rows > 0; rows -= N, x += N * x_stride, y += N * y_stride) {
+        const float *from[N];
+        LLM__UNROLL for (size_t i = 0; i < N; i++) {
             from[i] = x + i * x_stride;
             __asm__("" : "+r"(from[i])); /* gcc would compute them again for each load */
         }
@@ -16436,28 +16438,24 @@ LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_blocks)(const fl
             LLM__FN(strip_chain)(from, (size_t)b * 32, w + b * 512, even);
             LLM__FN(strip_chain)(from, (size_t)b * 32 + 1, w + b * 512 + 256, odd);
             LLM__UNROLL for (size_t i = 0; i < N; i++) even[i] =
-                v_add(v_load(y + i / T * y_stride + i % T * right), v_add(even[i], odd[i]));
-            LLM__UNROLL for (size_t i = 0; i < N; i++) v_store(y + i / T * y_stride + i % T * right, even[i]);
+                v_add(v_load(y + i * y_stride), v_add(even[i], odd[i]));
+            LLM__UNROLL for (size_t i = 0; i < N; i++) v_store(y + i * y_stride, even[i]);
         }
     }
 }
 
-/* All k of LLM__STRIP_TILES tiles, or of the last one, which is then taken twice. */
-LLM__INLINE void LLM__FN(strip_tiles)(llm__weight_type kind, const float *x, size_t x_stride, int rows,
-                                      const uint8_t *w, size_t tile_bytes, bool alone, int k, float *y,
-                                      size_t y_stride) {
-    float wide[LLM__STRIP_TILES][LLM__STRIP_BLOCKS * 512] __attribute__((aligned(64)));
+/* All k of a tile. */
+LLM__INLINE void LLM__FN(strip_tile)(llm__weight_type kind, const float *x, size_t x_stride, int rows, const uint8_t *w,
+                                     int k, float *y, size_t y_stride) {
+    float wide[LLM__STRIP_BLOCKS * 512] __attribute__((aligned(64)));
     const size_t bytes = LLM__FN(block_bytes)(kind);
-    for (int left = k / 32, n; left; left -= n, w += (size_t)n * bytes, x += n * 32) {
+    for (int left = k / 32, n; left; left -= n, x += n * 32) {
         n = left < LLM__STRIP_BLOCKS ? left : LLM__STRIP_BLOCKS;
-        for (size_t t = 0; t < LLM__STRIP_TILES; t++) {
-            const uint8_t *block = w + (alone ? 0 : t * tile_bytes);
-            for (int b = 0; b < n; b++, block += bytes) {
-                if (kind == LLM__W_BF16) LLM__FN(strip_weights)(LLM__W_BF16, block, wide[t] + b * 512);
-                else LLM__FN(strip_weights)(LLM__W_INT8, block, wide[t] + b * 512);
-            }
+        for (int b = 0; b < n; b++, w += bytes) {
+            if (kind == LLM__W_BF16) LLM__FN(strip_weights)(LLM__W_BF16, w, wide + b * 512);
+            else LLM__FN(strip_weights)(LLM__W_INT8, w, wide + b * 512);
         }
-        LLM__FN(strip_blocks)(x, x_stride, rows, wide[0], n, y, y_stride, alone ? 0 : 16);
+        LLM__FN(strip_blocks)(x, x_stride, rows, wide, n, y, y_stride);
     }
 }
 
@@ -16465,21 +16463,16 @@ LLM__INLINE void LLM__FN(strip_tiles)(llm__weight_type kind, const float *x, siz
 LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_product)(llm__weight_type kind, const float *x,
                                                                          size_t x_stride, int rows, const uint8_t *w,
                                                                          int n, int k, float *y, size_t y_stride) {
-    enum { T = LLM__STRIP_TILES };
     const bool scaled = kind == LLM__W_INT8;
     const size_t tile_bytes = (size_t)k / 32 * LLM__FN(block_bytes)(kind) + (scaled ? 64 : 0);
-    float sums[LLM__STRIP_MOST][T * 16] __attribute__((aligned(64)));
-    for (int t = 0; t < n; t += T, w += T * tile_bytes, y += T * 16) {
-        const int some = n - t < T ? n - t : T;
+    float sums[LLM__STRIP_MOST][16] __attribute__((aligned(64)));
+    for (int t = 0; t < n; t++, w += tile_bytes, y += 16) {
         if (scaled) memset(sums, 0, (size_t)rows * sizeof *sums);
-        LLM__FN(strip_tiles)
-        (kind, x, x_stride, rows, w, tile_bytes, some < T, k, scaled ? sums[0] : y, scaled ? T * 16 : y_stride);
-        for (int i = 0; i < some && scaled; i++) {
-            V scale = v_load((const float *)(const void *)(w + (size_t)(i + 1) * tile_bytes) - 16);
-            float *yi = y + 16 * i;
-            for (int r = 0; r < rows; r++, yi += y_stride)
-                v_store(yi, v_add(v_load(yi), v_mul(v_load(sums[r] + 16 * i), scale)));
-        }
+        LLM__FN(strip_tile)(kind, x, x_stride, rows, w, k, scaled ? sums[0] : y, scaled ? 16 : y_stride);
+        if (!scaled) continue;
+        V scale = v_load((const float *)(const void *)(w + tile_bytes) - 16);
+        for (int r = 0; r < rows; r++)
+            v_store(y + r * y_stride, v_add(v_load(y + r * y_stride), v_mul(v_load(sums[r]), scale)));
     }
 }
 
@@ -17417,7 +17410,6 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef LLM__UNROLL
 #undef LLM__MOST_ROWS
 #undef LLM__STRIP_ROWS
-#undef LLM__STRIP_TILES
 #undef LLM__GROUP_ROWS
 #undef LLM__GROUP_TILES
 #undef LLM__SIGN

@@ -2,7 +2,8 @@
 
     build/bench -m MODEL [-p 512] [-n 128] [-d 0,2048] [--dtype bf16,int8,int4] [-t 1,2] [-r 5] [-o md|csv|json]
 
-    For each type, thread count and depth: the median rate of prefill (p tokens after d others), of decode (n tokens after d
+    For each type, thread count (without -t: one per physical core, and one more than these, which shows what a busy neighbour
+    costs) and depth: the median rate of prefill (p tokens after d others), of decode (n tokens after d
     others, one llm_forward each) and of llm_generate, which also picks and shows the tokens, interleaved over r rounds. With
     --temp it picks at that temperature, with top-k 40, top-p 0.95 and min-p 0.05. The limits are measured in the same run with the same threads: bytes per
     second when the model's weights are only read (MBU is the share of it that decoding reaches, its cache counted), and
@@ -56,7 +57,7 @@ static const struct argp_option OPTIONS[] = {
     {"decode", 'n', "N", 0, "tokens decoded after it (128)", 1},
     {"depth", 'd', "LIST", 0, "tokens in the cache before that (0)", 1},
     {"dtype", KEY_DTYPE, "LIST", 0, "types of the weights: f32, f16, bf16, int8, int4, file (bf16)", 2},
-    {"threads", 't', "LIST", 0, "threads (one per physical core)", 2},
+    {"threads", 't', "LIST", 0, "threads (one per physical core; in the table of rates also one more)", 2},
     {"flops-table", KEY_FLOPS_TABLE, "N", OPTION_ARG_OPTIONAL, "instead: batches of several sequences, up to N tokens in all, with the first type and thread count", 1},
     {"rounds", 'r', "N", 0, "rounds of which the median is given (5)", 3},
     {"draft", KEY_DRAFT, "LIST", 0, "drafts to continue the texts with: lookup, self:int8, self:int4 or a model's file", 4},
@@ -126,6 +127,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         opt->format = arg;
         break;
     case ARGP_KEY_END:
+        if (!opt->n_threads) opt->n_threads = opt->n_drafts || opt->n_rows || opt->flops_table ? 1 : 2;
         if (!opt->model == !opt->random) argp_error(state, "give either -m or --random");
         if (!opt->n_drafts != !opt->n_texts) argp_error(state, "--draft goes with texts to continue");
         if (opt->n_drafts && !opt->model) argp_error(state, "random weights do not continue texts: --draft needs -m");
@@ -658,8 +660,8 @@ static void run_flops_table(const options *opt) {
 }
 
 int main(int argc, char **argv) {
-    options opt = {.format = "md", .n_prefill = 512, .n_decode = 128, .n_rounds = 5, .n_depths = 1, .n_threads = 1, .n_dtypes = 1,
-                   .dtypes = {LLM_DTYPE_BF16}, .threads = {llm__team_default_threads()}};
+    options opt = {.format = "md", .n_prefill = 512, .n_decode = 128, .n_rounds = 5, .n_depths = 1, .n_dtypes = 1,
+                   .dtypes = {LLM_DTYPE_BF16}, .threads = {llm__team_default_threads(), llm__team_default_threads() + 1}};
     const struct argp argp = {OPTIONS, parse_option, "[TEXT...]", "Measures how fast a model runs, beside what the machine allows.", NULL, NULL, NULL};
     argp_parse(&argp, argc, argv, 0, NULL, &opt);
     if (opt.n_drafts || opt.n_rows) {

@@ -16,8 +16,9 @@ refuses() { ! "$bench" "$@" >"$out" 2>&1 && [ -s "$out" ]; }
 
 check "measures types, threads and depths" measure -m "$model" --dtype bf16,int8,int4 -t 1,2 -d 0,40 -o json
 check "an object for each" fields 12
-check "csv has a header and a line for each" eval 'measure -m "$model" -o csv && [ "$(wc -l <"$out")" -eq 2 ]'
-check "a table" eval 'measure -m "$model" -o md && [ "$(grep -c "^|" "$out")" -eq 3 ]'
+check "csv has a header and a line for each" eval 'measure -m "$model" -o csv && [ "$(wc -l <"$out")" -eq 3 ]'
+check "by default one thread per core, then one more" awk -F, 'NR > 1 { n[NR] = $3 } END { exit n[2] < 1 || n[3] != n[2] + 1 }' "$out"
+check "a table" eval 'measure -m "$model" -o md -t 2 && [ "$(grep -c "^|" "$out")" -eq 3 ]'
 check "random weights of a published shape" measure --random smollm2-135m
 printf 'one two three one two three one' >"$out.txt"
 check "compares drafts" eval 'measure -m "$model" -n 8 --draft lookup,self:int4 "$out.txt" && [ "$(grep -c "^| " "$out")" -eq 4 ]'

@@ -67,6 +67,11 @@ if [ "$machine" ]; then
 fi
 check "LLM_STATIC, clang" clang -std=c99 -O0 $strict "$tmp/static.c"
 
+# A callback may leave by an exception, if llm.h is compiled as C++.
+check "tests/exceptions.cpp" g++ -std=c++17 -O1 -Wall -Wextra -pedantic -Werror -I. -DLLM_NO_SIMD -o "$tmp/exceptions" tests/exceptions.cpp \
+    -lm -lpthread
+check "callbacks leave by exceptions" timeout -k 5 300 "$tmp/exceptions" tests/golden/hf/gqa.gguf
+
 for program in examples/*.c tokenizer/*.c; do
     check "$program, gcc" gcc -std=c99 -O0 $strict "$program"
     check "$program, clang" clang -std=c99 -O0 $strict "$program"

@@ -496,6 +496,7 @@ static void test_success_is_told(void **state) {
     llm_model_desc desc = {.n_threads = 1};
     llm_model_info info;
     const llm_message message = {"user", "a"};
+    const llm_chat_desc chat = {.messages = &message, .n_messages = 1, .open_answer = true};
     llm_tokenizer *alone;
     const llm_tokenizer *tokenizer;
     const llm_token *endings[] = {ids};

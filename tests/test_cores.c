@@ -121,6 +121,16 @@ static void test_version_1(void **state) {
     assert_int_equal(count(0, 64), 3);
 }
 
+/* What is read so, and a model's file, is not handed on to programs that the host starts meanwhile. */
+static void test_not_inherited(void **state) {
+    (void)state;
+    int fd = llm__file_descriptor("/proc/self/status");
+    assert_true(fd >= 0);
+    assert_true(fcntl(fd, F_GETFD) & FD_CLOEXEC);
+    close(fd);
+    assert_int_equal(llm__file_descriptor("/proc/self/absent"), -1);
+}
+
 /* The real ones: a mask of one processor, as taskset sets it, in a child. */
 static void test_mask(void **state) {
     (void)state;
@@ -168,6 +178,6 @@ int main(int argc, char **argv) {
         cmocka_unit_test_setup_teardown(test_hardware_threads, begin, end), cmocka_unit_test_setup_teardown(test_hybrid, begin, end),
         cmocka_unit_test_setup_teardown(test_nothing_told, begin, end), cmocka_unit_test_setup_teardown(test_version_2, begin, end),
         cmocka_unit_test_setup_teardown(test_container, begin, end), cmocka_unit_test_setup_teardown(test_version_1, begin, end),
-        cmocka_unit_test(test_mask), cmocka_unit_test(test_group)};
+        cmocka_unit_test(test_not_inherited), cmocka_unit_test(test_mask), cmocka_unit_test(test_group)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

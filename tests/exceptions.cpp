@@ -1,0 +1,85 @@
+// Callbacks that leave llm_generate by a C++ exception: at every poll of cancel, which other threads wait for, and at every
+// piece of text. The next call must give what it always gives. For tests/test_builds.sh:  exceptions MODEL
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+struct host {
+    std::string text;
+    int calls, last; // of the callback that throws; 0: never
+};
+
+static void count(host *h) {
+    if (++h->calls == h->last) throw std::runtime_error("the host has enough");
+}
+
+static bool on_cancel(void *user) {
+    count(static_cast<host *>(user));
+    return false;
+}
+
+static bool on_text(void *user, const char *text, size_t size) {
+    host *h = static_cast<host *>(user);
+    h->text.append(text, size);
+    if (h->last) count(h);
+    return true;
+}
+
+int main(int, char **argv) {
+    llm_model_desc model_desc = {};
+    llm_context_desc context_desc = {};
+    llm_model *model;
+    llm_context *ctx;
+    llm_error err;
+    int n_thrown = 0;
+    context_desc.n_threads = 3;
+    context_desc.n_batch = 4;
+    if (llm_model_load(&model, argv[1], &model_desc, &err) || llm_context_create(&ctx, model, &context_desc, &err)) {
+        std::puts(err.message);
+        return 1;
+    }
+    std::string usual;
+    for (bool by_cancel : {true, false})
+        for (int last = 0, n_calls = 1; last <= n_calls && last < 60; last++) {
+            host thrower = {"", 0, last}, calm = {"", 0, 0};
+            llm_generate_desc desc = {};
+            desc.prompt = "a b a b b a a b";
+            desc.max_tokens = 8;
+            desc.ignore_end = true;
+            if (last) {
+                desc.user = &thrower;
+                desc.on_text = on_text;
+                if (by_cancel) {
+                    desc.on_text = nullptr;
+                    desc.cancel = on_cancel;
+                }
+                bool thrown = false;
+                try {
+                    llm_generate(ctx, &desc, nullptr, &err);
+                } catch (const std::runtime_error &) {
+                    thrown = true;
+                    n_thrown++;
+                }
+                n_calls = thrown ? last + 1 : last;
+                desc.cancel = nullptr;
+            }
+            desc.user = &calm;
+            desc.on_text = on_text;
+            if (llm_generate(ctx, &desc, nullptr, &err)) {
+                std::puts(err.message);
+                return 1;
+            }
+            if (!last) usual = calm.text;
+            if (usual.empty() || calm.text != usual) {
+                std::printf("after exception %d the text is \"%s\", not \"%s\"\n", last, calm.text.c_str(), usual.c_str());
+                return 1;
+            }
+        }
+    llm_context_free(ctx);
+    llm_model_free(model);
+    std::printf("%d exceptions\n", n_thrown);
+    return n_thrown < 10;
+}
