@@ -698,6 +698,12 @@ LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__SSE2__) && !defined(LLM_NO_SIMD)
+#include <emmintrin.h>
+#elif defined(__aarch64__) && !defined(LLM_NO_SIMD)
+#include <arm_neon.h>
+#endif
+
 #if defined(_WIN32)
 #ifndef WIN32_LEAN_AND_MEAN
 #define WIN32_LEAN_AND_MEAN
@@ -3813,6 +3819,62 @@ static const uint8_t *llm__pre_find_word(const llm__unicode_classes *c, const ll
     }
 }
 
+/* The 16 bytes at p as masks of LLM__MASK_STEP bits per byte: letters of ASCII, and lower case letters. */
+typedef struct llm__pre_masks {
+    uint64_t letters, lower;
+} llm__pre_masks;
+
+#if defined(__SSE2__) && !defined(LLM_NO_SIMD)
+enum { LLM__MASK_STEP = 1 };
+static inline llm__pre_masks llm__pre_letters(const uint8_t *p) {
+    __m128i c = _mm_loadu_si128((const __m128i *)(const void *)p), most = _mm_set1_epi8(25), a = _mm_set1_epi8('a');
+    __m128i lower = _mm_sub_epi8(c, a), any = _mm_sub_epi8(_mm_or_si128(c, _mm_set1_epi8(32)), a);
+    llm__pre_masks m;
+    m.lower = (uint64_t)_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_min_epu8(lower, most), lower));
+    m.letters = (uint64_t)_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_min_epu8(any, most), any));
+    return m;
+}
+#elif defined(__aarch64__) && !defined(LLM_NO_SIMD)
+enum { LLM__MASK_STEP = 4 };
+static inline uint64_t llm__pre_mask(uint8x16_t m) {
+    return vget_lane_u64(vreinterpret_u64_u8(vshrn_n_u16(vreinterpretq_u16_u8(m), 4)), 0);
+}
+static inline llm__pre_masks llm__pre_letters(const uint8_t *p) {
+    uint8x16_t c = vld1q_u8(p), n = vdupq_n_u8(26), a = vdupq_n_u8('a');
+    llm__pre_masks m;
+    m.lower = llm__pre_mask(vcltq_u8(vsubq_u8(c, a), n));
+    m.letters = llm__pre_mask(vcltq_u8(vsubq_u8(vorrq_u8(c, vdupq_n_u8(32)), a), n));
+    return m;
+}
+#else
+enum { LLM__MASK_STEP = 1 };
+static inline llm__pre_masks llm__pre_letters(const uint8_t *p) {
+    llm__pre_masks m = {0, 0};
+    for (int i = 0; i < 16; i++) {
+        m.lower |= (uint64_t)(p[i] >= 'a' && p[i] <= 'z') << i;
+        m.letters |= (uint64_t)((p[i] | 32) >= 'a' && (p[i] | 32) <= 'z') << i;
+    }
+    return m;
+}
+#endif
+
+/* The end of the word at p if it is a space, perhaps, and up to 15 letters of ASCII, which most words are, and the rules
+   for other words do not matter; otherwise NULL. Reads 17 bytes at p. */
+static inline const uint8_t *llm__pre_ascii_word(const llm__pre_rule *rule, const uint8_t *p, const uint8_t *end) {
+    if (rule->kind != LLM__RULE_GPT2 && rule->kind != LLM__RULE_LLAMA3 && rule->kind != LLM__RULE_CASED) return NULL;
+    p += *p == ' ';
+    llm__pre_masks m = llm__pre_letters(p);
+    unsigned bits = (unsigned)__builtin_ctzll(~m.letters), n = bits / LLM__MASK_STEP;
+    if (bits == 0 || bits >= 16 * LLM__MASK_STEP) return NULL;
+    if (rule->kind == LLM__RULE_CASED) {
+        uint64_t word = ((uint64_t)1 << bits) - 1;
+        if ((m.letters ^ m.lower) & word & ~(((uint64_t)1 << LLM__MASK_STEP) - 1)) return NULL;
+    }
+    if (n >= (size_t)(end - p)) return p < end ? end : NULL;
+    if (p[n] >= 0x80 || (p[n] == '\'' && rule->kind == LLM__RULE_CASED)) return NULL;
+    return p + n;
+}
+
 /* ---- Encoding ---- */
 
 typedef struct llm__enc_span {
@@ -3829,7 +3891,10 @@ typedef struct llm__enc_job {
     llm_token *ids;
     size_t capacity, count;
     llm_token last;
-    bool after_bos; /* only the BOS that the file asks for has been emitted so far */
+    bool after_bos;         /* only the BOS that the file asks for has been emitted so far */
+    const uint8_t *readable; /* up to here the text being encoded may be read in blocks of 16 bytes */
+    struct llm__enc_known *known;
+    int known_bits; /* there are 2^known_bits of them; 0: none */
 } llm__enc_job;
 
 static void llm__enc_emit(llm__enc_job *job, llm_token id) {
@@ -3866,24 +3931,99 @@ static bool llm__enc_whole(llm__enc_job *job, const uint8_t *p, const uint8_t *e
 static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
     bool unknown = false;
     if (llm__enc_whole(job, p, end, job->t->ignore_merges)) return;
-    while (p < end) {
+    for (const uint8_t *begin = p; p < end;) {
         const uint8_t *q = p + 1;
         while (q < end && llm__bpe_may_join(job->t, q)) q++;
-        if (llm__enc_whole(job, p, q, false)) unknown = false;
+        if (!(p == begin && q == end) && llm__enc_whole(job, p, q, false)) unknown = false;
         else llm__enc_merge_word(job, p, (size_t)(q - p), &unknown);
         p = q;
     }
 }
 
-static void llm__enc_split(llm__enc_job *job, const llm__pre_rule *rule, const uint8_t *p, const uint8_t *end) {
-    if (rule->kind == LLM__NO_RULE) {
+/* A word of up to 15 bytes and its tokens, if they are at most 4. */
+typedef struct llm__enc_known {
+    uint64_t key[2];  /* the bytes, zeros, and the length in the last byte; all 0: the slot is free */
+    llm_token ids[4]; /* LLM__NONE after the last one */
+} llm__enc_known;
+
+enum { LLM__KNOWN_LENGTH = 15, LLM__KNOWN_TEXT = 8192, LLM__KNOWN_MAX_BITS = 14 };
+
+/* Most words of a long text have occurred in it before. So a call with LLM__KNOWN_TEXT bytes or more remembers words in
+   a table of up to 1 MB, which fits the second-level cache. The table belongs to the call, so a tokenizer stays const.
+   A newer word replaces an older one in its slot. If the table cannot be allocated, encoding is only slower. */
+static void llm__enc_remember_words(llm__enc_job *job) {
+    size_t n = (size_t)(job->end - job->text);
+    int bits = 9;
+    if (n < LLM__KNOWN_TEXT) return;
+    while (bits < LLM__KNOWN_MAX_BITS && n >> bits > 16) bits++;
+    job->known = (llm__enc_known *)llm__alloc_try(job->env->pool, (size_t)1 << bits, 2 * sizeof *job->known);
+    if (!job->known) return;
+    memset(job->known, 0, 2 * sizeof *job->known << bits);
+    job->known_bits = bits;
+}
+
+/* Encodes a word that is in no slot yet, and remembers it if it fits one. */
+static void llm__enc_new_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end, llm__enc_known *slot,
+                              const uint64_t key[2]) {
+    llm__enc_job alone = *job;
+    llm_token ids[4] = {LLM__NONE, LLM__NONE, LLM__NONE, LLM__NONE};
+    alone.ids = ids;
+    alone.capacity = 4;
+    alone.count = 0;
+    alone.after_bos = false;
+    llm__enc_word(&alone, p, end);
+    if (!alone.count || alone.count > 4) {
         llm__enc_word(job, p, end);
         return;
     }
+    for (size_t i = 0; i < alone.count; i++) llm__enc_emit(job, ids[i]);
+    slot->key[0] = key[0];
+    slot->key[1] = key[1];
+    memcpy(slot->ids, ids, sizeof ids);
+}
+
+static inline void llm__enc_known_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
+    static const uint8_t ones[32] = {255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
+    size_t n = (size_t)(end - p);
+    if (!job->known_bits || n > LLM__KNOWN_LENGTH || p + 16 > job->readable) {
+        llm__enc_word(job, p, end);
+        return;
+    }
+    uint64_t key[2], mask[2];
+    memcpy(key, p, 16);
+    memcpy(mask, ones + 16 - n, 16);
+    key[0] &= mask[0];
+    key[1] = (key[1] & mask[1]) | (uint64_t)n << 56;
+    uint64_t hash = (key[0] ^ key[1] * 0xD6E8FEB86659FD93u) * 0x9E3779B97F4A7C15u;
+    llm__enc_known *set = &job->known[hash >> (64 - job->known_bits) << 1], *slot = set;
+    slot += slot->key[0] != key[0] || slot->key[1] != key[1];
+    if (slot->key[0] != key[0] || slot->key[1] != key[1]) {
+        *slot = *set;
+        llm__enc_new_word(job, p, end, set, key);
+        return;
+    }
+    size_t count = 1 + (slot->ids[1] != LLM__NONE) + (slot->ids[2] != LLM__NONE) + (slot->ids[3] != LLM__NONE);
+    if (job->after_bos || job->count + 4 > job->capacity) {
+        for (size_t i = 0; i < count; i++) llm__enc_emit(job, slot->ids[i]);
+        return;
+    }
+    memcpy(job->ids + job->count, slot->ids, sizeof slot->ids); /* all 4, which takes no branch; what is not counted is overwritten */
+    job->count += count;
+    job->last = slot->ids[count - 1];
+}
+
+static void llm__enc_split(llm__enc_job *job, const llm__pre_rule *rule, const uint8_t *p, const uint8_t *end) {
+    if (rule->kind == LLM__NO_RULE) {
+        llm__enc_known_word(job, p, end);
+        return;
+    }
+    bool is_last = rule[1].kind == LLM__NO_RULE;
     while (p < end) {
-        const uint8_t *from, *to = llm__pre_find_word(job->t->classes, rule, p, end, &from);
+        const uint8_t *from = p, *to = p + 32 <= job->readable ? llm__pre_ascii_word(rule, p, end) : NULL;
+        if (!to) to = llm__pre_find_word(job->t->classes, rule, p, end, &from);
         if (from > p) llm__enc_split(job, rule + 1, p, from);
-        if (to > from) llm__enc_split(job, rule + 1, from, to);
+        if (is_last && to > from) llm__enc_known_word(job, from, to);
+        else if (to > from) llm__enc_split(job, rule + 1, from, to);
         p = to;
     }
 }
@@ -4022,6 +4162,7 @@ static void llm__enc_stretch(llm__enc_job *job, const uint8_t *p, const uint8_t 
         p = spaced + (t->prefix != LLM__PREFIX_STRETCH);
         end = spaced + n;
     }
+    job->readable = end;
     llm__enc_normalized(job, p, end, first);
     llm__free(job->env->pool, spaced);
     llm__free(job->env->pool, composed);
@@ -4064,6 +4205,7 @@ static void llm__enc_body(llm__env *env, void *arg) {
     bool ends = (job->flags & LLM_ENCODE_BOS) != 0;
     job->env = env;
     job->text = llm__enc_as_utf8(env, job->text, &job->end);
+    llm__enc_remember_words(job);
     if (ends && job->t->add_bos && job->t->bos != LLM__NONE) {
         llm__enc_emit(job, job->t->bos);
         job->after_bos = true;
