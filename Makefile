@@ -6,8 +6,8 @@ SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CFLAGS   = -O2
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -pedantic
-LDLIBS   = $(if $(filter hellaswag,$(@F)),-lbz2) $(if $(filter repl,$(@F)),-ledit) \
-           $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat test_score hellaswag fuzz,$(basename $(@F))),-ljansson) \
+LDLIBS   = $(if $(filter hellaswag test_hellaswag_text,$(@F)),-lbz2) $(if $(filter repl,$(@F)),-ledit) \
+           $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat test_score hellaswag test_hellaswag_text fuzz,$(basename $(@F))),-ljansson) \
            $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
 PROGRAMS = build/repl build/hello build/tokenize build/embed build/quantize build/hellaswag build/bench
 
@@ -84,7 +84,7 @@ $(eval $(call program,build/windows,.exe))
 build/repl build/tokenize: build/llm.o
 $(addprefix build/asan/,repl hello tokenize): build/asan/llm.o
 $(addprefix build/,repl tokenize asan/repl asan/hello asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
-$(addprefix build/asan/test_,hf quantize) build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
+$(addprefix build/asan/test_,hf quantize hellaswag_text) build/test_hellaswag_text build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
 $(addprefix build/asan/test_,quantize chat tokenizer_files): private CPPFLAGS += -O0
 
 build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
@@ -107,6 +107,7 @@ build/gpu/llm_cuda.o: llm_cuda.cu llm.h
 
 # Tests that include the program, or the test, that they test.
 build/test_quantize build/asan/test_quantize: examples/quantize.c
+build/test_hellaswag_text build/asan/test_hellaswag_text: examples/hellaswag.c
 build/test_amx build/asan/test_amx: tests/test_kernels.c tests/test_hash.c
 
 # The GPU's kernels, run on the CPU.

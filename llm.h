@@ -1,4 +1,4 @@
-/*  llm.h - run Llama-family language models from one C file.                            MIT licence, see LICENSE
+/*  llm.h - run Llama-family language models from one C file.                     MIT licence, at the end of this file
 
     Put this file beside your program. In ONE source file write
 
@@ -38,11 +38,12 @@
 
     WHAT EVERY FUNCTION PROMISES
 
-        It never exits, aborts, prints or throws. It returns an llm_status and explains a failure in words in an
-        llm_error, which may be NULL. A failed load releases all it took. A forward pass allocates nothing. There are
-        no mutable globals. Functions taking a const object may be called from many threads at once.
-        Settings structs may be zero ({0}) or NULL for defaults. What llm_..._create or llm_..._load made is released
-        by llm_..._free, which takes NULL too; a context must go before its model. Strings are UTF-8.
+        It never exits, aborts, prints or throws. One that can fail returns an llm_status, or -1 where it returns a
+        number, and explains the failure in words in the llm_error it is given, which may be NULL. A failed load
+        releases all it took. A forward pass allocates nothing. There are no mutable globals. Functions taking a const
+        object may be called from many threads at once. Settings structs may be zero ({0}) or NULL for defaults. What
+        llm_..._create or llm_..._load made is released by llm_..._free, which takes NULL too; a context must go before
+        its model. Strings are UTF-8.
 
     ONE ARITHMETIC
 
@@ -65,10 +66,10 @@
         declarations: errors . host callbacks . model . tokenizer . chat . context . forward pass . sampler . drafts .
                       generation . scoring . backends
         1 base                    2 files               3 JSON reader        4 number formats
-        5 checkpoints             6 hyperparameters     7 tokenizers         8 chat templates
-        9 CPU kernels            10 weights            11 backend           12 KV cache
-       13 forward pass           14 sampler            15 speculative decoding
-       16 generation             17 scoring
+        5 checkpoints             6 hyperparameters     7 Unicode and tokenizers
+        8 chat templates          9 CPU kernels        10 weights           11 the CPU backend
+       12 KV cache               13 forward pass       14 sampler           15 speculative decoding
+       16 generation             17 batch scheduling and scoring
 */
 #ifndef LLM_H
 #define LLM_H
@@ -106,6 +107,7 @@ typedef enum llm_status {
     LLM_ERROR_DEVICE        /* the backend's device failed                                                    */
 } llm_status;
 
+/* Every function that takes an llm_error fills it: after a success with LLM_OK and "". */
 typedef struct llm_error {
     llm_status code;
     char message[500]; /* what, where, and what to do; always NUL-terminated, whole UTF-8 characters */
@@ -121,6 +123,12 @@ typedef struct llm_host {
     bool (*progress)(void *user, float done);            /* loading, 0 to 1; return false to cancel           */
     void *user;                                          /* handed to each of these                           */
 } llm_host;
+
+/* Callbacks (these, `cancel`, on_text, on_token, on_question, a draft's propose) run on the thread that called the library.
+   A callback must not use the context that called it: llm_seq_length, llm_seq_tokens and llm_logits may be read, all else
+   fails with LLM_ERROR_ARGUMENT, and the context must not be freed. A callback should return, too. If a C++ exception or
+   longjmp leaves one on its way to the caller, the next call on the context ends what was under way and frees its memory,
+   and the sequences hold what is sure of them; but what was being loaded or created is lost, memory included. */
 
 /* ---- Model --------------------------------------------------------------------------------------------------- */
 
@@ -235,8 +243,8 @@ typedef struct llm_message {
 } llm_message;
 
 /* Renders messages with the chat template named in the model's file (ChatML, Qwen3, Llama-2, Llama-3, Mistral and
-   Zephyr are known), followed by the opening of the assistant's turn if `open_answer`. Writes at most `capacity` bytes,
-   a NUL included, and the bytes of the whole text to *n_bytes. The text is meant for llm_encode with LLM_ENCODE_SPECIAL
+   Zephyr are known; a template that differs from them is refused), followed by the opening of the assistant's turn if
+   `open_answer`. Writes at most `capacity` bytes, a NUL included, and the bytes of the whole text to *n_bytes. The text is meant for llm_encode with LLM_ENCODE_SPECIAL
    and without LLM_ENCODE_BOS: it holds its own. A message that contains a special token's text then becomes that token;
    llm_generate's `messages` do not let it. */
 LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_message *messages, int n_messages,
@@ -248,14 +256,20 @@ LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer); /* "chatm
 typedef struct llm_context llm_context;
 
 typedef struct llm_context_desc {
-    int n_ctx;             /* positions a sequence can hold; 0: what the model was trained for, at most 4096  */
-    int n_seq;             /* sequences; 0: 1                                                                 */
-    int n_cache;           /* positions of all sequences, forks sharing their parent's; 0: n_ctx * n_seq      */
-    int n_batch;           /* tokens computed in one pass; longer batches take several; 0: 512                */
+    int n_ctx; /* positions a sequence can hold; 0: what the model was trained for, at most 4096  */
+    int n_seq; /* sequences; 0: 1                                                                 */
+    /* Positions of all sequences; 0: n_ctx * n_seq. They come in blocks of 32: a sequence takes its length, rounded up. A
+       fork shares its parent's blocks. If their last block is not full, the first of the two that goes on takes a copy of
+       it, a block more, and gives that back when it is cut back to where both were the same. */
+    int n_cache;
+    /* Tokens computed in one pass; longer batches take several; 0: 512. With int4 weights a pass of more than 16 tokens
+       rounds a little, so that a text depends on the other tokens in its passes; n_batch = 16 prevents it. */
+    int n_batch;
     int n_logits;          /* rows of logits one llm_forward can return; 0: n_seq                             */
     int n_threads;         /* 0: one per physical core                                                        */
     llm_dtype cache_dtype; /* f32, bf16 or int8; 0: bf16, but f32 on the CPU if weights are f32 or f16        */
-    /* Polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED. */
+    /* Polled between layers; true makes llm_forward return LLM_ERROR_CANCELLED. llm_generate asks its own `cancel`
+       instead, if it has one, and then ends with LLM_STOP_CALLBACK. */
     bool (*cancel)(void *user);
     void *cancel_user;
     /* The host's own threads instead of ours: must run task(arg, i) for i = 0 .. n-1 all at the same time (tasks
@@ -269,7 +283,7 @@ LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model,
 LLM_API void llm_context_free(llm_context *ctx);
 LLM_API const llm_model *llm_context_model(const llm_context *ctx);
 LLM_API int llm_context_n_ctx(const llm_context *ctx);
-LLM_API int llm_context_n_threads(const llm_context *ctx);
+LLM_API int llm_context_n_threads(const llm_context *ctx); /* fewer than wanted where the system gave no more */
 
 typedef struct llm_memory {
     uint64_t weights, cache, scratch; /* bytes */
@@ -286,7 +300,7 @@ LLM_API llm_status llm_memory_estimate(const char *path, const llm_model_desc *m
 LLM_API int llm_seq_length(const llm_context *ctx, int seq);
 LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq); /* llm_seq_length of them            */
 
-/* Keeps the first `length` tokens. */
+/* Keeps the first `length` tokens. The places of the others are free again, see n_cache. */
 LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_error *err);
 
 /* Makes `seq` the first `length` tokens of `parent`, whose cache both then read; only what comes after is stored
@@ -307,8 +321,8 @@ typedef struct llm_batch {
     const bool *logits;      /* [n_tokens] whose logits are wanted; NULL: the last of each sequence               */
 } llm_batch;
 
-/* Appends the batch's tokens to their sequences. All is checked before anything is done; when the pass is cancelled
-   the sequences are as they were before. */
+/* Appends the batch's tokens to their sequences. All is checked before anything is done; when it is cancelled or fails, the
+   sequences are as they were before, also if the batch took several passes. */
 LLM_API llm_status llm_forward(llm_context *ctx, const llm_batch *batch, llm_error *err);
 
 /* The logits [n_vocab] of the batch's i-th token, valid until the next pass; NULL if they were not asked for. */
@@ -324,7 +338,7 @@ LLM_API double llm_measure_flops(llm_context *ctx);
 
 typedef struct llm_logit_bias {
     llm_token token;
-    float bias; /* added to the logit; -INFINITY forbids the token */
+    float bias; /* added to the logit; -INFINITY forbids the token, INFINITY forces it, at any temperature */
 } llm_logit_bias;
 
 typedef struct llm_sampler {
@@ -334,7 +348,7 @@ typedef struct llm_sampler {
     float min_p;          /* keep those at least min_p times as likely as the most likely; 0: all                 */
     float repeat_penalty; /* divides (multiplies, if negative) the logits of recent tokens; 0: off                */
     int repeat_window;    /* how many recent tokens; 0: 64                                                        */
-    const llm_logit_bias *biases; /* the host's; must outlive the sampler                                         */
+    const llm_logit_bias *biases; /* the host's; must outlive the sampler. on_token may change them for the next  */
     int n_biases;
     uint64_t seed;
     uint64_t n_drawn; /* the state: how many random numbers were used                                         */
@@ -342,7 +356,8 @@ typedef struct llm_sampler {
 
 /* Picks a token by the logits of the batch's i-th token; `recent` is that sequence. The order is: biases, repetition
    penalty, temperature, top-k, top-p, min-p. The same seed gives the same tokens on every machine. Ties go to the
-   lower id. Returns -1 if logits i were not asked for. */
+   lower id. A sampler that is NULL is greedy. Returns -1 if there is nothing to pick: logits i were not wanted, one of them
+   is NaN, all tokens are forbidden, n_biases is above 0 but biases is NULL, or ctx is inside one of its callbacks. */
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler);
 
 /* ---- Speculative decoding ------------------------------------------------------------------------------------ */
@@ -375,9 +390,13 @@ typedef struct llm_draft_request {
 typedef struct llm_draft_guesses {
     int n; /* 0: no idea                                                                                             */
     llm_token tokens[LLM_DRAFT_MOST];
-    int kind;   /* 0 to LLM_DRAFT_KINDS - 1, of all of them; higher ones are trusted more                      */
-    bool has_q; /* guess i was drawn from the distribution q[i], which sums to 1, by random numbers that the model's
-                   own draws do not use. Without it a guess is right when the model draws the same              */
+    int kind; /* 0 to LLM_DRAFT_KINDS - 1, of all of them; higher ones are trusted more. Without meaning with has_q  */
+    /* Guess i was drawn from the distribution q[i], which sums to 1, by random numbers that the model's own draws do not
+       use. Without it a guess is right when the model draws the same. A draft does this always or never, and once a guess
+       is drawn it must stay among the guesses, whatever it is. Whether one more is drawn may follow from those before it
+       and from q: a draft may stop after an end of text, or before a q without a likely token. Without room for q (at
+       temperature 0, or with draft_keeps_text) has_q counts as false. */
+    bool has_q;
     float *q[LLM_DRAFT_MOST]; /* [n_vocab of the model] each, room to fill; NULL where probabilities are not wanted  */
 } llm_draft_guesses;
 
@@ -435,7 +454,7 @@ typedef enum llm_stop {
     LLM_STOP_NONE = 0,
     LLM_STOP_END,     /* the model ended its text or turn                */
     LLM_STOP_LENGTH,  /* max_tokens                                      */
-    LLM_STOP_CONTEXT, /* the sequence is full                            */
+    LLM_STOP_CONTEXT, /* the sequence is full (n_ctx), or the cache (n_cache) */
     LLM_STOP_TOKEN,   /* one of stop_tokens                              */
     LLM_STOP_STRING,  /* one of stop_strings                             */
     LLM_STOP_CALLBACK /* on_text or on_token returned false, or `cancel` */
@@ -451,7 +470,7 @@ typedef struct llm_generate_desc {
     int n_tokens;
 
     int seq;
-    int max_tokens;       /* 0 or less: until the model ends or the sequence is full                               */
+    int max_tokens;       /* 0 or less: until the model ends or there is no more room                              */
     llm_sampler *sampler; /* NULL: greedy                                                                  */
     const char *const *stop_strings; /* none of them is shown                                                     */
     int n_stop_strings;
@@ -468,24 +487,29 @@ typedef struct llm_generate_desc {
 
     bool (*on_text)(void *user, const char *text, size_t n_bytes); /* whole UTF-8 characters, NUL-terminated     */
     bool (*on_token)(void *user, llm_token token, const char *bytes, size_t n_bytes); /* raw, as they come        */
-    bool (*cancel)(void *user); /* polled between layers, so also within a long prompt                           */
+    bool (*cancel)(void *user); /* polled between layers, so also within a long prompt; NULL: the context's      */
     void *user;
 } llm_generate_desc;
 
 typedef struct llm_stats {
     llm_stop stop;
-    int stop_index; /* which of stop_strings or stop_tokens                                               */
-    int n_prompt;   /* tokens of the prompt                                                               */
-    int n_reused;   /* of these, found in the cache                                                       */
-    int n_generated;
+    int stop_index;      /* which of stop_strings or stop_tokens                                               */
+    int n_prompt;        /* tokens of the prompt                                                               */
+    int n_reused;        /* of these, found in the cache                                                       */
+    int n_generated;     /* tokens shown: an end token, or one of stop_tokens, does not count                      */
     int n_decode_passes; /* forward passes after the prompt's                                                  */
     double prefill_seconds, decode_seconds; /* until the first token's logits; after it                           */
     uint64_t decode_bytes; /* weights and cache read while decoding                                              */
     llm_draft_stats draft;
 } llm_stats;
 
-/* Runs the prompt and generates. Cancellation is not an error: it is stats->stop. Afterwards the sequence holds the
-   prompt and what was generated, less the last token, which was never computed on. */
+/* Runs the prompt and generates. Cancellation is not an error: it is stats->stop. Afterwards the sequence holds the prompt
+   and the n_generated tokens, but the last of them was never computed on and is missing. If an end token or one of
+   stop_tokens ended the text, all of them are there, and that token is not. If the prompt was cancelled, or failed, the
+   sequence holds what its finished passes (of n_batch tokens) computed, and the same call goes on from there.
+   A token may be any bytes, so a text that is encoded anew need not give the tokens that were drawn: to continue it without
+   computing it again, pass `tokens`. A sampler that leaves no token (all forbidden) is LLM_ERROR_ARGUMENT, and a logit that
+   is NaN LLM_ERROR_FORMAT. */
 LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err);
 
 /* ---- Scoring ------------------------------------------------------------------------------------------------- */
@@ -539,8 +563,8 @@ typedef struct llm_score_stats {
 } llm_score_stats;
 
 /* Fills log_likelihoods: the first question's [n_endings], then the second's, and so on. What the context's sequences
-   held is dropped. It should have many sequences and much cache, or batches stay small: at least n_seq as many as a
-   question has endings, n_ctx as a text has tokens. A pass is at most n_batch tokens. All that every ending of a
+   held is dropped. The context needs n_seq >= the endings of a question, and n_ctx >= the tokens of a text; with more
+   sequences and more cache, passes are fuller. A pass is at most n_batch tokens. All that every ending of a
    question begins with is taken as part of its context, and a token is only computed if another is predicted from it,
    the head and the last layer only where one is that counts. With log_likelihoods NULL nothing is computed, but stats
    tell what would be. */
@@ -636,6 +660,7 @@ typedef struct llm_backend_desc {
     int n_seq, blocks_per_seq; /* of every pass's block tables                                                  */
     int n_cache_blocks, n_batch, n_logits, n_threads;
     llm_dtype dtype, cache_dtype; /* of the weights, and of the cache                                           */
+    const char *isa;              /* the model's, see llm_model_desc                                            */
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
     llm_host host;
     /* Another context, idle while this one works and there for longer, lends it its threads and, if their shapes are
@@ -677,8 +702,9 @@ typedef enum llm_cuda_mode {
     LLM_CUDA_EAGER      /* one plain kernel per operation, launched one by one                                    */
 } llm_cuda_mode;
 
-LLM_API const llm_backend *llm_cuda_backend(void); /* the fastest, LLM_CUDA_GRAPH */
-LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
+/* Never static: they are defined in llm_cuda.cu, also where the rest is LLM_STATIC. */
+extern const llm_backend *llm_cuda_backend(void); /* the fastest, LLM_CUDA_GRAPH */
+extern const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
 #endif
 
 #ifdef __cplusplus
@@ -691,6 +717,7 @@ LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
 #if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 
 #include <errno.h>
+#include <float.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -815,10 +842,12 @@ static void llm__utf8_trim(char *text) {
 #if defined(__GNUC__) || defined(__clang__)
 #define LLM__PRINTF(f, a) __attribute__((format(printf, f, a)))
 #define LLM__NORETURN __attribute__((noreturn))
+#define LLM__NOINLINE __attribute__((noinline))
 #define LLM__UNUSED __attribute__((unused))
 #else
 #define LLM__PRINTF(f, a)
 #define LLM__NORETURN
+#define LLM__NOINLINE
 #define LLM__UNUSED
 #endif
 
@@ -839,6 +868,14 @@ LLM__PRINTF(3, 4) static llm_status llm__error(llm_error *err, llm_status code, 
     llm__error_v(err, code, NULL, format, args);
     va_end(args);
     return code;
+}
+
+/* Ends a public function. After a success *err says so, too. */
+static llm_status llm__error_done(llm_error *err, llm_status status) {
+    if (status || !err) return status;
+    err->code = LLM_OK;
+    err->message[0] = 0;
+    return status;
 }
 
 /* Fills the error and unwinds to llm__env_run. Does not return. */
@@ -1097,7 +1134,11 @@ static const char *llm__file_map(llm__file *file, const char *path) {
 }
 #else
 static const char *llm__file_map(llm__file *file, const char *path) {
-    int fd = open(path, O_RDONLY);
+    int flags = O_RDONLY | O_NONBLOCK; /* a pipe is refused below, not waited for */
+#if defined(O_CLOEXEC) /* not where the host's headers are strict C99 */
+    flags |= O_CLOEXEC;
+#endif
+    int fd = open(path, flags);
     if (fd < 0) return strerror(errno);
     struct stat st;
     const char *problem = NULL;
@@ -1133,6 +1174,19 @@ static llm__file *llm__file_memory(llm__env *env, const void *data, size_t size)
     file->data = (const uint8_t *)data;
     file->size = file->have = size;
     return file;
+}
+
+/* Tells the system that n bytes of a mapped file are wanted soon, or (`done`) that it may drop them from this process;
+   reading them again then takes them from the page cache. Works on whole pages, so the neighbours at both ends are
+   affected, too. */
+static void llm__file_advise(const llm__file *file, const uint8_t *data, uint64_t n, bool done) {
+#if defined(MADV_WILLNEED) && defined(MADV_DONTNEED)
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)data & ~(page - 1);
+    if (file->mapped && n)
+        madvise((void *)first, (size_t)((uintptr_t)data + n - first), done ? MADV_DONTNEED : MADV_WILLNEED);
+#else
+    (void)file, (void)data, (void)n, (void)done;
+#endif
 }
 
 /* Reads n bytes through the callback into newly allocated memory. */
@@ -1362,7 +1416,7 @@ static size_t llm__json_digits(llm__json_reader *r) {
 }
 
 /* Converts a well-formed number. Exact if its digits and its power of ten fit a double, otherwise within a few
-   roundings. */
+   roundings. The largest doubles may become infinite, and the smallest keep fewer digits. */
 static double llm__json_value(llm__str s) {
     uint64_t digits = 0;
     int power = 0, written = 0;
@@ -1386,12 +1440,17 @@ static double llm__json_value(llm__str s) {
             written = written * 10 + (s.at[i] - '0');
         power += negative ? -written : written;
     }
-    double value = (double)digits, ten = 10;
+    double value = (double)digits;
     bool down = power < 0;
-    double factor = 1;
-    for (int p = !digits ? 0 : down ? -power : power; p; p >>= 1, ten *= ten) /* 0 * infinity would be NaN */
-        if (p & 1) factor *= ten;
-    value = down ? value / factor : value * factor;
+    int left = down ? -power : power;
+    while (left && value > 0 && value < HUGE_VAL) {
+        int step = left < 256 ? left : 256; /* so that no power of ten is infinite */
+        double factor = 1, ten = 10;
+        for (int p = step; p; p >>= 1, ten *= ten)
+            if (p & 1) factor *= ten;
+        value = down ? value / factor : value * factor;
+        left -= step;
+    }
     return s.at[0] == '-' ? -value : value;
 }
 
@@ -1487,6 +1546,68 @@ static const llm__json *llm__json_find(const llm__json *object, const char *key)
 static const llm__json *llm__json_get(const llm__json *object, const char *key) {
     const llm__json *found = llm__json_find(object, key);
     return found && found->type != LLM__JSON_NULL ? found : NULL;
+}
+
+/* ---- Members of objects, checked ----
+   Messages name a member by its object's key and its own, as in "rope_scaling.factor". */
+
+#define LLM__SHOW_KEY(object, key) LLM__SHOW((object)->key), (object)->key.n ? "." : "", key
+
+static const char *llm__json_type_name(llm__json_type type) {
+    static const char *const names[] = {"null", "false", "true", "a number", "a string", "an array", "an object"};
+    return names[type];
+}
+
+/* A member of this type, or NULL if it is absent or null. */
+static const llm__json *llm__json_get_type(llm__env *env, const llm__json *object, const char *key,
+                                           llm__json_type type) {
+    const llm__json *v = llm__json_get(object, key);
+    if (v && v->type != type)
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %s, not %s", LLM__SHOW_KEY(object, key),
+                  llm__json_type_name(v->type), llm__json_type_name(type));
+    return v;
+}
+
+/* A member of this type; fails if it is absent or null. */
+static const llm__json *llm__json_need(llm__env *env, const llm__json *object, const char *key, llm__json_type type) {
+    const llm__json *v = llm__json_get_type(env, object, key, type);
+    if (!v) llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is missing", LLM__SHOW_KEY(object, key));
+    return v;
+}
+
+/* A string, empty if absent. */
+static llm__str llm__json_get_str(llm__env *env, const llm__json *object, const char *key) {
+    llm__str none = {"", 0};
+    const llm__json *v = llm__json_get_type(env, object, key, LLM__JSON_STRING);
+    return v ? v->string : none;
+}
+
+static bool llm__json_get_bool(llm__env *env, const llm__json *object, const char *key, bool missing) {
+    const llm__json *v = llm__json_get(object, key);
+    if (v && v->type != LLM__JSON_TRUE && v->type != LLM__JSON_FALSE)
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %s, not true or false", LLM__SHOW_KEY(object, key),
+                  llm__json_type_name(v->type));
+    return v ? v->type == LLM__JSON_TRUE : missing;
+}
+
+/* A number in [min, max], or `missing` if absent. */
+static double llm__json_get_number(llm__env *env, const llm__json *object, const char *key, double missing, double min,
+                                   double max) {
+    const llm__json *v = llm__json_get_type(env, object, key, LLM__JSON_NUMBER);
+    if (!v) return missing;
+    if (!(v->number >= min && v->number <= max))
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %g, not from %g to %g", LLM__SHOW_KEY(object, key), v->number,
+                  min, max);
+    return v->number;
+}
+
+/* An integer in [min, max], or `missing` if absent. A negative `missing` makes the key required. */
+static int llm__json_get_int(llm__env *env, const llm__json *object, const char *key, int missing, int min, int max) {
+    double d = llm__json_get_number(env, object, key, missing, min, max);
+    if (missing < 0) llm__json_need(env, object, key, LLM__JSON_NUMBER);
+    if (d != (double)(int)d)
+        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %g, not a whole number", LLM__SHOW_KEY(object, key), d);
+    return (int)d;
 }
 
 /* ==== 4 Number formats ==========================================================================================
@@ -1902,20 +2023,22 @@ static void llm__tensor_use(const llm__checkpoint *ck, const llm__tensor *t) { c
 
 /* The row scales of an int8 tensor, by the names that compressed-tensors uses. */
 static const llm__tensor *llm__tensor_find_scales(llm__env *env, const llm__checkpoint *ck, const llm__tensor *t) {
-    char name[200];
-    snprintf(name, sizeof name, "%.*s_scale", LLM__SHOW(t->name));
-    const llm__tensor *scales =
-        ck->format == LLM__HUGGING_FACE ? llm__tensor_find(ck, name) : NULL; /* GGUF has no such tensors */
+    static const char suffix[] = "_scale";
+    char *name = (char *)llm__alloc(env, t->name.n + sizeof suffix, 1);
+    memcpy(name, t->name.at, t->name.n);
+    memcpy(name + t->name.n, suffix, sizeof suffix);
+    llm__str shown = {name, strlen(name)};
+    const llm__tensor *scales = ck->format == LLM__HUGGING_FACE ? llm__tensor_find(ck, name) : NULL; /* GGUF has none */
     if (!scales)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s is of type I8, but there is no tensor %s",
-                  LLM__SHOW(t->name), name);
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s is of type I8, but there is no tensor %.*s",
+                  LLM__SHOW(t->name), LLM__SHOW(shown));
     if (scales->rows * scales->cols != t->rows || scales->type->block_weights != 1 || !scales->type->decode ||
         scales->type->type == LLM__I8)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "tensor %s is %llu x %llu of type %s; this library runs one number for each of "
+                  "tensor %.*s is %llu x %llu of type %s; this library runs one number for each of "
                   "the %llu rows it belongs to, of type F32, F16 or BF16",
-                  name, (unsigned long long)scales->rows, (unsigned long long)scales->cols, scales->type->name,
-                  (unsigned long long)t->rows);
+                  LLM__SHOW(shown), (unsigned long long)scales->rows, (unsigned long long)scales->cols,
+                  scales->type->name, (unsigned long long)t->rows);
     llm__tensor_use(ck, scales);
     return scales;
 }
@@ -2576,55 +2699,6 @@ static llm__hparams llm__hparams_from_gguf(llm__env *env, const llm__checkpoint 
 
 /* ---- config.json ---- */
 
-/* Shows a key in messages as "rope_scaling.factor". */
-#define LLM__SHOW_KEY(object, key) LLM__SHOW((object)->key), (object)->key.n ? "." : "", key
-
-static double llm__config_number(llm__env *env, const llm__json *object, const char *key, double missing, double least,
-                                 double most) {
-    const llm__json *v = llm__json_get(object, key);
-    if (!v) return missing;
-    if (v->type != LLM__JSON_NUMBER)
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is not a number", LLM__SHOW_KEY(object, key));
-    if (!(v->number >= least && v->number <= most))
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %g, not from %g to %g", LLM__SHOW_KEY(object, key), v->number,
-                  least, most);
-    return v->number;
-}
-
-/* An integer in [least, most], or `missing` if absent. A negative `missing` makes the key required. */
-static int llm__config_int(llm__env *env, const llm__json *object, const char *key, int missing, int least, int most) {
-    double d = llm__config_number(env, object, key, missing, least, most);
-    if (missing < 0 && !llm__json_get(object, key))
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is missing", LLM__SHOW_KEY(object, key));
-    if (d != (double)(int)d)
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is %g, not a whole number", LLM__SHOW_KEY(object, key), d);
-    return (int)d;
-}
-
-static bool llm__config_bool(llm__env *env, const llm__json *object, const char *key, bool missing) {
-    const llm__json *v = llm__json_get(object, key);
-    if (v && v->type != LLM__JSON_TRUE && v->type != LLM__JSON_FALSE)
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is neither true nor false", LLM__SHOW_KEY(object, key));
-    return v ? v->type == LLM__JSON_TRUE : missing;
-}
-
-/* A string, empty if absent. */
-static llm__str llm__config_str(llm__env *env, const llm__json *object, const char *key) {
-    llm__str none = {"", 0};
-    const llm__json *v = llm__json_get(object, key);
-    if (v && v->type != LLM__JSON_STRING)
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is not a string", LLM__SHOW_KEY(object, key));
-    return v ? v->string : none;
-}
-
-/* NULL if absent. */
-static const llm__json *llm__config_object(llm__env *env, const llm__json *object, const char *key) {
-    const llm__json *v = llm__json_get(object, key);
-    if (v && v->type != LLM__JSON_OBJECT)
-        llm__fail(env, LLM_ERROR_FORMAT, "%.*s%s%s is not an object", LLM__SHOW_KEY(object, key));
-    return v;
-}
-
 static const llm__hparams_architecture *llm__config_architecture(llm__env *env, const llm__json *config,
                                                                  llm__str type) {
     const llm__hparams_architecture *a = llm__hparams_architectures;
@@ -2643,7 +2717,7 @@ static const llm__hparams_architecture *llm__config_architecture(llm__env *env, 
 /* int8 weights as compressed-tensors writes them, with one scale per output channel. */
 static void llm__config_check_quantization(llm__env *env, const llm__json *q) {
     if (!q) return;
-    llm__str method = llm__config_str(env, q, "quant_method"), format = llm__config_str(env, q, "format");
+    llm__str method = llm__json_get_str(env, q, "quant_method"), format = llm__json_get_str(env, q, "format");
     if (!llm__str_is(method, "compressed-tensors") ||
         (!llm__str_is(format, "int-quantized") && !llm__str_is(format, "naive-quantized")))
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
@@ -2653,13 +2727,13 @@ static void llm__config_check_quantization(llm__env *env, const llm__json *q) {
     if (llm__json_get(q, "kv_cache_scheme"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s.kv_cache_scheme is set, which this library does not run",
                   LLM__SHOW(q->key));
-    const llm__json *groups = llm__config_object(env, q, "config_groups");
+    const llm__json *groups = llm__json_get_type(env, q, "config_groups", LLM__JSON_OBJECT);
     for (const llm__json *g = groups ? groups->first : NULL; g; g = g->next) {
-        const llm__json *w = llm__config_object(env, g, "weights");
-        llm__str own = llm__config_str(env, g, "format");
-        if (!w || (own.n && !llm__str_equal(own, format)) || llm__config_int(env, w, "num_bits", 0, 1, 64) != 8 ||
-            !llm__str_is(llm__config_str(env, w, "type"), "int") || !llm__config_bool(env, w, "symmetric", false) ||
-            !llm__str_is(llm__config_str(env, w, "strategy"), "channel"))
+        const llm__json *w = llm__json_get_type(env, g, "weights", LLM__JSON_OBJECT);
+        llm__str own = llm__json_get_str(env, g, "format");
+        if (!w || (own.n && !llm__str_equal(own, format)) || llm__json_get_int(env, w, "num_bits", 0, 1, 64) != 8 ||
+            !llm__str_is(llm__json_get_str(env, w, "type"), "int") || !llm__json_get_bool(env, w, "symmetric", false) ||
+            !llm__str_is(llm__json_get_str(env, w, "strategy"), "channel"))
             llm__fail(env, LLM_ERROR_UNSUPPORTED,
                       "config_groups.%.*s: the weights are not num_bits 8, type int, symmetric, strategy channel "
                       "and of the whole's format, which is what this library runs",
@@ -2669,55 +2743,57 @@ static void llm__config_check_quantization(llm__env *env, const llm__json *q) {
 
 static void llm__config_refuse(llm__env *env, const llm__json *config, const llm__hparams_architecture *a) {
     static const char *const flags[] = {"attention_bias", "mlp_bias"};
-    llm__str act = llm__config_str(env, config, "hidden_act");
+    llm__str act = llm__json_get_str(env, config, "hidden_act");
     if (act.n && !llm__str_is(act, "silu") && !llm__str_is(act, "swish"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "hidden_act is \"%.*s\"; this library runs silu", LLM__SHOW(act));
     /* Architectures that always have these biases ignore the flags. */
     for (size_t i = 0; i < sizeof flags / sizeof *flags && !a->qkv_bias; i++)
-        if (llm__config_bool(env, config, flags[i], false))
+        if (llm__json_get_bool(env, config, flags[i], false))
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s is true, which this library does not run", flags[i]);
-    llm__config_check_quantization(env, llm__config_object(env, config, "quantization_config"));
-    llm__config_check_quantization(env, llm__config_object(env, config, "compression_config"));
+    llm__config_check_quantization(env, llm__json_get_type(env, config, "quantization_config", LLM__JSON_OBJECT));
+    llm__config_check_quantization(env, llm__json_get_type(env, config, "compression_config", LLM__JSON_OBJECT));
 }
 
 static void llm__config_check_rotary_part(llm__env *env, const llm__json *object) {
-    double part = llm__config_number(env, object, "partial_rotary_factor", 1, 0, 1);
+    double part = llm__json_get_number(env, object, "partial_rotary_factor", 1, 0, 1);
     if (part != 1) llm__fail(env, LLM_ERROR_UNSUPPORTED, "partial_rotary_factor is %g; this library runs 1", part);
 }
 
-/* Reads rope_scaling. Newer files call it rope_parameters and put rope_theta into it. */
+/* Reads rope_scaling. Newer files call it rope_parameters and put rope_theta into it. If both have a setting,
+   rope_scaling wins, as in transformers. */
 static llm__hparams_rope llm__config_rope(llm__env *env, const llm__json *config, int n_ctx_train) {
     llm__hparams_rope r;
-    const llm__json *o = llm__config_object(env, config, "rope_scaling");
+    const llm__json *o = llm__json_get_type(env, config, "rope_scaling", LLM__JSON_OBJECT);
     memset(&r, 0, sizeof r);
     r.scale = 1;
-    r.base = llm__config_number(env, config, "rope_theta", 10000, LLM__LEAST_BASE, LLM__MOST_BASE);
+    r.base = llm__json_get_number(env, config, "rope_theta", 10000, LLM__LEAST_BASE, LLM__MOST_BASE);
     llm__config_check_rotary_part(env, config);
-    if (!o) o = llm__config_object(env, config, "rope_parameters");
+    if (!o || !o->n) /* an empty object sets nothing */
+        o = llm__json_get_type(env, config, "rope_parameters", LLM__JSON_OBJECT);
     if (!o) return r;
     llm__config_check_rotary_part(env, o);
     for (const llm__json *m = o->first; m; m = m->next)
         if (m->type == LLM__JSON_OBJECT || m->type == LLM__JSON_ARRAY)
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s.%.*s is set, which this library does not run",
                       LLM__SHOW(o->key), LLM__SHOW(m->key));
-    r.base = llm__config_number(env, o, "rope_theta", r.base, LLM__LEAST_BASE, LLM__MOST_BASE);
-    llm__str type = llm__config_str(env, o, llm__json_get(o, "rope_type") ? "rope_type" : "type");
+    r.base = llm__json_get_number(env, o, "rope_theta", r.base, LLM__LEAST_BASE, LLM__MOST_BASE);
+    llm__str type = llm__json_get_str(env, o, llm__json_get(o, "rope_type") ? "rope_type" : "type");
     if (!type.n || llm__str_is(type, "default")) return r;
-    r.n_original = llm__config_number(env, o, "original_max_position_embeddings", n_ctx_train, 1, 1 << 28);
+    r.n_original = llm__json_get_number(env, o, "original_max_position_embeddings", n_ctx_train, 1, 1 << 28);
     if (llm__str_is(type, "linear")) {
         r.kind = LLM__ROPE_LINEAR;
     } else if (llm__str_is(type, "llama3")) {
         r.kind = LLM__ROPE_LLAMA3;
-        r.few_turns = llm__config_number(env, o, "low_freq_factor", 1, 1e-3, 1e6);
-        r.many_turns = llm__config_number(env, o, "high_freq_factor", 4, 1e-3, 1e6);
+        r.few_turns = llm__json_get_number(env, o, "low_freq_factor", 1, 1e-3, 1e6);
+        r.many_turns = llm__json_get_number(env, o, "high_freq_factor", 4, 1e-3, 1e6);
     } else if (llm__str_is(type, "yarn")) {
         r.kind = LLM__ROPE_YARN;
-        r.few_turns = llm__config_number(env, o, "beta_slow", 1, 1e-3, 1e6);
-        r.many_turns = llm__config_number(env, o, "beta_fast", 32, 1e-3, 1e6);
-        r.whole_pairs = llm__config_bool(env, o, "truncate", true);
-        r.scale = llm__config_number(env, o, "attention_factor", 0, 1e-3, 1e3);
-        r.growth = llm__config_number(env, o, "mscale", 0, 0, 1e3);
-        r.growth_below = llm__config_number(env, o, "mscale_all_dim", 0, 0, 1e3);
+        r.few_turns = llm__json_get_number(env, o, "beta_slow", 1, 1e-3, 1e6);
+        r.many_turns = llm__json_get_number(env, o, "beta_fast", 32, 1e-3, 1e6);
+        r.whole_pairs = llm__json_get_bool(env, o, "truncate", true);
+        r.scale = llm__json_get_number(env, o, "attention_factor", 0, 1e-3, 1e3);
+        r.growth = llm__json_get_number(env, o, "mscale", 0, 0, 1e3);
+        r.growth_below = llm__json_get_number(env, o, "mscale_all_dim", 0, 0, 1e3);
         if (r.growth == 0 || r.growth_below == 0) { /* one without the other has no meaning */
             r.growth = 1;
             r.growth_below = 0;
@@ -2729,7 +2805,7 @@ static llm__hparams_rope llm__config_rope(llm__env *env, const llm__json *config
     }
     if (r.kind != LLM__ROPE_YARN && !llm__json_get(o, "factor"))
         llm__fail(env, LLM_ERROR_FORMAT, "%.*s.factor is missing", LLM__SHOW(o->key));
-    r.factor = llm__config_number(env, o, "factor", n_ctx_train / r.n_original, 1e-3, 1e6);
+    r.factor = llm__json_get_number(env, o, "factor", n_ctx_train / r.n_original, 1e-3, 1e6);
     return r;
 }
 
@@ -2738,7 +2814,7 @@ static int llm__config_window(llm__env *env, const llm__json *config, const llm_
                               int n_layers) {
     const llm__json *types = llm__json_get(config, "layer_types");
     bool used = a->window == LLM__WINDOW_ALWAYS ||
-                (a->window == LLM__WINDOW_IF_USED && llm__config_bool(env, config, "use_sliding_window", false));
+                (a->window == LLM__WINDOW_IF_USED && llm__json_get_bool(env, config, "use_sliding_window", false));
     int n = 0;
     for (const llm__json *t = types ? types->first : NULL; t; t = t->next) {
         if (!llm__str_is(t->string, "sliding_attention") && !llm__str_is(t->string, "full_attention"))
@@ -2752,21 +2828,21 @@ static int llm__config_window(llm__env *env, const llm__json *config, const llm_
                   n_layers);
     if (!types && a->window == LLM__WINDOW_ALWAYS) n = n_layers;
     if (!types && a->window == LLM__WINDOW_IF_USED && used) {
-        int full = llm__config_int(env, config, "max_window_layers", 28, 0, 1 << 28);
+        int full = llm__json_get_int(env, config, "max_window_layers", 28, 0, 1 << 28);
         n = full < n_layers ? n_layers - full : 0;
     }
     if (n == 0) return 0;
     if (n != n_layers || !used)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "%d of %d layers have a sliding window; this library runs it in all layers or none", n, n_layers);
-    return llm__config_int(env, config, "sliding_window", llm__json_find(config, "sliding_window") ? 0 : 4096, 1,
-                           1 << 28);
+    return llm__json_get_int(env, config, "sliding_window", llm__json_find(config, "sliding_window") ? 0 : 4096, 1,
+                             1 << 28);
 }
 
 static bool llm__config_tied_head(llm__env *env, const llm__checkpoint *ck) {
     const llm__tensor *embedding = llm__tensor_find(ck, "model.embed_tokens.weight");
     const llm__tensor *head = llm__tensor_find(ck, "lm_head.weight");
-    bool tied = llm__config_bool(env, ck->config, "tie_word_embeddings", !head);
+    bool tied = llm__json_get_bool(env, ck->config, "tie_word_embeddings", !head);
     if (!tied && !head)
         llm__fail(env, LLM_ERROR_FORMAT, "tie_word_embeddings is false, but there is no tensor lm_head.weight");
     if (!tied || !head) return tied;
@@ -2784,23 +2860,23 @@ static llm__hparams llm__hparams_from_config(llm__env *env, const llm__checkpoin
     const char *path = env->file;
     memset(&h, 0, sizeof h);
     env->file = ck->config_path;
-    h.name = llm__config_str(env, config, "_name_or_path");
-    h.architecture = llm__config_str(env, config, "model_type");
+    h.name = llm__json_get_str(env, config, "_name_or_path");
+    h.architecture = llm__json_get_str(env, config, "model_type");
     const llm__hparams_architecture *a = llm__config_architecture(env, config, h.architecture);
     llm__hparams_set_architecture(&h, a, ck->format);
     llm__config_refuse(env, config, a);
-    h.n_vocab = llm__config_int(env, config, "vocab_size", -1, 1, 1 << 24);
-    h.n_layers = llm__config_int(env, config, "num_hidden_layers", -1, 1, 4096);
-    h.n_embd = llm__config_int(env, config, "hidden_size", -1, 1, 1 << 20);
-    h.n_ff = llm__config_int(env, config, "intermediate_size", -1, 1, 1 << 22);
-    h.n_heads = llm__config_int(env, config, "num_attention_heads", -1, 1, 4096);
-    h.n_kv_heads = llm__config_int(env, config, "num_key_value_heads", h.n_heads, 1, 4096);
-    h.n_ctx_train = llm__config_int(env, config, "max_position_embeddings", -1, 1, 1 << 28);
+    h.n_vocab = llm__json_get_int(env, config, "vocab_size", -1, 1, 1 << 24);
+    h.n_layers = llm__json_get_int(env, config, "num_hidden_layers", -1, 1, 4096);
+    h.n_embd = llm__json_get_int(env, config, "hidden_size", -1, 1, 1 << 20);
+    h.n_ff = llm__json_get_int(env, config, "intermediate_size", -1, 1, 1 << 22);
+    h.n_heads = llm__json_get_int(env, config, "num_attention_heads", -1, 1, 4096);
+    h.n_kv_heads = llm__json_get_int(env, config, "num_key_value_heads", h.n_heads, 1, 4096);
+    h.n_ctx_train = llm__json_get_int(env, config, "max_position_embeddings", -1, 1, 1 << 28);
     int usual = a->qk_norm ? 128 : h.n_embd / h.n_heads;
-    h.head_dim = llm__config_int(env, config, "head_dim", usual ? usual : 1, 1, LLM__MOST_HEAD);
+    h.head_dim = llm__json_get_int(env, config, "head_dim", usual ? usual : 1, 1, LLM__MOST_HEAD);
     h.rope_dim = h.head_dim;
     h.window = llm__config_window(env, config, a, h.n_layers);
-    h.rms_eps = (float)llm__config_number(env, config, "rms_norm_eps", 1e-6, 1e-12, 1);
+    h.rms_eps = (float)llm__json_get_number(env, config, "rms_norm_eps", 1e-6, 1e-12, 1);
     h.rope = llm__config_rope(env, config, h.n_ctx_train);
     h.tied_head = llm__config_tied_head(env, ck);
     llm__hparams_check(env, &h);
@@ -3330,7 +3406,7 @@ typedef enum llm__vocab_token_type { /* numbered as in GGUF */
 
 enum { /* flags of a token */
        LLM__TYPE_MASK = 7,
-       LLM__WHOLE = 8,         /* merging the piece's own bytes gives the piece */
+       LLM__WHOLE_PIECE = 8,   /* merging the piece's own bytes gives the piece */
        LLM__END = 16,          /* ends a text or a turn                                                              */
        LLM__LSTRIP = 32,       /* in a text, the token includes the white space before it */
        LLM__RSTRIP = 64,       /* in a text, the token includes the white space after it */
@@ -3744,11 +3820,11 @@ static const uint8_t *llm__pre_llama3_word(const llm__unicode_classes *c, const 
    it does not match. If no lower case follows, the first part gives back characters that the second can begin with. */
 static const uint8_t *llm__pre_cased_letters(const llm__unicode_classes *c, const uint8_t *p, const uint8_t *end,
                                              bool upper) {
-    enum { EITHER = LLM__CASELESS | LLM__MARK };
+    const unsigned either = LLM__CASELESS | LLM__MARK;
     const uint8_t *q = p, *given = NULL, *next;
-    for (unsigned seen; q < end && ((seen = llm__unicode_class_at(c, q, &next)) & (LLM__UPPER | EITHER)); q = next)
-        if (seen & EITHER) given = next;
-    const uint8_t *lower = llm__pre_skip(c, q, end, LLM__LOWER | EITHER, true);
+    for (unsigned seen; q < end && ((seen = llm__unicode_class_at(c, q, &next)) & (LLM__UPPER | either)); q = next)
+        if (seen & either) given = next;
+    const uint8_t *lower = llm__pre_skip(c, q, end, LLM__LOWER | either, true);
     if (lower > q) return upper && q == p ? NULL : lower;
     return upper ? (q > p ? q : NULL) : given;
 }
@@ -3923,7 +3999,7 @@ static void llm__enc_merge_word(llm__enc_job *job, const uint8_t *p, size_t n, b
 /* Emits the token that equals all these bytes, if there is one and merging would produce it. */
 static bool llm__enc_whole(llm__enc_job *job, const uint8_t *p, const uint8_t *end, bool anyhow) {
     llm_token id = llm__vocab_find(job->t, p, (size_t)(end - p));
-    if (id == LLM__NONE || !(anyhow || (job->t->flags[id] & LLM__WHOLE))) return false;
+    if (id == LLM__NONE || !(anyhow || (job->t->flags[id] & LLM__WHOLE_PIECE))) return false;
     llm__enc_emit(job, id);
     return true;
 }
@@ -4249,7 +4325,7 @@ LLM_API int64_t llm_encode(const llm_tokenizer *tokenizer, const char *text, siz
     llm__env_init(&env, &pool, err, NULL);
     llm_status status = llm__env_run(&env, llm__enc_body, &job);
     llm__pool_free(&pool);
-    return status ? -1 : (int64_t)job.count;
+    return llm__error_done(err, status) ? -1 : (int64_t)job.count;
 }
 
 /* ---- Decoding ---- */
@@ -4607,7 +4683,7 @@ static void llm__bpe_mark_whole(llm__env *env, llm_tokenizer *t) {
         const uint8_t *p = (const uint8_t *)piece.at;
         if (llm__vocab_find(t, p, piece.n) != id) continue;
         if (llm__bpe_merge(env, t, s, llm__bpe_first_symbols(t, p, piece.n, s)) == 1 && s[0].id == id)
-            t->flags[id] |= LLM__WHOLE;
+            t->flags[id] |= LLM__WHOLE_PIECE;
     }
     llm__free(env->pool, s);
 }
@@ -4801,9 +4877,11 @@ static unsigned llm__regex_class(llm__regex *r) {
     static const unsigned classes[] = {LLM__LETTER, LLM__MARK, LLM__NUMBER, LLM__PUNCTUATION, LLM__SYMBOL};
     const uint8_t *p = r->at;
     if (llm__regex_takes(r, "\\s")) return LLM__SPACE;
-    if (r->end - p < 5 || memcmp(p, "\\p{", 3) || p[4] != '}' || !strchr(letters, p[3])) return 0;
+    if (r->end - p < 5 || memcmp(p, "\\p{", 3) || p[4] != '}') return 0;
+    const char *found = p[3] ? strchr(letters, p[3]) : NULL; /* strchr finds a NUL, too: behind the letters */
+    if (!found) return 0;
     r->at += 5;
-    return classes[strchr(letters, p[3]) - letters];
+    return classes[found - letters];
 }
 
 /* Reads a character of a class, perhaps escaped. False if something else is there. */
@@ -4944,7 +5022,7 @@ static int32_t *llm__gguf_types(llm__env *env, const llm__checkpoint *ck, size_t
     int32_t *types = (int32_t *)llm__alloc(env, n, sizeof *types);
     for (size_t i = 0; i < n; i++) {
         double d = llm__gguf_value_number(v, i);
-        if (!(d >= LLM__TYPE_NORMAL && d <= LLM__TYPE_BYTE))
+        if (!(d >= (double)LLM__TYPE_NORMAL && d <= (double)LLM__TYPE_BYTE))
             llm__fail(env, LLM_ERROR_FORMAT, "tokenizer.ggml.token_type[%llu] is %g, not a type from 1 to 6",
                       (unsigned long long)i, d);
         types[i] = (int32_t)d;
@@ -5057,40 +5135,7 @@ typedef struct llm__vocab_parts {
     size_t n, room;
 } llm__vocab_parts;
 
-enum { LLM__MAX_GAP = 65536 };
-
-static const char *llm__json_type_name(llm__json_type type) {
-    static const char *const names[] = {"null", "false", "true", "a number", "a string", "an array", "an object"};
-    return names[type];
-}
-
-/* A member of this type, or NULL if it is absent or null. */
-static const llm__json *llm__json_take(llm__env *env, const llm__json *object, const char *key, llm__json_type type) {
-    const llm__json *v = llm__json_get(object, key);
-    if (v && v->type != type)
-        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not %s", key, llm__json_type_name(v->type),
-                  llm__json_type_name(type));
-    return v;
-}
-
-static const llm__json *llm__json_need(llm__env *env, const llm__json *object, const char *key, llm__json_type type) {
-    const llm__json *v = llm__json_take(env, object, key, type);
-    if (!v) llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is missing", key);
-    return v;
-}
-
-static llm__str llm__json_text(llm__env *env, const llm__json *object, const char *key) {
-    llm__str none = {"", 0};
-    const llm__json *v = llm__json_take(env, object, key, LLM__JSON_STRING);
-    return v ? v->string : none;
-}
-
-static bool llm__json_flag(llm__env *env, const llm__json *object, const char *key, bool missing) {
-    const llm__json *v = llm__json_get(object, key);
-    if (v && v->type != LLM__JSON_TRUE && v->type != LLM__JSON_FALSE)
-        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not true or false", key, llm__json_type_name(v->type));
-    return v ? v->type == LLM__JSON_TRUE : missing;
-}
+enum { LLM__MAX_GAP = 65536, LLM__MAX_MISPLACED = 1024 };
 
 static llm_token llm__json_id(llm__env *env, const llm__json *v, const char *what, llm__str name) {
     if (v->type != LLM__JSON_NUMBER || !(v->number >= 0 && v->number < 1 << 24) ||
@@ -5146,11 +5191,11 @@ static void llm__vocab_put_added(llm__env *env, llm__vocab_parts *parts, const l
                  {"single_word", LLM__SINGLE_WORD},
                  {"normalized", LLM__NORMALIZED}};
     llm__str text = llm__json_need(env, entry, "content", LLM__JSON_STRING)->string;
-    bool special = llm__json_flag(env, entry, "special", false);
+    bool special = llm__json_get_bool(env, entry, "special", false);
     llm__vocab_put(env, parts, id, text, special ? LLM__TYPE_CONTROL : LLM__TYPE_USER_DEFINED, n_known);
     for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
         parts->traits[id] &= (uint16_t)~flags[i].trait;
-        if (llm__json_flag(env, entry, flags[i].key, false)) parts->traits[id] |= flags[i].trait;
+        if (llm__json_get_bool(env, entry, flags[i].key, false)) parts->traits[id] |= flags[i].trait;
     }
     if (special)
         parts->traits[id] &=
@@ -5159,7 +5204,7 @@ static void llm__vocab_put_added(llm__env *env, llm__vocab_parts *parts, const l
 
 static void llm__hftok_tokens(llm__env *env, const llm__json *root, const llm__json *vocab, bool byte_fallback,
                               llm__vocab_parts *parts) {
-    const llm__json *added = llm__json_take(env, root, "added_tokens", LLM__JSON_ARRAY);
+    const llm__json *added = llm__json_get_type(env, root, "added_tokens", LLM__JSON_ARRAY);
     size_t n_known = vocab->n + (added ? added->n : 0);
     for (const llm__json *entry = vocab->first; entry; entry = entry->next) {
         bool byte = byte_fallback && llm__vocab_byte_piece(entry->key) >= 0;
@@ -5202,21 +5247,22 @@ static llm_token llm__vocab_find_part(const llm__vocab_parts *parts, llm__str te
 static void llm__hftok_model(llm__env *env, const llm__json *root, llm__vocab_parts *parts, llm__vocab_source *v) {
     const llm__json *model = llm__json_need(env, root, "model", LLM__JSON_OBJECT),
                     *dropout = llm__json_get(model, "dropout");
-    llm__str type = llm__json_text(env, model, "type"), unk = llm__json_text(env, model, "unk_token");
+    llm__str type = llm__json_get_str(env, model, "type"), unk = llm__json_get_str(env, model, "unk_token");
     if (type.n && !llm__str_is(type, "BPE"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model's type is \"%.*s\"; \"BPE\" is known here", LLM__SHOW(type));
     if (dropout && !(dropout->type == LLM__JSON_NUMBER && dropout->number == 0))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model has a \"dropout\", which makes tokens depend on chance");
-    if (llm__json_text(env, model, "continuing_subword_prefix").n || llm__json_text(env, model, "end_of_word_suffix").n)
+    if (llm__json_get_str(env, model, "continuing_subword_prefix").n ||
+        llm__json_get_str(env, model, "end_of_word_suffix").n)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "the model has a \"continuing_subword_prefix\" or an \"end_of_word_suffix\"");
     const llm__json *vocab = llm__json_need(env, model, "vocab", LLM__JSON_OBJECT);
     const llm__json *merges = llm__json_need(env, model, "merges", LLM__JSON_ARRAY);
-    llm__hftok_tokens(env, root, vocab, llm__json_flag(env, model, "byte_fallback", false), parts);
+    llm__hftok_tokens(env, root, vocab, llm__json_get_bool(env, model, "byte_fallback", false), parts);
     v->merges = llm__hftok_merges(env, merges);
     v->n_merges = merges->n;
-    v->ignore_merges = llm__json_flag(env, model, "ignore_merges", false);
-    v->fuse_unk = llm__json_flag(env, model, "fuse_unk", false);
+    v->ignore_merges = llm__json_get_bool(env, model, "ignore_merges", false);
+    v->fuse_unk = llm__json_get_bool(env, model, "fuse_unk", false);
     v->unk = unk.n ? llm__vocab_find_part(parts, unk) : LLM__NONE;
     if (unk.n && v->unk == LLM__NONE)
         llm__fail(env, LLM_ERROR_FORMAT, "unk_token is \"%.*s\", which is not in vocab", LLM__SHOW(unk));
@@ -5231,12 +5277,12 @@ static void llm__hftok_normalizer(llm__env *env, const llm__json *n, llm__vocab_
         for (n = list->first; n; n = n->next) llm__hftok_normalizer(env, n, v);
     } else if (llm__str_is(type, "NFC")) {
         v->nfc = true;
-    } else if (llm__str_is(type, "Prepend") && llm__str_is(llm__json_text(env, n, "prepend"), LLM__SPACE_MARK)) {
+    } else if (llm__str_is(type, "Prepend") && llm__str_is(llm__json_get_str(env, n, "prepend"), LLM__SPACE_MARK)) {
         v->prefix = LLM__PREFIX_STRETCH;
     } else if (llm__str_is(type, "Replace")) {
         const llm__json *pattern = llm__json_need(env, n, "pattern", LLM__JSON_OBJECT);
-        if (!llm__str_is(llm__json_text(env, pattern, "String"), " ") ||
-            !llm__str_is(llm__json_text(env, n, "content"), LLM__SPACE_MARK))
+        if (!llm__str_is(llm__json_get_str(env, pattern, "String"), " ") ||
+            !llm__str_is(llm__json_get_str(env, n, "content"), LLM__SPACE_MARK))
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "the normalizer replaces something else than a space by U+2581");
         v->sentencepiece = true;
     } else {
@@ -5260,8 +5306,8 @@ static void llm__hftok_add_class(llm__env *env, llm__vocab_source *v, const char
 
 static void llm__hftok_split(llm__env *env, const llm__json *p, llm__vocab_source *v, bool bytes) {
     const llm__json *pattern = llm__json_need(env, p, "pattern", LLM__JSON_OBJECT);
-    llm__str regex = llm__json_text(env, pattern, "Regex"), behavior = llm__json_text(env, p, "behavior");
-    bool invert = llm__json_flag(env, p, "invert", false);
+    llm__str regex = llm__json_get_str(env, pattern, "Regex"), behavior = llm__json_get_str(env, p, "behavior");
+    bool invert = llm__json_get_bool(env, p, "invert", false);
     if (!regex.n) llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by a String; a Regex is known here");
     if (v->sentencepiece || (bytes && !llm__str_is(regex, LLM__RE_THOUSANDS)))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by \"%.*s\" after %s", LLM__SHOW(regex),
@@ -5273,15 +5319,15 @@ static void llm__hftok_split(llm__env *env, const llm__json *p, llm__vocab_sourc
 }
 
 static void llm__hftok_metaspace(llm__env *env, const llm__json *p, llm__vocab_source *v) {
-    llm__str scheme = llm__json_text(env, p, "prepend_scheme");
-    bool always = scheme.n ? llm__str_is(scheme, "always") : llm__json_flag(env, p, "add_prefix_space", true);
-    if (!llm__str_is(llm__json_text(env, p, "replacement"), LLM__SPACE_MARK))
+    llm__str scheme = llm__json_get_str(env, p, "prepend_scheme");
+    bool always = scheme.n ? llm__str_is(scheme, "always") : llm__json_get_bool(env, p, "add_prefix_space", true);
+    if (!llm__str_is(llm__json_get_str(env, p, "replacement"), LLM__SPACE_MARK))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Metaspace has another replacement than U+2581");
     if (v->prefix || v->n_rules)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Metaspace comes after something else");
     v->sentencepiece = true;
     v->prefix = llm__str_is(scheme, "first") ? LLM__PREFIX_FIRST : always ? LLM__PREFIX_UNSPACED : LLM__NO_PREFIX;
-    if (llm__json_flag(env, p, "split", true)) v->rules[v->n_rules++].kind = LLM__RULE_METASPACE;
+    if (llm__json_get_bool(env, p, "split", true)) v->rules[v->n_rules++].kind = LLM__RULE_METASPACE;
 }
 
 /* *bytes becomes true if the text has already been mapped to byte characters. */
@@ -5294,19 +5340,19 @@ static void llm__hftok_pre_tokenizer(llm__env *env, const llm__json *p, llm__voc
         for (p = list->first; p; p = p->next) llm__hftok_pre_tokenizer(env, p, v, bytes);
     } else if (llm__str_is(type, "ByteLevel")) {
         *bytes = true;
-        if (llm__json_flag(env, p, "add_prefix_space", true)) {
+        if (llm__json_get_bool(env, p, "add_prefix_space", true)) {
             if (v->n_rules)
                 llm__fail(env, LLM_ERROR_UNSUPPORTED, "ByteLevel adds a space to what other pre_tokenizers have cut");
             v->prefix = LLM__PREFIX_UNSPACED;
         }
-        if (llm__json_flag(env, p, "use_regex", true)) llm__hftok_add_class(env, v, LLM__RE_GPT2, NULL, false);
+        if (llm__json_get_bool(env, p, "use_regex", true)) llm__hftok_add_class(env, v, LLM__RE_GPT2, NULL, false);
     } else if (llm__str_is(type, "Split")) {
         llm__hftok_split(env, p, v, *bytes);
     } else if (llm__str_is(type, "Digits")) {
         llm__hftok_add_class(env, v, LLM__RE_NUMBERS, LLM__RE_NUMBERS "+",
-                             !llm__json_flag(env, p, "individual_digits", false));
+                             !llm__json_get_bool(env, p, "individual_digits", false));
     } else if (llm__str_is(type, "Punctuation")) {
-        llm__str behavior = llm__json_text(env, p, "behavior");
+        llm__str behavior = llm__json_get_str(env, p, "behavior");
         bool contiguous = llm__str_is(behavior, "Contiguous");
         if (!contiguous && behavior.n && !llm__str_is(behavior, "Isolated"))
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer Punctuation has behavior \"%.*s\"",
@@ -5323,7 +5369,7 @@ static void llm__hftok_pre_tokenizer(llm__env *env, const llm__json *p, llm__voc
 
 /* True if decoding removes the first space. */
 static bool llm__hftok_strips(llm__env *env, const llm__json *decoder) {
-    llm__str type = llm__json_text(env, decoder, "type");
+    llm__str type = llm__json_get_str(env, decoder, "type");
     if (llm__str_is(type, "Sequence")) {
         const llm__json *list = llm__json_need(env, decoder, "decoders", LLM__JSON_ARRAY);
         for (decoder = list->first; decoder; decoder = decoder->next)
@@ -5331,10 +5377,10 @@ static bool llm__hftok_strips(llm__env *env, const llm__json *decoder) {
         return false;
     }
     if (llm__str_is(type, "Metaspace")) {
-        llm__str scheme = llm__json_text(env, decoder, "prepend_scheme");
-        return scheme.n ? !llm__str_is(scheme, "never") : llm__json_flag(env, decoder, "add_prefix_space", true);
+        llm__str scheme = llm__json_get_str(env, decoder, "prepend_scheme");
+        return scheme.n ? !llm__str_is(scheme, "never") : llm__json_get_bool(env, decoder, "add_prefix_space", true);
     }
-    return llm__str_is(type, "Strip") && llm__str_is(llm__json_text(env, decoder, "content"), " ");
+    return llm__str_is(type, "Strip") && llm__str_is(llm__json_get_str(env, decoder, "content"), " ");
 }
 
 /* One of the tokens that a post-processor adds before or after a text. */
@@ -5369,7 +5415,7 @@ static void llm__hftok_post_processor(llm__env *env, const llm__json *p, llm__vo
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the post_processor \"%.*s\" is not run here", LLM__SHOW(type));
     bool after = false;
     for (const llm__json *item = llm__json_need(env, p, "single", LLM__JSON_ARRAY)->first; item; item = item->next) {
-        const llm__json *token = llm__json_take(env, item, "SpecialToken", LLM__JSON_OBJECT);
+        const llm__json *token = llm__json_get_type(env, item, "SpecialToken", LLM__JSON_OBJECT);
         if (!token) {
             llm__json_need(env, item, "Sequence", LLM__JSON_OBJECT);
             after = true;
@@ -5383,10 +5429,10 @@ static void llm__hftok_post_processor(llm__env *env, const llm__json *p, llm__vo
 }
 
 static void llm__hftok_read(llm__env *env, const llm__json *root, llm__vocab_parts *parts, llm__vocab_source *v) {
-    const llm__json *normalizer = llm__json_take(env, root, "normalizer", LLM__JSON_OBJECT);
-    const llm__json *pre = llm__json_take(env, root, "pre_tokenizer", LLM__JSON_OBJECT);
-    const llm__json *post = llm__json_take(env, root, "post_processor", LLM__JSON_OBJECT);
-    const llm__json *decoder = llm__json_take(env, root, "decoder", LLM__JSON_OBJECT);
+    const llm__json *normalizer = llm__json_get_type(env, root, "normalizer", LLM__JSON_OBJECT);
+    const llm__json *pre = llm__json_get_type(env, root, "pre_tokenizer", LLM__JSON_OBJECT);
+    const llm__json *post = llm__json_get_type(env, root, "post_processor", LLM__JSON_OBJECT);
+    const llm__json *decoder = llm__json_get_type(env, root, "decoder", LLM__JSON_OBJECT);
     bool bytes = false;
     v->pieces_name = "vocab";
     v->merges_name = "merges";
@@ -5570,19 +5616,54 @@ static const llm__json *llm__hf_find_json(llm__env *env, const char *directory, 
     return llm__path_find(env->file) == LLM__REGULAR ? llm__hf_open_json(env, directory, name) : NULL;
 }
 
-/* A token given by its text: a string, or an object with "content". */
-static llm_token llm__hf_named_token(llm__env *env, const llm__json *config, const char *key,
-                                     const llm__vocab_parts *parts) {
-    const llm__json *v = llm__json_get(config, key);
+/* A token's text, given as a string or as the "content" of an object; empty if there is none. */
+static llm__str llm__hf_named_text(llm__env *env, const llm__json *v, const char *key) {
+    llm__str none = {"", 0};
     if (v && v->type == LLM__JSON_OBJECT) v = llm__json_need(env, v, "content", LLM__JSON_STRING);
-    if (!v) return LLM__NONE;
+    if (!v) return none;
     if (v->type != LLM__JSON_STRING)
         llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is %s, not a token's text", key, llm__json_type_name(v->type));
-    llm_token id = llm__vocab_find_part(parts, v->string);
-    if (id == LLM__NONE)
-        llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" is \"%.*s\", which is no token of the vocabulary", key,
-                  LLM__SHOW(v->string));
-    return id;
+    return v->string;
+}
+
+/* LLM__NONE: none is named, or there is no such token. */
+static llm_token llm__hf_named_token(llm__env *env, const llm__json *config, const char *key,
+                                     const llm__vocab_parts *parts) {
+    llm__str text = llm__hf_named_text(env, llm__json_get(config, key), key);
+    return text.n ? llm__vocab_find_part(parts, text) : LLM__NONE;
+}
+
+/* Makes a named token special. One that is new gets the next id, if the model has a row for it: transformers adds it in
+   any case, but cannot run it. */
+static void llm__hf_add_named_token(llm__env *env, const llm__json *v, const char *key, size_t n_rows,
+                                    llm__vocab_parts *parts) {
+    llm__str text = llm__hf_named_text(env, v, key);
+    llm_token id = text.n ? llm__vocab_find_part(parts, text) : LLM__NONE;
+    if (!text.n || (id == LLM__NONE && parts->n >= n_rows)) return;
+    if (id == LLM__NONE) id = (llm_token)parts->n;
+    if ((size_t)id == parts->n || parts->types[id] == LLM__TYPE_NORMAL) {
+        if (v->type == LLM__JSON_OBJECT) llm__vocab_put_added(env, parts, v, id, parts->n);
+        else llm__vocab_put(env, parts, id, text, LLM__TYPE_CONTROL, parts->n);
+    }
+    if (parts->types[id] == LLM__TYPE_USER_DEFINED) parts->types[id] = LLM__TYPE_CONTROL;
+    if (parts->types[id] == LLM__TYPE_CONTROL) parts->traits[id] &= (uint16_t)~LLM__NORMALIZED;
+}
+
+/* In the order in which transformers gives the new ones their ids. */
+static void llm__hf_add_named_tokens(llm__env *env, const llm__json *config, size_t n_rows, llm__vocab_parts *parts) {
+    static const char *const keys[] = {"bos_token", "eos_token", "unk_token", "sep_token",
+                                       "pad_token", "cls_token", "mask_token"};
+    static const char *const lists[] = {"additional_special_tokens", "extra_special_tokens"};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        llm__hf_add_named_token(env, llm__json_get(config, keys[i]), keys[i], n_rows, parts);
+    for (int i = 0; i < 2; i++) {
+        const llm__json *list = llm__json_get(config, lists[i]);
+        bool many = list && (list->type == LLM__JSON_ARRAY || list->type == LLM__JSON_OBJECT);
+        if (many && list->n > LLM__MAX_MISPLACED)
+            llm__fail(env, LLM_ERROR_FORMAT, "\"%s\" names %llu tokens", lists[i], (unsigned long long)list->n);
+        for (const llm__json *item = many ? list->first : NULL; item; item = item->next)
+            llm__hf_add_named_token(env, item, lists[i], n_rows, parts);
+    }
 }
 
 static void llm__hf_named_tokens(llm__env *env, const llm__json *config, const llm__vocab_parts *parts,
@@ -5623,43 +5704,90 @@ static llm__str llm__hf_chat_template(llm__env *env, const llm__json *config) {
     if (v->type == LLM__JSON_STRING) return v->string;
     if (v->type == LLM__JSON_ARRAY)
         for (v = v->first; v; v = v->next)
-            if (llm__str_is(llm__json_text(env, v, "name"), "default")) return llm__json_text(env, v, "template");
+            if (llm__str_is(llm__json_get_str(env, v, "name"), "default")) return llm__json_get_str(env, v, "template");
     return none;
+}
+
+static llm_token llm__hf_added_token_id(llm__env *env, llm__str key) {
+    llm_token id = 0;
+    for (size_t i = 0; i < key.n; i++) {
+        char digit = key.at[i];
+        if (digit < '0' || digit > '9' || i > 7)
+            llm__fail(env, LLM_ERROR_FORMAT, "added_tokens_decoder has the id \"%.*s\"", LLM__SHOW(key));
+        id = 10 * id + (digit - '0');
+    }
+    return id;
 }
 
 /* Tokens that a tokenizer.model itself does not have. */
 static void llm__hf_added_tokens(llm__env *env, const llm__json *config, llm__vocab_parts *parts) {
-    const llm__json *added = llm__json_take(env, config, "added_tokens_decoder", LLM__JSON_OBJECT);
+    const llm__json *added = llm__json_get_type(env, config, "added_tokens_decoder", LLM__JSON_OBJECT);
     size_t n_known = parts->n + (added ? added->n : 0);
-    for (const llm__json *entry = added ? added->first : NULL; entry; entry = entry->next) {
-        llm_token id = 0;
-        for (size_t i = 0; i < entry->key.n; i++) {
-            char digit = entry->key.at[i];
-            if (digit < '0' || digit > '9' || i > 7)
-                llm__fail(env, LLM_ERROR_FORMAT, "added_tokens_decoder has the id \"%.*s\"", LLM__SHOW(entry->key));
-            id = 10 * id + (digit - '0');
+    for (const llm__json *entry = added ? added->first : NULL; entry; entry = entry->next)
+        llm__vocab_put_added(env, parts, entry, llm__hf_added_token_id(env, entry->key), n_known);
+}
+
+typedef struct llm__hf_placed_token {
+    llm_token id;
+    const llm__json *entry;
+} llm__hf_placed_token;
+
+static int llm__hf_compare_placed_tokens(const void *a, const void *b) {
+    llm_token x = ((const llm__hf_placed_token *)a)->id, y = ((const llm__hf_placed_token *)b)->id;
+    return (x > y) - (x < y);
+}
+
+/* Tokens beside a tokenizer.json: their flags are those that count. As transformers does it, a token that is there
+   keeps its id, and the others get the next ids, in the order of the ids that they have here. */
+static void llm__hf_merge_added_tokens(llm__env *env, const llm__json *config, size_t n_rows, llm__vocab_parts *parts) {
+    const llm__json *added = llm__json_get_type(env, config, "added_tokens_decoder", LLM__JSON_OBJECT);
+    if (!added) return;
+    llm__hf_placed_token *placed = (llm__hf_placed_token *)llm__alloc(env, added->n, sizeof *placed);
+    size_t n = 0, n_misplaced = 0;
+    for (const llm__json *entry = added->first; entry; entry = entry->next, n++) {
+        placed[n].id = llm__hf_added_token_id(env, entry->key);
+        placed[n].entry = entry;
+    }
+    qsort(placed, n, sizeof *placed, llm__hf_compare_placed_tokens);
+    for (size_t i = 0; i < n; i++) {
+        llm_token id = placed[i].id;
+        llm__str text = llm__json_need(env, placed[i].entry, "content", LLM__JSON_STRING)->string;
+        if ((size_t)id >= parts->n || !parts->types[id] || !llm__str_equal(parts->pieces[id], text)) {
+            if (++n_misplaced > LLM__MAX_MISPLACED) /* each is looked for among all tokens */
+                llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                          "added_tokens_decoder has more than %d tokens that are not at their ids in tokenizer.json",
+                          LLM__MAX_MISPLACED);
+            id = llm__vocab_find_part(parts, text);
         }
-        llm__vocab_put_added(env, parts, entry, id, n_known);
+        if (!text.n || (id == LLM__NONE && parts->n >= n_rows)) continue;
+        llm__vocab_put_added(env, parts, placed[i].entry, id == LLM__NONE ? (llm_token)parts->n : id, parts->n);
     }
 }
 
-static void llm__hf_tokenizer_config(llm__env *env, const llm__json *config, llm__vocab_parts *parts,
+static void llm__hf_tokenizer_config(llm__env *env, const llm__json *config, size_t n_rows, llm__vocab_parts *parts,
                                      llm__vocab_source *v) {
-    if (v->scores) {
+    if (!v->scores) {
+        llm__hf_merge_added_tokens(env, config, n_rows, parts);
+    } else {
         llm__hf_added_tokens(env, config, parts);
-        if (v->prefix == LLM__PREFIX_STRETCH && !llm__json_flag(env, config, "legacy", true))
+        if (v->prefix == LLM__PREFIX_STRETCH && !llm__json_get_bool(env, config, "legacy", true))
             v->prefix = LLM__PREFIX_FIRST;
     }
     v->chat_template = llm__hf_chat_template(env, config);
+    llm__hf_add_named_tokens(env, config, n_rows, parts);
     llm__hf_named_tokens(env, config, parts, v);
-    v->add_bos = llm__json_flag(env, config, "add_bos_token", v->add_bos);
-    v->add_eos = llm__json_flag(env, config, "add_eos_token", v->add_eos);
+    v->add_bos = llm__json_get_bool(env, config, "add_bos_token", v->add_bos);
+    v->add_eos = llm__json_get_bool(env, config, "add_eos_token", v->add_eos);
 }
 
 static void llm__hf_read_configs(llm__env *env, const char *directory, llm__vocab_parts *parts, llm__vocab_source *v) {
     static const char *const ids[] = {"generation_config.json", "config.json"};
-    const llm__json *config = llm__hf_find_json(env, directory, "tokenizer_config.json");
-    if (config) llm__hf_tokenizer_config(env, config, parts, v);
+    const llm__json *config = llm__hf_find_json(env, directory, "config.json"),
+                    *rows = config ? llm__json_get(config, "vocab_size") : NULL;
+    bool known = rows && rows->type == LLM__JSON_NUMBER && rows->number >= 0 && rows->number <= INT32_MAX;
+    size_t n_rows = known ? (size_t)rows->number : SIZE_MAX;
+    config = llm__hf_find_json(env, directory, "tokenizer_config.json");
+    if (config) llm__hf_tokenizer_config(env, config, n_rows, parts, v);
     if ((v->bos == LLM__NONE || v->eos == LLM__NONE) &&
         (config = llm__hf_find_json(env, directory, "special_tokens_map.json")) != NULL)
         llm__hf_named_tokens(env, config, parts, v);
@@ -5775,7 +5903,7 @@ LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, con
     }
     job.tokenizer->own = pool;
     *out = job.tokenizer;
-    return LLM_OK;
+    return llm__error_done(err, LLM_OK);
 }
 
 LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer) {
@@ -5787,9 +5915,9 @@ LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer) {
 /* ==== 10 Chat templates =========================================================================================
 
    A model's file holds its chat template as a program in Jinja. Nearly all say one of a few things, so they are not run
-   here but recognised by what they must contain, and the small ways in which they differ (a default system message,
-   trimmed contents, a space here and there) are read off their text. What is not recognised is an error, for a prompt
-   that is nearly right is worse than none.
+   here but recognised: a template is brought into one way of writing, its outline, and must then be one of the outlines
+   below from the first tag to the last. What is not recognised is an error, for a prompt that is nearly right is worse
+   than none.
 
    The stretches that came from messages are remembered: no special token is recognised in them, so that what a user
    types cannot end his turn and speak as the assistant. */
@@ -5801,8 +5929,12 @@ typedef struct llm__chat_text {
     size_t n_spans, span_room;
 } llm__chat_text;
 
+typedef struct llm__chat_form llm__chat_form;
+
 typedef struct llm__chat {
     llm__env *env;
+    const llm__chat_form *form;
+    const char *default_system; /* ChatML's system message where the conversation has none; NULL: there is none */
     const llm_tokenizer *t;
     const llm_message *messages;
     int n_messages;
@@ -5810,11 +5942,22 @@ typedef struct llm__chat {
     llm__chat_text out;
 } llm__chat;
 
-typedef struct llm__chat_form {
+/* What is around the messages in one of Mistral's templates. */
+typedef struct llm__chat_mistral_marks {
+    const char *open, *close, *before_answer, *after_answer;
+    bool trims_answer, has_system;
+    bool system_last; /* the system message is in the last message, not in the first */
+} llm__chat_mistral_marks;
+
+enum { LLM__MAX_OUTLINES = 3 };
+
+struct llm__chat_form {
     const char *name;
     bool alternates; /* only user and assistant in turn after an optional system message */
     void (*render)(llm__chat *c, bool open_answer);
-} llm__chat_form;
+    const llm__chat_mistral_marks *marks;    /* NULL for the others */
+    const char *outlines[LLM__MAX_OUTLINES]; /* of the templates that it renders; NULL behind the last */
+};
 
 static void llm__chat_put_utf8(llm__chat *c, const uint8_t *p, const uint8_t *end) {
     llm__chat_text *out = &c->out;
@@ -5881,21 +6024,6 @@ static void llm__chat_trim_end(llm__chat *c) {
     if (last->end > c->out.n) last->end = c->out.n;
 }
 
-static bool llm__chat_template_has(const llm__chat *c, const char *text) {
-    return strstr(c->t->chat_template, text) != NULL;
-}
-
-/* What stands between `before` and the next of the characters `ends` in the template; empty if it is not there. A
-   line's end may be written as \n in it. */
-static llm__str llm__chat_template_text(const llm__chat *c, const char *before, const char *ends) {
-    llm__str s = {"", 0};
-    const char *at = strstr(c->t->chat_template, before);
-    if (!at) return s;
-    s.at = at + strlen(before);
-    s.n = strcspn(s.at, ends);
-    return s;
-}
-
 static bool llm__chat_begins_with_system(const llm__chat *c) {
     return c->n_messages && !strcmp(c->messages[0].role, "system");
 }
@@ -5908,27 +6036,10 @@ static void llm__chat_chatml_message(llm__chat *c, const char *role) {
     llm__chat_put(c, "\n");
 }
 
-/* The system message that the template puts in where the conversation has none. */
-static llm__str llm__chat_chatml_default(const llm__chat *c) {
-    static const char *const before[] = {"<|im_start|>system\n", "<|im_start|>system\\n"};
-    llm__str s = {"", 0};
-    for (int i = 0; i < 2 && !s.n; i++) {
-        s = llm__chat_template_text(c, before[i], "<'\"{}");
-        for (const char *at = s.at; !s.n && (at = strstr(at, before[i])) != NULL;) {
-            at += strlen(before[i]);
-            s.at = at;
-            s.n = strcspn(at, "<'\"{}");
-        }
-    }
-    return s;
-}
-
 static void llm__chat_render_chatml(llm__chat *c, bool open_answer) {
-    llm__str system = llm__chat_chatml_default(c);
-    if (llm__chat_template_has(c, "bos_token")) llm__chat_put_token(c, c->t->bos);
-    if (system.n && !llm__chat_begins_with_system(c)) {
+    if (c->default_system && !llm__chat_begins_with_system(c)) {
         llm__chat_chatml_message(c, "system");
-        llm__chat_put_bytes(c, system.at, system.n);
+        llm__chat_put(c, c->default_system);
         llm__chat_put(c, "<|im_end|>\n");
     }
     for (int i = 0; i < c->n_messages; i++) {
@@ -5939,25 +6050,68 @@ static void llm__chat_render_chatml(llm__chat *c, bool open_answer) {
     if (open_answer) llm__chat_chatml_message(c, "assistant");
 }
 
-/* Many templates have ChatML's tokens and do something else with the messages. Which one it is is seen from its
-   outline: its tags in one way of writing, without the branches that only tools take. */
+static void llm__chat_render_chatml_bos(llm__chat *c, bool open_answer) {
+    llm__chat_put_token(c, c->t->bos);
+    llm__chat_render_chatml(c, open_answer);
+}
+
+#define LLM__IM_MESSAGES "%for message in messages"
+#define LLM__IM_SYSTEM "{'<|im_start|>system\\n"
+#define LLM__IM_END "<|im_end|>\\n'"
+#define LLM__IM_DEFAULT LLM__IM_SYSTEM "*" LLM__IM_END
+#define LLM__IM_MESSAGE "{'<|im_start|>'+message.role+'\\n'+message.content+'" LLM__IM_END
+#define LLM__IM_ANSWER "%if add_generation_prompt{'<|im_start|>assistant\\n'%endif"
+#define LLM__IM_GIVEN "%if messages[0].role=='system'" LLM__IM_SYSTEM "'+messages[0].content+'" LLM__IM_END
+#define LLM__IM_NO_CALL                                                                                         \
+    "%if(message.role=='user')or(message.role=='system'and not loop.first)or(message.role=='assistant'and not " \
+    "message.tool_calls)"
+
+/* Plain; with a default system message; the same as Qwen 2.5 writes it. */
+#define LLM__CHATML LLM__IM_MESSAGES LLM__IM_MESSAGE "%endfor" LLM__IM_ANSWER
+#define LLM__CHATML_DEFAULT                                                                                   \
+    LLM__IM_MESSAGES "%if loop.first and messages[0].role!='system'" LLM__IM_DEFAULT "%endif" LLM__IM_MESSAGE \
+                     "%endfor" LLM__IM_ANSWER
+#define LLM__CHATML_QWEN25                                                                                   \
+    LLM__IM_GIVEN "%else" LLM__IM_DEFAULT "%endif" LLM__IM_MESSAGES LLM__IM_NO_CALL LLM__IM_MESSAGE "%endif" \
+                  "%endfor" LLM__IM_ANSWER
+#define LLM__CHATML_SET "%if not add_generation_prompt is defined%set add_generation_prompt=false%endif" LLM__CHATML
+
+/* ---- Outlines: a template's tags in one way of writing, without the branches that only tools take ---- */
+
 typedef struct llm__chat_tag {
-    char kind; /* '{', '%', '#'; 0: the template's end */
+    char kind; /* '{', '%', '#'; 0: the template's begin or end */
     const char *text;
     size_t n;
-    bool trims; /* the white space after it */
+    bool trims;     /* the white space after it */
+    llm__str space; /* the white space before it that is shown */
 } llm__chat_tag;
 
-/* Reads the next tag; false where there is text before it that would be shown. */
+/* What is shown of the white space between the tag before and the one at p, or the template's end: transformers sets
+   trim_blocks and lstrip_blocks. */
+static llm__str llm__chat_shown_space(const char *start, const char *p, const llm__chat_tag *before) {
+    const char *end = p;
+    bool block = before->kind && before->kind != '{', starts_line = !before->kind || (block && *start == '\n');
+    if (!*p && p > start && p[-1] == '\n') end--; /* a template's last line end is dropped */
+    if (block && start < end && *start == '\n') start++;
+    if (*p && (p[1] == '%' || p[1] == '#')) { /* so is what is before a block in its line */
+        const char *line = end;
+        while (line > start && line[-1] != '\n') line--;
+        if (line > start || starts_line) end = line;
+    }
+    if (before->trims || (*p && p[1] && p[2] == '-')) end = start;
+    llm__str s = {start, (size_t)(end - start)};
+    return s;
+}
+
+/* Reads the next tag; false where there is text before it, other than white space, or it does not end. */
 static bool llm__chat_next_tag(const char **at, llm__chat_tag *tag) {
-    const char *p = *at, *start = p;
+    const char *p = *at;
     char quote = 0;
     while (*p == ' ' || *p == '\n' || *p == '\t') p++;
-    bool space = p > start && !tag->trims && !(tag->kind != '{' && p == start + 1 && *start == '\n');
+    tag->space = llm__chat_shown_space(*at, p, tag);
     tag->kind = *p ? p[1] : 0;
-    if (!*p) return !space;
+    if (!*p) return true;
     if (*p != '{' || (p[1] != '{' && p[1] != '%' && p[1] != '#')) return false;
-    if (space && p[2] != '-') return false;
     char close = p[1] == '{' ? '}' : p[1];
     p += p[2] == '-' ? 3 : 2;
     tag->text = p;
@@ -5983,102 +6137,210 @@ static size_t llm__chat_unbracket(char *out, size_t n) {
     return n - 3;
 }
 
-/* Writes a tag without spaces, with single quotes, \n for a new line, .role for ['role'] and one string for a sum of
-   strings; false if it is too long. */
+static bool llm__chat_in_word(char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
+}
+
+/* Writes a tag with spaces only between words, with single quotes, \n for a new line, .role for ['role'] and one string
+   for a sum of strings; false if it is too long. */
 static bool llm__chat_write_tag(const llm__chat_tag *tag, char *out, size_t room) {
     size_t n = 0;
     char quote = 0;
     out[n++] = tag->kind;
     for (const char *p = tag->text, *end = p + tag->n; p < end; p++) {
-        if (n + 3 > room) return false;
+        if (n + 4 > room) return false;
         bool mark = quote ? *p == quote : *p == '\'' || *p == '"';
+        bool blank = !quote && (*p == ' ' || *p == '\n' || *p == '\t');
+        if (!quote && !mark && !blank && p > tag->text && (p[-1] == ' ' || p[-1] == '\n' || p[-1] == '\t') &&
+            llm__chat_in_word(*p) && llm__chat_in_word(out[n - 1]))
+            out[n++] = ' ';
         if (mark && !quote && n > 2 && out[n - 2] == '\'' && out[n - 1] == '+') n -= 2;
         else if (mark) out[n++] = '\'';
-        else if (quote && (*p == '\n' || *p == '\\')) {
+        else if (quote && (*p == '\n' || *p == '\\' || *p == '\'')) {
             out[n++] = '\\';
-            out[n++] = *p == '\n' ? 'n' : *++p;
-        } else if (quote || (*p != ' ' && *p != '\n' && *p != '\t')) out[n++] = *p;
+            out[n++] = *p == '\n' ? 'n' : *p == '\\' ? *++p : *p;
+        } else if (!quote && (*p == '%' || *p == '{')) { /* no tag begins here */
+            out[n++] = '\\';
+            out[n++] = *p;
+        } else if (!blank) out[n++] = *p;
         if (mark) quote = quote ? 0 : *p;
-        if (!quote && out[n - 1] == ']' && out[n - 2] == '\'') n = llm__chat_unbracket(out, n);
+        if (!quote && n > 2 && out[n - 1] == ']' && out[n - 2] == '\'') n = llm__chat_unbracket(out, n);
     }
     out[n] = 0;
     return true;
 }
 
-#define LLM__IM_SYSTEM "{'<|im_start|>system\\n"
-#define LLM__IM_END "<|im_end|>\\n'"
+/* An if or a for that is open where the outline has got to. */
+typedef enum llm__chat_block_kind {
+    LLM__BLOCK_WRITTEN, /* its tags are in the outline                             */
+    LLM__BLOCK_SEEKS,   /* no branch has been taken so far: all were known as false */
+    LLM__BLOCK_DONE     /* a branch was known as true: it stands there without tags  */
+} llm__chat_block_kind;
 
-/* A star for the text of a default system message. */
-static void llm__chat_star_system(char *tag) {
-    size_t n = strlen(tag), begin = strlen(LLM__IM_SYSTEM), end = strlen(LLM__IM_END);
-    if (n < begin + end || strncmp(tag, LLM__IM_SYSTEM, begin) || strcmp(tag + n - end, LLM__IM_END)) return;
-    if (!memchr(tag + begin, '\'', n - begin - end) && !memchr(tag + begin, '\\', n - begin - end))
-        strcpy(tag + begin, "*" LLM__IM_END);
+enum { LLM__MAX_BLOCKS = 16, LLM__MAX_OUTLINE = 2048, LLM__MAX_TAG = 512 };
+
+typedef struct llm__chat_outline {
+    char text[LLM__MAX_OUTLINE];
+    size_t n;
+    char system[LLM__MAX_TAG]; /* the default system message, for which the outline has a star; empty: none */
+    struct {
+        llm__chat_block_kind kind;
+        bool dead; /* its branch here is not taken */
+    } blocks[LLM__MAX_BLOCKS];
+    int n_blocks;
+} llm__chat_outline;
+
+/* What a condition says where there are no tools, contents are text and thoughts are in them: 1, 0, or -1: not known.
+   (Today's date is not asked for either: a prompt should not change from day to day.) */
+static int llm__chat_known_condition(const llm__chat_outline *o, const char *condition) {
+    static const char *const no[] = {"tools",
+                                     "tools is not none",
+                                     "not tools is defined",
+                                     "custom_tools is defined",
+                                     "builtin_tools is defined",
+                                     "builtin_tools is defined or tools is not none",
+                                     "not tools_in_user_message is defined",
+                                     "tools is not none and not tools_in_user_message",
+                                     "tools_in_user_message and not tools is none",
+                                     "tools is not none and(message==user_messages[-1])",
+                                     "message.tool_calls",
+                                     "'tool_calls'in message",
+                                     "message.tool_calls is defined and message.tool_calls is not none",
+                                     "(message.tool_calls is defined and message.tool_calls is not none)",
+                                     "message.role=='tool'",
+                                     "message.role=='tool'or message.role=='ipython'",
+                                     "message.role=='tool_results'or message.role=='tool'",
+                                     "message.reasoning_content is string",
+                                     "message.reasoning_content is defined and message.reasoning_content is not none",
+                                     "enable_thinking is defined and enable_thinking is false",
+                                     "strftime_now is defined"};
+    static const char *const yes[] = {
+        "message.content is string", "not(message.role=='ipython'or message.role=='tool'or'tool_calls'in message)",
+        ("not(message.role=='tool'or message.role=='tool_results'or(message.tool_calls is defined and "
+         "message.tool_calls is not none))")};
+    condition += *condition == ' ';
+    for (size_t i = 0; i < sizeof no / sizeof *no; i++)
+        if (!strcmp(condition, no[i])) return 0;
+    for (size_t i = 0; i < sizeof yes / sizeof *yes; i++)
+        if (!strcmp(condition, yes[i])) return 1;
+    /* The branch before it has taken all answers that call nothing. */
+    return !strcmp(condition, "message.role=='assistant'") && strstr(o->text, LLM__IM_NO_CALL) ? 0 : -1;
 }
 
-/* False if it is too long, or no template of tags alone. */
-static bool llm__chat_write_outline(const char *text, char *out, size_t room) {
-    static const char *const dead[] = {"%iftools", "%elifmessage.role=='assistant'", "%elifmessage.role=='tool'"};
-    char written[512];
+/* Whether the tag is a statement of this name, which is not the beginning of another. */
+static bool llm__chat_tag_is(const char *tag, const char *name) {
+    size_t n = strlen(name);
+    return !strncmp(tag, name, n) && !llm__chat_in_word(tag[n]);
+}
+
+typedef enum llm__chat_tag_use { LLM__TAG_WRITTEN, LLM__TAG_AS_IF, LLM__TAG_DROPPED, LLM__TAG_WRONG } llm__chat_tag_use;
+
+/* Follows the ifs and fors, and says what becomes of their tags: where the branches before are known as false, an elif
+   becomes an if. */
+static llm__chat_tag_use llm__chat_follow_blocks(llm__chat_outline *o, const char *tag) {
+    bool opens = llm__chat_tag_is(tag, "%if") || llm__chat_tag_is(tag, "%for"), other = llm__chat_tag_is(tag, "%elif");
+    bool last = llm__chat_tag_is(tag, "%else"),
+         closes = llm__chat_tag_is(tag, "%endif") || llm__chat_tag_is(tag, "%endfor");
+    if (opens ? o->n_blocks == LLM__MAX_BLOCKS : (other || last || closes) && !o->n_blocks) return LLM__TAG_WRONG;
+    int here = o->n_blocks - !opens;
+    bool outer_dead = here > 0 && o->blocks[here - 1].dead;
+    if (opens) {
+        int known = tag[1] == 'i' ? llm__chat_known_condition(o, tag + 3) : -1;
+        o->blocks[here].kind = known < 0 ? LLM__BLOCK_WRITTEN : known ? LLM__BLOCK_DONE : LLM__BLOCK_SEEKS;
+        o->blocks[here].dead = outer_dead || known == 0;
+        o->n_blocks++;
+        return known < 0 && !outer_dead ? LLM__TAG_WRITTEN : LLM__TAG_DROPPED;
+    }
+    if (!other && !last && !closes) return o->n_blocks && o->blocks[here].dead ? LLM__TAG_DROPPED : LLM__TAG_WRITTEN;
+    llm__chat_block_kind kind = o->blocks[here].kind;
+    if (closes) o->n_blocks--;
+    if (closes || outer_dead) return kind == LLM__BLOCK_WRITTEN && !outer_dead ? LLM__TAG_WRITTEN : LLM__TAG_DROPPED;
+    int known = last ? 1 : llm__chat_known_condition(o, tag + 5);
+    o->blocks[here].dead = kind == LLM__BLOCK_DONE || known == 0;
+    if (o->blocks[here].dead) return LLM__TAG_DROPPED;
+    if (kind == LLM__BLOCK_WRITTEN) return LLM__TAG_WRITTEN;
+    o->blocks[here].kind = known > 0 ? LLM__BLOCK_DONE : LLM__BLOCK_WRITTEN;
+    return known > 0 ? LLM__TAG_DROPPED : LLM__TAG_AS_IF;
+}
+
+static bool llm__chat_outline_put(llm__chat_outline *o, const char *text, size_t n) {
+    if (n >= sizeof o->text - o->n) return false;
+    memcpy(o->text + o->n, text, n);
+    o->n += n;
+    o->text[o->n] = 0;
+    return true;
+}
+
+/* A star for the text of a default system message, which goes to o->system. */
+static void llm__chat_star_system(llm__chat_outline *o, char *tag) {
+    size_t n = strlen(tag), begin = strlen(LLM__IM_SYSTEM), end = strlen(LLM__IM_END);
+    if (n <= begin + end || strncmp(tag, LLM__IM_SYSTEM, begin) || strcmp(tag + n - end, LLM__IM_END)) return;
+    n -= begin + end;
+    if (memchr(tag + begin, '\'', n) || memchr(tag + begin, '\\', n)) return;
+    memcpy(o->system, tag + begin, n);
+    o->system[n] = 0;
+    strcpy(tag + begin, "*" LLM__IM_END);
+}
+
+/* False if it is too long, or no template of tags and white space alone. */
+static bool llm__chat_write_outline(const char *text, llm__chat_outline *o) {
+    static const char raises[] = "{raise_exception(";
+    char written[LLM__MAX_TAG];
     llm__chat_tag tag;
-    size_t n = 0;
-    int depth = 0; /* of ifs in a branch that is not taken */
     memset(&tag, 0, sizeof tag);
+    o->n = 0;
+    o->n_blocks = 0;
+    o->text[0] = o->system[0] = 0;
     while (llm__chat_next_tag(&text, &tag)) {
-        if (!tag.kind) return true;
-        bool fits = llm__chat_write_tag(&tag, written, sizeof written);
+        bool dead = o->n_blocks && o->blocks[o->n_blocks - 1].dead;
+        if (!dead && !llm__chat_outline_put(o, tag.space.at, tag.space.n)) return false;
+        if (!tag.kind) return !o->n_blocks;
         if (tag.kind == '#') continue;
-        if (depth && fits) {
-            if (!strncmp(written, "%if", 3)) depth++;
-            if (!strcmp(written, "%endif")) depth--;
-            if (depth == 1 && !strncmp(written, "%el", 3)) depth = 0;
+        if (!llm__chat_write_tag(&tag, written, sizeof written)) {
+            if (dead && tag.kind == '{') continue;
+            return false;
         }
-        if (depth) continue;
-        if (!fits) return false;
-        bool tools = !strcmp(written, dead[0]);
-        for (int i = 0; i < 3; i++)
-            if (!strcmp(written, dead[i])) depth = 1;
-        if (depth && !tools) continue;
-        llm__chat_star_system(written);
-        size_t length = strlen(written);
-        if (length >= room - n) return false;
-        memcpy(out + n, written, length + 1);
-        n += length;
+        llm__chat_tag_use use = llm__chat_follow_blocks(o, written);
+        if (use == LLM__TAG_WRONG) return false;
+        if (use == LLM__TAG_DROPPED) continue;
+        if (use == LLM__TAG_AS_IF) memmove(written + 1, written + 3, strlen(written + 3) + 1);
+        if (!strncmp(written, raises, sizeof raises - 1)) written[sizeof raises - 2] = 0; /* whatever it says */
+        llm__chat_star_system(o, written);
+        if (!llm__chat_outline_put(o, written, strlen(written))) return false;
     }
     return false;
 }
 
-#define LLM__IM_MESSAGES "%formessageinmessages"
-#define LLM__IM_DEFAULT LLM__IM_SYSTEM "*" LLM__IM_END
-#define LLM__IM_MESSAGE "{'<|im_start|>'+message.role+'\\n'+message.content+'" LLM__IM_END
-#define LLM__IM_ANSWER "%endfor%ifadd_generation_prompt{'<|im_start|>assistant\\n'%endif"
-#define LLM__IM_QWEN25                                                                                           \
-    "%ifmessages[0].role=='system'" LLM__IM_SYSTEM "'+messages[0].content+'" LLM__IM_END "%else" LLM__IM_DEFAULT \
-    "%endif"
-#define LLM__IM_NO_CALL                                                                                             \
-    "%if(message.role=='user')or(message.role=='system'andnotloop.first)or(message.role=='assistant'andnotmessage." \
-    "tool_calls)"
-
-static bool llm__chat_is_chatml(const char *text) {
-    static const char *const first[] = {"{bos_token",
-                                        "%ifnotadd_generation_promptisdefined%setadd_generation_prompt=false%endif"};
-    static const char *const known[] = {
-        LLM__IM_MESSAGES LLM__IM_MESSAGE LLM__IM_ANSWER,
-        LLM__IM_MESSAGES "%ifloop.firstandmessages[0].role!='system'" LLM__IM_DEFAULT
-                         "%endif" LLM__IM_MESSAGE LLM__IM_ANSWER,
-        LLM__IM_QWEN25 LLM__IM_MESSAGES LLM__IM_NO_CALL LLM__IM_MESSAGE "%endif" LLM__IM_ANSWER,
-        "%iftools%else" LLM__IM_QWEN25 "%endif" LLM__IM_MESSAGES LLM__IM_NO_CALL LLM__IM_MESSAGE
-        "%endif" LLM__IM_ANSWER};
-    char outline[1024] = "", *p = outline;
-    if (!llm__chat_write_outline(text, outline, sizeof outline)) return false;
-    for (int i = 0; i < 2; i++)
-        if (!strncmp(p, first[i], strlen(first[i]))) p += strlen(first[i]);
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (!strcmp(p, known[i])) return true;
-    return false;
-}
-
 /* ---- Qwen 3: ChatML, but of an answer's thoughts only those since the last question are kept ---- */
+
+/* Two editions differ in where a message's content is read, and in the order of these. */
+#define LLM__QWEN3_HEAD(is_text)                                                                                      \
+    LLM__IM_GIVEN "%endif%set ns=namespace(multi_step_tool=true,last_query_index=messages|length-1)%for message in "  \
+                  "messages[::-1]%set index=(messages|length-1)-loop.index0%if ns.multi_step_tool and message.role==" \
+                  "'user'and " is_text "not(message.content.startswith('<tool_response>')and message.content."        \
+                  "endswith('</tool_response>'))%set ns.multi_step_tool=false%set ns.last_query_index=index%endif"    \
+                  "%endfor" LLM__IM_MESSAGES
+#define LLM__QWEN3_MESSAGE(content)                                                                                    \
+    "%if(message.role=='user')or(message.role=='system'and not loop.first){'<|im_start|>'+message.role+'\\n'+" content \
+    "+'" LLM__IM_END "%elif message.role=='assistant'"
+#define LLM__QWEN3_ANSWER(content) "%set content=" content ".split('</think>')[-1].lstrip('\\n')"
+#define LLM__QWEN3_THOUGHTS(content) \
+    "%set reasoning_content=" content ".split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n')"
+#define LLM__QWEN3_TAIL                                                                                              \
+    "%endif%if loop.index0>ns.last_query_index%if loop.last or(not loop.last and reasoning_content){'<|im_start|>'+" \
+    "message.role+'\\n<think>\\n'+reasoning_content.strip('\\n')+'\\n</think>\\n\\n'+content.lstrip('\\n')%else"     \
+    "{'<|im_start|>'+message.role+'\\n'+content%endif%else{'<|im_start|>'+message.role+'\\n'+content%endif{"         \
+    "'" LLM__IM_END "%endif%endfor" LLM__IM_ANSWER
+#define LLM__QWEN3_FIRST                                                                                      \
+    LLM__QWEN3_HEAD("")                                                                                       \
+    LLM__QWEN3_MESSAGE("message.content")                                                                     \
+    "%set content=message.content%set reasoning_content=''%if'</think>'in message.content" LLM__QWEN3_ANSWER( \
+        "message.content") LLM__QWEN3_THOUGHTS("message.content") LLM__QWEN3_TAIL
+#define LLM__QWEN3_SECOND                                                                            \
+    LLM__QWEN3_HEAD("message.content is string and ")                                                \
+    "%set content=message.content" LLM__QWEN3_MESSAGE(                                               \
+        "content") "%set reasoning_content=''%if'</think>'in content" LLM__QWEN3_THOUGHTS("content") \
+        LLM__QWEN3_ANSWER("content") LLM__QWEN3_TAIL
 
 static llm__str llm__chat_strip_lines(const char *p, const char *end) {
     llm__str s;
@@ -6140,6 +6402,20 @@ static void llm__chat_render_qwen3(llm__chat *c, bool open_answer) {
 
 /* ---- Llama 3: <|start_header_id|>role<|end_header_id|>\n\ncontent<|eot_id|> ---- */
 
+#define LLM__LLAMA3_MESSAGE \
+    "'<|start_header_id|>'+message.role+'<|end_header_id|>\\n\\n'+message.content|trim+'<|eot_id|>'"
+#define LLM__LLAMA3_ANSWER "%if add_generation_prompt{'<|start_header_id|>assistant<|end_header_id|>\\n\\n'%endif"
+#define LLM__LLAMA3                                                                             \
+    "%set loop_messages=messages%for message in loop_messages%set content=" LLM__LLAMA3_MESSAGE \
+    "%if loop.index0==0%set content=bos_token+content%endif{content%endfor" LLM__LLAMA3_ANSWER
+#define LLM__LLAMA31_DATE "26 Jul 2024"
+#define LLM__LLAMA31                                                                                                \
+    "{bos_token%if not date_string is defined%set date_string='" LLM__LLAMA31_DATE "'%endif%if messages[0].role=="  \
+    "'system'%set system_message=messages[0].content|trim%set messages=messages[1:]%else%set system_message=''"     \
+    "%endif{'<|start_header_id|>system<|end_header_id|>\\n\\n'{'Cutting Knowledge Date: December 2023\\n'"          \
+    "{'Today Date: '+date_string+'\\n\\n'{system_message{'<|eot_id|>'%for message in messages{" LLM__LLAMA3_MESSAGE \
+    "%endfor" LLM__LLAMA3_ANSWER
+
 static void llm__chat_llama3_header(llm__chat *c, const char *role) {
     llm__chat_put(c, "<|start_header_id|>");
     llm__chat_put(c, role);
@@ -6152,30 +6428,37 @@ static void llm__chat_llama3_message(llm__chat *c, const llm_message *m) {
     llm__chat_put(c, "<|eot_id|>");
 }
 
-/* From 3.1 on there always is a system message, which begins with two dates. "Today" is the one written in the
-   template, so that a prompt does not change from day to day. */
-static int llm__chat_llama31_system(llm__chat *c) {
-    llm__str date = llm__chat_template_text(c, "date_string = \"", "\"");
-    bool given = llm__chat_begins_with_system(c);
-    llm__chat_llama3_header(c, "system");
-    llm__chat_put(c, "Cutting Knowledge Date: December 2023\nToday Date: ");
-    llm__chat_put_bytes(c, date.at, date.n);
-    llm__chat_put(c, "\n\n");
-    if (given) llm__chat_put_content(c, c->messages[0].content);
-    llm__chat_put(c, "<|eot_id|>");
-    return given;
-}
-
 static void llm__chat_render_llama3(llm__chat *c, bool open_answer) {
-    int first = 0;
     c->trim = true;
     llm__chat_put_token(c, c->t->bos);
-    if (llm__chat_template_has(c, "Cutting Knowledge Date: December 2023")) first = llm__chat_llama31_system(c);
-    for (int i = first; i < c->n_messages; i++) llm__chat_llama3_message(c, &c->messages[i]);
+    for (int i = 0; i < c->n_messages; i++) llm__chat_llama3_message(c, &c->messages[i]);
+    if (open_answer) llm__chat_llama3_header(c, "assistant");
+}
+
+/* From 3.1 on there always is a system message, which begins with two dates. "Today" is the one written in the
+   template, so that a prompt does not change from day to day. */
+static void llm__chat_render_llama31(llm__chat *c, bool open_answer) {
+    int given = llm__chat_begins_with_system(c);
+    c->trim = true;
+    llm__chat_put_token(c, c->t->bos);
+    llm__chat_llama3_header(c, "system");
+    llm__chat_put(c, "Cutting Knowledge Date: December 2023\nToday Date: " LLM__LLAMA31_DATE "\n\n");
+    if (given) llm__chat_put_content(c, c->messages[0].content);
+    llm__chat_put(c, "<|eot_id|>");
+    for (int i = given; i < c->n_messages; i++) llm__chat_llama3_message(c, &c->messages[i]);
     if (open_answer) llm__chat_llama3_header(c, "assistant");
 }
 
 /* ---- Llama 2: <s>[INST] <<SYS>>\nsystem\n<</SYS>>\n\nuser [/INST] assistant </s> ---- */
+
+#define LLM__CHAT_ALTERNATES(index) "%if(message.role=='user')!=(" index "\\%2==0){raise_exception%endif"
+#define LLM__LLAMA2(trim)                                                                                            \
+    "%if messages[0].role=='system'%set loop_messages=messages[1:]%set system_message=messages[0].content%else%set " \
+    "loop_messages=messages%set system_message=false%endif%for message in loop_messages" LLM__CHAT_ALTERNATES(       \
+        "loop.index0") "%if loop.index0==0 and system_message!=false%set content='<<SYS>>\\n'+system_message+'\\n"   \
+                       "<</SYS>>\\n\\n'+message.content%else%set content=message.content%endif%if message.role=="    \
+                       "'user'{bos_token+'[INST] '+content" trim "+' [/INST]'%elif message.role=='assistant'{' '+"   \
+                       "content" trim "+' '+eos_token%endif%endfor"
 
 static void llm__chat_render_llama2(llm__chat *c, bool open_answer) {
     int first = llm__chat_begins_with_system(c);
@@ -6198,25 +6481,42 @@ static void llm__chat_render_llama2(llm__chat *c, bool open_answer) {
             llm__chat_put(c, "\n<</SYS>>\n\n");
         }
         llm__chat_put_content(c, c->messages[i].content);
-        llm__chat_trim_end(c);
+        if (!c->trim) llm__chat_trim_end(c);
         llm__chat_put(c, " [/INST]");
     }
 }
 
 /* ---- Mistral: <s>[INST] user [/INST] assistant</s>, with spaces in different places ---- */
 
+#define LLM__MISTRAL_ONLY "%else{raise_exception%endif%endfor"
+#define LLM__MISTRAL_FIRST(after)                                                                                  \
+    "{bos_token%for message in messages" LLM__CHAT_ALTERNATES(                                                     \
+        "loop.index0") "%if message.role=='user'{'[INST] '+"                                                       \
+                       "message.content+' [/INST]'%elif message.role=='assistant'{message.content+eos_token" after \
+                           LLM__MISTRAL_ONLY
+/* The roles are looked at in a loop before, in one that counts for itself, or in the loop that renders. */
+#define LLM__MISTRAL_LOOP "%for message in loop_messages"
+#define LLM__MISTRAL_BEFORE LLM__MISTRAL_LOOP LLM__CHAT_ALTERNATES("loop.index0") "%endfor"
+#define LLM__MISTRAL_COUNTED                                                                            \
+    "%set user_messages=loop_messages|selectattr('role','equalto','user')|list%set ns=namespace()%set " \
+    "ns.index=0" LLM__MISTRAL_LOOP LLM__CHAT_ALTERNATES("ns.index") "%set ns.index=ns.index+1%endfor"
+#define LLM__MISTRAL(before, inside, where, open, close, answer)                                                     \
+    "%if messages[0].role=='system'%set system_message=messages[0].content%set loop_messages=messages[1:]%else%set " \
+    "loop_messages=messages%endif" before "{bos_token" LLM__MISTRAL_LOOP inside "%if message.role=='user'%if " where \
+    " and system_message is defined{'" open "'+system_message+'\\n\\n'+message.content+'" close "'%else{'" open      \
+    "'+message.content+'" close "'%endif%elif message.role=='assistant'{" answer "+eos_token" LLM__MISTRAL_ONLY
+#define LLM__MISTRAL_EACH(where, open, close, answer)                                         \
+    {                                                                                         \
+        LLM__MISTRAL(LLM__MISTRAL_BEFORE, "", where, open, close, answer),                    \
+            LLM__MISTRAL(LLM__MISTRAL_COUNTED, "", where, open, close, answer),               \
+            LLM__MISTRAL("", LLM__CHAT_ALTERNATES("loop.index0"), where, open, close, answer) \
+    }
+
 static void llm__chat_render_mistral(llm__chat *c, bool open_answer) {
-    bool system = llm__chat_begins_with_system(c), last = llm__chat_template_has(c, "loop.last and system_message");
-    const char *open = llm__chat_template_has(c, " [INST] ")  ? " [INST] "
-                       : llm__chat_template_has(c, "[INST] ") ? "[INST] "
-                                                              : "[INST]";
-    const char *close = llm__chat_template_has(c, " [/INST]") ? " [/INST]" : "[/INST]";
-    bool space = llm__chat_template_has(c, "' ' + message['content']") ||
-                 llm__chat_template_has(c, "\" \" + message[\"content\"]");
-    bool after = llm__chat_template_has(c, "eos_token + ' '"),
-         trim = llm__chat_template_has(c, "message[\"content\"]|trim");
+    const llm__chat_mistral_marks *marks = c->form->marks;
+    bool system = llm__chat_begins_with_system(c), last = marks->system_last;
     (void)open_answer;
-    if (system && !llm__chat_template_has(c, "system_message"))
+    if (system && !marks->has_system)
         llm__fail(c->env, LLM_ERROR_ARGUMENT, "this model's chat template takes no system message");
     if (system && last && (c->n_messages - system) % 2 == 0)
         llm__fail(c->env, LLM_ERROR_ARGUMENT,
@@ -6225,24 +6525,31 @@ static void llm__chat_render_mistral(llm__chat *c, bool open_answer) {
     llm__chat_put_token(c, c->t->bos);
     for (int i = system; i < c->n_messages; i++) {
         bool user = !strcmp(c->messages[i].role, "user");
-        llm__chat_put(c, user ? open : space ? " " : "");
+        llm__chat_put(c, user ? marks->open : marks->before_answer);
         if (system && i == (last ? c->n_messages - 1 : 1) && user) {
             llm__chat_put_content(c, c->messages[0].content);
             llm__chat_put(c, "\n\n");
         }
-        c->trim = trim && !user;
+        c->trim = marks->trims_answer && !user;
         llm__chat_put_content(c, c->messages[i].content);
         c->trim = false;
         if (user) {
-            llm__chat_put(c, close);
+            llm__chat_put(c, marks->close);
         } else {
             llm__chat_put_token(c, c->t->eos);
-            if (after) llm__chat_put(c, " ");
+            llm__chat_put(c, marks->after_answer);
         }
     }
 }
 
 /* ---- Zephyr: <|role|>\ncontent</s>\n ---- */
+
+/* The new line after a message is one between the tags. */
+#define LLM__ZEPHYR_ROLE(role) "message.role=='" role "'{'<|" role "|>\\n'+message.content+eos_token\n"
+#define LLM__ZEPHYR                                                                    \
+    "%for message in messages%if " LLM__ZEPHYR_ROLE("user") "%elif " LLM__ZEPHYR_ROLE( \
+        "system") "%elif " LLM__ZEPHYR_ROLE("assistant") "%endif%if loop.last and "    \
+                                                         "add_generation_prompt{'<|assistant|>'\n%endif%endfor"
 
 static void llm__chat_render_zephyr(llm__chat *c, bool open_answer) {
     for (int i = 0; i < c->n_messages; i++) {
@@ -6259,36 +6566,37 @@ static void llm__chat_render_zephyr(llm__chat *c, bool open_answer) {
 /* ---- Which of them it is ---- */
 
 /* NULL if the template is none of those known. */
-static const llm__chat_form *llm__chat_find_form(const char *text) {
-    static const struct {
-        llm__chat_form form;
-        const char *has[3], *lacks[3];
-    } known[] = {{{"qwen3", false, llm__chat_render_qwen3},
-                  {"loop.index0 > ns.last_query_index", "loop.last or (not loop.last and reasoning_content)",
-                   "split('</think>')[-1].lstrip('\\n')"},
-                  {"<s>", "bos_token", "raise_exception"}},
-                 {{"llama-3", false, llm__chat_render_llama3},
-                  {"<|start_header_id|>", "<|eot_id|>", "message['content'] | trim"},
-                  {"system_prompt", NULL, NULL}},
-                 {{"llama-2", true, llm__chat_render_llama2},
-                  {"<<SYS>>", "bos_token + '[INST] '", "content.strip()"},
-                  {NULL, NULL, NULL}},
-                 {{"mistral", true, llm__chat_render_mistral},
-                  {"[INST]", "[/INST]", "eos_token"},
-                  {"<<SYS>>", "[SYSTEM_PROMPT]", NULL}},
-                 {{"zephyr", false, llm__chat_render_zephyr},
-                  {"<|user|>", "<|assistant|>", "eos_token"},
-                  {"<|end|>", NULL, NULL}}};
-    static const llm__chat_form chatml = {"chatml", false, llm__chat_render_chatml};
-    if (text && llm__chat_is_chatml(text)) return &chatml;
-    for (size_t i = 0; text && i < sizeof known / sizeof *known; i++) {
-        bool fits = true;
-        for (int k = 0; k < 3; k++) {
-            if (!strstr(text, known[i].has[k])) fits = false;
-            if (known[i].lacks[k] && strstr(text, known[i].lacks[k])) fits = false;
-        }
-        if (fits) return &known[i].form;
-    }
+static const llm__chat_form *llm__chat_find_form(const char *text, llm__chat_outline *o) {
+    static const llm__chat_mistral_marks marks[] = {{"[INST] ", " [/INST]", "", "", false, false, false},
+                                                    {"[INST] ", " [/INST]", "", " ", false, false, false},
+                                                    {" [INST] ", " [/INST]", " ", "", false, true, false},
+                                                    {"[INST] ", "[/INST]", " ", "", true, true, true},
+                                                    {"[INST]", "[/INST]", "", "", false, true, true}};
+    static const llm__chat_form known[] = {
+        {"chatml", false, llm__chat_render_chatml, NULL, {LLM__CHATML, LLM__CHATML_DEFAULT}},
+        {"chatml", false, llm__chat_render_chatml, NULL, {LLM__CHATML_QWEN25, LLM__CHATML_SET}},
+        {"chatml",
+         false,
+         llm__chat_render_chatml_bos,
+         NULL,
+         {"{bos_token" LLM__CHATML, "{bos_token" LLM__CHATML_DEFAULT}},
+        {"qwen3", false, llm__chat_render_qwen3, NULL, {LLM__QWEN3_FIRST, LLM__QWEN3_SECOND}},
+        {"llama-3", false, llm__chat_render_llama3, NULL, {LLM__LLAMA3}},
+        {"llama-3", false, llm__chat_render_llama31, NULL, {LLM__LLAMA31}},
+        {"llama-2", true, llm__chat_render_llama2, NULL, {LLM__LLAMA2(".strip()"), LLM__LLAMA2("|trim")}},
+        {"mistral", true, llm__chat_render_mistral, &marks[0], {LLM__MISTRAL_FIRST("")}},
+        {"mistral", true, llm__chat_render_mistral, &marks[1], {LLM__MISTRAL_FIRST("+' '")}},
+        {"mistral", true, llm__chat_render_mistral, &marks[2],
+         LLM__MISTRAL_EACH("loop.first", " [INST] ", " [/INST]", "' '+message.content")},
+        {"mistral", true, llm__chat_render_mistral, &marks[3],
+         LLM__MISTRAL_EACH("loop.last", "[INST] ", "[/INST]", "' '+message.content|trim")},
+        {"mistral", true, llm__chat_render_mistral, &marks[4],
+         LLM__MISTRAL_EACH("loop.last", "[INST]", "[/INST]", "message.content")},
+        {"zephyr", false, llm__chat_render_zephyr, NULL, {LLM__ZEPHYR}}};
+    if (!text || !llm__chat_write_outline(text, o)) return NULL;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        for (int k = 0; k < LLM__MAX_OUTLINES && known[i].outlines[k]; k++)
+            if (!strcmp(o->text, known[i].outlines[k])) return &known[i];
     return NULL;
 }
 
@@ -6316,9 +6624,12 @@ static void llm__chat_check_messages(llm__chat *c, bool alternates) {
 static llm__chat_text llm__chat_render(llm__env *env, const llm_tokenizer *t, const llm_message *messages,
                                        int n_messages, bool open_answer) {
     llm__chat c;
-    const llm__chat_form *form = llm__chat_find_form(t->chat_template);
+    llm__chat_outline outline;
+    const llm__chat_form *form = llm__chat_find_form(t->chat_template, &outline);
     memset(&c, 0, sizeof c);
     c.env = env;
+    c.form = form;
+    c.default_system = form && outline.system[0] ? outline.system : NULL;
     c.t = t;
     c.messages = messages;
     c.n_messages = n_messages;
@@ -6367,11 +6678,12 @@ LLM_API llm_status llm_chat_render(const llm_tokenizer *tokenizer, const llm_mes
     if (capacity) text[shown] = 0;
     if (n_bytes) *n_bytes = n;
     llm__pool_free(&pool);
-    return status;
+    return llm__error_done(err, status);
 }
 
 LLM_API const char *llm_chat_template(const llm_tokenizer *tokenizer) {
-    const llm__chat_form *form = llm__chat_find_form(tokenizer->chat_template);
+    llm__chat_outline outline;
+    const llm__chat_form *form = llm__chat_find_form(tokenizer->chat_template, &outline);
     return form ? form->name : NULL;
 }
 
@@ -6486,8 +6798,10 @@ enum {
     LLM__TILE_ROWS = 16,   /* of queries, from so many on attention goes as panels do                             */
     LLM__EXACT_ROWS = 16,  /* more rows meet groups as bf16 (of the arithmetic)                                   */
     LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
+    LLM__PANEL_LEAST = 36, /* rows for which widening two tiles for pairs of bf16 pays (Zen 4) */
     LLM__PANEL_TILES = 16, /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
-    LLM__PANEL_ROWS = 512
+    LLM__PANEL_ROWS = 512,
+    LLM__MAX_RUN = 128 /* tokens of the vocabulary that have one max in the sampler; a multiple of 16             */
 };
 
 /* A row of activations for products of many rows: lines of 32 bf16, `step` bytes apart, in each of which they are in an
@@ -6520,6 +6834,11 @@ typedef struct llm__kernels {
     /* Turns n scores into 2^(scale * s - max), zeros up to `padded`; gives their maximum (of scale * s, scale being above 0)
        and sum, which is taken before they are rounded. */
     void (*softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum);
+    /* For the sampler: the max of each LLM__MAX_RUN of n values; returns false if one of the values is NaN. */
+    bool (*maxima)(const float *x, int n, float *maxima);
+    /* p = 2^((x - top) * scale), 0 where that is below 2^-125.5, for n values of at most `top`, and zeros up to a multiple of
+       16; their maxima as above. Returns the sum. */
+    float (*odds)(const float *x, int n, float top, float scale, float *p, float *maxima);
     /* Adds partial attention results to running ones: (max, sum, out[n]) is what is known so far, for each of the rows,
        whose out, and part, are n apart. */
     void (*merge)(int rows, float *max, float *sum, float *out, const float *part_max, const float *part_sum,
@@ -6754,7 +7073,10 @@ typedef struct llm__weight_source {
     int n_parts;
     int n_interleaved[3]; /* parts whose RoPE pairs are (2i, 2i + 1): their heads' length, else 0 */
     int rope_dim;
+    size_t *n_read; /* atomic: bytes given out as raw rows */
 } llm__weight_source;
+
+enum { LLM__KEPT_BYTES = 8 << 20 }; /* of a mapped file that stay in memory behind what is read of it */
 
 /* The row of an interleaved tensor that holds dimension `row` of the halved order this library computes in. */
 static int llm__weight_interleaved_row(int row, int head_dim, int rope_dim) {
@@ -6791,8 +7113,16 @@ static void llm__weight_read_row(const llm_weight *weight, int row, float *out) 
     for (uint64_t i = 0; i < t->cols && t->scales; i++) out[i] *= scale;
 }
 
+/* Every so many bytes the file's pages are given back, so that it does not lie in memory beside the packed weights. Rows
+   that others still read come back from the system's cache. */
 static const void *llm__weight_raw_row(const llm_weight *weight, int row, int *type) {
+    const llm__weight_source *source = (const llm__weight_source *)weight->source;
     const llm__tensor *t = llm__weight_find_row(weight, &row);
+    size_t before = __atomic_fetch_add(source->n_read, (size_t)t->row_bytes, __ATOMIC_RELAXED);
+    if (before / LLM__KEPT_BYTES != (before + t->row_bytes) / LLM__KEPT_BYTES)
+        for (int i = 0; i < source->n_parts; i++)
+            llm__file_advise(source->parts[i].file, source->parts[i].data,
+                             source->parts[i].rows * source->parts[i].row_bytes, true);
     *type = (int)t->type->type;
     return t->data + (uint64_t)row * t->row_bytes;
 }
@@ -7190,71 +7520,106 @@ typedef struct llm__team_share {
 } llm__team_share;
 
 struct llm__team {
+    /* Nothing of this changes during a task, so that all members keep it in their caches. */
     int n;
     void (*task)(void *arg, int index);
     void *arg;
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg); /* the host's, or NULL */
     void *user;
-    int n_at_barrier, barrier_round; /* atomic */
-    int n_working, job;              /* atomic; job counts the tasks so far */
-    llm__team_share *shares;         /* [n] */
+    llm__team_share *shares; /* [2][n] of even and of odd phases */
+    bool running;            /* a task that the caller has not come back from */
     bool stop;
     llm__team_member *members; /* [n - 1], the caller is not among them */
     int n_started;
+    /* Atomic, in lines of their own: members that wait read the round, those that arrive write the number. */
+    char before[128];
+    int n_at_barrier;
+    char between[124];
+    unsigned barrier_round; /* counts barriers, and job tasks; both may wrap */
+    char after[124];
+    unsigned job;
+    int n_working;
 #ifndef LLM_NO_THREADS
+    int n_asleep; /* atomic: members that sleep at the barrier */
     llm__os_mutex mutex;
-    llm__os_cond wake;
+    llm__os_cond wake; /* a job is there, or a barrier is open */
 #endif
 };
 
-static void llm__team_spin_pause(int round) {
+enum {
+    LLM__SPINS = 256,   /* pauses (6 us on Zen 4) in which a member that comes is soon here */
+    LLM__YIELDS = 32,   /* pauses between two yields after that: the late member may want this core */
+    LLM__SLEEPY = 2048, /* pauses, and yields, after which a member that waits at a barrier sleeps */
+    LLM__IDLE = 20000,  /* pauses after which a member without a job sleeps */
+    LLM__NEIGHBOURS = 8 /* members whose shares a member looks into when its own is empty */
+};
+
+static void llm__team_spin_pause(unsigned round) {
 #if defined(__x86_64__)
     __asm__ volatile("pause");
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
 #ifndef LLM_NO_THREADS
-    if (round % 1024 == 1023) llm__os_thread_yield(); /* there may be more threads than cores */
+    if (round >= LLM__SPINS && round % LLM__YIELDS == 0)
+        llm__os_thread_yield(); /* there may be more threads than cores */
 #else
     (void)round;
 #endif
 }
 
-/* All shares are whole again: a new phase can begin. */
-static void llm__team_renew_shares(llm__team *team) {
-    for (int i = 0; i < team->n; i++) __atomic_store_n(&team->shares[i].n_taken, 0, __ATOMIC_RELAXED);
+#ifndef LLM_NO_THREADS
+/* Sleeps until the barrier of this round is open. */
+static void llm__team_barrier_sleep(llm__team *team, unsigned round) {
+    llm__os_mutex_lock(&team->mutex);
+    __atomic_add_fetch(&team->n_asleep, 1, __ATOMIC_SEQ_CST); /* before the round is read: who opens does it in turn */
+    while (__atomic_load_n(&team->barrier_round, __ATOMIC_SEQ_CST) == round)
+        llm__os_cond_wait(&team->wake, &team->mutex);
+    __atomic_sub_fetch(&team->n_asleep, 1, __ATOMIC_SEQ_CST);
+    llm__os_mutex_unlock(&team->mutex);
 }
+#endif
 
-/* Waits until all members are here. What any of them wrote before is seen by all after. */
+/* Waits until all members are here. What any of them wrote before is seen by all after. A member that is late for long has
+   no core: those that wait then sleep, so that it gets one of theirs. */
 static void llm__team_barrier(llm__team *team) {
-    if (team->n == 1) {
-        llm__team_renew_shares(team);
-        return;
-    }
-    int round = __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE);
+    if (team->n == 1) return;
+    unsigned round = __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&team->n_at_barrier, 1, __ATOMIC_ACQ_REL) == team->n) {
-        llm__team_renew_shares(team);
         __atomic_store_n(&team->n_at_barrier, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&team->barrier_round, round + 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&team->barrier_round, round + 1, __ATOMIC_SEQ_CST);
+#ifndef LLM_NO_THREADS
+        if (!__atomic_load_n(&team->n_asleep, __ATOMIC_SEQ_CST)) return;
+        llm__os_mutex_lock(&team->mutex);
+        llm__os_cond_broadcast(&team->wake);
+        llm__os_mutex_unlock(&team->mutex);
+#endif
         return;
     }
-    for (int i = 0; __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE) == round; i++) llm__team_spin_pause(i);
+    for (unsigned i = 0; __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE) == round; i++) {
+        llm__team_spin_pause(i);
+#ifndef LLM_NO_THREADS
+        if (i == LLM__SLEEPY) llm__team_barrier_sleep(team, round);
+#endif
+    }
 }
 
 /* One member's view of a task that goes through phases. In a phase the members take pieces 0 .. n-1 until none are
    left, and meet. Each begins with its share, the index'th part of the pieces, which in each phase are about the same
-   rows or columns, so that it finds in its cache what it left there; then it helps the others. */
+   rows or columns, so that it finds in its cache what it left there; then it helps its neighbours. */
 typedef struct llm__team_worker {
     llm__team *team;
     int index, n_done; /* shares in which nothing is left */
+    int phase;         /* 0 or 1: which of the two sets of shares it uses */
 } llm__team_worker;
 
 /* The next piece of n; -1 if none is left. */
 static int llm__team_take(llm__team_worker *w, int n) {
-    for (; w->n_done < w->team->n; w->n_done++) {
-        int i = (w->index + w->n_done) % w->team->n;
-        int first = (int)((int64_t)n * i / w->team->n), end = (int)((int64_t)n * (i + 1) / w->team->n);
-        int *n_taken = &w->team->shares[i].n_taken;
+    const int n_members = w->team->n;
+    for (; w->n_done < n_members && w->n_done <= LLM__NEIGHBOURS; w->n_done++) {
+        int i = (w->index + w->n_done) % n_members;
+        int first = (int)((int64_t)n * i / n_members), end = (int)((int64_t)n * (i + 1) / n_members);
+        int *n_taken = &w->team->shares[w->phase * n_members + i].n_taken;
         if (__atomic_load_n(n_taken, __ATOMIC_RELAXED) >= end - first) continue;
         int piece = first + __atomic_fetch_add(n_taken, 1, __ATOMIC_RELAXED);
         if (piece < end) return piece;
@@ -7262,14 +7627,24 @@ static int llm__team_take(llm__team_worker *w, int n) {
     return -1;
 }
 
+/* The next phase's shares are those of the phase before, which all have left: each member makes its own whole again. */
 static void llm__team_finish(llm__team_worker *w) {
+    w->phase = 1 - w->phase;
+    __atomic_store_n(&w->team->shares[w->phase * w->team->n + w->index].n_taken, 0, __ATOMIC_RELAXED);
     llm__team_barrier(w->team);
     w->n_done = 0;
 }
 
+/* A member's part of the task. */
+static void llm__team_member_task(void *arg, int index) {
+    llm__team *team = (llm__team *)arg;
+    team->task(team->arg, index);
+    if (index) __atomic_sub_fetch(&team->n_working, 1, __ATOMIC_ACQ_REL);
+}
+
 #ifndef LLM_NO_THREADS
-static bool llm__team_wait_for_job(llm__team *team, int done) {
-    for (int i = 0; i < 20000; i++) {
+static bool llm__team_wait_for_job(llm__team *team, unsigned done) {
+    for (unsigned i = 0; i < LLM__IDLE; i++) {
         if (__atomic_load_n(&team->job, __ATOMIC_ACQUIRE) != done) return !team->stop;
         llm__team_spin_pause(i);
     }
@@ -7282,10 +7657,7 @@ static bool llm__team_wait_for_job(llm__team *team, int done) {
 static LLM__THREAD_RESULT llm__team_member_main(void *arg) {
     llm__team_member *member = (llm__team_member *)arg;
     llm__team *team = member->team;
-    for (int done = 0; llm__team_wait_for_job(team, done); done++) {
-        team->task(team->arg, member->index);
-        __atomic_sub_fetch(&team->n_working, 1, __ATOMIC_ACQ_REL);
-    }
+    for (unsigned done = 0; llm__team_wait_for_job(team, done); done++) llm__team_member_task(team, member->index);
     return 0;
 }
 
@@ -7312,7 +7684,7 @@ typedef void llm__team_parallel_fn(void *user, int n, void (*task)(void *arg, in
    the system gives fewer threads, the team is smaller. */
 static llm__team *llm__team_create(llm__env *env, int n, llm__team_parallel_fn *parallel, void *user) {
     llm__team_member *members = (llm__team_member *)llm__alloc_zero(env, (size_t)n, sizeof *members);
-    llm__team_share *shares = (llm__team_share *)llm__alloc_zero(env, (size_t)n, sizeof *shares);
+    llm__team_share *shares = (llm__team_share *)llm__alloc_zero(env, (size_t)n * 2, sizeof *shares);
     llm__team *team = (llm__team *)llm__alloc_zero(env, 1, sizeof *team);
     team->n = parallel ? n : 1;
     team->parallel = parallel;
@@ -7334,25 +7706,129 @@ static llm__team *llm__team_create(llm__env *env, int n, llm__team_parallel_fn *
     return team;
 }
 
-static void llm__team_run(llm__team *team, void (*task)(void *arg, int index), void *arg) {
-    llm__team_renew_shares(team);
-    if (team->parallel) {
-        team->parallel(team->user, team->n, task, arg);
-        return;
-    }
-    team->task = task;
-    team->arg = arg;
-#ifndef LLM_NO_THREADS
-    __atomic_store_n(&team->n_working, team->n_started, __ATOMIC_RELEASE);
-    if (team->n_started) llm__team_wake(team);
-#endif
-    task(arg, 0);
-#ifndef LLM_NO_THREADS
-    for (int i = 0; __atomic_load_n(&team->n_working, __ATOMIC_ACQUIRE) > 0; i++) llm__team_spin_pause(i);
-#endif
+static void llm__team_free(llm__pool *pool, llm__team *team) {
+    llm__team_member *members = team->members;
+    llm__team_share *shares = team->shares;
+    llm__free(pool, team);
+    llm__free(pool, members);
+    llm__free(pool, shares);
 }
 
-/* One thread per physical core this process may use. */
+/* Waits until the other members have ended the task. */
+static void llm__team_wait(llm__team *team) {
+    for (unsigned i = 0; __atomic_load_n(&team->n_working, __ATOMIC_ACQUIRE) > 0; i++) llm__team_spin_pause(i);
+    team->running = false;
+}
+
+static void llm__team_run(llm__team *team, void (*task)(void *arg, int index), void *arg) {
+    for (int i = 0; i < 2 * team->n; i++) __atomic_store_n(&team->shares[i].n_taken, 0, __ATOMIC_RELAXED);
+    team->task = task;
+    team->arg = arg;
+    team->running = true;
+    __atomic_store_n(&team->n_working, team->n - 1, __ATOMIC_RELEASE);
+    if (team->parallel) {
+        team->parallel(team->user, team->n, llm__team_member_task, team);
+    } else {
+#ifndef LLM_NO_THREADS
+        if (team->n_started) llm__team_wake(team);
+#endif
+        task(arg, 0);
+    }
+    llm__team_wait(team);
+}
+
+#if defined(__linux__) && !defined(LLM_NO_THREADS)
+
+/* ---- How many cores there are ----
+
+   Linux says it in files. `root` stands before their paths: it is empty, but for tests. */
+
+enum { LLM__MOST_CPUS = 1024 };
+
+/* A small file as text; false if there is none. */
+static bool llm__cores_read(const char *root, const char *path, char *text, size_t size) {
+    char whole[1024];
+    if (snprintf(whole, sizeof whole, "%s%s", root, path) >= (int)sizeof whole) return false;
+    int fd = open(whole, O_RDONLY);
+    if (fd < 0) return false;
+    ssize_t n = read(fd, text, size - 1);
+    close(fd);
+    text[n < 0 ? 0 : n] = 0;
+    return n > 0;
+}
+
+/* A number that names the core of a processor, one for all its hardware threads; the processor's own where none is told. */
+static int64_t llm__cores_name(const char *root, int cpu) {
+    char path[96], text[32];
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/core_id", cpu);
+    if (!llm__cores_read(root, path, text, sizeof text)) return -1 - cpu;
+    int64_t core = strtol(text, NULL, 10);
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/physical_package_id", cpu);
+    int64_t package = llm__cores_read(root, path, text, sizeof text) ? strtol(text, NULL, 10) : 0;
+    return core < 0 ? -1 - cpu : package << 32 | core;
+}
+
+/* The cores of which this process may use a hardware thread; in a hybrid, large and small ones. */
+static int llm__cores_allowed(const char *root, const uint8_t allowed[LLM__MOST_CPUS]) {
+    int64_t names[LLM__MOST_CPUS];
+    int n = 0;
+    for (int cpu = 0; cpu < LLM__MOST_CPUS; cpu++) {
+        if (!allowed[cpu]) continue;
+        int at = 0;
+        for (names[n] = llm__cores_name(root, cpu); names[at] != names[n];) at++;
+        n += at == n;
+    }
+    return n;
+}
+
+/* The processors that a group has time for; LLM__MOST_CPUS: it has no limit. Version 2 has "QUOTA PERIOD" in one file. */
+static int llm__cores_quota(const char *root, const char *group, bool version_2) {
+    char path[768], text[64];
+    double quota = 0, period = 0;
+    snprintf(path, sizeof path, version_2 ? "%s/cpu.max" : "%s/cpu.cfs_quota_us", group);
+    if (!llm__cores_read(root, path, text, sizeof text)) return LLM__MOST_CPUS;
+    int n = sscanf(text, "%lf %lf", &quota, &period); /* or "max" */
+    if (!version_2) {
+        snprintf(path, sizeof path, "%s/cpu.cfs_period_us", group);
+        n += llm__cores_read(root, path, text, sizeof text) && sscanf(text, "%lf", &period) == 1;
+    }
+    if (n != 2 || !(quota > 0) || !(period > 0) || quota / period > LLM__MOST_CPUS) return LLM__MOST_CPUS;
+    return quota < period ? 1 : (int)(quota / period);
+}
+
+/* The same of this process's group and all above it. In a container these may be out of sight: then the mount's own. */
+static int llm__cores_group(const char *root) {
+    char text[4096], group[512];
+    int least = LLM__MOST_CPUS;
+    if (!llm__cores_read(root, "/proc/self/cgroup", text, sizeof text)) return least;
+    for (char *line = text, *next; line; line = next) { /* NUMBER:CONTROLLERS:PATH */
+        next = strchr(line, '\n');
+        if (next) *next++ = 0;
+        char *controllers = strchr(line, ':'), *path = controllers ? strchr(controllers + 1, ':') : NULL;
+        if (!path) continue;
+        *path++ = 0;
+        bool version_2 = !controllers[1];
+        if (!version_2 && strncmp(controllers, ":cpu,", 5) && strcmp(controllers, ":cpu") &&
+            !strstr(controllers, ",cpu,"))
+            continue;
+        const char *mount = version_2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu";
+        if (snprintf(group, sizeof group, "%s%s", mount, path) >= (int)sizeof group) continue;
+        for (size_t n = strlen(group); n >= strlen(mount); group[n] = 0) {
+            int quota = llm__cores_quota(root, group, version_2);
+            if (quota < least) least = quota;
+            while (n > 0 && group[--n] != '/') continue;
+        }
+    }
+    return least;
+}
+
+static int llm__cores_count(const char *root, const uint8_t allowed[LLM__MOST_CPUS]) {
+    int cores = llm__cores_allowed(root, allowed), quota = llm__cores_group(root);
+    return cores < quota ? cores : quota;
+}
+#endif
+
+/* One thread per physical core this process may use, but not more than it is given time for. */
 static int llm__team_default_threads(void) {
 #if defined(LLM_NO_THREADS)
     return 1;
@@ -7369,20 +7845,18 @@ static int llm__team_default_threads(void) {
     GetSystemInfo(&system);
     return (int)system.dwNumberOfProcessors;
 #else
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    int n = (int)sysconf(_SC_NPROCESSORS_ONLN);
 #if defined(__linux__)
-#if defined(CPU_COUNT)
+    uint8_t allowed[LLM__MOST_CPUS];
+    for (int i = 0; i < LLM__MOST_CPUS; i++) allowed[i] = i < n;
+#if defined(CPU_ISSET) /* not where a host included its headers first, without extensions */
     cpu_set_t set;
-    if (!sched_getaffinity(0, sizeof set, &set) && CPU_COUNT(&set) < n) n = CPU_COUNT(&set);
+    bool known = !sched_getaffinity(0, sizeof set, &set);
+    for (int i = 0; known && i < LLM__MOST_CPUS; i++) allowed[i] = i < CPU_SETSIZE && CPU_ISSET(i, &set);
 #endif
-    char smt = '0';
-    int fd = open("/sys/devices/system/cpu/smt/active", O_RDONLY);
-    if (fd >= 0) {
-        if (read(fd, &smt, 1) == 1 && smt == '1' && n > 1) n /= 2;
-        close(fd);
-    }
+    n = llm__cores_count("", allowed);
 #endif
-    return n < 1 ? 1 : n > 256 ? 256 : (int)n;
+    return n < 1 ? 1 : n > 256 ? 256 : n;
 #endif
 }
 
@@ -7400,7 +7874,7 @@ typedef struct llm__cpu_model {
     llm_shape shape;
     llm_dtype dtype;
     const llm__kernels *kernels;
-    llm__team *team;     /* for loading */
+    llm__team *team;     /* for loading; NULL afterwards */
     uint8_t *room, *end; /* of the matrices, which lie one behind the other */
     llm__cpu_layer *layers;
     float *output_norm;
@@ -7473,7 +7947,7 @@ static void llm__cpu_pack_task(void *arg, int index) {
     llm__cpu_upload_args *a = (llm__cpu_upload_args *)arg;
     int n_tiles = llm__math_round_up(a->matrix->n, 16) / 16, numbers[16];
     float *rows = a->rows + (size_t)index * 16 * (size_t)llm__math_round_up(a->matrix->k, 32);
-    llm__team_worker w = {a->model->team, index, 0};
+    llm__team_worker w = {a->model->team, index, 0, 0};
     for (int tile; (tile = llm__team_take(&w, n_tiles)) >= 0;) {
         llm__matrix_tile_rows(a->weight, tile, numbers);
         llm__pack_tile(a->model->kernels, a->matrix, tile, a->weight, numbers, rows);
@@ -7524,6 +7998,9 @@ static void llm__cpu_upload_body(llm__env *env, void *arg) {
     case LLM_WEIGHT_HEAD: llm__cpu_upload_matrix(env, m, w, &m->head); break;
     }
     if (w->kind == LLM_WEIGHT_EMBEDDING && m->shape.tied_head) m->head = m->embedding;
+    if (w->kind != (m->shape.tied_head ? LLM_WEIGHT_OUTPUT_NORM : LLM_WEIGHT_HEAD)) return; /* the last one */
+    llm__team_free(env->pool, m->team);
+    m->team = NULL;
 }
 
 static llm_status llm__cpu_upload(void *model, const llm_weight *weight, llm_error *err) {
@@ -7536,14 +8013,17 @@ static llm_status llm__cpu_upload(void *model, const llm_weight *weight, llm_err
 
 /* ==== 14 KV cache ===============================================================================================
 
-   Keys and values live in blocks of LLM_BLOCK positions, all allocated when the context is created. A sequence is a
-   length and a table of blocks. A fork shares its parent's blocks by counting references; whoever appends to a block
-   that is shared takes a copy of it first. Here is the bookkeeping; the blocks' contents are the backend's. */
+   Keys and values are stored in blocks of LLM_BLOCK positions, all allocated when the context is created. A sequence
+   is a length and a table of blocks. A fork shares its parent's blocks, which are reference-counted. Whoever appends
+   to a shared block first copies it. This section keeps the books; the backend owns the blocks' contents. */
 
 typedef struct llm__cache {
     int n_seq, n_ctx, blocks_per_seq, n_blocks, n_free;
     int *free_blocks;  /* [n_blocks] a stack                                    */
     int *n_users;      /* [n_blocks] sequences that hold the block              */
+    int *origins;      /* [n_blocks] the block whose first positions it has, -1: none: a fork went on in the middle */
+    int *n_copied;     /* [n_blocks] how many of them are still the same        */
+    int *n_lent;       /* [n_blocks] the most positions another block has of it */
     int *tables;       /* [n_seq][blocks_per_seq]                               */
     int *lengths;      /* [n_seq]                                               */
     llm_token *tokens; /* [n_seq][n_ctx]                                        */
@@ -7558,10 +8038,14 @@ static void llm__cache_create(llm__env *env, llm__cache *cache, int n_seq, int n
     cache->n_blocks = cache->n_free = n_blocks;
     cache->free_blocks = (int *)llm__alloc(env, (size_t)n_blocks, sizeof(int));
     cache->n_users = (int *)llm__alloc_zero(env, (size_t)n_blocks, sizeof(int));
+    cache->origins = (int *)llm__alloc(env, (size_t)n_blocks, sizeof(int));
+    cache->n_copied = (int *)llm__alloc_zero(env, (size_t)n_blocks, sizeof(int));
+    cache->n_lent = (int *)llm__alloc_zero(env, (size_t)n_blocks, sizeof(int));
     cache->tables = (int *)llm__alloc_zero(env, (size_t)n_seq * (size_t)cache->blocks_per_seq, sizeof(int));
     cache->lengths = (int *)llm__alloc_zero(env, (size_t)n_seq, sizeof(int));
     cache->tokens = (llm_token *)llm__alloc(env, (size_t)n_seq * (size_t)n_ctx, sizeof(llm_token));
-    for (int i = 0; i < n_blocks; i++) cache->free_blocks[i] = n_blocks - 1 - i; /* so that they come in order */
+    for (int i = 0; i < n_blocks; i++)
+        cache->free_blocks[i] = n_blocks - 1 - i; /* so that they are taken in ascending order */
 }
 
 static int *llm__cache_table(const llm__cache *cache, int seq) {
@@ -7572,13 +8056,13 @@ static llm_token *llm__cache_tokens(const llm__cache *cache, int seq) {
     return cache->tokens + (size_t)seq * (size_t)cache->n_ctx;
 }
 
-/* Does appending to this sequence begin by copying its last block? */
+/* True if appending to this sequence must first copy its last block. */
 static bool llm__cache_must_copy(const llm__cache *cache, int seq) {
     int length = cache->lengths[seq];
     return length % LLM_BLOCK && cache->n_users[llm__cache_table(cache, seq)[length / LLM_BLOCK]] > 1;
 }
 
-/* Blocks that appending n tokens takes from the free ones. */
+/* Number of free blocks that appending n tokens takes. */
 static int llm__cache_needs(const llm__cache *cache, int seq, int n) {
     int length = cache->lengths[seq];
     return llm__cache_blocks_for(length + n) - llm__cache_blocks_for(length) + (n && llm__cache_must_copy(cache, seq));
@@ -7587,32 +8071,58 @@ static int llm__cache_needs(const llm__cache *cache, int seq, int n) {
 static int llm__cache_take(llm__cache *cache) {
     int block = cache->free_blocks[--cache->n_free];
     cache->n_users[block] = 1;
+    cache->origins[block] = -1;
     return block;
 }
 
+/* From position `place` on a block becomes another one: what was copied of that is no longer the same. */
+static void llm__cache_change(llm__cache *cache, int block, int place) {
+    if (place < cache->n_copied[block]) cache->n_copied[block] = place;
+    if (place >= cache->n_lent[block]) return;
+    cache->n_lent[block] = place;
+    for (int i = 0; i < cache->n_blocks; i++)
+        if (cache->origins[i] == block && cache->n_copied[i] > place) cache->n_copied[i] = place;
+}
+
 static void llm__cache_drop(llm__cache *cache, int block) {
-    if (--cache->n_users[block] == 0) cache->free_blocks[cache->n_free++] = block;
+    if (--cache->n_users[block]) return;
+    llm__cache_change(cache, block, 0);
+    cache->origins[block] = -1;
+    cache->free_blocks[cache->n_free++] = block;
 }
 
+/* A sequence that is cut back to what it shared before it went on shares it again, and its own block is free. */
 static void llm__cache_truncate(llm__cache *cache, int seq, int length) {
+    int *table = llm__cache_table(cache, seq), last = length / LLM_BLOCK, place = length % LLM_BLOCK;
     for (int i = llm__cache_blocks_for(length); i < llm__cache_blocks_for(cache->lengths[seq]); i++)
-        llm__cache_drop(cache, llm__cache_table(cache, seq)[i]);
+        llm__cache_drop(cache, table[i]);
     cache->lengths[seq] = length;
+    int own = place ? table[last] : 0, origin = place ? cache->origins[own] : -1;
+    if (origin < 0 || place > cache->n_copied[own]) return;
+    table[last] = origin;
+    cache->n_users[origin]++;
+    llm__cache_drop(cache, own);
 }
 
-/* Puts an own block in the place of a shared last one; returns the shared one, from which to copy, or -1. */
+/* Replaces a shared last block by a block of its own. Returns the shared block, from which the caller copies, or -1 if
+   there is nothing to do. */
 static int llm__cache_unshare(llm__cache *cache, int seq) {
     if (!llm__cache_must_copy(cache, seq)) return -1;
+    int n = cache->lengths[seq] % LLM_BLOCK;
     int *place = &llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_BLOCK], shared = *place;
     *place = llm__cache_take(cache);
+    cache->origins[*place] = shared;
+    cache->n_copied[*place] = n;
+    if (cache->n_lent[shared] < n) cache->n_lent[shared] = n;
     llm__cache_drop(cache, shared);
     return shared;
 }
 
-/* Appends one token to a sequence whose last block is its own. Room was made sure of before. */
+/* Appends one token to a sequence whose last block is its own. The caller has checked that there is room. */
 static void llm__cache_append(llm__cache *cache, int seq, llm_token token) {
-    int at = cache->lengths[seq]++;
-    if (at % LLM_BLOCK == 0) llm__cache_table(cache, seq)[at / LLM_BLOCK] = llm__cache_take(cache);
+    int at = cache->lengths[seq]++, *block = &llm__cache_table(cache, seq)[at / LLM_BLOCK];
+    if (at % LLM_BLOCK == 0) *block = llm__cache_take(cache);
+    else llm__cache_change(cache, *block, at % LLM_BLOCK);
     llm__cache_tokens(cache, seq)[at] = token;
 }
 
@@ -7696,6 +8206,7 @@ typedef struct llm__cpu_context {
     llm__fwd_queries *all_queries, *last_queries; /* of all rows; of the rows whose logits are wanted */
     int n_all_queries, n_last_queries;
     const llm_pass *pass;
+    llm_pass own_pass; /* where it points: a callback may leave llm_forward while the other members still read it */
     bool cancelled;
 } llm__cpu_context;
 
@@ -7707,7 +8218,7 @@ static int llm__cache_n_planes(const llm__cpu_context *c) {
 }
 
 static uint8_t *llm__cache_plane(const llm__cpu_context *c, int plane, int block) {
-    const int some = LLM__CHUNK / LLM_BLOCK;
+    const int some = (int)LLM__CHUNK / (int)LLM_BLOCK;
     int first = block / some * some, n = c->desc.n_cache_blocks - first < some ? c->desc.n_cache_blocks - first : some;
     size_t at = (size_t)first * (size_t)llm__cache_n_planes(c) + (size_t)plane * (size_t)n + (size_t)(block - first);
     return c->cache + at * c->cache_block_bytes;
@@ -7929,6 +8440,12 @@ static llm__fwd_rows llm__fwd_norm_rows(llm__team_worker *w, const llm__cpu_cont
     return own;
 }
 
+/* The cache's block for row r. */
+static int llm__fwd_pass_block(const llm_pass *pass, int r) {
+    const int *table = pass->blocks + (size_t)pass->seqs[r] * (size_t)pass->blocks_per_seq;
+    return table[pass->positions[r] / LLM_BLOCK];
+}
+
 /* Zeros in a block of all layers: what is not stored there yet is multiplied by 0, which must not meet a NaN. */
 static void llm__cache_clear_block(const llm__cpu_context *c, int block) {
     for (int plane = 0; plane < llm__cache_n_planes(c); plane++)
@@ -7951,8 +8468,7 @@ static void llm__fwd_embed_rows(llm__team_worker *w, const llm__cpu_context *c) 
     for (int r; (r = llm__team_take(w, pass->n_rows)) >= 0;) {
         float *x = c->x + (size_t)r * c->x_stride;
         int at = pass->positions[r];
-        if (at % LLM_BLOCK == 0 && !llm__fwd_fills_block(c, r))
-            llm__cache_clear_block(c, pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK]);
+        if (at % LLM_BLOCK == 0 && !llm__fwd_fills_block(c, r)) llm__cache_clear_block(c, llm__fwd_pass_block(pass, r));
         llm__matrix_get_row(m, (size_t)pass->tokens[r], x);
         for (size_t i = (size_t)r * half, j = 0; j < half; i++, j++) {
             llm__math_sincos(at * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
@@ -7985,7 +8501,8 @@ static void llm__cache_store_int8(const llm__cpu_context *c, uint8_t *tiles, boo
     size_t bytes = llm__matrix_tile_bytes(LLM__W_INT8, LLM_BLOCK);
     llm__cache_value_scales(c, tiles)[place] = llm__pack_quantize_row(from, n, q, 1);
     for (size_t d = 0; d < n; d++) ((int8_t *)tiles)[d / 16 * bytes + (size_t)place * 16 + d % 16] = q[d];
-    for (size_t i = 0; i < (size_t)c->head_stride; i++)
+    for (size_t i = 0; i < (size_t)c->head_stride && place == 0;
+         i++) /* the block's first position: others store theirs */
         ((float *)(void *)(tiles + i / 16 * bytes + LLM_BLOCK * 16))[i % 16] = 1;
 }
 
@@ -8049,7 +8566,7 @@ static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int
     const llm_pass *pass = c->pass;
     const llm_shape *s = &c->model->shape;
     int group = s->n_heads / s->n_kv_heads, key = s->n_heads + head, value = key + s->n_kv_heads;
-    int at = pass->positions[r], block = pass->blocks[pass->seqs[r] * pass->blocks_per_seq + at / LLM_BLOCK];
+    int at = pass->positions[r], block = llm__fwd_pass_block(pass, r);
     const float *row = c->qkv + (size_t)r * c->qkv_stride;
     if (queries) llm__rope_heads(c, index, layer, r, r, head * group, (head + 1) * group);
     llm__rope_heads(c, index, layer, r, r, key, key + 1);
@@ -8135,7 +8652,7 @@ static void llm__attn_values(const llm__cpu_context *c, const llm__attn_work *a,
     if (a->packed) {
         const uint8_t *weights = a->packed + (size_t)a->padded * stride * 2;
         for (int d = 0; d < c->head_stride; d += 32) {
-            const uint8_t *values[LLM__CHUNK / LLM_BLOCK];
+            const uint8_t *values[(int)LLM__CHUNK / (int)LLM_BLOCK];
             for (int i = 0; i < n; i++)
                 values[i] = llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile;
             llm__kernel_tile_product p = {weights, a->padded / 16, n,    values, tile, n,    2,     part + d,
@@ -8441,20 +8958,34 @@ static void llm__fwd_score_rows(llm__team_worker *w, const llm__cpu_context *c, 
     llm__team_finish(w);
 }
 
-/* All know of it after the next phase. */
-static void llm__fwd_poll_cancel(const llm__team_worker *w, llm__cpu_context *c) {
-    if (w->index == 0) c->cancelled = c->pass->cancel && c->pass->cancel(c->pass->cancel_user);
+/* A thread's settings for computing; returns what they were. */
+static uint64_t llm__kernels_enter(const llm__kernels *kernels) {
+    uint64_t mode = llm__fpu_enter();
+    if (kernels->tiles_enter) kernels->tiles_enter();
+    return mode;
+}
+
+static void llm__kernels_leave(const llm__kernels *kernels, uint64_t mode) {
+    if (kernels->tiles_leave) kernels->tiles_leave();
+    llm__fpu_leave(mode);
+}
+
+/* All know of it after the next phase. The host's function, which may leave by an exception, runs in its own settings. */
+static void llm__fwd_poll_cancel(const llm__team_worker *w, llm__cpu_context *c, uint64_t mode) {
+    if (w->index || !c->pass->cancel) return;
+    llm__kernels_leave(c->model->kernels, mode);
+    c->cancelled = c->pass->cancel(c->pass->cancel_user);
+    llm__kernels_enter(c->model->kernels);
 }
 
 static void llm__fwd_task(void *arg, int index) {
     llm__cpu_context *c = (llm__cpu_context *)arg;
-    llm__team_worker worker = {c->team, index, 0}, *w = &worker;
+    llm__team_worker worker = {c->team, index, 0, 0}, *w = &worker;
     const llm__cpu_model *m = c->model;
     const int *rows = c->all_rows;
     int n = c->pass->n_rows;
-    uint64_t mode = llm__fpu_enter();
-    if (m->kernels->tiles_enter) m->kernels->tiles_enter();
-    llm__fwd_poll_cancel(w, c);
+    uint64_t mode = llm__kernels_enter(m->kernels);
+    llm__fwd_poll_cancel(w, c, mode);
     llm__fwd_embed_rows(w, c);
     for (int i = 0; i < m->shape.n_layers && n && !c->cancelled; i++) {
         const llm__cpu_layer *layer = &m->layers[i];
@@ -8475,7 +9006,7 @@ static void llm__fwd_task(void *arg, int index) {
         in = llm__fwd_norm_rows(w, c, layer->ffn_norm, &layer->gate_up, n);
         llm__linear(w, c, &layer->gate_up, &in, n, LLM__SWIGLU, c->ffn.x, c->ffn.stride);
         in = llm__fwd_prepare_rows(w, c, &layer->down, &c->ffn, n, true);
-        llm__fwd_poll_cancel(w, c);
+        llm__fwd_poll_cancel(w, c, mode);
         llm__linear(w, c, &layer->down, &in, n, LLM__ADD, c->x, c->x_stride);
     }
     if (n && !c->cancelled) {
@@ -8484,8 +9015,7 @@ static void llm__fwd_task(void *arg, int index) {
         if (c->pass->n_targets) llm__fwd_score_rows(w, c, n);
         else llm__linear(w, c, &m->head, &in, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
     }
-    if (m->kernels->tiles_leave) m->kernels->tiles_leave();
-    llm__fpu_leave(mode);
+    llm__kernels_leave(m->kernels, mode);
 }
 
 /* Cuts a list of rows into runs of one sequence that fit LLM__QUERY_ROWS; returns how many. */
@@ -8505,12 +9035,21 @@ static int llm__fwd_group_queries(const llm__cpu_context *c, const int *rows, in
 
 static llm_status llm__cpu_forward(void *context, const llm_pass *pass, llm_error *err) {
     llm__cpu_context *c = (llm__cpu_context *)context;
-    c->pass = pass;
+    c->own_pass = *pass;
+    c->pass = &c->own_pass;
     c->cancelled = false;
     c->n_all_queries = llm__fwd_group_queries(c, c->all_rows, pass->n_rows, c->all_queries);
     c->n_last_queries = llm__fwd_group_queries(c, pass->logit_rows, pass->n_logits, c->last_queries);
     llm__team_run(c->team, llm__fwd_task, c);
     return c->cancelled ? llm__error(err, LLM_ERROR_CANCELLED, "the forward pass was cancelled") : LLM_OK;
+}
+
+/* Where a callback left a pass, the other members wait at the next barrier: they are let go. */
+static void llm__cpu_end_pass(llm__team *team) {
+    if (!team->running || team->task != llm__fwd_task) return;
+    ((llm__cpu_context *)team->arg)->cancelled = true;
+    llm__team_barrier(team);
+    llm__team_wait(team);
 }
 
 static const float *llm__cpu_logits(void *context, int i) {
@@ -8562,9 +9101,9 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
 typedef struct llm__cpu_sizes {
     size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, most_groups, n_parts, partial_floats;
     size_t panel_floats, tile_bytes; /* of each thread, see llm__cpu_context; or 0 */
-    size_t ffn_floats;               /* rows of c->ffn that are there as floats */
+    size_t ffn_floats;               /* rows of c->ffn that are there as floats: what does not go by panels */
     size_t n_rows;                   /* of c->normed, and of sums: a batch, or a single row for each thread */
-    int head_stride, n_partials;
+    int head_stride, n_partials, panel_rows;
     bool panels;
 } llm__cpu_sizes;
 
@@ -8591,7 +9130,8 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
     z.partial_floats = (size_t)llm__attn_padded_queries(few) * (size_t)(z.head_stride + 2);
     z.n_partials = d->n_threads > 1 && chunks > 1 ? chunks * s->n_kv_heads : 0;
     z.panels = kernels->panel && llm__cpu_rounds_rows(d->dtype);
-    z.ffn_floats = z.panels ? (size_t)LLM__EXACT_ROWS : (size_t)d->n_batch;
+    z.panel_rows = d->dtype == LLM_DTYPE_INT4 ? LLM__EXACT_ROWS + 1 : kernels->panel_rows;
+    z.ffn_floats = (size_t)(z.panels && z.panel_rows <= d->n_batch ? z.panel_rows - 1 : d->n_batch);
     z.n_rows = (size_t)(d->n_batch > d->n_threads ? d->n_batch : d->n_threads);
     if (n_batch > LLM__PANEL_ROWS) n_batch = LLM__PANEL_ROWS;
     z.panel_floats = z.panels ? n_batch * LLM__PANEL_TILES * 16 : 0;
@@ -8604,7 +9144,7 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_shape *s, const llm_backend_
 }
 
 static uint64_t llm__cpu_scratch_bytes(const llm_shape *s, const llm_backend_desc *d) {
-    llm__cpu_sizes z = llm__cpu_find_sizes(s, d, llm__kernels_choose(NULL));
+    llm__cpu_sizes z = llm__cpu_find_sizes(s, d, llm__kernels_choose(d->isa));
     uint64_t n_batch = (uint64_t)d->n_batch, n_threads = (uint64_t)d->n_threads,
              row = z.x_stride + z.qkv_stride + z.attention_stride + (uint64_t)s->rope_dim + 2 * z.n_parts + 5,
              packed =
@@ -8669,7 +9209,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     if (z.panels) {
         c->panels = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.panel_floats, sizeof(float));
         c->panel_floats = z.panel_floats;
-        c->panel_rows = c->desc.dtype == LLM_DTYPE_INT4 ? LLM__EXACT_ROWS + 1 : c->model->kernels->panel_rows;
+        c->panel_rows = z.panel_rows;
     }
     c->tiles = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_threads * z.tile_bytes, 1);
     c->tile_bytes = z.tile_bytes;
@@ -8699,6 +9239,7 @@ static llm_status llm__cpu_context_create(void **out, void *model, const llm_bac
 
 static void llm__cpu_context_free(void *context) {
     if (!context) return;
+    llm__cpu_end_pass(((llm__cpu_context *)context)->team);
     llm__pool pool = ((llm__cpu_context *)context)->pool;
     llm__pool_free(&pool);
 }
@@ -8724,7 +9265,7 @@ static void llm__cpu_bandwidth_matrix(llm__team_worker *w, llm__cpu_bandwidth_ar
 static void llm__cpu_bandwidth_task(void *arg, int index) {
     llm__cpu_bandwidth_args *a = (llm__cpu_bandwidth_args *)arg;
     const llm__cpu_model *m = a->context->model;
-    llm__team_worker worker = {a->context->team, index, 0}, *w = &worker;
+    llm__team_worker worker = {a->context->team, index, 0, 0}, *w = &worker;
     for (int i = 0; i < m->shape.n_layers; i++) {
         llm__cpu_bandwidth_matrix(w, a, &m->layers[i].qkv);
         llm__cpu_bandwidth_matrix(w, a, &m->layers[i].attention_out);
@@ -8785,7 +9326,7 @@ static double llm__cpu_measure_flops(void *context) {
     for (int i = 0; i < 4; i++) {
         double before = llm__clock_now();
         llm__team_run(c->team, llm__cpu_multiply_task, &args);
-        double rate = round * LLM__MULTIPLY_ROUNDS * c->team->n / (llm__clock_now() - before);
+        double rate = round * (double)LLM__MULTIPLY_ROUNDS * c->team->n / (llm__clock_now() - before);
         if (rate > best) best = rate;
     }
     return best;
@@ -9033,6 +9574,7 @@ static void llm__model_walk_weight(llm__model_walk *walk, llm_weight_kind kind, 
     llm_weight w =
         llm__model_make_weight(env, walk->ck, walk->h, &source, kind, layer, llm__model_weight_cols(walk->h, kind));
     uint8_t *brought[3] = {NULL, NULL, NULL};
+    size_t n_read = 0;
     bool vector = w.rows == 1 || w.cols == 1;
     uint64_t bytes = vector ? (uint64_t)w.rows * (uint64_t)w.cols * 4 : walk->backend->weight_bytes(walk->dtype, &w);
     walk->n_params += (uint64_t)w.rows * (uint64_t)w.cols;
@@ -9041,10 +9583,18 @@ static void llm__model_walk_weight(llm__model_walk *walk, llm_weight_kind kind, 
     if (!walk->visit) return;
     for (int i = 0; i < source.n_parts; i++) {
         brought[i] = llm__tensor_bytes(env, &source.parts[i]);
+        llm__file_advise(source.parts[i].file, source.parts[i].data, source.parts[i].rows * source.parts[i].row_bytes,
+                         false);
         walk->fingerprint = llm__model_sample_tensor(walk->fingerprint, &source.parts[i]);
     }
+    source.n_read = &n_read;
     walk->visit(walk, &w);
-    for (int i = 0; i < source.n_parts; i++) llm__free(env->pool, brought[i]);
+    for (int i = 0; i < source.n_parts; i++) {
+        if (!brought[i])
+            llm__file_advise(source.parts[i].file, source.parts[i].data,
+                             source.parts[i].rows * source.parts[i].row_bytes, true);
+        llm__free(env->pool, brought[i]);
+    }
 }
 
 static void llm__model_walk_weights(llm__model_walk *walk) {
@@ -9221,7 +9771,7 @@ LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_m
         if (args.device) args.backend->close(args.device);
         llm__pool_free(&pool);
     }
-    return status;
+    return llm__error_done(err, status);
 }
 
 LLM_API void llm_model_free(llm_model *model) {
@@ -9262,12 +9812,21 @@ struct llm_context {
     int *batch_index;          /* [n_batch] which of the batch's tokens a row's logits answer, -1: not wanted */
     int *n_new;                /* [n_seq] tokens the batch brings to each sequence */
     int *first_row;            /* [n_seq + 1] where the sequence's rows begin */
-    int *old_lengths;          /* [n_seq] to go back to */
+    int *old_lengths;          /* [n_seq] to go back to if what is under way fails, see `unsettled` */
     int *logits_of;            /* [n_logits or n_batch] the batch's token each row of logits belongs to */
     int n_logits;              /* rows of logits there are now */
     llm__ctx_targets *targets; /* of a batch that is scored, which is a single pass; NULL: logits are wanted */
     float *probabilities;      /* [n_vocab padded to 16] for the sampler */
     llm_token *candidates;     /* [n_vocab] likewise */
+    float *maxima;             /* [n_vocab / LLM__MAX_RUN, rounded up] likewise */
+    /* The call under way. A callback may leave it by longjmp or a C++ exception; the next call then ends it first. */
+    llm__pool work;           /* what it allocates */
+    uintptr_t callback;       /* the frame that called the host; 0: none */
+    bool unsettled;           /* sequences are longer than what is sure of them */
+    int burst_seq, burst_end; /* a burst has places in this sequence up to here; 0: there is none */
+    llm_context *borrower;    /* a draft that is using the cache, or NULL */
+    bool (*cancel)(void *user);
+    void *cancel_user;
 };
 
 static llm_context_desc llm__ctx_defaults(llm__env *env, const llm_model_info *info, const llm_backend *backend,
@@ -9277,7 +9836,10 @@ static llm_context_desc llm__ctx_defaults(llm__env *env, const llm_model_info *i
     if (desc) d = *desc;
     if (d.n_ctx < 0 || d.n_seq < 0 || d.n_cache < 0 || d.n_batch < 0 || d.n_logits < 0 || d.n_threads < 0 ||
         d.n_threads > 1024)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is negative or absurd");
+        llm__fail(env, LLM_ERROR_ARGUMENT,
+                  "llm_context_desc: a number is negative, or n_threads is above 1024: n_ctx %d, n_seq %d, n_cache %d, "
+                  "n_batch %d, n_logits %d, n_threads %d",
+                  d.n_ctx, d.n_seq, d.n_cache, d.n_batch, d.n_logits, d.n_threads);
     if (!d.n_ctx) d.n_ctx = info->n_ctx_train < 4096 ? info->n_ctx_train : 4096;
     if (!d.n_seq) d.n_seq = 1;
     if (!d.n_batch) d.n_batch = 512;
@@ -9287,7 +9849,9 @@ static llm_context_desc llm__ctx_defaults(llm__env *env, const llm_model_info *i
     if (d.cache_dtype != LLM_DTYPE_F32 && d.cache_dtype != LLM_DTYPE_BF16 && d.cache_dtype != LLM_DTYPE_INT8)
         llm__fail(env, LLM_ERROR_ARGUMENT, "cache_dtype is %d, which no cache can have", (int)d.cache_dtype);
     if (d.n_ctx > 1 << 28 || d.n_seq > 1 << 20 || d.n_batch > 1 << 20 || d.n_logits > 1 << 20)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_context_desc is absurdly large");
+        llm__fail(env, LLM_ERROR_ARGUMENT,
+                  "llm_context_desc: n_ctx is %d (at most 2^28), n_seq %d, n_batch %d, n_logits %d (at most 2^20)",
+                  d.n_ctx, d.n_seq, d.n_batch, d.n_logits);
     uint64_t n_cache =
         d.n_cache ? (uint64_t)d.n_cache : (uint64_t)llm__cache_blocks_for(d.n_ctx) * LLM_BLOCK * (uint64_t)d.n_seq;
     if (n_cache > 1 << 30)
@@ -9310,7 +9874,7 @@ static void llm__ctx_defaults_body(llm__env *env, void *arg) {
     *a->out = llm__ctx_defaults(env, a->info, a->backend, a->model_host, a->desc);
 }
 
-static llm_backend_desc llm__ctx_backend_desc(const llm_context_desc *d, llm_dtype dtype) {
+static llm_backend_desc llm__ctx_backend_desc(const llm_context_desc *d, llm_dtype dtype, const char *isa) {
     llm_backend_desc b;
     memset(&b, 0, sizeof b);
     b.n_seq = d->n_seq;
@@ -9320,6 +9884,7 @@ static llm_backend_desc llm__ctx_backend_desc(const llm_context_desc *d, llm_dty
     b.n_logits = d->n_logits;
     b.n_threads = d->n_threads;
     b.dtype = dtype;
+    b.isa = isa;
     b.cache_dtype = d->cache_dtype;
     b.parallel = d->parallel;
     b.host = d->host;
@@ -9342,9 +9907,10 @@ static void llm__ctx_body(llm__env *env, void *arg) {
     llm_context_desc d = args->desc;
     size_t n_batch = (size_t)d.n_batch, n_seq = (size_t)d.n_seq,
            n_rows = (size_t)(d.n_logits > d.n_batch ? d.n_logits : d.n_batch);
+    llm__pool_init(&ctx->work, &d.host);
     ctx->model = model;
     ctx->desc = d;
-    ctx->backend_desc = llm__ctx_backend_desc(&d, model->info.dtype);
+    ctx->backend_desc = llm__ctx_backend_desc(&d, model->info.dtype, model->info.isa);
     ctx->backend_desc.lender = args->lender ? args->lender->device : NULL;
     ctx->backend_desc.share_cache = args->share_cache;
     if (!args->share_cache) llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
@@ -9359,6 +9925,7 @@ static void llm__ctx_body(llm__env *env, void *arg) {
     ctx->old_lengths = (int *)llm__alloc(env, n_seq, sizeof(int));
     ctx->probabilities = (float *)llm__alloc(env, (size_t)llm__math_round_up(model->shape.n_vocab, 16), sizeof(float));
     ctx->candidates = (llm_token *)llm__alloc(env, (size_t)model->shape.n_vocab, sizeof(llm_token));
+    ctx->maxima = (float *)llm__alloc(env, (size_t)model->shape.n_vocab / LLM__MAX_RUN + 1, sizeof(float));
     llm_status status = model->backend->context_create(&args->device, model->device, &ctx->backend_desc, env->err);
     if (status) {
         env->status = status;
@@ -9398,21 +9965,95 @@ static llm_status llm__ctx_create(llm_context **out, const llm_model *model, con
 LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
                                       llm_error *err) {
     if (!out || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out or model is NULL");
-    return llm__ctx_create(out, model, desc, NULL, false, err);
+    return llm__error_done(err, llm__ctx_create(out, model, desc, NULL, false, err));
 }
 
 LLM_API void llm_context_free(llm_context *ctx) {
     if (!ctx) return;
     llm__pool pool = ctx->pool;
     ctx->model->backend->context_free(ctx->device);
+    llm__pool_free(&ctx->work);
     llm__pool_free(&pool);
 }
 
 LLM_API const llm_model *llm_context_model(const llm_context *ctx) { return ctx->model; }
 LLM_API int llm_context_n_ctx(const llm_context *ctx) { return ctx->desc.n_ctx; }
-LLM_API int llm_context_n_threads(const llm_context *ctx) { return ctx->desc.n_threads; }
-LLM_API double llm_measure_bandwidth(llm_context *ctx) { return ctx->model->backend->measure_bandwidth(ctx->device); }
-LLM_API double llm_measure_flops(llm_context *ctx) { return ctx->model->backend->measure_flops(ctx->device); }
+LLM_API int llm_context_n_threads(const llm_context *ctx) {
+    if (ctx->model->backend != &llm__cpu_backend) return ctx->desc.n_threads;
+    return ((llm__cpu_context *)ctx->device)->team->n;
+}
+
+/* ---- Calls of the host, and from it ---- */
+
+/* Stands around each call of a host's function that has the context at hand. */
+LLM__NOINLINE static void llm__ctx_begin_callback(llm_context *ctx) {
+    ctx->callback = (uintptr_t)__builtin_frame_address(0);
+}
+
+static void llm__ctx_end_callback(llm_context *ctx) { ctx->callback = 0; }
+
+static bool llm__ctx_poll_host(void *user) {
+    llm_context *ctx = (llm_context *)user;
+    llm__ctx_begin_callback(ctx);
+    bool stop = ctx->cancel(ctx->cancel_user);
+    llm__ctx_end_callback(ctx);
+    return stop;
+}
+
+/* Back to what is sure of the sequences. */
+static void llm__ctx_roll_back(llm_context *ctx) {
+    if (!ctx->unsettled) return;
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++) llm__cache_truncate(&ctx->cache, seq, ctx->old_lengths[seq]);
+    ctx->unsettled = false;
+    ctx->n_logits = 0;
+}
+
+/* Gives back the places of a burst that hold no known token. */
+static void llm__ctx_end_burst(llm_context *ctx) {
+    if (!ctx->burst_end) return;
+    int known = ctx->cache.lengths[ctx->burst_seq];
+    ctx->cache.lengths[ctx->burst_seq] = ctx->burst_end;
+    llm__cache_truncate(&ctx->cache, ctx->burst_seq, known);
+    ctx->burst_end = 0;
+    ctx->n_logits = 0; /* they are those of a later token */
+}
+
+/* Ends what a callback, or an allocator, did not return to. */
+static void llm__ctx_settle(llm_context *ctx) {
+    llm_context *borrower = ctx->borrower;
+    if (ctx->model->backend == &llm__cpu_backend) llm__cpu_end_pass(((llm__cpu_context *)ctx->device)->team);
+    ctx->callback = 0;
+    ctx->targets = NULL;
+    ctx->borrower = NULL;
+    if (borrower) {
+        llm__ctx_settle(borrower);
+        ctx->cache = borrower->cache;
+    }
+    llm__ctx_end_burst(ctx);
+    llm__ctx_roll_back(ctx);
+    llm__pool_free(&ctx->work);
+}
+
+/* What begins every public function that works with a context; `frame` is its own. One that a callback calls stands below
+   the callback's; one that stands above shows that the callback never returned. Otherwise nothing is written, for several
+   threads may save sequences of one context. */
+static llm_status llm__ctx_enter(llm_context *ctx, const void *frame, llm_error *err) {
+    if (ctx->callback && (uintptr_t)frame <= ctx->callback)
+        return llm__error(err, LLM_ERROR_ARGUMENT,
+                          "the context was used inside one of its own callbacks, which must return first");
+    if (ctx->callback || ctx->unsettled || ctx->targets || ctx->work.blocks) llm__ctx_settle(ctx);
+    return LLM_OK;
+}
+
+#define LLM__ENTER(ctx, err) llm__ctx_enter(ctx, __builtin_frame_address(0), err)
+
+LLM_API double llm_measure_bandwidth(llm_context *ctx) {
+    return LLM__ENTER(ctx, NULL) ? 0 : ctx->model->backend->measure_bandwidth(ctx->device);
+}
+
+LLM_API double llm_measure_flops(llm_context *ctx) {
+    return LLM__ENTER(ctx, NULL) ? 0 : ctx->model->backend->measure_flops(ctx->device);
+}
 
 typedef struct llm__ctx_estimate_args {
     const char *path;
@@ -9430,7 +10071,7 @@ static void llm__ctx_estimate_body(llm__env *env, void *arg) {
     const llm_shape *shape = &plan.shape;
     llm__model_fill_info(&info, &plan.h, &plan.walk);
     llm_context_desc c = llm__ctx_defaults(env, &info, desc.backend, &desc.host, args->context_desc);
-    llm_backend_desc b = llm__ctx_backend_desc(&c, desc.dtype);
+    llm_backend_desc b = llm__ctx_backend_desc(&c, desc.dtype, desc.isa);
     args->out->weights = plan.walk.weight_bytes;
     args->out->cache = (uint64_t)b.n_cache_blocks * desc.backend->block_bytes(shape, b.cache_dtype);
     args->out->scratch = desc.backend->scratch_bytes(shape, &b) + (uint64_t)shape->n_vocab * 8 +
@@ -9450,7 +10091,7 @@ LLM_API llm_status llm_memory_estimate(const char *path, const llm_model_desc *m
     llm__env_init(&env, &pool, err, path);
     llm_status status = llm__env_run(&env, llm__ctx_estimate_body, &args);
     llm__pool_free(&pool);
-    return status;
+    return llm__error_done(err, status);
 }
 
 /* ---- Sequences ---- */
@@ -9461,7 +10102,8 @@ static llm_status llm__ctx_check_seq(const llm_context *ctx, int seq, llm_error 
 }
 
 LLM_API int llm_seq_length(const llm_context *ctx, int seq) {
-    return llm__ctx_check_seq(ctx, seq, NULL) ? 0 : ctx->cache.lengths[seq];
+    if (llm__ctx_check_seq(ctx, seq, NULL)) return 0;
+    return ctx->unsettled ? ctx->old_lengths[seq] : ctx->cache.lengths[seq];
 }
 
 LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq) {
@@ -9469,25 +10111,27 @@ LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq) {
 }
 
 LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_error *err) {
-    llm_status status = llm__ctx_check_seq(ctx, seq, err);
+    llm_status status = LLM__ENTER(ctx, err);
+    if (!status) status = llm__ctx_check_seq(ctx, seq, err);
     if (status) return status;
     if (length < 0 || length > ctx->cache.lengths[seq])
         return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; it cannot be cut to %d", seq,
                           ctx->cache.lengths[seq], length);
     llm__cache_truncate(&ctx->cache, seq, length);
-    return LLM_OK;
+    return llm__error_done(err, LLM_OK);
 }
 
 LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int length, llm_error *err) {
-    llm_status status = llm__ctx_check_seq(ctx, seq, err);
+    llm_status status = LLM__ENTER(ctx, err);
+    if (!status) status = llm__ctx_check_seq(ctx, seq, err);
     if (!status) status = llm__ctx_check_seq(ctx, parent, err);
     if (status) return status;
     if (length < 0 || length > ctx->cache.lengths[parent])
         return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; there is no fork at %d", parent,
                           ctx->cache.lengths[parent], length);
-    if (seq == parent) return llm_seq_truncate(ctx, seq, length, err);
-    llm__cache_fork(&ctx->cache, seq, parent, length);
-    return LLM_OK;
+    if (seq == parent) llm__cache_truncate(&ctx->cache, seq, length);
+    else llm__cache_fork(&ctx->cache, seq, parent, length);
+    return llm__error_done(err, LLM_OK);
 }
 
 /* A saved sequence: this, then its tokens, then its blocks as the backend keeps them. */
@@ -9512,7 +10156,8 @@ LLM_API size_t llm_seq_save_size(const llm_context *ctx, int seq) {
 }
 
 LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, size_t size, llm_error *err) {
-    llm_status status = llm__ctx_check_seq(ctx, seq, err);
+    llm_status status = LLM__ENTER((llm_context *)(uintptr_t)ctx, err); /* not const if a call is to be ended */
+    if (!status) status = llm__ctx_check_seq(ctx, seq, err);
     if (status) return status;
     int length = ctx->cache.lengths[seq];
     size_t needed = llm__seq_saved_size(ctx, (size_t)length),
@@ -9535,7 +10180,7 @@ LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, s
     }
     head.hash = llm__hash_fnv(0, (const uint8_t *)buffer + sizeof head, needed - sizeof head);
     memcpy(buffer, &head, sizeof head);
-    return LLM_OK;
+    return llm__error_done(err, LLM_OK);
 }
 
 static llm_status llm__seq_check_saved(const llm_context *ctx, int seq, const void *buffer, size_t size,
@@ -9563,7 +10208,8 @@ static llm_status llm__seq_check_saved(const llm_context *ctx, int seq, const vo
 
 LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer, size_t size, llm_error *err) {
     llm__seq_saved head;
-    llm_status status = llm__ctx_check_seq(ctx, seq, err);
+    llm_status status = LLM__ENTER(ctx, err);
+    if (!status) status = llm__ctx_check_seq(ctx, seq, err);
     if (!status) status = llm__seq_check_saved(ctx, seq, buffer, size, &head, err);
     if (status) return status;
     const uint8_t *at = (const uint8_t *)buffer + sizeof head;
@@ -9580,7 +10226,7 @@ LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer
     for (int i = 0; i < llm__cache_blocks_for((int)head.length) && !status; i++, at += block)
         status = ctx->model->backend->write_block(ctx->device, llm__cache_table(&ctx->cache, seq)[i], at, err);
     if (status) llm__cache_truncate(&ctx->cache, seq, 0);
-    return status;
+    return llm__error_done(err, status);
 }
 
 /* ---- llm_forward ---- */
@@ -9685,8 +10331,7 @@ static void llm__ctx_place_targets(llm_context *ctx, llm_pass *pass) {
     pass->log_probs = t->log_probs;
 }
 
-static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *batch, bool (*cancel)(void *user),
-                                          void *user, llm_error *err) {
+static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *batch, bool keep, llm_error *err) {
     const llm_backend *backend = ctx->model->backend;
     for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
         int shared = ctx->n_new[seq] ? llm__cache_unshare(&ctx->cache, seq) : -1;
@@ -9699,32 +10344,38 @@ static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *bat
         llm_pass pass;
         int n = batch->n_tokens - first < ctx->desc.n_batch ? batch->n_tokens - first : ctx->desc.n_batch;
         llm__ctx_build_pass(ctx, batch, first, n, &pass);
-        pass.cancel = cancel;
-        pass.cancel_user = user;
+        pass.cancel = ctx->cancel ? llm__ctx_poll_host : NULL;
+        pass.cancel_user = ctx;
         if (ctx->targets) llm__ctx_place_targets(ctx, &pass);
         if (ctx->targets && ctx->targets->count_only) continue;
         llm_status status = backend->forward(ctx->device, &pass, err);
         if (status) return status;
+        if (keep) memcpy(ctx->old_lengths, ctx->cache.lengths, (size_t)ctx->desc.n_seq * sizeof(int));
     }
     return LLM_OK;
 }
 
-static llm_status llm__ctx_forward(llm_context *ctx, const llm_batch *batch, bool (*cancel)(void *user), void *user,
-                                   llm_error *err) {
+/* `keep`: if it fails, what the passes before computed stays in the sequences. */
+static llm_status llm__ctx_forward(llm_context *ctx, const llm_batch *batch, bool keep, bool (*cancel)(void *user),
+                                   void *user, llm_error *err) {
     llm_status status = llm__ctx_check_batch(ctx, batch, err);
     if (status) return status;
     memcpy(ctx->old_lengths, ctx->cache.lengths, (size_t)ctx->desc.n_seq * sizeof(int));
+    ctx->unsettled = true;
     ctx->n_logits = 0;
-    status = llm__ctx_forward_passes(ctx, batch, cancel, user, err);
-    if (!status) return LLM_OK;
-    for (int seq = 0; seq < ctx->desc.n_seq; seq++) llm__cache_truncate(&ctx->cache, seq, ctx->old_lengths[seq]);
-    ctx->n_logits = 0;
+    ctx->cancel = cancel;
+    ctx->cancel_user = user;
+    status = llm__ctx_forward_passes(ctx, batch, keep, err);
+    if (status) llm__ctx_roll_back(ctx);
+    ctx->unsettled = false;
     return status;
 }
 
 LLM_API llm_status llm_forward(llm_context *ctx, const llm_batch *batch, llm_error *err) {
     if (!ctx || !batch) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or batch is NULL");
-    return llm__ctx_forward(ctx, batch, ctx->desc.cancel, ctx->desc.cancel_user, err);
+    llm_status status = LLM__ENTER(ctx, err);
+    if (status) return status;
+    return llm__error_done(err, llm__ctx_forward(ctx, batch, false, ctx->desc.cancel, ctx->desc.cancel_user, err));
 }
 
 LLM_API const float *llm_logits(const llm_context *ctx, int i) {
@@ -9744,23 +10395,31 @@ static void llm__sampler_apply_biases(float *logits, int n_vocab, const llm_samp
         if (s->biases[i].token >= 0 && s->biases[i].token < n_vocab) logits[s->biases[i].token] += s->biases[i].bias;
 }
 
+static bool llm__sampler_has_penalty(const llm_sampler *s) { return s->repeat_penalty > 0 && s->repeat_penalty != 1; }
+
 /* Once for each token, however often it stands in the window; `seen` [n_vocab] is scratch. */
-static void llm__sampler_apply_penalty(float *logits, int n_vocab, const llm_token *tokens, int n, const llm_sampler *s,
+static void llm__sampler_apply_penalty(float *logits, const llm_token *tokens, int n, const llm_sampler *s,
                                        llm_token *seen) {
-    int window = s->repeat_window > 0 ? s->repeat_window : 64;
-    if (s->repeat_penalty <= 0 || s->repeat_penalty == 1) return;
-    memset(seen, 0, (size_t)n_vocab * sizeof *seen);
-    for (int i = n > window ? n - window : 0; i < n; i++) {
+    int window = s->repeat_window > 0 ? s->repeat_window : 64, first = n > window ? n - window : 0;
+    for (int i = first; i < n; i++) seen[tokens[i]] = 0;
+    for (int i = first; i < n; i++) {
         float *logit = &logits[tokens[i]];
         if (seen[tokens[i]]++) continue;
         *logit = *logit > 0 ? *logit / s->repeat_penalty : *logit * s->repeat_penalty;
     }
 }
 
-static llm_token llm__sampler_argmax(const float *logits, int n) {
+/* The best token, the lower of equals; -1 if one of the logits is NaN. */
+static llm_token llm__sampler_argmax(const llm__kernels *kernels, const float *logits, int n, float *maxima) {
+    float largest = -INFINITY;
     int best = 0;
-    for (int i = 1; i < n; i++)
-        if (logits[i] > logits[best]) best = i;
+    if (!kernels->maxima(logits, n, maxima)) return -1;
+    for (int i = 0; i * LLM__MAX_RUN < n; i++) {
+        if (!(maxima[i] > largest)) continue;
+        largest = maxima[i];
+        best = i * LLM__MAX_RUN;
+    }
+    while (logits[best] != largest) best++;
     return best;
 }
 
@@ -9827,30 +10486,107 @@ static int llm__sampler_keep_likeliest(const float *p, llm_token *ids, int n_voc
     return kept;
 }
 
-/* The tokens that may be drawn, at the end of `ids` [n_vocab], the best as the last: their number, in *total their p. */
-static int llm__sampler_cut_candidates(const float *p, llm_token *ids, int n_vocab, llm_token best,
-                                       const llm_sampler *s, double sum, double *total) {
+/* Tokens that may be drawn, with p that sum to `total`. */
+typedef struct llm__sampler_choice {
+    float *p;            /* [n_vocab] */
+    llm_token *ids;      /* [n_vocab] they are the last n of these, the best is the last. Scratch if n is n_vocab */
+    const float *maxima; /* [n_vocab / LLM__MAX_RUN, rounded up] no p of a run is above */
+    int n_vocab, n;      /* 0: there is none, see `status` */
+    llm_token best;
+    double total;
+    llm_status status;
+} llm__sampler_choice;
+
+/* The i'th token of a choice, the best first where not all tokens are in it. */
+static llm_token llm__sampler_choice_id(const llm__sampler_choice *c, int i) {
+    return c->n == c->n_vocab ? i : c->ids[c->n_vocab - 1 - i];
+}
+
+/* Puts the tokens whose p is `least` or more at the end of ids, the best as the last, the others in order; returns how
+   many there are. */
+static int llm__sampler_gather(const llm__sampler_choice *c, float least) {
+    int n = 0;
+    for (int run = (c->n_vocab - 1) / LLM__MAX_RUN; run >= 0; run--) {
+        int first = run * LLM__MAX_RUN, end = first + LLM__MAX_RUN < c->n_vocab ? first + LLM__MAX_RUN : c->n_vocab;
+        if (c->maxima[run] < least) continue;
+        for (int i = end - 1; i >= first; i--) {
+            c->ids[c->n_vocab - 1 - n] = i;
+            n += c->p[i] >= least;
+        }
+    }
+    for (int i = c->n_vocab - n; i < c->n_vocab; i++)
+        if (c->ids[i] == c->best) llm__sampler_swap_ids(c->ids, i, c->n_vocab - 1);
+    return n;
+}
+
+/* A bound that at least n tokens reach, and not many more: at least n runs have a max that does. 0 if there are not so
+   many runs. */
+static float llm__sampler_bound_of(const llm__sampler_choice *c, int n) {
+    uint32_t bits = 0;
+    for (uint32_t bit = 1u << 30; bit >= 1u << 18; bit >>= 1) { /* floats above 0 are in order of their bits */
+        float bound = llm__f32_from_bits(bits | bit);
+        int n_runs = 0;
+        for (int run = 0; run * LLM__MAX_RUN < c->n_vocab; run++) n_runs += c->maxima[run] >= bound;
+        if (n_runs >= n) bits |= bit;
+    }
+    return llm__f32_from_bits(bits);
+}
+
+/* Gathers the most likely tokens: `most` of them or more, or as many as reach `mass` together, or all whose p is above 0
+   and `least` or more. Of a whole vocabulary most are much too unlikely, so the bound starts high. */
+static int llm__sampler_gather_likely(const llm__sampler_choice *c, int most, double mass, float least) {
+    float bound = most < c->n_vocab ? llm__sampler_bound_of(c, most) : mass < INFINITY ? c->p[c->best] / 1024 : least;
+    if (bound == 0) bound = c->p[c->best] / 1024;
+    if (least < FLT_MIN) least = FLT_MIN;
+    for (;; bound /= 1024) {
+        double sum = 0;
+        if (bound < least) bound = least;
+        int n = llm__sampler_gather(c, bound);
+        if (n >= most || bound == least) return n;
+        for (int i = c->n_vocab - n; i < c->n_vocab && mass < INFINITY; i++) sum += c->p[c->ids[i]];
+        if (sum > mass * (1 + 1e-12)) return n; /* in whatever order they are added */
+    }
+}
+
+/* The sum of all p, in eight parts, for one addition would wait for the other. */
+static double llm__sampler_total_of(const float *p, int n) {
+    double sums[8] = {0};
+    int i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) sums[j] += p[i + j];
+    for (; i < n; i++) sums[0] += p[i];
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+/* Leaves in a choice of all tokens, whose p sum to `sum`, those that may be drawn. */
+static void llm__sampler_cut_candidates(llm__sampler_choice *c, const llm_sampler *s, double sum) {
+    const float *p = c->p, best = p[c->best];
+    int n_vocab = c->n_vocab;
     bool by_k = s->top_k > 0 && s->top_k < n_vocab;
     bool by_p = s->top_p > 0 && s->top_p < 1;
-    int n = n_vocab;
-    for (int i = 0; i < n_vocab; i++) ids[i] = i;
-    llm__sampler_swap_ids(ids, best, n_vocab - 1);
-    if (by_k) n = llm__sampler_keep_likeliest(p, ids, n_vocab, n, s->top_k, INFINITY);
+    bool by_min = s->min_p > 0;
+    if (!by_k && !by_p && !by_min) {
+        c->total = llm__sampler_total_of(p, n_vocab);
+        return;
+    }
+    float least = by_min && !by_k ? s->min_p * best : 0;
+    if (least > best) least = best;
+    int n = llm__sampler_gather_likely(c, by_k ? s->top_k : n_vocab, by_p && !by_k ? (double)s->top_p * sum : INFINITY,
+                                       least);
+    if (by_k) n = llm__sampler_keep_likeliest(p, c->ids, n_vocab, n, s->top_k, INFINITY);
     if (by_k && by_p) { /* top-p counts within what top-k left */
         sum = 0;
-        for (int i = 1; i <= n; i++) sum += p[ids[n_vocab - i]];
+        for (int i = 1; i <= n; i++) sum += p[c->ids[n_vocab - i]];
     }
-    if (by_p) n = llm__sampler_keep_likeliest(p, ids, n_vocab, n, n, (double)s->top_p * sum);
-    int found = n;
-    n = 1;
-    *total = p[best];
-    for (int i = 2; i <= found; i++) {
-        float next = p[ids[n_vocab - i]];
-        if (s->min_p > 0 && next < (double)s->min_p * p[best]) continue;
-        *total += next;
-        llm__sampler_swap_ids(ids, n_vocab - i, n_vocab - ++n);
+    if (by_p) n = llm__sampler_keep_likeliest(p, c->ids, n_vocab, n, n, (double)s->top_p * sum);
+    c->n = 0;
+    c->total = 0;
+    for (int i = 1; i <= n; i++) {
+        float next = p[c->ids[n_vocab - i]];
+        if (by_min && next < (double)s->min_p * best && c->n) continue;
+        c->total += next;
+        llm__sampler_swap_ids(c->ids, n_vocab - i, n_vocab - ++c->n);
     }
-    return n;
 }
 
 /* A number in [0, 1) from the seed and a count (splitmix64: Steele, Lea and Flood 2014). */
@@ -9862,58 +10598,77 @@ static double llm__sampler_random(llm_sampler *s) {
 }
 
 /* The token at which, from the most likely on, the sum of p first exceeds the share `at` of the total. */
-static llm_token llm__sampler_draw(const float *p, llm_token *ids, int n_vocab, int n, double total, double at) {
-    llm_token best = ids[n_vocab - 1];
-    int kept = llm__sampler_keep_likeliest(p, ids, n_vocab, n, n, nextafter(at * total, INFINITY));
-    llm_token last = kept ? ids[n_vocab - kept] : best;
-    return p[last] > 0 ? last : best; /* rounding left a little over */
+static llm_token llm__sampler_draw(const llm__sampler_choice *c, double at) {
+    double mass = nextafter(at * c->total, INFINITY);
+    int n = c->n < c->n_vocab ? c->n : llm__sampler_gather_likely(c, c->n_vocab, mass, 0);
+    int kept = llm__sampler_keep_likeliest(c->p, c->ids, c->n_vocab, n, n, mass);
+    return kept ? c->ids[c->n_vocab - kept] : c->best; /* rounding left a little over */
 }
-
-/* Tokens that may be drawn, with p that sum to `total`. */
-typedef struct llm__sampler_choice {
-    const float *p; /* [n_vocab] */
-    llm_token *ids; /* [n_vocab] they are the last n of these, the best is the last */
-    int n_vocab, n;
-    double total;
-} llm__sampler_choice;
 
 static bool llm__sampler_is_greedy(const llm_sampler *sampler) { return !(sampler->temperature >= 1e-30f); }
 
+/* A choice of which this token is all. */
+static llm__sampler_choice llm__sampler_choose_one(llm__sampler_choice c, llm_token token) {
+    c.ids[c.n_vocab - 1] = c.best = token;
+    c.p[token] = 1;
+    c.n = 1;
+    c.total = 1;
+    return c;
+}
+
 /* What comes after `tokens`, by their logits; valid until the next choice in the context. */
 static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const float *logits, const llm_token *tokens,
-                                               int n_tokens, const llm_sampler *sampler) {
+                                               int n_tokens, const llm_sampler *sampler, llm_error *err) {
+    const llm__kernels *kernels = ctx->model->kernels;
     int n_vocab = ctx->model->shape.n_vocab;
-    float *p = ctx->probabilities, max, sum;
-    llm__sampler_choice choice = {p, ctx->candidates, n_vocab, 1, 1};
-    memcpy(p, logits, (size_t)n_vocab * sizeof *p);
-    llm__sampler_apply_biases(p, n_vocab, sampler);
-    llm__sampler_apply_penalty(p, n_vocab, tokens, n_tokens, sampler, ctx->candidates);
-    llm_token best = llm__sampler_argmax(p, n_vocab);
-    if (llm__sampler_is_greedy(sampler)) {
-        ctx->candidates[n_vocab - 1] = best;
+    float *p = ctx->probabilities;
+    llm__sampler_choice choice = {p, ctx->candidates, ctx->maxima, n_vocab, 0, 0, 0, LLM_OK};
+    if (sampler->n_biases > 0 && !sampler->biases) {
+        choice.status = llm__error(err, LLM_ERROR_ARGUMENT, "the sampler's n_biases is %d, but its biases are NULL",
+                                   sampler->n_biases);
         return choice;
     }
-    float top = p[best];
-    for (int j = 0; j < n_vocab; j++) p[j] -= top; /* so that no temperature makes infinities of two logits */
+    if (sampler->n_biases > 0 || llm__sampler_has_penalty(sampler)) {
+        logits = (const float *)memcpy(p, logits, (size_t)n_vocab * sizeof *p);
+        llm__sampler_apply_biases(p, n_vocab, sampler);
+        if (llm__sampler_has_penalty(sampler))
+            llm__sampler_apply_penalty(p, tokens, n_tokens, sampler, ctx->candidates);
+    }
+    choice.best = llm__sampler_argmax(kernels, logits, n_vocab, ctx->maxima);
+    float top = choice.best < 0 ? NAN : logits[choice.best];
+    if (choice.best < 0)
+        choice.status = llm__error(err, LLM_ERROR_FORMAT,
+                                   "after %d tokens a logit is not a number (NaN): the model's weights are damaged, or "
+                                   "a bias is NaN, or +INFINITY and -INFINITY meet",
+                                   n_tokens);
+    else if (top == -INFINITY)
+        choice.status =
+            llm__error(err, LLM_ERROR_ARGUMENT,
+                       "all tokens are forbidden after %d tokens: the sampler's biases are -INFINITY", n_tokens);
+    if (choice.status) return choice;
+    if (llm__sampler_is_greedy(sampler) || top == INFINITY) return llm__sampler_choose_one(choice, choice.best);
     uint64_t mode = llm__fpu_enter();
-    ctx->model->kernels->softmax(p, n_vocab, llm__math_round_up(n_vocab, 16), LLM__LOG2_E / sampler->temperature, false,
-                                 &max, &sum);
+    float sum = kernels->odds(logits, n_vocab, top, LLM__LOG2_E / sampler->temperature, p, ctx->maxima);
     llm__fpu_leave(mode);
-    choice.n = llm__sampler_cut_candidates(p, ctx->candidates, n_vocab, best, sampler, sum, &choice.total);
+    choice.n = n_vocab;
+    llm__sampler_cut_candidates(&choice, sampler, sum);
     return choice;
 }
 
 static llm_token llm__sampler_draw_choice(const llm__sampler_choice *c, llm_sampler *sampler) {
-    if (llm__sampler_is_greedy(sampler)) return c->ids[c->n_vocab - 1];
-    return llm__sampler_draw(c->p, c->ids, c->n_vocab, c->n, c->total, llm__sampler_random(sampler));
+    if (llm__sampler_is_greedy(sampler)) return c->best;
+    return llm__sampler_draw(c, llm__sampler_random(sampler));
 }
 
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler) {
     const float *logits = llm_logits(ctx, i);
-    if (!logits) return -1;
+    llm_sampler greedy;
+    memset(&greedy, 0, sizeof greedy);
+    if (!sampler) sampler = &greedy;
+    if (!logits || LLM__ENTER(ctx, NULL)) return -1;
     llm__sampler_choice choice =
-        llm__sampler_choose(ctx, logits, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler);
-    return llm__sampler_draw_choice(&choice, sampler);
+        llm__sampler_choose(ctx, logits, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler, NULL);
+    return choice.n ? llm__sampler_draw_choice(&choice, sampler) : -1;
 }
 
 /* ==== 20 Speculative decoding ===================================================================================
@@ -10015,9 +10770,11 @@ static bool llm__spec_plan_round(llm_draft_state *s, const double *pass_seconds,
     return true;
 }
 
-/* Makes of what a draft wrote what it was asked for. */
-static void llm__spec_trim_guesses(llm_draft_guesses *g, const int *wanted, int n_vocab) {
-    if (g->kind < 0 || g->kind >= LLM_DRAFT_KINDS) g->kind = 0;
+/* Cuts what a draft wrote to what was wanted. `with_q`: room for probabilities was offered. A kind may follow from what was
+   drawn, and so must not say how many guesses drawn from q are checked. */
+static void llm__spec_trim_guesses(llm_draft_guesses *g, const int *wanted, int n_vocab, bool with_q) {
+    g->has_q = g->has_q && with_q;
+    if (g->kind < 0 || g->kind >= LLM_DRAFT_KINDS || g->has_q) g->kind = 0;
     if (g->n > wanted[g->kind]) g->n = wanted[g->kind];
     for (int i = 0; i < g->n; i++)
         if (g->tokens[i] < 0 || g->tokens[i] >= n_vocab) g->n = i;
@@ -10034,15 +10791,19 @@ static llm_status llm__spec_call_draft(llm__spec *sp, llm_token last, const int 
     llm_draft_request request = {ctx, sp->seq, text, length + 1, wanted, sp->sampler, sp->cancel, sp->cancel_user};
     memcpy(sp->guesses.q, sp->q, sizeof sp->q);
     memset(&why, 0, sizeof why);
+    llm__ctx_begin_callback(ctx);
     llm_status status = sp->draft->propose(sp->draft->user, &request, &sp->guesses, &why);
+    llm__ctx_end_callback(ctx);
     if (status == LLM_ERROR_CANCELLED) return llm__error(err, status, "the draft was cancelled");
     if (status) {
+        llm__ctx_begin_callback(ctx);
         llm__log(&ctx->desc.host, "decoding goes on without the draft %s: %s", sp->draft->name, why.message);
+        llm__ctx_end_callback(ctx);
         sp->draft = NULL;
         sp->guesses.n = 0;
         sp->stats->failed = true;
     }
-    llm__spec_trim_guesses(&sp->guesses, wanted, ctx->model->shape.n_vocab);
+    llm__spec_trim_guesses(&sp->guesses, wanted, ctx->model->shape.n_vocab, sp->q[0] != NULL);
     return LLM_OK;
 }
 
@@ -10067,6 +10828,9 @@ static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_e
         s->n_in_step = 0;
         return LLM_OK;
     }
+    /* Guesses drawn from probabilities are checked up to a number that was settled before the first was drawn: whether one
+       is checked must not follow from what it is, or the text is another one's. */
+    int planned = llm__spec_best_guesses(s, pass_seconds, 0, most, 0);
     llm_status status = llm__spec_call_draft(sp, last, wanted, err);
     double took = llm__clock_now() - start;
     sp->stats->draft_seconds += took;
@@ -10076,8 +10840,9 @@ static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_e
     /* After a pause the draft had to catch up with the text: that time is not the rule. */
     if (s->n_in_step && sp->guesses.n) llm__spec_add_time(&s->guess, took / sp->guesses.n);
     s->n_in_step = s->n_in_step < 2 ? s->n_in_step + 1 : 2;
-    sp->n_checked =
-        llm__spec_best_guesses(s, pass_seconds, sp->guesses.kind, sp->guesses.n < most ? sp->guesses.n : most, 0);
+    if (sp->guesses.n < most) most = sp->guesses.n;
+    if (sp->guesses.has_q) sp->n_checked = planned < most ? planned : most;
+    else sp->n_checked = llm__spec_best_guesses(s, pass_seconds, sp->guesses.kind, most, 0);
     return LLM_OK;
 }
 
@@ -10093,42 +10858,46 @@ static void llm__spec_time_pass(llm__spec *sp, double seconds) {
 
 /* The chance of a token. */
 static double llm__spec_choice_p(const llm__sampler_choice *c, llm_token token) {
-    for (int i = c->n_vocab - c->n; i < c->n_vocab; i++)
-        if (c->ids[i] == token) return c->p[token] / c->total;
+    for (int i = 0; i < c->n; i++)
+        if (llm__sampler_choice_id(c, i) == token) return c->p[token] / c->total;
     return 0;
 }
 
 /* One of the choice, each with probability proportional to max(0, p - q). */
 static llm_token llm__spec_draw_rest(const llm__sampler_choice *c, const float *q, llm_sampler *sampler) {
     double sum = 0;
-    for (int i = c->n_vocab - c->n; i < c->n_vocab; i++) {
-        double rest = c->p[c->ids[i]] / c->total - q[c->ids[i]];
+    for (int i = 0; i < c->n; i++) {
+        llm_token id = llm__sampler_choice_id(c, i);
+        double rest = c->p[id] / c->total - q[id];
         if (rest > 0) sum += rest;
     }
     double at = llm__sampler_random(sampler) * sum;
-    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--) {
-        double rest = c->p[c->ids[i]] / c->total - q[c->ids[i]];
+    for (int i = 0; i < c->n; i++) {
+        llm_token id = llm__sampler_choice_id(c, i);
+        double rest = c->p[id] / c->total - q[id];
         if (rest > 0) at -= rest;
-        if (rest > 0 && at < 0) return c->ids[i];
+        if (rest > 0 && at < 0) return id;
     }
-    return c->ids[c->n_vocab - 1]; /* nothing is left, or rounding left a little over */
+    return c->best; /* nothing is left, or rounding left a little over */
 }
 
 /* Draws the token that the logits at `row` of the pass are about; `row` counts from `first`, its first row that belongs
    here, whose token ends the first `length` of the sequence. *right: it is what was guessed, so that the next row's
    logits are good too. */
-static llm_token llm__spec_draw_checked(llm__spec *sp, int first, int row, int length, bool *right) {
+static llm_status llm__spec_draw_checked(llm__spec *sp, int first, int row, int length, llm_token *token, bool *right,
+                                         llm_error *err) {
     const llm_draft_guesses *g = &sp->guesses;
     bool guessed = row < g->n;
-    llm_token guess = guessed ? g->tokens[row] : -1, token;
+    llm_token guess = guessed ? g->tokens[row] : -1;
     llm__sampler_choice choice = llm__sampler_choose(sp->ctx, llm_logits(sp->ctx, first + row),
-                                                     llm_seq_tokens(sp->ctx, sp->seq), length, sp->sampler);
+                                                     llm_seq_tokens(sp->ctx, sp->seq), length, sp->sampler, err);
+    if (choice.status) return choice.status;
     if (row < sp->n_checked && g->has_q && !llm__sampler_is_greedy(sp->sampler)) {
         *right = llm__sampler_random(sp->sampler) * g->q[row][guess] < llm__spec_choice_p(&choice, guess);
-        token = *right ? guess : llm__spec_draw_rest(&choice, g->q[row], sp->sampler);
+        *token = *right ? guess : llm__spec_draw_rest(&choice, g->q[row], sp->sampler);
     } else {
-        token = llm__sampler_draw_choice(&choice, sp->sampler);
-        *right = guessed && token == guess;
+        *token = llm__sampler_draw_choice(&choice, sp->sampler);
+        *right = guessed && *token == guess;
     }
     if (guessed && sp->draft) {
         float *n_right = &sp->draft->state.n_right[g->kind][row], *n_known = &sp->draft->state.n_known[g->kind][row];
@@ -10136,7 +10905,7 @@ static llm_token llm__spec_draw_checked(llm__spec *sp, int first, int row, int l
         *n_known = 0.95f * *n_known + 1.0f;
     }
     *right = *right && row < sp->n_checked;
-    return token;
+    return LLM_OK;
 }
 
 static void llm__spec_count_pass(llm__spec *sp, int n_right) {
@@ -10225,14 +10994,15 @@ static int llm__draft_model_align(llm__draft_model *d, const llm_draft_request *
 
 /* The target may have fewer tokens. The best may be among those that go; then another is the last. */
 static void llm__draft_model_drop_unknown(llm__sampler_choice *c, int n_known) {
-    int kept = 0;
+    int n = c->n == c->n_vocab ? llm__sampler_gather_likely(c, c->n_vocab, INFINITY, 0) : c->n, kept = 0;
     c->total = 0;
-    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--) {
+    for (int i = c->n_vocab - 1; i >= c->n_vocab - n; i--) {
         if (c->ids[i] >= n_known) continue;
         c->total += c->p[c->ids[i]];
         llm__sampler_swap_ids(c->ids, i, c->n_vocab - ++kept);
     }
     c->n = kept;
+    c->best = c->ids[c->n_vocab - 1];
 }
 
 /* Guesses what comes after its sequence by the last pass's logits; false if it is nothing the target knows. */
@@ -10240,15 +11010,17 @@ static bool llm__draft_model_draw(llm__draft_model *d, int seq, const float *log
                                   llm_draft_guesses *g) {
     int n_known = d->target->model->shape.n_vocab;
     llm__sampler_choice choice =
-        llm__sampler_choose(d->ctx, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq), sampler);
+        llm__sampler_choose(d->ctx, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq), sampler, NULL);
     float *q = g->q[g->n];
-    if (n_known < choice.n_vocab) llm__draft_model_drop_unknown(&choice, n_known);
+    if (choice.n && n_known < choice.n_vocab) llm__draft_model_drop_unknown(&choice, n_known);
     if (!choice.n) return false;
     g->tokens[g->n++] = llm__sampler_draw_choice(&choice, sampler);
     if (!q) return true;
     memset(q, 0, (size_t)n_known * sizeof *q);
-    for (int i = choice.n_vocab - choice.n; i < choice.n_vocab; i++)
-        q[choice.ids[i]] = (float)(choice.p[choice.ids[i]] / choice.total);
+    for (int i = 0; i < choice.n; i++) {
+        llm_token id = llm__sampler_choice_id(&choice, i);
+        q[id] = (float)(choice.p[id] / choice.total);
+    }
     return true;
 }
 
@@ -10265,7 +11037,7 @@ static llm_status llm__draft_model_run(llm__draft_model *d, const llm_draft_requ
     }
     while (g->n < r->n_wanted[0]) {
         llm_batch batch = {n_new, tokens, d->seqs, NULL};
-        llm_status status = llm__ctx_forward(d->ctx, &batch, r->cancel, r->cancel_user, err);
+        llm_status status = llm__ctx_forward(d->ctx, &batch, false, r->cancel, r->cancel_user, err);
         if (status) return status;
         if (!llm__draft_model_draw(d, r->seq, llm_logits(d->ctx, n_new - 1), &sampler, g)) break;
         tokens = &g->tokens[g->n - 1];
@@ -10278,11 +11050,19 @@ static llm_status llm__draft_model_propose(void *user, const llm_draft_request *
                                            llm_error *err) {
     llm__draft_model *d = (llm__draft_model *)user;
     if (r->ctx != d->target) return llm__error(err, LLM_ERROR_ARGUMENT, "the draft was made for another context");
-    if (d->shares_cache) d->ctx->cache = d->target->cache;
+    llm__ctx_settle(d->ctx);
+    if (d->shares_cache) {
+        d->ctx->cache = d->target->cache;
+        d->target->borrower = d->ctx;
+        d->target->old_lengths[r->seq] = r->n_tokens - 1;
+        d->target->unsettled = true;
+    }
     llm_status status = llm__draft_model_run(d, r, llm__draft_model_align(d, r, r->n_wanted[0]), g, err);
     if (!d->shares_cache) return status;
     llm__cache_truncate(&d->ctx->cache, r->seq, r->n_tokens - 1);
     d->target->cache = d->ctx->cache;
+    d->target->borrower = NULL;
+    d->target->unsettled = false;
     return status;
 }
 
@@ -10360,7 +11140,8 @@ LLM_API llm_status llm_draft_model(llm_draft *out, llm_context *ctx, const llm_m
     llm__env env;
     if (!out || !ctx || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out, ctx or model is NULL");
     memset(out, 0, sizeof *out);
-    llm_status status = llm__draft_check_vocabularies(ctx->model->tokenizer, model->tokenizer, err);
+    llm_status status = LLM__ENTER(ctx, err);
+    if (!status) status = llm__draft_check_vocabularies(ctx->model->tokenizer, model->tokenizer, err);
     if (status) return status;
     llm__pool_init(&pool, &ctx->desc.host);
     llm__env_init(&env, &pool, err, NULL);
@@ -10374,7 +11155,7 @@ LLM_API llm_status llm_draft_model(llm_draft *out, llm_context *ctx, const llm_m
     out->propose = llm__draft_model_propose;
     out->close = llm__draft_model_close;
     out->user = args.draft;
-    return LLM_OK;
+    return llm__error_done(err, LLM_OK);
 }
 
 LLM_API void llm_draft_free(llm_draft *draft) {
@@ -10390,6 +11171,7 @@ LLM_API void llm_draft_free(llm_draft *draft) {
 
 /* Text on its way to the host. What might be the beginning of a stop string waits until that is known. */
 typedef struct llm__gen_outbox {
+    llm_context *ctx;
     const llm_generate_desc *desc;
     char *text; /* waiting */
     size_t n, capacity;
@@ -10425,7 +11207,9 @@ static void llm__gen_show(llm__gen_outbox *box, size_t n) {
     char next = box->text[n];
     if (!n) return;
     box->text[n] = 0;
+    llm__ctx_begin_callback(box->ctx);
     if (box->desc->on_text && !box->desc->on_text(box->desc->user, box->text, n)) box->refused = true;
+    llm__ctx_end_callback(box->ctx);
     box->text[n] = next;
     memmove(box->text, box->text + n, box->n - n);
     box->n -= n;
@@ -10487,11 +11271,12 @@ static llm_token *llm__gen_prompt_tokens(llm__env *env, const llm__gen_args *a, 
     return ids;
 }
 
-/* A forward pass that the caller's cancel stops, or the context's where the caller has none. */
+/* A forward pass that the caller's cancel stops, or the context's where the caller has none. Of a long prompt, the passes
+   before stay. */
 static llm_status llm__gen_forward(const llm__gen_args *a, const llm_batch *batch, llm_error *err) {
     const llm_context_desc *c = &a->ctx->desc;
-    if (a->desc->cancel) return llm__ctx_forward(a->ctx, batch, a->desc->cancel, a->desc->user, err);
-    return llm__ctx_forward(a->ctx, batch, c->cancel, c->cancel_user, err);
+    if (a->desc->cancel) return llm__ctx_forward(a->ctx, batch, true, a->desc->cancel, a->desc->user, err);
+    return llm__ctx_forward(a->ctx, batch, true, c->cancel, c->cancel_user, err);
 }
 
 /* Runs the part of the prompt that the sequence does not hold. At least one token is run, to have its logits. */
@@ -10548,7 +11333,9 @@ static bool llm__gen_show_token(llm__env *env, const llm__gen_args *a, llm__gen_
     size_t n_bytes = 0;
     const char *bytes = llm_token_bytes(tokenizer, token, &n_bytes);
     stats->n_generated++;
+    llm__ctx_begin_callback(a->ctx);
     if (a->desc->on_token && !a->desc->on_token(a->desc->user, token, bytes, n_bytes)) box->refused = true;
+    llm__ctx_end_callback(a->ctx);
     llm__gen_outbox_add(env, box, tokenizer, token);
     if (box->stop_index >= 0) {
         stats->stop = LLM_STOP_STRING;
@@ -10632,9 +11419,10 @@ static int llm__gen_burst_size(const llm__gen_args *a, const llm_sampler *s) {
 }
 
 static bool llm__gen_poll_cancel(const llm__gen_args *a) {
-    const llm_context_desc *c = &a->ctx->desc;
-    if (a->desc->cancel) return a->desc->cancel(a->desc->user);
-    return c->cancel && c->cancel(c->cancel_user);
+    llm_context *ctx = a->ctx;
+    ctx->cancel = a->desc->cancel ? a->desc->cancel : ctx->desc.cancel;
+    ctx->cancel_user = a->desc->cancel ? a->desc->user : ctx->desc.cancel_user;
+    return ctx->cancel && llm__ctx_poll_host(ctx);
 }
 
 /* The burst's next token is known. */
@@ -10643,6 +11431,8 @@ static void llm__gen_burst_token_body(llm__env *env, void *arg) {
     const llm__gen_args *a = b->a;
     llm__cache *cache = &a->ctx->cache;
     bool is_last = ++b->n_known == b->burst.n;
+    if (b->token < 0 || b->token >= a->ctx->model->shape.n_vocab)
+        llm__fail(env, LLM_ERROR_FORMAT, "a logit is not a number (NaN): the model's weights are damaged");
     if (b->n_known > 1) llm__gen_count_decode(a);
     if (b->sampler->temperature >= 1e-30f) b->sampler->n_drawn++;
     if (llm__gen_token_stops(a, b->token) || llm__gen_show_token(env, a, b->box, b->token, !is_last) || is_last) return;
@@ -10669,7 +11459,7 @@ static llm_status llm__gen_run_burst(llm__env *env, const llm__gen_args *a, llm_
                                      int n, llm_token *token) {
     llm_context *ctx = a->ctx;
     llm__gen_burst_args b = {env, a, box, sampler, {n, 0, NULL, sampler, llm__gen_burst_token, NULL}, 0, -1, LLM_OK};
-    int seq = a->desc->seq, *length = &ctx->cache.lengths[seq], before = *length, known;
+    int seq = a->desc->seq, *length = &ctx->cache.lengths[seq], before = *length;
     llm_sampler start = *sampler; /* for its n_drawn counts on while the device draws */
     b.burst.sampler = &start;
     b.burst.position = before;
@@ -10677,11 +11467,10 @@ static llm_status llm__gen_run_burst(llm__env *env, const llm__gen_args *a, llm_
     b.burst.user = &b;
     for (int i = 1; i < n; i++) llm__cache_append(&ctx->cache, seq, 0);
     *length = before;
+    ctx->burst_seq = seq;
+    ctx->burst_end = before + n - 1;
     llm_status status = ctx->model->backend->burst(ctx->device, &b.burst, env->err);
-    known = *length;
-    *length = before + n - 1;
-    llm__cache_truncate(&ctx->cache, seq, known);
-    ctx->n_logits = 0; /* they are those of a later token */
+    llm__ctx_end_burst(ctx);
     *token = b.token;
     return status ? status : b.status;
 }
@@ -10691,16 +11480,21 @@ static llm_status llm__gen_run_burst(llm__env *env, const llm__gen_args *a, llm_
    false if something ends the generation. */
 static bool llm__gen_take_tokens(llm__env *env, llm__gen_args *a, llm__gen_outbox *box, int first, llm_token *token) {
     llm__spec *sp = &a->speculation;
-    int seq = a->desc->seq, length = a->ctx->cache.lengths[seq] - sp->n_checked, row = 0;
+    llm_context *ctx = a->ctx;
+    int seq = a->desc->seq, length = ctx->cache.lengths[seq] - sp->n_checked, row = 0;
     bool right, ended;
+    ctx->unsettled = sp->n_checked > 0; /* until all guesses are accepted or gone */
     do {
-        *token = llm__spec_draw_checked(sp, first, row, length + row, &right);
-        if (!right) llm__cache_truncate(&a->ctx->cache, seq, length + row);
+        ctx->old_lengths[seq] = length + row;
+        env->status = llm__spec_draw_checked(sp, first, row, length + row, token, &right, env->err);
+        if (env->status) longjmp(env->unwind, 1);
+        if (!right) llm__cache_truncate(&ctx->cache, seq, length + row);
         ended = llm__gen_token_stops(a, *token) || llm__gen_show_token(env, a, box, *token, right);
         row += right;
     } while (right && !ended);
     llm__spec_count_pass(sp, row);
-    if (right) llm__cache_truncate(&a->ctx->cache, seq, length + row - 1); /* the end was guessed */
+    if (right) llm__cache_truncate(&ctx->cache, seq, length + row - 1); /* the end was guessed */
+    ctx->unsettled = false;
     return !ended;
 }
 
@@ -10729,6 +11523,17 @@ static void llm__gen_start_speculation(llm__env *env, llm__gen_args *a, llm_samp
         sp->q[i] = (float *)llm__alloc(env, (size_t)ctx->model->shape.n_vocab, sizeof(float));
 }
 
+/* Arrays that a description counts, but does not have. */
+static void llm__gen_check_arrays(llm__env *env, const llm_generate_desc *d, const llm_sampler *sampler) {
+    const char *name = d->n_stop_strings > 0 && !d->stop_strings   ? "stop_strings"
+                       : d->n_stop_tokens > 0 && !d->stop_tokens   ? "stop_tokens"
+                       : sampler->n_biases > 0 && !sampler->biases ? "biases"
+                                                                   : NULL;
+    if (name) llm__fail(env, LLM_ERROR_ARGUMENT, "n_%s is above 0, but %s is NULL", name, name);
+    for (int i = 0; i < d->n_stop_strings; i++)
+        if (!d->stop_strings[i]) llm__fail(env, LLM_ERROR_ARGUMENT, "stop_strings[%d] is NULL", i);
+}
+
 static void llm__gen_body(llm__env *env, void *arg) {
     llm__gen_args *a = (llm__gen_args *)arg;
     llm_context *ctx = a->ctx;
@@ -10739,6 +11544,8 @@ static void llm__gen_body(llm__env *env, void *arg) {
     int n;
     memset(&greedy, 0, sizeof greedy);
     memset(&box, 0, sizeof box);
+    llm__gen_check_arrays(env, a->desc, sampler);
+    box.ctx = ctx;
     box.desc = a->desc;
     box.stop_index = -1;
     box.stream.started =
@@ -10774,10 +11581,10 @@ static void llm__gen_body(llm__env *env, void *arg) {
 
 LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err) {
     llm_stats unwanted;
-    llm__pool pool;
     llm__env env;
     if (!ctx || !desc) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or desc is NULL");
-    llm_status status = llm__ctx_check_seq(ctx, desc->seq, err);
+    llm_status status = LLM__ENTER(ctx, err);
+    if (!status) status = llm__ctx_check_seq(ctx, desc->seq, err);
     if (status) return status;
     llm__gen_args args;
     memset(&args, 0, sizeof args);
@@ -10785,28 +11592,31 @@ LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc,
     args.desc = desc;
     args.stats = stats ? stats : &unwanted;
     memset(args.stats, 0, sizeof *args.stats);
-    llm__pool_init(&pool, &ctx->desc.host);
-    llm__env_init(&env, &pool, err, NULL);
+    llm__env_init(&env, &ctx->work, err, NULL);
     status = llm__env_run(&env, llm__gen_body, &args);
-    llm__pool_free(&pool);
-    return status;
+    llm__ctx_roll_back(ctx);
+    llm__pool_free(&ctx->work);
+    return llm__error_done(err, status);
 }
 
 /* ==== 22 Scoring ================================================================================================
 
-   A question's text with one ending is its context and that ending. All texts of a question share a prefix: the context
-   and the first tokens that all endings have in common. A token is computed if another is predicted from it: all but the
-   last of each text. Rows from which a token of an ending is predicted go through the last layer and the head.
+   llm_score computes how likely endings are after their contexts. The text of a question with one ending is its
+   context followed by that ending. All texts of a question share a prefix: the context and the first tokens that all
+   endings have in common. A token is computed if another one is predicted from it, which is true for all but the last
+   of each text. Only rows that predict a token of an ending go through the last layer and the head.
 
-   Packed: the prefix is one sequence, the endings are forks of it. Passes are filled to the last token with what there
-   is to do: endings of questions whose prefix was computed in a pass before, then prefixes of further questions.
+   The packed schedule makes the prefix one sequence and the endings forks of it. It fills every pass to the last
+   token: first with endings of questions whose prefix an earlier pass has computed, then with prefixes of further
+   questions.
 
-   The other schedules make rectangles, as a library without ragged batches must, and do compute the padding. They are
-   those of H. Kim and J. Ryu, "Samsung Computer Engineering Challenge 2023, Round 1 Report" (Team H). */
+   The other schedules make rectangular batches, as libraries without ragged batches must, and really do compute the
+   padding. They are those of H. Kim and J. Ryu, "Samsung Computer Engineering Challenge 2023, Round 1 Report" (Team
+   H). */
 
 /* ---- Text ---- */
 
-/* The bytes of the white space that a text ends with; white space is what Python's str.rstrip takes for it. */
+/* Length in bytes of the white space at the end of a text, by the rules of Python's str.rstrip. */
 static size_t llm__pair_trailing_space(const char *text, size_t n) {
     static const char wide[][4] = {"\xC2\x85",     "\xC2\xA0",     "\xE1\x9A\x80", "\xE2\x80\x80", "\xE2\x80\x81",
                                    "\xE2\x80\x82", "\xE2\x80\x83", "\xE2\x80\x84", "\xE2\x80\x85", "\xE2\x80\x86",
@@ -10839,10 +11649,10 @@ static void llm__pair_body(llm__env *env, void *arg) {
     char *whole = (char *)llm__alloc(env, n_context + n_ending + 1, 1);
     memcpy(whole, p->context, n_context);
     memcpy(whole + n_context, p->ending, n_ending + 1);
-    if (n_kept) { /* the whole text's ids, and then the context's over their beginning */
+    if (n_kept) { /* first the ids of the whole text, then the context's ids over their beginning */
         p->n = llm__enc_spans(env, t, whole, n_context + n_ending, p->flags, NULL, 0, p->ids, p->capacity);
         p->n_context = llm__enc_spans(env, t, whole, n_kept, p->flags, NULL, 0, p->ids, p->capacity);
-        if (p->n < p->n_context) p->n = p->n_context; /* merged across the border, there are none left for the ending */
+        if (p->n < p->n_context) p->n = p->n_context; /* a merge across the border left no token for the ending */
         return;
     }
     llm_token first = t->bos >= 0 ? t->bos : t->eos;
@@ -10863,16 +11673,16 @@ LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *cont
     llm_status status = llm__env_run(&env, llm__pair_body, &pair);
     llm__pool_free(&pool);
     *n_context = (int64_t)pair.n_context;
-    return status ? -1 : (int64_t)pair.n;
+    return llm__error_done(err, status) ? -1 : (int64_t)pair.n;
 }
 
 /* ---- The batch being filled ---- */
 
-/* A question on its way through the packed schedule. */
+/* A question that the packed schedule is working on. */
 typedef struct llm__score_slot {
-    int question; /* -1: none                                                */
-    int ending;   /* the one being computed; -1: the prefix                  */
-    int at;       /* its first token that is in no batch yet                 */
+    int question; /* -1: the slot is free */
+    int ending;   /* the ending being computed; -1: the prefix */
+    int at;       /* its first token that is not in a batch yet */
 } llm__score_slot;
 
 typedef struct llm__scorer {
@@ -10883,31 +11693,31 @@ typedef struct llm__scorer {
     const llm_score_desc *desc_given; /* may be NULL */
     llm_score_desc desc;
     llm_score_stats *stats;
-    double *results;      /* NULL: they are not wanted                                                */
+    double *results;      /* NULL: only count what would be computed */
     size_t *first_result; /* [n_questions]                                                            */
-    int *prefixes;        /* [n_questions] tokens that all texts of a question begin with             */
-    int *unfinished;      /* [n_questions] endings yet to be computed                                 */
+    int *prefixes;        /* [n_questions] length of the prefix that all texts of a question share */
+    int *unfinished;      /* [n_questions] endings not computed yet */
     int n;                /* tokens in the batch                                                      */
     llm_token *tokens;    /* [n_batch]                                                                */
     int *seqs;            /* [n_batch]                                                                */
     bool *logits;         /* [n_batch]                                                                */
     int *first_target;    /* [n_batch + 1]                                                            */
-    llm_token *ids;       /* [n_batch * most_endings] what is predicted                               */
-    size_t *credits;      /* [n_batch * most_endings] the first result that a prediction is part of   */
-    int *n_credits;       /* [n_batch * most_endings] how many, one after the other                   */
+    llm_token *ids;       /* [n_batch * most_endings] the predicted tokens */
+    size_t *credits;      /* [n_batch * most_endings] the first result that a prediction counts for */
+    int *n_credits;       /* [n_batch * most_endings] for how many consecutive results */
     llm__ctx_targets targets;
-    llm__score_slot *slots; /* [n_slots] slot i has the sequences from i * most_endings on              */
+    llm__score_slot *slots; /* [n_slots] slot i owns the sequences from i * most_endings on */
     int n_slots;
 } llm__scorer;
 
-/* Computes the batch and begins another. A text's predictions come in order, so its sum is the same in all
+/* Computes the batch and empties it. The predictions of a text come in order, so its sum has the same bits in all
    schedules. */
 static void llm__score_batch(llm__scorer *s) {
     llm_context *ctx = s->ctx;
     llm_batch batch = {s->n, s->tokens, s->seqs, s->logits};
     if (s->n == 0) return;
     ctx->targets = &s->targets;
-    llm_status status = llm__ctx_forward(ctx, &batch, ctx->desc.cancel, ctx->desc.cancel_user, s->env->err);
+    llm_status status = llm__ctx_forward(ctx, &batch, false, ctx->desc.cancel, ctx->desc.cancel_user, s->env->err);
     ctx->targets = NULL;
     ctx->n_logits = 0;
     if (status) {
@@ -10921,7 +11731,7 @@ static void llm__score_batch(llm__scorer *s) {
     s->n = 0;
 }
 
-/* Appends a token to a sequence; the batch has room. */
+/* Appends a token to a sequence. The caller has checked that the batch has room. */
 static void llm__score_push(llm__scorer *s, int seq, llm_token token) {
     s->tokens[s->n] = token;
     s->seqs[s->n] = seq;
@@ -10931,7 +11741,7 @@ static void llm__score_push(llm__scorer *s, int seq, llm_token token) {
     s->stats->n_computed++;
 }
 
-/* After the last token pushed, this one is part of n endings. */
+/* Says that `token`, which follows the last token pushed, is part of n endings. */
 static void llm__score_expect(llm__scorer *s, llm_token token, size_t result, int n) {
     int target = s->first_target[s->n]++;
     s->ids[target] = token;
@@ -10945,10 +11755,10 @@ static llm_token llm__score_text_at(const llm_question *q, int ending, int i) {
     return i < q->n_context ? q->context[i] : q->endings[ending][i - q->n_context];
 }
 
-/* Tokens of a text that something is predicted from. */
+/* Number of tokens of a text from which another one is predicted. */
 static int llm__score_text_length(const llm_question *q, int ending) { return q->n_context + q->n_ending[ending] - 1; }
 
-/* Pushes token i of a text, or with ending -1 of the prefix of them all, and what is predicted from it. */
+/* Pushes token i of a text and what it predicts. With ending -1 it is a token of the shared prefix. */
 static void llm__score_token(llm__scorer *s, int seq, int question, int ending, int i) {
     const llm_question *q = &s->questions[question];
     size_t result = s->first_result[question];
@@ -10962,13 +11772,15 @@ static void llm__score_token(llm__scorer *s, int seq, int question, int ending, 
             llm__score_expect(s, llm__score_text_at(q, e, i + 1), result + (size_t)e, 1);
 }
 
-/* One more ending of a question is computed. */
+/* Counts one more finished ending of a question. */
 static void llm__score_finished(llm__scorer *s, int question) {
     if (--s->unfinished[question]) return;
     s->stats->n_questions++;
-    if (s->results && s->desc.on_question &&
-        !s->desc.on_question(s->desc.user, question, s->results + s->first_result[question]))
-        llm__fail(s->env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
+    llm__ctx_begin_callback(s->ctx);
+    bool go_on = !s->results || !s->desc.on_question ||
+                 s->desc.on_question(s->desc.user, question, s->results + s->first_result[question]);
+    llm__ctx_end_callback(s->ctx);
+    if (!go_on) llm__fail(s->env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
 }
 
 static void llm__score_drop(llm__scorer *s, int first_seq, int n) {
@@ -10981,7 +11793,7 @@ static int llm__score_shared_prefix(const llm__scorer *s, int question) {
     return s->desc.no_share ? 0 : s->prefixes[question];
 }
 
-/* Blocks of the cache that a question takes at most. */
+/* The most cache blocks that a question can take. */
 static int64_t llm__score_question_blocks(const llm__scorer *s, int question) {
     const llm_question *q = &s->questions[question];
     int prefix = llm__score_shared_prefix(s, question);
@@ -10992,7 +11804,7 @@ static int64_t llm__score_question_blocks(const llm__scorer *s, int question) {
     return blocks;
 }
 
-/* Puts into the batch what it has room for. */
+/* Adds as many of the slot's tokens as the batch has room for. */
 static void llm__score_fill_from_slot(llm__scorer *s, int index) {
     llm__score_slot *slot = &s->slots[index];
     const llm_question *q = &s->questions[slot->question];
@@ -11010,13 +11822,13 @@ static void llm__score_fill_from_slot(llm__scorer *s, int index) {
     }
 }
 
-/* After a pass: a prefix that is complete is forked, a question that is complete leaves. */
+/* After a pass: forks a prefix that is complete, and frees the slot of a question that is complete. */
 static void llm__score_settle_slot(llm__scorer *s, int index) {
     llm__score_slot *slot = &s->slots[index];
     const llm_question *q = &s->questions[slot->question];
     int seq = index * s->most_endings, prefix = llm__score_shared_prefix(s, slot->question), question = slot->question;
     if (slot->ending < 0 && slot->at == prefix) {
-        for (int e = 1; e < q->n_endings; e++) /* the first ending goes on in the prefix's own sequence */
+        for (int e = 1; e < q->n_endings; e++) /* the first ending continues in the prefix's own sequence */
             if (llm__score_text_length(q, e) > prefix) llm__cache_fork(&s->ctx->cache, seq + e, seq, prefix);
         slot->ending = 0;
     } else if (slot->ending == q->n_endings) {
@@ -11026,7 +11838,7 @@ static void llm__score_settle_slot(llm__scorer *s, int index) {
     }
 }
 
-/* Takes the next question into a free slot, if the cache has room for all of it. */
+/* Takes the next question into a free slot, if the cache has room for the whole question. */
 static bool llm__score_start_question(llm__scorer *s, int index, int question, int64_t *blocks_left) {
     llm__score_slot *slot = &s->slots[index];
     if (question == s->n_questions || llm__score_question_blocks(s, question) > *blocks_left) return false;
@@ -11061,7 +11873,7 @@ static void llm__score_packed(llm__scorer *s) {
 
 /* ---- Rectangles ---- */
 
-/* A text, or the prefix of a question's texts (ending -1), with the tokens to be computed of it. */
+/* A text, or with ending -1 the shared prefix of a question, and the number of its tokens to compute. */
 typedef struct llm__score_text {
     int length, question, ending;
 } llm__score_text;
@@ -11073,8 +11885,7 @@ static int llm__score_compare_texts(const void *a, const void *b) {
     return (x->ending > y->ending) - (x->ending < y->ending);
 }
 
-/* What a batch may take of the context: sequences, and blocks beside those of the `base` tokens that are there
-   already. */
+/* What a batch may use: sequences, and cache blocks beside those of the `base` tokens that are already there. */
 typedef struct llm__score_room {
     int n_seq, n_blocks, base;
 } llm__score_room;
@@ -11085,7 +11896,8 @@ static int llm__score_most_texts(const llm__score_room *room, int length) {
     return most < 1 ? 1 : most;
 }
 
-/* Ends of batches of so many texts as they come, fewer where there is no room; returns how many batches. */
+/* Cuts the texts, in the given order, into batches of `size`, or fewer where there is no room. Writes where each ends
+   and returns the number of batches. */
 static int llm__score_cut_fixed(const llm__score_text *texts, int n, int size, const llm__score_room *room, int *ends) {
     int n_batches = 0, from = 0, longest = 0;
     for (int i = 0; i < n; i++) {
@@ -11099,13 +11911,15 @@ static int llm__score_cut_fixed(const llm__score_text *texts, int n, int size, c
     return n_batches;
 }
 
-/* The report's equations 3 and 4 over texts in order of length l: D[i] is the least waste in batches of the first i texts,
+/* Equations 3 and 4 of the report. For texts in order of length l, D[i] is the smallest waste of batches that hold the
+   first i texts:
 
-       D[i] = min over j < i of  D[j] + l_i (i - j) - sum of l_k, k = j+1 .. i       if l_i (i - j) >= theta
-       D[i] = min over j < i of  D[j] + sum of l_k - l_(j+1) (i - j)                 if l_(j+1) (i - j) >= theta
+     D[i] = min over j < i of  D[j] + l_i (i - j) - sum of l_k, k = j+1 .. i       if l_i (i - j) >= theta
+     D[i] = min over j < i of  D[j] + sum of l_k - l_(j+1) (i - j)                 if l_(j+1) (i - j) >= theta
 
-   the first for texts padded to the longest, the second for contexts cut to the shortest. Where the conditions cannot be
-   kept, there are as few batches below theta as can be; so it is a waste that outweighs all others. */
+   The first is for texts padded to the longest, the second for contexts cut to the shortest. Where theta cannot be
+   reached, there are as few batches below theta as possible: such a batch counts as a waste that outweighs all
+   others. */
 static int llm__score_cut_by_waste(llm__env *env, const llm__score_text *texts, int n, bool to_shortest, int theta,
                                    const llm__score_room *room, int *ends) {
     const int64_t below_theta = (int64_t)1 << 40;
@@ -11133,7 +11947,7 @@ static int llm__score_cut_by_waste(llm__env *env, const llm__score_text *texts, 
     return n_batches;
 }
 
-/* Ends of the batches, in an array of its own. */
+/* Cuts the texts into batches and returns where each ends, in new memory. */
 static int *llm__score_cut_batches(llm__scorer *s, llm__score_text *texts, int n, bool to_shortest,
                                    const llm__score_room *room, int *n_batches) {
     int *ends = (int *)llm__alloc(s->env, (size_t)n + 1, sizeof *ends);
@@ -11147,7 +11961,7 @@ static int *llm__score_cut_batches(llm__scorer *s, llm__score_text *texts, int n
     return ends;
 }
 
-/* Computes tokens [from, to) of n texts, each in its sequence; those that are shorter are padded. */
+/* Computes tokens [from, to) of n texts, each in its own sequence. Shorter texts are padded. */
 static void llm__score_rectangle(llm__scorer *s, const llm__score_text *texts, int n, int first_seq, int from, int to) {
     for (int text = 0; text < n; text++)
         for (int i = from; i < to; i++) {
@@ -11169,7 +11983,7 @@ static int llm__score_longest_text(const llm__score_text *texts, int n) {
     return longest;
 }
 
-/* The texts of n questions, each without the first `base` tokens; those of which nothing is left are left out. */
+/* Lists the texts of n questions without their first `base` tokens, and without texts of which nothing remains. */
 static int llm__score_list_texts(const llm__scorer *s, const llm__score_text *questions, int n, int base,
                                  llm__score_text *texts) {
     int n_texts = 0;
@@ -11182,7 +11996,7 @@ static int llm__score_list_texts(const llm__scorer *s, const llm__score_text *qu
     return n_texts;
 }
 
-/* Without a shared cache: every text is computed from its first token on. */
+/* Without a shared cache: computes every text from its first token on. */
 static void llm__score_whole_texts(llm__scorer *s, llm__score_text *prefixes, llm__score_text *texts) {
     llm__score_room room = {s->ctx->desc.n_seq, s->ctx->cache.n_blocks, 0};
     int n_batches, n = llm__score_list_texts(s, prefixes, s->n_questions, 0, texts);
@@ -11196,7 +12010,7 @@ static void llm__score_whole_texts(llm__scorer *s, llm__score_text *prefixes, ll
     llm__free(s->env->pool, ends);
 }
 
-/* The texts of questions whose prefixes stand in the first n sequences, `base` tokens of each. */
+/* Computes the endings of questions of whose prefixes the first n sequences hold `base` tokens each. */
 static void llm__score_endings(llm__scorer *s, const llm__score_text *prefixes, int n, int base,
                                llm__score_text *texts) {
     llm__score_room room = {s->ctx->desc.n_seq - n, s->ctx->cache.n_free, base};
@@ -11215,15 +12029,16 @@ static void llm__score_endings(llm__scorer *s, const llm__score_text *prefixes, 
     llm__free(s->env->pool, ends);
 }
 
-/* Contexts in batches, cut to the shortest of each; then, batch by batch, what follows. */
+/* Computes contexts in batches that are cut to the shortest of each batch, and after each batch what follows its
+   contexts. */
 static void llm__score_shared_prefixes(llm__scorer *s, llm__score_text *prefixes, llm__score_text *texts) {
     int n_blocks = s->ctx->cache.n_blocks, longest = 0, n_batches;
     for (int i = 0; i < s->n_questions; i++)
         for (int e = 0; e < s->questions[i].n_endings; e++)
             if (llm__score_text_length(&s->questions[i], e) > longest)
                 longest = llm__score_text_length(&s->questions[i], e);
-    int kept =
-        llm__cache_blocks_for(longest) > n_blocks / 2 ? llm__cache_blocks_for(longest) : n_blocks / 2; /* for endings */
+    int kept = llm__cache_blocks_for(longest) > n_blocks / 2 ? llm__cache_blocks_for(longest)
+                                                             : n_blocks / 2; /* for the endings */
     llm__score_room room = {s->ctx->desc.n_seq / 2, n_blocks - kept, 0};
     int *ends = llm__score_cut_batches(s, prefixes, s->n_questions, true, &room, &n_batches);
     for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
@@ -11264,7 +12079,7 @@ static void llm__score_check_tokens(const llm__scorer *s, int question, const ch
                       i, what, (long)tokens[i], n_vocab);
 }
 
-/* Everything that could stop the work is found here. */
+/* Checks everything that could fail later. */
 static void llm__score_check_question(llm__scorer *s, int question) {
     const llm_question *q = &s->questions[question];
     const llm_context_desc *d = &s->ctx->desc;
@@ -11283,7 +12098,7 @@ static void llm__score_check_question(llm__scorer *s, int question) {
     }
 }
 
-/* The context's tokens and those with which all endings begin; one at least is left of each ending. */
+/* Length of the prefix that all texts share. At least one token of each ending is not part of it. */
 static int llm__score_common_prefix(const llm_question *q) {
     int n = q->n_ending[0] - 1;
     for (int e = 1; e < q->n_endings; e++) {
@@ -11303,8 +12118,8 @@ static llm_score_desc llm__score_defaults(llm__env *env, const llm_score_desc *d
     if (d.batch < 0 || d.theta < 0 || d.theta_context < 0)
         llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_score_desc is negative");
     if (!d.batch) d.batch = 32;
-    if (!d.theta) d.theta = 512; /* two cores with AVX-512 reach 90 % of their best there: bench --flops-table */
-    if (!d.theta_context) d.theta_context = 4096; /* the more the better, for it leaves the endings more choice */
+    if (!d.theta) d.theta = 512; /* two cores with AVX-512 reach 90 % of their best rate there: bench --flops-table */
+    if (!d.theta_context) d.theta_context = 4096; /* larger is better, since it gives the endings more choice */
     return d;
 }
 
@@ -11364,10 +12179,11 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
                              llm_error *err) {
     llm_score_stats unwanted;
     llm__scorer scorer;
-    llm__pool pool;
     llm__env env;
     if (!ctx || n_questions < 0 || (n_questions && !questions))
         return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or questions is NULL, or n_questions negative");
+    llm_status status = LLM__ENTER(ctx, err);
+    if (status) return status;
     memset(&scorer, 0, sizeof scorer);
     scorer.ctx = ctx;
     scorer.questions = questions;
@@ -11377,12 +12193,11 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
     scorer.results = log_likelihoods;
     scorer.stats = stats ? stats : &unwanted;
     memset(scorer.stats, 0, sizeof *scorer.stats);
-    llm__pool_init(&pool, &ctx->desc.host);
-    llm__env_init(&env, &pool, err, NULL);
-    llm_status status = llm__env_run(&env, llm__score_body, &scorer);
+    llm__env_init(&env, &ctx->work, err, NULL);
+    status = llm__env_run(&env, llm__score_body, &scorer);
     if (scorer.tokens) llm__score_drop(&scorer, 0, ctx->desc.n_seq);
-    llm__pool_free(&pool);
-    return status;
+    llm__pool_free(&ctx->work);
+    return llm__error_done(err, status);
 }
 
 #if defined(__clang__)
@@ -11395,6 +12210,30 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
 
 #define LLM__IMPLEMENTED
 #endif /* LLM_IMPLEMENTATION */
+
+/*
+MIT License
+
+Copyright (c) 2026 llm.h authors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files (the "Software"), to deal
+in the Software without restriction, including without limitation the rights
+to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE.
+*/
 
 /* ==== 23 Kernel text ============================================================================================
 
@@ -11429,6 +12268,15 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
 #define v_inverse LLM__FN(v_inverse)
 #define v_sum LLM__FN(v_sum)
 #define v_hmax LLM__FN(v_hmax)
+
+/* Sums are in registers only where loops over them are unrolled. clang reads GCC's pragma, but does nothing. */
+#if !defined(LLM__USE_AVX512) && !defined(LLM__USE_AVX2) && !defined(LLM__USE_NEON)
+#define LLM__UNROLL
+#elif defined(__clang__)
+#define LLM__UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define LLM__UNROLL _Pragma("GCC unroll 16")
+#endif
 
 #if defined(LLM__USE_AVX512)
 
@@ -11568,14 +12416,12 @@ LLM__INLINE V v_guess_inverse(V a) {
 typedef struct V {
     float32x4_t q[4];
 } V;
-#define LLM__QUARTERS(expression)                                              \
-    V r;                                                                       \
-    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) r.q[i] = (expression); \
+#define LLM__QUARTERS(expression)                                  \
+    V r;                                                           \
+    LLM__UNROLL for (int i = 0; i < 4; i++) r.q[i] = (expression); \
     return r
 LLM__INLINE V v_load(const float *p) { LLM__QUARTERS(vld1q_f32(p + 4 * i)); }
-LLM__INLINE void v_store(float *p, V a) {
-    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.q[i]);
-}
+LLM__INLINE void v_store(float *p, V a) { LLM__UNROLL for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.q[i]); }
 LLM__INLINE V v_splat(float x) { LLM__QUARTERS(vdupq_n_f32(x)); }
 LLM__INLINE V v_add(V a, V b) { LLM__QUARTERS(a.q[i] + b.q[i]); }
 LLM__INLINE V v_sub(V a, V b) { LLM__QUARTERS(a.q[i] - b.q[i]); }
@@ -11725,20 +12571,10 @@ LLM__INLINE float v_hmax(V a) {
 
 #endif
 
-#if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2) || defined(LLM__USE_NEON)
-#define LLM__UNROLL _Pragma("GCC unroll 16")
-#else
-#define LLM__UNROLL
-#endif
-
-/* As many rows as the registers hold sums for. Without products of pairs many rows go in strips: so many rows and tiles at
+/* As many rows as the registers hold sums for. Where these are few, many rows go in strips: so many rows and tiles at
    once. */
 #if defined(LLM__USE_AVX512)
 #define LLM__MOST_ROWS 8
-#if !defined(LLM__USE_BF16)
-#define LLM__STRIP_ROWS 8
-#define LLM__STRIP_TILES 2
-#endif
 #elif defined(LLM__USE_AVX2)
 #define LLM__MOST_ROWS 4
 #define LLM__STRIP_ROWS 6
@@ -12225,6 +13061,46 @@ LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scal
     *sum = v_sum(total);
 }
 
+/* Integers show a NaN whatever the compiler's flags. */
+typedef int32_t LLM__FN(bits) __attribute__((vector_size(64)));
+
+LLM__TARGET static bool LLM__FN(maxima)(const float *x, int n, float *maxima) {
+    LLM__FN(bits) nan = {0}, bits;
+    float last[16];
+    int32_t any = 0;
+    for (int j = 0; j < 16; j++) last[j] = j < n % 16 ? x[n - n % 16 + j] : -INFINITY;
+    for (int first = 0; first < n; first += LLM__MAX_RUN) {
+        V most = v_splat(-INFINITY);
+        for (int i = first; i < n && i < first + LLM__MAX_RUN; i += 16) {
+            const float *at = i + 16 <= n ? x + i : last;
+            memcpy(&bits, at, sizeof bits);
+            nan |= (bits & 0x7FFFFFFF) > 0x7F800000;
+            most = v_max(most, v_load(at));
+        }
+        *maxima++ = v_hmax(most);
+    }
+    for (int j = 0; j < 16; j++) any |= nan[j];
+    return any == 0;
+}
+
+/* Of what v_exp2 gives, its least is taken away: a forbidden token's p is 0, and a p above 2^-100 does not change. */
+LLM__TARGET static float LLM__FN(odds)(const float *x, int n, float top, float scale, float *p, float *maxima) {
+    V total = v_splat(0), tops = v_splat(top), factor = v_splat(scale), least = v_exp2(v_splat(-125.5f));
+    for (int first = 0; first < n; first += LLM__MAX_RUN) {
+        V most = v_splat(0);
+        for (int i = first; i < n && i < first + LLM__MAX_RUN; i += 16) {
+            V power = v_exp2(v_mul(v_sub(LLM__FN(load_part)(x + i, n - i), tops), factor));
+            v_store(p + i, v_sub(power, least));
+            for (int j = n; j < i + 16; j++) p[j] = 0;
+            V pi = v_load(p + i);
+            total = v_add(total, pi);
+            most = v_max(most, pi);
+        }
+        *maxima++ = v_hmax(most);
+    }
+    return v_sum(total);
+}
+
 LLM__TARGET static void LLM__FN(merge)(int rows, float *max, float *sum, float *out, const float *part_max,
                                        const float *part_sum, const float *part, int n) {
     for (int first = 0; first < rows; first += 16) {
@@ -12434,7 +13310,7 @@ LLM__TARGET static void LLM__FN(some_pairs)(const llm__kernel_tile_product *p) {
     uint8_t wide[2][LLM__TILE_BLOCKS * 1024] __attribute__((aligned(64)));
     const size_t stride = (size_t)p->a_blocks * 16, next = p->n_cols > 1 ? p->b_next : 0,
                  right = p->n_cols > 1 ? 16 : 0;
-    const int n_rows = p->n_rows * 16;
+    const int n_rows = p->ended ? (p->ended->panel->n_rows + 3) / 4 * 4 : p->n_rows * 16;
     for (int i = 0; i < p->n_blocks; i++) {
         LLM__FN(widen)(p->b[i], wide[0] + i * 1024);
         LLM__FN(widen)(p->b[i] + next, wide[1] + i * 1024);
@@ -12640,7 +13516,7 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #if defined(LLM__USE_BF16)
 #define LLM__MULTIPLY_PAIRS LLM__FN(multiply)
 #define LLM__PACK LLM__FN(pack_scale), LLM__FN(pack_norm), LLM__FN(pack_softmax)
-#define LLM__MANY_ROWS 64, 16, LLM__FN(pair_product), LLM__FN(pair_panel), LLM__PACK
+#define LLM__MANY_ROWS 64, LLM__PANEL_LEAST, LLM__FN(pair_product), LLM__FN(pair_panel), LLM__PACK
 #else
 #define LLM__MULTIPLY_PAIRS NULL
 #define LLM__MANY_ROWS 0, 0, NULL, NULL, NULL, NULL, NULL
@@ -12651,8 +13527,9 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
     {LLM__SHARED(product_f32), FN(product_bf16),        FN(product_int8),                                           \
      FN(product_int8_groups),  FN(product_int4_groups), LLM__SHARED(product_f16)},                                  \
         LLM__SHARED(group_sums), LLM__FN(unpack), LLM__SHARED(norm_factor), LLM__SHARED(norm), LLM__SHARED(swiglu), \
-        LLM__SHARED(softmax), LLM__SHARED(merge), LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh),         \
-        LLM__SHARED(rope), LLM__SHARED(read), LLM__SHARED(multiply), LLM__MULTIPLY_PAIRS
+        LLM__SHARED(softmax), LLM__SHARED(maxima), LLM__SHARED(odds), LLM__SHARED(merge), LLM__SHARED(scale),       \
+        LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope), LLM__SHARED(read), LLM__SHARED(multiply),          \
+        LLM__MULTIPLY_PAIRS
 
 static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_BF16)

@@ -2323,7 +2323,7 @@ static double llm__gpu_measure_flops(void *context) { return llm__measure((llm__
 
 } // namespace llm__cuda
 
-LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode) {
+extern const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode) {
     using namespace llm__cuda;
     static const llm_backend graph = LLM__GPU_BACKEND(llm__open_graph, llm__gpu_burst);
     static const llm_backend fused = LLM__GPU_BACKEND(llm__open_fused, llm__gpu_burst);
@@ -2331,4 +2331,4 @@ LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode) {
     return mode == LLM_CUDA_EAGER ? &eager : mode == LLM_CUDA_FUSED ? &fused : &graph;
 }
 
-LLM_API const llm_backend *llm_cuda_backend(void) { return llm_cuda_backend_mode(LLM_CUDA_GRAPH); }
+extern const llm_backend *llm_cuda_backend(void) { return llm_cuda_backend_mode(LLM_CUDA_GRAPH); }

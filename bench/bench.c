@@ -2,8 +2,9 @@
 
     build/bench -m MODEL [-p 512] [-n 128] [-d 0,2048] [--dtype bf16,int8,int4] [-t 1,2] [-r 5] [-o md|csv|json]
 
-    For each type, thread count and depth: the median rate of prefill (p tokens after d others) and of decode (n tokens
-    after d others), interleaved over r rounds. The limits are measured in the same run with the same threads: bytes per
+    For each type, thread count and depth: the median rate of prefill (p tokens after d others), of decode (n tokens after d
+    others, one llm_forward each) and of llm_generate, which also picks and shows the tokens, interleaved over r rounds. With
+    --temp it picks at that temperature, with top-k 40, top-p 0.95 and min-p 0.05. The limits are measured in the same run with the same threads: bytes per
     second when the model's weights are only read (MBU is the share of it that decoding reaches, its cache counted), and
     operations per second when nothing comes from beyond the nearest cache (MFU is the share of it that prefill reaches).
 
@@ -26,7 +27,7 @@
 
 #include <argp.h>
 
-enum { MOST = 16, KEY_DTYPE = 256, KEY_RANDOM, KEY_DRAFT, KEY_DRAFT_MAX, KEY_TEMP, KEY_ROWS, KEY_FLOPS_TABLE };
+enum { MOST = 16, MOST_ROWS = 64, KEY_DTYPE = 256, KEY_RANDOM, KEY_DRAFT, KEY_DRAFT_MAX, KEY_TEMP, KEY_ROWS, KEY_FLOPS_TABLE };
 
 typedef struct options {
     const char *model, *random, *format;
@@ -37,13 +38,13 @@ typedef struct options {
     int n_dtypes;
     const char *drafts[MOST], *texts[MOST];
     int n_drafts, n_texts, draft_max, rows[MOST], n_rows;
-    float temperature; /* of the texts that drafts continue */
+    float temperature; /* of what llm_generate says */
 } options;
 
 typedef struct result {
     const char *dtype, *isa;
     int threads, depth;
-    double prefill, decode, mfu, mbu, load_seconds, peak_mib, megabytes_per_token, bandwidth, flops;
+    double prefill, decode, generate, mfu, mbu, load_seconds, peak_mib, megabytes_per_token, bandwidth, flops;
 } result;
 
 /* ---- Options ---- */
@@ -60,8 +61,8 @@ static const struct argp_option OPTIONS[] = {
     {"rounds", 'r', "N", 0, "rounds of which the median is given (5)", 3},
     {"draft", KEY_DRAFT, "LIST", 0, "drafts to continue the texts with: lookup, self:int8, self:int4 or a model's file", 4},
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "most guesses in a pass (15)", 4},
-    {"temp", KEY_TEMP, "T", 0, "temperature of what continues the texts; small models repeat themselves at 0 (0)", 4},
-    {"rows", KEY_ROWS, "LIST", 0, "passes of so many tokens, up to 16, to be compared", 4},
+    {"temp", KEY_TEMP, "T", 0, "temperature of what llm_generate says; small models repeat themselves at 0 (0)", 4},
+    {"rows", KEY_ROWS, "LIST", 0, "passes of so many tokens, up to 64, to be compared", 4},
     {"output", 'o', "FORMAT", 0, "md, csv or json (md)", 3},
     {0}};
 
@@ -129,7 +130,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         if (!opt->n_drafts != !opt->n_texts) argp_error(state, "--draft goes with texts to continue");
         if (opt->n_drafts && !opt->model) argp_error(state, "random weights do not continue texts: --draft needs -m");
         for (int i = 0; i < opt->n_rows; i++)
-            if (opt->rows[i] > LLM_DRAFT_MOST + 1) argp_error(state, "--rows: at most %d", LLM_DRAFT_MOST + 1);
+            if (opt->rows[i] > MOST_ROWS) argp_error(state, "--rows: at most %d", MOST_ROWS);
         if (opt->flops_table && !strcmp(opt->format, "json")) argp_error(state, "--flops-table comes as md or csv");
         break;
     default: return ARGP_ERR_UNKNOWN;
@@ -233,6 +234,7 @@ static void random_body(llm__env *env, void *arg) {
     const llm_shape *s = &a->shape->shape;
     double *frequencies = (double *)llm__alloc(env, (size_t)s->rope_dim / 2, sizeof *frequencies);
     for (int i = 0; i < s->rope_dim / 2; i++) frequencies[i] = llm__math_exp2(-2.0 * i / s->rope_dim * llm__math_log2(10000));
+    m->tokenizer = (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *m->tokenizer); /* of no tokens: they have no text */
     m->backend = &llm__cpu_backend;
     m->desc = a->desc;
     m->shape = *s;
@@ -324,9 +326,26 @@ static double decode_bytes(const llm_model *model, int n, int d) {
     return (double)model->info.weight_bytes_per_token + cache * (d + n / 2.0);
 }
 
+/* Has llm_generate say n tokens after those that the sequence holds; returns the seconds behind the first. */
+static double generate(llm_context *ctx, const options *opt, int n) {
+    int depth = llm_seq_length(ctx, 0);
+    llm_token *prompt = (llm_token *)calloc((size_t)depth + 1, sizeof *prompt);
+    llm_sampler sampler = {.temperature = opt->temperature, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .seed = 1};
+    llm_generate_desc desc = {.tokens = prompt, .n_tokens = depth + 1, .max_tokens = n + 1, .sampler = &sampler, .ignore_end = true};
+    llm_stats stats;
+    llm_error err;
+    if (!prompt) exit(1);
+    if (depth) memcpy(prompt, llm_seq_tokens(ctx, 0), (size_t)depth * sizeof *prompt);
+    prompt[depth] = 10;
+    if (llm_generate(ctx, &desc, &stats, &err)) fail(&err);
+    free(prompt);
+    return stats.decode_seconds;
+}
+
 static void measure(llm_context *ctx, const options *opt, const memory *mem, double load_seconds, result *results) {
     const llm_model *model = llm_context_model(ctx);
-    double *prefill = (double *)calloc((size_t)(2 * MOST * opt->n_rounds), sizeof *prefill), *decode = prefill + MOST * opt->n_rounds;
+    int n_rates = MOST * opt->n_rounds;
+    double *prefill = (double *)calloc((size_t)(3 * n_rates), sizeof *prefill), *decode = prefill + n_rates, *whole = decode + n_rates;
     double bandwidth = llm_measure_bandwidth(ctx), flops = llm_measure_flops(ctx);
     if (!prefill) exit(1);
     run(ctx, opt->n_prefill, opt->n_prefill); /* warms up by a whole prompt, as the other programs do */
@@ -337,14 +356,17 @@ static void measure(llm_context *ctx, const options *opt, const memory *mem, dou
             prefill[i * opt->n_rounds + round] = opt->n_prefill / run(ctx, opt->n_prefill, opt->n_prefill);
             llm_seq_truncate(ctx, 0, opt->depths[i], NULL);
             decode[i * opt->n_rounds + round] = opt->n_decode / run(ctx, opt->n_decode, 1);
+            llm_seq_truncate(ctx, 0, opt->depths[i], NULL);
+            whole[i * opt->n_rounds + round] = opt->n_decode / generate(ctx, opt, opt->n_decode);
         }
     double again = llm_measure_bandwidth(ctx); /* neighbours come and go: the better of before and after is the limit */
     if (again > bandwidth) bandwidth = again;
     for (int i = 0; i < opt->n_depths; i++) {
-        result r = {llm_dtype_name(model->info.dtype), model->info.isa, llm_context_n_threads(ctx), opt->depths[i], 0, 0, 0, 0, load_seconds,
+        result r = {llm_dtype_name(model->info.dtype), model->info.isa, llm_context_n_threads(ctx), opt->depths[i], 0, 0, 0, 0, 0, load_seconds,
                     (double)mem->peak / 1048576, 0, bandwidth, flops};
         r.prefill = median(prefill + i * opt->n_rounds, opt->n_rounds);
         r.decode = median(decode + i * opt->n_rounds, opt->n_rounds);
+        r.generate = median(whole + i * opt->n_rounds, opt->n_rounds);
         r.megabytes_per_token = decode_bytes(model, opt->n_decode, r.depth) / 1e6;
         r.mfu = prefill_operations(model, opt->n_prefill, r.depth) * r.prefill / opt->n_prefill / flops;
         r.mbu = r.megabytes_per_token * 1e6 * r.decode / bandwidth;
@@ -448,12 +470,12 @@ static void compare_draft(llm_context *ctx, const options *opt, const char *name
 
 /* Passes of different numbers of rows after the same `depth` tokens, in turns. */
 static void compare_rows(llm_context *ctx, const options *opt, int depth) {
-    llm_token ids[LLM_DRAFT_MOST + 1];
-    bool logits[LLM_DRAFT_MOST + 1];
+    llm_token ids[MOST_ROWS];
+    bool logits[MOST_ROWS];
     double *seconds = (double *)calloc((size_t)(MOST * opt->n_rounds), sizeof *seconds), first = 0;
     llm_error err;
     if (!seconds) exit(1);
-    for (int i = 0; i <= LLM_DRAFT_MOST; i++) {
+    for (int i = 0; i < MOST_ROWS; i++) {
         ids[i] = i * 37 % 5000 + 10;
         logits[i] = true;
     }
@@ -481,7 +503,7 @@ static void compare_rows(llm_context *ctx, const options *opt, int depth) {
 /* What --draft and --rows ask for, of one type and number of threads. */
 static void compare(const options *opt, llm_dtype dtype, int n_threads) {
     llm_model_desc desc = {.dtype = dtype, .n_threads = n_threads, .isa = getenv("LLM_ISA")};
-    llm_context_desc context_desc = {.n_logits = LLM_DRAFT_MOST + 1, .n_threads = n_threads};
+    llm_context_desc context_desc = {.n_logits = opt->n_rows ? MOST_ROWS : LLM_DRAFT_MOST + 1, .n_threads = n_threads};
     llm_model *model = NULL;
     llm_context *ctx = NULL;
     llm_error err;
@@ -507,24 +529,24 @@ static void print_comparisons(const options *opt) {
 static void print_header(const char *format) {
     if (!strcmp(format, "json")) printf("[");
     if (!strcmp(format, "csv"))
-        printf("dtype,isa,threads,depth,prefill_tok_s,decode_tok_s,prefill_mfu,decode_mbu,load_s,peak_mib,mb_per_token,bandwidth_gb_s,gflop_s\n");
+        printf("dtype,isa,threads,depth,prefill_tok_s,decode_tok_s,prefill_mfu,decode_mbu,load_s,peak_mib,mb_per_token,bandwidth_gb_s,gflop_s,generate_tok_s\n");
     if (!strcmp(format, "md"))
-        printf("| weights | isa | threads | depth | prefill tok/s | MFU | decode tok/s | MB/token | MBU | limits GB/s, GFLOP/s | load s | peak MiB |\n"
-               "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
+        printf("| weights | isa | threads | depth | prefill tok/s | MFU | decode tok/s | generate tok/s | MB/token | MBU | limits GB/s, GFLOP/s | load s | peak MiB |\n"
+               "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
 }
 
 static void print_result(const char *format, const result *r, bool first) {
     if (!strcmp(format, "json"))
         printf("%s\n  {\"dtype\": \"%s\", \"isa\": \"%s\", \"threads\": %d, \"depth\": %d, \"prefill_tok_s\": %.2f, \"decode_tok_s\": %.2f, "
                "\"prefill_mfu\": %.4f, \"decode_mbu\": %.4f, \"load_s\": %.4f, \"peak_mib\": %.1f, \"mb_per_token\": %.2f, "
-               "\"bandwidth_gb_s\": %.2f, \"gflop_s\": %.1f}", first ? "" : ",", r->dtype, r->isa, r->threads, r->depth, r->prefill,
-               r->decode, r->mfu, r->mbu, r->load_seconds, r->peak_mib, r->megabytes_per_token, r->bandwidth / 1e9, r->flops / 1e9);
+               "\"bandwidth_gb_s\": %.2f, \"gflop_s\": %.1f, \"generate_tok_s\": %.2f}", first ? "" : ",", r->dtype, r->isa, r->threads, r->depth, r->prefill,
+               r->decode, r->mfu, r->mbu, r->load_seconds, r->peak_mib, r->megabytes_per_token, r->bandwidth / 1e9, r->flops / 1e9, r->generate);
     if (!strcmp(format, "csv"))
-        printf("%s,%s,%d,%d,%.2f,%.2f,%.4f,%.4f,%.4f,%.1f,%.2f,%.2f,%.1f\n", r->dtype, r->isa, r->threads, r->depth, r->prefill, r->decode,
-               r->mfu, r->mbu, r->load_seconds, r->peak_mib, r->megabytes_per_token, r->bandwidth / 1e9, r->flops / 1e9);
+        printf("%s,%s,%d,%d,%.2f,%.2f,%.4f,%.4f,%.4f,%.1f,%.2f,%.2f,%.1f,%.2f\n", r->dtype, r->isa, r->threads, r->depth, r->prefill, r->decode,
+               r->mfu, r->mbu, r->load_seconds, r->peak_mib, r->megabytes_per_token, r->bandwidth / 1e9, r->flops / 1e9, r->generate);
     if (!strcmp(format, "md"))
-        printf("| %s | %s | %d | %d | %.0f | %.0f %% | %.1f | %.1f | %.0f %% | %.1f, %.0f | %.2f | %.0f |\n", r->dtype, r->isa, r->threads,
-               r->depth, r->prefill, 100 * r->mfu, r->decode, r->megabytes_per_token, 100 * r->mbu, r->bandwidth / 1e9, r->flops / 1e9,
+        printf("| %s | %s | %d | %d | %.0f | %.0f %% | %.1f | %.1f | %.1f | %.0f %% | %.1f, %.0f | %.2f | %.0f |\n", r->dtype, r->isa, r->threads,
+               r->depth, r->prefill, 100 * r->mfu, r->decode, r->generate, r->megabytes_per_token, 100 * r->mbu, r->bandwidth / 1e9, r->flops / 1e9,
                r->load_seconds, r->peak_mib);
     fflush(stdout);
 }

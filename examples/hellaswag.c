@@ -28,9 +28,10 @@
 
 #include <argp.h>
 #include <bzlib.h>
-#include <ctype.h>
 #include <jansson.h>
+#include <locale.h>
 #include <signal.h>
+#include <wctype.h>
 
 enum { ENDINGS = 4 };
 
@@ -207,11 +208,21 @@ static void replace(char *text, const char *from, const char *to) {
     }
 }
 
+/* The bytes of the white space that a text begins with; what is white is what Python's str.strip takes for it. */
+static size_t leading_space(const char *text) {
+    size_t n = 0;
+    for (size_t length = 1; length && text[n]; n += length) {
+        for (length = 1; (text[n + length] & 0xC0) == 0x80;) length++;
+        if (llm__pair_trailing_space(text + n, length) < length) length = 0;
+    }
+    return n;
+}
+
 /* As the harness's `preprocess` does. */
 static char *clean(char *text) {
     size_t n = strlen(text);
     text[n - llm__pair_trailing_space(text, n)] = 0;
-    char *begin = text + strspn(text, " \t\n\r\v\f");
+    char *begin = text + leading_space(text);
     memmove(text, begin, strlen(begin) + 1);
     replace(text, " [title]", ". ");
     for (char *open = strchr(text, '['); open; open = strchr(open, '[')) {
@@ -223,9 +234,78 @@ static char *clean(char *text) {
     return text;
 }
 
-/* Python's capitalize: the first letter large, the others small; letters beyond ASCII stay as they are. */
-static void capitalise(char *text) {
-    for (char *p = text; *p; p++) *p = (char)(p == text ? toupper((unsigned char)*p) : tolower((unsigned char)*p));
+/* The letters, up to a 0, that one becomes as a title: all that become several. NULL: it is none of them. */
+static const uint16_t *several_letters(uint32_t letter) {
+    static const uint16_t titles[][5] = {
+        {0xDF, 'S', 's'}, {0x149, 0x2BC, 'N'}, {0x1F0, 'J', 0x30C}, {0x390, 0x399, 0x308, 0x301},
+        {0x3B0, 0x3A5, 0x308, 0x301}, {0x587, 0x535, 0x582}, {0x1E96, 'H', 0x331}, {0x1E97, 'T', 0x308},
+        {0x1E98, 'W', 0x30A}, {0x1E99, 'Y', 0x30A}, {0x1E9A, 'A', 0x2BE}, {0x1F50, 0x3A5, 0x313},
+        {0x1F52, 0x3A5, 0x313, 0x300}, {0x1F54, 0x3A5, 0x313, 0x301}, {0x1F56, 0x3A5, 0x313, 0x342},
+        {0x1FB2, 0x1FBA, 0x345}, {0x1FB4, 0x386, 0x345}, {0x1FB6, 0x391, 0x342}, {0x1FB7, 0x391, 0x342, 0x345},
+        {0x1FC2, 0x1FCA, 0x345}, {0x1FC4, 0x389, 0x345}, {0x1FC6, 0x397, 0x342}, {0x1FC7, 0x397, 0x342, 0x345},
+        {0x1FD2, 0x399, 0x308, 0x300}, {0x1FD3, 0x399, 0x308, 0x301}, {0x1FD6, 0x399, 0x342},
+        {0x1FD7, 0x399, 0x308, 0x342}, {0x1FE2, 0x3A5, 0x308, 0x300}, {0x1FE3, 0x3A5, 0x308, 0x301},
+        {0x1FE4, 0x3A1, 0x313}, {0x1FE6, 0x3A5, 0x342}, {0x1FE7, 0x3A5, 0x308, 0x342}, {0x1FF2, 0x1FFA, 0x345},
+        {0x1FF4, 0x38F, 0x345}, {0x1FF6, 0x3A9, 0x342}, {0x1FF7, 0x3A9, 0x342, 0x345}, {0xFB00, 'F', 'f'},
+        {0xFB01, 'F', 'i'}, {0xFB02, 'F', 'l'}, {0xFB03, 'F', 'f', 'i'}, {0xFB04, 'F', 'f', 'l'}, {0xFB05, 'S', 't'},
+        {0xFB06, 'S', 't'}, {0xFB13, 0x544, 0x576}, {0xFB14, 0x544, 0x565}, {0xFB15, 0x544, 0x56B},
+        {0xFB16, 0x54E, 0x576}, {0xFB17, 0x544, 0x56D}};
+    for (size_t i = 0; i < sizeof titles / sizeof *titles; i++)
+        if (titles[i][0] == letter) return titles[i] + 1;
+    return NULL;
+}
+
+static bool has_case(uint32_t c) { return towlower(c) != c || towupper(c) != c || iswupper(c) || iswlower(c); }
+
+/* What follows needs to know the letters of all languages. */
+static void know_letters(void) {
+    if (!setlocale(LC_CTYPE, "C.UTF-8") && !setlocale(LC_CTYPE, "en_US.UTF-8"))
+        give_up("neither the locale C.UTF-8 nor en_US.UTF-8 is installed; one of them is needed for large and small letters");
+}
+
+/* What may stand in a word without being a letter of it: marks, apostrophes and the like. */
+static bool is_in_word(uint32_t c) {
+    static const uint16_t ranges[][2] = {{'\'', '\''},     {'.', '.'},       {':', ':'},       {'^', '^'},       {'`', '`'},
+                                         {0xA8, 0xA8},     {0xAD, 0xAD},     {0xAF, 0xAF},     {0xB4, 0xB4},     {0xB7, 0xB8},
+                                         {0x2B0, 0x2FF},   {0x374, 0x375},   {0x37A, 0x37A},   {0x384, 0x385},   {0x387, 0x387},
+                                         {0x1FBD, 0x1FBD}, {0x1FBF, 0x1FC1}, {0x1FFD, 0x1FFE}, {0x200B, 0x200F}, {0x2018, 0x2019},
+                                         {0x2024, 0x2024}, {0x2027, 0x2027}, {0x2060, 0x2064}};
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
+        if (c >= ranges[i][0] && c <= ranges[i][1]) return true;
+    return iswctype(c, wctype("combining"));
+}
+
+/* Whether a capital sigma at text[i] ends a word: a letter is before it, and none behind it. */
+static bool ends_word(const uint32_t *text, size_t n, size_t i) {
+    size_t before = i, behind = i + 1;
+    while (before && is_in_word(text[before - 1])) before--;
+    while (behind < n && is_in_word(text[behind])) behind++;
+    return before && has_case(text[before - 1]) && !(behind < n && has_case(text[behind]));
+}
+
+/* Python's capitalize, in memory of its own: the first letter as in titles, the others small. */
+static char *capitalised(const char *text) {
+    size_t n_bytes = strlen(text), n = 0, n_out = 0;
+    const uint8_t *p = (const uint8_t *)text, *end = p + n_bytes;
+    uint32_t *letters = (uint32_t *)must_alloc((n_bytes + 1) * sizeof *letters);
+    char *out = (char *)must_alloc(6 * n_bytes + 1); /* no letter becomes more than 6 bytes */
+    while (p < end) letters[n++] = llm__utf8_decode(p, &p);
+    for (size_t i = 0; i < n; i++) {
+        static const uint16_t dotted_i[] = {'i', 0x307, 0};
+        const uint16_t *several = i ? (letters[i] == 0x130 ? dotted_i : NULL) : several_letters(letters[i]);
+        bool final_sigma = i && letters[i] == 0x3A3 && ends_word(letters, n, i);
+        uint32_t one = !i ? towctrans(letters[i], wctrans("totitle")) : final_sigma ? 0x3C2 : towlower(letters[i]);
+        if (!several) n_out += llm__utf8_encode(one, (uint8_t *)out + n_out);
+        for (; several && *several; several++) n_out += llm__utf8_encode(*several, (uint8_t *)out + n_out);
+    }
+    out[n_out] = 0;
+    free(letters);
+    return out;
+}
+
+static char *must_copy(const char *text) {
+    char *copy = (char *)must_alloc(strlen(text) + 1);
+    return strcpy(copy, text);
 }
 
 static const char *string_of(const json_t *line, const char *key, const char *path, int number) {
@@ -240,17 +320,16 @@ static void read_json_question(const char *path, int number, const char *text, s
     if (!line) give_up("%s, line %d: %s", path, number, problem.text);
     json_t *label = json_object_get(line, "label"), *endings = json_object_get(line, "endings");
     const char *activity = string_of(line, "activity_label", path, number), *a = string_of(line, "ctx_a", path, number);
-    char *b = strdup(string_of(line, "ctx_b", path, number));
+    char *b = capitalised(string_of(line, "ctx_b", path, number));
     size_t room = strlen(activity) + strlen(a) + strlen(b) + 4;
     q->context = (char *)must_alloc(room);
-    capitalise(b);
     snprintf(q->context, room, "%s%s%s %s", no_label ? "" : activity, no_label ? "" : ": ", a, b);
     clean(q->context);
     q->label = json_is_string(label) ? atoi(json_string_value(label)) : json_is_integer(label) ? (int)json_integer_value(label) : -1;
     for (size_t e = 0; e < ENDINGS; e++) {
         const char *ending = json_string_value(json_array_get(endings, e));
         if (!ending) give_up("%s, line %d has no four endings", path, number);
-        q->endings[e] = clean(strdup(ending));
+        q->endings[e] = clean(must_copy(ending));
     }
     free(b);
     json_decref(line);
@@ -273,9 +352,9 @@ static bool read_text_question(const char *path, int number, char **at, bool no_
         if (!lines[i]) give_up("%s: question %d has not its six lines", path, number);
     }
     char *label_end = no_label ? strstr(lines[0], ": ") : NULL;
-    q->context = strdup(label_end ? label_end + 2 : lines[0]);
+    q->context = must_copy(label_end ? label_end + 2 : lines[0]);
     q->label = lines[1][0] >= '0' && lines[1][0] <= '9' ? atoi(lines[1]) : -1;
-    for (int e = 0; e < ENDINGS; e++) q->endings[e] = strdup(lines[2 + e]);
+    for (int e = 0; e < ENDINGS; e++) q->endings[e] = must_copy(lines[2 + e]);
     return true;
 }
 
@@ -580,6 +659,7 @@ int main(int argc, char **argv) {
     memset(&r, 0, sizeof r);
     argp_parse(&option_parser, argc, argv, 0, NULL, &t.opt);
     t.data = find_data(&t.opt);
+    know_letters();
     double start = llm__clock_now();
     read_questions(&t);
     llm_model *model = prepare(&t);

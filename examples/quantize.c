@@ -26,9 +26,11 @@ typedef struct job {
     const char *in, *out;
 } job;
 
+/* NULL if it is to be read and does not exist. */
 static FILE *open_file(llm__env *env, const char *directory, const char *name, const char *mode) {
     FILE *file = fopen(llm__path_join(env, directory, name), mode);
-    if (!file && *mode == 'w') llm__fail(env, LLM_ERROR_IO, "%s/%s cannot be written", directory, name);
+    if (!file && (*mode == 'w' || errno != ENOENT))
+        llm__fail(env, LLM_ERROR_IO, "%s/%s cannot be %s: %s", directory, name, *mode == 'w' ? "written" : "read", strerror(errno));
     return file;
 }
 
@@ -46,22 +48,26 @@ static void copy_file(llm__env *env, const job *job, const char *name, const cha
     FILE *from = open_file(env, job->in, name, "rb");
     if (!from) return;
     FILE *to = open_file(env, job->out, name, "wb");
-    fseek(from, (long)skip, SEEK_SET);
+    bool failed = fseek(from, (long)skip, SEEK_SET) != 0;
     put(env, to, begin, strlen(begin));
-    for (size_t n; (n = fread(buffer, 1, sizeof buffer, from)) > 0;) put(env, to, buffer, n);
+    for (size_t n; !failed && (n = fread(buffer, 1, sizeof buffer, from)) > 0;) put(env, to, buffer, n);
+    if (failed || ferror(from)) llm__fail(env, LLM_ERROR_IO, "%s/%s cannot be read: %s", job->in, name, strerror(errno));
     fclose(from);
     close_file(env, to);
 }
 
 /* config.json with one thing more: what the weights now are. */
 static void write_config(llm__env *env, const job *job, const llm__checkpoint *ck) {
-    FILE *file = open_file(env, job->in, "config.json", "rb");
+    int c;
     if (llm__json_get(ck->config, "quantization_config") || llm__json_get(ck->config, "compression_config"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the weights are quantised already");
-    while (fgetc(file) != '{') {} /* it has been read, so there is one */
-    size_t skip = (size_t)ftell(file);
+    FILE *file = open_file(env, job->in, "config.json", "rb");
+    while (file && (c = fgetc(file)) != EOF && c != '{') {}
+    long skip = file ? ftell(file) : -1;
+    if (skip < 1 || feof(file) || ferror(file))
+        llm__fail(env, LLM_ERROR_IO, "%s/config.json cannot be read any more, or is no longer what it was", job->in);
     fclose(file);
-    copy_file(env, job, "config.json", CONFIG, skip);
+    copy_file(env, job, "config.json", CONFIG, (size_t)skip);
 }
 
 static bool is_quantized(const llm__tensor *t) {

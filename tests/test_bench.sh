@@ -8,7 +8,7 @@ trap 'rm -f "$out" "$out.txt"' EXIT
 
 measure() { "$bench" -p 8 -n 2 -r 1 "$@" >"$out" 2>&1; }
 fields() {
-    for field in dtype threads depth prefill_tok_s decode_tok_s prefill_mfu decode_mbu load_s peak_mib; do
+    for field in dtype threads depth prefill_tok_s decode_tok_s prefill_mfu decode_mbu load_s peak_mib generate_tok_s; do
         [ "$(grep -c "\"$field\": " "$out")" -eq "$1" ] || return 1
     done
 }

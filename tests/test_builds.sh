@@ -29,15 +29,19 @@ in_every_language() { # NAME SOURCE FLAGS...
     check "$name, gcc C99" "${machine}gcc" -std=c99 -O2 $strict "$@" "$source.c"
     check "$name, gcc C11" "${machine}gcc" -std=gnu11 -O1 $strict "$@" "$source.c"
     check "$name, gcc C++17" "${machine}g++" -std=c++17 -O1 $strict "$@" "$source.cpp"
+    check "$name, gcc C++20" "${machine}g++" -std=c++20 -O0 $strict "$@" "$source.cpp"
     [ -z "$machine" ] || return 0
     check "$name, clang C99" clang -std=c99 -O1 $strict "$@" "$source.c"
     check "$name, clang C++17" clang++ -std=c++17 -O1 $strict "$@" "$source.cpp"
+    check "$name, clang C++20" clang++ -std=c++20 -O0 $strict "$@" "$source.cpp"
 }
 
 in_every_language "declarations" "$tmp/declarations"
 in_every_language "implementation" "$tmp/whole"
 check "implementation after other headers" "${machine}gcc" -std=c99 -O0 $strict "$tmp/late.c"
+check "implementation after other headers, C++" "${machine}g++" -std=c++17 -O0 $strict "$tmp/late.cpp"
 check "LLM_STATIC" "${machine}gcc" -std=c99 -O0 $strict "$tmp/static.c"
+check "LLM_STATIC, C++" "${machine}g++" -std=c++17 -O0 $strict "$tmp/static.cpp"
 check "LLM_CUDA" "${machine}gcc" -std=c99 -O0 $strict -DLLM_CUDA "$tmp/whole.c"
 check "LLM_NO_THREADS" "${machine}gcc" -std=c99 -O0 $strict -DLLM_NO_THREADS "$tmp/whole.c"
 check "LLM_NO_SIMD" "${machine}gcc" -std=c99 -O0 $strict -DLLM_NO_SIMD "$tmp/whole.c"
@@ -54,6 +58,19 @@ if [ "$machine" ]; then
 fi
 check "LLM_STATIC, clang" clang -std=c99 -O0 $strict "$tmp/static.c"
 
+# The backend of llm_cuda.cu is in another file also where all else is static.
+printf '#define LLM_CUDA\n#include "llm.h"\nconst llm_backend *llm_cuda_backend(void) { return (const llm_backend *)0; }\n' >"$tmp/backend.c"
+cat >"$tmp/static_cuda.c" <<'END'
+#define LLM_CUDA
+#define LLM_STATIC
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+int main(void) { return llm_cuda_backend() != NULL; }
+END
+check "LLM_STATIC links with LLM_CUDA" gcc -std=c99 -O0 -Wall -Wextra -pedantic -Werror -I. -DLLM_NO_SIMD -o "$tmp/static_cuda" "$tmp/static_cuda.c" \
+    "$tmp/backend.c" -lm -lpthread
+check "a program of both runs" "$tmp/static_cuda"
+
 for program in examples/*.c tokenizer/*.c; do
     check "$program, gcc" gcc -std=c99 -O0 $strict "$program"
     check "$program, clang" clang -std=c99 -O0 $strict "$program"
@@ -66,6 +83,7 @@ done
 code_block() { awk -v fence="^\`\`\`$1\$" '$0 ~ fence { inside = 1; next } /^```/ && inside { exit } inside' "$2"; }
 code_block c README.md >"$tmp/readme.c"
 sed '1,/\*\//d' examples/hello.c >"$tmp/hello.c"
+check "the licence is in llm.h" eval 'sed -n "/^MIT License$/,/^SOFTWARE/p" llm.h | cmp - LICENSE'
 check "the program in README.md is examples/hello.c" cmp "$tmp/readme.c" "$tmp/hello.c"
 
 {

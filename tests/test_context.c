@@ -217,6 +217,50 @@ static void test_last_copy(void **state) {
     llm_model_free(model);
 }
 
+/* A fork inside a block takes one of its own when it goes on, and gives it back when it is cut back; whichever of the two
+   goes on. When the other has changed meanwhile, it keeps its own. */
+static void test_given_back(void **state) {
+    llm_model *model = load(1);
+    llm_context_desc desc = {.n_ctx = 256, .n_seq = 9, .n_cache = 256, .n_threads = 1}, one = {.n_ctx = 256, .n_threads = 1};
+    llm_context *ctx = create_context(model, &desc), *own = create_context(model, &one);
+    (void)state;
+    for (int length = 33; length <= 64; length += 31) {
+        must_append(ctx, 8, 0, 0, length);
+        for (int seq = 0; seq < 8; seq++) {
+            assert_int_equal(llm_seq_fork(ctx, seq, 8, length, NULL), LLM_OK);
+            must_append(ctx, seq, seq, 0, 1);
+            assert_logits(ctx, 0, seq, own);
+            assert_int_equal(llm_seq_truncate(ctx, seq, length, NULL), LLM_OK);
+        }
+        must_append(ctx, 8, 9, 0, 1); /* the parent, too */
+        assert_int_equal(llm_seq_truncate(ctx, 8, length, NULL), LLM_OK);
+        for (int seq = 0; seq < 9; seq++) { /* all share what they did again */
+            must_append(ctx, seq, 20, 0, 90);
+            assert_logits(ctx, 89, seq, own);
+            assert_int_equal(llm_seq_truncate(ctx, seq, length, NULL), LLM_OK);
+        }
+        for (int seq = 0; seq < 9; seq++) assert_int_equal(llm_seq_truncate(ctx, seq, 0, NULL), LLM_OK);
+    }
+    must_append(ctx, 0, 0, 0, 50);
+    assert_int_equal(llm_seq_fork(ctx, 1, 0, 50, NULL), LLM_OK);
+    must_append(ctx, 1, 1, 0, 3);
+    assert_int_equal(llm_seq_truncate(ctx, 0, 40, NULL), LLM_OK);
+    must_append(ctx, 0, 2, 0, 20); /* over what the fork had copied */
+    assert_int_equal(llm_seq_truncate(ctx, 1, 50, NULL), LLM_OK);
+    must_append(ctx, 1, 3, 0, 1);
+    assert_logits(ctx, 0, 1, own);
+    assert_int_equal(llm_seq_truncate(ctx, 1, 38, NULL), LLM_OK);
+    must_append(ctx, 1, 4, 0, 1);
+    assert_logits(ctx, 0, 1, own);
+    must_append(ctx, 0, 5, 0, 1);
+    assert_logits(ctx, 0, 0, own);
+    for (int seq = 0; seq < 9; seq++) assert_int_equal(llm_seq_truncate(ctx, seq, 0, NULL), LLM_OK);
+    must_append(ctx, 0, 0, 0, 256);
+    llm_context_free(ctx);
+    llm_context_free(own);
+    llm_model_free(model);
+}
+
 /* ---- Saving ---- */
 
 static void *save(llm_context *ctx, int seq, size_t *size) {
@@ -391,6 +435,108 @@ static void test_cancelled(void **state) {
     llm_model_free(model);
 }
 
+/* Left by longjmp at every poll, as a C++ exception would, with other threads waiting for the one that called. */
+static jmp_buf left;
+
+static bool leave(void *user) {
+    canceller *c = (canceller *)user;
+    if (++c->n == c->stop_at) longjmp(left, 1);
+    return false;
+}
+
+static void test_left(void **state) {
+    llm_model *model = load(1);
+    static canceller c;
+    static volatile int stop_at, n_polls;
+    llm_context_desc desc = {.n_ctx = 100, .n_seq = 2, .n_batch = 16, .n_threads = 3, .cancel = leave, .cancel_user = &c};
+    llm_context *volatile ctx = create_context(model, &desc);
+    llm_context *own = create_context(model, &(llm_context_desc){.n_ctx = 100, .n_threads = 1});
+    (void)state;
+    must_append(ctx, 0, 0, 0, 40);
+    n_polls = c.n;
+    for (stop_at = 1; stop_at <= n_polls; stop_at++) {
+        c.stop_at = 0;
+        assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
+        must_append(ctx, 0, 1, 0, 7);
+        c.n = 0;
+        c.stop_at = stop_at;
+        if (!setjmp(left)) {
+            append(ctx, 0, 2, 0, 40, NULL);
+            fail();
+        }
+        assert_int_equal(c.n, stop_at);
+        assert_int_equal(llm_seq_length(ctx, 0), 7);
+        c.stop_at = 0;
+        must_append(ctx, 0, 3, 0, 20);
+        assert_logits(ctx, 19, 0, own);
+    }
+    c.n = 0;
+    c.stop_at = 2;
+    if (!setjmp(left)) append(ctx, 0, 2, 0, 40, NULL);
+    llm_context_free(ctx); /* also without another call */
+    llm_context_free(own);
+    llm_model_free(model);
+}
+
+/* ---- What *err says ---- */
+
+static llm_error *stale(void) {
+    static llm_error err;
+    memset(&err, 0x41, sizeof err);
+    err.code = LLM_ERROR_CONTEXT_FULL;
+    return &err;
+}
+
+/* After a success it says so: also where an attempt before, inside, had failed. */
+static void test_success_is_told(void **state) {
+    llm_model *model = NULL, *again = NULL;
+    llm_context *ctx = NULL;
+    llm_draft draft;
+    llm_memory memory;
+    llm_token ids[8] = {1, 2};
+    llm_model_desc desc = {.n_threads = 1};
+    const llm_tokenizer *tokenizer;
+    const llm_token *endings[] = {ids};
+    const int two = 2;
+    llm_question question = {ids, 2, 1, endings, &two};
+    double likelihood;
+    int64_t n_context;
+    uint8_t *data = tiny_model(&SPEC, &desc.data_size);
+    (void)state;
+    desc.data = data;
+#define TOLD(call)                            \
+    {                                         \
+        llm_error *err = stale();             \
+        assert_true((call) >= 0);             \
+        assert_int_equal(err->code, LLM_OK);  \
+        assert_string_equal(err->message, ""); \
+    }
+    TOLD(-(int)llm_model_load(&model, NULL, &desc, err))
+    TOLD(-(int)llm_model_load(&again, NULL, &desc, err))
+    TOLD(-(int)llm_memory_estimate(NULL, &desc, NULL, &memory, err))
+    tokenizer = llm_model_tokenizer(model);
+    TOLD(-(int)llm_context_create(&ctx, model, &(llm_context_desc){.n_ctx = 64, .n_seq = 2, .n_threads = 1}, err))
+    TOLD(llm_encode(tokenizer, "ab", 2, 0, ids, 8, err))
+    TOLD(llm_encode_pair(tokenizer, "ab", "c", 0, ids, 8, &n_context, err))
+    TOLD(-(int)llm_forward(ctx, &(llm_batch){2, ids, NULL, NULL}, err))
+    TOLD(-(int)llm_seq_truncate(ctx, 0, 1, err))
+    TOLD(-(int)llm_seq_fork(ctx, 1, 0, 1, err))
+    TOLD(-(int)llm_seq_fork(ctx, 1, 1, 1, err))
+    size_t size = llm_seq_save_size(ctx, 0);
+    void *saved = malloc(size);
+    TOLD(-(int)llm_seq_save(ctx, 0, saved, size, err))
+    TOLD(-(int)llm_seq_restore(ctx, 1, saved, size, err))
+    TOLD(-(int)llm_draft_model(&draft, ctx, again, err))
+    TOLD(-(int)llm_generate(ctx, &(llm_generate_desc){.prompt = "abc", .max_tokens = 2}, NULL, err))
+    TOLD(-(int)llm_score(ctx, &question, 1, NULL, &likelihood, NULL, err))
+    free(saved);
+    free(data);
+    llm_draft_free(&draft);
+    llm_context_free(ctx);
+    llm_model_free(again);
+    llm_model_free(model);
+}
+
 /* ---- The cache's accounts, against the simplest model of sequences ---- */
 
 enum { N_SEQ = 6, N_CTX = 320, N_CACHE = 640, N_STEPS = 10000 };
@@ -499,6 +645,7 @@ int main(void) {
         cmocka_unit_test(test_refused), cmocka_unit_test(test_sequence_arguments), cmocka_unit_test(test_logits_where_asked),
         cmocka_unit_test(test_forks), cmocka_unit_test(test_last_copy), cmocka_unit_test(test_saved),
         cmocka_unit_test(test_saved_damaged), cmocka_unit_test(test_saved_elsewhere), cmocka_unit_test(test_cancelled),
+        cmocka_unit_test(test_given_back), cmocka_unit_test(test_left), cmocka_unit_test(test_success_is_told),
         cmocka_unit_test(test_accounts)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

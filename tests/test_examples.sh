@@ -1,18 +1,18 @@
 #!/bin/sh
 # hello.c and embed.cpp: they answer, and explain what goes wrong.
 . tests/tap.sh
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 hello=$(dirname "$0")/hello
 embed=$(dirname "$0")/embed
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
 
-says() { "$@" 2>/dev/null | grep -q .; }
+says() { "$@" >"$log" 2>/dev/null && grep -q . "$log"; }
 fails_saying() {
     word=$1
     shift
     ! "$@" >/dev/null 2>"$log" && grep -q "$word" "$log" && [ "$(wc -l <"$log")" -eq 1 ]
 }
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
 
 check "hello continues a text" says "$hello" "$model" "Once upon a time"
 check "hello explains a missing model" fails_saying absent.gguf "$hello" absent.gguf

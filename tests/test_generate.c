@@ -403,6 +403,11 @@ static void test_refused_text(void **state) {
     close_context(ctx);
 }
 
+static bool always(void *user) {
+    ++*(int *)user;
+    return true;
+}
+
 /* At every poll, in the prompt and after it: what was shown is a beginning of the whole text, all tokens' text is shown,
    and the sequence holds what was computed. */
 static void test_cancelled(void **state) {
@@ -422,11 +427,13 @@ static void test_cancelled(void **state) {
         assert_int_equal(a.n_polls, poll);
         assert_int_equal(a.n_bytes, a.n_tokens);
         assert_memory_equal(a.text, all->text, a.n_bytes);
-        assert_int_equal(llm_seq_length(ctx, 0), a.n_tokens ? a.stats.n_prompt + a.n_tokens - 1 : 0);
+        int n_passes = (poll - 1) / (SPEC.n_layers + 1); /* those of the prompt that were finished stay */
+        assert_int_equal(llm_seq_length(ctx, 0), a.n_tokens ? a.stats.n_prompt + a.n_tokens - 1 : 8 * n_passes);
         assert_int_equal(a.stats.n_decode_passes, a.n_tokens ? a.n_tokens - 1 : 0);
         answer again = {0};
         sampler = ascii(9);
         run(ctx, desc, &again);
+        assert_int_equal(again.stats.n_reused, a.n_tokens ? a.stats.n_prompt - 1 : 8 * n_passes);
         assert_string_equal(again.text, all->text);
     }
     free(all);
@@ -434,9 +441,150 @@ static void test_cancelled(void **state) {
     close_context(wide);
 }
 
-static bool always(void *user) {
-    ++*(int *)user;
+/* ---- The context inside its own callbacks ---- */
+
+typedef struct nested {
+    llm_context *ctx;
+    int n_refused, n_calls, last_poll, n_polls;
+} nested;
+
+static void must_refuse(nested *n, llm_status status, const llm_error *err) {
+    n->n_calls++;
+    n->n_refused += status == LLM_ERROR_ARGUMENT && err->code == status && strstr(err->message, "callback");
+}
+
+/* Every function that works with a context. */
+static void use_inside(nested *n) {
+    llm_context *ctx = n->ctx;
+    static const llm_token tokens[] = {1};
+    static const llm_token *const endings[] = {tokens};
+    static const int one = 1;
+    llm_question question = {tokens, 1, 1, endings, &one};
+    llm_error err;
+    llm_draft draft;
+    char buffer[64] = {0};
+    int before = llm_seq_length(ctx, 0);
+    must_refuse(n, llm_generate(ctx, &(llm_generate_desc){.prompt = "x", .max_tokens = 2}, NULL, &err), &err);
+    must_refuse(n, llm_forward(ctx, &(llm_batch){1, tokens, NULL, NULL}, &err), &err);
+    must_refuse(n, llm_score(ctx, &question, 1, NULL, NULL, NULL, &err), &err);
+    must_refuse(n, llm_seq_truncate(ctx, 0, 0, &err), &err);
+    must_refuse(n, llm_seq_fork(ctx, 1, 0, 1, &err), &err);
+    must_refuse(n, llm_seq_save(ctx, 0, buffer, sizeof buffer, &err), &err);
+    must_refuse(n, llm_seq_restore(ctx, 0, buffer, sizeof buffer, &err), &err);
+    must_refuse(n, llm_draft_model(&draft, ctx, llm_context_model(ctx), &err), &err);
+    assert_int_equal(llm_sample(ctx, 0, 0, NULL), -1);
+    assert_true(llm_measure_flops(ctx) == 0 && llm_measure_bandwidth(ctx) == 0);
+    assert_int_equal(llm_seq_length(ctx, 0), before);
+}
+
+static bool inside_text(void *user, const char *text, size_t n_bytes) {
+    (void)text, (void)n_bytes;
+    use_inside((nested *)user);
     return true;
+}
+
+static bool inside_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
+    (void)token, (void)bytes, (void)n_bytes;
+    use_inside((nested *)user);
+    return true;
+}
+
+static bool inside_cancel(void *user) {
+    nested *n = (nested *)user;
+    use_inside(n);
+    return ++n->n_polls == n->last_poll;
+}
+
+static bool inside_question(void *user, int question, const double *log_likelihoods) {
+    (void)question, (void)log_likelihoods;
+    use_inside((nested *)user);
+    return true;
+}
+
+static llm_status inside_draft(void *user, const llm_draft_request *r, llm_draft_guesses *g, llm_error *err) {
+    (void)err;
+    for (; g->n < r->n_wanted[0]; g->n++) g->tokens[g->n] = 'a';
+    use_inside((nested *)user);
+    return LLM_OK;
+}
+
+static void test_context_inside_callbacks(void **state) {
+    llm_context *wide = open_tiny(64, 2);
+    llm_context *ctx = create_context(llm_context_model(wide), &(llm_context_desc){.n_ctx = 64, .n_seq = 2, .n_logits = 16, .n_threads = 2});
+    nested n = {.ctx = ctx};
+    llm_draft draft = {.name = "nested", .propose = inside_draft, .user = &n};
+    static const llm_token tokens[] = {1, 2}, *const endings[] = {tokens};
+    static const int two = 2;
+    llm_question question = {tokens, 2, 1, endings, &two};
+    double likelihood, expected;
+    (void)state;
+    llm_generate_desc desc = {.prompt = "abc", .max_tokens = 20, .ignore_end = true};
+    answer *plain = fresh(wide, desc);
+    desc.user = &n;
+    desc.on_text = inside_text;
+    desc.on_token = inside_token;
+    desc.cancel = inside_cancel;
+    for (int drafted = 0; drafted < 2; drafted++) {
+        if (drafted) desc.draft = &draft;
+        assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
+        assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_OK);
+        assert_int_equal(llm_seq_length(ctx, 0), llm_seq_length(wide, 0));
+        assert_memory_equal(llm_seq_tokens(ctx, 0), llm_seq_tokens(wide, 0), 22 * sizeof(llm_token));
+    }
+    assert_int_equal(llm_score(wide, &question, 1, NULL, &expected, NULL, NULL), LLM_OK);
+    assert_int_equal(llm_score(ctx, &question, 1, &(llm_score_desc){.on_question = inside_question, .user = &n}, &likelihood, NULL, NULL), LLM_OK);
+    assert_true(likelihood == expected);
+    assert_true(n.n_calls > 8 * 20);
+    assert_int_equal(n.n_refused, n.n_calls);
+    free(plain);
+    llm_context_free(ctx);
+    close_context(wide);
+}
+
+/* ---- Careless descriptions, and samplers that leave nothing ---- */
+
+static void refuse(llm_context *ctx, llm_generate_desc desc, llm_status expected, const char *named) {
+    llm_error err;
+    memset(&err, 0xEE, sizeof err);
+    assert_int_equal(llm_generate(ctx, &desc, NULL, &err), expected);
+    assert_int_equal(err.code, expected);
+    if (!strstr(err.message, named)) fail_msg("the message does not name %s: %s", named, err.message);
+    assert_int_equal(llm_generate(ctx, &(llm_generate_desc){.prompt = "abc", .max_tokens = 2, .ignore_end = true}, NULL, &err), LLM_OK);
+    assert_int_equal(err.code, LLM_OK);
+    assert_string_equal(err.message, "");
+}
+
+static void test_careless(void **state) {
+    llm_context *ctx = open_tiny(64, 1);
+    static const char *const null[] = {"a", NULL};
+    llm_logit_bias all[N_VOCAB], nan = {5, NAN};
+    llm_sampler none = {.n_biases = 3}, forbidden = {.temperature = 1, .biases = all, .n_biases = N_VOCAB}, broken = {.biases = &nan, .n_biases = 1};
+    (void)state;
+    for (int i = 0; i < N_VOCAB; i++) all[i] = (llm_logit_bias){i, -INFINITY};
+    refuse(ctx, (llm_generate_desc){.prompt = "abc", .n_stop_strings = 1}, LLM_ERROR_ARGUMENT, "stop_strings");
+    refuse(ctx, (llm_generate_desc){.prompt = "abc", .n_stop_strings = 2, .stop_strings = null}, LLM_ERROR_ARGUMENT, "stop_strings[1]");
+    refuse(ctx, (llm_generate_desc){.prompt = "abc", .n_stop_tokens = 1}, LLM_ERROR_ARGUMENT, "stop_tokens");
+    refuse(ctx, (llm_generate_desc){.prompt = "abc", .sampler = &none}, LLM_ERROR_ARGUMENT, "biases");
+    refuse(ctx, (llm_generate_desc){.prompt = "abc", .sampler = &forbidden}, LLM_ERROR_ARGUMENT, "forbidden");
+    forbidden.temperature = 0;
+    refuse(ctx, (llm_generate_desc){.prompt = "abc", .sampler = &forbidden}, LLM_ERROR_ARGUMENT, "forbidden");
+    refuse(ctx, (llm_generate_desc){.prompt = "abc", .sampler = &broken}, LLM_ERROR_FORMAT, "NaN");
+    close_context(ctx);
+}
+
+/* A text that was cancelled is no error, and *err says so. */
+static void test_no_error(void **state) {
+    llm_context *wide = open_tiny(64, 1);
+    int n = 0;
+    llm_context *ctx = create_context(llm_context_model(wide), &(llm_context_desc){.n_ctx = 64, .n_threads = 1, .cancel = always, .cancel_user = &n});
+    llm_error err;
+    memset(&err, 0xEE, sizeof err);
+    (void)state;
+    assert_int_equal(llm_generate(ctx, &(llm_generate_desc){.prompt = "abc", .max_tokens = 4}, NULL, &err), LLM_OK);
+    assert_int_equal(err.code, LLM_OK);
+    assert_string_equal(err.message, "");
+    llm_context_free(ctx);
+    close_context(wide);
 }
 
 /* The context's own cancel counts where the description has none. */
@@ -567,6 +715,7 @@ int main(void) {
         cmocka_unit_test(test_end), cmocka_unit_test(test_stop_tokens), cmocka_unit_test(test_context_end),
         cmocka_unit_test(test_cache_end), cmocka_unit_test(test_refused_text), cmocka_unit_test(test_cancelled),
         cmocka_unit_test(test_context_cancel), cmocka_unit_test(test_one_bos), cmocka_unit_test(test_first_space),
-        cmocka_unit_test(test_message_is_text)};
+        cmocka_unit_test(test_message_is_text), cmocka_unit_test(test_context_inside_callbacks), cmocka_unit_test(test_careless),
+        cmocka_unit_test(test_no_error)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -321,7 +321,7 @@ static void bad_configs_are_refused(void **state) {
     } table[] = {
         {"llama", "{", "[", "JSON"},
         {"llama", "\"vocab_size\": 48", "\"vocab_size\": 48,,", "JSON"},
-        {"llama", "\"hidden_size\": 32", "\"hidden_size\": \"32\"", "hidden_size is not a number"},
+        {"llama", "\"hidden_size\": 32", "\"hidden_size\": \"32\"", "hidden_size is a string, not a number"},
         {"llama", "\"hidden_size\": 32", "\"hidden_size\": 0", "hidden_size is 0"},
         {"llama", "\"hidden_size\": 32", "\"hidden_size\": 32.5", "hidden_size is 32.5, not a whole number"},
         {"llama", "\"hidden_size\": 32", "\"hidden_size\": 1e300", "hidden_size is 1e+300"},
@@ -345,7 +345,7 @@ static void bad_configs_are_refused(void **state) {
         {"llama", "\"rope_type\": \"default\"", "\"rope_type\": \"default\", \"partial_rotary_factor\": 0.5",
          "partial_rotary_factor is 0.5"},
         {"llama", "\"rope_type\": \"default\"", "\"full_attention\": {}", "rope_parameters.full_attention is set"},
-        {"linear", "\"factor\": 4.0", "\"factor\": \"x\"", "rope_scaling.factor is not a number"},
+        {"linear", "\"factor\": 4.0", "\"factor\": \"x\"", "rope_scaling.factor is a string, not a number"},
         {"linear", "\"factor\": 4.0", "\"factor\": -4", "rope_scaling.factor is -4, not from"},
         {"llama3", "\"high_freq_factor\": 4.0", "\"high_freq_factor\": 1.0", "RoPE is scaled between 1 and 1 turns"},
         {"yarn", "\"beta_fast\": 16.0", "\"beta_fast\": 0.5", "RoPE is scaled between 1 and 0.5 turns"},
@@ -355,7 +355,7 @@ static void bad_configs_are_refused(void **state) {
         {"llama", "\"hidden_act\": \"silu\"", "\"hidden_act\": \"gelu\"", "hidden_act is \"gelu\""},
         {"llama", "\"attention_bias\": false", "\"attention_bias\": true", "attention_bias is true"},
         {"llama", "\"mlp_bias\": false", "\"mlp_bias\": true", "mlp_bias is true"},
-        {"llama", "\"mlp_bias\": false", "\"mlp_bias\": 0", "mlp_bias is neither true nor false"},
+        {"llama", "\"mlp_bias\": false", "\"mlp_bias\": 0", "mlp_bias is a number, not true or false"},
         {"llama", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true",
          "tensor lm_head.weight is not model.embed_tokens.weight"},
         {"gqa", "\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", "there is no tensor lm_head.weight"},
@@ -392,6 +392,88 @@ static void bad_configs_are_refused(void **state) {
         free(config.at);
         free(tensors.at);
     }
+}
+
+/* What transformers 5.24 makes of a config.json that says it twice (AutoConfig(...).rope_parameters). */
+static void rope_may_be_said_twice(void **state) {
+#define PLAIN "\"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": 500.0}"
+#define SCALED "\"rope_scaling\": {\"rope_type\": \"linear\", \"factor\": 2.0}"
+#define EMPTY "\"rope_scaling\": {}"
+#define THETA "\"rope_theta\": 700.0"
+    static const struct {
+        const char *members;
+        double theta, factor;
+    } table[] = {
+        {PLAIN ", " EMPTY, 500, 1},
+        {PLAIN ", \"rope_scaling\": null", 500, 1},
+        {PLAIN ", " EMPTY ", " THETA, 500, 1},
+        {PLAIN ", " THETA, 500, 1},
+        {EMPTY ", " THETA, 700, 1},
+        {EMPTY, 10000, 1},
+        {EMPTY ", \"rope_parameters\": {}, " THETA, 700, 1},
+        {"\"rope_parameters\": {\"rope_type\": \"default\"}, " THETA, 700, 1},
+        {PLAIN ", " SCALED, 10000, 2},
+        {PLAIN ", " SCALED ", " THETA, 700, 2},
+    };
+    bytes config = read_file(golden("llama/config.json")), tensors = read_file(golden("llama/model.safetensors"));
+    (void)state;
+    write_file(in_folder("model.safetensors"), tensors.at, tensors.n);
+    char *plain = replaced((const char *)config.at, "rope_parameters", "_other");
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        char members[300];
+        snprintf(members, sizeof members, "{%s,", table[i].members);
+        char *text = replaced(plain, "{", members);
+        write_file(in_folder("config.json"), text, strlen(text));
+        llm_model *model = load_model(folder, NULL);
+        int n = model->shape.rope_dim;
+        for (int k = 0; k < n / 2; k++) {
+            double wanted = pow(table[i].theta, -2.0 * k / n) / table[i].factor, is = model->shape.rope_frequencies[k];
+            if (fabs(is - wanted) > 1e-9 * wanted) fail_msg("%s: frequency %d is %g, not %g", members, k, is, wanted);
+        }
+        llm_model_free(model);
+        free(text);
+    }
+    free(plain);
+    free(config.at);
+    free(tensors.at);
+}
+
+/* The scales of an int8 tensor are found by its whole name, however long. */
+static void find_long_scales(llm__env *env, void *arg) {
+    char names[2][200];
+    llm__tensor tensors[2];
+    llm__checkpoint ck;
+    bool used[2] = {false, false};
+    (void)arg;
+    memset(&ck, 0, sizeof ck);
+    memset(tensors, 0, sizeof tensors);
+    memset(names, 'x', sizeof names);
+    snprintf(names[0] + 120, 80, ".weight");
+    snprintf(names[1] + 120, 80, ".weight_scale");
+    for (int i = 0; i < 2; i++) {
+        tensors[i].name.at = names[i];
+        tensors[i].name.n = strlen(names[i]);
+        tensors[i].type = llm__file_type_find(i ? LLM__F32 : LLM__I8);
+        tensors[i].rows = 4;
+        tensors[i].cols = i ? 1 : 8;
+    }
+    ck.format = LLM__HUGGING_FACE;
+    ck.tensors = tensors;
+    ck.n_tensors = 2;
+    ck.used = used;
+    assert_ptr_equal(llm__tensor_find_scales(env, &ck, &tensors[0]), &tensors[1]);
+    assert_true(used[1]);
+}
+
+static void long_names_have_scales(void **state) {
+    llm__pool pool;
+    llm__env env;
+    llm_error err;
+    (void)state;
+    llm__pool_init(&pool, NULL);
+    llm__env_init(&env, &pool, &err, NULL);
+    if (llm__env_run(&env, find_long_scales, NULL)) fail_msg("%s", err.message);
+    llm__pool_free(&pool);
 }
 
 /* Every number of a config.json at the ends of what integers hold: its key and the number are named. */
@@ -490,6 +572,22 @@ static void bad_safetensors_are_refused(void **state) {
     expect_failure(folder, "but the file has 7", "model.safetensors");
     free(config.at);
 }
+
+#if !defined(_WIN32)
+/* A pipe that nobody writes to is not waited for. */
+static void pipes_are_refused(void **state) {
+    llm_tokenizer *tokenizer;
+    llm_error err;
+    (void)state;
+    remove(in_folder("m.gguf"));
+    assert_int_equal(mkfifo(in_folder("m.gguf"), 0600), 0);
+    alarm(60);
+    expect_failure(in_folder("m.gguf"), "is not a regular file", "m.gguf");
+    assert_int_equal(llm_tokenizer_load(&tokenizer, in_folder("m.gguf"), NULL, &err), LLM_ERROR_IO);
+    alarm(0);
+    remove(in_folder("m.gguf"));
+}
+#endif
 
 static void truncated_files_are_refused(void **state) {
     static const char *const names[] = {"llama/model.safetensors", "llama.gguf", "llama/config.json"};
@@ -696,8 +794,13 @@ int main(void) {
         cmocka_unit_test(every_allocation_may_fail),
         cmocka_unit_test(a_hundred_loads_leave_nothing),
         cmocka_unit_test(bad_configs_are_refused),
+        cmocka_unit_test(rope_may_be_said_twice),
+        cmocka_unit_test(long_names_have_scales),
         cmocka_unit_test(extreme_configs_are_refused),
         cmocka_unit_test(bad_safetensors_are_refused),
+#if !defined(_WIN32)
+        cmocka_unit_test(pipes_are_refused),
+#endif
         cmocka_unit_test(truncated_files_are_refused),
         cmocka_unit_test(bad_indexes_are_refused),
         cmocka_unit_test(other_types_are_refused_by_name),

@@ -121,6 +121,20 @@ static void check_rows(const llm__kernels *k) {
     scalar->rope(a, w, w + n / 2, n / 2);
     k->rope(b, w, w + n / 2, n / 2);
     check_same("rope", a, b, sizeof a);
+    float runs[2][300 / LLM__MAX_RUN + 1], top = x[0];
+    size_t n_runs = (size_t)((n + LLM__MAX_RUN - 1) / LLM__MAX_RUN);
+    for (int i = 1; i < n; i++) top = x[i] > top ? x[i] : top;
+    if (n > 1) x[random_int((uint32_t)n - 1)] = -INFINITY;
+    assert_true(scalar->maxima(x, n, runs[0]) && k->maxima(x, n, runs[1]));
+    check_same("maxima", runs[0], runs[1], n_runs * 4);
+    sum[0] = scalar->odds(x, n, top, 3, a, runs[0]);
+    sum[1] = k->odds(x, n, top, 3, b, runs[1]);
+    check_same("odds", a, b, (size_t)llm__math_round_up(n, 16) * 4);
+    check_same("odds' maxima", runs[0], runs[1], n_runs * 4);
+    assert_true(sum[0] == sum[1]);
+    for (int i = 0; i < n; i++) assert_true(x[i] == -INFINITY ? a[i] == 0 : a[i] >= 0 && a[i] <= 1);
+    x[random_int((uint32_t)n)] = NAN;
+    assert_true(!scalar->maxima(x, n, runs[0]) && !k->maxima(x, n, runs[1]));
 }
 
 /* A packed row as floats. Lines of pairs, which are not apart, have of each four values the third, first, fourth, second. */

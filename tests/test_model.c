@@ -256,11 +256,42 @@ static void test_perplexity(void **state) {
     assert_true(fabs(f32 / 28.8670 - 1) < 1e-3); /* llama.cpp's */
     assert_true(fabs(readers[1].perplexity / f32 - 1) < 2e-3);
     assert_true(fabs(readers[2].perplexity / f32 - 1) < 5e-3);
+    assert_true(fabs(readers[3].perplexity / f32 - 1) < 1e-3); /* the file's own numbers */
+    static const double means[READERS] = {0, 0.0003, 0.006, 0.0003}, p99s[READERS] = {0, 0.0014, 0.026, 0.0012};
+    for (int i = 0; i < READERS; i++) /* half as much again as it is */
+        assert_true(readers[i].mean <= means[i] && readers[i].p99 <= p99s[i] && (i == 0 || readers[i].mean > 0));
     free(data.at);
 }
 
+/* Kilobytes that the system names so in this process's status; 0 where it does not. */
+static long status_kb(const char *name) {
+    char line[128];
+    long n = 0;
+    FILE *file = fopen("/proc/self/status", "rb");
+    while (file && fgets(line, sizeof line, file))
+        if (!strncmp(line, name, strlen(name))) n = strtol(line + strlen(name), NULL, 10);
+    if (file) fclose(file);
+    return n;
+}
+
+/* While a model is loaded its file does not lie in memory beside the weights, and the threads that load it end. */
+static void test_loading(void **state) {
+    (void)state;
+    FILE *file = fopen("/proc/self/clear_refs", "wb");
+    if (!file) skip(); /* not Linux */
+    fputs("5", file); /* the peak is what there is now */
+    if (fclose(file)) skip();
+    long before = status_kb("VmRSS:"), threads = status_kb("Threads:");
+    llm_model *model = load_model(model_path(), &(llm_model_desc){.dtype = LLM_DTYPE_INT4, .n_threads = 2});
+    long weights = (long)(llm_model_get_info(model).weight_bytes >> 10), more = status_kb("VmHWM:") - before - weights;
+    print_message("loading takes %ld KB beside the weights' %ld\n", more, weights);
+    assert_true(more < 64 << 10);
+    assert_int_equal(status_kb("Threads:"), threads);
+    llm_model_free(model);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_logits_f32), cmocka_unit_test(test_logits_bf16),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_loading), cmocka_unit_test(test_logits_f32), cmocka_unit_test(test_logits_bf16),
                                        cmocka_unit_test(test_greedy), cmocka_unit_test(test_perplexity)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

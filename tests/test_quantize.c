@@ -70,6 +70,57 @@ static void test_refusals(void **state) {
     assert_int_equal(access(out, F_OK), -1);
 }
 
+/* Links the files of a directory into a new one. */
+static void link_files(const char *from, const char *to) {
+    char command[1100], path[512];
+    assert_non_null(realpath(from, path));
+    snprintf(command, sizeof command, "mkdir %s && ln -s %s/* %s", to, path, to);
+    assert_int_equal(system(command), 0);
+}
+
+static void test_files_that_cannot_be_read(void **state) {
+    char in[128], out[128], path[160];
+    (void)state;
+    snprintf(in, sizeof in, "%s/in", folder);
+    snprintf(out, sizeof out, "%s/out", folder);
+    snprintf(path, sizeof path, "%s/merges.txt", in);
+    link_files(golden("llama"), in);
+    assert_int_equal(mkdir(path, 0777), 0); /* can be opened, but not read */
+    assert_int_not_equal(run(in, out), 0);
+}
+
+static void write_changed_config(llm__env *env, void *arg) {
+    llm__json object;
+    llm__checkpoint ck;
+    memset(&object, 0, sizeof object);
+    memset(&ck, 0, sizeof ck);
+    object.type = LLM__JSON_OBJECT;
+    ck.config = &object;
+    write_config(env, (const job *)arg, &ck);
+}
+
+/* A config.json that is no object any more when it is copied. */
+static void test_config_that_changes(void **state) {
+    llm__pool pool;
+    llm__env env;
+    llm_error err;
+    char path[160];
+    job job = {folder, folder};
+    (void)state;
+    snprintf(path, sizeof path, "%s/config.json", folder);
+    FILE *file = fopen(path, "wb");
+    assert_non_null(file);
+    fputs("[]", file);
+    fclose(file);
+    alarm(20);
+    llm__pool_init(&pool, NULL);
+    llm__env_init(&env, &pool, &err, NULL);
+    assert_int_equal(llm__env_run(&env, write_changed_config, &job), LLM_ERROR_IO);
+    assert_non_null(strstr(err.message, "config.json"));
+    llm__pool_free(&pool);
+    alarm(0);
+}
+
 static int make_folder(void **state) {
     (void)state;
     strcpy(folder, "/tmp/llm_quantize_XXXXXX");
@@ -84,6 +135,7 @@ static int remove_folder(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_weights), cmocka_unit_test(test_refusals)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_weights), cmocka_unit_test(test_refusals),
+                                       cmocka_unit_test(test_files_that_cannot_be_read), cmocka_unit_test(test_config_that_changes)};
     return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }

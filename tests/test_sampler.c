@@ -321,7 +321,12 @@ static void test_strange_logits(void **state) {
                 if (some) f->logits[30] = strange[i];
                 llm_sampler s = {.temperature = settings[j], .top_p = settings[j], .min_p = settings[(j + 1) % 5],
                                  .top_k = -3 + 5 * (int)j, .repeat_penalty = settings[(j + 2) % 5]};
-                for (int k = 0; k < 50; k++) assert_in_range(llm_sample(f->ctx, 0, 0, &s), 0, N - 1);
+                bool none = isnan(strange[i]) || (strange[i] == -INFINITY && !some);
+                for (int k = 0; k < 50; k++) {
+                    llm_token token = llm_sample(f->ctx, 0, 0, &s);
+                    if (none) assert_int_equal(token, -1);
+                    else assert_in_range(token, 0, N - 1);
+                }
             }
     fill(f, -INFINITY); /* one token is left */
     f->logits[30] = -3;
@@ -332,11 +337,117 @@ static void test_strange_logits(void **state) {
     assert_int_equal(sample(f, (llm_sampler){0}), 30);
 }
 
+/* A NaN is seen wherever it stands, however sure another token is; no random number is used up. */
+static void test_nan(void **state) {
+    fixture *f = (fixture *)*state;
+    fill_random(f, 1, 5);
+    f->logits[100] = 30;
+    for (int i = 0; i < N; i++) {
+        float kept = f->logits[i];
+        llm_sampler s = {.temperature = (float)(i % 2), .top_k = 2};
+        f->logits[i] = i % 3 ? NAN : -NAN;
+        assert_int_equal(llm_sample(f->ctx, 0, 0, &s), -1);
+        assert_true(s.n_drawn == 0);
+        f->logits[i] = kept;
+    }
+    static const llm_logit_bias nan[] = {{7, NAN}}, both[] = {{7, INFINITY}, {7, -INFINITY}};
+    assert_int_equal(sample(f, (llm_sampler){.biases = nan, .n_biases = 1}), -1);
+    assert_int_equal(sample(f, (llm_sampler){.biases = both, .n_biases = 2}), -1);
+    assert_int_equal(sample(f, (llm_sampler){0}), 100);
+}
+
+/* A forced token comes at any temperature, a forbidden one never does, and where all are forbidden there is none. */
+static void test_forced_and_forbidden(void **state) {
+    fixture *f = (fixture *)*state;
+    static const float temperatures[] = {0, 0.01f, 1, 1e6f, INFINITY};
+    static const llm_logit_bias force[] = {{77, INFINITY}}, forbid[] = {{78, -INFINITY}};
+    llm_logit_bias all[N];
+    fill_random(f, 5, 20);
+    f->logits[78] = 60;
+    for (int i = 0; i < N; i++) all[i] = (llm_logit_bias){i, -INFINITY};
+    for (int i = 0; i < 5; i++) {
+        llm_sampler s = {.temperature = temperatures[i], .biases = force, .n_biases = 1}, never = s, none = s;
+        never.biases = forbid;
+        none.biases = all;
+        none.n_biases = N;
+        for (int j = 0; j < 2000; j++) {
+            assert_int_equal(llm_sample(f->ctx, 0, 0, &s), 77);
+            assert_int_not_equal(llm_sample(f->ctx, 0, 0, &never), 78);
+        }
+        assert_int_equal(llm_sample(f->ctx, 0, 0, &none), -1);
+        none.top_k = 5;
+        none.top_p = 0.9f;
+        none.min_p = 0.1f;
+        assert_int_equal(llm_sample(f->ctx, 0, 0, &none), -1);
+    }
+}
+
+static void test_careless(void **state) {
+    fixture *f = (fixture *)*state;
+    fill_random(f, 5, 20);
+    assert_int_equal(llm_sample(f->ctx, 0, 0, NULL), sample(f, (llm_sampler){0})); /* greedy */
+    assert_int_equal(sample(f, (llm_sampler){.n_biases = 3}), -1);
+    assert_int_equal(sample(f, (llm_sampler){.temperature = 1, .n_biases = 3}), -1);
+}
+
+/* ---- A large vocabulary ---- */
+
+/* What was drawn when every token went through every step: the same comes out of the few that matter. */
+static void test_large_vocabulary(void **state) {
+    enum { LARGE = 151936, DRAWS = 100 };
+    static const llm_sampler samplers[] = {{0}, {.temperature = 0.8f}, {.temperature = 0.8f, .top_k = 40}, {.temperature = 0.8f, .top_p = 0.95f},
+        {.temperature = 0.8f, .min_p = 0.05f}, {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.1f},
+        {.temperature = 1.5f, .top_k = 3000, .top_p = 0.9f}, {.temperature = 0.3f, .top_p = 0.5f, .min_p = 0.1f}, {.temperature = 2, .top_k = 5, .top_p = 0.99f}};
+    static const uint64_t expected[3][9] = {
+        {0xDE2543E1DD678FD9, 0x6191D84801059F77, 0xAFBFA6791E5DC57A, 0x64D6197207BD442C, 0x14B51F31BCBC185E,
+         0x59D76179FD961C38, 0xDFF95636527905D4, 0xDE2543E1DD678FD9, 0x5200AB63B09D3637},
+        {0x1CE5ECFB97BBC859, 0x317EF900EE5ADA14, 0x8469422261565242, 0x259A6117A19B710B, 0x1BD20B18286551F0,
+         0xC0490B341D797BE8, 0xBCE438544A39F77A, 0x78836231F50FE4C4, 0xF4E87BFF130AAB69},
+        {0xF1D75EE3D625C451, 0x7319D09EFBAFD7FA, 0xB2DEFB6406C4582C, 0x62A0ED2666B207F1, 0x476DD75C1AE905AB,
+         0x99C6BB41A578ABDE, 0x5D589A2E413674B8, 0xD0C25ABB3DBBC5CD, 0xF63208065BDC992D}};
+    llm_model_desc desc = {.n_threads = 1};
+    llm_context_desc context_desc = {.n_threads = 1};
+    llm_model *model = NULL;
+    llm_context *ctx = NULL;
+    static const llm_token tokens[] = {7, 9, 7};
+    uint8_t *data = tiny_padded(&SPEC, LARGE - N, &desc.data_size);
+    (void)state;
+    desc.data = data;
+    assert_int_equal(llm_model_load(&model, NULL, &desc, NULL), LLM_OK);
+    assert_int_equal(llm_context_create(&ctx, model, &context_desc, NULL), LLM_OK);
+    assert_int_equal(llm_forward(ctx, &(llm_batch){3, tokens, NULL, NULL}, NULL), LLM_OK);
+    free(data);
+    float *logits = (float *)(uintptr_t)llm_logits(ctx, 2);
+    for (int shape = 0; shape < 3; shape++) { /* like a text's, with a few likely ones; even; with many ties */
+        uint32_t x = 1 + (uint32_t)shape;
+        for (int i = 0; i < LARGE; i++) {
+            float sum = 0;
+            for (int j = 0; j < 4; j++) {
+                x = x * 1664525u + 1013904223u;
+                sum += (float)(x >> 8) / 16777216.0f - 0.5f;
+            }
+            bool likely = x >> 8 < 8000;
+            logits[i] = shape == 0 ? 4 * sum + (likely ? 8 : 0) : shape == 1 ? (float)(x >> 8) / 1677721.6f : (float)(int)(12 * sum);
+        }
+        for (int i = 0; i < 9; i++) {
+            llm_sampler s = samplers[i];
+            uint64_t hash = 0xCBF29CE484222325u;
+            s.seed = (uint64_t)i;
+            for (int j = 0; j < DRAWS; j++) hash = (hash ^ (uint64_t)llm_sample(ctx, 2, 0, &s)) * 0x100000001B3u;
+            if (hash != expected[shape][i]) fail_msg("shape %d, sampler %d: 0x%016llX", shape, i, (unsigned long long)hash);
+        }
+    }
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void) {
     const struct CMUnitTest tests[] = {TEST(test_ties), TEST(test_not_asked_for), TEST(test_biases),
                                        TEST(test_all_but_one_forbidden), TEST(test_penalty), TEST(test_sets),
-                                       TEST(test_distribution), TEST(test_seeds), TEST(test_temperatures), TEST(test_strange_logits)};
+                                       TEST(test_distribution), TEST(test_seeds), TEST(test_temperatures), TEST(test_strange_logits),
+                                       TEST(test_nan), TEST(test_forced_and_forbidden), TEST(test_careless),
+                                       cmocka_unit_test(test_large_vocabulary)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

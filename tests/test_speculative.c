@@ -489,17 +489,26 @@ static void test_padded(void **state) {
 enum { FEW = 6, CELLS = FEW * FEW * FEW };
 static const llm_token allowed[FEW] = {'a', 'b', 'c', 'd', 'e', 'f'};
 
-/* Guesses each from a distribution that has nothing to do with the model's: probabilities 1, 2 .. FEW over their sum. */
+typedef struct gambler {
+    uint64_t random;
+    enum { STEADY, STOPS, STOPS_LATE, PICKS_KIND } habit; /* what follows from its guesses */
+} gambler;
+
+/* Guesses each from a distribution that has nothing to do with the model's: probabilities 1, 2 .. FEW over their sum. It may
+   stop after a guess, or call its guesses another kind, because of what it drew. */
 static llm_status gamble(void *user, const llm_draft_request *r, llm_draft_guesses *g, llm_error *err) {
-    uint64_t *random = (uint64_t *)user;
+    gambler *own = (gambler *)user;
+    bool stop = false;
     (void)err;
-    for (g->has_q = true; g->n < r->n_wanted[0]; g->n++) {
-        *random = *random * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX */
-        int at = (int)((*random >> 33) % (FEW * (FEW + 1) / 2)), i = 0;
+    for (g->has_q = true; g->n < r->n_wanted[0] && !stop; g->n++) {
+        own->random = own->random * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX */
+        int at = (int)((own->random >> 33) % (FEW * (FEW + 1) / 2)), i = 0;
         while (at > i) at -= ++i;
         g->tokens[g->n] = allowed[i];
         memset(g->q[g->n], 0, N_VOCAB * sizeof(float));
         for (int j = 0; j < FEW; j++) g->q[g->n][allowed[j]] = (float)(j + 1) / (FEW * (FEW + 1) / 2);
+        stop = i > 3 && (own->habit == STOPS || (own->habit == STOPS_LATE && g->n));
+        if (own->habit == PICKS_KIND) g->kind = i > 3 ? 5 : 0;
     }
     return LLM_OK;
 }
@@ -604,8 +613,8 @@ enum { TEXTS = 40000 }; /* of five tokens */
 static void test_distribution(void **state) {
     llm_context *ctx = open_tiny(32, 1);
     llm_model *int4 = load_tiny(&SPEC, LLM_DTYPE_INT4);
-    uint64_t random = 99;
-    llm_draft drafts[] = {draft_model(ctx, int4), {.name = "a gambler", .propose = gamble, .user = &random}};
+    gambler own = {99, STEADY};
+    llm_draft drafts[] = {draft_model(ctx, int4), {.name = "a gambler", .propose = gamble, .user = &own}};
     (void)state;
     for (uint64_t d = 0; d < 2; d++) {
         check_distribution(ctx, (llm_sampler){.temperature = 1, .seed = 1 + d}, &drafts[d], TEXTS);
@@ -613,16 +622,163 @@ static void test_distribution(void **state) {
         check_distribution(ctx, (llm_sampler){.temperature = 1.2f, .top_p = 0.85f, .seed = 5 + d}, &drafts[d], TEXTS / 2);
         check_distribution(ctx, (llm_sampler){.temperature = 2, .top_k = 5, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.3f, .seed = 7 + d}, &drafts[d], TEXTS / 2);
     }
+    static const char *const names[] = {"", "one that stops", "one that stops late", "one that picks a kind"};
+    for (own.habit = STOPS; own.habit <= PICKS_KIND; own.habit++) {
+        drafts[1].name = names[own.habit];
+        check_distribution(ctx, (llm_sampler){.temperature = 1, .seed = 20 + own.habit}, &drafts[1], TEXTS);
+    }
     llm_draft_free(&drafts[0]);
     llm_model_free(int4);
     close_context(ctx);
+}
+
+/* Guesses with probabilities in memory of its own, wherever room for them was offered or not. */
+static llm_status propose_own_q(void *user, const llm_draft_request *r, llm_draft_guesses *g, llm_error *err) {
+    static float even[N_VOCAB];
+    uint32_t *random = (uint32_t *)user;
+    (void)err;
+    for (int i = 0; i < N_VOCAB; i++) even[i] = 1.0f / N_VOCAB;
+    for (g->has_q = true; g->n < r->n_wanted[0]; g->n++) {
+        *random = *random * 1664525u + 1013904223u;
+        g->tokens[g->n] = (llm_token)((*random >> 8) % N_VOCAB);
+        g->q[g->n] = even;
+    }
+    return LLM_OK;
+}
+
+static void test_keeps_text(void **state) {
+    llm_context *ctx = open_tiny(64, 1);
+    uint32_t random = 1;
+    llm_draft draft = {.name = "own q", .propose = propose_own_q, .user = &random};
+    (void)state;
+    for (uint64_t seed = 0; seed < 10; seed++) {
+        encourage(&draft);
+        draft.state.guess.n = 1;
+        check_draft(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 20, .ignore_end = true, .draft_keeps_text = true},
+                    &(llm_sampler){.temperature = 1, .seed = seed}, &draft);
+    }
+    close_context(ctx);
+}
+
+/* ---- A call that ends in the middle ---- */
+
+typedef struct breaker {
+    jmp_buf back;
+    heap h;
+    llm_context *ctx;
+    int n_tokens, last_token, n_polls, last_poll; /* where it leaves; 0: nowhere */
+} breaker;
+
+static bool break_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
+    breaker *b = (breaker *)user;
+    (void)token, (void)bytes, (void)n_bytes;
+    if (++b->n_tokens == b->last_token) longjmp(b->back, 1);
+    return true;
+}
+
+static bool break_poll(void *user) {
+    breaker *b = (breaker *)user;
+    if (++b->n_polls == b->last_poll) longjmp(b->back, 1);
+    return false;
+}
+
+static llm_status break_generate(void *user, llm_error *err) {
+    breaker *b = (breaker *)user;
+    llm_draft draft = llm_draft_lookup();
+    b->n_tokens = 0;
+    encourage(&draft);
+    return llm_generate(b->ctx, &(llm_generate_desc){.prompt = "abcabcabc", .max_tokens = 40, .ignore_end = true, .draft = &draft,
+                                                     .on_token = break_token, .user = b}, NULL, err);
+}
+
+/* Wherever memory runs out, the sequence holds no guess that was not accepted. */
+static void test_starved(void **state) {
+    breaker b;
+    llm_context *plain = open_tiny(128, 1);
+    llm_error err;
+    memset(&b, 0, sizeof b);
+    (void)state;
+    b.ctx = create_context(llm_context_model(plain), &(llm_context_desc){.n_ctx = 128, .n_logits = 16, .n_threads = 1, .host = heap_host(&b.h)});
+    llm_token text[256];
+    int n = whole_text(plain, "abcabcabc", NULL, 40, text);
+    for (int64_t k = 1, done = 0; !done; k++) {
+        assert_int_equal(llm_seq_truncate(b.ctx, 0, 0, NULL), LLM_OK);
+        b.h.n_calls = 0;
+        b.h.fail_at = k;
+        llm_status status = break_generate(&b, &err);
+        b.h.fail_at = 0;
+        done = status == LLM_OK;
+        if (!done) assert_int_equal(status, LLM_ERROR_MEMORY);
+        int length = llm_seq_length(b.ctx, 0);
+        assert_true(length == 0 || length == n - 40 + b.n_tokens - 1);
+        assert_memory_equal(llm_seq_tokens(b.ctx, 0), text, (size_t)length * sizeof *text);
+    }
+    llm_context_free(b.ctx);
+    assert_all_returned(&b.h);
+    close_context(plain);
+}
+
+/* Callbacks that leave by longjmp, as a C++ exception would: wherever that is, also in a draft's own pass, the next call
+   goes on from what is sure, nothing hangs and nothing leaks. */
+static void test_left_by_longjmp(void **state) {
+    llm_context *plain = open_tiny(128, 1);
+    llm_model *int8 = load_tiny(&SPEC, LLM_DTYPE_INT8);
+    static breaker b;
+    static volatile int at, kind;
+    static llm_token text[256];
+    static int n;
+    (void)state;
+    n = whole_text(plain, "abcabcabc", NULL, 40, text);
+    for (kind = 0; kind < 3; kind++) {
+        static llm_draft draft;
+        memset(&b, 0, sizeof b);
+        b.ctx = create_context(llm_context_model(plain), &(llm_context_desc){.n_ctx = 128, .n_cache = 128, .n_batch = 16, .n_logits = 16,
+                                                                             .n_threads = 2, .host = heap_host(&b.h)});
+        draft = kind == 2 ? draft_model(b.ctx, int8) : llm_draft_lookup();
+        llm_generate_desc desc = {.prompt = "abcabcabc", .max_tokens = 40, .ignore_end = true, .draft = &draft, .on_token = break_token,
+                                  .user = &b};
+        if (kind) desc.cancel = break_poll;
+        for (at = 1; at < (kind ? 200 : 40); at += kind ? 7 : 1) {
+            static int64_t live;
+            static volatile bool broke;
+            assert_int_equal(llm_seq_truncate(b.ctx, 0, 0, NULL), LLM_OK);
+            encourage(&draft);
+            live = b.h.live;
+            b.n_tokens = b.n_polls = 0;
+            b.last_token = kind ? 0 : at;
+            b.last_poll = kind ? at : 0;
+            broke = true;
+            if (!setjmp(b.back)) {
+                assert_int_equal(llm_generate(b.ctx, &desc, NULL, NULL), LLM_OK);
+                broke = false;
+            }
+            b.last_token = b.last_poll = 0;
+            int length = llm_seq_length(b.ctx, 0);
+            assert_true(length == 0 || length == n - 40 + b.n_tokens - 1);
+            assert_memory_equal(llm_seq_tokens(b.ctx, 0), text, (size_t)length * sizeof *text);
+            encourage(&draft);
+            assert_int_equal(llm_generate(b.ctx, &desc, NULL, NULL), LLM_OK);
+            assert_memory_equal(llm_seq_tokens(b.ctx, 0), text, (size_t)(n - 1) * sizeof *text);
+            assert_int_equal(b.h.live, live);
+            if (!broke) break;
+        }
+        assert_int_equal(llm_seq_truncate(b.ctx, 0, 0, NULL), LLM_OK);
+        free(generate(b.ctx, (llm_generate_desc){.prompt = "abc", .ignore_end = true}, NULL, 0, 0)); /* every block is there */
+        assert_int_equal(llm_seq_length(b.ctx, 0), 128);
+        llm_draft_free(&draft);
+        llm_context_free(b.ctx);
+        assert_all_returned(&b.h);
+    }
+    llm_model_free(int8);
+    close_context(plain);
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_any_draft), cmocka_unit_test(test_statistics), cmocka_unit_test(test_own_drafts),
                                        cmocka_unit_test(test_sequences), cmocka_unit_test(test_stops), cmocka_unit_test(test_ends_of_room),
                                        cmocka_unit_test(test_cancelled), cmocka_unit_test(test_refused), cmocka_unit_test(test_padded),
-                                       cmocka_unit_test(test_distribution)};
+                                       cmocka_unit_test(test_keeps_text), cmocka_unit_test(test_starved),
+                                       cmocka_unit_test(test_left_by_longjmp), cmocka_unit_test(test_distribution)};
     if (SANITIZED) cmocka_set_skip_filter("test_distribution");
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

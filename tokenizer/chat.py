@@ -4,8 +4,8 @@
     pip install jinja2
     python3 tokenizer/chat.py tests/golden/chat.jsonl [DIRECTORY]
 
-The templates are as published, but the long ones are without their branches for tools. With a directory that has the
-published ones (as models/templates in llama.cpp), it checks that those render the same.
+The templates are as published, but in the long ones' branches for tools there is only "...". With a directory that has
+the published ones (as models/templates in llama.cpp), it checks that those render the same.
 """
 
 import json
@@ -28,22 +28,42 @@ def chatml(default, start=""):
     return start + "{% for message in messages %}" + (first.replace("%s", default) if default else "") + "{{" + CHATML + "}}{% endfor %}" + GENERATION
 
 
-QWEN25 = r"""{%- if messages[0]['role'] == 'system' %}
-    {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+QWEN25 = r"""{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- messages[0]['content'] }}
+    {%- else %}
+        {{- 'You are not this.' }}
+    {%- endif %}
+    {{- "..." }}
 {%- else %}
-    {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}
+    {%- endif %}
 {%- endif %}
 {%- for message in messages %}
     {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
         {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- "..." }}
+    {%- elif message.role == "tool" %}
+        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
+            {{- "..." }}
+        {%- endif %}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n' }}
 {%- endif %}
 """
-QWEN3 = r"""{%- if messages[0].role == 'system' %}
-    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+QWEN3 = r"""{%- if tools %}
+    {{- "..." }}
+{%- else %}
+    {%- if messages[0].role == 'system' %}
+        {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+    {%- endif %}
 {%- endif %}
 {%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
 {%- for message in messages[::-1] %}
@@ -59,9 +79,13 @@ QWEN3 = r"""{%- if messages[0].role == 'system' %}
     {%- elif message.role == "assistant" %}
         {%- set content = message.content %}
         {%- set reasoning_content = '' %}
-        {%- if '</think>' in message.content %}
-            {%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
-            {%- set reasoning_content = message.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+        {%- if message.reasoning_content is defined and message.reasoning_content is not none %}
+            {%- set reasoning_content = message.reasoning_content %}
+        {%- else %}
+            {%- if '</think>' in message.content %}
+                {%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
+                {%- set reasoning_content = message.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- endif %}
         {%- endif %}
         {%- if loop.index0 > ns.last_query_index %}
             {%- if loop.last or (not loop.last and reasoning_content) %}
@@ -72,13 +96,47 @@ QWEN3 = r"""{%- if messages[0].role == 'system' %}
         {%- else %}
             {{- '<|im_start|>' + message.role + '\n' + content }}
         {%- endif %}
+        {%- if message.tool_calls %}
+            {%- for tool_call in message.tool_calls %}
+                {{- "..." }}
+            {%- endfor %}
+        {%- endif %}
         {{- '<|im_end|>\n' }}
+    {%- elif message.role == "tool" %}
+        {{- "..." }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n' }}
-{%- endif %}
-"""
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}"""
+# The same as later models have it.
+QWEN3_STRINGS = (
+    QWEN3.replace('"user" and not(', '"user" and message.content is string and not(')
+    .replace(
+        """{%- for message in messages %}
+    {%- if (message.role == "user")""",
+        """{%- for message in messages %}
+    {%- if message.content is string %}
+        {%- set content = message.content %}
+    {%- else %}
+        {%- set content = '' %}
+    {%- endif %}
+    {%- if (message.role == "user")""",
+    )
+    .replace(r"'\n' + message.content + '<|im_end|>'", r"'\n' + content + '<|im_end|>'")
+    .replace("""        {%- set content = message.content %}
+        {%- set reasoning""", "        {%- set reasoning")
+    .replace("reasoning_content is defined and message.reasoning_content is not none", "reasoning_content is string")
+)
+_first = QWEN3_STRINGS.index("                {%- set content = message.content.split")
+_second = QWEN3_STRINGS.index("                {%- set reasoning_content = message.content.split")
+_end = QWEN3_STRINGS.index("            {%- endif %}", _second)
+QWEN3_STRINGS = (
+    QWEN3_STRINGS[:_first] + QWEN3_STRINGS[_second:_end] + QWEN3_STRINGS[_first:_second] + QWEN3_STRINGS[_end:]
+).replace("in message.content %", "in content %").replace("message.content.split", "content.split")
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}"
     "{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}{% for message in loop_messages %}" + ALTERNATE + "{% if loop.index0 == 0 and system_message != false %}"
@@ -93,27 +151,83 @@ LLAMA3 = (
     "{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 LLAMA31 = r"""{{- bos_token }}
+{%- if custom_tools is defined %}
+    {%- set tools = custom_tools %}
+{%- endif %}
+{%- if not tools_in_user_message is defined %}
+    {%- set tools_in_user_message = true %}
+{%- endif %}
 {%- if not date_string is defined %}
     {%- set date_string = "26 Jul 2024" %}
 {%- endif %}
+{%- if not tools is defined %}
+    {%- set tools = none %}
+{%- endif %}
+
+{#- This block extracts the system message, so we can slot it into the right place. #}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system_message = messages[0]['content']|trim %}
     {%- set messages = messages[1:] %}
 {%- else %}
     {%- set system_message = "" %}
 {%- endif %}
+{#- System message + builtin tools #}
 {{- "<|start_header_id|>system<|end_header_id|>\n\n" }}
+{%- if builtin_tools is defined or tools is not none %}
+    {{- "Environment: ipython\n" }}
+{%- endif %}
+{%- if builtin_tools is defined %}
+    {{- "..." }}
+{%- endif %}
 {{- "Cutting Knowledge Date: December 2023\n" }}
 {{- "Today Date: " + date_string + "\n\n" }}
+{%- if tools is not none and not tools_in_user_message %}
+    {%- for t in tools %}
+        {{- "..." }}
+    {%- else %}
+        {{- "..." }}
+    {%- endfor %}
+{%- endif %}
 {{- system_message }}
 {{- "<|eot_id|>" }}
+
+{#- Custom tools are passed in a user message with some extra guidance #}
+{%- if tools_in_user_message and not tools is none %}
+    {%- if messages | length != 0 %}
+        {%- set messages = messages[1:] %}
+    {%- else %}
+        {{- raise_exception("...") }}
+{%- endif %}
+    {{- "..." -}}
+{%- endif %}
+
 {%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}
+    {%- elif 'tool_calls' in message %}
+        {{- "..." }}
+    {%- elif message.role == "tool" or message.role == "ipython" %}
+        {{- "..." }}
+    {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}
 """
+LLAMA32 = (
+    LLAMA31.replace('''    {%- set date_string = "26 Jul 2024" %}
+''', '''    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+''')
+    .replace("builtin_tools is defined or tools", "tools")
+    .replace('''{%- if builtin_tools is defined %}
+    {{- "..." }}
+{%- endif %}
+''', "")
+)
 MISTRAL_01 = (
     "{{ bos_token }}{% for message in messages %}" + ALTERNATE + "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token%s}}{% else %}"
@@ -121,33 +235,61 @@ MISTRAL_01 = (
 )
 
 
-def mistral(first, user, close, answer):
+ALTERNATE_BEFORE = r"""{%- for message in loop_messages %}
+    {%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}
+        {{- raise_exception("conversation roles must alternate") }}
+    {%- endif %}
+{%- endfor %}
+"""
+ALTERNATE_COUNTED = r"""{%- if not tools is defined %}
+    {%- set tools = none %}
+{%- endif %}
+{%- set user_messages = loop_messages | selectattr("role", "equalto", "user") | list %}
+
+{#- This block checks for alternating user/assistant messages, skipping tool calling messages #}
+{%- set ns = namespace() %}
+{%- set ns.index = 0 %}
+{%- for message in loop_messages %}
+    {%- if not (message.role == "tool" or message.role == "tool_results" or (message.tool_calls is defined and message.tool_calls is not none)) %}
+        {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
+            {{- raise_exception("conversation roles must alternate") }}
+        {%- endif %}
+        {%- set ns.index = ns.index + 1 %}
+    {%- endif %}
+{%- endfor %}
+
+"""
+
+
+def mistral(first, user, close, answer, before="", inside=""):
     return r"""{%- if messages[0]["role"] == "system" %}
     {%- set system_message = messages[0]["content"] %}
     {%- set loop_messages = messages[1:] %}
 {%- else %}
     {%- set loop_messages = messages %}
 {%- endif %}
+BEFORE{{- bos_token }}
 {%- for message in loop_messages %}
-    {%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}
-        {{- raise_exception("conversation roles must alternate") }}
-    {%- endif %}
-{%- endfor %}
-{{- bos_token }}
-{%- for message in loop_messages %}
-    {%- if message["role"] == "user" %}
+INSIDE    {%- if message["role"] == "user" %}
+        {%- if tools is not none and (message == user_messages[-1]) %}
+            {{- "..." }}
+        {%- endif %}
         {%- if FIRST and system_message is defined %}
             {{- "USER" + system_message + "\n\n" + message["content"] + "CLOSE" }}
         {%- else %}
             {{- "USER" + message["content"] + "CLOSE" }}
         {%- endif %}
+    {%- elif message.tool_calls is defined and message.tool_calls is not none %}
+        {{- "..." }}
     {%- elif message["role"] == "assistant" %}
         {{- ANSWER + eos_token}}
+    {%- elif message["role"] == "tool_results" or message["role"] == "tool" %}
+        {{- "..." }}
     {%- else %}
         {{- raise_exception("only user and assistant roles are supported") }}
     {%- endif %}
 {%- endfor %}
-""".replace("FIRST", first).replace("USER", user).replace("CLOSE", close).replace("ANSWER", answer)
+""".replace("BEFORE", before).replace("INSIDE", inside).replace("FIRST", first).replace("USER", user).replace("CLOSE", close).replace("ANSWER", answer)
 
 
 ZEPHYR = """{% for message in messages %}
@@ -163,7 +305,38 @@ ZEPHYR = """{% for message in messages %}
 {% endif %}
 {% endfor %}"""
 
-# What has ChatML's tokens and is something else.
+# As the template of Tulu 3, which has Zephyr's tokens.
+TULU = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + '\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'assistant' %}"
+    "{% if not loop.last %}{{ '<|assistant|>\n'  + message['content'] + eos_token + '\n' }}{% else %}"
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}{% endif %}{% endif %}{% if loop.last and add_generation_prompt %}"
+    "{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+)
+EOS_AFTER_ANSWERS = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|assistant|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% elif message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + '\n' }}{% else %}{{ '<|user|>\n' + message['content'] + '\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+ANSWER_IN_A_VARIABLE = (
+    "{{ bos_token }}{% for message in messages %}{% set content = message['content'] %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + content + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + content + eos_token }}{% endif %}{% endfor %}"
+)
+SYSTEM_BEFORE_INST = (
+    "{% set system_message = '' %}{% set rest = messages %}{% if messages[0]['role'] == 'system' %}"
+    r"{% set system_message = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}{% endif %}{{ bos_token + system_message }}"
+    "{% for message in rest %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}"
+    "{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA2_FIRST = (
+    "{% set ns = namespace(first=true) %}{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}{% for message in rest %}{% if loop.first and system %}"
+    r"{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% else %}"
+    "{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+# What has the tokens of a known template and is something else.
 ODD = {
     "Yi": "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|im_start|>user\n' + message['content'] + '<|im_end|>\n<|im_start|>assistant\n' }}"
     "{% else %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}",
@@ -176,6 +349,27 @@ ODD = {
     "not loop.last %}{{ '<|im_end|>' + '\n'}}{% endif %}{% endfor %}" + GENERATION,
     "ChatML, thinking": chatml("").replace("'<|im_start|>assistant\n'", r"'<|im_start|>assistant\n<think>\n'"),
     "ChatML, escaped default": chatml(r"It\'s you."),
+    "ChatML, line before": "\n" + chatml(""),
+    "ChatML, other branch": chatml("").replace("{{'<|im", "{% if message['role'] == 'user' %}{{'<|im").replace("}}{% endfor", "}}{% elif message.role == 'assistant' %}{{ '' }}{% endif %}{% endfor"),
+    "ChatML, joined words": chatml("").replace("if add_generation", "ifadd_generation"),
+    "ChatML, quotes inside": chatml("").replace("'<|im_start|>' + message['role'] + '\n'", '''"<|im_start|>'+message.role+'\n"'''),
+    "Qwen2.5, tools always": QWEN25.replace("{%- if tools %}", "{%- if true %}"),
+    "Qwen3, opens with thoughts": QWEN3.replace(r"{{- '<|im_start|>assistant\n' }}", r"{{- '<|im_start|>assistant\n<think>\n' }}"),
+    "Qwen3, keeps all thoughts": QWEN3.replace("loop.index0 > ns.last_query_index", "loop.index0 > -1"),
+    "Llama-2, default": LLAMA2.replace("system_message = false", "system_message = 'Be safe.'"),
+    "Llama-2, loop.first": LLAMA2_FIRST,
+    "Llama-2, one tag of two": LLAMA2.replace("%}{% else", "% else", 1),
+    "Llama-3, default": LLAMA3.replace("{{ content }}", "{% if loop.first and message['role'] != 'system' %}{{ 'Be safe.' }}{% endif %}{{ content }}"),
+    "Llama-3, other answer": LLAMA3.replace("<|start_header_id|>assistant", "<|start_header_id|>ai"),
+    "Llama-3, always open": LLAMA3.replace("{% if add_generation_prompt %}", "").replace("\n\n' }}{% endif %}", "\n\n' }}"),
+    "Llama-3.1, other date": LLAMA31.replace("26 Jul", "27 Jul"),
+    "Mistral, default": mistral("loop.first", "[INST] ", " [/INST]", "message['content']", ALTERNATE_BEFORE).replace("messages %}\n{%- endif", "messages %}{%- set system_message = 'Be safe.' %}\n{%- endif"),
+    "Mistral, answer in a variable": ANSWER_IN_A_VARIABLE,
+    "Mistral, system before": SYSTEM_BEFORE_INST,
+    "Mistral, other spaces": mistral("loop.last", "[INST]", " [/INST]", 'message["content"]', ALTERNATE_COUNTED),
+    "Tulu": TULU,
+    "Zephyr, end after answers": EOS_AFTER_ANSWERS,
+    "Zephyr, no lines": ZEPHYR.replace("}}\n", "}}"),
 }
 # name: (what llm_chat_template calls it, template, the published one's file)
 TEMPLATES = {
@@ -187,15 +381,18 @@ TEMPLATES = {
     "Dolphin": ("chatml", chatml("", "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"), None),
     "ChatML, other quotes": ("chatml", chatml("You are a bot.").replace("'", '"').replace('["role"]', ".role"), None),
     "Qwen3": ("qwen3", QWEN3, "Qwen-Qwen3-0.6B.jinja"),
+    "Qwen3, strings": ("qwen3", QWEN3_STRINGS, None),
     "Llama-2": ("llama-2", LLAMA2, None),
+    "Llama-2, trimmed by a filter": ("llama-2", LLAMA2.replace(".strip()", " | trim"), None),
     "Llama-3": ("llama-3", LLAMA3, None),
     "Llama-3.1": ("llama-3", LLAMA31, "meta-llama-Llama-3.1-8B-Instruct.jinja"),
-    "Llama-3.2": ("llama-3", LLAMA31, "meta-llama-Llama-3.2-3B-Instruct.jinja"),
+    "Llama-3.2": ("llama-3", LLAMA32, "meta-llama-Llama-3.2-3B-Instruct.jinja"),
     "Mistral 0.2": ("mistral", MISTRAL_01.replace("%s", ""), None),
     "Mistral 0.1": ("mistral", MISTRAL_01.replace("%s", " + ' '"), None),
-    "Mixtral": ("mistral", mistral("loop.first", " [INST] ", " [/INST]", "' ' + message['content']"), None),
-    "Mistral 0.3": ("mistral", mistral("loop.last", "[INST] ", "[/INST]", '" " + message["content"]|trim'), None),
-    "Mistral-Nemo": ("mistral", mistral("loop.last", "[INST]", "[/INST]", 'message["content"]'), "mistralai-Mistral-Nemo-Instruct-2407.jinja"),
+    "Mixtral": ("mistral", mistral("loop.first", " [INST] ", " [/INST]", "' ' + message['content']", inside=ALTERNATE + "\n"), None),
+    "Mistral 0.3": ("mistral", mistral("loop.last", "[INST] ", "[/INST]", '" " + message["content"]|trim', ALTERNATE_COUNTED), None),
+    "Mistral-Nemo": ("mistral", mistral("loop.last", "[INST]", "[/INST]", 'message["content"]', ALTERNATE_COUNTED), "mistralai-Mistral-Nemo-Instruct-2407.jinja"),
+    "Mistral 0.3, checked before": ("mistral", mistral("loop.last", "[INST] ", "[/INST]", '" " + message["content"]|trim', ALTERNATE_BEFORE), None),
     "Zephyr": ("zephyr", ZEPHYR, None),
     **{name: (None, template, None) for name, template in ODD.items()},
     "unknown": (None, "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", None),
@@ -207,6 +404,10 @@ CONVERSATIONS = [
     [(U, "Hi"), (A, "Hello there."), (U, "  What is 2+2? \n")],
     [(S, "  Be kind.\n"), (U, " a\t"), (A, "\n b "), (U, "c"), (A, "d")],
     [(S, ""), (U, "")],
+    [(U, "")],
+    [(U, " \n")],
+    [(U, "Hi"), (A, "Yes?"), (U, "")],
+    [(S, "Short."), (U, "")],
     [(U, "é 你好 👍\u00a0"), (A, "<|im_end|></s>[/INST]<|eot_id|>"), (U, "<|im_start|>system\n")],
     [(A, "first"), (U, "second")],
     [(U, "one"), (S, "late"), (U, "two")],
@@ -226,7 +427,7 @@ def render(template, messages, open_answer):
     environment.globals["raise_exception"] = refuse
     try:
         text = environment.from_string(template).render(
-            messages=messages, add_generation_prompt=open_answer, bos_token="<s>", eos_token="</s>")
+            messages=messages, tools=None, documents=None, add_generation_prompt=open_answer, bos_token="<s>", eos_token="</s>")
     except TemplateError:
         return None
     return text if "</think>" in template or all(message["content"].strip() in text for message in messages) else None

@@ -240,12 +240,31 @@ def write_dictionary(target, words):
     (out / f"{target}.dict").write_text("\n".join(lines) + "\n")
 
 
+# What JSON, regular expressions (once as they are and once as they stand in a string of JSON) and Jinja are made of.
+JSON = ["\\u0000", "\\u00e9", "\\u2581", "\\ud83d\\ude00", "\\ud800", "\\udc00", "\\uFFFF", "\\\"", "\\\\", "\\/", "\\b", "\\f", "\\n", "\\r", "\\t",
+        "null", "true", "false", "{}", "[]", "1e-05", "-0", "1e308", "1e-308", "4.9e-324", '":', '","', '":{"', '":[{"']
+REGEX = ["\\p{", "\\p{L}", "\\p{M}", "\\p{N}", "\\p{P}", "\\p{S}", "\\p{\0}", "\\P{L}", "\\p{Lu}", "\\p{^L}", "\\s", "\\S", "\\s?", "\\d", "\\w", "\\r",
+         "\\n", "\\t", "\\\\", "\\]", "\\-", "[^", "[a-z]", "&&", "(?i:", "(?:", "(?!", "(?=", "|", "+", "*", "?", "$", "^", "{1,3}", "{1,}", "{2}"]
+JINJA = ["{{", "}}", "{%", "%}", "{#", "#}", "{{-", "-}}", "{%-", "-%}", "\\n", "\\t", "\\'", '\\"', "\\\\", "\\x00", "\\u0000", "\0", "['role']", '["content"]',
+         ".content", "|trim", " | trim", ".strip()", "loop.first", "loop.last", "loop.index0", "messages[0]", "messages[1:]",
+         "{% set x = namespace(a=false) %}", "{% if tools %}", "{% elif true %}", "{% else %}", "{% endif %}", "{% endfor %}",
+         "{% raw %}", "{{ raise_exception('') }}", "bos_token", "eos_token", "add_generation_prompt", " and ", " or ", "not "]
+
+
+def in_json(word):
+    """The word as it stands in a string of JSON."""
+    return json.dumps(word)[1:-1]
+
+
 def write_dictionaries():
-    file_words = literals(5, 7) + [f"llama.{x}" for x in ("block_count", "rope.freq_base")] + ["1e-05", "null", "true", "\\u0000"]
-    for target in ("gguf", "safetensors", "json", "tokenizer.json", "tokenizer.model"):
-        write_dictionary(target, file_words)
-    write_dictionary("chat", literals(8, 8))
-    write_dictionary("round-trip", ["<s>", "</s>", "<|im_start|>", "<|endoftext|>", "'ll", "\r\n", "  ", "\xE2\x96\x81", "\xCC\x81",
+    words = literals(5, 7) + [f"llama.{x}" for x in ("block_count", "rope.freq_base")]
+    write_dictionary("gguf", words + REGEX + ["\0", "\xFF"])
+    write_dictionary("safetensors", words + JSON)
+    write_dictionary("json", words + JSON)
+    write_dictionary("tokenizer.json", words + JSON + [in_json(w) for w in REGEX])
+    write_dictionary("tokenizer.model", words + JSON + ["\0"])
+    write_dictionary("chat", literals(8, 8) + JINJA)
+    write_dictionary("round-trip", ["<s>", "</s>", "<|im_start|>", "<|endoftext|>", "'ll", "\r\n", "  ", "\xE2\x96\x81", "\xCC\x81", "\0",
                                     "\xEA\xB0\x80", "\xED\x95\x9C", "\xF0\x9F\x98\x80", "\xC2\xA0", "\xEF\xBF\xBD", "\xED\xA0\x80", "123"])
 
 
