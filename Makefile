@@ -208,10 +208,11 @@ $(CROSS)/done: tests/cross_libraries.sh
 	$< $(@D)
 	touch $@
 
-# Beside Hugging Face's tokenizers and tiktoken, which go into build/venv. LLM_DATA is the folder of HellaSwag's text.
+# Beside gigatoken, quicktok, Hugging Face's tokenizers and tiktoken, which go into build/venv. LLM_DATA is the folder of HellaSwag's
+# text; TEXTS are more files to encode.
 bench-tokenizer: build/libllm.so build/venv/ready
 	$(MAKE) $(SMOLLM2)
-	build/venv/bin/python bench/tokenizer.py build/libllm.so $(SMOLLM2)
+	build/venv/bin/python bench/tokenizer.py build/libllm.so $(SMOLLM2) $(TEXTS)
 
 build/libllm.so: llm.h
 	mkdir -p $(@D)
@@ -220,7 +221,7 @@ build/libllm.so: llm.h
 
 build/venv/ready: Makefile
 	python3 -m venv build/venv
-	build/venv/bin/pip install -q tokenizers tiktoken sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
+	build/venv/bin/pip install -q tokenizers tiktoken gigatoken==0.10.0 quicktok-v1==0.4.0 numpy sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
 	touch $@
 
 # The CPU beside llama.cpp and OpenVINO GenAI, which come from PyPI into build/peers. LLAMA_BENCH=path is another llama-bench; RESULTS
@@ -309,7 +310,7 @@ help:
 	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
 	echo "make gpu-bundle  build/gpu, with which bench/gpu.sh runs on a machine with a GPU (needs nvcc; LLM_DATA as for bench-tokenizer)"
 	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
-	echo "make bench-tokenizer   MB/s beside Hugging Face's tokenizers and tiktoken"
+	echo "make bench-tokenizer   MB/s beside gigatoken, quicktok, Hugging Face's tokenizers and tiktoken"
 	echo "make bench-peers       the CPU beside llama.cpp and OpenVINO GenAI; the first time builds or fetches these (1 GB)"
 	echo "make walkthrough       the course in examples/walkthrough: runs every step, makes its table and pictures (under 10 minutes)"
 	echo "make walkthrough-diff N=3   what step 3 changes"

@@ -316,7 +316,8 @@
          6 Hyperparameters: GGUF . config.json
          7 Unicode: Normalisation form C
          8 Jinja: Lexer . Parser . Values . Strings . Values as text . Functions . Running
-         9 Tokenizer: Hash tables . Merging . Pre-tokenizers . Encoding . Decoding . Building a tokenizer
+         9 Tokenizer: Hash tables . Merging . Pre-tokenizers . Words of ASCII . Encoding . Decoding . Building a
+               tokenizer
         10 Tokenizer files: The pre-tokenizers that are known . Tokenizers in GGUF files . tokenizer.json .
                tokenizer.model . Directories as published on Hugging Face . Tokenizers alone
         11 Chat templates
@@ -333,7 +334,7 @@
                the draft
         22 Generation: Bursts
         23 Scoring: Text . The batch being filled . The packed schedule . Rectangles . llm_score
-        24 Kernel text: Products of many rows . Products on the matrix unit
+        24 Kernel text: Products of many rows . Products with groups . Products on the matrix unit
 */
 #ifndef LLM_H
 #define LLM_H
@@ -1112,6 +1113,12 @@ struct llm_backend {
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+#if defined(__SSE2__) && !defined(LLM_NO_SIMD)
+#include <emmintrin.h>
+#elif defined(__aarch64__) && !defined(LLM_NO_SIMD)
+#include <arm_neon.h>
+#endif
 
 #if defined(_WIN32)
 #ifndef WIN32_LEAN_AND_MEAN
@@ -3808,6 +3815,8 @@ static uint8_t *llm__nfc_apply(llm__env *env, const llm__nfc *nfc, const uint8_t
     size_t n_out = 0;
     const uint8_t *done = p, *before = p, *next;
     for (; p < end; before = p, p = next) {
+        uint64_t eight;
+        while (end - p > 8 && (memcpy(&eight, p, 8), !(eight & 0x8080808080808080u))) p += 8, before = p - 1;
         next = p + 1;
         if (*p < 0xCC) { /* nothing below U+0300 changes */
             if (*p >= 0x80) next++;
@@ -4178,20 +4187,21 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
 }
 
 /* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
-#define LLM__JINJA_FILTERS(X)                                                                                         \
-    X(trim)                                                                                                           \
-    X(tojson)                                                                                                         \
-    X(length)                                                                                                         \
-    X(count)                                                                                                          \
-    X(upper)                                                                                                          \
-    X(lower)                                                                                                          \
-    X(title)                                                                                                          \
-    X(capitalize)                                                                                                     \
-    X(replace)                                                                                                        \
-    X(join)                                                                                                           \
-    X(first) X(last) X(list) X(map) X(select) X(reject) X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) \
-        X(int) X(float) X(items) X(dictsort) X(sort) X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min)     \
-            X(max)
+#define LLM__JINJA_FILTERS(X)                                                                                        \
+    X(trim)                                                                                                          \
+    X(tojson)                                                                                                        \
+    X(length)                                                                                                        \
+    X(count)                                                                                                         \
+    X(upper)                                                                                                         \
+    X(lower)                                                                                                         \
+    X(title)                                                                                                         \
+    X(capitalize)                                                                                                    \
+    X(replace)                                                                                                       \
+    X(join)                                                                                                          \
+    X(first)                                                                                                         \
+    X(last)                                                                                                          \
+    X(list) X(map) X(select) X(reject) X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) \
+        X(items) X(dictsort) X(sort) X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 #undef X
@@ -4199,19 +4209,21 @@ static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #undef X
 
-#define LLM__JINJA_TESTS(X)                                                                                     \
-    X(defined)                                                                                                  \
-    X(undefined)                                                                                                \
-    X(none)                                                                                                     \
-    X(string)                                                                                                   \
-    X(mapping)                                                                                                  \
-    X(sequence)                                                                                                 \
-    X(iterable)                                                                                                 \
-    X(number)                                                                                                   \
-    X(integer)                                                                                                  \
-    X(float)                                                                                                    \
-    X(boolean) X(true) X(false) X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) \
-        X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(lower) X(upper)
+#define LLM__JINJA_TESTS(X)                                                                                 \
+    X(defined)                                                                                              \
+    X(undefined)                                                                                            \
+    X(none)                                                                                                 \
+    X(string)                                                                                               \
+    X(mapping)                                                                                              \
+    X(sequence)                                                                                             \
+    X(iterable)                                                                                             \
+    X(number)                                                                                               \
+    X(integer)                                                                                              \
+    X(float)                                                                                                \
+    X(boolean)                                                                                              \
+    X(true)                                                                                                 \
+    X(false) X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) \
+        X(divisibleby) X(callable) X(sameas) X(lower) X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 #undef X
@@ -4219,19 +4231,21 @@ static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 enum { LLM__JINJA_TESTS(X) LLM__JT_END };
 #undef X
 
-#define LLM__JINJA_METHODS(X)                                                                                         \
-    X(strip)                                                                                                          \
-    X(lstrip)                                                                                                         \
-    X(rstrip)                                                                                                         \
-    X(split)                                                                                                          \
-    X(rsplit)                                                                                                         \
-    X(startswith)                                                                                                     \
-    X(endswith)                                                                                                       \
-    X(replace)                                                                                                        \
-    X(upper)                                                                                                          \
-    X(lower)                                                                                                          \
-    X(title) X(capitalize) X(find) X(rfind) X(count) X(join) X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) \
-        X(isspace) X(items) X(keys) X(values) X(get) X(index) X(cycle) X(format)
+#define LLM__JINJA_METHODS(X)                                                                                      \
+    X(strip)                                                                                                       \
+    X(lstrip)                                                                                                      \
+    X(rstrip)                                                                                                      \
+    X(split)                                                                                                       \
+    X(rsplit)                                                                                                      \
+    X(startswith)                                                                                                  \
+    X(endswith)                                                                                                    \
+    X(replace)                                                                                                     \
+    X(upper)                                                                                                       \
+    X(lower)                                                                                                       \
+    X(title)                                                                                                       \
+    X(capitalize)                                                                                                  \
+    X(find) X(rfind) X(count) X(join) X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) \
+        X(keys) X(values) X(get) X(index) X(cycle) X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
 #undef X
@@ -6915,8 +6929,9 @@ typedef struct llm__vocab_source {
 } llm__vocab_source;
 
 typedef struct llm__vocab_piece_slot {
-    uint32_t tag;
-    llm_token id; /* LLM__NONE: the slot is free */
+    uint64_t head; /* the piece as a number if it has up to 8 bytes, otherwise its hash */
+    uint32_t n;    /* bytes in the piece */
+    llm_token id;  /* LLM__NONE: the slot is free */
 } llm__vocab_piece_slot;
 
 typedef struct llm__bpe_pair_slot {
@@ -6924,17 +6939,28 @@ typedef struct llm__bpe_pair_slot {
     uint32_t rank;
 } llm__bpe_pair_slot;
 
+#define LLM__NO_RANK UINT32_MAX
+
+typedef struct llm__bpe_merge_to {
+    llm_token merged;
+    uint32_t rank; /* LLM__NO_RANK: the two do not merge */
+} llm__bpe_merge_to;
+
 typedef struct llm__special {
     llm__str text;
     llm_token id;
     int32_t prefix; /* index of the longest special that is a prefix of this one, or LLM__NONE */
 } llm__special;
 
+enum { LLM__FEW_FIRSTS = 8 };
+
 /* Tokens that are recognised in a text before it is split into words. */
 typedef struct llm__special_set {
     llm__special *items; /* sorted by their texts */
     int n;
     uint8_t kinds;       /* union of the values in starts */
+    uint8_t firsts[256]; /* [n_firsts] the bytes with which they start */
+    int n_firsts;
     uint8_t starts[256]; /* bit 1: a user-defined token starts with this byte; bit 2: another special token does */
 } llm__special_set;
 
@@ -6954,9 +6980,14 @@ struct llm_tokenizer {
     size_t piece_mask, longest_piece;
     llm__bpe_pair_slot *pairs;
     size_t pair_mask, n_pairs;
+    uint8_t *pair_filter;          /* [pair_mask + 1] 8 bits per slot, by hash; 0: no pair has this hash */
+    llm_token first_byte;          /* the lowest of byte_tokens, which are usually 256 ids in a row */
+    llm__bpe_merge_to *byte_pairs; /* [256][256] the merges of two ids from first_byte on; NULL: not used */
     uint32_t n_ranks;
+    bool spaces_cut;         /* no merge crosses the front of a space after another character */
     uint8_t joined[256][32]; /* [byte][byte / 8] one bit per pair of bytes that are adjacent in some piece */
     llm_token byte_tokens[256];
+    llm_token ascii_tokens[128];      /* the pieces of one character of ASCII */
     llm__special_set raw, normalized; /* recognised in the raw text, and in the normalised text */
     llm__pre_rule rules[LLM__MAX_RULES + 1];
     char *chat_template;           /* its source text; NULL if the file has none */
@@ -6973,7 +7004,7 @@ static llm__str llm__vocab_piece(const llm_tokenizer *t, llm_token id) {
 
 static int llm__vocab_type_of(const llm_tokenizer *t, llm_token id) { return t->flags[id] & LLM__TYPE_MASK; }
 
-/* ---- Hash tables: open addressing, at most half full ---- */
+/* ---- Hash tables: open addressing, at most two thirds full ---- */
 
 static uint64_t llm__load_tail(const uint8_t *p,
                                size_t n) { /* n <= 8 bytes as a number; different bytes give different numbers */
@@ -7000,40 +7031,62 @@ static uint64_t llm__hash_bytes(const uint8_t *p, size_t n) {
     return llm__hash_mix((h ^ llm__load_tail(p, n)) * 0xD6E8FEB86659FD93u);
 }
 
-/* The slot that holds these bytes, or the free slot where they belong. */
-static llm__vocab_piece_slot *llm__vocab_slot_of(const llm_tokenizer *t, const uint8_t *p, size_t n, uint32_t *tag,
+/* The slot that holds these bytes, or the free slot where they belong. *head is what identifies them there: most pieces
+   are short, and comparing them needs no other memory than the slot. */
+static llm__vocab_piece_slot *llm__vocab_slot_of(const llm_tokenizer *t, const uint8_t *p, size_t n, uint64_t *head,
                                                  size_t *probes) {
     uint64_t h = llm__hash_bytes(p, n);
-    *tag = (uint32_t)(h >> 32);
+    *head = n <= 8 ? llm__load_tail(p, n) : h;
     for (size_t i = h & t->piece_mask;; i = (i + 1) & t->piece_mask, ++*probes) {
         llm__vocab_piece_slot *slot = &t->pieces[i];
         if (slot->id == LLM__NONE) return slot;
-        if (slot->tag != *tag) continue;
-        llm__str s = llm__vocab_piece(t, slot->id);
-        if (s.n == n && !memcmp(s.at, p, n)) return slot;
+        if (slot->head != *head || slot->n != n) continue;
+        if (n <= 8 || !memcmp(llm__vocab_piece(t, slot->id).at, p, n)) return slot;
     }
 }
 
 static llm_token llm__vocab_find(const llm_tokenizer *t, const uint8_t *p, size_t n) {
-    uint32_t tag;
+    uint64_t head;
     size_t probes = 0;
-    return n && n <= t->longest_piece ? llm__vocab_slot_of(t, p, n, &tag, &probes)->id : LLM__NONE;
+    return n && n <= t->longest_piece ? llm__vocab_slot_of(t, p, n, &head, &probes)->id : LLM__NONE;
+}
+
+static uint64_t llm__bpe_pair_hash(llm_token left, llm_token right) {
+    return llm__hash_mix(((uint64_t)(uint32_t)left << 32 | (uint32_t)right) * 0xD6E8FEB86659FD93u);
 }
 
 static llm__bpe_pair_slot *llm__bpe_pair_slot_of(const llm_tokenizer *t, llm_token left, llm_token right,
                                                  size_t *probes) {
-    uint64_t h = llm__hash_mix(((uint64_t)(uint32_t)left << 32 | (uint32_t)right) * 0xD6E8FEB86659FD93u);
+    uint64_t h = llm__bpe_pair_hash(left, right);
     for (size_t i = h & t->pair_mask;; i = (i + 1) & t->pair_mask, ++*probes) {
         llm__bpe_pair_slot *slot = &t->pairs[i];
         if ((slot->left == left && slot->right == right) || slot->left == LLM__NONE) return slot;
     }
 }
 
-/* The merge of two tokens, or NULL if they do not merge. */
-static const llm__bpe_pair_slot *llm__bpe_find_pair(const llm_tokenizer *t, llm_token left, llm_token right) {
-    size_t probes = 0;
+/* Which bit of the filter is this pair's. */
+static size_t llm__bpe_pair_bit(const llm_tokenizer *t, llm_token left, llm_token right) {
+    return (size_t)(llm__bpe_pair_hash(left, right) >> 32) & (8 * t->pair_mask + 7);
+}
+
+static void llm__bpe_filter_pair(llm_tokenizer *t, llm_token left, llm_token right) {
+    size_t bit = llm__bpe_pair_bit(t, left, right);
+    t->pair_filter[bit / 8] |= (uint8_t)(1 << bit % 8);
+}
+
+/* The merge of two tokens. Most pairs do not merge, and for most of those the filter, which fits the second-level
+   cache, says so. */
+static llm__bpe_merge_to llm__bpe_find_pair(const llm_tokenizer *t, llm_token left, llm_token right) {
+    llm__bpe_merge_to merge = {LLM__NONE, LLM__NO_RANK};
+    uint32_t i = (uint32_t)left - (uint32_t)t->first_byte, j = (uint32_t)right - (uint32_t)t->first_byte;
+    if ((i | j) < 256 && t->byte_pairs) return t->byte_pairs[i * 256 + j];
+    size_t probes = 0, bit = llm__bpe_pair_bit(t, left, right);
+    if (!(t->pair_filter[bit / 8] >> bit % 8 & 1)) return merge;
     const llm__bpe_pair_slot *slot = llm__bpe_pair_slot_of(t, left, right, &probes);
-    return slot->left == LLM__NONE ? NULL : slot;
+    if (slot->left == LLM__NONE) return merge;
+    merge.merged = slot->merged;
+    merge.rank = slot->rank;
+    return merge;
 }
 
 /* ---- Merging ---- */
@@ -7045,18 +7098,32 @@ typedef struct llm__bpe_symbol {
 } llm__bpe_symbol;
 
 enum { LLM__SHORT_WORD = 32 };
-#define LLM__NO_RANK UINT32_MAX
 #define LLM__NO_PLACE UINT32_MAX
 
-static void llm__bpe_rank_symbol(const llm_tokenizer *t, llm__bpe_symbol *s, const llm__bpe_symbol *next) {
-    const llm__bpe_pair_slot *pair = next ? llm__bpe_find_pair(t, s->id, next->id) : NULL;
-    s->rank = pair ? pair->rank : LLM__NO_RANK;
-    s->merged = pair ? pair->merged : LLM__NONE;
+/* The pair that was looked up last: in a run of one letter it comes again and again. */
+typedef struct llm__bpe_recent {
+    llm_token left, right;
+    llm__bpe_merge_to merge;
+} llm__bpe_recent;
+
+static void llm__bpe_rank_symbol(const llm_tokenizer *t, llm__bpe_symbol *s, const llm__bpe_symbol *next,
+                                 llm__bpe_recent *recent) {
+    s->rank = LLM__NO_RANK;
+    s->merged = LLM__NONE;
+    if (!next) return;
+    if (recent->left != s->id || recent->right != next->id) {
+        recent->left = s->id;
+        recent->right = next->id;
+        recent->merge = llm__bpe_find_pair(t, s->id, next->id);
+    }
+    s->rank = recent->merge.rank;
+    s->merged = recent->merge.merged;
 }
 
 /* Does all merges of the lowest rank from left to right, stopping early if a merge enables one of lower rank. Returns
    the number of symbols that remain; *n_merged is the number of merges done. */
 static size_t llm__bpe_merge_lowest(const llm_tokenizer *t, llm__bpe_symbol *s, size_t n, size_t *n_merged) {
+    llm__bpe_recent recent[2] = {{LLM__NONE, LLM__NONE, {0, 0}}, {LLM__NONE, LLM__NONE, {0, 0}}};
     uint32_t rank = LLM__NO_RANK;
     size_t j = 0;
     *n_merged = 0;
@@ -7071,8 +7138,8 @@ static size_t llm__bpe_merge_lowest(const llm_tokenizer *t, llm__bpe_symbol *s, 
             else break;
             ++*n_merged;
             s[j].id = s[j].merged;
-            llm__bpe_rank_symbol(t, &s[j], i < n ? &s[i] : NULL);
-            if (j) llm__bpe_rank_symbol(t, &s[j - 1], &s[j]);
+            llm__bpe_rank_symbol(t, &s[j], i < n ? &s[i] : NULL, &recent[0]);
+            if (j) llm__bpe_rank_symbol(t, &s[j - 1], &s[j], &recent[1]);
             lower = s[j].rank < rank || (j && s[j - 1].rank < rank);
         }
     }
@@ -7111,6 +7178,7 @@ static uint64_t llm__bpe_heap_pop(llm__bpe_heap *h) {
 
 static size_t llm__bpe_merge_by_heap(llm__env *env, const llm_tokenizer *t, llm__bpe_symbol *s, size_t n) {
     llm__bpe_heap h = {env, NULL, 0, 0};
+    llm__bpe_recent recent = {LLM__NONE, LLM__NONE, {0, 0}};
     size_t count = 0;
     if (n > UINT32_MAX / 2) llm__fail(env, LLM_ERROR_UNSUPPORTED, "a word of %llu bytes", (unsigned long long)n);
     for (uint32_t i = 0; i < n; i++) {
@@ -7126,10 +7194,10 @@ static size_t llm__bpe_merge_by_heap(llm__env *env, const llm_tokenizer *t, llm_
         s[place].id = s[place].merged;
         s[place].next = s[right].next;
         if (s[right].next != LLM__NO_PLACE) s[s[right].next].previous = place;
-        llm__bpe_rank_symbol(t, &s[place], s[place].next == LLM__NO_PLACE ? NULL : &s[s[place].next]);
+        llm__bpe_rank_symbol(t, &s[place], s[place].next == LLM__NO_PLACE ? NULL : &s[s[place].next], &recent);
         llm__bpe_heap_push(&h, s, place);
         if (previous == LLM__NO_PLACE) continue;
-        llm__bpe_rank_symbol(t, &s[previous], &s[place]);
+        llm__bpe_rank_symbol(t, &s[previous], &s[place], &recent);
         llm__bpe_heap_push(&h, s, previous);
     }
     llm__free(env->pool, h.items);
@@ -7140,8 +7208,9 @@ static size_t llm__bpe_merge_by_heap(llm__env *env, const llm_tokenizer *t, llm_
 /* Merges n symbols and returns how many remain. The heap bounds the time for long words, but is slow. If many places
    share one rank, as in a run of one letter, going over the word rank by rank is much faster. */
 static size_t llm__bpe_merge(llm__env *env, const llm_tokenizer *t, llm__bpe_symbol *s, size_t n) {
+    llm__bpe_recent recent[2] = {{LLM__NONE, LLM__NONE, {0, 0}}, {LLM__NONE, LLM__NONE, {0, 0}}};
     size_t n_merged = 1;
-    for (size_t i = 0; i < n; i++) llm__bpe_rank_symbol(t, &s[i], i + 1 < n ? &s[i + 1] : NULL);
+    for (size_t i = 0; i < n; i++) llm__bpe_rank_symbol(t, &s[i], i + 1 < n ? &s[i + 1] : NULL, &recent[i % 2]);
     for (int patience = 8; patience && n_merged;) {
         n = llm__bpe_merge_lowest(t, s, n, &n_merged);
         if (n_merged < n / 64) patience--;
@@ -7167,7 +7236,7 @@ static size_t llm__bpe_first_symbols(const llm_tokenizer *t, const uint8_t *p, s
     }
     while (p < end) {
         size_t length = llm__utf8_length(p, end), n_bytes = 0;
-        llm_token id = llm__vocab_find(t, p, length);
+        llm_token id = length == 1 ? t->ascii_tokens[*p] : llm__vocab_find(t, p, length);
         if (id == LLM__NONE)
             while (n_bytes < length && t->byte_tokens[p[n_bytes]] != LLM__NONE) n_bytes++;
         if (id == LLM__NONE && n_bytes < length) id = t->unk;
@@ -7330,6 +7399,132 @@ static const uint8_t *llm__pre_find_word(const llm__unicode_classes *c, const ll
     }
 }
 
+/* ---- Words of ASCII, found in 64 bytes at a time ---- */
+
+/* The kinds of 64 bytes of text: bit i of a mask is about byte i. */
+typedef struct llm__pre_block {
+    uint64_t letters, upper, digits, spaces, blanks, newlines; /* of ASCII; some are parts of others; blank: ' ' */
+    uint64_t high;                                             /* bytes of other characters */
+} llm__pre_block;
+
+enum { LLM__BLOCK = 64, LLM__BLOCK_READ = LLM__BLOCK + 16, LLM__BLOCK_LAST = LLM__BLOCK - 2 };
+
+#if defined(__SSE2__) && !defined(LLM_NO_SIMD)
+static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
+#define LLM__IN(c, first, n)                                                                  \
+    _mm_cmpeq_epi8(_mm_min_epu8(_mm_sub_epi8(c, _mm_set1_epi8(first)), _mm_set1_epi8((n)-1)), \
+                   _mm_sub_epi8(c, _mm_set1_epi8(first)))
+#define LLM__BITS(mask) ((uint64_t)(unsigned)_mm_movemask_epi8(mask) << i)
+    llm__pre_block b = {0, 0, 0, 0, 0, 0, 0};
+    for (int i = 0; i < LLM__BLOCK; i += 16) {
+        __m128i c = _mm_loadu_si128((const __m128i *)(const void *)(p + i));
+        __m128i folded = _mm_or_si128(c, _mm_set1_epi8(32));
+        b.letters |= LLM__BITS(LLM__IN(folded, 'a', 26));
+        b.upper |= LLM__BITS(LLM__IN(c, 'A', 26));
+        b.digits |= LLM__BITS(LLM__IN(c, '0', 10));
+        b.blanks |= LLM__BITS(_mm_cmpeq_epi8(c, _mm_set1_epi8(' ')));
+        b.spaces |= LLM__BITS(_mm_or_si128(_mm_cmpeq_epi8(c, _mm_set1_epi8(' ')), LLM__IN(c, '\t', 5)));
+        b.newlines |= LLM__BITS(_mm_cmpeq_epi8(c, _mm_set1_epi8('\n')));
+        b.newlines |= LLM__BITS(_mm_cmpeq_epi8(c, _mm_set1_epi8('\r')));
+        b.high |= LLM__BITS(c);
+    }
+    return b;
+#undef LLM__IN
+#undef LLM__BITS
+}
+#elif defined(__aarch64__) && !defined(LLM_NO_SIMD)
+/* One bit per byte of four vectors of 0 or 255. */
+static inline uint64_t llm__pre_bits(const uint8x16_t m[4]) {
+    static const uint8_t weights[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    uint8x16_t w = vld1q_u8(weights);
+    uint8x16_t lo = vpaddq_u8(vandq_u8(m[0], w), vandq_u8(m[1], w));
+    uint8x16_t hi = vpaddq_u8(vandq_u8(m[2], w), vandq_u8(m[3], w));
+    lo = vpaddq_u8(lo, hi);
+    return vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(lo, lo)), 0);
+}
+static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
+#define LLM__IN(c, first, n) vcltq_u8(vsubq_u8(c, vdupq_n_u8(first)), vdupq_n_u8(n))
+    uint8x16_t letters[4], upper[4], digits[4], spaces[4], blanks[4], newlines[4], high[4];
+    for (int i = 0; i < 4; i++) {
+        uint8x16_t c = vld1q_u8(p + 16 * i);
+        letters[i] = LLM__IN(vorrq_u8(c, vdupq_n_u8(32)), 'a', 26);
+        upper[i] = LLM__IN(c, 'A', 26);
+        digits[i] = LLM__IN(c, '0', 10);
+        blanks[i] = vceqq_u8(c, vdupq_n_u8(' '));
+        spaces[i] = vorrq_u8(blanks[i], LLM__IN(c, '\t', 5));
+        newlines[i] = vorrq_u8(vceqq_u8(c, vdupq_n_u8('\n')), vceqq_u8(c, vdupq_n_u8('\r')));
+        high[i] = vcgeq_u8(c, vdupq_n_u8(0x80));
+    }
+    llm__pre_block b = {llm__pre_bits(letters), llm__pre_bits(upper),    llm__pre_bits(digits), llm__pre_bits(spaces),
+                        llm__pre_bits(blanks),  llm__pre_bits(newlines), llm__pre_bits(high)};
+    return b;
+#undef LLM__IN
+}
+#else
+static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
+    llm__pre_block b = {0, 0, 0, 0, 0, 0, 0};
+    for (int i = 0; i < LLM__BLOCK; i++) {
+        unsigned c = p[i];
+        b.letters |= (uint64_t)((c | 32) - 'a' < 26) << i;
+        b.upper |= (uint64_t)(c - 'A' < 26) << i;
+        b.digits |= (uint64_t)(c - '0' < 10) << i;
+        b.spaces |= (uint64_t)(c == ' ' || c - '\t' < 5) << i;
+        b.blanks |= (uint64_t)(c == ' ') << i;
+        b.newlines |= (uint64_t)(c == '\n' || c == '\r') << i;
+        b.high |= (uint64_t)(c >= 0x80) << i;
+    }
+    return b;
+}
+#endif
+
+/* Where the ones from bit i < 64 on end; at most 63. */
+static inline unsigned llm__pre_ones_end(uint64_t mask, unsigned i) {
+    return i + (unsigned)__builtin_ctzll(~(mask >> i) | (uint64_t)1 << (63 - i));
+}
+
+/* The characters that a word of letters may begin with, besides letters. */
+static inline uint64_t llm__pre_before(const llm__pre_rule *rule, const llm__pre_block *b) {
+    return rule->kind == LLM__RULE_GPT2 ? b->blanks : ~(b->letters | b->digits | b->newlines | b->high);
+}
+
+/* The end of the word at p[i], in a block at p of which LLM__BLOCK_READ bytes can be read, by the same rules as
+   llm__pre_find_word. Returns i if the block does not show the end: the word has other characters, or is too long.
+   `before` is from llm__pre_before. */
+static inline unsigned llm__pre_block_word(const llm__pre_rule *rule, const llm__pre_block *b, uint64_t before,
+                                           const uint8_t *p, unsigned i) {
+    const bool gpt2 = rule->kind == LLM__RULE_GPT2, cased = rule->kind == LLM__RULE_CASED;
+    const uint64_t marks = ~(b->letters | b->digits | b->spaces | b->high);
+    unsigned from = i + (unsigned)(before >> i & 1), end;
+    if (p[i] == '\'' && !cased) {
+        size_t n = llm__pre_contraction(p + i, p + LLM__BLOCK_READ, !gpt2);
+        if (n) return i + (unsigned)n;
+    }
+    if (b->letters >> from & 1) {
+        end = cased ? llm__pre_ones_end(b->letters & ~b->upper, llm__pre_ones_end(b->upper, from))
+                    : llm__pre_ones_end(b->letters, from);
+        if (end > LLM__BLOCK_LAST || (b->high >> end & 1)) return i;
+        if (cased && rule->contractions) end += (unsigned)llm__pre_contraction(p + end, p + LLM__BLOCK_READ, true);
+        return end;
+    }
+    from = i + (p[i] == ' ');
+    if (marks >> from & 1) {
+        end = llm__pre_ones_end(marks, from);
+        while (!gpt2 && end <= LLM__BLOCK_LAST && (p[end] == '\n' || p[end] == '\r' || (cased && p[end] == '/'))) end++;
+        return end > LLM__BLOCK_LAST || (b->high >> end & 1) ? i : end;
+    }
+    if (!gpt2) from = i;
+    if (b->digits >> from & 1) {
+        end = llm__pre_ones_end(b->digits, from);
+        if (!gpt2 && end - from > (unsigned)rule->most) return from + (unsigned)rule->most;
+        return end > LLM__BLOCK_LAST || (b->high >> end & 1) ? i : end;
+    }
+    end = llm__pre_ones_end(b->spaces, i);
+    if (end == i || end > LLM__BLOCK_LAST || (b->high >> end & 1)) return i;
+    uint64_t newlines = gpt2 ? 0 : b->newlines >> i & (((uint64_t)1 << (end - i)) - 1);
+    if (newlines) return i + 64 - (unsigned)__builtin_clzll(newlines);
+    return end == i + 1 ? end : end - 1;
+}
+
 /* ---- Encoding ---- */
 
 typedef struct llm__enc_span {
@@ -7346,7 +7541,9 @@ typedef struct llm__enc_job {
     llm_token *ids;
     size_t capacity, count;
     llm_token last;
-    bool after_bos; /* only the BOS that the file asks for has been emitted so far */
+    bool after_bos;               /* only the BOS that the file asks for has been emitted so far */
+    struct llm__enc_known *known; /* [2^known_bits][2]; NULL: no words are remembered */
+    int known_bits;
 } llm__enc_job;
 
 static void llm__enc_emit(llm__enc_job *job, llm_token id) {
@@ -7383,24 +7580,169 @@ static bool llm__enc_whole(llm__enc_job *job, const uint8_t *p, const uint8_t *e
 static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
     bool unknown = false;
     if (llm__enc_whole(job, p, end, job->t->ignore_merges)) return;
-    while (p < end) {
+    for (const uint8_t *begin = p; p < end;) {
         const uint8_t *q = p + 1;
         while (q < end && llm__bpe_may_join(job->t, q)) q++;
-        if (llm__enc_whole(job, p, q, false)) unknown = false;
+        if (!(p == begin && q == end) && llm__enc_whole(job, p, q, false)) unknown = false;
         else llm__enc_merge_word(job, p, (size_t)(q - p), &unknown);
         p = q;
     }
 }
 
-static void llm__enc_split(llm__enc_job *job, const llm__pre_rule *rule, const uint8_t *p, const uint8_t *end) {
-    if (rule->kind == LLM__NO_RULE) {
+/* A word of up to 15 bytes and its tokens, if they are at most 3. */
+typedef struct llm__enc_known {
+    uint64_t key[2]; /* the bytes, zeros, and the length in the last byte; all 0: the slot is free */
+    llm_token ids[3], count;
+} llm__enc_known;
+
+enum { LLM__KNOWN_LENGTH = 15, LLM__KNOWN_TEXT = 8192, LLM__KNOWN_MAX_BITS = 15 };
+
+/* Most words of a long text have occurred in it before. So a call with LLM__KNOWN_TEXT bytes or more remembers words in
+   a table of up to 2 MB, most of which stays in the second-level cache. The table belongs to the call, so a tokenizer
+   stays const. If the table cannot be allocated, encoding is only slower. */
+static void llm__enc_remember_words(llm__enc_job *job) {
+    size_t n = (size_t)(job->end - job->text);
+    int bits = 9;
+    if (n < LLM__KNOWN_TEXT) return;
+    while (bits < LLM__KNOWN_MAX_BITS && n >> bits > 16) bits++;
+    job->known = (llm__enc_known *)llm__alloc_try(job->env->pool, (size_t)1 << bits, 2 * sizeof *job->known);
+    if (job->known) memset(job->known, 0, 2 * sizeof *job->known << bits);
+    job->known_bits = bits;
+}
+
+/* Encodes a word that no slot holds, and puts it into this set of two if it fits: the newest word comes first. */
+static void llm__enc_new_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end, llm__enc_known *set,
+                              const uint64_t key[2]) {
+    llm__enc_job alone = *job;
+    llm__enc_known word = {{key[0], key[1]}, {0, 0, 0}, 0};
+    alone.ids = word.ids;
+    alone.capacity = 3;
+    alone.count = 0;
+    alone.after_bos = false;
+    llm__enc_word(&alone, p, end);
+    if (!alone.count || alone.count > 3) {
         llm__enc_word(job, p, end);
         return;
     }
+    word.count = (llm_token)alone.count;
+    for (size_t i = 0; i < alone.count; i++) llm__enc_emit(job, word.ids[i]);
+    set[1] = set[0];
+    set[0] = word;
+}
+
+/* A word and where it is to be looked up. */
+typedef struct llm__enc_seen {
+    const uint8_t *p;
+    size_t n;
+    uint64_t key[2];
+    llm__enc_known *set; /* NULL: the word is not looked up */
+} llm__enc_seen;
+
+/* Prepares the look-up of the word of n bytes at p, where 16 bytes can be read. */
+static inline llm__enc_seen llm__enc_see(const llm__enc_job *job, const uint8_t *p, size_t n) {
+    static const uint8_t ones[32] = {255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
+    llm__enc_seen w = {p, n, {0, 0}, NULL};
+    uint64_t mask[2];
+    if (n > LLM__KNOWN_LENGTH || !job->known) return w;
+    memcpy(w.key, p, 16);
+    memcpy(mask, ones + 16 - n, 16);
+    w.key[0] &= mask[0];
+    w.key[1] = (w.key[1] & mask[1]) | (uint64_t)n << 56;
+    uint64_t hash = (w.key[0] ^ w.key[1] * 0xD6E8FEB86659FD93u) * 0x9E3779B97F4A7C15u;
+    w.set = &job->known[hash >> (64 - job->known_bits) << 1];
+    __builtin_prefetch(w.set);
+    return w;
+}
+
+static inline void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w) {
+    if (!w->set) {
+        llm__enc_word(job, w->p, w->p + w->n);
+        return;
+    }
+    llm__enc_known *slot = w->set;
+    slot += ((slot->key[0] ^ w->key[0]) | (slot->key[1] ^ w->key[1])) != 0;
+    if ((slot->key[0] ^ w->key[0]) | (slot->key[1] ^ w->key[1])) {
+        llm__enc_new_word(job, w->p, w->p + w->n, w->set, w->key);
+        return;
+    }
+    size_t count = (size_t)slot->count;
+    if (job->after_bos || job->count + 3 > job->capacity) {
+        for (size_t i = 0; i < count; i++) llm__enc_emit(job, slot->ids[i]);
+        return;
+    }
+    /* We copy all 3, which takes no branch. The next word overwrites those that do not count. */
+    memcpy(job->ids + job->count, slot->ids, sizeof slot->ids);
+    job->count += count;
+    job->last = slot->ids[count - 1];
+}
+
+/* Encodes words of the last rule from p on as long as blocks show their ends, and returns the end of the last one. The
+   words of a block are first found, then looked up, so that the memory they are looked up in is there by then. Where the
+   next bytes are not all ASCII, a block would probably show nothing. */
+static const uint8_t *llm__enc_blocks(llm__enc_job *job, const llm__pre_rule *rule, const uint8_t *p,
+                                      const uint8_t *end) {
+    llm__enc_seen words[LLM__BLOCK];
+    uint64_t eight;
+    while (end - p >= LLM__BLOCK_READ && (memcpy(&eight, p, 8), !(eight & 0x8080808080808080u))) {
+        llm__pre_block b = llm__pre_classify(p);
+        uint64_t before = llm__pre_before(rule, &b);
+        unsigned i = 0, to, n = 0;
+        for (; i < LLM__BLOCK_LAST && (to = llm__pre_block_word(rule, &b, before, p, i)) != i; i = to)
+            words[n++] = llm__enc_see(job, p + i, to - i);
+        if (!n) break;
+        for (unsigned k = 0; k < n; k++) llm__enc_seen_word(job, &words[k]);
+        p += i;
+    }
+    return p;
+}
+
+static void llm__enc_one_word(llm__enc_job *job, const uint8_t *p, const uint8_t *to, const uint8_t *end) {
+    if (end - p < 16) {
+        llm__enc_word(job, p, to);
+        return;
+    }
+    llm__enc_seen word = llm__enc_see(job, p, (size_t)(to - p));
+    llm__enc_seen_word(job, &word);
+}
+
+/* Encodes a text that needs no rules, where no merge crosses the front of the first space in a run. It is cut there, so
+   that words can be remembered. */
+static void llm__enc_spaced(llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
+    llm__enc_seen words[LLM__BLOCK];
+    const uint8_t *from = p;
+    for (; end - p >= LLM__BLOCK_READ; p += LLM__BLOCK) {
+        unsigned n = 0;
+        uint64_t blanks = llm__pre_classify(p).blanks, cuts = blanks & ~(blanks << 1);
+        if (p == from || p[-1] == ' ') cuts &= ~(uint64_t)1;
+        for (; cuts; cuts &= cuts - 1) {
+            const uint8_t *to = p + __builtin_ctzll(cuts);
+            words[n++] = llm__enc_see(job, from, (size_t)(to - from));
+            from = to;
+        }
+        for (unsigned k = 0; k < n; k++) llm__enc_seen_word(job, &words[k]);
+    }
+    for (const uint8_t *to = p > from ? p : from + 1; to < end; to++) {
+        if (*to != ' ' || to[-1] == ' ') continue;
+        llm__enc_one_word(job, from, to, end);
+        from = to;
+    }
+    llm__enc_one_word(job, from, end, end);
+}
+
+static void llm__enc_split(llm__enc_job *job, const llm__pre_rule *rule, const uint8_t *p, const uint8_t *end) {
+    if (rule->kind == LLM__NO_RULE && job->t->spaces_cut) {
+        llm__enc_spaced(job, p, end);
+        return;
+    }
+    bool is_last = rule[0].kind == LLM__NO_RULE || rule[1].kind == LLM__NO_RULE;
+    bool blocks = is_last && rule->kind >= LLM__RULE_GPT2 && rule->kind <= LLM__RULE_CASED;
     while (p < end) {
+        if (blocks && (p = llm__enc_blocks(job, rule, p, end)) == end) break;
         const uint8_t *from, *to = llm__pre_find_word(job->t->classes, rule, p, end, &from);
         if (from > p) llm__enc_split(job, rule + 1, p, from);
-        if (to > from) llm__enc_split(job, rule + 1, from, to);
+        if (to == from) break; /* the text ends */
+        if (!is_last) llm__enc_split(job, rule + 1, from, to);
+        else llm__enc_one_word(job, from, to, end);
         p = to;
     }
 }
@@ -7452,6 +7794,23 @@ static const uint8_t *llm__special_control_end(const llm__enc_job *job, const ui
     return at >= job->plain[*span].begin ? p : job->text + job->plain[*span].begin;
 }
 
+/* The first byte from p on with which a special token of these kinds starts, or end. There are few such bytes, so we let
+   memchr find them, in pieces of the text that bound the time for a byte that never comes. */
+static const uint8_t *llm__special_start(const llm__special_set *set, unsigned wanted, const uint8_t *p,
+                                         const uint8_t *end) {
+    while (set->n_firsts <= LLM__FEW_FIRSTS && p < end) {
+        size_t n = end - p > 4096 ? 4096 : (size_t)(end - p), found = n;
+        for (int i = 0; i < set->n_firsts; i++) {
+            const void *at = set->starts[set->firsts[i]] & wanted ? memchr(p, set->firsts[i], found) : NULL;
+            if (at) found = (size_t)((const uint8_t *)at - p);
+        }
+        p += found;
+        if (found < n) return p;
+    }
+    while (p < end && !(set->starts[*p] & wanted)) p++;
+    return p;
+}
+
 typedef struct llm__special_match {
     llm_token id;
     const uint8_t *begin, *end; /* including the white space that the token swallows */
@@ -7464,8 +7823,7 @@ static bool llm__special_next(const llm__enc_job *job, const llm__special_set *s
     const llm_tokenizer *t = job->t;
     unsigned wanted = span && (job->flags & LLM_TOKENS_SPECIAL) ? 3 : 1;
     if (!(set->kinds & wanted)) return false;
-    for (const uint8_t *p = from; p < end; p++) {
-        if (!(set->starts[*p] & wanted)) continue;
+    for (const uint8_t *p = from; (p = llm__special_start(set, wanted, p, end)) < end; p++) {
         const llm__special *s =
             llm__special_at(t, set, begin, p, end, span ? llm__special_control_end(job, p, span) : p);
         if (!s) continue;
@@ -7510,8 +7868,13 @@ static uint8_t *llm__enc_to_spaces(llm__env *env, bool marks, const uint8_t *p, 
     uint8_t *out = (uint8_t *)llm__alloc(env, (size_t)(end - p) + 1, 1);
     out[0] = ' ';
     for (*n = 1; p < end;) {
-        bool mark = marks && *p == 0xE2 &&
-                    !memcmp(p, "\xE2\x96\x81", 3); /* the text is well formed, so all three bytes are there */
+        const uint8_t *q = marks ? (const uint8_t *)memchr(p, 0xE2, (size_t)(end - p)) : NULL;
+        size_t plain = (size_t)((q ? q : end) - p);
+        memcpy(out + *n, p, plain);
+        *n += plain;
+        p += plain;
+        if (p == end) break;
+        bool mark = !memcmp(p, "\xE2\x96\x81", 3); /* the text is well formed, so all three bytes are there */
         out[(*n)++] = mark ? ' ' : *p;
         p += mark ? 3 : 1;
     }
@@ -7555,6 +7918,7 @@ static void llm__enc_body(llm__env *env, void *arg) {
     bool ends = (job->flags & LLM_TOKENS_ENDS) != 0;
     job->env = env;
     job->text = llm__utf8_valid(env, job->text, &job->end);
+    llm__enc_remember_words(job);
     if (ends && job->t->add_bos && job->t->bos != LLM__NONE) {
         llm__enc_emit(job, job->t->bos);
         job->after_bos = true;
@@ -7771,15 +8135,16 @@ static void llm__vocab_check_piece(llm__env *env, const char *name, size_t i, ll
 /* Adds a token to the hash table of pieces, in which words and merges are looked up. */
 static void llm__vocab_index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, llm_token id) {
     llm__str s = llm__vocab_piece(t, id);
-    uint32_t tag;
+    uint64_t head;
     size_t probes = 0;
-    llm__vocab_piece_slot *slot = llm__vocab_slot_of(t, (const uint8_t *)s.at, s.n, &tag, &probes);
+    llm__vocab_piece_slot *slot = llm__vocab_slot_of(t, (const uint8_t *)s.at, s.n, &head, &probes);
     if (slot->id != LLM__NONE)
         llm__fail(env, LLM_ERROR_FORMAT, "%s[%ld] and [%ld] are the same piece: \"%.*s\"", v->pieces_name,
                   (long)slot->id, (long)id, LLM__SHOW(v->pieces[id]));
     if (probes > LLM__MAX_PROBES)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s[%ld] collides with too many others", v->pieces_name, (long)id);
-    slot->tag = tag;
+    slot->head = head;
+    slot->n = (uint32_t)s.n;
     slot->id = id;
     if (s.n > t->longest_piece) t->longest_piece = s.n;
     for (size_t i = 1; i < s.n; i++) {
@@ -7836,7 +8201,7 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
     }
     if (total > UINT32_MAX)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s has %llu bytes", v->pieces_name, (unsigned long long)total);
-    size_t room = llm__hash_slots(2 * v->n_pieces);
+    size_t room = llm__hash_slots(v->n_pieces + v->n_pieces / 2);
     t->offsets = (uint32_t *)llm__alloc_zero(env, v->n_pieces + 1, sizeof *t->offsets);
     t->bytes = (uint8_t *)llm__alloc(env, (size_t)total, 1);
     t->pieces = (llm__vocab_piece_slot *)llm__alloc(env, room, sizeof *t->pieces);
@@ -7845,6 +8210,10 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
     memset(t->byte_tokens, 0xFF, sizeof t->byte_tokens);
     for (size_t i = 0; i < v->n_pieces; i++)
         if (llm__vocab_store_piece(env, t, v, i)) llm__vocab_index_piece(env, t, v, (llm_token)i);
+    for (int i = 0; i < 128; i++) {
+        uint8_t c = (uint8_t)i;
+        t->ascii_tokens[i] = llm__vocab_find(t, &c, 1);
+    }
 }
 
 static void llm__bpe_pairs_resize(llm__env *env, llm_tokenizer *t, size_t room) {
@@ -7853,15 +8222,20 @@ static void llm__bpe_pairs_resize(llm__env *env, llm_tokenizer *t, size_t room) 
     t->pairs = (llm__bpe_pair_slot *)llm__alloc(env, room, sizeof *t->pairs);
     memset(t->pairs, 0xFF, room * sizeof *t->pairs);
     t->pair_mask = room - 1;
-    for (size_t i = 0; i < n_old; i++)
-        if (old[i].left != LLM__NONE) *llm__bpe_pair_slot_of(t, old[i].left, old[i].right, &probes) = old[i];
+    llm__free(env->pool, t->pair_filter);
+    t->pair_filter = (uint8_t *)llm__alloc_zero(env, room, 1);
+    for (size_t i = 0; i < n_old; i++) {
+        if (old[i].left == LLM__NONE) continue;
+        *llm__bpe_pair_slot_of(t, old[i].left, old[i].right, &probes) = old[i];
+        llm__bpe_filter_pair(t, old[i].left, old[i].right);
+    }
     llm__free(env->pool, old);
 }
 
 /* A pair that occurs twice gets the rank of its last occurrence, as in Hugging Face's tokenizers. */
 static void llm__bpe_add_pair(llm__env *env, llm_tokenizer *t, llm_token left, llm_token right, llm_token merged,
                               uint32_t rank) {
-    if (2 * (t->n_pairs + 1) > t->pair_mask + 1) llm__bpe_pairs_resize(env, t, 2 * (t->pair_mask + 1));
+    if (3 * (t->n_pairs + 1) > 2 * (t->pair_mask + 1)) llm__bpe_pairs_resize(env, t, 2 * (t->pair_mask + 1));
     size_t probes = 0;
     llm__bpe_pair_slot *slot = llm__bpe_pair_slot_of(t, left, right, &probes);
     if (slot->left == LLM__NONE) t->n_pairs++;
@@ -7870,6 +8244,19 @@ static void llm__bpe_add_pair(llm__env *env, llm_tokenizer *t, llm_token left, l
     slot->right = right;
     slot->merged = merged;
     slot->rank = rank;
+    llm__bpe_filter_pair(t, left, right);
+}
+
+/* Merging in byte-level vocabularies begins with pairs of bytes, so these have a table of their own. */
+static void llm__bpe_build_byte_pairs(llm__env *env, llm_tokenizer *t) {
+    llm_token first = INT32_MAX;
+    for (int i = 0; i < 256; i++)
+        if (t->byte_tokens[i] != LLM__NONE && t->byte_tokens[i] < first) first = t->byte_tokens[i];
+    if (t->sentencepiece || first > INT32_MAX - 256) return;
+    llm__bpe_merge_to *table = (llm__bpe_merge_to *)llm__alloc(env, 256 * 256, sizeof *table);
+    for (int i = 0; i < 256 * 256; i++) table[i] = llm__bpe_find_pair(t, first + i / 256, first + i % 256);
+    t->first_byte = first;
+    t->byte_pairs = table;
 }
 
 static size_t llm__bpe_unmap_merge(llm__env *env, const llm__vocab_source *v, size_t i, llm__str s, uint8_t *out) {
@@ -7960,6 +8347,16 @@ static void llm__bpe_mark_whole(llm__env *env, llm_tokenizer *t) {
     llm__free(env->pool, s);
 }
 
+/* Texts are cut at spaces only where nothing but merging looks across: not if unknown characters on both sides of a space
+   become one token, nor if a text that is a piece as a whole is not merged. */
+static void llm__bpe_find_cuts(llm_tokenizer *t) {
+    t->spaces_cut = t->sentencepiece && !t->ignore_merges;
+    for (int i = 0; i < 256; i++) {
+        if (i != ' ' && t->joined[i][' ' / 8] >> ' ' % 8 & 1) t->spaces_cut = false;
+        if (t->fuse_unk && t->byte_tokens[i] == LLM__NONE) t->spaces_cut = false;
+    }
+}
+
 static int llm__special_compare(const void *a, const void *b) {
     const llm__special *x = (const llm__special *)a, *y = (const llm__special *)b;
     int order = llm__str_compare(x->text, y->text);
@@ -8006,7 +8403,9 @@ static void llm__special_build(llm__env *env, llm_tokenizer *t, const llm__vocab
             if (!s) continue;
             s->text = llm__special_text(env, t, v, id);
             s->id = id;
-            set->starts[(uint8_t)s->text.at[0]] |= (uint8_t)kind;
+            uint8_t start = (uint8_t)s->text.at[0];
+            if (!set->starts[start]) set->firsts[set->n_firsts++] = start;
+            set->starts[start] |= (uint8_t)kind;
             set->kinds |= (uint8_t)kind;
         }
     }
@@ -8105,10 +8504,12 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
     llm__tokenizer_parse_chat(env, t);
     llm__pre_build_rules(env, t, v);
     llm__vocab_build_pieces(env, t, v);
-    llm__bpe_pairs_resize(env, t, llm__hash_slots(2 * v->n_merges));
+    llm__bpe_pairs_resize(env, t, llm__hash_slots(v->n_merges + v->n_merges / 2));
     if (v->scores) llm__bpe_build_scored(env, t, v);
     else llm__bpe_build_merges(env, t, v);
+    llm__bpe_build_byte_pairs(env, t);
     llm__bpe_mark_whole(env, t);
+    llm__bpe_find_cuts(t);
     llm__special_build(env, t, v, &t->raw, false);
     llm__special_build(env, t, v, &t->normalized, true);
     llm__vocab_build_ends(t, v);

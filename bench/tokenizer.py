@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Tokenizers on one thread: MB/s of this library beside Hugging Face's `tokenizers` and `tiktoken`, taking turns, on HellaSwag's
-text; then a megabyte of what makes slow tokenizers slow beside a megabyte of prose.
+"""Tokenizers on one thread of one core: MB/s of this library beside gigatoken, quicktok, Hugging Face's `tokenizers` and `tiktoken`,
+taking turns, on HellaSwag's text and other files; then a megabyte of what makes slow tokenizers slow beside a megabyte of prose.
+gigatoken keeps what it has seen between calls, so its first call has a line of its own; this library starts every call anew.
 
-    make bench-tokenizer        or, with the packages named in the Makefile:  bench/tokenizer.py build/libllm.so MODEL.gguf
+    make bench-tokenizer        or, with the packages named in the Makefile:  bench/tokenizer.py build/libllm.so MODEL.gguf [TEXT ...]
 """
 
 import bz2
@@ -11,12 +12,19 @@ import os
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["RAYON_NUM_THREADS"] = "1"
+if hasattr(os, "sched_setaffinity"): # before the libraries count the cores
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 TOP = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(TOP / "tokenizer"))
 
+import gigatoken  # noqa: E402
+import numpy  # noqa: E402
+import quicktok  # noqa: E402
 import tiktoken  # noqa: E402
 
 import reference  # noqa: E402
@@ -92,32 +100,57 @@ def table(rows):
     print()
 
 
-def compare(library, model):
-    data = hellaswag()
+def quicktok_of(path, folder):
+    quicktok.import_tokenizer(path, "model", data_dir=folder)
+    return quicktok.Tokenizer("model", folder)
+
+
+def others(vocabulary, theirs):
+    """What the other tokenizers call encode, by name. Some cannot read every vocabulary."""
+    made = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "tokenizer.json")
+        theirs.save(path)
+        for name, make in {
+            "gigatoken": lambda: gigatoken.Tokenizer(path).encode,
+            "quicktok": lambda: quicktok_of(path, folder).encode_ordinary,
+            "tiktoken": lambda: tiktoken_of(vocabulary).encode_ordinary,
+        }.items():
+            try:
+                made[name] = make()
+            except Exception as error:
+                print(f"{name} cannot read this vocabulary: {str(error).splitlines()[0]}")
+    return made
+
+
+def compare(library, model, name, data):
     text = data.decode()
     lines = text.splitlines(keepends=True)
     vocabulary = reference.Vocabulary(model)
-    ours, theirs, other = Ours(library, model), reference.byte_level(vocabulary), tiktoken_of(vocabulary)
+    ours, theirs = Ours(library, model), reference.byte_level(vocabulary)
     contestants = {
         "llm.h": lambda: ours.encode(data),
         "tokenizers, the whole text": lambda: timed(lambda t: theirs.encode(t).ids, text),
         "tokenizers, by lines": lambda: timed(lambda t: [i for line in t for i in theirs.encode(line).ids], lines),
-        "tiktoken": lambda: timed(other.encode_ordinary, text),
     }
-    seconds = {name: [] for name in contestants}
-    ids = {}
+    for other, encode in others(vocabulary, theirs).items():
+        contestants[other] = lambda encode=encode, text=data if other == "gigatoken" else text: timed(encode, text)
+    seconds, ids = {}, {}
+    if "gigatoken" in contestants:
+        took, ids["gigatoken, first call"] = contestants["gigatoken"]()
+        seconds["gigatoken, first call"] = [took]
     for _ in range(REPEATS):
-        for name, run in contestants.items():
-            took, ids[name] = run()
-            seconds[name].append(took)
+        for contestant, run in contestants.items():
+            took, ids[contestant] = run()
+            seconds.setdefault(contestant, []).append(took)
     rows = [["one thread", "MB/s, median", "slowest", "fastest", "tokens", "ids as ours"]]
-    for name, list_ in seconds.items():
+    for contestant, list_ in seconds.items():
         speeds = [len(data) / s / 1e6 for s in list_]
-        same = "yes" if ids[name] == ids["llm.h"] else "no"
-        rows.append([name, f"{statistics.median(speeds):.1f}", f"{min(speeds):.1f}", f"{max(speeds):.1f}", str(len(ids[name])), same])
-    print(f"{FILE}, {len(data) / 1e6:.2f} MB, {os.path.basename(model)}\n")
+        same = "yes" if numpy.array_equal(ids[contestant], ids["llm.h"]) else "no"
+        count = str(len(ids[contestant]))
+        rows.append([contestant, f"{statistics.median(speeds):.1f}", f"{min(speeds):.1f}", f"{max(speeds):.1f}", count, same])
+    print(f"{name}, {len(data) / 1e6:.2f} MB, {os.path.basename(model)}\n")
     table(rows)
-    return data[: 1 << 20]
 
 
 def best(ours, text):
@@ -141,10 +174,13 @@ def linear(library, model, prose):
 
 
 def main():
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
-    library = load_library(sys.argv[1])
-    linear(library, sys.argv[2], compare(library, sys.argv[2]))
+    library, model, prose = load_library(sys.argv[1]), sys.argv[2], hellaswag()
+    compare(library, model, FILE, prose)
+    for path in sys.argv[3:]:
+        compare(library, model, os.path.basename(path), pathlib.Path(path).read_bytes())
+    linear(library, model, prose[: 1 << 20])
 
 
 main()

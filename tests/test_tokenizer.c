@@ -675,7 +675,7 @@ typedef struct starved {
     heap h;
     llm_host host;
     const llm_tokenizer *tokenizer;
-    char words[20000]; /* invalid UTF-8 and a long word */
+    char words[8000]; /* invalid UTF-8 and a long word; too short for words to be remembered */
 } starved;
 
 static llm_status load_starved(void *job, llm_error *err) {
@@ -707,6 +707,99 @@ static void test_allocation(void **state) {
     starve(&s.h, encode_starved, &s, 1, "llm_encode");
     llm_tokenizer_free(tokenizer);
     assert_all_returned(&s.h);
+}
+
+/* ---- Words found in blocks, and words remembered ---- */
+
+enum { N_WORDS = 40000 };
+
+typedef struct remembering {
+    llm_token ids[3][N_WORDS];
+    char text[N_WORDS], piece[N_WORDS];
+} remembering;
+
+/* Mostly short words that come again, with what may stand between them, and at times any byte. */
+static void fill_words(char *text, size_t n, uint32_t *seed) {
+    static const char *const parts[] = {"the",  " the",  " cat",   "Cat",    " CATs",  "'s",  "'LL", "'",     " '",    "\n",   "\r\n", "  ",
+                                        "   ",  "\t",    " \n ",   "1",      " 22",    "333", "4444", ".",     " ...",  "/",    "?!\n/", "_x",
+                                        "\xC3\xA9", " na\xC3\xAFve", "\xE4\xBD\xA0\xE5\xA5\xBD", "\xC2\xA0", "\xE2\x80\x83", "\xD9\xA3", "e\xCC\x81", "\xF0\x9F\x98\x80",
+                                        " abcdefghijklmn", " abcdefghijklmnopq", "\x1C", "\x0B", "ABCdef", "aBc", "<", "\xC5\xBF"};
+    for (size_t i = 0; i < n;) {
+        *seed = *seed * 1103515245u + 12345u;
+        const char *part = parts[(*seed >> 16) % (sizeof parts / sizeof *parts)];
+        for (; *part && i < n; part++) text[i++] = *part;
+        if (*seed >> 24 == 7 && i < n) text[i++] = (char)(*seed >> 16 & 127);
+    }
+}
+
+/* The masks of a block, by the definition of each. */
+static void check_block(const char *text) {
+    const uint8_t *p = (const uint8_t *)text;
+    llm__pre_block b = llm__pre_classify(p);
+    for (int i = 0; i < LLM__BLOCK; i++) {
+        unsigned c = p[i];
+        bool upper = c >= 'A' && c <= 'Z', lower = c >= 'a' && c <= 'z', newline = c == '\n' || c == '\r';
+        assert_int_equal(b.letters >> i & 1, upper || lower);
+        assert_int_equal(b.upper >> i & 1, upper);
+        assert_int_equal(b.digits >> i & 1, c >= '0' && c <= '9');
+        assert_int_equal(b.spaces >> i & 1, c == ' ' || (c >= 9 && c <= 13));
+        assert_int_equal(b.blanks >> i & 1, c == ' ');
+        assert_int_equal(b.newlines >> i & 1, newline);
+        assert_int_equal(b.high >> i & 1, c >= 0x80);
+    }
+}
+
+/* Every rule cuts the words that the code for one word at a time cuts. */
+static void check_words(const llm_tokenizer *t, const llm__pre_rule *rule, const char *text, size_t n) {
+    const uint8_t *p = (const uint8_t *)text, *end = p + n, *from;
+    while (end - p >= LLM__BLOCK_READ) {
+        llm__pre_block b = llm__pre_classify(p);
+        uint64_t before = llm__pre_before(rule, &b);
+        unsigned i = 0, to;
+        for (; i < LLM__BLOCK_LAST && (to = llm__pre_block_word(rule, &b, before, p, i)) != i; i = to) {
+            const uint8_t *expected = llm__pre_find_word(t->classes, rule, p + i, end, &from);
+            if (p + to != expected) fail_msg("rule %d, \"%.20s\": %d bytes, not %d", rule->kind, text + (p - (const uint8_t *)text) + i, (int)(to - i), (int)(expected - p) - (int)i);
+        }
+        p = i ? p + i : llm__pre_find_word(t->classes, rule, p, end, &from);
+    }
+}
+
+static void test_words(void **state) {
+    (void)state;
+    static remembering r;
+    static heap h;
+    llm_host host = heap_host(&h);
+    uint32_t seed = 1;
+    llm_tokenizer *t = load_model_tokenizer(&host);
+    for (int i = 0; i < 20000; i++) {
+        for (int k = 0; k < LLM__BLOCK; k++) r.piece[k] = (char)((seed = seed * 1103515245u + 12345u) >> 16);
+        check_block(r.piece);
+    }
+    for (int i = 0; i < 20; i++) {
+        fill_words(r.text, N_WORDS, &seed);
+        size_t n = (size_t)(llm__utf8_check((const uint8_t *)r.text, (const uint8_t *)r.text + N_WORDS) - (const uint8_t *)r.text);
+        for (int kind = LLM__RULE_GPT2; kind <= LLM__RULE_CASED; kind++)
+            for (int most = 1; most <= 3; most += 2) {
+                llm__pre_rule rule;
+                memset(&rule, 0, sizeof rule);
+                rule.kind = (llm__pre_rule_kind)kind;
+                rule.most = most;
+                rule.contractions = most == 3;
+                check_words(t, &rule, r.text, n);
+            }
+        int64_t counts[3];
+        for (int k = 0; k < 3; k++) { /* with words remembered, without, and without room for the last ids */
+            h.n_calls = 0;
+            h.fail_at = k == 1 ? 1 : 0;
+            counts[k] = llm_encode(t, r.text, n, 0, r.ids[k], k == 2 ? 1001 : N_WORDS, NULL);
+            h.fail_at = 0;
+            assert_int_equal(counts[k], counts[0]);
+            assert_memory_equal(r.ids[k], r.ids[0], (size_t)(k == 2 ? 1001 : counts[0]) * sizeof(llm_token));
+        }
+        assert_int_equal(r.ids[2][1001], 0);
+    }
+    llm_tokenizer_free(t);
+    assert_all_returned(&h);
 }
 
 /* ---- Threads ---- */
@@ -785,6 +878,7 @@ int main(void) {
         cmocka_unit_test(test_unicode),       cmocka_unit_test(test_golden),         cmocka_unit_test(test_tokens),
         cmocka_unit_test(test_buffers),       cmocka_unit_test(test_invalid),        cmocka_unit_test(test_stream),
         cmocka_unit_test(test_hostile),       cmocka_unit_test(test_hostile_gguf),   cmocka_unit_test(test_allocation),
+        cmocka_unit_test(test_words),
         cmocka_unit_test(test_threads),       cmocka_unit_test(test_time),
     };
     if (SANITIZED) cmocka_set_skip_filter("test_time");
