@@ -4187,21 +4187,22 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
 }
 
 /* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
-#define LLM__JINJA_FILTERS(X)                                                                                        \
-    X(trim)                                                                                                          \
-    X(tojson)                                                                                                        \
-    X(length)                                                                                                        \
-    X(count)                                                                                                         \
-    X(upper)                                                                                                         \
-    X(lower)                                                                                                         \
-    X(title)                                                                                                         \
-    X(capitalize)                                                                                                    \
-    X(replace)                                                                                                       \
-    X(join)                                                                                                          \
-    X(first)                                                                                                         \
-    X(last)                                                                                                          \
-    X(list) X(map) X(select) X(reject) X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) \
-        X(items) X(dictsort) X(sort) X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
+#define LLM__JINJA_FILTERS(X)                                                                                         \
+    X(trim)                                                                                                           \
+    X(tojson)                                                                                                         \
+    X(length)                                                                                                         \
+    X(count)                                                                                                          \
+    X(upper)                                                                                                          \
+    X(lower)                                                                                                          \
+    X(title)                                                                                                          \
+    X(capitalize)                                                                                                     \
+    X(replace)                                                                                                        \
+    X(join)                                                                                                           \
+    X(first)                                                                                                          \
+    X(last)                                                                                                           \
+    X(list)                                                                                                           \
+    X(map) X(select) X(reject) X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) \
+        X(dictsort) X(sort) X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 #undef X
@@ -4209,21 +4210,22 @@ static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #undef X
 
-#define LLM__JINJA_TESTS(X)                                                                                 \
-    X(defined)                                                                                              \
-    X(undefined)                                                                                            \
-    X(none)                                                                                                 \
-    X(string)                                                                                               \
-    X(mapping)                                                                                              \
-    X(sequence)                                                                                             \
-    X(iterable)                                                                                             \
-    X(number)                                                                                               \
-    X(integer)                                                                                              \
-    X(float)                                                                                                \
-    X(boolean)                                                                                              \
-    X(true)                                                                                                 \
-    X(false) X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) \
-        X(divisibleby) X(callable) X(sameas) X(lower) X(upper)
+#define LLM__JINJA_TESTS(X)                                                                                       \
+    X(defined)                                                                                                    \
+    X(undefined)                                                                                                  \
+    X(none)                                                                                                       \
+    X(string)                                                                                                     \
+    X(mapping)                                                                                                    \
+    X(sequence)                                                                                                   \
+    X(iterable)                                                                                                   \
+    X(number)                                                                                                     \
+    X(integer)                                                                                                    \
+    X(float)                                                                                                      \
+    X(boolean)                                                                                                    \
+    X(true)                                                                                                       \
+    X(false)                                                                                                      \
+    X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) \
+        X(callable) X(sameas) X(lower) X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 #undef X
@@ -4244,8 +4246,9 @@ enum { LLM__JINJA_TESTS(X) LLM__JT_END };
     X(lower)                                                                                                       \
     X(title)                                                                                                       \
     X(capitalize)                                                                                                  \
-    X(find) X(rfind) X(count) X(join) X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) \
-        X(keys) X(values) X(get) X(index) X(cycle) X(format)
+    X(find)                                                                                                        \
+    X(rfind) X(count) X(join) X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) \
+        X(values) X(get) X(index) X(cycle) X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
 #undef X
@@ -9802,31 +9805,37 @@ LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer) { ret
 
 /* ==== 12 CPU kernels ============================================================================================
 
-   THE ONE ARITHMETIC. All that is computed on the CPU is defined here, once, over vectors of 16 floats; each
-   instruction set supplies the vectors, and the text below is compiled for each. The scalar set is the definition.
+   THE ONE ARITHMETIC. Everything that is computed on the CPU is defined here once, over vectors of 16 floats. Each
+   instruction set supplies the vector operations, and section 24 is compiled once for each. The scalar set is the
+   definition.
 
-   A product of activations x and weights w comes in two kinds:
+   A product of activations x and weights w comes in these kinds:
+
      f32    one chain:  y = fma(x[k], w[k], y)  for k = 0, 1, 2 ...   f16 weights likewise
-     bf16   as the matrix unit instruction TDPBF16PS sums: x and w are bf16; for each 32 consecutive k,
+     bf16   as the matrix unit's instruction TDPBF16PS sums: x and w are bf16; for each 32 consecutive k,
                 e = fma(x[k], w[k], e) over the even k,  o likewise over the odd k,  both from 0;   y = y + (e + o).
-     int8   the same sums over whole numbers, which bf16 holds exactly, and at the end  y = y + sum * scale[output].
-     groups x, rounded to bf16 as above, becomes whole numbers in groups of 32: s = max|x| / 127, x = s * a. Weights are
-            d * q + m, of which 32 or 16 consecutive k share d and m. So  y = fma(d * s, sum of q * a, y),  and where
-            there are minimums then  y = fma(m, s * sum of a, y).  Sums of whole numbers are exact in any order.
-   k is padded with zeros to a multiple of 32. Weights lie in tiles of 16 outputs, so that a vector holds the same k of
-   16 outputs and each lane computes one output in just this order:
+     int8   the same sums over integers, which bf16 holds exactly, and at the end  y = y + sum * scale[output].
+     groups x, rounded to bf16 as above, becomes integers in groups of 32: s = max|x| / 127, x = s * a. Weights are
+                d * q + m; 32 or 16 consecutive k share d and m. Then  y = fma(d * s, sum of q * a, y),  and if
+                there are minimums  y = fma(m, s * sum of a, y).  Sums of integers are exact in any order.
+
+   k is padded with zeros to a multiple of 32. Weights are stored in tiles of 16 outputs. So a vector holds the same k
+   of 16 outputs, and each lane computes one output in exactly this order:
+
      f32, f16  [k][16]          bf16   [k/2][16][2]            int8   [k][16], then f32 scale[16]
-     groups: see llm__kernel_forms
-   A block of the KV cache is such tiles: keys with k along the head, values with k along the positions. In an int8
-   cache a position's key, or value, has one scale: the keys' tiles hold it; that of the values stands behind their
-   tiles, whose own scales are 1, and is multiplied into the softmax weights, which are rounded to bf16 again.
+     groups    see llm__kernel_forms
 
-   Other sums (RMSNorm, softmax) run in 16 lanes, element i in lane i % 16, and end in one tree: lane i takes lane
-   i + 8, then i + 4, i + 2, i + 1. Denormal results become zero. 2^x is the polynomial below, 1 / x the iteration. FMA is
-   written where it is meant; the compiler may not form or split one, whatever flags the host compiles with.
+   A block of the KV cache consists of such tiles: keys with k along the head, values with k along the positions. In an
+   int8 cache each key and each value vector has one scale. The tiles of keys hold theirs. Those of the values are
+   stored after their tiles, whose own scales are 1; they are multiplied into the softmax weights, which are then
+   rounded to bf16 again.
 
-   One exception is known: a result that only rounding lifts to the least normal number, 2^-126, is that number on x86
-   and zero on aarch64, which decides before it rounds. */
+   Other sums (RMSNorm, softmax) run in 16 lanes, element i in lane i % 16, and end in one tree: lane i adds lane i +
+   8, then i + 4, i + 2, i + 1. Denormal results become zero. 2^x is the polynomial below, 1 / x the iteration. FMA is
+   written where it is meant. The compiler must not form or split one, whatever flags the host uses.
+
+   There is one known exception: a result that rounding lifts to the smallest normal number, 2^-126, is that number on
+   x86 and zero on aarch64, which tests for denormals before it rounds. */
 
 #if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 
@@ -9835,7 +9844,7 @@ typedef enum llm__weight_type {
     LLM__W_BF16,
     LLM__W_INT8,
     LLM__W_F16,
-    LLM__W_Q4, /* this and all below: in groups */
+    LLM__W_Q4, /* this one and all below are in groups */
     LLM__W_Q4_MIN,
     LLM__W_Q4_K,
     LLM__W_Q4_K16,
@@ -9847,15 +9856,15 @@ typedef enum llm__weight_type {
     LLM__W_KINDS
 } llm__weight_type;
 
-/* How the kinds in groups hold weights. A tile has first the numbers of all its groups, then all scales, then, of the K
-   kinds, an f16 d[16] (and m[16]) for each 8 groups. The numbers of a group are bytes [8][16][4]: of four k for each of
-   16 outputs. If they have fewer than 8 bits: [4][16][4] bytes with the low four bits of [j] and [j + 4], then the bits
-   above, those of [0] lowest: in [16][4] bytes the fifth of all 8, or in [2][16][4] the fifth and sixth of four each.
-   Scales of a group: f16 d[16], then m[16] if there are minimums. Of the K kinds they are whole numbers of 8 bits, or
-   two times 16 of each where 16 k share them; they are multiplied by d, and by -m. */
+/* How the kinds in groups store weights. A tile has first the numbers of all its groups, then all scales, then, for
+   the K kinds, an f16 d[16] (and m[16]) per 8 groups. The numbers of a group are bytes [8][16][4]: four k of each of
+   16 outputs. Numbers with fewer than 8 bits: [4][16][4] bytes hold the low four bits of [j] and [j + 4]; the
+   remaining bits follow, those of [0] lowest, with five bits as [16][4] bytes for all 8, with six as [2][16][4] for
+   four each. Scales of a group: f16 d[16], then m[16] if there are minimums. In the K kinds they are 8-bit integers,
+   or two sets of 16 if 16 k share one; they are multiplied by d, and by -m. */
 typedef struct llm__kernel_form {
-    uint8_t bits, zero;       /* a weight is d * (number - zero) + m; numbers of 8 bits have a sign */
-    bool minimum, k, sixteen; /* K kinds; 16 k share a scale */
+    uint8_t bits, zero;       /* a weight is d * (number - zero) + m; 8-bit numbers are signed */
+    bool minimum, k, sixteen; /* `k`: a K kind; `sixteen`: 16 k share a scale */
 } llm__kernel_form;
 
 static const llm__kernel_form llm__kernel_forms[LLM__W_KINDS] = {
@@ -9865,7 +9874,7 @@ static const llm__kernel_form llm__kernel_forms[LLM__W_KINDS] = {
     {8, 0, false, false, false},
 };
 
-/* Bytes of a group's numbers and of its scales in a tile, and of the d and m of 8 groups. */
+/* Bytes of a tile: of a group's numbers, of its scales, and of the d and m of 8 groups. */
 #define LLM__NUMBER_BYTES(kind) ((size_t)llm__kernel_forms[kind].bits * 64)
 #define LLM__SCALE_BYTES(kind)                     \
     ((size_t)(llm__kernel_forms[kind].k ? 16 : 32) \
@@ -9874,7 +9883,7 @@ static const llm__kernel_form llm__kernel_forms[LLM__W_KINDS] = {
 
 static int llm__math_round_up(int n, int step) { return (n + step - 1) / step * step; }
 
-/* A tile with k inputs. */
+/* Bytes of a tile with k inputs. */
 static size_t llm__matrix_tile_bytes(llm__weight_type kind, int k) {
     static const size_t block_bytes[LLM__W_Q4] = {2048, 1024, 512, 1024};
     size_t n = (size_t)llm__math_round_up(k, 32) / 32;
@@ -9885,7 +9894,7 @@ static size_t llm__matrix_tile_bytes(llm__weight_type kind, int k) {
 
 static bool llm__matrix_has_groups(llm__weight_type kind) { return kind >= LLM__W_Q4; }
 
-/* 32 activations as whole numbers: x = scale * a. The sums are of the numbers, of all and of each 16. */
+/* 32 activations as integers a: x = scale * a. The sums are over all 32 and over each half. */
 typedef struct llm__kernel_group {
     int8_t a[32];
     float scale, scaled_sum, scaled_sums[2]; /* scale * n, scale * halves[] */
@@ -9893,86 +9902,86 @@ typedef struct llm__kernel_group {
 } llm__kernel_group;
 
 #define LLM__LOG2_E 1.44269504f /* log2(e) */
-#define LLM__WHOLE 12582912.0f  /* 1.5 * 2^23: what it is added to is rounded to a whole number */
-#define LLM__INVERSE 0x7EF311C0 /* less the bits of a number: about those of its inverse */
-#define LLM__LEAST 1e-30f       /* activations in groups all of which are below it count as 0 */
+#define LLM__WHOLE 12582912.0f  /* 1.5 * 2^23: adding it rounds a float to an integer */
+#define LLM__INVERSE 0x7EF311C0 /* minus the bits of a number: approximately the bits of its inverse */
+#define LLM__LEAST 1e-30f       /* a group of activations that are all smaller counts as 0 */
 
-/* `rows` activations x[row * x_stride + k] meet n tiles that lie one behind the other, and their outputs are added to
-   y[row * y_stride + 0 .. 16 * n - 1]. */
+/* Multiplies `rows` activation rows x[row * x_stride + k] by n consecutive tiles and adds the outputs to y[row *
+   y_stride + 0 .. 16 * n - 1]. */
 typedef void llm__kernel_product_fn(const float *x, size_t x_stride, int rows, const void *tiles, int n, int k,
                                     float *y, size_t y_stride);
 
 typedef enum llm__kernel_ending { LLM__STORE, LLM__ADD, LLM__SWIGLU } llm__kernel_ending;
 
-/* A panel: n_rows activation rows, packed, meet n_tiles tiles; and what becomes of their sums. */
+/* A panel: n_rows packed activation rows times n_tiles tiles, and what to do with their sums. */
 typedef struct llm__kernel_panel {
     const uint8_t *a;
     size_t line_step; /* of the rows, see llm__kernel_lines */
     int n_rows, k;
     llm__weight_type kind;
-    const uint8_t *tiles, *ahead; /* ahead: the tiles that are wanted after these, or NULL */
+    const uint8_t *tiles, *ahead; /* `ahead`: tiles to prefetch, or NULL */
     size_t tile_bytes;
     int n_tiles;
     llm__kernel_ending ending;
-    float *y; /* [n_rows][width] where the sums go, or are added to */
+    float *y; /* [n_rows][width] where the sums are stored or added */
     size_t y_stride;
-    int width;       /* outputs that there are, may be less than 16 * n_tiles */
-    uint8_t *packed; /* with LLM__SWIGLU, the rows of packed_k values whose `column` and next ones the results become */
+    int width;       /* number of outputs, may be less than 16 * n_tiles */
+    uint8_t *packed; /* with LLM__SWIGLU: rows of packed_k values that receive the results from `column` on */
     size_t packed_k;
     int column;
-    float *c;          /* scratch [n_rows padded to 16][16 * n_tiles], for sums over a part of k */
+    float *c;          /* scratch [n_rows padded to 16][16 * n_tiles] for sums over a part of k */
     uint8_t *unpacked; /* scratch [2][LLM__TILE_BLOCKS][1024] */
 } llm__kernel_panel;
 
-/* Rows of a panel whose sums are complete but have not come to their end. */
+/* Rows of a panel whose sums are complete, but not yet stored, added or turned into SwiGLU. */
 typedef struct llm__kernel_ended {
     const llm__kernel_panel *panel;
     int tile, n_cols, row, n;
-    float *at; /* [n][32] in: */
+    float *at; /* [n][32] points into: */
     float sums[32 * 32] __attribute__((aligned(64)));
 } llm__kernel_ended;
 
-/* A product of many rows, for one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks
-   times 32 k. */
+/* A product of many rows with one pair of tiles: c[16 * n_rows][16 * n_cols] = (or +=) the sums over n_blocks times 32
+   k. */
 typedef struct llm__kernel_tile_product {
     const uint8_t *a; /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, see llm__kernel_packed_row         */
-    int n_rows, a_blocks;    /* n_rows counts 16 rows each                                                         */
-    const uint8_t *const *b; /* [n_blocks] where the first tile's blocks lie, 1 KB each: [16 pairs of k][16][2]     */
-    size_t b_next;           /* how much further those of the second tile lie                                      */
-    int n_blocks, n_cols;    /* n_cols counts tiles: 1 or 2                                                        */
+    int n_rows, a_blocks;    /* n_rows counts groups of 16 rows */
+    const uint8_t *const *b; /* [n_blocks] the first tile's blocks of 1 KB each: [16 pairs of k][16][2] */
+    size_t b_next;           /* distance in bytes to the second tile's blocks */
+    int n_blocks, n_cols;    /* n_cols: number of tiles, 1 or 2 */
     float *c;
     size_t c_stride;
     bool add;
-    const uint8_t *ahead; /* what is needed next, in two runs ahead_next apart: fetched meanwhile; or NULL      */
+    const uint8_t *ahead; /* data to prefetch meanwhile, in two runs that are ahead_next apart; or NULL */
     size_t ahead_bytes, ahead_next;
-    llm__kernel_ended *ended; /* of a panel, or NULL: what is left there is brought to its end meanwhile             */
-    bool ends;                /* these sums are complete: they go there, not to c                                    */
-    int tile;                 /* the first of the panel's tiles                                                      */
+    llm__kernel_ended *ended; /* finished rows of the panel, which are stored meanwhile; or NULL */
+    bool ends;                /* the sums of this call are complete and go to `ended`, not to c */
+    int tile;                 /* number of the first tile in the panel */
 } llm__kernel_tile_product;
 
 enum {
-    LLM__RUN_TILES = 4,    /* tiles that the same activations meet, a run of so many k at a time                 */
-    LLM__RUN_K = 2048,     /* as pairs, 8 rows of it are 32 KB                                                   */
-    LLM__STRIP_MOST = 96,  /* rows, a multiple of LLM__STRIP_ROWS, that meet the same blocks in strips, ...       */
-    LLM__STRIP_BLOCKS = 6, /* ... which are so many                                                               */
-    LLM__TILE_ROWS = 16,   /* of queries, from so many on attention goes as panels do                             */
-    LLM__GROUPS = 16,      /* groups of two tiles that become bytes for many rows at once: 24 KB                  */
-    LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the nearest cache: 36 KB                   */
-    LLM__PANEL_LEAST = 36, /* rows for which widening two tiles for pairs of bf16 pays (Zen 4) */
-    LLM__PANEL_TILES = 16, /* tiles, and rows, of a panel: its sums and activations stay in the second cache      */
+    LLM__RUN_TILES = 4,    /* tiles multiplied with one run of activations before the next run */
+    LLM__RUN_K = 2048,     /* length of a run; as pairs, 8 rows of it are 32 KB */
+    LLM__STRIP_MOST = 96,  /* max rows of a strip, a multiple of LLM__STRIP_ROWS, ... */
+    LLM__STRIP_BLOCKS = 6, /* ... and its number of blocks */
+    LLM__TILE_ROWS = 16,   /* from this many query rows on, attention uses the packed kernels */
+    LLM__GROUPS = 16,      /* groups of two tiles that are widened to bytes at once for many rows: 24 KB */
+    LLM__TILE_BLOCKS = 18, /* blocks of 32 k of two tiles that stay in the L1 cache: 36 KB */
+    LLM__PANEL_LEAST = 36, /* min rows for which widening two tiles to pairs of bf16 pays (Zen 4) */
+    LLM__PANEL_TILES = 16, /* tiles, and rows, of a panel: its sums and activations stay in the L2 cache */
     LLM__PANEL_ROWS = 512,
-    LLM__MAX_RUN = 128 /* tokens of the vocabulary that have one max in the sampler; a multiple of 16             */
+    LLM__MAX_RUN = 128 /* tokens of the vocabulary that share one maximum in the sampler; a multiple of 16 */
 };
 
-/* A row of activations for products of many rows: lines of 32 bf16, `step` bytes apart, in each of which they are in an
-   order of the set's own. Nothing but the functions below knows it. */
+/* A row of activations for products of many rows. It consists of lines of 32 bf16, `step` bytes apart. The order
+   inside a line is the instruction set's own; only the functions below know it. */
 typedef struct llm__kernel_lines {
     uint8_t *at;
     size_t step;
 } llm__kernel_lines;
 
-/* Row r of packed rows of k values: one row behind the other, or, where lines are 1024 bytes apart, 16 with their lines in
-   turns. */
+/* Where row r of packed rows of k values begins. Step 64: rows are contiguous. Step 1024 (matrix unit): groups of 16
+   rows, interleaved line by line. */
 static inline llm__kernel_lines llm__kernel_packed_row(size_t step, uint8_t *packed, size_t k, size_t r) {
     size_t in_turns = r & (step / 64 - 1);
     llm__kernel_lines row = {packed + (r - in_turns) * k * 2 + in_turns * 64, step};
@@ -9982,28 +9991,29 @@ static inline llm__kernel_lines llm__kernel_packed_row(size_t step, uint8_t *pac
 typedef struct llm__kernels {
     const char *name;
     llm__kernel_product_fn *product[LLM__W_Q4];
-    /* The same with tiles of a kind in groups, and rows of k / 32 lines, which `quantize` makes of k activations. A row
-       in which one is no number, or infinite, has scales that are NaN. */
+    /* The same for tiles of a kind in groups and rows of k / 32 llm__kernel_group, which `quantize` makes from k
+       activations. If an activation is NaN or infinite, the scales of its row are NaN. */
     void (*group_product)(llm__weight_type kind, const llm__kernel_group *x, size_t x_stride, int rows,
                           const uint8_t *tiles, int n, int k, float *y, size_t y_stride);
     void (*quantize)(const float *x, int k, llm__kernel_group *lines);
-    void (*unpack)(const uint8_t *w, int n_blocks, uint8_t *to); /* blocks of int8 as bf16, in the order of its tiles */
-    /* RMSNorm: factor = 1 / sqrt(mean(x * x) + eps); y = x * factor * w, n values, then zeros up to a multiple of 32,
+    void (*unpack)(const uint8_t *w, int n_blocks,
+                   uint8_t *to); /* converts int8 blocks to bf16, in the order of the kind's tiles */
+    /* RMSNorm: factor = 1 / sqrt(mean(x * x) + eps); y = x * factor * w for n values, zeros up to a multiple of 32,
        rounded to bf16 if `round`. */
     float (*norm_factor)(const float *x, int n, float eps);
     void (*norm)(const float *x, const float *w, int n, float factor, bool round, float *y);
-    /* y = silu(gate) * up = gate / (1 + 2^(-log2(e) gate)) * up for n gates and ups, which take turns: 16 of each. */
+    /* y = silu(gate) * up = gate / (1 + 2^(-log2(e) gate)) * up. Gates and ups alternate in groups of 16. */
     void (*swiglu)(const float *gate_up, int n, bool round, float *y);
-    /* Turns n scores into 2^(scale * s - max), zeros up to `padded`; gives their maximum (of scale * s, scale being above 0)
-       and sum, which is taken before they are rounded. */
+    /* Turns n scores into 2^(scale * s - max), with zeros up to `padded`. *max is the maximum of scale * s (scale >
+       0), *sum the sum before rounding. */
     void (*softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum);
-    /* For the sampler: the max of each LLM__MAX_RUN of n values; returns false if one of the values is NaN. */
+    /* For the sampler: the maximum of each LLM__MAX_RUN of n values. Returns false if one of the values is NaN. */
     bool (*maxima)(const float *x, int n, float *maxima);
-    /* p = 2^((x - top) * scale), 0 where that is below 2^-125.5, for n values of at most `top`, and zeros up to a multiple of
-       16; their maxima as above. Returns the sum. */
+    /* p = 2^((x - top) * scale), or 0 below 2^-125.5, for n values of at most `top`, and zeros up to a multiple of 16;
+       their maxima as above. Returns the sum. */
     float (*odds)(const float *x, int n, float top, float scale, float *p, float *maxima);
-    /* Adds partial attention results to running ones: (max, sum, out[n]) is what is known so far, for each of the rows,
-       whose out, and part, are n apart. */
+    /* Merges partial attention results into running ones. For each row (max, sum, out[n]) is the result so far; rows
+       of out and of part are n apart. */
     void (*merge)(int rows, float *max, float *sum, float *out, const float *part_max, const float *part_sum,
                   const float *part, int n);
     /* y = x * factor, rounded to bf16 if `round`. */
@@ -10012,28 +10022,30 @@ typedef struct llm__kernels {
     void (*weigh)(float *y, const float *x, int n); /* y = y * x, rounded to bf16; n is a multiple of 16 */
     /* Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given. */
     void (*rope)(float *x, const float *cosines, const float *sines, int half);
-    /* The limits benchmarks compare with: reads n bytes and does nothing with them; does n times 2 * 16 * 12 floating-
-       point operations that wait for nothing but each other, or four times as many on bytes, or twice as many on pairs
-       of bf16, or on the matrix unit 2 * 4 * 16 * 16 * 32. The latter two are NULL where there are none. */
+    /* The limits that benchmarks compare with. `read` reads n bytes and ignores them. `multiply` does n times 2 * 16 *
+       12 floating-point operations that depend on little else. The others do four times as many on bytes, twice as
+       many on pairs of bf16, and on the matrix unit 2 * 4 * 16 * 16 * 32. The last two are NULL where they do not
+       exist. */
     uint32_t (*read)(const void *p, size_t n);
     uint32_t (*multiply)(size_t n), (*multiply_bytes)(size_t n), (*multiply_pairs)(size_t n),
         (*tile_multiply)(size_t n);
-    /* Many rows of bf16; all NULL, and 0, where `product` does them as well. panel_rows: from so many on it pays. */
+    /* Kernels for many bf16 rows. NULL (and 0) in sets that use `product` for those, too. panel_rows: min rows for
+       which `panel` is faster. */
     size_t line_step;
     int panel_rows;
     void (*tile_product)(const llm__kernel_tile_product *p);
     void (*panel)(const llm__kernel_panel *p); /* bf16 and int8 */
-    /* What the functions above give, rounded, into a row from `column` on (a multiple of 16): x * factor for n values,
-       and zeros up to n_padded; a norm, with zeros up to the end of its last line; a softmax of n scores, with zeros up to
-       `padded`, a multiple of 32. */
+    /* The functions above, with rounded results written into a packed row from `column` on (a multiple of 16): x *
+       factor for n values, and zeros up to n_padded; a norm, with zeros up to the end of its last line; a softmax of n
+       scores, with zeros up to `padded`, a multiple of 32. */
     void (*pack_scale)(const float *x, float factor, int n, int n_padded, llm__kernel_lines row, int column);
     void (*pack_norm)(const float *x, const float *w, int n, float factor, llm__kernel_lines row);
     void (*pack_softmax)(const float *s, int n, int padded, float scale, llm__kernel_lines row, float *max, float *sum);
-    /* The matrix unit must be entered before that, by each thread; NULL where there is none. */
+    /* Each thread must enter the matrix unit before using it. NULL where there is none. */
     void (*tiles_enter)(void), (*tiles_leave)(void);
 } llm__kernels;
 
-/* Sets the floating-point unit to round to nearest and flush denormals; returns what it was set to. */
+/* Sets the floating-point unit to round to nearest and to flush denormals. Returns the old setting. */
 static uint64_t llm__fpu_enter(void) {
 #if defined(__x86_64__)
     uint32_t old, wanted = 0x9FC0; /* flush to zero, denormals are zero, all exceptions masked */
@@ -10061,8 +10073,8 @@ static void llm__fpu_leave(uint64_t old) {
 #endif
 }
 
-/* clang's pragmas reach neither calls nor its code generator, which forms FMAs: under -ffast-math the results of a
-   product and of an FMA are hidden from it. `kind` is the register's constraint. */
+/* clang applies FP_CONTRACT neither to intrinsics nor in its back end, which may fuse a multiply and an add under
+   -ffast-math. An empty asm keeps the two apart. `kind` is the constraint of the register. */
 #if defined(__clang__) && defined(__FAST_MATH__)
 #define LLM__HIDE(kind, x) __asm__("" : kind(x))
 #if defined(__x86_64__)
@@ -10075,12 +10087,12 @@ static void llm__fpu_leave(uint64_t old) {
 #define LLM__HIDE(kind, x) ((void)0)
 #endif
 
-/* a * b + c rounded once, denormals flushed. */
+/* a * b + c, rounded once; denormals become zero. */
 static inline float llm__math_fma(float a, float b, float c) {
 #if defined(_WIN32) || (defined(__clang__) && defined(__FAST_MATH__))
-    /* Not every Windows C library rounds fmaf once, and clang under -ffast-math may replace it. In double the product is
-       exact; rounding the sum to odd leaves the last rounding, to float, correct (Boldo and Melquiond, "Emulation of FMA
-       and correctly rounded sums", 2008). */
+    /* Not every Windows C library rounds fmaf correctly, and clang under -ffast-math may replace it. In double the
+       product is exact. Rounding the sum to odd keeps the final rounding to float correct (Boldo and Melquiond,
+       "Emulation of FMA and correctly rounded sums", 2008). */
     double p = (double)a * b, s = p + c, t = s - p, error = (p - (s - t)) + (c - t);
     uint64_t bits;
     memcpy(&bits, &s, 8);
@@ -10093,19 +10105,19 @@ static inline float llm__math_fma(float a, float b, float c) {
     return (llm__f32_bits(r) & 0x7F800000) ? r : llm__f32_from_bits(llm__f32_bits(r) & 0x80000000);
 }
 
-/* The square root of a positive number in fixed operations: a call could be replaced by an estimate. */
+/* Square root of a positive number in fixed operations, because a compiler may replace a call by an estimate. */
 static double llm__math_sqrt(double x) {
     uint64_t bits;
     double r;
     memcpy(&bits, &x, 8);
-    bits = (bits >> 1) + 0x1FF7A3BEA91D9B1Bu; /* halves the exponent; within 4 % */
+    bits = (bits >> 1) + 0x1FF7A3BEA91D9B1Bu; /* halves the exponent; the error is at most 4 % */
     memcpy(&r, &bits, 8);
     for (int i = 0; i < 5; i++) r = 0.5 * (r + x / r);
     return r;
 }
 
-/* AMX: eight tile registers of 16 rows of 64 bytes. The instructions are written out, as gcc 12's intrinsics do not say
-   that they touch memory. A test may bring its own, to run where there is no such unit. */
+/* AMX: eight tile registers of 16 rows of 64 bytes. The instructions are written as asm, because gcc 12's intrinsics
+   do not declare that they touch memory. A test may define its own, to run on machines without the unit. */
 #if defined(LLM__TILE_DOT) || (defined(__x86_64__) && defined(__linux__) && !defined(LLM_NO_SIMD))
 #define LLM__HAVE_TILES
 typedef struct llm__amx_config {
@@ -10122,14 +10134,14 @@ typedef struct llm__amx_config {
 #define LLM__TILE_ZERO(t) __asm__ volatile("tilezero %tmm" #t)
 #define LLM__TILE_LOAD(t, from, stride) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"((const void *)(from)), "r"((size_t)(stride)) : "memory")
-/* The same past the nearest cache, for what comes by once. */
+/* The same, bypassing the L1 cache, for data that is used once. */
 #define LLM__TILE_STREAM(t, from, stride) \
     __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #t::"r"((const void *)(from)), "r"((size_t)(stride)) : "memory")
 #define LLM__TILE_STORE(t, to, stride) \
     __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"((void *)(to)), "r"((size_t)(stride)) : "memory")
 #define LLM__TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #c)
 
-/* Is there such a unit, does the system save its registers, and may this process use it? */
+/* Checks that the unit exists, that the system saves its registers, and that this process may use it. */
 static bool llm__amx_allowed(void) {
     uint32_t a, b, c, d, low, high;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false; /* OSXSAVE */
@@ -10138,7 +10150,7 @@ static bool llm__amx_allowed(void) {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false; /* bf16, tiles */
     if (!__get_cpuid_count(0x1D, 1, &a, &b, &c, &d) || b >> 16 < 8 || (b & 0xFFFF) < 64 || (c & 0xFFFF) < 16)
         return false;
-    long status; /* of the system call itself: libc declares none where a host includes its headers first */
+    long status; /* of the system call itself; libc declares no function for it if a host includes its headers first */
     __asm__ volatile("syscall"
                      : "=a"(status)
                      : "0"((long)SYS_arch_prctl), "D"(0x1023L /* ARCH_REQ_XCOMP_PERM */), "S"(18L /* tile data */)
@@ -10147,7 +10159,7 @@ static bool llm__amx_allowed(void) {
 }
 #endif
 
-/* The kernels for one instruction set each: this file includes itself. */
+/* The kernels of each instruction set: the file includes itself, and only section 24 is compiled then. */
 #ifndef LLM_HEADER_FILENAME
 #define LLM_HEADER_FILENAME "llm.h"
 #endif
@@ -10207,11 +10219,11 @@ static bool llm__amx_allowed(void) {
 #undef LLM__USE_NEON
 #endif
 
-/* The best instruction set of this machine, or the one named; NULL if it is not to be had. */
+/* The best instruction set of this machine, or the named one; NULL if the machine lacks it. */
 static const llm__kernels *llm__kernels_choose(const char *isa) {
 #if defined(__x86_64__) && !defined(LLM_NO_SIMD)
     __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* every such chip has f16c */
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* every such processor has f16c */
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
@@ -10229,27 +10241,27 @@ static const llm__kernels *llm__kernels_choose(const char *isa) {
 
 /* ==== 13 Weights ================================================================================================
 
-   From tensors in a file to matrices in the kernels' order. */
+   From tensors in a file to matrices in the order of the kernels. */
 
-/* The rows of a weight come from up to three tensors, one after the other. */
+/* The rows of a weight come from up to three consecutive tensors. */
 typedef struct llm__weight_source {
     llm__tensor parts[3];
     int n_parts;
-    int n_interleaved[3]; /* parts whose RoPE pairs are (2i, 2i + 1): their heads' length, else 0 */
+    int n_interleaved[3]; /* head length of parts whose RoPE pairs are (2i, 2i + 1), else 0 */
     int rope_dim;
-    size_t *n_read; /* atomic: bytes given out as raw rows */
+    size_t *n_read; /* atomic: bytes handed out as raw rows */
 } llm__weight_source;
 
-enum { LLM__KEPT_BYTES = 8 << 20 }; /* of a mapped file that stay in memory behind what is read of it */
+enum { LLM__KEPT_BYTES = 8 << 20 }; /* bytes of a mapped file that stay in memory behind the read position */
 
-/* The row of an interleaved tensor that holds dimension `row` of the halved order this library computes in. */
+/* The row of an interleaved tensor that holds dimension `row` of the halved order that we compute in. */
 static int llm__weight_interleaved_row(int row, int head_dim, int rope_dim) {
     int head = row / head_dim, d = row % head_dim, half = rope_dim / 2;
     if (d >= rope_dim) return row;
     return head * head_dim + (d < half ? 2 * d : 2 * (d - half) + 1);
 }
 
-/* The tensor a weight's row comes from; *row becomes its number there. */
+/* The tensor that a weight's row comes from; *row becomes the row's number in it. */
 static const llm__tensor *llm__weight_find_row(const llm_backend_weight *weight, int *row) {
     const llm__weight_source *source = (const llm__weight_source *)weight->source;
     int part = 0;
@@ -10277,8 +10289,8 @@ static void llm__weight_read_row(const llm_backend_weight *weight, int row, floa
     for (uint64_t i = 0; i < t->cols && t->scales; i++) out[i] *= scale;
 }
 
-/* Every so many bytes the file's pages are given back, so that it does not lie in memory beside the packed weights. Rows
-   that others still read come back from the system's cache. */
+/* Returns a row as the file has it. At regular intervals the file's pages are given back, so that the file does not
+   stay in memory beside the packed weights. Rows that others still read come back from the page cache. */
 static const void *llm__weight_raw_row(const llm_backend_weight *weight, int row, int *type) {
     const llm__weight_source *source = (const llm__weight_source *)weight->source;
     const llm__tensor *t = llm__weight_find_row(weight, &row);
@@ -10305,20 +10317,20 @@ LLM_API llm_dtype llm_dtype_from_name(const char *name) {
 /* A matrix in tiles of 16 outputs, see section 12. If the tensors of a weight are held in several kinds, their tiles
    follow each other, or alternate (gates and ups). */
 typedef struct llm__matrix {
-    llm__weight_type kind; /* of all tiles, or of the first */
-    int n, k;              /* outputs and inputs as the model has them; both are padded with zeros in memory */
+    llm__weight_type kind; /* of all tiles, or of the first one */
+    int n, k;              /* outputs and inputs of the model; both are padded with zeros in memory */
     size_t tile_bytes;
     uint8_t *data;
-    int first;   /* the matrix begins with this tile of data, see llm__matrix_part */
-    int n_kinds; /* 0: all tiles are alike; else those before ends[i] are of kinds[i] */
+    int first;   /* the matrix begins with this tile of data; see llm__matrix_part */
+    int n_kinds; /* 0: all tiles are of one kind; otherwise tiles before ends[i] are of kinds[i] */
     llm__weight_type kinds[3];
     int ends[3];
     bool in_turns; /* tiles 0, 2, 4 ... are of kinds[0], the others of kinds[1] */
-    bool panels;   /* many rows meet it in panels, if there are such */
-    bool groups;   /* some of it is in groups */
+    bool panels;   /* products with many rows use panels, if the set has them */
+    bool groups;   /* some tiles are in groups */
 } llm__matrix;
 
-/* Tiles of one kind that lie one behind the other. */
+/* Consecutive tiles of one kind. */
 typedef struct llm__kernel_tiles {
     llm__weight_type kind;
     int n;
@@ -10326,7 +10338,7 @@ typedef struct llm__kernel_tiles {
     uint8_t *at;
 } llm__kernel_tiles;
 
-/* The tiles from `tile` on, at most n. */
+/* The tiles from `tile` on that are of one kind, at most n. */
 static llm__kernel_tiles llm__matrix_tiles(const llm__matrix *m, int tile, int n) {
     llm__kernel_tiles t = {m->kind, n, m->tile_bytes, m->data};
     tile += m->first;
@@ -10352,7 +10364,7 @@ static llm__kernel_tiles llm__matrix_tiles(const llm__matrix *m, int tile, int n
     return t;
 }
 
-/* The kind that holds a tensor of a file's type best: its own numbers, where they are in blocks. */
+/* The kind that holds a tensor of a file's type best. Types in blocks keep their numbers. */
 static llm__weight_type llm__kernel_kind_of_file(int type) {
     switch (type) {
     case LLM__Q4_0: return LLM__W_Q4;
@@ -10380,7 +10392,8 @@ static llm__weight_type llm__weight_type_for(llm_dtype dtype, int type) {
     return llm__kernel_forms[own].bits == 4 || own == LLM__W_Q8 ? own : LLM__W_Q4_MIN;
 }
 
-/* Where in a tile of f32, f16 or bf16 with k inputs (padded) an element is; the KV cache's blocks are such matrices. */
+/* Position of an element in a tile of f32, f16 or bf16 with k inputs (padded). Blocks of the KV cache are such
+   matrices. */
 static size_t llm__matrix_tile_index(llm__weight_type kind, size_t output, size_t input, size_t k) {
     size_t tile = output / 16 * k * 16, lane = output % 16;
     return kind != LLM__W_BF16 ? tile + input * 16 + lane : tile + input / 2 * 32 + lane * 2 + input % 2;
@@ -10391,7 +10404,7 @@ static void llm__matrix_tile_set(llm__weight_type kind, void *tiles, size_t inde
     else ((uint16_t *)tiles)[index] = kind == LLM__W_F16 ? llm__f32_to_f16(value) : llm__f32_to_bf16(value);
 }
 
-/* A group's number of input i (below 32) for output `lane`. */
+/* The number of input i (0 to 31) of a group, for output `lane`. */
 static int llm__kernel_group_number(llm__weight_type kind, const uint8_t *q, size_t i, size_t lane) {
     const llm__kernel_form *form = &llm__kernel_forms[kind];
     size_t j = i / 4, at = lane * 4 + i % 4;
@@ -10402,7 +10415,7 @@ static int llm__kernel_group_number(llm__weight_type kind, const uint8_t *q, siz
     return number - form->zero;
 }
 
-/* The scale and minimum of input i (below 32): s is where a group's scales are, d the f16 numbers of its eight. */
+/* The scale and minimum of input i (0 to 31). s: the group's scales; d: the f16 numbers of its eight groups. */
 static void llm__kernel_group_scales(llm__weight_type kind, const uint8_t *s, const uint8_t *d, size_t i, size_t lane,
                                      float *scale, float *least) {
     const llm__kernel_form *form = &llm__kernel_forms[kind];
@@ -10416,7 +10429,7 @@ static void llm__kernel_group_scales(llm__weight_type kind, const uint8_t *s, co
     if (form->k) *least *= -(float)small[form->sixteen ? 32 : 16];
 }
 
-/* One output's weights, as their kind holds them. */
+/* The weights of one output as floats. */
 static void llm__matrix_get_row(const llm__matrix *m, size_t output, float *out) {
     const llm__kernel_tiles t = llm__matrix_tiles(m, (int)(output / 16), 1);
     size_t k = (size_t)llm__math_round_up(m->k, 32), lane = output % 16;
@@ -10440,7 +10453,7 @@ static void llm__matrix_get_row(const llm__matrix *m, size_t output, float *out)
     }
 }
 
-/* A matrix without memory yet. */
+/* A matrix without memory. */
 static llm__matrix llm__matrix_init(llm__weight_type kind, int n, int k) {
     llm__matrix m;
     memset(&m, 0, sizeof m);
@@ -10453,8 +10466,8 @@ static llm__matrix llm__matrix_init(llm__weight_type kind, int n, int k) {
     return m;
 }
 
-/* The same for a weight. If tensors of several kinds meet within a tile, all are bf16. Gates and ups each fill whole
-   tiles, so both are padded. */
+/* Describes the matrix of a weight. If tensors of several kinds meet inside a tile, all of it is bf16. Gates and ups
+   each fill whole tiles, so both are padded. */
 static llm__matrix llm__matrix_describe(llm_dtype dtype, const llm_backend_weight *weight) {
     bool in_turns = weight->kind == LLM_WEIGHT_GATE_UP;
     int n = in_turns ? 2 * llm__math_round_up(weight->rows / 2, 16) : weight->rows, rows = 0;
@@ -10485,8 +10498,8 @@ static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, const llm_backend_weight 
     return llm__matrix_bytes(&m);
 }
 
-/* The bits of the largest magnitude of n numbers: they are in order, and behind all numbers are infinities and NaNs.
-   Sixteen at once, and signed, which compilers make vectors of. */
+/* The bits of the largest magnitude of n numbers. As integers they are ordered, with infinities and NaNs after all
+   numbers. Sixteen signed lanes, which compilers turn into vectors. */
 static uint32_t llm__pack_largest_bits(const float *x, size_t n) {
     int32_t most[16] = {0}, bits[16];
     size_t i = 0;
@@ -10503,8 +10516,8 @@ static uint32_t llm__pack_largest_bits(const float *x, size_t n) {
     return (uint32_t)most[0];
 }
 
-/* Symmetric int8 of a whole row: q = round(127 w / max|row|) = floor(127 w / max|row| + 0.5). Returns the scale; it is
-   NaN, and makes the row NaN, if a weight is not finite. */
+/* Symmetric int8 of a whole row: q = round(127 w / max|row|) = floor(127 w / max|row| + 0.5). Returns the scale. It is
+   NaN, which makes the row NaN, if a weight is not finite. */
 static float llm__pack_quantize_row(const float *row, size_t n, int8_t *q, size_t step) {
     uint32_t bits = llm__pack_largest_bits(row, n);
     float most = bits < 0x7F800000 ? llm__f32_from_bits(bits) : NAN;
@@ -10512,7 +10525,7 @@ static float llm__pack_quantize_row(const float *row, size_t n, int8_t *q, size_
     double inverse = most > 0 ? 127.0 / most : 0;
     for (size_t i = 0; i < n && finite; i++) {
         double x = row[i] * inverse + 0.5;
-        int whole = (int)x; /* towards zero; the next line makes it floor(x), which would be a call */
+        int whole = (int)x; /* rounds towards zero; the next line makes it floor(x), which would be a function call */
         q[i * step] = (int8_t)(whole - (whole > x));
     }
     for (size_t i = 0; i < n && !finite; i++) q[i * step] = 0;
@@ -10523,14 +10536,14 @@ static void llm__pack_int8_row(uint8_t *tile, size_t lane, const float *row, siz
     ((float *)(void *)(tile + k * 16))[lane] = llm__pack_quantize_row(row, k, (int8_t *)tile + lane, 16);
 }
 
-/* A row that is int8 in the file stays as it is: k of them, zeros up to `padded`. */
+/* Copies k weights of a row that is int8 in the file, with zeros up to `padded`. */
 static void llm__pack_copy_int8_row(uint8_t *tile, size_t lane, const int8_t *row, size_t k, size_t padded,
                                     float scale) {
     for (size_t i = 0; i < padded; i++) ((int8_t *)tile)[i * 16 + lane] = i < k ? row[i] : 0;
     ((float *)(void *)(tile + padded * 16))[lane] = scale;
 }
 
-/* The smallest error a 4-bit group with its least weight as minimum can have. A NaN makes the whole group NaN. */
+/* The 4-bit group with the smallest weight as its minimum and the smallest error. A NaN makes the whole group NaN. */
 static llm_backend_group llm__pack_quantize_group(const float *w) {
     llm_backend_group g;
     float least = w[0], most = w[0];
@@ -10549,18 +10562,18 @@ static llm_backend_group llm__pack_quantize_group(const float *w) {
     return g;
 }
 
-/* A group of any kind: words of four numbers each; scales and minimums, of which there are two if 16 k share them, as
-   f16 or, of the K kinds, as whole numbers which d and -m multiply. */
+/* A group of any kind: words of four numbers each, and scales and minimums, two of each if 16 k share them. They are
+   f16, or in the K kinds integers, which d and -m multiply. */
 typedef struct llm__pack_quants {
     uint32_t q[8];
     int scales[2], minimums[2];
     uint16_t d, m;
 } llm__pack_quants;
 
-/* Four bits as the lowest of four bytes. */
+/* Spreads four bits to the lowest bits of four bytes. */
 static uint32_t llm__pack_spread_bits(uint32_t bits) { return (bits & 15) * 0x204081u & 0x01010101u; }
 
-/* Of groups of 32 with a scale of their own; `raw` is where the block begins. */
+/* Reads a group of 32 with its own scale; `raw` is the block. */
 static void llm__pack_read_plain_group(int type, const uint8_t *raw, llm__pack_quants *g) {
     bool minimum = type == LLM__Q4_1 || type == LLM__Q5_1, five = type == LLM__Q5_0 || type == LLM__Q5_1;
     g->scales[0] = llm__bytes_u16(raw);
@@ -10576,7 +10589,7 @@ static void llm__pack_read_plain_group(int type, const uint8_t *raw, llm__pack_q
     }
 }
 
-/* Group i of 8 of a K block. Q3_K's d * (scale - 32) * (q - 4) is d * s * q - d * 4 * s. */
+/* Reads group i of 8 of a K block. Q3_K's d * (scale - 32) * (q - 4) is d * s * q - d * 4 * s. */
 static void llm__pack_read_k_group(int type, const uint8_t *raw, int i, llm__pack_quants *g) {
     const uint8_t *scales = raw + (type == LLM__Q2_K   ? 0
                                    : type == LLM__Q3_K ? 96
@@ -10632,7 +10645,7 @@ static void llm__pack_read_k_group(int type, const uint8_t *raw, int i, llm__pac
     }
 }
 
-/* Group i of a row as the file has it. */
+/* Reads group i of a row without changing its numbers. */
 static void llm__pack_read_group(const llm__file_type_info *type, const uint8_t *row, size_t i, llm__pack_quants *g) {
     size_t in_block = type->block_weights / 32;
     row += i / in_block * type->block_bytes;
@@ -10640,8 +10653,8 @@ static void llm__pack_read_group(const llm__file_type_info *type, const uint8_t 
     else llm__pack_read_k_group((int)type->type, row, (int)(i % in_block), g);
 }
 
-/* Groups for LLM_DTYPE_INT4 as other backends hold them. Those of Q4_K have scales that are rounded once; other K
-   types, and those with more bits, are made anew. */
+/* Groups for LLM_DTYPE_INT4 as other backends hold them. Scales of Q4_K are rounded once. Other K types, and types
+   with more bits, are quantised anew. */
 LLM_API void llm_backend_weight_groups(const llm_backend_weight *weight, int row, float *scratch,
                                        llm_backend_group *groups) {
     size_t n = (size_t)llm__math_round_up(weight->cols, 32) / 32;
@@ -10666,7 +10679,7 @@ LLM_API void llm_backend_weight_groups(const llm_backend_weight *weight, int row
     }
 }
 
-/* Puts a group into a tile of n_groups. */
+/* Stores a group in a tile of n_groups. */
 static void llm__pack_group(llm__weight_type kind, uint8_t *tile, size_t n_groups, size_t group, size_t lane,
                             const llm__pack_quants *g) {
     const llm__kernel_form *form = &llm__kernel_forms[kind];
@@ -10694,7 +10707,7 @@ static void llm__pack_group(llm__weight_type kind, uint8_t *tile, size_t n_group
     }
 }
 
-/* 16 rows of k into a tile of bf16: even and odd k side by side, so that the tile is written from front to back. */
+/* Packs 16 rows of k into a bf16 tile. Even and odd k lie side by side, so the tile is written front to back. */
 static void llm__pack_bf16_tile(const llm__kernels *kernels, uint8_t *tile, float *rows, size_t k) {
     uint64_t mode = llm__fpu_enter();
     for (size_t lane = 0; lane < 16; lane++) kernels->scale(rows + lane * k, 1.0f, (int)k, true, rows + lane * k);
@@ -10709,7 +10722,8 @@ static void llm__pack_bf16_tile(const llm__kernels *kernels, uint8_t *tile, floa
         }
 }
 
-/* The same of rows that are bf16 in the file, as they are but for denormals, which become zero, as do absent rows (NULL). */
+/* The same for rows that are bf16 in the file. They are copied, except that denormals and absent rows (NULL) become
+   zero. */
 static void llm__pack_copy_bf16_tile(uint8_t *tile, const uint8_t *const raw[16], size_t n, size_t k) {
     static const uint8_t nothing[4] = {0};
     for (size_t i = 0; i < k; i += 2)
@@ -10721,7 +10735,7 @@ static void llm__pack_copy_bf16_tile(uint8_t *tile, const uint8_t *const raw[16]
         }
 }
 
-/* A group made of 32 weights. */
+/* Quantises 32 weights to a group. */
 static void llm__pack_make_group(const float *w, llm__pack_quants *g) {
     const llm_backend_group made = llm__pack_quantize_group(w);
     memcpy(g->q, made.q, sizeof g->q);
@@ -10729,8 +10743,8 @@ static void llm__pack_make_group(const float *w, llm__pack_quants *g) {
     g->minimums[0] = made.minimum;
 }
 
-/* A tile's groups, as the file has them (raw rows of types that this kind holds; NULL: absent, so zero), or, if raw is
-   NULL, made of its rows. */
+/* Packs a tile's groups. `raw` are rows of types that this kind holds (NULL rows are zero); if raw itself is NULL, the
+   groups are made from `rows`. */
 static void llm__pack_groups(llm__weight_type kind, uint8_t *tile, const uint8_t *const raw[16], const int types[16],
                              const float *rows, size_t k) {
     const llm__file_type_info *infos[16];
@@ -10746,7 +10760,7 @@ static void llm__pack_groups(llm__weight_type kind, uint8_t *tile, const uint8_t
         }
 }
 
-/* Rows of one tile into their order; `rows` is scratch for 16. Absent rows (-1) are zero. */
+/* Packs the rows of one tile; `rows` is scratch for 16 rows. Absent rows (-1) are zero. */
 static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, int tile,
                            const llm_backend_weight *weight, const int numbers[16], float *rows) {
     const llm__kernel_tiles t = llm__matrix_tiles(m, tile, 1);
@@ -10788,7 +10802,7 @@ static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, in
     }
 }
 
-/* Which rows of its weight a tile holds. Gates and ups take turns, tile by tile, so that they are computed together. */
+/* The rows of a weight that a tile holds. Gates and ups alternate tile by tile, so that they are computed together. */
 static void llm__matrix_tile_rows(const llm_backend_weight *weight, int tile, int rows[16]) {
     bool paired = weight->kind == LLM_WEIGHT_GATE_UP;
     int n = paired ? weight->rows / 2 : weight->rows, first = paired ? tile / 2 * 16 : tile * 16;
@@ -10798,7 +10812,7 @@ static void llm__matrix_tile_rows(const llm_backend_weight *weight, int tile, in
     }
 }
 
-/* 2^x and log2(x), sine and cosine in double, of fixed operations so that every compiler gives the same bits. */
+/* 2^x, log2(x), sine and cosine in double, in fixed operations, so that every compiler gives the same bits. */
 static double llm__math_log2(double x) {
     int exponent;
     double m = frexp(x, &exponent);
