@@ -4187,21 +4187,22 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
 }
 
 /* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
-#define LLM__JINJA_FILTERS(X)                                                                                         \
-    X(trim)                                                                                                           \
-    X(tojson)                                                                                                         \
-    X(length)                                                                                                         \
-    X(count)                                                                                                          \
-    X(upper)                                                                                                          \
-    X(lower)                                                                                                          \
-    X(title)                                                                                                          \
-    X(capitalize)                                                                                                     \
-    X(replace)                                                                                                        \
-    X(join)                                                                                                           \
-    X(first)                                                                                                          \
-    X(last)                                                                                                           \
-    X(list)                                                                                                           \
-    X(map) X(select) X(reject) X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) \
+#define LLM__JINJA_FILTERS(X)                                                                                  \
+    X(trim)                                                                                                    \
+    X(tojson)                                                                                                  \
+    X(length)                                                                                                  \
+    X(count)                                                                                                   \
+    X(upper)                                                                                                   \
+    X(lower)                                                                                                   \
+    X(title)                                                                                                   \
+    X(capitalize)                                                                                              \
+    X(replace)                                                                                                 \
+    X(join)                                                                                                    \
+    X(first)                                                                                                   \
+    X(last)                                                                                                    \
+    X(list)                                                                                                    \
+    X(map)                                                                                                     \
+    X(select) X(reject) X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) \
         X(dictsort) X(sort) X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
@@ -4210,22 +4211,23 @@ static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #undef X
 
-#define LLM__JINJA_TESTS(X)                                                                                       \
-    X(defined)                                                                                                    \
-    X(undefined)                                                                                                  \
-    X(none)                                                                                                       \
-    X(string)                                                                                                     \
-    X(mapping)                                                                                                    \
-    X(sequence)                                                                                                   \
-    X(iterable)                                                                                                   \
-    X(number)                                                                                                     \
-    X(integer)                                                                                                    \
-    X(float)                                                                                                      \
-    X(boolean)                                                                                                    \
-    X(true)                                                                                                       \
-    X(false)                                                                                                      \
-    X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) \
-        X(callable) X(sameas) X(lower) X(upper)
+#define LLM__JINJA_TESTS(X)                                                                                        \
+    X(defined)                                                                                                     \
+    X(undefined)                                                                                                   \
+    X(none)                                                                                                        \
+    X(string)                                                                                                      \
+    X(mapping)                                                                                                     \
+    X(sequence)                                                                                                    \
+    X(iterable)                                                                                                    \
+    X(number)                                                                                                      \
+    X(integer)                                                                                                     \
+    X(float)                                                                                                       \
+    X(boolean)                                                                                                     \
+    X(true)                                                                                                        \
+    X(false)                                                                                                       \
+    X(equalto)                                                                                                     \
+    X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) \
+        X(sameas) X(lower) X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 #undef X
@@ -4233,22 +4235,23 @@ static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 enum { LLM__JINJA_TESTS(X) LLM__JT_END };
 #undef X
 
-#define LLM__JINJA_METHODS(X)                                                                                      \
-    X(strip)                                                                                                       \
-    X(lstrip)                                                                                                      \
-    X(rstrip)                                                                                                      \
-    X(split)                                                                                                       \
-    X(rsplit)                                                                                                      \
-    X(startswith)                                                                                                  \
-    X(endswith)                                                                                                    \
-    X(replace)                                                                                                     \
-    X(upper)                                                                                                       \
-    X(lower)                                                                                                       \
-    X(title)                                                                                                       \
-    X(capitalize)                                                                                                  \
-    X(find)                                                                                                        \
-    X(rfind) X(count) X(join) X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) \
-        X(values) X(get) X(index) X(cycle) X(format)
+#define LLM__JINJA_METHODS(X)                                                                                       \
+    X(strip)                                                                                                        \
+    X(lstrip)                                                                                                       \
+    X(rstrip)                                                                                                       \
+    X(split)                                                                                                        \
+    X(rsplit)                                                                                                       \
+    X(startswith)                                                                                                   \
+    X(endswith)                                                                                                     \
+    X(replace)                                                                                                      \
+    X(upper)                                                                                                        \
+    X(lower)                                                                                                        \
+    X(title)                                                                                                        \
+    X(capitalize)                                                                                                   \
+    X(find)                                                                                                         \
+    X(rfind)                                                                                                        \
+    X(count) X(join) X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) \
+        X(get) X(index) X(cycle) X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
 #undef X
@@ -16155,7 +16158,8 @@ SOFTWARE.
 #define v_sum LLM__FN(v_sum)
 #define v_hmax LLM__FN(v_hmax)
 
-/* Sums are in registers only where loops over them are unrolled. clang reads GCC's pragma, but does nothing. */
+/* Sums stay in registers only if the loops over them are unrolled. clang accepts GCC's pragma without a warning and
+   ignores it. */
 #if !defined(LLM__USE_AVX512) && !defined(LLM__USE_AVX2) && !defined(LLM__USE_NEON)
 #define LLM__UNROLL
 #elif defined(__clang__)
@@ -16212,7 +16216,7 @@ LLM__INLINE v_ints v_splat_int(int32_t x) { return _mm512_set1_epi32(x); }
 LLM__INLINE V v_of_ints(v_ints a) { return _mm512_cvtepi32_ps(a); }
 LLM__INLINE v_ints v_dot_bytes(const bool SIGNED, v_ints sum, v_bytes w, int32_t x) {
     v_bytes xs = _mm512_set1_epi32(x);
-#if defined(LLM__USE_BF16) /* and VNNI; numbers with a sign come with 128 added */
+#if defined(LLM__USE_BF16) /* and VNNI; signed numbers have 128 added */
     (void)SIGNED;
     return _mm512_dpbusd_epi32(sum, w, xs);
 #else
@@ -16427,7 +16431,7 @@ LLM__INLINE v_ints v_splat_int(int32_t x) {
 LLM__INLINE V v_of_ints(v_ints a) { LLM__QUARTERS(vcvtq_f32_s32(a.q[i])); }
 LLM__INLINE v_ints v_dot_bytes(const bool SIGNED, v_ints sum, v_bytes w, int32_t x) {
     const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(x));
-    (void)SIGNED; /* others have at most 6 bits */
+    (void)SIGNED; /* all others have at most 6 bits */
     _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
         int8x16_t ws = vreinterpretq_s8_u8(w.q[i]);
         int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(ws), vget_low_s8(xs))),
@@ -16517,20 +16521,20 @@ LLM__INLINE V v_guess_inverse(V a) { LLM__LANES(llm__f32_from_bits(LLM__INVERSE 
 
 #endif
 
-/* v_bytes are [16][4], v_ints [16]. v_above puts the bits of MASK, from bit AT on, over a number's low four.
-   v_dot_bytes adds to each sum four products with the four whole numbers x. v_store_bytes takes the lowest byte of each
-   of 16 words. v_round_bf16 takes no NaN, and denormals are gone before it. v_times_pow2 multiplies by 2^n for n +
-   LLM__WHOLE, where neither it nor the result may be out of range. v_guess_inverse is within 5.1 % of 1 / a. */
+/* v_bytes is [16][4], v_ints [16]. v_above moves the bits of MASK, from bit AT on, above a number's low four.
+   v_dot_bytes adds four products with the four integers x to each sum. v_store_bytes stores the lowest byte of each of
+   16 words. v_round_bf16 must not get a NaN or a denormal. v_times_pow2 multiplies by 2^n for n + LLM__WHOLE; neither
+   n nor the result may be out of range. v_guess_inverse is within 5.1 % of 1 / a. */
 
-/* The scalar set is not for speed, but should not be large. */
+/* The scalar set is not meant to be fast, but should stay small. */
 #if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2) || defined(LLM__USE_NEON)
 #define LLM__LONG LLM__INLINE
 #else
 #define LLM__LONG static __attribute__((noinline))
 #endif
 
-/* 2^x for x up to 127, but at least that of -125.5; relative error below 2e-7: 2^n times a polynomial on |r| <= 1/2, the one
-   of its degree that is 1 at 0 with the least relative error. */
+/* 2^x for x up to 127, but at least 2^-125.5. Relative error below 2e-7: 2^n times a polynomial on |r| <= 1/2, the one
+   of its degree that is 1 at 0 and has the smallest relative error. */
 LLM__LONG V v_exp2(V x) {
     x = v_max(x, v_splat(-125.5f));
     V n = v_add(x, v_splat(LLM__WHOLE)), r = v_sub(x, v_sub(n, v_splat(LLM__WHOLE)));
@@ -16543,8 +16547,8 @@ LLM__LONG V v_exp2(V x) {
     return v_times_pow2(p, n);
 }
 
-/* 1 / a for a = 1 .. 2^125, relative error below 1e-7: two of Newton's steps from a guess, the first with the next term of
-   its series, too. Divisions take longer. */
+/* 1 / a for a = 1 .. 2^125, relative error below 1e-7: two Newton steps from an estimate, the first one with the next
+   term of its series. This is faster than a division. */
 LLM__INLINE V v_inverse(V a) {
     V minus_a = v_sub(v_splat(0), a), y = v_guess_inverse(a);
     V error = v_fma(minus_a, y, v_splat(1.0f));
@@ -16587,7 +16591,7 @@ LLM__INLINE float v_hmax(V a) {
 
 #endif
 
-/* As many rows as the registers hold sums for. Where these are few, many rows go in strips of so many rows. */
+/* MOST_ROWS: rows whose sums fit the registers. Sets with few registers compute many rows in strips of STRIP_ROWS. */
 #if defined(LLM__USE_AVX512)
 #define LLM__MOST_ROWS 8
 #define LLM__GROUP_ROWS 4
@@ -16608,7 +16612,7 @@ LLM__INLINE float v_hmax(V a) {
 #define LLM__GROUP_TILES 1
 #endif
 
-/* ROWS rows at once, so that a weight once loaded serves them all. ROWS is a constant where this is inlined. */
+/* ROWS rows at once, so that a weight that has been loaded serves all of them. ROWS is a constant after inlining. */
 LLM__INLINE void LLM__FN(float_rows)(const int ROWS, const bool HALF, const float *x, size_t x_stride, const void *w,
                                      int k, float *y, size_t y_stride) {
     V sum[LLM__MOST_ROWS];
@@ -16621,13 +16625,13 @@ LLM__INLINE void LLM__FN(float_rows)(const int ROWS, const bool HALF, const floa
     LLM__UNROLL for (int r = 0; r < ROWS; r++) v_store(y + (size_t)r * y_stride, sum[r]);
 }
 
-/* Weight J of eight, for each of the kinds. */
+/* Weight J of eight, for each kind. */
 LLM__INLINE V LLM__FN(weight)(const llm__weight_type KIND, const uint8_t *w, const int J) {
     if (KIND != LLM__W_BF16) return v_int8((const int8_t *)w + J * 16);
     return J % 2 ? v_odd((const uint16_t *)w + J / 2 * 32) : v_even((const uint16_t *)w + J / 2 * 32);
 }
 
-/* A block's bytes in a tile. */
+/* Bytes of a block in a tile. */
 LLM__INLINE size_t LLM__FN(block_bytes)(const llm__weight_type KIND) { return KIND == LLM__W_BF16 ? 1024 : 512; }
 
 /* 16 words of two bf16: a in the lower halves, b in the upper. */
@@ -16656,19 +16660,19 @@ LLM__TARGET static void LLM__FN(unpack)(const uint8_t *w, int n_blocks, uint8_t 
 
 #if defined(LLM__USE_BF16)
 
-/* vdpbf16ps multiplies pairs of bf16: sum = fma(lower, lower, fma(upper, upper, sum)). So two steps of a chain of even, or
-   of odd, k are one such product, where k is in the upper half of a word and k + 2 in the lower. */
+/* VDPBF16PS multiplies pairs of bf16: sum = fma(lower, lower, fma(upper, upper, sum)). So two steps of a chain of even
+   (or odd) k are one such product, with k in the upper half of a word and k + 2 in the lower. */
 LLM__INLINE V v_dot(uint32_t x, V w, V sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)_mm512_castps_si512(w));
 }
 
-/* The upper half of each word of a stays, that of b becomes the lower. */
+/* Keeps the upper half of each word of a and moves that of b to the lower half. */
 LLM__INLINE V v_pair(V a, V b) {
     return _mm512_castsi512_ps(
         _mm512_mask_mov_epi16(_mm512_castps_si512(a), 0x55555555, _mm512_srli_epi32(_mm512_castps_si512(b), 16)));
 }
 
-/* x[k] and x[k + 2] become pairs[k / 2], and x[k + 1] and x[k + 3] pairs[k / 2 + 1], for each fourth k. */
+/* For each fourth k: x[k] and x[k + 2] become pairs[k / 2], x[k + 1] and x[k + 3] become pairs[k / 2 + 1]. */
 LLM__INLINE void LLM__FN(pair_row)(const float *x, int k, uint32_t *pairs) {
     static const uint16_t halves[32] = {5,  1,  7,  3,  13, 9,  15, 11, 21, 17, 23, 19, 29, 25, 31, 27,
                                         37, 33, 39, 35, 45, 41, 47, 43, 53, 49, 55, 51, 61, 57, 63, 59};
@@ -16679,7 +16683,7 @@ LLM__INLINE void LLM__FN(pair_row)(const float *x, int k, uint32_t *pairs) {
     }
 }
 
-/* Of eight weights the J'th and next pairs of even and of odd ones, 2 J and 2 J + 2, 2 J + 1 and 2 J + 3; J is 0 or 2. */
+/* Operands for VDPBF16PS from eight k: *even holds weights 2J and 2J + 2, *odd 2J + 1 and 2J + 3 (J = 0 or 2). */
 LLM__INLINE void LLM__FN(weights)(const llm__weight_type KIND, const bool WIDE, const uint8_t *w, const int J, V *even,
                                   V *odd) {
     const float *words = (const float *)(const void *)w + J * 16;
@@ -16688,7 +16692,7 @@ LLM__INLINE void LLM__FN(weights)(const llm__weight_type KIND, const bool WIDE, 
         *odd = v_load(words + 16);
     } else if (KIND == LLM__W_BF16) {
         V a = v_load(words), b = v_load(words + 16);
-        __asm__("" : "+v"(a), "+v"(b)); /* gcc would load them again for each use */
+        __asm__("" : "+v"(a), "+v"(b)); /* or gcc would load them again for each use */
         __m512i up = _mm512_slli_epi32(_mm512_castps_si512(a), 16);
         *even = _mm512_castsi512_ps(_mm512_mask_mov_epi16(up, 0x55555555, _mm512_castps_si512(b)));
         *odd = v_pair(a, b);
@@ -16699,7 +16703,7 @@ LLM__INLINE void LLM__FN(weights)(const llm__weight_type KIND, const bool WIDE, 
     }
 }
 
-/* How a product's activations are given to it, and how many of these a block has. */
+/* The type of a product's activations, and their number in a block. */
 typedef uint32_t v_input;
 enum { LLM__FN(inputs) = 16 };
 
@@ -16719,10 +16723,10 @@ enum { LLM__FN(inputs) = 32 };
 
 #endif
 
-/* The sums over one block of TILES tiles that lie w_next apart, its even and odd weights as two chains. With several rows
-   the products take long enough that the processor's own prefetching falls behind: what comes 16 KiB later is asked for
-   here, into the second cache. So 4 rows of bf16 take as long as one (Zen 4, two cores). Whole numbers take longer, too:
-   what comes 8 KiB later is asked for, and 2 KiB later into the nearest (a tenth faster, Granite Rapids). */
+/* The sums over one block of TILES tiles that are w_next apart, with even and odd weights as two chains. With several
+   rows the products take so long that the hardware prefetcher falls behind. So we prefetch 16 KiB ahead into the L2
+   cache; 4 rows of bf16 then take as long as one (Zen 4, two cores). Integers take longer, too: for them we prefetch 8
+   KiB ahead, and 2 KiB ahead into the L1 cache (a tenth faster on Granite Rapids). */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE,
                                 const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
@@ -16747,7 +16751,7 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weig
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) sum[i] = v_add(even[i], odd[i]);
 }
 
-/* The sums over n blocks are added to the totals[ROWS][TILES]. */
+/* Adds the sums over n blocks to totals[ROWS][TILES]. */
 LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE,
                                  const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, int n, V *totals) {
     const size_t bytes = WIDE ? 1024 : LLM__FN(block_bytes)(KIND);
@@ -16811,12 +16815,11 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__weight_type KIND,
 #if defined(LLM__STRIP_ROWS)
 
 /* ---- Products of many rows ----
+   Floor: 32 FMAs for a row and a tile over 32 k. Even k go first, then odd: with only one of the two chains in
+   registers there is room for sums of more rows or tiles, so that FMAs outnumber loads. A few blocks of weights are
+   converted to floats once for all rows and stay in the L1 cache (12 KB a tile). */
 
-   Floor: 32 FMAs for a row and a tile over 32 k. Even k go first, then odd: with one of the two chains in registers there is
-   room for sums of more rows or tiles, so that FMAs outnumber loads. A few blocks of weights become floats once for all
-   rows, and stay in the nearest cache (12 KB a tile). */
-
-/* A block as floats: its even k, then its odd. */
+/* Converts a block to floats: its even k, then its odd k. */
 LLM__INLINE void LLM__FN(strip_weights)(const llm__weight_type KIND, const uint8_t *w, float *to) {
     for (int i = 0; i < 4; i++, w += LLM__FN(block_bytes)(KIND) / 4, to += 64) {
         LLM__UNROLL for (int j = 0; j < 4; j++) {
@@ -16826,7 +16829,7 @@ LLM__INLINE void LLM__FN(strip_weights)(const llm__weight_type KIND, const uint8
     }
 }
 
-/* The sums of one chain, from k on. Unrolled further, gcc (4 k at once) or clang (16) keep sums in memory. */
+/* The sums of one chain from k on. Unrolled further, gcc (4 k at once) or clang (16) would keep sums in memory. */
 LLM__INLINE void LLM__FN(strip_chain)(const float *const *rows, size_t k, const float *w, V *sum) {
     LLM__UNROLL for (int i = 0; i < LLM__STRIP_ROWS; i++) sum[i] = v_splat(0);
     for (const float *end = w + 256; w < end; w += 32, k += 4) {
@@ -16838,7 +16841,7 @@ LLM__INLINE void LLM__FN(strip_chain)(const float *const *rows, size_t k, const 
     }
 }
 
-/* n blocks of a tile, for all rows, which are a multiple of LLM__STRIP_ROWS. */
+/* n blocks of a tile for all rows; their number is a multiple of LLM__STRIP_ROWS. */
 LLM__TARGET static __attribute__((noinline)) void
 LLM__FN(strip_blocks)(const float *x, size_t x_stride, int rows, const float *w, int n, float *y, size_t y_stride) {
     enum { N = LLM__STRIP_ROWS };
@@ -16846,7 +16849,7 @@ LLM__FN(strip_blocks)(const float *x, size_t x_stride, int rows, const float *w,
         const float *from[N];
         LLM__UNROLL for (size_t i = 0; i < N; i++) {
             from[i] = x + i * x_stride;
-            __asm__("" : "+r"(from[i])); /* gcc would compute them again for each load */
+            __asm__("" : "+r"(from[i])); /* or gcc would compute them again for each load */
         }
         for (int b = 0; b < n; b++) {
             V even[N], odd[N];
@@ -16893,7 +16896,7 @@ LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_product)(llm__we
 
 #endif
 
-/* N rows at a time as long as there are so many. */
+/* N rows at a time while there are that many. */
 #define LLM__ROWS_BY(N)                                                    \
     for (; rows >= (N); rows -= (N), x += (N)*x_stride, y += (N)*y_stride) \
         LLM__FN(some_rows)((N), KIND, x, x_stride, tiles, n, k, y, y_stride);
@@ -16909,7 +16912,7 @@ LLM__INLINE void LLM__FN(product)(const llm__weight_type KIND, const float *x, s
     }
 #endif
 #if defined(LLM__STRIP_ROWS)
-    /* For fewer, weights would be made floats for too few sums. */
+    /* With fewer rows, converting the weights to floats does not pay. */
     for (int n_rows; (KIND == LLM__W_BF16 || KIND == LLM__W_INT8) && rows >= 2 * LLM__STRIP_ROWS; rows -= n_rows) {
         n_rows = rows < LLM__STRIP_MOST ? rows / LLM__STRIP_ROWS * LLM__STRIP_ROWS : (int)LLM__STRIP_MOST;
         LLM__FN(strip_product)(KIND, x, x_stride, n_rows, tiles, n, k, y, y_stride);
@@ -16919,7 +16922,7 @@ LLM__INLINE void LLM__FN(product)(const llm__weight_type KIND, const float *x, s
 #endif
     if (LLM__MOST_ROWS > 4) LLM__ROWS_BY(8)
     if (LLM__MOST_ROWS > 2) LLM__ROWS_BY(4)
-    if (LLM__MOST_ROWS > 2 && CACHED) LLM__ROWS_BY(3) /* query heads to a key head in the default model */
+    if (LLM__MOST_ROWS > 2 && CACHED) LLM__ROWS_BY(3) /* the number of query heads per key head in the default model */
     if (LLM__MOST_ROWS > 1) LLM__ROWS_BY(2)
     LLM__ROWS_BY(1)
 }
@@ -16934,24 +16937,23 @@ LLM__PRODUCT(product_bf16, LLM__W_BF16)
 LLM__PRODUCT(product_int8, LLM__W_INT8)
 
 /* ---- Products with groups ----
+   Floor: 8 products of bytes for a row and a tile over 32 k. A single row waits for memory, so its weights are used as
+   they are read. For more rows, a few groups of one or two tiles are first widened to bytes, which stay in the L1
+   cache, and their scales to floats; then LLM__GROUP_ROWS rows are multiplied with them at once. */
 
-   Floor: 8 products of bytes for a row and a tile over 32 k. A single row waits for memory, so its weights go to the
-   products as they are read. For more rows a few groups of one or two tiles become bytes first, which stay in the
-   nearest cache, and their scales floats; LLM__GROUP_ROWS rows meet them at once. */
-
-/* Numbers with a sign are bytes without one to VPDPBUSD: 128 is added here, and taken away with `zero`. */
+/* VPDPBUSD takes unsigned bytes: 128 is added to signed numbers here and removed through `zero`. */
 #if defined(LLM__USE_BF16)
 #define LLM__SIGN 128
 #else
 #define LLM__SIGN 0
 #endif
 
-/* The same kernels serve kinds whose groups, once they are bytes, are alike; they differ in `zero`. */
+/* Kinds whose groups are alike once they are bytes share a kernel. They differ in `zero`. */
 LLM__INLINE int LLM__FN(zero)(llm__weight_type kind) {
     return llm__kernel_forms[kind].bits == 8 ? LLM__SIGN : llm__kernel_forms[kind].zero;
 }
 
-/* A group's numbers of k = 4 J .. 4 J + 3; J is 0 .. 7. WIDE: they have become bytes. */
+/* The numbers of a group with k = 4 J .. 4 J + 3, J = 0 .. 7. WIDE: they have been widened to bytes. */
 LLM__INLINE v_bytes LLM__FN(numbers)(const llm__weight_type KIND, const bool WIDE, const uint8_t *q, const int J) {
     const int BITS = llm__kernel_forms[KIND].bits;
     if (WIDE) return v_load_bytes(q + J * 64);
@@ -16965,7 +16967,8 @@ LLM__INLINE v_bytes LLM__FN(numbers)(const llm__weight_type KIND, const bool WID
     return a;
 }
 
-/* A group's scales s, and d of its eight, or what has become of them: those of all 32 k (H is 0), or of each 16. */
+/* The scales of a group from s and the d of its eight groups, or from their widened form: of all 32 k (H is 0), or of
+   each 16. */
 LLM__INLINE void LLM__FN(scales)(const llm__weight_type KIND, const bool WIDE, const uint8_t *s, const uint8_t *d,
                                  const int H, V *scale, V *least) {
     const llm__kernel_form FORM = llm__kernel_forms[KIND];
@@ -16980,7 +16983,7 @@ LLM__INLINE void LLM__FN(scales)(const llm__weight_type KIND, const bool WIDE, c
     if (!WIDE && FORM.k) *least = v_mul(v_sub(v_splat(0), *least), v_int8(small + (FORM.sixteen ? 32 : 16)));
 }
 
-/* A group as bytes: its numbers, then scales [2][16] and minimums [2][16] as floats. */
+/* A widened group: its numbers as bytes, then scales [2][16] and minimums [2][16] as floats. */
 enum { LLM__FN(wide_bytes) = 768 };
 
 LLM__INLINE void LLM__FN(widen_group)(const llm__weight_type KIND, const uint8_t *q, const uint8_t *s, const uint8_t *d,
@@ -16995,8 +16998,8 @@ LLM__INLINE void LLM__FN(widen_group)(const llm__weight_type KIND, const uint8_t
     }
 }
 
-/* One group of TILES tiles, q and s (and d) of each, and a line of each of ROWS rows: total[ROWS][TILES] += their
-   products. */
+/* One group of TILES tiles (q, s and d of each) and one llm__kernel_group of each of ROWS rows: total[ROWS][TILES] +=
+   their products. */
 LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE, int zero,
                                 const llm__kernel_group *const *x, const uint8_t *const *q, const uint8_t *const *s,
                                 const uint8_t *d, V *total) {
@@ -17030,7 +17033,7 @@ LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weig
     }
 }
 
-/* A single row. What comes 8 KiB later is asked for into the second cache, and 2 KiB later into the nearest. */
+/* A single row. Prefetches 8 KiB ahead into the L2 cache and 2 KiB ahead into the L1 cache. */
 LLM__INLINE void LLM__FN(group_row)(const llm__weight_type KIND, const llm__kernel_group *x, const uint8_t *tile,
                                     int n_groups, float *y) {
     const uint8_t *q = tile, *s = q + (size_t)n_groups * LLM__NUMBER_BYTES(KIND),
@@ -17047,8 +17050,8 @@ LLM__INLINE void LLM__FN(group_row)(const llm__weight_type KIND, const llm__kern
     v_store(y, total);
 }
 
-/* All rows and n groups that have become bytes, of LLM__GROUP_TILES tiles (or of one, taken twice: right is 0). Where
-   too few rows are left, the last is taken several times. */
+/* All rows and n widened groups of LLM__GROUP_TILES tiles (or of one, used twice: right is 0). If too few rows remain,
+   the last one is used several times. */
 LLM__INLINE void LLM__FN(wide_rows)(const llm__weight_type KIND, int zero, const llm__kernel_group *x, size_t x_stride,
                                     int rows, const uint8_t *wide, size_t wide_next, int n, float *y, size_t y_stride,
                                     size_t right) {
@@ -17154,7 +17157,7 @@ LLM__TARGET static void LLM__FN(group_product)(llm__weight_type kind, const llm_
     }
 }
 
-/* Lines of 32 activations as whole numbers. */
+/* Converts 32 activations at a time to integers. */
 LLM__TARGET static void LLM__FN(quantize)(const float *x, int k, llm__kernel_group *lines) {
     const V zero = v_splat(0), whole = v_splat(LLM__WHOLE);
     V all = zero;
@@ -17189,7 +17192,7 @@ LLM__TARGET static uint32_t LLM__FN(multiply_bytes)(size_t n) {
     V total = v_splat(0);
     LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_splat_int(i);
     for (; n; n--) {
-        __asm__ volatile("" : : "r"(start) : "memory"); /* or the products would be computed once */
+        __asm__ volatile("" : : "r"(start) : "memory"); /* or the products would be computed once only */
         LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] =
             v_dot_bytes(false, sum[i], v_load_bytes(start + i), 0x01FF01FF);
     }
@@ -17197,7 +17200,7 @@ LLM__TARGET static uint32_t LLM__FN(multiply_bytes)(size_t n) {
     return llm__f32_bits(v_sum(total));
 }
 
-#if defined(LLM__USE_BF16) /* all else is what AVX-512 has */
+#if defined(LLM__USE_BF16) /* everything else is shared with AVX-512 */
 #define LLM__SHARED(name) llm__avx512_##name
 #else
 #define LLM__SHARED(name) LLM__FN(name)
@@ -17205,7 +17208,7 @@ LLM__TARGET static uint32_t LLM__FN(multiply_bytes)(size_t n) {
 LLM__PRODUCT(product_f32, LLM__W_F32)
 LLM__PRODUCT(product_f16, LLM__W_F16)
 
-/* Loads and stores of the last, partial vector of a row; what is missing is zero. */
+/* Load and store the last, partial vector of a row. Missing elements are zero. */
 LLM__LONG V LLM__FN(load_part)(const float *p, int n) {
     if (n >= 16) return v_load(p);
     float f[16] = {0};
@@ -17275,7 +17278,7 @@ LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scal
     *sum = v_sum(total);
 }
 
-/* Integers show a NaN whatever the compiler's flags. */
+/* Integers find a NaN whatever the compiler's flags are. */
 typedef int32_t LLM__FN(bits) __attribute__((vector_size(64)));
 
 LLM__TARGET static bool LLM__FN(maxima)(const float *x, int n, float *maxima) {
@@ -17297,7 +17300,8 @@ LLM__TARGET static bool LLM__FN(maxima)(const float *x, int n, float *maxima) {
     return any == 0;
 }
 
-/* Of what v_exp2 gives, its least is taken away: a forbidden token's p is 0, and a p above 2^-100 does not change. */
+/* v_exp2's smallest result is subtracted, so that a forbidden token's p is exactly 0. A p above 2^-100 does not
+   change. */
 LLM__TARGET static float LLM__FN(odds)(const float *x, int n, float top, float scale, float *p, float *maxima) {
     V total = v_splat(0), tops = v_splat(top), factor = v_splat(scale), least = v_exp2(v_splat(-125.5f));
     for (int first = 0; first < n; first += LLM__MAX_RUN) {
@@ -17377,7 +17381,7 @@ LLM__TARGET static uint32_t LLM__FN(read)(const void *p, size_t n) {
 #endif
 #undef LLM__PRODUCT
 
-/* The numbers do not matter, but lanes must differ, or the compiler computes half of them. */
+/* The values do not matter, but lanes must differ, or the compiler computes only half of them. */
 LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
     const v_input x = 0x3F003F00;
     float start[16];
@@ -17394,13 +17398,13 @@ LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
 #if defined(LLM__USE_BF16)
 
 /* ---- Products of many rows ----
+   Floor: 16 products of pairs, one a cycle, for a row and a tile over 32 k. Each needs one load of activations and one
+   of weights, and there is one load a cycle. So 4 rows are multiplied with 2 tiles: 6 loads for 8 products. The
+   weights of two tiles are widened once for all rows, in parts that stay in the L1 cache (36 KB), and the next two
+   tiles are prefetched meanwhile. */
 
-   Floor: 16 products of pairs, one a cycle, for a row and a tile over 32 k. Each needs a load of activations and one of
-   weights, of which there is one a cycle: so 4 rows meet 2 tiles, 6 loads for 8 products. Two tiles' weights are widened
-   once for all rows, in parts that stay near (36 KB), and the next two's are fetched meanwhile. */
-
-/* Values i .. i + 15 of a row. Lines as rows of the matrix unit have values in their order; lines of pairs, which are not
-   apart, as pair_row leaves them. */
+/* Stores values i .. i + 15 of a row. Lines that are rows of the matrix unit hold their values in order; contiguous
+   lines hold pairs, as pair_row makes them. */
 LLM__INLINE void LLM__FN(store_half)(llm__kernel_lines row, int i, V a) {
     const __m256i pairs = _mm256_set_epi16(13, 15, 12, 14, 9, 11, 8, 10, 5, 7, 4, 6, 1, 3, 0, 2);
     __m256i half = (__m256i)_mm512_cvtneps_pbh(a);
@@ -17453,7 +17457,7 @@ LLM__INLINE void LLM__FN(scale_rows)(const llm__kernel_panel *p, int tile, int n
     }
 }
 
-/* What becomes of n rows of complete sums, [n][32]. */
+/* Finishes n rows of complete sums, [n][32]: stores, adds, or computes SwiGLU. */
 LLM__TARGET static void LLM__FN(end_rows)(const llm__kernel_panel *p, int tile, int n_cols, int row, int n,
                                           float *sums) {
     const int width = p->width - tile * 16 < n_cols * 16 ? p->width - tile * 16 : n_cols * 16;
@@ -17480,7 +17484,7 @@ LLM__TARGET static void LLM__FN(end_rows)(const llm__kernel_panel *p, int tile, 
     }
 }
 
-/* Up to n of the rows that wait for it. */
+/* Finishes at most n of the waiting rows. */
 LLM__INLINE void LLM__FN(end_some)(llm__kernel_ended *e, int n) {
     if (n > e->n) n = e->n;
     LLM__FN(end_rows)(e->panel, e->tile, e->n_cols, e->row, n, e->at);
@@ -17489,7 +17493,7 @@ LLM__INLINE void LLM__FN(end_some)(llm__kernel_ended *e, int n) {
     e->n -= n;
 }
 
-/* Rows from `row` on are complete, once they are in what is returned. */
+/* Returns the buffer for n finished rows from `row` on. They count as waiting once the caller has filled it. */
 LLM__INLINE float *LLM__FN(begin_end)(const llm__kernel_tile_product *p, int row, int n) {
     llm__kernel_ended *e = p->ended;
     e->tile = p->tile;
@@ -17500,7 +17504,7 @@ LLM__INLINE float *LLM__FN(begin_end)(const llm__kernel_tile_product *p, int row
     return e->sums;
 }
 
-/* A block as the products take it: its pairs in turns of even and odd ones. */
+/* Widens a block for the products: its pairs of even and of odd k alternate. */
 LLM__INLINE void LLM__FN(widen)(const uint8_t *w, uint8_t *to) {
     float *pairs = (float *)(void *)to;
     for (int i = 0; i < 8; i++, pairs += 32) {
@@ -17511,7 +17515,7 @@ LLM__INLINE void LLM__FN(widen)(const uint8_t *w, uint8_t *to) {
     }
 }
 
-/* Asks for the share of what comes next that falls to rows [row, row + step) of the pass over n_rows. */
+/* Prefetches the part of the following data that belongs to rows [row, row + step) of a pass over n_rows. */
 LLM__INLINE void LLM__FN(fetch_ahead)(const uint8_t *ahead, size_t bytes, int row, int step, int n_rows) {
     size_t share = (bytes / 64 + 1) * (size_t)step / (size_t)(n_rows + step - 1) + 1;
     size_t first = share * (size_t)(row / step) * 64;
@@ -17519,7 +17523,7 @@ LLM__INLINE void LLM__FN(fetch_ahead)(const uint8_t *ahead, size_t bytes, int ro
         _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
 }
 
-/* Up to LLM__TILE_BLOCKS blocks; one without a neighbour is taken twice. */
+/* Up to LLM__TILE_BLOCKS blocks. A tile without a neighbour is computed twice. */
 LLM__TARGET static void LLM__FN(some_pairs)(const llm__kernel_tile_product *p) {
     uint8_t wide[2][LLM__TILE_BLOCKS * 1024] __attribute__((aligned(64)));
     const size_t stride = (size_t)p->a_blocks * 16, next = p->n_cols > 1 ? p->b_next : 0,
@@ -17558,7 +17562,7 @@ LLM__TARGET static void LLM__FN(pair_product)(const llm__kernel_tile_product *p)
     }
 }
 
-/* The blocks [first, first + n) of two tiles (or the last one), for all rows. */
+/* Describes the blocks [first, first + n) of two tiles (or of the last one) for all rows. */
 LLM__INLINE llm__kernel_tile_product LLM__FN(panel_product)(const llm__kernel_panel *p, int tile, int first, int n,
                                                             const uint8_t **b) {
     const size_t bytes = LLM__FN(block_bytes)(p->kind);
@@ -17576,7 +17580,7 @@ LLM__INLINE llm__kernel_tile_product LLM__FN(panel_product)(const llm__kernel_pa
     product.add = first > 0;
     product.ends = first + n == p->k / 32;
     product.tile = tile;
-    /* Next is the same part of the next two tiles, then the next part of the first two, then another panel. */
+    /* Prefetch first the same part of the next two tiles, then the next part of the first two, then another panel. */
     if (tile + 2 < p->n_tiles) product.ahead = w + 2 * p->tile_bytes;
     else if (!product.ends) product.ahead = p->tiles + (size_t)(first + n) * bytes;
     else product.ahead = p->ahead;
@@ -17588,7 +17592,7 @@ LLM__INLINE llm__kernel_tile_product LLM__FN(panel_product)(const llm__kernel_pa
     return product;
 }
 
-/* A few blocks of two tiles at a time, for all rows: as many as LLM__TILE_BLOCKS allow, in equal parts. */
+/* A few blocks of two tiles at a time, for all rows: as many as LLM__TILE_BLOCKS allows, in equal parts. */
 LLM__INLINE void LLM__FN(run_panel)(const llm__kernel_panel *p, void (*product_fn)(const llm__kernel_tile_product *p)) {
     const uint8_t *b[LLM__TILE_BLOCKS];
     llm__kernel_ended ended;
@@ -17615,14 +17619,13 @@ LLM__TARGET static void LLM__FN(pair_panel)(const llm__kernel_panel *p) {
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 
 /* ---- Products on the matrix unit ----
-
-   Floor: 16 cycles for 16 x 16 sums over 32 k. Two by two tiles of sums take two loads of 1 KB from each side for four
-   such products: 64 cycles, in which the nearest cache gives at least twice these 4 KB. So the two tiles of weights stay
-   there (36 KB) while all rows of the panel stream past it from the second cache, 32 bytes a cycle; and weights come from
-   memory once for 256 rows: 4 bytes a cycle, fetched ahead, a little with each product. What is not a product is done
-   between them: the vector units then get one of their two ports. One thread's panels, alone, reach 60 % of the unit's rate
-   at 576 k, and 53 % at 2,048, where sums over a part of k come and go (84 and 60 % if nothing becomes of the sums; Granite
-   Rapids). */
+   Floor: 16 cycles for 16 x 16 sums over 32 k. Two by two tiles of sums need two loads of 1 KB from each side for four
+   such products: 64 cycles, in which the L1 cache delivers at least twice these 4 KB. So the two tiles of weights stay
+   in L1 (36 KB), while all rows of the panel are streamed past it from L2, 32 bytes a cycle. Weights come from memory
+   once for 256 rows: 4 bytes a cycle, prefetched a little with each product. Everything that is not a product is done
+   between products, when the vector units get one of their two ports. The panels of one thread alone reach 60 % of the
+   unit's rate at 576 k, and 53 % at 2,048, where sums over a part of k are stored and reloaded (84 and 60 % if the
+   sums are dropped; Granite Rapids). */
 
 static void LLM__FN(tiles_enter)(void) {
     llm__amx_config config;
@@ -17637,9 +17640,9 @@ static void LLM__FN(tiles_enter)(void) {
 
 static void LLM__FN(tiles_leave)(void) { LLM__TILE_RELEASE(); }
 
-/* One square of 2 x 2 tiles of sums, or its part; which is a constant where this is inlined. Between the products, which
-   take 16 cycles each, there is time for the vector units: to fetch `lines` of what comes next, and to bring the square
-   before to its end. */
+/* One square of 2 x 2 tiles of sums, or a part of it; the size is a constant after inlining. Each product takes 16
+   cycles, in which the vector units have time to prefetch `lines` of the following data and to finish the square
+   before. */
 LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__kernel_tile_product *p, int row,
                                  const uint8_t *ahead, size_t lines) {
     const size_t c_bytes = p->c_stride * 4, a_next = (size_t)p->a_blocks * 1024;
@@ -17697,8 +17700,8 @@ LLM__TARGET static void LLM__FN(tile_panel)(const llm__kernel_panel *p) {
     LLM__FN(run_panel)(p, LLM__FN(tile_product));
 }
 
-/* On numbers of all kinds, which change, as a product's do: with zeros, or the same ones, the unit is a quarter faster
-   than it can ever be in use. */
+/* On varied numbers, as in a real product. With zeros or constants the unit runs a quarter faster than it ever can in
+   use. */
 LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
     uint16_t numbers[8 * 512] __attribute__((aligned(64)));
     float c[16];
@@ -17736,7 +17739,7 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #define LLM__MANY_ROWS 0, 0, NULL, NULL, NULL, NULL, NULL
 #endif
 
-/* FN: LLM__FN, or LLM__SHARED where these products are another set's. */
+/* FN: LLM__FN, or LLM__SHARED if these products belong to another set. */
 #define LLM__KERNEL_TABLE(FN)                                                                                         \
     {LLM__SHARED(product_f32), FN(product_bf16), FN(product_int8), LLM__SHARED(product_f16)}, LLM__FN(group_product), \
         LLM__FN(quantize), LLM__FN(unpack), LLM__SHARED(norm_factor), LLM__SHARED(norm), LLM__SHARED(swiglu),         \
@@ -17763,9 +17766,9 @@ static const llm__kernels LLM__FN(kernels) = {
     NULL};
 
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
-/* Where there is such a unit, vdpbf16ps takes two cycles of one port: FMA on both is never slower, and a third faster for
-   8 rows of groups. Other kinds go by the unit from 5 rows on, which take it as long as 16, but less than FMA (Granite
-   Rapids). */
+/* On processors with a matrix unit, VDPBF16PS takes two cycles of one port. FMA on both ports is never slower, and a
+   third faster for 8 rows of groups. Other kinds use the unit from 5 rows on; it takes as long for these as for 16,
+   but less time than FMA (Granite Rapids). */
 static const llm__kernels LLM__FN(amx_kernels) = {
     "amx",
     LLM__KERNEL_TABLE(LLM__SHARED),
