@@ -922,7 +922,7 @@ typedef struct llm_score_desc {
     llm_schedule schedule;
     bool recompute_context; /* baseline: each ending computes the context again, instead of all from one cache     */
     int batch;              /* LLM_SCHEDULE_FIXED: texts in a batch; 0: 32                                         */
-    int min_tokens;         /* LLM_SCHEDULE_DP: tokens of a batch of endings, if there are so many; 0: 512         */
+    int min_tokens;         /* LLM_SCHEDULE_DP: min tokens of a batch of endings, where possible; 0: 512        */
     int min_context_tokens; /* ... of a batch of contexts; 0: 4096                                                 */
     /* Called for each question once it is answered, with its [n_endings] log-likelihoods. Returning false stops the
        work with LLM_ERROR_CANCELLED. */
@@ -1340,7 +1340,8 @@ static void *llm__alloc_try(llm__pool *pool, size_t count, size_t size) {
 static void *llm__alloc(llm__env *env, size_t count, size_t size) {
     void *ptr = llm__alloc_try(env->pool, count, size);
     if (!ptr)
-        llm__fail(env, LLM_ERROR_MEMORY, "out of memory: %llu bytes were asked for", (unsigned long long)count * size);
+        llm__fail(env, LLM_ERROR_MEMORY, "out of memory: could not allocate %llu bytes",
+                  (unsigned long long)count * size);
     return ptr;
 }
 
@@ -1633,7 +1634,7 @@ static void llm__file_advise(const llm__file *file, const uint8_t *data, uint64_
 /* Reads n bytes through the callback into newly allocated memory. */
 static uint8_t *llm__file_read(llm__env *env, const llm__file *file, uint64_t offset, uint64_t n) {
     if (n > SIZE_MAX)
-        llm__fail(env, LLM_ERROR_MEMORY, "out of memory: %llu bytes were asked for", (unsigned long long)n);
+        llm__fail(env, LLM_ERROR_MEMORY, "out of memory: could not allocate %llu bytes", (unsigned long long)n);
     uint8_t *data = (uint8_t *)llm__alloc(env, (size_t)n, 1);
     if (n && !file->read(file->user, offset, data, (size_t)n))
         llm__fail(env, LLM_ERROR_IO, "the read callback failed to read %llu bytes at offset %llu",
@@ -1991,7 +1992,7 @@ static llm__json *llm__json_parse(llm__env *env, const void *text, size_t n) {
     llm__json *v = llm__json_node(&r);
     llm__json_read(&r, v, 0);
     llm__json_peek(&r);
-    if (r.at < r.end) llm__json_fail(&r, "something stands after the value");
+    if (r.at < r.end) llm__json_fail(&r, "unexpected text after the value");
     return v;
 }
 
@@ -2469,7 +2470,7 @@ static void llm__tensor_sort(llm__env *env, llm__checkpoint *ck) {
     qsort(ck->tensors, ck->n_tensors, sizeof *ck->tensors, llm__tensor_compare_names);
     for (size_t i = 1; i < ck->n_tensors; i++)
         if (llm__str_equal(ck->tensors[i - 1].name, ck->tensors[i].name))
-            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s is there twice", LLM__SHOW(ck->tensors[i].name));
+            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s occurs twice", LLM__SHOW(ck->tensors[i].name));
 }
 
 static const llm__tensor *llm__tensor_find(const llm__checkpoint *ck, const char *name) {
@@ -2497,7 +2498,7 @@ static const llm__tensor *llm__tensor_find_scales(llm__env *env, const llm__chec
     if (scales->rows * scales->cols != t->rows || scales->type->block_weights != 1 || !scales->type->decode ||
         scales->type->type == LLM__I8)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "tensor %.*s is %llu x %llu of type %s; this library runs one number for each of "
+                  "tensor %.*s is %llu x %llu of type %s; this library supports one number for each of "
                   "the %llu rows it belongs to, of type F32, F16 or BF16",
                   LLM__SHOW(shown), (unsigned long long)scales->rows, (unsigned long long)scales->cols,
                   scales->type->name, (unsigned long long)t->rows);
@@ -2512,7 +2513,7 @@ static llm__tensor llm__tensor_get(llm__env *env, const llm__checkpoint *ck, con
     if (!found) llm__fail(env, LLM_ERROR_FORMAT, "tensor %s is missing", name);
     llm__tensor t = *found;
     if (t.rows != rows || t.cols != cols)
-        llm__fail(env, LLM_ERROR_FORMAT, "tensor %s is %llu x %llu, but the hyperparameters ask for %llu x %llu", name,
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor %s is %llu x %llu, but the hyperparameters require %llu x %llu", name,
                   (unsigned long long)t.rows, (unsigned long long)t.cols, (unsigned long long)rows,
                   (unsigned long long)cols);
     if (!t.type->decode)
@@ -2735,7 +2736,7 @@ static void llm__gguf_read_part(llm__env *env, llm__checkpoint *ck, const llm__f
                   "this is not a GGUF file (what Hugging Face publishes is loaded by its directory)");
     uint32_t version = llm__cursor_u32(&r);
     if (version != 2 && version != 3)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is GGUF version %lu; versions 2 and 3 are known",
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is GGUF version %lu; versions 2 and 3 are supported",
                   (unsigned long)version);
     uint64_t n_tensors = llm__cursor_u64(&r), n_values = llm__cursor_u64(&r);
     size_t room = 0;
@@ -3085,7 +3086,7 @@ static void llm__gguf_refuse(llm__env *env, const llm__checkpoint *ck) {
         const llm__gguf_value *v = llm__gguf_find(ck, key.text);
         if (!v || (!v->is_array && v->type != LLM__GGUF_STRING && llm__gguf_value_number(v, 0) == keys[i].harmless))
             continue;
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "metadata %s is set, which this library does not run", key.text);
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "metadata %s is set, which this library does not support", key.text);
     }
 }
 
@@ -3109,7 +3110,7 @@ static llm__hparams_rope llm__gguf_rope(llm__env *env, const llm__checkpoint *ck
         r.scale = llm__gguf_arch_number(env, ck, "rope.scaling.yarn_attn_factor", 0, 1e-3, 1e3);
         r.growth = 1;
     } else if (type.n && !llm__str_is(type, "linear") && !llm__str_is(type, "none")) {
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "metadata %s is \"%.*s\"; this library runs none, linear and yarn",
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "metadata %s is \"%.*s\"; this library supports none, linear and yarn",
                   key.text, LLM__SHOW(type));
     } else if (r.factor != 0 && !llm__str_is(type, "none")) {
         r.kind = LLM__ROPE_LINEAR;
@@ -3126,7 +3127,8 @@ static llm__hparams llm__hparams_from_gguf(llm__env *env, const llm__checkpoint 
     while (a < llm__hparams_architectures + LLM__N_ARCHITECTURES && !(a->gguf && llm__str_is(h.architecture, a->gguf)))
         a++;
     if (a == llm__hparams_architectures + LLM__N_ARCHITECTURES)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the architecture is \"%.*s\"; this library runs llama, qwen2 and qwen3",
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "the architecture is \"%.*s\"; this library supports llama, qwen2 and qwen3",
                   LLM__SHOW(h.architecture));
     llm__hparams_set_architecture(&h, a, ck->format);
     llm__gguf_refuse(env, ck);
@@ -3146,7 +3148,7 @@ static llm__hparams llm__hparams_from_gguf(llm__env *env, const llm__checkpoint 
     int value_length = llm__gguf_arch_int(env, ck, "attention.value_length", h.head_dim, LLM__MOST_HEAD);
     if (value_length != h.head_dim)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "attention.value_length is %d and attention.key_length %d; this library runs equal ones",
+                  "attention.value_length is %d and attention.key_length %d; this library supports equal ones",
                   value_length, h.head_dim);
     h.rope_dim = llm__gguf_arch_int(env, ck, "rope.dimension_count", h.head_dim, 4096);
     h.window = llm__gguf_arch_int(env, ck, "attention.sliding_window", 0, 1 << 28);
@@ -3164,12 +3166,13 @@ static const llm__hparams_architecture *llm__config_architecture(llm__env *env, 
     while (a < llm__hparams_architectures + LLM__N_ARCHITECTURES && !llm__str_is(type, a->hugging_face)) a++;
     if (a == llm__hparams_architectures + LLM__N_ARCHITECTURES)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "model_type is \"%.*s\"; this library runs llama, mistral, qwen2 and qwen3", LLM__SHOW(type));
+                  "model_type is \"%.*s\"; this library supports llama, mistral, qwen2 and qwen3", LLM__SHOW(type));
     const llm__json *classes = llm__json_get(config, "architectures");
     for (const llm__json *c = classes ? classes->first : NULL; c; c = c->next)
         if (!llm__str_is(c->string, a->class_name))
-            llm__fail(env, LLM_ERROR_UNSUPPORTED, "architectures names \"%.*s\"; of model_type %s this library runs %s",
-                      LLM__SHOW(c->string), a->hugging_face, a->class_name);
+            llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                      "architectures names \"%.*s\"; of model_type %s this library supports %s", LLM__SHOW(c->string),
+                      a->hugging_face, a->class_name);
     return a;
 }
 
@@ -3180,11 +3183,11 @@ static void llm__config_check_quantization(llm__env *env, const llm__json *q) {
     if (!llm__str_is(method, "compressed-tensors") ||
         (!llm__str_is(format, "int-quantized") && !llm__str_is(format, "naive-quantized")))
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "%.*s: quant_method is \"%.*s\" and format \"%.*s\"; this library runs compressed-tensors "
+                  "%.*s: quant_method is \"%.*s\" and format \"%.*s\"; this library supports compressed-tensors "
                   "as int-quantized and naive-quantized",
                   LLM__SHOW(q->key), LLM__SHOW(method), LLM__SHOW(format));
     if (llm__json_get(q, "kv_cache_scheme"))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s.kv_cache_scheme is set, which this library does not run",
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s.kv_cache_scheme is set, which this library does not support",
                   LLM__SHOW(q->key));
     const llm__json *groups = llm__json_get_type(env, q, "config_groups", LLM__JSON_OBJECT);
     for (const llm__json *g = groups ? groups->first : NULL; g; g = g->next) {
@@ -3204,18 +3207,18 @@ static void llm__config_refuse(llm__env *env, const llm__json *config, const llm
     static const char *const flags[] = {"attention_bias", "mlp_bias"};
     llm__str act = llm__json_get_str(env, config, "hidden_act");
     if (act.n && !llm__str_is(act, "silu") && !llm__str_is(act, "swish"))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "hidden_act is \"%.*s\"; this library runs silu", LLM__SHOW(act));
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "hidden_act is \"%.*s\"; this library supports silu", LLM__SHOW(act));
     /* Architectures that always have these biases ignore the flags. */
     for (size_t i = 0; i < sizeof flags / sizeof *flags && !a->qkv_bias; i++)
         if (llm__json_get_bool(env, config, flags[i], false))
-            llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s is true, which this library does not run", flags[i]);
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s is true, which this library does not support", flags[i]);
     llm__config_check_quantization(env, llm__json_get_type(env, config, "quantization_config", LLM__JSON_OBJECT));
     llm__config_check_quantization(env, llm__json_get_type(env, config, "compression_config", LLM__JSON_OBJECT));
 }
 
 static void llm__config_check_rotary_part(llm__env *env, const llm__json *object) {
     double part = llm__json_get_number(env, object, "partial_rotary_factor", 1, 0, 1);
-    if (part != 1) llm__fail(env, LLM_ERROR_UNSUPPORTED, "partial_rotary_factor is %g; this library runs 1", part);
+    if (part != 1) llm__fail(env, LLM_ERROR_UNSUPPORTED, "partial_rotary_factor is %g; this library supports 1", part);
 }
 
 /* Reads rope_scaling. Newer files call it rope_parameters and put rope_theta into it. If both have a setting,
@@ -3233,7 +3236,7 @@ static llm__hparams_rope llm__config_rope(llm__env *env, const llm__json *config
     llm__config_check_rotary_part(env, o);
     for (const llm__json *m = o->first; m; m = m->next)
         if (m->type == LLM__JSON_OBJECT || m->type == LLM__JSON_ARRAY)
-            llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s.%.*s is set, which this library does not run",
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s.%.*s is set, which this library does not support",
                       LLM__SHOW(o->key), LLM__SHOW(m->key));
     r.base = llm__json_get_number(env, o, "rope_theta", r.base, LLM__LEAST_BASE, LLM__MOST_BASE);
     llm__str type = llm__json_get_str(env, o, llm__json_get(o, "rope_type") ? "rope_type" : "type");
@@ -3259,7 +3262,7 @@ static llm__hparams_rope llm__config_rope(llm__env *env, const llm__json *config
         }
     } else {
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "%.*s is of type \"%.*s\"; this library runs default, linear, llama3 and yarn", LLM__SHOW(o->key),
+                  "%.*s is of type \"%.*s\"; this library supports default, linear, llama3 and yarn", LLM__SHOW(o->key),
                   LLM__SHOW(type));
     }
     if (r.kind != LLM__ROPE_YARN && !llm__json_get(o, "factor"))
@@ -3278,7 +3281,7 @@ static int llm__config_window(llm__env *env, const llm__json *config, const llm_
     for (const llm__json *t = types ? types->first : NULL; t; t = t->next) {
         if (!llm__str_is(t->string, "sliding_attention") && !llm__str_is(t->string, "full_attention"))
             llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                      "layer_types names \"%.*s\"; this library runs full_attention and sliding_attention",
+                      "layer_types names \"%.*s\"; this library supports full_attention and sliding_attention",
                       LLM__SHOW(t->string));
         n += llm__str_is(t->string, "sliding_attention");
     }
@@ -3293,7 +3296,7 @@ static int llm__config_window(llm__env *env, const llm__json *config, const llm_
     if (n == 0) return 0;
     if (n != n_layers || !used)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "%d of %d layers have a sliding window; this library runs it in all layers or none", n, n_layers);
+                  "%d of %d layers have a sliding window; this library supports it in all layers or none", n, n_layers);
     return llm__json_get_int(env, config, "sliding_window", llm__json_find(config, "sliding_window") ? 0 : 4096, 1,
                              1 << 28);
 }
@@ -4187,23 +4190,24 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
 }
 
 /* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
-#define LLM__JINJA_FILTERS(X)                                                                                  \
-    X(trim)                                                                                                    \
-    X(tojson)                                                                                                  \
-    X(length)                                                                                                  \
-    X(count)                                                                                                   \
-    X(upper)                                                                                                   \
-    X(lower)                                                                                                   \
-    X(title)                                                                                                   \
-    X(capitalize)                                                                                              \
-    X(replace)                                                                                                 \
-    X(join)                                                                                                    \
-    X(first)                                                                                                   \
-    X(last)                                                                                                    \
-    X(list)                                                                                                    \
-    X(map)                                                                                                     \
-    X(select) X(reject) X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) \
-        X(dictsort) X(sort) X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
+#define LLM__JINJA_FILTERS(X)                                                                                    \
+    X(trim)                                                                                                      \
+    X(tojson)                                                                                                    \
+    X(length)                                                                                                    \
+    X(count)                                                                                                     \
+    X(upper)                                                                                                     \
+    X(lower)                                                                                                     \
+    X(title)                                                                                                     \
+    X(capitalize)                                                                                                \
+    X(replace)                                                                                                   \
+    X(join)                                                                                                      \
+    X(first)                                                                                                     \
+    X(last)                                                                                                      \
+    X(list)                                                                                                      \
+    X(map)                                                                                                       \
+    X(select)                                                                                                    \
+    X(reject) X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) \
+        X(sort) X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 #undef X
@@ -4211,23 +4215,24 @@ static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #undef X
 
-#define LLM__JINJA_TESTS(X)                                                                                        \
-    X(defined)                                                                                                     \
-    X(undefined)                                                                                                   \
-    X(none)                                                                                                        \
-    X(string)                                                                                                      \
-    X(mapping)                                                                                                     \
-    X(sequence)                                                                                                    \
-    X(iterable)                                                                                                    \
-    X(number)                                                                                                      \
-    X(integer)                                                                                                     \
-    X(float)                                                                                                       \
-    X(boolean)                                                                                                     \
-    X(true)                                                                                                        \
-    X(false)                                                                                                       \
-    X(equalto)                                                                                                     \
-    X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) \
-        X(sameas) X(lower) X(upper)
+#define LLM__JINJA_TESTS(X)                                                                                            \
+    X(defined)                                                                                                         \
+    X(undefined)                                                                                                       \
+    X(none)                                                                                                            \
+    X(string)                                                                                                          \
+    X(mapping)                                                                                                         \
+    X(sequence)                                                                                                        \
+    X(iterable)                                                                                                        \
+    X(number)                                                                                                          \
+    X(integer)                                                                                                         \
+    X(float)                                                                                                           \
+    X(boolean)                                                                                                         \
+    X(true)                                                                                                            \
+    X(false)                                                                                                           \
+    X(equalto)                                                                                                         \
+    X(eq)                                                                                                              \
+    X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) X(sameas) \
+        X(lower) X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 #undef X
@@ -4235,23 +4240,24 @@ static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 enum { LLM__JINJA_TESTS(X) LLM__JT_END };
 #undef X
 
-#define LLM__JINJA_METHODS(X)                                                                                       \
-    X(strip)                                                                                                        \
-    X(lstrip)                                                                                                       \
-    X(rstrip)                                                                                                       \
-    X(split)                                                                                                        \
-    X(rsplit)                                                                                                       \
-    X(startswith)                                                                                                   \
-    X(endswith)                                                                                                     \
-    X(replace)                                                                                                      \
-    X(upper)                                                                                                        \
-    X(lower)                                                                                                        \
-    X(title)                                                                                                        \
-    X(capitalize)                                                                                                   \
-    X(find)                                                                                                         \
-    X(rfind)                                                                                                        \
-    X(count) X(join) X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) \
-        X(get) X(index) X(cycle) X(format)
+#define LLM__JINJA_METHODS(X)                                                                                     \
+    X(strip)                                                                                                      \
+    X(lstrip)                                                                                                     \
+    X(rstrip)                                                                                                     \
+    X(split)                                                                                                      \
+    X(rsplit)                                                                                                     \
+    X(startswith)                                                                                                 \
+    X(endswith)                                                                                                   \
+    X(replace)                                                                                                    \
+    X(upper)                                                                                                      \
+    X(lower)                                                                                                      \
+    X(title)                                                                                                      \
+    X(capitalize)                                                                                                 \
+    X(find)                                                                                                       \
+    X(rfind)                                                                                                      \
+    X(count)                                                                                                      \
+    X(join) X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) \
+        X(index) X(cycle) X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
 #undef X
@@ -5234,7 +5240,7 @@ static llm__jinja_value llm__jinja_case(llm__jinja_run *r, const llm__jinja_valu
         uint8_t bytes[4], host[4];
         uint32_t code = llm__jinja_recase(llm__utf8_decode(p, &next), is, how == 'u' || (how != 'l' && starts));
         if (code == UINT32_MAX)
-            llm__jinja_error(r, "the other case of a letter in \"%.*s\" is not known here",
+            llm__jinja_error(r, "the other case of a letter in \"%.*s\" is not supported",
                              LLM__SHOW(llm__jinja_str(s)));
         memset(host, s->u.s.host ? s->u.s.host[p - begin] : 0, sizeof host);
         llm__jinja_put(r, &b, (const char *)bytes, llm__utf8_encode(code, bytes), host);
@@ -5526,7 +5532,7 @@ enum { LLM__JINJA_MAX_ARGS = 16 };
 /* Evaluated arguments. Those with names stand after the others. */
 typedef struct llm__jinja_args {
     int n, n_positional;
-    unsigned used; /* bit i: argument i was asked for */
+    unsigned used; /* bit i: argument i has been used */
     llm__jinja_value values[LLM__JINJA_MAX_ARGS];
     llm__str names[LLM__JINJA_MAX_ARGS];
 } llm__jinja_args;
@@ -6055,7 +6061,7 @@ static llm__jinja_value llm__jinja_fold(llm__jinja_run *r, const llm__jinja_valu
     return v->type == LLM__J_STR && !case_sensitive ? llm__jinja_case(r, v, 'l') : *v;
 }
 
-/* sort: stable, by insertion, strings without regard to case unless asked for. */
+/* sort: stable insertion sort; ignores the case of strings unless case_sensitive. */
 static llm__jinja_value llm__jinja_sort(llm__jinja_run *r, const llm__jinja_list *items, bool reverse,
                                         bool case_sensitive, const llm__jinja_value *attribute) {
     llm__jinja_value list = llm__jinja_new_list(r), keys = llm__jinja_new_list(r);
@@ -8696,8 +8702,8 @@ static void llm__pre_use(llm__env *env, llm__vocab_source *v, llm__str name) {
             return;
         }
     }
-    llm__fail(env, LLM_ERROR_UNSUPPORTED,
-              "tokenizer.ggml.pre is \"%.*s\", which is not one of the pre-tokenizers known here", LLM__SHOW(name));
+    llm__fail(env, LLM_ERROR_UNSUPPORTED, "tokenizer.ggml.pre is \"%.*s\", which is not a supported pre-tokenizer",
+              LLM__SHOW(name));
 }
 
 /* ---- Tokenizers in GGUF files ---- */
@@ -8789,11 +8795,11 @@ static void llm__gguf_vocab(llm__env *env, const llm__checkpoint *ck, llm__vocab
     if (!v->sentencepiece && !llm__str_is(model, "gpt2"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "tokenizer.ggml.model is \"%.*s\"; \"llama\" (SentencePiece BPE) and \"gpt2\" "
-                  "(byte-level BPE) are known here",
+                  "(byte-level BPE) are supported",
                   LLM__SHOW(model));
     if (llm__gguf_find(ck, "tokenizer.ggml.precompiled_charsmap"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "tokenizer.ggml.precompiled_charsmap is set: such a normaliser is not run here");
+                  "tokenizer.ggml.precompiled_charsmap is set: such a normaliser is not supported");
     v->pieces = llm__gguf_strings(env, ck, "tokenizer.ggml.tokens", &v->n_pieces);
     if (!v->pieces) llm__fail(env, LLM_ERROR_FORMAT, "metadata tokenizer.ggml.tokens is missing");
     v->types = llm__gguf_types(env, ck, v->n_pieces);
@@ -8956,9 +8962,10 @@ static void llm__hftok_model(llm__env *env, const llm__json *root, llm__vocab_pa
                     *dropout = llm__json_get(model, "dropout");
     llm__str type = llm__json_get_str(env, model, "type"), unk = llm__json_get_str(env, model, "unk_token");
     if (type.n && !llm__str_is(type, "BPE"))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model's type is \"%.*s\"; \"BPE\" is known here", LLM__SHOW(type));
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model's type is \"%.*s\"; only \"BPE\" is supported",
+                  LLM__SHOW(type));
     if (dropout && !(dropout->type == LLM__JSON_NUMBER && dropout->number == 0))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model has a \"dropout\", which makes tokens depend on chance");
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the model has a \"dropout\", which makes tokens random");
     if (llm__json_get_str(env, model, "continuing_subword_prefix").n ||
         llm__json_get_str(env, model, "end_of_word_suffix").n)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
@@ -8990,17 +8997,17 @@ static void llm__hftok_normalizer(llm__env *env, const llm__json *n, llm__vocab_
         const llm__json *pattern = llm__json_need(env, n, "pattern", LLM__JSON_OBJECT);
         if (!llm__str_is(llm__json_get_str(env, pattern, "String"), " ") ||
             !llm__str_is(llm__json_get_str(env, n, "content"), LLM__SPACE_MARK))
-            llm__fail(env, LLM_ERROR_UNSUPPORTED, "the normalizer replaces something else than a space by U+2581");
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "the normalizer replaces something other than a space by U+2581");
         v->sentencepiece = true;
     } else {
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the normalizer \"%.*s\" is not run here", LLM__SHOW(type));
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the normalizer \"%.*s\" is not supported", LLM__SHOW(type));
     }
 }
 
 static void llm__hftok_add_rule(llm__env *env, llm__vocab_source *v, llm__str regex) {
     if (!llm__pre_add_rule(env, v, regex))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "the pre_tokenizer splits by \"%.*s\", which is not one of the rules known here", LLM__SHOW(regex));
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by \"%.*s\", which is not a supported rule",
+                  LLM__SHOW(regex));
 }
 
 static void llm__hftok_add_class(llm__env *env, llm__vocab_source *v, const char *once, const char *run,
@@ -9015,7 +9022,8 @@ static void llm__hftok_split(llm__env *env, const llm__json *p, llm__vocab_sourc
     const llm__json *pattern = llm__json_need(env, p, "pattern", LLM__JSON_OBJECT);
     llm__str regex = llm__json_get_str(env, pattern, "Regex"), behavior = llm__json_get_str(env, p, "behavior");
     bool invert = llm__json_get_bool(env, p, "invert", false);
-    if (!regex.n) llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by a String; a Regex is known here");
+    if (!regex.n)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by a String; only Regex is supported");
     if (v->sentencepiece || (bytes && !llm__str_is(regex, LLM__RE_THOUSANDS)))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer splits by \"%.*s\" after %s", LLM__SHOW(regex),
                   bytes ? "ByteLevel" : "spaces have become U+2581");
@@ -9068,7 +9076,7 @@ static void llm__hftok_pre_tokenizer(llm__env *env, const llm__json *p, llm__voc
     } else if (llm__str_is(type, "Metaspace")) {
         llm__hftok_metaspace(env, p, v);
     } else {
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer \"%.*s\" is not run here", LLM__SHOW(type));
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer \"%.*s\" is not supported", LLM__SHOW(type));
     }
     if (v->n_rules == LLM__MAX_RULES)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the pre_tokenizer has more than %d rules", LLM__MAX_RULES - 1);
@@ -9119,7 +9127,7 @@ static void llm__hftok_post_processor(llm__env *env, const llm__json *p, llm__vo
         return;
     }
     if (!llm__str_is(type, "TemplateProcessing"))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the post_processor \"%.*s\" is not run here", LLM__SHOW(type));
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the post_processor \"%.*s\" is not supported", LLM__SHOW(type));
     bool after = false;
     for (const llm__json *item = llm__json_need(env, p, "single", LLM__JSON_ARRAY)->first; item; item = item->next) {
         const llm__json *token = llm__json_get_type(env, item, "SpecialToken", LLM__JSON_OBJECT);
@@ -9149,7 +9157,7 @@ static void llm__hftok_read(llm__env *env, const llm__json *root, llm__vocab_par
     if (bytes == v->sentencepiece || (bytes && v->prefix == LLM__PREFIX_STRETCH))
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   bytes ? "ByteLevel and U+2581 for spaces do not go together here"
-                        : "neither a ByteLevel pre_tokenizer nor U+2581 for spaces: such a model is not run here");
+                        : "neither a ByteLevel pre_tokenizer nor U+2581 for spaces: such a model is not supported");
     v->strip_prefix = decoder && llm__hftok_strips(env, decoder);
     v->n_pieces = parts->n;
     if (post) llm__hftok_post_processor(env, post, v);
@@ -9266,13 +9274,13 @@ static void llm__proto_read_trainer(llm__env *env, llm__str bytes, const llm__vo
         if (p.wire) continue;
         if (p.field == 3) kind = p.number;
         if (p.field == 24 && p.number)
-            llm__fail(env, LLM_ERROR_UNSUPPORTED, "treat_whitespace_as_suffix is set, which is not run here");
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "treat_whitespace_as_suffix is set, which is not supported");
         if (p.field == 40) v->unk = llm__proto_id(env, parts, "unk_id", p.number);
         if (p.field == 41) v->bos = llm__proto_id(env, parts, "bos_id", p.number);
         if (p.field == 42) v->eos = llm__proto_id(env, parts, "eos_id", p.number);
     }
     if (kind != 2)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "model_type is %llu (%s); 2 (BPE) is known here",
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "model_type is %llu (%s); only 2 (BPE) is supported",
                   (unsigned long long)kind, kinds[kind < 5 ? kind : 0]);
 }
 
@@ -9281,13 +9289,13 @@ static void llm__proto_read_normalizer(llm__env *env, llm__str bytes, llm__vocab
     bool remove_spaces = true, escape = true;
     while (llm__proto_next(&p)) {
         if (p.field == 2 && p.bytes.n)
-            llm__fail(env, LLM_ERROR_UNSUPPORTED, "precompiled_charsmap is set: such a normaliser is not run here");
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "precompiled_charsmap is set: such a normaliser is not supported");
         if (p.field == 3 && !p.wire) v->prefix = p.number ? LLM__PREFIX_STRETCH : LLM__NO_PREFIX;
         if (p.field == 4 && !p.wire) remove_spaces = p.number != 0;
         if (p.field == 5 && !p.wire) escape = p.number != 0;
     }
     if (remove_spaces || !escape)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s, which is not run here",
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s, which is not supported",
                   escape ? "remove_extra_whitespaces is set" : "escape_whitespaces is not set");
 }
 

@@ -2025,10 +2025,10 @@ static llm_status llm__check_shape(const llm_backend_shape *s, llm_dtype dtype, 
                                llm_dtype_name(dtype));
     if (s->n_vocab > LLM__MAX_VOCAB)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED,
-                               "the vocabulary has %d tokens; on the GPU at most %d are run", s->n_vocab,
+                               "the vocabulary has %d tokens; the GPU backend supports at most %d", s->n_vocab,
                                (int)LLM__MAX_VOCAB);
     if (s->head_dim > LLM__MAX_HEAD_DIM)
-        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "heads have %d dimensions; on the GPU at most %d are run",
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "heads have %d dimensions; the GPU backend supports at most %d",
                                s->head_dim, (int)LLM__MAX_HEAD_DIM);
     if (s->n_heads / s->n_kv_heads > LLM__MAX_GROUP)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "%d query heads share a key head; on the GPU at most %d can",

@@ -363,7 +363,7 @@ static void bad_configs_are_refused(void **state) {
         {"llama", "\"hidden_size\": 32", "\"hidden_size\": 0", "hidden_size is 0"},
         {"llama", "\"hidden_size\": 32", "\"hidden_size\": 32.5", "hidden_size is 32.5, not a whole number"},
         {"llama", "\"hidden_size\": 32", "\"hidden_size\": 1e300", "hidden_size is 1e+300"},
-        {"llama", "\"hidden_size\": 32", "\"hidden_size\": 64", "the hyperparameters ask for"},
+        {"llama", "\"hidden_size\": 32", "\"hidden_size\": 64", "the hyperparameters require"},
         {"llama", "\"hidden_size\": 32,", "", "hidden_size is missing"},
         {"llama", "\"vocab_size\": 48", "\"vocab_size\": -1", "vocab_size is -1"},
         {"llama", "\"vocab_size\": 48", "\"vocab_size\": 47", "tensor model.embed_tokens.weight is 48 x 32"},
@@ -578,7 +578,7 @@ static void bad_safetensors_are_refused(void **state) {
          "tensors a and b overlap"},
         {"{\"a\": {\"dtype\": \"F32\", \"shape\": [4], \"data_offsets\": [0, 16]}, \"a\": {\"dtype\": \"F32\", "
          "\"shape\": [4], \"data_offsets\": [16, 32]}}",
-         "tensor a is there twice"},
+         "tensor a occurs twice"},
         {"{\"a\": {\"dtype\": \"F32\", \"shape\": [4], \"data_offsets\": [0, 16]}}", "lm_head.weight"},
         {"[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[", "JSON"},
     };

@@ -351,7 +351,7 @@ static void test_places(void **state) {
     assert_refused(data, size, "blk.0.attn_k.weight");
     memcpy(k + 24, kept, 8);
     k[-(int)strlen("k.weight")] = 'q';
-    assert_refused(data, size, "blk.0.attn_q.weight is there twice");
+    assert_refused(data, size, "blk.0.attn_q.weight occurs twice");
     free(data);
 }
 

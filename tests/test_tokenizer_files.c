@@ -267,10 +267,10 @@ static void test_hostile_json(void **state) {
         {"\"id\":3", "\"id\":3000000", "a token has the id 3000000"},
         {"\"content\":\"<s>\"", "\"content\":5", "content is a number, not a string"},
         {"\"special\":true", "\"special\":1", "special is a number, not true or false"},
-        {"\"normalizer\":null", "\"normalizer\":{\"type\":\"NFKC\"}", "the normalizer \"NFKC\" is not run here"},
-        {"\"normalizer\":null", "\"normalizer\":{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"x\"},\"content\":\"y\"}", "replaces something else"},
+        {"\"normalizer\":null", "\"normalizer\":{\"type\":\"NFKC\"}", "the normalizer \"NFKC\" is not supported"},
+        {"\"normalizer\":null", "\"normalizer\":{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"x\"},\"content\":\"y\"}", "replaces something other"},
         {"\"normalizer\":null", "\"normalizer\":{}", "type is missing"},
-        {"\"ByteLevel\"", "\"Whitespace\"", "the pre_tokenizer \"Whitespace\" is not run here"},
+        {"\"ByteLevel\"", "\"Whitespace\"", "the pre_tokenizer \"Whitespace\" is not supported"},
         {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"(a|b)+\"},\"behavior\":\"Isolated\"", "splits by \"(a|b)+\""},
         {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"[a\"},\"behavior\":\"Isolated\"", "splits by \"[a\""},
         {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"[^a]\"},\"behavior\":\"Isolated\"", "splits by \"[^a]\""},
@@ -338,7 +338,7 @@ static void refuses_model(const char *what, const void *tail, size_t n_tail, con
     llm_error err;
     file.at = (uint8_t *)realloc(file.at, file.n + n_tail);
     assert_non_null(file.at);
-    memcpy(file.at + file.n, tail, n_tail); /* of a field that is there twice, the last one counts */
+    memcpy(file.at + file.n, tail, n_tail); /* of a field that occurs twice, the last one counts */
     remove_files();
     write_file(in_directory("tokenizer.model"), file.at, file.n + n_tail);
     free(file.at);
