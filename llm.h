@@ -4190,24 +4190,25 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
 }
 
 /* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
-#define LLM__JINJA_FILTERS(X)                                                                                    \
-    X(trim)                                                                                                      \
-    X(tojson)                                                                                                    \
-    X(length)                                                                                                    \
-    X(count)                                                                                                     \
-    X(upper)                                                                                                     \
-    X(lower)                                                                                                     \
-    X(title)                                                                                                     \
-    X(capitalize)                                                                                                \
-    X(replace)                                                                                                   \
-    X(join)                                                                                                      \
-    X(first)                                                                                                     \
-    X(last)                                                                                                      \
-    X(list)                                                                                                      \
-    X(map)                                                                                                       \
-    X(select)                                                                                                    \
-    X(reject) X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) \
-        X(sort) X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
+#define LLM__JINJA_FILTERS(X)                                                                                  \
+    X(trim)                                                                                                    \
+    X(tojson)                                                                                                  \
+    X(length)                                                                                                  \
+    X(count)                                                                                                   \
+    X(upper)                                                                                                   \
+    X(lower)                                                                                                   \
+    X(title)                                                                                                   \
+    X(capitalize)                                                                                              \
+    X(replace)                                                                                                 \
+    X(join)                                                                                                    \
+    X(first)                                                                                                   \
+    X(last)                                                                                                    \
+    X(list)                                                                                                    \
+    X(map)                                                                                                     \
+    X(select)                                                                                                  \
+    X(reject)                                                                                                  \
+    X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort) \
+        X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 #undef X
@@ -4215,23 +4216,24 @@ static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #undef X
 
-#define LLM__JINJA_TESTS(X)                                                                                            \
-    X(defined)                                                                                                         \
-    X(undefined)                                                                                                       \
-    X(none)                                                                                                            \
-    X(string)                                                                                                          \
-    X(mapping)                                                                                                         \
-    X(sequence)                                                                                                        \
-    X(iterable)                                                                                                        \
-    X(number)                                                                                                          \
-    X(integer)                                                                                                         \
-    X(float)                                                                                                           \
-    X(boolean)                                                                                                         \
-    X(true)                                                                                                            \
-    X(false)                                                                                                           \
-    X(equalto)                                                                                                         \
-    X(eq)                                                                                                              \
-    X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) X(sameas) \
+#define LLM__JINJA_TESTS(X)                                                                                      \
+    X(defined)                                                                                                   \
+    X(undefined)                                                                                                 \
+    X(none)                                                                                                      \
+    X(string)                                                                                                    \
+    X(mapping)                                                                                                   \
+    X(sequence)                                                                                                  \
+    X(iterable)                                                                                                  \
+    X(number)                                                                                                    \
+    X(integer)                                                                                                   \
+    X(float)                                                                                                     \
+    X(boolean)                                                                                                   \
+    X(true)                                                                                                      \
+    X(false)                                                                                                     \
+    X(equalto)                                                                                                   \
+    X(eq)                                                                                                        \
+    X(ne)                                                                                                        \
+    X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) X(sameas) \
         X(lower) X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
@@ -4240,24 +4242,25 @@ static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 enum { LLM__JINJA_TESTS(X) LLM__JT_END };
 #undef X
 
-#define LLM__JINJA_METHODS(X)                                                                                     \
-    X(strip)                                                                                                      \
-    X(lstrip)                                                                                                     \
-    X(rstrip)                                                                                                     \
-    X(split)                                                                                                      \
-    X(rsplit)                                                                                                     \
-    X(startswith)                                                                                                 \
-    X(endswith)                                                                                                   \
-    X(replace)                                                                                                    \
-    X(upper)                                                                                                      \
-    X(lower)                                                                                                      \
-    X(title)                                                                                                      \
-    X(capitalize)                                                                                                 \
-    X(find)                                                                                                       \
-    X(rfind)                                                                                                      \
-    X(count)                                                                                                      \
-    X(join) X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) \
-        X(index) X(cycle) X(format)
+#define LLM__JINJA_METHODS(X)                                                                                      \
+    X(strip)                                                                                                       \
+    X(lstrip)                                                                                                      \
+    X(rstrip)                                                                                                      \
+    X(split)                                                                                                       \
+    X(rsplit)                                                                                                      \
+    X(startswith)                                                                                                  \
+    X(endswith)                                                                                                    \
+    X(replace)                                                                                                     \
+    X(upper)                                                                                                       \
+    X(lower)                                                                                                       \
+    X(title)                                                                                                       \
+    X(capitalize)                                                                                                  \
+    X(find)                                                                                                        \
+    X(rfind)                                                                                                       \
+    X(count)                                                                                                       \
+    X(join)                                                                                                        \
+    X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) \
+        X(cycle) X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
 #undef X
@@ -10347,31 +10350,33 @@ typedef struct llm__kernel_tiles {
     int n;
     size_t tile_bytes;
     uint8_t *at;
+    size_t offset; /* of the first one in the matrix's data */
 } llm__kernel_tiles;
 
 /* The tiles from `tile` on that are of one kind, at most n. */
 static llm__kernel_tiles llm__matrix_tiles(const llm__matrix *m, int tile, int n) {
-    llm__kernel_tiles t = {m->kind, n, m->tile_bytes, m->data};
+    llm__kernel_tiles t = {m->kind, n, m->tile_bytes, NULL, 0};
+    int begin = 0;
     tile += m->first;
     if (m->in_turns) {
         size_t bytes[2] = {llm__matrix_tile_bytes(m->kinds[0], m->k), llm__matrix_tile_bytes(m->kinds[1], m->k)};
         t.kind = m->kinds[tile % 2];
         t.n = 1;
         t.tile_bytes = bytes[tile % 2];
-        t.at += (size_t)(tile / 2) * (bytes[0] + bytes[1]) + (tile % 2 ? bytes[0] : 0);
-        return t;
+        t.offset = (size_t)(tile / 2) * (bytes[0] + bytes[1]) + (tile % 2 ? bytes[0] : 0);
+        begin = tile;
     }
-    int begin = 0;
-    for (int i = 0; i < m->n_kinds; begin = m->ends[i++]) {
+    for (int i = 0; i < m->n_kinds && !m->in_turns; begin = m->ends[i++]) {
         t.kind = m->kinds[i];
         t.tile_bytes = llm__matrix_tile_bytes(t.kind, m->k);
         if (tile < m->ends[i] || i == m->n_kinds - 1) {
             if (n > m->ends[i] - tile) t.n = m->ends[i] - tile;
             break;
         }
-        t.at += (size_t)(m->ends[i] - begin) * t.tile_bytes;
+        t.offset += (size_t)(m->ends[i] - begin) * t.tile_bytes;
     }
-    t.at += (size_t)(tile - begin) * t.tile_bytes;
+    t.offset += (size_t)(tile - begin) * t.tile_bytes;
+    if (m->data) t.at = m->data + t.offset; /* a matrix that is only described has no data */
     return t;
 }
 
@@ -10501,7 +10506,7 @@ static llm__matrix llm__matrix_describe(llm_dtype dtype, const llm_backend_weigh
 }
 
 static size_t llm__matrix_bytes(const llm__matrix *m) {
-    return (size_t)(llm__matrix_tiles(m, llm__math_round_up(m->n, 16) / 16, 0).at - m->data);
+    return llm__matrix_tiles(m, llm__math_round_up(m->n, 16) / 16, 0).offset;
 }
 
 static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, const llm_backend_weight *weight) {

@@ -1,6 +1,6 @@
 /* What compilers make of the kernels: of each set's products, the share of the multiplication rate that is measured beside
-   them, in one thread. A pragma that a compiler passes over leaves a fifth or less of it. And how long a token is picked from
-   a large vocabulary. All are the best of several tries, so a busy neighbour only makes this take longer.
+   them, in one thread. A pragma that a compiler passes over leaves a fifth or less of it. It
+   takes the best of several tries, so a busy neighbour only makes this take longer.
    Variants: matrix */
 #include "tests/check.h"
 #include "llm.h"
@@ -58,53 +58,6 @@ static void check_set(const char *isa, double floor) {
     check_share(isa, LLM_DTYPE_INT4, floor);
 }
 
-/* Picks from a large vocabulary's logits, which are a spread wide. The limits are several times what a core of 2022 takes. */
-static void check_sampler(llm_context *ctx, llm_sampler sampler, float spread, double limit) {
-    static const llm_token token = 7;
-    int n_vocab = llm_model_get_info(llm_context_model(ctx)).n_vocab;
-    double best = 1e9;
-    llm_error err;
-    llm_seq_truncate(ctx, 0, 0, NULL);
-    if (llm_forward(ctx, &(llm_batch){1, &token, NULL, NULL}, &err)) fail_msg("%s", err.message);
-    float *logits = (float *)(uintptr_t)llm_logits(ctx, 0);
-    uint32_t seed = 1;
-    for (int i = 0; i < n_vocab; i++, seed = seed * 1664525u + 1013904223u) logits[i] = spread * (float)(seed >> 8) / 16777216.0f;
-    for (int i = 0; i < LEAST_ROUNDS || (i < 10 * MOST_ROUNDS && best > limit); i++) {
-        double start = seconds();
-        assert_in_range(llm_sample(ctx, 0, 0, &sampler), 0, n_vocab - 1);
-        best = fmin(best, seconds() - start);
-    }
-    print_message("temperature %g, top-k %d, top-p %g, min-p %g of logits up to %g: %.0f us\n", (double)sampler.temperature, sampler.top_k,
-                  (double)sampler.top_p, (double)sampler.min_p, (double)spread, 1e6 * best);
-    if (best > limit) fail_msg("this took %.0f us of %.0f", 1e6 * best, 1e6 * limit);
-}
-
-static void speed_sampler(void **state) {
-    static const tiny_spec small = {1, 32, 32, 2, 2, 16, 64, 5, 0, 0, 1};
-    enum { N_VOCAB = 151936, OWN = 261 }; /* of Qwen, and of `small` */
-    static const llm_sampler greedy = {0}, plain = {.temperature = 0.8f}, top_p = {.temperature = 0.8f, .top_p = 0.95f},
-                             min_p = {.temperature = 0.8f, .min_p = 0.05f},
-                             all = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f};
-    llm_model_desc desc = {.n_threads = 1};
-    llm_context_desc context_desc = {.n_threads = 1};
-    llm_model *model = NULL;
-    llm_error err;
-    (void)state;
-    uint8_t *data = tiny_padded(&small, N_VOCAB - OWN, &desc.data_size);
-    desc.data = data;
-    if (llm_model_load(&model, NULL, &desc, &err)) fail_msg("%s", err.message);
-    free(data);
-    llm_context *ctx = create_context(model, &context_desc);
-    check_sampler(ctx, greedy, 10, 100e-6);
-    check_sampler(ctx, all, 10, 400e-6);
-    check_sampler(ctx, greedy, 0.1f, 100e-6); /* nearly all are as likely as the best */
-    check_sampler(ctx, all, 0.1f, 1500e-6);
-    check_sampler(ctx, plain, 0.1f, 8e-3);
-    check_sampler(ctx, top_p, 0.1f, 12e-3);
-    check_sampler(ctx, min_p, 0.1f, 8e-3);
-    close_context(ctx);
-}
-
 #if defined(__aarch64__)
 static void speed_neon(void **state) { (void)state; check_set("neon", 0.3); }
 #else
@@ -116,7 +69,6 @@ static void speed_amx(void **state) { (void)state; check_set("amx", 0.1); }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(speed_sampler),
 #if defined(__aarch64__)
         cmocka_unit_test(speed_neon),
 #else
