@@ -17,6 +17,7 @@ comma := ,
 COMPILE_build              = $(CC) $(CFLAGS)
 COMPILE_asan               = clang -O1 -gline-tables-only -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 COMPILE_fuzz               = $(subst =address,=fuzzer$(comma)address,$(COMPILE_asan))
+COMPILE_mpi                = mpicc $(CFLAGS) -DLLM_MPI
 COMPILE_tsan               = gcc -O1 -g -fsanitize=thread
 COMPILE_gcc-O1             = gcc -O1 -DLLM_TEST_COMPILER
 COMPILE_gcc-O3-fast-math   = gcc -O3 -ffast-math -DLLM_TEST_COMPILER
@@ -34,6 +35,7 @@ NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h libbz2-dev:bzlib.h g
 NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
                   libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.asan-x86_64.a \
                   libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp valgrind:valgrind python3:python3
+NEEDED_FOR_MPI  = libopenmpi-dev:mpicc openmpi-bin:mpirun
 NEEDED_TO_CROSS = gcc-aarch64-linux-gnu:aarch64-linux-gnu-gcc g++-aarch64-linux-gnu:aarch64-linux-gnu-g++ \
                   qemu-user-static:qemu-aarch64-static wine64:/usr/lib/wine/wine64 \
                   gcc-mingw-w64-x86-64:x86_64-w64-mingw32-gcc g++-mingw-w64-x86-64:x86_64-w64-mingw32-g++ \
@@ -44,7 +46,7 @@ vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run test gpu-bundle test-cuda test-cross fuzz bench-tokenizer bench-peers size model deps clean help \
+.PHONY: all run mpi test gpu-bundle test-cuda test-cross fuzz bench-tokenizer bench-peers size model deps clean help \
         walkthrough walkthrough-programs walkthrough-diff
 all:
 	.ci/need $(NEEDED_TO_BUILD)
@@ -54,6 +56,12 @@ run:
 	.ci/need $(NEEDED_TO_RUN)
 	$(MAKE) build/repl $(filter $(SMOLLM2),$(MODEL))
 	build/repl -m $(MODEL) --raw -p "Hello, my name is" -n 200
+
+# Programs for several processes: mpirun -n 2 build/mpi/repl --tp 2 ...
+MPI_PROGRAMS = build/mpi/repl build/mpi/bench build/mpi/hellaswag
+mpi:
+	.ci/need $(NEEDED_TO_BUILD) $(NEEDED_FOR_MPI)
+	$(MAKE) $(MPI_PROGRAMS)
 
 model: $(SMOLLM2)
 
@@ -66,7 +74,7 @@ $(SMOLLM2):
 SHARE_LLM := $(basename $(notdir $(shell grep -L 'define LLM_IMPLEMENTATION' $$(grep -l '^.include "llm.h"' tests/test_*.c))))
 
 define program
-$1/%$2: %.c llm.h $$(wildcard tests/*.h)
+$1/%$2: %.c llm.h $$(wildcard tests/*.h examples/*.h)
 	mkdir -p $$(@D)
 	echo "  compile $$@"
 	$$(COMPILE_$(notdir $1)) -std=c99 $$(WARNINGS) -I. $$(CPPFLAGS) -o $$@ $$< $$(filter %.o,$$^) $$(LDFLAGS) $$(LDLIBS)
@@ -78,7 +86,7 @@ $1/llm.o: llm.h
 	echo "  compile $$@"
 	echo '#include "llm.h"' | $$(COMPILE_$(notdir $1)) -std=c99 $$(WARNINGS) -I. -DLLM_IMPLEMENTATION $$(CPPFLAGS) -c -o $$@ -x c -
 endef
-$(foreach dir,build $(addprefix build/,asan tsan fuzz aarch64 $(MATRIX)),$(eval $(call program,$(dir))))
+$(foreach dir,build $(addprefix build/,asan tsan mpi fuzz aarch64 $(MATRIX)),$(eval $(call program,$(dir))))
 $(eval $(call program,build/windows,.exe))
 
 # So do some programs; under the sanitizers, where it takes long to compile, vector kernels are left to the tests for them.
@@ -163,6 +171,10 @@ build/asan/%: %.sh build/asan/repl build/asan/hello build/asan/tokenize
 	install $< $@
 
 build/test_manual: tests/test_manual.sh tests/manual.c build/llm.o
+	install $< $@
+
+# Without MPI its test says so.
+build/test_mpi: tests/test_mpi.sh $(if $(shell command -v mpicc),$(MPI_PROGRAMS))
 	install $< $@
 
 build/test_valgrind: tests/test_valgrind.sh build/hello build/test_hf
@@ -307,6 +319,7 @@ help:
 	echo "make             build $(PROGRAMS)"
 	echo "make run         fetch the default model once and let it continue a text; MODEL=path takes another"
 	echo "make test        everything that is checked (under 15 minutes on two cores); T=name runs the tests of that name"
+	echo "make mpi         build $(MPI_PROGRAMS), for several processes (Open MPI or MPICH)"
 	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
 	echo "make gpu-bundle  build/gpu, with which bench/gpu.sh runs on a machine with a GPU (needs nvcc; LLM_DATA as for bench-tokenizer)"
 	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"

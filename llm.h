@@ -82,9 +82,9 @@
 
     ONE ARITHMETIC
 
-        CPU logits are the same bits on every instruction set, with every compiler, its flags, thread count, whatever
-        else is in the batch, however a prompt was cut into passes, and whether a prefix came from a fork, a saved cache
-        or was computed. See section 12.
+        CPU logits are the same bits on every instruction set, with every compiler, its flags, any number of threads and
+        ranks, whatever else is in the batch, however a prompt was cut into passes, and whether a prefix came from a
+        fork, a saved cache or was computed. See section 12.
 
     RECIPES
 
@@ -302,11 +302,12 @@
         LLM_NO_THREADS          compile without threads (n_threads is then always 1)
         LLM_NO_SIMD             compile the plain C kernels only: small, slow, the same bits
         LLM_CUDA                declare the GPU backend that llm_cuda.cu holds
+        LLM_MPI                 with llm_comm_mpi, for ranks that are processes; compile with mpicc
 
     CONTENTS, in the order of the file. Search for "---- NAME" in the declarations, "==== NUMBER" in the implementation.
 
-        declarations: Errors . Host callbacks . Model . Tokenizer . Chat . Context . Generation . Sequences .
-               Forward pass . Sampler . Speculative decoding . Scoring . NVIDIA GPU
+        declarations: Errors . Host callbacks . Ranks . Model . Tokenizer . Chat . Context . Generation . Sequences
+               . Forward pass . Sampler . Speculative decoding . Scoring . NVIDIA GPU
         BACKENDS: NOT FOR HOSTS
          1 Base
          2 Files
@@ -324,17 +325,18 @@
         12 CPU kernels
         13 Weights
         14 The CPU backend: threads and weights: How many cores there are . The model on the CPU
-        15 KV cache
-        16 Forward pass
-        17 The CPU context: The limit of decoding
-        18 Models: Metadata as text . Loading . What a file's header says . A directory with int8 weights
-        19 Contexts and sequences: Calls of the host . Sequences . llm_forward
-        20 Sampler
-        21 Speculative decoding: How many guesses are worth it . A generation's rounds . Prompt lookup . A model as
+        15 Communication: Threads of one process . MPI
+        16 KV cache
+        17 Forward pass
+        18 The CPU context: The limit of decoding
+        19 Models: Metadata as text . Loading . What a file's header says . A directory with int8 weights
+        20 Contexts and sequences: Calls of the host . Sequences . llm_forward
+        21 Sampler
+        22 Speculative decoding: How many guesses are worth it . A generation's rounds . Prompt lookup . A model as
                the draft
-        22 Generation: Bursts
-        23 Scoring: Text . The batch being filled . The packed schedule . Rectangles . llm_score
-        24 Kernel text: Products of many rows . Products with groups . Products on the matrix unit
+        23 Generation: Bursts
+        24 Scoring: Text . The batch being filled . The packed schedule . Rectangles . llm_score
+        25 Kernel text: Products of many rows . Products with groups . Products on the matrix unit
 */
 #ifndef LLM_H
 #define LLM_H
@@ -348,6 +350,11 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#ifdef LLM_MPI
+#define OMPI_SKIP_MPICXX 1
+#define MPICH_SKIP_MPICXX 1
+#include <mpi.h>
+#endif
 
 #if defined(LLM_STATIC) && defined(LLM_CUDA)
 #error "llm_cuda.cu calls functions of llm.h, so LLM_CUDA cannot be combined with LLM_STATIC"
@@ -411,6 +418,58 @@ typedef struct llm_host {
     void *user;                                /* the first argument of all four                                */
 } llm_host;
 
+/* ---- Ranks --------------------------------------------------------------------------------------------------- */
+
+/* Several ranks can run one model together. They are threads of one process or, with LLM_MPI, processes on one machine
+   or many. Each loads its own part of the model and has its own contexts. In tensor parallel each rank has a share of
+   the outputs of every matrix; in pipeline parallel it has some of the layers. All ranks make the same calls with the
+   same arguments in the same order, and all get the same results: on the CPU the very bits that one rank alone
+   computes. Callbacks are each rank's own, so a host prints on one of them.
+
+   Where a rank fails, is cancelled, has left, or makes another call than the others, the call fails on all ranks. */
+
+/* Rows that the ranks bring together in place: each holds its own share, and all then hold all. A row consists of
+   n_units units, the last of which may be shorter. Rank i has those from n_units * i / size to n_units * (i + 1) /
+   size. */
+typedef struct llm_exchange {
+    void *data;
+    size_t n_rows, stride, row_bytes, unit_bytes; /* rows are `stride` bytes apart                                */
+    int n_units;
+    /* With tokens, a row is whole on one rank, which has unit tokens[row] / tokens_per_unit. */
+    const int32_t *tokens; /* [n_rows]; NULL: each rank has its share of each row                                  */
+    int tokens_per_unit;
+} llm_exchange;
+
+/* A rank's way to the others. llm_comm_threads and llm_comm_mpi fill it in; a host may bring another. One thread at a
+   time may use it. */
+typedef struct llm_comm llm_comm;
+struct llm_comm {
+    int rank, size;
+    double patience; /* seconds to wait for another rank before the call fails; 8 at first, a host may change it  */
+    void *user;
+    /* Returns when all ranks have made this call. *flags becomes the OR of all ranks' flags. */
+    llm_status (*exchange)(llm_comm *comm, const llm_exchange *x, unsigned *flags, llm_error *err);
+    /* Begins to send n bytes, which must stay as they are until they are received. Messages to a rank arrive in order.
+       64 can be on their way: send waits where there are more, drain until there are no more than `most`. */
+    llm_status (*send)(llm_comm *comm, int to, const void *data, size_t n, llm_error *err);
+    llm_status (*drain)(llm_comm *comm, int to, int most, llm_error *err);
+    llm_status (*receive)(llm_comm *comm, int from, void *data, size_t n, llm_error *err);
+    /* Another way to the same ranks, independent of this one. All ranks make this call. */
+    llm_status (*duplicate)(llm_comm *comm, llm_comm **out, llm_error *err);
+    void (*abort)(llm_comm *comm, const char *why); /* all calls fail from now on, on all ranks                   */
+    void (*close)(llm_comm *comm);
+};
+
+/* Makes out[size] ways between threads of this process, one for each. Only their memory comes from the host. */
+LLM_API llm_status llm_comm_threads(llm_comm **out, int size, const llm_host *host, llm_error *err);
+#ifdef LLM_MPI
+/* The processes of an MPI communicator. The host has called MPI_Init_thread, with MPI_THREAD_MULTIPLE if contexts are
+   to work at the same time, and calls MPI_Finalize after llm_comm_free. All ranks make this call. */
+LLM_API llm_status llm_comm_mpi(llm_comm **out, MPI_Comm comm, const llm_host *host, llm_error *err);
+#endif
+LLM_API void llm_comm_abort(llm_comm *comm, const char *why);
+LLM_API void llm_comm_free(llm_comm *comm); /* after the models that use it; each rank frees its own                */
+
 /* ---- Model --------------------------------------------------------------------------------------------------- */
 
 typedef struct llm_model llm_model;
@@ -439,6 +498,9 @@ typedef struct llm_model_desc {
     int n_threads;              /* threads that convert while loading; 0: one per physical core               */
     const char *isa;            /* "scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"; NULL: the fastest */
     const llm_backend *backend; /* what computes; NULL: the CPU. See llm_cuda_backend                         */
+    /* The ranks that share each layer, and those that have the other layers; NULL: this rank has all. They must outlive
+       the model. Of a model with ranks, contexts are made one at a time, in the same order on all ranks. */
+    llm_comm *tensor, *pipeline;
     llm_host host;
 } llm_model_desc;
 
@@ -451,10 +513,11 @@ typedef struct llm_model_info {
     const llm_backend *backend;
     int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim, n_ctx_train;
     uint64_t n_params;
-    uint64_t weight_bytes;           /* memory for the weights                                                 */
+    uint64_t weight_bytes;           /* memory for the weights; of a model with ranks, for this rank's         */
     uint64_t weight_bytes_per_token; /* how much of it decoding one token reads                                */
-    uint64_t cache_bytes_per_token;  /* KV cache of one position                                               */
+    uint64_t cache_bytes_per_token;  /* KV cache of one position; of a model with ranks, on this rank          */
     uint64_t fingerprint; /* of weights and hyperparameters: equal ones can share saved sequences; 0: not loaded */
+    int n_own_layers, n_own_kv_heads; /* n_layers and n_kv_heads; of a model with ranks, this rank's share      */
 } llm_model_info;
 
 /* Copies n_bytes at `offset` of a file to `to`; returns false if it cannot. */
@@ -921,9 +984,13 @@ typedef enum llm_schedule {
 typedef struct llm_score_desc {
     llm_schedule schedule;
     bool recompute_context; /* baseline: each ending computes the context again, instead of all from one cache     */
-    int batch;              /* LLM_SCHEDULE_FIXED: texts in a batch; 0: 32                                         */
-    int min_tokens;         /* LLM_SCHEDULE_DP: min tokens of a batch of endings, where possible; 0: 512        */
+    int batch;              /* LLM_SCHEDULE_FIXED: texts in a batch; 0: 32. LLM_SCHEDULE_DP: if above 0, dynamic
+                               programming cuts only the contexts, and a batch has this many endings */
+    int batch_context;      /* LLM_SCHEDULE_FIXED: contexts in a batch; 0: as many as texts                        */
+    int min_tokens;         /* LLM_SCHEDULE_DP: min tokens of a batch of endings, where possible; 0: 512           */
     int min_context_tokens; /* ... of a batch of contexts; 0: 4096                                                 */
+    int mini_batch;         /* not packed: max. tokens of contexts in a pass, so that in a pipeline they take as long
+                               as endings do; 0: the context's n_batch */
     /* Called for each question once it is answered, with its [n_endings] log-likelihoods. Returning false stops the
        work with LLM_ERROR_CANCELLED. */
     bool (*on_question)(void *user, int question, const double *log_likelihoods);
@@ -1039,6 +1106,10 @@ typedef struct llm_backend_pass {
     int blocks_per_seq;
     bool (*cancel)(void *user);
     void *cancel_user;
+    bool more; /* another pass of the same call follows                                                            */
+    /* Of a batch that is scored in a pipeline: only the last stage has its results, and it says here if a stage wants
+       to stop. Else NULL. */
+    bool *stopped;
 } llm_backend_pass;
 
 /* Tokens of one sequence that the device picks by itself: the first by the logits of the last pass, which had one row
@@ -1065,6 +1136,7 @@ typedef struct llm_backend_desc {
        alike, its cache. A backend that does not do this returns LLM_ERROR_UNSUPPORTED. */
     void *lender;
     bool share_cache;
+    llm_comm *tensor, *pipeline; /* of this context, or NULL                                                    */
 } llm_backend_desc;
 
 struct llm_backend {
@@ -4190,25 +4262,26 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
 }
 
 /* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
-#define LLM__JINJA_FILTERS(X)                                                                                  \
-    X(trim)                                                                                                    \
-    X(tojson)                                                                                                  \
-    X(length)                                                                                                  \
-    X(count)                                                                                                   \
-    X(upper)                                                                                                   \
-    X(lower)                                                                                                   \
-    X(title)                                                                                                   \
-    X(capitalize)                                                                                              \
-    X(replace)                                                                                                 \
-    X(join)                                                                                                    \
-    X(first)                                                                                                   \
-    X(last)                                                                                                    \
-    X(list)                                                                                                    \
-    X(map)                                                                                                     \
-    X(select)                                                                                                  \
-    X(reject)                                                                                                  \
-    X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort) \
-        X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) X(max)
+#define LLM__JINJA_FILTERS(X)                                                                                         \
+    X(trim)                                                                                                           \
+    X(tojson)                                                                                                         \
+    X(length)                                                                                                         \
+    X(count)                                                                                                          \
+    X(upper)                                                                                                          \
+    X(lower)                                                                                                          \
+    X(title)                                                                                                          \
+    X(capitalize)                                                                                                     \
+    X(replace)                                                                                                        \
+    X(join)                                                                                                           \
+    X(first)                                                                                                          \
+    X(last)                                                                                                           \
+    X(list)                                                                                                           \
+    X(map)                                                                                                            \
+    X(select)                                                                                                         \
+    X(reject)                                                                                                         \
+    X(selectattr)                                                                                                     \
+    X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort) X(unique) X(reverse) \
+        X(indent) X(abs) X(round) X(sum) X(min) X(max)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 #undef X
@@ -4216,25 +4289,26 @@ static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #undef X
 
-#define LLM__JINJA_TESTS(X)                                                                                      \
-    X(defined)                                                                                                   \
-    X(undefined)                                                                                                 \
-    X(none)                                                                                                      \
-    X(string)                                                                                                    \
-    X(mapping)                                                                                                   \
-    X(sequence)                                                                                                  \
-    X(iterable)                                                                                                  \
-    X(number)                                                                                                    \
-    X(integer)                                                                                                   \
-    X(float)                                                                                                     \
-    X(boolean)                                                                                                   \
-    X(true)                                                                                                      \
-    X(false)                                                                                                     \
-    X(equalto)                                                                                                   \
-    X(eq)                                                                                                        \
-    X(ne)                                                                                                        \
-    X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) X(sameas) \
-        X(lower) X(upper)
+#define LLM__JINJA_TESTS(X)                                                                                         \
+    X(defined)                                                                                                      \
+    X(undefined)                                                                                                    \
+    X(none)                                                                                                         \
+    X(string)                                                                                                       \
+    X(mapping)                                                                                                      \
+    X(sequence)                                                                                                     \
+    X(iterable)                                                                                                     \
+    X(number)                                                                                                       \
+    X(integer)                                                                                                      \
+    X(float)                                                                                                        \
+    X(boolean)                                                                                                      \
+    X(true)                                                                                                         \
+    X(false)                                                                                                        \
+    X(equalto)                                                                                                      \
+    X(eq)                                                                                                           \
+    X(ne)                                                                                                           \
+    X(gt)                                                                                                           \
+    X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(lower) \
+        X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 #undef X
@@ -4242,25 +4316,26 @@ static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 enum { LLM__JINJA_TESTS(X) LLM__JT_END };
 #undef X
 
-#define LLM__JINJA_METHODS(X)                                                                                      \
-    X(strip)                                                                                                       \
-    X(lstrip)                                                                                                      \
-    X(rstrip)                                                                                                      \
-    X(split)                                                                                                       \
-    X(rsplit)                                                                                                      \
-    X(startswith)                                                                                                  \
-    X(endswith)                                                                                                    \
-    X(replace)                                                                                                     \
-    X(upper)                                                                                                       \
-    X(lower)                                                                                                       \
-    X(title)                                                                                                       \
-    X(capitalize)                                                                                                  \
-    X(find)                                                                                                        \
-    X(rfind)                                                                                                       \
-    X(count)                                                                                                       \
-    X(join)                                                                                                        \
-    X(splitlines) X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) \
-        X(cycle) X(format)
+#define LLM__JINJA_METHODS(X)                                                                                 \
+    X(strip)                                                                                                  \
+    X(lstrip)                                                                                                 \
+    X(rstrip)                                                                                                 \
+    X(split)                                                                                                  \
+    X(rsplit)                                                                                                 \
+    X(startswith)                                                                                             \
+    X(endswith)                                                                                               \
+    X(replace)                                                                                                \
+    X(upper)                                                                                                  \
+    X(lower)                                                                                                  \
+    X(title)                                                                                                  \
+    X(capitalize)                                                                                             \
+    X(find)                                                                                                   \
+    X(rfind)                                                                                                  \
+    X(count)                                                                                                  \
+    X(join)                                                                                                   \
+    X(splitlines)                                                                                             \
+    X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) X(cycle) \
+        X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
 #undef X
@@ -10257,10 +10332,97 @@ static const llm__kernels *llm__kernels_choose(const char *isa) {
 
    From tensors in a file to matrices in the order of the kernels. */
 
+/* A rank's share of n things that come in units: from `first` on. */
+typedef struct llm__ranks_range {
+    int first, n;
+} llm__ranks_range;
+
+/* Without a comm, all of them. */
+static llm__ranks_range llm__ranks_share(const llm_comm *comm, int n, int unit) {
+    llm__ranks_range span = {0, n};
+    if (!comm) return span;
+    int64_t n_units = (n + unit - 1) / unit;
+    int end = (int)(n_units * (comm->rank + 1) / comm->size) * unit;
+    span.first = (int)(n_units * comm->rank / comm->size) * unit;
+    if (span.first > n) span.first = n;
+    span.n = (end < n ? end : n) - span.first;
+    return span;
+}
+
+enum {
+    LLM__EMBD_UNIT = 16, /* outputs that stay on one rank: a tile                                       */
+    LLM__FF_UNIT = 32,   /* ... a line of packed rows, see llm__kernel_lines                                   */
+    LLM__COLUMNS = 512   /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic) */
+};
+
+/* Key heads go with the query heads that attend to them, so some may be on two ranks. */
+static llm__ranks_range llm__ranks_key_heads(const llm_comm *tensor, const llm_backend_shape *s) {
+    llm__ranks_range heads = llm__ranks_share(tensor, s->n_heads, 1), keys;
+    int group = s->n_heads / s->n_kv_heads;
+    keys.first = heads.first / group;
+    keys.n = heads.n ? (heads.first + heads.n - 1) / group - keys.first + 1 : 0;
+    return keys;
+}
+
+/* The layers of a stage of the pipeline. The last has the head, too, which counts as the layers that take as long. */
+static llm__ranks_range llm__ranks_layers_of(const llm_backend_shape *s, int stage, int n_stages) {
+    double q = (double)s->n_heads * s->head_dim, kv = (double)s->n_kv_heads * s->head_dim,
+           layer = s->n_embd * (2 * q + 2 * kv + 3.0 * s->n_ff), head = (double)s->n_vocab * s->n_embd,
+           share = (s->n_layers + head / layer) / n_stages;
+    int ends[2]; /* of the stage before, and of this one */
+    for (int i = 0; i < 2; i++) {
+        int rest = n_stages - (stage + i); /* stages behind, each with a layer at least */
+        ends[i] = (int)(share * (stage + i) + 0.5);
+        if (ends[i] > s->n_layers - rest || !rest) ends[i] = s->n_layers - rest;
+        if (ends[i] < stage + i) ends[i] = stage + i;
+    }
+    llm__ranks_range layers = {ends[0], ends[1] - ends[0]};
+    return layers;
+}
+
+static bool llm__ranks_is_first_stage(const llm_comm *pipeline) { return !pipeline || pipeline->rank == 0; }
+static bool llm__ranks_is_last_stage(const llm_comm *pipeline) {
+    return !pipeline || pipeline->rank == pipeline->size - 1;
+}
+
+static llm__ranks_range llm__ranks_own_layers(const llm_backend_shape *s, const llm_comm *pipeline) {
+    return llm__ranks_layers_of(s, pipeline ? pipeline->rank : 0, pipeline ? pipeline->size : 1);
+}
+
+/* What is left of a model's shape on a rank. */
+static llm_backend_shape llm__ranks_shape(const llm_backend_shape *whole, const llm_model_desc *desc) {
+    llm_backend_shape s = *whole;
+    s.n_layers = llm__ranks_own_layers(whole, desc->pipeline).n;
+    s.n_heads = llm__ranks_share(desc->tensor, whole->n_heads, 1).n;
+    s.n_kv_heads = llm__ranks_key_heads(desc->tensor, whole).n;
+    return s;
+}
+
+/* The rows of part `part` of a weight, of which there are n, that a rank has. */
+static llm__ranks_range llm__ranks_rows(const llm_comm *tensor, const llm_backend_shape *s,
+                                        llm_backend_weight_kind kind, int part, int n) {
+    llm__ranks_range rows = {0, n};
+    switch (kind) {
+    case LLM_WEIGHT_EMBEDDING:
+    case LLM_WEIGHT_HEAD: return llm__ranks_share(tensor, n, LLM__COLUMNS);
+    case LLM_WEIGHT_QKV:
+    case LLM_WEIGHT_QKV_BIAS:
+        rows = part ? llm__ranks_key_heads(tensor, s) : llm__ranks_share(tensor, s->n_heads, 1);
+        rows.first *= s->head_dim;
+        rows.n *= s->head_dim;
+        return rows;
+    case LLM_WEIGHT_GATE_UP: return llm__ranks_share(tensor, n, LLM__FF_UNIT);
+    case LLM_WEIGHT_ATTENTION_OUT:
+    case LLM_WEIGHT_DOWN: return llm__ranks_share(tensor, n, LLM__EMBD_UNIT);
+    default: return rows;
+    }
+}
+
 /* The rows of a weight come from up to three consecutive tensors. */
 typedef struct llm__weight_source {
     llm__tensor parts[3];
     int n_parts;
+    int first[3], n[3];   /* the rows of each that this rank has */
     int n_interleaved[3]; /* head length of parts whose RoPE pairs are (2i, 2i + 1), else 0 */
     int rope_dim;
     size_t *n_read; /* atomic: bytes handed out as raw rows */
@@ -10279,7 +10441,8 @@ static int llm__weight_interleaved_row(int row, int head_dim, int rope_dim) {
 static const llm__tensor *llm__weight_find_row(const llm_backend_weight *weight, int *row) {
     const llm__weight_source *source = (const llm__weight_source *)weight->source;
     int part = 0;
-    while ((uint64_t)*row >= source->parts[part].rows) *row -= (int)source->parts[part++].rows;
+    while (*row >= source->n[part]) *row -= source->n[part++];
+    *row += source->first[part];
     if (source->n_interleaved[part])
         *row = llm__weight_interleaved_row(*row, source->n_interleaved[part], source->rope_dim);
     return &source->parts[part];
@@ -11278,7 +11441,10 @@ typedef struct llm__cpu_layer {
 
 typedef struct llm__cpu_model {
     llm__pool pool;
-    llm_backend_shape shape;
+    llm_backend_shape whole, shape; /* of the whole model; of this rank, which may have fewer heads */
+    llm__ranks_range layer_range, heads, key_heads, embd, ff, vocab; /* of the whole, what this rank has */
+    bool is_last_stage;
+    int group; /* query heads that share a key head, on all ranks together */
     llm_dtype dtype;
     const llm__kernels *kernels;
     llm__team *team;     /* for loading; NULL afterwards */
@@ -11319,7 +11485,17 @@ static void llm__cpu_use_huge_pages(void *block, size_t size) {
 static void llm__cpu_open_body(llm__env *env, void *arg) {
     llm__cpu_open_args *args = (llm__cpu_open_args *)arg;
     llm__cpu_model *m = (llm__cpu_model *)llm__alloc_zero(env, 1, sizeof *m);
-    m->shape = *args->shape;
+    const llm_comm *tensor = args->desc->tensor;
+    m->whole = *args->shape;
+    m->shape = llm__ranks_shape(&m->whole, args->desc);
+    m->layer_range = llm__ranks_own_layers(&m->whole, args->desc->pipeline);
+    m->is_last_stage = llm__ranks_is_last_stage(args->desc->pipeline);
+    m->heads = llm__ranks_share(tensor, m->whole.n_heads, 1);
+    m->key_heads = llm__ranks_key_heads(tensor, &m->whole);
+    m->embd = llm__ranks_share(tensor, m->whole.n_embd, LLM__EMBD_UNIT);
+    m->ff = llm__ranks_share(tensor, m->whole.n_ff, LLM__FF_UNIT);
+    m->vocab = llm__ranks_share(tensor, m->whole.n_vocab, LLM__COLUMNS);
+    m->group = m->whole.n_heads / m->whole.n_kv_heads;
     m->dtype = args->desc->dtype;
     m->kernels = llm__kernels_choose(args->desc->isa);
     m->layers = (llm__cpu_layer *)llm__alloc_zero(env, (size_t)m->shape.n_layers, sizeof *m->layers);
@@ -11406,8 +11582,11 @@ static void llm__cpu_upload_body(llm__env *env, void *arg) {
     case LLM_WEIGHT_OUTPUT_NORM: m->output_norm = llm__cpu_upload_vector(env, w); break;
     case LLM_WEIGHT_HEAD: llm__cpu_upload_matrix(env, m, w, &m->head); break;
     }
-    if (w->kind == LLM_WEIGHT_EMBEDDING && m->shape.tied_head) m->head = m->embedding;
-    if (w->kind != (m->shape.tied_head ? LLM_WEIGHT_OUTPUT_NORM : LLM_WEIGHT_HEAD)) return; /* the last one */
+    if (w->kind == LLM_WEIGHT_EMBEDDING && m->shape.tied_head && m->is_last_stage) m->head = m->embedding;
+    llm_backend_weight_kind last = !m->is_last_stage    ? LLM_WEIGHT_DOWN
+                                   : m->shape.tied_head ? LLM_WEIGHT_OUTPUT_NORM
+                                                        : LLM_WEIGHT_HEAD;
+    if (w->kind != last || (!m->is_last_stage && w->layer != m->shape.n_layers - 1)) return;
     llm__team_free(env->pool, m->team);
     m->team = NULL;
 }
@@ -11420,7 +11599,689 @@ static llm_status llm__cpu_upload(void *model, const llm_backend_weight *weight,
     return llm__env_run(&env, llm__cpu_upload_body, &args);
 }
 
-/* ==== 15 KV cache ===============================================================================================
+/* ==== 15 Communication ==========================================================================================
+
+   Ranks share the outputs of each matrix, and bring together what they have before it is needed whole: what attention
+   gives, what the feed-forward network's first half gives, and the residual stream after each of the two. An output is
+   computed as on one rank, so the bits are the same for any number of ranks.
+
+   The other way is to share the inputs of every second matrix and to add the ranks' sums, in slices of k that do not
+   depend on the number of ranks. It needs 2 meetings a layer instead of 4, but for up to 64 ranks it needs 64 slices,
+   and each meeting carries them all, 32 times as much as here for 2 ranks. If each rank adds the slices of its own
+   outputs, there are 4 meetings again. */
+
+enum {
+    LLM__RANKS_MOST = 1024,
+    LLM__RANKS_VERSION = 1 /* grows when what ranks exchange, or how they share the weights, changes */
+};
+
+/* The bytes that rank `rank` has of row `row`: from *from up to what is returned. */
+static size_t llm__comm_part(const llm_exchange *x, int rank, int size, size_t row, size_t *from) {
+    size_t n = (size_t)x->n_units, begin = n * (size_t)rank / (size_t)size, end = n * ((size_t)rank + 1) / (size_t)size;
+    if (x->tokens) {
+        size_t unit = (size_t)(x->tokens[row] / x->tokens_per_unit);
+        *from = 0;
+        return begin <= unit && unit < end ? x->row_bytes : 0;
+    }
+    *from = begin * x->unit_bytes < x->row_bytes ? begin * x->unit_bytes : x->row_bytes;
+    return end * x->unit_bytes < x->row_bytes ? end * x->unit_bytes : x->row_bytes;
+}
+
+static uint64_t llm__hash_fnv(uint64_t hash, const void *bytes, size_t n) { /* FNV-1a, eight bytes at a time */
+    const uint8_t *p = (const uint8_t *)bytes;
+    for (; n >= 8; n -= 8, p += 8) hash = (hash ^ llm__bytes_u64(p)) * 0x100000001B3u;
+    for (; n; n--, p++) hash = (hash ^ *p) * 0x100000001B3u;
+    return hash;
+}
+
+static int llm__ranks_count(const llm_comm *comm) { return comm ? comm->size : 1; }
+
+static bool llm__comm_same_call(const llm_exchange *a, const llm_exchange *b) {
+    return a->n_rows == b->n_rows && a->row_bytes == b->row_bytes && a->unit_bytes == b->unit_bytes &&
+           a->n_units == b->n_units && !a->tokens == !b->tokens;
+}
+
+/* What rank `from` has, on all of them. */
+static llm_status llm__comm_broadcast(llm_comm *comm, int from, void *data, size_t n, llm_error *err) {
+    unsigned flags = 0;
+    const int32_t whose = from;
+    llm_exchange x = {data, 1, n, n, n, comm->size, &whose, 1};
+    return comm->exchange(comm, &x, &flags, err);
+}
+
+/* Each rank says how it fared. All return what the first of those that failed says; *err tells on the others which rank
+   that is. */
+static llm_status llm__comm_agree(llm_comm *comm, llm_status status, llm_error *err) {
+    int32_t all[LLM__RANKS_MOST];
+    unsigned flags = 0;
+    size_t n = sizeof *all * (size_t)comm->size;
+    llm_exchange x = {all, 1, n, n, sizeof *all, comm->size, NULL, 0};
+    llm_error first;
+    int rank = 0;
+    memset(&first, 0, sizeof first);
+    if (status && err) first = *err;
+    all[comm->rank] = (int32_t)status;
+    llm_status failed = comm->exchange(comm, &x, &flags, status ? NULL : err);
+    if (failed) return status ? status : failed;
+    while (rank < comm->size && !all[rank]) rank++;
+    if (rank == comm->size) return LLM_OK;
+    failed = llm__comm_broadcast(comm, rank, &first, sizeof first, status ? NULL : err);
+    if (status || failed) return status ? status : failed;
+    return llm__error(err, (llm_status)all[rank], "rank %d: %s", rank, first.message);
+}
+
+/* The same of all ranks of a model. `patient`: they were loading, or making room, which takes some longer than others.
+   */
+static llm_status llm__ranks_agree(llm_comm *tensor, llm_comm *pipeline, bool patient, llm_status status,
+                                   llm_error *err) {
+    llm_comm *comms[2] = {tensor, pipeline};
+    for (int i = 0; i < 2; i++) {
+        if (!comms[i]) continue;
+        double patience = comms[i]->patience;
+        if (patient) comms[i]->patience = 100 * patience;
+        status = llm__comm_agree(comms[i], status, err);
+        comms[i]->patience = patience;
+    }
+    return status;
+}
+
+/* Fails on all ranks if a hash is not the same on all of them. */
+static llm_status llm__ranks_agree_on_hash(llm_comm *tensor, llm_comm *pipeline, uint64_t hash, const char *what,
+                                           llm_error *err) {
+    llm_comm *comms[2] = {tensor, pipeline};
+    llm_status status = LLM_OK;
+    for (int i = 0; i < 2 && !status; i++) {
+        uint64_t first = hash;
+        if (!comms[i]) continue;
+        status = llm__comm_broadcast(comms[i], 0, &first, sizeof first, err);
+        if (status) return status;
+        if (first != hash)
+            status = llm__error(err, LLM_ERROR_ARGUMENT, "rank %d and rank 0 do not agree on %s", comms[i]->rank, what);
+        status = llm__ranks_agree(tensor, pipeline, false, status, err);
+    }
+    return status;
+}
+
+/* Another way to the same ranks, if there are any. */
+static llm_status llm__comm_duplicate(llm_comm *comm, llm_comm **out, llm_error *err) {
+    *out = NULL;
+    return comm ? comm->duplicate(comm, out, err) : LLM_OK;
+}
+
+/* Does any rank say so? Where the ranks cannot be asked, the next pass will say why. */
+static bool llm__ranks_any(llm_comm *tensor, llm_comm *pipeline, bool said) {
+    llm_comm *comms[2] = {tensor, pipeline};
+    unsigned flags = said;
+    for (int i = 0; i < 2; i++) {
+        if (!comms[i]) continue;
+        llm_exchange nothing = {NULL, 0, 0, 0, 0, comms[i]->size, NULL, 0};
+        comms[i]->exchange(comms[i], &nothing, &flags, NULL);
+    }
+    return flags != 0;
+}
+
+/* What the first rank's clock said, so that what follows from it is the same on all. */
+static double llm__ranks_first_seconds(llm_comm *tensor, llm_comm *pipeline, double seconds) {
+    if (tensor) llm__comm_broadcast(tensor, 0, &seconds, sizeof seconds, NULL);
+    if (pipeline) llm__comm_broadcast(pipeline, 0, &seconds, sizeof seconds, NULL);
+    return seconds;
+}
+
+/* ---- Threads of one process ----
+
+   They meet at a hub in memory that all see, and copy from each other's. Whoever finds that something is wrong breaks
+   the hub; from then on all calls fail. */
+
+enum { LLM__COMM_SLOTS = 64 }; /* messages that can be on their way from one rank to another */
+
+/* What one rank lets the others know; alone in its lines of the cache. */
+typedef struct llm__hub_seat {
+    int64_t n_arrived; /* atomic: exchanges that this rank has come to               */
+    int64_t n_left;    /* atomic: exchanges in which it has read what it needs       */
+    int n_readers;     /* atomic: ranks that may be reading this rank's memory       */
+    bool gone;         /* atomic                                                     */
+    unsigned flags;
+    llm_exchange exchange;
+    char alone[64];
+} llm__hub_seat;
+
+/* Messages from one rank to another. */
+typedef struct llm__hub_link {
+    int64_t n_sent, n_taken; /* atomic */
+    const void *data[LLM__COMM_SLOTS];
+    size_t n[LLM__COMM_SLOTS];
+    char alone[64];
+} llm__hub_link;
+
+typedef struct llm__hub {
+    llm__pool pool;
+    int size, n_users; /* n_users is atomic                                                */
+    int broken;        /* atomic: 1 while the reason is being written, 2 when it is there  */
+    char why[400];
+    llm_comm *comms;      /* [size]       */
+    llm__hub_seat *seats; /* [size]       */
+    llm__hub_link *links; /* [size][size] */
+} llm__hub;
+
+/* While a rank waits for another: where there are more ranks than cores, that one may need this core. Then true: it is
+   time to look at the clock. */
+static bool llm__comm_pause(unsigned round) {
+    llm__team_spin_pause(round);
+    return round >= LLM__SPINS && round % LLM__YIELDS == 0;
+}
+
+static void llm__hub_abort(llm_comm *comm, const char *why) {
+    llm__hub *hub = (llm__hub *)comm->user;
+    int whole = 0;
+    if (!__atomic_compare_exchange_n(&hub->broken, &whole, 1, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) return;
+    snprintf(hub->why, sizeof hub->why, "%s", why);
+    __atomic_store_n(&hub->broken, 2, __ATOMIC_SEQ_CST);
+}
+
+/* Fails with the reason for which the hub is broken, once no other rank reads this rank's memory. */
+static llm_status llm__hub_fail(llm_comm *comm, llm_error *err) {
+    llm__hub *hub = (llm__hub *)comm->user;
+    for (unsigned i = 0; __atomic_load_n(&hub->broken, __ATOMIC_SEQ_CST) != 2; i++) llm__comm_pause(i);
+    for (unsigned i = 0; __atomic_load_n(&hub->seats[comm->rank].n_readers, __ATOMIC_SEQ_CST) > 0; i++)
+        llm__comm_pause(i);
+    return llm__error(err, LLM_ERROR_DEVICE, "%s", hub->why);
+}
+
+static llm_status llm__hub_break(llm_comm *comm, llm_error *err, const char *format, int a, int b) {
+    char why[200];
+    snprintf(why, sizeof why, format, a, b);
+    llm__hub_abort(comm, why);
+    return llm__hub_fail(comm, err);
+}
+
+/* Waits until another rank's counter reaches `wanted`. */
+static llm_status llm__hub_wait(llm_comm *comm, int other, const int64_t *counter, int64_t wanted, llm_error *err) {
+    llm__hub *hub = (llm__hub *)comm->user;
+    double start = 0;
+    for (unsigned i = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < wanted; i++) {
+        bool late = llm__comm_pause(i);
+        if (__atomic_load_n(&hub->broken, __ATOMIC_RELAXED)) return llm__hub_fail(comm, err);
+        if (!late) continue;
+        if (start == 0) start = llm__clock_now();
+        if (__atomic_load_n(&hub->seats[other].gone, __ATOMIC_ACQUIRE) &&
+            __atomic_load_n(counter, __ATOMIC_ACQUIRE) < wanted)
+            return llm__hub_break(comm, err, "rank %d has left while rank %d waits for it", other, comm->rank);
+        if (llm__clock_now() - start > comm->patience)
+            return llm__hub_break(comm, err, "rank %d did not answer rank %d in time; it hangs, or makes other calls",
+                                  other, comm->rank);
+    }
+    return LLM_OK;
+}
+
+/* Says that this rank is about to read another's memory. That stays until the reader is counted off again: a rank whose
+   hub is broken waits for its readers, and no new ones come. */
+static bool llm__hub_read_begins(llm__hub *hub, int other) {
+    __atomic_add_fetch(&hub->seats[other].n_readers, 1, __ATOMIC_SEQ_CST);
+    return !__atomic_load_n(&hub->broken, __ATOMIC_SEQ_CST);
+}
+
+static void llm__hub_read_ends(llm__hub *hub, int other) {
+    __atomic_sub_fetch(&hub->seats[other].n_readers, 1, __ATOMIC_SEQ_CST);
+}
+
+/* Copies what another rank has, which has arrived. */
+static llm_status llm__hub_copy(llm_comm *comm, int other, const llm_exchange *x, llm_error *err) {
+    llm__hub *hub = (llm__hub *)comm->user;
+    const llm_exchange *y = &hub->seats[other].exchange;
+    if (!llm__comm_same_call(x, y))
+        return llm__hub_break(comm, err, "rank %d makes another call than rank %d; all ranks must make the same", other,
+                              comm->rank);
+    bool allowed = llm__hub_read_begins(hub, other);
+    for (size_t row = 0, from; row < x->n_rows && allowed; row++) {
+        size_t end = llm__comm_part(x, other, comm->size, row, &from);
+        if (end > from)
+            memcpy((uint8_t *)x->data + row * x->stride + from, (const uint8_t *)y->data + row * y->stride + from,
+                   end - from);
+    }
+    llm__hub_read_ends(hub, other);
+    return allowed ? LLM_OK : llm__hub_fail(comm, err);
+}
+
+static llm_status llm__hub_exchange(llm_comm *comm, const llm_exchange *x, unsigned *flags, llm_error *err) {
+    llm__hub *hub = (llm__hub *)comm->user;
+    llm__hub_seat *seat = &hub->seats[comm->rank];
+    int64_t n = seat->n_arrived + 1;
+    unsigned all = *flags;
+    if (__atomic_load_n(&hub->broken, __ATOMIC_SEQ_CST)) return llm__hub_fail(comm, err);
+    seat->exchange = *x;
+    seat->flags = *flags;
+    __atomic_store_n(&seat->n_arrived, n, __ATOMIC_RELEASE);
+    for (int i = 1; i < comm->size; i++) {
+        int other = (comm->rank + i) % comm->size;
+        llm_status status = llm__hub_wait(comm, other, &hub->seats[other].n_arrived, n, err);
+        if (!status) status = llm__hub_copy(comm, other, x, err);
+        if (status) return status;
+        all |= hub->seats[other].flags;
+    }
+    __atomic_store_n(&seat->n_left, n, __ATOMIC_RELEASE);
+    for (int i = 1; i < comm->size; i++) {
+        int other = (comm->rank + i) % comm->size;
+        llm_status status = llm__hub_wait(comm, other, &hub->seats[other].n_left, n, err);
+        if (status) return status;
+    }
+    *flags = all;
+    return LLM_OK;
+}
+
+static llm_status llm__hub_send(llm_comm *comm, int to, const void *data, size_t n, llm_error *err) {
+    llm__hub *hub = (llm__hub *)comm->user;
+    llm__hub_link *link = &hub->links[comm->rank * comm->size + to];
+    if (__atomic_load_n(&hub->broken, __ATOMIC_SEQ_CST)) return llm__hub_fail(comm, err);
+    llm_status status = llm__hub_wait(comm, to, &link->n_taken, link->n_sent + 1 - LLM__COMM_SLOTS, err);
+    if (status) return status;
+    link->data[link->n_sent % LLM__COMM_SLOTS] = data;
+    link->n[link->n_sent % LLM__COMM_SLOTS] = n;
+    __atomic_store_n(&link->n_sent, link->n_sent + 1, __ATOMIC_RELEASE);
+    return LLM_OK;
+}
+
+static llm_status llm__hub_drain(llm_comm *comm, int to, int most, llm_error *err) {
+    llm__hub_link *link = &((llm__hub *)comm->user)->links[comm->rank * comm->size + to];
+    return llm__hub_wait(comm, to, &link->n_taken, link->n_sent - most, err);
+}
+
+static llm_status llm__hub_receive(llm_comm *comm, int from, void *data, size_t n, llm_error *err) {
+    llm__hub *hub = (llm__hub *)comm->user;
+    llm__hub_link *link = &hub->links[from * comm->size + comm->rank];
+    int slot = (int)(link->n_taken % LLM__COMM_SLOTS);
+    if (__atomic_load_n(&hub->broken, __ATOMIC_SEQ_CST)) return llm__hub_fail(comm, err);
+    llm_status status = llm__hub_wait(comm, from, &link->n_sent, link->n_taken + 1, err);
+    if (status) return status;
+    if (link->n[slot] != n)
+        return llm__hub_break(comm, err, "rank %d sent rank %d a message of another size than it waits for", from,
+                              comm->rank);
+    bool allowed = llm__hub_read_begins(hub, from);
+    if (allowed) memcpy(data, link->data[slot], n);
+    llm__hub_read_ends(hub, from);
+    if (!allowed) return llm__hub_fail(comm, err);
+    __atomic_store_n(&link->n_taken, link->n_taken + 1, __ATOMIC_RELEASE);
+    return LLM_OK;
+}
+
+static void llm__hub_close(llm_comm *comm) {
+    llm__hub *hub = (llm__hub *)comm->user;
+    __atomic_store_n(&hub->seats[comm->rank].gone, true, __ATOMIC_RELEASE);
+    if (__atomic_sub_fetch(&hub->n_users, 1, __ATOMIC_ACQ_REL)) return;
+    llm__pool pool = hub->pool;
+    llm__pool_free(&pool);
+}
+
+typedef struct llm__hub_args {
+    llm_comm **out; /* [size] */
+    int size;
+    llm_status (*duplicate)(llm_comm *comm, llm_comm **out, llm_error *err);
+} llm__hub_args;
+
+static void llm__hub_body(llm__env *env, void *arg) {
+    llm__hub_args *args = (llm__hub_args *)arg;
+    if (args->size < 1 || args->size > LLM__RANKS_MOST)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "there cannot be %d ranks; 1 to %d can be", args->size,
+                  (int)LLM__RANKS_MOST);
+    size_t n = (size_t)args->size;
+    llm__hub *hub = (llm__hub *)llm__alloc_zero(env, 1, sizeof *hub);
+    hub->size = hub->n_users = args->size;
+    hub->comms = (llm_comm *)llm__alloc_zero(env, n, sizeof *hub->comms);
+    hub->seats = (llm__hub_seat *)llm__alloc_zero(env, n, sizeof *hub->seats);
+    hub->links = (llm__hub_link *)llm__alloc_zero(env, n * n, sizeof *hub->links);
+    for (int i = 0; i < args->size; i++) {
+        llm_comm *comm = args->out[i] = &hub->comms[i];
+        comm->rank = i;
+        comm->size = args->size;
+        comm->patience = 8;
+        comm->user = hub;
+        comm->exchange = llm__hub_exchange;
+        comm->send = llm__hub_send;
+        comm->drain = llm__hub_drain;
+        comm->receive = llm__hub_receive;
+        comm->duplicate = args->duplicate;
+        comm->abort = llm__hub_abort;
+        comm->close = llm__hub_close;
+    }
+    hub->pool = *env->pool;
+}
+
+static llm_status llm__hub_create(llm__hub_args *args, const llm_host *host, llm_error *err) {
+    llm__pool pool;
+    llm__env env;
+    llm__pool_init(&pool, host);
+    llm__env_init(&env, &pool, err, NULL);
+    llm_status status = llm__env_run(&env, llm__hub_body, args);
+    if (status) llm__pool_free(&pool);
+    return status;
+}
+
+/* The first rank makes the new hub; the others hear where it is. */
+static llm_status llm__hub_duplicate(llm_comm *comm, llm_comm **out, llm_error *err) {
+    llm__hub *hub = (llm__hub *)comm->user;
+    llm_comm *made[LLM__RANKS_MOST], *first = NULL;
+    llm__hub_args args = {made, comm->size, llm__hub_duplicate};
+    llm_status failed = LLM_OK;
+    *out = NULL;
+    if (comm->rank == 0) {
+        failed = llm__hub_create(&args, &hub->pool.host, err);
+        first = failed ? NULL : made[0];
+    }
+    llm_status status = llm__comm_broadcast(comm, 0, &first, sizeof first, err);
+    if (status || failed) {
+        for (int i = 0; first && i < comm->size && comm->rank == 0; i++) llm__hub_close(made[i]);
+        return status ? status : failed;
+    }
+    if (!first) return llm__error(err, LLM_ERROR_MEMORY, "rank 0 has no memory for ranks to meet at");
+    *out = first + comm->rank;
+    (*out)->patience = comm->patience;
+    return LLM_OK;
+}
+
+LLM_API llm_status llm_comm_threads(llm_comm **out, int size, const llm_host *host, llm_error *err) {
+    llm__hub_args args = {out, size, llm__hub_duplicate};
+    if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
+    return llm__hub_create(&args, host, err);
+}
+
+/* ---- MPI ----
+
+   Each rank sends its part to every other, with a head that tells which call it belongs to. Nothing blocks: what was
+   begun is polled, and so is whether a rank has sent word that all is over. */
+
+#ifdef LLM_MPI
+enum { LLM__MPI_EXCHANGE = 1, LLM__MPI_MESSAGE, LLM__MPI_ABORT };
+
+typedef struct llm__mpi_head {
+    uint64_t call;     /* a hash of the exchange's sizes */
+    uint32_t flags, n; /* n counts exchanges */
+} llm__mpi_head;
+
+typedef struct llm__mpi {
+    llm__pool pool;
+    llm_comm comm;
+    MPI_Comm ranks;
+    bool broken;
+    char why[400];
+    uint32_t n_exchanges;
+    uint8_t *sent, *received; /* [room], [size][room] a head and a part for each rank */
+    size_t room;
+    MPI_Request *requests; /* [2 * size] of an exchange: receives, then sends */
+    MPI_Request *messages; /* [size][LLM__COMM_SLOTS] sends */
+    int *n_sent;           /* [size] messages to each rank */
+} llm__mpi;
+
+static llm_status llm__mpi_fail(llm__mpi *m, llm_error *err) { return llm__error(err, LLM_ERROR_DEVICE, "%s", m->why); }
+
+/* Sends word to all. It is short, so that MPI takes it at once; who is dead will not fetch it. */
+static void llm__mpi_abort(llm_comm *comm, const char *why) {
+    llm__mpi *m = (llm__mpi *)comm->user;
+    if (m->broken) return;
+    m->broken = true;
+    snprintf(m->why, sizeof m->why, "%s", why);
+    for (int i = 0; i < comm->size; i++) {
+        MPI_Request request;
+        if (i == comm->rank) continue;
+        MPI_Isend(m->why, (int)sizeof m->why, MPI_BYTE, i, LLM__MPI_ABORT, m->ranks, &request);
+        MPI_Request_free(&request);
+    }
+}
+
+static llm_status llm__mpi_break(llm__mpi *m, llm_error *err, const char *format, int a, int b) {
+    char why[200];
+    snprintf(why, sizeof why, format, a, b);
+    llm__mpi_abort(&m->comm, why);
+    return llm__mpi_fail(m, err);
+}
+
+static llm_status llm__mpi_check(llm__mpi *m, int code, llm_error *err) {
+    char text[MPI_MAX_ERROR_STRING] = "", why[400];
+    int n = 0, class_of = MPI_SUCCESS;
+    if (code == MPI_SUCCESS) return LLM_OK;
+    MPI_Error_class(code, &class_of);
+    if (class_of == MPI_ERR_TRUNCATE)
+        return llm__mpi_break(m, err, "another rank makes another call than rank %d; all ranks must make the same (%d)",
+                              m->comm.rank, code);
+    MPI_Error_string(code, text, &n);
+    snprintf(why, sizeof why, "rank %d: MPI failed: %.300s", m->comm.rank, text);
+    llm__mpi_abort(&m->comm, why);
+    return llm__mpi_fail(m, err);
+}
+
+/* Has another rank sent word that all is over? */
+static bool llm__mpi_hears_abort(llm__mpi *m) {
+    int there = 0;
+    MPI_Status status;
+    if (MPI_Iprobe(MPI_ANY_SOURCE, LLM__MPI_ABORT, m->ranks, &there, &status) != MPI_SUCCESS || !there) return false;
+    MPI_Recv(m->why, (int)sizeof m->why, MPI_BYTE, status.MPI_SOURCE, LLM__MPI_ABORT, m->ranks, MPI_STATUS_IGNORE);
+    m->why[sizeof m->why - 1] = 0;
+    m->broken = true;
+    return true;
+}
+
+/* Waits for what was begun. Where that fails, receives are taken back; sends stay MPI's, with their memory. */
+static llm_status llm__mpi_wait(llm__mpi *m, MPI_Request *requests, int n, llm_error *err) {
+    double start = 0;
+    llm_status failed = LLM_OK;
+    int done = 0;
+    for (unsigned i = 0; !failed; i++) {
+        int code = MPI_Testall(n, requests, &done, MPI_STATUSES_IGNORE);
+        if (code == MPI_ERR_IN_STATUS) code = MPI_ERR_TRUNCATE;
+        failed = llm__mpi_check(m, code, err);
+        if (failed || done) break;
+        if (!llm__comm_pause(i)) continue;
+        if (llm__mpi_hears_abort(m)) failed = llm__mpi_fail(m, err);
+        if (failed) continue;
+        if (start == 0) start = llm__clock_now();
+        if (llm__clock_now() - start > m->comm.patience)
+            failed =
+                llm__mpi_break(m, err, "rank %d waited for another of the %d ranks in vain; it hangs, or has ended",
+                               m->comm.rank, m->comm.size);
+    }
+    for (int i = 0; failed && i < n; i++)
+        if (requests[i] != MPI_REQUEST_NULL) {
+            MPI_Cancel(&requests[i]);
+            MPI_Request_free(&requests[i]);
+        }
+    return failed;
+}
+
+/* Room for a head and n bytes more from each rank. What MPI may still read stays until the end. */
+static bool llm__mpi_reserve(llm__mpi *m, size_t n) {
+    if (n + sizeof(llm__mpi_head) <= m->room) return true;
+    size_t room = 2 * n + 4096;
+    uint8_t *sent = (uint8_t *)llm__alloc_try(&m->pool, room, 1),
+            *received = (uint8_t *)llm__alloc_try(&m->pool, room, (size_t)m->comm.size);
+    if (!sent || !received) {
+        llm__free(&m->pool, sent);
+        llm__free(&m->pool, received);
+        return false;
+    }
+    llm__free(&m->pool, m->sent);
+    llm__free(&m->pool, m->received);
+    m->sent = sent;
+    m->received = received;
+    m->room = room;
+    return true;
+}
+
+/* A rank's part of the rows, to the bytes or from them; returns how many there are. */
+static size_t llm__mpi_pack(const llm_exchange *x, int rank, int size, uint8_t *bytes, bool unpack) {
+    size_t n = 0;
+    for (size_t row = 0, from; row < x->n_rows; row++) {
+        size_t end = llm__comm_part(x, rank, size, row, &from);
+        if (end <= from) continue;
+        uint8_t *at = (uint8_t *)x->data + row * x->stride + from;
+        if (bytes && unpack) memcpy(at, bytes + n, end - from);
+        else if (bytes) memcpy(bytes + n, at, end - from);
+        n += end - from;
+    }
+    return n;
+}
+
+static llm_status llm__mpi_exchange(llm_comm *comm, const llm_exchange *x, unsigned *flags, llm_error *err) {
+    llm__mpi *m = (llm__mpi *)comm->user;
+    uint64_t sizes[5] = {x->n_rows, x->row_bytes, x->unit_bytes, (uint64_t)x->n_units, x->tokens != NULL};
+    llm__mpi_head head = {llm__hash_fnv(0, sizes, sizeof sizes), *flags, m->n_exchanges++}, other;
+    size_t most = 0;
+    if (m->broken) return llm__mpi_fail(m, err);
+    for (int i = 0; i < comm->size; i++) {
+        size_t n = llm__mpi_pack(x, i, comm->size, NULL, false);
+        if (n > most) most = n;
+    }
+    if (most > INT32_MAX / 4 || !llm__mpi_reserve(m, most)) {
+        llm__mpi_break(m, NULL, "rank %d has no memory for what %d ranks exchange", comm->rank, comm->size);
+        return llm__error(err, LLM_ERROR_MEMORY, "%s", m->why);
+    }
+    memcpy(m->sent, &head, sizeof head);
+    int n = (int)(sizeof head + llm__mpi_pack(x, comm->rank, comm->size, m->sent + sizeof head, false)), n_requests = 0;
+    for (int i = 0; i < comm->size; i++)
+        if (i != comm->rank)
+            MPI_Irecv(m->received + (size_t)i * m->room,
+                      (int)(sizeof head + llm__mpi_pack(x, i, comm->size, NULL, false)), MPI_BYTE, i, LLM__MPI_EXCHANGE,
+                      m->ranks, &m->requests[n_requests++]);
+    for (int i = 1; i < comm->size; i++)
+        MPI_Isend(m->sent, n, MPI_BYTE, (comm->rank + i) % comm->size, LLM__MPI_EXCHANGE, m->ranks,
+                  &m->requests[n_requests++]);
+    llm_status status = llm__mpi_wait(m, m->requests, n_requests, err);
+    for (int i = 0; i < comm->size && !status; i++) {
+        if (i == comm->rank) continue;
+        const uint8_t *got = m->received + (size_t)i * m->room;
+        memcpy(&other, got, sizeof other);
+        if (other.call != head.call || other.n != head.n)
+            return llm__mpi_break(m, err, "rank %d makes another call than rank %d; all ranks must make the same", i,
+                                  comm->rank);
+        *flags |= other.flags;
+        llm__mpi_pack(x, i, comm->size, m->received + (size_t)i * m->room + sizeof head, true);
+    }
+    return status;
+}
+
+static llm_status llm__mpi_send(llm_comm *comm, int to, const void *data, size_t n, llm_error *err) {
+    llm__mpi *m = (llm__mpi *)comm->user;
+    MPI_Request *request = &m->messages[to * LLM__COMM_SLOTS + m->n_sent[to] % LLM__COMM_SLOTS];
+    if (m->broken) return llm__mpi_fail(m, err);
+    llm_status status = llm__mpi_wait(m, request, 1, err);
+    if (status) return status;
+    m->n_sent[to]++;
+    return llm__mpi_check(
+        m, MPI_Isend((void *)(uintptr_t)data, (int)n, MPI_BYTE, to, LLM__MPI_MESSAGE, m->ranks, request), err);
+}
+
+/* The oldest of the messages on their way is in the slot that the next send takes. */
+static llm_status llm__mpi_drain(llm_comm *comm, int to, int most, llm_error *err) {
+    llm__mpi *m = (llm__mpi *)comm->user;
+    int done;
+    if (m->broken) return llm__mpi_fail(m, err);
+    MPI_Testall(LLM__COMM_SLOTS, &m->messages[to * LLM__COMM_SLOTS], &done, MPI_STATUSES_IGNORE); /* moves them on */
+    for (int i = 0; i < LLM__COMM_SLOTS - most; i++) {
+        int slot = (m->n_sent[to] + i) % LLM__COMM_SLOTS;
+        llm_status status = llm__mpi_wait(m, &m->messages[to * LLM__COMM_SLOTS + slot], 1, err);
+        if (status) return status;
+    }
+    return LLM_OK;
+}
+
+static llm_status llm__mpi_receive(llm_comm *comm, int from, void *data, size_t n, llm_error *err) {
+    llm__mpi *m = (llm__mpi *)comm->user;
+    MPI_Request request;
+    if (m->broken) return llm__mpi_fail(m, err);
+    llm_status status =
+        llm__mpi_check(m, MPI_Irecv(data, (int)n, MPI_BYTE, from, LLM__MPI_MESSAGE, m->ranks, &request), err);
+    return status ? status : llm__mpi_wait(m, &request, 1, err);
+}
+
+static void llm__mpi_close(llm_comm *comm) {
+    llm__mpi *m = (llm__mpi *)comm->user;
+    llm__pool pool = m->pool;
+    while (!m->broken && llm__mpi_hears_abort(m)) {}
+    if (m->broken) return; /* MPI may still read this memory */
+    MPI_Comm_free(&m->ranks);
+    llm__pool_free(&pool);
+}
+
+typedef struct llm__mpi_args {
+    llm_comm **out;
+    int rank, size;
+    llm_status (*duplicate)(llm_comm *comm, llm_comm **out, llm_error *err);
+} llm__mpi_args;
+
+static void llm__mpi_body(llm__env *env, void *arg) {
+    llm__mpi_args *args = (llm__mpi_args *)arg;
+    size_t n = (size_t)args->size;
+    llm__mpi *m = (llm__mpi *)llm__alloc_zero(env, 1, sizeof *m);
+    llm_comm *comm = *args->out = &m->comm;
+    m->requests = (MPI_Request *)llm__alloc(env, 2 * n, sizeof *m->requests);
+    m->messages = (MPI_Request *)llm__alloc(env, n * LLM__COMM_SLOTS, sizeof *m->messages);
+    m->n_sent = (int *)llm__alloc_zero(env, n, sizeof *m->n_sent);
+    for (size_t i = 0; i < n * LLM__COMM_SLOTS; i++) m->messages[i] = MPI_REQUEST_NULL;
+    comm->rank = args->rank;
+    comm->size = args->size;
+    comm->patience = 8;
+    comm->user = m;
+    comm->exchange = llm__mpi_exchange;
+    comm->send = llm__mpi_send;
+    comm->drain = llm__mpi_drain;
+    comm->receive = llm__mpi_receive;
+    comm->duplicate = args->duplicate;
+    comm->abort = llm__mpi_abort;
+    comm->close = llm__mpi_close;
+    m->pool = *env->pool;
+}
+
+/* A way to the ranks of an MPI communicator, beside all that goes on there: MPI gives it a copy. */
+static llm_status llm__mpi_create(llm__mpi_args *args, MPI_Comm ranks, double patience, const llm_host *host,
+                                  llm_error *err) {
+    llm__pool pool;
+    llm__env env;
+    MPI_Request request = MPI_REQUEST_NULL;
+    *args->out = NULL;
+    if (MPI_Comm_rank(ranks, &args->rank) != MPI_SUCCESS || MPI_Comm_size(ranks, &args->size) != MPI_SUCCESS)
+        return llm__error(err, LLM_ERROR_ARGUMENT, "this is no MPI communicator, or MPI_Init_thread was not called");
+    if (args->size > LLM__RANKS_MOST)
+        return llm__error(err, LLM_ERROR_ARGUMENT, "there are %d ranks; up to %d can be", args->size,
+                          (int)LLM__RANKS_MOST);
+    llm__pool_init(&pool, host);
+    llm__env_init(&env, &pool, err, NULL);
+    llm_status status = llm__env_run(&env, llm__mpi_body, args);
+    if (status) {
+        llm__pool_free(&pool);
+        return status;
+    }
+    llm__mpi *m = (llm__mpi *)(*args->out)->user;
+    MPI_Comm_set_errhandler(ranks, MPI_ERRORS_RETURN);
+    m->ranks = ranks; /* where a failure is told of until there is the copy */
+    m->comm.patience = patience;
+    MPI_Comm copy = MPI_COMM_NULL;
+    status = llm__mpi_check(m, MPI_Comm_idup(ranks, &copy, &request), err);
+    if (!status) status = llm__mpi_wait(m, &request, 1, err);
+    m->ranks = copy;
+    if (!status) status = llm__mpi_check(m, MPI_Comm_set_errhandler(copy, MPI_ERRORS_RETURN), err);
+    if (status) *args->out = NULL; /* what MPI may still read stays */
+    return status;
+}
+
+static llm_status llm__mpi_duplicate(llm_comm *comm, llm_comm **out, llm_error *err) {
+    llm__mpi *m = (llm__mpi *)comm->user;
+    llm__mpi_args args = {out, 0, 0, llm__mpi_duplicate};
+    return llm__mpi_create(&args, m->ranks, comm->patience, &m->pool.host, err);
+}
+
+LLM_API llm_status llm_comm_mpi(llm_comm **out, MPI_Comm comm, const llm_host *host, llm_error *err) {
+    llm__mpi_args args = {out, 0, 0, llm__mpi_duplicate};
+    if (!out) return llm__error(err, LLM_ERROR_ARGUMENT, "out is NULL");
+    return llm__mpi_create(&args, comm, 8, host, err);
+}
+#endif
+
+LLM_API void llm_comm_abort(llm_comm *comm, const char *why) {
+    if (comm) comm->abort(comm, why ? why : "a rank has ended the work of all");
+}
+
+LLM_API void llm_comm_free(llm_comm *comm) {
+    if (comm) comm->close(comm);
+}
+
+/* ==== 16 KV cache ===============================================================================================
 
    Keys and values are stored in blocks of LLM_CACHE_BLOCK positions, all allocated when the context is created. A sequence
    is a length and a table of blocks. A fork shares its parent's blocks, which are reference-counted. Whoever appends
@@ -11546,7 +12407,7 @@ static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) 
     cache->lengths[seq] = length;
 }
 
-/* ==== 16 Forward pass ===========================================================================================
+/* ==== 17 Forward pass ===========================================================================================
 
    The Llama transformer: Touvron et al. 2023 (arXiv:2302.13971), with RMSNorm (1910.07467), rotary embeddings
    (2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245). For rows x[n_embd] of all tokens at once:
@@ -11566,8 +12427,8 @@ enum {
     LLM__TILES = 4,         /* tiles in such a group                                                               */
     LLM__SPLIT_ROWS = 8,    /* rows of a sequence whose attention may be split over the keys                       */
     LLM__PART_ROWS = 128,   /* least rows that are a member's own in panels                                        */
-    LLM__SCORED_ROWS = 128, /* rows whose logits, of so many columns, are there at once; a multiple of 16 */
-    LLM__COLUMNS = 512      /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic)         */
+    LLM__MESSAGE_HEAD = 16, /* floats in front of rows that go to the next stage; the first says whether to stop   */
+    LLM__SCORED_ROWS = 128  /* rows whose logits, of so many columns, are there at once; a multiple of 16 */
 };
 
 /* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
@@ -11597,7 +12458,7 @@ typedef struct llm__cpu_context {
     size_t cache_block_bytes; /* keys, or values, of one head in one block */
     uint8_t *cache;           /* see llm__cache_plane */
     size_t x_stride, qkv_stride;
-    float *x, *qkv; /* [n_batch][stride] */
+    float *x, *qkv; /* [n_batch][stride]; in front of x is room for a message's head */
     llm__fwd_rows normed, attention, ffn;
     float *cosines, *sines; /* [n_batch][rope_dim / 2] */
     float *scratch;         /* [n_threads][scratch_floats] for attention */
@@ -11618,6 +12479,13 @@ typedef struct llm__cpu_context {
     llm_backend_pass
         own_pass; /* where it points: a callback may leave llm_forward while the other members still read it */
     bool cancelled;
+    bool left;          /* by the thread that made the call: the others are to end without it */
+    bool wants_to_stop; /* this rank; all know of it after they have met */
+    bool stopped;       /* a pass of this call was cancelled; the stages behind hear of it with each message */
+    float *outgoing[2]; /* [LLM__MESSAGE_HEAD + n_batch * x_stride] messages to the next stage */
+    int n_sent;
+    llm_status met; /* how the meetings of the ranks went */
+    llm_error *err; /* of the pass */
 } llm__cpu_context;
 
 /* The cache is [n_cache_blocks / 8][n_layers][n_kv_heads][key, value][8] tiles of a block, the last 8 perhaps fewer: so a
@@ -11733,7 +12601,7 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
     p.y_stride = y_stride;
     p.width = m->n - tile * 16;
     p.packed_k = ffn->stride;
-    p.column = tile * 8;
+    p.column = c->model->ff.first + tile * 8;
     p.c = c->panels + (size_t)index * c->panel_floats;
     p.unpacked = c->tiles + (size_t)index * c->tile_bytes;
     for (int first = row; first < end; first += LLM__PANEL_ROWS) {
@@ -11786,6 +12654,56 @@ static void llm__linear(llm__team_worker *w, const llm__cpu_context *c, const ll
         }
     }
     llm__team_finish(w);
+}
+
+/* Brings together what the ranks have; a phase after which all members see it, and whether a rank wants to stop. */
+static void llm__fwd_meet(llm__team_worker *w, llm__cpu_context *c, const llm_exchange *x) {
+    llm_comm *tensor = c->desc.tensor;
+    if (!tensor || c->left) return;
+    if (w->index == 0) {
+        unsigned flags = c->wants_to_stop;
+        if (!c->met) c->met = tensor->exchange(tensor, x, &flags, c->err);
+        c->cancelled = c->cancelled || c->met || flags;
+    }
+    llm__team_barrier(w->team);
+}
+
+/* Rows of numbers of `size` bytes, of each of which the ranks have shares in units. */
+static llm_exchange llm__fwd_shared_rows(void *data, int rows, size_t stride, int n, int unit, size_t size) {
+    llm_exchange x = {
+        data, (size_t)rows, stride * size, (size_t)n * size, (size_t)unit * size, (n + unit - 1) / unit, NULL, 0};
+    return x;
+}
+
+static void llm__fwd_meet_floats(llm__team_worker *w, llm__cpu_context *c, float *data, int rows, size_t stride, int n,
+                                 int unit) {
+    const llm_exchange x = llm__fwd_shared_rows(data, rows, stride, n, unit, sizeof *data);
+    llm__fwd_meet(w, c, &x);
+}
+
+/* The same of rows whose owner is the rank that has a token's part of the vocabulary. */
+static void llm__fwd_meet_tokens(llm__team_worker *w, llm__cpu_context *c, float *data, int rows, size_t stride, int n,
+                                 const llm_token *tokens) {
+    llm_exchange x = llm__fwd_shared_rows(data, rows, stride, n, n, sizeof *data);
+    x.n_units = (c->model->whole.n_vocab + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    x.tokens = tokens;
+    x.tokens_per_unit = LLM__COLUMNS;
+    llm__fwd_meet(w, c, &x);
+}
+
+/* The same of a product's activations, n a row, wherever they are: of packed rows, those whose lines take turns go as
+   one. */
+static void llm__fwd_meet_rows(llm__team_worker *w, llm__cpu_context *c, const llm__fwd_rows *in, int rows, int n,
+                               int unit, bool packed) {
+    size_t together = c->model->kernels->line_step / 64;
+    if (!packed) {
+        llm__fwd_meet_floats(w, c, in->x, rows, in->stride, n, unit);
+        return;
+    }
+    rows = (int)(((size_t)rows + together - 1) / together);
+    const llm_exchange x =
+        llm__fwd_shared_rows(in->packed, rows, in->stride, llm__math_round_up(n, 32), unit, 2 * together);
+    llm__fwd_meet(w, c, &x);
 }
 
 /* One row of c->x, normed, becomes row `to` of c->normed. */
@@ -11863,7 +12781,8 @@ static void llm__fwd_embed_rows(llm__team_worker *w, const llm__cpu_context *c) 
         int at = pass->positions[r];
         if (at % LLM_CACHE_BLOCK == 0 && !llm__fwd_fills_block(c, r))
             llm__cache_clear_block(c, llm__fwd_pass_block(pass, r));
-        llm__matrix_get_row(m, (size_t)pass->tokens[r], x);
+        int token = pass->tokens[r] - c->model->vocab.first;
+        if (token >= 0 && token < m->n) llm__matrix_get_row(m, (size_t)token, x);
         for (size_t i = (size_t)r * half, j = 0; j < half; i++, j++) {
             llm__math_sincos(at * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
             c->sines[i] *= s->rope_scale;
@@ -11956,14 +12875,24 @@ static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int
     }
 }
 
+/* The query heads that share a key head. Other ranks may have some of the first key head's, and of the last's. */
+static llm__ranks_range llm__attn_head_queries(const llm__cpu_model *m, int head) {
+    llm__ranks_range heads;
+    int before = m->heads.first % m->group, end = (head + 1) * m->group - before;
+    heads.first = head ? head * m->group - before : 0;
+    heads.n = (end < m->heads.n ? end : m->heads.n) - heads.first;
+    return heads;
+}
+
 /* Rotates a row's key of one head, and the queries that share it if they are there, and stores key and value. */
 static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int r, int head, bool queries) {
     const llm_backend_pass *pass = c->pass;
     const llm_backend_shape *s = &c->model->shape;
-    int group = s->n_heads / s->n_kv_heads, key = s->n_heads + head, value = key + s->n_kv_heads;
+    const llm__ranks_range shared = llm__attn_head_queries(c->model, head);
+    int key = s->n_heads + head, value = key + s->n_kv_heads;
     int at = pass->positions[r], block = llm__fwd_pass_block(pass, r);
     const float *row = c->qkv + (size_t)r * c->qkv_stride;
-    if (queries) llm__rope_heads(c, index, layer, r, r, head * group, (head + 1) * group);
+    if (queries) llm__rope_heads(c, index, layer, r, r, shared.first, shared.first + shared.n);
     llm__rope_heads(c, index, layer, r, r, key, key + 1);
     llm__rope_heads(c, index, layer, r, r, value, value + 1);
     llm__cache_store(c, layer, 0, head, block, at % LLM_CACHE_BLOCK, row + key * s->head_dim);
@@ -11986,12 +12915,13 @@ static void llm__rope_rows(llm__team_worker *w, const llm__cpu_context *c, int l
 
 /* The query heads that share one key head, of a few rows of one sequence: n query rows, and room for what they meet. */
 typedef struct llm__attn_work {
-    int layer, head, group, n, padded; /* group: such heads; padded: rows there is room for                       */
-    const int *rows;                   /* rows[i / group] is query i's row of the pass                            */
-    int first_row, n_rows;             /* where in c->qkv and c->attention the first of them is; all rows there   */
-    const int *blocks;                 /* the sequence's                                                          */
-    float *q, *scores;                 /* [padded][head_stride], [padded][LLM__SCORES]                            */
-    uint8_t *packed;                   /* queries, then room for softmax weights; or NULL: there are few          */
+    int layer, head, n, padded; /* padded: rows there is room for                                          */
+    int first_head, group;      /* such heads; the first of them                                           */
+    const int *rows;            /* rows[i / group] is query i's row of the pass                            */
+    int first_row, n_rows;      /* where in c->qkv and c->attention the first of them is; all rows there   */
+    const int *blocks;          /* the sequence's                                                          */
+    float *q, *scores;          /* [padded][head_stride], [padded][LLM__SCORES]                            */
+    uint8_t *packed;            /* queries, then room for softmax weights; or NULL: there are few          */
 } llm__attn_work;
 
 /* What attention to some keys gives: [padded][head_stride] sums of values, then [padded] maxima and [padded] sums of
@@ -12139,11 +13069,12 @@ static void llm__attn_join_chunk(const llm__cpu_context *c, const llm__attn_work
 /* A thread's scratch: the work's q and scores, then a partial result, then another; returns the first of these. */
 static float *llm__attn_start(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
                               llm__fwd_queries queries, llm__attn_work *a) {
-    const llm_backend_shape *s = &c->model->shape;
+    const llm__ranks_range shared = llm__attn_head_queries(c->model, head);
     size_t stride = (size_t)c->head_stride;
     a->layer = layer;
     a->head = head;
-    a->group = s->n_heads / s->n_kv_heads;
+    a->first_head = shared.first;
+    a->group = shared.n;
     a->n = queries.n * a->group;
     a->padded = llm__attn_padded_queries(a->n);
     a->rows = rows + queries.first;
@@ -12165,7 +13096,7 @@ static void llm__attn_gather_queries(const llm__cpu_context *c, int index, llm__
     else memset(a->q, 0, (size_t)a->n * stride * sizeof *a->q);
     for (int i = 0; i < a->n; i++) {
         const float *from = c->qkv + (size_t)(a->first_row + i / a->group) * c->qkv_stride +
-                            (a->head * a->group + i % a->group) * s->head_dim;
+                            (a->first_head + i % a->group) * s->head_dim;
         if (a->packed)
             kernels->pack_scale(from, 1, s->head_dim, c->head_stride,
                                 llm__kernel_packed_row(kernels->line_step, a->packed, stride, (size_t)i), 0);
@@ -12173,8 +13104,10 @@ static void llm__attn_gather_queries(const llm__cpu_context *c, int index, llm__
     }
 }
 
-/* Are heads whole halves of lines, so that each can be packed when it is known? */
-static bool llm__attn_packs_heads(const llm__cpu_context *c) { return c->model->shape.head_dim % 16 == 0; }
+/* Are heads whole halves of lines, so that each can be packed when it is known? Ranks exchange whole lines. */
+static bool llm__attn_packs_heads(const llm__cpu_context *c) {
+    return c->model->shape.head_dim % (c->desc.tensor ? 32 : 16) == 0;
+}
 
 static void llm__attn_end(const llm__cpu_context *c, const llm__attn_work *a, const float *known) {
     const llm__kernels *kernels = c->model->kernels;
@@ -12187,7 +13120,7 @@ static void llm__attn_end(const llm__cpu_context *c, const llm__attn_work *a, co
     for (int i = 0; i < a->n; i++) {
         size_t row = (size_t)(a->first_row + i / a->group);
         const float *from = known + (size_t)i * stride;
-        int column = (a->head * a->group + i % a->group) * n;
+        int column = (c->model->heads.first + a->first_head + i % a->group) * n;
         if (packs) kernels->pack_scale(from, 1.0f / sums[i], n, n, llm__fwd_lines_of(c, out, row), column);
         else kernels->scale(from, 1.0f / sums[i], n, c->round, out->x + row * out->stride + column);
     }
@@ -12297,6 +13230,8 @@ static void llm__fwd_keep_rows(llm__team_worker *w, const llm__cpu_context *c, i
     llm__team_finish(w);
 }
 
+static int llm__fwd_n_columns(const llm__cpu_model *m) { return (m->whole.n_vocab + LLM__COLUMNS - 1) / LLM__COLUMNS; }
+
 /* The head fused with log-softmax: a few rows against LLM__COLUMNS tokens of the vocabulary. Their logits are in the near
    cache only; maximum and sum are what stays of them. */
 static void llm__fwd_score_columns(const llm__cpu_context *c, int index, int part, int first_row, int rows,
@@ -12304,7 +13239,7 @@ static void llm__fwd_score_columns(const llm__cpu_context *c, int index, int par
     const llm__matrix *m = &c->model->head;
     const llm__kernels *kernels = c->model->kernels;
     int first = part * LLM__COLUMNS, n = m->n - first < LLM__COLUMNS ? m->n - first : (int)LLM__COLUMNS;
-    int n_tiles = llm__math_round_up(n, 16) / 16, n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    int n_tiles = llm__math_round_up(n, 16) / 16, n_parts = llm__fwd_n_columns(c->model);
     size_t row = (size_t)first_row, stride = (size_t)n_tiles * 16;
     float *logits = c->scratch + (size_t)index * c->scratch_floats;
     if (llm__fwd_in_panels(c, m, all_rows)) {
@@ -12320,7 +13255,7 @@ static void llm__fwd_score_columns(const llm__cpu_context *c, int index, int par
         llm__fwd_tile_sums(c, m, first / 16, n_tiles, &c->normed, first_row, rows, logits, stride);
     }
     for (int r = 0; r < rows; r++) {
-        size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)part;
+        size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)(c->model->vocab.first / LLM__COLUMNS + part);
         kernels->softmax(logits + (size_t)r * stride, n, (int)stride, LLM__LOG2_E, false, &c->column_max[at],
                          &c->column_sum[at]);
     }
@@ -12330,7 +13265,7 @@ static void llm__fwd_score_columns(const llm__cpu_context *c, int index, int par
    more. */
 static float llm__fwd_log_prob(const llm__cpu_context *c, int row, llm_token token) {
     const llm__matrix *m = &c->model->head;
-    int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    int n_parts = llm__fwd_n_columns(c->model);
     const float *maxima = c->column_max + (size_t)row * (size_t)n_parts;
     const float *sums = c->column_sum + (size_t)row * (size_t)n_parts;
     float logits[16] = {0}, max = maxima[0];
@@ -12341,18 +13276,23 @@ static float llm__fwd_log_prob(const llm__cpu_context *c, int row, llm_token tok
     return (float)((double)logits[token % 16] - (max + llm__math_log2(sum)) * 0.69314718055994531);
 }
 
-static void llm__fwd_score_rows(llm__team_worker *w, const llm__cpu_context *c, int rows) {
-    const llm__matrix *m = &c->model->head;
+static void llm__fwd_score_rows(llm__team_worker *w, llm__cpu_context *c, int rows) {
+    const llm__ranks_range vocab = c->model->vocab;
     const llm_backend_pass *pass = c->pass;
-    int n_parts = (m->n + LLM__COLUMNS - 1) / LLM__COLUMNS;
+    int n_parts = (vocab.n + LLM__COLUMNS - 1) / LLM__COLUMNS, n_all = llm__fwd_n_columns(c->model);
     for (int part; (part = llm__team_take(w, n_parts)) >= 0;)
         for (int r = 0; r < rows; r += LLM__SCORED_ROWS)
             llm__fwd_score_columns(c, w->index, part, r, rows - r < LLM__SCORED_ROWS ? rows - r : (int)LLM__SCORED_ROWS,
                                    rows);
     llm__team_finish(w);
-    for (int i; (i = llm__team_take(w, pass->n_targets)) >= 0;)
-        pass->log_probs[i] = llm__fwd_log_prob(c, pass->target_rows[i], pass->targets[i]);
+    llm__fwd_meet_floats(w, c, c->column_max, rows, (size_t)n_all, n_all, 1);
+    llm__fwd_meet_floats(w, c, c->column_sum, rows, (size_t)n_all, n_all, 1);
+    for (int i; (i = llm__team_take(w, pass->n_targets)) >= 0;) {
+        llm_token token = pass->targets[i] - vocab.first;
+        if (token >= 0 && token < vocab.n) pass->log_probs[i] = llm__fwd_log_prob(c, pass->target_rows[i], token);
+    }
     llm__team_finish(w);
+    llm__fwd_meet_tokens(w, c, pass->log_probs, pass->n_targets, 1, 1, pass->targets);
 }
 
 /* A thread's settings for computing; returns what they were. */
@@ -12367,12 +13307,48 @@ static void llm__kernels_leave(const llm__kernels *kernels, uint64_t mode) {
     llm__fpu_leave(mode);
 }
 
-/* All know of it after the next phase. The host's function, which may leave by an exception, runs in its own settings. */
+/* All know of it after the next phase, or where there are ranks, the next meeting. The host's function, which may leave
+   by an exception, runs in its own settings. */
 static void llm__fwd_poll_cancel(const llm__team_worker *w, llm__cpu_context *c, uint64_t mode) {
-    if (w->index || !c->pass->cancel) return;
-    llm__kernels_leave(c->model->kernels, mode);
-    c->cancelled = c->pass->cancel(c->pass->cancel_user);
-    llm__kernels_enter(c->model->kernels);
+    llm_comm *pipeline = c->desc.pipeline;
+    if (w->index) return;
+    if (c->pass->cancel) {
+        llm__kernels_leave(c->model->kernels, mode);
+        c->wants_to_stop = c->pass->cancel(c->pass->cancel_user);
+        llm__kernels_enter(c->model->kernels);
+    }
+    if (!c->desc.tensor) c->cancelled = c->cancelled || c->wants_to_stop;
+    /* Waits for nothing, but moves on what is on its way. */
+    if (c->outgoing[0] && !c->met) pipeline->drain(pipeline, pipeline->rank + 1, LLM__COMM_SLOTS, NULL);
+}
+
+static size_t llm__fwd_message_bytes(const llm__cpu_context *c, int rows) {
+    return (LLM__MESSAGE_HEAD + (size_t)rows * c->x_stride) * sizeof(float);
+}
+
+/* The rows that the stage before has computed; a phase. */
+static void llm__fwd_receive_rows(llm__team_worker *w, llm__cpu_context *c, int rows) {
+    llm_comm *pipeline = c->desc.pipeline;
+    if (llm__ranks_is_first_stage(pipeline) || c->left) return;
+    if (w->index == 0) {
+        float *message = c->x - LLM__MESSAGE_HEAD;
+        if (!c->met)
+            c->met = pipeline->receive(pipeline, pipeline->rank - 1, message, llm__fwd_message_bytes(c, rows), c->err);
+        c->cancelled = c->cancelled || c->met || message[0] != 0;
+    }
+    llm__team_barrier(w->team);
+}
+
+/* Sends rows to the next stage, in the buffer whose message before the last has arrived. */
+static void llm__fwd_send_rows(const llm__team_worker *w, llm__cpu_context *c, int rows) {
+    llm_comm *pipeline = c->desc.pipeline;
+    if (w->index || c->met) return;
+    c->met = pipeline->drain(pipeline, pipeline->rank + 1, 1, c->err);
+    if (c->met) return;
+    float *message = c->outgoing[c->n_sent++ % 2];
+    memcpy(message, c->x - LLM__MESSAGE_HEAD, llm__fwd_message_bytes(c, rows));
+    message[0] = c->cancelled ? 1.0f : 0.0f;
+    c->met = pipeline->send(pipeline, pipeline->rank + 1, message, llm__fwd_message_bytes(c, rows), c->err);
 }
 
 static void llm__fwd_task(void *arg, int index) {
@@ -12380,13 +13356,17 @@ static void llm__fwd_task(void *arg, int index) {
     llm__team_worker worker = {c->team, index, 0, 0}, *w = &worker;
     const llm__cpu_model *m = c->model;
     const int *rows = c->all_rows;
-    int n = c->pass->n_rows;
+    int n = c->pass->n_rows, n_embd = m->shape.n_embd, head_dim = m->shape.head_dim;
+    float *x = c->x + m->embd.first; /* what this rank adds to */
     uint64_t mode = llm__kernels_enter(m->kernels);
     llm__fwd_poll_cancel(w, c, mode);
     llm__fwd_embed_rows(w, c);
+    if (llm__ranks_is_first_stage(c->desc.pipeline))
+        llm__fwd_meet_tokens(w, c, c->x, n, c->x_stride, n_embd, c->pass->tokens);
+    llm__fwd_receive_rows(w, c, n);
     for (int i = 0; i < m->shape.n_layers && n && !c->cancelled; i++) {
         const llm__cpu_layer *layer = &m->layers[i];
-        bool last = i == m->shape.n_layers - 1;
+        bool last = m->is_last_stage && i == m->shape.n_layers - 1;
         llm__fwd_rows in = llm__fwd_norm_rows(w, c, layer->attention_norm, &layer->qkv, n);
         if (last && c->pass->n_logits < n) {
             llm__fwd_keep_rows(w, c, i, &in);
@@ -12398,26 +13378,38 @@ static void llm__fwd_task(void *arg, int index) {
         }
         llm__attn_rows(w, c, i, rows, last ? c->last_queries : c->all_queries,
                        last ? c->n_last_queries : c->n_all_queries);
+        bool packs = llm__fwd_in_panels(c, &layer->attention_out, n) && llm__attn_packs_heads(c);
+        llm__fwd_meet_rows(w, c, &c->attention, n, m->whole.n_heads * head_dim, head_dim, packs);
         in = llm__fwd_prepare_rows(w, c, &layer->attention_out, &c->attention, n, llm__attn_packs_heads(c));
-        llm__linear(w, c, &layer->attention_out, &in, n, LLM__ADD, c->x, c->x_stride);
+        llm__linear(w, c, &layer->attention_out, &in, n, LLM__ADD, x, c->x_stride);
+        llm__fwd_meet_floats(w, c, c->x, n, c->x_stride, n_embd, LLM__EMBD_UNIT);
         in = llm__fwd_norm_rows(w, c, layer->ffn_norm, &layer->gate_up, n);
-        llm__linear(w, c, &layer->gate_up, &in, n, LLM__SWIGLU, c->ffn.x, c->ffn.stride);
+        llm__linear(w, c, &layer->gate_up, &in, n, LLM__SWIGLU, c->ffn.x + m->ff.first, c->ffn.stride);
+        llm__fwd_meet_rows(w, c, &c->ffn, n, m->shape.n_ff, LLM__FF_UNIT, llm__fwd_in_panels(c, &layer->gate_up, n));
         in = llm__fwd_prepare_rows(w, c, &layer->down, &c->ffn, n, true);
         llm__fwd_poll_cancel(w, c, mode);
-        llm__linear(w, c, &layer->down, &in, n, LLM__ADD, c->x, c->x_stride);
+        llm__linear(w, c, &layer->down, &in, n, LLM__ADD, x, c->x_stride);
+        llm__fwd_meet_floats(w, c, c->x, n, c->x_stride, n_embd, LLM__EMBD_UNIT);
     }
-    if (n && !c->cancelled) {
-        float *logits = c->logits + (size_t)c->pass->first_logits * (size_t)m->shape.n_vocab;
+    if (!m->is_last_stage) {
+        llm__fwd_send_rows(w, c, n);
+    } else if (n && !c->cancelled) {
+        int n_vocab = m->shape.n_vocab;
+        float *logits = c->logits + (size_t)c->pass->first_logits * (size_t)n_vocab;
         llm__fwd_rows in = llm__fwd_norm_rows(w, c, m->output_norm, &m->head, n);
-        if (c->pass->n_targets) llm__fwd_score_rows(w, c, n);
-        else llm__linear(w, c, &m->head, &in, n, LLM__STORE, logits, (size_t)m->shape.n_vocab);
+        if (c->pass->n_targets) {
+            llm__fwd_score_rows(w, c, n);
+        } else {
+            llm__linear(w, c, &m->head, &in, n, LLM__STORE, logits + m->vocab.first, (size_t)n_vocab);
+            llm__fwd_meet_floats(w, c, logits, n, (size_t)n_vocab, n_vocab, LLM__COLUMNS);
+        }
     }
     llm__kernels_leave(m->kernels, mode);
 }
 
 /* Cuts a list of rows into runs of one sequence that fit LLM__QUERY_ROWS; returns how many. */
 static int llm__fwd_group_queries(const llm__cpu_context *c, const int *rows, int n, llm__fwd_queries *queries) {
-    int most = LLM__QUERY_ROWS / (c->model->shape.n_heads / c->model->shape.n_kv_heads), n_queries = 0;
+    int most = LLM__QUERY_ROWS / c->model->group, n_queries = 0;
     for (int i = 0; i < n; i++) {
         llm__fwd_queries *q = n_queries ? &queries[n_queries - 1] : NULL;
         if (q && q->n < most && c->pass->seqs[rows[i]] == c->pass->seqs[rows[q->first]]) {
@@ -12430,14 +13422,35 @@ static int llm__fwd_group_queries(const llm__cpu_context *c, const int *rows, in
     return n_queries;
 }
 
+/* All stages get the logits of a call, and hear whether it was cancelled on any of them. */
+static void llm__fwd_share_logits(llm__cpu_context *c) {
+    llm_comm *pipeline = c->desc.pipeline;
+    const int32_t last = pipeline->size - 1;
+    unsigned flags = c->cancelled;
+    size_t n = (size_t)(c->pass->first_logits + c->pass->n_logits) * (size_t)c->model->whole.n_vocab * sizeof(float);
+    const llm_exchange x = {c->logits, 1, n, n, n, pipeline->size, &last, 1};
+    c->met = pipeline->exchange(pipeline, &x, &flags, c->err);
+    c->cancelled = flags != 0;
+}
+
 static llm_status llm__cpu_forward(void *context, const llm_backend_pass *pass, llm_error *err) {
     llm__cpu_context *c = (llm__cpu_context *)context;
+    llm_comm *pipeline = c->desc.pipeline;
     c->own_pass = *pass;
     c->pass = &c->own_pass;
-    c->cancelled = false;
+    c->cancelled = c->stopped;
+    c->wants_to_stop = false;
+    c->left = false;
+    c->met = LLM_OK;
+    c->err = err;
     c->n_all_queries = llm__fwd_group_queries(c, c->all_rows, pass->n_rows, c->all_queries);
     c->n_last_queries = llm__fwd_group_queries(c, pass->logit_rows, pass->n_logits, c->last_queries);
     llm__team_run(c->team, llm__fwd_task, c);
+    c->stopped = pipeline && c->cancelled && pass->more; /* all stages end the call together */
+    if (pass->stopped) *pass->stopped = c->cancelled;
+    else if (!c->met && pipeline && !pass->more) llm__fwd_share_logits(c);
+    if (c->met) return c->met;
+    if (c->stopped || pass->stopped) return LLM_OK;
     return c->cancelled ? llm__error(err, LLM_ERROR_CANCELLED, "the forward pass was cancelled") : LLM_OK;
 }
 
@@ -12445,6 +13458,7 @@ static llm_status llm__cpu_forward(void *context, const llm_backend_pass *pass, 
 static void llm__cpu_end_pass(llm__team *team) {
     if (!team->running || team->task != llm__fwd_task) return;
     ((llm__cpu_context *)team->arg)->cancelled = true;
+    ((llm__cpu_context *)team->arg)->left = true;
     llm__team_barrier(team);
     llm__team_wait(team);
 }
@@ -12454,7 +13468,7 @@ static const float *llm__cpu_logits(void *context, int i) {
     return c->logits + (size_t)i * (size_t)c->model->shape.n_vocab;
 }
 
-/* ==== 17 The CPU context ========================================================================================
+/* ==== 18 The CPU context ========================================================================================
 
    The CPU backend's contexts: scratch space, blocks of the cache, and the limits that benchmarks compare with. */
 
@@ -12477,21 +13491,41 @@ static llm_status llm__cpu_copy_block(void *context, int to, int from, llm_error
     return LLM_OK;
 }
 
+/* Where in a block as bytes, which has the planes of all ranks, a plane of this rank's is. */
+static size_t llm__cache_plane_offset(const llm__cpu_context *c, int plane) {
+    const llm__cpu_model *m = c->model;
+    int n = 2 * m->shape.n_kv_heads, layer = plane / n, rest = plane % n;
+    layer += m->layer_range.first;
+    return (size_t)(2 * (layer * m->whole.n_kv_heads + m->key_heads.first) + rest) * c->cache_block_bytes;
+}
+
 static llm_status llm__cpu_read_block(void *context, int block, void *bytes, llm_error *err) {
     llm__cpu_context *c = (llm__cpu_context *)context;
-    uint8_t *to = (uint8_t *)bytes;
-    (void)err;
-    for (int plane = 0; plane < llm__cache_n_planes(c); plane++, to += c->cache_block_bytes)
-        memcpy(to, llm__cache_plane(c, plane, block), c->cache_block_bytes);
-    return LLM_OK;
+    llm_comm *tensor = c->desc.tensor;
+    unsigned flags = 0;
+    for (int plane = 0; plane < llm__cache_n_planes(c); plane++)
+        memcpy((uint8_t *)bytes + llm__cache_plane_offset(c, plane), llm__cache_plane(c, plane, block),
+               c->cache_block_bytes);
+    /* Of key heads that two ranks have, either may give them: each has those that are its own by their number alone. */
+    int n = c->model->whole.n_kv_heads;
+    size_t layer_bytes = (size_t)n * 2 * c->cache_block_bytes;
+    const llm_exchange x = llm__fwd_shared_rows((uint8_t *)bytes + (size_t)c->model->layer_range.first * layer_bytes,
+                                                c->model->shape.n_layers, (size_t)n, n, 1, 2 * c->cache_block_bytes);
+    llm_status status = tensor ? tensor->exchange(tensor, &x, &flags, err) : LLM_OK;
+    for (int i = 0; i < llm__ranks_count(c->desc.pipeline) && c->desc.pipeline && !status; i++) {
+        const llm__ranks_range layers = llm__ranks_layers_of(&c->model->whole, i, c->desc.pipeline->size);
+        status = llm__comm_broadcast(c->desc.pipeline, i, (uint8_t *)bytes + (size_t)layers.first * layer_bytes,
+                                     (size_t)layers.n * layer_bytes, err);
+    }
+    return status;
 }
 
 static llm_status llm__cpu_write_block(void *context, int block, const void *bytes, llm_error *err) {
     llm__cpu_context *c = (llm__cpu_context *)context;
-    const uint8_t *from = (const uint8_t *)bytes;
     (void)err;
-    for (int plane = 0; plane < llm__cache_n_planes(c); plane++, from += c->cache_block_bytes)
-        memcpy(llm__cache_plane(c, plane, block), from, c->cache_block_bytes);
+    for (int plane = 0; plane < llm__cache_n_planes(c); plane++)
+        memcpy(llm__cache_plane(c, plane, block), (const uint8_t *)bytes + llm__cache_plane_offset(c, plane),
+               c->cache_block_bytes);
     return LLM_OK;
 }
 
@@ -12526,7 +13560,8 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_backend_shape *s, const llm_
     if (z.x_stride / 32 > z.n_lines) z.n_lines = z.x_stride / 32;
     if (!llm__cpu_may_group(d->dtype)) z.n_lines = 0;
     z.scratch_floats = rows * (3 * (size_t)z.head_stride + LLM__SCORES + 4);
-    if (z.scratch_floats < LLM__SCORED_ROWS * LLM__COLUMNS) z.scratch_floats = LLM__SCORED_ROWS * LLM__COLUMNS;
+    size_t scored = (size_t)LLM__SCORED_ROWS * LLM__COLUMNS;
+    if (z.scratch_floats < scored) z.scratch_floats = scored;
     z.n_parts = (size_t)(s->n_vocab + LLM__COLUMNS - 1) / LLM__COLUMNS;
     /* Splitting pays up to 4 pieces a thread (see llm__attn_count_chunks), and is for one sequence at its full length. */
     int few = LLM__SPLIT_ROWS * group < LLM__QUERY_ROWS ? LLM__SPLIT_ROWS * group : most;
@@ -12578,7 +13613,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     llm__cpu_context *c = (llm__cpu_context *)llm__alloc_zero(env, 1, sizeof *c);
     const llm_backend_shape *s = &args->model->shape;
     const llm__cpu_context *lender = (const llm__cpu_context *)args->desc->lender;
-    llm__cpu_sizes z = llm__cpu_find_sizes(s, args->desc, args->model->kernels);
+    llm__cpu_sizes z = llm__cpu_find_sizes(&args->model->whole, args->desc, args->model->kernels);
     size_t n_batch = (size_t)args->desc->n_batch, half = (size_t)s->rope_dim / 2;
     c->model = args->model;
     c->desc = *args->desc;
@@ -12595,7 +13630,10 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     c->x_stride = z.x_stride;
     c->qkv_stride = z.qkv_stride;
     c->scratch_floats = z.scratch_floats;
-    c->x = (float *)llm__alloc_zero(env, n_batch * z.x_stride, sizeof(float));
+    size_t message = LLM__MESSAGE_HEAD + n_batch * z.x_stride;
+    c->x = (float *)llm__alloc_zero(env, message, sizeof(float)) + LLM__MESSAGE_HEAD;
+    for (int i = 0; i < 2 && !args->model->is_last_stage; i++)
+        c->outgoing[i] = (float *)llm__alloc(env, message, sizeof(float));
     c->qkv = (float *)llm__alloc_zero(env, n_batch * z.qkv_stride, sizeof(float));
     llm__kernel_group *lines = (llm__kernel_group *)llm__alloc_zero(env, z.n_rows * z.n_lines, sizeof *lines);
     c->normed = llm__fwd_rows_create(env, n_batch, z.n_rows, z.x_stride, lines, z.panels);
@@ -12754,7 +13792,7 @@ static const llm_backend llm__cpu_backend = {
     NULL,
 };
 
-/* ==== 18 Models =================================================================================================
+/* ==== 19 Models =================================================================================================
 
    Loading a model: from a checkpoint and its hyperparameters to weights on a backend. */
 
@@ -12783,13 +13821,6 @@ typedef struct llm__model_load_args {
     const llm_backend *backend;
     void *device; /* closed if loading fails after it was opened */
 } llm__model_load_args;
-
-static uint64_t llm__hash_fnv(uint64_t hash, const void *bytes, size_t n) { /* FNV-1a, eight bytes at a time */
-    const uint8_t *p = (const uint8_t *)bytes;
-    for (; n >= 8; n -= 8, p += 8) hash = (hash ^ llm__bytes_u64(p)) * 0x100000001B3u;
-    for (; n; n--, p++) hash = (hash ^ *p) * 0x100000001B3u;
-    return hash;
-}
 
 /* The pair of dimensions (as a real number) that makes this many turns within the original context length. */
 static double llm__rope_yarn_pair(const llm__hparams *h, double turns) {
@@ -12922,10 +13953,31 @@ static llm__tensor llm__model_get_column(llm__env *env, const llm__checkpoint *c
     return t;
 }
 
-/* Describes a weight that consists of up to three tensors of the file. */
-static llm_backend_weight llm__model_make_weight(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h,
-                                                 llm__weight_source *source, llm_backend_weight_kind kind, int layer,
-                                                 int cols) {
+/* Calls visit for every weight of the model, in order of use. */
+typedef struct llm__model_walk {
+    llm__env *env;
+    const llm__checkpoint *ck;
+    const llm__hparams *h;
+    void (*visit)(struct llm__model_walk *walk, const llm_backend_weight *weight);
+    const llm_backend *backend;
+    void *device;
+    llm_dtype dtype;
+    const llm_backend_shape *shape;
+    const llm_comm *tensor, *pipeline; /* the ranks that share each weight, and those that have others, or NULL */
+    uint64_t n_params, weight_bytes, weight_bytes_per_token;
+    uint64_t fingerprint; /* the same for every dtype */
+    struct {
+        const char *name;
+        uint64_t n_params;
+    } held[LLM__N_TYPES]; /* matrices' parameters by the name of what holds them, up to the first NULL */
+} llm__model_walk;
+
+/* Describes a weight that consists of up to three tensors of the file, of whose rows a rank may have only some. */
+static llm_backend_weight llm__model_make_weight(const llm__model_walk *walk, llm__weight_source *source,
+                                                 llm_backend_weight_kind kind, int layer, int cols) {
+    llm__env *env = walk->env;
+    const llm__checkpoint *ck = walk->ck;
+    const llm__hparams *h = walk->h;
     bool in_layer = kind != LLM_WEIGHT_EMBEDDING && kind != LLM_WEIGHT_OUTPUT_NORM && kind != LLM_WEIGHT_HEAD;
     bool rotated = kind == LLM_WEIGHT_QKV || kind == LLM_WEIGHT_QKV_BIAS;
     int rows[3];
@@ -12951,12 +14003,22 @@ static llm_backend_weight llm__model_make_weight(llm__env *env, const llm__check
         source->parts[i] = kind == LLM_WEIGHT_QKV_BIAS ? llm__model_get_column(env, ck, name, n)
                                                        : llm__tensor_get(env, ck, name, n, (uint64_t)cols);
         if (rotated && i < 2 && h->interleaved_rope) source->n_interleaved[i] = h->head_dim;
+        const llm__ranks_range share = llm__ranks_rows(walk->tensor, walk->shape, kind, i, rows[i]);
+        source->first[i] = share.first;
+        source->n[i] = share.n;
         source->n_parts++;
-        w.rows += rows[i];
-        w.part_rows[w.n_parts] = rows[i];
+        w.rows += share.n;
+        w.part_rows[w.n_parts] = share.n;
         w.part_types[w.n_parts++] = (int)source->parts[i].type->type;
         w.has_q8_0 = w.has_q8_0 || source->parts[i].type->type == LLM__Q8_0;
     }
+    for (int i = 1; i < w.n_parts && kind == LLM_WEIGHT_QKV; i++)
+        if (llm__ranks_count(walk->tensor) > 1 && h->head_dim % 16 &&
+            llm__weight_type_for(walk->dtype, w.part_types[i]) != llm__weight_type_for(walk->dtype, w.part_types[0]))
+            llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                      "the queries, keys and values of layer %d are of different types, and heads of %d numbers do not "
+                      "fill tiles of 16: ranks cannot share them. Load the model as bf16 or int8, or in a pipeline",
+                      layer, h->head_dim);
     return w;
 }
 
@@ -12966,23 +14028,6 @@ static int llm__model_weight_cols(const llm__hparams *h, llm_backend_weight_kind
     if (kind == LLM_WEIGHT_Q_NORM || kind == LLM_WEIGHT_K_NORM) return h->head_dim;
     return kind == LLM_WEIGHT_DOWN ? h->n_ff : h->n_embd;
 }
-
-/* Calls visit for every weight of the model, in order of use. */
-typedef struct llm__model_walk {
-    llm__env *env;
-    const llm__checkpoint *ck;
-    const llm__hparams *h;
-    void (*visit)(struct llm__model_walk *walk, const llm_backend_weight *weight);
-    const llm_backend *backend;
-    void *device;
-    llm_dtype dtype;
-    uint64_t n_params, weight_bytes, weight_bytes_per_token;
-    uint64_t fingerprint; /* the same for every dtype */
-    struct {
-        const char *name;
-        uint64_t n_params;
-    } held[LLM__N_TYPES]; /* matrices' parameters by the name of what holds them, up to the first NULL */
-} llm__model_walk;
 
 /* What holds part i of a matrix: the file's type where it keeps its numbers, else the type it was made. */
 static const char *llm__model_held_name(const llm__model_walk *walk, const llm_backend_weight *weight, int i) {
@@ -12997,12 +14042,13 @@ static const char *llm__model_held_name(const llm__model_walk *walk, const llm_b
 }
 
 static void llm__model_count_held(llm__model_walk *walk, const llm_backend_weight *weight) {
+    const llm__weight_source *source = (const llm__weight_source *)weight->source; /* with the rows of all ranks */
     for (int i = 0; i < weight->n_parts; i++) {
         const char *name = llm__model_held_name(walk, weight, i);
         size_t at = 0;
         while (walk->held[at].name && strcmp(walk->held[at].name, name)) at++;
         walk->held[at].name = name;
-        walk->held[at].n_params += (uint64_t)weight->part_rows[i] * (uint64_t)weight->cols;
+        walk->held[at].n_params += source->parts[i].rows * (uint64_t)weight->cols;
     }
 }
 
@@ -13036,20 +14082,33 @@ static uint64_t llm__model_sample_tensor(uint64_t hash, const llm__tensor *t) {
     return hash;
 }
 
+/* Does this stage of the pipeline have a weight? */
+static bool llm__model_has_weight(const llm__model_walk *walk, llm_backend_weight_kind kind, int layer) {
+    const llm__ranks_range layers = llm__ranks_own_layers(walk->shape, walk->pipeline);
+    bool last = llm__ranks_is_last_stage(walk->pipeline);
+    if (kind == LLM_WEIGHT_EMBEDDING) return llm__ranks_is_first_stage(walk->pipeline) || (last && walk->h->tied_head);
+    if (kind == LLM_WEIGHT_OUTPUT_NORM || kind == LLM_WEIGHT_HEAD) return last;
+    return layers.first <= layer && layer < layers.first + layers.n;
+}
+
 static void llm__model_walk_weight(llm__model_walk *walk, llm_backend_weight_kind kind, int layer) {
     llm__env *env = walk->env;
     llm__weight_source source;
-    llm_backend_weight w =
-        llm__model_make_weight(env, walk->ck, walk->h, &source, kind, layer, llm__model_weight_cols(walk->h, kind));
+    llm_backend_weight w = llm__model_make_weight(walk, &source, kind, layer, llm__model_weight_cols(walk->h, kind));
     uint8_t *brought[3] = {NULL, NULL, NULL};
     size_t n_read = 0;
-    bool vector = w.rows == 1 || w.cols == 1;
+    uint64_t rows = 0; /* of all ranks together */
+    for (int i = 0; i < source.n_parts; i++) rows += source.parts[i].rows;
+    bool vector = rows == 1 || w.cols == 1;
     uint64_t bytes = vector ? (uint64_t)w.rows * (uint64_t)w.cols * 4 : walk->backend->weight_bytes(walk->dtype, &w);
-    walk->n_params += (uint64_t)w.rows * (uint64_t)w.cols;
-    walk->weight_bytes += bytes;
+    bool own = llm__model_has_weight(walk, kind, layer),
+         tied = walk->h->tied_head && llm__ranks_is_last_stage(walk->pipeline);
+    walk->n_params += rows * (uint64_t)w.cols;
     if (!vector) llm__model_count_held(walk, &w);
-    if (kind != LLM_WEIGHT_EMBEDDING || walk->h->tied_head) walk->weight_bytes_per_token += bytes;
+    if (own) walk->weight_bytes += bytes;
+    if (own && (kind != LLM_WEIGHT_EMBEDDING || tied)) walk->weight_bytes_per_token += bytes;
     if (!walk->visit) return;
+    if (own && w.layer) w.layer -= llm__ranks_own_layers(walk->shape, walk->pipeline).first;
     for (int i = 0; i < source.n_parts; i++) {
         brought[i] = llm__tensor_bytes(env, &source.parts[i]);
         llm__file_advise(source.parts[i].file, source.parts[i].data, source.parts[i].rows * source.parts[i].row_bytes,
@@ -13057,7 +14116,7 @@ static void llm__model_walk_weight(llm__model_walk *walk, llm_backend_weight_kin
         walk->fingerprint = llm__model_sample_tensor(walk->fingerprint, &source.parts[i]);
     }
     source.n_read = &n_read;
-    walk->visit(walk, &w);
+    if (own) walk->visit(walk, &w);
     for (int i = 0; i < source.n_parts; i++) {
         if (!brought[i])
             llm__file_advise(source.parts[i].file, source.parts[i].data,
@@ -13107,6 +14166,8 @@ static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *d
         llm__fail(env, LLM_ERROR_ARGUMENT, "desc.dtype is %d, which is no type to run in", (int)d.dtype);
     if (d.n_threads < 0 || d.n_threads > 1024) llm__fail(env, LLM_ERROR_ARGUMENT, "desc.n_threads is %d", d.n_threads);
     if (d.n_threads == 0) d.n_threads = llm__team_default_threads();
+    if ((d.tensor || d.pipeline) && d.backend != &llm__cpu_backend)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the backend %s does not work in several ranks", d.backend->name);
     return d;
 }
 
@@ -13140,20 +14201,26 @@ static llm_model_info llm__model_info(const llm__hparams *h, const llm__model_wa
     info->weight_bytes_per_token = walk->weight_bytes_per_token;
     llm__model_describe_held(walk, info->held, sizeof info->held);
     info->isa = llm__kernels_choose(desc->isa)->name;
+    const llm_backend_shape own = llm__ranks_shape(shape, desc);
+    info->n_own_layers = own.n_layers;
+    info->n_own_kv_heads = own.n_kv_heads;
     info->cache_bytes_per_token =
-        desc->backend->block_bytes(shape, llm__model_cache_dtype(desc->backend, desc->dtype)) / LLM_CACHE_BLOCK;
+        desc->backend->block_bytes(&own, llm__model_cache_dtype(desc->backend, desc->dtype)) / LLM_CACHE_BLOCK;
     return made;
 }
 
 static llm__model_walk llm__model_start_walk(llm__env *env, const llm__checkpoint *ck, const llm__hparams *h,
-                                             const llm_backend *backend, llm_dtype dtype) {
+                                             const llm_backend_shape *shape, const llm_model_desc *desc) {
     llm__model_walk walk;
     memset(&walk, 0, sizeof walk);
     walk.env = env;
     walk.ck = ck;
     walk.h = h;
-    walk.backend = backend;
-    walk.dtype = dtype;
+    walk.shape = shape;
+    walk.backend = desc->backend;
+    walk.dtype = desc->dtype;
+    walk.tensor = desc->tensor;
+    walk.pipeline = desc->pipeline;
     return walk;
 }
 
@@ -13266,8 +14333,12 @@ static void llm__model_make_plan(llm__env *env, const llm__file_source *source, 
     plan->h = llm__hparams_read(env, plan->ck);
     env->pool = outer;
     plan->shape = llm__model_find_shape(env, &plan->h, plan->ck);
+    if (llm__ranks_count(desc->pipeline) > plan->shape.n_layers)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "%d stages of a pipeline cannot share %d layers", desc->pipeline->size,
+                  plan->shape.n_layers);
     plan->dtype = llm__model_plan_dtype(plan->ck, desc->dtype);
-    plan->walk = llm__model_start_walk(env, plan->ck, &plan->h, desc->backend, plan->dtype);
+    plan->walk = llm__model_start_walk(env, plan->ck, &plan->h, &plan->shape, desc);
+    plan->walk.dtype = plan->dtype;
     llm__model_walk_weights(&plan->walk);
     llm__tensor_refuse_unused(env, plan->ck);
 }
@@ -13289,7 +14360,7 @@ static void llm__model_load_body(llm__env *env, void *arg) {
     if (llm_tokenizer_n_vocab(model->tokenizer) > plan.h.n_vocab)
         llm__fail(env, LLM_ERROR_FORMAT, "the vocabulary has %d tokens, but the embedding only %d rows",
                   llm_tokenizer_n_vocab(model->tokenizer), plan.h.n_vocab);
-    llm__model_walk walk = llm__model_start_walk(env, ck, &plan.h, model->backend, desc.dtype);
+    llm__model_walk walk = llm__model_start_walk(env, ck, &plan.h, &model->shape, &desc);
     walk.fingerprint = llm__model_hash_shape(&model->shape);
     llm_status status = model->backend->open(&args->device, &model->shape, &desc, env->err);
     if (status) {
@@ -13316,6 +14387,15 @@ static void llm__model_load_body(llm__env *env, void *arg) {
              llm__clock_now() - start);
 }
 
+/* All ranks must have the same weights and hyperparameters, and compute in the same way: what they exchange lies as the
+   instruction set wants it. */
+static uint64_t llm__model_hash_rank(const llm_model *model) {
+    int n[] = {LLM__RANKS_VERSION, llm_tokenizer_n_vocab(model->tokenizer), llm__ranks_count(model->desc.tensor),
+               llm__ranks_count(model->desc.pipeline)};
+    uint64_t hash = llm__hash_fnv(model->info.fingerprint, n, sizeof n);
+    return llm__hash_fnv(hash, model->kernels->name, strlen(model->kernels->name));
+}
+
 static llm_status llm__model_load(llm_model **out, const llm__file_source *source, const llm_model_desc *desc,
                                   llm_error *err) {
     llm__model_load_args args;
@@ -13329,10 +14409,14 @@ static llm_status llm__model_load(llm_model **out, const llm__file_source *sourc
     if (desc) args.desc = *desc;
     llm_status status = llm__file_check_source(source, err);
     if (!status) status = llm__host_check(&args.desc.host, err);
-    if (status) return status;
+    if (status) return llm__ranks_agree(args.desc.tensor, args.desc.pipeline, true, status, err);
     llm__pool_init(&pool, &args.desc.host);
     llm__env_init(&env, &pool, err, source->path);
     status = llm__env_run(&env, llm__model_load_body, &args);
+    status = llm__ranks_agree(args.desc.tensor, args.desc.pipeline, true, status, err);
+    if (!status)
+        status = llm__ranks_agree_on_hash(args.desc.tensor, args.desc.pipeline, llm__model_hash_rank(*out),
+                                          "the model: file, type, instruction set, ranks or version differ", err);
     if (status) {
         *out = NULL;
         if (args.device) args.backend->close(args.device);
@@ -13636,7 +14720,7 @@ LLM_API llm_status llm_quantize_directory(const char *from, const char *to, cons
     return llm__error_done(err, status);
 }
 
-/* ==== 19 Contexts and sequences =================================================================================
+/* ==== 20 Contexts and sequences =================================================================================
 
    A context is a cache, scratch space and the threads that compute, for up to n_seq sequences. */
 
@@ -13649,6 +14733,7 @@ typedef struct llm__ctx_targets {
     llm_token *pass_ids;   /* [n]                                                                         */
     int *pass_rows, *from; /* [n] index into the pass's logit_rows; index of the target above */
     float *log_probs;      /* [n] the results                                                             */
+    bool stopped;          /* in a pipeline, some stage wants to stop                                     */
 } llm__ctx_targets;
 
 struct llm_context {
@@ -13749,6 +14834,7 @@ typedef struct llm__ctx_args {
     llm_context_desc desc;
     const llm_context *lender; /* lends its threads, and its cache if share_cache; see llm_backend_desc */
     bool share_cache;
+    llm_comm *tensor, *pipeline;
     void *device;
 } llm__ctx_args;
 
@@ -13765,6 +14851,8 @@ static void llm__ctx_body(llm__env *env, void *arg) {
     ctx->backend_desc = llm__ctx_backend_desc(&d, model->info.dtype, model->info.isa);
     ctx->backend_desc.lender = args->lender ? args->lender->device : NULL;
     ctx->backend_desc.share_cache = args->share_cache;
+    ctx->backend_desc.tensor = args->tensor;
+    ctx->backend_desc.pipeline = args->pipeline;
     if (!args->share_cache) llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
     ctx->tokens = (llm_token *)llm__alloc(env, n_batch, sizeof *ctx->tokens);
     ctx->positions = (int *)llm__alloc(env, n_batch, sizeof(int));
@@ -13788,6 +14876,12 @@ static void llm__ctx_body(llm__env *env, void *arg) {
     *args->out = ctx;
 }
 
+/* What ranks must agree on. */
+static uint64_t llm__ctx_hash(const llm_context_desc *d) {
+    int n[] = {d->n_ctx, d->n_seq, d->n_cache, d->n_batch, d->n_logits, (int)d->cache_dtype};
+    return llm__hash_fnv(0, n, sizeof n);
+}
+
 static llm_status llm__ctx_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
                                   const llm_context *lender, bool share_cache, llm_error *err) {
     llm__ctx_args args;
@@ -13805,10 +14899,20 @@ static llm_status llm__ctx_create(llm_context **out, const llm_model *model, con
     llm_status status = llm__env_run(&env, llm__ctx_defaults_body, &defaults);
     if (status) return status;
     llm__pool_init(&pool, &args.desc.host);
-    status = llm__env_run(&env, llm__ctx_body, &args);
+    status = llm__comm_duplicate(model->desc.tensor, &args.tensor, err);
+    if (!status) status = llm__comm_duplicate(model->desc.pipeline, &args.pipeline, err);
+    if (!status) {
+        status = llm__env_run(&env, llm__ctx_body, &args);
+        status = llm__ranks_agree(args.tensor, args.pipeline, true, status, err);
+    }
+    if (!status)
+        status = llm__ranks_agree_on_hash(args.tensor, args.pipeline, llm__ctx_hash(&args.desc),
+                                          "the context: a number in llm_context_desc differs", err);
     if (status) {
         *out = NULL;
         model->backend->context_free(args.device);
+        llm_comm_free(args.tensor);
+        llm_comm_free(args.pipeline);
         llm__pool_free(&pool);
     }
     return status;
@@ -13826,8 +14930,11 @@ LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model,
 LLM_API void llm_context_free(llm_context *ctx) {
     if (!ctx) return;
     llm__pool pool = ctx->pool;
+    llm_comm *tensor = ctx->backend_desc.tensor, *pipeline = ctx->backend_desc.pipeline;
     ctx->model->backend->context_free(ctx->device);
     llm__pool_free(&ctx->work);
+    llm_comm_free(tensor);
+    llm_comm_free(pipeline);
     llm__pool_free(&pool);
 }
 
@@ -13901,7 +15008,10 @@ static llm_status llm__ctx_enter(llm_context *ctx, const void *frame, llm_error 
     if (ctx->callback && (uintptr_t)frame <= ctx->callback)
         return llm__error(err, LLM_ERROR_ARGUMENT,
                           "the context was used inside one of its own callbacks, which must return first");
-    if (ctx->callback || ctx->unsettled || ctx->targets || ctx->work.blocks) llm__ctx_settle(ctx);
+    if (!ctx->callback && !ctx->unsettled && !ctx->targets && !ctx->work.blocks) return LLM_OK;
+    llm_comm_abort(ctx->backend_desc.tensor, "another rank's callback did not return to its call");
+    llm_comm_abort(ctx->backend_desc.pipeline, "another rank's callback did not return to its call");
+    llm__ctx_settle(ctx);
     return LLM_OK;
 }
 
@@ -13949,11 +15059,22 @@ LLM_API llm_status llm_memory_estimate(const llm_model_info *info, const llm_con
     if (status) return status;
     llm_backend_shape shape = llm__ctx_shape_of(info);
     llm_backend_desc b = llm__ctx_backend_desc(&c, info->dtype, info->isa);
+    llm_backend_shape own = shape;
+    own.n_layers = info->n_own_layers;
+    own.n_kv_heads = info->n_own_kv_heads;
     out->weights = info->weight_bytes;
-    out->cache = (uint64_t)b.n_cache_blocks * info->backend->block_bytes(&shape, b.cache_dtype);
+    out->cache = (uint64_t)b.n_cache_blocks * info->backend->block_bytes(&own, b.cache_dtype);
     out->scratch = info->backend->scratch_bytes(&shape, &b) + (uint64_t)shape.n_vocab * 8 +
                    (uint64_t)c.n_seq * ((uint64_t)c.n_ctx * 4 + (uint64_t)llm__cache_blocks_for(c.n_ctx) * 4);
     return llm__error_done(err, LLM_OK);
+}
+
+/* A call that fails on one rank alone, as memory does, must end it on all. */
+static llm_status llm__ctx_tell_ranks(const llm_context *ctx, llm_status status) {
+    if (status != LLM_ERROR_MEMORY) return status;
+    llm_comm_abort(ctx->backend_desc.tensor, "another rank is out of memory");
+    llm_comm_abort(ctx->backend_desc.pipeline, "another rank is out of memory");
+    return status;
 }
 
 /* ---- Sequences ---- */
@@ -14193,6 +15314,7 @@ static void llm__ctx_place_targets(llm_context *ctx, llm_backend_pass *pass) {
     pass->targets = t->pass_ids;
     pass->target_rows = t->pass_rows;
     pass->log_probs = t->log_probs;
+    pass->stopped = ctx->backend_desc.pipeline ? &t->stopped : NULL;
 }
 
 static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *batch, bool keep, llm_error *err) {
@@ -14210,11 +15332,14 @@ static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *bat
         llm__ctx_build_pass(ctx, batch, first, n, &pass);
         pass.cancel = ctx->cancel ? llm__ctx_poll_host : NULL;
         pass.cancel_user = ctx;
+        pass.more = first + n < batch->n_tokens;
         if (ctx->targets) llm__ctx_place_targets(ctx, &pass);
         if (ctx->targets && ctx->targets->count_only) continue;
         llm_status status = backend->forward(ctx->device, &pass, err);
         if (status) return status;
-        if (keep) memcpy(ctx->old_lengths, ctx->cache.lengths, (size_t)ctx->desc.n_seq * sizeof(int));
+        /* A pipeline's passes of a call that was cancelled go on to its end, with nothing in them. */
+        if (keep && !ctx->backend_desc.pipeline)
+            memcpy(ctx->old_lengths, ctx->cache.lengths, (size_t)ctx->desc.n_seq * sizeof(int));
     }
     return LLM_OK;
 }
@@ -14248,7 +15373,7 @@ LLM_API const float *llm_logits(const llm_context *ctx, int i) {
     return NULL;
 }
 
-/* ==== 20 Sampler ================================================================================================
+/* ==== 21 Sampler ================================================================================================
 
    Logits become a probability distribution, from which one token is drawn. The order is: biases, repetition penalty,
    temperature, top-k, top-p, min-p. All arithmetic is fixed, so a seed gives the same text everywhere. Top-p is from
@@ -14530,7 +15655,7 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
     return choice.n ? llm__sampler_draw_choice(&choice, sampler) : -1;
 }
 
-/* ==== 21 Speculative decoding ===================================================================================
+/* ==== 22 Speculative decoding ===================================================================================
 
    A pass for a few tokens reads the weights once, like a pass for one token. So guessed tokens can be checked almost
    for free. In each round the draft guesses some tokens, and the model computes the last token and the guesses in one
@@ -14654,7 +15779,8 @@ static llm_status llm__spec_call_draft(llm__spec *sp, llm_token last, const int 
     llm__ctx_begin_callback(ctx);
     llm_status status = sp->draft->propose(sp->draft->user, &request, &sp->guesses, &why);
     llm__ctx_end_callback(ctx);
-    if (status == LLM_ERROR_CANCELLED) return llm__error(err, status, "the draft was cancelled");
+    if (llm__ranks_any(ctx->backend_desc.tensor, ctx->backend_desc.pipeline, status == LLM_ERROR_CANCELLED))
+        return llm__error(err, LLM_ERROR_CANCELLED, "the draft was cancelled");
     if (status) {
         llm__ctx_begin_callback(ctx);
         llm__log(&ctx->desc.host, "decoding goes on without the draft %s: %s", sp->draft->name, why.message);
@@ -14692,7 +15818,8 @@ static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_e
        the draws, the text would follow another distribution. */
     int planned = llm__spec_best_guesses(s, pass_seconds, 0, most, 0);
     llm_status status = llm__spec_call_draft(sp, last, wanted, err);
-    double took = llm__clock_now() - start;
+    double took = llm__ranks_first_seconds(sp->ctx->backend_desc.tensor, sp->ctx->backend_desc.pipeline,
+                                           llm__clock_now() - start);
     sp->stats->draft_seconds += took;
     s->seconds += took;
     if (trial) s->trial_seconds += took;
@@ -14711,6 +15838,7 @@ static void llm__spec_time_pass(llm__spec *sp, double seconds) {
     int size = 0;
     sp->stats->pass_seconds += seconds;
     if (!sp->draft) return;
+    seconds = llm__ranks_first_seconds(sp->ctx->backend_desc.tensor, sp->ctx->backend_desc.pipeline, seconds);
     while (llm__spec_rows[size] < sp->n_checked + 1) size++;
     llm__spec_add_time(&sp->draft->learnt.passes[size], seconds);
     sp->draft->learnt.seconds += seconds;
@@ -14961,7 +16089,9 @@ static llm_status llm__draft_model_context(llm__draft_model_args *a, bool *share
     llm_context_desc desc = a->target->desc;
     bool same_backend = model->backend == a->target->model->backend;
     llm_status status = LLM_ERROR_UNSUPPORTED;
-    *shares_cache = same_backend && model->source == a->target->model->source;
+    const llm_model_desc *own = &model->desc, *target = &a->target->model->desc;
+    *shares_cache = same_backend && model->source == a->target->model->source && own->tensor == target->tensor &&
+                    own->pipeline == target->pipeline;
     desc.n_logits = 1;
     if (*shares_cache) {
         desc.n_batch = 1; /* it reads the last token, then its own guesses */
@@ -15022,7 +16152,7 @@ LLM_API void llm_draft_free(llm_draft *draft) {
     memset(draft, 0, sizeof *draft);
 }
 
-/* ==== 22 Generation =============================================================================================
+/* ==== 23 Generation =============================================================================================
 
    Prompt in, text out: encode the prompt, run the part that the cache does not hold, then draw, show and run one token
    at a time, or several with a draft. */
@@ -15202,6 +16332,7 @@ static bool llm__gen_show_token(llm__env *env, const llm__gen_args *a, llm__gen_
     if (a->desc->on_token && !a->desc->on_token(a->desc->user, token, bytes, n_bytes)) box->refused = true;
     llm__ctx_end_callback(a->ctx);
     llm__gen_outbox_add(env, box, tokenizer, token);
+    box->refused = llm__ranks_any(a->ctx->backend_desc.tensor, a->ctx->backend_desc.pipeline, box->refused);
     if (box->stop_index >= 0) {
         stats->stop = LLM_STOP_STRING;
         stats->stop_index = box->stop_index;
@@ -15477,7 +16608,7 @@ static llm_status llm__gen_run(llm_context *ctx, const llm_generate_desc *desc, 
     status = llm__env_run(&env, body, &args);
     llm__ctx_roll_back(ctx);
     llm__pool_free(&ctx->work);
-    return llm__error_done(err, status);
+    return llm__error_done(err, llm__ctx_tell_ranks(ctx, status));
 }
 
 LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err) {
@@ -15488,7 +16619,7 @@ LLM_API llm_status llm_prefill(llm_context *ctx, const llm_generate_desc *desc, 
     return llm__gen_run(ctx, desc, stats, llm__gen_prefill_body, err);
 }
 
-/* ==== 23 Scoring ================================================================================================
+/* ==== 24 Scoring ================================================================================================
 
    llm_score computes how likely endings are after their contexts. The text of a question with one ending is its
    context followed by that ending. All texts of a question share a prefix: the context and the first tokens that all
@@ -15574,6 +16705,20 @@ typedef struct llm__score_slot {
     int at;       /* its first token that is not in a batch yet */
 } llm__score_slot;
 
+/* A batch whose results are to come: in a pipeline the last stage has them, and the others begin more batches
+   meanwhile. */
+typedef struct llm__score_pending {
+    int n;
+    float *log_probs; /* [1 + n_batch * most_endings] behind a number that says whether to stop            */
+    size_t *credits;  /* [n_batch * most_endings] the first result that a prediction is part of            */
+    int *n_credits;   /* [n_batch * most_endings] how many, one after the other                            */
+} llm__score_pending;
+
+/* A question whose last tokens are in a batch. */
+typedef struct llm__score_done {
+    int question, batch;
+} llm__score_done;
+
 typedef struct llm__scorer {
     llm__env *env;
     llm_context *ctx;
@@ -15595,29 +16740,107 @@ typedef struct llm__scorer {
     size_t *credits;      /* [n_batch * most_endings] the first result that a prediction counts for */
     int *n_credits;       /* [n_batch * most_endings] for how many consecutive results */
     llm__ctx_targets targets;
-    llm__score_slot *slots; /* [n_slots] slot i owns the sequences from i * most_endings on */
+    llm__score_pending *pending; /* [n_ahead + 1] the last batches                                        */
+    int n_ahead;                 /* batches begun before the results of one are settled; 0 but in a pipeline */
+    int n_begun, n_settled;      /* batches                                                               */
+    llm__score_done *finished;   /* [n_questions]                                                         */
+    int n_finished;              /* questions that are in batches to the end; those answered are in stats  */
+    bool wants_to_stop;          /* a callback of this rank                                               */
+    llm__score_slot *slots;      /* [n_slots] slot i has the sequences from i * most_endings on              */
     int n_slots;
 } llm__scorer;
 
-/* Computes the batch and empties it. The predictions of a text come in order, so its sum has the same bits in all
-   schedules. */
+static void llm__score_check(llm__scorer *s, llm_status status) {
+    if (!status) return;
+    s->env->status = status;
+    longjmp(s->env->unwind, 1);
+}
+
+static bool llm__score_cancel(void *user) {
+    llm__scorer *s = (llm__scorer *)user;
+    const llm_context_desc *d = &s->ctx->desc;
+    return s->wants_to_stop || (d->cancel && d->cancel(d->cancel_user));
+}
+
+/* The last stage sends the results of a batch to the others, and with them whether to stop. All stages begin as many
+   batches before they hear of it, so that they stop together. */
+static void llm__score_send_results(llm__scorer *s, llm__score_pending *p) {
+    llm_comm *pipeline = s->ctx->backend_desc.pipeline;
+    p->log_probs[0] = s->targets.stopped;
+    for (int i = 0; i < pipeline->size - 1; i++)
+        llm__score_check(s, pipeline->send(pipeline, i, p->log_probs, (1 + (size_t)p->n) * sizeof(float), s->env->err));
+}
+
+/* The oldest batch's results, waited for; says whether to stop. */
+static bool llm__score_take_results(llm__scorer *s, llm__score_pending **oldest) {
+    llm_comm *pipeline = s->ctx->backend_desc.pipeline;
+    llm__score_pending *p = *oldest = &s->pending[s->n_settled++ % (s->n_ahead + 1)];
+    if (!s->n_ahead) return false;
+    if (!llm__ranks_is_last_stage(pipeline))
+        llm__score_check(s, pipeline->receive(pipeline, pipeline->size - 1, p->log_probs,
+                                              (1 + (size_t)p->n) * sizeof(float), s->env->err));
+    return p->log_probs[0] != 0;
+}
+
+/* All messages have arrived: their memory can go. */
+static void llm__score_drain_results(llm__scorer *s) {
+    llm_comm *pipeline = s->ctx->backend_desc.pipeline;
+    for (int i = 0; s->n_ahead && llm__ranks_is_last_stage(pipeline) && i < pipeline->size - 1; i++)
+        llm__score_check(s, pipeline->drain(pipeline, i, 0, s->env->err));
+}
+
+/* A question is answered. In a pipeline, that a callback wants to stop goes along with the next batch. */
+static void llm__score_answered(llm__scorer *s, int question) {
+    s->stats->n_questions++;
+    if (!s->results) return;
+    llm__ctx_begin_callback(s->ctx);
+    bool stop =
+        s->desc.on_question && !s->desc.on_question(s->desc.user, question, s->results + s->first_result[question]);
+    llm__ctx_end_callback(s->ctx);
+    if (!llm__ranks_any(s->ctx->backend_desc.tensor, NULL, stop)) return;
+    s->wants_to_stop = true;
+    if (!s->n_ahead)
+        llm__fail(s->env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
+}
+
+/* Adds up the results of the oldest batch. A text's predictions come in order, so its sum is the same in all schedules.
+   */
+static void llm__score_settle_batch(llm__scorer *s) {
+    llm__score_pending *p;
+    int batch = s->n_settled;
+    if (llm__score_take_results(s, &p)) {
+        while (s->n_settled < s->n_begun) llm__score_take_results(s, &p);
+        llm__score_drain_results(s);
+        llm__fail(s->env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
+    }
+    for (int i = 0; i < p->n && s->results; i++)
+        for (int j = 0; j < p->n_credits[i]; j++) s->results[p->credits[i] + (size_t)j] += (double)p->log_probs[1 + i];
+    while (s->stats->n_questions < s->n_finished && s->finished[s->stats->n_questions].batch == batch)
+        llm__score_answered(s, s->finished[s->stats->n_questions].question);
+}
+
+/* Computes the batch and begins another. */
 static void llm__score_batch(llm__scorer *s) {
     llm_context *ctx = s->ctx;
+    llm__score_pending *p = &s->pending[s->n_begun % (s->n_ahead + 1)];
     llm_batch batch = {s->n, s->tokens, s->seqs, s->logits};
     if (s->n == 0) return;
+    s->targets.log_probs = p->log_probs + 1;
     ctx->targets = &s->targets;
-    llm_status status = llm__ctx_forward(ctx, &batch, false, ctx->desc.cancel, ctx->desc.cancel_user, s->env->err);
+    llm_status status = llm__ctx_forward(ctx, &batch, false, llm__score_cancel, s, s->env->err);
     ctx->targets = NULL;
     ctx->n_logits = 0;
-    if (status) {
-        s->env->status = status;
-        longjmp(s->env->unwind, 1);
+    llm__score_check(s, status);
+    p->n = s->targets.n;
+    for (int i = 0; i < p->n; i++) {
+        p->credits[i] = s->credits[s->targets.from[i]];
+        p->n_credits[i] = s->n_credits[s->targets.from[i]];
     }
-    for (int i = 0; i < s->targets.n && s->results; i++)
-        for (int j = 0; j < s->n_credits[s->targets.from[i]]; j++)
-            s->results[s->credits[s->targets.from[i]] + (size_t)j] += (double)s->targets.log_probs[i];
     s->stats->n_passes++;
     s->n = 0;
+    s->n_begun++;
+    if (s->n_ahead && llm__ranks_is_last_stage(ctx->backend_desc.pipeline)) llm__score_send_results(s, p);
+    while (s->n_begun - s->n_settled > s->n_ahead) llm__score_settle_batch(s);
 }
 
 /* Appends a token to a sequence. The caller has checked that the batch has room. */
@@ -15661,15 +16884,12 @@ static void llm__score_token(llm__scorer *s, int seq, int question, int ending, 
             llm__score_expect(s, llm__score_text_at(q, e, i + 1), result + (size_t)e, 1);
 }
 
-/* Counts one more finished ending of a question. */
+/* One more ending of a question is in a batch to its end. */
 static void llm__score_finished(llm__scorer *s, int question) {
     if (--s->unfinished[question]) return;
-    s->stats->n_questions++;
-    llm__ctx_begin_callback(s->ctx);
-    bool go_on = !s->results || !s->desc.on_question ||
-                 s->desc.on_question(s->desc.user, question, s->results + s->first_result[question]);
-    llm__ctx_end_callback(s->ctx);
-    if (!go_on) llm__fail(s->env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
+    llm__score_done finished = {question, s->n_begun - 1};
+    s->finished[s->n_finished++] = finished;
+    if (!s->n_ahead) llm__score_answered(s, question);
 }
 
 static void llm__score_drop(llm__scorer *s, int first_seq, int n) {
@@ -15741,7 +16961,7 @@ static bool llm__score_start_question(llm__scorer *s, int index, int question, i
 static void llm__score_packed(llm__scorer *s) {
     int64_t blocks_left = s->ctx->cache.n_blocks;
     int n_batch = s->ctx->desc.n_batch;
-    for (int next = 0; s->stats->n_questions < s->n_questions;) {
+    for (int next = 0; s->n_finished < s->n_questions;) {
         for (int i = 0; i < s->n_slots; i++)
             if (s->slots[i].question >= 0) llm__score_fill_from_slot(s, i);
         for (int i = 0; i < s->n_slots && s->n < n_batch; i++) {
@@ -15840,8 +17060,10 @@ static int llm__score_cut_by_waste(llm__env *env, const llm__score_text *texts, 
 static int *llm__score_cut_batches(llm__scorer *s, llm__score_text *texts, int n, bool to_shortest,
                                    const llm__score_room *room, int *n_batches) {
     int *ends = (int *)llm__alloc(s->env, (size_t)n + 1, sizeof *ends);
-    if (s->desc.schedule == LLM_SCHEDULE_FIXED) {
-        *n_batches = llm__score_cut_fixed(texts, n, s->desc.batch, room, ends);
+    bool fixed = s->desc.schedule == LLM_SCHEDULE_FIXED;
+    int size = fixed && to_shortest && s->desc.batch_context ? s->desc.batch_context : s->desc.batch;
+    if (fixed || (size && !to_shortest)) {
+        *n_batches = llm__score_cut_fixed(texts, n, size, room, ends);
         return ends;
     }
     qsort(texts, (size_t)n, sizeof *texts, llm__score_compare_texts);
@@ -15850,11 +17072,13 @@ static int *llm__score_cut_batches(llm__scorer *s, llm__score_text *texts, int n
     return ends;
 }
 
-/* Computes tokens [from, to) of n texts, each in its own sequence. Shorter texts are padded. */
-static void llm__score_rectangle(llm__scorer *s, const llm__score_text *texts, int n, int first_seq, int from, int to) {
+/* Computes tokens [from, to) of n texts, each in its sequence, at most `most` in a pass; those that are shorter are
+   padded. */
+static void llm__score_rectangle(llm__scorer *s, const llm__score_text *texts, int n, int first_seq, int from, int to,
+                                 int most) {
     for (int text = 0; text < n; text++)
         for (int i = from; i < to; i++) {
-            if (s->n == s->ctx->desc.n_batch) llm__score_batch(s);
+            if (s->n == most) llm__score_batch(s);
             if (i < from + texts[text].length) {
                 llm__score_token(s, first_seq + text, texts[text].question, texts[text].ending, i);
             } else {
@@ -15892,7 +17116,8 @@ static void llm__score_whole_texts(llm__scorer *s, llm__score_text *prefixes, ll
     int *ends = llm__score_cut_batches(s, texts, n, false, &room, &n_batches);
     for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
         int some = ends[batch] - from;
-        llm__score_rectangle(s, texts + from, some, 0, 0, llm__score_longest_text(texts + from, some));
+        llm__score_rectangle(s, texts + from, some, 0, 0, llm__score_longest_text(texts + from, some),
+                             s->ctx->desc.n_batch);
         llm__score_drop(s, 0, some);
         for (int i = from; i < from + some; i++) llm__score_finished(s, texts[i].question);
     }
@@ -15912,14 +17137,22 @@ static void llm__score_endings(llm__scorer *s, const llm__score_text *prefixes, 
             while (prefixes[parent].question != texts[from + i].question) parent++;
             llm__cache_fork(&s->ctx->cache, n + i, parent, base);
         }
-        llm__score_rectangle(s, texts + from, some, n, base, base + llm__score_longest_text(texts + from, some));
+        llm__score_rectangle(s, texts + from, some, n, base, base + llm__score_longest_text(texts + from, some),
+                             s->ctx->desc.n_batch);
         llm__score_drop(s, n, some);
     }
     llm__free(s->env->pool, ends);
 }
 
-/* Computes contexts in batches that are cut to the shortest of each batch, and after each batch what follows its
-   contexts. */
+/* Tokens of the passes in which a number of them is computed: all passes about the same. */
+static int llm__score_mini_batch(const llm__scorer *s, int n_tokens) {
+    int most = s->ctx->desc.n_batch;
+    if (s->desc.mini_batch && s->desc.mini_batch < most) most = s->desc.mini_batch;
+    int n_parts = (n_tokens + most - 1) / most;
+    return (n_tokens + n_parts - 1) / n_parts;
+}
+
+/* Contexts in batches, cut to the shortest of each; then, batch by batch, what follows. */
 static void llm__score_shared_prefixes(llm__scorer *s, llm__score_text *prefixes, llm__score_text *texts) {
     int n_blocks = s->ctx->cache.n_blocks, longest = 0, n_batches;
     for (int i = 0; i < s->n_questions; i++)
@@ -15935,7 +17168,7 @@ static void llm__score_shared_prefixes(llm__scorer *s, llm__score_text *prefixes
         int n = ends[batch] - from, shortest = group[0].length;
         for (int i = 1; i < n; i++)
             if (group[i].length < shortest) shortest = group[i].length;
-        llm__score_rectangle(s, group, n, 0, 0, shortest);
+        llm__score_rectangle(s, group, n, 0, 0, shortest, llm__score_mini_batch(s, n * shortest));
         llm__score_endings(s, group, n, shortest, texts);
         llm__score_drop(s, 0, n);
         for (int i = 0; i < n; i++)
@@ -16004,14 +17237,21 @@ static llm_score_desc llm__score_defaults(llm__env *env, const llm_score_desc *d
     if (desc) d = *desc;
     if (d.schedule < LLM_SCHEDULE_PACKED || d.schedule > LLM_SCHEDULE_DP)
         llm__fail(env, LLM_ERROR_ARGUMENT, "desc.schedule is %d, which is none", (int)d.schedule);
-    if (d.batch < 0 || d.min_tokens < 0 || d.min_context_tokens < 0)
+    if (d.batch < 0 || d.batch_context < 0 || d.min_tokens < 0 || d.min_context_tokens < 0 || d.mini_batch < 0)
         llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_score_desc is negative");
-    if (!d.batch) d.batch = 32;
+    if (!d.batch && d.schedule == LLM_SCHEDULE_FIXED) d.batch = 32;
     if (!d.min_tokens)
         d.min_tokens = 512; /* two cores with AVX-512 reach 90 % of their best rate there: bench --flops-table */
     if (!d.min_context_tokens)
         d.min_context_tokens = 4096; /* larger is better, since it gives the endings more choice */
     return d;
+}
+
+/* In a pipeline of p stages the last has a batch's results when the first begins the p-th after it; twice that leaves
+   room for stages that are late. No more than messages can be on their way. */
+static int llm__score_batches_ahead(const llm_comm *pipeline) {
+    if (!pipeline) return 0;
+    return 2 * pipeline->size < LLM__COMM_SLOTS - 2 ? 2 * pipeline->size : LLM__COMM_SLOTS - 2;
 }
 
 static void llm__score_alloc(llm__scorer *s) {
@@ -16022,6 +17262,14 @@ static void llm__score_alloc(llm__scorer *s) {
     s->logits = (bool *)llm__alloc(env, n_batch, sizeof *s->logits);
     s->first_target = (int *)llm__alloc_zero(env, n_batch + 1, sizeof *s->first_target);
     s->ids = (llm_token *)llm__alloc(env, n_targets, sizeof *s->ids);
+    s->n_ahead = s->results ? llm__score_batches_ahead(s->ctx->backend_desc.pipeline) : 0;
+    s->pending = (llm__score_pending *)llm__alloc_zero(env, (size_t)s->n_ahead + 1, sizeof *s->pending);
+    for (int i = 0; i <= s->n_ahead; i++) {
+        s->pending[i].log_probs = (float *)llm__alloc(env, n_targets + 1, sizeof(float));
+        s->pending[i].credits = (size_t *)llm__alloc(env, n_targets, sizeof(size_t));
+        s->pending[i].n_credits = (int *)llm__alloc(env, n_targets, sizeof(int));
+    }
+    s->finished = (llm__score_done *)llm__alloc(env, (size_t)s->n_questions, sizeof *s->finished);
     s->credits = (size_t *)llm__alloc(env, n_targets, sizeof *s->credits);
     s->n_credits = (int *)llm__alloc(env, n_targets, sizeof *s->n_credits);
     s->targets.first = s->first_target;
@@ -16030,7 +17278,6 @@ static void llm__score_alloc(llm__scorer *s) {
     s->targets.pass_ids = (llm_token *)llm__alloc(env, n_targets, sizeof *s->targets.pass_ids);
     s->targets.pass_rows = (int *)llm__alloc(env, n_targets, sizeof *s->targets.pass_rows);
     s->targets.from = (int *)llm__alloc(env, n_targets, sizeof *s->targets.from);
-    s->targets.log_probs = (float *)llm__alloc(env, n_targets, sizeof *s->targets.log_probs);
     s->n_slots = s->ctx->desc.n_seq / s->most_endings;
     s->slots = (llm__score_slot *)llm__alloc(env, (size_t)s->n_slots, sizeof *s->slots);
     for (int i = 0; i < s->n_slots; i++) s->slots[i].question = -1;
@@ -16063,6 +17310,11 @@ static void llm__score_body(llm__env *env, void *arg) {
     llm__score_alloc(s);
     if (s->desc.schedule == LLM_SCHEDULE_PACKED) llm__score_packed(s);
     else llm__score_rectangles(s, n_texts);
+    while (s->n_settled < s->n_begun) llm__score_settle_batch(s);
+    llm__score_drain_results(s);
+    /* A callback may have wanted to stop when no batch was left to go along with. */
+    if (s->n_ahead && llm__ranks_any(NULL, s->ctx->backend_desc.pipeline, s->wants_to_stop))
+        llm__fail(env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
     s->stats->seconds = llm__clock_now() - start;
 }
 
@@ -16089,7 +17341,7 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
     status = llm__env_run(&env, llm__score_body, &scorer);
     if (scorer.tokens) llm__score_drop(&scorer, 0, ctx->desc.n_seq);
     llm__pool_free(&ctx->work);
-    return llm__error_done(err, status);
+    return llm__error_done(err, llm__ctx_tell_ranks(ctx, status));
 }
 
 #if defined(__clang__)
@@ -16127,7 +17379,7 @@ OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
 SOFTWARE.
 */
 
-/* ==== 24 Kernel text ============================================================================================
+/* ==== 25 Kernel text ============================================================================================
 
    The text of the kernels. Section 12 includes this file once for each instruction set, and each time only what follows
    is compiled. */
@@ -17152,7 +18404,7 @@ LLM__TARGET static void LLM__FN(group_product)(llm__weight_type kind, const llm_
                                                int rows, const uint8_t *tiles, int n, int k, float *y,
                                                size_t y_stride) {
     enum { T = LLM__GROUP_TILES };
-    uint8_t wide[T][LLM__GROUPS * LLM__FN(wide_bytes)] __attribute__((aligned(64)));
+    uint8_t wide[T][(int)LLM__GROUPS * LLM__FN(wide_bytes)] __attribute__((aligned(64)));
     const size_t bytes = llm__matrix_tile_bytes(kind, k);
     const int n_groups = k / 32;
     for (int t = 0; t < n && rows == 1; t++)

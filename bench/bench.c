@@ -1,6 +1,6 @@
 /*  bench.c - how fast a model runs, beside what the machine allows.
 
-    build/bench -m MODEL [-p 512] [-n 128] [-d 0,2048] [--dtype bf16,int8,int4] [-t 1,2] [-r 5] [-o md|csv|json]
+    build/bench -m MODEL [-p 512] [-n 128] [-d 0,2048] [--dtype bf16,int8,int4] [-t 1,2] [-r 5] [-o md|csv|json|gpt-fast]
 
     For each type, thread count (without -t: one per physical core, and one more than these, which shows what a busy neighbour
     costs) and depth: the median rate of prefill (p tokens after d others), of decode (n tokens after d
@@ -19,6 +19,11 @@
 
     What checking guesses costs: the median time of a pass of so many rows, in turns, against one of the first.
 
+    mpirun -n 4 build/mpi/bench -m MODEL --tp 2 --pp 2
+
+    The first table, of a model that several processes share; -t is each one's threads. MB/token, MBU and limits are the
+    first rank's.
+
     build/bench -m MODEL --flops-table [-o md|csv]
 
     A table of the operations per second that the layers reach for a number of sequences of a length, in one pass. It
@@ -26,9 +31,11 @@
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
+#include "examples/ranks.h"
+
 #include <argp.h>
 
-enum { MOST = 16, MOST_ROWS = 64, KEY_DTYPE = 256, KEY_RANDOM, KEY_DRAFT, KEY_DRAFT_MAX, KEY_TEMP, KEY_ROWS, KEY_FLOPS_TABLE };
+enum { MOST = 16, MOST_ROWS = 64, KEY_DTYPE = 256, KEY_RANDOM, KEY_DRAFT, KEY_DRAFT_MAX, KEY_TEMP, KEY_ROWS, KEY_FLOPS_TABLE, KEY_TP, KEY_PP };
 
 typedef struct options {
     const char *model, *random, *format;
@@ -40,6 +47,7 @@ typedef struct options {
     const char *drafts[MOST], *texts[MOST];
     int n_drafts, n_texts, draft_max, rows[MOST], n_rows;
     float temperature; /* of what llm_generate says */
+    ranks ranks;
 } options;
 
 typedef struct result {
@@ -64,7 +72,9 @@ static const struct argp_option OPTIONS[] = {
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "most guesses in a pass (15)", 4},
     {"temp", KEY_TEMP, "T", 0, "temperature of what llm_generate says; small models repeat themselves at 0 (0)", 4},
     {"rows", KEY_ROWS, "LIST", 0, "passes of so many tokens, up to 64, to be compared", 4},
-    {"output", 'o', "FORMAT", 0, "md, csv or json (md)", 3},
+    {"tp", KEY_TP, "N", 0, "processes that share each layer (1)", 2},
+    {"pp", KEY_PP, "N", 0, "processes that have the layers in turn (1)", 2},
+    {"output", 'o', "FORMAT", 0, "md, csv, json, or gpt-fast: the lines that its users' scripts look for (md)", 3},
     {0}};
 
 /* "0,2048" into numbers. */
@@ -117,13 +127,16 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_TEMP:
         if (sscanf(arg, "%f", &opt->temperature) != 1 || !(opt->temperature >= 0)) argp_error(state, "'%s' is no temperature", arg);
         break;
+    case KEY_TP: opt->ranks.tp = parse_number(state, arg, 1); break;
+    case KEY_PP: opt->ranks.pp = parse_number(state, arg, 1); break;
     case KEY_ROWS: opt->n_rows = parse_list(state, arg, 1, opt->rows); break;
     case ARGP_KEY_ARG:
         if (opt->n_texts == MOST) argp_error(state, "these are more than %d texts", MOST);
         opt->texts[opt->n_texts++] = arg;
         break;
     case 'o':
-        if (strcmp(arg, "md") && strcmp(arg, "csv") && strcmp(arg, "json")) argp_error(state, "'%s' is none of md, csv, json", arg);
+        if (strcmp(arg, "md") && strcmp(arg, "csv") && strcmp(arg, "json") && strcmp(arg, "gpt-fast"))
+            argp_error(state, "'%s' is none of md, csv, json, gpt-fast", arg);
         opt->format = arg;
         break;
     case ARGP_KEY_END:
@@ -133,6 +146,8 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         if (opt->n_drafts && !opt->model) argp_error(state, "random weights do not continue texts: --draft needs -m");
         for (int i = 0; i < opt->n_rows; i++)
             if (opt->rows[i] > MOST_ROWS) argp_error(state, "--rows: at most %d", MOST_ROWS);
+        if ((opt->ranks.tp > 1 || opt->ranks.pp > 1) && (opt->n_drafts || opt->n_rows || opt->flops_table))
+            argp_error(state, "--tp and --pp go with the first table alone");
         if (opt->flops_table && !strcmp(opt->format, "json")) argp_error(state, "--flops-table comes as md or csv");
         break;
     default: return ARGP_ERR_UNKNOWN;
@@ -204,13 +219,16 @@ static void random_weight(llm__env *env, random_args *a, llm_backend_weight_kind
     const llm_backend_shape *s = &a->shape->shape;
     int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
     llm_backend_weight w = {.kind = kind, .layer = layer, .rows = 1, .cols = s->n_embd, .source = a->run, .read_row = random_row, .raw_row = no_raw_row};
-    if (kind == LLM_WEIGHT_EMBEDDING || kind == LLM_WEIGHT_HEAD) w.rows = s->n_vocab;
-    if (kind == LLM_WEIGHT_QKV) w.rows = q + 2 * kv;
-    if (kind == LLM_WEIGHT_GATE_UP) w.rows = 2 * s->n_ff;
-    if (kind == LLM_WEIGHT_ATTENTION_OUT || kind == LLM_WEIGHT_DOWN) w.rows = s->n_embd;
+    int parts[3] = {1, 0, 0};
+    if (kind == LLM_WEIGHT_EMBEDDING || kind == LLM_WEIGHT_HEAD) parts[0] = s->n_vocab;
+    if (kind == LLM_WEIGHT_QKV) parts[0] = q, parts[1] = parts[2] = kv;
+    if (kind == LLM_WEIGHT_GATE_UP) parts[0] = parts[1] = s->n_ff;
+    if (kind == LLM_WEIGHT_ATTENTION_OUT || kind == LLM_WEIGHT_DOWN) parts[0] = s->n_embd;
+    w.rows = 0;
+    for (int i = 0; i < 3; i++) w.rows += llm__ranks_rows(a->desc.tensor, s, kind, i, parts[i]).n;
     if (kind == LLM_WEIGHT_ATTENTION_OUT) w.cols = q;
     if (kind == LLM_WEIGHT_DOWN) w.cols = s->n_ff;
-    uint64_t bytes = w.rows == 1 ? 4 * (uint64_t)w.cols : a->model->backend->weight_bytes(a->desc.dtype, &w);
+    uint64_t bytes = parts[0] == 1 ? 4 * (uint64_t)w.cols : a->model->backend->weight_bytes(a->desc.dtype, &w);
     if (a->model->device) {
         if (a->model->backend->upload(a->model->device, &w, env->err)) llm__fail(env, env->err->code, "%s", env->err->message);
         return;
@@ -457,6 +475,11 @@ static void compare_draft(llm_context *ctx, const options *opt, const char *name
         }
         double before = median(rates, opt->n_rounds), after = median(rates + opt->n_rounds, opt->n_rounds);
         const char *slash = strrchr(opt->texts[i], '/');
+        if (!strcmp(opt->format, "gpt-fast")) {
+            printf("Average tokens/sec: %.2f\n", after);
+            free(text);
+            continue;
+        }
         printf("| %s | %s | %s | %d | %d | %.1f | %.1f | %.2f | %.0f %% of %d | %.2f |\n", slash ? slash + 1 : opt->texts[i],
                llm_dtype_name(desc->dtype), name, llm_context_n_threads(ctx), stats.n_prompt, before, after, after / before,
                stats.draft.n_proposed ? 100.0 * stats.draft.n_accepted / stats.draft.n_proposed : 0.0, stats.draft.n_proposed,
@@ -518,7 +541,8 @@ static void compare(const options *opt, llm_dtype dtype, int n_threads) {
 }
 
 static void print_comparisons(const options *opt) {
-    if (opt->n_drafts)
+    if (!strcmp(opt->format, "gpt-fast")) printf("Speculative decoding, text by text:\n");
+    else if (opt->n_drafts)
         printf("| text | weights | draft | threads | prompt | plain tok/s | tok/s | ratio | right | tokens a pass |\n"
                "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
     else printf("| weights | threads | depth | rows | ms | ratio |\n| --- | --- | --- | --- | --- | --- |\n");
@@ -553,10 +577,23 @@ static void print_result(const char *format, const result *r, bool first) {
     fflush(stdout);
 }
 
+/* What the first rank says about all of them, and each about itself. */
+static void print_averages(const options *opt, const result *r) {
+    double rates[2] = {r->megabytes_per_token * 1e-3 * r->decode, r->peak_mib * 1048576e-9};
+    int n = opt->ranks.tp * opt->ranks.pp;
+    if (n > 1) printf("rank %d: %.2f GB/s, %.2f GB\n", opt->ranks.rank, rates[0], rates[1]);
+    fflush(stdout);
+    ranks_sum(&opt->ranks, rates, 2);
+    if (opt->ranks.rank) return;
+    printf("Average tokens/sec: %.2f\nBandwidth achieved: %.2f GB/s\nMemory used: %.2f GB\n", r->decode, rates[0], rates[1]);
+    fflush(stdout);
+}
+
 static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
     for (int t = 0; t < opt->n_threads; t++) {
         memory mem = {0, 0};
-        llm_model_desc desc = {.dtype = dtype, .n_threads = opt->threads[t], .isa = getenv("LLM_ISA"), .host = {.alloc = count_alloc, .free = count_free, .user = &mem}};
+        llm_model_desc desc = {.dtype = dtype, .n_threads = opt->threads[t], .isa = getenv("LLM_ISA"), .host = {.alloc = count_alloc, .free = count_free, .user = &mem},
+                               .tensor = opt->ranks.tensor, .pipeline = opt->ranks.pipeline};
         int most = 0;
         for (int i = 0; i < opt->n_depths; i++) most = opt->depths[i] > most ? opt->depths[i] : most;
         llm_context_desc context_desc = {.n_ctx = most + opt->n_prefill + opt->n_decode, .n_batch = opt->n_prefill, .n_threads = opt->threads[t]};
@@ -569,7 +606,8 @@ static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
         double load_seconds = llm__clock_now() - start;
         if (llm_context_create(&ctx, model, &context_desc, &err)) fail(&err);
         measure(ctx, opt, &mem, load_seconds, results);
-        for (int i = 0; i < opt->n_depths; i++, first = false) print_result(opt->format, &results[i], first);
+        for (int i = 0; i < opt->n_depths && !strcmp(opt->format, "gpt-fast"); i++) print_averages(opt, &results[i]);
+        for (int i = 0; i < opt->n_depths && !opt->ranks.rank; i++, first = false) print_result(opt->format, &results[i], first);
         llm_context_free(ctx);
         llm_model_free(model);
     }
@@ -673,8 +711,11 @@ int main(int argc, char **argv) {
         return 0;
     }
     bool first = true;
-    print_header(opt.format);
+    llm_error err;
+    if (ranks_open(&opt.ranks, &err)) fail(&err);
+    if (!opt.ranks.rank) print_header(opt.format);
     for (int i = 0; i < opt.n_dtypes; i++) first = run_dtype(&opt, opt.dtypes[i], first);
-    if (!strcmp(opt.format, "json")) printf("\n]\n");
+    if (!strcmp(opt.format, "json") && !opt.ranks.rank) printf("\n]\n");
+    ranks_close(&opt.ranks, false);
     return 0;
 }

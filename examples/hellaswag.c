@@ -4,6 +4,7 @@
     build/hellaswag --help           all options
     make build/gpu/hellaswag         the same on an NVIDIA GPU (LLM_CUDA), where passes are best of some thousand tokens:
                                      --batch 4096
+    mpirun -n 4 build/mpi/hellaswag --pp 2 --dp 2 ...    several processes: see --tp, --pp and --dp
 
     A question is a context and four endings, of which one is right. The model's answer is the ending with the largest
     log-likelihood (acc), or the largest for each of the ending's characters (acc_norm). The result goes to standard
@@ -26,6 +27,8 @@
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
+#include "examples/ranks.h"
+
 #include <argp.h>
 #include <bzlib.h>
 #include <jansson.h>
@@ -39,13 +42,14 @@ enum { ENDINGS = 4 };
 
 typedef struct options {
     const char *model, *data, *results, *format;
-    int limit, n_threads, n_batch;
+    int limit, n_threads, n_batch, n_ranks[3]; /* tensor, pipeline, data parallel */
     llm_dtype dtype;
     llm_score_desc score;
     bool no_label, count;
+    const char *trace;
 } options;
 
-enum { KEY_LIMIT = 256, KEY_SCHEDULE, KEY_NO_SHARE, KEY_NO_LABEL, KEY_DTYPE, KEY_BATCH, KEY_RESULTS, KEY_COUNT };
+enum { KEY_TP = 512, KEY_PP, KEY_DP, KEY_MINI_BATCH, KEY_TRACE, KEY_ENDING_BATCH, KEY_LIMIT = 256, KEY_SCHEDULE, KEY_NO_SHARE, KEY_NO_LABEL, KEY_DTYPE, KEY_BATCH, KEY_RESULTS, KEY_COUNT };
 
 static const struct argp_option option_list[] = {
     {"model", 'm', "MODEL", 0, "the model's file or directory", 1},
@@ -53,13 +57,19 @@ static const struct argp_option option_list[] = {
     {"limit", KEY_LIMIT, "N", 0, "the first N questions only", 1},
     {"no-label", KEY_NO_LABEL, NULL, 0, "leave the activity label out", 1},
     {"results", KEY_RESULTS, "FILE", 0, "keep answers here, and go on behind those that it has", 1},
-    {"schedule", KEY_SCHEDULE, "NAME", 0, "packed (default); fixed:N texts at a time; dp, dp:TOKENS or dp:TOKENS,CONTEXT_TOKENS: tokens in a batch of endings, of contexts", 2},
+    {"schedule", KEY_SCHEDULE, "NAME", 0, "packed (default); fixed:N or fixed:N,CONTEXTS texts at a time; dp, dp:TOKENS or dp:TOKENS,CONTEXT_TOKENS: tokens in a batch of endings, of contexts", 2},
+    {"ending-batch", KEY_ENDING_BATCH, "N", 0, "with dp: N endings at a time", 2},
     {"no-share", KEY_NO_SHARE, NULL, 0, "compute the context anew for each ending", 2},
     {"batch", KEY_BATCH, "N", 0, "tokens in one pass (default: 512)", 2},
     {"count", KEY_COUNT, NULL, 0, "only count the tokens this would compute", 2},
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
     {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, bf16, int8 or int4 (default: file, as the file has them)", 3},
     {"output", 'o', "FORMAT", 0, "text or csv (default: text)", 3},
+    {"tp", KEY_TP, "N", 0, "processes that share each layer", 4},
+    {"pp", KEY_PP, "N", 0, "processes that have the layers in turn", 4},
+    {"dp", KEY_DP, "N", 0, "copies of the model, which take questions as they go", 4},
+    {"mini-batch", KEY_MINI_BATCH, "N", 0, "tokens of contexts in one pass of fixed:N and dp, so that in a pipeline they take as long as endings do (default: --batch)", 4},
+    {"trace", KEY_TRACE, "FILE", 0, "write down when each stage of the pipeline waits; bench/gantt.py draws it", 4},
     {0}};
 
 static int parse_number(struct argp_state *state, const char *text, const char **end) {
@@ -83,7 +93,9 @@ static void parse_schedule(struct argp_state *state, const char *text, llm_score
         d->schedule = LLM_SCHEDULE_PACKED;
     } else if (!strncmp(text, "fixed:", 6)) {
         d->schedule = LLM_SCHEDULE_FIXED;
-        d->batch = parse_whole(state, text + 6);
+        d->batch = parse_number(state, text + 6, &end);
+        if (*end == ',') d->batch_context = parse_whole(state, end + 1);
+        else if (*end) argp_error(state, "'%s' is not fixed:N,CONTEXTS", text);
     } else if (!strcmp(text, "dp") || !strncmp(text, "dp:", 3)) {
         d->schedule = LLM_SCHEDULE_DP;
         if (*end) d->min_tokens = parse_number(state, end + 1, &end);
@@ -104,6 +116,12 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         if (strcmp(arg, "text") && strcmp(arg, "csv")) argp_error(state, "'%s' is none of text, csv", arg);
         opt->format = arg;
         break;
+    case KEY_TP:
+    case KEY_PP:
+    case KEY_DP: opt->n_ranks[key - KEY_TP] = parse_whole(state, arg); break;
+    case KEY_MINI_BATCH: opt->score.mini_batch = parse_whole(state, arg); break;
+    case KEY_ENDING_BATCH: opt->score.batch = parse_whole(state, arg); break;
+    case KEY_TRACE: opt->trace = arg; break;
     case KEY_LIMIT: opt->limit = parse_whole(state, arg); break;
     case KEY_BATCH: opt->n_batch = parse_whole(state, arg); break;
     case KEY_NO_LABEL: opt->no_label = true; break;
@@ -174,7 +192,16 @@ typedef struct task {
     FILE *results;
     int64_t n_tokens, n_done; /* of all that is left; of what is answered */
     double start, shown;
+    ranks ranks;
+    work work;
+    int first; /* of the questions in to_score that are being scored */
 } task;
+
+/* From another copy of the model. */
+typedef struct answer {
+    int question; /* of to_score */
+    double log_likelihoods[ENDINGS];
+} answer;
 
 /* A whole file, perhaps compressed, with a NUL. */
 static char *read_file(const char *path, size_t *size) {
@@ -462,7 +489,7 @@ static bool read_answer(const char *line, task *t) {
 static void open_results(task *t, const llm_model_info *info) {
     char wanted[200];
     const char *path = t->opt.results;
-    if (!path) return;
+    if (!path || t->ranks.rank) return;
     describe_run(t, info, wanted, sizeof wanted);
     if (access(path, F_OK)) {
         t->results = fopen(path, "w");
@@ -490,10 +517,6 @@ static void on_signal(int sig) {
     stopped = 1;
 }
 
-static bool is_stopped(void *user) {
-    (void)user;
-    return stopped;
-}
 
 /* Tokens a question costs at least, which measures the work. */
 static int64_t tokens_of(const question *q) {
@@ -505,7 +528,7 @@ static int64_t tokens_of(const question *q) {
 static void show_progress(task *t) {
     char bar[41];
     double now = llm__clock_now(), done = (double)t->n_done / (double)t->n_tokens, left = (now - t->start) * (1 / done - 1);
-    if (now - t->shown < 0.2 && t->n_done < t->n_tokens) return;
+    if (t->ranks.rank || (now - t->shown < 0.2 && t->n_done < t->n_tokens)) return;
     t->shown = now;
     for (int i = 0; i < 40; i++) bar[i] = i < (int)(40 * done) ? '#' : '.';
     bar[40] = 0;
@@ -513,8 +536,8 @@ static void show_progress(task *t) {
     if (t->n_done == t->n_tokens) fprintf(stderr, "\n");
 }
 
-static bool on_question(void *user, int index, const double *log_likelihoods) {
-    task *t = (task *)user;
+/* False: it cannot be written down. */
+static bool take_answer(task *t, int index, const double *log_likelihoods) {
     question *q = &t->questions[t->left[index]];
     memcpy(q->log_likelihoods, log_likelihoods, sizeof q->log_likelihoods);
     q->known = true;
@@ -527,7 +550,32 @@ static bool on_question(void *user, int index, const double *log_likelihoods) {
     return written;
 }
 
+static void on_answer(void *user, const void *result) {
+    answer a;
+    memcpy(&a, result, sizeof a);
+    if (!take_answer((task *)user, a.question, a.log_likelihoods)) stopped = 1;
+}
+
+/* Between layers rank 0 hears what the other copies of the model have to say. */
+static bool is_stopped(void *user) {
+    task *t = (task *)user;
+    if (!t->ranks.rank) ranks_serve(&t->ranks, &t->work, sizeof(answer), on_answer, t);
+    return stopped;
+}
+
+static bool on_question(void *user, int index, const double *log_likelihoods) {
+    task *t = (task *)user;
+    if (!t->ranks.replica) return take_answer(t, t->first + index, log_likelihoods);
+    answer a;
+    memset(&a, 0, sizeof a);
+    a.question = t->first + index;
+    memcpy(a.log_likelihoods, log_likelihoods, sizeof a.log_likelihoods);
+    if (t->ranks.rank % (t->ranks.tp * t->ranks.pp) == 0) ranks_tell(&t->ranks, &a, sizeof a);
+    return true;
+}
+
 static void list_questions(task *t) {
+    for (int i = 0; i < t->n; i++) ranks_share(&t->ranks, &t->questions[i].known, sizeof t->questions[i].known);
     t->left = (int *)must_alloc((size_t)t->n * sizeof *t->left);
     t->to_score = (llm_question *)must_alloc((size_t)t->n * sizeof *t->to_score);
     for (int i = 0; i < t->n; i++) {
@@ -547,7 +595,7 @@ static void list_questions(task *t) {
 
 /* Room for a few hundred sequences and some thousand tokens: batches of every schedule. */
 static llm_context *create_context(const task *t, const llm_model *model) {
-    llm_context_desc desc = {.n_seq = 256, .n_batch = t->opt.n_batch, .n_threads = t->opt.n_threads, .n_logits = 1, .cancel = is_stopped};
+    llm_context_desc desc = {.n_seq = 256, .n_batch = t->opt.n_batch, .n_threads = t->opt.n_threads, .n_logits = 1, .cancel = is_stopped, .cancel_user = (void *)(uintptr_t)t};
     llm_context *ctx;
     llm_error err;
     for (int i = 0; i < t->n; i++)
@@ -634,7 +682,8 @@ static void print_count(const task *t, const llm_score_stats *s) {
 
 /* Loads the model and tokenizes at the same time. */
 static llm_model *prepare(task *t) {
-    llm_model_desc desc = {.dtype = t->opt.dtype, .n_threads = t->opt.n_threads, .isa = getenv("LLM_ISA")};
+    llm_model_desc desc = {.dtype = t->opt.dtype, .n_threads = t->opt.n_threads, .isa = getenv("LLM_ISA"),
+                           .tensor = t->ranks.tensor, .pipeline = t->ranks.pipeline};
 #ifdef LLM_CUDA
     desc.backend = llm_cuda_backend();
 #endif
@@ -652,12 +701,57 @@ static llm_model *prepare(task *t) {
     return model;
 }
 
+/* A file for all ranks, each of which appends whole lines. */
+static void open_trace(task *t) {
+    if (!t->ranks.rank) remove(t->opt.trace);
+    ranks_share(&t->ranks, &t->n, sizeof t->n); /* it is gone before another rank opens it */
+    FILE *file = fopen(t->opt.trace, "a");
+    if (!file || setvbuf(file, NULL, _IOLBF, BUFSIZ)) give_up("%s: %s", t->opt.trace, strerror(errno));
+    ranks_trace(&t->ranks, file);
+}
+
+/* Scores what is left, piece by piece where there are several copies of the model. */
+static llm_status score(task *t, llm_context *ctx, llm_score_stats *stats, llm_error *err) {
+    double *log_likelihoods = t->opt.count ? NULL : (double *)must_alloc((size_t)t->n * ENDINGS * sizeof(double));
+    llm_status status = LLM_OK;
+    t->work.end = t->n_left;
+    t->work.n_unfinished = t->ranks.dp - 1;
+    t->opt.score.on_question = on_question;
+    t->opt.score.user = t;
+    t->start = llm__clock_now();
+    for (int n; !status && (n = ranks_ask(&t->ranks, &t->work, &t->first)) > 0;) {
+        llm_score_stats piece;
+        status = llm_score(ctx, t->to_score + t->first, n, &t->opt.score, log_likelihoods, &piece, err);
+        stats->n_questions += piece.n_questions;
+        stats->n_passes += piece.n_passes;
+        stats->n_computed += piece.n_computed;
+        stats->n_padded += piece.n_padded;
+        stats->n_redundant += piece.n_redundant;
+        stats->n_predicted += piece.n_predicted;
+    }
+    while (!status && !t->ranks.rank && t->work.n_unfinished && !is_stopped(t)) {}
+    int64_t counts[] = {stats->n_passes, stats->n_computed, stats->n_padded, stats->n_redundant, stats->n_predicted};
+    if (!status) ranks_add(&t->ranks, counts, 5);
+    stats->n_passes = counts[0];
+    stats->n_computed = counts[1];
+    stats->n_padded = counts[2];
+    stats->n_redundant = counts[3];
+    stats->n_predicted = counts[4];
+    stats->seconds = llm__clock_now() - t->start;
+    free(log_likelihoods);
+    return status;
+}
+
 int main(int argc, char **argv) {
     static task t = {.opt = {.format = "text", .n_batch = 512}};
     result r;
     llm_error err;
     memset(&r, 0, sizeof r);
     argp_parse(&option_parser, argc, argv, 0, NULL, &t.opt);
+    t.ranks.tp = t.opt.n_ranks[0];
+    t.ranks.pp = t.opt.n_ranks[1];
+    t.ranks.dp = t.opt.n_ranks[2];
+    if (ranks_open(&t.ranks, &err)) give_up("%s", err.message);
     t.data = find_data(&t.opt);
     know_letters();
     double start = llm__clock_now();
@@ -666,28 +760,28 @@ int main(int argc, char **argv) {
     llm_model_info info = llm_model_get_info(model);
     if (!t.opt.count) open_results(&t, &info);
     list_questions(&t);
+    if (t.opt.trace) open_trace(&t);
     llm_context *ctx = create_context(&t, model);
     r.load_seconds = llm__clock_now() - start;
-    r.n_threads = llm_context_n_threads(ctx);
-    double *log_likelihoods = t.opt.count ? NULL : (double *)must_alloc((size_t)t.n * ENDINGS * sizeof(double));
+    r.n_threads = llm_context_n_threads(ctx) * t.ranks.tp * t.ranks.pp * t.ranks.dp;
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
-    t.opt.score.on_question = on_question;
-    t.opt.score.user = &t;
-    t.start = llm__clock_now();
-    llm_status status = llm_score(ctx, t.to_score, t.n_left, &t.opt.score, log_likelihoods, &r.stats, &err);
-    if (status == LLM_ERROR_CANCELLED && stopped)
+    llm_status status = score(&t, ctx, &r.stats, &err);
+    if (status == LLM_ERROR_CANCELLED && stopped && !t.ranks.rank)
         fprintf(stderr, "\nStopped.%s\n", t.opt.results ? " The same command goes on from here." : "");
-    if (status && !(status == LLM_ERROR_CANCELLED && stopped)) give_up("%s", err.message);
+    if (status && status != LLM_ERROR_CANCELLED) give_up("%s", err.message);
     if (!status) {
-        r.mfu = t.opt.count || !t.n_left ? 0 : useful_operations(&info, &r.stats) / r.stats.seconds / llm_measure_flops(ctx);
-        rate_answers(&t, &r);
-        print_result(&t, &info, &r);
-        if (t.opt.count) print_count(&t, &r.stats);
+        double flops = t.opt.count || !t.n_left ? 0 : llm_measure_flops(ctx) * t.ranks.tp * t.ranks.pp * t.ranks.dp;
+        r.mfu = flops > 0 ? useful_operations(&info, &r.stats) / r.stats.seconds / flops : 0;
+        if (!t.ranks.rank) {
+            rate_answers(&t, &r);
+            print_result(&t, &info, &r);
+            if (t.opt.count) print_count(&t, &r.stats);
+        }
     }
-    free(log_likelihoods);
     llm_context_free(ctx);
     llm_model_free(model);
     llm_tokenizer_free(t.tokenizer);
+    ranks_close(&t.ranks, status != LLM_OK);
     return status ? 130 : 0;
 }

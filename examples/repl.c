@@ -3,6 +3,7 @@
     build/repl -m MODEL              chat; /help lists the commands
     build/repl -m MODEL -p TEXT      one answer
     build/repl --help                all options
+    mpirun -n 2 build/mpi/repl --tp 2 ...    a model shared by two processes; the first reads and prints
 
     The model's text goes to standard output and everything else to standard error. Ctrl-C stops an answer; a second
     one, before the first took effect, ends the program. The exit code is 1 after an error, 2 after a wrong option and
@@ -10,6 +11,8 @@
 */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
+
+#include "examples/ranks.h"
 
 #define STB_DS_IMPLEMENTATION
 #include <stb/stb_ds.h>
@@ -36,9 +39,10 @@ typedef struct options {
     int max_tokens, n_threads, n_ctx, draft_max;
     llm_dtype dtype;
     llm_sampler sampler;
+    int tp, pp;
 } options;
 
-enum { KEY_RAW = 256, KEY_IDS, KEY_TEMP, KEY_TOP_K, KEY_TOP_P, KEY_MIN_P, KEY_SEED, KEY_DTYPE, KEY_CTX, KEY_SYSTEM, KEY_DRAFT, KEY_DRAFT_MAX };
+enum { KEY_RAW = 256, KEY_TP, KEY_PP, KEY_IDS, KEY_TEMP, KEY_TOP_K, KEY_TOP_P, KEY_MIN_P, KEY_SEED, KEY_DTYPE, KEY_CTX, KEY_SYSTEM, KEY_DRAFT, KEY_DRAFT_MAX };
 
 static const struct argp_option option_list[] = {
     {"model", 'm', "MODEL", 0, "the model's file (GGUF)", 1},
@@ -57,6 +61,8 @@ static const struct argp_option option_list[] = {
     {"draft", KEY_DRAFT, "DRAFT", 0, "guess tokens and check several at once: lookup (in the text so far), self:int8 or self:int4 (the model in that type), or another model's file; the text stays the same", 3},
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "check at most N guesses at once (default: 15)", 3},
     {"ctx", KEY_CTX, "N", 0, "tokens a conversation can hold (default: the model's limit, at most 4096)", 3},
+    {"tp", KEY_TP, "N", 0, "N processes share each layer", 4},
+    {"pp", KEY_PP, "N", 0, "N times as many have the layers in turn", 4},
     {0}};
 
 static long long parse_integer(struct argp_state *state, const char *name, const char *text, long long min,
@@ -119,6 +125,8 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         opt->sampler.seed = (uint64_t)parse_integer(state, "--seed", arg, 0, LLONG_MAX);
         opt->seed_given = true;
         break;
+    case KEY_TP: opt->tp = (int)parse_integer(state, "--tp", arg, 1, 1024); break;
+    case KEY_PP: opt->pp = (int)parse_integer(state, "--pp", arg, 1, 1024); break;
     case KEY_DTYPE: opt->dtype = parse_dtype(state, arg); break;
     case KEY_DRAFT: opt->draft = check_draft(state, arg); break;
     case KEY_DRAFT_MAX: opt->draft_max = (int)parse_integer(state, "--draft-max", arg, 1, LLM_DRAFT_MAX); break;
@@ -143,6 +151,7 @@ static const struct argp option_parser = {
 
 typedef struct repl {
     options opt;
+    ranks ranks;
     llm_model *model;
     llm_context *ctx;
     llm_model *draft_model; /* NULL if the draft is none                                          */
@@ -205,8 +214,9 @@ static llm_status load_draft(repl *r, llm_model_desc desc, llm_error *err) {
 }
 
 static llm_status load(repl *r, llm_error *err) {
-    bool watched = isatty(STDERR_FILENO);
-    llm_model_desc model_desc = {.dtype = r->opt.dtype, .n_threads = r->opt.n_threads, .isa = getenv("LLM_ISA")};
+    bool watched = isatty(STDERR_FILENO) && !r->ranks.rank;
+    llm_model_desc model_desc = {.dtype = r->opt.dtype, .n_threads = r->opt.n_threads, .isa = getenv("LLM_ISA"),
+                                 .tensor = r->ranks.tensor, .pipeline = r->ranks.pipeline};
     llm_context_desc context_desc = {.n_ctx = r->opt.n_ctx, .n_threads = r->opt.n_threads};
     if (watched) model_desc.host.progress = show_progress;
     if (r->opt.draft) context_desc.n_logits = LLM_DRAFT_MAX + 1;
@@ -249,6 +259,7 @@ static bool interrupted(void *user) {
 }
 
 static bool print(repl *r, const char *text, size_t n_bytes) {
+    if (r->ranks.rank) return r->started = true;
     if (!r->started && r->echo) fputs(r->echo, stderr);
     r->started = true;
     return fwrite(text, 1, n_bytes, stdout) == n_bytes && fflush(stdout) == 0;
@@ -322,6 +333,7 @@ static void print_figures(repl *r) {
     int n_passes = stats->n_generated > 1 ? stats->n_generated - 1 : 0;
     double bytes = (double)stats->decode_bytes;
     if (r->bandwidth == 0) r->bandwidth = llm_measure_bandwidth(r->ctx);
+    if (r->ranks.rank) return;
     fprintf(stderr,
             "load %.2f s | prompt %d tokens, %.0f tok/s | generated %d, %.1f tok/s | %.1f MB/token | "
             "MBU %.0f %% of %.1f GB/s",
@@ -368,11 +380,24 @@ static char *edit_line(repl *r) {
     return r->line = strdup(typed);
 }
 
+/* What the first rank has read, on all. */
+static char *share_line(repl *r, char *line) {
+    size_t n = line ? strlen(line) + 1 : 0;
+    ranks_share(&r->ranks, &n, sizeof n);
+    if (r->ranks.rank) {
+        free(r->line);
+        r->line = line = n ? (char *)malloc(n) : NULL;
+    }
+    if (line) ranks_share(&r->ranks, line, n);
+    return line;
+}
+
 /* The next line without its newline, good until the next call; NULL at the end of the input. */
 static char *next_line(repl *r) {
+    if (r->ranks.rank) return share_line(r, NULL);
     char *line = r->editor ? edit_line(r) : getline(&r->line, &r->line_size, stdin) >= 0 ? r->line : NULL;
     if (line) line[strcspn(line, "\r\n")] = 0;
-    return line;
+    return share_line(r, line);
 }
 
 /* ---- Chat ---------------------------------------------------------------------------------------------------- */
@@ -387,6 +412,7 @@ static const char help[] = "/reset  forget the conversation\n"
 static bool command(repl *r, const char *line) {
     if (!strcmp(line, "/quit")) return false;
     if (!strcmp(line, "/reset")) reset(r);
+    else if (r->ranks.rank && strcmp(line, "/stats")) return true;
     else if (!strcmp(line, "/help")) fputs(help, stderr);
     else if (strcmp(line, "/stats")) fprintf(stderr, "There is no command %s; /help lists them.\n", line);
     else if (r->stats.n_prompt == 0) fputs("Nothing has been answered yet.\n", stderr);
@@ -397,7 +423,7 @@ static bool command(repl *r, const char *line) {
 static int chat(repl *r) {
     int failed = 0;
     const char *line;
-    if (isatty(STDIN_FILENO) && isatty(STDERR_FILENO)) open_editor(r);
+    if (!r->ranks.rank && isatty(STDIN_FILENO) && isatty(STDERR_FILENO)) open_editor(r);
     if (r->editor) greet(r);
     while ((line = next_line(r)) && !ferror(stdout)) {
         if (*line == '/') {
@@ -440,12 +466,17 @@ int main(int argc, char **argv) {
     argp_err_exit_status = 2;
     argp_parse(&option_parser, argc, argv, 0, NULL, &r.opt);
     set_locale();
-    int code = load(&r, &err) ? complain(err.message) : 0;
+    r.ranks.tp = r.opt.tp;
+    r.ranks.pp = r.opt.pp;
+    bool failed = ranks_open(&r.ranks, &err) != LLM_OK;
+    if (!failed) ranks_share(&r.ranks, &r.opt.sampler.seed, sizeof r.opt.sampler.seed);
+    int code = failed || load(&r, &err) ? complain(err.message) : 0;
     if (!code) {
         catch_interrupts();
         reset(&r);
         code = r.opt.prompt ? answer_once(&r) : chat(&r);
     }
     close_repl(&r);
+    ranks_close(&r.ranks, code == 1);
     return code;
 }

@@ -1,0 +1,229 @@
+/*  ranks.h - several processes run one model: what the programs need beside llm.h.
+
+    mpirun -n 2 build/mpi/repl -m MODEL --tp 2        or  srun -n 2 ...
+
+    Ranks are numbered so that those of one tensor group stand together: rank = (replica * pp + stage) * tp + shard. Rank 0
+    reads and prints. A program built without LLM_MPI has one rank, and says so where more are wanted. */
+#ifndef RANKS_H
+#define RANKS_H
+
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+typedef struct ranks {
+    int tp, pp, dp;    /* ranks that share each layer; that have the other layers; copies of the model */
+    int rank, replica; /* of all ranks; which copy of the model this one belongs to                    */
+    llm_comm *tensor, *pipeline; /* NULL where there is one rank                                       */
+#ifdef LLM_MPI
+    MPI_Comm world, group; /* all ranks; those of this copy of the model */
+#endif
+} ranks;
+
+/* ---- How long a rank waits for others ---- */
+
+/* Where waits are written to, a line each: rank, begin, end. */
+typedef struct trace {
+    FILE *file;
+    int rank;
+    double start;
+    llm_status (*receive)(llm_comm *comm, int from, void *data, size_t n, llm_error *err);
+    llm_status (*duplicate)(llm_comm *comm, llm_comm **out, llm_error *err);
+} trace;
+
+static trace waits; /* of this process */
+
+static inline double clock_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t); /* the same on all processes of a machine */
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static inline llm_status traced_receive(llm_comm *comm, int from, void *data, size_t n, llm_error *err) {
+    double begin = clock_seconds();
+    llm_status status = waits.receive(comm, from, data, n, err);
+    fprintf(waits.file, "%d,%.6f,%.6f\n", waits.rank, begin, clock_seconds());
+    return status;
+}
+
+static inline llm_status traced_duplicate(llm_comm *comm, llm_comm **out, llm_error *err) {
+    llm_status status = waits.duplicate(comm, out, err);
+    if (!status) (*out)->receive = traced_receive;
+    return status;
+}
+
+/* Writes down each wait for a message of the pipeline, of contexts made from now on. */
+static inline void ranks_trace(ranks *r, FILE *file) {
+    if (!r->pipeline || !file) return;
+    waits.file = file;
+    waits.rank = r->rank;
+    waits.receive = r->pipeline->receive;
+    waits.duplicate = r->pipeline->duplicate;
+    r->pipeline->duplicate = traced_duplicate;
+}
+
+/* ---- Processes ---- */
+
+#ifdef LLM_MPI
+/* The communicator of the ranks with the same color, in order; NULL if there is only one. */
+static llm_status ranks_split(ranks *r, int color, int size, llm_comm **out, llm_error *err) {
+    MPI_Comm part;
+    if (size == 1) return LLM_OK;
+    MPI_Comm_split(r->world, color, r->rank, &part);
+    llm_status status = llm_comm_mpi(out, part, NULL, err);
+    MPI_Comm_free(&part);
+    return status;
+}
+
+/* Joins the others. r says how many ranks there are of each kind, 0 for one. */
+static llm_status ranks_open(ranks *r, llm_error *err) {
+    int size, got;
+    r->tp += !r->tp, r->pp += !r->pp, r->dp += !r->dp;
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_SERIALIZED, &got);
+    MPI_Comm_dup(MPI_COMM_WORLD, &r->world);
+    MPI_Comm_rank(r->world, &r->rank);
+    MPI_Comm_size(r->world, &size);
+    if (size != r->tp * r->pp * r->dp) {
+        err->code = LLM_ERROR_ARGUMENT;
+        snprintf(err->message, sizeof err->message,
+                 "--tp %d, --pp %d and --dp %d need %d processes, but there are %d: start them with mpirun -n %d, or srun", r->tp,
+                 r->pp, r->dp, r->tp * r->pp * r->dp, size, r->tp * r->pp * r->dp);
+        return err->code;
+    }
+    r->replica = r->rank / (r->tp * r->pp);
+    MPI_Comm_split(r->world, r->replica, r->rank, &r->group);
+    llm_status status = ranks_split(r, r->rank / r->tp, r->tp, &r->tensor, err);
+    return status ? status : ranks_split(r, r->replica * r->tp + r->rank % r->tp, r->pp, &r->pipeline, err);
+}
+
+/* What rank 0 has, on all. Whoever waits for a human to type does not keep a core busy. */
+static inline void ranks_share(ranks *r, void *data, size_t n) {
+    MPI_Request request;
+    int done = 0;
+    if (r->tp * r->pp * r->dp == 1) return;
+    MPI_Ibcast(data, (int)n, MPI_BYTE, 0, r->world, &request);
+    for (int i = 0; !done; i++) {
+        MPI_Test(&request, &done, MPI_STATUS_IGNORE);
+        if (!done && i > 1000) nanosleep(&(struct timespec){0, 1000000}, NULL);
+    }
+}
+
+/* ---- Copies of a model share work ----
+
+   The first rank of each copy asks rank 0 for work, and tells it results. Rank 0 answers whenever ranks_serve is called. */
+
+enum { RANKS_ASK = 1, RANKS_WORK, RANKS_RESULT };
+
+typedef struct work {
+    int next, end;   /* items nobody has taken yet                              */
+    int n_unfinished; /* other copies that have not heard that there are no more */
+} work;
+
+/* As many as leave each copy some pieces of work, so that none waits long for another at the end. */
+static inline int ranks_take(const ranks *r, work *w, int *first) {
+    int n = (w->end - w->next) / (2 * r->dp) + 1;
+    if (w->end - w->next < n) n = w->end - w->next;
+    *first = w->next;
+    w->next += n;
+    return n;
+}
+
+/* On rank 0: answers what has been asked, and hands on the results that have come, `size` bytes each. */
+static inline void ranks_serve(const ranks *r, work *w, size_t size, void (*on_result)(void *user, const void *result), void *user) {
+    char result[256];
+    MPI_Status from;
+    for (int there = 1; there && w->n_unfinished;) {
+        MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, r->world, &there, &from);
+        if (!there) return;
+        MPI_Recv(result, from.MPI_TAG == RANKS_RESULT ? (int)size : 0, MPI_BYTE, from.MPI_SOURCE, from.MPI_TAG, r->world, MPI_STATUS_IGNORE);
+        if (from.MPI_TAG == RANKS_RESULT) {
+            on_result(user, result);
+            continue;
+        }
+        int piece[2] = {0, 0};
+        piece[1] = ranks_take(r, w, &piece[0]);
+        w->n_unfinished -= !piece[1];
+        MPI_Send(piece, 2, MPI_INT, from.MPI_SOURCE, RANKS_WORK, r->world);
+    }
+}
+
+/* More work for this copy, on all its ranks: how many items, from *first on; 0: there is none left. */
+static inline int ranks_ask(ranks *r, work *w, int *first) {
+    int piece[2] = {0, 0};
+    if (r->rank == 0) {
+        piece[1] = ranks_take(r, w, &piece[0]);
+    } else if (r->rank % (r->tp * r->pp) == 0) {
+        MPI_Send(NULL, 0, MPI_BYTE, 0, RANKS_ASK, r->world);
+        MPI_Recv(piece, 2, MPI_INT, 0, RANKS_WORK, r->world, MPI_STATUS_IGNORE);
+    }
+    MPI_Bcast(piece, 2, MPI_INT, 0, r->group);
+    *first = piece[0];
+    return piece[1];
+}
+
+/* From another copy's first rank to rank 0. */
+static inline void ranks_tell(const ranks *r, const void *result, size_t size) {
+    MPI_Send(result, (int)size, MPI_BYTE, 0, RANKS_RESULT, r->world);
+}
+
+/* Adds up what the copies' first ranks have; good on rank 0. */
+static inline void ranks_add(const ranks *r, int64_t *values, int n) {
+    int64_t own[16], none[16] = {0};
+    memcpy(own, values, (size_t)n * sizeof *own);
+    MPI_Reduce(r->rank % (r->tp * r->pp) ? none : own, values, n, MPI_INT64_T, MPI_SUM, 0, r->world);
+}
+
+/* The sums over all ranks; good on rank 0. */
+static inline void ranks_sum(const ranks *r, double *values, int n) {
+    double own[16];
+    memcpy(own, values, (size_t)n * sizeof *own);
+    MPI_Reduce(own, values, n, MPI_DOUBLE, MPI_SUM, 0, r->world);
+}
+
+/* `failed`: the others are not waited for. */
+static void ranks_close(ranks *r, bool failed) {
+    llm_comm_free(r->tensor);
+    llm_comm_free(r->pipeline);
+    int started = 0;
+    MPI_Initialized(&started);
+    if (!started) return;
+    if (failed) MPI_Abort(MPI_COMM_WORLD, 1);
+    MPI_Comm_free(&r->group);
+    MPI_Comm_free(&r->world);
+    MPI_Finalize();
+}
+#else
+static llm_status ranks_open(ranks *r, llm_error *err) {
+    if (r->tp <= 1 && r->pp <= 1 && r->dp <= 1) {
+        r->tp = r->pp = r->dp = 1;
+        return LLM_OK;
+    }
+    err->code = LLM_ERROR_UNSUPPORTED;
+    snprintf(err->message, sizeof err->message, "several ranks need MPI: 'make mpi' builds programs with it into build/mpi");
+    return err->code;
+}
+
+static inline void ranks_share(ranks *r, void *data, size_t n) { (void)r, (void)data, (void)n; }
+
+typedef struct work {
+    int next, end, n_unfinished;
+} work;
+
+/* One rank does all of it. */
+static inline int ranks_ask(ranks *r, work *w, int *first) {
+    int n = w->end - w->next;
+    (void)r;
+    *first = w->next;
+    w->next = w->end;
+    return n;
+}
+static inline void ranks_serve(const ranks *r, work *w, size_t size, void (*on_result)(void *user, const void *result), void *user) {
+    (void)r, (void)w, (void)size, (void)on_result, (void)user;
+}
+static inline void ranks_tell(const ranks *r, const void *result, size_t size) { (void)r, (void)result, (void)size; }
+static inline void ranks_add(const ranks *r, int64_t *values, int n) { (void)r, (void)values, (void)n; }
+static inline void ranks_sum(const ranks *r, double *values, int n) { (void)r, (void)values, (void)n; }
+static inline void ranks_close(ranks *r, bool failed) { (void)r, (void)failed; }
+#endif
+
+#endif

@@ -1,0 +1,74 @@
+#!/bin/sh
+# Several processes: the programs give the same texts and answers as one does, and end in words when something is wrong.
+# Without MPI nothing is tested.
+. tests/tap.sh
+if ! command -v mpirun >/dev/null || ! command -v mpicc >/dev/null; then
+    echo "1..0 # SKIP there is no MPI: packages openmpi-bin and libopenmpi-dev"
+    echo "ok 1 # SKIP no MPI"
+    exit 0
+fi
+programs=$(dirname "$0")/mpi
+model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+
+ranks() { # N PROGRAM OPTIONS...
+    n=$1 program=$2
+    shift 2
+    timeout 120 mpirun --oversubscribe -n "$n" "$programs/$program" -m "$model" -t 1 "$@" 2>"$dir/log"
+}
+answer() { # FILE N OPTIONS...
+    file=$1 n=$2
+    shift 2
+    ranks "$n" repl --raw -p "Hello, my name is" -n 40 "$@" >"$dir/$file"
+}
+same_text() { answer text "$@" && cmp -s "$dir/one" "$dir/text"; }
+chats() {
+    printf 'Say hello.\n/reset\nWhat is 2 + 2?\n/stats\n' >"$dir/lines"
+    ranks 1 repl --temp 0.7 --seed 5 -n 12 <"$dir/lines" >"$dir/alone" && ranks 2 repl --tp 2 --temp 0.7 --seed 5 -n 12 <"$dir/lines" >"$dir/text" &&
+        [ -s "$dir/text" ] && cmp -s "$dir/alone" "$dir/text"
+}
+score() { # FILE N OPTIONS...
+    file=$1 n=$2
+    shift 2
+    ranks "$n" hellaswag -d tests/hellaswag.jsonl -o csv --results "$dir/$file" "$@" >"$dir/csv"
+}
+same_answers() { rm -f "$dir/answers" && score answers "$@" && [ "$(sort "$dir/answers")" = "$(sort "$dir/scored")" ]; }
+goes_on() { head -n 9 "$dir/scored" >"$dir/answers" && score answers 2 --dp 2 && [ "$(sort "$dir/answers")" = "$(sort "$dir/scored")" ]; }
+measures() { ranks 2 bench --tp 2 -p 16 -n 4 -r 1 -o csv >"$dir/csv" && [ "$(wc -l <"$dir/csv")" -eq 2 ]; }
+refuses() { # WORD N PROGRAM OPTIONS...
+    word=$1
+    shift
+    ! ranks "$@" >"$dir/text" 2>&1 && grep -q -- "$word" "$dir/log"
+}
+# One process of three is killed in the midst of its work: the others end within ten seconds.
+dies() {
+    timeout 120 mpirun --oversubscribe -n 3 "$programs/hellaswag" -m "$model" -t 1 -d tests/hellaswag.jsonl --batch 32 --tp 3 --results "$dir/dying" >"$dir/text" 2>&1 &
+    job=$!
+    wait_until grep -q '^[0-9]' "$dir/dying" 2>/dev/null
+    kill -9 "$(pgrep -P "$(pgrep -P $job mpirun)" hellaswag | tail -n 1)"
+    start=$(date +%s)
+    ! wait $job && [ $(($(date +%s) - start)) -le 10 ]
+}
+
+answer one 1
+check "two processes share every layer" same_text 2 --tp 2
+check "three do" same_text 3 --tp 3
+check "two have the layers in turn" same_text 2 --pp 2
+check "two by two" same_text 4 --tp 2 --pp 2
+check "with a draft" same_text 2 --tp 2 --draft lookup
+check "a chat with two processes" chats
+score scored 1
+check "scoring in tensor parallel" same_answers 2 --tp 2
+check "scoring in a pipeline" same_answers 3 --pp 3
+check "scoring in a pipeline, in mini-batches" same_answers 2 --pp 2 --schedule dp --mini-batch 64
+check "two copies share the questions" same_answers 2 --dp 2
+check "two copies of two stages" same_answers 4 --pp 2 --dp 2
+check "another number of processes goes on" goes_on
+check "a benchmark of two" measures
+check "too few processes" refuses "need 3 processes" 2 repl --tp 3 -p a
+check "no such model" refuses "cannot be read" 2 repl --tp 2 -p a -m "$dir/none"
+check "more stages than layers" refuses "cannot share" 31 repl --pp 31 -p a
+check "a process that is killed" dies
+finish
