@@ -9895,7 +9895,7 @@ LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer) { ret
 /* ==== 12 CPU kernels ============================================================================================
 
    THE ONE ARITHMETIC. Everything that is computed on the CPU is defined here once, over vectors of 16 floats. Each
-   instruction set supplies the vector operations, and section 24 is compiled once for each. The scalar set is the
+   instruction set supplies the vector operations, and section 25 is compiled once for each. The scalar set is the
    definition.
 
    A product of activations x and weights w comes in these kinds:
@@ -10248,7 +10248,7 @@ static bool llm__amx_allowed(void) {
 }
 #endif
 
-/* The kernels of each instruction set: the file includes itself, and only section 24 is compiled then. */
+/* The kernels of each instruction set: the file includes itself, and only section 25 is compiled then. */
 #ifndef LLM_HEADER_FILENAME
 #define LLM_HEADER_FILENAME "llm.h"
 #endif
