@@ -49,7 +49,10 @@ typedef struct options {
     const char *trace;
 } options;
 
-enum { KEY_TP = 512, KEY_PP, KEY_DP, KEY_MINI_BATCH, KEY_TRACE, KEY_ENDING_BATCH, KEY_LIMIT = 256, KEY_SCHEDULE, KEY_NO_SHARE, KEY_NO_LABEL, KEY_DTYPE, KEY_BATCH, KEY_RESULTS, KEY_COUNT };
+enum {
+    KEY_LIMIT = 256, KEY_SCHEDULE, KEY_NO_SHARE, KEY_NO_LABEL, KEY_DTYPE, KEY_BATCH, KEY_RESULTS, KEY_COUNT,
+    KEY_TP, KEY_PP, KEY_DP, KEY_MINI_BATCH, KEY_TRACE, KEY_ENDING_BATCH
+};
 
 static const struct argp_option option_list[] = {
     {"model", 'm', "MODEL", 0, "the model's file or directory", 1},
