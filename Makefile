@@ -46,7 +46,7 @@ vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run mpi test gpu-bundle test-cuda test-cross fuzz bench-tokenizer bench-peers size model deps clean help \
+.PHONY: all run mpi test gpu-bundle test-cuda test-cross fuzz bench-tokenizer bench-peers size model deps format clean help \
         walkthrough walkthrough-programs walkthrough-diff
 all:
 	.ci/need $(NEEDED_TO_BUILD)
@@ -312,6 +312,9 @@ size:
 deps:
 	.ci/need $(NEEDED_TO_TEST)
 
+format:
+	clang-format -i $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu')
+
 clean:
 	rm -rf build
 
@@ -331,4 +334,5 @@ help:
 	echo "make size        the size of the library in a program, and how long it takes to compile"
 	echo "make model       fetch the default model"
 	echo "make deps        install what building and testing need (Debian)"
+	echo "make format      lay out all C as .clang-format says (needs clang-format)"
 	echo "make clean       remove build/; models/ stays"

@@ -4262,26 +4262,12 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
 }
 
 /* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
-#define LLM__JINJA_FILTERS(X)                                                                                         \
-    X(trim)                                                                                                           \
-    X(tojson)                                                                                                         \
-    X(length)                                                                                                         \
-    X(count)                                                                                                          \
-    X(upper)                                                                                                          \
-    X(lower)                                                                                                          \
-    X(title)                                                                                                          \
-    X(capitalize)                                                                                                     \
-    X(replace)                                                                                                        \
-    X(join)                                                                                                           \
-    X(first)                                                                                                          \
-    X(last)                                                                                                           \
-    X(list)                                                                                                           \
-    X(map)                                                                                                            \
-    X(select)                                                                                                         \
-    X(reject)                                                                                                         \
-    X(selectattr)                                                                                                     \
-    X(rejectattr) X(default) X(d) X(safe) X(string) X(int) X(float) X(items) X(dictsort) X(sort) X(unique) X(reverse) \
-        X(indent) X(abs) X(round) X(sum) X(min) X(max)
+/* clang-format off */
+#define LLM__JINJA_FILTERS(X)                                                                                 \
+    X(trim) X(tojson) X(length) X(count) X(upper) X(lower) X(title) X(capitalize) X(replace) X(join) X(first) \
+    X(last) X(list) X(map) X(select) X(reject) X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string)  \
+    X(int) X(float) X(items) X(dictsort) X(sort) X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) \
+    X(max)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 #undef X
@@ -4289,26 +4275,10 @@ static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #undef X
 
-#define LLM__JINJA_TESTS(X)                                                                                         \
-    X(defined)                                                                                                      \
-    X(undefined)                                                                                                    \
-    X(none)                                                                                                         \
-    X(string)                                                                                                       \
-    X(mapping)                                                                                                      \
-    X(sequence)                                                                                                     \
-    X(iterable)                                                                                                     \
-    X(number)                                                                                                       \
-    X(integer)                                                                                                      \
-    X(float)                                                                                                        \
-    X(boolean)                                                                                                      \
-    X(true)                                                                                                         \
-    X(false)                                                                                                        \
-    X(equalto)                                                                                                      \
-    X(eq)                                                                                                           \
-    X(ne)                                                                                                           \
-    X(gt)                                                                                                           \
-    X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(lower) \
-        X(upper)
+#define LLM__JINJA_TESTS(X)                                                                                     \
+    X(defined) X(undefined) X(none) X(string) X(mapping) X(sequence) X(iterable) X(number) X(integer) X(float)  \
+    X(boolean) X(true) X(false) X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) \
+    X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(lower) X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 #undef X
@@ -4316,26 +4286,10 @@ static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 enum { LLM__JINJA_TESTS(X) LLM__JT_END };
 #undef X
 
-#define LLM__JINJA_METHODS(X)                                                                                 \
-    X(strip)                                                                                                  \
-    X(lstrip)                                                                                                 \
-    X(rstrip)                                                                                                 \
-    X(split)                                                                                                  \
-    X(rsplit)                                                                                                 \
-    X(startswith)                                                                                             \
-    X(endswith)                                                                                               \
-    X(replace)                                                                                                \
-    X(upper)                                                                                                  \
-    X(lower)                                                                                                  \
-    X(title)                                                                                                  \
-    X(capitalize)                                                                                             \
-    X(find)                                                                                                   \
-    X(rfind)                                                                                                  \
-    X(count)                                                                                                  \
-    X(join)                                                                                                   \
-    X(splitlines)                                                                                             \
-    X(removeprefix) X(removesuffix) X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) X(cycle) \
-        X(format)
+#define LLM__JINJA_METHODS(X)                                                                              \
+    X(strip) X(lstrip) X(rstrip) X(split) X(rsplit) X(startswith) X(endswith) X(replace) X(upper) X(lower) \
+    X(title) X(capitalize) X(find) X(rfind) X(count) X(join) X(splitlines) X(removeprefix) X(removesuffix) \
+    X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) X(cycle) X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
 #undef X
@@ -4350,6 +4304,7 @@ static const char *const llm__jinja_functions[] = {LLM__JINJA_FUNCTIONS(X) NULL}
 #define X(name) LLM__JG_##name,
 enum { LLM__JINJA_FUNCTIONS(X) LLM__JG_END };
 #undef X
+/* clang-format on */
 
 /* The one thing here that a recursive descent needs to know before it stands below. */
 static llm__jinja_node *llm__jinja_expression(llm__jinja_parser *p);

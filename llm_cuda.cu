@@ -484,7 +484,8 @@ typedef struct llm__kv {
 } llm__kv;
 
 static __device__ uint16_t *llm__cache_keys(llm__kv kv, int block, int layer, int head) {
-    return kv.data + (size_t)block * kv.block_size + ((size_t)layer * 2 * kv.n_heads + head) * LLM_CACHE_BLOCK * kv.stride;
+    return kv.data + (size_t)block * kv.block_size +
+           ((size_t)layer * 2 * kv.n_heads + head) * LLM_CACHE_BLOCK * kv.stride;
 }
 
 static __device__ uint16_t *llm__cache_values(llm__kv kv, int block, int layer, int head) {
@@ -770,7 +771,7 @@ template <int ENDING>
 static __device__ llm__matrix_tile_rows llm__product_find_rows(const llm__product &p, int tile, int pair, int n_turns) {
     int a = llm__product_output<ENDING>(p, tile, pair, 0), b = llm__product_output<ENDING>(p, tile, pair, 1);
     llm__matrix_tile_rows rows = {(unsigned)(a < 0 ? 0 : a) * (unsigned)n_turns,
-                           (unsigned)(b < 0 ? 0 : b) * (unsigned)n_turns};
+                                  (unsigned)(b < 0 ? 0 : b) * (unsigned)n_turns};
     return rows;
 }
 
@@ -1305,8 +1306,8 @@ static __device__ void llm__attend_copy_values(const llm__attn_run &a, uint4 *to
 #pragma unroll
     for (int i = 0; i < CHUNKS * 32; i += DIMS) {
         bool there = n > 0 && dim + i < a.kv.stride;
-        llm__chip_copy_16(&to[llm__attend_swizzle(dim, piece, PIECES) + i * PIECES], from + (there ? i * LLM_CACHE_BLOCK : 0),
-                          there ? 2 * n : 0);
+        llm__chip_copy_16(&to[llm__attend_swizzle(dim, piece, PIECES) + i * PIECES],
+                          from + (there ? i * LLM_CACHE_BLOCK : 0), there ? 2 * n : 0);
     }
 }
 
@@ -1320,8 +1321,8 @@ typedef struct llm__query_pair {
 /* Scores of queries become weights, in place, and are summed up. The lane's scores are those of keys 32 h + 8 t + 2 j +
    b, in scores[4 h + j][b] for query g and [2 + b] for query g + 8. Returns how much the answers so far shrink. */
 template <int KEYS>
-static __device__ float2 llm__attend_weigh_queries(const llm__attn_run &a, llm__query_pair *q, float scores[KEYS / 8][4],
-                                                   int key) {
+static __device__ float2 llm__attend_weigh_queries(const llm__attn_run &a, llm__query_pair *q,
+                                                   float scores[KEYS / 8][4], int key) {
     int t = (int)threadIdx.x % 4;
     float shrink[2];
 #pragma unroll
@@ -1349,7 +1350,8 @@ static __device__ float2 llm__attend_weigh_queries(const llm__attn_run &a, llm__
 }
 
 /* A lane's part of 32 dimensions of a query; zero if it is not `there`. */
-static __device__ uint4 llm__attend_load_query(const llm__attn_run &a, int first_row, int query, int chunk, bool there) {
+static __device__ uint4 llm__attend_load_query(const llm__attn_run &a, int first_row, int query, int chunk,
+                                               bool there) {
     if (!there || 32 * chunk >= a.kv.stride) return make_uint4(0, 0, 0, 0);
     int head = (int)blockIdx.y * a.group + query % a.group;
     const uint16_t *from = a.q + ((size_t)(first_row + query / a.group) * a.n_heads + head) * a.kv.stride;
@@ -1853,7 +1855,7 @@ static __global__ void llm__swiglu(llm__wide w, int n_ff, uint16_t *out, int str
 
 /* The rows whose logits are wanted, close together; after the last layer's attention no others are needed. */
 static __global__ void llm__fwd_keep_rows(llm__fwd_rows rows, const float *x, float *kept_x, int n_embd,
-                                      const uint16_t *attention, uint16_t *kept_attention, int stride) {
+                                          const uint16_t *attention, uint16_t *kept_attention, int stride) {
     size_t to = blockIdx.x, from = (size_t)rows.logit_rows[blockIdx.x];
     for (int i = (int)threadIdx.x; i < n_embd; i += (int)blockDim.x) kept_x[to * n_embd + i] = x[from * n_embd + i];
     for (int i = (int)threadIdx.x; i < stride; i += (int)blockDim.x)
@@ -2028,8 +2030,9 @@ static llm_status llm__check_shape(const llm_backend_shape *s, llm_dtype dtype, 
                                "the vocabulary has %d tokens; the GPU backend supports at most %d", s->n_vocab,
                                (int)LLM__MAX_VOCAB);
     if (s->head_dim > LLM__MAX_HEAD_DIM)
-        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "heads have %d dimensions; the GPU backend supports at most %d",
-                               s->head_dim, (int)LLM__MAX_HEAD_DIM);
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED,
+                               "heads have %d dimensions; the GPU backend supports at most %d", s->head_dim,
+                               (int)LLM__MAX_HEAD_DIM);
     if (s->n_heads / s->n_kv_heads > LLM__MAX_GROUP)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "%d query heads share a key head; on the GPU at most %d can",
                                s->n_heads / s->n_kv_heads, (int)LLM__MAX_GROUP);
@@ -2061,8 +2064,8 @@ static llm_status llm__open_gpu(llm__gpu_model *m, const llm_model_desc *desc, l
     return LLM_OK;
 }
 
-static llm_status llm__gpu_open(void **out, const llm_backend_shape *shape, const llm_model_desc *desc, llm_cuda_mode mode,
-                                llm_error *err) {
+static llm_status llm__gpu_open(void **out, const llm_backend_shape *shape, const llm_model_desc *desc,
+                                llm_cuda_mode mode, llm_error *err) {
     *out = NULL;
     llm__gpu_model *m = (llm__gpu_model *)llm__host_zero(&desc->host, sizeof *m, err);
     *out = m;
@@ -2075,15 +2078,18 @@ static llm_status llm__gpu_open(void **out, const llm_backend_shape *shape, cons
     return llm__open_gpu(m, desc, err);
 }
 
-static llm_status llm__open_graph(void **out, const llm_backend_shape *shape, const llm_model_desc *desc, llm_error *err) {
+static llm_status llm__open_graph(void **out, const llm_backend_shape *shape, const llm_model_desc *desc,
+                                  llm_error *err) {
     return llm__gpu_open(out, shape, desc, LLM_CUDA_GRAPH, err);
 }
 
-static llm_status llm__open_fused(void **out, const llm_backend_shape *shape, const llm_model_desc *desc, llm_error *err) {
+static llm_status llm__open_fused(void **out, const llm_backend_shape *shape, const llm_model_desc *desc,
+                                  llm_error *err) {
     return llm__gpu_open(out, shape, desc, LLM_CUDA_FUSED, err);
 }
 
-static llm_status llm__open_eager(void **out, const llm_backend_shape *shape, const llm_model_desc *desc, llm_error *err) {
+static llm_status llm__open_eager(void **out, const llm_backend_shape *shape, const llm_model_desc *desc,
+                                  llm_error *err) {
     return llm__gpu_open(out, shape, desc, LLM_CUDA_EAGER, err);
 }
 
@@ -2267,7 +2273,8 @@ static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_backend_weight
 }
 
 /* A row, or a column. */
-static llm_status llm__upload_vector(llm__gpu_model *m, const llm_backend_weight *weight, float **vector, llm_error *err) {
+static llm_status llm__upload_vector(llm__gpu_model *m, const llm_backend_weight *weight, float **vector,
+                                     llm_error *err) {
     size_t bytes = (size_t)weight->rows * (size_t)weight->cols * sizeof(float);
     LLM__TRY(cudaMalloc((void **)vector, bytes));
     float *row = (float *)llm__host_zero(&m->host, bytes, err);
@@ -2709,8 +2716,9 @@ static llm__product llm__make_product(const llm__gpu_context *c, llm__fwd_rows r
     return p;
 }
 
-static void llm__fused_residual(llm__gpu_context *c, llm__weight_type kind, llm__fwd_rows rows, llm__columns columns, int bucket,
-                                llm__gpu_matrix matrix, const uint16_t *in, float *x, const float *next_norm) {
+static void llm__fused_residual(llm__gpu_context *c, llm__weight_type kind, llm__fwd_rows rows, llm__columns columns,
+                                int bucket, llm__gpu_matrix matrix, const uint16_t *in, float *x,
+                                const float *next_norm) {
     llm__product p = llm__make_product(c, rows, columns, matrix, in);
     p.residual = x;
     p.next_norm = next_norm;

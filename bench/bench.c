@@ -35,7 +35,19 @@
 
 #include <argp.h>
 
-enum { MOST = 16, MOST_ROWS = 64, KEY_DTYPE = 256, KEY_RANDOM, KEY_DRAFT, KEY_DRAFT_MAX, KEY_TEMP, KEY_ROWS, KEY_FLOPS_TABLE, KEY_TP, KEY_PP };
+enum {
+    MOST = 16,
+    MOST_ROWS = 64,
+    KEY_DTYPE = 256,
+    KEY_RANDOM,
+    KEY_DRAFT,
+    KEY_DRAFT_MAX,
+    KEY_TEMP,
+    KEY_ROWS,
+    KEY_FLOPS_TABLE,
+    KEY_TP,
+    KEY_PP
+};
 
 typedef struct options {
     const char *model, *random, *format;
@@ -60,15 +72,18 @@ typedef struct result {
 
 static const struct argp_option OPTIONS[] = {
     {"model", 'm', "FILE", 0, "the model", 0},
-    {"random", KEY_RANDOM, "SHAPE", 0, "instead: random weights of a published shape: llama2-7b, tinyllama-1.1b, llama3.2-1b or smollm2-135m", 0},
+    {"random", KEY_RANDOM, "SHAPE", 0,
+     "instead: random weights of a published shape: llama2-7b, tinyllama-1.1b, llama3.2-1b or smollm2-135m", 0},
     {"prefill", 'p', "N", 0, "tokens of a prompt (512)", 1},
     {"decode", 'n', "N", 0, "tokens decoded after it (128)", 1},
     {"depth", 'd', "LIST", 0, "tokens in the cache before that (0)", 1},
     {"dtype", KEY_DTYPE, "LIST", 0, "types of the weights: f32, f16, bf16, int8, int4, file (bf16)", 2},
     {"threads", 't', "LIST", 0, "threads (one per physical core; in the table of rates also one more)", 2},
-    {"flops-table", KEY_FLOPS_TABLE, "N", OPTION_ARG_OPTIONAL, "instead: batches of several sequences, up to N tokens in all, with the first type and thread count", 1},
+    {"flops-table", KEY_FLOPS_TABLE, "N", OPTION_ARG_OPTIONAL,
+     "instead: batches of several sequences, up to N tokens in all, with the first type and thread count", 1},
     {"rounds", 'r', "N", 0, "rounds of which the median is given (5)", 3},
-    {"draft", KEY_DRAFT, "LIST", 0, "drafts to continue the texts with: lookup, self:int8, self:int4 or a model's file", 4},
+    {"draft", KEY_DRAFT, "LIST", 0, "drafts to continue the texts with: lookup, self:int8, self:int4 or a model's file",
+     4},
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "most guesses in a pass (15)", 4},
     {"temp", KEY_TEMP, "T", 0, "temperature of what llm_generate says; small models repeat themselves at 0 (0)", 4},
     {"rows", KEY_ROWS, "LIST", 0, "passes of so many tokens, up to 64, to be compared", 4},
@@ -99,7 +114,8 @@ static int parse_number(struct argp_state *state, char *text, int least) {
 static int parse_dtypes(struct argp_state *state, char *text, llm_dtype *list) {
     int n = 0;
     for (char *name = strtok(text, ","); name; name = strtok(NULL, ",")) {
-        if (n == MOST || !llm_dtype_from_name(name)) argp_error(state, "'%s' is none of f32, f16, bf16, int8, int4, file", name);
+        if (n == MOST || !llm_dtype_from_name(name))
+            argp_error(state, "'%s' is none of f32, f16, bf16, int8, int4, file", name);
         list[n++] = llm_dtype_from_name(name);
     }
     return n;
@@ -125,7 +141,8 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         break;
     case KEY_DRAFT_MAX: opt->draft_max = parse_number(state, arg, 1); break;
     case KEY_TEMP:
-        if (sscanf(arg, "%f", &opt->temperature) != 1 || !(opt->temperature >= 0)) argp_error(state, "'%s' is no temperature", arg);
+        if (sscanf(arg, "%f", &opt->temperature) != 1 || !(opt->temperature >= 0))
+            argp_error(state, "'%s' is no temperature", arg);
         break;
     case KEY_TP: opt->ranks.tp = parse_number(state, arg, 1); break;
     case KEY_PP: opt->ranks.pp = parse_number(state, arg, 1); break;
@@ -218,7 +235,13 @@ typedef struct random_args {
 static void random_weight(llm__env *env, random_args *a, llm_backend_weight_kind kind, int layer) {
     const llm_backend_shape *s = &a->shape->shape;
     int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
-    llm_backend_weight w = {.kind = kind, .layer = layer, .rows = 1, .cols = s->n_embd, .source = a->run, .read_row = random_row, .raw_row = no_raw_row};
+    llm_backend_weight w = {.kind = kind,
+                            .layer = layer,
+                            .rows = 1,
+                            .cols = s->n_embd,
+                            .source = a->run,
+                            .read_row = random_row,
+                            .raw_row = no_raw_row};
     int parts[3] = {1, 0, 0};
     if (kind == LLM_WEIGHT_EMBEDDING || kind == LLM_WEIGHT_HEAD) parts[0] = s->n_vocab;
     if (kind == LLM_WEIGHT_QKV) parts[0] = q, parts[1] = parts[2] = kv;
@@ -230,7 +253,8 @@ static void random_weight(llm__env *env, random_args *a, llm_backend_weight_kind
     if (kind == LLM_WEIGHT_DOWN) w.cols = s->n_ff;
     uint64_t bytes = parts[0] == 1 ? 4 * (uint64_t)w.cols : a->model->backend->weight_bytes(a->desc.dtype, &w);
     if (a->model->device) {
-        if (a->model->backend->upload(a->model->device, &w, env->err)) llm__fail(env, env->err->code, "%s", env->err->message);
+        if (a->model->backend->upload(a->model->device, &w, env->err))
+            llm__fail(env, env->err->code, "%s", env->err->message);
         return;
     }
     a->model->info.n_params += (uint64_t)w.rows * (uint64_t)w.cols;
@@ -239,8 +263,9 @@ static void random_weight(llm__env *env, random_args *a, llm_backend_weight_kind
 }
 
 static void random_weights(llm__env *env, random_args *a) {
-    static const llm_backend_weight_kind kinds[] = {LLM_WEIGHT_ATTENTION_NORM, LLM_WEIGHT_QKV, LLM_WEIGHT_ATTENTION_OUT, LLM_WEIGHT_FFN_NORM,
-                                            LLM_WEIGHT_GATE_UP, LLM_WEIGHT_DOWN};
+    static const llm_backend_weight_kind kinds[] = {LLM_WEIGHT_ATTENTION_NORM, LLM_WEIGHT_QKV,
+                                                    LLM_WEIGHT_ATTENTION_OUT,  LLM_WEIGHT_FFN_NORM,
+                                                    LLM_WEIGHT_GATE_UP,        LLM_WEIGHT_DOWN};
     random_weight(env, a, LLM_WEIGHT_EMBEDDING, 0);
     for (int i = 0; i < a->shape->shape.n_layers; i++)
         for (size_t j = 0; j < sizeof kinds / sizeof *kinds; j++) random_weight(env, a, kinds[j], i);
@@ -253,7 +278,8 @@ static void random_body(llm__env *env, void *arg) {
     llm_model *m = a->model = (llm_model *)llm__alloc_zero(env, 1, sizeof *m);
     const llm_backend_shape *s = &a->shape->shape;
     double *frequencies = (double *)llm__alloc(env, (size_t)s->rope_dim / 2, sizeof *frequencies);
-    for (int i = 0; i < s->rope_dim / 2; i++) frequencies[i] = llm__math_exp2(-2.0 * i / s->rope_dim * llm__math_log2(10000));
+    for (int i = 0; i < s->rope_dim / 2; i++)
+        frequencies[i] = llm__math_exp2(-2.0 * i / s->rope_dim * llm__math_log2(10000));
     m->tokenizer = (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *m->tokenizer); /* of no tokens: they have no text */
     m->backend = &llm__cpu_backend;
     m->desc = a->desc;
@@ -266,7 +292,8 @@ static void random_body(llm__env *env, void *arg) {
     m->info.dtype = a->desc.dtype;
     random_weights(env, a);
     m->shape.weight_bytes = m->info.weight_bytes;
-    if (m->backend->open(&m->device, &m->shape, &a->desc, env->err)) llm__fail(env, env->err->code, "%s", env->err->message);
+    if (m->backend->open(&m->device, &m->shape, &a->desc, env->err))
+        llm__fail(env, env->err->code, "%s", env->err->message);
     random_weights(env, a);
     m->pool = *env->pool;
 }
@@ -277,7 +304,8 @@ static llm_status load_random(llm_model **out, const char *name, const llm_model
     llm__env env;
     float *run = (float *)malloc(RANDOM_RUN * sizeof *run);
     if (!run) return llm__error(err, LLM_ERROR_MEMORY, "out of memory");
-    for (uint32_t i = 0, x = 1; i < RANDOM_RUN; i++, x = x * 1664525u + 1013904223u) run[i] = (float)(int32_t)x * (0.03f / 2147483648.0f);
+    for (uint32_t i = 0, x = 1; i < RANDOM_RUN; i++, x = x * 1664525u + 1013904223u)
+        run[i] = (float)(int32_t)x * (0.03f / 2147483648.0f);
     for (size_t i = 0; i < sizeof SHAPES / sizeof *SHAPES; i++)
         if (!strcmp(SHAPES[i].name, name)) args.shape = &SHAPES[i];
     if (!args.shape) {
@@ -351,7 +379,8 @@ static double generate(llm_context *ctx, const options *opt, int n) {
     int depth = llm_seq_length(ctx, 0);
     llm_token *prompt = (llm_token *)calloc((size_t)depth + 1, sizeof *prompt);
     llm_sampler sampler = {.temperature = opt->temperature, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .seed = 1};
-    llm_generate_desc desc = {.tokens = prompt, .n_tokens = depth + 1, .max_tokens = n + 1, .sampler = &sampler, .ignore_end = true};
+    llm_generate_desc desc = {
+        .tokens = prompt, .n_tokens = depth + 1, .max_tokens = n + 1, .sampler = &sampler, .ignore_end = true};
     llm_stats stats;
     llm_error err;
     if (!prompt) exit(1);
@@ -365,7 +394,8 @@ static double generate(llm_context *ctx, const options *opt, int n) {
 static void measure(llm_context *ctx, const options *opt, const memory *mem, double load_seconds, result *results) {
     const llm_model *model = llm_context_model(ctx);
     int n_rates = MOST * opt->n_rounds;
-    double *prefill = (double *)calloc((size_t)(3 * n_rates), sizeof *prefill), *decode = prefill + n_rates, *whole = decode + n_rates;
+    double *prefill = (double *)calloc((size_t)(3 * n_rates), sizeof *prefill), *decode = prefill + n_rates,
+           *whole = decode + n_rates;
     double bandwidth = llm_measure_bandwidth(ctx), flops = llm_measure_flops(ctx);
     if (!prefill) exit(1);
     run(ctx, opt->n_prefill, opt->n_prefill); /* warms up by a whole prompt, as the other programs do */
@@ -382,8 +412,20 @@ static void measure(llm_context *ctx, const options *opt, const memory *mem, dou
     double again = llm_measure_bandwidth(ctx); /* neighbours come and go: the better of before and after is the limit */
     if (again > bandwidth) bandwidth = again;
     for (int i = 0; i < opt->n_depths; i++) {
-        result r = {llm_dtype_name(model->info.dtype), model->info.isa, llm_context_n_threads(ctx), opt->depths[i], 0, 0, 0, 0, 0, load_seconds,
-                    (double)mem->peak / 1048576, 0, bandwidth, flops};
+        result r = {llm_dtype_name(model->info.dtype),
+                    model->info.isa,
+                    llm_context_n_threads(ctx),
+                    opt->depths[i],
+                    0,
+                    0,
+                    0,
+                    0,
+                    0,
+                    load_seconds,
+                    (double)mem->peak / 1048576,
+                    0,
+                    bandwidth,
+                    flops};
         r.prefill = median(prefill + i * opt->n_rounds, opt->n_rounds);
         r.decode = median(decode + i * opt->n_rounds, opt->n_rounds);
         r.generate = median(whole + i * opt->n_rounds, opt->n_rounds);
@@ -399,7 +441,8 @@ static void measure(llm_context *ctx, const options *opt, const memory *mem, dou
 
 static void load_model(const options *opt, const llm_model_desc *desc, llm_model **model) {
     llm_error err;
-    if (opt->random ? load_random(model, opt->random, desc, &err) : llm_model_load(model, opt->model, desc, &err)) fail(&err);
+    if (opt->random ? load_random(model, opt->random, desc, &err) : llm_model_load(model, opt->model, desc, &err))
+        fail(&err);
 }
 
 static char *read_text(const char *path) {
@@ -426,11 +469,18 @@ static bool keep_token(void *user, llm_token token, const char *bytes, size_t n_
 }
 
 /* Continues a text; returns tokens per second after the first one. */
-static double continue_text(llm_context *ctx, const options *opt, const char *text, llm_draft *draft, tokens *out, llm_stats *stats) {
+static double continue_text(llm_context *ctx, const options *opt, const char *text, llm_draft *draft, tokens *out,
+                            llm_stats *stats) {
     llm_sampler sampler = {.temperature = opt->temperature, .seed = 1};
-    llm_generate_desc desc = {.prompt = text, .sampler = &sampler, .draft_keeps_text = true, .max_tokens = opt->n_decode,
-                              .ignore_end = true, .draft = draft, .draft_max = opt->draft_max,
-                              .on_token = keep_token, .user = out};
+    llm_generate_desc desc = {.prompt = text,
+                              .sampler = &sampler,
+                              .draft_keeps_text = true,
+                              .max_tokens = opt->n_decode,
+                              .ignore_end = true,
+                              .draft = draft,
+                              .draft_max = opt->draft_max,
+                              .on_token = keep_token,
+                              .user = out};
     llm_error err;
     out->n = 0;
     llm_seq_truncate(ctx, 0, 0, NULL);
@@ -438,7 +488,8 @@ static double continue_text(llm_context *ctx, const options *opt, const char *te
     return (stats->n_generated - 1) / stats->decode_seconds;
 }
 
-static void open_draft(llm_context *ctx, const options *opt, const char *name, llm_model_desc desc, llm_model **model, llm_draft *draft) {
+static void open_draft(llm_context *ctx, const options *opt, const char *name, llm_model_desc desc, llm_model **model,
+                       llm_draft *draft) {
     bool self = !strncmp(name, "self:", 5);
     llm_error err;
     *model = NULL;
@@ -449,7 +500,8 @@ static void open_draft(llm_context *ctx, const options *opt, const char *name, l
         fprintf(stderr, "bench: %s: there is no such type\n", name);
         exit(1);
     }
-    if (llm_model_load(model, self ? opt->model : name, &desc, &err) || llm_draft_model(draft, ctx, *model, &err)) fail(&err);
+    if (llm_model_load(model, self ? opt->model : name, &desc, &err) || llm_draft_model(draft, ctx, *model, &err))
+        fail(&err);
 }
 
 /* Every text's continuation, plain and with the draft in turns; each begins with what the draft learnt from the one before. */
@@ -463,7 +515,7 @@ static void compare_draft(llm_context *ctx, const options *opt, const char *name
     for (int i = 0; i < opt->n_texts; i++) {
         char *text = read_text(opt->texts[i]);
         llm_stats stats;
-        memset(&draft.learnt, 0, sizeof draft.learnt); /* each text is the first */
+        memset(&draft.learnt, 0, sizeof draft.learnt);      /* each text is the first */
         continue_text(ctx, opt, text, NULL, plain, &stats); /* warms up */
         for (int round = 0; round < opt->n_rounds; round++) {
             rates[round] = continue_text(ctx, opt, text, NULL, plain, &stats);
@@ -480,10 +532,11 @@ static void compare_draft(llm_context *ctx, const options *opt, const char *name
             free(text);
             continue;
         }
-        printf("| %s | %s | %s | %d | %d | %.1f | %.1f | %.2f | %.0f %% of %d | %.2f |\n", slash ? slash + 1 : opt->texts[i],
-               llm_dtype_name(desc->dtype), name, llm_context_n_threads(ctx), stats.n_prompt, before, after, after / before,
-               stats.draft.n_proposed ? 100.0 * stats.draft.n_accepted / stats.draft.n_proposed : 0.0, stats.draft.n_proposed,
-               (double)(stats.n_generated - 1) / stats.n_decode_passes);
+        printf("| %s | %s | %s | %d | %d | %.1f | %.1f | %.2f | %.0f %% of %d | %.2f |\n",
+               slash ? slash + 1 : opt->texts[i], llm_dtype_name(desc->dtype), name, llm_context_n_threads(ctx),
+               stats.n_prompt, before, after, after / before,
+               stats.draft.n_proposed ? 100.0 * stats.draft.n_accepted / stats.draft.n_proposed : 0.0,
+               stats.draft.n_proposed, (double)(stats.n_generated - 1) / stats.n_decode_passes);
         fflush(stdout);
         free(text);
     }
@@ -518,8 +571,8 @@ static void compare_rows(llm_context *ctx, const options *opt, int depth) {
     for (int i = 0; i < opt->n_rows; i++) {
         double usual = median(seconds + i * opt->n_rounds, opt->n_rounds);
         if (!i) first = usual;
-        printf("| %s | %d | %d | %d | %.2f | %.2f |\n", llm_dtype_name(llm_context_model(ctx)->info.dtype), llm_context_n_threads(ctx), depth,
-               opt->rows[i], 1e3 * usual, usual / first);
+        printf("| %s | %d | %d | %d | %.2f | %.2f |\n", llm_dtype_name(llm_context_model(ctx)->info.dtype),
+               llm_context_n_threads(ctx), depth, opt->rows[i], 1e3 * usual, usual / first);
     }
     fflush(stdout);
     free(seconds);
@@ -555,25 +608,31 @@ static void print_comparisons(const options *opt) {
 static void print_header(const char *format) {
     if (!strcmp(format, "json")) printf("[");
     if (!strcmp(format, "csv"))
-        printf("dtype,isa,threads,depth,prefill_tok_s,decode_tok_s,prefill_mfu,decode_mbu,load_s,peak_mib,mb_per_token,bandwidth_gb_s,gflop_s,generate_tok_s\n");
+        printf("dtype,isa,threads,depth,prefill_tok_s,decode_tok_s,prefill_mfu,decode_mbu,load_s,peak_mib,mb_per_token,"
+               "bandwidth_gb_s,gflop_s,generate_tok_s\n");
     if (!strcmp(format, "md"))
-        printf("| weights | isa | threads | depth | prefill tok/s | MFU | decode tok/s | generate tok/s | MB/token | MBU | limits GB/s, GFLOP/s | load s | peak MiB |\n"
+        printf("| weights | isa | threads | depth | prefill tok/s | MFU | decode tok/s | generate tok/s | MB/token | "
+               "MBU | limits GB/s, GFLOP/s | load s | peak MiB |\n"
                "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
 }
 
 static void print_result(const char *format, const result *r, bool first) {
     if (!strcmp(format, "json"))
-        printf("%s\n  {\"dtype\": \"%s\", \"isa\": \"%s\", \"threads\": %d, \"depth\": %d, \"prefill_tok_s\": %.2f, \"decode_tok_s\": %.2f, "
-               "\"prefill_mfu\": %.4f, \"decode_mbu\": %.4f, \"load_s\": %.4f, \"peak_mib\": %.1f, \"mb_per_token\": %.2f, "
-               "\"bandwidth_gb_s\": %.2f, \"gflop_s\": %.1f, \"generate_tok_s\": %.2f}", first ? "" : ",", r->dtype, r->isa, r->threads, r->depth, r->prefill,
-               r->decode, r->mfu, r->mbu, r->load_seconds, r->peak_mib, r->megabytes_per_token, r->bandwidth / 1e9, r->flops / 1e9, r->generate);
+        printf("%s\n  {\"dtype\": \"%s\", \"isa\": \"%s\", \"threads\": %d, \"depth\": %d, \"prefill_tok_s\": %.2f, "
+               "\"decode_tok_s\": %.2f, "
+               "\"prefill_mfu\": %.4f, \"decode_mbu\": %.4f, \"load_s\": %.4f, \"peak_mib\": %.1f, \"mb_per_token\": "
+               "%.2f, "
+               "\"bandwidth_gb_s\": %.2f, \"gflop_s\": %.1f, \"generate_tok_s\": %.2f}",
+               first ? "" : ",", r->dtype, r->isa, r->threads, r->depth, r->prefill, r->decode, r->mfu, r->mbu,
+               r->load_seconds, r->peak_mib, r->megabytes_per_token, r->bandwidth / 1e9, r->flops / 1e9, r->generate);
     if (!strcmp(format, "csv"))
-        printf("%s,%s,%d,%d,%.2f,%.2f,%.4f,%.4f,%.4f,%.1f,%.2f,%.2f,%.1f,%.2f\n", r->dtype, r->isa, r->threads, r->depth, r->prefill, r->decode,
-               r->mfu, r->mbu, r->load_seconds, r->peak_mib, r->megabytes_per_token, r->bandwidth / 1e9, r->flops / 1e9, r->generate);
+        printf("%s,%s,%d,%d,%.2f,%.2f,%.4f,%.4f,%.4f,%.1f,%.2f,%.2f,%.1f,%.2f\n", r->dtype, r->isa, r->threads,
+               r->depth, r->prefill, r->decode, r->mfu, r->mbu, r->load_seconds, r->peak_mib, r->megabytes_per_token,
+               r->bandwidth / 1e9, r->flops / 1e9, r->generate);
     if (!strcmp(format, "md"))
-        printf("| %s | %s | %d | %d | %.0f | %.0f %% | %.1f | %.1f | %.1f | %.0f %% | %.1f, %.0f | %.2f | %.0f |\n", r->dtype, r->isa, r->threads,
-               r->depth, r->prefill, 100 * r->mfu, r->decode, r->generate, r->megabytes_per_token, 100 * r->mbu, r->bandwidth / 1e9, r->flops / 1e9,
-               r->load_seconds, r->peak_mib);
+        printf("| %s | %s | %d | %d | %.0f | %.0f %% | %.1f | %.1f | %.1f | %.0f %% | %.1f, %.0f | %.2f | %.0f |\n",
+               r->dtype, r->isa, r->threads, r->depth, r->prefill, 100 * r->mfu, r->decode, r->generate,
+               r->megabytes_per_token, 100 * r->mbu, r->bandwidth / 1e9, r->flops / 1e9, r->load_seconds, r->peak_mib);
     fflush(stdout);
 }
 
@@ -585,18 +644,24 @@ static void print_averages(const options *opt, const result *r) {
     fflush(stdout);
     ranks_sum(&opt->ranks, rates, 2);
     if (opt->ranks.rank) return;
-    printf("Average tokens/sec: %.2f\nBandwidth achieved: %.2f GB/s\nMemory used: %.2f GB\n", r->decode, rates[0], rates[1]);
+    printf("Average tokens/sec: %.2f\nBandwidth achieved: %.2f GB/s\nMemory used: %.2f GB\n", r->decode, rates[0],
+           rates[1]);
     fflush(stdout);
 }
 
 static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
     for (int t = 0; t < opt->n_threads; t++) {
         memory mem = {0, 0};
-        llm_model_desc desc = {.dtype = dtype, .n_threads = opt->threads[t], .isa = getenv("LLM_ISA"), .host = {.alloc = count_alloc, .free = count_free, .user = &mem},
-                               .tensor = opt->ranks.tensor, .pipeline = opt->ranks.pipeline};
+        llm_model_desc desc = {.dtype = dtype,
+                               .n_threads = opt->threads[t],
+                               .isa = getenv("LLM_ISA"),
+                               .host = {.alloc = count_alloc, .free = count_free, .user = &mem},
+                               .tensor = opt->ranks.tensor,
+                               .pipeline = opt->ranks.pipeline};
         int most = 0;
         for (int i = 0; i < opt->n_depths; i++) most = opt->depths[i] > most ? opt->depths[i] : most;
-        llm_context_desc context_desc = {.n_ctx = most + opt->n_prefill + opt->n_decode, .n_batch = opt->n_prefill, .n_threads = opt->threads[t]};
+        llm_context_desc context_desc = {
+            .n_ctx = most + opt->n_prefill + opt->n_decode, .n_batch = opt->n_prefill, .n_threads = opt->threads[t]};
         llm_model *model = NULL;
         llm_context *ctx = NULL;
         result results[MOST];
@@ -607,7 +672,8 @@ static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
         if (llm_context_create(&ctx, model, &context_desc, &err)) fail(&err);
         measure(ctx, opt, &mem, load_seconds, results);
         for (int i = 0; i < opt->n_depths && !strcmp(opt->format, "gpt-fast"); i++) print_averages(opt, &results[i]);
-        for (int i = 0; i < opt->n_depths && !opt->ranks.rank; i++, first = false) print_result(opt->format, &results[i], first);
+        for (int i = 0; i < opt->n_depths && !opt->ranks.rank; i++, first = false)
+            print_result(opt->format, &results[i], first);
         llm_context_free(ctx);
         llm_model_free(model);
     }
@@ -617,7 +683,8 @@ static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
 /* ---- Batches of several sequences ---- */
 
 enum { BATCHES = 6, LENGTHS = 9 };
-static const int table_batches[BATCHES] = {1, 2, 4, 8, 16, 32}, table_lengths[LENGTHS] = {1, 2, 4, 8, 16, 32, 64, 128, 170};
+static const int table_batches[BATCHES] = {1, 2, 4, 8, 16, 32},
+                 table_lengths[LENGTHS] = {1, 2, 4, 8, 16, 32, 64, 128, 170};
 
 /* Operations of the layers: products, and attention to all tokens before. The last layer ends behind keys and values, for
    no logits are asked for. */
@@ -653,14 +720,17 @@ static double time_rectangle(llm_context *ctx, int batch, int length) {
 static void print_flops_table(const options *opt, double rates[LENGTHS][BATCHES], double limit) {
     double best = 0;
     bool csv = !strcmp(opt->format, "csv");
-    printf(csv ? "length,batch,gflop_s,limit_gflop_s\n" : "GFLOP/s of a batch (columns) of sequences of a length (rows); the limit is %.0f\n\n|  |", limit / 1e9);
+    printf(csv ? "length,batch,gflop_s,limit_gflop_s\n"
+               : "GFLOP/s of a batch (columns) of sequences of a length (rows); the limit is %.0f\n\n|  |",
+           limit / 1e9);
     for (int b = 0; b < BATCHES && !csv; b++) printf(" %d |", table_batches[b]);
     for (int b = 0; b <= BATCHES && !csv; b++) printf(b ? " ---: |" : "\n| ---: |");
     for (int l = 0; l < LENGTHS; l++) {
         if (!csv) printf("\n| %d |", table_lengths[l]);
         for (int b = 0; b < BATCHES; b++) {
             if (rates[l][b] == 0) printf(csv ? "" : "  |");
-            else if (csv) printf("%d,%d,%.2f,%.1f\n", table_lengths[l], table_batches[b], rates[l][b] / 1e9, limit / 1e9);
+            else if (csv)
+                printf("%d,%d,%.2f,%.1f\n", table_lengths[l], table_batches[b], rates[l][b] / 1e9, limit / 1e9);
             else printf(" %.1f |", rates[l][b] / 1e9);
             if (rates[l][b] > best) best = rates[l][b];
         }
@@ -681,26 +751,37 @@ static void print_flops_table(const options *opt, double rates[LENGTHS][BATCHES]
 
 static void run_flops_table(const options *opt) {
     llm_model_desc desc = {.dtype = opt->dtypes[0], .n_threads = opt->threads[0], .isa = getenv("LLM_ISA")};
-    llm_context_desc context_desc = {.n_ctx = 192, .n_seq = 32, .n_batch = 32 * 170, .n_logits = 1, .n_threads = opt->threads[0]};
+    llm_context_desc context_desc = {
+        .n_ctx = 192, .n_seq = 32, .n_batch = 32 * 170, .n_logits = 1, .n_threads = opt->threads[0]};
     double rates[LENGTHS][BATCHES] = {{0}}; /* 0: not measured */
     llm_model *model = NULL;
     llm_context *ctx = NULL;
     llm_error err;
-    if (opt->random ? load_random(&model, opt->random, &desc, &err) : llm_model_load(&model, opt->model, &desc, &err)) fail(&err);
+    if (opt->random ? load_random(&model, opt->random, &desc, &err) : llm_model_load(&model, opt->model, &desc, &err))
+        fail(&err);
     if (llm_context_create(&ctx, model, &context_desc, &err)) fail(&err);
     double limit = llm_measure_flops(ctx);
     for (int l = 0; l < LENGTHS; l++)
         for (int b = 0; b < BATCHES && table_lengths[l] * table_batches[b] <= opt->flops_table; b++)
-            rates[l][b] = layer_operations(model, table_batches[b], table_lengths[l]) / time_rectangle(ctx, table_batches[b], table_lengths[l]);
+            rates[l][b] = layer_operations(model, table_batches[b], table_lengths[l]) /
+                          time_rectangle(ctx, table_batches[b], table_lengths[l]);
     print_flops_table(opt, rates, limit);
     llm_context_free(ctx);
     llm_model_free(model);
 }
 
 int main(int argc, char **argv) {
-    options opt = {.format = "md", .n_prefill = 512, .n_decode = 128, .n_rounds = 5, .n_depths = 1, .n_dtypes = 1,
-                   .dtypes = {LLM_DTYPE_BF16}, .threads = {llm__team_default_threads(), llm__team_default_threads() + 1}};
-    const struct argp argp = {OPTIONS, parse_option, "[TEXT...]", "Measures how fast a model runs, beside what the machine allows.", NULL, NULL, NULL};
+    options opt = {.format = "md",
+                   .n_prefill = 512,
+                   .n_decode = 128,
+                   .n_rounds = 5,
+                   .n_depths = 1,
+                   .n_dtypes = 1,
+                   .dtypes = {LLM_DTYPE_BF16},
+                   .threads = {llm__team_default_threads(), llm__team_default_threads() + 1}};
+    const struct argp argp = {
+        OPTIONS, parse_option, "[TEXT...]", "Measures how fast a model runs, beside what the machine allows.",
+        NULL,    NULL,         NULL};
     argp_parse(&argp, argc, argv, 0, NULL, &opt);
     if (opt.n_drafts || opt.n_rows) {
         print_comparisons(&opt);

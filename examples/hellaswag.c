@@ -50,35 +50,56 @@ typedef struct options {
 } options;
 
 enum {
-    KEY_LIMIT = 256, KEY_SCHEDULE, KEY_NO_SHARE, KEY_NO_LABEL, KEY_DTYPE, KEY_BATCH, KEY_RESULTS, KEY_COUNT,
-    KEY_TP, KEY_PP, KEY_DP, KEY_MINI_BATCH, KEY_TRACE, KEY_ENDING_BATCH
+    KEY_LIMIT = 256,
+    KEY_SCHEDULE,
+    KEY_NO_SHARE,
+    KEY_NO_LABEL,
+    KEY_DTYPE,
+    KEY_BATCH,
+    KEY_RESULTS,
+    KEY_COUNT,
+    KEY_TP,
+    KEY_PP,
+    KEY_DP,
+    KEY_MINI_BATCH,
+    KEY_TRACE,
+    KEY_ENDING_BATCH
 };
 
 static const struct argp_option option_list[] = {
     {"model", 'm', "MODEL", 0, "the model's file or directory", 1},
-    {"data", 'd', "FILE", 0, "the questions (default: hellaswag_val.jsonl or hellaswag_val_full.txt, perhaps .bz2, in $LLM_DATA)", 1},
+    {"data", 'd', "FILE", 0,
+     "the questions (default: hellaswag_val.jsonl or hellaswag_val_full.txt, perhaps .bz2, in $LLM_DATA)", 1},
     {"limit", KEY_LIMIT, "N", 0, "the first N questions only", 1},
     {"no-label", KEY_NO_LABEL, NULL, 0, "leave the activity label out", 1},
     {"results", KEY_RESULTS, "FILE", 0, "keep answers here, and go on behind those that it has", 1},
-    {"schedule", KEY_SCHEDULE, "NAME", 0, "packed (default); fixed:N or fixed:N,CONTEXTS texts at a time; dp, dp:TOKENS or dp:TOKENS,CONTEXT_TOKENS: tokens in a batch of endings, of contexts", 2},
+    {"schedule", KEY_SCHEDULE, "NAME", 0,
+     "packed (default); fixed:N or fixed:N,CONTEXTS texts at a time; dp, dp:TOKENS or dp:TOKENS,CONTEXT_TOKENS: tokens "
+     "in a batch of endings, of contexts",
+     2},
     {"ending-batch", KEY_ENDING_BATCH, "N", 0, "with dp: N endings at a time", 2},
     {"no-share", KEY_NO_SHARE, NULL, 0, "compute the context anew for each ending", 2},
     {"batch", KEY_BATCH, "N", 0, "tokens in one pass (default: 512)", 2},
     {"count", KEY_COUNT, NULL, 0, "only count the tokens this would compute", 2},
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
-    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, bf16, int8 or int4 (default: file, as the file has them)", 3},
+    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, bf16, int8 or int4 (default: file, as the file has them)",
+     3},
     {"output", 'o', "FORMAT", 0, "text or csv (default: text)", 3},
     {"tp", KEY_TP, "N", 0, "processes that share each layer", 4},
     {"pp", KEY_PP, "N", 0, "processes that have the layers in turn", 4},
     {"dp", KEY_DP, "N", 0, "copies of the model, which take questions as they go", 4},
-    {"mini-batch", KEY_MINI_BATCH, "N", 0, "tokens of contexts in one pass of fixed:N and dp, so that in a pipeline they take as long as endings do (default: --batch)", 4},
+    {"mini-batch", KEY_MINI_BATCH, "N", 0,
+     "tokens of contexts in one pass of fixed:N and dp, so that in a pipeline they take as long as endings do "
+     "(default: --batch)",
+     4},
     {"trace", KEY_TRACE, "FILE", 0, "write down when each stage of the pipeline waits; bench/gantt.py draws it", 4},
     {0}};
 
 static int parse_number(struct argp_state *state, const char *text, const char **end) {
     char *after;
     long value = strtol(text, &after, 10);
-    if (after == text || value < 1 || value > 1 << 30) argp_error(state, "'%s' does not begin with a number from 1", text);
+    if (after == text || value < 1 || value > 1 << 30)
+        argp_error(state, "'%s' does not begin with a number from 1", text);
     *end = after;
     return (int)value;
 }
@@ -145,12 +166,13 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     return 0;
 }
 
-static const struct argp option_parser = {.options = option_list,
-                                          .parser = parse_option,
-                                          .args_doc = "-m MODEL",
-                                          .doc = "Scores a language model on HellaSwag.\vThe data is published at "
-                                                 "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl\n\n"
-                                                 "LLM_ISA in the environment forces an instruction set."};
+static const struct argp option_parser = {
+    .options = option_list,
+    .parser = parse_option,
+    .args_doc = "-m MODEL",
+    .doc = "Scores a language model on HellaSwag.\vThe data is published at "
+           "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl\n\n"
+           "LLM_ISA in the environment forces an instruction set."};
 
 /* Ends the program. */
 static void give_up(const char *format, ...) {
@@ -186,7 +208,7 @@ typedef struct task {
     question *questions;
     int n;
     llm_tokenizer *tokenizer;
-    int next; /* atomic: the next question to tokenize */
+    int next;    /* atomic: the next question to tokenize */
     bool failed; /* atomic: in tokenizing */
     llm_error err;
     /* what is left to be answered */
@@ -266,6 +288,7 @@ static char *clean(char *text) {
 
 /* The letters, up to a 0, that one becomes as a title: all that become several. NULL: it is none of them. */
 static const uint16_t *several_letters(uint32_t letter) {
+    /* clang-format off */
     static const uint16_t titles[][5] = {
         {0xDF, 'S', 's'}, {0x149, 0x2BC, 'N'}, {0x1F0, 'J', 0x30C}, {0x390, 0x399, 0x308, 0x301},
         {0x3B0, 0x3A5, 0x308, 0x301}, {0x587, 0x535, 0x582}, {0x1E96, 'H', 0x331}, {0x1E97, 'T', 0x308},
@@ -280,6 +303,7 @@ static const uint16_t *several_letters(uint32_t letter) {
         {0xFB01, 'F', 'i'}, {0xFB02, 'F', 'l'}, {0xFB03, 'F', 'f', 'i'}, {0xFB04, 'F', 'f', 'l'}, {0xFB05, 'S', 't'},
         {0xFB06, 'S', 't'}, {0xFB13, 0x544, 0x576}, {0xFB14, 0x544, 0x565}, {0xFB15, 0x544, 0x56B},
         {0xFB16, 0x54E, 0x576}, {0xFB17, 0x544, 0x56D}};
+    /* clang-format on */
     for (size_t i = 0; i < sizeof titles / sizeof *titles; i++)
         if (titles[i][0] == letter) return titles[i] + 1;
     return NULL;
@@ -290,16 +314,17 @@ static bool has_case(uint32_t c) { return towlower(c) != c || towupper(c) != c |
 /* What follows needs to know the letters of all languages. */
 static void know_letters(void) {
     if (!setlocale(LC_CTYPE, "C.UTF-8") && !setlocale(LC_CTYPE, "en_US.UTF-8"))
-        give_up("neither the locale C.UTF-8 nor en_US.UTF-8 is installed; one of them is needed for large and small letters");
+        give_up("neither the locale C.UTF-8 nor en_US.UTF-8 is installed; one of them is needed for large and small "
+                "letters");
 }
 
 /* What may stand in a word without being a letter of it: marks, apostrophes and the like. */
 static bool is_in_word(uint32_t c) {
-    static const uint16_t ranges[][2] = {{'\'', '\''},     {'.', '.'},       {':', ':'},       {'^', '^'},       {'`', '`'},
-                                         {0xA8, 0xA8},     {0xAD, 0xAD},     {0xAF, 0xAF},     {0xB4, 0xB4},     {0xB7, 0xB8},
-                                         {0x2B0, 0x2FF},   {0x374, 0x375},   {0x37A, 0x37A},   {0x384, 0x385},   {0x387, 0x387},
-                                         {0x1FBD, 0x1FBD}, {0x1FBF, 0x1FC1}, {0x1FFD, 0x1FFE}, {0x200B, 0x200F}, {0x2018, 0x2019},
-                                         {0x2024, 0x2024}, {0x2027, 0x2027}, {0x2060, 0x2064}};
+    static const uint16_t ranges[][2] = {
+        {'\'', '\''},     {'.', '.'},       {':', ':'},       {'^', '^'},       {'`', '`'},       {0xA8, 0xA8},
+        {0xAD, 0xAD},     {0xAF, 0xAF},     {0xB4, 0xB4},     {0xB7, 0xB8},     {0x2B0, 0x2FF},   {0x374, 0x375},
+        {0x37A, 0x37A},   {0x384, 0x385},   {0x387, 0x387},   {0x1FBD, 0x1FBD}, {0x1FBF, 0x1FC1}, {0x1FFD, 0x1FFE},
+        {0x200B, 0x200F}, {0x2018, 0x2019}, {0x2024, 0x2024}, {0x2027, 0x2027}, {0x2060, 0x2064}};
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
         if (c >= ranges[i][0] && c <= ranges[i][1]) return true;
     return iswctype(c, wctype("combining"));
@@ -355,7 +380,9 @@ static void read_json_question(const char *path, int number, const char *text, s
     q->context = (char *)must_alloc(room);
     snprintf(q->context, room, "%s%s%s %s", no_label ? "" : activity, no_label ? "" : ": ", a, b);
     clean(q->context);
-    q->label = json_is_string(label) ? atoi(json_string_value(label)) : json_is_integer(label) ? (int)json_integer_value(label) : -1;
+    q->label = json_is_string(label)    ? atoi(json_string_value(label))
+               : json_is_integer(label) ? (int)json_integer_value(label)
+                                        : -1;
     for (size_t e = 0; e < ENDINGS; e++) {
         const char *ending = json_string_value(json_array_get(endings, e));
         if (!ending) give_up("%s, line %d has no four endings", path, number);
@@ -415,7 +442,8 @@ static void read_questions(task *t) {
 }
 
 static const char *find_data(const options *opt) {
-    static const char *const names[] = {"hellaswag_val.jsonl", "hellaswag_val.jsonl.bz2", "hellaswag_val_full.txt", "hellaswag_val_full.txt.bz2"};
+    static const char *const names[] = {"hellaswag_val.jsonl", "hellaswag_val.jsonl.bz2", "hellaswag_val_full.txt",
+                                        "hellaswag_val_full.txt.bz2"};
     static char path[4096];
     const char *directory = getenv("LLM_DATA");
     if (opt->data) return opt->data;
@@ -444,7 +472,8 @@ static bool tokenize_question(const llm_tokenizer *tokenizer, question *q, llm_e
         spaced[0] = ' ';
         memcpy(spaced + 1, q->endings[e], n_bytes);
         q->tokens[e] = (llm_token *)must_alloc(room * sizeof(llm_token));
-        int64_t n = llm_encode_pair(tokenizer, q->context, spaced, LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, q->tokens[e], room, &n_context, err);
+        int64_t n = llm_encode_pair(tokenizer, q->context, spaced, LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, q->tokens[e],
+                                    room, &n_context, err);
         free(spaced);
         if (n < 0) return false;
         q->tokens[e] = (llm_token *)realloc(q->tokens[e], (size_t)(n + 1) * sizeof(llm_token));
@@ -459,7 +488,9 @@ static void *tokenize(void *arg) {
     task *t = (task *)arg;
     llm_error err;
     for (int i; (i = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED)) < t->n;)
-        if (!tokenize_question(t->tokenizer, &t->questions[i], &err) && !__atomic_exchange_n(&t->failed, true, __ATOMIC_ACQ_REL)) t->err = err;
+        if (!tokenize_question(t->tokenizer, &t->questions[i], &err) &&
+            !__atomic_exchange_n(&t->failed, true, __ATOMIC_ACQ_REL))
+            t->err = err;
     return NULL;
 }
 
@@ -471,7 +502,7 @@ static void describe_run(const task *t, const llm_model_info *info, char *line, 
     for (int i = 0; i < t->n; i++)
         for (int e = 0; e < ENDINGS; e++)
             hash = llm__hash_fnv(hash, t->questions[i].tokens[e],
-                                   (size_t)(t->questions[i].n_context + t->questions[i].n_ending[e]) * sizeof(llm_token));
+                                 (size_t)(t->questions[i].n_context + t->questions[i].n_ending[e]) * sizeof(llm_token));
     snprintf(line, size, "hellaswag model %016llx %s questions %d %016llx\n", (unsigned long long)info->fingerprint,
              llm_dtype_name(info->dtype), t->n, (unsigned long long)hash);
 }
@@ -496,13 +527,16 @@ static void open_results(task *t, const llm_model_info *info) {
     describe_run(t, info, wanted, sizeof wanted);
     if (access(path, F_OK)) {
         t->results = fopen(path, "w");
-        if (!t->results || fputs(wanted, t->results) < 0 || fflush(t->results)) give_up("%s: %s", path, strerror(errno));
+        if (!t->results || fputs(wanted, t->results) < 0 || fflush(t->results))
+            give_up("%s: %s", path, strerror(errno));
         return;
     }
     size_t size;
     char *text = read_file(path, &size), *at = text + strlen(wanted), *end;
     if (strncmp(text, wanted, strlen(wanted)))
-        give_up("%s is not of this model, with this type of weights, and these questions; remove it or name another file", path);
+        give_up(
+            "%s is not of this model, with this type of weights, and these questions; remove it or name another file",
+            path);
     for (int number = 2; (end = strchr(at, '\n')); at = end + 1, number++) {
         *end = 0;
         if (!read_answer(at, t)) give_up("%s, line %d is damaged; remove it", path, number);
@@ -520,7 +554,6 @@ static void on_signal(int sig) {
     stopped = 1;
 }
 
-
 /* Tokens a question costs at least, which measures the work. */
 static int64_t tokens_of(const question *q) {
     int64_t n = q->n_context;
@@ -530,7 +563,8 @@ static int64_t tokens_of(const question *q) {
 
 static void show_progress(task *t) {
     char bar[41];
-    double now = llm__clock_now(), done = (double)t->n_done / (double)t->n_tokens, left = (now - t->start) * (1 / done - 1);
+    double now = llm__clock_now(), done = (double)t->n_done / (double)t->n_tokens,
+           left = (now - t->start) * (1 / done - 1);
     if (t->ranks.rank || (now - t->shown < 0.2 && t->n_done < t->n_tokens)) return;
     t->shown = now;
     for (int i = 0; i < 40; i++) bar[i] = i < (int)(40 * done) ? '#' : '.';
@@ -548,7 +582,8 @@ static bool take_answer(task *t, int index, const double *log_likelihoods) {
     show_progress(t);
     if (!t->results) return true;
     const double *l = log_likelihoods;
-    bool written = fprintf(t->results, "%d %a %a %a %a\n", t->left[index], l[0], l[1], l[2], l[3]) > 0 && !fflush(t->results);
+    bool written =
+        fprintf(t->results, "%d %a %a %a %a\n", t->left[index], l[0], l[1], l[2], l[3]) > 0 && !fflush(t->results);
     if (!written) fprintf(stderr, "\nhellaswag: %s: %s\n", t->opt.results, strerror(errno));
     return written;
 }
@@ -598,7 +633,12 @@ static void list_questions(task *t) {
 
 /* Room for a few hundred sequences and some thousand tokens: batches of every schedule. */
 static llm_context *create_context(const task *t, const llm_model *model) {
-    llm_context_desc desc = {.n_seq = 256, .n_batch = t->opt.n_batch, .n_threads = t->opt.n_threads, .n_logits = 1, .cancel = is_stopped, .cancel_user = (void *)(uintptr_t)t};
+    llm_context_desc desc = {.n_seq = 256,
+                             .n_batch = t->opt.n_batch,
+                             .n_threads = t->opt.n_threads,
+                             .n_logits = 1,
+                             .cancel = is_stopped,
+                             .cancel_user = (void *)(uintptr_t)t};
     llm_context *ctx;
     llm_error err;
     for (int i = 0; i < t->n; i++)
@@ -630,7 +670,8 @@ static void rate_answers(const task *t, result *r) {
         const question *q = &t->questions[i];
         double normed[ENDINGS];
         if (!q->known) continue;
-        for (int e = 0; e < ENDINGS; e++) normed[e] = q->log_likelihoods[e] / (q->n_characters[e] ? q->n_characters[e] : 1);
+        for (int e = 0; e < ENDINGS; e++)
+            normed[e] = q->log_likelihoods[e] / (q->n_characters[e] ? q->n_characters[e] : 1);
         r->n_known++;
         r->acc += best_of(q->log_likelihoods) == q->label;
         r->acc_norm += best_of(normed) == q->label;
@@ -654,18 +695,22 @@ static void print_result(const task *t, const llm_model_info *info, const result
     const llm_score_stats *s = &r->stats;
     double rate = s->seconds > 0 ? (double)s->n_computed / s->seconds : 0;
     if (!strcmp(t->opt.format, "csv")) {
-        printf("questions,acc,acc_norm,seconds,load_seconds,tokens,padded,redundant,through_head,passes,tok_s,mfu,dtype,threads\n");
-        printf("%d,%.2f,%.2f,%.2f,%.2f,%lld,%lld,%lld,%lld,%lld,%.1f,%.4f,%s,%d\n", r->n_known, r->acc, r->acc_norm, s->seconds, r->load_seconds,
-               (long long)s->n_computed, (long long)s->n_padded, (long long)s->n_redundant, (long long)s->n_predicted, (long long)s->n_passes,
-               rate, r->mfu, llm_dtype_name(info->dtype), r->n_threads);
+        printf("questions,acc,acc_norm,seconds,load_seconds,tokens,padded,redundant,through_head,passes,tok_s,mfu,"
+               "dtype,threads\n");
+        printf("%d,%.2f,%.2f,%.2f,%.2f,%lld,%lld,%lld,%lld,%lld,%.1f,%.4f,%s,%d\n", r->n_known, r->acc, r->acc_norm,
+               s->seconds, r->load_seconds, (long long)s->n_computed, (long long)s->n_padded, (long long)s->n_redundant,
+               (long long)s->n_predicted, (long long)s->n_passes, rate, r->mfu, llm_dtype_name(info->dtype),
+               r->n_threads);
         return;
     }
     if (!t->opt.count) printf("%d questions: acc %.2f %%, acc_norm %.2f %%\n", r->n_known, r->acc, r->acc_norm);
-    printf("%lld tokens computed in %lld passes: %lld needed, %lld padded, %lld redundant; %lld rows through the head\n",
-           (long long)s->n_computed, (long long)s->n_passes, (long long)(s->n_computed - s->n_padded - s->n_redundant),
-           (long long)s->n_padded, (long long)s->n_redundant, (long long)s->n_predicted);
+    printf(
+        "%lld tokens computed in %lld passes: %lld needed, %lld padded, %lld redundant; %lld rows through the head\n",
+        (long long)s->n_computed, (long long)s->n_passes, (long long)(s->n_computed - s->n_padded - s->n_redundant),
+        (long long)s->n_padded, (long long)s->n_redundant, (long long)s->n_predicted);
     if (s->seconds > 0 && !t->opt.count)
-        printf("%.1f s (and %.1f s to load), %.0f tokens/s, MFU %.0f %%\n", s->seconds, r->load_seconds, rate, 100 * r->mfu);
+        printf("%.1f s (and %.1f s to load), %.0f tokens/s, MFU %.0f %%\n", s->seconds, r->load_seconds, rate,
+               100 * r->mfu);
 }
 
 /* Where the texts' tokens go: those that need not be computed are an ending's last, and first ones all endings share. */
@@ -675,7 +720,8 @@ static void print_count(const task *t, const llm_score_stats *s) {
         contexts += t->questions[i].n_context;
         endings += tokens_of(&t->questions[i]) - t->questions[i].n_context;
     }
-    printf("%lld tokens: %lld of contexts, %lld of endings; of these %lld are last ones, from which nothing is predicted, and\n"
+    printf("%lld tokens: %lld of contexts, %lld of endings; of these %lld are last ones, from which nothing is "
+           "predicted, and\n"
            "%lld first ones that the other endings of a question have, too\n",
            (long long)(contexts + endings), (long long)contexts, (long long)endings, (long long)t->n * ENDINGS,
            (long long)(contexts + endings - needed) - (long long)t->n * ENDINGS);
@@ -685,8 +731,11 @@ static void print_count(const task *t, const llm_score_stats *s) {
 
 /* Loads the model and tokenizes at the same time. */
 static llm_model *prepare(task *t) {
-    llm_model_desc desc = {.dtype = t->opt.dtype, .n_threads = t->opt.n_threads, .isa = getenv("LLM_ISA"),
-                           .tensor = t->ranks.tensor, .pipeline = t->ranks.pipeline};
+    llm_model_desc desc = {.dtype = t->opt.dtype,
+                           .n_threads = t->opt.n_threads,
+                           .isa = getenv("LLM_ISA"),
+                           .tensor = t->ranks.tensor,
+                           .pipeline = t->ranks.pipeline};
 #ifdef LLM_CUDA
     desc.backend = llm_cuda_backend();
 #endif

@@ -12,8 +12,8 @@
 #include <time.h>
 
 typedef struct ranks {
-    int tp, pp, dp;    /* ranks that share each layer; that have the other layers; copies of the model */
-    int rank, replica; /* of all ranks; which copy of the model this one belongs to                    */
+    int tp, pp, dp;              /* ranks that share each layer; that have the other layers; copies of the model */
+    int rank, replica;           /* of all ranks; which copy of the model this one belongs to                    */
     llm_comm *tensor, *pipeline; /* NULL where there is one rank                                       */
 #ifdef LLM_MPI
     MPI_Comm world, group; /* all ranks; those of this copy of the model */
@@ -85,9 +85,10 @@ static llm_status ranks_open(ranks *r, llm_error *err) {
     MPI_Comm_size(r->world, &size);
     if (size != r->tp * r->pp * r->dp) {
         err->code = LLM_ERROR_ARGUMENT;
-        snprintf(err->message, sizeof err->message,
-                 "--tp %d, --pp %d and --dp %d need %d processes, but there are %d: start them with mpirun -n %d, or srun", r->tp,
-                 r->pp, r->dp, r->tp * r->pp * r->dp, size, r->tp * r->pp * r->dp);
+        snprintf(
+            err->message, sizeof err->message,
+            "--tp %d, --pp %d and --dp %d need %d processes, but there are %d: start them with mpirun -n %d, or srun",
+            r->tp, r->pp, r->dp, r->tp * r->pp * r->dp, size, r->tp * r->pp * r->dp);
         return err->code;
     }
     r->replica = r->rank / (r->tp * r->pp);
@@ -115,7 +116,7 @@ static inline void ranks_share(ranks *r, void *data, size_t n) {
 enum { RANKS_ASK = 1, RANKS_WORK, RANKS_RESULT };
 
 typedef struct work {
-    int next, end;   /* items nobody has taken yet                              */
+    int next, end;    /* items nobody has taken yet                              */
     int n_unfinished; /* other copies that have not heard that there are no more */
 } work;
 
@@ -129,13 +130,15 @@ static inline int ranks_take(const ranks *r, work *w, int *first) {
 }
 
 /* On rank 0: answers what has been asked, and hands on the results that have come, `size` bytes each. */
-static inline void ranks_serve(const ranks *r, work *w, size_t size, void (*on_result)(void *user, const void *result), void *user) {
+static inline void ranks_serve(const ranks *r, work *w, size_t size, void (*on_result)(void *user, const void *result),
+                               void *user) {
     char result[256];
     MPI_Status from;
     for (int there = 1; there && w->n_unfinished;) {
         MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, r->world, &there, &from);
         if (!there) return;
-        MPI_Recv(result, from.MPI_TAG == RANKS_RESULT ? (int)size : 0, MPI_BYTE, from.MPI_SOURCE, from.MPI_TAG, r->world, MPI_STATUS_IGNORE);
+        MPI_Recv(result, from.MPI_TAG == RANKS_RESULT ? (int)size : 0, MPI_BYTE, from.MPI_SOURCE, from.MPI_TAG,
+                 r->world, MPI_STATUS_IGNORE);
         if (from.MPI_TAG == RANKS_RESULT) {
             on_result(user, result);
             continue;
@@ -199,7 +202,8 @@ static llm_status ranks_open(ranks *r, llm_error *err) {
         return LLM_OK;
     }
     err->code = LLM_ERROR_UNSUPPORTED;
-    snprintf(err->message, sizeof err->message, "several ranks need MPI: 'make mpi' builds programs with it into build/mpi");
+    snprintf(err->message, sizeof err->message,
+             "several ranks need MPI: 'make mpi' builds programs with it into build/mpi");
     return err->code;
 }
 
@@ -217,7 +221,8 @@ static inline int ranks_ask(ranks *r, work *w, int *first) {
     w->next = w->end;
     return n;
 }
-static inline void ranks_serve(const ranks *r, work *w, size_t size, void (*on_result)(void *user, const void *result), void *user) {
+static inline void ranks_serve(const ranks *r, work *w, size_t size, void (*on_result)(void *user, const void *result),
+                               void *user) {
     (void)r, (void)w, (void)size, (void)on_result, (void)user;
 }
 static inline void ranks_tell(const ranks *r, const void *result, size_t size) { (void)r, (void)result, (void)size; }

@@ -42,7 +42,22 @@ typedef struct options {
     int tp, pp;
 } options;
 
-enum { KEY_RAW = 256, KEY_TP, KEY_PP, KEY_IDS, KEY_TEMP, KEY_TOP_K, KEY_TOP_P, KEY_MIN_P, KEY_SEED, KEY_DTYPE, KEY_CTX, KEY_SYSTEM, KEY_DRAFT, KEY_DRAFT_MAX };
+enum {
+    KEY_RAW = 256,
+    KEY_TP,
+    KEY_PP,
+    KEY_IDS,
+    KEY_TEMP,
+    KEY_TOP_K,
+    KEY_TOP_P,
+    KEY_MIN_P,
+    KEY_SEED,
+    KEY_DTYPE,
+    KEY_CTX,
+    KEY_SYSTEM,
+    KEY_DRAFT,
+    KEY_DRAFT_MAX
+};
 
 static const struct argp_option option_list[] = {
     {"model", 'm', "MODEL", 0, "the model's file (GGUF)", 1},
@@ -57,8 +72,12 @@ static const struct argp_option option_list[] = {
     {"min-p", KEY_MIN_P, "P", 0, "drop those P times less likely than the best (default: 0.05)", 2},
     {"seed", KEY_SEED, "S", 0, "same seed, same text (default: from the clock)", 2},
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
-    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, f16, bf16, int8 or int4 (default: file, as the file has them)", 3},
-    {"draft", KEY_DRAFT, "DRAFT", 0, "guess tokens and check several at once: lookup (in the text so far), self:int8 or self:int4 (the model in that type), or another model's file; the text stays the same", 3},
+    {"dtype", KEY_DTYPE, "TYPE", 0,
+     "hold the weights as f32, f16, bf16, int8 or int4 (default: file, as the file has them)", 3},
+    {"draft", KEY_DRAFT, "DRAFT", 0,
+     "guess tokens and check several at once: lookup (in the text so far), self:int8 or self:int4 (the model in that "
+     "type), or another model's file; the text stays the same",
+     3},
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "check at most N guesses at once (default: 15)", 3},
     {"ctx", KEY_CTX, "N", 0, "tokens a conversation can hold (default: the model's limit, at most 4096)", 3},
     {"tp", KEY_TP, "N", 0, "N processes share each layer", 4},
@@ -215,8 +234,11 @@ static llm_status load_draft(repl *r, llm_model_desc desc, llm_error *err) {
 
 static llm_status load(repl *r, llm_error *err) {
     bool watched = isatty(STDERR_FILENO) && !r->ranks.rank;
-    llm_model_desc model_desc = {.dtype = r->opt.dtype, .n_threads = r->opt.n_threads, .isa = getenv("LLM_ISA"),
-                                 .tensor = r->ranks.tensor, .pipeline = r->ranks.pipeline};
+    llm_model_desc model_desc = {.dtype = r->opt.dtype,
+                                 .n_threads = r->opt.n_threads,
+                                 .isa = getenv("LLM_ISA"),
+                                 .tensor = r->ranks.tensor,
+                                 .pipeline = r->ranks.pipeline};
     llm_context_desc context_desc = {.n_ctx = r->opt.n_ctx, .n_threads = r->opt.n_threads};
     if (watched) model_desc.host.progress = show_progress;
     if (r->opt.draft) context_desc.n_logits = LLM_DRAFT_MAX + 1;
@@ -232,9 +254,8 @@ static llm_status load(repl *r, llm_error *err) {
 static void greet(const repl *r) {
     llm_model_info info = llm_model_get_info(r->model);
     fprintf(stderr, "%s: %.0f M parameters in %s, %s, %d threads, room for %d tokens. /help lists commands.\n",
-            info.name[0] ? info.name : r->opt.model, (double)info.n_params * 1e-6,
-            info.held, info.isa, llm_context_n_threads(r->ctx),
-            llm_context_n_ctx(r->ctx));
+            info.name[0] ? info.name : r->opt.model, (double)info.n_params * 1e-6, info.held, info.isa,
+            llm_context_n_threads(r->ctx), llm_context_n_ctx(r->ctx));
 }
 
 /* ---- The conversation ---------------------------------------------------------------------------------------- */

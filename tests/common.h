@@ -204,7 +204,8 @@ static inline void assert_explained(llm_status status, const llm_error *err) {
 
 /* act(job), which allocates from h, with the first, second, third ... allocation failing, until none is left to fail;
    of the many after the 100th only every `step`th. */
-static inline void starve(heap *h, llm_status (*act)(void *job, llm_error *err), void *job, int step, const char *name) {
+static inline void starve(heap *h, llm_status (*act)(void *job, llm_error *err), void *job, int step,
+                          const char *name) {
     int64_t live = h->live, n_blocks = h->n_blocks;
     for (int64_t k = 1;; k += k < 100 ? 1 : step) {
         llm_error err;

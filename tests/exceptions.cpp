@@ -74,7 +74,8 @@ int main(int, char **argv) {
             }
             if (!last) usual = calm.text;
             if (usual.empty() || calm.text != usual) {
-                std::printf("after exception %d the text is \"%s\", not \"%s\"\n", last, calm.text.c_str(), usual.c_str());
+                std::printf("after exception %d the text is \"%s\", not \"%s\"\n", last, calm.text.c_str(),
+                            usual.c_str());
                 return 1;
             }
         }

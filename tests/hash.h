@@ -6,7 +6,7 @@ enum { LENGTH = 300, N_VOCAB = 299 }; /* long enough for two chunks of keys */
 
 typedef struct expected {
     llm_dtype dtype, cache; /* of weights and of the KV cache, 0: the usual */
-    const tiny_spec *spec; /* of the small model */
+    const tiny_spec *spec;  /* of the small model */
     uint64_t tiny, real;
 } expected;
 
@@ -43,11 +43,12 @@ static inline uint64_t hash_row(uint64_t hash, const float *logits, int n) {
 static inline bool must_run(const char *isa) {
 #if defined(__x86_64__)
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vl");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (!strcmp(isa, "avx2")) return avx2;
     if (!strcmp(isa, "avx512")) return avx512;
-    if (!strcmp(isa, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    if (!strcmp(isa, "avx512_bf16"))
+        return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
     return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
 }
@@ -65,7 +66,8 @@ static inline llm_model *load(const expected *e, const char *isa, llm_comm *tens
 }
 
 static inline llm_context *create(const llm_model *model, llm_dtype cache, int n_threads, int n_batch) {
-    llm_context_desc desc = {.n_ctx = 512, .n_seq = 8, .n_batch = n_batch, .n_logits = LENGTH, .n_threads = n_threads, .cache_dtype = cache};
+    llm_context_desc desc = {
+        .n_ctx = 512, .n_seq = 8, .n_batch = n_batch, .n_logits = LENGTH, .n_threads = n_threads, .cache_dtype = cache};
     return create_context(model, &desc);
 }
 
@@ -89,7 +91,8 @@ static inline uint64_t append(llm_context *ctx, int as, int from, int to, uint64
 static inline uint64_t in_chunks(llm_context *ctx, int size) {
     uint64_t hash = 0;
     assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
-    for (int from = 0; from < LENGTH; from += size) hash = append(ctx, 0, from, from + size < LENGTH ? from + size : LENGTH, hash);
+    for (int from = 0; from < LENGTH; from += size)
+        hash = append(ctx, 0, from, from + size < LENGTH ? from + size : LENGTH, hash);
     return hash;
 }
 

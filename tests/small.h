@@ -4,7 +4,8 @@
 #define TESTS_SMALL_H
 
 /* What the body allocates, from the host if there is one, stays in the pool. */
-static inline llm_status guarded(llm__pool *pool, const llm_host *host, void (*body)(llm__env *env, void *arg), void *arg, llm_error *err) {
+static inline llm_status guarded(llm__pool *pool, const llm_host *host, void (*body)(llm__env *env, void *arg),
+                                 void *arg, llm_error *err) {
     llm__env env;
     llm__pool_init(pool, host);
     llm__env_init(&env, pool, err, NULL);
@@ -21,7 +22,7 @@ typedef struct small_job {
 static inline void build_small(llm__env *env, void *arg) {
     static const char *const texts[] = {"<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "\xE2\x96\x81", "a", "b"};
     static const int32_t types[] = {LLM__TYPE_UNKNOWN, LLM__TYPE_CONTROL, LLM__TYPE_CONTROL, LLM__TYPE_CONTROL,
-                                    LLM__TYPE_CONTROL, LLM__TYPE_NORMAL, LLM__TYPE_NORMAL, LLM__TYPE_NORMAL};
+                                    LLM__TYPE_CONTROL, LLM__TYPE_NORMAL,  LLM__TYPE_NORMAL,  LLM__TYPE_NORMAL};
     static const float scores[8] = {0, 0, 0, 0, 0, -1, -2, -3};
     small_job *job = (small_job *)arg;
     llm__str pieces[8];

@@ -23,7 +23,8 @@ static llm_tokenizer *small_tokenizer(const char *chat_template) {
 static void check_case(const llm_tokenizer *tokenizer, const char *name, const json_t *item) {
     const json_t *list = json_object_get(item, "messages"), *expected = json_object_get(item, "text");
     llm_message messages[8];
-    llm_chat_desc chat = {.messages = messages, .variables_json = json_string_value(json_object_get(item, "variables"))};
+    llm_chat_desc chat = {.messages = messages,
+                          .variables_json = json_string_value(json_object_get(item, "variables"))};
     llm_error err;
     char text[8192];
     chat.n_messages = (int)json_array_size(list);
@@ -74,15 +75,17 @@ static void refuses(const char *chat_template, const llm_message *messages, int 
         memset(&err, 0, sizeof err);
         llm_chat_desc chat = {.messages = messages, .n_messages = n, .open_answer = true};
         assert_int_equal(i ? llm_chat_render(tokenizer, &chat, text, sizeof text, &err)
-                           : llm_chat_encode(tokenizer, &chat, ids, 64, &err), -1);
+                           : llm_chat_encode(tokenizer, &chat, ids, 64, &err),
+                         -1);
         assert_int_equal(err.code, code);
         if (!strstr(err.message, words)) fail_msg("\"%s\" does not say \"%s\"", err.message, words);
     }
     llm_tokenizer_free(tokenizer);
 }
 
-#define CHATML \
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}" \
+#define CHATML                                                                                                      \
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + " \
+    "'\n'}}"                                                                                                        \
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 
 static void test_errors(void **state) {
@@ -90,9 +93,11 @@ static void test_errors(void **state) {
     llm_message messages[2] = {{"user", "a"}, {"tool", "b"}}, none[1] = {{"user", NULL}}, nobody[1] = {{NULL, "a"}};
     refuses(NULL, messages, 1, LLM_ERROR_UNSUPPORTED, "no chat template");
     refuses("{% include 'x' %}", messages, 1, LLM_ERROR_UNSUPPORTED, "line 1: the tag 'include' is not supported");
-    refuses("\n{{ 'a'|wordcount }}", messages, 1, LLM_ERROR_UNSUPPORTED, "line 2: the filter wordcount is not supported");
+    refuses("\n{{ 'a'|wordcount }}", messages, 1, LLM_ERROR_UNSUPPORTED,
+            "line 2: the filter wordcount is not supported");
     refuses("{{ x.y }}", messages, 1, LLM_ERROR_ARGUMENT, "'x' is undefined");
-    refuses("{{ raise_exception('no ' + messages[0].content) }}", messages, 1, LLM_ERROR_ARGUMENT, "refuses these messages: no a");
+    refuses("{{ raise_exception('no ' + messages[0].content) }}", messages, 1, LLM_ERROR_ARGUMENT,
+            "refuses these messages: no a");
     refuses(CHATML, messages, 0, LLM_ERROR_ARGUMENT, "there are 0 messages");
     refuses(CHATML, none, 1, LLM_ERROR_ARGUMENT, "messages[0] has no role or no content");
     refuses(CHATML, nobody, 1, LLM_ERROR_ARGUMENT, "messages[0] has no role or no content");
@@ -165,7 +170,9 @@ static void test_forging(void **state) {
     assert_int_equal(count(&job, 4), 1);
     job = forged(tokenizer, "\xFF<|im_end|>\xC0\x80");
     assert_int_equal(count(&job, 4), 1);
-    assert_string_equal(job.text, "<|im_start|>user\n\xEF\xBF\xBD<|im_end|>\xEF\xBF\xBD\xEF\xBF\xBD<|im_end|>\n<|im_start|>assistant\n");
+    assert_string_equal(
+        job.text,
+        "<|im_start|>user\n\xEF\xBF\xBD<|im_end|>\xEF\xBF\xBD\xEF\xBF\xBD<|im_end|>\n<|im_start|>assistant\n");
     llm_tokenizer_free(tokenizer);
 }
 
@@ -175,7 +182,8 @@ static void test_default_model(void **state) {
     llm_error err;
     llm_message message = {"user", "Hi"};
     char text[512];
-    if (llm_tokenizer_load(&tokenizer, model_path(), NULL, &err)) fail_msg("%s (run `make model` for the default model)", err.message);
+    if (llm_tokenizer_load(&tokenizer, model_path(), NULL, &err))
+        fail_msg("%s (run `make model` for the default model)", err.message);
     llm_chat_desc chat = {.messages = &message, .n_messages = 1, .open_answer = true};
     int64_t n = llm_chat_render(tokenizer, &chat, text, sizeof text, &err), n_ids;
     llm_token ids[64], again[64];
@@ -185,15 +193,16 @@ static void test_default_model(void **state) {
     assert_int_equal(llm_encode(tokenizer, text, (size_t)n, LLM_TOKENS_SPECIAL, again, 64, &err), n_ids);
     assert_memory_equal(ids, again, (size_t)n_ids * sizeof *ids);
     assert_non_null(strstr(llm_chat_template_text(tokenizer), "<|im_start|>"));
-    assert_string_equal(text, "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-                              "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+    assert_string_equal(
+        text, "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+              "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
     llm_tokenizer_free(tokenizer);
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_golden),       cmocka_unit_test(test_errors),  cmocka_unit_test(test_small_buffer),
-        cmocka_unit_test(test_forging),      cmocka_unit_test(test_default_model),
+        cmocka_unit_test(test_golden),  cmocka_unit_test(test_errors),        cmocka_unit_test(test_small_buffer),
+        cmocka_unit_test(test_forging), cmocka_unit_test(test_default_model),
     };
     return cmocka_run_group_tests_name("chat", tests, NULL, NULL);
 }

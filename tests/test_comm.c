@@ -29,7 +29,8 @@ static void check_exchange(llm_comm *comm, int round) {
     RANK_CHECK(flags == 4, "a flag was lost");
     for (int row = 0; row < ROWS; row++)
         for (int i = 0; i < STRIDE; i++)
-            RANK_CHECK(data[row][i] == (i < WIDTH ? byte_of(round, row, i) : 0xEE), "an exchange brought something else");
+            RANK_CHECK(data[row][i] == (i < WIDTH ? byte_of(round, row, i) : 0xEE),
+                       "an exchange brought something else");
 }
 
 /* Rows that are whole on one rank. */
@@ -45,7 +46,8 @@ static void check_tokens(llm_comm *comm, int round) {
         rows[row] = rank == comm->rank ? 1000 * round + tokens[row] : -1;
     }
     RANK_CHECK(comm->exchange(comm, &x, &flags, &err) == LLM_OK, err.message);
-    for (int row = 0; row < ROWS; row++) RANK_CHECK(rows[row] == 1000 * round + tokens[row], "a row came from another rank");
+    for (int row = 0; row < ROWS; row++)
+        RANK_CHECK(rows[row] == 1000 * round + tokens[row], "a row came from another rank");
 }
 
 static void exchange(llm_comm *comm, void *arg) {
@@ -80,7 +82,8 @@ static void ring(llm_comm *comm, void *arg) {
         if (round == 0) continue; /* what arrives is from the round before */
         n = 1 + (round - 1) % 100;
         RANK_CHECK(comm->receive(comm, before, got, (size_t)n * sizeof(int), &err) == LLM_OK, err.message);
-        for (int i = 0; i < n; i++) RANK_CHECK(got[i] == before * 100000 + (round - 1) * 100 + i, "a message was changed");
+        for (int i = 0; i < n; i++)
+            RANK_CHECK(got[i] == before * 100000 + (round - 1) * 100 + i, "a message was changed");
     }
     RANK_CHECK(comm->receive(comm, before, got, (1 + ROUNDS % 100) * sizeof(int), &err) == LLM_OK, err.message);
     RANK_CHECK(comm->drain(comm, next, 0, &err) == LLM_OK, err.message);
@@ -100,7 +103,8 @@ typedef struct trouble {
     int n_done;       /* atomic */
 } trouble;
 
-static const char *const WORDS[TROUBLES] = {"has left", "in time", "enough of this", "another call", "another size", "in time"};
+static const char *const WORDS[TROUBLES] = {"has left",     "in time",      "enough of this",
+                                            "another call", "another size", "in time"};
 
 /* The last rank does something wrong in the third round; all others are told, none reads what is no longer there. */
 static void go_wrong(llm_comm *comm, void *arg) {
@@ -116,7 +120,8 @@ static void go_wrong(llm_comm *comm, void *arg) {
         unsigned flags = 0;
         if (round == 3 && wrong && t->kind == LEAVES) break;
         if (round == 3 && wrong && t->kind == HANGS)
-            while (__atomic_load_n(&t->n_done, __ATOMIC_ACQUIRE) < comm->size - 1) nanosleep(&(struct timespec){0, 1000000}, NULL);
+            while (__atomic_load_n(&t->n_done, __ATOMIC_ACQUIRE) < comm->size - 1)
+                nanosleep(&(struct timespec){0, 1000000}, NULL);
         if (round == 3 && wrong && t->kind == ABORTS) llm_comm_abort(comm, "rank 2 has had enough of this");
         if (round == 3 && wrong && t->kind == OTHER_CALL) x.row_bytes = 12000;
         if (round == 3 && t->kind == LONG_MESSAGE) {
@@ -133,7 +138,8 @@ static void go_wrong(llm_comm *comm, void *arg) {
         RANK_CHECK(strstr(err.message, WORDS[t->kind]) != NULL, err.message);
         __atomic_add_fetch(&t->n_told, 1, __ATOMIC_ACQ_REL);
         /* Whatever is called afterwards says the same, at once. */
-        RANK_CHECK(comm->send(comm, 0, NULL, 0, &err) == status && comm->receive(comm, 0, NULL, 0, &err) == status, "the failure is forgotten");
+        RANK_CHECK(comm->send(comm, 0, NULL, 0, &err) == status && comm->receive(comm, 0, NULL, 0, &err) == status,
+                   "the failure is forgotten");
     }
     RANK_CHECK(seconds_now() - start < 10, "a rank waited for too long");
     __atomic_add_fetch(&t->n_done, 1, __ATOMIC_ACQ_REL);
@@ -218,7 +224,8 @@ static void test_meeting(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_exchange),  cmocka_unit_test(test_messages), cmocka_unit_test(test_trouble),
-                                       cmocka_unit_test(test_arguments), cmocka_unit_test(test_starved),  cmocka_unit_test(test_meeting)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_exchange), cmocka_unit_test(test_messages),
+                                       cmocka_unit_test(test_trouble),  cmocka_unit_test(test_arguments),
+                                       cmocka_unit_test(test_starved),  cmocka_unit_test(test_meeting)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

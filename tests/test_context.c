@@ -25,7 +25,9 @@ static llm_model *load(uint32_t seed) {
     return load_changed(&spec, LLM_DTYPE_F32, NULL, 0);
 }
 
-static llm_token token_at(int text, int i) { return (llm_token)((uint32_t)(text * 7919 + i * 104729 + 1) * 2654435761u % N_VOCAB); }
+static llm_token token_at(int text, int i) {
+    return (llm_token)((uint32_t)(text * 7919 + i * 104729 + 1) * 2654435761u % N_VOCAB);
+}
 
 /* Appends tokens [from, to) of a text to a sequence; all their logits if there is room for them, or the last. */
 static llm_status append(llm_context *ctx, int seq, int text, int from, int to, llm_error *err) {
@@ -53,14 +55,16 @@ static const float *reference(llm_context *own, const llm_token *tokens, int n) 
 }
 
 static void assert_logits(llm_context *ctx, int i, int seq, llm_context *own) {
-    const float *expected = reference(own, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq)), *got = llm_logits(ctx, i);
+    const float *expected = reference(own, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq)),
+                *got = llm_logits(ctx, i);
     assert_non_null(got);
     assert_memory_equal(got, expected, N_VOCAB * sizeof *got);
 }
 
 /* ---- What is refused ---- */
 
-static void assert_refused(llm_context *ctx, const llm_batch *batch, llm_status status, const char *first, const char *second) {
+static void assert_refused(llm_context *ctx, const llm_batch *batch, llm_status status, const char *first,
+                           const char *second) {
     llm_error err;
     int lengths[4];
     for (int i = 0; i < 4; i++) lengths[i] = llm_seq_length(ctx, i);
@@ -97,7 +101,8 @@ static void test_refused(void **state) {
     assert_refused(ctx, &(llm_batch){4, tokens, seqs, NULL}, LLM_ERROR_ARGUMENT, "4", "3");
     assert_refused(ctx, &(llm_batch){91, tokens, NULL, NULL}, LLM_ERROR_CONTEXT_FULL, "91", "100");
     for (int i = 0; i < 200; i++) seqs[i] = 1 + i % 2;
-    assert_refused(ctx, &(llm_batch){198, tokens, seqs, NULL}, LLM_ERROR_CONTEXT_FULL, "256", "160"); /* 99 each, in blocks of 32 */
+    assert_refused(ctx, &(llm_batch){198, tokens, seqs, NULL}, LLM_ERROR_CONTEXT_FULL, "256",
+                   "160"); /* 99 each, in blocks of 32 */
     assert_int_equal(llm_forward(ctx, NULL, NULL), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_forward(NULL, NULL, NULL), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_seq_length(ctx, 0), 10);
@@ -138,7 +143,8 @@ static void test_sequence_arguments(void **state) {
 
 static void test_logits_where_asked(void **state) {
     llm_model *model = load(1);
-    llm_context_desc desc = {.n_ctx = 64, .n_seq = 3, .n_batch = 4, .n_logits = 10, .n_threads = 1}, one = {.n_ctx = 64, .n_threads = 1};
+    llm_context_desc desc = {.n_ctx = 64, .n_seq = 3, .n_batch = 4, .n_logits = 10, .n_threads = 1},
+                     one = {.n_ctx = 64, .n_threads = 1};
     llm_context *ctx = create_context(model, &desc), *own = create_context(model, &one);
     llm_token tokens[10];
     static const int seqs[10] = {2, 0, 2, 1, 0, 0, 2, 1, 1, 0};
@@ -152,7 +158,8 @@ static void test_logits_where_asked(void **state) {
     assert_logits(ctx, 6, 2, own);
     for (int seq = 0; seq < 3; seq++) assert_int_equal(llm_seq_truncate(ctx, seq, 0, NULL), LLM_OK);
     assert_int_equal(llm_forward(ctx, &(llm_batch){10, tokens, seqs, NULL}, NULL), LLM_OK);
-    for (int i = 0; i < 10; i++) assert_int_equal(llm_logits(ctx, i) != NULL, i == last[0] || i == last[1] || i == last[2]);
+    for (int i = 0; i < 10; i++)
+        assert_int_equal(llm_logits(ctx, i) != NULL, i == last[0] || i == last[1] || i == last[2]);
     for (int seq = 0; seq < 3; seq++) assert_logits(ctx, last[seq], seq, own);
     static const bool none[10] = {false};
     assert_int_equal(llm_forward(ctx, &(llm_batch){10, tokens, seqs, none}, NULL), LLM_OK);
@@ -198,7 +205,8 @@ static void test_forks(void **state) {
 /* Of two sequences that share their last block only one needs a copy of it when both go on, and there is room for one. */
 static void test_last_copy(void **state) {
     llm_model *model = load(1);
-    llm_context_desc desc = {.n_ctx = 96, .n_seq = 3, .n_cache = 64, .n_threads = 1}, one = {.n_ctx = 96, .n_threads = 1};
+    llm_context_desc desc = {.n_ctx = 96, .n_seq = 3, .n_cache = 64, .n_threads = 1},
+                     one = {.n_ctx = 96, .n_threads = 1};
     llm_context *ctx = create_context(model, &desc), *own = create_context(model, &one);
     llm_token tokens[3] = {1, 2, 3};
     static const int seqs[3] = {0, 1, 2};
@@ -210,7 +218,8 @@ static void test_last_copy(void **state) {
     assert_logits(ctx, 1, 1, own);
     assert_int_equal(llm_seq_fork(ctx, 1, 0, 10, NULL), LLM_OK);
     assert_int_equal(llm_seq_fork(ctx, 2, 0, 10, NULL), LLM_OK);
-    assert_refused(ctx, &(llm_batch){3, tokens, seqs, NULL}, LLM_ERROR_CONTEXT_FULL, "64", "32"); /* two copies of three */
+    assert_refused(ctx, &(llm_batch){3, tokens, seqs, NULL}, LLM_ERROR_CONTEXT_FULL, "64",
+                   "32"); /* two copies of three */
     llm_context_free(ctx);
     llm_context_free(own);
     llm_model_free(model);
@@ -220,7 +229,8 @@ static void test_last_copy(void **state) {
    goes on. When the other has changed meanwhile, it keeps its own. */
 static void test_given_back(void **state) {
     llm_model *model = load(1);
-    llm_context_desc desc = {.n_ctx = 256, .n_seq = 9, .n_cache = 256, .n_threads = 1}, one = {.n_ctx = 256, .n_threads = 1};
+    llm_context_desc desc = {.n_ctx = 256, .n_seq = 9, .n_cache = 256, .n_threads = 1},
+                     one = {.n_ctx = 256, .n_threads = 1};
     llm_context *ctx = create_context(model, &desc), *own = create_context(model, &one);
     (void)state;
     for (int length = 33; length <= 64; length += 31) {
@@ -283,7 +293,8 @@ static void assert_not_restored(llm_context *ctx, const void *buffer, size_t siz
 static void test_saved(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = 100, .n_seq = 2, .n_threads = 1};
-    llm_context *ctx = create_context(model, &desc), *other = create_context(model, &desc), *own = create_context(model, &desc);
+    llm_context *ctx = create_context(model, &desc), *other = create_context(model, &desc),
+                *own = create_context(model, &desc);
     size_t size, empty_size;
     (void)state;
     void *empty = save(ctx, 0, &empty_size);
@@ -364,7 +375,8 @@ static void test_saved_elsewhere(void **state) {
     bf16.cache_dtype = LLM_DTYPE_BF16;
     narrow.n_ctx = 69;
     small.n_cache = 64;
-    llm_context *contexts[] = {create_context(model, &bf16), create_context(model, &narrow), create_context(model, &small)};
+    llm_context *contexts[] = {create_context(model, &bf16), create_context(model, &narrow),
+                               create_context(model, &small)};
     assert_not_restored(contexts[0], buffer, size, LLM_ERROR_FORMAT);
     assert_not_restored(contexts[1], buffer, size, LLM_ERROR_CONTEXT_FULL);
     must_append(contexts[2], 0, 0, 0, 40);
@@ -395,8 +407,10 @@ static bool cancel(void *user) {
 static void test_cancelled(void **state) {
     llm_model *model = load(1);
     canceller c = {0, 0};
-    llm_context_desc desc = {.n_ctx = 100, .n_seq = 2, .n_batch = 16, .n_threads = 2, .cancel = cancel, .cancel_user = &c};
-    llm_context *ctx = create_context(model, &desc), *own = create_context(model, &(llm_context_desc){.n_ctx = 100, .n_threads = 1});
+    llm_context_desc desc = {
+        .n_ctx = 100, .n_seq = 2, .n_batch = 16, .n_threads = 2, .cancel = cancel, .cancel_user = &c};
+    llm_context *ctx = create_context(model, &desc),
+                *own = create_context(model, &(llm_context_desc){.n_ctx = 100, .n_threads = 1});
     llm_token tokens[60];
     int seqs[60], n_polls = 0;
     llm_error err;
@@ -447,7 +461,8 @@ static void test_left(void **state) {
     llm_model *model = load(1);
     static canceller c;
     static volatile int stop_at, n_polls;
-    llm_context_desc desc = {.n_ctx = 100, .n_seq = 2, .n_batch = 16, .n_threads = 3, .cancel = leave, .cancel_user = &c};
+    llm_context_desc desc = {
+        .n_ctx = 100, .n_seq = 2, .n_batch = 16, .n_threads = 3, .cancel = leave, .cancel_user = &c};
     llm_context *volatile ctx = create_context(model, &desc);
     llm_context *own = create_context(model, &(llm_context_desc){.n_ctx = 100, .n_threads = 1});
     (void)state;
@@ -507,11 +522,11 @@ static void test_success_is_told(void **state) {
     size_t n_data;
     uint8_t *data = tiny_model(&SPEC, &n_data);
     (void)state;
-#define TOLD(call)                            \
-    {                                         \
-        llm_error *err = stale();             \
-        assert_true((call) >= 0);             \
-        assert_int_equal(err->code, LLM_OK);  \
+#define TOLD(call)                             \
+    {                                          \
+        llm_error *err = stale();              \
+        assert_true((call) >= 0);              \
+        assert_int_equal(err->code, LLM_OK);   \
         assert_string_equal(err->message, ""); \
     }
     TOLD(-(int)llm_model_load_memory(&model, data, n_data, &desc, err))
@@ -573,14 +588,16 @@ static void assert_shadow(const llm_context *ctx, const shadow *s) {
 /* Positions in whole blocks, as if nothing were shared. */
 static int unshared(const shadow *s, const int *more) {
     int n = 0;
-    for (int i = 0; i < N_SEQ; i++) n += (s->lengths[i] + more[i] + LLM_CACHE_BLOCK - 1) / LLM_CACHE_BLOCK * LLM_CACHE_BLOCK;
+    for (int i = 0; i < N_SEQ; i++)
+        n += (s->lengths[i] + more[i] + LLM_CACHE_BLOCK - 1) / LLM_CACHE_BLOCK * LLM_CACHE_BLOCK;
     return n;
 }
 
 /* Tokens for one to three sequences, taking turns. */
 static void step_append(llm_context *ctx, llm_context *own, shadow *s, bool check) {
     llm_token tokens[120];
-    int seqs[120], more[N_SEQ] = {0}, n = 1 + below(s, below(s, 4) ? 6 : 120), n_seqs = 1 + below(s, 3), first = below(s, N_SEQ), last = 0;
+    int seqs[120], more[N_SEQ] = {0}, n = 1 + below(s, below(s, 4) ? 6 : 120), n_seqs = 1 + below(s, 3),
+                   first = below(s, N_SEQ), last = 0;
     bool fits = true;
     for (int i = 0; i < n; i++) {
         tokens[i] = (llm_token)below(s, N_VOCAB);
@@ -626,7 +643,8 @@ static void step_restore(llm_context *ctx, shadow *s) {
 
 static void test_accounts(void **state) {
     llm_model *model = load(1);
-    llm_context_desc desc = {.n_ctx = N_CTX, .n_seq = N_SEQ, .n_cache = N_CACHE, .n_batch = 50, .n_threads = 1}, one = {.n_ctx = N_CTX, .n_threads = 1};
+    llm_context_desc desc = {.n_ctx = N_CTX, .n_seq = N_SEQ, .n_cache = N_CACHE, .n_batch = 50, .n_threads = 1},
+                     one = {.n_ctx = N_CTX, .n_threads = 1};
     llm_context *ctx = create_context(model, &desc), *own = create_context(model, &one);
     shadow *s = (shadow *)calloc(1, sizeof *s);
     (void)state;
@@ -654,7 +672,9 @@ static void test_accounts(void **state) {
 static void test_getters(void **state) {
     llm_model *model = load(11);
     llm_context *plain = create_context(model, &(llm_context_desc){.n_ctx = 50, .n_threads = 1});
-    llm_context *ctx = create_context(model, &(llm_context_desc){.n_ctx = 100, .n_seq = 3, .n_cache = 192, .n_batch = 7, .n_logits = 2, .n_threads = 1});
+    llm_context *ctx = create_context(
+        model,
+        &(llm_context_desc){.n_ctx = 100, .n_seq = 3, .n_cache = 192, .n_batch = 7, .n_logits = 2, .n_threads = 1});
     (void)state;
     assert_int_equal(llm_context_n_seq(plain), 1);
     assert_int_equal(llm_context_n_batch(plain), 512);
@@ -703,11 +723,20 @@ static void test_free_positions(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_getters), cmocka_unit_test(test_free_positions), cmocka_unit_test(test_refused), cmocka_unit_test(test_sequence_arguments), cmocka_unit_test(test_logits_where_asked),
-        cmocka_unit_test(test_forks), cmocka_unit_test(test_last_copy), cmocka_unit_test(test_saved),
-        cmocka_unit_test(test_saved_damaged), cmocka_unit_test(test_saved_elsewhere), cmocka_unit_test(test_cancelled),
-        cmocka_unit_test(test_given_back), cmocka_unit_test(test_left), cmocka_unit_test(test_success_is_told),
-        cmocka_unit_test(test_accounts)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_getters),
+                                       cmocka_unit_test(test_free_positions),
+                                       cmocka_unit_test(test_refused),
+                                       cmocka_unit_test(test_sequence_arguments),
+                                       cmocka_unit_test(test_logits_where_asked),
+                                       cmocka_unit_test(test_forks),
+                                       cmocka_unit_test(test_last_copy),
+                                       cmocka_unit_test(test_saved),
+                                       cmocka_unit_test(test_saved_damaged),
+                                       cmocka_unit_test(test_saved_elsewhere),
+                                       cmocka_unit_test(test_cancelled),
+                                       cmocka_unit_test(test_given_back),
+                                       cmocka_unit_test(test_left),
+                                       cmocka_unit_test(test_success_is_told),
+                                       cmocka_unit_test(test_accounts)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

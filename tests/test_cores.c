@@ -152,7 +152,8 @@ static void test_mask(void **state) {
 static void test_group(void **state) {
     static const char *const makes[] = {
         "g=/sys/fs/cgroup/llm-test-cores && mkdir $g && test -e $g/cgroup.procs && echo '100000 100000' >$g/cpu.max",
-        "g=/sys/fs/cgroup/cpu/llm-test-cores && mkdir $g && test -e $g/cgroup.procs && echo 100000 >$g/cpu.cfs_period_us && echo 100000 >$g/cpu.cfs_quota_us"};
+        "g=/sys/fs/cgroup/cpu/llm-test-cores && mkdir $g && test -e $g/cgroup.procs && echo 100000 "
+        ">$g/cpu.cfs_period_us && echo 100000 >$g/cpu.cfs_quota_us"};
     static const char *const groups[] = {"/sys/fs/cgroup/llm-test-cores", "/sys/fs/cgroup/cpu/llm-test-cores"};
     char command[1024], self[256];
     (void)state;
@@ -161,7 +162,8 @@ static void test_group(void **state) {
     self[n] = 0;
     if (llm__team_default_threads() < 2) skip();
     for (int i = 0; i < 2; i++) {
-        snprintf(command, sizeof command, "exec 2>/dev/null; %s && echo 0 >$g/cgroup.procs && exec '%s' --count", makes[i], self);
+        snprintf(command, sizeof command, "exec 2>/dev/null; %s && echo 0 >$g/cgroup.procs && exec '%s' --count",
+                 makes[i], self);
         int status = system(command);
         rmdir(groups[i]);
         if (WEXITSTATUS(status) < 10 || WEXITSTATUS(status) > 99) continue; /* refused */
@@ -174,10 +176,14 @@ static void test_group(void **state) {
 
 int main(int argc, char **argv) {
     if (argc == 2 && !strcmp(argv[1], "--count")) return 10 + llm__team_default_threads();
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_hardware_threads, begin, end), cmocka_unit_test_setup_teardown(test_hybrid, begin, end),
-        cmocka_unit_test_setup_teardown(test_nothing_told, begin, end), cmocka_unit_test_setup_teardown(test_version_2, begin, end),
-        cmocka_unit_test_setup_teardown(test_container, begin, end), cmocka_unit_test_setup_teardown(test_version_1, begin, end),
-        cmocka_unit_test(test_not_inherited), cmocka_unit_test(test_mask), cmocka_unit_test(test_group)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test_setup_teardown(test_hardware_threads, begin, end),
+                                       cmocka_unit_test_setup_teardown(test_hybrid, begin, end),
+                                       cmocka_unit_test_setup_teardown(test_nothing_told, begin, end),
+                                       cmocka_unit_test_setup_teardown(test_version_2, begin, end),
+                                       cmocka_unit_test_setup_teardown(test_container, begin, end),
+                                       cmocka_unit_test_setup_teardown(test_version_1, begin, end),
+                                       cmocka_unit_test(test_not_inherited),
+                                       cmocka_unit_test(test_mask),
+                                       cmocka_unit_test(test_group)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -173,7 +173,9 @@ static llm_dtype dtype_on_cpu(const tiny_spec *spec, llm_dtype dtype) {
 
 static void agrees_with_cpu(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype) {
     llm_dtype on_cpu = dtype_on_cpu(spec, dtype);
-    double most = on_cpu == LLM_DTYPE_INT4 ? 0.05 : 0.02; /* bf16 holds a number to within 0.004; 8 bits, the largest of 32 to 0.004 */
+    double most = on_cpu == LLM_DTYPE_INT4
+                      ? 0.05
+                      : 0.02; /* bf16 holds a number to within 0.004; 8 bits, the largest of 32 to 0.004 */
     agree(load(spec, NULL, on_cpu), load(spec, llm_cuda_backend_mode(mode), dtype), most);
 }
 

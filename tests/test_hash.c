@@ -22,7 +22,9 @@ enum { COUNTS = 5 };
 
 static const int THREADS[COUNTS] = {1, 2, 3, 5, 8};
 
-static bool goes(int way, int count) { return count == 0 ? way < WAYS_OF_ONE : count == 1 ? way >= WAYS_OF_ONE : way % 3 == count - 2; }
+static bool goes(int way, int count) {
+    return count == 0 ? way < WAYS_OF_ONE : count == 1 ? way >= WAYS_OF_ONE : way % 3 == count - 2;
+}
 
 /* The one way that the thread sanitizer is shown; the types take turns. */
 static int way_of(int type, int count) { return count == 1 ? 4 + type % 5 : count - 2 + 3 * ((type + 1) % 3); }
@@ -50,14 +52,32 @@ static void all_ways_agree(const char *isa) {
     for (int type = 0; type < (int)(sizeof EXPECTED / sizeof *EXPECTED); type++) check_tiny(type, isa);
 }
 
-static void hash_scalar(void **state) { (void)state; all_ways_agree("scalar"); }
+static void hash_scalar(void **state) {
+    (void)state;
+    all_ways_agree("scalar");
+}
 #if defined(__aarch64__)
-static void hash_neon(void **state) { (void)state; all_ways_agree("neon"); }
+static void hash_neon(void **state) {
+    (void)state;
+    all_ways_agree("neon");
+}
 #else
-static void hash_avx2(void **state) { (void)state; all_ways_agree("avx2"); }
-static void hash_avx512(void **state) { (void)state; all_ways_agree("avx512"); }
-static void hash_avx512_bf16(void **state) { (void)state; all_ways_agree("avx512_bf16"); }
-static void hash_amx(void **state) { (void)state; all_ways_agree("amx"); }
+static void hash_avx2(void **state) {
+    (void)state;
+    all_ways_agree("avx2");
+}
+static void hash_avx512(void **state) {
+    (void)state;
+    all_ways_agree("avx512");
+}
+static void hash_avx512_bf16(void **state) {
+    (void)state;
+    all_ways_agree("avx512_bf16");
+}
+static void hash_amx(void **state) {
+    (void)state;
+    all_ways_agree("amx");
+}
 #endif
 
 /* The last logits of a small model of an F16 file. */
@@ -98,10 +118,14 @@ int main(void) {
 #if defined(__aarch64__)
         cmocka_unit_test(hash_neon),
 #else
-        cmocka_unit_test(hash_avx2), cmocka_unit_test(hash_avx512), cmocka_unit_test(hash_avx512_bf16),
+        cmocka_unit_test(hash_avx2),
+        cmocka_unit_test(hash_avx512),
+        cmocka_unit_test(hash_avx512_bf16),
         cmocka_unit_test(hash_amx),
 #endif
-        cmocka_unit_test(test_types), cmocka_unit_test(test_default_model)};
+        cmocka_unit_test(test_types),
+        cmocka_unit_test(test_default_model)
+    };
 #ifdef TILES_H /* the matrix unit is in plain C: the other sets are as they always are */
     cmocka_set_test_filter("hash_amx");
 #endif

@@ -24,7 +24,8 @@ static void test_texts(void **state) {
         if (strcmp(q.context, query)) fail_msg("line %d: \"%s\" instead of \"%s\"", number + 1, q.context, query);
         for (size_t e = 0; e < ENDINGS; e++) {
             const char *choice = json_string_value(json_array_get(json_object_get(line, "choices"), e));
-            if (strcmp(q.endings[e], choice)) fail_msg("line %d: \"%s\" instead of \"%s\"", number + 1, q.endings[e], choice);
+            if (strcmp(q.endings[e], choice))
+                fail_msg("line %d: \"%s\" instead of \"%s\"", number + 1, q.endings[e], choice);
             free(q.endings[e]);
         }
         free(q.context);

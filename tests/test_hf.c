@@ -175,7 +175,8 @@ static void models_are_described(void **state) {
     assert_int_equal(info.n_kv_heads, 2);
     assert_int_equal(info.head_dim, 16);
     assert_int_equal(info.n_ctx_train, 1024);
-    if (llm_model_read_info(golden("qwen3"), &(llm_model_desc){.dtype = LLM_DTYPE_F32}, &header, &err)) fail_msg("%s", err.message);
+    if (llm_model_read_info(golden("qwen3"), &(llm_model_desc){.dtype = LLM_DTYPE_F32}, &header, &err))
+        fail_msg("%s", err.message);
     assert_int_equal(header.fingerprint, 0); /* for which the weights would have to be read */
     header.fingerprint = info.fingerprint;
     assert_memory_equal(&header, &info, sizeof info);
@@ -251,12 +252,14 @@ static void tokenizers_load_alone(void **state) {
     size_t n_bytes;
     llm_error err;
     (void)state;
-    if (llm_tokenizer_load(&all[0], golden("qwen2.gguf"), NULL, &err) || llm_tokenizer_load_memory(&all[1], file.at, file.n, NULL, &err))
+    if (llm_tokenizer_load(&all[0], golden("qwen2.gguf"), NULL, &err) ||
+        llm_tokenizer_load_memory(&all[1], file.at, file.n, NULL, &err))
         fail_msg("%s", err.message);
     assert_int_equal(llm_tokenizer_load_callback(&all[2], read_only_the_start, &file, file.n, NULL, &err), LLM_OK);
     free(file.at);
     for (int i = 0; i < 3; i++) {
-        assert_int_equal(llm_encode(all[i], "a b cab", 7, 0, ids[i], 32, NULL), llm_encode(all[0], "a b cab", 7, 0, NULL, 0, NULL));
+        assert_int_equal(llm_encode(all[i], "a b cab", 7, 0, ids[i], 32, NULL),
+                         llm_encode(all[0], "a b cab", 7, 0, NULL, 0, NULL));
         assert_int_equal(ids[i][0], ids[0][0]);
         assert_ptr_equal(llm_token_bytes(all[i], 3, NULL), llm_token_bytes(all[i], 3, &n_bytes));
         assert_null(llm_token_bytes(all[i], -1, NULL));
@@ -323,9 +326,8 @@ static int make_folder(void **state) {
 
 static int remove_folder(void **state) {
     static const char *const names[] = {
-        "config.json",           "model.safetensors",     "model.safetensors.index.json",
-        "a.safetensors",         "m.gguf",                "tokenizer.json",
-        "s-00001-of-00003.gguf", "s-00002-of-00003.gguf", "s-00003-of-00003.gguf"};
+        "config.json",    "model.safetensors",     "model.safetensors.index.json", "a.safetensors",        "m.gguf",
+        "tokenizer.json", "s-00001-of-00003.gguf", "s-00002-of-00003.gguf",        "s-00003-of-00003.gguf"};
     (void)state;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) remove(in_folder(names[i]));
     return rmdir(folder);
@@ -516,19 +518,26 @@ static void long_names_have_scales(void **state) {
 
 /* Every number of a config.json at the ends of what integers hold: its key and the number are named. */
 static void extreme_configs_are_refused(void **state) {
-    static const char *const keys[] = {"vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-                                       "num_key_value_heads", "max_position_embeddings", "head_dim", "rms_norm_eps", "rope_theta"};
+    static const char *const keys[] = {
+        "vocab_size",          "num_hidden_layers",       "hidden_size", "intermediate_size", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "head_dim",    "rms_norm_eps",      "rope_theta"};
     static const struct {
         const char *text, *shown;
-    } values[] = {{"0", "0"}, {"2147483648", "2.14748e+09"}, {"4294967295", "4.29497e+09"}, {"9223372036854775808", "9.22337e+18"},
-                  {"18446744073709551615", "1.84467e+19"}, {"-1", "-1"}, {"0e999", "0"}};
+    } values[] = {{"0", "0"},
+                  {"2147483648", "2.14748e+09"},
+                  {"4294967295", "4.29497e+09"},
+                  {"9223372036854775808", "9.22337e+18"},
+                  {"18446744073709551615", "1.84467e+19"},
+                  {"-1", "-1"},
+                  {"0e999", "0"}};
     bytes config = read_file(golden("llama/config.json")), tensors = read_file(golden("llama/model.safetensors"));
     (void)state;
     write_file(in_folder("model.safetensors"), tensors.at, tensors.n);
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         for (size_t j = 0; j < sizeof values / sizeof *values; j++) {
             char member[100], words[100];
-            bool taken = !strcmp(keys[i], "rope_theta") && strchr(values[j].shown, '+'); /* up to 1e15, and others later */
+            bool taken =
+                !strcmp(keys[i], "rope_theta") && strchr(values[j].shown, '+'); /* up to 1e15, and others later */
             if (taken) continue;
             snprintf(member, sizeof member, "\"%s\": %s, \"_", keys[i], values[j].text);
             snprintf(words, sizeof words, "%s is %s, not ", keys[i], values[j].shown);
@@ -589,14 +598,16 @@ static void bad_safetensors_are_refused(void **state) {
         write_safetensors(in_folder("model.safetensors"), table[i].header, strlen(table[i].header), 64);
         expect_failure(folder, table[i].words, folder);
     }
-    static const char *const numbers[] = {"0", "1", "2147483648", "4294967295", "9223372036854775808", "18446744073709551615"};
+    static const char *const numbers[] = {
+        "0", "1", "2147483648", "4294967295", "9223372036854775808", "18446744073709551615"};
     for (int place = 0; place < 4; place++) /* two of the shape, two of the data_offsets */
         for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
             char header[200];
             const char *n[4] = {"2", "3", "8", "32"};
             n[place] = numbers[i];
-            snprintf(header, sizeof header, "{\"a\": {\"dtype\": \"F32\", \"shape\": [%s, %s], \"data_offsets\": [%s, %s]}}", n[0], n[1],
-                     n[2], n[3]);
+            snprintf(header, sizeof header,
+                     "{\"a\": {\"dtype\": \"F32\", \"shape\": [%s, %s], \"data_offsets\": [%s, %s]}}", n[0], n[1], n[2],
+                     n[3]);
             write_safetensors(in_folder("model.safetensors"), header, strlen(header), 64);
             expect_failure(folder, "tensor a", "model.safetensors");
             expect_failure(folder, numbers[i], "model.safetensors");
@@ -828,7 +839,8 @@ int main(void) {
         cmocka_unit_test(bf16_is_near),
         cmocka_unit_test(models_are_described),
         cmocka_unit_test(memory_and_functions_serve_too),
-        cmocka_unit_test(functions_that_fail_are_reported), cmocka_unit_test(metadata_is_text),
+        cmocka_unit_test(functions_that_fail_are_reported),
+        cmocka_unit_test(metadata_is_text),
         cmocka_unit_test(tokenizers_load_alone),
         cmocka_unit_test(every_allocation_may_fail),
         cmocka_unit_test(a_hundred_loads_leave_nothing),

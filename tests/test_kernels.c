@@ -71,9 +71,11 @@ static void check_quantize(const llm__kernels *k) {
 static void check_group_product(const llm__kernels *k, llm__weight_type kind) {
     bool deep = random_int(16) == 0, many = !deep && random_int(8) == 0;
     int rows = 1 + (int)random_int(deep ? 3 : many ? PRODUCT_ROWS : 8), n_tiles = 1 + (int)random_int(deep ? 2 : 6);
-    int n = 32 * (1 + (int)random_int(many ? PRODUCT_BLOCKS : 6) + (deep ? LLM__RUN_K / 32 : 0)), n_lines = n / 32 + (int)random_int(3), y_stride = 16 * n_tiles + (int)random_int(5);
+    int n = 32 * (1 + (int)random_int(many ? PRODUCT_BLOCKS : 6) + (deep ? LLM__RUN_K / 32 : 0)),
+        n_lines = n / 32 + (int)random_int(3), y_stride = 16 * n_tiles + (int)random_int(5);
     if (llm__kernel_forms[kind].k) n = llm__math_round_up(n, 256), n_lines = n / 32;
-    if (rows * n_lines > (int)(sizeof lines[0] / sizeof *lines[0])) rows = (int)(sizeof lines[0] / sizeof *lines[0]) / n_lines;
+    if (rows * n_lines > (int)(sizeof lines[0] / sizeof *lines[0]))
+        rows = (int)(sizeof lines[0] / sizeof *lines[0]) / n_lines;
     for (int r = 0; r < rows; r++) {
         random_floats(x, n);
         scalar->quantize(x, n, lines[0] + r * n_lines);
@@ -93,7 +95,8 @@ static void check_group_product(const llm__kernels *k, llm__weight_type kind) {
 static void check_product(const llm__kernels *k, llm__weight_type kind) {
     bool deep = random_int(16) == 0, many = !deep && random_int(8) == 0;
     int rows = 1 + (int)random_int(deep ? 3 : many ? PRODUCT_ROWS : 20), n_tiles = 1 + (int)random_int(deep ? 2 : 6);
-    int n = 32 * (1 + (int)random_int(many ? PRODUCT_BLOCKS : 6) + (deep ? LLM__RUN_K / 32 : 0)), stride = n + (int)random_int(9), y_stride = 16 * n_tiles + (int)random_int(5);
+    int n = 32 * (1 + (int)random_int(many ? PRODUCT_BLOCKS : 6) + (deep ? LLM__RUN_K / 32 : 0)),
+        stride = n + (int)random_int(9), y_stride = 16 * n_tiles + (int)random_int(5);
     random_floats(x, rows * stride);
     for (int i = n_tiles; i--;) {
         random_tile(kind, n);
@@ -185,13 +188,15 @@ static void unpack_row(llm__kernel_lines row, int n, float *to) {
 }
 
 static void pack_rows(const llm__kernels *k, const float *from, int rows, int n, uint8_t *packed) {
-    for (int r = 0; r < rows; r++) k->pack_scale(from + r * n, 1, n, n, llm__kernel_packed_row(k->line_step, packed, (size_t)n, (size_t)r), 0);
+    for (int r = 0; r < rows; r++)
+        k->pack_scale(from + r * n, 1, n, n, llm__kernel_packed_row(k->line_step, packed, (size_t)n, (size_t)r), 0);
 }
 
 /* What goes into packed rows, against the same as floats. */
 static void check_packs(const llm__kernels *k) {
     static uint8_t packed[32 * 1024 * 2];
-    int n = 1 + (int)random_int(300), whole = llm__math_round_up(n, 16), padded = llm__math_round_up(n, 32), column = 16 * (int)random_int(4);
+    int n = 1 + (int)random_int(300), whole = llm__math_round_up(n, 16), padded = llm__math_round_up(n, 32),
+        column = 16 * (int)random_int(4);
     float sum[2], max[2], factor = random_float();
     llm__kernel_lines row = llm__kernel_packed_row(k->line_step, packed, 512, random_int(32));
     random_floats(x, 512);
@@ -221,11 +226,13 @@ static void check_packs(const llm__kernels *k) {
 /* A panel against the scalar products of its tiles, up to a hundred rows, and what becomes of their sums. */
 static void check_panel(const llm__kernels *k, llm__weight_type kind) {
     enum { MOST_ROWS = 112, MOST_TILES = 6, MOST_K = 1216, STRIDE = MOST_TILES * 16 + 5 };
-    static float px[MOST_ROWS * MOST_K], scratch[MOST_ROWS * MOST_TILES * 16], y[MOST_ROWS * STRIDE], expected[MOST_ROWS * STRIDE], sums[MOST_ROWS * MOST_TILES * 16];
-    static uint8_t tiles[MOST_TILES * MOST_K * 64], packed[MOST_ROWS * MOST_K * 2], results[MOST_ROWS * 256], unpacked[2 * LLM__TILE_BLOCKS * 1024],
-        wide[MOST_K * 32], one[MOST_K * 32];
+    static float px[MOST_ROWS * MOST_K], scratch[MOST_ROWS * MOST_TILES * 16], y[MOST_ROWS * STRIDE],
+        expected[MOST_ROWS * STRIDE], sums[MOST_ROWS * MOST_TILES * 16];
+    static uint8_t tiles[MOST_TILES * MOST_K * 64], packed[MOST_ROWS * MOST_K * 2], results[MOST_ROWS * 256],
+        unpacked[2 * LLM__TILE_BLOCKS * 1024], wide[MOST_K * 32], one[MOST_K * 32];
     llm__kernel_ending ending = (llm__kernel_ending)random_int(3);
-    int rows = 1 + (int)random_int(100), n_tiles = 1 + (int)random_int(MOST_TILES), n = 32 * (1 + (int)random_int(random_int(8) ? 6 : MOST_K / 32));
+    int rows = 1 + (int)random_int(100), n_tiles = 1 + (int)random_int(MOST_TILES),
+        n = 32 * (1 + (int)random_int(random_int(8) ? 6 : MOST_K / 32));
     if (ending == LLM__SWIGLU) n_tiles += n_tiles % 2;
     int width = n_tiles * 16 - (int)random_int(16), column = ending == LLM__SWIGLU ? 16 * (int)random_int(3) : 0;
     size_t bytes = llm__matrix_tile_bytes(kind, n);
@@ -237,8 +244,9 @@ static void check_panel(const llm__kernels *k, llm__weight_type kind) {
     random_floats(y, rows * STRIDE);
     memcpy(expected, y, sizeof y);
     pack_rows(k, px, rows, n, packed);
-    llm__kernel_panel panel = {packed, k->line_step, rows, n, kind, tiles, random_int(2) ? tiles : NULL, bytes, n_tiles, ending,
-                        y, STRIDE, width, results, 128, column, scratch, unpacked};
+    llm__kernel_panel panel = {packed, k->line_step, rows,    n,       kind,   tiles, random_int(2) ? tiles : NULL,
+                               bytes,  n_tiles,      ending,  y,       STRIDE, width, results,
+                               128,    column,       scratch, unpacked};
     k->panel(&panel);
     memset(sums, 0, sizeof sums);
     for (int i = 0; i < n_tiles; i++) {
@@ -268,7 +276,8 @@ static void check_tile_product(const llm__kernels *k) {
     static uint8_t packed[112 * 256 * 2];
     const uint8_t *blocks[40];
     bool deep = random_int(8) == 0;
-    int rows = 1 + (int)random_int(deep ? 5 : 20), n = 32 * (1 + (int)random_int(deep ? 40 : 8)), cols = 1 + (int)random_int(2), stride = cols * 16 + (int)random_int(9);
+    int rows = 1 + (int)random_int(deep ? 5 : 20), n = 32 * (1 + (int)random_int(deep ? 40 : 8)),
+        cols = 1 + (int)random_int(2), stride = cols * 16 + (int)random_int(9);
     size_t next = (size_t)n * 32;
     random_floats(x, rows * n);
     for (int i = 0; i < rows * n; i++) x[i] = llm__bf16_to_f32(llm__f32_to_bf16(x[i]));
@@ -278,11 +287,14 @@ static void check_tile_product(const llm__kernels *k) {
     memcpy(b, a, sizeof a);
     pack_rows(k, x, rows, n, packed);
     bool add = random_int(2);
-    llm__kernel_tile_product p = {packed, (rows + 15) / 16, n / 32, blocks, next, n / 32, cols, a, (size_t)stride, add, NULL, 0, 0, NULL, false, 0};
+    llm__kernel_tile_product p = {
+        packed, (rows + 15) / 16, n / 32, blocks, next, n / 32, cols, a, (size_t)stride, add, NULL, 0, 0, NULL, false,
+        0};
     k->tile_product(&p);
     for (int i = 0; i < rows * stride && !add; i++)
         if (i % stride < cols * 16) b[i] = 0;
-    for (int i = 0; i < cols; i++) scalar->product[LLM__W_BF16](x, (size_t)n, rows, tile + (size_t)i * next, 1, n, b + 16 * i, (size_t)stride);
+    for (int i = 0; i < cols; i++)
+        scalar->product[LLM__W_BF16](x, (size_t)n, rows, tile + (size_t)i * next, 1, n, b + 16 * i, (size_t)stride);
     check_same("tile_product", a, b, (size_t)(rows * stride) * 4);
 }
 
@@ -309,12 +321,27 @@ static void check_set(const char *isa) {
 }
 
 #if defined(__aarch64__)
-static void test_neon(void **state) { (void)state; check_set("neon"); }
+static void test_neon(void **state) {
+    (void)state;
+    check_set("neon");
+}
 #else
-static void test_avx2(void **state) { (void)state; check_set("avx2"); }
-static void test_avx512(void **state) { (void)state; check_set("avx512"); }
-static void test_avx512_bf16(void **state) { (void)state; check_set("avx512_bf16"); }
-static void test_amx(void **state) { (void)state; check_set("amx"); }
+static void test_avx2(void **state) {
+    (void)state;
+    check_set("avx2");
+}
+static void test_avx512(void **state) {
+    (void)state;
+    check_set("avx512");
+}
+static void test_avx512_bf16(void **state) {
+    (void)state;
+    check_set("avx512_bf16");
+}
+static void test_amx(void **state) {
+    (void)state;
+    check_set("amx");
+}
 #endif
 
 /* The scalar 2^x against libm's in double. */
@@ -382,7 +409,8 @@ static void test_bf16_tile(void **state) {
         for (size_t lane = 0; lane < 16; lane++) {
             raw[lane] = random_int(8) ? rows[lane] : NULL;
             for (size_t i = 0; i < k; i++) {
-                uint16_t half = (uint16_t)(random_int(1 << 16) & (random_int(8) ? 0xFEFF : 0x807F)); /* finite, or denormal */
+                uint16_t half =
+                    (uint16_t)(random_int(1 << 16) & (random_int(8) ? 0xFEFF : 0x807F)); /* finite, or denormal */
                 memcpy(rows[lane] + 2 * i, &half, 2);
                 x[lane * k + i] = raw[lane] && i < n ? llm__bf16_to_f32(half) : 0;
             }
@@ -395,19 +423,33 @@ static void test_bf16_tile(void **state) {
 
 /* Quantised weights stay within half a step of what they were, and files in groups are held exactly. */
 static void test_packing(void **state) {
-    static const struct { uint32_t type; llm_dtype dtype; double steps; } cases[] = {
-        {0, LLM_DTYPE_INT8, 0.5001 / 127}, {0, LLM_DTYPE_INT4, 0.55 / 15 * 2}, {2, LLM_DTYPE_INT4, 0}, {3, LLM_DTYPE_INT4, 0},
-        {8, LLM_DTYPE_INT4, 0}, {0, LLM_DTYPE_F32, 0}, {0, LLM_DTYPE_BF16, 1.0 / 256}, {0, LLM_DTYPE_F16, 1.0 / 2048}, {1, LLM_DTYPE_F16, 0}};
+    static const struct {
+        uint32_t type;
+        llm_dtype dtype;
+        double steps;
+    } cases[] = {{0, LLM_DTYPE_INT8, 0.5001 / 127},
+                 {0, LLM_DTYPE_INT4, 0.55 / 15 * 2},
+                 {2, LLM_DTYPE_INT4, 0},
+                 {3, LLM_DTYPE_INT4, 0},
+                 {8, LLM_DTYPE_INT4, 0},
+                 {0, LLM_DTYPE_F32, 0},
+                 {0, LLM_DTYPE_BF16, 1.0 / 256},
+                 {0, LLM_DTYPE_F16, 1.0 / 2048},
+                 {1, LLM_DTYPE_F16, 0}};
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         tiny_spec spec = {1, 96, 64, 3, 1, 32, 64, 43, 0, cases[i].type, 5};
-        llm_model_desc desc = {.dtype = cases[i].dtype, .n_threads = 1}, exact = {.dtype = LLM_DTYPE_F32, .n_threads = 1};
+        llm_model_desc desc = {.dtype = cases[i].dtype, .n_threads = 1},
+                       exact = {.dtype = LLM_DTYPE_F32, .n_threads = 1};
         size_t size;
         uint8_t *data = tiny_model(&spec, &size);
         llm_model *model = NULL, *reference = NULL;
         llm_error err;
-        if (llm_model_load_memory(&model, data, size, &desc, &err) || llm_model_load_memory(&reference, data, size, &exact, &err)) fail_msg("%s", err.message);
-        const llm__matrix *m = &((llm__cpu_model *)model->device)->layers[0].gate_up, *r = &((llm__cpu_model *)reference->device)->layers[0].gate_up;
+        if (llm_model_load_memory(&model, data, size, &desc, &err) ||
+            llm_model_load_memory(&reference, data, size, &exact, &err))
+            fail_msg("%s", err.message);
+        const llm__matrix *m = &((llm__cpu_model *)model->device)->layers[0].gate_up,
+                          *r = &((llm__cpu_model *)reference->device)->layers[0].gate_up;
         for (size_t row = 0; row < (size_t)m->n; row++) {
             float held[96], exactly[96];
             double most = 0;
@@ -464,12 +506,15 @@ static void test_blocks(void **state) {
             type->decode(file[r], K, exact);
             llm__matrix_get_row(&m, r, held[r]);
             for (size_t i = 0; i < K; i++) {
-                if (held[r][i] != exact[i]) fail_msg("%s: weight %zu is %.9g instead of %.9g", type->name, i, (double)held[r][i], (double)exact[i]);
+                if (held[r][i] != exact[i])
+                    fail_msg("%s: weight %zu is %.9g instead of %.9g", type->name, i, (double)held[r][i],
+                             (double)exact[i]);
                 double product = (double)exact[i] * lines[0][i / 32].a[i % 32] * lines[0][i / 32].scale;
                 sum += product;
                 size += fabs(product);
             }
-            if (!(fabs(y[r] - sum) <= 2e-5 * size)) fail_msg("%s: a product is %.9g instead of %.9g", type->name, (double)y[r], sum);
+            if (!(fabs(y[r] - sum) <= 2e-5 * size))
+                fail_msg("%s: a product is %.9g instead of %.9g", type->name, (double)y[r], sum);
         }
     }
     llm__fpu_leave(mode);
@@ -493,9 +538,18 @@ int main(void) {
 #if defined(__aarch64__)
         cmocka_unit_test(test_neon),
 #else
-        cmocka_unit_test(test_avx2), cmocka_unit_test(test_avx512), cmocka_unit_test(test_avx512_bf16),
+        cmocka_unit_test(test_avx2),
+        cmocka_unit_test(test_avx512),
+        cmocka_unit_test(test_avx512_bf16),
         cmocka_unit_test(test_amx),
 #endif
-        cmocka_unit_test(test_exp2), cmocka_unit_test(test_silu), cmocka_unit_test(test_functions), cmocka_unit_test(test_bf16_tile), cmocka_unit_test(test_packing), cmocka_unit_test(test_blocks), cmocka_unit_test(test_f16)};
+        cmocka_unit_test(test_exp2),
+        cmocka_unit_test(test_silu),
+        cmocka_unit_test(test_functions),
+        cmocka_unit_test(test_bf16_tile),
+        cmocka_unit_test(test_packing),
+        cmocka_unit_test(test_blocks),
+        cmocka_unit_test(test_f16)
+    };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -33,7 +33,8 @@ static float number(const char *data, size_t i) {
 /* The file is made of 4-byte words: "LGT1", the counts of positions, vocabulary, probes and top ids; the tokens; the
    probed ids; then for each position the largest |logit|, the argmax, the probes' logits, the top ids and logits. */
 static double worst_logit_error(llm_context *ctx, const char *data, int *n_argmax) {
-    size_t n = word(data, 1), n_vocab = word(data, 2), n_probe = word(data, 3), n_top = word(data, 4), at = 5 + n + n_probe;
+    size_t n = word(data, 1), n_vocab = word(data, 2), n_probe = word(data, 3), n_top = word(data, 4),
+           at = 5 + n + n_probe;
     llm_token tokens[64];
     bool logits[64];
     double worst = 0;
@@ -53,7 +54,8 @@ static double worst_logit_error(llm_context *ctx, const char *data, int *n_argma
             if (!(error <= worst)) worst = error;
         }
         for (size_t j = 0; j < n_top; j++) {
-            double error = fabs(ours[word(data, at + 2 + n_probe + j)] - number(data, at + 2 + n_probe + n_top + j)) / peak;
+            double error =
+                fabs(ours[word(data, at + 2 + n_probe + j)] - number(data, at + 2 + n_probe + n_top + j)) / peak;
             if (!(error <= worst)) worst = error;
         }
         *n_argmax += argmax(ours, (int)n_vocab) == (int)word(data, at + 1);
@@ -144,7 +146,8 @@ static void test_greedy(void **state) {
         for (int i = 0; i < PROMPTS; i++) {
             text *t = &texts[i];
             if (t->over) continue;
-            llm_token got = argmax(llm_logits(ctx, last[i]), llm_tokenizer_n_vocab(llm_model_tokenizer(llm_context_model(ctx))));
+            llm_token got =
+                argmax(llm_logits(ctx, last[i]), llm_tokenizer_n_vocab(llm_model_tokenizer(llm_context_model(ctx))));
             if (got != t->new_tokens[t->n_done]) {
                 print_message("prompt %d, token %d: %d instead of %d, whose lead was %g\n", i, t->n_done, got,
                               t->new_tokens[t->n_done], t->gaps[t->n_done]);
@@ -240,8 +243,11 @@ static void read_text_with(reader *readers, const char *data, size_t size) {
 }
 
 static void test_perplexity(void **state) {
-    static reader readers[READERS] = {
-        {.dtype = LLM_DTYPE_F32}, {.dtype = LLM_DTYPE_BF16}, {.dtype = LLM_DTYPE_INT8}, {.dtype = LLM_DTYPE_INT4}, {.dtype = LLM_DTYPE_FILE}};
+    static reader readers[READERS] = {{.dtype = LLM_DTYPE_F32},
+                                      {.dtype = LLM_DTYPE_BF16},
+                                      {.dtype = LLM_DTYPE_INT8},
+                                      {.dtype = LLM_DTYPE_INT4},
+                                      {.dtype = LLM_DTYPE_FILE}};
     bytes data = read_file(golden_path("heldout.txt"));
     double f32;
     (void)state;
@@ -258,7 +264,8 @@ static void test_perplexity(void **state) {
     assert_true(fabs(readers[2].perplexity / f32 - 1) < 5e-3);
     for (int i = 3; i < READERS; i++) /* the file's own weights, activations of 8 bits */
         assert_true(fabs(readers[i].perplexity / f32 - 1) < 5e-3);
-    static const double means[READERS] = {0, 0.0003, 0.006, 0.004, 0.004}, p99s[READERS] = {0, 0.0014, 0.026, 0.02, 0.02};
+    static const double means[READERS] = {0, 0.0003, 0.006, 0.004, 0.004},
+                        p99s[READERS] = {0, 0.0014, 0.026, 0.02, 0.02};
     for (int i = 0; i < READERS; i++) /* half as much again as it is */
         assert_true(readers[i].mean <= means[i] && readers[i].p99 <= p99s[i] && (i == 0 || readers[i].mean > 0));
     free(data.at);
@@ -280,7 +287,7 @@ static void test_loading(void **state) {
     (void)state;
     FILE *file = fopen("/proc/self/clear_refs", "wb");
     if (!file) skip(); /* not Linux */
-    fputs("5", file); /* the peak is what there is now */
+    fputs("5", file);  /* the peak is what there is now */
     if (fclose(file)) skip();
     long before = status_kb("VmRSS:"), threads = status_kb("Threads:");
     llm_model *model = load_model(model_path(), &(llm_model_desc){.dtype = LLM_DTYPE_INT4, .n_threads = 2});
@@ -292,7 +299,8 @@ static void test_loading(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_loading), cmocka_unit_test(test_logits_f32), cmocka_unit_test(test_logits_bf16),
-                                       cmocka_unit_test(test_greedy), cmocka_unit_test(test_perplexity)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_loading), cmocka_unit_test(test_logits_f32),
+                                       cmocka_unit_test(test_logits_bf16), cmocka_unit_test(test_greedy),
+                                       cmocka_unit_test(test_perplexity)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

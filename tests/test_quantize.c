@@ -35,7 +35,8 @@ static uint64_t hash_model(const char *path, uint64_t *file_bytes) {
         const llm__cpu_layer *l = &m->layers[i];
         const llm__matrix *all[] = {&l->qkv, &l->attention_out, &l->gate_up, &l->down, &m->embedding};
         for (size_t j = 0; j < 5; j++)
-            hash = llm__hash_fnv(hash, all[j]->data, (size_t)(llm__math_round_up(all[j]->n, 16) / 16) * all[j]->tile_bytes);
+            hash = llm__hash_fnv(hash, all[j]->data,
+                                 (size_t)(llm__math_round_up(all[j]->n, 16) / 16) * all[j]->tile_bytes);
     }
     *file_bytes = llm_model_get_info(model).weight_bytes;
     llm_model_free(model);
@@ -138,8 +139,8 @@ static int remove_folder(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_weights), cmocka_unit_test(test_refusals), cmocka_unit_test(test_files_that_cannot_be_read),
-                                       cmocka_unit_test(test_config_that_changes),
-                                       cmocka_unit_test(test_starved)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_weights), cmocka_unit_test(test_refusals),
+                                       cmocka_unit_test(test_files_that_cannot_be_read),
+                                       cmocka_unit_test(test_config_that_changes), cmocka_unit_test(test_starved)};
     return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }

@@ -21,8 +21,7 @@ static void hash_tiny(llm_comm *comm, void *arg) {
     const expected *e = &EXPECTED[job->type];
     llm_model *model = load(e, job->isa, job->staged ? NULL : comm, job->staged ? comm : NULL);
     if (!model) return; /* this machine does not have the instruction set */
-    llm_context *ctx = create(model, e->cache, job->n_threads, 0),
-                *small = create(model, e->cache, job->n_threads, 37);
+    llm_context *ctx = create(model, e->cache, job->n_threads, 0), *small = create(model, e->cache, job->n_threads, 37);
     for (int way = job->n_threads == 1 && !SANITIZED ? 0 : WAYS_OF_ONE; way < WAYS; way++)
         RANK_CHECK(go(way, ctx, small) == e->tiny, "other bits");
     llm_context_free(ctx);
@@ -49,7 +48,8 @@ static void test_hashes(void **state) {
 static void hash_default(llm_comm *comm, void *arg) {
     const hash_job *job = (const hash_job *)arg;
     llm_comm *tensor = job->staged ? NULL : comm, *pipeline = job->staged ? comm : NULL;
-    RANK_CHECK(hash_real(&EXPECTED[job->type], 32, job->n_threads, tensor, pipeline) == EXPECTED[job->type].real, "other bits");
+    RANK_CHECK(hash_real(&EXPECTED[job->type], 32, job->n_threads, tensor, pipeline) == EXPECTED[job->type].real,
+               "other bits");
 }
 
 static void test_default_model(void **state) {
@@ -104,7 +104,8 @@ static bool count_question(void *user, int question, const double *log_likelihoo
 }
 
 /* Scores with three schedules; with `refuses` only the packed one, which that callback ends. */
-static void score(llm_context *ctx, findings *f, bool (*refuses)(void *user, int question, const double *log_likelihoods)) {
+static void score(llm_context *ctx, findings *f,
+                  bool (*refuses)(void *user, int question, const double *log_likelihoods)) {
     static const llm_schedule schedules[3] = {LLM_SCHEDULE_PACKED, LLM_SCHEDULE_FIXED, LLM_SCHEDULE_DP};
     llm_token contexts[QUESTIONS][30], endings[QUESTIONS][ENDINGS][20];
     const llm_token *lists[QUESTIONS][ENDINGS];
@@ -118,13 +119,15 @@ static void score(llm_context *ctx, findings *f, bool (*refuses)(void *user, int
         for (int e = 0; e < ENDINGS; e++) {
             lists[i][e] = endings[i][e];
             lengths[i][e] = 1 + (i * 5 + e * 7) % 20;
-            for (int j = 0; j < 20; j++) endings[i][e][j] = (llm_token)((x = x * 1664525u + 1013904223u) >> 8) % WIDE_VOCAB;
+            for (int j = 0; j < 20; j++)
+                endings[i][e][j] = (llm_token)((x = x * 1664525u + 1013904223u) >> 8) % WIDE_VOCAB;
         }
         questions[i] = q;
     }
     if (refuses) {
         llm_score_desc desc = {.on_question = refuses, .user = &f->n_told};
-        RANK_CHECK(llm_score(ctx, questions, QUESTIONS, &desc, f->scores[0], NULL, &err) == LLM_ERROR_CANCELLED, "scoring went on");
+        RANK_CHECK(llm_score(ctx, questions, QUESTIONS, &desc, f->scores[0], NULL, &err) == LLM_ERROR_CANCELLED,
+                   "scoring went on");
         assert_explained(LLM_ERROR_CANCELLED, &err);
         return;
     }
@@ -203,7 +206,13 @@ static void save(llm_context *ctx, findings *f) {
     llm_token more[60];
     int length = llm_seq_length(ctx, 8);
     memcpy(more, llm_seq_tokens(ctx, 8), 60 * sizeof *more);
-    llm_generate_desc desc = {.tokens = more, .n_tokens = 60, .seq = 8, .max_tokens = 60, .ignore_end = true, .on_token = write_token, .user = &w};
+    llm_generate_desc desc = {.tokens = more,
+                              .n_tokens = 60,
+                              .seq = 8,
+                              .max_tokens = 60,
+                              .ignore_end = true,
+                              .on_token = write_token,
+                              .user = &w};
     llm_stats stats;
     RANK_CHECK(length > 60, "the sequence is too short");
     RANK_CHECK(llm_generate(ctx, &desc, &stats, &err) == LLM_OK, err.message);
@@ -254,7 +263,8 @@ static void test_everything(void **state) {
     (void)state;
     for (int dtype = LLM_DTYPE_F32; dtype <= LLM_DTYPE_F16; dtype++) {
         static findings alone;
-        if (dtype != LLM_DTYPE_BF16 && (dtype != LLM_DTYPE_INT8 || SANITIZED)) continue; /* the others differ in products alone */
+        if (dtype != LLM_DTYPE_BF16 && (dtype != LLM_DTYPE_INT8 || SANITIZED))
+            continue; /* the others differ in products alone */
         memset(&alone, 0, sizeof alone);
         alone.dtype = (llm_dtype)dtype;
         alone.n_threads = 1;
@@ -324,15 +334,18 @@ static void stop_and_go_on(const findings *expected, llm_comm *comm, llm_comm *t
     llm_context *ctx = open_wide(model, 1);
     llm_token tokens[60];
     bool me = comm->rank == comm->size - 1;
-    writer refuses = {tokens, 0, me ? 20 : 0, 0, 0}, cancels = {tokens, 0, 0, 0, me ? 50 : 1 << 30}, whole = {tokens, 0, 0, 0, 0};
+    writer refuses = {tokens, 0, me ? 20 : 0, 0, 0}, cancels = {tokens, 0, 0, 0, me ? 50 : 1 << 30},
+           whole = {tokens, 0, 0, 0, 0};
     llm_stats stats = generate(ctx, (llm_generate_desc){.seq = 0}, &refuses);
-    RANK_CHECK(stats.stop == LLM_STOP_CALLBACK && stats.n_generated == 20, "a rank went on when another's callback refused");
+    RANK_CHECK(stats.stop == LLM_STOP_CALLBACK && stats.n_generated == 20,
+               "a rank went on when another's callback refused");
     int length = llm_seq_length(ctx, 0);
     RANK_CHECK(length == 17 + 19, "the sequence has another length");
     stats = generate(ctx, (llm_generate_desc){.seq = 0}, &cancels);
     RANK_CHECK(stats.stop == LLM_STOP_CALLBACK && stats.n_generated < 40, "a rank went on when another was cancelled");
     stats = generate(ctx, (llm_generate_desc){.seq = 0}, &whole);
-    RANK_CHECK(stats.n_generated == 60 && !memcmp(tokens, expected->texts[0], sizeof tokens), "after that, another text");
+    RANK_CHECK(stats.n_generated == 60 && !memcmp(tokens, expected->texts[0], sizeof tokens),
+               "after that, another text");
     for (int i = 0; i < 2; i++) {
         findings f;
         memset(&f, 0, sizeof f);
@@ -344,7 +357,9 @@ static void stop_and_go_on(const findings *expected, llm_comm *comm, llm_comm *t
     llm_model_free(model);
 }
 
-static void stop_in_tensor_parallel(llm_comm *comm, void *arg) { stop_and_go_on((const findings *)arg, comm, comm, NULL); }
+static void stop_in_tensor_parallel(llm_comm *comm, void *arg) {
+    stop_and_go_on((const findings *)arg, comm, comm, NULL);
+}
 static void stop_in_a_pipeline(llm_comm *comm, void *arg) { stop_and_go_on((const findings *)arg, comm, NULL, comm); }
 
 static void test_stopping(void **state) {
@@ -364,7 +379,8 @@ typedef struct trouble {
     int n_told;
 } trouble;
 
-static const char *const WORDS[TROUBLES] = {"file", "type", "instruction set", "rank 1", "llm_context_desc", "memory", "has left", "another call"};
+static const char *const WORDS[TROUBLES] = {"file",   "type",     "instruction set", "rank 1", "llm_context_desc",
+                                            "memory", "has left", "another call"};
 
 /* Rank 1 is the odd one. */
 static llm_status go_wrong_here(llm_comm *comm, trouble *t, heap *h, llm_error *err) {
@@ -373,13 +389,15 @@ static llm_status go_wrong_here(llm_comm *comm, trouble *t, heap *h, llm_error *
     llm_model *model = NULL;
     llm_context *ctx = NULL;
     llm_token tokens[60];
-    llm_model_desc desc = {.dtype = odd && t->kind == OTHER_TYPE ? LLM_DTYPE_INT8 : LLM_DTYPE_BF16, .n_threads = 1, .tensor = comm};
+    llm_model_desc desc = {
+        .dtype = odd && t->kind == OTHER_TYPE ? LLM_DTYPE_INT8 : LLM_DTYPE_BF16, .n_threads = 1, .tensor = comm};
     llm_context_desc context_desc = {.n_ctx = odd && t->kind == OTHER_NUMBERS ? 199 : 200, .n_threads = 1};
     desc.host = heap_host(h);
     if (odd && t->kind == OTHER_SET) desc.isa = "scalar";
     if (odd && t->kind == NO_MEMORY) h->fail_at = 60; /* while the context is made */
-    llm_status status = odd && t->kind == NO_FILE ? llm_model_load(&model, "no/such/file", &desc, err)
-                                                  : try_tiny(&model, odd && t->kind == OTHER_FILE ? &other : &WIDE, desc, err);
+    llm_status status = odd && t->kind == NO_FILE
+                            ? llm_model_load(&model, "no/such/file", &desc, err)
+                            : try_tiny(&model, odd && t->kind == OTHER_FILE ? &other : &WIDE, desc, err);
     if (!status && odd && t->kind == NO_MEMORY) h->n_calls = 0, h->fail_at = 9;
     if (!status) status = llm_context_create(&ctx, model, &context_desc, err);
     comm->patience = 1;
@@ -426,8 +444,10 @@ static void refuse_mixed_heads(llm_comm *comm, void *arg) {
     llm_model *model = NULL;
     llm_error err;
     (void)arg;
-    llm_status status = try_tiny(&model, &spec, (llm_model_desc){.dtype = LLM_DTYPE_FILE, .n_threads = 1, .tensor = comm}, &err);
-    RANK_CHECK(status == LLM_ERROR_UNSUPPORTED && strstr(err.message, "different types"), status ? err.message : "it was loaded");
+    llm_status status =
+        try_tiny(&model, &spec, (llm_model_desc){.dtype = LLM_DTYPE_FILE, .n_threads = 1, .tensor = comm}, &err);
+    RANK_CHECK(status == LLM_ERROR_UNSUPPORTED && strstr(err.message, "different types"),
+               status ? err.message : "it was loaded");
     status = try_tiny(&model, &spec, (llm_model_desc){.dtype = LLM_DTYPE_BF16, .n_threads = 1, .tensor = comm}, &err);
     RANK_CHECK(status == LLM_OK, err.message);
     llm_model_free(model);
@@ -451,7 +471,8 @@ static void measure(llm_comm *comm, void *arg) {
     RANK_CHECK(llm_model_load(&model, model_path(), &desc, &err) == LLM_OK, err.message);
     double bytes = (double)llm_model_get_info(model).weight_bytes;
     if (comm) RANK_CHECK(bytes / *whole < 1.0 / comm->size + 0.05, "a rank's weights are too many");
-    if (comm && comm->rank == 0) print_message("%d ranks: %.1f %% of the weights on the first\n", comm->size, 100 * bytes / *whole);
+    if (comm && comm->rank == 0)
+        print_message("%d ranks: %.1f %% of the weights on the first\n", comm->size, 100 * bytes / *whole);
     if (!comm) *whole = bytes;
     llm_model_free(model);
 }
@@ -465,8 +486,9 @@ static void test_shares(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_hashes),   cmocka_unit_test(test_default_model), cmocka_unit_test(test_everything),
-                                       cmocka_unit_test(test_saved),    cmocka_unit_test(test_stopping),      cmocka_unit_test(test_trouble),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_hashes),      cmocka_unit_test(test_default_model),
+                                       cmocka_unit_test(test_everything),  cmocka_unit_test(test_saved),
+                                       cmocka_unit_test(test_stopping),    cmocka_unit_test(test_trouble),
                                        cmocka_unit_test(test_mixed_heads), cmocka_unit_test(test_shares)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

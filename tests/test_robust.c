@@ -186,14 +186,17 @@ static void refuse_number(const uint8_t *data, size_t size, const field *f, uint
     char *path = write_own(data, size);
     llm_model *model;
     llm_error err;
-    if (!llm_model_load(&model, path, NULL, &err)) fail_msg("%llu at %zu, of %s, was taken", (unsigned long long)value, f->at, f->owner);
+    if (!llm_model_load(&model, path, NULL, &err))
+        fail_msg("%llu at %zu, of %s, was taken", (unsigned long long)value, f->at, f->owner);
     unlink(path);
-    if (!strstr(err.message, path) || !strstr(err.message, f->owner) || (f->at && !shows_value(err.message, value, f->bytes)))
+    if (!strstr(err.message, path) || !strstr(err.message, f->owner) ||
+        (f->at && !shows_value(err.message, value, f->bytes)))
         fail_msg("%llu at %zu, of %s: %s", (unsigned long long)value, f->at, f->owner, err.message);
 }
 
 static void test_fields(void **state) {
-    static const uint64_t values[] = {0, 1, 2, UINT64_C(1) << 31, UINT32_MAX, UINT64_C(1) << 63, UINT64_MAX - 31, UINT64_MAX};
+    static const uint64_t values[] = {
+        0, 1, 2, UINT64_C(1) << 31, UINT32_MAX, UINT64_C(1) << 63, UINT64_MAX - 31, UINT64_MAX};
     size_t size;
     llm_error err;
     uint8_t *data = tiny_model(&SMALL, &size), kept[8];
@@ -205,7 +208,8 @@ static void test_fields(void **state) {
         for (size_t j = 0; j < sizeof values / sizeof *values; j++) {
             memcpy(data + f->at, &values[j], (size_t)f->bytes);
             bool loaded = try_file(data, size, &err), large = (f->bytes == 4 ? (uint32_t)values[j] : values[j]) >> 31;
-            if (i < 2 && loaded != (i == 1 && values[j] == 2)) fail_msg("%s %d: loaded is %d", f->owner, (int)values[j], loaded);
+            if (i < 2 && loaded != (i == 1 && values[j] == 2))
+                fail_msg("%s %d: loaded is %d", f->owner, (int)values[j], loaded);
             if (large) refuse_number(data, size, f, values[j]);
         }
         memcpy(data + f->at, kept, 8);
@@ -285,9 +289,10 @@ static void refuse_without(const char *name) {
 }
 
 static void test_hyperparameters(void **state) {
-    static const char *const counts[] = {"llama.block_count", "llama.embedding_length", "llama.feed_forward_length",
-                                         "llama.attention.head_count", "llama.attention.head_count_kv",
-                                         "llama.attention.key_length", "llama.context_length"};
+    static const char *const counts[] = {
+        "llama.block_count",          "llama.embedding_length",        "llama.feed_forward_length",
+        "llama.attention.head_count", "llama.attention.head_count_kv", "llama.attention.key_length",
+        "llama.context_length"};
     static const char *const reals[] = {"llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base"};
     static const struct {
         uint32_t bits;
@@ -305,18 +310,19 @@ static void test_hyperparameters(void **state) {
 }
 
 static void test_missing(void **state) {
-    static const char *const names[] = {"llama.block_count", "llama.embedding_length", "llama.feed_forward_length",
-        "llama.attention.head_count", "llama.context_length", "tokenizer.ggml.model", "tokenizer.ggml.tokens",
-        "tokenizer.ggml.merges", "token_embd.weight", "blk.0.attn_norm.weight", "blk.0.attn_q.weight",
-        "blk.0.attn_k.weight", "blk.0.attn_v.weight", "blk.0.attn_output.weight", "blk.0.ffn_norm.weight",
-        "blk.0.ffn_gate.weight", "blk.0.ffn_up.weight", "blk.0.ffn_down.weight", "output_norm.weight"};
+    static const char *const names[] = {
+        "llama.block_count",    "llama.embedding_length",   "llama.feed_forward_length", "llama.attention.head_count",
+        "llama.context_length", "tokenizer.ggml.model",     "tokenizer.ggml.tokens",     "tokenizer.ggml.merges",
+        "token_embd.weight",    "blk.0.attn_norm.weight",   "blk.0.attn_q.weight",       "blk.0.attn_k.weight",
+        "blk.0.attn_v.weight",  "blk.0.attn_output.weight", "blk.0.ffn_norm.weight",     "blk.0.ffn_gate.weight",
+        "blk.0.ffn_up.weight",  "blk.0.ffn_down.weight",    "output_norm.weight"};
     (void)state;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) refuse_without(names[i]);
 }
 
 static void test_shapes(void **state) {
-    static const char *const names[] = {"token_embd.weight", "blk.0.attn_q.weight", "blk.0.attn_k.weight",
-        "blk.0.attn_output.weight", "blk.0.ffn_gate.weight", "blk.0.ffn_down.weight"};
+    static const char *const names[] = {"token_embd.weight",        "blk.0.attn_q.weight",   "blk.0.attn_k.weight",
+                                        "blk.0.attn_output.weight", "blk.0.ffn_gate.weight", "blk.0.ffn_down.weight"};
     size_t size;
     (void)state;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
@@ -366,7 +372,8 @@ static void test_merge(void **state) {
     merge[2] = 'z';
     char *path = write_own(data, size);
     assert_int_equal(llm_tokenizer_load(&tokenizer, path, NULL, &err), LLM_ERROR_FORMAT);
-    if (!strstr(err.message, path) || !strstr(err.message, "tokenizer.ggml.merges[0] makes \"az\"")) fail_msg("%s", err.message);
+    if (!strstr(err.message, path) || !strstr(err.message, "tokenizer.ggml.merges[0] makes \"az\""))
+        fail_msg("%s", err.message);
     unlink(path);
     free(data);
 }
@@ -433,9 +440,19 @@ static void test_arguments(void **state) {
     llm_context *ctx = NULL;
     uint8_t *data = tiny_model(&SMALL, &size);
     llm_model *model = load(&h, data, size, &err), *other = NULL;
-    static const llm_context_desc bad[] = {{.n_ctx = -1}, {.n_seq = -1}, {.n_cache = -1}, {.n_batch = -1}, {.n_logits = -1},
-        {.n_threads = -1}, {.n_ctx = INT32_MAX}, {.n_seq = INT32_MAX}, {.n_batch = INT32_MAX}, {.n_logits = INT32_MAX},
-        {.n_cache = INT32_MAX}, {.n_threads = INT32_MAX}, {.cache_dtype = (llm_dtype)99}};
+    static const llm_context_desc bad[] = {{.n_ctx = -1},
+                                           {.n_seq = -1},
+                                           {.n_cache = -1},
+                                           {.n_batch = -1},
+                                           {.n_logits = -1},
+                                           {.n_threads = -1},
+                                           {.n_ctx = INT32_MAX},
+                                           {.n_seq = INT32_MAX},
+                                           {.n_batch = INT32_MAX},
+                                           {.n_logits = INT32_MAX},
+                                           {.n_cache = INT32_MAX},
+                                           {.n_threads = INT32_MAX},
+                                           {.cache_dtype = (llm_dtype)99}};
     static const llm_model_desc bad_models[] = {{.dtype = (llm_dtype)99}, {.n_threads = -1}, {.isa = "abacus"}};
     llm_tokenizer *tokenizer = NULL;
     llm_model_info info;
@@ -452,11 +469,14 @@ static void test_arguments(void **state) {
         assert_explained(LLM_ERROR_ARGUMENT, &err);
     }
     const llm_host half = {.alloc = heap_alloc, .user = &h}, other_half = {.free = heap_free, .user = &h};
-    assert_int_equal(llm_model_load_memory(&other, data, size, &(llm_model_desc){.host = half}, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_model_load_memory(&other, data, size, &(llm_model_desc){.host = half}, &err),
+                     LLM_ERROR_ARGUMENT);
     assert_non_null(strstr(err.message, "host.alloc and host.free"));
-    assert_int_equal(llm_model_read_info_memory(data, size, &(llm_model_desc){.host = other_half}, &info, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_model_read_info_memory(data, size, &(llm_model_desc){.host = other_half}, &info, &err),
+                     LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_tokenizer_load_memory(&tokenizer, data, size, &half, &err), LLM_ERROR_ARGUMENT);
-    assert_int_equal(llm_context_create(&ctx, model, &(llm_context_desc){.host = other_half}, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_context_create(&ctx, model, &(llm_context_desc){.host = other_half}, &err),
+                     LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_model_load(&other, NULL, NULL, &err), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_model_load_memory(&other, NULL, 9, NULL, &err), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_model_load_callback(&other, NULL, NULL, 9, NULL, &err), LLM_ERROR_ARGUMENT);
@@ -535,13 +555,18 @@ static llm_status do_create(void *job, llm_error *err) {
 static llm_status do_prompt(void *job, llm_error *err) {
     starved *s = (starved *)job;
     static const char *const stops[] = {"never in this text"};
-    llm_generate_desc desc = {.prompt = "aaaa\xC3 and more", .max_tokens = 40, .stop_strings = stops, .n_stop_strings = 1};
+    llm_generate_desc desc = {
+        .prompt = "aaaa\xC3 and more", .max_tokens = 40, .stop_strings = stops, .n_stop_strings = 1};
     return llm_generate(s->ctx, &desc, NULL, err);
 }
 
 static llm_status do_messages(void *job, llm_error *err) {
     starved *s = (starved *)job;
-    static const llm_message messages[] = {{"system", "a"}, {"user", "b\xFF" "c"}, {"assistant", "aaaa"}, {"user", ""}};
+    static const llm_message messages[] = {{"system", "a"},
+                                           {"user", "b\xFF"
+                                                    "c"},
+                                           {"assistant", "aaaa"},
+                                           {"user", ""}};
     llm_generate_desc desc = {.messages = messages, .n_messages = 4, .max_tokens = 3};
     return llm_generate(s->ctx, &desc, NULL, err);
 }
@@ -553,7 +578,8 @@ static llm_status do_encode(void *job, llm_error *err) {
     memset(text, 'a', sizeof text);
     text[100] = (char)0xFF;
     memset(err, 0, sizeof *err);
-    int64_t n = llm_encode(llm_model_tokenizer(s->model), text, sizeof text, LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, ids, 8, err);
+    int64_t n =
+        llm_encode(llm_model_tokenizer(s->model), text, sizeof text, LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, ids, 8, err);
     assert_true(n > 8 || n == -1);
     return n < 0 ? err->code : LLM_OK;
 }
@@ -682,9 +708,17 @@ static bool keep_token(void *user, llm_token token, const char *bytes, size_t n_
 /* No assertions here: cmocka's leave by longjmp, which only its own thread may. A failure shows in `length`. */
 static void *run_job(void *arg) {
     job *j = (job *)arg;
-    llm_context_desc desc = {.n_ctx = 96, .n_threads = j->n_threads, .n_batch = 16, .n_logits = 8, .parallel = j->parallel, .host = {.user = j}};
-    llm_generate_desc generate = {.prompt = "The same text on every thread, please: aaab", .max_tokens = 32,
-                                  .ignore_end = true, .on_token = keep_token, .user = j};
+    llm_context_desc desc = {.n_ctx = 96,
+                             .n_threads = j->n_threads,
+                             .n_batch = 16,
+                             .n_logits = 8,
+                             .parallel = j->parallel,
+                             .host = {.user = j}};
+    llm_generate_desc generate = {.prompt = "The same text on every thread, please: aaab",
+                                  .max_tokens = 32,
+                                  .ignore_end = true,
+                                  .on_token = keep_token,
+                                  .user = j};
     llm_context *ctx = NULL;
     llm_draft draft = {0};
     llm_model *own = j->spec ? load_shared(j->spec) : NULL;
@@ -823,7 +857,8 @@ static void test_progress(void **state) {
 
 /* ---- Memory estimates ---- */
 
-static void check_estimate(const tiny_spec *spec, llm_dtype dtype, const char *isa, const llm_context_desc *context_desc) {
+static void check_estimate(const tiny_spec *spec, llm_dtype dtype, const char *isa,
+                           const llm_context_desc *context_desc) {
     heap h = {0};
     size_t size;
     uint8_t *data = tiny_model(spec, &size);
@@ -840,8 +875,8 @@ static void check_estimate(const tiny_spec *spec, llm_dtype dtype, const char *i
     double loaded = (double)h.live;
     assert_int_equal(llm_context_create(&ctx, model, context_desc, NULL), LLM_OK);
     double estimate = (double)(memory.weights + memory.cache + memory.scratch);
-    print_message("estimated %.2f MB; the model took %.2f MB, with a context %.2f MB, at most %.2f MB\n", estimate / 1e6,
-                  loaded / 1e6, (double)h.live / 1e6, (double)h.peak / 1e6);
+    print_message("estimated %.2f MB; the model took %.2f MB, with a context %.2f MB, at most %.2f MB\n",
+                  estimate / 1e6, loaded / 1e6, (double)h.live / 1e6, (double)h.peak / 1e6);
     assert_true(fabs((double)h.live - estimate) <= 0.1 * estimate + 1e6);
     assert_true(fabs((double)h.peak - estimate) <= 0.1 * estimate + 1e6);
     llm_context_free(ctx);
@@ -851,12 +886,16 @@ static void check_estimate(const tiny_spec *spec, llm_dtype dtype, const char *i
 }
 
 static void test_estimate(void **state) {
-    const llm_context_desc descs[] = {{0}, {.n_seq = 16, .n_threads = 4}, {.n_ctx = 4096, .cache_dtype = LLM_DTYPE_F32},
-                                      {.n_ctx = 512, .n_batch = 4096}, {.n_ctx = 512, .n_logits = 500},
+    const llm_context_desc descs[] = {{0},
+                                      {.n_seq = 16, .n_threads = 4},
+                                      {.n_ctx = 4096, .cache_dtype = LLM_DTYPE_F32},
+                                      {.n_ctx = 512, .n_batch = 4096},
+                                      {.n_ctx = 512, .n_logits = 500},
                                       {.n_ctx = 2048, .n_seq = 64, .n_cache = 4096}};
     (void)state;
     for (size_t i = 0; i < sizeof descs / sizeof *descs; i++)
-        for (int dtype = LLM_DTYPE_F32; dtype <= LLM_DTYPE_BF16; dtype++) check_estimate(&LARGE, (llm_dtype)dtype, NULL, &descs[i]);
+        for (int dtype = LLM_DTYPE_F32; dtype <= LLM_DTYPE_BF16; dtype++)
+            check_estimate(&LARGE, (llm_dtype)dtype, NULL, &descs[i]);
     check_estimate(&TINY_ODD, LLM_DTYPE_F32, NULL, NULL);
     check_estimate(&LARGE, LLM_DTYPE_BF16, "scalar", &descs[3]); /* it has no panels, but more floats */
 }
@@ -901,15 +940,24 @@ static void test_silent(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest alone[] = {
-        cmocka_unit_test(test_truncated), cmocka_unit_test(test_fields), cmocka_unit_test(test_flips),
-        cmocka_unit_test(test_hyperparameters), cmocka_unit_test(test_missing), cmocka_unit_test(test_shapes),
-        cmocka_unit_test(test_places), cmocka_unit_test(test_merge), cmocka_unit_test(test_paths), cmocka_unit_test(test_path_in_utf8), cmocka_unit_test(test_arguments),
-        cmocka_unit_test(test_starved), cmocka_unit_test(test_forward_allocates_nothing), cmocka_unit_test(test_estimate),
-        cmocka_unit_test(test_silent)};
+    const struct CMUnitTest alone[] = {cmocka_unit_test(test_truncated),
+                                       cmocka_unit_test(test_fields),
+                                       cmocka_unit_test(test_flips),
+                                       cmocka_unit_test(test_hyperparameters),
+                                       cmocka_unit_test(test_missing),
+                                       cmocka_unit_test(test_shapes),
+                                       cmocka_unit_test(test_places),
+                                       cmocka_unit_test(test_merge),
+                                       cmocka_unit_test(test_paths),
+                                       cmocka_unit_test(test_path_in_utf8),
+                                       cmocka_unit_test(test_arguments),
+                                       cmocka_unit_test(test_starved),
+                                       cmocka_unit_test(test_forward_allocates_nothing),
+                                       cmocka_unit_test(test_estimate),
+                                       cmocka_unit_test(test_silent)};
     const struct CMUnitTest with_threads[] = {
-        cmocka_unit_test(test_a_hundred_times), cmocka_unit_test(test_eight_contexts), cmocka_unit_test(test_loads_at_once),
-        cmocka_unit_test(test_host_threads), cmocka_unit_test(test_progress)};
+        cmocka_unit_test(test_a_hundred_times), cmocka_unit_test(test_eight_contexts),
+        cmocka_unit_test(test_loads_at_once), cmocka_unit_test(test_host_threads), cmocka_unit_test(test_progress)};
     int n_failed = THREAD_SANITIZED ? 0 : cmocka_run_group_tests(alone, NULL, NULL);
     return n_failed + cmocka_run_group_tests(with_threads, NULL, NULL);
 }

@@ -19,7 +19,9 @@ static int open_isa(fixture *f, const char *isa) {
     llm_context_desc context_desc = {.n_threads = 1};
     size_t size;
     uint8_t *data = tiny_model(&SPEC, &size);
-    if (llm_model_load_memory(&f->model, data, size, &desc, NULL) || llm_context_create(&f->ctx, f->model, &context_desc, NULL)) return -1;
+    if (llm_model_load_memory(&f->model, data, size, &desc, NULL) ||
+        llm_context_create(&f->ctx, f->model, &context_desc, NULL))
+        return -1;
     free(data);
     if (llm_forward(f->ctx, &(llm_batch){1, tokens, NULL, NULL}, NULL)) return -1;
     f->logits = (float *)(uintptr_t)llm_logits(f->ctx, 0);
@@ -64,9 +66,7 @@ static void set_sequence(fixture *f, const llm_token *tokens, int n) {
     memcpy(f->logits, kept, sizeof kept);
 }
 
-static llm_token sample(fixture *f, llm_sampler s) {
-    return llm_sample(f->ctx, llm_seq_length(f->ctx, 0) - 1, 0, &s);
-}
+static llm_token sample(fixture *f, llm_sampler s) { return llm_sample(f->ctx, llm_seq_length(f->ctx, 0) - 1, 0, &s); }
 
 /* ---- Greedy ---- */
 
@@ -98,7 +98,8 @@ static void test_not_asked_for(void **state) {
 
 static void test_biases(void **state) {
     fixture *f = (fixture *)*state;
-    static const llm_logit_bias biases[] = {{10, -INFINITY}, {11, -5}, {12, 1}, {12, 1.5f}, {-1, 99}, {N, 99}, {INT32_MAX, 99}};
+    static const llm_logit_bias biases[] = {{10, -INFINITY}, {11, -5}, {12, 1},        {12, 1.5f},
+                                            {-1, 99},        {N, 99},  {INT32_MAX, 99}};
     llm_sampler s = {.biases = biases, .n_biases = 1};
     fill(f, 0);
     f->logits[10] = 9;
@@ -202,7 +203,8 @@ static void check_set(fixture *f, llm_sampler s) {
     assert_int_equal(s.n_drawn, DRAWS);
     for (int i = 0; i < n; i++) {
         if (list[i].p * DRAWS > 30 && !seen[list[i].id])
-            fail_msg("candidate %d of %d with p %g was never drawn (k %d, p %g, min %g)", i, n, list[i].p, s.top_k, s.top_p, s.min_p);
+            fail_msg("candidate %d of %d with p %g was never drawn (k %d, p %g, min %g)", i, n, list[i].p, s.top_k,
+                     s.top_p, s.min_p);
         seen[list[i].id] = 0;
     }
     for (int i = 0; i < N; i++)
@@ -211,13 +213,26 @@ static void check_set(fixture *f, llm_sampler s) {
 
 static void test_sets(void **state) {
     fixture *f = (fixture *)*state;
-    static const llm_sampler samplers[] = {
-        {.temperature = 1}, {.temperature = 0.5f}, {.temperature = 3}, {.temperature = 1, .top_k = 1}, {.temperature = 1, .top_k = 2},
-        {.temperature = 1, .top_k = 20}, {.temperature = 1, .top_k = N - 1}, {.temperature = 1, .top_k = N}, {.temperature = 1, .top_k = 10 * N},
-        {.temperature = 1, .top_p = 0.1f}, {.temperature = 1, .top_p = 0.5f}, {.temperature = 1, .top_p = 0.95f}, {.temperature = 1, .top_p = 1},
-        {.temperature = 1, .min_p = 0.5f}, {.temperature = 1, .min_p = 0.05f}, {.temperature = 1, .min_p = 1},
-        {.temperature = 1, .top_k = 20, .top_p = 0.5f}, {.temperature = 0.7f, .top_k = 40, .top_p = 0.9f, .min_p = 0.1f},
-        {.temperature = 2, .top_p = 0.8f, .min_p = 0.3f}, {.temperature = 1, .top_k = 10, .min_p = 0.2f}};
+    static const llm_sampler samplers[] = {{.temperature = 1},
+                                           {.temperature = 0.5f},
+                                           {.temperature = 3},
+                                           {.temperature = 1, .top_k = 1},
+                                           {.temperature = 1, .top_k = 2},
+                                           {.temperature = 1, .top_k = 20},
+                                           {.temperature = 1, .top_k = N - 1},
+                                           {.temperature = 1, .top_k = N},
+                                           {.temperature = 1, .top_k = 10 * N},
+                                           {.temperature = 1, .top_p = 0.1f},
+                                           {.temperature = 1, .top_p = 0.5f},
+                                           {.temperature = 1, .top_p = 0.95f},
+                                           {.temperature = 1, .top_p = 1},
+                                           {.temperature = 1, .min_p = 0.5f},
+                                           {.temperature = 1, .min_p = 0.05f},
+                                           {.temperature = 1, .min_p = 1},
+                                           {.temperature = 1, .top_k = 20, .top_p = 0.5f},
+                                           {.temperature = 0.7f, .top_k = 40, .top_p = 0.9f, .min_p = 0.1f},
+                                           {.temperature = 2, .top_p = 0.8f, .min_p = 0.3f},
+                                           {.temperature = 1, .top_k = 10, .min_p = 0.2f}};
     for (uint32_t seed = 1; seed < 4; seed++) {
         fill_random(f, seed, 2 * (float)seed);
         for (size_t i = 0; i < sizeof samplers / sizeof *samplers; i++) check_set(f, samplers[i]);
@@ -238,7 +253,8 @@ static void check_distribution(fixture *f, llm_sampler s) {
         assert_true(expected > 20);
         chi += off * off / expected;
     }
-    double k = n - 1, z = (pow(chi / k, 1.0 / 3) - 1 + 2 / (9 * k)) / sqrt(2 / (9 * k)); /* Wilson and Hilferty: normal */
+    double k = n - 1,
+           z = (pow(chi / k, 1.0 / 3) - 1 + 2 / (9 * k)) / sqrt(2 / (9 * k)); /* Wilson and Hilferty: normal */
     print_message("%d candidates: chi-square %.1f, %.2f deviations from the mean\n", n, chi, z);
     assert_true(fabs(z) < 3.3);
 }
@@ -289,7 +305,8 @@ static void test_seeds(void **state) {
 /* The colder, the surer; at no temperature anything but a token comes out. */
 static void test_temperatures(void **state) {
     fixture *f = (fixture *)*state;
-    static const float cold[] = {1e-3f, 1e-6f, 1e-20f, 1e-37f, 1e-38f, 1e-42f, 1e-45f}, hot[] = {1e6f, 1e20f, 3e38f, INFINITY};
+    static const float cold[] = {1e-3f, 1e-6f, 1e-20f, 1e-37f, 1e-38f, 1e-42f, 1e-45f},
+                       hot[] = {1e6f, 1e20f, 3e38f, INFINITY};
     static const float offsets[] = {0, 500, -500};
     for (size_t o = 0; o < 3; o++) {
         fill_random(f, 3, 10);
@@ -319,8 +336,11 @@ static void test_strange_logits(void **state) {
                 fill(f, strange[i]);
                 if (some) fill_random(f, 1, 5);
                 if (some) f->logits[30] = strange[i];
-                llm_sampler s = {.temperature = settings[j], .top_p = settings[j], .min_p = settings[(j + 1) % 5],
-                                 .top_k = -3 + 5 * (int)j, .repeat_penalty = settings[(j + 2) % 5]};
+                llm_sampler s = {.temperature = settings[j],
+                                 .top_p = settings[j],
+                                 .min_p = settings[(j + 1) % 5],
+                                 .top_k = -3 + 5 * (int)j,
+                                 .repeat_penalty = settings[(j + 2) % 5]};
                 bool none = isnan(strange[i]) || (strange[i] == -INFINITY && !some);
                 for (int k = 0; k < 50; k++) {
                     llm_token token = llm_sample(f->ctx, 0, 0, &s);
@@ -395,9 +415,16 @@ static void test_careless(void **state) {
 /* What was drawn when every token went through every step: the same comes out of the few that matter. */
 static void test_large_vocabulary(void **state) {
     enum { LARGE = 151936, DRAWS = 100 };
-    static const llm_sampler samplers[] = {{0}, {.temperature = 0.8f}, {.temperature = 0.8f, .top_k = 40}, {.temperature = 0.8f, .top_p = 0.95f},
-        {.temperature = 0.8f, .min_p = 0.05f}, {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.1f},
-        {.temperature = 1.5f, .top_k = 3000, .top_p = 0.9f}, {.temperature = 0.3f, .top_p = 0.5f, .min_p = 0.1f}, {.temperature = 2, .top_k = 5, .top_p = 0.99f}};
+    static const llm_sampler samplers[] = {
+        {0},
+        {.temperature = 0.8f},
+        {.temperature = 0.8f, .top_k = 40},
+        {.temperature = 0.8f, .top_p = 0.95f},
+        {.temperature = 0.8f, .min_p = 0.05f},
+        {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.1f},
+        {.temperature = 1.5f, .top_k = 3000, .top_p = 0.9f},
+        {.temperature = 0.3f, .top_p = 0.5f, .min_p = 0.1f},
+        {.temperature = 2, .top_k = 5, .top_p = 0.99f}};
     static const uint64_t expected[4][9] = {
         {0xDE2543E1DD678FD9, 0x6191D84801059F77, 0xAFBFA6791E5DC57A, 0x64D6197207BD442C, 0x14B51F31BCBC185E,
          0x59D76179FD961C38, 0xDFF95636527905D4, 0xDE2543E1DD678FD9, 0x5200AB63B09D3637},
@@ -420,7 +447,8 @@ static void test_large_vocabulary(void **state) {
     assert_int_equal(llm_forward(ctx, &(llm_batch){3, tokens, NULL, NULL}, NULL), LLM_OK);
     free(data);
     float *logits = (float *)(uintptr_t)llm_logits(ctx, 2);
-    for (int shape = 0; shape < 4; shape++) { /* like a text's, with a few likely ones; even; with many ties; nearly flat */
+    for (int shape = 0; shape < 4;
+         shape++) { /* like a text's, with a few likely ones; even; with many ties; nearly flat */
         uint32_t x = 1 + (uint32_t)shape;
         for (int i = 0; i < LARGE; i++) {
             float sum = 0;
@@ -439,7 +467,8 @@ static void test_large_vocabulary(void **state) {
             uint64_t hash = 0xCBF29CE484222325u;
             s.seed = (uint64_t)i;
             for (int j = 0; j < DRAWS; j++) hash = (hash ^ (uint64_t)llm_sample(ctx, 2, 0, &s)) * 0x100000001B3u;
-            if (hash != expected[shape][i]) fail_msg("shape %d, sampler %d: 0x%016llX", shape, i, (unsigned long long)hash);
+            if (hash != expected[shape][i])
+                fail_msg("shape %d, sampler %d: 0x%016llX", shape, i, (unsigned long long)hash);
         }
     }
     llm_context_free(ctx);
@@ -449,10 +478,12 @@ static void test_large_vocabulary(void **state) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void) {
-    const struct CMUnitTest tests[] = {TEST(test_ties), TEST(test_not_asked_for), TEST(test_biases),
-                                       TEST(test_all_but_one_forbidden), TEST(test_penalty), TEST(test_sets),
-                                       TEST(test_distribution), TEST(test_seeds), TEST(test_temperatures), TEST(test_strange_logits),
-                                       TEST(test_nan), TEST(test_forced_and_forbidden), TEST(test_careless),
-                                       cmocka_unit_test(test_large_vocabulary)};
+    const struct CMUnitTest tests[] = {TEST(test_ties),         TEST(test_not_asked_for),
+                                       TEST(test_biases),       TEST(test_all_but_one_forbidden),
+                                       TEST(test_penalty),      TEST(test_sets),
+                                       TEST(test_distribution), TEST(test_seeds),
+                                       TEST(test_temperatures), TEST(test_strange_logits),
+                                       TEST(test_nan),          TEST(test_forced_and_forbidden),
+                                       TEST(test_careless),     cmocka_unit_test(test_large_vocabulary)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

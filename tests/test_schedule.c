@@ -10,11 +10,13 @@ static uint32_t draw(uint32_t *state, uint32_t n) {
 }
 
 /* The least waste there is, by trying all cuts. */
-static int64_t least_waste(const llm__score_text *texts, int n, bool to_shortest, int theta, const llm__score_room *room) {
+static int64_t least_waste(const llm__score_text *texts, int n, bool to_shortest, int theta,
+                           const llm__score_room *room) {
     int64_t least = n ? INT64_MAX : 0;
     for (int size = 1; size <= n && size <= llm__score_most_texts(room, texts[n - 1].length); size++) {
         const llm__score_text *batch = texts + n - size;
-        int64_t waste = least_waste(texts, n - size, to_shortest, theta, room), area = batch[to_shortest ? 0 : size - 1].length * size;
+        int64_t waste = least_waste(texts, n - size, to_shortest, theta, room),
+                area = batch[to_shortest ? 0 : size - 1].length * size;
         for (int i = 0; i < size; i++)
             waste += to_shortest ? batch[i].length - batch[0].length : batch[size - 1].length - batch[i].length;
         waste += area < theta ? (int64_t)1 << 40 : 0;

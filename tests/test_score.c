@@ -102,7 +102,8 @@ static void test_logits(void **state) {
             for (int e = 0; e < z.questions[i].n_endings; e++, at++) {
                 double expected = log_likelihood(ctx, &z.questions[i], e);
                 if (!(fabs(results[at] - expected) <= 1e-6 * fabs(expected)))
-                    fail_msg("%s, question %d, ending %d: %.9g instead of %.9g", llm_dtype_name(dtypes[d]), i, e, results[at], expected);
+                    fail_msg("%s, question %d, ending %d: %.9g instead of %.9g", llm_dtype_name(dtypes[d]), i, e,
+                             results[at], expected);
             }
         close_context(ctx);
     }
@@ -193,9 +194,10 @@ static void check_schedules(const llm_model *model, const llm_context_desc *desc
 }
 
 static void test_schedules(void **state) {
-    static const llm_context_desc descs[] = {{.n_ctx = 100, .n_seq = 40, .n_batch = 512, .n_threads = 2},
-                                             {.n_ctx = 100, .n_seq = 6, .n_batch = 7, .n_threads = 1},
-                                             {.n_ctx = 100, .n_seq = 17, .n_cache = 800, .n_batch = 64, .n_threads = 1}};
+    static const llm_context_desc descs[] = {
+        {.n_ctx = 100, .n_seq = 40, .n_batch = 512, .n_threads = 2},
+        {.n_ctx = 100, .n_seq = 6, .n_batch = 7, .n_threads = 1},
+        {.n_ctx = 100, .n_seq = 17, .n_cache = 800, .n_batch = 64, .n_threads = 1}};
     static quiz z;
     (void)state;
     make_quiz(&z);
@@ -246,8 +248,8 @@ static void test_refusals(void **state) {
     static quiz z;
     double results[QUESTIONS * MOST_ENDINGS];
     llm_model *model = load(LLM_DTYPE_F32, NULL);
-    llm_context_desc desc = {.n_ctx = 100, .n_seq = 8, .n_batch = 64, .n_threads = 1}, short_ctx = desc, few = desc, small = desc,
-                     cancelled = desc;
+    llm_context_desc desc = {.n_ctx = 100, .n_seq = 8, .n_batch = 64, .n_threads = 1}, short_ctx = desc, few = desc,
+                     small = desc, cancelled = desc;
     bool told = true;
     llm_token token = 1, wrong = N_VOCAB;
     llm_batch batch = {1, &token, NULL, NULL};
@@ -325,7 +327,11 @@ static void test_memory(void **state) {
     double results[QUESTIONS * MOST_ENDINGS];
     budget b = {1 << 20};
     llm_model *model = load(LLM_DTYPE_F32, NULL);
-    llm_context_desc desc = {.n_ctx = 100, .n_seq = 8, .n_batch = 64, .n_threads = 1, .host = {.alloc = spend, .free = give_back, .user = &b}};
+    llm_context_desc desc = {.n_ctx = 100,
+                             .n_seq = 8,
+                             .n_batch = 64,
+                             .n_threads = 1,
+                             .host = {.alloc = spend, .free = give_back, .user = &b}};
     llm_context *ctx = create_context(model, &desc);
     (void)state;
     make_quiz(&z);
@@ -353,14 +359,17 @@ typedef struct golden {
 } golden;
 
 /* The ids of context and ending in the file are those of llm_encode_pair. */
-static void encode_like(const llm_tokenizer *tokenizer, json_t *line, int ending, llm_token *ids, int *n_context, int *n_ending) {
+static void encode_like(const llm_tokenizer *tokenizer, json_t *line, int ending, llm_token *ids, int *n_context,
+                        int *n_ending) {
     char text[1024];
     int64_t n_first;
     llm_error err;
-    json_t *context = json_object_get(line, "context"), *rest = json_array_get(json_object_get(line, "endings"), (size_t)ending);
-    snprintf(text, sizeof text, " %s", json_string_value(json_array_get(json_object_get(line, "choices"), (size_t)ending)));
-    int64_t n = llm_encode_pair(tokenizer, json_string_value(json_object_get(line, "query")), text, LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL,
-                                ids, 256, &n_first, &err);
+    json_t *context = json_object_get(line, "context"),
+           *rest = json_array_get(json_object_get(line, "endings"), (size_t)ending);
+    snprintf(text, sizeof text, " %s",
+             json_string_value(json_array_get(json_object_get(line, "choices"), (size_t)ending)));
+    int64_t n = llm_encode_pair(tokenizer, json_string_value(json_object_get(line, "query")), text,
+                                LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, ids, 256, &n_first, &err);
     assert_int_equal(n_first, json_array_size(context));
     assert_int_equal(n, json_array_size(context) + json_array_size(rest));
     for (int i = 0; i < n; i++)
@@ -379,7 +388,8 @@ static void read_golden(const llm_tokenizer *tokenizer, golden *g) {
         for (int e = 0; e < ENDINGS; e++) {
             encode_like(tokenizer, line, e, g->tokens[i][e], &q.n_context, &g->lengths[i][e]);
             g->endings[i][e] = g->tokens[i][e] + q.n_context;
-            g->expected[i * ENDINGS + e] = json_real_value(json_array_get(json_object_get(line, "log_likelihoods"), (size_t)e));
+            g->expected[i * ENDINGS + e] =
+                json_real_value(json_array_get(json_object_get(line, "log_likelihoods"), (size_t)e));
         }
         g->questions[i] = q;
         json_decref(line);
@@ -387,9 +397,7 @@ static void read_golden(const llm_tokenizer *tokenizer, golden *g) {
     fclose(file);
 }
 
-static llm_model *load_default(llm_dtype dtype) {
-    return load_model(model_path(), &(llm_model_desc){.dtype = dtype});
-}
+static llm_model *load_default(llm_dtype dtype) { return load_model(model_path(), &(llm_model_desc){.dtype = dtype}); }
 
 static void test_default_reference(void **state) {
     static golden g;
@@ -422,11 +430,13 @@ static void test_default_schedules(void **state) {
 
 /* ---- Pairs of texts ---- */
 
-static void check_pair(const llm_tokenizer *t, const char *context, const char *ending, const char *first, const char *second) {
+static void check_pair(const llm_tokenizer *t, const char *context, const char *ending, const char *first,
+                       const char *second) {
     llm_token ids[64], expected[64];
     int64_t n_context, n = llm_encode_pair(t, context, ending, LLM_TOKENS_SPECIAL, ids, 64, &n_context, NULL);
     int64_t n_first = llm_encode(t, first, strlen(first), LLM_TOKENS_SPECIAL, expected, 64, NULL);
-    int64_t n_second = llm_encode(t, second, strlen(second), LLM_TOKENS_SPECIAL, expected + n_first, (size_t)(64 - n_first), NULL);
+    int64_t n_second =
+        llm_encode(t, second, strlen(second), LLM_TOKENS_SPECIAL, expected + n_first, (size_t)(64 - n_first), NULL);
     assert_int_equal(n_context, n_first);
     assert_int_equal(n, n_first + n_second);
     assert_memory_equal(ids, expected, (size_t)n * sizeof *ids);
@@ -449,10 +459,15 @@ static void test_pairs(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_logits),   cmocka_unit_test(test_sum),      cmocka_unit_test(test_schedules), cmocka_unit_test(test_full_passes),
-        cmocka_unit_test(test_refusals), cmocka_unit_test(test_memory), cmocka_unit_test(test_pairs),
-        cmocka_unit_test(test_default_reference), cmocka_unit_test(test_default_schedules)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_logits),
+                                       cmocka_unit_test(test_sum),
+                                       cmocka_unit_test(test_schedules),
+                                       cmocka_unit_test(test_full_passes),
+                                       cmocka_unit_test(test_refusals),
+                                       cmocka_unit_test(test_memory),
+                                       cmocka_unit_test(test_pairs),
+                                       cmocka_unit_test(test_default_reference),
+                                       cmocka_unit_test(test_default_schedules)};
     if (SANITIZED) cmocka_set_skip_filter("test_default*");
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -9,7 +9,8 @@ static const tiny_spec SPEC = {2, 40, 56, 4, 2, 12, 256, 9, 1, 0, 21};
 enum { N_VOCAB = 265, END = 263, ROOM = 8192 };
 
 static llm_context *open_tiny(int n_ctx, int n_seq) {
-    return create_context(load_tiny(&SPEC, LLM_DTYPE_F32), &(llm_context_desc){.n_ctx = n_ctx, .n_seq = n_seq, .n_logits = 16, .n_threads = 1});
+    return create_context(load_tiny(&SPEC, LLM_DTYPE_F32),
+                          &(llm_context_desc){.n_ctx = n_ctx, .n_seq = n_seq, .n_logits = 16, .n_threads = 1});
 }
 
 static llm_draft draft_model(llm_context *ctx, const llm_model *model) {
@@ -86,7 +87,8 @@ static bool on_poll(void *user) {
     return ++a->n_polls == a->last_poll;
 }
 
-static answer *generate(llm_context *ctx, llm_generate_desc desc, const llm_sampler *sampler, int last_token, int last_poll) {
+static answer *generate(llm_context *ctx, llm_generate_desc desc, const llm_sampler *sampler, int last_token,
+                        int last_poll) {
     llm_error err;
     llm_sampler own = {0};
     answer *a = (answer *)calloc(1, sizeof *a);
@@ -145,7 +147,8 @@ static void check_draft(llm_context *ctx, llm_generate_desc desc, const llm_samp
 
 /* The prompt and all that comes after it. */
 static int whole_text(llm_context *ctx, const char *prompt, const llm_sampler *sampler, int n, llm_token *text) {
-    answer *a = generate(ctx, (llm_generate_desc){.prompt = prompt, .max_tokens = n, .ignore_end = true}, sampler, 0, 0);
+    answer *a =
+        generate(ctx, (llm_generate_desc){.prompt = prompt, .max_tokens = n, .ignore_end = true}, sampler, 0, 0);
     int n_prompt = a->stats.n_prompt;
     memcpy(text, llm_seq_tokens(ctx, 0), (size_t)n_prompt * sizeof *text);
     memcpy(text + n_prompt, a->tokens, (size_t)a->n_tokens * sizeof *text);
@@ -158,7 +161,8 @@ static int whole_text(llm_context *ctx, const char *prompt, const llm_sampler *s
 static void encourage(llm_draft *draft) {
     memset(&draft->learnt, 0, sizeof draft->learnt);
     for (int i = 0; i < LLM_DRAFT_LEARNT_SIZES; i++) {
-        for (int j = 0; j < LLM_DRAFT_LEARNT_TIMES; j++) draft->learnt.passes[i].recent[j] = i ? 1e-9f * (1 + 0.01f * (float)i) : 1000;
+        for (int j = 0; j < LLM_DRAFT_LEARNT_TIMES; j++)
+            draft->learnt.passes[i].recent[j] = i ? 1e-9f * (1 + 0.01f * (float)i) : 1000;
         draft->learnt.passes[i].n = 1 << 20;
     }
     draft->learnt.seconds = 1e9;
@@ -166,8 +170,11 @@ static void encourage(llm_draft *draft) {
 
 static void test_any_draft(void **state) {
     llm_context *ctx = open_tiny(200, 1);
-    static const llm_sampler samplers[] = {{0}, {.repeat_penalty = 1.3f, .repeat_window = 8}, {.temperature = 1, .seed = 3},
-                                           {.temperature = 1.4f, .top_k = 20, .top_p = 0.9f, .min_p = 0.01f, .repeat_penalty = 1.2f, .seed = 4}};
+    static const llm_sampler samplers[] = {
+        {0},
+        {.repeat_penalty = 1.3f, .repeat_window = 8},
+        {.temperature = 1, .seed = 3},
+        {.temperature = 1.4f, .top_k = 20, .top_p = 0.9f, .min_p = 0.01f, .repeat_penalty = 1.2f, .seed = 4}};
     llm_token text[256];
     (void)state;
     for (size_t i = 0; i < sizeof samplers / sizeof *samplers; i++) {
@@ -178,7 +185,10 @@ static void test_any_draft(void **state) {
             if (habit == CANCELS) continue;
             for (int max = 0; max < 20; max += 1 + max / 2)
                 for (int tokens = 1; tokens < 180; tokens += 1 + tokens) {
-                    llm_generate_desc desc = {.prompt = "abcabc", .max_tokens = tokens, .ignore_end = true, .draft_max = max,
+                    llm_generate_desc desc = {.prompt = "abcabc",
+                                              .max_tokens = tokens,
+                                              .ignore_end = true,
+                                              .draft_max = max,
                                               .draft_keeps_text = habit == LIES};
                     encourage(&draft);
                     check_draft(ctx, desc, &samplers[i], &draft);
@@ -201,26 +211,32 @@ static void test_statistics(void **state) {
     llm_draft draft = {.name = "oracle", .propose = oracle_propose, .user = &o};
     (void)state;
     encourage(&draft);
-    answer *a = generate(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 120, .ignore_end = true, .draft = &draft}, NULL, 0, 0);
+    answer *a = generate(
+        ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 120, .ignore_end = true, .draft = &draft}, NULL, 0, 0);
     assert_draft_stats(&a->stats);
     assert_int_equal(a->stats.draft.n_accepted, a->stats.draft.n_proposed);
     assert_true(a->stats.draft.tokens_per_pass > 2 && a->stats.n_decode_passes < 60);
     assert_true(a->stats.draft.speedup > 1);
     free(a);
     encourage(&draft);
-    a = generate(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 120, .ignore_end = true, .draft = &draft, .draft_max = 3}, NULL, 0, 0);
+    a = generate(
+        ctx,
+        (llm_generate_desc){.prompt = "abc", .max_tokens = 120, .ignore_end = true, .draft = &draft, .draft_max = 3},
+        NULL, 0, 0);
     assert_true(a->stats.draft.n_by_accepted[3] > 2 && a->stats.draft.n_by_accepted[4] == 0);
     free(a);
     o.habit = WRONG;
     encourage(&draft);
-    a = generate(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 120, .ignore_end = true, .draft = &draft}, NULL, 0, 0);
+    a = generate(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 120, .ignore_end = true, .draft = &draft},
+                 NULL, 0, 0);
     assert_int_equal(a->stats.draft.n_accepted, 0);
     assert_true(a->stats.n_decode_passes == 119 && a->stats.draft.n_proposed > 0);
     free(a);
     o.habit = FAILS;
     o.n_calls = 0;
     encourage(&draft);
-    a = generate(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 120, .ignore_end = true, .draft = &draft}, NULL, 0, 0);
+    a = generate(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 120, .ignore_end = true, .draft = &draft},
+                 NULL, 0, 0);
     assert_true(a->stats.draft.failed && o.n_calls == 1 && a->n_tokens == 120);
     free(a);
     close_context(ctx);
@@ -232,7 +248,8 @@ static void test_statistics(void **state) {
 static void test_own_drafts(void **state) {
     llm_context *ctx = open_tiny(200, 2);
     tiny_spec small = {1, 16, 24, 2, 1, 8, 64, 9, 0, 0, 3}; /* with a context shorter than the text */
-    llm_model *models[] = {load_tiny(&SPEC, LLM_DTYPE_F32), load_tiny(&SPEC, LLM_DTYPE_INT8), load_tiny(&SPEC, LLM_DTYPE_INT4), load_tiny(&small, LLM_DTYPE_BF16)};
+    llm_model *models[] = {load_tiny(&SPEC, LLM_DTYPE_F32), load_tiny(&SPEC, LLM_DTYPE_INT8),
+                           load_tiny(&SPEC, LLM_DTYPE_INT4), load_tiny(&small, LLM_DTYPE_BF16)};
     static const llm_sampler samplers[] = {{0}, {.temperature = 1, .top_k = 30, .seed = 3}};
     (void)state;
     for (int i = 0; i < 5; i++) {
@@ -240,14 +257,21 @@ static void test_own_drafts(void **state) {
         for (int j = 0; j < 2; j++)
             for (int seq = 0; seq < 2; seq++)
                 for (int tokens = 0; tokens < 150; tokens += 60) {
-                    llm_generate_desc desc = {.prompt = tokens == 60 ? "abcdabcdabcd" : "some other prompt, some other prompt", .seq = seq,
-                                              .max_tokens = tokens, .ignore_end = true, .draft_keeps_text = true};
+                    llm_generate_desc desc = {.prompt = tokens == 60 ? "abcdabcdabcd"
+                                                                     : "some other prompt, some other prompt",
+                                              .seq = seq,
+                                              .max_tokens = tokens,
+                                              .ignore_end = true,
+                                              .draft_keeps_text = true};
                     encourage(&draft);
                     check_draft(ctx, desc, &samplers[j], &draft);
                 }
         encourage(&draft);
-        answer *a = generate(ctx, (llm_generate_desc){.prompt = "abcdabcd", .max_tokens = 150, .ignore_end = true, .draft = &draft}, NULL, 0, 0);
-        if (!a->stats.draft.n_proposed || a->stats.draft.failed) fail_msg("draft %d: %d guesses", i, a->stats.draft.n_proposed);
+        answer *a = generate(
+            ctx, (llm_generate_desc){.prompt = "abcdabcd", .max_tokens = 150, .ignore_end = true, .draft = &draft},
+            NULL, 0, 0);
+        if (!a->stats.draft.n_proposed || a->stats.draft.failed)
+            fail_msg("draft %d: %d guesses", i, a->stats.draft.n_proposed);
         if (i == 0) assert_int_equal(a->stats.draft.n_accepted, a->stats.draft.n_proposed); /* it is the model itself */
         if (i == 1) assert_true(a->stats.draft.n_accepted > a->stats.draft.n_proposed / 2);
         free(a);
@@ -285,8 +309,14 @@ static void test_sequences(void **state) {
             free(saved);
             llm_stats stats;
             answer *a = (answer *)calloc(1, sizeof *a);
-            llm_generate_desc on = {.tokens = text, .n_tokens = half, .seq = 2, .max_tokens = 35, .ignore_end = true, .draft = &drafts[d],
-                                    .on_token = on_token, .user = a};
+            llm_generate_desc on = {.tokens = text,
+                                    .n_tokens = half,
+                                    .seq = 2,
+                                    .max_tokens = 35,
+                                    .ignore_end = true,
+                                    .draft = &drafts[d],
+                                    .on_token = on_token,
+                                    .user = a};
             encourage(&drafts[d]);
             assert_int_equal(llm_generate(ctx, &on, &stats, NULL), LLM_OK);
             assert_int_equal(stats.n_reused, half - 1);
@@ -314,13 +344,15 @@ static void test_stops(void **state) {
     int n = whole_text(ctx, "abc", &sampler, 180, text), n_ended = 0;
     oracle o = {text, n, 0, RIGHT};
     llm_draft draft = {.name = "oracle", .propose = oracle_propose, .user = &o};
-    answer *all = generate(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 60, .ignore_end = true}, &sampler, 0, 0);
+    answer *all =
+        generate(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 60, .ignore_end = true}, &sampler, 0, 0);
     (void)state;
     for (int i = 0; i < 60; i++) {
         char stop[4] = {0};
         const char *stops[] = {stop};
         memcpy(stop, all->text + i, 2);
-        llm_generate_desc desc = {.prompt = "abc", .max_tokens = 60, .stop_tokens = &all->tokens[i], .n_stop_tokens = 1, .ignore_end = true};
+        llm_generate_desc desc = {
+            .prompt = "abc", .max_tokens = 60, .stop_tokens = &all->tokens[i], .n_stop_tokens = 1, .ignore_end = true};
         encourage(&draft);
         check_draft(ctx, desc, &sampler, &draft);
         desc.n_stop_tokens = 0;
@@ -352,14 +384,19 @@ static void test_ends_of_room(void **state) {
     llm_token ids[40] = {1, 2, 3};
     (void)state;
     for (int n_ctx = 33; n_ctx < 70; n_ctx += 5) {
-        llm_context *ctx = create_context(llm_context_model(wide), &(llm_context_desc){.n_ctx = n_ctx, .n_seq = 2, .n_cache = 96, .n_logits = 16, .n_threads = 1});
+        llm_context *ctx = create_context(
+            llm_context_model(wide),
+            &(llm_context_desc){.n_ctx = n_ctx, .n_seq = 2, .n_cache = 96, .n_logits = 16, .n_threads = 1});
         for (int shared = 0; shared < 2; shared++) {
             llm_draft drafts[] = {llm_draft_lookup(), draft_model(ctx, int8)};
             assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
-            if (shared) free(generate(ctx, (llm_generate_desc){.tokens = ids, .n_tokens = 33, .max_tokens = 1, .seq = 1}, NULL, 0, 0));
+            if (shared)
+                free(generate(ctx, (llm_generate_desc){.tokens = ids, .n_tokens = 33, .max_tokens = 1, .seq = 1}, NULL,
+                              0, 0));
             for (int d = 0; d < 2; d++) {
                 encourage(&drafts[d]);
-                check_draft(ctx, (llm_generate_desc){.tokens = ids, .n_tokens = 3, .ignore_end = true}, NULL, &drafts[d]);
+                check_draft(ctx, (llm_generate_desc){.tokens = ids, .n_tokens = 3, .ignore_end = true}, NULL,
+                            &drafts[d]);
                 llm_draft_free(&drafts[d]);
             }
             assert_int_equal(llm_seq_length(ctx, 0), shared && n_ctx > 32 ? 32 : n_ctx);
@@ -442,7 +479,8 @@ static void test_refused(void **state) {
     assert_int_equal(llm_generate(ctx, &desc, NULL, &err), LLM_ERROR_ARGUMENT);
 
     /* Made for another context: it fails, the text comes all the same. */
-    llm_context *second = create_context(llm_context_model(ctx), &(llm_context_desc){.n_ctx = 64, .n_logits = 8, .n_threads = 1});
+    llm_context *second =
+        create_context(llm_context_model(ctx), &(llm_context_desc){.n_ctx = 64, .n_logits = 8, .n_threads = 1});
     llm_stats stats;
     draft = draft_model(ctx, same);
     encourage(&draft);
@@ -473,7 +511,8 @@ static void test_padded(void **state) {
         llm_sampler sampler = samplers[i];
         encourage(&draft);
         llm_stats stats;
-        llm_generate_desc desc = {.prompt = "abc", .max_tokens = 100, .ignore_end = true, .sampler = &sampler, .draft = &draft};
+        llm_generate_desc desc = {
+            .prompt = "abc", .max_tokens = 100, .ignore_end = true, .sampler = &sampler, .draft = &draft};
         assert_int_equal(llm_generate(ctx, &desc, &stats, NULL), LLM_OK);
         assert_true(stats.draft.n_proposed > 0 && !stats.draft.failed);
         for (int j = 0; j < llm_seq_length(ctx, 0); j++) assert_in_range(llm_seq_tokens(ctx, 0)[j], 0, N_VOCAB - 1);
@@ -523,7 +562,8 @@ static void reference(llm_context *ctx, const llm_token *text, int n, const llm_
         bool seen = false;
         for (int j = 0; j < n; j++) seen = seen || text[j] == allowed[i];
         logits[i] = llm_logits(ctx, n - 1)[allowed[i]];
-        if (seen && s->repeat_penalty > 0) logits[i] = logits[i] > 0 ? logits[i] / s->repeat_penalty : logits[i] * s->repeat_penalty;
+        if (seen && s->repeat_penalty > 0)
+            logits[i] = logits[i] > 0 ? logits[i] / s->repeat_penalty : logits[i] * s->repeat_penalty;
         order[i] = i;
     }
     for (int i = 0; i < FEW; i++)
@@ -535,9 +575,11 @@ static void reference(llm_context *ctx, const llm_token *text, int n, const llm_
             }
     if (s->top_k && s->top_k < left) left = s->top_k;
     for (int i = 0; i < FEW; i++) p[i] = 0;
-    for (int i = 0; i < left; i++) sum += p[order[i]] = exp((logits[order[i]] - logits[order[0]]) / (double)s->temperature);
+    for (int i = 0; i < left; i++)
+        sum += p[order[i]] = exp((logits[order[i]] - logits[order[0]]) / (double)s->temperature);
     for (int i = 0; i < left; i++) {
-        if ((s->top_p > 0 && kept >= (double)s->top_p * sum) || p[order[i]] < (double)s->min_p * p[order[0]]) p[order[i]] = 0;
+        if ((s->top_p > 0 && kept >= (double)s->top_p * sum) || p[order[i]] < (double)s->min_p * p[order[0]])
+            p[order[i]] = 0;
         kept += p[order[i]];
     }
     for (int i = 0; i < FEW; i++) p[i] /= kept;
@@ -573,7 +615,13 @@ static void check_distribution(llm_context *ctx, llm_sampler sampler, llm_draft 
         memset(&a.stats, 0, sizeof a.stats);
         a.n_tokens = a.last_token = 0;
         /* The context's first token is 'b' again, so nothing of the prompt is computed anew but its last token. */
-        llm_generate_desc desc = {.tokens = text, .n_tokens = 1, .max_tokens = 5, .sampler = &sampler, .draft = draft, .on_token = on_token, .user = &a};
+        llm_generate_desc desc = {.tokens = text,
+                                  .n_tokens = 1,
+                                  .max_tokens = 5,
+                                  .sampler = &sampler,
+                                  .draft = draft,
+                                  .on_token = on_token,
+                                  .user = &a};
         draft->learnt = willing;
         if (llm_generate(ctx, &desc, &a.stats, NULL)) fail();
         assert_int_equal(a.n_tokens, 5);
@@ -592,9 +640,11 @@ static void check_distribution(llm_context *ctx, llm_sampler sampler, llm_draft 
         chi += off * off / e;
         n_cells++;
     }
-    double k = n_cells - 1, z = (pow(chi / k, 1.0 / 3) - 1 + 2 / (9 * k)) / sqrt(2 / (9 * k)); /* Wilson and Hilferty: normal */
-    print_message("%d texts by %s, %.0f %% of %d guesses right: %d cells, chi-square %.1f, %.2f deviations from the mean\n", n_texts,
-                  draft->name, 100.0 * n_accepted / n_proposed, n_proposed, n_cells, chi, z);
+    double k = n_cells - 1,
+           z = (pow(chi / k, 1.0 / 3) - 1 + 2 / (9 * k)) / sqrt(2 / (9 * k)); /* Wilson and Hilferty: normal */
+    print_message(
+        "%d texts by %s, %.0f %% of %d guesses right: %d cells, chi-square %.1f, %.2f deviations from the mean\n",
+        n_texts, draft->name, 100.0 * n_accepted / n_proposed, n_proposed, n_cells, chi, z);
     assert_true(n_cells > 10 && fabs(z) < 3.3);
     assert_true(n_proposed > 2 * n_texts && n_accepted > n_texts / 10 && n_accepted < n_proposed);
 }
@@ -619,8 +669,13 @@ static void test_distribution(void **state) {
     for (uint64_t d = 0; d < 2; d++) {
         check_distribution(ctx, (llm_sampler){.temperature = 1, .seed = 1 + d}, &drafts[d], TEXTS);
         check_distribution(ctx, (llm_sampler){.temperature = 1.5f, .top_k = 4, .seed = 3 + d}, &drafts[d], TEXTS / 2);
-        check_distribution(ctx, (llm_sampler){.temperature = 1.2f, .top_p = 0.85f, .seed = 5 + d}, &drafts[d], TEXTS / 2);
-        check_distribution(ctx, (llm_sampler){.temperature = 2, .top_k = 5, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.3f, .seed = 7 + d}, &drafts[d], TEXTS / 2);
+        check_distribution(ctx, (llm_sampler){.temperature = 1.2f, .top_p = 0.85f, .seed = 5 + d}, &drafts[d],
+                           TEXTS / 2);
+        check_distribution(
+            ctx,
+            (llm_sampler){
+                .temperature = 2, .top_k = 5, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.3f, .seed = 7 + d},
+            &drafts[d], TEXTS / 2);
     }
     static const char *const names[] = {"", "one that stops", "one that stops late", "one that picks a kind"};
     for (own.habit = STOPS; own.habit <= PICKS_KIND; own.habit++) {
@@ -654,8 +709,9 @@ static void test_keeps_text(void **state) {
     for (uint64_t seed = 0; seed < 10; seed++) {
         encourage(&draft);
         draft.learnt.guess.n = 1;
-        check_draft(ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 20, .ignore_end = true, .draft_keeps_text = true},
-                    &(llm_sampler){.temperature = 1, .seed = seed}, &draft);
+        check_draft(
+            ctx, (llm_generate_desc){.prompt = "abc", .max_tokens = 20, .ignore_end = true, .draft_keeps_text = true},
+            &(llm_sampler){.temperature = 1, .seed = seed}, &draft);
     }
     close_context(ctx);
 }
@@ -687,8 +743,14 @@ static llm_status break_generate(void *user, llm_error *err) {
     llm_draft draft = llm_draft_lookup();
     b->n_tokens = 0;
     encourage(&draft);
-    return llm_generate(b->ctx, &(llm_generate_desc){.prompt = "abcabcabc", .max_tokens = 40, .ignore_end = true, .draft = &draft,
-                                                     .on_token = break_token, .user = b}, NULL, err);
+    return llm_generate(b->ctx,
+                        &(llm_generate_desc){.prompt = "abcabcabc",
+                                             .max_tokens = 40,
+                                             .ignore_end = true,
+                                             .draft = &draft,
+                                             .on_token = break_token,
+                                             .user = b},
+                        NULL, err);
 }
 
 /* Wherever memory runs out, the sequence holds no guess that was not accepted. */
@@ -698,7 +760,8 @@ static void test_starved(void **state) {
     llm_error err;
     memset(&b, 0, sizeof b);
     (void)state;
-    b.ctx = create_context(llm_context_model(plain), &(llm_context_desc){.n_ctx = 128, .n_logits = 16, .n_threads = 1, .host = heap_host(&b.h)});
+    b.ctx = create_context(llm_context_model(plain),
+                           &(llm_context_desc){.n_ctx = 128, .n_logits = 16, .n_threads = 1, .host = heap_host(&b.h)});
     llm_token text[256];
     int n = whole_text(plain, "abcabcabc", NULL, 40, text);
     for (int64_t k = 1, done = 0; !done; k++) {
@@ -732,10 +795,16 @@ static void test_left_by_longjmp(void **state) {
     for (kind = 0; kind < 3; kind++) {
         static llm_draft draft;
         memset(&b, 0, sizeof b);
-        b.ctx = create_context(llm_context_model(plain), &(llm_context_desc){.n_ctx = 128, .n_cache = 128, .n_batch = 16, .n_logits = 16,
-                                                                             .n_threads = 2, .host = heap_host(&b.h)});
+        b.ctx = create_context(
+            llm_context_model(plain),
+            &(llm_context_desc){
+                .n_ctx = 128, .n_cache = 128, .n_batch = 16, .n_logits = 16, .n_threads = 2, .host = heap_host(&b.h)});
         draft = kind == 2 ? draft_model(b.ctx, int8) : llm_draft_lookup();
-        llm_generate_desc desc = {.prompt = "abcabcabc", .max_tokens = 40, .ignore_end = true, .draft = &draft, .on_token = break_token,
+        llm_generate_desc desc = {.prompt = "abcabcabc",
+                                  .max_tokens = 40,
+                                  .ignore_end = true,
+                                  .draft = &draft,
+                                  .on_token = break_token,
                                   .user = &b};
         if (kind) desc.cancel = break_poll;
         for (at = 1; at < (kind ? 200 : 40); at += kind ? 7 : 1) {
@@ -763,7 +832,8 @@ static void test_left_by_longjmp(void **state) {
             if (!broke) break;
         }
         assert_int_equal(llm_seq_truncate(b.ctx, 0, 0, NULL), LLM_OK);
-        free(generate(b.ctx, (llm_generate_desc){.prompt = "abc", .ignore_end = true}, NULL, 0, 0)); /* every block is there */
+        free(generate(b.ctx, (llm_generate_desc){.prompt = "abc", .ignore_end = true}, NULL, 0,
+                      0)); /* every block is there */
         assert_int_equal(llm_seq_length(b.ctx, 0), 128);
         llm_draft_free(&draft);
         llm_context_free(b.ctx);
@@ -774,11 +844,12 @@ static void test_left_by_longjmp(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_any_draft), cmocka_unit_test(test_statistics), cmocka_unit_test(test_own_drafts),
-                                       cmocka_unit_test(test_sequences), cmocka_unit_test(test_stops), cmocka_unit_test(test_ends_of_room),
-                                       cmocka_unit_test(test_cancelled), cmocka_unit_test(test_refused), cmocka_unit_test(test_padded),
-                                       cmocka_unit_test(test_keeps_text), cmocka_unit_test(test_starved),
-                                       cmocka_unit_test(test_left_by_longjmp), cmocka_unit_test(test_distribution)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_any_draft),   cmocka_unit_test(test_statistics), cmocka_unit_test(test_own_drafts),
+        cmocka_unit_test(test_sequences),   cmocka_unit_test(test_stops),      cmocka_unit_test(test_ends_of_room),
+        cmocka_unit_test(test_cancelled),   cmocka_unit_test(test_refused),    cmocka_unit_test(test_padded),
+        cmocka_unit_test(test_keeps_text),  cmocka_unit_test(test_starved),    cmocka_unit_test(test_left_by_longjmp),
+        cmocka_unit_test(test_distribution)};
     if (SANITIZED) cmocka_set_skip_filter("test_distribution");
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

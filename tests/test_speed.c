@@ -47,8 +47,10 @@ static void check_share(const char *isa, llm_dtype dtype, double floor) {
         limit = fmax(limit, llm_measure_flops(ctx));
         for (int j = 0; j < 10; j++) best = fmax(best, prefill(ctx));
     }
-    print_message("%s, %s: %.0f of %.0f GFLOP/s, %.0f %%\n", isa, llm_dtype_name(dtype), best / 1e9, limit / 1e9, 100 * best / limit);
-    if (best < floor * limit) fail_msg("%s, %s reaches %.0f %% of the limit", isa, llm_dtype_name(dtype), 100 * best / limit);
+    print_message("%s, %s: %.0f of %.0f GFLOP/s, %.0f %%\n", isa, llm_dtype_name(dtype), best / 1e9, limit / 1e9,
+                  100 * best / limit);
+    if (best < floor * limit)
+        fail_msg("%s, %s reaches %.0f %% of the limit", isa, llm_dtype_name(dtype), 100 * best / limit);
     close_context(ctx);
 }
 
@@ -59,12 +61,27 @@ static void check_set(const char *isa, double floor) {
 }
 
 #if defined(__aarch64__)
-static void speed_neon(void **state) { (void)state; check_set("neon", 0.3); }
+static void speed_neon(void **state) {
+    (void)state;
+    check_set("neon", 0.3);
+}
 #else
-static void speed_avx2(void **state) { (void)state; check_set("avx2", 0.4); }
-static void speed_avx512(void **state) { (void)state; check_set("avx512", 0.4); }
-static void speed_avx512_bf16(void **state) { (void)state; check_set("avx512_bf16", 0.4); }
-static void speed_amx(void **state) { (void)state; check_set("amx", 0.1); }
+static void speed_avx2(void **state) {
+    (void)state;
+    check_set("avx2", 0.4);
+}
+static void speed_avx512(void **state) {
+    (void)state;
+    check_set("avx512", 0.4);
+}
+static void speed_avx512_bf16(void **state) {
+    (void)state;
+    check_set("avx512_bf16", 0.4);
+}
+static void speed_amx(void **state) {
+    (void)state;
+    check_set("amx", 0.1);
+}
 #endif
 
 int main(void) {
@@ -72,7 +89,10 @@ int main(void) {
 #if defined(__aarch64__)
         cmocka_unit_test(speed_neon),
 #else
-        cmocka_unit_test(speed_avx2), cmocka_unit_test(speed_avx512), cmocka_unit_test(speed_avx512_bf16), cmocka_unit_test(speed_amx),
+        cmocka_unit_test(speed_avx2),
+        cmocka_unit_test(speed_avx512),
+        cmocka_unit_test(speed_avx512_bf16),
+        cmocka_unit_test(speed_amx),
 #endif
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -28,7 +28,8 @@ static const uint64_t FNV = 0xCBF29CE484222325u;
 static void check_hash(const char *what, uint64_t hash, const json_t *expected) {
     char text[20];
     snprintf(text, sizeof text, "%016llx", (unsigned long long)hash);
-    if (strcmp(text, json_string_value(expected))) fail_msg("%s: hash %s, not %s", what, text, json_string_value(expected));
+    if (strcmp(text, json_string_value(expected)))
+        fail_msg("%s: hash %s, not %s", what, text, json_string_value(expected));
 }
 
 /* ---- Small vocabularies by hand ---- */
@@ -113,7 +114,8 @@ static void check_ids(const llm_tokenizer *tokenizer, const char *text, unsigned
     if (strcmp(shown, expected)) fail_msg("\"%s\" is %s, not %s", text, shown, expected);
 }
 
-static void check_text(const llm_tokenizer *tokenizer, const llm_token *ids, size_t n, unsigned flags, const char *expected) {
+static void check_text(const llm_tokenizer *tokenizer, const llm_token *ids, size_t n, unsigned flags,
+                       const char *expected) {
     char text[256];
     assert_int_equal(llm_decode(tokenizer, ids, n, flags, text, sizeof text), strlen(expected));
     assert_string_equal(text, expected);
@@ -121,8 +123,8 @@ static void check_text(const llm_tokenizer *tokenizer, const llm_token *ids, siz
 
 #define SPACE "\xE2\x96\x81"
 
-static const char *const spm_pieces[] = {"<unk>", "<s>", "</s>", SPACE, "a", "b", "c", "ab", "bc", "aa", SPACE "a", "<0x0A>",
-                                         "<0xC3>", "<0xA9>", "<u>"};
+static const char *const spm_pieces[] = {"<unk>", "<s>", "</s>",    SPACE,    "a",      "b",      "c",  "ab",
+                                         "bc",    "aa",  SPACE "a", "<0x0A>", "<0xC3>", "<0xA9>", "<u>"};
 static const int32_t spm_types[] = {2, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 6, 6, 6, 4};
 static const float spm_scores[] = {0, 0, 0, -9, -9, -9, -9, -3, -3, -2, -4, 0, 0, 0, 0};
 
@@ -149,8 +151,8 @@ static void test_sentencepiece(void **state) {
     check_ids(t, "b", 0, "3 5");
     check_ids(t, "a", 0, "10");
     check_ids(t, " a", 0, "3 10");
-    check_ids(t, "aaa", 0, "3 9 4");           /* aa has the better score than " a", and the left one comes first */
-    check_ids(t, "abc", 0, "3 7 6");           /* ab and bc have the same score: the left one                     */
+    check_ids(t, "aaa", 0, "3 9 4");             /* aa has the better score than " a", and the left one comes first */
+    check_ids(t, "abc", 0, "3 7 6");             /* ab and bc have the same score: the left one                     */
     check_ids(t, "\xC3\xA9\n", 0, "3 12 13 11"); /* bytes                                                         */
     check_ids(t, "\xC3\xA8", 0, "3 0");          /* one of its bytes has no token                                 */
     check_ids(t, "b" SPACE "a", 0, "3 5 10");
@@ -163,7 +165,8 @@ static void test_sentencepiece(void **state) {
     check_text(t, ids, 9, LLM_TOKENS_SPECIAL, "<s> b a\xC3\xA9</s>");
     check_text(t, ids + 1, 1, 0, "");
     assert_true(llm_token_is_special(t, 0) && llm_token_is_special(t, 1) && !llm_token_is_special(t, 14));
-    assert_true(llm_token_is_end(t, 2) && !llm_token_is_end(t, 1) && !llm_token_is_end(t, -1) && !llm_token_is_end(t, 15));
+    assert_true(llm_token_is_end(t, 2) && !llm_token_is_end(t, 1) && !llm_token_is_end(t, -1) &&
+                !llm_token_is_end(t, 15));
     llm_tokenizer_free(t);
 }
 
@@ -174,7 +177,10 @@ static void test_no_byte_tokens(void **state) {
     v.add_eos = true;
     v.add_space_prefix = false;
     llm_tokenizer *t = build(&v);
-    check_ids(t, "b\xC3\xA9\xC3\xA8" "b\n", 0, "5 0 5 0"); /* a run of unknown characters is one token */
+    check_ids(t,
+              "b\xC3\xA9\xC3\xA8"
+              "b\n",
+              0, "5 0 5 0"); /* a run of unknown characters is one token */
     check_ids(t, "b", LLM_TOKENS_ENDS, "1 5 2");
     check_ids(t, "b</s>", LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, "1 5 2");
     llm_tokenizer_free(t);
@@ -182,7 +188,8 @@ static void test_no_byte_tokens(void **state) {
 
 static void test_byte_level(void **state) {
     (void)state;
-    static const char *const pieces[] = {"a", "b", "c", "ab", "bc", "abc", "\xC4\xA0", "<x>", "<x>y", "<x", "\xC4\xA0\x61", "<"};
+    static const char *const pieces[] = {"a",        "b",   "c",    "ab", "bc",           "abc",
+                                         "\xC4\xA0", "<x>", "<x>y", "<x", "\xC4\xA0\x61", "<"};
     static const char *const merges[] = {"b", "c", "a", "b", "ab", "c", "\xC4\xA0", "a"};
     static const int32_t types[] = {1, 1, 1, 1, 1, 1, 1, 3, 4, 3, 1, 1};
     static const uint16_t traits[] = {0, 0, 0, 0, 0, 0, 0, LLM__LSTRIP, LLM__RSTRIP, 0, 0, 0};
@@ -196,9 +203,9 @@ static void test_byte_level(void **state) {
     v.traits = traits;
     v.bos = v.eos = v.unk = -1;
     llm_tokenizer *t = build(&v);
-    check_ids(t, "abc", 0, "0 4");  /* "abc" is a piece, but the merges never get there */
+    check_ids(t, "abc", 0, "0 4"); /* "abc" is a piece, but the merges never get there */
     check_ids(t, "ab a", 0, "3 10");
-    check_ids(t, "dab", 0, "3");    /* d has no token and is left out                   */
+    check_ids(t, "dab", 0, "3"); /* d has no token and is left out                   */
     check_ids(t, "a<x>y  b", 0, "0 8 1");
     check_ids(t, "a <x>a", 0, "0 6 11 0");
     check_ids(t, "a <x>a", LLM_TOKENS_SPECIAL, "0 7 0");
@@ -316,7 +323,8 @@ static void compare_back(golden_run *run, const char *text, size_t n) {
     stream.flags = LLM_TOKENS_SPECIAL;
     for (int64_t i = 0; i <= count; i++) {
         char *out = run->streamed + n_streamed;
-        size_t more = llm_stream_token(run->tokenizer, &stream, i < count ? run->ids[i] : -1, out, MAX_IDS - n_streamed);
+        size_t more =
+            llm_stream_token(run->tokenizer, &stream, i < count ? run->ids[i] : -1, out, MAX_IDS - n_streamed);
         const uint8_t *p = (const uint8_t *)out;
         if (llm__utf8_check(p, p + more) != p + more) report(run, "whole characters", text);
         n_streamed += more;
@@ -342,14 +350,19 @@ static void compare_long(golden_run *run, const json_t *entry) {
 static void test_golden(void **state) {
     (void)state;
     llm_tokenizer *tokenizer = load_model_tokenizer(NULL);
-    golden_run run = {tokenizer, (llm_token *)malloc(MAX_IDS * sizeof(llm_token)), (char *)malloc(MAX_IDS),
-                      (char *)malloc(MAX_IDS), 0, 0};
+    golden_run run = {tokenizer,
+                      (llm_token *)malloc(MAX_IDS * sizeof(llm_token)),
+                      (char *)malloc(MAX_IDS),
+                      (char *)malloc(MAX_IDS),
+                      0,
+                      0};
     FILE *file = open_lines(golden_path("tokens-smollm2.jsonl"));
     for (json_t *entry; (entry = next_line(file)) != NULL;) {
         if (json_is_object(entry)) {
             compare_long(&run, entry);
         } else {
-            const json_t *text = json_array_get(entry, 0), *ids = json_array_get(entry, 1), *plain = json_array_get(entry, 2);
+            const json_t *text = json_array_get(entry, 0), *ids = json_array_get(entry, 1),
+                         *plain = json_array_get(entry, 2);
             compare_ids(&run, json_string_value(text), json_string_length(text), LLM_TOKENS_SPECIAL, ids);
             compare_ids(&run, json_string_value(text), json_string_length(text), 0, plain ? plain : ids);
             compare_back(&run, json_string_value(text), json_string_length(text));
@@ -412,12 +425,21 @@ static void test_buffers(void **state) {
 static void test_invalid(void **state) {
     (void)state;
 #define BAD "\xEF\xBF\xBD"
-    static const char *const cases[][2] = {
-        {"a\xFF" "b", "a" BAD "b"},          {"\x80", BAD},                    {"\xC3", BAD},
-        {"\xC0\x80", BAD BAD},               {"\xE2\x82", BAD BAD},            {"\xE2\x82 ", BAD BAD " "},
-        {"\xED\xA0\x80", BAD BAD BAD},       {"\xF4\x90\x80\x80", BAD BAD BAD BAD}, {"\xF0\x9F\x91\x8D", "\xF0\x9F\x91\x8D"},
-        {"\xF0\x9F\x91", BAD BAD BAD},       {"\xC3\xC3\xA9", BAD "\xC3\xA9"}, {"\xE0\x9F\xBF", BAD BAD BAD},
-        {"\xF8\x88\x80\x80\x80", BAD BAD BAD BAD BAD}};
+    static const char *const cases[][2] = {{"a\xFF"
+                                            "b",
+                                            "a" BAD "b"},
+                                           {"\x80", BAD},
+                                           {"\xC3", BAD},
+                                           {"\xC0\x80", BAD BAD},
+                                           {"\xE2\x82", BAD BAD},
+                                           {"\xE2\x82 ", BAD BAD " "},
+                                           {"\xED\xA0\x80", BAD BAD BAD},
+                                           {"\xF4\x90\x80\x80", BAD BAD BAD BAD},
+                                           {"\xF0\x9F\x91\x8D", "\xF0\x9F\x91\x8D"},
+                                           {"\xF0\x9F\x91", BAD BAD BAD},
+                                           {"\xC3\xC3\xA9", BAD "\xC3\xA9"},
+                                           {"\xE0\x9F\xBF", BAD BAD BAD},
+                                           {"\xF8\x88\x80\x80\x80", BAD BAD BAD BAD BAD}};
     llm_tokenizer *t = load_model_tokenizer(NULL);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         llm_token a[64], b[64];
@@ -466,9 +488,15 @@ static void test_stream(void **state) {
     llm_tokenizer *t = build(&v);
     check_stream(t, "a\xC3\xA9\xE4\xBD\xA0\xF0\x9F\x91\x8D", "a\xC3\xA9\xE4\xBD\xA0\xF0\x9F\x91\x8D");
     check_stream(t, "\xF0\x9F\x91", BAD BAD BAD);
-    check_stream(t, "\xF0\x9F" "a", BAD BAD "a");
+    check_stream(t,
+                 "\xF0\x9F"
+                 "a",
+                 BAD BAD "a");
     check_stream(t, "\xE4\xBD\xC3\xA9", BAD BAD "\xC3\xA9");
-    check_stream(t, "\x80\xFF\xC1" "b", BAD BAD BAD "b");
+    check_stream(t,
+                 "\x80\xFF\xC1"
+                 "b",
+                 BAD BAD BAD "b");
     check_stream(t, "\xED\xA0\x80", BAD BAD BAD);
     check_stream(t, "\xF4\x8F\xBF\xBF\xF4\x90", "\xF4\x8F\xBF\xBF" BAD BAD);
     check_stream(t, "\xE0\x80\x80", BAD BAD BAD);
@@ -598,8 +626,9 @@ static void put_value(header *b, const char *line) {
 
 /* Loads a file of these values; `changed` stands for the one with the same key, or comes in addition. */
 static llm_status load_values(const char *changed, llm_error *err) {
-    static const char *const good[] = {"tokenizer.ggml.model=gpt2", "tokenizer.ggml.pre=gpt-2", "tokenizer.ggml.tokens:a,b,ab",
-                                       "tokenizer.ggml.token_type;1,1,1", "tokenizer.ggml.merges:a b"};
+    static const char *const good[] = {"tokenizer.ggml.model=gpt2", "tokenizer.ggml.pre=gpt-2",
+                                       "tokenizer.ggml.tokens:a,b,ab", "tokenizer.ggml.token_type;1,1,1",
+                                       "tokenizer.ggml.merges:a b"};
     header b;
     char path[] = "/tmp/llm-test-XXXXXX";
     llm_tokenizer *tokenizer;
@@ -664,7 +693,8 @@ static void test_hostile_gguf(void **state) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         llm_status status = load_values(cases[i][0], &err);
         if (!status) fail_msg("%s was taken", cases[i][0]);
-        if (!strstr(err.message, cases[i][1])) fail_msg("%s: \"%s\" does not say \"%s\"", cases[i][0], err.message, cases[i][1]);
+        if (!strstr(err.message, cases[i][1]))
+            fail_msg("%s: \"%s\" does not say \"%s\"", cases[i][0], err.message, cases[i][1]);
         assert_non_null(strstr(err.message, "/tmp/llm-test-")); /* the file is named */
     }
 }
@@ -720,10 +750,46 @@ typedef struct remembering {
 
 /* Mostly short words that come again, with what may stand between them, and at times any byte. */
 static void fill_words(char *text, size_t n, uint32_t *seed) {
-    static const char *const parts[] = {"the",  " the",  " cat",   "Cat",    " CATs",  "'s",  "'LL", "'",     " '",    "\n",   "\r\n", "  ",
-                                        "   ",  "\t",    " \n ",   "1",      " 22",    "333", "4444", ".",     " ...",  "/",    "?!\n/", "_x",
-                                        "\xC3\xA9", " na\xC3\xAFve", "\xE4\xBD\xA0\xE5\xA5\xBD", "\xC2\xA0", "\xE2\x80\x83", "\xD9\xA3", "e\xCC\x81", "\xF0\x9F\x98\x80",
-                                        " abcdefghijklmn", " abcdefghijklmnopq", "\x1C", "\x0B", "ABCdef", "aBc", "<", "\xC5\xBF"};
+    static const char *const parts[] = {"the",
+                                        " the",
+                                        " cat",
+                                        "Cat",
+                                        " CATs",
+                                        "'s",
+                                        "'LL",
+                                        "'",
+                                        " '",
+                                        "\n",
+                                        "\r\n",
+                                        "  ",
+                                        "   ",
+                                        "\t",
+                                        " \n ",
+                                        "1",
+                                        " 22",
+                                        "333",
+                                        "4444",
+                                        ".",
+                                        " ...",
+                                        "/",
+                                        "?!\n/",
+                                        "_x",
+                                        "\xC3\xA9",
+                                        " na\xC3\xAFve",
+                                        "\xE4\xBD\xA0\xE5\xA5\xBD",
+                                        "\xC2\xA0",
+                                        "\xE2\x80\x83",
+                                        "\xD9\xA3",
+                                        "e\xCC\x81",
+                                        "\xF0\x9F\x98\x80",
+                                        " abcdefghijklmn",
+                                        " abcdefghijklmnopq",
+                                        "\x1C",
+                                        "\x0B",
+                                        "ABCdef",
+                                        "aBc",
+                                        "<",
+                                        "\xC5\xBF"};
     for (size_t i = 0; i < n;) {
         *seed = *seed * 1103515245u + 12345u;
         const char *part = parts[(*seed >> 16) % (sizeof parts / sizeof *parts)];
@@ -758,7 +824,9 @@ static void check_words(const llm_tokenizer *t, const llm__pre_rule *rule, const
         unsigned i = 0, to;
         for (; i < LLM__BLOCK_LAST && (to = llm__pre_block_word(rule, &b, before, p, i)) != i; i = to) {
             const uint8_t *expected = llm__pre_find_word(t->classes, rule, p + i, end, &from);
-            if (p + to != expected) fail_msg("rule %d, \"%.20s\": %d bytes, not %d", rule->kind, text + (p - (const uint8_t *)text) + i, (int)(to - i), (int)(expected - p) - (int)i);
+            if (p + to != expected)
+                fail_msg("rule %d, \"%.20s\": %d bytes, not %d", rule->kind, text + (p - (const uint8_t *)text) + i,
+                         (int)(to - i), (int)(expected - p) - (int)i);
         }
         p = i ? p + i : llm__pre_find_word(t->classes, rule, p, end, &from);
     }
@@ -777,7 +845,8 @@ static void test_words(void **state) {
     }
     for (int i = 0; i < 20; i++) {
         fill_words(r.text, N_WORDS, &seed);
-        size_t n = (size_t)(llm__utf8_check((const uint8_t *)r.text, (const uint8_t *)r.text + N_WORDS) - (const uint8_t *)r.text);
+        size_t n = (size_t)(llm__utf8_check((const uint8_t *)r.text, (const uint8_t *)r.text + N_WORDS) -
+                            (const uint8_t *)r.text);
         for (int kind = LLM__RULE_GPT2; kind <= LLM__RULE_CASED; kind++)
             for (int most = 1; most <= 3; most += 2) {
                 llm__pre_rule rule;
@@ -816,7 +885,8 @@ typedef struct worker {
 
 static void *work(void *arg) {
     worker *w = (worker *)arg;
-    for (int i = 0; i < 5; i++) w->n = llm_encode(w->tokenizer, w->text, N_SAMPLE, LLM_TOKENS_SPECIAL, w->ids, N_SAMPLE, NULL);
+    for (int i = 0; i < 5; i++)
+        w->n = llm_encode(w->tokenizer, w->text, N_SAMPLE, LLM_TOKENS_SPECIAL, w->ids, N_SAMPLE, NULL);
     return NULL;
 }
 
@@ -860,10 +930,12 @@ static double seconds_for(const llm_tokenizer *tokenizer, const char *unit, llm_
 /* A megabyte of anything costs about what a megabyte of prose does; far from it only where time is quadratic. */
 static void test_time(void **state) {
     (void)state;
-    static const char *const units[] = {"a", " ", "ab", "\n", "1", "!", "aB", "\xC3\xA9", "\xE4\xBD\xA0", "e\xCC\x81", "<|im_", "'s"};
+    static const char *const units[] = {"a",  " ",        "ab",           "\n",        "1",     "!",
+                                        "aB", "\xC3\xA9", "\xE4\xBD\xA0", "e\xCC\x81", "<|im_", "'s"};
     llm_tokenizer *tokenizer = load_model_tokenizer(NULL);
     llm_token *ids = (llm_token *)malloc(((size_t)1 << 20) * sizeof *ids);
-    double prose = seconds_for(tokenizer, "It was a bright cold day in April, and the clocks were striking thirteen. ", ids);
+    double prose =
+        seconds_for(tokenizer, "It was a bright cold day in April, and the clocks were striking thirteen. ", ids);
     for (size_t i = 0; i < sizeof units / sizeof *units; i++) {
         double took = seconds_for(tokenizer, units[i], ids);
         if (took > 30 * prose) fail_msg("1 MB of \"%s\" takes %.3f s, prose %.3f s", units[i], took, prose);
@@ -878,8 +950,7 @@ int main(void) {
         cmocka_unit_test(test_unicode),       cmocka_unit_test(test_golden),         cmocka_unit_test(test_tokens),
         cmocka_unit_test(test_buffers),       cmocka_unit_test(test_invalid),        cmocka_unit_test(test_stream),
         cmocka_unit_test(test_hostile),       cmocka_unit_test(test_hostile_gguf),   cmocka_unit_test(test_allocation),
-        cmocka_unit_test(test_words),
-        cmocka_unit_test(test_threads),       cmocka_unit_test(test_time),
+        cmocka_unit_test(test_words),         cmocka_unit_test(test_threads),        cmocka_unit_test(test_time),
     };
     if (SANITIZED) cmocka_set_skip_filter("test_time");
     if (THREAD_SANITIZED) cmocka_set_test_filter("test_threads");

@@ -27,7 +27,8 @@ static llm_tokenizer *load(const char *path) {
 
 /* ---- Golden texts ---- */
 
-static void compare_ids(const llm_tokenizer *t, const char *name, const json_t *text, unsigned flags, const json_t *expected) {
+static void compare_ids(const llm_tokenizer *t, const char *name, const json_t *text, unsigned flags,
+                        const json_t *expected) {
     llm_token ids[MAX_IDS];
     llm_error err;
     int64_t n = llm_encode(t, json_string_value(text), json_string_length(text), flags, ids, MAX_IDS, &err);
@@ -35,10 +36,12 @@ static void compare_ids(const llm_tokenizer *t, const char *name, const json_t *
     for (int64_t i = 0; same && i < n; i++) same = ids[i] == json_integer_value(json_array_get(expected, (size_t)i));
     if (same) return;
     for (int64_t i = 0; i < n && i < MAX_IDS; i++) print_error("%d ", (int)ids[i]);
-    fail_msg("%s: \"%s\" with flags %u is these ids instead of %s", name, json_string_value(text), flags, json_dumps(expected, 0));
+    fail_msg("%s: \"%s\" with flags %u is these ids instead of %s", name, json_string_value(text), flags,
+             json_dumps(expected, 0));
 }
 
-static void compare_text(const llm_tokenizer *t, const char *name, const json_t *ids, unsigned flags, const json_t *expected) {
+static void compare_text(const llm_tokenizer *t, const char *name, const json_t *ids, unsigned flags,
+                         const json_t *expected) {
     llm_token list[MAX_IDS];
     size_t n = json_array_size(ids), n_text = 0;
     char text[4096];
@@ -48,7 +51,8 @@ static void compare_text(const llm_tokenizer *t, const char *name, const json_t 
     for (size_t i = 0; i <= n; i++)
         n_text += llm_stream_token(t, &stream, i < n ? list[i] : -1, text + n_text, sizeof text - n_text);
     if (n_text != json_string_length(expected) || memcmp(text, json_string_value(expected), n_text))
-        fail_msg("%s: %s streamed with flags %u is \"%s\" instead of \"%s\"", name, json_dumps(ids, 0), flags, text, json_string_value(expected));
+        fail_msg("%s: %s streamed with flags %u is \"%s\" instead of \"%s\"", name, json_dumps(ids, 0), flags, text,
+                 json_string_value(expected));
     if (strstr(text, "\xEF\xBF\xBD")) return;
     assert_int_equal(llm_decode(t, list, n, flags, text, sizeof text), n_text);
     assert_memory_equal(text, json_string_value(expected), n_text);
@@ -70,17 +74,21 @@ static int compare_lines(const char *name) {
     FILE *file = open_lines(golden(file_name));
     int n = 0;
     for (json_t *entry; (entry = next_line(file)) != NULL; n++) {
-        const json_t *text = json_array_get(entry, 0), *ids = json_array_get(entry, 1), *plain = json_array_get(entry, 2);
-        const json_t *whole = json_array_get(entry, 3), *decoded = json_array_get(entry, 4), *shown = json_array_get(entry, 5);
+        const json_t *text = json_array_get(entry, 0), *ids = json_array_get(entry, 1),
+                     *plain = json_array_get(entry, 2);
+        const json_t *whole = json_array_get(entry, 3), *decoded = json_array_get(entry, 4),
+                     *shown = json_array_get(entry, 5);
         bool special = !json_is_null(ids);
         plain = either(plain, ids);
         ids = either(ids, plain);
         if (special) compare_ids(t, name, text, LLM_TOKENS_SPECIAL, ids);
         compare_ids(t, name, text, 0, plain);
         if (!begins_or_ends(t, ids))
-            compare_ids(t, name, text, LLM_TOKENS_ENDS | (special ? (unsigned)LLM_TOKENS_SPECIAL : 0), either(whole, ids));
+            compare_ids(t, name, text, LLM_TOKENS_ENDS | (special ? (unsigned)LLM_TOKENS_SPECIAL : 0),
+                        either(whole, ids));
         if (!json_is_false(decoded)) compare_text(t, name, ids, 0, either(decoded, text));
-        if (special && !json_is_false(decoded)) compare_text(t, name, ids, LLM_TOKENS_SPECIAL, either(shown, either(decoded, text)));
+        if (special && !json_is_false(decoded))
+            compare_text(t, name, ids, LLM_TOKENS_SPECIAL, either(shown, either(decoded, text)));
         json_decref(entry);
     }
     llm_tokenizer_free(t);
@@ -89,9 +97,10 @@ static int compare_lines(const char *name) {
 
 static void test_golden(void **state) {
     (void)state;
-    static const char *const names[] = {"gpt-2", "mpt", "smollm", "llama-3", "qwen2", "gpt-4o", "tekken", "falcon", "deepseek-coder",
-                                        "prefix-space", "added", "llama-2", "llama-2-added", "llama-2-first", "metaspace",
-                                        "unknown", "unknown-each", "spm", "spm-symbols", "spm-plain"};
+    static const char *const names[] = {"gpt-2",   "mpt",          "smollm",        "llama-3",        "qwen2",
+                                        "gpt-4o",  "tekken",       "falcon",        "deepseek-coder", "prefix-space",
+                                        "added",   "llama-2",      "llama-2-added", "llama-2-first",  "metaspace",
+                                        "unknown", "unknown-each", "spm",           "spm-symbols",    "spm-plain"};
     int n = 0;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) n += compare_lines(names[i]);
     assert_true(n >= 2000);
@@ -111,8 +120,9 @@ static int make_directory(void **state) {
 }
 
 static void remove_files(void) {
-    static const char *const names[] = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                                        "generation_config.json", "config.json", "chat_template.jinja"};
+    static const char *const names[] = {"tokenizer.json",          "tokenizer.model",        "tokenizer_config.json",
+                                        "special_tokens_map.json", "generation_config.json", "config.json",
+                                        "chat_template.jinja"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) remove(in_directory(names[i]));
 }
 
@@ -123,9 +133,12 @@ static int remove_directory(void **state) {
 }
 
 #define ADDED(id, content) "{\"id\":" #id ",\"content\":\"" content "\",\"special\":true}"
+/* clang-format off */
 #define SMALL \
-    "{\"added_tokens\":[" ADDED(3, "<s>") "," ADDED(4, "</s>") "],\"normalizer\":null,\"pre_tokenizer\":{\"type\":\"ByteLevel\"," \
-    "\"add_prefix_space\":false},\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2},\"merges\":[\"a b\"]}}"
+    "{\"added_tokens\":[" ADDED(3, "<s>") "," ADDED(4, "</s>") "],\"normalizer\":null," \
+    "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false}," \
+    "\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2},\"merges\":[\"a b\"]}}"
+/* clang-format on */
 
 static void check_ids(const llm_tokenizer *t, const char *text, unsigned flags, const char *expected) {
     llm_token ids[64];
@@ -144,8 +157,10 @@ static void test_beside(void **state) {
     assert_int_equal(llm_tokenizer_bos(t), -1);
     assert_true(llm_token_is_end(t, 4)); /* by its text */
     llm_tokenizer_free(t);
-    write_text("tokenizer_config.json", "{\"bos_token\":{\"content\":\"<s>\"},\"eos_token\":\"</s>\",\"add_bos_token\":true,\"add_eos_token\":true,"
-                                        "\"chat_template\":[{\"name\":\"tools\",\"template\":\"x\"},{\"name\":\"default\",\"template\":\"y\"}]}");
+    write_text(
+        "tokenizer_config.json",
+        "{\"bos_token\":{\"content\":\"<s>\"},\"eos_token\":\"</s>\",\"add_bos_token\":true,\"add_eos_token\":true,"
+        "\"chat_template\":[{\"name\":\"tools\",\"template\":\"x\"},{\"name\":\"default\",\"template\":\"y\"}]}");
     write_text("generation_config.json", "{\"eos_token_id\":[4,1]}");
     t = load(in_directory("tokenizer.json"));
     check_ids(t, "ab", LLM_TOKENS_ENDS, "3 2 4");
@@ -194,7 +209,9 @@ static void test_tokens_beside(void **state) {
     }
     assert_true(n_lines >= 15);
     /* A token for which the model has no row is none. */
-    write_text("tokenizer_config.json", "{\"bos_token\":\"<s>\",\"added_tokens_decoder\":{\"21\":{\"content\":\"<t>\"},\"22\":{\"content\":\"<u>\"}}}");
+    write_text(
+        "tokenizer_config.json",
+        "{\"bos_token\":\"<s>\",\"added_tokens_decoder\":{\"21\":{\"content\":\"<t>\"},\"22\":{\"content\":\"<u>\"}}}");
     write_text("config.json", "{\"vocab_size\":22}");
     llm_tokenizer *t = load(directory);
     assert_int_equal(llm_tokenizer_n_vocab(t), 22);
@@ -208,14 +225,16 @@ static void test_added_to_model(void **state) {
     remove_files();
     write_file(in_directory("tokenizer.model"), file.at, file.n);
     free(file.at);
-    write_text("tokenizer_config.json", "{\"legacy\":false,\"added_tokens_decoder\":{\"480\":{\"content\":\"<|x|>\",\"special\":true,\"rstrip\":true}}}");
+    write_text("tokenizer_config.json", "{\"legacy\":false,\"added_tokens_decoder\":{\"480\":{\"content\":\"<|x|>\","
+                                        "\"special\":true,\"rstrip\":true}}}");
     llm_tokenizer *t = load(directory);
     assert_int_equal(llm_tokenizer_n_vocab(t), 481);
     llm_token one, two[2];
     assert_int_equal(llm_encode(t, "<|x|>  \n", 8, LLM_TOKENS_SPECIAL, &one, 1, NULL), 1);
     assert_int_equal(one, 480);
     assert_true(llm_encode(t, "<|x|> ", 6, 0, NULL, 0, NULL) > 2);
-    assert_true(llm_encode(t, "<|x|>,", 6, LLM_TOKENS_SPECIAL, two, 2, NULL) == 2); /* legacy: there would be a space before the comma */
+    assert_true(llm_encode(t, "<|x|>,", 6, LLM_TOKENS_SPECIAL, two, 2, NULL) ==
+                2); /* legacy: there would be a space before the comma */
     llm_tokenizer_free(t);
 }
 
@@ -268,22 +287,30 @@ static void test_hostile_json(void **state) {
         {"\"content\":\"<s>\"", "\"content\":5", "content is a number, not a string"},
         {"\"special\":true", "\"special\":1", "special is a number, not true or false"},
         {"\"normalizer\":null", "\"normalizer\":{\"type\":\"NFKC\"}", "the normalizer \"NFKC\" is not supported"},
-        {"\"normalizer\":null", "\"normalizer\":{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"x\"},\"content\":\"y\"}", "replaces something other"},
+        {"\"normalizer\":null", "\"normalizer\":{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"x\"},\"content\":\"y\"}",
+         "replaces something other"},
         {"\"normalizer\":null", "\"normalizer\":{}", "type is missing"},
         {"\"ByteLevel\"", "\"Whitespace\"", "the pre_tokenizer \"Whitespace\" is not supported"},
-        {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"(a|b)+\"},\"behavior\":\"Isolated\"", "splits by \"(a|b)+\""},
+        {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"(a|b)+\"},\"behavior\":\"Isolated\"",
+         "splits by \"(a|b)+\""},
         {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"[a\"},\"behavior\":\"Isolated\"", "splits by \"[a\""},
         {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"[^a]\"},\"behavior\":\"Isolated\"", "splits by \"[^a]\""},
         {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"\\\\\"},\"behavior\":\"Isolated\"", "splits by"},
         {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"[z-a]\"},\"behavior\":\"Isolated\"", "splits by"},
         {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"String\":\" \"},\"behavior\":\"Isolated\"", "splits by a String"},
-        {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"\\\\s+\"},\"behavior\":\"MergedWithNext\"", "with behavior \"MergedWithNext\""},
+        {"\"ByteLevel\"", "\"Split\",\"pattern\":{\"Regex\":\"\\\\s+\"},\"behavior\":\"MergedWithNext\"",
+         "with behavior \"MergedWithNext\""},
         {"\"ByteLevel\"", "\"Metaspace\",\"replacement\":\"_\"", "another replacement"},
         {"\"ByteLevel\"", "\"Digits\"", "neither a ByteLevel"},
-        {"\"normalizer\"", "\"post_processor\":{\"type\":\"RobertaProcessing\"},\"normalizer\"", "post_processor \"RobertaProcessing\""},
-        {"\"normalizer\"", "\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"x\"}}],\"special_tokens\":{}},\"normalizer\"",
+        {"\"normalizer\"", "\"post_processor\":{\"type\":\"RobertaProcessing\"},\"normalizer\"",
+         "post_processor \"RobertaProcessing\""},
+        {"\"normalizer\"",
+         "\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"x\"}}],\"special_"
+         "tokens\":{}},\"normalizer\"",
          "\"x\" is not in its special_tokens"},
-        {"\"normalizer\"", "\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"x\"}}],\"special_tokens\":{\"x\":{\"ids\":[9]}}},\"normalizer\"",
+        {"\"normalizer\"",
+         "\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"x\"}}],\"special_"
+         "tokens\":{\"x\":{\"ids\":[9]}}},\"normalizer\"",
          "\"x\" has the id 9, which is no token's"}};
     llm_error err;
     llm_tokenizer *t;
@@ -292,7 +319,8 @@ static void test_hostile_json(void **state) {
     refuses("tokenizer.json", NULL, "[]", "model is missing");
     refuses("tokenizer.json", NULL, "{\"model\":", "JSON text");
     refuses("tokenizer_config.json", NULL, "{\"bos_token\":7}", "\"bos_token\" is a number, not a token's text");
-    refuses("tokenizer_config.json", NULL, "{\"add_bos_token\":\"yes\"}", "add_bos_token is a string, not true or false");
+    refuses("tokenizer_config.json", NULL, "{\"add_bos_token\":\"yes\"}",
+            "add_bos_token is a string, not true or false");
     refuses("tokenizer_config.json", NULL, "[]", "not a JSON object");
     refuses("config.json", NULL, "{\"eos_token_id\":5}", "eos_token_id is 5, but the vocabulary has 5 tokens");
     refuses("config.json", NULL, "{\"eos_token_id\":[1,-1]}", "has the id -1");
@@ -376,9 +404,10 @@ static void test_allocation(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_golden),       cmocka_unit_test(test_beside), cmocka_unit_test(test_tokens_beside), cmocka_unit_test(test_added_to_model),
-        cmocka_unit_test(test_hostile_json), cmocka_unit_test(test_shaken), cmocka_unit_test(test_hostile_model),
-        cmocka_unit_test(test_allocation),
+        cmocka_unit_test(test_golden),        cmocka_unit_test(test_beside),
+        cmocka_unit_test(test_tokens_beside), cmocka_unit_test(test_added_to_model),
+        cmocka_unit_test(test_hostile_json),  cmocka_unit_test(test_shaken),
+        cmocka_unit_test(test_hostile_model), cmocka_unit_test(test_allocation),
     };
     return cmocka_run_group_tests_name("tokenizer files", tests, make_directory, remove_directory);
 }

@@ -57,7 +57,8 @@ static void tile_zero(int t) {
 static void tile_load(int t, const void *from, size_t stride) {
     tile_zero(t);
     for (int r = 0; r < the_unit.tile[t].rows; r++)
-        memcpy(the_unit.tile[t].bytes[r], (const uint8_t *)from + (size_t)r * stride, (size_t)the_unit.tile[t].row_bytes);
+        memcpy(the_unit.tile[t].bytes[r], (const uint8_t *)from + (size_t)r * stride,
+               (size_t)the_unit.tile[t].row_bytes);
 }
 
 static void tile_store(int t, void *to, size_t stride) {
@@ -89,14 +90,17 @@ __attribute__((target("fma"))) static void tile_dot(int c, int a, int b) {
     float weights[16][32];
     tile_check(a != b && a != c && b != c, "tdpbf16ps of a tile with itself");
     tile_check(the_unit.tile[a].rows == the_unit.tile[c].rows && the_unit.tile[b].rows == pairs &&
-                   the_unit.tile[b].row_bytes == the_unit.tile[c].row_bytes, "tdpbf16ps of shapes that do not fit");
+                   the_unit.tile[b].row_bytes == the_unit.tile[c].row_bytes,
+               "tdpbf16ps of shapes that do not fit");
     for (int k = 0; k < pairs; k++)
         for (int n = 0; n < 2 * columns; n++) weights[k][n] = tile_bf16(the_unit.tile[b].bytes[k] + 2 * n);
     for (int m = 0; m < the_unit.tile[c].rows; m++) {
         float sums[32] = {0}, sum;
         for (int k = 0; k < pairs; k++) {
-            float x[2] = {tile_bf16(the_unit.tile[a].bytes[m] + 4 * k), tile_bf16(the_unit.tile[a].bytes[m] + 4 * k + 2)};
-            for (int n = 0; n < 2 * columns; n++) sums[n] = tile_flush(__builtin_fmaf(x[n % 2], weights[k][n], sums[n]));
+            float x[2] = {tile_bf16(the_unit.tile[a].bytes[m] + 4 * k),
+                          tile_bf16(the_unit.tile[a].bytes[m] + 4 * k + 2)};
+            for (int n = 0; n < 2 * columns; n++)
+                sums[n] = tile_flush(__builtin_fmaf(x[n % 2], weights[k][n], sums[n]));
         }
         for (int n = 0; n < columns; n++) {
             memcpy(&sum, the_unit.tile[c].bytes[m] + 4 * n, 4);

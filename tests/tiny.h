@@ -10,9 +10,10 @@
 
 typedef struct tiny_spec {
     int n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_ctx;
-    int n_extra;  /* tokens after the 256 bytes; the last two are <|end|> (EOS) and <|start|> (BOS) */
-    int untied;   /* 1: with output.weight */
-    uint32_t type; /* of the matrices: 0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 6 Q5_0, 7 Q5_1, 8 Q8_0, 10 to 14 Q2_K to Q6_K, 30 BF16,
+    int n_extra; /* tokens after the 256 bytes; the last two are <|end|> (EOS) and <|start|> (BOS) */
+    int untied;  /* 1: with output.weight */
+    uint32_t
+        type; /* of the matrices: 0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 6 Q5_0, 7 Q5_1, 8 Q8_0, 10 to 14 Q2_K to Q6_K, 30 BF16,
                       or TINY_MIXED; blocks need dims of 32, those of K types of 256 */
     uint32_t seed;
 } tiny_spec;
@@ -118,13 +119,16 @@ static void tiny_vocabulary(tiny_file *f, const tiny_spec *s) {
     tiny_str(f, "a a");
     tiny_key_u32(f, "tokenizer.ggml.eos_token_id", (uint32_t)n - 2);
     tiny_key_u32(f, "tokenizer.ggml.bos_token_id", (uint32_t)n - 1);
-    tiny_key_str(f, "tokenizer.chat_template", "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    tiny_key_str(f, "tokenizer.chat_template",
+                 "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+                 "'<|im_end|>' + '\n'}}"
                  "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}");
 }
 
 static size_t tiny_row_bytes(uint32_t type, int cols) {
     switch (type) {
-    case 1: case 30: return (size_t)cols * 2;
+    case 1:
+    case 30: return (size_t)cols * 2;
     case 2: return (size_t)cols / 32 * 18;
     case 3: return (size_t)cols / 32 * 20;
     case 6: return (size_t)cols / 32 * 22;
@@ -144,9 +148,11 @@ static uint32_t tiny_mixed_type(const char *name) {
     static const struct {
         const char *name;
         uint32_t type;
-    } types[] = {{"blk.0.attn_q.", 12}, {"blk.0.attn_k.", 6}, {"blk.0.attn_v.", 14}, {"blk.0.attn_output.", 13}, {"blk.0.ffn_gate.", 2},
-                 {"blk.0.ffn_up.", 7}, {"blk.0.ffn_down.", 11}, {"blk.1.attn_q.", 10}, {"blk.1.attn_k.", 30}, {"blk.1.attn_v.", 8},
-                 {"blk.1.attn_output.", 1}, {"blk.1.ffn_gate.", 30}, {"blk.1.ffn_up.", 30}, {"blk.1.ffn_down.", 3}, {"output.", 14}};
+    } types[] = {{"blk.0.attn_q.", 12},      {"blk.0.attn_k.", 6},      {"blk.0.attn_v.", 14},
+                 {"blk.0.attn_output.", 13}, {"blk.0.ffn_gate.", 2},    {"blk.0.ffn_up.", 7},
+                 {"blk.0.ffn_down.", 11},    {"blk.1.attn_q.", 10},     {"blk.1.attn_k.", 30},
+                 {"blk.1.attn_v.", 8},       {"blk.1.attn_output.", 1}, {"blk.1.ffn_gate.", 30},
+                 {"blk.1.ffn_up.", 30},      {"blk.1.ffn_down.", 3},    {"output.", 14}};
     for (size_t i = 0; i < sizeof types / sizeof *types; i++)
         if (!strncmp(name, types[i].name, strlen(types[i].name))) return types[i].type;
     return 12;
@@ -188,8 +194,17 @@ static uint16_t tiny_half(float x) {
 
 /* The others: random bits but for d, by which the largest weight is about `scale`, and m, by which their mean is about 0. */
 static void tiny_other_block(tiny_file *f, uint32_t type, float scale) {
-    const float largest = type == 6 ? 16 : type == 7 ? 31 : type == 10 ? 45 : type == 11 ? 128 : type == 12 ? 945 : type == 13 ? 1953 : 4096;
-    size_t bytes = tiny_row_bytes(type, type < 10 ? 32 : 256), d = type == 10 ? 80 : type == 11 ? 108 : type == 14 ? 208 : 0;
+    const float largest = type == 6    ? 16
+                          : type == 7  ? 31
+                          : type == 10 ? 45
+                          : type == 11 ? 128
+                          : type == 12 ? 945
+                          : type == 13 ? 1953
+                                       : 4096;
+    size_t bytes = tiny_row_bytes(type, type < 10 ? 32 : 256), d = type == 10   ? 80
+                                                                   : type == 11 ? 108
+                                                                   : type == 14 ? 208
+                                                                                : 0;
     float unit = scale / largest * (type == 7 || type == 10 || type == 12 || type == 13 ? 2 : 1);
     uint16_t half = tiny_half(unit < 6.2e-5f ? 6.2e-5f : unit), minimum = 0;
     if (type == 7) minimum = (uint16_t)(tiny_half(scale) | 0x8000);
@@ -215,7 +230,9 @@ static void tiny_tensor(tiny_file *f, const tiny_spec *s, const char *name, int 
         uint32_t bits;
         memcpy(&bits, &x, 4);
         uint16_t bf16 = (uint16_t)(bits >> 16);
-        uint16_t f16 = (uint16_t)((bits >> 16 & 0x8000) | (((bits >> 23 & 255) < 113 ? 0 : ((bits >> 23 & 255) - 112) << 10 | (bits >> 13 & 1023))));
+        uint16_t f16 =
+            (uint16_t)((bits >> 16 & 0x8000) |
+                       (((bits >> 23 & 255) < 113 ? 0 : ((bits >> 23 & 255) - 112) << 10 | (bits >> 13 & 1023))));
         if (type == 0) tiny_put(f, &bits, 4);
         else tiny_put(f, type == 1 ? &f16 : &bf16, 2);
     }
@@ -226,13 +243,15 @@ static void tiny_tensor(tiny_file *f, const tiny_spec *s, const char *name, int 
     tiny_put(f, zeros, (32 - bytes % 32) % 32);
 }
 
-static void tiny_tensors(tiny_file *f, const tiny_spec *s, void (*each)(tiny_file *, const tiny_spec *, const char *, int, int)) {
+static void tiny_tensors(tiny_file *f, const tiny_spec *s,
+                         void (*each)(tiny_file *, const tiny_spec *, const char *, int, int)) {
     int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim, e = s->n_embd;
     const struct {
         const char *name;
         int rows, cols;
-    } layer[] = {{"attn_norm", 1, e}, {"attn_q", q, e}, {"attn_k", kv, e}, {"attn_v", kv, e}, {"attn_output", e, q},
-                 {"ffn_norm", 1, e}, {"ffn_gate", s->n_ff, e}, {"ffn_up", s->n_ff, e}, {"ffn_down", e, s->n_ff}};
+    } layer[] = {{"attn_norm", 1, e},      {"attn_q", q, e},       {"attn_k", kv, e},
+                 {"attn_v", kv, e},        {"attn_output", e, q},  {"ffn_norm", 1, e},
+                 {"ffn_gate", s->n_ff, e}, {"ffn_up", s->n_ff, e}, {"ffn_down", e, s->n_ff}};
     char name[64];
     each(f, s, "token_embd.weight", 256 + s->n_extra + f->n_padding, e);
     for (int i = 0; i < s->n_layers; i++)

@@ -35,12 +35,12 @@ typedef struct layer {
 } layer;
 
 typedef struct model {
-    llm_backend_shape shape;        /* n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_vocab, ... */
-    layer *layers;          /* [n_layers] */
-    matrix embedding;       /* [n_vocab][n_embd] row t is what token t looks like to the model */
-    matrix head;            /* [n_vocab][n_embd] makes the logits; in many models the embedding once more */
-    float *output_norm;     /* [n_embd] */
-    float *cosines, *sines; /* [MAX_POSITIONS][rope_dim / 2] for RoPE */
+    llm_backend_shape shape; /* n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_vocab, ... */
+    layer *layers;           /* [n_layers] */
+    matrix embedding;        /* [n_vocab][n_embd] row t is what token t looks like to the model */
+    matrix head;             /* [n_vocab][n_embd] makes the logits; in many models the embedding once more */
+    float *output_norm;      /* [n_embd] */
+    float *cosines, *sines;  /* [MAX_POSITIONS][rope_dim / 2] for RoPE */
 } model;
 
 enum { MAX_POSITIONS = 4096 };
@@ -49,7 +49,7 @@ enum { MAX_POSITIONS = 4096 };
 
 typedef struct context context;
 
-static llm_dtype loading;              /* the type in which a model is being loaded: f32, but in step 6 */
+static llm_dtype loading;                      /* the type in which a model is being loaded: f32, but in step 6 */
 static const llm_backend_shape *loading_shape; /* and its shape */
 static void load_matrix(matrix *m, const llm_backend_weight *weight); /* weight->read_row gives each row as floats */
 static uint64_t matrix_bytes(const llm_backend_weight *weight);       /* memory that such a matrix takes */

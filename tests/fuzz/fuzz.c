@@ -17,11 +17,11 @@
 
 #include "tests/small.h"
 
-#define CHECK(condition)                                                             \
-    do {                                                                             \
-        if (condition) break;                                                        \
+#define CHECK(condition)                                                                \
+    do {                                                                                \
+        if (condition) break;                                                           \
         fprintf(stderr, "%s:%d: this is not so: %s\n", __FILE__, __LINE__, #condition); \
-        abort();                                                                     \
+        abort();                                                                        \
     } while (0)
 
 /* ---- Memory and time ---- */
@@ -97,7 +97,8 @@ static size_t repair(const uint8_t *p, size_t n, uint8_t *out) {
 /* The text of the ids, allocated; streaming must come to the same, but for what is no UTF-8. */
 static uint8_t *decode(const llm_tokenizer *t, const llm_token *ids, size_t n_ids, unsigned flags, size_t *n) {
     *n = llm_decode(t, ids, n_ids, flags, NULL, 0);
-    uint8_t *text = (uint8_t *)malloc(*n + 1), *whole = (uint8_t *)malloc(3 * *n + 1), *streamed = (uint8_t *)malloc(3 * *n + 9);
+    uint8_t *text = (uint8_t *)malloc(*n + 1), *whole = (uint8_t *)malloc(3 * *n + 1),
+            *streamed = (uint8_t *)malloc(3 * *n + 9);
     llm_text_stream stream;
     size_t n_streamed = 0;
     CHECK(text && whole && streamed);
@@ -134,14 +135,16 @@ static void check_text(const llm_tokenizer *t, const uint8_t *text, size_t n_tex
     uint8_t *decoded = decode(t, ids, (size_t)n, flags, &n_decoded);
     CHECK(!exact || (n_decoded == n_wanted && !memcmp(decoded, wanted, n_wanted)));
     free(decoded);
-    for (int64_t i = 0; i < n; i++) ids[i] = (llm_token)((uint64_t)i * 2654435761u % ((unsigned)llm_tokenizer_n_vocab(t) + 3)) - 1;
+    for (int64_t i = 0; i < n; i++)
+        ids[i] = (llm_token)((uint64_t)i * 2654435761u % ((unsigned)llm_tokenizer_n_vocab(t) + 3)) - 1;
     free(decode(t, ids, (size_t)n, flags, &n_decoded)); /* ids in no order, and some that there are not */
     free(ids);
     free(few);
     free(wanted);
 }
 
-static const char *const some_texts[] = {"", "The quick  brown fox's 42\n", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab <s></s><|im_end|> \t",
+static const char *const some_texts[] = {"", "The quick  brown fox's 42\n",
+                                         "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab <s></s><|im_end|> \t",
                                          "\xFF\xE4\xBD\xA0\xE2\x96\x81\xCC\x81 e\xCC\x81\xED\xA0\x80"};
 
 static void check_tokenizer(const llm_tokenizer *t) {
@@ -252,8 +255,9 @@ static void write_file(const char *name, bytes content) {
 }
 
 static void remove_folder(void) {
-    static const char *const names[] = {"config.json", "model.safetensors", "model.safetensors.index.json", "a.safetensors",
-                                        "tokenizer.json", "tokenizer.model", "tokenizer_config.json"};
+    static const char *const names[] = {"config.json",          "model.safetensors", "model.safetensors.index.json",
+                                        "a.safetensors",        "tokenizer.json",    "tokenizer.model",
+                                        "tokenizer_config.json"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) remove(in_folder(names[i]));
     rmdir(folder);
 }
@@ -269,9 +273,11 @@ static bytes cut(bytes *b) {
 }
 
 static void fuzz_safetensors(const uint8_t *data, size_t size) {
-    static const char tokenizer[] = "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2,\"c\":3},\"merges\":[\"a b\"]},"
-                                    "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false}}";
-    bytes rest = {data, size}, config = cut(&rest), index = cut(&rest), words = {(const uint8_t *)tokenizer, sizeof tokenizer - 1};
+    static const char tokenizer[] =
+        "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2,\"c\":3},\"merges\":[\"a b\"]},"
+        "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false}}";
+    bytes rest = {data, size}, config = cut(&rest), index = cut(&rest),
+          words = {(const uint8_t *)tokenizer, sizeof tokenizer - 1};
     llm__file_source source = {folder, NULL, NULL, NULL, 0};
     write_file("config.json", config);
     write_file("tokenizer.json", words);
@@ -323,7 +329,8 @@ static void compare_members(const llm__json *ours, const json_t *theirs) {
     for (const llm__json *m = ours->first; m; m = m->next) {
         json_t *other = json_object_getn(theirs, m->key.at, m->key.n);
         bool last = true;
-        for (const llm__json *later = m->next; later && last; later = later->next) last = !llm__str_equal(later->key, m->key);
+        for (const llm__json *later = m->next; later && last; later = later->next)
+            last = !llm__str_equal(later->key, m->key);
         CHECK(other);
         if (last) compare_json(m, other);
     }
@@ -339,7 +346,8 @@ static void compare_json(const llm__json *ours, const json_t *theirs) {
     case LLM__JSON_NUMBER:
         CHECK(json_is_number(theirs));
         /* The smallest doubles have few digits; the largest may become infinite. */
-        CHECK(fabs(number - other) <= 1e-14 * fabs(other) + 1e-322 || (fabs(other) > 1.79e308 && fabs(number) > 1.79e308));
+        CHECK(fabs(number - other) <= 1e-14 * fabs(other) + 1e-322 ||
+              (fabs(other) > 1.79e308 && fabs(number) > 1.79e308));
         break;
     case LLM__JSON_STRING:
         CHECK(json_is_string(theirs) && json_string_length(theirs) == ours->string.n);
@@ -347,11 +355,10 @@ static void compare_json(const llm__json *ours, const json_t *theirs) {
         break;
     case LLM__JSON_ARRAY:
         CHECK(json_is_array(theirs) && json_array_size(theirs) == ours->n);
-        for (const llm__json *item = ours->first; item; item = item->next) compare_json(item, json_array_get(theirs, i++));
+        for (const llm__json *item = ours->first; item; item = item->next)
+            compare_json(item, json_array_get(theirs, i++));
         break;
-    default:
-        CHECK(json_is_object(theirs) && json_object_size(theirs) <= ours->n);
-        compare_members(ours, theirs);
+    default: CHECK(json_is_object(theirs) && json_object_size(theirs) <= ours->n); compare_members(ours, theirs);
     }
 }
 
@@ -370,7 +377,9 @@ static void fuzz_json(const uint8_t *data, size_t size) {
     json_error_t why;
     json_job job = {{data, size}, NULL};
     bool ends_early = memchr(data, 0, size) != NULL; /* for jansson the text ends there */
-    if (!ends_early) job.theirs = json_loadb((const char *)data, size, JSON_DECODE_ANY | JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &why);
+    if (!ends_early)
+        job.theirs =
+            json_loadb((const char *)data, size, JSON_DECODE_ANY | JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &why);
     llm__pool pool;
     llm_error err;
     llm_status status = guarded(&pool, &counting, parse_json, &job, &err);
@@ -379,8 +388,8 @@ static void fuzz_json(const uint8_t *data, size_t size) {
     if (status && job.theirs) CHECK(strstr(err.message, "deeper than"));
     bool utf8 = llm__utf8_check(data, data + size) == data + size;
     if (!status && !job.theirs && !ends_early && utf8) /* what jansson does not do */
-        CHECK(json_error_code(&why) == json_error_numeric_overflow || json_error_code(&why) == json_error_null_byte_in_key ||
-              strstr(why.text, "NUL byte in object key"));
+        CHECK(json_error_code(&why) == json_error_numeric_overflow ||
+              json_error_code(&why) == json_error_null_byte_in_key || strstr(why.text, "NUL byte in object key"));
     json_decref(job.theirs);
 }
 
@@ -503,9 +512,10 @@ static void fuzz_chat(const uint8_t *data, size_t size) {
 /* ---- Round trips ---- */
 
 /* The first are byte-level without a prefix, the others SentencePiece with all bytes: they give back what they took. */
-static const char *const families[] = {"gpt-2", "mpt", "smollm", "llama-3", "qwen2", "gpt-4o", "tekken", "falcon", "deepseek-coder",
-                                       "llama-2", "spm", "added", "prefix-space", "metaspace", "llama-2-added", "llama-2-first",
-                                       "unknown", "unknown-each", "spm-symbols", "spm-plain"};
+static const char *const families[] = {"gpt-2",         "mpt",     "smollm",       "llama-3",        "qwen2",
+                                       "gpt-4o",        "tekken",  "falcon",       "deepseek-coder", "llama-2",
+                                       "spm",           "added",   "prefix-space", "metaspace",      "llama-2-added",
+                                       "llama-2-first", "unknown", "unknown-each", "spm-symbols",    "spm-plain"};
 enum { N_FAMILIES = sizeof families / sizeof *families, N_EXACT = 9 };
 static llm_tokenizer *tokenizers[N_FAMILIES];
 
@@ -523,7 +533,8 @@ static void load_families(void) {
 static void fuzz_round_trip(const uint8_t *data, size_t size) {
     if (size < 2) return;
     unsigned family = data[1] % N_FAMILIES, flags = data[0] % 4;
-    bool exact = family < N_EXACT && !tokenizers[family]->nfc && flags != (LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL); /* BOS is shown */
+    bool exact = family < N_EXACT && !tokenizers[family]->nfc &&
+                 flags != (LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL); /* BOS is shown */
     check_text(tokenizers[family], data + 2, size - 2, flags, exact);
 }
 
@@ -619,8 +630,23 @@ static void walk_header(walk *w) {
 
 /* One number or string of the header changes; the tensors' bytes stay aligned. */
 static size_t mutate_gguf(uint8_t *data, size_t size, size_t most, unsigned seed) {
-    static const uint64_t numbers[] = {0, 1, 2, 3, 4, 7, 8, 16, 255, 0x7FC00000, 0x7F800000, 0x80000000, UINT32_MAX,
-                                       UINT64_C(1) << 32, UINT64_C(1) << 63, UINT64_MAX - 31, UINT64_MAX};
+    static const uint64_t numbers[] = {0,
+                                       1,
+                                       2,
+                                       3,
+                                       4,
+                                       7,
+                                       8,
+                                       16,
+                                       255,
+                                       0x7FC00000,
+                                       0x7F800000,
+                                       0x80000000,
+                                       UINT32_MAX,
+                                       UINT64_C(1) << 32,
+                                       UINT64_C(1) << 63,
+                                       UINT64_MAX - 31,
+                                       UINT64_MAX};
     static walk w;
     memset(&w, 0, sizeof w);
     w.data = data;
