@@ -29,7 +29,7 @@ COMPILE_windows            = x86_64-w64-mingw32-gcc -O2 -Werror -static -isystem
 MATRIX                     = gcc-O1 gcc-O3-fast-math clang-O1 clang-O2 clang-O3-fast-math
 CROSS                      = build/cross
 
-# Debian packages, each with what shows that it is there.
+# Debian packages, each with a command or file that shows that it is installed.
 NEEDED_TO_RUN   = libedit-dev:histedit.h libstb-dev:stb/stb_ds.h
 NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h libbz2-dev:bzlib.h g++:g++
 NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
@@ -89,7 +89,7 @@ endef
 $(foreach dir,build $(addprefix build/,asan tsan mpi fuzz aarch64 $(MATRIX)),$(eval $(call program,$(dir))))
 $(eval $(call program,build/windows,.exe))
 
-# So do some programs; under the sanitizers, where it takes long to compile, vector kernels are left to the tests for them.
+# These programs share it too. Some sanitizer builds leave out the vector kernels, which compile slowly there and have their own tests.
 build/repl build/tokenize: build/llm.o
 $(addprefix build/asan/,repl hello tokenize): build/asan/llm.o
 $(addprefix build/,repl tokenize asan/repl asan/hello asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
@@ -321,16 +321,16 @@ clean:
 help:
 	echo "make             build $(PROGRAMS)"
 	echo "make run         fetch the default model once and let it continue a text; MODEL=path takes another"
-	echo "make test        everything that is checked (under 15 minutes on two cores); T=name runs the tests of that name"
+	echo "make test        everything that is checked (about 20 minutes on two cores); T=name runs the tests of that name"
 	echo "make mpi         build $(MPI_PROGRAMS), for several processes (Open MPI or MPICH)"
-	echo "make test-cuda   of these, the ones for llm_cuda.cu; no GPU is needed"
+	echo "make test-cuda   the tests of llm_cuda.cu alone; no GPU is needed"
 	echo "make gpu-bundle  build/gpu, with which bench/gpu.sh runs on a machine with a GPU (needs nvcc; LLM_DATA as for bench-tokenizer)"
 	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
 	echo "make bench-tokenizer   MB/s beside gigatoken, quicktok, Hugging Face's tokenizers and tiktoken"
 	echo "make bench-peers       the CPU beside llama.cpp and OpenVINO GenAI; the first time builds or fetches these (1 GB)"
 	echo "make walkthrough       the course in examples/walkthrough: runs every step, makes its table and pictures (under 10 minutes)"
 	echo "make walkthrough-diff N=3   what step 3 changes"
-	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine (as long again); T=name as above"
+	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine; T=name as above"
 	echo "make size        the size of the library in a program, and how long it takes to compile"
 	echo "make model       fetch the default model"
 	echo "make deps        install what building and testing need (Debian)"

@@ -35,13 +35,14 @@
        Hugging Face. README.md lists the architectures and types. llm_model_read_info says what a file holds and
        llm_memory_estimate how much memory it would take, without loading it.
 
-    2. Load it with llm_model_load. The weights are converted to one type, bf16 if llm_model_desc says nothing. For a
-       4-bit file {.dtype = LLM_DTYPE_INT4} takes a third of that memory and is two to three times as fast. The model
-       never changes afterwards; all threads may share it.
+    2. Load it with llm_model_load. The weights stay as the file has them: a quantised file keeps its numbers and about
+       its size, and F32, F16 and BF16 become bf16. llm_model_desc.dtype converts all of them to one type instead:
+       LLM_DTYPE_INT4 takes about a third of the memory of bf16 and is two to three times as fast. The model never
+       changes afterwards; all threads may share it.
 
     3. Create a context with llm_context_create: the memory of the conversations (the KV cache) and the threads that
        compute. One context holds n_seq sequences. A sequence is a list of tokens that the model has read; n_ctx limits
-       its length. Everything is allocated here, nothing later.
+       its length. All that a forward pass needs is allocated here.
 
     4. Ask with llm_generate: a text to continue (.prompt), a conversation (.messages), or token ids (.tokens). It
        turns the question into tokens, runs those that the sequence does not hold yet through the model (prefill), then
@@ -49,9 +50,9 @@
        characters. It stops at the model's own end, at max_tokens, at a stop string, or when a callback says so;
        llm_stats tells which, and how fast it was.
 
-    5. Ask again. What the sequence and the new prompt have in common at their beginning is not computed again, so a
-       conversation costs only what is new in it. (A sampled answer may become other tokens when it comes back as a
-       message; then it is computed again from the first that differs.)
+    5. Ask again. A prefix that the sequence and the new prompt have in common is not computed again, so each turn of a
+       conversation costs only its new tokens. (An answer may become other tokens when it comes back as a message. Then
+       it is computed again from the first token that differs.)
 
     6. To do more yourself, use the parts of llm_generate: llm_encode and llm_chat_encode make tokens, llm_forward
        runs any mix of tokens of any sequences in one pass, llm_logits and llm_sample turn the result into the next
@@ -67,7 +68,7 @@
         llm_batch      a packed, ragged list of tokens, each with its sequence. Prefill, decode and several users at
                        once are the same call with different batches. There is no padding.
         llm_sampler    settings and the state of a random generator; plain data, copied by assignment.
-        llm_draft      guesses how a text goes on, which makes decoding faster and leaves the text as it is.
+        llm_draft      guesses how a text goes on. That makes decoding faster and does not change the text.
 
     WHAT EVERY FUNCTION PROMISES
 
@@ -76,15 +77,15 @@
         load fails, everything it allocated is freed. A forward pass allocates nothing. There are no mutable globals.
         Functions that take a const object may be called from many threads at once.
         Settings structs may be zero ({0}) or NULL for defaults. Free with the matching llm_*_free; NULL is allowed.
-        Strings are UTF-8. A pointer that a function returns belongs to the object it was asked of, and is valid until
-        that is freed, or as long as the declaration says.
+        Strings are UTF-8. A pointer that a function returns belongs to the object that was passed in. It is valid until
+        that object is freed, or for as long as the declaration says.
         Callbacks run on the thread that made the call. They must not use the context, and should not throw or longjmp.
 
     ONE ARITHMETIC
 
-        CPU logits are the same bits on every instruction set, with every compiler, its flags, any number of threads and
-        ranks, whatever else is in the batch, however a prompt was cut into passes, and whether a prefix came from a
-        fork, a saved cache or was computed. See section 12.
+        CPU logits are the same bits on every instruction set, with every compiler and its flags, and for any number of
+        threads and ranks. They do not depend on the other tokens in the batch, on how a prompt was cut into passes, or
+        on whether a prefix was computed or came from a fork or a saved cache. See section 12.
 
     RECIPES
 
@@ -110,11 +111,11 @@
             return status;
         }
 
-    RECIPE: a loop of one's own. The first batch is the prompt, the others are one token each.
+    RECIPE: your own loop. The first batch is the prompt, the others are one token each.
 
         static llm_status loop(llm_context *ctx, const char *prompt, llm_sampler *sampler, llm_error *err) {
             const llm_tokenizer *tokenizer = llm_model_tokenizer(llm_context_model(ctx));
-            llm_text_stream stream = {.started = true};         // what continues a text does not begin one
+            llm_text_stream stream = {.started = true};         // the output continues the prompt
             llm_token ids[512], token;
             char text[512];
             int64_t n = llm_encode(tokenizer, prompt, strlen(prompt), LLM_TOKENS_ENDS, ids, 512, err);
@@ -157,18 +158,18 @@
             return status ? status : llm_seq_truncate(ctx, 0, length, err);     // forget what came after
         }
 
-    RECIPE: speculative decoding. The text is the same, and comes sooner where it repeats its prompt. The context was
-    created with n_logits = LLM_DRAFT_MAX + 1. llm_draft_model takes a small model as the draft instead.
+    RECIPE: speculative decoding. The text is the same, and is faster where it repeats its prompt. The context was
+    created with n_logits = LLM_DRAFT_MAX + 1. llm_draft_model makes a draft of a small model instead.
 
         static llm_status faster(llm_context *ctx, const char *prompt, llm_stats *stats, llm_error *err) {
             llm_draft draft = llm_draft_lookup();
             llm_generate_desc desc = {.prompt = prompt, .max_tokens = 100, .draft = &draft};
             llm_status status = llm_generate(ctx, &desc, stats, err);
             llm_draft_free(&draft);
-            return status;                                      // stats->draft.speedup tells whether it was worth it
+            return status;                                      // stats->draft.speedup above 1: it was worth it
         }
 
-    RECIPE: cancel from another thread, which sets *stop. The answer ends within a layer's time.
+    RECIPE: cancel from another thread, which sets *stop. The answer ends before the next layer is computed.
 
         static bool is_set(void *user) { return __atomic_load_n((bool *)user, __ATOMIC_RELAXED); }
 
@@ -264,7 +265,7 @@
             return status;
         }
 
-    RECIPE: the type of weights that fits into a limit of memory, found before loading.
+    RECIPE: find the largest type of weights that fits into a limit of memory, before loading.
 
         static llm_dtype largest_type(const char *path, uint64_t max_bytes) {
             const llm_dtype types[] = {LLM_DTYPE_BF16, LLM_DTYPE_INT8, LLM_DTYPE_INT4};
@@ -285,24 +286,24 @@
         Machines: little-endian (an #error elsewhere), tested on x86-64 and aarch64. 32-bit ones are not tested.
         Systems: Linux and Windows. Other POSIX systems should work but are not tested.
         Models: decoder-only transformers of the Llama family, as README.md lists them; no mixture of experts, no
-        images or sound, no encoders, no embeddings, no LoRA adapters, no training. What a file needs and this library
-        lacks is refused by name and never ignored.
-        Chat templates: the Jinja that templates use; what is outside of it is refused by name. Tool calls are not read
-        back out of an answer.
-        Sampling: no grammars; llm_sampler.biases, changed in on_token, or a loop of one's own constrain the text.
-        A full sequence cannot be shifted: drop old messages and generate again, which computes the rest anew.
+        images or sound, no encoders, no embeddings, no LoRA adapters, no training. If a file needs something that this
+        library lacks, loading fails and the message names it.
+        Chat templates: the part of Jinja that published templates use. A template that needs more is refused, and the
+        message names it. Tool calls in an answer are not parsed.
+        Sampling: no grammars. To constrain a text, change llm_sampler.biases in on_token, or write your own loop.
+        A full sequence cannot be shifted: drop old messages and generate again, which computes the others again.
 
     COMPILE-TIME OPTIONS, defined before the include
 
         LLM_IMPLEMENTATION      compile the implementation here
         LLM_STATIC              make everything private to this source file (not with LLM_CUDA)
-        LLM_API                 what stands before each public function; default: extern. For a Windows DLL
+        LLM_API                 put before each public function; default: extern. For a Windows DLL use
                                 __declspec(dllexport)
         LLM_HEADER_FILENAME     this file's name if it is not "llm.h" (it includes itself once per instruction set)
         LLM_NO_THREADS          compile without threads (n_threads is then always 1)
         LLM_NO_SIMD             compile the plain C kernels only: small, slow, the same bits
         LLM_CUDA                declare the GPU backend that llm_cuda.cu holds
-        LLM_MPI                 with llm_comm_mpi, for ranks that are processes; compile with mpicc
+        LLM_MPI                 declare llm_comm_mpi, for ranks that are processes; compile with mpicc
 
     CONTENTS, in the order of the file. Search for "---- NAME" in the declarations, "==== NUMBER" in the implementation.
 
@@ -380,7 +381,7 @@ LLM_API int llm_version(void);
 
 typedef enum llm_status {
     LLM_OK = 0,
-    LLM_ERROR_ARGUMENT,     /* the caller passed something that makes no sense                       */
+    LLM_ERROR_ARGUMENT,     /* the caller passed something invalid                                   */
     LLM_ERROR_IO,           /* a file cannot be opened, read or written                              */
     LLM_ERROR_FORMAT,       /* a file is damaged or contradicts itself                               */
     LLM_ERROR_UNSUPPORTED,  /* a file is sound but needs a feature that this library does not have   */
@@ -390,7 +391,7 @@ typedef enum llm_status {
     LLM_ERROR_DEVICE        /* the backend's device failed                                           */
 } llm_status;
 
-/* Every function that takes an llm_error fills it: after a success with LLM_OK and "". */
+/* Every function that takes an llm_error fills it in; after a success with LLM_OK and "". */
 typedef struct llm_error {
     llm_status code;
     char message[500]; /* what, where, and what to do; always NUL-terminated, whole UTF-8 characters */
@@ -401,19 +402,19 @@ LLM_API const char *llm_status_name(llm_status status);
 
 /* ---- Host callbacks ------------------------------------------------------------------------------------------ */
 
-/* What the host program lends the library. All may be NULL; alloc and free must be given together. The memory that
-   alloc returns is aligned as malloc's and need not be cleared. A model, a tokenizer and a context each keep a copy of
-   this struct. If several threads use objects with the same allocator, it must be thread-safe.
+/* Functions that the host program gives to the library. All may be NULL; alloc and free must be given together. The
+   memory that alloc returns must be aligned like malloc's and need not be cleared. A model, a tokenizer and a context
+   each keep a copy of this struct. If several threads use objects with the same allocator, it must be thread-safe.
 
    Every callback in this file runs on the thread that called the library, and before that call returns. It must not use
-   the context that called it, nor free it: llm_seq_length, llm_seq_tokens, llm_logits and the getters may be read, all
-   else fails with LLM_ERROR_ARGUMENT. It should return. If a C++ exception or longjmp leaves it on its way to the
-   caller, the next call on the context ends what was under way and frees its memory, and the sequences hold what is
-   sure of them; but what was being loaded or created is lost, memory included. */
+   or free the context that called it. It may only call llm_seq_length, llm_seq_tokens, llm_logits and the getters; all
+   other functions fail with LLM_ERROR_ARGUMENT. It should return. If a C++ exception or a longjmp leaves it instead,
+   the next call on the context ends the interrupted call and frees its memory, and drops from the sequences all tokens
+   that were not final. A model or context that was being loaded or created is lost, with its memory. */
 typedef struct llm_host {
     void *(*alloc)(void *user, size_t size);   /* returns NULL if there is no memory                            */
     void (*free)(void *user, void *ptr);       /* ptr is never NULL                                             */
-    void (*log)(void *user, const char *line); /* a line that says what was done; silent if NULL                */
+    void (*log)(void *user, const char *line); /* one line of information, such as the time a load took          */
     bool (*progress)(void *user, float done);  /* while loading, from 0 to 1; return false to cancel            */
     void *user;                                /* the first argument of all four                                */
 } llm_host;
@@ -423,52 +424,54 @@ typedef struct llm_host {
 /* Several ranks can run one model together. They are threads of one process or, with LLM_MPI, processes on one machine
    or many. Each loads its own part of the model and has its own contexts. In tensor parallel each rank has a share of
    the outputs of every matrix; in pipeline parallel it has some of the layers. All ranks make the same calls with the
-   same arguments in the same order, and all get the same results: on the CPU the very bits that one rank alone
-   computes. Callbacks are each rank's own, so a host prints on one of them.
+   same arguments in the same order, and all get the same results: on the CPU the same bits as one rank alone. Every
+   rank calls its own callbacks, so a host should print on one rank only.
 
-   Where a rank fails, is cancelled, has left, or makes another call than the others, the call fails on all ranks. */
+   If one rank fails, is cancelled, has left, or makes another call than the others, the call fails on all ranks. */
 
-/* Rows that the ranks bring together in place: each holds its own share, and all then hold all. A row consists of
-   n_units units, the last of which may be shorter. Rank i has those from n_units * i / size to n_units * (i + 1) /
-   size. */
+/* Rows that the ranks exchange in place: before the call each rank has its own share of every row, afterwards all have
+   the whole rows. A row consists of n_units units, the last of which may be shorter. Rank i has the units u with
+   n_units * i / size <= u < n_units * (i + 1) / size. */
 typedef struct llm_exchange {
     void *data;
     size_t n_rows, stride, row_bytes, unit_bytes; /* rows are `stride` bytes apart                                */
     int n_units;
-    /* With tokens, a row is whole on one rank, which has unit tokens[row] / tokens_per_unit. */
+    /* With `tokens` a whole row comes from one rank: the one that has unit tokens[row] / tokens_per_unit. */
     const int32_t *tokens; /* [n_rows]; NULL: each rank has its share of each row                                  */
     int tokens_per_unit;
 } llm_exchange;
 
-/* A rank's way to the others. llm_comm_threads and llm_comm_mpi fill it in; a host may bring another. One thread at a
-   time may use it. */
+/* Connects a rank with the others. llm_comm_threads and llm_comm_mpi create it; a host may implement another one. One
+   thread at a time may use it. */
 typedef struct llm_comm llm_comm;
 struct llm_comm {
     int rank, size;
-    double patience; /* seconds to wait for another rank before the call fails; 8 at first, a host may change it  */
+    double patience; /* seconds to wait for another rank before the call fails; default 8, a host may change it  */
     void *user;
     /* Returns when all ranks have made this call. *flags becomes the OR of all ranks' flags. */
     llm_status (*exchange)(llm_comm *comm, const llm_exchange *x, unsigned *flags, llm_error *err);
-    /* Begins to send n bytes, which must stay as they are until they are received. Messages to a rank arrive in order.
-       64 can be on their way: send waits where there are more, drain until there are no more than `most`. */
+    /* Begins to send n bytes. They must stay unchanged until they are received. Messages to a rank arrive in order. At
+       most 64 messages to a rank can be on their way: send waits until there is room for one more, drain waits until at
+       most `most` are left. */
     llm_status (*send)(llm_comm *comm, int to, const void *data, size_t n, llm_error *err);
     llm_status (*drain)(llm_comm *comm, int to, int most, llm_error *err);
     llm_status (*receive)(llm_comm *comm, int from, void *data, size_t n, llm_error *err);
-    /* Another way to the same ranks, independent of this one. All ranks make this call. */
+    /* Makes another comm for the same ranks, independent of this one. All ranks make this call. */
     llm_status (*duplicate)(llm_comm *comm, llm_comm **out, llm_error *err);
-    void (*abort)(llm_comm *comm, const char *why); /* all calls fail from now on, on all ranks                   */
+    void (*abort)(llm_comm *comm, const char *why); /* from now on all calls fail, on all ranks                   */
     void (*close)(llm_comm *comm);
 };
 
-/* Makes out[size] ways between threads of this process, one for each. Only their memory comes from the host. */
+/* Creates the comms of `size` ranks that are threads of this process: out[i] is rank i's. `host` only gives the
+   memory. */
 LLM_API llm_status llm_comm_threads(llm_comm **out, int size, const llm_host *host, llm_error *err);
 #ifdef LLM_MPI
-/* The processes of an MPI communicator. The host has called MPI_Init_thread, with MPI_THREAD_MULTIPLE if contexts are
-   to work at the same time, and calls MPI_Finalize after llm_comm_free. All ranks make this call. */
+/* Creates a comm for the processes of an MPI communicator. Call MPI_Init_thread before it, with MPI_THREAD_MULTIPLE if
+   several contexts work at the same time, and MPI_Finalize after llm_comm_free. All ranks make this call. */
 LLM_API llm_status llm_comm_mpi(llm_comm **out, MPI_Comm comm, const llm_host *host, llm_error *err);
 #endif
 LLM_API void llm_comm_abort(llm_comm *comm, const char *why);
-LLM_API void llm_comm_free(llm_comm *comm); /* after the models that use it; each rank frees its own                */
+LLM_API void llm_comm_free(llm_comm *comm); /* after the models that use it; every rank frees its own comm          */
 
 /* ---- Model --------------------------------------------------------------------------------------------------- */
 
@@ -476,17 +479,17 @@ typedef struct llm_model llm_model;
 typedef struct llm_tokenizer llm_tokenizer;
 typedef struct llm_backend llm_backend;
 
-/* The type weights have in memory. LLM_DTYPE_FILE keeps the file's own: a tensor in blocks (Q4_0, Q4_1, Q5_0, Q5_1,
-   Q8_0, Q2_K to Q6_K) keeps its numbers and about its size, int8 per channel stays as it is, and F32, F16 and BF16
-   become bf16; so one model may have several types. With the others every matrix is converted while it is loaded. */
+/* The type of the weights in memory. LLM_DTYPE_FILE keeps that of the file: a tensor in blocks (Q4_0, Q4_1, Q5_0, Q5_1,
+   Q8_0, Q2_K to Q6_K) keeps its exact numbers and about its size, int8 per channel stays as it is, and F32, F16 and
+   BF16 become bf16. So one model may have several types. The other values convert every matrix to one type. */
 typedef enum llm_dtype {
     LLM_DTYPE_DEFAULT = 0, /* LLM_DTYPE_FILE on the CPU, bf16 on a GPU                                    */
     LLM_DTYPE_F32,
     LLM_DTYPE_BF16,
     LLM_DTYPE_INT8, /* per output channel: q = round(127 w / max|row|)                             */
     LLM_DTYPE_INT4, /* in groups of 32 with scale and minimum; blocks of up to 4 bits, and Q8_0, stay      */
-    LLM_DTYPE_F16,  /* as F16 files have them; on the CPU activations stay f32                     */
-    LLM_DTYPE_FILE  /* as the file has them; bf16 if none is in blocks or int8                             */
+    LLM_DTYPE_F16,  /* on the CPU activations stay f32                                             */
+    LLM_DTYPE_FILE  /* as in the file; the same as bf16 if no tensor is in blocks or int8                  */
 } llm_dtype;
 
 /* "f32", "bf16", "int8", "int4", "f16", "file". NULL or LLM_DTYPE_DEFAULT if there is no such type. */
@@ -498,8 +501,9 @@ typedef struct llm_model_desc {
     int n_threads;              /* threads that convert while loading; 0: one per physical core               */
     const char *isa;            /* "scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"; NULL: the fastest */
     const llm_backend *backend; /* what computes; NULL: the CPU. See llm_cuda_backend                         */
-    /* The ranks that share each layer, and those that have the other layers; NULL: this rank has all. They must outlive
-       the model. Of a model with ranks, contexts are made one at a time, in the same order on all ranks. */
+    /* `tensor` connects the ranks that share each layer, `pipeline` those that have the other layers. NULL: there are
+       no others. Both must outlive the model. With ranks, create contexts one at a time, in the same order on all
+       ranks. */
     llm_comm *tensor, *pipeline;
     llm_host host;
 } llm_model_desc;
@@ -507,17 +511,17 @@ typedef struct llm_model_desc {
 typedef struct llm_model_info {
     char name[64];         /* from the file, may be empty                                                     */
     char architecture[32]; /* "llama", ...                                                                    */
-    llm_dtype dtype; /* LLM_DTYPE_FILE if weights are in blocks, or in several types, as in the file              */
-    char held[96];   /* what the matrices are held in: "bf16", "Q4_K 71 %, Q6_K 29 %" (of the parameters)         */
+    llm_dtype dtype; /* LLM_DTYPE_FILE if weights are in blocks, or have several types, as in the file            */
+    char held[96];   /* the types of the matrices in memory: "bf16", "Q4_K 71 %, Q6_K 29 %" (of the parameters)   */
     const char *isa; /* the instruction set in use                                                            */
     const llm_backend *backend;
     int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim, n_ctx_train;
     uint64_t n_params;
-    uint64_t weight_bytes;           /* memory for the weights; of a model with ranks, for this rank's         */
-    uint64_t weight_bytes_per_token; /* how much of it decoding one token reads                                */
-    uint64_t cache_bytes_per_token;  /* KV cache of one position; of a model with ranks, on this rank          */
+    uint64_t weight_bytes;           /* memory for the weights; with ranks, for this rank's part               */
+    uint64_t weight_bytes_per_token; /* how much of it is read to decode one token                             */
+    uint64_t cache_bytes_per_token;  /* KV cache of one position; with ranks, on this rank                     */
     uint64_t fingerprint; /* of weights and hyperparameters: equal ones can share saved sequences; 0: not loaded */
-    int n_own_layers, n_own_kv_heads; /* n_layers and n_kv_heads; of a model with ranks, this rank's share      */
+    int n_own_layers, n_own_kv_heads; /* n_layers and n_kv_heads; with ranks, those of this rank                */
 } llm_model_info;
 
 /* Copies n_bytes at `offset` of a file to `to`; returns false if it cannot. */
@@ -528,11 +532,11 @@ typedef bool (*llm_read_fn)(void *user, uint64_t offset, void *to, size_t n_byte
    the feature. *out is NULL after a failure. Free it after its contexts. */
 LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_model_desc *desc, llm_error *err);
 
-/* The same for a whole GGUF file in memory, which is not needed any more once this returns. */
+/* The same for a whole GGUF file in memory. The memory is not used after this returns. */
 LLM_API llm_status llm_model_load_memory(llm_model **out, const void *data, size_t size, const llm_model_desc *desc,
                                          llm_error *err);
 
-/* The same for a GGUF file of `size` bytes behind a function, called first for the header and then for each tensor. */
+/* The same for a GGUF file of `size` bytes that `read` provides: first the header, then each tensor. */
 LLM_API llm_status llm_model_load_callback(llm_model **out, llm_read_fn read, void *user, uint64_t size,
                                            const llm_model_desc *desc, llm_error *err);
 
@@ -548,8 +552,9 @@ LLM_API const llm_tokenizer *llm_model_tokenizer(const llm_model *model);
 LLM_API const char *llm_model_meta(const llm_model *model, const char *key);
 LLM_API const char *llm_model_meta_key(const llm_model *model, int i);
 
-/* What llm_model_load, llm_model_load_memory and llm_model_load_callback would load, from the file's header alone. Like
-   loading, they fail if the model is damaged or not supported, but do not look at the weights and the tokenizer. */
+/* These read only the file's header, and tell what llm_model_load, llm_model_load_memory and llm_model_load_callback
+   would load. Like those they fail if the model is damaged or not supported, but do not read the weights and the
+   tokenizer. */
 LLM_API llm_status llm_model_read_info(const char *path, const llm_model_desc *desc, llm_model_info *info,
                                        llm_error *err);
 LLM_API llm_status llm_model_read_info_memory(const void *data, size_t size, const llm_model_desc *desc,
@@ -569,8 +574,8 @@ typedef int32_t llm_token;
 
 /* Flags for text to tokens and back. */
 enum {
-    /* Encoding: add the tokens that the model's file wants at the begin (BOS) and the end (EOS) of a text, unless they
-       are there already. Usual for a prompt, wrong for a rendered chat. */
+    /* Encoding: add the tokens that the model's file wants at the beginning (BOS) and the end (EOS) of a text, unless
+       they are there already. Usual for a prompt, wrong for a rendered chat. */
     LLM_TOKENS_ENDS = 1,
     /* Encoding: text like "<|im_end|>" becomes the special token; without this flag it is plain text. Decoding: show
        special tokens; without this flag they are left out. */
@@ -581,17 +586,18 @@ enum {
    tokenizer.model as published on Hugging Face; or from one of these files, which is read with those beside it. */
 LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, const llm_host *host, llm_error *err);
 
-/* The same from a GGUF file in memory, or behind a function; see llm_model_load_memory, llm_model_load_callback. */
+/* The same from a GGUF file in memory, or from a function; see llm_model_load_memory, llm_model_load_callback. */
 LLM_API llm_status llm_tokenizer_load_memory(llm_tokenizer **out, const void *data, size_t size, const llm_host *host,
                                              llm_error *err);
 LLM_API llm_status llm_tokenizer_load_callback(llm_tokenizer **out, llm_read_fn read, void *user, uint64_t size,
                                                const llm_host *host, llm_error *err);
 
-/* For tokenizers that were loaded alone. */
+/* Only for tokenizers from llm_tokenizer_load and its variants; a model frees its own. */
 LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer);
 
-/* Functions that fill a buffer count like snprintf: they write what fits into `capacity` and return how much the whole
-   result has. A result above the capacity (with text: not below it, for the NUL) was cut; call again with more room. */
+/* Functions that fill a buffer count like snprintf: they write what fits into `capacity` and return the size of the
+   whole result. If that is above the capacity (for text: not below it, because of the NUL), the result was cut; call
+   again with more room. */
 
 /* Text to token ids. A capacity of 4 * n_bytes + 8 always suffices; n_bytes + 8 does for valid UTF-8 and ordinary
    vocabularies. Returns -1 and explains in *err if memory runs out. The text need not be NUL-terminated and may hold
@@ -609,7 +615,7 @@ LLM_API size_t llm_decode(const llm_tokenizer *tokenizer, const llm_token *ids, 
 typedef struct llm_text_stream {
     unsigned flags; /* LLM_TOKENS_SPECIAL: show special tokens                                                     */
     bool started;   /* false until the first token; then the space that SentencePiece puts before a text is dropped */
-    unsigned char pending[4]; /* the first bytes of a character that is not yet whole                                */
+    unsigned char pending[4]; /* the first bytes of a character that is not complete yet                             */
     int n_pending;
 } llm_text_stream;
 
@@ -673,8 +679,8 @@ typedef struct llm_context_desc {
     int n_seq; /* sequences; 0: 1                                                                */
     /* Cache positions of all sequences; 0: n_ctx * n_seq. See llm_context_n_free. */
     int n_cache;
-    /* Tokens computed in one pass; longer batches take several; 0: 512. With int4 weights a pass of more than 16 tokens
-       rounds a little, so that a text depends on the other tokens in its passes; n_batch = 16 prevents it. */
+    /* Max tokens of one pass; longer batches take several; 0: 512. On a GPU the logits of a token depend a little on
+       the size of its pass if that is above 16 tokens; n_batch = 16 prevents it. */
     int n_batch;
     int n_logits;          /* rows of logits one llm_forward can return; 0: n_seq                             */
     int n_threads;         /* 0: one per physical core                                                        */
@@ -683,8 +689,8 @@ typedef struct llm_context_desc {
        `cancel` is set. */
     bool (*cancel)(void *user);
     void *cancel_user;
-    /* The host's own threads instead of ours: must run task(arg, i) for i = 0 .. n-1 all at the same time (tasks
-       wait for each other) and return when all have returned; `user` is the host's. */
+    /* Uses the host's threads instead of ours. It must run task(arg, i) for i = 0 .. n-1, all at the same time since
+       they wait for each other, and return when all have returned. `user` is host.user. */
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
     llm_host host; /* zero: the model's */
 } llm_context_desc;
@@ -694,7 +700,7 @@ LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model,
                                       llm_error *err);
 LLM_API void llm_context_free(llm_context *ctx);
 
-/* What the context was created with, the defaults filled in. */
+/* The settings of the context, with defaults filled in. */
 LLM_API const llm_model *llm_context_model(const llm_context *ctx);
 LLM_API int llm_context_n_ctx(const llm_context *ctx);
 LLM_API int llm_context_n_seq(const llm_context *ctx);
@@ -704,16 +710,15 @@ LLM_API int llm_context_n_logits(const llm_context *ctx);
 LLM_API int llm_context_n_threads(const llm_context *ctx); /* fewer than wanted if the system gave no more */
 
 /* Free positions of the cache. A sequence takes whole blocks of LLM_CACHE_BLOCK positions, so one of 33 tokens takes
-   64. A fork shares its parent's blocks and takes one of its own when it first grows, if it began in the middle of a
-   block: fork at a multiple of LLM_CACHE_BLOCK to avoid that. Cutting a sequence frees the blocks behind its new
-   end. */
+   64. A fork shares its parent's blocks. If it begins in the middle of a block, it takes one more when it first grows;
+   fork at a multiple of LLM_CACHE_BLOCK to avoid that. Truncating a sequence frees the blocks after its new end. */
 LLM_API int llm_context_n_free(const llm_context *ctx);
 
 typedef struct llm_memory {
     uint64_t weights, cache, scratch; /* bytes */
 } llm_memory;
 
-/* What such a model and one context take. *info is of llm_model_read_info, so that nothing has to be loaded, or of
+/* The memory that a model and one context take. *info comes from llm_model_read_info, which loads nothing, or from
    llm_model_get_info. */
 LLM_API llm_status llm_memory_estimate(const llm_model_info *info, const llm_context_desc *desc, llm_memory *out,
                                        llm_error *err);
@@ -735,8 +740,8 @@ typedef enum llm_stop {
 } llm_stop;
 
 typedef struct llm_generate_desc {
-    /* What to answer: exactly one of these four. A prefix that the sequence already holds is reused; the rest of the
-       sequence is discarded. */
+    /* The question: set exactly one of prompt, messages, chat and tokens. A prefix that the sequence already holds is
+       reused; the rest of the sequence is discarded. */
     const char *prompt;          /* text to continue                                                              */
     const llm_message *messages; /* a conversation, rendered with the model's chat template and an open answer    */
     int n_messages;
@@ -754,10 +759,10 @@ typedef struct llm_generate_desc {
     bool ignore_end; /* go on after the model's end-of-text tokens                                                */
 
     llm_draft *draft; /* speculative decoding; the context's n_logits must be above 1                             */
-    int draft_max;    /* max guesses in a pass; 0, and at most: n_logits - 1 of the context, and LLM_DRAFT_MAX    */
-    /* At a temperature: the seed gives the text it gives without a draft, for a guess is right if the draft draws what
-       the model draws. Without it, guesses are checked by rejection sampling: more are right, but the text depends on
-       how many were made, and so on timing. */
+    int draft_max;    /* max guesses in a pass, up to LLM_DRAFT_MAX and the context's n_logits - 1; 0: that many  */
+    /* Matters at a temperature above 0. If true, a seed gives the same text as without a draft: a guess is right only
+       if it is the token that the model draws. If false, guesses are checked by rejection sampling: more of them are
+       right, but the text depends on how many there were, and so on timing. */
     bool draft_keeps_text;
 
     bool (*on_text)(void *user, const char *text, size_t n_bytes); /* whole UTF-8 characters, NUL-terminated      */
@@ -774,8 +779,8 @@ typedef struct llm_draft_stats {
     int n_by_accepted[LLM_DRAFT_MAX + 1]; /* [k]: passes in which k guesses were right                         */
     double tokens_per_pass;               /* in passes that checked guesses                                    */
     double draft_seconds, pass_seconds;   /* time in the draft; in all passes                                  */
-    double speedup; /* against plain decoding, by plain passes measured meanwhile; 0: none were                */
-    bool failed;    /* the draft failed, and was not used again                                                */
+    double speedup; /* over plain decoding, whose time comes from plain passes in between; 0: there were none  */
+    bool failed;    /* the draft failed and was not used again                                                 */
 } llm_draft_stats;
 
 typedef struct llm_stats {
@@ -813,11 +818,11 @@ LLM_API int llm_seq_length(const llm_context *ctx, int seq);
    sequence. */
 LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq);
 
-/* Keeps the first `length` tokens. The places of the others are free again, see llm_context_n_free. */
+/* Keeps the first `length` tokens and frees the cache of the others, see llm_context_n_free. */
 LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_error *err);
 
-/* Makes `seq` the first `length` tokens of `parent`, whose cache both then read; only what comes after is stored
-   separately. What `seq` held before is dropped. The parent may go on, be truncated or be dropped. */
+/* Replaces `seq` by the first `length` tokens of `parent`. Both then share the cache of these tokens; only later ones
+   are stored separately. The parent may be continued, truncated or replaced. */
 LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int length, llm_error *err);
 
 /* A sequence's cache as bytes, for llm_seq_restore into a context of the same model, backend and cache type. The format
@@ -870,10 +875,10 @@ struct llm_sampler {
 
 /* Picks a token by the logits of the batch's i-th token, which belongs to sequence `seq`: its last tokens are the
    recent ones. The order is: biases, repetition penalty, temperature, top-k, top-p, min-p. The same seed gives the same
-   tokens on every machine. Ties go to the lower id. A sampler that is NULL is greedy. Returns -1 if there is nothing to
-   pick: logits i were not wanted, one of them is NaN, all tokens are forbidden, n_biases is above 0 but biases is NULL,
-   or ctx is inside one of its callbacks. The host may change the biases between calls, and in on_token, to constrain
-   the text; on a GPU only if there is one from the start, be it 0. */
+   tokens on every machine. Ties go to the lower id. A NULL sampler is greedy. Returns -1 if there is nothing to pick:
+   logits i were not wanted, one of them is NaN, all tokens are forbidden, n_biases is above 0 but biases is NULL, or
+   ctx is inside one of its callbacks. To constrain the text, the host may change the biases between calls and in
+   on_token; on a GPU this only works if n_biases is above 0 from the start. */
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler);
 
 /* ---- Speculative decoding ------------------------------------------------------------------------------------ */
@@ -888,12 +893,12 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
 enum { LLM_DRAFT_KINDS = 8 }; /* kinds of guesses a draft may tell apart by how much it trusts them */
 
 typedef struct llm_draft_request {
-    llm_context *ctx; /* that generates; its sequence `seq` holds all of the text but the last token                 */
+    llm_context *ctx; /* the one that generates; its sequence `seq` holds the text without the last token            */
     int seq;
     const llm_token *tokens; /* [n_tokens] the text so far                                                           */
     int n_tokens;
     const int *n_wanted;        /* [LLM_DRAFT_KINDS] how many guesses of each kind pay off now; may be 0             */
-    const llm_sampler *sampler; /* as the model will draw: a copy of it draws the first guess as the model would     */
+    const llm_sampler *sampler; /* the model's: a copy of it draws the first guess as the model would                */
     bool (*cancel)(void *user); /* to be polled, may be NULL; if true, return LLM_ERROR_CANCELLED                    */
     void *cancel_user;
 } llm_draft_request;
@@ -901,12 +906,12 @@ typedef struct llm_draft_request {
 typedef struct llm_draft_guesses {
     int n; /* 0: no idea                                                                                             */
     llm_token tokens[LLM_DRAFT_MAX];
-    int kind; /* 0 to LLM_DRAFT_KINDS - 1, of all of them; higher ones are trusted more. Without meaning with has_q  */
-    /* Guess i was drawn from the distribution q[i], which sums to 1, by random numbers that the model's own draws do
-       not use. Without it a guess is right when the model draws the same. A draft does this always or never, and once a
-       guess is drawn it must stay among the guesses, whatever it is. Whether one more is drawn may follow from those
-       before it and from q: a draft may stop after an end of text, or before a q without a likely token. Without room
-       for q (at temperature 0, or with draft_keeps_text) has_q counts as false. */
+    int kind; /* that of all guesses, 0 to LLM_DRAFT_KINDS - 1; a higher one is trusted more. Ignored with has_q     */
+    /* True: guess i was drawn from the distribution q[i], which sums to 1, with random numbers that the model's own
+       draws do not use. False: a guess is right if the model draws the same token. A draft must set it always or never.
+       Once a guess is drawn, it must stay among the guesses, whatever it is. Whether another one is drawn may depend on
+       those before it and on q: a draft may stop after an end of text, or before a q without a likely token. If there
+       is no room for q (at temperature 0, or with draft_keeps_text), has_q counts as false. */
     bool has_q;
     float *q[LLM_DRAFT_MAX]; /* [n_vocab of the model] each, room to fill; NULL where probabilities are not wanted  */
 } llm_draft_guesses;
@@ -923,12 +928,13 @@ typedef struct llm_draft_learnt_times {
 } llm_draft_learnt_times;
 
 typedef struct llm_draft_learnt {
-    /* For guesses of a kind at a place, if all before them were right: n_right of n_known were right. They decay. */
+    /* Of the guesses of a kind at a place, given that all before them were right, n_right of n_known were right. Both
+       decay over time. */
     float n_right[LLM_DRAFT_KINDS][LLM_DRAFT_MAX];
     float n_known[LLM_DRAFT_KINDS][LLM_DRAFT_MAX];
     llm_draft_learnt_times passes[LLM_DRAFT_LEARNT_SIZES], guess; /* a pass of each size; one guess                  */
-    int n_in_step;                 /* times it was used without a pause, up to 2                                     */
-    double seconds, trial_seconds; /* of decoding; how much of it with guesses that did not seem to pay              */
+    int n_in_step;                 /* rounds in a row that used it, up to 2                                          */
+    double seconds, trial_seconds; /* of decoding; how much of that tried guesses that did not seem to pay           */
 } llm_draft_learnt;
 
 /* A draft: one of the library's, see below, or a host's own. One generation at a time may use it. */
@@ -973,11 +979,11 @@ typedef struct llm_question {
 LLM_API int64_t llm_encode_pair(const llm_tokenizer *tokenizer, const char *context, const char *ending, unsigned flags,
                                 llm_token *ids, size_t capacity, int64_t *n_context, llm_error *err);
 
-/* In what batches the questions are computed. Use LLM_SCHEDULE_PACKED: the others do what other programs do, and exist
-   to measure it. On the CPU the log-likelihoods are the same bits in all of them. */
+/* How the questions are cut into batches. Use LLM_SCHEDULE_PACKED. The others are the schedules of other programs, for
+   comparison. On the CPU all give the same bits. */
 typedef enum llm_schedule {
-    LLM_SCHEDULE_PACKED = 0, /* every pass full of tokens that are needed, nothing padded, nothing computed twice  */
-    LLM_SCHEDULE_FIXED,      /* baseline: a number of texts at a time, as they come, padded to the longest         */
+    LLM_SCHEDULE_PACKED = 0, /* passes full of needed tokens: no padding, no token computed twice                  */
+    LLM_SCHEDULE_FIXED,      /* baseline: a fixed number of texts at a time, in order, padded to the longest       */
     LLM_SCHEDULE_DP          /* baseline: texts by length, cut into padded batches by dynamic programming          */
 } llm_schedule;
 
@@ -1000,18 +1006,18 @@ typedef struct llm_score_desc {
 typedef struct llm_score_stats {
     int n_questions;     /* answered                                                                               */
     int64_t n_passes;    /* forward passes                                                                         */
-    int64_t n_computed;  /* tokens computed: those needed, and                                                     */
-    int64_t n_padded;    /* those that only fill up a batch                                                        */
-    int64_t n_redundant; /* those of a context, or first tokens common to all endings, computed again              */
+    int64_t n_computed;  /* tokens computed; these include the next two                                            */
+    int64_t n_padded;    /* padding                                                                                */
+    int64_t n_redundant; /* tokens of a context, or first tokens common to all endings, that were computed again   */
     int64_t n_predicted; /* rows that went through the head                                                        */
     double seconds;
 } llm_score_stats;
 
-/* Fills log_likelihoods: the first question's [n_endings], then the second's, and so on. What the context's sequences
-   held is dropped. The context needs n_ctx of the longest text and n_seq of the most endings; batches become larger
-   with more sequences and cache. A pass has at most n_batch tokens. A prefix common to all endings is moved into the
-   context. Tokens from which nothing is predicted are skipped, and the last layer and the head run only at scored
-   positions. With log_likelihoods NULL nothing is computed, but stats tell what would be. */
+/* Fills log_likelihoods: the first question's [n_endings], then the second's, and so on. All sequences of the context
+   are dropped. Its n_ctx must be enough for the longest text, and its n_seq for the question with the most endings;
+   with more sequences and cache, batches become larger. A pass has at most n_batch tokens. A prefix common to all
+   endings is moved into the context. Tokens from which nothing is predicted are skipped, and the last layer and the
+   head run only at scored positions. If log_likelihoods is NULL, nothing is computed, but stats tell what would be. */
 LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, int n_questions,
                              const llm_score_desc *desc, double *log_likelihoods, llm_score_stats *stats,
                              llm_error *err);
@@ -1021,10 +1027,10 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
 #ifdef LLM_CUDA
 /* In llm_cuda.cu: compile that with nvcc, link with -lcublas, and set llm_model_desc.backend to one of these. Without a
    usable GPU llm_model_load fails with LLM_ERROR_DEVICE or LLM_ERROR_UNSUPPORTED; the host may then load for the CPU.
-   llm_generate lets the GPU pick the tokens, unless the sampler has biases or a penalty; a seed then means the same
-   text on every run there, and afterwards llm_logits has none. LLM_CUDA_EAGER leaves the picking to the host. */
+   In llm_generate the GPU picks the tokens itself, unless the sampler has biases or a penalty. A seed then gives the
+   same text on every run on that GPU, and llm_logits returns NULL afterwards. With LLM_CUDA_EAGER the host picks. */
 typedef enum llm_cuda_mode {
-    LLM_CUDA_GRAPH = 0, /* up to 16 rows: the fused kernels, launched as one recorded graph                       */
+    LLM_CUDA_GRAPH = 0, /* passes of up to 16 rows run the fused kernels, launched as one recorded graph          */
     LLM_CUDA_FUSED,     /* the same kernels, launched one by one                                                  */
     LLM_CUDA_EAGER      /* one plain kernel per operation, launched one by one                                    */
 } llm_cuda_mode;
@@ -1035,9 +1041,9 @@ LLM_API const llm_backend *llm_cuda_backend_mode(llm_cuda_mode mode);
 
 /* ==== BACKENDS: NOT FOR HOSTS ===================================================================================
 
-   A program that uses the library needs nothing from here to the end of the declarations. It is what llm.h and
-   llm_cuda.cu agree on: a backend computes on weights and cache, all else (tokens, sequences, sampling) is the same for
-   all of them. The CPU's is built in. */
+   A program that uses the library needs nothing from here to the end of the declarations. This is the interface between
+   llm.h and llm_cuda.cu: a backend stores weights and cache and computes on them. Everything else (tokens, sequences,
+   sampling) is the same for all backends. The CPU's is built in. */
 
 typedef struct llm_backend_shape {
     int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim;
@@ -1046,15 +1052,15 @@ typedef struct llm_backend_shape {
     float rope_scale;               /* sines and cosines are multiplied by it                                     */
     int window;                     /* positions a token attends to, itself included; 0: all before it            */
     bool tied_head;                 /* the head is the embedding                                                  */
-    bool qkv_bias, qk_norm;         /* which of the weights below there are                                       */
-    uint64_t weight_bytes;          /* what they will take, as the backend says; 0: not known                     */
+    bool qkv_bias, qk_norm;         /* whether the model has these weights, see below                             */
+    uint64_t weight_bytes;          /* the memory that the backend will need for them; 0: not known               */
 } llm_backend_shape;
 
 typedef enum llm_backend_weight_kind {
     LLM_WEIGHT_EMBEDDING,      /* [n_vocab][n_embd], also the head if that is tied                                */
     LLM_WEIGHT_ATTENTION_NORM, /* [1][n_embd]                                                                     */
     LLM_WEIGHT_QKV,            /* [(n_heads + 2 * n_kv_heads) * head_dim][n_embd]: queries, keys, values          */
-    LLM_WEIGHT_QKV_BIAS,       /* [(n_heads + 2 * n_kv_heads) * head_dim][1], if qkv_bias: added to these         */
+    LLM_WEIGHT_QKV_BIAS,       /* [(n_heads + 2 * n_kv_heads) * head_dim][1], if qkv_bias: added to QKV's results */
     LLM_WEIGHT_Q_NORM,         /* [1][head_dim], if qk_norm: each head's queries and keys go through an RMSNorm   */
     LLM_WEIGHT_K_NORM,         /* [1][head_dim]  before they are rotated                                          */
     LLM_WEIGHT_ATTENTION_OUT,  /* [n_embd][n_heads * head_dim]                                                    */
@@ -1100,20 +1106,20 @@ typedef struct llm_backend_pass {
     /* If there are targets, no logits are kept; only the logarithms of these tokens' probabilities are wanted. */
     int n_targets;
     const llm_token *targets; /* [n_targets]                                                                 */
-    const int *target_rows;   /* [n_targets] ascending: after which of the logit_rows each comes, as an index */
+    const int *target_rows;   /* [n_targets] ascending: index of the logit_rows entry that each one follows    */
     float *log_probs;         /* [n_targets] the results                                                     */
     const int *blocks; /* [n_seq][blocks_per_seq] which cache block holds LLM_CACHE_BLOCK positions of a sequence */
     int blocks_per_seq;
     bool (*cancel)(void *user);
     void *cancel_user;
     bool more; /* another pass of the same call follows                                                            */
-    /* Of a batch that is scored in a pipeline: only the last stage has its results, and it says here if a stage wants
-       to stop. Else NULL. */
+    /* Not NULL while a batch is scored in a pipeline. Then only the last stage has the results, and it sets *stopped if
+       a stage wants to stop. */
     bool *stopped;
 } llm_backend_pass;
 
-/* Tokens of one sequence that the device picks by itself: the first by the logits of the last pass, which had one row
-   of them, the others by those of the token before. All but the last go through the model. */
+/* Tokens of one sequence that the device picks by itself: the first from the logits of the last pass, which had one row
+   of them, every other one from those of the token before it. All but the last go through the model. */
 typedef struct llm_backend_burst {
     int n;             /* tokens, at most LLM_BACKEND_BURST                                                      */
     int position;      /* of the first of them                                                           */
@@ -1132,8 +1138,8 @@ typedef struct llm_backend_desc {
     const char *isa;              /* the model's, see llm_model_desc                                            */
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg);
     llm_host host;
-    /* Another context, idle while this one works and there for longer, lends it its threads and, if their shapes are
-       alike, its cache. A backend that does not do this returns LLM_ERROR_UNSUPPORTED. */
+    /* Another context whose threads this one uses and, with share_cache, its cache. The lender is idle while this one
+       works, and outlives it. A backend that does not support this returns LLM_ERROR_UNSUPPORTED. */
     void *lender;
     bool share_cache;
     llm_comm *tensor, *pipeline; /* of this context, or NULL                                                    */
@@ -1141,7 +1147,7 @@ typedef struct llm_backend_desc {
 
 struct llm_backend {
     const char *name;
-    /* A model on the device; weights follow one by one. *out is freed by close, also after a failure. */
+    /* Opens a model on the device; its weights follow one by one. close frees *out, also after a failure. */
     llm_status (*open)(void **out, const llm_backend_shape *shape, const llm_model_desc *desc, llm_error *err);
     llm_status (*upload)(void *model, const llm_backend_weight *weight, llm_error *err);
     void (*close)(void *model);
@@ -1157,7 +1163,8 @@ struct llm_backend {
     llm_status (*write_block)(void *context, int block, const void *bytes, llm_error *err);
     double (*measure_bandwidth)(void *context);
     double (*measure_flops)(void *context);
-    /* May be NULL. The host knows a token while the next ones are being computed, so none waits for it. */
+    /* May be NULL. The device goes on with the next tokens while the host handles one, so it never waits for the
+       host. */
     llm_status (*burst)(void *context, const llm_backend_burst *burst, llm_error *err);
 };
 
@@ -3924,7 +3931,7 @@ static uint8_t *llm__nfc_apply(llm__env *env, const llm__nfc *nfc, const uint8_t
    A chat template is a program in Jinja (https://jinja.palletsprojects.com). This section parses and runs the language
    that chat templates use, and gives the text that jinja2 gives with the settings of Hugging Face transformers:
    trim_blocks, lstrip_blocks, loop controls, raise_exception, strftime_now, tojson with its own spacing, and generation
-   blocks. What is outside this language is refused by name when a template is parsed.
+   blocks. A template that needs more is refused when it is parsed, with a message that names what is missing.
 
    Each byte of a string remembers whether it came from the host's messages or from the template. The mark survives
    concatenation, slices and filters. Special tokens are recognised only in bytes of the template, so that what a user
@@ -3943,17 +3950,17 @@ typedef enum llm__jinja_type {
     LLM__J_DICT,
     LLM__J_LOOP,
     LLM__J_MACRO,
-    LLM__J_FUNCTION /* one of llm__jinja_functions, or a method that has its object */
+    LLM__J_FUNCTION /* one of llm__jinja_functions */
 } llm__jinja_type;
 
 typedef struct llm__jinja_value {
     llm__jinja_type type;
-    bool is_tuple;     /* LLM__J_LIST: written as (1, 2)                                       */
+    bool is_tuple;     /* LLM__J_LIST: its text is (1, 2) instead of [1, 2]                    */
     bool is_lazy;      /* LLM__J_LIST: a generator in Python: it can be looped over, but has no length and no text */
-    bool is_markup;    /* LLM__J_STR: from the filter `safe`; what is added to it is escaped as HTML */
-    bool is_namespace; /* LLM__J_DICT: from namespace(), its attributes can be set             */
+    bool is_markup;    /* LLM__J_STR: from the filter `safe`; strings appended to it are escaped as HTML */
+    bool is_namespace; /* LLM__J_DICT: from namespace(); its attributes can be set             */
     union {
-        int64_t i; /* also LLM__J_BOOL, and the number of a function */
+        int64_t i; /* an integer, a boolean, or the number of a function */
         double f;
         struct {
             const char *at; /* UTF-8 */
@@ -3964,7 +3971,7 @@ typedef struct llm__jinja_value {
         struct llm__jinja_dict *dict;
         struct llm__jinja_loop *loop;
         const struct llm__jinja_node *macro;
-        llm__str name; /* LLM__J_UNDEFINED: what is undefined, for messages */
+        llm__str name; /* LLM__J_UNDEFINED: the name that is undefined, for messages */
     } u;
 } llm__jinja_value;
 
@@ -3975,7 +3982,7 @@ typedef struct llm__jinja_list {
 
 typedef struct llm__jinja_dict {
     llm__jinja_value *items; /* key, value, key, value, ... in the order in which the keys were added */
-    size_t n, room;          /* n counts both */
+    size_t n, room;          /* n counts keys and values */
 } llm__jinja_dict;
 
 typedef struct llm__jinja_loop {
@@ -4019,13 +4026,13 @@ typedef enum llm__jinja_kind {
 typedef struct llm__jinja_node {
     llm__jinja_kind kind;
     int op;   /* an operator's first characters, or the number of a filter, test or method */
-    int line; /* of the template, for messages */
+    int line; /* in the template, for messages */
     bool negated;
     llm__str name;
     llm__jinja_value value;                           /* LLM__J_CONST, LLM__J_TEXT                          */
     struct llm__jinja_node *a, *b, *c, *body, *other; /* operands; statements inside; statements of an else */
     struct llm__jinja_node *args;                     /* arguments, items or targets, in order              */
-    struct llm__jinja_node *next;                     /* the one after this in its list                     */
+    struct llm__jinja_node *next;                     /* the next node of the list that this one is in      */
 } llm__jinja_node;
 
 /* ---- Lexer ---- */
@@ -4045,21 +4052,21 @@ typedef enum llm__jinja_token_type {
 
 typedef struct llm__jinja_token {
     llm__jinja_token_type type;
-    llm__str text; /* as written */
+    llm__str text; /* as the template has it */
     int line;
 } llm__jinja_token;
 
 typedef struct llm__jinja_parser {
     llm__env *env;
     const char *at, *end, *begin;
-    bool inside;       /* a tag                                       */
-    bool closes_block; /* ... which is {% %}                          */
-    bool strip_next;   /* the tag before ended with '-'               */
-    bool trim_next;    /* the tag before takes the newline after it   */
+    bool inside;       /* the position is inside a tag                */
+    bool closes_block; /* that tag is {% %}, not {{ }}                */
+    bool strip_next;   /* the last tag ended with '-'                 */
+    bool trim_next;    /* the last tag strips the newline after it    */
     int line, depth, loops;
-    int open;                      /* brackets of the tag that are open: in them }} is no end */
+    int open;                      /* open brackets inside the tag; }} does not end it before they are closed */
     llm__jinja_token token;        /* the current one */
-    struct llm__jinja_node *nodes; /* a chunk of which n_nodes are in use */
+    struct llm__jinja_node *nodes; /* an array of 64, the first n_nodes of which are in use */
     size_t n_nodes;
 } llm__jinja_parser;
 
@@ -4090,13 +4097,13 @@ static void llm__jinja_skip(llm__jinja_parser *p, const char *to) {
     for (; p->at < to; p->at++) p->line += *p->at == '\n';
 }
 
-/* After a tag: "-" strips all white space that follows; otherwise a block or a comment takes one newline. */
+/* Call this after a tag: "-" strips all white space that follows; otherwise a block or a comment strips one newline. */
 static void llm__jinja_after_tag(llm__jinja_parser *p, char control, bool takes_newline) {
     p->strip_next = control == '-';
     p->trim_next = takes_newline && control != '+';
 }
 
-/* Skips to the end of a comment, whose {# is at p->at. */
+/* Skips a comment, which begins at p->at with {#. */
 static void llm__jinja_comment(llm__jinja_parser *p) {
     const char *q = p->at + 2;
     while (q + 1 < p->end && !(q[0] == '#' && q[1] == '}')) q++;
@@ -4105,7 +4112,7 @@ static void llm__jinja_comment(llm__jinja_parser *p) {
     llm__jinja_skip(p, q + 2);
 }
 
-/* Text up to the next tag, without the white space that tags take. A comment separates two texts. */
+/* Lexes the text up to the next tag or comment, and drops the white space that the tags around it strip. */
 static void llm__jinja_lex_data(llm__jinja_parser *p) {
     const char *from = p->at, *q;
     if (p->strip_next)
@@ -4144,7 +4151,7 @@ static void llm__jinja_lex_string(llm__jinja_parser *p) {
     llm__jinja_skip(p, q + 1);
 }
 
-/* Inside a tag: its end, a word, a number, a string or an operator. */
+/* Lexes a token inside a tag: a word, a number, a string, an operator, or the end of the tag. */
 static void llm__jinja_lex_tag(llm__jinja_parser *p) {
     static const char *const two[] = {"**", "//", "==", "!=", "<=", ">="};
     const char *q = p->at;
@@ -4178,7 +4185,7 @@ static void llm__jinja_lex_tag(llm__jinja_parser *p) {
         p->token.type = LLM__J_WORD;
         while (q + n < p->end && llm__jinja_is_word(q[n])) n++;
     } else {
-        if (!strchr("+-*/%~=<>!()[]{}.,:|", *q) || !*q) llm__jinja_fail(p, "an unexpected character '%c'", *q);
+        if (!strchr("+-*/%~=<>!()[]{}.,:|", *q) || !*q) llm__jinja_fail(p, "unexpected character '%c'", *q);
         p->token.type = LLM__J_OPERATOR;
         if (strchr("([{", *q)) p->open++;
         if (strchr(")]}", *q) && p->open) p->open--;
@@ -4223,11 +4230,11 @@ static bool llm__jinja_take(llm__jinja_parser *p, const char *text) {
 }
 
 static void llm__jinja_expect(llm__jinja_parser *p, const char *text) {
-    if (!llm__jinja_take(p, text)) llm__jinja_fail(p, "'%s' is expected, not '%.*s'", text, LLM__SHOW(p->token.text));
+    if (!llm__jinja_take(p, text)) llm__jinja_fail(p, "expected '%s', found '%.*s'", text, LLM__SHOW(p->token.text));
 }
 
 static void llm__jinja_expect_type(llm__jinja_parser *p, llm__jinja_token_type type, const char *what) {
-    if (p->token.type != type) llm__jinja_fail(p, "%s is expected, not '%.*s'", what, LLM__SHOW(p->token.text));
+    if (p->token.type != type) llm__jinja_fail(p, "expected %s, found '%.*s'", what, LLM__SHOW(p->token.text));
     llm__jinja_lex(p);
 }
 
@@ -4249,7 +4256,7 @@ static llm__jinja_node *llm__jinja_new(llm__jinja_parser *p, llm__jinja_kind kin
     return node;
 }
 
-/* Appends to a list whose last pointer is *last; returns where the next goes. */
+/* Appends a node to a list that ends at *last. Returns the address of the new end. */
 static llm__jinja_node **llm__jinja_append(llm__jinja_node **last, llm__jinja_node *node) {
     *last = node;
     return &node->next;
@@ -4261,7 +4268,7 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
     return -1;
 }
 
-/* Filters, tests, methods and functions: lists of names, and enumerators in the same order. */
+/* The supported filters, tests, methods and functions: for each a list of names, and enumerators in the same order. */
 /* clang-format off */
 #define LLM__JINJA_FILTERS(X)                                                                                 \
     X(trim) X(tojson) X(length) X(count) X(upper) X(lower) X(title) X(capitalize) X(replace) X(join) X(first) \
@@ -4306,7 +4313,7 @@ enum { LLM__JINJA_FUNCTIONS(X) LLM__JG_END };
 #undef X
 /* clang-format on */
 
-/* The one thing here that a recursive descent needs to know before it stands below. */
+/* Declared early, because operands contain expressions. */
 static llm__jinja_node *llm__jinja_expression(llm__jinja_parser *p);
 
 static int llm__jinja_hex_digit(char c) {
@@ -4325,7 +4332,7 @@ static int llm__jinja_hex(llm__jinja_parser *p, const char *q, const char *end, 
     return n;
 }
 
-/* A string literal, whose escapes are Python's. */
+/* Writes the text of a string literal to `out` and returns its bytes. Escapes are Python's; \N is refused. */
 static size_t llm__jinja_unescape(llm__jinja_parser *p, llm__str literal, char *out) {
     static const char letters[] = "ntr\\'\"abfv", meanings[] = "\n\t\r\\'\"\a\b\f\v";
     const char *q = literal.at + 1, *end = literal.at + literal.n - 1;
@@ -4344,7 +4351,7 @@ static size_t llm__jinja_unescape(llm__jinja_parser *p, llm__str literal, char *
         } else if (c == 'x' || c == 'u' || c == 'U') {
             q += llm__jinja_hex(p, q, end, c == 'x' ? 2 : c == 'u' ? 4 : 8, &code);
             if (code > 0x10FFFF || (code >= 0xD800 && code < 0xE000))
-                llm__jinja_fail(p, "an escape in a string is no character");
+                llm__jinja_fail(p, "an escape in a string is not a valid character");
             n += llm__utf8_encode(code, (uint8_t *)out + n);
         } else if (c >= '0' && c <= '7') {
             code = (uint32_t)(c - '0');
@@ -4364,7 +4371,7 @@ static llm__jinja_node *llm__jinja_string(llm__jinja_parser *p) {
     llm__jinja_node *node = llm__jinja_new(p, LLM__J_CONST);
     char *text = NULL;
     size_t n = 0;
-    while (p->token.type == LLM__J_STRING) { /* neighbours are one string */
+    while (p->token.type == LLM__J_STRING) { /* adjacent literals form one string */
         char *longer = (char *)llm__alloc(p->env, n + p->token.text.n, 1);
         if (n) memcpy(longer, text, n);
         llm__free(p->env->pool, text);
@@ -4402,7 +4409,7 @@ static llm__jinja_node *llm__jinja_number(llm__jinja_parser *p) {
     return node;
 }
 
-/* Arguments of a call, filter or test after its "(": values, and NAME=value, whose nodes have that name. */
+/* Parses the arguments of a call, filter or test, after its "(". NAME=value becomes a node with that name. */
 static llm__jinja_node *llm__jinja_arguments(llm__jinja_parser *p) {
     llm__jinja_node *first = NULL, **last = &first;
     while (!llm__jinja_take(p, ")")) {
@@ -4412,7 +4419,7 @@ static llm__jinja_node *llm__jinja_arguments(llm__jinja_parser *p) {
         llm__jinja_node *argument = llm__jinja_expression(p);
         if (argument->kind == LLM__J_NAME && llm__jinja_take(p, "=")) {
             llm__str name = argument->name;
-            argument = llm__jinja_new(p, LLM__J_PLUS); /* so that the name does not lie on an expression of its own */
+            argument = llm__jinja_new(p, LLM__J_PLUS); /* a node of its own, as the expression may use `name` itself */
             argument->op = '=';
             argument->name = name;
             argument->a = llm__jinja_expression(p);
@@ -4422,7 +4429,7 @@ static llm__jinja_node *llm__jinja_arguments(llm__jinja_parser *p) {
     return first;
 }
 
-/* Items up to a closing bracket. */
+/* Parses the items of a list or dictionary up to the closing bracket. */
 static llm__jinja_node *llm__jinja_items(llm__jinja_parser *p, llm__jinja_kind kind, const char *close) {
     llm__jinja_node *node = llm__jinja_new(p, kind), **last = &node->args;
     while (!llm__jinja_take(p, close)) {
@@ -4437,7 +4444,7 @@ static llm__jinja_node *llm__jinja_items(llm__jinja_parser *p, llm__jinja_kind k
     return node;
 }
 
-/* After "(": an expression, or a tuple if there is a comma, or nothing. */
+/* Parses what follows "(": an expression, a tuple if there is a comma, or an empty tuple. */
 static llm__jinja_node *llm__jinja_parenthesis(llm__jinja_parser *p) {
     llm__jinja_node *tuple = llm__jinja_new(p, LLM__J_MAKE_TUPLE), **last = &tuple->args;
     bool comma = false;
@@ -4458,7 +4465,7 @@ static llm__jinja_node *llm__jinja_atom(llm__jinja_parser *p) {
     if (llm__jinja_take(p, "(")) return llm__jinja_parenthesis(p);
     if (llm__jinja_take(p, "[")) return llm__jinja_items(p, LLM__J_MAKE_LIST, "]");
     if (llm__jinja_take(p, "{")) return llm__jinja_items(p, LLM__J_MAKE_DICT, "}");
-    if (p->token.type != LLM__J_WORD) llm__jinja_fail(p, "a value is expected, not '%.*s'", LLM__SHOW(p->token.text));
+    if (p->token.type != LLM__J_WORD) llm__jinja_fail(p, "expected a value, found '%.*s'", LLM__SHOW(p->token.text));
     int constant = llm__jinja_find(constants, p->token.text);
     llm__jinja_node *node = llm__jinja_new(p, constant < 0 ? LLM__J_NAME : LLM__J_CONST);
     if (constant >= 0) {
@@ -4470,7 +4477,7 @@ static llm__jinja_node *llm__jinja_atom(llm__jinja_parser *p) {
     return node;
 }
 
-/* After "[": an index or a slice of `object`. */
+/* Parses what follows "[": an index or a slice of `object`. */
 static llm__jinja_node *llm__jinja_subscript(llm__jinja_parser *p, llm__jinja_node *object) {
     llm__jinja_node *node = llm__jinja_new(p, LLM__J_INDEX);
     node->a = object;
@@ -4494,7 +4501,7 @@ static llm__jinja_node *llm__jinja_apply_filter(llm__jinja_parser *p, llm__jinja
     return node;
 }
 
-/* An atom with what follows it: attributes, subscripts, calls. */
+/* Parses an atom and the attributes, subscripts and calls after it. */
 static llm__jinja_node *llm__jinja_postfix(llm__jinja_parser *p) {
     llm__jinja_node *node = llm__jinja_atom(p);
     for (;;) {
@@ -4583,7 +4590,8 @@ static llm__jinja_node *llm__jinja_binary(llm__jinja_parser *p, int level) {
     }
 }
 
-/* a < b < c: a with the others as arguments, each with its operator. */
+/* Parses a comparison, perhaps a chain such as a < b < c: node->a is a, and args are b and c, each with its
+   operator. */
 static llm__jinja_node *llm__jinja_comparison(llm__jinja_parser *p) {
     static const char *const operators[] = {"==", "!=", "<", "<=", ">", ">=", "in", NULL};
     static const char codes[] = "=!<l>gi";
@@ -4643,7 +4651,7 @@ static llm__jinja_node *llm__jinja_expression(llm__jinja_parser *p) {
     return node;
 }
 
-/* An expression, or a tuple without parentheses, as in {% set a, b = 1, 2 %}. */
+/* Parses an expression, or a tuple without parentheses as in {% set a, b = 1, 2 %}. */
 static llm__jinja_node *llm__jinja_expression_list(llm__jinja_parser *p) {
     llm__jinja_node *first = llm__jinja_expression(p);
     if (!llm__jinja_is(p, ",")) return first;
@@ -4654,7 +4662,7 @@ static llm__jinja_node *llm__jinja_expression_list(llm__jinja_parser *p) {
     return tuple;
 }
 
-/* Names that a for or a set assigns to. */
+/* Parses the names to which a `for` or a `set` assigns. */
 static llm__jinja_node *llm__jinja_targets(llm__jinja_parser *p, bool attributes) {
     llm__jinja_node *first = NULL, **last = &first;
     bool parenthesis = llm__jinja_take(p, "(");
@@ -4671,13 +4679,14 @@ static llm__jinja_node *llm__jinja_targets(llm__jinja_parser *p, bool attributes
         last = llm__jinja_append(last, node);
     } while (llm__jinja_take(p, ","));
     if (parenthesis) llm__jinja_expect(p, ")");
-    if (!first) llm__jinja_fail(p, "a name is expected, not '%.*s'", LLM__SHOW(p->token.text));
+    if (!first) llm__jinja_fail(p, "expected a name, found '%.*s'", LLM__SHOW(p->token.text));
     return first;
 }
 
 static void llm__jinja_end_tag(llm__jinja_parser *p) { llm__jinja_expect_type(p, LLM__J_BLOCK_END, "%}"); }
 
-/* Statements up to a tag that begins with one of the words `ends` (separated by spaces), which is the current token then. */
+/* Parses statements up to a tag that begins with one of the words in `ends`, separated by spaces. That word is then the
+   current token. */
 static llm__jinja_node *llm__jinja_statements(llm__jinja_parser *p, const char *ends);
 
 static bool llm__jinja_is_one_of(const llm__jinja_parser *p, const char *words) {
@@ -4736,7 +4745,7 @@ static void llm__jinja_set(llm__jinja_parser *p, llm__jinja_node *node) {
         return;
     }
     node->kind = LLM__J_SET_BLOCK;
-    node->a = llm__jinja_new(p, LLM__J_CONST); /* filters are applied to this; running the block fills it in */
+    node->a = llm__jinja_new(p, LLM__J_CONST); /* stands for the block's text, to which the filters are applied */
     while (llm__jinja_take(p, "|")) node->a = llm__jinja_apply_filter(p, node->a);
     llm__jinja_end_tag(p);
     node->body = llm__jinja_statements(p, "endset");
@@ -4753,7 +4762,7 @@ static void llm__jinja_filter_block(llm__jinja_parser *p, llm__jinja_node *node)
     llm__jinja_end_tag(p);
 }
 
-/* The parameters are names; one with a default has it in `a`. */
+/* Parses a macro. Its parameters become nodes with a name, and with the default in `a` if there is one. */
 static void llm__jinja_macro(llm__jinja_parser *p, llm__jinja_node *node) {
     llm__jinja_node **last = &node->args;
     int loops = p->loops;
@@ -4791,7 +4800,7 @@ static void llm__jinja_with(llm__jinja_parser *p, llm__jinja_node *node) {
     llm__jinja_end_tag(p);
 }
 
-/* {% raw %}: text up to {% endraw %}, in which nothing is a tag. */
+/* Parses {% raw %}: everything up to {% endraw %} is text. */
 static llm__jinja_node *llm__jinja_raw(llm__jinja_parser *p) {
     const char *from = p->at;
     if (p->strip_next)
@@ -4815,10 +4824,10 @@ static llm__jinja_node *llm__jinja_raw(llm__jinja_parser *p) {
         llm__jinja_end_tag(p);
         return node;
     }
-    llm__jinja_fail(p, "raw does not end");
+    llm__jinja_fail(p, "{%% endraw %%} is missing");
 }
 
-/* A block whose first word is the current token. Returns NULL if it makes no statement of its own. */
+/* Parses a block, whose first word is the current token. */
 static llm__jinja_node *llm__jinja_block(llm__jinja_parser *p) {
     static const char *const names[] = {"if",    "for",      "set",        "macro", "filter", "with",
                                         "break", "continue", "generation", "raw",   NULL};
@@ -4831,7 +4840,7 @@ static llm__jinja_node *llm__jinja_block(llm__jinja_parser *p) {
     llm__jinja_node *node = llm__jinja_new(p, kinds[which]);
     llm__jinja_lex(p);
     if (which == 9) {
-        if (p->token.type != LLM__J_BLOCK_END) llm__jinja_fail(p, "%%} is expected after raw");
+        if (p->token.type != LLM__J_BLOCK_END) llm__jinja_fail(p, "expected %%} after raw");
         return llm__jinja_raw(p);
     }
     switch (kinds[which]) {
@@ -4850,7 +4859,7 @@ static llm__jinja_node *llm__jinja_block(llm__jinja_parser *p) {
             llm__jinja_if(p, node);
             break;
         }
-        llm__jinja_end_tag(p); /* generation marks what the assistant said and shows it */
+        llm__jinja_end_tag(p); /* `generation` marks the assistant's text for training; we only show it */
         node->a = llm__jinja_new(p, LLM__J_CONST);
         node->a->value.type = LLM__J_BOOL;
         node->a->value.u.i = 1;
@@ -4892,7 +4901,8 @@ static llm__jinja_node *llm__jinja_statements(llm__jinja_parser *p, const char *
     return first;
 }
 
-/* Parses a template. The nodes point into the text, which must be UTF-8 with \n at the ends of lines. */
+/* Parses a template. The text must be UTF-8, with \n at the ends of lines, and must outlive the nodes, which point into
+   it. */
 static llm__jinja_node *llm__jinja_parse(llm__env *env, const char *text, size_t n) {
     llm__jinja_parser p;
     memset(&p, 0, sizeof p);
@@ -4923,7 +4933,7 @@ typedef struct llm__jinja_run {
     const llm__jinja_node *at; /* the node being run, for messages */
     llm__jinja_scope *scope, *top;
     llm__jinja_buffer out;
-    bool breaks, continues; /* the innermost loop is being left, or begins its next round */
+    bool breaks, continues; /* a break or continue in the innermost loop is being carried out */
     int depth;
     size_t steps, memory;
 } llm__jinja_run;
@@ -4941,14 +4951,15 @@ LLM__NORETURN LLM__PRINTF(2, 3) static void llm__jinja_error(llm__jinja_run *r, 
 static void *llm__jinja_alloc(llm__jinja_run *r, size_t count, size_t size) {
     if (size && count > LLM__JINJA_MEMORY / size) r->memory = LLM__JINJA_MEMORY;
     else r->memory += count * size + 128;
-    if (r->memory >= LLM__JINJA_MEMORY) llm__jinja_error(r, "it takes more than %d MB", (int)(LLM__JINJA_MEMORY >> 20));
+    if (r->memory >= LLM__JINJA_MEMORY)
+        llm__jinja_error(r, "rendering needs more than %d MB", (int)(LLM__JINJA_MEMORY >> 20));
     return llm__alloc(r->env, count, size);
 }
 
-/* Counts work, so that no template runs for long. */
+/* Counts n steps of work, and fails when a template has used too many. */
 static void llm__jinja_step(llm__jinja_run *r, size_t n) {
     r->steps += n;
-    if (r->steps > LLM__JINJA_STEPS) llm__jinja_error(r, "it takes more than %d steps", LLM__JINJA_STEPS);
+    if (r->steps > LLM__JINJA_STEPS) llm__jinja_error(r, "rendering needs more than %d steps", LLM__JINJA_STEPS);
 }
 
 static llm__jinja_value llm__jinja_make(llm__jinja_type type) {
@@ -4982,7 +4993,7 @@ static llm__jinja_value llm__jinja_float(double f) {
     return v;
 }
 
-/* A string of the template, which must stay where it is. */
+/* Makes a string of the template. It points at `text`, which must outlive it. */
 static llm__jinja_value llm__jinja_text(const char *text, size_t n) {
     llm__jinja_value v = llm__jinja_make(LLM__J_STR);
     v.u.s.at = text;
@@ -5035,14 +5046,14 @@ static llm__jinja_value llm__jinja_finish(const llm__jinja_buffer *b) {
     return v;
 }
 
-/* A part of a string, without a copy. */
+/* Bytes `from` to `to` of a string. They are not copied. */
 static llm__jinja_value llm__jinja_part(const llm__jinja_value *s, size_t from, size_t to) {
     llm__jinja_value v = llm__jinja_text(s->u.s.at + from, to - from);
     v.u.s.host = s->u.s.host ? s->u.s.host + from : NULL;
     return v;
 }
 
-/* A string of the host's: repaired if it is not UTF-8, and all its bytes are marked. */
+/* Makes a string of the host: invalid UTF-8 is replaced, and every byte is marked. */
 static llm__jinja_value llm__jinja_host_text(llm__jinja_run *r, const char *text, size_t n) {
     const uint8_t *p = (const uint8_t *)text, *end = p + n;
     p = llm__utf8_valid(r->env, p, &end);
@@ -5065,7 +5076,7 @@ static llm__jinja_value llm__jinja_new_dict(llm__jinja_run *r) {
     return v;
 }
 
-/* Room for two more items. */
+/* Makes room for two more items. */
 static llm__jinja_value *llm__jinja_grow(llm__jinja_run *r, llm__jinja_value *items, size_t n, size_t *room) {
     if (n + 2 <= *room) return items;
     size_t wanted = *room ? *room * 2 : 8;
@@ -5119,7 +5130,7 @@ static bool llm__jinja_equal(llm__jinja_run *r, const llm__jinja_value *a, const
     }
 }
 
-/* Where the value of a key is in a dictionary; NULL if it is not there. */
+/* Finds a key in a dictionary. Returns the address of its value, or NULL. */
 static llm__jinja_value *llm__jinja_lookup(llm__jinja_run *r, const llm__jinja_dict *d, const llm__jinja_value *key) {
     for (size_t i = 0; i < d->n; i += 2)
         if (llm__jinja_equal(r, &d->items[i], key, 0)) return &d->items[i + 1];
@@ -5164,10 +5175,10 @@ static const char *llm__jinja_type_name(const llm__jinja_value *v) {
 
 LLM__NORETURN static void llm__jinja_type_error(llm__jinja_run *r, const char *what, const llm__jinja_value *v) {
     if (v->type == LLM__J_UNDEFINED) llm__jinja_error(r, "'%.*s' is undefined", LLM__SHOW(v->u.name));
-    llm__jinja_error(r, "%s does not take %s", what, llm__jinja_type_name(v));
+    llm__jinja_error(r, "%s does not accept %s", what, llm__jinja_type_name(v));
 }
 
-/* -1, 0 or 1. Numbers compare with numbers, strings with strings, lists with lists. */
+/* Returns -1, 0 or 1. Numbers can be compared with numbers, strings with strings, lists with lists. */
 static int llm__jinja_order(llm__jinja_run *r, const llm__jinja_value *a, const llm__jinja_value *b, int depth) {
     llm__jinja_step(r, 1);
     if (depth > LLM__JINJA_DEPTH) llm__jinja_error(r, "a value is nested too deeply");
@@ -5198,7 +5209,7 @@ static size_t llm__jinja_length(const llm__jinja_value *s) {
     return n;
 }
 
-/* The byte at which the character of this index begins. */
+/* The byte at which a character begins, by its index. */
 static size_t llm__jinja_byte_of(const llm__jinja_value *s, size_t index) {
     size_t at = 0;
     for (; at < s->u.s.n; at++)
@@ -5206,7 +5217,7 @@ static size_t llm__jinja_byte_of(const llm__jinja_value *s, size_t index) {
     return at;
 }
 
-/* Where `what` is in s from byte `from` on; SIZE_MAX if it is not there. */
+/* Finds `what` in s, from byte `from` on. Returns its first byte, or SIZE_MAX. */
 static size_t llm__jinja_search(llm__jinja_run *r, const llm__jinja_value *s, const llm__jinja_value *what,
                                 size_t from) {
     size_t n = what->u.s.n;
@@ -5226,7 +5237,7 @@ static bool llm__jinja_in_set(const uint8_t *p, const uint8_t *end, const llm__j
     return false;
 }
 
-/* strip(), lstrip() and rstrip(): white space, or the characters of `set`. */
+/* strip(), lstrip() and rstrip(): removes white space, or the characters of `set`. */
 static llm__jinja_value llm__jinja_strip(llm__jinja_run *r, const llm__jinja_value *s, const llm__jinja_value *set,
                                          bool left, bool right) {
     const uint8_t *begin = (const uint8_t *)s->u.s.at, *p = begin, *end = p + s->u.s.n, *next;
@@ -5245,8 +5256,9 @@ static llm__jinja_value llm__jinja_strip(llm__jinja_run *r, const llm__jinja_val
     return llm__jinja_part(s, (size_t)(p - begin), (size_t)(end - begin));
 }
 
-/* A code point in the other case, or itself if it has none. Letters beyond Latin, Greek and Cyrillic, and those whose
-   other case is not one letter or depends on the word, give UINT32_MAX: we refuse rather than guess. */
+/* Returns a code point in the other case, or the same one if it has no other. Returns UINT32_MAX for letters beyond
+   Latin, Greek and Cyrillic, and for those whose other case is not one letter or depends on the word: we refuse to
+   guess. */
 static uint32_t llm__jinja_recase(uint32_t code, unsigned is, bool upper) {
     static const struct {
         uint32_t first, last; /* upper case */
@@ -5300,13 +5312,13 @@ static llm__jinja_value llm__jinja_replace(llm__jinja_run *r, const llm__jinja_v
     return llm__jinja_finish(&b);
 }
 
-/* split() by white space, split(separator, most) and rsplit(separator, most). */
+/* split() at white space, split(separator, most) and rsplit(separator, most); `most` is the max number of cuts. */
 static llm__jinja_value llm__jinja_split(llm__jinja_run *r, const llm__jinja_value *s,
                                          const llm__jinja_value *separator, int64_t most, bool from_right) {
     llm__jinja_value list = llm__jinja_new_list(r);
     size_t at = 0, end = s->u.s.n;
     if (!separator) {
-        if (most >= 0) llm__jinja_error(r, "split by white space with a maximum is not supported");
+        if (most >= 0) llm__jinja_error(r, "split at white space with a maximum is not supported");
         const uint8_t *base = (const uint8_t *)s->u.s.at, *p = base, *last = base + end;
         while (p < last) {
             p = llm__unicode_skip(r->classes, p, last, LLM__SPACE, true);
@@ -5317,7 +5329,7 @@ static llm__jinja_value llm__jinja_split(llm__jinja_run *r, const llm__jinja_val
         return list;
     }
     if (!separator->u.s.n) llm__jinja_error(r, "split with an empty separator");
-    if (from_right && most >= 0) { /* skips what is left of the last `most` separators */
+    if (from_right && most >= 0) { /* cuts only at the last `most` separators, and skips those before them */
         size_t total = 0, found, skip = 0;
         for (size_t i = 0; (found = llm__jinja_search(r, s, separator, i)) != SIZE_MAX; i = found + separator->u.s.n)
             total++;
@@ -5328,7 +5340,7 @@ static llm__jinja_value llm__jinja_split(llm__jinja_run *r, const llm__jinja_val
             i = found + separator->u.s.n;
             at = i;
         }
-        if (skip) { /* the first part reaches to the separator after those that were skipped */
+        if (skip) { /* the first part ends at the first separator that is not skipped */
             found = llm__jinja_search(r, s, separator, at);
             size_t stop = found == SIZE_MAX ? end : found;
             llm__jinja_add(r, list.u.list, llm__jinja_part(s, 0, stop));
@@ -5499,7 +5511,7 @@ static void llm__jinja_put_newline(llm__jinja_run *r, llm__jinja_buffer *b, cons
     for (int64_t i = 0; i < l->indent * depth; i++) llm__jinja_put_text(r, b, " ");
 }
 
-/* The index of the key that comes next in sorted order after `done` ones. Keys are few, so it looks at all. */
+/* The index of the key that is next in sorted order after the first `done`. Looks at all keys, as there are few. */
 static void llm__jinja_sort_keys(llm__jinja_run *r, const llm__jinja_dict *d, size_t *order) {
     for (size_t i = 0; i < d->n / 2; i++) {
         size_t j = i;
@@ -5562,7 +5574,7 @@ static void llm__jinja_put_json(llm__jinja_run *r, llm__jinja_buffer *b, const l
 
 enum { LLM__JINJA_MAX_ARGS = 16 };
 
-/* Evaluated arguments. Those with names stand after the others. */
+/* Evaluated arguments. The named ones come last. */
 typedef struct llm__jinja_args {
     int n, n_positional;
     unsigned used; /* bit i: argument i has been used */
@@ -5570,7 +5582,7 @@ typedef struct llm__jinja_args {
     llm__str names[LLM__JINJA_MAX_ARGS];
 } llm__jinja_args;
 
-/* The argument at a place or of a name; NULL if it was not given. */
+/* Finds an argument by its place or its name. Returns NULL if it was not given. */
 static const llm__jinja_value *llm__jinja_arg(llm__jinja_args *a, int place, const char *name) {
     if (place >= 0 && place < a->n_positional) {
         a->used |= 1u << place;
@@ -5602,7 +5614,7 @@ static int64_t llm__jinja_int_arg(llm__jinja_run *r, llm__jinja_args *a, int pla
     return v->u.i;
 }
 
-/* A string argument; NULL if it is missing or none. */
+/* A string argument; NULL if it is missing or is `none`. */
 static const llm__jinja_value *llm__jinja_str_arg(llm__jinja_run *r, llm__jinja_args *a, int place, const char *name) {
     const llm__jinja_value *v = llm__jinja_arg(a, place, name);
     if (!v || v->type == LLM__J_NONE) return NULL;
@@ -5613,12 +5625,12 @@ static const llm__jinja_value *llm__jinja_str_arg(llm__jinja_run *r, llm__jinja_
 static void llm__jinja_args_done(llm__jinja_run *r, const llm__jinja_args *a) {
     for (int i = 0; i < a->n; i++)
         if (!(a->used >> i & 1)) {
-            if (i < a->n_positional) llm__jinja_error(r, "there are too many arguments");
+            if (i < a->n_positional) llm__jinja_error(r, "too many arguments");
             llm__jinja_error(r, "the argument '%.*s' is not supported", LLM__SHOW(a->names[i]));
         }
 }
 
-/* The items that a loop goes through: of a list these, of a dictionary its keys, of a string its characters. */
+/* What a loop iterates over: the items of a list, the keys of a dictionary, or the characters of a string. */
 static llm__jinja_list *llm__jinja_iterate(llm__jinja_run *r, const llm__jinja_value *v) {
     if (v->type == LLM__J_LIST) return v->u.list;
     llm__jinja_list *list = llm__jinja_new_list(r).u.list;
@@ -5682,7 +5694,7 @@ static llm__jinja_value llm__jinja_item(llm__jinja_run *r, const llm__jinja_valu
     return llm__jinja_part(v, llm__jinja_byte_of(v, (size_t)i), llm__jinja_byte_of(v, (size_t)i + 1));
 }
 
-/* Python's bounds of a slice of n items. */
+/* A bound of a slice of n items, by Python's rules. */
 static int64_t llm__jinja_bound(llm__jinja_run *r, const llm__jinja_value *v, int64_t n, int64_t step,
                                 int64_t missing) {
     if (v->type == LLM__J_NONE) return missing;
@@ -5758,7 +5770,7 @@ static llm__jinja_value llm__jinja_range(llm__jinja_run *r, llm__jinja_args *a) 
             step = llm__jinja_int_arg(r, a, 2, NULL, 1);
     if (a->n_positional < 1) llm__jinja_error(r, "range needs a number");
     if (a->n_positional == 1) first = 0;
-    if (step == 0) llm__jinja_error(r, "range has the step 0");
+    if (step == 0) llm__jinja_error(r, "range with a step of 0");
     for (int64_t i = first; step > 0 ? i < end : i > end;) {
         if (list.u.list->n == LLM__JINJA_RANGE)
             llm__jinja_error(r, "range gives more than %d numbers", LLM__JINJA_RANGE);
@@ -5837,8 +5849,8 @@ static llm__jinja_value llm__jinja_format(llm__jinja_run *r, const llm__jinja_va
             for (int k = a->n_positional; k < a->n && !v; k++)
                 if (llm__str_equal(a->names[k], name)) v = &a->values[k];
             n_numbered += name.n == 1 && llm__jinja_is_digit(*name.at);
-            if (next && n_numbered) llm__jinja_error(r, "format takes either {} or {0}");
-            if (!v) llm__jinja_error(r, "format lacks the argument {%.*s}", LLM__SHOW(name));
+            if (next && n_numbered) llm__jinja_error(r, "format cannot mix {} and {0}");
+            if (!v) llm__jinja_error(r, "format has no argument for {%.*s}", LLM__SHOW(name));
             llm__jinja_put_value(r, &b, v, 0);
             end++;
             continue;
@@ -5896,7 +5908,7 @@ static llm__jinja_value llm__jinja_string_method(llm__jinja_run *r, int number, 
     case LLM__JM_rfind:
     case LLM__JM_count: {
         x = llm__jinja_str_arg(r, a, 0, "sub");
-        if (!x || !x->u.s.n) llm__jinja_error(r, "find and count need a string that is not empty");
+        if (!x || !x->u.s.n) llm__jinja_error(r, "find and count need a non-empty string");
         int64_t count = 0, place = -1;
         for (size_t at = 0, found; (found = llm__jinja_search(r, s, x, at)) != SIZE_MAX;
              at = number == LLM__JM_count ? found + x->u.s.n : found + 1) {
@@ -5939,7 +5951,7 @@ static llm__jinja_value llm__jinja_string_method(llm__jinja_run *r, int number, 
     case LLM__JM_isspace:
         for (size_t i = 0; i < s->u.s.n; i++) {
             char c = s->u.s.at[i];
-            if ((uint8_t)c >= 0x80) llm__jinja_error(r, "isdigit and isspace are only known of ASCII");
+            if ((uint8_t)c >= 0x80) llm__jinja_error(r, "isdigit and isspace are supported for ASCII only");
             if (number == LLM__JM_isdigit ? !llm__jinja_is_digit(c) : !llm__jinja_is_space(c))
                 return llm__jinja_bool(false);
         }
@@ -5983,7 +5995,7 @@ static llm__jinja_value llm__jinja_call_method(llm__jinja_run *r, int number, co
     llm__jinja_type_error(r, "this method", v);
 }
 
-/* An attribute by a path such as "function.name", as map, sort and selectattr take it. */
+/* Looks up an attribute by a path such as "function.name", for map, sort and selectattr. */
 static llm__jinja_value llm__jinja_path(llm__jinja_run *r, const llm__jinja_value *v, const llm__jinja_value *path) {
     llm__jinja_value at = *v;
     if (path->type == LLM__J_INT) return llm__jinja_item(r, v, path);
@@ -6054,7 +6066,7 @@ static bool llm__jinja_run_test(llm__jinja_run *r, int number, const llm__jinja_
     }
 }
 
-/* The arguments from place `first` on. */
+/* The arguments from place `first` on, as arguments of their own. */
 static llm__jinja_args llm__jinja_args_from(llm__jinja_args *a, int first) {
     llm__jinja_args rest;
     memset(&rest, 0, sizeof rest);
@@ -6165,7 +6177,7 @@ static llm__jinja_value llm__jinja_tojson(llm__jinja_run *r, const llm__jinja_va
     llm__jinja_buffer b = {NULL, NULL, 0, 0};
     l.ascii = llm__jinja_flag_arg(a, 0, "ensure_ascii", false);
     l.indent = llm__jinja_int_arg(r, a, 1, "indent", -1);
-    if (l.indent > 64) llm__jinja_error(r, "tojson indents by more than 64");
+    if (l.indent > 64) llm__jinja_error(r, "tojson with an indent above 64");
     l.comma = l.indent < 0 ? llm__jinja_text(", ", 2) : llm__jinja_text(",", 1);
     l.colon = llm__jinja_text(": ", 2);
     const llm__jinja_value *separators = llm__jinja_arg(a, 2, "separators");
@@ -6211,7 +6223,7 @@ static llm__jinja_value llm__jinja_map(llm__jinja_run *r, const llm__jinja_list 
     const llm__jinja_value *attribute = llm__jinja_arg(a, -1, "attribute"), *missing = llm__jinja_arg(a, -1, "default");
     const llm__jinja_value *name = attribute ? NULL : llm__jinja_str_arg(r, a, 0, NULL);
     int filter = name ? llm__jinja_find(llm__jinja_filters, llm__jinja_str(name)) : -1;
-    if (!attribute && filter < 0) llm__jinja_error(r, "map needs an attribute or a filter that is supported");
+    if (!attribute && filter < 0) llm__jinja_error(r, "map needs an attribute or a supported filter");
     for (size_t i = 0; i < items->n; i++) {
         llm__jinja_value v;
         if (attribute) {
@@ -6414,7 +6426,7 @@ static void llm__jinja_eval_args(llm__jinja_run *r, const llm__jinja_node *node,
     for (; node; node = node->next) {
         bool named = node->kind == LLM__J_PLUS && node->op == '=';
         if (a->n == LLM__JINJA_MAX_ARGS) llm__jinja_error(r, "more than %d arguments", LLM__JINJA_MAX_ARGS);
-        if (!named && a->n > a->n_positional) llm__jinja_error(r, "an argument without a name after one with a name");
+        if (!named && a->n > a->n_positional) llm__jinja_error(r, "a positional argument after a named one");
         a->names[a->n] = node->name;
         a->values[a->n++] = llm__jinja_eval(r, named ? node->a : node);
         a->n_positional += !named;
@@ -6493,7 +6505,7 @@ static llm__jinja_value llm__jinja_repeat(llm__jinja_run *r, const llm__jinja_va
     return v->type == LLM__J_STR ? llm__jinja_finish(&b) : list;
 }
 
-/* Appends a string, with the characters that HTML treats specially escaped if `escape`. */
+/* Appends a string. With `escape` the characters that are special in HTML are escaped. */
 static void llm__jinja_put_escaped(llm__jinja_run *r, llm__jinja_buffer *b, const llm__jinja_value *s, bool escape) {
     static const char special[] = "&<>'\"";
     static const char *const escapes[] = {"&amp;", "&lt;", "&gt;", "&#39;", "&#34;"};
@@ -6534,7 +6546,7 @@ static llm__jinja_value llm__jinja_arithmetic(llm__jinja_run *r, int op, const l
     if (!llm__jinja_is_number(b)) llm__jinja_type_error(r, "arithmetic", b);
     double x = llm__jinja_as_double(a), y = llm__jinja_as_double(b);
     bool whole = a->type != LLM__J_FLOAT && b->type != LLM__J_FLOAT;
-    if ((op == '/' || op == 'f' || op == '%') && y == 0) llm__jinja_error(r, "a division by zero");
+    if ((op == '/' || op == 'f' || op == '%') && y == 0) llm__jinja_error(r, "division by zero");
     if (!whole || op == '/') {
         switch (op) {
         case '+': return llm__jinja_float(x + y);
@@ -6685,7 +6697,7 @@ static llm__jinja_value llm__jinja_eval(llm__jinja_run *r, const llm__jinja_node
     return v;
 }
 
-/* Assigns to one name, or the items of a value to several. */
+/* Assigns a value to one name, or the items of a value to several names. */
 static void llm__jinja_assign_targets(llm__jinja_run *r, const llm__jinja_node *targets, const llm__jinja_value *v) {
     const llm__jinja_list *items = NULL;
     size_t i = 0;
@@ -6748,7 +6760,7 @@ static void llm__jinja_exec_for(llm__jinja_run *r, const llm__jinja_node *node) 
     r->scope = outside;
 }
 
-/* Runs the body of a block into a string and applies the block's filters, whose innermost operand is a constant. */
+/* Runs the body of a block, captures its text as a string, and applies the filters of the block to it. */
 static llm__jinja_value llm__jinja_captured(llm__jinja_run *r, const llm__jinja_node *node) {
     llm__jinja_buffer out = r->out;
     llm__jinja_args args;
@@ -6832,7 +6844,7 @@ static void llm__jinja_exec(llm__jinja_run *r, const llm__jinja_node *list) {
     r->depth--;
 }
 
-/* A JSON text as a value. Its strings are the host's. */
+/* Makes a value from JSON. Its strings count as the host's. */
 static llm__jinja_value llm__jinja_from_json(llm__jinja_run *r, const llm__json *v) {
     llm__jinja_value value;
     llm__jinja_step(r, 1);
@@ -6867,7 +6879,7 @@ static void llm__jinja_set_variable(llm__jinja_run *r, const char *name, llm__ji
     llm__jinja_assign(r, key, v);
 }
 
-/* Prepares a run; variables are set before llm__jinja_exec. */
+/* Prepares a run. Set the variables after this and before llm__jinja_exec. */
 static void llm__jinja_begin(llm__jinja_run *r, llm__env *env, const llm__unicode_classes *classes) {
     memset(r, 0, sizeof *r);
     r->env = env;
@@ -10980,8 +10992,9 @@ static void llm__math_sincos(double x, float *sine, float *cosine) {
 
 /* ==== 14 The CPU backend: threads and weights ===================================================================
 
-   A team of threads runs one task on all its members at once; the calling thread is member 0. Inside the task they
-   meet at barriers. Members spin a little for the next task, then sleep, so an idle context costs nothing. */
+   A team is a set of threads that run one task together. The calling thread is member 0. Inside the task the members
+   wait for each other at barriers. A member without a task spins for a short time, then sleeps, so an idle context uses
+   no processor time. */
 
 #ifndef LLM_NO_THREADS
 #if defined(_WIN32)
@@ -11038,45 +11051,46 @@ typedef struct llm__team_member {
 #endif
 } llm__team_member;
 
-/* A member's share of a phase's pieces; alone in its lines of the cache. */
+/* A member's share of the pieces of a phase. Padded, so that no two shares are in one cache line. */
 typedef struct llm__team_share {
     int n_taken; /* atomic */
-    char alone[124];
+    char pad[124];
 } llm__team_share;
 
 struct llm__team {
-    /* Nothing of this changes during a task, so that all members keep it in their caches. */
+    /* These do not change during a task, so every member can keep them in its cache. */
     int n;
     void (*task)(void *arg, int index);
     void *arg;
     void (*parallel)(void *user, int n, void (*task)(void *arg, int i), void *arg); /* the host's, or NULL */
     void *user;
-    llm__team_share *shares; /* [2][n] of even and of odd phases */
-    bool running;            /* a task that the caller has not come back from */
+    llm__team_share *shares; /* [2][n] for even and for odd phases */
+    bool running;            /* the caller has not returned from the current task yet */
     bool stop;
     llm__team_member *members; /* [n - 1], the caller is not among them */
     int n_started;
-    /* Atomic, in lines of their own: members that wait read the round, those that arrive write the number. */
+    /* Atomic, and padded into separate cache lines: waiting members read the round, arriving members write the
+       number. */
     char before[128];
     int n_at_barrier;
     char between[124];
-    unsigned barrier_round; /* counts barriers, and job tasks; both may wrap */
+    unsigned barrier_round; /* counts barriers; may wrap around, as `job` may, which counts tasks */
     char after[124];
     unsigned job;
     int n_working;
 #ifndef LLM_NO_THREADS
     int n_asleep; /* atomic: members that sleep at the barrier */
     llm__os_mutex mutex;
-    llm__os_cond wake; /* a job is there, or a barrier is open */
+    llm__os_cond wake; /* signalled when there is a job, or when a barrier opens */
 #endif
 };
 
 enum {
-    LLM__SPINS = 256,   /* pauses (6 us on Zen 4) in which a member that comes is soon here */
-    LLM__YIELDS = 32,   /* pauses between two yields after that: the late member may want this core */
-    LLM__SLEEPY = 2048, /* pauses, and yields, after which a member that waits at a barrier sleeps */
-    LLM__IDLE = 20000,  /* pauses after which a member without a job sleeps */
-    LLM__NEIGHBOURS = 8 /* members whose shares a member looks into when its own is empty */
+    LLM__SPINS = 256,   /* a waiting member only spins for this many pauses (6 us on Zen 4): most waits are shorter */
+    LLM__YIELDS = 32,   /* then it yields every 32 pauses, since the late member may need this core */
+    LLM__SLEEPY = 2048, /* after this many pauses at a barrier it sleeps */
+    LLM__IDLE = 20000,  /* after this many pauses without a job it sleeps */
+    LLM__NEIGHBOURS = 8 /* a member whose share is empty looks into the shares of this many others */
 };
 
 static void llm__team_spin_pause(unsigned round) {
@@ -11094,10 +11108,11 @@ static void llm__team_spin_pause(unsigned round) {
 }
 
 #ifndef LLM_NO_THREADS
-/* Sleeps until the barrier of this round is open. */
+/* Sleeps until the barrier of this round opens. */
 static void llm__team_barrier_sleep(llm__team *team, unsigned round) {
     llm__os_mutex_lock(&team->mutex);
-    __atomic_add_fetch(&team->n_asleep, 1, __ATOMIC_SEQ_CST); /* before the round is read: who opens does it in turn */
+    /* Count first, then read the round: the member that opens the barrier writes the round, then reads the count. */
+    __atomic_add_fetch(&team->n_asleep, 1, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&team->barrier_round, __ATOMIC_SEQ_CST) == round)
         llm__os_cond_wait(&team->wake, &team->mutex);
     __atomic_sub_fetch(&team->n_asleep, 1, __ATOMIC_SEQ_CST);
@@ -11105,8 +11120,8 @@ static void llm__team_barrier_sleep(llm__team *team, unsigned round) {
 }
 #endif
 
-/* Waits until all members are here. What any of them wrote before is seen by all after. A member that is late for long has
-   no core: those that wait then sleep, so that it gets one of theirs. */
+/* Waits until all members have arrived. Afterwards each sees what the others wrote before. A member that is very late
+   probably has no core, so the waiting members sleep and leave it one of theirs. */
 static void llm__team_barrier(llm__team *team) {
     if (team->n == 1) return;
     unsigned round = __atomic_load_n(&team->barrier_round, __ATOMIC_ACQUIRE);
@@ -11129,12 +11144,12 @@ static void llm__team_barrier(llm__team *team) {
     }
 }
 
-/* One member's view of a task that goes through phases. In a phase the members take pieces 0 .. n-1 until none are
-   left, and meet. Each begins with its share, the index'th part of the pieces, which in each phase are about the same
-   rows or columns, so that it finds in its cache what it left there; then it helps its neighbours. */
+/* One member's view of a task with phases. A phase consists of pieces 0 .. n-1 and ends in a barrier. Each member first
+   takes the pieces of its own share, which is the index'th part of them; then it helps its neighbours. Its share is
+   about the same rows or columns in every phase, so that it finds them in its cache. */
 typedef struct llm__team_worker {
     llm__team *team;
-    int index, n_done; /* shares in which nothing is left */
+    int index, n_done; /* n_done: empty shares so far, beginning with its own */
     int phase;         /* 0 or 1: which of the two sets of shares it uses */
 } llm__team_worker;
 
@@ -11152,7 +11167,8 @@ static int llm__team_take(llm__team_worker *w, int n) {
     return -1;
 }
 
-/* The next phase's shares are those of the phase before, which all have left: each member makes its own whole again. */
+/* Ends a phase. There are two sets of shares, used in turn. All members have left the phase that used the next set, so
+   each can refill its own share of that set before the barrier. */
 static void llm__team_finish(llm__team_worker *w) {
     w->phase = 1 - w->phase;
     __atomic_store_n(&w->team->shares[w->phase * w->team->n + w->index].n_taken, 0, __ATOMIC_RELAXED);
@@ -11160,7 +11176,7 @@ static void llm__team_finish(llm__team_worker *w) {
     w->n_done = 0;
 }
 
-/* A member's part of the task. */
+/* Runs the task as one member. */
 static void llm__team_member_task(void *arg, int index) {
     llm__team *team = (llm__team *)arg;
     team->task(team->arg, index);
@@ -11205,8 +11221,8 @@ static void llm__team_stop(void *data) {
 
 typedef void llm__team_parallel_fn(void *user, int n, void (*task)(void *arg, int i), void *arg);
 
-/* A team of n: the host's threads if it has a function for that, else own ones, which end when the team is freed. Where
-   the system gives fewer threads, the team is smaller. */
+/* Creates a team of n. With `parallel` it uses the host's threads. Otherwise it starts its own, which end when the team
+   is freed; if the system does not start all of them, the team is smaller. */
 static llm__team *llm__team_create(llm__env *env, int n, llm__team_parallel_fn *parallel, void *user) {
     llm__team_member *members = (llm__team_member *)llm__alloc_zero(env, (size_t)n, sizeof *members);
     llm__team_share *shares = (llm__team_share *)llm__alloc_zero(env, (size_t)n * 2, sizeof *shares);
@@ -11220,7 +11236,7 @@ static llm__team *llm__team_create(llm__env *env, int n, llm__team_parallel_fn *
     llm__os_mutex_init(&team->mutex);
     llm__os_cond_init(&team->wake);
     llm__pool_on_free(team, llm__team_stop);
-    for (; team->n < n; team->n++) { /* not if there is `parallel` */
+    for (; team->n < n; team->n++) { /* no rounds if there is `parallel` */
         llm__team_member *member = &members[team->n - 1];
         member->team = team;
         member->index = team->n;
@@ -11239,7 +11255,7 @@ static void llm__team_free(llm__pool *pool, llm__team *team) {
     llm__free(pool, shares);
 }
 
-/* Waits until the other members have ended the task. */
+/* Waits until the other members have finished the task. */
 static void llm__team_wait(llm__team *team) {
     for (unsigned i = 0; __atomic_load_n(&team->n_working, __ATOMIC_ACQUIRE) > 0; i++) llm__team_spin_pause(i);
     team->running = false;
@@ -11266,11 +11282,11 @@ static void llm__team_run(llm__team *team, void (*task)(void *arg, int index), v
 
 /* ---- How many cores there are ----
 
-   Linux says it in files. `root` stands before their paths: it is empty, but for tests. */
+   Linux tells this in files. `root` is put before their paths: tests pass a directory, everything else "". */
 
 enum { LLM__MOST_CPUS = 1024 };
 
-/* A small file as text; false if there is none. */
+/* Reads a small file as text. Returns false if there is none. */
 static bool llm__cores_read(const char *root, const char *path, char *text, size_t size) {
     char whole[1024];
     if (snprintf(whole, sizeof whole, "%s%s", root, path) >= (int)sizeof whole) return false;
@@ -11282,7 +11298,8 @@ static bool llm__cores_read(const char *root, const char *path, char *text, size
     return n > 0;
 }
 
-/* A number that names the core of a processor, one for all its hardware threads; the processor's own where none is told. */
+/* A number that identifies the core to which processor `cpu` (a hardware thread) belongs. If the system does not tell,
+   the processor counts as a core of its own. */
 static int64_t llm__cores_name(const char *root, int cpu) {
     char path[96], text[32];
     snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/core_id", cpu);
@@ -11293,7 +11310,7 @@ static int64_t llm__cores_name(const char *root, int cpu) {
     return core < 0 ? -1 - cpu : package << 32 | core;
 }
 
-/* The cores of which this process may use a hardware thread; in a hybrid, large and small ones. */
+/* The number of cores of which this process may use at least one hardware thread. Large and small cores count alike. */
 static int llm__cores_allowed(const char *root, const uint8_t allowed[LLM__MOST_CPUS]) {
     int64_t names[LLM__MOST_CPUS];
     int n = 0;
@@ -11306,13 +11323,14 @@ static int llm__cores_allowed(const char *root, const uint8_t allowed[LLM__MOST_
     return n;
 }
 
-/* The processors that a group has time for; LLM__MOST_CPUS: it has no limit. Version 2 has "QUOTA PERIOD" in one file. */
+/* The number of processors to which a control group limits its processes, rounded down but at least 1; LLM__MOST_CPUS
+   if it sets no limit. Version 2 of control groups has "QUOTA PERIOD" in one file, version 1 has two files. */
 static int llm__cores_quota(const char *root, const char *group, bool version_2) {
     char path[768], text[64];
     double quota = 0, period = 0;
     snprintf(path, sizeof path, version_2 ? "%s/cpu.max" : "%s/cpu.cfs_quota_us", group);
     if (!llm__cores_read(root, path, text, sizeof text)) return LLM__MOST_CPUS;
-    int n = sscanf(text, "%lf %lf", &quota, &period); /* or "max" */
+    int n = sscanf(text, "%lf %lf", &quota, &period); /* the file may also say "max" */
     if (!version_2) {
         snprintf(path, sizeof path, "%s/cpu.cfs_period_us", group);
         n += llm__cores_read(root, path, text, sizeof text) && sscanf(text, "%lf", &period) == 1;
@@ -11321,7 +11339,8 @@ static int llm__cores_quota(const char *root, const char *group, bool version_2)
     return quota < period ? 1 : (int)(quota / period);
 }
 
-/* The same of this process's group and all above it. In a container these may be out of sight: then the mount's own. */
+/* The lowest limit of this process's control group and of all groups above it. A container may not see some of these
+   groups; the loop ends with the root of the mount, which it does see. */
 static int llm__cores_group(const char *root) {
     char text[4096], group[512];
     int least = LLM__MOST_CPUS;
@@ -11353,7 +11372,7 @@ static int llm__cores_count(const char *root, const uint8_t allowed[LLM__MOST_CP
 }
 #endif
 
-/* One thread per physical core this process may use, but not more than it is given time for. */
+/* One thread per physical core that this process may use, but not more than its control groups allow. */
 static int llm__team_default_threads(void) {
 #if defined(LLM_NO_THREADS)
     return 1;
@@ -11366,7 +11385,7 @@ static int llm__team_default_threads(void) {
         for (DWORD i = 0; i < size / sizeof *info; i++)
             n += info[i].Relationship == RelationProcessorCore && (info[i].ProcessorMask & process) != 0;
     if (n) return n;
-    SYSTEM_INFO system; /* it spreads over several groups of 64 processors */
+    SYSTEM_INFO system; /* the process uses several groups of 64 processors, for which the mask is 0 */
     GetSystemInfo(&system);
     return (int)system.dwNumberOfProcessors;
 #else
@@ -11374,7 +11393,7 @@ static int llm__team_default_threads(void) {
 #if defined(__linux__)
     uint8_t allowed[LLM__MOST_CPUS];
     for (int i = 0; i < LLM__MOST_CPUS; i++) allowed[i] = i < n;
-#if defined(CPU_ISSET) /* not where a host included its headers first, without extensions */
+#if defined(CPU_ISSET) /* missing if the host included sched.h before llm.h without _GNU_SOURCE */
     cpu_set_t set;
     bool known = !sched_getaffinity(0, sizeof set, &set);
     for (int i = 0; known && i < LLM__MOST_CPUS; i++) allowed[i] = i < CPU_SETSIZE && CPU_ISSET(i, &set);
@@ -11396,17 +11415,17 @@ typedef struct llm__cpu_layer {
 
 typedef struct llm__cpu_model {
     llm__pool pool;
-    llm_backend_shape whole, shape; /* of the whole model; of this rank, which may have fewer heads */
-    llm__ranks_range layer_range, heads, key_heads, embd, ff, vocab; /* of the whole, what this rank has */
+    llm_backend_shape whole, shape; /* the whole model's; this rank's, with its own numbers of layers and heads */
+    llm__ranks_range layer_range, heads, key_heads, embd, ff, vocab; /* which part of the whole this rank has */
     bool is_last_stage;
-    int group; /* query heads that share a key head, on all ranks together */
+    int group; /* query heads that share a key head, in the whole model */
     llm_dtype dtype;
     const llm__kernels *kernels;
     llm__team *team;     /* for loading; NULL afterwards */
-    uint8_t *room, *end; /* of the matrices, which lie one behind the other */
+    uint8_t *room, *end; /* the rest of the memory for matrices, which follow each other */
     llm__cpu_layer *layers;
     float *output_norm;
-    llm__matrix embedding, head; /* the same if tied */
+    llm__matrix embedding, head; /* both have the same data if tied */
 } llm__cpu_model;
 
 typedef struct llm__cpu_open_args {
@@ -11421,8 +11440,8 @@ static void llm__cpu_close(void *model) {
     llm__pool_free(&pool);
 }
 
-/* Weights and cache are read from end to end for each token. In pages of 2 MB, where the system has them, that needs few
-   translations of addresses, and the memory is had faster. */
+/* Every token reads all weights and the cache. With pages of 2 MB, where the system has them, that takes fewer address
+   translations, and the system provides the memory faster. */
 enum { LLM__HUGE_PAGE = 1 << 21 };
 
 static void llm__cpu_use_huge_pages(void *block, size_t size) {
@@ -11436,7 +11455,7 @@ static void llm__cpu_use_huge_pages(void *block, size_t size) {
 #endif
 }
 
-/* The pool lives inside the object it owns: it moves there once the object's memory is had. */
+/* The pool is stored inside the object it owns. It is copied there at the end, once the object is complete. */
 static void llm__cpu_open_body(llm__env *env, void *arg) {
     llm__cpu_open_args *args = (llm__cpu_open_args *)arg;
     llm__cpu_model *m = (llm__cpu_model *)llm__alloc_zero(env, 1, sizeof *m);
@@ -11479,7 +11498,7 @@ typedef struct llm__cpu_upload_args {
     llm__cpu_model *model;
     const llm_backend_weight *weight;
     llm__matrix *matrix;
-    float *rows; /* scratch, 16 rows a thread */
+    float *rows; /* scratch: 16 rows for each thread */
 } llm__cpu_upload_args;
 
 static void llm__cpu_pack_task(void *arg, int index) {
@@ -11508,7 +11527,7 @@ static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const l
     llm__free(env->pool, args.rows);
 }
 
-/* A row, or a column. */
+/* Copies a weight that is a single row or a single column. */
 static float *llm__cpu_upload_vector(llm__env *env, const llm_backend_weight *weight) {
     float *v = (float *)llm__alloc(env, (size_t)weight->rows * (size_t)weight->cols, sizeof *v);
     for (int i = 0; i < weight->rows; i++) weight->read_row(weight, i, v + (size_t)i * (size_t)weight->cols);
@@ -11532,7 +11551,8 @@ static void llm__cpu_upload_body(llm__env *env, void *arg) {
     case LLM_WEIGHT_GATE_UP: llm__cpu_upload_matrix(env, m, w, &layer->gate_up); break;
     case LLM_WEIGHT_DOWN:
         llm__cpu_upload_matrix(env, m, w, &layer->down);
-        if (!layer->down.panels) layer->gate_up.panels = false; /* whose results would be packed */
+        /* The panels of gate_up write packed rows, which only the panels of down can read. */
+        if (!layer->down.panels) layer->gate_up.panels = false;
         break;
     case LLM_WEIGHT_OUTPUT_NORM: m->output_norm = llm__cpu_upload_vector(env, w); break;
     case LLM_WEIGHT_HEAD: llm__cpu_upload_matrix(env, m, w, &m->head); break;
@@ -11556,21 +11576,22 @@ static llm_status llm__cpu_upload(void *model, const llm_backend_weight *weight,
 
 /* ==== 15 Communication ==========================================================================================
 
-   Ranks share the outputs of each matrix, and bring together what they have before it is needed whole: what attention
-   gives, what the feed-forward network's first half gives, and the residual stream after each of the two. An output is
-   computed as on one rank, so the bits are the same for any number of ranks.
+   In tensor parallel each rank computes some of the outputs of every matrix. The next matrix needs all of them, so the
+   ranks exchange their parts: the results of attention, those of the first half of the feed-forward network, and the
+   residual stream after each of the two. Every output is computed as on one rank, so the bits are the same for any
+   number of ranks.
 
-   The other way is to share the inputs of every second matrix and to add the ranks' sums, in slices of k that do not
-   depend on the number of ranks. It needs 2 meetings a layer instead of 4, but for up to 64 ranks it needs 64 slices,
-   and each meeting carries them all, 32 times as much as here for 2 ranks. If each rank adds the slices of its own
-   outputs, there are 4 meetings again. */
+   The other way is to share the inputs of every second matrix and to add the sums of all ranks. That takes 2 exchanges
+   a layer instead of 4. But floating-point sums depend on how k is cut. For the same bits on up to 64 ranks, k would
+   always be cut into 64 slices, and each exchange would carry the sums of all 64: for 2 ranks 32 times the data of an
+   exchange here. If each rank added the slices of its own outputs, there would be 4 exchanges again. */
 
 enum {
     LLM__RANKS_MOST = 1024,
-    LLM__RANKS_VERSION = 1 /* grows when what ranks exchange, or how they share the weights, changes */
+    LLM__RANKS_VERSION = 1 /* increase it when ranks exchange different data, or share the weights in another way */
 };
 
-/* The bytes that rank `rank` has of row `row`: from *from up to what is returned. */
+/* Rank `rank` has bytes *from to end - 1 of row `row`; returns end. It has none if end <= *from. */
 static size_t llm__comm_part(const llm_exchange *x, int rank, int size, size_t row, size_t *from) {
     size_t n = (size_t)x->n_units, begin = n * (size_t)rank / (size_t)size, end = n * ((size_t)rank + 1) / (size_t)size;
     if (x->tokens) {
@@ -11596,7 +11617,7 @@ static bool llm__comm_same_call(const llm_exchange *a, const llm_exchange *b) {
            a->n_units == b->n_units && !a->tokens == !b->tokens;
 }
 
-/* What rank `from` has, on all of them. */
+/* Copies n bytes from rank `from` to all ranks. */
 static llm_status llm__comm_broadcast(llm_comm *comm, int from, void *data, size_t n, llm_error *err) {
     unsigned flags = 0;
     const int32_t whose = from;
@@ -11604,8 +11625,8 @@ static llm_status llm__comm_broadcast(llm_comm *comm, int from, void *data, size
     return comm->exchange(comm, &x, &flags, err);
 }
 
-/* Each rank says how it fared. All return what the first of those that failed says; *err tells on the others which rank
-   that is. */
+/* Every rank passes its status. A rank that failed returns its own. The others return that of the first rank that
+   failed, and *err names this rank and has its message; they return LLM_OK if none failed. */
 static llm_status llm__comm_agree(llm_comm *comm, llm_status status, llm_error *err) {
     int32_t all[LLM__RANKS_MOST];
     unsigned flags = 0;
@@ -11625,8 +11646,8 @@ static llm_status llm__comm_agree(llm_comm *comm, llm_status status, llm_error *
     return llm__error(err, (llm_status)all[rank], "rank %d: %s", rank, first.message);
 }
 
-/* The same of all ranks of a model. `patient`: they were loading, or making room, which takes some longer than others.
-   */
+/* The same for all ranks of a model. With `patient` they wait 100 times as long: they were loading or allocating, which
+   takes some ranks longer than others. */
 static llm_status llm__ranks_agree(llm_comm *tensor, llm_comm *pipeline, bool patient, llm_status status,
                                    llm_error *err) {
     llm_comm *comms[2] = {tensor, pipeline};
@@ -11640,7 +11661,7 @@ static llm_status llm__ranks_agree(llm_comm *tensor, llm_comm *pipeline, bool pa
     return status;
 }
 
-/* Fails on all ranks if a hash is not the same on all of them. */
+/* Fails on all ranks if they do not all pass the same hash. */
 static llm_status llm__ranks_agree_on_hash(llm_comm *tensor, llm_comm *pipeline, uint64_t hash, const char *what,
                                            llm_error *err) {
     llm_comm *comms[2] = {tensor, pipeline};
@@ -11657,13 +11678,13 @@ static llm_status llm__ranks_agree_on_hash(llm_comm *tensor, llm_comm *pipeline,
     return status;
 }
 
-/* Another way to the same ranks, if there are any. */
+/* Another comm for the same ranks. *out is NULL if there are no ranks. */
 static llm_status llm__comm_duplicate(llm_comm *comm, llm_comm **out, llm_error *err) {
     *out = NULL;
     return comm ? comm->duplicate(comm, out, err) : LLM_OK;
 }
 
-/* Does any rank say so? Where the ranks cannot be asked, the next pass will say why. */
+/* Did any rank pass true? An exchange that fails here is not reported: the next pass fails, and says why. */
 static bool llm__ranks_any(llm_comm *tensor, llm_comm *pipeline, bool said) {
     llm_comm *comms[2] = {tensor, pipeline};
     unsigned flags = said;
@@ -11675,7 +11696,7 @@ static bool llm__ranks_any(llm_comm *tensor, llm_comm *pipeline, bool said) {
     return flags != 0;
 }
 
-/* What the first rank's clock said, so that what follows from it is the same on all. */
+/* Returns the first rank's `seconds` on all ranks, so that decisions that depend on time are the same on all. */
 static double llm__ranks_first_seconds(llm_comm *tensor, llm_comm *pipeline, double seconds) {
     if (tensor) llm__comm_broadcast(tensor, 0, &seconds, sizeof seconds, NULL);
     if (pipeline) llm__comm_broadcast(pipeline, 0, &seconds, sizeof seconds, NULL);
@@ -11684,42 +11705,42 @@ static double llm__ranks_first_seconds(llm_comm *tensor, llm_comm *pipeline, dou
 
 /* ---- Threads of one process ----
 
-   They meet at a hub in memory that all see, and copy from each other's. Whoever finds that something is wrong breaks
-   the hub; from then on all calls fail. */
+   The ranks share a hub, and each copies directly from the memory of the others. A rank that finds an error breaks the
+   hub; from then on all calls on it fail. */
 
-enum { LLM__COMM_SLOTS = 64 }; /* messages that can be on their way from one rank to another */
+enum { LLM__COMM_SLOTS = 64 }; /* max messages that one rank has sent to another, and that are not received yet */
 
-/* What one rank lets the others know; alone in its lines of the cache. */
+/* What one rank tells the others. Padded, so that no two seats are in one cache line. */
 typedef struct llm__hub_seat {
-    int64_t n_arrived; /* atomic: exchanges that this rank has come to               */
-    int64_t n_left;    /* atomic: exchanges in which it has read what it needs       */
+    int64_t n_arrived; /* atomic: exchanges that this rank has begun                 */
+    int64_t n_left;    /* atomic: exchanges in which it has read all that it needs   */
     int n_readers;     /* atomic: ranks that may be reading this rank's memory       */
-    bool gone;         /* atomic                                                     */
+    bool gone;         /* atomic: the rank has freed its comm                        */
     unsigned flags;
     llm_exchange exchange;
-    char alone[64];
+    char pad[64];
 } llm__hub_seat;
 
-/* Messages from one rank to another. */
+/* The messages from one rank to another. They stay in the sender's memory until they are received. */
 typedef struct llm__hub_link {
     int64_t n_sent, n_taken; /* atomic */
     const void *data[LLM__COMM_SLOTS];
     size_t n[LLM__COMM_SLOTS];
-    char alone[64];
+    char pad[64];
 } llm__hub_link;
 
 typedef struct llm__hub {
     llm__pool pool;
     int size, n_users; /* n_users is atomic                                                */
-    int broken;        /* atomic: 1 while the reason is being written, 2 when it is there  */
+    int broken;        /* atomic: 1 while `why` is being written, 2 once it is complete    */
     char why[400];
     llm_comm *comms;      /* [size]       */
     llm__hub_seat *seats; /* [size]       */
     llm__hub_link *links; /* [size][size] */
 } llm__hub;
 
-/* While a rank waits for another: where there are more ranks than cores, that one may need this core. Then true: it is
-   time to look at the clock. */
+/* One pause of a rank that waits for another. After LLM__SPINS of them it yields now and then, because the other rank
+   may need this core. Returns true after a yield: time to look at the clock. */
 static bool llm__comm_pause(unsigned round) {
     llm__team_spin_pause(round);
     return round >= LLM__SPINS && round % LLM__YIELDS == 0;
@@ -11733,7 +11754,7 @@ static void llm__hub_abort(llm_comm *comm, const char *why) {
     __atomic_store_n(&hub->broken, 2, __ATOMIC_SEQ_CST);
 }
 
-/* Fails with the reason for which the hub is broken, once no other rank reads this rank's memory. */
+/* Waits until no other rank reads this rank's memory, then fails with the reason why the hub is broken. */
 static llm_status llm__hub_fail(llm_comm *comm, llm_error *err) {
     llm__hub *hub = (llm__hub *)comm->user;
     for (unsigned i = 0; __atomic_load_n(&hub->broken, __ATOMIC_SEQ_CST) != 2; i++) llm__comm_pause(i);
@@ -11768,8 +11789,8 @@ static llm_status llm__hub_wait(llm_comm *comm, int other, const int64_t *counte
     return LLM_OK;
 }
 
-/* Says that this rank is about to read another's memory. That stays until the reader is counted off again: a rank whose
-   hub is broken waits for its readers, and no new ones come. */
+/* Call this before reading another rank's memory, and do not read if it returns false. The other rank does not return
+   from a broken hub, so its memory stays valid, until all its readers have called llm__hub_read_ends. */
 static bool llm__hub_read_begins(llm__hub *hub, int other) {
     __atomic_add_fetch(&hub->seats[other].n_readers, 1, __ATOMIC_SEQ_CST);
     return !__atomic_load_n(&hub->broken, __ATOMIC_SEQ_CST);
@@ -11779,13 +11800,13 @@ static void llm__hub_read_ends(llm__hub *hub, int other) {
     __atomic_sub_fetch(&hub->seats[other].n_readers, 1, __ATOMIC_SEQ_CST);
 }
 
-/* Copies what another rank has, which has arrived. */
+/* Copies the part of a rank that has arrived. */
 static llm_status llm__hub_copy(llm_comm *comm, int other, const llm_exchange *x, llm_error *err) {
     llm__hub *hub = (llm__hub *)comm->user;
     const llm_exchange *y = &hub->seats[other].exchange;
     if (!llm__comm_same_call(x, y))
-        return llm__hub_break(comm, err, "rank %d makes another call than rank %d; all ranks must make the same", other,
-                              comm->rank);
+        return llm__hub_break(comm, err, "rank %d makes another call than rank %d; all ranks must make the same calls",
+                              other, comm->rank);
     bool allowed = llm__hub_read_begins(hub, other);
     for (size_t row = 0, from; row < x->n_rows && allowed; row++) {
         size_t end = llm__comm_part(x, other, comm->size, row, &from);
@@ -11848,8 +11869,7 @@ static llm_status llm__hub_receive(llm_comm *comm, int from, void *data, size_t 
     llm_status status = llm__hub_wait(comm, from, &link->n_sent, link->n_taken + 1, err);
     if (status) return status;
     if (link->n[slot] != n)
-        return llm__hub_break(comm, err, "rank %d sent rank %d a message of another size than it waits for", from,
-                              comm->rank);
+        return llm__hub_break(comm, err, "rank %d sent rank %d a message of the wrong size", from, comm->rank);
     bool allowed = llm__hub_read_begins(hub, from);
     if (allowed) memcpy(data, link->data[slot], n);
     llm__hub_read_ends(hub, from);
@@ -11875,8 +11895,7 @@ typedef struct llm__hub_args {
 static void llm__hub_body(llm__env *env, void *arg) {
     llm__hub_args *args = (llm__hub_args *)arg;
     if (args->size < 1 || args->size > LLM__RANKS_MOST)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "there cannot be %d ranks; 1 to %d can be", args->size,
-                  (int)LLM__RANKS_MOST);
+        llm__fail(env, LLM_ERROR_ARGUMENT, "size is %d; it must be 1 to %d ranks", args->size, (int)LLM__RANKS_MOST);
     size_t n = (size_t)args->size;
     llm__hub *hub = (llm__hub *)llm__alloc_zero(env, 1, sizeof *hub);
     hub->size = hub->n_users = args->size;
@@ -11910,7 +11929,7 @@ static llm_status llm__hub_create(llm__hub_args *args, const llm_host *host, llm
     return status;
 }
 
-/* The first rank makes the new hub; the others hear where it is. */
+/* The first rank creates the new hub and sends its address to the others. */
 static llm_status llm__hub_duplicate(llm_comm *comm, llm_comm **out, llm_error *err) {
     llm__hub *hub = (llm__hub *)comm->user;
     llm_comm *made[LLM__RANKS_MOST], *first = NULL;
@@ -11926,7 +11945,7 @@ static llm_status llm__hub_duplicate(llm_comm *comm, llm_comm **out, llm_error *
         for (int i = 0; first && i < comm->size && comm->rank == 0; i++) llm__hub_close(made[i]);
         return status ? status : failed;
     }
-    if (!first) return llm__error(err, LLM_ERROR_MEMORY, "rank 0 has no memory for ranks to meet at");
+    if (!first) return llm__error(err, LLM_ERROR_MEMORY, "rank 0 is out of memory for another comm");
     *out = first + comm->rank;
     (*out)->patience = comm->patience;
     return LLM_OK;
@@ -11940,8 +11959,8 @@ LLM_API llm_status llm_comm_threads(llm_comm **out, int size, const llm_host *ho
 
 /* ---- MPI ----
 
-   Each rank sends its part to every other, with a head that tells which call it belongs to. Nothing blocks: what was
-   begun is polled, and so is whether a rank has sent word that all is over. */
+   Each rank sends its part to every other rank. A head in front of it says which call it belongs to. No MPI call
+   blocks: this code polls its requests, and looks whether another rank has sent an abort message. */
 
 #ifdef LLM_MPI
 enum { LLM__MPI_EXCHANGE = 1, LLM__MPI_MESSAGE, LLM__MPI_ABORT };
@@ -11958,16 +11977,17 @@ typedef struct llm__mpi {
     bool broken;
     char why[400];
     uint32_t n_exchanges;
-    uint8_t *sent, *received; /* [room], [size][room] a head and a part for each rank */
+    uint8_t *sent, *received; /* [room], [size][room]: a head and a part, this rank's and those of all ranks */
     size_t room;
-    MPI_Request *requests; /* [2 * size] of an exchange: receives, then sends */
-    MPI_Request *messages; /* [size][LLM__COMM_SLOTS] sends */
-    int *n_sent;           /* [size] messages to each rank */
+    MPI_Request *requests; /* [2 * size] those of an exchange: receives, then sends */
+    MPI_Request *messages; /* [size][LLM__COMM_SLOTS] sends; LLM__COMM_SLOTS for each rank, used in turn */
+    int *n_sent;           /* [size] number of messages sent to each rank */
 } llm__mpi;
 
 static llm_status llm__mpi_fail(llm__mpi *m, llm_error *err) { return llm__error(err, LLM_ERROR_DEVICE, "%s", m->why); }
 
-/* Sends word to all. It is short, so that MPI takes it at once; who is dead will not fetch it. */
+/* Sends an abort message to all ranks. It is short, so MPI copies it at once and does not wait for its receiver, which
+   may be dead. */
 static void llm__mpi_abort(llm_comm *comm, const char *why) {
     llm__mpi *m = (llm__mpi *)comm->user;
     if (m->broken) return;
@@ -11994,7 +12014,9 @@ static llm_status llm__mpi_check(llm__mpi *m, int code, llm_error *err) {
     if (code == MPI_SUCCESS) return LLM_OK;
     MPI_Error_class(code, &class_of);
     if (class_of == MPI_ERR_TRUNCATE)
-        return llm__mpi_break(m, err, "another rank makes another call than rank %d; all ranks must make the same (%d)",
+        return llm__mpi_break(m, err,
+                              "some rank makes another call than rank %d; all ranks must make the same calls (MPI "
+                              "error %d)",
                               m->comm.rank, code);
     MPI_Error_string(code, text, &n);
     snprintf(why, sizeof why, "rank %d: MPI failed: %.300s", m->comm.rank, text);
@@ -12002,7 +12024,7 @@ static llm_status llm__mpi_check(llm__mpi *m, int code, llm_error *err) {
     return llm__mpi_fail(m, err);
 }
 
-/* Has another rank sent word that all is over? */
+/* Has another rank sent an abort message? */
 static bool llm__mpi_hears_abort(llm__mpi *m) {
     int there = 0;
     MPI_Status status;
@@ -12013,7 +12035,8 @@ static bool llm__mpi_hears_abort(llm__mpi *m) {
     return true;
 }
 
-/* Waits for what was begun. Where that fails, receives are taken back; sends stay MPI's, with their memory. */
+/* Waits for n requests. After a failure they are cancelled; MPI may go on reading the memory of sends, so that is never
+   freed. */
 static llm_status llm__mpi_wait(llm__mpi *m, MPI_Request *requests, int n, llm_error *err) {
     double start = 0;
     llm_status failed = LLM_OK;
@@ -12029,7 +12052,7 @@ static llm_status llm__mpi_wait(llm__mpi *m, MPI_Request *requests, int n, llm_e
         if (start == 0) start = llm__clock_now();
         if (llm__clock_now() - start > m->comm.patience)
             failed =
-                llm__mpi_break(m, err, "rank %d waited for another of the %d ranks in vain; it hangs, or has ended",
+                llm__mpi_break(m, err, "rank %d waited too long for another of the %d ranks; it hangs, or has ended",
                                m->comm.rank, m->comm.size);
     }
     for (int i = 0; failed && i < n; i++)
@@ -12040,7 +12063,7 @@ static llm_status llm__mpi_wait(llm__mpi *m, MPI_Request *requests, int n, llm_e
     return failed;
 }
 
-/* Room for a head and n bytes more from each rank. What MPI may still read stays until the end. */
+/* Makes room for a head and n more bytes from each rank. No exchange is under way here, so the old memory is unused. */
 static bool llm__mpi_reserve(llm__mpi *m, size_t n) {
     if (n + sizeof(llm__mpi_head) <= m->room) return true;
     size_t room = 2 * n + 4096;
@@ -12059,7 +12082,8 @@ static bool llm__mpi_reserve(llm__mpi *m, size_t n) {
     return true;
 }
 
-/* A rank's part of the rows, to the bytes or from them; returns how many there are. */
+/* Copies a rank's part of the rows to `bytes`, or back with `unpack`; does neither if `bytes` is NULL. Returns the size
+   of the part in bytes. */
 static size_t llm__mpi_pack(const llm_exchange *x, int rank, int size, uint8_t *bytes, bool unpack) {
     size_t n = 0;
     for (size_t row = 0, from; row < x->n_rows; row++) {
@@ -12084,7 +12108,7 @@ static llm_status llm__mpi_exchange(llm_comm *comm, const llm_exchange *x, unsig
         if (n > most) most = n;
     }
     if (most > INT32_MAX / 4 || !llm__mpi_reserve(m, most)) {
-        llm__mpi_break(m, NULL, "rank %d has no memory for what %d ranks exchange", comm->rank, comm->size);
+        llm__mpi_break(m, NULL, "rank %d is out of memory for an exchange of %d ranks", comm->rank, comm->size);
         return llm__error(err, LLM_ERROR_MEMORY, "%s", m->why);
     }
     memcpy(m->sent, &head, sizeof head);
@@ -12103,8 +12127,8 @@ static llm_status llm__mpi_exchange(llm_comm *comm, const llm_exchange *x, unsig
         const uint8_t *got = m->received + (size_t)i * m->room;
         memcpy(&other, got, sizeof other);
         if (other.call != head.call || other.n != head.n)
-            return llm__mpi_break(m, err, "rank %d makes another call than rank %d; all ranks must make the same", i,
-                                  comm->rank);
+            return llm__mpi_break(m, err, "rank %d makes another call than rank %d; all ranks must make the same calls",
+                                  i, comm->rank);
         *flags |= other.flags;
         llm__mpi_pack(x, i, comm->size, m->received + (size_t)i * m->room + sizeof head, true);
     }
@@ -12122,12 +12146,12 @@ static llm_status llm__mpi_send(llm_comm *comm, int to, const void *data, size_t
         m, MPI_Isend((void *)(uintptr_t)data, (int)n, MPI_BYTE, to, LLM__MPI_MESSAGE, m->ranks, request), err);
 }
 
-/* The oldest of the messages on their way is in the slot that the next send takes. */
+/* Slots are used in turn, so the oldest message that may still be on its way is in the slot of the next send. */
 static llm_status llm__mpi_drain(llm_comm *comm, int to, int most, llm_error *err) {
     llm__mpi *m = (llm__mpi *)comm->user;
     int done;
     if (m->broken) return llm__mpi_fail(m, err);
-    MPI_Testall(LLM__COMM_SLOTS, &m->messages[to * LLM__COMM_SLOTS], &done, MPI_STATUSES_IGNORE); /* moves them on */
+    MPI_Testall(LLM__COMM_SLOTS, &m->messages[to * LLM__COMM_SLOTS], &done, MPI_STATUSES_IGNORE); /* lets MPI go on */
     for (int i = 0; i < LLM__COMM_SLOTS - most; i++) {
         int slot = (m->n_sent[to] + i) % LLM__COMM_SLOTS;
         llm_status status = llm__mpi_wait(m, &m->messages[to * LLM__COMM_SLOTS + slot], 1, err);
@@ -12183,7 +12207,8 @@ static void llm__mpi_body(llm__env *env, void *arg) {
     m->pool = *env->pool;
 }
 
-/* A way to the ranks of an MPI communicator, beside all that goes on there: MPI gives it a copy. */
+/* Makes a comm for the ranks of an MPI communicator. It works on a copy of that, so its messages do not mix with
+   others. */
 static llm_status llm__mpi_create(llm__mpi_args *args, MPI_Comm ranks, double patience, const llm_host *host,
                                   llm_error *err) {
     llm__pool pool;
@@ -12191,9 +12216,9 @@ static llm_status llm__mpi_create(llm__mpi_args *args, MPI_Comm ranks, double pa
     MPI_Request request = MPI_REQUEST_NULL;
     *args->out = NULL;
     if (MPI_Comm_rank(ranks, &args->rank) != MPI_SUCCESS || MPI_Comm_size(ranks, &args->size) != MPI_SUCCESS)
-        return llm__error(err, LLM_ERROR_ARGUMENT, "this is no MPI communicator, or MPI_Init_thread was not called");
+        return llm__error(err, LLM_ERROR_ARGUMENT, "comm is no MPI communicator, or MPI_Init_thread was not called");
     if (args->size > LLM__RANKS_MOST)
-        return llm__error(err, LLM_ERROR_ARGUMENT, "there are %d ranks; up to %d can be", args->size,
+        return llm__error(err, LLM_ERROR_ARGUMENT, "there are %d ranks; the maximum is %d", args->size,
                           (int)LLM__RANKS_MOST);
     llm__pool_init(&pool, host);
     llm__env_init(&env, &pool, err, NULL);
@@ -12204,14 +12229,14 @@ static llm_status llm__mpi_create(llm__mpi_args *args, MPI_Comm ranks, double pa
     }
     llm__mpi *m = (llm__mpi *)(*args->out)->user;
     MPI_Comm_set_errhandler(ranks, MPI_ERRORS_RETURN);
-    m->ranks = ranks; /* where a failure is told of until there is the copy */
+    m->ranks = ranks; /* abort messages go there until the copy exists */
     m->comm.patience = patience;
     MPI_Comm copy = MPI_COMM_NULL;
     status = llm__mpi_check(m, MPI_Comm_idup(ranks, &copy, &request), err);
     if (!status) status = llm__mpi_wait(m, &request, 1, err);
     m->ranks = copy;
     if (!status) status = llm__mpi_check(m, MPI_Comm_set_errhandler(copy, MPI_ERRORS_RETURN), err);
-    if (status) *args->out = NULL; /* what MPI may still read stays */
+    if (status) *args->out = NULL; /* not freed: MPI may still read this memory */
     return status;
 }
 
@@ -12229,7 +12254,7 @@ LLM_API llm_status llm_comm_mpi(llm_comm **out, MPI_Comm comm, const llm_host *h
 #endif
 
 LLM_API void llm_comm_abort(llm_comm *comm, const char *why) {
-    if (comm) comm->abort(comm, why ? why : "a rank has ended the work of all");
+    if (comm) comm->abort(comm, why ? why : "a rank called llm_comm_abort");
 }
 
 LLM_API void llm_comm_free(llm_comm *comm) {

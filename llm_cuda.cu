@@ -220,7 +220,7 @@ static __device__ void llm__chip_wait_for_copies(void) {
 #endif
 }
 
-/* Adds 1 and returns what there was. Whoever counts next sees what this block wrote before its last barrier. */
+/* Adds 1 and returns the old count. A block that counts later sees what this block wrote before its last barrier. */
 static __device__ unsigned llm__chip_count_up(unsigned *at) {
 #ifdef __CUDA_ARCH__
     unsigned before;
@@ -576,11 +576,11 @@ static __device__ void llm__store_pair(const llm__qkv_store &s, llm__cell cell, 
 
    A row's sums are added in the same order however many rows there are. int8 is widened in registers, exactly; its
    scale, one for each output, is applied to the sum. f16 is split in two there, and each part is multiplied by the
-   inputs. Of weights in groups the tensor core multiplies the whole numbers, 32 at a time, and a matrix of ones by the
-   same inputs: sum += scale * (q . x) + minimum * (1 . x).
+   inputs. For weights in groups the tensor core multiplies the integers, 32 at a time, and a matrix of ones by the same
+   inputs: sum += scale * (q . x) + minimum * (1 . x).
 
-   RMSNorm is folded in: whoever writes the residual stream x also writes bf16(x * norm weight), which the next product
-   reads, and the squares of its 16 outputs; the product's end divides by the root of their mean. */
+   RMSNorm is folded in: the kernel that writes the residual stream x also writes bf16(x * norm weight), which the next
+   product reads, and the squares of its 16 outputs. At its end that product divides by the root of their mean. */
 
 typedef enum llm__kernel_ending { LLM__QKV, LLM__PLAIN, LLM__RESIDUAL, LLM__SWIGLU, LLM__LOGITS } llm__kernel_ending;
 
@@ -1019,8 +1019,8 @@ static __device__ llm__spans llm__attend_cut_spans(const llm__attn_run &a, int r
     return spans;
 }
 
-/* Prefetches a step's keys and values; a thread for each of these in each block. Lines that are being written do no
-   harm: the L2 cache is where all multiprocessors meet. */
+/* Prefetches a step's keys and values: for each cache block one thread for the keys, one for the values. Lines that are
+   being written do no harm, because all multiprocessors share the L2 cache. */
 static __device__ void llm__attend_prefetch_step(const llm__attn_run &a, const int *table, int key, int end) {
     int thread = (int)threadIdx.x, block = thread / 2 * LLM_CACHE_BLOCK, head = (int)blockIdx.y;
     if (thread >= 2 * LLM__STEP / LLM_CACHE_BLOCK || key + block >= end) return;
@@ -1664,8 +1664,8 @@ static __global__ void __launch_bounds__(LLM__PICK_THREADS, 1) llm__pick(llm__pi
 
 /* ==== 7 Plain kernels ===========================================================================================
 
-   Each does one operation. Eager passes consist of these alone; longer passes use cuBLAS's products and the attention
-   of section 5 between them. */
+   Each does one operation. Eager passes use only these. Passes of more than 16 rows also use cuBLAS's products and the
+   attention of section 5. */
 
 /* out = x / rms(x) * weight in bf16; a block a row. */
 static __global__ void llm__norm(const float *x, const float *weight, int n, float eps, uint16_t *out, int stride) {
@@ -3079,8 +3079,8 @@ static const float *llm__gpu_logits(void *context, int i) {
 /* ==== 11 Bursts =================================================================================================
 
    Each pass ends by picking the token of the next one, so the host queues passes without knowing their tokens. It stays
-   a few passes ahead of the token it waits for: the GPU never waits for the host, and when that token ends the text,
-   few passes were in vain. */
+   a few passes ahead of the token it waits for. So the GPU never waits for the host, and when that token ends the text,
+   only a few passes are wasted. */
 
 static void llm__send_burst(llm__gpu_context *c, const llm_backend_burst *burst) {
     llm__fwd_rows rows = llm__place_rows(c, c->host_rows, LLM__FUSED_ROWS);

@@ -1,33 +1,36 @@
-/*  bench.c - how fast a model runs, beside what the machine allows.
+/*  bench.c - measures how fast a model runs, and the limits of the machine.
 
-    build/bench -m MODEL [-p 512] [-n 128] [-d 0,2048] [--dtype bf16,int8,int4] [-t 1,2] [-r 5] [-o md|csv|json|gpt-fast]
+    build/bench -m MODEL [-p 512] [-n 128] [-d 0,2048] [--dtype bf16,int8,int4] [-t 1,2] [-r 5]
+                        [-o md|csv|json|gpt-fast]
 
-    For each type, thread count (without -t: one per physical core, and one more than these, which shows what a busy neighbour
-    costs) and depth: the median rate of prefill (p tokens after d others), of decode (n tokens after d
-    others, one llm_forward each) and of llm_generate, which also picks and shows the tokens, interleaved over r rounds. With
-    --temp it picks at that temperature, with top-k 40, top-p 0.95 and min-p 0.05. The limits are measured in the same run with the same threads: bytes per
-    second when the model's weights are only read (MBU is the share of it that decoding reaches, its cache counted), and
-    operations per second when nothing comes from beyond the nearest cache (MFU is the share of it that prefill reaches).
+    Measures each type, thread count and depth: the median rates of prefill (p tokens after d others), of decode (n
+    tokens after d others, one llm_forward each) and of llm_generate, which also picks and shows the tokens, interleaved
+    over r rounds. Without -t the thread counts are one per physical core, and one more, which shows the cost of too
+    many threads. With --temp it picks at that temperature, with top-k 40, top-p 0.95 and min-p 0.05. The limits are
+    measured in the same run with the same threads: the bytes per second at which they only read the weights (MBU is the
+    share of it that decoding reaches, the cache included), and the operations per second on data in the nearest cache
+    (MFU is the share of it that prefill reaches).
 
     build/bench -m MODEL --draft lookup,self:int4 TEXT...      (bench/prompts has some)
 
-    Speculative decoding, for each text and draft: the median rates of plain and of speculative decoding of n tokens, in
-    turns, how many guesses were right, and that both gave the same tokens. --draft-max limits the guesses of a pass,
-    --temp says how lively the texts are.
+    Compares plain and speculative decoding of n tokens, in turns, for each text and draft: the median rates, and how
+    many guesses were right. Fails if the tokens differ. --draft-max limits the guesses of a pass; --temp is the
+    temperature.
 
     build/bench -m MODEL --rows 1,2,4,8
 
-    What checking guesses costs: the median time of a pass of so many rows, in turns, against one of the first.
+    Measures the cost of checking guesses: the median time of passes with these numbers of rows, in turns, and the ratio
+    to the first.
 
     mpirun -n 4 build/mpi/bench -m MODEL --tp 2 --pp 2
 
-    The first table, of a model that several processes share; -t is each one's threads. MB/token, MBU and limits are the
-    first rank's.
+    The first table, of a model that several processes share. -t is the number of threads of each. MB/token, MBU and the
+    limits are those of the first rank. MFU is the share of that rank's limit times the number of ranks.
 
     build/bench -m MODEL --flops-table [-o md|csv]
 
-    A table of the operations per second that the layers reach for a number of sequences of a length, in one pass. It
-    shows how many tokens a batch must have, min_tokens of LLM_SCHEDULE_DP. bench/flops-table.py draws it. */
+    Prints the operations per second that the layers reach in one pass, for several numbers and lengths of sequences.
+    This tells how many tokens a batch should have (min_tokens of LLM_SCHEDULE_DP). bench/flops-table.py draws it. */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
@@ -51,7 +54,7 @@ enum {
 
 typedef struct options {
     const char *model, *random, *format;
-    int flops_table; /* the most tokens in a batch, 0: it is not wanted */
+    int flops_table; /* max tokens in a batch; 0: no table */
     int n_prefill, n_decode, n_rounds;
     int depths[MOST], n_depths, threads[MOST], n_threads;
     llm_dtype dtypes[MOST];
@@ -81,14 +84,14 @@ static const struct argp_option OPTIONS[] = {
     {"threads", 't', "LIST", 0, "threads (one per physical core; in the table of rates also one more)", 2},
     {"flops-table", KEY_FLOPS_TABLE, "N", OPTION_ARG_OPTIONAL,
      "instead: batches of several sequences, up to N tokens in all, with the first type and thread count", 1},
-    {"rounds", 'r', "N", 0, "rounds of which the median is given (5)", 3},
+    {"rounds", 'r', "N", 0, "rounds, of which the median counts (5)", 3},
     {"draft", KEY_DRAFT, "LIST", 0, "drafts to continue the texts with: lookup, self:int8, self:int4 or a model's file",
      4},
-    {"draft-max", KEY_DRAFT_MAX, "N", 0, "most guesses in a pass (15)", 4},
+    {"draft-max", KEY_DRAFT_MAX, "N", 0, "max guesses in a pass (15)", 4},
     {"temp", KEY_TEMP, "T", 0, "temperature of what llm_generate says; small models repeat themselves at 0 (0)", 4},
-    {"rows", KEY_ROWS, "LIST", 0, "passes of so many tokens, up to 64, to be compared", 4},
+    {"rows", KEY_ROWS, "LIST", 0, "numbers of tokens of the passes to compare, up to 64", 4},
     {"tp", KEY_TP, "N", 0, "processes that share each layer (1)", 2},
-    {"pp", KEY_PP, "N", 0, "processes that have the layers in turn (1)", 2},
+    {"pp", KEY_PP, "N", 0, "processes each of which has some of the layers (1)", 2},
     {"output", 'o', "FORMAT", 0, "md, csv, json, or gpt-fast: the lines that its users' scripts look for (md)", 3},
     {0}};
 
@@ -101,7 +104,7 @@ static int parse_list(struct argp_state *state, char *text, int least, int *list
         list[n++] = (int)value;
         if (!*end) return n;
     }
-    argp_error(state, "'%s' is no list of up to %d whole numbers from %d", text, MOST, least);
+    argp_error(state, "'%s' is not a list of up to %d integers from %d on", text, MOST, least);
     return 0;
 }
 
@@ -135,20 +138,20 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case 'r': opt->n_rounds = parse_number(state, arg, 1); break;
     case KEY_DRAFT:
         for (char *name = strtok(arg, ","); name; name = strtok(NULL, ",")) {
-            if (opt->n_drafts == MOST) argp_error(state, "these are more than %d drafts", MOST);
+            if (opt->n_drafts == MOST) argp_error(state, "more than %d drafts", MOST);
             opt->drafts[opt->n_drafts++] = name;
         }
         break;
     case KEY_DRAFT_MAX: opt->draft_max = parse_number(state, arg, 1); break;
     case KEY_TEMP:
         if (sscanf(arg, "%f", &opt->temperature) != 1 || !(opt->temperature >= 0))
-            argp_error(state, "'%s' is no temperature", arg);
+            argp_error(state, "'%s' is not a temperature", arg);
         break;
     case KEY_TP: opt->ranks.tp = parse_number(state, arg, 1); break;
     case KEY_PP: opt->ranks.pp = parse_number(state, arg, 1); break;
     case KEY_ROWS: opt->n_rows = parse_list(state, arg, 1, opt->rows); break;
     case ARGP_KEY_ARG:
-        if (opt->n_texts == MOST) argp_error(state, "these are more than %d texts", MOST);
+        if (opt->n_texts == MOST) argp_error(state, "more than %d texts", MOST);
         opt->texts[opt->n_texts++] = arg;
         break;
     case 'o':
@@ -159,13 +162,15 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case ARGP_KEY_END:
         if (!opt->n_threads) opt->n_threads = opt->n_drafts || opt->n_rows || opt->flops_table ? 1 : 2;
         if (!opt->model == !opt->random) argp_error(state, "give either -m or --random");
-        if (!opt->n_drafts != !opt->n_texts) argp_error(state, "--draft goes with texts to continue");
+        if (!opt->n_drafts != !opt->n_texts)
+            argp_error(state, "--draft needs texts to continue, and texts need --draft");
         if (opt->n_drafts && !opt->model) argp_error(state, "random weights do not continue texts: --draft needs -m");
         for (int i = 0; i < opt->n_rows; i++)
             if (opt->rows[i] > MOST_ROWS) argp_error(state, "--rows: at most %d", MOST_ROWS);
         if ((opt->ranks.tp > 1 || opt->ranks.pp > 1) && (opt->n_drafts || opt->n_rows || opt->flops_table))
-            argp_error(state, "--tp and --pp go with the first table alone");
-        if (opt->flops_table && !strcmp(opt->format, "json")) argp_error(state, "--flops-table comes as md or csv");
+            argp_error(state, "--tp and --pp cannot be combined with --draft, --rows or --flops-table");
+        if (opt->flops_table && !strcmp(opt->format, "json"))
+            argp_error(state, "--flops-table can only be printed as md or csv");
         break;
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -178,7 +183,7 @@ typedef struct memory {
     size_t now, peak;
 } memory;
 
-/* An allocator that counts; the size stands in front of each block. */
+/* An allocator that counts. Each block has its size in front. */
 static void *count_alloc(void *user, size_t size) {
     memory *m = (memory *)user;
     size_t *block = (size_t *)malloc(size + 2 * sizeof *block);
@@ -209,7 +214,7 @@ static const shape SHAPES[] = {
     {"llama3.2-1b", {128256, 16, 2048, 8192, 32, 8, 64, 64, 1e-5f, NULL, 1, 0, true, false, false, 0}, 131072},
     {"smollm2-135m", {49152, 30, 576, 1536, 9, 3, 64, 64, 1e-5f, NULL, 1, 0, true, false, false, 0}, 8192}};
 
-/* Rows differ, but cost little: a window onto one run of random numbers. */
+/* Rows are windows onto one array of random numbers. So they differ, but cost little. */
 enum { RANDOM_RUN = 1 << 16 };
 
 static void random_row(const llm_backend_weight *weight, int row, float *out) {
@@ -231,9 +236,14 @@ typedef struct random_args {
     llm_model *model;
 } random_args;
 
-/* Counts what a weight takes, or uploads it once the device is there. */
+/* Counts the bytes of a weight. Once the device is open, uploads the weight instead. A rank has some of the rows, and a
+   stage of a pipeline some of the layers, as in llm__model_walk_weight. */
 static void random_weight(llm__env *env, random_args *a, llm_backend_weight_kind kind, int layer) {
     const llm_backend_shape *s = &a->shape->shape;
+    const llm__hparams h = {.tied_head = s->tied_head};
+    const llm__model_walk walk = {.h = &h, .shape = s, .pipeline = a->desc.pipeline};
+    bool own = llm__model_has_weight(&walk, kind, layer),
+         tied = s->tied_head && llm__ranks_is_last_stage(a->desc.pipeline);
     int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
     llm_backend_weight w = {.kind = kind,
                             .layer = layer,
@@ -252,14 +262,16 @@ static void random_weight(llm__env *env, random_args *a, llm_backend_weight_kind
     if (kind == LLM_WEIGHT_ATTENTION_OUT) w.cols = q;
     if (kind == LLM_WEIGHT_DOWN) w.cols = s->n_ff;
     uint64_t bytes = parts[0] == 1 ? 4 * (uint64_t)w.cols : a->model->backend->weight_bytes(a->desc.dtype, &w);
+    if (!a->model->device) a->model->info.n_params += (uint64_t)(parts[0] + parts[1] + parts[2]) * (uint64_t)w.cols;
+    if (!own) return;
     if (a->model->device) {
+        if (layer) w.layer -= llm__ranks_own_layers(s, a->desc.pipeline).first;
         if (a->model->backend->upload(a->model->device, &w, env->err))
             llm__fail(env, env->err->code, "%s", env->err->message);
         return;
     }
-    a->model->info.n_params += (uint64_t)w.rows * (uint64_t)w.cols;
     a->model->info.weight_bytes += bytes;
-    if (kind != LLM_WEIGHT_EMBEDDING || s->tied_head) a->model->info.weight_bytes_per_token += bytes;
+    if (kind != LLM_WEIGHT_EMBEDDING || tied) a->model->info.weight_bytes_per_token += bytes;
 }
 
 static void random_weights(llm__env *env, random_args *a) {
@@ -280,7 +292,8 @@ static void random_body(llm__env *env, void *arg) {
     double *frequencies = (double *)llm__alloc(env, (size_t)s->rope_dim / 2, sizeof *frequencies);
     for (int i = 0; i < s->rope_dim / 2; i++)
         frequencies[i] = llm__math_exp2(-2.0 * i / s->rope_dim * llm__math_log2(10000));
-    m->tokenizer = (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *m->tokenizer); /* of no tokens: they have no text */
+    m->tokenizer =
+        (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *m->tokenizer); /* without tokens, so they have no text */
     m->backend = &llm__cpu_backend;
     m->desc = a->desc;
     m->shape = *s;
@@ -290,6 +303,11 @@ static void random_body(llm__env *env, void *arg) {
     m->info.n_vocab = s->n_vocab;
     m->info.n_ctx_train = a->shape->n_ctx;
     m->info.dtype = a->desc.dtype;
+    const llm_backend_shape own = llm__ranks_shape(s, &a->desc);
+    m->info.n_own_layers = own.n_layers;
+    m->info.n_own_kv_heads = own.n_kv_heads;
+    m->info.cache_bytes_per_token =
+        m->backend->block_bytes(&own, llm__model_cache_dtype(m->backend, a->desc.dtype)) / LLM_CACHE_BLOCK;
     random_weights(env, a);
     m->shape.weight_bytes = m->info.weight_bytes;
     if (m->backend->open(&m->device, &m->shape, &a->desc, env->err))
@@ -345,7 +363,7 @@ static void fail(const llm_error *err) {
     exit(1);
 }
 
-/* Appends n tokens, in passes of at most `step`; returns the seconds it took. */
+/* Appends n tokens, in passes of at most `step`. Returns the seconds it took. */
 static double run(llm_context *ctx, int n, int step) {
     static llm_token tokens[1 << 20];
     llm_error err;
@@ -368,13 +386,12 @@ static double prefill_operations(const llm_model *model, int n, int d) {
     return 2 * weights * n + 4 * q * keys * s->n_layers + 2.0 * s->n_vocab * s->n_embd;
 }
 
+/* Bytes that this rank reads for a token, on average over n tokens after d others. */
 static double decode_bytes(const llm_model *model, int n, int d) {
-    llm_dtype type = llm__model_cache_dtype(model->backend, model->info.dtype);
-    double cache = (double)model->backend->block_bytes(&model->shape, type) / LLM_CACHE_BLOCK;
-    return (double)model->info.weight_bytes_per_token + cache * (d + n / 2.0);
+    return (double)model->info.weight_bytes_per_token + (double)model->info.cache_bytes_per_token * (d + n / 2.0);
 }
 
-/* Has llm_generate say n tokens after those that the sequence holds; returns the seconds behind the first. */
+/* Lets llm_generate add n tokens to the sequence. Returns the seconds from the first one on. */
 static double generate(llm_context *ctx, const options *opt, int n) {
     int depth = llm_seq_length(ctx, 0);
     llm_token *prompt = (llm_token *)calloc((size_t)depth + 1, sizeof *prompt);
@@ -393,12 +410,12 @@ static double generate(llm_context *ctx, const options *opt, int n) {
 
 static void measure(llm_context *ctx, const options *opt, const memory *mem, double load_seconds, result *results) {
     const llm_model *model = llm_context_model(ctx);
-    int n_rates = MOST * opt->n_rounds;
+    int n_rates = MOST * opt->n_rounds, n_ranks = opt->ranks.tp * opt->ranks.pp;
     double *prefill = (double *)calloc((size_t)(3 * n_rates), sizeof *prefill), *decode = prefill + n_rates,
            *whole = decode + n_rates;
     double bandwidth = llm_measure_bandwidth(ctx), flops = llm_measure_flops(ctx);
     if (!prefill) exit(1);
-    run(ctx, opt->n_prefill, opt->n_prefill); /* warms up by a whole prompt, as the other programs do */
+    run(ctx, opt->n_prefill, opt->n_prefill); /* warms up with a whole prompt, as bench/peers does */
     for (int round = 0; round < opt->n_rounds; round++)
         for (int i = 0; i < opt->n_depths; i++) {
             llm_seq_truncate(ctx, 0, 0, NULL);
@@ -409,7 +426,7 @@ static void measure(llm_context *ctx, const options *opt, const memory *mem, dou
             llm_seq_truncate(ctx, 0, opt->depths[i], NULL);
             whole[i * opt->n_rounds + round] = opt->n_decode / generate(ctx, opt, opt->n_decode);
         }
-    double again = llm_measure_bandwidth(ctx); /* neighbours come and go: the better of before and after is the limit */
+    double again = llm_measure_bandwidth(ctx); /* other programs disturb this: the better of before and after counts */
     if (again > bandwidth) bandwidth = again;
     for (int i = 0; i < opt->n_depths; i++) {
         result r = {llm_dtype_name(model->info.dtype),
@@ -430,7 +447,7 @@ static void measure(llm_context *ctx, const options *opt, const memory *mem, dou
         r.decode = median(decode + i * opt->n_rounds, opt->n_rounds);
         r.generate = median(whole + i * opt->n_rounds, opt->n_rounds);
         r.megabytes_per_token = decode_bytes(model, opt->n_decode, r.depth) / 1e6;
-        r.mfu = prefill_operations(model, opt->n_prefill, r.depth) * r.prefill / opt->n_prefill / flops;
+        r.mfu = prefill_operations(model, opt->n_prefill, r.depth) * r.prefill / opt->n_prefill / (n_ranks * flops);
         r.mbu = r.megabytes_per_token * 1e6 * r.decode / bandwidth;
         results[i] = r;
     }
@@ -504,7 +521,8 @@ static void open_draft(llm_context *ctx, const options *opt, const char *name, l
         fail(&err);
 }
 
-/* Every text's continuation, plain and with the draft in turns; each begins with what the draft learnt from the one before. */
+/* Continues every text without and with the draft, in turns. In each round the draft keeps what it learnt in those
+   before. */
 static void compare_draft(llm_context *ctx, const options *opt, const char *name, const llm_model_desc *desc) {
     llm_model *model;
     llm_draft draft;
@@ -515,13 +533,13 @@ static void compare_draft(llm_context *ctx, const options *opt, const char *name
     for (int i = 0; i < opt->n_texts; i++) {
         char *text = read_text(opt->texts[i]);
         llm_stats stats;
-        memset(&draft.learnt, 0, sizeof draft.learnt);      /* each text is the first */
+        memset(&draft.learnt, 0, sizeof draft.learnt);      /* but nothing from other texts */
         continue_text(ctx, opt, text, NULL, plain, &stats); /* warms up */
         for (int round = 0; round < opt->n_rounds; round++) {
             rates[round] = continue_text(ctx, opt, text, NULL, plain, &stats);
             rates[opt->n_rounds + round] = continue_text(ctx, opt, text, &draft, quick, &stats);
             if (plain->n != quick->n || memcmp(plain->ids, quick->ids, (size_t)plain->n * sizeof(llm_token))) {
-                fprintf(stderr, "bench: %s with %s is another text than without\n", opt->texts[i], name);
+                fprintf(stderr, "bench: %s gives another text with %s than without\n", opt->texts[i], name);
                 exit(1);
             }
         }
@@ -578,7 +596,7 @@ static void compare_rows(llm_context *ctx, const options *opt, int depth) {
     free(seconds);
 }
 
-/* What --draft and --rows ask for, of one type and number of threads. */
+/* Runs --draft and --rows for one type and number of threads. */
 static void compare(const options *opt, llm_dtype dtype, int n_threads) {
     llm_model_desc desc = {.dtype = dtype, .n_threads = n_threads, .isa = getenv("LLM_ISA")};
     llm_context_desc context_desc = {.n_logits = opt->n_rows ? MOST_ROWS : LLM_DRAFT_MAX + 1, .n_threads = n_threads};
@@ -636,7 +654,7 @@ static void print_result(const char *format, const result *r, bool first) {
     fflush(stdout);
 }
 
-/* What the first rank says about all of them, and each about itself. */
+/* Prints this rank's figures, and on the first rank the sums over all. */
 static void print_averages(const options *opt, const result *r) {
     double rates[2] = {r->megabytes_per_token * 1e-3 * r->decode, r->peak_mib * 1048576e-9};
     int n = opt->ranks.tp * opt->ranks.pp;
@@ -686,8 +704,8 @@ enum { BATCHES = 6, LENGTHS = 9 };
 static const int table_batches[BATCHES] = {1, 2, 4, 8, 16, 32},
                  table_lengths[LENGTHS] = {1, 2, 4, 8, 16, 32, 64, 128, 170};
 
-/* Operations of the layers: products, and attention to all tokens before. The last layer ends behind keys and values, for
-   no logits are asked for. */
+/* Operations of the layers: products, and attention to all tokens before. The last layer only computes keys and values,
+   because no logits are wanted. */
 static double layer_operations(const llm_model *model, double batch, double length) {
     const llm_backend_shape *s = &model->shape;
     double q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
@@ -696,7 +714,7 @@ static double layer_operations(const llm_model *model, double batch, double leng
                     4 * q * length * (length + 1) / 2 * (s->n_layers - 1));
 }
 
-/* The least of the seconds that passes of this size take, several if they are short. */
+/* The shortest time in seconds of several passes of this size; one pass if it takes 0.1 s. */
 static double time_rectangle(llm_context *ctx, int batch, int length) {
     static llm_token tokens[32 * 170];
     static int seqs[32 * 170];

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Draws what runs of a language model printed, in the order given; the first is the reference.
+"""Prints a table of the speeds in log files of language models, and draws it.
 
     extract_and_plot.py A.out B.out ... [--to PREFIX] [--readme README.md]
 
-Reads gpt-fast's lines "Average tokens/sec", "Bandwidth achieved" and "Memory used", whoever wrote them: gpt-fast, the
-programs of examples/walkthrough, or either under Slurm (gpt-fast-compile-488364.out is called "compile"). Draws PREFIX-bars
-(memory, bandwidth, tokens per second, each with its change against the first), PREFIX-pairs (every run beside the one before
-it) and, where the files tell bytes and operations, PREFIX-roofline, as .png and .svg. --readme writes the table between the
-markers of that file and the figures into its headings. Needs matplotlib (pip install matplotlib); without --to it does not."""
+Each file is the output of one run; the first is the reference for the others. The script reads the lines "Average
+tokens/sec", "Bandwidth achieved" and "Memory used", which gpt-fast and the programs of examples/walkthrough print. A file
+name that Slurm made, such as gpt-fast-compile-488364.out, gives the name "compile".
+
+--to draws PREFIX-bars.png (memory, bandwidth and tokens per second, with the change from the first run), PREFIX-pairs.png
+(each run beside the one before it) and, if the files tell bytes and operations, PREFIX-roofline.png. It needs matplotlib
+(pip install matplotlib). --readme writes the table and the figures in the headings into that file."""
 import argparse
 import os
 import re
@@ -16,7 +18,7 @@ import sys
 
 COLOURS = ["#30638e", "#4a8f5b", "#d1495b", "#8661a5", "#e08e45", "#3a9fa5", "#8d99ae", "#b5838d"]
 NUMBER = r":?\s*([0-9.]+)"
-LINES = {  # what is read, the words before the number, and how several of them become one
+LINES = {  # name of a figure: the words before the number, and how several numbers become one
     "speed": (r"Average tokens/sec", statistics.mean),
     "bandwidth": (r"Bandwidth achieved", statistics.mean),
     "memory": (r"Memory used", max),
@@ -32,7 +34,7 @@ LINES = {  # what is read, the words before the number, and how several of them 
 
 
 def read(path):
-    """{name of a figure: number or None} of one file."""
+    """Reads a file: {name of a figure: number, or None if the file does not have it}."""
     with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read()
     run = {}
@@ -49,7 +51,7 @@ def read(path):
 
 
 def share(run):
-    """Of the measured bandwidth, the part at which the bytes of a token were read; None if that is not known."""
+    """The share of the measured bandwidth that reading the bytes of a token used; None if that is not known."""
     if not (run["bytes"] and run["speed"] and run["limit"]):
         return None
     return run["bytes"] * run["speed"] / (run["limit"] * 1e9)
@@ -59,12 +61,11 @@ def share(run):
 
 
 def save(figure, name):
-    for kind in ("png", "svg"):
-        figure.savefig(f"{name}.{kind}", dpi=120, bbox_inches="tight")
+    figure.savefig(f"{name}.png", dpi=120, bbox_inches="tight")
 
 
 def bars(plt, runs, name):
-    """The three charts of the course, one below the other. A run that did not print a figure leaves its place empty."""
+    """Three bar charts, one below the other. If a run did not print a figure, its place is empty."""
     figure, axes = plt.subplots(3, 1, figsize=(max(6, 0.95 * len(runs) + 1), 10), sharex=True)
     for axis, (key, title) in zip(axes, (("memory", "Memory used (GB)"), ("bandwidth", "Bandwidth achieved (GB/s)"),
                                          ("speed", "Average tokens per second"))):
@@ -113,8 +114,8 @@ def pairs(plt, couples, name):
 
 
 def roofline(plt, runs, name):
-    """Operations a second over operations for each byte read: under the slope memory sets the pace, under the roof
-    multiplication does."""
+    """Operations per second over operations per byte read. Under the slope a run is limited by memory, under the flat roof
+    by arithmetic."""
     known = [run for run in runs if share(run) and run["operations"]]
     if not known:
         return
@@ -168,7 +169,7 @@ def processor():
 
 
 def heading(match, runs):
-    """'## 3 Name: ...' under '<!-- step NEW after OLD -->' gets the figures of these two runs."""
+    """Puts the figures of two runs after the colon in '## 3 Name: ...', which stands under '<!-- step NEW after OLD -->'."""
     new, old = runs.get(match.group(2)), runs.get(match.group(3))
     if not (new and new["speed"]):
         return match.group(0)
@@ -178,7 +179,7 @@ def heading(match, runs):
 
 
 def put(path, text, name, new):
-    """The text with `new` between the markers of that name."""
+    """Returns the text with `new` between the markers of that name."""
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
     if begin not in text or end not in text:
         sys.exit(f"{path} has no lines {begin.strip()} and {end}")
@@ -202,7 +203,7 @@ def main():
     parser.add_argument("files", nargs="+", metavar="A.out")
     parser.add_argument("--to", metavar="PREFIX", help="draw PREFIX-bars, PREFIX-pairs and PREFIX-roofline")
     parser.add_argument("--readme", metavar="FILE", help="write the table and the headings' figures into this file")
-    parser.add_argument("--scoring", metavar="FILE", help="a table that bench/hellaswag.sh printed, for its place in --readme")
+    parser.add_argument("--scoring", metavar="FILE", help="a table from bench/hellaswag.sh, which --readme writes as well")
     options = parser.parse_args()
     runs = [read(path) for path in options.files]
     missing = [run["key"] for run in runs if not run["speed"]]
@@ -215,7 +216,6 @@ def main():
     if options.to:
         import matplotlib
         matplotlib.use("Agg")
-        matplotlib.rcParams["svg.hashsalt"] = "llm.h"  # the same picture is the same file
         import matplotlib.pyplot as plt
         bars(plt, runs, f"{options.to}-bars")
         couples = couples_of(runs, options.readme)

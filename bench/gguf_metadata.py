@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""gguf_metadata.py MODEL OUT: copies a GGUF file without its tensors. What is left is enough to load its tokenizer."""
+"""gguf_metadata.py MODEL OUT: copies the metadata of a GGUF file, without its tensors. OUT is enough to load the tokenizer."""
 import struct
 import sys
 
@@ -8,7 +8,7 @@ SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def skip(file, kind):
-    """Moves over one value of a type that is numbered as GGUF does."""
+    """Skips one value. `kind` is GGUF's number of its type."""
     if kind == STRING:
         file.seek(struct.unpack("<Q", file.read(8))[0], 1)
     elif kind == ARRAY:
@@ -25,8 +25,8 @@ def skip(file, kind):
 def main(model, out):
     with open(model, "rb") as file:
         magic, version, _, n_keys = struct.unpack("<4sIQQ", file.read(24))
-        if magic != b"GGUF":
-            sys.exit(f"{model} is not a GGUF file")
+        if magic != b"GGUF" or version not in (2, 3):
+            sys.exit(f"{model} is not a GGUF file of version 2 or 3")
         for _ in range(n_keys):
             skip(file, STRING)
             skip(file, struct.unpack("<I", file.read(4))[0])
@@ -38,4 +38,6 @@ def main(model, out):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

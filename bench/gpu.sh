@@ -74,7 +74,7 @@ sources="llm.h llm_cuda.cu bench/gpu.cpp tests/test_cuda.cpp tests/tiny.h tests/
 
 sources_sum() { cat $sources 2>/dev/null | cksum; }
 
-is_built() { # whether what is there starts here and is of these sources
+is_built() { # the programs start on this machine, and were built from these sources
     [ -x $bin/bench ] && [ "$(cat $bin/sources.sum 2>/dev/null)" = "$(sources_sum)" ] && $bin/bench --help >/dev/null 2>&1
 }
 

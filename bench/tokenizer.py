@@ -42,7 +42,7 @@ def hellaswag():
         if path.exists():
             data = path.read_bytes()
             return bz2.decompress(data) if path.suffix == ".bz2" else data
-    sys.exit(f"HellaSwag's text is needed: LLM_DATA names the folder with {FILE} or {FILE}.bz2. It can be had with\n"
+    sys.exit(f"HellaSwag's text is needed: LLM_DATA names the folder with {FILE} or {FILE}.bz2. To get it:\n"
              f"    curl -LO {URL}")
 
 

@@ -2,14 +2,14 @@
 
     build/hellaswag -m MODEL [--data FILE] [--limit N] [--results FILE]
     build/hellaswag --help           all options
-    make build/gpu/hellaswag         the same on an NVIDIA GPU (LLM_CUDA), where passes are best of some thousand tokens:
-                                     --batch 4096
+    make build/gpu/hellaswag         the same on an NVIDIA GPU (LLM_CUDA), where passes should have some thousand
+                                     tokens: --batch 4096
     mpirun -n 4 build/mpi/hellaswag --pp 2 --dp 2 ...    several processes: see --tp, --pp and --dp
 
     A question is a context and four endings, of which one is right. The model's answer is the ending with the largest
     log-likelihood (acc), or the largest for each of the ending's characters (acc_norm). The result goes to standard
-    output, progress to standard error. With --results each answer is written down as soon as it is known; the same
-    command then goes on where the last one was stopped, however it was.
+    output, progress to standard error. With --results each answer is written to the file at once. After an
+    interruption of any kind the same command resumes.
 
     TEXT AND TOKENS, as the LM evaluation harness (0.4.13) has them:
 
@@ -17,12 +17,13 @@
         context  clean(activity_label + ": " + ctx_a + " " + Capitalised(ctx_b))       without the label: --no-label
         ending   clean(ending)
     where clean strips white space, turns " [title]" into ". ", drops what is in [brackets], and makes one space of two.
-    A .txt file is the one llama.cpp uses: six lines a question, "label: context", the number of the right ending, and
-    four endings, already cleaned, with ctx_b as it is; it is taken as it stands. Either may be compressed (.bz2).
+    A .txt file is the one that llama.cpp uses: six lines a question, namely "label: context", the number of the right
+    ending, and four endings. They are cleaned already, with ctx_b as it is, and are used unchanged. Both kinds of file
+    may be compressed (.bz2).
 
-    The model sees context + " " + ending. The context's tokens are those of the context alone (white space at its end
-    moved to the ending); the ending's tokens are the whole text's behind the first so many. See llm_encode_pair.
-    An ending's characters are its code points without the space. Of equal endings the first wins.
+    The model sees context + " " + ending. The context's tokens are those of the context alone, without white space at
+    its end, n of them. The ending's tokens are those of the whole text without its first n. See llm_encode_pair. An
+    ending's characters are its code points without the space. If two endings are equally likely, the first wins.
 */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
@@ -72,13 +73,13 @@ static const struct argp_option option_list[] = {
      "the questions (default: hellaswag_val.jsonl or hellaswag_val_full.txt, perhaps .bz2, in $LLM_DATA)", 1},
     {"limit", KEY_LIMIT, "N", 0, "the first N questions only", 1},
     {"no-label", KEY_NO_LABEL, NULL, 0, "leave the activity label out", 1},
-    {"results", KEY_RESULTS, "FILE", 0, "keep answers here, and go on behind those that it has", 1},
+    {"results", KEY_RESULTS, "FILE", 0, "write answers to this file; resume if it has some", 1},
     {"schedule", KEY_SCHEDULE, "NAME", 0,
      "packed (default); fixed:N or fixed:N,CONTEXTS texts at a time; dp, dp:TOKENS or dp:TOKENS,CONTEXT_TOKENS: tokens "
      "in a batch of endings, of contexts",
      2},
     {"ending-batch", KEY_ENDING_BATCH, "N", 0, "with dp: N endings at a time", 2},
-    {"no-share", KEY_NO_SHARE, NULL, 0, "compute the context anew for each ending", 2},
+    {"no-share", KEY_NO_SHARE, NULL, 0, "compute the context again for each ending", 2},
     {"batch", KEY_BATCH, "N", 0, "tokens in one pass (default: 512)", 2},
     {"count", KEY_COUNT, NULL, 0, "only count the tokens this would compute", 2},
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
@@ -86,8 +87,8 @@ static const struct argp_option option_list[] = {
      3},
     {"output", 'o', "FORMAT", 0, "text or csv (default: text)", 3},
     {"tp", KEY_TP, "N", 0, "processes that share each layer", 4},
-    {"pp", KEY_PP, "N", 0, "processes that have the layers in turn", 4},
-    {"dp", KEY_DP, "N", 0, "copies of the model, which take questions as they go", 4},
+    {"pp", KEY_PP, "N", 0, "processes each of which has some of the layers", 4},
+    {"dp", KEY_DP, "N", 0, "copies of the model, which share the questions", 4},
     {"mini-batch", KEY_MINI_BATCH, "N", 0,
      "tokens of contexts in one pass of fixed:N and dp, so that in a pipeline they take as long as endings do "
      "(default: --batch)",
@@ -194,11 +195,11 @@ static void *must_alloc(size_t size) {
 /* ---- The data -------------------------------------------------------------------------------------------------- */
 
 typedef struct question {
-    char *context, *endings[ENDINGS]; /* as the model is to see them */
+    char *context, *endings[ENDINGS]; /* as the model reads them */
     int label;
     llm_token *tokens[ENDINGS]; /* the context's, then the ending's */
     int n_context, n_ending[ENDINGS], n_characters[ENDINGS];
-    bool known; /* answered, now or by an earlier run: */
+    bool known; /* answered, now or by an earlier run; then these are set: */
     double log_likelihoods[ENDINGS];
 } question;
 
@@ -209,26 +210,26 @@ typedef struct task {
     int n;
     llm_tokenizer *tokenizer;
     int next;    /* atomic: the next question to tokenize */
-    bool failed; /* atomic: in tokenizing */
+    bool failed; /* atomic: tokenizing failed */
     llm_error err;
-    /* what is left to be answered */
+    /* the questions that are not answered yet */
     int *left, n_left;
     llm_question *to_score;
     FILE *results;
-    int64_t n_tokens, n_done; /* of all that is left; of what is answered */
+    int64_t n_tokens, n_done; /* tokens of these questions; of those answered by now */
     double start, shown;
     ranks ranks;
     work work;
-    int first; /* of the questions in to_score that are being scored */
+    int first; /* index in to_score of the first question that is being scored */
 } task;
 
-/* From another copy of the model. */
+/* A result from another copy of the model. */
 typedef struct answer {
-    int question; /* of to_score */
+    int question; /* index in to_score */
     double log_likelihoods[ENDINGS];
 } answer;
 
-/* A whole file, perhaps compressed, with a NUL. */
+/* Reads a whole file, which may be compressed, and appends a NUL. */
 static char *read_file(const char *path, size_t *size) {
     FILE *file = fopen(path, "rb");
     size_t room = 1 << 20, n = strlen(path);
@@ -252,7 +253,7 @@ static char *read_file(const char *path, size_t *size) {
     return text;
 }
 
-/* Cuts all of `from` out of the text, or puts `to`, which is not longer, in its place. */
+/* Replaces every `from` in the text by `to`, which must not be longer. */
 static void replace(char *text, const char *from, const char *to) {
     for (char *at = strstr(text, from); at; at = strstr(at + strlen(to), from)) {
         memcpy(at, to, strlen(to));
@@ -260,7 +261,7 @@ static void replace(char *text, const char *from, const char *to) {
     }
 }
 
-/* The bytes of the white space that a text begins with; what is white is what Python's str.strip takes for it. */
+/* The number of bytes of white space at the beginning of a text. White space is that of Python's str.strip. */
 static size_t leading_space(const char *text) {
     size_t n = 0;
     for (size_t length = 1; length && text[n]; n += length) {
@@ -270,7 +271,7 @@ static size_t leading_space(const char *text) {
     return n;
 }
 
-/* As the harness's `preprocess` does. */
+/* Does the same as the harness's `preprocess`. */
 static char *clean(char *text) {
     size_t n = strlen(text);
     text[n - llm__pair_trailing_space(text, n)] = 0;
@@ -286,7 +287,7 @@ static char *clean(char *text) {
     return text;
 }
 
-/* The letters, up to a 0, that one becomes as a title: all that become several. NULL: it is none of them. */
+/* Some letters become several in title case: returns those, up to a 0. Returns NULL for all other letters. */
 static const uint16_t *several_letters(uint32_t letter) {
     /* clang-format off */
     static const uint16_t titles[][5] = {
@@ -311,14 +312,14 @@ static const uint16_t *several_letters(uint32_t letter) {
 
 static bool has_case(uint32_t c) { return towlower(c) != c || towupper(c) != c || iswupper(c) || iswlower(c); }
 
-/* What follows needs to know the letters of all languages. */
+/* The next functions need the letters of all languages. */
 static void know_letters(void) {
     if (!setlocale(LC_CTYPE, "C.UTF-8") && !setlocale(LC_CTYPE, "en_US.UTF-8"))
         give_up("neither the locale C.UTF-8 nor en_US.UTF-8 is installed; one of them is needed for large and small "
                 "letters");
 }
 
-/* What may stand in a word without being a letter of it: marks, apostrophes and the like. */
+/* Characters that can be part of a word but are not letters: marks, apostrophes and others. */
 static bool is_in_word(uint32_t c) {
     static const uint16_t ranges[][2] = {
         {'\'', '\''},     {'.', '.'},       {':', ':'},       {'^', '^'},       {'`', '`'},       {0xA8, 0xA8},
@@ -330,7 +331,7 @@ static bool is_in_word(uint32_t c) {
     return iswctype(c, wctype("combining"));
 }
 
-/* Whether a capital sigma at text[i] ends a word: a letter is before it, and none behind it. */
+/* True if a capital sigma at text[i] ends a word: there is a letter before it, and none after it. */
 static bool ends_word(const uint32_t *text, size_t n, size_t i) {
     size_t before = i, behind = i + 1;
     while (before && is_in_word(text[before - 1])) before--;
@@ -338,7 +339,7 @@ static bool ends_word(const uint32_t *text, size_t n, size_t i) {
     return before && has_case(text[before - 1]) && !(behind < n && has_case(text[behind]));
 }
 
-/* Python's capitalize, in memory of its own: the first letter as in titles, the others small. */
+/* Python's capitalize, as a new string: the first letter in title case, the others in lower case. */
 static char *capitalised(const char *text) {
     size_t n_bytes = strlen(text), n = 0, n_out = 0;
     const uint8_t *p = (const uint8_t *)text, *end = p + n_bytes;
@@ -392,7 +393,7 @@ static void read_json_question(const char *path, int number, const char *text, s
     json_decref(line);
 }
 
-/* One line, without its end; NULL at the end of the text. */
+/* The next line, without its newline; NULL at the end of the text. */
 static char *take_line(char **at) {
     char *line = *at, *end = strchr(line, '\n');
     if (!*line) return NULL;
@@ -496,7 +497,7 @@ static void *tokenize(void *arg) {
 
 /* ---- Results in a file -------------------------------------------------------------------------------------------- */
 
-/* What the answers depend on: the model as it is held, and the questions' tokens. */
+/* A hash of all that the answers depend on: the model, its types in memory, and the tokens of the questions. */
 static void describe_run(const task *t, const llm_model_info *info, char *line, size_t size) {
     uint64_t hash = 0;
     for (int i = 0; i < t->n; i++)
@@ -507,7 +508,7 @@ static void describe_run(const task *t, const llm_model_info *info, char *line, 
              llm_dtype_name(info->dtype), t->n, (unsigned long long)hash);
 }
 
-/* "17 -0x1.8p+4 ...": a line that is whole. Numbers are hexadecimal, so that they are the same when read. */
+/* Parses a complete line, "17 -0x1.8p+4 ...". Numbers are hexadecimal, so that reading them gives the same bits. */
 static bool read_answer(const char *line, task *t) {
     char *at;
     long i = strtol(line, &at, 10);
@@ -519,7 +520,7 @@ static bool read_answer(const char *line, task *t) {
     return true;
 }
 
-/* Takes the answers that the file has. A line at its end that a kill cut short goes. */
+/* Reads the answers that the file has. If its last line is incomplete, since a run was killed, that line is removed. */
 static void open_results(task *t, const llm_model_info *info) {
     char wanted[200];
     const char *path = t->opt.results;
@@ -554,7 +555,7 @@ static void on_signal(int sig) {
     stopped = 1;
 }
 
-/* Tokens a question costs at least, which measures the work. */
+/* The tokens of a question's context and endings: a measure of the work. */
 static int64_t tokens_of(const question *q) {
     int64_t n = q->n_context;
     for (int e = 0; e < ENDINGS; e++) n += q->n_ending[e];
@@ -573,7 +574,7 @@ static void show_progress(task *t) {
     if (t->n_done == t->n_tokens) fprintf(stderr, "\n");
 }
 
-/* False: it cannot be written down. */
+/* Keeps an answer, and writes it to the file if there is one. Returns false if that fails. */
 static bool take_answer(task *t, int index, const double *log_likelihoods) {
     question *q = &t->questions[t->left[index]];
     memcpy(q->log_likelihoods, log_likelihoods, sizeof q->log_likelihoods);
@@ -594,7 +595,7 @@ static void on_answer(void *user, const void *result) {
     if (!take_answer((task *)user, a.question, a.log_likelihoods)) stopped = 1;
 }
 
-/* Between layers rank 0 hears what the other copies of the model have to say. */
+/* Called between layers: there rank 0 serves the other copies of the model. */
 static bool is_stopped(void *user) {
     task *t = (task *)user;
     if (!t->ranks.rank) ranks_serve(&t->ranks, &t->work, sizeof(answer), on_answer, t);
@@ -713,16 +714,16 @@ static void print_result(const task *t, const llm_model_info *info, const result
                100 * r->mfu);
 }
 
-/* Where the texts' tokens go: those that need not be computed are an ending's last, and first ones all endings share. */
+/* Counts the tokens of the texts. Two kinds need not be computed: the last of an ending, and first ones that all
+   endings share. */
 static void print_count(const task *t, const llm_score_stats *s) {
     int64_t contexts = 0, endings = 0, needed = s->n_computed - s->n_padded - s->n_redundant;
     for (int i = 0; i < t->n; i++) {
         contexts += t->questions[i].n_context;
         endings += tokens_of(&t->questions[i]) - t->questions[i].n_context;
     }
-    printf("%lld tokens: %lld of contexts, %lld of endings; of these %lld are last ones, from which nothing is "
-           "predicted, and\n"
-           "%lld first ones that the other endings of a question have, too\n",
+    printf("%lld tokens: %lld of contexts, %lld of endings. Of the latter %lld are the last of an ending, from which\n"
+           "nothing is predicted, and %lld are first ones that other endings of the question have, too\n",
            (long long)(contexts + endings), (long long)contexts, (long long)endings, (long long)t->n * ENDINGS,
            (long long)(contexts + endings - needed) - (long long)t->n * ENDINGS);
 }
@@ -753,16 +754,16 @@ static llm_model *prepare(task *t) {
     return model;
 }
 
-/* A file for all ranks, each of which appends whole lines. */
+/* Opens a file for all ranks, each of which appends whole lines. */
 static void open_trace(task *t) {
     if (!t->ranks.rank) remove(t->opt.trace);
-    ranks_share(&t->ranks, &t->n, sizeof t->n); /* it is gone before another rank opens it */
+    ranks_share(&t->ranks, &t->n, sizeof t->n); /* the others wait until the old file is removed */
     FILE *file = fopen(t->opt.trace, "a");
     if (!file || setvbuf(file, NULL, _IOLBF, BUFSIZ)) give_up("%s: %s", t->opt.trace, strerror(errno));
     ranks_trace(&t->ranks, file);
 }
 
-/* Scores what is left, piece by piece where there are several copies of the model. */
+/* Scores the remaining questions, piece by piece if there are several copies of the model. */
 static llm_status score(task *t, llm_context *ctx, llm_score_stats *stats, llm_error *err) {
     double *log_likelihoods = t->opt.count ? NULL : (double *)must_alloc((size_t)t->n * ENDINGS * sizeof(double));
     llm_status status = LLM_OK;

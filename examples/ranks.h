@@ -1,9 +1,9 @@
-/*  ranks.h - several processes run one model: what the programs need beside llm.h.
+/*  ranks.h - several processes run one model: what the programs share.
 
     mpirun -n 2 build/mpi/repl -m MODEL --tp 2        or  srun -n 2 ...
 
-    Ranks are numbered so that those of one tensor group stand together: rank = (replica * pp + stage) * tp + shard. Rank 0
-    reads and prints. A program built without LLM_MPI has one rank, and says so where more are wanted. */
+    The ranks of one tensor group have consecutive numbers: rank = (replica * pp + stage) * tp + shard. Rank 0 reads
+    input and prints. A program built without LLM_MPI has one rank, and refuses options that need more. */
 #ifndef RANKS_H
 #define RANKS_H
 
@@ -22,7 +22,7 @@ typedef struct ranks {
 
 /* ---- How long a rank waits for others ---- */
 
-/* Where waits are written to, a line each: rank, begin, end. */
+/* Writes down how long a rank waits: one line for each wait with rank, begin and end in seconds. */
 typedef struct trace {
     FILE *file;
     int rank;
@@ -52,7 +52,7 @@ static inline llm_status traced_duplicate(llm_comm *comm, llm_comm **out, llm_er
     return status;
 }
 
-/* Writes down each wait for a message of the pipeline, of contexts made from now on. */
+/* From now on, contexts write down each wait for a message of the pipeline. */
 static inline void ranks_trace(ranks *r, FILE *file) {
     if (!r->pipeline || !file) return;
     waits.file = file;
@@ -65,7 +65,7 @@ static inline void ranks_trace(ranks *r, FILE *file) {
 /* ---- Processes ---- */
 
 #ifdef LLM_MPI
-/* The communicator of the ranks with the same color, in order; NULL if there is only one. */
+/* Makes a comm for the ranks with the same color, in order. *out stays NULL if there is only one. */
 static llm_status ranks_split(ranks *r, int color, int size, llm_comm **out, llm_error *err) {
     MPI_Comm part;
     if (size == 1) return LLM_OK;
@@ -75,7 +75,7 @@ static llm_status ranks_split(ranks *r, int color, int size, llm_comm **out, llm
     return status;
 }
 
-/* Joins the others. r says how many ranks there are of each kind, 0 for one. */
+/* Joins the other ranks. r->tp, pp and dp say how many there are of each kind; 0 counts as 1. */
 static llm_status ranks_open(ranks *r, llm_error *err) {
     int size, got;
     r->tp += !r->tp, r->pp += !r->pp, r->dp += !r->dp;
@@ -97,7 +97,7 @@ static llm_status ranks_open(ranks *r, llm_error *err) {
     return status ? status : ranks_split(r, r->replica * r->tp + r->rank % r->tp, r->pp, &r->pipeline, err);
 }
 
-/* What rank 0 has, on all. Whoever waits for a human to type does not keep a core busy. */
+/* Copies n bytes from rank 0 to all. It sleeps while it waits, since rank 0 may wait for a user to type. */
 static inline void ranks_share(ranks *r, void *data, size_t n) {
     MPI_Request request;
     int done = 0;
@@ -111,16 +111,17 @@ static inline void ranks_share(ranks *r, void *data, size_t n) {
 
 /* ---- Copies of a model share work ----
 
-   The first rank of each copy asks rank 0 for work, and tells it results. Rank 0 answers whenever ranks_serve is called. */
+   The first rank of each copy asks rank 0 for work and sends it results. Rank 0 answers in ranks_serve, which it must
+   call now and then. */
 
 enum { RANKS_ASK = 1, RANKS_WORK, RANKS_RESULT };
 
 typedef struct work {
-    int next, end;    /* items nobody has taken yet                              */
-    int n_unfinished; /* other copies that have not heard that there are no more */
+    int next, end;    /* items that no copy has taken yet                        */
+    int n_unfinished; /* other copies that do not know yet that there are no more */
 } work;
 
-/* As many as leave each copy some pieces of work, so that none waits long for another at the end. */
+/* Takes the next items. Pieces become smaller towards the end, so that no copy waits long for another. */
 static inline int ranks_take(const ranks *r, work *w, int *first) {
     int n = (w->end - w->next) / (2 * r->dp) + 1;
     if (w->end - w->next < n) n = w->end - w->next;
@@ -129,7 +130,7 @@ static inline int ranks_take(const ranks *r, work *w, int *first) {
     return n;
 }
 
-/* On rank 0: answers what has been asked, and hands on the results that have come, `size` bytes each. */
+/* On rank 0: answers requests for work, and passes the results that have arrived, `size` bytes each, to on_result. */
 static inline void ranks_serve(const ranks *r, work *w, size_t size, void (*on_result)(void *user, const void *result),
                                void *user) {
     char result[256];
@@ -150,7 +151,8 @@ static inline void ranks_serve(const ranks *r, work *w, size_t size, void (*on_r
     }
 }
 
-/* More work for this copy, on all its ranks: how many items, from *first on; 0: there is none left. */
+/* Gets more work for this copy. All its ranks call it, and get the number of items, from *first on; 0: none are
+   left. */
 static inline int ranks_ask(ranks *r, work *w, int *first) {
     int piece[2] = {0, 0};
     if (r->rank == 0) {
@@ -164,26 +166,26 @@ static inline int ranks_ask(ranks *r, work *w, int *first) {
     return piece[1];
 }
 
-/* From another copy's first rank to rank 0. */
+/* Sends a result from the first rank of another copy to rank 0. */
 static inline void ranks_tell(const ranks *r, const void *result, size_t size) {
     MPI_Send(result, (int)size, MPI_BYTE, 0, RANKS_RESULT, r->world);
 }
 
-/* Adds up what the copies' first ranks have; good on rank 0. */
+/* Adds up the values of the first ranks of all copies. Only rank 0 gets the sums. */
 static inline void ranks_add(const ranks *r, int64_t *values, int n) {
     int64_t own[16], none[16] = {0};
     memcpy(own, values, (size_t)n * sizeof *own);
     MPI_Reduce(r->rank % (r->tp * r->pp) ? none : own, values, n, MPI_INT64_T, MPI_SUM, 0, r->world);
 }
 
-/* The sums over all ranks; good on rank 0. */
+/* Adds up the values of all ranks. Only rank 0 gets the sums. */
 static inline void ranks_sum(const ranks *r, double *values, int n) {
     double own[16];
     memcpy(own, values, (size_t)n * sizeof *own);
     MPI_Reduce(own, values, n, MPI_DOUBLE, MPI_SUM, 0, r->world);
 }
 
-/* `failed`: the others are not waited for. */
+/* With `failed` it ends all ranks at once instead of waiting for them. */
 static void ranks_close(ranks *r, bool failed) {
     llm_comm_free(r->tensor);
     llm_comm_free(r->pipeline);
@@ -213,7 +215,7 @@ typedef struct work {
     int next, end, n_unfinished;
 } work;
 
-/* One rank does all of it. */
+/* The only rank takes all of the work. */
 static inline int ranks_ask(ranks *r, work *w, int *first) {
     int n = w->end - w->next;
     (void)r;

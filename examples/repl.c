@@ -62,14 +62,14 @@ enum {
 static const struct argp_option option_list[] = {
     {"model", 'm', "MODEL", 0, "the model's file (GGUF)", 1},
     {"prompt", 'p', "TEXT", 0, "answer this and end; without it, chat", 1},
-    {"system", KEY_SYSTEM, "TEXT", 0, "what the model is told first (default: what its file says)", 1},
+    {"system", KEY_SYSTEM, "TEXT", 0, "the system message (default: that of the model's file)", 1},
     {"raw", KEY_RAW, NULL, 0, "continue the text as it is, without a chat template", 1},
     {"tokens", 'n', "N", 0, "generate at most N tokens (default: until the model ends)", 1},
     {"ids", KEY_IDS, NULL, 0, "print token ids instead of text", 1},
     {"temp", KEY_TEMP, "T", 0, "temperature; 0 is greedy (default: 0.8 in a chat, 0 with -p or --raw)", 2},
     {"top-k", KEY_TOP_K, "K", 0, "choose from the K most likely tokens, 0 from all (default: 40)", 2},
     {"top-p", KEY_TOP_P, "P", 0, "choose from the most likely whose sum reaches P (default: 0.95)", 2},
-    {"min-p", KEY_MIN_P, "P", 0, "drop those P times less likely than the best (default: 0.05)", 2},
+    {"min-p", KEY_MIN_P, "P", 0, "drop tokens less likely than P times the best (default: 0.05)", 2},
     {"seed", KEY_SEED, "S", 0, "same seed, same text (default: from the clock)", 2},
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
     {"dtype", KEY_DTYPE, "TYPE", 0,
@@ -81,7 +81,7 @@ static const struct argp_option option_list[] = {
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "check at most N guesses at once (default: 15)", 3},
     {"ctx", KEY_CTX, "N", 0, "tokens a conversation can hold (default: the model's limit, at most 4096)", 3},
     {"tp", KEY_TP, "N", 0, "N processes share each layer", 4},
-    {"pp", KEY_PP, "N", 0, "N times as many have the layers in turn", 4},
+    {"pp", KEY_PP, "N", 0, "N groups of processes, each of which has some of the layers", 4},
     {0}};
 
 static long long parse_integer(struct argp_state *state, const char *name, const char *text, long long min,
@@ -173,7 +173,7 @@ typedef struct repl {
     ranks ranks;
     llm_model *model;
     llm_context *ctx;
-    llm_model *draft_model; /* NULL if the draft is none                                          */
+    llm_model *draft_model; /* NULL if the draft is not a model                                   */
     llm_draft draft;
     double load_seconds;
     double bandwidth;      /* bytes per second; 0 until it is measured                            */
@@ -181,8 +181,8 @@ typedef struct repl {
     char *answer;          /* stb_ds array: the text of the last answer                           */
     llm_stats stats;       /* of the last answer                                                  */
     const char *echo;      /* shown on standard error before the answer                           */
-    bool started;          /* something of the answer has been printed                            */
-    EditLine *editor;      /* NULL if there is no terminal to edit on                             */
+    bool started;          /* a part of the answer has been printed                               */
+    EditLine *editor;      /* NULL if the input is not a terminal                                 */
     History *history;
     char *line; /* the last line read                                                  */
     size_t line_size;
@@ -196,7 +196,7 @@ static void on_interrupt(int sig) {
     raise(sig);
 }
 
-/* Without SA_RESTART, so that waiting for input ends too. */
+/* Without SA_RESTART, so that the signal also ends waiting for input. */
 static void catch_interrupts(void) {
     struct sigaction action = {0};
     action.sa_handler = on_interrupt;
@@ -222,7 +222,7 @@ static bool show_progress(void *user, float done) {
     return true;
 }
 
-/* The model's own file again for self:TYPE, or another. */
+/* Loads the draft's model: for self:TYPE the same file again, else another file. */
 static llm_status load_draft(repl *r, llm_model_desc desc, llm_error *err) {
     bool self = !strncmp(r->opt.draft, "self:", 5);
     r->draft = llm_draft_lookup();
@@ -299,7 +299,7 @@ static bool on_token(void *user, llm_token token, const char *bytes, size_t n_by
     return !r->opt.ids || print(r, id, (size_t)snprintf(id, sizeof id, r->started ? " %d" : "%d", (int)token));
 }
 
-/* Answers the conversation, or continues `text`; r->answer and r->stats hold the outcome. */
+/* Answers the conversation, or continues `text`. The results are in r->answer and r->stats. */
 static llm_status generate(repl *r, const char *text, llm_error *err) {
     llm_generate_desc desc = {.max_tokens = r->opt.max_tokens,
                               .sampler = &r->opt.sampler,
@@ -320,7 +320,7 @@ static llm_status generate(repl *r, const char *text, llm_error *err) {
     return llm_generate(r->ctx, &desc, &r->stats, err);
 }
 
-/* Ends the answer's last line, and says why if it was cut short. */
+/* Ends the last line of the answer. If the answer was cut, says why. */
 static void close_answer(repl *r) {
     bool ended = !r->opt.ids && arrlen(r->answer) && arrlast(r->answer) == '\n';
     if (r->started && !ended) print(r, "\n", 1);
@@ -329,7 +329,7 @@ static void close_answer(repl *r) {
                 llm_context_n_ctx(r->ctx), r->opt.prompt ? "--ctx gives more" : "/reset empties it");
 }
 
-/* Answers one input; 0, or 1 if that went wrong. A failure leaves the conversation as it was. */
+/* Answers one input. Returns 0, or 1 after a failure, which leaves the conversation unchanged. */
 static int answer(repl *r, const char *text) {
     llm_error err;
     if (!r->opt.raw) push_message(r, "user", text, strlen(text));
@@ -348,7 +348,7 @@ static int answer(repl *r, const char *text) {
 
 static double ratio(double a, double b) { return b > 0 ? a / b : 0; }
 
-/* The first token comes out of the prompt's pass, so generating n tokens takes n - 1 passes of decoding. */
+/* The prompt's pass gives the first token, so n tokens take n - 1 passes of decoding. */
 static void print_figures(repl *r) {
     const llm_stats *stats = &r->stats;
     int n_passes = stats->n_generated > 1 ? stats->n_generated - 1 : 0;
@@ -385,7 +385,7 @@ static void open_editor(repl *r) {
     el_set(r->editor, EL_EDITOR, "emacs");
     el_set(r->editor, EL_HIST, history, r->history);
     el_set(r->editor, EL_SIGNAL, 1);
-    /* While a line is typed Ctrl-C is a key like others, and clears it. */
+    /* While the user types a line, Ctrl-C is an ordinary key, which clears the line. */
     el_set(r->editor, EL_SETTY, "-d", "-isig", NULL);
     el_set(r->editor, EL_BIND, "^C", "em-kill-line", NULL);
     el_source(r->editor, NULL);
@@ -401,7 +401,7 @@ static char *edit_line(repl *r) {
     return r->line = strdup(typed);
 }
 
-/* What the first rank has read, on all. */
+/* Gives the line that the first rank has read to all ranks. */
 static char *share_line(repl *r, char *line) {
     size_t n = line ? strlen(line) + 1 : 0;
     ranks_share(&r->ranks, &n, sizeof n);
@@ -413,7 +413,7 @@ static char *share_line(repl *r, char *line) {
     return line;
 }
 
-/* The next line without its newline, good until the next call; NULL at the end of the input. */
+/* Reads the next line, without its newline. It is valid until the next call. NULL at the end of the input. */
 static char *next_line(repl *r) {
     if (r->ranks.rank) return share_line(r, NULL);
     char *line = r->editor ? edit_line(r) : getline(&r->line, &r->line_size, stdin) >= 0 ? r->line : NULL;
@@ -429,7 +429,7 @@ static const char help[] = "/reset  forget the conversation\n"
                            "/quit   end; Ctrl-D does too\n"
                            "Ctrl-C stops an answer, or clears the line being typed.\n";
 
-/* Runs a line that begins with a slash; false ends the program. */
+/* Runs a line that begins with a slash. Returns false if the program should end. */
 static bool command(repl *r, const char *line) {
     if (!strcmp(line, "/quit")) return false;
     if (!strcmp(line, "/reset")) reset(r);
@@ -462,7 +462,7 @@ static int answer_once(repl *r) {
 
 /* ---- Main ---------------------------------------------------------------------------------------------------- */
 
-/* The editor counts characters by the locale; a machine without one still has UTF-8 text to edit. */
+/* The editor counts characters by the locale, which must be UTF-8 even if the machine has none set. */
 static void set_locale(void) {
     setlocale(LC_CTYPE, "");
     if (strcmp(nl_langinfo(CODESET), "UTF-8")) setlocale(LC_CTYPE, "C.UTF-8");

@@ -1,4 +1,4 @@
-/* What the tests include first: cmocka with the headers that it wants, libc, and what several tests ask. */
+/* Tests include this first: cmocka with the headers that it needs, libc, and checks that several tests use. */
 #ifndef CHECK_H
 #define CHECK_H
 

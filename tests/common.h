@@ -1,16 +1,16 @@
-/* What several tests need: files, models, golden data in lines of JSON, an allocator that counts and fails when told.
-   To be included after llm.h, and after tests/tiny.h and jansson.h where those are used. */
+/* Used by several tests: files, models, golden data in lines of JSON, an allocator that counts and fails on request.
+   Include it after llm.h, and after tests/tiny.h and jansson.h where those are used. */
 #ifndef TESTS_COMMON_H
 #define TESTS_COMMON_H
 
 #include "tests/check.h"
 
-/* Under an emulator, where computing is twenty times as slow as here. */
+/* True under an emulator, which computes twenty times slower. */
 static inline bool emulated(void) { return getenv("LLM_TEST_EMULATED") != NULL; }
 
 /* ---- Files ---- */
 
-/* "DIRECTORY/NAME", good for the next few calls. */
+/* Returns "DIRECTORY/NAME". The string is valid for the next 7 calls. */
 static inline const char *joined(const char *directory, const char *name) {
     static char paths[8][512];
     static int next;
@@ -57,10 +57,10 @@ static inline void write_file(const char *path, const void *data, size_t n) {
     FILE *file = fopen(path, "wb");
     if (!file) fail_msg("%s cannot be written", path);
     assert_int_equal(fwrite(data, 1, n, file), n);
-    fclose(file);
+    assert_int_equal(fclose(file), 0);
 }
 
-/* ---- Models and contexts: what fails, fails the test ---- */
+/* ---- Models and contexts: a failure fails the test ---- */
 
 /* desc may be NULL. */
 static inline llm_model *load_model(const char *path, const llm_model_desc *desc) {
@@ -230,7 +230,7 @@ typedef struct load_job {
     const char *path;
 } load_job;
 
-/* For starve, like the next; the job is a load_job. */
+/* This and the next are for `starve`; the job is a load_job. */
 static inline llm_status load_model_starved(void *job, llm_error *err) {
     load_job *j = (load_job *)job;
     llm_model *model;

@@ -1,4 +1,4 @@
-/* The committed hashes of logits, and ways in which they come about. To be included after tests/common.h. */
+/* The committed hashes of logits, and the ways to compute them. Include it after tests/common.h. */
 #ifndef TESTS_HASH_H
 #define TESTS_HASH_H
 
@@ -39,7 +39,7 @@ static inline uint64_t hash_row(uint64_t hash, const float *logits, int n) {
     return hash;
 }
 
-/* What this machine must run; whether the matrix unit may be used is the system's choice, too. */
+/* True if this machine must be able to run an instruction set. False for the matrix unit: the system may forbid it. */
 static inline bool must_run(const char *isa) {
 #if defined(__x86_64__)
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -53,7 +53,7 @@ static inline bool must_run(const char *isa) {
     return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
 }
 
-/* Of one type; on several ranks, this one's part. NULL: this machine does not have the instruction set. */
+/* Loads the model of one type; with ranks, this rank's part. Returns NULL if this machine lacks the instruction set. */
 static inline llm_model *load(const expected *e, const char *isa, llm_comm *tensor, llm_comm *pipeline) {
     llm_model_desc desc = {.dtype = e->dtype, .isa = isa, .n_threads = 2, .tensor = tensor, .pipeline = pipeline};
     llm_model *model = NULL;

@@ -1,5 +1,5 @@
-/* Ranks as threads of this process. To be included after llm.h and tests/check.h. What goes wrong on a rank ends the
-   test program: cmocka's checks belong to the main thread. */
+/* Ranks as threads of this process. Include it after llm.h and tests/check.h. A failed check on a rank ends the test
+   program, because cmocka's own checks only work on the main thread. */
 #ifndef TESTS_RANKS_H
 #define TESTS_RANKS_H
 

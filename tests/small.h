@@ -1,9 +1,9 @@
-/* Work on private functions that may fail, such as building a SentencePiece vocabulary of eight pieces with any chat template.
+/* Runs private functions that can fail, and builds a SentencePiece vocabulary of eight pieces with any chat template.
    Needs the implementation of llm.h. */
 #ifndef TESTS_SMALL_H
 #define TESTS_SMALL_H
 
-/* What the body allocates, from the host if there is one, stays in the pool. */
+/* Runs `body`. Its allocations, from the host if there is one, stay in the pool. */
 static inline llm_status guarded(llm__pool *pool, const llm_host *host, void (*body)(llm__env *env, void *arg),
                                  void *arg, llm_error *err) {
     llm__env env;

@@ -1,5 +1,5 @@
-/* test_kernels.c, and test_hash.c's small models, with the matrix unit in plain C: its kernels are tested where there is
-   none, and give the same bits as the others.
+/* The matrix unit's kernels, with that unit in plain C, on machines without one: runs test_kernels.c, and the small
+   models of test_hash.c, which must give the same bits as with other kernels.
    Variants: asan */
 #include "tests/tiles.h"
 #define LLM_IMPLEMENTATION

@@ -1,5 +1,5 @@
 #!/bin/sh
-# bench.c: what it prints can be read by programs, and its options are checked.
+# bench.c: programs can read what it prints, and bad options are refused.
 . tests/tap.sh
 bench=$(dirname "$0")/bench
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
@@ -15,19 +15,19 @@ fields() {
 refuses() { ! "$bench" "$@" >"$out" 2>&1 && [ -s "$out" ]; }
 
 check "measures types, threads and depths" measure -m "$model" --dtype bf16,int8,int4 -t 1,2 -d 0,40 -o json
-check "an object for each" fields 12
-check "csv has a header and a line for each" eval 'measure -m "$model" -o csv && [ "$(wc -l <"$out")" -eq 3 ]'
+check "prints a JSON object for each" fields 12
+check "csv has a header, and a line for each thread count" eval 'measure -m "$model" -o csv && [ "$(wc -l <"$out")" -eq 3 ]'
 check "by default one thread per core, then one more" awk -F, 'NR > 1 { n[NR] = $3 } END { exit n[2] < 1 || n[3] != n[2] + 1 }' "$out"
-check "a table" eval 'measure -m "$model" -o md -t 2 && [ "$(grep -c "^|" "$out")" -eq 3 ]'
-check "random weights of a published shape" measure --random smollm2-135m
+check "prints a table" eval 'measure -m "$model" -o md -t 2 && [ "$(grep -c "^|" "$out")" -eq 3 ]'
+check "measures random weights of a published shape" measure --random smollm2-135m
 printf 'one two three one two three one' >"$out.txt"
 check "compares drafts" eval 'measure -m "$model" -n 8 --draft lookup,self:int4 "$out.txt" && [ "$(grep -c "^| " "$out")" -eq 4 ]'
 check "compares passes of some rows" eval 'measure --random smollm2-135m --rows 1,2,4 && [ "$(grep -c "^| bf16" "$out")" -eq 3 ]'
 check "refuses a draft without texts" refuses -m "$model" --draft lookup
 check "refuses texts without a draft" refuses -m "$model" "$out.txt"
 check "refuses a missing text" refuses -m "$model" --draft lookup "$out.absent"
-check "refuses an unknown type of itself" refuses -m "$model" --draft self:int5 "$out.txt"
-check "a table of batches and lengths" eval '"$bench" -m "$model" --flops-table=8 -o csv >"$out" && [ "$(wc -l <"$out")" -eq 11 ]'
+check "refuses an unknown type in self:TYPE" refuses -m "$model" --draft self:int5 "$out.txt"
+check "prints a table of batches and lengths" eval '"$bench" -m "$model" --flops-table=8 -o csv >"$out" && [ "$(wc -l <"$out")" -eq 11 ]'
 check "refuses an unknown shape" refuses --random gpt5
 check "refuses an unknown type" refuses -m "$model" --dtype int5
 check "refuses a bad list" refuses -m "$model" -d 0,,1

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The header compiles without a warning in every supported way, and the documentation shows code that compiles.
+# The header compiles without a warning in every supported way, and so does the code in the documentation.
 . tests/tap.sh
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -1,4 +1,5 @@
-/* Chat templates against what Jinja makes of them (tokenizer/chat.py), and what a message must not be able to do.
+/* Chat templates against the text that jinja2 renders (tokenizer/chat.py), and that a message cannot forge special
+   tokens.
    Variants: asan cross */
 #define LLM_IMPLEMENTATION
 #define LLM_NO_SIMD /* nothing is computed here */

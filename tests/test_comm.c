@@ -1,4 +1,4 @@
-/* Ranks that are threads of one process: what they bring together, messages, and that nobody hangs when one fails.
+/* Ranks that are threads of one process: exchanges, messages, and that no rank hangs when another fails.
    Variants: asan tsan */
 #include "tests/check.h"
 #include "llm.h"
@@ -103,8 +103,8 @@ typedef struct trouble {
     int n_done;       /* atomic */
 } trouble;
 
-static const char *const WORDS[TROUBLES] = {"has left",     "in time",      "enough of this",
-                                            "another call", "another size", "in time"};
+static const char *const WORDS[TROUBLES] = {"has left",     "in time",    "enough of this",
+                                            "another call", "wrong size", "in time"};
 
 /* The last rank does something wrong in the third round; all others are told, none reads what is no longer there. */
 static void go_wrong(llm_comm *comm, void *arg) {
@@ -198,17 +198,17 @@ static void test_starved(void **state) {
     assert_all_returned(&h);
 }
 
-/* A meeting of two ranks: how long it takes, if they have a core each. */
+/* Prints how long an exchange of two ranks takes if each has a core. The sanitizers only check that it works. */
 static void many_meetings(llm_comm *comm, void *arg) {
     char data[8192];
     llm_exchange x = {data, 1, 0, sizeof data, 16, sizeof data / 16, NULL, 0};
     double best = 1, start;
     memset(data, 0, sizeof data);
-    for (int i = 0; i < 20; i++) {
+    for (int i = 0; i < (SANITIZED ? 1 : 20); i++) {
         start = seconds_now();
         for (int j = 0; j < 1000; j++) {
             unsigned flags = 0;
-            RANK_CHECK(comm->exchange(comm, &x, &flags, NULL) == LLM_OK, "a meeting failed");
+            RANK_CHECK(comm->exchange(comm, &x, &flags, NULL) == LLM_OK, "an exchange failed");
         }
         if (seconds_now() - start < best) best = seconds_now() - start;
     }
@@ -218,9 +218,8 @@ static void many_meetings(llm_comm *comm, void *arg) {
 static void test_meeting(void **state) {
     double microseconds = 0;
     (void)state;
-    if (SANITIZED) skip();
     on_ranks(2, NULL, many_meetings, &microseconds);
-    print_message("a meeting of 2 ranks, 8 KB: %.2f us\n", microseconds);
+    print_message("an exchange of 8 KB between 2 ranks: %.2f us\n", microseconds);
 }
 
 int main(void) {

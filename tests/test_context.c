@@ -1,4 +1,4 @@
-/* Sequences in a context: what is refused before any work, forks and cuts, saving, cancelling, and the cache's accounts.
+/* Sequences in a context: bad calls are refused before any work; forks, truncation, saving, cancelling, free cache.
    Variants: asan tsan */
 #include "tests/check.h"
 #include "llm.h"
@@ -46,7 +46,8 @@ static void must_append(llm_context *ctx, int seq, int text, int from, int to) {
     if (append(ctx, seq, text, from, to, &err)) fail_msg("%s", err.message);
 }
 
-/* The last logits of these tokens in a context of their own; the same bits must come out in any other. */
+/* The last logits of a text, computed in a context that holds nothing else. Every other context must give the same
+   bits. */
 static const float *reference(llm_context *own, const llm_token *tokens, int n) {
     llm_batch batch = {n, tokens, NULL, NULL};
     assert_int_equal(llm_seq_truncate(own, 0, 0, NULL), LLM_OK);

@@ -1,5 +1,5 @@
-/* llm_cuda.cu against the CPU backend on small models: all its kernels, in all modes. They run on the CPU by
-   tests/cuda_host, or, compiled with nvcc, on a GPU.
+/* llm_cuda.cu against the CPU backend on small models: all its kernels, in all modes. tests/cuda_host runs them on the
+   CPU; compiled with nvcc they run on a GPU.
    Variants: asan */
 #define LLM_CUDA
 #include "llm.h"

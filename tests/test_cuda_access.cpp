@@ -1,5 +1,5 @@
-/* How llm_cuda.cu's kernels use memory: without races in shared memory, aligned, and not too early. Every access is
-   looked at (tests/cuda_host/cuda_watch.h); that this finds faults is tried on kernels that have them. */
+/* How the kernels of llm_cuda.cu use memory: no races in shared memory, no misaligned access, and no read before its
+   data are written. tests/cuda_host/cuda_watch.h checks every access. Faulty kernels prove that it finds faults. */
 #define LLM_CUDA
 #include "llm.h"
 #include "llm_cuda.cu"

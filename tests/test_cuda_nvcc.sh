@@ -1,7 +1,7 @@
 #!/bin/sh
-# nvcc compiles llm_cuda.cu for the chips it is meant for, without a warning. Kernels where speed counts do not spill registers, and use
-# no more of them than lets a multiprocessor hold the blocks that the host counts on. Where kernels overlap, their loads and prefetches
-# stand before they wait (that needs nvdisasm: on the PATH, or from the package nvidia-cuda-nvdisasm of PyPI).
+# nvcc compiles llm_cuda.cu for the supported chips without a warning. The kernels in which speed counts spill no registers,
+# and use so few that a multiprocessor holds the number of blocks that the host assumes. Kernels that overlap issue their
+# loads and prefetches before they wait. That check needs nvdisasm, on the PATH or from PyPI's nvidia-cuda-nvdisasm.
 . tests/tap.sh
 PATH=$PATH:/usr/local/cuda/bin
 for folder in $(python3 -c 'import site; print(*site.getsitepackages())' 2>/dev/null); do PATH=$PATH:$folder/nvidia/cu13/bin; done

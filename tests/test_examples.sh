@@ -1,5 +1,5 @@
 #!/bin/sh
-# hello.c, loop.c and embed.cpp: they answer, and explain what goes wrong.
+# hello.c, loop.c and embed.cpp: they answer, and explain errors.
 . tests/tap.sh
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
@@ -18,7 +18,7 @@ fails_saying() {
 check "hello continues a text" says "$hello" "$model" "Once upon a time"
 check "hello explains a missing model" fails_saying absent.gguf "$hello" absent.gguf
 "$hello" "$model" "Once upon a time" >"$log"
-check "loop says what hello says" sh -c '"$1" "$2" "Once upon a time" | cmp - "$3"' sh "$loop" "$model" "$log"
+check "loop gives the same text as hello" sh -c '"$1" "$2" "Once upon a time" | cmp - "$3"' sh "$loop" "$model" "$log"
 check "loop explains a missing model" fails_saying absent.gguf "$loop" absent.gguf
 check "embed answers a question" says "$embed" "$model" "What is the capital of France?"
 check "embed explains a missing model" fails_saying absent.gguf "$embed" absent.gguf

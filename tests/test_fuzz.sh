@@ -1,7 +1,7 @@
 #!/bin/sh
-# Fuzzing: each target of tests/fuzz/fuzz.c for FUZZ_SECONDS (30), as many at once as there are processors. What is found to
-# lead somewhere new stays in build/fuzz/corpus. What fails is kept in build/fuzz/findings and tried again first; once it is
-# mended, it belongs in tests/fuzz/regressions/TARGET, where all files are such findings.
+# Fuzzing: runs each target of tests/fuzz/fuzz.c for FUZZ_SECONDS (30), one on each processor at a time. Inputs that reach
+# new code are kept in build/fuzz/corpus. Inputs that fail are kept in build/fuzz/findings and are tried first next time.
+# Once the bug is fixed, move the input to tests/fuzz/regressions/TARGET.
 . tests/tap.sh
 here=$(dirname "$0")/fuzz
 seconds=${FUZZ_SECONDS:-30}

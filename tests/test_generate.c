@@ -1,4 +1,4 @@
-/* llm_generate: what it takes, what it shows, when it stops, what it leaves behind.
+/* llm_generate: its inputs, what it shows, when it stops, and what the sequence holds afterwards.
    Variants: asan cross */
 #include "tests/check.h"
 #include "llm.h"

@@ -1,9 +1,9 @@
 /* One arithmetic: the logits are the same bits however they are computed. Each weight type has one committed hash; every
-   instruction set, thread count, batch, chunking and fork must give it, in every build. Under a slow emulator the runs with
-   one thread are left out, and of the default model's types all but the usual. There, and in builds that only try other
-   compilers, where LLM_TEST_COMPILER is defined, the slow scalar kernels go each way for every third type. The thread
-   sanitizer is shown the small model with several threads, one way for each type and number of threads,
-   more than two of these by one instruction set.
+   instruction set, thread count, batch, chunking and fork must give it, in every build. To save time, some builds run
+   less:
+   - An emulator skips the runs with one thread, and runs the default model only with its usual type.
+   - An emulator, and the builds for other compilers (LLM_TEST_COMPILER), run a third of the ways of the scalar kernels.
+   - The thread sanitizer runs one way per type and number of threads; more than 2 threads with one instruction set.
    Variants: matrix cross tsan */
 #include "tests/check.h"
 #include "llm.h"
@@ -17,7 +17,8 @@
 #define OTHER_COMPILER false
 #endif
 
-/* The first four run with one thread, the others with two, and a third of all with each larger number; `small` takes at most 37 tokens in a pass. */
+/* The first WAYS_OF_ONE ways run with one thread, the others with two, and a third of all with each larger number of
+   threads. `small` takes at most 37 tokens in a pass. */
 enum { COUNTS = 5 };
 
 static const int THREADS[COUNTS] = {1, 2, 3, 5, 8};
@@ -26,7 +27,7 @@ static bool goes(int way, int count) {
     return count == 0 ? way < WAYS_OF_ONE : count == 1 ? way >= WAYS_OF_ONE : way % 3 == count - 2;
 }
 
-/* The one way that the thread sanitizer is shown; the types take turns. */
+/* The way that the thread sanitizer runs, another one for each type. */
 static int way_of(int type, int count) { return count == 1 ? 4 + type % 5 : count - 2 + 3 * ((type + 1) % 3); }
 
 static void check_tiny(int type, const char *isa) {

@@ -1,5 +1,5 @@
 #!/bin/sh
-# hellaswag.c: what it makes of made-up questions, stopping and going on, and what it refuses.
+# hellaswag.c: its results for invented questions, stopping and resuming, and bad input.
 . tests/tap.sh
 hellaswag=$(dirname "$0")/hellaswag
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
@@ -60,23 +60,23 @@ finds_data() {
         LLM_DATA=$dir/data "$hellaswag" -m "$model" --count >"$out" 2>"$log" && grep -q " 0 padded, 0 redundant" "$out"
 }
 
-check "the harness's accuracies" agrees
+check "gives the accuracies of the LM evaluation harness" agrees
 check "nothing padded, nothing computed twice" [ "$(padded_and_redundant)" = 0,0 ]
-check "a progress bar" grep -q "100 %" "$log"
-check "goes on behind a line that was cut" goes_on
-check "nothing that was shown is lost in a kill -9" survives_kill
-check "stops when asked, and goes on" stops
+check "shows a progress bar" grep -q "100 %" "$log"
+check "resumes after an incomplete line" goes_on
+check "a kill -9 loses no answer that was shown" survives_kill
+check "stops at a signal, and resumes" stops
 check "padded batches give the same bits" eval 'score --schedule dp:100,200 --limit 5 --results "$dir/dp" && same_answers dp 5'
-check "so does each text alone" eval 'score --schedule fixed:1 --no-share --limit 3 --results "$dir/alone" && same_answers alone 3'
-check "six lines a question" reads_lines
+check "each text alone gives the same bits" eval 'score --schedule fixed:1 --no-share --limit 3 --results "$dir/alone" && same_answers alone 3'
+check "reads llama.cpp's format" reads_lines
 check "finds its data" finds_data
-check "the label can go" eval 'score --count && cp "$out" "$dir/with" && score --count --no-label && ! cmp -s "$out" "$dir/with"'
+check "--no-label leaves the label out" eval 'score --count && cp "$out" "$dir/with" && score --count --no-label && ! cmp -s "$out" "$dir/with"'
 check "refuses another model's results" refuses "not of this model" -m "$model" -d $data --no-label --results "$dir/all"
 check "refuses damaged results" eval 'sed "3s/0x/zz/" "$dir/all" >"$dir/bad"; refuses "line 3 is damaged" -m "$model" -d $data --results "$dir/bad"'
 check "refuses damaged data" eval 'head -c 1200 $data >"$dir/short.jsonl"; refuses "short.jsonl, line " -m "$model" -d "$dir/short.jsonl"'
 check "refuses a question without endings" eval 'sed "3s/endings/end/" $data >"$dir/none.jsonl"; refuses "line 3 has no four endings" -m "$model" -d "$dir/none.jsonl"'
 check "refuses an incomplete question" eval 'lines | head -n 4 >"$dir/few.txt"; refuses "six lines" -m "$model" -d "$dir/few.txt"'
-check "says where the data is to be had" eval 'LLM_DATA= refuses hellaswag_val.jsonl -m "$model"'
+check "says where to get the data" eval 'LLM_DATA= refuses hellaswag_val.jsonl -m "$model"'
 check "refuses a missing file" refuses "absent.txt" -m "$model" -d absent.txt
 check "LLM_ISA is obeyed" eval 'LLM_ISA=abacus refuses abacus -m "$model" -d $data'
 check "refuses a missing model" refuses "absent.gguf" -m absent.gguf -d $data

@@ -1,5 +1,5 @@
-/* hellaswag.c: the texts that it makes of questions are the LM evaluation harness's, in all kinds of letters and white space
-   (golden/prepared.py).
+/* hellaswag.c: it makes the same texts of questions as the LM evaluation harness, for all kinds of letters and white
+   space (golden/prepared.py).
    Variants: asan */
 #define main hellaswag_main
 #include "examples/hellaswag.c"

@@ -1,5 +1,5 @@
-/* Models as published: Hugging Face directories and GGUF files of every architecture and type against what transformers
-   and the gguf package say (golden/hf.py), other ways to load them, and bad files.
+/* Models as published: Hugging Face directories and GGUF files of every architecture and type, against transformers and
+   the gguf package (golden/hf.py); other ways to load them; bad files.
    Variants: asan cross */
 #define LLM__FILE_START 5000 /* so that a small file is read in parts */
 #include "tests/check.h"

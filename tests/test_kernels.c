@@ -1,5 +1,5 @@
-/* Every kernel of every instruction set against the scalar one, which is the definition: the same bits, on random shapes
-   that are multiples of nothing.
+/* Every kernel of every instruction set gives the same bits as the scalar one, which is the definition. Shapes are
+   random and mostly odd.
    Variants: cross */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
@@ -301,7 +301,10 @@ static void check_tile_product(const llm__kernels *k) {
 static void check_set(const char *isa) {
     const llm__kernels *k = llm__kernels_choose(isa);
     scalar = llm__kernels_choose("scalar");
-    if (!k) skip();
+    if (!k) {
+        print_message("skipped: this machine does not have %s\n", isa);
+        skip();
+    }
     uint64_t mode = llm__fpu_enter();
     if (k->tiles_enter) k->tiles_enter();
     for (int i = 0; i < ROUNDS && k->panel; i++) {
@@ -465,8 +468,8 @@ static void test_packing(void **state) {
     }
 }
 
-/* Blocks of every type, random but for their f16 numbers, which are finite: the products' weights are to the bit those the
-   file's type says, and the scalar product is the sum of these times the activations' whole numbers. */
+/* Random blocks of every type, with finite f16 numbers. The products must use exactly the weights that the file's type
+   defines, and the scalar product must be the sum of these times the integer activations. */
 static void test_blocks(void **state) {
     enum { ROWS = 16, K = 512 };
     static uint8_t file[ROWS][K * 4];

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The manual in llm.h's title comment: its recipes compile as C and C++ and do what they say, its CONTENTS are those of the file.
+# The manual in llm.h: its recipes compile as C and C++ and do what they say, and its CONTENTS lists all sections.
 . tests/tap.sh
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

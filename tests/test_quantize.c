@@ -1,4 +1,4 @@
-/* llm_quantize_directory: what it writes is, loaded as int8, to the bit what the original is when it is loaded as int8.
+/* llm_quantize_directory: its directory, loaded as int8, has the same bits as the original directory loaded as int8.
    Variants: asan */
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION

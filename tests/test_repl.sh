@@ -35,7 +35,7 @@ for option in model prompt system raw tokens ids temp top-k top-p min-p seed thr
 done
 
 bare -p hello
-check "no model is a wrong use" code_is 2
+check "without a model it exits with 2" code_is 2
 check "no model is explained on standard error" err_has "-m"
 check "no model gives no text" no_text
 
@@ -73,7 +73,7 @@ check "-p is greedy" same "$tmp/answer" "$out"
 run -p "What is the capital of France?" -n 12 -t 1
 check "the number of threads changes nothing" same "$tmp/answer" "$out"
 run -p "What is the capital of France?" -n 12 --system "Answer in French."
-check "--system is heard" differ "$tmp/answer" "$out"
+check "--system changes the answer" differ "$tmp/answer" "$out"
 run -p "What is the capital of France?" -n 12 --dtype f32
 check "--dtype f32 answers" both code_is 0 out_has .
 
@@ -85,7 +85,7 @@ run --raw -p "Hello, my name is" -n 20 --ids
 check "--ids prints as many ids" [ "$(wc -w <"$out")" -eq 20 ]
 check "--ids prints one line of numbers" grep -qxE '[0-9]+( [0-9]+){19}' "$out"
 decoded=$("$tokenize" -m "$model" -d <"$out")
-check "--ids are the text's" [ "$decoded" = "$(cat "$tmp/text")" ]
+check "--ids gives the ids of the text" [ "$decoded" = "$(cat "$tmp/text")" ]
 
 run -p "Tell me a story." -n 16 --temp 1 --seed 7
 cp "$out" "$tmp/seven"

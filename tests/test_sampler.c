@@ -1,4 +1,4 @@
-/* The sampler against a plain reference in double: which tokens may be drawn, and how often they are.
+/* The sampler against a plain reference in double: which tokens can be drawn, and how often.
    Variants: asan */
 #include "tests/check.h"
 #include "llm.h"

@@ -1,5 +1,5 @@
-/* Scoring: log-likelihoods against logits and against independent references, the same bits in every schedule, the tokens
-   it takes, and what is refused. tests/golden/README.md tells where the references come from.
+/* Scoring: log-likelihoods against logits and against independent references, the same bits in every schedule, the
+   number of tokens computed, and bad input. tests/golden/README.md says where the references come from.
    Variants: asan */
 #include "tests/check.h"
 #include "llm.h"
@@ -8,7 +8,7 @@
 #include <jansson.h>
 #include "tests/common.h"
 
-/* ---- Made-up questions ---- */
+/* ---- Invented questions ---- */
 
 enum { N_VOCAB = 856, QUESTIONS = 13, MOST_ENDINGS = 5, MOST_TOKENS = 50 };
 
@@ -451,7 +451,7 @@ static void test_pairs(void **state) {
     check_pair(t, "xy", " z", "xy", " z");
     check_pair(t, "xy \n", "z", "xy", " \nz");
     check_pair(t, "xy\xC2\xA0\xE3\x80\x80\x1F", " z", "xy", "\xC2\xA0\xE3\x80\x80\x1F z");
-    check_pair(t, "xa", "az", "xa", "z"); /* "xaaz" is x, aa, z: the ending begins behind two of these */
+    check_pair(t, "xa", "az", "xa", "z"); /* "xaaz" is x, aa, z: the ending begins after the first two */
     check_pair(t, "", " z", "<|start|>", " z");
     check_pair(t, "  ", "z", "<|start|>", "  z");
     check_pair(t, "aaa", "", "aaa", "");

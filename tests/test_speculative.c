@@ -1,4 +1,4 @@
-/* Speculative decoding: with whatever draft, the text is the model's own.
+/* Speculative decoding: with any draft, the text is the one that the model gives alone.
    Variants: asan */
 #include "tests/check.h"
 #include "llm.h"

@@ -1,5 +1,5 @@
-/* Tokenizers: the default model's against Hugging Face's (tokenizer/golden.py), Unicode tables against Python's, small
-   vocabularies by hand, streaming, hostile files, failing allocations, threads.
+/* Tokenizers: the default model's ids against Hugging Face's (tokenizer/golden.py), Unicode tables against Python's,
+   small vocabularies written by hand, streams, hostile files, failing allocations, threads.
    Variants: asan tsan cross */
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION
@@ -624,7 +624,7 @@ static void put_value(header *b, const char *line) {
     }
 }
 
-/* Loads a file of these values; `changed` stands for the one with the same key, or comes in addition. */
+/* Loads a file with these values. `changed` replaces the value with the same key, or is added. */
 static llm_status load_values(const char *changed, llm_error *err) {
     static const char *const good[] = {"tokenizer.ggml.model=gpt2", "tokenizer.ggml.pre=gpt-2",
                                        "tokenizer.ggml.tokens:a,b,ab", "tokenizer.ggml.token_type;1,1,1",

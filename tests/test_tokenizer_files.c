@@ -1,5 +1,5 @@
-/* Tokenizers in tokenizer.json and tokenizer.model: small ones of each kind against what Hugging Face's tokenizers and
-   sentencepiece make of texts (tokenizer/families.py), the files beside them, hostile files, failing allocations.
+/* tokenizer.json and tokenizer.model: small ones of each kind against the ids of Hugging Face's tokenizers and of
+   sentencepiece (tokenizer/families.py); the files beside them; hostile files; failing allocations.
    Variants: asan cross */
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION

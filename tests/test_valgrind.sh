@@ -1,5 +1,5 @@
 #!/bin/sh
-# Valgrind finds nothing: small models of every kind are loaded, computed with and refused, and texts are generated.
+# Valgrind finds no error while small models of every kind are loaded, run and refused, and while texts are generated.
 . tests/tap.sh
 here=$(dirname "$0")
 log=$(mktemp)

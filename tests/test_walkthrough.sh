@@ -1,6 +1,6 @@
 #!/bin/sh
-# The walkthrough: its programs compile without a warning, say what the library says, and what the step before said where
-# the weights are the same; its script reads gpt-fast's output, too.
+# The walkthrough: its programs compile without a warning and give the library's text, and that of the step before if
+# the weights are the same. Its script also reads gpt-fast's output.
 . tests/tap.sh
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
 programs=$(dirname "$0")/walkthrough
@@ -32,15 +32,15 @@ for file in "$steps"/0*.c; do
     case $file in *07*) command -v mpicc >/dev/null || continue ;; esac
     check "$file compiles without a warning" no_warning "$file"
 done
-check "step 0 says something" says 0 00-eager
-check "step 1 says the same" says_as 0 1 01-compiled
-check "step 2 says the same" says_as 0 2 02-static-cache
-check "step 3 says the same" says_as 0 3 03-online-softmax
-check "llm.h says the same in floats" says_as 0 library 03-online-softmax --library f32
-check "step 5 says the same: the file's weights are 4 bits" says_as 0 5 05-int4
-check "step 6 says the same with its int8 draft" says_as 0 6 06-speculative
-check "step 6 says the same with lookup" says_as 0 6l 06-speculative --draft lookup
-check "guesses were right" grep -q "^Mean Accepted: [1-5]" "$dir/6.out"
+check "step 0 gives a text" says 0 00-eager
+check "step 1 gives the same text" says_as 0 1 01-compiled
+check "step 2 gives the same text" says_as 0 2 02-static-cache
+check "step 3 gives the same text" says_as 0 3 03-online-softmax
+check "llm.h gives the same text in floats" says_as 0 library 03-online-softmax --library f32
+check "step 5 gives the same text: the file's weights have 4 bits" says_as 0 5 05-int4
+check "step 6 gives the same text with its int8 draft" says_as 0 6 06-speculative
+check "step 6 gives the same text with lookup" says_as 0 6l 06-speculative --draft lookup
+check "some guesses were right" grep -q "^Mean Accepted: [1-5]" "$dir/6.out"
 if [ -x "$programs/07-tensor-parallel" ]; then
     export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     for n in 1 2 3; do
@@ -54,8 +54,8 @@ if [ -x "$programs/07-tensor-parallel" ]; then
 else
     check "step 7 is left out: there is no mpicc" true
 fi
-check "step 3 with int8's weights" says 3int8 03-online-softmax --weights int8
-check "step 4 says what these say in floats" says_as 3int8 4 04-int8
+check "step 3 runs with weights rounded to int8" says 3int8 03-online-softmax --weights int8
+check "step 4 gives the same text as these weights in floats" says_as 3int8 4 04-int8
 for weights in bf16 int8 "bf16 2:4" "int8 2:4"; do
     check "step 3 with weights $weights" says dense 03-online-softmax --weights "$weights"
     check "step 8 says what these say in floats" says_as dense 8 08-sparse --weights "$weights"

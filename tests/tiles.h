@@ -1,6 +1,6 @@
 /* A matrix unit in plain C, for machines that have none: the tile instructions with the hardware's arithmetic, and checks
-   that they are used as the hardware demands. Include it before llm.h, which then takes "amx" to be there wherever
-   AVX-512 is. Intel, "Architecture Instruction Set Extensions Programming Reference", chapter on AMX. */
+   that they are used as the hardware demands. Include it before llm.h, which then offers "amx" on every machine with
+   AVX-512. Intel, "Architecture Instruction Set Extensions Programming Reference", chapter on AMX. */
 #ifndef TILES_H
 #define TILES_H
 

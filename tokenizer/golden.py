@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Writes tests/golden/tokens-smollm2.jsonl: texts and their token ids by Hugging Face `tokenizers`, and
-tests/golden/unicode.json: what is known of all code points, as hashes.
+tests/golden/unicode.json: hashes of the classes and of the normalised forms of all code points.
 
-A line is [text, ids] or [text, ids, plain ids], where plain ids are those without recognising special tokens if they
-differ; or, for long texts, {"unit", "times", "count", "hash"}: the text is `unit` so many times, `count` its ids, and
-`hash` FNV-1a over them, a 32-bit number each.
+A line is [text, ids], or [text, ids, plain ids] if the ids differ without special tokens. For a long text it is
+{"unit", "times", "count", "hash"}: the text is `unit` repeated `times` times, `count` is the number of its ids, and `hash`
+is FNV-1a over them, as 32-bit numbers.
 
 The hashes are FNV-1a over the class of each code point, as in reference.BITS, and over the code points that the
 normaliser NFC of `tokenizers` makes of each code point between two others (NFC_FRAMES).

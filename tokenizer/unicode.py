@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Prints the Unicode tables of llm.h, section 7: paste the output over the ones there.
 
-The classes are of Unicode 16.0 and normalisation is of Unicode 9.0, as in Hugging Face `tokenizers`, whose regular
-expressions and normaliser are of these versions:
+The classes are those of Unicode 16.0, and normalisation is that of Unicode 9.0, because the regular expressions and the
+normaliser of Hugging Face `tokenizers` use these versions:
 
     pip install unicodedataplus==16.0.0.post1
     python3 tokenizer/unicode.py

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """The same work done by build/bench, llama.cpp's llama-bench and OpenVINO GenAI, in turns: prefill of a prompt, and decode
-from an empty cache. Each measurement is a row that is appended to RESULTS.csv; bench/peers/report.py draws what is there.
+from an empty cache. Each measurement is appended to RESULTS.csv as a row; bench/peers/report.py draws that file.
 
     cpu.py RESULTS.csv --model MODEL.Q4_1.gguf --llama-bench PATH [--prompt 512] [--new 128] [--threads 2] [--rounds 5]
            [--weights bf16,q8_0,q4_1,q4_0]
 
-llama-quantize, beside llama-bench, makes the files of the other types from MODEL, into build/peers/models. Each program
-reads the file of the same weights, but OpenVINO the F16 one for bf16 (it computes in bf16 where the processor can) and
-the Q4_0 one for q4_1, which it does not know; and ours holds Q8_0 as int8 per channel. Prompts of llama-bench are random;
-those of OpenVINO begin differently each time. LLM_ISA=avx512 (avx2) keeps ours from the matrix unit.
+llama-quantize, which is beside llama-bench, makes files of the other types from MODEL, in build/peers/models. Every program
+reads the file with the same weights, with two exceptions: OpenVINO reads F16 for bf16 (it computes in bf16 where the
+processor can), and Q4_0 for Q4_1, which it cannot read. The prompts of llama-bench are random; those of OpenVINO begin
+differently each time. LLM_ISA=avx512 (or avx2) prevents that llm.h uses the matrix unit.
 """
 import argparse
 import csv

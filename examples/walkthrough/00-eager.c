@@ -1,7 +1,7 @@
 /*  00-eager.c - one operation at a time, one thread, floats.
 
-    The way a numeric library works that is told one operation after the other: each takes whole tensors, makes a new
-    one for its result, and knows nothing of the next. Prompt and answer go through one token at a time. */
+    This is how a numeric library works that gets one operation after the other: each operation takes whole tensors,
+    makes a new one for its result, and does not know what comes next. The model reads one token at a time. */
 typedef struct matrix {
     int n, k;
     float *w; /* [n][k] */
@@ -26,7 +26,7 @@ typedef struct tensor {
     float *at; /* [rows][cols] */
 } tensor;
 
-/* Those made in a layer, to be freed at its end; a real library counts references. */
+/* The tensors made in a layer, which are freed at its end. A real library counts references. */
 static float *made[64];
 static int n_made;
 
@@ -64,14 +64,14 @@ static tensor rmsnorm(tensor x, const float *weight, float eps) {
     return y;
 }
 
-/* Some columns of a row, copied: heads [n_heads][head_dim] of queries, keys or values. */
+/* Copies some columns of a row: heads [n_heads][head_dim] of queries, keys or values. */
 static tensor columns(tensor x, int first, int n_heads, int head_dim) {
     tensor y = result(n_heads, head_dim);
     memcpy(y.at, x.at + first, (size_t)n_heads * head_dim * sizeof(float));
     return y;
 }
 
-/* RoPE: in each head, number i and number i + half are turned by an angle that grows with the position. */
+/* RoPE: turns each pair of numbers i and i + half of a head by an angle that grows with the position. */
 static tensor rotate(tensor heads, const model *m, int position) {
     int half = m->shape.rope_dim / 2;
     tensor y = columns(heads, 0, heads.rows, heads.cols);
@@ -87,7 +87,7 @@ static tensor rotate(tensor heads, const model *m, int position) {
     return y;
 }
 
-/* The cache with one more row: a new tensor, into which all of the old one is copied. */
+/* Appends a row to the cache: makes a new tensor and copies all of the old one. */
 static tensor append(tensor cache, tensor row) {
     tensor y = new_tensor(cache.rows + 1, row.rows * row.cols);
     if (cache.rows) memcpy(y.at, cache.at, (size_t)cache.rows * y.cols * sizeof(float));
@@ -96,7 +96,7 @@ static tensor append(tensor cache, tensor row) {
     return y;
 }
 
-/* Several heads of queries share one of keys and values; here each gets a copy of its own. */
+/* Several heads of queries share a head of keys and values. This makes a copy of it for each of them. */
 static tensor repeat(tensor cache, int times, int head_dim) {
     tensor y = result(cache.rows, cache.cols * times);
     for (int p = 0; p < y.rows; p++)
@@ -120,7 +120,7 @@ static tensor scores(tensor queries, tensor keys) {
     return y;
 }
 
-/* Each row becomes shares that sum to 1. */
+/* Turns each row into shares that sum to 1. */
 static tensor softmax(tensor x) {
     tensor y = result(x.rows, x.cols);
     for (int r = 0; r < x.rows; r++) {
@@ -132,7 +132,7 @@ static tensor softmax(tensor x) {
     return y;
 }
 
-/* The values, mixed by these shares: [1][n_heads * head_dim]. */
+/* Mixes the values by these shares: [1][n_heads * head_dim]. */
 static tensor mix(tensor shares, tensor values) {
     int head_dim = values.cols / shares.rows;
     tensor y = result(1, values.cols);
@@ -188,7 +188,7 @@ static float *forward(context *c, const llm_backend_pass *pass) {
     memcpy(x.at, c->m->embedding.w + (size_t)pass->tokens[0] * s->n_embd, (size_t)s->n_embd * sizeof(float));
     for (int i = 0; i < s->n_layers; i++) {
         const layer *l = &c->m->layers[i];
-        c->keys[i].rows = c->values[i].rows = position; /* what is behind it was taken back */
+        c->keys[i].rows = c->values[i].rows = position; /* drops later rows, if the sequence was truncated */
         tensor normed = rmsnorm(x, l->attention_norm, s->rms_eps);
         tensor qkv = linear(&l->qkv, normed);
         tensor queries = columns(qkv, 0, s->n_heads, s->head_dim);

@@ -1,7 +1,7 @@
-/*  01-compiled.c - the same operations, as a compiler would join them: fused, in vectors, on all cores, and no memory
-    is allocated in a pass but for the cache.
+/*  01-compiled.c - the same operations, joined as a compiler would do it: fused, in vectors, and on all cores. A pass
+    allocates no memory except for the cache.
 
-    What torch.compile does to 00-eager.c, done by hand. */
+    torch.compile does this to a program like 00-eager.c; here it is done by hand. */
 typedef struct matrix {
     int n, k;
     float *w; /* [n][k] */
@@ -23,7 +23,7 @@ static void load_matrix(matrix *m, const llm_backend_weight *weight) {
 struct context {
     const model *m;
     float **keys, **values; /* [n_layers] of [positions so far][n_kv_heads * head_dim] */
-    float *x;               /* [n_embd] what the layers add to */
+    float *x;               /* [n_embd] the layers add their results to it */
     float *normed;          /* [n_embd] */
     float *qkv;             /* [(n_heads + 2 * n_kv_heads) * head_dim] queries, keys, values */
     float *scores;          /* [n_heads][n_ctx] */
@@ -60,7 +60,7 @@ static float dot(const float *a, const float *b, int n) {
     return sum;
 }
 
-/* y[n] = W x. The rows of W are shared out among the threads. */
+/* y[n] = W x. The threads share the rows of W. */
 static void product(float *y, const matrix *m, const float *x) {
 #pragma omp parallel for schedule(static)
     for (int i = 0; i < m->n; i++) y[i] = dot(m->w + (size_t)i * m->k, x, m->k);
@@ -72,7 +72,7 @@ static void add_product(float *y, const matrix *m, const float *x) {
     for (int i = 0; i < m->n; i++) y[i] += dot(m->w + (size_t)i * m->k, x, m->k);
 }
 
-/* y[n_ff] = silu(gates) * ups, both of which come from x */
+/* y[n_ff] = silu(gates) * ups; the gates and the ups are the two halves of W x */
 static void gated_product(float *y, const matrix *m, const float *x) {
     int n = m->n / 2, k = m->k;
 #pragma omp parallel for schedule(static)
@@ -97,7 +97,7 @@ static void rotate(float *head, const model *m, int position) {
     }
 }
 
-/* The cache with room for one more row. */
+/* Makes room for one more row in the cache. */
 static float *grow(float *cache, int rows, int cols) {
     float *more = malloc((size_t)(rows + 1) * cols * sizeof(float));
     if (rows) memcpy(more, cache, (size_t)rows * cols * sizeof(float));

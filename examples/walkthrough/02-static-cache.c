@@ -1,7 +1,7 @@
-/*  02-static-cache.c - the cache is there from the start, and a prompt goes through in one product.
+/*  02-static-cache.c - the cache is allocated once, and a pass can have many tokens.
 
-    Keys and values of all positions have their place when the context is made, so that nothing is copied later.
-    Decoding goes on as before, one row at a time; a prompt is many rows, which share each weight once it is read. */
+    The context allocates room for the keys and values of all positions, so nothing is copied later. Decoding still has
+    one row at a time. A prompt has many rows, and each weight is read once for all of them. */
 typedef struct matrix {
     int n, k;
     float *w; /* [n][k] */
@@ -23,7 +23,7 @@ static void load_matrix(matrix *m, const llm_backend_weight *weight) {
 struct context {
     const model *m;
     float *keys, *values; /* [n_layers][n_ctx][n_kv_heads * head_dim] */
-    float *x;             /* [n_batch][n_embd] what the layers add to */
+    float *x;             /* [n_batch][n_embd] the layers add their results to it */
     float *normed;        /* [n_batch][n_embd] */
     float *qkv;           /* [n_batch][(n_heads + 2 * n_kv_heads) * head_dim] queries, keys, values */
     float *scores;        /* [n_batch][n_heads][n_ctx] */
@@ -64,7 +64,7 @@ KERNEL vec weights_at(const matrix *m, int row, int column) {
     return *(const vec *)(m->w + (size_t)row * m->k + column);
 }
 
-/* 4 rows of W meet 4 rows of x: 8 loads serve 16 products of vectors. */
+/* Multiplies 4 rows of W by 4 rows of x: 8 loads of vectors for 16 products. */
 KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x) {
     vec v[4][4] = {0};
     for (int j = 0; j < m->k; j += LANES)
@@ -78,15 +78,15 @@ KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x) {
         for (int i = 0; i < 4; i++) sums[r][i] = sum_of(v[r][i]);
 }
 
-/* Rows i to i + 3 of W meet 4 rows of x, or one if there are not so many: how many it was is returned. */
+/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one if fewer than 4 are left. Returns how many rows of x. */
 static int multiply(float sums[4][4], const matrix *m, int i, const float *x, int rows) {
     if (rows >= 4) return tile(sums, m, i, x), 4;
     for (int j = 0; j < 4; j++) sums[0][j] = dot(m->w + (size_t)(i + j) * m->k, x, m->k);
     return 1;
 }
 
-/* y[rows][n] = x[rows][k] W, or that is added to y. The rows of W are shared out among the threads; each is read once
-   from memory, for all rows of x. */
+/* y[rows][n] = x[rows][k] W, or += if `add`. The threads share the rows of W; each row is read from memory once, for
+   all rows of x. */
 static void product(float *y, const matrix *m, const float *x, int rows, bool add) {
 #pragma omp parallel for schedule(static)
     for (int i = 0; i < m->n; i += 4) {
@@ -102,7 +102,7 @@ static void product(float *y, const matrix *m, const float *x, int rows, bool ad
     }
 }
 
-/* y[rows][n_ff] = silu(gates) * ups, both of which come from x */
+/* y[rows][n_ff] = silu(gates) * ups; the gates and the ups are the two halves of x W */
 static void gated_product(float *y, const matrix *m, const float *x, int rows) {
     int n_ff = m->n / 2;
 #pragma omp parallel for schedule(static)

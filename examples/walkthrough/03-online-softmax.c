@@ -1,9 +1,10 @@
-/*  03-online-softmax.c - attention in one walk over the cache.
+/*  03-online-softmax.c - attention in one pass over the cache.
 
-    Softmax needs the largest score and the sum of all, so 02-static-cache.c walks three times: scores, shares, values.
-    Here each block of 32 positions is met once. Largest score and sum are those so far; where a larger score turns up,
-    what has been gathered is scaled down. Such partial results can be joined, so the cache is cut into pieces for the
-    threads, and the heads of queries that share keys and values meet them together. */
+    Softmax needs the largest score and the sum of all, so 02-static-cache.c goes over the cache three times: for
+    scores, shares and values. Here each block of 32 positions is used once. The program keeps the largest score so far
+    and the sum so far; when it finds a larger score, it scales down what it has. Such partial results can be joined. So
+    the cache is cut into pieces for the threads, and the heads of queries that share keys and values use a block
+    together. */
 typedef struct matrix {
     int n, k;
     float *w; /* [n][k] */
@@ -23,19 +24,19 @@ static void load_matrix(matrix *m, const llm_backend_weight *weight) {
 }
 
 enum {
-    BLOCK = 32,  /* positions that are met at once */
-    PIECE = 256, /* positions of a piece of the cache, which one thread walks */
-    ROWS = 8     /* rows whose queries walk together */
+    BLOCK = 32,  /* positions of a block of the cache */
+    PIECE = 256, /* positions of a piece of the cache; a thread takes one piece at a time */
+    ROWS = 8     /* max rows whose queries use a block together */
 };
 
 struct context {
     const model *m;
-    float *keys;   /* [n_layers][n_kv_heads][n_ctx / BLOCK][head_dim][BLOCK] a block's keys side by side */
+    float *keys;   /* [n_layers][n_kv_heads][n_ctx / BLOCK][head_dim][BLOCK] the keys of a block are interleaved */
     float *values; /* [n_layers][n_kv_heads][n_ctx][head_dim] */
-    float *x;      /* [n_batch][n_embd] what the layers add to */
+    float *x;      /* [n_batch][n_embd] the layers add their results to it */
     float *normed; /* [n_batch][n_embd] */
     float *qkv;    /* [n_batch][(n_heads + 2 * n_kv_heads) * head_dim] queries, keys, values */
-    float *found;  /* [n_batch][n_heads][n_pieces][head_dim + 2] what each piece gave: see meet */
+    float *found;  /* [n_batch][n_heads][n_pieces][head_dim + 2] a partial result of each piece, see meet */
     float *mixed;  /* [n_batch][n_heads * head_dim] values mixed by attention */
     float *ffn;    /* [n_batch][n_ff] */
     float *logits; /* [n_logits][n_vocab] */
@@ -74,7 +75,7 @@ KERNEL vec weights_at(const matrix *m, int row, int column) {
     return *(const vec *)(m->w + (size_t)row * m->k + column);
 }
 
-/* 4 rows of W meet 4 rows of x: 8 loads serve 16 products of vectors. */
+/* Multiplies 4 rows of W by 4 rows of x: 8 loads of vectors for 16 products. */
 KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x) {
     vec v[4][4] = {0};
     for (int j = 0; j < m->k; j += LANES)
@@ -88,15 +89,15 @@ KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x) {
         for (int i = 0; i < 4; i++) sums[r][i] = sum_of(v[r][i]);
 }
 
-/* Rows i to i + 3 of W meet 4 rows of x, or one if there are not so many: how many it was is returned. */
+/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one if fewer than 4 are left. Returns how many rows of x. */
 static int multiply(float sums[4][4], const matrix *m, int i, const float *x, int rows) {
     if (rows >= 4) return tile(sums, m, i, x), 4;
     for (int j = 0; j < 4; j++) sums[0][j] = dot(m->w + (size_t)(i + j) * m->k, x, m->k);
     return 1;
 }
 
-/* y[rows][n] = x[rows][k] W, or that is added to y. The rows of W are shared out among the threads; each is read once
-   from memory, for all rows of x. */
+/* y[rows][n] = x[rows][k] W, or += if `add`. The threads share the rows of W; each row is read from memory once, for
+   all rows of x. */
 static void product(float *y, const matrix *m, const float *x, int rows, bool add) {
 #pragma omp parallel for schedule(static)
     for (int i = 0; i < m->n; i += 4) {
@@ -112,7 +113,7 @@ static void product(float *y, const matrix *m, const float *x, int rows, bool ad
     }
 }
 
-/* y[rows][n_ff] = silu(gates) * ups, both of which come from x */
+/* y[rows][n_ff] = silu(gates) * ups; the gates and the ups are the two halves of x W */
 static void gated_product(float *y, const matrix *m, const float *x, int rows) {
     int n_ff = m->n / 2;
 #pragma omp parallel for schedule(static)
@@ -143,8 +144,8 @@ static void rotate(float *head, const model *m, int position) {
     }
 }
 
-/* One query meets one block of positions, of which the first n count. `found` holds what it found so far: the sum of
-   exp(score - most) * value [head_dim], then most, then the sum of exp(score - most). */
+/* Attention of one query to one block, of which only the first n positions count. `found` is the result so far: the sum
+   of exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
 static void meet(float *found, const float *query, const float *keys, const float *values, int n, int head_dim) {
     float scores[BLOCK] = {0}, *most = found + head_dim, *sum = most + 1, old = *most;
     for (int i = 0; i < head_dim; i++)
@@ -163,7 +164,7 @@ static void meet(float *found, const float *query, const float *keys, const floa
     }
 }
 
-/* out[head_dim] of what was found in n pieces */
+/* Joins the partial results of n pieces into out[head_dim]. */
 static void join(float *out, const float *found, int n, int head_dim) {
     float most = -INFINITY, sum = 0;
     for (int i = 0; i < n; i++) most = fmaxf(most, found[i * (head_dim + 2) + head_dim]);
@@ -176,8 +177,8 @@ static void join(float *out, const float *found, int n, int head_dim) {
     for (int j = 0; j < head_dim; j++) out[j] /= sum;
 }
 
-/* mixed[rows][n_heads * head_dim] of queries [rows][qkv_dim] and one layer's cache. A thread takes up to 8 rows, one
-   head of keys and values, and one piece of the cache: a block is fetched once for all queries of these rows. */
+/* Computes mixed[rows][n_heads * head_dim] from queries [rows][qkv_dim] and one layer's cache. A thread takes up to 8
+   rows, one head of keys and values, and one piece of the cache, so it fetches a block once for all these queries. */
 static void attention(context *c, const llm_backend_pass *pass, const float *keys, const float *values) {
     const llm_backend_shape *s = &c->m->shape;
     int rows = pass->n_rows, dim = s->head_dim, qkv_dim = (s->n_heads + 2 * s->n_kv_heads) * dim;
@@ -191,7 +192,7 @@ static void attention(context *c, const llm_backend_pass *pass, const float *key
                     for (int r = first; r < first + ROWS && r < rows; r++)
                         for (int h = kv * group; h < (kv + 1) * group; h++) {
                             float *found = c->found + ((size_t)r * s->n_heads + h) * per_head + piece * (dim + 2);
-                            int n = pass->positions[r] + 1 - at; /* a token sees itself and what is before it */
+                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and to all before it */
                             if (at == piece * PIECE) {
                                 memset(found, 0, (size_t)(dim + 2) * sizeof(float));
                                 found[dim] = -INFINITY;

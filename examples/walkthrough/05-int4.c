@@ -1,15 +1,15 @@
 /*  05-int4.c - half a byte for a weight, and two numbers for each 32 of them.
 
-    Sixteen steps are too few for a whole row, whose largest weight would set the step for all. So each group of 32
-    has its own: a weight is q * scale + minimum. Files in GGUF's Q4_0 and Q4_1 are made so, and run as they are;
-    groups of 8 bits (Q8_0, often the embedding) stay at 8. */
+    4 bits are 16 values. That is too few for a whole row, in which the largest weight would set the distance between
+    two values. So each group of 32 weights has its own scale and minimum: a weight is q * scale + minimum. GGUF's types
+    Q4_0 and Q4_1 are the same, so their numbers are kept. Groups of 8 bits (Q8_0, often the embedding) stay at 8. */
 #include <stdint.h>
 
 __extension__ typedef _Float16 half;
 
 typedef struct matrix {
     int n, k, bits;        /* 4 or 8 */
-    uint8_t *q;            /* [n][k / 32][16 or 32]; of 4 bits: number i and number i + 16 of a group in one byte */
+    uint8_t *q;            /* [n][k / 32][16 or 32]; with 4 bits a byte has numbers i and i + 16 of a group */
     half *scale, *minimum; /* [n][k / 32] */
 } matrix;
 #include "walkthrough.h"
@@ -50,20 +50,20 @@ static void load_matrix(matrix *m, const llm_backend_weight *weight) {
 }
 
 enum {
-    BLOCK = 32,  /* positions that are met at once */
-    PIECE = 256, /* positions of a piece of the cache, which one thread walks */
-    ROWS = 8,    /* rows whose queries walk together */
-    AHEAD = 4096 /* bytes from the weights that are multiplied to those that are asked for */
+    BLOCK = 32,  /* positions of a block of the cache */
+    PIECE = 256, /* positions of a piece of the cache; a thread takes one piece at a time */
+    ROWS = 8,    /* max rows whose queries use a block together */
+    AHEAD = 4096 /* how many bytes before they are needed weights are prefetched */
 };
 
 struct context {
     const model *m;
-    float *keys;   /* [n_layers][n_kv_heads][n_ctx / BLOCK][head_dim][BLOCK] a block's keys side by side */
+    float *keys;   /* [n_layers][n_kv_heads][n_ctx / BLOCK][head_dim][BLOCK] the keys of a block are interleaved */
     float *values; /* [n_layers][n_kv_heads][n_ctx][head_dim] */
-    float *x;      /* [n_batch][n_embd] what the layers add to */
+    float *x;      /* [n_batch][n_embd] the layers add their results to it */
     float *normed; /* [n_batch][n_embd] */
     float *qkv;    /* [n_batch][(n_heads + 2 * n_kv_heads) * head_dim] queries, keys, values */
-    float *found;  /* [n_batch][n_heads][n_pieces][head_dim + 2] what each piece gave: see meet */
+    float *found;  /* [n_batch][n_heads][n_pieces][head_dim + 2] a partial result of each piece, see meet */
     float *mixed;  /* [n_batch][n_heads * head_dim] values mixed by attention */
     float *ffn;    /* [n_batch][n_ff] */
     float *logits; /* [n_logits][n_vocab] */
@@ -97,7 +97,7 @@ static float dot(const float *a, const float *b, int n) {
     return sum;
 }
 
-/* LANES of the 32 numbers of a group, from number `part` on, still without scale and minimum */
+/* LANES of the 32 numbers of a group, from number `part` on, without scale and minimum */
 KERNEL vec numbers_at(const matrix *m, int bits, size_t group, int part) {
     if (bits == 8) return from_int8((const int8_t *)m->q + group * 32 + part);
     return from_nibbles(m->q + group * 16 + part % 16, part / 16 * 4);
@@ -109,7 +109,7 @@ KERNEL vec weights_at(const matrix *m, int bits, int row, int column) {
     return numbers_at(m, bits, group, column % 32) * (float)m->scale[group] + (float)m->minimum[group];
 }
 
-/* 4 rows of W meet 4 rows of x: 8 loads serve 16 products of vectors. */
+/* Multiplies 4 rows of W by 4 rows of x: 8 loads of vectors for 16 products. */
 KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x, int bits) {
     vec v[4][4] = {0};
     for (int j = 0; j < m->k; j += LANES)
@@ -123,10 +123,10 @@ KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x, i
         for (int i = 0; i < 4; i++) sums[r][i] = sum_of(v[r][i]);
 }
 
-/* One row of W meets one row of x. Decoding does this row after row, as they lie in memory. Within a group the numbers
-   are multiplied as they are: the sum of (q * scale + minimum) * x is scale * sum(q * x) + minimum * sum(x). */
+/* Multiplies one row of W by one row of x. Decoding calls this for row after row, in the order of memory. Within a
+   group it multiplies the numbers q: the sum of (q * scale + minimum) * x is scale * sum(q * x) + minimum * sum(x). */
 KERNEL float one(const matrix *m, int i, const float *x, int bits) {
-    vec v[2] = {0}; /* two sums, neither of which waits for the other */
+    vec v[2] = {0}; /* two independent sums, so that neither waits for the other */
     for (int j = 0; j < m->k; j += 64) {
         size_t first = ((size_t)i * m->k + j) / 32;
         __builtin_prefetch(m->q + first * 4 * bits + AHEAD);
@@ -150,13 +150,13 @@ KERNEL int multiply_bits(float sums[4][4], const matrix *m, int i, const float *
     return 1;
 }
 
-/* Rows i to i + 3 of W meet 4 rows of x, or one if there are not so many: how many it was is returned. */
+/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one if fewer than 4 are left. Returns how many rows of x. */
 static int multiply(float sums[4][4], const matrix *m, int i, const float *x, int rows) {
     return m->bits == 8 ? multiply_bits(sums, m, i, x, rows, 8) : multiply_bits(sums, m, i, x, rows, 4);
 }
 
-/* y[rows][n] = x[rows][k] W, or that is added to y. The rows of W are shared out among the threads; each is read once
-   from memory, for all rows of x. */
+/* y[rows][n] = x[rows][k] W, or += if `add`. The threads share the rows of W; each row is read from memory once, for
+   all rows of x. */
 static void product(float *y, const matrix *m, const float *x, int rows, bool add) {
 #pragma omp parallel for schedule(static)
     for (int i = 0; i < m->n; i += 4) {
@@ -172,7 +172,7 @@ static void product(float *y, const matrix *m, const float *x, int rows, bool ad
     }
 }
 
-/* y[rows][n_ff] = silu(gates) * ups, both of which come from x */
+/* y[rows][n_ff] = silu(gates) * ups; the gates and the ups are the two halves of x W */
 static void gated_product(float *y, const matrix *m, const float *x, int rows) {
     int n_ff = m->n / 2;
 #pragma omp parallel for schedule(static)
@@ -203,8 +203,8 @@ static void rotate(float *head, const model *m, int position) {
     }
 }
 
-/* One query meets one block of positions, of which the first n count. `found` holds what it found so far: the sum of
-   exp(score - most) * value [head_dim], then most, then the sum of exp(score - most). */
+/* Attention of one query to one block, of which only the first n positions count. `found` is the result so far: the sum
+   of exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
 static void meet(float *found, const float *query, const float *keys, const float *values, int n, int head_dim) {
     float scores[BLOCK] = {0}, *most = found + head_dim, *sum = most + 1, old = *most;
     for (int i = 0; i < head_dim; i++)
@@ -223,7 +223,7 @@ static void meet(float *found, const float *query, const float *keys, const floa
     }
 }
 
-/* out[head_dim] of what was found in n pieces */
+/* Joins the partial results of n pieces into out[head_dim]. */
 static void join(float *out, const float *found, int n, int head_dim) {
     float most = -INFINITY, sum = 0;
     for (int i = 0; i < n; i++) most = fmaxf(most, found[i * (head_dim + 2) + head_dim]);
@@ -236,8 +236,8 @@ static void join(float *out, const float *found, int n, int head_dim) {
     for (int j = 0; j < head_dim; j++) out[j] /= sum;
 }
 
-/* mixed[rows][n_heads * head_dim] of queries [rows][qkv_dim] and one layer's cache. A thread takes up to 8 rows, one
-   head of keys and values, and one piece of the cache: a block is fetched once for all queries of these rows. */
+/* Computes mixed[rows][n_heads * head_dim] from queries [rows][qkv_dim] and one layer's cache. A thread takes up to 8
+   rows, one head of keys and values, and one piece of the cache, so it fetches a block once for all these queries. */
 static void attention(context *c, const llm_backend_pass *pass, const float *keys, const float *values) {
     const llm_backend_shape *s = &c->m->shape;
     int rows = pass->n_rows, dim = s->head_dim, qkv_dim = (s->n_heads + 2 * s->n_kv_heads) * dim;
@@ -251,7 +251,7 @@ static void attention(context *c, const llm_backend_pass *pass, const float *key
                     for (int r = first; r < first + ROWS && r < rows; r++)
                         for (int h = kv * group; h < (kv + 1) * group; h++) {
                             float *found = c->found + ((size_t)r * s->n_heads + h) * per_head + piece * (dim + 2);
-                            int n = pass->positions[r] + 1 - at; /* a token sees itself and what is before it */
+                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and to all before it */
                             if (at == piece * PIECE) {
                                 memset(found, 0, (size_t)(dim + 2) * sizeof(float));
                                 found[dim] = -INFINITY;

@@ -1,14 +1,14 @@
 /*  06-speculative.c - guess several tokens cheaply, then check them all in one pass.
 
-    The model in floats is the one whose text is wanted. Its own int8 copy, four times as fast, guesses five tokens
-    ahead; one pass of the model over these, like a short prompt, tells what it would have said at each place. What
-    agrees is kept, so the text is the model's own. --draft lookup guesses without a model: by what followed the same
-    two words earlier in the text. */
+    We want the text of the model in floats. A copy of it in int8, which reads a quarter of the bytes, guesses the next
+    five tokens. Then one pass of the model over these, like a short prompt, tells which token it would have chosen at
+    each place. Guesses that agree are kept, so the text is the model's own. --draft lookup guesses without a model: it
+    takes what followed the same two tokens earlier in the text. */
 #include <stdint.h>
 
 typedef struct matrix {
     int n, k;
-    float *w;     /* [n][k], or NULL and                */
+    float *w;     /* [n][k], or NULL if the next two are set */
     int8_t *q;    /* [n][k]                             */
     float *scale; /* [n] a weight is q * scale          */
 } matrix;
@@ -41,20 +41,20 @@ static void load_matrix(matrix *m, const llm_backend_weight *weight) {
 }
 
 enum {
-    BLOCK = 32,  /* positions that are met at once */
-    PIECE = 256, /* positions of a piece of the cache, which one thread walks */
-    ROWS = 8,    /* rows whose queries walk together */
-    AHEAD = 4096 /* bytes from the weights that are multiplied to those that are asked for */
+    BLOCK = 32,  /* positions of a block of the cache */
+    PIECE = 256, /* positions of a piece of the cache; a thread takes one piece at a time */
+    ROWS = 8,    /* max rows whose queries use a block together */
+    AHEAD = 4096 /* how many bytes before they are needed weights are prefetched */
 };
 
 struct context {
     const model *m;
-    float *keys;   /* [n_layers][n_kv_heads][n_ctx / BLOCK][head_dim][BLOCK] a block's keys side by side */
+    float *keys;   /* [n_layers][n_kv_heads][n_ctx / BLOCK][head_dim][BLOCK] the keys of a block are interleaved */
     float *values; /* [n_layers][n_kv_heads][n_ctx][head_dim] */
-    float *x;      /* [n_batch][n_embd] what the layers add to */
+    float *x;      /* [n_batch][n_embd] the layers add their results to it */
     float *normed; /* [n_batch][n_embd] */
     float *qkv;    /* [n_batch][(n_heads + 2 * n_kv_heads) * head_dim] queries, keys, values */
-    float *found;  /* [n_batch][n_heads][n_pieces][head_dim + 2] what each piece gave: see meet */
+    float *found;  /* [n_batch][n_heads][n_pieces][head_dim + 2] a partial result of each piece, see meet */
     float *mixed;  /* [n_batch][n_heads * head_dim] values mixed by attention */
     float *ffn;    /* [n_batch][n_ff] */
     float *logits; /* [n_logits][n_vocab] */
@@ -88,13 +88,13 @@ static float dot(const float *a, const float *b, int n) {
     return sum;
 }
 
-/* LANES weights of one row, from a column on, still without the row's scale */
+/* LANES weights of one row, from a column on, not yet multiplied by the row's scale */
 KERNEL vec weights_at(const matrix *m, bool as_floats, int row, int column) {
     if (as_floats) return *(const vec *)(m->w + (size_t)row * m->k + column);
     return from_int8(m->q + (size_t)row * m->k + column);
 }
 
-/* 4 rows of W meet 4 rows of x: 8 loads serve 16 products of vectors. */
+/* Multiplies 4 rows of W by 4 rows of x: 8 loads of vectors for 16 products. */
 KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x, bool as_floats) {
     vec v[4][4] = {0};
     for (int j = 0; j < m->k; j += LANES)
@@ -108,11 +108,11 @@ KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x, b
         for (int i = 0; i < 4; i++) sums[r][i] = sum_of(v[r][i]);
 }
 
-/* One row of W meets one row of x. Decoding does this row after row, as they lie in memory. */
+/* Multiplies one row of W by one row of x. Decoding calls this for row after row, in the order of memory. */
 KERNEL float one(const matrix *m, int i, const float *x) {
-    vec v[4] = {0}; /* four sums, none of which waits for another */
+    vec v[4] = {0}; /* four independent sums, so that none waits for another */
     for (int j = 0; j < m->k; j += 4 * LANES) {
-        __builtin_prefetch(m->q + (size_t)i * m->k + j + AHEAD); /* 64 bytes a turn, wanted soon */
+        __builtin_prefetch(m->q + (size_t)i * m->k + j + AHEAD); /* 64 bytes a round */
 #pragma GCC unroll 4
         for (int a = 0; a < 4; a++) v[a] += weights_at(m, false, i, j + a * LANES) * *(const vec *)(x + j + a * LANES);
     }
@@ -130,13 +130,13 @@ KERNEL int multiply_as(float sums[4][4], const matrix *m, int i, const float *x,
     return rows;
 }
 
-/* Rows i to i + 3 of W meet 4 rows of x, or one if there are not so many: how many it was is returned. */
+/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one if fewer than 4 are left. Returns how many rows of x. */
 static int multiply(float sums[4][4], const matrix *m, int i, const float *x, int rows) {
     return m->w ? multiply_as(sums, m, i, x, rows, true) : multiply_as(sums, m, i, x, rows, false);
 }
 
-/* y[rows][n] = x[rows][k] W, or that is added to y. The rows of W are shared out among the threads; each is read once
-   from memory, for all rows of x. */
+/* y[rows][n] = x[rows][k] W, or += if `add`. The threads share the rows of W; each row is read from memory once, for
+   all rows of x. */
 static void product(float *y, const matrix *m, const float *x, int rows, bool add) {
 #pragma omp parallel for schedule(static)
     for (int i = 0; i < m->n; i += 4) {
@@ -152,7 +152,7 @@ static void product(float *y, const matrix *m, const float *x, int rows, bool ad
     }
 }
 
-/* y[rows][n_ff] = silu(gates) * ups, both of which come from x */
+/* y[rows][n_ff] = silu(gates) * ups; the gates and the ups are the two halves of x W */
 static void gated_product(float *y, const matrix *m, const float *x, int rows) {
     int n_ff = m->n / 2;
 #pragma omp parallel for schedule(static)
@@ -183,8 +183,8 @@ static void rotate(float *head, const model *m, int position) {
     }
 }
 
-/* One query meets one block of positions, of which the first n count. `found` holds what it found so far: the sum of
-   exp(score - most) * value [head_dim], then most, then the sum of exp(score - most). */
+/* Attention of one query to one block, of which only the first n positions count. `found` is the result so far: the sum
+   of exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
 static void meet(float *found, const float *query, const float *keys, const float *values, int n, int head_dim) {
     float scores[BLOCK] = {0}, *most = found + head_dim, *sum = most + 1, old = *most;
     for (int i = 0; i < head_dim; i++)
@@ -203,7 +203,7 @@ static void meet(float *found, const float *query, const float *keys, const floa
     }
 }
 
-/* out[head_dim] of what was found in n pieces */
+/* Joins the partial results of n pieces into out[head_dim]. */
 static void join(float *out, const float *found, int n, int head_dim) {
     float most = -INFINITY, sum = 0;
     for (int i = 0; i < n; i++) most = fmaxf(most, found[i * (head_dim + 2) + head_dim]);
@@ -216,8 +216,8 @@ static void join(float *out, const float *found, int n, int head_dim) {
     for (int j = 0; j < head_dim; j++) out[j] /= sum;
 }
 
-/* mixed[rows][n_heads * head_dim] of queries [rows][qkv_dim] and one layer's cache. A thread takes up to 8 rows, one
-   head of keys and values, and one piece of the cache: a block is fetched once for all queries of these rows. */
+/* Computes mixed[rows][n_heads * head_dim] from queries [rows][qkv_dim] and one layer's cache. A thread takes up to 8
+   rows, one head of keys and values, and one piece of the cache, so it fetches a block once for all these queries. */
 static void attention(context *c, const llm_backend_pass *pass, const float *keys, const float *values) {
     const llm_backend_shape *s = &c->m->shape;
     int rows = pass->n_rows, dim = s->head_dim, qkv_dim = (s->n_heads + 2 * s->n_kv_heads) * dim;
@@ -231,7 +231,7 @@ static void attention(context *c, const llm_backend_pass *pass, const float *key
                     for (int r = first; r < first + ROWS && r < rows; r++)
                         for (int h = kv * group; h < (kv + 1) * group; h++) {
                             float *found = c->found + ((size_t)r * s->n_heads + h) * per_head + piece * (dim + 2);
-                            int n = pass->positions[r] + 1 - at; /* a token sees itself and what is before it */
+                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and to all before it */
                             if (at == piece * PIECE) {
                                 memset(found, 0, (size_t)(dim + 2) * sizeof(float));
                                 found[dim] = -INFINITY;
@@ -296,7 +296,7 @@ enum { GUESSES = 5 };
 static const step target_step;
 static llm_context *draft; /* of the same weights as int8, with a cache of its own; NULL: lookup */
 
-/* Whether the last two tokens of the text stood together before: then what followed them there. Returns how many. */
+/* Looks for the last two tokens earlier in the text, and guesses what followed them there. Returns how many guesses. */
 static int look_up(const llm_token *text, int n, llm_token *guesses, int n_guesses) {
     for (int i = n - 3; i >= 1; i--) {
         if (text[i] != text[n - 1] || text[i - 1] != text[n - 2]) continue;
@@ -307,7 +307,7 @@ static int look_up(const llm_token *text, int n, llm_token *guesses, int n_guess
     return 0;
 }
 
-/* The int8 model reads what it has not read yet, then says how it would go on. */
+/* Lets the int8 model read the text that it has not read yet, and then continue it. */
 static int ask_draft(const llm_token *text, int n, llm_token *guesses, int n_guesses, llm_error *err) {
     llm_sampler greedy = {0};
     int known = llm_seq_length(draft, 0);
@@ -334,7 +334,8 @@ static double speculate(llm_context *ctx, const llm_token *prompt, int n_prompt,
     memcpy(text, prompt, (size_t)n_prompt * sizeof *text);
     if (llm_seq_truncate(ctx, 0, 0, err) || (draft && llm_seq_truncate(draft, 0, 0, err))) return 0;
     while (end < n_prompt + n) {
-        /* All that the model has not read, which is the prompt or one token, then the guesses; logits from there on. */
+        /* The batch: what the model has not read yet (the prompt, or one token), then the guesses. We want the logits
+           of the last token before the guesses and of all guesses. */
         int known = llm_seq_length(ctx, 0), left = n_prompt + n - end - 1, n_guesses = left < GUESSES ? left : GUESSES;
         bool wanted[MAX_POSITIONS] = {0};
         n_guesses =
@@ -348,7 +349,7 @@ static double speculate(llm_context *ctx, const llm_token *prompt, int n_prompt,
             text[end++] = right;
             if (!guessed) break;
         }
-        /* What was guessed wrong is taken back: the last token has not been read by either. */
+        /* Drop wrong guesses from both caches. Neither model has read the last token yet. */
         int draft_known = draft ? llm_seq_length(draft, 0) : 0;
         if (llm_seq_truncate(ctx, 0, end - 1, err)) return 0;
         if (draft && llm_seq_truncate(draft, 0, draft_known < end - 1 ? draft_known : end - 1, err)) return 0;

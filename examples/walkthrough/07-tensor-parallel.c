@@ -1,8 +1,9 @@
-/*  07-tensor-parallel.c - several processes share out every matrix.
+/*  07-tensor-parallel.c - several processes share every matrix.
 
-    Each process has some of the heads, and of the numbers between gate_up and down: the rows of qkv and gate_up that
-    make them, the columns of out and down that use them. So the processes meet twice a layer, to add up what the
-    second matrix of each pair gives, and once at the end for the logits. Run it with mpirun -n 2. */
+    Each process has some of the heads, and some of the numbers between gate_up and down. It needs the rows of qkv and
+    gate_up that make them, and the columns of out and down that use them. What out and down give is then a part of a
+    sum: the processes add up their parts, twice a layer, and exchange the logits at the end. Run it with
+    mpirun -n 2. */
 #include <mpi.h>
 
 typedef struct matrix {
@@ -15,14 +16,14 @@ static uint64_t matrix_bytes(const llm_backend_weight *weight) {
     return (uint64_t)weight->rows * (uint64_t)weight->cols * sizeof(float);
 }
 
-static int rank, size; /* this process, of how many */
+static int rank, size; /* number of this process, number of processes */
 
-/* The first of n things that process r has; things are shared out `unit` at a time. */
+/* The first of n items that belong to process r. `unit` items stay together. */
 static int first_of(int n, int r, int unit) { return n / unit * r / size * unit; }
 
-static llm_backend_shape part; /* of the model: what this process has of n_heads, n_kv_heads, n_ff and n_vocab */
+static llm_backend_shape part; /* n_heads, n_kv_heads and n_ff are those of this process, the rest the model's */
 
-/* Rows `from` to `to` and columns `left` to `right` of a weight, behind what the matrix has already. */
+/* Appends rows `from` to `to`, columns `left` to `right`, of a weight to the matrix. */
 static void load_part(matrix *m, const llm_backend_weight *weight, int from, int to, int left, int right) {
     float *row = malloc((size_t)weight->cols * sizeof(float));
     for (int i = from; i < to; i++, m->n++) {
@@ -66,22 +67,22 @@ static void load_matrix(matrix *m, const llm_backend_weight *weight) {
 }
 
 enum {
-    BLOCK = 32,  /* positions that are met at once */
-    PIECE = 256, /* positions of a piece of the cache, which one thread walks */
-    ROWS = 8     /* rows whose queries walk together */
+    BLOCK = 32,  /* positions of a block of the cache */
+    PIECE = 256, /* positions of a piece of the cache; a thread takes one piece at a time */
+    ROWS = 8     /* max rows whose queries use a block together */
 };
 
 struct context {
     const model *m;
-    float *keys;   /* [n_layers][n_kv_heads][n_ctx / BLOCK][head_dim][BLOCK] a block's keys side by side */
+    float *keys;   /* [n_layers][n_kv_heads][n_ctx / BLOCK][head_dim][BLOCK] the keys of a block are interleaved */
     float *values; /* [n_layers][n_kv_heads][n_ctx][head_dim] */
-    float *x;      /* [n_batch][n_embd] what the layers add to */
+    float *x;      /* [n_batch][n_embd] the layers add their results to it */
     float *normed; /* [n_batch][n_embd] */
     float *qkv;    /* [n_batch][(n_heads + 2 * n_kv_heads) * head_dim] queries, keys, values */
-    float *found;  /* [n_batch][n_heads][n_pieces][head_dim + 2] what each piece gave: see meet */
+    float *found;  /* [n_batch][n_heads][n_pieces][head_dim + 2] a partial result of each piece, see meet */
     float *mixed;  /* [n_batch][n_heads * head_dim] values mixed by attention */
     float *ffn;    /* [n_batch][n_ff] */
-    float *sums;   /* [n_batch][n_embd] this process's part of what is added to x */
+    float *sums;   /* [n_batch][n_embd] this process's part of the sum that is added to x */
     float *logits; /* [n_logits][n_vocab] */
     int n_ctx, n_pieces;
 };
@@ -119,7 +120,7 @@ KERNEL vec weights_at(const matrix *m, int row, int column) {
     return *(const vec *)(m->w + (size_t)row * m->k + column);
 }
 
-/* 4 rows of W meet 4 rows of x: 8 loads serve 16 products of vectors. */
+/* Multiplies 4 rows of W by 4 rows of x: 8 loads of vectors for 16 products. */
 KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x) {
     vec v[4][4] = {0};
     for (int j = 0; j < m->k; j += LANES)
@@ -133,15 +134,15 @@ KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x) {
         for (int i = 0; i < 4; i++) sums[r][i] = sum_of(v[r][i]);
 }
 
-/* Rows i to i + 3 of W meet 4 rows of x, or one if there are not so many: how many it was is returned. */
+/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one if fewer than 4 are left. Returns how many rows of x. */
 static int multiply(float sums[4][4], const matrix *m, int i, const float *x, int rows) {
     if (rows >= 4) return tile(sums, m, i, x), 4;
     for (int j = 0; j < 4; j++) sums[0][j] = dot(m->w + (size_t)(i + j) * m->k, x, m->k);
     return 1;
 }
 
-/* y[rows][n] = x[rows][k] W, or that is added to y. The rows of W are shared out among the threads; each is read once
-   from memory, for all rows of x. */
+/* y[rows][n] = x[rows][k] W, or += if `add`. The threads share the rows of W; each row is read from memory once, for
+   all rows of x. */
 static void product(float *y, const matrix *m, const float *x, int rows, bool add) {
 #pragma omp parallel for schedule(static)
     for (int i = 0; i < m->n; i += 4) {
@@ -157,7 +158,7 @@ static void product(float *y, const matrix *m, const float *x, int rows, bool ad
     }
 }
 
-/* y[rows][n_ff] = silu(gates) * ups, both of which come from x */
+/* y[rows][n_ff] = silu(gates) * ups; the gates and the ups are the two halves of x W */
 static void gated_product(float *y, const matrix *m, const float *x, int rows) {
     int n_ff = m->n / 2;
 #pragma omp parallel for schedule(static)
@@ -188,8 +189,8 @@ static void rotate(float *head, const model *m, int position) {
     }
 }
 
-/* One query meets one block of positions, of which the first n count. `found` holds what it found so far: the sum of
-   exp(score - most) * value [head_dim], then most, then the sum of exp(score - most). */
+/* Attention of one query to one block, of which only the first n positions count. `found` is the result so far: the sum
+   of exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
 static void meet(float *found, const float *query, const float *keys, const float *values, int n, int head_dim) {
     float scores[BLOCK] = {0}, *most = found + head_dim, *sum = most + 1, old = *most;
     for (int i = 0; i < head_dim; i++)
@@ -208,7 +209,7 @@ static void meet(float *found, const float *query, const float *keys, const floa
     }
 }
 
-/* out[head_dim] of what was found in n pieces */
+/* Joins the partial results of n pieces into out[head_dim]. */
 static void join(float *out, const float *found, int n, int head_dim) {
     float most = -INFINITY, sum = 0;
     for (int i = 0; i < n; i++) most = fmaxf(most, found[i * (head_dim + 2) + head_dim]);
@@ -221,8 +222,8 @@ static void join(float *out, const float *found, int n, int head_dim) {
     for (int j = 0; j < head_dim; j++) out[j] /= sum;
 }
 
-/* mixed[rows][n_heads * head_dim] of queries [rows][qkv_dim] and one layer's cache. A thread takes up to 8 rows, one
-   head of keys and values, and one piece of the cache: a block is fetched once for all queries of these rows. */
+/* Computes mixed[rows][n_heads * head_dim] from queries [rows][qkv_dim] and one layer's cache. A thread takes up to 8
+   rows, one head of keys and values, and one piece of the cache, so it fetches a block once for all these queries. */
 static void attention(context *c, const llm_backend_pass *pass, const float *keys, const float *values) {
     const llm_backend_shape *s = &part;
     int rows = pass->n_rows, dim = s->head_dim, qkv_dim = (s->n_heads + 2 * s->n_kv_heads) * dim;
@@ -236,7 +237,7 @@ static void attention(context *c, const llm_backend_pass *pass, const float *key
                     for (int r = first; r < first + ROWS && r < rows; r++)
                         for (int h = kv * group; h < (kv + 1) * group; h++) {
                             float *found = c->found + ((size_t)r * s->n_heads + h) * per_head + piece * (dim + 2);
-                            int n = pass->positions[r] + 1 - at; /* a token sees itself and what is before it */
+                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and to all before it */
                             if (at == piece * PIECE) {
                                 memset(found, 0, (size_t)(dim + 2) * sizeof(float));
                                 found[dim] = -INFINITY;
@@ -259,13 +260,13 @@ static void store(context *c, float *keys, float *values, const float *kv, int p
         }
 }
 
-/* x += the sum of what all processes have */
+/* x += the sum over all processes of `sums` */
 static void add_all(float *x, float *sums, int n) {
     MPI_Allreduce(MPI_IN_PLACE, sums, n, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
     for (int i = 0; i < n; i++) x[i] += sums[i];
 }
 
-/* Each process makes the logits of some tokens, then all get all. */
+/* Each process computes the logits of some tokens; then every process gets all of them. */
 static void head_part(context *c, float *logits, const float *x) {
     int counts[64], starts[64];
     matrix mine = c->m->head;

@@ -1,8 +1,8 @@
-/*  walkthrough.h - what does not change from step to step: options, loading, choosing tokens, timing.
+/*  walkthrough.h - what all steps share: options, loading, choosing tokens, timing.
 
     A step is a program that computes a language model's forward pass in its own way. llm.h does the rest: it reads the
-    file, turns text into tokens, and picks the next token. Between them stands llm.h's struct llm_backend, a table of
-    functions; this file fills one in and leaves four of them to the step, which are declared under "The step".
+    file, turns text into tokens, and picks the next token. It calls a step through struct llm_backend, a table of
+    functions. This file fills in that table. It needs four functions of the step, which are declared under "The step".
 
     A step says how it stores a matrix, includes this file, and then defines the four functions and main:
 
@@ -37,8 +37,8 @@ typedef struct layer {
 typedef struct model {
     llm_backend_shape shape; /* n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_vocab, ... */
     layer *layers;           /* [n_layers] */
-    matrix embedding;        /* [n_vocab][n_embd] row t is what token t looks like to the model */
-    matrix head;             /* [n_vocab][n_embd] makes the logits; in many models the embedding once more */
+    matrix embedding;        /* [n_vocab][n_embd] row t stands for token t */
+    matrix head;             /* [n_vocab][n_embd] makes the logits; in many models it is the embedding */
     float *output_norm;      /* [n_embd] */
     float *cosines, *sines;  /* [MAX_POSITIONS][rope_dim / 2] for RoPE */
 } model;
@@ -49,8 +49,8 @@ enum { MAX_POSITIONS = 4096 };
 
 typedef struct context context;
 
-static llm_dtype loading;                      /* the type in which a model is being loaded: f32, but in step 6 */
-static const llm_backend_shape *loading_shape; /* and its shape */
+static llm_dtype loading;                      /* the type of the model being loaded: f32, in step 6 also int8 */
+static const llm_backend_shape *loading_shape; /* its shape */
 static void load_matrix(matrix *m, const llm_backend_weight *weight); /* weight->read_row gives each row as floats */
 static uint64_t matrix_bytes(const llm_backend_weight *weight);       /* memory that such a matrix takes */
 static context *create_context(const model *m, int n_ctx, int n_batch, int n_logits);
@@ -60,20 +60,20 @@ static float *forward(context *c, const llm_backend_pass *pass);
 
 /* ---- Memory ---- */
 
-/* Weights are read from end to end for each token. In pages of 2 MB, where the system has them, few addresses must be
-   looked up for that, and the processor sees far ahead. */
+/* Every token reads all weights. With pages of 2 MB, where the system has them, the processor translates fewer
+   addresses and can prefetch farther. */
 static void *large_pages(size_t bytes) {
     size_t page = 1 << 21, whole = (bytes + page - 1) / page * page;
     void *block = aligned_alloc(page, whole);
     if (!block) {
-        fprintf(stderr, "there is no memory for %zu bytes\n", whole);
+        fprintf(stderr, "out of memory: %zu bytes were needed\n", whole);
         exit(1);
     }
     madvise(block, whole, MADV_HUGEPAGE);
     return block;
 }
 
-/* Zeroed, beginning at a multiple of 64 bytes, and there until the program ends. */
+/* The memory is zeroed, begins at a multiple of 64 bytes, and is never freed. */
 static void *allocate(size_t bytes) {
     static char *room;
     static size_t left;
@@ -93,7 +93,7 @@ static double now(void) {
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-/* Megabytes of memory in use, as the system counts them. */
+/* Resident memory in bytes. */
 static double memory_used(void) {
     long pages = 0;
     FILE *file = fopen("/proc/self/statm", "r");
@@ -105,8 +105,8 @@ static double memory_used(void) {
 
 /* ---- The backend ---- */
 
-/* With --weights the step is given weights that are rounded first, so that a step in f32 can be held against one that
-   stores them so. */
+/* With --weights a step gets weights that have been rounded. So a step in f32 can be compared with one that stores the
+   rounded weights. */
 static const char *rounding = "";
 
 static float largest(const float *row, int n) {
@@ -116,7 +116,7 @@ static float largest(const float *row, int n) {
     return most;
 }
 
-/* Of each four weights the two smaller ones become zero. */
+/* Sets the two smaller of each four weights to zero. */
 static void prune(float *row, int n) {
     for (int i = 0; i + 4 <= n; i += 4) {
         for (int round = 0; round < 2; round++) {
@@ -164,7 +164,7 @@ static llm_status refuse(llm_error *err, llm_status code, const char *why) {
 
 static llm_status open_model(void **out, const llm_backend_shape *shape, const llm_model_desc *desc, llm_error *err) {
     if (shape->qkv_bias || shape->qk_norm || shape->window)
-        return refuse(err, LLM_ERROR_UNSUPPORTED, "it has biases, norms of queries, or a window; take a Llama");
+        return refuse(err, LLM_ERROR_UNSUPPORTED, "it has biases, norms of queries, or a window; use a Llama model");
     if (shape->n_embd % 64 || shape->n_ff % 64 || shape->n_heads * shape->head_dim % 64 || shape->head_dim % 32 ||
         shape->n_vocab % 4)
         return refuse(err, LLM_ERROR_UNSUPPORTED, "its rows are not multiples of 64");
@@ -186,7 +186,7 @@ static llm_status open_model(void **out, const llm_backend_shape *shape, const l
     return LLM_OK;
 }
 
-/* llm.h hands over one weight after the other. */
+/* llm.h passes one weight after the other. */
 static llm_status upload(void *model_, const llm_backend_weight *weight, llm_error *err) {
     model *m = model_;
     layer *l = &m->layers[weight->layer];
@@ -202,7 +202,7 @@ static llm_status upload(void *model_, const llm_backend_weight *weight, llm_err
     case LLM_WEIGHT_ATTENTION_NORM: vector = &l->attention_norm; break;
     case LLM_WEIGHT_FFN_NORM: vector = &l->ffn_norm; break;
     case LLM_WEIGHT_OUTPUT_NORM: vector = &m->output_norm; break;
-    default: return refuse(err, LLM_ERROR_UNSUPPORTED, "it has a kind of weight that Llama has not");
+    default: return refuse(err, LLM_ERROR_UNSUPPORTED, "it has a kind of weight that Llama does not have");
     }
     if (vector) {
         *vector = floats((size_t)weight->cols);
@@ -233,7 +233,7 @@ static uint64_t scratch_bytes(const llm_backend_shape *s, const llm_backend_desc
     return 0;
 }
 
-typedef struct device { /* what llm.h knows as the backend's context */
+typedef struct device { /* llm.h calls this the backend's context */
     context *context;
     const float *logits; /* [..][n_vocab] of the last pass */
     int n_vocab, first;
@@ -274,7 +274,7 @@ static llm_status write_block(void *device_, int block, const void *bytes, llm_e
     return refuse(err, LLM_ERROR_UNSUPPORTED, "its cache cannot be restored");
 }
 
-static void release(void *object) { (void)object; } /* all is there until the program ends */
+static void release(void *object) { (void)object; } /* all memory stays until the program ends */
 static double not_measured(void *device_) { return (void)device_, 0; }
 
 static const llm_backend step_backend = {"walkthrough", open_model,    upload,         release,     weight_bytes,
@@ -292,9 +292,9 @@ enum { LANES = 8 };
 enum { LANES = 4 };
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-#define KERNEL static inline __attribute__((always_inline)) /* so that the compiler knows how many rows there are */
+#define KERNEL static inline __attribute__((always_inline)) /* inlined, so that the compiler knows the number of rows */
 
-/* LANES numbers as floats. The loops say what is meant; compilers do not always find the instruction for it. */
+/* Reads LANES numbers as floats. The loops define the result; compilers do not always find the instruction for it. */
 static inline vec from_int8(const int8_t *q) {
     vec v;
 #if defined(__AVX512F__)
@@ -333,7 +333,7 @@ static inline vec from_bf16s(const uint16_t *w) { /* the upper halves of floats 
     return v;
 }
 
-/* The sum of a vector's numbers: halves are added until one is left. */
+/* The sum of a vector's numbers: adds its halves until one number is left. */
 static inline float sum_of(vec v) {
     typedef float half __attribute__((vector_size(sizeof(vec) / 2)));
     union {
@@ -356,7 +356,7 @@ static inline float sum_of(vec v) {
     return sum;
 }
 
-/* Bytes per second that all threads reach when they only read so many bytes: the best of five times. */
+/* Bytes per second that all threads reach when they only read `bytes` of memory: the best of five runs. */
 static double measure_bandwidth(size_t bytes) {
     size_t n = bytes / sizeof(vec) / 8 * 8;
     vec *buffer = memset(large_pages(n * sizeof(vec)), 0, n * sizeof(vec));
@@ -399,14 +399,14 @@ static double measure_flops(void) {
 
 typedef struct step {
     const char *name; /* "3 online softmax" */
-    int n_batch;      /* tokens a pass can have; 0: 1 */
-    int n_logits;     /* of these, how many with logits; 0: 1 */
-    /* In the place of generate below. */
+    int n_batch;      /* max tokens in a pass; 0: 1 */
+    int n_logits;     /* max tokens of a pass whose logits are returned; 0: 1 */
+    /* Replaces generate below; may be NULL. */
     double (*generate)(llm_context *ctx, const llm_token *prompt, int n_prompt, llm_token *ids, int n, llm_error *err);
 } step;
 
-static bool silent;         /* another process does the talking */
-static int n_processes = 1; /* that work on one model together */
+static bool silent;         /* print nothing: another process does it */
+static int n_processes = 1; /* processes that work on one model together */
 
 static void say(const char *format, ...) {
     va_list args;
@@ -421,8 +421,8 @@ static struct options {
     int n_new, n_samples, n_long, n_perplexity;
 } options = {.prompt = "Hello, my name is", .draft = "int8", .n_new = 200, .n_samples = 5};
 
-/* Continues the prompt by n tokens: the prompt in one call, then token after token. Always the most likely one is taken
-   (temperature 0), so that all steps can be held to the same text. Returns how often all weights were read. */
+/* Continues the prompt by n tokens: first the prompt in one call, then token after token. Always picks the likeliest
+   token (temperature 0), so that all steps must give the same text. Returns how often all weights were read. */
 static double generate(llm_context *ctx, const llm_token *prompt, int n_prompt, llm_token *ids, int n, llm_error *err) {
     llm_sampler greedy = {0};
     llm_batch batch = {n_prompt, prompt, NULL, NULL};
@@ -444,7 +444,7 @@ static llm_status load(const step *s, llm_dtype dtype, int n_ctx, llm_model **mo
     return llm_context_create(ctx, *model, &context_desc, err);
 }
 
-/* A prompt of n tokens, then 32 more: how fast a prompt is read, and how fast tokens come where the text is long. */
+/* Reads a prompt of n tokens, then generates 32: measures prefill, and decoding after a long text. */
 static void run_long(llm_context *ctx, const llm_token *prompt, int n, llm_error *err) {
     llm_token ids[33];
     double start = now();
@@ -456,7 +456,7 @@ static void run_long(llm_context *ctx, const llm_token *prompt, int n, llm_error
     say("Decode after %d tokens: %.1f tokens/sec\n", n, 32 / decode);
 }
 
-/* How well the model predicts a text: e to the mean of -log(probability it gave to what came next). */
+/* How well the model predicts a text: e to the mean of -log(the probability that it gave to the next token). */
 static double perplexity(llm_context *ctx, const llm_token *text, int n, int n_rows, int n_vocab, llm_error *err) {
     bool *all = allocate((size_t)n_rows * sizeof *all);
     double sum = 0;
@@ -476,7 +476,7 @@ static double perplexity(llm_context *ctx, const llm_token *text, int n, int n_r
     return exp(sum / (n - 1));
 }
 
-/* What this run is called: the step, and what was asked of it. */
+/* The name of this run: the step and its options. */
 static const char *title(const step *s) {
     static char text[100];
     if (options.library) snprintf(text, sizeof text, "llm.h, %s", options.library);
@@ -520,8 +520,8 @@ static llm_token *read_text(const llm_tokenizer *t, const char *path, int *n, ll
     return read_tokens(t, text, n_bytes, n, err);
 }
 
-/* The samples, as gpt-fast prints them (bench/extract_and_plot.py reads either's output). The first run, which brings
-   everything into the caches, is not counted; after a minute no more are begun. */
+/* Runs the samples and prints them in gpt-fast's format, which bench/extract_and_plot.py reads. A first run brings
+   everything into the caches and is not counted. After a minute no new sample begins. */
 static void run_samples(const step *s, llm_context *ctx, llm_model_info info, const llm_token *prompt, int n_prompt,
                         llm_error *err) {
     llm_token *ids = allocate((size_t)options.n_new * sizeof *ids);

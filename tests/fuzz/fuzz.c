@@ -1,6 +1,6 @@
-/* What bytes from anywhere may do to the library: nothing but be refused in words, within memory and time that fit their
-   number; and what is taken must be good for use. One program for libFuzzer; the name it is called by says what the
-   bytes are (see `targets` at the end):
+/* Fuzz targets for libFuzzer. Arbitrary bytes must be refused with a message, or give an object that works. Memory and
+   time must be in proportion to their number. This is one program; the name it is called by says what the bytes are
+   (see `targets` at the end):
 
      gguf             a GGUF file
      safetensors      config.json, NUL, model.safetensors.index.json or nothing, NUL, safetensors
@@ -33,9 +33,9 @@ static clock_t begun;
 
 static void *counted_alloc(void *user, size_t size) {
     (void)user;
-    if (size > (size_t)1 << 40) return NULL; /* more than any machine has; what the sanitizer calls a fault */
+    if (size > (size_t)1 << 40) return NULL; /* more than any machine has; the sanitizer would report it */
     if (live + size > allowed) {
-        fprintf(stderr, "%zu bytes are asked for beside %zu, for an input that may take %zu\n", size, live, allowed);
+        fprintf(stderr, "%zu bytes are asked for on top of %zu; this input may take %zu\n", size, live, allowed);
         abort();
     }
     void *ptr = malloc(size);
