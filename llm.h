@@ -480,8 +480,9 @@ typedef struct llm_tokenizer llm_tokenizer;
 typedef struct llm_backend llm_backend;
 
 /* The type of the weights in memory. LLM_DTYPE_FILE keeps that of the file: a tensor in blocks (Q4_0, Q4_1, Q5_0, Q5_1,
-   Q8_0, Q2_K to Q6_K) keeps its exact numbers and about its size, int8 per channel stays as it is, and F32, F16 and
-   BF16 become bf16. So one model may have several types. The other values convert every matrix to one type. */
+   Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS) keeps its exact numbers and about its size, int8 per channel stays as it is, and
+   F32, F16 and BF16 become bf16. So one model may have several types. The other values convert every matrix to one
+   type. */
 typedef enum llm_dtype {
     LLM_DTYPE_DEFAULT = 0, /* LLM_DTYPE_FILE on the CPU, bf16 on a GPU                                    */
     LLM_DTYPE_F32,
@@ -2213,6 +2214,8 @@ typedef enum llm__file_type {
     LLM__Q4_K = 12,
     LLM__Q5_K = 13,
     LLM__Q6_K = 14,
+    LLM__IQ4_NL = 20,
+    LLM__IQ4_XS = 23,
     LLM__I8 = 24,
     LLM__BF16 = 30,
     LLM__NO_GGUF = 1000 /* this and larger numbers do not occur in GGUF */
@@ -2317,20 +2320,20 @@ static void llm__decode_q3_k(const uint8_t *src, size_t n, float *dst) {
 }
 
 /* The 6-bit scale and minimum of group j, from the 12 bytes that hold those of all 8 groups. */
-static void llm__decode_k_scale(const uint8_t *s, int j, float *scale, float *minimum) {
-    *scale = (float)(j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6 << 4));
-    *minimum = (float)(j < 4 ? s[j + 4] & 63 : (s[j + 4] >> 4) | (s[j] >> 6 << 4));
+static void llm__decode_k_scale(const uint8_t *s, int j, int *scale, int *minimum) {
+    *scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6 << 4);
+    *minimum = j < 4 ? s[j + 4] & 63 : (s[j + 4] >> 4) | (s[j] >> 6 << 4);
 }
 
 /* d, m, 12 bytes of scales and minimums, 128 bytes with 4 bits per weight. */
 static void llm__decode_q4_k(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 256, src += 144, dst += 256) {
-        float d = llm__f16_to_f32(llm__bytes_u16(src)), m = llm__f16_to_f32(llm__bytes_u16(src + 2)), scale, minimum;
-        for (int j = 0; j < 8; j++) {
+        float d = llm__f16_to_f32(llm__bytes_u16(src)), m = llm__f16_to_f32(llm__bytes_u16(src + 2));
+        for (int j = 0, scale, minimum; j < 8; j++) {
             llm__decode_k_scale(src + 4, j, &scale, &minimum);
             for (int i = 0; i < 32; i++) {
                 int q = src[16 + j / 2 * 32 + i] >> (j % 2 * 4) & 15;
-                dst[j * 32 + i] = d * scale * (float)q - m * minimum;
+                dst[j * 32 + i] = d * (float)scale * (float)q - m * (float)minimum;
             }
         }
     }
@@ -2339,12 +2342,12 @@ static void llm__decode_q4_k(const uint8_t *src, size_t n, float *dst) {
 /* d, m, 12 bytes of scales and minimums, 32 bytes of fifth bits, 128 bytes with 4 bits per weight. */
 static void llm__decode_q5_k(const uint8_t *src, size_t n, float *dst) {
     for (; n; n -= 256, src += 176, dst += 256) {
-        float d = llm__f16_to_f32(llm__bytes_u16(src)), m = llm__f16_to_f32(llm__bytes_u16(src + 2)), scale, minimum;
-        for (int j = 0; j < 8; j++) {
+        float d = llm__f16_to_f32(llm__bytes_u16(src)), m = llm__f16_to_f32(llm__bytes_u16(src + 2));
+        for (int j = 0, scale, minimum; j < 8; j++) {
             llm__decode_k_scale(src + 4, j, &scale, &minimum);
             for (int i = 0; i < 32; i++) {
                 int q = (src[48 + j / 2 * 32 + i] >> (j % 2 * 4) & 15) + (src[16 + i] >> j & 1) * 16;
-                dst[j * 32 + i] = d * scale * (float)q - m * minimum;
+                dst[j * 32 + i] = d * (float)scale * (float)q - m * (float)minimum;
             }
         }
     }
@@ -2358,6 +2361,37 @@ static void llm__decode_q6_k(const uint8_t *src, size_t n, float *dst) {
             int low = src[i / 128 * 64 + i % 64] >> (i / 64 % 2 * 4) & 15;
             int high = src[128 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
             dst[i] = d * (float)(int8_t)src[192 + i / 16] * (float)(low + high * 16 - 32);
+        }
+    }
+}
+
+/* The 16 values of the IQ4 types, which four bits select. They are closer together near zero, where most weights are. */
+static const int8_t llm__iq4_numbers[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+/* 32 weights: f16 scale d, then 16 bytes as in Q4_0 that hold indexes into llm__iq4_numbers: number * d. */
+static void llm__decode_iq4_nl(const uint8_t *src, size_t n, float *dst) {
+    for (; n; n -= 32, src += 18, dst += 32) {
+        float d = llm__f16_to_f32(llm__bytes_u16(src));
+        for (int i = 0; i < 16; i++) {
+            dst[i] = (float)llm__iq4_numbers[src[2 + i] & 15] * d;
+            dst[i + 16] = (float)llm__iq4_numbers[src[2 + i] >> 4] * d;
+        }
+    }
+}
+
+/* The 6-bit scale of group j of an IQ4_XS block, from -32 to 31. */
+static int llm__decode_iq4_scale(const uint8_t *src, int j) {
+    return ((src[4 + j / 2] >> (j % 2 * 4) & 15) | (llm__bytes_u16(src + 2) >> (2 * j) & 3) << 4) - 32;
+}
+
+/* 256 weights in 8 groups of 32: d, the upper 2 bits of 8 scales in 2 bytes, their lower 4 bits in 4 bytes, then the
+   groups' 16 bytes each as above. */
+static void llm__decode_iq4_xs(const uint8_t *src, size_t n, float *dst) {
+    for (; n; n -= 256, src += 136, dst += 256) {
+        float d = llm__f16_to_f32(llm__bytes_u16(src));
+        for (int i = 0; i < 256; i++) {
+            int q = src[8 + i / 32 * 16 + i % 16] >> (i / 16 % 2 * 4) & 15;
+            dst[i] = d * (float)llm__decode_iq4_scale(src, i / 32) * (float)llm__iq4_numbers[q];
         }
     }
 }
@@ -2387,6 +2421,8 @@ static const llm__file_type_info llm__file_types[] = {
     {LLM__Q4_K, "Q4_K", 256, 144, llm__decode_q4_k},
     {LLM__Q5_K, "Q5_K", 256, 176, llm__decode_q5_k},
     {LLM__Q6_K, "Q6_K", 256, 210, llm__decode_q6_k},
+    {LLM__IQ4_NL, "IQ4_NL", 32, 18, llm__decode_iq4_nl},
+    {LLM__IQ4_XS, "IQ4_XS", 256, 136, llm__decode_iq4_xs},
     {LLM__I8, "I8", 1, 1, llm__decode_i8},
     {9, "Q8_1", 32, 36, NULL},
     {15, "Q8_K", 256, 292, NULL},
@@ -2394,10 +2430,8 @@ static const llm__file_type_info llm__file_types[] = {
     {17, "IQ2_XS", 256, 74, NULL},
     {18, "IQ3_XXS", 256, 98, NULL},
     {19, "IQ1_S", 256, 50, NULL},
-    {20, "IQ4_NL", 32, 18, NULL},
     {21, "IQ3_S", 256, 110, NULL},
     {22, "IQ2_S", 256, 82, NULL},
-    {23, "IQ4_XS", 256, 136, NULL},
     {25, "I16", 1, 2, NULL},
     {26, "I32", 1, 4, NULL},
     {27, "I64", 1, 8, NULL},
@@ -9909,6 +9943,8 @@ typedef enum llm__weight_type {
     LLM__W_Q5_K,
     LLM__W_Q6_K16,
     LLM__W_Q8,
+    LLM__W_IQ4,
+    LLM__W_IQ4_K,
     LLM__W_KINDS
 } llm__weight_type;
 
@@ -9917,17 +9953,20 @@ typedef enum llm__weight_type {
    16 outputs. Numbers with fewer than 8 bits: [4][16][4] bytes hold the low four bits of [j] and [j + 4]; the
    remaining bits follow, those of [0] lowest, with five bits as [16][4] bytes for all 8, with six as [2][16][4] for
    four each. Scales of a group: f16 d[16], then m[16] if there are minimums. In the K kinds they are 8-bit integers,
-   or two sets of 16 if 16 k share one; they are multiplied by d, and by -m. */
+   or two sets of 16 if 16 k share one; they are multiplied by d, and by -m. The IQ4 kinds hold indexes into
+   llm__iq4_numbers. */
 typedef struct llm__kernel_form {
     uint8_t bits, zero;       /* a weight is d * (number - zero) + m; 8-bit numbers are signed */
     bool minimum, k, sixteen; /* `k`: a K kind; `sixteen`: 16 k share a scale */
+    bool table;               /* the numbers are those of llm__iq4_numbers */
 } llm__kernel_form;
 
 static const llm__kernel_form llm__kernel_forms[LLM__W_KINDS] = {
-    {0, 0, false, false, false},  {0, 0, false, false, false}, {0, 0, false, false, false}, {0, 0, false, false, false},
-    {4, 8, false, false, false},  {4, 0, true, false, false},  {4, 0, true, true, false},   {4, 0, true, true, true},
-    {5, 16, false, false, false}, {5, 0, true, false, false},  {5, 0, true, true, false},   {6, 32, false, true, true},
-    {8, 0, false, false, false},
+    {0, 0, false, false, false, false}, {0, 0, false, false, false, false}, {0, 0, false, false, false, false},
+    {0, 0, false, false, false, false}, {4, 8, false, false, false, false}, {4, 0, true, false, false, false},
+    {4, 0, true, true, false, false},   {4, 0, true, true, true, false},    {5, 16, false, false, false, false},
+    {5, 0, true, false, false, false},  {5, 0, true, true, false, false},   {6, 32, false, true, true, false},
+    {8, 0, false, false, false, false}, {4, 0, false, false, false, true},  {4, 0, false, true, false, true},
 };
 
 /* Bytes of a tile: of a group's numbers, of its scales, and of the d and m of 8 groups. */
@@ -10523,6 +10562,8 @@ static llm__weight_type llm__kernel_kind_of_file(int type) {
     case LLM__Q4_K: return LLM__W_Q4_K;
     case LLM__Q5_K: return LLM__W_Q5_K;
     case LLM__Q6_K: return LLM__W_Q6_K16;
+    case LLM__IQ4_NL: return LLM__W_IQ4;
+    case LLM__IQ4_XS: return LLM__W_IQ4_K;
     case LLM__I8: return LLM__W_INT8;
     default: return LLM__W_BF16;
     }
@@ -10556,6 +10597,7 @@ static int llm__kernel_group_number(llm__weight_type kind, const uint8_t *q, siz
     size_t j = i / 4, at = lane * 4 + i % 4;
     if (form->bits == 8) return (int8_t)q[j * 64 + at];
     int number = q[j % 4 * 64 + at] >> (j / 4 * 4) & 15;
+    if (form->table) return llm__iq4_numbers[number];
     if (form->bits == 5) number |= (q[256 + at] >> j & 1) << 4;
     if (form->bits == 6) number |= (q[256 + j / 4 * 64 + at] >> (j % 4 * 2) & 3) << 4;
     return number - form->zero;
@@ -10708,99 +10750,205 @@ static llm_backend_group llm__pack_quantize_group(const float *w) {
     return g;
 }
 
-/* A group of any kind: words of four numbers each, and scales and minimums, two of each if 16 k share them. They are
-   f16, or in the K kinds integers, which d and -m multiply. */
-typedef struct llm__pack_quants {
-    uint32_t q[8];
-    int scales[2], minimums[2];
-    uint16_t d, m;
-} llm__pack_quants;
+/* Where the group of some rows lies in a tile: its numbers, its scales, and the d of its eight groups. */
+typedef struct llm__pack_place {
+    uint8_t *q, *s, *d;
+} llm__pack_place;
 
-/* Spreads four bits to the lowest bits of four bytes. */
-static uint32_t llm__pack_spread_bits(uint32_t bits) { return (bits & 15) * 0x204081u & 0x01010101u; }
+/* The place of a group, from row `lane` of the tile on. */
+static llm__pack_place llm__pack_find(llm__weight_type kind, uint8_t *tile, size_t n_groups, size_t group,
+                                      size_t lane) {
+    uint8_t *s = tile + n_groups * LLM__NUMBER_BYTES(kind), *d = s + n_groups * LLM__SCALE_BYTES(kind);
+    llm__pack_place place = {tile + group * LLM__NUMBER_BYTES(kind) + lane * 4,
+                             s + group * LLM__SCALE_BYTES(kind) + lane * (llm__kernel_forms[kind].k ? 1 : 2),
+                             d + group / 8 * LLM__K_BYTES(kind) + lane * 2};
+    return place;
+}
 
-/* Reads a group of 32 with its own scale; `raw` is the block. */
-static void llm__pack_read_plain_group(int type, const uint8_t *raw, llm__pack_quants *g) {
+/* The packing of a group is written for N rows at once, 16 or a single one, so that its loops become vectors. */
+#define LLM__PACK_INLINE static inline __attribute__((always_inline))
+
+/* Swaps the bits of x that `mask` selects with those `distance` above them. */
+LLM__PACK_INLINE uint32_t llm__pack_swap_bits(uint32_t x, int distance, uint32_t mask) {
+    uint32_t differ = (x ^ x >> distance) & mask;
+    return x ^ differ ^ differ << distance;
+}
+
+/* Bit 4 j + i becomes bit 8 i + j, for j = 0 to 7 and i = 0 to 3: from the order of fifth bits in a file to that in a
+   tile. Each step swaps two of the five bits of every bit's number: 4 and 1, 3 and 0, 2 and 1, 1 and 0. */
+LLM__PACK_INLINE uint32_t llm__pack_turn_bits(uint32_t bits) {
+    bits = llm__pack_swap_bits(bits, 14, 0x0000CCCC);
+    bits = llm__pack_swap_bits(bits, 7, 0x00AA00AA);
+    bits = llm__pack_swap_bits(bits, 2, 0x0C0C0C0C);
+    return llm__pack_swap_bits(bits, 1, 0x22222222);
+}
+
+/* Loads n words of each row, from byte `at` of its block on. Compilers make no good code of this for 16 rows, so four
+   words of four rows are turned at a time where there are vectors for it. */
+LLM__PACK_INLINE void llm__pack_load(const int N, const uint8_t *const *block, size_t at, const int n,
+                                     uint32_t (*words)[16]) {
+#if (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)) && !defined(LLM_NO_SIMD)
+    typedef uint32_t four __attribute__((vector_size(16)));
+    for (int r = 0; r < N && N == 16 && n % 4 == 0; r += 4)
+        for (int j = 0; j < n; j += 4) {
+            four a, b, c, d;
+            memcpy(&a, block[r] + at + 4 * j, 16);
+            memcpy(&b, block[r + 1] + at + 4 * j, 16);
+            memcpy(&c, block[r + 2] + at + 4 * j, 16);
+            memcpy(&d, block[r + 3] + at + 4 * j, 16);
+            four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+            a = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+            c = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+            b = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+            d = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+            memcpy(&words[j][r], &b, 16);
+            memcpy(&words[j + 1][r], &d, 16);
+            b = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+            d = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+            memcpy(&words[j + 2][r], &b, 16);
+            memcpy(&words[j + 3][r], &d, 16);
+        }
+    if (N == 16 && n % 4 == 0) return;
+#endif
+    for (int r = 0; r < N; r++)
+        for (int j = 0; j < n; j++) memcpy(&words[j][r], block[r] + at + 4 * j, 4);
+}
+
+/* Stores n words of each row in a tile, where word j of all 16 rows is one line. */
+LLM__PACK_INLINE void llm__pack_store(const int N, uint32_t (*words)[16], const int n, uint8_t *to) {
+    for (int j = 0; j < n; j++) memcpy(to + 64 * j, words[j], 4 * (size_t)N);
+}
+
+/* The numbers of group i of a K block. In a file, the bits of a group of 32 lie in 8 words, from some bit of each byte
+   on. In a tile, words j and j + 4 share a word with their low four bits. */
+LLM__PACK_INLINE void llm__pack_read_k_numbers(const int N, int type, const uint8_t *const *block, int i, uint8_t *to) {
+    uint32_t low[8][16], high[8][16], above[2][16];
+    bool two_bits = type == LLM__Q2_K || type == LLM__Q3_K;
+    uint32_t mask = two_bits ? 0x33333333 : 0xFFFFFFFF;
+    size_t first = type == LLM__Q5_K ? 48 : type == LLM__Q3_K ? 32 : type == LLM__Q6_K ? 0 : 16;
+    int at = two_bits ? i % 4 * 2 : type == LLM__Q6_K ? i / 2 % 2 * 4 : i % 2 * 4;
+    first += (size_t)(two_bits ? i / 4 * 32 : type == LLM__Q6_K ? i / 4 * 64 + i % 2 * 32 : i / 2 * 32);
+    llm__pack_load(N, block, first, 8, low);
+    for (int j = 0; j < 4; j++)
+        for (int r = 0; r < N; r++)
+            low[j][r] = ((low[j][r] >> at & 0x0F0F0F0Fu) | (low[j + 4][r] >> at & 0x0F0F0F0Fu) << 4) & mask;
+    if (type == LLM__Q3_K) {
+        llm__pack_load(N, block, 0, 8, high);
+        for (int j = 0; j < 4; j++)
+            for (int r = 0; r < N; r++)
+                low[j][r] |= (high[j][r] >> i & 0x01010101u) << 2 | (high[j + 4][r] >> i & 0x01010101u) << 6;
+    }
+    llm__pack_store(N, low, 4, to);
+    if (type == LLM__Q5_K) {
+        llm__pack_load(N, block, 16, 8, high);
+        for (int r = 0; r < N; r++) above[0][r] = 0;
+        for (int j = 0; j < 8; j++)
+            for (int r = 0; r < N; r++) above[0][r] |= (high[j][r] >> i & 0x01010101u) << j;
+        llm__pack_store(N, above, 1, to + 256);
+    }
+    if (type == LLM__Q6_K) {
+        llm__pack_load(N, block, 128 + (size_t)i / 4 * 32, 8, high);
+        for (int h = 0; h < 2; h++) {
+            for (int r = 0; r < N; r++) above[h][r] = 0;
+            for (int j = 0; j < 4; j++)
+                for (int r = 0; r < N; r++) above[h][r] |= (high[4 * h + j][r] >> (i % 4 * 2) & 0x03030303u) << (2 * j);
+        }
+        llm__pack_store(N, above, 2, to + 256);
+    }
+}
+
+/* The scales of group i of a K block. Q3_K's d * (scale - 32) * (q - 4) is d * s * q - d * 4 * s. */
+LLM__PACK_INLINE void llm__pack_read_k_scales(const int N, int type, const uint8_t *const *block, int i,
+                                              llm__pack_place to) {
+    int8_t numbers[4][16]; /* as in the tile */
+    uint16_t d[2][16];
+    const bool sixteen = type == LLM__Q2_K || type == LLM__Q3_K || type == LLM__Q6_K,
+               minimum = type != LLM__Q6_K && type != LLM__IQ4_XS;
+    const size_t d_at = type == LLM__Q2_K   ? 80
+                        : type == LLM__Q3_K ? 108
+                        : type == LLM__Q6_K ? 208
+                                            : 0,
+                 m_at = d_at + (type == LLM__Q3_K || !minimum ? 0 : 2);
+    if (!sixteen && minimum)
+        for (int r = 0, scale, least; r < N; r++) {
+            llm__decode_k_scale(block[r] + 4, i, &scale, &least);
+            numbers[0][r] = (int8_t)scale;
+            numbers[1][r] = (int8_t)least;
+        }
+    if (!sixteen && !minimum)
+        for (int r = 0; r < N; r++) numbers[0][r] = (int8_t)llm__decode_iq4_scale(block[r], i);
+    for (int h = 0; h < 2 && sixteen; h++) {
+        const int at = 2 * i + h;
+        for (int r = 0; r < N && type == LLM__Q6_K; r++) numbers[h][r] = (int8_t)block[r][192 + at];
+        for (int r = 0; r < N && type == LLM__Q2_K; r++) {
+            numbers[h][r] = (int8_t)(block[r][at] & 15);
+            numbers[2 + h][r] = (int8_t)(block[r][at] >> 4);
+        }
+        for (int r = 0; r < N && type == LLM__Q3_K; r++) {
+            const uint8_t *s = block[r] + 96;
+            numbers[h][r] = (int8_t)((s[at % 8] >> (at / 8 * 4) & 15) + (s[8 + at % 4] >> (at / 4 * 2) & 3) * 16 - 32);
+            numbers[2 + h][r] = (int8_t)(4 * numbers[h][r]);
+        }
+    }
+    for (int j = 0; j < (sixteen ? 2 : 1) * (minimum ? 2 : 1); j++) memcpy(to.s + 16 * j, numbers[j], (size_t)N);
+    if (i % 8) return;
+    for (int r = 0; r < N; r++) {
+        d[0][r] = llm__bytes_u16(block[r] + d_at);
+        d[1][r] = llm__bytes_u16(block[r] + m_at);
+    }
+    for (int j = 0; j < (minimum ? 2 : 1); j++) memcpy(to.d + 32 * j, d[j], 2 * (size_t)N);
+}
+
+/* Group i of the blocks of N rows of one type, as the kind that keeps its numbers holds it. */
+LLM__PACK_INLINE void llm__pack_read_rows(const int N, int type, const uint8_t *const *block, int i,
+                                          llm__pack_place to) {
+    uint32_t words[8][16], fifth[1][16];
+    uint16_t scales[2][16];
     bool minimum = type == LLM__Q4_1 || type == LLM__Q5_1, five = type == LLM__Q5_0 || type == LLM__Q5_1;
-    g->scales[0] = llm__bytes_u16(raw);
-    g->minimums[0] = minimum ? llm__bytes_u16(raw + 2) : 0;
-    raw += minimum ? 4 : 2;
-    for (int j = 0; j < 8 && type == LLM__Q8_0; j++) g->q[j] = llm__bytes_u32(raw + 4 * j);
-    if (type == LLM__Q8_0) return;
-    uint32_t high = five ? llm__bytes_u32(raw) : 0;
-    if (five) raw += 4;
-    for (int j = 0; j < 8; j++) {
-        uint32_t low = llm__bytes_u32(raw + j % 4 * 4) >> (j / 4 * 4) & 0x0F0F0F0Fu;
-        g->q[j] = low | llm__pack_spread_bits(high >> (4 * j)) << 4;
-    }
-}
-
-/* Reads group i of 8 of a K block. Q3_K's d * (scale - 32) * (q - 4) is d * s * q - d * 4 * s. */
-static void llm__pack_read_k_group(int type, const uint8_t *raw, int i, llm__pack_quants *g) {
-    const uint8_t *scales = raw + (type == LLM__Q2_K   ? 0
-                                   : type == LLM__Q3_K ? 96
-                                   : type == LLM__Q6_K ? 192
-                                                       : 4),
-                  *low = raw + (type == LLM__Q2_K || type == LLM__Q4_K ? 16
-                                : type == LLM__Q3_K                    ? 32
-                                : type == LLM__Q5_K                    ? 48
-                                                                       : 0),
-                  *high = raw + (type == LLM__Q6_K   ? 128 + i / 4 * 32
-                                 : type == LLM__Q5_K ? 16
-                                                     : 0);
-    int d_at = type == LLM__Q2_K ? 80 : type == LLM__Q3_K ? 108 : type == LLM__Q6_K ? 208 : 0;
-    g->d = llm__bytes_u16(raw + d_at);
-    g->m = type == LLM__Q3_K ? g->d : type == LLM__Q6_K ? 0 : llm__bytes_u16(raw + d_at + 2);
-    for (int j = 0; j < 8; j++) {
-        switch (type) {
-        case LLM__Q2_K:
-        case LLM__Q3_K:
-            g->q[j] = llm__bytes_u32(low + i / 4 * 32 + 4 * j) >> (i % 4 * 2) & 0x03030303u;
-            if (type == LLM__Q3_K) g->q[j] |= (llm__bytes_u32(high + 4 * j) >> i & 0x01010101u) << 2;
-            break;
-        case LLM__Q6_K:
-            g->q[j] = llm__bytes_u32(low + i / 4 * 64 + i % 2 * 32 + 4 * j) >> (i / 2 % 2 * 4) & 0x0F0F0F0Fu;
-            g->q[j] |= (llm__bytes_u32(high + 4 * j) >> (i % 4 * 2) & 0x03030303u) << 4;
-            break;
-        default:
-            g->q[j] = llm__bytes_u32(low + i / 2 * 32 + 4 * j) >> (i % 2 * 4) & 0x0F0F0F0Fu;
-            if (type == LLM__Q5_K) g->q[j] |= (llm__bytes_u32(high + 4 * j) >> i & 0x01010101u) << 4;
+    size_t at = minimum ? 4 : 2;
+    if (llm__file_type_find((uint32_t)type)->block_weights == 32) {
+        for (int r = 0; r < N; r++) {
+            scales[0][r] = llm__bytes_u16(block[r]);
+            scales[1][r] = llm__bytes_u16(block[r] + 2);
         }
-    }
-    for (int h = 0; h < 2; h++) {
-        int at = 2 * i + h;
-        float scale, minimum;
-        switch (type) {
-        case LLM__Q2_K:
-            g->scales[h] = scales[at] & 15;
-            g->minimums[h] = scales[at] >> 4;
-            break;
-        case LLM__Q3_K:
-            g->scales[h] = (scales[at % 8] >> (at / 8 * 4) & 15) + (scales[8 + at % 4] >> (at / 4 * 2) & 3) * 16 - 32;
-            g->minimums[h] = 4 * g->scales[h];
-            break;
-        case LLM__Q6_K:
-            g->scales[h] = (int8_t)scales[at];
-            g->minimums[h] = 0;
-            break;
-        default:
-            llm__decode_k_scale(scales, i, &scale, &minimum);
-            g->scales[h] = (int)scale;
-            g->minimums[h] = (int)minimum;
+        for (int j = 0; j < 1 + minimum; j++) memcpy(to.s + 32 * j, scales[j], 2 * (size_t)N);
+    } else llm__pack_read_k_scales(N, type, block, i, to);
+    switch (type) {
+    case LLM__Q8_0:
+        llm__pack_load(N, block, at, 8, words);
+        llm__pack_store(N, words, 8, to.q);
+        break;
+    case LLM__Q4_0:
+    case LLM__Q4_1:
+    case LLM__Q5_0:
+    case LLM__Q5_1:
+    case LLM__IQ4_NL:
+    case LLM__IQ4_XS:
+        if (type == LLM__IQ4_XS) at = 8 + 16 * (size_t)i;
+        if (five) {
+            llm__pack_load(N, block, at, 1, fifth);
+            for (int r = 0; r < N; r++) fifth[0][r] = llm__pack_turn_bits(fifth[0][r]);
+            llm__pack_store(N, fifth, 1, to.q + 256);
+            at += 4;
         }
+        llm__pack_load(N, block, at, 4, words);
+        llm__pack_store(N, words, 4, to.q);
+        break;
+    default: llm__pack_read_k_numbers(N, type, block, i, to.q);
     }
 }
 
-/* Reads group i of a row without changing its numbers. */
-static void llm__pack_read_group(const llm__file_type_info *type, const uint8_t *row, size_t i, llm__pack_quants *g) {
-    size_t in_block = type->block_weights / 32;
-    row += i / in_block * type->block_bytes;
-    if (in_block == 1) llm__pack_read_plain_group((int)type->type, row, g);
-    else llm__pack_read_k_group((int)type->type, row, (int)(i % in_block), g);
+/* Of a whole tile, and of one row. */
+static void llm__pack_read_16(int type, const uint8_t *const *block, int i, llm__pack_place to) {
+    llm__pack_read_rows(16, type, block, i, to);
 }
 
-/* Groups for LLM_DTYPE_INT4 as other backends hold them. Scales of Q4_K are rounded once. Other K types, and types
-   with more bits, are quantised anew. */
+static void llm__pack_read_1(int type, const uint8_t *block, int i, llm__pack_place to) {
+    llm__pack_read_rows(1, type, &block, i, to);
+}
+
+/* Groups for LLM_DTYPE_INT4 as other backends hold them. Scales of Q4_K are rounded once. Other types are quantised
+   anew. */
 LLM_API void llm_backend_weight_groups(const llm_backend_weight *weight, int row, float *scratch,
                                        llm_backend_group *groups) {
     size_t n = (size_t)llm__math_round_up(weight->cols, 32) / 32;
@@ -10808,49 +10956,77 @@ LLM_API void llm_backend_weight_groups(const llm_backend_weight *weight, int row
     const uint8_t *raw = (const uint8_t *)weight->raw_row(weight, row, &type);
     const llm__weight_type kind = llm__kernel_kind_of_file(type);
     const bool own = kind == LLM__W_Q8 || kind == LLM__W_Q4 || kind == LLM__W_Q4_MIN || kind == LLM__W_Q4_K;
+    const llm__file_type_info *info = llm__file_type_find((uint32_t)type);
+    const size_t in_block = own ? info->block_weights / 32 : 1;
     memset(scratch, 0, n * 32 * sizeof *scratch);
     if (!own) weight->read_row(weight, row, scratch);
     for (size_t i = 0; i < n; i++) {
-        llm__pack_quants g;
+        uint8_t q[512], s[64], d[64];
+        llm__pack_place place = {q, s, d};
         if (!own) groups[i] = llm__pack_quantize_group(scratch + i * 32);
         if (!own) continue;
-        llm__pack_read_group(llm__file_type_find((uint32_t)type), raw, i, &g);
-        for (int j = 0; j < 32; j++) groups[i].q[j] = (int8_t)(g.q[j / 4] >> (j % 4 * 8) & 255);
-        float scale =
-            kind == LLM__W_Q4_K ? llm__f16_to_f32(g.d) * (float)g.scales[0] : llm__f16_to_f32((uint16_t)g.scales[0]);
+        const uint8_t *block = raw + i / in_block * info->block_bytes;
+        llm__pack_read_1(type, block, (int)(i % in_block), place);
+        for (int j = 0; j < 32; j++)
+            groups[i].q[j] = kind == LLM__W_Q8 ? (int8_t)q[j / 4 * 64 + j % 4]
+                                               : (int8_t)(q[j / 4 % 4 * 64 + j % 4] >> (j / 16 * 4) & 15);
+        uint16_t half = kind == LLM__W_Q4_K ? llm__bytes_u16(block) : llm__bytes_u16(s);
+        float scale = llm__f16_to_f32(half) * (kind == LLM__W_Q4_K ? (float)s[0] : 1);
         groups[i].scale = llm__f32_to_f16(scale);
-        groups[i].minimum = (uint16_t)g.minimums[0];
+        groups[i].minimum = kind == LLM__W_Q4_MIN ? llm__bytes_u16(s + 32) : 0;
         if (kind == LLM__W_Q4) groups[i].minimum = llm__f32_to_f16(-8 * scale);
-        if (kind == LLM__W_Q4_K) groups[i].minimum = llm__f32_to_f16(-llm__f16_to_f32(g.m) * (float)g.minimums[0]);
+        if (kind == LLM__W_Q4_K)
+            groups[i].minimum = llm__f32_to_f16(-llm__f16_to_f32(llm__bytes_u16(block + 2)) * (float)s[16]);
     }
 }
 
-/* Stores a group in a tile of n_groups. */
-static void llm__pack_group(llm__weight_type kind, uint8_t *tile, size_t n_groups, size_t group, size_t lane,
-                            const llm__pack_quants *g) {
-    const llm__kernel_form *form = &llm__kernel_forms[kind];
-    uint8_t *q = tile + group * LLM__NUMBER_BYTES(kind) + lane * 4,
-            *s = tile + n_groups * LLM__NUMBER_BYTES(kind) + group * LLM__SCALE_BYTES(kind),
-            *d = tile + n_groups * (LLM__NUMBER_BYTES(kind) + LLM__SCALE_BYTES(kind)) + group / 8 * LLM__K_BYTES(kind);
-    uint32_t above[2] = {0, 0}, words[8];
-    int per_word = form->bits == 6 ? 4 : 8, n_words = form->bits == 8 ? 8 : 4;
-    memcpy(words, g->q, sizeof words);
-    for (int j = 0; j < 4 && n_words == 4; j++) words[j] = (g->q[j] & 0x0F0F0F0Fu) | (g->q[j + 4] & 0x0F0F0F0Fu) << 4;
-    for (int j = 0; j < 8 && n_words == 4; j++)
-        above[j / per_word] |= (g->q[j] >> 4 & 0x03030303u) << (j % per_word * 8 / per_word);
-    for (int j = 0; j < n_words; j++) memcpy(q + j * 64, &words[j], 4);
-    for (int j = 0; j < form->bits - 4 && n_words == 4; j++) memcpy(q + 256 + j * 64, &above[j], 4);
-    if (!form->k) {
-        ((uint16_t *)(void *)s)[lane] = (uint16_t)g->scales[0];
-        if (form->minimum) ((uint16_t *)(void *)s)[lane + 16] = (uint16_t)g->minimums[0];
+/* Quantises 32 weights of a row to a group. */
+static void llm__pack_make_group(const float *w, llm__pack_place to) {
+    const llm_backend_group made = llm__pack_quantize_group(w);
+    for (int i = 0; i < 16; i++) to.q[i / 4 * 64 + i % 4] = (uint8_t)(made.q[i] | made.q[i + 16] << 4);
+    memcpy(to.s, &made.scale, 2);
+    memcpy(to.s + 32, &made.minimum, 2);
+}
+
+/* Packs a tile's groups. `raw` are rows of types that this kind holds (NULL rows are zero); if raw itself is NULL, the
+   groups are made from `rows`. */
+static void llm__pack_groups(llm__weight_type kind, uint8_t *tile, const uint8_t *const raw[16], const int types[16],
+                             const float *rows, size_t k) {
+    static const uint8_t nothing[256] = {0}; /* a block of any type */
+    const size_t n = k / 32, in_block = llm__kernel_forms[kind].k ? 8 : 1,
+                 used = (size_t)(llm__pack_find(kind, tile, n, n + 7, 0).d - tile);
+    const llm__file_type_info *infos[16];
+    const uint8_t *block[16];
+    bool alike = raw != NULL;
+    int type = -1; /* of a row that is there */
+    for (size_t lane = 0; lane < 16 && raw; lane++)
+        if (raw[lane]) type = types[lane];
+    if (raw && type < 0) {
+        memset(tile, 0, llm__matrix_tile_bytes(kind, (int)k));
         return;
     }
-    ((uint16_t *)(void *)d)[lane] = g->d;
-    if (form->minimum) ((uint16_t *)(void *)d)[lane + 16] = g->m;
-    for (size_t h = 0; h < (form->sixteen ? 2u : 1u); h++) {
-        ((int8_t *)s)[h * 16 + lane] = (int8_t)g->scales[h];
-        if (form->minimum) ((int8_t *)s)[(form->sixteen ? 32 : 16) + h * 16 + lane] = (int8_t)g->minimums[h];
+    for (size_t lane = 0; lane < 16 && raw; lane++) {
+        infos[lane] = llm__file_type_find((uint32_t)(raw[lane] ? types[lane] : type));
+        block[lane] = raw[lane] ? raw[lane] : nothing;
+        alike = alike && infos[lane] == infos[0];
     }
+    const size_t step = alike ? infos[0]->block_bytes / in_block : 0, ahead = 16 * n * step,
+                 lines = (16 * step + 63) / 64;
+    size_t next = 0;
+    for (size_t i = 0; i < n; i++) {
+        const int group = (int)(i % in_block);
+        for (size_t j = 0; j < lines && alike; j++, next = (next + 1) % 16) /* of the tile after this one */
+            __builtin_prefetch(block[next] + ahead + (size_t)group * step);
+        if (alike) llm__pack_read_16(type, block, group, llm__pack_find(kind, tile, n, i, 0));
+        for (size_t lane = 0; lane < 16 && !alike; lane++) {
+            llm__pack_place place = llm__pack_find(kind, tile, n, i, lane);
+            if (!raw) llm__pack_make_group(rows + lane * k + i * 32, place);
+            else llm__pack_read_1((int)infos[lane]->type, block[lane], group, place);
+        }
+        for (size_t lane = 0; lane < 16 && raw && (size_t)group + 1 == in_block; lane++)
+            if (raw[lane]) block[lane] += infos[lane]->block_bytes;
+    }
+    memset(tile + used, 0, llm__matrix_tile_bytes(kind, (int)k) - used);
 }
 
 /* Packs 16 rows of k into a bf16 tile. Even and odd k lie side by side, so the tile is written front to back. */
@@ -10878,31 +11054,6 @@ static void llm__pack_copy_bf16_tile(uint8_t *tile, const uint8_t *const raw[16]
             if (!(pair & 0x7F80)) pair &= 0xFFFF8000;
             if (!(pair & 0x7F800000)) pair &= 0x8000FFFF;
             memcpy(tile, &pair, 4);
-        }
-}
-
-/* Quantises 32 weights to a group. */
-static void llm__pack_make_group(const float *w, llm__pack_quants *g) {
-    const llm_backend_group made = llm__pack_quantize_group(w);
-    memcpy(g->q, made.q, sizeof g->q);
-    g->scales[0] = made.scale;
-    g->minimums[0] = made.minimum;
-}
-
-/* Packs a tile's groups. `raw` are rows of types that this kind holds (NULL rows are zero); if raw itself is NULL, the
-   groups are made from `rows`. */
-static void llm__pack_groups(llm__weight_type kind, uint8_t *tile, const uint8_t *const raw[16], const int types[16],
-                             const float *rows, size_t k) {
-    const llm__file_type_info *infos[16];
-    for (size_t lane = 0; lane < 16; lane++) infos[lane] = llm__file_type_find((uint32_t)types[lane]);
-    memset(tile, 0, llm__matrix_tile_bytes(kind, (int)k));
-    for (size_t i = 0; i < k / 32; i++)
-        for (size_t lane = 0; lane < 16; lane++) {
-            llm__pack_quants g;
-            if (raw && !raw[lane]) continue;
-            if (raw) llm__pack_read_group(infos[lane], raw[lane], i, &g);
-            else llm__pack_make_group(rows + lane * k + i * 32, &g);
-            llm__pack_group(kind, tile, k / 32, i, lane, &g);
         }
 }
 
@@ -14034,21 +14185,20 @@ static void llm__model_count_held(llm__model_walk *walk, const llm_backend_weigh
 
 /* "Q4_K 71 %, Q6_K 29 %", the largest share first; the name alone if there is one. */
 static void llm__model_describe_held(const llm__model_walk *walk, char *text, size_t size) {
-    uint64_t total = 0, below = UINT64_MAX;
-    for (size_t i = 0; i < LLM__N_TYPES && walk->held[i].name; i++) total += walk->held[i].n_params;
+    uint64_t total = 0, left[LLM__N_TYPES]; /* parameters; 0 once a type is named */
+    size_t n_types = 0;
+    for (; n_types < LLM__N_TYPES && walk->held[n_types].name; n_types++)
+        total += left[n_types] = walk->held[n_types].n_params;
     text[0] = 0;
     for (size_t n = 0; n < size;) {
-        const char *name = NULL;
-        uint64_t most = 0;
-        for (size_t i = 0; i < LLM__N_TYPES && walk->held[i].name; i++)
-            if (walk->held[i].n_params > most && walk->held[i].n_params < below) {
-                most = walk->held[i].n_params;
-                name = walk->held[i].name;
-            }
-        if (!name) return;
-        below = most;
-        int written = most == total ? snprintf(text, size, "%s", name)
-                                    : snprintf(text + n, size - n, "%s%s %.3g %%", n ? ", " : "", name,
+        size_t next = 0;
+        for (size_t i = 1; i < n_types; i++)
+            if (left[i] > left[next]) next = i;
+        if (!n_types || !left[next]) return;
+        const uint64_t most = left[next];
+        left[next] = 0;
+        int written = most == total ? snprintf(text, size, "%s", walk->held[next].name)
+                                    : snprintf(text + n, size - n, "%s%s %.3g %%", n ? ", " : "", walk->held[next].name,
                                                100.0 * (double)most / (double)total);
         n += (size_t)written;
     }
@@ -17390,6 +17540,7 @@ SOFTWARE.
 #define v_low LLM__FN(v_low)
 #define v_high LLM__FN(v_high)
 #define v_above LLM__FN(v_above)
+#define v_look_up LLM__FN(v_look_up)
 #define v_splat_int LLM__FN(v_splat_int)
 #define v_dot_bytes LLM__FN(v_dot_bytes)
 #define v_of_ints LLM__FN(v_of_ints)
@@ -17456,6 +17607,10 @@ LLM__INLINE v_bytes v_high(v_bytes a) { return v_low(_mm512_srli_epi16(a, 4)); }
 LLM__INLINE v_bytes v_above(v_bytes a, v_bytes bits, const int MASK, const int AT) {
     v_bytes up = AT < 4 ? _mm512_slli_epi16(bits, AT < 4 ? 4 - AT : 0) : _mm512_srli_epi16(bits, AT < 4 ? 0 : AT - 4);
     return _mm512_or_si512(a, _mm512_and_si512(up, _mm512_set1_epi8((char)(MASK << 4))));
+}
+LLM__INLINE v_bytes v_look_up(v_bytes a) {
+    const __m128i numbers = _mm_loadu_si128((const __m128i *)(const void *)llm__iq4_numbers);
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(numbers), a);
 }
 LLM__INLINE v_ints v_splat_int(int32_t x) { return _mm512_set1_epi32(x); }
 LLM__INLINE V v_of_ints(v_ints a) { return _mm512_cvtepi32_ps(a); }
@@ -17580,6 +17735,11 @@ LLM__INLINE __m256i LLM__FN(half_above)(__m256i a, __m256i bits, const int MASK,
 LLM__INLINE v_bytes v_above(v_bytes a, v_bytes bits, const int MASK, const int AT) {
     LLM__BOTH_INTS(LLM__FN(half_above)(a.lo, bits.lo, MASK, AT), LLM__FN(half_above)(a.hi, bits.hi, MASK, AT));
 }
+LLM__INLINE v_bytes v_look_up(v_bytes a) {
+    const __m256i numbers =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)llm__iq4_numbers));
+    LLM__BOTH_INTS(_mm256_shuffle_epi8(numbers, a.lo), _mm256_shuffle_epi8(numbers, a.hi));
+}
 LLM__INLINE v_ints v_splat_int(int32_t x) { LLM__BOTH_INTS(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
 LLM__INLINE V v_of_ints(v_ints a) { LLM__BOTH(_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)); }
 LLM__INLINE __m256i LLM__FN(half_dot)(const bool SIGNED, __m256i sum, __m256i w, __m256i x) {
@@ -17668,6 +17828,10 @@ LLM__INLINE v_bytes v_above(v_bytes a, v_bytes bits, const int MASK, const int A
     LLM__QUARTER_BYTES(vorrq_u8(
         a.q[i], vandq_u8(vshlq_u8(bits.q[i], vdupq_n_s8((int8_t)(4 - AT))), vdupq_n_u8((uint8_t)(MASK << 4)))));
 }
+LLM__INLINE v_bytes v_look_up(v_bytes a) {
+    const uint8x16_t numbers = vreinterpretq_u8_s8(vld1q_s8(llm__iq4_numbers));
+    LLM__QUARTER_BYTES(vqtbl1q_u8(numbers, a.q[i]));
+}
 LLM__INLINE v_ints v_splat_int(int32_t x) {
     v_ints r;
     _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) r.q[i] = vdupq_n_s32(x);
@@ -17676,7 +17840,7 @@ LLM__INLINE v_ints v_splat_int(int32_t x) {
 LLM__INLINE V v_of_ints(v_ints a) { LLM__QUARTERS(vcvtq_f32_s32(a.q[i])); }
 LLM__INLINE v_ints v_dot_bytes(const bool SIGNED, v_ints sum, v_bytes w, int32_t x) {
     const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(x));
-    (void)SIGNED; /* all others have at most 6 bits */
+    (void)SIGNED; /* unsigned ones have at most 6 bits */
     _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
         int8x16_t ws = vreinterpretq_s8_u8(w.q[i]);
         int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(ws), vget_low_s8(xs))),
@@ -17748,6 +17912,7 @@ LLM__INLINE v_bytes v_high(v_bytes a) { LLM__LANES_OF(v_bytes, 64, b, (uint8_t)(
 LLM__INLINE v_bytes v_above(v_bytes a, v_bytes bits, const int MASK, const int AT) {
     LLM__LANES_OF(v_bytes, 64, b, (uint8_t)(a.b[i] | (bits.b[i] >> AT & MASK) << 4));
 }
+LLM__INLINE v_bytes v_look_up(v_bytes a) { LLM__LANES_OF(v_bytes, 64, b, (uint8_t)llm__iq4_numbers[a.b[i]]); }
 LLM__INLINE v_ints v_splat_int(int32_t x) { LLM__LANES_OF(v_ints, 16, i, x); }
 LLM__INLINE V v_of_ints(v_ints a) { LLM__LANES((float)a.i[i]); }
 LLM__INLINE v_ints v_dot_bytes(const bool SIGNED, v_ints sum, v_bytes w, int32_t x) {
@@ -17767,9 +17932,10 @@ LLM__INLINE V v_guess_inverse(V a) { LLM__LANES(llm__f32_from_bits(LLM__INVERSE 
 #endif
 
 /* v_bytes is [16][4], v_ints [16]. v_above moves the bits of MASK, from bit AT on, above a number's low four.
-   v_dot_bytes adds four products with the four integers x to each sum. v_store_bytes stores the lowest byte of each of
-   16 words. v_round_bf16 must not get a NaN or a denormal. v_times_pow2 multiplies by 2^n for n + LLM__WHOLE; neither
-   n nor the result may be out of range. v_guess_inverse is within 5.1 % of 1 / a. */
+   v_look_up takes the numbers of llm__iq4_numbers. v_dot_bytes adds four products with the four integers x to each
+   sum. v_store_bytes stores the lowest byte of each of 16 words. v_round_bf16 must not get a NaN or a denormal.
+   v_times_pow2 multiplies by 2^n for n + LLM__WHOLE; neither n nor the result may be out of range. v_guess_inverse is
+   within 5.1 % of 1 / a. */
 
 /* The scalar set is not meant to be fast, but should stay small. */
 #if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2) || defined(LLM__USE_NEON)
@@ -17830,7 +17996,8 @@ LLM__INLINE float v_sum(V a) {
 LLM__INLINE float v_hmax(V a) {
     float f[16];
     v_store(f, a);
-    for (int i = 1; i < 16; i++) f[0] = f[i] > f[0] ? f[i] : f[0];
+    for (int width = 8; width; width /= 2) /* the same tree, since 0 and -0 are equal and the order decides */
+        for (int i = 0; i < width; i++) f[i] = f[i] > f[i + width] ? f[i] : f[i + width];
     return f[0];
 }
 
@@ -18193,20 +18360,32 @@ LLM__PRODUCT(product_int8, LLM__W_INT8)
 #define LLM__SIGN 0
 #endif
 
+/* Are the numbers signed bytes once they are widened? */
+LLM__INLINE bool LLM__FN(is_signed)(const llm__weight_type KIND) {
+    return llm__kernel_forms[KIND].bits == 8 || llm__kernel_forms[KIND].table;
+}
+
 /* Kinds whose groups are alike once they are bytes share a kernel. They differ in `zero`. */
 LLM__INLINE int LLM__FN(zero)(llm__weight_type kind) {
-    return llm__kernel_forms[kind].bits == 8 ? LLM__SIGN : llm__kernel_forms[kind].zero;
+    return LLM__FN(is_signed)(kind) ? LLM__SIGN : llm__kernel_forms[kind].zero;
+}
+
+/* Adds LLM__SIGN to signed bytes. */
+LLM__INLINE v_bytes LLM__FN(signed_bytes)(v_bytes a) {
+#if defined(LLM__USE_BF16)
+    return _mm512_xor_si512(a, _mm512_set1_epi8(-128));
+#else
+    return a;
+#endif
 }
 
 /* The numbers of a group with k = 4 J .. 4 J + 3, J = 0 .. 7. WIDE: they have been widened to bytes. */
 LLM__INLINE v_bytes LLM__FN(numbers)(const llm__weight_type KIND, const bool WIDE, const uint8_t *q, const int J) {
     const int BITS = llm__kernel_forms[KIND].bits;
     if (WIDE) return v_load_bytes(q + J * 64);
-#if defined(LLM__USE_BF16)
-    if (BITS == 8) return _mm512_xor_si512(v_load_bytes(q + J * 64), _mm512_set1_epi8(-128));
-#endif
-    if (BITS == 8) return v_load_bytes(q + J * 64);
+    if (BITS == 8) return LLM__FN(signed_bytes)(v_load_bytes(q + J * 64));
     v_bytes a = J < 4 ? v_low(v_load_bytes(q + J * 64)) : v_high(v_load_bytes(q + (J - 4) * 64));
+    if (llm__kernel_forms[KIND].table) return LLM__FN(signed_bytes)(v_look_up(a));
     if (BITS == 5) return v_above(a, v_load_bytes(q + 256), 1, J);
     if (BITS == 6) return v_above(a, v_load_bytes(q + 256 + J / 4 * 64), 3, J % 4 * 2);
     return a;
@@ -18264,7 +18443,7 @@ LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weig
                 int32_t four;
                 memcpy(&four, x[r]->a + 4 * j, 4);
                 LLM__UNROLL for (int t = 0; t < TILES; t++) sum[r * TILES + t] =
-                    v_dot_bytes(FORM.bits == 8, sum[r * TILES + t], w[t], four);
+                    v_dot_bytes(LLM__FN(is_signed)(KIND), sum[r * TILES + t], w[t], four);
             }
         }
         LLM__UNROLL for (int t = 0; t < TILES; t++) LLM__FN(scales)(KIND, WIDE, s[t], d, h, &scale[t], &least[t]);
@@ -18330,7 +18509,7 @@ LLM__FN(wide_product)(llm__weight_type kind, const llm__kernel_group *x, size_t 
                       size_t wide_next, int n, float *y, size_t y_stride, size_t right) {
 #define LLM__WIDE_ROWS(KIND) \
     LLM__FN(wide_rows)(KIND, LLM__FN(zero)(kind), x, x_stride, rows, wide, wide_next, n, y, y_stride, right)
-    if (llm__kernel_forms[kind].bits == 8) LLM__WIDE_ROWS(LLM__W_Q8);
+    if (LLM__FN(is_signed)(kind)) LLM__WIDE_ROWS(LLM__W_Q8);
     else if (kind == LLM__W_Q6_K16) LLM__WIDE_ROWS(LLM__W_Q6_K16);
     else if (kind == LLM__W_Q4_K16) LLM__WIDE_ROWS(LLM__W_Q4_K16);
     else if (llm__kernel_forms[kind].minimum) LLM__WIDE_ROWS(LLM__W_Q4_MIN);
@@ -18356,6 +18535,8 @@ LLM__TARGET static __attribute__((noinline)) void LLM__FN(widen_groups)(llm__wei
             LLM__WIDEN(LLM__W_Q5_MIN)
             LLM__WIDEN(LLM__W_Q5_K)
             LLM__WIDEN(LLM__W_Q6_K16)
+            LLM__WIDEN(LLM__W_IQ4)
+            LLM__WIDEN(LLM__W_IQ4_K)
         default: LLM__FN(widen_group)(LLM__W_Q8, q, s, d, to + (size_t)(g - first) * LLM__FN(wide_bytes));
 #undef LLM__WIDEN
         }
@@ -18375,6 +18556,8 @@ LLM__FN(row_product)(llm__weight_type kind, const llm__kernel_group *x, const ui
         LLM__GROUP_ROW(LLM__W_Q5_MIN)
         LLM__GROUP_ROW(LLM__W_Q5_K)
         LLM__GROUP_ROW(LLM__W_Q6_K16)
+        LLM__GROUP_ROW(LLM__W_IQ4)
+        LLM__GROUP_ROW(LLM__W_IQ4_K)
     default: LLM__FN(group_row)(LLM__W_Q8, x, tile, n_groups, y);
 #undef LLM__GROUP_ROW
     }
@@ -19051,6 +19234,7 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef v_low
 #undef v_high
 #undef v_above
+#undef v_look_up
 #undef v_splat_int
 #undef v_dot_bytes
 #undef v_of_ints

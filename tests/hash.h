@@ -13,7 +13,8 @@ typedef struct expected {
 /* A Q4_1 file. */
 static const tiny_spec FOUR_BITS = {2, 96, 128, 6, 2, 32, 512, 43, 1, 3, 1};
 
-/* Of the small model's logits at all positions, and of the default model's at 32. */
+/* Of the small model's logits at all positions, and of the default model's at 32; 0: the default model's are in another
+   row. */
 static const expected EXPECTED[] = {
     {LLM_DTYPE_F32, LLM_DTYPE_DEFAULT, &TINY_ODD, 0x7341783e55522002, 0x8edd79e970583c6d},
     {LLM_DTYPE_BF16, LLM_DTYPE_DEFAULT, &TINY_ODD, 0xa2c2d316d6e4273d, 0x242236317cf1af6e},
@@ -23,6 +24,7 @@ static const expected EXPECTED[] = {
     {LLM_DTYPE_F16, LLM_DTYPE_DEFAULT, &TINY_ODD, 0xbf15d36c8d3dc2a0, 0xfe977a84362c4ec6},
     {LLM_DTYPE_BF16, LLM_DTYPE_F32, &TINY_ODD, 0x58765bbb4d8752e9, 0xe792122691ca1235},
     {LLM_DTYPE_BF16, LLM_DTYPE_INT8, &TINY_ODD, 0xcb45b2d27860d649, 0x3ab86aed28c7d761},
+    {LLM_DTYPE_FILE, LLM_DTYPE_DEFAULT, &TINY_IQ4_TYPES, 0x2f5afcd619def71c, 0},
 };
 
 static inline llm_token token_at(int seq, int i) {

@@ -33,7 +33,7 @@ static void blocks_are_read_exactly(void **state) {
         p += n * n_weights * 4;
         free(weights);
     }
-    assert_int_equal(n_types, 10);
+    assert_int_equal(n_types, 12);
     free(b.at);
 }
 
@@ -183,6 +183,24 @@ static void models_are_described(void **state) {
     if (llm_memory_estimate(&info, NULL, &memory, &err)) fail_msg("%s", err.message);
     assert_true(memory.weights == info.weight_bytes && memory.cache > 0);
     llm_model_free(model);
+}
+
+static void all_types_are_named(void **state) {
+    static llm__model_walk walk;
+    char text[64], little[12];
+    (void)state;
+    walk.held[0].name = "Q4_K";
+    walk.held[1].name = "Q5_0";
+    walk.held[2].name = "Q6_K";
+    walk.held[0].n_params = walk.held[2].n_params = 5;
+    walk.held[1].n_params = 10;
+    llm__model_describe_held(&walk, text, sizeof text);
+    assert_string_equal(text, "Q5_0 50 %, Q4_K 25 %, Q6_K 25 %");
+    llm__model_describe_held(&walk, little, sizeof little);
+    assert_string_equal(little, "Q5_0 50 %, ");
+    walk.held[1].name = NULL; /* the first alone */
+    llm__model_describe_held(&walk, text, sizeof text);
+    assert_string_equal(text, "Q4_K");
 }
 
 /* ---- Other ways to load ---- */
@@ -705,7 +723,7 @@ static void other_types_are_refused_by_name(void **state) {
         uint8_t type;
         const char *words;
     } table[] = {
-        {20, "tensor output.weight is of type IQ4_NL"},
+        {23, "tensor output.weight has 32 columns and 48 rows of type IQ4_XS"},
         {99, "tensor output.weight has the unknown type number 99"},
         {12, "tensor output.weight has 32 columns and 48 rows of type Q4_K"},
         {39, "tensor output.weight is of type MXFP4"},
@@ -838,6 +856,7 @@ int main(void) {
         cmocka_unit_test(logits_are_those_of_transformers),
         cmocka_unit_test(bf16_is_near),
         cmocka_unit_test(models_are_described),
+        cmocka_unit_test(all_types_are_named),
         cmocka_unit_test(memory_and_functions_serve_too),
         cmocka_unit_test(functions_that_fail_are_reported),
         cmocka_unit_test(metadata_is_text),

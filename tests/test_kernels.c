@@ -435,6 +435,7 @@ static void test_packing(void **state) {
                  {2, LLM_DTYPE_INT4, 0},
                  {3, LLM_DTYPE_INT4, 0},
                  {8, LLM_DTYPE_INT4, 0},
+                 {20, LLM_DTYPE_INT4, 0},
                  {0, LLM_DTYPE_F32, 0},
                  {0, LLM_DTYPE_BF16, 1.0 / 256},
                  {0, LLM_DTYPE_F16, 1.0 / 2048},
@@ -468,6 +469,48 @@ static void test_packing(void **state) {
     }
 }
 
+/* A row of k weights in blocks, random but for their f16 numbers, which are finite. */
+static void random_blocks(const llm__file_type_info *type, uint8_t *row, size_t k) {
+    uint32_t id = type->type;
+    size_t n = k / type->block_weights * type->block_bytes;
+    for (size_t i = 0; i < n; i++) row[i] = (uint8_t)random_int(256);
+    for (size_t at = 0; at < n; at += type->block_bytes) {
+        size_t d = at + (id == LLM__Q2_K ? 80 : id == LLM__Q3_K ? 108 : id == LLM__Q6_K ? 208 : 0);
+        for (size_t i = 0; i < 2; i++) { /* d, and what may be m */
+            uint16_t half = llm__f32_to_f16(random_float());
+            if (d + 2 * i + 2 <= at + type->block_bytes) memcpy(&row[d + 2 * i], &half, 2);
+        }
+    }
+}
+
+/* A tile may hold rows of two types that are packed alike, with absent rows between them. */
+static void test_mixed_blocks(void **state) {
+    enum { ROWS = 16, K = 512 };
+    static uint8_t file[ROWS][K];
+    const uint8_t *raw[ROWS];
+    int types[ROWS];
+    (void)state;
+    for (int r = 0; r < ROWS; r++) {
+        raw[r] = r % 5 ? file[r] : NULL;
+        types[r] = r % 5 == 0 ? LLM__F32 : r % 2 ? LLM__Q2_K : LLM__Q3_K;
+        if (raw[r]) random_blocks(llm__file_type_find((uint32_t)types[r]), file[r], K);
+    }
+    memset(tile, 1, sizeof tile);
+    llm__matrix m = llm__matrix_init(LLM__W_Q4_K16, ROWS, K);
+    m.data = tile;
+    llm__pack_groups(m.kind, tile, raw, types, NULL, K);
+    for (size_t r = 0; r < ROWS; r++) {
+        float held[K], exact[K] = {0};
+        if (raw[r]) llm__file_type_find((uint32_t)types[r])->decode(file[r], K, exact);
+        llm__matrix_get_row(&m, r, held);
+        for (size_t i = 0; i < K; i++) assert_true(held[i] == exact[i]);
+        raw[r] = NULL;
+    }
+    llm__pack_groups(m.kind, tile, raw, types, NULL, K); /* no row at all */
+    for (size_t i = 0; i < m.tile_bytes; i++) assert_int_equal(tile[i], 0);
+    assert_int_equal(tile[m.tile_bytes], 1);
+}
+
 /* Random blocks of every type, with finite f16 numbers. The products must use exactly the weights that the file's type
    defines, and the scalar product must be the sum of these times the integer activations. */
 static void test_blocks(void **state) {
@@ -486,16 +529,7 @@ static void test_blocks(void **state) {
         for (size_t r = 0; r < ROWS; r++) {
             raw[r] = file[r];
             types[r] = (int)type->type;
-            size_t n = K / type->block_weights * type->block_bytes;
-            for (size_t i = 0; i < n; i++) file[r][i] = (uint8_t)random_int(256);
-            for (size_t at = 0; at < n; at += type->block_bytes) {
-                uint32_t id = type->type;
-                size_t d = at + (id == LLM__Q2_K ? 80 : id == LLM__Q3_K ? 108 : id == LLM__Q6_K ? 208 : 0);
-                for (size_t i = 0; i < 2; i++) { /* d, and what may be m */
-                    uint16_t half = llm__f32_to_f16(random_float());
-                    if (d + 2 * i + 2 <= at + type->block_bytes) memcpy(&file[r][d + 2 * i], &half, 2);
-                }
-            }
+            random_blocks(type, file[r], K);
         }
         llm__matrix m = llm__matrix_init(kind, ROWS, K);
         m.data = tile;
@@ -552,6 +586,7 @@ int main(void) {
         cmocka_unit_test(test_bf16_tile),
         cmocka_unit_test(test_packing),
         cmocka_unit_test(test_blocks),
+        cmocka_unit_test(test_mixed_blocks),
         cmocka_unit_test(test_f16)
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

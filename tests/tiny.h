@@ -10,17 +10,20 @@
 
 typedef struct tiny_spec {
     int n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_ctx;
-    int n_extra; /* tokens after the 256 bytes; the last two are <|end|> (EOS) and <|start|> (BOS) */
-    int untied;  /* 1: with output.weight */
-    uint32_t
-        type; /* of the matrices: 0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 6 Q5_0, 7 Q5_1, 8 Q8_0, 10 to 14 Q2_K to Q6_K, 30 BF16,
-                      or TINY_MIXED; blocks need dims of 32, those of K types of 256 */
+    int n_extra;   /* tokens after the 256 bytes; the last two are <|end|> (EOS) and <|start|> (BOS) */
+    int untied;    /* 1: with output.weight */
+    uint32_t type; /* of the matrices: 0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 6 Q5_0, 7 Q5_1, 8 Q8_0, 10 to 14 Q2_K to Q6_K,
+                      20 IQ4_NL, 23 IQ4_XS, 30 BF16, or TINY_MIXED or TINY_IQ4; blocks need dims of 32, those of K types
+                      and of IQ4_XS of 256 */
     uint32_t seed;
 } tiny_spec;
 
 /* Another type for each matrix of two layers, as tiny_mixed_type says. */
-enum { TINY_MIXED = 99 };
+enum { TINY_MIXED = 99, TINY_IQ4 = 98 };
 static const tiny_spec TINY_ALL_TYPES = {2, 256, 256, 4, 2, 64, 512, 43, 1, TINY_MIXED, 1};
+
+/* IQ4_NL and IQ4_XS, which meet in queries, keys and values and in gates and ups. */
+static const tiny_spec TINY_IQ4_TYPES = {2, 256, 256, 4, 2, 64, 512, 43, 1, TINY_IQ4, 1};
 
 /* Dimensions that are multiples of nothing. */
 static const tiny_spec TINY_ODD = {2, 72, 100, 6, 2, 20, 512, 43, 0, 0, 1};
@@ -125,6 +128,8 @@ static void tiny_vocabulary(tiny_file *f, const tiny_spec *s) {
                  "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}");
 }
 
+static int tiny_block_weights(uint32_t type) { return (type >= 10 && type < 15) || type == 23 ? 256 : 32; }
+
 static size_t tiny_row_bytes(uint32_t type, int cols) {
     switch (type) {
     case 1:
@@ -139,6 +144,8 @@ static size_t tiny_row_bytes(uint32_t type, int cols) {
     case 12: return (size_t)cols / 256 * 144;
     case 13: return (size_t)cols / 256 * 176;
     case 14: return (size_t)cols / 256 * 210;
+    case 20: return (size_t)cols / 32 * 18;
+    case 23: return (size_t)cols / 256 * 136;
     default: return (size_t)cols * 4;
     }
 }
@@ -159,7 +166,9 @@ static uint32_t tiny_mixed_type(const char *name) {
 }
 
 static uint32_t tiny_type(const tiny_spec *s, const char *name, int rows) {
-    return rows == 1 ? 0 : s->type == TINY_MIXED ? tiny_mixed_type(name) : s->type;
+    if (rows == 1) return 0;
+    if (s->type == TINY_IQ4) return strstr(name, "attn_k") || strstr(name, "ffn_gate") ? 20 : 23;
+    return s->type == TINY_MIXED ? tiny_mixed_type(name) : s->type;
 }
 
 static void tiny_describe(tiny_file *f, const tiny_spec *s, const char *name, int rows, int cols) {
@@ -200,11 +209,12 @@ static void tiny_other_block(tiny_file *f, uint32_t type, float scale) {
                           : type == 11 ? 128
                           : type == 12 ? 945
                           : type == 13 ? 1953
+                          : type == 20 ? 127
                                        : 4096;
-    size_t bytes = tiny_row_bytes(type, type < 10 ? 32 : 256), d = type == 10   ? 80
-                                                                   : type == 11 ? 108
-                                                                   : type == 14 ? 208
-                                                                                : 0;
+    size_t bytes = tiny_row_bytes(type, tiny_block_weights(type)), d = type == 10   ? 80
+                                                                       : type == 11 ? 108
+                                                                       : type == 14 ? 208
+                                                                                    : 0;
     float unit = scale / largest * (type == 7 || type == 10 || type == 12 || type == 13 ? 2 : 1);
     uint16_t half = tiny_half(unit < 6.2e-5f ? 6.2e-5f : unit), minimum = 0;
     if (type == 7) minimum = (uint16_t)(tiny_half(scale) | 0x8000);
@@ -237,7 +247,7 @@ static void tiny_tensor(tiny_file *f, const tiny_spec *s, const char *name, int 
         else tiny_put(f, type == 1 ? &f16 : &bf16, 2);
     }
     for (int i = 0; i < rows * cols / 32 && (type == 2 || type == 3 || type == 8); i++) tiny_block(f, type, scale);
-    for (int i = 0; i < rows * cols / 32; i += type < 10 ? 1 : 8)
+    for (int i = 0; i < rows * cols / 32; i += tiny_block_weights(type) / 32)
         if (type == 6 || type == 7 || (type >= 10 && type < 30)) tiny_other_block(f, type, scale);
     size_t bytes = (size_t)rows * tiny_row_bytes(type, cols);
     tiny_put(f, zeros, (32 - bytes % 32) % 32);

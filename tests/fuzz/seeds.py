@@ -34,7 +34,7 @@ def noise(n):
 EMBD, FF, VOCAB, LAYERS = 8, 8, 12, 1
 TYPES = {"F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2), "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22),
          "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34), "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144),
-         "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210)}
+         "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210), "IQ4_NL": (20, 32, 18), "IQ4_XS": (23, 256, 136)}
 
 
 def gguf_string(text):
@@ -122,7 +122,7 @@ def write_gguf():
     for kind, (_, weights, _) in TYPES.items():
         if weights == 32:
             write("gguf", kind, gguf(hyperparameters("llama", 32, {}) + vocabulary("gpt2"), model_tensors("llama", 32, kind, False), 2))
-    for kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"): # rows of 256 weights
+    for kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"): # rows of 256 weights
         tensors = [(name, dims, "F16" if kind == k and dims[0] == 8 else k) for name, dims, k in model_tensors("llama", 256, kind, False, 8)]
         write("gguf", kind, gguf(hyperparameters("llama", 256, {}, 8) + vocabulary("llama"), tensors))
     for arch in ("qwen2", "qwen3"):

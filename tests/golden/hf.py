@@ -302,7 +302,8 @@ def write_logits(path, folder, n_tokens, rng):
 
 def write_blocks(path, rng, n=3):
     with open(path, "wb") as f:
-        for kind in (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K):
+        for kind in (Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
+                     Type.IQ4_NL, Type.IQ4_XS):
             n_weights, n_bytes = gguf.GGML_QUANT_SIZES[kind]
             weights = np.full((1, 1), np.nan)
             while not np.isfinite(weights).all():
