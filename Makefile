@@ -46,7 +46,7 @@ vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run mpi test gpu-bundle test-cuda test-cross fuzz bench-tokenizer bench-peers size model deps format clean help \
+.PHONY: all run mpi test gpu-bundle test-cuda test-cross test-cluster fuzz bench-tokenizer bench-peers size model deps format clean help \
         walkthrough walkthrough-programs walkthrough-diff
 all:
 	.ci/need $(NEEDED_TO_BUILD)
@@ -209,6 +209,15 @@ fuzz:
 test-cuda:
 	$(MAKE) test T=cuda
 
+# A Slurm of three nodes, and three hosts with a slow network, on this machine. As root; its figures go to build/cluster.
+test-cluster:
+	.ci/need $(NEEDED_TO_BUILD) $(NEEDED_FOR_MPI) slurmctld:slurmctld slurmd:slurmd slurm-client:sbatch munge:munged \
+		iproute2:ip iputils-ping:ping procps:pgrep python3:python3
+	$(MAKE) $(SMOLLM2) $(MPI_PROGRAMS)
+	$(MAKE) walkthrough-programs
+	bench/cluster/slurm.sh
+	bench/cluster/network.sh $(SMOLLM2) build/cluster
+
 # For aarch64, under qemu, and for Windows, under Wine.
 test-cross:
 	.ci/need $(NEEDED_TO_CROSS)
@@ -331,6 +340,7 @@ help:
 	echo "make walkthrough       the course in examples/walkthrough: runs every step, makes its table and pictures (under 10 minutes)"
 	echo "make walkthrough-diff N=3   what step 3 changes"
 	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine; T=name as above"
+	echo "make test-cluster  jobs under Slurm, a killed node, and ranks over a slow network, on this machine (root)"
 	echo "make size        the size of the library in a program, and how long it takes to compile"
 	echo "make model       fetch the default model"
 	echo "make deps        install what building and testing need (Debian)"

@@ -10370,10 +10370,11 @@ static llm__ranks_range llm__ranks_key_heads(const llm_comm *tensor, const llm_b
     return keys;
 }
 
-/* The layers of a stage of the pipeline. The last has the head, too, which counts as the layers that take as long. */
+/* The layers of a stage of the pipeline. The last stage also has the head, which counts as half the layers that have as
+   many weights: when texts are scored, only some rows go through it (70 % for HellaSwag), and of a prompt only one. */
 static llm__ranks_range llm__ranks_layers_of(const llm_backend_shape *s, int stage, int n_stages) {
     double q = (double)s->n_heads * s->head_dim, kv = (double)s->n_kv_heads * s->head_dim,
-           layer = s->n_embd * (2 * q + 2 * kv + 3.0 * s->n_ff), head = (double)s->n_vocab * s->n_embd,
+           layer = s->n_embd * (2 * q + 2 * kv + 3.0 * s->n_ff), head = (double)s->n_vocab * s->n_embd / 2,
            share = (s->n_layers + head / layer) / n_stages;
     int ends[2]; /* of the stage before, and of this one */
     for (int i = 0; i < 2; i++) {
@@ -11739,7 +11740,7 @@ static llm_status llm__cpu_upload(void *model, const llm_backend_weight *weight,
 
 enum {
     LLM__RANKS_MOST = 1024,
-    LLM__RANKS_VERSION = 1 /* increase it when ranks exchange different data, or share the weights in another way */
+    LLM__RANKS_VERSION = 2 /* increase it when ranks exchange different data, or share the weights in another way */
 };
 
 /* Rank `rank` has bytes *from to end - 1 of row `row`; returns end. It has none if end <= *from. */
@@ -11897,21 +11898,24 @@ static bool llm__comm_pause(unsigned round) {
     return round >= LLM__SPINS && round % LLM__YIELDS == 0;
 }
 
-static void llm__hub_abort(llm_comm *comm, const char *why) {
-    llm__hub *hub = (llm__hub *)comm->user;
-    int whole = 0;
-    if (!__atomic_compare_exchange_n(&hub->broken, &whole, 1, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) return;
-    snprintf(hub->why, sizeof hub->why, "%s", why);
-    __atomic_store_n(&hub->broken, 2, __ATOMIC_SEQ_CST);
-}
-
-/* Waits until no other rank reads this rank's memory, then fails with the reason why the hub is broken. */
+/* Fails with the reason why the hub is broken, once no other rank reads this rank's memory. */
 static llm_status llm__hub_fail(llm_comm *comm, llm_error *err) {
     llm__hub *hub = (llm__hub *)comm->user;
     for (unsigned i = 0; __atomic_load_n(&hub->broken, __ATOMIC_SEQ_CST) != 2; i++) llm__comm_pause(i);
     for (unsigned i = 0; __atomic_load_n(&hub->seats[comm->rank].n_readers, __ATOMIC_SEQ_CST) > 0; i++)
         llm__comm_pause(i);
     return llm__error(err, LLM_ERROR_DEVICE, "%s", hub->why);
+}
+
+/* When it returns, no other rank reads this rank's memory any more, so what was being sent can be freed. */
+static void llm__hub_abort(llm_comm *comm, const char *why) {
+    llm__hub *hub = (llm__hub *)comm->user;
+    int whole = 0;
+    if (__atomic_compare_exchange_n(&hub->broken, &whole, 1, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+        snprintf(hub->why, sizeof hub->why, "%s", why);
+        __atomic_store_n(&hub->broken, 2, __ATOMIC_SEQ_CST);
+    }
+    llm__hub_fail(comm, NULL);
 }
 
 static llm_status llm__hub_break(llm_comm *comm, llm_error *err, const char *format, int a, int b) {
@@ -15057,8 +15061,18 @@ LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model,
     return llm__error_done(err, status);
 }
 
+/* Has a callback never returned to the call that made it? Then the ranks that work on that call must not wait. */
+static bool llm__ctx_was_left(const llm_context *ctx) {
+    const char *why = "a callback on one of the ranks did not return to its call";
+    if (!ctx->callback && !ctx->unsettled && !ctx->targets && !ctx->work.blocks) return false;
+    llm_comm_abort(ctx->backend_desc.tensor, why);
+    llm_comm_abort(ctx->backend_desc.pipeline, why);
+    return true;
+}
+
 LLM_API void llm_context_free(llm_context *ctx) {
     if (!ctx) return;
+    llm__ctx_was_left(ctx); /* what it had begun to send goes with its memory */
     llm__pool pool = ctx->pool;
     llm_comm *tensor = ctx->backend_desc.tensor, *pipeline = ctx->backend_desc.pipeline;
     ctx->model->backend->context_free(ctx->device);
@@ -15138,10 +15152,7 @@ static llm_status llm__ctx_enter(llm_context *ctx, const void *frame, llm_error 
     if (ctx->callback && (uintptr_t)frame <= ctx->callback)
         return llm__error(err, LLM_ERROR_ARGUMENT,
                           "the context was used inside one of its own callbacks, which must return first");
-    if (!ctx->callback && !ctx->unsettled && !ctx->targets && !ctx->work.blocks) return LLM_OK;
-    llm_comm_abort(ctx->backend_desc.tensor, "another rank's callback did not return to its call");
-    llm_comm_abort(ctx->backend_desc.pipeline, "another rank's callback did not return to its call");
-    llm__ctx_settle(ctx);
+    if (llm__ctx_was_left(ctx)) llm__ctx_settle(ctx);
     return LLM_OK;
 }
 

@@ -1,21 +1,24 @@
 #!/usr/bin/env python3
 """When the stages of a pipeline wait:  bench/gantt.py TRACE [PICTURE]
 
-TRACE is what build/mpi/hellaswag --trace wrote: lines of rank, begin and end of a wait. Prints each rank's idle share, of
-the whole run and of its middle, without the first and the last tenth; draws a Gantt chart if a picture is named."""
+TRACE is what build/mpi/hellaswag --trace wrote: lines of rank, begin and end of a wait in seconds, and what it was for (rows
+of the stage before, results of the last stage, or room to send). Prints how long each stage waits. Stages of unequal work must
+wait, so the bubbles are those of the busiest: filling and draining the pipeline alone would leave (p - 1) / (m + p - 1) of the
+time idle, for p stages and m equal passes. Draws a Gantt chart if a picture is named, which needs matplotlib."""
 import csv
 import sys
 
 
 def read(path):
-    """{rank: [(begin, end), ...]} in seconds from the first wait, and the end of the last."""
-    waits = {}
+    """{rank: [(begin, end), ...]} in seconds from the first wait, the end of the last, and the number of passes."""
+    waits, passes = {}, {}
     with open(path, newline="") as file:
-        for rank, begin, end in csv.reader(file):
+        for rank, begin, end, what in csv.reader(file):
             waits.setdefault(int(rank), []).append((float(begin), float(end)))
+            passes[int(rank)] = passes.get(int(rank), 0) + (what == "rows")
     start = min(w[0][0] for w in waits.values())
     end = max(w[-1][1] for w in waits.values()) - start
-    return {rank: [(b - start, e - start) for b, e in w] for rank, w in sorted(waits.items())}, end
+    return {rank: [(b - start, e - start) for b, e in w] for rank, w in sorted(waits.items())}, end, max(passes.values())
 
 
 def idle(waits, begin, end):
@@ -37,15 +40,21 @@ def draw(waits, end, path):
     axes.invert_yaxis()
     axes.set_xlim(0, end)
     axes.set_xlabel("s; white: waits for another stage")
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
 
 def main():
     if not 2 <= len(sys.argv) <= 3:
         sys.exit(__doc__)
-    waits, end = read(sys.argv[1])
+    waits, end, m = read(sys.argv[1])
+    p = len(waits)
+    shares = {rank: idle(spans, 0, end) for rank, spans in waits.items()}
     for rank, spans in waits.items():
-        print(f"rank {rank}: idle {100 * idle(spans, 0, end):.1f} %, in the middle {100 * idle(spans, 0.1 * end, 0.9 * end):.1f} %")
+        print(f"stage {rank}: idle {100 * shares[rank]:.1f} %, in the middle {100 * idle(spans, 0.1 * end, 0.9 * end):.1f} %")
+    least, fill = min(shares.values()), (p - 1) / (m + p - 1)
+    print(f"{m} passes: the busiest stage is idle for {100 * least:.2f} %; filling and draining are {100 * fill:.2f} %, "
+          f"beyond them {100 * (least - fill):+.2f} %")
     if len(sys.argv) == 3:
         draw(waits, end, sys.argv[2])
 

@@ -22,11 +22,14 @@ typedef struct ranks {
 
 /* ---- How long a rank waits for others ---- */
 
-/* Writes down how long a rank waits: one line for each wait with rank, begin and end in seconds. */
+/* Writes down how long a rank waits: one line for each wait with rank, begin and end in seconds, and its reason. Every
+   message has a line; waits for room to send have one only if they are longer than LEAST_WAIT. */
+static const double LEAST_WAIT = 20e-6; /* seconds */
+
 typedef struct trace {
     FILE *file;
     int rank;
-    double start;
+    llm_status (*drain)(llm_comm *comm, int to, int most, llm_error *err);
     llm_status (*receive)(llm_comm *comm, int from, void *data, size_t n, llm_error *err);
     llm_status (*duplicate)(llm_comm *comm, llm_comm **out, llm_error *err);
 } trace;
@@ -42,13 +45,25 @@ static inline double clock_seconds(void) {
 static inline llm_status traced_receive(llm_comm *comm, int from, void *data, size_t n, llm_error *err) {
     double begin = clock_seconds();
     llm_status status = waits.receive(comm, from, data, n, err);
-    fprintf(waits.file, "%d,%.6f,%.6f\n", waits.rank, begin, clock_seconds());
+    const char *what = from < comm->rank ? "rows" : "results"; /* of the layers before; of the last stage */
+    fprintf(waits.file, "%d,%.6f,%.6f,%s\n", waits.rank, begin, clock_seconds(), what);
+    return status;
+}
+
+static inline llm_status traced_drain(llm_comm *comm, int to, int most, llm_error *err) {
+    double begin = clock_seconds();
+    llm_status status = waits.drain(comm, to, most, err);
+    double end = clock_seconds();
+    if (end - begin > LEAST_WAIT) fprintf(waits.file, "%d,%.6f,%.6f,room\n", waits.rank, begin, end);
     return status;
 }
 
 static inline llm_status traced_duplicate(llm_comm *comm, llm_comm **out, llm_error *err) {
     llm_status status = waits.duplicate(comm, out, err);
-    if (!status) (*out)->receive = traced_receive;
+    if (!status) {
+        (*out)->receive = traced_receive;
+        (*out)->drain = traced_drain;
+    }
     return status;
 }
 
@@ -57,6 +72,7 @@ static inline void ranks_trace(ranks *r, FILE *file) {
     if (!r->pipeline || !file) return;
     waits.file = file;
     waits.rank = r->rank;
+    waits.drain = r->pipeline->drain;
     waits.receive = r->pipeline->receive;
     waits.duplicate = r->pipeline->duplicate;
     r->pipeline->duplicate = traced_duplicate;
@@ -114,17 +130,25 @@ static inline void ranks_share(ranks *r, void *data, size_t n) {
    The first rank of each copy asks rank 0 for work and sends it results. Rank 0 answers in ranks_serve, which it must
    call now and then. */
 
-enum { RANKS_ASK = 1, RANKS_WORK, RANKS_RESULT };
+enum {
+    RANKS_ASK = 1, /* tags of messages */
+    RANKS_WORK,
+    RANKS_RESULT,
+    RANKS_LEAST = 8 /* items in a piece, if there are so many: questions that fill a pass */
+};
 
 typedef struct work {
     int next, end;    /* items that no copy has taken yet                        */
     int n_unfinished; /* other copies that do not know yet that there are no more */
 } work;
 
-/* Takes the next items. Pieces become smaller towards the end, so that no copy waits long for another. */
+/* Takes the next items: few enough to leave each copy some pieces of work, so that none waits long for another at the
+   end. The last batches of a piece are small, and in a pipeline the stages wait there, so a single copy takes all at
+   once. */
 static inline int ranks_take(const ranks *r, work *w, int *first) {
-    int n = (w->end - w->next) / (2 * r->dp) + 1;
-    if (w->end - w->next < n) n = w->end - w->next;
+    int n = (w->end - w->next) / (2 * r->dp);
+    if (n < RANKS_LEAST) n = RANKS_LEAST;
+    if (w->end - w->next < n || r->dp == 1) n = w->end - w->next;
     *first = w->next;
     w->next += n;
     return n;

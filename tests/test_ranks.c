@@ -444,6 +444,102 @@ static void test_trouble(void **state) {
         }
 }
 
+/* ---- A callback leaves its call by longjmp, as a C++ exception would, on one rank ---- */
+
+typedef struct departure {
+    enum { FROM_POLL, FROM_TOKEN, FROM_QUESTION, CALLBACKS } callback;
+    enum { CALLS_AGAIN, FREES, DOES_NOTHING, SEQUELS } sequel;
+    bool staged; /* a pipeline; else tensor parallel */
+    int rank;    /* that leaves */
+    int at;      /* ... its callback's call of that number */
+    int n_told;
+} departure;
+
+/* One rank's callbacks; without `back` they are usual ones. */
+typedef struct leaver {
+    jmp_buf *back;
+    int n, at;
+} leaver;
+
+static bool leave_poll(void *user) {
+    leaver *l = (leaver *)user;
+    if (++l->n == l->at && l->back) longjmp(*l->back, 1);
+    return false;
+}
+
+static bool leave_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
+    (void)token, (void)bytes, (void)n_bytes;
+    return !leave_poll(user);
+}
+
+static bool leave_question(void *user, int question, const double *log_likelihoods) {
+    (void)question, (void)log_likelihoods;
+    return !leave_poll(user);
+}
+
+/* Ends with LLM_OK where a callback left it. */
+static llm_status call_to_be_left(llm_context *ctx, const departure *d, leaver *l, llm_error *err) {
+    static const llm_token tokens[] = {1, 2, 3, 4, 5, 6, 7}, *endings[] = {tokens};
+    static const int length = 7;
+    jmp_buf back;
+    if (l->at) l->back = &back;
+    if (setjmp(back)) return LLM_OK;
+    if (d->callback == FROM_QUESTION) {
+        llm_question questions[40];
+        double log_likelihoods[40];
+        llm_score_desc desc = {.on_question = leave_question, .user = l};
+        for (int i = 0; i < 40; i++) questions[i] = (llm_question){tokens, length, 1, endings, &length};
+        return llm_score(ctx, questions, 40, &desc, log_likelihoods, NULL, err);
+    }
+    llm_generate_desc desc = {.tokens = tokens, .n_tokens = length, .max_tokens = 60, .ignore_end = true, .user = l};
+    if (d->callback == FROM_POLL) desc.cancel = leave_poll;
+    else desc.on_token = leave_token;
+    return llm_generate(ctx, &desc, NULL, err);
+}
+
+static void depart(llm_comm *comm, void *arg) {
+    static const char *const words[SEQUELS] = {"did not return", "did not return", "in time"};
+    departure *d = (departure *)arg;
+    bool me = comm->rank == d->rank;
+    leaver l = {NULL, 0, me ? d->at : 0};
+    double start = seconds_now();
+    llm_error err;
+    comm->patience = d->sequel == DOES_NOTHING ? 1 : 8;
+    llm_model *model = load_wide(LLM_DTYPE_BF16, d->staged ? NULL : comm, d->staged ? comm : NULL);
+    llm_context *ctx = open_wide(model, comm->rank ? 1 : 2);
+    llm_status status = call_to_be_left(ctx, d, &l, &err);
+    RANK_CHECK(!status == me, me ? "the callback did not leave" : "the call went on without a rank that had left it");
+    if (me && d->sequel == DOES_NOTHING)
+        while (__atomic_load_n(&d->n_told, __ATOMIC_ACQUIRE) < comm->size - 1)
+            nanosleep(&(struct timespec){0, 1000000}, NULL);
+    l.back = NULL;
+    if (me && d->sequel == CALLS_AGAIN) status = call_to_be_left(ctx, d, &(leaver){NULL, 0, 0}, &err);
+    if (status) {
+        assert_explained(status, &err);
+        RANK_CHECK(strstr(err.message, words[d->sequel]), err.message);
+        __atomic_add_fetch(&d->n_told, 1, __ATOMIC_ACQ_REL);
+    }
+    RANK_CHECK(seconds_now() - start < 10, "a rank waited for too long");
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+static void test_left(void **state) {
+    (void)state;
+    for (int i = 0; i < CALLBACKS * SEQUELS * 2 * 3; i++) {
+        int n = 2 + i / (CALLBACKS * SEQUELS * 2) % 2;
+        departure d = {0};
+        d.callback = i % CALLBACKS;
+        d.sequel = i / CALLBACKS % SEQUELS;
+        d.staged = i / (CALLBACKS * SEQUELS) % 2;
+        d.rank = i % 5 % n;
+        d.at = 2 + 7 * (i % 4);
+        if (d.sequel == DOES_NOTHING && d.callback != FROM_TOKEN) continue; /* it takes a second */
+        on_ranks(n, NULL, depart, &d);
+        assert_int_equal(d.n_told, n - (d.sequel != CALLS_AGAIN));
+    }
+}
+
 /* Queries, keys and values of different types, in heads that do not fill tiles. Another type is no trouble. */
 static void refuse_mixed_heads(llm_comm *comm, void *arg) {
     static const tiny_spec spec = {2, 256, 256, 32, 2, 8, 512, 43, 1, TINY_MIXED, 1};
@@ -491,9 +587,9 @@ static void test_shares(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_hashes),      cmocka_unit_test(test_default_model),
-                                       cmocka_unit_test(test_everything),  cmocka_unit_test(test_saved),
-                                       cmocka_unit_test(test_stopping),    cmocka_unit_test(test_trouble),
-                                       cmocka_unit_test(test_mixed_heads), cmocka_unit_test(test_shares)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_hashes), cmocka_unit_test(test_default_model), cmocka_unit_test(test_everything),
+        cmocka_unit_test(test_saved),  cmocka_unit_test(test_stopping),      cmocka_unit_test(test_trouble),
+        cmocka_unit_test(test_left),   cmocka_unit_test(test_mixed_heads),   cmocka_unit_test(test_shares)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
