@@ -1029,7 +1029,13 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
 /* In llm_cuda.cu: compile that with nvcc, link with -lcublas, and set llm_model_desc.backend to one of these. Without a
    usable GPU llm_model_load fails with LLM_ERROR_DEVICE or LLM_ERROR_UNSUPPORTED; the host may then load for the CPU.
    In llm_generate the GPU picks the tokens itself, unless the sampler has biases or a penalty. A seed then gives the
-   same text on every run on that GPU, and llm_logits returns NULL afterwards. With LLM_CUDA_EAGER the host picks. */
+   same text on every run on that GPU, and llm_logits returns NULL afterwards. With LLM_CUDA_EAGER the host picks.
+
+   A model is loaded to the GPU that is current in the calling thread. With ranks, this holds only if that is not the
+   first GPU. Otherwise rank r (tensor rank + number of tensor ranks * pipeline rank) takes GPU r modulo the number of
+   GPUs that its process sees. In passes of up to 16 rows the bits are the same for any number of ranks. Ranks exchange
+   their data through the host's memory. So several GPUs hold larger models, and a pipeline scores faster than one GPU,
+   but tensor parallel decodes slower than one GPU that has room for the whole model. */
 typedef enum llm_cuda_mode {
     LLM_CUDA_GRAPH = 0, /* passes of up to 16 rows run the fused kernels, launched as one recorded graph          */
     LLM_CUDA_FUSED,     /* the same kernels, launched one by one                                                  */
@@ -1056,6 +1062,24 @@ typedef struct llm_backend_shape {
     bool qkv_bias, qk_norm;         /* whether the model has these weights, see below                             */
     uint64_t weight_bytes;          /* the memory that the backend will need for them; 0: not known               */
 } llm_backend_shape;
+
+/* The n items from `first` on. */
+typedef struct llm_backend_range {
+    int first, n;
+} llm_backend_range;
+
+/* The part of a model that a rank has. It is given only these rows of each weight, and w.layer counts from its first
+   layer. The ranks of a tensor group exchange whole units of these lengths, as the weights are cut at units too. A key
+   head may be on two ranks, because each rank has the key heads that its query heads read. */
+typedef struct llm_backend_ranks {
+    llm_backend_shape shape; /* with its own layers, heads and key heads; all else is of the whole model          */
+    llm_backend_range layers, heads, key_heads, embd, ff, vocab;
+    int embd_unit, ff_unit, vocab_unit;
+} llm_backend_ranks;
+
+/* `tensor` and `pipeline` may be NULL; only their rank and size are read. */
+LLM_API llm_backend_ranks llm_backend_find_ranks(const llm_backend_shape *whole, const llm_comm *tensor,
+                                                 const llm_comm *pipeline);
 
 typedef enum llm_backend_weight_kind {
     LLM_WEIGHT_EMBEDDING,      /* [n_vocab][n_embd], also the head if that is tied                                */
@@ -10338,14 +10362,9 @@ static const llm__kernels *llm__kernels_choose(const char *isa) {
 
    From tensors in a file to matrices in the order of the kernels. */
 
-/* A rank's share of n things that come in units: from `first` on. */
-typedef struct llm__ranks_range {
-    int first, n;
-} llm__ranks_range;
-
-/* Without a comm, all of them. */
-static llm__ranks_range llm__ranks_share(const llm_comm *comm, int n, int unit) {
-    llm__ranks_range span = {0, n};
+/* A rank's share of n things that come in units. Without a comm, all of them. */
+static llm_backend_range llm__ranks_share(const llm_comm *comm, int n, int unit) {
+    llm_backend_range span = {0, n};
     if (!comm) return span;
     int64_t n_units = (n + unit - 1) / unit;
     int end = (int)(n_units * (comm->rank + 1) / comm->size) * unit;
@@ -10362,8 +10381,8 @@ enum {
 };
 
 /* Key heads go with the query heads that attend to them, so some may be on two ranks. */
-static llm__ranks_range llm__ranks_key_heads(const llm_comm *tensor, const llm_backend_shape *s) {
-    llm__ranks_range heads = llm__ranks_share(tensor, s->n_heads, 1), keys;
+static llm_backend_range llm__ranks_key_heads(const llm_comm *tensor, const llm_backend_shape *s) {
+    llm_backend_range heads = llm__ranks_share(tensor, s->n_heads, 1), keys;
     int group = s->n_heads / s->n_kv_heads;
     keys.first = heads.first / group;
     keys.n = heads.n ? (heads.first + heads.n - 1) / group - keys.first + 1 : 0;
@@ -10372,7 +10391,7 @@ static llm__ranks_range llm__ranks_key_heads(const llm_comm *tensor, const llm_b
 
 /* The layers of a stage of the pipeline. The last stage also has the head, which counts as half the layers that have as
    many weights: when texts are scored, only some rows go through it (70 % for HellaSwag), and of a prompt only one. */
-static llm__ranks_range llm__ranks_layers_of(const llm_backend_shape *s, int stage, int n_stages) {
+static llm_backend_range llm__ranks_layers_of(const llm_backend_shape *s, int stage, int n_stages) {
     double q = (double)s->n_heads * s->head_dim, kv = (double)s->n_kv_heads * s->head_dim,
            layer = s->n_embd * (2 * q + 2 * kv + 3.0 * s->n_ff), head = (double)s->n_vocab * s->n_embd / 2,
            share = (s->n_layers + head / layer) / n_stages;
@@ -10383,7 +10402,7 @@ static llm__ranks_range llm__ranks_layers_of(const llm_backend_shape *s, int sta
         if (ends[i] > s->n_layers - rest || !rest) ends[i] = s->n_layers - rest;
         if (ends[i] < stage + i) ends[i] = stage + i;
     }
-    llm__ranks_range layers = {ends[0], ends[1] - ends[0]};
+    llm_backend_range layers = {ends[0], ends[1] - ends[0]};
     return layers;
 }
 
@@ -10392,23 +10411,33 @@ static bool llm__ranks_is_last_stage(const llm_comm *pipeline) {
     return !pipeline || pipeline->rank == pipeline->size - 1;
 }
 
-static llm__ranks_range llm__ranks_own_layers(const llm_backend_shape *s, const llm_comm *pipeline) {
+static llm_backend_range llm__ranks_own_layers(const llm_backend_shape *s, const llm_comm *pipeline) {
     return llm__ranks_layers_of(s, pipeline ? pipeline->rank : 0, pipeline ? pipeline->size : 1);
 }
 
-/* What is left of a model's shape on a rank. */
-static llm_backend_shape llm__ranks_shape(const llm_backend_shape *whole, const llm_model_desc *desc) {
-    llm_backend_shape s = *whole;
-    s.n_layers = llm__ranks_own_layers(whole, desc->pipeline).n;
-    s.n_heads = llm__ranks_share(desc->tensor, whole->n_heads, 1).n;
-    s.n_kv_heads = llm__ranks_key_heads(desc->tensor, whole).n;
-    return s;
+LLM_API llm_backend_ranks llm_backend_find_ranks(const llm_backend_shape *whole, const llm_comm *tensor,
+                                                 const llm_comm *pipeline) {
+    llm_backend_ranks r;
+    r.layers = llm__ranks_own_layers(whole, pipeline);
+    r.heads = llm__ranks_share(tensor, whole->n_heads, 1);
+    r.key_heads = llm__ranks_key_heads(tensor, whole);
+    r.embd = llm__ranks_share(tensor, whole->n_embd, LLM__EMBD_UNIT);
+    r.ff = llm__ranks_share(tensor, whole->n_ff, LLM__FF_UNIT);
+    r.vocab = llm__ranks_share(tensor, whole->n_vocab, LLM__COLUMNS);
+    r.embd_unit = LLM__EMBD_UNIT;
+    r.ff_unit = LLM__FF_UNIT;
+    r.vocab_unit = LLM__COLUMNS;
+    r.shape = *whole;
+    r.shape.n_layers = r.layers.n;
+    r.shape.n_heads = r.heads.n;
+    r.shape.n_kv_heads = r.key_heads.n;
+    return r;
 }
 
 /* The rows of part `part` of a weight, of which there are n, that a rank has. */
-static llm__ranks_range llm__ranks_rows(const llm_comm *tensor, const llm_backend_shape *s,
-                                        llm_backend_weight_kind kind, int part, int n) {
-    llm__ranks_range rows = {0, n};
+static llm_backend_range llm__ranks_rows(const llm_comm *tensor, const llm_backend_shape *s,
+                                         llm_backend_weight_kind kind, int part, int n) {
+    llm_backend_range rows = {0, n};
     switch (kind) {
     case LLM_WEIGHT_EMBEDDING:
     case LLM_WEIGHT_HEAD: return llm__ranks_share(tensor, n, LLM__COLUMNS);
@@ -11568,7 +11597,7 @@ typedef struct llm__cpu_layer {
 typedef struct llm__cpu_model {
     llm__pool pool;
     llm_backend_shape whole, shape; /* the whole model's; this rank's, with its own numbers of layers and heads */
-    llm__ranks_range layer_range, heads, key_heads, embd, ff, vocab; /* which part of the whole this rank has */
+    llm_backend_range layer_range, heads, key_heads, embd, ff, vocab; /* which part of the whole this rank has */
     bool is_last_stage;
     int group; /* query heads that share a key head, in the whole model */
     llm_dtype dtype;
@@ -11611,16 +11640,16 @@ static void llm__cpu_use_huge_pages(void *block, size_t size) {
 static void llm__cpu_open_body(llm__env *env, void *arg) {
     llm__cpu_open_args *args = (llm__cpu_open_args *)arg;
     llm__cpu_model *m = (llm__cpu_model *)llm__alloc_zero(env, 1, sizeof *m);
-    const llm_comm *tensor = args->desc->tensor;
     m->whole = *args->shape;
-    m->shape = llm__ranks_shape(&m->whole, args->desc);
-    m->layer_range = llm__ranks_own_layers(&m->whole, args->desc->pipeline);
+    const llm_backend_ranks own = llm_backend_find_ranks(&m->whole, args->desc->tensor, args->desc->pipeline);
+    m->shape = own.shape;
+    m->layer_range = own.layers;
     m->is_last_stage = llm__ranks_is_last_stage(args->desc->pipeline);
-    m->heads = llm__ranks_share(tensor, m->whole.n_heads, 1);
-    m->key_heads = llm__ranks_key_heads(tensor, &m->whole);
-    m->embd = llm__ranks_share(tensor, m->whole.n_embd, LLM__EMBD_UNIT);
-    m->ff = llm__ranks_share(tensor, m->whole.n_ff, LLM__FF_UNIT);
-    m->vocab = llm__ranks_share(tensor, m->whole.n_vocab, LLM__COLUMNS);
+    m->heads = own.heads;
+    m->key_heads = own.key_heads;
+    m->embd = own.embd;
+    m->ff = own.ff;
+    m->vocab = own.vocab;
     m->group = m->whole.n_heads / m->whole.n_kv_heads;
     m->dtype = args->desc->dtype;
     m->kernels = llm__kernels_choose(args->desc->isa);
@@ -11931,7 +11960,9 @@ static llm_status llm__hub_wait(llm_comm *comm, int other, const int64_t *counte
     double start = 0;
     for (unsigned i = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < wanted; i++) {
         bool late = llm__comm_pause(i);
-        if (__atomic_load_n(&hub->broken, __ATOMIC_RELAXED)) return llm__hub_fail(comm, err);
+        /* The other rank may have come, and broken the hub after that, while this one paused: this call is complete. */
+        if (__atomic_load_n(&hub->broken, __ATOMIC_ACQUIRE) && __atomic_load_n(counter, __ATOMIC_ACQUIRE) < wanted)
+            return llm__hub_fail(comm, err);
         if (!late) continue;
         if (start == 0) start = llm__clock_now();
         if (__atomic_load_n(&hub->seats[other].gone, __ATOMIC_ACQUIRE) &&
@@ -13011,8 +13042,8 @@ static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int
 }
 
 /* The query heads that share a key head. Other ranks may have some of the first key head's, and of the last's. */
-static llm__ranks_range llm__attn_head_queries(const llm__cpu_model *m, int head) {
-    llm__ranks_range heads;
+static llm_backend_range llm__attn_head_queries(const llm__cpu_model *m, int head) {
+    llm_backend_range heads;
     int before = m->heads.first % m->group, end = (head + 1) * m->group - before;
     heads.first = head ? head * m->group - before : 0;
     heads.n = (end < m->heads.n ? end : m->heads.n) - heads.first;
@@ -13023,7 +13054,7 @@ static llm__ranks_range llm__attn_head_queries(const llm__cpu_model *m, int head
 static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int r, int head, bool queries) {
     const llm_backend_pass *pass = c->pass;
     const llm_backend_shape *s = &c->model->shape;
-    const llm__ranks_range shared = llm__attn_head_queries(c->model, head);
+    const llm_backend_range shared = llm__attn_head_queries(c->model, head);
     int key = s->n_heads + head, value = key + s->n_kv_heads;
     int at = pass->positions[r], block = llm__fwd_pass_block(pass, r);
     const float *row = c->qkv + (size_t)r * c->qkv_stride;
@@ -13204,7 +13235,7 @@ static void llm__attn_join_chunk(const llm__cpu_context *c, const llm__attn_work
 /* A thread's scratch: the work's q and scores, then a partial result, then another; returns the first of these. */
 static float *llm__attn_start(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
                               llm__fwd_queries queries, llm__attn_work *a) {
-    const llm__ranks_range shared = llm__attn_head_queries(c->model, head);
+    const llm_backend_range shared = llm__attn_head_queries(c->model, head);
     size_t stride = (size_t)c->head_stride;
     a->layer = layer;
     a->head = head;
@@ -13412,7 +13443,7 @@ static float llm__fwd_log_prob(const llm__cpu_context *c, int row, llm_token tok
 }
 
 static void llm__fwd_score_rows(llm__team_worker *w, llm__cpu_context *c, int rows) {
-    const llm__ranks_range vocab = c->model->vocab;
+    const llm_backend_range vocab = c->model->vocab;
     const llm_backend_pass *pass = c->pass;
     int n_parts = (vocab.n + LLM__COLUMNS - 1) / LLM__COLUMNS, n_all = llm__fwd_n_columns(c->model);
     for (int part; (part = llm__team_take(w, n_parts)) >= 0;)
@@ -13648,7 +13679,7 @@ static llm_status llm__cpu_read_block(void *context, int block, void *bytes, llm
                                                 c->model->shape.n_layers, (size_t)n, n, 1, 2 * c->cache_block_bytes);
     llm_status status = tensor ? tensor->exchange(tensor, &x, &flags, err) : LLM_OK;
     for (int i = 0; i < llm__ranks_count(c->desc.pipeline) && c->desc.pipeline && !status; i++) {
-        const llm__ranks_range layers = llm__ranks_layers_of(&c->model->whole, i, c->desc.pipeline->size);
+        const llm_backend_range layers = llm__ranks_layers_of(&c->model->whole, i, c->desc.pipeline->size);
         status = llm__comm_broadcast(c->desc.pipeline, i, (uint8_t *)bytes + (size_t)layers.first * layer_bytes,
                                      (size_t)layers.n * layer_bytes, err);
     }
@@ -14138,7 +14169,7 @@ static llm_backend_weight llm__model_make_weight(const llm__model_walk *walk, ll
         source->parts[i] = kind == LLM_WEIGHT_QKV_BIAS ? llm__model_get_column(env, ck, name, n)
                                                        : llm__tensor_get(env, ck, name, n, (uint64_t)cols);
         if (rotated && i < 2 && h->interleaved_rope) source->n_interleaved[i] = h->head_dim;
-        const llm__ranks_range share = llm__ranks_rows(walk->tensor, walk->shape, kind, i, rows[i]);
+        const llm_backend_range share = llm__ranks_rows(walk->tensor, walk->shape, kind, i, rows[i]);
         source->first[i] = share.first;
         source->n[i] = share.n;
         source->n_parts++;
@@ -14218,7 +14249,7 @@ static uint64_t llm__model_sample_tensor(uint64_t hash, const llm__tensor *t) {
 
 /* Does this stage of the pipeline have a weight? */
 static bool llm__model_has_weight(const llm__model_walk *walk, llm_backend_weight_kind kind, int layer) {
-    const llm__ranks_range layers = llm__ranks_own_layers(walk->shape, walk->pipeline);
+    const llm_backend_range layers = llm__ranks_own_layers(walk->shape, walk->pipeline);
     bool last = llm__ranks_is_last_stage(walk->pipeline);
     if (kind == LLM_WEIGHT_EMBEDDING) return llm__ranks_is_first_stage(walk->pipeline) || (last && walk->h->tied_head);
     if (kind == LLM_WEIGHT_OUTPUT_NORM || kind == LLM_WEIGHT_HEAD) return last;
@@ -14300,8 +14331,6 @@ static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *d
         llm__fail(env, LLM_ERROR_ARGUMENT, "desc.dtype is %d, which is no type to run in", (int)d.dtype);
     if (d.n_threads < 0 || d.n_threads > 1024) llm__fail(env, LLM_ERROR_ARGUMENT, "desc.n_threads is %d", d.n_threads);
     if (d.n_threads == 0) d.n_threads = llm__team_default_threads();
-    if ((d.tensor || d.pipeline) && d.backend != &llm__cpu_backend)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the backend %s does not work in several ranks", d.backend->name);
     return d;
 }
 
@@ -14335,7 +14364,7 @@ static llm_model_info llm__model_info(const llm__hparams *h, const llm__model_wa
     info->weight_bytes_per_token = walk->weight_bytes_per_token;
     llm__model_describe_held(walk, info->held, sizeof info->held);
     info->isa = llm__kernels_choose(desc->isa)->name;
-    const llm_backend_shape own = llm__ranks_shape(shape, desc);
+    const llm_backend_shape own = llm_backend_find_ranks(shape, desc->tensor, desc->pipeline).shape;
     info->n_own_layers = own.n_layers;
     info->n_own_kv_heads = own.n_kv_heads;
     info->cache_bytes_per_token =
@@ -16547,7 +16576,7 @@ static int llm__gen_burst_size(const llm__gen_args *a, const llm_sampler *s) {
     const llm__cache *cache = &a->ctx->cache;
     int seq = a->desc->seq, left = a->desc->max_tokens - a->stats->n_generated, n = LLM_BACKEND_BURST;
     bool plain = s->n_biases == 0 && (s->repeat_penalty <= 0 || s->repeat_penalty == 1);
-    if (!a->ctx->model->backend->burst || !plain) return 0;
+    if (!a->ctx->model->backend->burst || a->ctx->backend_desc.pipeline || !plain) return 0;
     if (a->desc->max_tokens > 0 && left < n) n = left;
     if (a->ctx->desc.n_ctx - cache->lengths[seq] + 1 < n) n = a->ctx->desc.n_ctx - cache->lengths[seq] + 1;
     if (llm__cache_must_copy(cache, seq)) return 1;
@@ -16573,7 +16602,7 @@ static void llm__gen_burst_token_body(llm__env *env, void *arg) {
     if (b->n_known > 1) llm__gen_count_decode(a);
     if (b->sampler->temperature >= 1e-30f) b->sampler->n_drawn++;
     if (llm__gen_token_stops(a, b->token) || llm__gen_show_token(env, a, b->box, b->token, !is_last) || is_last) return;
-    if (llm__gen_poll_cancel(a)) {
+    if (llm__ranks_any(a->ctx->backend_desc.tensor, NULL, llm__gen_poll_cancel(a))) {
         a->stats->stop = LLM_STOP_CALLBACK;
         return;
     }

@@ -10,8 +10,8 @@
 
     It runs every architecture that llm.h runs and needs compute capability 8.0 (Ampere) or newer. Weights are bf16,
     f16, int8 or int4 in groups, the KV cache is bf16; residual stream, sums, softmax and logits are f32. A row's logits
-    do not depend on the other rows of a pass of up to 16 rows, to the bit; they differ from the CPU's in the last
-    places of bf16.
+    do not depend on the other rows of a pass of up to 16 rows, nor on the number of ranks, to the bit; they differ from
+    the CPU's in the last places of bf16.
 
     CONTENTS
         1 errors and launches    2 the chip's own instructions    3 parameters of kernels    4 fused products
@@ -71,12 +71,13 @@ typedef struct llm__queue {
     cudaError_t failure; /* the first one, and what failed then */
     cublasStatus_t blas_failure;
     const char *what;
+    llm_error parted; /* why the other ranks cannot be reached; its code is LLM_OK while they can */
 } llm__queue;
 
 enum { LLM__SERIAL = 0, LLM__OVERLAP = 1 };
 
 /* What a kernel does. A measurement can leave out those up to LLM__KIND_HEAD, see llm__cuda_vary. */
-typedef enum llm__weight_type {
+typedef enum llm__kernel_kind {
     LLM__KIND_QKV,
     LLM__KIND_ROPE,
     LLM__KIND_ATTENTION,
@@ -96,7 +97,7 @@ typedef enum llm__weight_type {
     LLM__KIND_READ,
     LLM__KIND_FILL,
     LLM__KINDS
-} llm__weight_type;
+} llm__kernel_kind;
 
 static const char *llm__kind_name(int kind) {
     static const char *const names[LLM__KINDS] = {"queries, keys and values",
@@ -127,18 +128,23 @@ static void llm__queue_note(llm__queue *queue, cudaError_t result, const char *w
     (void)cudaGetLastError();
 }
 
-/* All kernels are launched here. One launched with LLM__OVERLAP may start before the kernels ahead of it are done. It
-   must call llm__chip_wait_for_previous before it reads what any kernel of this pass has written, and before it writes
-   anything. Before that it may read weights and llm__fwd_rows: these were there before the pass's first kernel, which is
-   launched with LLM__SERIAL, began. A block may return without waiting if another block of its kernel always waits; if
-   none did, the kernel after it could begin too early. */
+static bool llm__queue_failed(const llm__queue *queue) {
+    return queue->failure != cudaSuccess || queue->blas_failure != CUBLAS_STATUS_SUCCESS || queue->parted.code;
+}
+
+/* All kernels are launched here. One without blocks has nothing to do: a rank may have no share of a matrix.
+
+   A kernel launched with LLM__OVERLAP may start before the kernels ahead of it are done. It must call
+   llm__chip_wait_for_previous before it reads what any kernel of this pass has written, and before it writes anything.
+   Before that it may read weights and llm__rows: these were there before the pass's first kernel, which is launched
+   with LLM__SERIAL, began. A block may return without waiting if another block of its kernel always waits; if none did,
+   the kernel after it could begin too early. */
 template <typename... Parameters, typename... Arguments>
-static void llm__queue_launch(llm__queue *queue, int overlap, llm__weight_type kind, dim3 grid, int threads,
+static void llm__queue_launch(llm__queue *queue, int overlap, llm__kernel_kind kind, dim3 grid, int threads,
                               void (*kernel)(Parameters...), Arguments... arguments) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute = {};
-    if (queue->failure != cudaSuccess || queue->blas_failure != CUBLAS_STATUS_SUCCESS) return;
-    if (queue->left_out >> kind & 1) return;
+    if (llm__queue_failed(queue) || queue->left_out >> kind & 1 || !grid.x || !grid.y || !grid.z) return;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid;
@@ -153,8 +159,11 @@ static void llm__queue_launch(llm__queue *queue, int overlap, llm__weight_type k
 static llm_status llm__queue_status(llm__queue *queue, llm_error *err) {
     cudaError_t failure = queue->failure;
     cublasStatus_t blas_failure = queue->blas_failure;
+    llm_error parted = queue->parted;
     queue->failure = cudaSuccess;
     queue->blas_failure = CUBLAS_STATUS_SUCCESS;
+    queue->parted.code = LLM_OK;
+    if (parted.code) return llm__cuda_error(err, parted.code, "%s", parted.message);
     if (blas_failure != CUBLAS_STATUS_SUCCESS)
         return llm__cuda_error(err, LLM_ERROR_DEVICE, "cuBLAS failed with status %d", (int)blas_failure);
     return llm__cuda_check(failure, queue->what, err);
@@ -354,9 +363,9 @@ static __device__ float llm__chip_half(uint32_t bits) {
 
 /* Eight f16 w as pairs of bf16: w = high + low, exactly. `high` has the first eight binary digits, `low` the other
    three. */
-typedef struct llm__enc_split {
+typedef struct llm__chip_halves {
     uint4 high, low;
-} llm__enc_split;
+} llm__chip_halves;
 
 static __device__ void llm__chip_split_2(uint32_t pair, uint32_t *high, uint32_t *low) {
     float a = llm__chip_half(pair & 0xFFFFu), b = llm__chip_half(pair >> 16);
@@ -365,8 +374,8 @@ static __device__ void llm__chip_split_2(uint32_t pair, uint32_t *high, uint32_t
     *low = __float_as_uint(a - __uint_as_float(a_high)) >> 16 | __float_as_uint(b - __uint_as_float(b_high));
 }
 
-static __device__ llm__enc_split llm__chip_split_8(uint4 v) {
-    llm__enc_split s;
+static __device__ llm__chip_halves llm__chip_split_8(uint4 v) {
+    llm__chip_halves s;
     llm__chip_split_2(v.x, &s.high.x, &s.low.x);
     llm__chip_split_2(v.y, &s.high.y, &s.low.y);
     llm__chip_split_2(v.z, &s.high.z, &s.low.z);
@@ -426,18 +435,18 @@ enum {
     LLM__PAD = 128 /* rows of activations are padded to a multiple of this                  */
 };
 
-typedef enum llm__checkpoint_format {
+typedef enum llm__matrix_format {
     LLM__BF16,
     LLM__F16,
     LLM__INT8,        /* a scale for each output                                                       */
     LLM__INT8_GROUPS, /* scale and minimum for each 32 inputs of an output, as with LLM__INT4_GROUPS   */
     LLM__INT4_GROUPS
-} llm__checkpoint_format;
+} llm__matrix_format;
 
 /* [n][k] numbers, k padded with zeros to whole turns of 64 bytes. Groups lie in a turn so that each of four lanes finds
    its inputs 8t .. 8t+7 of all groups in 16 bytes: [turn][t][group]. */
 typedef struct llm__gpu_matrix {
-    llm__checkpoint_format format;
+    llm__matrix_format format;
     uint8_t *data;
     uint32_t *scales; /* LLM__INT8: [n] floats; groups: [n][k / 32] pairs of f16, the scale in the low half */
     int n, k;
@@ -464,7 +473,7 @@ static __host__ __device__ size_t llm__matrix_group_place(int format, int i) {
 }
 
 /* The pass, in the GPU's memory. Kernels read it there, so that one recorded graph works for every position. */
-typedef struct llm__fwd_rows {
+typedef struct llm__rows {
     const int *counts; /* rows, rows with logits, query tiles                        */
     const int *tokens, *positions;
     const int *slots; /* which of the tables is the row's sequence's                */
@@ -472,7 +481,7 @@ typedef struct llm__fwd_rows {
     const int *tile_first, *tile_rows; /* query tiles: neighbouring rows of one sequence */
     const int *tables;                 /* [slot][blocks_per_seq]                                     */
     int blocks_per_seq;
-} llm__fwd_rows;
+} llm__rows;
 
 /* Block b of the KV cache is one run of memory: [layer][keys, values][head]. A head's keys stand [place][dimension],
    its values [dimension][place], both with the dimensions padded to `stride`: so scores and weighted sums are both
@@ -492,9 +501,9 @@ static __device__ uint16_t *llm__cache_values(llm__kv kv, int block, int layer, 
     return llm__cache_keys(kv, block, layer, kv.n_heads + head);
 }
 
-/* The block table of a row's sequence. These, like all of llm__fwd_rows, are read past the L1 cache (__ldcg), since a
+/* The block table of a row's sequence. These, like all of llm__rows, are read past the L1 cache (__ldcg), since a
    kernel may read them before it waits. */
-static __device__ const int *llm__rows_table(llm__fwd_rows rows, int row) {
+static __device__ const int *llm__rows_table(llm__rows rows, int row) {
     return rows.tables + (size_t)__ldcg(rows.slots + row) * rows.blocks_per_seq;
 }
 
@@ -515,7 +524,7 @@ typedef struct llm__cell {
     int block, place;
 } llm__cell;
 
-static __device__ llm__cell llm__rows_cell(llm__fwd_rows rows, int row) {
+static __device__ llm__cell llm__rows_cell(llm__rows rows, int row) {
     int position = __ldcg(rows.positions + row);
     llm__cell cell = {__ldcg(llm__rows_table(rows, row) + position / LLM_CACHE_BLOCK), position % LLM_CACHE_BLOCK};
     return cell;
@@ -582,10 +591,10 @@ static __device__ void llm__store_pair(const llm__qkv_store &s, llm__cell cell, 
    RMSNorm is folded in: the kernel that writes the residual stream x also writes bf16(x * norm weight), which the next
    product reads, and the squares of its 16 outputs. At its end that product divides by the root of their mean. */
 
-typedef enum llm__kernel_ending { LLM__QKV, LLM__PLAIN, LLM__RESIDUAL, LLM__SWIGLU, LLM__LOGITS } llm__kernel_ending;
+typedef enum llm__product_ending { LLM__QKV, LLM__PLAIN, LLM__RESIDUAL, LLM__SWIGLU, LLM__LOGITS } llm__product_ending;
 
 typedef struct llm__product {
-    llm__fwd_rows rows;
+    llm__rows rows;
     llm__gpu_matrix weight;
     int n, n_tiles;       /* outputs (LLM__SWIGLU: n_ff), and tiles of 16                      */
     int count;            /* which of rows.counts is the number of columns                     */
@@ -595,13 +604,15 @@ typedef struct llm__product {
     const float *squares; /* [rows][n_squares] of what x was made from                         */
     int n_squares, n_embd;
     float eps;
-    llm__qkv_store store;   /* LLM__QKV                                                          */
-    float *residual;        /* LLM__RESIDUAL: [rows][n]; then, for the product after this one:   */
+    llm__qkv_store store; /* LLM__QKV                                                          */
+    /* Where the first output goes. Rows are longer than n where other ranks have outputs, too. */
+    float *residual;        /* LLM__RESIDUAL: [rows][n_embd]; then, for the product after this one: */
     const float *next_norm; /* [n]                                                               */
     uint16_t *next_x;       /* [rows][next_stride]; with LLM__SWIGLU the products of the pairs   */
     int next_stride;
-    float *next_squares; /* [rows][n_tiles]                                                   */
-    float *out;          /* LLM__PLAIN, LLM__LOGITS: [columns][n]                             */
+    float *next_squares; /* [rows][n_squares]                                                 */
+    float *out;          /* LLM__PLAIN, LLM__LOGITS: [columns][out_stride]                    */
+    int out_stride;
 } llm__product;
 
 /* The first or second output of a pair of a tile; -1: there is none. */
@@ -636,7 +647,7 @@ static __device__ llm__end_inputs llm__product_load_end(const llm__product &p, i
         if (b >= 0) in.scale_b = __uint_as_float(p.weight.scales[b]);
     }
     if (ENDING == LLM__RESIDUAL) {
-        const float *residual = p.residual + (size_t)column * p.n;
+        const float *residual = p.residual + (size_t)column * p.n_embd;
         if (a >= 0) in.add_a = residual[a], in.norm_a = p.next_norm[a];
         if (b >= 0) in.add_b = residual[b], in.norm_b = p.next_norm[b];
     }
@@ -657,11 +668,11 @@ static __device__ void llm__product_end_residual(const llm__product &p, const ll
     float x_a = a < 0 ? 0 : in.add_a + sum_a, x_b = b < 0 ? 0 : in.add_b + sum_b, square = x_a * x_a + x_b * x_b;
     for (int step = 4; step; step /= 2) square += __shfl_xor_sync(0xFFFFFFFFu, square, step);
     if (!wanted) return;
-    if (a >= 0) p.residual[(size_t)row * p.n + a] = x_a;
-    if (b >= 0) p.residual[(size_t)row * p.n + b] = x_b;
+    if (a >= 0) p.residual[(size_t)row * p.n_embd + a] = x_a;
+    if (b >= 0) p.residual[(size_t)row * p.n_embd + b] = x_b;
     if (a >= 0) p.next_x[(size_t)row * p.next_stride + a] = llm__chip_to_bf16(x_a * in.norm_a);
     if (b >= 0) p.next_x[(size_t)row * p.next_stride + b] = llm__chip_to_bf16(x_b * in.norm_b);
-    if (pair == 0) p.next_squares[(size_t)row * p.n_tiles + tile] = square;
+    if (pair == 0) p.next_squares[(size_t)row * p.n_squares + tile] = square;
 }
 
 /* What follows a product, for the sums of a pair of a tile and one column. Whole warps call this. */
@@ -686,8 +697,8 @@ static __device__ void llm__product_end_tile(const llm__product &p, const llm__e
     } else if (ENDING == LLM__SWIGLU) {
         if (a >= 0) p.next_x[(size_t)column * p.next_stride + a] = llm__chip_to_bf16(llm__chip_silu(sum_a) * sum_b);
     } else {
-        if (a >= 0) p.out[(size_t)column * p.n + a] = sum_a;
-        if (b >= 0) p.out[(size_t)column * p.n + b] = sum_b;
+        if (a >= 0) p.out[(size_t)column * p.out_stride + a] = sum_a;
+        if (b >= 0) p.out[(size_t)column * p.out_stride + b] = sum_b;
     }
 }
 
@@ -734,7 +745,7 @@ static __device__ void llm__product_multiply_turn(float sums[4], uint4 upper, ui
     if (FORMAT == LLM__BF16) {
         llm__chip_multiply_32(sums, upper, lower, *(const uint4 *)x);
     } else if (FORMAT == LLM__F16) {
-        llm__enc_split a = llm__chip_split_8(upper), b = llm__chip_split_8(lower);
+        llm__chip_halves a = llm__chip_split_8(upper), b = llm__chip_split_8(lower);
         llm__chip_multiply_32(sums, a.high, b.high, *(const uint4 *)x);
         llm__chip_multiply_32(sums, a.low, b.low, *(const uint4 *)x);
     } else if (FORMAT == LLM__INT8) {
@@ -898,14 +909,17 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
 }
 
 typedef struct llm__start {
-    llm__fwd_rows rows;
-    llm__gpu_matrix embedding; /* [n_vocab][n_embd] */
+    llm__rows rows;
+    llm__gpu_matrix embedding; /* this rank's tokens, from first_token on; of a later stage, which is given x: none */
+    int first_token;
     const double *frequencies;
     float *cosines, *sines, rope_scale;
     int n_embd, half;
+    bool is_given;          /* x and the squares are those of the stage before this one */
     float *x;               /* [rows][n_embd] */
     const float *next_norm; /* as of llm__product; NULL in the plain pass */
     uint16_t *next_x;
+    int next_stride;
     float *next_squares;
 } llm__start;
 
@@ -933,23 +947,25 @@ static __device__ float llm__matrix_element(llm__gpu_matrix m, int row, int i) {
     return (float)q * llm__chip_half(d) + llm__chip_half(d >> 16);
 }
 
-/* The first kernel of a pass: one block a row. It is launched with LLM__SERIAL, so it needs no wait. */
+/* The first kernel of a pass: one block a row. It is launched with LLM__SERIAL, so it needs no wait. Rows of tokens
+   that another rank has come from there. */
 static __global__ void llm__embed(llm__start s) {
     int row = (int)blockIdx.x, n_squares = (s.n_embd + 15) / 16;
     llm__chip_let_next_start();
     if (row >= s.rows.counts[0]) return;
     llm__embed_find_angles(s, row);
+    int token = s.rows.tokens[row] - s.first_token;
+    if (!s.is_given && (token < 0 || token >= s.embedding.n)) return;
     for (int i = (int)threadIdx.x; i < n_squares; i += (int)blockDim.x) {
         float square = 0;
         for (int j = 16 * i; j < 16 * i + 16 && j < s.n_embd; j++) {
-            float x = llm__matrix_element(s.embedding, s.rows.tokens[row], j);
-            s.x[(size_t)row * s.n_embd + j] = x;
+            float *at = s.x + (size_t)row * s.n_embd + j,
+                  x = s.is_given ? *at : llm__matrix_element(s.embedding, token, j);
+            if (!s.is_given) *at = x;
             square += x * x;
-            if (s.next_norm)
-                s.next_x[(size_t)row * llm__matrix_input_stride(s.embedding) + j] =
-                    llm__chip_to_bf16(x * s.next_norm[j]);
+            if (s.next_norm) s.next_x[(size_t)row * s.next_stride + j] = llm__chip_to_bf16(x * s.next_norm[j]);
         }
-        if (s.next_norm) s.next_squares[(size_t)row * n_squares + i] = square;
+        if (s.next_norm && !s.is_given) s.next_squares[(size_t)row * n_squares + i] = square;
     }
 }
 
@@ -971,12 +987,13 @@ static __global__ void llm__embed(llm__start s) {
    used. */
 
 typedef struct llm__attn_run {
-    llm__fwd_rows rows;
+    llm__rows rows;
     llm__kv kv;
     const uint16_t *q; /* [rows][n_heads][kv.stride]                                    */
     uint16_t *out;     /* [rows][out_stride]                                            */
     int out_stride, n_heads, head_dim, layer;
     int group;     /* query heads that share a key head                             */
+    int skipped;   /* of the first key head's, those that another rank has          */
     int window;    /* positions a query sees, its own included; 0: all before it    */
     float scale;   /* of scores: log2(e) / sqrt(head_dim)                           */
     int max_spans; /* into which a row's keys are cut                               */
@@ -984,6 +1001,12 @@ typedef struct llm__attn_run {
         *partial; /* [row][key head][LLM__MAX_SPANS][group][kv.stride + 2]: the answer of a span, its maximum and sum */
     unsigned *n_done; /* [row][key head] spans that are done; zero between kernels     */
 } llm__attn_run;
+
+/* Does this rank have a query head of the block's key head? */
+static __device__ bool llm__attend_has(const llm__attn_run &a, int in_group) {
+    int head = (int)blockIdx.y * a.group + in_group - a.skipped;
+    return in_group < a.group && head >= 0 && head < a.n_heads;
+}
 
 /* The first key that a query at this position sees. */
 static __device__ int llm__attend_first_key(const llm__attn_run &a, int position) {
@@ -1088,9 +1111,10 @@ static __device__ void llm__attend_score(const llm__attn_run &a, llm__span_memor
         for (int j = 0; j < COLUMNS / 8; j++) {
             int column = 8 * j + g;
             const uint16_t *q =
-                a.q + ((size_t)row * a.n_heads + (int)blockIdx.y * a.group + column) * a.kv.stride + 32 * i + 8 * t;
+                a.q + (ptrdiff_t)(row * a.n_heads + (int)blockIdx.y * a.group + column - a.skipped) * a.kv.stride +
+                32 * i + 8 * t;
             llm__chip_multiply_32(sums[j], loads.upper_keys[i], loads.lower_keys[i],
-                                  column < a.group ? *(const uint4 *)q : make_uint4(0, 0, 0, 0));
+                                  llm__attend_has(a, column) ? *(const uint4 *)q : make_uint4(0, 0, 0, 0));
         }
     }
 #pragma unroll
@@ -1161,7 +1185,7 @@ static __device__ float *llm__attend_partial(const llm__attn_run &a, int row, in
 }
 
 static __device__ uint16_t *llm__attend_answer(const llm__attn_run &a, int row, int in_group) {
-    return a.out + (size_t)row * a.out_stride + ((int)blockIdx.y * a.group + in_group) * a.head_dim;
+    return a.out + (ptrdiff_t)row * a.out_stride + ((int)blockIdx.y * a.group + in_group - a.skipped) * a.head_dim;
 }
 
 /* Writes the answer of a row's span: to a.out if it is the only one, else to a.partial. */
@@ -1194,7 +1218,7 @@ static __device__ void llm__attend_span(const llm__attn_run &a, llm__span_memory
         for (int j = 0; j < COLUMNS / 8; j++)
             for (int i = 0; i < 4; i++) {
                 int dim = 16 * (warp + d * LLM__ATTEND_WARPS) + g + i / 2 * 8, column = 8 * j + 2 * t + i % 2;
-                if (dim >= a.head_dim || column >= a.group) continue;
+                if (dim >= a.head_dim || !llm__attend_has(a, column)) continue;
                 if (spans.n == 1)
                     llm__attend_answer(a, row, column)[dim] = llm__chip_to_bf16(answer[d][j][i] / m->sum[column]);
                 else llm__attend_partial(a, row, span, column)[dim] = answer[d][j][i];
@@ -1230,6 +1254,7 @@ static __device__ void llm__attend_join_spans(const llm__attn_run &a, llm__span_
     __syncthreads();
     for (int i = (int)threadIdx.x; i < a.group * a.head_dim; i += (int)blockDim.x) {
         int in_group = i / a.head_dim, dim = i % a.head_dim;
+        if (!llm__attend_has(a, in_group)) continue;
         size_t step = (size_t)a.group * (a.kv.stride + 2);
         const float *from = llm__attend_partial(a, row, 0, in_group) + dim;
         float answer = 0;
@@ -1352,8 +1377,8 @@ static __device__ float2 llm__attend_weigh_queries(const llm__attn_run &a, llm__
 /* A lane's part of 32 dimensions of a query; zero if it is not `there`. */
 static __device__ uint4 llm__attend_load_query(const llm__attn_run &a, int first_row, int query, int chunk,
                                                bool there) {
-    if (!there || 32 * chunk >= a.kv.stride) return make_uint4(0, 0, 0, 0);
-    int head = (int)blockIdx.y * a.group + query % a.group;
+    if (!there || 32 * chunk >= a.kv.stride || !llm__attend_has(a, query % a.group)) return make_uint4(0, 0, 0, 0);
+    int head = (int)blockIdx.y * a.group + query % a.group - a.skipped;
     const uint16_t *from = a.q + ((size_t)(first_row + query / a.group) * a.n_heads + head) * a.kv.stride;
     return *(const uint4 *)(from + 32 * chunk + threadIdx.x % 4 * 8);
 }
@@ -1440,7 +1465,7 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, CHUNKS == 8 ? 1
         float sum = q.sum[i];
         for (int step = 1; step <= 2; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
         float inverse = 1 / sum;
-        if (query >= n_rows * a.group) continue;
+        if (query >= n_rows * a.group || !llm__attend_has(a, query % a.group)) continue;
         uint16_t *out = llm__attend_answer(a, first_row + query / a.group, query % a.group);
 #pragma unroll
         for (int n = 0; n < CHUNKS * 4; n++)
@@ -1468,7 +1493,7 @@ typedef struct llm__picker_state {
 } llm__picker_state;
 
 typedef struct llm__picker {
-    llm__fwd_rows rows; /* the first row is for the picked token */
+    llm__rows rows; /* the first row is for the picked token */
     const float *logits;
     int n_vocab;
     llm__picker_state *state;
@@ -1684,7 +1709,7 @@ static __global__ void llm__norm(const float *x, const float *weight, int n, flo
 }
 
 /* y[row][output] = (or, with `add`, +=) W[output] . x[row]; a warp an output, eight in a block. */
-static __global__ void llm__matrix_product(llm__gpu_matrix m, const uint16_t *x, float *y, bool add) {
+static __global__ void llm__matrix_product(llm__gpu_matrix m, const uint16_t *x, float *y, int stride, bool add) {
     int output = (int)(blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = (int)threadIdx.x % 32, row = (int)blockIdx.y;
     if (output >= m.n) return;
     float sum = 0;
@@ -1692,7 +1717,8 @@ static __global__ void llm__matrix_product(llm__gpu_matrix m, const uint16_t *x,
         sum +=
             llm__matrix_element(m, output, i) * llm__chip_from_bf16(x[(size_t)row * llm__matrix_input_stride(m) + i]);
     sum = llm__chip_warp_sum(sum);
-    if (lane == 0) y[(size_t)row * m.n + output] = add ? y[(size_t)row * m.n + output] + sum : sum;
+    float *to = y + (size_t)row * stride + output;
+    if (lane == 0) *to = add ? *to + sum : sum;
 }
 
 /* Rows [first, first + n) as bf16, for cuBLAS: int8 exactly and without its scales, of f16 the high parts or the low
@@ -1704,7 +1730,7 @@ static __global__ void llm__widen(llm__gpu_matrix m, int first, int n, bool low,
     const uint8_t *from = m.data + row * llm__matrix_row_bytes(m);
     uint4 out;
     if (m.format == LLM__F16) {
-        llm__enc_split s = llm__chip_split_8(*(const uint4 *)(from + 2 * i));
+        llm__chip_halves s = llm__chip_split_8(*(const uint4 *)(from + 2 * i));
         out = low ? s.low : s.high;
     } else if (m.format == LLM__INT8) {
         uint2 bytes = *(const uint2 *)(from + i);
@@ -1731,11 +1757,14 @@ static __global__ void llm__widen(llm__gpu_matrix m, int first, int n, bool low,
     *(uint4 *)(to + 8 * (size_t)eight) = out;
 }
 
-/* What follows a product with int8: y += sums * scales; a thread an output. */
-static __global__ void llm__scale(const float *sums, const uint32_t *scales, int n, float *y) {
-    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
-    size_t at = (size_t)blockIdx.y * n + i;
-    if (i < n) y[at] += sums[at] * __uint_as_float(scales[i]);
+/* What follows a product with int8: y = sums * scales, where both may be the same, or y += sums * scales; a thread an
+   output. */
+static __global__ void llm__scale(const float *sums, int sums_stride, const uint32_t *scales, int n, float *y,
+                                  int stride, bool add) {
+    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x), row = (int)blockIdx.y;
+    if (i >= n) return;
+    float *to = y + (size_t)row * stride + i, x = sums[(size_t)row * sums_stride + i] * __uint_as_float(scales[i]);
+    *to = add ? *to + x : x;
 }
 
 /* The outputs of a wide product, queries, keys and values or gates and ups, for the kernel that follows it. */
@@ -1779,7 +1808,7 @@ static __device__ llm__head llm__find_head(const llm__qkv_store &s, const llm__w
 }
 
 /* Adds the bias, norms and turns, and stores the first n_heads of queries, keys and values; a warp a head of a row. */
-static __global__ void llm__hparams_rope(llm__fwd_rows rows, llm__qkv_store s, llm__wide w, int n_heads) {
+static __global__ void llm__rope(llm__rows rows, llm__qkv_store s, llm__wide w, int n_heads) {
     int lane = (int)threadIdx.x % 32, head = (int)(blockIdx.x * blockDim.x + threadIdx.x) / 32, row = (int)blockIdx.y;
     llm__chip_let_next_start();
     llm__chip_wait_for_previous();
@@ -1795,7 +1824,7 @@ static __global__ void llm__hparams_rope(llm__fwd_rows rows, llm__qkv_store s, l
 
 /* Stores the values of 32 rows of a key head, in a long pass. The cache has the positions of a dimension side by side,
    so they go through shared memory: a warp then writes one dimension of 32 rows, which usually stand side by side. */
-static __global__ void llm__store_values(llm__fwd_rows rows, llm__qkv_store s, llm__wide w) {
+static __global__ void llm__store_values(llm__rows rows, llm__qkv_store s, llm__wide w) {
     __shared__ uint16_t values[32][LLM__MAX_HEAD_DIM + 2];
     int first = (int)blockIdx.x * 32, n = llm__min(rows.counts[0] - first, 32),
         head = s.n_heads + s.kv.n_heads + (int)blockIdx.y;
@@ -1815,7 +1844,7 @@ static __global__ void llm__store_values(llm__fwd_rows rows, llm__qkv_store s, l
 static __global__ void llm__plain_attention(llm__attn_run a) {
     __shared__ float answer[LLM__MAX_HEAD_DIM], weights[LLM_CACHE_BLOCK];
     int head = (int)blockIdx.x, row = (int)blockIdx.y, lane = (int)threadIdx.x, n_keys = a.rows.positions[row] + 1;
-    int key_head = head / a.group;
+    int key_head = (head + a.skipped) / a.group;
     const uint16_t *q = a.q + ((size_t)row * a.n_heads + head) * a.kv.stride;
     float max = -INFINITY, sum = 0;
     for (int dim = lane; dim < a.head_dim; dim += 32) answer[dim] = 0;
@@ -1854,8 +1883,8 @@ static __global__ void llm__swiglu(llm__wide w, int n_ff, uint16_t *out, int str
 }
 
 /* The rows whose logits are wanted, close together; after the last layer's attention no others are needed. */
-static __global__ void llm__fwd_keep_rows(llm__fwd_rows rows, const float *x, float *kept_x, int n_embd,
-                                          const uint16_t *attention, uint16_t *kept_attention, int stride) {
+static __global__ void llm__keep_rows(llm__rows rows, const float *x, float *kept_x, int n_embd,
+                                      const uint16_t *attention, uint16_t *kept_attention, int stride) {
     size_t to = blockIdx.x, from = (size_t)rows.logit_rows[blockIdx.x];
     for (int i = (int)threadIdx.x; i < n_embd; i += (int)blockDim.x) kept_x[to * n_embd + i] = x[from * n_embd + i];
     for (int i = (int)threadIdx.x; i < stride; i += (int)blockDim.x)
@@ -1932,7 +1961,10 @@ typedef struct llm__gpu_layer {
 
 typedef struct llm__gpu_model {
     llm_host host;
-    llm_backend_shape shape;
+    llm_backend_shape whole, shape; /* of the whole model; with this rank's layers, heads and key heads */
+    llm_backend_ranks own;          /* its shares                                                       */
+    int group;                      /* query heads that share a key head                                */
+    bool is_first_stage, is_last_stage;
     llm_cuda_mode mode;
     llm_dtype dtype;
     int n_threads, n_processors;
@@ -1997,10 +2029,17 @@ static uint64_t llm__gpu_weight_bytes(llm_dtype dtype, const llm_backend_weight 
     return (uint64_t)m.n * (llm__matrix_row_bytes(m) + llm__matrix_row_scales(m) * 4);
 }
 
+/* The GPU that is the calling thread's, if somebody chose one, that is, if it is not the first. Else the ranks take
+   turns with the GPUs that their processes see. */
+static int llm__device_of_rank(const llm_model_desc *desc, int current, int n) {
+    int shard = desc->tensor ? desc->tensor->rank : 0, n_shards = desc->tensor ? desc->tensor->size : 1;
+    return current ? current : (shard + n_shards * (desc->pipeline ? desc->pipeline->rank : 0)) % n;
+}
+
 /* The calling thread's GPU, if it can run this: compute capability 8.0 has the bf16 tensor cores. Kernels may overlap
    if the chip can do it and the code that will run knows of it: PTX for older chips, compiled by the driver, does not
    wait. */
-static llm_status llm__find_gpu(llm__gpu_model *m, llm_error *err) {
+static llm_status llm__find_gpu(llm__gpu_model *m, const llm_model_desc *desc, llm_error *err) {
     int n = 0, major = 0, minor = 0;
     cudaFuncAttributes code;
     if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) {
@@ -2009,6 +2048,7 @@ static llm_status llm__find_gpu(llm__gpu_model *m, llm_error *err) {
                                "no GPU can be used (%s); load without desc.backend to run on the CPU", why);
     }
     LLM__TRY(cudaGetDevice(&m->device));
+    m->device = llm__device_of_rank(desc, m->device, n);
     LLM__TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, m->device));
     LLM__TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, m->device));
     LLM__TRY(cudaDeviceGetAttribute(&m->n_processors, cudaDevAttrMultiProcessorCount, m->device));
@@ -2046,15 +2086,16 @@ static size_t llm__staging_bytes(const llm_backend_shape *s) {
 }
 
 static llm_status llm__open_gpu(llm__gpu_model *m, const llm_model_desc *desc, llm_error *err) {
-    llm_status status = llm__find_gpu(m, err);
-    if (!status) status = llm__check_shape(&m->shape, desc->dtype, err);
+    llm_status status = llm__find_gpu(m, desc, err);
+    if (!status) status = llm__check_shape(&m->whole, desc->dtype, err);
     if (status) return status;
+    llm__on_device on(m->device);
     size_t frequencies = ((size_t)m->shape.rope_dim / 2 + 1) * sizeof(double);
     m->layers = (llm__gpu_layer *)llm__host_zero(&m->host, (size_t)m->shape.n_layers * sizeof *m->layers, err);
     if (!m->layers) return LLM_ERROR_MEMORY;
     LLM__TRY(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking));
     for (int i = 0; i < 2; i++) {
-        LLM__TRY(cudaMallocHost((void **)&m->staging[i], llm__staging_bytes(&m->shape)));
+        LLM__TRY(cudaMallocHost((void **)&m->staging[i], llm__staging_bytes(&m->whole)));
         LLM__TRY(cudaEventCreateWithFlags(&m->sent[i], cudaEventDisableTiming));
     }
     LLM__TRY(cudaMalloc((void **)&m->frequencies, frequencies));
@@ -2071,7 +2112,12 @@ static llm_status llm__gpu_open(void **out, const llm_backend_shape *shape, cons
     *out = m;
     if (!m) return LLM_ERROR_MEMORY;
     m->host = desc->host;
-    m->shape = *shape;
+    m->whole = *shape;
+    m->own = llm_backend_find_ranks(shape, desc->tensor, desc->pipeline);
+    m->shape = m->own.shape;
+    m->group = shape->n_heads / shape->n_kv_heads;
+    m->is_first_stage = !desc->pipeline || desc->pipeline->rank == 0;
+    m->is_last_stage = !desc->pipeline || desc->pipeline->rank == desc->pipeline->size - 1;
     m->mode = mode;
     m->dtype = desc->dtype;
     m->n_threads = desc->n_threads;
@@ -2110,7 +2156,7 @@ static void llm__gpu_close(void *model) {
         float *vectors[] = {layer->attention_norm, layer->ffn_norm, layer->qkv_bias, layer->q_norm, layer->k_norm};
         for (int j = 0; j < 5; j++) cudaFree(vectors[j]);
     }
-    if (m->head.data != m->embedding.data) llm__matrix_free(m->head);
+    if (m->head.data != m->embedding.data) llm__matrix_free(m->head); /* else the two are one, or there are none */
     llm__matrix_free(m->embedding);
     cudaFree(m->output_norm);
     cudaFree(m->frequencies);
@@ -2240,7 +2286,7 @@ static void llm__convert(llm__conversion *c, int n_threads) {
 static llm_status llm__upload_rows(llm__gpu_model *m, const llm_backend_weight *weight, uint8_t *scratch,
                                    llm__gpu_matrix matrix, llm_error *err) {
     size_t row_bytes = llm__matrix_row_bytes(matrix), scale_bytes = llm__matrix_row_scales(matrix) * 4;
-    int some = (int)(llm__staging_bytes(&m->shape) / (row_bytes + scale_bytes));
+    int some = (int)(llm__staging_bytes(&m->whole) / (row_bytes + scale_bytes));
     llm__conversion c = {weight, matrix, 0, 0, llm__conversion_bytes(weight), scratch};
     for (; c.first < weight->rows; c.first += some, m->turn ^= 1) {
         size_t n = (size_t)llm__min(weight->rows - c.first, some), first = (size_t)c.first;
@@ -2263,6 +2309,7 @@ static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_backend_weight
                                      llm_error *err) {
     *matrix = llm__matrix_describe(m->dtype, weight);
     size_t n = (size_t)matrix->n, scale_bytes = n * llm__matrix_row_scales(*matrix) * 4;
+    if (n == 0) return LLM_OK; /* this rank has no share of it */
     if (scale_bytes) LLM__TRY(cudaMalloc((void **)&matrix->scales, scale_bytes));
     LLM__TRY(cudaMalloc((void **)&matrix->data, n * llm__matrix_row_bytes(*matrix)));
     uint8_t *scratch = (uint8_t *)llm__host_zero(&m->host, (size_t)m->n_threads * llm__conversion_bytes(weight), err);
@@ -2276,6 +2323,7 @@ static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_backend_weight
 static llm_status llm__upload_vector(llm__gpu_model *m, const llm_backend_weight *weight, float **vector,
                                      llm_error *err) {
     size_t bytes = (size_t)weight->rows * (size_t)weight->cols * sizeof(float);
+    if (bytes == 0) return LLM_OK;
     LLM__TRY(cudaMalloc((void **)vector, bytes));
     float *row = (float *)llm__host_zero(&m->host, bytes, err);
     if (!row) return LLM_ERROR_MEMORY;
@@ -2304,7 +2352,7 @@ static llm_status llm__gpu_upload(void *model, const llm_backend_weight *w, llm_
     case LLM_WEIGHT_OUTPUT_NORM: return llm__upload_vector(m, w, &m->output_norm, err);
     case LLM_WEIGHT_HEAD: return llm__upload_matrix(m, w, &m->head, err);
     }
-    if (m->shape.tied_head) m->head = m->embedding;
+    if (m->shape.tied_head && m->is_last_stage) m->head = m->embedding;
     return status;
 }
 
@@ -2314,8 +2362,9 @@ static llm_status llm__gpu_upload(void *model, const llm_backend_weight *w, llm_
    Both are laid out twice, first to find their size, then to place their parts. */
 
 enum {
-    LLM__BUCKETS = 5, /* passes of 1, 2, 4, 8 and 16 rows have each their graph          */
-    LLM__AHEAD = 4    /* passes of a burst that are queued behind the one whose token is next */
+    LLM__BUCKETS = 5,      /* passes of 1, 2, 4, 8 and 16 rows have each their graph          */
+    LLM__AHEAD = 4,        /* passes of a burst that are queued behind the one whose token is next */
+    LLM__MESSAGE_HEAD = 64 /* bytes before the rows that go to the next stage of a pipeline   */
 };
 
 typedef struct llm__recording {
@@ -2326,8 +2375,9 @@ typedef struct llm__recording {
 
 typedef struct llm__sizes {
     int n_embd, q, ffn, fused_rows, n_tables; /* strides of activations; rows the fused buffers have; tables  */
-    int n_wide, n_squares, rows_ints;         /* widest product; blocks of an n_embd product; ints of llm__fwd_rows */
+    int n_wide, n_squares, rows_ints;         /* widest product; blocks of an n_embd product; ints of llm__rows */
     size_t blas_bytes, widened;               /* cuBLAS's own; elements of int8 widened for it at a time */
+    size_t meeting, message;                  /* bytes of what ranks bring together; of a message to the next stage */
 } llm__sizes;
 
 typedef struct llm__gpu_context {
@@ -2338,7 +2388,7 @@ typedef struct llm__gpu_context {
     uint8_t *memory, *pinned;
     size_t memory_bytes, cache_bytes, pinned_bytes;
     llm__kv kv;
-    int *rows, *host_rows;    /* what the parts of llm__fwd_rows point into                    */
+    int *rows, *host_rows;    /* what the parts of llm__rows point into                    */
     float *cosines, *sines;   /* [n_batch][rope_dim / 2]                                   */
     float *x, *kept_x, *wide; /* [n_batch][n_embd], the same, [n_batch][n_wide]            */
     llm__region *regions;     /* [4 * n_layers + 1] all matrices of weights                */
@@ -2357,6 +2407,12 @@ typedef struct llm__gpu_context {
     int *host_picked; /* [LLM_BACKEND_BURST]                                               */
     cudaEvent_t picked[LLM__AHEAD + 1];
     llm__recording burst_pass; /* of one row, and the picking of the next                   */
+    /* With ranks, all pinned: rows that they bring together, and the tokens these belong to; from the stage before; to
+       the next one, in turn. */
+    uint8_t *meeting, *incoming, *outgoing[2];
+    int *meeting_tokens;
+    int n_sent;
+    bool cancelled, stopped; /* this pass; the rest of the call, which the other stages end together */
 } llm__gpu_context;
 
 /* Elements of the widest and longest matrix there could be, or of whole rows of at most 64 MB; at least of one. */
@@ -2368,6 +2424,7 @@ static size_t llm__widest_piece(const llm_backend_shape *s, const llm__sizes *z)
     return all < most ? all : k > most ? k : most;
 }
 
+/* Of the whole model, whatever share of it a rank has: so the ranks' rows are alike. */
 static llm__sizes llm__find_sizes(const llm_backend_shape *s, const llm_backend_desc *d) {
     llm__sizes z;
     int qkv = (s->n_heads + 2 * s->n_kv_heads) * s->head_dim;
@@ -2382,6 +2439,13 @@ static llm__sizes llm__find_sizes(const llm_backend_shape *s, const llm_backend_
     z.rows_ints = 3 + 6 * llm__pad(d->n_batch, LLM__FUSED_ROWS) + z.n_tables * d->blocks_per_seq;
     z.blas_bytes = d->n_batch > LLM__FUSED_ROWS ? (size_t)32 << 20 : 0; /* what cuBLAS wants on Hopper */
     z.widened = d->n_batch > LLM__FUSED_ROWS ? llm__widest_piece(s, &z) : 0;
+    size_t row = (size_t)z.n_wide * 4, n_batch = (size_t)d->n_batch,
+           logits = (size_t)d->n_logits * (size_t)s->n_vocab * 4;
+    if (row < (size_t)z.q * 2) row = (size_t)z.q * 2;
+    z.meeting = !d->tensor ? 0 : n_batch * row > logits ? n_batch * row : logits;
+    z.message = !d->pipeline ? 0
+                             : LLM__MESSAGE_HEAD + n_batch * (size_t)s->n_embd * 4 +
+                                   (size_t)z.fused_rows * (size_t)z.n_squares * 4;
     return z;
 }
 
@@ -2400,7 +2464,7 @@ static uint64_t llm__gpu_block_bytes(const llm_backend_shape *s, llm_dtype cache
 }
 
 /* Lays out c->memory: the cache, then everything else. With c->memory NULL only the sizes are found. */
-static void llm__lay_out(llm__gpu_context *c, const llm_backend_shape *s) {
+static void llm__lay_out(llm__gpu_context *c, const llm_backend_shape *s, int group) {
     const llm_backend_desc *d = &c->desc;
     const llm__sizes *z = &c->sizes;
     uint8_t *m = c->memory;
@@ -2423,8 +2487,8 @@ static void llm__lay_out(llm__gpu_context *c, const llm_backend_shape *s) {
     c->kept_attention = (uint16_t *)llm__part(m, &used, n * (size_t)z->q * 2);
     c->ffn = (uint16_t *)llm__part(m, &used, n * (size_t)z->ffn * 2);
     c->squares = (float *)llm__part(m, &used, fused * (size_t)z->n_squares * 4);
-    c->partial =
-        (float *)llm__part(m, &used, fused * (size_t)s->n_heads * LLM__MAX_SPANS * (size_t)(c->kv.stride + 2) * 4);
+    c->partial = (float *)llm__part(
+        m, &used, fused * (size_t)(s->n_kv_heads * group) * LLM__MAX_SPANS * (size_t)(c->kv.stride + 2) * 4);
     c->n_done = (unsigned *)llm__part(m, &used, fused * (size_t)s->n_kv_heads * 4);
     c->logits = (float *)llm__part(m, &used, n_logits * (size_t)s->n_vocab * 4);
     c->targets = (int *)llm__part(m, &used, 2 * n * 4);
@@ -2441,6 +2505,10 @@ static void llm__lay_out(llm__gpu_context *c, const llm_backend_shape *s) {
     c->host_log_probs = (float *)llm__part(c->pinned, &used, n * 4);
     c->host_picker = (llm__picker_state *)llm__part(c->pinned, &used, sizeof *c->host_picker);
     c->host_picked = (int *)llm__part(c->pinned, &used, LLM_BACKEND_BURST * sizeof *c->host_picked);
+    c->meeting = (uint8_t *)llm__part(c->pinned, &used, z->meeting);
+    c->meeting_tokens = (int *)llm__part(c->pinned, &used, z->meeting ? n * 4 : 0);
+    c->incoming = (uint8_t *)llm__part(c->pinned, &used, z->message);
+    for (int i = 0; i < 2; i++) c->outgoing[i] = (uint8_t *)llm__part(c->pinned, &used, z->message);
     c->pinned_bytes = used;
 }
 
@@ -2449,7 +2517,7 @@ static uint64_t llm__gpu_scratch_bytes(const llm_backend_shape *s, const llm_bac
     memset(&c, 0, sizeof c);
     c.desc = *d;
     c.sizes = llm__find_sizes(s, d);
-    llm__lay_out(&c, s);
+    llm__lay_out(&c, s, s->n_heads / s->n_kv_heads);
     return c.memory_bytes - c.cache_bytes + c.pinned_bytes;
 }
 
@@ -2481,11 +2549,11 @@ static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     c->queue.can_overlap = c->model->can_overlap;
     c->prefetch = LLM_CUDA_PREFETCH << 10;
     for (int i = 0; i <= LLM__AHEAD; i++) LLM__TRY(cudaEventCreateWithFlags(&c->picked[i], cudaEventDisableTiming));
-    c->sizes = llm__find_sizes(s, &c->desc);
-    llm__lay_out(c, s);
+    c->sizes = llm__find_sizes(&c->model->whole, &c->desc);
+    llm__lay_out(c, s, c->model->group);
     LLM__TRY(cudaMalloc((void **)&c->memory, c->memory_bytes));
     LLM__TRY(cudaMallocHost((void **)&c->pinned, c->pinned_bytes));
-    llm__lay_out(c, s);
+    llm__lay_out(c, s, c->model->group);
     /* Padding is zero and stays so. */
     LLM__TRY(cudaMemsetAsync(c->memory, 0, c->memory_bytes, c->queue.stream));
     LLM__TRY(cudaStreamSynchronize(c->queue.stream));
@@ -2531,9 +2599,9 @@ static llm_status llm__gpu_context_create(void **out, void *model, const llm_bac
 
 /* ==== 10 Forward pass ============================================================================================ */
 
-/* The parts of llm__fwd_rows, for `capacity` rows, one after the other in `ints`. */
-static llm__fwd_rows llm__place_rows(const llm__gpu_context *c, const int *ints, int capacity) {
-    llm__fwd_rows rows;
+/* The parts of llm__rows, for `capacity` rows, one after the other in `ints`. */
+static llm__rows llm__place_rows(const llm__gpu_context *c, const int *ints, int capacity) {
+    llm__rows rows;
     rows.counts = ints;
     rows.tokens = ints + 3;
     rows.positions = rows.tokens + capacity;
@@ -2562,8 +2630,7 @@ static int llm__make_tiles(const llm_backend_pass *pass, int most, int *first, i
 
 /* Sends the pass to the GPU, with the tables of its sequences. Returns the number of query tiles. */
 static int llm__send_rows(llm__gpu_context *c, const llm_backend_pass *pass, int capacity) {
-    llm__fwd_rows rows = llm__place_rows(c, c->host_rows, capacity);
-    const llm_backend_shape *s = &c->model->shape;
+    llm__rows rows = llm__place_rows(c, c->host_rows, capacity);
     int slot = -1, n_tiles;
     for (int row = 0; row < pass->n_rows; row++) {
         int seq = pass->seqs[row], used = pass->positions[row] / LLM_CACHE_BLOCK + 1;
@@ -2575,8 +2642,7 @@ static int llm__send_rows(llm__gpu_context *c, const llm_backend_pass *pass, int
                pass->blocks + (size_t)seq * pass->blocks_per_seq, (size_t)used * sizeof(int));
     }
     memcpy((int *)rows.logit_rows, pass->logit_rows, (size_t)pass->n_logits * sizeof(int));
-    n_tiles = llm__make_tiles(pass, LLM__TILE_QUERIES / (s->n_heads / s->n_kv_heads), (int *)rows.tile_first,
-                              (int *)rows.tile_rows);
+    n_tiles = llm__make_tiles(pass, LLM__TILE_QUERIES / c->model->group, (int *)rows.tile_first, (int *)rows.tile_rows);
     c->host_rows[0] = pass->n_rows;
     c->host_rows[1] = pass->n_logits;
     c->host_rows[2] = n_tiles;
@@ -2588,23 +2654,25 @@ static int llm__send_rows(llm__gpu_context *c, const llm_backend_pass *pass, int
     return n_tiles;
 }
 
-static llm__start llm__make_start(const llm__gpu_context *c, llm__fwd_rows rows, bool fused) {
+static llm__start llm__make_start(const llm__gpu_context *c, llm__rows rows, bool fused) {
     const llm__gpu_model *m = c->model;
-    llm__start s = {rows,
-                    m->embedding,
-                    m->frequencies,
-                    c->cosines,
-                    c->sines,
-                    m->shape.rope_scale,
-                    m->shape.n_embd,
-                    m->shape.rope_dim / 2,
-                    c->x,
-                    NULL,
-                    NULL,
-                    NULL};
+    llm__start s;
+    memset(&s, 0, sizeof s);
+    s.rows = rows;
+    s.embedding = m->embedding;
+    s.first_token = m->own.vocab.first;
+    s.frequencies = m->frequencies;
+    s.cosines = c->cosines;
+    s.sines = c->sines;
+    s.rope_scale = m->shape.rope_scale;
+    s.n_embd = m->shape.n_embd;
+    s.half = m->shape.rope_dim / 2;
+    s.is_given = !m->is_first_stage;
+    s.x = c->x;
     if (!fused) return s;
     s.next_norm = m->layers[0].attention_norm;
     s.next_x = c->normed;
+    s.next_stride = c->sizes.n_embd;
     s.next_squares = c->squares;
     return s;
 }
@@ -2621,25 +2689,26 @@ static llm__qkv_store llm__make_store(const llm__gpu_context *c, int layer) {
 }
 
 /* A row's keys are cut into no more spans than give every multiprocessor about four blocks of a single row. That
-   depends on the model alone, so a row's answer does not depend on the others. */
+   depends on the whole model alone, so a row's answer does not depend on the others, nor on the number of ranks. */
 static int llm__max_spans(const llm__gpu_model *m) {
-    int n = 4 * m->n_processors / m->shape.n_kv_heads;
+    int n = 4 * m->n_processors / m->whole.n_kv_heads;
     return n < 1 ? 1 : llm__min(n, LLM__MAX_SPANS);
 }
 
-static llm__attn_run llm__make_attend(const llm__gpu_context *c, llm__fwd_rows rows, int layer) {
+static llm__attn_run llm__make_attend(const llm__gpu_context *c, llm__rows rows, int layer) {
     const llm_backend_shape *s = &c->model->shape;
     llm__attn_run a;
     memset(&a, 0, sizeof a);
     a.rows = rows;
     a.kv = c->kv;
     a.q = c->q;
-    a.out = c->attention;
+    a.out = c->attention + c->model->own.heads.first * s->head_dim;
     a.out_stride = c->sizes.q;
     a.n_heads = s->n_heads;
     a.head_dim = s->head_dim;
     a.layer = layer;
-    a.group = s->n_heads / s->n_kv_heads;
+    a.group = c->model->group;
+    a.skipped = c->model->own.heads.first - c->model->own.key_heads.first * c->model->group;
     a.window = s->window;
     a.scale = (float)(1.4426950408889634 / sqrt((double)s->head_dim));
     a.max_spans = llm__max_spans(c->model);
@@ -2660,18 +2729,183 @@ static llm__attention_fn llm__choose_attention(int n_columns, int head_stride) {
     return n_columns <= 16 ? llm__choose_dims<16>(head_stride) : llm__choose_dims<32>(head_stride);
 }
 
-static bool llm__is_cancelled(const llm_backend_pass *pass) { return pass->cancel && pass->cancel(pass->cancel_user); }
-
 static llm__attention_fn llm__choose_tile_attention(int head_stride) {
     if (head_stride <= 64) return llm__tile_attention<2, 64>;
     return head_stride <= 128 ? llm__tile_attention<4, 64> : llm__tile_attention<8, 32>;
 }
 
+/* ---- Ranks ----
+
+   As on the CPU, ranks of a tensor group share the outputs of each matrix. They bring together what attention gives,
+   what SwiGLU gives, and the residual stream after each half of a layer. An output is computed as on one GPU, its sum
+   in the same order, so the bits of a pass of up to 16 rows are the same for any number of ranks. (In longer passes
+   cuBLAS may choose another kernel for a matrix of another size.) The fused kernels need the residual stream only as
+   the next product reads it: in bf16, and the squares of its tiles.
+
+   What ranks exchange goes by way of the host, through the communicator: it works across processes and machines, but a
+   meeting costs two copies and two waits. Stages of a pipeline send each other the residual stream likewise. */
+
+/* Rows of n numbers of `size` bytes, which ranks have in units. */
+typedef struct llm__shared_rows {
+    void *data;
+    size_t stride, n, unit, size; /* of rows, in numbers */
+    bool by_token;                /* a row is whole on the rank that has its token */
+} llm__shared_rows;
+
+/* Why the ranks cannot go on is kept like the failure of a call, and reported at the end of the pass. */
+static void llm__meet(llm__gpu_context *c, int n_rows, const llm__shared_rows &r) {
+    llm_comm *tensor = c->desc.tensor;
+    llm__queue *queue = &c->queue;
+    unsigned flags = 0;
+    size_t stride = r.stride * r.size, bytes = (size_t)n_rows * stride;
+    if (!tensor || n_rows == 0 || llm__queue_failed(queue)) return;
+    llm_exchange x = {
+        c->meeting, (size_t)n_rows, stride, r.n * r.size, r.unit * r.size, (int)((r.n + r.unit - 1) / r.unit), NULL, 0};
+    llm__queue_note(queue, cudaMemcpyAsync(c->meeting, r.data, bytes, cudaMemcpyDeviceToHost, queue->stream),
+                    "fetching this rank's rows");
+    if (r.by_token) {
+        const llm_backend_ranks *own = &c->model->own;
+        llm__queue_note(queue,
+                        cudaMemcpyAsync(c->meeting_tokens, c->rows + 3, (size_t)n_rows * sizeof(int),
+                                        cudaMemcpyDeviceToHost, queue->stream),
+                        "fetching the tokens");
+        x.unit_bytes = x.row_bytes;
+        x.n_units = llm__divide_up(c->model->shape.n_vocab, own->vocab_unit);
+        x.tokens = c->meeting_tokens;
+        x.tokens_per_unit = own->vocab_unit;
+    }
+    llm__queue_note(queue, cudaStreamSynchronize(queue->stream), "fetching this rank's rows");
+    if (llm__queue_failed(queue)) return;
+    if (tensor->exchange(tensor, &x, &flags, &queue->parted)) return;
+    llm__queue_note(queue, cudaMemcpyAsync(r.data, c->meeting, bytes, cudaMemcpyHostToDevice, queue->stream),
+                    "sending the other ranks' rows");
+}
+
+static void llm__meet_attention(llm__gpu_context *c, int n_rows) {
+    const llm_backend_shape *s = &c->model->whole;
+    size_t head_dim = (size_t)s->head_dim;
+    llm__meet(c, n_rows, {c->attention, (size_t)c->sizes.q, (size_t)s->n_heads * head_dim, head_dim, 2, false});
+}
+
+static void llm__meet_ffn(llm__gpu_context *c, int n_rows) {
+    llm__meet(c, n_rows,
+              {c->ffn, (size_t)c->sizes.ffn, (size_t)c->model->shape.n_ff, (size_t)c->model->own.ff_unit, 2, false});
+}
+
+static void llm__meet_x(llm__gpu_context *c, float *x, int n_rows) {
+    size_t n = (size_t)c->model->shape.n_embd;
+    llm__meet(c, n_rows, {x, n, n, (size_t)c->model->own.embd_unit, 4, false});
+}
+
+/* A unit is a tile, which has one sum of squares. */
+static void llm__meet_normed(llm__gpu_context *c, int n_rows) {
+    size_t n_squares = (size_t)c->sizes.n_squares, unit = (size_t)c->model->own.embd_unit;
+    llm__meet(c, n_rows, {c->normed, (size_t)c->sizes.n_embd, (size_t)c->model->shape.n_embd, unit, 2, false});
+    llm__meet(c, n_rows, {c->squares, n_squares, n_squares, unit / 16, 4, false});
+}
+
+static void llm__meet_logits(llm__gpu_context *c, float *logits, int n_rows) {
+    size_t n = (size_t)c->model->shape.n_vocab;
+    llm__meet(c, n_rows, {logits, n, n, (size_t)c->model->own.vocab_unit, 4, false});
+}
+
+/* The rows of tokens that other ranks have. */
+static void llm__meet_embedded(llm__gpu_context *c, int n_rows, bool fused) {
+    size_t n = (size_t)c->model->shape.n_embd, n_squares = (size_t)c->sizes.n_squares;
+    if (!c->model->is_first_stage) return;
+    llm__meet(c, n_rows, {c->x, n, n, n, 4, true});
+    if (!fused) return;
+    llm__meet(c, n_rows, {c->normed, (size_t)c->sizes.n_embd, n, n, 2, true});
+    llm__meet(c, n_rows, {c->squares, n_squares, n_squares, n_squares, 4, true});
+}
+
+/* Does any rank of the tensor group want to stop? */
+static bool llm__poll_cancel(llm__gpu_context *c, const llm_backend_pass *pass) {
+    llm_comm *tensor = c->desc.tensor;
+    unsigned flags = pass->cancel && pass->cancel(pass->cancel_user);
+    if (!tensor) return flags;
+    llm_exchange nothing = {NULL, 0, 0, 0, 0, tensor->size, NULL, 0};
+    if (!c->queue.parted.code) tensor->exchange(tensor, &nothing, &flags, &c->queue.parted);
+    return flags || c->queue.parted.code;
+}
+
+/* A message to the next stage: a flag, the residual stream, and with few rows the squares of its tiles. */
+static size_t llm__message_bytes(const llm__gpu_context *c, int n, bool fused) {
+    return LLM__MESSAGE_HEAD + (size_t)n * (size_t)(c->model->shape.n_embd + (fused ? c->sizes.n_squares : 0)) * 4;
+}
+
+/* Copies the rows between the GPU and a message. */
+static void llm__copy_message(llm__gpu_context *c, uint8_t *message, int n, bool fused, bool sends) {
+    size_t x_bytes = (size_t)n * (size_t)c->model->shape.n_embd * 4,
+           squares = (size_t)n * (size_t)c->sizes.n_squares * 4;
+    const struct {
+        void *device, *host;
+        size_t bytes;
+    } parts[2] = {{c->x, message + LLM__MESSAGE_HEAD, x_bytes},
+                  {c->squares, message + LLM__MESSAGE_HEAD + x_bytes, fused ? squares : 0}};
+    for (const auto &part : parts)
+        if (part.bytes)
+            llm__queue_note(&c->queue,
+                            cudaMemcpyAsync(sends ? part.host : part.device, sends ? part.device : part.host,
+                                            part.bytes, sends ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice,
+                                            c->queue.stream),
+                            "a message between stages");
+}
+
+/* The rows that the stage before has computed. */
+static void llm__receive_message(llm__gpu_context *c, int n, bool fused) {
+    llm_comm *pipeline = c->desc.pipeline;
+    int stop = 0;
+    if (c->model->is_first_stage || c->queue.parted.code) return;
+    if (pipeline->receive(pipeline, pipeline->rank - 1, c->incoming, llm__message_bytes(c, n, fused), &c->queue.parted))
+        return;
+    memcpy(&stop, c->incoming, sizeof stop);
+    c->cancelled = c->cancelled || stop;
+    llm__copy_message(c, c->incoming, n, fused, false);
+}
+
+/* Sends rows to the next stage, in the buffer whose message before the last has arrived. */
+static void llm__send_message(llm__gpu_context *c, int n, bool fused) {
+    llm_comm *pipeline = c->desc.pipeline;
+    uint8_t *message = c->outgoing[c->n_sent % 2];
+    int stop = c->cancelled;
+    if (c->model->is_last_stage || llm__queue_failed(&c->queue)) return;
+    if (pipeline->drain(pipeline, pipeline->rank + 1, 1, &c->queue.parted)) return;
+    llm__copy_message(c, message, n, fused, true);
+    llm__queue_note(&c->queue, cudaStreamSynchronize(c->queue.stream), "computing a stage");
+    if (llm__queue_failed(&c->queue)) return;
+    memcpy(message, &stop, sizeof stop);
+    c->n_sent++;
+    pipeline->send(pipeline, pipeline->rank + 1, message, llm__message_bytes(c, n, fused), &c->queue.parted);
+}
+
+/* All stages get the logits of a call, and hear whether it was cancelled on any of them. */
+static void llm__share_logits(llm__gpu_context *c, const llm_backend_pass *pass) {
+    llm_comm *pipeline = c->desc.pipeline;
+    const int32_t last = pipeline->size - 1;
+    unsigned flags = c->cancelled;
+    size_t n = (size_t)(pass->first_logits + pass->n_logits) * (size_t)c->model->shape.n_vocab * sizeof(float);
+    const llm_exchange x = {c->host_logits, 1, n, n, n, pipeline->size, &last, 1};
+    if (!c->queue.parted.code) pipeline->exchange(pipeline, &x, &flags, &c->queue.parted);
+    c->cancelled = flags != 0;
+}
+
+/* What fails on one rank fails on all. */
+static llm_status llm__end_call(llm__gpu_context *c, llm_error *err) {
+    llm_error own = {};
+    llm_status status = llm__queue_status(&c->queue, &own);
+    if (status && err) *err = own;
+    llm_comm *comms[2] = {c->desc.tensor, c->desc.pipeline};
+    for (llm_comm *comm : comms)
+        if (status && comm) comm->abort(comm, own.message);
+    return status;
+}
+
 /* ---- Up to 16 rows: five kernels a layer, six with norms of queries and keys ---- */
 
-typedef void (*llm__kernel_product_fn)(llm__product);
+typedef void (*llm__product_fn)(llm__product);
 
-template <int ENDING, int TILES> static llm__kernel_product_fn llm__choose_format(llm__checkpoint_format format) {
+template <int ENDING, int TILES> static llm__product_fn llm__choose_format(llm__matrix_format format) {
     switch (format) {
     case LLM__F16: return llm__fused_product<ENDING, TILES, LLM__F16>;
     case LLM__INT8: return llm__fused_product<ENDING, TILES, LLM__INT8>;
@@ -2684,12 +2918,13 @@ template <int ENDING, int TILES> static llm__kernel_product_fn llm__choose_forma
 /* Blocks of a fused product: no more than the GPU holds at once, and all with equally many tiles, give or take one. */
 static int llm__product_blocks(const llm__gpu_context *c, llm__gpu_matrix m, int n_tiles, int bucket) {
     int most = c->model->n_processors * llm__product_blocks_per_processor(m.format, bucket <= 8 ? 1 : 2);
+    if (n_tiles == 0) return 0;
     return llm__divide_up(n_tiles, llm__divide_up(n_tiles, most));
 }
 
 template <int ENDING>
-static void llm__run_product(llm__gpu_context *c, llm__weight_type kind, int bucket, const llm__product &p) {
-    llm__kernel_product_fn kernel =
+static void llm__run_product(llm__gpu_context *c, llm__kernel_kind kind, int bucket, const llm__product &p) {
+    llm__product_fn kernel =
         bucket <= 8 ? llm__choose_format<ENDING, 1>(p.weight.format) : llm__choose_format<ENDING, 2>(p.weight.format);
     int n_blocks = llm__product_blocks(c, p.weight, p.n_tiles, bucket);
     llm__queue_launch(&c->queue, LLM__OVERLAP, kind, dim3((unsigned)n_blocks), LLM__WARPS * 32, kernel, p);
@@ -2698,7 +2933,7 @@ static void llm__run_product(llm__gpu_context *c, llm__weight_type kind, int buc
 /* The rows of a pass that a fused product multiplies: all, or those with logits, close together. */
 typedef enum llm__columns { LLM__ALL_ROWS = 0, LLM__LOGIT_ROWS = 1 } llm__columns;
 
-static llm__product llm__make_product(const llm__gpu_context *c, llm__fwd_rows rows, llm__columns columns,
+static llm__product llm__make_product(const llm__gpu_context *c, llm__rows rows, llm__columns columns,
                                       llm__gpu_matrix matrix, const uint16_t *x) {
     llm__product p;
     memset(&p, 0, sizeof p);
@@ -2709,6 +2944,7 @@ static llm__product llm__make_product(const llm__gpu_context *c, llm__fwd_rows r
     p.count = columns;
     p.prefetch = llm__pad(c->prefetch / 16, 64);
     p.x = x;
+    p.out_stride = matrix.n;
     p.squares = c->squares;
     p.n_squares = c->sizes.n_squares;
     p.n_embd = c->model->shape.n_embd;
@@ -2716,25 +2952,27 @@ static llm__product llm__make_product(const llm__gpu_context *c, llm__fwd_rows r
     return p;
 }
 
-static void llm__fused_residual(llm__gpu_context *c, llm__weight_type kind, llm__fwd_rows rows, llm__columns columns,
+static void llm__fused_residual(llm__gpu_context *c, llm__kernel_kind kind, llm__rows rows, llm__columns columns,
                                 int bucket, llm__gpu_matrix matrix, const uint16_t *in, float *x,
                                 const float *next_norm) {
     llm__product p = llm__make_product(c, rows, columns, matrix, in);
-    p.residual = x;
-    p.next_norm = next_norm;
-    p.next_x = c->normed;
+    int first = c->model->own.embd.first;
+    p.residual = x + first;
+    p.next_norm = next_norm + first;
+    p.next_x = c->normed + first;
     p.next_stride = c->sizes.n_embd;
-    p.next_squares = c->squares;
+    p.next_squares = c->squares + first / 16;
     llm__run_product<LLM__RESIDUAL>(c, kind, bucket, p);
+    llm__meet_normed(c, c->host_rows[columns]);
 }
 
-static void llm__run_rope(llm__gpu_context *c, int overlap, llm__fwd_rows rows, int n_rows, int layer, llm__wide wide,
+static void llm__run_rope(llm__gpu_context *c, int overlap, llm__rows rows, int n_rows, int layer, llm__wide wide,
                           int n_heads) {
     llm__queue_launch(&c->queue, overlap, LLM__KIND_ROPE, dim3((unsigned)llm__divide_up(n_heads, 4), (unsigned)n_rows),
-                      128, llm__hparams_rope, rows, llm__make_store(c, layer), wide, n_heads);
+                      128, llm__rope, rows, llm__make_store(c, layer), wide, n_heads);
 }
 
-static void llm__fused_attention_in(llm__gpu_context *c, llm__fwd_rows rows, int bucket, int layer) {
+static void llm__fused_attention_in(llm__gpu_context *c, llm__rows rows, int bucket, int layer) {
     const llm__gpu_model *m = c->model;
     const llm_backend_shape *s = &m->shape;
     const llm__gpu_layer *l = &m->layers[layer];
@@ -2752,47 +2990,56 @@ static void llm__fused_attention_in(llm__gpu_context *c, llm__fwd_rows rows, int
     }
 
     /* Blocks for all spans that there could be, but with many rows not many more than the GPU holds. */
+    if (s->n_kv_heads == 0) return;
     int blocks = llm__divide_up(4 * m->n_processors, s->n_kv_heads * bucket);
     dim3 grid((unsigned)llm__min(llm__max_spans(m), blocks), (unsigned)s->n_kv_heads, (unsigned)bucket);
     llm__queue_launch(&c->queue, LLM__OVERLAP, LLM__KIND_ATTENTION, grid, LLM__ATTEND_WARPS * 32,
-                      llm__choose_attention(s->n_heads / s->n_kv_heads, c->kv.stride),
-                      llm__make_attend(c, rows, layer));
+                      llm__choose_attention(m->group, c->kv.stride), llm__make_attend(c, rows, layer));
 }
 
 /* What follows the attention of a layer; `x` is the residual stream of the rows that are left. */
-static void llm__fused_rest(llm__gpu_context *c, llm__fwd_rows rows, llm__columns columns, int bucket, int layer,
+static void llm__fused_rest(llm__gpu_context *c, llm__rows rows, llm__columns columns, int bucket, int layer,
                             const uint16_t *attention, float *x) {
     const llm__gpu_model *m = c->model;
     const llm_backend_shape *s = &m->shape;
     const llm__gpu_layer *l = &m->layers[layer];
-    const float *next_norm = layer + 1 < s->n_layers ? l[1].attention_norm : m->output_norm;
+    /* The next stage of a pipeline has its own first norm, so what is made here with another one is not used. */
+    const float *next_norm = layer + 1 < s->n_layers ? l[1].attention_norm
+                             : m->is_last_stage      ? m->output_norm
+                                                     : l->ffn_norm;
     llm__fused_residual(c, LLM__KIND_ATTENTION_OUT, rows, columns, bucket, l->attention_out, attention, x, l->ffn_norm);
     llm__product gate_up = llm__make_product(c, rows, columns, l->gate_up, c->normed);
-    gate_up.n = s->n_ff;
-    gate_up.n_tiles = llm__divide_up(s->n_ff, LLM__PAIRS);
-    gate_up.next_x = c->ffn;
+    gate_up.n = m->own.ff.n;
+    gate_up.n_tiles = llm__divide_up(gate_up.n, LLM__PAIRS);
+    gate_up.next_x = c->ffn + m->own.ff.first;
     gate_up.next_stride = c->sizes.ffn;
     llm__run_product<LLM__SWIGLU>(c, LLM__KIND_GATE_UP, bucket, gate_up);
+    llm__meet_ffn(c, c->host_rows[columns]);
     llm__fused_residual(c, LLM__KIND_DOWN, rows, columns, bucket, l->down, c->ffn, x, next_norm);
 }
 
 /* The rows of c->normed are those of the pass, or with `gathered` those with logits alone. */
-static void llm__fused_head(llm__gpu_context *c, llm__fwd_rows rows, bool gathered, int bucket) {
+static void llm__fused_head(llm__gpu_context *c, llm__rows rows, bool gathered, int bucket) {
     llm__product head = llm__make_product(c, rows, LLM__LOGIT_ROWS, c->model->head, c->normed);
     head.gather = gathered ? NULL : rows.logit_rows;
-    head.out = c->logits;
+    head.out = c->logits + c->model->own.vocab.first;
+    head.out_stride = c->model->shape.n_vocab;
     llm__run_product<LLM__LOGITS>(c, LLM__KIND_HEAD, bucket, head);
+    llm__meet_logits(c, c->logits, c->host_rows[LLM__LOGIT_ROWS]);
 }
 
 static void llm__fused_pass(llm__gpu_context *c, int bucket) {
-    llm__fwd_rows rows = llm__place_rows(c, c->rows, LLM__FUSED_ROWS);
+    llm__rows rows = llm__place_rows(c, c->rows, LLM__FUSED_ROWS);
     llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_EMBED, dim3((unsigned)bucket), 256, llm__embed,
                       llm__make_start(c, rows, true));
+    llm__meet_embedded(c, c->host_rows[LLM__ALL_ROWS], true);
     for (int layer = 0; layer < c->model->shape.n_layers; layer++) {
         llm__fused_attention_in(c, rows, bucket, layer);
+        llm__meet_attention(c, c->host_rows[LLM__ALL_ROWS]);
         llm__fused_rest(c, rows, LLM__ALL_ROWS, bucket, layer, c->attention, c->x);
     }
-    llm__fused_head(c, rows, false, bucket);
+    if (c->model->is_last_stage) llm__fused_head(c, rows, false, bucket);
+    else llm__meet_x(c, c->x, c->host_rows[LLM__ALL_ROWS]); /* the next stage makes its own inputs of all of it */
 }
 
 static void llm__run_picker(llm__gpu_context *c) {
@@ -2800,6 +3047,9 @@ static void llm__run_picker(llm__gpu_context *c) {
                      c->host_picked};
     llm__queue_launch(&c->queue, LLM__OVERLAP, LLM__KIND_PICK, dim3(1), LLM__PICK_THREADS, llm__pick, p);
 }
+
+/* What ranks bring together by way of the host cannot be recorded. */
+static bool llm__uses_graphs(const llm__gpu_context *c) { return c->model->mode == LLM_CUDA_GRAPH && !c->desc.tensor; }
 
 static void llm__run_one_by_one(llm__gpu_context *c, int bucket, bool pick) {
     llm__fused_pass(c, bucket);
@@ -2811,7 +3061,7 @@ static void llm__record_graph(llm__gpu_context *c, int bucket, bool pick, cudaGr
     cudaGraph_t graph = NULL;
     llm__queue_note(&c->queue, cudaStreamBeginCapture(c->queue.stream, cudaStreamCaptureModeThreadLocal),
                     "starting to record the pass");
-    if (c->queue.failure != cudaSuccess) return;
+    if (llm__queue_failed(&c->queue)) return;
     llm__run_one_by_one(c, bucket, pick);
     llm__queue_note(&c->queue, cudaStreamEndCapture(c->queue.stream, &graph), "recording the pass");
     if (c->queue.failure == cudaSuccess)
@@ -2832,7 +3082,7 @@ static void llm__log_refusal(const llm__gpu_context *c) {
 /* The first time kernels are launched one by one. That loads them, which may need what is forbidden while recording.
    The second time they are recorded; where that fails, they go on being launched one by one. */
 static void llm__run_graph(llm__gpu_context *c, int bucket, bool pick, llm__recording *r) {
-    if (c->queue.failure != cudaSuccess) return;
+    if (llm__queue_failed(&c->queue)) return;
     if (r->loaded && !r->graph && !r->refused) {
         llm__record_graph(c, bucket, pick, &r->graph);
         r->refused = c->queue.failure != cudaSuccess;
@@ -2851,7 +3101,7 @@ static void llm__fused_forward(llm__gpu_context *c, const llm_backend_pass *pass
     int index = 0;
     while (1 << index < pass->n_rows) index++;
     llm__send_rows(c, pass, LLM__FUSED_ROWS);
-    if (c->model->mode == LLM_CUDA_GRAPH) llm__run_graph(c, 1 << index, false, &c->passes[index]);
+    if (llm__uses_graphs(c)) llm__run_graph(c, 1 << index, false, &c->passes[index]);
     else llm__fused_pass(c, 1 << index);
 }
 
@@ -2863,33 +3113,40 @@ static void llm__fused_forward(llm__gpu_context *c, const llm_backend_pass *pass
    vector for alpha, but only for types that the device's own library names.) Gates and ups are written as bf16, half
    the bytes. Queries and keys are not: rounded before RoPE and again after it, they double the error of the logits. */
 
+/* Where a product goes: rows are `stride` numbers apart. */
+typedef struct llm__target {
+    void *data;
+    int stride;
+    bool is_bf16, add;
+} llm__target;
+
 /* Outputs [first, first + n) of y = W x, or y += W x, for bf16 weights. cuBLAS counts columns first: y' = (W')' x'. */
 static void llm__blas_product(llm__gpu_context *c, llm__gpu_matrix m, const void *weight, int first, int n,
-                              const uint16_t *x, int rows, void *y, bool is_bf16, bool add) {
-    float one = 1, beta = add ? 1.0f : 0.0f;
-    if (c->queue.failure != cudaSuccess || c->queue.blas_failure != CUBLAS_STATUS_SUCCESS) return;
-    uint8_t *out = (uint8_t *)y + (size_t)first * (is_bf16 ? 2 : 4);
+                              const uint16_t *x, int rows, llm__target y) {
+    float one = 1, beta = y.add ? 1.0f : 0.0f;
+    if (llm__queue_failed(&c->queue) || n == 0) return;
+    uint8_t *out = (uint8_t *)y.data + (size_t)first * (y.is_bf16 ? 2 : 4);
     c->queue.blas_failure =
         cublasGemmEx(c->queue.blas, CUBLAS_OP_T, CUBLAS_OP_N, n, rows, m.k, &one, weight, CUDA_R_16BF, m.k, x,
-                     CUDA_R_16BF, llm__matrix_input_stride(m), &beta, out, is_bf16 ? CUDA_R_16BF : CUDA_R_32F, m.n,
-                     CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+                     CUDA_R_16BF, llm__matrix_input_stride(m), &beta, out, y.is_bf16 ? CUDA_R_16BF : CUDA_R_32F,
+                     y.stride, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
 }
 
 /* The same for all formats, whose weights become bf16 piece by piece: int8 without its scales, f16 in two parts. */
-static void llm__widened_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, void *y,
-                                 bool is_bf16, bool add) {
+static void llm__widened_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, llm__target y) {
     if (m.format == LLM__BF16) {
-        llm__blas_product(c, m, m.data, 0, m.n, x, rows, y, is_bf16, add);
+        llm__blas_product(c, m, m.data, 0, m.n, x, rows, y);
         return;
     }
     int some = llm__min((int)(c->sizes.widened / (size_t)m.k), m.n);
     for (int first = 0; first < m.n; first += some) {
         int n = llm__min(m.n - first, some);
         unsigned n_blocks = (unsigned)(((size_t)n * (size_t)m.k + 2047) / 2048);
-        for (int part = 0; part < (m.format == LLM__F16 ? 2 : 1); part++) {
+        llm__target to = y;
+        for (int part = 0; part < (m.format == LLM__F16 ? 2 : 1); part++, to.add = true) {
             llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_WIDEN, dim3(n_blocks), 256, llm__widen, m, first, n,
                               part == 1, c->widened);
-            llm__blas_product(c, m, c->widened, first, n, x, rows, y, is_bf16, add || part);
+            llm__blas_product(c, m, c->widened, first, n, x, rows, to);
         }
     }
 }
@@ -2897,25 +3154,22 @@ static void llm__widened_product(llm__gpu_context *c, llm__gpu_matrix m, const u
 /* Eager passes, and contexts for few rows, do without cuBLAS. */
 static bool llm__has_blas(const llm__gpu_context *c) { return c->queue.blas && c->model->mode != LLM_CUDA_EAGER; }
 
-static void llm__eager_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *y,
-                               bool add) {
+static void llm__eager_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, llm__target y) {
     llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_QKV, dim3((unsigned)llm__divide_up(m.n, 8), (unsigned)rows),
-                      256, llm__matrix_product, m, x, y, add);
+                      256, llm__matrix_product, m, x, (float *)y.data, y.stride, y.add);
 }
 
-/* y = W x, or y += W x, in f32. */
+/* y = W x, or y += W x, in f32; rows of y are `stride` numbers apart. What is to be added to y without its scales yet
+   goes to c->wide, which has room for it: only residual streams are added to. */
 static void llm__plain_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *y,
-                               bool add) {
-    bool scales = m.format == LLM__INT8 && llm__has_blas(c);
-    float *sums = scales ? c->wide : y;
-    if (!llm__has_blas(c)) llm__eager_product(c, m, x, rows, y, add);
-    else llm__widened_product(c, m, x, rows, sums, false, add && !scales);
+                               int stride, bool add) {
+    bool scales = m.format == LLM__INT8 && llm__has_blas(c), apart = scales && add;
+    const llm__target to = {apart ? c->wide : y, apart ? m.n : stride, false, add && !apart};
+    if (!llm__has_blas(c)) llm__eager_product(c, m, x, rows, to);
+    else llm__widened_product(c, m, x, rows, to);
     if (!scales) return;
-    if (!add)
-        llm__queue_note(&c->queue, cudaMemsetAsync(y, 0, (size_t)rows * (size_t)m.n * sizeof *y, c->queue.stream),
-                        "clearing sums");
     llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_SCALE, dim3((unsigned)llm__divide_up(m.n, 256), (unsigned)rows),
-                      256, llm__scale, sums, m.scales, m.n, y);
+                      256, llm__scale, (const float *)to.data, to.stride, m.scales, m.n, y, stride, add);
 }
 
 /* W x into c->wide, for a kernel that reads it once; it may be rounded to bf16. f16 needs f32, since its two parts are
@@ -2924,8 +3178,9 @@ static llm__wide llm__wide_product(llm__gpu_context *c, llm__gpu_matrix m, const
                                    bool may_round) {
     llm__wide wide = {c->wide, may_round && llm__has_blas(c) && m.format != LLM__F16,
                       llm__has_blas(c) && m.format == LLM__INT8 ? m.scales : NULL, m.n};
-    if (llm__has_blas(c)) llm__widened_product(c, m, x, rows, c->wide, wide.is_bf16, false);
-    else llm__eager_product(c, m, x, rows, c->wide, false);
+    const llm__target to = {c->wide, m.n, wide.is_bf16, false};
+    if (llm__has_blas(c)) llm__widened_product(c, m, x, rows, to);
+    else llm__eager_product(c, m, x, rows, to);
     return wide;
 }
 
@@ -2935,7 +3190,7 @@ static void llm__plain_norm(llm__gpu_context *c, const float *x, const float *we
                       s->n_embd, s->rms_eps, c->normed, c->sizes.n_embd);
 }
 
-static void llm__plain_qkv(llm__gpu_context *c, llm__fwd_rows rows, int n_rows, int layer) {
+static void llm__plain_qkv(llm__gpu_context *c, llm__rows rows, int n_rows, int layer) {
     const llm_backend_shape *s = &c->model->shape;
     llm__wide wide = llm__wide_product(c, c->model->layers[layer].qkv, c->normed, n_rows, false);
     bool values_apart = llm__has_blas(c);
@@ -2946,7 +3201,7 @@ static void llm__plain_qkv(llm__gpu_context *c, llm__fwd_rows rows, int n_rows, 
                       llm__make_store(c, layer), wide);
 }
 
-static void llm__run_attention(llm__gpu_context *c, llm__fwd_rows rows, int n_rows, int n_tiles, int layer) {
+static void llm__run_attention(llm__gpu_context *c, llm__rows rows, int n_rows, int n_tiles, int layer) {
     const llm_backend_shape *s = &c->model->shape;
     llm__attn_run a = llm__make_attend(c, rows, layer);
     if (c->model->mode == LLM_CUDA_EAGER)
@@ -2958,21 +3213,34 @@ static void llm__run_attention(llm__gpu_context *c, llm__fwd_rows rows, int n_ro
                           llm__choose_tile_attention(c->kv.stride), a);
 }
 
+/* x += W in, of which a rank has a share of the outputs. */
+static void llm__plain_residual(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *in, int n, float *x) {
+    llm__plain_product(c, m, in, n, x + c->model->own.embd.first, c->model->shape.n_embd, true);
+    llm__meet_x(c, x, n);
+}
+
 static void llm__plain_ffn(llm__gpu_context *c, const llm__gpu_layer *l, int n, float *x) {
-    const llm_backend_shape *s = &c->model->shape;
+    const llm_backend_range ff = c->model->own.ff;
     llm__plain_norm(c, x, l->ffn_norm, n);
     llm__wide wide = llm__wide_product(c, l->gate_up, c->normed, n, true);
-    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_SWIGLU,
-                      dim3((unsigned)llm__divide_up(s->n_ff, 256), (unsigned)n), 256, llm__swiglu, wide, s->n_ff,
-                      c->ffn, c->sizes.ffn);
-    llm__plain_product(c, l->down, c->ffn, n, x, true);
+    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_SWIGLU, dim3((unsigned)llm__divide_up(ff.n, 256), (unsigned)n),
+                      256, llm__swiglu, wide, ff.n, c->ffn + ff.first, c->sizes.ffn);
+    llm__meet_ffn(c, n);
+    llm__plain_residual(c, l->down, c->ffn, n, x);
+}
+
+/* Logits of n rows, of which a rank has a share of the vocabulary. */
+static void llm__plain_logits(llm__gpu_context *c, const uint16_t *normed, int n, float *logits) {
+    llm__plain_product(c, c->model->head, normed, n, logits + c->model->own.vocab.first, c->model->shape.n_vocab,
+                       false);
+    llm__meet_logits(c, logits, n);
 }
 
 /* The head for rows [first, end), and the log-probabilities of the n targets that follow them. Logits are made for as
    many rows at a time as fit into the context's, or into what the layers' products went to, which is idle by now. */
-static void llm__fwd_score_rows(llm__gpu_context *c, int first, int end, int n_targets) {
-    llm__gpu_matrix head = c->model->head;
-    size_t in_wide = (size_t)c->desc.n_batch * (size_t)c->sizes.n_wide / (size_t)head.n,
+static void llm__score_rows(llm__gpu_context *c, int first, int end, int n_targets) {
+    int n_vocab = c->model->shape.n_vocab;
+    size_t in_wide = (size_t)c->desc.n_batch * (size_t)c->sizes.n_wide / (size_t)n_vocab,
            in_logits = (size_t)c->desc.n_logits;
     size_t most = in_wide > in_logits ? in_wide : in_logits, n_rows = (size_t)(end - first),
            n_pieces = (n_rows + most - 1) / most;
@@ -2980,9 +3248,9 @@ static void llm__fwd_score_rows(llm__gpu_context *c, int first, int end, int n_t
     float *logits = in_wide > in_logits ? c->wide : c->logits;
     for (; first < end; first += some) {
         int n = llm__min(end - first, some);
-        llm__plain_product(c, head, c->normed + (size_t)first * (size_t)c->sizes.n_embd, n, logits, false);
+        llm__plain_logits(c, c->normed + (size_t)first * (size_t)c->sizes.n_embd, n, logits);
         llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_SCORE, dim3((unsigned)n), 256, llm__score_row, logits,
-                          head.n, first, c->targets, c->targets + c->desc.n_batch, n_targets, c->log_probs);
+                          n_vocab, first, c->targets, c->targets + c->desc.n_batch, n_targets, c->log_probs);
     }
 }
 
@@ -2998,7 +3266,7 @@ static void llm__score_targets(llm__gpu_context *c, const llm_backend_pass *pass
                         cudaMemcpyAsync(c->targets, c->host_targets, (size_t)most * sizeof(int) + bytes,
                                         cudaMemcpyHostToDevice, c->queue.stream),
                         "sending the targets");
-        llm__fwd_score_rows(c, pass->target_rows[first], pass->target_rows[first + n - 1] + 1, n);
+        llm__score_rows(c, pass->target_rows[first], pass->target_rows[first + n - 1] + 1, n);
         llm__queue_note(
             &c->queue, cudaMemcpyAsync(c->host_log_probs, c->log_probs, bytes, cudaMemcpyDeviceToHost, c->queue.stream),
             "fetching log-probabilities");
@@ -3008,67 +3276,74 @@ static void llm__score_targets(llm__gpu_context *c, const llm_backend_pass *pass
 }
 
 /* The last layer's rest and the head, for the rows with logits alone: with few of them by the fused kernels. */
-static void llm__plain_end(llm__gpu_context *c, const llm_backend_pass *pass, llm__fwd_rows rows, int layer) {
+static void llm__plain_end(llm__gpu_context *c, const llm_backend_pass *pass, llm__rows rows, int layer) {
     const llm__gpu_model *m = c->model;
     const llm__gpu_layer *l = &m->layers[layer];
     int n = pass->n_logits;
-    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_KEEP, dim3((unsigned)n), 256, llm__fwd_keep_rows, rows, c->x,
+    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_KEEP, dim3((unsigned)n), 256, llm__keep_rows, rows, c->x,
                       c->kept_x, m->shape.n_embd, c->attention, c->kept_attention, c->sizes.q);
     if (n <= LLM__FUSED_ROWS && !pass->n_targets && m->mode != LLM_CUDA_EAGER) {
         llm__fused_rest(c, rows, LLM__LOGIT_ROWS, n, layer, c->kept_attention, c->kept_x);
         llm__fused_head(c, rows, true, n);
         return;
     }
-    llm__plain_product(c, l->attention_out, c->kept_attention, n, c->kept_x, true);
+    llm__plain_residual(c, l->attention_out, c->kept_attention, n, c->kept_x);
     llm__plain_ffn(c, l, n, c->kept_x);
     llm__plain_norm(c, c->kept_x, m->output_norm, n);
     if (pass->n_targets) llm__score_targets(c, pass);
-    else llm__plain_product(c, m->head, c->normed, n, c->logits, false);
+    else llm__plain_logits(c, c->normed, n, c->logits);
 }
 
-/* Returns false if it was cancelled. */
-static bool llm__plain_forward(llm__gpu_context *c, const llm_backend_pass *pass) {
+static void llm__plain_forward(llm__gpu_context *c, const llm_backend_pass *pass) {
     const llm__gpu_model *m = c->model;
     int capacity = llm__pad(pass->n_rows, LLM__FUSED_ROWS), n_tiles = llm__send_rows(c, pass, capacity),
         n = pass->n_rows;
-    llm__fwd_rows rows = llm__place_rows(c, c->rows, capacity);
+    llm__rows rows = llm__place_rows(c, c->rows, capacity);
     llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_EMBED, dim3((unsigned)n), 256, llm__embed,
                       llm__make_start(c, rows, false));
-    for (int layer = 0; layer < m->shape.n_layers; layer++) {
+    llm__meet_embedded(c, n, false);
+    for (int layer = 0; layer < m->shape.n_layers && !c->cancelled; layer++) {
         const llm__gpu_layer *l = &m->layers[layer];
-        bool is_last = layer == m->shape.n_layers - 1;
-        if (llm__is_cancelled(pass)) return false;
+        bool is_last = m->is_last_stage && layer == m->shape.n_layers - 1;
         llm__plain_norm(c, c->x, l->attention_norm, n);
         llm__plain_qkv(c, rows, n, layer);
         if (is_last && pass->n_logits == 0) break; /* only keys and values are wanted */
         llm__run_attention(c, rows, n, n_tiles, layer);
+        llm__meet_attention(c, n);
         if (is_last) {
             llm__plain_end(c, pass, rows, layer);
             break;
         }
-        llm__plain_product(c, l->attention_out, c->attention, n, c->x, true);
+        llm__plain_residual(c, l->attention_out, c->attention, n, c->x);
         llm__plain_ffn(c, l, n, c->x);
+        c->cancelled = llm__poll_cancel(c, pass);
     }
-    return true;
 }
 
 static llm_status llm__gpu_forward(void *context, const llm_backend_pass *pass, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
     llm__on_device on(c->model->device);
     size_t n_vocab = (size_t)c->model->shape.n_vocab;
-    bool finished = !llm__is_cancelled(pass);
-    bool fused = pass->n_rows <= LLM__FUSED_ROWS && !pass->n_targets && c->model->mode != LLM_CUDA_EAGER;
-    if (finished && fused) llm__fused_forward(c, pass);
-    else if (finished) finished = llm__plain_forward(c, pass);
-    if (finished && pass->n_logits && !pass->n_targets && c->queue.failure == cudaSuccess)
+    bool has_next = c->desc.pipeline && pass->more,
+         fused = pass->n_rows <= LLM__FUSED_ROWS && !pass->n_targets && c->model->mode != LLM_CUDA_EAGER;
+    c->cancelled = llm__poll_cancel(c, pass) || c->stopped;
+    llm__receive_message(c, pass->n_rows, fused);
+    if (!c->cancelled && fused) llm__fused_forward(c, pass);
+    else if (!c->cancelled) llm__plain_forward(c, pass);
+    llm__send_message(c, pass->n_rows, fused);
+    if (!c->cancelled && c->model->is_last_stage && pass->n_logits && !pass->n_targets && !llm__queue_failed(&c->queue))
         llm__queue_note(&c->queue,
                         cudaMemcpyAsync(c->host_logits + (size_t)pass->first_logits * n_vocab, c->logits,
                                         (size_t)pass->n_logits * n_vocab * sizeof(float), cudaMemcpyDeviceToHost,
                                         c->queue.stream),
                         "fetching the logits");
     llm__queue_note(&c->queue, cudaStreamSynchronize(c->queue.stream), "computing the pass");
-    llm_status status = llm__queue_status(&c->queue, err);
-    return status || finished ? status : llm__cuda_error(err, LLM_ERROR_CANCELLED, "the forward pass was cancelled");
+    c->stopped = c->cancelled && has_next; /* all stages end the call together */
+    if (pass->stopped) *pass->stopped = c->cancelled;
+    else if (c->desc.pipeline && !has_next && !llm__queue_failed(&c->queue)) llm__share_logits(c, pass);
+    llm_status status = llm__end_call(c, err);
+    if (status || c->stopped || pass->stopped || !c->cancelled) return status;
+    return llm__cuda_error(err, LLM_ERROR_CANCELLED, "the forward pass was cancelled");
 }
 
 static const float *llm__gpu_logits(void *context, int i) {
@@ -3083,11 +3358,11 @@ static const float *llm__gpu_logits(void *context, int i) {
    only a few passes are wasted. */
 
 static void llm__send_burst(llm__gpu_context *c, const llm_backend_burst *burst) {
-    llm__fwd_rows rows = llm__place_rows(c, c->host_rows, LLM__FUSED_ROWS);
+    llm__rows rows = llm__place_rows(c, c->host_rows, LLM__FUSED_ROWS);
     const llm_sampler *s = burst->sampler;
     size_t n_blocks = (size_t)(burst->position + burst->n - 1 + LLM_CACHE_BLOCK - 1) / LLM_CACHE_BLOCK;
     memset(c->host_rows, 0, (size_t)(rows.tables - c->host_rows) * sizeof(int));
-    for (int i = 0; i < 3; i++) c->host_rows[i] = 1; /* llm__fwd_rows.counts */
+    for (int i = 0; i < 3; i++) c->host_rows[i] = 1; /* llm__rows.counts */
     const_cast<int *>(rows.positions)[0] = burst->position - 1;
     const_cast<int *>(rows.tile_rows)[0] = 1;
     memcpy(const_cast<int *>(rows.tables), burst->blocks, n_blocks * sizeof(int));
@@ -3111,7 +3386,7 @@ static void llm__send_burst(llm__gpu_context *c, const llm_backend_burst *burst)
 
 /* Token i of a burst. */
 static void llm__queue_token(llm__gpu_context *c, int i) {
-    if (i && c->model->mode == LLM_CUDA_GRAPH) {
+    if (i && llm__uses_graphs(c)) {
         llm__run_graph(c, 1, true, &c->burst_pass);
     } else {
         if (i) llm__fused_pass(c, 1);
@@ -3128,12 +3403,12 @@ static llm_status llm__gpu_burst(void *context, const llm_backend_burst *burst, 
     for (int i = 0, n_queued = 0; i < burst->n && wanted; i++) {
         for (; n_queued < burst->n && n_queued <= i + LLM__AHEAD; n_queued++) llm__queue_token(c, n_queued);
         llm__queue_note(&c->queue, cudaEventSynchronize(c->picked[i % (LLM__AHEAD + 1)]), "awaiting a token");
-        wanted = c->queue.failure == cudaSuccess;
+        wanted = !llm__queue_failed(&c->queue);
         is_wrong = wanted && c->host_picked[i] < 0;
         wanted = wanted && !is_wrong && burst->on_token(burst->user, c->host_picked[i]);
     }
     llm__queue_note(&c->queue, cudaStreamSynchronize(c->queue.stream), "ending the burst");
-    llm_status status = llm__queue_status(&c->queue, err);
+    llm_status status = llm__end_call(c, err);
     if (status || !is_wrong) return status;
     return llm__cuda_error(
         err, LLM_ERROR_FORMAT,
@@ -3152,24 +3427,70 @@ static llm_status llm__gpu_copy_block(void *context, int to, int from, llm_error
     return LLM_OK;
 }
 
+/* Saved sequences have the planes of all ranks: [layer][keys, values][head]. Runs copy(device, host, bytes) for each
+   run of a block that this rank has. */
+template <typename Copy>
+static cudaError_t llm__copy_planes(const llm__gpu_context *c, int block, uint8_t *bytes, Copy copy) {
+    const llm__gpu_model *m = c->model;
+    size_t head = (size_t)LLM_CACHE_BLOCK * (size_t)c->kv.stride, n = (size_t)m->shape.n_kv_heads;
+    for (int i = 0; i < 2 * m->shape.n_layers && n; i++) {
+        size_t whole =
+            (size_t)(2 * m->own.layers.first + i) * (size_t)m->whole.n_kv_heads + (size_t)m->own.key_heads.first;
+        cudaError_t result = copy(c->kv.data + (size_t)block * c->kv.block_size + (size_t)i * n * head,
+                                  bytes + whole * head * 2, n * head * 2);
+        if (result != cudaSuccess) return result;
+    }
+    return cudaStreamSynchronize(c->queue.stream);
+}
+
+/* Of key heads that two ranks have, either may give them. */
+static llm_status llm__share_planes(llm__gpu_context *c, uint8_t *bytes, llm_error *err) {
+    const llm__gpu_model *m = c->model;
+    llm_comm *tensor = c->desc.tensor, *pipeline = c->desc.pipeline;
+    size_t head = (size_t)LLM_CACHE_BLOCK * (size_t)c->kv.stride * 2, plane = (size_t)m->whole.n_kv_heads * head;
+    llm_status status = LLM_OK;
+    unsigned flags = 0;
+    if (tensor) {
+        const llm_exchange x = {bytes + 2 * (size_t)m->own.layers.first * plane,
+                                2 * (size_t)m->own.layers.n,
+                                plane,
+                                plane,
+                                head,
+                                m->whole.n_kv_heads,
+                                NULL,
+                                0};
+        status = tensor->exchange(tensor, &x, &flags, err);
+    }
+    for (int32_t stage = 0; pipeline && stage < pipeline->size && !status; stage++) {
+        llm_comm other = *pipeline;
+        other.rank = stage;
+        const llm_backend_range layers = llm_backend_find_ranks(&m->whole, NULL, &other).layers;
+        size_t n = 2 * (size_t)layers.n * plane;
+        const llm_exchange x = {bytes + 2 * (size_t)layers.first * plane, 1, n, n, n, pipeline->size, &stage, 1};
+        status = pipeline->exchange(pipeline, &x, &flags, err);
+    }
+    return status;
+}
+
 static llm_status llm__gpu_read_block(void *context, int block, void *bytes, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
     llm__on_device on(c->model->device);
-    size_t size = c->kv.block_size;
-    LLM__TRY(
-        cudaMemcpyAsync(bytes, c->kv.data + (size_t)block * size, size * 2, cudaMemcpyDeviceToHost, c->queue.stream));
-    LLM__TRY(cudaStreamSynchronize(c->queue.stream));
-    return LLM_OK;
+    cudaStream_t stream = c->queue.stream;
+    cudaError_t result = llm__copy_planes(c, block, (uint8_t *)bytes, [=](void *device, void *host, size_t n) {
+        return cudaMemcpyAsync(host, device, n, cudaMemcpyDeviceToHost, stream);
+    });
+    llm_status status = llm__cuda_check(result, "reading a block of the cache", err);
+    return status ? status : llm__share_planes(c, (uint8_t *)bytes, err);
 }
 
 static llm_status llm__gpu_write_block(void *context, int block, const void *bytes, llm_error *err) {
     llm__gpu_context *c = (llm__gpu_context *)context;
     llm__on_device on(c->model->device);
-    size_t size = c->kv.block_size;
-    LLM__TRY(
-        cudaMemcpyAsync(c->kv.data + (size_t)block * size, bytes, size * 2, cudaMemcpyHostToDevice, c->queue.stream));
-    LLM__TRY(cudaStreamSynchronize(c->queue.stream));
-    return LLM_OK;
+    cudaStream_t stream = c->queue.stream;
+    cudaError_t result = llm__copy_planes(c, block, (uint8_t *)bytes, [=](void *device, void *host, size_t n) {
+        return cudaMemcpyAsync(device, host, n, cudaMemcpyHostToDevice, stream);
+    });
+    return llm__cuda_check(result, "writing a block of the cache", err);
 }
 
 static void llm__add_region(llm__region *regions, int *n, llm__gpu_matrix m) {
@@ -3214,7 +3535,7 @@ static void llm__run_filling(llm__gpu_context *c, uint16_t *to, size_t n) {
 /* Fills the inputs of the widest product with random numbers. Returns the operations of ten such products. */
 static double llm__fill_products(llm__gpu_context *c) {
     llm__gpu_matrix m = c->model->layers[0].gate_up;
-    if (!c->queue.blas) return 0;
+    if (!c->queue.blas || m.n == 0) return 0;
     llm__run_filling(c, c->normed, (size_t)c->desc.n_batch * (size_t)c->sizes.n_embd);
     llm__run_filling(c, c->widened, c->sizes.widened);
     return 20.0 * llm__min((int)(c->sizes.widened / (size_t)m.k), m.n) * m.k * c->desc.n_batch;
@@ -3224,8 +3545,9 @@ static double llm__fill_products(llm__gpu_context *c) {
 static void llm__run_products(llm__gpu_context *c) {
     llm__gpu_matrix m = c->model->layers[0].gate_up;
     int n = llm__min((int)(c->sizes.widened / (size_t)m.k), m.n);
+    const llm__target to = {c->wide, m.n, true, false};
     for (int i = 0; i < 10 && c->queue.blas; i++)
-        llm__blas_product(c, m, c->widened, 0, n, c->normed, c->desc.n_batch, c->wide, true, false);
+        llm__blas_product(c, m, c->widened, 0, n, c->normed, c->desc.n_batch, to);
 }
 
 /* What `prepare` says there is to do, over the seconds that `work` takes: the best of several times. 0 if it cannot be
@@ -3287,8 +3609,8 @@ LLM_API const llm_backend *llm_cuda_backend(void) { return llm_cuda_backend_mode
 /* ---- For bench/gpu.cpp, which declares these itself ---- */
 
 /* Changes how a context decodes from now on: the bytes that a block prefetches (-1: as built), whether kernels overlap,
-   and which kinds of kernels are launched, a bit for each of the first ones of llm__weight_type. Leaving out some makes the
-   results meaningless, but not the time of the others. */
+   and which kinds of kernels are launched, a bit for each of the first ones of llm__kernel_kind. Leaving out some makes
+   the results meaningless, but not the time of the others. */
 LLM_API void llm__cuda_vary(void *context, int prefetch, bool overlap, unsigned kinds) {
     using namespace llm__cuda;
     llm__gpu_context *c = (llm__gpu_context *)context;

@@ -303,7 +303,7 @@ static void random_body(llm__env *env, void *arg) {
     m->info.n_vocab = s->n_vocab;
     m->info.n_ctx_train = a->shape->n_ctx;
     m->info.dtype = a->desc.dtype;
-    const llm_backend_shape own = llm__ranks_shape(s, &a->desc);
+    const llm_backend_shape own = llm_backend_find_ranks(s, a->desc.tensor, a->desc.pipeline).shape;
     m->info.n_own_layers = own.n_layers;
     m->info.n_own_kv_heads = own.n_kv_heads;
     m->info.cache_bytes_per_token =

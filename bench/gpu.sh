@@ -1,14 +1,17 @@
 #!/bin/bash
 # Tests and measures llm_cuda.cu on a machine with an NVIDIA GPU, and ends by itself before 560 seconds are over.
 #   bench/gpu.sh              all steps, the most wanted first
-#   bench/gpu.sh STEP...      these steps only: probe first why types fused tests sanitizer ncu peer shapes same hellaswag
+#   bench/gpu.sh STEP...      these steps only: probe first why types fused tests sanitizer ncu peer shapes same
+#                             hellaswag
 #   bench/gpu.sh --build      only builds build/gpu, which needs no GPU
-#   OUT=folder                where results go as they come: gpu.log, gpu.csv, clocks.csv and others (default: build/gpu)
+#   OUT=folder                where results go as they come: gpu.log, gpu.csv, clocks.csv and others; if it is not
+#                             set, build/gpu
 #   LLM_MODEL=path            the default model, if it is not in models/
 #   LLM_DATA=folder           with hellaswag_val_full.txt (or .bz2), six lines a question; the first 400 are scored
 #   LLAMA_BENCH=path          llama.cpp's llama-bench, built with CUDA, to run on the default model
-# It needs a driver. `make gpu-bundle` builds everything beforehand; what is missing or older than its sources is built here
-# with nvcc. No step is fatal: one that cannot run says why. Each shape, type and mode has its own process, and each test.
+# It needs a driver. `make gpu-bundle` builds everything beforehand; what is missing or older than its sources is built
+# here with nvcc. No step is fatal: one that cannot run says why. Each shape, type and mode has its own process, and so
+# has each test.
 # All of HellaSwag: build/gpu/bench --hellaswag LLaMA-33B MODEL hellaswag_val_full.txt 10042
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -41,9 +44,12 @@ folder_with() { # NAME FOLDER...
 find_cuda() {
     local python_folders
     PATH=$PATH:/usr/local/cuda/bin
-    for folder in /usr/local/cuda-*/bin /opt/cuda/bin /usr/lib/nvidia-cuda-toolkit/bin; do [ ! -d "$folder" ] || PATH=$PATH:$folder; done
+    for folder in /usr/local/cuda-*/bin /opt/cuda/bin /usr/lib/nvidia-cuda-toolkit/bin; do
+        [ ! -d "$folder" ] || PATH=$PATH:$folder
+    done
     python_folders=$(python3 -c 'import site, sys
-for folder in site.getsitepackages() + [site.getusersitepackages()] + sys.path: print(folder)' 2>/dev/null | grep packages | sort -u)
+for folder in site.getsitepackages() + [site.getusersitepackages()] + sys.path: print(folder)' 2>/dev/null |
+        grep packages | sort -u)
     roots=()
     if command -v nvcc >/dev/null; then roots+=("$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")"); fi
     roots+=(/usr/local/cuda /usr/local/cuda-* /opt/cuda)
@@ -53,7 +59,9 @@ for folder in site.getsitepackages() + [site.getusersitepackages()] + sys.path: 
     done
     libraries=() headers=()
     for root in "${roots[@]}"; do
-        for folder in "$root"/lib64 "$root"/lib "$root"/targets/*/lib; do [ ! -d "$folder" ] || libraries+=("$folder"); done
+        for folder in "$root"/lib64 "$root"/lib "$root"/targets/*/lib; do
+            [ ! -d "$folder" ] || libraries+=("$folder")
+        done
         for folder in "$root"/include "$root"/targets/*/include; do [ ! -d "$folder" ] || headers+=("$folder"); done
     done
     libraries+=(/usr/lib/x86_64-linux-gnu /usr/lib64)
@@ -74,8 +82,10 @@ sources="llm.h llm_cuda.cu bench/gpu.cpp tests/test_cuda.cpp tests/tiny.h tests/
 
 sources_sum() { cat $sources 2>/dev/null | cksum; }
 
-is_built() { # the programs start on this machine, and were built from these sources
-    [ -x $bin/bench ] && [ "$(cat $bin/sources.sum 2>/dev/null)" = "$(sources_sum)" ] && $bin/bench --help >/dev/null 2>&1
+# Were the programs built from these sources, and do they start on this machine?
+is_built() {
+    [ -x $bin/bench ] && [ "$(cat $bin/sources.sum 2>/dev/null)" = "$(sources_sum)" ] &&
+        $bin/bench --help >/dev/null 2>&1
 }
 
 has_cmocka() {
@@ -89,7 +99,10 @@ build() {
     [ -n "$blas" ] || { echo "Not built: libcublas.so.13 is in none of ${libraries[*]}"; return 1; }
     runtime_headers=$(folder_with cuda_runtime.h "${headers[@]}")
     blas_headers=$(folder_with cublas_v2.h "${headers[@]}")
-    [ -n "$runtime_headers" ] && [ -n "$blas_headers" ] || { echo "Not built: cuda_runtime.h or cublas_v2.h is missing"; return 1; }
+    if [ -z "$runtime_headers" ] || [ -z "$blas_headers" ]; then
+        echo "Not built: cuda_runtime.h or cublas_v2.h is missing"
+        return 1
+    fi
     runtime=$(folder_with libcudart_static.a "${libraries[@]}")
     if [ -n "$runtime" ]; then
         link=("$runtime/libcudart_static.a" -ldl -lrt)
@@ -102,7 +115,10 @@ build() {
     chip=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
     case $chip in
     [0-9]*) flags=(-gencode "arch=compute_$chip,code=sm_$chip") ;;
-    *) flags=(-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90) ;;
+    *)
+        flags=(-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
+            -gencode arch=compute_90,code=compute_90)
+        ;;
     esac
     local host=(g++ -O2 -std=c++17 -I. "-I$runtime_headers")
     "${host[@]}" -c -o $bin/bench.o bench/gpu.cpp & pids+=($!)
@@ -156,8 +172,16 @@ rows() { # NAME MOST COMMAND...
 # The clocks and the power since the last call.
 clocks() {
     [ -r "$out/clocks.csv" ] || return 0
-    awk -F', *' -v from="${clock_lines:-0}" 'NR > from && $3 + 0 > 1000 { n++; power += $4; if ($2 > sm) sm = $2; low = n == 1 || $2 < low ? $2 : low; memory = $3 }
-        END { if (n) printf "   (clocks: SM %d to %d MHz, memory %d MHz, %.0f W on average)\n", low, sm, memory, power / n }' "$out/clocks.csv"
+    awk -F', *' -v from="${clock_lines:-0}" '
+        NR > from && $3 + 0 > 1000 {
+            n++; power += $4; memory = $3
+            if ($2 > sm) sm = $2
+            low = n == 1 || $2 < low ? $2 : low
+        }
+        END {
+            if (!n) exit
+            printf "   (clocks: SM %d to %d MHz, memory %d MHz, %.0f W on average)\n", low, sm, memory, power / n
+        }' "$out/clocks.csv"
     clock_lines=$(wc -l <"$out/clocks.csv")
 }
 
@@ -173,9 +197,11 @@ has_bench() { [ -x $bin/bench ] || { echo "Left out: $bin/bench could not be bui
 step_probe() {
     say "The machine"
     uname -srm
-    nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.mem,power.limit --format=csv,noheader ||
+    nvidia-smi --format=csv,noheader \
+        --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.mem,power.limit ||
         echo "nvidia-smi does not work here"
-    echo "nvcc: $(command -v nvcc || echo none); cuBLAS: ${blas:-none}; python3: $(command -v python3 || echo none); processors: $(nproc)"
+    echo "nvcc: $(command -v nvcc || echo none); cuBLAS: ${blas:-none}; python3: $(command -v python3 || echo none);" \
+        "processors: $(nproc)"
     if has_bench; then $bin/bench --device || echo "No GPU can be used here; what needs one will fail"; fi
 }
 
@@ -222,7 +248,8 @@ step_tests() {
 step_sanitizer() {
     local sanitizer only test tool
     say "compute-sanitizer"
-    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer /opt/nvidia/*/*/compute-sanitizer 2>/dev/null | head -n 1)
+    sanitizer=$(command -v compute-sanitizer ||
+        ls /usr/local/cuda*/bin/compute-sanitizer /opt/nvidia/*/*/compute-sanitizer 2>/dev/null | head -n 1)
     if [ -z "$sanitizer" ] || [ ! -x $bin/test_cuda ]; then
         echo "Left out: compute-sanitizer or $bin/test_cuda is not here"
         return
@@ -231,8 +258,10 @@ step_sanitizer() {
     "$sanitizer" --help 2>/dev/null | grep -q -e '--kernel-name ' || only=(--kernel-regex kns=llm__)
     for tool in memcheck racecheck; do
         for test in test_groups test_graph test_bursts_of_all_modes; do
-            part "$tool $test" 25 "$sanitizer" --tool $tool "${only[@]}" --error-exitcode 1 $bin/test_cuda $test >"$out/sanitizer.tmp" 2>&1
-            echo "$tool, $test:" "$(grep -e 'ERROR SUMMARY' -e 'RACECHECK SUMMARY' -e 'failed with' -e 'its time' "$out/sanitizer.tmp" | tail -n 2)"
+            part "$tool $test" 25 "$sanitizer" --tool $tool "${only[@]}" --error-exitcode 1 $bin/test_cuda $test \
+                >"$out/sanitizer.tmp" 2>&1
+            echo "$tool, $test:" "$(grep -e 'ERROR SUMMARY' -e 'RACECHECK SUMMARY' -e 'failed with' -e 'its time' \
+                "$out/sanitizer.tmp" | tail -n 2)"
             cat "$out/sanitizer.tmp" >>"$out/sanitizer.log"
         done
     done
@@ -240,15 +269,17 @@ step_sanitizer() {
 }
 
 step_ncu() {
-    local ncu
+    local ncu metrics
     say "Nsight Compute: a layer of Llama-2-7B in bf16"
     ncu=$(command -v ncu || ls /usr/local/cuda*/bin/ncu /opt/nvidia/nsight-compute/*/ncu 2>/dev/null | head -n 1)
     if [ -z "$ncu" ] || ! has_bench; then
         echo "Left out: ncu is not here"
         return
     fi
-    part "ncu" 50 "$ncu" --clock-control none --kernel-name regex:product\|attention -s 340 -c 12 --metrics \
-        gpu__time_duration.sum,dram__bytes_read.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,lts__t_sector_hit_rate.pct,sm__warps_active.avg.pct_of_peak_sustained_active,smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio \
+    metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
+    metrics+=,lts__t_sector_hit_rate.pct,sm__warps_active.avg.pct_of_peak_sustained_active
+    metrics+=,smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio
+    part "ncu" 50 "$ncu" --clock-control none --kernel-name regex:product\|attention -s 340 -c 12 --metrics $metrics \
         $bin/bench --few Llama-2-7B bf16 >"$out/ncu.txt" 2>&1
     grep -e llm__ -e '__' "$out/ncu.txt" | tail -n 90
 }
@@ -261,13 +292,16 @@ step_peer() {
         return
     fi
     gbs=$(awk -F, '$1 == "Llama-2-7B" && $4 == "read GB/s" { print $5; exit }' "$csv")
-    for type in bf16 int8; do rows "gptfast.py $type" 110 python3 bench/peers/gptfast.py --weights $type --read-gbs "${gbs:-0}"; done
+    for type in bf16 int8; do
+        rows "gptfast.py $type" 110 python3 bench/peers/gptfast.py --weights $type --read-gbs "${gbs:-0}"
+    done
     clocks
 }
 
 step_shapes() {
     say "Other shapes"
-    has_bench && for run in "SmolLM2-135M bf16" "Llama-3.1-8B bf16" "TinyLlama-1.1B bf16" "Llama-3.1-8B int8" "Llama-3.1-8B int4" "TinyLlama-1.1B int4"; do
+    has_bench && for run in "SmolLM2-135M bf16" "Llama-3.1-8B bf16" "TinyLlama-1.1B bf16" "Llama-3.1-8B int8" \
+        "Llama-3.1-8B int4" "TinyLlama-1.1B int4"; do
         bench 30 $run graph
     done
 }
@@ -286,15 +320,16 @@ step_same() {
 }
 
 step_hellaswag() {
-    local data="" tokenizer=$model folder
+    local data="" tokenizer=$model folder packed
     say "HellaSwag"
     [ -r "$tokenizer" ] || tokenizer=$bin/tokenizer.gguf
     for folder in "${LLM_DATA:-data}" $bin; do
         [ -z "$data" ] && [ -r "$folder/hellaswag_val_full.txt" ] && data=$folder/hellaswag_val_full.txt
         if [ -z "$data" ] && [ -r "$folder/hellaswag_val_full.txt.bz2" ]; then
             data=$bin/hellaswag.txt
-            python3 -c 'import bz2, sys; sys.stdout.buffer.write(bz2.open(sys.argv[1]).read())' "$folder/hellaswag_val_full.txt.bz2" >$data ||
-                bunzip2 -c "$folder/hellaswag_val_full.txt.bz2" >$data || data=
+            packed=$folder/hellaswag_val_full.txt.bz2
+            python3 -c 'import bz2, sys; sys.stdout.buffer.write(bz2.open(sys.argv[1]).read())' "$packed" >$data ||
+                bunzip2 -c "$packed" >$data || data=
         fi
     done
     if [ -z "$data" ] || ! [ -r "$tokenizer" ]; then
@@ -313,21 +348,27 @@ verdicts() {
     awk -F, '
         function judge(name, value, target, unit, less) {
             if (value == "") printf "  %-52s not measured\n", name
-            else if (less ? value + 0 <= target : value + 0 >= target) printf "  %-52s met: %.1f%s (target %s%s)\n", name, value, unit, target, unit
-            else printf "  %-52s MISSED by %.1f%s: %.1f%s (target %s%s)\n", name, less ? value - target : target - value, unit, value, unit, target, unit
+            else if (less ? value + 0 <= target : value + 0 >= target)
+                printf "  %-52s met: %.1f%s (target %s%s)\n", name, value, unit, target, unit
+            else
+                printf "  %-52s MISSED by %.1f%s: %.1f%s (target %s%s)\n", name, less ? value - target : target - value,
+                    unit, value, unit, target, unit
         }
         function ratio(a, b) { return a == "" || b == "" || b + 0 == 0 ? "" : a / b }
-        { rate[$1, $2, $3, $4] = $5; share[$1, $2, $3, $4] = $6; if ($1 == "tests") { passed = $5; n = $4; sub(/passed of /, "", n) } }
+        { rate[$1, $2, $3, $4] = $5; share[$1, $2, $3, $4] = $6 }
+        $1 == "tests" { passed = $5; n = $4; sub(/passed of /, "", n) }
         END {
             m = "Llama-2-7B"; d = "decode at 6"; g = "graph"; t = "torch.compile"
             judge("7B bf16, share of the measured read bandwidth", share[m, "bf16", g, d], 92, " %")
             judge("7B int8, share of the measured read bandwidth", share[m, "int8", g, d], 88, " %")
             judge("7B int4, share of the measured read bandwidth", share[m, "int4", g, d], 80, " %")
-            judge("7B bf16, times the torch.compile peer", ratio(rate[m, "bf16", g, d], rate[m, "bf16", t, d]), 1.25, "x")
-            judge("7B int8, times the torch.compile peer", ratio(rate[m, "int8", g, d], rate[m, "int8", t, d]), 1.6, "x")
+            peer = ", times the torch.compile peer"
+            judge("7B bf16" peer, ratio(rate[m, "bf16", g, d], rate[m, "bf16", t, d]), 1.25, "x")
+            judge("7B int8" peer, ratio(rate[m, "int8", g, d], rate[m, "int8", t, d]), 1.6, "x")
             judge("7B bf16, prefill of 2,048 tokens, MFU", share[m, "bf16", g, "prefill 2048"], 75, " %")
             judge("135M bf16, tokens per second", rate["SmolLM2-135M", "bf16", g, d], 2500, "")
-            judge("LLaMA-33B, all of HellaSwag, seconds", rate["LLaMA-33B", "bf16", "packed", "HellaSwag: seconds for all 10042"], 250, "", 1)
+            all = rate["LLaMA-33B", "bf16", "packed", "HellaSwag: seconds for all 10042"]
+            judge("LLaMA-33B, all of HellaSwag, seconds", all, 250, "", 1)
             judge("tests that failed", n == "" ? "" : n - passed, 0, "", 1)
         }' "$csv"
 }
@@ -337,7 +378,8 @@ finish() {
     [ -z "${running:-}" ] || kill "$running" 2>/dev/null
     [ -z "${watching:-}" ] || kill "$watching" 2>/dev/null
     say "All rows, in $csv; $failures parts failed"
-    awk -F, 'NF >= 5 { for (i = 1; i <= 6; i++) printf "| %s ", $i; print "|" } NR == 1 { print "|---|---|---|---|---|---|" }' "$csv"
+    awk -F, 'NF >= 5 { for (i = 1; i <= 6; i++) printf "| %s ", $i; print "|" }
+        NR == 1 { print "|---|---|---|---|---|---|" }' "$csv"
     say "Targets"
     verdicts
     exec >&- 2>&- # so that the log is whole
@@ -361,8 +403,8 @@ if ! is_built; then
     say "Build"
     build || ! $bin/bench --help >/dev/null 2>&1 || echo "What was built earlier, from other sources, is used"
 fi
-nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,clocks_throttle_reasons.active --format=csv,noheader,nounits -lms 500 \
-    >"$out/clocks.csv" 2>/dev/null &
+nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,clocks_throttle_reasons.active \
+    --format=csv,noheader,nounits -lms 500 >"$out/clocks.csv" 2>/dev/null &
 watching=$!
 for step in ${*:-$steps}; do
     if [[ " $steps " == *" $step "* ]]; then

@@ -77,13 +77,16 @@ static __global__ void fault_prefetch(unsigned *memory, unsigned *out) {
     out[threadIdx.x] = 0;
 }
 
-/* Runs fault_none, and after it the kernel in question, overlapping. Returns the only fault, or "". */
-static std::string fault_of(void (*kernel)(unsigned *, unsigned *)) {
+/* Runs fault_none, and after it the kernel in question, overlapping, on memory of a device. Returns the only fault, or
+   "". */
+static std::string fault_of(void (*kernel)(unsigned *, unsigned *), int device = 0) {
     llm__cuda::llm__queue queue = {};
     unsigned *memory = NULL, *out = NULL;
     assert_int_equal(cudaStreamCreateWithFlags(&queue.stream, cudaStreamNonBlocking), cudaSuccess);
     assert_int_equal(cudaMalloc((void **)&memory, N * sizeof(unsigned)), cudaSuccess);
+    cuda_host_device = device;
     assert_int_equal(cudaMalloc((void **)&out, N * sizeof(unsigned)), cudaSuccess);
+    cuda_host_device = 0;
     queue.can_overlap = true;
     cuda_host.keeps_faults = true;
     cuda_host.faults.clear();
@@ -114,6 +117,8 @@ static void test_faults_are_found(void **state) {
     finds(fault_no_wait, "no block");
     finds(fault_alignment, "aligned");
     finds(fault_prefetch, "beyond");
+    std::string fault = fault_of(fault_none, 1);
+    if (fault.find("another device") == std::string::npos) fail_msg("found \"%s\"", fault.c_str());
 }
 
 /* ---- The kernels of llm_cuda.cu ---- */

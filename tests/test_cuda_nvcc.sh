@@ -4,7 +4,9 @@
 # loads and prefetches before they wait. That check needs nvdisasm, on the PATH or from PyPI's nvidia-cuda-nvdisasm.
 . tests/tap.sh
 PATH=$PATH:/usr/local/cuda/bin
-for folder in $(python3 -c 'import site; print(*site.getsitepackages())' 2>/dev/null); do PATH=$PATH:$folder/nvidia/cu13/bin; done
+for folder in $(python3 -c 'import site; print(*site.getsitepackages())' 2>/dev/null); do
+    PATH=$PATH:$folder/nvidia/cu13/bin
+done
 if ! command -v nvcc >/dev/null; then
     echo "ok 1 - llm_cuda.cu compiles # SKIP there is no nvcc on this machine"
     echo "1..1"

@@ -1,11 +1,12 @@
 /*  cuda_runtime.h - enough of CUDA for a C++ compiler to build llm_cuda.cu and run its kernels on the CPU.
 
     It stands in for the toolkit's header of that name. Memory "on the GPU" is the host's, filled with NaN when it is
-    allocated. Streams are queues of closures that run when somebody waits for them, so that a host which reuses a
-    buffer too early is caught. Graphs are recorded queues. A kernel's blocks run one after the other; the threads of a
-    block are fibers of the calling thread, which change at barriers and warp operations only. A fiber waits there until
-    all that must come have come; when nobody can go on, the program ends with a message. Tests can let the n-th call
-    fail, have the threads of a block run in the opposite order, and count what was not released. */
+    allocated. Each device has its own, which another must not use. Streams are queues of closures that run when
+    somebody waits for them, so that a host which reuses a buffer too early is caught. Graphs are recorded queues. A
+    kernel's blocks run one after the other; the threads of a block are fibers of the calling thread, which change at
+    barriers and warp operations only. A fiber waits there until all that must come have come; when nobody can go on,
+    the program ends with a message. Tests can let the n-th call fail, have the threads of a block run in the opposite
+    order, and count what was not released. */
 #ifndef CUDA_HOST_RUNTIME_H
 #define CUDA_HOST_RUNTIME_H
 
@@ -315,10 +316,14 @@ static inline void cuda_host_check_alignment(const void *at, size_t size) {
     if (address % size) cuda_host_fault("an access is not aligned");
 }
 
-/* Memory on the GPU, and who wrote it: of each two bytes the last kernel, if anybody watches. */
+/* Memory on a GPU, or pinned memory of the host's, which all devices may use, and who wrote it: of each two bytes the
+   last kernel, if anybody watches. */
+enum { CUDA_HOST_PINNED = -1 };
+
 struct cuda_host_memory {
     uintptr_t begin = 0;
     size_t size = 0;
+    int device = CUDA_HOST_PINNED;
     unsigned *writers = nullptr;
 };
 
@@ -336,9 +341,10 @@ CUDA_HOST_SWITCH const cuda_host_memory *cuda_host_find_memory(uintptr_t at) {
     return &last;
 }
 
-static inline void cuda_host_add_memory(void *begin, size_t size) {
+static inline void cuda_host_add_memory(void *begin, size_t size, int device) {
     std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
     cuda_host_memory memory;
+    memory.device = device;
     memory.begin = (uintptr_t)begin;
     memory.size = size;
 #ifdef CUDA_HOST_WATCH
@@ -354,6 +360,13 @@ static inline void cuda_host_remove_memory(void *begin) {
     free(found->second.writers);
     cuda_host_memories.erase(found);
     cuda_host_last_memory = cuda_host_memory();
+}
+
+/* May this thread's device use this memory? Memory that is not registered is the host's. */
+static inline bool cuda_host_may_use(const void *at) {
+    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    const cuda_host_memory *memory = cuda_host_find_memory((uintptr_t)at);
+    return !memory || memory->device == CUDA_HOST_PINNED || memory->device == cuda_host_device;
 }
 
 /* Not CUDA's: where a kernel waits for those ahead of it, and what it prefetches. */
@@ -530,15 +543,19 @@ static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attr
     return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-static inline cudaError_t cudaMalloc(void **out, size_t size) {
+static inline cudaError_t cuda_host_allocate(void **out, size_t size, int device) {
     if (cuda_host_records) return cudaErrorStreamCaptureUnsupported;
     if (cuda_host_fails()) return cudaErrorMemoryAllocation;
     *out = aligned_alloc(256, (size + 255) / 256 * 256);
     if (!*out) return cudaErrorMemoryAllocation;
     memset(*out, 0xFF, size);
     cuda_host_count(1);
-    cuda_host_add_memory(*out, size);
+    cuda_host_add_memory(*out, size, device);
     return cudaSuccess;
+}
+
+static inline cudaError_t cudaMalloc(void **out, size_t size) {
+    return cuda_host_allocate(out, size, cuda_host_device);
 }
 
 static inline cudaError_t cudaFree(void *ptr) {
@@ -548,11 +565,14 @@ static inline cudaError_t cudaFree(void *ptr) {
     return cudaSuccess;
 }
 
-static inline cudaError_t cudaMallocHost(void **out, size_t size) { return cudaMalloc(out, size); }
+static inline cudaError_t cudaMallocHost(void **out, size_t size) {
+    return cuda_host_allocate(out, size, CUDA_HOST_PINNED);
+}
 static inline cudaError_t cudaFreeHost(void *ptr) { return cudaFree(ptr); }
 
 static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind,
                                           cudaStream_t stream) {
+    if (!cuda_host_may_use(to) || !cuda_host_may_use(from)) return cudaErrorInvalidValue;
     return cuda_host_enqueue(stream, [=] { memcpy(to, from, size); });
 }
 

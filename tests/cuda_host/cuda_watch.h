@@ -4,9 +4,10 @@
     of the ThreadSanitizer's own library. Faults are
 
     - a race in shared memory: two threads use the same byte, one of them writes it, and there is no __syncthreads
-      between them, nor, in one warp, a __syncwarp; - before the kernel waits for those ahead of it: reading what one of
-      them has written, or writing anything; - an access to memory of the GPU that is not aligned as its size is (uint2
-      and uint4: in cuda_runtime.h). */
+      between them, nor, in one warp, a __syncwarp;
+    - before the kernel waits for those ahead of it: reading what one of them has written, or writing anything;
+    - an access to memory of another device;
+    - an access to memory of the GPU that is not aligned as its size is (uint2 and uint4: in cuda_runtime.h). */
 #ifndef CUDA_HOST_WATCH_H
 #define CUDA_HOST_WATCH_H
 
@@ -104,6 +105,8 @@ CUDA_HOST_SWITCH void look(const void *from, size_t size, bool writes, bool atom
             look_at_shared(m, at, size, writes, access{n_blocks, b.current, b.all.round, f.n_syncs, atomic});
         else if ((memory = cuda_host_find_memory(at)) != nullptr)
             look_at_global(*memory, at - memory->begin, size, writes, f.waited);
+        if (memory && memory->device != CUDA_HOST_PINNED && memory->device != cuda_host_device)
+            cuda_host_fault("a kernel uses memory of another device");
         if ((memory || (at >= m.begin && at < m.end)) && size <= 8 && at % size)
             cuda_host_fault("an access is not aligned");
     }
