@@ -120,6 +120,7 @@ build() {
             -gencode arch=compute_90,code=compute_90)
         ;;
     esac
+    ! nvcc --help | grep -q compress-mode || flags+=(-compress-mode=size) # a bundle has to be sent
     local host=(g++ -O2 -std=c++17 -I. "-I$runtime_headers")
     "${host[@]}" -c -o $bin/bench.o bench/gpu.cpp & pids+=($!)
     if has_cmocka; then
