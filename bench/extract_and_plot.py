@@ -7,9 +7,9 @@ Each file is the output of one run; the first is the reference for the others. T
 tokens/sec", "Bandwidth achieved" and "Memory used", which gpt-fast and the programs of examples/walkthrough print. A file
 name that Slurm made, such as gpt-fast-compile-488364.out, gives the name "compile".
 
---to draws PREFIX-bars.png (memory, bandwidth and tokens per second, with the change from the first run), PREFIX-pairs.png
-(each run beside the one before it) and, if the files tell bytes and operations, PREFIX-roofline.png. It needs matplotlib
-(pip install matplotlib). --readme writes the table and the figures in the headings into that file."""
+--to draws PREFIX-bars (memory, bandwidth and tokens per second, with the change from the first run), PREFIX-pairs (each
+run beside the one before it) and, if the files tell bytes and operations, PREFIX-roofline: as .png, or as .svg with --svg.
+It needs matplotlib (pip install matplotlib). --readme writes the table and the figures in the headings into that file."""
 import argparse
 import os
 import re
@@ -27,9 +27,7 @@ LINES = {  # name of a figure: the words before the number, and how several numb
     "bytes": (r"Bytes per token", max),
     "operations": (r"Operations per token", max),
     "prefill": (r"Prefill of \d+ tokens", max),
-    "deep": (r"Decode after \d+ tokens", max),
     "perplexity": (r"Perplexity of \d+ tokens", max),
-    "accepted": (r"Mean Accepted", statistics.mean),
 }
 
 
@@ -60,8 +58,8 @@ def share(run):
 # ---- Pictures -----------------------------------------------------------------------------------------------------------
 
 
-def save(figure, name):
-    figure.savefig(f"{name}.png", dpi=120, bbox_inches="tight")
+def save(figure, name):  # the ending of the name gives the format
+    figure.savefig(name, dpi=120, bbox_inches="tight")
 
 
 def bars(plt, runs, name):
@@ -119,20 +117,34 @@ def roofline(plt, runs, name):
     known = [run for run in runs if share(run) and run["operations"]]
     if not known:
         return
-    bandwidth, rate = max(run["limit"] for run in known), max(run["rate"] or 0 for run in known)
-    figure, axis = plt.subplots(figsize=(8.5, 5.5))
-    at = [0.1, rate / bandwidth, 200]
+    slowest, bandwidth = min(run["limit"] for run in known), max(run["limit"] for run in known)
+    rate = max(run["rate"] or 0 for run in known)
+    figure, axis = plt.subplots(figsize=(10, 6))
+    places = [(run["operations"] / run["bytes"], run["operations"] * run["speed"] / 1e9) for run in known]
+    left, right = min(x for x, y in places) / 2, 4 * max(rate / slowest, max(x for x, y in places))
+    at = [left, rate / bandwidth, rate / slowest, right]
+    axis.fill_between(at, [min(x * slowest, rate) for x in at], [min(x * bandwidth, rate) for x in at], color="#d9d9d9")
     axis.plot(at, [min(x * bandwidth, rate) for x in at], color="black", linewidth=1.5)
-    axis.annotate(f"memory: {bandwidth:.0f} GB/s", (0.1, 0.6 * bandwidth), fontsize=9)
-    axis.annotate(f"arithmetic: {rate:.0f} GFLOP/s", (12, rate * 1.1), fontsize=9)
-    for i, run in enumerate(known):
-        x, y = run["operations"] / run["bytes"], run["operations"] * run["speed"] / 1e9
-        axis.plot(x, y, "o", color=plt.get_cmap("tab20")(i), label=f"{run['label']}: {share(run):.0%}")
+    memory = f"memory: {slowest:.0f} to {bandwidth:.0f} GB/s"
+    axis.annotate(memory, (left * 1.1, left * 1.1 * bandwidth * 1.6), fontsize=9)
+    axis.annotate(f"arithmetic: {rate:.0f} GFLOP/s", (right, rate * 1.1), fontsize=9, ha="right")
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.set_xlim(left, right)
+    axis.set_ylim(min(y for x, y in places) / 2, rate * 2)
+    labels = []  # where letters stand, in points: one that would cover another moves to the right
+    for i, (run, (x, y)) in enumerate(zip(known, places)):
+        letter = chr(ord("a") + i) if i < 26 else str(i)
+        axis.plot(x, y, "o", markersize=5, color=COLOURS[i % len(COLOURS)], label=f"{letter}  {run['label']}: {share(run):.0%}")
+        dot_x, dot_y = axis.transData.transform((x, y)) * 72 / figure.dpi
+        offset = 5
+        while any(abs(dot_x + offset - a) < 8 and abs(dot_y - b) < 9 for a, b in labels):
+            offset += 1
+        labels.append((dot_x + offset, dot_y))
+        axis.annotate(letter, (x, y), xytext=(offset, -3), textcoords="offset points", fontsize=9)
     axis.set_xlabel("operations for each byte that is read")
     axis.set_ylabel("GFLOP/s")
-    axis.legend(fontsize=7, loc="lower right", title="part of its own bandwidth", title_fontsize=7)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="part of its own bandwidth", title_fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     save(figure, name)
 
@@ -202,6 +214,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="A.out")
     parser.add_argument("--to", metavar="PREFIX", help="draw PREFIX-bars, PREFIX-pairs and PREFIX-roofline")
+    parser.add_argument("--svg", action="store_true", help="draw .svg files in the place of .png")
     parser.add_argument("--readme", metavar="FILE", help="write the table and the headings' figures into this file")
     parser.add_argument("--scoring", metavar="FILE", help="a table from bench/hellaswag.sh, which --readme writes as well")
     options = parser.parse_args()
@@ -217,11 +230,12 @@ def main():
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        bars(plt, runs, f"{options.to}-bars")
+        ending = "svg" if options.svg else "png"
+        bars(plt, runs, f"{options.to}-bars.{ending}")
         couples = couples_of(runs, options.readme)
         if couples:
-            pairs(plt, couples, f"{options.to}-pairs")
-        roofline(plt, runs, f"{options.to}-roofline")
+            pairs(plt, couples, f"{options.to}-pairs.{ending}")
+        roofline(plt, runs, f"{options.to}-roofline.{ending}")
 
 
 if __name__ == "__main__":

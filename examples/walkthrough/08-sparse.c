@@ -1,25 +1,28 @@
 /*  08-sparse.c - of each four weights two are zero, and are neither stored nor read.
 
     --weights "bf16 2:4" or "int8 2:4" prunes the matrices in the layers: of four weights side by side the two smallest
-    become zero (prune, in walkthrough.h). What is left is stored one behind the other, with a bit for each weight that
-    says whether it is there. "bf16" and "int8" alone store all weights, to compare with. */
+    become zero (prune, in walkthrough.h). What is left is stored with two bits for each weight that say which of the
+    four it is. "bf16" and "int8" alone store all weights, to compare with; "int8 2:4 dense" prunes, but stores the
+    zeros, to see that the result is the same. */
 #include <stdint.h>
 
 typedef enum kind { BF16, INT8, BF16_2_4, INT8_2_4 } kind;
 
+/* Weights lie in blocks of 4 rows and LANES columns: see index_of. */
 typedef struct matrix {
     int n, k;
     kind kind;
-    uint16_t *bf16;  /* [n][k], or with 2:4 [n][k / 2]: the upper halves of floats      */
-    int8_t *q;       /* the same, as whole numbers                                      */
-    uint16_t *there; /* [n][k / 16] with 2:4: bit i says whether weight i is stored     */
-    float *scale;    /* [n] by which a row's sum is multiplied; 1 for bf16              */
+    uint16_t *bf16;  /* [n * k], or with 2:4 [n * k / 2]: the upper halves of floats */
+    int8_t *q;       /* the same, as whole numbers                                   */
+    uint8_t *places; /* [n * k / 8] with 2:4: 2 bits for each stored weight           */
+    float *scale;    /* [n] by which a row's sum is multiplied; 1 for bf16            */
 } matrix;
 #include "walkthrough.h"
 
 /* The embedding, which is the head, too, keeps all its weights: it is what the model sees and says. */
 static kind kind_of(const llm_backend_weight *weight) {
-    bool pruned = strstr(rounding, "2:4") && weight->kind != LLM_WEIGHT_EMBEDDING && weight->kind != LLM_WEIGHT_HEAD;
+    bool head = weight->kind == LLM_WEIGHT_EMBEDDING || weight->kind == LLM_WEIGHT_HEAD;
+    bool pruned = strstr(rounding, "2:4") && !strstr(rounding, "dense") && !head;
     if (strstr(rounding, "int8")) return pruned ? INT8_2_4 : INT8;
     return pruned ? BF16_2_4 : BF16;
 }
@@ -29,34 +32,43 @@ static uint64_t matrix_bytes(const llm_backend_weight *weight) {
     return (uint64_t)weight->rows * ((uint64_t)weight->cols * eighths[kind_of(weight)] / 8 + sizeof(float));
 }
 
+/* How many of four weights are stored. */
+KERNEL int stored(kind kind) { return kind == BF16_2_4 || kind == INT8_2_4 ? 2 : 4; }
+
+/* Where the p-th stored weight of the four that begin at `column` lies. A block holds stored(kind) vectors; vector p has
+   the p-th weight of each four, those of 4 rows side by side: element 4 g + r is of the block's row r and four g. */
+static size_t index_of(const matrix *m, int row, int column, int p) {
+    size_t block = (size_t)(row / 4) * (size_t)(m->k / LANES) + (size_t)(column / LANES);
+    return (block * (size_t)stored(m->kind) + (size_t)p) * LANES + (size_t)(column % LANES / 4 * 4 + row % 4);
+}
+
 static void load_matrix(matrix *m, const llm_backend_weight *weight) {
     m->n = weight->rows;
     m->k = weight->cols;
     m->kind = kind_of(weight);
-    bool pruned = m->kind == BF16_2_4 || m->kind == INT8_2_4, bf16 = m->kind == BF16 || m->kind == BF16_2_4;
-    size_t stored = (size_t)m->k / (pruned ? 2 : 1);
-    if (bf16) m->bf16 = allocate(m->n * stored * sizeof *m->bf16);
-    else m->q = allocate(m->n * stored);
-    if (pruned) m->there = allocate((size_t)m->n * m->k / 16 * sizeof *m->there);
+    bool pruned = stored(m->kind) == 2, bf16 = m->kind == BF16 || m->kind == BF16_2_4;
+    size_t total = (size_t)m->n * (size_t)m->k / (pruned ? 2 : 1);
+    if (bf16) m->bf16 = allocate(total * sizeof *m->bf16);
+    else m->q = allocate(total);
+    if (pruned) m->places = allocate(total / 4);
     m->scale = floats((size_t)m->n);
 #pragma omp parallel
     {
         float *row = malloc((size_t)m->k * sizeof(float));
-#pragma omp for schedule(static)
+#pragma omp for schedule(static, 4) /* 4 rows share the bytes of `places`, so one thread fills them */
         for (int i = 0; i < m->n; i++) {
-            size_t at = i * stored;
             weight->read_row(weight, i, row);
             if (pruned) prune(row, m->k);
             float scale = m->scale[i] = bf16 ? 1 : largest(row, m->k) / 127;
-            for (int j = 0, in_four = 0; j < m->k; j++) {
+            for (int j = 0, p = 0; j < m->k; j++) {
                 /* Always two of four: where more are zero, some of the zeros are stored. */
-                if (j % 4 == 0) in_four = 0;
-                bool must = in_four < 2 && j % 4 >= 2 + in_four;
-                if (pruned && (in_four == 2 || (row[j] == 0 && !must))) continue;
-                if (bf16) m->bf16[at++] = to_bf16(row[j]);
-                else m->q[at++] = scale ? (int8_t)rintf(row[j] / scale) : 0;
-                if (pruned) m->there[((size_t)i * m->k + j) / 16] |= (uint16_t)(1 << j % 16);
-                in_four++;
+                if (j % 4 == 0) p = 0;
+                bool must = p < 2 && j % 4 >= 2 + p;
+                if (pruned && (p == 2 || (row[j] == 0 && !must))) continue;
+                size_t at = index_of(m, i, j, p++);
+                if (bf16) m->bf16[at] = to_bf16(row[j]);
+                else m->q[at] = scale ? (int8_t)rintf(row[j] / scale) : 0;
+                if (pruned) m->places[at / 4] |= (uint8_t)(j % 4 << at % 4 * 2);
             }
         }
         free(row);
@@ -64,20 +76,20 @@ static void load_matrix(matrix *m, const llm_backend_weight *weight) {
 }
 
 enum {
-    BLOCK = 32,  /* positions that are met at once */
-    PIECE = 256, /* positions of a piece of the cache, which one thread walks */
-    ROWS = 8,    /* rows whose queries walk together */
-    AHEAD = 4096 /* bytes from the weights that are multiplied to those that are asked for */
+    BLOCK = 32,  /* positions of a block of the cache */
+    PIECE = 256, /* positions of a piece of the cache; a thread takes one piece at a time */
+    ROWS = 8,    /* max rows whose queries use a block together */
+    AHEAD = 8192 /* how many bytes before they are needed weights are prefetched */
 };
 
 struct context {
     const model *m;
-    float *keys;   /* [n_layers][n_kv_heads][n_ctx / BLOCK][head_dim][BLOCK] a block's keys side by side */
+    float *keys;   /* [n_layers][n_kv_heads][n_ctx / BLOCK][head_dim][BLOCK] the keys of a block are interleaved */
     float *values; /* [n_layers][n_kv_heads][n_ctx][head_dim] */
-    float *x;      /* [n_batch][n_embd] what the layers add to */
+    float *x;      /* [n_batch][n_embd] the layers add their results to it */
     float *normed; /* [n_batch][n_embd] */
     float *qkv;    /* [n_batch][(n_heads + 2 * n_kv_heads) * head_dim] queries, keys, values */
-    float *found;  /* [n_batch][n_heads][n_pieces][head_dim + 2] what each piece gave: see meet */
+    float *found;  /* [n_batch][n_heads][n_pieces][head_dim + 2] a partial result of each piece, see meet */
     float *mixed;  /* [n_batch][n_heads * head_dim] values mixed by attention */
     float *ffn;    /* [n_batch][n_ff] */
     float *logits; /* [n_logits][n_vocab] */
@@ -111,73 +123,70 @@ static float dot(const float *a, const float *b, int n) {
     return sum;
 }
 
-/* LANES weights of one row, from a column on, still without the row's scale */
-KERNEL vec weights_at(const matrix *m, kind kind, int row, int column) {
-    size_t at = (size_t)row * m->k + column;
-#if defined(__AVX512VBMI2__) && defined(__AVX512VL__)
-    if (kind == BF16_2_4) { /* 8 numbers go to the 16 places that the bits name; the others are 0 */
-        __m256i w = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(m->bf16 + at / 2)));
-        w = _mm256_maskz_expand_epi16(m->there[at / 16], w);
-        return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(w), 16);
-    }
-    if (kind == INT8_2_4) {
-        __m128i w = _mm_maskz_expand_epi8(m->there[at / 16], _mm_loadl_epi64((const __m128i *)(m->q + at / 2)));
-        return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(w));
-    }
+/* LANES weights as they are stored, still without the row's scale */
+KERNEL vec weights_at(const matrix *m, kind kind, size_t at) {
+    return kind == BF16 || kind == BF16_2_4 ? from_bf16s(m->bf16 + at) : from_int8(m->q + at);
+}
+
+/* Replaces each element by one of the four in its group; its two bits of `places` say by which. */
+KERNEL vec pick(vec x, uint32_t places) {
+    vec picked;
+#if defined(__AVX512F__)
+    __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    picked = (vec)_mm512_permutevar_ps((__m512)x, _mm512_srlv_epi32(_mm512_set1_epi32((int)places), shifts));
+#elif defined(__AVX2__)
+    __m256i shifts = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+    picked = (vec)_mm256_permutevar_ps((__m256)x, _mm256_srlv_epi32(_mm256_set1_epi32((int)places), shifts));
+#else
+    for (int i = 0; i < LANES; i++) picked[i] = x[i / 4 * 4 + (places >> 2 * i & 3)];
 #endif
-    if (kind == BF16) return from_bf16s(m->bf16 + at);
-    if (kind == INT8) return from_int8(m->q + at);
-    vec out; /* plainly, bit by bit */
-    unsigned bits = m->there[at / 16] >> at % 16;
-    for (int i = 0, from = 0; i < LANES; i++) {
-        bool there = bits >> i & 1;
-        out[i] = !there ? 0 : kind == BF16_2_4 ? from_bf16(m->bf16[at / 2 + from]) : m->q[at / 2 + from];
-        from += there;
-    }
-    return out;
+    return picked;
 }
 
-/* 4 rows of W meet 4 rows of x: 8 loads serve 16 products of vectors. */
-KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x, kind kind) {
-    vec v[4][4] = {0};
-    for (int j = 0; j < m->k; j += LANES)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            vec w = weights_at(m, kind, first + i, j);
-#pragma GCC unroll 4
-            for (int r = 0; r < 4; r++) v[r][i] += w * *(const vec *)(x + (size_t)r * m->k + j);
-        }
-    for (int r = 0; r < 4; r++)
-        for (int i = 0; i < 4; i++) sums[r][i] = sum_of(v[r][i]);
+/* Sums of 4 rows whose elements are interleaved in v */
+KERNEL void sum_rows(float sums[4], vec v) {
+    typedef float four __attribute__((vector_size(16)));
+    union {
+        vec whole;
+        four parts[LANES / 4];
+    } all = {v};
+    for (int i = 1; i < LANES / 4; i++) all.parts[0] += all.parts[i];
+    memcpy(sums, &all.parts[0], sizeof all.parts[0]);
 }
 
-/* One row of W meets one row of x. Decoding does this row after row, as they lie in memory. */
-KERNEL float one(const matrix *m, int i, const float *x, kind kind) {
-    vec v[4] = {0}; /* four sums, none of which waits for another */
+/* Multiplies 4 rows of W by `rows` rows of x. The four weights side by side are added to one sum, one after the other.
+   Adding 0 does not change a sum, so weights that are not stored can be left out, and the result is the same bits. */
+KERNEL int multiply_rows(float sums[4][4], const matrix *m, int i, const float *x, int rows, kind kind) {
+    size_t at = (size_t)i * (size_t)m->k / 4 * (size_t)stored(kind);
+    const size_t bytes = kind == BF16 || kind == BF16_2_4 ? 2 : 1;
+    vec v[4][4] = {0}; /* for each row of x four sums, none of which waits for another */
     for (int j = 0; j < m->k; j += 4 * LANES) {
-        size_t at = (size_t)i * m->k + j;
-        if (kind == BF16)
-            __builtin_prefetch(m->bf16 + at + AHEAD / 2), __builtin_prefetch(m->bf16 + at + AHEAD / 2 + 32);
-        if (kind == BF16_2_4) __builtin_prefetch(m->bf16 + at / 2 + AHEAD / 2);
-        if (kind == INT8) __builtin_prefetch(m->q + at + AHEAD);
-        if (kind == INT8_2_4) __builtin_prefetch(m->q + at / 2 + AHEAD);
+        const char *ahead = (bytes == 2 ? (const char *)(m->bf16 + at) : (const char *)(m->q + at)) + AHEAD;
+        for (size_t a = 0; a < 4 * LANES * stored(kind) * bytes; a += 64) __builtin_prefetch(ahead + a);
 #pragma GCC unroll 4
-        for (int a = 0; a < 4; a++) v[a] += weights_at(m, kind, i, j + a * LANES) * *(const vec *)(x + j + a * LANES);
+        for (int a = 0; a < 4; a++)
+#pragma GCC unroll 4
+            for (int p = 0; p < stored(kind); p++, at += LANES) {
+                uint32_t places = 0x55555555u * (uint32_t)p; /* all are the p-th of their four */
+                if (stored(kind) == 2) memcpy(&places, m->places + at / 4, LANES / 4);
+                vec w = weights_at(m, kind, at);
+#pragma GCC unroll 4
+                for (int r = 0; r < rows; r++)
+                    v[r][a] += w * pick(*(const vec *)(x + (size_t)r * m->k + j + a * LANES), places);
+            }
     }
-    return sum_of(v[0] + v[1] + (v[2] + v[3]));
-}
-
-KERNEL int multiply_kind(float sums[4][4], const matrix *m, int i, const float *x, int rows, kind kind) {
-    rows = rows < 4 ? 1 : 4;
-    if (rows == 4) tile(sums, m, i, x, kind);
-    else
-        for (int j = 0; j < 4; j++) sums[0][j] = one(m, i + j, x, kind);
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) {
+        sum_rows(sums[r], v[r][0] + v[r][1] + (v[r][2] + v[r][3]));
         for (int j = 0; j < 4; j++) sums[r][j] *= m->scale[i + j];
+    }
     return rows;
 }
 
-/* Rows i to i + 3 of W meet 4 rows of x, or one if there are not so many: how many it was is returned. */
+KERNEL int multiply_kind(float sums[4][4], const matrix *m, int i, const float *x, int rows, kind kind) {
+    return rows < 4 ? multiply_rows(sums, m, i, x, 1, kind) : multiply_rows(sums, m, i, x, 4, kind);
+}
+
+/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one if fewer than 4 are left. Returns how many rows of x. */
 static int multiply(float sums[4][4], const matrix *m, int i, const float *x, int rows) {
     if (m->kind == BF16) return multiply_kind(sums, m, i, x, rows, BF16);
     if (m->kind == INT8) return multiply_kind(sums, m, i, x, rows, INT8);
@@ -185,8 +194,8 @@ static int multiply(float sums[4][4], const matrix *m, int i, const float *x, in
     return multiply_kind(sums, m, i, x, rows, INT8_2_4);
 }
 
-/* y[rows][n] = x[rows][k] W, or that is added to y. The rows of W are shared out among the threads; each is read once
-   from memory, for all rows of x. */
+/* y[rows][n] = x[rows][k] W, or += if `add`. The threads share the rows of W; each row is read from memory once, for all
+   rows of x. */
 static void product(float *y, const matrix *m, const float *x, int rows, bool add) {
 #pragma omp parallel for schedule(static)
     for (int i = 0; i < m->n; i += 4) {
@@ -202,7 +211,7 @@ static void product(float *y, const matrix *m, const float *x, int rows, bool ad
     }
 }
 
-/* y[rows][n_ff] = silu(gates) * ups, both of which come from x */
+/* y[rows][n_ff] = silu(gates) * ups; the gates and the ups are the two halves of x W */
 static void gated_product(float *y, const matrix *m, const float *x, int rows) {
     int n_ff = m->n / 2;
 #pragma omp parallel for schedule(static)
@@ -233,8 +242,8 @@ static void rotate(float *head, const model *m, int position) {
     }
 }
 
-/* One query meets one block of positions, of which the first n count. `found` holds what it found so far: the sum of
-   exp(score - most) * value [head_dim], then most, then the sum of exp(score - most). */
+/* Attention of one query to one block, of which only the first n positions count. `found` is the result so far: the sum
+   of exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
 static void meet(float *found, const float *query, const float *keys, const float *values, int n, int head_dim) {
     float scores[BLOCK] = {0}, *most = found + head_dim, *sum = most + 1, old = *most;
     for (int i = 0; i < head_dim; i++)
@@ -253,7 +262,7 @@ static void meet(float *found, const float *query, const float *keys, const floa
     }
 }
 
-/* out[head_dim] of what was found in n pieces */
+/* Joins the partial results of n pieces into out[head_dim]. */
 static void join(float *out, const float *found, int n, int head_dim) {
     float most = -INFINITY, sum = 0;
     for (int i = 0; i < n; i++) most = fmaxf(most, found[i * (head_dim + 2) + head_dim]);
@@ -266,8 +275,8 @@ static void join(float *out, const float *found, int n, int head_dim) {
     for (int j = 0; j < head_dim; j++) out[j] /= sum;
 }
 
-/* mixed[rows][n_heads * head_dim] of queries [rows][qkv_dim] and one layer's cache. A thread takes up to 8 rows, one
-   head of keys and values, and one piece of the cache: a block is fetched once for all queries of these rows. */
+/* Computes mixed[rows][n_heads * head_dim] from queries [rows][qkv_dim] and one layer's cache. A thread takes up to 8
+   rows, one head of keys and values, and one piece of the cache, so it fetches a block once for all these queries. */
 static void attention(context *c, const llm_backend_pass *pass, const float *keys, const float *values) {
     const llm_backend_shape *s = &c->m->shape;
     int rows = pass->n_rows, dim = s->head_dim, qkv_dim = (s->n_heads + 2 * s->n_kv_heads) * dim;
@@ -281,7 +290,7 @@ static void attention(context *c, const llm_backend_pass *pass, const float *key
                     for (int r = first; r < first + ROWS && r < rows; r++)
                         for (int h = kv * group; h < (kv + 1) * group; h++) {
                             float *found = c->found + ((size_t)r * s->n_heads + h) * per_head + piece * (dim + 2);
-                            int n = pass->positions[r] + 1 - at; /* a token sees itself and what is before it */
+                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and to all before it */
                             if (at == piece * PIECE) {
                                 memset(found, 0, (size_t)(dim + 2) * sizeof(float));
                                 found[dim] = -INFINITY;
@@ -312,9 +321,12 @@ static float *forward(context *c, const llm_backend_pass *pass) {
     int rows = pass->n_rows, head_dim = s->head_dim, n_embd = s->n_embd;
     int kv_dim = s->n_kv_heads * head_dim, q_dim = s->n_heads * head_dim, qkv_dim = q_dim + 2 * kv_dim;
     for (int r = 0; r < rows; r++)
-        for (int j = 0; j < n_embd; j += LANES)
-            *(vec *)(c->x + r * n_embd + j) =
-                weights_at(&m->embedding, m->embedding.kind, pass->tokens[r], j) * m->embedding.scale[pass->tokens[r]];
+        for (int j = 0; j < n_embd; j++) {
+            const matrix *e = &m->embedding;
+            size_t at = index_of(e, pass->tokens[r], j, j % 4);
+            float w = e->kind == BF16 ? from_bf16(e->bf16[at]) : e->q[at];
+            c->x[r * n_embd + j] = w * e->scale[pass->tokens[r]];
+        }
     for (int i = 0; i < s->n_layers; i++) {
         const layer *l = &m->layers[i];
         float *keys = c->keys + (size_t)i * c->n_ctx * kv_dim, *values = c->values + (size_t)i * c->n_ctx * kv_dim;

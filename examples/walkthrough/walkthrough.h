@@ -148,9 +148,10 @@ static void read_rounded_row(const llm_backend_weight *weight, int row, float *o
     if (strstr(rounding, "2:4") && weight->kind != LLM_WEIGHT_EMBEDDING && weight->kind != LLM_WEIGHT_HEAD)
         prune(out, weight->cols);
     float scale = largest(out, weight->cols) / 127;
+    bool int8 = strstr(rounding, "int8"), bf16 = strstr(rounding, "bf16");
     for (int i = 0; i < weight->cols; i++) {
-        if (strstr(rounding, "int8")) out[i] = scale ? rintf(out[i] / scale) * scale : 0;
-        if (strstr(rounding, "bf16")) out[i] = from_bf16(to_bf16(out[i]));
+        if (int8) out[i] = scale ? rintf(out[i] / scale) * scale : 0;
+        if (bf16) out[i] = from_bf16(to_bf16(out[i]));
     }
 }
 
