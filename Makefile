@@ -6,7 +6,7 @@ SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CFLAGS   = -O2
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -pedantic
-LDLIBS   = $(if $(filter hellaswag test_hellaswag_text,$(@F)),-lbz2) $(if $(filter repl,$(@F)),-ledit) \
+LDLIBS   = $(if $(filter hellaswag test_hellaswag_text,$(@F)),-lbz2) $(if $(filter repl,$(@F)),-ledit) $(if $(filter server,$(@F)),-lmicrohttpd -ljansson) \
            $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat test_score hellaswag test_hellaswag_text fuzz,$(basename $(@F))),-ljansson) \
            $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
 PROGRAMS = build/repl build/hello build/loop build/tokenize build/embed build/quantize build/hellaswag build/bench
@@ -35,6 +35,7 @@ NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h libbz2-dev:bzlib.h g
 NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
                   libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.asan-x86_64.a \
                   libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp valgrind:valgrind python3:python3
+NEEDED_FOR_SERVER = libmicrohttpd-dev:microhttpd.h libjansson-dev:jansson.h
 NEEDED_FOR_MPI  = libopenmpi-dev:mpicc openmpi-bin:mpirun
 NEEDED_TO_CROSS = gcc-aarch64-linux-gnu:aarch64-linux-gnu-gcc g++-aarch64-linux-gnu:aarch64-linux-gnu-g++ \
                   qemu-user-static:qemu-aarch64-static wine64:/usr/lib/wine/wine64 \
@@ -46,7 +47,8 @@ vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run mpi test gpu-bundle test-cuda test-cross test-cluster fuzz bench-tokenizer bench-peers size model deps format clean help \
+.PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster fuzz bench-tokenizer bench-peers size model deps format \
+        clean help \
         walkthrough walkthrough-programs walkthrough-diff
 all:
 	.ci/need $(NEEDED_TO_BUILD)
@@ -56,6 +58,11 @@ run:
 	.ci/need $(NEEDED_TO_RUN)
 	$(MAKE) build/repl $(filter $(SMOLLM2),$(MODEL))
 	build/repl -m $(MODEL) --raw -p "Hello, my name is" -n 200
+
+# An HTTP server in the way of OpenAI's API.
+server:
+	.ci/need $(NEEDED_FOR_SERVER)
+	$(MAKE) build/server
 
 # Programs for several processes: mpirun -n 2 build/mpi/repl --tp 2 ...
 MPI_PROGRAMS = build/mpi/repl build/mpi/bench build/mpi/hellaswag
@@ -90,9 +97,9 @@ $(foreach dir,build $(addprefix build/,asan tsan mpi fuzz aarch64 $(MATRIX)),$(e
 $(eval $(call program,build/windows,.exe))
 
 # These programs share it too. Some sanitizer builds leave out the vector kernels, which compile slowly there and have their own tests.
-build/repl build/tokenize: build/llm.o
+build/repl build/tokenize build/server: build/llm.o
 $(addprefix build/asan/,repl hello tokenize): build/asan/llm.o
-$(addprefix build/,repl tokenize asan/repl asan/hello asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
+$(addprefix build/,repl tokenize server asan/repl asan/hello asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
 $(addprefix build/asan/test_,hf quantize hellaswag_text) build/test_hellaswag_text build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
 $(addprefix build/asan/test_,quantize chat tokenizer_files): private CPPFLAGS += -O0
 
@@ -175,6 +182,11 @@ build/test_manual: tests/test_manual.sh tests/manual.c build/llm.o
 
 # Without MPI its test says so.
 build/test_mpi: tests/test_mpi.sh $(if $(shell command -v mpicc),$(MPI_PROGRAMS))
+	install $< $@
+
+# Without its libraries the test says so.
+build/test_server: tests/test_server.sh examples/server.c build/llm.o
+	if .ci/need $(NEEDED_FOR_SERVER) curl:curl; then $(MAKE) build/server; else rm -f build/server; fi
 	install $< $@
 
 build/test_valgrind: tests/test_valgrind.sh build/hello build/test_hf
@@ -331,6 +343,7 @@ help:
 	echo "make             build $(PROGRAMS)"
 	echo "make run         fetch the default model once and let it continue a text; MODEL=path takes another"
 	echo "make test        everything that is checked (about 20 minutes on two cores); T=name runs the tests of that name"
+	echo "make server      build build/server, which answers many users through OpenAI's API (needs libmicrohttpd)"
 	echo "make mpi         build $(MPI_PROGRAMS), for several processes (Open MPI or MPICH)"
 	echo "make test-cuda   the tests of llm_cuda.cu alone; no GPU is needed"
 	echo "make gpu-bundle  build/gpu, with which bench/gpu.sh runs on a machine with a GPU (needs nvcc; LLM_DATA as for bench-tokenizer)"

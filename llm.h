@@ -45,20 +45,23 @@
        its length. All that a forward pass needs is allocated here.
 
     4. Ask with llm_generate: a text to continue (.prompt), a conversation (.messages), or token ids (.tokens). It
-       turns the question into tokens, runs those that the sequence does not hold yet through the model (prefill), then
+       turns the question into tokens, runs those that no sequence holds yet through the model (prefill), then
        picks one token after the other (decode) by the rules in .sampler, and gives the text to .on_text as whole UTF-8
        characters. It stops at the model's own end, at max_tokens, at a stop string, or when a callback says so;
        llm_stats tells which, and how fast it was.
 
-    5. Ask again. A prefix that the sequence and the new prompt have in common is not computed again, so each turn of a
-       conversation costs only its new tokens. (An answer may become other tokens when it comes back as a message. Then
-       it is computed again from the first token that differs.)
+    5. Ask again. The longest prefix that the new prompt shares with any sequence of the context is not computed again, so
+       each turn of a conversation costs only its new tokens. (An answer may become other tokens when it comes back as a
+       message. Then it is computed again from the first token that differs.)
 
     6. To do more yourself, use the parts of llm_generate: llm_encode and llm_chat_encode make tokens, llm_forward
        runs any mix of tokens of any sequences in one pass, llm_logits and llm_sample turn the result into the next
        token, llm_stream_token turns tokens into text. examples/loop.c is such a loop, as a whole program.
 
-    7. Free contexts and drafts first, then the model.
+    7. Answer many at the same time with llm_stream_begin and llm_step, which are llm_generate in steps.
+       examples/server.c is an HTTP server made of them.
+
+    8. Free streams first, then contexts and drafts, then the model.
 
     THE OBJECTS
 
@@ -68,6 +71,7 @@
         llm_batch      a packed, ragged list of tokens, each with its sequence. Prefill, decode and several users at
                        once are the same call with different batches. There is no padding.
         llm_sampler    settings and the state of a random generator; plain data, copied by assignment.
+        llm_stream     a text that is being written beside others.
         llm_draft      guesses how a text goes on. That makes decoding faster and does not change the text.
 
     WHAT EVERY FUNCTION PROMISES
@@ -80,6 +84,7 @@
         Strings are UTF-8. A pointer that a function returns belongs to the object that was passed in. It is valid until
         that object is freed, or for as long as the declaration says.
         Callbacks run on the thread that made the call. They must not use the context, and should not throw or longjmp.
+        llm_stream_free alone is allowed.
 
     ONE ARITHMETIC
 
@@ -133,17 +138,25 @@
             return LLM_OK;
         }
 
-    RECIPE: several users in one pass. User u has sequence u and is silent while last[u] is -1; a new user's prompt can
-    be in the same batch. The context was created with n_seq >= n_users.
+    RECIPE: several users at the same time. More may begin between any two steps. The context was created with n_seq and
+    n_logits of at least n_users, which is at most 64 here.
 
-        static llm_status step(llm_context *ctx, llm_token *last, int n_users, llm_sampler *samplers, llm_error *err) {
-            llm_token tokens[64];
-            int seqs[64], n = 0;
-            for (int u = 0; u < n_users; u++)
-                if (last[u] >= 0) tokens[n] = last[u], seqs[n++] = u;
-            llm_batch batch = {.n_tokens = n, .tokens = tokens, .seqs = seqs};
-            llm_status status = llm_forward(ctx, &batch, err);
-            for (int i = 0; i < n && !status; i++) last[seqs[i]] = llm_sample(ctx, i, seqs[i], &samplers[seqs[i]]);
+        static llm_status answer_all(llm_context *ctx, const char *const *prompts, char (*answers)[4096], int n_users,
+                                     llm_error *err) {
+            llm_stream *streams[64] = {NULL};
+            llm_status status = LLM_OK;
+            int n_running = 1;
+            for (int u = 0; u < n_users && !status; u++) {
+                llm_generate_desc desc = {.prompt = prompts[u], .seq = LLM_SEQ_ANY, .max_tokens = 50, .on_text = append,
+                                          .user = answers[u]};
+                answers[u][0] = 0;
+                status = llm_stream_begin(&streams[u], ctx, &desc, err);
+            }
+            while (!status && n_running) status = llm_step(ctx, 0, &n_running, err);
+            for (int u = 0; u < n_users; u++) {
+                if (!status) status = llm_stream_result(streams[u], NULL, err);
+                llm_stream_free(streams[u]);
+            }
             return status;
         }
 
@@ -291,7 +304,7 @@
         Chat templates: the part of Jinja that published templates use. A template that needs more is refused, and the
         message names it. Tool calls in an answer are not parsed.
         Sampling: no grammars. To constrain a text, change llm_sampler.biases in on_token, or write your own loop.
-        A full sequence cannot be shifted: drop old messages and generate again, which computes the others again.
+        A full sequence cannot be shifted: after old messages were left out (keep_free), the others are computed again.
 
     COMPILE-TIME OPTIONS, defined before the include
 
@@ -307,8 +320,8 @@
 
     CONTENTS, in the order of the file. Search for "---- NAME" in the declarations, "==== NUMBER" in the implementation.
 
-        declarations: Errors . Host callbacks . Ranks . Model . Tokenizer . Chat . Context . Generation . Sequences
-               . Forward pass . Sampler . Speculative decoding . Scoring . NVIDIA GPU
+        declarations: Errors . Host callbacks . Ranks . Model . Tokenizer . Chat . Context . Generation . Streams
+               . Sequences . Forward pass . Sampler . Speculative decoding . Scoring . NVIDIA GPU
         BACKENDS: NOT FOR HOSTS
          1 Base
          2 Files
@@ -336,6 +349,7 @@
         22 Speculative decoding: How many guesses are worth it . A generation's rounds . Prompt lookup . A model as
                the draft
         23 Generation: Bursts
+        23b Streams: Beginning . A pass . After the pass . What hosts call
         24 Scoring: Text . The batch being filled . The packed schedule . Rectangles . llm_score
         25 Kernel text: Products of many rows . Products with groups . Products on the matrix unit
 */
@@ -407,10 +421,11 @@ LLM_API const char *llm_status_name(llm_status status);
    each keep a copy of this struct. If several threads use objects with the same allocator, it must be thread-safe.
 
    Every callback in this file runs on the thread that called the library, and before that call returns. It must not use
-   or free the context that called it. It may only call llm_seq_length, llm_seq_tokens, llm_logits and the getters; all
-   other functions fail with LLM_ERROR_ARGUMENT. It should return. If a C++ exception or a longjmp leaves it instead,
-   the next call on the context ends the interrupted call and frees its memory, and drops from the sequences all tokens
-   that were not final. A model or context that was being loaded or created is lost, with its memory. */
+   or free the context that called it. It may only call llm_seq_length, llm_seq_tokens, llm_logits, llm_stream_result,
+   llm_stream_free and the getters; all other functions fail with LLM_ERROR_ARGUMENT. It should return. If a C++
+   exception or a longjmp leaves it instead, the next call on the context ends the interrupted call and frees its memory,
+   and drops from the sequences all tokens that were not final. A model or context that was being loaded or created is
+   lost, with its memory. */
 typedef struct llm_host {
     void *(*alloc)(void *user, size_t size);   /* returns NULL if there is no memory                            */
     void (*free)(void *user, void *ptr);       /* ptr is never NULL                                             */
@@ -741,8 +756,8 @@ typedef enum llm_stop {
 } llm_stop;
 
 typedef struct llm_generate_desc {
-    /* The question: set exactly one of prompt, messages, chat and tokens. A prefix that the sequence already holds is
-       reused; the rest of the sequence is discarded. */
+    /* The question: set exactly one of prompt, messages, chat and tokens. The longest prefix that any sequence of the
+       context holds is reused; the rest of this sequence is discarded. */
     const char *prompt;          /* text to continue                                                              */
     const llm_message *messages; /* a conversation, rendered with the model's chat template and an open answer    */
     int n_messages;
@@ -750,7 +765,12 @@ typedef struct llm_generate_desc {
     const llm_token *tokens;   /* ids, used as they are                                                             */
     int n_tokens;
 
-    int seq;
+    /* Above 0: where the messages leave fewer tokens than this free of n_ctx, the oldest turns are left out. A turn
+       begins with a message of "user". The messages of "system" at the beginning and the last turn stay. More is left
+       out than needed, up to half of n_ctx: what follows is computed again, but then serves for several turns. */
+    int keep_free;
+
+    int seq;                         /* the sequence to use, or LLM_SEQ_ANY */
     int max_tokens;                  /* 0 or less: until the model ends or there is no more room */
     llm_sampler *sampler;            /* NULL: greedy                                                              */
     const char *const *stop_strings; /* none of them is shown                                                     */
@@ -774,6 +794,12 @@ typedef struct llm_generate_desc {
 
 enum { LLM_DRAFT_MAX = 15 }; /* max guesses that one pass can check */
 
+/* Instead of a sequence's number in llm_generate_desc: the library picks one that is empty or that it picked before and
+   nobody uses now. What such a sequence holds is kept, so that prompts that begin like it start from there. When room
+   is needed, the one that was used the longest time ago is cut from its end. A sequence that the host names in a call
+   is the host's, and is not touched. */
+enum { LLM_SEQ_ANY = -2 };
+
 typedef struct llm_draft_stats {
     int n_passes;                         /* passes that checked guesses                                       */
     int n_proposed, n_accepted;           /* guesses that were checked; that were right                        */
@@ -788,7 +814,10 @@ typedef struct llm_stats {
     llm_stop stop;
     int stop_index;      /* which of stop_strings or stop_tokens                                                   */
     int n_prompt;        /* tokens of the prompt                                                                   */
-    int n_reused;        /* how many of them the sequence already held                                             */
+    int n_left_out;      /* messages left out, see keep_free                                                          */
+    int n_reused;        /* how many of them were not computed, since this or another sequence held them           */
+    int n_shared;        /* how many of these came from another sequence                                           */
+    int seq;             /* the sequence                                                                           */
     int n_generated;     /* tokens shown; an end token, or one of stop_tokens, is not counted */
     int n_decode_passes; /* forward passes after the prompt's                               */
     double prefill_seconds, decode_seconds; /* until the first token's logits; after it                        */
@@ -808,6 +837,41 @@ LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc,
 /* Runs the prompt only, so that a later llm_generate with a prompt that begins like this one answers at once.
    Afterwards the logits of the prompt's last token are llm_logits(ctx, stats->n_prompt - stats->n_reused - 1). */
 LLM_API llm_status llm_prefill(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err);
+
+/* ---- Streams ------------------------------------------------------------------------------------------------- */
+
+/* A stream is what llm_generate does, for many texts at the same time: one pass computes the next token of all of them,
+   which takes little longer than for one. On the CPU each text is the one that llm_generate alone gives, with two
+   exceptions: with int4 weights where passes have more than 16 tokens (see llm_context_desc.n_batch), and with guesses
+   that are checked by rejection sampling. The text of one goes on as the others begin, end, fail or are cancelled. */
+typedef struct llm_stream llm_stream;
+
+/* Begins a text; llm_step then computes it. The description is that of llm_generate. What it points at may go when this
+   returns, but not the sampler, its biases, the draft, and `user`: they must stay until llm_stream_free. Two streams may
+   share a draft, but not a sampler with a temperature above 0. Between steps the host may use the context's other
+   sequences, by llm_generate too; the stream's own can be read and forked, and all else that names it fails. llm_score
+   fails while a stream is running. Beginning fails with LLM_ERROR_CONTEXT_FULL if no sequence is free or the cache has
+   no room for the prompt. Then, and after any other failure, *out is NULL and the other streams go on. */
+LLM_API llm_status llm_stream_begin(llm_stream **out, llm_context *ctx, const llm_generate_desc *desc, llm_error *err);
+
+/* Computes one pass for all streams that are running, and calls their callbacks. The pass has the next token of each
+   text, and with what room is left it reads prompts, each of which gets a share. So nobody waits longer than for a pass
+   of n_tokens tokens (at most n_batch). 0: n_batch while only prompts are read, else 128. If n_tokens or the context's
+   n_logits is below the number of streams, they take turns.
+   *n_running becomes the number of streams that are still running; n_running may be NULL. An error means that the pass
+   failed, and with it all streams in it. What fails in one stream alone is found in llm_stream_result. If a callback
+   leaves by longjmp or an exception, its stream ends with LLM_STOP_CALLBACK, and the others go on. */
+LLM_API llm_status llm_step(llm_context *ctx, int n_tokens, int *n_running, llm_error *err);
+
+LLM_API bool llm_stream_is_running(const llm_stream *stream);
+
+/* How a stream stands. stats->stop is LLM_STOP_NONE while it is running and after a failure, which is what is returned.
+   The times are those that passed on the clock, with the other streams' part. stats may be NULL. */
+LLM_API llm_status llm_stream_result(const llm_stream *stream, llm_stats *stats, llm_error *err);
+
+/* Frees a stream, and ends it if it is running; its sequence holds what was computed. Must come before
+   llm_context_free. This is also allowed inside a callback: the stream then calls nothing any more. */
+LLM_API void llm_stream_free(llm_stream *stream);
 
 /* ---- Sequences ----------------------------------------------------------------------------------------------- */
 
@@ -938,7 +1002,7 @@ typedef struct llm_draft_learnt {
     double seconds, trial_seconds; /* of decoding; how much of that tried guesses that did not seem to pay           */
 } llm_draft_learnt;
 
-/* A draft: one of the library's, see below, or a host's own. One generation at a time may use it. */
+/* A draft: one of the library's, see below, or a host's own. Streams of one context may share it. */
 struct llm_draft {
     const char *name;
     /* Fills *guesses, which come zeroed but for q, with at most n_wanted of their kind. A failure here does not fail
@@ -1010,6 +1074,7 @@ typedef struct llm_score_stats {
     int64_t n_computed;  /* tokens computed; these include the next two                                            */
     int64_t n_padded;    /* padding                                                                                */
     int64_t n_redundant; /* tokens of a context, or first tokens common to all endings, that were computed again   */
+    int64_t n_shared;    /* tokens of a context that were not computed, because an earlier context begins alike    */
     int64_t n_predicted; /* rows that went through the head                                                        */
     double seconds;
 } llm_score_stats;
@@ -1017,7 +1082,7 @@ typedef struct llm_score_stats {
 /* Fills log_likelihoods: the first question's [n_endings], then the second's, and so on. All sequences of the context
    are dropped. Its n_ctx must be enough for the longest text, and its n_seq for the question with the most endings;
    with more sequences and cache, batches become larger. A pass has at most n_batch tokens. A prefix common to all
-   endings is moved into the context. Tokens from which nothing is predicted are skipped, and the last layer and the
+   endings is moved into the context. The common beginning of contexts is computed once if they are close together. Tokens from which nothing is predicted are skipped, and the last layer and the
    head run only at scored positions. If log_likelihoods is NULL, nothing is computed, but stats tell what would be. */
 LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, int n_questions,
                              const llm_score_desc *desc, double *log_likelihoods, llm_score_stats *stats,
@@ -14887,6 +14952,13 @@ LLM_API llm_status llm_quantize_directory(const char *from, const char *to, cons
 
    A context is a cache, scratch space and the threads that compute, for up to n_seq sequences. */
 
+/* What sampling one row needs. */
+typedef struct llm__sampler_scratch {
+    float *probabilities;  /* [n_vocab padded to 16] */
+    llm_token *candidates; /* [n_vocab] */
+    float *maxima;         /* [n_vocab / LLM__MAX_RUN, rounded up] */
+} llm__sampler_scratch;
+
 /* What a scored batch predicts: after token i, the targets first[i] to first[i + 1] - 1. */
 typedef struct llm__ctx_targets {
     const int *first;      /* [n_tokens + 1]                                                              */
@@ -14909,16 +14981,27 @@ struct llm_context {
     /* The pass that is being built: the batch's tokens, ordered by sequence. */
     llm_token *tokens; /* [n_batch] */
     int *positions, *seqs, *logit_rows;
-    int *batch_index;          /* [n_batch] the batch's token whose logits a row computes, -1: none */
-    int *n_new;                /* [n_seq] number of tokens the batch appends */
-    int *first_row;            /* [n_seq + 1] first row of each sequence */
-    int *old_lengths;          /* [n_seq] to restore if the call fails; see `unsettled` */
-    int *logits_of;            /* [n_logits or n_batch] the batch's token that each row of logits belongs to */
-    int n_logits;              /* number of valid rows of logits */
-    llm__ctx_targets *targets; /* of a scored batch, which is a single pass; NULL: logits are wanted */
-    float *probabilities;      /* [n_vocab padded to 16] for the sampler */
-    llm_token *candidates;     /* [n_vocab] likewise */
-    float *maxima;             /* [n_vocab / LLM__MAX_RUN, rounded up] likewise */
+    int *batch_index;              /* [n_batch] the batch's token whose logits a row computes, -1: none */
+    int *n_new;                    /* [n_seq] number of tokens the batch appends */
+    int *first_row;                /* [n_seq + 1] first row of each sequence */
+    int *old_lengths;              /* [n_seq] to restore if the call fails; see `unsettled` */
+    int *logits_of;                /* [n_logits or n_batch] the batch's token that each row of logits belongs to */
+    int n_logits;                  /* number of valid rows of logits */
+    llm__ctx_targets *targets;     /* of a scored batch, which is a single pass; NULL: logits are wanted */
+    llm__sampler_scratch *scratch; /* [n_scratch], so that as many rows can be sampled at the same time */
+    int n_scratch;
+    /* Sequences that the library picks, and streams; see section 23b. */
+    uint64_t *picked_at;  /* [n_seq] when it last used a sequence that it had picked; 0: the host names it, or nobody */
+    uint64_t clock;       /* counts these uses */
+    bool *runs;           /* [n_seq] a running stream writes this sequence, and nobody else may */
+    llm_stream *streams;  /* a list, the oldest first */
+    llm_stream **sampled; /* [n_seq] those whose rows are sampled at the same time */
+    llm_stream *turn;     /* the first to be served in the next pass; NULL: the oldest */
+    llm_token *step_tokens; /* [llm__ctx_step_room] the batch that the streams make */
+    int *step_seqs;
+    bool *step_logits;
+    llm_stream *own;    /* a stream of a call that has not returned it to the host, such as llm_generate's */
+    llm_stream *acting; /* the stream whose callback may be running */
     /* The call in progress. A callback may leave it by longjmp or a C++ exception. The next call then ends it first. */
     llm__pool work;           /* memory of the call */
     uintptr_t callback;       /* frame of the code that called the host; 0: no callback is running */
@@ -14928,6 +15011,21 @@ struct llm_context {
     bool (*cancel)(void *user);
     void *cancel_user;
 };
+
+/* In section 23b. */
+static void llm__stream_settle(llm_context *ctx);
+static void llm__stream_free_all(llm_context *ctx);
+
+/* How many rows are sampled at the same time. */
+static int llm__ctx_count_scratch(const llm_context_desc *d, const llm_backend *backend) {
+    if (backend != &llm__cpu_backend) return 1;
+    return d->n_threads < d->n_logits ? d->n_threads : d->n_logits;
+}
+
+/* The most tokens of a pass of streams, or of a whole prompt of llm_generate. */
+static size_t llm__ctx_step_room(const llm_context_desc *d) {
+    return (size_t)(d->n_batch > d->n_ctx ? d->n_batch : d->n_ctx);
+}
 
 static llm_context_desc llm__ctx_defaults(llm__env *env, const llm_model_info *info, const llm_backend *backend,
                                           const llm_host *model_host, const llm_context_desc *desc) {
@@ -15026,9 +15124,21 @@ static void llm__ctx_body(llm__env *env, void *arg) {
     ctx->first_row = (int *)llm__alloc(env, n_seq + 1, sizeof(int));
     ctx->logits_of = (int *)llm__alloc(env, n_rows, sizeof(int));
     ctx->old_lengths = (int *)llm__alloc(env, n_seq, sizeof(int));
-    ctx->probabilities = (float *)llm__alloc(env, (size_t)llm__math_round_up(model->shape.n_vocab, 16), sizeof(float));
-    ctx->candidates = (llm_token *)llm__alloc(env, (size_t)model->shape.n_vocab, sizeof(llm_token));
-    ctx->maxima = (float *)llm__alloc(env, (size_t)model->shape.n_vocab / LLM__MAX_RUN + 1, sizeof(float));
+    size_t n_vocab = (size_t)model->shape.n_vocab, step_room = llm__ctx_step_room(&d);
+    ctx->n_scratch = llm__ctx_count_scratch(&d, model->backend);
+    ctx->scratch = (llm__sampler_scratch *)llm__alloc(env, (size_t)ctx->n_scratch, sizeof *ctx->scratch);
+    for (int i = 0; i < ctx->n_scratch; i++) {
+        ctx->scratch[i].probabilities =
+            (float *)llm__alloc(env, (size_t)llm__math_round_up((int)n_vocab, 16), sizeof(float));
+        ctx->scratch[i].candidates = (llm_token *)llm__alloc(env, n_vocab, sizeof(llm_token));
+        ctx->scratch[i].maxima = (float *)llm__alloc(env, n_vocab / LLM__MAX_RUN + 1, sizeof(float));
+    }
+    ctx->picked_at = (uint64_t *)llm__alloc_zero(env, n_seq, sizeof *ctx->picked_at);
+    ctx->runs = (bool *)llm__alloc_zero(env, n_seq, sizeof *ctx->runs);
+    ctx->sampled = (llm_stream **)llm__alloc_zero(env, n_seq, sizeof *ctx->sampled);
+    ctx->step_tokens = (llm_token *)llm__alloc(env, step_room, sizeof *ctx->step_tokens);
+    ctx->step_seqs = (int *)llm__alloc(env, step_room, sizeof *ctx->step_seqs);
+    ctx->step_logits = (bool *)llm__alloc(env, step_room, sizeof *ctx->step_logits);
     llm_status status = model->backend->context_create(&args->device, model->device, &ctx->backend_desc, env->err);
     if (status) {
         env->status = status;
@@ -15093,7 +15203,8 @@ LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model,
 /* Has a callback never returned to the call that made it? Then the ranks that work on that call must not wait. */
 static bool llm__ctx_was_left(const llm_context *ctx) {
     const char *why = "a callback on one of the ranks did not return to its call";
-    if (!ctx->callback && !ctx->unsettled && !ctx->targets && !ctx->work.blocks) return false;
+    if (!ctx->callback && !ctx->unsettled && !ctx->targets && !ctx->work.blocks && !ctx->own && !ctx->acting)
+        return false;
     llm_comm_abort(ctx->backend_desc.tensor, why);
     llm_comm_abort(ctx->backend_desc.pipeline, why);
     return true;
@@ -15104,6 +15215,7 @@ LLM_API void llm_context_free(llm_context *ctx) {
     llm__ctx_was_left(ctx); /* what it had begun to send goes with its memory */
     llm__pool pool = ctx->pool;
     llm_comm *tensor = ctx->backend_desc.tensor, *pipeline = ctx->backend_desc.pipeline;
+    llm__stream_free_all(ctx);
     ctx->model->backend->context_free(ctx->device);
     llm__pool_free(&ctx->work);
     llm_comm_free(tensor);
@@ -15171,6 +15283,7 @@ static void llm__ctx_settle(llm_context *ctx) {
     }
     llm__ctx_end_burst(ctx);
     llm__ctx_roll_back(ctx);
+    llm__stream_settle(ctx);
     llm__pool_free(&ctx->work);
 }
 
@@ -15234,7 +15347,9 @@ LLM_API llm_status llm_memory_estimate(const llm_model_info *info, const llm_con
     own.n_kv_heads = info->n_own_kv_heads;
     out->weights = info->weight_bytes;
     out->cache = (uint64_t)b.n_cache_blocks * info->backend->block_bytes(&own, b.cache_dtype);
-    out->scratch = info->backend->scratch_bytes(&shape, &b) + (uint64_t)shape.n_vocab * 8 +
+    out->scratch = info->backend->scratch_bytes(&shape, &b) +
+                   (uint64_t)shape.n_vocab * 8 * (uint64_t)llm__ctx_count_scratch(&c, info->backend) +
+                   (uint64_t)llm__ctx_step_room(&c) * (sizeof(llm_token) + sizeof(int) + sizeof(bool)) +
                    (uint64_t)c.n_seq * ((uint64_t)c.n_ctx * 4 + (uint64_t)llm__cache_blocks_for(c.n_ctx) * 4);
     return llm__error_done(err, LLM_OK);
 }
@@ -15254,6 +15369,97 @@ static llm_status llm__ctx_check_seq(const llm_context *ctx, int seq, llm_error 
     return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d was named, but the context has %d", seq, ctx->desc.n_seq);
 }
 
+/* The host names a sequence to change it: from now on it is the host's. */
+static llm_status llm__ctx_claim_seq(llm_context *ctx, int seq, llm_error *err) {
+    llm_status status = llm__ctx_check_seq(ctx, seq, err);
+    if (status) return status;
+    if (ctx->runs[seq])
+        return llm__error(err, LLM_ERROR_ARGUMENT,
+                          "a stream that is running writes sequence %d; end it first with llm_stream_free", seq);
+    ctx->picked_at[seq] = 0;
+    return LLM_OK;
+}
+
+/* How many of n tokens, from the first on, a sequence begins with. */
+static int llm__seq_common(const llm_context *ctx, int seq, const llm_token *ids, int n) {
+    const llm_token *own = llm__cache_tokens(&ctx->cache, seq);
+    int same = 0;
+    if (ctx->cache.lengths[seq] < n) n = ctx->cache.lengths[seq];
+    while (same < n && own[same] == ids[same]) same++;
+    return same;
+}
+
+/* Another sequence's prefix is taken if it is so many tokens longer. A fork in the middle of a block copies that block,
+   which takes about as long as computing a few tokens. */
+enum { LLM__SEQ_WORTH_SHARING = LLM_CACHE_BLOCK / 2 };
+
+/* Makes a sequence the longest prefix of n tokens that any sequence holds, at least *own of which it held itself. */
+static int llm__seq_start(llm_context *ctx, int seq, const llm_token *ids, int n, int *own) {
+    int parent = seq, best = *own = llm__seq_common(ctx, seq, ids, n), least = best + LLM__SEQ_WORTH_SHARING;
+    for (int other = 0; other < ctx->desc.n_seq; other++) {
+        int same = other == seq ? 0 : llm__seq_common(ctx, other, ids, n);
+        if (same < least || same <= best) continue;
+        best = same;
+        parent = other;
+    }
+    if (parent == seq) llm__cache_truncate(&ctx->cache, seq, best);
+    else llm__cache_fork(&ctx->cache, seq, parent, best);
+    return best;
+}
+
+/* The sequences that the library picked and that no stream writes are kept only as long as there is room. */
+static bool llm__seq_may_drop(const llm_context *ctx, int seq) {
+    return ctx->picked_at[seq] && !ctx->runs[seq] && ctx->cache.lengths[seq];
+}
+
+/* How many blocks would be free without these sequences. A block may have several users, so we count them down, and
+   then up again. */
+static int llm__seq_blocks_to_have(const llm_context *ctx) {
+    const llm__cache *cache = &ctx->cache;
+    int n = cache->n_free;
+    for (int step = -1; step <= 1; step += 2)
+        for (int seq = 0; seq < ctx->desc.n_seq; seq++)
+            for (int i = 0; i < llm__cache_blocks_for(cache->lengths[seq]) && llm__seq_may_drop(ctx, seq); i++) {
+                int *n_users = &cache->n_users[llm__cache_table(cache, seq)[i]];
+                *n_users += step;
+                n += step < 0 && *n_users == 0;
+            }
+    return n;
+}
+
+/* Cuts the last block off the sequence that was used the longest time ago. */
+static void llm__seq_drop_oldest(llm_context *ctx) {
+    int oldest = -1;
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++)
+        if (llm__seq_may_drop(ctx, seq) && (oldest < 0 || ctx->picked_at[seq] < ctx->picked_at[oldest])) oldest = seq;
+    if (oldest < 0) return;
+    llm__cache_truncate(&ctx->cache, oldest, (ctx->cache.lengths[oldest] - 1) / LLM_CACHE_BLOCK * LLM_CACHE_BLOCK);
+}
+
+/* Sees to it that n blocks are free. Returns false, and drops nothing, if there cannot be so many. */
+static bool llm__seq_make_room(llm_context *ctx, int64_t n) {
+    if (n <= ctx->cache.n_free) return true;
+    if (n > llm__seq_blocks_to_have(ctx)) return false;
+    while (ctx->cache.n_free < n) llm__seq_drop_oldest(ctx);
+    return true;
+}
+
+/* The sequence for a prompt of n tokens: the longest that the prompt goes on from, else an empty one, else the one that
+   was used the longest time ago. -1: the host or streams have all of them. */
+static int llm__seq_pick(const llm_context *ctx, const llm_token *ids, int n) {
+    int whole = -1, oldest = -1;
+    const int *lengths = ctx->cache.lengths;
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
+        uint64_t used = lengths[seq] ? ctx->picked_at[seq] : 0;
+        if (ctx->runs[seq] || (lengths[seq] && !used)) continue;
+        if (lengths[seq] && llm__seq_common(ctx, seq, ids, n) == lengths[seq] &&
+            (whole < 0 || lengths[seq] > lengths[whole]))
+            whole = seq;
+        if (oldest < 0 || used < (lengths[oldest] ? ctx->picked_at[oldest] : 0)) oldest = seq;
+    }
+    return whole >= 0 ? whole : oldest;
+}
+
 LLM_API int llm_seq_length(const llm_context *ctx, int seq) {
     if (llm__ctx_check_seq(ctx, seq, NULL)) return 0;
     return ctx->unsettled ? ctx->old_lengths[seq] : ctx->cache.lengths[seq];
@@ -15265,7 +15471,7 @@ LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq) {
 
 LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_error *err) {
     llm_status status = LLM__ENTER(ctx, err);
-    if (!status) status = llm__ctx_check_seq(ctx, seq, err);
+    if (!status) status = llm__ctx_claim_seq(ctx, seq, err);
     if (status) return status;
     if (length < 0 || length > ctx->cache.lengths[seq])
         return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; it cannot be cut to %d", seq,
@@ -15276,8 +15482,8 @@ LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_e
 
 LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int length, llm_error *err) {
     llm_status status = LLM__ENTER(ctx, err);
-    if (!status) status = llm__ctx_check_seq(ctx, seq, err);
     if (!status) status = llm__ctx_check_seq(ctx, parent, err);
+    if (!status) status = llm__ctx_claim_seq(ctx, seq, err);
     if (status) return status;
     if (length < 0 || length > ctx->cache.lengths[parent])
         return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; there is no fork at %d", parent,
@@ -15337,8 +15543,8 @@ LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, s
     return llm__error_done(err, LLM_OK);
 }
 
-static llm_status llm__seq_check_saved(const llm_context *ctx, int seq, const void *buffer, size_t size,
-                                       llm__seq_saved *head, llm_error *err) {
+static llm_status llm__seq_check_saved(llm_context *ctx, int seq, const void *buffer, size_t size, llm__seq_saved *head,
+                                       llm_error *err) {
     if (size < sizeof *head || memcmp(buffer, "llmcach2", 8))
         return llm__error(err, LLM_ERROR_FORMAT, "the buffer does not hold a saved sequence");
     memcpy(head, buffer, sizeof *head);
@@ -15353,7 +15559,7 @@ static llm_status llm__seq_check_saved(const llm_context *ctx, int seq, const vo
     int own = 0; /* blocks that dropping the sequence would free */
     for (int i = 0; i < llm__cache_blocks_for(ctx->cache.lengths[seq]); i++)
         own += ctx->cache.n_users[llm__cache_table(&ctx->cache, seq)[i]] == 1;
-    if (llm__cache_blocks_for((int)head->length) > ctx->cache.n_free + own)
+    if (!llm__seq_make_room(ctx, llm__cache_blocks_for((int)head->length) - own))
         return llm__error(
             err, LLM_ERROR_CONTEXT_FULL, "the saved sequence needs %d positions of the cache, but %d are free",
             llm__cache_blocks_for((int)head->length) * LLM_CACHE_BLOCK, (ctx->cache.n_free + own) * LLM_CACHE_BLOCK);
@@ -15363,7 +15569,7 @@ static llm_status llm__seq_check_saved(const llm_context *ctx, int seq, const vo
 LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer, size_t size, llm_error *err) {
     llm__seq_saved head;
     llm_status status = LLM__ENTER(ctx, err);
-    if (!status) status = llm__ctx_check_seq(ctx, seq, err);
+    if (!status) status = llm__ctx_claim_seq(ctx, seq, err);
     if (!status) status = llm__seq_check_saved(ctx, seq, buffer, size, &head, err);
     if (status) return status;
     const uint8_t *at = (const uint8_t *)buffer + sizeof head;
@@ -15427,7 +15633,7 @@ static llm_status llm__ctx_check_batch(llm_context *ctx, const llm_batch *batch,
                               "sequence %d has %d tokens and is to get %d more, but holds %d (n_ctx)", seq,
                               cache->lengths[seq], ctx->n_new[seq], ctx->desc.n_ctx);
     int64_t blocks = llm__ctx_blocks_needed(ctx);
-    if (blocks > cache->n_free)
+    if (!llm__seq_make_room(ctx, blocks))
         return llm__error(err, LLM_ERROR_CONTEXT_FULL,
                           "the batch needs %lld positions of the cache, but %d are free (n_cache)",
                           (long long)blocks * LLM_CACHE_BLOCK, cache->n_free * LLM_CACHE_BLOCK);
@@ -15533,6 +15739,8 @@ static llm_status llm__ctx_forward(llm_context *ctx, const llm_batch *batch, boo
 LLM_API llm_status llm_forward(llm_context *ctx, const llm_batch *batch, llm_error *err) {
     if (!ctx || !batch) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or batch is NULL");
     llm_status status = LLM__ENTER(ctx, err);
+    for (int i = 0; i < batch->n_tokens && batch->tokens && !status; i++)
+        status = llm__ctx_claim_seq(ctx, llm__ctx_batch_seq(batch, i), err);
     if (status) return status;
     return llm__error_done(err, llm__ctx_forward(ctx, batch, false, ctx->desc.cancel, ctx->desc.cancel_user, err));
 }
@@ -15770,13 +15978,14 @@ static llm__sampler_choice llm__sampler_choose_one(llm__sampler_choice c, llm_to
     return c;
 }
 
-/* The choice for the token after `tokens`, from its logits. Valid until the next choice in this context. */
-static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const float *logits, const llm_token *tokens,
-                                               int n_tokens, const llm_sampler *sampler, llm_error *err) {
+/* The choice for the token after `tokens`, from its logits. Valid until the next choice with this scratch. */
+static llm__sampler_choice llm__sampler_choose(const llm_context *ctx, const llm__sampler_scratch *scratch,
+                                               const float *logits, const llm_token *tokens, int n_tokens,
+                                               const llm_sampler *sampler, llm_error *err) {
     const llm__kernels *kernels = ctx->model->kernels;
     int n_vocab = ctx->model->shape.n_vocab;
-    float *p = ctx->probabilities;
-    llm__sampler_choice choice = {p, ctx->candidates, ctx->maxima, n_vocab, 0, 0, 0, LLM_OK};
+    float *p = scratch->probabilities;
+    llm__sampler_choice choice = {p, scratch->candidates, scratch->maxima, n_vocab, 0, 0, 0, LLM_OK};
     if (sampler->n_biases > 0 && !sampler->biases) {
         choice.status = llm__error(err, LLM_ERROR_ARGUMENT, "the sampler's n_biases is %d, but its biases are NULL",
                                    sampler->n_biases);
@@ -15786,9 +15995,9 @@ static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const float *lo
         logits = (const float *)memcpy(p, logits, (size_t)n_vocab * sizeof *p);
         llm__sampler_apply_biases(p, n_vocab, sampler);
         if (llm__sampler_has_penalty(sampler))
-            llm__sampler_apply_penalty(p, tokens, n_tokens, sampler, ctx->candidates);
+            llm__sampler_apply_penalty(p, tokens, n_tokens, sampler, scratch->candidates);
     }
-    choice.best = llm__sampler_argmax(kernels, logits, n_vocab, ctx->maxima);
+    choice.best = llm__sampler_argmax(kernels, logits, n_vocab, scratch->maxima);
     float top = choice.best < 0 ? NAN : logits[choice.best];
     if (choice.best < 0)
         choice.status = llm__error(err, LLM_ERROR_FORMAT,
@@ -15802,7 +16011,7 @@ static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const float *lo
     if (choice.status) return choice;
     if (llm__sampler_is_greedy(sampler) || top == INFINITY) return llm__sampler_choose_one(choice, choice.best);
     uint64_t mode = llm__fpu_enter();
-    float sum = kernels->odds(logits, n_vocab, top, LLM__LOG2_E / sampler->temperature, p, ctx->maxima);
+    float sum = kernels->odds(logits, n_vocab, top, LLM__LOG2_E / sampler->temperature, p, scratch->maxima);
     llm__fpu_leave(mode);
     choice.n = n_vocab;
     llm__sampler_cut_candidates(&choice, sampler, sum);
@@ -15820,8 +16029,8 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
     memset(&greedy, 0, sizeof greedy);
     if (!sampler) sampler = &greedy;
     if (!logits || LLM__ENTER(ctx, NULL)) return -1;
-    llm__sampler_choice choice =
-        llm__sampler_choose(ctx, logits, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler, NULL);
+    llm__sampler_choice choice = llm__sampler_choose(ctx, ctx->scratch, logits, llm_seq_tokens(ctx, seq),
+                                                     llm_seq_length(ctx, seq), sampler, NULL);
     return choice.n ? llm__sampler_draw_choice(&choice, sampler) : -1;
 }
 
@@ -16003,11 +16212,11 @@ static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_e
     return LLM_OK;
 }
 
-/* Records the time of a pass. */
-static void llm__spec_time_pass(llm__spec *sp, double seconds) {
+/* Records the time of a pass. `usual`: it had no part of a prompt, so the next pass will take about as long. */
+static void llm__spec_time_pass(llm__spec *sp, double seconds, bool usual) {
     int size = 0;
     sp->stats->pass_seconds += seconds;
-    if (!sp->draft) return;
+    if (!sp->draft || !usual) return;
     seconds = llm__ranks_first_seconds(sp->ctx->backend_desc.tensor, sp->ctx->backend_desc.pipeline, seconds);
     while (llm__spec_rows[size] < sp->n_checked + 1) size++;
     llm__spec_add_time(&sp->draft->learnt.passes[size], seconds);
@@ -16041,12 +16250,12 @@ static llm_token llm__spec_draw_rest(const llm__sampler_choice *c, const float *
 
 /* Draws the token that follows position length - 1 of the sequence from the logits at `row`, counted from `first`, the
    first row of this sequence in the pass. *right: it equals the guess, so the next row's logits are valid, too. */
-static llm_status llm__spec_draw_checked(llm__spec *sp, int first, int row, int length, llm_token *token, bool *right,
-                                         llm_error *err) {
+static llm_status llm__spec_draw_checked(llm__spec *sp, const llm__sampler_scratch *scratch, int first, int row,
+                                         int length, llm_token *token, bool *right, llm_error *err) {
     const llm_draft_guesses *g = &sp->guesses;
     bool guessed = row < g->n;
     llm_token guess = guessed ? g->tokens[row] : -1;
-    llm__sampler_choice choice = llm__sampler_choose(sp->ctx, llm_logits(sp->ctx, first + row),
+    llm__sampler_choice choice = llm__sampler_choose(sp->ctx, scratch, llm_logits(sp->ctx, first + row),
                                                      llm_seq_tokens(sp->ctx, sp->seq), length, sp->sampler, err);
     if (choice.status) return choice.status;
     if (row < sp->n_checked && g->has_q && !llm__sampler_is_greedy(sp->sampler)) {
@@ -16166,8 +16375,8 @@ static void llm__draft_model_drop_unknown(llm__sampler_choice *c, int n_known) {
 static bool llm__draft_model_draw(llm__draft_model *d, int seq, const float *logits, llm_sampler *sampler,
                                   llm_draft_guesses *g) {
     int n_known = d->target->model->shape.n_vocab;
-    llm__sampler_choice choice =
-        llm__sampler_choose(d->ctx, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq), sampler, NULL);
+    llm__sampler_choice choice = llm__sampler_choose(d->ctx, d->ctx->scratch, logits, llm_seq_tokens(d->ctx, seq),
+                                                     llm_seq_length(d->ctx, seq), sampler, NULL);
     float *q = g->q[g->n];
     if (choice.n && n_known < choice.n_vocab) llm__draft_model_drop_unknown(&choice, n_known);
     if (!choice.n) return false;
@@ -16324,13 +16533,11 @@ LLM_API void llm_draft_free(llm_draft *draft) {
 
 /* ==== 23 Generation =============================================================================================
 
-   Prompt in, text out: encode the prompt, run the part that the cache does not hold, then draw, show and run one token
-   at a time, or several with a draft. */
+   One text: its prompt as tokens, and what becomes of a token that was drawn. When it is computed, and beside what
+   others, is the matter of section 23b. */
 
 /* Text on its way to the host. What may be the start of a stop string is held back until that is decided. */
 typedef struct llm__gen_outbox {
-    llm_context *ctx;
-    const llm_generate_desc *desc;
     char *text; /* text that is held back */
     size_t n, capacity;
     llm_text_stream stream;
@@ -16338,22 +16545,54 @@ typedef struct llm__gen_outbox {
     bool refused;   /* a callback returned false */
 } llm__gen_outbox;
 
+struct llm_stream {
+    llm_stream *next; /* in the context's list */
+    llm__pool pool;
+    llm_context *ctx;
+    llm_generate_desc desc; /* the host's; but the stops are copies, and seq is the sequence that was picked */
+    llm_stats stats;
+    llm_status status; /* why it failed, with err; LLM_OK: it did not */
+    llm_error err;
+    bool running;
+    bool prefill_only; /* it ends after the prompt */
+    bool bursts;       /* the device may pick its tokens */
+    bool freed;        /* the host has freed it inside a callback, so that it goes when the call ends */
+    llm_token *ids;    /* [n_ids] the prompt */
+    int n_ids, n_read; /* the sequence has n_read of them */
+    bool started;      /* some of the prompt was computed */
+    llm_token token;   /* the last one drawn, which was not run yet */
+    double since;      /* when it began, then when it had read its prompt */
+    llm_sampler greedy, *sampler;
+    llm__spec speculation;
+    llm__gen_outbox box;
+    /* In the current pass: */
+    int n_rows, first;    /* its tokens, and where the first with logits stands in the batch; n_rows is 0 when done */
+    bool cancelled;       /* its `cancel` has said so */
+    bool is_drawn, right; /* `drawn` is there; it equals the guess */
+    llm_token drawn;      /* the next token */
+    llm_status drawing;   /* why there is none */
+    uint64_t n_drawn;     /* the sampler's, before the pass */
+    bool has_ticket;      /* one row of logits may be its */
+};
+
 /* Number of bytes at the end of the held text that may be the start of a stop string. */
-static size_t llm__gen_possible_stop(const llm__gen_outbox *box) {
+static size_t llm__gen_possible_stop(const llm_stream *s) {
+    const llm__gen_outbox *box = &s->box;
     for (size_t at = 0; at < box->n; at++)
-        for (int i = 0; i < box->desc->n_stop_strings; i++) {
-            const char *stop = box->desc->stop_strings[i];
+        for (int i = 0; i < s->desc.n_stop_strings; i++) {
+            const char *stop = s->desc.stop_strings[i];
             if (strlen(stop) > box->n - at && !memcmp(box->text + at, stop, box->n - at)) return box->n - at;
         }
     return 0;
 }
 
-/* Position of the first stop string in the held text; box->n if there is none. */
-static size_t llm__gen_find_stop(llm__gen_outbox *box) {
+/* Position of the first stop string in the held text; box.n if there is none. */
+static size_t llm__gen_find_stop(llm_stream *s) {
+    llm__gen_outbox *box = &s->box;
     for (size_t at = 0; at < box->n; at++)
-        for (int i = 0; i < box->desc->n_stop_strings; i++) {
-            size_t length = strlen(box->desc->stop_strings[i]);
-            if (length && length <= box->n - at && !memcmp(box->text + at, box->desc->stop_strings[i], length)) {
+        for (int i = 0; i < s->desc.n_stop_strings; i++) {
+            size_t length = strlen(s->desc.stop_strings[i]);
+            if (length && length <= box->n - at && !memcmp(box->text + at, s->desc.stop_strings[i], length)) {
                 box->stop_index = i;
                 return at;
             }
@@ -16361,20 +16600,23 @@ static size_t llm__gen_find_stop(llm__gen_outbox *box) {
     return box->n;
 }
 
-static void llm__gen_show(llm__gen_outbox *box, size_t n) {
+static void llm__gen_show(llm_stream *s, size_t n) {
+    llm__gen_outbox *box = &s->box;
     char next = box->text[n];
     if (!n) return;
     box->text[n] = 0;
-    llm__ctx_begin_callback(box->ctx);
-    if (box->desc->on_text && !box->desc->on_text(box->desc->user, box->text, n)) box->refused = true;
-    llm__ctx_end_callback(box->ctx);
+    llm__ctx_begin_callback(s->ctx);
+    if (s->desc.on_text && !s->desc.on_text(s->desc.user, box->text, n)) box->refused = true;
+    llm__ctx_end_callback(s->ctx);
     box->text[n] = next;
     memmove(box->text, box->text + n, box->n - n);
     box->n -= n;
 }
 
 /* Adds a token's text, or for token -1 what remains at the end, and shows what can be shown. */
-static void llm__gen_outbox_add(llm__env *env, llm__gen_outbox *box, const llm_tokenizer *tokenizer, llm_token token) {
+static void llm__gen_outbox_add(llm__env *env, llm_stream *s, llm_token token) {
+    const llm_tokenizer *tokenizer = s->ctx->model->tokenizer;
+    llm__gen_outbox *box = &s->box;
     size_t n_bytes = 0;
     llm_token_bytes(tokenizer, token, &n_bytes);
     size_t wanted = box->n + 3 * n_bytes + 32; /* each invalid byte may become three */
@@ -16386,26 +16628,96 @@ static void llm__gen_outbox_add(llm__env *env, llm__gen_outbox *box, const llm_t
         box->capacity = wanted * 2;
     }
     box->n += llm_stream_token(tokenizer, &box->stream, token, box->text + box->n, box->capacity - box->n);
-    size_t safe = llm__gen_find_stop(box);
-    if (safe == box->n && token >= 0) safe -= llm__gen_possible_stop(box);
-    llm__gen_show(box, safe);
+    size_t safe = llm__gen_find_stop(s);
+    if (safe == box->n && token >= 0) safe -= llm__gen_possible_stop(s);
+    llm__gen_show(s, safe);
 }
 
-typedef struct llm__gen_args {
-    llm_context *ctx;
-    const llm_generate_desc *desc;
-    llm_stats *stats;
-    llm__spec speculation;
-} llm__gen_args;
+/* The tokens of a text or a rendered conversation in new memory. */
+static llm_token *llm__gen_encode(llm__env *env, const llm_stream *s, const llm__chat_text *text, unsigned flags,
+                                  int *n) {
+    if (text->n > INT32_MAX / 8)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has %llu bytes", (unsigned long long)text->n);
+    llm_token *ids = (llm_token *)llm__alloc(env, 4 * text->n + 8, sizeof *ids);
+    *n = (int)llm__enc_spans(env, s->ctx->model->tokenizer, text->text, text->n, flags, text->spans, text->n_spans, ids,
+                             4 * text->n + 8);
+    return ids;
+}
+
+/* The conversation without its oldest turns. */
+typedef struct llm__gen_turns {
+    llm_chat_desc chat; /* all of it */
+    llm_message *left;  /* [n_messages] what is left */
+    int n_kept, next;   /* the first n_kept messages stay, then those before `next` are left out: */
+    size_t bytes;       /* so much content, */
+    size_t step;        /* in steps of so much */
+} llm__gen_turns;
+
+/* Leaves out more: up to the first turn behind the next step. A turn begins with a message of the user. False if there
+   is none. */
+static bool llm__gen_drop_turn(llm__gen_turns *t) {
+    size_t bytes = t->bytes, least = (bytes / t->step + 1) * t->step;
+    for (int i = t->next; i < t->chat.n_messages; i++) {
+        if (bytes >= least && i > t->n_kept && !strcmp(t->chat.messages[i].role, "user")) {
+            t->next = i;
+            t->bytes = bytes;
+            return true;
+        }
+        bytes += strlen(t->chat.messages[i].content);
+    }
+    return false;
+}
+
+static llm_token *llm__gen_encode_turns(llm__env *env, llm_stream *s, const llm__gen_turns *t, int *n) {
+    llm_chat_desc rest = t->chat;
+    int n_left = t->chat.n_messages - t->next;
+    memcpy(t->left + t->n_kept, t->chat.messages + t->next, (size_t)n_left * sizeof *t->left);
+    rest.messages = t->left;
+    rest.n_messages = t->n_kept + n_left;
+    llm__chat_text text = llm__chat_render(env, s->ctx->model->tokenizer, &rest);
+    s->stats.n_left_out = t->next - t->n_kept;
+    return llm__gen_encode(env, s, &text, LLM_TOKENS_SPECIAL, n);
+}
+
+/* Leaves out the oldest turns until the conversation fits: if possible in steps of 2 * n_ctx bytes of content, about
+   half of the sequence, else in smaller ones. So it begins at the same place for several turns, and what follows is
+   reused. */
+static llm_token *llm__gen_fit_turns(llm__env *env, llm_stream *s, const llm_chat_desc *chat, int *n) {
+    int n_ctx = s->ctx->desc.n_ctx;
+    const size_t steps[] = {2 * (size_t)n_ctx, (size_t)n_ctx / 2 + 1, 1};
+    llm__gen_turns t;
+    memset(&t, 0, sizeof t);
+    t.chat = *chat;
+    for (int i = 0; i < chat->n_messages; i++)
+        if (!chat->messages[i].role || !chat->messages[i].content)
+            llm__fail(env, LLM_ERROR_ARGUMENT, "message %d has no role or no content", i);
+    while (t.n_kept < chat->n_messages && !strcmp(chat->messages[t.n_kept].role, "system")) t.n_kept++;
+    t.left = (llm_message *)llm__alloc(env, (size_t)chat->n_messages, sizeof *t.left);
+    memcpy(t.left, chat->messages, (size_t)t.n_kept * sizeof *t.left);
+    for (int i = 0; i < 3; i++) {
+        t.step = steps[i];
+        t.next = t.n_kept;
+        t.bytes = 0;
+        do {
+            llm_token *ids = llm__gen_encode_turns(env, s, &t, n);
+            if (*n <= n_ctx - s->desc.keep_free) return ids;
+            llm__free(env->pool, ids);
+        } while (llm__gen_drop_turn(&t));
+    }
+    llm__fail(env, LLM_ERROR_CONTEXT_FULL,
+              "the last turn alone has %d tokens; a sequence of this context holds %d (n_ctx), of which %d are to stay "
+              "free (keep_free)",
+              *n, n_ctx, s->desc.keep_free);
+}
 
 /* The tokens of the prompt in new memory. */
-static llm_token *llm__gen_prompt_tokens(llm__env *env, const llm__gen_args *a, int *n) {
-    const llm_generate_desc *d = a->desc;
-    const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
-    llm__chat_text chat;
-    unsigned flags = LLM_TOKENS_SPECIAL;
+static llm_token *llm__gen_prompt_tokens(llm__env *env, llm_stream *s, int *n) {
+    const llm_generate_desc *d = &s->desc;
     if ((d->prompt != NULL) + (d->messages != NULL) + (d->chat != NULL) + (d->tokens != NULL) != 1)
         llm__fail(env, LLM_ERROR_ARGUMENT, "exactly one of prompt, messages, chat and tokens must be given");
+    if (d->keep_free < 0 || (d->keep_free && !d->messages && !(d->chat && d->chat->messages)))
+        llm__fail(env, LLM_ERROR_ARGUMENT,
+                  "keep_free is negative, or there are no messages of which some can be left out");
     if (d->tokens) {
         if (d->n_tokens <= 0)
             llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens: n_tokens is %d", d->n_tokens);
@@ -16414,268 +16726,115 @@ static llm_token *llm__gen_prompt_tokens(llm__env *env, const llm__gen_args *a, 
         *n = d->n_tokens;
         return copy;
     }
-    memset(&chat, 0, sizeof chat);
-    if (d->messages || d->chat) {
-        llm_chat_desc messages;
-        memset(&messages, 0, sizeof messages);
-        messages.messages = d->messages;
-        messages.n_messages = d->n_messages;
-        messages.open_answer = true;
-        chat = llm__chat_render(env, tokenizer, d->chat ? d->chat : &messages);
-    } else {
-        flags |= LLM_TOKENS_ENDS;
-        chat.text = d->prompt;
-        chat.n = strlen(d->prompt);
+    if (d->prompt) {
+        llm__chat_text text;
+        memset(&text, 0, sizeof text);
+        text.text = d->prompt;
+        text.n = strlen(d->prompt);
+        return llm__gen_encode(env, s, &text, LLM_TOKENS_SPECIAL | LLM_TOKENS_ENDS, n);
     }
-    if (chat.n > INT32_MAX / 8)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has %llu bytes", (unsigned long long)chat.n);
-    llm_token *ids = (llm_token *)llm__alloc(env, 4 * chat.n + 8, sizeof *ids);
-    *n = (int)llm__enc_spans(env, tokenizer, chat.text, chat.n, flags, chat.spans, chat.n_spans, ids, 4 * chat.n + 8);
-    return ids;
+    llm_chat_desc chat;
+    memset(&chat, 0, sizeof chat);
+    chat.messages = d->messages;
+    chat.n_messages = d->n_messages;
+    chat.open_answer = true;
+    if (d->chat) chat = *d->chat;
+    if (d->keep_free && chat.messages && chat.n_messages > 0) return llm__gen_fit_turns(env, s, &chat, n);
+    llm__chat_text text = llm__chat_render(env, s->ctx->model->tokenizer, &chat);
+    return llm__gen_encode(env, s, &text, LLM_TOKENS_SPECIAL, n);
 }
 
-/* A forward pass. The caller's cancel stops it, or the context's if the caller has none. The passes of a long prompt
-   that were finished before stay. */
-static llm_status llm__gen_forward(const llm__gen_args *a, const llm_batch *batch, llm_error *err) {
-    const llm_context_desc *c = &a->ctx->desc;
-    if (a->desc->cancel) return llm__ctx_forward(a->ctx, batch, true, a->desc->cancel, a->desc->user, err);
-    return llm__ctx_forward(a->ctx, batch, true, c->cancel, c->cancel_user, err);
-}
-
-/* Runs the part of the prompt that the sequence does not hold. At least one token is run, since its logits are
-   needed. */
-static llm_status llm__gen_prefill(llm__env *env, const llm__gen_args *a, const llm_token *ids, int n) {
-    llm_context *ctx = a->ctx;
-    int seq = a->desc->seq, reused = 0;
-    if (n == 0) llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens");
-    if (n > ctx->desc.n_ctx)
+static void llm__gen_check_prompt(llm__env *env, const llm_stream *s) {
+    int n_vocab = s->ctx->model->shape.n_vocab, n_ctx = s->ctx->desc.n_ctx;
+    if (s->n_ids == 0) llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens");
+    if (s->n_ids > n_ctx)
         llm__fail(env, LLM_ERROR_CONTEXT_FULL,
-                  "the prompt has %d tokens, but a sequence of this context holds %d (n_ctx)", n, ctx->desc.n_ctx);
-    for (int i = 0; i < n; i++)
-        if (ids[i] < 0 || ids[i] >= ctx->model->shape.n_vocab)
-            llm__fail(env, LLM_ERROR_ARGUMENT, "token %d of the prompt is %ld; the vocabulary has %d", i, (long)ids[i],
-                      ctx->model->shape.n_vocab);
-    while (reused < n - 1 && reused < llm_seq_length(ctx, seq) && llm_seq_tokens(ctx, seq)[reused] == ids[reused])
-        reused++;
-    llm__cache_truncate(&ctx->cache, seq, reused);
-    a->stats->n_prompt = n;
-    a->stats->n_reused = reused;
-    int *seqs = (int *)llm__alloc(env, (size_t)n, sizeof *seqs);
-    for (int i = 0; i < n; i++) seqs[i] = seq;
-    llm_batch batch = {n - reused, ids + reused, seqs, NULL};
-    llm_status status = llm__gen_forward(a, &batch, env->err);
-    llm__free(env->pool, seqs);
-    return status;
+                  "the prompt has %d tokens, but a sequence of this context holds %d (n_ctx)", s->n_ids, n_ctx);
+    for (int i = 0; i < s->n_ids; i++)
+        if (s->ids[i] < 0 || s->ids[i] >= n_vocab)
+            llm__fail(env, LLM_ERROR_ARGUMENT, "token %d of the prompt is %ld; the vocabulary has %d", i,
+                      (long)s->ids[i], n_vocab);
+}
+
+/* Lets the sequence begin with what is already computed of the prompt. At least one token is left to be run, since its
+   logits are needed. */
+static void llm__gen_reuse(llm_stream *s) {
+    int own;
+    s->n_read = llm__seq_start(s->ctx, s->desc.seq, s->ids, s->n_ids - 1, &own);
+    s->stats.n_reused = s->n_read;
+    s->stats.n_shared += s->n_read - own;
 }
 
 /* True if this token ends the generation. It is not shown. */
-static bool llm__gen_token_stops(const llm__gen_args *a, llm_token token) {
-    if (!a->desc->ignore_end && llm_token_is_end(a->ctx->model->tokenizer, token)) {
-        a->stats->stop = LLM_STOP_END;
+static bool llm__gen_token_stops(llm_stream *s, llm_token token) {
+    if (!s->desc.ignore_end && llm_token_is_end(s->ctx->model->tokenizer, token)) {
+        s->stats.stop = LLM_STOP_END;
         return true;
     }
-    for (int i = 0; i < a->desc->n_stop_tokens; i++)
-        if (a->desc->stop_tokens[i] == token) {
-            a->stats->stop = LLM_STOP_TOKEN;
-            a->stats->stop_index = i;
+    for (int i = 0; i < s->desc.n_stop_tokens; i++)
+        if (s->desc.stop_tokens[i] == token) {
+            s->stats.stop = LLM_STOP_TOKEN;
+            s->stats.stop_index = i;
             return true;
         }
     return false;
 }
 
-/* Which limit leaves no room for one more token: the sequence's length or the cache. LLM_STOP_NONE: there is room. */
-static llm_stop llm__seq_is_full(const llm_context *ctx, int seq) {
-    if (ctx->cache.lengths[seq] == ctx->desc.n_ctx) return LLM_STOP_CONTEXT;
-    return llm__cache_needs(&ctx->cache, seq, 1) > ctx->cache.n_free ? LLM_STOP_CACHE : LLM_STOP_NONE;
-}
-
-/* Shows a token. Returns false if something about it ends the generation. `has_place`: it is in the cache already, or
-   its place is reserved. */
-static bool llm__gen_show_token(llm__env *env, const llm__gen_args *a, llm__gen_outbox *box, llm_token token,
-                                bool has_place) {
-    const llm_tokenizer *tokenizer = a->ctx->model->tokenizer;
-    llm_stats *stats = a->stats;
+/* Shows a token. Returns false if something about it ends the generation. */
+static bool llm__gen_show_token(llm__env *env, llm_stream *s, llm_token token) {
+    llm_stats *stats = &s->stats;
+    llm__gen_outbox *box = &s->box;
     size_t n_bytes = 0;
-    const char *bytes = llm_token_bytes(tokenizer, token, &n_bytes);
+    const char *bytes = llm_token_bytes(s->ctx->model->tokenizer, token, &n_bytes);
     stats->n_generated++;
-    llm__ctx_begin_callback(a->ctx);
-    if (a->desc->on_token && !a->desc->on_token(a->desc->user, token, bytes, n_bytes)) box->refused = true;
-    llm__ctx_end_callback(a->ctx);
-    llm__gen_outbox_add(env, box, tokenizer, token);
-    box->refused = llm__ranks_any(a->ctx->backend_desc.tensor, a->ctx->backend_desc.pipeline, box->refused);
+    llm__ctx_begin_callback(s->ctx);
+    if (s->desc.on_token && !s->desc.on_token(s->desc.user, token, bytes, n_bytes)) box->refused = true;
+    llm__ctx_end_callback(s->ctx);
+    if (!s->freed) llm__gen_outbox_add(env, s, token);
+    box->refused = llm__ranks_any(s->ctx->backend_desc.tensor, s->ctx->backend_desc.pipeline, box->refused || s->freed);
     if (box->stop_index >= 0) {
         stats->stop = LLM_STOP_STRING;
         stats->stop_index = box->stop_index;
     } else if (box->refused) {
         stats->stop = LLM_STOP_CALLBACK;
-    } else if (stats->n_generated == a->desc->max_tokens) {
+    } else if (stats->n_generated == s->desc.max_tokens) {
         stats->stop = LLM_STOP_LENGTH;
-    } else if (!has_place) {
-        stats->stop = llm__seq_is_full(a->ctx, a->desc->seq);
     }
-    return stats->stop != LLM_STOP_NONE;
+    return stats->stop == LLM_STOP_NONE;
 }
 
 /* Counts a decoded token. */
-static void llm__gen_count_decode(const llm__gen_args *a) {
-    const llm_model *model = a->ctx->model;
-    uint64_t length = (uint64_t)llm_seq_length(a->ctx, a->desc->seq);
-    uint64_t block_bytes = model->backend->block_bytes(&model->shape, a->ctx->desc.cache_dtype);
-    a->stats->n_decode_passes++;
-    a->stats->decode_bytes += model->info.weight_bytes_per_token + length * block_bytes / LLM_CACHE_BLOCK;
+static void llm__gen_count_decode(llm_stream *s) {
+    const llm_model *model = s->ctx->model;
+    uint64_t length = (uint64_t)s->ctx->cache.lengths[s->desc.seq];
+    uint64_t block_bytes = model->backend->block_bytes(&model->shape, s->ctx->desc.cache_dtype);
+    s->stats.n_decode_passes++;
+    s->stats.decode_bytes += model->info.weight_bytes_per_token + length * block_bytes / LLM_CACHE_BLOCK;
 }
 
-/* The largest number of guesses after a token that sequence and cache have room for and that can be of use. */
-static int llm__gen_most_guesses(const llm__gen_args *a) {
-    const llm_context *ctx = a->ctx;
-    int seq = a->desc->seq, most = ctx->desc.n_ctx - ctx->cache.lengths[seq] - 1;
+/* The largest number of guesses after a token, up to `most`, that sequence and cache have room for and that can be of
+   use. */
+static int llm__gen_most_guesses(const llm_stream *s, int most, int n_free) {
+    int seq = s->desc.seq, left = s->ctx->desc.n_ctx - s->ctx->cache.lengths[seq] - 1;
     if (most > LLM_DRAFT_MAX) most = LLM_DRAFT_MAX;
-    if (a->desc->max_tokens > 0 && a->desc->max_tokens - a->stats->n_generated - 1 < most)
-        most = a->desc->max_tokens - a->stats->n_generated - 1;
-    while (most > 0 && llm__cache_needs(&ctx->cache, seq, most + 1) > ctx->cache.n_free) most--;
+    if (most > left) most = left;
+    if (s->desc.max_tokens > 0 && s->desc.max_tokens - s->stats.n_generated - 1 < most)
+        most = s->desc.max_tokens - s->stats.n_generated - 1;
+    while (most > 0 && llm__cache_needs(&s->ctx->cache, seq, most + 1) > n_free) most--;
     return most;
 }
 
-/* Runs a token through the model, followed by the guesses that are worth checking. */
-static llm_status llm__gen_step(llm__gen_args *a, llm_token token, llm_error *err) {
-    llm__spec *sp = &a->speculation;
-    llm_token tokens[LLM_DRAFT_MAX + 1];
-    int seqs[LLM_DRAFT_MAX + 1];
-    bool logits[LLM_DRAFT_MAX + 1];
-    llm_status status = llm__spec_guess(sp, token, llm__gen_most_guesses(a), err);
-    if (status) return status;
-    for (int i = 0; i <= sp->n_checked; i++) {
-        tokens[i] = i ? sp->guesses.tokens[i - 1] : token;
-        seqs[i] = a->desc->seq;
-        logits[i] = true;
-    }
-    llm_batch batch = {sp->n_checked + 1, tokens, seqs, logits};
-    double start = llm__clock_now();
-    status = llm__gen_forward(a, &batch, err);
-    if (status) return status;
-    llm__spec_time_pass(sp, llm__clock_now() - start);
-    llm__gen_count_decode(a);
-    return LLM_OK;
-}
-
-/* ---- Bursts ---- */
-
-typedef struct llm__gen_burst_args {
-    llm__env *env;
-    const llm__gen_args *a;
-    llm__gen_outbox *box;
-    llm_sampler *sampler;
-    llm_backend_burst burst;
-    int n_known;     /* number of its tokens known so far */
-    llm_token token; /* the last known token */
-    llm_status status;
-} llm__gen_burst_args;
-
-/* How many tokens the device may pick. All but the last need a place in the cache. */
-static int llm__gen_burst_size(const llm__gen_args *a, const llm_sampler *s) {
-    const llm__cache *cache = &a->ctx->cache;
-    int seq = a->desc->seq, left = a->desc->max_tokens - a->stats->n_generated, n = LLM_BACKEND_BURST;
-    bool plain = s->n_biases == 0 && (s->repeat_penalty <= 0 || s->repeat_penalty == 1);
-    if (!a->ctx->model->backend->burst || a->ctx->backend_desc.pipeline || !plain) return 0;
-    if (a->desc->max_tokens > 0 && left < n) n = left;
-    if (a->ctx->desc.n_ctx - cache->lengths[seq] + 1 < n) n = a->ctx->desc.n_ctx - cache->lengths[seq] + 1;
-    if (llm__cache_must_copy(cache, seq)) return 1;
-    while (n > 1 && llm__cache_needs(cache, seq, n - 1) > cache->n_free) n--;
-    return n;
-}
-
-static bool llm__gen_poll_cancel(const llm__gen_args *a) {
-    llm_context *ctx = a->ctx;
-    ctx->cancel = a->desc->cancel ? a->desc->cancel : ctx->desc.cancel;
-    ctx->cancel_user = a->desc->cancel ? a->desc->user : ctx->desc.cancel_user;
-    return ctx->cancel && llm__ctx_poll_host(ctx);
-}
-
-/* Handles the next token of the burst. */
-static void llm__gen_burst_token_body(llm__env *env, void *arg) {
-    llm__gen_burst_args *b = (llm__gen_burst_args *)arg;
-    const llm__gen_args *a = b->a;
-    llm__cache *cache = &a->ctx->cache;
-    bool is_last = ++b->n_known == b->burst.n;
-    if (b->token < 0 || b->token >= a->ctx->model->shape.n_vocab)
-        llm__fail(env, LLM_ERROR_FORMAT, "a logit is not a number (NaN): the model's weights are damaged");
-    if (b->n_known > 1) llm__gen_count_decode(a);
-    if (b->sampler->temperature >= 1e-30f) b->sampler->n_drawn++;
-    if (llm__gen_token_stops(a, b->token) || llm__gen_show_token(env, a, b->box, b->token, !is_last) || is_last) return;
-    if (llm__ranks_any(a->ctx->backend_desc.tensor, NULL, llm__gen_poll_cancel(a))) {
-        a->stats->stop = LLM_STOP_CALLBACK;
-        return;
-    }
-    llm__cache_tokens(cache, a->desc->seq)[cache->lengths[a->desc->seq]++] = b->token;
-}
-
-/* If memory runs out here, the device first finishes its work; then the error is raised. */
-static bool llm__gen_burst_token(void *user, llm_token token) {
-    llm__gen_burst_args *b = (llm__gen_burst_args *)user;
-    llm__env env;
-    llm__env_init(&env, b->env->pool, b->env->err, NULL);
-    b->token = token;
-    b->status = llm__env_run(&env, llm__gen_burst_token_body, b);
-    return !b->status && b->a->stats->stop == LLM_STOP_NONE;
-}
-
-/* Lets the device pick n tokens. Their places in the cache are reserved beforehand; meanwhile the sequence's length is
-   that of its known tokens. *token becomes the last one. */
-static llm_status llm__gen_run_burst(llm__env *env, const llm__gen_args *a, llm__gen_outbox *box, llm_sampler *sampler,
-                                     int n, llm_token *token) {
-    llm_context *ctx = a->ctx;
-    llm__gen_burst_args b = {env, a, box, sampler, {n, 0, NULL, sampler, llm__gen_burst_token, NULL}, 0, -1, LLM_OK};
-    int seq = a->desc->seq, *length = &ctx->cache.lengths[seq], before = *length;
-    llm_sampler start = *sampler; /* a copy, since n_drawn advances while the device draws */
-    b.burst.sampler = &start;
-    b.burst.position = before;
-    b.burst.blocks = llm__cache_table(&ctx->cache, seq);
-    b.burst.user = &b;
-    for (int i = 1; i < n; i++) llm__cache_append(&ctx->cache, seq, 0);
-    *length = before;
-    ctx->burst_seq = seq;
-    ctx->burst_end = before + n - 1;
-    llm_status status = ctx->model->backend->burst(ctx->device, &b.burst, env->err);
-    llm__ctx_end_burst(ctx);
-    *token = b.token;
-    return status ? status : b.status;
-}
-
-/* Draws and shows tokens from the logits of the last pass: one, and another for each guess that was right. `first` is
-   the first row of this sequence. *token becomes the last one, which has not been run yet. False if something ends the
-   generation. */
-static bool llm__gen_take_tokens(llm__env *env, llm__gen_args *a, llm__gen_outbox *box, int first, llm_token *token) {
-    llm__spec *sp = &a->speculation;
-    llm_context *ctx = a->ctx;
-    int seq = a->desc->seq, length = ctx->cache.lengths[seq] - sp->n_checked, row = 0;
-    bool right, ended;
-    ctx->unsettled = sp->n_checked > 0; /* until all guesses are accepted or removed */
-    do {
-        ctx->old_lengths[seq] = length + row;
-        env->status = llm__spec_draw_checked(sp, first, row, length + row, token, &right, env->err);
-        if (env->status) longjmp(env->unwind, 1);
-        if (!right) llm__cache_truncate(&ctx->cache, seq, length + row);
-        ended = llm__gen_token_stops(a, *token) || llm__gen_show_token(env, a, box, *token, right);
-        row += right;
-    } while (right && !ended);
-    llm__spec_count_pass(sp, row);
-    if (right) llm__cache_truncate(&ctx->cache, seq, length + row - 1); /* the end was guessed */
-    ctx->unsettled = false;
-    return !ended;
-}
-
-static void llm__gen_start_speculation(llm__env *env, llm__gen_args *a, llm_sampler *sampler) {
-    const llm_generate_desc *d = a->desc;
-    const llm_context *ctx = a->ctx;
-    llm__spec *sp = &a->speculation;
+static void llm__gen_start_speculation(llm__env *env, llm_stream *s) {
+    const llm_generate_desc *d = &s->desc;
+    const llm_context *ctx = s->ctx;
+    llm__spec *sp = &s->speculation;
     int n_logits = ctx->desc.n_logits < ctx->desc.n_batch ? ctx->desc.n_logits : ctx->desc.n_batch;
     sp->draft = d->draft;
-    sp->ctx = a->ctx;
-    sp->seq = d->seq;
-    sp->sampler = sampler;
+    sp->ctx = s->ctx;
+    sp->sampler = s->sampler;
     sp->cancel = d->cancel ? d->cancel : ctx->desc.cancel;
     sp->cancel_user = d->cancel ? d->user : ctx->desc.cancel_user;
-    sp->stats = &a->stats->draft;
+    sp->stats = &s->stats.draft;
     if (!d->draft) return;
     if (!d->draft->propose || d->draft_max < 0)
         llm__fail(env, LLM_ERROR_ARGUMENT, "the draft has no function, or draft_max is negative");
@@ -16685,7 +16844,7 @@ static void llm__gen_start_speculation(llm__env *env, llm__gen_args *a, llm_samp
                   ctx->desc.n_logits, ctx->desc.n_batch);
     sp->most = d->draft_max && d->draft_max < n_logits - 1 ? d->draft_max : n_logits - 1;
     if (sp->most > LLM_DRAFT_MAX) sp->most = LLM_DRAFT_MAX;
-    for (int i = 0; i < sp->most && !d->draft_keeps_text && !llm__sampler_is_greedy(sampler); i++)
+    for (int i = 0; i < sp->most && !d->draft_keeps_text && !llm__sampler_is_greedy(s->sampler); i++)
         sp->q[i] = (float *)llm__alloc(env, (size_t)ctx->model->shape.n_vocab, sizeof(float));
 }
 
@@ -16700,93 +16859,663 @@ static void llm__gen_check_arrays(llm__env *env, const llm_generate_desc *d, con
         if (!d->stop_strings[i]) llm__fail(env, LLM_ERROR_ARGUMENT, "stop_strings[%d] is NULL", i);
 }
 
-/* Runs the prompt and stops. */
-static void llm__gen_prefill_body(llm__env *env, void *arg) {
-    llm__gen_args *a = (llm__gen_args *)arg;
-    double start = llm__clock_now();
-    int n;
-    llm_token *ids = llm__gen_prompt_tokens(env, a, &n);
-    llm_status status = llm__gen_prefill(env, a, ids, n);
-    a->stats->prefill_seconds = llm__clock_now() - start;
-    if (status && status != LLM_ERROR_CANCELLED) {
-        env->status = status;
-        longjmp(env->unwind, 1);
-    }
-    if (status) a->stats->stop = LLM_STOP_CALLBACK;
+/* Copies what must outlive the call. */
+static void llm__gen_copy_stops(llm__env *env, llm_generate_desc *d) {
+    size_t n_strings = d->n_stop_strings > 0 ? (size_t)d->n_stop_strings : 0,
+           n_tokens = d->n_stop_tokens > 0 ? (size_t)d->n_stop_tokens : 0;
+    const char **strings = (const char **)llm__alloc(env, n_strings, sizeof *strings);
+    llm_token *tokens = (llm_token *)llm__alloc(env, n_tokens, sizeof *tokens);
+    for (size_t i = 0; i < n_strings; i++)
+        strings[i] = llm__str_copy(env, d->stop_strings[i], strlen(d->stop_strings[i]));
+    if (n_tokens) memcpy(tokens, d->stop_tokens, n_tokens * sizeof *tokens);
+    d->stop_strings = strings;
+    d->stop_tokens = tokens;
 }
 
-static void llm__gen_body(llm__env *env, void *arg) {
-    llm__gen_args *a = (llm__gen_args *)arg;
-    llm_context *ctx = a->ctx;
-    llm_sampler greedy, *sampler = a->desc->sampler ? a->desc->sampler : &greedy;
-    llm__gen_outbox box;
-    llm_token token;
-    double start = llm__clock_now();
-    int n;
-    memset(&greedy, 0, sizeof greedy);
-    memset(&box, 0, sizeof box);
-    llm__gen_check_arrays(env, a->desc, sampler);
-    box.ctx = ctx;
-    box.desc = a->desc;
-    box.stop_index = -1;
-    box.stream.started =
-        !a->desc->messages; /* what continues a prompt is not the start of a text, so its first space is shown */
-    llm__gen_start_speculation(env, a, sampler);
-    llm_token *ids = llm__gen_prompt_tokens(env, a, &n);
-    llm_status status = llm__gen_prefill(env, a, ids, n);
-    a->stats->prefill_seconds = llm__clock_now() - start;
-    start = llm__clock_now();
-    for (int first = n - 1 - a->stats->n_reused; !status; first = 0) {
-        int n_burst = a->speculation.draft ? 0 : llm__gen_burst_size(a, sampler);
-        if (n_burst) {
-            status = llm__gen_run_burst(env, a, &box, sampler, n_burst, &token);
-            if (status || a->stats->stop) break;
-        } else if (!llm__gen_take_tokens(env, a, &box, first, &token)) {
-            break;
-        }
-        status = llm__gen_step(a, token, env->err);
-    }
-    a->stats->decode_seconds = llm__clock_now() - start;
-    llm__spec_find_speedup(&a->speculation, a->stats->n_generated - 1, a->stats->decode_seconds);
-    if (status && status != LLM_ERROR_CANCELLED) {
-        env->status = status;
-        longjmp(env->unwind, 1);
-    }
-    if (status) a->stats->stop = LLM_STOP_CALLBACK;
-    if (a->stats->stop == LLM_STOP_STRING || box.refused) return;
-    llm__gen_outbox_add(env, &box, ctx->model->tokenizer, -1);
-    if (box.stop_index < 0) return;
-    a->stats->stop = LLM_STOP_STRING; /* in the U+FFFD that ends the text */
-    a->stats->stop_index = box.stop_index;
+/* Shows the rest of a text that ends. A host that has refused or freed it does not want that. */
+static void llm__gen_finish(llm__env *env, llm_stream *s) {
+    if (s->n_read < s->n_ids) s->stats.prefill_seconds = llm__clock_now() - s->since;
+    else if (!s->prefill_only) s->stats.decode_seconds = llm__clock_now() - s->since;
+    if (s->freed) return;
+    llm__spec_find_speedup(&s->speculation, s->stats.n_generated - 1, s->stats.decode_seconds);
+    if (s->stats.stop == LLM_STOP_STRING || s->box.refused || s->prefill_only) return;
+    llm__gen_outbox_add(env, s, -1);
+    if (s->box.stop_index < 0) return;
+    s->stats.stop = LLM_STOP_STRING; /* in the U+FFFD that ends the text */
+    s->stats.stop_index = s->box.stop_index;
 }
 
-static llm_status llm__gen_run(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats,
-                               void (*body)(llm__env *env, void *arg), llm_error *err) {
-    llm_stats unwanted;
+/* ---- Bursts ---- */
+
+typedef struct llm__gen_burst_args {
+    llm__env *env;
+    llm_stream *s;
+    llm_backend_burst burst;
+    int n_known;     /* number of its tokens known so far */
+    llm_token token; /* the last known token */
+    llm_status status;
+} llm__gen_burst_args;
+
+/* How many tokens the device may pick. All but the last need a place in the cache. */
+static int llm__gen_burst_size(const llm_stream *s) {
+    const llm_context *ctx = s->ctx;
+    const llm__cache *cache = &ctx->cache;
+    const llm_sampler *sampler = s->sampler;
+    int seq = s->desc.seq, left = s->desc.max_tokens - s->stats.n_generated, n = LLM_BACKEND_BURST;
+    bool plain = sampler->n_biases == 0 && !llm__sampler_has_penalty(sampler);
+    if (!s->bursts || s->speculation.draft || ctx->backend_desc.pipeline || !ctx->model->backend->burst || !plain)
+        return 0;
+    if (s->desc.max_tokens > 0 && left < n) n = left;
+    if (ctx->desc.n_ctx - cache->lengths[seq] + 1 < n) n = ctx->desc.n_ctx - cache->lengths[seq] + 1;
+    if (llm__cache_must_copy(cache, seq)) return 1;
+    while (n > 1 && llm__cache_needs(cache, seq, n - 1) > cache->n_free) n--;
+    return n;
+}
+
+static bool llm__gen_poll_cancel(const llm_stream *s) {
+    llm_context *ctx = s->ctx;
+    ctx->cancel = s->desc.cancel ? s->desc.cancel : ctx->desc.cancel;
+    ctx->cancel_user = s->desc.cancel ? s->desc.user : ctx->desc.cancel_user;
+    return ctx->cancel && llm__ctx_poll_host(ctx);
+}
+
+/* Handles the next token of the burst. */
+static void llm__gen_burst_token_body(llm__env *env, void *arg) {
+    llm__gen_burst_args *b = (llm__gen_burst_args *)arg;
+    llm_stream *s = b->s;
+    llm__cache *cache = &s->ctx->cache;
+    bool is_last = ++b->n_known == b->burst.n;
+    if (b->token < 0 || b->token >= s->ctx->model->shape.n_vocab)
+        llm__fail(env, LLM_ERROR_FORMAT, "a logit is not a number (NaN): the model's weights are damaged");
+    if (b->n_known > 1) llm__gen_count_decode(s);
+    if (!llm__sampler_is_greedy(s->sampler)) s->sampler->n_drawn++;
+    if (llm__gen_token_stops(s, b->token) || !llm__gen_show_token(env, s, b->token) || is_last) return;
+    if (llm__ranks_any(s->ctx->backend_desc.tensor, NULL, llm__gen_poll_cancel(s))) {
+        s->stats.stop = LLM_STOP_CALLBACK;
+        return;
+    }
+    llm__cache_tokens(cache, s->desc.seq)[cache->lengths[s->desc.seq]++] = b->token;
+}
+
+/* If memory runs out here, the device first finishes its work; then the error is raised. */
+static bool llm__gen_burst_token(void *user, llm_token token) {
+    llm__gen_burst_args *b = (llm__gen_burst_args *)user;
     llm__env env;
+    llm__env_init(&env, b->env->pool, b->env->err, NULL);
+    b->token = token;
+    b->status = llm__env_run(&env, llm__gen_burst_token_body, b);
+    return !b->status && b->s->stats.stop == LLM_STOP_NONE;
+}
+
+/* Lets the device pick n tokens. Their places in the cache are reserved beforehand; meanwhile the sequence's length is
+   that of its known tokens. */
+static void llm__gen_run_burst(llm__env *env, llm_stream *s, int n) {
+    llm_context *ctx = s->ctx;
+    llm__gen_burst_args b = {env, s, {n, 0, NULL, NULL, llm__gen_burst_token, NULL}, 0, -1, LLM_OK};
+    int seq = s->desc.seq, *length = &ctx->cache.lengths[seq], before = *length;
+    llm_sampler start = *s->sampler; /* a copy, since n_drawn advances while the device draws */
+    b.burst.sampler = &start;
+    b.burst.position = before;
+    b.burst.blocks = llm__cache_table(&ctx->cache, seq);
+    b.burst.user = &b;
+    for (int i = 1; i < n; i++) llm__cache_append(&ctx->cache, seq, 0);
+    *length = before;
+    ctx->burst_seq = seq;
+    ctx->burst_end = before + n - 1;
+    ctx->unsettled = false; /* llm__ctx_end_burst does instead what llm__ctx_roll_back does */
+    llm_status status = ctx->model->backend->burst(ctx->device, &b.burst, env->err);
+    llm__ctx_end_burst(ctx);
+    ctx->old_lengths[seq] = *length;
+    s->token = b.token;
+    env->status = status ? status : b.status;
+    if (env->status == LLM_ERROR_CANCELLED) s->stats.stop = LLM_STOP_CALLBACK;
+    else if (env->status) longjmp(env->unwind, 1);
+}
+
+/* ==== 23b Streams ===============================================================================================
+
+   Several texts are written at the same time. A pass reads the weights once for all of them: it has the last token of
+   each text that is being written, perhaps with guesses, and as much of the prompts as there is room for. llm_generate
+   is a stream that has its passes for itself.
+
+   After the pass the rows are sampled, on all threads, and then each stream in turn shows its token and may call the
+   host. If a callback does not return, what the others have computed in that pass is forgotten and will be computed
+   again: their sequences are cut to old_lengths, and their samplers go back to n_drawn. */
+
+enum { LLM__STREAM_PASS = 128 }; /* default bound on the tokens of a pass while some text is being written */
+
+/* The pass that is being made. */
+typedef struct llm__stream_pass {
+    llm_context *ctx;
+    llm_stream *only; /* NULL: all streams take part */
+    int n, most;      /* tokens in the batch, and the most */
+    int n_spare;      /* rows with logits that guesses may have */
+    int n_promised;   /* blocks that streams take in this pass, or will take for the rest of their prompts */
+    bool has_prompt;  /* some of the tokens are of prompts */
+    int n_sampled;    /* streams in ctx->sampled, whose rows are sampled at the same time */
+    int n_threads;    /* by so many threads */
+} llm__stream_pass;
+
+static bool llm__stream_takes_part(const llm__stream_pass *p, const llm_stream *s) {
+    return s->running && !s->freed && (!p->only || s == p->only);
+}
+
+static bool llm__stream_is_reading(const llm_stream *s) { return s->n_read < s->n_ids; }
+
+/* Its sequence is finished: it stays for prompts that begin like it, for as long as there is room. */
+static void llm__stream_stop(llm_stream *s, llm_status status) {
+    llm_context *ctx = s->ctx;
+    s->running = false;
+    s->n_rows = 0;
+    s->status = llm__ctx_tell_ranks(ctx, status);
+    ctx->runs[s->desc.seq] = false;
+    if (ctx->picked_at[s->desc.seq]) ctx->picked_at[s->desc.seq] = ++ctx->clock;
+}
+
+static void llm__stream_unlink(llm_stream *s) {
+    llm_stream **at = &s->ctx->streams;
+    while (*at != s) at = &(*at)->next;
+    *at = s->next;
+    if (s->ctx->turn == s) s->ctx->turn = s->next;
+    if (s->running) llm__stream_stop(s, LLM_OK);
+    llm__pool pool = s->pool;
+    llm__pool_free(&pool);
+}
+
+static void llm__stream_free_all(llm_context *ctx) {
+    while (ctx->streams) llm__stream_unlink(ctx->streams);
+}
+
+/* Streams that the host has freed in a callback. */
+static void llm__stream_free_those_freed(llm_context *ctx) {
+    for (llm_stream *s = ctx->streams, *next; s; s = next) {
+        next = s->next;
+        if (s->freed) llm__stream_unlink(s);
+    }
+}
+
+/* After a call that a callback never returned to. The stream whose callback it was is at its end. */
+static void llm__stream_settle(llm_context *ctx) {
+    if (ctx->acting && ctx->acting->running) {
+        ctx->acting->stats.stop = LLM_STOP_CALLBACK;
+        llm__stream_stop(ctx->acting, LLM_OK);
+    }
+    for (llm_stream *s = ctx->streams; s; s = s->next) {
+        if (s->n_rows && !s->freed && s != ctx->own) s->sampler->n_drawn = s->n_drawn;
+        s->n_rows = 0;
+    }
+    if (ctx->own) llm__stream_unlink(ctx->own);
+    ctx->own = ctx->acting = NULL;
+    llm__stream_free_those_freed(ctx);
+}
+
+/* Does something for one stream that may fail or call the host. A failure is the end of this stream alone. */
+static void llm__stream_act(llm_stream *s, void (*body)(llm__env *env, void *arg)) {
+    llm__env env;
+    llm__env_init(&env, &s->pool, &s->err, NULL);
+    s->ctx->acting = s;
+    llm_status status = llm__env_run(&env, body, s);
+    s->ctx->acting = NULL;
+    if (status) llm__stream_stop(s, status);
+}
+
+static void llm__stream_finish_body(llm__env *env, void *arg) {
+    llm_stream *s = (llm_stream *)arg;
+    llm__gen_finish(env, s);
+    llm__stream_stop(s, LLM_OK);
+}
+
+static void llm__stream_finish(llm_stream *s, llm_stop stop) {
+    s->stats.stop = stop;
+    llm__stream_act(s, llm__stream_finish_body);
+}
+
+/* ---- Beginning ---- */
+
+/* Blocks that the running streams will take for the rest of their prompts. */
+static int64_t llm__stream_promised(const llm_context *ctx) {
+    int64_t n = 0;
+    for (const llm_stream *s = ctx->streams; s; s = s->next)
+        if (s->running) n += llm__cache_needs(&ctx->cache, s->desc.seq, s->n_ids - s->n_read);
+    return n;
+}
+
+/* A sampler's random numbers are those of one text. */
+static void llm__stream_check_sampler(llm__env *env, const llm_stream *s) {
+    for (const llm_stream *other = s->ctx->streams; other; other = other->next)
+        if (other->running && other->sampler == s->sampler && !llm__sampler_is_greedy(s->sampler))
+            llm__fail(env, LLM_ERROR_ARGUMENT, "another stream that is running uses this sampler; give each its own");
+}
+
+static void llm__stream_take_sequence(llm__env *env, llm_stream *s) {
+    llm_context *ctx = s->ctx;
+    int *seq = &s->desc.seq;
+    bool any = *seq == LLM_SEQ_ANY;
+    if (any) *seq = llm__seq_pick(ctx, s->ids, s->n_ids - 1);
+    if (*seq < 0) /* llm__ctx_claim_seq has refused other negative numbers */
+        llm__fail(env, LLM_ERROR_CONTEXT_FULL,
+                  "no sequence is free: running streams or the host have all %d of them (n_seq)", ctx->desc.n_seq);
+    s->stats.seq = s->speculation.seq = *seq;
+    s->stats.n_prompt = s->n_ids;
+    ctx->picked_at[*seq] = any ? ++ctx->clock : 0;
+    llm__gen_reuse(s);
+    int64_t needed = llm__cache_needs(&ctx->cache, *seq, s->n_ids - s->n_read), promised = llm__stream_promised(ctx);
+    ctx->runs[*seq] = true; /* so that it is not dropped to make room for itself */
+    bool room = llm__seq_make_room(ctx, needed + promised);
+    ctx->runs[*seq] = room;
+    if (!room)
+        llm__fail(env, LLM_ERROR_CONTEXT_FULL,
+                  "the prompt needs %lld positions of the cache, but %lld are free (n_cache)",
+                  (long long)needed * LLM_CACHE_BLOCK,
+                  (long long)(llm__seq_blocks_to_have(ctx) - promised) * LLM_CACHE_BLOCK);
+}
+
+typedef struct llm__stream_args {
+    llm_context *ctx;
+    const llm_generate_desc *desc;
+    bool prefill_only;
+    llm_stream *s;
+} llm__stream_args;
+
+static void llm__stream_begin_body(llm__env *env, void *arg) {
+    llm__stream_args *a = (llm__stream_args *)arg;
+    llm_stream *s = (llm_stream *)llm__alloc_zero(env, 1, sizeof *s), **last = &a->ctx->streams;
+    s->ctx = a->ctx;
+    s->since = llm__clock_now();
+    s->desc = *a->desc;
+    s->prefill_only = a->prefill_only;
+    s->sampler = s->desc.sampler ? s->desc.sampler : &s->greedy;
+    s->box.stop_index = -1;
+    /* What continues a prompt is not the start of a text, so its first space is shown. */
+    s->box.stream.started = !s->desc.messages && !s->desc.chat;
+    llm__gen_check_arrays(env, &s->desc, s->sampler);
+    llm__stream_check_sampler(env, s);
+    llm__gen_copy_stops(env, &s->desc);
+    llm__gen_start_speculation(env, s);
+    s->ids = llm__gen_prompt_tokens(env, s, &s->n_ids);
+    llm__gen_check_prompt(env, s);
+    llm__stream_take_sequence(env, s);
+    s->running = true;
+    s->pool = *env->pool;
+    env->pool->blocks = NULL; /* they are the stream's now */
+    while (*last) last = &(*last)->next;
+    *last = a->s = s;
+}
+
+static llm_status llm__stream_begin(llm_stream **out, llm_context *ctx, const llm_generate_desc *desc,
+                                    bool prefill_only, llm_error *err) {
+    llm__stream_args args = {ctx, desc, prefill_only, NULL};
+    llm__env env;
+    if (desc->seq != LLM_SEQ_ANY) {
+        llm_status status = llm__ctx_claim_seq(ctx, desc->seq, err);
+        if (status) return status;
+    }
+    llm__env_init(&env, &ctx->work, err, NULL);
+    llm_status status = llm__env_run(&env, llm__stream_begin_body, &args);
+    llm__pool_free(&ctx->work);
+    *out = args.s;
+    return llm__ctx_tell_ranks(ctx, status);
+}
+
+/* ---- A pass ---- */
+
+/* True if the stream waits for an older one, which is about to compute what both prompts begin with. */
+static bool llm__stream_waits(const llm_stream *s) {
+    if (s->started) return false;
+    for (const llm_stream *older = s->ctx->streams; older != s; older = older->next) {
+        int same = 0, most = older->n_ids < s->n_ids - 1 ? older->n_ids : s->n_ids - 1;
+        if (!older->running || !llm__stream_is_reading(older)) continue;
+        while (same < most && older->ids[same] == s->ids[same]) same++;
+        if (same > older->n_read && same >= s->n_read + LLM__SEQ_WORTH_SHARING) return true;
+    }
+    return false;
+}
+
+/* Ends what has no room for its next token, and finds out what the others need. */
+static void llm__stream_check_room(llm__stream_pass *p) {
+    llm_context *ctx = p->ctx;
+    for (llm_stream *s = ctx->streams; s; s = s->next) {
+        if (!s->running || !llm__stream_is_reading(s)) continue;
+        if (!s->started && llm__stream_takes_part(p, s)) llm__gen_reuse(s); /* more may be there than when it began */
+        int needed = llm__cache_needs(&ctx->cache, s->desc.seq, s->n_ids - s->n_read);
+        if (llm__seq_make_room(ctx, (int64_t)p->n_promised + needed)) {
+            p->n_promised += needed;
+            continue;
+        }
+        llm__error(&s->err, LLM_ERROR_CONTEXT_FULL, "the host has taken the cache that the prompt needs");
+        llm__stream_stop(s, LLM_ERROR_CONTEXT_FULL);
+    }
+    for (llm_stream *s = ctx->streams; s; s = s->next) {
+        if (!llm__stream_takes_part(p, s) || llm__stream_is_reading(s)) continue;
+        int needed = llm__cache_needs(&ctx->cache, s->desc.seq, 1);
+        if (ctx->cache.lengths[s->desc.seq] == ctx->desc.n_ctx) llm__stream_finish(s, LLM_STOP_CONTEXT);
+        else if (!llm__seq_make_room(ctx, (int64_t)p->n_promised + needed)) llm__stream_finish(s, LLM_STOP_CACHE);
+        else p->n_promised += needed;
+    }
+}
+
+/* The streams take turns where there are not rows for all: whoever gets none is the first next time. */
+static void llm__stream_give_tickets(llm__stream_pass *p) {
+    llm_context *ctx = p->ctx;
+    llm_stream *start = ctx->turn && !p->only ? ctx->turn : ctx->streams, *s = start;
+    int left = ctx->desc.n_logits < p->most ? ctx->desc.n_logits : p->most;
+    for (bool around = false; s && !(around && s == start);) {
+        s->has_ticket = false;
+        if (llm__stream_takes_part(p, s) && !(llm__stream_is_reading(s) && llm__stream_waits(s))) {
+            s->has_ticket = left > 0;
+            if (left-- == 0 && !p->only) ctx->turn = s;
+        }
+        s = s->next;
+        if (s || around) continue;
+        around = true;
+        s = ctx->streams;
+    }
+    if (left >= 0 && !p->only) ctx->turn = NULL;
+    p->n_spare = left > 0 ? left : 0;
+}
+
+static void llm__stream_push(llm__stream_pass *p, llm_stream *s, llm_token token, bool logits) {
+    llm_context *ctx = p->ctx;
+    if (!s->n_rows++) s->n_drawn = s->sampler->n_drawn;
+    ctx->step_tokens[p->n] = token;
+    ctx->step_seqs[p->n] = s->desc.seq;
+    ctx->step_logits[p->n++] = logits;
+}
+
+/* The last tokens of the texts, with guesses where rows are to spare. */
+static void llm__stream_push_texts(llm__stream_pass *p) {
+    llm_context *ctx = p->ctx;
+    int n_drafted = 0;
+    for (llm_stream *s = ctx->streams; s; s = s->next)
+        n_drafted += s->has_ticket && !llm__stream_is_reading(s) && s->speculation.draft;
+    for (llm_stream *s = ctx->streams; s; s = s->next) {
+        llm__spec *sp = &s->speculation;
+        if (!s->has_ticket || s->freed || llm__stream_is_reading(s)) continue;
+        bool drafted = sp->draft != NULL;
+        int n_free = ctx->cache.n_free - p->n_promised + llm__cache_needs(&ctx->cache, s->desc.seq, 1);
+        int most = drafted ? llm__gen_most_guesses(s, p->n_spare / n_drafted, n_free) : 0;
+        n_drafted -= drafted;
+        ctx->acting = s;
+        llm_status status = llm__spec_guess(sp, s->token, most, &s->err);
+        ctx->acting = NULL;
+        if (status == LLM_ERROR_CANCELLED) llm__stream_finish(s, LLM_STOP_CALLBACK);
+        else if (status) llm__stream_stop(s, status);
+        if (status || s->freed) continue;
+        p->n_promised += llm__cache_needs(&ctx->cache, s->desc.seq, 1 + sp->n_checked) -
+                         llm__cache_needs(&ctx->cache, s->desc.seq, 1);
+        p->n_spare -= sp->n_checked;
+        s->first = p->n;
+        llm__stream_push(p, s, s->token, true);
+        for (int i = 0; i < sp->n_checked; i++) llm__stream_push(p, s, sp->guesses.tokens[i], true);
+    }
+}
+
+/* The stream with the shortest rest of a prompt among those that may read and have no part yet. */
+static llm_stream *llm__stream_shortest_prompt(const llm_context *ctx, int *n) {
+    llm_stream *shortest = NULL;
+    *n = 0;
+    for (llm_stream *s = ctx->streams; s; s = s->next) {
+        if (!s->has_ticket || s->freed || s->n_rows || !llm__stream_is_reading(s)) continue;
+        if (!shortest || s->n_ids - s->n_read < shortest->n_ids - shortest->n_read) shortest = s;
+        ++*n;
+    }
+    return shortest;
+}
+
+/* Parts of the prompts, which share the room that is left. What a short one does not need goes to the others. */
+static void llm__stream_push_prompts(llm__stream_pass *p) {
+    int n_left;
+    for (llm_stream *s; p->n < p->most && (s = llm__stream_shortest_prompt(p->ctx, &n_left));) {
+        int n = (p->most - p->n + n_left - 1) / n_left;
+        if (n > s->n_ids - s->n_read) n = s->n_ids - s->n_read;
+        for (int i = s->n_read; i < s->n_read + n; i++) llm__stream_push(p, s, s->ids[i], i == s->n_ids - 1);
+        s->first = p->n - 1;
+        s->started = p->has_prompt = true;
+    }
+}
+
+/* Asks each stream of the pass whether it wants to stop. The pass itself stops if all do. */
+static bool llm__stream_poll(void *user) {
+    llm_context *ctx = (llm_context *)user;
+    bool all = true;
+    for (llm_stream *s = ctx->streams; s; s = s->next) {
+        bool (*cancel)(void *user) = s->desc.cancel ? s->desc.cancel : ctx->desc.cancel;
+        if (!s->n_rows) continue;
+        ctx->acting = s;
+        if (!s->cancelled && !s->freed && cancel)
+            s->cancelled = cancel(s->desc.cancel ? s->desc.user : ctx->desc.cancel_user);
+        all = all && (s->cancelled || s->freed);
+    }
+    ctx->acting = NULL;
+    return all;
+}
+
+static llm_status llm__stream_forward(llm__stream_pass *p, llm_error *err) {
+    llm_context *ctx = p->ctx;
+    llm_batch batch = {p->n, ctx->step_tokens, ctx->step_seqs, ctx->step_logits};
+    bool polled = false;
+    for (llm_stream *s = ctx->streams; s; s = s->next) {
+        s->cancelled = s->is_drawn = false;
+        polled = polled || (s->n_rows && (s->desc.cancel || ctx->desc.cancel));
+    }
+    /* A prompt of llm_generate may take several passes. Those that were finished stay. */
+    llm_status status = llm__ctx_forward(ctx, &batch, p->only != NULL, polled ? llm__stream_poll : NULL, ctx, err);
+    if (status) return status;
+    /* Until each stream has dealt with its rows, they can be taken back. */
+    for (llm_stream *s = ctx->streams; s; s = s->next)
+        if (s->n_rows && p->only) ctx->old_lengths[s->desc.seq] -= s->speculation.n_checked;
+    ctx->unsettled = true;
+    return LLM_OK;
+}
+
+/* The pass was cancelled, or failed: so did all streams in it. */
+static void llm__stream_end_all(llm__stream_pass *p, llm_status status, const llm_error *err) {
+    for (llm_stream *s = p->ctx->streams; s; s = s->next) {
+        if (!s->n_rows) continue;
+        s->n_rows = 0;
+        if (status == LLM_ERROR_CANCELLED) {
+            llm__stream_finish(s, LLM_STOP_CALLBACK);
+            continue;
+        }
+        s->err = *err;
+        llm__stream_stop(s, status);
+    }
+}
+
+/* ---- After the pass ---- */
+
+/* Draws the token after a row of a text's last pass. Each row of a pass is sampled here. */
+static void llm__stream_draw(llm_stream *s, const llm__sampler_scratch *scratch, int row, int length) {
+    uint64_t mode = llm__fpu_enter();
+    s->drawing = llm__spec_draw_checked(&s->speculation, scratch, s->first, row, length, &s->drawn, &s->right, &s->err);
+    llm__fpu_leave(mode);
+    s->is_drawn = true;
+}
+
+static void llm__stream_sample_task(void *arg, int index) {
+    const llm__stream_pass *p = (const llm__stream_pass *)arg;
+    llm_context *ctx = p->ctx;
+    for (int i = index; i < p->n_sampled && index < p->n_threads; i += p->n_threads)
+        llm__stream_draw(ctx->sampled[i], &ctx->scratch[index], 0, ctx->cache.lengths[ctx->sampled[i]->desc.seq]);
+}
+
+/* Draws the next token of all that do not have guesses, which are drawn one after the other: what is right for one
+   follows from the one before. */
+static void llm__stream_sample(llm__stream_pass *p) {
+    llm_context *ctx = p->ctx;
+    for (llm_stream *s = ctx->streams; s; s = s->next) {
+        bool read = s->n_read + s->n_rows >= s->n_ids;
+        if (s->n_rows && read && !s->cancelled && !s->prefill_only && !s->speculation.draft && !llm__gen_burst_size(s))
+            ctx->sampled[p->n_sampled++] = s;
+    }
+    p->n_threads = 1;
+    if (ctx->model->backend == &llm__cpu_backend && p->n_sampled > 1) {
+        llm__team *team = ((llm__cpu_context *)ctx->device)->team;
+        p->n_threads = team->n < ctx->n_scratch ? team->n : ctx->n_scratch;
+        llm__team_run(team, llm__stream_sample_task, p);
+    } else llm__stream_sample_task(p, 0);
+}
+
+/* Shows the token that was drawn, and another for each guess that was right. False if something ends the text. */
+static bool llm__stream_take_tokens(llm__env *env, llm_stream *s) {
+    llm__spec *sp = &s->speculation;
+    llm_context *ctx = s->ctx;
+    int seq = s->desc.seq, length = ctx->cache.lengths[seq] - sp->n_checked, row = 0;
+    bool goes_on;
+    do {
+        ctx->old_lengths[seq] = length + row;
+        if (row || !s->is_drawn) llm__stream_draw(s, ctx->scratch, row, length + row);
+        if (s->drawing) {
+            env->status = s->drawing;
+            longjmp(env->unwind, 1);
+        }
+        s->token = s->drawn;
+        if (!s->right) llm__cache_truncate(&ctx->cache, seq, length + row);
+        goes_on = !llm__gen_token_stops(s, s->token) && llm__gen_show_token(env, s, s->token);
+        row += s->right;
+    } while (s->right && goes_on);
+    if (s->freed) return false;
+    llm__spec_count_pass(sp, row);
+    if (s->right) llm__cache_truncate(&ctx->cache, seq, length + row - 1); /* the end was guessed */
+    return goes_on;
+}
+
+/* Deals with a stream's rows of the pass. */
+static void llm__stream_take_body(llm__env *env, void *arg) {
+    llm_stream *s = (llm_stream *)arg;
+    llm_context *ctx = s->ctx;
+    llm__spec *sp = &s->speculation;
+    bool goes_on = false, was_reading = llm__stream_is_reading(s);
+    int n_burst = 0;
+    ctx->old_lengths[s->desc.seq] = ctx->cache.lengths[s->desc.seq] - sp->n_checked;
+    if (was_reading) {
+        s->n_read += s->n_rows;
+        s->n_rows = 0;
+        if (llm__stream_is_reading(s) && !s->cancelled) return;
+        s->stats.prefill_seconds = llm__clock_now() - s->since;
+        s->since += s->stats.prefill_seconds;
+    } else llm__gen_count_decode(s);
+    s->n_rows = 0;
+    if (s->cancelled) s->stats.stop = LLM_STOP_CALLBACK;
+    else if (!s->prefill_only) n_burst = llm__gen_burst_size(s);
+    if (n_burst) {
+        llm__gen_run_burst(env, s, n_burst);
+        goes_on = s->stats.stop == LLM_STOP_NONE;
+    } else if (!s->cancelled && !s->prefill_only) goes_on = llm__stream_take_tokens(env, s);
+    if (!goes_on) llm__stream_finish_body(env, s);
+}
+
+static void llm__stream_take(llm__stream_pass *p, double seconds) {
+    llm_context *ctx = p->ctx;
+    for (llm_stream *s = ctx->streams; s; s = s->next) {
+        if (!s->n_rows) continue;
+        int *length = &ctx->old_lengths[s->desc.seq];
+        if (p->only) s->cancelled = s->freed; /* if it were cancelled, the pass would be */
+        else
+            s->cancelled =
+                llm__ranks_any(ctx->backend_desc.tensor, ctx->backend_desc.pipeline, s->cancelled || s->freed);
+        if (!llm__stream_is_reading(s)) llm__spec_time_pass(&s->speculation, seconds, !p->has_prompt);
+        llm__stream_act(s, llm__stream_take_body);
+        if (!s->running && *length < ctx->cache.lengths[s->desc.seq]) /* guesses that were not checked */
+            llm__cache_truncate(&ctx->cache, s->desc.seq, *length);
+        *length = ctx->cache.lengths[s->desc.seq];
+    }
+    ctx->unsettled = false;
+}
+
+/* One pass for all streams, or for one of them. */
+static llm_status llm__stream_step(llm_context *ctx, llm_stream *only, int most, llm_error *err) {
+    llm__stream_pass pass, *p = &pass;
+    llm_error why;
+    bool writes = false;
+    memset(p, 0, sizeof *p);
+    p->ctx = ctx;
+    p->only = only;
+    for (llm_stream *s = ctx->streams; s; s = s->next) writes = writes || (s->running && !llm__stream_is_reading(s));
+    if (!most) most = writes ? (int)LLM__STREAM_PASS : ctx->desc.n_batch;
+    p->most = only ? (int)llm__ctx_step_room(&ctx->desc) : most < ctx->desc.n_batch ? most : ctx->desc.n_batch;
+    llm__stream_check_room(p);
+    llm__stream_give_tickets(p);
+    memcpy(ctx->old_lengths, ctx->cache.lengths, (size_t)ctx->desc.n_seq * sizeof(int));
+    llm__stream_push_texts(p);
+    llm__stream_push_prompts(p);
+    llm_status status = LLM_OK;
+    if (p->n) {
+        double start = llm__clock_now();
+        status = llm__stream_forward(p, &why);
+        if (status) {
+            llm__stream_end_all(p, status, &why);
+        } else {
+            double seconds = llm__clock_now() - start;
+            llm__stream_sample(p);
+            llm__stream_take(p, seconds);
+        }
+    }
+    llm__stream_free_those_freed(ctx);
+    if (status == LLM_ERROR_CANCELLED) status = LLM_OK;
+    if (status && err) *err = why;
+    return status;
+}
+
+/* ---- What hosts call ---- */
+
+static llm_status llm__stream_run(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, bool prefill_only,
+                                  llm_error *err) {
+    llm_stream *s = NULL;
     if (!ctx || !desc) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or desc is NULL");
     llm_status status = LLM__ENTER(ctx, err);
-    if (!status) status = llm__ctx_check_seq(ctx, desc->seq, err);
+    if (stats) memset(stats, 0, sizeof *stats);
+    if (!status) status = llm__stream_begin(&s, ctx, desc, prefill_only, err);
     if (status) return status;
-    llm__gen_args args;
-    memset(&args, 0, sizeof args);
-    args.ctx = ctx;
-    args.desc = desc;
-    args.stats = stats ? stats : &unwanted;
-    memset(args.stats, 0, sizeof *args.stats);
-    llm__env_init(&env, &ctx->work, err, NULL);
-    status = llm__env_run(&env, body, &args);
-    llm__ctx_roll_back(ctx);
-    llm__pool_free(&ctx->work);
-    return llm__error_done(err, llm__ctx_tell_ranks(ctx, status));
+    ctx->own = s;
+    s->bursts = true;
+    while (s->running) llm__stream_step(ctx, s, 0, NULL);
+    status = s->status;
+    if (stats) *stats = s->stats;
+    if (status && err) *err = s->err;
+    ctx->own = NULL;
+    llm__stream_unlink(s);
+    return llm__error_done(err, status);
 }
 
 LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err) {
-    return llm__gen_run(ctx, desc, stats, llm__gen_body, err);
+    return llm__stream_run(ctx, desc, stats, false, err);
 }
 
 LLM_API llm_status llm_prefill(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err) {
-    return llm__gen_run(ctx, desc, stats, llm__gen_prefill_body, err);
+    return llm__stream_run(ctx, desc, stats, true, err);
+}
+
+LLM_API llm_status llm_stream_begin(llm_stream **out, llm_context *ctx, const llm_generate_desc *desc, llm_error *err) {
+    if (!out || !ctx || !desc) return llm__error(err, LLM_ERROR_ARGUMENT, "out, ctx or desc is NULL");
+    *out = NULL;
+    llm_status status = LLM__ENTER(ctx, err);
+    if (!status) status = llm__stream_begin(out, ctx, desc, false, err);
+    return llm__error_done(err, status);
+}
+
+LLM_API llm_status llm_step(llm_context *ctx, int n_tokens, int *n_running, llm_error *err) {
+    int n = 0;
+    if (!ctx || n_tokens < 0) return llm__error(err, LLM_ERROR_ARGUMENT, "ctx is NULL, or n_tokens negative");
+    llm_status status = LLM__ENTER(ctx, err);
+    if (!status) status = llm__stream_step(ctx, NULL, n_tokens, err);
+    for (const llm_stream *s = ctx->streams; s; s = s->next) n += s->running;
+    if (n_running) *n_running = n;
+    return llm__error_done(err, status);
+}
+
+LLM_API bool llm_stream_is_running(const llm_stream *stream) { return stream->running; }
+
+LLM_API llm_status llm_stream_result(const llm_stream *stream, llm_stats *stats, llm_error *err) {
+    if (stats) *stats = stream->stats;
+    if (stream->status && err) *err = stream->err;
+    return llm__error_done(err, stream->status);
+}
+
+LLM_API void llm_stream_free(llm_stream *stream) {
+    if (!stream) return;
+    if (LLM__ENTER(stream->ctx, NULL)) stream->freed = true;
+    else llm__stream_unlink(stream);
 }
 
 /* ==== 24 Scoring ================================================================================================
@@ -16798,7 +17527,9 @@ LLM_API llm_status llm_prefill(llm_context *ctx, const llm_generate_desc *desc, 
 
    The packed schedule makes the prefix one sequence and the endings forks of it. It fills every pass to the last
    token: first with endings of questions whose prefix an earlier pass has computed, then with prefixes of further
-   questions.
+   questions. A question whose context begins like that of another one, such as with the same instruction, starts from
+   that one's sequence. While the other is still being computed it waits for it. The prefixes of questions that are
+   answered stay for this until their room is needed.
 
    The other schedules make rectangular batches, as libraries without ragged batches must, and really do compute the
    padding. They are those of H. Kim and J. Ryu, "Samsung Computer Engineering Challenge 2023, Round 1 Report" (Team
@@ -16901,6 +17632,8 @@ typedef struct llm__scorer {
     size_t *first_result; /* [n_questions]                                                            */
     int *prefixes;        /* [n_questions] length of the prefix that all texts of a question share */
     int *unfinished;      /* [n_questions] endings not computed yet */
+    bool *begun;          /* [n_questions] has or had a slot of the packed schedule */
+    int first_unbegun;    /* all questions before it are begun */
     int n;                /* tokens in the batch                                                      */
     llm_token *tokens;    /* [n_batch]                                                                */
     int *seqs;            /* [n_batch]                                                                */
@@ -17111,34 +17844,72 @@ static void llm__score_settle_slot(llm__scorer *s, int index) {
             if (llm__score_text_length(q, e) > prefix) llm__cache_fork(&s->ctx->cache, seq + e, seq, prefix);
         slot->ending = 0;
     } else if (slot->ending == q->n_endings) {
-        llm__score_drop(s, seq, q->n_endings);
+        llm__score_drop(s, seq + 1, q->n_endings - 1);
+        llm__cache_truncate(&s->ctx->cache, seq, prefix);
+        s->ctx->picked_at[seq] = ++s->ctx->clock; /* kept while there is room */
         slot->question = -1;
         for (int e = 0; e < q->n_endings; e++) llm__score_finished(s, question);
     }
 }
 
-/* Takes the next question into a free slot, if the cache has room for the whole question. */
-static bool llm__score_start_question(llm__scorer *s, int index, int question, int64_t *blocks_left) {
+/* True if a question that is being computed has more in common with this one than any sequence holds by now. The last
+   token of a context is never common, since it predicts. */
+static bool llm__score_waits(const llm__scorer *s, int question) {
+    const llm_question *q = &s->questions[question];
+    int held = 0, coming = 0;
+    if (s->desc.recompute_context) return false;
+    for (int i = 0; i < s->n_slots; i++) {
+        int same = llm__seq_common(s->ctx, i * s->most_endings, q->context, q->n_context - 1);
+        if (same > held) held = same;
+        if (s->slots[i].question < 0 || s->slots[i].ending >= 0) continue;
+        const llm_question *other = &s->questions[s->slots[i].question];
+        for (same = 0; same < q->n_context - 1 && same < other->n_context; same++)
+            if (q->context[same] != other->context[same]) break;
+        if (same > coming) coming = same;
+    }
+    return coming >= held + LLM__SEQ_WORTH_SHARING;
+}
+
+/* The next question to begin, if the cache has room for the whole of it. One that waits is passed over, but only by the
+   next few. Returns -1 if there is none. */
+static int llm__score_next_question(llm__scorer *s, int64_t blocks_left) {
+    enum { FEW = 16 };
+    while (s->first_unbegun < s->n_questions && s->begun[s->first_unbegun]) s->first_unbegun++;
+    for (int i = s->first_unbegun; i < s->n_questions && i < s->first_unbegun + FEW; i++) {
+        if (s->begun[i]) continue;
+        if (llm__score_question_blocks(s, i) > blocks_left) return -1;
+        if (!llm__score_waits(s, i)) return i;
+    }
+    return -1;
+}
+
+/* Takes a question into a free slot. */
+static void llm__score_begin_question(llm__scorer *s, int index, int question) {
+    const llm_question *q = &s->questions[question];
     llm__score_slot *slot = &s->slots[index];
-    if (question == s->n_questions || llm__score_question_blocks(s, question) > *blocks_left) return false;
-    *blocks_left -= llm__score_question_blocks(s, question);
+    int seq = index * s->most_endings, own;
+    bool shares = llm__score_shared_prefix(s, question) > 0;
+    s->begun[question] = true;
+    s->ctx->picked_at[seq] = 0;
     slot->question = question;
-    slot->ending = llm__score_shared_prefix(s, question) ? -1 : 0;
-    slot->at = 0;
-    return true;
+    slot->ending = shares ? -1 : 0;
+    slot->at = llm__seq_start(s->ctx, seq, q->context, shares ? q->n_context - 1 : 0, &own);
+    s->stats->n_shared += slot->at;
 }
 
 static void llm__score_packed(llm__scorer *s) {
     int64_t blocks_left = s->ctx->cache.n_blocks;
     int n_batch = s->ctx->desc.n_batch;
-    for (int next = 0; s->n_finished < s->n_questions;) {
+    while (s->n_finished < s->n_questions) {
         for (int i = 0; i < s->n_slots; i++)
             if (s->slots[i].question >= 0) llm__score_fill_from_slot(s, i);
         for (int i = 0; i < s->n_slots && s->n < n_batch; i++) {
             if (s->slots[i].question >= 0) continue;
-            if (!llm__score_start_question(s, i, next, &blocks_left)) break;
+            int question = llm__score_next_question(s, blocks_left);
+            if (question < 0) break;
+            blocks_left -= llm__score_question_blocks(s, question);
+            llm__score_begin_question(s, i, question);
             llm__score_fill_from_slot(s, i);
-            next++;
         }
         llm__score_batch(s);
         for (int i = 0; i < s->n_slots; i++) {
@@ -17439,6 +18210,7 @@ static void llm__score_alloc(llm__scorer *s) {
         s->pending[i].credits = (size_t *)llm__alloc(env, n_targets, sizeof(size_t));
         s->pending[i].n_credits = (int *)llm__alloc(env, n_targets, sizeof(int));
     }
+    s->begun = (bool *)llm__alloc_zero(env, (size_t)s->n_questions, sizeof *s->begun);
     s->finished = (llm__score_done *)llm__alloc(env, (size_t)s->n_questions, sizeof *s->finished);
     s->credits = (size_t *)llm__alloc(env, n_targets, sizeof *s->credits);
     s->n_credits = (int *)llm__alloc(env, n_targets, sizeof *s->n_credits);
@@ -17477,6 +18249,7 @@ static void llm__score_body(llm__env *env, void *arg) {
     }
     for (size_t i = 0; i < n_texts && s->results; i++) s->results[i] = 0;
     llm__score_drop(s, 0, s->ctx->desc.n_seq);
+    memset(s->ctx->picked_at, 0, (size_t)s->ctx->desc.n_seq * sizeof *s->ctx->picked_at);
     llm__score_alloc(s);
     if (s->desc.schedule == LLM_SCHEDULE_PACKED) llm__score_packed(s);
     else llm__score_rectangles(s, n_texts);
@@ -17497,6 +18270,8 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
     if (!ctx || n_questions < 0 || (n_questions && !questions))
         return llm__error(err, LLM_ERROR_ARGUMENT, "ctx or questions is NULL, or n_questions negative");
     llm_status status = LLM__ENTER(ctx, err);
+    for (int seq = 0; seq < ctx->desc.n_seq && !status; seq++)
+        if (ctx->runs[seq]) status = llm__ctx_claim_seq(ctx, seq, err);
     if (status) return status;
     memset(&scorer, 0, sizeof scorer);
     scorer.ctx = ctx;
@@ -17510,6 +18285,7 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
     llm__env_init(&env, &ctx->work, err, NULL);
     status = llm__env_run(&env, llm__score_body, &scorer);
     if (scorer.tokens) llm__score_drop(&scorer, 0, ctx->desc.n_seq);
+    memset(ctx->picked_at, 0, (size_t)ctx->desc.n_seq * sizeof *ctx->picked_at);
     llm__pool_free(&ctx->work);
     return llm__error_done(err, llm__ctx_tell_ranks(ctx, status));
 }

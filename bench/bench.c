@@ -22,6 +22,11 @@
     Measures the cost of checking guesses: the median time of passes with these numbers of rows, in turns, and the ratio
     to the first.
 
+    build/bench -m MODEL -b 1,8,32 [-p 32] [-n 128]
+
+    Several users at once: so many streams of llm_step, each with a prompt of p tokens of its own and n tokens to write. The
+    median rates of all streams together, in turns: of reading the prompts, and of writing from there to the end.
+
     mpirun -n 4 build/mpi/bench -m MODEL --tp 2 --pp 2
 
     The first table, of a model that several processes share. -t is the number of threads of each. MB/token, MBU and the
@@ -41,6 +46,7 @@
 enum {
     MOST = 16,
     MOST_ROWS = 64,
+    MOST_STREAMS = 256,
     KEY_DTYPE = 256,
     KEY_RANDOM,
     KEY_DRAFT,
@@ -60,7 +66,7 @@ typedef struct options {
     llm_dtype dtypes[MOST];
     int n_dtypes;
     const char *drafts[MOST], *texts[MOST];
-    int n_drafts, n_texts, draft_max, rows[MOST], n_rows;
+    int n_drafts, n_texts, draft_max, rows[MOST], n_rows, streams[MOST], n_streams;
     float temperature; /* of what llm_generate says */
     ranks ranks;
 } options;
@@ -77,7 +83,7 @@ static const struct argp_option OPTIONS[] = {
     {"model", 'm', "FILE", 0, "the model", 0},
     {"random", KEY_RANDOM, "SHAPE", 0,
      "instead: random weights of a published shape: llama2-7b, tinyllama-1.1b, llama3.2-1b or smollm2-135m", 0},
-    {"prefill", 'p', "N", 0, "tokens of a prompt (512)", 1},
+    {"prefill", 'p', "N", 0, "tokens of a prompt (512; of each stream: 32)", 1},
     {"decode", 'n', "N", 0, "tokens decoded after it (128)", 1},
     {"depth", 'd', "LIST", 0, "tokens in the cache before that (0)", 1},
     {"dtype", KEY_DTYPE, "LIST", 0, "types of the weights: f32, f16, bf16, int8, int4, file (bf16)", 2},
@@ -90,6 +96,7 @@ static const struct argp_option OPTIONS[] = {
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "max guesses in a pass (15)", 4},
     {"temp", KEY_TEMP, "T", 0, "temperature of what llm_generate says; small models repeat themselves at 0 (0)", 4},
     {"rows", KEY_ROWS, "LIST", 0, "numbers of tokens of the passes to compare, up to 64", 4},
+    {"streams", 'b', "LIST", 0, "numbers of texts that are written at the same time, instead of the first table", 1},
     {"tp", KEY_TP, "N", 0, "processes that share each layer (1)", 2},
     {"pp", KEY_PP, "N", 0, "processes each of which has some of the layers (1)", 2},
     {"output", 'o', "FORMAT", 0, "md, csv, json, or gpt-fast: the lines that its users' scripts look for (md)", 3},
@@ -149,6 +156,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         break;
     case KEY_TP: opt->ranks.tp = parse_number(state, arg, 1); break;
     case KEY_PP: opt->ranks.pp = parse_number(state, arg, 1); break;
+    case 'b': opt->n_streams = parse_list(state, arg, 1, opt->streams); break;
     case KEY_ROWS: opt->n_rows = parse_list(state, arg, 1, opt->rows); break;
     case ARGP_KEY_ARG:
         if (opt->n_texts == MOST) argp_error(state, "more than %d texts", MOST);
@@ -160,15 +168,20 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         opt->format = arg;
         break;
     case ARGP_KEY_END:
-        if (!opt->n_threads) opt->n_threads = opt->n_drafts || opt->n_rows || opt->flops_table ? 1 : 2;
+        if (!opt->n_threads)
+            opt->n_threads = opt->n_drafts || opt->n_rows || opt->n_streams || opt->flops_table ? 1 : 2;
+        if (!opt->n_prefill) opt->n_prefill = opt->n_streams ? 32 : 512;
         if (!opt->model == !opt->random) argp_error(state, "give either -m or --random");
         if (!opt->n_drafts != !opt->n_texts)
             argp_error(state, "--draft needs texts to continue, and texts need --draft");
         if (opt->n_drafts && !opt->model) argp_error(state, "random weights do not continue texts: --draft needs -m");
         for (int i = 0; i < opt->n_rows; i++)
             if (opt->rows[i] > MOST_ROWS) argp_error(state, "--rows: at most %d", MOST_ROWS);
-        if ((opt->ranks.tp > 1 || opt->ranks.pp > 1) && (opt->n_drafts || opt->n_rows || opt->flops_table))
-            argp_error(state, "--tp and --pp cannot be combined with --draft, --rows or --flops-table");
+        for (int i = 0; i < opt->n_streams; i++)
+            if (opt->streams[i] > MOST_STREAMS) argp_error(state, "-b: at most %d", MOST_STREAMS);
+        if ((opt->ranks.tp > 1 || opt->ranks.pp > 1) &&
+            (opt->n_drafts || opt->n_rows || opt->n_streams || opt->flops_table))
+            argp_error(state, "--tp and --pp cannot be combined with -b, --draft, --rows or --flops-table");
         if (opt->flops_table && !strcmp(opt->format, "json"))
             argp_error(state, "--flops-table can only be printed as md or csv");
         break;
@@ -596,16 +609,85 @@ static void compare_rows(llm_context *ctx, const options *opt, int depth) {
     free(seconds);
 }
 
-/* Runs --draft and --rows for one type and number of threads. */
+/* Runs n streams. seconds[0] is the time until each has its first token, seconds[1] the time after that. Returns how
+   many tokens were written after that. */
+static int run_streams(llm_context *ctx, const options *opt, int n, double *seconds) {
+    static llm_stream *streams[MOST_STREAMS];
+    static llm_sampler samplers[MOST_STREAMS];
+    llm_token *prompt = (llm_token *)calloc((size_t)opt->n_prefill, sizeof *prompt);
+    llm_error err;
+    if (!prompt) exit(1);
+    double start = llm__clock_now();
+    for (int i = 0; i < n; i++) {
+        llm_generate_desc desc = {.tokens = prompt,
+                                  .n_tokens = opt->n_prefill,
+                                  .seq = i,
+                                  .max_tokens = opt->n_decode,
+                                  .sampler = &samplers[i],
+                                  .ignore_end = true};
+        samplers[i] = (llm_sampler){
+            .temperature = opt->temperature, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .seed = (uint64_t)i};
+        for (int j = 0; j < opt->n_prefill; j++) prompt[j] = (llm_token)((i * 7 + j) * 37 % 5000 + 10);
+        llm_seq_truncate(ctx, i, 0, NULL);
+        if (llm_stream_begin(&streams[i], ctx, &desc, &err)) fail(&err);
+    }
+    seconds[0] = 0;
+    int n_left = 0;
+    for (int n_running = n; n_running;) {
+        if (llm_step(ctx, 0, &n_running, &err)) fail(&err);
+        if (seconds[0] > 0) continue;
+        bool all = true;
+        n_left = n * opt->n_decode;
+        for (int i = 0; i < n; i++) {
+            llm_stats stats;
+            if (llm_stream_result(streams[i], &stats, &err)) fail(&err);
+            all = all && stats.n_generated;
+            n_left -= stats.n_generated;
+        }
+        if (all) seconds[0] = llm__clock_now() - start;
+    }
+    seconds[1] = llm__clock_now() - start - seconds[0];
+    for (int i = 0; i < n; i++) llm_stream_free(streams[i]);
+    free(prompt);
+    return n_left;
+}
+
+static void compare_streams(llm_context *ctx, const options *opt) {
+    double *rates = (double *)calloc((size_t)(2 * MOST * opt->n_rounds), sizeof *rates), first = 0;
+    if (!rates) exit(1);
+    for (int round = -1; round < opt->n_rounds; round++) /* the first one warms up */
+        for (int i = 0; i < opt->n_streams; i++) {
+            double seconds[2], *at = rates + 2 * i * opt->n_rounds + (round < 0 ? 0 : round);
+            int n_left = run_streams(ctx, opt, opt->streams[i], seconds);
+            at[0] = opt->streams[i] * opt->n_prefill / seconds[0];
+            at[opt->n_rounds] = n_left / seconds[1];
+        }
+    for (int i = 0; i < opt->n_streams; i++) {
+        double reading = median(rates + 2 * i * opt->n_rounds, opt->n_rounds),
+               writing = median(rates + (2 * i + 1) * opt->n_rounds, opt->n_rounds);
+        if (!i) first = writing;
+        printf("| %s | %d | %d | %.0f | %.1f | %.1f | %.2f |\n", llm_dtype_name(llm_context_model(ctx)->info.dtype),
+               llm_context_n_threads(ctx), opt->streams[i], reading, writing, writing / opt->streams[i],
+               writing / first);
+    }
+    fflush(stdout);
+    free(rates);
+}
+
+/* Runs --draft, --rows and -b for one type and number of threads. */
 static void compare(const options *opt, llm_dtype dtype, int n_threads) {
     llm_model_desc desc = {.dtype = dtype, .n_threads = n_threads, .isa = getenv("LLM_ISA")};
     llm_context_desc context_desc = {.n_logits = opt->n_rows ? MOST_ROWS : LLM_DRAFT_MAX + 1, .n_threads = n_threads};
+    for (int i = 0; i < opt->n_streams; i++)
+        if (opt->streams[i] > context_desc.n_seq) context_desc.n_logits = context_desc.n_seq = opt->streams[i];
+    if (opt->n_streams) context_desc.n_ctx = opt->n_prefill + opt->n_decode;
     llm_model *model = NULL;
     llm_context *ctx = NULL;
     llm_error err;
     load_model(opt, &desc, &model);
     if (llm_context_create(&ctx, model, &context_desc, &err)) fail(&err);
     for (int i = 0; i < opt->n_drafts; i++) compare_draft(ctx, opt, opt->drafts[i], &desc);
+    if (opt->n_streams) compare_streams(ctx, opt);
     for (int i = 0; i < opt->n_depths && opt->n_rows; i++) compare_rows(ctx, opt, opt->depths[i]);
     llm_context_free(ctx);
     llm_model_free(model);
@@ -616,6 +698,9 @@ static void print_comparisons(const options *opt) {
     else if (opt->n_drafts)
         printf("| text | weights | draft | threads | prompt | plain tok/s | tok/s | ratio | right | tokens a pass |\n"
                "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
+    else if (opt->n_streams)
+        printf("| weights | threads | streams | read tok/s | write tok/s | each | ratio |\n"
+               "| --- | --- | --- | --- | --- | --- | --- |\n");
     else printf("| weights | threads | depth | rows | ms | ratio |\n| --- | --- | --- | --- | --- | --- |\n");
     for (int i = 0; i < opt->n_dtypes; i++)
         for (int t = 0; t < opt->n_threads; t++) compare(opt, opt->dtypes[i], opt->threads[t]);
@@ -790,7 +875,6 @@ static void run_flops_table(const options *opt) {
 
 int main(int argc, char **argv) {
     options opt = {.format = "md",
-                   .n_prefill = 512,
                    .n_decode = 128,
                    .n_rounds = 5,
                    .n_depths = 1,
@@ -801,7 +885,7 @@ int main(int argc, char **argv) {
         OPTIONS, parse_option, "[TEXT...]", "Measures how fast a model runs, beside what the machine allows.",
         NULL,    NULL,         NULL};
     argp_parse(&argp, argc, argv, 0, NULL, &opt);
-    if (opt.n_drafts || opt.n_rows) {
+    if (opt.n_drafts || opt.n_rows || opt.n_streams) {
         print_comparisons(&opt);
         return 0;
     }

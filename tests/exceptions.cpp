@@ -1,5 +1,6 @@
 // Callbacks that leave llm_generate by a C++ exception: at every poll of cancel, which other threads wait for, and at every
-// piece of text. The next call must give what it always gives. For tests/test_builds.sh:  exceptions MODEL
+// piece of text. The next call must give what it always gives. The same for llm_step: the other stream's text goes on.
+// For tests/test_builds.sh:  exceptions MODEL
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
@@ -28,6 +29,34 @@ static bool on_text(void *user, const char *text, size_t size) {
     return true;
 }
 
+// Two streams, one of which throws at its last'th call; returns the text of the other.
+static std::string beside_a_thrower(llm_context *ctx, int last, bool by_cancel, int *n_thrown, llm_error *err) {
+    host hosts[2] = {{"", 0, last}, {"", 0, 0}};
+    llm_stream *streams[2];
+    int n_running = 2;
+    for (int i = 0; i < 2; i++) {
+        llm_generate_desc desc = {};
+        desc.prompt = "a b a b b a a b";
+        desc.max_tokens = 8;
+        desc.ignore_end = true;
+        desc.seq = LLM_SEQ_ANY;
+        desc.user = &hosts[i];
+        desc.on_text = on_text;
+        if (i == 0 && by_cancel) {
+            desc.on_text = nullptr;
+            desc.cancel = on_cancel;
+        }
+        if (llm_stream_begin(&streams[i], ctx, &desc, err)) return err->message;
+    }
+    while (n_running) try {
+            if (llm_step(ctx, 0, &n_running, err)) return err->message;
+        } catch (const std::runtime_error &) {
+            ++*n_thrown;
+        }
+    for (llm_stream *stream : streams) llm_stream_free(stream);
+    return hosts[1].text;
+}
+
 int main(int, char **argv) {
     llm_model_desc model_desc = {};
     llm_context_desc context_desc = {};
@@ -37,6 +66,7 @@ int main(int, char **argv) {
     int n_thrown = 0;
     context_desc.n_threads = 3;
     context_desc.n_batch = 4;
+    context_desc.n_seq = 3;
     if (llm_model_load(&model, argv[1], &model_desc, &err) || llm_context_create(&ctx, model, &context_desc, &err)) {
         std::puts(err.message);
         return 1;
@@ -78,6 +108,14 @@ int main(int, char **argv) {
                             usual.c_str());
                 return 1;
             }
+        }
+    for (bool by_cancel : {true, false})
+        for (int last = 1, before = -1; before != n_thrown && last < 60; last++) {
+            before = n_thrown;
+            std::string text = beside_a_thrower(ctx, last, by_cancel, &n_thrown, &err);
+            if (text == usual) continue;
+            std::printf("beside exception %d the text is \"%s\", not \"%s\"\n", last, text.c_str(), usual.c_str());
+            return 1;
         }
     llm_context_free(ctx);
     llm_model_free(model);

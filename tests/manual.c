@@ -39,30 +39,39 @@ static void try_chat(const llm_model *model) {
     llm_context_free(ctx);
 }
 
-/* The loop's and the batch's tokens are those of llm_generate. */
-static void try_loops(const llm_model *model) {
-    llm_context *ctx = create(model, 2, 2), *plain = create(model, 1, 1);
+/* The loop's tokens are those of llm_generate. */
+static void try_loop(const llm_model *model) {
+    llm_context *ctx = create(model, 1, 1), *plain = create(model, 1, 1), *copied = create(model, 1, 1);
     llm_generate_desc desc = {.prompt = "The quick brown fox", .max_tokens = 50};
-    llm_sampler samplers[2];
-    llm_token last[2] = {-1, -1};
+    llm_sampler sampler;
     llm_error err = {LLM_OK, "other tokens than llm_generate's"};
-    memset(samplers, 0, sizeof samplers);
+    memset(&sampler, 0, sizeof sampler);
     check(!llm_generate(plain, &desc, NULL, &err), "llm_generate", &err);
     const llm_token *tokens = llm_seq_tokens(plain, 0);
-    check(!loop(ctx, desc.prompt, &samplers[0], &err), "a loop", &err);
+    check(!loop(ctx, desc.prompt, &sampler, &err), "a loop", &err);
     int n = llm_seq_length(ctx, 0);
     check(n > 40 && !memcmp(tokens, llm_seq_tokens(ctx, 0), (size_t)n * sizeof *tokens), "a loop", &err);
     printf("\n");
-    for (int u = 0; u < 2; u++) {
-        check(!llm_seq_truncate(ctx, u, 0, &err) && !(u ? llm_seq_fork(ctx, 1, 0, 3, &err) : copy(plain, ctx, &err)),
-              "copying", &err);
-        check(!llm_seq_truncate(ctx, u, 3, &err), "cutting", &err);
-        last[u] = tokens[3];
-    }
-    for (int i = 4; i < 20; i++) {
-        check(!step(ctx, last, 2, samplers, &err), "a step", &err);
-        check(last[0] == last[1] && (i < llm_seq_length(ctx, 0) + 1), "two users", &err);
-        last[0] = last[1] = tokens[i];
+    n = llm_seq_length(plain, 0);
+    check(!copy(plain, copied, &err) && llm_seq_length(copied, 0) == n, "copying", &err);
+    check(!memcmp(tokens, llm_seq_tokens(copied, 0), (size_t)n * sizeof *tokens), "copying", &err);
+    llm_context_free(copied);
+    llm_context_free(ctx);
+    llm_context_free(plain);
+}
+
+static void try_users(const llm_model *model) {
+    enum { USERS = 5 };
+    static const char *const prompts[USERS] = {"The quick brown fox", "Once upon a time", "The quick brown dog",
+                                               "One two three", "Paris is"};
+    static char answers[USERS][4096], alone[4096];
+    llm_context *ctx = create(model, USERS, USERS), *plain = create(model, 1, 1);
+    llm_error err = {LLM_OK, "other texts than llm_generate's"};
+    check(!answer_all(ctx, prompts, answers, USERS, &err), "several users", &err);
+    for (int u = 0; u < USERS; u++) {
+        llm_generate_desc desc = {.prompt = prompts[u], .max_tokens = 50, .on_text = append, .user = alone};
+        alone[0] = 0;
+        check(!llm_generate(plain, &desc, NULL, &err) && !strcmp(alone, answers[u]), "several users", &err);
     }
     llm_context_free(ctx);
     llm_context_free(plain);
@@ -138,7 +147,8 @@ int main(int argc, char **argv) {
         return 1;
     }
     try_chat(model);
-    try_loops(model);
+    try_loop(model);
+    try_users(model);
     try_share(model);
     try_draft(model);
     try_cancel(model);

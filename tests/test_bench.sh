@@ -23,6 +23,8 @@ check "measures random weights of a published shape" measure --random smollm2-13
 printf 'one two three one two three one' >"$out.txt"
 check "compares drafts" eval 'measure -m "$model" -n 8 --draft lookup,self:int4 "$out.txt" && [ "$(grep -c "^| " "$out")" -eq 4 ]'
 check "compares passes of some rows" eval 'measure --random smollm2-135m --rows 1,2,4 && [ "$(grep -c "^| bf16" "$out")" -eq 3 ]'
+check "compares numbers of streams" eval 'measure -m "$model" --dtype int4 -n 4 -b 1,3 && [ "$(grep -c "^| [a-z0-9]* | [0-9]* | [13] |" "$out")" -eq 2 ]'
+check "refuses too many streams" refuses -m "$model" -b 1000
 check "refuses a draft without texts" refuses -m "$model" --draft lookup
 check "refuses texts without a draft" refuses -m "$model" "$out.txt"
 check "refuses a missing text" refuses -m "$model" --draft lookup "$out.absent"

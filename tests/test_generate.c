@@ -224,6 +224,60 @@ static void test_two_sequences(void **state) {
     close_context(ctx);
 }
 
+/* A conversation that grows beyond the sequence: the oldest turns are left out, never the system's message or the last
+   turn, several at once, so that most turns go on where the one before ended. */
+static void test_oldest_turns(void **state) {
+    enum { TURNS = 30 };
+    llm_context *ctx = open_tiny(256, 1),
+                *other = create_context(llm_context_model(ctx), &(llm_context_desc){.n_ctx = 256, .n_threads = 1});
+    static char contents[2 * TURNS + 2][40];
+    llm_message messages[2 * TURNS + 2] = {{"system", "Be brief."}};
+    int left_out = 0, n_changes = 0, n_messages = 1, n_before = 0;
+    (void)state;
+    for (int turn = 0; turn < TURNS; turn++) {
+        answer *a = (answer *)calloc(1, sizeof *a), *b;
+        assert_non_null(a);
+        snprintf(contents[n_messages], 40, "%d: a question that is a bit longer", turn);
+        messages[n_messages] = (llm_message){"user", contents[n_messages]};
+        n_messages++;
+        llm_generate_desc desc = {.messages = messages, .n_messages = n_messages, .max_tokens = 5, .ignore_end = true};
+        desc.keep_free = 20;
+        run(ctx, desc, a);
+        assert_true(a->stats.n_prompt <= 236);
+        assert_true(a->stats.n_left_out >= left_out && a->stats.n_left_out < n_messages - 1);
+        if (a->stats.n_left_out == left_out && turn) assert_true(a->stats.n_reused >= n_before);
+        n_before = a->stats.n_prompt;
+        n_changes += a->stats.n_left_out > left_out;
+        left_out = a->stats.n_left_out;
+        llm_message shorter[2 * TURNS + 2] = {messages[0]};
+        memcpy(shorter + 1, messages + 1 + left_out, (size_t)(n_messages - 1 - left_out) * sizeof *shorter);
+        assert_string_equal(shorter[1].role, "user");
+        b = fresh(other,
+                  (llm_generate_desc){
+                      .messages = shorter, .n_messages = n_messages - left_out, .max_tokens = 5, .ignore_end = true});
+        assert_int_equal(b->stats.n_prompt, a->stats.n_prompt);
+        assert_memory_equal(a->tokens, b->tokens, 5 * sizeof *a->tokens);
+        snprintf(contents[n_messages], 40, "answer %d", turn);
+        messages[n_messages] = (llm_message){"assistant", contents[n_messages]};
+        n_messages++;
+        free(a);
+        free(b);
+    }
+    assert_true(n_changes > 1 && n_changes < 20);
+    llm_error err;
+    llm_generate_desc desc = {.messages = messages, .n_messages = n_messages - 1, .max_tokens = 1};
+    assert_int_equal(llm_generate(ctx, &desc, NULL, &err), LLM_ERROR_CONTEXT_FULL);
+    desc.keep_free = 246;
+    assert_int_equal(llm_generate(ctx, &desc, NULL, &err), LLM_ERROR_CONTEXT_FULL);
+    assert_non_null(strstr(err.message, "246"));
+    desc.keep_free = -1;
+    assert_int_equal(llm_generate(ctx, &desc, NULL, &err), LLM_ERROR_ARGUMENT);
+    desc = (llm_generate_desc){.prompt = "a", .keep_free = 1};
+    assert_int_equal(llm_generate(ctx, &desc, NULL, &err), LLM_ERROR_ARGUMENT);
+    llm_context_free(other);
+    close_context(ctx);
+}
+
 /* ---- What is shown ---- */
 
 /* Random models speak random bytes; what is shown is whole characters (checked for every piece), and all of it together
@@ -789,18 +843,29 @@ static void test_prefill(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_one_source),      cmocka_unit_test(test_prompt_is_its_tokens),
-        cmocka_unit_test(test_reuse),           cmocka_unit_test(test_goes_on),
-        cmocka_unit_test(test_two_sequences),   cmocka_unit_test(test_characters),
-        cmocka_unit_test(test_stop_strings),    cmocka_unit_test(test_waiting_text),
-        cmocka_unit_test(test_incomplete_end),  cmocka_unit_test(test_end),
-        cmocka_unit_test(test_stop_tokens),     cmocka_unit_test(test_context_end),
-        cmocka_unit_test(test_cache_end),       cmocka_unit_test(test_refused_text),
-        cmocka_unit_test(test_cancelled),       cmocka_unit_test(test_context_cancel),
-        cmocka_unit_test(test_one_bos),         cmocka_unit_test(test_first_space),
-        cmocka_unit_test(test_message_is_text), cmocka_unit_test(test_context_inside_callbacks),
-        cmocka_unit_test(test_careless),        cmocka_unit_test(test_no_error),
-        cmocka_unit_test(test_prefill)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_one_source),
+                                       cmocka_unit_test(test_prompt_is_its_tokens),
+                                       cmocka_unit_test(test_reuse),
+                                       cmocka_unit_test(test_goes_on),
+                                       cmocka_unit_test(test_two_sequences),
+                                       cmocka_unit_test(test_oldest_turns),
+                                       cmocka_unit_test(test_characters),
+                                       cmocka_unit_test(test_stop_strings),
+                                       cmocka_unit_test(test_waiting_text),
+                                       cmocka_unit_test(test_incomplete_end),
+                                       cmocka_unit_test(test_end),
+                                       cmocka_unit_test(test_stop_tokens),
+                                       cmocka_unit_test(test_context_end),
+                                       cmocka_unit_test(test_cache_end),
+                                       cmocka_unit_test(test_refused_text),
+                                       cmocka_unit_test(test_cancelled),
+                                       cmocka_unit_test(test_context_cancel),
+                                       cmocka_unit_test(test_one_bos),
+                                       cmocka_unit_test(test_first_space),
+                                       cmocka_unit_test(test_message_is_text),
+                                       cmocka_unit_test(test_context_inside_callbacks),
+                                       cmocka_unit_test(test_careless),
+                                       cmocka_unit_test(test_no_error),
+                                       cmocka_unit_test(test_prefill)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

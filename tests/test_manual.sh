@@ -27,6 +27,6 @@ while read -r heading; do
     grep -qF "$heading" "$tmp/contents" || { echo "# CONTENTS lacks: $heading"; missing=1; }
 done <"$tmp/headings"
 check "CONTENTS has every heading" test $missing = 0
-check "CONTENTS has no other section" test "$(manual | sed -n '/^    CONTENTS/,$p' | grep -c '^ *[0-9][0-9]* ')" = "$(grep -c '^[0-9]' "$tmp/headings")"
+check "CONTENTS has no other section" test "$(manual | sed -n '/^    CONTENTS/,$p' | grep -c '^ *[0-9][0-9]*[a-z]* ')" = "$(grep -c '^[0-9]' "$tmp/headings")"
 check "the version is that of LLM_VERSION" grep -q "^/\*  llm.h $(sed -n 's/^#define LLM_VERSION "\(.*\)"/\1/p' llm.h) " llm.h
 finish

@@ -179,7 +179,8 @@ static void check_schedules(const llm_model *model, const llm_context_desc *desc
         if (expected[0] == 0) memcpy(expected, results, (size_t)n_results * sizeof *results);
         if (memcmp(results, expected, (size_t)n_results * sizeof *results)) fail_msg("schedule %d has other bits", i);
         assert_int_equal(stats.n_questions, n);
-        assert_int_equal(stats.n_computed - stats.n_padded - stats.n_redundant, tokens_needed(questions, n));
+        assert_int_equal(stats.n_computed - stats.n_padded - stats.n_redundant + stats.n_shared,
+                         tokens_needed(questions, n));
         if (i == 0) {
             assert_int_equal(stats.n_padded + stats.n_redundant, 0);
             assert_true(stats.n_passes >= (stats.n_computed + desc->n_batch - 1) / desc->n_batch);
@@ -211,6 +212,46 @@ static void test_schedules(void **state) {
             check_schedules(model, &desc, z.questions, QUESTIONS, expected, z.n_results);
             llm_model_free(model);
         }
+    }
+}
+
+/* Questions with one instruction, which is computed once where there is room for it, and changes no bit. */
+static void test_shared_prefix(void **state) {
+    static const struct {
+        llm_context_desc desc;
+        int n_shared; /* at least */
+    } cases[] = {{{.n_ctx = 180, .n_seq = 20, .n_batch = 512, .n_threads = 2}, 12 * 60},
+                 {{.n_ctx = 180, .n_seq = 5, .n_batch = 16, .n_threads = 1}, 12 * 60},
+                 {{.n_ctx = 180, .n_seq = 17, .n_cache = 800, .n_batch = 64, .n_threads = 1}, 12 * 60},
+                 {{.n_ctx = 180, .n_seq = 5, .n_cache = 720, .n_batch = 30, .n_threads = 1}, 0}};
+    static quiz z;
+    static llm_token contexts[QUESTIONS][60 + MOST_TOKENS];
+    double expected[QUESTIONS * MOST_ENDINGS];
+    (void)state;
+    make_quiz(&z);
+    for (int i = 0; i < QUESTIONS; i++) {
+        llm_question *q = &z.questions[i];
+        for (int j = 0; j < 60; j++) contexts[i][j] = j * 7 + 1;
+        memcpy(contexts[i] + 60, q->context, (size_t)q->n_context * sizeof *q->context);
+        q->context = contexts[i];
+        q->n_context += 60;
+    }
+    for (int dtype = LLM_DTYPE_F32; dtype <= LLM_DTYPE_INT8; dtype++) {
+        llm_model *model = load((llm_dtype)dtype, NULL);
+        llm_context_desc one = {.n_ctx = 180, .n_seq = MOST_ENDINGS, .n_threads = 1};
+        llm_context *ctx = create_context(model, &one);
+        for (int i = 0, at = 0; i < QUESTIONS; at += z.questions[i++].n_endings)
+            assert_int_equal(llm_score(ctx, &z.questions[i], 1, NULL, expected + at, NULL, NULL), LLM_OK);
+        llm_context_free(ctx);
+        for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+            llm_score_stats stats;
+            check_schedules(model, &cases[i].desc, z.questions, QUESTIONS, expected, z.n_results);
+            ctx = create_context(model, &cases[i].desc);
+            assert_int_equal(llm_score(ctx, z.questions, QUESTIONS, NULL, NULL, &stats, NULL), LLM_OK);
+            assert_true(stats.n_shared >= cases[i].n_shared);
+            llm_context_free(ctx);
+        }
+        llm_model_free(model);
     }
 }
 
@@ -462,6 +503,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_logits),
                                        cmocka_unit_test(test_sum),
                                        cmocka_unit_test(test_schedules),
+                                       cmocka_unit_test(test_shared_prefix),
                                        cmocka_unit_test(test_full_passes),
                                        cmocka_unit_test(test_refusals),
                                        cmocka_unit_test(test_memory),

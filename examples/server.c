@@ -1,0 +1,816 @@
+/*  server.c - answers many users at once, in the way of OpenAI's API.
+
+    build/server -m MODEL            listens on 127.0.0.1:8080
+    build/server --help              all options
+
+    POST /v1/chat/completions, POST /v1/completions    with or without "stream"
+    GET  /v1/models, GET /health, GET /metrics         the last for Prometheus
+
+    Two threads work: libmicrohttpd's reads requests and sends answers, the main one computes. What they share is under one
+    lock. A request waits in a queue until one of the --parallel places is free; its stream of llm.h then takes part in every
+    pass until it ends. A client that hangs up loses its place. SIGTERM lets accepted requests finish and takes no more;
+    a second one ends the program at once.
+
+    What would change the answer and is not there (tools, logprobs, several choices, penalties, grammars) is refused by name. Without --key
+    anybody who reaches the port may ask. There is no encryption: outside of one machine put a proxy before it.
+*/
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+
+#include <argp.h>
+#include <arpa/inet.h>
+#include <float.h>
+#include <jansson.h>
+#include <microhttpd.h>
+#include <netdb.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ---- Options ------------------------------------------------------------------------------------------------- */
+
+typedef struct options {
+    const char *model, *host, *key, *name;
+    int port, parallel, n_ctx, n_cache, n_threads, queue, step, most_body;
+    llm_dtype dtype;
+} options;
+
+enum { KEY_HOST = 256, KEY_KEY, KEY_NAME, KEY_PARALLEL, KEY_CTX, KEY_CACHE, KEY_QUEUE, KEY_STEP, KEY_BODY, KEY_DTYPE };
+
+static const struct argp_option OPTIONS[] = {
+    {"model", 'm', "FILE", 0, "the model", 0},
+    {"name", KEY_NAME, "NAME", 0, "what /v1/models calls it (the file's name)", 0},
+    {"dtype", KEY_DTYPE, "TYPE", 0, "type of the weights: f32, f16, bf16, int8, int4, file (file)", 0},
+    {"threads", 't', "N", 0, "threads that compute (one per physical core)", 0},
+    {"host", KEY_HOST, "ADDRESS", 0, "address to listen on (127.0.0.1: this machine alone)", 1},
+    {"port", 'p', "N", 0, "port; 0: a free one, which is printed (8080)", 1},
+    {"key", KEY_KEY, "KEY", 0, "clients must send 'Authorization: Bearer KEY'", 1},
+    {"parallel", KEY_PARALLEL, "N", 0, "answers that are written at the same time (8)", 2},
+    {"queue", KEY_QUEUE, "N", 0, "requests that may wait beside them; more get 429 (64)", 2},
+    {"max-body", KEY_BODY, "BYTES", 0, "size of a request; larger ones get 413 (1048576)", 2},
+    {"ctx", KEY_CTX, "N", 0, "tokens of a prompt and its answer (the model's, at most 4096)", 3},
+    {"cache", KEY_CACHE, "N", 0, "tokens of all answers together, and of prefixes that are kept (ctx * parallel)", 3},
+    {"step", KEY_STEP, "N", 0, "tokens of a pass: fewer make answers flow evenly, more read prompts faster (128)", 3},
+    {0}};
+
+static int parse_number(struct argp_state *state, const char *text, int least, int most) {
+    char *end;
+    long value = strtol(text, &end, 10);
+    if (end == text || *end || value < least || value > most)
+        argp_error(state, "'%s' is no whole number from %d to %d", text, least, most);
+    return (int)value;
+}
+
+static error_t parse_option(int key, char *arg, struct argp_state *state) {
+    options *o = (options *)state->input;
+    switch (key) {
+    case 'm': o->model = arg; break;
+    case KEY_NAME: o->name = arg; break;
+    case KEY_HOST: o->host = arg; break;
+    case KEY_KEY: o->key = arg; break;
+    case 'p': o->port = parse_number(state, arg, 0, 65535); break;
+    case 't': o->n_threads = parse_number(state, arg, 1, 1024); break;
+    case KEY_PARALLEL: o->parallel = parse_number(state, arg, 1, 1024); break;
+    case KEY_QUEUE: o->queue = parse_number(state, arg, 0, 100000); break;
+    case KEY_BODY: o->most_body = parse_number(state, arg, 1, 1 << 28); break;
+    case KEY_CTX: o->n_ctx = parse_number(state, arg, 1, 1 << 24); break;
+    case KEY_CACHE: o->n_cache = parse_number(state, arg, 1, 1 << 28); break;
+    case KEY_STEP: o->step = parse_number(state, arg, 1, 1 << 16); break;
+    case KEY_DTYPE:
+        o->dtype = llm_dtype_from_name(arg);
+        if (!o->dtype) argp_error(state, "'%s' is none of f32, f16, bf16, int8, int4, file", arg);
+        break;
+    case ARGP_KEY_END:
+        if (!o->model) argp_error(state, "give a model with -m");
+        if (!o->name) o->name = strrchr(o->model, '/') ? strrchr(o->model, '/') + 1 : o->model;
+        break;
+    default: return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+/* ---- What the threads share ----------------------------------------------------------------------------------- */
+
+enum { MOST_STOPS = 16, MOST_BIASES = 1024 };
+
+typedef struct request {
+    struct request *next; /* in the queue, or among those that run */
+    struct server *server;
+    struct MHD_Connection *connection;
+    char *body;
+    size_t n_body, body_room;
+    /* What is asked: */
+    json_t *json;
+    bool is_chat, streams, wants_usage;
+    char *messages; /* JSON */
+    llm_token *ids; /* [n_ids] of a plain prompt */
+    int n_ids, max_tokens, n_stops;
+    const char *stops[MOST_STOPS];
+    llm_sampler sampler;
+    llm_logit_bias biases[MOST_BIASES];
+    /* The answer: */
+    char id[48];
+    int64_t created;
+    llm_stream *stream; /* the main thread's */
+    int code;           /* of HTTP, if it is not streamed */
+    char *out;          /* [n_out], of which n_sent are sent */
+    size_t n_out, n_sent, out_room;
+    bool accepted;  /* the main thread has it */
+    bool finished;  /* nothing will be added to `out` */
+    bool suspended; /* the connection waits for more */
+    bool closed;    /* the connection is at its end */
+    bool said_role; /* the first piece of a chat was sent */
+} request;
+
+typedef struct server {
+    options opt;
+    llm_model *model;
+    llm_context *ctx;
+    pthread_mutex_t lock;
+    pthread_cond_t work;
+    request *queue, *running;
+    int n_queued, n_running, n_live; /* live: accepted, and not closed or not finished */
+    int n_signals;
+    uint64_t n_ids;
+    /* Counters for /metrics: */
+    uint64_t n_answers, n_refused, n_hung_up, n_failed, n_prompt, n_reused, n_generated;
+} server;
+
+static void out_of_memory(void) {
+    fprintf(stderr, "server: out of memory\n");
+    exit(1);
+}
+
+static void *resize(void *at, size_t n) {
+    at = realloc(at, n);
+    if (!at) out_of_memory();
+    return at;
+}
+
+/* Under the lock. Frees a request once both threads are done with it. */
+static void let_go(request *r) {
+    if (!r->closed || (r->accepted && !r->finished)) return;
+    if (r->accepted && !--r->server->n_live) pthread_cond_signal(&r->server->work);
+    json_decref(r->json);
+    free(r->body);
+    free(r->messages);
+    free(r->ids);
+    free(r->out);
+    free(r);
+}
+
+/* Under the lock: adds to what is to be sent. */
+static void put(request *r, const char *text, size_t n) {
+    if (r->n_out + n + 1 > r->out_room) r->out = (char *)resize(r->out, r->out_room = 2 * (r->n_out + n + 1));
+    memcpy(r->out + r->n_out, text, n);
+    r->n_out += n;
+}
+
+/* Under the lock: the connection can go on. */
+static void wake(request *r) {
+    if (!r->suspended) return;
+    r->suspended = false;
+    MHD_resume_connection(r->connection);
+}
+
+/* Under the lock: until the main thread has more. */
+static void suspend(request *r) {
+    r->suspended = true;
+    MHD_suspend_connection(r->connection);
+}
+
+/* Adds a value and lets it go: an event of a stream, or a whole answer. */
+static void put_json(request *r, json_t *value, bool event) {
+    char *text = value ? json_dumps(value, JSON_COMPACT) : NULL;
+    if (!text) out_of_memory();
+    if (event) put(r, "data: ", 6);
+    put(r, text, strlen(text));
+    put(r, event ? "\n\n" : "\n", event ? 2 : 1);
+    free(text);
+    json_decref(value);
+}
+
+static json_t *error_json(int code, const char *message) {
+    const char *type = code == 401   ? "authentication_error"
+                       : code == 429 ? "rate_limit_error"
+                       : code < 500  ? "invalid_request_error"
+                                     : "server_error";
+    return json_pack("{s:{s:s, s:s, s:n, s:i}}", "error", "message", message, "type", type, "param", "code", code);
+}
+
+/* ---- Answers --------------------------------------------------------------------------------------------------- */
+
+static const char *finish_reason(llm_stop stop) {
+    return stop == LLM_STOP_LENGTH || stop == LLM_STOP_CONTEXT || stop == LLM_STOP_CACHE ? "length" : "stop";
+}
+
+static json_t *usage_json(const llm_stats *s) {
+    return json_pack("{s:i, s:i, s:i, s:{s:i}}", "prompt_tokens", s->n_prompt, "completion_tokens", s->n_generated,
+                     "total_tokens", s->n_prompt + s->n_generated, "prompt_tokens_details", "cached_tokens",
+                     s->n_reused);
+}
+
+static json_t *answer_json(const request *r, const char *object, json_t *choices) {
+    return json_pack("{s:s, s:s, s:I, s:s, s:o}", "id", r->id, "object", object, "created", (json_int_t)r->created,
+                     "model", r->server->opt.name, "choices", choices);
+}
+
+/* A piece of a streamed answer. Under the lock; text may be NULL, and so may reason. */
+static void put_piece(request *r, const char *text, size_t n, const char *reason) {
+    json_t *choice = json_pack("{s:i, s:n, s:s?}", "index", 0, "logprobs", "finish_reason", reason);
+    json_t *string = text ? json_stringn(text, n) : NULL;
+    if (r->is_chat) {
+        json_t *delta = json_object();
+        if (!r->said_role) json_object_set_new(delta, "role", json_string("assistant"));
+        r->said_role = true;
+        if (string) json_object_set_new(delta, "content", string);
+        json_object_set_new(choice, "delta", delta);
+    } else json_object_set_new(choice, "text", string ? string : json_string(""));
+    put_json(r, answer_json(r, r->is_chat ? "chat.completion.chunk" : "text_completion", json_pack("[o]", choice)),
+             true);
+}
+
+static bool on_text(void *user, const char *text, size_t n) {
+    request *r = (request *)user;
+    pthread_mutex_lock(&r->server->lock);
+    if (r->streams) put_piece(r, text, n, NULL);
+    else put(r, text, n);
+    if (r->streams) wake(r);
+    bool wanted = !r->closed;
+    pthread_mutex_unlock(&r->server->lock);
+    return wanted;
+}
+
+/* Under the lock: nothing more comes. */
+static void finish(request *r, int code) {
+    r->code = code;
+    r->finished = true;
+    wake(r);
+    let_go(r);
+}
+
+/* Under the lock: ends a request by an error that the client is told. */
+static void fail(request *r, int code, const char *message) {
+    r->server->n_failed++;
+    if (!r->streams) r->n_out = 0;
+    put_json(r, error_json(code, message), r->streams);
+    finish(r, code);
+}
+
+/* Under the lock: the text is complete. */
+static void complete(request *r, const llm_stats *stats) {
+    server *s = r->server;
+    const char *reason = finish_reason(stats->stop);
+    s->n_answers++;
+    s->n_prompt += (uint64_t)stats->n_prompt;
+    s->n_reused += (uint64_t)stats->n_reused;
+    s->n_generated += (uint64_t)stats->n_generated;
+    if (r->streams) {
+        put_piece(r, NULL, 0, reason);
+        json_t *last = r->wants_usage
+                           ? answer_json(r, r->is_chat ? "chat.completion.chunk" : "text_completion", json_array())
+                           : NULL;
+        if (last) json_object_set_new(last, "usage", usage_json(stats));
+        if (last) put_json(r, last, true);
+        put(r, "data: [DONE]\n\n", 14);
+    } else {
+        json_t *text = json_stringn(r->out ? r->out : "", r->n_out);
+        json_t *choice = r->is_chat ? json_pack("{s:i, s:{s:s, s:o}, s:n, s:s}", "index", 0, "message", "role",
+                                                "assistant", "content", text, "logprobs", "finish_reason", reason)
+                                    : json_pack("{s:i, s:o, s:n, s:s}", "index", 0, "text", text, "logprobs",
+                                                "finish_reason", reason);
+        json_t *whole = answer_json(r, r->is_chat ? "chat.completion" : "text_completion", json_pack("[o]", choice));
+        json_object_set_new(whole, "usage", usage_json(stats));
+        r->n_out = 0;
+        put_json(r, whole, false);
+    }
+    finish(r, 200);
+}
+
+/* ---- The main thread: it computes ------------------------------------------------------------------------------ */
+
+static llm_status begin(request *r, llm_error *err) {
+    llm_chat_desc chat = {.messages_json = r->messages, .open_answer = true};
+    llm_generate_desc desc = {.chat = r->is_chat ? &chat : NULL,
+                              .tokens = r->is_chat ? NULL : r->ids,
+                              .n_tokens = r->n_ids,
+                              .seq = LLM_SEQ_ANY,
+                              .max_tokens = r->max_tokens,
+                              .sampler = &r->sampler,
+                              .stop_strings = r->stops,
+                              .n_stop_strings = r->n_stops,
+                              .on_text = on_text,
+                              .user = r};
+    return llm_stream_begin(&r->stream, r->server->ctx, &desc, err);
+}
+
+/* Under the lock. A client that waits for a whole answer is not heard of until that is sent, so we look. */
+static bool has_hung_up(const request *r) {
+    if (r->closed || !r->suspended) return r->closed;
+    const union MHD_ConnectionInfo *info = MHD_get_connection_info(r->connection, MHD_CONNECTION_INFO_CONNECTION_FD);
+    struct pollfd at = {.fd = info ? info->connect_fd : -1, .events = POLLRDHUP};
+    return at.fd >= 0 && poll(&at, 1, 0) > 0 && (at.revents & (POLLRDHUP | POLLHUP | POLLERR));
+}
+
+/* Under the lock: gives free places to those that wait. */
+static void take_from_queue(server *s) {
+    while (s->queue && s->n_running < s->opt.parallel) {
+        request *r = s->queue;
+        llm_error err;
+        bool gone = has_hung_up(r);
+        if (!gone) {
+            llm_status status = begin(r, &err);
+            if (status == LLM_ERROR_CONTEXT_FULL && s->n_running) return; /* until one ends */
+            s->queue = r->next;
+            s->n_queued--;
+            if (!status) {
+                r->next = s->running;
+                s->running = r;
+                s->n_running++;
+            } else fail(r, status == LLM_ERROR_MEMORY ? 500 : 400, err.message);
+            continue;
+        }
+        s->queue = r->next;
+        s->n_queued--;
+        s->n_hung_up++;
+        finish(r, 499);
+    }
+}
+
+/* Under the lock: ends what is at its end. */
+static void settle(server *s) {
+    for (request **at = &s->running, *r; (r = *at);) {
+        llm_stats stats;
+        llm_error err;
+        bool ended = !llm_stream_is_running(r->stream), gone = has_hung_up(r);
+        if (!ended && !gone) {
+            at = &r->next;
+            continue;
+        }
+        llm_status status = llm_stream_result(r->stream, &stats, &err);
+        llm_stream_free(r->stream);
+        *at = r->next;
+        s->n_running--;
+        s->n_hung_up += gone;
+        if (gone) finish(r, 499);
+        else if (status) fail(r, 500, err.message);
+        else complete(r, &stats);
+    }
+}
+
+static void work(server *s) {
+    pthread_mutex_lock(&s->lock);
+    while (!s->n_signals || s->n_live) {
+        take_from_queue(s);
+        if (!s->running) {
+            pthread_cond_wait(&s->work, &s->lock);
+            continue;
+        }
+        pthread_mutex_unlock(&s->lock);
+        llm_step(s->ctx, s->opt.step, NULL, NULL); /* what went wrong is found in each stream's result */
+        pthread_mutex_lock(&s->lock);
+        settle(s);
+    }
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* ---- Reading a request ----------------------------------------------------------------------------------------- */
+
+/* Each returns NULL, or in words what is wrong. */
+
+static const char *read_number(const json_t *json, const char *name, double least, double most, double *value) {
+    static __thread char why[120];
+    const json_t *given = json_object_get(json, name);
+    if (!given || json_is_null(given)) return NULL;
+    *value = json_number_value(given);
+    if (json_is_number(given) && *value >= least && *value <= most) return NULL;
+    snprintf(why, sizeof why, "%s must be a number from %g to %g", name, least, most);
+    return why;
+}
+
+/* Content in parts becomes one text. */
+static const char *join_parts(json_t *message) {
+    json_t *content = json_object_get(message, "content"), *part;
+    size_t i, n = 0;
+    if (!json_is_array(content)) return NULL;
+    json_array_foreach(content, i, part) {
+        const char *type = json_string_value(json_object_get(part, "type"));
+        if (!type || strcmp(type, "text") || !json_is_string(json_object_get(part, "text")))
+            return "content may have parts of type text alone";
+        n += json_string_length(json_object_get(part, "text"));
+    }
+    char *text = (char *)resize(NULL, n + 1), *at = text;
+    json_array_foreach(content, i, part) {
+        const json_t *piece = json_object_get(part, "text");
+        memcpy(at, json_string_value(piece), json_string_length(piece));
+        at += json_string_length(piece);
+    }
+    json_object_set_new(message, "content", json_stringn(text, n));
+    free(text);
+    return NULL;
+}
+
+static const char *read_messages(request *r, llm_error *err) {
+    json_t *messages = json_object_get(r->json, "messages"), *message;
+    size_t i;
+    if (!json_array_size(messages)) return "messages must be a list with at least one message";
+    json_array_foreach(messages, i, message) {
+        if (!json_is_string(json_object_get(message, "role"))) return "each message needs a role";
+        const char *why = join_parts(message);
+        if (why) return why;
+    }
+    r->messages = json_dumps(messages, JSON_COMPACT);
+    if (!r->messages) out_of_memory();
+    llm_chat_desc desc = {.messages_json = r->messages, .open_answer = true};
+    int64_t n = llm_chat_encode(llm_model_tokenizer(r->server->model), &desc, NULL, 0, err);
+    r->n_ids = n > INT32_MAX ? INT32_MAX : (int)n;
+    return n < 0 ? err->message : NULL;
+}
+
+static const char *read_prompt(request *r, llm_error *err) {
+    const json_t *prompt = json_object_get(r->json, "prompt");
+    const llm_tokenizer *tokenizer = llm_model_tokenizer(r->server->model);
+    if (json_is_array(prompt) && json_array_size(prompt) == 1 && !json_is_integer(json_array_get(prompt, 0)))
+        prompt = json_array_get(prompt, 0); /* a batch of one */
+    size_t n = json_is_string(prompt) ? 4 * json_string_length(prompt) + 8 : json_array_size(prompt);
+    if (!n) return "prompt must be a text or a list of token ids; lists of several prompts are not supported";
+    r->ids = (llm_token *)resize(NULL, n * sizeof *r->ids);
+    if (json_is_string(prompt)) {
+        int64_t n_ids = llm_encode(tokenizer, json_string_value(prompt), json_string_length(prompt),
+                                   LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, r->ids, n, err);
+        r->n_ids = (int)n_ids;
+        if (n_ids > 0) r->ids = (llm_token *)resize(r->ids, (size_t)n_ids * sizeof *r->ids);
+        return n_ids < 0 ? err->message : n_ids ? NULL : "the prompt has no tokens";
+    }
+    for (size_t i = 0; i < n; i++) {
+        const json_t *id = json_array_get(prompt, i);
+        if (!json_is_integer(id) || json_integer_value(id) < 0 ||
+            json_integer_value(id) >= llm_tokenizer_n_vocab(tokenizer))
+            return "prompt has something that is not a token id; lists of several prompts are not supported";
+        r->ids[i] = (llm_token)json_integer_value(id);
+    }
+    r->n_ids = (int)n;
+    return NULL;
+}
+
+static const char *read_stops(request *r) {
+    const json_t *stop = json_object_get(r->json, "stop");
+    size_t n = json_array_size(stop);
+    if (json_is_string(stop)) r->stops[r->n_stops++] = json_string_value(stop);
+    else if (stop && !json_is_null(stop) && !json_is_array(stop)) return "stop must be a text or a list of texts";
+    if (n > MOST_STOPS) return "stop has more than 16 texts";
+    for (size_t i = 0; i < n; i++) {
+        r->stops[r->n_stops] = json_string_value(json_array_get(stop, i));
+        if (!r->stops[r->n_stops++]) return "stop must be a text or a list of texts";
+    }
+    return NULL;
+}
+
+static const char *read_biases(request *r) {
+    json_t *biases = json_object_get(r->json, "logit_bias"), *bias;
+    const char *key;
+    if (json_object_size(biases) > MOST_BIASES) return "logit_bias has more than 1024 tokens";
+    if (biases && !json_is_null(biases) && !json_is_object(biases)) return "logit_bias must be an object";
+    json_object_foreach(biases, key, bias) {
+        char *end;
+        long token = strtol(key, &end, 10);
+        if (!*key || *end || token < 0 || token >= llm_tokenizer_n_vocab(llm_model_tokenizer(r->server->model)))
+            return "a key of logit_bias is no token id";
+        if (!json_is_number(bias)) return "logit_bias must give numbers";
+        r->biases[r->sampler.n_biases].token = (llm_token)token;
+        r->biases[r->sampler.n_biases++].bias = (float)json_number_value(bias);
+    }
+    r->sampler.biases = r->biases;
+    return NULL;
+}
+
+/* What would change the answer, unless it has the value that changes nothing. */
+static const char *refuse_others(const json_t *json) {
+    static const char *const names[] = {"tools",
+                                        "functions",
+                                        "logprobs",
+                                        "top_logprobs",
+                                        "echo",
+                                        "suffix",
+                                        "best_of",
+                                        "presence_penalty",
+                                        "frequency_penalty",
+                                        "n",
+                                        "response_format",
+                                        "modalities",
+                                        "audio"};
+    static __thread char why[100];
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const json_t *given = json_object_get(json, names[i]), *type = json_object_get(given, "type");
+        bool one = !strcmp(names[i], "n") || !strcmp(names[i], "best_of");
+        bool nothing = !given || json_is_null(given) || json_is_false(given) ||
+                       (json_is_number(given) && json_number_value(given) == (one ? 1 : 0)) ||
+                       (json_is_array(given) && !json_array_size(given)) ||
+                       (json_is_string(type) && !strcmp(json_string_value(type), "text"));
+        if (nothing) continue;
+        snprintf(why, sizeof why, "%s is not supported", names[i]);
+        return why;
+    }
+    return NULL;
+}
+
+static const char *read_request(request *r, llm_error *err) {
+    json_error_t where;
+    double temperature = 1, top_p = 1, top_k = 0, min_p = 0, most = -1, seed = -1;
+    struct timespec now;
+    r->json = json_loadb(r->body ? r->body : "", r->n_body, JSON_REJECT_DUPLICATES, &where);
+    if (!json_is_object(r->json)) return "the body is no JSON object";
+    clock_gettime(CLOCK_REALTIME, &now);
+    const char *why = refuse_others(r->json);
+    if (!why) why = read_number(r->json, "temperature", 0, 100, &temperature);
+    if (!why) why = read_number(r->json, "top_p", 0, 1, &top_p);
+    if (!why) why = read_number(r->json, "top_k", 0, 1e6, &top_k);
+    if (!why) why = read_number(r->json, "min_p", 0, 1, &min_p);
+    if (!why) why = read_number(r->json, "seed", -9e15, 9e15, &seed);
+    if (!why) why = read_number(r->json, "max_tokens", 1, 1e9, &most);
+    if (!why) why = read_number(r->json, "max_completion_tokens", 1, 1e9, &most);
+    if (!why) why = read_stops(r);
+    if (!why) why = read_biases(r);
+    if (!why) why = r->is_chat ? read_messages(r, err) : read_prompt(r, err);
+    if (why) return why;
+    r->sampler.temperature = (float)temperature;
+    r->sampler.top_p = top_p > 0 ? (float)top_p : FLT_MIN; /* the best alone; llm.h's 0 means all */
+    r->sampler.top_k = (int)top_k;
+    r->sampler.min_p = (float)min_p;
+    bool seeded = json_is_number(json_object_get(r->json, "seed"));
+    r->sampler.seed = seeded ? (uint64_t)(int64_t)seed : (uint64_t)now.tv_sec * 1000000007u + (uint64_t)now.tv_nsec;
+    r->max_tokens = most < 0 ? r->is_chat ? 0 : 16 : (int)most;
+    r->streams = json_is_true(json_object_get(r->json, "stream"));
+    r->wants_usage = json_is_true(json_object_get(json_object_get(r->json, "stream_options"), "include_usage"));
+    r->created = now.tv_sec;
+    if (r->n_ids <= llm_context_n_ctx(r->server->ctx)) return NULL;
+    snprintf(err->message, sizeof err->message, "the prompt has %d tokens, but there is room for %d", r->n_ids,
+             llm_context_n_ctx(r->server->ctx));
+    return err->message;
+}
+
+/* ---- HTTP ------------------------------------------------------------------------------------------------------ */
+
+static enum MHD_Result send_text(struct MHD_Connection *c, int code, const char *type, const char *text, size_t n) {
+    struct MHD_Response *response = MHD_create_response_from_buffer(n, (void *)(uintptr_t)text, MHD_RESPMEM_MUST_COPY);
+    if (!response) return MHD_NO;
+    MHD_add_response_header(response, "Content-Type", type);
+    if (code == 429) MHD_add_response_header(response, "Retry-After", "1");
+    if (code == 401) MHD_add_response_header(response, "WWW-Authenticate", "Bearer");
+    enum MHD_Result queued = MHD_queue_response(c, (unsigned)code, response);
+    MHD_destroy_response(response);
+    return queued;
+}
+
+static enum MHD_Result send_json(struct MHD_Connection *c, int code, json_t *value) {
+    char *text = value ? json_dumps(value, JSON_COMPACT) : NULL;
+    json_decref(value);
+    if (!text) return MHD_NO;
+    enum MHD_Result queued = send_text(c, code, "application/json", text, strlen(text));
+    free(text);
+    return queued;
+}
+
+static enum MHD_Result send_error(request *r, int code, const char *message) {
+    pthread_mutex_lock(&r->server->lock);
+    r->server->n_refused++;
+    pthread_mutex_unlock(&r->server->lock);
+    return send_json(r->connection, code, error_json(code, message));
+}
+
+static enum MHD_Result send_metrics(server *s, struct MHD_Connection *c) {
+    char text[2000];
+    pthread_mutex_lock(&s->lock);
+    const struct {
+        const char *name, *type, *help;
+        uint64_t value;
+    } all[] = {{"requests_answered_total", "counter", "requests that got their answer", s->n_answers},
+               {"requests_refused_total", "counter", "requests that were wrong, or too many", s->n_refused},
+               {"requests_failed_total", "counter", "requests that failed later", s->n_failed},
+               {"requests_hung_up_total", "counter", "clients that hung up before the end", s->n_hung_up},
+               {"requests_running", "gauge", "answers that are being written", (uint64_t)s->n_running},
+               {"requests_waiting", "gauge", "requests in the queue", (uint64_t)s->n_queued},
+               {"prompt_tokens_total", "counter", "tokens of prompts", s->n_prompt},
+               {"prompt_tokens_reused_total", "counter", "those of them that were not computed again", s->n_reused},
+               {"generated_tokens_total", "counter", "tokens of answers", s->n_generated}};
+    int n = 0;
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        n +=
+            snprintf(text + n, sizeof text - (size_t)n, "# HELP llm_%s %s\n# TYPE llm_%s %s\nllm_%s %llu\n",
+                     all[i].name, all[i].help, all[i].name, all[i].type, all[i].name, (unsigned long long)all[i].value);
+    pthread_mutex_unlock(&s->lock);
+    return send_text(c, 200, "text/plain; version=0.0.4", text, (size_t)n);
+}
+
+/* What libmicrohttpd sends of a stream. */
+static ssize_t read_stream(void *user, uint64_t at, char *to, size_t most) {
+    request *r = (request *)user;
+    pthread_mutex_lock(&r->server->lock);
+    size_t n = r->n_out - r->n_sent < most ? r->n_out - r->n_sent : most;
+    bool ended = !n && r->finished;
+    (void)at;
+    if (n) memcpy(to, r->out + r->n_sent, n);
+    r->n_sent += n;
+    if (r->n_sent == r->n_out) r->n_sent = r->n_out = 0;
+    if (!n && !ended) suspend(r);
+    pthread_mutex_unlock(&r->server->lock);
+    return ended ? MHD_CONTENT_READER_END_OF_STREAM : (ssize_t)n;
+}
+
+static enum MHD_Result send_stream(request *r) {
+    struct MHD_Response *response = MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, 4096, read_stream, r, NULL);
+    if (!response) return MHD_NO;
+    MHD_add_response_header(response, "Content-Type", "text/event-stream");
+    MHD_add_response_header(response, "Cache-Control", "no-cache");
+    enum MHD_Result queued = MHD_queue_response(r->connection, 200, response);
+    MHD_destroy_response(response);
+    return queued;
+}
+
+/* The body is complete. */
+static enum MHD_Result accept_request(request *r) {
+    server *s = r->server;
+    llm_error err;
+    const char *why = read_request(r, &err);
+    if (why) return send_error(r, 400, why);
+    pthread_mutex_lock(&s->lock);
+    int code = s->n_signals ? 503 : s->n_queued + s->n_running >= s->opt.queue + s->opt.parallel ? 429 : 0;
+    if (!code) {
+        request **last = &s->queue;
+        while (*last) last = &(*last)->next;
+        *last = r;
+        r->accepted = true;
+        s->n_queued++;
+        s->n_live++;
+        snprintf(r->id, sizeof r->id, "%s-%llx-%llu", r->is_chat ? "chatcmpl" : "cmpl", (unsigned long long)r->created,
+                 (unsigned long long)++s->n_ids);
+        if (!r->streams) suspend(r);
+        pthread_cond_signal(&s->work);
+    }
+    pthread_mutex_unlock(&s->lock);
+    if (code) return send_error(r, code, code == 429 ? "too many requests are waiting" : "the server is ending");
+    return r->streams ? send_stream(r) : MHD_YES;
+}
+
+/* Takes as long for a key that is almost right as for any other. */
+static bool has_key(const server *s, struct MHD_Connection *c) {
+    const char *given = MHD_lookup_connection_value(c, MHD_HEADER_KIND, "Authorization"), *key = s->opt.key;
+    unsigned char differs = 0;
+    if (!key) return true;
+    if (!given || strncmp(given, "Bearer ", 7) || strlen(given + 7) != strlen(key)) return false;
+    for (size_t i = 0; key[i]; i++) differs |= (unsigned char)(given[7 + i] ^ key[i]);
+    return !differs;
+}
+
+static enum MHD_Result answer_get(server *s, struct MHD_Connection *c, const char *url) {
+    if (!strcmp(url, "/health")) return send_json(c, 200, json_pack("{s:s}", "status", "ok"));
+    if (!has_key(s, c)) return send_json(c, 401, error_json(401, "the key is missing or wrong"));
+    if (!strcmp(url, "/metrics")) return send_metrics(s, c);
+    if (!strcmp(url, "/v1/models"))
+        return send_json(c, 200,
+                         json_pack("{s:s, s:[{s:s, s:s, s:i, s:s}]}", "object", "list", "data", "id", s->opt.name,
+                                   "object", "model", "created", 0, "owned_by", "local"));
+    return send_json(c, 404, error_json(404, "there is no such address"));
+}
+
+/* Called when the head is there, then for each part of the body, at its end, and when a connection goes on. */
+static enum MHD_Result handle(void *user, struct MHD_Connection *c, const char *url, const char *method,
+                              const char *version, const char *data, size_t *n_data, void **state) {
+    server *s = (server *)user;
+    request *r = (request *)*state;
+    (void)version;
+    if (!strcmp(method, "GET")) return answer_get(s, c, url);
+    if (!r) {
+        r = (request *)calloc(1, sizeof *r);
+        if (!r) return MHD_NO;
+        r->server = s;
+        r->connection = c;
+        r->is_chat = !strcmp(url, "/v1/chat/completions");
+        *state = r;
+        return MHD_YES;
+    }
+    if (*n_data) { /* of what is too long the rest is read and forgotten */
+        size_t n = *n_data;
+        *n_data = 0;
+        if (r->n_body + n > (size_t)s->opt.most_body) r->n_body = (size_t)s->opt.most_body + 1;
+        if (r->n_body > (size_t)s->opt.most_body) return MHD_YES;
+        if (r->n_body + n > r->body_room) r->body = (char *)resize(r->body, r->body_room = 2 * (r->n_body + n));
+        memcpy(r->body + r->n_body, data, n);
+        r->n_body += n;
+        return MHD_YES;
+    }
+    if (r->accepted) { /* the whole answer is there */
+        pthread_mutex_lock(&s->lock);
+        bool finished = r->finished;
+        pthread_mutex_unlock(&s->lock);
+        return finished ? send_text(c, r->code, "application/json", r->out ? r->out : "", r->n_out) : MHD_YES;
+    }
+    const char *type = MHD_lookup_connection_value(c, MHD_HEADER_KIND, "Content-Type");
+    if (!has_key(s, c)) return send_error(r, 401, "the key is missing or wrong");
+    if (!r->is_chat && strcmp(url, "/v1/completions")) return send_error(r, 404, "there is no such address");
+    if (strcmp(method, "POST")) return send_error(r, 405, "this address takes POST");
+    /* A web page that the user looks at cannot send this type to another site without asking. */
+    if (!type || strncasecmp(type, "application/json", 16))
+        return send_error(r, 415, "the type must be application/json");
+    if (r->n_body > (size_t)s->opt.most_body) return send_error(r, 413, "the request is too large");
+    return accept_request(r);
+}
+
+/* The connection's request is over: answered, or the client has hung up. */
+static void completed(void *user, struct MHD_Connection *c, void **state, enum MHD_RequestTerminationCode why) {
+    server *s = (server *)user;
+    request *r = (request *)*state;
+    (void)c, (void)why;
+    if (!r) return;
+    *state = NULL;
+    pthread_mutex_lock(&s->lock);
+    r->closed = true;
+    let_go(r);
+    pthread_mutex_unlock(&s->lock);
+}
+
+static struct MHD_Daemon *listen_on(server *s, llm_error *err) {
+    struct addrinfo hints = {.ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICHOST};
+    struct addrinfo *address = NULL;
+    char port[8];
+    snprintf(port, sizeof port, "%d", s->opt.port);
+    if (getaddrinfo(s->opt.host, port, &hints, &address)) {
+        snprintf(err->message, sizeof err->message, "'%s' is no address", s->opt.host);
+        return NULL;
+    }
+    unsigned flags = MHD_USE_INTERNAL_POLLING_THREAD | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG |
+                     (address->ai_family == AF_INET6 ? MHD_USE_IPv6 : 0u);
+    struct MHD_Daemon *daemon = MHD_start_daemon(
+        flags, 0, NULL, NULL, handle, s, MHD_OPTION_SOCK_ADDR, address->ai_addr, MHD_OPTION_NOTIFY_COMPLETED, completed,
+        s, MHD_OPTION_CONNECTION_LIMIT, (unsigned)(s->opt.queue + s->opt.parallel + 64), MHD_OPTION_CONNECTION_TIMEOUT,
+        60u, MHD_OPTION_LISTENING_ADDRESS_REUSE, 1u, MHD_OPTION_END);
+    freeaddrinfo(address);
+    if (!daemon) snprintf(err->message, sizeof err->message, "cannot listen on %s:%d", s->opt.host, s->opt.port);
+    return daemon;
+}
+
+/* ---- Beginning and end ----------------------------------------------------------------------------------------- */
+
+static void *wait_for_signals(void *user) {
+    server *s = (server *)user;
+    sigset_t set;
+    int number;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    for (;;) {
+        sigwait(&set, &number);
+        pthread_mutex_lock(&s->lock);
+        if (s->n_signals++) _exit(1);
+        pthread_cond_signal(&s->work);
+        pthread_mutex_unlock(&s->lock);
+    }
+    return NULL;
+}
+
+int main(int argc, char **argv) {
+    static const struct argp argp = {
+        OPTIONS, parse_option, NULL, "Answers many users at once, in the way of OpenAI's API.", NULL, NULL, NULL};
+    static server s = {.opt = {.host = "127.0.0.1", .port = 8080, .parallel = 8, .queue = 64, .most_body = 1 << 20},
+                       .lock = PTHREAD_MUTEX_INITIALIZER,
+                       .work = PTHREAD_COND_INITIALIZER};
+    struct MHD_Daemon *daemon = NULL;
+    llm_error err = {LLM_OK, ""};
+    pthread_t thread;
+    sigset_t set;
+    argp_parse(&argp, argc, argv, 0, NULL, &s.opt);
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &set, NULL); /* in all threads: one of them waits for them */
+    signal(SIGPIPE, SIG_IGN);
+    llm_model_desc model = {.dtype = s.opt.dtype, .n_threads = s.opt.n_threads};
+    /* Twice as many sequences as places: those that are not in use keep prefixes. */
+    llm_context_desc desc = {.n_ctx = s.opt.n_ctx,
+                             .n_seq = 2 * s.opt.parallel,
+                             .n_cache = s.opt.n_cache,
+                             .n_logits = s.opt.parallel,
+                             .n_threads = s.opt.n_threads};
+    bool ready = !llm_model_load(&s.model, s.opt.model, &model, &err);
+    if (ready && !desc.n_ctx) {
+        int trained = llm_model_get_info(s.model).n_ctx_train;
+        desc.n_ctx = trained < 4096 ? trained : 4096;
+    }
+    if (ready && !desc.n_cache) desc.n_cache = desc.n_ctx * s.opt.parallel;
+    ready = ready && !llm_context_create(&s.ctx, s.model, &desc, &err) && (daemon = listen_on(&s, &err)) &&
+            !pthread_create(&thread, NULL, wait_for_signals, &s);
+    if (ready) {
+        const union MHD_DaemonInfo *info = MHD_get_daemon_info(daemon, MHD_DAEMON_INFO_BIND_PORT);
+        fprintf(stderr, "server: %s listens on http://%s:%d\n", s.opt.name, s.opt.host, info ? info->port : s.opt.port);
+        work(&s);
+    } else fprintf(stderr, "server: %s\n", err.message);
+    if (daemon) MHD_stop_daemon(daemon);
+    llm_context_free(s.ctx);
+    llm_model_free(s.model);
+    return !ready;
+}

@@ -1,0 +1,129 @@
+#!/bin/sh
+# server.c: what OpenAI's API promises, limits, clients that hang up, and the end. Without libmicrohttpd or curl it is skipped.
+. tests/tap.sh
+server=$(dirname "$0")/server
+model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
+if [ ! -x "$server" ] || ! command -v curl >/dev/null; then
+    echo "ok 1 # SKIP libmicrohttpd, jansson or curl cannot be had"
+    echo "1..1"
+    exit
+fi
+tmp=$(mktemp -d)
+pid=
+trap '[ -z "$pid" ] || kill -9 $pid 2>/dev/null; rm -rf "$tmp"' EXIT
+out=$tmp/out
+
+start() {
+    "$server" -m "$model" -p 0 "$@" 2>"$tmp/log" &
+    pid=$!
+    wait_until grep -q listens "$tmp/log"
+    url=$(sed -n 's/.*\(http:.*\)/\1/p' "$tmp/log")
+}
+# POST PATH BODY [CURL OPTIONS]: the answer goes to $out, the code to $code.
+post() {
+    path=$1 body=$2
+    shift 2
+    code=$(curl -sN -o "$out" -w '%{http_code}' -H "Content-Type: ${type:-application/json}" -d "$body" "$@" "$url$path")
+}
+get() { code=$(curl -s -o "$out" -w '%{http_code}' "$url$1"); }
+out_has() { grep -qF -- "$1" "$out" || { sed 's/^/# /' "$out"; return 1; }; }
+# refuses CODE WORD PATH BODY [CURL OPTIONS]
+refuses() {
+    expected=$1 word=$2
+    shift 2
+    post "$@"
+    [ "$code" = "$expected" ] && out_has '"error"' && out_has "$word"
+}
+metric() { curl -s "$url/metrics" | sed -n "s/^llm_$1 //p"; }
+metric_is() { [ "$(metric "$1")" = "$2" ]; }
+
+chat=/v1/chat/completions text=/v1/completions
+question='"messages":[{"role":"user","content":"What is the capital of France?"}],"max_tokens":12'
+long='"messages":[{"role":"user","content":"Count to one thousand."}],"max_tokens":2000,"logit_bias":{"2":-100,"0":-100}'
+
+check "starts" start --parallel 2 --queue 1 --ctx 3000 --max-body 20000
+get /health
+check "/health" out_has '"ok"'
+get /v1/models
+check "/v1/models names the file" out_has "\"id\":\"$(basename "$model")\""
+
+post $chat "{$question,\"temperature\":0}"
+check "a chat is answered" test "$code" = 200
+for part in '"object":"chat.completion"' '"role":"assistant"' '"finish_reason":"length"' '"completion_tokens":12' '"id":"chatcmpl-'; do
+    check "the answer has $part" out_has "$part"
+done
+whole=$(sed 's/.*"content":"\([^"]*\)".*/\1/' "$out")
+post $chat "{$question,\"temperature\":0,\"stream\":true,\"stream_options\":{\"include_usage\":true}}"
+check "a streamed answer ends with [DONE]" test "$(grep . "$out" | tail -n 1)" = "data: [DONE]"
+check "it tells the usage, and what was reused" out_has '"completion_tokens":12'
+check "it is the same text" test "$(sed -n 's/.*"content":"\([^"]*\)".*/\1/p' "$out" | tr -d '\n')" = "$whole"
+check "the first piece alone has the role" test "$(grep -c '"role"' "$out")" = 1
+post $text '{"prompt":"one two three one two three one two","temperature":0,"stop":[" way","xyz"]}'
+check "a text ends at a stop string" out_has '"finish_reason":"stop"'
+check "which is not shown" test "$(grep -c way "$out")" = 0
+for i in 1 2; do
+    post $text '{"prompt":[504,253,216],"seed":7,"temperature":1.5,"max_tokens":30}'
+    sed 's/.*"text"/"text"/; s/"usage".*//' "$out" >"$tmp/seed$i"
+done
+check "a seed gives the same text" cmp "$tmp/seed1" "$tmp/seed2"
+post $chat '{"messages":[{"role":"user","content":[{"type":"text","text":"Say "},{"type":"text","text":"hi."}]}],"max_tokens":2}'
+check "content may come in parts" test "$code" = 200
+
+check "refuses what is no JSON" refuses 400 JSON $chat '{"messages":'
+check "refuses no messages" refuses 400 messages $chat '{"messages":[]}'
+check "refuses a picture" refuses 400 text $chat '{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}'
+check "refuses tools" refuses 400 tools $chat "{$question,\"tools\":[{}]}"
+check "refuses a grammar" refuses 400 response_format $chat "{$question,\"response_format\":{\"type\":\"json_object\"}}"
+check "refuses two choices" refuses 400 "n is not" $chat "{$question,\"n\":2}"
+check "refuses a wrong temperature" refuses 400 temperature $chat "{$question,\"temperature\":\"hot\"}"
+check "refuses a wrong stop" refuses 400 stop $chat "{$question,\"stop\":[1]}"
+check "refuses an id outside of the vocabulary" refuses 400 token $text '{"prompt":[1,99999999]}'
+check "refuses several prompts" refuses 400 several $text '{"prompt":["a","b"]}'
+check "refuses a long prompt" refuses 400 3000 $text "{\"prompt\":[$(yes 5, | head -n 3001 | tr -d '\n')5]}"
+check "refuses a large body" refuses 413 large $text "{\"prompt\":\"$(head -c 30000 /dev/zero | tr '\0' a)\"}"
+type=text/plain
+check "refuses another type, which a web page could send" refuses 415 json $text '{"prompt":"a"}'
+type=
+check "refuses another address" refuses 404 address /v1/embeddings '{}'
+check "refuses another method" refuses 405 POST $chat '{}' -X PUT
+
+# Two places and one to wait: the fourth is refused; those that hang up free theirs, streamed or not.
+for streams in true false true; do
+    curl -sN -o /dev/null -H 'Content-Type: application/json' -d "{$long,\"stream\":$streams}" "$url$chat" &
+    users="$users $!"
+done
+check "two are answered" wait_until metric_is requests_running 2
+check "one waits" wait_until metric_is requests_waiting 1
+check "one more is refused" refuses 429 many $chat "{$question}"
+kill $users
+check "who hangs up frees the place" wait_until metric_is requests_running 0
+check "and leaves the queue" metric_is requests_waiting 0
+check "that is counted" metric_is requests_hung_up_total 3
+post $chat "{$question,\"temperature\":0}"
+check "the next answer is the same as ever" out_has "$whole"
+
+# The end: a running answer is completed.
+curl -sN -o "$tmp/last" -H 'Content-Type: application/json' -d "{${question%,*},\"max_tokens\":300,\"stream\":true}" "$url$chat" &
+user=$!
+wait_until metric_is requests_running 1
+kill -TERM $pid
+wait $user
+check "SIGTERM lets a running answer end" grep -q DONE "$tmp/last"
+wait $pid
+check "and then the server ends well" test $? -eq 0
+pid=
+
+check "starts with a key" start --key secret
+post $chat "{$question}"
+check "no key is refused" test "$code" = 401
+post $chat "{$question}" -H 'Authorization: Bearer secret'
+check "the key is taken" test "$code" = 200
+check "a wrong key is refused" refuses 401 key $chat "{$question}" -H 'Authorization: Bearer secreT'
+get /health
+check "/health needs none" test "$code" = 200
+kill $pid
+wait $pid
+
+check "explains a missing model" eval '! "$server" -m "$tmp/absent" 2>"$out" && out_has absent'
+check "explains a wrong address" eval '! "$server" -m "$model" --host nowhere.invalid 2>"$out" && out_has nowhere'
+finish
