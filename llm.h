@@ -765,9 +765,9 @@ typedef struct llm_generate_desc {
     const llm_token *tokens;   /* ids, used as they are                                                             */
     int n_tokens;
 
-    /* Above 0: where the messages leave fewer tokens than this free of n_ctx, the oldest turns are left out. A turn
-       begins with a message of "user". The messages of "system" at the beginning and the last turn stay. More is left
-       out than needed, up to half of n_ctx: what follows is computed again, but then serves for several turns. */
+    /* Above 0: if the messages leave fewer tokens than this free of n_ctx, the oldest turns are left out. A turn begins
+       with a message of "user". The "system" messages at the beginning and the last turn stay. More turns are left out
+       than needed, up to half of n_ctx, because the others must be computed again: so this is rarely needed. */
     int keep_free;
 
     int seq;                         /* the sequence to use, or LLM_SEQ_ANY */
@@ -841,32 +841,32 @@ LLM_API llm_status llm_prefill(llm_context *ctx, const llm_generate_desc *desc, 
 /* ---- Streams ------------------------------------------------------------------------------------------------- */
 
 /* A stream is what llm_generate does, for many texts at the same time: one pass computes the next token of all of them,
-   which takes little longer than for one. On the CPU each text is the one that llm_generate alone gives, with two
-   exceptions: with int4 weights where passes have more than 16 tokens (see llm_context_desc.n_batch), and with guesses
-   that are checked by rejection sampling. The text of one goes on as the others begin, end, fail or are cancelled. */
+   which takes little longer than for one. On the CPU each text is the same as from llm_generate alone, except with a
+   draft whose guesses are checked by rejection sampling. A text does not change when others begin, end, fail or are
+   cancelled. */
 typedef struct llm_stream llm_stream;
 
-/* Begins a text; llm_step then computes it. The description is that of llm_generate. What it points at may go when this
-   returns, but not the sampler, its biases, the draft, and `user`: they must stay until llm_stream_free. Two streams may
-   share a draft, but not a sampler with a temperature above 0. Between steps the host may use the context's other
-   sequences, by llm_generate too; the stream's own can be read and forked, and all else that names it fails. llm_score
-   fails while a stream is running. Beginning fails with LLM_ERROR_CONTEXT_FULL if no sequence is free or the cache has
-   no room for the prompt. Then, and after any other failure, *out is NULL and the other streams go on. */
+/* Begins a text; llm_step then computes it. The description is that of llm_generate. The sampler, its biases, the draft
+   and `user` must be valid until llm_stream_free; all else that it points at is copied. Two streams may share a draft,
+   but not a sampler with a temperature above 0. Between steps the host may use the context's other sequences, also with
+   llm_generate. The stream's own sequence can be read and forked; other calls that name it fail. llm_score fails while
+   a stream is running. This call fails with LLM_ERROR_CONTEXT_FULL if no sequence is free or the cache has no room for
+   the prompt. Then, and after any other failure, *out is NULL and the other streams go on. */
 LLM_API llm_status llm_stream_begin(llm_stream **out, llm_context *ctx, const llm_generate_desc *desc, llm_error *err);
 
 /* Computes one pass for all streams that are running, and calls their callbacks. The pass has the next token of each
-   text, and with what room is left it reads prompts, each of which gets a share. So nobody waits longer than for a pass
-   of n_tokens tokens (at most n_batch). 0: n_batch while only prompts are read, else 128. If n_tokens or the context's
-   n_logits is below the number of streams, they take turns.
+   text. The rest of its n_tokens tokens (at most n_batch) are shared among the prompts that are still being read, so a
+   long prompt does not stop the other texts. n_tokens 0: n_batch while only prompts are read, else 128. If n_tokens or
+   the context's n_logits is below the number of streams, they take turns.
    *n_running becomes the number of streams that are still running; n_running may be NULL. An error means that the pass
-   failed, and with it all streams in it. What fails in one stream alone is found in llm_stream_result. If a callback
+   failed, and with it all streams in it. An error of one stream alone is returned by llm_stream_result. If a callback
    leaves by longjmp or an exception, its stream ends with LLM_STOP_CALLBACK, and the others go on. */
 LLM_API llm_status llm_step(llm_context *ctx, int n_tokens, int *n_running, llm_error *err);
 
 LLM_API bool llm_stream_is_running(const llm_stream *stream);
 
-/* How a stream stands. stats->stop is LLM_STOP_NONE while it is running and after a failure, which is what is returned.
-   The times are those that passed on the clock, with the other streams' part. stats may be NULL. */
+/* Returns LLM_OK, or why the stream failed. stats->stop is LLM_STOP_NONE while it is running and after a failure. The
+   times are wall-clock times, so they include the work for other streams. stats may be NULL. */
 LLM_API llm_status llm_stream_result(const llm_stream *stream, llm_stats *stats, llm_error *err);
 
 /* Frees a stream, and ends it if it is running; its sequence holds what was computed. Must come before
@@ -1082,8 +1082,9 @@ typedef struct llm_score_stats {
 /* Fills log_likelihoods: the first question's [n_endings], then the second's, and so on. All sequences of the context
    are dropped. Its n_ctx must be enough for the longest text, and its n_seq for the question with the most endings;
    with more sequences and cache, batches become larger. A pass has at most n_batch tokens. A prefix common to all
-   endings is moved into the context. The common beginning of contexts is computed once if they are close together. Tokens from which nothing is predicted are skipped, and the last layer and the
-   head run only at scored positions. If log_likelihoods is NULL, nothing is computed, but stats tell what would be. */
+   endings is moved into the context, and a prefix common to contexts that are close together is computed once. Tokens
+   from which nothing is predicted are skipped, and the last layer and the head run only at scored positions. If
+   log_likelihoods is NULL, nothing is computed, but stats tell what would be. */
 LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, int n_questions,
                              const llm_score_desc *desc, double *log_likelihoods, llm_score_stats *stats,
                              llm_error *err);
@@ -16533,8 +16534,8 @@ LLM_API void llm_draft_free(llm_draft *draft) {
 
 /* ==== 23 Generation =============================================================================================
 
-   One text: its prompt as tokens, and what becomes of a token that was drawn. When it is computed, and beside what
-   others, is the matter of section 23b. */
+   One text: its prompt as tokens, and what is done with each token that was drawn. Section 23b computes it, alone or
+   beside others. */
 
 /* Text on its way to the host. What may be the start of a stop string is held back until that is decided. */
 typedef struct llm__gen_outbox {
