@@ -30,7 +30,8 @@
     mpirun -n 4 build/mpi/bench -m MODEL --tp 2 --pp 2
 
     The first table, of a model that several processes share. -t is the number of threads of each. MB/token, MBU and the
-    limits are those of the first rank. MFU is the share of that rank's limit times the number of ranks.
+    limits are those of the first rank. MFU is the share of that rank's limit times the number of ranks. csv and json
+    also have the time of a meeting, in which the ranks exchange one byte each, and the rate at which a rank gets data.
 
     build/bench -m MODEL --flops-table [-o md|csv]
 
@@ -75,6 +76,7 @@ typedef struct result {
     const char *dtype, *isa;
     int threads, depth;
     double prefill, decode, generate, mfu, mbu, load_seconds, peak_mib, megabytes_per_token, bandwidth, flops;
+    double meeting, link; /* of the ranks: see time_exchange; 0 for one rank */
 } result;
 
 /* ---- Options ---- */
@@ -421,13 +423,38 @@ static double generate(llm_context *ctx, const options *opt, int n) {
     return stats.decode_seconds;
 }
 
+/* The median time in seconds of exchanges in which each rank gives all others n bytes. */
+static double time_exchange(llm_comm *comm, size_t n) {
+    enum { TIMES = 201 };
+    double seconds[TIMES];
+    size_t row = n * (size_t)comm->size;
+    uint8_t *data = (uint8_t *)calloc(1, row + 1);
+    llm_exchange x = {data, 1, row, row, n, comm->size, NULL, 0};
+    llm_error err;
+    if (!data) exit(1);
+    for (int i = 0; i < TIMES; i++) {
+        unsigned flags = 0;
+        double start = llm__clock_now();
+        if (comm->exchange(comm, &x, &flags, &err)) fail(&err);
+        seconds[i] = llm__clock_now() - start;
+    }
+    free(data);
+    return median(seconds, TIMES);
+}
+
 static void measure(llm_context *ctx, const options *opt, const memory *mem, double load_seconds, result *results) {
     const llm_model *model = llm_context_model(ctx);
     int n_rates = MOST * opt->n_rounds, n_ranks = opt->ranks.tp * opt->ranks.pp;
     double *prefill = (double *)calloc((size_t)(3 * n_rates), sizeof *prefill), *decode = prefill + n_rates,
            *whole = decode + n_rates;
-    double bandwidth = llm_measure_bandwidth(ctx), flops = llm_measure_flops(ctx);
+    double bandwidth = llm_measure_bandwidth(ctx), flops = llm_measure_flops(ctx), meeting = 0, link = 0;
+    llm_comm *comm = opt->ranks.tensor ? opt->ranks.tensor : opt->ranks.pipeline;
     if (!prefill) exit(1);
+    if (comm) {
+        const size_t n = 256 << 10;
+        meeting = time_exchange(comm, 1);
+        link = (double)n * (comm->size - 1) / (time_exchange(comm, n) - meeting);
+    }
     run(ctx, opt->n_prefill, opt->n_prefill); /* warms up with a whole prompt, as bench/peers does */
     for (int round = 0; round < opt->n_rounds; round++)
         for (int i = 0; i < opt->n_depths; i++) {
@@ -455,7 +482,9 @@ static void measure(llm_context *ctx, const options *opt, const memory *mem, dou
                     (double)mem->peak / 1048576,
                     0,
                     bandwidth,
-                    flops};
+                    flops,
+                    meeting,
+                    link};
         r.prefill = median(prefill + i * opt->n_rounds, opt->n_rounds);
         r.decode = median(decode + i * opt->n_rounds, opt->n_rounds);
         r.generate = median(whole + i * opt->n_rounds, opt->n_rounds);
@@ -712,7 +741,7 @@ static void print_header(const char *format) {
     if (!strcmp(format, "json")) printf("[");
     if (!strcmp(format, "csv"))
         printf("dtype,isa,threads,depth,prefill_tok_s,decode_tok_s,prefill_mfu,decode_mbu,load_s,peak_mib,mb_per_token,"
-               "bandwidth_gb_s,gflop_s,generate_tok_s\n");
+               "bandwidth_gb_s,gflop_s,generate_tok_s,meeting_us,link_gb_s\n");
     if (!strcmp(format, "md"))
         printf("| weights | isa | threads | depth | prefill tok/s | MFU | decode tok/s | generate tok/s | MB/token | "
                "MBU | limits GB/s, GFLOP/s | load s | peak MiB |\n"
@@ -725,13 +754,16 @@ static void print_result(const char *format, const result *r, bool first) {
                "\"decode_tok_s\": %.2f, "
                "\"prefill_mfu\": %.4f, \"decode_mbu\": %.4f, \"load_s\": %.4f, \"peak_mib\": %.1f, \"mb_per_token\": "
                "%.2f, "
-               "\"bandwidth_gb_s\": %.2f, \"gflop_s\": %.1f, \"generate_tok_s\": %.2f}",
+               "\"bandwidth_gb_s\": %.2f, \"gflop_s\": %.1f, \"generate_tok_s\": %.2f, \"meeting_us\": %.2f, "
+               "\"link_gb_s\": %.2f}",
                first ? "" : ",", r->dtype, r->isa, r->threads, r->depth, r->prefill, r->decode, r->mfu, r->mbu,
-               r->load_seconds, r->peak_mib, r->megabytes_per_token, r->bandwidth / 1e9, r->flops / 1e9, r->generate);
+               r->load_seconds, r->peak_mib, r->megabytes_per_token, r->bandwidth / 1e9, r->flops / 1e9, r->generate,
+               1e6 * r->meeting, r->link / 1e9);
     if (!strcmp(format, "csv"))
-        printf("%s,%s,%d,%d,%.2f,%.2f,%.4f,%.4f,%.4f,%.1f,%.2f,%.2f,%.1f,%.2f\n", r->dtype, r->isa, r->threads,
-               r->depth, r->prefill, r->decode, r->mfu, r->mbu, r->load_seconds, r->peak_mib, r->megabytes_per_token,
-               r->bandwidth / 1e9, r->flops / 1e9, r->generate);
+        printf("%s,%s,%d,%d,%.2f,%.2f,%.4f,%.4f,%.4f,%.1f,%.2f,%.2f,%.1f,%.2f,%.2f,%.2f\n", r->dtype, r->isa,
+               r->threads, r->depth, r->prefill, r->decode, r->mfu, r->mbu, r->load_seconds, r->peak_mib,
+               r->megabytes_per_token, r->bandwidth / 1e9, r->flops / 1e9, r->generate, 1e6 * r->meeting,
+               r->link / 1e9);
     if (!strcmp(format, "md"))
         printf("| %s | %s | %d | %d | %.0f | %.0f %% | %.1f | %.1f | %.1f | %.0f %% | %.1f, %.0f | %.2f | %.0f |\n",
                r->dtype, r->isa, r->threads, r->depth, r->prefill, 100 * r->mfu, r->decode, r->generate,

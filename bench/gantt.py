@@ -35,7 +35,7 @@ def draw(waits, end, path):
     figure, axes = plt.subplots(figsize=(10, 0.6 * len(waits) + 1.2), constrained_layout=True)
     for rank, spans in waits.items():
         axes.broken_barh([(0, end)], (rank - 0.4, 0.8), color="tab:blue")
-        axes.broken_barh([(b, e - b) for b, e in spans], (rank - 0.4, 0.8), color="white")
+        axes.broken_barh([(b, e - b) for b, e in spans], (rank - 0.4, 0.8), color="white", linewidth=0)
     axes.set_yticks(list(waits), [f"stage {rank}" for rank in waits])
     axes.invert_yaxis()
     axes.set_xlim(0, end)

@@ -2,8 +2,8 @@
 # Table 2 of Team H's report (Samsung Computer Engineering Challenge 2023, round 1), row by row, on N processes, and then our
 # own schedule:  bench/team-h.sh MODEL N [--limit QUESTIONS] [other options of build/mpi/hellaswag]
 # Theirs is LLaMA-30B on 4 V100; their seconds stand beside ours. A ratio is to row A. The idle share is the mean over the
-# stages of the time in which a stage waits for another. --threads 1 gives each process one core. The last run is drawn to
-# build/team-h.png if there is matplotlib.
+# stages of the time in which a stage waits for another. --threads 1 gives each process one core. The pipeline of row 1 is
+# drawn to build/team-h.png if there is matplotlib.
 set -eu
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { echo "Which model, and how many processes?  bench/team-h.sh MODEL N [--limit QUESTIONS]" >&2; exit 1; }
@@ -18,15 +18,16 @@ row() { # ID THEIR_SECONDS WHAT OPTIONS...
     shift 3
     rm -f "$dir/answers" "$dir/trace"
     mpirun --oversubscribe -n "$n" build/mpi/hellaswag -m "$model" -o csv --results "$dir/answers" --trace "$dir/trace" "$@" >"$dir/csv"
-    [ -f "$dir/trace" ] || : >"$dir/trace"
-    cp "$dir/trace" "$dir/$id.trace"
+    idle=- # without a pipeline there is no trace
+    [ ! -s "$dir/trace" ] || idle=$(awk -F, -v n="$n" 'NR == FNR { waited += $3 - $2; next } FNR == 2 { printf "%.1f %%", 100 * waited / n / $4 }' \
+        "$dir/trace" "$dir/csv")
+    [ "$id" != 1 ] || cp "$dir/trace" "$dir/drawn"
     sort "$dir/answers" >"$dir/sorted"
     [ -f "$dir/first" ] || cp "$dir/sorted" "$dir/first"
     same=yes
     cmp -s "$dir/sorted" "$dir/first" || same=no
     [ "$id" != G ] || same=- # other texts
-    awk -F, -v n="$n" 'NR == FNR { waited += $3 - $2; next } FNR == 2 { printf "%.1f\n", 100 * waited / n / $4 }' "$dir/trace" "$dir/csv" >"$dir/idle"
-    awk -F, -v id="$id" -v theirs="$theirs" -v what="$what" -v same="$same" -v idle="$(cat "$dir/idle")" 'NR == 2 {
+    awk -F, -v id="$id" -v theirs="$theirs" -v what="$what" -v same="$same" -v idle="$idle" 'NR == 2 {
         printf "%s;%s;%s;%.1f;%s;%.1f;%.2f;%s\n", id, what, theirs, $4, idle, 100 * ($7 + $8) / $6, $3, same
     }' "$dir/csv" >>"$dir/table"
 }
@@ -44,6 +45,6 @@ row 2 - "ours: packed, data parallel" --dp "$n" --schedule packed "$@"
 echo "| | | Team H s | ratio | s | ratio | idle | waste | acc_norm | same bits |"
 echo "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
 awk -F';' 'NR == 1 { theirs = $3; ours = $4 } {
-    printf "| %s | %s | %s | %s | %s | %.2f | %s %% | %s %% | %s | %s |\n", $1, $2, $3, $3 == "-" ? "-" : sprintf("%.2f", theirs / $3), $4, ours / $4, $5, $6, $7, $8
+    printf "| %s | %s | %s | %s | %s | %.2f | %s | %s %% | %s | %s |\n", $1, $2, $3, $3 == "-" ? "-" : sprintf("%.2f", theirs / $3), $4, ours / $4, $5, $6, $7, $8
 }' "$dir/table"
-if python3 -c 'import matplotlib' 2>/dev/null; then python3 bench/gantt.py "$dir/1.trace" build/team-h.png; fi
+if python3 -c 'import matplotlib' 2>/dev/null; then python3 bench/gantt.py "$dir/drawn" build/team-h.png; fi

@@ -1,12 +1,15 @@
 // Callbacks that leave llm_generate by a C++ exception: at every poll of cancel, which other threads wait for, and at every
-// piece of text. The next call must give what it always gives. The same for llm_step: the other stream's text goes on.
+// piece of text. The next call must give what it always gives. The same for llm_step: the other stream's text goes on. If
+// one of two ranks is left in this way, the other, and this one in its next call, must get an error that says so.
 // For tests/test_builds.sh:  exceptions MODEL
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
 #include <cstdio>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 struct host {
     std::string text;
@@ -55,6 +58,77 @@ static std::string beside_a_thrower(llm_context *ctx, int last, bool by_cancel, 
         }
     for (llm_stream *stream : streams) llm_stream_free(stream);
     return hosts[1].text;
+}
+
+// One of two ranks, whose callback throws at its call number `last`. The rank then calls again, or frees what it has.
+struct rank {
+    const char *file;
+    llm_comm *comm;
+    bool staged, by_cancel, calls_again; // staged: a pipeline; else tensor parallel
+    int last;
+    bool thrown;
+    llm_status status; // of the last call, which is 0 after an exception if there was no other
+    llm_error err;
+};
+
+static void generate_on(rank *r) {
+    llm_model_desc model_desc = {};
+    llm_context_desc context_desc = {};
+    llm_model *model = nullptr;
+    llm_context *ctx = nullptr;
+    host thrower = {"", 0, r->last};
+    model_desc.n_threads = context_desc.n_threads = 1;
+    (r->staged ? model_desc.pipeline : model_desc.tensor) = r->comm;
+    r->comm->patience = 8;
+    r->status = llm_model_load(&model, r->file, &model_desc, &r->err);
+    if (!r->status) r->status = llm_context_create(&ctx, model, &context_desc, &r->err);
+    if (!r->status) {
+        llm_generate_desc desc = {};
+        desc.prompt = "a b a b b a a b";
+        desc.max_tokens = 60;
+        desc.ignore_end = true;
+        desc.user = &thrower;
+        if (r->by_cancel) desc.cancel = on_cancel;
+        else desc.on_text = on_text;
+        try {
+            r->status = llm_generate(ctx, &desc, nullptr, &r->err);
+        } catch (const std::runtime_error &) {
+            r->thrown = true;
+            desc.cancel = nullptr;
+            desc.on_text = nullptr;
+            if (r->calls_again) r->status = llm_generate(ctx, &desc, nullptr, &r->err);
+        }
+    }
+    llm_context_free(ctx);
+    llm_model_free(model);
+    llm_comm_free(r->comm);
+}
+
+static bool throws_on_a_rank(const char *file) {
+    for (int i = 0; i < 16; i++) {
+        llm_comm *comms[2];
+        rank ranks[2];
+        llm_error err;
+        int who = i & 1;
+        if (llm_comm_threads(comms, 2, nullptr, &err)) {
+            std::puts(err.message);
+            return false;
+        }
+        for (int j = 0; j < 2; j++)
+            ranks[j] = {file, comms[j], (i & 2) != 0, (i & 4) != 0, (i & 8) != 0, j == who ? 3 : 0, false, LLM_OK, {}};
+        std::thread second(generate_on, &ranks[1]);
+        generate_on(&ranks[0]);
+        second.join();
+        for (int j = 0; j < 2; j++) {
+            bool told = ranks[j].status && std::strstr(ranks[j].err.message, "did not return");
+            if (ranks[j].thrown == (j == who) && (told || (j == who && !ranks[j].calls_again && !ranks[j].status)))
+                continue;
+            std::printf("rank %d, exception on rank %d, case %d: %s\n", j, who, i,
+                        ranks[j].status ? ranks[j].err.message : "no error");
+            return false;
+        }
+    }
+    return true;
 }
 
 int main(int, char **argv) {
@@ -120,5 +194,5 @@ int main(int, char **argv) {
     llm_context_free(ctx);
     llm_model_free(model);
     std::printf("%d exceptions\n", n_thrown);
-    return n_thrown < 10;
+    return n_thrown < 10 || !throws_on_a_rank(argv[1]);
 }

@@ -1,8 +1,10 @@
 #!/bin/sh
 # Three hosts with a network of a delay and a rate between them, on this machine: what tensor and pipeline parallel make of it.
 #     bench/cluster/network.sh MODEL FOLDER        (make test-cluster does it)
+#     bench/cluster/network.sh tinyllama-1.1b FOLDER        random weights of a shape that build/bench knows, as int8
 # Hosts are network namespaces with names of their own; bench/cluster/wire.c is the network; MPI goes over TCP. FOLDER gets
-# network.csv, network.md and network.svg. It needs root, namespaces and /dev/net/tun; without them it says so and ends well.
+# network.csv, network.md and, if there is matplotlib, network.png. It needs root, namespaces and /dev/net/tun; without them it
+# says so and ends well. MBITS, DELAYS, PROMPT, TOKENS and ROUNDS choose what is measured.
 set -eu
 cd "$(dirname "$0")/../.."
 model=$1 folder=$2
@@ -64,7 +66,8 @@ round_trip() {
 rates() { # N OPTIONS...    tokens per second of decoding and of a prompt
     n=$1
     shift
-    on_hosts "$n" build/mpi/bench -m "$model" --dtype file -t 1 -p "${PROMPT:-128}" -n "${TOKENS:-32}" -r 1 -o csv "$@" 2>"$dir/log" |
+    if [ -e "$model" ]; then set -- -m "$model" --dtype file "$@"; else set -- --random "$model" --dtype int8 "$@"; fi
+    on_hosts "$n" build/mpi/bench -t 1 -p "${PROMPT:-128}" -n "${TOKENS:-32}" -r "${ROUNDS:-3}" -o csv "$@" 2>"$dir/log" |
         awk -F, 'NR == 2 { print $6 "," $5 }' | grep . || { cat "$dir/log" >&2; exit 1; }
 }
 
@@ -83,5 +86,7 @@ for mbit in ${MBITS:-10000 1000}; do
         disconnect
     done
 done
-python3 bench/cluster/draw.py "$folder/network.csv" "$folder/network.svg" >"$folder/network.md"
+picture=
+! python3 -c 'import matplotlib' 2>/dev/null || picture=$folder/network.png
+python3 bench/cluster/draw.py "$folder/network.csv" $picture >"$folder/network.md"
 cat "$folder/network.md"
