@@ -100,7 +100,7 @@ typedef enum llm__kernel_kind {
 } llm__kernel_kind;
 
 static const char *llm__kind_name(int kind) {
-    static const char *const names[LLM__KINDS] = {"queries, keys and values",
+    static const char *const names[LLM__KINDS] = {"QKV",
                                                   "RoPE",
                                                   "attention",
                                                   "attention's output",
@@ -419,6 +419,13 @@ static __device__ float llm__chip_warp_max(float x) {
 #ifndef LLM_CUDA_PREFETCH
 #define LLM_CUDA_PREFETCH 48
 #endif
+
+/* Neighbouring bytes of a row that one warp of a fused product reads: 64, or 128, which is a line of the L2 cache.
+   Weights in groups stay at 64, since they have no registers left. `bench/gpu.sh why` measures both. */
+#ifndef LLM_CUDA_PIECE
+#define LLM_CUDA_PIECE 64
+#endif
+static_assert(LLM_CUDA_PIECE == 64 || LLM_CUDA_PIECE == 128, "a piece is one turn or two");
 
 enum {
     LLM__MAX_ROWS = 65535,  /* of a pass: the limit of a grid's second dimension                     */
@@ -769,6 +776,12 @@ static __device__ void llm__product_load_turn(const llm__gpu_matrix &m, unsigned
     *scales = make_uint4(v.x, v.y, 0, 0);
 }
 
+/* How far a warp's load number i is from its first one, in turns. A warp reads `piece` neighbouring turns, and skips
+   those of the other warps. */
+static __device__ constexpr int llm__product_turn(int piece, int i) {
+    return i / piece * piece * LLM__WARPS + i % piece;
+}
+
 /* The warps' loads in flight. */
 template <int N> struct llm__flight { uint4 upper[N], lower[N], upper_scales[N], lower_scales[N]; };
 
@@ -819,6 +832,7 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
     llm__fused_product(llm__product p) {
     constexpr bool GROUPS = FORMAT >= LLM__INT8_GROUPS;
     constexpr int IN_FLIGHT = !GROUPS ? 4 : TILES == 1 ? 3 : 1, COLUMNS = TILES * 8, TURN = llm__matrix_turn(FORMAT);
+    constexpr int PIECE = GROUPS ? 1 : LLM_CUDA_PIECE / 64;
     constexpr bool EARLY_END = !GROUPS || TILES == 1;                    /* otherwise there are no registers for it */
     __shared__ float parts[2][LLM__WARPS][COLUMNS][20], scales[COLUMNS]; /* 20: warps write without bank conflicts */
     __shared__ llm__cell cells[COLUMNS];
@@ -834,7 +848,7 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
     llm__flight<IN_FLIGHT> in = {};
 #pragma unroll
     for (int i = 0; i < IN_FLIGHT; i++) {
-        int turn = warp + i * LLM__WARPS;
+        int turn = warp * PIECE + llm__product_turn(PIECE, i);
         if (turn >= n_turns) continue;
         llm__product_load_turn<FORMAT>(p.weight, rows.upper + (unsigned)turn, t, &in.upper[i], &in.upper_scales[i]);
         llm__product_load_turn<FORMAT>(p.weight, rows.lower + (unsigned)turn, t, &in.lower[i], &in.lower_scales[i]);
@@ -864,10 +878,10 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
         llm__matrix_tile_rows next_rows = llm__product_find_rows<ENDING>(p, goes_on ? next_tile : tile, g, n_turns);
         float sums[TILES][4] = {};
 #pragma unroll 1
-        for (int first = warp; first < n_turns; first += IN_FLIGHT * LLM__WARPS) {
+        for (int first = warp * PIECE; first < n_turns; first += IN_FLIGHT * LLM__WARPS) {
 #pragma unroll
             for (int i = 0; i < IN_FLIGHT; i++) {
-                int turn = first + i * LLM__WARPS, next = turn + IN_FLIGHT * LLM__WARPS;
+                int turn = first + llm__product_turn(PIECE, i), next = turn + IN_FLIGHT * LLM__WARPS;
                 if (turn >= n_turns) continue;
 #pragma unroll
                 for (int j = 0; j < TILES; j++)
@@ -875,10 +889,9 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
                                                        in.lower_scales[i], p.x + (x_at[j] + (unsigned)(turn * TURN)));
                 bool same_tile = next < n_turns;
                 if (!same_tile && !goes_on) continue;
-                unsigned upper =
-                    same_tile ? rows.upper + (unsigned)next : next_rows.upper + (unsigned)(warp + i * LLM__WARPS);
-                unsigned lower =
-                    same_tile ? rows.lower + (unsigned)next : next_rows.lower + (unsigned)(warp + i * LLM__WARPS);
+                unsigned start = (unsigned)(warp * PIECE + llm__product_turn(PIECE, i));
+                unsigned upper = same_tile ? rows.upper + (unsigned)next : next_rows.upper + start;
+                unsigned lower = same_tile ? rows.lower + (unsigned)next : next_rows.lower + start;
                 llm__product_load_turn<FORMAT>(p.weight, upper, t, &in.upper[i], &in.upper_scales[i]);
                 llm__product_load_turn<FORMAT>(p.weight, lower, t, &in.lower[i], &in.lower_scales[i]);
             }
@@ -3621,6 +3634,8 @@ LLM_API void llm__cuda_vary(void *context, int prefetch, bool overlap, unsigned 
     cudaStreamSynchronize(c->queue.stream);
     llm__forget_graphs(c);
 }
+
+LLM_API int llm__cuda_piece(void) { return LLM_CUDA_PIECE; }
 
 /* The name of such a kind, NULL after the last; how many of its kernels a token needs, and how many bytes of weights
    they read. */

@@ -1,11 +1,14 @@
 /*  gpu.cpp - how fast llm_cuda.cu is, on models of well-known shapes with random weights.
 
-        bench SHAPE TYPE MODE      limits, decoding and prefill; TYPE is bf16, f16, int8 or int4, MODE graph, fused or
-        eager bench --why SHAPE TYPE     decoding without some of what makes it fast, and the time of each kind of
-        kernel bench --few SHAPE TYPE     a few passes, one kernel at a time, for a profiler to look at bench
-        --hellaswag SHAPE MODEL TEXTS [QUESTIONS]   HellaSwag's texts, cut into tokens as MODEL does bench --same MODEL
-        whether a real model says the same on the GPU as on the CPU bench --device             the GPU bench --help
-        the shapes
+        bench SHAPE TYPE MODE      limits, decoding and prefill
+        bench --why SHAPE TYPE     decoding without some of what makes it fast, and the time of each kind of kernel
+        bench --few SHAPE TYPE     a few passes, kernel by kernel, for a profiler
+        bench --hellaswag SHAPE MODEL TEXTS [QUESTIONS]    scoring HellaSwag's texts, with MODEL's tokenizer
+        bench --same MODEL         does a real model say the same on the GPU as on the CPU?
+        bench --device             the GPU
+        bench --help               the shapes
+
+    TYPE is bf16, f16, int8 or int4; MODE is graph, fused or eager.
 
     It drives the backend itself, so models need no files. Each line is one measurement: model, weights, mode, what, the
     rate per second, and its share of the limit measured on the same GPU. Decoding is held against the bandwidth of
@@ -44,6 +47,7 @@ enum { PROMPT = 6, DEEP = 3800, NEW_TOKENS = 200, SOME_TOKENS = 64 };
 /* llm_cuda.cu has these for this program alone. */
 LLM_API void llm__cuda_vary(void *context, int prefetch, bool overlap, unsigned kinds);
 LLM_API const char *llm__cuda_kind(void *context, int kind, int *n_kernels, double *bytes);
+LLM_API int llm__cuda_piece(void);
 
 typedef struct bench {
     const shape *s;
@@ -260,7 +264,7 @@ static bench make_bench(const shape *s, llm_dtype dtype, llm_cuda_mode mode) {
     bench b = {};
     b.s = s;
     b.backend = llm_cuda_backend_mode(mode);
-    b.mode = MODES[mode];
+    b.mode = llm__cuda_piece() == 64 ? MODES[mode] : "128-byte pieces";
     b.dtype = llm_dtype_name(dtype);
     double start = seconds();
     open_model(&b, dtype);
@@ -312,6 +316,7 @@ static double vary(bench *b, const char *what, int prefetch, bool overlap, unsig
 /* Each kind of kernel: how long one takes when only they run, one layer's after the other's, and what leaving them out
    saves. */
 static void bench_kinds(bench *b, int depth, double whole) {
+    const shape *s = b->s;
     const char *name;
     double bytes;
     int n;
@@ -320,12 +325,14 @@ static void bench_kinds(bench *b, int depth, double whole) {
     for (int kind = 0; (name = llm__cuda_kind(b->context, kind, &n, &bytes)) != NULL; kind++) {
         char what[128];
         if (n == 0) continue;
+        if (bytes == 0) /* attention reads no weights, but the keys and values */
+            bytes = 4.0 * s->n_layers * s->n_kv_heads * s->head_dim * (depth + 4 + SOME_TOKENS / 2);
         llm__cuda_vary(b->context, -1, true, 1u << kind);
         double alone = (token_seconds(b, depth) - empty) / n;
         llm__cuda_vary(b->context, -1, true, ~(1u << kind));
         double saved = (whole - token_seconds(b, depth)) / n;
         snprintf(what, sizeof what, "at %d: %s: us each alone; GB/s; us saved without", depth, name);
-        printf("%s,%s,%s,%s,%.2f; %.0f; %.2f,%.1f\n", b->s->name, b->dtype, b->mode, what, alone * 1e6,
+        printf("%s,%s,%s,%s,%.2f; %.0f; %.2f,%.1f\n", s->name, b->dtype, b->mode, what, alone * 1e6,
                alone > 0 ? bytes / n / alone / 1e9 : 0, saved * 1e6,
                alone > 0 ? bytes / n / alone / b->bandwidth * 100 : 0);
         fflush(stdout);
@@ -338,6 +345,10 @@ static int bench_why(const shape *s, llm_dtype dtype) {
     bench b = make_bench(s, dtype, LLM_CUDA_GRAPH);
     b.bandwidth = b.backend->measure_bandwidth(b.context);
     double whole = vary(&b, "as it is", -1, true, ~0u);
+    if (llm__cuda_piece() != 64) { /* only what there is to compare */
+        bench_kinds(&b, PROMPT, whole);
+        return close_bench(&b);
+    }
     vary(&b, "kernels do not overlap", -1, false, ~0u);
     for (int kb : prefetches) {
         char what[64];

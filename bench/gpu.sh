@@ -24,6 +24,12 @@ steps="probe first why types fused tests sanitizer ncu peer shapes same hellaswa
 mkdir -p $bin "$out"
 csv=$out/gpu.csv
 
+# A question to the machine that a broken driver may leave without an answer.
+ask() {
+    local left=$((seconds - SECONDS))
+    timeout -k 2 $((left < 1 ? 1 : left < 20 ? left : 20)) "$@"
+}
+
 say() { printf '\n== %s (%d s) ==\n' "$1" "$SECONDS"; }
 
 # ---- Where things are ----
@@ -85,7 +91,7 @@ sources_sum() { cat $sources 2>/dev/null | cksum; }
 # Were the programs built from these sources, and do they start on this machine?
 is_built() {
     [ -x $bin/bench ] && [ "$(cat $bin/sources.sum 2>/dev/null)" = "$(sources_sum)" ] &&
-        $bin/bench --help >/dev/null 2>&1
+        ask $bin/bench --help >/dev/null 2>&1
 }
 
 has_cmocka() {
@@ -112,7 +118,7 @@ build() {
         link=("$runtime/libcudart.so.13" "-Wl,-rpath,$runtime")
     fi
     link+=("$blas/$blas_name" "-Wl,-rpath,\$ORIGIN" "-Wl,-rpath,$blas" -static-libstdc++ -static-libgcc -lpthread -lm)
-    chip=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
+    chip=$(ask nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
     case $chip in
     [0-9]*) flags=(-gencode "arch=compute_$chip,code=sm_$chip") ;;
     *)
@@ -130,9 +136,14 @@ build() {
     else
         echo "The tests are not built: cmocka.h is not here (Debian: libcmocka-dev)"
     fi
-    nvcc -O3 -std=c++17 -t 0 "${flags[@]}" "-I$blas_headers" -c -o $bin/llm_cuda.o llm_cuda.cu & pids+=($!)
+    local device=(nvcc -O3 -std=c++17 -t 0 "${flags[@]}" "-I$blas_headers")
+    "${device[@]}" -c -o $bin/llm_cuda.o llm_cuda.cu & pids+=($!)
+    "${device[@]}" -DLLM_CUDA_PIECE=128 -c -o $bin/llm_cuda_128.o llm_cuda.cu & pids+=($!)
+    running=${pids[*]}
     for pid in "${pids[@]}"; do wait "$pid" || { echo "Not built: the compiler failed"; return 1; }; done
+    running=
     g++ -s -o $bin/bench $bin/bench.o $bin/llm_cuda.o "${link[@]}" || return 1
+    g++ -s -o $bin/bench_128 $bin/bench.o $bin/llm_cuda_128.o "${link[@]}" || return 1
     if [ -n "$tests" ]; then
         g++ -s -o $bin/test_cuda $bin/test_cuda.o $bin/llm.o $bin/llm_cuda.o "${link[@]}" -lcmocka || return 1
     fi
@@ -155,8 +166,12 @@ part() { # NAME MOST COMMAND...
     running=$!
     wait $running || code=$?
     running=
-    [ $code = 0 ] && return
-    echo "$name: $([ $code = 124 ] && echo "stopped, its time was up" || echo "failed with exit code $code")"
+    case $code in
+    0) return ;;
+    124) echo "$name: stopped, its time was up" ;;
+    137) echo "$name: killed, its time was up or there was no memory left" ;;
+    *) echo "$name: failed with exit code $code" ;;
+    esac
     failures=$((failures + 1))
     return 1
 }
@@ -198,12 +213,12 @@ has_bench() { [ -x $bin/bench ] || { echo "Left out: $bin/bench could not be bui
 step_probe() {
     say "The machine"
     uname -srm
-    nvidia-smi --format=csv,noheader \
+    ask nvidia-smi --format=csv,noheader \
         --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.mem,power.limit ||
         echo "nvidia-smi does not work here"
     echo "nvcc: $(command -v nvcc || echo none); cuBLAS: ${blas:-none}; python3: $(command -v python3 || echo none);" \
         "processors: $(nproc)"
-    if has_bench; then $bin/bench --device || echo "No GPU can be used here; what needs one will fail"; fi
+    if has_bench; then ask $bin/bench --device || echo "No GPU can be used here; what needs one will fail"; fi
 }
 
 step_first() {
@@ -215,6 +230,10 @@ step_why() {
     say "What the time is made of"
     has_bench && bench 60 --why Llama-2-7B bf16
     has_bench && bench 45 --why Llama-2-7B int4
+    # The same program, but a warp reads 128 neighbouring bytes of a row instead of 64.
+    [ -x $bin/bench_128 ] || { echo "Left out: $bin/bench_128 could not be built"; return; }
+    rows "bench_128 --why Llama-2-7B bf16" 30 $bin/bench_128 --why Llama-2-7B bf16
+    clocks
 }
 
 step_types() {
@@ -231,7 +250,7 @@ step_tests() {
     local passed=0 failed= n=0 test most
     say "Tests on the device"
     [ -x $bin/test_cuda ] || { echo "Left out: $bin/test_cuda was not built (it needs cmocka)"; return; }
-    for test in $($bin/test_cuda --list); do
+    for test in $(ask $bin/test_cuda --list); do
         n=$((n + 1)) most=20
         if part "$test" $most $bin/test_cuda "$test" >"$out/tests.tmp" 2>&1; then
             passed=$((passed + 1))
@@ -256,7 +275,7 @@ step_sanitizer() {
         return
     fi
     only=(--kernel-name kernel_substring=llm__) # not cuBLAS's
-    "$sanitizer" --help 2>/dev/null | grep -q -e '--kernel-name ' || only=(--kernel-regex kns=llm__)
+    ask "$sanitizer" --help 2>/dev/null | grep -q -e '--kernel-name ' || only=(--kernel-regex kns=llm__)
     for tool in memcheck racecheck; do
         for test in test_groups test_graph test_bursts_of_all_modes; do
             part "$tool $test" 25 "$sanitizer" --tool $tool "${only[@]}" --error-exitcode 1 $bin/test_cuda $test \
@@ -288,7 +307,7 @@ step_ncu() {
 step_peer() {
     local gbs
     say "The torch.compile peer"
-    if ! python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+    if ! ask python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
         echo "Left out: there is no PyTorch that can use a GPU"
         return
     fi
@@ -371,20 +390,28 @@ verdicts() {
             all = rate["LLaMA-33B", "bf16", "packed", "HellaSwag: seconds for all 10042"]
             judge("LLaMA-33B, all of HellaSwag, seconds", all, 250, "", 1)
             judge("tests that failed", n == "" ? "" : n - passed, 0, "", 1)
+            pieces = ratio(rate[m, "bf16", "128-byte pieces", "as it is"], rate[m, "bf16", g, "as it is"])
+            printf "  %-52s %s\n", "7B bf16, 128-byte pieces of rows",
+                pieces == "" ? "not measured" : sprintf("%.3f times the speed of 64", pieces)
         }' "$csv"
+}
+
+# Ends a process if it still runs then.
+end_after() { # SECONDS PROCESS
+    { timeout "$1" tail -f --pid="$2" /dev/null || kill "$2"; } >/dev/null 2>&1 &
 }
 
 finish() {
     trap - EXIT TERM INT
-    [ -z "${running:-}" ] || kill "$running" 2>/dev/null
-    [ -z "${watching:-}" ] || kill "$watching" 2>/dev/null
+    kill ${running:-} ${watching:-} 2>/dev/null
     say "All rows, in $csv; $failures parts failed"
     awk -F, 'NF >= 5 { for (i = 1; i <= 6; i++) printf "| %s ", $i; print "|" }
         NR == 1 { print "|---|---|---|---|---|---|" }' "$csv"
     say "Targets"
     verdicts
     exec >&- 2>&- # so that the log is whole
-    wait "$logging" 2>/dev/null
+    end_after 5 "$logging" # a process that was left behind may still hold the log
+    wait "$logging"
     exit $((failures > 0))
 }
 
@@ -398,6 +425,7 @@ rm -f "$out/clocks.csv" "$out/tests.log" "$out/sanitizer.log"
 echo "model,weights,mode,what,per second,% of the limit" >"$csv"
 exec > >(tee -a "$out/gpu.log") 2>&1
 logging=$!
+end_after $((seconds + 10)) $$
 trap finish EXIT
 trap 'echo "Stopped by a signal"; failures=$((failures + 1)); exit 1' TERM INT
 if ! is_built; then
