@@ -7,9 +7,9 @@ CFLAGS   = -O2
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -pedantic
 LDLIBS   = $(if $(filter hellaswag test_hellaswag_text,$(@F)),-lbz2) $(if $(filter repl,$(@F)),-ledit) $(if $(filter server,$(@F)),-lmicrohttpd -ljansson) \
-           $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat test_score hellaswag test_hellaswag_text fuzz,$(basename $(@F))),-ljansson) \
+           $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat test_grammar test_score hellaswag test_hellaswag_text fuzz,$(basename $(@F))),-ljansson) \
            $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
-PROGRAMS = build/repl build/hello build/loop build/tokenize build/embed build/quantize build/hellaswag build/bench
+PROGRAMS = build/repl build/hello build/loop build/extract build/tokenize build/embed build/quantize build/hellaswag build/bench
 
 comma := ,
 

@@ -303,7 +303,7 @@
         library lacks, loading fails and the message names it.
         Chat templates: the part of Jinja that published templates use. A template that needs more is refused, and the
         message names it. Tool calls in an answer are not parsed.
-        Sampling: no grammars. To constrain a text, change llm_sampler.biases in on_token, or write your own loop.
+        JSON Schema: the keywords under Grammars. A schema with another keyword is refused, and the message names it.
         A full sequence cannot be shifted: after old messages were left out (keep_free), the others are computed again.
 
     COMPILE-TIME OPTIONS, defined before the include
@@ -321,7 +321,7 @@
     CONTENTS, in the order of the file. Search for "---- NAME" in the declarations, "==== NUMBER" in the implementation.
 
         declarations: Errors . Host callbacks . Ranks . Model . Tokenizer . Chat . Context . Generation . Streams
-               . Sequences . Forward pass . Sampler . Speculative decoding . Scoring . NVIDIA GPU
+               . Sequences . Forward pass . Sampler . Grammars . Speculative decoding . Scoring . NVIDIA GPU
         BACKENDS: NOT FOR HOSTS
          1 Base
          2 Files
@@ -345,13 +345,16 @@
         18 The CPU context: The limit of decoding
         19 Models: Metadata as text . Loading . What a file's header says . A directory with int8 weights
         20 Contexts and sequences: Calls of the host . Sequences . llm_forward
-        21 Sampler
-        22 Speculative decoding: How many guesses are worth it . A generation's rounds . Prompt lookup . A model as
+        21 Grammars: Expressions . The automaton . Tokens as a trie . States . Masks . The text so far . Regular
+               expressions . GBNF . JSON Schema . Values . Numbers . Strings, arrays and objects . Conjunctions .
+               Grammars
+        22 Sampler
+        23 Speculative decoding: How many guesses are worth it . A generation's rounds . Prompt lookup . A model as
                the draft
-        23 Generation: Bursts
-        23b Streams: Beginning . A pass . After the pass . What hosts call
-        24 Scoring: Text . The batch being filled . The packed schedule . Rectangles . llm_score
-        25 Kernel text: Products of many rows . Products with groups . Products on the matrix unit
+        24 Generation: Bursts
+        25 Streams: Beginning . A pass . After the pass . What hosts call
+        26 Scoring: Text . The batch being filled . The packed schedule . Rectangles . llm_score
+        27 Kernel text: Products of many rows . Products with groups . Products on the matrix unit
 */
 #ifndef LLM_H
 #define LLM_H
@@ -742,6 +745,7 @@ LLM_API llm_status llm_memory_estimate(const llm_model_info *info, const llm_con
 /* ---- Generation ---------------------------------------------------------------------------------------------- */
 
 typedef struct llm_sampler llm_sampler; /* see Sampler              */
+typedef struct llm_grammar llm_grammar; /* see Grammars             */
 typedef struct llm_draft llm_draft;     /* see Speculative decoding */
 
 typedef enum llm_stop {
@@ -773,6 +777,7 @@ typedef struct llm_generate_desc {
     int seq;                         /* the sequence to use, or LLM_SEQ_ANY */
     int max_tokens;                  /* 0 or less: until the model ends or there is no more room */
     llm_sampler *sampler;            /* NULL: greedy                                                              */
+    llm_grammar *grammar;            /* which answers are allowed; NULL: all. See Grammars                        */
     const char *const *stop_strings; /* none of them is shown                                                     */
     int n_stop_strings;
     const llm_token *stop_tokens;
@@ -934,17 +939,64 @@ struct llm_sampler {
     int repeat_window;    /* how many recent tokens; 0: 64                                                        */
     const llm_logit_bias *biases; /* the host's; they must stay while the sampler is used                         */
     int n_biases;
+    /* Called before each draw with the sequence's tokens [n] and the logits [n_vocab] of the next token, after biases and
+       penalty. It may change the logits: -INFINITY forbids a token. It must do the same for the same tokens, because a
+       draft may ask about texts that are then dropped. NULL: none */
+    void (*mask)(void *user, const llm_token *tokens, int n, float *logits, int n_vocab);
+    void *mask_user;
     uint64_t seed;
     uint64_t n_drawn; /* the state: how many random numbers were used                                             */
 };
 
 /* Picks a token by the logits of the batch's i-th token, which belongs to sequence `seq`: its last tokens are the
-   recent ones. The order is: biases, repetition penalty, temperature, top-k, top-p, min-p. The same seed gives the same
-   tokens on every machine. Ties go to the lower id. A NULL sampler is greedy. Returns -1 if there is nothing to pick:
-   logits i were not wanted, one of them is NaN, all tokens are forbidden, n_biases is above 0 but biases is NULL, or
-   ctx is inside one of its callbacks. To constrain the text, the host may change the biases between calls and in
-   on_token; on a GPU this only works if n_biases is above 0 from the start. */
+   recent ones. The order is: biases, repetition penalty, mask, temperature, top-k, top-p, min-p. The same seed gives the
+   same tokens on every machine. Ties go to the lower id. A NULL sampler is greedy. Returns -1 if there is nothing to
+   pick: logits i were not wanted, one of them is NaN, all tokens are forbidden, n_biases is above 0 but biases is NULL,
+   or ctx is inside one of its callbacks. To constrain the text, use a grammar or a mask. The host may also change the
+   biases between calls and in on_token; on a GPU this only works if n_biases is above 0 from the start. */
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler);
+
+/* ---- Grammars ------------------------------------------------------------------------------------------------ */
+
+/* A grammar says which answers are allowed. With one, llm_generate draws only tokens after which the answer can still be
+   completed, and the end of text only once the answer is whole. It stops with LLM_STOP_END once nothing can follow. So
+   an answer that ends with LLM_STOP_END is whole and valid; one that ends for another reason may be incomplete. Control
+   tokens match nothing. If no token of the vocabulary can follow, that is an error.
+
+   A grammar remembers where its text is, so it can serve one text at a time. The tokenizer must outlive it. A NULL host
+   means the tokenizer's. Errors: LLM_ERROR_FORMAT if the regular expression or the GBNF has a mistake or uses what is
+   not supported, or if the schema is not valid; LLM_ERROR_UNSUPPORTED if the schema uses what is not supported; LLM_ERROR_ARGUMENT if nothing can match. The message says what and where. */
+
+/* A regular expression that the whole answer must match. The syntax is that of ECMAScript with the flag u, without
+   assertions (except ^ and $ at the ends), back references and \p{ }. \d and \w are those of ASCII. */
+LLM_API llm_status llm_grammar_from_regex(llm_grammar **out, const llm_tokenizer *tokenizer, const char *regex,
+                                          const llm_host *host, llm_error *err);
+
+/* A grammar in llama.cpp's GBNF; the answer must match its rule `root`. Left recursion is allowed. Tokens, as in <[1]>,
+   are not supported. */
+LLM_API llm_status llm_grammar_from_gbnf(llm_grammar **out, const llm_tokenizer *tokenizer, const char *grammar,
+                                         const llm_host *host, llm_error *err);
+
+/* JSON that is valid by a JSON Schema, draft 2020-12. Supported keywords: type, enum, const, properties, required,
+   additionalProperties, prefixItems, items, minItems, maxItems, minLength, maxLength, pattern, minimum, maximum,
+   exclusiveMinimum, exclusiveMaximum, anyOf, oneOf (if no value can match two), allOf, and $ref within the schema.
+   Annotations such as title and format have no effect. A value can be written in one way only: properties in the order
+   of the schema, then those that it does not name (unless additionalProperties is false); numbers with bounds without an
+   exponent, integers without a point; white space is at most one blank, or a line break and up to 40 blanks. A name that
+   the schema does not have may occur twice. */
+LLM_API llm_status llm_grammar_from_json_schema(llm_grammar **out, const llm_tokenizer *tokenizer, const char *schema,
+                                                const llm_host *host, llm_error *err);
+
+LLM_API void llm_grammar_free(llm_grammar *grammar);
+
+/* Returns 1 if a text is a whole answer, 0 if it is the beginning of one, and -1 if it is neither or memory ran out. */
+LLM_API int llm_grammar_check(llm_grammar *grammar, const char *text, size_t n_bytes);
+
+/* For your own loop: set llm_sampler.mask to llm_grammar_mask, and mask_user to the grammar. llm_grammar_begin says how
+   many tokens of the sequence come before the text. If the tokens after them do not match, all tokens are forbidden.
+   llm_generate does both itself. */
+LLM_API void llm_grammar_begin(llm_grammar *grammar, int n_tokens);
+LLM_API void llm_grammar_mask(void *grammar, const llm_token *tokens, int n, float *logits, int n_vocab);
 
 /* ---- Speculative decoding ------------------------------------------------------------------------------------ */
 
@@ -964,6 +1016,7 @@ typedef struct llm_draft_request {
     int n_tokens;
     const int *n_wanted;        /* [LLM_DRAFT_KINDS] how many guesses of each kind pay off now; may be 0             */
     const llm_sampler *sampler; /* the model's: a copy of it draws the first guess as the model would                */
+    llm_grammar *grammar;       /* the text must keep to it, see llm_grammar_mask; NULL: none                        */
     bool (*cancel)(void *user); /* to be polled, may be NULL; if true, return LLM_ERROR_CANCELLED                    */
     void *cancel_user;
 } llm_draft_request;
@@ -1215,7 +1268,7 @@ typedef struct llm_backend_burst {
     int n;             /* tokens, at most LLM_BACKEND_BURST                                                      */
     int position;      /* of the first of them                                                           */
     const int *blocks; /* the sequence's, with room for all                                              */
-    const llm_sampler *sampler; /* without biases and penalty; draws go on from n_drawn                           */
+    const llm_sampler *sampler; /* without biases, penalty and mask; draws go on from n_drawn                     */
     bool (*on_token)(void *user, llm_token token); /* as soon as each is known; false: no more are wanted         */
     void *user;
 } llm_backend_burst;
@@ -1317,6 +1370,18 @@ struct llm_backend {
 #elif defined(__GNUC__)
 #pragma GCC push_options
 #pragma GCC optimize("no-fast-math", "fp-contract=off")
+#endif
+
+/* Code that does not run for each token is optimised for size, if the host lets the compiler optimise at all. */
+#if !defined(__OPTIMIZE__)
+#define LLM__SMALL_BEGIN
+#define LLM__SMALL_END
+#elif defined(__clang__)
+#define LLM__SMALL_BEGIN _Pragma("clang attribute push(__attribute__((minsize)), apply_to = function)")
+#define LLM__SMALL_END _Pragma("clang attribute pop")
+#else
+#define LLM__SMALL_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"Os\")")
+#define LLM__SMALL_END _Pragma("GCC pop_options")
 #endif
 
 /* ==== 1 Base ====================================================================================================
@@ -1684,6 +1749,8 @@ static uint64_t llm__bytes_u64(const uint8_t *p) { return llm__bytes_u32(p) | (u
 
    A file is one read-only range of bytes. Files with a path are memory-mapped, so nothing is read twice or copied. Of
    a file behind a read callback only the first LLM__FILE_START bytes are kept in memory. */
+
+LLM__SMALL_BEGIN
 
 typedef struct llm__file {
     const uint8_t *data;
@@ -2243,6 +2310,8 @@ static int llm__json_get_int(llm__env *env, const llm__json *object, const char 
     return (int)d;
 }
 
+LLM__SMALL_END
+
 /* ==== 4 Number formats ==========================================================================================
 
    How files store numbers, and how rows of them are read as f32. Every conversion is exact or rounded once, to nearest
@@ -2565,6 +2634,8 @@ static const llm__file_type_info *llm__file_type_find_plain(llm__str name) {
    A checkpoint is a list of named tensors plus hyperparameters: key-value pairs in GGUF, config.json in a Hugging Face
    directory. Both point into the mapped files. Files are not trusted: every count and offset is checked against the
    size of the file before it is used. */
+
+LLM__SMALL_BEGIN
 
 typedef struct llm__tensor {
     llm__str name;
@@ -3556,6 +3627,8 @@ static llm__hparams llm__hparams_read(llm__env *env, const llm__checkpoint *ck) 
     return h;
 }
 
+LLM__SMALL_END
+
 /* ==== 7 Unicode =================================================================================================
 
    What the tokenizer must know of Unicode: the class of each code point, for the pre-tokenizers, and normalisation
@@ -4062,6 +4135,8 @@ static uint8_t *llm__nfc_apply(llm__env *env, const llm__nfc *nfc, const uint8_t
    types cannot end a turn and speak as the assistant.
 
    Templates are not trusted. The number of steps, the nesting, the memory and the output are limited. */
+
+LLM__SMALL_BEGIN
 
 typedef enum llm__jinja_type {
     LLM__J_UNDEFINED,
@@ -7011,6 +7086,8 @@ static void llm__jinja_begin(llm__jinja_run *r, llm__env *env, const llm__unicod
     r->scope = r->top = (llm__jinja_scope *)llm__alloc_zero(env, 1, sizeof *r->top);
 }
 
+LLM__SMALL_END
+
 /* ==== 9 Tokenizer ===============================================================================================
 
    From text to tokens, in four steps. Special tokens are cut out of the text. The text between them is normalised if
@@ -8244,6 +8321,8 @@ LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream 
     if (s.at) stream->started = true;
     return n_out;
 }
+
+LLM__SMALL_BEGIN
 
 /* ---- Building a tokenizer ---- */
 
@@ -9981,12 +10060,14 @@ LLM_API int64_t llm_chat_render(const llm_tokenizer *tokenizer, const llm_chat_d
 
 LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer) { return tokenizer->chat_template; }
 
+LLM__SMALL_END
+
 #endif
 
 /* ==== 12 CPU kernels ============================================================================================
 
    THE ONE ARITHMETIC. Everything that is computed on the CPU is defined here once, over vectors of 16 floats. Each
-   instruction set supplies the vector operations, and section 25 is compiled once for each. The scalar set is the
+   instruction set supplies the vector operations, and section 27 is compiled once for each. The scalar set is the
    definition.
 
    A product of activations x and weights w comes in these kinds:
@@ -10344,7 +10425,7 @@ static bool llm__amx_allowed(void) {
 }
 #endif
 
-/* The kernels of each instruction set: the file includes itself, and only section 25 is compiled then. */
+/* The kernels of each instruction set: the file includes itself, and only section 27 is compiled then. */
 #ifndef LLM_HEADER_FILENAME
 #define LLM_HEADER_FILENAME "llm.h"
 #endif
@@ -14028,6 +14109,8 @@ static const llm_backend llm__cpu_backend = {
 
    Loading a model: from a checkpoint and its hyperparameters to weights on a backend. */
 
+LLM__SMALL_BEGIN
+
 typedef struct llm__meta_entry {
     const char *key, *value;
 } llm__meta_entry;
@@ -14991,7 +15074,7 @@ struct llm_context {
     llm__ctx_targets *targets;     /* of a scored batch, which is a single pass; NULL: logits are wanted */
     llm__sampler_scratch *scratch; /* [n_scratch], so that as many rows can be sampled at the same time */
     int n_scratch;
-    /* Sequences that the library picks, and streams; see section 23b. */
+    /* Sequences that the library picks, and streams; see section 25. */
     uint64_t *picked_at;  /* [n_seq] when it last used a sequence that it had picked; 0: the host names it, or nobody */
     uint64_t clock;       /* counts these uses */
     bool *runs;           /* [n_seq] a running stream writes this sequence, and nobody else may */
@@ -15013,7 +15096,7 @@ struct llm_context {
     void *cancel_user;
 };
 
-/* In section 23b. */
+/* In section 25. */
 static void llm__stream_settle(llm_context *ctx);
 static void llm__stream_free_all(llm_context *ctx);
 
@@ -15752,10 +15835,2932 @@ LLM_API const float *llm_logits(const llm_context *ctx, int i) {
     return NULL;
 }
 
-/* ==== 21 Sampler ================================================================================================
+LLM__SMALL_END
+
+/* ==== 21 Grammars ==============================================================================================
+
+   What an answer must be: a regular expression, a grammar in GBNF or a JSON Schema. All three become expressions, these
+   become one automaton over bytes, and its states say which tokens may come next.
+
+   The automaton is a graph for each rule: an edge takes a byte, or calls another rule, or begins a counted repetition.
+   It is run as Earley does (1970, doi:10.1145/362007.362035): a state is a set of items, each a place in the graph and
+   where to return to at the rule's end. Where others store the position of the text at which a rule was called, an item
+   has the number of the state there. States are stored once (hash-consed). So equal situations have the same number,
+   wherever in the text they are, and the transitions from a state can be stored like those of a finite automaton, which
+   is what the states are if no rule needs its return. A state has one item for each place and return, so ambiguous and
+   left-recursive rules cost little, and nothing is ever tried and taken back. A call at the end of a rule returns to
+   where the rule would have returned, so that a list that is written as right recursion has few states, too. A counted
+   repetition is a return with a number, so that {0,10000} is no larger than {0,2}.
+
+   The mask of a state says of each token whether its bytes lead to another state. The tokens are a trie: one walk
+   through it finds all masks' bits. Most tokens are plain: whole characters that need no escape in JSON. Where all plain
+   characters lead to one and the same state, as they do within a string, the plain tokens are taken as a whole, and only
+   the rest is walked; so is the part of the trie below a node that leads there. Masks are stored with their states. A byte is looked at, never a character, so tokens may end
+   inside a character.
+
+   Related: XGrammar (Dong et al. 2024, arXiv:2411.15100), llguidance, and the grammars of llama.cpp, whose GBNF this
+   reads. */
+
+enum {
+    LLM__GRAM_MOST_TEXT = 1 << 24,  /* bytes of a grammar's text */
+    LLM__GRAM_MOST_EXPRS = 1 << 20, /* expressions in a grammar */
+    LLM__GRAM_MOST_NODES = 1 << 20, /* nodes of its automaton */
+    LLM__GRAM_MOST_COUNT = 1 << 20, /* of a counted repetition */
+    LLM__GRAM_MOST_DEPTH = 100,     /* of groups inside groups */
+    LLM__GRAM_MOST_KEY = 200,       /* characters of a property's name beside others that are not named */
+    LLM__GRAM_MOST_ITEMS = 1 << 14, /* items of a state */
+    LLM__GRAM_MOST_BYTES = 1 << 27, /* of all states while one mask is made */
+    LLM__GRAM_KEPT_BYTES = 1 << 25, /* of all states; if they take more, the next mask begins without any */
+    LLM__GRAM_KEPT_MASKS = 256,     /* masks that are stored; the oldest makes room */
+    LLM__GRAM_INLINED = 60          /* rules of fewer expressions that call no others are copied, not called */
+};
+
+#define LLM__GRAM_NONE UINT32_MAX
+#define LLM__GRAM_ENDLESS UINT32_MAX /* a repetition without a maximum */
+
+/* ---- Expressions ---- */
+
+typedef enum llm__gram_kind {
+    LLM__GRAM_EMPTY,
+    LLM__GRAM_NEVER,  /* matches nothing, not even the empty text */
+    LLM__GRAM_CHARS,  /* one character: of the ranges from a on, b of them */
+    LLM__GRAM_BYTES,  /* b bytes from a on */
+    LLM__GRAM_SEQ,    /* all children, one after the other */
+    LLM__GRAM_ALT,    /* any of the children */
+    LLM__GRAM_REPEAT, /* the child, a to b times */
+    LLM__GRAM_RULE    /* rule a */
+} llm__gram_kind;
+
+typedef struct llm__gram_expr {
+    uint8_t kind;    /* llm__gram_kind */
+    uint32_t last;   /* the last child; 0: none */
+    uint32_t before; /* the sibling before this; 0: none */
+    uint32_t a, b;
+    uint32_t min, max; /* characters that it takes, in a pattern */
+} llm__gram_expr;
+
+typedef struct llm__gram_range {
+    uint32_t lo, hi; /* code points */
+} llm__gram_range;
+
+typedef struct llm__gram_rule {
+    llm__str name;
+    uint32_t expr;  /* 0: not defined yet */
+    uint32_t start; /* its first node, once it is compiled */
+    bool called, inlined;
+} llm__gram_rule;
+
+typedef enum llm__gram_node_kind {
+    LLM__GRAM_END,   /* of a rule, or of a repetition's body; only node 0 */
+    LLM__GRAM_FAIL,  /* no way from here; only node 1 */
+    LLM__GRAM_RANGE, /* takes a byte from lo to hi */
+    LLM__GRAM_SPLIT, /* goes on at `next` and at `other` */
+    LLM__GRAM_CALL,  /* goes through rule `other` */
+    LLM__GRAM_COUNT  /* goes through repetition `other` */
+} llm__gram_node_kind;
+
+typedef struct llm__gram_node {
+    uint8_t kind, lo, hi;
+    bool nullable;   /* the end can be reached from here without a byte */
+    bool productive; /* the end can be reached from here; else no text leads on */
+    uint32_t next, other;
+} llm__gram_node;
+
+typedef struct llm__gram_repeat {
+    uint32_t body, min, max;
+} llm__gram_repeat;
+
+/* A grammar being built. Expression 0 is none. */
+typedef struct llm__gram_builder {
+    llm__env *env;
+    llm__gram_expr *exprs;
+    llm__gram_range *ranges;
+    char *bytes;
+    llm__gram_rule *rules;
+    llm__gram_node *nodes;
+    llm__gram_repeat *repeats;
+    uint32_t *called; /* rules to compile */
+    size_t n_exprs, n_ranges, n_bytes, n_rules, n_nodes, n_repeats, n_called;
+    size_t exprs_room, ranges_room, bytes_room, rules_room, nodes_room, repeats_room, called_room;
+} llm__gram_builder;
+
+static uint32_t llm__gram_new(llm__gram_builder *b, llm__gram_kind kind, uint32_t a, uint32_t n) {
+    if (b->n_exprs >= LLM__GRAM_MOST_EXPRS)
+        llm__fail(b->env, LLM_ERROR_UNSUPPORTED, "the grammar is too large: it has more than %d expressions",
+                  LLM__GRAM_MOST_EXPRS);
+    b->exprs = (llm__gram_expr *)llm__alloc_grow(b->env, b->exprs, b->n_exprs, &b->exprs_room, sizeof *b->exprs);
+    llm__gram_expr *e = &b->exprs[b->n_exprs];
+    memset(e, 0, sizeof *e);
+    e->kind = (uint8_t)kind;
+    e->a = a;
+    e->b = n;
+    if (kind == LLM__GRAM_ALT) e->min = LLM__GRAM_ENDLESS;
+    return (uint32_t)b->n_exprs++;
+}
+
+static uint32_t llm__gram_add_saturated(uint32_t a, uint32_t b) { return a > UINT32_MAX - b ? UINT32_MAX : a + b; }
+
+/* Adds a child to a sequence or to alternatives, behind those there. */
+static void llm__gram_add(llm__gram_builder *b, uint32_t parent, uint32_t child) {
+    llm__gram_expr *p = &b->exprs[parent], *c = &b->exprs[child];
+    c->before = p->last;
+    p->last = child;
+    if (p->kind == LLM__GRAM_ALT) {
+        p->min = c->min < p->min ? c->min : p->min;
+        p->max = c->max > p->max ? c->max : p->max;
+    } else {
+        p->min = llm__gram_add_saturated(p->min, c->min);
+        p->max = llm__gram_add_saturated(p->max, c->max);
+    }
+}
+
+/* A new sequence, or alternatives, of up to four expressions that are not 0. */
+static uint32_t llm__gram_list(llm__gram_builder *b, llm__gram_kind kind, uint32_t w, uint32_t x, uint32_t y,
+                               uint32_t z) {
+    uint32_t list = llm__gram_new(b, kind, 0, 0), items[4] = {w, x, y, z};
+    for (int i = 0; i < 4; i++)
+        if (items[i]) llm__gram_add(b, list, items[i]);
+    return list;
+}
+
+static uint32_t llm__gram_repeat_of(llm__gram_builder *b, uint32_t child, uint32_t min, uint32_t max) {
+    uint32_t repeat = llm__gram_new(b, LLM__GRAM_REPEAT, min, max);
+    llm__gram_expr *r = &b->exprs[repeat], *c = &b->exprs[child];
+    uint64_t least = (uint64_t)c->min * min, most = c->max ? (uint64_t)c->max * max : 0;
+    r->last = child;
+    r->min = least < UINT32_MAX ? (uint32_t)least : UINT32_MAX;
+    r->max = most < UINT32_MAX && !(c->max && max == LLM__GRAM_ENDLESS) ? (uint32_t)most : UINT32_MAX;
+    return repeat;
+}
+
+static uint32_t llm__gram_bytes(llm__gram_builder *b, const char *text, size_t n) {
+    uint32_t at = (uint32_t)b->n_bytes;
+    for (size_t i = 0; i < n; i++) {
+        b->bytes = (char *)llm__alloc_grow(b->env, b->bytes, b->n_bytes, &b->bytes_room, 1);
+        b->bytes[b->n_bytes++] = text[i];
+    }
+    return llm__gram_new(b, LLM__GRAM_BYTES, at, (uint32_t)n);
+}
+
+static uint32_t llm__gram_text(llm__gram_builder *b, const char *text) {
+    return llm__gram_bytes(b, text, strlen(text));
+}
+
+static void llm__gram_add_range(llm__gram_builder *b, uint32_t lo, uint32_t hi) {
+    b->ranges = (llm__gram_range *)llm__alloc_grow(b->env, b->ranges, b->n_ranges, &b->ranges_room, sizeof *b->ranges);
+    b->ranges[b->n_ranges].lo = lo;
+    b->ranges[b->n_ranges++].hi = hi;
+}
+
+static int llm__gram_compare_ranges(const void *a, const void *b) {
+    const llm__gram_range *x = (const llm__gram_range *)a, *y = (const llm__gram_range *)b;
+    return x->lo != y->lo ? (x->lo > y->lo) - (x->lo < y->lo) : (x->hi > y->hi) - (x->hi < y->hi);
+}
+
+/* Sorts the ranges from `first` on and joins those that touch. */
+static void llm__gram_join_ranges(llm__gram_builder *b, size_t first) {
+    size_t n = first;
+    if (b->n_ranges > first) qsort(b->ranges + first, b->n_ranges - first, sizeof *b->ranges, llm__gram_compare_ranges);
+    for (size_t i = first; i < b->n_ranges; i++) {
+        llm__gram_range r = b->ranges[i];
+        if (n > first && r.lo <= b->ranges[n - 1].hi + 1) {
+            if (r.hi > b->ranges[n - 1].hi) b->ranges[n - 1].hi = r.hi;
+        } else {
+            b->ranges[n++] = r;
+        }
+    }
+    b->n_ranges = n;
+}
+
+/* Makes the ranges from `first` on those that they are not. They are sorted, and stay so. */
+static void llm__gram_invert_ranges(llm__gram_builder *b, size_t first) {
+    size_t end = b->n_ranges;
+    uint32_t lo = 0;
+    for (size_t i = first; i <= end; i++) {
+        uint32_t hi = i < end ? b->ranges[i].lo : 0x110000, after = i < end ? b->ranges[i].hi + 1 : 0;
+        if (hi > lo) llm__gram_add_range(b, lo, hi - 1);
+        lo = after;
+    }
+    memmove(b->ranges + first, b->ranges + end, (b->n_ranges - end) * sizeof *b->ranges);
+    b->n_ranges -= end - first;
+}
+
+/* A character of the ranges from `first` on, the last that were added. */
+static uint32_t llm__gram_chars(llm__gram_builder *b, size_t first) {
+    llm__gram_join_ranges(b, first);
+    uint32_t e = llm__gram_new(b, LLM__GRAM_CHARS, (uint32_t)first, (uint32_t)(b->n_ranges - first));
+    b->exprs[e].min = b->exprs[e].max = 1;
+    return e;
+}
+
+static uint32_t llm__gram_char_range(llm__gram_builder *b, uint32_t lo, uint32_t hi) {
+    size_t first = b->n_ranges;
+    llm__gram_add_range(b, lo, hi);
+    return llm__gram_chars(b, first);
+}
+
+static uint32_t llm__gram_add_rule(llm__gram_builder *b, llm__str name) {
+    b->rules = (llm__gram_rule *)llm__alloc_grow(b->env, b->rules, b->n_rules, &b->rules_room, sizeof *b->rules);
+    memset(&b->rules[b->n_rules], 0, sizeof *b->rules);
+    b->rules[b->n_rules].name = name;
+    return (uint32_t)b->n_rules++;
+}
+
+/* Defines a rule by an expression, the last that was made; `first` was n_exprs before. */
+static void llm__gram_define(llm__gram_builder *b, uint32_t rule, uint32_t expr, size_t first) {
+    bool small = b->n_exprs - first < LLM__GRAM_INLINED;
+    for (size_t i = first; i < b->n_exprs && small; i++) small = b->exprs[i].kind != LLM__GRAM_RULE;
+    b->rules[rule].expr = expr;
+    b->rules[rule].inlined = small;
+}
+
+/* ---- The automaton ---- */
+
+static uint32_t llm__gram_node_of(llm__gram_builder *b, llm__gram_node_kind kind, uint32_t next, uint32_t other) {
+    if (b->n_nodes >= LLM__GRAM_MOST_NODES)
+        llm__fail(b->env, LLM_ERROR_UNSUPPORTED, "the grammar is too large: its automaton has more than %d nodes",
+                  LLM__GRAM_MOST_NODES);
+    b->nodes = (llm__gram_node *)llm__alloc_grow(b->env, b->nodes, b->n_nodes, &b->nodes_room, sizeof *b->nodes);
+    llm__gram_node *n = &b->nodes[b->n_nodes];
+    memset(n, 0, sizeof *n);
+    n->kind = (uint8_t)kind;
+    n->next = next;
+    n->other = other;
+    return (uint32_t)b->n_nodes++;
+}
+
+static uint32_t llm__gram_range_node(llm__gram_builder *b, unsigned lo, unsigned hi, uint32_t next) {
+    uint32_t node = llm__gram_node_of(b, LLM__GRAM_RANGE, next, 0);
+    b->nodes[node].lo = (uint8_t)lo;
+    b->nodes[node].hi = (uint8_t)hi;
+    return node;
+}
+
+/* Goes on at x and at y; LLM__GRAM_NONE: there is no such way yet. */
+static uint32_t llm__gram_either(llm__gram_builder *b, uint32_t x, uint32_t y) {
+    return x == LLM__GRAM_NONE ? y : y == LLM__GRAM_NONE ? x : llm__gram_node_of(b, LLM__GRAM_SPLIT, x, y);
+}
+
+/* Any continuation bytes, as many as the index says, and then what [0] says. */
+typedef struct llm__gram_tails {
+    uint32_t nodes[4]; /* LLM__GRAM_NONE: not made yet */
+} llm__gram_tails;
+
+static uint32_t llm__gram_tail(llm__gram_builder *b, llm__gram_tails *tails, int n) {
+    for (int i = 1; i <= n; i++)
+        if (tails->nodes[i] == LLM__GRAM_NONE)
+            tails->nodes[i] = llm__gram_range_node(b, 0x80, 0xBF, tails->nodes[i - 1]);
+    return tails->nodes[n];
+}
+
+/* The characters of n bytes from lo to hi. */
+static uint32_t llm__gram_utf8(llm__gram_builder *b, const uint8_t *lo, const uint8_t *hi, int n,
+                               llm__gram_tails *tails) {
+    static const uint8_t least[3] = {0x80, 0x80, 0x80}, most[3] = {0xBF, 0xBF, 0xBF};
+    bool from_least = !memcmp(lo + 1, least, (size_t)n - 1), to_most = !memcmp(hi + 1, most, (size_t)n - 1);
+    unsigned first = lo[0], last = hi[0];
+    uint32_t node = LLM__GRAM_NONE;
+    if (first == last && !(from_least && to_most))
+        return llm__gram_range_node(b, first, first, llm__gram_utf8(b, lo + 1, hi + 1, n - 1, tails));
+    if (!from_least) {
+        node = llm__gram_range_node(b, first, first, llm__gram_utf8(b, lo + 1, most, n - 1, tails));
+        first++;
+    }
+    if (!to_most) {
+        uint32_t end = llm__gram_range_node(b, last, last, llm__gram_utf8(b, least, hi + 1, n - 1, tails));
+        node = llm__gram_either(b, node, end);
+        last--;
+    }
+    if (first > last) return node;
+    return llm__gram_either(b, node, llm__gram_range_node(b, first, last, llm__gram_tail(b, tails, n - 1)));
+}
+
+static uint32_t llm__gram_compile_chars(llm__gram_builder *b, const llm__gram_expr *e, uint32_t next) {
+    static const llm__gram_range lengths[] = {{0, 0x7F},
+                                              {0x80, 0x7FF},
+                                              {0x800, 0xD7FF},
+                                              {0xE000, 0xFFFF},
+                                              {0x10000, 0x10FFFF}}; /* of 1, 2, 3, 3 and 4 bytes */
+    llm__gram_tails tails = {{next, LLM__GRAM_NONE, LLM__GRAM_NONE, LLM__GRAM_NONE}};
+    uint32_t node = LLM__GRAM_NONE;
+    for (uint32_t i = e->b; i > 0; i--)
+        for (int l = 4; l >= 0; l--) {
+            uint8_t low[4], high[4];
+            llm__gram_range r = b->ranges[e->a + i - 1];
+            if (r.lo < lengths[l].lo) r.lo = lengths[l].lo;
+            if (r.hi > lengths[l].hi) r.hi = lengths[l].hi;
+            if (r.lo > r.hi) continue;
+            int n = (int)llm__utf8_encode(r.lo, low);
+            llm__utf8_encode(r.hi, high);
+            node = llm__gram_either(b, llm__gram_utf8(b, low, high, n, &tails), node);
+        }
+    return node == LLM__GRAM_NONE ? 1 : node;
+}
+
+/* Sees to it that a rule is compiled. */
+static void llm__gram_call(llm__gram_builder *b, uint32_t rule) {
+    if (b->rules[rule].called) return;
+    b->rules[rule].called = true;
+    b->called = (uint32_t *)llm__alloc_grow(b->env, b->called, b->n_called, &b->called_room, sizeof *b->called);
+    b->called[b->n_called++] = rule;
+}
+
+static uint32_t llm__gram_compile(llm__gram_builder *b, uint32_t expr, uint32_t next);
+
+static uint32_t llm__gram_compile_repeat(llm__gram_builder *b, const llm__gram_expr *e, uint32_t next) {
+    uint32_t min = e->a, max = e->b;
+    if (max == 0) return next;
+    if (max == 1) {
+        uint32_t once = llm__gram_compile(b, e->last, next);
+        return min ? once : llm__gram_either(b, once, next);
+    }
+    if (max == LLM__GRAM_ENDLESS && min <= 1) {
+        uint32_t loop = llm__gram_node_of(b, LLM__GRAM_SPLIT, next, next);
+        uint32_t body = llm__gram_compile(b, e->last, loop);
+        b->nodes[loop].next = body;
+        return min ? body : loop;
+    }
+    uint32_t body = llm__gram_compile(b, e->last, 0);
+    b->repeats =
+        (llm__gram_repeat *)llm__alloc_grow(b->env, b->repeats, b->n_repeats, &b->repeats_room, sizeof *b->repeats);
+    llm__gram_repeat *r = &b->repeats[b->n_repeats];
+    r->body = body;
+    r->min = min;
+    r->max = max;
+    return llm__gram_node_of(b, LLM__GRAM_COUNT, next, (uint32_t)b->n_repeats++);
+}
+
+/* The node at which the expression begins, if `next` is what comes after it. Expressions are as deep as the groups of
+   their text, which the parsers limit. */
+static uint32_t llm__gram_compile(llm__gram_builder *b, uint32_t expr, uint32_t next) {
+    const llm__gram_expr e = b->exprs[expr];
+    uint32_t node = LLM__GRAM_NONE;
+    switch ((llm__gram_kind)e.kind) {
+    case LLM__GRAM_EMPTY: return next;
+    case LLM__GRAM_NEVER: return 1;
+    case LLM__GRAM_CHARS: return llm__gram_compile_chars(b, &e, next);
+    case LLM__GRAM_BYTES:
+        for (uint32_t i = e.b; i > 0; i--)
+            next = llm__gram_range_node(b, (uint8_t)b->bytes[e.a + i - 1], (uint8_t)b->bytes[e.a + i - 1], next);
+        return next;
+    case LLM__GRAM_SEQ:
+        for (uint32_t child = e.last; child; child = b->exprs[child].before) next = llm__gram_compile(b, child, next);
+        return next;
+    case LLM__GRAM_ALT:
+        for (uint32_t child = e.last; child; child = b->exprs[child].before)
+            node = llm__gram_either(b, llm__gram_compile(b, child, next), node);
+        return node == LLM__GRAM_NONE ? 1 : node;
+    case LLM__GRAM_REPEAT: return llm__gram_compile_repeat(b, &e, next);
+    case LLM__GRAM_RULE: break;
+    }
+    if (b->rules[e.a].inlined) return llm__gram_compile(b, b->rules[e.a].expr, next);
+    llm__gram_call(b, e.a);
+    return llm__gram_node_of(b, LLM__GRAM_CALL, next, e.a);
+}
+
+/* What is known of a node by what is known of those it leads to: *nullable and *productive. */
+static void llm__gram_judge(const llm__gram_builder *b, const llm__gram_node *n, bool *nullable, bool *productive) {
+    const llm__gram_node *next = &b->nodes[n->next], *inner = next;
+    bool skips = false;
+    *nullable = *productive = n->kind == LLM__GRAM_END;
+    if (n->kind == LLM__GRAM_END || n->kind == LLM__GRAM_FAIL) return;
+    if (n->kind == LLM__GRAM_RANGE) {
+        *productive = next->productive;
+        return;
+    }
+    if (n->kind == LLM__GRAM_SPLIT) {
+        inner = &b->nodes[n->other];
+        *nullable = next->nullable || inner->nullable;
+        *productive = next->productive || inner->productive;
+        return;
+    }
+    if (n->kind == LLM__GRAM_CALL) {
+        inner = &b->nodes[b->rules[n->other].start];
+    } else {
+        inner = &b->nodes[b->repeats[n->other].body];
+        skips = b->repeats[n->other].min == 0;
+    }
+    *nullable = (skips || inner->nullable) && next->nullable;
+    *productive = (skips || inner->productive) && next->productive;
+}
+
+/* The nodes whose nature depends on that of node n: up to three for each node are those it leads to. */
+static int llm__gram_leads_to(const llm__gram_builder *b, const llm__gram_node *n, uint32_t to[2]) {
+    if (n->kind == LLM__GRAM_END || n->kind == LLM__GRAM_FAIL) return 0;
+    to[0] = n->next;
+    if (n->kind == LLM__GRAM_RANGE) return 1;
+    to[1] = n->kind == LLM__GRAM_SPLIT  ? n->other
+            : n->kind == LLM__GRAM_CALL ? b->rules[n->other].start
+                                        : b->repeats[n->other].body;
+    return 2;
+}
+
+/* Finds which nodes are nullable and which productive: from the end backwards, each node twice at most. */
+static void llm__gram_judge_all(llm__gram_builder *b) {
+    size_t n = b->n_nodes, n_work = 0;
+    uint32_t *first = (uint32_t *)llm__alloc_zero(b->env, n + 2, sizeof *first), to[2];
+    uint32_t *from = (uint32_t *)llm__alloc(b->env, 2 * n, sizeof *from);
+    uint32_t *work = (uint32_t *)llm__alloc(b->env, 2 * n + 2, sizeof *work);
+    for (size_t i = 0; i < n; i++)
+        for (int j = llm__gram_leads_to(b, &b->nodes[i], to) - 1; j >= 0; j--) first[to[j] + 2]++;
+    for (size_t i = 2; i < n + 2; i++) first[i] += first[i - 1];
+    for (size_t i = 0; i < n; i++)
+        for (int j = llm__gram_leads_to(b, &b->nodes[i], to) - 1; j >= 0; j--) from[first[to[j] + 1]++] = (uint32_t)i;
+    b->nodes[0].nullable = b->nodes[0].productive = true;
+    work[n_work++] = 0;
+    while (n_work) {
+        uint32_t node = work[--n_work];
+        for (uint32_t i = first[node]; i < first[node + 1]; i++) {
+            llm__gram_node *other = &b->nodes[from[i]];
+            bool nullable, productive;
+            llm__gram_judge(b, other, &nullable, &productive);
+            if (nullable == other->nullable && productive == other->productive) continue;
+            other->nullable = nullable;
+            other->productive = productive;
+            work[n_work++] = from[i];
+        }
+    }
+    llm__free(b->env->pool, first);
+    llm__free(b->env->pool, from);
+    llm__free(b->env->pool, work);
+}
+
+/* Compiles rule 0 and all that it calls. */
+static void llm__gram_compile_all(llm__gram_builder *b) {
+    llm__gram_node_of(b, LLM__GRAM_END, 0, 0);
+    llm__gram_node_of(b, LLM__GRAM_FAIL, 1, 0);
+    llm__gram_call(b, 0);
+    while (b->n_called) {
+        uint32_t rule = b->called[--b->n_called], start = llm__gram_compile(b, b->rules[rule].expr, 0);
+        b->rules[rule].start = start;
+    }
+    llm__gram_judge_all(b);
+    for (size_t i = 0; i < b->n_repeats; i++) /* the rounds that are missing can be empty */
+        if (b->nodes[b->repeats[i].body].nullable) b->repeats[i].min = 0;
+    if (!b->nodes[b->rules[0].start].productive)
+        llm__fail(b->env, LLM_ERROR_ARGUMENT, "no text fits the grammar: whatever it begins with can never end");
+}
+
+/* ---- Tokens as a trie ---- */
+
+/* Plain tokens consist of whole characters without control characters, quotation marks and backslashes. */
+typedef enum llm__gram_part_kind {
+    LLM__GRAM_ASCII, /* plain tokens of ASCII */
+    LLM__GRAM_PLAIN, /* other plain tokens */
+    LLM__GRAM_REST
+} llm__gram_part_kind;
+
+/* The plain tokens of one kind. */
+typedef struct llm__gram_plain {
+    llm_token *ids; /* in the order of their lengths */
+    uint32_t *ends; /* [longest + 2] how many of them have at most so many characters */
+    int longest;    /* characters */
+    uint64_t *bits; /* [n_words] all of them */
+} llm__gram_plain;
+
+/* The nodes of a trie stand in the order of a walk that goes deep first. Each kind of tokens has a trie of its own; they
+   stand one behind the other. */
+typedef struct llm__gram_trie {
+    size_t n_nodes, ends[3]; /* ends: where the tries of each kind end */
+    uint8_t *bytes;          /* [n_nodes] */
+    uint16_t *depths;        /* [n_nodes] bytes before this one */
+    uint32_t *skips;         /* [n_nodes] the next node that is not below this one */
+    uint32_t *firsts;        /* [n_nodes + 1] the tokens that end here are ids[firsts[i]] to ids[firsts[i + 1]] */
+    llm_token *ids;
+    size_t longest; /* bytes of a token */
+    llm__gram_plain plain[2];
+    uint64_t *end_bits; /* [n_words] the end tokens, which are no text */
+} llm__gram_trie;
+
+typedef struct llm__gram_key {
+    uint64_t head; /* the first eight bytes, so that they compare as numbers */
+    uint32_t id;
+    uint16_t n_chars; /* of a plain token */
+    uint16_t kind;    /* llm__gram_part_kind */
+} llm__gram_key;
+
+/* Finds a token's kind. */
+static void llm__gram_find_kind(llm__gram_key *key, llm__str s) {
+    const uint8_t *p = (const uint8_t *)s.at, *end = p + s.n;
+    key->n_chars = 0;
+    key->kind = LLM__GRAM_ASCII;
+    for (; p < end; key->n_chars++) {
+        size_t n = llm__utf8_length(p, end);
+        if (n > 1) key->kind = LLM__GRAM_PLAIN;
+        if (!n || *p < 0x20 || *p == '"' || *p == '\\' || *p == 0x7F) {
+            key->kind = LLM__GRAM_REST;
+            return;
+        }
+        p += n;
+    }
+}
+
+/* Sorts by eight bits of the heads; keeps the order of equals. */
+static void llm__gram_sort_keys(const llm__gram_key *from, llm__gram_key *to, size_t n, int shift) {
+    uint32_t at[257] = {0};
+    for (size_t i = 0; i < n; i++) at[(from[i].head >> shift & 255) + 1]++;
+    for (int i = 1; i < 256; i++) at[i] += at[i - 1];
+    for (size_t i = 0; i < n; i++) to[at[from[i].head >> shift & 255]++] = from[i];
+}
+
+/* Sorts tokens whose first eight bytes are equal: there are few of them. */
+static void llm__gram_sort_tails(const llm_tokenizer *t, llm__gram_key *keys, size_t n) {
+    for (size_t gap = n / 2; gap; gap /= 2)
+        for (size_t i = gap; i < n; i++) {
+            llm__gram_key moved = keys[i];
+            llm__str s = llm__vocab_piece(t, (llm_token)moved.id);
+            size_t at = i;
+            for (; at >= gap; at -= gap) {
+                if (llm__str_compare(llm__vocab_piece(t, (llm_token)keys[at - gap].id), s) <= 0) break;
+                keys[at] = keys[at - gap];
+            }
+            keys[at] = moved;
+        }
+}
+
+/* Adds the trie of n sorted tokens behind the nodes that there are. */
+static void llm__gram_add_trie(llm__env *env, llm__gram_trie *trie, const llm_tokenizer *t, const llm__gram_key *keys,
+                               size_t n, size_t n_before) {
+    llm__str last = {NULL, 0};
+    uint32_t *open = (uint32_t *)llm__alloc(env, trie->longest + 1, sizeof *open); /* the node of each byte of it */
+    for (size_t i = 0; i <= n; i++) {
+        llm__str s = {NULL, 0};
+        size_t same = 0;
+        if (i < n) s = llm__vocab_piece(t, (llm_token)keys[i].id);
+        while (same < s.n && same < last.n && s.at[same] == last.at[same]) same++;
+        for (size_t depth = same; depth < last.n; depth++) trie->skips[open[depth]] = (uint32_t)trie->n_nodes;
+        for (size_t depth = same; depth < s.n; depth++) {
+            size_t node = trie->n_nodes++;
+            trie->bytes[node] = (uint8_t)s.at[depth];
+            trie->depths[node] = (uint16_t)depth;
+            trie->firsts[node] = (uint32_t)(n_before + i);
+            open[depth] = (uint32_t)node;
+        }
+        if (i < n) trie->ids[n_before + i] = (llm_token)keys[i].id;
+        last = s;
+    }
+    trie->firsts[trie->n_nodes] = (uint32_t)(n_before + n);
+    llm__free(env->pool, open);
+}
+
+/* Lists n plain tokens by their lengths. */
+static void llm__gram_list_plain(llm__env *env, llm__gram_plain *plain, const llm__gram_key *keys, size_t n,
+                                 size_t n_vocab) {
+    for (size_t i = 0; i < n; i++)
+        if (keys[i].n_chars > plain->longest) plain->longest = keys[i].n_chars;
+    plain->ids = (llm_token *)llm__alloc(env, n + 1, sizeof *plain->ids);
+    plain->ends = (uint32_t *)llm__alloc_zero(env, (size_t)plain->longest + 2, sizeof *plain->ends);
+    plain->bits = (uint64_t *)llm__alloc_zero(env, n_vocab / 64 + 1, sizeof *plain->bits);
+    for (size_t i = 0; i < n; i++) plain->ends[keys[i].n_chars + 1]++;
+    for (int i = 1; i <= plain->longest + 1; i++) plain->ends[i] += plain->ends[i - 1];
+    for (size_t i = 0; i < n; i++) {
+        plain->ids[plain->ends[keys[i].n_chars]++] = (llm_token)keys[i].id;
+        plain->bits[keys[i].id >> 6] |= (uint64_t)1 << (keys[i].id & 63);
+    }
+}
+
+/* Makes the trie of all tokens that are text. Control tokens are not: they match nothing. */
+static void llm__gram_make_trie(llm__env *env, llm__gram_trie *trie, const llm_tokenizer *t) {
+    size_t n_vocab = (size_t)t->n_vocab, n = 0, n_bytes = 0, counts[3] = {0, 0, 0}, begins[4] = {0, 0, 0, 0};
+    llm__pool *own = env->pool;
+    env->pool = llm__pool_inner(env);
+    llm__gram_key *keys = (llm__gram_key *)llm__alloc(env, n_vocab, sizeof *keys);
+    llm__gram_key *other = (llm__gram_key *)llm__alloc(env, n_vocab, sizeof *other);
+    llm__pool *work = env->pool;
+    env->pool = own;
+    trie->end_bits = (uint64_t *)llm__alloc_zero(env, n_vocab / 64 + 1, sizeof *trie->end_bits);
+    for (size_t id = 0; id < n_vocab; id++) {
+        llm__str s = llm__vocab_piece(t, (llm_token)id);
+        int type = llm__vocab_type_of(t, (llm_token)id);
+        if (t->flags[id] & LLM__END) trie->end_bits[id >> 6] |= (uint64_t)1 << (id & 63);
+        bool text = type == LLM__TYPE_NORMAL || type == LLM__TYPE_USER_DEFINED || type == LLM__TYPE_BYTE;
+        if (!text || !s.n || (t->flags[id] & LLM__END)) continue;
+        keys[n].head = 0;
+        for (size_t i = 0; i < 8 && i < s.n; i++) keys[n].head |= (uint64_t)(uint8_t)s.at[i] << (56 - 8 * i);
+        llm__gram_find_kind(&keys[n], s);
+        keys[n].id = (uint32_t)id;
+        counts[keys[n].kind]++;
+        n_bytes += s.n;
+        if (s.n > trie->longest) trie->longest = s.n;
+        n++;
+    }
+    for (int shift = 0; shift < 64; shift += 16) {
+        llm__gram_sort_keys(keys, other, n, shift);
+        llm__gram_sort_keys(other, keys, n, shift + 8);
+    }
+    for (size_t begin = 0, end; begin < n; begin = end) {
+        for (end = begin + 1; end < n && keys[end].head == keys[begin].head;) end++;
+        if (end > begin + 1) llm__gram_sort_tails(t, keys + begin, end - begin);
+    }
+    for (int kind = 0; kind < 3; kind++) begins[kind + 1] = begins[kind] + counts[kind];
+    for (size_t i = 0; i < n; i++) other[begins[keys[i].kind]++] = keys[i];
+    trie->bytes = (uint8_t *)llm__alloc(env, n_bytes + 1, 1);
+    trie->depths = (uint16_t *)llm__alloc(env, n_bytes + 1, sizeof *trie->depths);
+    trie->skips = (uint32_t *)llm__alloc(env, n_bytes + 1, sizeof *trie->skips);
+    trie->firsts = (uint32_t *)llm__alloc(env, n_bytes + 2, sizeof *trie->firsts);
+    trie->ids = (llm_token *)llm__alloc(env, n + 1, sizeof *trie->ids);
+    for (int kind = 0; kind < 3; kind++) {
+        const llm__gram_key *first = other + begins[kind] - counts[kind];
+        llm__gram_add_trie(env, trie, t, first, counts[kind], (size_t)(first - other));
+        trie->ends[kind] = trie->n_nodes;
+        if (kind != LLM__GRAM_REST) llm__gram_list_plain(env, &trie->plain[kind], first, counts[kind], n_vocab);
+    }
+    llm__free(own, work);
+}
+
+/* ---- States ---- */
+
+/* Where an item goes on when its rule has come to its end: in the items of another state that wait for the rule, or in
+   the next round of a counted repetition. */
+typedef struct llm__gram_return {
+    uint32_t outer; /* a state; of a repetition the return of the rule that it is in */
+    uint32_t place; /* a rule, or of a repetition its node and LLM__GRAM_ROUNDS */
+    uint32_t count; /* rounds that are complete */
+} llm__gram_return;
+
+#define LLM__GRAM_ROUNDS 0x80000000u
+#define LLM__GRAM_FRESH 0x80000000u /* with a node: no byte has been taken since its rule, or round, began */
+
+typedef struct llm__gram_item {
+    uint32_t node, ret; /* ret 0: the end of the whole text */
+} llm__gram_item;
+
+/* The core of a state are the items that a byte led to, without those that only lead to others. What the calls among
+   them begin with is found when the first transition is wanted. */
+typedef struct llm__gram_state {
+    uint32_t first_core, n_core; /* in items */
+    uint32_t first_scan, n_scan; /* in items: those that take a byte, once expanded */
+    uint32_t first_wait, n_wait; /* in waits: the calls */
+    int32_t plain[2];            /* the state after any plain character, of ASCII or not, or one of those below */
+    int32_t mask;                /* in masks, or -1 */
+    bool accepts, expanded;
+} llm__gram_state;
+
+enum { LLM__GRAM_DEAD = -1, LLM__GRAM_UNKNOWN = -2, LLM__GRAM_MIXED = -3 }; /* in place of a state */
+
+/* A hash table of numbers. */
+typedef struct llm__gram_table {
+    uint32_t *slots; /* LLM__GRAM_NONE: free */
+    size_t mask;
+} llm__gram_table;
+
+struct llm_grammar {
+    llm__pool pool;
+    const llm_tokenizer *tokenizer;
+    llm__gram_rule *rules;
+    llm__gram_node *nodes;
+    llm__gram_repeat *repeats;
+    llm__gram_trie trie;
+    uint8_t classes[256]; /* bytes of one class are alike to every node */
+    uint8_t class_byte[256];
+    int n_classes;
+    /* The states so far. */
+    llm__gram_state *states;
+    llm__gram_return *returns;
+    llm__gram_item *items, *waits;
+    int32_t *rows; /* [n_states][n_classes] transitions: a state, LLM__GRAM_DEAD or LLM__GRAM_UNKNOWN */
+    size_t n_states, n_returns, n_items, n_waits, states_room, returns_room, items_room, waits_room, rows_room;
+    llm__gram_table state_table, return_table;
+    /* Scratch for one transition. */
+    llm__gram_item *work, *seen;
+    uint32_t *seen_stamps, stamp;
+    size_t n_work, work_room, n_seen, seen_mask;
+    /* Masks: a bit for each token. */
+    uint64_t *masks; /* [LLM__GRAM_KEPT_MASKS][n_words] */
+    int32_t mask_states[LLM__GRAM_KEPT_MASKS];
+    size_t n_words;
+    int n_masks;   /* made so far */
+    int32_t *path; /* [trie.longest + 1] the states of a walk */
+    /* The text so far: its tokens, and the state after each. */
+    int begin;      /* tokens of the sequence before it */
+    bool with_ends; /* end tokens may follow once it is whole */
+    llm_token *text;
+    int32_t *after;
+    size_t n_text, text_room, after_room;
+};
+
+static uint64_t llm__gram_hash(uint64_t h, uint32_t a, uint32_t b) {
+    return llm__hash_mix((h ^ ((uint64_t)a << 32 | b)) * 0xD6E8FEB86659FD93u);
+}
+
+static void llm__gram_table_resize(llm__env *env, llm__gram_table *table, size_t n_slots) {
+    uint32_t *slots = (uint32_t *)llm__alloc(env, n_slots, sizeof *slots);
+    llm__free(env->pool, table->slots);
+    table->slots = slots;
+    table->mask = n_slots - 1;
+    memset(table->slots, 0xFF, n_slots * sizeof *table->slots);
+}
+
+/* Forgets all states but the dead one, which has no number. */
+static void llm__gram_forget(llm_grammar *g) {
+    g->n_states = g->n_returns = g->n_items = g->n_waits = 0;
+    memset(g->state_table.slots, 0xFF, (g->state_table.mask + 1) * sizeof(uint32_t));
+    memset(g->return_table.slots, 0xFF, (g->return_table.mask + 1) * sizeof(uint32_t));
+    g->n_masks = 0;
+    memset(g->mask_states, 0xFF, sizeof g->mask_states);
+}
+
+static size_t llm__gram_state_bytes(const llm_grammar *g) {
+    return g->n_states * (sizeof *g->states + (size_t)g->n_classes * sizeof *g->rows) +
+           g->n_returns * sizeof *g->returns + (g->n_items + g->n_waits) * sizeof *g->items;
+}
+
+static uint64_t llm__gram_return_hash(const llm__gram_return *r) {
+    return llm__gram_hash(llm__gram_hash(1, r->outer, r->place), r->count, 0);
+}
+
+/* The number of a return, from 1 on. */
+static uint32_t llm__gram_intern_return(llm__env *env, llm_grammar *g, uint32_t outer, uint32_t place, uint32_t count) {
+    llm__gram_table *table = &g->return_table;
+    llm__gram_return wanted = {outer, place, count};
+    if (2 * g->n_returns > table->mask) {
+        llm__gram_table_resize(env, table, 2 * (table->mask + 1));
+        for (size_t i = 0; i < g->n_returns; i++) {
+            size_t slot = llm__gram_return_hash(&g->returns[i]) & table->mask;
+            while (table->slots[slot] != LLM__GRAM_NONE) slot = (slot + 1) & table->mask;
+            table->slots[slot] = (uint32_t)i;
+        }
+    }
+    size_t slot = llm__gram_return_hash(&wanted) & table->mask;
+    for (; table->slots[slot] != LLM__GRAM_NONE; slot = (slot + 1) & table->mask) {
+        const llm__gram_return *r = &g->returns[table->slots[slot]];
+        if (r->outer == outer && r->place == place && r->count == count) return table->slots[slot] + 1;
+    }
+    g->returns = (llm__gram_return *)llm__alloc_grow(env, g->returns, g->n_returns, &g->returns_room, sizeof wanted);
+    g->returns[g->n_returns] = wanted;
+    table->slots[slot] = (uint32_t)g->n_returns++;
+    return (uint32_t)g->n_returns;
+}
+
+static void llm__gram_push(llm__env *env, llm_grammar *g, uint32_t node, uint32_t ret) {
+    g->work = (llm__gram_item *)llm__alloc_grow(env, g->work, g->n_work, &g->work_room, sizeof *g->work);
+    g->work[g->n_work].node = node;
+    g->work[g->n_work++].ret = ret;
+}
+
+/* Begins a set of items that were seen. */
+static void llm__gram_begin_seen(llm_grammar *g) {
+    g->n_seen = 0;
+    if (++g->stamp) return;
+    memset(g->seen_stamps, 0, (g->seen_mask + 1) * sizeof *g->seen_stamps);
+    g->stamp = 1;
+}
+
+static bool llm__gram_put_seen(llm_grammar *g, llm__gram_item item) {
+    size_t slot = llm__gram_hash(2, item.node, item.ret) & g->seen_mask;
+    for (; g->seen_stamps[slot] == g->stamp; slot = (slot + 1) & g->seen_mask)
+        if (g->seen[slot].node == item.node && g->seen[slot].ret == item.ret) return false;
+    g->seen[slot] = item;
+    g->seen_stamps[slot] = g->stamp;
+    g->n_seen++;
+    return true;
+}
+
+/* Whether an item is met for the first time since llm__gram_begin_seen. */
+static bool llm__gram_is_new(llm__env *env, llm_grammar *g, llm__gram_item item) {
+    if (2 * g->n_seen > g->seen_mask) {
+        llm__gram_item *old = g->seen;
+        uint32_t *stamps = g->seen_stamps, stamp = g->stamp;
+        size_t n = g->seen_mask + 1;
+        if (g->n_seen > LLM__GRAM_MOST_ITEMS)
+            llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                      "the grammar is too ambiguous: its text can be read in more than %d ways at one place",
+                      LLM__GRAM_MOST_ITEMS);
+        llm__gram_item *seen = (llm__gram_item *)llm__alloc(env, 2 * n, sizeof *seen);
+        uint32_t *seen_stamps = (uint32_t *)llm__alloc_zero(env, 2 * n, sizeof *seen_stamps);
+        g->seen = seen;
+        g->seen_stamps = seen_stamps;
+        g->seen_mask = 2 * n - 1;
+        g->stamp = 1;
+        g->n_seen = 0;
+        for (size_t i = 0; i < n; i++)
+            if (stamps[i] == stamp) llm__gram_put_seen(g, old[i]);
+        llm__free(env->pool, old);
+        llm__free(env->pool, stamps);
+    }
+    return llm__gram_put_seen(g, item);
+}
+
+static void llm__gram_add_item(llm__env *env, llm_grammar *g, uint32_t node, uint32_t ret) {
+    g->items = (llm__gram_item *)llm__alloc_grow(env, g->items, g->n_items, &g->items_room, sizeof *g->items);
+    g->items[g->n_items].node = node;
+    g->items[g->n_items++].ret = ret;
+}
+
+/* Goes on from where a rule or a round came to its end. */
+static void llm__gram_return_from(llm__env *env, llm_grammar *g, uint32_t ret) {
+    const llm__gram_return r = g->returns[ret - 1];
+    if (!(r.place & LLM__GRAM_ROUNDS)) {
+        const llm__gram_state caller = g->states[r.outer];
+        for (uint32_t i = 0; i < caller.n_wait; i++) {
+            const llm__gram_item *wait = &g->waits[caller.first_wait + i];
+            if (g->nodes[wait->node].other == r.place) llm__gram_push(env, g, g->nodes[wait->node].next, wait->ret);
+        }
+        return;
+    }
+    const llm__gram_node *node = &g->nodes[r.place & ~LLM__GRAM_ROUNDS];
+    const llm__gram_repeat *repeat = &g->repeats[node->other];
+    uint32_t count = r.count + 1;
+    if (count >= repeat->min) llm__gram_push(env, g, node->next, r.outer);
+    if (count >= repeat->max) return;
+    if (repeat->max == LLM__GRAM_ENDLESS && count > repeat->min) count = repeat->min;
+    llm__gram_push(env, g, repeat->body | LLM__GRAM_FRESH, llm__gram_intern_return(env, g, r.outer, r.place, count));
+}
+
+/* Whether a call or a counted repetition can be passed without a byte. */
+static bool llm__gram_can_skip(const llm_grammar *g, const llm__gram_node *n) {
+    if (n->kind == LLM__GRAM_CALL) return g->nodes[g->rules[n->other].start].nullable;
+    return g->repeats[n->other].min == 0;
+}
+
+/* Adds the core of a new state to items: what the items in `work` lead to without a byte. Returns whether the text may
+   end there. */
+static bool llm__gram_find_core(llm__env *env, llm_grammar *g) {
+    bool accepts = false;
+    llm__gram_begin_seen(g);
+    while (g->n_work) {
+        llm__gram_item item = g->work[--g->n_work];
+        uint32_t fresh = item.node & LLM__GRAM_FRESH, node = item.node & ~LLM__GRAM_FRESH;
+        const llm__gram_node *n = &g->nodes[node];
+        if (!n->productive || !llm__gram_is_new(env, g, item)) continue;
+        if (n->kind == LLM__GRAM_SPLIT) {
+            llm__gram_push(env, g, n->other | fresh, item.ret);
+            llm__gram_push(env, g, n->next | fresh, item.ret);
+        } else if (n->kind == LLM__GRAM_END) {
+            if (fresh) continue; /* an empty round, which counts for nothing */
+            if (item.ret) llm__gram_return_from(env, g, item.ret);
+            else accepts = true;
+        } else {
+            llm__gram_add_item(env, g, node, item.ret);
+            if (n->kind != LLM__GRAM_RANGE && llm__gram_can_skip(g, n))
+                llm__gram_push(env, g, n->next | fresh, item.ret);
+        }
+    }
+    return accepts;
+}
+
+static int llm__gram_compare_items(const void *a, const void *b) {
+    const llm__gram_item *x = (const llm__gram_item *)a, *y = (const llm__gram_item *)b;
+    return x->node != y->node ? (x->node > y->node) - (x->node < y->node) : (x->ret > y->ret) - (x->ret < y->ret);
+}
+
+/* Sorts the items from `first` on, and leaves one of equals. */
+static void llm__gram_sort_items(llm_grammar *g, size_t first) {
+    size_t n = g->n_items - first, kept = 0;
+    if (!n) return;
+    llm__gram_item *items = g->items + first;
+    if (n > 16) qsort(items, n, sizeof *items, llm__gram_compare_items);
+    for (size_t i = 1; i < n && n <= 16; i++) {
+        llm__gram_item moved = items[i];
+        size_t at = i;
+        for (; at > 0 && llm__gram_compare_items(&items[at - 1], &moved) > 0; at--) items[at] = items[at - 1];
+        items[at] = moved;
+    }
+    for (size_t i = 0; i < n; i++)
+        if (!kept || llm__gram_compare_items(&items[kept - 1], &items[i])) items[kept++] = items[i];
+    g->n_items = first + kept;
+}
+
+static uint64_t llm__gram_state_hash(const llm_grammar *g, const llm__gram_state *s) {
+    uint64_t h = 3 + s->accepts;
+    for (uint32_t i = 0; i < s->n_core; i++)
+        h = llm__gram_hash(h, g->items[s->first_core + i].node, g->items[s->first_core + i].ret);
+    return h;
+}
+
+/* The state that the items in `work` are: one that there is already, or a new one. */
+static int32_t llm__gram_intern_state(llm__env *env, llm_grammar *g) {
+    llm__gram_table *table = &g->state_table;
+    llm__gram_state s;
+    memset(&s, 0, sizeof s);
+    s.first_core = (uint32_t)g->n_items;
+    s.accepts = llm__gram_find_core(env, g);
+    llm__gram_sort_items(g, s.first_core);
+    s.n_core = (uint32_t)(g->n_items - s.first_core);
+    s.plain[0] = s.plain[1] = LLM__GRAM_UNKNOWN;
+    s.mask = -1;
+    if (!s.n_core && !s.accepts) return LLM__GRAM_DEAD;
+    if (2 * g->n_states > table->mask) {
+        llm__gram_table_resize(env, table, 2 * (table->mask + 1));
+        for (size_t i = 0; i < g->n_states; i++) {
+            size_t slot = llm__gram_state_hash(g, &g->states[i]) & table->mask;
+            while (table->slots[slot] != LLM__GRAM_NONE) slot = (slot + 1) & table->mask;
+            table->slots[slot] = (uint32_t)i;
+        }
+    }
+    size_t slot = llm__gram_state_hash(g, &s) & table->mask;
+    for (; table->slots[slot] != LLM__GRAM_NONE; slot = (slot + 1) & table->mask) {
+        const llm__gram_state *other = &g->states[table->slots[slot]];
+        if (other->n_core != s.n_core || other->accepts != s.accepts) continue;
+        if (s.n_core && memcmp(g->items + other->first_core, g->items + s.first_core, s.n_core * sizeof *g->items))
+            continue;
+        g->n_items = s.first_core;
+        return (int32_t)table->slots[slot];
+    }
+    if (llm__gram_state_bytes(g) > LLM__GRAM_MOST_BYTES)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the grammar is too ambiguous: its states take more than %d MB",
+                  LLM__GRAM_MOST_BYTES >> 20);
+    size_t state = g->n_states, n_classes = (size_t)g->n_classes;
+    g->states = (llm__gram_state *)llm__alloc_grow(env, g->states, state, &g->states_room, sizeof s);
+    g->rows = (int32_t *)llm__alloc_grow(env, g->rows, state, &g->rows_room, n_classes * sizeof *g->rows);
+    for (size_t i = 0; i < n_classes; i++) g->rows[state * n_classes + i] = LLM__GRAM_UNKNOWN;
+    g->states[state] = s;
+    g->n_states++;
+    table->slots[slot] = (uint32_t)state;
+    return (int32_t)state;
+}
+
+/* Finds what the calls in a state's core begin with. */
+static void llm__gram_expand(llm__env *env, llm_grammar *g, uint32_t state) {
+    llm__gram_state s = g->states[state];
+    s.first_scan = (uint32_t)g->n_items;
+    s.first_wait = (uint32_t)g->n_waits;
+    llm__gram_begin_seen(g);
+    for (uint32_t i = 0; i < s.n_core; i++)
+        llm__gram_push(env, g, g->items[s.first_core + i].node, g->items[s.first_core + i].ret);
+    while (g->n_work) {
+        llm__gram_item item = g->work[--g->n_work];
+        const llm__gram_node *n = &g->nodes[item.node];
+        if (!n->productive || n->kind == LLM__GRAM_END || !llm__gram_is_new(env, g, item)) continue;
+        if (n->kind == LLM__GRAM_RANGE) {
+            llm__gram_add_item(env, g, item.node, item.ret);
+            continue;
+        }
+        if (n->kind == LLM__GRAM_SPLIT || llm__gram_can_skip(g, n)) llm__gram_push(env, g, n->next, item.ret);
+        if (n->kind == LLM__GRAM_SPLIT) {
+            llm__gram_push(env, g, n->other, item.ret);
+        } else if (n->kind == LLM__GRAM_COUNT) {
+            uint32_t ret = llm__gram_intern_return(env, g, item.ret, item.node | LLM__GRAM_ROUNDS, 0);
+            llm__gram_push(env, g, g->repeats[n->other].body, ret);
+        } else if (n->next == 0) { /* the last call of a rule returns to where the rule does */
+            llm__gram_push(env, g, g->rules[n->other].start, item.ret);
+        } else {
+            g->waits = (llm__gram_item *)llm__alloc_grow(env, g->waits, g->n_waits, &g->waits_room, sizeof item);
+            g->waits[g->n_waits++] = item;
+            llm__gram_push(env, g, g->rules[n->other].start, llm__gram_intern_return(env, g, state, n->other, 0));
+        }
+    }
+    s.n_scan = (uint32_t)(g->n_items - s.first_scan);
+    s.n_wait = (uint32_t)(g->n_waits - s.first_wait);
+    s.expanded = true;
+    g->states[state] = s;
+}
+
+/* The state after a byte of this class. */
+static int32_t llm__gram_step(llm__env *env, llm_grammar *g, int32_t state, int byte_class) {
+    size_t at = (size_t)state * (size_t)g->n_classes + (size_t)byte_class;
+    uint8_t byte = g->class_byte[byte_class];
+    if (g->rows[at] != LLM__GRAM_UNKNOWN) return g->rows[at];
+    g->n_work = 0;
+    if (!g->states[state].expanded) llm__gram_expand(env, g, (uint32_t)state);
+    const llm__gram_state s = g->states[state];
+    for (uint32_t i = 0; i < s.n_scan; i++) {
+        llm__gram_item item = g->items[s.first_scan + i];
+        const llm__gram_node *n = &g->nodes[item.node];
+        if (byte >= n->lo && byte <= n->hi) llm__gram_push(env, g, n->next, item.ret);
+    }
+    int32_t to = g->n_work ? llm__gram_intern_state(env, g) : LLM__GRAM_DEAD;
+    return g->rows[at] = to;
+}
+
+/* The state after some bytes; LLM__GRAM_DEAD if they do not fit. */
+static int32_t llm__gram_run(llm__env *env, llm_grammar *g, int32_t state, llm__str bytes) {
+    for (size_t i = 0; i < bytes.n && state >= 0; i++)
+        state = llm__gram_step(env, g, state, g->classes[(uint8_t)bytes.at[i]]);
+    return state;
+}
+
+/* The state in which a text begins. */
+static int32_t llm__gram_start(llm__env *env, llm_grammar *g) {
+    g->n_work = 0;
+    llm__gram_push(env, g, g->rules[0].start, 0);
+    return llm__gram_intern_state(env, g);
+}
+
+/* ---- Masks ---- */
+
+/* Steps from a state by all bytes from lo to hi. Returns where they lead: *to, if that is known already. */
+static int32_t llm__gram_step_all(llm__env *env, llm_grammar *g, int32_t state, int lo, int hi, int32_t to) {
+    for (int byte = lo, last = -1; byte <= hi; byte++) {
+        if (g->classes[byte] == last) continue;
+        last = g->classes[byte];
+        int32_t next = llm__gram_step(env, g, state, last);
+        if (to == LLM__GRAM_UNKNOWN) to = next;
+        if (next != to) return LLM__GRAM_MIXED;
+    }
+    return to;
+}
+
+/* The state after a plain character, if all lead to the same; else LLM__GRAM_MIXED. */
+static int32_t llm__gram_find_plain(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind) {
+    static const uint8_t ascii[3][2] = {{0x20, 0x21}, {0x23, 0x5B}, {0x5D, 0x7E}};
+    static const uint8_t longer[8][5] = {/* from, to, continuation bytes, the first of them from, to */
+                                         {0xC2, 0xDF, 1, 0x80, 0xBF}, {0xE0, 0xE0, 2, 0xA0, 0xBF},
+                                         {0xE1, 0xEC, 2, 0x80, 0xBF}, {0xED, 0xED, 2, 0x80, 0x9F},
+                                         {0xEE, 0xEF, 2, 0x80, 0xBF}, {0xF0, 0xF0, 3, 0x90, 0xBF},
+                                         {0xF1, 0xF3, 3, 0x80, 0xBF}, {0xF4, 0xF4, 3, 0x80, 0x8F}};
+    int32_t to = LLM__GRAM_UNKNOWN;
+    for (int i = 0; i < 3; i++) {
+        to = llm__gram_step_all(env, g, state, ascii[i][0], ascii[i][1], to);
+        if (to == LLM__GRAM_MIXED) return to;
+    }
+    for (int i = 0; i < 8 && kind == LLM__GRAM_PLAIN; i++)
+        for (int byte = longer[i][0], last = -1; byte <= longer[i][1]; byte++) {
+            if (g->classes[byte] == last) continue;
+            last = g->classes[byte];
+            int32_t at = llm__gram_step(env, g, state, last);
+            for (int n = longer[i][2], lo = longer[i][3], hi = longer[i][4]; n > 0 && at >= 0; n--) {
+                at = llm__gram_step_all(env, g, at, lo, hi, LLM__GRAM_UNKNOWN);
+                lo = 0x80;
+                hi = 0xBF;
+            }
+            if (at != to) return LLM__GRAM_MIXED;
+        }
+    return to;
+}
+
+static int32_t llm__gram_plain_step(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind) {
+    if (g->states[state].plain[kind] == LLM__GRAM_UNKNOWN) {
+        int32_t to = llm__gram_find_plain(env, g, state, kind);
+        g->states[state].plain[kind] = to;
+    }
+    return g->states[state].plain[kind];
+}
+
+/* How many plain characters may come next, whichever they are; at most those of the longest token. -1: it depends on
+   the characters. */
+static int llm__gram_plain_room(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind) {
+    int most = g->trie.plain[kind].longest, n = 0;
+    for (; n < most; n++) {
+        int32_t next = llm__gram_plain_step(env, g, state, kind);
+        if (next == LLM__GRAM_MIXED) return -1;
+        if (next == LLM__GRAM_DEAD) return n;
+        if (next == state) return most;
+        state = next;
+    }
+    return n;
+}
+
+/* Sets the bits of n tokens. */
+static void llm__gram_set_bits(uint64_t *bits, const llm_token *ids, size_t n) {
+    for (size_t i = 0; i < n; i++) bits[ids[i] >> 6] |= (uint64_t)1 << (ids[i] & 63);
+}
+
+/* Sets the bits of the tokens of one kind that fit after a state. */
+static void llm__gram_walk(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind, uint64_t *bits) {
+    enum { LARGE = 32 }; /* nodes that are worth a look at whether all of them fit */
+    const llm__gram_trie *trie = &g->trie;
+    size_t n_classes = (size_t)g->n_classes, end = trie->ends[kind];
+    int32_t *path = g->path;
+    path[0] = state;
+    for (size_t i = kind ? trie->ends[kind - 1] : 0; i < end;) {
+        int depth = trie->depths[i], byte_class = g->classes[trie->bytes[i]];
+        int32_t to = g->rows[(size_t)path[depth] * n_classes + (size_t)byte_class];
+        if (to == LLM__GRAM_UNKNOWN) to = llm__gram_step(env, g, path[depth], byte_class);
+        if (to == LLM__GRAM_DEAD) {
+            i = trie->skips[i];
+            continue;
+        }
+        path[depth + 1] = to;
+        size_t after = i + 1;
+        if (kind != LLM__GRAM_REST && trie->skips[i] > i + LARGE && llm__gram_plain_step(env, g, to, kind) == to)
+            after = trie->skips[i];
+        llm__gram_set_bits(bits, trie->ids + trie->firsts[i], trie->firsts[after] - trie->firsts[i]);
+        i = after;
+    }
+}
+
+/* The tokens that fit after a state, a bit for each; valid until the next mask. End tokens are not among them. */
+static const uint64_t *llm__gram_mask_of(llm__env *env, llm_grammar *g, int32_t state) {
+    const llm__gram_trie *trie = &g->trie;
+    int slot = g->states[state].mask;
+    if (slot >= 0 && g->mask_states[slot] == state) return g->masks + (size_t)slot * g->n_words;
+    slot = g->n_masks++ % LLM__GRAM_KEPT_MASKS;
+    uint64_t *bits = g->masks + (size_t)slot * g->n_words;
+    g->mask_states[slot] = -1;
+    memset(bits, 0, g->n_words * sizeof *bits);
+    for (int kind = LLM__GRAM_ASCII; kind < LLM__GRAM_REST; kind++) {
+        const llm__gram_plain *plain = &trie->plain[kind];
+        int room = llm__gram_plain_room(env, g, state, (llm__gram_part_kind)kind);
+        if (room < 0) {
+            llm__gram_walk(env, g, state, (llm__gram_part_kind)kind, bits);
+        } else if (room == plain->longest) {
+            for (size_t i = 0; i < g->n_words; i++) bits[i] |= plain->bits[i];
+        } else {
+            llm__gram_set_bits(bits, plain->ids, plain->ends[room]);
+        }
+    }
+    llm__gram_walk(env, g, state, LLM__GRAM_REST, bits);
+    g->mask_states[slot] = state;
+    g->states[state].mask = slot;
+    return bits;
+}
+
+/* ---- The text so far ---- */
+
+/* The state after n tokens of the text. */
+static int32_t llm__gram_state_after(llm__env *env, llm_grammar *g, size_t n) {
+    return n ? g->after[n - 1] : llm__gram_start(env, g);
+}
+
+/* Makes the text these n tokens. What it has in common with the text before is not read again. Returns its state. */
+static int32_t llm__gram_read(llm__env *env, llm_grammar *g, const llm_token *tokens, size_t n) {
+    size_t same = 0;
+    while (same < n && same < g->n_text && tokens[same] == g->text[same]) same++;
+    if (llm__gram_state_bytes(g) > LLM__GRAM_KEPT_BYTES) {
+        llm__gram_forget(g);
+        same = 0;
+    }
+    g->n_text = same;
+    int32_t state = llm__gram_state_after(env, g, same);
+    for (size_t i = same; i < n; i++) {
+        llm__str s = {NULL, 0};
+        bool known = tokens[i] >= 0 && tokens[i] < g->tokenizer->n_vocab;
+        if (known && !llm_token_is_special(g->tokenizer, tokens[i])) s = llm__vocab_piece(g->tokenizer, tokens[i]);
+        state = s.n ? llm__gram_run(env, g, state, s) : LLM__GRAM_DEAD;
+        if (state == LLM__GRAM_DEAD)
+            llm__fail(env, LLM_ERROR_ARGUMENT, "token %llu of the answer, %ld (\"%.*s\"), does not fit the grammar",
+                      (unsigned long long)i, (long)tokens[i], LLM__SHOW(s));
+        g->text = (llm_token *)llm__alloc_grow(env, g->text, i, &g->text_room, sizeof *g->text);
+        g->after = (int32_t *)llm__alloc_grow(env, g->after, i, &g->after_room, sizeof *g->after);
+        g->text[i] = tokens[i];
+        g->after[i] = state;
+        g->n_text = i + 1;
+    }
+    return state;
+}
+
+typedef struct llm__gram_args {
+    llm_grammar *g;
+    const llm_token *tokens;
+    int n;
+    float *logits;
+    int n_vocab;
+    llm__str text;
+    int32_t state;
+} llm__gram_args;
+
+static void llm__gram_apply_body(llm__env *env, void *arg) {
+    llm__gram_args *a = (llm__gram_args *)arg;
+    llm_grammar *g = a->g;
+    if (a->n < g->begin)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "the grammar's text begins after %d tokens, but there are %d", g->begin,
+                  a->n);
+    int32_t state = llm__gram_read(env, g, a->tokens + g->begin, (size_t)(a->n - g->begin));
+    const uint64_t *bits = llm__gram_mask_of(env, g, state);
+    bool ends = g->states[state].accepts && g->with_ends;
+    for (size_t word = 0; word * 64 < (size_t)a->n_vocab; word++) {
+        uint64_t allowed = word < g->n_words ? bits[word] : 0;
+        size_t first = word * 64, n = (size_t)a->n_vocab - first < 64 ? (size_t)a->n_vocab - first : 64;
+        if (ends && word < g->n_words) allowed |= g->trie.end_bits[word];
+        for (uint64_t left = ~allowed << (64 - n) >> (64 - n); left; left &= left - 1)
+            a->logits[first + (size_t)__builtin_ctzll(left)] = -INFINITY;
+    }
+}
+
+/* Runs work on a grammar, whose memory is its own. */
+static llm_status llm__gram_guard(llm_grammar *g, void (*body)(llm__env *env, void *arg), llm__gram_args *args,
+                                  llm_error *err) {
+    llm__env env;
+    llm__env_init(&env, &g->pool, err, NULL);
+    return llm__env_run(&env, body, args);
+}
+
+/* Forbids the tokens that do not fit after the first n. */
+static llm_status llm__gram_apply(llm_grammar *g, const llm_token *tokens, int n, float *logits, int n_vocab,
+                                  llm_error *err) {
+    llm__gram_args args;
+    memset(&args, 0, sizeof args);
+    args.g = g;
+    args.tokens = tokens;
+    args.n = n;
+    args.logits = logits;
+    args.n_vocab = n_vocab;
+    return llm__gram_guard(g, llm__gram_apply_body, &args, err);
+}
+
+/* Finds the state after some bytes behind the first n tokens, and whether anything can follow. */
+static void llm__gram_run_body(llm__env *env, void *arg) {
+    llm__gram_args *a = (llm__gram_args *)arg;
+    if (!a->n && llm__gram_state_bytes(a->g) > LLM__GRAM_KEPT_BYTES) {
+        llm__gram_forget(a->g);
+        a->g->n_text = 0;
+    }
+    a->state = llm__gram_run(env, a->g, llm__gram_state_after(env, a->g, (size_t)a->n), a->text);
+    if (a->state < 0) return;
+    a->g->n_work = 0;
+    if (!a->g->states[a->state].expanded) llm__gram_expand(env, a->g, (uint32_t)a->state);
+}
+
+/* Whether the text is whole once this token is added, and nothing can follow. */
+static bool llm__gram_is_finished(llm_grammar *g, llm_token token) {
+    llm__gram_args args;
+    if (!g) return false;
+    memset(&args, 0, sizeof args);
+    args.g = g;
+    args.n = (int)g->n_text;
+    args.text.at = llm_token_bytes(g->tokenizer, token, &args.text.n);
+    args.state = LLM__GRAM_DEAD;
+    if (llm__gram_guard(g, llm__gram_run_body, &args, NULL) || args.state < 0) return false;
+    return g->states[args.state].accepts && !g->states[args.state].n_scan;
+}
+
+/* The text begins after n tokens. with_ends: end tokens may follow once it is whole. */
+static void llm__gram_begin(llm_grammar *g, int n, bool with_ends) {
+    if (!g) return;
+    g->begin = n;
+    g->with_ends = with_ends;
+    g->n_text = 0;
+}
+
+LLM_API void llm_grammar_begin(llm_grammar *grammar, int n_tokens) { llm__gram_begin(grammar, n_tokens, true); }
+
+LLM_API void llm_grammar_mask(void *grammar, const llm_token *tokens, int n, float *logits, int n_vocab) {
+    if (!llm__gram_apply((llm_grammar *)grammar, tokens, n, logits, n_vocab, NULL)) return;
+    for (int i = 0; i < n_vocab; i++) logits[i] = -INFINITY;
+}
+
+LLM_API int llm_grammar_check(llm_grammar *grammar, const char *text, size_t n_bytes) {
+    llm__gram_args args;
+    memset(&args, 0, sizeof args);
+    args.g = grammar;
+    args.text.at = text;
+    args.text.n = n_bytes;
+    args.state = LLM__GRAM_DEAD;
+    if (llm__gram_guard(grammar, llm__gram_run_body, &args, NULL) || args.state < 0) return -1;
+    return grammar->states[args.state].accepts;
+}
+
+/* ---- Regular expressions ---- */
+
+/* Reads the characters of a grammar's text. */
+typedef struct llm__gram_reader {
+    llm__gram_builder *b;
+    const uint8_t *start, *at, *end;
+    const char *what; /* for messages */
+    int depth;
+    bool json;               /* of a regular expression: what it matches is written as in a JSON string */
+    bool from_start, to_end; /* of an alternative: it began with ^, ended with $ */
+} llm__gram_reader;
+
+LLM__NORETURN LLM__PRINTF(2, 3) static void llm__gram_fail(llm__gram_reader *r, const char *format, ...) {
+    char problem[300];
+    size_t line = 1, column = 1;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(problem, sizeof problem, format, args);
+    va_end(args);
+    for (const uint8_t *p = r->start; p < r->at && p < r->end; p++) {
+        column += (*p & 0xC0) != 0x80;
+        if (*p != '\n') continue;
+        line++;
+        column = 1;
+    }
+    llm__fail(r->b->env, LLM_ERROR_FORMAT, "line %llu, character %llu of the %s: %s", (unsigned long long)line,
+              (unsigned long long)column, r->what, problem);
+}
+
+static llm__gram_reader llm__gram_reader_of(llm__gram_builder *b, llm__str text, const char *what, bool json) {
+    llm__gram_reader r;
+    memset(&r, 0, sizeof r);
+    r.b = b;
+    r.start = r.at = (const uint8_t *)text.at;
+    r.end = r.start + text.n;
+    r.what = what;
+    r.json = json;
+    if (text.n > LLM__GRAM_MOST_TEXT) llm__fail(b->env, LLM_ERROR_UNSUPPORTED, "the %s is longer than 16 MB", what);
+    r.at = llm__utf8_check(r.start, r.end);
+    if (r.at < r.end) llm__gram_fail(&r, "this is not UTF-8");
+    r.at = r.start;
+    return r;
+}
+
+static int llm__gram_peek(const llm__gram_reader *r) { return r->at < r->end ? *r->at : -1; }
+
+static bool llm__gram_take(llm__gram_reader *r, char c) {
+    if (llm__gram_peek(r) != c) return false;
+    r->at++;
+    return true;
+}
+
+static uint32_t llm__gram_take_char(llm__gram_reader *r) {
+    if (r->at >= r->end) llm__gram_fail(r, "it ends too early");
+    return llm__utf8_decode(r->at, &r->at);
+}
+
+static uint32_t llm__gram_take_hex(llm__gram_reader *r, int n) {
+    uint32_t value = 0;
+    for (int i = 0; i < n; i++, r->at++) {
+        int c = llm__gram_peek(r);
+        if (c >= '0' && c <= '9') value = value * 16 + (uint32_t)(c - '0');
+        else if ((c | 32) >= 'a' && (c | 32) <= 'f') value = value * 16 + (uint32_t)((c | 32) - 'a' + 10);
+        else llm__gram_fail(r, "%d hexadecimal digits are expected", n);
+    }
+    return value;
+}
+
+static uint32_t llm__gram_check_char(llm__gram_reader *r, uint32_t c) {
+    if (c > 0x10FFFF || (c >= 0xD800 && c < 0xE000)) llm__gram_fail(r, "U+%X is not a character", (unsigned)c);
+    return c;
+}
+
+static uint32_t llm__gram_take_count(llm__gram_reader *r) {
+    uint32_t count = 0;
+    if (llm__gram_peek(r) < '0' || llm__gram_peek(r) > '9') llm__gram_fail(r, "a number is expected");
+    for (; llm__gram_peek(r) >= '0' && llm__gram_peek(r) <= '9'; r->at++) {
+        count = count * 10 + (uint32_t)(*r->at - '0');
+        if (count > LLM__GRAM_MOST_COUNT) llm__gram_fail(r, "a count above %d", LLM__GRAM_MOST_COUNT);
+    }
+    return count;
+}
+
+/* Reads *, +, ? or {m,n}, if there is one. */
+static bool llm__gram_take_quantifier(llm__gram_reader *r, uint32_t *min, uint32_t *max) {
+    *min = 0;
+    *max = LLM__GRAM_ENDLESS;
+    if (llm__gram_take(r, '*')) return true;
+    if (llm__gram_take(r, '+')) {
+        *min = 1;
+        return true;
+    }
+    if (llm__gram_take(r, '?')) {
+        *max = 1;
+        return true;
+    }
+    if (!llm__gram_take(r, '{')) return false;
+    *min = *max = llm__gram_take_count(r);
+    if (llm__gram_take(r, ',')) *max = llm__gram_peek(r) == '}' ? LLM__GRAM_ENDLESS : llm__gram_take_count(r);
+    if (!llm__gram_take(r, '}')) llm__gram_fail(r, "a } is expected");
+    if (*max < *min) llm__gram_fail(r, "the maximum is below the minimum");
+    return true;
+}
+
+/* A character of the ranges from `first` on, as JSON writes it in a string: control characters, quotation marks and
+   backslashes are escaped. */
+static uint32_t llm__gram_json_chars(llm__gram_builder *b, size_t first) {
+    static const char escaped[] = "\"\\/\b\f\n\r\t", letters[] = "\"\\/bfnrt";
+    bool control[32] = {false}, has[8] = {false};
+    llm__gram_join_ranges(b, first);
+    size_t end = b->n_ranges;
+    for (size_t i = first; i < end; i++) {
+        llm__gram_range r = b->ranges[i];
+        for (uint32_t c = r.lo; c <= r.hi && c < 32; c++) control[c] = true;
+        for (int j = 0; j < 8; j++) has[j] = has[j] || (r.lo <= (uint8_t)escaped[j] && (uint8_t)escaped[j] <= r.hi);
+    }
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    size_t plain = b->n_ranges;
+    for (size_t i = first; i < end; i++) {
+        static const llm__gram_range kept[] = {{0x20, 0x21}, {0x23, 0x5B}, {0x5D, 0x10FFFF}};
+        for (int j = 0; j < 3; j++) {
+            uint32_t lo = b->ranges[i].lo > kept[j].lo ? b->ranges[i].lo : kept[j].lo;
+            uint32_t hi = b->ranges[i].hi < kept[j].hi ? b->ranges[i].hi : kept[j].hi;
+            if (lo <= hi) llm__gram_add_range(b, lo, hi);
+        }
+    }
+    if (b->n_ranges > plain) llm__gram_add(b, alt, llm__gram_chars(b, plain));
+    size_t short_ones = b->n_ranges;
+    for (int j = 0; j < 8; j++)
+        if (has[j]) llm__gram_add_range(b, (uint8_t)letters[j], (uint8_t)letters[j]);
+    if (b->n_ranges > short_ones) {
+        uint32_t chars = llm__gram_chars(b, short_ones);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "\\"), chars, 0, 0));
+    }
+    for (uint32_t high = 0; high < 2; high++) {
+        size_t digits = b->n_ranges;
+        for (uint32_t low = 0; low < 16; low++) {
+            if (!control[16 * high + low]) continue;
+            llm__gram_add_range(b, (uint8_t) "0123456789abcdef"[low], (uint8_t) "0123456789abcdef"[low]);
+            llm__gram_add_range(b, (uint8_t) "0123456789ABCDEF"[low], (uint8_t) "0123456789ABCDEF"[low]);
+        }
+        if (b->n_ranges == digits) continue;
+        uint32_t chars = llm__gram_chars(b, digits);
+        uint32_t head = llm__gram_text(b, high ? "\\u001" : "\\u000");
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, head, chars, 0, 0));
+    }
+    b->exprs[alt].min = b->exprs[alt].max = 1;
+    return alt;
+}
+
+/* A character of the ranges from `first` on. Surrogates are none. */
+static uint32_t llm__gram_regex_chars(llm__gram_reader *r, size_t first) {
+    return r->json ? llm__gram_json_chars(r->b, first) : llm__gram_chars(r->b, first);
+}
+
+static uint32_t llm__gram_regex_char(llm__gram_reader *r, uint32_t c) {
+    size_t first = r->b->n_ranges;
+    llm__gram_add_range(r->b, c, c);
+    return llm__gram_regex_chars(r, first);
+}
+
+/* Adds the characters of \d, \w, \s or their opposites, which capital letters are. Returns false for another letter. */
+static bool llm__gram_add_class(llm__gram_builder *b, int letter) {
+    static const llm__gram_range digit[] = {{'0', '9'}}, word[] = {{'0', '9'}, {'A', 'Z'}, {'_', '_'}, {'a', 'z'}},
+                                 space[] = {{9, 13},          {32, 32},         {0xA0, 0xA0},     {0x1680, 0x1680},
+                                            {0x2000, 0x200A}, {0x2028, 0x2029}, {0x202F, 0x202F}, {0x205F, 0x205F},
+                                            {0x3000, 0x3000}, {0xFEFF, 0xFEFF}};
+    int small = letter | 32;
+    const llm__gram_range *ranges = small == 'd' ? digit : small == 'w' ? word : space;
+    size_t n = small == 'd' ? 1 : small == 'w' ? 4 : 10, first = b->n_ranges;
+    if (small != 'd' && small != 'w' && small != 's') return false;
+    for (size_t i = 0; i < n; i++) llm__gram_add_range(b, ranges[i].lo, ranges[i].hi);
+    if (letter != small) llm__gram_invert_ranges(b, first);
+    return true;
+}
+
+/* The character of an escape, whose backslash has been read. */
+static uint32_t llm__gram_regex_escape(llm__gram_reader *r) {
+    static const char letters[] = "tnrfv", meanings[] = "\t\n\r\f\v";
+    uint32_t c = llm__gram_take_char(r);
+    const char *found = c && c < 128 ? strchr(letters, (int)c) : NULL;
+    if (found) return (uint8_t)meanings[found - letters];
+    if (c == 'x') return llm__gram_take_hex(r, 2);
+    if (c == '0' && (llm__gram_peek(r) < '0' || llm__gram_peek(r) > '9')) return 0;
+    if (c == 'u' && llm__gram_take(r, '{')) {
+        uint32_t code = 0;
+        for (int i = 0; i < 6 && llm__gram_peek(r) != '}'; i++) code = code * 16 + llm__gram_take_hex(r, 1);
+        if (!llm__gram_take(r, '}')) llm__gram_fail(r, "a } is expected");
+        return llm__gram_check_char(r, code);
+    }
+    if (c == 'u') {
+        uint32_t code = llm__gram_take_hex(r, 4);
+        if (code >= 0xD800 && code < 0xDC00 && llm__gram_take(r, '\\') && llm__gram_take(r, 'u')) {
+            uint32_t low = llm__gram_take_hex(r, 4);
+            if (low < 0xDC00 || low > 0xDFFF) llm__gram_fail(r, "half of a surrogate pair");
+            code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+        }
+        return llm__gram_check_char(r, code);
+    }
+    bool punctuation = c > 32 && c < 127 && !(c >= '0' && c <= '9') && !((c | 32) >= 'a' && (c | 32) <= 'z');
+    if (!punctuation) {
+        char shown[5] = {0};
+        llm__utf8_encode(c, (uint8_t *)shown);
+        llm__gram_fail(r, "\\%s is not supported", shown);
+    }
+    return c;
+}
+
+/* A bound of a class's range, or a class in it (then true is returned, and its characters are added). */
+static bool llm__gram_class_item(llm__gram_reader *r, uint32_t *c) {
+    *c = llm__gram_take_char(r);
+    if (*c != '\\') return false;
+    if (llm__gram_peek(r) == 'b') {
+        r->at++;
+        *c = 8;
+        return false;
+    }
+    if (llm__gram_peek(r) >= 0 && llm__gram_add_class(r->b, llm__gram_peek(r))) {
+        r->at++;
+        return true;
+    }
+    *c = llm__gram_regex_escape(r);
+    return false;
+}
+
+/* A class, whose [ has been read. */
+static uint32_t llm__gram_regex_class(llm__gram_reader *r) {
+    llm__gram_builder *b = r->b;
+    size_t first = b->n_ranges;
+    bool inverted = llm__gram_take(r, '^');
+    while (!llm__gram_take(r, ']')) {
+        uint32_t lo, hi;
+        if (llm__gram_class_item(r, &lo)) continue;
+        hi = lo;
+        if (llm__gram_peek(r) == '-' && r->at + 1 < r->end && r->at[1] != ']') {
+            r->at++;
+            if (llm__gram_class_item(r, &hi)) llm__gram_fail(r, "a range to a class");
+        }
+        if (hi < lo) llm__gram_fail(r, "a range that ends before it begins");
+        llm__gram_add_range(b, lo, hi);
+    }
+    llm__gram_join_ranges(b, first);
+    if (inverted) llm__gram_invert_ranges(b, first);
+    return llm__gram_regex_chars(r, first);
+}
+
+static uint32_t llm__gram_regex_alternatives(llm__gram_reader *r);
+
+/* A group, whose ( has been read. */
+static uint32_t llm__gram_regex_group(llm__gram_reader *r) {
+    if (llm__gram_take(r, '?') && !llm__gram_take(r, ':')) {
+        bool named = llm__gram_take(r, '<') && llm__gram_peek(r) != '=' && llm__gram_peek(r) != '!';
+        if (!named) llm__gram_fail(r, "of groups that begin with ?, only (?: ) and (?<name> ) are supported");
+        while (llm__gram_take_char(r) != '>') continue;
+    }
+    if (++r->depth > LLM__GRAM_MOST_DEPTH) llm__gram_fail(r, "groups are deeper than %d levels", LLM__GRAM_MOST_DEPTH);
+    uint32_t inner = llm__gram_regex_alternatives(r);
+    r->depth--;
+    if (!llm__gram_take(r, ')')) llm__gram_fail(r, "a ) is expected");
+    return inner;
+}
+
+/* Any character but those that end a line; `all`: any character. */
+static uint32_t llm__gram_regex_any(llm__gram_reader *r, bool all) {
+    size_t first = r->b->n_ranges;
+    if (all) {
+        llm__gram_add_range(r->b, 0, 0x10FFFF);
+    } else {
+        llm__gram_add_range(r->b, '\n', '\n');
+        llm__gram_add_range(r->b, '\r', '\r');
+        llm__gram_add_range(r->b, 0x2028, 0x2029);
+        llm__gram_invert_ranges(r->b, first);
+    }
+    return llm__gram_regex_chars(r, first);
+}
+
+static uint32_t llm__gram_regex_atom(llm__gram_reader *r) {
+    size_t first = r->b->n_ranges;
+    uint32_t c = llm__gram_take_char(r);
+    if (c == '(') return llm__gram_regex_group(r);
+    if (c == '[') return llm__gram_regex_class(r);
+    if (c == '.') return llm__gram_regex_any(r, false);
+    if (c == '\\') {
+        if (llm__gram_peek(r) >= 0 && llm__gram_add_class(r->b, llm__gram_peek(r))) {
+            r->at++;
+            return llm__gram_regex_chars(r, first);
+        }
+        c = llm__gram_regex_escape(r);
+    } else if (c == '^' || c == '$') {
+        llm__gram_fail(r, "%c is supported only at the %s of the whole", (int)c, c == '^' ? "start" : "end");
+    } else if (c < 128 && strchr("*+?{}]", (int)c)) {
+        r->at--;
+        llm__gram_fail(r, "%c must be escaped here", (int)c);
+    }
+    return llm__gram_regex_char(r, c);
+}
+
+static uint32_t llm__gram_regex_sequence(llm__gram_reader *r) {
+    uint32_t seq = llm__gram_new(r->b, LLM__GRAM_SEQ, 0, 0), min, max;
+    if (!r->depth) {
+        r->from_start = llm__gram_take(r, '^');
+        r->to_end = false;
+    }
+    while (r->at < r->end && *r->at != '|' && *r->at != ')') {
+        if (!r->depth && *r->at == '$' && (r->at + 1 == r->end || r->at[1] == '|')) {
+            r->at++;
+            r->to_end = true;
+            break;
+        }
+        uint32_t atom = llm__gram_regex_atom(r);
+        if (llm__gram_take_quantifier(r, &min, &max)) {
+            llm__gram_take(r, '?'); /* taking as little as possible changes nothing about what is matched */
+            atom = llm__gram_repeat_of(r->b, atom, min, max);
+        }
+        llm__gram_add(r->b, seq, atom);
+    }
+    return seq;
+}
+
+static uint32_t llm__gram_regex_alternatives(llm__gram_reader *r) {
+    uint32_t alt = llm__gram_new(r->b, LLM__GRAM_ALT, 0, 0);
+    do {
+        uint32_t seq = llm__gram_regex_sequence(r);
+        if (!r->depth && r->json) { /* a pattern may match anywhere in the string */
+            llm__gram_builder *b = r->b;
+            uint32_t before = 0, after = 0;
+            if (!r->from_start) before = llm__gram_repeat_of(b, llm__gram_regex_any(r, true), 0, LLM__GRAM_ENDLESS);
+            if (!r->to_end) after = llm__gram_repeat_of(b, llm__gram_regex_any(r, true), 0, LLM__GRAM_ENDLESS);
+            if (before || after) seq = llm__gram_list(b, LLM__GRAM_SEQ, before, seq, after, 0);
+        }
+        llm__gram_add(r->b, alt, seq);
+    } while (llm__gram_take(r, '|'));
+    return alt;
+}
+
+/* What a regular expression matches; `json`: within a JSON string, anywhere in it. */
+static uint32_t llm__gram_regex(llm__gram_builder *b, llm__str text, bool json) {
+    llm__gram_reader r = llm__gram_reader_of(b, text, json ? "pattern" : "regular expression", json);
+    uint32_t alt = llm__gram_regex_alternatives(&r);
+    if (r.at < r.end) llm__gram_fail(&r, "this ) closes no group");
+    return alt;
+}
+
+/* ---- GBNF ---- */
+
+static bool llm__gram_is_name(int c) {
+    return (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z') || c == '-' || c == '_';
+}
+
+/* Skips blanks and comments, and line ends if they do not end the rule. */
+static void llm__gram_skip_blanks(llm__gram_reader *r, bool lines) {
+    for (; r->at < r->end; r->at++) {
+        if (*r->at == '#')
+            while (r->at + 1 < r->end && r->at[1] != '\n' && r->at[1] != '\r') r->at++;
+        else if (*r->at != ' ' && *r->at != '\t' && !(lines && (*r->at == '\n' || *r->at == '\r'))) return;
+    }
+}
+
+/* The number of the rule of a name, which may be a new one. The table has the rules by their names. */
+static uint32_t llm__gram_find_rule(llm__gram_builder *b, llm__gram_table *table, llm__str name) {
+    if (2 * b->n_rules >= table->mask) {
+        llm__gram_table_resize(b->env, table, table->mask ? 2 * (table->mask + 1) : 64);
+        for (size_t i = 0; i < b->n_rules; i++) {
+            size_t slot = llm__hash_bytes((const uint8_t *)b->rules[i].name.at, b->rules[i].name.n) & table->mask;
+            while (table->slots[slot] != LLM__GRAM_NONE) slot = (slot + 1) & table->mask;
+            table->slots[slot] = (uint32_t)i;
+        }
+    }
+    size_t slot = llm__hash_bytes((const uint8_t *)name.at, name.n) & table->mask;
+    for (; table->slots[slot] != LLM__GRAM_NONE; slot = (slot + 1) & table->mask)
+        if (llm__str_equal(b->rules[table->slots[slot]].name, name)) return table->slots[slot];
+    table->slots[slot] = (uint32_t)b->n_rules;
+    return llm__gram_add_rule(b, name);
+}
+
+/* A character of a literal or a class. */
+static uint32_t llm__gram_gbnf_char(llm__gram_reader *r) {
+    static const char letters[] = "tnr\\\"[]", meanings[] = "\t\n\r\\\"[]";
+    uint32_t c = llm__gram_take_char(r);
+    if (c != '\\') return c;
+    c = llm__gram_take_char(r);
+    const char *found = c && c < 128 ? strchr(letters, (int)c) : NULL;
+    if (found) return (uint8_t)meanings[found - letters];
+    if (c != 'x' && c != 'u' && c != 'U') llm__gram_fail(r, "an unknown escape");
+    return llm__gram_check_char(r, llm__gram_take_hex(r, c == 'x' ? 2 : c == 'u' ? 4 : 8));
+}
+
+static uint32_t llm__gram_gbnf_alternatives(llm__gram_reader *r, llm__gram_table *names);
+
+/* What comes next in a sequence; 0 if it ends here. */
+static uint32_t llm__gram_gbnf_atom(llm__gram_reader *r, llm__gram_table *names) {
+    llm__gram_builder *b = r->b;
+    size_t first = b->n_ranges;
+    const uint8_t *start = r->at;
+    if (llm__gram_take(r, '"')) {
+        uint32_t literal = llm__gram_bytes(b, NULL, 0);
+        while (!llm__gram_take(r, '"')) {
+            uint8_t bytes[4];
+            size_t n = llm__utf8_encode(llm__gram_gbnf_char(r), bytes);
+            for (size_t i = 0; i < n; i++) {
+                b->bytes = (char *)llm__alloc_grow(b->env, b->bytes, b->n_bytes, &b->bytes_room, 1);
+                b->bytes[b->n_bytes++] = (char)bytes[i];
+            }
+            b->exprs[literal].b += (uint32_t)n;
+        }
+        return literal;
+    }
+    if (llm__gram_take(r, '[')) {
+        bool inverted = llm__gram_take(r, '^');
+        while (!llm__gram_take(r, ']')) {
+            uint32_t lo = llm__gram_gbnf_char(r), hi = lo;
+            if (llm__gram_peek(r) == '-' && r->at + 1 < r->end && r->at[1] != ']') {
+                r->at++;
+                hi = llm__gram_gbnf_char(r);
+            }
+            if (hi < lo) llm__gram_fail(r, "a range that ends before it begins");
+            llm__gram_add_range(b, lo, hi);
+        }
+        llm__gram_join_ranges(b, first);
+        if (inverted) llm__gram_invert_ranges(b, first);
+        return llm__gram_chars(b, first);
+    }
+    if (llm__gram_take(r, '.')) return llm__gram_char_range(b, 0, 0x10FFFF);
+    if (llm__gram_take(r, '(')) {
+        if (++r->depth > LLM__GRAM_MOST_DEPTH)
+            llm__gram_fail(r, "groups are deeper than %d levels", LLM__GRAM_MOST_DEPTH);
+        llm__gram_skip_blanks(r, true);
+        uint32_t inner = llm__gram_gbnf_alternatives(r, names);
+        r->depth--;
+        if (!llm__gram_take(r, ')')) llm__gram_fail(r, "a ) is expected");
+        return inner;
+    }
+    while (llm__gram_is_name(llm__gram_peek(r))) r->at++;
+    if (r->at > start) {
+        llm__str name = {(const char *)start, (size_t)(r->at - start)};
+        return llm__gram_new(b, LLM__GRAM_RULE, llm__gram_find_rule(b, names, name), 0);
+    }
+    if (llm__gram_peek(r) == '<' || llm__gram_peek(r) == '!')
+        llm__gram_fail(r, "tokens as in <[1]>, <name> and !<name> are not supported");
+    return 0;
+}
+
+static uint32_t llm__gram_gbnf_alternatives(llm__gram_reader *r, llm__gram_table *names) {
+    uint32_t alt = llm__gram_new(r->b, LLM__GRAM_ALT, 0, 0), atom, min, max;
+    for (;;) {
+        uint32_t seq = llm__gram_new(r->b, LLM__GRAM_SEQ, 0, 0);
+        while ((atom = llm__gram_gbnf_atom(r, names)) != 0) {
+            llm__gram_skip_blanks(r, r->depth > 0);
+            if (llm__gram_take_quantifier(r, &min, &max)) atom = llm__gram_repeat_of(r->b, atom, min, max);
+            llm__gram_skip_blanks(r, r->depth > 0);
+            llm__gram_add(r->b, seq, atom);
+        }
+        llm__gram_add(r->b, alt, seq);
+        const uint8_t *end = r->at;
+        llm__gram_skip_blanks(r, true);
+        if (!llm__gram_take(r, '|')) {
+            r->at = end;
+            return alt;
+        }
+        llm__gram_skip_blanks(r, true);
+    }
+}
+
+static void llm__gram_gbnf(llm__gram_builder *b, llm__str text) {
+    llm__gram_reader r = llm__gram_reader_of(b, text, "grammar", false);
+    llm__gram_table names;
+    llm__str root = {"root", 4};
+    memset(&names, 0, sizeof names);
+    llm__gram_find_rule(b, &names, root);
+    for (llm__gram_skip_blanks(&r, true); r.at < r.end; llm__gram_skip_blanks(&r, true)) {
+        llm__str name = {(const char *)r.at, 0};
+        size_t first = b->n_exprs;
+        while (llm__gram_is_name(llm__gram_peek(&r))) r.at++;
+        name.n = (size_t)((const char *)r.at - name.at);
+        if (!name.n) llm__gram_fail(&r, "the name of a rule is expected");
+        llm__gram_skip_blanks(&r, false);
+        if (!llm__gram_take(&r, ':') || !llm__gram_take(&r, ':') || !llm__gram_take(&r, '='))
+            llm__gram_fail(&r, "::= is expected");
+        llm__gram_skip_blanks(&r, true);
+        uint32_t rule = llm__gram_find_rule(b, &names, name);
+        if (b->rules[rule].expr) llm__gram_fail(&r, "the rule \"%.*s\" is defined twice", LLM__SHOW(name));
+        llm__gram_define(b, rule, llm__gram_gbnf_alternatives(&r, &names), first);
+        llm__gram_skip_blanks(&r, false);
+        if (r.at < r.end && *r.at != '\n' && *r.at != '\r') llm__gram_fail(&r, "the rule does not end here");
+    }
+    for (size_t i = 0; i < b->n_rules; i++)
+        if (!b->rules[i].expr)
+            llm__fail(b->env, LLM_ERROR_FORMAT, "the grammar does not define the rule \"%.*s\"",
+                      LLM__SHOW(b->rules[i].name));
+}
+
+/* ---- JSON Schema ----
+   Draft 2020-12. A schema is compiled together with the others that must hold of the same value: those it refers to,
+   and those in its allOf. So a conjunction of schemas becomes an expression, and one that is referred to a rule, which
+   schemas that contain themselves need. Where an alternative is chosen, it joins the conjunction.
+
+   Of the many ways to write a value one is taken: properties come in the order of the schema, those it does not name
+   after them; characters are escaped where they must be, and in strings without a pattern wherever one likes; white
+   space is a space, or a new line with up to 40 blanks. */
+
+typedef struct llm__gram_member {
+    const llm__json *schema;
+    unsigned done; /* the alternatives that are chosen already: 1: of anyOf, 2: of oneOf */
+    size_t parent; /* the member that brought it here; SIZE_MAX: none */
+} llm__gram_member;
+
+/* Schemas that must all hold. */
+typedef struct llm__gram_conj {
+    llm__gram_member *members;
+    size_t n, room, n_flat; /* n_flat: members whose references have been followed */
+    bool refers, never;     /* a reference was followed; nothing can hold */
+} llm__gram_conj;
+
+typedef struct llm__gram_memo {
+    llm__gram_conj conj;
+    uint32_t rule;
+} llm__gram_memo;
+
+typedef struct llm__gram_schema {
+    llm__gram_builder *b;
+    const llm__json *root;
+    llm__gram_memo *memos; /* conjunctions that are rules; those from n_built on have to be compiled */
+    size_t n_memos, memos_room, n_built;
+    uint32_t blank, string; /* rules: white space; any string */
+    int depth;
+    size_t spent;
+} llm__gram_schema;
+
+enum {
+    LLM__GRAM_IS_NULL = 1,
+    LLM__GRAM_IS_BOOL = 2,
+    LLM__GRAM_IS_WHOLE = 4, /* a number without a fraction */
+    LLM__GRAM_IS_OTHER = 8, /* another number              */
+    LLM__GRAM_IS_STRING = 16,
+    LLM__GRAM_IS_ARRAY = 32,
+    LLM__GRAM_IS_OBJECT = 64,
+    LLM__GRAM_IS_ANY = 127,
+    LLM__GRAM_MOST_MEMBERS = 200,   /* of a conjunction */
+    LLM__GRAM_MOST_LEVELS = 300,    /* of schemas inside schemas, alternatives included */
+    LLM__GRAM_MOST_SPENT = 1 << 26, /* comparisons of values, and of names */
+    LLM__GRAM_MOST_ONE_OF = 64      /* alternatives of oneOf */
+};
+
+static uint32_t llm__gram_rule_expr(llm__gram_builder *b, uint32_t rule) {
+    return llm__gram_new(b, LLM__GRAM_RULE, rule, 0);
+}
+
+static uint32_t llm__gram_new_rule(llm__gram_builder *b) {
+    llm__str unnamed = {"", 0};
+    return llm__gram_add_rule(b, unnamed);
+}
+
+LLM__NORETURN static void llm__gram_refuse(llm__gram_schema *s, const llm__json *schema, const char *what) {
+    bool named = schema->key.n > 0;
+    llm__fail(s->b->env, LLM_ERROR_UNSUPPORTED, "the JSON schema%s%.*s%s: %s", named ? " \"" : "",
+              LLM__SHOW(schema->key), named ? "\"" : "", what);
+}
+
+/* Counts comparisons, which a schema could be made to need too many of. */
+static void llm__gram_spend(llm__gram_schema *s, const llm__json *schema, size_t n) {
+    s->spent += n;
+    if (s->spent > LLM__GRAM_MOST_SPENT) llm__gram_refuse(s, schema, "its parts take too long to compare");
+}
+
+/* Refuses keywords that are not supported. Returns whether one of those that are says anything about the value itself,
+   $ref and allOf aside. */
+static bool llm__gram_check_keywords(llm__gram_schema *s, const llm__json *schema) {
+    static const char *const notes[] = {
+        "title",           "description",      "default",       "examples", "deprecated",  "readOnly",
+        "writeOnly",       "$comment",         "$schema",       "$defs",    "definitions", "format",
+        "contentEncoding", "contentMediaType", "contentSchema", "$anchor",  "$ref",        "allOf"};
+    static const char *const known[] = {"type",
+                                        "enum",
+                                        "const",
+                                        "properties",
+                                        "required",
+                                        "items",
+                                        "prefixItems",
+                                        "minItems",
+                                        "maxItems",
+                                        "minLength",
+                                        "maxLength",
+                                        "pattern",
+                                        "minimum",
+                                        "maximum",
+                                        "exclusiveMinimum",
+                                        "exclusiveMaximum",
+                                        "anyOf",
+                                        "oneOf",
+                                        "additionalProperties"};
+    bool says = false;
+    for (const llm__json *m = schema->first; m; m = m->next) {
+        bool found = m->key.n > 1 && m->key.at[0] == 'x' && m->key.at[1] == '-';
+        for (size_t i = 0; i < sizeof notes / sizeof *notes && !found; i++) found = llm__str_is(m->key, notes[i]);
+        bool at_home = m->type == LLM__JSON_STRING && m->string.n > 24 &&
+                       (!memcmp(m->string.at, "http://json-schema.org/", 23) ||
+                        !memcmp(m->string.at, "https://json-schema.org/", 24));
+        if (llm__str_is(m->key, "$schema") && !at_home)
+            llm__gram_refuse(s, schema, "a $schema that is not of json-schema.org is not supported");
+        if (found || (schema == s->root && llm__str_is(m->key, "$id"))) continue;
+        for (size_t i = 0; i < sizeof known / sizeof *known && !found; i++) found = llm__str_is(m->key, known[i]);
+        says = true;
+        if (found || (llm__str_is(m->key, "uniqueItems") && m->type == LLM__JSON_FALSE)) continue;
+        char what[160];
+        snprintf(what, sizeof what, "the keyword \"%.*s\" is not supported", LLM__SHOW(m->key));
+        llm__gram_refuse(s, schema, what);
+    }
+    return says;
+}
+
+/* The place in the schema that a reference names: "#", or "#/" and the names of members, as in RFC 6901. */
+static const llm__json *llm__gram_resolve(llm__gram_schema *s, const llm__json *schema, llm__str ref) {
+    const llm__json *at = s->root;
+    const char *p = ref.at, *end = ref.at + ref.n;
+    char *name = (char *)llm__alloc(s->b->env, ref.n + 1, 1);
+    if (p == end || *p != '#' || (p + 1 < end && p[1] != '/'))
+        llm__gram_refuse(s, schema, "a $ref that does not begin with #/ is not supported");
+    for (p++; at && p < end;) {
+        llm__str key = {name, 0};
+        for (p++; p < end && *p != '/'; p++) {
+            char c = *p;
+            unsigned code;
+            if (c == '%' && end - p > 2 && sscanf(p + 1, "%2x", &code) == 1) {
+                c = (char)code;
+                p += 2;
+            } else if (c == '~' && end - p > 1 && (p[1] == '0' || p[1] == '1')) {
+                c = *++p == '0' ? '~' : '/';
+            }
+            name[key.n++] = c;
+        }
+        const llm__json *inner = NULL;
+        size_t index = 0;
+        name[key.n] = 0;
+        llm__gram_spend(s, schema, at->n);
+        bool object = at->type == LLM__JSON_OBJECT, number = key.n && key.n < 10 && strspn(name, "0123456789") == key.n;
+        size_t wanted = !object && number && (*name != '0' || key.n == 1) ? (size_t)atol(name) : SIZE_MAX;
+        for (const llm__json *m = at->first; m; m = m->next, index++)
+            if (object ? llm__str_equal(m->key, key) : index == wanted) inner = m;
+        at = inner;
+    }
+    if (!at) {
+        char what[200];
+        snprintf(what, sizeof what, "there is nothing at the $ref \"%.*s\"", LLM__SHOW(ref));
+        llm__gram_refuse(s, schema, what);
+    }
+    return at;
+}
+
+/* Adds a schema, unless it is there. */
+static void llm__gram_join(llm__gram_schema *s, llm__gram_conj *c, const llm__json *schema, size_t parent) {
+    for (size_t i = 0; i < c->n; i++) {
+        if (c->members[i].schema != schema) continue;
+        for (size_t up = parent; up != SIZE_MAX; up = c->members[up].parent)
+            if (up == i) llm__gram_refuse(s, schema, "it refers to itself without anything in between");
+        return;
+    }
+    if (c->n >= LLM__GRAM_MOST_MEMBERS) llm__gram_refuse(s, schema, "too many schemas must hold at once");
+    c->members = (llm__gram_member *)llm__alloc_grow(s->b->env, c->members, c->n, &c->room, sizeof *c->members);
+    memset(&c->members[c->n], 0, sizeof *c->members);
+    c->members[c->n].schema = schema;
+    c->members[c->n++].parent = parent;
+}
+
+static llm__gram_conj llm__gram_conj_of(void) {
+    llm__gram_conj c;
+    memset(&c, 0, sizeof c);
+    return c;
+}
+
+/* Joins a member of each schema in a conjunction, where there is one. */
+static llm__gram_conj llm__gram_conj_of_members(llm__gram_schema *s, const llm__gram_conj *c, const char *key) {
+    llm__gram_conj inner = llm__gram_conj_of();
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *m = llm__json_find(c->members[i].schema, key);
+        if (m) llm__gram_join(s, &inner, m, SIZE_MAX);
+    }
+    return inner;
+}
+
+/* Follows references and allOf. Members that say nothing themselves go; *c is as if they had never been there. */
+static void llm__gram_flatten(llm__gram_schema *s, llm__gram_conj *c) {
+    llm__env *env = s->b->env;
+    for (size_t i = c->n_flat; i < c->n; i++) {
+        const llm__json *schema = c->members[i].schema;
+        if (schema->type == LLM__JSON_FALSE) c->never = true;
+        if (schema->type == LLM__JSON_FALSE || schema->type == LLM__JSON_TRUE) continue;
+        if (schema->type != LLM__JSON_OBJECT) llm__gram_refuse(s, schema, "a schema must be an object, true or false");
+        llm__gram_check_keywords(s, schema);
+        const llm__json *ref = llm__json_get_type(env, schema, "$ref", LLM__JSON_STRING);
+        const llm__json *all = llm__json_get_type(env, schema, "allOf", LLM__JSON_ARRAY);
+        if (ref) {
+            c->refers = true;
+            llm__gram_join(s, c, llm__gram_resolve(s, schema, ref->string), i);
+        }
+        for (const llm__json *m = all ? all->first : NULL; m; m = m->next) llm__gram_join(s, c, m, i);
+    }
+    size_t kept = 0;
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *schema = c->members[i].schema;
+        if (schema->type == LLM__JSON_OBJECT && llm__gram_check_keywords(s, schema)) c->members[kept++] = c->members[i];
+    }
+    for (size_t i = 0; i < kept; i++) c->members[i].parent = SIZE_MAX;
+    c->n = c->n_flat = kept;
+}
+
+static bool llm__gram_same_conj(const llm__gram_conj *a, const llm__gram_conj *b) {
+    if (a->n != b->n || a->never != b->never) return false;
+    for (size_t i = 0; i < a->n; i++)
+        if (a->members[i].schema != b->members[i].schema || a->members[i].done != b->members[i].done) return false;
+    return true;
+}
+
+/* ---- Values ---- */
+
+static unsigned llm__gram_type_of(const llm__json *v) {
+    static const unsigned types[] = {LLM__GRAM_IS_NULL,   LLM__GRAM_IS_BOOL,  LLM__GRAM_IS_BOOL,  LLM__GRAM_IS_WHOLE,
+                                     LLM__GRAM_IS_STRING, LLM__GRAM_IS_ARRAY, LLM__GRAM_IS_OBJECT};
+    if (v->type == LLM__JSON_NUMBER && v->number != floor(v->number)) return LLM__GRAM_IS_OTHER;
+    return types[v->type];
+}
+
+static bool llm__gram_equal(const llm__json *a, const llm__json *b) {
+    if (a->type != b->type || a->n != b->n) return false;
+    if (a->type == LLM__JSON_NUMBER) return a->number == b->number;
+    if (a->type == LLM__JSON_STRING) return llm__str_equal(a->string, b->string);
+    const llm__json *other = b->first;
+    for (const llm__json *m = a->first; m; m = m->next, other = other->next) {
+        const llm__json *same = other;
+        if (a->type == LLM__JSON_OBJECT)
+            for (same = b->first; same && !llm__str_equal(same->key, m->key);) same = same->next;
+        if (!same || !llm__gram_equal(m, same)) return false;
+    }
+    return true;
+}
+
+/* The types that a schema allows. */
+static unsigned llm__gram_types(llm__gram_schema *s, const llm__json *schema) {
+    static const char *const names[] = {"null", "boolean", "integer", "number", "string", "array", "object"};
+    static const unsigned types[] = {
+        LLM__GRAM_IS_NULL,   LLM__GRAM_IS_BOOL,  LLM__GRAM_IS_WHOLE, LLM__GRAM_IS_WHOLE | LLM__GRAM_IS_OTHER,
+        LLM__GRAM_IS_STRING, LLM__GRAM_IS_ARRAY, LLM__GRAM_IS_OBJECT};
+    const llm__json *v = llm__json_find(schema, "type");
+    unsigned mask = 0;
+    if (!v) return LLM__GRAM_IS_ANY;
+    for (const llm__json *m = v->type == LLM__JSON_ARRAY ? v->first : v; m;
+         m = v->type == LLM__JSON_ARRAY ? m->next : NULL) {
+        unsigned found = 0;
+        for (int i = 0; i < 7; i++)
+            if (m->type == LLM__JSON_STRING && llm__str_is(m->string, names[i])) found = types[i];
+        if (!found) llm__gram_refuse(s, schema, "its type is none of JSON's");
+        mask |= found;
+    }
+    return mask;
+}
+
+static unsigned llm__gram_conj_types(llm__gram_schema *s, const llm__gram_conj *c) {
+    unsigned types = c->never ? 0 : LLM__GRAM_IS_ANY;
+    for (size_t i = 0; i < c->n; i++) types &= llm__gram_types(s, c->members[i].schema);
+    return types;
+}
+
+static size_t llm__gram_count_chars(llm__str s) {
+    size_t n = 0;
+    for (size_t i = 0; i < s.n; i++) n += ((uint8_t)s.at[i] & 0xC0) != 0x80;
+    return n;
+}
+
+/* Whether a value fits one schema, whose combinations of others are dealt with elsewhere. */
+static bool llm__gram_fits(llm__gram_schema *s, const llm__json *schema, const llm__json *v) {
+    static const char *const inner[] = {
+        "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems", "pattern"};
+    llm__env *env = s->b->env;
+    unsigned type = llm__gram_type_of(v);
+    llm__gram_spend(s, schema, 1);
+    const llm__json *constant = llm__json_find(schema, "const");
+    const llm__json *list = llm__json_get_type(env, schema, "enum", LLM__JSON_ARRAY);
+    if (!(llm__gram_types(s, schema) & type) || (constant && !llm__gram_equal(constant, v))) return false;
+    bool found = !list;
+    if (list) llm__gram_spend(s, schema, list->n);
+    for (const llm__json *m = list ? list->first : NULL; m && !found; m = m->next) found = llm__gram_equal(m, v);
+    if (!found) return false;
+    if (v->type == LLM__JSON_NUMBER) {
+        double all = HUGE_VAL;
+        if (v->number < llm__json_get_number(env, schema, "minimum", -all, -all, all)) return false;
+        if (v->number > llm__json_get_number(env, schema, "maximum", all, -all, all)) return false;
+        const llm__json *above = llm__json_get_type(env, schema, "exclusiveMinimum", LLM__JSON_NUMBER);
+        const llm__json *below = llm__json_get_type(env, schema, "exclusiveMaximum", LLM__JSON_NUMBER);
+        return !(above && v->number <= above->number) && !(below && v->number >= below->number);
+    }
+    for (size_t i = 0; i < sizeof inner / sizeof *inner; i++)
+        if (llm__json_find(schema, inner[i]) && type == (i == 7  ? LLM__GRAM_IS_STRING
+                                                         : i < 3 ? LLM__GRAM_IS_OBJECT
+                                                                 : LLM__GRAM_IS_ARRAY)) {
+            char what[100];
+            snprintf(what, sizeof what, "\"%s\" beside enum or const is not supported", inner[i]);
+            llm__gram_refuse(s, schema, what);
+        }
+    if (v->type != LLM__JSON_STRING) return true;
+    int length = (int)llm__gram_count_chars(v->string);
+    return length >= llm__json_get_int(env, schema, "minLength", 0, 0, INT32_MAX) &&
+           length <= llm__json_get_int(env, schema, "maxLength", INT32_MAX, 0, INT32_MAX);
+}
+
+/* The characters of a string as JSON writes them, without quotation marks. */
+static uint32_t llm__gram_string_text(llm__gram_builder *b, llm__str text) {
+    uint32_t seq = llm__gram_new(b, LLM__GRAM_SEQ, 0, 0);
+    const uint8_t *p = (const uint8_t *)text.at, *end = p + text.n;
+    if (llm__utf8_check(p, end) < end) llm__fail(b->env, LLM_ERROR_FORMAT, "the JSON schema is not UTF-8");
+    while (p < end) {
+        const uint8_t *start = p;
+        while (p < end && *p >= 0x20 && *p != '"' && *p != '\\') p++;
+        if (p > start) llm__gram_add(b, seq, llm__gram_bytes(b, (const char *)start, (size_t)(p - start)));
+        if (p == end) break;
+        size_t first = b->n_ranges;
+        llm__gram_add_range(b, *p, *p);
+        llm__gram_add(b, seq, llm__gram_json_chars(b, first));
+        p++;
+    }
+    return seq;
+}
+
+static uint32_t llm__gram_quoted(llm__gram_builder *b, uint32_t inner) {
+    return llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "\""), inner, llm__gram_text(b, "\""), 0);
+}
+
+/* A comma, and white space. */
+static uint32_t llm__gram_comma(llm__gram_schema *s) {
+    return llm__gram_list(s->b, LLM__GRAM_SEQ, llm__gram_text(s->b, ","), llm__gram_rule_expr(s->b, s->blank), 0, 0);
+}
+
+/* A property's name, a colon and white space. */
+static uint32_t llm__gram_colon(llm__gram_schema *s, uint32_t name) {
+    return llm__gram_list(s->b, LLM__GRAM_SEQ, name, llm__gram_text(s->b, ":"), llm__gram_rule_expr(s->b, s->blank), 0);
+}
+
+/* One value. JSON's reader limits its depth. */
+static uint32_t llm__gram_value(llm__gram_schema *s, const llm__json *v) {
+    static const char *const words[] = {"null", "false", "true"};
+    llm__gram_builder *b = s->b;
+    if (v->type <= LLM__JSON_TRUE) return llm__gram_text(b, words[v->type]);
+    if (v->type == LLM__JSON_NUMBER) { /* as it is written, and 2.0 also as 2 */
+        size_t n = v->string.n, n_whole = n;
+        while (n_whole && v->string.at[n_whole - 1] == '0') n_whole--;
+        bool whole = n_whole && v->string.at[n_whole - 1] == '.';
+        uint32_t written = llm__gram_bytes(b, v->string.at, n);
+        if (!whole) return written;
+        return llm__gram_list(b, LLM__GRAM_ALT, written, llm__gram_bytes(b, v->string.at, n_whole - 1), 0, 0);
+    }
+    if (v->type == LLM__JSON_STRING) return llm__gram_quoted(b, llm__gram_string_text(b, v->string));
+    bool object = v->type == LLM__JSON_OBJECT;
+    uint32_t seq =
+        llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, object ? "{" : "["), llm__gram_rule_expr(b, s->blank), 0, 0);
+    for (const llm__json *m = v->first; m; m = m->next) {
+        if (m != v->first) llm__gram_add(b, seq, llm__gram_comma(s));
+        if (object) llm__gram_add(b, seq, llm__gram_colon(s, llm__gram_quoted(b, llm__gram_string_text(b, m->key))));
+        llm__gram_add(b, seq, llm__gram_value(s, m));
+    }
+    if (v->first) llm__gram_add(b, seq, llm__gram_rule_expr(b, s->blank));
+    llm__gram_add(b, seq, llm__gram_text(b, object ? "}" : "]"));
+    return seq;
+}
+
+/* ---- Numbers ---- */
+
+/* A bound, in decimal digits. */
+typedef struct llm__gram_decimal {
+    bool given, negative, exclusive;
+    int n_whole, n_part; /* digits before and after the point; no zeros in front of the former or behind the latter */
+    char whole[32], part[32];
+} llm__gram_decimal;
+
+static llm__gram_decimal llm__gram_decimal_of(llm__gram_schema *s, const llm__json *schema, llm__str text,
+                                              bool exclusive) {
+    llm__gram_decimal d;
+    char digits[32];
+    int n = 0, point = 0, power = 0;
+    bool after = false;
+    size_t i = text.at[0] == '-';
+    memset(&d, 0, sizeof d);
+    for (; i < text.n && (text.at[i] | 32) != 'e'; i++) {
+        if (text.at[i] == '.') {
+            after = true;
+        } else if (n || text.at[i] != '0') {
+            if (n == 31) llm__gram_refuse(s, schema, "a bound of more than 31 digits is not supported");
+            digits[n++] = text.at[i];
+            point += !after;
+        } else if (after) {
+            point--;
+        }
+    }
+    if (i < text.n) {
+        for (i += text.at[i + 1] == '-' || text.at[i + 1] == '+' ? 2 : 1; i < text.n && power < 1000; i++)
+            power = power * 10 + (text.at[i] - '0');
+        for (i = 0; i < text.n; i++)
+            if ((text.at[i] | 32) == 'e' && text.at[i + 1] == '-') power = -power;
+    }
+    while (n && digits[n - 1] == '0' && point < n) n--;
+    point = n ? point + power : 0;
+    if (point > 31 || n - point > 31) llm__gram_refuse(s, schema, "a bound of more than 31 digits is not supported");
+    d.given = true;
+    d.negative = n && text.at[0] == '-';
+    d.exclusive = exclusive;
+    for (int at = 0; at < point; at++) d.whole[d.n_whole++] = at < n ? digits[at] : '0';
+    if (!d.n_whole) d.whole[d.n_whole++] = '0';
+    for (int at = point; at < n; at++) d.part[d.n_part++] = at < 0 ? '0' : digits[at];
+    while (d.n_part && d.part[d.n_part - 1] == '0') d.n_part--;
+    return d;
+}
+
+/* -1, 0 or 1: how two compare that have the same sign, without it. */
+static int llm__gram_compare_sizes(const llm__gram_decimal *a, const llm__gram_decimal *b) {
+    if (a->n_whole != b->n_whole) return a->n_whole < b->n_whole ? -1 : 1;
+    int order = memcmp(a->whole, b->whole, (size_t)a->n_whole);
+    int n = a->n_part < b->n_part ? a->n_part : b->n_part;
+    if (!order) order = memcmp(a->part, b->part, (size_t)n);
+    if (!order) order = a->n_part - b->n_part;
+    return (order > 0) - (order < 0);
+}
+
+/* Makes *bound the tighter one of itself and another; `side` is 1 for lower bounds and -1 for upper ones. */
+static void llm__gram_tighten(llm__gram_decimal *bound, const llm__gram_decimal *other, int side) {
+    int order = 1;
+    if (bound->given) {
+        if (bound->negative != other->negative) order = bound->negative ? 1 : -1;
+        else order = llm__gram_compare_sizes(other, bound) * (bound->negative ? -1 : 1);
+        order *= side;
+        if (!order && other->exclusive) order = 1;
+    }
+    if (order > 0) *bound = *other;
+}
+
+/* Adds one unit to the size of a whole number, or takes it off. */
+static void llm__gram_count_on(llm__gram_schema *s, llm__gram_decimal *d, int by) {
+    int i = d->n_whole - 1;
+    for (; i >= 0 && d->whole[i] == (by > 0 ? '9' : '0'); i--) d->whole[i] = by > 0 ? '0' : '9';
+    if (i >= 0) {
+        d->whole[i] = (char)(d->whole[i] + by);
+    } else {
+        if (d->n_whole == 31) llm__gram_refuse(s, s->root, "a bound of more than 31 digits is not supported");
+        memmove(d->whole + 1, d->whole, (size_t)d->n_whole++);
+        d->whole[0] = '1';
+    }
+    if (d->n_whole > 1 && d->whole[0] == '0') memmove(d->whole, d->whole + 1, (size_t)--d->n_whole);
+    if (d->n_whole == 1 && d->whole[0] == '0') d->negative = false;
+}
+
+/* Moves a bound to the nearest whole number that it allows. */
+static void llm__gram_round_bound(llm__gram_schema *s, llm__gram_decimal *d, int side) {
+    bool moves = d->n_part || d->exclusive, outwards = d->negative == (side < 0);
+    bool zero = d->n_whole == 1 && d->whole[0] == '0';
+    if (!d->given) return;
+    if (d->n_part && !outwards) moves = false; /* the part is cut off */
+    d->n_part = 0;
+    d->exclusive = false;
+    if (zero && d->negative) d->negative = false; /* -0.5, cut */
+    if (!moves) return;
+    if (zero && side < 0) {
+        d->whole[0] = '1';
+        d->negative = true;
+    } else {
+        llm__gram_count_on(s, d, outwards ? 1 : -1);
+    }
+}
+
+static uint32_t llm__gram_digits(llm__gram_builder *b, int lo, int hi, uint32_t min, uint32_t max) {
+    uint32_t digit = llm__gram_char_range(b, (uint32_t)('0' + lo), (uint32_t)('0' + hi));
+    return min == 1 && max == 1 ? digit : llm__gram_repeat_of(b, digit, min, max);
+}
+
+/* The digits from place `at` on behind the point of numbers above lo and below hi, which equal those before; NULL: that
+   is certain. `some`: one digit at least. */
+static uint32_t llm__gram_part(llm__gram_builder *b, const llm__gram_decimal *lo, const llm__gram_decimal *hi, int at,
+                               bool some) {
+    if (lo && at >= lo->n_part && !lo->exclusive) lo = NULL;
+    if (hi && at >= hi->n_part) {
+        if (lo || hi->exclusive) return llm__gram_new(b, LLM__GRAM_NEVER, 0, 0);
+        return llm__gram_digits(b, 0, 0, some, LLM__GRAM_ENDLESS);
+    }
+    if (!lo && !hi) return llm__gram_digits(b, 0, 9, some, LLM__GRAM_ENDLESS);
+    if (lo && at >= lo->n_part && !hi)
+        return llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, 0, 0, 0, LLM__GRAM_ENDLESS),
+                              llm__gram_digits(b, 1, 9, 1, 1), llm__gram_digits(b, 0, 9, 0, LLM__GRAM_ENDLESS), 0);
+    int low = lo && at < lo->n_part ? lo->part[at] - '0' : 0, high = hi ? hi->part[at] - '0' : 9;
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    if (!lo && !some) llm__gram_add(b, alt, llm__gram_new(b, LLM__GRAM_EMPTY, 0, 0));
+    if (lo && hi && low == high) {
+        uint32_t rest = llm__gram_part(b, lo, hi, at + 1, false);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, low, low, 1, 1), rest, 0, 0));
+        return alt;
+    }
+    if (low > high) return alt;
+    if (lo) {
+        uint32_t rest = llm__gram_part(b, lo, NULL, at + 1, false);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, low, low, 1, 1), rest, 0, 0));
+        low++;
+    }
+    if (hi) {
+        uint32_t rest = llm__gram_part(b, NULL, hi, at + 1, false);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, high, high, 1, 1), rest, 0, 0));
+        high--;
+    }
+    if (low > high) return alt;
+    uint32_t rest = llm__gram_digits(b, 0, 9, 0, LLM__GRAM_ENDLESS);
+    llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, low, high, 1, 1), rest, 0, 0));
+    return alt;
+}
+
+/* What may follow the last digit before the point. */
+static uint32_t llm__gram_point(llm__gram_builder *b, const llm__gram_decimal *lo, const llm__gram_decimal *hi,
+                                bool whole) {
+    bool none = (!lo || (!lo->n_part && !lo->exclusive)) && (!hi || hi->n_part || !hi->exclusive);
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    if (none) llm__gram_add(b, alt, llm__gram_new(b, LLM__GRAM_EMPTY, 0, 0));
+    if (whole) return alt;
+    uint32_t part = llm__gram_part(b, lo, hi, 0, true);
+    llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "."), part, 0, 0));
+    return alt;
+}
+
+/* The digits from place `at` on, of n before the point, of numbers of which llm__gram_part knows the same. */
+static uint32_t llm__gram_whole(llm__gram_builder *b, const llm__gram_decimal *lo, const llm__gram_decimal *hi, int at,
+                                int n, bool whole) {
+    if (at == n) return llm__gram_point(b, lo, hi, whole);
+    if (!lo && !hi && at) {
+        uint32_t digits = llm__gram_digits(b, 0, 9, (uint32_t)(n - at), (uint32_t)(n - at));
+        return llm__gram_list(b, LLM__GRAM_SEQ, digits, llm__gram_point(b, NULL, NULL, whole), 0, 0);
+    }
+    int low = lo ? lo->whole[at] - '0' : !at && n > 1, high = hi ? hi->whole[at] - '0' : 9;
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0), rest;
+    if (lo && hi && low == high) {
+        rest = llm__gram_whole(b, lo, hi, at + 1, n, whole);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, low, low, 1, 1), rest, 0, 0));
+        return alt;
+    }
+    if (low > high) return alt;
+    if (lo) {
+        rest = llm__gram_whole(b, lo, NULL, at + 1, n, whole);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, low, low, 1, 1), rest, 0, 0));
+        low++;
+    }
+    if (hi) {
+        rest = llm__gram_whole(b, NULL, hi, at + 1, n, whole);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, high, high, 1, 1), rest, 0, 0));
+        high--;
+    }
+    if (low > high) return alt;
+    rest = llm__gram_whole(b, NULL, NULL, at + 1, n, whole);
+    llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, low, high, 1, 1), rest, 0, 0));
+    return alt;
+}
+
+/* Numbers from lo to hi without their signs; hi NULL: without an end. */
+static uint32_t llm__gram_sizes(llm__gram_builder *b, const llm__gram_decimal *lo, const llm__gram_decimal *hi,
+                                bool whole) {
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    for (int n = lo->n_whole; n <= (hi ? hi->n_whole : lo->n_whole); n++)
+        llm__gram_add(
+            b, alt, llm__gram_whole(b, n == lo->n_whole ? lo : NULL, hi && n == hi->n_whole ? hi : NULL, 0, n, whole));
+    if (hi) return alt;
+    uint32_t first = llm__gram_digits(b, 1, 9, 1, 1);
+    uint32_t more = llm__gram_digits(b, 0, 9, (uint32_t)lo->n_whole, LLM__GRAM_ENDLESS);
+    llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, first, more, llm__gram_point(b, NULL, NULL, whole), 0));
+    return alt;
+}
+
+/* A number. With bounds it is written without an exponent. */
+static uint32_t llm__gram_number(llm__gram_schema *s, const llm__gram_conj *c, bool whole) {
+    static const char *const keys[] = {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"};
+    llm__gram_builder *b = s->b;
+    llm__gram_decimal bounds[2], zero, largest;
+    memset(bounds, 0, sizeof bounds);
+    for (size_t i = 0; i < c->n; i++)
+        for (int k = 0; k < 4; k++) {
+            const llm__json *schema = c->members[i].schema;
+            const llm__json *v = llm__json_get_type(b->env, schema, keys[k], LLM__JSON_NUMBER);
+            if (!v) continue;
+            llm__gram_decimal d = llm__gram_decimal_of(s, schema, v->string, k & 1);
+            llm__gram_tighten(&bounds[k >> 1], &d, k < 2 ? 1 : -1);
+        }
+    if (!bounds[0].given && !bounds[1].given) {
+        static const char integer[] = "-?(?:0|[1-9][0-9]*)",
+                          number[] = "-?(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?(?:[eE][+\\-]?[0-9]+)?";
+        llm__str text = {whole ? integer : number, whole ? sizeof integer - 1 : sizeof number - 1};
+        return llm__gram_regex(b, text, false);
+    }
+    if (whole) llm__gram_round_bound(s, &bounds[0], 1);
+    if (whole) llm__gram_round_bound(s, &bounds[1], -1);
+    const llm__gram_decimal *lo = bounds[0].given ? &bounds[0] : NULL, *hi = bounds[1].given ? &bounds[1] : NULL;
+    llm__str nought = {"0", 1};
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    if (!lo || lo->negative) {
+        zero = llm__gram_decimal_of(s, s->root, nought, !whole);
+        if (whole) zero.whole[0] = '1';
+        largest = bounds[0];
+        uint32_t sizes = llm__gram_sizes(b, hi && hi->negative ? hi : &zero, lo ? &largest : NULL, whole);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "-"), sizes, 0, 0));
+    }
+    if (hi && hi->negative) return alt;
+    zero = llm__gram_decimal_of(s, s->root, nought, false);
+    llm__gram_add(b, alt, llm__gram_sizes(b, lo && !lo->negative ? lo : &zero, hi, whole));
+    return alt;
+}
+
+/* ---- Strings, arrays and objects ---- */
+
+/* One character of a string that may be written in any way. */
+static uint32_t llm__gram_any_char(llm__gram_builder *b) {
+    static const char text[] =
+        "[^\"\\\\\\x00-\\x1F]|\\\\(?:[\"\\\\/bfnrt]|u(?:[0-9A-Ca-cE-Fe-f][0-9A-Fa-f]{3}|[Dd][0-7]"
+        "[0-9A-Fa-f]{2}|[Dd][89ABab][0-9A-Fa-f]{2}\\\\u[Dd][C-Fc-f][0-9A-Fa-f]{2}))";
+    llm__str regex = {text, sizeof text - 1};
+    return llm__gram_regex(b, regex, false);
+}
+
+static uint32_t llm__gram_string(llm__gram_schema *s, const llm__gram_conj *c) {
+    llm__gram_builder *b = s->b;
+    uint32_t min = 0, max = LLM__GRAM_ENDLESS;
+    const llm__json *pattern = NULL, *from = NULL;
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *schema = c->members[i].schema;
+        const llm__json *own = llm__json_get_type(b->env, schema, "pattern", LLM__JSON_STRING);
+        uint32_t least = (uint32_t)llm__json_get_int(b->env, schema, "minLength", 0, 0, INT32_MAX);
+        uint32_t most = (uint32_t)llm__json_get_int(b->env, schema, "maxLength", INT32_MAX, 0, INT32_MAX);
+        if (least > min) min = least;
+        if (llm__json_get(schema, "maxLength") && most < max) max = most;
+        if (own && pattern && !llm__str_equal(own->string, pattern->string))
+            llm__gram_refuse(s, schema, "two patterns at once are not supported");
+        if (own) pattern = own, from = schema;
+    }
+    if (min > max) return llm__gram_new(b, LLM__GRAM_NEVER, 0, 0);
+    if (!pattern && !min && max == LLM__GRAM_ENDLESS) return llm__gram_rule_expr(b, s->string);
+    if (!pattern) return llm__gram_quoted(b, llm__gram_repeat_of(b, llm__gram_any_char(b), min, max));
+    uint32_t regex = llm__gram_regex(b, pattern->string, true);
+    if (b->exprs[regex].min >= min && b->exprs[regex].max <= max) return llm__gram_quoted(b, regex);
+    /* The lengths say more than the pattern does. That can be joined if it is one kind of character, repeated. */
+    uint32_t seq = b->exprs[regex].last, repeat = b->exprs[seq].last;
+    const llm__gram_expr *r = &b->exprs[repeat];
+    bool one = repeat && !b->exprs[seq].before && !r->before && r->kind == LLM__GRAM_REPEAT &&
+               b->exprs[r->last].min == 1 && b->exprs[r->last].max == 1;
+    if (!one) llm__gram_refuse(s, from, "minLength or maxLength beside such a pattern is not supported");
+    if (r->a > min) min = r->a;
+    if (r->b < max) max = r->b;
+    if (min > max) return llm__gram_new(b, LLM__GRAM_NEVER, 0, 0);
+    return llm__gram_quoted(b, llm__gram_repeat_of(b, r->last, min, max));
+}
+
+static uint32_t llm__gram_conj_expr(llm__gram_schema *s, llm__gram_conj *c);
+
+/* A rule for what a conjunction allows. */
+static uint32_t llm__gram_conj_rule(llm__gram_schema *s, llm__gram_conj *c) {
+    uint32_t rule = llm__gram_new_rule(s->b);
+    size_t first = s->b->n_exprs;
+    llm__gram_define(s->b, rule, llm__gram_conj_expr(s, c), first);
+    return rule;
+}
+
+/* White space and the last bracket. */
+static uint32_t llm__gram_close(llm__gram_schema *s, const char *bracket) {
+    return llm__gram_list(s->b, LLM__GRAM_SEQ, llm__gram_rule_expr(s->b, s->blank), llm__gram_text(s->b, bracket), 0,
+                          0);
+}
+
+/* An array. The rule for what comes after i items is made from that for i + 1. */
+static uint32_t llm__gram_array(llm__gram_schema *s, const llm__gram_conj *c) {
+    llm__gram_builder *b = s->b;
+    uint32_t min = 0, max = LLM__GRAM_ENDLESS, n_first = 0;
+    llm__gram_conj inner = llm__gram_conj_of();
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *schema = c->members[i].schema;
+        const llm__json *first = llm__json_get_type(b->env, schema, "prefixItems", LLM__JSON_ARRAY);
+        const llm__json *items = llm__json_find(schema, "items");
+        uint32_t least = (uint32_t)llm__json_get_int(b->env, schema, "minItems", 0, 0, INT32_MAX);
+        uint32_t most = (uint32_t)llm__json_get_int(b->env, schema, "maxItems", INT32_MAX, 0, INT32_MAX);
+        if (least > min) min = least;
+        if (llm__json_get(schema, "maxItems") && most < max) max = most;
+        if (first && first->n > n_first) n_first = (uint32_t)first->n;
+        if (first) llm__gram_spend(s, schema, first->n * first->n);
+        if (items && items->type == LLM__JSON_ARRAY)
+            llm__gram_refuse(s, schema, "items is an array, which draft 2020-12 calls prefixItems");
+        if (items) llm__gram_join(s, &inner, items, SIZE_MAX);
+    }
+    if (min > max) return llm__gram_new(b, LLM__GRAM_NEVER, 0, 0);
+    uint32_t rule = LLM__GRAM_NONE, rest = llm__gram_conj_rule(s, &inner);
+    for (uint32_t n = n_first + 1; n-- > 0;) {
+        uint32_t after = rule, item;
+        size_t first = b->n_exprs;
+        rule = llm__gram_new_rule(b);
+        uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+        if (n >= min && n <= max && (n < n_first || !n || n == max)) llm__gram_add(b, alt, llm__gram_close(s, "]"));
+        if (n == n_first && n && n < max) {
+            uint32_t more = llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_comma(s), llm__gram_rule_expr(b, rest), 0, 0);
+            uint32_t most = max == LLM__GRAM_ENDLESS ? max : max - n;
+            more = llm__gram_repeat_of(b, more, min > n ? min - n : 0, most);
+            llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, more, llm__gram_close(s, "]"), 0, 0));
+        } else if (n == n_first && n < max) {
+            uint32_t more = llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_comma(s), llm__gram_rule_expr(b, rest), 0, 0);
+            uint32_t most = max == LLM__GRAM_ENDLESS ? max : max - 1;
+            more = llm__gram_repeat_of(b, more, min > 1 ? min - 1 : 0, most);
+            item = llm__gram_rule_expr(b, rest);
+            llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, item, more, llm__gram_close(s, "]"), 0));
+        } else if (n < max) {
+            llm__gram_conj own = llm__gram_conj_of();
+            for (size_t i = 0; i < c->n; i++) {
+                const llm__json *at = llm__json_get(c->members[i].schema, "prefixItems");
+                at = at ? at->first : NULL;
+                for (uint32_t skipped = 0; at && skipped < n; skipped++) at = at->next;
+                if (!at) at = llm__json_find(c->members[i].schema, "items");
+                if (at) llm__gram_join(s, &own, at, SIZE_MAX);
+            }
+            item = llm__gram_conj_expr(s, &own);
+            llm__gram_add(
+                b, alt,
+                llm__gram_list(b, LLM__GRAM_SEQ, n ? llm__gram_comma(s) : 0, item, llm__gram_rule_expr(b, after), 0));
+        }
+        llm__gram_define(b, rule, alt, first);
+    }
+    return llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "["), llm__gram_rule_expr(b, s->blank),
+                          llm__gram_rule_expr(b, rule), 0);
+}
+
+static int llm__gram_compare_names(const void *a, const void *b) {
+    return llm__str_compare(*(const llm__str *)a, *(const llm__str *)b);
+}
+
+/* Any characters that are none of n sorted strings, of which the first `at` bytes have been read. `any` is a rule: any
+   characters. */
+static uint32_t llm__gram_other_names(llm__gram_builder *b, const llm__str *names, size_t n, size_t at, uint32_t any) {
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    size_t others = b->n_ranges, i = 0;
+    if (n && names[0].n == at) i++;
+    else llm__gram_add(b, alt, llm__gram_new(b, LLM__GRAM_EMPTY, 0, 0));
+    for (size_t first = i; first < n;) {
+        const uint8_t *next, *p = (const uint8_t *)names[first].at + at;
+        uint32_t c = llm__utf8_decode(p, &next);
+        size_t length = (size_t)(next - p), end = first;
+        while (end < n && names[end].n >= at + length && !memcmp(names[end].at + at, p, length)) end++;
+        llm__gram_add_range(b, c, c);
+        first = end;
+    }
+    llm__gram_join_ranges(b, others);
+    llm__gram_invert_ranges(b, others);
+    uint32_t chars = llm__gram_json_chars(b, others);
+    llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, chars, llm__gram_rule_expr(b, any), 0, 0));
+    for (size_t first = i; first < n;) {
+        const uint8_t *next, *p = (const uint8_t *)names[first].at + at;
+        size_t one = b->n_ranges, end = first;
+        uint32_t c = llm__utf8_decode(p, &next);
+        size_t length = (size_t)(next - p);
+        while (end < n && names[end].n >= at + length && !memcmp(names[end].at + at, p, length)) end++;
+        llm__gram_add_range(b, c, c);
+        uint32_t same = llm__gram_json_chars(b, one);
+        uint32_t rest = llm__gram_other_names(b, names + first, end - first, at + length, any);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, same, rest, 0, 0));
+        first = end;
+    }
+    return alt;
+}
+
+/* A property that the schema does not name, as a rule. */
+static uint32_t llm__gram_other_property(llm__gram_schema *s, const llm__gram_conj *c, llm__str *names, size_t n) {
+    llm__gram_builder *b = s->b;
+    llm__gram_conj inner = llm__gram_conj_of_members(s, c, "additionalProperties");
+    uint32_t rule = llm__gram_new_rule(b), any = llm__gram_new_rule(b), name;
+    for (size_t i = 0; i < n; i++) {
+        const uint8_t *p = (const uint8_t *)names[i].at;
+        if (llm__utf8_check(p, p + names[i].n) < p + names[i].n)
+            llm__fail(b->env, LLM_ERROR_FORMAT, "the JSON schema is not UTF-8");
+        if (llm__gram_count_chars(names[i]) > LLM__GRAM_MOST_KEY)
+            llm__gram_refuse(s, s->root, "a name of more than 200 characters needs additionalProperties false");
+    }
+    if (n) qsort(names, n, sizeof *names, llm__gram_compare_names);
+    size_t first = b->n_exprs, ranges = b->n_ranges;
+    llm__gram_add_range(b, 0, 0x10FFFF);
+    uint32_t chars = llm__gram_repeat_of(b, llm__gram_json_chars(b, ranges), 0, LLM__GRAM_ENDLESS);
+    llm__gram_define(b, any, chars, first);
+    name = n ? llm__gram_quoted(b, llm__gram_other_names(b, names, n, 0, any)) : llm__gram_rule_expr(b, s->string);
+    name = llm__gram_colon(s, name);
+    first = 0;
+    llm__gram_define(b, rule, llm__gram_list(b, LLM__GRAM_SEQ, name, llm__gram_conj_expr(s, &inner), 0, 0), first);
+    return rule;
+}
+
+/* The names that the schemas give, each once, in their order; *n_named of them under `properties`, the others are only
+   required. */
+static llm__str *llm__gram_names_of(llm__gram_schema *s, const llm__gram_conj *c, size_t *n) {
+    llm__env *env = s->b->env;
+    size_t room = 0;
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *named = llm__json_get_type(env, c->members[i].schema, "properties", LLM__JSON_OBJECT);
+        const llm__json *required = llm__json_get_type(env, c->members[i].schema, "required", LLM__JSON_ARRAY);
+        room += (named ? named->n : 0) + (required ? required->n : 0);
+    }
+    llm__str *names = (llm__str *)llm__alloc(env, room + 1, sizeof *names);
+    llm__gram_table seen;
+    memset(&seen, 0, sizeof seen);
+    llm__gram_table_resize(env, &seen, llm__hash_slots(2 * room + 2));
+    *n = 0;
+    for (int pass = 0; pass < 2; pass++)
+        for (size_t i = 0; i < c->n; i++) {
+            const llm__json *list = llm__json_get(c->members[i].schema, pass ? "required" : "properties");
+            for (const llm__json *m = list ? list->first : NULL; m; m = m->next) {
+                if (pass && m->type != LLM__JSON_STRING)
+                    llm__gram_refuse(s, c->members[i].schema, "required must be a list of strings");
+                llm__str name = pass ? m->string : m->key;
+                size_t slot = llm__hash_bytes((const uint8_t *)name.at, name.n) & seen.mask;
+                bool found = false;
+                for (; seen.slots[slot] != LLM__GRAM_NONE && !found; slot = (slot + 1) & seen.mask)
+                    found = llm__str_equal(names[seen.slots[slot]], name);
+                if (found) continue;
+                seen.slots[slot] = (uint32_t)*n;
+                names[(*n)++] = name;
+            }
+        }
+    return names;
+}
+
+/* The member of this name. The last of equal names counts. */
+static const llm__json *llm__gram_member_of(const llm__json *object, llm__str key) {
+    const llm__json *found = NULL;
+    for (const llm__json *m = object ? object->first : NULL; m; m = m->next)
+        if (llm__str_equal(m->key, key)) found = m;
+    return found;
+}
+
+static bool llm__gram_is_required(llm__gram_schema *s, const llm__gram_conj *c, llm__str name) {
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *list = llm__json_get(c->members[i].schema, "required");
+        if (list) llm__gram_spend(s, c->members[i].schema, list->n);
+        for (const llm__json *m = list ? list->first : NULL; m; m = m->next)
+            if (m->type == LLM__JSON_STRING && llm__str_equal(m->string, name)) return true;
+    }
+    return false;
+}
+
+/* What must hold of the property of this name. */
+static llm__gram_conj llm__gram_property(llm__gram_schema *s, const llm__gram_conj *c, llm__str name) {
+    llm__gram_conj inner = llm__gram_conj_of();
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *schema = c->members[i].schema;
+        const llm__json *named = llm__json_get(schema, "properties"), *own = llm__gram_member_of(named, name);
+        if (named) llm__gram_spend(s, schema, named->n);
+        if (!own) own = llm__json_find(schema, "additionalProperties");
+        if (own) llm__gram_join(s, &inner, own, SIZE_MAX);
+    }
+    return inner;
+}
+
+/* An object. Rules for what comes from property i on are made from the last to the first: where another property stands
+   before it, and where none does. */
+static uint32_t llm__gram_object(llm__gram_schema *s, const llm__gram_conj *c) {
+    llm__gram_builder *b = s->b;
+    size_t n, first;
+    llm__str *names = llm__gram_names_of(s, c, &n);
+    llm__str *sorted = (llm__str *)llm__alloc(b->env, n + 1, sizeof *sorted);
+    memcpy(sorted, names, n * sizeof *names);
+    uint32_t other = llm__gram_rule_expr(b, llm__gram_other_property(s, c, sorted, n));
+    uint32_t other_rule = b->exprs[other].a, more, alt;
+    uint32_t after = llm__gram_new_rule(b), begins = llm__gram_new_rule(b);
+    more = llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_comma(s), other, 0, 0);
+    more = llm__gram_repeat_of(b, more, 0, LLM__GRAM_ENDLESS);
+    llm__gram_define(b, after, llm__gram_list(b, LLM__GRAM_SEQ, more, llm__gram_close(s, "}"), 0, 0), 0);
+    alt = llm__gram_list(b, LLM__GRAM_ALT, llm__gram_close(s, "}"), 0, 0, 0);
+    llm__gram_add(
+        b, alt,
+        llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_rule_expr(b, other_rule), llm__gram_rule_expr(b, after), 0, 0));
+    llm__gram_define(b, begins, alt, 0);
+    for (size_t i = n; i-- > 0;) {
+        llm__gram_conj inner = llm__gram_property(s, c, names[i]);
+        bool required = llm__gram_is_required(s, c, names[i]);
+        uint32_t own = llm__gram_new_rule(b);
+        uint32_t name = llm__gram_colon(s, llm__gram_quoted(b, llm__gram_string_text(b, names[i])));
+        uint32_t value = llm__gram_conj_expr(s, &inner);
+        llm__gram_define(b, own, llm__gram_list(b, LLM__GRAM_SEQ, name, value, llm__gram_rule_expr(b, after), 0), 0);
+        alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_comma(s), llm__gram_rule_expr(b, own), 0, 0));
+        if (!required) llm__gram_add(b, alt, llm__gram_rule_expr(b, after));
+        after = llm__gram_new_rule(b);
+        llm__gram_define(b, after, alt, 0);
+        alt = llm__gram_list(b, LLM__GRAM_ALT, llm__gram_rule_expr(b, own), 0, 0, 0);
+        if (!required) llm__gram_add(b, alt, llm__gram_rule_expr(b, begins));
+        begins = llm__gram_new_rule(b);
+        llm__gram_define(b, begins, alt, 0);
+    }
+    first = llm__gram_text(b, "{");
+    return llm__gram_list(b, LLM__GRAM_SEQ, (uint32_t)first, llm__gram_rule_expr(b, s->blank),
+                          llm__gram_rule_expr(b, begins), 0);
+}
+
+/* ---- Conjunctions ---- */
+
+/* A copy in which a member's alternatives count as chosen, and one of them has joined. */
+static llm__gram_conj llm__gram_choose(llm__gram_schema *s, const llm__gram_conj *c, size_t member, unsigned done,
+                                       const llm__json *alternative) {
+    llm__gram_conj copy = *c;
+    copy.room = c->n + 8;
+    copy.members = (llm__gram_member *)llm__alloc(s->b->env, copy.room, sizeof *copy.members);
+    memcpy(copy.members, c->members, c->n * sizeof *c->members);
+    copy.members[member].done |= done;
+    copy.refers = false;
+    llm__gram_join(s, &copy, alternative, member);
+    return copy;
+}
+
+/* Whether it is certain that no value fits both. */
+static bool llm__gram_are_disjoint(llm__gram_schema *s, llm__gram_conj *a, llm__gram_conj *b, int depth) {
+    llm__gram_flatten(s, a);
+    llm__gram_flatten(s, b);
+    unsigned types = llm__gram_conj_types(s, a) & llm__gram_conj_types(s, b);
+    if (!types) return true;
+    for (int side = 0; side < 2; side++) { /* the values of one do not fit the other */
+        llm__gram_conj *values = side ? b : a, *others = side ? a : b;
+        for (size_t i = 0; i < values->n; i++) {
+            const llm__json *constant = llm__json_find(values->members[i].schema, "const");
+            const llm__json *list = llm__json_get(values->members[i].schema, "enum");
+            bool none = constant || list;
+            if (constant) list = NULL;
+            for (const llm__json *v = constant ? constant
+                                      : list   ? list->first
+                                               : NULL;
+                 v && none; v = constant ? NULL : v->next) {
+                bool fits = true;
+                for (size_t j = 0; j < others->n && fits; j++) fits = llm__gram_fits(s, others->members[j].schema, v);
+                none = !fits;
+            }
+            if (none) return true;
+        }
+    }
+    if (types != LLM__GRAM_IS_OBJECT || depth > 4) return false;
+    for (int side = 0; side < 2; side++) { /* what a property must be in one does not fit the other */
+        size_t n;
+        llm__str *names = llm__gram_names_of(s, side ? b : a, &n);
+        for (size_t i = 0; i < n; i++) {
+            if (!llm__gram_is_required(s, a, names[i]) && !llm__gram_is_required(s, b, names[i])) continue;
+            llm__gram_conj x = llm__gram_property(s, a, names[i]), y = llm__gram_property(s, b, names[i]);
+            if (llm__gram_are_disjoint(s, &x, &y, depth + 1)) return true;
+        }
+    }
+    return false;
+}
+
+/* One of the alternatives of a member. */
+static uint32_t llm__gram_alternatives(llm__gram_schema *s, const llm__gram_conj *c, size_t member, bool one) {
+    llm__gram_builder *b = s->b;
+    const llm__json *schema = c->members[member].schema;
+    const llm__json *list = llm__json_need(b->env, schema, one ? "oneOf" : "anyOf", LLM__JSON_ARRAY);
+    unsigned done = one ? 2 : 1;
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    if (one && list->n > LLM__GRAM_MOST_ONE_OF) llm__gram_refuse(s, schema, "oneOf of more than 64 is not supported");
+    for (const llm__json *x = list->first; x && one; x = x->next)
+        for (const llm__json *y = x->next; y; y = y->next) {
+            llm__gram_conj first = llm__gram_choose(s, c, member, done, x);
+            llm__gram_conj second = llm__gram_choose(s, c, member, done, y);
+            if (!llm__gram_are_disjoint(s, &first, &second, 0))
+                llm__gram_refuse(s, schema,
+                                 "oneOf is supported only if no value can fit two of its schemas, which "
+                                 "is not certain here; anyOf allows that");
+        }
+    for (const llm__json *m = list->first; m; m = m->next) {
+        llm__gram_conj chosen = llm__gram_choose(s, c, member, done, m);
+        llm__gram_add(b, alt, llm__gram_conj_expr(s, &chosen));
+    }
+    return alt;
+}
+
+/* The values that enum and const leave; 0 if there is none of these. */
+static uint32_t llm__gram_listed(llm__gram_schema *s, const llm__gram_conj *c) {
+    llm__gram_builder *b = s->b;
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *constant = llm__json_find(c->members[i].schema, "const");
+        const llm__json *list = llm__json_get_type(b->env, c->members[i].schema, "enum", LLM__JSON_ARRAY);
+        if (!constant && !list) continue;
+        uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+        for (const llm__json *v = constant ? constant : list->first; v; v = constant ? NULL : v->next) {
+            bool fits = true;
+            for (size_t j = 0; j < c->n && fits; j++) fits = llm__gram_fits(s, c->members[j].schema, v);
+            if (fits) llm__gram_add(b, alt, llm__gram_value(s, v));
+        }
+        return alt;
+    }
+    return 0;
+}
+
+/* What a conjunction without references allows. */
+static uint32_t llm__gram_conj_body(llm__gram_schema *s, const llm__gram_conj *c) {
+    llm__gram_builder *b = s->b;
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *schema = c->members[i].schema;
+        if (llm__json_find(schema, "anyOf") && !(c->members[i].done & 1)) return llm__gram_alternatives(s, c, i, false);
+        if (llm__json_find(schema, "oneOf") && !(c->members[i].done & 2)) return llm__gram_alternatives(s, c, i, true);
+    }
+    uint32_t listed = llm__gram_listed(s, c);
+    if (listed) return listed;
+    unsigned types = llm__gram_conj_types(s, c);
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    if (types & LLM__GRAM_IS_OBJECT) llm__gram_add(b, alt, llm__gram_object(s, c));
+    if (types & LLM__GRAM_IS_ARRAY) llm__gram_add(b, alt, llm__gram_array(s, c));
+    if (types & LLM__GRAM_IS_STRING) llm__gram_add(b, alt, llm__gram_string(s, c));
+    if (types & LLM__GRAM_IS_WHOLE) llm__gram_add(b, alt, llm__gram_number(s, c, !(types & LLM__GRAM_IS_OTHER)));
+    if (types & LLM__GRAM_IS_BOOL) {
+        llm__gram_add(b, alt, llm__gram_text(b, "true"));
+        llm__gram_add(b, alt, llm__gram_text(b, "false"));
+    }
+    if (types & LLM__GRAM_IS_NULL) llm__gram_add(b, alt, llm__gram_text(b, "null"));
+    return alt;
+}
+
+/* What a conjunction allows. One with references is a rule, and so is the one that allows anything. */
+static uint32_t llm__gram_conj_expr(llm__gram_schema *s, llm__gram_conj *c) {
+    llm__gram_builder *b = s->b;
+    llm__gram_flatten(s, c);
+    if (c->never) return llm__gram_new(b, LLM__GRAM_NEVER, 0, 0);
+    if (!c->refers && c->n) {
+        if (++s->depth > LLM__GRAM_MOST_LEVELS)
+            llm__fail(b->env, LLM_ERROR_UNSUPPORTED, "the JSON schema has more than %d levels", LLM__GRAM_MOST_LEVELS);
+        uint32_t expr = llm__gram_conj_body(s, c);
+        s->depth--;
+        return expr;
+    }
+    for (size_t i = 0; i < s->n_memos; i++)
+        if (llm__gram_same_conj(&s->memos[i].conj, c)) return llm__gram_rule_expr(b, s->memos[i].rule);
+    s->memos = (llm__gram_memo *)llm__alloc_grow(b->env, s->memos, s->n_memos, &s->memos_room, sizeof *s->memos);
+    s->memos[s->n_memos].conj = *c;
+    s->memos[s->n_memos].rule = llm__gram_new_rule(b);
+    return llm__gram_rule_expr(b, s->memos[s->n_memos++].rule);
+}
+
+static void llm__gram_json_schema(llm__gram_builder *b, llm__str text) {
+    static const char blank[] = "(?: |\\n[ \\t]{0,40})?";
+    llm__gram_schema s;
+    llm__str regex = {blank, sizeof blank - 1};
+    llm__gram_conj whole = llm__gram_conj_of();
+    memset(&s, 0, sizeof s);
+    s.b = b;
+    uint32_t root = llm__gram_new_rule(b);
+    size_t first = b->n_exprs;
+    s.blank = llm__gram_new_rule(b);
+    llm__gram_define(b, s.blank, llm__gram_regex(b, regex, false), first);
+    s.string = llm__gram_new_rule(b);
+    first = b->n_exprs;
+    uint32_t chars = llm__gram_repeat_of(b, llm__gram_any_char(b), 0, LLM__GRAM_ENDLESS);
+    llm__gram_define(b, s.string, llm__gram_quoted(b, chars), first);
+    if (text.n > LLM__GRAM_MOST_TEXT) llm__fail(b->env, LLM_ERROR_UNSUPPORTED, "the JSON schema is longer than 16 MB");
+    s.root = llm__json_parse(b->env, text.at, text.n);
+    llm__gram_join(&s, &whole, s.root, SIZE_MAX);
+    llm__gram_define(b, root, llm__gram_conj_expr(&s, &whole), 0);
+    for (; s.n_built < s.n_memos; s.n_built++) {
+        llm__gram_conj conj = s.memos[s.n_built].conj;
+        uint32_t rule = s.memos[s.n_built].rule;
+        llm__gram_define(b, rule, llm__gram_conj_body(&s, &conj), 0);
+    }
+}
+
+/* ---- Grammars ---- */
+
+typedef struct llm__gram_build_args {
+    llm_grammar **out;
+    const llm_tokenizer *tokenizer;
+    llm__str text;
+    void (*parse)(llm__gram_builder *b, llm__str text);
+} llm__gram_build_args;
+
+static void llm__gram_parse_regex(llm__gram_builder *b, llm__str text) {
+    llm__str unnamed = {"", 0};
+    uint32_t rule = llm__gram_add_rule(b, unnamed);
+    llm__gram_define(b, rule, llm__gram_regex(b, text, false), 0);
+}
+
+/* Bytes are of one class if no node tells them apart. */
+static void llm__gram_find_classes(llm_grammar *g, size_t n_nodes) {
+    bool begins[257] = {false};
+    for (size_t i = 0; i < n_nodes; i++) {
+        if (g->nodes[i].kind != LLM__GRAM_RANGE) continue;
+        begins[g->nodes[i].lo] = true;
+        begins[g->nodes[i].hi + 1] = true;
+    }
+    g->n_classes = 1;
+    for (int byte = 0; byte < 256; byte++) {
+        if (byte && begins[byte]) g->class_byte[g->n_classes++] = (uint8_t)byte;
+        g->classes[byte] = (uint8_t)(g->n_classes - 1);
+    }
+}
+
+static void *llm__gram_keep(llm__env *env, const void *items, size_t n, size_t size) {
+    void *kept = llm__alloc(env, n + 1, size);
+    if (n) memcpy(kept, items, n * size);
+    return kept;
+}
+
+static void llm__gram_build_body(llm__env *env, void *arg) {
+    llm__gram_build_args *a = (llm__gram_build_args *)arg;
+    llm__gram_builder b;
+    llm_grammar *g = (llm_grammar *)llm__alloc_zero(env, 1, sizeof *g);
+    llm__pool *own = env->pool;
+    env->pool = llm__pool_inner(env);
+    llm__pool *work = env->pool;
+    memset(&b, 0, sizeof b);
+    b.env = env;
+    llm__gram_new(&b, LLM__GRAM_NEVER, 0, 0); /* number 0 is none */
+    a->parse(&b, a->text);
+    llm__gram_compile_all(&b);
+    env->pool = own;
+    g->tokenizer = a->tokenizer;
+    g->rules = (llm__gram_rule *)llm__gram_keep(env, b.rules, b.n_rules, sizeof *b.rules);
+    g->nodes = (llm__gram_node *)llm__gram_keep(env, b.nodes, b.n_nodes, sizeof *b.nodes);
+    g->repeats = (llm__gram_repeat *)llm__gram_keep(env, b.repeats, b.n_repeats, sizeof *b.repeats);
+    llm__gram_find_classes(g, b.n_nodes);
+    llm__free(own, work);
+    llm__gram_make_trie(env, &g->trie, a->tokenizer);
+    g->n_words = (size_t)a->tokenizer->n_vocab / 64 + 1;
+    g->masks = (uint64_t *)llm__alloc(env, LLM__GRAM_KEPT_MASKS * g->n_words, sizeof *g->masks);
+    g->path = (int32_t *)llm__alloc(env, g->trie.longest + 1, sizeof *g->path);
+    llm__gram_table_resize(env, &g->state_table, 256);
+    llm__gram_table_resize(env, &g->return_table, 256);
+    g->seen_mask = 1023;
+    g->seen = (llm__gram_item *)llm__alloc(env, g->seen_mask + 1, sizeof *g->seen);
+    g->seen_stamps = (uint32_t *)llm__alloc_zero(env, g->seen_mask + 1, sizeof *g->seen_stamps);
+    llm__gram_forget(g);
+    g->with_ends = true;
+    llm__gram_start(env, g);
+    g->pool = *own;
+    *a->out = g;
+}
+
+static llm_status llm__gram_build(llm_grammar **out, const llm_tokenizer *tokenizer, const char *text,
+                                  void (*parse)(llm__gram_builder *b, llm__str text), const llm_host *host,
+                                  llm_error *err) {
+    llm__gram_build_args args;
+    llm__pool pool;
+    llm__env env;
+    if (out) *out = NULL;
+    if (!out || !tokenizer || !text) return llm__error(err, LLM_ERROR_ARGUMENT, "out, tokenizer or the text is NULL");
+    llm_status status = llm__host_check(host, err);
+    if (status) return status;
+    args.out = out;
+    args.tokenizer = tokenizer;
+    args.text.at = text;
+    args.text.n = strlen(text);
+    args.parse = parse;
+    llm__pool_init(&pool, host ? host : &tokenizer->host);
+    llm__env_init(&env, &pool, err, NULL);
+    status = llm__env_run(&env, llm__gram_build_body, &args);
+    if (status) llm__pool_free(&pool);
+    return llm__error_done(err, status);
+}
+
+LLM_API llm_status llm_grammar_from_regex(llm_grammar **out, const llm_tokenizer *tokenizer, const char *regex,
+                                          const llm_host *host, llm_error *err) {
+    return llm__gram_build(out, tokenizer, regex, llm__gram_parse_regex, host, err);
+}
+
+LLM_API llm_status llm_grammar_from_gbnf(llm_grammar **out, const llm_tokenizer *tokenizer, const char *grammar,
+                                         const llm_host *host, llm_error *err) {
+    return llm__gram_build(out, tokenizer, grammar, llm__gram_gbnf, host, err);
+}
+
+LLM_API llm_status llm_grammar_from_json_schema(llm_grammar **out, const llm_tokenizer *tokenizer, const char *schema,
+                                                const llm_host *host, llm_error *err) {
+    return llm__gram_build(out, tokenizer, schema, llm__gram_json_schema, host, err);
+}
+
+LLM_API void llm_grammar_free(llm_grammar *grammar) {
+    if (!grammar) return;
+    llm__pool pool = grammar->pool;
+    llm__pool_free(&pool);
+}
+
+/* ==== 22 Sampler ================================================================================================
 
    Logits become a probability distribution, from which one token is drawn. The order is: biases, repetition penalty,
-   temperature, top-k, top-p, min-p. All arithmetic is fixed, so a seed gives the same text everywhere. Top-p is from
+   mask and grammar, temperature, top-k, top-p, min-p. All arithmetic is fixed, so a seed gives the same text everywhere. Top-p is from
    Holtzman et al. 2019 (arXiv:1904.09751), min-p from Nguyen et al. 2024 (2407.01082), the penalty from Keskar et al.
    2019 (1909.05858). */
 
@@ -15980,9 +18985,9 @@ static llm__sampler_choice llm__sampler_choose_one(llm__sampler_choice c, llm_to
 }
 
 /* The choice for the token after `tokens`, from its logits. Valid until the next choice with this scratch. */
-static llm__sampler_choice llm__sampler_choose(const llm_context *ctx, const llm__sampler_scratch *scratch,
+static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const llm__sampler_scratch *scratch,
                                                const float *logits, const llm_token *tokens, int n_tokens,
-                                               const llm_sampler *sampler, llm_error *err) {
+                                               const llm_sampler *sampler, llm_grammar *grammar, llm_error *err) {
     const llm__kernels *kernels = ctx->model->kernels;
     int n_vocab = ctx->model->shape.n_vocab;
     float *p = scratch->probabilities;
@@ -15992,23 +18997,30 @@ static llm__sampler_choice llm__sampler_choose(const llm_context *ctx, const llm
                                    sampler->n_biases);
         return choice;
     }
-    if (sampler->n_biases > 0 || llm__sampler_has_penalty(sampler)) {
+    if (sampler->n_biases > 0 || llm__sampler_has_penalty(sampler) || sampler->mask || grammar) {
         logits = (const float *)memcpy(p, logits, (size_t)n_vocab * sizeof *p);
         llm__sampler_apply_biases(p, n_vocab, sampler);
         if (llm__sampler_has_penalty(sampler))
             llm__sampler_apply_penalty(p, tokens, n_tokens, sampler, scratch->candidates);
+        if (sampler->mask) {
+            llm__ctx_begin_callback(ctx);
+            sampler->mask(sampler->mask_user, tokens, n_tokens, p, n_vocab);
+            llm__ctx_end_callback(ctx);
+        }
+        if (grammar) choice.status = llm__gram_apply(grammar, tokens, n_tokens, p, n_vocab, err);
+        if (choice.status) return choice;
     }
     choice.best = llm__sampler_argmax(kernels, logits, n_vocab, scratch->maxima);
     float top = choice.best < 0 ? NAN : logits[choice.best];
     if (choice.best < 0)
         choice.status = llm__error(err, LLM_ERROR_FORMAT,
                                    "after %d tokens a logit is not a number (NaN): the model's weights are damaged, or "
-                                   "a bias is NaN, or +INFINITY and -INFINITY meet",
+                                   "a bias is NaN, the mask made one, or +INFINITY and -INFINITY meet",
                                    n_tokens);
     else if (top == -INFINITY)
-        choice.status =
-            llm__error(err, LLM_ERROR_ARGUMENT,
-                       "all tokens are forbidden after %d tokens: the sampler's biases are -INFINITY", n_tokens);
+        choice.status = llm__error(
+            err, LLM_ERROR_ARGUMENT,
+            "all tokens are forbidden after %d tokens, by the sampler's biases, its mask or the grammar", n_tokens);
     if (choice.status) return choice;
     if (llm__sampler_is_greedy(sampler) || top == INFINITY) return llm__sampler_choose_one(choice, choice.best);
     uint64_t mode = llm__fpu_enter();
@@ -16031,11 +19043,11 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
     if (!sampler) sampler = &greedy;
     if (!logits || LLM__ENTER(ctx, NULL)) return -1;
     llm__sampler_choice choice = llm__sampler_choose(ctx, ctx->scratch, logits, llm_seq_tokens(ctx, seq),
-                                                     llm_seq_length(ctx, seq), sampler, NULL);
+                                                     llm_seq_length(ctx, seq), sampler, NULL, NULL);
     return choice.n ? llm__sampler_draw_choice(&choice, sampler) : -1;
 }
 
-/* ==== 22 Speculative decoding ===================================================================================
+/* ==== 23 Speculative decoding ===================================================================================
 
    A pass for a few tokens reads the weights once, like a pass for one token. So guessed tokens can be checked almost
    for free. In each round the draft guesses some tokens, and the model computes the last token and the guesses in one
@@ -16107,6 +19119,7 @@ typedef struct llm__spec {
     llm_context *ctx;
     int seq, most;
     llm_sampler *sampler;
+    llm_grammar *grammar; /* NULL if there is none */
     bool (*cancel)(void *user);
     void *cancel_user;
     llm_draft_guesses guesses;
@@ -16153,7 +19166,8 @@ static llm_status llm__spec_call_draft(llm__spec *sp, llm_token last, const int 
     int length = ctx->cache.lengths[sp->seq];
     llm_token *text = llm__cache_tokens(&ctx->cache, sp->seq);
     text[length] = last; /* there is room, and the pass will put it there anyway */
-    llm_draft_request request = {ctx, sp->seq, text, length + 1, wanted, sp->sampler, sp->cancel, sp->cancel_user};
+    llm_draft_request request = {ctx,         sp->seq,     text,       length + 1,     wanted,
+                                 sp->sampler, sp->grammar, sp->cancel, sp->cancel_user};
     memcpy(sp->guesses.q, sp->q, sizeof sp->q);
     memset(&why, 0, sizeof why);
     llm__ctx_begin_callback(ctx);
@@ -16256,8 +19270,9 @@ static llm_status llm__spec_draw_checked(llm__spec *sp, const llm__sampler_scrat
     const llm_draft_guesses *g = &sp->guesses;
     bool guessed = row < g->n;
     llm_token guess = guessed ? g->tokens[row] : -1;
-    llm__sampler_choice choice = llm__sampler_choose(sp->ctx, scratch, llm_logits(sp->ctx, first + row),
-                                                     llm_seq_tokens(sp->ctx, sp->seq), length, sp->sampler, err);
+    llm__sampler_choice choice =
+        llm__sampler_choose(sp->ctx, scratch, llm_logits(sp->ctx, first + row), llm_seq_tokens(sp->ctx, sp->seq),
+                            length, sp->sampler, sp->grammar, err);
     if (choice.status) return choice.status;
     if (row < sp->n_checked && g->has_q && !llm__sampler_is_greedy(sp->sampler)) {
         *right = llm__sampler_random(sp->sampler) * g->q[row][guess] < llm__spec_choice_p(&choice, guess);
@@ -16374,10 +19389,10 @@ static void llm__draft_model_drop_unknown(llm__sampler_choice *c, int n_known) {
 
 /* Guesses the token after the draft's sequence from the last pass's logits. False if the target does not have it. */
 static bool llm__draft_model_draw(llm__draft_model *d, int seq, const float *logits, llm_sampler *sampler,
-                                  llm_draft_guesses *g) {
+                                  llm_grammar *grammar, llm_draft_guesses *g) {
     int n_known = d->target->model->shape.n_vocab;
     llm__sampler_choice choice = llm__sampler_choose(d->ctx, d->ctx->scratch, logits, llm_seq_tokens(d->ctx, seq),
-                                                     llm_seq_length(d->ctx, seq), sampler, NULL);
+                                                     llm_seq_length(d->ctx, seq), sampler, grammar, NULL);
     float *q = g->q[g->n];
     if (choice.n && n_known < choice.n_vocab) llm__draft_model_drop_unknown(&choice, n_known);
     if (!choice.n) return false;
@@ -16395,7 +19410,9 @@ static bool llm__draft_model_draw(llm__draft_model *d, int seq, const float *log
 static llm_status llm__draft_model_run(llm__draft_model *d, const llm_draft_request *r, int n_new, llm_draft_guesses *g,
                                        llm_error *err) {
     llm_sampler sampler = *r->sampler;
+    bool whole = d->shares_cache || !d->starts[r->seq]; /* the masks must see the whole text */
     const llm_token *tokens = r->tokens + r->n_tokens - n_new;
+    if (!whole) sampler.mask = NULL;
     g->has_q = g->q[0] != NULL;
     if (g->has_q) sampler.seed = ~sampler.seed; /* random numbers that the target does not use */
     for (int i = 0; i < n_new; i++) {
@@ -16406,7 +19423,8 @@ static llm_status llm__draft_model_run(llm__draft_model *d, const llm_draft_requ
         llm_batch batch = {n_new, tokens, d->seqs, NULL};
         llm_status status = llm__ctx_forward(d->ctx, &batch, false, r->cancel, r->cancel_user, err);
         if (status) return status;
-        if (!llm__draft_model_draw(d, r->seq, llm_logits(d->ctx, n_new - 1), &sampler, g)) break;
+        if (!llm__draft_model_draw(d, r->seq, llm_logits(d->ctx, n_new - 1), &sampler, whole ? r->grammar : NULL, g))
+            break;
         tokens = &g->tokens[g->n - 1];
         n_new = 1;
     }
@@ -16532,9 +19550,9 @@ LLM_API void llm_draft_free(llm_draft *draft) {
     memset(draft, 0, sizeof *draft);
 }
 
-/* ==== 23 Generation =============================================================================================
+/* ==== 24 Generation =============================================================================================
 
-   One text: its prompt as tokens, and what is done with each token that was drawn. Section 23b computes it, alone or
+   One text: its prompt as tokens, and what is done with each token that was drawn. Section 25 computes it, alone or
    beside others. */
 
 /* Text on its way to the host. What may be the start of a stop string is held back until that is decided. */
@@ -16798,6 +19816,8 @@ static bool llm__gen_show_token(llm__env *env, llm_stream *s, llm_token token) {
         stats->stop_index = box->stop_index;
     } else if (box->refused) {
         stats->stop = LLM_STOP_CALLBACK;
+    } else if (llm__gram_is_finished(s->desc.grammar, token)) {
+        stats->stop = LLM_STOP_END;
     } else if (stats->n_generated == s->desc.max_tokens) {
         stats->stop = LLM_STOP_LENGTH;
     }
@@ -16833,6 +19853,7 @@ static void llm__gen_start_speculation(llm__env *env, llm_stream *s) {
     sp->draft = d->draft;
     sp->ctx = s->ctx;
     sp->sampler = s->sampler;
+    sp->grammar = d->grammar;
     sp->cancel = d->cancel ? d->cancel : ctx->desc.cancel;
     sp->cancel_user = d->cancel ? d->user : ctx->desc.cancel_user;
     sp->stats = &s->stats.draft;
@@ -16903,7 +19924,7 @@ static int llm__gen_burst_size(const llm_stream *s) {
     const llm__cache *cache = &ctx->cache;
     const llm_sampler *sampler = s->sampler;
     int seq = s->desc.seq, left = s->desc.max_tokens - s->stats.n_generated, n = LLM_BACKEND_BURST;
-    bool plain = sampler->n_biases == 0 && !llm__sampler_has_penalty(sampler);
+    bool plain = sampler->n_biases == 0 && !llm__sampler_has_penalty(sampler) && !sampler->mask && !s->desc.grammar;
     if (!s->bursts || s->speculation.draft || ctx->backend_desc.pipeline || !ctx->model->backend->burst || !plain)
         return 0;
     if (s->desc.max_tokens > 0 && left < n) n = left;
@@ -16973,7 +19994,7 @@ static void llm__gen_run_burst(llm__env *env, llm_stream *s, int n) {
     else if (env->status) longjmp(env->unwind, 1);
 }
 
-/* ==== 23b Streams ===============================================================================================
+/* ==== 25 Streams ===============================================================================================
 
    Several texts are written at the same time. A pass reads the weights once for all of them: it has the last token of
    each text that is being written, perhaps with guesses, and as much of the prompts as there is room for. llm_generate
@@ -17083,9 +20104,13 @@ static int64_t llm__stream_promised(const llm_context *ctx) {
 
 /* A sampler's random numbers are those of one text. */
 static void llm__stream_check_sampler(llm__env *env, const llm_stream *s) {
-    for (const llm_stream *other = s->ctx->streams; other; other = other->next)
-        if (other->running && other->sampler == s->sampler && !llm__sampler_is_greedy(s->sampler))
+    for (const llm_stream *other = s->ctx->streams; other; other = other->next) {
+        if (!other->running) continue;
+        if (other->sampler == s->sampler && !llm__sampler_is_greedy(s->sampler))
             llm__fail(env, LLM_ERROR_ARGUMENT, "another stream that is running uses this sampler; give each its own");
+        if (s->desc.grammar && other->desc.grammar == s->desc.grammar)
+            llm__fail(env, LLM_ERROR_ARGUMENT, "another stream that is running uses this grammar; give each its own");
+    }
 }
 
 static void llm__stream_take_sequence(llm__env *env, llm_stream *s) {
@@ -17127,8 +20152,9 @@ static void llm__stream_begin_body(llm__env *env, void *arg) {
     s->prefill_only = a->prefill_only;
     s->sampler = s->desc.sampler ? s->desc.sampler : &s->greedy;
     s->box.stop_index = -1;
-    /* What continues a prompt is not the start of a text, so its first space is shown. */
-    s->box.stream.started = !s->desc.messages && !s->desc.chat;
+    /* What continues a prompt is not the start of a text, so its first space is shown; so is all that a grammar
+       allows. */
+    s->box.stream.started = (!s->desc.messages && !s->desc.chat) || s->desc.grammar;
     llm__gen_check_arrays(env, &s->desc, s->sampler);
     llm__stream_check_sampler(env, s);
     llm__gen_copy_stops(env, &s->desc);
@@ -17136,6 +20162,7 @@ static void llm__stream_begin_body(llm__env *env, void *arg) {
     s->ids = llm__gen_prompt_tokens(env, s, &s->n_ids);
     llm__gen_check_prompt(env, s);
     llm__stream_take_sequence(env, s);
+    llm__gram_begin(s->desc.grammar, s->n_ids, !s->desc.ignore_end);
     s->running = true;
     s->pool = *env->pool;
     env->pool->blocks = NULL; /* they are the stream's now */
@@ -17340,13 +20367,15 @@ static void llm__stream_sample_task(void *arg, int index) {
         llm__stream_draw(ctx->sampled[i], &ctx->scratch[index], 0, ctx->cache.lengths[ctx->sampled[i]->desc.seq]);
 }
 
-/* Draws the next token of all that do not have guesses, which are drawn one after the other: what is right for one
-   follows from the one before. */
+/* Draws the next token of the streams without guesses, a mask or a grammar. Guesses are checked one after the other, since
+   each depends on the one before; a mask is the host's, so it is called on the host's thread; and a grammar remembers
+   its text. */
 static void llm__stream_sample(llm__stream_pass *p) {
     llm_context *ctx = p->ctx;
     for (llm_stream *s = ctx->streams; s; s = s->next) {
         bool read = s->n_read + s->n_rows >= s->n_ids;
-        if (s->n_rows && read && !s->cancelled && !s->prefill_only && !s->speculation.draft && !llm__gen_burst_size(s))
+        bool alone = s->speculation.draft || s->sampler->mask || s->desc.grammar;
+        if (s->n_rows && read && !s->cancelled && !s->prefill_only && !alone && !llm__gen_burst_size(s))
             ctx->sampled[p->n_sampled++] = s;
     }
     p->n_threads = 1;
@@ -17519,7 +20548,7 @@ LLM_API void llm_stream_free(llm_stream *stream) {
     else llm__stream_unlink(stream);
 }
 
-/* ==== 24 Scoring ================================================================================================
+/* ==== 26 Scoring ================================================================================================
 
    llm_score computes how likely endings are after their contexts. The text of a question with one ending is its
    context followed by that ending. All texts of a question share a prefix: the context and the first tokens that all
@@ -18326,7 +21355,7 @@ OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
 SOFTWARE.
 */
 
-/* ==== 25 Kernel text ============================================================================================
+/* ==== 27 Kernel text ============================================================================================
 
    The text of the kernels. Section 12 includes this file once for each instruction set, and each time only what follows
    is compiled. */

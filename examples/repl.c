@@ -35,6 +35,8 @@
 
 typedef struct options {
     const char *model, *prompt, *system, *draft;
+    const char *constraint; /* a file, or with KEY_REGEX the expression */
+    int constraint_key;     /* KEY_JSON_SCHEMA, KEY_GRAMMAR or KEY_REGEX; 0: the answer may be anything */
     bool raw, ids, temp_given, seed_given;
     int max_tokens, n_threads, n_ctx, draft_max;
     llm_dtype dtype;
@@ -56,7 +58,10 @@ enum {
     KEY_CTX,
     KEY_SYSTEM,
     KEY_DRAFT,
-    KEY_DRAFT_MAX
+    KEY_DRAFT_MAX,
+    KEY_JSON_SCHEMA,
+    KEY_GRAMMAR,
+    KEY_REGEX
 };
 
 static const struct argp_option option_list[] = {
@@ -74,6 +79,9 @@ static const struct argp_option option_list[] = {
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
     {"dtype", KEY_DTYPE, "TYPE", 0,
      "hold the weights as f32, f16, bf16, int8 or int4 (default: file, as the file has them)", 3},
+    {"json-schema", KEY_JSON_SCHEMA, "FILE", 0, "each answer is JSON that is valid by this JSON Schema", 2},
+    {"grammar", KEY_GRAMMAR, "FILE", 0, "each answer matches this grammar in GBNF", 2},
+    {"regex", KEY_REGEX, "REGEX", 0, "each answer matches this regular expression", 2},
     {"draft", KEY_DRAFT, "DRAFT", 0,
      "guess tokens and check several at once: lookup (in the text so far), self:int8 or self:int4 (the model in that "
      "type), or another model's file; the text stays the same",
@@ -149,6 +157,13 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_DTYPE: opt->dtype = parse_dtype(state, arg); break;
     case KEY_DRAFT: opt->draft = check_draft(state, arg); break;
     case KEY_DRAFT_MAX: opt->draft_max = (int)parse_integer(state, "--draft-max", arg, 1, LLM_DRAFT_MAX); break;
+    case KEY_JSON_SCHEMA:
+    case KEY_GRAMMAR:
+    case KEY_REGEX:
+        if (opt->constraint_key) argp_error(state, "only one of --json-schema, --grammar and --regex can be given");
+        opt->constraint_key = key;
+        opt->constraint = arg;
+        break;
     case KEY_CTX: opt->n_ctx = (int)parse_integer(state, "--ctx", arg, 1, INT_MAX); break;
     case ARGP_KEY_ARG: argp_error(state, "'%s' is not an option; text to answer goes after -p", arg); break;
     case ARGP_KEY_END: finish_options(state, opt); break;
@@ -175,6 +190,7 @@ typedef struct repl {
     llm_context *ctx;
     llm_model *draft_model; /* NULL if the draft is not a model                                   */
     llm_draft draft;
+    llm_grammar *grammar; /* NULL: the answer may be anything */
     double load_seconds;
     double bandwidth;      /* bytes per second; 0 until it is measured                            */
     llm_message *messages; /* stb_ds array: the conversation; owns the contents                   */
@@ -232,6 +248,38 @@ static llm_status load_draft(repl *r, llm_model_desc desc, llm_error *err) {
     return status ? status : llm_draft_model(&r->draft, r->ctx, r->draft_model, err);
 }
 
+/* Reads a file of at most 16 MB as text in memory of its own; NULL on failure. */
+static char *read_text(const char *path) {
+    enum { MOST = 1 << 24 };
+    FILE *file = fopen(path, "rb");
+    char *text = file ? malloc(MOST + 1) : NULL;
+    size_t n = text ? fread(text, 1, MOST + 1, file) : 0;
+    bool failed = !text || n > MOST || ferror(file) || memchr(text, 0, n);
+    if (file) fclose(file);
+    if (failed) {
+        free(text);
+        return NULL;
+    }
+    text[n] = 0;
+    return text;
+}
+
+static llm_status load_grammar(repl *r, llm_error *err) {
+    const llm_tokenizer *tokenizer = llm_model_tokenizer(r->model);
+    if (r->opt.constraint_key == KEY_REGEX)
+        return llm_grammar_from_regex(&r->grammar, tokenizer, r->opt.constraint, NULL, err);
+    char *text = read_text(r->opt.constraint);
+    if (!text) {
+        snprintf(err->message, sizeof err->message, "%s cannot be read as text of at most 16 MB", r->opt.constraint);
+        return err->code = LLM_ERROR_IO;
+    }
+    llm_status status = r->opt.constraint_key == KEY_GRAMMAR
+                            ? llm_grammar_from_gbnf(&r->grammar, tokenizer, text, NULL, err)
+                            : llm_grammar_from_json_schema(&r->grammar, tokenizer, text, NULL, err);
+    free(text);
+    return status;
+}
+
 static llm_status load(repl *r, llm_error *err) {
     bool watched = isatty(STDERR_FILENO) && !r->ranks.rank;
     llm_model_desc model_desc = {.dtype = r->opt.dtype,
@@ -246,6 +294,7 @@ static llm_status load(repl *r, llm_error *err) {
     llm_status status = llm_model_load(&r->model, r->opt.model, &model_desc, err);
     if (status == LLM_OK) status = llm_context_create(&r->ctx, r->model, &context_desc, err);
     if (status == LLM_OK && r->opt.draft) status = load_draft(r, model_desc, err);
+    if (status == LLM_OK && r->opt.constraint_key) status = load_grammar(r, err);
     if (watched) fputs("\r\033[K", stderr);
     r->load_seconds = now() - start;
     return status;
@@ -303,6 +352,7 @@ static bool on_token(void *user, llm_token token, const char *bytes, size_t n_by
 static llm_status generate(repl *r, const char *text, llm_error *err) {
     llm_generate_desc desc = {.max_tokens = r->opt.max_tokens,
                               .sampler = &r->opt.sampler,
+                              .grammar = r->grammar,
                               .on_text = on_text,
                               .on_token = on_token,
                               .cancel = interrupted,
@@ -477,6 +527,7 @@ static void close_repl(repl *r) {
     free(r->line);
     llm_draft_free(&r->draft);
     llm_context_free(r->ctx);
+    llm_grammar_free(r->grammar);
     llm_model_free(r->draft_model);
     llm_model_free(r->model);
 }

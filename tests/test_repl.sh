@@ -30,7 +30,7 @@ differ() { ! cmp -s "$1" "$2"; }
 
 bare --help
 check "--help succeeds" code_is 0
-for option in model prompt system raw tokens ids temp top-k top-p min-p seed threads dtype ctx draft draft-max; do
+for option in model prompt system raw tokens ids temp top-k top-p min-p seed threads dtype ctx draft draft-max json-schema grammar regex; do
     check "--help tells of --$option" out_has "--$option"
 done
 

@@ -1,0 +1,50 @@
+/*  extract.c - reads a person's name and age out of a text into a C struct: the answer must match a regular expression.
+
+    cc -O2 -I. extract.c -o extract -lm -lpthread
+    ./extract model.gguf "Ada Lovelace wrote the first program. She died when she was 36." */
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+
+#include <stdio.h>
+
+typedef struct person {
+    char name[41];
+    int age;
+} person;
+
+static bool append(void *user, const char *text, size_t n_bytes) {
+    (void)n_bytes;
+    strcat((char *)user, text); /* the expression allows no more than fits */
+    return true;
+}
+
+int main(int argc, char **argv) {
+    llm_model *model = NULL;
+    llm_context *ctx = NULL;
+    llm_grammar *grammar = NULL;
+    llm_error err = {0};
+    llm_stats stats;
+    char answer[80] = "";
+    person p;
+    llm_message messages[] = {{.role = "system", .content = "Write the name of the person in the text, then the age."},
+                              {.role = "user", .content = argc > 2 ? argv[2] : "My name is Bo. I am 7 years old."}};
+    if (llm_model_load(&model, argc > 1 ? argv[1] : "model.gguf", NULL, &err) ||
+        llm_context_create(&ctx, model, NULL, &err) ||
+        llm_grammar_from_regex(&grammar, llm_model_tokenizer(model),
+                               "name: [A-Z][a-z]{1,15}( [A-Z][a-z]{1,15})?; age: [0-9]{1,3}", NULL, &err) ||
+        llm_generate(ctx,
+                     &(llm_generate_desc){.messages = messages,
+                                          .n_messages = 2,
+                                          .max_tokens = 60,
+                                          .grammar = grammar,
+                                          .on_text = append,
+                                          .user = answer},
+                     &stats, &err))
+        fprintf(stderr, "%s\n", err.message);
+    else if (sscanf(answer, "name: %40[^;]; age: %d", p.name, &p.age) == 2) printf("%s is %d.\n", p.name, p.age);
+    else fprintf(stderr, "The answer is not complete: %s\n", answer);
+    llm_context_free(ctx);
+    llm_grammar_free(grammar);
+    llm_model_free(model);
+    return err.code;
+}

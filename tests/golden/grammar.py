@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Makes grammar.jsonl: which texts match a regular expression by Python's re, or a JSON Schema by jsonschema 4.
+
+    pip install jsonschema; tests/golden/grammar.py >tests/golden/grammar.jsonl
+
+A line is [kind, grammar, [[text, matches], ...]]. Values are written as llm_grammar_from_json_schema allows them: properties
+in the order of the schema, and no white space."""
+import itertools
+import json
+import random
+import re
+import jsonschema
+
+REGEXES = [
+    "abc", "a|bc|", "a*", "(ab)+c?", "[a-c]{2,3}", "[^a-c]", ".", "a.c", r"\d+(\.\d+)?", r"[\w-]+@\w+\.(com|org)", "(a|b)*abb",
+    "(a*)*b", "x{0}", "x{3}", "x{2,}", "(x{1,2}y){2}", "é+", "[à-ü]x", "日本?", "[^é]", r"\x41B", r"\[\]\\", "(?:a|b)c",
+    "a{0,5}b{0,5}", "(|a)(|b)", r"\s\S", "[a\\-z]+", "😀{1,2}", "(a|ab)(c|bcd)(d*)", "[0-9]{4}-[0-9]{2}",
+]
+PIECES = "a b c ab abb x xx y xy é à ü 日 本 😀 0 1 2026 11 - . @ com org A AB [ ] \\ z \n".split(" ")
+VALUES = [
+    None, True, False, 0, 1, -1, 2, 3, 7, 10, 12, 100, 1.5, -2.25, "", "a", "ab", "abc", "ab1", "é", "日本語", "red", "a\"b\\\n",
+    [], [1], [1, 2], [1, 2, 3], ["a"], ["a", 1], [[1], []], {}, {"a": 1}, {"a": "x"}, {"b": True}, {"a": 1, "b": True},
+    {"a": 1, "b": False, "c": "x"}, {"c": 1}, {"a": {"b": [1]}}, {"kind": "n", "n": 3}, {"kind": "s", "s": "x"},
+]
+AB = {"a": {"type": "integer"}, "b": {"type": "boolean"}}
+SCHEMAS = [
+    True, {}, {"type": "integer"}, {"type": "number"}, {"type": "string"}, {"type": ["null", "boolean"]}, {"type": "array"},
+    {"type": "object"}, {"enum": ["red", 1, None, [1, 2]]}, {"const": {"a": 1}}, {"type": "integer", "minimum": 2, "maximum": 10},
+    {"type": "integer", "exclusiveMinimum": -1, "exclusiveMaximum": 12}, {"type": "string", "minLength": 1, "maxLength": 2},
+    {"type": "string", "pattern": "^[a-c]+[0-9]?$"}, {"type": "string", "pattern": "b"},
+    {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2},
+    {"type": "array", "prefixItems": [{"type": "string"}], "items": {"type": "integer"}},
+    {"type": "array", "prefixItems": [{"const": "a"}, {"const": 1}], "items": False},
+    {"type": "object", "properties": AB}, {"type": "object", "properties": AB, "required": ["b"]},
+    {"type": "object", "properties": AB, "required": ["a", "b"], "additionalProperties": False},
+    {"type": "object", "properties": AB, "additionalProperties": {"type": "string"}},
+    {"anyOf": [{"type": "string", "maxLength": 1}, {"type": "integer", "minimum": 3}]},
+    {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]},
+    {"allOf": [{"type": "integer", "minimum": 1}, {"maximum": 7}]},
+    {"$ref": "#/$defs/tree", "$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}}}},
+    {"$defs": {"x": {"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}, "b": {"type": "array"}}}}, "$ref": "#/$defs/x"},
+    {"anyOf": [{"type": "object", "properties": {"kind": {"const": "n"}, "n": {"type": "integer"}}, "required": ["kind", "n"]},
+               {"type": "object", "properties": {"kind": {"const": "s"}, "s": {"type": "string"}}, "required": ["kind", "s"]}]},
+]
+
+
+def line(kind, grammar, cases):
+    print(json.dumps([kind, grammar, cases], ensure_ascii=False, separators=(",", ":")))
+
+
+def main():
+    draw = random.Random(1)
+    for regex in REGEXES:
+        texts = {"", "aabb", "xxyxy", "ab@ab.com", "3.14", "\x41B", "2026-11", "[]\\", " x", "日", "日本"}
+        for n in range(1, 5):
+            texts |= {"".join(draw.choices(PIECES, k=n)) for _ in range(12)}
+        compiled = re.compile(regex, re.ASCII)  # \d and \w as in ECMAScript
+        line("regex", regex, [[text, compiled.fullmatch(text) is not None] for text in sorted(texts)])
+    for schema in SCHEMAS:
+        validator = jsonschema.Draft202012Validator(schema)
+        cases = [[json.dumps(v, ensure_ascii=False, separators=(",", ":")), validator.is_valid(v)] for v in VALUES]
+        line("schema", json.dumps(schema, ensure_ascii=False), cases)
+
+
+main()
