@@ -4364,7 +4364,8 @@ static void llm__jinja_lex_tag(llm__jinja_parser *p) {
     if (p->open == 0 && (llm__jinja_here(p, close) || (control && q + 2 < p->end && q[1] == close[0] && q[2] == '}'))) {
         if (control == '+' && !p->closes_block) llm__jinja_fail(p, "+}} is not Jinja");
         p->token.type = p->closes_block ? LLM__J_BLOCK_END : LLM__J_PRINT_END;
-        llm__jinja_skip(p, q + (control ? 3 : 2));
+        p->token.text.n = control ? 3 : 2;
+        llm__jinja_skip(p, q + p->token.text.n);
         p->inside = false;
         llm__jinja_after_tag(p, control, p->closes_block);
         return;
@@ -4406,6 +4407,8 @@ static void llm__jinja_lex(llm__jinja_parser *p) {
         p->token.line = p->line;
         p->closes_block = p->at[1] == '%';
         p->token.type = p->closes_block ? LLM__J_BLOCK : LLM__J_PRINT;
+        p->token.text.at = p->at;
+        p->token.text.n = 2;
         p->inside = true;
         p->open = 0;
         p->strip_next = p->trim_next = false;
