@@ -274,7 +274,7 @@ static llm_status make_starved(void *user, llm_error *err) {
     llm_grammar *g = NULL;
     llm_status status = job->make(&g, llm_model_tokenizer(model), job->text, &job->host, err);
     if (!status && llm_grammar_check(g, "abc", 3) < 0) status = LLM_ERROR_MEMORY; /* its states need memory, too */
-    if (status) llm__error(err, status, "out of memory for a grammar");
+    if (status && !err->code) snprintf(err->message, sizeof err->message, "the states ran out of memory");
     llm_grammar_free(g);
     return status;
 }
