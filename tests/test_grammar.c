@@ -273,8 +273,10 @@ static llm_status make_starved(void *user, llm_error *err) {
     starved *job = (starved *)user;
     llm_grammar *g = NULL;
     llm_status status = job->make(&g, llm_model_tokenizer(model), job->text, &job->host, err);
-    if (!status && llm_grammar_check(g, "abc", 3) < 0) status = LLM_ERROR_MEMORY; /* its states need memory, too */
-    if (status && !err->code) snprintf(err->message, sizeof err->message, "the states ran out of memory");
+    if (!status && llm_grammar_check(g, "abc", 3) < 0) { /* its states need memory, too */
+        status = err->code = LLM_ERROR_MEMORY;
+        snprintf(err->message, sizeof err->message, "the states ran out of memory");
+    }
     llm_grammar_free(g);
     return status;
 }
