@@ -126,7 +126,7 @@ def roofline(plt, runs, name):
     axis.fill_between(at, [min(x * slowest, rate) for x in at], [min(x * bandwidth, rate) for x in at], color="#d9d9d9")
     axis.plot(at, [min(x * bandwidth, rate) for x in at], color="black", linewidth=1.5)
     memory = f"memory: {slowest:.0f} to {bandwidth:.0f} GB/s"
-    axis.annotate(memory, (left * 1.1, left * 1.1 * bandwidth * 1.6), fontsize=9)
+    axis.annotate(memory, (1, 1.1 * bandwidth), fontsize=9, ha="right")
     axis.annotate(f"arithmetic: {rate:.0f} GFLOP/s", (right, rate * 1.1), fontsize=9, ha="right")
     axis.set_xscale("log")
     axis.set_yscale("log")
