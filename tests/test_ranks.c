@@ -485,10 +485,16 @@ static llm_status call_to_be_left(llm_context *ctx, const departure *d, leaver *
     if (l->at) l->back = &back;
     if (setjmp(back)) return LLM_OK;
     if (d->callback == FROM_QUESTION) {
+        /* Contexts that begin alike would be computed once, in a single pass, and nothing would be left to wait for. */
+        llm_token contexts[40][7];
         llm_question questions[40];
         double log_likelihoods[40];
         llm_score_desc desc = {.on_question = leave_question, .user = l};
-        for (int i = 0; i < 40; i++) questions[i] = (llm_question){tokens, length, 1, endings, &length};
+        for (int i = 0; i < 40; i++) {
+            memcpy(contexts[i], tokens, sizeof tokens);
+            contexts[i][0] = (llm_token)i;
+            questions[i] = (llm_question){contexts[i], length, 1, endings, &length};
+        }
         return llm_score(ctx, questions, 40, &desc, log_likelihoods, NULL, err);
     }
     llm_generate_desc desc = {.tokens = tokens, .n_tokens = length, .max_tokens = 60, .ignore_end = true, .user = l};
