@@ -60,6 +60,17 @@ for weights in bf16 int8 "bf16 2:4" "int8 2:4"; do
     check "step 3 with weights $weights" says dense 03-online-softmax --weights "$weights"
     check "step 8 says what these say in floats" says_as dense 8 08-sparse --weights "$weights"
 done
+# A damaged model's text could agree by chance, so the perplexity, which depends on every bit, is compared, too.
+judges() { # FILE WEIGHTS
+    "$programs/08-sparse" -m "$model" -n 40 --samples 1 --ids "$dir/$1" --weights "$2" --text tests/golden/heldout.txt \
+        --perplexity 96 >"$dir/$1.out" && grep '^Perplexity' "$dir/$1.out" >"$dir/$1.perplexity"
+}
+for weights in bf16 int8; do
+    check "step 8 runs with weights $weights 2:4" judges sparse "$weights 2:4"
+    check "and with the same weights, their zeros stored" judges whole "$weights 2:4 dense"
+    check "which gives the same text" same sparse whole
+    check "and the same perplexity" same sparse.perplexity whole.perplexity
+done
 
 for n in 1 2 3 4 5 6 7 8; do
     diff_is_short() { [ "$($steps/diff.sh $n | wc -l)" -lt 400 ] && $steps/diff.sh $n | grep -q '^+'; }

@@ -53,4 +53,6 @@ if wanted 09-scoring; then
     echo "  09-scoring"
     bench/hellaswag.sh "$model" --data tests/hellaswag.jsonl >"$folder/09-scoring.md" 2>"$folder/09-scoring.log"
 fi
+# OpenMP would bind the first thread to one processor before the library starts its own, which would then share it.
+launch='env -u OMP_PROC_BIND'
 for type in f32 bf16 int8 int4; do step library-$type 03-online-softmax --library $type --text $text $long; done

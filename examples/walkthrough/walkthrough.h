@@ -522,7 +522,7 @@ static llm_token *read_text(const llm_tokenizer *t, const char *path, int *n, ll
 }
 
 /* Runs the samples and prints them in gpt-fast's format, which bench/extract_and_plot.py reads. A first run brings
-   everything into the caches and is not counted. After a minute no new sample begins. */
+   everything into the caches and is not counted. After 40 seconds no new sample begins. */
 static void run_samples(const step *s, llm_context *ctx, llm_model_info info, const llm_token *prompt, int n_prompt,
                         llm_error *err) {
     llm_token *ids = allocate((size_t)options.n_new * sizeof *ids);
@@ -531,7 +531,7 @@ static void run_samples(const step *s, llm_context *ctx, llm_model_info info, co
         s->generate ? s->generate : generate;
     int n = 0;
     run(ctx, prompt, n_prompt, ids, options.n_new < 20 ? options.n_new : 20, err);
-    for (; n < options.n_samples && (n == 0 || n_processes > 1 || now() - begin < 60) && !err->code; n++) {
+    for (; n < options.n_samples && (n == 0 || n_processes > 1 || now() - begin < 40) && !err->code; n++) {
         double start = now(), r = run(ctx, prompt, n_prompt, ids, options.n_new, err), seconds = now() - start;
         say("Time for inference %d: %.2f sec total, %.2f tokens/sec\n", n + 1, seconds, options.n_new / seconds);
         say("Bandwidth achieved: %.2f GB/s\n", gigabytes * r / seconds);
