@@ -1372,7 +1372,7 @@ struct llm_backend {
 #pragma GCC optimize("no-fast-math", "fp-contract=off")
 #endif
 
-/* Code that does not run for each token is optimised for size, if the host lets the compiler optimise at all. */
+/* Code that takes little of a token's time is optimised for size, if the host lets the compiler optimise at all. */
 #if !defined(__OPTIMIZE__)
 #define LLM__SMALL_BEGIN
 #define LLM__SMALL_END
@@ -10436,9 +10436,19 @@ static bool llm__amx_allowed(void) {
 #define LLM__JOIN(a, b) LLM__JOIN2(a, b)
 #define LLM__FN(name) LLM__JOIN(LLM__KERNEL_PASS, name)
 
+/* On x86-64 the kernels in plain C define the results and are a last resort. They are slow whatever the compiler does,
+   because without FMA instructions each fma is a call of the library, so there they are optimised for size. */
 #define LLM__TARGET
 #define LLM__KERNEL_PASS llm__scalar_
+#if defined(__x86_64__) && !defined(LLM_NO_SIMD)
+#define LLM__KERNEL_SMALL
+LLM__SMALL_BEGIN
 #include LLM_HEADER_FILENAME
+LLM__SMALL_END
+#undef LLM__KERNEL_SMALL
+#else
+#include LLM_HEADER_FILENAME
+#endif
 #undef LLM__KERNEL_PASS
 #undef LLM__TARGET
 
@@ -11609,6 +11619,8 @@ static void llm__team_run(llm__team *team, void (*task)(void *arg, int index), v
     llm__team_wait(team);
 }
 
+LLM__SMALL_BEGIN
+
 #if defined(__linux__) && !defined(LLM_NO_THREADS)
 
 /* ---- How many cores there are ----
@@ -11734,6 +11746,8 @@ static int llm__team_default_threads(void) {
     return n < 1 ? 1 : n > 256 ? 256 : n;
 #endif
 }
+
+LLM__SMALL_END
 
 /* ---- The model on the CPU ---- */
 
@@ -15881,6 +15895,8 @@ enum {
 #define LLM__GRAM_NONE UINT32_MAX
 #define LLM__GRAM_ENDLESS UINT32_MAX /* a repetition without a maximum */
 
+LLM__SMALL_BEGIN
+
 /* ---- Expressions ---- */
 
 typedef enum llm__gram_kind {
@@ -16303,6 +16319,8 @@ static void llm__gram_compile_all(llm__gram_builder *b) {
     if (!b->nodes[b->rules[0].start].productive)
         llm__fail(b->env, LLM_ERROR_ARGUMENT, "no text fits the grammar: whatever it begins with can never end");
 }
+
+LLM__SMALL_END
 
 /* ---- Tokens as a trie ---- */
 
@@ -17093,6 +17111,8 @@ LLM_API int llm_grammar_check(llm_grammar *grammar, const char *text, size_t n_b
     if (llm__gram_guard(grammar, llm__gram_run_body, &args, NULL) || args.state < 0) return -1;
     return grammar->states[args.state].accepts;
 }
+
+LLM__SMALL_BEGIN
 
 /* ---- Regular expressions ---- */
 
@@ -18760,6 +18780,8 @@ LLM_API void llm_grammar_free(llm_grammar *grammar) {
     llm__pool_free(&pool);
 }
 
+LLM__SMALL_END
+
 /* ==== 22 Sampler ================================================================================================
 
    Logits become a probability distribution, from which one token is drawn. The order is: biases, repetition penalty,
@@ -19557,6 +19579,8 @@ LLM_API void llm_draft_free(llm_draft *draft) {
 
    One text: its prompt as tokens, and what is done with each token that was drawn. Section 25 computes it, alone or
    beside others. */
+
+LLM__SMALL_BEGIN
 
 /* Text on its way to the host. What may be the start of a stop string is held back until that is decided. */
 typedef struct llm__gen_outbox {
@@ -21323,6 +21347,8 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
     return llm__error_done(err, llm__ctx_tell_ranks(ctx, status));
 }
 
+LLM__SMALL_END
+
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT DEFAULT
 #pragma float_control(pop)
@@ -21365,7 +21391,11 @@ SOFTWARE.
 
 #ifdef LLM__KERNEL_PASS /* compiled once for each instruction set */
 
+#if defined(LLM__KERNEL_SMALL)
+#define LLM__INLINE static inline LLM__TARGET
+#else
 #define LLM__INLINE static inline __attribute__((always_inline)) LLM__TARGET
+#endif
 #define V LLM__FN(v)
 #define v_load LLM__FN(v_load)
 #define v_store LLM__FN(v_store)
