@@ -1262,7 +1262,7 @@ typedef struct llm_backend_pass {
     bool *stopped;
 } llm_backend_pass;
 
-/* Tokens of one sequence that the device picks by itself: the first from the logits of the last pass, which had one row
+/* Tokens of one sequence that the device picks itself: the first from the logits of the last pass, which had one row
    of them, every other one from those of the token before it. All but the last go through the model. */
 typedef struct llm_backend_burst {
     int n;             /* tokens, at most LLM_BACKEND_BURST                                                      */
@@ -1498,7 +1498,7 @@ static llm_status llm__error_done(llm_error *err, llm_status status) {
     return status;
 }
 
-/* Half an allocator would free one's memory with the other. */
+/* A host must set both functions or none: memory from one allocator must not be freed by another. */
 static llm_status llm__host_check(const llm_host *host, llm_error *err) {
     if (!host || !host->alloc == !host->free) return LLM_OK;
     return llm__error(err, LLM_ERROR_ARGUMENT, "host.alloc and host.free must be given together, or neither");
@@ -1806,7 +1806,7 @@ static const char *llm__file_map(llm__file *file, const char *path) {
 #else
 /* A descriptor for reading that the host's child programs do not get; -1 and errno if there is none. */
 static int llm__file_descriptor(const char *path) {
-    const int flags = O_RDONLY | O_NONBLOCK; /* nobody waits for the other end of a pipe */
+    const int flags = O_RDONLY | O_NONBLOCK; /* opening a pipe must not wait for its other end */
 #if defined(O_CLOEXEC)
     return open(path, flags | O_CLOEXEC);
 #else /* the host's headers are strict C99 */
@@ -1898,13 +1898,13 @@ typedef struct llm__file_source {
     uint64_t size; /* of data, or of what read reads */
 } llm__file_source;
 
-/* *source from a path, if there is one, or bytes or a function; what is missing is the caller's fault. */
+/* A source needs a path, bytes or a function. If it has none of them, that is the caller's error. */
 static llm_status llm__file_check_source(const llm__file_source *source, llm_error *err) {
     if (source->path || source->data || source->read) return LLM_OK;
     return llm__error(err, LLM_ERROR_ARGUMENT, "there is nothing to load: the path, data or read function is NULL");
 }
 
-/* A file that is a single one. */
+/* Opens a model that is a single file. */
 static llm__file *llm__file_open_source(llm__env *env, const llm__file_source *source) {
     if (source->data) return llm__file_memory(env, source->data, (size_t)source->size);
     if (source->read) return llm__file_function(env, source->read, source->user, source->size);
@@ -7292,8 +7292,9 @@ static uint64_t llm__hash_bytes(const uint8_t *p, size_t n) {
     return llm__hash_mix((h ^ llm__load_tail(p, n)) * 0xD6E8FEB86659FD93u);
 }
 
-/* The slot that holds these bytes, or the free slot where they belong. *head is what identifies them there: most pieces
-   are short, and comparing them needs no other memory than the slot. */
+/* The slot that holds these bytes, or the free slot where they belong. *head receives the value that
+   slots compare: the bytes themselves if there are at most 8, otherwise their hash. Most pieces are short, so only the
+   slot is read for them. */
 static llm__vocab_piece_slot *llm__vocab_slot_of(const llm_tokenizer *t, const uint8_t *p, size_t n, uint64_t *head,
                                                  size_t *probes) {
     uint64_t h = llm__hash_bytes(p, n);
@@ -7325,7 +7326,7 @@ static llm__bpe_pair_slot *llm__bpe_pair_slot_of(const llm_tokenizer *t, llm_tok
     }
 }
 
-/* Which bit of the filter is this pair's. */
+/* The number of this pair's bit in the filter. */
 static size_t llm__bpe_pair_bit(const llm_tokenizer *t, llm_token left, llm_token right) {
     return (size_t)(llm__bpe_pair_hash(left, right) >> 32) & (8 * t->pair_mask + 7);
 }
@@ -7891,7 +7892,7 @@ static void llm__enc_new_word(llm__enc_job *job, const uint8_t *p, const uint8_t
     set[0] = word;
 }
 
-/* A word and where it is to be looked up. */
+/* A word, and where to look it up. */
 typedef struct llm__enc_seen {
     const uint8_t *p;
     size_t n;
@@ -8610,8 +8611,8 @@ static void llm__bpe_mark_whole(llm__env *env, llm_tokenizer *t) {
     llm__free(env->pool, s);
 }
 
-/* Texts are cut at spaces only where nothing but merging looks across: not if unknown characters on both sides of a space
-   become one token, nor if a text that is a piece as a whole is not merged. */
+/* Texts may be cut at spaces only if no rule except merging depends on both sides of the cut. Such rules are: unknown
+   characters on both sides of a space become one token; a text that is a piece as a whole is not merged. */
 static void llm__bpe_find_cuts(llm_tokenizer *t) {
     t->spaces_cut = t->sentencepiece && !t->ignore_merges;
     for (int i = 0; i < 256; i++) {
@@ -8730,8 +8731,7 @@ static void llm__tokenizer_chat_body(llm__env *env, void *arg) {
     t->chat_program = llm__jinja_parse(env, text, n);
 }
 
-/* A template that cannot be run does not keep a model from loading: what is wrong is logged now, and is the error of
-   every chat. */
+/* A model with a template that we cannot run still loads. The problem is logged now, and every chat fails with it. */
 static void llm__tokenizer_parse_chat(llm__env *env, llm_tokenizer *t) {
     llm__env inner;
     llm_error err;
@@ -9703,8 +9703,8 @@ static int llm__hf_compare_placed_tokens(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* Tokens beside a tokenizer.json: their flags are those that count. As transformers does it, a token that is there
-   keeps its id, and the others get the next ids, in the order of the ids that they have here. */
+/* Tokens from a file beside tokenizer.json. Their flags override those in tokenizer.json. As in transformers, a token
+   that tokenizer.json has keeps its id. The others get the next ids, in the order of the ids that they have here. */
 static void llm__hf_merge_added_tokens(llm__env *env, const llm__json *config, size_t n_rows, llm__vocab_parts *parts) {
     const llm__json *added = llm__json_get_type(env, config, "added_tokens_decoder", LLM__JSON_OBJECT);
     if (!added) return;
@@ -9936,7 +9936,7 @@ static llm__jinja_value llm__chat_messages(llm__jinja_run *r, const llm_chat_des
     return list;
 }
 
-/* Reads a JSON text of the host's; `type` is what it must be. */
+/* Reads a JSON text that the host gave. It must be of type `type`. */
 static const llm__json *llm__chat_json(llm__env *env, const char *text, const char *what, llm__json_type type) {
     const char *file = env->file;
     env->file = what;
@@ -10095,8 +10095,9 @@ LLM__SMALL_END
    rounded to bf16 again.
 
    Other sums (RMSNorm, softmax) run in 16 lanes, element i in lane i % 16, and end in one tree: lane i adds lane i +
-   8, then i + 4, i + 2, i + 1. Denormal results become zero. 2^x is the polynomial below, 1 / x the iteration. FMA is
-   written where it is meant. The compiler must not form or split one, whatever flags the host uses.
+   8, then i + 4, i + 2, i + 1. Denormal results become zero. Section 27 has the polynomial
+   for 2^x and the iteration for 1 / x. An FMA is computed only where the text has one. The compiler must not form or
+   split one, whatever flags the host uses.
 
    There is one known exception: a result that rounding lifts to the smallest normal number, 2^-126, is that number on
    x86 and zero on aarch64, which tests for denormals before it rounds. */
@@ -10292,9 +10293,9 @@ typedef struct llm__kernels {
     /* Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given. */
     void (*rope)(float *x, const float *cosines, const float *sines, int half);
     /* The limits that benchmarks compare with. `read` reads n bytes and ignores them. `multiply` does n times 2 * 16 *
-       12 floating-point operations that depend on little else. The others do four times as many on bytes, twice as
-       many on pairs of bf16, and on the matrix unit 2 * 4 * 16 * 16 * 32. The last two are NULL where they do not
-       exist. */
+       12 floating-point operations in independent chains. multiply_bytes does four times as many on bytes,
+       multiply_pairs twice as many on pairs of bf16. tile_multiply does n times 2 * 4 * 16 * 16 * 32 on the matrix
+       unit. The last two are NULL where the instructions do not exist. */
     uint32_t (*read)(const void *p, size_t n);
     uint32_t (*multiply)(size_t n), (*multiply_bytes)(size_t n), (*multiply_pairs)(size_t n),
         (*tile_multiply)(size_t n);
@@ -10310,7 +10311,7 @@ typedef struct llm__kernels {
     void (*pack_scale)(const float *x, float factor, int n, int n_padded, llm__kernel_lines row, int column);
     void (*pack_norm)(const float *x, const float *w, int n, float factor, llm__kernel_lines row);
     void (*pack_softmax)(const float *s, int n, int padded, float scale, llm__kernel_lines row, float *max, float *sum);
-    /* Each thread must enter the matrix unit before using it. NULL where there is none. */
+    /* Each thread must enter the matrix unit before it uses it. NULL if the set has no matrix unit. */
     void (*tiles_enter)(void), (*tiles_leave)(void);
 } llm__kernels;
 
@@ -10522,7 +10523,7 @@ static const llm__kernels *llm__kernels_choose(const char *isa) {
 
    From tensors in a file to matrices in the order of the kernels. */
 
-/* A rank's share of n things that come in units. Without a comm, all of them. */
+/* A rank's share of n items. Units of `unit` items are not divided. Without a comm, the share is all of them. */
 static llm_backend_range llm__ranks_share(const llm_comm *comm, int n, int unit) {
     llm_backend_range span = {0, n};
     if (!comm) return span;
@@ -10537,10 +10538,10 @@ static llm_backend_range llm__ranks_share(const llm_comm *comm, int n, int unit)
 enum {
     LLM__EMBD_UNIT = 16, /* outputs that stay on one rank: a tile                                       */
     LLM__FF_UNIT = 32,   /* ... a line of packed rows, see llm__kernel_lines                                   */
-    LLM__COLUMNS = 512   /* tokens of the vocabulary whose softmax is taken at once (of the arithmetic) */
+    LLM__COLUMNS = 512   /* tokens of the vocabulary in one partial softmax; part of the arithmetic */
 };
 
-/* Key heads go with the query heads that attend to them, so some may be on two ranks. */
+/* A rank has the key heads of all its query heads, so two ranks may both have the same key head. */
 static llm_backend_range llm__ranks_key_heads(const llm_comm *tensor, const llm_backend_shape *s) {
     llm_backend_range heads = llm__ranks_share(tensor, s->n_heads, 1), keys;
     int group = s->n_heads / s->n_kv_heads;
@@ -10549,15 +10550,15 @@ static llm_backend_range llm__ranks_key_heads(const llm_comm *tensor, const llm_
     return keys;
 }
 
-/* The layers of a stage of the pipeline. The last stage also has the head, which counts as half the layers that have as
-   many weights: when texts are scored, only some rows go through it (70 % for HellaSwag), and of a prompt only one. */
+/* The layers of a stage of the pipeline. The last stage also has the head. A weight of the head counts half as much as
+   one of a layer, because only some rows go through the head: 70 % for HellaSwag, one row for a prompt. */
 static llm_backend_range llm__ranks_layers_of(const llm_backend_shape *s, int stage, int n_stages) {
     double q = (double)s->n_heads * s->head_dim, kv = (double)s->n_kv_heads * s->head_dim,
            layer = s->n_embd * (2 * q + 2 * kv + 3.0 * s->n_ff), head = (double)s->n_vocab * s->n_embd / 2,
            share = (s->n_layers + head / layer) / n_stages;
-    int ends[2]; /* of the stage before, and of this one */
+    int ends[2]; /* of the previous stage and of this one */
     for (int i = 0; i < 2; i++) {
-        int rest = n_stages - (stage + i); /* stages behind, each with a layer at least */
+        int rest = n_stages - (stage + i); /* later stages; each has at least one layer */
         ends[i] = (int)(share * (stage + i) + 0.5);
         if (ends[i] > s->n_layers - rest || !rest) ends[i] = s->n_layers - rest;
         if (ends[i] < stage + i) ends[i] = stage + i;
@@ -10594,7 +10595,7 @@ LLM_API llm_backend_ranks llm_backend_find_ranks(const llm_backend_shape *whole,
     return r;
 }
 
-/* The rows of part `part` of a weight, of which there are n, that a rank has. */
+/* The rows that this rank has of part `part` of a weight. The whole part has n rows. */
 static llm_backend_range llm__ranks_rows(const llm_comm *tensor, const llm_backend_shape *s,
                                          llm_backend_weight_kind kind, int part, int n) {
     llm_backend_range rows = {0, n};
@@ -10739,7 +10740,7 @@ static llm__kernel_tiles llm__matrix_tiles(const llm__matrix *m, int tile, int n
     return t;
 }
 
-/* The kind that holds a tensor of a file's type best. Types in blocks keep their numbers. */
+/* The kind that LLM_DTYPE_FILE uses for a tensor's type in the file. Types in blocks keep their numbers. */
 static llm__weight_type llm__kernel_kind_of_file(int type) {
     switch (type) {
     case LLM__Q4_0: return LLM__W_Q4;
@@ -10844,8 +10845,8 @@ static llm__matrix llm__matrix_init(llm__weight_type kind, int n, int k) {
     return m;
 }
 
-/* Describes the matrix of a weight. If tensors of several kinds meet inside a tile, all of it is bf16. Gates and ups
-   each fill whole tiles, so both are padded. */
+/* Describes the matrix of a weight. If one tile would hold rows of several kinds, the whole matrix is bf16. Gates and
+   ups each fill whole tiles, so both are padded. */
 static llm__matrix llm__matrix_describe(llm_dtype dtype, const llm_backend_weight *weight) {
     bool in_turns = weight->kind == LLM_WEIGHT_GATE_UP;
     int n = in_turns ? 2 * llm__math_round_up(weight->rows / 2, 16) : weight->rows, rows = 0;
@@ -10876,8 +10877,8 @@ static uint64_t llm__cpu_weight_bytes(llm_dtype dtype, const llm_backend_weight 
     return llm__matrix_bytes(&m);
 }
 
-/* The bits of the largest magnitude of n numbers. As integers they are ordered, with infinities and NaNs after all
-   numbers. Sixteen signed lanes, which compilers turn into vectors. */
+/* The bits of the largest magnitude of n numbers. As integers, these bits have the order of the magnitudes;
+   infinities and NaNs are above all numbers. Compilers turn the 16 signed lanes into vectors. */
 static uint32_t llm__pack_largest_bits(const float *x, size_t n) {
     int32_t most[16] = {0}, bits[16];
     size_t i = 0;
@@ -10940,12 +10941,12 @@ static llm_backend_group llm__pack_quantize_group(const float *w) {
     return g;
 }
 
-/* Where the group of some rows lies in a tile: its numbers, its scales, and the d of its eight groups. */
+/* Where a tile stores a group: the numbers, the scales, and the d that eight groups share. */
 typedef struct llm__pack_place {
     uint8_t *q, *s, *d;
 } llm__pack_place;
 
-/* The place of a group, from row `lane` of the tile on. */
+/* The place of a group for row `lane` of the tile and the rows after it. */
 static llm__pack_place llm__pack_find(llm__weight_type kind, uint8_t *tile, size_t n_groups, size_t group,
                                       size_t lane) {
     uint8_t *s = tile + n_groups * LLM__NUMBER_BYTES(kind), *d = s + n_groups * LLM__SCALE_BYTES(kind);
@@ -10955,7 +10956,7 @@ static llm__pack_place llm__pack_find(llm__weight_type kind, uint8_t *tile, size
     return place;
 }
 
-/* The packing of a group is written for N rows at once, 16 or a single one, so that its loops become vectors. */
+/* These functions pack a group of N rows at once, where N is 16 or 1. So compilers turn their loops into vectors. */
 #define LLM__PACK_INLINE static inline __attribute__((always_inline))
 
 /* Swaps the bits of x that `mask` selects with those `distance` above them. */
@@ -10973,8 +10974,8 @@ LLM__PACK_INLINE uint32_t llm__pack_turn_bits(uint32_t bits) {
     return llm__pack_swap_bits(bits, 1, 0x22222222);
 }
 
-/* Loads n words of each row, from byte `at` of its block on. Compilers make no good code of this for 16 rows, so four
-   words of four rows are turned at a time where there are vectors for it. */
+/* Loads n words of each row, from byte `at` of its block on. Compilers generate slow code for 16 rows, so where they
+   have vectors, four words of four rows are transposed at a time. */
 LLM__PACK_INLINE void llm__pack_load(const int N, const uint8_t *const *block, size_t at, const int n,
                                      uint32_t (*words)[16]) {
 #if (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)) && !defined(LLM_NO_SIMD)
@@ -11009,8 +11010,8 @@ LLM__PACK_INLINE void llm__pack_store(const int N, uint32_t (*words)[16], const 
     for (int j = 0; j < n; j++) memcpy(to + 64 * j, words[j], 4 * (size_t)N);
 }
 
-/* The numbers of group i of a K block. In a file, the bits of a group of 32 lie in 8 words, from some bit of each byte
-   on. In a tile, words j and j + 4 share a word with their low four bits. */
+/* The numbers of group i of a K block. In a file, a group of 32 has its bits in 8 words, at the same position of each
+   byte. In a tile, one word holds the low four bits of words j and j + 4. */
 LLM__PACK_INLINE void llm__pack_read_k_numbers(const int N, int type, const uint8_t *const *block, int i, uint8_t *to) {
     uint32_t low[8][16], high[8][16], above[2][16];
     bool two_bits = type == LLM__Q2_K || type == LLM__Q3_K;
@@ -11089,7 +11090,7 @@ LLM__PACK_INLINE void llm__pack_read_k_scales(const int N, int type, const uint8
     for (int j = 0; j < (minimum ? 2 : 1); j++) memcpy(to.d + 32 * j, d[j], 2 * (size_t)N);
 }
 
-/* Group i of the blocks of N rows of one type, as the kind that keeps its numbers holds it. */
+/* Packs group i of one block of each of N rows. All rows have the same type; the tile's kind keeps its numbers. */
 LLM__PACK_INLINE void llm__pack_read_rows(const int N, int type, const uint8_t *const *block, int i,
                                           llm__pack_place to) {
     uint32_t words[8][16], fifth[1][16];
@@ -11128,7 +11129,7 @@ LLM__PACK_INLINE void llm__pack_read_rows(const int N, int type, const uint8_t *
     }
 }
 
-/* Of a whole tile, and of one row. */
+/* The same for the 16 rows of a tile, and for one row. */
 static void llm__pack_read_16(int type, const uint8_t *const *block, int i, llm__pack_place to) {
     llm__pack_read_rows(16, type, block, i, to);
 }
@@ -11137,8 +11138,8 @@ static void llm__pack_read_1(int type, const uint8_t *block, int i, llm__pack_pl
     llm__pack_read_rows(1, type, &block, i, to);
 }
 
-/* Groups for LLM_DTYPE_INT4 as other backends hold them. Scales of Q4_K are rounded once. Other types are quantised
-   anew. */
+/* Groups for LLM_DTYPE_INT4 in the form that other backends use. Q8_0, Q4_0 and Q4_1 keep their numbers and scales.
+   Q4_K keeps its numbers, and its scales are rounded once. All other types are quantised again. */
 LLM_API void llm_backend_weight_groups(const llm_backend_weight *weight, int row, float *scratch,
                                        llm_backend_group *groups) {
     size_t n = (size_t)llm__math_round_up(weight->cols, 32) / 32;
@@ -11188,7 +11189,7 @@ static void llm__pack_groups(llm__weight_type kind, uint8_t *tile, const uint8_t
     const llm__file_type_info *infos[16];
     const uint8_t *block[16];
     bool alike = raw != NULL;
-    int type = -1; /* of a row that is there */
+    int type = -1; /* of a row that is not NULL */
     for (size_t lane = 0; lane < 16 && raw; lane++)
         if (raw[lane]) type = types[lane];
     if (raw && type < 0) {
@@ -12100,7 +12101,7 @@ static llm_status llm__hub_fail(llm_comm *comm, llm_error *err) {
     return llm__error(err, LLM_ERROR_DEVICE, "%s", hub->why);
 }
 
-/* When it returns, no other rank reads this rank's memory any more, so what was being sent can be freed. */
+/* After this returns, no other rank reads this rank's memory, so buffers that were being sent can be freed. */
 static void llm__hub_abort(llm_comm *comm, const char *why) {
     llm__hub *hub = (llm__hub *)comm->user;
     int whole = 0;
@@ -12613,20 +12614,21 @@ LLM_API void llm_comm_free(llm_comm *comm) {
 
 /* ==== 16 KV cache ===============================================================================================
 
-   Keys and values are stored in blocks of LLM_CACHE_BLOCK positions, all allocated when the context is created. A sequence
-   is a length and a table of blocks. A fork shares its parent's blocks, which are reference-counted. Whoever appends
-   to a shared block first copies it. This section keeps the books; the backend owns the blocks' contents. */
+   Keys and values are stored in blocks of LLM_CACHE_BLOCK positions, all allocated when the context is created. A
+   sequence is a length and a table of blocks. A fork shares its parent's blocks, which are reference-counted. A
+   sequence that appends to a shared block copies the block first. This section only records which sequences hold a
+   block; the backend owns the contents of the blocks. */
 
 typedef struct llm__cache {
     int n_seq, n_ctx, blocks_per_seq, n_blocks, n_free;
-    int *free_blocks;  /* [n_blocks] a stack                                    */
-    int *n_users;      /* [n_blocks] sequences that hold the block              */
-    int *origins;      /* [n_blocks] the block whose first positions it has, -1: none: a fork went on in the middle */
-    int *n_copied;     /* [n_blocks] how many of them are still the same        */
-    int *n_lent;       /* [n_blocks] the most positions another block has of it */
-    int *tables;       /* [n_seq][blocks_per_seq]                               */
-    int *lengths;      /* [n_seq]                                               */
-    llm_token *tokens; /* [n_seq][n_ctx]                                        */
+    int *free_blocks;  /* [n_blocks] a stack                                            */
+    int *n_users;      /* [n_blocks] sequences that hold the block                      */
+    int *origins;      /* [n_blocks] the block that this one was copied from, or -1     */
+    int *n_copied;     /* [n_blocks] positions that are still the same as in the origin */
+    int *n_lent;       /* [n_blocks] max positions that a copy still has from this one  */
+    int *tables;       /* [n_seq][blocks_per_seq] block numbers                         */
+    int *lengths;      /* [n_seq] in positions                                          */
+    llm_token *tokens; /* [n_seq][n_ctx]                                                */
 } llm__cache;
 
 static int llm__cache_blocks_for(int n_positions) { return (n_positions + LLM_CACHE_BLOCK - 1) / LLM_CACHE_BLOCK; }
@@ -12645,7 +12647,7 @@ static void llm__cache_create(llm__env *env, llm__cache *cache, int n_seq, int n
     cache->lengths = (int *)llm__alloc_zero(env, (size_t)n_seq, sizeof(int));
     cache->tokens = (llm_token *)llm__alloc(env, (size_t)n_seq * (size_t)n_ctx, sizeof(llm_token));
     for (int i = 0; i < n_blocks; i++)
-        cache->free_blocks[i] = n_blocks - 1 - i; /* so that they are taken in ascending order */
+        cache->free_blocks[i] = n_blocks - 1 - i; /* blocks are taken in ascending order */
 }
 
 static int *llm__cache_table(const llm__cache *cache, int seq) {
@@ -12662,7 +12664,7 @@ static bool llm__cache_must_copy(const llm__cache *cache, int seq) {
     return length % LLM_CACHE_BLOCK && cache->n_users[llm__cache_table(cache, seq)[length / LLM_CACHE_BLOCK]] > 1;
 }
 
-/* Number of free blocks that appending n tokens takes. */
+/* Number of free blocks needed to append n tokens. */
 static int llm__cache_needs(const llm__cache *cache, int seq, int n) {
     int length = cache->lengths[seq];
     return llm__cache_blocks_for(length + n) - llm__cache_blocks_for(length) + (n && llm__cache_must_copy(cache, seq));
@@ -12675,7 +12677,7 @@ static int llm__cache_take(llm__cache *cache) {
     return block;
 }
 
-/* From position `place` on a block becomes another one: what was copied of that is no longer the same. */
+/* Records that a block changes from position `place` on. From there on it no longer equals its origin or its copies. */
 static void llm__cache_change(llm__cache *cache, int block, int place) {
     if (place < cache->n_copied[block]) cache->n_copied[block] = place;
     if (place >= cache->n_lent[block]) return;
@@ -12691,7 +12693,8 @@ static void llm__cache_drop(llm__cache *cache, int block) {
     cache->free_blocks[cache->n_free++] = block;
 }
 
-/* A sequence that is cut back to what it shared before it went on shares it again, and its own block is free. */
+/* Shortens a sequence. If its last block is a copy that still equals the origin up to the new end, the sequence shares
+   the origin again and drops the copy. */
 static void llm__cache_truncate(llm__cache *cache, int seq, int length) {
     int *table = llm__cache_table(cache, seq), last = length / LLM_CACHE_BLOCK, place = length % LLM_CACHE_BLOCK;
     for (int i = llm__cache_blocks_for(length); i < llm__cache_blocks_for(cache->lengths[seq]); i++)
@@ -12704,8 +12707,8 @@ static void llm__cache_truncate(llm__cache *cache, int seq, int length) {
     llm__cache_drop(cache, own);
 }
 
-/* Replaces a shared last block by a block of its own. Returns the shared block, from which the caller copies, or -1 if
-   there is nothing to do. */
+/* Replaces a shared last block by a new one for this sequence alone. Returns the shared block, which the caller must
+   copy into the new one, or -1 if the last block is not shared. */
 static int llm__cache_unshare(llm__cache *cache, int seq) {
     if (!llm__cache_must_copy(cache, seq)) return -1;
     int n = cache->lengths[seq] % LLM_CACHE_BLOCK;
@@ -12718,7 +12721,7 @@ static int llm__cache_unshare(llm__cache *cache, int seq) {
     return shared;
 }
 
-/* Appends one token to a sequence whose last block is its own. The caller has checked that there is room. */
+/* Appends one token. No other sequence holds the last block, and the caller has checked that there is room. */
 static void llm__cache_append(llm__cache *cache, int seq, llm_token token) {
     int at = cache->lengths[seq]++, *block = &llm__cache_table(cache, seq)[at / LLM_CACHE_BLOCK];
     if (at % LLM_CACHE_BLOCK == 0) *block = llm__cache_take(cache);
@@ -12747,32 +12750,34 @@ static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) 
                          x += Wo attention(q, cache);   x += Wdown (silu(Wgate norm(x)) * Wup norm(x))
        logits = Whead norm(x)
 
-   Every member of the team runs llm__fwd_task; each phase of it is shared out in pieces and ends at a barrier. */
+   Each thread of the team runs llm__fwd_task. The work of each phase is divided into pieces, which the threads take. A
+   phase ends at a barrier. */
 
 enum {
-    LLM__CHUNK = 256, /* keys whose softmax is taken at once; chunks are merged in order (of the arithmetic) */
-    LLM__SCORES = LLM__CHUNK + 16, /* a row of scores: rows a power of two apart would share few lines of the cache */
-    LLM__QUERY_ROWS = 64, /* query rows, over the heads that share a key head, that meet a chunk together        */
-    LLM__ROWS = LLM__STRIP_MOST, /* activation rows that meet a group of tiles while it is in the near cache */
+    LLM__CHUNK = 256,              /* keys in one partial softmax; chunks are merged in order. Part of the arithmetic */
+    LLM__SCORES = LLM__CHUNK + 16, /* stride of a row of scores; with a power of two, rows would share cache sets */
+    LLM__QUERY_ROWS = 64,          /* query rows (tokens times query heads of a key head) in a piece of attention */
+    LLM__ROWS = LLM__STRIP_MOST,   /* activation rows multiplied with a group of tiles while it is in the cache   */
     LLM__TILES = 4,         /* tiles in such a group                                                               */
     LLM__SPLIT_ROWS = 8,    /* rows of a sequence whose attention may be split over the keys                       */
-    LLM__PART_ROWS = 128,   /* least rows that are a member's own in panels                                        */
-    LLM__MESSAGE_HEAD = 16, /* floats in front of rows that go to the next stage; the first says whether to stop   */
-    LLM__SCORED_ROWS = 128  /* rows whose logits, of so many columns, are there at once; a multiple of 16 */
+    LLM__PART_ROWS = 128,   /* min rows of a part of a panel product, see llm__fwd_row_parts                       */
+    LLM__MESSAGE_HEAD = 16, /* floats before the rows in a message to the next stage; the first is 1 for a stop    */
+    LLM__SCORED_ROWS = 128  /* rows whose logits for LLM__COLUMNS tokens are computed at once; a multiple of 16    */
 };
 
-/* Queries that are answered together: n entries of a row list from `first`, all of one sequence. */
+/* Rows whose attention is computed together: n entries of a list of rows, from `first` on, all of one sequence. */
 typedef struct llm__fwd_queries {
     int first, n;
 } llm__fwd_queries;
 
-/* A product's activations. Many rows of bf16 go by panels; they are packed only, wherever that can be done at once. A single
-   row is made ready by each member for itself, which takes less time than to meet. */
+/* The activations of a product. Many bf16 rows are multiplied in panels, from `packed`. The step that computes such
+   rows packs them directly if it can, and then `x` is not written. Each thread prepares a single row for itself, which
+   is faster than a barrier. */
 typedef struct llm__fwd_rows {
-    float *x; /* [n_batch, or what is not packed][stride] */
+    float *x; /* [n_batch][stride]; for `ffn`, only the max number of rows that are not packed */
     size_t stride;
-    llm__kernel_group *lines; /* [n_batch][stride / 32] for weights in groups; all rows' are in one place */
-    uint8_t *packed; /* [n_batch padded to 16][stride] bf16, see llm__kernel_packed_row; NULL: there are no panels */
+    llm__kernel_group *lines; /* [n_batch][stride / 32] for weights in groups; all llm__fwd_rows share one buffer */
+    uint8_t *packed;          /* [n_batch padded to 16][stride] bf16, see llm__kernel_packed_row; NULL without panels */
 } llm__fwd_rows;
 
 typedef struct llm__cpu_context {
@@ -12781,14 +12786,14 @@ typedef struct llm__cpu_context {
     llm_backend_desc desc;
     llm__team *team;
     bool round;       /* activations are rounded to bf16 before a product */
-    bool round_cache; /* so are queries and softmax weights: the cache is bf16 or int8 */
+    bool round_cache; /* queries and softmax weights are rounded too: the cache is bf16 or int8 */
     llm__weight_type cache_kind;
     int head_stride;          /* head_dim padded for products */
-    float score_scale;        /* log2(e) / sqrt(head_dim): softmax is taken as powers of 2 */
+    float score_scale;        /* log2(e) / sqrt(head_dim), because softmax uses powers of 2 */
     size_t cache_block_bytes; /* keys, or values, of one head in one block */
     uint8_t *cache;           /* see llm__cache_plane */
     size_t x_stride, qkv_stride;
-    float *x, *qkv; /* [n_batch][stride]; in front of x is room for a message's head */
+    float *x, *qkv; /* [n_batch][stride]; LLM__MESSAGE_HEAD floats precede x */
     llm__fwd_rows normed, attention, ffn;
     float *cosines, *sines; /* [n_batch][rope_dim / 2] */
     float *scratch;         /* [n_threads][scratch_floats] for attention */
@@ -12796,31 +12801,31 @@ typedef struct llm__cpu_context {
     float *partials; /* [n_partials][partial_floats] of attention that is split, see llm__attn_split */
     size_t partial_floats;
     int n_partials;
-    float *panels;  /* [n_threads][panel_floats] for llm__kernel_panel's c; NULL: there are no panels */
-    int panel_rows; /* so many rows go by them, or more */
+    float *panels;  /* [n_threads][panel_floats] for llm__kernel_panel's c; NULL without panels */
+    int panel_rows; /* min rows of a product in panels */
     uint8_t *tiles; /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
     size_t panel_floats, tile_bytes;
     float *logits;                                /* [n_logits][n_vocab] */
     float *column_max, *column_sum;               /* [n_batch][n_vocab / LLM__COLUMNS] of a softmax in parts */
     int *all_rows;                                /* 0, 1, 2 ... */
-    llm__fwd_queries *all_queries, *last_queries; /* of all rows; of the rows whose logits are wanted */
+    llm__fwd_queries *all_queries, *last_queries; /* of all rows; of the rows that need logits */
     int n_all_queries, n_last_queries;
     const llm_backend_pass *pass;
     llm_backend_pass
-        own_pass; /* where it points: a callback may leave llm_forward while the other members still read it */
+        own_pass; /* `pass` points to it: a callback may leave llm_forward while the other threads still read it */
     bool cancelled;
-    bool left;          /* by the thread that made the call: the others are to end without it */
-    bool wants_to_stop; /* this rank; all know of it after they have met */
-    bool stopped;       /* a pass of this call was cancelled; the stages behind hear of it with each message */
+    bool left;          /* the thread that made the call has left the pass; the others end without it */
+    bool wants_to_stop; /* this rank wants to cancel; the other ranks learn it in the next exchange */
+    bool stopped;       /* a pass of this call was cancelled; each message tells the next stage */
     float *outgoing[2]; /* [LLM__MESSAGE_HEAD + n_batch * x_stride] messages to the next stage */
     int n_sent;
-    llm_status met; /* how the meetings of the ranks went */
+    llm_status met; /* the first error of the communication between ranks, or LLM_OK */
     llm_error *err; /* of the pass */
 } llm__cpu_context;
 
-/* The cache is [n_cache_blocks / 8][n_layers][n_kv_heads][key, value][8] tiles of a block, the last 8 perhaps fewer: so a
-   chunk's keys and values lie one behind the other, layer by layer, and memory is had only as a sequence grows. A plane is
-   a layer's, head's keys or values. */
+/* The cache is [n_cache_blocks / 8][n_layers][n_kv_heads][key, value][8 blocks]. The last group may have fewer than 8.
+   The keys of consecutive blocks in a group are contiguous, and so are their values. The system provides memory only as
+   sequences grow. A plane is the keys, or the values, of one head in one layer. */
 static int llm__cache_n_planes(const llm__cpu_context *c) {
     return 2 * c->model->shape.n_layers * c->model->shape.n_kv_heads;
 }
@@ -12836,12 +12841,12 @@ static uint8_t *llm__cache_block(const llm__cpu_context *c, int layer, int value
     return llm__cache_plane(c, (layer * c->model->shape.n_kv_heads + head) * 2 + value, block);
 }
 
-/* Do so many rows meet a matrix in panels? */
+/* Is a product of this number of rows computed in panels? */
 static bool llm__fwd_in_panels(const llm__cpu_context *c, const llm__matrix *m, int rows) {
     return c->panels && m->panels && rows >= c->panel_rows;
 }
 
-/* A few tiles against a few rows, the first of which is `row`: their sums, added to sums[rows][stride]. */
+/* Multiplies `rows` rows from `row` on by n_tiles tiles and adds the results to sums[rows][stride]. */
 static void llm__fwd_tile_sums(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles,
                                const llm__fwd_rows *in, int row, int rows, float *sums, size_t stride) {
     const llm__kernels *kernels = c->model->kernels;
@@ -12856,8 +12861,8 @@ static void llm__fwd_tile_sums(const llm__cpu_context *c, const llm__matrix *m, 
     }
 }
 
-/* What becomes of a row's sums over some tiles, the first of which is `tile`. With LLM__SWIGLU they are pairs of gates
-   and ups. */
+/* Adds the sums of one row for n_tiles tiles from `tile` on to y, or stores them there. With LLM__SWIGLU the sums are
+   gates and ups, and y receives their SwiGLU. */
 static void llm__fwd_end_row(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles, const float *sums,
                              llm__kernel_ending ending, float *y) {
     const llm__kernels *kernels = c->model->kernels;
@@ -12867,7 +12872,7 @@ static void llm__fwd_end_row(const llm__cpu_context *c, const llm__matrix *m, in
     else kernels->swiglu(sums, n_tiles * 8, c->round, y + column / 2);
 }
 
-/* A few tiles against a few rows, the first of which is `row`. */
+/* Multiplies `rows` rows from `row` on (at most LLM__ROWS) by n_tiles tiles (at most LLM__TILES). */
 static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles,
                               const llm__fwd_rows *in, int row, int rows, llm__kernel_ending ending, float *y,
                               size_t y_stride) {
@@ -12882,15 +12887,15 @@ static llm__kernel_lines llm__fwd_lines_of(const llm__cpu_context *c, const llm_
     return llm__kernel_packed_row(c->model->kernels->line_step, rows->packed, rows->stride, r);
 }
 
-/* Rows of a piece: up to 16 are packed at once, if there are enough for all members. */
+/* Rows of a piece of work that prepares rows. For panels a piece has up to 16 rows, if all threads get some. */
 static int llm__fwd_row_step(const llm__cpu_context *c, const llm__matrix *m, int rows) {
     int share = (rows + c->team->n - 1) / c->team->n;
     return !llm__fwd_in_panels(c, m, rows) ? 1 : share < 16 ? share : 16;
 }
 
-/* What a product needs of its activations beside them: their whole numbers for weights in groups, or that they are
-   packed for panels; a phase, unless there is nothing to do. `packed`: for panels they are packed already. Returns the
-   rows for this member. */
+/* Prepares rows for a product with m: quantises them to integers if weights are in groups, or packs them for panels,
+   unless they are `packed` already. This is a phase if there is work and more than one row. With one row, each thread
+   quantises it for itself. Returns the rows that this thread uses. */
 static llm__fwd_rows llm__fwd_prepare_rows(llm__team_worker *w, const llm__cpu_context *c, const llm__matrix *m,
                                            const llm__fwd_rows *in, int rows, bool packed) {
     const llm__kernels *kernels = c->model->kernels;
@@ -12913,7 +12918,7 @@ static llm__fwd_rows llm__fwd_prepare_rows(llm__team_worker *w, const llm__cpu_c
     return own;
 }
 
-/* A panel's tiles against the rows from `row` to `end`. */
+/* Multiplies the rows from `row` to `end` by the tiles of a panel. */
 static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
                               const llm__fwd_rows *in, int row, int end, llm__kernel_ending ending, float *y,
                               size_t y_stride) {
@@ -12943,30 +12948,30 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
     }
 }
 
-/* Parts of the rows in which they meet a matrix. In panels: shared among the members as in other phases, if there are
-   enough; then each reads all weights, but what it multiplies and adds to is in its cache. Else LLM__ROWS each, which meet
-   the same tiles one part after the other. */
+/* Into how many parts the rows of a product are cut. Panels: at most one part a thread, each of LLM__PART_ROWS or more.
+   Each thread then reads all weights, but its activations and outputs stay in its cache. Otherwise parts of LLM__ROWS.
+   All of these use a group of tiles before the next group is loaded. */
 static int llm__fwd_row_parts(const llm__cpu_context *c, const llm__matrix *m, int rows) {
     if (!llm__fwd_in_panels(c, m, rows)) return (rows + LLM__ROWS - 1) / LLM__ROWS;
     int most = rows / LLM__PART_ROWS;
     return most < 1 ? 1 : most < c->team->n ? most : c->team->n;
 }
 
-/* The first row of a part; 16 stay together, see llm__fwd_row_step. */
+/* The first row of a part. Groups of 16 rows are not divided, see llm__fwd_row_step. */
 static int llm__fwd_part_row(int rows, int part, int n_parts) {
     return part == n_parts ? rows : (int)((int64_t)((rows + 15) / 16) * part / n_parts) * 16;
 }
 
-/* Tiles in a piece of work: as many as serve the caches where that leaves enough pieces for the threads. If few rows had 4,
-   one of two threads would wait for the other in a matrix of 36. */
+/* Tiles in a piece of work: as many as the caches allow, if that leaves enough pieces for all threads. Few rows take 2:
+   a matrix of 36 tiles has 9 pieces of 4, so one of two threads would wait for the other. */
 static int llm__fwd_piece_tiles(const llm__cpu_context *c, int n_tiles, int n_parts, bool panels) {
     if (!panels) return n_parts > 1 ? LLM__TILES : 2;
     int n = n_tiles * n_parts / (8 * c->team->n) / 2 * 2;
     return n < 2 ? 2 : n > LLM__PANEL_TILES ? (int)LLM__PANEL_TILES : n;
 }
 
-/* y = W x, y += W x, or y = silu(gate) * up, which with panels goes to c->ffn packed; for all rows, which are prepared; a
-   phase. */
+/* y = W x, y += W x, or y = silu(gate) * up for all rows. The rows must be prepared, see llm__fwd_prepare_rows. With
+   panels, SwiGLU writes packed rows to c->ffn instead of y. One phase. */
 static void llm__linear(llm__team_worker *w, const llm__cpu_context *c, const llm__matrix *m, const llm__fwd_rows *in,
                         int rows, llm__kernel_ending ending, float *y, size_t y_stride) {
     bool panels = llm__fwd_in_panels(c, m, rows);
@@ -12986,7 +12991,8 @@ static void llm__linear(llm__team_worker *w, const llm__cpu_context *c, const ll
     llm__team_finish(w);
 }
 
-/* Brings together what the ranks have; a phase after which all members see it, and whether a rank wants to stop. */
+/* Exchanges data between the tensor ranks. One phase; after it all threads see the data, and whether a rank wants to
+   cancel. */
 static void llm__fwd_meet(llm__team_worker *w, llm__cpu_context *c, const llm_exchange *x) {
     llm_comm *tensor = c->desc.tensor;
     if (!tensor || c->left) return;
@@ -12998,7 +13004,7 @@ static void llm__fwd_meet(llm__team_worker *w, llm__cpu_context *c, const llm_ex
     llm__team_barrier(w->team);
 }
 
-/* Rows of numbers of `size` bytes, of each of which the ranks have shares in units. */
+/* Describes the exchange of rows of n numbers of `size` bytes. Each rank has whole units of every row. */
 static llm_exchange llm__fwd_shared_rows(void *data, int rows, size_t stride, int n, int unit, size_t size) {
     llm_exchange x = {
         data, (size_t)rows, stride * size, (size_t)n * size, (size_t)unit * size, (n + unit - 1) / unit, NULL, 0};
@@ -13011,7 +13017,7 @@ static void llm__fwd_meet_floats(llm__team_worker *w, llm__cpu_context *c, float
     llm__fwd_meet(w, c, &x);
 }
 
-/* The same of rows whose owner is the rank that has a token's part of the vocabulary. */
+/* The same for rows of tokens. A row comes from the rank whose part of the vocabulary has the row's token. */
 static void llm__fwd_meet_tokens(llm__team_worker *w, llm__cpu_context *c, float *data, int rows, size_t stride, int n,
                                  const llm_token *tokens) {
     llm_exchange x = llm__fwd_shared_rows(data, rows, stride, n, n, sizeof *data);
@@ -13021,8 +13027,8 @@ static void llm__fwd_meet_tokens(llm__team_worker *w, llm__cpu_context *c, float
     llm__fwd_meet(w, c, &x);
 }
 
-/* The same of a product's activations, n a row, wherever they are: of packed rows, those whose lines take turns go as
-   one. */
+/* The same for the activations of a product, n a row, packed or not. Packed rows whose lines are interleaved are sent
+   as one row. */
 static void llm__fwd_meet_rows(llm__team_worker *w, llm__cpu_context *c, const llm__fwd_rows *in, int rows, int n,
                                int unit, bool packed) {
     size_t together = c->model->kernels->line_step / 64;
@@ -13036,7 +13042,7 @@ static void llm__fwd_meet_rows(llm__team_worker *w, llm__cpu_context *c, const l
     llm__fwd_meet(w, c, &x);
 }
 
-/* One row of c->x, normed, becomes row `to` of c->normed. */
+/* Norms one row of c->x into row `to` of c->normed. */
 static void llm__fwd_norm_row(const llm__cpu_context *c, const float *weight, const llm__matrix *m, int row, int to) {
     const llm_backend_shape *s = &c->model->shape;
     const llm__kernels *kernels = c->model->kernels;
@@ -13047,7 +13053,8 @@ static void llm__fwd_norm_row(const llm__cpu_context *c, const float *weight, co
     if (m->groups) kernels->quantize(out, (int)stride, c->normed.lines + (size_t)to * (stride / 32));
 }
 
-/* Up to 16 rows of c->x, normed and packed. Each one's factor is one long chain, so all are computed first, at once. */
+/* Norms and packs up to 16 rows of c->x. A factor is one long chain of operations, so all factors are computed first:
+   the processor can overlap them. */
 static void llm__fwd_pack_norms(const llm__cpu_context *c, const float *weight, int first, int end) {
     const llm_backend_shape *s = &c->model->shape;
     const llm__kernels *kernels = c->model->kernels;
@@ -13059,8 +13066,9 @@ static void llm__fwd_pack_norms(const llm__cpu_context *c, const float *weight, 
         kernels->pack_norm(x, weight, s->n_embd, factors[i], llm__fwd_lines_of(c, &c->normed, (size_t)(first + i)));
 }
 
-/* Norms the rows and prepares them for the matrix they are to meet; a phase, if there are several. Where there are targets,
-   the head meets them one by one, too, see llm__fwd_log_prob. Returns the rows for this member. */
+/* Norms the rows and prepares them for a product with m. One phase if there are several rows. If the pass has targets,
+   rows for the head are also stored unpacked, because llm__fwd_log_prob needs single rows. Returns the rows that this
+   thread uses. */
 static llm__fwd_rows llm__fwd_norm_rows(llm__team_worker *w, const llm__cpu_context *c, const float *weight,
                                         const llm__matrix *m, int rows) {
     bool panels = llm__fwd_in_panels(c, m, rows), both = m == &c->model->head && c->pass->n_targets;
@@ -13081,26 +13089,27 @@ static llm__fwd_rows llm__fwd_norm_rows(llm__team_worker *w, const llm__cpu_cont
     return own;
 }
 
-/* The cache's block for row r. */
+/* The cache block that stores row r. */
 static int llm__fwd_pass_block(const llm_backend_pass *pass, int r) {
     const int *table = pass->blocks + (size_t)pass->seqs[r] * (size_t)pass->blocks_per_seq;
     return table[pass->positions[r] / LLM_CACHE_BLOCK];
 }
 
-/* Zeros in a block of all layers: what is not stored there yet is multiplied by 0, which must not meet a NaN. */
+/* Clears a block in all layers. Positions that are not written yet get weight 0, and 0 * NaN would be NaN. */
 static void llm__cache_clear_block(const llm__cpu_context *c, int block) {
     for (int plane = 0; plane < llm__cache_n_planes(c); plane++)
         memset(llm__cache_plane(c, plane, block), 0, c->cache_block_bytes);
 }
 
-/* Do row r, which begins a block of the cache, and those behind it fill the block? */
+/* Row r begins a block of the cache. Do it and the rows after it fill the whole block? */
 static bool llm__fwd_fills_block(const llm__cpu_context *c, int r) {
     int last = r + LLM_CACHE_BLOCK - 1;
     return c->head_stride == c->model->shape.head_dim && last < c->pass->n_rows &&
            c->pass->seqs[last] == c->pass->seqs[r];
 }
 
-/* The embeddings, and the angles by which RoPE turns each row. Rows that begin a block of the cache clear it. */
+/* The embeddings, and the sines and cosines of RoPE's angles for each row. A row that begins a block of the cache
+   clears it, unless the pass fills it. One phase. */
 static void llm__fwd_embed_rows(llm__team_worker *w, const llm__cpu_context *c) {
     const llm_backend_pass *pass = c->pass;
     const llm_backend_shape *s = &c->model->shape;
@@ -13145,11 +13154,11 @@ static void llm__cache_store_int8(const llm__cpu_context *c, uint8_t *tiles, boo
     llm__cache_value_scales(c, tiles)[place] = llm__pack_quantize_row(from, n, q, 1);
     for (size_t d = 0; d < n; d++) ((int8_t *)tiles)[d / 16 * bytes + (size_t)place * 16 + d % 16] = q[d];
     for (size_t i = 0; i < (size_t)c->head_stride && place == 0;
-         i++) /* the block's first position: others store theirs */
+         i++) /* the tiles' own scales are 1; written once, with the block's first position */
         ((float *)(void *)(tiles + i / 16 * bytes + LLM_CACHE_BLOCK * 16))[i % 16] = 1;
 }
 
-/* In tiles of bf16 a key is words of a column, a value halves of words in a row. */
+/* In bf16 tiles, a key is a column of 32-bit words (two dimensions each). A value is one half of each word of a row. */
 static void llm__cache_store_bf16(const llm__cpu_context *c, uint8_t *tiles, bool value, int place, const float *from) {
     int n = c->model->shape.head_dim;
     float rounded[LLM__MOST_HEAD + 1];
@@ -13180,7 +13189,7 @@ static void llm__cache_store(const llm__cpu_context *c, int layer, int value, in
     else llm__cache_store_f32(c, tiles, value, place, from);
 }
 
-/* One head's RMSNorm in place; `scratch` holds a head, for the kernel writes a little more than it. */
+/* RMSNorm of one head, in place. The kernel pads its output with zeros, so it writes to `scratch` first. */
 static void llm__rope_norm_head(const llm__cpu_context *c, const float *weight, float *scratch, float *x) {
     const llm_backend_shape *s = &c->model->shape;
     const llm__kernels *kernels = c->model->kernels;
@@ -13188,8 +13197,8 @@ static void llm__rope_norm_head(const llm__cpu_context *c, const float *weight, 
     memcpy(x, scratch, (size_t)s->head_dim * sizeof *x);
 }
 
-/* What becomes of some heads of a row of queries, keys and values: a bias, a norm, and the rotation by row `at`'s angles.
-   The heads are numbered queries, keys, values. */
+/* Adds the bias to heads `first` to `end` - 1 of a row, norms them, and rotates them by the angles of row `at`. The
+   heads are numbered: queries first, then keys, then values. Values only get the bias. */
 static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int row, int at, int first, int end) {
     const llm_backend_shape *s = &c->model->shape;
     const llm__cpu_layer *weights = &c->model->layers[layer];
@@ -13205,7 +13214,7 @@ static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int
     }
 }
 
-/* The query heads that share a key head. Other ranks may have some of the first key head's, and of the last's. */
+/* The query heads that share a key head. Of the first and the last key head, other ranks may have some of them. */
 static llm_backend_range llm__attn_head_queries(const llm__cpu_model *m, int head) {
     llm_backend_range heads;
     int before = m->heads.first % m->group, end = (head + 1) * m->group - before;
@@ -13214,7 +13223,8 @@ static llm_backend_range llm__attn_head_queries(const llm__cpu_model *m, int hea
     return heads;
 }
 
-/* Rotates a row's key of one head, and the queries that share it if they are there, and stores key and value. */
+/* Rotates a row's key of one key head, and stores the key and the value in the cache. With `queries`, it also rotates
+   the queries that share the key head. */
 static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int r, int head, bool queries) {
     const llm_backend_pass *pass = c->pass;
     const llm_backend_shape *s = &c->model->shape;
@@ -13229,7 +13239,7 @@ static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int
     llm__cache_store(c, layer, 1, head, block, at % LLM_CACHE_BLOCK, row + value * s->head_dim);
 }
 
-/* The same for all heads of all rows; a phase. The heads of a single row are shared out, too. */
+/* The same for all heads of all rows. One phase. With a single row, the heads are divided between the threads. */
 static void llm__rope_rows(llm__team_worker *w, const llm__cpu_context *c, int layer, bool queries) {
     int rows = c->pass->n_rows, step = llm__fwd_row_step(c, &c->model->layers[layer].qkv, rows),
         n_heads = c->model->shape.n_kv_heads, n_shares = rows == 1 ? n_heads : 1,
@@ -13243,27 +13253,27 @@ static void llm__rope_rows(llm__team_worker *w, const llm__cpu_context *c, int l
     llm__team_finish(w);
 }
 
-/* The query heads that share one key head, of a few rows of one sequence: n query rows, and room for what they meet. */
+/* A piece of attention: the query heads that share one key head, for a few rows of one sequence. So n query rows. */
 typedef struct llm__attn_work {
-    int layer, head, n, padded; /* padded: rows there is room for                                          */
-    int first_head, group;      /* such heads; the first of them                                           */
+    int layer, head, n, padded; /* padded: the number of rows in q and scores                              */
+    int first_head, group;      /* the first query head, and the number of query heads                     */
     const int *rows;            /* rows[i / group] is query i's row of the pass                            */
-    int first_row, n_rows;      /* where in c->qkv and c->attention the first of them is; all rows there   */
-    const int *blocks;          /* the sequence's                                                          */
+    int first_row, n_rows;      /* the first row in c->qkv and c->attention; the number of rows there      */
+    const int *blocks;          /* the sequence's table of cache blocks                                    */
     float *q, *scores;          /* [padded][head_stride], [padded][LLM__SCORES]                            */
-    uint8_t *packed;            /* queries, then room for softmax weights; or NULL: there are few          */
+    uint8_t *packed;            /* queries, then softmax weights; NULL if there are too few to pack        */
 } llm__attn_work;
 
-/* What attention to some keys gives: [padded][head_stride] sums of values, then [padded] maxima and [padded] sums of
-   softmax weights. */
+/* Floats in a partial result of attention: [padded][head_stride] weighted sums of values, then [padded] maxima, then
+   [padded] sums of softmax weights. */
 static size_t llm__attn_partial_floats(const llm__cpu_context *c, int padded) {
     return (size_t)padded * (size_t)(c->head_stride + 2);
 }
 
-/* Whole tiles of rows where there are enough of them. */
+/* Many query rows are padded to whole tiles of 16. */
 static int llm__attn_padded_queries(int n) { return n < LLM__TILE_ROWS ? n : llm__math_round_up(n, 16); }
 
-/* The first position that one at `position` attends to. */
+/* The first position that `position` attends to. */
 static int llm__attn_first_key(const llm_backend_shape *s, int position) {
     return s->window && position >= s->window ? position - s->window + 1 : 0;
 }
@@ -13272,7 +13282,7 @@ static int llm__attn_last_key(const llm__cpu_context *c, const llm__attn_work *a
     return c->pass->positions[a->rows[i / a->group]];
 }
 
-/* The first position of the chunks that any of the queries attends to, and what is behind the last. */
+/* The queries attend to positions from the first of these results, where a chunk begins, up to before the second. */
 static int llm__attn_first_chunk(const llm__cpu_context *c, const llm__attn_work *a) {
     return llm__attn_first_key(&c->model->shape, llm__attn_last_key(c, a, 0)) / LLM__CHUNK * LLM__CHUNK;
 }
@@ -13281,7 +13291,7 @@ static int llm__attn_end_of_keys(const llm__cpu_context *c, const llm__attn_work
     return llm__attn_last_key(c, a, a->n - 1) + 1;
 }
 
-/* The sums of queries and keys, or of softmax weights and values, over the n cache blocks named. */
+/* The scores: products of queries with the keys of n cache blocks. */
 static void llm__attn_keys(const llm__cpu_context *c, const llm__attn_work *a, const int *blocks, int n) {
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride, tile = llm__matrix_tile_bytes(c->cache_kind, c->head_stride);
@@ -13301,6 +13311,7 @@ static void llm__attn_keys(const llm__cpu_context *c, const llm__attn_work *a, c
     }
 }
 
+/* Products of softmax weights with the values of n cache blocks, summed in part[n rows][head_stride]. */
 static void llm__attn_values(const llm__cpu_context *c, const llm__attn_work *a, const int *blocks, int n,
                              float *part) {
     const llm__kernels *kernels = c->model->kernels;
@@ -13331,7 +13342,7 @@ static void llm__attn_values(const llm__cpu_context *c, const llm__attn_work *a,
                                         LLM_CACHE_BLOCK, part, stride);
 }
 
-/* Asks for a block of values, so that memory is not idle while softmax is taken of the scores. */
+/* Prefetches a block of values while the softmax is computed. */
 static void llm__attn_fetch_values(const llm__cpu_context *c, const llm__attn_work *a, int block) {
     const uint8_t *values = llm__cache_block(c, a->layer, 1, a->head, block);
     for (size_t i = 0; i < c->cache_block_bytes; i += 64) __builtin_prefetch(values + i, 0, 2);
@@ -13353,7 +13364,7 @@ static void llm__attn_weigh_keys(const llm__cpu_context *c, const llm__attn_work
         kernels->pack_softmax(scores, n, padded, c->score_scale, row, max, sum);
         return;
     }
-    /* Each of them adds 2^-125.5 to a sum of at least 1, which is nothing, and then is made 0. */
+    /* Hidden keys become 2^-125.5, too small to change a sum >= 1. They are zeroed below. */
     for (int j = 0; j < hidden && j < n; j++) scores[j] = -INFINITY;
     if (n > 0 && n > hidden) kernels->softmax(scores, n, padded, c->score_scale, c->round_cache, max, sum);
     else hidden = padded;
@@ -13361,7 +13372,7 @@ static void llm__attn_weigh_keys(const llm__cpu_context *c, const llm__attn_work
     if (a->packed) kernels->pack_scale(scores, 1, padded, padded, row, 0);
 }
 
-/* One chunk of keys, from position `first` on. */
+/* Attention to the chunk of keys from position `first` on. Writes a partial result to `part`. */
 static void llm__attn_chunk(const llm__cpu_context *c, const llm__attn_work *a, int first, float *part) {
     int end = llm__attn_end_of_keys(c, a),
         n_blocks = llm__cache_blocks_for(end - first < LLM__CHUNK ? end - first : (int)LLM__CHUNK);
@@ -13375,11 +13386,11 @@ static void llm__attn_chunk(const llm__cpu_context *c, const llm__attn_work *a, 
     llm__attn_values(c, a, blocks, n_blocks, part);
 }
 
-/* Adds what the chunk from position `first` on gave to what the chunks before it gave. */
+/* Merges the partial result of the chunk from position `first` on into `known`, the result of the chunks before it. */
 static void llm__attn_join_chunk(const llm__cpu_context *c, const llm__attn_work *a, int first, const float *part,
                                  float *known) {
     size_t stride = (size_t)c->head_stride, stats = (size_t)a->padded * stride, padded = (size_t)a->padded;
-    size_t rows[2] = {0, 0}, n[2] = {0, 0}; /* where it begins, and where it goes on: two runs of rows */
+    size_t rows[2] = {0, 0}, n[2] = {0, 0}; /* [0]: a run of rows that begin in this chunk; [1]: others that use it */
     for (size_t i = 0; i < (size_t)a->n; i++) {
         int last = llm__attn_last_key(c, a, (int)i), first_key = llm__attn_first_key(&c->model->shape, last);
         bool begins = first <= first_key && first_key < first + LLM__CHUNK;
@@ -13396,7 +13407,8 @@ static void llm__attn_join_chunk(const llm__cpu_context *c, const llm__attn_work
                              part + r * stride, c->head_stride);
 }
 
-/* A thread's scratch: the work's q and scores, then a partial result, then another; returns the first of these. */
+/* Sets up a piece of attention in a thread's scratch: q, scores, then two partial results. Returns the first of these
+   two. */
 static float *llm__attn_start(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
                               llm__fwd_queries queries, llm__attn_work *a) {
     const llm_backend_range shared = llm__attn_head_queries(c->model, head);
@@ -13434,7 +13446,8 @@ static void llm__attn_gather_queries(const llm__cpu_context *c, int index, llm__
     }
 }
 
-/* Are heads whole halves of lines, so that each can be packed when it is known? Ranks exchange whole lines. */
+/* Can each head be packed as soon as it is computed? Its length must be a multiple of half a line. With ranks it must
+   be a multiple of a line, because they exchange whole lines. */
 static bool llm__attn_packs_heads(const llm__cpu_context *c) {
     return c->model->shape.head_dim % (c->desc.tensor ? 32 : 16) == 0;
 }
@@ -13456,7 +13469,7 @@ static void llm__attn_end(const llm__cpu_context *c, const llm__attn_work *a, co
     }
 }
 
-/* All chunks of keys, in order. */
+/* A whole piece of attention: all chunks of keys, in order. */
 static void llm__attn_run(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
                           llm__fwd_queries queries) {
     llm__attn_work a;
@@ -13470,7 +13483,7 @@ static void llm__attn_run(const llm__cpu_context *c, int index, int layer, int h
     llm__attn_end(c, &a, known);
 }
 
-/* Where few queries would leave threads idle, each chunk of keys is a piece of its own, and the joining another phase. */
+/* If there are too few pieces for the threads, each chunk of keys is a piece. A second phase merges the chunks. */
 static void llm__attn_split(llm__team_worker *w, const llm__cpu_context *c, int layer, const int *rows,
                             const llm__fwd_queries *queries, int n_pieces, int n_chunks) {
     int n_heads = c->model->shape.n_kv_heads, index = w->index;
@@ -13495,8 +13508,8 @@ static void llm__attn_split(llm__team_worker *w, const llm__cpu_context *c, int 
     llm__team_finish(w);
 }
 
-/* The chunks of keys that attention is to be split into, or 0: when there are too few queries to share out and room for
-   what the chunks give. */
+/* Into how many chunks of keys to split attention, or 0 to leave it whole. It is split if there are too few pieces for
+   the threads and if the partial results fit. */
 static int llm__attn_count_chunks(const llm__cpu_context *c, const int *rows, const llm__fwd_queries *queries,
                                   int n_queries) {
     const llm_backend_shape *s = &c->model->shape;
@@ -13513,7 +13526,7 @@ static int llm__attn_count_chunks(const llm__cpu_context *c, const int *rows, co
     return most > 1 && fits ? most : 0;
 }
 
-/* A phase, or more. A pass of a single row comes here before its heads are rotated: who attends does that, too. */
+/* One phase, or several. With a single row RoPE has not run yet: the thread that computes a head rotates it first. */
 static void llm__attn_rows(llm__team_worker *w, const llm__cpu_context *c, int layer, const int *rows,
                            const llm__fwd_queries *queries, int n_queries) {
     int n_heads = c->model->shape.n_kv_heads, n_pieces = n_queries * n_heads;
@@ -13531,7 +13544,7 @@ static void llm__attn_rows(llm__team_worker *w, const llm__cpu_context *c, int l
     llm__team_finish(w);
 }
 
-/* Some tiles of a matrix, as a matrix. */
+/* A range of a matrix's tiles, as a matrix of its own. */
 static llm__matrix llm__matrix_part(const llm__matrix *m, int first_tile, int end_tile) {
     llm__matrix part = *m;
     part.first += first_tile;
@@ -13539,8 +13552,8 @@ static llm__matrix llm__matrix_part(const llm__matrix *m, int first_tile, int en
     return part;
 }
 
-/* The last layer needs keys and values of all rows; the rows whose logits are wanted then move to the front, and nothing
-   else is computed for the others. */
+/* In the last layer, all rows need keys and values, but only rows that need logits go further. This function stores the
+   keys and values of all rows, moves those rows to the front, and computes their queries. Several phases. */
 static void llm__fwd_keep_rows(llm__team_worker *w, const llm__cpu_context *c, int layer, const llm__fwd_rows *in) {
     const llm_backend_shape *s = &c->model->shape;
     const llm__matrix *m = &c->model->layers[layer].qkv;
@@ -13562,8 +13575,8 @@ static void llm__fwd_keep_rows(llm__team_worker *w, const llm__cpu_context *c, i
 
 static int llm__fwd_n_columns(const llm__cpu_model *m) { return (m->whole.n_vocab + LLM__COLUMNS - 1) / LLM__COLUMNS; }
 
-/* The head fused with log-softmax: a few rows against LLM__COLUMNS tokens of the vocabulary. Their logits are in the near
-   cache only; maximum and sum are what stays of them. */
+/* The head fused with log-softmax, for a few rows and LLM__COLUMNS tokens of the vocabulary. The logits exist only in
+   the thread's scratch. Their maximum and sum are kept. */
 static void llm__fwd_score_columns(const llm__cpu_context *c, int index, int part, int first_row, int rows,
                                    int all_rows) {
     const llm__matrix *m = &c->model->head;
@@ -13591,8 +13604,8 @@ static void llm__fwd_score_columns(const llm__cpu_context *c, int index, int par
     }
 }
 
-/* log p = logit - log(2) (max + log2(sum over all tokens of 2^(log2(e) logit - max))); the one logit is computed once
-   more. */
+/* log p = logit - log(2) (max + log2(sum over all tokens of 2^(log2(e) logit - max))). The token's logit was not kept,
+   so it is computed again. */
 static float llm__fwd_log_prob(const llm__cpu_context *c, int row, llm_token token) {
     const llm__matrix *m = &c->model->head;
     int n_parts = llm__fwd_n_columns(c->model);
@@ -13625,7 +13638,7 @@ static void llm__fwd_score_rows(llm__team_worker *w, llm__cpu_context *c, int ro
     llm__fwd_meet_tokens(w, c, pass->log_probs, pass->n_targets, 1, 1, pass->targets);
 }
 
-/* A thread's settings for computing; returns what they were. */
+/* Sets up a thread for computing. Returns its old settings. */
 static uint64_t llm__kernels_enter(const llm__kernels *kernels) {
     uint64_t mode = llm__fpu_enter();
     if (kernels->tiles_enter) kernels->tiles_enter();
@@ -13637,8 +13650,8 @@ static void llm__kernels_leave(const llm__kernels *kernels, uint64_t mode) {
     llm__fpu_leave(mode);
 }
 
-/* All know of it after the next phase, or where there are ranks, the next meeting. The host's function, which may leave
-   by an exception, runs in its own settings. */
+/* Asks the host whether to cancel. All threads know the answer after the next phase, or with ranks, after the next
+   exchange. The host's function runs with its own floating-point settings, because it may leave by an exception. */
 static void llm__fwd_poll_cancel(const llm__team_worker *w, llm__cpu_context *c, uint64_t mode) {
     llm_comm *pipeline = c->desc.pipeline;
     if (w->index) return;
@@ -13648,7 +13661,7 @@ static void llm__fwd_poll_cancel(const llm__team_worker *w, llm__cpu_context *c,
         llm__kernels_enter(c->model->kernels);
     }
     if (!c->desc.tensor) c->cancelled = c->cancelled || c->wants_to_stop;
-    /* Waits for nothing, but moves on what is on its way. */
+    /* This does not wait. It only advances messages that are being sent. */
     if (c->outgoing[0] && !c->met) pipeline->drain(pipeline, pipeline->rank + 1, LLM__COMM_SLOTS, NULL);
 }
 
@@ -13656,7 +13669,7 @@ static size_t llm__fwd_message_bytes(const llm__cpu_context *c, int rows) {
     return (LLM__MESSAGE_HEAD + (size_t)rows * c->x_stride) * sizeof(float);
 }
 
-/* The rows that the stage before has computed; a phase. */
+/* Receives the rows that the previous stage has computed. One phase. */
 static void llm__fwd_receive_rows(llm__team_worker *w, llm__cpu_context *c, int rows) {
     llm_comm *pipeline = c->desc.pipeline;
     if (llm__ranks_is_first_stage(pipeline) || c->left) return;
@@ -13669,7 +13682,8 @@ static void llm__fwd_receive_rows(llm__team_worker *w, llm__cpu_context *c, int 
     llm__team_barrier(w->team);
 }
 
-/* Sends rows to the next stage, in the buffer whose message before the last has arrived. */
+/* Sends rows to the next stage. There are two buffers, so it first waits until at most one message is still being
+   sent. */
 static void llm__fwd_send_rows(const llm__team_worker *w, llm__cpu_context *c, int rows) {
     llm_comm *pipeline = c->desc.pipeline;
     if (w->index || c->met) return;
@@ -13687,7 +13701,7 @@ static void llm__fwd_task(void *arg, int index) {
     const llm__cpu_model *m = c->model;
     const int *rows = c->all_rows;
     int n = c->pass->n_rows, n_embd = m->shape.n_embd, head_dim = m->shape.head_dim;
-    float *x = c->x + m->embd.first; /* what this rank adds to */
+    float *x = c->x + m->embd.first; /* the columns that this rank adds to */
     uint64_t mode = llm__kernels_enter(m->kernels);
     llm__fwd_poll_cancel(w, c, mode);
     llm__fwd_embed_rows(w, c);
@@ -13737,7 +13751,8 @@ static void llm__fwd_task(void *arg, int index) {
     llm__kernels_leave(m->kernels, mode);
 }
 
-/* Cuts a list of rows into runs of one sequence that fit LLM__QUERY_ROWS; returns how many. */
+/* Cuts a list of rows into runs of one sequence, of at most LLM__QUERY_ROWS query rows each, but at least one row.
+   Returns the number of runs. */
 static int llm__fwd_group_queries(const llm__cpu_context *c, const int *rows, int n, llm__fwd_queries *queries) {
     int most = LLM__QUERY_ROWS / c->model->group, n_queries = 0;
     for (int i = 0; i < n; i++) {
@@ -13752,7 +13767,7 @@ static int llm__fwd_group_queries(const llm__cpu_context *c, const int *rows, in
     return n_queries;
 }
 
-/* All stages get the logits of a call, and hear whether it was cancelled on any of them. */
+/* Gives the logits of a call to all stages, and tells them whether any stage cancelled it. */
 static void llm__fwd_share_logits(llm__cpu_context *c) {
     llm_comm *pipeline = c->desc.pipeline;
     const int32_t last = pipeline->size - 1;
@@ -13784,7 +13799,7 @@ static llm_status llm__cpu_forward(void *context, const llm_backend_pass *pass, 
     return c->cancelled ? llm__error(err, LLM_ERROR_CANCELLED, "the forward pass was cancelled") : LLM_OK;
 }
 
-/* Where a callback left a pass, the other members wait at the next barrier: they are let go. */
+/* If a callback left a pass, the other threads wait at the next barrier. This lets them end. */
 static void llm__cpu_end_pass(llm__team *team) {
     if (!team->running || team->task != llm__fwd_task) return;
     ((llm__cpu_context *)team->arg)->cancelled = true;
@@ -13802,7 +13817,7 @@ static const float *llm__cpu_logits(void *context, int i) {
 
    The CPU backend's contexts: scratch space, blocks of the cache, and the limits that benchmarks compare with. */
 
-/* The keys, or the values with their scales, of one head in one block: the larger of the two. */
+/* Bytes of one head's values, with their scales, in one block. The keys need no more. */
 static size_t llm__cache_head_bytes(const llm_backend_shape *s, llm_dtype cache_dtype) {
     llm__weight_type kind = llm__cache_weight_type(cache_dtype);
     size_t values = (size_t)llm__math_round_up(s->head_dim, 32) / 16 * llm__matrix_tile_bytes(kind, LLM_CACHE_BLOCK);
@@ -13821,7 +13836,7 @@ static llm_status llm__cpu_copy_block(void *context, int to, int from, llm_error
     return LLM_OK;
 }
 
-/* Where in a block as bytes, which has the planes of all ranks, a plane of this rank's is. */
+/* Offset in bytes of one of this rank's planes in a saved block, which has the planes of all ranks. */
 static size_t llm__cache_plane_offset(const llm__cpu_context *c, int plane) {
     const llm__cpu_model *m = c->model;
     int n = 2 * m->shape.n_kv_heads, layer = plane / n, rest = plane % n;
@@ -13836,7 +13851,7 @@ static llm_status llm__cpu_read_block(void *context, int block, void *bytes, llm
     for (int plane = 0; plane < llm__cache_n_planes(c); plane++)
         memcpy((uint8_t *)bytes + llm__cache_plane_offset(c, plane), llm__cache_plane(c, plane, block),
                c->cache_block_bytes);
-    /* Of key heads that two ranks have, either may give them: each has those that are its own by their number alone. */
+    /* Two ranks may have the same key head. The exchange takes each head from the rank that its number selects. */
     int n = c->model->whole.n_kv_heads;
     size_t layer_bytes = (size_t)n * 2 * c->cache_block_bytes;
     const llm_exchange x = llm__fwd_shared_rows((uint8_t *)bytes + (size_t)c->model->layer_range.first * layer_bytes,
@@ -13862,9 +13877,9 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
 typedef struct llm__cpu_sizes {
     size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, n_parts, partial_floats;
     size_t panel_floats, tile_bytes; /* of each thread, see llm__cpu_context; or 0 */
-    size_t ffn_floats;               /* rows of c->ffn that are there as floats: those that do not go by panels */
-    size_t n_lines;                  /* of each row, if there are weights in groups */
-    size_t n_rows;                   /* of c->normed, and of lines: a batch, or a single row for each thread */
+    size_t ffn_floats;               /* rows of c->ffn stored as floats: max rows of a product that is not in panels */
+    size_t n_lines;                  /* llm__kernel_group a row; 0 if no weights are in groups */
+    size_t n_rows; /* of c->normed and of lines: max(n_batch, n_threads), as each thread may prepare a single row */
     int head_stride, n_partials, panel_rows;
     bool panels;
 } llm__cpu_sizes;
@@ -13893,7 +13908,8 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_backend_shape *s, const llm_
     size_t scored = (size_t)LLM__SCORED_ROWS * LLM__COLUMNS;
     if (z.scratch_floats < scored) z.scratch_floats = scored;
     z.n_parts = (size_t)(s->n_vocab + LLM__COLUMNS - 1) / LLM__COLUMNS;
-    /* Splitting pays up to 4 pieces a thread (see llm__attn_count_chunks), and is for one sequence at its full length. */
+    /* Attention is split if there are fewer than 4 pieces a thread, see llm__attn_count_chunks. The partial results are
+       for one sequence of full length. */
     int few = LLM__SPLIT_ROWS * group < LLM__QUERY_ROWS ? LLM__SPLIT_ROWS * group : most;
     z.partial_floats = (size_t)llm__attn_padded_queries(few) * (size_t)(z.head_stride + 2);
     z.n_partials = d->n_threads > 1 && chunks > 1 ? chunks * s->n_kv_heads : 0;
@@ -13903,7 +13919,7 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_backend_shape *s, const llm_
     z.n_rows = (size_t)(d->n_batch > d->n_threads ? d->n_batch : d->n_threads);
     if (n_batch > LLM__PANEL_ROWS) n_batch = LLM__PANEL_ROWS;
     z.panel_floats = z.panels ? n_batch * LLM__PANEL_TILES * 16 : 0;
-    /* Of what is never there at once the most: attention's rows, and parts of two tiles for a panel. */
+    /* One buffer for two uses that never overlap: packed rows of attention, and unpacked blocks of a panel's tiles. */
     size_t attention = rows * ((size_t)z.head_stride + LLM__CHUNK) * 2, parts = 2 * LLM__TILE_BLOCKS * 1024;
     z.tile_bytes = !z.panels ? 0 : attention > parts ? attention : parts;
     return z;
@@ -13921,7 +13937,7 @@ static uint64_t llm__cpu_scratch_bytes(const llm_backend_shape *s, const llm_bac
            n_threads * z.tile_bytes + z.n_rows * z.n_lines * sizeof(llm__kernel_group) + (z.panels ? packed : 0);
 }
 
-/* Rows of activations, of which the first n_floats are there as floats, too. */
+/* Allocates n rows of activations. The first n_floats also have room as floats; the packed ones exist with panels. */
 static llm__fwd_rows llm__fwd_rows_create(llm__env *env, size_t n, size_t n_floats, size_t stride,
                                           llm__kernel_group *lines, bool panels) {
     llm__fwd_rows rows;
@@ -14044,7 +14060,7 @@ static void llm__cpu_bandwidth_task(void *arg, int index) {
     llm__cpu_bandwidth_matrix(w, a, &m->head);
 }
 
-/* The best of several passes over the weights, the first of which warms the caches. */
+/* Bytes per second: the best of several passes over the weights. The first pass warms the caches. */
 static double llm__cpu_measure_bandwidth(void *context) {
     llm__cpu_bandwidth_args args = {(llm__cpu_context *)context, 0};
     const llm__cpu_model *m = args.context->model;
@@ -14076,7 +14092,7 @@ static void llm__cpu_multiply_task(void *arg, int index) {
     __atomic_fetch_xor(&a->sink, a->multiply(LLM__MULTIPLY_ROUNDS), __ATOMIC_RELAXED);
 }
 
-/* In the way that the model's weights are multiplied. */
+/* Operations per second, with the instructions that multiply the model's weights. */
 static double llm__cpu_measure_flops(void *context) {
     const llm__cpu_context *c = (const llm__cpu_context *)context;
     const llm__kernels *k = c->model->kernels;

@@ -583,8 +583,8 @@ static __device__ void llm__store_pair(const llm__qkv_store &s, llm__cell cell, 
    Up to 16 rows are multiplied by a weight matrix as the columns of a tensor-core product. The matrix is read once, and
    all that follows the product is done at its end. The limit is the matrix's bytes over the memory's bandwidth.
 
-   A tile is 16 outputs, as 8 pairs (a, b) whose sums meet in one thread: the two dimensions that RoPE turns together, a
-   gate and its up, or two neighbours. A block computes tiles blockIdx.x, blockIdx.x + gridDim.x, ...; all blocks fit
+   A tile is 16 outputs, as 8 pairs (a, b). One thread gets both sums of a pair: the two dimensions that RoPE rotates
+   together, a gate and its up, or two neighbours. A block computes tiles blockIdx.x, blockIdx.x + gridDim.x, ...; all blocks fit
    the GPU at once. Its 8 warps share k in turns of 64 bytes, so a block reads 512 bytes of each of 16 rows at a time,
    and each warp has several such loads in flight. The loads never stop: the last turns of a tile start the first loads
    of the next tile, which arrive while this one's sums are added up. The first loads start before the kernels ahead are

@@ -13,19 +13,19 @@
 
     build/bench -m MODEL --draft lookup,self:int4 TEXT...      (bench/prompts has some)
 
-    Compares plain and speculative decoding of n tokens, in turns, for each text and draft: the median rates, and how
-    many guesses were right. Fails if the tokens differ. --draft-max limits the guesses of a pass; --temp is the
-    temperature.
+    Compares plain and speculative decoding of n tokens in alternating rounds, for each text and draft. Prints the
+    median rates and how many guesses were right. Fails if the tokens differ. --draft-max limits the guesses of a
+    pass; --temp is the temperature.
 
     build/bench -m MODEL --rows 1,2,4,8
 
-    Measures the cost of checking guesses: the median time of passes with these numbers of rows, in turns, and the ratio
-    to the first.
+    Measures the cost of checking guesses: the median time of passes with these numbers of rows, which alternate, and
+    the ratio to the first.
 
     build/bench -m MODEL -b 1,8,32 [-p 32] [-n 128]
 
-    Several users at once: so many streams of llm_step, each with a prompt of p tokens of its own and n tokens to write. The
-    median rates of all streams together, in turns: of reading the prompts, and of writing from there to the end.
+    Several users at once: this number of streams of llm_step. Each has its own prompt of p tokens and writes n tokens.
+    Prints the median rates of all streams together in alternating rounds: for reading the prompts, and for writing.
 
     mpirun -n 4 build/mpi/bench -m MODEL --tp 2 --pp 2
 
@@ -563,8 +563,8 @@ static void open_draft(llm_context *ctx, const options *opt, const char *name, l
         fail(&err);
 }
 
-/* Continues every text without and with the draft, in turns. In each round the draft keeps what it learnt in those
-   before. */
+/* Continues every text without and with the draft, in alternating rounds. The draft keeps what it learnt in earlier
+   rounds. */
 static void compare_draft(llm_context *ctx, const options *opt, const char *name, const llm_model_desc *desc) {
     llm_model *model;
     llm_draft draft;
@@ -606,7 +606,7 @@ static void compare_draft(llm_context *ctx, const options *opt, const char *name
     free(plain);
 }
 
-/* Passes of different numbers of rows after the same `depth` tokens, in turns. */
+/* Alternates passes of different numbers of rows after the same `depth` tokens. */
 static void compare_rows(llm_context *ctx, const options *opt, int depth) {
     llm_token ids[MOST_ROWS];
     bool logits[MOST_ROWS];
