@@ -6,9 +6,6 @@ SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CFLAGS   = -O2
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -pedantic
-LDLIBS   = $(if $(filter hellaswag test_hellaswag_text,$(@F)),-lbz2) $(if $(filter repl,$(@F)),-ledit) $(if $(filter server,$(@F)),-lmicrohttpd -ljansson) \
-           $(if $(filter tokenize test_tokenizer test_tokenizer_files test_chat test_grammar test_score hellaswag test_hellaswag_text fuzz,$(basename $(@F))),-ljansson) \
-           $(if $(filter test_%,$(@F)),-lcmocka) $(if $(filter test_cuda,$(@F)),-lboost_context) -lm -lpthread
 PROGRAMS = build/repl build/hello build/loop build/extract build/tokenize build/embed build/quantize build/hellaswag build/bench
 
 comma := ,
@@ -28,6 +25,21 @@ COMPILE_aarch64            = aarch64-linux-gnu-gcc -O2 -Werror -static -isystem 
 COMPILE_windows            = x86_64-w64-mingw32-gcc -O2 -Werror -static -isystem $(CROSS)/windows/include -L$(CROSS)/windows/lib
 MATRIX                     = gcc-O1 gcc-O3-fast-math clang-O1 clang-O2 clang-O3-fast-math
 CROSS                      = build/cross
+
+# The libraries of each program besides -lm and -lpthread, in all its variants. Tests also get cmocka.
+LIBS_repl                 = -ledit
+LIBS_server               = -lmicrohttpd -ljansson
+LIBS_hellaswag            = -lbz2 -ljansson
+LIBS_tokenize             = -ljansson
+LIBS_fuzz                 = -ljansson
+LIBS_test_chat            = -ljansson
+LIBS_test_grammar         = -ljansson
+LIBS_test_score           = -ljansson
+LIBS_test_tokenizer       = -ljansson
+LIBS_test_tokenizer_files = -ljansson
+LIBS_test_hellaswag_text  = -lbz2 -ljansson
+LIBS_test_cuda            = -lboost_context
+LDLIBS = $(LIBS_$(basename $(@F))) $(if $(filter test_%,$(@F)),-lcmocka) -lm -lpthread
 
 # Debian packages, each with a command or file that shows that it is installed.
 NEEDED_TO_RUN   = libedit-dev:histedit.h libstb-dev:stb/stb_ds.h

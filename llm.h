@@ -1529,7 +1529,14 @@ LLM__NORETURN LLM__PRINTF(3, 4) static void llm__fail(llm__env *env, llm_status 
     longjmp(env->unwind, 1);
 }
 
-/* Runs body(env, arg). Returns LLM_OK, or the status of the llm__fail that ended it. */
+/* Passes on the status of a function that has filled env->err: unwinds to llm__env_run unless it is LLM_OK. */
+static void llm__env_check(llm__env *env, llm_status status) {
+    if (!status) return;
+    env->status = status;
+    longjmp(env->unwind, 1);
+}
+
+/* Runs body(env, arg). Returns LLM_OK, or the status of the llm__fail or llm__env_check that ended it. */
 static llm_status llm__env_run(llm__env *env, void (*body)(llm__env *env, void *arg), void *arg) {
     env->status = LLM_OK;
     if (setjmp(env->unwind)) return env->status;
@@ -14488,11 +14495,7 @@ static void llm__model_walk_weights(llm__model_walk *walk) {
 
 static void llm__model_upload_weight(llm__model_walk *walk, const llm_backend_weight *weight) {
     llm__env *env = walk->env;
-    llm_status status = walk->backend->upload(walk->device, weight, env->err);
-    if (status) {
-        env->status = status;
-        longjmp(env->unwind, 1);
-    }
+    llm__env_check(env, walk->backend->upload(walk->device, weight, env->err));
     bool behind_layers = weight->kind == LLM_WEIGHT_OUTPUT_NORM || weight->kind == LLM_WEIGHT_HEAD;
     llm__env_progress(env, (float)(behind_layers ? walk->h->n_layers : weight->layer) / (float)(walk->h->n_layers + 1));
 }
@@ -14707,11 +14710,7 @@ static void llm__model_load_body(llm__env *env, void *arg) {
                   llm_tokenizer_n_vocab(model->tokenizer), plan.h.n_vocab);
     llm__model_walk walk = llm__model_start_walk(env, ck, &plan.h, &model->shape, &desc);
     walk.fingerprint = llm__model_hash_shape(&model->shape);
-    llm_status status = model->backend->open(&args->device, &model->shape, &desc, env->err);
-    if (status) {
-        env->status = status;
-        longjmp(env->unwind, 1);
-    }
+    llm__env_check(env, model->backend->open(&args->device, &model->shape, &desc, env->err));
     walk.device = args->device;
     walk.visit = llm__model_upload_weight;
     llm__model_walk_weights(&walk);
@@ -15256,11 +15255,7 @@ static void llm__ctx_body(llm__env *env, void *arg) {
     ctx->step_tokens = (llm_token *)llm__alloc(env, step_room, sizeof *ctx->step_tokens);
     ctx->step_seqs = (int *)llm__alloc(env, step_room, sizeof *ctx->step_seqs);
     ctx->step_logits = (bool *)llm__alloc(env, step_room, sizeof *ctx->step_logits);
-    llm_status status = model->backend->context_create(&args->device, model->device, &ctx->backend_desc, env->err);
-    if (status) {
-        env->status = status;
-        longjmp(env->unwind, 1);
-    }
+    llm__env_check(env, model->backend->context_create(&args->device, model->device, &ctx->backend_desc, env->err));
     ctx->device = args->device;
     ctx->pool = *env->pool;
     *args->out = ctx;
@@ -19548,11 +19543,7 @@ static llm_status llm__draft_model_context(llm__draft_model_args *a, bool *share
 static void llm__draft_model_body(llm__env *env, void *arg) {
     llm__draft_model_args *a = (llm__draft_model_args *)arg;
     llm__draft_model *d = (llm__draft_model *)llm__alloc_zero(env, 1, sizeof *d);
-    llm_status status = llm__draft_model_context(a, &d->shares_cache, env->err);
-    if (status) {
-        env->status = status;
-        longjmp(env->unwind, 1);
-    }
+    llm__env_check(env, llm__draft_model_context(a, &d->shares_cache, env->err));
     d->target = a->target;
     d->ctx = a->ctx;
     d->starts = (int *)llm__alloc_zero(env, (size_t)d->ctx->desc.n_seq, sizeof(int));
@@ -20032,9 +20023,9 @@ static void llm__gen_run_burst(llm__env *env, llm_stream *s, int n) {
     llm__ctx_end_burst(ctx);
     ctx->old_lengths[seq] = *length;
     s->token = b.token;
-    env->status = status ? status : b.status;
-    if (env->status == LLM_ERROR_CANCELLED) s->stats.stop = LLM_STOP_CALLBACK;
-    else if (env->status) longjmp(env->unwind, 1);
+    if (!status) status = b.status;
+    if (status == LLM_ERROR_CANCELLED) s->stats.stop = LLM_STOP_CALLBACK;
+    else llm__env_check(env, status);
 }
 
 /* ==== 25 Streams ===============================================================================================
@@ -20438,10 +20429,7 @@ static bool llm__stream_take_tokens(llm__env *env, llm_stream *s) {
     do {
         ctx->old_lengths[seq] = length + row;
         if (row || !s->is_drawn) llm__stream_draw(s, ctx->scratch, row, length + row);
-        if (s->drawing) {
-            env->status = s->drawing;
-            longjmp(env->unwind, 1);
-        }
+        llm__env_check(env, s->drawing);
         s->token = s->drawn;
         if (!s->right) llm__cache_truncate(&ctx->cache, seq, length + row);
         goes_on = !llm__gen_token_stops(s, s->token) && llm__gen_show_token(env, s, s->token);
@@ -20726,12 +20714,6 @@ typedef struct llm__scorer {
     int n_slots;
 } llm__scorer;
 
-static void llm__score_check(llm__scorer *s, llm_status status) {
-    if (!status) return;
-    s->env->status = status;
-    longjmp(s->env->unwind, 1);
-}
-
 static bool llm__score_cancel(void *user) {
     llm__scorer *s = (llm__scorer *)user;
     const llm_context_desc *d = &s->ctx->desc;
@@ -20744,7 +20726,8 @@ static void llm__score_send_results(llm__scorer *s, llm__score_pending *p) {
     llm_comm *pipeline = s->ctx->backend_desc.pipeline;
     p->log_probs[0] = s->targets.stopped;
     for (int i = 0; i < pipeline->size - 1; i++)
-        llm__score_check(s, pipeline->send(pipeline, i, p->log_probs, (1 + (size_t)p->n) * sizeof(float), s->env->err));
+        llm__env_check(s->env,
+                       pipeline->send(pipeline, i, p->log_probs, (1 + (size_t)p->n) * sizeof(float), s->env->err));
 }
 
 /* The oldest batch's results, waited for; says whether to stop. */
@@ -20753,8 +20736,8 @@ static bool llm__score_take_results(llm__scorer *s, llm__score_pending **oldest)
     llm__score_pending *p = *oldest = &s->pending[s->n_settled++ % (s->n_ahead + 1)];
     if (!s->n_ahead) return false;
     if (!llm__ranks_is_last_stage(pipeline))
-        llm__score_check(s, pipeline->receive(pipeline, pipeline->size - 1, p->log_probs,
-                                              (1 + (size_t)p->n) * sizeof(float), s->env->err));
+        llm__env_check(s->env, pipeline->receive(pipeline, pipeline->size - 1, p->log_probs,
+                                                 (1 + (size_t)p->n) * sizeof(float), s->env->err));
     return p->log_probs[0] != 0;
 }
 
@@ -20762,7 +20745,7 @@ static bool llm__score_take_results(llm__scorer *s, llm__score_pending **oldest)
 static void llm__score_drain_results(llm__scorer *s) {
     llm_comm *pipeline = s->ctx->backend_desc.pipeline;
     for (int i = 0; s->n_ahead && llm__ranks_is_last_stage(pipeline) && i < pipeline->size - 1; i++)
-        llm__score_check(s, pipeline->drain(pipeline, i, 0, s->env->err));
+        llm__env_check(s->env, pipeline->drain(pipeline, i, 0, s->env->err));
 }
 
 /* A question is answered. In a pipeline, that a callback wants to stop goes along with the next batch. */
@@ -20806,7 +20789,7 @@ static void llm__score_batch(llm__scorer *s) {
     llm_status status = llm__ctx_forward(ctx, &batch, false, llm__score_cancel, s, s->env->err);
     ctx->targets = NULL;
     ctx->n_logits = 0;
-    llm__score_check(s, status);
+    llm__env_check(s->env, status);
     p->n = s->targets.n;
     for (int i = 0; i < p->n; i++) {
         p->credits[i] = s->credits[s->targets.from[i]];
