@@ -548,7 +548,8 @@ typedef bool (*llm_read_fn)(void *user, uint64_t offset, void *to, size_t n_byte
 
 /* Loads a model from a GGUF file (for a split model, its first part), or from a Hugging Face directory (or its
    config.json) with safetensors. If the file needs a feature this library lacks, loading fails and the message names
-   the feature. *out is NULL after a failure. Free it after its contexts. */
+   the feature. *out is NULL after a failure. Free it after its contexts. The file is not used after this returns, but
+   for one case: the first stage of a pipeline on the CPU reads rows of the embedding from it, so do not change it. */
 LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_model_desc *desc, llm_error *err);
 
 /* The same for a whole GGUF file in memory. The memory is not used after this returns. */
@@ -1226,6 +1227,9 @@ typedef struct llm_backend_weight {
     float (*row_scale)(const struct llm_backend_weight *weight,
                        int row); /* by which a raw row of type I8 is multiplied     */
     bool has_q8_0;               /* some of its rows are of that type                                               */
+    /* The functions work until the model is closed, so the backend need not hold the weight. Else they work during
+       upload. */
+    bool stays;
     int n_parts, part_rows[3], part_types[3]; /* the tensors it is made of, one after the other; GGUF's types */
 } llm_backend_weight;
 
@@ -1852,6 +1856,15 @@ static llm__file *llm__file_open(llm__env *env, const char *path) {
     file->have = file->size;
     llm__pool_on_free(file, llm__file_close);
     return file;
+}
+
+/* Moves a file's mapping to an object in env's pool, so that it outlives the file. */
+static llm__file *llm__file_take(llm__env *env, const llm__file *file) {
+    llm__file *taken = (llm__file *)llm__alloc(env, 1, sizeof *taken);
+    *taken = *file;
+    llm__pool_on_free(taken, llm__file_close);
+    ((llm__file *)(uintptr_t)file)->mapped = false;
+    return taken;
 }
 
 /* Makes a file of bytes that the host holds in memory. */
@@ -10557,11 +10570,11 @@ static llm_backend_range llm__ranks_key_heads(const llm_comm *tensor, const llm_
     return keys;
 }
 
-/* The layers of a stage of the pipeline. The last stage also has the head. A weight of the head counts half as much as
-   one of a layer, because only some rows go through the head: 70 % for HellaSwag, one row for a prompt. */
+/* The layers of a stage of the pipeline. The last stage also has the head. A weight of the head counts 0.7 times as much
+   as one of a layer, because only some rows go through the head: 70 % for HellaSwag. */
 static llm_backend_range llm__ranks_layers_of(const llm_backend_shape *s, int stage, int n_stages) {
     double q = (double)s->n_heads * s->head_dim, kv = (double)s->n_kv_heads * s->head_dim,
-           layer = s->n_embd * (2 * q + 2 * kv + 3.0 * s->n_ff), head = (double)s->n_vocab * s->n_embd / 2,
+           layer = s->n_embd * (2 * q + 2 * kv + 3.0 * s->n_ff), head = 0.7 * s->n_vocab * s->n_embd,
            share = (s->n_layers + head / layer) / n_stages;
     int ends[2]; /* of the previous stage and of this one */
     for (int i = 0; i < 2; i++) {
@@ -11779,6 +11792,8 @@ typedef struct llm__cpu_model {
     llm__cpu_layer *layers;
     float *output_norm;
     llm__matrix embedding, head; /* both have the same data if tied */
+    /* On the first of several stages, where embedding.data is NULL, its rows are read from here. */
+    llm_backend_weight embedding_rows;
 } llm__cpu_model;
 
 typedef struct llm__cpu_open_args {
@@ -11893,7 +11908,12 @@ static void llm__cpu_upload_body(llm__env *env, void *arg) {
     const llm_backend_weight *w = a->weight;
     llm__cpu_layer *layer = &m->layers[w->layer];
     switch (w->kind) {
-    case LLM_WEIGHT_EMBEDDING: llm__cpu_upload_matrix(env, m, w, &m->embedding); break;
+    case LLM_WEIGHT_EMBEDDING:
+        if (w->stays) {
+            m->embedding = llm__matrix_describe(m->dtype, w);
+            m->embedding_rows = *w;
+        } else llm__cpu_upload_matrix(env, m, w, &m->embedding);
+        break;
     case LLM_WEIGHT_ATTENTION_NORM: layer->attention_norm = llm__cpu_upload_vector(env, w); break;
     case LLM_WEIGHT_QKV: llm__cpu_upload_matrix(env, m, w, &layer->qkv); break;
     case LLM_WEIGHT_QKV_BIAS: layer->qkv_bias = llm__cpu_upload_vector(env, w); break;
@@ -12803,7 +12823,7 @@ typedef struct llm__cpu_context {
     float *x, *qkv; /* [n_batch][stride]; LLM__MESSAGE_HEAD floats precede x */
     llm__fwd_rows normed, attention, ffn;
     float *cosines, *sines; /* [n_batch][rope_dim / 2] */
-    float *scratch;         /* [n_threads][scratch_floats] for attention */
+    float *scratch;         /* [n_threads][scratch_floats] for attention, scores and embeddings */
     size_t scratch_floats;
     float *partials; /* [n_partials][partial_floats] of attention that is split, see llm__attn_split */
     size_t partial_floats;
@@ -13115,12 +13135,27 @@ static bool llm__fwd_fills_block(const llm__cpu_context *c, int r) {
            c->pass->seqs[last] == c->pass->seqs[r];
 }
 
+/* The embedding of a token. If the matrix is still in the file, the row is packed alone, in a tile of its own, which
+   gives the bits that the packed matrix would have. `index` is the thread's. */
+static void llm__fwd_get_embedding(const llm__cpu_context *c, int token, int index, float *x) {
+    llm__matrix one = c->model->embedding;
+    int numbers[16];
+    if (one.data) {
+        llm__matrix_get_row(&one, (size_t)token, x);
+        return;
+    }
+    for (int i = 0; i < 16; i++) numbers[i] = i ? -1 : token;
+    float *rows = c->scratch + (size_t)index * c->scratch_floats;
+    one.data = (uint8_t *)(rows + 16 * (size_t)llm__math_round_up(one.k, 32));
+    llm__pack_tile(c->model->kernels, &one, 0, &c->model->embedding_rows, numbers, rows);
+    llm__matrix_get_row(&one, 0, x);
+}
+
 /* The embeddings, and the sines and cosines of RoPE's angles for each row. A row that begins a block of the cache
    clears it, unless the pass fills it. One phase. */
 static void llm__fwd_embed_rows(llm__team_worker *w, const llm__cpu_context *c) {
     const llm_backend_pass *pass = c->pass;
     const llm_backend_shape *s = &c->model->shape;
-    const llm__matrix *m = &c->model->embedding;
     size_t half = (size_t)s->rope_dim / 2;
     for (int r; (r = llm__team_take(w, pass->n_rows)) >= 0;) {
         float *x = c->x + (size_t)r * c->x_stride;
@@ -13128,7 +13163,7 @@ static void llm__fwd_embed_rows(llm__team_worker *w, const llm__cpu_context *c) 
         if (at % LLM_CACHE_BLOCK == 0 && !llm__fwd_fills_block(c, r))
             llm__cache_clear_block(c, llm__fwd_pass_block(pass, r));
         int token = pass->tokens[r] - c->model->vocab.first;
-        if (token >= 0 && token < m->n) llm__matrix_get_row(m, (size_t)token, x);
+        if (token >= 0 && token < c->model->embedding.n) llm__fwd_get_embedding(c, token, w->index, x);
         for (size_t i = (size_t)r * half, j = 0; j < half; i++, j++) {
             llm__math_sincos(at * s->rope_frequencies[j], &c->sines[i], &c->cosines[i]);
             c->sines[i] *= s->rope_scale;
@@ -13914,6 +13949,9 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_backend_shape *s, const llm_
     z.scratch_floats = rows * (3 * (size_t)z.head_stride + LLM__SCORES + 4);
     size_t scored = (size_t)LLM__SCORED_ROWS * LLM__COLUMNS;
     if (z.scratch_floats < scored) z.scratch_floats = scored;
+    /* llm__fwd_get_embedding has 16 rows, and a tile of at most as many floats and scales. */
+    size_t embedding = llm__ranks_count(d->pipeline) > 1 ? 32 * z.x_stride + 64 : 0;
+    if (z.scratch_floats < embedding) z.scratch_floats = embedding;
     z.n_parts = (size_t)(s->n_vocab + LLM__COLUMNS - 1) / LLM__COLUMNS;
     /* Attention is split if there are fewer than 4 pieces a thread, see llm__attn_count_chunks. The partial results are
        for one sequence of full length. */
@@ -14320,7 +14358,8 @@ typedef struct llm__model_walk {
     const llm_backend_shape *shape;
     const llm_comm *tensor, *pipeline; /* the ranks that share each weight, and those that have others, or NULL */
     uint64_t n_params, weight_bytes, weight_bytes_per_token;
-    uint64_t fingerprint; /* the same for every dtype */
+    uint64_t fingerprint;      /* the same for every dtype */
+    llm__weight_source *stays; /* of a weight that is left in the file */
     struct {
         const char *name;
         uint64_t n_params;
@@ -14445,6 +14484,15 @@ static bool llm__model_has_weight(const llm__model_walk *walk, llm_backend_weigh
     return layers.first <= layer && layer < layers.first + layers.n;
 }
 
+/* The first stage of a pipeline needs single rows of the embedding. The CPU reads them from the mapped file, so that only
+   the last stage, whose head it often is, holds the matrix. */
+static bool llm__model_leaves_in_file(const llm__model_walk *walk, const llm_backend_weight *w) {
+    const llm__tensor *t = &((const llm__weight_source *)w->source)->parts[0];
+    return w->kind == LLM_WEIGHT_EMBEDDING && walk->backend == &llm__cpu_backend &&
+           llm__ranks_count(walk->pipeline) > 1 && llm__ranks_is_first_stage(walk->pipeline) && t->file->mapped &&
+           !t->scales;
+}
+
 static void llm__model_walk_weight(llm__model_walk *walk, llm_backend_weight_kind kind, int layer) {
     llm__env *env = walk->env;
     llm__weight_source source;
@@ -14458,8 +14506,9 @@ static void llm__model_walk_weight(llm__model_walk *walk, llm_backend_weight_kin
     bool own = llm__model_has_weight(walk, kind, layer),
          tied = walk->h->tied_head && llm__ranks_is_last_stage(walk->pipeline);
     walk->n_params += rows * (uint64_t)w.cols;
+    w.stays = llm__model_leaves_in_file(walk, &w);
     if (!vector) llm__model_count_held(walk, &w);
-    if (own) walk->weight_bytes += bytes;
+    if (own && !w.stays) walk->weight_bytes += bytes;
     if (own && (kind != LLM_WEIGHT_EMBEDDING || tied)) walk->weight_bytes_per_token += bytes;
     if (!walk->visit) return;
     if (own && w.layer) w.layer -= llm__ranks_own_layers(walk->shape, walk->pipeline).first;
@@ -14470,6 +14519,12 @@ static void llm__model_walk_weight(llm__model_walk *walk, llm_backend_weight_kin
         walk->fingerprint = llm__model_sample_tensor(walk->fingerprint, &source.parts[i]);
     }
     source.n_read = &n_read;
+    if (w.stays) {
+        source.n_read = (size_t *)llm__alloc_zero(env, 1, sizeof(size_t));
+        walk->stays = (llm__weight_source *)llm__alloc(env, 1, sizeof source);
+        *walk->stays = source;
+        w.source = walk->stays;
+    }
     if (own) walk->visit(walk, &w);
     for (int i = 0; i < source.n_parts; i++) {
         if (!brought[i])
@@ -14719,7 +14774,8 @@ static void llm__model_load_body(llm__env *env, void *arg) {
     model->source = walk.fingerprint;
     model->kernels = llm__kernels_choose(desc.isa);
     llm__meta_read(env, model, ck);
-    llm__free(env->pool, plan.pool); /* everything has been converted */
+    if (walk.stays) walk.stays->parts[0].file = llm__file_take(env, walk.stays->parts[0].file);
+    llm__free(env->pool, plan.pool); /* all else has been converted */
     model->device = args->device;
     model->desc = desc;
     model->pool = *env->pool;

@@ -568,28 +568,39 @@ static void test_mixed_heads(void **state) {
 
 /* ---- What a rank holds ---- */
 
+typedef struct share_job {
+    bool staged; /* a pipeline; else tensor parallel */
+    double whole;
+} share_job;
+
 static void measure(llm_comm *comm, void *arg) {
-    double *whole = (double *)arg;
-    llm_model_desc desc = {.n_threads = 1, .tensor = comm};
+    share_job *job = (share_job *)arg;
+    llm_model_desc desc = {.dtype = LLM_DTYPE_BF16, .n_threads = 1};
     llm_model *model = NULL;
     llm_error err;
     heap h;
     memset(&h, 0, sizeof h);
+    if (job->staged) desc.pipeline = comm;
+    else desc.tensor = comm;
     if (comm) desc.host = heap_host(&h);
     RANK_CHECK(llm_model_load(&model, model_path(), &desc, &err) == LLM_OK, err.message);
     double bytes = (double)llm_model_get_info(model).weight_bytes;
-    if (comm) RANK_CHECK(bytes / *whole < 1.0 / comm->size + 0.05, "a rank's weights are too many");
+    if (comm) RANK_CHECK(bytes / job->whole < 1.0 / comm->size + 0.05, "a rank's weights are too many");
     if (comm && comm->rank == 0)
-        print_message("%d ranks: %.1f %% of the weights on the first\n", comm->size, 100 * bytes / *whole);
-    if (!comm) *whole = bytes;
+        print_message("%d %s: %.1f %% of the weights on the first\n", comm->size, job->staged ? "stages" : "ranks",
+                      100 * bytes / job->whole);
+    if (!comm) job->whole = bytes;
     llm_model_free(model);
 }
 
+/* The default model's head is its embedding. The first stage reads rows of it from the file, the last one holds it. */
 static void test_shares(void **state) {
-    double whole = 0;
+    share_job job = {false, 0};
     (void)state;
-    measure(NULL, &whole);
-    for (int n = 2; n <= (SANITIZED ? 2 : MOST_RANKS); n++) on_ranks(n, NULL, measure, &whole);
+    measure(NULL, &job);
+    for (int n = 2; n <= (SANITIZED ? 2 : MOST_RANKS); n++) on_ranks(n, NULL, measure, &job);
+    job.staged = true;
+    for (int n = 2; n <= (SANITIZED ? 2 : 4); n++) on_ranks(n, NULL, measure, &job);
 }
 
 int main(void) {
