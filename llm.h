@@ -749,6 +749,14 @@ typedef struct llm_sampler llm_sampler; /* see Sampler              */
 typedef struct llm_grammar llm_grammar; /* see Grammars             */
 typedef struct llm_draft llm_draft;     /* see Speculative decoding */
 
+/* How likely the model's logits alone make a token: before biases, penalties, masks, grammars and temperature. */
+typedef struct llm_log_prob {
+    llm_token token;
+    float log_prob; /* the natural logarithm of its probability */
+} llm_log_prob;
+
+enum { LLM_LOG_PROBS_MAX = 20 }; /* max of n_top_log_probs */
+
 typedef enum llm_stop {
     LLM_STOP_NONE = 0,
     LLM_STOP_END,     /* the model ended its text or turn                           */
@@ -796,6 +804,13 @@ typedef struct llm_generate_desc {
     bool (*on_token)(void *user, llm_token token, const char *bytes, size_t n_bytes); /* raw, as they come        */
     bool (*cancel)(void *user); /* polled between layers, so also within a long prompt; NULL: the context's */
     void *user;
+
+    /* Called before on_token: how likely the same token was, and the `n_top` likeliest tokens at this place, the best
+       first. n_top is n_top_log_probs, at most LLM_LOG_PROBS_MAX; 0 is allowed. A token that ends the text is not
+       shown. If a grammar or a mask hides a logit that is NaN, chosen is NaN and n_top 0. `top` is valid during the
+       call. NULL: not wanted */
+    void (*on_log_probs)(void *user, llm_log_prob chosen, const llm_log_prob *top, int n_top);
+    int n_top_log_probs;
 } llm_generate_desc;
 
 enum { LLM_DRAFT_MAX = 15 }; /* max guesses that one pass can check */
@@ -941,21 +956,35 @@ struct llm_sampler {
     const llm_logit_bias *biases; /* the host's; they must stay while the sampler is used                         */
     int n_biases;
     /* Called before each draw with the sequence's tokens [n] and the logits [n_vocab] of the next token, after biases and
-       penalty. It may change the logits: -INFINITY forbids a token. It must do the same for the same tokens, because a
-       draft may ask about texts that are then dropped. NULL: none */
+       penalties. It may change the logits: -INFINITY forbids a token. It must do the same for the same tokens, because
+       a draft may ask about texts that are then dropped. NULL: none */
     void (*mask)(void *user, const llm_token *tokens, int n, float *logits, int n_vocab);
     void *mask_user;
     uint64_t seed;
     uint64_t n_drawn; /* the state: how many random numbers were used                                             */
+    /* OpenAI's penalties: if the answer has a token c times, c above 0, presence_penalty + c * frequency_penalty is
+       subtracted from its logit. Negative ones make it likelier. The prompt does not count. 0: off */
+    float presence_penalty;
+    float frequency_penalty;
+    int answer_begin; /* for llm_sample: how many tokens of the sequence come before the answer. llm_generate does not
+                         read it: there the answer begins behind the prompt                                        */
 };
 
 /* Picks a token by the logits of the batch's i-th token, which belongs to sequence `seq`: its last tokens are the
-   recent ones. The order is: biases, repetition penalty, mask, temperature, top-k, top-p, min-p. The same seed gives the
-   same tokens on every machine. Ties go to the lower id. A NULL sampler is greedy. Returns -1 if there is nothing to
-   pick: logits i were not wanted, one of them is NaN, all tokens are forbidden, n_biases is above 0 but biases is NULL,
-   or ctx is inside one of its callbacks. To constrain the text, use a grammar or a mask. The host may also change the
-   biases between calls and in on_token; on a GPU this only works if n_biases is above 0 from the start. */
+   recent ones. The order is: biases, repetition penalty, presence and frequency penalties, mask, temperature, top-k,
+   top-p, min-p. The same seed gives the same tokens on every machine. Ties go to the lower id. A NULL sampler is
+   greedy. Returns -1 if there is nothing to pick: logits i were not wanted, one of them is NaN, all tokens are
+   forbidden, n_biases is above 0 but biases is NULL, or ctx is inside one of its callbacks. To constrain the text, use
+   a grammar or a mask. The host may also change the biases between calls and in on_token; on a GPU this only works if
+   n_biases is above 0 from the start. */
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler);
+
+/* How likely the tokens after the batch's i-th are, by its logits alone. *chosen is the log-probability of `token`, and
+   top [n_top] becomes the likeliest tokens, the best first; of equals the lower id. Both may be NULL, n_top then 0.
+   Returns how many tokens `top` has: n_top, or all of the vocabulary. Returns -1 if logits i were not wanted or one of
+   them is NaN or +INFINITY, if there is no such token (with chosen NULL any will do), or if ctx is inside one of its
+   callbacks. llm_generate_desc.on_log_probs does this for each token of a text. */
+LLM_API int llm_log_probs(llm_context *ctx, int i, llm_token token, float *chosen, llm_log_prob *top, int n_top);
 
 /* ---- Grammars ------------------------------------------------------------------------------------------------ */
 
@@ -1020,6 +1049,7 @@ typedef struct llm_draft_request {
     llm_grammar *grammar;       /* the text must keep to it, see llm_grammar_mask; NULL: none                        */
     bool (*cancel)(void *user); /* to be polled, may be NULL; if true, return LLM_ERROR_CANCELLED                    */
     void *cancel_user;
+    int answer_begin; /* how many of the tokens come before the answer, see llm_sampler                              */
 } llm_draft_request;
 
 typedef struct llm_draft_guesses {
@@ -15939,8 +15969,9 @@ LLM__SMALL_END
    The mask of a state says of each token whether its bytes lead to another state. The tokens are a trie: one walk
    through it finds all masks' bits. Most tokens are plain: whole characters that need no escape in JSON. Where all plain
    characters lead to one and the same state, as they do within a string, the plain tokens are taken as a whole, and only
-   the rest is walked; so is the part of the trie below a node that leads there. Masks are stored with their states. A byte is looked at, never a character, so tokens may end
-   inside a character.
+   the rest is walked; so is the part of the trie below a node after which all plain characters may follow. If most of
+   them fit, only those that do not are searched. Masks are stored with their states. A byte is looked at, never a
+   character, so tokens may end inside a character.
 
    Related: XGrammar (Dong et al. 2024, arXiv:2411.15100), llguidance, and the grammars of llama.cpp, whose GBNF this
    reads. */
@@ -15956,6 +15987,7 @@ enum {
     LLM__GRAM_MOST_BYTES = 1 << 27, /* of all states while one mask is made */
     LLM__GRAM_KEPT_BYTES = 1 << 25, /* of all states; if they take more, the next mask begins without any */
     LLM__GRAM_KEPT_MASKS = 256,     /* masks that are stored; the oldest makes room */
+    LLM__GRAM_MOST_PLAIN = 20,      /* characters of a plain token */
     LLM__GRAM_INLINED = 60          /* rules of fewer expressions that call no others are copied, not called */
 };
 
@@ -16391,7 +16423,8 @@ LLM__SMALL_END
 
 /* ---- Tokens as a trie ---- */
 
-/* Plain tokens consist of whole characters without control characters, quotation marks and backslashes. */
+/* Plain tokens consist of whole characters without control characters, quotation marks and backslashes. They have at
+   most LLM__GRAM_MOST_PLAIN characters, so that few states decide how many of them fit. */
 typedef enum llm__gram_part_kind {
     LLM__GRAM_ASCII, /* plain tokens of ASCII */
     LLM__GRAM_PLAIN, /* other plain tokens */
@@ -16400,10 +16433,8 @@ typedef enum llm__gram_part_kind {
 
 /* The plain tokens of one kind. */
 typedef struct llm__gram_plain {
-    llm_token *ids; /* in the order of their lengths */
-    uint32_t *ends; /* [longest + 2] how many of them have at most so many characters */
     int longest;    /* characters */
-    uint64_t *bits; /* [n_words] all of them */
+    uint64_t *bits; /* [longest + 1][n_words] those of at most so many characters */
 } llm__gram_plain;
 
 /* The nodes of a trie stand in the order of a walk that goes deep first. Each kind of tokens has a trie of its own; they
@@ -16412,6 +16443,7 @@ typedef struct llm__gram_trie {
     size_t n_nodes, ends[3]; /* ends: where the tries of each kind end */
     uint8_t *bytes;          /* [n_nodes] */
     uint16_t *depths;        /* [n_nodes] bytes before this one */
+    uint8_t *heights;        /* [n_nodes] bytes after this one, of the longest token below it; at most 255 */
     uint32_t *skips;         /* [n_nodes] the next node that is not below this one */
     uint32_t *firsts;        /* [n_nodes + 1] the tokens that end here are ids[firsts[i]] to ids[firsts[i + 1]] */
     llm_token *ids;
@@ -16441,6 +16473,7 @@ static void llm__gram_find_kind(llm__gram_key *key, llm__str s) {
         }
         p += n;
     }
+    if (key->n_chars > LLM__GRAM_MOST_PLAIN) key->kind = LLM__GRAM_REST;
 }
 
 /* Sorts by eight bits of the heads; keeps the order of equals. */
@@ -16476,11 +16509,17 @@ static void llm__gram_add_trie(llm__env *env, llm__gram_trie *trie, const llm_to
         size_t same = 0;
         if (i < n) s = llm__vocab_piece(t, (llm_token)keys[i].id);
         while (same < s.n && same < last.n && s.at[same] == last.at[same]) same++;
-        for (size_t depth = same; depth < last.n; depth++) trie->skips[open[depth]] = (uint32_t)trie->n_nodes;
+        for (size_t depth = last.n; depth > same; depth--) {
+            uint8_t height = trie->heights[open[depth - 1]];
+            trie->skips[open[depth - 1]] = (uint32_t)trie->n_nodes;
+            if (depth > 1 && height < 255 && height + 1 > trie->heights[open[depth - 2]])
+                trie->heights[open[depth - 2]] = (uint8_t)(height + 1);
+        }
         for (size_t depth = same; depth < s.n; depth++) {
             size_t node = trie->n_nodes++;
             trie->bytes[node] = (uint8_t)s.at[depth];
             trie->depths[node] = (uint16_t)depth;
+            trie->heights[node] = 0;
             trie->firsts[node] = (uint32_t)(n_before + i);
             open[depth] = (uint32_t)node;
         }
@@ -16491,20 +16530,17 @@ static void llm__gram_add_trie(llm__env *env, llm__gram_trie *trie, const llm_to
     llm__free(env->pool, open);
 }
 
-/* Lists n plain tokens by their lengths. */
+/* Sets the bits of n plain tokens by their lengths. */
 static void llm__gram_list_plain(llm__env *env, llm__gram_plain *plain, const llm__gram_key *keys, size_t n,
                                  size_t n_vocab) {
+    size_t n_words = n_vocab / 64 + 1;
     for (size_t i = 0; i < n; i++)
         if (keys[i].n_chars > plain->longest) plain->longest = keys[i].n_chars;
-    plain->ids = (llm_token *)llm__alloc(env, n + 1, sizeof *plain->ids);
-    plain->ends = (uint32_t *)llm__alloc_zero(env, (size_t)plain->longest + 2, sizeof *plain->ends);
-    plain->bits = (uint64_t *)llm__alloc_zero(env, n_vocab / 64 + 1, sizeof *plain->bits);
-    for (size_t i = 0; i < n; i++) plain->ends[keys[i].n_chars + 1]++;
-    for (int i = 1; i <= plain->longest + 1; i++) plain->ends[i] += plain->ends[i - 1];
-    for (size_t i = 0; i < n; i++) {
-        plain->ids[plain->ends[keys[i].n_chars]++] = (llm_token)keys[i].id;
-        plain->bits[keys[i].id >> 6] |= (uint64_t)1 << (keys[i].id & 63);
-    }
+    size_t n_bits = ((size_t)plain->longest + 1) * n_words;
+    plain->bits = (uint64_t *)llm__alloc_zero(env, n_bits, sizeof *plain->bits);
+    for (size_t i = 0; i < n; i++)
+        plain->bits[keys[i].n_chars * n_words + (keys[i].id >> 6)] |= (uint64_t)1 << (keys[i].id & 63);
+    for (size_t i = n_words; i < n_bits; i++) plain->bits[i] |= plain->bits[i - n_words];
 }
 
 /* Makes the trie of all tokens that are text. Control tokens are not: they match nothing. */
@@ -16544,6 +16580,7 @@ static void llm__gram_make_trie(llm__env *env, llm__gram_trie *trie, const llm_t
     for (size_t i = 0; i < n; i++) other[begins[keys[i].kind]++] = keys[i];
     trie->bytes = (uint8_t *)llm__alloc(env, n_bytes + 1, 1);
     trie->depths = (uint16_t *)llm__alloc(env, n_bytes + 1, sizeof *trie->depths);
+    trie->heights = (uint8_t *)llm__alloc(env, n_bytes + 1, 1);
     trie->skips = (uint32_t *)llm__alloc(env, n_bytes + 1, sizeof *trie->skips);
     trie->firsts = (uint32_t *)llm__alloc(env, n_bytes + 2, sizeof *trie->firsts);
     trie->ids = (llm_token *)llm__alloc(env, n + 1, sizeof *trie->ids);
@@ -16580,6 +16617,7 @@ typedef struct llm__gram_state {
     uint32_t first_scan, n_scan; /* in items: those that take a byte, once expanded */
     uint32_t first_wait, n_wait; /* in waits: the calls */
     int32_t plain[2];            /* the state after any plain character, of ASCII or not, or one of those below */
+    int32_t room[2];             /* see llm__gram_plain_room, or LLM__GRAM_UNKNOWN */
     int32_t mask;                /* in masks, or -1 */
     bool accepts, expanded;
 } llm__gram_state;
@@ -16825,7 +16863,7 @@ static int32_t llm__gram_intern_state(llm__env *env, llm_grammar *g) {
     s.accepts = llm__gram_find_core(env, g);
     llm__gram_sort_items(g, s.first_core);
     s.n_core = (uint32_t)(g->n_items - s.first_core);
-    s.plain[0] = s.plain[1] = LLM__GRAM_UNKNOWN;
+    s.plain[0] = s.plain[1] = s.room[0] = s.room[1] = LLM__GRAM_UNKNOWN;
     s.mask = -1;
     if (!s.n_core && !s.accepts) return LLM__GRAM_DEAD;
     if (2 * g->n_states > table->mask) {
@@ -16894,6 +16932,28 @@ static void llm__gram_expand(llm__env *env, llm_grammar *g, uint32_t state) {
     g->states[state] = s;
 }
 
+/* Whether a node takes one of two bytes and not the other. */
+static bool llm__gram_tells_apart(const llm__gram_node *n, uint8_t a, uint8_t b) {
+    return (a >= n->lo && a <= n->hi) != (b >= n->lo && b <= n->hi);
+}
+
+/* Enters where a byte of this class leads for all other classes that no node of the state tells apart from it, so that
+   it is not found again for each of them. */
+static void llm__gram_share_step(llm_grammar *g, int32_t state, int byte_class, int32_t to) {
+    enum { FEW = 32 }; /* nodes: with more the comparison would take longer than the steps */
+    const llm__gram_state *s = &g->states[state];
+    int32_t *row = g->rows + (size_t)state * (size_t)g->n_classes;
+    row[byte_class] = to;
+    for (int c = 0; c < g->n_classes && s->n_scan <= FEW; c++) {
+        uint32_t i = 0;
+        if (row[c] != LLM__GRAM_UNKNOWN) continue;
+        while (i < s->n_scan && !llm__gram_tells_apart(&g->nodes[g->items[s->first_scan + i].node],
+                                                       g->class_byte[byte_class], g->class_byte[c]))
+            i++;
+        if (i == s->n_scan) row[c] = to;
+    }
+}
+
 /* The state after a byte of this class. */
 static int32_t llm__gram_step(llm__env *env, llm_grammar *g, int32_t state, int byte_class) {
     size_t at = (size_t)state * (size_t)g->n_classes + (size_t)byte_class;
@@ -16908,7 +16968,8 @@ static int32_t llm__gram_step(llm__env *env, llm_grammar *g, int32_t state, int 
         if (byte >= n->lo && byte <= n->hi) llm__gram_push(env, g, n->next, item.ret);
     }
     int32_t to = g->n_work ? llm__gram_intern_state(env, g) : LLM__GRAM_DEAD;
-    return g->rows[at] = to;
+    llm__gram_share_step(g, state, byte_class, to);
+    return to;
 }
 
 /* The state after some bytes; LLM__GRAM_DEAD if they do not fit. */
@@ -16975,9 +17036,7 @@ static int32_t llm__gram_plain_step(llm__env *env, llm_grammar *g, int32_t state
     return g->states[state].plain[kind];
 }
 
-/* How many plain characters may come next, whichever they are; at most those of the longest token. -1: it depends on
-   the characters. */
-static int llm__gram_plain_room(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind) {
+static int llm__gram_find_room(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind) {
     int most = g->trie.plain[kind].longest, n = 0;
     for (; n < most; n++) {
         int32_t next = llm__gram_plain_step(env, g, state, kind);
@@ -16989,13 +17048,44 @@ static int llm__gram_plain_room(llm__env *env, llm_grammar *g, int32_t state, ll
     return n;
 }
 
+/* How many plain characters may come next, whichever they are; at most those of the longest token. -1: it depends on
+   the characters. */
+static int llm__gram_plain_room(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind) {
+    if (g->states[state].room[kind] == LLM__GRAM_UNKNOWN) {
+        int room = llm__gram_find_room(env, g, state, kind);
+        g->states[state].room[kind] = room;
+    }
+    return g->states[state].room[kind];
+}
+
 /* Sets the bits of n tokens. */
 static void llm__gram_set_bits(uint64_t *bits, const llm_token *ids, size_t n) {
     for (size_t i = 0; i < n; i++) bits[ids[i] >> 6] |= (uint64_t)1 << (ids[i] & 63);
 }
 
-/* Sets the bits of the tokens of one kind that fit after a state. */
-static void llm__gram_walk(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind, uint64_t *bits) {
+static void llm__gram_clear_bits(uint64_t *bits, const llm_token *ids, size_t n) {
+    for (size_t i = 0; i < n; i++) bits[ids[i] >> 6] &= ~((uint64_t)1 << (ids[i] & 63));
+}
+
+/* Whether all tokens below a node of a plain kind fit, if it leads to this state. */
+static bool llm__gram_all_fit(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind, size_t node) {
+    return state >= 0 && llm__gram_plain_room(env, g, state, kind) >= g->trie.heights[node];
+}
+
+/* Whether most plain tokens of a kind begin with a byte after which all of them fit. */
+static bool llm__gram_most_fit(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind) {
+    const llm__gram_trie *trie = &g->trie;
+    size_t begin = kind ? trie->ends[kind - 1] : 0, end = trie->ends[kind], n = 0;
+    for (size_t i = begin; i < end; i = trie->skips[i]) {
+        int32_t to = llm__gram_step(env, g, state, g->classes[trie->bytes[i]]);
+        if (llm__gram_all_fit(env, g, to, kind, i)) n += trie->firsts[trie->skips[i]] - trie->firsts[i];
+    }
+    return 2 * n > trie->firsts[end] - trie->firsts[begin];
+}
+
+/* Sets the bits of the tokens of one kind that fit after a state; or, if all of the kind are set, clears the others. */
+static void llm__gram_walk(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind, bool all_set,
+                           uint64_t *bits) {
     enum { LARGE = 32 }; /* nodes that are worth a look at whether all of them fit */
     const llm__gram_trie *trie = &g->trie;
     size_t n_classes = (size_t)g->n_classes, end = trie->ends[kind];
@@ -17003,42 +17093,44 @@ static void llm__gram_walk(llm__env *env, llm_grammar *g, int32_t state, llm__gr
     path[0] = state;
     for (size_t i = kind ? trie->ends[kind - 1] : 0; i < end;) {
         int depth = trie->depths[i], byte_class = g->classes[trie->bytes[i]];
+        size_t skip = trie->skips[i], first = trie->firsts[i];
         int32_t to = g->rows[(size_t)path[depth] * n_classes + (size_t)byte_class];
         if (to == LLM__GRAM_UNKNOWN) to = llm__gram_step(env, g, path[depth], byte_class);
         if (to == LLM__GRAM_DEAD) {
-            i = trie->skips[i];
+            if (all_set) llm__gram_clear_bits(bits, trie->ids + first, trie->firsts[skip] - first);
+            i = skip;
             continue;
         }
         path[depth + 1] = to;
         size_t after = i + 1;
-        if (kind != LLM__GRAM_REST && trie->skips[i] > i + LARGE && llm__gram_plain_step(env, g, to, kind) == to)
-            after = trie->skips[i];
-        llm__gram_set_bits(bits, trie->ids + trie->firsts[i], trie->firsts[after] - trie->firsts[i]);
+        if (kind != LLM__GRAM_REST && skip > i + LARGE && llm__gram_all_fit(env, g, to, kind, i)) after = skip;
+        if (!all_set) llm__gram_set_bits(bits, trie->ids + first, trie->firsts[after] - first);
         i = after;
     }
 }
 
+/* Sets the bits of all plain tokens of a kind that have at most n characters. */
+static void llm__gram_set_plain(const llm_grammar *g, llm__gram_part_kind kind, int n, uint64_t *bits) {
+    const uint64_t *from = g->trie.plain[kind].bits + (size_t)n * g->n_words;
+    for (size_t i = 0; i < g->n_words; i++) bits[i] |= from[i];
+}
+
 /* The tokens that fit after a state, a bit for each; valid until the next mask. End tokens are not among them. */
 static const uint64_t *llm__gram_mask_of(llm__env *env, llm_grammar *g, int32_t state) {
-    const llm__gram_trie *trie = &g->trie;
     int slot = g->states[state].mask;
     if (slot >= 0 && g->mask_states[slot] == state) return g->masks + (size_t)slot * g->n_words;
     slot = g->n_masks++ % LLM__GRAM_KEPT_MASKS;
     uint64_t *bits = g->masks + (size_t)slot * g->n_words;
     g->mask_states[slot] = -1;
     memset(bits, 0, g->n_words * sizeof *bits);
-    for (int kind = LLM__GRAM_ASCII; kind < LLM__GRAM_REST; kind++) {
-        const llm__gram_plain *plain = &trie->plain[kind];
-        int room = llm__gram_plain_room(env, g, state, (llm__gram_part_kind)kind);
-        if (room < 0) {
-            llm__gram_walk(env, g, state, (llm__gram_part_kind)kind, bits);
-        } else if (room == plain->longest) {
-            for (size_t i = 0; i < g->n_words; i++) bits[i] |= plain->bits[i];
-        } else {
-            llm__gram_set_bits(bits, plain->ids, plain->ends[room]);
-        }
+    for (int k = LLM__GRAM_ASCII; k < LLM__GRAM_REST; k++) {
+        llm__gram_part_kind kind = (llm__gram_part_kind)k;
+        int room = llm__gram_plain_room(env, g, state, kind);
+        bool all_set = room < 0 && llm__gram_most_fit(env, g, state, kind);
+        if (room >= 0 || all_set) llm__gram_set_plain(g, kind, all_set ? g->trie.plain[k].longest : room, bits);
+        if (room < 0) llm__gram_walk(env, g, state, kind, all_set, bits);
     }
-    llm__gram_walk(env, g, state, LLM__GRAM_REST, bits);
+    llm__gram_walk(env, g, state, LLM__GRAM_REST, false, bits);
     g->mask_states[slot] = state;
     g->states[state].mask = slot;
     return bits;
@@ -17088,6 +17180,13 @@ typedef struct llm__gram_args {
     int32_t state;
 } llm__gram_args;
 
+/* Forbids those of eight tokens whose bits are not set. */
+static void llm__gram_forbid(float *logits, unsigned allowed) {
+    if (!allowed)
+        for (int i = 0; i < 8; i++) logits[i] = -INFINITY;
+    for (unsigned left = allowed ? ~allowed & 255 : 0; left; left &= left - 1) logits[__builtin_ctz(left)] = -INFINITY;
+}
+
 static void llm__gram_apply_body(llm__env *env, void *arg) {
     llm__gram_args *a = (llm__gram_args *)arg;
     llm_grammar *g = a->g;
@@ -17101,8 +17200,12 @@ static void llm__gram_apply_body(llm__env *env, void *arg) {
         uint64_t allowed = word < g->n_words ? bits[word] : 0;
         size_t first = word * 64, n = (size_t)a->n_vocab - first < 64 ? (size_t)a->n_vocab - first : 64;
         if (ends && word < g->n_words) allowed |= g->trie.end_bits[word];
-        for (uint64_t left = ~allowed << (64 - n) >> (64 - n); left; left &= left - 1)
-            a->logits[first + (size_t)__builtin_ctzll(left)] = -INFINITY;
+        if (n == 64 && !allowed)
+            for (size_t i = 0; i < 64; i++) a->logits[first + i] = -INFINITY;
+        for (size_t i = 0; n == 64 && allowed && i < 64; i += 8)
+            llm__gram_forbid(a->logits + first + i, (unsigned)(allowed >> i) & 255);
+        for (size_t i = 0; n < 64 && i < n; i++)
+            if (!(allowed >> i & 1)) a->logits[first + i] = -INFINITY;
     }
 }
 
@@ -18852,26 +18955,47 @@ LLM__SMALL_END
 /* ==== 22 Sampler ================================================================================================
 
    Logits become a probability distribution, from which one token is drawn. The order is: biases, repetition penalty,
-   mask and grammar, temperature, top-k, top-p, min-p. All arithmetic is fixed, so a seed gives the same text everywhere. Top-p is from
-   Holtzman et al. 2019 (arXiv:1904.09751), min-p from Nguyen et al. 2024 (2407.01082), the penalty from Keskar et al.
-   2019 (1909.05858). */
+   presence and frequency penalties, mask and grammar, temperature, top-k, top-p, min-p. All arithmetic is fixed, so a
+   seed gives the same text everywhere. Top-p is from Holtzman et al. 2019 (arXiv:1904.09751), min-p from Nguyen et al.
+   2024 (2407.01082), the repetition penalty from Keskar et al. 2019 (1909.05858); the presence and frequency penalties
+   are those of OpenAI's API reference. */
 
 static void llm__sampler_apply_biases(float *logits, int n_vocab, const llm_sampler *s) {
     for (int i = 0; i < s->n_biases; i++)
         if (s->biases[i].token >= 0 && s->biases[i].token < n_vocab) logits[s->biases[i].token] += s->biases[i].bias;
 }
 
-static bool llm__sampler_has_penalty(const llm_sampler *s) { return s->repeat_penalty > 0 && s->repeat_penalty != 1; }
+static bool llm__sampler_has_repeat(const llm_sampler *s) { return s->repeat_penalty > 0 && s->repeat_penalty != 1; }
+
+static bool llm__sampler_has_counts(const llm_sampler *s) {
+    return s->presence_penalty != 0 || s->frequency_penalty != 0;
+}
+
+static bool llm__sampler_has_penalty(const llm_sampler *s) {
+    return llm__sampler_has_repeat(s) || llm__sampler_has_counts(s);
+}
 
 /* Penalises each token once, however often it occurs in the window. `seen` [n_vocab] is scratch. */
-static void llm__sampler_apply_penalty(float *logits, const llm_token *tokens, int n, const llm_sampler *s,
-                                       llm_token *seen) {
+static void llm__sampler_apply_repeat(float *logits, const llm_token *tokens, int n, const llm_sampler *s,
+                                      llm_token *seen) {
     int window = s->repeat_window > 0 ? s->repeat_window : 64, first = n > window ? n - window : 0;
     for (int i = first; i < n; i++) seen[tokens[i]] = 0;
     for (int i = first; i < n; i++) {
         float *logit = &logits[tokens[i]];
         if (seen[tokens[i]]++) continue;
         *logit = *logit > 0 ? *logit / s->repeat_penalty : *logit * s->repeat_penalty;
+    }
+}
+
+/* Penalises each of the answer's n tokens by how often it has it. `counts` [n_vocab] is scratch. */
+static void llm__sampler_apply_counts(float *logits, const llm_token *tokens, int n, const llm_sampler *s,
+                                      llm_token *counts) {
+    for (int i = 0; i < n; i++) counts[tokens[i]] = 0;
+    for (int i = 0; i < n; i++) counts[tokens[i]]++;
+    for (int i = 0; i < n; i++) {
+        llm_token *count = &counts[tokens[i]];
+        if (*count) logits[tokens[i]] -= s->presence_penalty + (float)*count * s->frequency_penalty;
+        *count = 0;
     }
 }
 
@@ -19076,10 +19200,12 @@ static llm__sampler_choice llm__sampler_choose_one(llm__sampler_choice c, llm_to
     return c;
 }
 
-/* The choice for the token after `tokens`, from its logits. Valid until the next choice with this scratch. */
+/* The choice for the token after `tokens`, from its logits. The first answer_begin tokens are no part of the answer.
+   Valid until the next choice with this scratch. */
 static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const llm__sampler_scratch *scratch,
                                                const float *logits, const llm_token *tokens, int n_tokens,
-                                               const llm_sampler *sampler, llm_grammar *grammar, llm_error *err) {
+                                               int answer_begin, const llm_sampler *sampler, llm_grammar *grammar,
+                                               llm_error *err) {
     const llm__kernels *kernels = ctx->model->kernels;
     int n_vocab = ctx->model->shape.n_vocab;
     float *p = scratch->probabilities;
@@ -19092,8 +19218,12 @@ static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const llm__samp
     if (sampler->n_biases > 0 || llm__sampler_has_penalty(sampler) || sampler->mask || grammar) {
         logits = (const float *)memcpy(p, logits, (size_t)n_vocab * sizeof *p);
         llm__sampler_apply_biases(p, n_vocab, sampler);
-        if (llm__sampler_has_penalty(sampler))
-            llm__sampler_apply_penalty(p, tokens, n_tokens, sampler, scratch->candidates);
+        if (llm__sampler_has_repeat(sampler))
+            llm__sampler_apply_repeat(p, tokens, n_tokens, sampler, scratch->candidates);
+        if (answer_begin > n_tokens) answer_begin = n_tokens;
+        if (answer_begin < 0) answer_begin = 0;
+        if (llm__sampler_has_counts(sampler))
+            llm__sampler_apply_counts(p, tokens + answer_begin, n_tokens - answer_begin, sampler, scratch->candidates);
         if (sampler->mask) {
             llm__ctx_begin_callback(ctx);
             sampler->mask(sampler->mask_user, tokens, n_tokens, p, n_vocab);
@@ -19134,9 +19264,51 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
     memset(&greedy, 0, sizeof greedy);
     if (!sampler) sampler = &greedy;
     if (!logits || LLM__ENTER(ctx, NULL)) return -1;
-    llm__sampler_choice choice = llm__sampler_choose(ctx, ctx->scratch, logits, llm_seq_tokens(ctx, seq),
-                                                     llm_seq_length(ctx, seq), sampler, NULL, NULL);
+    llm__sampler_choice choice =
+        llm__sampler_choose(ctx, ctx->scratch, logits, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq),
+                            sampler->answer_begin, sampler, NULL, NULL);
     return choice.n ? llm__sampler_draw_choice(&choice, sampler) : -1;
+}
+
+/* The n likeliest tokens, the best first; of equals the lower id. Returns how many: n, or all. */
+static int llm__sampler_find_top(const float *logits, int n_vocab, llm_log_prob *top, int n) {
+    int kept = 0;
+    for (int i = 0; i < n_vocab && n > 0; i++) {
+        int at = kept < n ? kept : n - 1;
+        if (kept == n && !(logits[i] > top[at].log_prob)) continue;
+        for (; at > 0 && logits[i] > top[at - 1].log_prob; at--) top[at] = top[at - 1];
+        top[at].token = i;
+        top[at].log_prob = logits[i];
+        kept += kept < n;
+    }
+    return kept;
+}
+
+/* Makes logits log-probabilities: *chosen, which is that of a token, and those of the likeliest. Returns how many of
+   these there are, or -1 if a logit is NaN or +INFINITY, or all are -INFINITY. */
+static int llm__sampler_log_probs(llm_context *ctx, const float *logits, llm_token token, float *chosen,
+                                  llm_log_prob *top, int n_top) {
+    const llm__kernels *kernels = ctx->model->kernels;
+    const llm__sampler_scratch *scratch = ctx->scratch;
+    int n_vocab = ctx->model->shape.n_vocab;
+    llm_token best = llm__sampler_argmax(kernels, logits, n_vocab, scratch->maxima);
+    if (best < 0 || !isfinite(logits[best])) return -1;
+    uint64_t mode = llm__fpu_enter();
+    kernels->odds(logits, n_vocab, logits[best], LLM__LOG2_E, scratch->probabilities, scratch->maxima);
+    double sum = llm__sampler_total_of(scratch->probabilities, n_vocab);
+    double base = (double)logits[best] + llm__math_log2(sum) * 0.69314718055994531;
+    if (chosen) *chosen = (float)((double)logits[token] - base);
+    int n = llm__sampler_find_top(logits, n_vocab, top, n_top);
+    for (int i = 0; i < n; i++) top[i].log_prob = (float)((double)top[i].log_prob - base);
+    llm__fpu_leave(mode);
+    return n;
+}
+
+LLM_API int llm_log_probs(llm_context *ctx, int i, llm_token token, float *chosen, llm_log_prob *top, int n_top) {
+    const float *logits = llm_logits(ctx, i);
+    if (!logits || (!top && n_top > 0) || LLM__ENTER(ctx, NULL)) return -1;
+    if (chosen && (token < 0 || token >= ctx->model->shape.n_vocab)) return -1;
+    return llm__sampler_log_probs(ctx, logits, token, chosen, top, n_top);
 }
 
 /* ==== 23 Speculative decoding ===================================================================================
@@ -19212,6 +19384,7 @@ typedef struct llm__spec {
     int seq, most;
     llm_sampler *sampler;
     llm_grammar *grammar; /* NULL if there is none */
+    int answer_begin;     /* tokens of the sequence before the answer */
     bool (*cancel)(void *user);
     void *cancel_user;
     llm_draft_guesses guesses;
@@ -19258,8 +19431,8 @@ static llm_status llm__spec_call_draft(llm__spec *sp, llm_token last, const int 
     int length = ctx->cache.lengths[sp->seq];
     llm_token *text = llm__cache_tokens(&ctx->cache, sp->seq);
     text[length] = last; /* there is room, and the pass will put it there anyway */
-    llm_draft_request request = {ctx,         sp->seq,     text,       length + 1,     wanted,
-                                 sp->sampler, sp->grammar, sp->cancel, sp->cancel_user};
+    llm_draft_request request = {ctx,         sp->seq,     text,       length + 1,      wanted,
+                                 sp->sampler, sp->grammar, sp->cancel, sp->cancel_user, sp->answer_begin};
     memcpy(sp->guesses.q, sp->q, sizeof sp->q);
     memset(&why, 0, sizeof why);
     llm__ctx_begin_callback(ctx);
@@ -19364,7 +19537,7 @@ static llm_status llm__spec_draw_checked(llm__spec *sp, const llm__sampler_scrat
     llm_token guess = guessed ? g->tokens[row] : -1;
     llm__sampler_choice choice =
         llm__sampler_choose(sp->ctx, scratch, llm_logits(sp->ctx, first + row), llm_seq_tokens(sp->ctx, sp->seq),
-                            length, sp->sampler, sp->grammar, err);
+                            length, sp->answer_begin, sp->sampler, sp->grammar, err);
     if (choice.status) return choice.status;
     if (row < sp->n_checked && g->has_q && !llm__sampler_is_greedy(sp->sampler)) {
         *right = llm__sampler_random(sp->sampler) * g->q[row][guess] < llm__spec_choice_p(&choice, guess);
@@ -19483,8 +19656,9 @@ static void llm__draft_model_drop_unknown(llm__sampler_choice *c, int n_known) {
 static bool llm__draft_model_draw(llm__draft_model *d, int seq, const float *logits, llm_sampler *sampler,
                                   llm_grammar *grammar, llm_draft_guesses *g) {
     int n_known = d->target->model->shape.n_vocab;
-    llm__sampler_choice choice = llm__sampler_choose(d->ctx, d->ctx->scratch, logits, llm_seq_tokens(d->ctx, seq),
-                                                     llm_seq_length(d->ctx, seq), sampler, grammar, NULL);
+    llm__sampler_choice choice =
+        llm__sampler_choose(d->ctx, d->ctx->scratch, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq),
+                            sampler->answer_begin, sampler, grammar, NULL);
     float *q = g->q[g->n];
     if (choice.n && n_known < choice.n_vocab) llm__draft_model_drop_unknown(&choice, n_known);
     if (!choice.n) return false;
@@ -19505,6 +19679,7 @@ static llm_status llm__draft_model_run(llm__draft_model *d, const llm_draft_requ
     bool whole = d->shares_cache || !d->starts[r->seq]; /* the masks must see the whole text */
     const llm_token *tokens = r->tokens + r->n_tokens - n_new;
     if (!whole) sampler.mask = NULL;
+    sampler.answer_begin = d->shares_cache ? r->answer_begin : r->answer_begin - d->starts[r->seq];
     g->has_q = g->q[0] != NULL;
     if (g->has_q) sampler.seed = ~sampler.seed; /* random numbers that the target does not use */
     for (int i = 0; i < n_new; i++) {
@@ -19889,6 +20064,17 @@ static bool llm__gen_token_stops(llm_stream *s, llm_token token) {
     return false;
 }
 
+/* Tells the host how likely a token was, by the logits at a row of the stream's last pass. */
+static void llm__gen_show_log_probs(llm_stream *s, llm_token token, int row) {
+    llm_log_prob chosen = {token, NAN}, top[LLM_LOG_PROBS_MAX];
+    if (!s->desc.on_log_probs) return;
+    int n = llm__sampler_log_probs(s->ctx, llm_logits(s->ctx, s->first + row), token, &chosen.log_prob, top,
+                                   s->desc.n_top_log_probs);
+    llm__ctx_begin_callback(s->ctx);
+    s->desc.on_log_probs(s->desc.user, chosen, top, n < 0 ? 0 : n);
+    llm__ctx_end_callback(s->ctx);
+}
+
 /* Shows a token. Returns false if something about it ends the generation. */
 static bool llm__gen_show_token(llm__env *env, llm_stream *s, llm_token token) {
     llm_stats *stats = &s->stats;
@@ -19897,7 +20083,7 @@ static bool llm__gen_show_token(llm__env *env, llm_stream *s, llm_token token) {
     const char *bytes = llm_token_bytes(s->ctx->model->tokenizer, token, &n_bytes);
     stats->n_generated++;
     llm__ctx_begin_callback(s->ctx);
-    if (s->desc.on_token && !s->desc.on_token(s->desc.user, token, bytes, n_bytes)) box->refused = true;
+    if (s->desc.on_token && !s->freed && !s->desc.on_token(s->desc.user, token, bytes, n_bytes)) box->refused = true;
     llm__ctx_end_callback(s->ctx);
     if (!s->freed) llm__gen_outbox_add(env, s, token);
     box->refused = llm__ranks_any(s->ctx->backend_desc.tensor, s->ctx->backend_desc.pipeline, box->refused || s->freed);
@@ -19967,6 +20153,9 @@ static void llm__gen_check_arrays(llm__env *env, const llm_generate_desc *d, con
                        : sampler->n_biases > 0 && !sampler->biases ? "biases"
                                                                    : NULL;
     if (name) llm__fail(env, LLM_ERROR_ARGUMENT, "n_%s is above 0, but %s is NULL", name, name);
+    if (d->n_top_log_probs < 0 || d->n_top_log_probs > LLM_LOG_PROBS_MAX)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "n_top_log_probs is %d; it may be 0 to %d", d->n_top_log_probs,
+                  LLM_LOG_PROBS_MAX);
     for (int i = 0; i < d->n_stop_strings; i++)
         if (!d->stop_strings[i]) llm__fail(env, LLM_ERROR_ARGUMENT, "stop_strings[%d] is NULL", i);
 }
@@ -20014,7 +20203,8 @@ static int llm__gen_burst_size(const llm_stream *s) {
     const llm__cache *cache = &ctx->cache;
     const llm_sampler *sampler = s->sampler;
     int seq = s->desc.seq, left = s->desc.max_tokens - s->stats.n_generated, n = LLM_BACKEND_BURST;
-    bool plain = sampler->n_biases == 0 && !llm__sampler_has_penalty(sampler) && !sampler->mask && !s->desc.grammar;
+    bool plain = sampler->n_biases == 0 && !llm__sampler_has_penalty(sampler) && !sampler->mask && !s->desc.grammar &&
+                 !s->desc.on_log_probs;
     if (!s->bursts || s->speculation.draft || ctx->backend_desc.pipeline || !ctx->model->backend->burst || !plain)
         return 0;
     if (s->desc.max_tokens > 0 && left < n) n = left;
@@ -20253,6 +20443,7 @@ static void llm__stream_begin_body(llm__env *env, void *arg) {
     llm__gen_check_prompt(env, s);
     llm__stream_take_sequence(env, s);
     llm__gram_begin(s->desc.grammar, s->n_ids, !s->desc.ignore_end);
+    s->speculation.answer_begin = s->n_ids;
     s->running = true;
     s->pool = *env->pool;
     env->pool->blocks = NULL; /* they are the stream's now */
@@ -20488,7 +20679,11 @@ static bool llm__stream_take_tokens(llm__env *env, llm_stream *s) {
         llm__env_check(env, s->drawing);
         s->token = s->drawn;
         if (!s->right) llm__cache_truncate(&ctx->cache, seq, length + row);
-        goes_on = !llm__gen_token_stops(s, s->token) && llm__gen_show_token(env, s, s->token);
+        goes_on = !llm__gen_token_stops(s, s->token);
+        if (goes_on) {
+            llm__gen_show_log_probs(s, s->token, row);
+            goes_on = llm__gen_show_token(env, s, s->token);
+        }
         row += s->right;
     } while (s->right && goes_on);
     if (s->freed) return false;

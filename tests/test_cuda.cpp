@@ -480,13 +480,13 @@ static llm_context *create_for_text(const llm_model *model, int n_ctx) {
 }
 
 /* Temperature, top-k, top-p, min-p. */
-static const llm_sampler SAMPLERS[] = {{0.0f, 0, 0, 0, 0, 0, NULL, 0, NULL, NULL, 1, 0},
-                                       {1.0f, 0, 0, 0, 0, 0, NULL, 0, NULL, NULL, 2, 0},
-                                       {0.8f, 20, 0.9f, 0, 0, 0, NULL, 0, NULL, NULL, 3, 5},
-                                       {2.0f, 0, 0.7f, 0, 0, 0, NULL, 0, NULL, NULL, 4, 0},
-                                       {1.5f, 5, 0, 0, 0, 0, NULL, 0, NULL, NULL, 5, 0},
-                                       {1.2f, 0, 0, 0.1f, 0, 0, NULL, 0, NULL, NULL, 6, 0},
-                                       {1.0f, 1000, 0.999f, 0.01f, 1, 0, NULL, 0, NULL, NULL, 7, 0}};
+static const llm_sampler SAMPLERS[] = {{0.0f, 0, 0, 0, 0, 0, NULL, 0, NULL, NULL, 1, 0, 0, 0, 0},
+                                       {1.0f, 0, 0, 0, 0, 0, NULL, 0, NULL, NULL, 2, 0, 0, 0, 0},
+                                       {0.8f, 20, 0.9f, 0, 0, 0, NULL, 0, NULL, NULL, 3, 5, 0, 0, 0},
+                                       {2.0f, 0, 0.7f, 0, 0, 0, NULL, 0, NULL, NULL, 4, 0, 0, 0, 0},
+                                       {1.5f, 5, 0, 0, 0, 0, NULL, 0, NULL, NULL, 5, 0, 0, 0, 0},
+                                       {1.2f, 0, 0, 0.1f, 0, 0, NULL, 0, NULL, NULL, 6, 0, 0, 0, 0},
+                                       {1.0f, 1000, 0.999f, 0.01f, 1, 0, NULL, 0, NULL, NULL, 7, 0, 0, 0, 0}};
 
 static void test_bursts(void **state) {
     llm_model *model = load(&SMALL, llm_cuda_backend());

@@ -1,5 +1,6 @@
 /* Grammars: which texts a regular expression or a JSON Schema allows, as Python's re and jsonschema say (grammar.py), and GBNF;
-   answers with a grammar are whole and valid, with streams and drafts, too; a mask; bad grammars are refused in words.
+   answers with a grammar are whole and valid, with streams and drafts, too; masks of a whole vocabulary; a mask of the
+   host; bad grammars are refused in words.
    Variants: asan */
 #include "tests/check.h"
 #include <jansson.h>
@@ -196,7 +197,78 @@ static void test_streams(void **state) {
     llm_context_free(ctx);
 }
 
-/* ---- A mask ---- */
+/* ---- Masks ---- */
+
+/* The mask of a whole vocabulary is what llm_grammar_check says of the text with each token behind it. */
+static void check_masks(const llm_tokenizer *tokenizer, make_grammar *make, const char *grammar, const char *text) {
+    enum { ROOM = 256 };
+    int n_vocab = llm_tokenizer_n_vocab(tokenizer), n_allowed = 0;
+    llm_token ids[ROOM];
+    char longer[1024];
+    llm_grammar *g = NULL;
+    llm_error err;
+    float *logits = (float *)malloc((size_t)n_vocab * sizeof *logits);
+    assert_non_null(logits);
+    if (make(&g, tokenizer, grammar, NULL, &err)) fail_msg("%.80s: %s", grammar, err.message);
+    int n = (int)llm_encode(tokenizer, text, strlen(text), 0, ids, ROOM, &err);
+    assert_in_range(n, 1, ROOM);
+    llm_grammar_begin(g, 0);
+    size_t length = 0;
+    for (int i = 0; i <= n; i++) {
+        bool whole = llm_grammar_check(g, longer, length) == 1;
+        for (int id = 0; id < n_vocab; id++) logits[id] = (float)id;
+        llm_grammar_mask(g, ids, i, logits, n_vocab);
+        for (int id = 0; id < n_vocab; id++) {
+            size_t n_bytes;
+            const char *bytes = llm_token_bytes(tokenizer, id, &n_bytes);
+            bool allowed = logits[id] == (float)id, expected = whole;
+            if (!llm_token_is_end(tokenizer, id)) {
+                assert_true(length + n_bytes < sizeof longer);
+                memcpy(longer + length, bytes, n_bytes);
+                expected = n_bytes && !llm_token_is_special(tokenizer, id) &&
+                           llm_grammar_check(g, longer, length + n_bytes) >= 0;
+            }
+            if (allowed != expected || (!allowed && logits[id] != -INFINITY))
+                fail_msg("%.60s: after '%.*s' token %d (%.*s) should be %s", grammar, (int)length, longer, id,
+                         (int)n_bytes, bytes, expected ? "allowed" : "forbidden");
+            n_allowed += allowed;
+        }
+        if (i == n) break;
+        size_t n_bytes;
+        const char *bytes = llm_token_bytes(tokenizer, ids[i], &n_bytes);
+        memcpy(longer + length, bytes, n_bytes);
+        length += n_bytes;
+    }
+    assert_true(n_allowed > 0);
+    free(logits);
+    llm_grammar_free(g);
+}
+
+static void test_masks(void **state) {
+    static const struct {
+        make_grammar *make;
+        const char *grammar, *text;
+    } cases[] = {
+        {llm_grammar_from_json_schema, "{}", "{\"a b\": [1.5e3, \"\\u00e9, 日本\"], \"c\": null}"},
+        {llm_grammar_from_json_schema,
+         "{\"type\":\"object\",\"properties\":{\"title\":{\"type\":\"string\",\"maxLength\":9},\"kind\":"
+         "{\"type\":\"string\",\"pattern\":\"^[\\\\w.]{2,5}-?$\"}},\"additionalProperties\":{\"type\":\"string\"}}",
+         "{\"title\": \"nine é it\", \"kind\": \"ab.\", \"title2\": \"a long one\"}"},
+        {llm_grammar_from_regex, "[^x]{0,25}(x|é+|[ -~]{3})", "a text é of"},
+        {llm_grammar_from_regex, "[A-Z].{0,3}|[a-z].{0,12}|-.{0,1}", "hello there"},
+        {llm_grammar_from_regex, "([a-z]+ ?)*\\.", "lower case words."},
+        {llm_grammar_from_gbnf, "root ::= root \" \" word | word\nword ::= [A-Z]? [a-zà-ü]*", "An à word"},
+    };
+    llm_tokenizer *tokenizer = NULL;
+    llm_error err;
+    (void)state;
+    if (llm_tokenizer_load(&tokenizer, model_path(), NULL, &err)) fail_msg("%s", err.message);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        check_masks(tokenizer, cases[i].make, cases[i].grammar, cases[i].text);
+    llm_tokenizer_free(tokenizer);
+}
+
+/* ---- A mask of the host ---- */
 
 /* Allows the token that follows the last one in the alphabet, and nothing else. */
 static void next_letter(void *user, const llm_token *tokens, int n, float *logits, int n_vocab) {
@@ -292,9 +364,9 @@ static void test_memory(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_golden),  cmocka_unit_test(test_gbnf), cmocka_unit_test(test_answers),
-        cmocka_unit_test(test_streams), cmocka_unit_test(test_mask), cmocka_unit_test(test_bad),
-        cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_golden),  cmocka_unit_test(test_gbnf),   cmocka_unit_test(test_answers),
+        cmocka_unit_test(test_streams), cmocka_unit_test(test_masks),  cmocka_unit_test(test_mask),
+        cmocka_unit_test(test_bad),     cmocka_unit_test(test_memory),
     };
     return cmocka_run_group_tests(tests, start, stop);
 }

@@ -157,6 +157,157 @@ static void test_penalty(void **state) {
     assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 2, .biases = &bias, .n_biases = 1}), 5);
 }
 
+/* OpenAI's penalties: each token of the answer loses presence + count * frequency. */
+static void test_counts(void **state) {
+    fixture *f = (fixture *)*state;
+    static const llm_token tokens[] = {9, 9, 9, 5, 5, 6, 5};
+    enum { BEGIN = 3 };
+    fill(f, -100);
+    set_sequence(f, tokens, 7);
+    f->logits[5] = 4;
+    f->logits[6] = 3;
+    f->logits[9] = 2.5f;
+    f->logits[8] = 1;
+    assert_int_equal(sample(f, (llm_sampler){.answer_begin = BEGIN}), 5);
+    assert_int_equal(sample(f, (llm_sampler){.answer_begin = BEGIN, .presence_penalty = 1.4f}), 5); /* 2.6 */
+    assert_int_equal(sample(f, (llm_sampler){.answer_begin = BEGIN, .presence_penalty = 1.6f}), 9); /* 2.4, 1.4, 2.5 */
+    assert_int_equal(sample(f, (llm_sampler){.presence_penalty = 1.6f}), 5);                        /* 2.4, 1.4, 0.9 */
+    assert_int_equal(sample(f, (llm_sampler){.answer_begin = BEGIN, .frequency_penalty = 0.45f}), 5); /* 2.65, 2.55 */
+    assert_int_equal(sample(f, (llm_sampler){.answer_begin = BEGIN, .frequency_penalty = 0.51f}), 9); /* 2.47, 2.49 */
+    assert_int_equal(sample(f, (llm_sampler){.frequency_penalty = 0.51f}), 6);                        /* ... 0.97 */
+    assert_int_equal(sample(f, (llm_sampler){.frequency_penalty = 2}), 6); /* -2, 1, -3.5, 1 */
+    assert_int_equal(sample(f, (llm_sampler){.frequency_penalty = 2.1f}), 8);
+    assert_int_equal(
+        sample(f, (llm_sampler){.answer_begin = BEGIN, .frequency_penalty = 0.3f, .presence_penalty = 0.5f}), 5);
+    assert_int_equal(
+        sample(f, (llm_sampler){.answer_begin = BEGIN, .frequency_penalty = 0.4f, .presence_penalty = 0.5f}), 9);
+    f->logits[9] = 4.5f;
+    assert_int_equal(sample(f, (llm_sampler){.answer_begin = BEGIN, .presence_penalty = -1}), 5); /* likelier */
+    assert_int_equal(sample(f, (llm_sampler){.answer_begin = 7, .presence_penalty = -1}), 9);     /* it has none yet */
+    assert_int_equal(sample(f, (llm_sampler){.answer_begin = INT32_MAX, .presence_penalty = -1}), 9);
+    assert_int_equal(sample(f, (llm_sampler){.answer_begin = INT32_MIN, .presence_penalty = -1}), 9); /* 5, 4, 5.5 */
+    llm_sampler drawn = {.temperature = 1, .answer_begin = BEGIN, .presence_penalty = 200};
+    for (int i = 0; i < 1000; i++) { /* no rounding makes a penalised token likely */
+        llm_token token = llm_sample(f->ctx, 6, 0, &drawn);
+        assert_true(token != 5 && token != 6);
+    }
+}
+
+/* ---- Log-probabilities ---- */
+
+static void test_log_probs(void **state) {
+    fixture *f = (fixture *)*state;
+    for (int shape = 0; shape < 4; shape++) {
+        double most = -INFINITY, sum = 0, below = INFINITY;
+        llm_log_prob top[N + 1];
+        float chosen, alone;
+        fill_random(f, 77, shape ? 12 : 0.1f);
+        for (int i = 0; i < N && shape == 2; i++) f->logits[i] = (float)(int)f->logits[i]; /* many ties */
+        for (int i = 0; i < N && shape == 3; i += 3) f->logits[i] = -INFINITY;
+        for (int i = 0; i < N; i++) most = f->logits[i] > most ? f->logits[i] : most;
+        for (int i = 0; i < N; i++) sum += exp(f->logits[i] - most);
+        assert_int_equal(llm_log_probs(f->ctx, 0, 100, &chosen, top, N + 1), N);
+        for (int i = 0; i < N; i++) {
+            double expected = f->logits[top[i].token] - most - log(sum);
+            if (isfinite(expected)) assert_true(fabs(top[i].log_prob - expected) < 4e-6);
+            else assert_true(top[i].log_prob == expected);
+            if (i && top[i].log_prob == top[i - 1].log_prob && f->logits[top[i].token] == f->logits[top[i - 1].token])
+                assert_true(top[i].token > top[i - 1].token);
+            assert_true(f->logits[top[i].token] <= below);
+            below = f->logits[top[i].token];
+            if (top[i].token == 100) assert_true(top[i].log_prob == chosen);
+        }
+        for (int n = 0; n < 9; n++) {
+            llm_log_prob few[9];
+            assert_int_equal(llm_log_probs(f->ctx, 0, 100, &alone, few, n), n);
+            assert_true(alone == chosen);
+            for (int i = 0; i < n; i++) assert_true(few[i].token == top[i].token && few[i].log_prob == top[i].log_prob);
+        }
+        assert_int_equal(llm_log_probs(f->ctx, 0, -1, NULL, top, 1), 1);
+        assert_int_equal(llm_log_probs(f->ctx, 0, 0, NULL, NULL, 0), 0);
+    }
+    float chosen;
+    llm_log_prob top[1];
+    assert_int_equal(llm_log_probs(f->ctx, 1, 0, &chosen, top, 1), -1); /* not wanted */
+    assert_int_equal(llm_log_probs(f->ctx, 0, N, &chosen, top, 1), -1);
+    assert_int_equal(llm_log_probs(f->ctx, 0, -1, &chosen, top, 1), -1);
+    assert_int_equal(llm_log_probs(f->ctx, 0, 0, &chosen, NULL, 1), -1);
+    f->logits[7] = INFINITY;
+    assert_int_equal(llm_log_probs(f->ctx, 0, 0, &chosen, top, 1), -1);
+    f->logits[7] = NAN;
+    assert_int_equal(llm_log_probs(f->ctx, 0, 0, &chosen, top, 1), -1);
+}
+
+typedef struct told {
+    llm_log_prob chosen[64], top[64][3];
+    llm_token tokens[64];
+    int n, n_tokens;
+} told;
+
+static void on_log_probs(void *user, llm_log_prob chosen, const llm_log_prob *top, int n_top) {
+    told *t = (told *)user;
+    assert_int_equal(n_top, 3);
+    assert_int_equal(t->n, t->n_tokens); /* it comes before the token */
+    t->chosen[t->n] = chosen;
+    memcpy(t->top[t->n++], top, sizeof t->top[0]);
+}
+
+static bool on_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
+    told *t = (told *)user;
+    (void)bytes, (void)n_bytes;
+    t->tokens[t->n_tokens++] = token;
+    return true;
+}
+
+/* A text with guesses tells the same as one without, and that is what the logits of its tokens say. */
+static void test_told(void **state) {
+    fixture *f = (fixture *)*state;
+    llm_context_desc context_desc = {.n_threads = 1, .n_logits = LLM_DRAFT_MAX + 1};
+    llm_context *ctx = NULL;
+    static const llm_token prompt[] = {7, 8, 7, 8};
+    told tells[2];
+    assert_int_equal(llm_context_create(&ctx, f->model, &context_desc, NULL), LLM_OK);
+    for (int drafted = 0; drafted < 2; drafted++) {
+        llm_draft draft = llm_draft_lookup();
+        llm_sampler s = {.temperature = 0.5f, .seed = 5, .presence_penalty = -3, .frequency_penalty = 0.01f};
+        llm_generate_desc desc = {.tokens = prompt,
+                                  .n_tokens = 4,
+                                  .max_tokens = 40,
+                                  .ignore_end = true,
+                                  .sampler = &s,
+                                  .draft = drafted ? &draft : NULL,
+                                  .draft_keeps_text = true,
+                                  .on_token = on_token,
+                                  .on_log_probs = on_log_probs,
+                                  .n_top_log_probs = 3,
+                                  .user = &tells[drafted]};
+        memset(&tells[drafted], 0, sizeof tells[drafted]);
+        assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_OK);
+        assert_int_equal(tells[drafted].n, 40);
+        llm_draft_free(&draft);
+        desc.n_top_log_probs = LLM_LOG_PROBS_MAX + 1;
+        assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_ERROR_ARGUMENT);
+    }
+    assert_memory_equal(&tells[0], &tells[1], sizeof tells[0]);
+    assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
+    assert_int_equal(llm_forward(ctx, &(llm_batch){4, prompt, NULL, NULL}, NULL), LLM_OK);
+    llm_sampler own = {
+        .temperature = 0.5f, .seed = 5, .presence_penalty = -3, .frequency_penalty = 0.01f, .answer_begin = 4};
+    for (int i = 0, row = 3; i < 40; i++, row = 0) {
+        llm_log_prob top[3];
+        float chosen;
+        llm_token token = tells[0].tokens[i];
+        assert_int_equal(llm_sample(ctx, row, 0, &own), token);
+        assert_int_equal(tells[0].chosen[i].token, token);
+        assert_int_equal(llm_log_probs(ctx, row, token, &chosen, top, 3), 3);
+        assert_true(chosen == tells[0].chosen[i].log_prob);
+        for (int j = 0; j < 3; j++)
+            assert_true(top[j].token == tells[0].top[i][j].token && top[j].log_prob == tells[0].top[i][j].log_prob);
+        assert_int_equal(llm_forward(ctx, &(llm_batch){1, &token, NULL, NULL}, NULL), LLM_OK);
+    }
+    llm_context_free(ctx);
+}
+
 /* ---- Which tokens may be drawn ---- */
 
 typedef struct candidate {
@@ -478,12 +629,22 @@ static void test_large_vocabulary(void **state) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void) {
-    const struct CMUnitTest tests[] = {TEST(test_ties),         TEST(test_not_asked_for),
-                                       TEST(test_biases),       TEST(test_all_but_one_forbidden),
-                                       TEST(test_penalty),      TEST(test_sets),
-                                       TEST(test_distribution), TEST(test_seeds),
-                                       TEST(test_temperatures), TEST(test_strange_logits),
-                                       TEST(test_nan),          TEST(test_forced_and_forbidden),
-                                       TEST(test_careless),     cmocka_unit_test(test_large_vocabulary)};
+    const struct CMUnitTest tests[] = {TEST(test_ties),
+                                       TEST(test_not_asked_for),
+                                       TEST(test_biases),
+                                       TEST(test_all_but_one_forbidden),
+                                       TEST(test_penalty),
+                                       TEST(test_counts),
+                                       TEST(test_log_probs),
+                                       TEST(test_told),
+                                       TEST(test_sets),
+                                       TEST(test_distribution),
+                                       TEST(test_seeds),
+                                       TEST(test_temperatures),
+                                       TEST(test_strange_logits),
+                                       TEST(test_nan),
+                                       TEST(test_forced_and_forbidden),
+                                       TEST(test_careless),
+                                       cmocka_unit_test(test_large_vocabulary)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
