@@ -540,7 +540,8 @@ typedef struct llm_model_info {
     uint64_t weight_bytes_per_token; /* how much of it is read to decode one token                             */
     uint64_t cache_bytes_per_token;  /* KV cache of one position; with ranks, on this rank                     */
     uint64_t fingerprint; /* of weights and hyperparameters: equal ones can share saved sequences; 0: not loaded */
-    int n_own_layers, n_own_kv_heads; /* n_layers and n_kv_heads; with ranks, those of this rank                */
+    int n_own_layers, n_own_kv_heads;     /* n_layers and n_kv_heads; with ranks, those of this rank                */
+    int n_tensor_ranks, n_pipeline_ranks; /* the sizes of the desc's tensor and pipeline; 0: it has none       */
 } llm_model_info;
 
 /* Copies n_bytes at `offset` of a file to `to`; returns false if it cannot. */
@@ -1183,9 +1184,13 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
 
    A model is loaded to the GPU that is current in the calling thread. With ranks, this holds only if that is not the
    first GPU. Otherwise rank r (tensor rank + number of tensor ranks * pipeline rank) takes GPU r modulo the number of
-   GPUs that its process sees. In passes of up to 16 rows the bits are the same for any number of ranks. Ranks exchange
-   their data through the host's memory. So several GPUs hold larger models, and a pipeline scores faster than one GPU,
-   but tensor parallel decodes slower than one GPU that has room for the whole model. */
+   GPUs that its process sees. In passes of up to 16 rows the bits are the same for any number of ranks.
+
+   Up to 8 tensor ranks that are threads of one process exchange their data in their GPUs' memory, if each has a GPU of
+   its own and these reach each other's memory. All other ranks exchange it through the host's memory. Then several GPUs
+   hold larger models, and a pipeline scores faster than one GPU, but tensor parallel decodes slower than one GPU that has
+   room for the whole model. With LLM_CUDA_RANKS=host in the environment they always use the host's memory; the results
+   are the same. host.log tells which way is used. */
 typedef enum llm_cuda_mode {
     LLM_CUDA_GRAPH = 0, /* passes of up to 16 rows run the fused kernels, launched as one recorded graph          */
     LLM_CUDA_FUSED,     /* the same kernels, launched one by one                                                  */
@@ -14637,6 +14642,8 @@ static llm_model_info llm__model_info(const llm__hparams *h, const llm__model_wa
     const llm_backend_shape own = llm_backend_find_ranks(shape, desc->tensor, desc->pipeline).shape;
     info->n_own_layers = own.n_layers;
     info->n_own_kv_heads = own.n_kv_heads;
+    info->n_tensor_ranks = desc->tensor ? desc->tensor->size : 0;
+    info->n_pipeline_ranks = desc->pipeline ? desc->pipeline->size : 0;
     info->cache_bytes_per_token =
         desc->backend->block_bytes(&own, llm__model_cache_dtype(desc->backend, desc->dtype)) / LLM_CACHE_BLOCK;
     return made;
@@ -15540,6 +15547,13 @@ LLM_API llm_status llm_memory_estimate(const llm_model_info *info, const llm_con
     if (status) return status;
     llm_backend_shape shape = llm__ctx_shape_of(info);
     llm_backend_desc b = llm__ctx_backend_desc(&c, info->dtype, info->isa);
+    llm_comm tensor, pipeline; /* only their sizes matter */
+    memset(&tensor, 0, sizeof tensor);
+    memset(&pipeline, 0, sizeof pipeline);
+    tensor.size = info->n_tensor_ranks;
+    pipeline.size = info->n_pipeline_ranks;
+    if (tensor.size) b.tensor = &tensor;
+    if (pipeline.size) b.pipeline = &pipeline;
     llm_backend_shape own = shape;
     own.n_layers = info->n_own_layers;
     own.n_kv_heads = info->n_own_kv_heads;

@@ -17,6 +17,7 @@
         1 errors and launches    2 the chip's own instructions    3 parameters of kernels    4 fused products
         5 attention              6 picking tokens                 7 plain kernels            8 the model
         9 the context           10 forward pass                  11 bursts                  12 the backend
+        7b meetings of ranks
 */
 #ifndef LLM_CUDA
 #define LLM_CUDA
@@ -25,7 +26,9 @@
 
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
+#include <initializer_list>
 #include <math.h>
+#include <random>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -96,6 +99,7 @@ typedef enum llm__kernel_kind {
     LLM__KIND_SCORE,
     LLM__KIND_READ,
     LLM__KIND_FILL,
+    LLM__KIND_MEET,
     LLM__KINDS
 } llm__kernel_kind;
 
@@ -117,7 +121,8 @@ static const char *llm__kind_name(int kind) {
                                                   "keeping rows",
                                                   "scoring",
                                                   "reading all weights",
-                                                  "filling with random numbers"};
+                                                  "filling with random numbers",
+                                                  "a meeting of ranks"};
     return names[kind];
 }
 
@@ -237,6 +242,37 @@ static __device__ unsigned llm__chip_count_up(unsigned *at) {
     return before;
 #else
     return atomicAdd(at, 1u);
+#endif
+}
+
+/* Sets a word in any GPU's memory. Who sees it with llm__chip_get_flag sees what this block wrote before its last
+   barrier. */
+static __device__ void llm__chip_set_flag(unsigned *at, unsigned value) {
+#ifdef __CUDACC__
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+#else
+    cuda_host_set_flag(at, value);
+#endif
+}
+
+static __device__ unsigned llm__chip_get_flag(const unsigned *at) {
+#ifdef __CUDACC__
+    unsigned value;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+    return value;
+#else
+    return cuda_host_get_flag(at);
+#endif
+}
+
+/* A clock that all blocks share. */
+static __device__ uint64_t llm__chip_nanoseconds(void) {
+#ifdef __CUDACC__
+    uint64_t now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    return now;
+#else
+    return cuda_host_nanoseconds();
 #endif
 }
 
@@ -1961,6 +1997,121 @@ static __global__ void llm__fill(uint16_t *to, size_t n) {
     }
 }
 
+/* ==== 7b Meetings of ranks ======================================================================================
+
+   Where the GPUs of a tensor group can use each other's memory, ranks bring rows together by a kernel. Each rank has a
+   mailbox on its GPU. A rank writes its share of the rows into the mailboxes of all others, and after that a flag. It
+   waits for the flags of the others, and copies their shares from its own mailbox to where they belong. Nothing is
+   computed, so the bits are those of the way through the host's memory.
+
+   Blocks of the same number meet, and write their flags before they wait. So no block waits for a later one, and the
+   kernel cannot block itself if the GPU holds only some of its blocks. A mailbox has two halves that meetings use in
+   turn: a rank begins meeting n + 2 after it has seen all flags of meeting n + 1, and the others wrote these after their
+   kernel of meeting n was done, which read the half. */
+
+enum { LLM__MEET_RANKS = 8, LLM__MEET_BLOCKS = 32, LLM__MEET_PARTS = 3, LLM__MEET_HEAD = 2048 };
+
+/* The head of a mailbox; zero at first. Its halves follow LLM__MEET_HEAD bytes after its begin. */
+typedef struct llm__meet_box {
+    unsigned n_meetings; /* that this rank has completed                                                 */
+    unsigned n_done;     /* blocks that have completed this one                                          */
+    unsigned late;       /* 1 + a rank that did not come, 0: none. From then on meetings do nothing      */
+    unsigned ended;      /* 1 + a rank that has failed, which wrote this; 0: none                        */
+    unsigned flags[LLM__MEET_BLOCKS][LLM__MEET_RANKS]; /* the last meeting that a block of a rank has come to */
+} llm__meet_box;
+
+static_assert(sizeof(llm__meet_box) <= LLM__MEET_HEAD, "the halves follow");
+
+/* Rows that stand `stride` bytes apart, in `data` and, from `offset` on, in a half of a mailbox. */
+typedef struct llm__meet_part {
+    uint8_t *data;
+    size_t stride, offset;
+    unsigned row_bytes, first, end; /* of each row; bytes [first, end) are this rank's share */
+    unsigned word;                  /* bytes that are copied at once                         */
+} llm__meet_part;
+
+typedef struct llm__meet_run {
+    llm__meet_part parts[LLM__MEET_PARTS];
+    int n_parts, n_rows;
+    const int *count;  /* the number of rows, NULL: n_rows                                         */
+    const int *tokens; /* not NULL: this rank has the whole rows of [first_token, end_token), and no others */
+    int first_token, end_token;
+    uint8_t *boxes[LLM__MEET_RANKS];
+    int rank, size;
+    size_t half;       /* bytes */
+    uint64_t patience; /* nanoseconds to wait for a rank */
+} llm__meet_run;
+
+/* Copies this block's words of a part: this rank's share to the others' mailboxes, or their shares from its own. A word
+   belongs to the same block on all ranks. */
+template <typename Word>
+static __device__ void llm__meet_copy(const llm__meet_run &m, const llm__meet_part &part, size_t half, int n_rows,
+                                      bool sends) {
+    unsigned words = part.row_bytes / (unsigned)sizeof(Word), n = (unsigned)n_rows * words;
+    for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
+        unsigned row = i / words, byte = (i - row * words) * (unsigned)sizeof(Word);
+        bool own = m.tokens ? m.tokens[row] >= m.first_token && m.tokens[row] < m.end_token
+                            : byte >= part.first && byte < part.end;
+        size_t at = row * part.stride + byte;
+        Word *data = (Word *)(void *)(part.data + at);
+        if (own != sends) continue;
+        if (!sends) *data = *(const Word *)(const void *)(m.boxes[m.rank] + half + part.offset + at);
+        for (int i = 1; i < m.size && sends; i++) {
+            int other = m.rank + i < m.size ? m.rank + i : m.rank + i - m.size;
+            *(Word *)(void *)(m.boxes[other] + half + part.offset + at) = *data;
+        }
+    }
+}
+
+static __device__ void llm__meet_copy_parts(const llm__meet_run &m, size_t half, int n_rows, bool sends) {
+    for (int i = 0; i < m.n_parts; i++) {
+        if (m.parts[i].word == 16) llm__meet_copy<uint4>(m, m.parts[i], half, n_rows, sends);
+        else if (m.parts[i].word == 4) llm__meet_copy<uint32_t>(m, m.parts[i], half, n_rows, sends);
+        else llm__meet_copy<uint16_t>(m, m.parts[i], half, n_rows, sends);
+    }
+}
+
+/* Waits until this block of rank `other` has come. Gives up if it does not come in time, or if a rank has failed. */
+static __device__ void llm__meet_await(const llm__meet_run &m, llm__meet_box *own, unsigned meeting, int other) {
+    uint64_t start = llm__chip_nanoseconds();
+    while ((int)(llm__chip_get_flag(&own->flags[blockIdx.x][other]) - meeting) < 0) {
+        unsigned ended = llm__chip_get_flag(&own->ended);
+        if (!ended && llm__chip_nanoseconds() - start < m.patience) continue;
+        own->late = ended ? ended : (unsigned)other + 1;
+        return;
+    }
+}
+
+static __global__ void llm__meet_ranks(llm__meet_run m) {
+    __shared__ unsigned meeting, late;
+    llm__meet_box *own = (llm__meet_box *)(void *)m.boxes[m.rank];
+    int thread = (int)threadIdx.x;
+    llm__chip_let_next_start();
+    llm__chip_wait_for_previous();
+    if (thread == 0) {
+        meeting = own->n_meetings + 1;
+        late = own->late;
+    }
+    __syncthreads();
+    if (late) return;
+    size_t half = LLM__MEET_HEAD + meeting % 2 * m.half;
+    int n_rows = m.count ? *m.count : m.n_rows;
+    llm__meet_copy_parts(m, half, n_rows, true);
+    __syncthreads();
+    if (thread < m.size && thread != m.rank) {
+        llm__meet_box *box = (llm__meet_box *)(void *)m.boxes[thread];
+        llm__chip_set_flag(&box->flags[blockIdx.x][m.rank], meeting);
+        llm__meet_await(m, own, meeting, thread);
+    }
+    __syncthreads();
+    llm__meet_copy_parts(m, half, n_rows, false);
+    __syncthreads();
+    if (thread == 0 && llm__chip_count_up(&own->n_done) == gridDim.x - 1) {
+        own->n_done = 0;
+        own->n_meetings = meeting;
+    }
+}
+
 /* ==== 8 The model ===============================================================================================
 
    Matrices are stored row by row, as in the file. The host's threads convert rows into one of two pinned buffers while
@@ -2391,7 +2542,14 @@ typedef struct llm__sizes {
     int n_wide, n_squares, rows_ints;         /* widest product; blocks of an n_embd product; ints of llm__rows */
     size_t blas_bytes, widened;               /* cuBLAS's own; elements of int8 widened for it at a time */
     size_t meeting, message;                  /* bytes of what ranks bring together; of a message to the next stage */
+    size_t half;                              /* bytes of half a mailbox, 0: there is none */
 } llm__sizes;
+
+/* A mailbox is freed when nobody writes into it any more: its rank, and those of this process that found it. */
+typedef struct llm__meet_memory {
+    uint8_t *data;
+    int device, n_users; /* n_users is atomic */
+} llm__meet_memory;
 
 typedef struct llm__gpu_context {
     llm__gpu_model *model;
@@ -2424,6 +2582,9 @@ typedef struct llm__gpu_context {
        the next one, in turn. */
     uint8_t *meeting, *incoming, *outgoing[2];
     int *meeting_tokens;
+    llm__meet_memory *boxes[LLM__MEET_RANKS]; /* of the tensor group; those of others once they are found  */
+    unsigned *host_late;                      /* llm__meet_box.late, pinned                                */
+    bool looked_for_peers, has_peers;         /* has_peers: ranks meet in the GPUs' memory                 */
     int n_sent;
     bool cancelled, stopped; /* this pass; the rest of the call, which the other stages end together */
 } llm__gpu_context;
@@ -2435,6 +2596,22 @@ static size_t llm__widest_piece(const llm_backend_shape *s, const llm__sizes *z)
     if (k < (size_t)z->q) k = (size_t)z->q;
     size_t most = (size_t)32 << 20, all = n * k;
     return all < most ? all : k > most ? k : most;
+}
+
+/* Half a mailbox has room for what ranks bring together of the rows of a fused pass. Rows of longer passes come a few
+   at a time, in some megabytes. */
+static size_t llm__meet_half(const llm_backend_shape *s, const llm_backend_desc *d, const llm__sizes *z) {
+    size_t row = (size_t)z->n_wide * 4,
+           embedded = (size_t)s->n_embd * 4 + (size_t)z->n_embd * 2 + (size_t)z->n_squares * 4,
+           logits = (size_t)s->n_vocab * 4, q = (size_t)z->q * 2, some = (size_t)8 << 20;
+    if (!d->tensor || d->tensor->size > LLM__MEET_RANKS) return 0;
+    if (row < embedded) row = embedded;
+    if (row < q) row = q;
+    if (row < logits) row = logits;
+    row += LLM__MEET_PARTS * 256;
+    size_t fused = (size_t)z->fused_rows * row, all = (size_t)d->n_batch * row;
+    size_t half = fused > some ? fused : all < some ? all : some;
+    return (half + 255) / 256 * 256;
 }
 
 /* Of the whole model, whatever share of it a rank has: so the ranks' rows are alike. */
@@ -2456,6 +2633,7 @@ static llm__sizes llm__find_sizes(const llm_backend_shape *s, const llm_backend_
            logits = (size_t)d->n_logits * (size_t)s->n_vocab * 4;
     if (row < (size_t)z.q * 2) row = (size_t)z.q * 2;
     z.meeting = !d->tensor ? 0 : n_batch * row > logits ? n_batch * row : logits;
+    z.half = llm__meet_half(s, d, &z);
     z.message = !d->pipeline ? 0
                              : LLM__MESSAGE_HEAD + n_batch * (size_t)s->n_embd * 4 +
                                    (size_t)z.fused_rows * (size_t)z.n_squares * 4;
@@ -2520,10 +2698,13 @@ static void llm__lay_out(llm__gpu_context *c, const llm_backend_shape *s, int gr
     c->host_picked = (int *)llm__part(c->pinned, &used, LLM_BACKEND_BURST * sizeof *c->host_picked);
     c->meeting = (uint8_t *)llm__part(c->pinned, &used, z->meeting);
     c->meeting_tokens = (int *)llm__part(c->pinned, &used, z->meeting ? n * 4 : 0);
+    c->host_late = (unsigned *)llm__part(c->pinned, &used, z->half ? 2 * sizeof *c->host_late : 0);
     c->incoming = (uint8_t *)llm__part(c->pinned, &used, z->message);
     for (int i = 0; i < 2; i++) c->outgoing[i] = (uint8_t *)llm__part(c->pinned, &used, z->message);
     c->pinned_bytes = used;
 }
+
+static size_t llm__meet_bytes(const llm__sizes *z) { return z->half ? LLM__MEET_HEAD + 2 * z->half : 0; }
 
 static uint64_t llm__gpu_scratch_bytes(const llm_backend_shape *s, const llm_backend_desc *d) {
     llm__gpu_context c;
@@ -2531,7 +2712,7 @@ static uint64_t llm__gpu_scratch_bytes(const llm_backend_shape *s, const llm_bac
     c.desc = *d;
     c.sizes = llm__find_sizes(s, d);
     llm__lay_out(&c, s, s->n_heads / s->n_kv_heads);
-    return c.memory_bytes - c.cache_bytes + c.pinned_bytes;
+    return c.memory_bytes - c.cache_bytes + c.pinned_bytes + llm__meet_bytes(&c.sizes);
 }
 
 static llm_status llm__blas_check(cublasStatus_t result, llm_error *err) {
@@ -2545,6 +2726,32 @@ static llm_status llm__create_blas(llm__gpu_context *c, llm_error *err) {
     if (!status) status = llm__blas_check(cublasSetStream(c->queue.blas, c->queue.stream), err);
     if (!status) status = llm__blas_check(cublasSetWorkspace(c->queue.blas, c->blas_memory, c->sizes.blas_bytes), err);
     return status;
+}
+
+/* This rank's mailbox. It may outlive the context and its host, so its description does not come from the host. */
+static llm_status llm__meet_create(llm__gpu_context *c, llm_error *err) {
+    const llm_host none = {};
+    size_t bytes = llm__meet_bytes(&c->sizes);
+    if (!bytes) return LLM_OK;
+    llm__meet_memory *box = (llm__meet_memory *)llm__host_zero(&none, sizeof *box, err);
+    if (!box) return LLM_ERROR_MEMORY;
+    box->device = c->model->device;
+    box->n_users = 1;
+    c->boxes[c->desc.tensor->rank] = box;
+    LLM__TRY(cudaMalloc((void **)&box->data, bytes));
+    LLM__TRY(cudaMemsetAsync(box->data, 0, bytes, c->queue.stream));
+    return LLM_OK;
+}
+
+static void llm__meet_free(llm__gpu_context *c) {
+    const llm_host none = {};
+    for (llm__meet_memory *&box : c->boxes) {
+        if (!box || __atomic_sub_fetch(&box->n_users, 1, __ATOMIC_ACQ_REL)) continue;
+        llm__on_device on(box->device);
+        cudaFree(box->data);
+        llm__host_free(&none, box);
+    }
+    memset(c->boxes, 0, sizeof c->boxes);
 }
 
 static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
@@ -2567,6 +2774,9 @@ static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     LLM__TRY(cudaMalloc((void **)&c->memory, c->memory_bytes));
     LLM__TRY(cudaMallocHost((void **)&c->pinned, c->pinned_bytes));
     llm__lay_out(c, s, c->model->group);
+    llm_status status = llm__meet_create(c, err);
+    if (status) return status;
+    if (c->host_late) memset(c->host_late, 0, 2 * sizeof *c->host_late);
     /* Padding is zero and stays so. */
     LLM__TRY(cudaMemsetAsync(c->memory, 0, c->memory_bytes, c->queue.stream));
     LLM__TRY(cudaStreamSynchronize(c->queue.stream));
@@ -2591,6 +2801,7 @@ static void llm__gpu_context_free(void *context) {
         if (c->picked[i]) cudaEventDestroy(c->picked[i]);
     if (c->queue.blas) cublasDestroy(c->queue.blas);
     cudaFree(c->memory);
+    llm__meet_free(c);
     if (c->pinned) cudaFreeHost(c->pinned);
     if (c->queue.stream) cudaStreamDestroy(c->queue.stream);
     llm_host host = c->desc.host;
@@ -2755,8 +2966,70 @@ static llm__attention_fn llm__choose_tile_attention(int head_stride) {
    cuBLAS may choose another kernel for a matrix of another size.) The fused kernels need the residual stream only as
    the next product reads it: in bf16, and the squares of its tiles.
 
-   What ranks exchange goes by way of the host, through the communicator: it works across processes and machines, but a
-   meeting costs two copies and two waits. Stages of a pipeline send each other the residual stream likewise. */
+   Ranks that are threads of one process, and whose GPUs reach each other's memory, meet there, see section 7b. Else what
+   they exchange goes by way of the host, through the communicator: that works across processes and machines, but a
+   meeting costs two copies and two waits. Stages of a pipeline send each other the residual stream by way of the
+   host. */
+
+/* What a rank tells the others of itself. */
+typedef struct llm__meet_address {
+    uint64_t process; /* a random number */
+    llm__meet_memory *box;
+    int device;
+    char bus[32]; /* where the GPU is in its machine */
+} llm__meet_address;
+
+/* Lets this rank's GPU use the memory of another rank's. */
+static bool llm__meet_reach(const llm__gpu_context *c, const llm__meet_address *own, const llm__meet_address *other) {
+    int can = 0;
+    if (own->process != other->process || !other->box || strcmp(own->bus, other->bus) == 0) return false;
+    if (cudaDeviceCanAccessPeer(&can, c->model->device, other->device) == cudaSuccess && can) {
+        cudaError_t result = cudaDeviceEnablePeerAccess(other->device, 0);
+        can = result == cudaSuccess || result == cudaErrorPeerAccessAlreadyEnabled;
+    }
+    (void)cudaGetLastError(); /* that it was enabled already is not an error */
+    return can;
+}
+
+static void llm__meet_log(const llm__gpu_context *c) {
+    const llm_host *host = &c->desc.host;
+    char line[120];
+    if (!host->log || c->desc.tensor->rank) return;
+    snprintf(line, sizeof line, "CUDA: %d tensor ranks meet in %s memory", c->desc.tensor->size,
+             c->has_peers ? "the GPUs'" : "the host's");
+    host->log(host->user, line);
+}
+
+/* Before the first pass all ranks find out whether each of them can reach all others. The environment variable
+   LLM_CUDA_RANKS=host, on any rank, forbids it. */
+static void llm__meet_find_peers(llm__gpu_context *c) {
+    static const uint64_t process = (uint64_t)std::random_device()() << 32 | std::random_device()();
+    llm_comm *tensor = c->desc.tensor;
+    llm__meet_address all[LLM__MEET_RANKS] = {};
+    if (!tensor || c->looked_for_peers || !c->sizes.half || c->queue.parted.code) return;
+    const char *way = getenv("LLM_CUDA_RANKS");
+    size_t n = sizeof *all * (size_t)tensor->size;
+    const llm_exchange addresses = {all, 1, n, n, sizeof *all, tensor->size, NULL, 0},
+                       nothing = {NULL, 0, 0, 0, 0, tensor->size, NULL, 0};
+    unsigned flags = way && strcmp(way, "host") == 0;
+    llm__meet_address *own = &all[tensor->rank];
+    c->looked_for_peers = true;
+    own->process = process;
+    own->box = c->boxes[tensor->rank];
+    own->device = c->model->device;
+    if (cudaDeviceGetPCIBusId(own->bus, (int)sizeof own->bus, own->device) != cudaSuccess) flags = 1;
+    if (tensor->exchange(tensor, &addresses, &flags, &c->queue.parted)) return;
+    for (int i = 0; i < tensor->size && !flags; i++) {
+        if (i == tensor->rank) continue;
+        flags = !llm__meet_reach(c, own, &all[i]);
+        if (flags) continue;
+        c->boxes[i] = all[i].box;
+        __atomic_add_fetch(&c->boxes[i]->n_users, 1, __ATOMIC_ACQ_REL);
+    }
+    if (tensor->exchange(tensor, &nothing, &flags, &c->queue.parted)) return;
+    c->has_peers = !flags;
+    llm__meet_log(c);
+}
 
 /* Rows of n numbers of `size` bytes, which ranks have in units. */
 typedef struct llm__shared_rows {
@@ -2765,13 +3038,75 @@ typedef struct llm__shared_rows {
     bool by_token;                /* a row is whole on the rank that has its token */
 } llm__shared_rows;
 
+/* How many rows meet. A recorded graph reads it on the GPU, since passes of one bucket have different numbers. */
+typedef struct llm__meet_count {
+    int n;
+    const int *at; /* where it is on the GPU; NULL: nowhere */
+    int most;      /* that it can be there                  */
+} llm__meet_count;
+
+static llm__meet_part llm__meet_describe(const llm__gpu_context *c, const llm__shared_rows &r, int first) {
+    const llm_comm *tensor = c->desc.tensor;
+    size_t n_units = (r.n + r.unit - 1) / r.unit, rank = (size_t)tensor->rank, size = (size_t)tensor->size;
+    size_t begin = n_units * rank / size * r.unit, end = n_units * (rank + 1) / size * r.unit;
+    llm__meet_part part = {};
+    part.stride = r.stride * r.size;
+    part.data = (uint8_t *)r.data + (size_t)first * part.stride;
+    part.row_bytes = (unsigned)(r.n * r.size);
+    part.first = (unsigned)((begin < r.n ? begin : r.n) * r.size);
+    part.end = (unsigned)((end < r.n ? end : r.n) * r.size);
+    size_t all = part.stride | part.row_bytes | r.unit * r.size; /* a power of two divides all if it divides this */
+    part.word = all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : 2;
+    return part;
+}
+
+/* The kernel for rows [first, first + most) of all parts. */
+static void llm__meet_launch(llm__gpu_context *c, llm__meet_count n, std::initializer_list<llm__shared_rows> parts,
+                             int first) {
+    const llm_comm *tensor = c->desc.tensor;
+    const llm_backend_range vocab = c->model->own.vocab;
+    size_t used = 0;
+    llm__meet_run m = {};
+    for (const llm__shared_rows &r : parts) {
+        llm__meet_part *part = &m.parts[m.n_parts++];
+        *part = llm__meet_describe(c, r, first);
+        part->offset = used;
+        used += ((size_t)n.most * part->stride + 255) / 256 * 256;
+        if (r.by_token) m.tokens = c->rows + 3 + first;
+    }
+    m.n_rows = n.n;
+    m.count = n.at;
+    m.first_token = vocab.first;
+    m.end_token = vocab.first + vocab.n;
+    for (int i = 0; i < tensor->size; i++) m.boxes[i] = c->boxes[i]->data;
+    m.rank = tensor->rank;
+    m.size = tensor->size;
+    m.half = c->sizes.half;
+    m.patience = (uint64_t)(tensor->patience * 1e9);
+    int n_blocks = llm__min((int)(used / 4096) + 1, LLM__MEET_BLOCKS);
+    llm__queue_launch(&c->queue, n.at ? LLM__OVERLAP : LLM__SERIAL, LLM__KIND_MEET, dim3((unsigned)n_blocks), 256,
+                      llm__meet_ranks, m);
+}
+
+/* Rows of a long pass come as many at a time as half a mailbox has room for. */
+static void llm__meet_peers(llm__gpu_context *c, llm__meet_count n, std::initializer_list<llm__shared_rows> parts) {
+    size_t row = 0;
+    for (const llm__shared_rows &r : parts) row += r.stride * r.size;
+    int some = (int)((c->sizes.half - LLM__MEET_PARTS * 256) / row);
+    if (n.at) llm__meet_launch(c, n, parts, 0);
+    for (int first = 0; first < n.n && !n.at; first += some) {
+        int now = llm__min(n.n - first, some);
+        llm__meet_launch(c, {now, NULL, now}, parts, first);
+    }
+}
+
 /* Why the ranks cannot go on is kept like the failure of a call, and reported at the end of the pass. */
-static void llm__meet(llm__gpu_context *c, int n_rows, const llm__shared_rows &r) {
+static void llm__meet_host(llm__gpu_context *c, int n_rows, const llm__shared_rows &r) {
     llm_comm *tensor = c->desc.tensor;
     llm__queue *queue = &c->queue;
     unsigned flags = 0;
     size_t stride = r.stride * r.size, bytes = (size_t)n_rows * stride;
-    if (!tensor || n_rows == 0 || llm__queue_failed(queue)) return;
+    if (n_rows == 0 || llm__queue_failed(queue)) return;
     llm_exchange x = {
         c->meeting, (size_t)n_rows, stride, r.n * r.size, r.unit * r.size, (int)((r.n + r.unit - 1) / r.unit), NULL, 0};
     llm__queue_note(queue, cudaMemcpyAsync(c->meeting, r.data, bytes, cudaMemcpyDeviceToHost, queue->stream),
@@ -2794,42 +3129,85 @@ static void llm__meet(llm__gpu_context *c, int n_rows, const llm__shared_rows &r
                     "sending the other ranks' rows");
 }
 
-static void llm__meet_attention(llm__gpu_context *c, int n_rows) {
+/* Brings the parts of the same rows together. */
+static void llm__meet(llm__gpu_context *c, llm__meet_count n, std::initializer_list<llm__shared_rows> parts) {
+    if (!c->desc.tensor || c->queue.left_out >> LLM__KIND_MEET & 1) return;
+    if (c->has_peers) llm__meet_peers(c, n, parts);
+    else
+        for (const llm__shared_rows &r : parts) llm__meet_host(c, n.n, r);
+}
+
+/* Rows of a pass without a graph. */
+static llm__meet_count llm__meet_all(int n) { return {n, NULL, n}; }
+
+/* Has the host told whether a rank did not come, once the stream has got that far. */
+static void llm__meet_ask(llm__gpu_context *c) {
+    if (!c->has_peers || llm__queue_failed(&c->queue)) return;
+    const llm__meet_box *own = (const llm__meet_box *)(void *)c->boxes[c->desc.tensor->rank]->data;
+    llm__queue_note(
+        &c->queue, cudaMemcpyAsync(c->host_late, &own->late, sizeof own->late, cudaMemcpyDeviceToHost, c->queue.stream),
+        "asking whether all ranks came");
+}
+
+static void llm__meet_check(llm__gpu_context *c) {
+    if (!c->has_peers || c->queue.parted.code || !*c->host_late) return;
+    llm__cuda_error(&c->queue.parted, LLM_ERROR_DEVICE,
+                    "rank %d did not come to a meeting with rank %d; it has failed, hangs, or makes other calls",
+                    (int)*c->host_late - 1, c->desc.tensor->rank);
+}
+
+/* Ends the waiting of the other ranks, and tells them which rank it was, as far as this rank's GPU can still be used. */
+static void llm__meet_end(llm__gpu_context *c) {
+    if (!c->has_peers) return;
+    const llm_comm *tensor = c->desc.tensor;
+    c->host_late[1] = *c->host_late ? *c->host_late : (unsigned)tensor->rank + 1;
+    for (int i = 0; i < tensor->size; i++) {
+        llm__meet_box *box = (llm__meet_box *)(void *)c->boxes[i]->data;
+        if (i != tensor->rank)
+            (void)cudaMemcpyAsync(&box->ended, &c->host_late[1], sizeof box->ended, cudaMemcpyHostToDevice,
+                                  c->queue.stream);
+    }
+    (void)cudaStreamSynchronize(c->queue.stream);
+    (void)cudaGetLastError();
+}
+
+static void llm__meet_attention(llm__gpu_context *c, llm__meet_count n) {
     const llm_backend_shape *s = &c->model->whole;
     size_t head_dim = (size_t)s->head_dim;
-    llm__meet(c, n_rows, {c->attention, (size_t)c->sizes.q, (size_t)s->n_heads * head_dim, head_dim, 2, false});
+    llm__meet(c, n, {{c->attention, (size_t)c->sizes.q, (size_t)s->n_heads * head_dim, head_dim, 2, false}});
 }
 
-static void llm__meet_ffn(llm__gpu_context *c, int n_rows) {
-    llm__meet(c, n_rows,
-              {c->ffn, (size_t)c->sizes.ffn, (size_t)c->model->shape.n_ff, (size_t)c->model->own.ff_unit, 2, false});
+static void llm__meet_ffn(llm__gpu_context *c, llm__meet_count n) {
+    llm__meet(c, n,
+              {{c->ffn, (size_t)c->sizes.ffn, (size_t)c->model->shape.n_ff, (size_t)c->model->own.ff_unit, 2, false}});
 }
 
-static void llm__meet_x(llm__gpu_context *c, float *x, int n_rows) {
-    size_t n = (size_t)c->model->shape.n_embd;
-    llm__meet(c, n_rows, {x, n, n, (size_t)c->model->own.embd_unit, 4, false});
+static void llm__meet_x(llm__gpu_context *c, float *x, llm__meet_count n) {
+    size_t n_embd = (size_t)c->model->shape.n_embd;
+    llm__meet(c, n, {{x, n_embd, n_embd, (size_t)c->model->own.embd_unit, 4, false}});
 }
 
 /* A unit is a tile, which has one sum of squares. */
-static void llm__meet_normed(llm__gpu_context *c, int n_rows) {
+static void llm__meet_normed(llm__gpu_context *c, llm__meet_count n) {
     size_t n_squares = (size_t)c->sizes.n_squares, unit = (size_t)c->model->own.embd_unit;
-    llm__meet(c, n_rows, {c->normed, (size_t)c->sizes.n_embd, (size_t)c->model->shape.n_embd, unit, 2, false});
-    llm__meet(c, n_rows, {c->squares, n_squares, n_squares, unit / 16, 4, false});
+    llm__meet(c, n,
+              {{c->normed, (size_t)c->sizes.n_embd, (size_t)c->model->shape.n_embd, unit, 2, false},
+               {c->squares, n_squares, n_squares, unit / 16, 4, false}});
 }
 
-static void llm__meet_logits(llm__gpu_context *c, float *logits, int n_rows) {
-    size_t n = (size_t)c->model->shape.n_vocab;
-    llm__meet(c, n_rows, {logits, n, n, (size_t)c->model->own.vocab_unit, 4, false});
+static void llm__meet_logits(llm__gpu_context *c, float *logits, llm__meet_count n) {
+    size_t n_vocab = (size_t)c->model->shape.n_vocab;
+    llm__meet(c, n, {{logits, n_vocab, n_vocab, (size_t)c->model->own.vocab_unit, 4, false}});
 }
 
 /* The rows of tokens that other ranks have. */
-static void llm__meet_embedded(llm__gpu_context *c, int n_rows, bool fused) {
+static void llm__meet_embedded(llm__gpu_context *c, llm__meet_count count, bool fused) {
     size_t n = (size_t)c->model->shape.n_embd, n_squares = (size_t)c->sizes.n_squares;
+    const llm__shared_rows x = {c->x, n, n, n, 4, true}, normed = {c->normed, (size_t)c->sizes.n_embd, n, n, 2, true},
+                           squares = {c->squares, n_squares, n_squares, n_squares, 4, true};
     if (!c->model->is_first_stage) return;
-    llm__meet(c, n_rows, {c->x, n, n, n, 4, true});
-    if (!fused) return;
-    llm__meet(c, n_rows, {c->normed, (size_t)c->sizes.n_embd, n, n, 2, true});
-    llm__meet(c, n_rows, {c->squares, n_squares, n_squares, n_squares, 4, true});
+    if (fused) llm__meet(c, count, {x, normed, squares});
+    else llm__meet(c, count, {x});
 }
 
 /* Does any rank of the tensor group want to stop? */
@@ -2906,8 +3284,10 @@ static void llm__share_logits(llm__gpu_context *c, const llm_backend_pass *pass)
 /* What fails on one rank fails on all. */
 static llm_status llm__end_call(llm__gpu_context *c, llm_error *err) {
     llm_error own = {};
+    llm__meet_check(c);
     llm_status status = llm__queue_status(&c->queue, &own);
     if (status && err) *err = own;
+    if (status) llm__meet_end(c);
     llm_comm *comms[2] = {c->desc.tensor, c->desc.pipeline};
     for (llm_comm *comm : comms)
         if (status && comm) comm->abort(comm, own.message);
@@ -2965,6 +3345,10 @@ static llm__product llm__make_product(const llm__gpu_context *c, llm__rows rows,
     return p;
 }
 
+static llm__meet_count llm__meet_some(const llm__gpu_context *c, llm__rows rows, llm__columns columns, int bucket) {
+    return {c->host_rows[columns], rows.counts + columns, bucket};
+}
+
 static void llm__fused_residual(llm__gpu_context *c, llm__kernel_kind kind, llm__rows rows, llm__columns columns,
                                 int bucket, llm__gpu_matrix matrix, const uint16_t *in, float *x,
                                 const float *next_norm) {
@@ -2976,7 +3360,7 @@ static void llm__fused_residual(llm__gpu_context *c, llm__kernel_kind kind, llm_
     p.next_stride = c->sizes.n_embd;
     p.next_squares = c->squares + first / 16;
     llm__run_product<LLM__RESIDUAL>(c, kind, bucket, p);
-    llm__meet_normed(c, c->host_rows[columns]);
+    llm__meet_normed(c, llm__meet_some(c, rows, columns, bucket));
 }
 
 static void llm__run_rope(llm__gpu_context *c, int overlap, llm__rows rows, int n_rows, int layer, llm__wide wide,
@@ -3027,7 +3411,7 @@ static void llm__fused_rest(llm__gpu_context *c, llm__rows rows, llm__columns co
     gate_up.next_x = c->ffn + m->own.ff.first;
     gate_up.next_stride = c->sizes.ffn;
     llm__run_product<LLM__SWIGLU>(c, LLM__KIND_GATE_UP, bucket, gate_up);
-    llm__meet_ffn(c, c->host_rows[columns]);
+    llm__meet_ffn(c, llm__meet_some(c, rows, columns, bucket));
     llm__fused_residual(c, LLM__KIND_DOWN, rows, columns, bucket, l->down, c->ffn, x, next_norm);
 }
 
@@ -3038,21 +3422,22 @@ static void llm__fused_head(llm__gpu_context *c, llm__rows rows, bool gathered, 
     head.out = c->logits + c->model->own.vocab.first;
     head.out_stride = c->model->shape.n_vocab;
     llm__run_product<LLM__LOGITS>(c, LLM__KIND_HEAD, bucket, head);
-    llm__meet_logits(c, c->logits, c->host_rows[LLM__LOGIT_ROWS]);
+    llm__meet_logits(c, c->logits, llm__meet_some(c, rows, LLM__LOGIT_ROWS, bucket));
 }
 
 static void llm__fused_pass(llm__gpu_context *c, int bucket) {
     llm__rows rows = llm__place_rows(c, c->rows, LLM__FUSED_ROWS);
     llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_EMBED, dim3((unsigned)bucket), 256, llm__embed,
                       llm__make_start(c, rows, true));
-    llm__meet_embedded(c, c->host_rows[LLM__ALL_ROWS], true);
+    const llm__meet_count count = llm__meet_some(c, rows, LLM__ALL_ROWS, bucket);
+    llm__meet_embedded(c, count, true);
     for (int layer = 0; layer < c->model->shape.n_layers; layer++) {
         llm__fused_attention_in(c, rows, bucket, layer);
-        llm__meet_attention(c, c->host_rows[LLM__ALL_ROWS]);
+        llm__meet_attention(c, count);
         llm__fused_rest(c, rows, LLM__ALL_ROWS, bucket, layer, c->attention, c->x);
     }
     if (c->model->is_last_stage) llm__fused_head(c, rows, false, bucket);
-    else llm__meet_x(c, c->x, c->host_rows[LLM__ALL_ROWS]); /* the next stage makes its own inputs of all of it */
+    else llm__meet_x(c, c->x, count); /* the next stage makes its own inputs of all of it */
 }
 
 static void llm__run_picker(llm__gpu_context *c) {
@@ -3062,7 +3447,9 @@ static void llm__run_picker(llm__gpu_context *c) {
 }
 
 /* What ranks bring together by way of the host cannot be recorded. */
-static bool llm__uses_graphs(const llm__gpu_context *c) { return c->model->mode == LLM_CUDA_GRAPH && !c->desc.tensor; }
+static bool llm__uses_graphs(const llm__gpu_context *c) {
+    return c->model->mode == LLM_CUDA_GRAPH && (!c->desc.tensor || c->has_peers);
+}
 
 static void llm__run_one_by_one(llm__gpu_context *c, int bucket, bool pick) {
     llm__fused_pass(c, bucket);
@@ -3229,7 +3616,7 @@ static void llm__run_attention(llm__gpu_context *c, llm__rows rows, int n_rows, 
 /* x += W in, of which a rank has a share of the outputs. */
 static void llm__plain_residual(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *in, int n, float *x) {
     llm__plain_product(c, m, in, n, x + c->model->own.embd.first, c->model->shape.n_embd, true);
-    llm__meet_x(c, x, n);
+    llm__meet_x(c, x, llm__meet_all(n));
 }
 
 static void llm__plain_ffn(llm__gpu_context *c, const llm__gpu_layer *l, int n, float *x) {
@@ -3238,7 +3625,7 @@ static void llm__plain_ffn(llm__gpu_context *c, const llm__gpu_layer *l, int n, 
     llm__wide wide = llm__wide_product(c, l->gate_up, c->normed, n, true);
     llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_SWIGLU, dim3((unsigned)llm__divide_up(ff.n, 256), (unsigned)n),
                       256, llm__swiglu, wide, ff.n, c->ffn + ff.first, c->sizes.ffn);
-    llm__meet_ffn(c, n);
+    llm__meet_ffn(c, llm__meet_all(n));
     llm__plain_residual(c, l->down, c->ffn, n, x);
 }
 
@@ -3246,7 +3633,7 @@ static void llm__plain_ffn(llm__gpu_context *c, const llm__gpu_layer *l, int n, 
 static void llm__plain_logits(llm__gpu_context *c, const uint16_t *normed, int n, float *logits) {
     llm__plain_product(c, c->model->head, normed, n, logits + c->model->own.vocab.first, c->model->shape.n_vocab,
                        false);
-    llm__meet_logits(c, logits, n);
+    llm__meet_logits(c, logits, llm__meet_all(n));
 }
 
 /* The head for rows [first, end), and the log-probabilities of the n targets that follow them. Logits are made for as
@@ -3314,7 +3701,7 @@ static void llm__plain_forward(llm__gpu_context *c, const llm_backend_pass *pass
     llm__rows rows = llm__place_rows(c, c->rows, capacity);
     llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_EMBED, dim3((unsigned)n), 256, llm__embed,
                       llm__make_start(c, rows, false));
-    llm__meet_embedded(c, n, false);
+    llm__meet_embedded(c, llm__meet_all(n), false);
     for (int layer = 0; layer < m->shape.n_layers && !c->cancelled; layer++) {
         const llm__gpu_layer *l = &m->layers[layer];
         bool is_last = m->is_last_stage && layer == m->shape.n_layers - 1;
@@ -3322,7 +3709,7 @@ static void llm__plain_forward(llm__gpu_context *c, const llm_backend_pass *pass
         llm__plain_qkv(c, rows, n, layer);
         if (is_last && pass->n_logits == 0) break; /* only keys and values are wanted */
         llm__run_attention(c, rows, n, n_tiles, layer);
-        llm__meet_attention(c, n);
+        llm__meet_attention(c, llm__meet_all(n));
         if (is_last) {
             llm__plain_end(c, pass, rows, layer);
             break;
@@ -3339,6 +3726,7 @@ static llm_status llm__gpu_forward(void *context, const llm_backend_pass *pass, 
     size_t n_vocab = (size_t)c->model->shape.n_vocab;
     bool has_next = c->desc.pipeline && pass->more,
          fused = pass->n_rows <= LLM__FUSED_ROWS && !pass->n_targets && c->model->mode != LLM_CUDA_EAGER;
+    llm__meet_find_peers(c);
     c->cancelled = llm__poll_cancel(c, pass) || c->stopped;
     llm__receive_message(c, pass->n_rows, fused);
     if (!c->cancelled && fused) llm__fused_forward(c, pass);
@@ -3350,7 +3738,9 @@ static llm_status llm__gpu_forward(void *context, const llm_backend_pass *pass, 
                                         (size_t)pass->n_logits * n_vocab * sizeof(float), cudaMemcpyDeviceToHost,
                                         c->queue.stream),
                         "fetching the logits");
+    llm__meet_ask(c);
     llm__queue_note(&c->queue, cudaStreamSynchronize(c->queue.stream), "computing the pass");
+    llm__meet_check(c);
     c->stopped = c->cancelled && has_next; /* all stages end the call together */
     if (pass->stopped) *pass->stopped = c->cancelled;
     else if (c->desc.pipeline && !has_next && !llm__queue_failed(&c->queue)) llm__share_logits(c, pass);
@@ -3405,6 +3795,7 @@ static void llm__queue_token(llm__gpu_context *c, int i) {
         if (i) llm__fused_pass(c, 1);
         llm__run_picker(c);
     }
+    llm__meet_ask(c);
     llm__queue_note(&c->queue, cudaEventRecord(c->picked[i % (LLM__AHEAD + 1)], c->queue.stream), "marking a token");
 }
 
@@ -3416,6 +3807,7 @@ static llm_status llm__gpu_burst(void *context, const llm_backend_burst *burst, 
     for (int i = 0, n_queued = 0; i < burst->n && wanted; i++) {
         for (; n_queued < burst->n && n_queued <= i + LLM__AHEAD; n_queued++) llm__queue_token(c, n_queued);
         llm__queue_note(&c->queue, cudaEventSynchronize(c->picked[i % (LLM__AHEAD + 1)]), "awaiting a token");
+        llm__meet_check(c);
         wanted = !llm__queue_failed(&c->queue);
         is_wrong = wanted && c->host_picked[i] < 0;
         wanted = wanted && !is_wrong && burst->on_token(burst->user, c->host_picked[i]);
@@ -3622,15 +4014,15 @@ LLM_API const llm_backend *llm_cuda_backend(void) { return llm_cuda_backend_mode
 /* ---- For bench/gpu.cpp, which declares these itself ---- */
 
 /* Changes how a context decodes from now on: the bytes that a block prefetches (-1: as built), whether kernels overlap,
-   and which kinds of kernels are launched, a bit for each of the first ones of llm__kernel_kind. Leaving out some makes
-   the results meaningless, but not the time of the others. */
+   and which kinds of kernels are launched, a bit for each of the first ones of llm__kernel_kind, and bit 31 for the
+   meetings of ranks. Leaving out some makes the results meaningless, but not the time of the others. */
 LLM_API void llm__cuda_vary(void *context, int prefetch, bool overlap, unsigned kinds) {
     using namespace llm__cuda;
     llm__gpu_context *c = (llm__gpu_context *)context;
     llm__on_device on(c->model->device);
     c->prefetch = prefetch < 0 ? LLM_CUDA_PREFETCH << 10 : prefetch;
     c->queue.can_overlap = overlap && c->model->can_overlap;
-    c->queue.left_out = ~kinds & ((1u << LLM__KIND_EMBED) - 1);
+    c->queue.left_out = (~kinds & ((1u << LLM__KIND_EMBED) - 1)) | (~kinds >> 31) << LLM__KIND_MEET;
     cudaStreamSynchronize(c->queue.stream);
     llm__forget_graphs(c);
 }

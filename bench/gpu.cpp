@@ -4,6 +4,8 @@
         bench --why SHAPE TYPE     decoding without some of what makes it fast, and the time of each kind of kernel
         bench --few SHAPE TYPE     a few passes, kernel by kernel, for a profiler
         bench --hellaswag SHAPE MODEL TEXTS [QUESTIONS]    scoring HellaSwag's texts, with MODEL's tokenizer
+        bench --ranks N SHAPE TYPE decoding by N GPUs in tensor parallel, and without their meetings
+        bench --gpus               how many GPUs there are
         bench --same MODEL         does a real model say the same on the GPU as on the CPU?
         bench --device             the GPU
         bench --help               the shapes
@@ -26,6 +28,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <string>
+#include <thread>
 #include <vector>
 
 typedef struct shape {
@@ -38,8 +41,9 @@ static const shape SHAPES[] = {
     {"Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256, 8320},
     {"TinyLlama-1.1B", 22, 2048, 5632, 32, 4, 64, 32000, 8320},
     {"SmolLM2-135M", 30, 576, 1536, 9, 3, 64, 49152, 8320},
-    {"LLaMA-33B", 60, 6656, 17920, 52, 52, 128, 32000, 8320}, /* for --hellaswag */
-    {"smallest", 2, 64, 96, 4, 2, 16, 300, 320},              /* to try this program without a GPU */
+    {"Llama-2-70B", 80, 8192, 28672, 64, 8, 128, 32000, 1088}, /* for --ranks */
+    {"LLaMA-33B", 60, 6656, 17920, 52, 52, 128, 32000, 8320},  /* for --hellaswag */
+    {"smallest", 2, 64, 96, 4, 2, 16, 300, 320},               /* to try this program without a GPU */
 };
 
 enum { PROMPT = 6, DEEP = 3800, NEW_TOKENS = 200, SOME_TOKENS = 64 };
@@ -59,6 +63,7 @@ typedef struct bench {
     std::vector<int> table, positions, seqs, logit_rows;
     std::vector<llm_token> tokens;
     std::vector<double> frequencies;
+    llm_comm *tensor; /* NULL: one GPU has all of the model */
 } bench;
 
 static double seconds() {
@@ -101,15 +106,16 @@ static void upload(bench *b, llm_dtype dtype, llm_backend_weight_kind kind, int 
 
 static void upload_all(bench *b, llm_dtype dtype) {
     const shape *s = b->s;
-    int q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
-    upload(b, dtype, LLM_WEIGHT_EMBEDDING, 0, s->n_vocab, s->n_embd);
+    const llm_backend_ranks own = llm_backend_find_ranks(&b->llm, b->tensor, NULL);
+    int q = own.heads.n * s->head_dim, kv = own.key_heads.n * s->head_dim;
+    upload(b, dtype, LLM_WEIGHT_EMBEDDING, 0, own.vocab.n, s->n_embd);
     for (int i = 0; i < s->n_layers; i++) {
         upload(b, dtype, LLM_WEIGHT_ATTENTION_NORM, i, 1, s->n_embd);
         upload(b, dtype, LLM_WEIGHT_QKV, i, q + 2 * kv, s->n_embd);
-        upload(b, dtype, LLM_WEIGHT_ATTENTION_OUT, i, s->n_embd, q);
+        upload(b, dtype, LLM_WEIGHT_ATTENTION_OUT, i, own.embd.n, s->n_heads * s->head_dim);
         upload(b, dtype, LLM_WEIGHT_FFN_NORM, i, 1, s->n_embd);
-        upload(b, dtype, LLM_WEIGHT_GATE_UP, i, 2 * s->n_ff, s->n_embd);
-        upload(b, dtype, LLM_WEIGHT_DOWN, i, s->n_embd, s->n_ff);
+        upload(b, dtype, LLM_WEIGHT_GATE_UP, i, 2 * own.ff.n, s->n_embd);
+        upload(b, dtype, LLM_WEIGHT_DOWN, i, own.embd.n, s->n_ff);
     }
     upload(b, dtype, LLM_WEIGHT_OUTPUT_NORM, 0, 1, s->n_embd);
 }
@@ -132,7 +138,8 @@ static void open_model(bench *b, llm_dtype dtype) {
     b->frequencies.assign((size_t)s->head_dim / 2, 0.01);
     shape.rope_frequencies = b->frequencies.data();
     desc.dtype = dtype;
-    desc.n_threads = 16;
+    desc.n_threads = b->tensor ? 16 / b->tensor->size : 16;
+    desc.tensor = b->tensor;
     check(b->backend->open(&b->model, &shape, &desc, &err), &err);
     upload_all(b, dtype);
 }
@@ -158,6 +165,7 @@ static void open_context(bench *b) {
     desc.n_batch = n_batch;
     desc.n_logits = 1;
     desc.cache_dtype = LLM_DTYPE_BF16;
+    desc.tensor = b->tensor;
     check(b->backend->context_create(&b->context, b->model, &desc, &err), &err);
     b->table.resize((size_t)blocks);
     for (int i = 0; i < blocks; i++) b->table[(size_t)i] = i;
@@ -260,8 +268,9 @@ static void bench_prefill(bench *b, int n) {
 
 static const char *const MODES[] = {"graph", "fused", "eager"};
 
-static bench make_bench(const shape *s, llm_dtype dtype, llm_cuda_mode mode) {
+static bench make_bench(const shape *s, llm_dtype dtype, llm_cuda_mode mode, llm_comm *tensor = NULL) {
     bench b = {};
+    b.tensor = tensor;
     b.s = s;
     b.backend = llm_cuda_backend_mode(mode);
     b.mode = llm__cuda_piece() == 64 ? MODES[mode] : "128-byte pieces";
@@ -377,6 +386,58 @@ static int print_device() {
     cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
     fprintf(stderr, "gpu: compute capability %d, %d multiprocessors, %d MB of L2, %.0f GB/s by the data sheet\n", major,
             processors, l2 >> 20, sheet_bandwidth());
+    return 0;
+}
+
+/* ---- Several GPUs ---- */
+
+static int count_gpus() {
+    int n = 0;
+    return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0;
+}
+
+/* One rank, a thread. The first one prints: tokens per second, a GPU's GB/s, both beside the bandwidth at which it reads
+   its own weights, and which share of the time the meetings of the ranks take. A rank's bytes are its weights and its
+   share of the cache. */
+static void bench_rank(const shape *s, llm_dtype dtype, llm_comm *tensor) {
+    bench b = make_bench(s, dtype, LLM_CUDA_GRAPH, tensor);
+    const llm_backend_ranks own = llm_backend_find_ranks(&b.llm, tensor, NULL);
+    char mode[32];
+    const char *way = getenv("LLM_CUDA_RANKS");
+    snprintf(mode, sizeof mode, "tensor %d%s", tensor->size, way && !strcmp(way, "host") ? " by the host" : "");
+    b.mode = mode;
+    b.bandwidth = b.backend->measure_bandwidth(b.context);
+    double each[2];
+    for (unsigned meets = 0; meets < 2; meets++) {
+        llm__cuda_vary(b.context, -1, true, ~0u >> (1 - meets));
+        each[meets] = token_seconds(&b, PROMPT);
+    }
+    double cache = 4.0 * s->n_layers * own.key_heads.n * s->head_dim * (PROMPT + 4 + SOME_TOKENS / 2),
+           bytes = b.weight_bytes + cache;
+    if (tensor->rank == 0) {
+        print_row(&b, "decode at 6", 1 / each[1], bytes / each[1] / b.bandwidth);
+        print_row(&b, "GB/s of a GPU", bytes / each[1] / 1e9, bytes / each[1] / b.bandwidth);
+        print_row(&b, "without meetings", 1 / each[0], each[0] / each[1]);
+        print_row(&b, "meetings' share of the time", 1 / (each[1] - each[0]), 1 - each[0] / each[1]);
+    }
+    close_bench(&b);
+}
+
+static int bench_ranks(int n, const shape *s, llm_dtype dtype) {
+    llm_comm *comms[64];
+    std::vector<std::thread> threads;
+    llm_error err;
+    if (n < 2 || n > 64 || n > count_gpus()) {
+        fprintf(stderr, "gpu: there are %d GPUs, and %d ranks need one each\n", count_gpus(), n);
+        return 1;
+    }
+    check(llm_comm_threads(comms, n, NULL, &err), &err);
+    for (int i = 0; i < n; i++)
+        threads.emplace_back([=] {
+            bench_rank(s, dtype, comms[i]);
+            llm_comm_free(comms[i]);
+        });
+    for (std::thread &thread : threads) thread.join();
     return 0;
 }
 
@@ -546,7 +607,7 @@ static int same_text(const char *path) {
 
 static int usage(FILE *out) {
     fprintf(out, "bench SHAPE TYPE MODE | --why SHAPE TYPE | --few SHAPE TYPE | --hellaswag SHAPE MODEL TEXTS "
-                 "[QUESTIONS] | --same MODEL | --device\n"
+                 "[QUESTIONS] | --ranks N SHAPE TYPE | --same MODEL | --device | --gpus\n"
                  "SHAPE:");
     for (const shape &s : SHAPES) fprintf(out, " %s", s.name);
     fprintf(out, "\nTYPE: bf16 f16 int8 int4\nMODE: graph fused eager\n");
@@ -570,6 +631,9 @@ int main(int argc, char **argv) {
     llm_dtype dtype = LLM_DTYPE_BF16;
     if (!strcmp(what, "--help")) return usage(stdout);
     if (!strcmp(what, "--device")) return print_device();
+    if (!strcmp(what, "--gpus")) return printf("%d\n", count_gpus()) < 0;
+    if (!strcmp(what, "--ranks") && argc == 5 && find_shape(argv[3]) && find_dtype(argv[4], &dtype))
+        return bench_ranks(atoi(argv[2]), find_shape(argv[3]), dtype);
     if (!strcmp(what, "--same") && argc == 3) return same_text(argv[2]);
     const shape *s = argc > 2 ? find_shape(what[0] == '-' ? argv[2] : what) : NULL;
     if (s && !strcmp(what, "--hellaswag") && argc >= 5)

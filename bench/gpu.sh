@@ -1,7 +1,7 @@
 #!/bin/bash
 # Tests and measures llm_cuda.cu on a machine with an NVIDIA GPU, and ends by itself before 560 seconds are over.
 #   bench/gpu.sh              all steps, the most wanted first
-#   bench/gpu.sh STEP...      these steps only: probe first why types fused tests sanitizer ncu peer shapes same
+#   bench/gpu.sh STEP...      these steps only: probe first why types ranks fused tests sanitizer ncu peer shapes same
 #                             hellaswag
 #   bench/gpu.sh --build      only builds build/gpu, which needs no GPU
 #   OUT=folder                where results go as they come: gpu.log, gpu.csv, clocks.csv and others; if it is not
@@ -20,7 +20,7 @@ out=${OUT:-build/gpu}
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
 seconds=540 # for everything
 failures=0
-steps="probe first why types fused tests sanitizer ncu peer shapes same hellaswag"
+steps="probe first why types ranks fused tests sanitizer ncu peer shapes same hellaswag"
 mkdir -p $bin "$out"
 csv=$out/gpu.csv
 
@@ -239,6 +239,35 @@ step_why() {
 step_types() {
     say "The other types"
     has_bench && for type in int8 int4; do bench 45 Llama-2-7B $type graph; done
+}
+
+# The model's weights are shared by 2, 4 and 8 GPUs, as far as there are so many. gpt-fast published figures for A100s.
+step_ranks() {
+    local gpus n
+    say "Tensor parallel"
+    has_bench || return
+    gpus=$(ask $bin/bench --gpus 2>/dev/null)
+    if [ "${gpus:-0}" -lt 2 ]; then
+        echo "Left out: there are not two GPUs here, but ${gpus:-none}"
+        return
+    fi
+    for n in 2 4 8; do
+        [ "$n" -le "$gpus" ] || continue
+        bench 45 --ranks $n Llama-2-7B bf16
+        bench 60 --ranks $n Llama-2-70B bf16
+    done
+    LLM_CUDA_RANKS=host bench 30 --ranks 2 Llama-2-7B bf16
+    awk -F, '
+        BEGIN { split("104.9 168.8 254.0 328.4", seven, " "); split("none 21.3 38.0 62.5", seventy, " ") }
+        $4 == "decode at 6" && $2 == "bf16" && ($3 == "graph" || $3 ~ /^tensor [248]$/) { rate[$1, $3] = $5 }
+        END {
+            print "| GPUs | 7B tok/s | gpt-fast, A100 | 70B tok/s | gpt-fast, A100 |"
+            for (i = 1; i <= 4; i++) {
+                mode = i == 1 ? "graph" : "tensor " 2 ^ (i - 1)
+                a = rate["Llama-2-7B", mode]; b = rate["Llama-2-70B", mode]
+                printf "| %d | %s | %s | %s | %s |\n", 2 ^ (i - 1), a == "" ? "-" : a, seven[i], b == "" ? "-" : b, seventy[i]
+            }
+        }' "$csv"
 }
 
 step_fused() {

@@ -771,12 +771,13 @@ static const int RANK_BATCH = 48;
 static const double RANK_ERROR = 0;
 static void set_devices(int n) {
     cuda_host.n_devices = n;
+    cuda_host_peers.clear(); /* each test begins without access */
     if (n == 1) assert_int_equal(cuda_host.n_live, 0);
 }
 #else
 static const int RANK_BATCH = 16;
 static const double RANK_ERROR = 0.01;
-static void set_devices(int) {} /* ranks share those that there are */
+static void set_devices(int) {}                         /* ranks share those that there are */
 #endif
 
 /* What a rank came to; all ranks must come to the same as one GPU does. */
@@ -797,9 +798,18 @@ typedef struct ranked_job {
     llm_comm *tensor[4], *pipeline[4];
     findings found[4];
     void (*work)(struct ranked_job *job, int rank);
+    int n_in_gpus, n_in_host; /* atomic: contexts whose ranks meet there */
 } ranked_job;
 
-static llm_model *load_rank(const ranked_job *job, int rank, llm_error *err) {
+/* What contexts with tensor ranks tell the log of their first. */
+static void count_meetings(void *user, const char *line) {
+    ranked_job *job = (ranked_job *)user;
+    if (strstr(line, "tensor ranks meet in the GPUs' memory")) __atomic_add_fetch(&job->n_in_gpus, 1, __ATOMIC_RELAXED);
+    if (strstr(line, "tensor ranks meet in the host's memory"))
+        __atomic_add_fetch(&job->n_in_host, 1, __ATOMIC_RELAXED);
+}
+
+static llm_model *load_rank(ranked_job *job, int rank, llm_error *err) {
     llm_model_desc desc = {};
     llm_model *model = NULL;
     desc.dtype = job->dtype;
@@ -807,6 +817,8 @@ static llm_model *load_rank(const ranked_job *job, int rank, llm_error *err) {
     desc.n_threads = 1;
     desc.tensor = job->tensor[rank];
     desc.pipeline = job->pipeline[rank];
+    desc.host.log = count_meetings;
+    desc.host.user = job;
     try_tiny(&model, job->spec, desc, err);
     return model;
 }
@@ -884,6 +896,16 @@ static void run_rank(ranked_job *job, int rank) {
     llm_model_free(model);
 }
 
+#ifdef CUDA_HOST_RUNTIME_H
+static void check_meetings(const ranked_job *job, bool in_host) {
+    if (job->n_shards == 1) return;
+    assert_int_equal(job->n_in_gpus == 0, in_host);
+    assert_int_equal(job->n_in_host > 0, in_host);
+}
+#else
+static void check_meetings(const ranked_job *, bool) {} /* that depends on the machine */
+#endif
+
 /* Runs job->work on all ranks, each a thread that is given a device of its own. */
 static void run_job(ranked_job *job) {
     std::vector<std::thread> threads;
@@ -909,15 +931,18 @@ static void run_job(ranked_job *job) {
     set_devices(1);
 }
 
+/* The ranks of the stand-in's GPUs meet in their memory, unless `in_host` says that something forbids it. */
 static void same_on_ranks(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype,
-                          std::vector<std::pair<int, int>> shapes) {
-    ranked_job job = {spec, mode, dtype, 1, 1, {}, {}, {}, run_rank};
+                          std::vector<std::pair<int, int>> shapes, bool in_host = false) {
+    ranked_job job = {spec, mode, dtype, 1, 1, {}, {}, {}, run_rank, 0, 0};
     run_job(&job);
     findings expected = job.found[0];
     for (const auto &shape : shapes) {
         job.n_shards = shape.first;
         job.n_stages = shape.second;
+        job.n_in_gpus = job.n_in_host = 0;
         run_job(&job);
+        check_meetings(&job, in_host);
         for (int rank = 0; rank < job.n_shards * job.n_stages; rank++) {
             const findings *f = &job.found[rank];
             for (int i = 0; i < 7; i++)
@@ -931,6 +956,19 @@ static void same_on_ranks(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype d
             assert_int_equal(f->refused, LLM_ERROR_UNSUPPORTED);
         }
     }
+}
+
+/* Ranks that may not meet in the GPUs' memory, and those that cannot. */
+static void test_ranks_through_host(void **state) {
+    (void)state;
+    setenv("LLM_CUDA_RANKS", "host", 1);
+    same_on_ranks(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, {{3, 1}, {2, 2}}, true);
+    unsetenv("LLM_CUDA_RANKS");
+#ifdef CUDA_HOST_RUNTIME_H
+    cuda_host.has_peers = false;
+    same_on_ranks(&HALVES, LLM_CUDA_FUSED, LLM_DTYPE_F16, {{2, 1}}, true);
+    cuda_host.has_peers = true;
+#endif
 }
 
 /* Heads that fill no group on a rank, key heads on two, ranks without a share; all types. */
@@ -960,7 +998,7 @@ static void leave_early(ranked_job *job, int rank) {
 }
 
 static void test_dead_rank(void **state) {
-    ranked_job job = {&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, 1, {}, {}, {}, leave_early};
+    ranked_job job = {&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, 1, {}, {}, {}, leave_early, 0, 0};
     (void)state;
     run_job(&job);
     assert_int_equal(job.found[0].refused, LLM_ERROR_DEVICE);
@@ -972,6 +1010,87 @@ static void test_dead_rank(void **state) {
 }
 
 #ifdef CUDA_HOST_RUNTIME_H
+/* The GPU of rank 1 fails in the third pass, of which the second was recorded. The other ranks' kernels wait for it. */
+static void fail_in_pass(ranked_job *job, int rank, int *failing) {
+    llm_context *ctx = NULL;
+    llm_token tokens[3] = {};
+    llm_batch batch = {3, tokens, NULL, NULL};
+    llm_error err;
+    llm_model *model = load_rank(job, rank, &err);
+    RANK_CHECK(model, err.message);
+    RANK_CHECK(llm_context_create(&ctx, model, NULL, &err) == LLM_OK, err.message);
+    for (int i = 0; i < 2; i++) RANK_CHECK(llm_forward(ctx, &batch, &err) == LLM_OK, err.message);
+    if (rank == 1) *failing = 1;
+    job->found[rank].refused = llm_forward(ctx, &batch, &err);
+    if (rank != 1) RANK_CHECK(strstr(err.message, "rank 1"), err.message);
+    RANK_CHECK(llm_forward(ctx, &batch, &err) == LLM_ERROR_DEVICE, "the ranks are parted for ever");
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+/* It cannot tell the others any more, which stop waiting after a while. */
+static void lose_device(ranked_job *job, int rank) {
+    job->tensor[rank]->patience = 1;
+    fail_in_pass(job, rank, &cuda_host.lost_device);
+}
+
+/* It tells the others, which would wait for much longer than a test may take. */
+static void refuse_launches(ranked_job *job, int rank) {
+    job->tensor[rank]->patience = 3600;
+    fail_in_pass(job, rank, &cuda_host.refusing_device);
+}
+
+static void test_dead_gpu(void **state) {
+    (void)state;
+    for (auto work : {lose_device, refuse_launches}) {
+        ranked_job job = {&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, 1, {}, {}, {}, work, 0, 0};
+        int before = cuda_host.n_graph_launches;
+        run_job(&job);
+        cuda_host.lost_device = cuda_host.refusing_device = -1;
+        assert_true(job.n_in_gpus);
+        assert_true(cuda_host.n_graph_launches >= before + 3);
+        for (int rank = 0; rank < 3; rank++) assert_int_equal(job.found[rank].refused, LLM_ERROR_DEVICE);
+    }
+}
+
+/* Waits for the other ranks of a tensor group. */
+static void await_ranks(llm_comm *tensor) {
+    unsigned flags = 0;
+    const llm_exchange nothing = {NULL, 0, 0, 0, 0, tensor->size, NULL, 0};
+    RANK_CHECK(tensor->exchange(tensor, &nothing, &flags, NULL) == LLM_OK, "no answer");
+}
+
+static void compare_memory(ranked_job *job, int rank) {
+    llm_context_desc desc = {};
+    llm_context *ctx = NULL;
+    llm_memory memory;
+    llm_error err;
+    llm_model *model = load_rank(job, rank, &err);
+    RANK_CHECK(model, err.message);
+    llm_model_info info = llm_model_get_info(model);
+    desc.n_ctx = 100;
+    desc.n_batch = RANK_BATCH;
+    RANK_CHECK(llm_memory_estimate(&info, &desc, &memory, &err) == LLM_OK, err.message);
+    await_ranks(job->tensor[rank]);
+    size_t before = cuda_host.n_bytes;
+    await_ranks(job->tensor[rank]);
+    RANK_CHECK(llm_context_create(&ctx, model, &desc, &err) == LLM_OK, err.message);
+    await_ranks(job->tensor[rank]);
+    size_t used = (cuda_host.n_bytes - before) / (size_t)job->n_shards, host = (size_t)info.n_vocab * 8,
+           told = (size_t)(memory.cache + memory.scratch);
+    RANK_CHECK(used <= told && told <= used + used / 4 + host + 8192, "the estimate is wrong");
+    await_ranks(job->tensor[rank]);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+/* A context with ranks also has buffers for what they bring together. */
+static void test_rank_memory(void **state) {
+    ranked_job job = {&USUAL_HEADS, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, 1, {}, {}, {}, compare_memory, 0, 0};
+    (void)state;
+    run_job(&job);
+}
+
 /* The host may run out of memory at any time of a model's and a context's making. */
 static llm_status make_and_free(void *job, llm_error *err) {
     llm_model_desc desc = {};
@@ -1204,8 +1323,11 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_threads),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_ranks),
+        cmocka_unit_test(test_ranks_through_host),
         cmocka_unit_test(test_dead_rank),
 #ifdef CUDA_HOST_RUNTIME_H
+        cmocka_unit_test(test_dead_gpu),
+        cmocka_unit_test(test_rank_memory),
         cmocka_unit_test(test_launches),
         cmocka_unit_test(test_other_device),
         cmocka_unit_test(test_overlap),

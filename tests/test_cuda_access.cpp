@@ -119,6 +119,12 @@ static void test_faults_are_found(void **state) {
     finds(fault_prefetch, "beyond");
     std::string fault = fault_of(fault_none, 1);
     if (fault.find("another device") == std::string::npos) fail_msg("found \"%s\"", fault.c_str());
+    assert_int_equal(cudaDeviceEnablePeerAccess(1, 0), cudaErrorInvalidValue); /* there is no such device */
+    cuda_host.n_devices = 2;
+    assert_int_equal(cudaDeviceEnablePeerAccess(1, 0), cudaSuccess);
+    assert_string_equal(fault_of(fault_none, 1).c_str(), "");
+    cuda_host_peers.clear();
+    cuda_host.n_devices = 1;
 }
 
 /* ---- The kernels of llm_cuda.cu ---- */
@@ -184,8 +190,47 @@ static void test_kernels_have_none(void **state) {
     use(&EIGHT_BITS, LLM_DTYPE_INT4, LLM_CUDA_GRAPH);
 }
 
+/* Ranks on GPUs of their own, which meet in each other's memory: embeddings, short and long passes, logits. */
+static void use_rank(int rank, llm_comm *tensor) {
+    static const llm_token tokens[40] = {3, 1, 4, 1, 5, 9, 2, 6};
+    llm_model_desc model_desc = {};
+    llm_context_desc desc = {};
+    llm_model *model = NULL;
+    llm_context *ctx = NULL;
+    llm_error err = {};
+    model_desc.dtype = LLM_DTYPE_BF16;
+    model_desc.backend = llm_cuda_backend();
+    model_desc.n_threads = 1;
+    model_desc.tensor = tensor;
+    desc.n_ctx = 64;
+    desc.n_batch = 40;
+    llm_status status = try_tiny(&model, &TINY_ODD, model_desc, &err);
+    if (!status) status = llm_context_create(&ctx, model, &desc, &err);
+    for (int n : {20, 1, 1, 3}) {
+        llm_batch batch = {n, tokens, NULL, NULL};
+        if (!status) status = llm_forward(ctx, &batch, &err);
+    }
+    if (status) fprintf(stderr, "rank %d: %s\n", rank, err.message), abort();
+    llm_context_free(ctx);
+    llm_model_free(model);
+    llm_comm_free(tensor);
+}
+
+static void test_ranks_have_none(void **state) {
+    llm_comm *comms[3];
+    std::vector<std::thread> threads;
+    (void)state;
+    cuda_host.n_devices = 3;
+    assert_int_equal(llm_comm_threads(comms, 3, NULL, NULL), LLM_OK);
+    for (int i = 0; i < 3; i++) threads.emplace_back(use_rank, i, comms[i]);
+    for (std::thread &thread : threads) thread.join();
+    assert_false(cuda_host_peers.empty()); /* they did meet there */
+    cuda_host.n_devices = 1;
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_faults_are_found),
-                                       cmocka_unit_test(test_kernels_have_none)};
+                                       cmocka_unit_test(test_kernels_have_none),
+                                       cmocka_unit_test(test_ranks_have_none)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

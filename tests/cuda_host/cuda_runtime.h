@@ -1,7 +1,7 @@
 /*  cuda_runtime.h - enough of CUDA for a C++ compiler to build llm_cuda.cu and run its kernels on the CPU.
 
     It stands in for the toolkit's header of that name. Memory "on the GPU" is the host's, filled with NaN when it is
-    allocated. Each device has its own, which another must not use. Streams are queues of closures that run when
+    allocated. Each device has its own, which another must not use before it was given access. Streams are queues of closures that run when
     somebody waits for them, so that a host which reuses a buffer too early is caught. Graphs are recorded queues. A
     kernel's blocks run one after the other; the threads of a block are fibers of the calling thread, which change at
     barriers and warp operations only. A fiber waits there until all that must come have come; when nobody can go on,
@@ -11,6 +11,7 @@
 #define CUDA_HOST_RUNTIME_H
 
 #include <boost/context/detail/fcontext.hpp>
+#include <chrono>
 #include <functional>
 #include <map>
 #include <math.h>
@@ -22,6 +23,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -91,12 +94,16 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 struct cuda_host_settings {
     int fail_at = 0;      /* the call of this number from now on fails; 0: none does                    */
     bool reverse = false; /* the threads of a block begin with the last                                 */
+    size_t n_bytes = 0;   /* of memory that was not released, on the GPUs and pinned                     */
     int n_live = 0;       /* allocations, streams, events, graphs that were not released                */
     int n_devices = 1, major = 9, ptx_version = 90;
     int n_launches = 0, n_graph_launches = 0; /* by hand; of graphs                                      */
     int n_overlapping = 0;     /* launches that may begin before the kernel ahead of them is done            */
     bool keeps_faults = false; /* faults of kernels are kept, and do not end the program                  */
     std::set<std::string> faults;
+    bool has_peers = true;         /* devices can be given access to each other's memory                  */
+    int lost_device = -1;          /* its streams do nothing any more, and waiting for them is an error    */
+    int refusing_device = -1;      /* launches no kernel and no graph                                      */
     bool can_record = true;        /* false: streams cannot be captured                                         */
     bool failed_recording = false; /* the call that was to fail was one of those that record a graph      */
 };
@@ -104,7 +111,28 @@ struct cuda_host_settings {
 inline cuda_host_settings cuda_host;
 inline thread_local bool cuda_host_records = false; /* this thread, so some calls are forbidden it                    */
 inline thread_local int cuda_host_device = 0;       /* this thread's                                                  */
-inline std::recursive_mutex cuda_host_lock;         /* one thread at a time uses the GPU */
+
+/* One thread at a time uses the GPUs. A kernel that waits for another device lets go of the lock for a while. */
+struct cuda_host_mutex {
+    std::recursive_mutex mutex;
+    static inline thread_local int depth = 0; /* how many times this thread has locked it */
+    CUDA_HOST_SWITCH void lock() {
+        mutex.lock();
+        depth++;
+    }
+    CUDA_HOST_SWITCH void unlock() {
+        depth--;
+        mutex.unlock();
+    }
+    CUDA_HOST_SWITCH void yield() {
+        int n = depth;
+        for (int i = 0; i < n; i++) unlock();
+        std::this_thread::yield();
+        for (int i = 0; i < n; i++) lock();
+    }
+};
+
+inline cuda_host_mutex cuda_host_lock;
 
 /* ---- Threads of a block ---- */
 
@@ -298,7 +326,8 @@ struct cuda_host_kernel {
     int n_waits = 0; /* threads that have waited */
 };
 
-inline cuda_host_kernel cuda_host_current; /* under cuda_host_lock */
+inline thread_local cuda_host_kernel cuda_host_current; /* this thread's      */
+inline unsigned cuda_host_n_kernels = 0;                /* under cuda_host_lock */
 
 /* What a kernel does wrong ends the program, or is kept for a test that does it on purpose. */
 CUDA_HOST_SWITCH void cuda_host_fault(const char *what) {
@@ -342,7 +371,7 @@ CUDA_HOST_SWITCH const cuda_host_memory *cuda_host_find_memory(uintptr_t at) {
 }
 
 static inline void cuda_host_add_memory(void *begin, size_t size, int device) {
-    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     cuda_host_memory memory;
     memory.device = device;
     memory.begin = (uintptr_t)begin;
@@ -351,26 +380,35 @@ static inline void cuda_host_add_memory(void *begin, size_t size, int device) {
     memory.writers = (unsigned *)calloc((size + 1) / 2, sizeof(unsigned));
 #endif
     cuda_host_memories[memory.begin] = memory;
+    cuda_host.n_bytes += size;
 }
 
 static inline void cuda_host_remove_memory(void *begin) {
-    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     auto found = cuda_host_memories.find((uintptr_t)begin);
     if (found == cuda_host_memories.end()) return;
     free(found->second.writers);
+    cuda_host.n_bytes -= found->second.size;
     cuda_host_memories.erase(found);
     cuda_host_last_memory = cuda_host_memory();
 }
 
+inline std::set<std::pair<int, int>> cuda_host_peers; /* (a, b): device a may use memory of device b */
+
+CUDA_HOST_SWITCH bool cuda_host_reaches(const cuda_host_memory &memory) {
+    return memory.device == CUDA_HOST_PINNED || memory.device == cuda_host_device ||
+           cuda_host_peers.count(std::make_pair(cuda_host_device, memory.device)) > 0;
+}
+
 /* May this thread's device use this memory? Memory that is not registered is the host's. */
 static inline bool cuda_host_may_use(const void *at) {
-    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     const cuda_host_memory *memory = cuda_host_find_memory((uintptr_t)at);
-    return !memory || memory->device == CUDA_HOST_PINNED || memory->device == cuda_host_device;
+    return !memory || cuda_host_reaches(*memory);
 }
 
 /* Not CUDA's: where a kernel waits for those ahead of it, and what it prefetches. */
-static inline void cuda_host_wait() {
+CUDA_HOST_SWITCH void cuda_host_wait() {
     cuda_host_fibers::here().fibers[cuda_host_fibers::here().current].waited = true;
     cuda_host_current.n_waits++;
 }
@@ -388,6 +426,22 @@ static inline void cuda_host_prefetch(const void *from, size_t size) {
 static inline void cuda_host_watch_block() {}
 static inline void cuda_host_watch_atomic(unsigned *) {}
 #endif
+
+/* Not CUDA's: words by which devices tell each other something, and a clock. Who looks at a word lets others work. */
+static CUDA_HOST_SWITCH void cuda_host_set_flag(unsigned *at, unsigned value) {
+    const cuda_host_memory *memory = cuda_host_find_memory((uintptr_t)at);
+    if (memory && !cuda_host_reaches(*memory)) cuda_host_fault("a kernel uses memory of another device");
+    __atomic_store_n(at, value, __ATOMIC_RELEASE);
+}
+
+static CUDA_HOST_SWITCH unsigned cuda_host_get_flag(const unsigned *at) {
+    cuda_host_lock.yield();
+    return __atomic_load_n(at, __ATOMIC_ACQUIRE);
+}
+
+static inline uint64_t cuda_host_nanoseconds() {
+    return (uint64_t)std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 template <typename T> static inline T __ldcg(const T *from) { return *from; }
 
@@ -417,7 +471,8 @@ enum cudaError_t {
     cudaErrorInvalidValue,
     cudaErrorMemoryAllocation,
     cudaErrorNoDevice,
-    cudaErrorStreamCaptureUnsupported
+    cudaErrorStreamCaptureUnsupported,
+    cudaErrorPeerAccessAlreadyEnabled
 };
 
 enum { cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
@@ -466,19 +521,19 @@ struct cudaLaunchConfig_t {
 
 /* Every call that can fail asks here first. */
 static inline bool cuda_host_fails(bool records = cuda_host_records) {
-    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     bool fails = cuda_host.fail_at && --cuda_host.fail_at == 0;
     if (fails) cuda_host.failed_recording = records;
     return fails;
 }
 
 static inline void cuda_host_count(int n) {
-    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     cuda_host.n_live += n;
 }
 
 static inline void cuda_host_count_launch(int *counter) {
-    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     ++*counter;
 }
 
@@ -502,7 +557,7 @@ static inline cudaError_t cuda_host_enqueue(cudaStream_t stream, std::function<v
 }
 
 static inline void cuda_host_run(cuda_host_queue &queue) {
-    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     for (auto &work : queue) work();
 }
 
@@ -525,6 +580,24 @@ static inline cudaError_t cudaSetDevice(int device) {
     if (device < 0 || device >= cuda_host.n_devices) return cudaErrorInvalidValue;
     cuda_host_device = device;
     return cudaSuccess;
+}
+
+static inline cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) {
+    *can = cuda_host.has_peers && device != peer;
+    return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+static inline cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned) {
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
+    if (cuda_host_fails() || !cuda_host.has_peers || peer == cuda_host_device || peer >= cuda_host.n_devices)
+        return cudaErrorInvalidValue;
+    return cuda_host_peers.insert(std::make_pair(cuda_host_device, peer)).second ? cudaSuccess
+                                                                                 : cudaErrorPeerAccessAlreadyEnabled;
+}
+
+static inline cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device) {
+    snprintf(id, (size_t)size, "0000:%02X:00.0", (unsigned)device);
+    return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 struct cudaFuncAttributes {
@@ -585,7 +658,8 @@ static inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cuda_h
 
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     if (cuda_host_records) return cudaErrorStreamCaptureUnsupported;
-    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
+    if (stream->device == cuda_host.lost_device) return cudaErrorNoDevice;
     cuda_host_run(stream->queue);
     stream->queue.clear();
     return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
@@ -635,6 +709,7 @@ static inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return cuda_host
 static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return cuda_host_delete(graph); }
 
 static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+    if (stream->device == cuda_host.refusing_device) return cudaErrorInvalidValue;
     cuda_host_count_launch(&cuda_host.n_graph_launches);
     return cuda_host_enqueue(stream, [=] { cuda_host_run(*graph); });
 }
@@ -643,7 +718,7 @@ static inline void cuda_host_run_grid(dim3 grid, dim3 block, bool overlaps, cons
     cuda_host_kernel &kernel = cuda_host_current;
     gridDim = grid;
     blockDim = block;
-    kernel.number++;
+    kernel.number = ++cuda_host_n_kernels;
     kernel.overlaps = overlaps;
     kernel.n_waits = 0;
     kernel.runs = true;
@@ -663,7 +738,7 @@ static inline void cuda_host_run_grid(dim3 grid, dim3 block, bool overlaps, cons
 /* A kernel is loaded when it is launched for the first time, which is not to be while recording. */
 static inline bool cuda_host_may_launch(const void *kernel, bool recording) {
     static std::set<const void *> loaded;
-    std::lock_guard<std::recursive_mutex> guard(cuda_host_lock);
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     if (!recording) loaded.insert(kernel);
     return loaded.count(kernel) > 0;
 }
@@ -675,6 +750,7 @@ static inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, v
     unsigned n = block.x * block.y * block.z;
     if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !n || n > 1024)
         return cudaErrorInvalidValue;
+    if (config->stream->device == cuda_host.refusing_device) return cudaErrorInvalidValue;
     if (!cuda_host_may_launch((const void *)kernel, config->stream->recording))
         return cudaErrorStreamCaptureUnsupported;
     if (!config->stream->recording) cuda_host_count_launch(&cuda_host.n_launches);

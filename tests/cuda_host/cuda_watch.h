@@ -43,11 +43,11 @@ inline int find_segment(dl_phdr_info *info, size_t, void *size) {
 }
 
 inline bool is_on = true; /* off while the functions below work */
-inline unsigned n_blocks = 1;
+inline thread_local unsigned n_blocks = 1;
 
 CUDA_HOST_SWITCH shared_memory &shared() {
-    static shared_memory m; /* one thread at a time runs kernels */
-    static std::vector<shared_byte> bytes;
+    static thread_local shared_memory m;
+    static thread_local std::vector<shared_byte> bytes;
     uintptr_t end = (uintptr_t)__builtin_thread_pointer();
     if (m.end == end) return m;
     size_t size = 0;
@@ -105,8 +105,7 @@ CUDA_HOST_SWITCH void look(const void *from, size_t size, bool writes, bool atom
             look_at_shared(m, at, size, writes, access{n_blocks, b.current, b.all.round, f.n_syncs, atomic});
         else if ((memory = cuda_host_find_memory(at)) != nullptr)
             look_at_global(*memory, at - memory->begin, size, writes, f.waited);
-        if (memory && memory->device != CUDA_HOST_PINNED && memory->device != cuda_host_device)
-            cuda_host_fault("a kernel uses memory of another device");
+        if (memory && !cuda_host_reaches(*memory)) cuda_host_fault("a kernel uses memory of another device");
         if ((memory || (at >= m.begin && at < m.end)) && size <= 8 && at % size)
             cuda_host_fault("an access is not aligned");
     }
@@ -134,6 +133,12 @@ CUDA_HOST_CALLED void __tsan_read_range(void *at, size_t size) { cuda_host_watch
 CUDA_HOST_CALLED void __tsan_write_range(void *at, size_t size) { cuda_host_watch::look(at, size, true); }
 CUDA_HOST_CALLED unsigned char __tsan_atomic8_load(const volatile unsigned char *at, int) {
     return __atomic_load_n(at, __ATOMIC_ACQUIRE);
+}
+CUDA_HOST_CALLED int __tsan_atomic32_fetch_add(volatile int *at, int value, int) {
+    return __atomic_fetch_add(at, value, __ATOMIC_ACQ_REL);
+}
+CUDA_HOST_CALLED int __tsan_atomic32_fetch_sub(volatile int *at, int value, int) {
+    return __atomic_fetch_sub(at, value, __ATOMIC_ACQ_REL);
 }
 CUDA_HOST_CALLED void __tsan_init() {}
 CUDA_HOST_CALLED void __tsan_func_entry(void *) {}
