@@ -11,8 +11,8 @@
     pass until it ends. A client that hangs up loses its place. SIGTERM lets accepted requests finish and takes no more;
     a second one ends the program at once.
 
-    What would change the answer and is not there (tools, logprobs, several choices, penalties, grammars) is refused by name. Without --key
-    anybody who reaches the port may ask. There is no encryption: outside of one machine put a proxy before it.
+    What would change the answer and is not there (tools, echo, several choices) is refused by name. Without --key anybody
+    who reaches the port may ask. There is no encryption: outside of one machine put a proxy before it.
 */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
@@ -21,6 +21,7 @@
 #include <arpa/inet.h>
 #include <float.h>
 #include <jansson.h>
+#include <math.h>
 #include <microhttpd.h>
 #include <netdb.h>
 #include <poll.h>
@@ -111,8 +112,10 @@ typedef struct request {
     llm_token *ids; /* [n_ids] of a plain prompt */
     int n_ids, max_tokens, n_stops;
     const char *stops[MOST_STOPS];
+    int n_log_probs; /* of the likeliest tokens beside each one; -1: none are wanted */
     llm_sampler sampler;
     llm_logit_bias biases[MOST_BIASES];
+    llm_grammar *grammar;
     /* The answer: */
     char id[48];
     int64_t created;
@@ -120,11 +123,12 @@ typedef struct request {
     int code;           /* of HTTP, if it is not streamed */
     char *out;          /* [n_out], of which n_sent are sent */
     size_t n_out, n_sent, out_room;
-    bool accepted;  /* the main thread has it */
-    bool finished;  /* nothing will be added to `out` */
-    bool suspended; /* the connection waits for more */
-    bool closed;    /* the connection is at its end */
-    bool said_role; /* the first piece of a chat was sent */
+    json_t *log_probs; /* of the tokens since the last piece, as put_log_prob makes them */
+    bool accepted;     /* the main thread has it */
+    bool finished;     /* nothing will be added to `out` */
+    bool suspended;    /* the connection waits for more */
+    bool closed;       /* the connection is at its end */
+    bool said_role;    /* the first piece of a chat was sent */
 } request;
 
 typedef struct server {
@@ -157,6 +161,8 @@ static void let_go(request *r) {
     if (!r->closed || (r->accepted && !r->finished)) return;
     if (r->accepted && !--r->server->n_live) pthread_cond_signal(&r->server->work);
     json_decref(r->json);
+    json_decref(r->log_probs);
+    llm_grammar_free(r->grammar);
     free(r->body);
     free(r->messages);
     free(r->ids);
@@ -220,9 +226,63 @@ static json_t *answer_json(const request *r, const char *object, json_t *choices
                      "model", r->server->opt.name, "choices", choices);
 }
 
+/* {"token", "logprob", "bytes"}. A token that is not whole characters is named by its bytes. */
+static json_t *log_prob_json(const llm_tokenizer *tokenizer, llm_log_prob of) {
+    static const char digits[] = "0123456789abcdef";
+    size_t n = 0;
+    const char *bytes = llm_token_bytes(tokenizer, of.token, &n);
+    json_t *text = json_stringn(bytes, n), *list = json_array();
+    char name[6 + 4 * 256] = "bytes:", *end = name + 6;
+    for (size_t i = 0; i < n; i++) json_array_append_new(list, json_integer((unsigned char)bytes[i]));
+    for (size_t i = 0; i < n && i < 256 && !text; i++, end += 4) {
+        const char byte[4] = {'\\', 'x', digits[(unsigned char)bytes[i] / 16], digits[(unsigned char)bytes[i] % 16]};
+        memcpy(end, byte, 4);
+    }
+    if (!text) text = json_stringn(name, (size_t)(end - name));
+    double value = isfinite(of.log_prob) ? of.log_prob : -9999; /* which is what OpenAI's API says for "never" */
+    return json_pack("{s:o, s:f, s:o}", "token", text, "logprob", value, "bytes", list);
+}
+
+/* Remembers how likely a token was, for the next piece of the answer. */
+static void on_log_probs(void *user, llm_log_prob chosen, const llm_log_prob *top, int n_top) {
+    request *r = (request *)user;
+    const llm_tokenizer *tokenizer = llm_model_tokenizer(r->server->model);
+    json_t *entry = log_prob_json(tokenizer, chosen), *list = json_array();
+    for (int i = 0; i < n_top; i++) json_array_append_new(list, log_prob_json(tokenizer, top[i]));
+    json_object_set_new(entry, "top_logprobs", list);
+    pthread_mutex_lock(&r->server->lock);
+    if (!r->log_probs) r->log_probs = json_array();
+    json_array_append_new(r->log_probs, entry);
+    pthread_mutex_unlock(&r->server->lock);
+}
+
+/* Under the lock: the tokens since the last piece, as a chat has them, or as lists for a plain text; null if they are
+   not wanted. */
+static json_t *take_log_probs(request *r) {
+    json_t *entries = r->log_probs ? r->log_probs : json_array(), *entry;
+    size_t i, j;
+    r->log_probs = NULL;
+    if (r->n_log_probs >= 0 && r->is_chat) return json_pack("{s:o}", "content", entries);
+    json_t *tokens = json_array(), *values = json_array(), *tops = json_array();
+    json_array_foreach(entries, i, entry) {
+        json_t *list = json_object_get(entry, "top_logprobs"), *one, *top = json_object();
+        json_array_append(tokens, json_object_get(entry, "token"));
+        json_array_append(values, json_object_get(entry, "logprob"));
+        json_array_foreach(list, j, one) {
+            json_object_set(top, json_string_value(json_object_get(one, "token")), json_object_get(one, "logprob"));
+        }
+        json_array_append_new(tops, top);
+    }
+    json_decref(entries);
+    json_t *lists = json_pack("{s:o, s:o, s:o}", "tokens", tokens, "token_logprobs", values, "top_logprobs", tops);
+    if (r->n_log_probs >= 0) return lists;
+    json_decref(lists);
+    return json_null();
+}
+
 /* A piece of a streamed answer. Under the lock; text may be NULL, and so may reason. */
 static void put_piece(request *r, const char *text, size_t n, const char *reason) {
-    json_t *choice = json_pack("{s:i, s:n, s:s?}", "index", 0, "logprobs", "finish_reason", reason);
+    json_t *choice = json_pack("{s:i, s:o, s:s?}", "index", 0, "logprobs", take_log_probs(r), "finish_reason", reason);
     json_t *string = text ? json_stringn(text, n) : NULL;
     if (r->is_chat) {
         json_t *delta = json_object();
@@ -280,10 +340,10 @@ static void complete(request *r, const llm_stats *stats) {
         put(r, "data: [DONE]\n\n", 14);
     } else {
         json_t *text = json_stringn(r->out ? r->out : "", r->n_out);
-        json_t *choice = r->is_chat ? json_pack("{s:i, s:{s:s, s:o}, s:n, s:s}", "index", 0, "message", "role",
-                                                "assistant", "content", text, "logprobs", "finish_reason", reason)
-                                    : json_pack("{s:i, s:o, s:n, s:s}", "index", 0, "text", text, "logprobs",
-                                                "finish_reason", reason);
+        json_t *choice =
+            json_pack("{s:i, s:o, s:s}", "index", 0, "logprobs", take_log_probs(r), "finish_reason", reason);
+        if (!r->is_chat) json_object_set_new(choice, "text", text);
+        else json_object_set_new(choice, "message", json_pack("{s:s, s:o}", "role", "assistant", "content", text));
         json_t *whole = answer_json(r, r->is_chat ? "chat.completion" : "text_completion", json_pack("[o]", choice));
         json_object_set_new(whole, "usage", usage_json(stats));
         r->n_out = 0;
@@ -304,7 +364,10 @@ static llm_status begin(request *r, llm_error *err) {
                               .sampler = &r->sampler,
                               .stop_strings = r->stops,
                               .n_stop_strings = r->n_stops,
+                              .grammar = r->grammar,
                               .on_text = on_text,
+                              .on_log_probs = r->n_log_probs < 0 ? NULL : on_log_probs,
+                              .n_top_log_probs = r->n_log_probs < 0 ? 0 : r->n_log_probs,
                               .user = r};
     return llm_stream_begin(&r->stream, r->server->ctx, &desc, err);
 }
@@ -489,29 +552,47 @@ static const char *read_biases(request *r) {
     return NULL;
 }
 
+/* A chat says {"logprobs": true, "top_logprobs": 5}, a plain text {"logprobs": 5}. */
+static const char *read_log_probs(request *r) {
+    const json_t *given = json_object_get(r->json, "logprobs");
+    double n_top = 0;
+    r->n_log_probs = -1;
+    const char *why = read_number(r->json, r->is_chat ? "top_logprobs" : "logprobs", 0, LLM_LOG_PROBS_MAX, &n_top);
+    if (r->is_chat && given && !json_is_boolean(given) && !json_is_null(given)) why = "logprobs must be true or false";
+    bool wanted = r->is_chat ? json_is_true(given) : given && !json_is_null(given);
+    if (!wanted && n_top > 0) why = "top_logprobs needs logprobs";
+    if (wanted) r->n_log_probs = (int)n_top;
+    return why;
+}
+
+/* {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}} */
+static const char *read_format(request *r, llm_error *err) {
+    const json_t *format = json_object_get(r->json, "response_format"),
+                 *schema = json_object_get(json_object_get(format, "json_schema"), "schema");
+    const char *type = json_string_value(json_object_get(format, "type"));
+    if (!format || json_is_null(format) || (type && !strcmp(type, "text"))) return NULL;
+    bool any = type && !strcmp(type, "json_object");
+    if (!any && (!type || strcmp(type, "json_schema")))
+        return "the type of response_format must be text, json_object or json_schema";
+    if (!any && !json_is_object(schema)) return "response_format has no schema in json_schema";
+    char *text = any ? NULL : json_dumps(schema, JSON_COMPACT);
+    if (!any && !text) out_of_memory();
+    llm_status status = llm_grammar_from_json_schema(&r->grammar, llm_model_tokenizer(r->server->model),
+                                                     any ? "{\"type\":\"object\"}" : text, NULL, err);
+    free(text);
+    return status ? err->message : NULL;
+}
+
 /* What would change the answer, unless it has the value that changes nothing. */
 static const char *refuse_others(const json_t *json) {
-    static const char *const names[] = {"tools",
-                                        "functions",
-                                        "logprobs",
-                                        "top_logprobs",
-                                        "echo",
-                                        "suffix",
-                                        "best_of",
-                                        "presence_penalty",
-                                        "frequency_penalty",
-                                        "n",
-                                        "response_format",
-                                        "modalities",
-                                        "audio"};
+    static const char *const names[] = {"tools", "functions", "echo", "suffix", "best_of", "n", "modalities", "audio"};
     static __thread char why[100];
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        const json_t *given = json_object_get(json, names[i]), *type = json_object_get(given, "type");
+        const json_t *given = json_object_get(json, names[i]);
         bool one = !strcmp(names[i], "n") || !strcmp(names[i], "best_of");
         bool nothing = !given || json_is_null(given) || json_is_false(given) ||
                        (json_is_number(given) && json_number_value(given) == (one ? 1 : 0)) ||
-                       (json_is_array(given) && !json_array_size(given)) ||
-                       (json_is_string(type) && !strcmp(json_string_value(type), "text"));
+                       (json_is_array(given) && !json_array_size(given));
         if (nothing) continue;
         snprintf(why, sizeof why, "%s is not supported", names[i]);
         return why;
@@ -521,7 +602,7 @@ static const char *refuse_others(const json_t *json) {
 
 static const char *read_request(request *r, llm_error *err) {
     json_error_t where;
-    double temperature = 1, top_p = 1, top_k = 0, min_p = 0, most = -1, seed = -1;
+    double temperature = 1, top_p = 1, top_k = 0, min_p = 0, presence = 0, frequency = 0, most = -1, seed = -1;
     struct timespec now;
     r->json = json_loadb(r->body ? r->body : "", r->n_body, JSON_REJECT_DUPLICATES, &where);
     if (!json_is_object(r->json)) return "the body is no JSON object";
@@ -531,17 +612,23 @@ static const char *read_request(request *r, llm_error *err) {
     if (!why) why = read_number(r->json, "top_p", 0, 1, &top_p);
     if (!why) why = read_number(r->json, "top_k", 0, 1e6, &top_k);
     if (!why) why = read_number(r->json, "min_p", 0, 1, &min_p);
+    if (!why) why = read_number(r->json, "presence_penalty", -2, 2, &presence);
+    if (!why) why = read_number(r->json, "frequency_penalty", -2, 2, &frequency);
     if (!why) why = read_number(r->json, "seed", -9e15, 9e15, &seed);
     if (!why) why = read_number(r->json, "max_tokens", 1, 1e9, &most);
     if (!why) why = read_number(r->json, "max_completion_tokens", 1, 1e9, &most);
     if (!why) why = read_stops(r);
     if (!why) why = read_biases(r);
+    if (!why) why = read_log_probs(r);
+    if (!why) why = read_format(r, err);
     if (!why) why = r->is_chat ? read_messages(r, err) : read_prompt(r, err);
     if (why) return why;
     r->sampler.temperature = (float)temperature;
     r->sampler.top_p = top_p > 0 ? (float)top_p : FLT_MIN; /* the best alone; llm.h's 0 means all */
     r->sampler.top_k = (int)top_k;
     r->sampler.min_p = (float)min_p;
+    r->sampler.presence_penalty = (float)presence;
+    r->sampler.frequency_penalty = (float)frequency;
     bool seeded = json_is_number(json_object_get(r->json, "seed"));
     r->sampler.seed = seeded ? (uint64_t)(int64_t)seed : (uint64_t)now.tv_sec * 1000000007u + (uint64_t)now.tv_nsec;
     r->max_tokens = most < 0 ? r->is_chat ? 0 : 16 : (int)most;
@@ -743,7 +830,7 @@ static struct MHD_Daemon *listen_on(server *s, llm_error *err) {
         snprintf(err->message, sizeof err->message, "'%s' is no address", s->opt.host);
         return NULL;
     }
-    unsigned flags = MHD_USE_INTERNAL_POLLING_THREAD | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG |
+    unsigned flags = MHD_USE_INTERNAL_POLLING_THREAD | MHD_ALLOW_SUSPEND_RESUME |
                      (address->ai_family == AF_INET6 ? MHD_USE_IPv6 : 0u);
     struct MHD_Daemon *daemon = MHD_start_daemon(
         flags, 0, NULL, NULL, handle, s, MHD_OPTION_SOCK_ADDR, address->ai_addr, MHD_OPTION_NOTIFY_COMPLETED, completed,

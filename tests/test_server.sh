@@ -69,11 +69,38 @@ check "a seed gives the same text" cmp "$tmp/seed1" "$tmp/seed2"
 post $chat '{"messages":[{"role":"user","content":[{"type":"text","text":"Say "},{"type":"text","text":"hi."}]}],"max_tokens":2}'
 check "content may come in parts" test "$code" = 200
 
+schema='{"type":"object","properties":{"city":{"enum":["Paris","Rome"]},"people":{"type":"integer","minimum":1,"maximum":9}},"required":["city","people"],"additionalProperties":false}'
+post $chat "{${question%,*},\"max_tokens\":60,\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"a\",\"schema\":$schema}}}"
+fits() { python3 -c 'import json, sys; a = json.loads(json.load(open(sys.argv[1]))["choices"][0]["message"]["content"]); assert list(a) == ["city", "people"] and a["city"] in ("Paris", "Rome") and 1 <= a["people"] <= 9' "$out"; }
+check "an answer matches its schema" fits
+check "and ends by itself" out_has '"finish_reason":"stop"'
+post $chat "{$question,\"temperature\":0,\"logprobs\":true,\"top_logprobs\":3}"
+# log_probs PROGRAM: runs it with c, the first choice of the answer
+log_probs() { python3 -c "import json, math, sys; c = json.load(open(sys.argv[1]))['choices'][0]; $1" "$out"; }
+check "logprobs of a chat" log_probs 'e = c["logprobs"]["content"]; assert len(e) == 12 and "".join(x["token"] for x in e) == c["message"]["content"]'
+check "the likeliest token was taken" log_probs 'e = c["logprobs"]["content"]; assert all(len(x["top_logprobs"]) == 3 and x["top_logprobs"][0]["token"] == x["token"] and x["top_logprobs"][0]["logprob"] == x["logprob"] <= 0 for x in e)'
+check "its bytes are its text" log_probs 'e = c["logprobs"]["content"]; assert all(bytes(x["bytes"]).decode() == x["token"] for x in e)'
+post $chat "{$question,\"temperature\":0,\"logprobs\":true,\"stream\":true}"
+check "logprobs come with the pieces of a stream" test "$(grep -o '"logprob":' "$out" | wc -l)" = 12
+post $text '{"prompt":"one two three","temperature":0,"logprobs":2,"max_tokens":4}'
+check "logprobs of a text are lists" log_probs 'l = c["logprobs"]; assert len(l["tokens"]) == len(l["token_logprobs"]) == len(l["top_logprobs"]) == 4 and "".join(l["tokens"]) == c["text"]'
+post $text '{"prompt":"a a a a a a a a","temperature":0,"max_tokens":8}'
+cp "$out" "$tmp/repeated"
+post $text '{"prompt":"a a a a a a a a","temperature":0,"max_tokens":8,"frequency_penalty":2,"presence_penalty":2}'
+differs() { ! python3 -c 'import json, sys; a, b = (json.load(open(x))["choices"][0]["text"] for x in sys.argv[1:]); sys.exit(a != b)' "$out" "$tmp/repeated"; }
+check "penalties change the answer" differs
+
 check "refuses what is no JSON" refuses 400 JSON $chat '{"messages":'
 check "refuses no messages" refuses 400 messages $chat '{"messages":[]}'
 check "refuses a picture" refuses 400 text $chat '{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}'
 check "refuses tools" refuses 400 tools $chat "{$question,\"tools\":[{}]}"
-check "refuses a grammar" refuses 400 response_format $chat "{$question,\"response_format\":{\"type\":\"json_object\"}}"
+check "refuses an unknown format" refuses 400 response_format $chat "{$question,\"response_format\":{\"type\":\"xml\"}}"
+check "refuses a format without a schema" refuses 400 schema $chat "{$question,\"response_format\":{\"type\":\"json_schema\"}}"
+check "refuses a wrong schema" refuses 400 type $chat "{$question,\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"schema\":{\"type\":7}}}}"
+check "refuses echo" refuses 400 echo $text '{"prompt":"a","echo":true}'
+check "refuses a wrong number of logprobs" refuses 400 logprobs $text '{"prompt":"a","logprobs":21}'
+check "refuses top_logprobs alone" refuses 400 needs $chat "{$question,\"top_logprobs\":2}"
+check "refuses a wrong penalty" refuses 400 presence $chat "{$question,\"presence_penalty\":3}"
 check "refuses two choices" refuses 400 "n is not" $chat "{$question,\"n\":2}"
 check "refuses a wrong temperature" refuses 400 temperature $chat "{$question,\"temperature\":\"hot\"}"
 check "refuses a wrong stop" refuses 400 stop $chat "{$question,\"stop\":[1]}"

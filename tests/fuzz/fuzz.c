@@ -499,6 +499,7 @@ static void fuzz_chat(const uint8_t *data, size_t size) {
     if (text.n) memcpy(chat_template, text.at, text.n);
     chat_template[text.n] = 0;
     memset(&job, 0, sizeof job);
+    allowed += LLM__JINJA_MEMORY; /* a template may build that much before it is stopped */
     job.tokenizer = chat_tokenizer;
     chat_tokenizer->chat_template = text.n ? chat_template : NULL;
     llm__pool pool;
