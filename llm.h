@@ -12383,6 +12383,13 @@ typedef struct llm__mpi_head {
     uint32_t flags, n; /* n counts exchanges */
 } llm__mpi_head;
 
+/* After a failure MPI may still read or write the memory of a message, when its owner has freed it. So messages are sent
+   from memory of the comm and received into it, and that is not freed after a failure. */
+typedef struct llm__mpi_buffer {
+    uint8_t *bytes;
+    size_t room;
+} llm__mpi_buffer;
+
 typedef struct llm__mpi {
     llm__pool pool;
     llm_comm comm;
@@ -12392,9 +12399,11 @@ typedef struct llm__mpi {
     uint32_t n_exchanges;
     uint8_t *sent, *received; /* [room], [size][room]: a head and a part, this rank's and those of all ranks */
     size_t room;
-    MPI_Request *requests; /* [2 * size] those of an exchange: receives, then sends */
-    MPI_Request *messages; /* [size][LLM__COMM_SLOTS] sends; LLM__COMM_SLOTS for each rank, used in turn */
-    int *n_sent;           /* [size] number of messages sent to each rank */
+    MPI_Request *requests;           /* [2 * size] those of an exchange: receives, then sends */
+    MPI_Request *messages;           /* [size][LLM__COMM_SLOTS] sends; LLM__COMM_SLOTS for each rank, used in turn */
+    llm__mpi_buffer *outgoing;       /* [size][LLM__COMM_SLOTS] of the messages that may be on their way */
+    llm__mpi_buffer spare, incoming; /* for the next message to send; of the one that is received */
+    int *n_sent;                     /* [size] number of messages sent to each rank */
 } llm__mpi;
 
 static llm_status llm__mpi_fail(llm__mpi *m, llm_error *err) { return llm__error(err, LLM_ERROR_DEVICE, "%s", m->why); }
@@ -12448,8 +12457,7 @@ static bool llm__mpi_hears_abort(llm__mpi *m) {
     return true;
 }
 
-/* Waits for n requests. After a failure they are cancelled; MPI may go on reading the memory of sends, so that is never
-   freed. */
+/* Waits for n requests. After a failure they are cancelled, but MPI may go on using their memory. */
 static llm_status llm__mpi_wait(llm__mpi *m, MPI_Request *requests, int n, llm_error *err) {
     double start = 0;
     llm_status failed = LLM_OK;
@@ -12548,15 +12556,49 @@ static llm_status llm__mpi_exchange(llm_comm *comm, const llm_exchange *x, unsig
     return status;
 }
 
+/* Makes room for a message of n bytes. MPI does not use the buffer here. */
+static llm_status llm__mpi_fit(llm__mpi *m, llm__mpi_buffer *buffer, size_t n, llm_error *err) {
+    if (n <= buffer->room) return LLM_OK;
+    uint8_t *bytes = n > INT32_MAX ? NULL : (uint8_t *)llm__alloc_try(&m->pool, n, 1);
+    if (!bytes) {
+        llm__mpi_break(m, NULL, "rank %d is out of memory for a message between %d ranks", m->comm.rank, m->comm.size);
+        return llm__error(err, LLM_ERROR_MEMORY, "%s", m->why);
+    }
+    llm__free(&m->pool, buffer->bytes);
+    buffer->bytes = bytes;
+    buffer->room = n;
+    return LLM_OK;
+}
+
+/* Keeps the largest buffer of the messages to a rank that have left, and frees the others. */
+static void llm__mpi_reclaim(llm__mpi *m, int to) {
+    for (int i = to * LLM__COMM_SLOTS; i < (to + 1) * LLM__COMM_SLOTS; i++) {
+        llm__mpi_buffer *b = &m->outgoing[i], left;
+        int done = 0;
+        if (!b->bytes || MPI_Test(&m->messages[i], &done, MPI_STATUS_IGNORE) != MPI_SUCCESS || !done) continue;
+        left = b->room > m->spare.room ? m->spare : *b;
+        if (b->room > m->spare.room) m->spare = *b;
+        llm__free(&m->pool, left.bytes);
+        memset(b, 0, sizeof *b);
+    }
+}
+
 static llm_status llm__mpi_send(llm_comm *comm, int to, const void *data, size_t n, llm_error *err) {
     llm__mpi *m = (llm__mpi *)comm->user;
-    MPI_Request *request = &m->messages[to * LLM__COMM_SLOTS + m->n_sent[to] % LLM__COMM_SLOTS];
+    int slot = to * LLM__COMM_SLOTS + m->n_sent[to] % LLM__COMM_SLOTS;
     if (m->broken) return llm__mpi_fail(m, err);
-    llm_status status = llm__mpi_wait(m, request, 1, err);
+    llm_status status = llm__mpi_wait(m, &m->messages[slot], 1, err);
     if (status) return status;
+    llm__mpi_reclaim(m, to);
+    status = llm__mpi_fit(m, &m->spare, n, err);
+    if (status) return status;
+    uint8_t *copy = m->spare.bytes;
+    m->outgoing[slot] = m->spare;
+    memset(&m->spare, 0, sizeof m->spare);
+    if (n) memcpy(copy, data, n);
     m->n_sent[to]++;
-    return llm__mpi_check(
-        m, MPI_Isend((void *)(uintptr_t)data, (int)n, MPI_BYTE, to, LLM__MPI_MESSAGE, m->ranks, request), err);
+    return llm__mpi_check(m, MPI_Isend(copy, (int)n, MPI_BYTE, to, LLM__MPI_MESSAGE, m->ranks, &m->messages[slot]),
+                          err);
 }
 
 /* Slots are used in turn, so the oldest message that may still be on its way is in the slot of the next send. */
@@ -12577,9 +12619,13 @@ static llm_status llm__mpi_receive(llm_comm *comm, int from, void *data, size_t 
     llm__mpi *m = (llm__mpi *)comm->user;
     MPI_Request request;
     if (m->broken) return llm__mpi_fail(m, err);
-    llm_status status =
-        llm__mpi_check(m, MPI_Irecv(data, (int)n, MPI_BYTE, from, LLM__MPI_MESSAGE, m->ranks, &request), err);
-    return status ? status : llm__mpi_wait(m, &request, 1, err);
+    llm_status status = llm__mpi_fit(m, &m->incoming, n, err);
+    if (status) return status;
+    uint8_t *bytes = m->incoming.bytes;
+    status = llm__mpi_check(m, MPI_Irecv(bytes, (int)n, MPI_BYTE, from, LLM__MPI_MESSAGE, m->ranks, &request), err);
+    if (!status) status = llm__mpi_wait(m, &request, 1, err);
+    if (!status && n) memcpy(data, bytes, n);
+    return status;
 }
 
 static void llm__mpi_close(llm_comm *comm) {
@@ -12604,6 +12650,7 @@ static void llm__mpi_body(llm__env *env, void *arg) {
     llm_comm *comm = *args->out = &m->comm;
     m->requests = (MPI_Request *)llm__alloc(env, 2 * n, sizeof *m->requests);
     m->messages = (MPI_Request *)llm__alloc(env, n * LLM__COMM_SLOTS, sizeof *m->messages);
+    m->outgoing = (llm__mpi_buffer *)llm__alloc_zero(env, n * LLM__COMM_SLOTS, sizeof *m->outgoing);
     m->n_sent = (int *)llm__alloc_zero(env, n, sizeof *m->n_sent);
     for (size_t i = 0; i < n * LLM__COMM_SLOTS; i++) m->messages[i] = MPI_REQUEST_NULL;
     comm->rank = args->rank;
