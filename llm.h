@@ -4325,7 +4325,9 @@ typedef struct llm__jinja_parser {
 } llm__jinja_parser;
 
 enum { LLM__JINJA_DEPTH = 100, LLM__JINJA_STEPS = 4000000, LLM__JINJA_RANGE = 100000 };
-#define LLM__JINJA_MEMORY ((size_t)256 << 20)
+#ifndef LLM__JINJA_MEMORY
+#define LLM__JINJA_MEMORY ((size_t)256 << 20) /* bytes that rendering may allocate, freed or not */
+#endif
 
 LLM__NORETURN LLM__PRINTF(2, 3) static void llm__jinja_fail(llm__jinja_parser *p, const char *format, ...) {
     char text[300];

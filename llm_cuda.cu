@@ -2698,7 +2698,7 @@ static void llm__lay_out(llm__gpu_context *c, const llm_backend_shape *s, int gr
     c->host_picked = (int *)llm__part(c->pinned, &used, LLM_BACKEND_BURST * sizeof *c->host_picked);
     c->meeting = (uint8_t *)llm__part(c->pinned, &used, z->meeting);
     c->meeting_tokens = (int *)llm__part(c->pinned, &used, z->meeting ? n * 4 : 0);
-    c->host_late = (unsigned *)llm__part(c->pinned, &used, z->half ? 2 * sizeof *c->host_late : 0);
+    c->host_late = z->half ? (unsigned *)llm__part(c->pinned, &used, 2 * sizeof *c->host_late) : NULL;
     c->incoming = (uint8_t *)llm__part(c->pinned, &used, z->message);
     for (int i = 0; i < 2; i++) c->outgoing[i] = (uint8_t *)llm__part(c->pinned, &used, z->message);
     c->pinned_bytes = used;

@@ -208,15 +208,14 @@ static void test_any_mix(void **state) {
     }
 }
 
-/* A draft model that several streams share, with the same weights in another type and with others. */
-static void test_shared_draft(void **state) {
-    llm_model *model = load_tiny(&SPEC, LLM_DTYPE_F32), *small = load_tiny(&SPEC, LLM_DTYPE_INT8);
+/* A draft model that several streams share, with the same weights in another type. Returns how many guesses were
+   right. */
+static int share_draft(llm_model *model, llm_model *small) {
     llm_context *ctx =
         create_context(model, &(llm_context_desc){.n_ctx = 200, .n_seq = 4, .n_logits = 20, .n_threads = 2});
     llm_draft draft;
     static job jobs[4], alone[4];
     int n_accepted = 0;
-    (void)state;
     assert_int_equal(llm_draft_model(&draft, ctx, small, NULL), LLM_OK);
     for (int i = 0; i < 4; i++) {
         make_job(&jobs[i], 900 + (uint32_t)i);
@@ -235,10 +234,20 @@ static void test_shared_draft(void **state) {
         assert_same_text(&jobs[i], &alone[i]);
         n_accepted += jobs[i].stats.draft.n_accepted;
     }
-    assert_true(n_accepted > 0);
     llm_draft_free(&draft);
-    close_context(ctx);
+    llm_context_free(ctx);
+    return n_accepted;
+}
+
+/* How many guesses are worth it depends on measured times, so on a busy machine it may be none for a while. */
+static void test_shared_draft(void **state) {
+    llm_model *model = load_tiny(&SPEC, LLM_DTYPE_F32), *small = load_tiny(&SPEC, LLM_DTYPE_INT8);
+    int n_accepted = 0;
+    (void)state;
+    for (int i = 0; i < 20 && !n_accepted; i++) n_accepted = share_draft(model, small);
+    assert_true(n_accepted > 0);
     llm_model_free(small);
+    llm_model_free(model);
 }
 
 /* ---- Nobody waits ---- */
