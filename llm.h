@@ -16497,7 +16497,7 @@ typedef enum llm__gram_part_kind {
 /* The plain tokens of one kind. */
 typedef struct llm__gram_plain {
     int longest;    /* characters */
-    uint64_t *bits; /* [longest + 1][n_words] those of at most so many characters */
+    uint64_t *bits; /* [i][n_words], i up to longest: those of at most i characters */
 } llm__gram_plain;
 
 /* The nodes of a trie stand in the order of a walk that goes deep first. Each kind of tokens has a trie of its own; they

@@ -241,7 +241,7 @@ step_types() {
     has_bench && for type in int8 int4; do bench 45 Llama-2-7B $type graph; done
 }
 
-# The model's weights are shared by 2, 4 and 8 GPUs, as far as there are so many. gpt-fast published figures for A100s.
+# The model's weights are shared by 2, 4 and 8 GPUs, if there are that many. gpt-fast published figures for A100s.
 step_ranks() {
     local gpus n
     say "Tensor parallel"
