@@ -21625,9 +21625,13 @@ static void llm__score_body(llm__env *env, void *arg) {
     else llm__score_rectangles(s, n_texts);
     while (s->n_settled < s->n_begun) llm__score_settle_batch(s);
     llm__score_drain_results(s);
-    /* A callback may have wanted to stop when no batch was left to go along with. */
-    if (s->n_ahead && llm__ranks_any(NULL, s->ctx->backend_desc.pipeline, s->wants_to_stop))
-        llm__fail(env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
+    /* The last callbacks of a rank come after its last pass. If one wants to stop, or leaves, all ranks hear of it. */
+    llm_status status = LLM_OK;
+    if (s->wants_to_stop)
+        status =
+            llm__error(env->err, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
+    llm__env_check(
+        env, llm__ranks_agree(s->ctx->backend_desc.tensor, s->ctx->backend_desc.pipeline, false, status, env->err));
     s->stats->seconds = llm__clock_now() - start;
 }
 
