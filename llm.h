@@ -50,9 +50,9 @@
        characters. It stops at the model's own end, at max_tokens, at a stop string, or when a callback says so;
        llm_stats tells which, and how fast it was.
 
-    5. Ask again. The longest prefix that the new prompt shares with any sequence of the context is not computed again, so
-       each turn of a conversation costs only its new tokens. (An answer may become other tokens when it comes back as a
-       message. Then it is computed again from the first token that differs.)
+    5. Ask again. The longest prefix that the new prompt shares with any sequence of the context is not computed
+       again, so each turn of a conversation costs only its new tokens. (An answer may become other tokens when it comes
+       back as a message. Then it is computed again from the first token that differs.)
 
     6. To do more yourself, use the parts of llm_generate: llm_encode and llm_chat_encode make tokens, llm_forward
        runs any mix of tokens of any sequences in one pass, llm_logits and llm_sample turn the result into the next
@@ -426,9 +426,9 @@ LLM_API const char *llm_status_name(llm_status status);
    Every callback in this file runs on the thread that called the library, and before that call returns. It must not use
    or free the context that called it. It may only call llm_seq_length, llm_seq_tokens, llm_logits, llm_stream_result,
    llm_stream_free and the getters; all other functions fail with LLM_ERROR_ARGUMENT. It should return. If a C++
-   exception or a longjmp leaves it instead, the next call on the context ends the interrupted call and frees its memory,
-   and drops from the sequences all tokens that were not final. A model or context that was being loaded or created is
-   lost, with its memory. */
+   exception or a longjmp leaves it instead, the next call on the context ends the interrupted call and frees its
+   memory, and drops from the sequences all tokens that were not final. A model or context that was being loaded or
+   created is lost, with its memory. */
 typedef struct llm_host {
     void *(*alloc)(void *user, size_t size);   /* returns NULL if there is no memory                            */
     void (*free)(void *user, void *ptr);       /* ptr is never NULL                                             */
@@ -956,9 +956,9 @@ struct llm_sampler {
     int repeat_window;    /* how many recent tokens; 0: 64                                                        */
     const llm_logit_bias *biases; /* the host's; they must stay while the sampler is used                         */
     int n_biases;
-    /* Called before each draw with the sequence's tokens [n] and the logits [n_vocab] of the next token, after biases and
-       penalties. It may change the logits: -INFINITY forbids a token. It must do the same for the same tokens, because
-       a draft may ask about texts that are then dropped. NULL: none */
+    /* Called before each draw with the sequence's tokens [n] and the logits [n_vocab] of the next token, after biases
+       and penalties. It may change the logits: -INFINITY forbids a token. It must do the same for the same tokens,
+       because a draft may ask about texts that are then dropped. NULL: none */
     void (*mask)(void *user, const llm_token *tokens, int n, float *logits, int n_vocab);
     void *mask_user;
     uint64_t seed;
@@ -989,14 +989,15 @@ LLM_API int llm_log_probs(llm_context *ctx, int i, llm_token token, float *chose
 
 /* ---- Grammars ------------------------------------------------------------------------------------------------ */
 
-/* A grammar says which answers are allowed. With one, llm_generate draws only tokens after which the answer can still be
-   completed, and the end of text only once the answer is whole. It stops with LLM_STOP_END once nothing can follow. So
-   an answer that ends with LLM_STOP_END is whole and valid; one that ends for another reason may be incomplete. Control
-   tokens match nothing. If no token of the vocabulary can follow, that is an error.
+/* A grammar says which answers are allowed. With one, llm_generate draws only tokens after which the answer can still
+   be completed, and the end of text only once the answer is whole. It stops with LLM_STOP_END once nothing can follow.
+   So an answer that ends with LLM_STOP_END is whole and valid; one that ends for another reason may be incomplete.
+   Control tokens match nothing. If no token of the vocabulary can follow, that is an error.
 
    A grammar remembers where its text is, so it can serve one text at a time. The tokenizer must outlive it. A NULL host
    means the tokenizer's. Errors: LLM_ERROR_FORMAT if the regular expression or the GBNF has a mistake or uses what is
-   not supported, or if the schema is not valid; LLM_ERROR_UNSUPPORTED if the schema uses what is not supported; LLM_ERROR_ARGUMENT if nothing can match. The message says what and where. */
+   not supported, or if the schema is not valid; LLM_ERROR_UNSUPPORTED if the schema uses what is not supported;
+   LLM_ERROR_ARGUMENT if nothing can match. The message says what and where. */
 
 /* A regular expression that the whole answer must match. The syntax is that of ECMAScript with the flag u, without
    assertions (except ^ and $ at the ends), back references and \p{ }. \d and \w are those of ASCII. */
@@ -1012,9 +1013,9 @@ LLM_API llm_status llm_grammar_from_gbnf(llm_grammar **out, const llm_tokenizer 
    additionalProperties, prefixItems, items, minItems, maxItems, minLength, maxLength, pattern, minimum, maximum,
    exclusiveMinimum, exclusiveMaximum, anyOf, oneOf (if no value can match two), allOf, and $ref within the schema.
    Annotations such as title and format have no effect. A value can be written in one way only: properties in the order
-   of the schema, then those that it does not name (unless additionalProperties is false); numbers with bounds without an
-   exponent, integers without a point; white space is at most one blank, or a line break and up to 40 blanks. A name that
-   the schema does not have may occur twice. */
+   of the schema, then those that it does not name (unless additionalProperties is false); numbers with bounds without
+   an exponent, integers without a point; white space is at most one blank, or a line break and up to 40 blanks. A name
+   that the schema does not have may occur twice. */
 LLM_API llm_status llm_grammar_from_json_schema(llm_grammar **out, const llm_tokenizer *tokenizer, const char *schema,
                                                 const llm_host *host, llm_error *err);
 
@@ -1188,9 +1189,9 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
 
    Up to 8 tensor ranks that are threads of one process exchange their data in their GPUs' memory, if each has a GPU of
    its own and these reach each other's memory. All other ranks exchange it through the host's memory. Then several GPUs
-   hold larger models, and a pipeline scores faster than one GPU, but tensor parallel decodes slower than one GPU that has
-   room for the whole model. With LLM_CUDA_RANKS=host in the environment they always use the host's memory; the results
-   are the same. host.log tells which way is used. */
+   hold larger models, and a pipeline scores faster than one GPU, but tensor parallel decodes slower than one GPU that
+   has room for the whole model. With LLM_CUDA_RANKS=host in the environment they always use the host's memory; the
+   results are the same. host.log tells which way is used. */
 typedef enum llm_cuda_mode {
     LLM_CUDA_GRAPH = 0, /* passes of up to 16 rows run the fused kernels, launched as one recorded graph          */
     LLM_CUDA_FUSED,     /* the same kernels, launched one by one                                                  */
@@ -2579,7 +2580,7 @@ static void llm__decode_q6_k(const uint8_t *src, size_t n, float *dst) {
     }
 }
 
-/* The 16 values of the IQ4 types, which four bits select. They are closer together near zero, where most weights are. */
+/* The 16 values of the IQ4 types; four bits select one. They are denser near zero, where most weights are. */
 static const int8_t llm__iq4_numbers[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 /* 32 weights: f16 scale d, then 16 bytes as in Q4_0 that hold indexes into llm__iq4_numbers: number * d. */
@@ -10494,8 +10495,9 @@ static bool llm__amx_allowed(void) {
 #define LLM__JOIN(a, b) LLM__JOIN2(a, b)
 #define LLM__FN(name) LLM__JOIN(LLM__KERNEL_PASS, name)
 
-/* On x86-64 the kernels in plain C define the results and are a last resort. They are slow whatever the compiler does,
-   because without FMA instructions each fma is a call of the library, so there they are optimised for size. */
+/* On x86-64 the kernels in plain C define the results and are a last resort. Without FMA instructions each fma is a
+   call into the math library, so even -O3 leaves them slow. They are optimised for size, which costs about a third of
+   their speed. */
 #define LLM__TARGET
 #define LLM__KERNEL_PASS llm__scalar_
 #if defined(__x86_64__) && !defined(LLM_NO_SIMD)
@@ -11991,10 +11993,13 @@ static llm_status llm__cpu_upload(void *model, const llm_backend_weight *weight,
    residual stream after each of the two. Every output is computed as on one rank, so the bits are the same for any
    number of ranks.
 
-   The other way is to share the inputs of every second matrix and to add the sums of all ranks. That takes 2 exchanges
-   a layer instead of 4. But floating-point sums depend on how k is cut. For the same bits on up to 64 ranks, k would
-   always be cut into 64 slices, and each exchange would carry the sums of all 64: for 2 ranks 32 times the data of an
-   exchange here. If each rank added the slices of its own outputs, there would be 4 exchanges again. */
+   The other way is to divide the inputs of every second matrix between the ranks and to add the sums of all ranks. That
+   takes 2 exchanges a layer instead of 4. But a floating-point sum depends on how its inputs are cut into slices. For
+   the same bits on up to 64 ranks, there would always be 64 slices, and each exchange would carry the sums of all 64:
+   for 2 ranks, 32 times the data of an exchange here. If each rank added the slices of its own outputs, there would be
+   4 exchanges again.
+
+   In a pipeline each rank is a stage that computes some of the layers and sends the residual stream to the next. */
 
 enum {
     LLM__RANKS_MOST = 1024,
@@ -12035,8 +12040,8 @@ static llm_status llm__comm_broadcast(llm_comm *comm, int from, void *data, size
     return comm->exchange(comm, &x, &flags, err);
 }
 
-/* Every rank passes its status. A rank that failed returns its own. The others return that of the first rank that
-   failed, and *err names this rank and has its message; they return LLM_OK if none failed. */
+/* Every rank passes its status. A rank that failed returns its own status. Every other rank returns LLM_OK if no rank
+   failed. Otherwise it returns the status of the first rank that failed; *err has that rank's number and message. */
 static llm_status llm__comm_agree(llm_comm *comm, llm_status status, llm_error *err) {
     int32_t all[LLM__RANKS_MOST];
     unsigned flags = 0;
@@ -12056,8 +12061,8 @@ static llm_status llm__comm_agree(llm_comm *comm, llm_status status, llm_error *
     return llm__error(err, (llm_status)all[rank], "rank %d: %s", rank, first.message);
 }
 
-/* The same for all ranks of a model. With `patient` they wait 100 times as long: they were loading or allocating, which
-   takes some ranks longer than others. */
+/* The same for all ranks of a model. With `patient` they wait 100 times as long, because loading and allocating take
+   some ranks longer than others. */
 static llm_status llm__ranks_agree(llm_comm *tensor, llm_comm *pipeline, bool patient, llm_status status,
                                    llm_error *err) {
     llm_comm *comms[2] = {tensor, pipeline};
@@ -12094,7 +12099,8 @@ static llm_status llm__comm_duplicate(llm_comm *comm, llm_comm **out, llm_error 
     return comm ? comm->duplicate(comm, out, err) : LLM_OK;
 }
 
-/* Did any rank pass true? An exchange that fails here is not reported: the next pass fails, and says why. */
+/* Returns true on all ranks if any rank passes true. If the exchange fails, that is not reported here: the next pass
+   also fails, and reports why. */
 static bool llm__ranks_any(llm_comm *tensor, llm_comm *pipeline, bool said) {
     llm_comm *comms[2] = {tensor, pipeline};
     unsigned flags = said;
@@ -12118,7 +12124,7 @@ static double llm__ranks_first_seconds(llm_comm *tensor, llm_comm *pipeline, dou
    The ranks share a hub, and each copies directly from the memory of the others. A rank that finds an error breaks the
    hub; from then on all calls on it fail. */
 
-enum { LLM__COMM_SLOTS = 64 }; /* max messages that one rank has sent to another, and that are not received yet */
+enum { LLM__COMM_SLOTS = 64 }; /* max messages from one rank to another that are not received yet */
 
 /* What one rank tells the others. Padded, so that no two seats are in one cache line. */
 typedef struct llm__hub_seat {
@@ -12156,7 +12162,7 @@ static bool llm__comm_pause(unsigned round) {
     return round >= LLM__SPINS && round % LLM__YIELDS == 0;
 }
 
-/* Fails with the reason why the hub is broken, once no other rank reads this rank's memory. */
+/* Waits until no other rank reads this rank's memory, then returns the reason why the hub is broken. */
 static llm_status llm__hub_fail(llm_comm *comm, llm_error *err) {
     llm__hub *hub = (llm__hub *)comm->user;
     for (unsigned i = 0; __atomic_load_n(&hub->broken, __ATOMIC_SEQ_CST) != 2; i++) llm__comm_pause(i);
@@ -12189,7 +12195,8 @@ static llm_status llm__hub_wait(llm_comm *comm, int other, const int64_t *counte
     double start = 0;
     for (unsigned i = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < wanted; i++) {
         bool late = llm__comm_pause(i);
-        /* The other rank may have come, and broken the hub after that, while this one paused: this call is complete. */
+        /* While this rank paused, the other one may have reached the counter and then broken the hub. In that case this
+           call is complete. */
         if (__atomic_load_n(&hub->broken, __ATOMIC_ACQUIRE) && __atomic_load_n(counter, __ATOMIC_ACQUIRE) < wanted)
             return llm__hub_fail(comm, err);
         if (!late) continue;
@@ -12204,8 +12211,8 @@ static llm_status llm__hub_wait(llm_comm *comm, int other, const int64_t *counte
     return LLM_OK;
 }
 
-/* Call this before reading another rank's memory, and do not read if it returns false. The other rank does not return
-   from a broken hub, so its memory stays valid, until all its readers have called llm__hub_read_ends. */
+/* Call this before reading another rank's memory, and do not read if it returns false. If the hub breaks meanwhile, the
+   other rank's call does not return until all readers have called llm__hub_read_ends, so its memory stays valid. */
 static bool llm__hub_read_begins(llm__hub *hub, int other) {
     __atomic_add_fetch(&hub->seats[other].n_readers, 1, __ATOMIC_SEQ_CST);
     return !__atomic_load_n(&hub->broken, __ATOMIC_SEQ_CST);
@@ -12215,7 +12222,7 @@ static void llm__hub_read_ends(llm__hub *hub, int other) {
     __atomic_sub_fetch(&hub->seats[other].n_readers, 1, __ATOMIC_SEQ_CST);
 }
 
-/* Copies the part of a rank that has arrived. */
+/* Copies the part of the rows that rank `other` has. That rank has already begun the exchange. */
 static llm_status llm__hub_copy(llm_comm *comm, int other, const llm_exchange *x, llm_error *err) {
     llm__hub *hub = (llm__hub *)comm->user;
     const llm_exchange *y = &hub->seats[other].exchange;
@@ -12344,7 +12351,7 @@ static llm_status llm__hub_create(llm__hub_args *args, const llm_host *host, llm
     return status;
 }
 
-/* The first rank creates the new hub and sends its address to the others. */
+/* Rank 0 creates the new hub and sends its address to the others. */
 static llm_status llm__hub_duplicate(llm_comm *comm, llm_comm **out, llm_error *err) {
     llm__hub *hub = (llm__hub *)comm->user;
     llm_comm *made[LLM__RANKS_MOST], *first = NULL;
@@ -12374,8 +12381,8 @@ LLM_API llm_status llm_comm_threads(llm_comm **out, int size, const llm_host *ho
 
 /* ---- MPI ----
 
-   Each rank sends its part to every other rank. A head in front of it says which call it belongs to. No MPI call
-   blocks: this code polls its requests, and looks whether another rank has sent an abort message. */
+   Each rank sends its part to every other rank, after a header that identifies the call. No MPI call blocks: this code
+   polls its requests, and checks for abort messages from other ranks. */
 
 #ifdef LLM_MPI
 enum { LLM__MPI_EXCHANGE = 1, LLM__MPI_MESSAGE, LLM__MPI_ABORT };
@@ -12385,8 +12392,8 @@ typedef struct llm__mpi_head {
     uint32_t flags, n; /* n counts exchanges */
 } llm__mpi_head;
 
-/* After a failure MPI may still read or write the memory of a message, when its owner has freed it. So messages are sent
-   from memory of the comm and received into it, and that is not freed after a failure. */
+/* After a failure MPI may still read or write the memory of a message, and the caller may have freed it by then. So all
+   messages go through buffers of the comm, which are not freed after a failure. */
 typedef struct llm__mpi_buffer {
     uint8_t *bytes;
     size_t room;
@@ -12399,19 +12406,19 @@ typedef struct llm__mpi {
     bool broken;
     char why[400];
     uint32_t n_exchanges;
-    uint8_t *sent, *received; /* [room], [size][room]: a head and a part, this rank's and those of all ranks */
+    uint8_t *sent, *received; /* [room], [size][room]: header and part of this rank; header and part of every rank */
     size_t room;
-    MPI_Request *requests;           /* [2 * size] those of an exchange: receives, then sends */
-    MPI_Request *messages;           /* [size][LLM__COMM_SLOTS] sends; LLM__COMM_SLOTS for each rank, used in turn */
-    llm__mpi_buffer *outgoing;       /* [size][LLM__COMM_SLOTS] of the messages that may be on their way */
-    llm__mpi_buffer spare, incoming; /* for the next message to send; of the one that is received */
+    MPI_Request *requests;           /* [2 * size] of an exchange: receives, then sends */
+    MPI_Request *messages;           /* [size][LLM__COMM_SLOTS] sends; the slots of a rank are used in turn */
+    llm__mpi_buffer *outgoing;       /* [size][LLM__COMM_SLOTS] buffers of messages that MPI may still be sending */
+    llm__mpi_buffer spare, incoming; /* for the next message to send; for the message that is being received */
     int *n_sent;                     /* [size] number of messages sent to each rank */
 } llm__mpi;
 
 static llm_status llm__mpi_fail(llm__mpi *m, llm_error *err) { return llm__error(err, LLM_ERROR_DEVICE, "%s", m->why); }
 
-/* Sends an abort message to all ranks. It is short, so MPI copies it at once and does not wait for its receiver, which
-   may be dead. */
+/* Sends an abort message to all ranks. It is short, so MPI copies it at once and does not wait for the receivers, which
+   may have died. */
 static void llm__mpi_abort(llm_comm *comm, const char *why) {
     llm__mpi *m = (llm__mpi *)comm->user;
     if (m->broken) return;
@@ -12448,7 +12455,7 @@ static llm_status llm__mpi_check(llm__mpi *m, int code, llm_error *err) {
     return llm__mpi_fail(m, err);
 }
 
-/* Has another rank sent an abort message? */
+/* Returns true if another rank has sent an abort message. */
 static bool llm__mpi_hears_abort(llm__mpi *m) {
     int there = 0;
     MPI_Status status;
@@ -12486,7 +12493,7 @@ static llm_status llm__mpi_wait(llm__mpi *m, MPI_Request *requests, int n, llm_e
     return failed;
 }
 
-/* Makes room for a head and n more bytes from each rank. No exchange is under way here, so the old memory is unused. */
+/* Makes room for a header and n more bytes from each rank. No exchange is in progress, so the old memory is unused. */
 static bool llm__mpi_reserve(llm__mpi *m, size_t n) {
     if (n + sizeof(llm__mpi_head) <= m->room) return true;
     size_t room = 2 * n + 4096;
@@ -12505,8 +12512,8 @@ static bool llm__mpi_reserve(llm__mpi *m, size_t n) {
     return true;
 }
 
-/* Copies a rank's part of the rows to `bytes`, or back with `unpack`; does neither if `bytes` is NULL. Returns the size
-   of the part in bytes. */
+/* Copies a rank's part of the rows to `bytes`, or with `unpack` from there. If `bytes` is NULL, it copies nothing.
+   Returns the size of the part in bytes. */
 static size_t llm__mpi_pack(const llm_exchange *x, int rank, int size, uint8_t *bytes, bool unpack) {
     size_t n = 0;
     for (size_t row = 0, from; row < x->n_rows; row++) {
@@ -12558,7 +12565,7 @@ static llm_status llm__mpi_exchange(llm_comm *comm, const llm_exchange *x, unsig
     return status;
 }
 
-/* Makes room for a message of n bytes. MPI does not use the buffer here. */
+/* Makes room for a message of n bytes. MPI must not be using the buffer. */
 static llm_status llm__mpi_fit(llm__mpi *m, llm__mpi_buffer *buffer, size_t n, llm_error *err) {
     if (n <= buffer->room) return LLM_OK;
     uint8_t *bytes = n > INT32_MAX ? NULL : (uint8_t *)llm__alloc_try(&m->pool, n, 1);
@@ -12572,7 +12579,7 @@ static llm_status llm__mpi_fit(llm__mpi *m, llm__mpi_buffer *buffer, size_t n, l
     return LLM_OK;
 }
 
-/* Keeps the largest buffer of the messages to a rank that have left, and frees the others. */
+/* Frees the buffers of messages that MPI has sent to a rank, but keeps the largest one as the spare buffer. */
 static void llm__mpi_reclaim(llm__mpi *m, int to) {
     for (int i = to * LLM__COMM_SLOTS; i < (to + 1) * LLM__COMM_SLOTS; i++) {
         llm__mpi_buffer *b = &m->outgoing[i], left;
@@ -12603,7 +12610,7 @@ static llm_status llm__mpi_send(llm_comm *comm, int to, const void *data, size_t
                           err);
 }
 
-/* Slots are used in turn, so the oldest message that may still be on its way is in the slot of the next send. */
+/* Slots are used in turn, so the next send's slot has the oldest message that MPI may still be sending. */
 static llm_status llm__mpi_drain(llm_comm *comm, int to, int most, llm_error *err) {
     llm__mpi *m = (llm__mpi *)comm->user;
     int done;
@@ -12669,8 +12676,8 @@ static void llm__mpi_body(llm__env *env, void *arg) {
     m->pool = *env->pool;
 }
 
-/* Makes a comm for the ranks of an MPI communicator. It works on a copy of that, so its messages do not mix with
-   others. */
+/* Creates a comm for the ranks of an MPI communicator. It duplicates the communicator, so that its messages do not mix
+   with those of the host. */
 static llm_status llm__mpi_create(llm__mpi_args *args, MPI_Comm ranks, double patience, const llm_host *host,
                                   llm_error *err) {
     llm__pool pool;
@@ -13408,7 +13415,7 @@ static int llm__attn_last_key(const llm__cpu_context *c, const llm__attn_work *a
     return c->pass->positions[a->rows[i / a->group]];
 }
 
-/* The queries attend to positions from the first of these results, where a chunk begins, up to before the second. */
+/* The queries attend to keys from this position, where a chunk begins, to llm__attn_end_of_keys() - 1. */
 static int llm__attn_first_chunk(const llm__cpu_context *c, const llm__attn_work *a) {
     return llm__attn_first_key(&c->model->shape, llm__attn_last_key(c, a, 0)) / LLM__CHUNK * LLM__CHUNK;
 }
@@ -13533,8 +13540,8 @@ static void llm__attn_join_chunk(const llm__cpu_context *c, const llm__attn_work
                              part + r * stride, c->head_stride);
 }
 
-/* Sets up a piece of attention in a thread's scratch: q, scores, then two partial results. Returns the first of these
-   two. */
+/* Sets up a piece of attention in a thread's scratch memory, which holds q, the scores and two partial results. Returns
+   the first partial result. */
 static float *llm__attn_start(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
                               llm__fwd_queries queries, llm__attn_work *a) {
     const llm_backend_range shared = llm__attn_head_queries(c->model, head);
@@ -14284,7 +14291,7 @@ struct llm_model {
     llm_model_desc desc;
     llm_backend_shape shape;
     llm_model_info info;
-    uint64_t source; /* fingerprint of the weights, the same for every type they are held in */
+    uint64_t source; /* fingerprint of the file's weights; it does not depend on desc.dtype */
     llm_tokenizer *tokenizer;
     const llm__kernels *kernels; /* for what the host computes with any backend */
     llm__meta_entry *meta;       /* [n_meta] */
@@ -14299,13 +14306,15 @@ typedef struct llm__model_load_args {
     void *device; /* closed if loading fails after it was opened */
 } llm__model_load_args;
 
-/* The pair of dimensions (as a real number) that makes this many turns within the original context length. */
+/* YaRN: the index of the pair of dimensions that makes this many turns within the original context length; in general
+   not an integer. */
 static double llm__rope_yarn_pair(const llm__hparams *h, double turns) {
     return h->rope_dim * llm__math_log2(h->rope.n_original / (turns * 6.2831853071795865)) /
            (2 * llm__math_log2(h->rope.base));
 }
 
-/* Which share of its frequency pair i keeps. 1: all of it; 0: it is divided by the factor. */
+/* How much of its frequency pair i keeps when the context is extended. 1: it does not change; 0: it is divided by the
+   factor. */
 static double llm__rope_kept(const llm__hparams *h, int i, double frequency) {
     const llm__hparams_rope *r = &h->rope;
     double turns = r->n_original * frequency / 6.2831853071795865, kept;
@@ -14399,7 +14408,7 @@ static const char *const llm__model_tensor_names[][2][3] = {
     {{"output.weight", NULL, NULL}, {"lm_head.weight", NULL, NULL}},
 };
 
-/* Number of rows of each tensor that makes up a weight; 0 where there are fewer than three. */
+/* Number of rows of each tensor that makes up a weight; 0 for tensors that do not exist. */
 static void llm__model_part_rows(const llm__hparams *h, llm_backend_weight_kind kind, int rows[3]) {
     int q = h->n_heads * h->head_dim, kv = h->n_kv_heads * h->head_dim;
     rows[0] = 1; /* a norm is one row */
@@ -14430,7 +14439,8 @@ static llm__tensor llm__model_get_column(llm__env *env, const llm__checkpoint *c
     return t;
 }
 
-/* Calls visit for every weight of the model, in order of use. */
+/* A walk over all weights of the model, in order of use. It adds up their sizes and calls `visit`, if it is not NULL,
+   for the weights that this rank has. */
 typedef struct llm__model_walk {
     llm__env *env;
     const llm__checkpoint *ck;
@@ -14440,17 +14450,17 @@ typedef struct llm__model_walk {
     void *device;
     llm_dtype dtype;
     const llm_backend_shape *shape;
-    const llm_comm *tensor, *pipeline; /* the ranks that share each weight, and those that have others, or NULL */
+    const llm_comm *tensor, *pipeline; /* the ranks that share each weight; the ranks that have other layers; or NULL */
     uint64_t n_params, weight_bytes, weight_bytes_per_token;
     uint64_t fingerprint;      /* the same for every dtype */
-    llm__weight_source *stays; /* of a weight that is left in the file */
+    llm__weight_source *stays; /* the weight that is left in the file, or NULL */
     struct {
         const char *name;
         uint64_t n_params;
-    } held[LLM__N_TYPES]; /* matrices' parameters by the name of what holds them, up to the first NULL */
+    } held[LLM__N_TYPES]; /* parameters of matrices in memory by type, up to the first name that is NULL */
 } llm__model_walk;
 
-/* Describes a weight that consists of up to three tensors of the file, of whose rows a rank may have only some. */
+/* Describes a weight. It consists of up to three tensors of the file; a rank may have only some of their rows. */
 static llm_backend_weight llm__model_make_weight(const llm__model_walk *walk, llm__weight_source *source,
                                                  llm_backend_weight_kind kind, int layer, int cols) {
     llm__env *env = walk->env;
@@ -14507,7 +14517,8 @@ static int llm__model_weight_cols(const llm__hparams *h, llm_backend_weight_kind
     return kind == LLM_WEIGHT_DOWN ? h->n_ff : h->n_embd;
 }
 
-/* What holds part i of a matrix: the file's type where it keeps its numbers, else the type it was made. */
+/* The name of the type that part i of a matrix has in memory: the file's type if the numbers are unchanged, otherwise
+   the type that they were converted to. */
 static const char *llm__model_held_name(const llm__model_walk *walk, const llm_backend_weight *weight, int i) {
     static const char *const names[LLM__W_Q4] = {"f32", "bf16", "int8", "f16"};
     if (walk->backend != &llm__cpu_backend) return llm_dtype_name(walk->dtype);
@@ -14530,7 +14541,7 @@ static void llm__model_count_held(llm__model_walk *walk, const llm_backend_weigh
     }
 }
 
-/* "Q4_K 71 %, Q6_K 29 %", the largest share first; the name alone if there is one. */
+/* Writes "Q4_K 71 %, Q6_K 29 %", the largest share first, or only the name if there is one type. */
 static void llm__model_describe_held(const llm__model_walk *walk, char *text, size_t size) {
     uint64_t total = 0, left[LLM__N_TYPES]; /* parameters; 0 once a type is named */
     size_t n_types = 0;
@@ -14568,8 +14579,8 @@ static bool llm__model_has_weight(const llm__model_walk *walk, llm_backend_weigh
     return layers.first <= layer && layer < layers.first + layers.n;
 }
 
-/* The first stage of a pipeline needs single rows of the embedding. The CPU reads them from the mapped file, so that only
-   the last stage, whose head it often is, holds the matrix. */
+/* The first stage of a pipeline needs only single rows of the embedding. The CPU reads them from the mapped file, so
+   the first stage does not hold this matrix in memory. (The last stage does if it is also the head.) */
 static bool llm__model_leaves_in_file(const llm__model_walk *walk, const llm_backend_weight *w) {
     const llm__tensor *t = &((const llm__weight_source *)w->source)->parts[0];
     return w->kind == LLM_WEIGHT_EMBEDDING && walk->backend == &llm__cpu_backend &&
@@ -14665,7 +14676,7 @@ static void llm__model_copy_name(char *to, size_t size, llm__str from) {
     llm__utf8_trim(to);
 }
 
-/* Everything but the fingerprint. */
+/* Fills in everything but the fingerprint. */
 static llm_model_info llm__model_info(const llm__hparams *h, const llm__model_walk *walk,
                                       const llm_backend_shape *shape, const llm_model_desc *desc) {
     llm_model_info made, *info = &made;
@@ -14803,7 +14814,7 @@ typedef struct llm__model_plan {
     const llm__checkpoint *ck;
     llm__hparams h;
     llm_backend_shape shape;
-    llm_dtype dtype;      /* as asked for, but LLM_DTYPE_FILE only if that is not bf16 throughout */
+    llm_dtype dtype;      /* desc.dtype, but bf16 instead of LLM_DTYPE_FILE if that would hold all weights as bf16 */
     llm__model_walk walk; /* totals of the weights */
 } llm__model_plan;
 
@@ -14861,7 +14872,7 @@ static void llm__model_load_body(llm__env *env, void *arg) {
     model->kernels = llm__kernels_choose(desc.isa);
     llm__meta_read(env, model, ck);
     if (walk.stays) walk.stays->parts[0].file = llm__file_take(env, walk.stays->parts[0].file);
-    llm__free(env->pool, plan.pool); /* all else has been converted */
+    llm__free(env->pool, plan.pool); /* everything else has been converted */
     model->device = args->device;
     model->desc = desc;
     model->pool = *env->pool;
@@ -14873,8 +14884,8 @@ static void llm__model_load_body(llm__env *env, void *arg) {
              llm__clock_now() - start);
 }
 
-/* All ranks must have the same weights and hyperparameters, and compute in the same way: what they exchange lies as the
-   instruction set wants it. */
+/* All ranks must have the same weights and hyperparameters. They must also use the same instruction set, because it
+   decides the layout of the data that they exchange. */
 static uint64_t llm__model_hash_rank(const llm_model *model) {
     int n[] = {LLM__RANKS_VERSION, llm_tokenizer_n_vocab(model->tokenizer), llm__ranks_count(model->desc.tensor),
                llm__ranks_count(model->desc.pipeline)};
@@ -15011,7 +15022,7 @@ typedef struct llm__quantize_args {
     const llm__checkpoint *ck;
 } llm__quantize_args;
 
-/* A file that is being written. It is closed, if still open, when its memory is freed. */
+/* A file that is being written. If it is still open when its memory is freed, it is closed. */
 typedef struct llm__out {
     FILE *file;
 } llm__out;
@@ -15102,8 +15113,8 @@ static bool llm__quantize_is_in(const llm__tensor *t, int part) {
     return llm__quantize_chooses(t) == (part != LLM__QUANTIZE_COPIES);
 }
 
-/* Writes a tensor's entry of the header and returns its length. *at is the offset of its bytes; it advances past
-   them. */
+/* Writes a tensor's entry of the header and returns the entry's length. *at is the offset of the tensor's bytes; it is
+   increased by their number. */
 static size_t llm__quantize_describe(char *to, size_t room, const llm__tensor *t, int part, uint64_t *at) {
     uint64_t rows = t->rows, cols = part == LLM__QUANTIZE_SCALES ? 1 : t->cols, bytes = t->rows * t->row_bytes;
     if (part == LLM__QUANTIZE_SCALES) bytes = 4 * rows;
@@ -15210,21 +15221,22 @@ LLM_API llm_status llm_quantize_directory(const char *from, const char *to, cons
 
    A context is a cache, scratch space and the threads that compute, for up to n_seq sequences. */
 
-/* What sampling one row needs. */
+/* Memory for sampling one row of logits. */
 typedef struct llm__sampler_scratch {
     float *probabilities;  /* [n_vocab padded to 16] */
     llm_token *candidates; /* [n_vocab] */
     float *maxima;         /* [n_vocab / LLM__MAX_RUN, rounded up] */
 } llm__sampler_scratch;
 
-/* What a scored batch predicts: after token i, the targets first[i] to first[i + 1] - 1. */
+/* The tokens that a scored batch predicts. Those after token i of the batch are the targets first[i] to
+   first[i + 1] - 1. */
 typedef struct llm__ctx_targets {
     const int *first;      /* [n_tokens + 1]                                                              */
     const llm_token *ids;  /* [first[n_tokens]]                                                           */
     bool count_only;       /* only count, compute nothing */
     int n;                 /* targets of the current pass, in order of its rows: */
     llm_token *pass_ids;   /* [n]                                                                         */
-    int *pass_rows, *from; /* [n] index into the pass's logit_rows; index of the target above */
+    int *pass_rows, *from; /* [n] index into the pass's logit_rows; index into ids */
     float *log_probs;      /* [n] the results                                                             */
     bool stopped;          /* in a pipeline, some stage wants to stop                                     */
 } llm__ctx_targets;
@@ -15239,26 +15251,26 @@ struct llm_context {
     /* The pass that is being built: the batch's tokens, ordered by sequence. */
     llm_token *tokens; /* [n_batch] */
     int *positions, *seqs, *logit_rows;
-    int *batch_index;              /* [n_batch] the batch's token whose logits a row computes, -1: none */
+    int *batch_index;              /* [n_batch] the batch's token whose logits a row computes; -1: none */
     int *n_new;                    /* [n_seq] number of tokens the batch appends */
     int *first_row;                /* [n_seq + 1] first row of each sequence */
     int *old_lengths;              /* [n_seq] to restore if the call fails; see `unsettled` */
     int *logits_of;                /* [n_logits or n_batch] the batch's token that each row of logits belongs to */
     int n_logits;                  /* number of valid rows of logits */
-    llm__ctx_targets *targets;     /* of a scored batch, which is a single pass; NULL: logits are wanted */
-    llm__sampler_scratch *scratch; /* [n_scratch], so that as many rows can be sampled at the same time */
+    llm__ctx_targets *targets;     /* of a scored batch, which is a single pass; NULL: compute logits */
+    llm__sampler_scratch *scratch; /* [n_scratch] one for each row that can be sampled at the same time */
     int n_scratch;
     /* Sequences that the library picks, and streams; see section 25. */
-    uint64_t *picked_at;  /* [n_seq] when it last used a sequence that it had picked; 0: the host names it, or nobody */
-    uint64_t clock;       /* counts these uses */
-    bool *runs;           /* [n_seq] a running stream writes this sequence, and nobody else may */
-    llm_stream *streams;  /* a list, the oldest first */
-    llm_stream **sampled; /* [n_seq] those whose rows are sampled at the same time */
-    llm_stream *turn;     /* the first to be served in the next pass; NULL: the oldest */
+    uint64_t *picked_at;    /* [n_seq] when the library last used it; 0: it is the host's, or unused */
+    uint64_t clock;         /* counts uses of picked sequences, for picked_at */
+    bool *runs;             /* [n_seq] a running stream writes this sequence, so no one else may change it */
+    llm_stream *streams;    /* a list, the oldest first */
+    llm_stream **sampled;   /* [n_seq] the streams whose rows are sampled at the same time */
+    llm_stream *turn;       /* the stream that the next pass serves first; NULL: the oldest */
     llm_token *step_tokens; /* [llm__ctx_step_room] the batch that the streams make */
     int *step_seqs;
     bool *step_logits;
-    llm_stream *own;    /* a stream of a call that has not returned it to the host, such as llm_generate's */
+    llm_stream *own;    /* a stream that the host does not have (yet), such as that of llm_generate */
     llm_stream *acting; /* the stream whose callback may be running */
     /* The call in progress. A callback may leave it by longjmp or a C++ exception. The next call then ends it first. */
     llm__pool work;           /* memory of the call */
@@ -15270,7 +15282,7 @@ struct llm_context {
     void *cancel_user;
 };
 
-/* In section 25. */
+/* These two are in section 25. */
 static void llm__stream_settle(llm_context *ctx);
 static void llm__stream_free_all(llm_context *ctx);
 
@@ -15280,7 +15292,7 @@ static int llm__ctx_count_scratch(const llm_context_desc *d, const llm_backend *
     return d->n_threads < d->n_logits ? d->n_threads : d->n_logits;
 }
 
-/* The most tokens of a pass of streams, or of a whole prompt of llm_generate. */
+/* Max tokens in a batch of streams: those of a pass, or a whole prompt of llm_generate. */
 static size_t llm__ctx_step_room(const llm_context_desc *d) {
     return (size_t)(d->n_batch > d->n_ctx ? d->n_batch : d->n_ctx);
 }
@@ -15403,7 +15415,7 @@ static void llm__ctx_body(llm__env *env, void *arg) {
     *args->out = ctx;
 }
 
-/* What ranks must agree on. */
+/* A hash of the settings that all ranks must agree on. */
 static uint64_t llm__ctx_hash(const llm_context_desc *d) {
     int n[] = {d->n_ctx, d->n_seq, d->n_cache, d->n_batch, d->n_logits, (int)d->cache_dtype};
     return llm__hash_fnv(0, n, sizeof n);
@@ -15454,7 +15466,8 @@ LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model,
     return llm__error_done(err, status);
 }
 
-/* Has a callback never returned to the call that made it? Then the ranks that work on that call must not wait. */
+/* Returns true if a callback left its call without returning, by longjmp or an exception. The other ranks must not wait
+   for that call, so it is aborted. */
 static bool llm__ctx_was_left(const llm_context *ctx) {
     const char *why = "a callback on one of the ranks did not return to its call";
     if (!ctx->callback && !ctx->unsettled && !ctx->targets && !ctx->work.blocks && !ctx->own && !ctx->acting)
@@ -15466,7 +15479,7 @@ static bool llm__ctx_was_left(const llm_context *ctx) {
 
 LLM_API void llm_context_free(llm_context *ctx) {
     if (!ctx) return;
-    llm__ctx_was_left(ctx); /* what it had begun to send goes with its memory */
+    llm__ctx_was_left(ctx); /* other ranks must not read messages from memory that is freed below */
     llm__pool pool = ctx->pool;
     llm_comm *tensor = ctx->backend_desc.tensor, *pipeline = ctx->backend_desc.pipeline;
     llm__stream_free_all(ctx);
@@ -15506,7 +15519,7 @@ static bool llm__ctx_poll_host(void *user) {
     return stop;
 }
 
-/* Restores the sequences to their last final state. */
+/* Removes the tokens that are not final from the sequences. */
 static void llm__ctx_roll_back(llm_context *ctx) {
     if (!ctx->unsettled) return;
     for (int seq = 0; seq < ctx->desc.n_seq; seq++) llm__cache_truncate(&ctx->cache, seq, ctx->old_lengths[seq]);
@@ -15514,14 +15527,14 @@ static void llm__ctx_roll_back(llm_context *ctx) {
     ctx->n_logits = 0;
 }
 
-/* Releases the reserved places of a burst that hold no known token. */
+/* Releases the positions that a burst has reserved but that hold no known token. */
 static void llm__ctx_end_burst(llm_context *ctx) {
     if (!ctx->burst_end) return;
     int known = ctx->cache.lengths[ctx->burst_seq];
     ctx->cache.lengths[ctx->burst_seq] = ctx->burst_end;
     llm__cache_truncate(&ctx->cache, ctx->burst_seq, known);
     ctx->burst_end = 0;
-    ctx->n_logits = 0; /* they belong to a later token */
+    ctx->n_logits = 0; /* the logits belong to a token after these */
 }
 
 /* Ends a call that a callback or an allocator never returned to. */
@@ -15541,9 +15554,10 @@ static void llm__ctx_settle(llm_context *ctx) {
     llm__pool_free(&ctx->work);
 }
 
-/* Every public function that works with a context begins here; `frame` is its own stack frame. A function that a
-   callback calls has a frame below the callback's. A frame above it shows that the callback never returned. In the
-   normal case nothing is written, because several threads may save sequences of one context. */
+/* Every public function that works with a context calls this first; `frame` is its own stack frame. The stack grows
+   downwards, so a function that a callback calls has a frame below the callback's. A frame above it shows that the
+   callback never returned. In the normal case this writes nothing, because several threads may save sequences of one
+   context at the same time. */
 static llm_status llm__ctx_enter(llm_context *ctx, const void *frame, llm_error *err) {
     if (ctx->callback && (uintptr_t)frame <= ctx->callback)
         return llm__error(err, LLM_ERROR_ARGUMENT,
@@ -15615,7 +15629,7 @@ LLM_API llm_status llm_memory_estimate(const llm_model_info *info, const llm_con
     return llm__error_done(err, LLM_OK);
 }
 
-/* A call that fails on one rank alone, as memory does, must end it on all. */
+/* An allocation may fail on one rank alone. The other ranks must then not wait for it, so the call is aborted. */
 static llm_status llm__ctx_tell_ranks(const llm_context *ctx, llm_status status) {
     if (status != LLM_ERROR_MEMORY) return status;
     llm_comm_abort(ctx->backend_desc.tensor, "another rank is out of memory");
@@ -15630,7 +15644,7 @@ static llm_status llm__ctx_check_seq(const llm_context *ctx, int seq, llm_error 
     return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d was named, but the context has %d", seq, ctx->desc.n_seq);
 }
 
-/* The host names a sequence to change it: from now on it is the host's. */
+/* The host names a sequence in order to change it. From now on the sequence belongs to the host. */
 static llm_status llm__ctx_claim_seq(llm_context *ctx, int seq, llm_error *err) {
     llm_status status = llm__ctx_check_seq(ctx, seq, err);
     if (status) return status;
@@ -15641,7 +15655,7 @@ static llm_status llm__ctx_claim_seq(llm_context *ctx, int seq, llm_error *err) 
     return LLM_OK;
 }
 
-/* How many of n tokens, from the first on, a sequence begins with. */
+/* The length of the longest common prefix of a sequence and n tokens. */
 static int llm__seq_common(const llm_context *ctx, int seq, const llm_token *ids, int n) {
     const llm_token *own = llm__cache_tokens(&ctx->cache, seq);
     int same = 0;
@@ -15650,11 +15664,12 @@ static int llm__seq_common(const llm_context *ctx, int seq, const llm_token *ids
     return same;
 }
 
-/* Another sequence's prefix is taken if it is so many tokens longer. A fork in the middle of a block copies that block,
-   which takes about as long as computing a few tokens. */
+/* A prefix is forked from another sequence only if that gains at least this many tokens. A fork in the middle of a
+   block copies that block, which takes about as long as computing a few tokens. */
 enum { LLM__SEQ_WORTH_SHARING = LLM_CACHE_BLOCK / 2 };
 
-/* Makes a sequence the longest prefix of n tokens that any sequence holds, at least *own of which it held itself. */
+/* Makes a sequence hold the longest prefix of n tokens that is in any sequence, by truncating or forking. Returns the
+   length. *own: the length that this sequence itself had. */
 static int llm__seq_start(llm_context *ctx, int seq, const llm_token *ids, int n, int *own) {
     int parent = seq, best = *own = llm__seq_common(ctx, seq, ids, n), least = best + LLM__SEQ_WORTH_SHARING;
     for (int other = 0; other < ctx->desc.n_seq; other++) {
@@ -15668,13 +15683,13 @@ static int llm__seq_start(llm_context *ctx, int seq, const llm_token *ids, int n
     return best;
 }
 
-/* The sequences that the library picked and that no stream writes are kept only as long as there is room. */
+/* A sequence may be dropped to make room if the library picked it and no stream writes it. */
 static bool llm__seq_may_drop(const llm_context *ctx, int seq) {
     return ctx->picked_at[seq] && !ctx->runs[seq] && ctx->cache.lengths[seq];
 }
 
-/* How many blocks would be free without these sequences. A block may have several users, so we count them down, and
-   then up again. */
+/* How many blocks would be free if all such sequences were dropped. A block may have several users, so we count n_users
+   down, and then up again. */
 static int llm__seq_blocks_to_have(const llm_context *ctx) {
     const llm__cache *cache = &ctx->cache;
     int n = cache->n_free;
@@ -15688,7 +15703,7 @@ static int llm__seq_blocks_to_have(const llm_context *ctx) {
     return n;
 }
 
-/* Cuts the last block off the sequence that was used the longest time ago. */
+/* Cuts the last block off the least recently used sequence. */
 static void llm__seq_drop_oldest(llm_context *ctx) {
     int oldest = -1;
     for (int seq = 0; seq < ctx->desc.n_seq; seq++)
@@ -15697,7 +15712,7 @@ static void llm__seq_drop_oldest(llm_context *ctx) {
     llm__cache_truncate(&ctx->cache, oldest, (ctx->cache.lengths[oldest] - 1) / LLM_CACHE_BLOCK * LLM_CACHE_BLOCK);
 }
 
-/* Sees to it that n blocks are free. Returns false, and drops nothing, if there cannot be so many. */
+/* Drops sequences until n blocks are free. If that many cannot become free, it drops nothing and returns false. */
 static bool llm__seq_make_room(llm_context *ctx, int64_t n) {
     if (n <= ctx->cache.n_free) return true;
     if (n > llm__seq_blocks_to_have(ctx)) return false;
@@ -15705,8 +15720,8 @@ static bool llm__seq_make_room(llm_context *ctx, int64_t n) {
     return true;
 }
 
-/* The sequence for a prompt of n tokens: the longest that the prompt goes on from, else an empty one, else the one that
-   was used the longest time ago. -1: the host or streams have all of them. */
+/* Picks a sequence for a prompt of n tokens: the longest one that is a prefix of the prompt; if there is none, an empty
+   one; if there is none, the least recently used one. Returns -1 if all belong to the host or to running streams. */
 static int llm__seq_pick(const llm_context *ctx, const llm_token *ids, int n) {
     int whole = -1, oldest = -1;
     const int *lengths = ctx->cache.lengths;
@@ -15817,7 +15832,7 @@ static llm_status llm__seq_check_saved(llm_context *ctx, int seq, const void *bu
     if (head->size != llm__seq_saved_size(ctx, (size_t)head->length) || size < head->size ||
         head->hash != llm__hash_fnv(0, (const uint8_t *)buffer + sizeof *head, (size_t)head->size - sizeof *head))
         return llm__error(err, LLM_ERROR_FORMAT, "the saved sequence is damaged");
-    int own = 0; /* blocks that dropping the sequence would free */
+    int own = 0; /* blocks that overwriting the sequence frees */
     for (int i = 0; i < llm__cache_blocks_for(ctx->cache.lengths[seq]); i++)
         own += ctx->cache.n_users[llm__cache_table(&ctx->cache, seq)[i]] == 1;
     if (!llm__seq_make_room(ctx, llm__cache_blocks_for((int)head->length) - own))
@@ -15854,9 +15869,9 @@ LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer
 
 static int llm__ctx_batch_seq(const llm_batch *batch, int i) { return batch->seqs ? batch->seqs[i] : 0; }
 
-/* Number of blocks that appending n_new tokens to each sequence takes. If several sequences that share their last
-   block are appended to, all but one must copy it. So we simulate the copies by decrementing n_users, then restore
-   it. */
+/* Number of blocks that it takes to append n_new tokens to each sequence. If the batch appends to several sequences
+   that share their last block, all but one must copy it. So we simulate the copies by decrementing n_users, then
+   restore it. */
 static int64_t llm__ctx_blocks_needed(llm_context *ctx) {
     llm__cache *cache = &ctx->cache;
     int64_t blocks = 0;
@@ -15905,8 +15920,8 @@ static llm_status llm__ctx_check_batch(llm_context *ctx, const llm_batch *batch,
     return LLM_OK;
 }
 
-/* Appends tokens [first, first + n) of the batch to their sequences and orders them by sequence. n_new counts down, so
-   that the last token of each sequence is known. */
+/* Builds a pass of tokens [first, first + n) of the batch: orders them by sequence and appends them to their sequences.
+   n_new counts down to find the last token of each sequence. */
 static void llm__ctx_build_pass(llm_context *ctx, const llm_batch *batch, int first, int n, llm_backend_pass *pass) {
     int n_seq = ctx->desc.n_seq;
     memset(ctx->first_row, 0, (size_t)(n_seq + 1) * sizeof(int));
@@ -15937,7 +15952,7 @@ static void llm__ctx_build_pass(llm_context *ctx, const llm_batch *batch, int fi
     }
 }
 
-/* Orders the targets as llm__ctx_build_pass has ordered the rows. */
+/* Puts the targets into the order of the pass's rows. */
 static void llm__ctx_place_targets(llm_context *ctx, llm_backend_pass *pass) {
     llm__ctx_targets *t = ctx->targets;
     t->n = 0;
@@ -15974,14 +15989,14 @@ static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *bat
         if (ctx->targets && ctx->targets->count_only) continue;
         llm_status status = backend->forward(ctx->device, &pass, err);
         if (status) return status;
-        /* A pipeline's passes of a call that was cancelled go on to its end, with nothing in them. */
+        /* Not in a pipeline: after a call is cancelled, the stages still run its other passes, but those are empty. */
         if (keep && !ctx->backend_desc.pipeline)
             memcpy(ctx->old_lengths, ctx->cache.lengths, (size_t)ctx->desc.n_seq * sizeof(int));
     }
     return LLM_OK;
 }
 
-/* `keep`: if it fails, the tokens of the finished passes stay in the sequences. */
+/* `keep`: if a later pass fails, the tokens of the finished passes stay in the sequences. */
 static llm_status llm__ctx_forward(llm_context *ctx, const llm_batch *batch, bool keep, bool (*cancel)(void *user),
                                    void *user, llm_error *err) {
     llm_status status = llm__ctx_check_batch(ctx, batch, err);
@@ -19384,8 +19399,8 @@ LLM_API int llm_log_probs(llm_context *ctx, int i, llm_token token, float *chose
 /* ---- How many guesses are worth it ---- */
 
 enum {
-    LLM__DRAFT_PLAIN = 64,  /* every so many passes one is plain, to measure its time again */
-    LLM__DRAFT_FORGET = 512 /* after so many passes the time of a size is forgotten */
+    LLM__DRAFT_PLAIN = 64,  /* one pass in this many has no guesses, to measure the time of a plain pass again */
+    LLM__DRAFT_FORGET = 512 /* the times of a size are forgotten if no pass of that size ran in this many passes */
 };
 
 static const int llm__spec_rows[LLM_DRAFT_LEARNT_SIZES] = {1, 2, 4, 8, 16};
@@ -19396,8 +19411,8 @@ static void llm__spec_add_time(llm_draft_learnt_times *t, double seconds) {
     t->age = 0;
 }
 
-/* The median of the recent times. With fewer than three it is the smallest, so that one interruption does not count as
-   the usual time. */
+/* The median of the recent times, in seconds. With fewer than three times it is the smallest, because one of them may
+   have been interrupted. */
 static double llm__spec_usual_time(const llm_draft_learnt_times *t) {
     float sorted[LLM_DRAFT_LEARNT_TIMES];
     int n = t->n < LLM_DRAFT_LEARNT_TIMES ? t->n : (int)LLM_DRAFT_LEARNT_TIMES;
@@ -19409,16 +19424,17 @@ static double llm__spec_usual_time(const llm_draft_learnt_times *t) {
     return n ? (double)sorted[n < 3 ? 0 : n / 2] : 0;
 }
 
-/* Seconds of a pass of each size. A size that was not measured lately gets an estimate. */
+/* Seconds of a pass of each size in llm__spec_rows. A size without recent times gets an estimate. */
 static void llm__spec_pass_times(const llm_draft_learnt *s, double seconds[LLM_DRAFT_LEARNT_SIZES]) {
     static const double usual[LLM_DRAFT_LEARNT_SIZES] = {1, 1.1, 1.2, 1.5, 2.5};
     for (int i = 0; i < LLM_DRAFT_LEARNT_SIZES; i++)
         seconds[i] = s->passes[i].n ? llm__spec_usual_time(&s->passes[i]) : usual[i] * seconds[0];
 }
 
-/* The number of guesses of a kind, up to `most`, that gives the most tokens per second. The chance that a guess is
-   right, if all before it are, is estimated from earlier guesses at the same place. With little data it is like that
-   of the guess before it, and for the first guess like that of the kind below. */
+/* The number of guesses of a kind, up to `most`, that gives the most tokens per second. For each guess we need the
+   chance that it is right if all guesses before it are. It is estimated from earlier guesses of this kind at the same
+   place. The prior, which counts as two observations, is the chance of the guess before it; for the first guess it is
+   the chance of the first guess of the kind below. */
 static int llm__spec_best_guesses(const llm_draft_learnt *s, const double *pass_seconds, int kind, int most,
                                   double guess_seconds) {
     double chance = 0.1, all_right = 1, tokens = 1, best_rate = 1 / pass_seconds[0];
@@ -19447,18 +19463,18 @@ typedef struct llm__spec {
     int seq, most;
     llm_sampler *sampler;
     llm_grammar *grammar; /* NULL if there is none */
-    int answer_begin;     /* tokens of the sequence before the answer */
+    int answer_begin;     /* position of the answer's first token */
     bool (*cancel)(void *user);
     void *cancel_user;
     llm_draft_guesses guesses;
-    float *q[LLM_DRAFT_MAX]; /* room for guesses.q, or NULL */
-    int n_checked;           /* number of guesses in the pass that the logits belong to */
+    float *q[LLM_DRAFT_MAX]; /* memory for guesses.q, or NULL */
+    int n_checked;           /* number of guesses that the current pass checks */
     llm_draft_stats *stats;
 } llm__spec;
 
-/* Decides how many guesses of each kind to request. Returns false if guessing has not paid off so far. It is then
-   tried again in two consecutive rounds (the time of the second one counts) whenever all trials took less than 1 % of
-   the time. */
+/* Decides how many guesses of each kind to request. Returns false if guessing has not paid off so far. Then it is still
+   tried in two consecutive rounds from time to time (*trial), as long as all trials together take less than 1 % of the
+   total time. Of the two, only the second one's time is recorded. */
 static bool llm__spec_plan_round(llm_draft_learnt *s, const double *pass_seconds, int most, int wanted[LLM_DRAFT_KINDS],
                                  bool *trial) {
     bool known = s->guess.n > 0;
@@ -19466,18 +19482,19 @@ static bool llm__spec_plan_round(llm_draft_learnt *s, const double *pass_seconds
     bool cheap = known && guess_seconds < 0.01 * pass_seconds[0], pays = false;
     for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++) {
         wanted[kind] = llm__spec_best_guesses(s, pass_seconds, kind, most, guess_seconds);
-        pays = pays || (wanted[kind] && s->n_known[kind][0] > 0); /* a kind that never occurred tells nothing */
+        pays = pays || (wanted[kind] && s->n_known[kind][0] > 0); /* nothing is known of a kind that never occurred */
     }
     *trial = !pays && !cheap;
     if (*trial && s->n_in_step != 1 && s->trial_seconds > 0.01 * s->seconds) return false;
-    /* One more than will be checked: the text shows later whether it was right. */
+    /* Request one more guess than will be checked: the text shows later whether it was right. */
     for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++)
         if ((cheap || *trial) && wanted[kind] < most) wanted[kind]++;
     return true;
 }
 
-/* Cuts the draft's guesses to the number requested. `with_q`: room for probabilities was offered. The kind may depend
-   on the draw, so it must not decide how many guesses drawn from q are checked. */
+/* Cuts the draft's guesses to the number requested, and before an invalid token. `with_q`: the draft got memory for
+   probabilities. If guesses were drawn from probabilities, their kind is set to 0: it may depend on the draw, so it
+   must not decide how many of them are checked. */
 static void llm__spec_trim_guesses(llm_draft_guesses *g, const int *wanted, int n_vocab, bool with_q) {
     g->has_q = g->has_q && with_q;
     if (g->kind < 0 || g->kind >= LLM_DRAFT_KINDS || g->has_q) g->kind = 0;
@@ -19493,7 +19510,7 @@ static llm_status llm__spec_call_draft(llm__spec *sp, llm_token last, const int 
     llm_error why;
     int length = ctx->cache.lengths[sp->seq];
     llm_token *text = llm__cache_tokens(&ctx->cache, sp->seq);
-    text[length] = last; /* there is room, and the pass will put it there anyway */
+    text[length] = last; /* there is room; the pass will store it there anyway */
     llm_draft_request request = {ctx,         sp->seq,     text,       length + 1,      wanted,
                                  sp->sampler, sp->grammar, sp->cancel, sp->cancel_user, sp->answer_begin};
     memcpy(sp->guesses.q, sp->q, sizeof sp->q);
@@ -19529,7 +19546,7 @@ static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_e
         if (s->passes[i].age < LLM__DRAFT_FORGET) s->passes[i].age++;
         else if (i) s->passes[i].n = 0; /* times change, so measure again */
     if (most > sp->most) most = sp->most;
-    /* Now and then a plain pass, to measure its time. */
+    /* Run a plain pass from time to time, to measure its time. */
     if (most < 1 || !s->passes[0].n || s->passes[0].age > LLM__DRAFT_PLAIN) return LLM_OK;
     llm__spec_pass_times(s, pass_seconds);
     if (!llm__spec_plan_round(s, pass_seconds, most, wanted, &trial)) {
@@ -19546,7 +19563,7 @@ static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_e
     s->seconds += took;
     if (trial) s->trial_seconds += took;
     if (status) return status;
-    /* After a pause the draft first had to catch up with the text, so that time is not counted. */
+    /* In the first round after a pause the draft also had to read the text since then, so its time is not recorded. */
     if (s->n_in_step && sp->guesses.n) llm__spec_add_time(&s->guess, took / sp->guesses.n);
     s->n_in_step = s->n_in_step < 2 ? s->n_in_step + 1 : 2;
     if (sp->guesses.n < most) most = sp->guesses.n;
@@ -19555,7 +19572,7 @@ static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_e
     return LLM_OK;
 }
 
-/* Records the time of a pass. `usual`: it had no part of a prompt, so the next pass will take about as long. */
+/* Records the time of a pass. `usual`: the pass had no prompt tokens, so its time predicts that of later passes. */
 static void llm__spec_time_pass(llm__spec *sp, double seconds, bool usual) {
     int size = 0;
     sp->stats->pass_seconds += seconds;
@@ -19566,14 +19583,14 @@ static void llm__spec_time_pass(llm__spec *sp, double seconds, bool usual) {
     sp->draft->learnt.seconds += seconds;
 }
 
-/* The probability of a token. */
+/* The probability of a token, by the sampler's rules. */
 static double llm__spec_choice_p(const llm__sampler_choice *c, llm_token token) {
     for (int i = 0; i < c->n; i++)
         if (llm__sampler_choice_id(c, i) == token) return c->p[token] / c->total;
     return 0;
 }
 
-/* Draws a token with probability proportional to max(0, p - q). */
+/* Draws the token that replaces a rejected guess, with probability proportional to max(0, p - q). */
 static llm_token llm__spec_draw_rest(const llm__sampler_choice *c, const float *q, llm_sampler *sampler) {
     double sum = 0;
     for (int i = 0; i < c->n; i++) {
@@ -19588,11 +19605,11 @@ static llm_token llm__spec_draw_rest(const llm__sampler_choice *c, const float *
         if (rest > 0) at -= rest;
         if (rest > 0 && at < 0) return id;
     }
-    return c->best; /* nothing is left, or rounding left a little over */
+    return c->best; /* p - q is nowhere positive, or rounding errors in the sum */
 }
 
-/* Draws the token that follows position length - 1 of the sequence from the logits at `row`, counted from `first`, the
-   first row of this sequence in the pass. *right: it equals the guess, so the next row's logits are valid, too. */
+/* Draws the token that follows position length - 1 of the sequence. Its logits are in row first + row of the pass;
+   `first` is this sequence's first row. *right: the token equals the guess, so the next row's logits are valid, too. */
 static llm_status llm__spec_draw_checked(llm__spec *sp, const llm__sampler_scratch *scratch, int first, int row,
                                          int length, llm_token *token, bool *right, llm_error *err) {
     const llm_draft_guesses *g = &sp->guesses;
@@ -19628,7 +19645,7 @@ static void llm__spec_count_pass(llm__spec *sp, int n_right) {
     stats->tokens_per_pass = 1 + (double)stats->n_accepted / stats->n_passes;
 }
 
-/* Plain decoding would have needed a plain pass per token; all other costs would have been the same. */
+/* Plain decoding would have needed one plain pass per token. All other costs would have been the same. */
 static void llm__spec_find_speedup(const llm__spec *sp, int n_tokens, double seconds) {
     llm_draft_stats *stats = sp->stats;
     if (!sp->draft || !sp->draft->learnt.passes[0].n || n_tokens < 1) return;
@@ -19655,8 +19672,8 @@ static int llm__lookup_find_match(const llm_token *text, int n, int *length) {
     return best;
 }
 
-/* Longer matches are more reliable, so they are kinds of their own. If a match reaches the end of the text, the
-   guesses continue with themselves. */
+/* Longer matches are more reliable, so the kind of a guess depends on the match's length. The guesses are the tokens
+   after the earlier occurrence. Where these reach the end of the text, they go on with the first guesses. */
 static llm_status llm__lookup_propose(void *user, const llm_draft_request *r, llm_draft_guesses *g, llm_error *err) {
     static const int kinds[LLM__LOOKUP_MOST + 1] = {0, 0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 6, 6, 7};
     int length, from = llm__lookup_find_match(r->tokens, r->n_tokens, &length);
@@ -19685,12 +19702,13 @@ typedef struct llm__draft_model {
     llm__pool pool;
     llm_context *target, *ctx; /* the context it guesses for, and its own */
     bool shares_cache;         /* it uses the target's cache, which is lent to it for each proposal */
-    int *starts; /* [n_seq] where its sequence begins in the text, since it may be too short for the whole text */
-    int *seqs;   /* [n_ctx] for the tokens of a batch */
+    int *starts; /* [n_seq] position in the text of its sequence's first token; above 0 if its n_ctx is too short */
+    int *seqs;   /* [n_ctx] the sequences of a batch's tokens */
 } llm__draft_model;
 
-/* Cuts the draft's sequence to the part it has in common with the text. Moves its start forward if that leaves no room
-   for `n_more` tokens. Returns how many tokens of the text it has not read yet. */
+/* Cuts the draft's sequence to the prefix that it shares with the text. If the text and `n_more` tokens do not fit into
+   its n_ctx, the sequence first gets a later start in the text. Returns how many tokens of the text the draft has not
+   read yet. */
 static int llm__draft_model_align(llm__draft_model *d, const llm_draft_request *r, int n_more) {
     int n_ctx = d->ctx->desc.n_ctx, *start = &d->starts[r->seq], same = 0;
     if (d->shares_cache) return 1;
@@ -19702,7 +19720,8 @@ static int llm__draft_model_align(llm__draft_model *d, const llm_draft_request *
     return r->n_tokens - *start - same;
 }
 
-/* Removes tokens that the target does not have. If the best one is among them, the next best becomes the last. */
+/* Removes tokens that are not in the target's vocabulary from the choice. The best one that is left moves to the
+   end. */
 static void llm__draft_model_drop_unknown(llm__sampler_choice *c, int n_known) {
     int n = c->n == c->n_vocab ? llm__sampler_gather_likely(c, c->n_vocab, INFINITY, 0) : c->n, kept = 0;
     c->total = 0;
@@ -19715,7 +19734,8 @@ static void llm__draft_model_drop_unknown(llm__sampler_choice *c, int n_known) {
     c->best = c->ids[c->n_vocab - 1];
 }
 
-/* Guesses the token after the draft's sequence from the last pass's logits. False if the target does not have it. */
+/* Guesses the token after the draft's sequence from the last pass's logits. Returns false if the target's vocabulary
+   has none of the likely tokens. */
 static bool llm__draft_model_draw(llm__draft_model *d, int seq, const float *logits, llm_sampler *sampler,
                                   llm_grammar *grammar, llm_draft_guesses *g) {
     int n_known = d->target->model->shape.n_vocab;
@@ -19735,18 +19755,18 @@ static bool llm__draft_model_draw(llm__draft_model *d, int seq, const float *log
     return true;
 }
 
-/* Reads the last n_new tokens of the text, then guesses tokens and reads each of them but the last. */
+/* Reads the last n_new tokens of the text, then guesses tokens, and reads each guess before it makes the next one. */
 static llm_status llm__draft_model_run(llm__draft_model *d, const llm_draft_request *r, int n_new, llm_draft_guesses *g,
                                        llm_error *err) {
     llm_sampler sampler = *r->sampler;
-    bool whole = d->shares_cache || !d->starts[r->seq]; /* the masks must see the whole text */
+    bool whole = d->shares_cache || !d->starts[r->seq]; /* masks and grammars must see the whole text */
     const llm_token *tokens = r->tokens + r->n_tokens - n_new;
     if (!whole) sampler.mask = NULL;
     sampler.answer_begin = d->shares_cache ? r->answer_begin : r->answer_begin - d->starts[r->seq];
     g->has_q = g->q[0] != NULL;
     if (g->has_q) sampler.seed = ~sampler.seed; /* random numbers that the target does not use */
     for (int i = 0; i < n_new; i++) {
-        if (tokens[i] >= d->ctx->model->shape.n_vocab) return LLM_OK; /* it cannot read this token */
+        if (tokens[i] >= d->ctx->model->shape.n_vocab) return LLM_OK; /* not in the draft's vocabulary */
         d->seqs[i] = r->seq;
     }
     while (g->n < r->n_wanted[0]) {
@@ -19788,7 +19808,7 @@ static void llm__draft_model_close(void *user) {
     llm__pool_free(&pool);
 }
 
-/* Checks that two vocabularies agree as far as both go. The longer one may be padded. */
+/* Checks that two vocabularies have the same tokens. One may have additional tokens at its end. */
 static llm_status llm__draft_check_vocabularies(const llm_tokenizer *a, const llm_tokenizer *b, llm_error *err) {
     int n_a = llm_tokenizer_n_vocab(a), n_b = llm_tokenizer_n_vocab(b);
     for (int i = 0; i < n_a && i < n_b; i++) {
@@ -19811,7 +19831,8 @@ typedef struct llm__draft_model_args {
     llm_context *ctx; /* freed if something fails after it was created */
 } llm__draft_model_args;
 
-/* Creates the draft's context. It uses the target's cache if the two differ in nothing but the type of the weights. */
+/* Creates the draft's context. If the two models differ only in the type of their weights, it uses the target's
+   cache. */
 static llm_status llm__draft_model_context(llm__draft_model_args *a, bool *shares_cache, llm_error *err) {
     const llm_model *model = a->model;
     llm_context_desc desc = a->target->desc;
@@ -20895,20 +20916,19 @@ LLM_API void llm_stream_free(llm_stream *stream) {
 
 /* ==== 26 Scoring ================================================================================================
 
-   llm_score computes how likely endings are after their contexts. The text of a question with one ending is its
+   llm_score computes how likely endings are after their contexts. For each ending of a question there is a text: the
    context followed by that ending. All texts of a question share a prefix: the context and the first tokens that all
-   endings have in common. A token is computed if another one is predicted from it, which is true for all but the last
-   of each text. Only rows that predict a token of an ending go through the last layer and the head.
+   endings have in common. A token is computed only if another one is predicted from it, so all but the last token of
+   each text. Only rows that predict a token of an ending go through the last layer and the head.
 
-   The packed schedule makes the prefix one sequence and the endings forks of it. It fills every pass to the last
-   token: first with endings of questions whose prefix an earlier pass has computed, then with prefixes of further
-   questions. A question whose context begins like that of another one, such as with the same instruction, starts from
-   that one's sequence. While the other is still being computed it waits for it. The prefixes of questions that are
-   answered stay for this until their room is needed.
+   The packed schedule stores the prefix in one sequence and makes the endings forks of it. It fills every pass
+   completely: first with endings of questions whose prefix an earlier pass has computed, then with prefixes of further
+   questions. If a question's context begins like another one's, for example with the same instruction, it is forked
+   from that one's sequence. If that sequence is still being computed, the question waits for it. After a question is
+   answered, its prefix stays in the cache for this purpose until the room is needed.
 
-   The other schedules make rectangular batches, as libraries without ragged batches must, and really do compute the
-   padding. They are those of H. Kim and J. Ryu, "Samsung Computer Engineering Challenge 2023, Round 1 Report" (Team
-   H). */
+   The other schedules make rectangular batches, as libraries without ragged batches must, and they do compute the
+   padding. They are from H. Kim and J. Ryu, "Samsung Computer Engineering Challenge 2023, Round 1 Report" (Team H). */
 
 /* ---- Text ---- */
 
@@ -20945,7 +20965,7 @@ static void llm__pair_body(llm__env *env, void *arg) {
     char *whole = (char *)llm__alloc(env, n_context + n_ending + 1, 1);
     memcpy(whole, p->context, n_context);
     memcpy(whole + n_context, p->ending, n_ending + 1);
-    if (n_kept) { /* first the ids of the whole text, then the context's ids over their beginning */
+    if (n_kept) { /* write the ids of the whole text, then overwrite the first ones with those of the context alone */
         p->n = llm__enc_spans(env, t, whole, n_context + n_ending, p->flags, NULL, 0, p->ids, p->capacity);
         p->n_context = llm__enc_spans(env, t, whole, n_kept, p->flags, NULL, 0, p->ids, p->capacity);
         if (p->n < p->n_context) p->n = p->n_context; /* a merge across the border left no token for the ending */
@@ -20981,13 +21001,13 @@ typedef struct llm__score_slot {
     int at;       /* its first token that is not in a batch yet */
 } llm__score_slot;
 
-/* A batch whose results are to come: in a pipeline the last stage has them, and the others begin more batches
-   meanwhile. */
+/* A batch whose results are not added up yet. In a pipeline the last stage computes them, and meanwhile the other
+   stages begin more batches. */
 typedef struct llm__score_pending {
     int n;
-    float *log_probs; /* [1 + n_batch * most_endings] behind a number that says whether to stop            */
-    size_t *credits;  /* [n_batch * most_endings] the first result that a prediction is part of            */
-    int *n_credits;   /* [n_batch * most_endings] how many, one after the other                            */
+    float *log_probs; /* [1 + n_batch * most_endings] the first number is not 0 if the call is to stop     */
+    size_t *credits;  /* [n_batch * most_endings] the first result that a prediction is added to           */
+    int *n_credits;   /* [n_batch * most_endings] the number of consecutive results that it is added to    */
 } llm__score_pending;
 
 /* A question whose last tokens are in a batch. */
@@ -21006,24 +21026,24 @@ typedef struct llm__scorer {
     double *results;      /* NULL: only count what would be computed */
     size_t *first_result; /* [n_questions]                                                            */
     int *prefixes;        /* [n_questions] length of the prefix that all texts of a question share */
-    int *unfinished;      /* [n_questions] endings not computed yet */
+    int *unfinished;      /* [n_questions] number of endings that are not computed yet */
     bool *begun;          /* [n_questions] has or had a slot of the packed schedule */
-    int first_unbegun;    /* all questions before it are begun */
+    int first_unbegun;    /* all questions before this one have begun */
     int n;                /* tokens in the batch                                                      */
     llm_token *tokens;    /* [n_batch]                                                                */
     int *seqs;            /* [n_batch]                                                                */
     bool *logits;         /* [n_batch]                                                                */
     int *first_target;    /* [n_batch + 1]                                                            */
     llm_token *ids;       /* [n_batch * most_endings] the predicted tokens */
-    size_t *credits;      /* [n_batch * most_endings] the first result that a prediction counts for */
-    int *n_credits;       /* [n_batch * most_endings] for how many consecutive results */
+    size_t *credits;      /* [n_batch * most_endings] as in llm__score_pending */
+    int *n_credits;       /* [n_batch * most_endings] as in llm__score_pending */
     llm__ctx_targets targets;
     llm__score_pending *pending; /* [n_ahead + 1] the last batches                                        */
-    int n_ahead;                 /* batches begun before the results of one are settled; 0 but in a pipeline */
-    int n_begun, n_settled;      /* batches                                                               */
-    llm__score_done *finished;   /* [n_questions]                                                         */
-    int n_finished;              /* questions that are in batches to the end; those answered are in stats  */
-    bool wants_to_stop;          /* a callback of this rank                                               */
+    int n_ahead;                 /* max batches whose results are still to come; 0 without a pipeline        */
+    int n_begun, n_settled;      /* batches that were begun, and whose results are added up                  */
+    llm__score_done *finished;   /* [n_questions]                                                            */
+    int n_finished;              /* questions whose tokens are all in batches; stats has the answered ones   */
+    bool wants_to_stop;          /* a callback of this rank returned false                                   */
     llm__score_slot *slots;      /* [n_slots] slot i has the sequences from i * most_endings on              */
     int n_slots;
 } llm__scorer;
@@ -21034,8 +21054,8 @@ static bool llm__score_cancel(void *user) {
     return s->wants_to_stop || (d->cancel && d->cancel(d->cancel_user));
 }
 
-/* The last stage sends the results of a batch to the others, and with them whether to stop. All stages begin as many
-   batches before they hear of it, so that they stop together. */
+/* The last stage sends the results of a batch to the others, and whether to stop. All stages have begun the same number
+   of batches when they learn of it, so they stop together. */
 static void llm__score_send_results(llm__scorer *s, llm__score_pending *p) {
     llm_comm *pipeline = s->ctx->backend_desc.pipeline;
     p->log_probs[0] = s->targets.stopped;
@@ -21044,7 +21064,7 @@ static void llm__score_send_results(llm__scorer *s, llm__score_pending *p) {
                        pipeline->send(pipeline, i, p->log_probs, (1 + (size_t)p->n) * sizeof(float), s->env->err));
 }
 
-/* The oldest batch's results, waited for; says whether to stop. */
+/* Waits for the results of the oldest batch. Returns true if the call is to stop. */
 static bool llm__score_take_results(llm__scorer *s, llm__score_pending **oldest) {
     llm_comm *pipeline = s->ctx->backend_desc.pipeline;
     llm__score_pending *p = *oldest = &s->pending[s->n_settled++ % (s->n_ahead + 1)];
@@ -21055,14 +21075,15 @@ static bool llm__score_take_results(llm__scorer *s, llm__score_pending **oldest)
     return p->log_probs[0] != 0;
 }
 
-/* All messages have arrived: their memory can go. */
+/* Waits until all messages have arrived, so that their memory can be freed. */
 static void llm__score_drain_results(llm__scorer *s) {
     llm_comm *pipeline = s->ctx->backend_desc.pipeline;
     for (int i = 0; s->n_ahead && llm__ranks_is_last_stage(pipeline) && i < pipeline->size - 1; i++)
         llm__env_check(s->env, pipeline->drain(pipeline, i, 0, s->env->err));
 }
 
-/* A question is answered. In a pipeline, that a callback wants to stop goes along with the next batch. */
+/* Calls the host for a question that is answered. If the callback wants to stop, a pipeline tells the other stages with
+   the next batch; without a pipeline the call fails at once. */
 static void llm__score_answered(llm__scorer *s, int question) {
     s->stats->n_questions++;
     if (!s->results) return;
@@ -21076,8 +21097,8 @@ static void llm__score_answered(llm__scorer *s, int question) {
         llm__fail(s->env, LLM_ERROR_CANCELLED, "scoring was stopped after %d questions", s->stats->n_questions);
 }
 
-/* Adds up the results of the oldest batch. A text's predictions come in order, so its sum is the same in all schedules.
-   */
+/* Adds up the results of the oldest batch. A text's predictions are added in order, so its sum is the same in all
+   schedules. */
 static void llm__score_settle_batch(llm__scorer *s) {
     llm__score_pending *p;
     int batch = s->n_settled;
@@ -21092,7 +21113,7 @@ static void llm__score_settle_batch(llm__scorer *s) {
         llm__score_answered(s, s->finished[s->stats->n_questions].question);
 }
 
-/* Computes the batch and begins another. */
+/* Computes the batch, which is then empty again. */
 static void llm__score_batch(llm__scorer *s) {
     llm_context *ctx = s->ctx;
     llm__score_pending *p = &s->pending[s->n_begun % (s->n_ahead + 1)];
@@ -21126,7 +21147,8 @@ static void llm__score_push(llm__scorer *s, int seq, llm_token token) {
     s->stats->n_computed++;
 }
 
-/* Says that `token`, which follows the last token pushed, is part of n endings. */
+/* Adds a target: `token` follows the token that was pushed last. Its log-probability is added to n results from
+   `result` on. */
 static void llm__score_expect(llm__scorer *s, llm_token token, size_t result, int n) {
     int target = s->first_target[s->n]++;
     s->ids[target] = token;
@@ -21140,10 +21162,11 @@ static llm_token llm__score_text_at(const llm_question *q, int ending, int i) {
     return i < q->n_context ? q->context[i] : q->endings[ending][i - q->n_context];
 }
 
-/* Number of tokens of a text from which another one is predicted. */
+/* Number of tokens of a text from which another one is predicted: all but the last. */
 static int llm__score_text_length(const llm_question *q, int ending) { return q->n_context + q->n_ending[ending] - 1; }
 
-/* Pushes token i of a text and what it predicts. With ending -1 it is a token of the shared prefix. */
+/* Pushes token i of a text, and the targets that are predicted from it. With ending -1 it is a token of the shared
+   prefix. */
 static void llm__score_token(llm__scorer *s, int seq, int question, int ending, int i) {
     const llm_question *q = &s->questions[question];
     size_t result = s->first_result[question];
@@ -21157,7 +21180,7 @@ static void llm__score_token(llm__scorer *s, int seq, int question, int ending, 
             llm__score_expect(s, llm__score_text_at(q, e, i + 1), result + (size_t)e, 1);
 }
 
-/* One more ending of a question is in a batch to its end. */
+/* Records that all tokens of one more ending of a question are in batches. */
 static void llm__score_finished(llm__scorer *s, int question) {
     if (--s->unfinished[question]) return;
     llm__score_done finished = {question, s->n_begun - 1};
@@ -21175,7 +21198,7 @@ static int llm__score_shared_prefix(const llm__scorer *s, int question) {
     return s->desc.recompute_context ? 0 : s->prefixes[question];
 }
 
-/* The most cache blocks that a question can take. */
+/* Max cache blocks that a question can take. */
 static int64_t llm__score_question_blocks(const llm__scorer *s, int question) {
     const llm_question *q = &s->questions[question];
     int prefix = llm__score_shared_prefix(s, question);
@@ -21222,8 +21245,8 @@ static void llm__score_settle_slot(llm__scorer *s, int index) {
     }
 }
 
-/* True if a question that is being computed has more in common with this one than any sequence holds by now. The last
-   token of a context is never common, since it predicts. */
+/* Returns true if a question should wait, because a prefix that is being computed shares considerably more tokens with
+   its context than any sequence does now. The last token of a context is never shared: its row predicts the endings. */
 static bool llm__score_waits(const llm__scorer *s, int question) {
     const llm_question *q = &s->questions[question];
     int held = 0, coming = 0;
@@ -21240,8 +21263,8 @@ static bool llm__score_waits(const llm__scorer *s, int question) {
     return coming >= held + LLM__SEQ_WORTH_SHARING;
 }
 
-/* The next question to begin, if the cache has room for the whole of it. One that waits is passed over, but only by the
-   next few. Returns -1 if there is none. */
+/* The next question to begin. The cache must have room for all of it. If it should wait, one of the next few questions
+   may begin before it. Returns -1 if there is none. */
 static int llm__score_next_question(llm__scorer *s, int64_t blocks_left) {
     enum { FEW = 16 };
     while (s->first_unbegun < s->n_questions && s->begun[s->first_unbegun]) s->first_unbegun++;
@@ -21253,7 +21276,7 @@ static int llm__score_next_question(llm__scorer *s, int64_t blocks_left) {
     return -1;
 }
 
-/* Takes a question into a free slot. */
+/* Puts a question into a free slot. */
 static void llm__score_begin_question(llm__scorer *s, int index, int question) {
     const llm_question *q = &s->questions[question];
     llm__score_slot *slot = &s->slots[index];
@@ -21293,7 +21316,7 @@ static void llm__score_packed(llm__scorer *s) {
 
 /* ---- Rectangles ---- */
 
-/* A text, or with ending -1 the shared prefix of a question, and the number of its tokens to compute. */
+/* A text to compute, or with ending -1 the shared prefix of a question. `length` is its number of tokens to compute. */
 typedef struct llm__score_text {
     int length, question, ending;
 } llm__score_text;
@@ -21305,7 +21328,8 @@ static int llm__score_compare_texts(const void *a, const void *b) {
     return (x->ending > y->ending) - (x->ending < y->ending);
 }
 
-/* What a batch may use: sequences, and cache blocks beside those of the `base` tokens that are already there. */
+/* The sequences that a batch may use, and the cache blocks. The first `base` tokens of each text are already stored;
+   the blocks that they fill are not counted. */
 typedef struct llm__score_room {
     int n_seq, n_blocks, base;
 } llm__score_room;
@@ -21316,8 +21340,8 @@ static int llm__score_most_texts(const llm__score_room *room, int length) {
     return most < 1 ? 1 : most;
 }
 
-/* Cuts the texts, in the given order, into batches of `size`, or fewer where there is no room. Writes where each ends
-   and returns the number of batches. */
+/* Cuts the texts, in the given order, into batches of `size` texts, or fewer if there is no room. Writes where each
+   batch ends, and returns the number of batches. */
 static int llm__score_cut_fixed(const llm__score_text *texts, int n, int size, const llm__score_room *room, int *ends) {
     int n_batches = 0, from = 0, longest = 0;
     for (int i = 0; i < n; i++) {
@@ -21337,9 +21361,8 @@ static int llm__score_cut_fixed(const llm__score_text *texts, int n, int size, c
      D[i] = min over j < i of  D[j] + l_i (i - j) - sum of l_k, k = j+1 .. i       if l_i (i - j) >= theta
      D[i] = min over j < i of  D[j] + sum of l_k - l_(j+1) (i - j)                 if l_(j+1) (i - j) >= theta
 
-   The first is for texts padded to the longest, the second for contexts cut to the shortest. Where theta cannot be
-   reached, there are as few batches below theta as possible: such a batch counts as a waste that outweighs all
-   others. */
+   The first is for texts padded to the longest, the second for contexts cut to the shortest. If some batch must stay
+   below theta tokens, there are as few such batches as possible: each adds a waste larger than all others together. */
 static int llm__score_cut_by_waste(llm__env *env, const llm__score_text *texts, int n, bool to_shortest, int theta,
                                    const llm__score_room *room, int *ends) {
     const int64_t below_theta = (int64_t)1 << 40;
@@ -21367,7 +21390,7 @@ static int llm__score_cut_by_waste(llm__env *env, const llm__score_text *texts, 
     return n_batches;
 }
 
-/* Cuts the texts into batches and returns where each ends, in new memory. */
+/* Cuts the texts into batches, which may sort them. Returns where each batch ends, in new memory. */
 static int *llm__score_cut_batches(llm__scorer *s, llm__score_text *texts, int n, bool to_shortest,
                                    const llm__score_room *room, int *n_batches) {
     int *ends = (int *)llm__alloc(s->env, (size_t)n + 1, sizeof *ends);
@@ -21383,8 +21406,8 @@ static int *llm__score_cut_batches(llm__scorer *s, llm__score_text *texts, int n
     return ends;
 }
 
-/* Computes tokens [from, to) of n texts, each in its sequence, at most `most` in a pass; those that are shorter are
-   padded. */
+/* Computes tokens [from, to) of n texts, at most `most` tokens in a pass. Each text has its own sequence. Shorter texts
+   are padded. */
 static void llm__score_rectangle(llm__scorer *s, const llm__score_text *texts, int n, int first_seq, int from, int to,
                                  int most) {
     for (int text = 0; text < n; text++)
@@ -21407,7 +21430,7 @@ static int llm__score_longest_text(const llm__score_text *texts, int n) {
     return longest;
 }
 
-/* Lists the texts of n questions without their first `base` tokens, and without texts of which nothing remains. */
+/* Lists the texts of n questions, without their first `base` tokens. Texts that are empty then are left out. */
 static int llm__score_list_texts(const llm__scorer *s, const llm__score_text *questions, int n, int base,
                                  llm__score_text *texts) {
     int n_texts = 0;
@@ -21420,7 +21443,7 @@ static int llm__score_list_texts(const llm__scorer *s, const llm__score_text *qu
     return n_texts;
 }
 
-/* Without a shared cache: computes every text from its first token on. */
+/* The schedules without shared prefixes: computes every text from its first token on. */
 static void llm__score_whole_texts(llm__scorer *s, llm__score_text *prefixes, llm__score_text *texts) {
     llm__score_room room = {s->ctx->desc.n_seq, s->ctx->cache.n_blocks, 0};
     int n_batches, n = llm__score_list_texts(s, prefixes, s->n_questions, 0, texts);
@@ -21435,7 +21458,7 @@ static void llm__score_whole_texts(llm__scorer *s, llm__score_text *prefixes, ll
     llm__free(s->env->pool, ends);
 }
 
-/* Computes the endings of questions of whose prefixes the first n sequences hold `base` tokens each. */
+/* Computes the endings of n questions. The first n sequences hold the first `base` tokens of their prefixes. */
 static void llm__score_endings(llm__scorer *s, const llm__score_text *prefixes, int n, int base,
                                llm__score_text *texts) {
     llm__score_room room = {s->ctx->desc.n_seq - n, s->ctx->cache.n_free, base};
@@ -21455,7 +21478,7 @@ static void llm__score_endings(llm__scorer *s, const llm__score_text *prefixes, 
     llm__free(s->env->pool, ends);
 }
 
-/* Tokens of the passes in which a number of them is computed: all passes about the same. */
+/* The number of tokens in a pass, if n_tokens are cut into passes of about the same size. */
 static int llm__score_mini_batch(const llm__scorer *s, int n_tokens) {
     int most = s->ctx->desc.n_batch;
     if (s->desc.mini_batch && s->desc.mini_batch < most) most = s->desc.mini_batch;
@@ -21463,7 +21486,8 @@ static int llm__score_mini_batch(const llm__scorer *s, int n_tokens) {
     return (n_tokens + n_parts - 1) / n_parts;
 }
 
-/* Contexts in batches, cut to the shortest of each; then, batch by batch, what follows. */
+/* The schedules with shared prefixes. Each batch of prefixes is computed up to the length of its shortest one. Then the
+   rest of these prefixes and their endings are computed. */
 static void llm__score_shared_prefixes(llm__scorer *s, llm__score_text *prefixes, llm__score_text *texts) {
     int n_blocks = s->ctx->cache.n_blocks, longest = 0, n_batches;
     for (int i = 0; i < s->n_questions; i++)
@@ -21471,7 +21495,7 @@ static void llm__score_shared_prefixes(llm__scorer *s, llm__score_text *prefixes
             if (llm__score_text_length(&s->questions[i], e) > longest)
                 longest = llm__score_text_length(&s->questions[i], e);
     int kept = llm__cache_blocks_for(longest) > n_blocks / 2 ? llm__cache_blocks_for(longest)
-                                                             : n_blocks / 2; /* for the endings */
+                                                             : n_blocks / 2; /* reserved for the endings */
     llm__score_room room = {s->ctx->desc.n_seq / 2, n_blocks - kept, 0};
     int *ends = llm__score_cut_batches(s, prefixes, s->n_questions, true, &room, &n_batches);
     for (int batch = 0, from = 0; batch < n_batches; from = ends[batch++]) {
@@ -21512,7 +21536,7 @@ static void llm__score_check_tokens(const llm__scorer *s, int question, const ch
                       i, what, (long)tokens[i], n_vocab);
 }
 
-/* Checks everything that could fail later. */
+/* Checks a question before any work is done. */
 static void llm__score_check_question(llm__scorer *s, int question) {
     const llm_question *q = &s->questions[question];
     const llm_context_desc *d = &s->ctx->desc;
@@ -21531,7 +21555,7 @@ static void llm__score_check_question(llm__scorer *s, int question) {
     }
 }
 
-/* Length of the prefix that all texts share. At least one token of each ending is not part of it. */
+/* Length of the prefix that all texts of a question share. The last token of each ending is never part of it. */
 static int llm__score_common_prefix(const llm_question *q) {
     int n = q->n_ending[0] - 1;
     for (int e = 1; e < q->n_endings; e++) {
@@ -21554,12 +21578,13 @@ static llm_score_desc llm__score_defaults(llm__env *env, const llm_score_desc *d
     if (!d.min_tokens)
         d.min_tokens = 512; /* two cores with AVX-512 reach 90 % of their best rate there: bench --flops-table */
     if (!d.min_context_tokens)
-        d.min_context_tokens = 4096; /* larger is better, since it gives the endings more choice */
+        d.min_context_tokens = 4096; /* larger is better, because batches of endings have more texts to choose from */
     return d;
 }
 
-/* In a pipeline of p stages the last has a batch's results when the first begins the p-th after it; twice that leaves
-   room for stages that are late. No more than messages can be on their way. */
+/* In a pipeline of p stages, the last stage has a batch's results when the first stage begins the p-th batch after it.
+   We allow twice that number, because a stage may be late. The number of messages in LLM__COMM_SLOTS is another
+   limit. */
 static int llm__score_batches_ahead(const llm_comm *pipeline) {
     if (!pipeline) return 0;
     return 2 * pipeline->size < LLM__COMM_SLOTS - 2 ? 2 * pipeline->size : LLM__COMM_SLOTS - 2;
@@ -21625,7 +21650,8 @@ static void llm__score_body(llm__env *env, void *arg) {
     else llm__score_rectangles(s, n_texts);
     while (s->n_settled < s->n_begun) llm__score_settle_batch(s);
     llm__score_drain_results(s);
-    /* The last callbacks of a rank come after its last pass. If one wants to stop, or leaves, all ranks hear of it. */
+    /* A rank's last callbacks run after its last pass. If one of them wants to stop, or leaves, all ranks must learn of
+       it. */
     llm_status status = LLM_OK;
     if (s->wants_to_stop)
         status =
@@ -21703,8 +21729,8 @@ SOFTWARE.
 
 /* ==== 27 Kernel text ============================================================================================
 
-   The text of the kernels. Section 12 includes this file once for each instruction set, and each time only what follows
-   is compiled. */
+   Section 12 includes this file once for each instruction set. Each time, only the lines from here to the end are
+   compiled. */
 
 #ifdef LLM__KERNEL_PASS /* compiled once for each instruction set */
 
@@ -22127,11 +22153,11 @@ LLM__INLINE V v_guess_inverse(V a) { LLM__LANES(llm__f32_from_bits(LLM__INVERSE 
 
 #endif
 
-/* v_bytes is [16][4], v_ints [16]. v_above moves the bits of MASK, from bit AT on, above a number's low four.
-   v_look_up takes the numbers of llm__iq4_numbers. v_dot_bytes adds four products with the four integers x to each
-   sum. v_store_bytes stores the lowest byte of each of 16 words. v_round_bf16 must not get a NaN or a denormal.
-   v_times_pow2 multiplies by 2^n for n + LLM__WHOLE; neither n nor the result may be out of range. v_guess_inverse is
-   within 5.1 % of 1 / a. */
+/* V has 16 floats, v_ints 16 integers, v_bytes [16][4] bytes. v_above moves the bits of MASK, from bit AT on, above the
+   low four bits of a number. v_look_up replaces indexes by the values of llm__iq4_numbers. v_dot_bytes adds four
+   products of bytes with the four integers x to each sum. v_store_bytes stores the lowest byte of each of 16 words. The
+   input of v_round_bf16 must not be a NaN or a denormal. v_times_pow2 multiplies by 2^n, where n is given as n +
+   LLM__WHOLE; neither n nor the result may be out of range. v_guess_inverse is within 5.1 % of 1 / a. */
 
 /* The scalar set is not meant to be fast, but should stay small. */
 #if defined(LLM__USE_AVX512) || defined(LLM__USE_AVX2) || defined(LLM__USE_NEON)
@@ -22140,8 +22166,8 @@ LLM__INLINE V v_guess_inverse(V a) { LLM__LANES(llm__f32_from_bits(LLM__INVERSE 
 #define LLM__LONG static __attribute__((noinline))
 #endif
 
-/* 2^x for x up to 127, but at least 2^-125.5. Relative error below 2e-7: 2^n times a polynomial on |r| <= 1/2, the one
-   of its degree that is 1 at 0 and has the smallest relative error. */
+/* 2^x for x up to 127, but at least 2^-125.5, with a relative error below 2e-7. It is 2^n times a polynomial in r,
+   where x = n + r and |r| <= 1/2: the polynomial of its degree that is 1 at 0 and has the smallest relative error. */
 LLM__LONG V v_exp2(V x) {
     x = v_max(x, v_splat(-125.5f));
     V n = v_add(x, v_splat(LLM__WHOLE)), r = v_sub(x, v_sub(n, v_splat(LLM__WHOLE)));
@@ -22154,8 +22180,8 @@ LLM__LONG V v_exp2(V x) {
     return v_times_pow2(p, n);
 }
 
-/* 1 / a for a = 1 .. 2^125, relative error below 1e-7: two Newton steps from an estimate, the first one with the next
-   term of its series. This is faster than a division. */
+/* 1 / a for a = 1 .. 2^125, with a relative error below 1e-7. It takes two Newton steps from an estimate; the first
+   step has one more term of the series. This is faster than a division. */
 LLM__INLINE V v_inverse(V a) {
     V minus_a = v_sub(v_splat(0), a), y = v_guess_inverse(a);
     V error = v_fma(minus_a, y, v_splat(1.0f));
@@ -22192,7 +22218,7 @@ LLM__INLINE float v_sum(V a) {
 LLM__INLINE float v_hmax(V a) {
     float f[16];
     v_store(f, a);
-    for (int width = 8; width; width /= 2) /* the same tree, since 0 and -0 are equal and the order decides */
+    for (int width = 8; width; width /= 2) /* the same tree as above: the order decides between 0 and -0 */
         for (int i = 0; i < width; i++) f[i] = f[i] > f[i + width] ? f[i] : f[i + width];
     return f[0];
 }
@@ -22220,7 +22246,8 @@ LLM__INLINE float v_hmax(V a) {
 #define LLM__GROUP_TILES 1
 #endif
 
-/* ROWS rows at once, so that a weight that has been loaded serves all of them. ROWS is a constant after inlining. */
+/* Multiplies ROWS rows at once, so that each weight is loaded once for all of them. ROWS is a constant after inlining.
+   Names of such parameters are in capitals. */
 LLM__INLINE void LLM__FN(float_rows)(const int ROWS, const bool HALF, const float *x, size_t x_stride, const void *w,
                                      int k, float *y, size_t y_stride) {
     V sum[LLM__MOST_ROWS];
@@ -22233,13 +22260,13 @@ LLM__INLINE void LLM__FN(float_rows)(const int ROWS, const bool HALF, const floa
     LLM__UNROLL for (int r = 0; r < ROWS; r++) v_store(y + (size_t)r * y_stride, sum[r]);
 }
 
-/* Weight J of eight, for each kind. */
+/* Weight J of eight (J = 0 .. 7) for the 16 rows of a tile, as floats. */
 LLM__INLINE V LLM__FN(weight)(const llm__weight_type KIND, const uint8_t *w, const int J) {
     if (KIND != LLM__W_BF16) return v_int8((const int8_t *)w + J * 16);
     return J % 2 ? v_odd((const uint16_t *)w + J / 2 * 32) : v_even((const uint16_t *)w + J / 2 * 32);
 }
 
-/* Bytes of a block in a tile. */
+/* Bytes of a block: 32 k of a tile. */
 LLM__INLINE size_t LLM__FN(block_bytes)(const llm__weight_type KIND) { return KIND == LLM__W_BF16 ? 1024 : 512; }
 
 /* 16 words of two bf16: a in the lower halves, b in the upper. */
@@ -22300,7 +22327,7 @@ LLM__INLINE void LLM__FN(weights)(const llm__weight_type KIND, const bool WIDE, 
         *odd = v_load(words + 16);
     } else if (KIND == LLM__W_BF16) {
         V a = v_load(words), b = v_load(words + 16);
-        __asm__("" : "+v"(a), "+v"(b)); /* or gcc would load them again for each use */
+        __asm__("" : "+v"(a), "+v"(b)); /* otherwise gcc would load them again for each use */
         __m512i up = _mm512_slli_epi32(_mm512_castps_si512(a), 16);
         *even = _mm512_castsi512_ps(_mm512_mask_mov_epi16(up, 0x55555555, _mm512_castps_si512(b)));
         *odd = v_pair(a, b);
@@ -22331,10 +22358,10 @@ enum { LLM__FN(inputs) = 32 };
 
 #endif
 
-/* The sums over one block of TILES tiles that are w_next apart, with even and odd weights as two chains. With several
-   rows the products take so long that the hardware prefetcher falls behind. So we prefetch 16 KiB ahead into the L2
-   cache; 4 rows of bf16 then take as long as one (Zen 4, two cores). Integers take longer, too: for them we prefetch 8
-   KiB ahead, and 2 KiB ahead into the L1 cache (a tenth faster on Granite Rapids). */
+/* The sums over one block of TILES tiles, which are w_next bytes apart. Even and odd weights are two chains of sums.
+   With several rows the products take so long that the hardware prefetcher falls behind. So we prefetch 16 KiB ahead
+   into the L2 cache; 4 rows of bf16 then take as long as one (Zen 4, two cores). Integers also take longer: for them we
+   prefetch 8 KiB ahead, and 2 KiB ahead into the L1 cache (a tenth faster on Granite Rapids). */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE,
                                 const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
@@ -22399,7 +22426,7 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__weight_type KIND
     for (int t = 0; t < n; t++) {
         LLM__UNROLL for (int r = 0; r < ROWS; r++) {
             float *yr = y + (size_t)r * y_stride + 16 * t;
-            V scale = v_load((const float *)(const void *)(w + (size_t)(t + 1) * tile_bytes) - 16); /* of int8 */
+            V scale = v_load((const float *)(const void *)(w + (size_t)(t + 1) * tile_bytes) - 16); /* for int8 */
             if (KIND == LLM__W_INT8) total[t][r] = v_add(v_load(yr), v_mul(total[t][r], scale));
             v_store(yr, total[t][r]);
         }
@@ -22422,10 +22449,10 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__weight_type KIND,
 
 #if defined(LLM__STRIP_ROWS)
 
-/* ---- Products of many rows ----
-   Floor: 32 FMAs for a row and a tile over 32 k. Even k go first, then odd: with only one of the two chains in
-   registers there is room for sums of more rows or tiles, so that FMAs outnumber loads. A few blocks of weights are
-   converted to floats once for all rows and stay in the L1 cache (12 KB a tile). */
+/* ---- Products of many rows ---- Floor: 32 FMAs for a row and a tile over 32 k. Even k are summed first, then odd k:
+   with only one of the two chains in registers there is room for sums of more rows or tiles, so there are more FMAs
+   than loads. A few blocks of weights are converted to floats once for all rows, and stay in the L1 cache (12 KB per
+   tile). */
 
 /* Converts a block to floats: its even k, then its odd k. */
 LLM__INLINE void LLM__FN(strip_weights)(const llm__weight_type KIND, const uint8_t *w, float *to) {
@@ -22437,7 +22464,8 @@ LLM__INLINE void LLM__FN(strip_weights)(const llm__weight_type KIND, const uint8
     }
 }
 
-/* The sums of one chain from k on. Unrolled further, gcc (4 k at once) or clang (16) would keep sums in memory. */
+/* The sums of one chain from k on. If this were unrolled further, gcc (4 k at once) or clang (16) would keep sums in
+   memory. */
 LLM__INLINE void LLM__FN(strip_chain)(const float *const *rows, size_t k, const float *w, V *sum) {
     LLM__UNROLL for (int i = 0; i < LLM__STRIP_ROWS; i++) sum[i] = v_splat(0);
     for (const float *end = w + 256; w < end; w += 32, k += 4) {
@@ -22449,7 +22477,7 @@ LLM__INLINE void LLM__FN(strip_chain)(const float *const *rows, size_t k, const 
     }
 }
 
-/* n blocks of a tile for all rows; their number is a multiple of LLM__STRIP_ROWS. */
+/* Multiplies all rows by n blocks of a tile. The number of rows is a multiple of LLM__STRIP_ROWS. */
 LLM__TARGET static __attribute__((noinline)) void
 LLM__FN(strip_blocks)(const float *x, size_t x_stride, int rows, const float *w, int n, float *y, size_t y_stride) {
     enum { N = LLM__STRIP_ROWS };
@@ -22457,7 +22485,7 @@ LLM__FN(strip_blocks)(const float *x, size_t x_stride, int rows, const float *w,
         const float *from[N];
         LLM__UNROLL for (size_t i = 0; i < N; i++) {
             from[i] = x + i * x_stride;
-            __asm__("" : "+r"(from[i])); /* or gcc would compute them again for each load */
+            __asm__("" : "+r"(from[i])); /* otherwise gcc would compute them again for each load */
         }
         for (int b = 0; b < n; b++) {
             V even[N], odd[N];
@@ -22470,7 +22498,7 @@ LLM__FN(strip_blocks)(const float *x, size_t x_stride, int rows, const float *w,
     }
 }
 
-/* All k of a tile. */
+/* Multiplies all rows by all blocks of a tile. */
 LLM__INLINE void LLM__FN(strip_tile)(llm__weight_type kind, const float *x, size_t x_stride, int rows, const uint8_t *w,
                                      int k, float *y, size_t y_stride) {
     float wide[LLM__STRIP_BLOCKS * 512] __attribute__((aligned(64)));
@@ -22485,7 +22513,7 @@ LLM__INLINE void LLM__FN(strip_tile)(llm__weight_type kind, const float *x, size
     }
 }
 
-/* bf16 or int8. Sums over int8 weights are scaled before they are added. */
+/* A product with weights in bf16 or int8. Sums over int8 weights are scaled before they are added to y. */
 LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_product)(llm__weight_type kind, const float *x,
                                                                          size_t x_stride, int rows, const uint8_t *w,
                                                                          int n, int k, float *y, size_t y_stride) {
@@ -22504,17 +22532,17 @@ LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_product)(llm__we
 
 #endif
 
-/* N rows at a time while there are that many. */
+/* Multiplies N rows at a time while at least N are left. */
 #define LLM__ROWS_BY(N)                                                    \
     for (; rows >= (N); rows -= (N), x += (N)*x_stride, y += (N)*y_stride) \
         LLM__FN(some_rows)((N), KIND, x, x_stride, tiles, n, k, y, y_stride);
 
-/* As many rows at once as the registers hold sums for, then fewer. */
+/* Multiplies as many rows at once as the registers hold sums for, and the last ones in smaller groups. */
 LLM__INLINE void LLM__FN(product)(const llm__weight_type KIND, const float *x, size_t x_stride, int rows,
                                   const uint8_t *tiles, int n, int k, float *y, size_t y_stride) {
     const bool CACHED = KIND != LLM__W_F16;
 #if defined(LLM__USE_BF16)
-    if (KIND == LLM__W_INT8 && rows == 1) { /* pairs cost more than they save */
+    if (KIND == LLM__W_INT8 && rows == 1) { /* making pairs would cost more than it saves */
         llm__avx512_product_int8(x, x_stride, rows, tiles, n, k, y, y_stride);
         return;
     }
@@ -22544,10 +22572,10 @@ LLM__INLINE void LLM__FN(product)(const llm__weight_type KIND, const float *x, s
 LLM__PRODUCT(product_bf16, LLM__W_BF16)
 LLM__PRODUCT(product_int8, LLM__W_INT8)
 
-/* ---- Products with groups ----
-   Floor: 8 products of bytes for a row and a tile over 32 k. A single row waits for memory, so its weights are used as
-   they are read. For more rows, a few groups of one or two tiles are first widened to bytes, which stay in the L1
-   cache, and their scales to floats; then LLM__GROUP_ROWS rows are multiplied with them at once. */
+/* ---- Products with groups ---- Floor: 8 products of bytes for a row and a tile over 32 k. The time of a single row is
+   that of reading the weights, so they are widened in registers. For more rows, a few groups of one or two tiles are
+   first widened: their numbers to bytes, their scales to floats. These stay in the L1 cache, and LLM__GROUP_ROWS rows
+   at once are multiplied by them. */
 
 /* VPDPBUSD takes unsigned bytes: 128 is added to signed numbers here and removed through `zero`. */
 #if defined(LLM__USE_BF16)
@@ -22561,7 +22589,7 @@ LLM__INLINE bool LLM__FN(is_signed)(const llm__weight_type KIND) {
     return llm__kernel_forms[KIND].bits == 8 || llm__kernel_forms[KIND].table;
 }
 
-/* Kinds whose groups are alike once they are bytes share a kernel. They differ in `zero`. */
+/* Kinds whose groups have the same form once they are widened share a kernel. They differ only in `zero`. */
 LLM__INLINE int LLM__FN(zero)(llm__weight_type kind) {
     return LLM__FN(is_signed)(kind) ? LLM__SIGN : llm__kernel_forms[kind].zero;
 }
@@ -22587,8 +22615,8 @@ LLM__INLINE v_bytes LLM__FN(numbers)(const llm__weight_type KIND, const bool WID
     return a;
 }
 
-/* The scales of a group from s and the d of its eight groups, or from their widened form: of all 32 k (H is 0), or of
-   each 16. */
+/* The scales and minimums of a group. They are computed from s and from the d that eight groups share, or loaded from a
+   widened group. A group has one scale for its 32 k (H is 0), or one for each half of them (H is 0 or 1). */
 LLM__INLINE void LLM__FN(scales)(const llm__weight_type KIND, const bool WIDE, const uint8_t *s, const uint8_t *d,
                                  const int H, V *scale, V *least) {
     const llm__kernel_form FORM = llm__kernel_forms[KIND];
@@ -22618,8 +22646,8 @@ LLM__INLINE void LLM__FN(widen_group)(const llm__weight_type KIND, const uint8_t
     }
 }
 
-/* One group of TILES tiles (q, s and d of each) and one llm__kernel_group of each of ROWS rows: total[ROWS][TILES] +=
-   their products. */
+/* total[ROWS][TILES] += the products of one llm__kernel_group of each of ROWS rows with one group of each of TILES
+   tiles, whose numbers and scales are at q, s and d. */
 LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE, int zero,
                                 const llm__kernel_group *const *x, const uint8_t *const *q, const uint8_t *const *s,
                                 const uint8_t *d, V *total) {
@@ -22653,7 +22681,7 @@ LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weig
     }
 }
 
-/* A single row. Prefetches 8 KiB ahead into the L2 cache and 2 KiB ahead into the L1 cache. */
+/* Multiplies a single row by a tile. Prefetches 8 KiB ahead into the L2 cache and 2 KiB ahead into the L1 cache. */
 LLM__INLINE void LLM__FN(group_row)(const llm__weight_type KIND, const llm__kernel_group *x, const uint8_t *tile,
                                     int n_groups, float *y) {
     const uint8_t *q = tile, *s = q + (size_t)n_groups * LLM__NUMBER_BYTES(KIND),
@@ -22670,8 +22698,8 @@ LLM__INLINE void LLM__FN(group_row)(const llm__weight_type KIND, const llm__kern
     v_store(y, total);
 }
 
-/* All rows and n widened groups of LLM__GROUP_TILES tiles (or of one, used twice: right is 0). If too few rows remain,
-   the last one is used several times. */
+/* Multiplies all rows by n widened groups of LLM__GROUP_TILES tiles. A tile without a neighbour is computed twice (then
+   `right` is 0). If too few rows are left, the last row is computed several times. */
 LLM__INLINE void LLM__FN(wide_rows)(const llm__weight_type KIND, int zero, const llm__kernel_group *x, size_t x_stride,
                                     int rows, const uint8_t *wide, size_t wide_next, int n, float *y, size_t y_stride,
                                     size_t right) {
@@ -22786,7 +22814,7 @@ LLM__TARGET static void LLM__FN(quantize)(const float *x, int k, llm__kernel_gro
     const V zero = v_splat(0), whole = v_splat(LLM__WHOLE);
     V all = zero;
     for (int i = 0; i < k; i += 16) all = v_fma(v_load(x + i), zero, all);
-    const float none = v_sum(all); /* 0, or NaN */
+    const float none = v_sum(all); /* 0, or NaN if x has an infinity or a NaN */
     for (llm__kernel_group *line = lines; line < lines + k / 32; line++, x += 32) {
         V a = v_load(x), b = v_load(x + 16);
         float most = v_hmax(v_max(v_max(a, v_sub(zero, a)), v_max(b, v_sub(zero, b))));
@@ -22816,7 +22844,7 @@ LLM__TARGET static uint32_t LLM__FN(multiply_bytes)(size_t n) {
     V total = v_splat(0);
     LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] = v_splat_int(i);
     for (; n; n--) {
-        __asm__ volatile("" : : "r"(start) : "memory"); /* or the products would be computed once only */
+        __asm__ volatile("" : : "r"(start) : "memory"); /* otherwise the products would be computed only once */
         LLM__UNROLL for (int i = 0; i < 12; i++) sum[i] =
             v_dot_bytes(false, sum[i], v_load_bytes(start + i), 0x01FF01FF);
     }
@@ -22902,7 +22930,7 @@ LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scal
     *sum = v_sum(total);
 }
 
-/* Integers find a NaN whatever the compiler's flags are. */
+/* NaNs are found by comparing integers, because flags such as -ffast-math may remove floating-point checks. */
 typedef int32_t LLM__FN(bits) __attribute__((vector_size(64)));
 
 LLM__TARGET static bool LLM__FN(maxima)(const float *x, int n, float *maxima) {
@@ -23005,7 +23033,7 @@ LLM__TARGET static uint32_t LLM__FN(read)(const void *p, size_t n) {
 #endif
 #undef LLM__PRODUCT
 
-/* The values do not matter, but lanes must differ, or the compiler computes only half of them. */
+/* The values do not matter, but the lanes must differ. Otherwise the compiler computes only half of them. */
 LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
     const v_input x = 0x3F003F00;
     float start[16];
@@ -23021,14 +23049,13 @@ LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
 
 #if defined(LLM__USE_BF16)
 
-/* ---- Products of many rows ----
-   Floor: 16 products of pairs, one a cycle, for a row and a tile over 32 k. Each needs one load of activations and one
-   of weights, and there is one load a cycle. So 4 rows are multiplied with 2 tiles: 6 loads for 8 products. The
-   weights of two tiles are widened once for all rows, in parts that stay in the L1 cache (36 KB), and the next two
-   tiles are prefetched meanwhile. */
+/* ---- Products of many rows ---- Floor: 16 products of pairs for a row and a tile over 32 k, one product per cycle.
+   Each needs activations and weights, and there is one load per cycle. So 4 rows are multiplied by 2 tiles at once: 6
+   loads for 8 products. The weights of two tiles are widened once for all rows, in parts that stay in the L1 cache (36
+   KB). Meanwhile the next two tiles are prefetched. */
 
-/* Stores values i .. i + 15 of a row. Lines that are rows of the matrix unit hold their values in order; contiguous
-   lines hold pairs, as pair_row makes them. */
+/* Stores values i .. i + 15 of a row. In the format of the matrix unit, the lines of 16 rows are interleaved and hold
+   their values in order. In the other format a row's lines are contiguous and hold pairs, as pair_row makes them. */
 LLM__INLINE void LLM__FN(store_half)(llm__kernel_lines row, int i, V a) {
     const __m256i pairs = _mm256_set_epi16(13, 15, 12, 14, 9, 11, 8, 10, 5, 7, 4, 6, 1, 3, 0, 2);
     __m256i half = (__m256i)_mm512_cvtneps_pbh(a);
@@ -23071,7 +23098,7 @@ LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded,
     *sum = v_sum(total);
 }
 
-/* Sums over int8 weights times their scales. */
+/* Multiplies sums over int8 weights by the scales. */
 LLM__INLINE void LLM__FN(scale_rows)(const llm__kernel_panel *p, int tile, int n_cols, int n, float *sums) {
     const uint8_t *end = p->tiles + (size_t)(tile + 1) * p->tile_bytes;
     for (int i = 0; i < n_cols; i++, end += p->tile_bytes) {
@@ -23147,7 +23174,7 @@ LLM__INLINE void LLM__FN(fetch_ahead)(const uint8_t *ahead, size_t bytes, int ro
         _mm_prefetch((const char *)(ahead + i), _MM_HINT_T1);
 }
 
-/* Up to LLM__TILE_BLOCKS blocks. A tile without a neighbour is computed twice. */
+/* Multiplies all rows by up to LLM__TILE_BLOCKS blocks of two tiles. A tile without a neighbour is computed twice. */
 LLM__TARGET static void LLM__FN(some_pairs)(const llm__kernel_tile_product *p) {
     uint8_t wide[2][LLM__TILE_BLOCKS * 1024] __attribute__((aligned(64)));
     const size_t stride = (size_t)p->a_blocks * 16, next = p->n_cols > 1 ? p->b_next : 0,
@@ -23175,7 +23202,7 @@ LLM__TARGET static void LLM__FN(some_pairs)(const llm__kernel_tile_product *p) {
     }
 }
 
-/* Long heads have more blocks than are widened at once. */
+/* The same for any number of blocks: those of a long head do not all fit into LLM__TILE_BLOCKS. */
 LLM__TARGET static void LLM__FN(pair_product)(const llm__kernel_tile_product *p) {
     llm__kernel_tile_product part = *p;
     for (int left = p->n_blocks; left > 0; left -= LLM__TILE_BLOCKS, part.add = true) {
@@ -23216,7 +23243,8 @@ LLM__INLINE llm__kernel_tile_product LLM__FN(panel_product)(const llm__kernel_pa
     return product;
 }
 
-/* A few blocks of two tiles at a time, for all rows: as many as LLM__TILE_BLOCKS allows, in equal parts. */
+/* Computes a panel, two tiles at a time. The blocks of these are cut into equal parts of at most LLM__TILE_BLOCKS; each
+   part is multiplied by all rows. */
 LLM__INLINE void LLM__FN(run_panel)(const llm__kernel_panel *p, void (*product_fn)(const llm__kernel_tile_product *p)) {
     const uint8_t *b[LLM__TILE_BLOCKS];
     llm__kernel_ended ended;
@@ -23242,14 +23270,13 @@ LLM__TARGET static void LLM__FN(pair_panel)(const llm__kernel_panel *p) {
 
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 
-/* ---- Products on the matrix unit ----
-   Floor: 16 cycles for 16 x 16 sums over 32 k. Two by two tiles of sums need two loads of 1 KB from each side for four
-   such products: 64 cycles, in which the L1 cache delivers at least twice these 4 KB. So the two tiles of weights stay
-   in L1 (36 KB), while all rows of the panel are streamed past it from L2, 32 bytes a cycle. Weights come from memory
-   once for 256 rows: 4 bytes a cycle, prefetched a little with each product. Everything that is not a product is done
-   between products, when the vector units get one of their two ports. The panels of one thread alone reach 60 % of the
-   unit's rate at 576 k, and 53 % at 2,048, where sums over a part of k are stored and reloaded (84 and 60 % if the
-   sums are dropped; Granite Rapids). */
+/* ---- Products on the matrix unit ---- Floor: 16 cycles for 16 x 16 sums over 32 k. A square of 2 x 2 tiles of sums
+   needs two loads of 1 KB of activations and two of weights for its four products. These take 64 cycles, in which the
+   L1 cache can deliver at least twice these 4 KB. So the two tiles of weights stay in L1 (36 KB), and the rows of the
+   panel are loaded from L2, 32 bytes per cycle. Weights are read from memory once for 256 rows: 4 bytes per cycle,
+   prefetched a little with each product. All other work is done between the products, which leave one of two ports to
+   the vector units. A single thread's panels reach 60 % of the unit's rate at 576 k, and 53 % at 2,048, where partial
+   sums are stored and loaded again (84 and 60 % if the sums are discarded; Granite Rapids). */
 
 static void LLM__FN(tiles_enter)(void) {
     llm__amx_config config;
@@ -23264,9 +23291,8 @@ static void LLM__FN(tiles_enter)(void) {
 
 static void LLM__FN(tiles_leave)(void) { LLM__TILE_RELEASE(); }
 
-/* One square of 2 x 2 tiles of sums, or a part of it; the size is a constant after inlining. Each product takes 16
-   cycles, in which the vector units have time to prefetch `lines` of the following data and to finish the square
-   before. */
+/* Computes a square of 2 x 2 tiles of sums, or a part of it (ROWS x COLS). Each product takes 16 cycles. In that time
+   the vector units prefetch `lines` lines of the following data, and finish rows of the previous square. */
 LLM__INLINE void LLM__FN(square)(const int ROWS, const int COLS, const llm__kernel_tile_product *p, int row,
                                  const uint8_t *ahead, size_t lines) {
     const size_t c_bytes = p->c_stride * 4, a_next = (size_t)p->a_blocks * 1024;
@@ -23324,8 +23350,8 @@ LLM__TARGET static void LLM__FN(tile_panel)(const llm__kernel_panel *p) {
     LLM__FN(run_panel)(p, LLM__FN(tile_product));
 }
 
-/* On varied numbers, as in a real product. With zeros or constants the unit runs a quarter faster than it ever can in
-   use. */
+/* Multiplies varied numbers, as a real product does. With zeros or constants the unit is a quarter faster than it ever
+   is in use. */
 LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
     uint16_t numbers[8 * 512] __attribute__((aligned(64)));
     float c[16];
@@ -23363,7 +23389,7 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #define LLM__MANY_ROWS 0, 0, NULL, NULL, NULL, NULL, NULL
 #endif
 
-/* FN: LLM__FN, or LLM__SHARED if these products belong to another set. */
+/* FN is LLM__FN, or LLM__SHARED if the set uses the products of another set. */
 #define LLM__KERNEL_TABLE(FN)                                                                                         \
     {LLM__SHARED(product_f32), FN(product_bf16), FN(product_int8), LLM__SHARED(product_f16)}, LLM__FN(group_product), \
         LLM__FN(quantize), LLM__FN(unpack), LLM__SHARED(norm_factor), LLM__SHARED(norm), LLM__SHARED(swiglu),         \
@@ -23391,8 +23417,8 @@ static const llm__kernels LLM__FN(kernels) = {
 
 #if defined(LLM__USE_BF16) && defined(LLM__HAVE_TILES)
 /* On processors with a matrix unit, VDPBF16PS takes two cycles of one port. FMA on both ports is never slower, and a
-   third faster for 8 rows of groups. Other kinds use the unit from 5 rows on; it takes as long for these as for 16,
-   but less time than FMA (Granite Rapids). */
+   third faster for 8 rows of weights in groups. Other kinds use the matrix unit from 5 rows on; 5 rows take as long as
+   16, but less time than with FMA (Granite Rapids). */
 static const llm__kernels LLM__FN(amx_kernels) = {
     "amx",
     LLM__KERNEL_TABLE(LLM__SHARED),

@@ -9,9 +9,9 @@
         llm_model_desc desc = {.backend = llm_cuda_backend()};
 
     It runs every architecture that llm.h runs and needs compute capability 8.0 (Ampere) or newer. Weights are bf16,
-    f16, int8 or int4 in groups, the KV cache is bf16; residual stream, sums, softmax and logits are f32. A row's logits
-    do not depend on the other rows of a pass of up to 16 rows, nor on the number of ranks, to the bit; they differ from
-    the CPU's in the last places of bf16.
+    f16, int8 or int4 in groups. The KV cache is bf16. The residual stream, sums, softmax and logits are f32. In a pass
+    of up to 16 rows, the bits of a row's logits depend neither on the other rows nor on the number of ranks. They
+    differ from the CPU's logits by about the rounding error of bf16.
 
     CONTENTS
         1 errors and launches    2 the chip's own instructions    3 parameters of kernels    4 fused products
@@ -35,12 +35,12 @@
 #include <string.h>
 #include <thread>
 
-namespace llm__cuda { /* so that names here may be those of llm.h, if both are compiled as one */
+namespace llm__cuda { /* names here may equal names in llm.h, which may be compiled in the same source file */
 
 /* ==== 1 Errors and launches =====================================================================================
 
-   Every call's result is checked. Work for the GPU is queued on a context's stream. The first failure is kept in the
-   queue, what follows it does nothing, and the forward pass reports it at its end. */
+   The result of every call is checked. Work for the GPU is queued on a context's stream. The queue keeps the first
+   failure; after it, nothing more is launched, and the forward pass reports it at its end. */
 
 static llm_status llm__cuda_error(llm_error *err, llm_status code, const char *format, ...) {
     if (!err) return code;
@@ -71,15 +71,15 @@ typedef struct llm__queue {
     cublasHandle_t blas;
     bool can_overlap;    /* a kernel may start while the one before it ends (programmatic dependent launch) */
     unsigned left_out;   /* kinds of kernels that are not launched: a bit for each */
-    cudaError_t failure; /* the first one, and what failed then */
+    cudaError_t failure; /* the first failure */
     cublasStatus_t blas_failure;
-    const char *what;
+    const char *what; /* which failed */
     llm_error parted; /* why the other ranks cannot be reached; its code is LLM_OK while they can */
 } llm__queue;
 
 enum { LLM__SERIAL = 0, LLM__OVERLAP = 1 };
 
-/* What a kernel does. A measurement can leave out those up to LLM__KIND_HEAD, see llm__cuda_vary. */
+/* What a kernel does. A measurement can leave out kernels of kinds up to LLM__KIND_HEAD, see llm__cuda_vary. */
 typedef enum llm__kernel_kind {
     LLM__KIND_QKV,
     LLM__KIND_ROPE,
@@ -137,13 +137,13 @@ static bool llm__queue_failed(const llm__queue *queue) {
     return queue->failure != cudaSuccess || queue->blas_failure != CUBLAS_STATUS_SUCCESS || queue->parted.code;
 }
 
-/* All kernels are launched here. One without blocks has nothing to do: a rank may have no share of a matrix.
+/* All kernels are launched here. A grid without blocks is not launched: a rank may have no share of a matrix.
 
-   A kernel launched with LLM__OVERLAP may start before the kernels ahead of it are done. It must call
-   llm__chip_wait_for_previous before it reads what any kernel of this pass has written, and before it writes anything.
-   Before that it may read weights and llm__rows: these were there before the pass's first kernel, which is launched
-   with LLM__SERIAL, began. A block may return without waiting if another block of its kernel always waits; if none did,
-   the kernel after it could begin too early. */
+   A kernel launched with LLM__OVERLAP may start before earlier kernels are done. It must call
+   llm__chip_wait_for_previous before it reads anything that a kernel of this pass has written, and before it writes
+   anything. Before that it may read weights and llm__rows: they were complete before the pass's first kernel began,
+   which is launched with LLM__SERIAL. A block may return without waiting if another block of its kernel always waits.
+   If no block waited, the next kernel could begin too early. */
 template <typename... Parameters, typename... Arguments>
 static void llm__queue_launch(llm__queue *queue, int overlap, llm__kernel_kind kind, dim3 grid, int threads,
                               void (*kernel)(Parameters...), Arguments... arguments) {
@@ -176,12 +176,13 @@ static llm_status llm__queue_status(llm__queue *queue, llm_error *err) {
 
 /* ==== 2 The chip's own instructions =============================================================================
 
-   Beside each stands C code that does the same, for compilers of other machines. */
+   Each function also has C code that does the same, for compilers that do not compile for a GPU. */
 
 static __host__ __device__ int llm__min(int a, int b) { return a < b ? a : b; }
 static __host__ __device__ int llm__divide_up(int a, int b) { return (a + b - 1) / b; }
 
-/* 16 bytes that are read once: they go past the L1 cache. Being volatile, the load stays before the kernel's wait. */
+/* Loads 16 bytes that are read once, bypassing the L1 cache. The load is volatile, so it stays before the kernel's
+   wait. */
 static __device__ uint4 llm__chip_load_once(const void *from) {
 #ifdef __CUDA_ARCH__
     uint4 v;
@@ -194,7 +195,7 @@ static __device__ uint4 llm__chip_load_once(const void *from) {
 #endif
 }
 
-/* Lets the L2 cache fetch `bytes` from memory while the thread goes on. Both arguments are multiples of 16. */
+/* Prefetches `bytes` into the L2 cache. Both arguments are multiples of 16. */
 static __device__ void llm__chip_prefetch(const void *from, unsigned bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
@@ -214,7 +215,7 @@ static __device__ void llm__chip_prefetch_line(const void *at) {
 #endif
 }
 
-/* Starts copying `bytes` of 16 to shared memory; the others become zero. */
+/* Starts copying the first `bytes` of 16 bytes to shared memory. The others become zero. */
 static __device__ void llm__chip_copy_16(void *to, const void *from, int bytes) {
 #ifdef __CUDA_ARCH__
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
@@ -234,7 +235,8 @@ static __device__ void llm__chip_wait_for_copies(void) {
 #endif
 }
 
-/* Adds 1 and returns the old count. A block that counts later sees what this block wrote before its last barrier. */
+/* Adds 1 and returns the old count. A block that calls this later sees what this block wrote before its last
+   barrier. */
 static __device__ unsigned llm__chip_count_up(unsigned *at) {
 #ifdef __CUDA_ARCH__
     unsigned before;
@@ -245,8 +247,8 @@ static __device__ unsigned llm__chip_count_up(unsigned *at) {
 #endif
 }
 
-/* Sets a word in any GPU's memory. Who sees it with llm__chip_get_flag sees what this block wrote before its last
-   barrier. */
+/* Sets a word in any GPU's memory. A block that reads the value with llm__chip_get_flag also sees what this block wrote
+   before its last barrier. */
 static __device__ void llm__chip_set_flag(unsigned *at, unsigned value) {
 #ifdef __CUDACC__
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
@@ -276,7 +278,7 @@ static __device__ uint64_t llm__chip_nanoseconds(void) {
 #endif
 }
 
-/* Waits until all kernels ahead in the stream are done and what they wrote can be seen. */
+/* Waits until all earlier kernels in the stream are done and their results are visible. */
 static __device__ void llm__chip_wait_for_previous(void) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -285,7 +287,7 @@ static __device__ void llm__chip_wait_for_previous(void) {
 #endif
 }
 
-/* Lets the next kernel begin as soon as there is room for it. */
+/* Allows the next kernel to begin as soon as there is room for it. */
 static __device__ void llm__chip_let_next_start(void) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -296,7 +298,7 @@ static __device__ void llm__chip_let_next_start(void) {
 /* sums = a * b + sums */
 static __device__ void llm__chip_tensor_core(float sums[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                              uint32_t b0, uint32_t b1) {
-    /* Not the same operands as the results, as they may be zeros. */
+    /* Separate operands from the results, because the compiler may pass zeros for them. */
     float c0 = sums[0], c1 = sums[1], c2 = sums[2], c3 = sums[3];
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%10, %11, %12, %13};"
@@ -320,10 +322,11 @@ typedef struct llm__factors {
 } llm__factors;
 #endif
 
-/* A warp multiplies 16 rows by 8 columns over 32 values of k. With g = lane / 4 and t = lane % 4 a lane brings k = 8t
-   .. 8t+7 of row g (`upper`), of row g + 8 (`lower`) and of column g, and keeps the sums of row g with columns 2t and
-   2t+1, then those of row g + 8. Both factors stand in memory with k running fastest, so each is one 16-byte load. (The
-   tensor core numbers k otherwise, but any order is right that is the same for both factors.) */
+/* A warp multiplies 16 rows by 8 columns over 32 values of k. Let g = lane / 4 and t = lane % 4. A lane passes k = 8t
+   .. 8t+7 of row g (`upper`), of row g + 8 (`lower`) and of column g. It gets the sums of row g with columns 2t and
+   2t+1, then those of row g + 8. In memory k is the fastest index of both factors, so each argument is one 16-byte
+   load. (The tensor core numbers k in another order, but any order gives the right sums if it is the same for both
+   factors.) */
 static __device__ void llm__chip_multiply_32(float sums[4], uint4 upper, uint4 lower, uint4 column) {
 #ifdef __CUDACC__
     llm__chip_tensor_core(sums, upper.x, lower.x, upper.y, lower.y, column.x, column.y);
@@ -341,7 +344,7 @@ static __device__ void llm__chip_multiply_32(float sums[4], uint4 upper, uint4 l
 #endif
 }
 
-/* a + b of two pairs of bf16, where that is exact. */
+/* a + b of two pairs of bf16. Only used where the sums are exact. */
 static __device__ uint32_t llm__chip_add_pairs(uint32_t a, uint32_t b) {
 #ifdef __CUDACC__
     uint32_t sum;
@@ -364,29 +367,29 @@ static __device__ uint32_t llm__chip_mask_and_add(uint32_t v, uint32_t mask, uin
 #endif
 }
 
-/* The signed bytes at bits 0 and 16 of v as bf16: 128 + the low seven bits, then minus 128, or minus 256 if the eighth
-   bit is set. */
+/* The signed bytes at bits 0 and 16 of v as bf16. It makes 128 + the low seven bits, then subtracts 128, or 256 if the
+   eighth bit is set. */
 static __device__ uint32_t llm__chip_widen_2(uint32_t v) {
     return llm__chip_add_pairs(llm__chip_mask_and_add(v, 0x007F007Fu, 0x43004300u),
                                llm__chip_mask_and_add(v, 0x00800080u, 0xC300C300u));
 }
 
-/* Eight signed bytes as bf16. In memory the middle two of each four are exchanged, see llm__chip_byte_place. */
+/* Eight signed bytes as bf16. In memory the middle two of each four are swapped, see llm__chip_byte_place. */
 static __device__ uint4 llm__chip_widen_8(uint32_t a, uint32_t b) {
     return make_uint4(llm__chip_widen_2(a), llm__chip_widen_2(a >> 8), llm__chip_widen_2(b), llm__chip_widen_2(b >> 8));
 }
 
 static __host__ __device__ int llm__chip_byte_place(int i) { return (i & ~3) | (i & 1) << 1 | (i >> 1 & 1); }
 
-/* Eight numbers of four bits as bf16, 128 too large each: the bits go into the mantissa of 2^7. Nibble i and nibble i +
-   4 are neighbours in k. */
+/* Eight numbers of four bits as bf16. Each is 128 too large, because the bits are put into the mantissa of 2^7. Nibbles
+   i and i + 4 are neighbours in k. */
 static __device__ uint4 llm__chip_widen_nibbles(uint32_t v) {
     const uint32_t mask = 0x000F000Fu, added = 0x43004300u;
     return make_uint4(llm__chip_mask_and_add(v, mask, added), llm__chip_mask_and_add(v >> 4, mask, added),
                       llm__chip_mask_and_add(v >> 8, mask, added), llm__chip_mask_and_add(v >> 12, mask, added));
 }
 
-/* The f16 in the low 16 bits, which is finite. */
+/* The f16 in the low 16 bits as a float. It must be finite. */
 static __device__ float llm__chip_half(uint32_t bits) {
 #ifdef __CUDA_ARCH__
     float x;
@@ -451,13 +454,14 @@ static __device__ float llm__chip_warp_max(float x) {
 
 /* ==== 3 Parameters of kernels =================================================================================== */
 
-/* Kilobytes of weights that a block of a fused product prefetches into the L2 cache before it waits. */
+/* Kilobytes of weights that a block of a fused product prefetches into the L2 cache before it waits for earlier
+   kernels. */
 #ifndef LLM_CUDA_PREFETCH
 #define LLM_CUDA_PREFETCH 48
 #endif
 
-/* Neighbouring bytes of a row that one warp of a fused product reads: 64, or 128, which is a line of the L2 cache.
-   Weights in groups stay at 64, since they have no registers left. `bench/gpu.sh why` measures both. */
+/* Consecutive bytes of a row that one warp of a fused product reads: 64, or 128, which is a line of the L2 cache.
+   Weights in groups always use 64, because they have no registers left. `bench/gpu.sh why` measures both. */
 #ifndef LLM_CUDA_PIECE
 #define LLM_CUDA_PIECE 64
 #endif
@@ -470,8 +474,8 @@ enum {
     LLM__PAIRS = 8,         /* pairs of outputs in a tile of a fused product, see section 4          */
     LLM__ATTEND_WARPS = 4,  /* of a block of attention                                               */
     LLM__STEP = 64,         /* keys that a block of attention reads at a time                        */
-    LLM__MIN_STEPS = 3,     /* of a span: fewer are not worth joining                                */
-    LLM__MAX_SPANS = 64,    /* into which the keys of one query are cut                              */
+    LLM__MIN_STEPS = 3,     /* min steps in a span: shorter ones are not worth joining               */
+    LLM__MAX_SPANS = 64,    /* max spans into which the keys of one query are cut                    */
     LLM__MAX_GROUP = 32,    /* query heads that share a key head                                     */
     LLM__TILE_QUERIES = 64, /* queries in a tile of a long pass; a warp has 16                       */
     LLM__MAX_HEAD_DIM = 256,
@@ -486,8 +490,8 @@ typedef enum llm__matrix_format {
     LLM__INT4_GROUPS
 } llm__matrix_format;
 
-/* [n][k] numbers, k padded with zeros to whole turns of 64 bytes. Groups lie in a turn so that each of four lanes finds
-   its inputs 8t .. 8t+7 of all groups in 16 bytes: [turn][t][group]. */
+/* [n][k] numbers. k is padded with zeros to whole turns of 64 bytes. In a turn, groups are stored as [t][group], so
+   that each of four lanes (t) loads its inputs 8t .. 8t+7 of all groups as 16 bytes. */
 typedef struct llm__gpu_matrix {
     llm__matrix_format format;
     uint8_t *data;
@@ -506,29 +510,29 @@ static __host__ __device__ size_t llm__matrix_row_bytes(llm__gpu_matrix m) {
 
 static __host__ __device__ int llm__pad(int n, int step) { return (n + step - 1) / step * step; }
 
-/* From one row of a matrix's inputs to the next. */
+/* The distance from one row of a matrix's inputs to the next, in numbers. */
 static __host__ __device__ int llm__matrix_input_stride(llm__gpu_matrix m) { return llm__pad(m.k, LLM__PAD); }
 
-/* Where in a row of a matrix in groups inputs i .. i+7 stand, i being a multiple of 8. */
+/* The position of inputs i .. i+7 in a row of a matrix in groups; i is a multiple of 8. */
 static __host__ __device__ size_t llm__matrix_group_place(int format, int i) {
     int in_turn = i / 32 % (llm__matrix_turn(format) / 32), bytes = format == LLM__INT4_GROUPS ? 4 : 8;
     return (size_t)(i / llm__matrix_turn(format) * 64 + i % 32 / 8 * 16 + in_turn * bytes);
 }
 
-/* The pass, in the GPU's memory. Kernels read it there, so that one recorded graph works for every position. */
+/* Describes the pass, in the GPU's memory. Kernels read it there, so one recorded graph works for all positions. */
 typedef struct llm__rows {
     const int *counts; /* rows, rows with logits, query tiles                        */
     const int *tokens, *positions;
-    const int *slots; /* which of the tables is the row's sequence's                */
+    const int *slots; /* which of the tables belongs to the row's sequence          */
     const int *logit_rows;
     const int *tile_first, *tile_rows; /* query tiles: neighbouring rows of one sequence */
     const int *tables;                 /* [slot][blocks_per_seq]                                     */
     int blocks_per_seq;
 } llm__rows;
 
-/* Block b of the KV cache is one run of memory: [layer][keys, values][head]. A head's keys stand [place][dimension],
-   its values [dimension][place], both with the dimensions padded to `stride`: so scores and weighted sums are both
-   products of rows in which k runs fastest. */
+/* Block b of the KV cache is contiguous: [layer][keys, values][head]. The keys of a head are [position][dimension], its
+   values [dimension][position]. Both have their dimensions padded to `stride`. So for scores and for weighted sums, k
+   is the fastest index of the factors. */
 typedef struct llm__kv {
     uint16_t *data;
     size_t block_size; /* in elements */
@@ -544,21 +548,21 @@ static __device__ uint16_t *llm__cache_values(llm__kv kv, int block, int layer, 
     return llm__cache_keys(kv, block, layer, kv.n_heads + head);
 }
 
-/* The block table of a row's sequence. These, like all of llm__rows, are read past the L1 cache (__ldcg), since a
-   kernel may read them before it waits. */
+/* The block table of a row's sequence. It must be read with __ldcg, bypassing the L1 cache, like all of llm__rows:
+   a kernel may read them before it waits. */
 static __device__ const int *llm__rows_table(llm__rows rows, int row) {
     return rows.tables + (size_t)__ldcg(rows.slots + row) * rows.blocks_per_seq;
 }
 
-/* One head's query, key or value dimension of a row, to where attention looks for it. */
+/* Where and how queries, keys and values of the rows are stored for attention. */
 typedef struct llm__qkv_store {
     llm__kv kv;
     uint16_t *q;                  /* [rows][n_heads][kv.stride] */
     const float *cosines, *sines; /* [rows][rope_dim / 2] */
     int n_heads, head_dim, rope_dim, layer;
-    int tiles;                    /* of a fused product in a head                                               */
+    int tiles;                    /* tiles of a fused product in a head                                         */
     const float *bias;            /* [(n_heads + 2 kv.n_heads) * head_dim]; NULL: none                          */
-    const float *q_norm, *k_norm; /* [head_dim]; NULL: heads do not go through an RMSNorm                       */
+    const float *q_norm, *k_norm; /* [head_dim]; NULL: heads have no RMSNorm                                    */
     float eps;
 } llm__qkv_store;
 
@@ -586,13 +590,13 @@ static __device__ void llm__store_dim(const llm__qkv_store &s, llm__cell cell, i
     else llm__cache_values(s.kv, cell.block, s.layer, head - s.kv.n_heads)[dim * LLM_CACHE_BLOCK + cell.place] = bits;
 }
 
-/* Dimensions of a head go in pairs: first those that RoPE turns together, then the others, two neighbours at a time. */
+/* The dimensions of a head form pairs: first those that RoPE rotates together, then the others, two neighbours each. */
 static __device__ int llm__store_pair_dim(int pair, int rope_dim, int second) {
     int half = rope_dim / 2;
     return pair < half ? pair + second * half : 2 * pair + second;
 }
 
-/* The cosine and sine of the angle by which RoPE turns a pair; 1 and 0 where it does not turn. */
+/* The cosine and sine of the angle by which RoPE rotates a pair; 1 and 0 if it does not rotate it. */
 typedef struct llm__turn_by {
     float cosine, sine;
 } llm__turn_by;
@@ -616,23 +620,25 @@ static __device__ void llm__store_pair(const llm__qkv_store &s, llm__cell cell, 
 
 /* ==== 4 Fused products ==========================================================================================
 
-   Up to 16 rows are multiplied by a weight matrix as the columns of a tensor-core product. The matrix is read once, and
-   all that follows the product is done at its end. The limit is the matrix's bytes over the memory's bandwidth.
+   Up to 16 rows are multiplied by a weight matrix, as the columns of a tensor-core product. The matrix is read once,
+   and the operations after the product are done at its end. The time limit is the matrix's bytes over the memory's
+   bandwidth.
 
    A tile is 16 outputs, as 8 pairs (a, b). One thread gets both sums of a pair: the two dimensions that RoPE rotates
-   together, a gate and its up, or two neighbours. A block computes tiles blockIdx.x, blockIdx.x + gridDim.x, ...; all blocks fit
-   the GPU at once. Its 8 warps share k in turns of 64 bytes, so a block reads 512 bytes of each of 16 rows at a time,
-   and each warp has several such loads in flight. The loads never stop: the last turns of a tile start the first loads
-   of the next tile, which arrive while this one's sums are added up. The first loads start before the kernels ahead are
-   done, and the L2 cache prefetches what follows them.
+   together, a gate and its up, or two neighbours. A block computes tiles blockIdx.x, blockIdx.x + gridDim.x, ...; the
+   GPU holds all blocks at once. The 8 warps of a block take k in turns of 64 bytes, so a block reads 512 bytes of each
+   of 16 rows at a time, and each warp has several such loads in flight. The loads never stop: the last turns of a tile
+   start the first loads of the next tile, which arrive while this tile's sums are added up. The first loads start
+   before the earlier kernels are done, and the bytes after them are prefetched into the L2 cache.
 
-   A row's sums are added in the same order however many rows there are. int8 is widened in registers, exactly; its
-   scale, one for each output, is applied to the sum. f16 is split in two there, and each part is multiplied by the
-   inputs. For weights in groups the tensor core multiplies the integers, 32 at a time, and a matrix of ones by the same
-   inputs: sum += scale * (q . x) + minimum * (1 . x).
+   A row's sums are added in the same order for any number of rows. int8 is widened in registers, exactly; each output
+   has a scale, which is applied to its sum. f16 is split into two bf16 in registers, and each part is multiplied by the
+   inputs. For weights in groups the tensor core multiplies the integers by 32 inputs at a time, and also a matrix of
+   ones by the same inputs: sum += scale * (q . x) + minimum * (1 . x).
 
-   RMSNorm is folded in: the kernel that writes the residual stream x also writes bf16(x * norm weight), which the next
-   product reads, and the squares of its 16 outputs. At its end that product divides by the root of their mean. */
+   RMSNorm is fused, too. The kernel that writes the residual stream x also writes bf16(x * norm weight), which the next
+   product reads, and the sum of squares of its 16 outputs. That product divides its results by the root of their
+   mean. */
 
 typedef enum llm__product_ending { LLM__QKV, LLM__PLAIN, LLM__RESIDUAL, LLM__SWIGLU, LLM__LOGITS } llm__product_ending;
 
@@ -640,15 +646,15 @@ typedef struct llm__product {
     llm__rows rows;
     llm__gpu_matrix weight;
     int n, n_tiles;       /* outputs (LLM__SWIGLU: n_ff), and tiles of 16                      */
-    int count;            /* which of rows.counts is the number of columns                     */
+    int count;            /* index into rows.counts of the number of columns                   */
     const int *gather;    /* the rows of x that are the columns; NULL: the first ones          */
     int prefetch;         /* bytes of a row of weights to prefetch, a multiple of 16           */
     const uint16_t *x;    /* [rows][llm__matrix_input_stride(weight)]                                 */
-    const float *squares; /* [rows][n_squares] of what x was made from                         */
+    const float *squares; /* [rows][n_squares] sums of squares of the residual stream          */
     int n_squares, n_embd;
     float eps;
     llm__qkv_store store; /* LLM__QKV                                                          */
-    /* Where the first output goes. Rows are longer than n where other ranks have outputs, too. */
+    /* Where the first output goes. Rows are longer than n if other ranks have outputs, too. */
     float *residual;        /* LLM__RESIDUAL: [rows][n_embd]; then, for the product after this one: */
     const float *next_norm; /* [n]                                                               */
     uint16_t *next_x;       /* [rows][next_stride]; with LLM__SWIGLU the products of the pairs   */
@@ -673,7 +679,8 @@ template <int ENDING> static __device__ int llm__product_output(const llm__produ
     return i < p.n ? i : -1;
 }
 
-/* What the end of a tile reads for a pair of a column. It is loaded before the barrier, and has arrived after it. */
+/* The numbers that the end of a tile needs for a pair of a column. Their loads start before the barrier, so they have
+   arrived after it. */
 typedef struct llm__end_inputs {
     float scale_a, scale_b; /* LLM__INT8: of the two outputs                                  */
     float add_a, add_b;     /* LLM__RESIDUAL: the residual stream; LLM__QKV: the bias         */
@@ -703,7 +710,8 @@ static __device__ llm__end_inputs llm__product_load_end(const llm__product &p, i
     return in;
 }
 
-/* Adds to the residual stream, and makes the next product's inputs. Eight neighbouring threads have a row's pairs. */
+/* Adds to the residual stream, and computes the next product's inputs. Eight neighbouring threads have the pairs of a
+   row. */
 static __device__ void llm__product_end_residual(const llm__product &p, const llm__end_inputs &in, int tile, int row,
                                                  bool wanted, int pair, float sum_a, float sum_b) {
     int a = llm__product_output<LLM__RESIDUAL>(p, tile, pair, 0),
@@ -718,7 +726,7 @@ static __device__ void llm__product_end_residual(const llm__product &p, const ll
     if (pair == 0) p.next_squares[(size_t)row * p.n_squares + tile] = square;
 }
 
-/* What follows a product, for the sums of a pair of a tile and one column. Whole warps call this. */
+/* The operation after a product, for the sums of a pair of a tile and one column. Whole warps call this. */
 template <int ENDING>
 static __device__ void llm__product_end_tile(const llm__product &p, const llm__end_inputs &in, llm__cell cell, int tile,
                                              int column, bool wanted, int pair, float scale, float sum_a, float sum_b) {
@@ -752,7 +760,7 @@ static __device__ float llm__product_inverse_norm(const llm__product &p, int row
     return 1.0f / sqrtf(llm__chip_warp_sum(sum) / (float)p.n_embd + p.eps);
 }
 
-/* What a turn of groups adds; see llm__product_multiply_turn. Nibbles come 128 too large, which is taken off again in
+/* The same as llm__product_multiply_turn, for weights in groups. Nibbles are 128 too large; that is subtracted again in
    f32. */
 template <int FORMAT>
 static __device__ void llm__product_multiply_groups(float sums[4], uint4 upper, uint4 lower, uint4 upper_scales,
@@ -781,7 +789,8 @@ static __device__ void llm__product_multiply_groups(float sums[4], uint4 upper, 
     }
 }
 
-/* What one turn adds: a lane has 16 bytes of its two rows of the matrix, and the inputs that belong to them. */
+/* Adds the products of one turn to the sums. A lane has 16 bytes of each of its two rows of the matrix, and the inputs
+   for them. */
 template <int FORMAT>
 static __device__ void llm__product_multiply_turn(float sums[4], uint4 upper, uint4 lower, uint4 upper_scales,
                                                   uint4 lower_scales, const uint16_t *x) {
@@ -801,7 +810,7 @@ static __device__ void llm__product_multiply_turn(float sums[4], uint4 upper, ui
     }
 }
 
-/* A lane's 16 bytes of a turn, and the scales and minima of its groups; turns are counted through all rows. */
+/* Loads a lane's 16 bytes of a turn, and the scales and minimums of its groups. Turns are counted through all rows. */
 template <int FORMAT>
 static __device__ void llm__product_load_turn(const llm__gpu_matrix &m, unsigned turn, int t, uint4 *numbers,
                                               uint4 *scales) {
@@ -812,8 +821,8 @@ static __device__ void llm__product_load_turn(const llm__gpu_matrix &m, unsigned
     *scales = make_uint4(v.x, v.y, 0, 0);
 }
 
-/* How far a warp's load number i is from its first one, in turns. A warp reads `piece` neighbouring turns, and skips
-   those of the other warps. */
+/* The distance of a warp's load number i from its first one, in turns. A warp reads `piece` consecutive turns, then
+   skips those of the other warps. */
 static __device__ constexpr int llm__product_turn(int piece, int i) {
     return i / piece * piece * LLM__WARPS + i % piece;
 }
@@ -821,8 +830,8 @@ static __device__ constexpr int llm__product_turn(int piece, int i) {
 /* The warps' loads in flight. */
 template <int N> struct llm__flight { uint4 upper[N], lower[N], upper_scales[N], lower_scales[N]; };
 
-/* Where a tile's rows g and g + 8 begin, in turns. An output that is not there repeats the first, which changes
-   nothing. */
+/* Where a tile's rows g and g + 8 begin, in turns. For an output that does not exist, the first row is used; the result
+   is dropped. */
 typedef struct llm__matrix_tile_rows {
     unsigned upper, lower;
 } llm__matrix_tile_rows;
@@ -835,8 +844,8 @@ static __device__ llm__matrix_tile_rows llm__product_find_rows(const llm__produc
     return rows;
 }
 
-/* Prefetches what follows the first loads of this block's tiles, p.prefetch bytes of each of the 16 rows; a thread a
-   row. */
+/* Prefetches p.prefetch bytes of each of the 16 rows of this block's tiles, after the bytes of the first loads. One
+   thread per row. */
 template <int ENDING, int FORMAT>
 static __device__ void llm__product_prefetch_tiles(const llm__product &p, int n_turns, int turns_in_flight) {
     int row = (int)threadIdx.x, skipped = llm__min(turns_in_flight, n_turns), left = p.prefetch / 64;
@@ -849,7 +858,7 @@ static __device__ void llm__product_prefetch_tiles(const llm__product &p, int n_
         if (turns > 0 && output >= 0) {
             llm__chip_prefetch(p.weight.data + first * 64, (unsigned)turns * 64);
             if (FORMAT == LLM__INT4_GROUPS) llm__chip_prefetch(p.weight.scales + first * 4, (unsigned)turns * 16);
-            if (FORMAT == LLM__INT8_GROUPS && turns > 2) /* scales of a turn are 8 bytes */
+            if (FORMAT == LLM__INT8_GROUPS && turns > 2) /* the scales of a turn are 8 bytes */
                 llm__chip_prefetch(p.weight.scales + (first + 1) / 2 * 4, (unsigned)(turns - 1) / 2 * 16);
         }
         left -= turns;
@@ -857,12 +866,12 @@ static __device__ void llm__product_prefetch_tiles(const llm__product &p, int n_
     }
 }
 
-/* How many blocks of a fused product a multiprocessor holds: as many as its registers allow. */
+/* How many blocks of a fused product a multiprocessor holds at once: the registers are the limit. */
 static __host__ __device__ constexpr int llm__product_blocks_per_processor(int format, int tiles) {
     return format >= LLM__INT8_GROUPS || tiles == 2 ? 2 : 3;
 }
 
-/* For TILES * 8 columns. */
+/* The kernel of a fused product, for TILES * 8 columns. */
 template <int ENDING, int TILES, int FORMAT>
 static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_per_processor(FORMAT, TILES))
     llm__fused_product(llm__product p) {
@@ -899,7 +908,7 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
     for (int j = 0; j < TILES; j++) {
         int column = 8 * j + g < n_columns
                          ? 8 * j + g
-                         : 0; /* columns that are not there repeat the first, and are left at the end */
+                         : 0; /* columns that do not exist repeat the first one; the end of a tile skips them */
         unsigned row = (unsigned)(p.gather ? __ldcg(p.gather + column) : column);
         x_at[j] = row * (unsigned)llm__matrix_input_stride(p.weight) + (GROUPS ? 8u : TURN / 4u) * (unsigned)t;
     }
@@ -939,7 +948,7 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
         bool wanted = column < n_columns, ends = column < COLUMNS; /* whole warps end the tile */
         llm__end_inputs end = {};
         if (wanted && EARLY_END) end = llm__product_load_end<ENDING, FORMAT>(p, tile, column, pair);
-        /* The one barrier of a tile: the other half of `parts` is not written before all have passed the next one. */
+        /* The only barrier of a tile: the half of `parts` that is read now is written again after the next barrier. */
         __syncthreads();
         if (ends) {
             float sum_a = 0, sum_b = 0;
@@ -959,12 +968,12 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
 
 typedef struct llm__start {
     llm__rows rows;
-    llm__gpu_matrix embedding; /* this rank's tokens, from first_token on; of a later stage, which is given x: none */
+    llm__gpu_matrix embedding; /* of this rank's tokens, from first_token on; none on a later stage, which gets x */
     int first_token;
     const double *frequencies;
     float *cosines, *sines, rope_scale;
     int n_embd, half;
-    bool is_given;          /* x and the squares are those of the stage before this one */
+    bool is_given;          /* x and the squares came from the previous stage */
     float *x;               /* [rows][n_embd] */
     const float *next_norm; /* as of llm__product; NULL in the plain pass */
     uint16_t *next_x;
@@ -972,7 +981,7 @@ typedef struct llm__start {
     float *next_squares;
 } llm__start;
 
-/* The angles by which RoPE turns a row; in double, because positions are large. */
+/* Cosines and sines of the angles by which RoPE rotates a row. In double, because positions are large. */
 static __device__ void llm__embed_find_angles(const llm__start &s, int row) {
     for (int i = (int)threadIdx.x; i < s.half; i += (int)blockDim.x) {
         double sine, cosine;
@@ -982,7 +991,7 @@ static __device__ void llm__embed_find_angles(const llm__start &s, int row) {
     }
 }
 
-/* One weight. */
+/* One weight as a float. */
 static __device__ float llm__matrix_element(llm__gpu_matrix m, int row, int i) {
     const uint8_t *from = m.data + row * llm__matrix_row_bytes(m);
     if (m.format == LLM__BF16) return llm__chip_from_bf16(((const uint16_t *)from)[i]);
@@ -996,8 +1005,8 @@ static __device__ float llm__matrix_element(llm__gpu_matrix m, int row, int i) {
     return (float)q * llm__chip_half(d) + llm__chip_half(d >> 16);
 }
 
-/* The first kernel of a pass: one block a row. It is launched with LLM__SERIAL, so it needs no wait. Rows of tokens
-   that another rank has come from there. */
+/* The first kernel of a pass: one block per row. It is launched with LLM__SERIAL, so it needs no wait. It skips tokens
+   whose embedding another rank has; these rows are exchanged later. */
 static __global__ void llm__embed(llm__start s) {
     int row = (int)blockIdx.x, n_squares = (s.n_embd + 15) / 16;
     llm__chip_let_next_start();
@@ -1020,20 +1029,20 @@ static __global__ void llm__embed(llm__start s) {
 
 /* ==== 5 Attention ===============================================================================================
 
-   Scores and the weighted sum of values are tensor-core products. The softmax goes along step by step (Milakov and
-   Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, 2205.14135). Few queries (up to 16 rows) and many need different
-   kernels.
+   Scores and the weighted sum of values are tensor-core products. The softmax is updated after each step of keys
+   (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, 2205.14135). There are two kernels: for few queries
+   (up to 16 rows) and for many.
 
-   Few: a block has the queries of one row that share a key head, as columns: scores are keys times queries, the answer
-   is values times weights. The row's keys are cut into spans, each the work of a block ("flash-decoding"), and the last
-   block to finish joins them in order. The length of a span depends on the row's own position alone, so a row's answer
-   does not depend on the others. The limit is the bytes of the keys and values, and in short contexts the latency of
-   memory: all loads of a step are in flight at once.
+   Few: a block has the queries of one row that share a key head, as columns. Scores are keys times queries, the answer
+   is values times weights. The row's keys are cut into spans; a block computes one of them ("flash-decoding"), and the
+   last block to finish joins them in order. The length of a span depends only on the row's own position, so a row's
+   answer does not depend on other rows. The time limit is the bytes of the keys and values, and in short contexts the
+   latency of memory: all loads of a step are in flight at once.
 
-   Many: a block has a tile of up to 64 queries that share a sequence and a key head, 16 for each warp. Queries are the
-   rows of the products and keys the columns, so a warp's weights are in its registers where the second product wants
-   them (Dao 2023, arXiv:2307.08691). Keys and values come through shared memory; one is copied while the other is
-   used. */
+   Many: a block has a tile of up to 64 queries of one sequence that share a key head, 16 for each warp. Queries are the
+   rows of the products and keys the columns. So a warp has its weights already in the registers in which the second
+   product needs them (Dao 2023, arXiv:2307.08691). Keys and values are copied through shared memory; one is copied
+   while the other is used. */
 
 typedef struct llm__attn_run {
     llm__rows rows;
@@ -1042,16 +1051,16 @@ typedef struct llm__attn_run {
     uint16_t *out;     /* [rows][out_stride]                                            */
     int out_stride, n_heads, head_dim, layer;
     int group;     /* query heads that share a key head                             */
-    int skipped;   /* of the first key head's, those that another rank has          */
+    int skipped;   /* query heads of the first key head that another rank has       */
     int window;    /* positions a query sees, its own included; 0: all before it    */
     float scale;   /* of scores: log2(e) / sqrt(head_dim)                           */
-    int max_spans; /* into which a row's keys are cut                               */
+    int max_spans; /* max spans into which a row's keys are cut                     */
     float
         *partial; /* [row][key head][LLM__MAX_SPANS][group][kv.stride + 2]: the answer of a span, its maximum and sum */
     unsigned *n_done; /* [row][key head] spans that are done; zero between kernels     */
 } llm__attn_run;
 
-/* Does this rank have a query head of the block's key head? */
+/* Returns true if this rank has query head `in_group` of the block's key head. */
 static __device__ bool llm__attend_has(const llm__attn_run &a, int in_group) {
     int head = (int)blockIdx.y * a.group + in_group - a.skipped;
     return in_group < a.group && head >= 0 && head < a.n_heads;
@@ -1064,7 +1073,7 @@ static __device__ int llm__attend_first_key(const llm__attn_run &a, int position
 
 /* ---- Few queries ---- */
 
-/* What a block shares. Scores become the weights of spans when these are joined. */
+/* The shared memory of a block. While spans are joined, `scores` holds the weights of the spans. */
 template <int COLUMNS> struct llm__span_memory {
     float scores[COLUMNS][LLM__STEP + 4]; /* 4 and 32: no bank conflicts */
     alignas(16) uint16_t weights[COLUMNS][LLM__STEP + 32];
@@ -1101,8 +1110,8 @@ static __device__ void llm__attend_prefetch_step(const llm__attn_run &a, const i
     llm__chip_prefetch(from, (unsigned)(LLM_CACHE_BLOCK * a.kv.stride) * 2);
 }
 
-/* What a warp multiplies in a step: 16 keys, with all dimensions, and of 64 places every fourth 16 of the values'
-   dimensions. DIMS * 64 dimensions in all. */
+/* The operands that a warp loads in a step: all dimensions of 16 keys, and for 64 positions every fourth group of 16
+   dimensions of the values. A head has up to DIMS * 64 dimensions. */
 template <int DIMS> struct llm__step_loads {
     uint4 upper_keys[2 * DIMS], lower_keys[2 * DIMS], upper_values[LLM__STEP / LLM_CACHE_BLOCK][DIMS],
         lower_values[LLM__STEP / LLM_CACHE_BLOCK][DIMS];
@@ -1175,7 +1184,7 @@ static __device__ void llm__attend_score(const llm__attn_run &a, llm__span_memor
         }
 }
 
-/* Scores become weights 2^(score - max); a warp has every fourth column. */
+/* Turns scores into weights 2^(score - max). A warp has every fourth column. */
 template <int COLUMNS> static __device__ void llm__attend_weigh(llm__span_memory<COLUMNS> *m, int n_columns) {
     int lane = (int)threadIdx.x % 32;
     for (int column = (int)threadIdx.x / 32; column < n_columns; column += LLM__ATTEND_WARPS) {
@@ -1195,7 +1204,7 @@ template <int COLUMNS> static __device__ void llm__attend_weigh(llm__span_memory
     }
 }
 
-/* answer = answer * shrink + values * weights. Places after the last key may hold anything, even NaN, and count as
+/* answer = answer * shrink + values * weights. Positions after the last key may hold anything, even NaN; they count as
    zero. */
 template <int COLUMNS, int DIMS>
 static __device__ void llm__attend_gather(const llm__attn_run &a, const llm__span_memory<COLUMNS> *m,
@@ -1237,7 +1246,7 @@ static __device__ uint16_t *llm__attend_answer(const llm__attn_run &a, int row, 
     return a.out + (ptrdiff_t)row * a.out_stride + ((int)blockIdx.y * a.group + in_group - a.skipped) * a.head_dim;
 }
 
-/* Writes the answer of a row's span: to a.out if it is the only one, else to a.partial. */
+/* Writes the answer of a row's span to a.out if it is the only span, otherwise to a.partial. */
 template <int COLUMNS, int DIMS>
 static __device__ void llm__attend_span(const llm__attn_run &a, llm__span_memory<COLUMNS> *m, int row, const int *table,
                                         llm__spans spans, int span) {
@@ -1280,8 +1289,8 @@ static __device__ void llm__attend_span(const llm__attn_run &a, llm__span_memory
     __syncthreads();
 }
 
-/* Joins the spans of one row, in order: first a warp for each query finds their weights, then a thread sums up a
-   dimension. */
+/* Joins the spans of one row, in order. First a warp per query computes the weights of the spans, then a thread per
+   dimension adds them up. */
 template <int COLUMNS>
 static __device__ void llm__attend_join_spans(const llm__attn_run &a, llm__span_memory<COLUMNS> *m, int row,
                                               int n_spans) {
@@ -1320,7 +1329,7 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, COLUMNS == 8 &&
     __shared__ llm__span_memory<COLUMNS> m;
     int row = (int)blockIdx.z;
     llm__chip_let_next_start();
-    if (row >= __ldcg(a.rows.counts)) return; /* without waiting: the first block of row 0 always has a span */
+    if (row >= __ldcg(a.rows.counts)) return; /* need not wait, because the first block of row 0 always does */
     llm__spans spans = llm__attend_cut_spans(a, row);
     const int *table = llm__rows_table(a.rows, row);
     int first = spans.first_step + (int)blockIdx.x * spans.length;
@@ -1333,7 +1342,7 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, COLUMNS == 8 &&
         if (spans.n == 1) return;
         if (threadIdx.x == 0) m.is_last = llm__chip_count_up(n_done) + 1 == (unsigned)spans.n;
         __syncthreads();
-        if (!m.is_last) continue; /* the next span begins with a barrier before this is written again */
+        if (!m.is_last) continue; /* the next span has a barrier before it writes is_last again */
         llm__attend_join_spans<COLUMNS>(a, &m, row, spans.n);
         if (threadIdx.x == 0) *n_done = 0;
         return;
@@ -1342,8 +1351,8 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, COLUMNS == 8 &&
 
 /* ---- Many queries ---- */
 
-/* Pieces are 16 bytes. In rows of 128 bytes and more, those of odd rows change place, so that the lanes of a warp,
-   which read four pieces of each of eight rows, meet no bank conflicts. */
+/* The place of a piece of 16 bytes in a row. In rows of 128 bytes and more, the pieces of odd rows change places. So
+   the lanes of a warp have no bank conflicts when they read four pieces of each of eight rows. */
 static __device__ int llm__attend_swizzle(int row, int piece, int pieces) {
     return row * pieces + (pieces >= 8 ? piece ^ (row & 1) << 2 : piece);
 }
@@ -1351,7 +1360,7 @@ static __device__ int llm__attend_swizzle(int row, int piece, int pieces) {
 /* A step's keys [KEYS][CHUNKS * 32] and values [CHUNKS * 32][KEYS] in shared memory. */
 template <int CHUNKS, int KEYS> struct llm__tile_memory { uint4 keys[KEYS * CHUNKS * 4], values[KEYS * CHUNKS * 4]; };
 
-/* Starts copying the keys of a step, of which `key` is the first; those after the row's last block are zero. */
+/* Starts copying the keys of a step from `key` on. Keys after the row's last block become zero. */
 template <int CHUNKS, int KEYS>
 static __device__ void llm__attend_copy_keys(const llm__attn_run &a, uint4 *to, const int *table, int key, int end) {
     constexpr int PIECES = CHUNKS * 4, ROWS = LLM__ATTEND_WARPS * 32 / PIECES; /* rows copied at a time */
@@ -1369,7 +1378,7 @@ static __device__ void llm__attend_copy_keys(const llm__attn_run &a, uint4 *to, 
     }
 }
 
-/* The same for the values. Places after the last key may hold anything, even NaN, and become zero. */
+/* The same for the values. Positions after the last key may hold anything, even NaN; they become zero. */
 template <int CHUNKS, int KEYS>
 static __device__ void llm__attend_copy_values(const llm__attn_run &a, uint4 *to, const int *table, int key, int end) {
     constexpr int PIECES = KEYS / 8, DIMS = LLM__ATTEND_WARPS * 32 / PIECES; /* dimensions copied at a time */
@@ -1385,15 +1394,16 @@ static __device__ void llm__attend_copy_values(const llm__attn_run &a, uint4 *to
     }
 }
 
-/* What a lane keeps of its warp's 16 queries: for queries g and g + 8 (index 0 and 1) the softmax so far and the keys
-   they see. */
+/* The state that a lane keeps for two of its warp's 16 queries, g and g + 8 (index 0 and 1): the softmax so far, and
+   the keys that they see. */
 typedef struct llm__query_pair {
     float max[2], sum[2];
-    int last_key[2]; /* that it sees; -1: there is no such query */
+    int last_key[2]; /* the last key that it sees; -1: there is no such query */
 } llm__query_pair;
 
-/* Scores of queries become weights, in place, and are summed up. The lane's scores are those of keys 32 h + 8 t + 2 j +
-   b, in scores[4 h + j][b] for query g and [2 + b] for query g + 8. Returns how much the answers so far shrink. */
+/* Turns scores into weights, in place, and adds up the weights. The lane has the scores of keys
+   32 h + 8 t + 2 j + b, in scores[4 h + j][b] for query g and [2 + b] for query g + 8. Returns the factors by which the
+   answers so far shrink. */
 template <int KEYS>
 static __device__ float2 llm__attend_weigh_queries(const llm__attn_run &a, llm__query_pair *q,
                                                    float scores[KEYS / 8][4], int key) {
@@ -1423,7 +1433,7 @@ static __device__ float2 llm__attend_weigh_queries(const llm__attn_run &a, llm__
     return make_float2(shrink[0], shrink[1]);
 }
 
-/* A lane's part of 32 dimensions of a query; zero if it is not `there`. */
+/* A lane's part of 32 dimensions of a query; zeros if the query is not `there`. */
 static __device__ uint4 llm__attend_load_query(const llm__attn_run &a, int first_row, int query, int chunk,
                                                bool there) {
     if (!there || 32 * chunk >= a.kv.stride || !llm__attend_has(a, query % a.group)) return make_uint4(0, 0, 0, 0);
@@ -1466,13 +1476,13 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, CHUNKS == 8 ? 1
     llm__attend_copy_keys<CHUNKS, KEYS>(a, m.keys, table, begin, end);
     for (int key = begin; key < end; key += KEYS) {
         llm__chip_wait_for_copies();
-        __syncthreads(); /* the keys are there, and nobody reads the values of the step before */
+        __syncthreads(); /* the keys have arrived, and no thread still reads the values of the previous step */
         llm__attend_copy_values<CHUNKS, KEYS>(a, m.values, table, key, end);
         float scores[KEYS / 8][4] = {};
         float2 shrink = make_float2(1, 1);
         if (works) {
-            /* Column g of product j is the key that lets lane t have keys 8 t .. 8 t + 7 of each 32, as the second
-               product wants. */
+            /* The keys of the columns are chosen so that lane t gets keys 8 t .. 8 t + 7 of each 32, as the second
+               product needs them. */
 #pragma unroll(KEEPS_QUERIES ? CHUNKS : 1)
             for (int c = 0; c < CHUNKS; c++) {
                 uint4 up = KEEPS_QUERIES ? upper[c]
@@ -1489,7 +1499,7 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, CHUNKS == 8 ? 1
             shrink = llm__attend_weigh_queries<KEYS>(a, &q, scores, key);
         }
         llm__chip_wait_for_copies();
-        __syncthreads(); /* the values are there, and nobody reads this step's keys */
+        __syncthreads(); /* the values have arrived, and no thread still reads this step's keys */
         if (key + KEYS < end) llm__attend_copy_keys<CHUNKS, KEYS>(a, m.keys, table, key + KEYS, end);
         if (!works) continue;
 #pragma unroll
@@ -1526,14 +1536,15 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, CHUNKS == 8 ? 1
 
 /* ==== 6 Picking tokens ==========================================================================================
 
-   This is llm_sample on the GPU: one block reads the logits a few times, which takes no time beside the weights. A
-   token's weight is a whole number, so sums are exact and a seed gives the same text on every run. Top-k, top-p and
-   min-p each cut the tokens, ordered by weight, to a prefix. So of each cut only the weight of the prefix is needed. A
-   number is drawn below the smallest of the three, and the token is found where the weights so far exceed it. */
+   This is llm_sample on the GPU. One block reads the logits a few times; that takes little time compared with reading
+   the weights of the model. The likelihood of a token is an integer here, its "weight", so sums are exact and a seed
+   gives the same text on every run. Top-k, top-p and min-p each cut the list of tokens, ordered by weight, to a prefix.
+   So it is enough to know the total weight of each prefix. A random number below the smallest of the three is drawn.
+   The picked token is the first one at which the sum of the weights exceeds this number. */
 
 enum { LLM__PICK_THREADS = 1024, LLM__WEIGHT_BITS = 27, LLM__LOW_BITS = 14, LLM__MAX_VOCAB = 1 << 18 };
 
-/* In the GPU's memory; the kernel increases n_drawn and n_picked. */
+/* The sampler's settings and state, in the GPU's memory. The kernel increases n_drawn and n_picked. */
 typedef struct llm__picker_state {
     float scale, top_p, min_p; /* log2(e) / temperature, 0: greedy */
     int top_k;
@@ -1549,7 +1560,7 @@ typedef struct llm__picker {
     int *picked; /* in the host's memory; -1: the logits have a NaN or an infinity, or all tokens are forbidden */
 } llm__picker;
 
-/* What the block shares. The sums of a step of the descent are in two parts, as atomics have 32 bits. */
+/* The block's shared memory. The sums of a step of the descent are in two parts, because atomics have 32 bits. */
 typedef struct llm__pick_memory {
     unsigned counts[LLM__PICK_THREADS], low[LLM__PICK_THREADS], high[LLM__PICK_THREADS];
     unsigned long long warps[LLM__PICK_THREADS / 32];
@@ -1558,7 +1569,7 @@ typedef struct llm__pick_memory {
     unsigned long long weight_before;
 } llm__pick_memory;
 
-/* The tokens of a weight, in the order of weights: `key` numbers the weights, the tokens above it are counted. */
+/* The place of a weight in the order of weights: `key` identifies the weight, and the tokens above it are counted. */
 typedef struct llm__place {
     uint32_t key;
     unsigned long long n_above, weight_above;
@@ -1571,7 +1582,8 @@ static __device__ unsigned llm__pick_weight(float likelihood) {
     return (unsigned)(likelihood * (float)(1 << LLM__WEIGHT_BITS));
 }
 
-/* Of likelihoods from 2^-WEIGHT_BITS to 1: 28 bits in the same order. */
+/* Subtract this from the bits of a likelihood from 2^-WEIGHT_BITS to 1: that gives a key of 28 bits in the same
+   order. */
 static __device__ uint32_t llm__pick_key_base(void) { return (uint32_t)(127 - LLM__WEIGHT_BITS) << 23; }
 
 /* The sum of the values of this thread and those before it. */
@@ -1597,8 +1609,8 @@ static __device__ unsigned long long llm__pick_block_sum(unsigned long long valu
     return value;
 }
 
-/* The first of the tokens with the largest logit: orders them by logit, then by number downwards. -1 if a logit is NaN
-   or +infinity, or if all are -infinity. */
+/* The token with the largest logit, the first if there are several. Returns -1 if a logit is NaN or +infinity, or if
+   all are -infinity. */
 static __device__ int llm__pick_best_token(const llm__picker &p, llm__pick_memory *m) {
     unsigned long long best = 0;
     for (int i = (int)threadIdx.x; i < p.n_vocab; i += (int)blockDim.x) {
@@ -1615,12 +1627,13 @@ static __device__ int llm__pick_best_token(const llm__picker &p, llm__pick_memor
     __syncthreads();
     for (int i = 0; i < (int)blockDim.x / 32; i++) best = m->warps[i] > best ? m->warps[i] : best;
     __syncthreads();
-    uint32_t order = (uint32_t)(best >> 32); /* that of +infinity is 0xFF800000, that of -infinity 0x007FFFFF */
+    uint32_t order = (uint32_t)(best >> 32); /* +infinity has 0xFF800000, -infinity 0x007FFFFF */
     return order >= 0xFF800000u || order <= 0x007FFFFFu ? -1 : (int)~(uint32_t)best;
 }
 
-/* Going down from the heaviest token, the place where the sum of weights (or with BY_COUNT the number of tokens) first
-   exceeds `target`, which all of them together do: ten bits of its key, then nine, then nine. A thread has a bin. */
+/* Goes down from the heaviest token, and finds the place where the sum of weights (or with BY_COUNT, the number of
+   tokens) first exceeds `target`. The sum over all tokens must exceed it. This finds ten bits of the key, then nine,
+   then nine. Each thread has a bin. */
 template <bool BY_COUNT>
 static __device__ llm__place llm__pick_descend(const llm__picker &p, float max, float scale, unsigned long long target,
                                                llm__pick_memory *m) {
@@ -1658,7 +1671,7 @@ static __device__ llm__place llm__pick_descend(const llm__picker &p, float max, 
     return place;
 }
 
-/* Among tokens of one weight, those of lower number come first. */
+/* Finds the n-th token of a weight. Among equal weights, lower ids come first. */
 static __device__ int llm__pick_nth_of_weight(const llm__picker &p, float max, float scale, uint32_t key,
                                               unsigned long long n, llm__pick_memory *m) {
     int some = (p.n_vocab + LLM__PICK_THREADS - 1) / LLM__PICK_THREADS,
@@ -1675,7 +1688,7 @@ static __device__ int llm__pick_nth_of_weight(const llm__picker &p, float max, f
     return m->bin;
 }
 
-/* The weight of what top-k, top-p and min-p leave. */
+/* The total weight of the tokens that top-k, top-p and min-p leave. */
 static __device__ unsigned long long llm__pick_cut(const llm__picker &p, const llm__picker_state &s, float max,
                                                    llm__pick_memory *m) {
     unsigned long long n = 0, all = 0, likely = 0;
@@ -1712,7 +1725,7 @@ static __device__ double llm__pick_random(unsigned long long seed, unsigned long
     return (double)((z ^ z >> 31) >> 11) * (1.0 / 9007199254740992.0);
 }
 
-/* Picks a token and puts it into the next pass, one position on; one block. */
+/* Picks a token and puts it into the next pass, at the next position. One block. */
 static __global__ void __launch_bounds__(LLM__PICK_THREADS, 1) llm__pick(llm__picker p) {
     __shared__ llm__pick_memory m;
     llm__chip_let_next_start();
@@ -1732,16 +1745,16 @@ static __global__ void __launch_bounds__(LLM__PICK_THREADS, 1) llm__pick(llm__pi
     p.state->n_picked = s.n_picked + 1;
     p.picked[s.n_picked] = token;
     const_cast<int *>(p.rows.tokens)[0] =
-        token < 0 ? 0 : token; /* the next pass is under way, but nobody will use it */
+        token < 0 ? 0 : token; /* after an error the next pass still runs, but its result is not used */
     const_cast<int *>(p.rows.positions)[0]++;
 }
 
 /* ==== 7 Plain kernels ===========================================================================================
 
-   Each does one operation. Eager passes use only these. Passes of more than 16 rows also use cuBLAS's products and the
-   attention of section 5. */
+   Each kernel does one operation. Passes of LLM_CUDA_EAGER use only these. Passes of more than 16 rows use these, the
+   products of cuBLAS, and the attention of section 5. */
 
-/* out = x / rms(x) * weight in bf16; a block a row. */
+/* out = x / rms(x) * weight in bf16. One block per row. */
 static __global__ void llm__norm(const float *x, const float *weight, int n, float eps, uint16_t *out, int stride) {
     __shared__ float parts[32];
     const float *from = x + (size_t)blockIdx.x * n;
@@ -1757,7 +1770,7 @@ static __global__ void llm__norm(const float *x, const float *weight, int n, flo
         out[(size_t)blockIdx.x * stride + i] = llm__chip_to_bf16(from[i] * scale * weight[i]);
 }
 
-/* y[row][output] = (or, with `add`, +=) W[output] . x[row]; a warp an output, eight in a block. */
+/* y[row][output] = W[output] . x[row], or += with `add`. One warp per output, eight in a block. */
 static __global__ void llm__matrix_product(llm__gpu_matrix m, const uint16_t *x, float *y, int stride, bool add) {
     int output = (int)(blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = (int)threadIdx.x % 32, row = (int)blockIdx.y;
     if (output >= m.n) return;
@@ -1770,8 +1783,8 @@ static __global__ void llm__matrix_product(llm__gpu_matrix m, const uint16_t *x,
     if (lane == 0) *to = add ? *to + sum : sum;
 }
 
-/* Rows [first, first + n) as bf16, for cuBLAS: int8 exactly and without its scales, of f16 the high parts or the low
-   ones. A thread makes eight numbers. */
+/* Converts rows [first, first + n) to bf16, for cuBLAS. int8 is exact, without its scales. Of f16 it makes the high
+   parts, or with `low` the low parts. One thread per eight numbers. */
 static __global__ void llm__widen(llm__gpu_matrix m, int first, int n, bool low, uint16_t *to) {
     unsigned eight = blockIdx.x * blockDim.x + threadIdx.x, per_row = (unsigned)m.k / 8;
     if (eight >= (unsigned)n * per_row) return;
@@ -1788,7 +1801,7 @@ static __global__ void llm__widen(llm__gpu_matrix m, int first, int n, bool low,
         const uint8_t *place = from + llm__matrix_group_place(m.format, i);
         uint32_t d = m.scales[(size_t)row * (m.k / 32) + i / 32], pairs[4];
         float scale = llm__chip_half(d), minimum = llm__chip_half(d >> 16);
-        uint4 q; /* pairs of whole numbers as bf16, which is exact */
+        uint4 q; /* pairs of integers as bf16, which is exact */
         if (m.format == LLM__INT4_GROUPS) {
             q = llm__chip_widen_nibbles(*(const uint32_t *)place);
             minimum -= 128 * scale;
@@ -1806,7 +1819,7 @@ static __global__ void llm__widen(llm__gpu_matrix m, int first, int n, bool low,
     *(uint4 *)(to + 8 * (size_t)eight) = out;
 }
 
-/* What follows a product with int8: y = sums * scales, where both may be the same, or y += sums * scales; a thread an
+/* After a product with int8: y = sums * scales, or y += sums * scales. `y` and `sums` may be the same. One thread per
    output. */
 static __global__ void llm__scale(const float *sums, int sums_stride, const uint32_t *scales, int n, float *y,
                                   int stride, bool add) {
@@ -1816,11 +1829,11 @@ static __global__ void llm__scale(const float *sums, int sums_stride, const uint
     *to = add ? *to + x : x;
 }
 
-/* The outputs of a wide product, queries, keys and values or gates and ups, for the kernel that follows it. */
+/* The outputs of a wide product (queries, keys and values; or gates and ups) for the next kernel. */
 typedef struct llm__wide {
     const void *data; /* [rows][n] f32 or bf16 */
     bool is_bf16;
-    const uint32_t *scales; /* [n] floats by which they are still to be multiplied; NULL: none */
+    const uint32_t *scales; /* [n] floats by which the outputs must still be multiplied; NULL: none */
     int n;
 } llm__wide;
 
@@ -1856,7 +1869,8 @@ static __device__ llm__head llm__find_head(const llm__qkv_store &s, const llm__w
     return h;
 }
 
-/* Adds the bias, norms and turns, and stores the first n_heads of queries, keys and values; a warp a head of a row. */
+/* Adds the bias, norms, rotates and stores the first n_heads heads of queries, keys and values. One warp per head of a
+   row. */
 static __global__ void llm__rope(llm__rows rows, llm__qkv_store s, llm__wide w, int n_heads) {
     int lane = (int)threadIdx.x % 32, head = (int)(blockIdx.x * blockDim.x + threadIdx.x) / 32, row = (int)blockIdx.y;
     llm__chip_let_next_start();
@@ -1871,8 +1885,9 @@ static __global__ void llm__rope(llm__rows rows, llm__qkv_store s, llm__wide w, 
     }
 }
 
-/* Stores the values of 32 rows of a key head, in a long pass. The cache has the positions of a dimension side by side,
-   so they go through shared memory: a warp then writes one dimension of 32 rows, which usually stand side by side. */
+/* Stores the values of 32 rows of a key head, in a long pass. In the cache, the positions of a dimension are
+   consecutive. So the values are transposed in shared memory, and a warp writes one dimension of 32 rows, whose
+   positions are usually consecutive. */
 static __global__ void llm__store_values(llm__rows rows, llm__qkv_store s, llm__wide w) {
     __shared__ uint16_t values[32][LLM__MAX_HEAD_DIM + 2];
     int first = (int)blockIdx.x * 32, n = llm__min(rows.counts[0] - first, 32),
@@ -1889,7 +1904,7 @@ static __global__ void llm__store_values(llm__rows rows, llm__qkv_store s, llm__
     for (int dim = warp; dim < s.head_dim; dim += n_warps) to[dim * LLM_CACHE_BLOCK] = values[lane][dim];
 }
 
-/* softmax(q . keys) . values; a warp for one head of one row, a lane for each key of a block. */
+/* softmax(q . keys) . values. One warp per head of a row, one lane per key of a cache block. */
 static __global__ void llm__plain_attention(llm__attn_run a) {
     __shared__ float answer[LLM__MAX_HEAD_DIM], weights[LLM_CACHE_BLOCK];
     int head = (int)blockIdx.x, row = (int)blockIdx.y, lane = (int)threadIdx.x, n_keys = a.rows.positions[row] + 1;
@@ -1923,7 +1938,7 @@ static __global__ void llm__plain_attention(llm__attn_run a) {
         a.out[(size_t)row * a.out_stride + head * a.head_dim + dim] = llm__chip_to_bf16(answer[dim] / sum);
 }
 
-/* out[row][i] = silu(gate) * up; a row has all gates, then all ups. */
+/* out[row][i] = silu(gate) * up. A row of w has all gates, then all ups. */
 static __global__ void llm__swiglu(llm__wide w, int n_ff, uint16_t *out, int stride) {
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x), row = (int)blockIdx.y;
     if (i < n_ff)
@@ -1931,7 +1946,8 @@ static __global__ void llm__swiglu(llm__wide w, int n_ff, uint16_t *out, int str
             llm__chip_to_bf16(llm__chip_silu(llm__wide_at(w, row, i)) * llm__wide_at(w, row, n_ff + i));
 }
 
-/* The rows whose logits are wanted, close together; after the last layer's attention no others are needed. */
+/* Copies the rows that need logits into consecutive rows. After the attention of the last layer no others are
+   needed. */
 static __global__ void llm__keep_rows(llm__rows rows, const float *x, float *kept_x, int n_embd,
                                       const uint16_t *attention, uint16_t *kept_attention, int stride) {
     size_t to = blockIdx.x, from = (size_t)rows.logit_rows[blockIdx.x];
@@ -1940,8 +1956,8 @@ static __global__ void llm__keep_rows(llm__rows rows, const float *x, float *kep
         kept_attention[to * stride + i] = attention[from * stride + i];
 }
 
-/* log p = logit - max - log(sum of exp(logit - max)) for those of n targets that follow rows `first` and up, of which
-   these are the logits; a block a row. */
+/* log p = logit - max - log(sum of exp(logit - max)) for the targets (of n) that follow rows from `first` on. `logits`
+   has the logits of these rows. One block per row. */
 static __global__ void llm__score_row(const float *logits, int n_vocab, int first, const int *targets,
                                       const int *target_rows, int n_targets, float *log_probs) {
     __shared__ float maxima[32], sums[32];
@@ -1969,7 +1985,8 @@ typedef struct llm__region {
     size_t n_vectors; /* of 16 bytes */
 } llm__region;
 
-/* Reads all regions, one after the other without a pause, and does next to nothing: the limit of decoding. */
+/* Reads all regions one after the other without a pause, and computes almost nothing. Its time is the lower limit of
+   decoding. */
 static __global__ void llm__read_all(const llm__region *regions, int n_regions, unsigned *sink) {
     unsigned seen = 0;
     size_t step = (size_t)gridDim.x * blockDim.x, thread = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -1983,11 +2000,10 @@ static __global__ void llm__read_all(const llm__region *regions, int n_regions, 
                 seen ^= v.x ^ v.y ^ v.z ^ v.w;
             }
     }
-    if (seen == 0x9E3779B9u) *sink = seen; /* so that the loads are not left out */
+    if (seen == 0x9E3779B9u) *sink = seen; /* otherwise the compiler could leave out the loads */
 }
 
-/* Random bf16 from -1 to 1: what the tensor cores are fed with when their rate is measured, as it depends on the
-   numbers. */
+/* Random bf16 from -1 to 1, for measuring the rate of the tensor cores, which depends on the numbers. */
 static __global__ void llm__fill(uint16_t *to, size_t n) {
     size_t step = (size_t)gridDim.x * blockDim.x;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
@@ -2114,8 +2130,8 @@ static __global__ void llm__meet_ranks(llm__meet_run m) {
 
 /* ==== 8 The model ===============================================================================================
 
-   Matrices are stored row by row, as in the file. The host's threads convert rows into one of two pinned buffers while
-   the other one is being copied to the GPU. */
+   Matrices are stored row by row, as in the file. Threads of the host convert rows into one of two pinned buffers while
+   the other buffer is being copied to the GPU. */
 
 typedef struct llm__gpu_layer {
     float *attention_norm, *ffn_norm;
@@ -2132,7 +2148,7 @@ typedef struct llm__gpu_model {
     llm_cuda_mode mode;
     llm_dtype dtype;
     int n_threads, n_processors;
-    int device; /* what all calls of this model and its contexts are for, see llm__on_device */
+    int device; /* the GPU that all calls of this model and its contexts use, see llm__on_device */
     bool can_overlap;
     double *frequencies; /* on the GPU */
     llm__gpu_layer *layers;
@@ -2141,7 +2157,7 @@ typedef struct llm__gpu_model {
     cudaStream_t stream;
     uint8_t *staging[2]; /* pinned */
     cudaEvent_t sent[2];
-    int turn; /* which of the two is next */
+    int turn; /* the staging buffer that is used next */
 } llm__gpu_model;
 
 enum { LLM__STAGING = 4 << 20 };
@@ -2151,12 +2167,12 @@ static void llm__host_free(const llm_host *host, void *ptr) {
     else (free)(ptr);
 }
 
-/* Makes a GPU the calling thread's for as long as this lives, then the one before it again. */
+/* Makes a GPU the current one of the calling thread. The destructor restores the previous one. */
 struct llm__on_device {
     int device, before;
     explicit llm__on_device(int device_) : device(device_), before(device_) {
         if (cudaGetDevice(&before) == cudaSuccess && before != device)
-            (void)cudaSetDevice(device); /* if this fails, so does what follows */
+            (void)cudaSetDevice(device); /* if this fails, later calls fail, too */
     }
     ~llm__on_device() {
         if (before != device) (void)cudaSetDevice(before);
@@ -2171,7 +2187,7 @@ static void *llm__host_zero(const llm_host *host, size_t size, llm_error *err) {
     return NULL;
 }
 
-/* A matrix without memory. */
+/* Describes a matrix. Its memory is not allocated yet. */
 static llm__gpu_matrix llm__matrix_describe(llm_dtype dtype, const llm_backend_weight *weight) {
     llm__gpu_matrix m;
     memset(&m, 0, sizeof m);
@@ -2183,7 +2199,7 @@ static llm__gpu_matrix llm__matrix_describe(llm_dtype dtype, const llm_backend_w
     return m;
 }
 
-/* Scales that belong to a row. */
+/* Number of scales of a row. */
 static size_t llm__matrix_row_scales(llm__gpu_matrix m) {
     return m.format <= LLM__F16 ? 0 : m.format == LLM__INT8 ? 1 : (size_t)m.k / 32;
 }
@@ -2193,16 +2209,16 @@ static uint64_t llm__gpu_weight_bytes(llm_dtype dtype, const llm_backend_weight 
     return (uint64_t)m.n * (llm__matrix_row_bytes(m) + llm__matrix_row_scales(m) * 4);
 }
 
-/* The GPU that is the calling thread's, if somebody chose one, that is, if it is not the first. Else the ranks take
-   turns with the GPUs that their processes see. */
+/* The GPU for a rank. If the calling thread's current GPU is not GPU 0, the host has chosen it. Otherwise ranks are
+   assigned to the visible GPUs in turn. */
 static int llm__device_of_rank(const llm_model_desc *desc, int current, int n) {
     int shard = desc->tensor ? desc->tensor->rank : 0, n_shards = desc->tensor ? desc->tensor->size : 1;
     return current ? current : (shard + n_shards * (desc->pipeline ? desc->pipeline->rank : 0)) % n;
 }
 
-/* The calling thread's GPU, if it can run this: compute capability 8.0 has the bf16 tensor cores. Kernels may overlap
-   if the chip can do it and the code that will run knows of it: PTX for older chips, compiled by the driver, does not
-   wait. */
+/* Chooses the GPU and checks that it can run this: bf16 tensor cores need compute capability 8.0. Kernels may overlap
+   only if both the chip and the compiled code support it. (If the driver compiles PTX that was made for older chips,
+   its kernels do not wait.) */
 static llm_status llm__find_gpu(llm__gpu_model *m, const llm_model_desc *desc, llm_error *err) {
     int n = 0, major = 0, minor = 0;
     cudaFuncAttributes code;
@@ -2320,7 +2336,7 @@ static void llm__gpu_close(void *model) {
         float *vectors[] = {layer->attention_norm, layer->ffn_norm, layer->qkv_bias, layer->q_norm, layer->k_norm};
         for (int j = 0; j < 5; j++) cudaFree(vectors[j]);
     }
-    if (m->head.data != m->embedding.data) llm__matrix_free(m->head); /* else the two are one, or there are none */
+    if (m->head.data != m->embedding.data) llm__matrix_free(m->head); /* otherwise they are one matrix, or both NULL */
     llm__matrix_free(m->embedding);
     cudaFree(m->output_norm);
     cudaFree(m->frequencies);
@@ -2334,22 +2350,22 @@ static void llm__gpu_close(void *model) {
     llm__host_free(&host, m);
 }
 
-/* From memory that is not pinned; done when it returns. */
+/* Copies from memory that is not pinned. The copy is complete when this returns. */
 static cudaError_t llm__copy_in(llm__gpu_model *m, void *to, const void *from, size_t bytes) {
     cudaError_t result = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, m->stream);
     return result == cudaSuccess ? cudaStreamSynchronize(m->stream) : result;
 }
 
-/* Rows [first, first + n) of a weight, to be converted into a pinned buffer. */
+/* The conversion of rows [first, first + n) of a weight into a pinned buffer. */
 typedef struct llm__conversion {
     const llm_backend_weight *weight;
     llm__gpu_matrix matrix; /* with n rows, in the buffer */
     int first, n_threads;
-    size_t scratch_bytes; /* of a thread: a row of floats and one of groups, see llm__conversion_bytes */
+    size_t scratch_bytes; /* per thread: a row of floats and a row of groups, see llm__conversion_bytes */
     uint8_t *scratch;
 } llm__conversion;
 
-/* Groups come behind the floats. */
+/* Bytes of scratch memory per thread: a row of floats, then a row of groups. */
 static size_t llm__conversion_bytes(const llm_backend_weight *weight) {
     size_t n_groups = (size_t)llm__pad(weight->cols, 32) / 32;
     return n_groups * 32 * sizeof(float) + n_groups * sizeof(llm_backend_group);
@@ -2363,7 +2379,7 @@ static void llm__bf16_row(const float *row, int n, uint16_t *out) {
     }
 }
 
-/* To the nearest f16, ties to the even one; a number that is too large becomes infinite, as on the CPU. */
+/* Rounds to the nearest f16, ties to even. A number that is too large becomes infinite, as on the CPU. */
 static uint16_t llm__round_to_f16(float x) {
     uint32_t bits, sign;
     memcpy(&bits, &x, 4);
@@ -2371,7 +2387,7 @@ static uint16_t llm__round_to_f16(float x) {
     bits &= 0x7FFFFFFFu;
     if (bits >= 0x47800000u) return (uint16_t)(sign | (bits > 0x7F800000u ? 0x7E00u : 0x7C00u)); /* 65536 and up; NaN */
     if (bits >= 0x38800000u) return (uint16_t)(sign | (bits - 0x38000000u + 0xFFFu + (bits >> 13 & 1)) >> 13);
-    float steps = fabsf(x) + 0.5f; /* numbers below 2^-14 are multiples of 2^-24, as those around 0.5 are */
+    float steps = fabsf(x) + 0.5f; /* f16 below 2^-14 are multiples of 2^-24, like floats around 0.5 */
     memcpy(&bits, &steps, 4);
     return (uint16_t)(sign | (bits - 0x3F000000u));
 }
@@ -2432,7 +2448,7 @@ static void llm__convert_rows(const llm__conversion *c, int index) {
 
 static void llm__convert(llm__conversion *c, int n_threads) {
     std::thread threads[64];
-    int n_started = 1; /* this thread is the first; if the system gives no more, it does their work too */
+    int n_started = 1; /* this thread counts; if no more threads can be started, it also does their work */
     c->n_threads = (size_t)c->matrix.n * c->weight->cols < 100000 ? 1 : n_threads < 64 ? n_threads : 64;
     for (; n_started < c->n_threads; n_started++) {
         try {
@@ -2473,7 +2489,7 @@ static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_backend_weight
                                      llm_error *err) {
     *matrix = llm__matrix_describe(m->dtype, weight);
     size_t n = (size_t)matrix->n, scale_bytes = n * llm__matrix_row_scales(*matrix) * 4;
-    if (n == 0) return LLM_OK; /* this rank has no share of it */
+    if (n == 0) return LLM_OK; /* this rank has no share of this matrix */
     if (scale_bytes) LLM__TRY(cudaMalloc((void **)&matrix->scales, scale_bytes));
     LLM__TRY(cudaMalloc((void **)&matrix->data, n * llm__matrix_row_bytes(*matrix)));
     uint8_t *scratch = (uint8_t *)llm__host_zero(&m->host, (size_t)m->n_threads * llm__conversion_bytes(weight), err);
@@ -2483,7 +2499,7 @@ static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_backend_weight
     return status;
 }
 
-/* A row, or a column. */
+/* Uploads a norm or a bias, as floats. */
 static llm_status llm__upload_vector(llm__gpu_model *m, const llm_backend_weight *weight, float **vector,
                                      llm_error *err) {
     size_t bytes = (size_t)weight->rows * (size_t)weight->cols * sizeof(float);
@@ -2523,11 +2539,11 @@ static llm_status llm__gpu_upload(void *model, const llm_backend_weight *w, llm_
 /* ==== 9 The context =============================================================================================
 
    A context is a stream and all the memory that a pass needs: one allocation on the GPU, and a pinned one on the host.
-   Both are laid out twice, first to find their size, then to place their parts. */
+   The layout is computed twice: first to find the sizes, then to place the parts. */
 
 enum {
-    LLM__BUCKETS = 5,      /* passes of 1, 2, 4, 8 and 16 rows have each their graph          */
-    LLM__AHEAD = 4,        /* passes of a burst that are queued behind the one whose token is next */
+    LLM__BUCKETS = 5,      /* passes of 1, 2, 4, 8 and 16 rows each have a graph              */
+    LLM__AHEAD = 4,        /* passes of a burst that are queued after the one whose token is awaited */
     LLM__MESSAGE_HEAD = 64 /* bytes before the rows that go to the next stage of a pipeline   */
 };
 
@@ -2539,13 +2555,14 @@ typedef struct llm__recording {
 
 typedef struct llm__sizes {
     int n_embd, q, ffn, fused_rows, n_tables; /* strides of activations; rows the fused buffers have; tables  */
-    int n_wide, n_squares, rows_ints;         /* widest product; blocks of an n_embd product; ints of llm__rows */
-    size_t blas_bytes, widened;               /* cuBLAS's own; elements of int8 widened for it at a time */
-    size_t meeting, message;                  /* bytes of what ranks bring together; of a message to the next stage */
-    size_t half;                              /* bytes of half a mailbox, 0: there is none */
+    int n_wide, n_squares, rows_ints;         /* widest product; sums of squares in a row; ints of llm__rows */
+    size_t blas_bytes, widened;               /* workspace of cuBLAS; elements that are widened for it at a time */
+    size_t meeting, message;                  /* bytes that ranks exchange at once; of a message to the next stage */
+    size_t half;                              /* bytes of half a mailbox; 0: there is none */
 } llm__sizes;
 
-/* A mailbox is freed when nobody writes into it any more: its rank, and those of this process that found it. */
+/* A mailbox. It is freed once neither its own rank nor other ranks of this process that have found it use it any
+   more. */
 typedef struct llm__meet_memory {
     uint8_t *data;
     int device, n_users; /* n_users is atomic */
@@ -2559,7 +2576,7 @@ typedef struct llm__gpu_context {
     uint8_t *memory, *pinned;
     size_t memory_bytes, cache_bytes, pinned_bytes;
     llm__kv kv;
-    int *rows, *host_rows;    /* what the parts of llm__rows point into                    */
+    int *rows, *host_rows;    /* the members of llm__rows point into this memory           */
     float *cosines, *sines;   /* [n_batch][rope_dim / 2]                                   */
     float *x, *kept_x, *wide; /* [n_batch][n_embd], the same, [n_batch][n_wide]            */
     llm__region *regions;     /* [4 * n_layers + 1] all matrices of weights                */
@@ -2569,7 +2586,7 @@ typedef struct llm__gpu_context {
     float *partial; /* see llm__attn_run                                           */
     unsigned *n_done;
     float *logits, *host_logits;       /* [n_logits][n_vocab]                                       */
-    int *targets, *host_targets;       /* [2][n_batch] tokens, and the rows they come after         */
+    int *targets, *host_targets;       /* [2][n_batch] tokens, and the rows that predict them       */
     float *log_probs, *host_log_probs; /* [n_batch]                                               */
     void *blas_memory;
     uint16_t *widened; /* a piece of a matrix                                       */
@@ -2577,19 +2594,20 @@ typedef struct llm__gpu_context {
     llm__picker_state *picker, *host_picker;
     int *host_picked; /* [LLM_BACKEND_BURST]                                               */
     cudaEvent_t picked[LLM__AHEAD + 1];
-    llm__recording burst_pass; /* of one row, and the picking of the next                   */
-    /* With ranks, all pinned: rows that they bring together, and the tokens these belong to; from the stage before; to
-       the next one, in turn. */
+    llm__recording burst_pass; /* a pass of one row, and picking the next token             */
+    /* With ranks, all pinned: rows that they exchange, and the tokens of these rows; a message from the previous stage;
+       two messages to the next stage, used in turn. */
     uint8_t *meeting, *incoming, *outgoing[2];
     int *meeting_tokens;
-    llm__meet_memory *boxes[LLM__MEET_RANKS]; /* of the tensor group; those of others once they are found  */
+    llm__meet_memory *boxes[LLM__MEET_RANKS]; /* of the tensor ranks; those of others once they are found  */
     unsigned *host_late;                      /* llm__meet_box.late, pinned                                */
     bool looked_for_peers, has_peers;         /* has_peers: ranks meet in the GPUs' memory                 */
     int n_sent;
-    bool cancelled, stopped; /* this pass; the rest of the call, which the other stages end together */
+    bool cancelled, stopped; /* this pass; also the rest of the call, so that all stages end it together */
 } llm__gpu_context;
 
-/* Elements of the widest and longest matrix there could be, or of whole rows of at most 64 MB; at least of one. */
+/* Elements that are widened at a time: the whole of the largest matrix, or as many rows as fit into 64 MB, at least
+   one. */
 static size_t llm__widest_piece(const llm_backend_shape *s, const llm__sizes *z) {
     size_t k = (size_t)(z->n_embd > z->ffn ? z->n_embd : z->ffn),
            n = (size_t)(s->n_vocab > z->n_wide ? s->n_vocab : z->n_wide);
@@ -2598,8 +2616,8 @@ static size_t llm__widest_piece(const llm_backend_shape *s, const llm__sizes *z)
     return all < most ? all : k > most ? k : most;
 }
 
-/* Half a mailbox has room for what ranks bring together of the rows of a fused pass. Rows of longer passes come a few
-   at a time, in some megabytes. */
+/* Half a mailbox has room for what ranks exchange in a fused pass. Longer passes exchange a few rows at a time, in a
+   few megabytes. */
 static size_t llm__meet_half(const llm_backend_shape *s, const llm_backend_desc *d, const llm__sizes *z) {
     size_t row = (size_t)z->n_wide * 4,
            embedded = (size_t)s->n_embd * 4 + (size_t)z->n_embd * 2 + (size_t)z->n_squares * 4,
@@ -2614,7 +2632,8 @@ static size_t llm__meet_half(const llm_backend_shape *s, const llm_backend_desc 
     return (half + 255) / 256 * 256;
 }
 
-/* Of the whole model, whatever share of it a rank has: so the ranks' rows are alike. */
+/* The sizes are those of the whole model, even if a rank has only a share of it, so that all ranks have the same row
+   strides. */
 static llm__sizes llm__find_sizes(const llm_backend_shape *s, const llm_backend_desc *d) {
     llm__sizes z;
     int qkv = (s->n_heads + 2 * s->n_kv_heads) * s->head_dim;
@@ -2627,7 +2646,7 @@ static llm__sizes llm__find_sizes(const llm_backend_shape *s, const llm_backend_
     if (z.n_wide < s->n_embd) z.n_wide = s->n_embd;
     z.n_squares = (s->n_embd + 15) / 16;
     z.rows_ints = 3 + 6 * llm__pad(d->n_batch, LLM__FUSED_ROWS) + z.n_tables * d->blocks_per_seq;
-    z.blas_bytes = d->n_batch > LLM__FUSED_ROWS ? (size_t)32 << 20 : 0; /* what cuBLAS wants on Hopper */
+    z.blas_bytes = d->n_batch > LLM__FUSED_ROWS ? (size_t)32 << 20 : 0; /* recommended for cuBLAS on Hopper */
     z.widened = d->n_batch > LLM__FUSED_ROWS ? llm__widest_piece(s, &z) : 0;
     size_t row = (size_t)z.n_wide * 4, n_batch = (size_t)d->n_batch,
            logits = (size_t)d->n_logits * (size_t)s->n_vocab * 4;
@@ -2640,7 +2659,7 @@ static llm__sizes llm__find_sizes(const llm_backend_shape *s, const llm_backend_
     return z;
 }
 
-/* The next `bytes` of a memory that is being laid out. */
+/* Places the next `bytes` of a memory. */
 static void *llm__part(uint8_t *memory, size_t *used, size_t bytes) {
     uint8_t *at = memory ? memory + *used : NULL;
     *used += (bytes + 255) / 256 * 256;
@@ -2654,7 +2673,7 @@ static uint64_t llm__gpu_block_bytes(const llm_backend_shape *s, llm_dtype cache
     return (uint64_t)s->n_layers * 2 * (uint64_t)s->n_kv_heads * LLM_CACHE_BLOCK * (uint64_t)llm__head_stride(s) * 2;
 }
 
-/* Lays out c->memory: the cache, then everything else. With c->memory NULL only the sizes are found. */
+/* Lays out c->memory: the cache, then everything else. If c->memory is NULL, it only computes the sizes. */
 static void llm__lay_out(llm__gpu_context *c, const llm_backend_shape *s, int group) {
     const llm_backend_desc *d = &c->desc;
     const llm__sizes *z = &c->sizes;
@@ -2728,7 +2747,8 @@ static llm_status llm__create_blas(llm__gpu_context *c, llm_error *err) {
     return status;
 }
 
-/* This rank's mailbox. It may outlive the context and its host, so its description does not come from the host. */
+/* Creates this rank's mailbox. It may outlive the context, so its description is not allocated with the host's
+   functions. */
 static llm_status llm__meet_create(llm__gpu_context *c, llm_error *err) {
     const llm_host none = {};
     size_t bytes = llm__meet_bytes(&c->sizes);
@@ -2764,7 +2784,7 @@ static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     if (c->desc.n_batch > LLM__MAX_ROWS)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "n_batch is %d; on the GPU a pass has at most %d rows",
                                c->desc.n_batch, (int)LLM__MAX_ROWS);
-    LLM__TRY(cudaStreamSynchronize(c->model->stream)); /* the weights are there */
+    LLM__TRY(cudaStreamSynchronize(c->model->stream)); /* wait for the weights */
     LLM__TRY(cudaStreamCreateWithFlags(&c->queue.stream, cudaStreamNonBlocking));
     c->queue.can_overlap = c->model->can_overlap;
     c->prefetch = LLM_CUDA_PREFETCH << 10;
@@ -2777,7 +2797,7 @@ static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     llm_status status = llm__meet_create(c, err);
     if (status) return status;
     if (c->host_late) memset(c->host_late, 0, 2 * sizeof *c->host_late);
-    /* Padding is zero and stays so. */
+    /* Padding must be zero, and is never written. */
     LLM__TRY(cudaMemsetAsync(c->memory, 0, c->memory_bytes, c->queue.stream));
     LLM__TRY(cudaStreamSynchronize(c->queue.stream));
     return c->sizes.blas_bytes ? llm__create_blas(c, err) : LLM_OK;
@@ -2823,7 +2843,7 @@ static llm_status llm__gpu_context_create(void **out, void *model, const llm_bac
 
 /* ==== 10 Forward pass ============================================================================================ */
 
-/* The parts of llm__rows, for `capacity` rows, one after the other in `ints`. */
+/* Places the arrays of llm__rows one after the other in `ints`, for `capacity` rows. */
 static llm__rows llm__place_rows(const llm__gpu_context *c, const int *ints, int capacity) {
     llm__rows rows;
     rows.counts = ints;
@@ -2838,7 +2858,7 @@ static llm__rows llm__place_rows(const llm__gpu_context *c, const int *ints, int
     return rows;
 }
 
-/* Neighbouring rows of one sequence are answered together, as many as fit. */
+/* Cuts the rows into tiles: runs of at most `most` neighbouring rows of one sequence. */
 static int llm__make_tiles(const llm_backend_pass *pass, int most, int *first, int *n) {
     int n_tiles = 0;
     for (int row = 0; row < pass->n_rows; row++) {
@@ -2912,8 +2932,8 @@ static llm__qkv_store llm__make_store(const llm__gpu_context *c, int layer) {
     return store;
 }
 
-/* A row's keys are cut into no more spans than give every multiprocessor about four blocks of a single row. That
-   depends on the whole model alone, so a row's answer does not depend on the others, nor on the number of ranks. */
+/* The max number of spans of a row: a pass of a single row then has about four blocks for every multiprocessor. This
+   depends only on the whole model, so a row's answer depends neither on other rows nor on the number of ranks. */
 static int llm__max_spans(const llm__gpu_model *m) {
     int n = 4 * m->n_processors / m->whole.n_kv_heads;
     return n < 1 ? 1 : llm__min(n, LLM__MAX_SPANS);
@@ -2960,26 +2980,25 @@ static llm__attention_fn llm__choose_tile_attention(int head_stride) {
 
 /* ---- Ranks ----
 
-   As on the CPU, ranks of a tensor group share the outputs of each matrix. They bring together what attention gives,
-   what SwiGLU gives, and the residual stream after each half of a layer. An output is computed as on one GPU, its sum
-   in the same order, so the bits of a pass of up to 16 rows are the same for any number of ranks. (In longer passes
-   cuBLAS may choose another kernel for a matrix of another size.) The fused kernels need the residual stream only as
-   the next product reads it: in bf16, and the squares of its tiles.
+   As on the CPU, tensor ranks divide the outputs of each matrix. They exchange the results of attention, the results of
+   SwiGLU, and the residual stream after each half of a layer. Every output is computed as on one GPU, with its sum in
+   the same order, so in passes of up to 16 rows the bits are the same for any number of ranks. (In longer passes cuBLAS
+   may choose another kernel for a matrix of another size.) The fused kernels need the residual stream only in the form
+   in which the next product reads it: in bf16, with the sums of squares of its tiles.
 
-   Ranks that are threads of one process, and whose GPUs reach each other's memory, meet there, see section 7b. Else what
-   they exchange goes by way of the host, through the communicator: that works across processes and machines, but a
-   meeting costs two copies and two waits. Stages of a pipeline send each other the residual stream by way of the
-   host. */
+   If ranks are threads of one process and their GPUs reach each other's memory, they exchange data there, see section
+   7b. Otherwise the data goes through the host and the comm. That works across processes and machines, but an exchange
+   costs two copies and two waits. Stages of a pipeline send each other the residual stream through the host. */
 
-/* What a rank tells the others of itself. */
+/* What a rank tells the others about itself. */
 typedef struct llm__meet_address {
     uint64_t process; /* a random number */
     llm__meet_memory *box;
     int device;
-    char bus[32]; /* where the GPU is in its machine */
+    char bus[32]; /* the GPU's PCI bus id */
 } llm__meet_address;
 
-/* Lets this rank's GPU use the memory of another rank's. */
+/* Lets this rank's GPU use the memory of another rank's GPU. Returns false if it cannot. */
 static bool llm__meet_reach(const llm__gpu_context *c, const llm__meet_address *own, const llm__meet_address *other) {
     int can = 0;
     if (own->process != other->process || !other->box || strcmp(own->bus, other->bus) == 0) return false;
@@ -2987,7 +3006,7 @@ static bool llm__meet_reach(const llm__gpu_context *c, const llm__meet_address *
         cudaError_t result = cudaDeviceEnablePeerAccess(other->device, 0);
         can = result == cudaSuccess || result == cudaErrorPeerAccessAlreadyEnabled;
     }
-    (void)cudaGetLastError(); /* that it was enabled already is not an error */
+    (void)cudaGetLastError(); /* it is not an error if access was enabled already */
     return can;
 }
 
@@ -3000,8 +3019,8 @@ static void llm__meet_log(const llm__gpu_context *c) {
     host->log(host->user, line);
 }
 
-/* Before the first pass all ranks find out whether each of them can reach all others. The environment variable
-   LLM_CUDA_RANKS=host, on any rank, forbids it. */
+/* Before the first pass all ranks find out whether each of them can reach all others' memory. LLM_CUDA_RANKS=host in
+   the environment of any rank forbids it. */
 static void llm__meet_find_peers(llm__gpu_context *c) {
     static const uint64_t process = (uint64_t)std::random_device()() << 32 | std::random_device()();
     llm_comm *tensor = c->desc.tensor;
@@ -3031,18 +3050,19 @@ static void llm__meet_find_peers(llm__gpu_context *c) {
     llm__meet_log(c);
 }
 
-/* Rows of n numbers of `size` bytes, which ranks have in units. */
+/* Rows of n numbers of `size` bytes. Each rank has whole units of every row. */
 typedef struct llm__shared_rows {
     void *data;
     size_t stride, n, unit, size; /* of rows, in numbers */
-    bool by_token;                /* a row is whole on the rank that has its token */
+    bool by_token;                /* the rank that has a row's token has the whole row */
 } llm__shared_rows;
 
-/* How many rows meet. A recorded graph reads it on the GPU, since passes of one bucket have different numbers. */
+/* The number of rows that ranks exchange. A recorded graph reads it on the GPU, because the passes of one bucket have
+   different numbers of rows. */
 typedef struct llm__meet_count {
     int n;
-    const int *at; /* where it is on the GPU; NULL: nowhere */
-    int most;      /* that it can be there                  */
+    const int *at; /* the number on the GPU; NULL: not there */
+    int most;      /* its maximum                            */
 } llm__meet_count;
 
 static llm__meet_part llm__meet_describe(const llm__gpu_context *c, const llm__shared_rows &r, int first) {
@@ -3088,7 +3108,7 @@ static void llm__meet_launch(llm__gpu_context *c, llm__meet_count n, std::initia
                       llm__meet_ranks, m);
 }
 
-/* Rows of a long pass come as many at a time as half a mailbox has room for. */
+/* Exchanges rows through mailboxes. In a long pass it exchanges as many rows at a time as fit into half a mailbox. */
 static void llm__meet_peers(llm__gpu_context *c, llm__meet_count n, std::initializer_list<llm__shared_rows> parts) {
     size_t row = 0;
     for (const llm__shared_rows &r : parts) row += r.stride * r.size;
@@ -3100,7 +3120,7 @@ static void llm__meet_peers(llm__gpu_context *c, llm__meet_count n, std::initial
     }
 }
 
-/* Why the ranks cannot go on is kept like the failure of a call, and reported at the end of the pass. */
+/* Exchanges rows through the host. If that fails, the queue keeps the error and reports it at the end of the pass. */
 static void llm__meet_host(llm__gpu_context *c, int n_rows, const llm__shared_rows &r) {
     llm_comm *tensor = c->desc.tensor;
     llm__queue *queue = &c->queue;
@@ -3129,7 +3149,7 @@ static void llm__meet_host(llm__gpu_context *c, int n_rows, const llm__shared_ro
                     "sending the other ranks' rows");
 }
 
-/* Brings the parts of the same rows together. */
+/* Exchanges the rows of several arrays, which have the same number of rows. */
 static void llm__meet(llm__gpu_context *c, llm__meet_count n, std::initializer_list<llm__shared_rows> parts) {
     if (!c->desc.tensor || c->queue.left_out >> LLM__KIND_MEET & 1) return;
     if (c->has_peers) llm__meet_peers(c, n, parts);
@@ -3137,10 +3157,10 @@ static void llm__meet(llm__gpu_context *c, llm__meet_count n, std::initializer_l
         for (const llm__shared_rows &r : parts) llm__meet_host(c, n.n, r);
 }
 
-/* Rows of a pass without a graph. */
+/* The number of rows of a pass without a graph. */
 static llm__meet_count llm__meet_all(int n) { return {n, NULL, n}; }
 
-/* Has the host told whether a rank did not come, once the stream has got that far. */
+/* Queues a copy to the host of the flag that says whether a rank did not come. */
 static void llm__meet_ask(llm__gpu_context *c) {
     if (!c->has_peers || llm__queue_failed(&c->queue)) return;
     const llm__meet_box *own = (const llm__meet_box *)(void *)c->boxes[c->desc.tensor->rank]->data;
@@ -3156,7 +3176,7 @@ static void llm__meet_check(llm__gpu_context *c) {
                     (int)*c->host_late - 1, c->desc.tensor->rank);
 }
 
-/* Ends the waiting of the other ranks, and tells them which rank it was, as far as this rank's GPU can still be used. */
+/* Ends the waiting of the other ranks and tells them which rank failed, if this rank's GPU can still be used. */
 static void llm__meet_end(llm__gpu_context *c) {
     if (!c->has_peers) return;
     const llm_comm *tensor = c->desc.tensor;
@@ -3187,7 +3207,7 @@ static void llm__meet_x(llm__gpu_context *c, float *x, llm__meet_count n) {
     llm__meet(c, n, {{x, n_embd, n_embd, (size_t)c->model->own.embd_unit, 4, false}});
 }
 
-/* A unit is a tile, which has one sum of squares. */
+/* Exchanges the inputs of the next product. A unit is a tile, which has one sum of squares. */
 static void llm__meet_normed(llm__gpu_context *c, llm__meet_count n) {
     size_t n_squares = (size_t)c->sizes.n_squares, unit = (size_t)c->model->own.embd_unit;
     llm__meet(c, n,
@@ -3200,7 +3220,7 @@ static void llm__meet_logits(llm__gpu_context *c, float *logits, llm__meet_count
     llm__meet(c, n, {{logits, n_vocab, n_vocab, (size_t)c->model->own.vocab_unit, 4, false}});
 }
 
-/* The rows of tokens that other ranks have. */
+/* Exchanges the embedded rows. A row comes from the rank that has its token. */
 static void llm__meet_embedded(llm__gpu_context *c, llm__meet_count count, bool fused) {
     size_t n = (size_t)c->model->shape.n_embd, n_squares = (size_t)c->sizes.n_squares;
     const llm__shared_rows x = {c->x, n, n, n, 4, true}, normed = {c->normed, (size_t)c->sizes.n_embd, n, n, 2, true},
@@ -3210,7 +3230,7 @@ static void llm__meet_embedded(llm__gpu_context *c, llm__meet_count count, bool 
     else llm__meet(c, count, {x});
 }
 
-/* Does any rank of the tensor group want to stop? */
+/* Returns true if any tensor rank wants to cancel. */
 static bool llm__poll_cancel(llm__gpu_context *c, const llm_backend_pass *pass) {
     llm_comm *tensor = c->desc.tensor;
     unsigned flags = pass->cancel && pass->cancel(pass->cancel_user);
@@ -3220,12 +3240,13 @@ static bool llm__poll_cancel(llm__gpu_context *c, const llm_backend_pass *pass) 
     return flags || c->queue.parted.code;
 }
 
-/* A message to the next stage: a flag, the residual stream, and with few rows the squares of its tiles. */
+/* Bytes of a message to the next stage: a flag, the residual stream, and in a fused pass the sums of squares of its
+   tiles. */
 static size_t llm__message_bytes(const llm__gpu_context *c, int n, bool fused) {
     return LLM__MESSAGE_HEAD + (size_t)n * (size_t)(c->model->shape.n_embd + (fused ? c->sizes.n_squares : 0)) * 4;
 }
 
-/* Copies the rows between the GPU and a message. */
+/* Copies the rows from the GPU to a message (`sends`), or from a message to the GPU. */
 static void llm__copy_message(llm__gpu_context *c, uint8_t *message, int n, bool fused, bool sends) {
     size_t x_bytes = (size_t)n * (size_t)c->model->shape.n_embd * 4,
            squares = (size_t)n * (size_t)c->sizes.n_squares * 4;
@@ -3243,7 +3264,7 @@ static void llm__copy_message(llm__gpu_context *c, uint8_t *message, int n, bool
                             "a message between stages");
 }
 
-/* The rows that the stage before has computed. */
+/* Receives the rows that the previous stage has computed. */
 static void llm__receive_message(llm__gpu_context *c, int n, bool fused) {
     llm_comm *pipeline = c->desc.pipeline;
     int stop = 0;
@@ -3255,7 +3276,8 @@ static void llm__receive_message(llm__gpu_context *c, int n, bool fused) {
     llm__copy_message(c, c->incoming, n, fused, false);
 }
 
-/* Sends rows to the next stage, in the buffer whose message before the last has arrived. */
+/* Sends rows to the next stage. There are two buffers, so it first waits until at most one message is still being
+   sent. */
 static void llm__send_message(llm__gpu_context *c, int n, bool fused) {
     llm_comm *pipeline = c->desc.pipeline;
     uint8_t *message = c->outgoing[c->n_sent % 2];
@@ -3270,7 +3292,7 @@ static void llm__send_message(llm__gpu_context *c, int n, bool fused) {
     pipeline->send(pipeline, pipeline->rank + 1, message, llm__message_bytes(c, n, fused), &c->queue.parted);
 }
 
-/* All stages get the logits of a call, and hear whether it was cancelled on any of them. */
+/* Gives all stages the logits of a call, and tells them whether any stage has cancelled it. */
 static void llm__share_logits(llm__gpu_context *c, const llm_backend_pass *pass) {
     llm_comm *pipeline = c->desc.pipeline;
     const int32_t last = pipeline->size - 1;
@@ -3281,7 +3303,7 @@ static void llm__share_logits(llm__gpu_context *c, const llm_backend_pass *pass)
     c->cancelled = flags != 0;
 }
 
-/* What fails on one rank fails on all. */
+/* Makes a call that failed on one rank fail on all ranks. */
 static llm_status llm__end_call(llm__gpu_context *c, llm_error *err) {
     llm_error own = {};
     llm__meet_check(c);
@@ -3308,7 +3330,8 @@ template <int ENDING, int TILES> static llm__product_fn llm__choose_format(llm__
     }
 }
 
-/* Blocks of a fused product: no more than the GPU holds at once, and all with equally many tiles, give or take one. */
+/* The number of blocks of a fused product: at most as many as the GPU holds at once. Their numbers of tiles differ by
+   at most one. */
 static int llm__product_blocks(const llm__gpu_context *c, llm__gpu_matrix m, int n_tiles, int bucket) {
     int most = c->model->n_processors * llm__product_blocks_per_processor(m.format, bucket <= 8 ? 1 : 2);
     if (n_tiles == 0) return 0;
@@ -3323,7 +3346,7 @@ static void llm__run_product(llm__gpu_context *c, llm__kernel_kind kind, int buc
     llm__queue_launch(&c->queue, LLM__OVERLAP, kind, dim3((unsigned)n_blocks), LLM__WARPS * 32, kernel, p);
 }
 
-/* The rows of a pass that a fused product multiplies: all, or those with logits, close together. */
+/* The rows of a pass that a fused product multiplies: all, or only those with logits. */
 typedef enum llm__columns { LLM__ALL_ROWS = 0, LLM__LOGIT_ROWS = 1 } llm__columns;
 
 static llm__product llm__make_product(const llm__gpu_context *c, llm__rows rows, llm__columns columns,
@@ -3375,7 +3398,7 @@ static void llm__fused_attention_in(llm__gpu_context *c, llm__rows rows, int buc
     const llm__gpu_layer *l = &m->layers[layer];
     int n_heads = s->n_heads + 2 * s->n_kv_heads;
     llm__product qkv = llm__make_product(c, rows, LLM__ALL_ROWS, l->qkv, c->normed);
-    if (s->qk_norm) { /* of whole heads, which are more outputs than a tile has */
+    if (s->qk_norm) { /* the norm is of whole heads, which have more outputs than a tile */
         llm__wide wide = {c->wide, false, NULL, qkv.n};
         qkv.out = c->wide;
         llm__run_product<LLM__PLAIN>(c, LLM__KIND_QKV, bucket, qkv);
@@ -3386,7 +3409,7 @@ static void llm__fused_attention_in(llm__gpu_context *c, llm__rows rows, int buc
         llm__run_product<LLM__QKV>(c, LLM__KIND_QKV, bucket, qkv);
     }
 
-    /* Blocks for all spans that there could be, but with many rows not many more than the GPU holds. */
+    /* A block for each possible span, but with many rows not many more blocks than the GPU holds. */
     if (s->n_kv_heads == 0) return;
     int blocks = llm__divide_up(4 * m->n_processors, s->n_kv_heads * bucket);
     dim3 grid((unsigned)llm__min(llm__max_spans(m), blocks), (unsigned)s->n_kv_heads, (unsigned)bucket);
@@ -3394,13 +3417,14 @@ static void llm__fused_attention_in(llm__gpu_context *c, llm__rows rows, int buc
                       llm__choose_attention(m->group, c->kv.stride), llm__make_attend(c, rows, layer));
 }
 
-/* What follows the attention of a layer; `x` is the residual stream of the rows that are left. */
+/* The rest of a layer after attention. `x` is the residual stream of the rows that are still needed. */
 static void llm__fused_rest(llm__gpu_context *c, llm__rows rows, llm__columns columns, int bucket, int layer,
                             const uint16_t *attention, float *x) {
     const llm__gpu_model *m = c->model;
     const llm_backend_shape *s = &m->shape;
     const llm__gpu_layer *l = &m->layers[layer];
-    /* The next stage of a pipeline has its own first norm, so what is made here with another one is not used. */
+    /* The next stage of a pipeline applies its own first norm. The result with the norm that is passed here is not
+       used. */
     const float *next_norm = layer + 1 < s->n_layers ? l[1].attention_norm
                              : m->is_last_stage      ? m->output_norm
                                                      : l->ffn_norm;
@@ -3415,7 +3439,7 @@ static void llm__fused_rest(llm__gpu_context *c, llm__rows rows, llm__columns co
     llm__fused_residual(c, LLM__KIND_DOWN, rows, columns, bucket, l->down, c->ffn, x, next_norm);
 }
 
-/* The rows of c->normed are those of the pass, or with `gathered` those with logits alone. */
+/* The rows of c->normed are all rows of the pass, or with `gathered` only those with logits. */
 static void llm__fused_head(llm__gpu_context *c, llm__rows rows, bool gathered, int bucket) {
     llm__product head = llm__make_product(c, rows, LLM__LOGIT_ROWS, c->model->head, c->normed);
     head.gather = gathered ? NULL : rows.logit_rows;
@@ -3437,7 +3461,7 @@ static void llm__fused_pass(llm__gpu_context *c, int bucket) {
         llm__fused_rest(c, rows, LLM__ALL_ROWS, bucket, layer, c->attention, c->x);
     }
     if (c->model->is_last_stage) llm__fused_head(c, rows, false, bucket);
-    else llm__meet_x(c, c->x, count); /* the next stage makes its own inputs of all of it */
+    else llm__meet_x(c, c->x, count); /* the next stage needs whole rows to compute its inputs */
 }
 
 static void llm__run_picker(llm__gpu_context *c) {
@@ -3446,7 +3470,7 @@ static void llm__run_picker(llm__gpu_context *c) {
     llm__queue_launch(&c->queue, LLM__OVERLAP, LLM__KIND_PICK, dim3(1), LLM__PICK_THREADS, llm__pick, p);
 }
 
-/* What ranks bring together by way of the host cannot be recorded. */
+/* Exchanges through the host cannot be recorded. */
 static bool llm__uses_graphs(const llm__gpu_context *c) {
     return c->model->mode == LLM_CUDA_GRAPH && (!c->desc.tensor || c->has_peers);
 }
@@ -3456,7 +3480,7 @@ static void llm__run_one_by_one(llm__gpu_context *c, int bucket, bool pick) {
     if (pick) llm__run_picker(c);
 }
 
-/* The same launches, recorded once for each bucket, and for bursts. Other threads may go on using the GPU meanwhile. */
+/* Records the launches of a pass, once for each bucket and for bursts. Meanwhile other threads may use the GPU. */
 static void llm__record_graph(llm__gpu_context *c, int bucket, bool pick, cudaGraphExec_t *out) {
     cudaGraph_t graph = NULL;
     llm__queue_note(&c->queue, cudaStreamBeginCapture(c->queue.stream, cudaStreamCaptureModeThreadLocal),
@@ -3479,8 +3503,8 @@ static void llm__log_refusal(const llm__gpu_context *c) {
     host->log(host->user, line);
 }
 
-/* The first time kernels are launched one by one. That loads them, which may need what is forbidden while recording.
-   The second time they are recorded; where that fails, they go on being launched one by one. */
+/* Runs a recorded pass. The first time, the kernels are launched one by one: that loads them, and loading may be
+   forbidden while recording. The second time they are recorded. If that fails, they are always launched one by one. */
 static void llm__run_graph(llm__gpu_context *c, int bucket, bool pick, llm__recording *r) {
     if (llm__queue_failed(&c->queue)) return;
     if (r->loaded && !r->graph && !r->refused) {
@@ -3507,20 +3531,22 @@ static void llm__fused_forward(llm__gpu_context *c, const llm_backend_pass *pass
 
 /* ---- Any number of rows: one operation after the other ----
 
-   cuBLAS multiplies, and itself adds to the residual stream (beta = 1). cuBLASLt's epilogues are a bias, ReLU and GELU.
-   None multiplies SiLU(gate) by up, turns queries and keys, or squares a row, which is what could be fused here, and a
-   bias is added where RoPE reads anyway, so plain cuBLAS is used. (Lt could scale int8's outputs one by one, by a
-   vector for alpha, but only for types that the device's own library names.) Gates and ups are written as bf16, half
-   the bytes. Queries and keys are not: rounded before RoPE and again after it, they double the error of the logits. */
+   cuBLAS multiplies, and also adds to the residual stream (beta = 1). The epilogues of cuBLASLt are a bias, ReLU and
+   GELU. None of them multiplies SiLU(gate) by up, rotates queries and keys, or squares a row, which are the operations
+   that could be fused here. A bias is added where RoPE reads the outputs anyway. So plain cuBLAS is used. (cuBLASLt
+   could scale the outputs of int8 by a vector for alpha, but only for some types.) Gates and ups are written as bf16,
+   which is half the bytes. Queries and keys are not: if they were rounded before RoPE and again after it, the error of
+   the logits would double. */
 
-/* Where a product goes: rows are `stride` numbers apart. */
+/* Where the outputs of a product go. Rows are `stride` numbers apart. */
 typedef struct llm__target {
     void *data;
     int stride;
     bool is_bf16, add;
 } llm__target;
 
-/* Outputs [first, first + n) of y = W x, or y += W x, for bf16 weights. cuBLAS counts columns first: y' = (W')' x'. */
+/* Outputs [first, first + n) of y = W x, or y += W x, for bf16 weights. cuBLAS stores matrices by columns: y' = (W')'
+   x'. */
 static void llm__blas_product(llm__gpu_context *c, llm__gpu_matrix m, const void *weight, int first, int n,
                               const uint16_t *x, int rows, llm__target y) {
     float one = 1, beta = y.add ? 1.0f : 0.0f;
@@ -3532,7 +3558,7 @@ static void llm__blas_product(llm__gpu_context *c, llm__gpu_matrix m, const void
                      y.stride, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
 }
 
-/* The same for all formats, whose weights become bf16 piece by piece: int8 without its scales, f16 in two parts. */
+/* The same for all formats. Weights are converted to bf16 piece by piece: int8 without its scales, f16 in two parts. */
 static void llm__widened_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, llm__target y) {
     if (m.format == LLM__BF16) {
         llm__blas_product(c, m, m.data, 0, m.n, x, rows, y);
@@ -3551,7 +3577,7 @@ static void llm__widened_product(llm__gpu_context *c, llm__gpu_matrix m, const u
     }
 }
 
-/* Eager passes, and contexts for few rows, do without cuBLAS. */
+/* Eager passes, and contexts for few rows, do not use cuBLAS. */
 static bool llm__has_blas(const llm__gpu_context *c) { return c->queue.blas && c->model->mode != LLM_CUDA_EAGER; }
 
 static void llm__eager_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, llm__target y) {
@@ -3559,8 +3585,8 @@ static void llm__eager_product(llm__gpu_context *c, llm__gpu_matrix m, const uin
                       256, llm__matrix_product, m, x, (float *)y.data, y.stride, y.add);
 }
 
-/* y = W x, or y += W x, in f32; rows of y are `stride` numbers apart. What is to be added to y without its scales yet
-   goes to c->wide, which has room for it: only residual streams are added to. */
+/* y = W x, or y += W x, in f32. Rows of y are `stride` numbers apart. If a sum must be scaled before it is added to y,
+   it goes to c->wide first. That has room for it, because only residual streams are added to. */
 static void llm__plain_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *y,
                                int stride, bool add) {
     bool scales = m.format == LLM__INT8 && llm__has_blas(c), apart = scales && add;
@@ -3572,8 +3598,8 @@ static void llm__plain_product(llm__gpu_context *c, llm__gpu_matrix m, const uin
                       256, llm__scale, (const float *)to.data, to.stride, m.scales, m.n, y, stride, add);
 }
 
-/* W x into c->wide, for a kernel that reads it once; it may be rounded to bf16. f16 needs f32, since its two parts are
-   added up. */
+/* W x into c->wide, for a kernel that reads it once. It may be rounded to bf16, but not with weights in f16, because
+   the products of their two parts are added up. */
 static llm__wide llm__wide_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows,
                                    bool may_round) {
     llm__wide wide = {c->wide, may_round && llm__has_blas(c) && m.format != LLM__F16,
@@ -3613,7 +3639,7 @@ static void llm__run_attention(llm__gpu_context *c, llm__rows rows, int n_rows, 
                           llm__choose_tile_attention(c->kv.stride), a);
 }
 
-/* x += W in, of which a rank has a share of the outputs. */
+/* x += W in. A rank has a share of the outputs. */
 static void llm__plain_residual(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *in, int n, float *x) {
     llm__plain_product(c, m, in, n, x + c->model->own.embd.first, c->model->shape.n_embd, true);
     llm__meet_x(c, x, llm__meet_all(n));
@@ -3629,22 +3655,22 @@ static void llm__plain_ffn(llm__gpu_context *c, const llm__gpu_layer *l, int n, 
     llm__plain_residual(c, l->down, c->ffn, n, x);
 }
 
-/* Logits of n rows, of which a rank has a share of the vocabulary. */
+/* Logits of n rows. A rank has a share of the vocabulary. */
 static void llm__plain_logits(llm__gpu_context *c, const uint16_t *normed, int n, float *logits) {
     llm__plain_product(c, c->model->head, normed, n, logits + c->model->own.vocab.first, c->model->shape.n_vocab,
                        false);
     llm__meet_logits(c, logits, llm__meet_all(n));
 }
 
-/* The head for rows [first, end), and the log-probabilities of the n targets that follow them. Logits are made for as
-   many rows at a time as fit into the context's, or into what the layers' products went to, which is idle by now. */
+/* Runs the head for rows [first, end), and computes the log-probabilities of the n targets that follow them. It
+   computes as many rows of logits at a time as fit into c->logits, or into c->wide, which the layers no longer use. */
 static void llm__score_rows(llm__gpu_context *c, int first, int end, int n_targets) {
     int n_vocab = c->model->shape.n_vocab;
     size_t in_wide = (size_t)c->desc.n_batch * (size_t)c->sizes.n_wide / (size_t)n_vocab,
            in_logits = (size_t)c->desc.n_logits;
     size_t most = in_wide > in_logits ? in_wide : in_logits, n_rows = (size_t)(end - first),
            n_pieces = (n_rows + most - 1) / most;
-    int some = (int)((n_rows + n_pieces - 1) / n_pieces); /* all alike: few rows would use the matrix badly */
+    int some = (int)((n_rows + n_pieces - 1) / n_pieces); /* equal pieces, because a piece of few rows is slow */
     float *logits = in_wide > in_logits ? c->wide : c->logits;
     for (; first < end; first += some) {
         int n = llm__min(end - first, some);
@@ -3654,7 +3680,8 @@ static void llm__score_rows(llm__gpu_context *c, int first, int end, int n_targe
     }
 }
 
-/* What llm_backend_pass wants instead of logits; usually there is room for all targets at once. */
+/* Computes the targets' log-probabilities, which llm_backend_pass requests instead of logits. Usually there is room for
+   all targets at once. */
 static void llm__score_targets(llm__gpu_context *c, const llm_backend_pass *pass) {
     int most = c->desc.n_batch;
     for (int first = 0; first < pass->n_targets; first += most) {
@@ -3675,7 +3702,8 @@ static void llm__score_targets(llm__gpu_context *c, const llm_backend_pass *pass
     }
 }
 
-/* The last layer's rest and the head, for the rows with logits alone: with few of them by the fused kernels. */
+/* The rest of the last layer and the head, only for rows with logits. If they are few, the fused kernels compute
+   them. */
 static void llm__plain_end(llm__gpu_context *c, const llm_backend_pass *pass, llm__rows rows, int layer) {
     const llm__gpu_model *m = c->model;
     const llm__gpu_layer *l = &m->layers[layer];
@@ -3707,7 +3735,7 @@ static void llm__plain_forward(llm__gpu_context *c, const llm_backend_pass *pass
         bool is_last = m->is_last_stage && layer == m->shape.n_layers - 1;
         llm__plain_norm(c, c->x, l->attention_norm, n);
         llm__plain_qkv(c, rows, n, layer);
-        if (is_last && pass->n_logits == 0) break; /* only keys and values are wanted */
+        if (is_last && pass->n_logits == 0) break; /* only keys and values are needed */
         llm__run_attention(c, rows, n, n_tiles, layer);
         llm__meet_attention(c, llm__meet_all(n));
         if (is_last) {
@@ -3756,9 +3784,9 @@ static const float *llm__gpu_logits(void *context, int i) {
 
 /* ==== 11 Bursts =================================================================================================
 
-   Each pass ends by picking the token of the next one, so the host queues passes without knowing their tokens. It stays
-   a few passes ahead of the token it waits for. So the GPU never waits for the host, and when that token ends the text,
-   only a few passes are wasted. */
+   Each pass ends by picking the token of the next pass, so the host queues passes without knowing their tokens. It
+   stays a few passes ahead of the token that it waits for. So the GPU never waits for the host, and if that token ends
+   the text, only a few passes are wasted. */
 
 static void llm__send_burst(llm__gpu_context *c, const llm_backend_burst *burst) {
     llm__rows rows = llm__place_rows(c, c->host_rows, LLM__FUSED_ROWS);
@@ -3787,7 +3815,7 @@ static void llm__send_burst(llm__gpu_context *c, const llm_backend_burst *burst)
                     "sending the sampler");
 }
 
-/* Token i of a burst. */
+/* Queues the pass that picks token i of a burst. */
 static void llm__queue_token(llm__gpu_context *c, int i) {
     if (i && llm__uses_graphs(c)) {
         llm__run_graph(c, 1, true, &c->burst_pass);
@@ -3832,8 +3860,8 @@ static llm_status llm__gpu_copy_block(void *context, int to, int from, llm_error
     return LLM_OK;
 }
 
-/* Saved sequences have the planes of all ranks: [layer][keys, values][head]. Runs copy(device, host, bytes) for each
-   run of a block that this rank has. */
+/* A saved block has the data of all ranks: [layer][keys, values][head]. Calls copy(device, host, bytes) for each
+   contiguous part of a block that this rank has. */
 template <typename Copy>
 static cudaError_t llm__copy_planes(const llm__gpu_context *c, int block, uint8_t *bytes, Copy copy) {
     const llm__gpu_model *m = c->model;
@@ -3848,7 +3876,7 @@ static cudaError_t llm__copy_planes(const llm__gpu_context *c, int block, uint8_
     return cudaStreamSynchronize(c->queue.stream);
 }
 
-/* Of key heads that two ranks have, either may give them. */
+/* Exchanges the parts of a saved block. If two ranks have a key head, its data may come from either. */
 static llm_status llm__share_planes(llm__gpu_context *c, uint8_t *bytes, llm_error *err) {
     const llm__gpu_model *m = c->model;
     llm_comm *tensor = c->desc.tensor, *pipeline = c->desc.pipeline;
@@ -3903,7 +3931,7 @@ static void llm__add_region(llm__region *regions, int *n, llm__gpu_matrix m) {
     regions[(*n)++] = region;
 }
 
-/* Reads all weights, but not their scales, by one kernel. */
+/* Reads all weights, but not their scales, with one kernel. */
 static double llm__read_weights(llm__gpu_context *c) {
     const llm__gpu_model *m = c->model;
     size_t size = (4 * (size_t)m->shape.n_layers + 1) * sizeof(llm__region);
@@ -3946,7 +3974,7 @@ static double llm__fill_products(llm__gpu_context *c) {
     return 20.0 * llm__min((int)(c->sizes.widened / (size_t)m.k), m.n) * m.k * c->desc.n_batch;
 }
 
-/* cuBLAS on bf16. */
+/* Runs ten products of cuBLAS in bf16. */
 static void llm__run_products(llm__gpu_context *c) {
     llm__gpu_matrix m = c->model->layers[0].gate_up;
     int n = llm__min((int)(c->sizes.widened / (size_t)m.k), m.n);
@@ -3955,8 +3983,8 @@ static void llm__run_products(llm__gpu_context *c) {
         llm__blas_product(c, m, c->widened, 0, n, c->normed, c->desc.n_batch, to);
 }
 
-/* What `prepare` says there is to do, over the seconds that `work` takes: the best of several times. 0 if it cannot be
-   measured. */
+/* The best rate of several runs: the amount of work that `prepare` returns, divided by the seconds that `work` takes.
+   Returns 0 if it cannot be measured. */
 static double llm__measure(llm__gpu_context *c, double (*prepare)(llm__gpu_context *c),
                            void (*work)(llm__gpu_context *c)) {
     llm__on_device on(c->model->device);
@@ -3976,13 +4004,13 @@ static double llm__measure(llm__gpu_context *c, double (*prepare)(llm__gpu_conte
     }
     if (start) cudaEventDestroy(start);
     if (end) cudaEventDestroy(end);
-    cudaMemsetAsync(c->n_done, 0, sizeof *c->n_done, c->queue.stream); /* the reading kernel's sink */
+    cudaMemsetAsync(c->n_done, 0, sizeof *c->n_done, c->queue.stream); /* llm__read_all may have written to it */
     cudaMemsetAsync(c->normed, 0, (size_t)c->desc.n_batch * (size_t)c->sizes.n_embd * 2,
-                    c->queue.stream); /* padding is zero */
+                    c->queue.stream); /* its padding must be zero again */
     return llm__queue_status(&c->queue, NULL) ? 0 : best;
 }
 
-/* One pass over all weights; cuBLAS on the widest matrix. */
+/* Bandwidth: one pass over all weights. Flops: cuBLAS on the widest matrix. */
 static double llm__gpu_measure_bandwidth(void *context) {
     return llm__measure((llm__gpu_context *)context, llm__read_weights, llm__run_reading);
 }
@@ -4014,8 +4042,9 @@ LLM_API const llm_backend *llm_cuda_backend(void) { return llm_cuda_backend_mode
 /* ---- For bench/gpu.cpp, which declares these itself ---- */
 
 /* Changes how a context decodes from now on: the bytes that a block prefetches (-1: as built), whether kernels overlap,
-   and which kinds of kernels are launched, a bit for each of the first ones of llm__kernel_kind, and bit 31 for the
-   meetings of ranks. Leaving out some makes the results meaningless, but not the time of the others. */
+   and which kinds of kernels are launched. `kinds` has a bit for each of the first kinds of llm__kernel_kind, and bit
+   31 for the exchanges between ranks. If some kinds are left out, the results are meaningless, but the times of the
+   others are still right. */
 LLM_API void llm__cuda_vary(void *context, int prefetch, bool overlap, unsigned kinds) {
     using namespace llm__cuda;
     llm__gpu_context *c = (llm__gpu_context *)context;
@@ -4029,8 +4058,8 @@ LLM_API void llm__cuda_vary(void *context, int prefetch, bool overlap, unsigned 
 
 LLM_API int llm__cuda_piece(void) { return LLM_CUDA_PIECE; }
 
-/* The name of such a kind, NULL after the last; how many of its kernels a token needs, and how many bytes of weights
-   they read. */
+/* Returns the name of such a kind, or NULL after the last. *n_kernels: how many of its kernels run per token. *bytes:
+   how many bytes of weights these read. */
 LLM_API const char *llm__cuda_kind(void *context, int kind, int *n_kernels, double *bytes) {
     using namespace llm__cuda;
     const llm__gpu_model *m = ((llm__gpu_context *)context)->model;

@@ -22,7 +22,7 @@
 #include <io.h>
 #include <windows.h>
 
-/* As POSIX has them. */
+/* These functions of POSIX are missing on Windows. */
 static inline char *mkdtemp(char *path) { return _mktemp(path) && !mkdir(path) ? path : NULL; }
 
 static inline int rename_utf8(const char *old_path, const char *new_path) {
@@ -35,8 +35,8 @@ static inline int rename_utf8(const char *old_path, const char *new_path) {
 #define rename_utf8 rename
 #endif
 
-/* Under a sanitizer all takes many times as long: what is large is left to the plain build, and where a test has much that
-   runs in one thread, the thread sanitizer is shown the rest. */
+/* Under a sanitizer everything takes many times as long. So large cases run only in the plain build, and tests leave
+   out most work in a single thread under the thread sanitizer. */
 #if defined(__SANITIZE_ADDRESS__)
 #define SANITIZED true
 #elif defined(__SANITIZE_THREAD__)
@@ -54,7 +54,8 @@ static inline int rename_utf8(const char *old_path, const char *new_path) {
 #define THREAD_SANITIZED false
 #endif
 
-/* Whether text[n] is UTF-8 by RFC 3629: no overlong forms, no surrogates, nothing above U+10FFFF, no cut character. */
+/* Returns true if text[n] is UTF-8 by RFC 3629: no overlong forms, no surrogates, nothing above U+10FFFF, no incomplete
+   character. */
 static inline bool is_utf8(const char *text, size_t n) {
     const uint8_t *p = (const uint8_t *)text, *end = p + n;
     while (p < end) {

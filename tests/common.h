@@ -1,5 +1,5 @@
 /* Used by several tests: files, models, golden data in lines of JSON, an allocator that counts and fails on request.
-   Include it after llm.h, and after tests/tiny.h and jansson.h where those are used. */
+   Include it after llm.h. If the test uses tests/tiny.h or jansson.h, include those before it. */
 #ifndef TESTS_COMMON_H
 #define TESTS_COMMON_H
 
@@ -19,7 +19,7 @@ static inline const char *joined(const char *directory, const char *name) {
     return path;
 }
 
-/* A file or folder of tests/golden. */
+/* The path of a file or folder in tests/golden. */
 static inline const char *golden_path(const char *name) {
     const char *dir = getenv("LLM_TEST_DIR");
     char inner[256];
@@ -37,7 +37,7 @@ typedef struct bytes {
     size_t n;
 } bytes;
 
-/* The whole file, with a NUL behind it; free(b.at). */
+/* Reads a whole file and adds a NUL after it. Free it with free(b.at). */
 static inline bytes read_file(const char *path) {
     bytes b = {NULL, 0};
     FILE *file = fopen(path, "rb");
@@ -60,7 +60,7 @@ static inline void write_file(const char *path, const void *data, size_t n) {
     assert_int_equal(fclose(file), 0);
 }
 
-/* ---- Models and contexts: a failure fails the test ---- */
+/* ---- Models and contexts: if one of these functions fails, the test fails ---- */
 
 /* desc may be NULL. */
 static inline llm_model *load_model(const char *path, const llm_model_desc *desc) {
@@ -78,7 +78,7 @@ static inline llm_model *load_memory(const void *data, size_t size, const llm_mo
 }
 
 #ifdef TINY_H
-/* This one may fail. */
+/* Returns the status instead of failing the test. */
 static inline llm_status try_tiny(llm_model **model, const tiny_spec *spec, llm_model_desc desc, llm_error *err) {
     size_t size;
     uint8_t *data = tiny_model(spec, &size);
@@ -113,7 +113,7 @@ static inline void close_context(llm_context *ctx) {
     llm_model_free(model);
 }
 
-/* A question whose endings are the n_vocab tokens, each alone. There is one such question at a time. */
+/* A question with n_vocab endings: each token is one. It uses static memory, so the next call overwrites it. */
 static inline llm_question every_token(const llm_token *context, int n_context, int n_vocab) {
     enum { MOST = 1024 };
     static llm_token tokens[MOST];
@@ -136,7 +136,8 @@ static inline FILE *open_lines(const char *path) {
     return file;
 }
 
-/* The next of a file's lines of JSON, to be released with json_decref; NULL, and the file is closed, after the last. */
+/* Parses the next line of a file of JSON lines; release it with json_decref. After the last line it closes the file and
+   returns NULL. */
 static inline json_t *next_line(FILE *file) {
     static char line[1 << 18];
     if (!fgets(line, sizeof line, file)) {
@@ -149,7 +150,7 @@ static inline json_t *next_line(FILE *file) {
 }
 #endif
 
-/* ---- An allocator that counts and fails when told, from any thread ---- */
+/* ---- An allocator that counts, and fails on request; any thread may use it ---- */
 
 typedef struct heap {
     int64_t live, peak; /* bytes */
@@ -194,7 +195,7 @@ static inline void assert_all_returned(const heap *h) {
     assert_int_equal(h->n_blocks, 0);
 }
 
-/* A failure comes with its reason in words. */
+/* A failure must have a message. */
 static inline void assert_explained(llm_status status, const llm_error *err) {
     assert_int_equal(err->code, status);
     assert_non_null(memchr(err->message, 0, sizeof err->message));
@@ -202,8 +203,8 @@ static inline void assert_explained(llm_status status, const llm_error *err) {
     if (!is_utf8(err->message, strlen(err->message))) fail_msg("the message is not UTF-8: %s", err->message);
 }
 
-/* act(job), which allocates from h, with the first, second, third ... allocation failing, until none is left to fail;
-   of the many after the 100th only every `step`th. */
+/* Runs act(job), which allocates from h, again and again: the first allocation fails, then the second, the third, and
+   so on, until a run has no more allocations to fail. After the 100th, only every `step`th allocation is tried. */
 static inline void starve(heap *h, llm_status (*act)(void *job, llm_error *err), void *job, int step,
                           const char *name) {
     int64_t live = h->live, n_blocks = h->n_blocks;
@@ -230,7 +231,7 @@ typedef struct load_job {
     const char *path;
 } load_job;
 
-/* This and the next are for `starve`; the job is a load_job. */
+/* This function and the next are for `starve`; the job is a load_job. */
 static inline llm_status load_model_starved(void *job, llm_error *err) {
     load_job *j = (load_job *)job;
     llm_model *model;

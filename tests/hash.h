@@ -5,16 +5,16 @@
 enum { LENGTH = 300, N_VOCAB = 299 }; /* long enough for two chunks of keys */
 
 typedef struct expected {
-    llm_dtype dtype, cache; /* of weights and of the KV cache, 0: the usual */
+    llm_dtype dtype, cache; /* of the weights and of the KV cache; 0: the default */
     const tiny_spec *spec;  /* of the small model */
     uint64_t tiny, real;
 } expected;
 
-/* A Q4_1 file. */
+/* A small model with weights in Q4_1. */
 static const tiny_spec FOUR_BITS = {2, 96, 128, 6, 2, 32, 512, 43, 1, 3, 1};
 
-/* Of the small model's logits at all positions, and of the default model's at 32; 0: the default model's are in another
-   row. */
+/* Hashes of the small model's logits at all positions, and of the default model's logits at 32 positions. 0: another
+   row has the hash of the default model. */
 static const expected EXPECTED[] = {
     {LLM_DTYPE_F32, LLM_DTYPE_DEFAULT, &TINY_ODD, 0x7341783e55522002, 0x8edd79e970583c6d},
     {LLM_DTYPE_BF16, LLM_DTYPE_DEFAULT, &TINY_ODD, 0xa2c2d316d6e4273d, 0x242236317cf1af6e},
@@ -98,7 +98,7 @@ static inline uint64_t in_chunks(llm_context *ctx, int size) {
     return hash;
 }
 
-/* Among seven other sequences of other lengths, their tokens taking turns. */
+/* The text runs together with seven sequences of other lengths, in batches that alternate between their tokens. */
 static inline uint64_t in_a_crowd(llm_context *ctx) {
     llm_token tokens[8 * LENGTH];
     int seqs[8 * LENGTH];
@@ -121,7 +121,7 @@ static inline uint64_t in_a_crowd(llm_context *ctx) {
     return hash;
 }
 
-/* The text goes on in forks, each cut at an odd place, while the parents go elsewhere. */
+/* The text continues in forks, each at an odd position, while their parents continue with other tokens. */
 static inline uint64_t through_forks(llm_context *ctx) {
     static const int cuts[] = {0, 45, 64, 131, 257, LENGTH};
     uint64_t hash = 0;
@@ -129,7 +129,7 @@ static inline uint64_t through_forks(llm_context *ctx) {
     for (int i = 0; i + 1 < 6; i++) {
         hash = append(ctx, i, cuts[i], cuts[i + 1], hash);
         if (i + 1 == 5) break;
-        append(ctx, i, 0, 9, 0); /* the parent is past the cut when the fork is made, and goes on after it */
+        append(ctx, i, 0, 9, 0); /* the parent is longer than the fork, and grows again after it */
         assert_int_equal(llm_seq_fork(ctx, i + 1, i, cuts[i + 1], NULL), LLM_OK);
         append(ctx, i, 20, 30, 0);
     }
@@ -149,8 +149,8 @@ static inline uint64_t restored(llm_context *ctx, llm_context *other) {
     return append(other, 5, 100, LENGTH, hash);
 }
 
-/* Ways of computing the logits. The first four run with one thread, the others with two or more; `small` takes at most 37
-   tokens in a pass. */
+/* Ways of computing the logits. The first four run with one thread, the others with two or more; `small` takes at most
+   37 tokens in a pass. */
 enum { WAYS = 9, WAYS_OF_ONE = 4 };
 
 static inline uint64_t go(int way, llm_context *ctx, llm_context *small) {
@@ -167,7 +167,7 @@ static inline uint64_t go(int way, llm_context *ctx, llm_context *small) {
     }
 }
 
-/* Of the default model. */
+/* Hashes logits of the default model. */
 static inline uint64_t hash_real(const expected *e, int n_tokens, int n_threads, llm_comm *tensor, llm_comm *pipeline) {
     llm_model_desc desc = {.dtype = e->dtype, .n_threads = n_threads, .tensor = tensor, .pipeline = pipeline};
     llm_context_desc context_desc = {.n_ctx = 128, .n_logits = 1, .n_threads = n_threads, .cache_dtype = e->cache};

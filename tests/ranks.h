@@ -28,7 +28,7 @@ static inline void *rank_main(void *arg) {
     return NULL;
 }
 
-/* run(comm, arg) on n ranks at the same time. */
+/* Calls run(comm, arg) on n ranks at the same time. */
 static inline void on_ranks(int n, const llm_host *host, void (*run)(llm_comm *comm, void *arg), void *arg) {
     llm_comm *comms[MOST_RANKS];
     rank_thread threads[MOST_RANKS];

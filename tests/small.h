@@ -3,7 +3,7 @@
 #ifndef TESTS_SMALL_H
 #define TESTS_SMALL_H
 
-/* Runs `body`. Its allocations, from the host if there is one, stay in the pool. */
+/* Runs `body`. Its allocations stay in the pool; they come from the host if it is not NULL. */
 static inline llm_status guarded(llm__pool *pool, const llm_host *host, void (*body)(llm__env *env, void *arg),
                                  void *arg, llm_error *err) {
     llm__env env;

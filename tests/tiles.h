@@ -1,6 +1,7 @@
-/* A matrix unit in plain C, for machines that have none: the tile instructions with the hardware's arithmetic, and checks
-   that they are used as the hardware demands. Include it before llm.h, which then offers "amx" on every machine with
-   AVX-512. Intel, "Architecture Instruction Set Extensions Programming Reference", chapter on AMX. */
+/* The matrix unit (AMX) in plain C, for machines without one: the tile instructions with the arithmetic of the
+   hardware, and checks that they are used as the hardware requires. Include it before llm.h, which then offers "amx" on
+   every machine with AVX-512. Source: Intel, "Architecture Instruction Set Extensions Programming Reference", chapter
+   on AMX. */
 #ifndef TILES_H
 #define TILES_H
 
@@ -26,7 +27,7 @@ static void tile_check(bool good, const char *what) {
     abort();
 }
 
-/* 64 bytes: palette, start row, 14 reserved, 16 x 2 bytes of row lengths, 16 numbers of rows. */
+/* `config` has 64 bytes: palette, start row, 14 reserved bytes, 16 row lengths of 2 bytes, 16 numbers of rows. */
 static void tile_config(const void *config) {
     const uint8_t *c = (const uint8_t *)config;
     tile_check(c[0] == 1, "ldtilecfg with another palette than 1");
@@ -67,7 +68,7 @@ static void tile_store(int t, void *to, size_t stride) {
         memcpy((uint8_t *)to + (size_t)r * stride, the_unit.tile[t].bytes[r], (size_t)the_unit.tile[t].row_bytes);
 }
 
-/* Denormals count as zero, and become zero. */
+/* Denormal inputs and results become zero. */
 static inline float tile_flush(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -83,7 +84,8 @@ static inline float tile_bf16(const uint8_t *at) {
     return tile_flush(x);
 }
 
-/* TDPBF16PS: for each sum, the even and the odd products as two chains from zero, then both, then the sum. */
+/* TDPBF16PS: for each sum, the even and the odd products are two chains that begin with zero. Then the two chains are
+   added, and their sum is added to c. */
 __attribute__((target("fma"))) static void tile_dot(int c, int a, int b) {
     tile_use(a), tile_use(b), tile_use(c);
     int pairs = the_unit.tile[a].row_bytes / 4, columns = the_unit.tile[c].row_bytes / 4;

@@ -11,27 +11,27 @@
 typedef struct tiny_spec {
     int n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_ctx;
     int n_extra;   /* tokens after the 256 bytes; the last two are <|end|> (EOS) and <|start|> (BOS) */
-    int untied;    /* 1: with output.weight */
+    int untied;    /* 1: the file has output.weight */
     uint32_t type; /* of the matrices: 0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 6 Q5_0, 7 Q5_1, 8 Q8_0, 10 to 14 Q2_K to Q6_K,
                       20 IQ4_NL, 23 IQ4_XS, 30 BF16, or TINY_MIXED or TINY_IQ4; blocks need dims of 32, those of K types
                       and of IQ4_XS of 256 */
     uint32_t seed;
 } tiny_spec;
 
-/* Another type for each matrix of two layers, as tiny_mixed_type says. */
+/* TINY_MIXED: the matrices of two layers have different types, see tiny_mixed_type. */
 enum { TINY_MIXED = 99, TINY_IQ4 = 98 };
 static const tiny_spec TINY_ALL_TYPES = {2, 256, 256, 4, 2, 64, 512, 43, 1, TINY_MIXED, 1};
 
-/* IQ4_NL and IQ4_XS, which meet in queries, keys and values and in gates and ups. */
+/* IQ4_NL and IQ4_XS, mixed in queries, keys and values, and in gates and ups. */
 static const tiny_spec TINY_IQ4_TYPES = {2, 256, 256, 4, 2, 64, 512, 43, 1, TINY_IQ4, 1};
 
-/* Dimensions that are multiples of nothing. */
+/* Dimensions that are not multiples of 16. */
 static const tiny_spec TINY_ODD = {2, 72, 100, 6, 2, 20, 512, 43, 0, 0, 1};
 
 typedef struct tiny_file {
     uint8_t *data;
     size_t size, room;
-    size_t tensor_bytes; /* described so far */
+    size_t tensor_bytes; /* bytes of the tensors described so far */
     int n_padding;       /* rows of the embedding beyond the vocabulary */
     uint32_t random;
 } tiny_file;
@@ -150,7 +150,8 @@ static size_t tiny_row_bytes(uint32_t type, int cols) {
     }
 }
 
-/* Gates and ups, and queries, keys and values, are of several types; and what has few bits follows what has many. */
+/* Gates and ups have different types, and so have queries, keys and values. Types with few bits follow types with
+   many. */
 static uint32_t tiny_mixed_type(const char *name) {
     static const struct {
         const char *name;
@@ -182,7 +183,7 @@ static void tiny_describe(tiny_file *f, const tiny_spec *s, const char *name, in
     f->tensor_bytes += (bytes + 31) / 32 * 32;
 }
 
-/* Blocks are random bits behind a scale (and minimum) that keeps the weights near 1 / sqrt(cols). */
+/* Writes a block of random bits after a scale (and a minimum) that keeps the weights near 1 / sqrt(cols). */
 static void tiny_block(tiny_file *f, uint32_t type, float scale) {
     uint16_t half = (uint16_t)(scale > 0.02f ? 0x2000 : 0x1C00), minimum = (uint16_t)((half + 0x0C00) | 0x8000);
     tiny_put(f, &half, 2);
@@ -201,7 +202,8 @@ static uint16_t tiny_half(float x) {
     return (uint16_t)(((bits >> 23) - 112) << 10 | (bits >> 13 & 1023));
 }
 
-/* The others: random bits but for d, by which the largest weight is about `scale`, and m, by which their mean is about 0. */
+/* The same for the K and IQ4 types. Everything is random except d, which makes the largest weight about `scale`, and
+   the minimum, which makes the mean about 0. */
 static void tiny_other_block(tiny_file *f, uint32_t type, float scale) {
     const float largest = type == 6    ? 16
                           : type == 7  ? 31
@@ -273,7 +275,7 @@ static void tiny_tensors(tiny_file *f, const tiny_spec *s,
     if (s->untied) each(f, s, "output.weight", 256 + s->n_extra + f->n_padding, e);
 }
 
-/* The whole file, with n_padding rows of the embedding for tokens that are not in the vocabulary; free it with free(). */
+/* Makes the whole file. The embedding has n_padding more rows than the vocabulary has tokens. Free it with free(). */
 static uint8_t *tiny_padded(const tiny_spec *s, int n_padding, size_t *size) {
     tiny_file f;
     static const uint8_t zeros[32] = {0};

@@ -5,8 +5,8 @@ that use every construct of the language.
     pip install jinja2
     python3 tokenizer/chat.py tests/golden/chat.jsonl [DIRECTORY]
 
-The templates are as published, but in the long ones' branches for tools there is only "...". With a directory that has
-the published ones (as models/templates in llama.cpp), it checks that those render the same.
+The templates are as published, except that in long templates the branches for tools only contain "...". With a directory
+of the published templates (such as models/templates of llama.cpp), it checks that these render the same.
 """
 
 import json
@@ -115,7 +115,7 @@ QWEN3 = r"""{%- if tools %}
         {{- '<think>\n\n</think>\n\n' }}
     {%- endif %}
 {%- endif %}"""
-# The same as later models have it.
+# The version of later models.
 QWEN3_STRINGS = (
     QWEN3.replace('"user" and not(', '"user" and message.content is string and not(')
     .replace(
@@ -308,7 +308,7 @@ ZEPHYR = """{% for message in messages %}
 {% endif %}
 {% endfor %}"""
 
-# As the template of Tulu 3, which has Zephyr's tokens.
+# Like the template of Tulu 3, which has Zephyr's tokens.
 TULU = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + '\n' }}"
     "{% elif message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'assistant' %}"
@@ -339,8 +339,8 @@ LLAMA2_FIRST = (
     "{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 
-# What has the tokens of a known template and is something else.
-# Variations of the above, each with a small difference.
+# Templates that have the tokens of a known template but render differently: variations of the above, each with a small
+# difference.
 ODD = {
     "Yi": "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|im_start|>user\n' + message['content'] + '<|im_end|>\n<|im_start|>assistant\n' }}"
     "{% else %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}",
@@ -375,7 +375,7 @@ ODD = {
     "Zephyr, end after answers": EOS_AFTER_ANSWERS,
     "Zephyr, no lines": ZEPHYR.replace("}}\n", "}}"),
 }
-# name: (template, the published one's file)
+# name: (template, file name of the published template)
 TEMPLATES = {
     "SmolLM2": (chatml("You are a helpful AI assistant named SmolLM, trained by Hugging Face"), None),
     "Qwen2": (chatml("You are a helpful assistant.").replace("\n", r"\n"), None),
@@ -492,7 +492,7 @@ def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 
 def render(template, **variables):
-    """As transformers does, but for the date; None where that fails."""
+    """Renders like transformers, except for the date. Returns None if that fails."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.globals["raise_exception"] = refuse
     environment.filters["tojson"] = to_json

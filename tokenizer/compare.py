@@ -28,7 +28,7 @@ def run(tool, model, texts, *flags):
 
 
 def prepare(args, path, vocabulary, directory):
-    """What build/tokenize reads, and the reference."""
+    """Returns the path that build/tokenize reads, and the reference tokenizer."""
     if args.what in ("sentencepiece", "model"):
         model = reference.sentencepiece_model(vocabulary)
         if args.what == "model":

@@ -34,7 +34,7 @@ def dump(value, path):
 
 
 def learn(pre_tokenizer, normalizer, size, alphabet):
-    """Vocabulary and merges."""
+    """Learns a vocabulary and merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
     if normalizer:
@@ -45,7 +45,7 @@ def learn(pre_tokenizer, normalizer, size, alphabet):
 
 
 def byte_level(pre, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), added=(), bos=None, eos=None, ignore_merges=None, unseen=()):
-    """`unseen` are pieces that no merge makes."""
+    """`unseen`: pieces that no merge produces."""
     pre_tokenizer, normalizer, ignores = reference.PRE_TOKENIZERS[pre] if isinstance(pre, str) else (pre, None, False)
     vocab, merges = learn(pre_tokenizer, normalizer, 420, sorted(ByteLevel.alphabet()))
     for piece in unseen:

@@ -1,4 +1,4 @@
-"""Reference tokenizers (Hugging Face `tokenizers`, `sentencepiece`) made from GGUF files, and texts to try them on.
+"""Reference tokenizers (Hugging Face `tokenizers`, `sentencepiece`) made from GGUF files, and texts to test them with.
 
     pip install tokenizers sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
 """
@@ -32,7 +32,7 @@ def class_bits(c):
 
 
 class Vocabulary:
-    """What a GGUF file says about its tokenizer."""
+    """The tokenizer's data in a GGUF file."""
 
     def __init__(self, path):
         self.fields = GGUFReader(path).fields
@@ -164,7 +164,7 @@ class HuggingFace:
 
 
 class SentencePiece:
-    """Knows no special tokens in texts."""
+    """The sentencepiece library, which does not recognise special tokens in texts."""
 
     def __init__(self, model):
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)

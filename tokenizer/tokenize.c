@@ -1,7 +1,7 @@
 /* tokenize -m MODEL: text to token ids and back.
 
    Standard input is one text or, with --json, a JSON string per line. Ids are separated by spaces, one line per text.
-   With -d a line of ids becomes text again: as it is, or as a JSON string per line with --json. */
+   With -d each line of ids becomes text again: plain text, or with --json a JSON string per line. */
 #define LLM_IMPLEMENTATION
 #include "../llm.h"
 

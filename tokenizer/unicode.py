@@ -35,7 +35,7 @@ def lengths(items):
 
 
 def class_words():
-    """A class's letter and how many code points have it, if not one; "A3" is "UlUlUl"."""
+    """Each class's letter, and the number of code points that have it if it is not one. "A3" means "UlUlUl"."""
     runs = lengths(symbol_class(code) for code in range(0x110000))
     words, i = [], 0
     while i < len(runs):
@@ -65,7 +65,7 @@ def zigzag(value):
 
 
 def normalised(code):
-    """Whether Unicode 9.0 had the code point; later ones are left as they are."""
+    """True if Unicode 9.0 had the code point. Later code points are not normalised."""
     age = unicode.age(chr(code))
     return not 0xD800 <= code < 0xE000 and age[0].isdigit() and float(age) <= 9
 

@@ -1,7 +1,7 @@
 /*  00-eager.c - one operation at a time, one thread, floats.
 
-    This is how a numeric library works that gets one operation after the other: each operation takes whole tensors,
-    makes a new one for its result, and does not know what comes next. The model reads one token at a time. */
+    A numeric library works like this if it gets one operation after the other: each operation takes whole tensors,
+    allocates a new one for its result, and does not know what comes next. The model reads one token at a time. */
 typedef struct matrix {
     int n, k;
     float *w; /* [n][k] */
@@ -19,14 +19,14 @@ static void load_matrix(matrix *m, const llm_backend_weight *weight) {
     for (int i = 0; i < m->n; i++) weight->read_row(weight, i, m->w + (size_t)i * m->k);
 }
 
-/* ---- Tensors: each operation makes a new one ---- */
+/* ---- Tensors: each operation allocates a new one ---- */
 
 typedef struct tensor {
     int rows, cols;
     float *at; /* [rows][cols] */
 } tensor;
 
-/* The tensors made in a layer, which are freed at its end. A real library counts references. */
+/* The tensors of a layer, which are freed at its end. (A real library counts references.) */
 static float *made[64];
 static int n_made;
 
@@ -71,7 +71,7 @@ static tensor columns(tensor x, int first, int n_heads, int head_dim) {
     return y;
 }
 
-/* RoPE: turns each pair of numbers i and i + half of a head by an angle that grows with the position. */
+/* RoPE: rotates each pair of numbers i and i + half of a head by an angle that grows with the position. */
 static tensor rotate(tensor heads, const model *m, int position) {
     int half = m->shape.rope_dim / 2;
     tensor y = columns(heads, 0, heads.rows, heads.cols);
@@ -87,7 +87,7 @@ static tensor rotate(tensor heads, const model *m, int position) {
     return y;
 }
 
-/* Appends a row to the cache: makes a new tensor and copies all of the old one. */
+/* Appends a row to the cache: allocates a new tensor and copies the old one into it. */
 static tensor append(tensor cache, tensor row) {
     tensor y = new_tensor(cache.rows + 1, row.rows * row.cols);
     if (cache.rows) memcpy(y.at, cache.at, (size_t)cache.rows * y.cols * sizeof(float));
@@ -96,7 +96,7 @@ static tensor append(tensor cache, tensor row) {
     return y;
 }
 
-/* Several heads of queries share a head of keys and values. This makes a copy of it for each of them. */
+/* Several heads of queries share one head of keys and values. This copies it for each of them. */
 static tensor repeat(tensor cache, int times, int head_dim) {
     tensor y = result(cache.rows, cache.cols * times);
     for (int p = 0; p < y.rows; p++)
@@ -106,7 +106,7 @@ static tensor repeat(tensor cache, int times, int head_dim) {
     return y;
 }
 
-/* How well each head's query [n_heads][head_dim] matches each key: [n_heads][positions]. */
+/* How well each head's query [n_heads][head_dim] matches the key at each position: [n_heads][positions]. */
 static tensor scores(tensor queries, tensor keys) {
     tensor y = result(queries.rows, keys.rows);
     for (int h = 0; h < y.rows; h++) {

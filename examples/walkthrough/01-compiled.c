@@ -1,5 +1,5 @@
-/*  01-compiled.c - the same operations, joined as a compiler would do it: fused, in vectors, and on all cores. A pass
-    allocates no memory except for the cache.
+/*  01-compiled.c - the same operations, but fused, in vectors and on all cores. A pass allocates no memory except for
+    the cache.
 
     torch.compile does this to a program like 00-eager.c; here it is done by hand. */
 typedef struct matrix {
@@ -72,7 +72,7 @@ static void add_product(float *y, const matrix *m, const float *x) {
     for (int i = 0; i < m->n; i++) y[i] += dot(m->w + (size_t)i * m->k, x, m->k);
 }
 
-/* y[n_ff] = silu(gates) * ups; the gates and the ups are the two halves of W x */
+/* y[n_ff] = silu(gates) * ups. The gates and the ups are the two halves of W x. */
 static void gated_product(float *y, const matrix *m, const float *x) {
     int n = m->n / 2, k = m->k;
 #pragma omp parallel for schedule(static)

@@ -1,10 +1,10 @@
 /*  03-online-softmax.c - attention in one pass over the cache.
 
-    Softmax needs the largest score and the sum of all, so 02-static-cache.c goes over the cache three times: for
-    scores, shares and values. Here each block of 32 positions is used once. The program keeps the largest score so far
-    and the sum so far; when it finds a larger score, it scales down what it has. Such partial results can be joined. So
-    the cache is cut into pieces for the threads, and the heads of queries that share keys and values use a block
-    together. */
+    Softmax needs the largest score and the sum over all positions. So 02-static-cache.c works in three steps: all
+    scores, then all shares, then all values. Here each block of 32 positions is used once. The program keeps the
+    largest score and the sum so far; if it finds a larger score, it scales down the results so far. Such partial
+    results can be joined. So the cache can be cut into pieces for the threads. Heads of queries that share keys and
+    values use a block together. */
 typedef struct matrix {
     int n, k;
     float *w; /* [n][k] */
@@ -89,7 +89,8 @@ KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x) {
         for (int i = 0; i < 4; i++) sums[r][i] = sum_of(v[r][i]);
 }
 
-/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one if fewer than 4 are left. Returns how many rows of x. */
+/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one row if fewer than 4 are left. Returns the number of
+   rows. */
 static int multiply(float sums[4][4], const matrix *m, int i, const float *x, int rows) {
     if (rows >= 4) return tile(sums, m, i, x), 4;
     for (int j = 0; j < 4; j++) sums[0][j] = dot(m->w + (size_t)(i + j) * m->k, x, m->k);
@@ -113,7 +114,7 @@ static void product(float *y, const matrix *m, const float *x, int rows, bool ad
     }
 }
 
-/* y[rows][n_ff] = silu(gates) * ups; the gates and the ups are the two halves of x W */
+/* y[rows][n_ff] = silu(gates) * ups. The gates and the ups are the two halves of x W. */
 static void gated_product(float *y, const matrix *m, const float *x, int rows) {
     int n_ff = m->n / 2;
 #pragma omp parallel for schedule(static)
@@ -144,8 +145,8 @@ static void rotate(float *head, const model *m, int position) {
     }
 }
 
-/* Attention of one query to one block, of which only the first n positions count. `found` is the result so far: the sum
-   of exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
+/* Attention of one query to the first n positions of one block. `found` is the result so far: the sum of
+   exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
 static void meet(float *found, const float *query, const float *keys, const float *values, int n, int head_dim) {
     float scores[BLOCK] = {0}, *most = found + head_dim, *sum = most + 1, old = *most;
     for (int i = 0; i < head_dim; i++)
@@ -154,7 +155,7 @@ static void meet(float *found, const float *query, const float *keys, const floa
         scores[p] /= sqrtf((float)head_dim);
         if (scores[p] > *most) *most = scores[p];
     }
-    float scale = expf(old - *most); /* 0 the first time, as old is -INFINITY */
+    float scale = expf(old - *most); /* 0 the first time, because old is -INFINITY */
     *sum *= scale;
     for (int i = 0; i < head_dim; i++) found[i] *= scale;
     for (int p = 0; p < n; p++) {
@@ -192,7 +193,7 @@ static void attention(context *c, const llm_backend_pass *pass, const float *key
                     for (int r = first; r < first + ROWS && r < rows; r++)
                         for (int h = kv * group; h < (kv + 1) * group; h++) {
                             float *found = c->found + ((size_t)r * s->n_heads + h) * per_head + piece * (dim + 2);
-                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and to all before it */
+                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and all earlier tokens */
                             if (at == piece * PIECE) {
                                 memset(found, 0, (size_t)(dim + 2) * sizeof(float));
                                 found[dim] = -INFINITY;

@@ -1,7 +1,8 @@
 /*  04-int8.c - each weight in one byte instead of four.
 
-    The largest weight of a row becomes 127, and the others become integers in proportion. The row keeps one float, by
-    which they are multiplied. This is done once, when the model is loaded. The arithmetic stays in floats. */
+    The largest weight of a row becomes 127, and the others become integers in proportion. Each row also has one float,
+    its scale: a weight is an integer times the scale. This is done once, when the model is loaded. The arithmetic is
+    still in floats. */
 #include <stdint.h>
 
 typedef struct matrix {
@@ -37,7 +38,7 @@ enum {
     BLOCK = 32,  /* positions of a block of the cache */
     PIECE = 256, /* positions of a piece of the cache; a thread takes one piece at a time */
     ROWS = 8,    /* max rows whose queries use a block together */
-    AHEAD = 4096 /* how many bytes before they are needed weights are prefetched */
+    AHEAD = 4096 /* weights are prefetched this many bytes ahead */
 };
 
 struct context {
@@ -102,14 +103,15 @@ KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x) {
 KERNEL float one(const matrix *m, int i, const float *x) {
     vec v[4] = {0}; /* four independent sums, so that none waits for another */
     for (int j = 0; j < m->k; j += 4 * LANES) {
-        __builtin_prefetch(m->q + (size_t)i * m->k + j + AHEAD); /* 64 bytes a round */
+        __builtin_prefetch(m->q + (size_t)i * m->k + j + AHEAD); /* each round uses 64 bytes, one cache line */
 #pragma GCC unroll 4
         for (int a = 0; a < 4; a++) v[a] += weights_at(m, i, j + a * LANES) * *(const vec *)(x + j + a * LANES);
     }
     return sum_of(v[0] + v[1] + (v[2] + v[3]));
 }
 
-/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one if fewer than 4 are left. Returns how many rows of x. */
+/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one row if fewer than 4 are left. Returns the number of
+   rows. */
 static int multiply(float sums[4][4], const matrix *m, int i, const float *x, int rows) {
     rows = rows < 4 ? 1 : 4;
     if (rows == 4) tile(sums, m, i, x);
@@ -137,7 +139,7 @@ static void product(float *y, const matrix *m, const float *x, int rows, bool ad
     }
 }
 
-/* y[rows][n_ff] = silu(gates) * ups; the gates and the ups are the two halves of x W */
+/* y[rows][n_ff] = silu(gates) * ups. The gates and the ups are the two halves of x W. */
 static void gated_product(float *y, const matrix *m, const float *x, int rows) {
     int n_ff = m->n / 2;
 #pragma omp parallel for schedule(static)
@@ -168,8 +170,8 @@ static void rotate(float *head, const model *m, int position) {
     }
 }
 
-/* Attention of one query to one block, of which only the first n positions count. `found` is the result so far: the sum
-   of exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
+/* Attention of one query to the first n positions of one block. `found` is the result so far: the sum of
+   exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
 static void meet(float *found, const float *query, const float *keys, const float *values, int n, int head_dim) {
     float scores[BLOCK] = {0}, *most = found + head_dim, *sum = most + 1, old = *most;
     for (int i = 0; i < head_dim; i++)
@@ -178,7 +180,7 @@ static void meet(float *found, const float *query, const float *keys, const floa
         scores[p] /= sqrtf((float)head_dim);
         if (scores[p] > *most) *most = scores[p];
     }
-    float scale = expf(old - *most); /* 0 the first time, as old is -INFINITY */
+    float scale = expf(old - *most); /* 0 the first time, because old is -INFINITY */
     *sum *= scale;
     for (int i = 0; i < head_dim; i++) found[i] *= scale;
     for (int p = 0; p < n; p++) {
@@ -216,7 +218,7 @@ static void attention(context *c, const llm_backend_pass *pass, const float *key
                     for (int r = first; r < first + ROWS && r < rows; r++)
                         for (int h = kv * group; h < (kv + 1) * group; h++) {
                             float *found = c->found + ((size_t)r * s->n_heads + h) * per_head + piece * (dim + 2);
-                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and to all before it */
+                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and all earlier tokens */
                             if (at == piece * PIECE) {
                                 memset(found, 0, (size_t)(dim + 2) * sizeof(float));
                                 found[dim] = -INFINITY;

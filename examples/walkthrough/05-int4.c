@@ -1,8 +1,9 @@
 /*  05-int4.c - half a byte for a weight, and two numbers for each 32 of them.
 
-    4 bits are 16 values. That is too few for a whole row, in which the largest weight would set the distance between
-    two values. So each group of 32 weights has its own scale and minimum: a weight is q * scale + minimum. GGUF's types
-    Q4_0 and Q4_1 are the same, so their numbers are kept. Groups of 8 bits (Q8_0, often the embedding) stay at 8. */
+    4 bits have 16 values. That is too few for a whole row, because its largest weight would determine the distance
+    between two values. So each group of 32 weights has its own scale and minimum: a weight is q * scale + minimum.
+    GGUF's types Q4_0 and Q4_1 have the same form, so their numbers do not change. Groups of 8 bits (Q8_0, often the
+    embedding) keep 8 bits. */
 #include <stdint.h>
 
 __extension__ typedef _Float16 half;
@@ -53,7 +54,7 @@ enum {
     BLOCK = 32,  /* positions of a block of the cache */
     PIECE = 256, /* positions of a piece of the cache; a thread takes one piece at a time */
     ROWS = 8,    /* max rows whose queries use a block together */
-    AHEAD = 4096 /* how many bytes before they are needed weights are prefetched */
+    AHEAD = 4096 /* weights are prefetched this many bytes ahead */
 };
 
 struct context {
@@ -150,7 +151,8 @@ KERNEL int multiply_bits(float sums[4][4], const matrix *m, int i, const float *
     return 1;
 }
 
-/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one if fewer than 4 are left. Returns how many rows of x. */
+/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one row if fewer than 4 are left. Returns the number of
+   rows. */
 static int multiply(float sums[4][4], const matrix *m, int i, const float *x, int rows) {
     return m->bits == 8 ? multiply_bits(sums, m, i, x, rows, 8) : multiply_bits(sums, m, i, x, rows, 4);
 }
@@ -172,7 +174,7 @@ static void product(float *y, const matrix *m, const float *x, int rows, bool ad
     }
 }
 
-/* y[rows][n_ff] = silu(gates) * ups; the gates and the ups are the two halves of x W */
+/* y[rows][n_ff] = silu(gates) * ups. The gates and the ups are the two halves of x W. */
 static void gated_product(float *y, const matrix *m, const float *x, int rows) {
     int n_ff = m->n / 2;
 #pragma omp parallel for schedule(static)
@@ -203,8 +205,8 @@ static void rotate(float *head, const model *m, int position) {
     }
 }
 
-/* Attention of one query to one block, of which only the first n positions count. `found` is the result so far: the sum
-   of exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
+/* Attention of one query to the first n positions of one block. `found` is the result so far: the sum of
+   exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
 static void meet(float *found, const float *query, const float *keys, const float *values, int n, int head_dim) {
     float scores[BLOCK] = {0}, *most = found + head_dim, *sum = most + 1, old = *most;
     for (int i = 0; i < head_dim; i++)
@@ -213,7 +215,7 @@ static void meet(float *found, const float *query, const float *keys, const floa
         scores[p] /= sqrtf((float)head_dim);
         if (scores[p] > *most) *most = scores[p];
     }
-    float scale = expf(old - *most); /* 0 the first time, as old is -INFINITY */
+    float scale = expf(old - *most); /* 0 the first time, because old is -INFINITY */
     *sum *= scale;
     for (int i = 0; i < head_dim; i++) found[i] *= scale;
     for (int p = 0; p < n; p++) {
@@ -251,7 +253,7 @@ static void attention(context *c, const llm_backend_pass *pass, const float *key
                     for (int r = first; r < first + ROWS && r < rows; r++)
                         for (int h = kv * group; h < (kv + 1) * group; h++) {
                             float *found = c->found + ((size_t)r * s->n_heads + h) * per_head + piece * (dim + 2);
-                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and to all before it */
+                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and all earlier tokens */
                             if (at == piece * PIECE) {
                                 memset(found, 0, (size_t)(dim + 2) * sizeof(float));
                                 found[dim] = -INFINITY;

@@ -1,9 +1,9 @@
 /*  07-tensor-parallel.c - several processes share every matrix.
 
-    Each process has some of the heads, and some of the numbers between gate_up and down. It needs the rows of qkv and
-    gate_up that make them, and the columns of out and down that use them. What out and down give is then a part of a
-    sum: the processes add up their parts, twice a layer, and exchange the logits at the end. Run it with
-    mpirun -n 2. */
+    Each process computes some of the heads, and some of the numbers between gate_up and down. For that it needs the
+    rows of qkv and gate_up that produce these numbers, and the columns of out and down that multiply them. Then the
+    results of out and down are only a part of a sum. The processes add up their parts twice a layer, and exchange the
+    logits at the end. Run it with mpirun -n 2. */
 #include <mpi.h>
 
 typedef struct matrix {
@@ -134,7 +134,8 @@ KERNEL void tile(float sums[4][4], const matrix *m, int first, const float *x) {
         for (int i = 0; i < 4; i++) sums[r][i] = sum_of(v[r][i]);
 }
 
-/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one if fewer than 4 are left. Returns how many rows of x. */
+/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one row if fewer than 4 are left. Returns the number of
+   rows. */
 static int multiply(float sums[4][4], const matrix *m, int i, const float *x, int rows) {
     if (rows >= 4) return tile(sums, m, i, x), 4;
     for (int j = 0; j < 4; j++) sums[0][j] = dot(m->w + (size_t)(i + j) * m->k, x, m->k);
@@ -158,7 +159,7 @@ static void product(float *y, const matrix *m, const float *x, int rows, bool ad
     }
 }
 
-/* y[rows][n_ff] = silu(gates) * ups; the gates and the ups are the two halves of x W */
+/* y[rows][n_ff] = silu(gates) * ups. The gates and the ups are the two halves of x W. */
 static void gated_product(float *y, const matrix *m, const float *x, int rows) {
     int n_ff = m->n / 2;
 #pragma omp parallel for schedule(static)
@@ -189,8 +190,8 @@ static void rotate(float *head, const model *m, int position) {
     }
 }
 
-/* Attention of one query to one block, of which only the first n positions count. `found` is the result so far: the sum
-   of exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
+/* Attention of one query to the first n positions of one block. `found` is the result so far: the sum of
+   exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
 static void meet(float *found, const float *query, const float *keys, const float *values, int n, int head_dim) {
     float scores[BLOCK] = {0}, *most = found + head_dim, *sum = most + 1, old = *most;
     for (int i = 0; i < head_dim; i++)
@@ -199,7 +200,7 @@ static void meet(float *found, const float *query, const float *keys, const floa
         scores[p] /= sqrtf((float)head_dim);
         if (scores[p] > *most) *most = scores[p];
     }
-    float scale = expf(old - *most); /* 0 the first time, as old is -INFINITY */
+    float scale = expf(old - *most); /* 0 the first time, because old is -INFINITY */
     *sum *= scale;
     for (int i = 0; i < head_dim; i++) found[i] *= scale;
     for (int p = 0; p < n; p++) {
@@ -237,7 +238,7 @@ static void attention(context *c, const llm_backend_pass *pass, const float *key
                     for (int r = first; r < first + ROWS && r < rows; r++)
                         for (int h = kv * group; h < (kv + 1) * group; h++) {
                             float *found = c->found + ((size_t)r * s->n_heads + h) * per_head + piece * (dim + 2);
-                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and to all before it */
+                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and all earlier tokens */
                             if (at == piece * PIECE) {
                                 memset(found, 0, (size_t)(dim + 2) * sizeof(float));
                                 found[dim] = -INFINITY;

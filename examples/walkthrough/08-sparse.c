@@ -1,9 +1,9 @@
 /*  08-sparse.c - of each four weights two are zero, and are neither stored nor read.
 
-    --weights "bf16 2:4" or "int8 2:4" prunes the matrices in the layers: of four weights side by side the two smallest
-    become zero (prune, in walkthrough.h). What is left is stored with two bits for each weight that say which of the
-    four it is. "bf16" and "int8" alone store all weights, to compare with; "int8 2:4 dense" prunes, but stores the
-    zeros, to see that the result is the same. */
+    --weights "bf16 2:4" or "int8 2:4" prunes the matrices in the layers: of each four neighbouring weights, the two
+    smallest become zero (prune, in walkthrough.h). The other two are stored, each with two bits that say which of the
+    four it is. "bf16" and "int8" alone store all weights, for comparison. "int8 2:4 dense" prunes, but stores the
+    zeros, to show that the result is the same. */
 #include <stdint.h>
 
 typedef enum kind { BF16, INT8, BF16_2_4, INT8_2_4 } kind;
@@ -13,13 +13,14 @@ typedef struct matrix {
     int n, k;
     kind kind;
     uint16_t *bf16;  /* [n * k], or with 2:4 [n * k / 2]: the upper halves of floats */
-    int8_t *q;       /* the same, as whole numbers                                   */
+    int8_t *q;       /* the same, as integers                                        */
     uint8_t *places; /* [n * k / 8] with 2:4: 2 bits for each stored weight           */
     float *scale;    /* [n] by which a row's sum is multiplied; 1 for bf16            */
 } matrix;
 #include "walkthrough.h"
 
-/* The embedding, which is the head, too, keeps all its weights: it is what the model sees and says. */
+/* The embedding keeps all its weights, because the input and the output of the model depend on it: it is also the
+   head. */
 static kind kind_of(const llm_backend_weight *weight) {
     bool head = weight->kind == LLM_WEIGHT_EMBEDDING || weight->kind == LLM_WEIGHT_HEAD;
     bool pruned = strstr(rounding, "2:4") && !strstr(rounding, "dense") && !head;
@@ -28,15 +29,15 @@ static kind kind_of(const llm_backend_weight *weight) {
 }
 
 static uint64_t matrix_bytes(const llm_backend_weight *weight) {
-    static const int eighths[] = {16, 8, 9, 5}; /* of a byte for a weight */
+    static const int eighths[] = {16, 8, 9, 5}; /* bits per weight, which are eighths of a byte */
     return (uint64_t)weight->rows * ((uint64_t)weight->cols * eighths[kind_of(weight)] / 8 + sizeof(float));
 }
 
 /* How many of four weights are stored. */
 KERNEL int stored(kind kind) { return kind == BF16_2_4 || kind == INT8_2_4 ? 2 : 4; }
 
-/* Where the p-th stored weight of the four that begin at `column` lies. A block holds stored(kind) vectors; vector p has
-   the p-th weight of each four, those of 4 rows side by side: element 4 g + r is of the block's row r and four g. */
+/* The place of the p-th stored weight of the four that begin at `column`. A block holds stored(kind) vectors. Vector p
+   has the p-th weight of each four, with 4 rows side by side: element 4 g + r belongs to row r and to four number g. */
 static size_t index_of(const matrix *m, int row, int column, int p) {
     size_t block = (size_t)(row / 4) * (size_t)(m->k / LANES) + (size_t)(column / LANES);
     return (block * (size_t)stored(m->kind) + (size_t)p) * LANES + (size_t)(column % LANES / 4 * 4 + row % 4);
@@ -55,13 +56,13 @@ static void load_matrix(matrix *m, const llm_backend_weight *weight) {
 #pragma omp parallel
     {
         float *row = malloc((size_t)m->k * sizeof(float));
-#pragma omp for schedule(static, 4) /* 4 rows share the bytes of `places`, so one thread fills them */
+#pragma omp for schedule(static, 4) /* 4 rows share bytes of `places`, so one thread must fill them */
         for (int i = 0; i < m->n; i++) {
             weight->read_row(weight, i, row);
             if (pruned) prune(row, m->k);
             float scale = m->scale[i] = bf16 ? 1 : largest(row, m->k) / 127;
             for (int j = 0, p = 0; j < m->k; j++) {
-                /* Always two of four: where more are zero, some of the zeros are stored. */
+                /* Always store two of four: if more than two are zero, store some of the zeros. */
                 if (j % 4 == 0) p = 0;
                 bool must = p < 2 && j % 4 >= 2 + p;
                 if (pruned && (p == 2 || (row[j] == 0 && !must))) continue;
@@ -79,7 +80,7 @@ enum {
     BLOCK = 32,  /* positions of a block of the cache */
     PIECE = 256, /* positions of a piece of the cache; a thread takes one piece at a time */
     ROWS = 8,    /* max rows whose queries use a block together */
-    AHEAD = 8192 /* how many bytes before they are needed weights are prefetched */
+    AHEAD = 8192 /* weights are prefetched this many bytes ahead */
 };
 
 struct context {
@@ -167,7 +168,7 @@ KERNEL int multiply_rows(float sums[4][4], const matrix *m, int i, const float *
         for (int a = 0; a < 4; a++)
 #pragma GCC unroll 4
             for (int p = 0; p < stored(kind); p++, at += LANES) {
-                uint32_t places = 0x55555555u * (uint32_t)p; /* all are the p-th of their four */
+                uint32_t places = 0x55555555u * (uint32_t)p; /* each is the p-th of its four */
                 if (stored(kind) == 2) memcpy(&places, m->places + at / 4, LANES / 4);
                 vec w = weights_at(m, kind, at);
 #pragma GCC unroll 4
@@ -186,7 +187,8 @@ KERNEL int multiply_kind(float sums[4][4], const matrix *m, int i, const float *
     return rows < 4 ? multiply_rows(sums, m, i, x, 1, kind) : multiply_rows(sums, m, i, x, 4, kind);
 }
 
-/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one if fewer than 4 are left. Returns how many rows of x. */
+/* Multiplies rows i to i + 3 of W by 4 rows of x, or by one row if fewer than 4 are left. Returns the number of
+   rows. */
 static int multiply(float sums[4][4], const matrix *m, int i, const float *x, int rows) {
     if (m->kind == BF16) return multiply_kind(sums, m, i, x, rows, BF16);
     if (m->kind == INT8) return multiply_kind(sums, m, i, x, rows, INT8);
@@ -194,8 +196,8 @@ static int multiply(float sums[4][4], const matrix *m, int i, const float *x, in
     return multiply_kind(sums, m, i, x, rows, INT8_2_4);
 }
 
-/* y[rows][n] = x[rows][k] W, or += if `add`. The threads share the rows of W; each row is read from memory once, for all
-   rows of x. */
+/* y[rows][n] = x[rows][k] W, or += if `add`. The threads share the rows of W; each row is read from memory once, for
+   all rows of x. */
 static void product(float *y, const matrix *m, const float *x, int rows, bool add) {
 #pragma omp parallel for schedule(static)
     for (int i = 0; i < m->n; i += 4) {
@@ -211,7 +213,7 @@ static void product(float *y, const matrix *m, const float *x, int rows, bool ad
     }
 }
 
-/* y[rows][n_ff] = silu(gates) * ups; the gates and the ups are the two halves of x W */
+/* y[rows][n_ff] = silu(gates) * ups. The gates and the ups are the two halves of x W. */
 static void gated_product(float *y, const matrix *m, const float *x, int rows) {
     int n_ff = m->n / 2;
 #pragma omp parallel for schedule(static)
@@ -242,8 +244,8 @@ static void rotate(float *head, const model *m, int position) {
     }
 }
 
-/* Attention of one query to one block, of which only the first n positions count. `found` is the result so far: the sum
-   of exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
+/* Attention of one query to the first n positions of one block. `found` is the result so far: the sum of
+   exp(score - most) * value [head_dim], then the largest score `most`, then the sum of exp(score - most). */
 static void meet(float *found, const float *query, const float *keys, const float *values, int n, int head_dim) {
     float scores[BLOCK] = {0}, *most = found + head_dim, *sum = most + 1, old = *most;
     for (int i = 0; i < head_dim; i++)
@@ -252,7 +254,7 @@ static void meet(float *found, const float *query, const float *keys, const floa
         scores[p] /= sqrtf((float)head_dim);
         if (scores[p] > *most) *most = scores[p];
     }
-    float scale = expf(old - *most); /* 0 the first time, as old is -INFINITY */
+    float scale = expf(old - *most); /* 0 the first time, because old is -INFINITY */
     *sum *= scale;
     for (int i = 0; i < head_dim; i++) found[i] *= scale;
     for (int p = 0; p < n; p++) {
@@ -290,7 +292,7 @@ static void attention(context *c, const llm_backend_pass *pass, const float *key
                     for (int r = first; r < first + ROWS && r < rows; r++)
                         for (int h = kv * group; h < (kv + 1) * group; h++) {
                             float *found = c->found + ((size_t)r * s->n_heads + h) * per_head + piece * (dim + 2);
-                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and to all before it */
+                            int n = pass->positions[r] + 1 - at; /* a token attends to itself and all earlier tokens */
                             if (at == piece * PIECE) {
                                 memset(found, 0, (size_t)(dim + 2) * sizeof(float));
                                 found[dim] = -INFINITY;

@@ -37,8 +37,8 @@ typedef struct layer {
 typedef struct model {
     llm_backend_shape shape; /* n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_vocab, ... */
     layer *layers;           /* [n_layers] */
-    matrix embedding;        /* [n_vocab][n_embd] row t stands for token t */
-    matrix head;             /* [n_vocab][n_embd] makes the logits; in many models it is the embedding */
+    matrix embedding;        /* [n_vocab][n_embd] row t belongs to token t */
+    matrix head;             /* [n_vocab][n_embd] computes the logits; in many models it is the embedding */
     float *output_norm;      /* [n_embd] */
     float *cosines, *sines;  /* [MAX_POSITIONS][rope_dim / 2] for RoPE */
 } model;
@@ -55,7 +55,7 @@ static void load_matrix(matrix *m, const llm_backend_weight *weight); /* weight-
 static uint64_t matrix_bytes(const llm_backend_weight *weight);       /* memory that such a matrix takes */
 static context *create_context(const model *m, int n_ctx, int n_batch, int n_logits);
 /* Runs the tokens of one pass through the model, stores their keys and values, and returns the logits
-   [pass->n_logits][n_vocab] of those rows whose logits are wanted. */
+   [pass->n_logits][n_vocab] of the rows that pass->logit_rows lists. */
 static float *forward(context *c, const llm_backend_pass *pass);
 
 /* ---- Memory ---- */
@@ -105,8 +105,8 @@ static double memory_used(void) {
 
 /* ---- The backend ---- */
 
-/* With --weights a step gets weights that have been rounded. So a step in f32 can be compared with one that stores the
-   rounded weights. */
+/* With --weights a step gets rounded weights, as floats. So a step in f32 can be compared with a step that stores the
+   rounded weights in fewer bits. */
 static const char *rounding = "";
 
 static float largest(const float *row, int n) {
@@ -187,7 +187,7 @@ static llm_status open_model(void **out, const llm_backend_shape *shape, const l
     return LLM_OK;
 }
 
-/* llm.h passes one weight after the other. */
+/* llm.h calls this for each weight. */
 static llm_status upload(void *model_, const llm_backend_weight *weight, llm_error *err) {
     model *m = model_;
     layer *l = &m->layers[weight->layer];
@@ -293,9 +293,10 @@ enum { LANES = 8 };
 enum { LANES = 4 };
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-#define KERNEL static inline __attribute__((always_inline)) /* inlined, so that the compiler knows the number of rows */
+#define KERNEL static inline __attribute__((always_inline)) /* so that the compiler knows the number of rows */
 
-/* Reads LANES numbers as floats. The loops define the result; compilers do not always find the instruction for it. */
+/* Reads LANES numbers as floats. The loop defines the result. Compilers do not always find the instruction for it, so
+   there is a version for AVX-512 and one for AVX2. */
 static inline vec from_int8(const int8_t *q) {
     vec v;
 #if defined(__AVX512F__)
@@ -406,7 +407,7 @@ typedef struct step {
     double (*generate)(llm_context *ctx, const llm_token *prompt, int n_prompt, llm_token *ids, int n, llm_error *err);
 } step;
 
-static bool silent;         /* print nothing: another process does it */
+static bool silent;         /* print nothing, because another process prints */
 static int n_processes = 1; /* processes that work on one model together */
 
 static void say(const char *format, ...) {
@@ -423,7 +424,7 @@ static struct options {
 } options = {.prompt = "Hello, my name is", .draft = "int8", .n_new = 200, .n_samples = 5};
 
 /* Continues the prompt by n tokens: first the prompt in one call, then token after token. Always picks the likeliest
-   token (temperature 0), so that all steps must give the same text. Returns how often all weights were read. */
+   token (temperature 0), so all steps must give the same text. Returns how often all weights were read. */
 static double generate(llm_context *ctx, const llm_token *prompt, int n_prompt, llm_token *ids, int n, llm_error *err) {
     llm_sampler greedy = {0};
     llm_batch batch = {n_prompt, prompt, NULL, NULL};
@@ -521,8 +522,8 @@ static llm_token *read_text(const llm_tokenizer *t, const char *path, int *n, ll
     return read_tokens(t, text, n_bytes, n, err);
 }
 
-/* Runs the samples and prints them in gpt-fast's format, which bench/extract_and_plot.py reads. A first run brings
-   everything into the caches and is not counted. After 40 seconds no new sample begins. */
+/* Runs the samples and prints them in gpt-fast's format, which bench/extract_and_plot.py reads. A first run warms up
+   the caches and is not counted. After 40 seconds no new sample begins. */
 static void run_samples(const step *s, llm_context *ctx, llm_model_info info, const llm_token *prompt, int n_prompt,
                         llm_error *err) {
     llm_token *ids = allocate((size_t)options.n_new * sizeof *ids);
@@ -579,7 +580,7 @@ static int walkthrough(int argc, char **argv, const step *s) {
         llm_token *prompt = read_tokens(t, options.prompt, strlen(options.prompt), &n_prompt, &err);
         run_samples(s, ctx, info, prompt, n_prompt, &err);
         bandwidth =
-            fmax(bandwidth, measure_bandwidth(info.weight_bytes_per_token)); /* the machine may have been busy */
+            fmax(bandwidth, measure_bandwidth(info.weight_bytes_per_token)); /* the machine may have been busy before */
         say("Bandwidth measured: %.2f GB/s\n", bandwidth * n_processes / 1e9);
         llm_token *text = options.text ? read_text(t, options.text, &n_prompt, &err) : NULL;
         if (options.n_long && n_prompt >= options.n_long && !err.code) run_long(ctx, text, options.n_long, &err);
