@@ -362,7 +362,7 @@ help:
 	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
 	echo "make bench-tokenizer   MB/s beside gigatoken, quicktok, Hugging Face's tokenizers and tiktoken"
 	echo "make bench-peers       the CPU beside llama.cpp and OpenVINO GenAI; the first time builds or fetches these (1 GB)"
-	echo "make walkthrough       the course in examples/walkthrough: runs every step, makes its table and pictures (under 10 minutes)"
+	echo "make walkthrough       the course in examples/walkthrough: runs every step, updates its table and pictures (about 7 minutes)"
 	echo "make walkthrough-diff N=3   what step 3 changes"
 	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine; T=name as above"
 	echo "make test-cluster  jobs under Slurm, a killed node, and ranks over a slow network, on this machine (root)"

