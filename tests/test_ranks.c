@@ -477,6 +477,8 @@ static bool leave_question(void *user, int question, const double *log_likelihoo
     return !leave_poll(user);
 }
 
+enum { N_QUESTIONS = 40 };
+
 /* Ends with LLM_OK where a callback left it. */
 static llm_status call_to_be_left(llm_context *ctx, const departure *d, leaver *l, llm_error *err) {
     static const llm_token tokens[] = {1, 2, 3, 4, 5, 6, 7}, *endings[] = {tokens};
@@ -486,16 +488,16 @@ static llm_status call_to_be_left(llm_context *ctx, const departure *d, leaver *
     if (setjmp(back)) return LLM_OK;
     if (d->callback == FROM_QUESTION) {
         /* Contexts that begin alike would be computed once, in a single pass, and nothing would be left to wait for. */
-        llm_token contexts[40][7];
-        llm_question questions[40];
-        double log_likelihoods[40];
+        llm_token contexts[N_QUESTIONS][7];
+        llm_question questions[N_QUESTIONS];
+        double log_likelihoods[N_QUESTIONS];
         llm_score_desc desc = {.on_question = leave_question, .user = l};
-        for (int i = 0; i < 40; i++) {
+        for (int i = 0; i < N_QUESTIONS; i++) {
             memcpy(contexts[i], tokens, sizeof tokens);
             contexts[i][0] = (llm_token)i;
             questions[i] = (llm_question){contexts[i], length, 1, endings, &length};
         }
-        return llm_score(ctx, questions, 40, &desc, log_likelihoods, NULL, err);
+        return llm_score(ctx, questions, N_QUESTIONS, &desc, log_likelihoods, NULL, err);
     }
     llm_generate_desc desc = {.tokens = tokens, .n_tokens = length, .max_tokens = 60, .ignore_end = true, .user = l};
     if (d->callback == FROM_POLL) desc.cancel = leave_poll;
@@ -540,6 +542,7 @@ static void test_left(void **state) {
         d.staged = i / (CALLBACKS * SEQUELS) % 2;
         d.rank = i % 5 % n;
         d.at = 2 + 7 * (i % 4);
+        if (d.callback == FROM_QUESTION && i % 4 == 3) d.at = N_QUESTIONS; /* then the others have all results */
         if (d.sequel == DOES_NOTHING && d.callback != FROM_TOKEN) continue; /* it takes a second */
         on_ranks(n, NULL, depart, &d);
         assert_int_equal(d.n_told, n - (d.sequel != CALLS_AGAIN));
