@@ -7181,7 +7181,6 @@ typedef enum llm__vocab_token_type { /* numbered as in GGUF */
 
 enum { /* flags of a token */
        LLM__TYPE_MASK = 7,
-       LLM__WHOLE_PIECE = 8,   /* merging the piece's own bytes gives the piece */
        LLM__END = 16,          /* ends a text or a turn                                                              */
        LLM__LSTRIP = 32,       /* in a text, the token includes the white space before it */
        LLM__RSTRIP = 64,       /* in a text, the token includes the white space after it */
@@ -7293,6 +7292,7 @@ struct llm_tokenizer {
     int n_vocab;
     llm_token bos, eos, unk;
     uint16_t *flags;   /* [n_vocab]                                                      */
+    uint8_t *whole;    /* [n_vocab] llm__bpe_whole; found out when first needed          */
     uint32_t *offsets; /* [n_vocab + 1] into bytes                                       */
     uint8_t *bytes;
     llm__vocab_piece_slot *pieces;
@@ -7348,6 +7348,11 @@ static uint64_t llm__hash_bytes(const uint8_t *p, size_t n) {
         h = llm__hash_mix(h ^ eight) * 0xD6E8FEB86659FD93u;
     }
     return llm__hash_mix((h ^ llm__load_tail(p, n)) * 0xD6E8FEB86659FD93u);
+}
+
+/* The slot where the search for these bytes begins. */
+static const llm__vocab_piece_slot *llm__vocab_first_slot(const llm_tokenizer *t, const uint8_t *p, size_t n) {
+    return &t->pieces[llm__hash_bytes(p, n) & t->piece_mask];
 }
 
 /* The slot that holds these bytes, or the free slot where they belong. *head receives the value that
@@ -7566,6 +7571,29 @@ static size_t llm__bpe_first_symbols(const llm_tokenizer *t, const uint8_t *p, s
         p += length;
     }
     return count;
+}
+
+/* What merging the bytes of a piece gives. */
+typedef enum llm__bpe_whole {
+    LLM__WHOLE_UNKNOWN,
+    LLM__WHOLE_NO, /* other tokens */
+    LLM__WHOLE_YES /* the piece    */
+} llm__bpe_whole;
+
+/* True if merging the bytes of a piece gives the piece. Finding this out for all pieces would double the time that
+   loading takes, so it is found out for each piece that a text needs. Several threads may do so at a time: they
+   store the same value. */
+static bool llm__bpe_is_whole(llm__env *env, const llm_tokenizer *t, llm_token id) {
+    uint8_t whole = __atomic_load_n(&t->whole[id], __ATOMIC_RELAXED);
+    if (whole != LLM__WHOLE_UNKNOWN) return whole == LLM__WHOLE_YES;
+    llm__bpe_symbol few[LLM__SHORT_WORD], *s = few;
+    llm__str piece = llm__vocab_piece(t, id);
+    if (piece.n > LLM__SHORT_WORD) s = (llm__bpe_symbol *)llm__alloc(env, piece.n, sizeof *s);
+    size_t n = llm__bpe_merge(env, t, s, llm__bpe_first_symbols(t, (const uint8_t *)piece.at, piece.n, s));
+    whole = n == 1 && s[0].id == id ? LLM__WHOLE_YES : LLM__WHOLE_NO;
+    if (s != few) llm__free(env->pool, s);
+    __atomic_store_n(&t->whole[id], whole, __ATOMIC_RELAXED);
+    return whole == LLM__WHOLE_YES;
 }
 
 /* ---- Pre-tokenizers: the regular expressions of the models' own tokenizers, by hand ---- */
@@ -7892,7 +7920,7 @@ static void llm__enc_merge_word(llm__enc_job *job, const uint8_t *p, size_t n, b
 /* Emits the token that equals all these bytes, if there is one and merging would produce it. */
 static bool llm__enc_whole(llm__enc_job *job, const uint8_t *p, const uint8_t *end, bool anyhow) {
     llm_token id = llm__vocab_find(job->t, p, (size_t)(end - p));
-    if (id == LLM__NONE || !(anyhow || (job->t->flags[id] & LLM__WHOLE_PIECE))) return false;
+    if (id == LLM__NONE || !(anyhow || llm__bpe_is_whole(job->env, job->t, id))) return false;
     llm__enc_emit(job, id);
     return true;
 }
@@ -8386,7 +8414,12 @@ LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream 
 
 LLM__SMALL_BEGIN
 
-/* ---- Building a tokenizer ---- */
+/* ---- Building a tokenizer ----
+   The hash tables of a large vocabulary do not fit into the second-level cache, and building them visits their slots in
+   random order. So pieces and merges are handled LLM__BUILD_AHEAD at a time: first all their slots are prefetched, then
+   each is looked up. */
+
+enum { LLM__BUILD_AHEAD = 16 };
 
 enum { LLM__MAX_PIECE = 65535, LLM__MAX_SPM_PIECE = 512, LLM__MAX_SPECIAL = 512, LLM__MAX_PROBES = 2000 };
 
@@ -8405,11 +8438,17 @@ static int llm__vocab_byte_of_code(uint32_t c) {
     return c <= 32 ? (int)c : c <= 66 ? (int)(c - 33 + 127) : 173;
 }
 
-/* Writes the bytes that a byte-level piece stands for. False if it has a character that stands for no byte. */
+/* Writes the bytes that a byte-level piece stands for. False if it has a character that stands for no byte, or is not
+   UTF-8. All characters that stand for bytes have one or two bytes themselves. */
 static bool llm__vocab_unmap_bytes(llm__str s, uint8_t *out, size_t *n) {
     const uint8_t *p = (const uint8_t *)s.at, *end = p + s.n;
     for (*n = 0; p < end;) {
-        int byte = llm__vocab_byte_of_code(llm__utf8_decode(p, &p));
+        uint32_t code = *p++;
+        if (code >= 0x80) {
+            if (code < 0xC2 || code > 0xDF || p == end || (*p & 0xC0) != 0x80) return false;
+            code = (code & 0x1F) << 6 | (*p++ & 0x3F);
+        }
+        int byte = llm__vocab_byte_of_code(code);
         if (byte < 0) return false;
         out[(*n)++] = (uint8_t)byte;
     }
@@ -8530,8 +8569,19 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
     t->piece_mask = room - 1;
     memset(t->pieces, 0xFF, room * sizeof *t->pieces);
     memset(t->byte_tokens, 0xFF, sizeof t->byte_tokens);
-    for (size_t i = 0; i < v->n_pieces; i++)
-        if (llm__vocab_store_piece(env, t, v, i)) llm__vocab_index_piece(env, t, v, (llm_token)i);
+    t->whole = (uint8_t *)llm__alloc_zero(env, v->n_pieces, 1);
+    for (size_t first = 0; first < v->n_pieces; first += LLM__BUILD_AHEAD) {
+        bool in_words[LLM__BUILD_AHEAD];
+        size_t n = v->n_pieces - first;
+        if (n > LLM__BUILD_AHEAD) n = LLM__BUILD_AHEAD;
+        for (size_t i = 0; i < n; i++) {
+            in_words[i] = llm__vocab_store_piece(env, t, v, first + i);
+            llm__str s = llm__vocab_piece(t, (llm_token)(first + i));
+            if (in_words[i]) __builtin_prefetch(llm__vocab_first_slot(t, (const uint8_t *)s.at, s.n), 1);
+        }
+        for (size_t i = 0; i < n; i++)
+            if (in_words[i]) llm__vocab_index_piece(env, t, v, (llm_token)(first + i));
+    }
     for (int i = 0; i < 128; i++) {
         uint8_t c = (uint8_t)i;
         t->ascii_tokens[i] = llm__vocab_find(t, &c, 1);
@@ -8583,12 +8633,35 @@ static void llm__bpe_build_byte_pairs(llm__env *env, llm_tokenizer *t) {
 
 static size_t llm__bpe_unmap_merge(llm__env *env, const llm__vocab_source *v, size_t i, llm__str s, uint8_t *out) {
     size_t n;
+    bool bytes = !v->sentencepiece && llm__vocab_unmap_bytes(s, out, &n);
+    if (bytes && s.n && s.n <= LLM__MAX_PIECE) return n;
     llm__vocab_check_piece(env, v->merges_name, i, s, LLM__MAX_PIECE);
     if (v->sentencepiece) return llm__vocab_unmark_spaces(s, out);
-    if (!llm__vocab_unmap_bytes(s, out, &n))
-        llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu]: \"%.*s\" is not made of byte characters", v->merges_name,
-                  (unsigned long long)i, LLM__SHOW(s));
-    return n;
+    llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu]: \"%.*s\" is not made of byte characters", v->merges_name,
+              (unsigned long long)i, LLM__SHOW(s));
+}
+
+/* One entry of the list of merges, as bytes: left, then right. */
+typedef struct llm__bpe_merge_bytes {
+    uint8_t *p;
+    size_t n_left, n_right, room;
+    llm_token left, right, merged;
+} llm__bpe_merge_bytes;
+
+static void llm__bpe_read_merge(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v, size_t i,
+                                llm__bpe_merge_bytes *m) {
+    llm__str left = v->merges[i].left, right = v->merges[i].right;
+    size_t most = left.n + right.n; /* the bytes are no more than the characters that stand for them */
+    if (most > m->room) {
+        llm__free(env->pool, m->p);
+        m->p = NULL;
+        m->p = (uint8_t *)llm__alloc(env, m->room = 2 * most, 1);
+    }
+    m->n_left = llm__bpe_unmap_merge(env, v, i, left, m->p);
+    m->n_right = llm__bpe_unmap_merge(env, v, i, right, m->p + m->n_left);
+    __builtin_prefetch(llm__vocab_first_slot(t, m->p, m->n_left));
+    __builtin_prefetch(llm__vocab_first_slot(t, m->p + m->n_left, m->n_right));
+    __builtin_prefetch(llm__vocab_first_slot(t, m->p, m->n_left + m->n_right));
 }
 
 static llm_token llm__bpe_merge_token(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v, size_t i,
@@ -8600,22 +8673,31 @@ static llm_token llm__bpe_merge_token(llm__env *env, const llm_tokenizer *t, con
     return id;
 }
 
+static void llm__bpe_find_merge(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v, size_t i,
+                                llm__bpe_merge_bytes *m) {
+    llm__str left = v->merges[i].left, right = v->merges[i].right;
+    m->left = llm__bpe_merge_token(env, t, v, i, m->p, m->n_left, left);
+    m->right = llm__bpe_merge_token(env, t, v, i, m->p + m->n_left, m->n_right, right);
+    m->merged = llm__vocab_find(t, m->p, m->n_left + m->n_right);
+    if (m->merged == LLM__NONE)
+        llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] makes \"%.*s%.*s\", which is not in %s", v->merges_name,
+                  (unsigned long long)i, LLM__SHOW(left), LLM__SHOW(right), v->pieces_name);
+    __builtin_prefetch(&t->pairs[llm__bpe_pair_hash(m->left, m->right) & t->pair_mask], 1);
+}
+
 static void llm__bpe_build_merges(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
-    uint8_t *joined = (uint8_t *)llm__alloc(env, 2, LLM__MAX_PIECE);
-    for (size_t i = 0; i < v->n_merges; i++) {
-        llm__str left = v->merges[i].left, right = v->merges[i].right;
-        size_t n_left = llm__bpe_unmap_merge(env, v, i, left, joined);
-        size_t n_right = llm__bpe_unmap_merge(env, v, i, right, joined + n_left);
-        llm_token a = llm__bpe_merge_token(env, t, v, i, joined, n_left, left);
-        llm_token b = llm__bpe_merge_token(env, t, v, i, joined + n_left, n_right, right);
-        llm_token ab = llm__vocab_find(t, joined, n_left + n_right);
-        if (ab == LLM__NONE)
-            llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] makes \"%.*s%.*s\", which is not in %s", v->merges_name,
-                      (unsigned long long)i, LLM__SHOW(left), LLM__SHOW(right), v->pieces_name);
-        llm__bpe_add_pair(env, t, a, b, ab, (uint32_t)i);
+    llm__bpe_merge_bytes batch[LLM__BUILD_AHEAD];
+    memset(batch, 0, sizeof batch);
+    for (size_t first = 0; first < v->n_merges; first += LLM__BUILD_AHEAD) {
+        size_t n = v->n_merges - first;
+        if (n > LLM__BUILD_AHEAD) n = LLM__BUILD_AHEAD;
+        for (size_t i = 0; i < n; i++) llm__bpe_read_merge(env, t, v, first + i, &batch[i]);
+        for (size_t i = 0; i < n; i++) llm__bpe_find_merge(env, t, v, first + i, &batch[i]);
+        for (size_t i = 0; i < n; i++)
+            llm__bpe_add_pair(env, t, batch[i].left, batch[i].right, batch[i].merged, (uint32_t)(first + i));
     }
     t->n_ranks = (uint32_t)v->n_merges;
-    llm__free(env->pool, joined);
+    for (size_t i = 0; i < LLM__BUILD_AHEAD; i++) llm__free(env->pool, batch[i].p);
 }
 
 typedef struct llm__bpe_scored {
@@ -8654,19 +8736,6 @@ static void llm__bpe_build_scored(llm__env *env, llm_tokenizer *t, const llm__vo
     }
     t->n_ranks++;
     llm__free(env->pool, order);
-}
-
-/* Marks the pieces that merging their own bytes reproduces. */
-static void llm__bpe_mark_whole(llm__env *env, llm_tokenizer *t) {
-    llm__bpe_symbol *s = (llm__bpe_symbol *)llm__alloc(env, t->longest_piece + 1, sizeof *s);
-    for (llm_token id = 0; id < t->n_vocab; id++) {
-        llm__str piece = llm__vocab_piece(t, id);
-        const uint8_t *p = (const uint8_t *)piece.at;
-        if (llm__vocab_find(t, p, piece.n) != id) continue;
-        if (llm__bpe_merge(env, t, s, llm__bpe_first_symbols(t, p, piece.n, s)) == 1 && s[0].id == id)
-            t->flags[id] |= LLM__WHOLE_PIECE;
-    }
-    llm__free(env->pool, s);
 }
 
 /* Texts may be cut at spaces only if no rule except merging depends on both sides of the cut. Such rules are: unknown
@@ -8829,7 +8898,6 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
     if (v->scores) llm__bpe_build_scored(env, t, v);
     else llm__bpe_build_merges(env, t, v);
     llm__bpe_build_byte_pairs(env, t);
-    llm__bpe_mark_whole(env, t);
     llm__bpe_find_cuts(t);
     llm__special_build(env, t, v, &t->raw, false);
     llm__special_build(env, t, v, &t->normalized, true);
