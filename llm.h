@@ -14129,27 +14129,84 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_backend_shape *s, const llm_
     return z;
 }
 
-static uint64_t llm__cpu_scratch_bytes(const llm_backend_shape *s, const llm_backend_desc *d) {
-    llm__cpu_sizes z = llm__cpu_find_sizes(s, d, llm__kernels_choose(d->isa));
-    uint64_t n_batch = (uint64_t)d->n_batch, n_threads = (uint64_t)d->n_threads,
-             row = z.x_stride + z.qkv_stride + z.attention_stride + (uint64_t)s->rope_dim + 2 * z.n_parts + 5,
-             packed =
-                 (uint64_t)llm__math_round_up(d->n_batch, 16) * 2 * (z.x_stride + z.attention_stride + z.ffn_stride);
-    return 4 * (n_batch * row + z.n_rows * z.x_stride + z.ffn_floats * z.ffn_stride +
-                (uint64_t)d->n_logits * (uint64_t)s->n_vocab + n_threads * (z.scratch_floats + z.panel_floats) +
-                (uint64_t)z.n_partials * z.partial_floats) +
-           n_threads * z.tile_bytes + z.n_rows * z.n_lines * sizeof(llm__kernel_group) + (z.panels ? packed : 0);
+/* Allocates buffers and adds up their bytes. Without `env` it only adds up. */
+typedef struct llm__cpu_buffers {
+    llm__env *env;
+    uint64_t bytes;
+} llm__cpu_buffers;
+
+static void *llm__cpu_buffer(llm__cpu_buffers *b, size_t count, size_t size) {
+    b->bytes += (uint64_t)count * size;
+    return b->env ? llm__alloc(b->env, count, size) : NULL;
 }
 
-/* Allocates n rows of activations. The first n_floats also have room as floats; the packed ones exist with panels. */
-static llm__fwd_rows llm__fwd_rows_create(llm__env *env, size_t n, size_t n_floats, size_t stride,
-                                          llm__kernel_group *lines, bool panels) {
+static float *llm__cpu_floats(llm__cpu_buffers *b, size_t count) {
+    return (float *)llm__cpu_buffer(b, count, sizeof(float));
+}
+
+/* The same with zeros: columns that only pad a row to a multiple of 32 are never written, but multiplied. */
+static void *llm__cpu_zeros(llm__cpu_buffers *b, size_t count, size_t size) {
+    void *buffer = llm__cpu_buffer(b, count, size);
+    return buffer ? memset(buffer, 0, count * size) : NULL;
+}
+
+/* Creates n rows of activations. The first n_floats also have room as floats; the packed ones exist with panels. */
+static llm__fwd_rows llm__cpu_rows(llm__cpu_buffers *b, size_t n, size_t n_floats, size_t stride,
+                                   llm__kernel_group *lines, bool panels) {
     llm__fwd_rows rows;
     rows.stride = stride;
     rows.lines = lines;
-    rows.x = (float *)llm__alloc_zero(env, n_floats * stride, sizeof(float));
-    rows.packed = panels ? (uint8_t *)llm__alloc_zero(env, (n + 15) / 16 * 16 * stride, 2) : NULL;
+    rows.x = (float *)llm__cpu_zeros(b, n_floats * stride, sizeof(float));
+    rows.packed = panels ? (uint8_t *)llm__cpu_zeros(b, (n + 15) / 16 * 16 * stride, 2) : NULL;
     return rows;
+}
+
+/* All buffers of c but the cache. c->desc says for how many rows, logits and threads. */
+static void llm__cpu_scratch_create(llm__cpu_buffers *b, llm__cpu_context *c, const llm_backend_shape *s,
+                                    const llm__cpu_sizes *z, bool sends) {
+    size_t n_batch = (size_t)c->desc.n_batch, n_threads = (size_t)c->desc.n_threads, half = (size_t)s->rope_dim / 2;
+    size_t message = LLM__MESSAGE_HEAD + n_batch * z->x_stride;
+    float *received = (float *)llm__cpu_zeros(b, message, sizeof(float));
+    c->x = received ? received + LLM__MESSAGE_HEAD : NULL;
+    for (int i = 0; i < 2 && sends; i++) c->outgoing[i] = llm__cpu_floats(b, message);
+    c->x_stride = z->x_stride;
+    c->qkv = (float *)llm__cpu_zeros(b, n_batch * z->qkv_stride, sizeof(float));
+    c->qkv_stride = z->qkv_stride;
+    llm__kernel_group *lines = (llm__kernel_group *)llm__cpu_zeros(b, z->n_rows * z->n_lines, sizeof *lines);
+    c->normed = llm__cpu_rows(b, n_batch, z->n_rows, z->x_stride, lines, z->panels);
+    c->attention = llm__cpu_rows(b, n_batch, n_batch, z->attention_stride, lines, z->panels);
+    c->ffn = llm__cpu_rows(b, n_batch, z->ffn_floats, z->ffn_stride, lines, z->panels);
+    c->cosines = llm__cpu_floats(b, n_batch * half);
+    c->sines = llm__cpu_floats(b, n_batch * half);
+    c->scratch = llm__cpu_floats(b, n_threads * z->scratch_floats);
+    c->scratch_floats = z->scratch_floats;
+    c->partials = llm__cpu_floats(b, (size_t)z->n_partials * z->partial_floats);
+    c->partial_floats = z->partial_floats;
+    c->n_partials = z->n_partials;
+    if (z->panels) {
+        c->panels = llm__cpu_floats(b, n_threads * z->panel_floats);
+        c->panel_floats = z->panel_floats;
+        c->panel_rows = z->panel_rows;
+    }
+    c->tiles = (uint8_t *)llm__cpu_buffer(b, n_threads * z->tile_bytes, 1);
+    c->tile_bytes = z->tile_bytes;
+    c->logits = llm__cpu_floats(b, (size_t)c->desc.n_logits * (size_t)s->n_vocab);
+    c->column_max = llm__cpu_floats(b, n_batch * z->n_parts);
+    c->column_sum = llm__cpu_floats(b, n_batch * z->n_parts);
+    c->all_rows = (int *)llm__cpu_buffer(b, n_batch, sizeof(int));
+    c->all_queries = (llm__fwd_queries *)llm__cpu_buffer(b, n_batch, sizeof(llm__fwd_queries));
+    c->last_queries = (llm__fwd_queries *)llm__cpu_buffer(b, n_batch, sizeof(llm__fwd_queries));
+}
+
+/* Bytes of these buffers. With a pipeline, those of a stage that sends. */
+static uint64_t llm__cpu_scratch_bytes(const llm_backend_shape *s, const llm_backend_desc *d) {
+    llm__cpu_sizes z = llm__cpu_find_sizes(s, d, llm__kernels_choose(d->isa));
+    llm__cpu_buffers counted = {NULL, 0};
+    llm__cpu_context c;
+    memset(&c, 0, sizeof c);
+    c.desc = *d;
+    llm__cpu_scratch_create(&counted, &c, s, &z, llm__ranks_count(d->pipeline) > 1);
+    return counted.bytes;
 }
 
 typedef struct llm__cpu_context_args {
@@ -14164,7 +14221,6 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     const llm_backend_shape *s = &args->model->shape;
     const llm__cpu_context *lender = (const llm__cpu_context *)args->desc->lender;
     llm__cpu_sizes z = llm__cpu_find_sizes(&args->model->whole, args->desc, args->model->kernels);
-    size_t n_batch = (size_t)args->desc->n_batch, half = (size_t)s->rope_dim / 2;
     c->model = args->model;
     c->desc = *args->desc;
     c->round = llm__cpu_rounds_rows(c->desc.dtype);
@@ -14177,37 +14233,8 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
            block_bytes = (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype);
     c->cache = c->desc.share_cache ? lender->cache : (uint8_t *)llm__alloc(env, n_blocks, block_bytes);
     if (!c->desc.share_cache) llm__cpu_use_huge_pages(c->cache, n_blocks * block_bytes);
-    c->x_stride = z.x_stride;
-    c->qkv_stride = z.qkv_stride;
-    c->scratch_floats = z.scratch_floats;
-    size_t message = LLM__MESSAGE_HEAD + n_batch * z.x_stride;
-    c->x = (float *)llm__alloc_zero(env, message, sizeof(float)) + LLM__MESSAGE_HEAD;
-    for (int i = 0; i < 2 && !args->model->is_last_stage; i++)
-        c->outgoing[i] = (float *)llm__alloc(env, message, sizeof(float));
-    c->qkv = (float *)llm__alloc_zero(env, n_batch * z.qkv_stride, sizeof(float));
-    llm__kernel_group *lines = (llm__kernel_group *)llm__alloc_zero(env, z.n_rows * z.n_lines, sizeof *lines);
-    c->normed = llm__fwd_rows_create(env, n_batch, z.n_rows, z.x_stride, lines, z.panels);
-    c->attention = llm__fwd_rows_create(env, n_batch, n_batch, z.attention_stride, lines, z.panels);
-    c->ffn = llm__fwd_rows_create(env, n_batch, z.ffn_floats, z.ffn_stride, lines, z.panels);
-    c->cosines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
-    c->sines = (float *)llm__alloc(env, n_batch * half, sizeof(float));
-    c->scratch = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.scratch_floats, sizeof(float));
-    c->partial_floats = z.partial_floats;
-    c->n_partials = z.n_partials;
-    c->partials = (float *)llm__alloc(env, (size_t)z.n_partials * z.partial_floats, sizeof(float));
-    if (z.panels) {
-        c->panels = (float *)llm__alloc(env, (size_t)c->desc.n_threads * z.panel_floats, sizeof(float));
-        c->panel_floats = z.panel_floats;
-        c->panel_rows = z.panel_rows;
-    }
-    c->tiles = (uint8_t *)llm__alloc(env, (size_t)c->desc.n_threads * z.tile_bytes, 1);
-    c->tile_bytes = z.tile_bytes;
-    c->logits = (float *)llm__alloc(env, (size_t)c->desc.n_logits * (size_t)s->n_vocab, sizeof(float));
-    c->column_max = (float *)llm__alloc(env, n_batch * z.n_parts, sizeof(float));
-    c->column_sum = (float *)llm__alloc(env, n_batch * z.n_parts, sizeof(float));
-    c->all_rows = (int *)llm__alloc(env, n_batch, sizeof(int));
-    c->all_queries = (llm__fwd_queries *)llm__alloc(env, n_batch, sizeof(llm__fwd_queries));
-    c->last_queries = (llm__fwd_queries *)llm__alloc(env, n_batch, sizeof(llm__fwd_queries));
+    llm__cpu_buffers buffers = {env, 0};
+    llm__cpu_scratch_create(&buffers, c, s, &z, !args->model->is_last_stage);
     for (int i = 0; i < c->desc.n_batch; i++) c->all_rows[i] = i;
     c->team = lender ? lender->team : llm__team_create(env, c->desc.n_threads, c->desc.parallel, c->desc.host.user);
     c->pool = *env->pool;
