@@ -812,6 +812,14 @@ typedef struct llm_generate_desc {
        call. NULL: not wanted */
     void (*on_log_probs)(void *user, llm_log_prob chosen, const llm_log_prob *top, int n_top);
     int n_top_log_probs;
+
+    /* Above 0: before the answer, on_log_probs is called for the prompt's tokens from this position on, in order. Nothing
+       predicts the first token, at position 0, so 1 means all the others. The numbers are those of llm_score; on the
+       CPU they have the same bits. These tokens are computed even if a sequence holds them, at most n_logits of them in
+       a pass: so a context with a larger n_logits is faster. 0: none */
+    int log_probs_from;
+    bool prompt_only;      /* the text ends after the prompt, with LLM_STOP_LENGTH; nothing is generated */
+    bool log_probs_of_end; /* on_log_probs is also called for the token that ends the text */
 } llm_generate_desc;
 
 enum { LLM_DRAFT_MAX = 15 }; /* max guesses that one pass can check */
@@ -857,7 +865,8 @@ typedef struct llm_stats {
 LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err);
 
 /* Runs the prompt only, so that a later llm_generate with a prompt that begins like this one answers at once.
-   Afterwards the logits of the prompt's last token are llm_logits(ctx, stats->n_prompt - stats->n_reused - 1). */
+   Afterwards the logits of the prompt's last token are llm_logits(ctx, stats->n_prompt - stats->n_reused - 1), unless
+   log_probs_from is set. */
 LLM_API llm_status llm_prefill(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err);
 
 /* ---- Streams ------------------------------------------------------------------------------------------------- */
@@ -13805,19 +13814,25 @@ static void llm__fwd_score_columns(const llm__cpu_context *c, int index, int par
     }
 }
 
-/* log p = logit - log(2) (max + log2(sum over all tokens of 2^(log2(e) logit - max))). The token's logit was not kept,
-   so it is computed again. */
+/* log(2) (max + log2(sum over all tokens of 2^(log2(e) logit - max))), from the maxima and sums of n parts of the
+   vocabulary. log p is a token's logit minus this. */
+static double llm__fwd_log_total(const float *maxima, const float *sums, int n) {
+    float max = maxima[0];
+    double sum = 0;
+    for (int i = 1; i < n; i++) max = maxima[i] > max ? maxima[i] : max;
+    for (int i = 0; i < n; i++) sum += sums[i] * llm__math_exp2((double)maxima[i] - max);
+    return (max + llm__math_log2(sum)) * 0.69314718055994531;
+}
+
+/* The token's logit was not kept, so it is computed again. */
 static float llm__fwd_log_prob(const llm__cpu_context *c, int row, llm_token token) {
     const llm__matrix *m = &c->model->head;
     int n_parts = llm__fwd_n_columns(c->model);
     const float *maxima = c->column_max + (size_t)row * (size_t)n_parts;
     const float *sums = c->column_sum + (size_t)row * (size_t)n_parts;
-    float logits[16] = {0}, max = maxima[0];
-    double sum = 0;
+    float logits[16] = {0};
     llm__fwd_tile_sums(c, m, token / 16, 1, &c->normed, row, 1, logits, 16);
-    for (int i = 1; i < n_parts; i++) max = maxima[i] > max ? maxima[i] : max;
-    for (int i = 0; i < n_parts; i++) sum += sums[i] * llm__math_exp2((double)maxima[i] - max);
-    return (float)((double)logits[token % 16] - (max + llm__math_log2(sum)) * 0.69314718055994531);
+    return (float)((double)logits[token % 16] - llm__fwd_log_total(maxima, sums, n_parts));
 }
 
 static void llm__fwd_score_rows(llm__team_worker *w, llm__cpu_context *c, int rows) {
@@ -19457,19 +19472,31 @@ static int llm__sampler_find_top(const float *logits, int n_vocab, llm_log_prob 
     return kept;
 }
 
+/* The logarithm of the sum of e^logit, in the parts and the order of llm_score, so that both give the same bits. */
+static double llm__sampler_log_total(const llm_context *ctx, const float *logits) {
+    const llm__sampler_scratch *scratch = ctx->scratch;
+    int n_vocab = ctx->model->shape.n_vocab, n_parts = 0;
+    for (int first = 0; first < n_vocab; first += LLM__COLUMNS) {
+        int n = n_vocab - first < LLM__COLUMNS ? n_vocab - first : (int)LLM__COLUMNS;
+        float *part = scratch->probabilities + first, max, sum;
+        memcpy(part, logits + first, (size_t)n * sizeof *part);
+        ctx->model->kernels->softmax(part, n, llm__math_round_up(n, 16), LLM__LOG2_E, false, &max, &sum);
+        if (max == -INFINITY) continue; /* all of them are, so they add nothing */
+        scratch->maxima[n_parts] = max;
+        scratch->probabilities[n_parts++] = sum; /* what was here is not needed any more */
+    }
+    return llm__fwd_log_total(scratch->maxima, scratch->probabilities, n_parts);
+}
+
 /* Makes logits log-probabilities: *chosen, which is that of a token, and those of the likeliest. Returns how many of
    these there are, or -1 if a logit is NaN or +INFINITY, or all are -INFINITY. */
 static int llm__sampler_log_probs(llm_context *ctx, const float *logits, llm_token token, float *chosen,
                                   llm_log_prob *top, int n_top) {
-    const llm__kernels *kernels = ctx->model->kernels;
-    const llm__sampler_scratch *scratch = ctx->scratch;
     int n_vocab = ctx->model->shape.n_vocab;
-    llm_token best = llm__sampler_argmax(kernels, logits, n_vocab, scratch->maxima);
+    llm_token best = llm__sampler_argmax(ctx->model->kernels, logits, n_vocab, ctx->scratch->maxima);
     if (best < 0 || !isfinite(logits[best])) return -1;
     uint64_t mode = llm__fpu_enter();
-    kernels->odds(logits, n_vocab, logits[best], LLM__LOG2_E, scratch->probabilities, scratch->maxima);
-    double sum = llm__sampler_total_of(scratch->probabilities, n_vocab);
-    double base = (double)logits[best] + llm__math_log2(sum) * 0.69314718055994531;
+    double base = llm__sampler_log_total(ctx, logits);
     if (chosen) *chosen = (float)((double)logits[token] - base);
     int n = llm__sampler_find_top(logits, n_vocab, top, n_top);
     for (int i = 0; i < n; i++) top[i].log_prob = (float)((double)top[i].log_prob - base);
@@ -20217,13 +20244,22 @@ static void llm__gen_check_prompt(llm__env *env, const llm_stream *s) {
         if (s->ids[i] < 0 || s->ids[i] >= n_vocab)
             llm__fail(env, LLM_ERROR_ARGUMENT, "token %d of the prompt is %ld; the vocabulary has %d", i,
                       (long)s->ids[i], n_vocab);
+    if (s->desc.log_probs_from < 0 || s->desc.log_probs_from > s->n_ids ||
+        (s->desc.log_probs_from && !s->desc.on_log_probs))
+        llm__fail(env, LLM_ERROR_ARGUMENT,
+                  "log_probs_from is %d, but the prompt has %d tokens, or on_log_probs is NULL", s->desc.log_probs_from,
+                  s->n_ids);
 }
 
-/* Lets the sequence begin with what is already computed of the prompt. At least one token is left to be run, since its
-   logits are needed. */
+/* Position of the first token of the prompt whose logits are needed. */
+static int llm__gen_first_logits(const llm_stream *s) {
+    return s->desc.log_probs_from ? s->desc.log_probs_from - 1 : s->n_ids - 1;
+}
+
+/* Lets the sequence begin with what is already computed of the prompt, up to the first token whose logits are needed. */
 static void llm__gen_reuse(llm_stream *s) {
     int own;
-    s->n_read = llm__seq_start(s->ctx, s->desc.seq, s->ids, s->n_ids - 1, &own);
+    s->n_read = llm__seq_start(s->ctx, s->desc.seq, s->ids, llm__gen_first_logits(s), &own);
     s->stats.n_reused = s->n_read;
     s->stats.n_shared += s->n_read - own;
 }
@@ -20243,15 +20279,30 @@ static bool llm__gen_token_stops(llm_stream *s, llm_token token) {
     return false;
 }
 
-/* Tells the host how likely a token was, by the logits at a row of the stream's last pass. */
-static void llm__gen_show_log_probs(llm_stream *s, llm_token token, int row) {
+/* Tells the host how likely a token was, by the logits at a row of the stream's last pass. Returns false if one of them
+   is NaN. */
+static bool llm__gen_show_log_probs(llm_stream *s, llm_token token, int row) {
     llm_log_prob chosen = {token, NAN}, top[LLM_LOG_PROBS_MAX];
-    if (!s->desc.on_log_probs) return;
+    if (!s->desc.on_log_probs) return true;
     int n = llm__sampler_log_probs(s->ctx, llm_logits(s->ctx, s->first + row), token, &chosen.log_prob, top,
                                    s->desc.n_top_log_probs);
     llm__ctx_begin_callback(s->ctx);
     s->desc.on_log_probs(s->desc.user, chosen, top, n < 0 ? 0 : n);
     llm__ctx_end_callback(s->ctx);
+    return n >= 0;
+}
+
+/* The same for the prompt's tokens that rows of the last pass predict. The pass had n tokens of the prompt, which end
+   at position n_read and at s->first. */
+static void llm__gen_show_prompt(llm__env *env, llm_stream *s, int n) {
+    int first = s->n_read - n;
+    if (!s->desc.log_probs_from || s->cancelled) return;
+    if (first < s->desc.log_probs_from - 1) first = s->desc.log_probs_from - 1;
+    for (int i = first; i < s->n_read && i < s->n_ids - 1 && !s->freed; i++)
+        if (!llm__gen_show_log_probs(s, s->ids[i + 1], i - s->n_read + 1))
+            llm__fail(env, LLM_ERROR_FORMAT,
+                      "the logits after token %d of the prompt have no softmax: one is NaN or infinite", i);
+    s->cancelled = llm__ranks_any(s->ctx->backend_desc.tensor, s->ctx->backend_desc.pipeline, s->freed);
 }
 
 /* Shows a token. Returns false if something about it ends the generation. */
@@ -20576,7 +20627,7 @@ static void llm__stream_take_sequence(llm__env *env, llm_stream *s) {
     llm_context *ctx = s->ctx;
     int *seq = &s->desc.seq;
     bool any = *seq == LLM_SEQ_ANY;
-    if (any) *seq = llm__seq_pick(ctx, s->ids, s->n_ids - 1);
+    if (any) *seq = llm__seq_pick(ctx, s->ids, llm__gen_first_logits(s));
     if (*seq < 0) /* llm__ctx_claim_seq has refused other negative numbers */
         llm__fail(env, LLM_ERROR_CONTEXT_FULL,
                   "no sequence is free: running streams or the host have all %d of them (n_seq)", ctx->desc.n_seq);
@@ -20608,7 +20659,7 @@ static void llm__stream_begin_body(llm__env *env, void *arg) {
     s->ctx = a->ctx;
     s->since = llm__clock_now();
     s->desc = *a->desc;
-    s->prefill_only = a->prefill_only;
+    s->prefill_only = a->prefill_only || s->desc.prompt_only;
     s->sampler = s->desc.sampler ? s->desc.sampler : &s->greedy;
     s->box.stop_index = -1;
     /* What continues a prompt is not the start of a text, so its first space is shown; so is all that a grammar
@@ -20651,7 +20702,8 @@ static llm_status llm__stream_begin(llm_stream **out, llm_context *ctx, const ll
 static bool llm__stream_waits(const llm_stream *s) {
     if (s->started) return false;
     for (const llm_stream *older = s->ctx->streams; older != s; older = older->next) {
-        int same = 0, most = older->n_ids < s->n_ids - 1 ? older->n_ids : s->n_ids - 1;
+        int same = 0, most = llm__gen_first_logits(s);
+        if (older->n_ids < most) most = older->n_ids;
         if (!older->running || !llm__stream_is_reading(older)) continue;
         while (same < most && older->ids[same] == s->ids[same]) same++;
         if (same > older->n_read && same >= s->n_read + LLM__SEQ_WORTH_SHARING) return true;
@@ -20750,13 +20802,18 @@ static llm_stream *llm__stream_shortest_prompt(const llm_context *ctx, int *n) {
     return shortest;
 }
 
-/* Parts of the prompts, which share the room that is left. What a short one does not need goes to the others. */
+/* Parts of the prompts, which share the room that is left, and the rows with logits. What a short one does not need goes
+   to the others. */
 static void llm__stream_push_prompts(llm__stream_pass *p) {
     int n_left;
     for (llm_stream *s; p->n < p->most && (s = llm__stream_shortest_prompt(p->ctx, &n_left));) {
         int n = (p->most - p->n + n_left - 1) / n_left;
+        int first = llm__gen_first_logits(s), plain = first > s->n_read ? first - s->n_read : 0;
+        int most = plain + 1 + p->n_spare / n_left;
+        if (n > most) n = most;
         if (n > s->n_ids - s->n_read) n = s->n_ids - s->n_read;
-        for (int i = s->n_read; i < s->n_read + n; i++) llm__stream_push(p, s, s->ids[i], i == s->n_ids - 1);
+        if (n > plain) p->n_spare -= n - plain - 1;
+        for (int i = s->n_read; i < s->n_read + n; i++) llm__stream_push(p, s, s->ids[i], i >= first);
         s->first = p->n - 1;
         s->started = p->has_prompt = true;
     }
@@ -20859,10 +20916,8 @@ static bool llm__stream_take_tokens(llm__env *env, llm_stream *s) {
         s->token = s->drawn;
         if (!s->right) llm__cache_truncate(&ctx->cache, seq, length + row);
         goes_on = !llm__gen_token_stops(s, s->token);
-        if (goes_on) {
-            llm__gen_show_log_probs(s, s->token, row);
-            goes_on = llm__gen_show_token(env, s, s->token);
-        }
+        if (goes_on || s->desc.log_probs_of_end) llm__gen_show_log_probs(s, s->token, row);
+        if (goes_on) goes_on = llm__gen_show_token(env, s, s->token);
         row += s->right;
     } while (s->right && goes_on);
     if (s->freed) return false;
@@ -20880,14 +20935,17 @@ static void llm__stream_take_body(llm__env *env, void *arg) {
     int n_burst = 0;
     ctx->old_lengths[s->desc.seq] = ctx->cache.lengths[s->desc.seq] - sp->n_checked;
     if (was_reading) {
-        s->n_read += s->n_rows;
+        int n = s->n_rows;
+        s->n_read += n;
         s->n_rows = 0;
+        llm__gen_show_prompt(env, s, n);
         if (llm__stream_is_reading(s) && !s->cancelled) return;
         s->stats.prefill_seconds = llm__clock_now() - s->since;
         s->since += s->stats.prefill_seconds;
     } else llm__gen_count_decode(s);
     s->n_rows = 0;
     if (s->cancelled) s->stats.stop = LLM_STOP_CALLBACK;
+    else if (s->desc.prompt_only) s->stats.stop = LLM_STOP_LENGTH;
     else if (!s->prefill_only) n_burst = llm__gen_burst_size(s);
     if (n_burst) {
         llm__gen_run_burst(env, s, n_burst);

@@ -11,7 +11,10 @@
     pass until it ends. A client that hangs up loses its place. SIGTERM lets accepted requests finish and takes no more;
     a second one ends the program at once.
 
-    What would change the answer and is not there (tools, echo, several choices) is refused by name. Without --key anybody
+    A plain text may have several prompts: each is a stream of its own and takes a place of its own. With "echo" and
+    "logprobs" the prompt's tokens are in the answer with their log-probabilities, as programs that evaluate models need.
+
+    What would change the answer and is not there (tools, several choices) is refused by name. Without --key anybody
     who reaches the port may ask. There is no encryption: outside of one machine put a proxy before it.
 */
 #define LLM_IMPLEMENTATION
@@ -97,38 +100,57 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
 
 /* ---- What the threads share ----------------------------------------------------------------------------------- */
 
-enum { MOST_STOPS = 16, MOST_BIASES = 1024 };
+enum { MOST_STOPS = 16, MOST_BIASES = 1024, MOST_PROMPTS = 1024 };
+
+typedef struct buffer {
+    char *at; /* [n] of [room] */
+    size_t n, room;
+} buffer;
+
+/* One prompt of a request, and its answer. */
+typedef struct prompt {
+    struct prompt *next; /* among those that run */
+    struct request *request;
+    int index;           /* which of the request's */
+    const json_t *given; /* as the client has sent it */
+    llm_token *ids;      /* [n_ids] of a plain prompt; of a chat there is only the number */
+    int n_ids;
+    llm_sampler sampler;
+    llm_stream *stream; /* the main thread's */
+    buffer text;        /* of the answer; if it is streamed, since the last piece */
+    json_t *log_probs;  /* of the tokens since the last piece, as add_log_prob makes them */
+    json_t *choice;     /* the whole answer, if it is not streamed */
+    bool said_role;     /* the first piece of a chat was sent */
+} prompt;
 
 typedef struct request {
-    struct request *next; /* in the queue, or among those that run */
+    struct request *next; /* in the queue */
     struct server *server;
     struct MHD_Connection *connection;
-    char *body;
-    size_t n_body, body_room;
+    buffer body;
     /* What is asked: */
     json_t *json;
-    bool is_chat, streams, wants_usage;
-    char *messages; /* JSON */
-    llm_token *ids; /* [n_ids] of a plain prompt */
-    int n_ids, max_tokens, n_stops;
+    bool is_chat, streams, wants_usage, echoes;
+    char *messages;  /* JSON */
+    prompt *prompts; /* [n_prompts] */
+    int n_prompts, max_tokens, n_stops;
     const char *stops[MOST_STOPS];
     int n_log_probs; /* of the likeliest tokens beside each one; -1: none are wanted */
-    llm_sampler sampler;
+    llm_sampler sampler; /* each prompt has a copy */
     llm_logit_bias biases[MOST_BIASES];
     llm_grammar *grammar;
     /* The answer: */
     char id[48];
     int64_t created;
-    llm_stream *stream; /* the main thread's */
-    int code;           /* of HTTP, if it is not streamed */
-    char *out;          /* [n_out], of which n_sent are sent */
-    size_t n_out, n_sent, out_room;
-    json_t *log_probs; /* of the tokens since the last piece, as put_log_prob makes them */
-    bool accepted;     /* the main thread has it */
-    bool finished;     /* nothing will be added to `out` */
-    bool suspended;    /* the connection waits for more */
-    bool closed;       /* the connection is at its end */
-    bool said_role;    /* the first piece of a chat was sent */
+    int n_begun, n_ended;                /* prompts that have or had a stream; whose answer is complete */
+    int n_prompt, n_reused, n_generated; /* tokens of these */
+    int code;                            /* of HTTP, if it is not streamed */
+    buffer out;                          /* of which n_sent bytes are sent */
+    size_t n_sent;
+    bool accepted;  /* the main thread has it */
+    bool finished;  /* nothing will be added to `out` */
+    bool suspended; /* the connection waits for more */
+    bool closed;    /* the connection is at its end */
 } request;
 
 typedef struct server {
@@ -137,7 +159,8 @@ typedef struct server {
     llm_context *ctx;
     pthread_mutex_t lock;
     pthread_cond_t work;
-    request *queue, *running;
+    request *queue;
+    prompt *running;
     int n_queued, n_running, n_live; /* live: accepted, and not closed or not finished */
     int n_signals;
     uint64_t n_ids;
@@ -160,21 +183,30 @@ static void *resize(void *at, size_t n) {
 static void let_go(request *r) {
     if (!r->closed || (r->accepted && !r->finished)) return;
     if (r->accepted && !--r->server->n_live) pthread_cond_signal(&r->server->work);
+    for (int i = 0; i < r->n_prompts; i++) {
+        json_decref(r->prompts[i].log_probs);
+        json_decref(r->prompts[i].choice);
+        free(r->prompts[i].ids);
+        free(r->prompts[i].text.at);
+    }
     json_decref(r->json);
-    json_decref(r->log_probs);
     llm_grammar_free(r->grammar);
-    free(r->body);
+    free(r->prompts);
+    free(r->body.at);
     free(r->messages);
-    free(r->ids);
-    free(r->out);
+    free(r->out.at);
     free(r);
 }
 
-/* Under the lock: adds to what is to be sent. */
-static void put(request *r, const char *text, size_t n) {
-    if (r->n_out + n + 1 > r->out_room) r->out = (char *)resize(r->out, r->out_room = 2 * (r->n_out + n + 1));
-    memcpy(r->out + r->n_out, text, n);
-    r->n_out += n;
+/* Room for n more bytes and a NUL, at the end. */
+static char *reserve(buffer *b, size_t n) {
+    if (b->n + n + 1 > b->room) b->at = (char *)resize(b->at, b->room = 2 * (b->n + n + 1));
+    return b->at + b->n;
+}
+
+static void put(buffer *b, const char *text, size_t n) {
+    memcpy(reserve(b, n), text, n);
+    b->n += n;
 }
 
 /* Under the lock: the connection can go on. */
@@ -190,13 +222,13 @@ static void suspend(request *r) {
     MHD_suspend_connection(r->connection);
 }
 
-/* Adds a value and lets it go: an event of a stream, or a whole answer. */
+/* Under the lock. Adds a value and lets it go: an event of a stream, or a whole answer. */
 static void put_json(request *r, json_t *value, bool event) {
     char *text = value ? json_dumps(value, JSON_COMPACT) : NULL;
     if (!text) out_of_memory();
-    if (event) put(r, "data: ", 6);
-    put(r, text, strlen(text));
-    put(r, event ? "\n\n" : "\n", event ? 2 : 1);
+    if (event) put(&r->out, "data: ", 6);
+    put(&r->out, text, strlen(text));
+    put(&r->out, event ? "\n\n" : "\n", event ? 2 : 1);
     free(text);
     json_decref(value);
 }
@@ -215,10 +247,10 @@ static const char *finish_reason(llm_stop stop) {
     return stop == LLM_STOP_LENGTH || stop == LLM_STOP_CONTEXT || stop == LLM_STOP_CACHE ? "length" : "stop";
 }
 
-static json_t *usage_json(const llm_stats *s) {
-    return json_pack("{s:i, s:i, s:i, s:{s:i}}", "prompt_tokens", s->n_prompt, "completion_tokens", s->n_generated,
-                     "total_tokens", s->n_prompt + s->n_generated, "prompt_tokens_details", "cached_tokens",
-                     s->n_reused);
+static json_t *usage_json(const request *r) {
+    return json_pack("{s:i, s:i, s:i, s:{s:i}}", "prompt_tokens", r->n_prompt, "completion_tokens", r->n_generated,
+                     "total_tokens", r->n_prompt + r->n_generated, "prompt_tokens_details", "cached_tokens",
+                     r->n_reused);
 }
 
 static json_t *answer_json(const request *r, const char *object, json_t *choices) {
@@ -243,25 +275,49 @@ static json_t *log_prob_json(const llm_tokenizer *tokenizer, llm_log_prob of) {
     return json_pack("{s:o, s:f, s:o}", "token", text, "logprob", value, "bytes", list);
 }
 
-/* Remembers how likely a token was, for the next piece of the answer. */
+/* Under the lock. Remembers how likely a token was, for the next piece of the answer. */
+static void add_log_prob(prompt *p, json_t *entry, json_t *top) {
+    json_object_set_new(entry, "top_logprobs", top);
+    if (!p->log_probs) p->log_probs = json_array();
+    json_array_append_new(p->log_probs, entry);
+}
+
 static void on_log_probs(void *user, llm_log_prob chosen, const llm_log_prob *top, int n_top) {
-    request *r = (request *)user;
+    prompt *p = (prompt *)user;
+    request *r = p->request;
     const llm_tokenizer *tokenizer = llm_model_tokenizer(r->server->model);
     json_t *entry = log_prob_json(tokenizer, chosen), *list = json_array();
     for (int i = 0; i < n_top; i++) json_array_append_new(list, log_prob_json(tokenizer, top[i]));
-    json_object_set_new(entry, "top_logprobs", list);
     pthread_mutex_lock(&r->server->lock);
-    if (!r->log_probs) r->log_probs = json_array();
-    json_array_append_new(r->log_probs, entry);
+    add_log_prob(p, entry, list);
     pthread_mutex_unlock(&r->server->lock);
+}
+
+/* Under the lock: the answer begins with the prompt. Nothing predicts its first token, which has null instead of a
+   log-probability. */
+static void put_echo(prompt *p) {
+    const request *r = p->request;
+    const llm_tokenizer *tokenizer = llm_model_tokenizer(r->server->model);
+    llm_text_stream stream = {.flags = LLM_TOKENS_SPECIAL};
+    if (json_is_string(p->given)) put(&p->text, json_string_value(p->given), json_string_length(p->given));
+    for (int i = 0; i <= p->n_ids && !json_is_string(p->given); i++) {
+        llm_token token = i < p->n_ids ? p->ids[i] : -1; /* -1: the end */
+        size_t n = llm_stream_token(tokenizer, &stream, token, NULL, 0);
+        p->text.n += llm_stream_token(tokenizer, &stream, token, reserve(&p->text, n), n + 1);
+    }
+    if (r->n_log_probs < 0) return;
+    json_t *entry = log_prob_json(tokenizer, (llm_log_prob){p->ids[0], 0});
+    json_object_set_new(entry, "logprob", json_null());
+    add_log_prob(p, entry, json_null());
 }
 
 /* Under the lock: the tokens since the last piece, as a chat has them, or as lists for a plain text; null if they are
    not wanted. */
-static json_t *take_log_probs(request *r) {
-    json_t *entries = r->log_probs ? r->log_probs : json_array(), *entry;
+static json_t *take_log_probs(prompt *p) {
+    const request *r = p->request;
+    json_t *entries = p->log_probs ? p->log_probs : json_array(), *entry;
     size_t i, j;
-    r->log_probs = NULL;
+    p->log_probs = NULL;
     if (r->n_log_probs >= 0 && r->is_chat) return json_pack("{s:o}", "content", entries);
     json_t *tokens = json_array(), *values = json_array(), *tops = json_array();
     json_array_foreach(entries, i, entry) {
@@ -271,7 +327,8 @@ static json_t *take_log_probs(request *r) {
         json_array_foreach(list, j, one) {
             json_object_set(top, json_string_value(json_object_get(one, "token")), json_object_get(one, "logprob"));
         }
-        json_array_append_new(tops, top);
+        json_array_append_new(tops, json_is_null(list) ? json_null() : json_incref(top));
+        json_decref(top);
     }
     json_decref(entries);
     json_t *lists = json_pack("{s:o, s:o, s:o}", "tokens", tokens, "token_logprobs", values, "top_logprobs", tops);
@@ -280,14 +337,17 @@ static json_t *take_log_probs(request *r) {
     return json_null();
 }
 
-/* A piece of a streamed answer. Under the lock; text may be NULL, and so may reason. */
-static void put_piece(request *r, const char *text, size_t n, const char *reason) {
-    json_t *choice = json_pack("{s:i, s:o, s:s?}", "index", 0, "logprobs", take_log_probs(r), "finish_reason", reason);
-    json_t *string = text ? json_stringn(text, n) : NULL;
+/* Under the lock: a piece of a streamed answer, with the text since the last one. reason may be NULL. */
+static void put_piece(prompt *p, const char *reason) {
+    request *r = p->request;
+    json_t *choice =
+        json_pack("{s:i, s:o, s:s?}", "index", p->index, "logprobs", take_log_probs(p), "finish_reason", reason);
+    json_t *string = p->text.n ? json_stringn(p->text.at, p->text.n) : NULL;
+    p->text.n = 0;
     if (r->is_chat) {
         json_t *delta = json_object();
-        if (!r->said_role) json_object_set_new(delta, "role", json_string("assistant"));
-        r->said_role = true;
+        if (!p->said_role) json_object_set_new(delta, "role", json_string("assistant"));
+        p->said_role = true;
         if (string) json_object_set_new(delta, "content", string);
         json_object_set_new(choice, "delta", delta);
     } else json_object_set_new(choice, "text", string ? string : json_string(""));
@@ -296,10 +356,11 @@ static void put_piece(request *r, const char *text, size_t n, const char *reason
 }
 
 static bool on_text(void *user, const char *text, size_t n) {
-    request *r = (request *)user;
+    prompt *p = (prompt *)user;
+    request *r = p->request;
     pthread_mutex_lock(&r->server->lock);
-    if (r->streams) put_piece(r, text, n, NULL);
-    else put(r, text, n);
+    put(&p->text, text, n);
+    if (r->streams) put_piece(p, NULL);
     if (r->streams) wake(r);
     bool wanted = !r->closed;
     pthread_mutex_unlock(&r->server->lock);
@@ -317,36 +378,48 @@ static void finish(request *r, int code) {
 /* Under the lock: ends a request by an error that the client is told. */
 static void fail(request *r, int code, const char *message) {
     r->server->n_failed++;
-    if (!r->streams) r->n_out = 0;
     put_json(r, error_json(code, message), r->streams);
     finish(r, code);
 }
 
-/* Under the lock: the text is complete. */
-static void complete(request *r, const llm_stats *stats) {
-    server *s = r->server;
+/* Under the lock: the text of one prompt is complete. */
+static void end_text(prompt *p, const llm_stats *stats) {
+    request *r = p->request;
     const char *reason = finish_reason(stats->stop);
-    s->n_answers++;
-    s->n_prompt += (uint64_t)stats->n_prompt;
-    s->n_reused += (uint64_t)stats->n_reused;
-    s->n_generated += (uint64_t)stats->n_generated;
+    r->n_ended++;
+    r->n_prompt += stats->n_prompt;
+    r->n_reused += stats->n_reused;
+    r->n_generated += stats->n_generated;
     if (r->streams) {
-        put_piece(r, NULL, 0, reason);
+        put_piece(p, reason);
+        wake(r);
+        return;
+    }
+    json_t *text = json_stringn(p->text.at ? p->text.at : "", p->text.n);
+    p->choice = json_pack("{s:i, s:o, s:s}", "index", p->index, "logprobs", take_log_probs(p), "finish_reason", reason);
+    if (!r->is_chat) json_object_set_new(p->choice, "text", text);
+    else json_object_set_new(p->choice, "message", json_pack("{s:s, s:o}", "role", "assistant", "content", text));
+}
+
+/* Under the lock: all texts of a request are complete. */
+static void complete(request *r) {
+    server *s = r->server;
+    s->n_answers++;
+    s->n_prompt += (uint64_t)r->n_prompt;
+    s->n_reused += (uint64_t)r->n_reused;
+    s->n_generated += (uint64_t)r->n_generated;
+    if (r->streams) {
         json_t *last = r->wants_usage
                            ? answer_json(r, r->is_chat ? "chat.completion.chunk" : "text_completion", json_array())
                            : NULL;
-        if (last) json_object_set_new(last, "usage", usage_json(stats));
+        if (last) json_object_set_new(last, "usage", usage_json(r));
         if (last) put_json(r, last, true);
-        put(r, "data: [DONE]\n\n", 14);
+        put(&r->out, "data: [DONE]\n\n", 14);
     } else {
-        json_t *text = json_stringn(r->out ? r->out : "", r->n_out);
-        json_t *choice =
-            json_pack("{s:i, s:o, s:s}", "index", 0, "logprobs", take_log_probs(r), "finish_reason", reason);
-        if (!r->is_chat) json_object_set_new(choice, "text", text);
-        else json_object_set_new(choice, "message", json_pack("{s:s, s:o}", "role", "assistant", "content", text));
-        json_t *whole = answer_json(r, r->is_chat ? "chat.completion" : "text_completion", json_pack("[o]", choice));
-        json_object_set_new(whole, "usage", usage_json(stats));
-        r->n_out = 0;
+        json_t *choices = json_array();
+        for (int i = 0; i < r->n_prompts; i++) json_array_append(choices, r->prompts[i].choice);
+        json_t *whole = answer_json(r, r->is_chat ? "chat.completion" : "text_completion", choices);
+        json_object_set_new(whole, "usage", usage_json(r));
         put_json(r, whole, false);
     }
     finish(r, 200);
@@ -354,22 +427,27 @@ static void complete(request *r, const llm_stats *stats) {
 
 /* ---- The main thread: it computes ------------------------------------------------------------------------------ */
 
-static llm_status begin(request *r, llm_error *err) {
+static llm_status begin(prompt *p, llm_error *err) {
+    request *r = p->request;
     llm_chat_desc chat = {.messages_json = r->messages, .open_answer = true};
+    bool tells = r->n_log_probs >= 0;
     llm_generate_desc desc = {.chat = r->is_chat ? &chat : NULL,
-                              .tokens = r->is_chat ? NULL : r->ids,
-                              .n_tokens = r->n_ids,
+                              .tokens = p->ids,
+                              .n_tokens = p->n_ids,
                               .seq = LLM_SEQ_ANY,
                               .max_tokens = r->max_tokens,
-                              .sampler = &r->sampler,
+                              .prompt_only = !r->is_chat && !r->max_tokens,
+                              .sampler = &p->sampler,
                               .stop_strings = r->stops,
                               .n_stop_strings = r->n_stops,
                               .grammar = r->grammar,
                               .on_text = on_text,
-                              .on_log_probs = r->n_log_probs < 0 ? NULL : on_log_probs,
-                              .n_top_log_probs = r->n_log_probs < 0 ? 0 : r->n_log_probs,
-                              .user = r};
-    return llm_stream_begin(&r->stream, r->server->ctx, &desc, err);
+                              .on_log_probs = tells ? on_log_probs : NULL,
+                              .n_top_log_probs = tells ? r->n_log_probs : 0,
+                              .log_probs_from = tells && r->echoes,
+                              .log_probs_of_end = !r->is_chat,
+                              .user = p};
+    return llm_stream_begin(&p->stream, r->server->ctx, &desc, err);
 }
 
 /* Under the lock. A client that waits for a whole answer is not heard of until that is sent, so we look. */
@@ -380,49 +458,78 @@ static bool has_hung_up(const request *r) {
     return at.fd >= 0 && poll(&at, 1, 0) > 0 && (at.revents & (POLLRDHUP | POLLHUP | POLLERR));
 }
 
-/* Under the lock: gives free places to those that wait. */
+/* Under the lock: ends the streams of a request, and takes it from the queue. */
+static void drop(server *s, const request *r) {
+    for (prompt **at = &s->running; *at;) {
+        prompt *p = *at;
+        if (p->request == r) {
+            *at = p->next;
+            llm_stream_free(p->stream);
+            s->n_running--;
+        } else at = &p->next;
+    }
+    for (request **at = &s->queue; *at; at = &(*at)->next)
+        if (*at == r) {
+            *at = r->next;
+            s->n_queued--;
+            return;
+        }
+}
+
+/* Under the lock: gives free places to those that wait. A request waits until the last of its prompts has a place. */
 static void take_from_queue(server *s) {
     while (s->queue && s->n_running < s->opt.parallel) {
         request *r = s->queue;
+        prompt *p = &r->prompts[r->n_begun];
         llm_error err;
-        bool gone = has_hung_up(r);
-        if (!gone) {
-            llm_status status = begin(r, &err);
-            if (status == LLM_ERROR_CONTEXT_FULL && s->n_running) return; /* until one ends */
-            s->queue = r->next;
-            s->n_queued--;
-            if (!status) {
-                r->next = s->running;
-                s->running = r;
-                s->n_running++;
-            } else fail(r, status == LLM_ERROR_MEMORY ? 500 : 400, err.message);
+        if (has_hung_up(r)) {
+            drop(s, r);
+            s->n_hung_up++;
+            finish(r, 499);
             continue;
         }
+        llm_status status = begin(p, &err);
+        if (status == LLM_ERROR_CONTEXT_FULL && s->n_running) return; /* until one ends */
+        if (status) {
+            drop(s, r);
+            fail(r, status == LLM_ERROR_MEMORY ? 500 : 400, err.message);
+            continue;
+        }
+        if (r->echoes) put_echo(p);
+        p->next = s->running;
+        s->running = p;
+        s->n_running++;
+        if (++r->n_begun < r->n_prompts) continue;
         s->queue = r->next;
         s->n_queued--;
-        s->n_hung_up++;
-        finish(r, 499);
     }
 }
 
 /* Under the lock: ends what is at its end. */
 static void settle(server *s) {
-    for (request **at = &s->running, *r; (r = *at);) {
+    for (prompt **at = &s->running, *p; (p = *at);) {
+        request *r = p->request;
         llm_stats stats;
         llm_error err;
-        bool ended = !llm_stream_is_running(r->stream), gone = has_hung_up(r);
+        bool ended = !llm_stream_is_running(p->stream), gone = has_hung_up(r);
         if (!ended && !gone) {
-            at = &r->next;
+            at = &p->next;
             continue;
         }
-        llm_status status = llm_stream_result(r->stream, &stats, &err);
-        llm_stream_free(r->stream);
-        *at = r->next;
+        llm_status status = llm_stream_result(p->stream, &stats, &err);
+        if (gone || status) {
+            drop(s, r);
+            s->n_hung_up += gone;
+            if (gone) finish(r, 499);
+            else fail(r, 500, err.message);
+            at = &s->running; /* others may be gone from the list, too */
+            continue;
+        }
+        *at = p->next;
+        llm_stream_free(p->stream);
         s->n_running--;
-        s->n_hung_up += gone;
-        if (gone) finish(r, 499);
-        else if (status) fail(r, 500, err.message);
-        else complete(r, &stats);
+        end_text(p, &stats);
+        if (r->n_ended == r->n_prompts) complete(r);
     }
 }
 
@@ -478,6 +585,13 @@ static const char *join_parts(json_t *message) {
     return NULL;
 }
 
+static prompt *add_prompts(request *r, size_t n) {
+    r->prompts = (prompt *)resize(NULL, n * sizeof *r->prompts);
+    r->n_prompts = (int)n;
+    memset(r->prompts, 0, n * sizeof *r->prompts);
+    return r->prompts;
+}
+
 static const char *read_messages(request *r, llm_error *err) {
     json_t *messages = json_object_get(r->json, "messages"), *message;
     size_t i;
@@ -491,33 +605,48 @@ static const char *read_messages(request *r, llm_error *err) {
     if (!r->messages) out_of_memory();
     llm_chat_desc desc = {.messages_json = r->messages, .open_answer = true};
     int64_t n = llm_chat_encode(llm_model_tokenizer(r->server->model), &desc, NULL, 0, err);
-    r->n_ids = n > INT32_MAX ? INT32_MAX : (int)n;
+    add_prompts(r, 1)->n_ids = n > INT32_MAX ? INT32_MAX : (int)n;
     return n < 0 ? err->message : NULL;
 }
 
-static const char *read_prompt(request *r, llm_error *err) {
-    const json_t *prompt = json_object_get(r->json, "prompt");
+/* A text, or a list of token ids. */
+static const char *read_one_prompt(const request *r, const json_t *given, prompt *p, llm_error *err) {
     const llm_tokenizer *tokenizer = llm_model_tokenizer(r->server->model);
-    if (json_is_array(prompt) && json_array_size(prompt) == 1 && !json_is_integer(json_array_get(prompt, 0)))
-        prompt = json_array_get(prompt, 0); /* a batch of one */
-    size_t n = json_is_string(prompt) ? 4 * json_string_length(prompt) + 8 : json_array_size(prompt);
-    if (!n) return "prompt must be a text or a list of token ids; lists of several prompts are not supported";
-    r->ids = (llm_token *)resize(NULL, n * sizeof *r->ids);
-    if (json_is_string(prompt)) {
-        int64_t n_ids = llm_encode(tokenizer, json_string_value(prompt), json_string_length(prompt),
-                                   LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, r->ids, n, err);
-        r->n_ids = (int)n_ids;
-        if (n_ids > 0) r->ids = (llm_token *)resize(r->ids, (size_t)n_ids * sizeof *r->ids);
-        return n_ids < 0 ? err->message : n_ids ? NULL : "the prompt has no tokens";
+    p->given = given;
+    size_t n_bytes = json_string_length(given), n = json_is_string(given) ? 4 * n_bytes + 8 : json_array_size(given);
+    if (!json_is_string(given) && !json_is_array(given))
+        return "prompt must be a text, a list of token ids, or a list of texts or of such lists";
+    if (!n) return "a prompt has no tokens";
+    p->ids = (llm_token *)resize(NULL, n * sizeof *p->ids);
+    if (json_is_string(given)) {
+        int64_t n_ids = llm_encode(tokenizer, json_string_value(given), n_bytes, LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL,
+                                   p->ids, n, err);
+        p->n_ids = (int)n_ids;
+        if (n_ids > 0) p->ids = (llm_token *)resize(p->ids, (size_t)n_ids * sizeof *p->ids);
+        return n_ids < 0 ? err->message : n_ids ? NULL : "a prompt has no tokens";
     }
     for (size_t i = 0; i < n; i++) {
-        const json_t *id = json_array_get(prompt, i);
+        const json_t *id = json_array_get(given, i);
         if (!json_is_integer(id) || json_integer_value(id) < 0 ||
             json_integer_value(id) >= llm_tokenizer_n_vocab(tokenizer))
-            return "prompt has something that is not a token id; lists of several prompts are not supported";
-        r->ids[i] = (llm_token)json_integer_value(id);
+            return "prompt has something that is not a token id";
+        p->ids[i] = (llm_token)json_integer_value(id);
     }
-    r->n_ids = (int)n;
+    p->n_ids = (int)n;
+    return NULL;
+}
+
+static const char *read_prompts(request *r, llm_error *err) {
+    const json_t *given = json_object_get(r->json, "prompt"), *first = json_array_get(given, 0);
+    bool several = json_is_string(first) || json_is_array(first);
+    size_t n = several ? json_array_size(given) : 1;
+    if (n > MOST_PROMPTS) return "prompt has more than 1024 prompts";
+    if (n > 1 && r->grammar) return "with response_format there can be only one prompt";
+    add_prompts(r, n);
+    for (size_t i = 0; i < n; i++) {
+        const char *why = read_one_prompt(r, several ? json_array_get(given, i) : given, &r->prompts[i], err);
+        if (why) return why;
+    }
     return NULL;
 }
 
@@ -585,7 +714,7 @@ static const char *read_format(request *r, llm_error *err) {
 
 /* What would change the answer, unless it has the value that changes nothing. */
 static const char *refuse_others(const json_t *json) {
-    static const char *const names[] = {"tools", "functions", "echo", "suffix", "best_of", "n", "modalities", "audio"};
+    static const char *const names[] = {"tools", "functions", "suffix", "best_of", "n", "modalities", "audio"};
     static __thread char why[100];
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         const json_t *given = json_object_get(json, names[i]);
@@ -604,9 +733,10 @@ static const char *read_request(request *r, llm_error *err) {
     json_error_t where;
     double temperature = 1, top_p = 1, top_k = 0, min_p = 0, presence = 0, frequency = 0, most = -1, seed = -1;
     struct timespec now;
-    r->json = json_loadb(r->body ? r->body : "", r->n_body, JSON_REJECT_DUPLICATES, &where);
+    r->json = json_loadb(r->body.at ? r->body.at : "", r->body.n, JSON_REJECT_DUPLICATES, &where);
     if (!json_is_object(r->json)) return "the body is no JSON object";
     clock_gettime(CLOCK_REALTIME, &now);
+    const json_t *echo = json_object_get(r->json, "echo");
     const char *why = refuse_others(r->json);
     if (!why) why = read_number(r->json, "temperature", 0, 100, &temperature);
     if (!why) why = read_number(r->json, "top_p", 0, 1, &top_p);
@@ -615,13 +745,15 @@ static const char *read_request(request *r, llm_error *err) {
     if (!why) why = read_number(r->json, "presence_penalty", -2, 2, &presence);
     if (!why) why = read_number(r->json, "frequency_penalty", -2, 2, &frequency);
     if (!why) why = read_number(r->json, "seed", -9e15, 9e15, &seed);
-    if (!why) why = read_number(r->json, "max_tokens", 1, 1e9, &most);
+    if (!why) why = read_number(r->json, "max_tokens", r->is_chat ? 1 : 0, 1e9, &most);
     if (!why) why = read_number(r->json, "max_completion_tokens", 1, 1e9, &most);
+    if (!why && echo && !json_is_null(echo) && (r->is_chat || !json_is_boolean(echo)))
+        why = r->is_chat ? "echo is not supported in a chat" : "echo must be true or false";
     if (!why) why = read_stops(r);
     if (!why) why = read_biases(r);
     if (!why) why = read_log_probs(r);
     if (!why) why = read_format(r, err);
-    if (!why) why = r->is_chat ? read_messages(r, err) : read_prompt(r, err);
+    if (!why) why = r->is_chat ? read_messages(r, err) : read_prompts(r, err);
     if (why) return why;
     r->sampler.temperature = (float)temperature;
     r->sampler.top_p = top_p > 0 ? (float)top_p : FLT_MIN; /* the best alone; llm.h's 0 means all */
@@ -634,11 +766,20 @@ static const char *read_request(request *r, llm_error *err) {
     r->max_tokens = most < 0 ? r->is_chat ? 0 : 16 : (int)most;
     r->streams = json_is_true(json_object_get(r->json, "stream"));
     r->wants_usage = json_is_true(json_object_get(json_object_get(r->json, "stream_options"), "include_usage"));
+    r->echoes = json_is_true(echo);
     r->created = now.tv_sec;
-    if (r->n_ids <= llm_context_n_ctx(r->server->ctx)) return NULL;
-    snprintf(err->message, sizeof err->message, "the prompt has %d tokens, but there is room for %d", r->n_ids,
-             llm_context_n_ctx(r->server->ctx));
-    return err->message;
+    for (int i = 0; i < r->n_prompts; i++) {
+        prompt *p = &r->prompts[i];
+        p->request = r;
+        p->index = i;
+        p->sampler = r->sampler;
+        if (!seeded) p->sampler.seed += (uint64_t)i;
+        if (p->n_ids <= llm_context_n_ctx(r->server->ctx)) continue;
+        snprintf(err->message, sizeof err->message, "the prompt has %d tokens, but there is room for %d", p->n_ids,
+                 llm_context_n_ctx(r->server->ctx));
+        return err->message;
+    }
+    return NULL;
 }
 
 /* ---- HTTP ------------------------------------------------------------------------------------------------------ */
@@ -698,12 +839,12 @@ static enum MHD_Result send_metrics(server *s, struct MHD_Connection *c) {
 static ssize_t read_stream(void *user, uint64_t at, char *to, size_t most) {
     request *r = (request *)user;
     pthread_mutex_lock(&r->server->lock);
-    size_t n = r->n_out - r->n_sent < most ? r->n_out - r->n_sent : most;
+    size_t n = r->out.n - r->n_sent < most ? r->out.n - r->n_sent : most;
     bool ended = !n && r->finished;
     (void)at;
-    if (n) memcpy(to, r->out + r->n_sent, n);
+    if (n) memcpy(to, r->out.at + r->n_sent, n);
     r->n_sent += n;
-    if (r->n_sent == r->n_out) r->n_sent = r->n_out = 0;
+    if (r->n_sent == r->out.n) r->n_sent = r->out.n = 0;
     if (!n && !ended) suspend(r);
     pthread_mutex_unlock(&r->server->lock);
     return ended ? MHD_CONTENT_READER_END_OF_STREAM : (ssize_t)n;
@@ -784,18 +925,15 @@ static enum MHD_Result handle(void *user, struct MHD_Connection *c, const char *
     if (*n_data) { /* of what is too long the rest is read and forgotten */
         size_t n = *n_data;
         *n_data = 0;
-        if (r->n_body + n > (size_t)s->opt.most_body) r->n_body = (size_t)s->opt.most_body + 1;
-        if (r->n_body > (size_t)s->opt.most_body) return MHD_YES;
-        if (r->n_body + n > r->body_room) r->body = (char *)resize(r->body, r->body_room = 2 * (r->n_body + n));
-        memcpy(r->body + r->n_body, data, n);
-        r->n_body += n;
+        if (r->body.n + n > (size_t)s->opt.most_body) r->body.n = (size_t)s->opt.most_body + 1;
+        if (r->body.n <= (size_t)s->opt.most_body) put(&r->body, data, n);
         return MHD_YES;
     }
     if (r->accepted) { /* the whole answer is there */
         pthread_mutex_lock(&s->lock);
         bool finished = r->finished;
         pthread_mutex_unlock(&s->lock);
-        return finished ? send_text(c, r->code, "application/json", r->out ? r->out : "", r->n_out) : MHD_YES;
+        return finished ? send_text(c, r->code, "application/json", r->out.at ? r->out.at : "", r->out.n) : MHD_YES;
     }
     const char *type = MHD_lookup_connection_value(c, MHD_HEADER_KIND, "Content-Type");
     if (!has_key(s, c)) return send_error(r, 401, "the key is missing or wrong");
@@ -804,7 +942,7 @@ static enum MHD_Result handle(void *user, struct MHD_Connection *c, const char *
     /* A web page that the user looks at cannot send this type to another site without asking. */
     if (!type || strncasecmp(type, "application/json", 16))
         return send_error(r, 415, "the type must be application/json");
-    if (r->n_body > (size_t)s->opt.most_body) return send_error(r, 413, "the request is too large");
+    if (r->body.n > (size_t)s->opt.most_body) return send_error(r, 413, "the request is too large");
     return accept_request(r);
 }
 
@@ -877,11 +1015,13 @@ int main(int argc, char **argv) {
     pthread_sigmask(SIG_BLOCK, &set, NULL); /* in all threads: one of them waits for them */
     signal(SIGPIPE, SIG_IGN);
     llm_model_desc model = {.dtype = s.opt.dtype, .n_threads = s.opt.n_threads};
+    /* As many rows of logits as a pass has tokens: with "echo" and "logprobs" those of a prompt are wanted. */
+    int step = s.opt.step ? s.opt.step : 128;
     /* Twice as many sequences as places: those that are not in use keep prefixes. */
     llm_context_desc desc = {.n_ctx = s.opt.n_ctx,
                              .n_seq = 2 * s.opt.parallel,
                              .n_cache = s.opt.n_cache,
-                             .n_logits = s.opt.parallel,
+                             .n_logits = s.opt.parallel > step ? s.opt.parallel : step,
                              .n_threads = s.opt.n_threads};
     bool ready = !llm_model_load(&s.model, s.opt.model, &model, &err);
     if (ready && !desc.n_ctx) {

@@ -84,6 +84,44 @@ post $chat "{$question,\"temperature\":0,\"logprobs\":true,\"stream\":true}"
 check "logprobs come with the pieces of a stream" test "$(grep -o '"logprob":' "$out" | wc -l)" = 12
 post $text '{"prompt":"one two three","temperature":0,"logprobs":2,"max_tokens":4}'
 check "logprobs of a text are lists" log_probs 'l = c["logprobs"]; assert len(l["tokens"]) == len(l["token_logprobs"]) == len(l["top_logprobs"]) == 4 and "".join(l["tokens"]) == c["text"]'
+# The prompt in the answer, with the log-probabilities of its tokens. Those behind "one two" and " three" are the same.
+post $text '{"prompt":"one two three four five","temperature":0,"echo":true,"logprobs":2,"max_tokens":1}'
+check "echo: the answer begins with the prompt" log_probs 'assert c["text"].startswith("one two three four five") and c["text"] == "".join(c["logprobs"]["tokens"])'
+check "its tokens have log-probabilities, but not the first" log_probs 'l = c["logprobs"]; assert len(l["tokens"]) == 6 and l["token_logprobs"][0] is None and l["top_logprobs"][0] is None and all(v < 0 and max(t.values()) >= v and len(t) == 2 for v, t in zip(l["token_logprobs"][1:], l["top_logprobs"][1:]))'
+cp "$out" "$tmp/echo"
+post $text '{"prompt":"one two three four five","temperature":0,"echo":true,"logprobs":2,"max_tokens":0}'
+same_start() { python3 -c 'import json, sys; a, b = (json.load(open(x))["choices"][0]["logprobs"]["token_logprobs"][:5] for x in sys.argv[1:]); sys.exit(a != b)' "$out" "$tmp/echo"; }
+check "they are the same again" same_start
+check "max_tokens 0 generates nothing" log_probs 'assert c["text"] == "one two three four five" and len(c["logprobs"]["tokens"]) == 5 and c["finish_reason"] == "length"'
+post $text '{"prompt":"one two three four five","temperature":0,"echo":true,"logprobs":2,"max_tokens":1,"stream":true}'
+check "echo in a stream" eval 'test "$(sed -n "s/.*\"text\":\"\([^\"]*\)\".*/\1/p" "$out" | tr -d "\n")" = "$(python3 -c "import json; print(json.load(open(\"$tmp/echo\"))[\"choices\"][0][\"text\"])")"'
+post $text '{"prompt":[504,253,216],"echo":true,"max_tokens":0}'
+check "echo of ids is their text" log_probs 'assert c["text"] and c["logprobs"] is None'
+# Several prompts: each gets the answer that it gets alone.
+for prompt in '"one two three"' '[504,253,216]'; do
+    post $text "{\"prompt\":$prompt,\"temperature\":0,\"max_tokens\":9}"
+    cp "$out" "$tmp/alone${prompt%%[!\[]*}"
+done
+several() { python3 -c 'import json, sys
+got = json.load(open(sys.argv[1])); alone = [json.load(open(x)) for x in sys.argv[2:]]
+assert [c["index"] for c in got["choices"]] == list(range(len(alone)))
+assert [c["text"] for c in got["choices"]] == [a["choices"][0]["text"] for a in alone]
+assert got["usage"]["completion_tokens"] == sum(a["usage"]["completion_tokens"] for a in alone)' "$out" "$@"; }
+post $text '{"prompt":["one two three","one two three","one two three","one two three","one two three"],"temperature":0,"max_tokens":9}'
+check "five texts, though there are two places" several "$tmp/alone" "$tmp/alone" "$tmp/alone" "$tmp/alone" "$tmp/alone"
+post $text '{"prompt":[[504,253,216],[504,253,216]],"temperature":0,"max_tokens":9}'
+check "two lists of ids" several "$tmp/alone[" "$tmp/alone["
+post $text '{"prompt":["one two three",[504,253,216]],"temperature":0,"max_tokens":9}'
+check "a text and a list of ids" several "$tmp/alone" "$tmp/alone["
+post $text '{"prompt":["one two three",[504,253,216]],"temperature":0,"max_tokens":9,"stream":true}'
+streamed() { python3 -c 'import json, sys
+got = ["", ""]
+for line in open(sys.argv[1]):
+    if line.startswith("data: {"):
+        for c in json.loads(line[6:])["choices"]: got[c["index"]] += c["text"]
+assert got == [json.load(open(x))["choices"][0]["text"] for x in sys.argv[2:]]' "$out" "$tmp/alone" "$tmp/alone["; }
+check "both in one stream" streamed
+
 post $text '{"prompt":"a a a a a a a a","temperature":0,"max_tokens":8}'
 cp "$out" "$tmp/repeated"
 post $text '{"prompt":"a a a a a a a a","temperature":0,"max_tokens":8,"frequency_penalty":2,"presence_penalty":2}'
@@ -97,7 +135,8 @@ check "refuses tools" refuses 400 tools $chat "{$question,\"tools\":[{}]}"
 check "refuses an unknown format" refuses 400 response_format $chat "{$question,\"response_format\":{\"type\":\"xml\"}}"
 check "refuses a format without a schema" refuses 400 schema $chat "{$question,\"response_format\":{\"type\":\"json_schema\"}}"
 check "refuses a wrong schema" refuses 400 type $chat "{$question,\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"schema\":{\"type\":7}}}}"
-check "refuses echo" refuses 400 echo $text '{"prompt":"a","echo":true}'
+check "refuses echo in a chat" refuses 400 echo $chat "{$question,\"echo\":true}"
+check "refuses a wrong echo" refuses 400 echo $text '{"prompt":"a","echo":1}'
 check "refuses a wrong number of logprobs" refuses 400 logprobs $text '{"prompt":"a","logprobs":21}'
 check "refuses top_logprobs alone" refuses 400 needs $chat "{$question,\"top_logprobs\":2}"
 check "refuses a wrong penalty" refuses 400 presence $chat "{$question,\"presence_penalty\":3}"
@@ -105,7 +144,18 @@ check "refuses two choices" refuses 400 "n is not" $chat "{$question,\"n\":2}"
 check "refuses a wrong temperature" refuses 400 temperature $chat "{$question,\"temperature\":\"hot\"}"
 check "refuses a wrong stop" refuses 400 stop $chat "{$question,\"stop\":[1]}"
 check "refuses an id outside of the vocabulary" refuses 400 token $text '{"prompt":[1,99999999]}'
-check "refuses several prompts" refuses 400 several $text '{"prompt":["a","b"]}'
+check "refuses no prompt" refuses 400 prompt $text '{}'
+check "refuses a number as a prompt" refuses 400 prompt $text '{"prompt":7}'
+check "refuses an empty list" refuses 400 "no tokens" $text '{"prompt":[]}'
+check "refuses an empty list among others" refuses 400 "no tokens" $text '{"prompt":[[1],[]]}'
+check "refuses a list in a list in a list" refuses 400 "token id" $text '{"prompt":[[[1]]]}'
+check "refuses ids among texts" refuses 400 prompt $text '{"prompt":["a",7]}'
+check "refuses a text among ids" refuses 400 "token id" $text '{"prompt":[7,"a"]}'
+check "refuses a text among ids of a list" refuses 400 "token id" $text '{"prompt":[[7,"a"]]}'
+check "refuses too many prompts" refuses 400 1024 $text "{\"prompt\":[$(yes '[5],' | head -n 1024 | tr -d '\n')[5]]}"
+check "refuses a schema for several prompts" refuses 400 response_format $text '{"prompt":["a","b"],"response_format":{"type":"json_object"}}'
+check "refuses a text of which one prompt is too long" refuses 400 3000 $text "{\"prompt\":[[1],[$(yes 5, | head -n 3001 | tr -d '\n')5]]}"
+check "refuses max_tokens of 0 in a chat" refuses 400 max_tokens $chat "{${question%,*},\"max_tokens\":0}"
 check "refuses a long prompt" refuses 400 3000 $text "{\"prompt\":[$(yes 5, | head -n 3001 | tr -d '\n')5]}"
 check "refuses a large body" refuses 413 large $text "{\"prompt\":\"$(head -c 30000 /dev/zero | tr '\0' a)\"}"
 type=text/plain

@@ -648,13 +648,173 @@ static void test_cancelled(void **state) {
     llm_model_free(model);
 }
 
+/* ---- Log-probabilities of a prompt ---- */
+
+typedef struct told {
+    llm_log_prob chosen[MOST_PROMPT + 8];
+    int n, n_top, last; /* it acts at the last; 0: never */
+    void (*act)(struct told *t);
+    llm_stream *stream;
+} told;
+
+static void on_log_probs(void *user, llm_log_prob chosen, const llm_log_prob *top, int n_top) {
+    told *t = (told *)user;
+    assert_true(t->n < MOST_PROMPT + 8);
+    assert_int_equal(n_top, t->n_top);
+    for (int i = 0; i < n_top; i++) {
+        assert_true(i == 0 || top[i].log_prob <= top[i - 1].log_prob);
+        assert_true(top[i].token != chosen.token || top[i].log_prob == chosen.log_prob);
+    }
+    assert_true(n_top == 0 || chosen.log_prob <= top[0].log_prob);
+    t->chosen[t->n++] = chosen;
+    if (t->act && t->n == t->last) t->act(t);
+}
+
+static void free_told(told *t) {
+    llm_stream_free(t->stream);
+    t->stream = NULL;
+}
+
+static void leave_told(told *t) {
+    (void)t;
+    longjmp(outside, 1);
+}
+
+/* log_probs[i]: how likely llm_score finds token i after those before it. */
+static void score_tokens(const llm_model *model, const llm_token *tokens, int n, double *log_probs) {
+    llm_context *ctx = create_context(model, &(llm_context_desc){.n_ctx = 200, .n_seq = 3, .n_threads = 2});
+    const llm_token *endings[MOST_PROMPT + 8];
+    llm_question questions[MOST_PROMPT + 8];
+    const int one = 1;
+    for (int i = 1; i < n; i++) {
+        endings[i] = &tokens[i];
+        questions[i] = (llm_question){tokens, i, 1, &endings[i], &one};
+    }
+    assert_int_equal(llm_score(ctx, questions + 1, n - 1, NULL, log_probs + 1, NULL, NULL), LLM_OK);
+    llm_context_free(ctx);
+}
+
+/* They have the bits of llm_score, however the prompt is cut into passes, and beside others; whose texts do not change.
+   What a sequence already holds is computed again only where it is needed. */
+static void test_log_probs(void **state) {
+    static const struct { int n_logits, n_tokens; } sizes[] = {{4, 7}, {4, 64}, {5, 1}, {300, 0}, {40, 33}};
+    static const int froms[] = {1, 2, 50, MOST_PROMPT};
+    (void)state;
+    for (int type = 0; type < 3; type++) {
+        const tiny_spec large = {2, 64, 96, 4, 2, 16, 1600, 9, 1, 0, 21}; /* more than one part of the vocabulary */
+        llm_model *model = load_tiny(type == 2 ? &large : &SPEC, type == 1 ? LLM_DTYPE_INT8 : LLM_DTYPE_F32);
+        static job alone, beside;
+        double expected[MOST_PROMPT];
+        plain_job(&alone, MOST_PROMPT, 6);
+        score_tokens(model, alone.prompt, MOST_PROMPT, expected);
+        answer_alone(model, &alone);
+        for (size_t i = 0; i < 2 * sizeof sizes / sizeof *sizes; i++) {
+            llm_context *ctx = create_context(
+                model, &(llm_context_desc){
+                           .n_ctx = 200, .n_seq = 5, .n_batch = 64, .n_logits = sizes[i / 2].n_logits, .n_threads = 2});
+            static told tells[4];
+            llm_stats stats;
+            bool only = i % 2;
+            plain_job(&beside, MOST_PROMPT, 6);
+            begin(ctx, &beside, 4);
+            if (sizes[i / 2].n_tokens == 33)
+                while (step(ctx, 0)) {} /* so that its tokens are there to be reused */
+            for (int k = 0; k < 4; k++) {
+                llm_generate_desc desc = describe(&alone, k);
+                tells[k] = (told){.n_top = k};
+                desc.on_text = NULL, desc.on_token = NULL, desc.user = &tells[k], desc.sampler = NULL;
+                desc.on_log_probs = on_log_probs, desc.n_top_log_probs = k;
+                desc.log_probs_from = froms[k], desc.prompt_only = only, desc.max_tokens = 2;
+                assert_int_equal(llm_stream_begin(&tells[k].stream, ctx, &desc, NULL), LLM_OK);
+            }
+            while (step(ctx, sizes[i / 2].n_tokens)) {}
+            end(&beside);
+            assert_same_text(&beside, &alone);
+            for (int k = 0; k < 4; k++) {
+                assert_int_equal(llm_stream_result(tells[k].stream, &stats, NULL), LLM_OK);
+                assert_int_equal(stats.stop, LLM_STOP_LENGTH);
+                assert_int_equal(stats.n_generated, only ? 0 : 2);
+                assert_true(stats.n_reused < froms[k]);
+                if (sizes[i / 2].n_tokens == 33) assert_int_equal(stats.n_reused, froms[k] < 20 ? 0 : froms[k] - 1);
+                assert_int_equal(tells[k].n, MOST_PROMPT - froms[k] + stats.n_generated);
+                for (int at = froms[k]; at < MOST_PROMPT; at++) {
+                    assert_int_equal(tells[k].chosen[at - froms[k]].token, alone.prompt[at]);
+                    assert_true((double)tells[k].chosen[at - froms[k]].log_prob == expected[at]);
+                }
+                llm_stream_free(tells[k].stream);
+            }
+            llm_context_free(ctx);
+        }
+        llm_model_free(model);
+    }
+}
+
+/* llm_generate does the same with one row of logits; what is wrong is refused; and a callback may free the stream or not
+   return. */
+static void test_log_probs_end(void **state) {
+    llm_model *model = load_tiny(&SPEC, LLM_DTYPE_F32);
+    llm_context *ctx = create_context(model, &(llm_context_desc){.n_ctx = 200, .n_seq = 2, .n_threads = 1});
+    static job good, alone;
+    static told t;
+    double expected[MOST_PROMPT];
+    llm_token stop;
+    llm_error err;
+    (void)state;
+    plain_job(&alone, 60, 9);
+    alone.sampler = (llm_sampler){0};
+    score_tokens(model, alone.prompt, 60, expected);
+    answer_alone(model, &alone);
+    llm_generate_desc desc = describe(&alone, 0);
+    desc.on_text = NULL, desc.on_token = NULL, desc.user = &t;
+    desc.on_log_probs = on_log_probs, desc.log_probs_from = 30, desc.max_tokens = 1;
+    for (int ends = 0; ends < 2; ends++) { /* the token that ends a text is told if that is wanted */
+        t = (told){.n = 0};
+        stop = alone.tokens[0];
+        desc.stop_tokens = &stop, desc.n_stop_tokens = 1, desc.log_probs_of_end = ends;
+        assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_OK);
+        assert_int_equal(t.n, 30 + ends);
+        for (int i = 0; i < 30; i++) assert_true((double)t.chosen[i].log_prob == expected[30 + i]);
+        if (ends) assert_int_equal(t.chosen[30].token, stop);
+    }
+    for (int from = -1; from <= 61; from += 62) {
+        desc.log_probs_from = from;
+        assert_int_equal(llm_generate(ctx, &desc, NULL, &err), LLM_ERROR_ARGUMENT);
+        assert_non_null(strstr(err.message, "log_probs_from"));
+    }
+    desc.log_probs_from = 1, desc.on_log_probs = NULL;
+    assert_int_equal(llm_stream_begin(&t.stream, ctx, &desc, &err), LLM_ERROR_ARGUMENT);
+    assert_non_null(strstr(err.message, "on_log_probs"));
+    desc.on_log_probs = on_log_probs;
+    for (int leaves = 0; leaves < 2; leaves++) {
+        plain_job(&good, 60, 9);
+        good.sampler = (llm_sampler){0};
+        begin(ctx, &good, 1);
+        t = (told){.last = 20, .act = leaves ? leave_told : free_told};
+        assert_int_equal(llm_stream_begin(&t.stream, ctx, &desc, NULL), LLM_OK);
+        int left = setjmp(outside);
+        assert_true(!left || leaves);
+        while (step(ctx, 16)) {}
+        assert_int_equal(t.n, 20);
+        if (leaves) {
+            llm_stats stats;
+            assert_int_equal(llm_stream_result(t.stream, &stats, NULL), LLM_OK);
+            assert_int_equal(stats.stop, LLM_STOP_CALLBACK);
+            llm_stream_free(t.stream);
+        }
+        end(&good);
+        assert_same_text(&good, &alone);
+    }
+    close_context(ctx);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_any_mix),     cmocka_unit_test(test_shared_draft),
-        cmocka_unit_test(test_turns),       cmocka_unit_test(test_long_prompt_beside_a_text),
-        cmocka_unit_test(test_oldest_goes), cmocka_unit_test(test_prefix_is_computed_once),
-        cmocka_unit_test(test_refusals),    cmocka_unit_test(test_failures),
-        cmocka_unit_test(test_memory),      cmocka_unit_test(test_callbacks),
-        cmocka_unit_test(test_cancelled)};
+        cmocka_unit_test(test_any_mix),      cmocka_unit_test(test_shared_draft),
+        cmocka_unit_test(test_turns),        cmocka_unit_test(test_long_prompt_beside_a_text),
+        cmocka_unit_test(test_oldest_goes),  cmocka_unit_test(test_prefix_is_computed_once),
+        cmocka_unit_test(test_refusals),     cmocka_unit_test(test_failures),
+        cmocka_unit_test(test_memory),       cmocka_unit_test(test_callbacks),
+        cmocka_unit_test(test_cancelled),    cmocka_unit_test(test_log_probs),
+        cmocka_unit_test(test_log_probs_end)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
