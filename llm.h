@@ -326,7 +326,7 @@
          1 Base
          2 Files
          3 JSON reader: Members of objects
-         4 Number formats
+         4 Number formats: Writing rows
          5 Checkpoints: GGUF . Hugging Face directories
          6 Hyperparameters: GGUF . config.json
          7 Unicode: Normalisation form C
@@ -343,7 +343,8 @@
         16 KV cache
         17 Forward pass
         18 The CPU context: The limit of decoding
-        19 Models: Metadata as text . Loading . What a file's header says . A directory with int8 weights
+        19 Models: Metadata as text . Loading . What a file's header says . A directory with int8 weights . Writing
+               GGUF files
         20 Contexts and sequences: Calls of the host . Sequences . llm_forward
         21 Grammars: Expressions . The automaton . Tokens as a trie . States . Masks . The text so far . Regular
                expressions . GBNF . JSON Schema . Values . Numbers . Strings, arrays and objects . Conjunctions .
@@ -433,7 +434,7 @@ typedef struct llm_host {
     void *(*alloc)(void *user, size_t size);   /* returns NULL if there is no memory                            */
     void (*free)(void *user, void *ptr);       /* ptr is never NULL                                             */
     void (*log)(void *user, const char *line); /* one line of information, such as the time a load took          */
-    bool (*progress)(void *user, float done);  /* while loading, from 0 to 1; return false to cancel            */
+    bool (*progress)(void *user, float done);  /* while loading or converting, from 0 to 1; false cancels it    */
     void *user;                                /* the first argument of all four                                */
 } llm_host;
 
@@ -588,6 +589,30 @@ LLM_API llm_status llm_model_read_info_callback(llm_read_fn read, void *user, ui
    layers (..._proj.weight) become int8 with one f32 scale per output, named as compressed-tensors does; everything else
    is copied. Loaded as int8, `to` gives the same bits as `from`. A failure may leave a part of `to` behind. */
 LLM_API llm_status llm_quantize_directory(const char *from, const char *to, const llm_host *host, llm_error *err);
+
+typedef struct llm_quantize_desc {
+    const char *type; /* "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K",
+                         "Q4_K_M", "Q5_K_M"; NULL is an error                                                 */
+    int n_threads;    /* 0: one per physical core                                                             */
+    llm_host host;    /* progress goes from 0 to 1; if it returns false, nothing is written                   */
+} llm_quantize_desc;
+
+/* Writes a model as a GGUF file whose matrices, the embedding and the output among them, have the type desc->type.
+   `from` is a GGUF file (of a split model the first part) that llm_model_load can load. Weights in blocks are decoded to
+   f32 first; a matrix that has the type already is copied. The blocks have the bytes that ggml's reference quantisers
+   (quantize_row_*_ref) make, and the same matrices are converted as by llama.cpp's `llama-quantize --pure`. Q4_K_M and
+   Q5_K_M are its mixes: some matrices are Q6_K. If a matrix's rows are not whole blocks of 256, it becomes Q5_0, Q5_1 or
+   Q8_0 in place of Q4_K, Q5_K or Q6_K; if they are not whole blocks of 32, F16. Vectors and metadata are copied; only general.file_type and
+   general.quantization_version are set, and the keys of a split model are left out. Fails if a weight is not finite, or
+   above 65504 where the type holds f16 numbers. `to` must not exist yet: the file is written as `to`.tmp, then renamed.
+   After a failure neither is left. */
+LLM_API llm_status llm_quantize_gguf(const char *from, const char *to, const llm_quantize_desc *desc, llm_error *err);
+
+/* The same for a GGUF file in memory, or from a function; see llm_model_load_memory, llm_model_load_callback. */
+LLM_API llm_status llm_quantize_gguf_memory(const void *data, size_t size, const char *to,
+                                            const llm_quantize_desc *desc, llm_error *err);
+LLM_API llm_status llm_quantize_gguf_callback(llm_read_fn read, void *user, uint64_t size, const char *to,
+                                              const llm_quantize_desc *desc, llm_error *err);
 
 /* ---- Tokenizer ----------------------------------------------------------------------------------------------- */
 
@@ -2692,6 +2717,343 @@ static const llm__file_type_info *llm__file_type_find_plain(llm__str name) {
         if (llm__file_types[i].block_weights == 1 && llm__str_is(name, llm__file_types[i].name))
             return &llm__file_types[i];
     return NULL;
+}
+
+/* ---- Writing rows ----
+   The blocks that ggml's reference quantisers make (quantize_row_*_ref in ggml-quants.c), with the same bytes. So each
+   float operation below is one of theirs, in their order. All weights are finite; those of blocks are at most 65504. */
+
+static void llm__encode_u16(uint8_t *to, uint16_t x) {
+    to[0] = (uint8_t)(x & 255);
+    to[1] = (uint8_t)(x >> 8);
+}
+
+static void llm__encode_f32(const float *src, size_t n, uint8_t *dst) { memcpy(dst, src, n * sizeof *src); }
+
+static void llm__encode_f16(const float *src, size_t n, uint8_t *dst) {
+    for (size_t i = 0; i < n; i++) llm__encode_u16(dst + 2 * i, llm__f32_to_f16(src[i]));
+}
+
+/* Rounds to nearest even. Unlike llm__f32_to_bf16 it keeps denormals. */
+static void llm__encode_bf16(const float *src, size_t n, uint8_t *dst) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t u = llm__f32_bits(src[i]);
+        llm__encode_u16(dst + 2 * i, (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16));
+    }
+}
+
+/* x without its fraction, from 0 to `most`. NaN gives 0: it comes from 0 * infinity if a scale is too small to have an
+   inverse, and such a scale is 0 as f16. */
+static unsigned llm__encode_trunc(float x, unsigned most) {
+    return !(x > 0) ? 0 : x >= (float)most ? most : (unsigned)x;
+}
+
+static float llm__encode_inverse(float d) { return d != 0 ? 1.0f / d : 0.0f; }
+
+/* The weight of 32 with the largest magnitude. */
+static float llm__encode_largest(const float *src) {
+    float largest = 0;
+    for (int i = 0; i < 32; i++)
+        if (fabsf(largest) < fabsf(src[i])) largest = src[i];
+    return largest;
+}
+
+static void llm__encode_range(const float *src, float *least, float *most) {
+    *least = *most = src[0];
+    for (int i = 1; i < 32; i++) {
+        if (src[i] < *least) *least = src[i];
+        if (src[i] > *most) *most = src[i];
+    }
+}
+
+/* Writes 32 numbers as 16 bytes with their lower 4 bits, and returns their fifth bits. */
+static uint32_t llm__encode_halves(const unsigned *q, uint8_t *to) {
+    uint32_t high = 0;
+    for (int i = 0; i < 16; i++) to[i] = (uint8_t)((q[i] & 15) | (q[i + 16] & 15) << 4);
+    for (int i = 0; i < 32; i++) high |= (uint32_t)(q[i] >> 4 & 1) << i;
+    return high;
+}
+
+static void llm__encode_u32(uint8_t *to, uint32_t x) {
+    llm__encode_u16(to, (uint16_t)(x & 0xFFFF));
+    llm__encode_u16(to + 2, (uint16_t)(x >> 16));
+}
+
+/* Q4_0 and Q5_0: the scale maps the largest magnitude to -8 or -16, so that one of the ends is exact. */
+static void llm__encode_signed(const float *src, size_t n, uint8_t *dst, int bits) {
+    const int half = 1 << (bits - 1);
+    for (; n; n -= 32, src += 32, dst += bits == 5 ? 22 : 18) {
+        unsigned q[32];
+        float d = llm__encode_largest(src) / (float)-half, inverse = llm__encode_inverse(d);
+        llm__encode_u16(dst, llm__f32_to_f16(d));
+        for (int i = 0; i < 32; i++) {
+            float x = src[i] * inverse;
+            q[i] = llm__encode_trunc(x + ((float)half + 0.5f), (unsigned)(2 * half - 1));
+        }
+        uint32_t high = llm__encode_halves(q, dst + (bits == 5 ? 6 : 2));
+        if (bits == 5) llm__encode_u32(dst + 2, high);
+    }
+}
+
+/* Q4_1 and Q5_1: minimum and scale map the range of the weights to 0 .. 15 or 0 .. 31. */
+static void llm__encode_unsigned(const float *src, size_t n, uint8_t *dst, int bits) {
+    const int most = (1 << bits) - 1;
+    for (; n; n -= 32, src += 32, dst += bits == 5 ? 24 : 20) {
+        unsigned q[32];
+        float low, high;
+        llm__encode_range(src, &low, &high);
+        float d = (high - low) / (float)most, inverse = llm__encode_inverse(d);
+        llm__encode_u16(dst, llm__f32_to_f16(d));
+        llm__encode_u16(dst + 2, llm__f32_to_f16(low));
+        for (int i = 0; i < 32; i++) {
+            float x = (src[i] - low) * inverse;
+            q[i] = llm__encode_trunc(x + 0.5f, (unsigned)most);
+        }
+        uint32_t fifth = llm__encode_halves(q, dst + (bits == 5 ? 8 : 4));
+        if (bits == 5) llm__encode_u32(dst + 4, fifth);
+    }
+}
+
+static void llm__encode_q4_0(const float *src, size_t n, uint8_t *dst) { llm__encode_signed(src, n, dst, 4); }
+static void llm__encode_q5_0(const float *src, size_t n, uint8_t *dst) { llm__encode_signed(src, n, dst, 5); }
+static void llm__encode_q4_1(const float *src, size_t n, uint8_t *dst) { llm__encode_unsigned(src, n, dst, 4); }
+static void llm__encode_q5_1(const float *src, size_t n, uint8_t *dst) { llm__encode_unsigned(src, n, dst, 5); }
+
+static void llm__encode_q8_0(const float *src, size_t n, uint8_t *dst) {
+    for (; n; n -= 32, src += 32, dst += 34) {
+        float d = fabsf(llm__encode_largest(src)) / 127.0f, inverse = llm__encode_inverse(d);
+        llm__encode_u16(dst, llm__f32_to_f16(d));
+        for (int i = 0; i < 32; i++) {
+            float x = roundf(src[i] * inverse);
+            unsigned q = llm__encode_trunc(fabsf(x), 127);
+            dst[2 + i] = (uint8_t)(x < 0 ? 256 - q : q);
+        }
+    }
+}
+
+/* Rounds to the nearest whole number, ties to even: adding 1.5 * 2^23 leaves no bits for a fraction. Exact for up to
+   2^22; 0 for NaN. */
+static int llm__encode_round(float x) { return (int)(llm__f32_bits(x + 12582912.0f) & 0x7FFFFF) - 0x400000; }
+
+static int llm__encode_clamp(int q, int least, int most) { return q < least ? least : q > most ? most : q; }
+
+/* How K types look for the scale and minimum of 32 weights: from x = scale * q + minimum with q = 0 .. most, whose ends
+   are the range of the weights, they try n_steps + 1 slightly different ranges. */
+typedef struct llm__encode_search {
+    int most, n_steps;
+    float first; /* the first range is most + first steps wide, each next one 0.1 more */
+} llm__encode_search;
+
+/* The sum of the weighted squared errors. */
+static float llm__encode_error(const float *x, const float *weights, const uint8_t *q, float scale, float minimum) {
+    float error = 0;
+    for (int i = 0; i < 32; i++) {
+        float difference = scale * (float)q[i] + minimum - x[i];
+        error += weights[i] * (difference * difference);
+    }
+    return error;
+}
+
+/* Rounds x to q with the given inverse scale, then finds the scale and minimum with the least weighted squared error
+   for these q: two linear equations. The minimum is at most 0. Returns false if they have no solution. */
+static bool llm__encode_fit(const float *x, const float *weights, float sum_w, float sum_x, float inverse, float low,
+                            int most, uint8_t *q, float *scale, float *minimum) {
+    float sum_l = 0, sum_l2 = 0, sum_xl = 0;
+    for (int i = 0; i < 32; i++) {
+        q[i] = (uint8_t)llm__encode_clamp(llm__encode_round(inverse * (x[i] - low)), 0, most);
+        float l = (float)q[i];
+        sum_l += weights[i] * l;
+        sum_l2 += weights[i] * l * l;
+        sum_xl += weights[i] * l * x[i];
+    }
+    float determinant = sum_w * sum_l2 - sum_l * sum_l;
+    if (!(determinant > 0)) return false;
+    *scale = (sum_w * sum_xl - sum_x * sum_l) / determinant;
+    *minimum = (sum_l2 * sum_x - sum_l * sum_xl) / determinant;
+    if (*minimum > 0) {
+        *minimum = 0;
+        *scale = sum_xl / sum_l2;
+    }
+    return true;
+}
+
+/* Finds q, scale and minimum of 32 weights; errors count more for weights of large magnitude. Returns the scale, and
+   -minimum in *minus. */
+static float llm__encode_group(const float *x, const llm__encode_search *search, uint8_t *q, float *minus) {
+    float weights[32], low, high, sum_squares = 0, sum_w = 0, sum_x = 0;
+    uint8_t tried[32];
+    for (int i = 0; i < 32; i++) sum_squares += x[i] * x[i];
+    const float average = sqrtf(sum_squares / 32);
+    for (int i = 0; i < 32; i++) {
+        weights[i] = average + fabsf(x[i]);
+        sum_w += weights[i];
+        sum_x += weights[i] * x[i];
+    }
+    llm__encode_range(x, &low, &high);
+    if (low > 0) low = 0;
+    *minus = -low;
+    memset(q, 0, 32);
+    if (high == low) return 0;
+    float inverse = (float)search->most / (high - low), scale = 1 / inverse, minimum = low;
+    for (int i = 0; i < 32; i++)
+        q[i] = (uint8_t)llm__encode_clamp(llm__encode_round(inverse * (x[i] - low)), 0, search->most);
+    float least = llm__encode_error(x, weights, q, scale, minimum);
+    for (int step = 0; step <= search->n_steps; step++) {
+        float tried_scale, tried_minimum;
+        /* The range begins at the best minimum so far. */
+        inverse = (search->first + 0.1f * (float)step + (float)search->most) / (high - minimum);
+        if (!llm__encode_fit(x, weights, sum_w, sum_x, inverse, minimum, search->most, tried, &tried_scale,
+                             &tried_minimum))
+            continue;
+        float error = llm__encode_error(x, weights, tried, tried_scale, tried_minimum);
+        if (!(error < least)) continue;
+        memcpy(q, tried, 32);
+        least = error;
+        scale = tried_scale;
+        minimum = tried_minimum;
+    }
+    *minus = -minimum;
+    return scale;
+}
+
+/* The first 16 bytes of Q4_K and Q5_K: d, m, and 6 bits for each scale and minimum. Finds them and all 256 q. */
+static void llm__encode_k_block(const float *x, const llm__encode_search *search, uint8_t *to, uint8_t *q) {
+    float scales[8], minimums[8], most_scale = 0, most_minimum = 0;
+    for (int j = 0; j < 8; j++) {
+        scales[j] = llm__encode_group(x + 32 * j, search, q + 32 * j, &minimums[j]);
+        if (scales[j] > most_scale) most_scale = scales[j];
+        if (minimums[j] > most_minimum) most_minimum = minimums[j];
+    }
+    const float inverse_scale = most_scale > 0 ? 63.0f / most_scale : 0;
+    const float inverse_minimum = most_minimum > 0 ? 63.0f / most_minimum : 0;
+    const uint16_t half_d = llm__f32_to_f16(most_scale / 63.0f), half_m = llm__f32_to_f16(most_minimum / 63.0f);
+    uint8_t *s = to + 4;
+    llm__encode_u16(to, half_d);
+    llm__encode_u16(to + 2, half_m);
+    for (int j = 0; j < 8; j++) {
+        unsigned scale = (uint8_t)llm__encode_round(inverse_scale * scales[j]);
+        unsigned minimum = (uint8_t)llm__encode_round(inverse_minimum * minimums[j]);
+        if (scale > 63) scale = 63;
+        if (minimum > 63) minimum = 63;
+        if (j < 4) {
+            s[j] = (uint8_t)scale;
+            s[j + 4] = (uint8_t)minimum;
+        } else {
+            s[j + 4] = (uint8_t)((scale & 15) | (minimum & 15) << 4);
+            s[j - 4] = (uint8_t)(s[j - 4] | scale >> 4 << 6);
+            s[j] = (uint8_t)(s[j] | minimum >> 4 << 6);
+        }
+    }
+    for (int j = 0, scale, minimum; j < 8; j++) {
+        llm__decode_k_scale(s, j, &scale, &minimum);
+        const float d = llm__f16_to_f32(half_d) * (float)scale, m = llm__f16_to_f32(half_m) * (float)minimum;
+        for (int i = 32 * j; i < 32 * j + 32 && d != 0; i++)
+            q[i] = (uint8_t)llm__encode_clamp(llm__encode_round((x[i] + m) / d), 0, search->most);
+    }
+}
+
+static void llm__encode_q4_k(const float *src, size_t n, uint8_t *dst) {
+    static const llm__encode_search search = {15, 20, -1.0f};
+    for (; n; n -= 256, src += 256, dst += 144) {
+        uint8_t q[256];
+        llm__encode_k_block(src, &search, dst, q);
+        for (int i = 0; i < 128; i++)
+            dst[16 + i] = (uint8_t)(q[i / 32 * 64 + i % 32] | q[i / 32 * 64 + i % 32 + 32] << 4);
+    }
+}
+
+static void llm__encode_q5_k(const float *src, size_t n, uint8_t *dst) {
+    static const llm__encode_search search = {31, 15, -0.5f};
+    for (; n; n -= 256, src += 256, dst += 176) {
+        uint8_t q[256];
+        llm__encode_k_block(src, &search, dst, q);
+        memset(dst + 16, 0, 32);
+        for (int i = 0; i < 256; i++) dst[16 + i % 32] = (uint8_t)(dst[16 + i % 32] | q[i] >> 4 << i / 32);
+        for (int i = 0; i < 128; i++)
+            dst[48 + i] = (uint8_t)((q[i / 32 * 64 + i % 32] & 15) | (q[i / 32 * 64 + i % 32 + 32] & 15) << 4);
+    }
+}
+
+/* Rounds 16 weights to q = -32 .. 31, and returns the sums whose quotient is the best scale for these q, if errors
+   count by the squares of the weights. */
+static void llm__encode_fit_signed(const float *x, float inverse, int8_t *q, float *sum_xl, float *sum_l2) {
+    *sum_xl = *sum_l2 = 0;
+    for (int i = 0; i < 16; i++) {
+        q[i] = (int8_t)llm__encode_clamp(llm__encode_round(inverse * x[i]), -32, 31);
+        float l = (float)q[i], w = x[i] * x[i];
+        *sum_xl += w * x[i] * l;
+        *sum_l2 += w * l * l;
+    }
+}
+
+/* The scale of 16 weights of Q6_K: tries 19 scales that map the largest magnitude near -32. */
+static float llm__encode_signed_group(const float *x, int8_t *q) {
+    float largest = 0, sum_xl, sum_l2;
+    int8_t tried[16];
+    for (int i = 0; i < 16; i++)
+        if (fabsf(largest) < fabsf(x[i])) largest = x[i];
+    memset(q, -32, 16);
+    if (fabsf(largest) < 1e-15f) return 0;
+    llm__encode_fit_signed(x, -32 / largest, q, &sum_xl, &sum_l2);
+    float scale = sum_l2 != 0 ? sum_xl / sum_l2 : 0, best = scale * sum_xl;
+    for (int step = -9; step <= 9; step++) {
+        if (!step) continue;
+        llm__encode_fit_signed(x, -(32 + 0.1f * (float)step) / largest, tried, &sum_xl, &sum_l2);
+        if (!(sum_l2 > 0 && sum_xl * sum_xl > best * sum_l2)) continue;
+        memcpy(q, tried, 16);
+        scale = sum_xl / sum_l2;
+        best = scale * sum_xl;
+    }
+    return scale;
+}
+
+static void llm__encode_q6_k(const float *src, size_t n, uint8_t *dst) {
+    for (; n; n -= 256, src += 256, dst += 210) {
+        float scales[16], largest = 0;
+        int8_t q[256];
+        for (int j = 0; j < 16; j++) {
+            scales[j] = llm__encode_signed_group(src + 16 * j, q + 16 * j);
+            if (fabsf(scales[j]) > fabsf(largest)) largest = scales[j];
+        }
+        memset(dst, 0, 210);
+        if (fabsf(largest) < 1e-15f) continue;
+        const float inverse = -128.0f / largest;
+        const uint16_t half = llm__f32_to_f16(1 / inverse);
+        llm__encode_u16(dst + 208, half);
+        for (int j = 0; j < 16; j++) {
+            int scale = llm__encode_clamp(llm__encode_round(inverse * scales[j]), -128, 127);
+            const float d = llm__f16_to_f32(half) * (float)scale;
+            dst[192 + j] = (uint8_t)scale;
+            for (int i = 16 * j; i < 16 * j + 16 && d != 0; i++)
+                q[i] = (int8_t)llm__encode_clamp(llm__encode_round(src[i] / d), -32, 31);
+        }
+        for (int i = 0; i < 256; i++) {
+            unsigned u = (unsigned)(q[i] + 32);
+            uint8_t *low = &dst[i / 128 * 64 + i % 64], *high = &dst[128 + i / 128 * 32 + i % 32];
+            *low = (uint8_t)(*low | (u & 15) << (i / 64 % 2 * 4));
+            *high = (uint8_t)(*high | u >> 4 << (i / 32 % 4 * 2));
+        }
+    }
+}
+
+/* Writes a row of n weights. NULL for types that this library does not write. */
+typedef void llm__encode_fn(const float *src, size_t n, uint8_t *dst);
+
+static llm__encode_fn *llm__encode_find(uint32_t type) {
+    switch (type) {
+    case LLM__F32: return llm__encode_f32;
+    case LLM__F16: return llm__encode_f16;
+    case LLM__BF16: return llm__encode_bf16;
+    case LLM__Q4_0: return llm__encode_q4_0;
+    case LLM__Q4_1: return llm__encode_q4_1;
+    case LLM__Q5_0: return llm__encode_q5_0;
+    case LLM__Q5_1: return llm__encode_q5_1;
+    case LLM__Q8_0: return llm__encode_q8_0;
+    case LLM__Q4_K: return llm__encode_q4_k;
+    case LLM__Q5_K: return llm__encode_q5_k;
+    case LLM__Q6_K: return llm__encode_q6_k;
+    default: return NULL;
+    }
 }
 
 /* ==== 5 Checkpoints =============================================================================================
@@ -15135,15 +15497,25 @@ typedef struct llm__quantize_args {
 /* A file that is being written. If it is still open when its memory is freed, it is closed. */
 typedef struct llm__out {
     FILE *file;
+    const char *unfinished; /* a file to remove when this memory is freed; NULL: it stays */
 } llm__out;
+
+static void llm__path_remove(const char *path) {
+#if defined(_WIN32)
+    wchar_t wide[1024];
+    if (MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 1024)) _wremove(wide);
+#else
+    remove(path);
+#endif
+}
 
 static void llm__out_release(void *data) {
     llm__out *out = (llm__out *)data;
     if (out->file) fclose(out->file);
+    if (out->unfinished) llm__path_remove(out->unfinished);
 }
 
-static llm__out *llm__out_create(llm__env *env, const char *directory, const char *name) {
-    const char *path = llm__path_join(env, directory, name);
+static llm__out *llm__out_open(llm__env *env, const char *path) {
     llm__out *out = (llm__out *)llm__alloc_zero(env, 1, sizeof *out);
     llm__pool_on_free(out, llm__out_release);
 #if defined(_WIN32)
@@ -15154,6 +15526,10 @@ static llm__out *llm__out_create(llm__env *env, const char *directory, const cha
 #endif
     if (!out->file) llm__fail(env, LLM_ERROR_IO, "%s cannot be written: %s", path, strerror(errno));
     return out;
+}
+
+static llm__out *llm__out_create(llm__env *env, const char *directory, const char *name) {
+    return llm__out_open(env, llm__path_join(env, directory, name));
 }
 
 static void llm__out_put(llm__env *env, llm__out *out, const void *bytes, size_t n) {
@@ -15325,6 +15701,362 @@ LLM_API llm_status llm_quantize_directory(const char *from, const char *to, cons
     status = llm__env_run(&env, llm__quantize_body, &args);
     llm__pool_free(&pool);
     return llm__error_done(err, status);
+}
+
+/* ---- Writing GGUF files ---- */
+
+/* What desc.type may be: the type of the matrices, and general.file_type. With `mixed` the matrices that matter most are
+   Q6_K, chosen as llama.cpp does. */
+typedef struct llm__gguf_recipe {
+    const char *name;
+    llm__file_type type;
+    uint32_t file_type;
+    bool mixed;
+} llm__gguf_recipe;
+
+static const llm__gguf_recipe llm__gguf_recipes[] = {
+    {"F32", LLM__F32, 0, false},     {"F16", LLM__F16, 1, false},    {"BF16", LLM__BF16, 32, false},
+    {"Q4_0", LLM__Q4_0, 2, false},   {"Q4_1", LLM__Q4_1, 3, false},  {"Q5_0", LLM__Q5_0, 8, false},
+    {"Q5_1", LLM__Q5_1, 9, false},   {"Q8_0", LLM__Q8_0, 7, false},  {"Q4_K", LLM__Q4_K, 14, false},
+    {"Q5_K", LLM__Q5_K, 16, false},  {"Q6_K", LLM__Q6_K, 18, false}, {"Q4_K_M", LLM__Q4_K, 15, true},
+    {"Q5_K_M", LLM__Q5_K, 17, true},
+};
+
+static const llm__gguf_recipe *llm__gguf_recipe_find(llm__env *env, const char *name) {
+    char known[200] = "";
+    for (size_t i = 0; i < sizeof llm__gguf_recipes / sizeof *llm__gguf_recipes; i++) {
+        const llm__gguf_recipe *r = &llm__gguf_recipes[i];
+        size_t n = strlen(known);
+        if (name && !strcmp(name, r->name)) return r;
+        snprintf(known + n, sizeof known - n, "%s%s", n ? ", " : "", r->name);
+    }
+    llm__fail(env, LLM_ERROR_ARGUMENT, "desc.type is %.40s; the types are %s", name ? name : "NULL", known);
+}
+
+/* A tensor of the file that is written. */
+typedef struct llm__gguf_out_tensor {
+    const llm__tensor *from;
+    const llm__file_type_info *type;
+    int layer; /* -1 if it is in no layer */
+    uint64_t bytes;
+} llm__gguf_out_tensor;
+
+typedef struct llm__gguf_out {
+    const llm__gguf_recipe *recipe;
+    const llm__checkpoint *ck;
+    const llm__hparams *h;
+    llm__gguf_out_tensor *tensors;
+    size_t n_tensors;
+    uint64_t alignment, tensor_bytes;
+    llm__out *out;
+    uint64_t at; /* bytes written so far */
+} llm__gguf_out;
+
+static void llm__gguf_put(llm__env *env, llm__gguf_out *g, const void *bytes, size_t n) {
+    llm__out_put(env, g->out, bytes, n);
+    g->at += n;
+}
+
+static void llm__gguf_put_u32(llm__env *env, llm__gguf_out *g, uint32_t x) { llm__gguf_put(env, g, &x, sizeof x); }
+static void llm__gguf_put_u64(llm__env *env, llm__gguf_out *g, uint64_t x) { llm__gguf_put(env, g, &x, sizeof x); }
+
+static void llm__gguf_put_str(llm__env *env, llm__gguf_out *g, llm__str s) {
+    llm__gguf_put_u64(env, g, s.n);
+    llm__gguf_put(env, g, s.at, s.n);
+}
+
+static void llm__gguf_put_key_u32(llm__env *env, llm__gguf_out *g, const char *key, uint32_t x) {
+    llm__str name = {key, strlen(key)};
+    llm__gguf_put_str(env, g, name);
+    llm__gguf_put_u32(env, g, LLM__GGUF_U32);
+    llm__gguf_put_u32(env, g, x);
+}
+
+static void llm__gguf_pad(llm__env *env, llm__gguf_out *g) {
+    static const uint8_t zeros[64] = {0};
+    for (uint64_t n; (n = (g->alignment - g->at % g->alignment) % g->alignment) != 0;)
+        llm__gguf_put(env, g, zeros, n < sizeof zeros ? (size_t)n : sizeof zeros);
+}
+
+/* The bytes of a value's items. */
+static size_t llm__gguf_value_bytes(const llm__gguf_value *v) {
+    const uint8_t *p = v->data;
+    if (v->type != LLM__GGUF_STRING) return (size_t)v->count * llm__gguf_size(v->type);
+    for (uint64_t i = 0; i < v->count; i++) p += 8 + (size_t)llm__bytes_u64(p);
+    return (size_t)(p - v->data);
+}
+
+/* Keys that are not copied: they are set anew, or tell how a model was split. */
+static bool llm__gguf_drops(llm__str key) {
+    return llm__str_is(key, "general.file_type") || llm__str_is(key, "general.quantization_version") ||
+           llm__str_is(key, "split.no") || llm__str_is(key, "split.count") || llm__str_is(key, "split.tensors.count");
+}
+
+static void llm__gguf_put_value(llm__env *env, llm__gguf_out *g, const llm__gguf_value *v) {
+    llm__gguf_put_str(env, g, v->key);
+    if (v->is_array) llm__gguf_put_u32(env, g, LLM__GGUF_ARRAY);
+    llm__gguf_put_u32(env, g, v->type);
+    if (v->is_array) llm__gguf_put_u64(env, g, v->count);
+    llm__gguf_put(env, g, v->data, llm__gguf_value_bytes(v));
+}
+
+static void llm__gguf_put_header(llm__env *env, llm__gguf_out *g) {
+    const llm__checkpoint *ck = g->ck;
+    uint64_t n_values = 2, offset = 0;
+    for (size_t i = 0; i < ck->n_values; i++) n_values += !llm__gguf_drops(ck->values[i].key);
+    llm__gguf_put(env, g, "GGUF", 4);
+    llm__gguf_put_u32(env, g, 3);
+    llm__gguf_put_u64(env, g, g->n_tensors);
+    llm__gguf_put_u64(env, g, n_values);
+    for (size_t i = 0; i < ck->n_values; i++)
+        if (!llm__gguf_drops(ck->values[i].key)) llm__gguf_put_value(env, g, &ck->values[i]);
+    llm__gguf_put_key_u32(env, g, "general.quantization_version", 2);
+    llm__gguf_put_key_u32(env, g, "general.file_type", g->recipe->file_type);
+    for (size_t i = 0; i < g->n_tensors; i++) {
+        const llm__gguf_out_tensor *t = &g->tensors[i];
+        llm__gguf_put_str(env, g, t->from->name);
+        llm__gguf_put_u32(env, g, t->from->rows > 1 ? 2 : 1);
+        llm__gguf_put_u64(env, g, t->from->cols);
+        if (t->from->rows > 1) llm__gguf_put_u64(env, g, t->from->rows);
+        llm__gguf_put_u32(env, g, t->type->type);
+        llm__gguf_put_u64(env, g, offset);
+        offset += (t->bytes + g->alignment - 1) / g->alignment * g->alignment;
+    }
+    llm__gguf_pad(env, g);
+}
+
+/* The layer of a tensor that is named blk.N.something; -1 for others. */
+static int llm__gguf_layer(llm__str name) {
+    int layer = 0;
+    if (name.n < 6 || memcmp(name.at, "blk.", 4)) return -1;
+    for (size_t i = 4; i < name.n && name.at[i] >= '0' && name.at[i] <= '9' && layer < 100000; i++)
+        layer = layer * 10 + (name.at[i] - '0');
+    return layer;
+}
+
+/* The order of llama.cpp: by layer, then by name. */
+static int llm__gguf_compare_tensors(const void *a, const void *b) {
+    const llm__gguf_out_tensor *x = (const llm__gguf_out_tensor *)a, *y = (const llm__gguf_out_tensor *)b;
+    if (x->layer != y->layer) return x->layer < y->layer ? -1 : 1;
+    return llm__str_compare(x->from->name, y->from->name);
+}
+
+static bool llm__str_ends(llm__str s, const char *end) {
+    size_t n = strlen(end);
+    return s.n >= n && !memcmp(s.at + s.n - n, end, n);
+}
+
+/* The rule of llama.cpp's mixes (llama_tensor_get_type_impl in llama-quant.cpp): Q6_K for what makes the logits, and for
+   the values and the last matrix of the first and last eighth of the layers and of every third one between them. */
+static llm__file_type llm__gguf_mixed_type(const llm__gguf_out *g, const llm__gguf_out_tensor *t) {
+    const int n = g->h->n_layers, i = t->layer;
+    const llm__str name = t->from->name;
+    const bool values = llm__str_ends(name, ".attn_v.weight");
+    const char *logits = llm__tensor_find(g->ck, "output.weight") ? "output.weight" : "token_embd.weight";
+    if (llm__str_is(name, logits)) return t->from->cols % 256 ? LLM__Q8_0 : LLM__Q6_K;
+    if ((values || llm__str_ends(name, ".ffn_down.weight")) && (i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2))
+        return LLM__Q6_K;
+    /* In models of 80 layers, whose values are few, they never have 4 bits. */
+    const bool large = n == 80 && (llm__str_is(g->h->architecture, "qwen2") ||
+                                   (llm__str_is(g->h->architecture, "llama") && g->h->n_heads != g->h->n_kv_heads));
+    return values && large ? LLM__Q5_K : g->recipe->type;
+}
+
+/* The type of a matrix. If its rows are not whole blocks of the one that is wanted, a type with smaller blocks. */
+static const llm__file_type_info *llm__gguf_matrix_type(const llm__gguf_out *g, const llm__gguf_out_tensor *t) {
+    llm__file_type wanted = g->recipe->mixed ? llm__gguf_mixed_type(g, t) : g->recipe->type;
+    if (t->from->cols % 256) {
+        if (wanted == LLM__Q4_K) wanted = LLM__Q5_0;
+        if (wanted == LLM__Q5_K) wanted = LLM__Q5_1;
+        if (wanted == LLM__Q6_K) wanted = LLM__Q8_0;
+    }
+    const llm__file_type_info *type = llm__file_type_find(wanted);
+    return t->from->cols % type->block_weights ? llm__file_type_find(LLM__F16) : type;
+}
+
+/* Lists the tensors in the order of the file. */
+static void llm__gguf_plan_tensors(llm__env *env, llm__gguf_out *g) {
+    g->n_tensors = g->ck->n_tensors;
+    g->tensors = (llm__gguf_out_tensor *)llm__alloc(env, g->n_tensors, sizeof *g->tensors);
+    for (size_t i = 0; i < g->n_tensors; i++) {
+        llm__gguf_out_tensor *t = &g->tensors[i];
+        t->from = &g->ck->tensors[i];
+        t->layer = llm__gguf_layer(t->from->name);
+    }
+    qsort(g->tensors, g->n_tensors, sizeof *g->tensors, llm__gguf_compare_tensors);
+    for (size_t i = 0; i < g->n_tensors; i++) {
+        llm__gguf_out_tensor *t = &g->tensors[i];
+        t->type = t->from->rows > 1 ? llm__gguf_matrix_type(g, t) : t->from->type;
+        uint64_t row_bytes =
+            llm__tensor_mul(env, t->from->name, t->from->cols / t->type->block_weights, t->type->block_bytes);
+        t->bytes = llm__tensor_mul(env, t->from->name, t->from->rows, row_bytes);
+        g->tensor_bytes += t->bytes;
+    }
+}
+
+/* Rows that the threads convert together. */
+typedef struct llm__gguf_rows {
+    llm__team *team;
+    const llm__gguf_out_tensor *tensor;
+    const uint8_t *from;
+    uint8_t *to;
+    float *scratch; /* [team->n][cols] */
+    int n;
+    int bad; /* atomic: a row that cannot be converted; -1: there is none */
+} llm__gguf_rows;
+
+enum { LLM__GGUF_CHUNK = 1 << 22 }; /* weights that are converted before they are written; at least one row */
+
+/* Whether a type's blocks can hold these weights. */
+static bool llm__gguf_can_hold(const llm__file_type_info *type, const float *row, size_t n) {
+    const float limit = type->type == LLM__F32 || type->type == LLM__BF16 ? FLT_MAX : 65504.0f;
+    size_t n_bad = 0;
+    for (size_t i = 0; i < n; i++) n_bad += !(fabsf(row[i]) <= limit);
+    return !n_bad;
+}
+
+static void llm__gguf_convert_task(void *arg, int index) {
+    llm__gguf_rows *a = (llm__gguf_rows *)arg;
+    const llm__tensor *from = a->tensor->from;
+    const llm__file_type_info *type = a->tensor->type;
+    const size_t cols = (size_t)from->cols, row_bytes = cols / type->block_weights * type->block_bytes;
+    float *row = a->scratch + (size_t)index * cols;
+    llm__team_worker w = {a->team, index, 0, 0};
+    for (int i; (i = llm__team_take(&w, a->n)) >= 0;) {
+        from->type->decode(a->from + (size_t)i * (size_t)from->row_bytes, cols, row);
+        if (llm__gguf_can_hold(type, row, cols)) llm__encode_find(type->type)(row, cols, a->to + (size_t)i * row_bytes);
+        else __atomic_store_n(&a->bad, i, __ATOMIC_RELAXED);
+    }
+}
+
+/* The next rows of a tensor as they are in the file; `room` is memory for them if they must be read. */
+static const uint8_t *llm__gguf_read_rows(llm__env *env, const llm__tensor *t, uint64_t first, size_t n,
+                                          uint8_t *room) {
+    const uint64_t at = first * t->row_bytes, bytes = n * t->row_bytes;
+    if (t->data) return t->data + at;
+    if (!t->file->read(t->file->user, t->offset + at, room, (size_t)bytes))
+        llm__fail(env, LLM_ERROR_IO, "the read callback failed to read %llu bytes at offset %llu",
+                  (unsigned long long)bytes, (unsigned long long)(t->offset + at));
+    return room;
+}
+
+static void llm__gguf_put_tensor(llm__env *env, llm__gguf_out *g, llm__team *team, const llm__gguf_out_tensor *t) {
+    const llm__tensor *from = t->from;
+    const size_t cols = (size_t)from->cols, row_bytes = (size_t)(t->bytes / from->rows);
+    const size_t most = cols < LLM__GGUF_CHUNK ? LLM__GGUF_CHUNK / cols : 1;
+    const size_t n_rows = from->rows < most ? (size_t)from->rows : most;
+    llm__gguf_rows rows = {team, t, NULL, NULL, NULL, 0, -1};
+    llm__pool *outer = env->pool;
+    env->pool = llm__pool_inner(env);
+    uint8_t *room = from->data ? NULL : (uint8_t *)llm__alloc(env, n_rows, (size_t)from->row_bytes);
+    if (from->type != t->type) {
+        rows.to = (uint8_t *)llm__alloc(env, n_rows, row_bytes);
+        rows.scratch = (float *)llm__alloc(env, (size_t)team->n * cols, sizeof *rows.scratch);
+    }
+    for (uint64_t first = 0; first < from->rows; first += n_rows) {
+        const llm_host *host = &env->pool->host;
+        if (host->progress && !host->progress(host->user, (float)((double)g->at / (double)g->tensor_bytes)))
+            llm__fail(env, LLM_ERROR_CANCELLED, "the conversion was cancelled");
+        rows.n = (int)(from->rows - first < n_rows ? from->rows - first : n_rows);
+        rows.from = llm__gguf_read_rows(env, from, first, (size_t)rows.n, room);
+        if (rows.to) llm__team_run(team, llm__gguf_convert_task, &rows);
+        if (rows.bad >= 0)
+            llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                      "tensor %.*s, row %llu has a weight that is not finite or too large for the type %s",
+                      LLM__SHOW(from->name), (unsigned long long)(first + (uint64_t)rows.bad), t->type->name);
+        llm__gguf_put(env, g, rows.to ? rows.to : rows.from, (size_t)rows.n * row_bytes);
+    }
+    llm__gguf_pad(env, g);
+    llm__pool *inner = env->pool;
+    env->pool = outer;
+    llm__free(outer, inner);
+}
+
+/* Gives a finished file its name. */
+static void llm__out_rename(llm__env *env, llm__out *out, const char *to) {
+#if defined(_WIN32)
+    wchar_t wide[1024], wide_to[1024];
+    bool moved = MultiByteToWideChar(CP_UTF8, 0, out->unfinished, -1, wide, 1024) &&
+                 MultiByteToWideChar(CP_UTF8, 0, to, -1, wide_to, 1024) && MoveFileExW(wide, wide_to, 0);
+    if (!moved) llm__fail(env, LLM_ERROR_IO, "%s cannot be renamed to %s", out->unfinished, to);
+#else
+    if (rename(out->unfinished, to))
+        llm__fail(env, LLM_ERROR_IO, "%s cannot be renamed to %s: %s", out->unfinished, to, strerror(errno));
+#endif
+    out->unfinished = NULL;
+}
+
+typedef struct llm__gguf_out_args {
+    const llm__file_source *source;
+    const char *to;
+    const llm_quantize_desc *desc;
+} llm__gguf_out_args;
+
+static void llm__gguf_out_body(llm__env *env, void *arg) {
+    const llm__gguf_out_args *a = (const llm__gguf_out_args *)arg;
+    llm__model_plan plan;
+    llm_model_desc desc;
+    llm__gguf_out g;
+    memset(&desc, 0, sizeof desc);
+    memset(&g, 0, sizeof g);
+    g.recipe = llm__gguf_recipe_find(env, a->desc->type);
+    desc.n_threads = a->desc->n_threads;
+    desc = llm__model_defaults(env, &desc);
+    if (llm__path_find(a->to) != LLM__NOTHING)
+        llm__fail(env, LLM_ERROR_IO, "%s exists already, and is not replaced", a->to);
+    if (a->source->path && llm__hf_directory(env, a->source->path))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is a directory; only GGUF files become GGUF files");
+    llm__model_make_plan(env, a->source, &desc, &plan);
+    g.ck = plan.ck;
+    g.h = &plan.h;
+    g.alignment = (uint64_t)llm__gguf_int(env, g.ck, "general.alignment", 32, 1, 1 << 20);
+    llm__gguf_plan_tensors(env, &g);
+    llm__team *team = llm__team_create(env, desc.n_threads, NULL, NULL);
+    const size_t n = strlen(a->to);
+    char *path = (char *)llm__alloc(env, n + 5, 1);
+    memcpy(path, a->to, n);
+    memcpy(path + n, ".tmp", 5);
+    g.out = llm__out_open(env, path);
+    g.out->unfinished = path;
+    llm__gguf_put_header(env, &g);
+    for (size_t i = 0; i < g.n_tensors; i++) llm__gguf_put_tensor(env, &g, team, &g.tensors[i]);
+    FILE *file = g.out->file;
+    g.out->file = NULL;
+    if (fclose(file)) llm__fail(env, LLM_ERROR_IO, "writing failed: %s", strerror(errno));
+    llm__out_rename(env, g.out, a->to);
+}
+
+static llm_status llm__quantize_gguf(const llm__file_source *source, const char *to, const llm_quantize_desc *desc,
+                                     llm_error *err) {
+    llm__gguf_out_args args = {source, to, desc};
+    llm__pool pool;
+    llm__env env;
+    if (!to || !desc) return llm__error(err, LLM_ERROR_ARGUMENT, "to or desc is NULL");
+    llm_status status = llm__file_check_source(source, err);
+    if (!status) status = llm__host_check(&desc->host, err);
+    if (status) return status;
+    llm__pool_init(&pool, &desc->host);
+    llm__env_init(&env, &pool, err, source->path);
+    status = llm__env_run(&env, llm__gguf_out_body, &args);
+    llm__pool_free(&pool);
+    return llm__error_done(err, status);
+}
+
+LLM_API llm_status llm_quantize_gguf(const char *from, const char *to, const llm_quantize_desc *desc, llm_error *err) {
+    llm__file_source source = {from, NULL, NULL, NULL, 0};
+    return llm__quantize_gguf(&source, to, desc, err);
+}
+
+LLM_API llm_status llm_quantize_gguf_memory(const void *data, size_t size, const char *to,
+                                            const llm_quantize_desc *desc, llm_error *err) {
+    llm__file_source source = {NULL, data, NULL, NULL, size};
+    return llm__quantize_gguf(&source, to, desc, err);
+}
+
+LLM_API llm_status llm_quantize_gguf_callback(llm_read_fn read, void *user, uint64_t size, const char *to,
+                                              const llm_quantize_desc *desc, llm_error *err) {
+    llm__file_source source = {NULL, NULL, read, user, size};
+    return llm__quantize_gguf(&source, to, desc, err);
 }
 
 /* ==== 20 Contexts and sequences =================================================================================

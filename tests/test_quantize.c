@@ -1,6 +1,13 @@
 /* llm_quantize_directory: its directory, loaded as int8, has the same bits as the original directory loaded as int8.
+   llm_quantize_gguf: the blocks have the bytes of ggml's reference quantisers, and the rest of the file is copied.
    Variants: asan */
 #include "tests/check.h"
+#include "tests/tiny.h"
+#if !defined(_WIN32)
+#include <signal.h>
+#include <sys/resource.h>
+#endif
+#define LLM__FILE_START (1u << 16) /* so that tensors are read through callbacks */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 #include "tests/common.h"
@@ -125,6 +132,343 @@ static void test_starved(void **state) {
     starve(&s.h, quantize_starved, &s, 1, "llm_quantize_directory");
 }
 
+/* ---- GGUF files ---- */
+
+enum { N_GOLDEN_TYPES = 10 }; /* in quantize.bin: all but F32 */
+
+/* Two layers; the rows of ffn_down are no whole blocks. */
+static const tiny_spec with_odd_rows = {2, 64, 72, 2, 1, 32, 512, 43, 1, 0, 1};
+static const tiny_spec of_whole_blocks = {2, 256, 256, 4, 2, 64, 512, 43, 1, 0, 1};
+
+/* Rows encoded as the reference does. */
+static void test_blocks(void **state) {
+    bytes b = read_file(golden_path("quantize.bin"));
+    int32_t n, kind[2], n_kinds = 0;
+    (void)state;
+    memcpy(&n, b.at, 4);
+    const float *weights = (const float *)(const void *)(b.at + 4);
+    uint8_t *made = (uint8_t *)malloc((size_t)n * 4);
+    for (size_t at = 4 + 4 * (size_t)n; at < b.n; at += 8 + (size_t)kind[1], n_kinds++) {
+        memcpy(kind, b.at + at, 8);
+        llm__encode_fn *encode = llm__encode_find((uint32_t)kind[0]);
+        if (!encode) fail_msg("type %d is not written", (int)kind[0]);
+        memset(made, 0xA5, (size_t)n * 4);
+        encode(weights, (size_t)n, made);
+        for (int32_t i = 0; i < kind[1]; i++)
+            if (made[i] != b.at[at + 8 + (size_t)i]) fail_msg("type %d differs at byte %d", (int)kind[0], (int)i);
+    }
+    assert_int_equal(n_kinds, N_GOLDEN_TYPES);
+    free(made);
+    free(b.at);
+}
+
+/* Scales too small for their inverse, or too large for f16. */
+static void test_extreme_blocks(void **state) {
+    static const float ends[] = {0, -0.0f, 1e-45f, -1e-45f, 1e-39f, -1e-38f, 65504, -65504};
+    float weights[256], read[256];
+    uint8_t made[1024];
+    (void)state;
+    for (size_t e = 0; e < sizeof ends / sizeof *ends; e++)
+        for (size_t k = 0; k < sizeof llm__gguf_recipes / sizeof *llm__gguf_recipes; k++) {
+            for (int i = 0; i < 256; i++) weights[i] = i % 3 ? ends[e] : i % 2 ? ends[0] : ends[i % 8];
+            const llm__file_type_info *type = llm__file_type_find(llm__gguf_recipes[k].type);
+            llm__encode_find(type->type)(weights, 256, made);
+            type->decode(made, 256, read);
+            for (int i = 0; i < 256; i++) assert_true(fabsf(read[i] - weights[i]) <= 65504.0f);
+        }
+}
+
+static llm_status to_gguf(const void *data, size_t size, const char *to, const char *type, llm_error *err) {
+    llm_quantize_desc desc = {.type = type, .n_threads = 2};
+    return llm_quantize_gguf_memory(data, size, to, &desc, err);
+}
+
+typedef struct parsed {
+    llm__pool pool;
+    llm__file *file;
+    llm__checkpoint *ck;
+} parsed;
+
+static void parse_body(llm__env *env, void *arg) {
+    parsed *p = (parsed *)arg;
+    p->ck = llm__gguf_read_whole(env, p->file);
+}
+
+static void parse(parsed *p, const void *data, size_t size) {
+    static llm__file file;
+    llm__env env;
+    llm_error err;
+    memset(&file, 0, sizeof file);
+    file.data = (const uint8_t *)data;
+    file.size = file.have = size;
+    p->file = &file;
+    llm__pool_init(&p->pool, NULL);
+    llm__env_init(&env, &p->pool, &err, NULL);
+    if (llm__env_run(&env, parse_body, p)) fail_msg("%s", err.message);
+}
+
+/* The type of a matrix. Mixes have Q6_K in layer 1, the last of the two. */
+static llm__file_type expected_type(const llm__checkpoint *ck, const llm__tensor *t, const llm__gguf_recipe *recipe) {
+    static const llm__file_type smaller[] = {LLM__Q5_0, LLM__Q5_1, LLM__Q8_0};
+    llm__file_type type = recipe->type;
+    if (recipe->mixed && (llm__str_is(t->name, "blk.1.attn_v.weight") || llm__str_is(t->name, "blk.1.ffn_down.weight")))
+        type = LLM__Q6_K;
+    if (recipe->mixed &&
+        llm__str_is(t->name, llm__tensor_find(ck, "output.weight") ? "output.weight" : "token_embd.weight"))
+        type = LLM__Q6_K;
+    if (type >= LLM__Q4_K && type <= LLM__Q6_K && t->cols % 256) type = smaller[type - LLM__Q4_K];
+    return t->cols % llm__file_type_find(type)->block_weights ? LLM__F16 : type;
+}
+
+/* Each tensor is the encoded original; each key but two has its value. */
+static void compare_files(const llm__checkpoint *a, const llm__checkpoint *b, const llm__gguf_recipe *recipe) {
+    assert_int_equal(a->n_tensors, b->n_tensors);
+    for (size_t i = 0; i < a->n_tensors; i++) {
+        const llm__tensor *x = &a->tensors[i], *y = &b->tensors[i];
+        assert_true(llm__str_equal(x->name, y->name));
+        assert_true(x->rows == y->rows && x->cols == y->cols);
+        assert_int_equal(y->type->type, x->rows > 1 ? expected_type(a, x, recipe) : LLM__F32);
+        float *row = (float *)malloc(x->cols * sizeof *row);
+        uint8_t *made = (uint8_t *)malloc(y->row_bytes);
+        for (uint64_t r = 0; r < x->rows; r++) {
+            x->type->decode(x->data + r * x->row_bytes, x->cols, row);
+            llm__encode_find(y->type->type)(row, x->cols, made);
+            if (x->type == y->type) memcpy(made, x->data + r * x->row_bytes, x->row_bytes); /* it is copied */
+            assert_memory_equal(made, y->data + r * y->row_bytes, y->row_bytes);
+        }
+        free(made);
+        free(row);
+    }
+    size_t n_same = 0;
+    for (size_t i = 0; i < a->n_values; i++) {
+        const llm__gguf_value *x = &a->values[i];
+        if (llm__gguf_drops(x->key)) continue;
+        const llm__gguf_value *y = &b->values[n_same++];
+        assert_true(llm__str_equal(x->key, y->key) && x->type == y->type && x->count == y->count);
+        assert_memory_equal(x->data, y->data, llm__gguf_value_bytes(x));
+    }
+    assert_int_equal(b->n_values, n_same + 2);
+    assert_true(llm__gguf_value_number(llm__gguf_find(b, "general.file_type"), 0) == recipe->file_type);
+    assert_true(llm__gguf_value_number(llm__gguf_find(b, "general.quantization_version"), 0) == 2);
+}
+
+static void compare_gguf(const tiny_spec *spec, const llm__gguf_recipe *recipe) {
+    char to[128];
+    size_t size;
+    uint8_t *from = tiny_model(spec, &size);
+    llm_error err;
+    parsed a, b;
+    snprintf(to, sizeof to, "%s/%s.gguf", folder, recipe->name);
+    if (to_gguf(from, size, to, recipe->name, &err)) fail_msg("%s", err.message);
+    bytes made = read_file(to);
+    parse(&a, from, size);
+    parse(&b, made.at, made.n);
+    compare_files(a.ck, b.ck, recipe);
+    llm__pool_free(&a.pool);
+    llm__pool_free(&b.pool);
+    llm_model_free(load_model(to, NULL));
+    /* What is converted again has the same bytes. */
+    assert_int_equal(remove(to), 0);
+    if (to_gguf(made.at, made.n, to, recipe->name, &err)) fail_msg("%s", err.message);
+    bytes again = read_file(to);
+    assert_int_equal(again.n, made.n);
+    assert_memory_equal(again.at, made.at, made.n);
+    assert_int_equal(remove(to), 0);
+    free(again.at);
+    free(made.at);
+    free(from);
+}
+
+static void test_gguf(void **state) {
+    tiny_spec from_blocks = of_whole_blocks, mixed = TINY_ALL_TYPES;
+    (void)state;
+    from_blocks.type = 8;
+    for (size_t i = 0; i < sizeof llm__gguf_recipes / sizeof *llm__gguf_recipes; i++) {
+        compare_gguf(&with_odd_rows, &llm__gguf_recipes[i]);
+        compare_gguf(&from_blocks, &llm__gguf_recipes[i]);
+        compare_gguf(&mixed, &llm__gguf_recipes[i]);
+    }
+}
+
+/* Which layers of a mix have more bits. */
+static void test_gguf_mix(void **state) {
+    tiny_spec spec = {17, 256, 256, 1, 1, 32, 64, 3, 1, 0, 1};
+    char to[128];
+    size_t size;
+    uint8_t *from = tiny_model(&spec, &size);
+    llm_error err;
+    parsed p;
+    (void)state;
+    snprintf(to, sizeof to, "%s/mix.gguf", folder);
+    if (to_gguf(from, size, to, "Q4_K_M", &err)) fail_msg("%s", err.message);
+    bytes made = read_file(to);
+    parse(&p, made.at, made.n);
+    for (int i = 0; i < 17; i++) {
+        static const char more[] = "11001001001001111"; /* as llama.cpp chooses */
+        char name[64];
+        llm__file_type type = more[i] == '1' ? LLM__Q6_K : LLM__Q4_K;
+        snprintf(name, sizeof name, "blk.%d.attn_v.weight", i);
+        assert_int_equal(llm__tensor_find(p.ck, name)->type->type, type);
+        snprintf(name, sizeof name, "blk.%d.ffn_down.weight", i);
+        assert_int_equal(llm__tensor_find(p.ck, name)->type->type, type);
+        snprintf(name, sizeof name, "blk.%d.attn_q.weight", i);
+        assert_int_equal(llm__tensor_find(p.ck, name)->type->type, LLM__Q4_K);
+    }
+    assert_int_equal(llm__tensor_find(p.ck, "output.weight")->type->type, LLM__Q6_K);
+    assert_int_equal(llm__tensor_find(p.ck, "token_embd.weight")->type->type, LLM__Q4_K);
+    llm__pool_free(&p.pool);
+    assert_int_equal(remove(to), 0);
+    free(made.at);
+    free(from);
+}
+
+static bool read_bytes(void *user, uint64_t offset, void *to, size_t n) {
+    bytes *b = (bytes *)user;
+    if (offset + n > b->n) return false;
+    memcpy(to, b->at + offset, n);
+    return true;
+}
+
+/* The same file from a path, from memory, and from a function; a split model becomes one file. */
+static void test_gguf_sources(void **state) {
+    static const char *const names[] = {"llama.gguf", "llama3.gguf", "sharded-00001-of-00003.gguf"};
+    llm_quantize_desc desc = {.type = "Q8_0", .n_threads = 1};
+    char a[128], b[128];
+    llm_error err;
+    (void)state;
+    snprintf(a, sizeof a, "%s/a.gguf", folder);
+    snprintf(b, sizeof b, "%s/b.gguf", folder);
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        if (llm_quantize_gguf(golden(names[i]), a, &desc, &err)) fail_msg("%s", err.message);
+        llm_model_free(load_model(a, NULL));
+        bytes in = read_file(i == 2 ? a : golden(names[i])), x = read_file(a);
+        if (llm_quantize_gguf_callback(read_bytes, &in, in.n, b, &desc, &err)) fail_msg("%s", err.message);
+        bytes y = read_file(b);
+        assert_int_equal(x.n, y.n);
+        assert_memory_equal(x.at, y.at, x.n);
+        assert_int_equal(remove(a) | remove(b), 0);
+        free(in.at);
+        free(x.at);
+        free(y.at);
+    }
+}
+
+static void refuses_gguf(const bytes *from, const char *to, const llm_quantize_desc *wanted, llm_status expected,
+                         const char *words) {
+    heap h = {0};
+    llm_quantize_desc desc = *wanted;
+    desc.host = heap_host(&h);
+    desc.host.progress = wanted->host.progress;
+    llm_error err;
+    char unfinished[160];
+    snprintf(unfinished, sizeof unfinished, "%s.tmp", to);
+    assert_int_equal(llm_quantize_gguf_memory(from->at, from->n, to, &desc, &err), expected);
+    assert_explained(expected, &err);
+    if (!strstr(err.message, words)) fail_msg("\"%s\" does not say \"%s\"", err.message, words);
+    assert_all_returned(&h);
+    assert_int_equal(access(unfinished, F_OK), -1);
+}
+
+static bool no_progress(void *user, float done) {
+    (void)user;
+    return done < 0.5f;
+}
+
+static bool read_header(void *user, uint64_t offset, void *to, size_t n) {
+    return offset < 64 && read_bytes(user, offset, to, n);
+}
+
+static void test_gguf_refusals(void **state) {
+    llm_quantize_desc desc = {.type = "Q8_0"};
+    char to[128];
+    llm_error err;
+    bytes b;
+    (void)state;
+    b.at = tiny_model(&of_whole_blocks, &b.n);
+    snprintf(to, sizeof to, "%s/refused.gguf", folder);
+    assert_int_equal(llm_quantize_gguf(NULL, to, &desc, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_quantize_gguf(to, NULL, &desc, &err), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_quantize_gguf(to, to, NULL, NULL), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_quantize_gguf("absent.gguf", to, &desc, &err), LLM_ERROR_IO);
+    assert_int_equal(llm_quantize_gguf(golden("qwen2"), to, &desc, &err), LLM_ERROR_UNSUPPORTED);
+    assert_non_null(strstr(err.message, "directory"));
+    assert_int_equal(llm_quantize_gguf_callback(read_header, &b, b.n, to, &desc, &err), LLM_ERROR_IO);
+    assert_non_null(strstr(err.message, "read callback"));
+    desc.type = "Q9";
+    refuses_gguf(&b, to, &desc, LLM_ERROR_ARGUMENT, "the types are F32");
+    desc.type = NULL;
+    refuses_gguf(&b, to, &desc, LLM_ERROR_ARGUMENT, "the types are F32");
+    desc.type = "Q8_0";
+    refuses_gguf(&b, folder, &desc, LLM_ERROR_IO, "exists already");
+    refuses_gguf(&b, "/tmp/absent/x.gguf", &desc, LLM_ERROR_IO, "cannot be written");
+    desc.host.progress = no_progress;
+    refuses_gguf(&b, to, &desc, LLM_ERROR_CANCELLED, "cancelled");
+    desc.host.progress = NULL;
+    static const float bad[] = {INFINITY, NAN, 70000};
+    for (int i = 0; i < 3; i++) {
+        bytes spoilt = {(uint8_t *)malloc(b.n), b.n};
+        memcpy(spoilt.at, b.at, b.n);
+        memcpy(spoilt.at + b.n - 4096, &bad[i], 4);
+        refuses_gguf(&spoilt, to, &desc, LLM_ERROR_UNSUPPORTED, "not finite or too large");
+        spoilt.n -= 64;
+        refuses_gguf(&spoilt, to, &desc, LLM_ERROR_FORMAT, "the file ends");
+        free(spoilt.at);
+    }
+#if !defined(_WIN32)
+    /* A full disk: no file may be longer than 64 kB. */
+    struct rlimit old, low;
+    signal(SIGXFSZ, SIG_IGN);
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &old), 0);
+    low = old;
+    low.rlim_cur = 65536;
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &low), 0);
+    refuses_gguf(&b, to, &desc, LLM_ERROR_IO, "writing failed");
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &old), 0);
+#endif
+    assert_int_equal(access(to, F_OK), -1);
+    free(b.at);
+}
+
+/* Damaged headers give an error in words, or a file. */
+static void test_gguf_damaged(void **state) {
+    tiny_spec spec = with_odd_rows;
+    llm_error err;
+    char to[128];
+    bytes b;
+    (void)state;
+    b.at = tiny_model(&spec, &b.n);
+    snprintf(to, sizeof to, "%s/damaged.gguf", folder);
+    uint32_t random = 1;
+    for (int i = 0; i < 300; i++) {
+        random = random * 1664525u + 1013904223u;
+        size_t at = (random >> 8) % 3000;
+        uint8_t was = b.at[at];
+        b.at[at] = (uint8_t)(random >> 3);
+        llm_status status = to_gguf(b.at, b.n, to, "Q4_0", &err);
+        if (status) assert_explained(status, &err);
+        else assert_int_equal(remove(to), 0);
+        assert_int_equal(access(to, F_OK), -1);
+        b.at[at] = was;
+    }
+    free(b.at);
+}
+
+static llm_status gguf_starved(void *job, llm_error *err) {
+    starved *s = (starved *)job;
+    llm_quantize_desc desc = {.type = "Q5_1", .n_threads = 2, .host = heap_host(&s->h)};
+    char out[128];
+    snprintf(out, sizeof out, "%s/starved%d.gguf", folder, s->n_tries++);
+    llm_status status = llm_quantize_gguf(golden("qwen2.gguf"), out, &desc, err);
+    assert_int_equal(access(out, F_OK), status ? -1 : 0);
+    return status;
+}
+
+static void test_gguf_starved(void **state) {
+    starved s = {{0}, 0};
+    (void)state;
+    starve(&s.h, gguf_starved, &s, 1, "llm_quantize_gguf");
+}
+
 static int make_folder(void **state) {
     (void)state;
     strcpy(folder, "/tmp/llm_quantize_XXXXXX");
@@ -139,8 +483,18 @@ static int remove_folder(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_weights), cmocka_unit_test(test_refusals),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_same_weights),
+                                       cmocka_unit_test(test_refusals),
                                        cmocka_unit_test(test_files_that_cannot_be_read),
-                                       cmocka_unit_test(test_config_that_changes), cmocka_unit_test(test_starved)};
+                                       cmocka_unit_test(test_config_that_changes),
+                                       cmocka_unit_test(test_starved),
+                                       cmocka_unit_test(test_blocks),
+                                       cmocka_unit_test(test_extreme_blocks),
+                                       cmocka_unit_test(test_gguf),
+                                       cmocka_unit_test(test_gguf_mix),
+                                       cmocka_unit_test(test_gguf_sources),
+                                       cmocka_unit_test(test_gguf_refusals),
+                                       cmocka_unit_test(test_gguf_damaged),
+                                       cmocka_unit_test(test_gguf_starved)};
     return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }
