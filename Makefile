@@ -59,7 +59,7 @@ vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster fuzz bench-tokenizer bench-peers size model deps format \
+.PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster fuzz bench-tokenizer bench-grammar bench-peers size model deps format \
         clean help \
         walkthrough walkthrough-programs walkthrough-diff
 all:
@@ -259,6 +259,10 @@ bench-tokenizer: build/libllm.so build/venv/ready
 	$(MAKE) $(SMOLLM2)
 	build/venv/bin/python bench/tokenizer.py build/libllm.so $(SMOLLM2) $(TEXTS)
 
+# Beside xgrammar and llguidance, with Qwen's vocabulary from dashscope. xgrammar brings PyTorch with it.
+bench-grammar: build/libllm.so build/venv/grammar
+	build/venv/bin/python bench/grammar.py build/libllm.so
+
 build/libllm.so: llm.h
 	mkdir -p $(@D)
 	echo "  compile $@"
@@ -267,6 +271,11 @@ build/libllm.so: llm.h
 build/venv/ready: Makefile
 	python3 -m venv build/venv
 	build/venv/bin/pip install -q tokenizers tiktoken gigatoken==0.10.0 quicktok-v1==0.4.0 numpy sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
+	touch $@
+
+build/venv/grammar: build/venv/ready
+	build/venv/bin/pip install -q xgrammar==0.2.8 llguidance==1.9.1
+	build/venv/bin/pip install -q --no-deps dashscope==2.0.2
 	touch $@
 
 # The CPU beside llama.cpp and OpenVINO GenAI, which come from PyPI into build/peers. LLAMA_BENCH=path is another llama-bench; RESULTS
@@ -361,6 +370,7 @@ help:
 	echo "make gpu-bundle  build/gpu, with which bench/gpu.sh runs on a machine with a GPU (needs nvcc; LLM_DATA as for bench-tokenizer)"
 	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
 	echo "make bench-tokenizer   MB/s beside gigatoken, quicktok, Hugging Face's tokenizers and tiktoken"
+	echo "make bench-grammar     JSON schemas beside xgrammar and llguidance (the first time fetches these and PyTorch, 5 GB)"
 	echo "make bench-peers       the CPU beside llama.cpp and OpenVINO GenAI; the first time builds or fetches these (1 GB)"
 	echo "make walkthrough       the course in examples/walkthrough: runs every step, updates its table and pictures (about 7 minutes)"
 	echo "make walkthrough-diff N=3   what step 3 changes"

@@ -1027,6 +1027,9 @@ LLM_API int llm_log_probs(llm_context *ctx, int i, llm_token token, float *chose
    be completed, and the end of text only once the answer is whole. It stops with LLM_STOP_END once nothing can follow.
    So an answer that ends with LLM_STOP_END is whole and valid; one that ends for another reason may be incomplete.
    Control tokens match nothing. If no token of the vocabulary can follow, that is an error.
+   Where only one token is allowed, it is not computed alone: up to LLM_DRAFT_MAX such tokens and the next one that is
+   drawn take one pass. The text is the same. In llm_stats.draft they count as guesses that were right. Their logits are
+   computed only if on_log_probs, a mask or biases need them; the context's n_logits then limits how many a pass has.
 
    A grammar remembers where its text is, so it can serve one text at a time. The tokenizer must outlive it. A NULL host
    means the tokenizer's. Errors: LLM_ERROR_FORMAT if the regular expression or the GBNF has a mistake or uses what is
@@ -1045,11 +1048,13 @@ LLM_API llm_status llm_grammar_from_gbnf(llm_grammar **out, const llm_tokenizer 
 
 /* JSON that is valid by a JSON Schema, draft 2020-12. Supported keywords: type, enum, const, properties, required,
    additionalProperties, prefixItems, items, minItems, maxItems, minLength, maxLength, pattern, minimum, maximum,
-   exclusiveMinimum, exclusiveMaximum, anyOf, oneOf (if no value can match two), allOf, and $ref within the schema.
+   exclusiveMinimum, exclusiveMaximum, multipleOf (a whole number up to 1000), minProperties, maxProperties,
+   patternProperties (one pattern, beside additionalProperties false and without properties), anyOf, oneOf (if no value
+   can match two), allOf, and $ref within the schema.
    Annotations such as title and format have no effect. A value can be written in one way only: properties in the order
    of the schema, then those that it does not name (unless additionalProperties is false); numbers with bounds without
    an exponent, integers without a point; white space is at most one blank, or a line break and up to 40 blanks. A name
-   that the schema does not have may occur twice. */
+   that the schema does not have may occur twice; so for minProperties all such names count as one property. */
 LLM_API llm_status llm_grammar_from_json_schema(llm_grammar **out, const llm_tokenizer *tokenizer, const char *schema,
                                                 const llm_host *host, llm_error *err);
 
@@ -4589,6 +4594,11 @@ typedef struct llm__jinja_value {
         int64_t i; /* an integer, a boolean, or the number of a function */
         double f;
         struct {
+            double f;
+            llm__str digits; /* LLM__J_FLOAT: if not empty, it is an integer of JSON beyond 64 bits, and these are its
+                                digits; for arithmetic it is a float */
+        } large;
+        struct {
             const char *at; /* UTF-8 */
             size_t n;
             const uint8_t *host; /* [n] 1: the byte came from the host; NULL: none did */
@@ -6069,7 +6079,10 @@ static void llm__jinja_put_value(llm__jinja_run *r, llm__jinja_buffer *b, const 
     case LLM__J_NONE: llm__jinja_put_text(r, b, "None"); return;
     case LLM__J_BOOL: llm__jinja_put_text(r, b, v->u.i ? "True" : "False"); return;
     case LLM__J_INT: llm__jinja_put_int(r, b, v->u.i); return;
-    case LLM__J_FLOAT: llm__jinja_put_float(r, b, v->u.f, false); return;
+    case LLM__J_FLOAT:
+        if (v->u.large.digits.n) llm__jinja_put(r, b, v->u.large.digits.at, v->u.large.digits.n, NULL);
+        else llm__jinja_put_float(r, b, v->u.f, false);
+        return;
     case LLM__J_STR:
         if (depth) llm__jinja_put_repr(r, b, v);
         else llm__jinja_put_part(r, b, v, 0, v->u.s.n);
@@ -6161,7 +6174,10 @@ static void llm__jinja_put_json(llm__jinja_run *r, llm__jinja_buffer *b, const l
     case LLM__J_NONE: llm__jinja_put_text(r, b, "null"); return;
     case LLM__J_BOOL: llm__jinja_put_text(r, b, v->u.i ? "true" : "false"); return;
     case LLM__J_INT: llm__jinja_put_int(r, b, v->u.i); return;
-    case LLM__J_FLOAT: llm__jinja_put_float(r, b, v->u.f, true); return;
+    case LLM__J_FLOAT:
+        if (v->u.large.digits.n) llm__jinja_put(r, b, v->u.large.digits.at, v->u.large.digits.n, NULL);
+        else llm__jinja_put_float(r, b, v->u.f, true);
+        return;
     case LLM__J_STR: llm__jinja_put_json_string(r, b, v, l->ascii); return;
     case LLM__J_LIST:
         if (v->is_lazy) llm__jinja_type_error(r, "tojson", v);
@@ -6660,8 +6676,8 @@ static bool llm__jinja_run_test(llm__jinja_run *r, int number, const llm__jinja_
         return v->type == LLM__J_LIST || v->type == LLM__J_STR || (v->type == LLM__J_DICT && !v->is_namespace) ||
                v->type == LLM__J_UNDEFINED || v->type == LLM__J_LOOP;
     case LLM__JT_number: return llm__jinja_is_number(v);
-    case LLM__JT_integer: return v->type == LLM__J_INT;
-    case LLM__JT_float: return v->type == LLM__J_FLOAT;
+    case LLM__JT_integer: return v->type == LLM__J_INT || (v->type == LLM__J_FLOAT && v->u.large.digits.n);
+    case LLM__JT_float: return v->type == LLM__J_FLOAT && !v->u.large.digits.n;
     case LLM__JT_boolean: return v->type == LLM__J_BOOL;
     case LLM__JT_true: return v->type == LLM__J_BOOL && v->u.i;
     case LLM__JT_false: return v->type == LLM__J_BOOL && !v->u.i;
@@ -7177,6 +7193,8 @@ static llm__jinja_value llm__jinja_arithmetic(llm__jinja_run *r, int op, const l
     if (!llm__jinja_is_number(b)) llm__jinja_type_error(r, "arithmetic", b);
     double x = llm__jinja_as_double(a), y = llm__jinja_as_double(b);
     bool whole = a->type != LLM__J_FLOAT && b->type != LLM__J_FLOAT;
+    if ((a->type == LLM__J_FLOAT && a->u.large.digits.n) || (b->type == LLM__J_FLOAT && b->u.large.digits.n))
+        llm__jinja_error(r, "an integer is too large");
     if ((op == '/' || op == 'f' || op == '%') && y == 0) llm__jinja_error(r, "division by zero");
     if (!whole || op == '/') {
         switch (op) {
@@ -7475,6 +7493,22 @@ static void llm__jinja_exec(llm__jinja_run *r, const llm__jinja_node *list) {
     r->depth--;
 }
 
+/* A number of JSON. Without a point and an exponent it is an integer. */
+static llm__jinja_value llm__jinja_number_of(const llm__json *v) {
+    bool negative = v->string.at[0] == '-', fits = true;
+    uint64_t size = 0, most = (uint64_t)INT64_MAX + negative;
+    for (size_t i = negative; i < v->string.n; i++) {
+        if (!llm__jinja_is_digit(v->string.at[i])) return llm__jinja_float(v->number);
+        uint64_t digit = (uint64_t)(v->string.at[i] - '0');
+        fits = fits && size <= (most - digit) / 10;
+        if (fits) size = size * 10 + digit;
+    }
+    if (fits) return llm__jinja_int(negative ? -(int64_t)(size - (size > 0)) - (size > 0) : (int64_t)size);
+    llm__jinja_value value = llm__jinja_float(v->number);
+    value.u.large.digits = v->string;
+    return value;
+}
+
 /* Makes a value from JSON. Its strings count as the host's. */
 static llm__jinja_value llm__jinja_from_json(llm__jinja_run *r, const llm__json *v) {
     llm__jinja_value value;
@@ -7484,12 +7518,7 @@ static llm__jinja_value llm__jinja_from_json(llm__jinja_run *r, const llm__json 
     case LLM__JSON_TRUE:
     case LLM__JSON_FALSE: return llm__jinja_bool(v->type == LLM__JSON_TRUE);
     case LLM__JSON_STRING: return llm__jinja_host_text(r, v->string.at, v->string.n);
-    case LLM__JSON_NUMBER: {
-        bool whole = v->string.n <= 18;
-        for (size_t i = 0; i < v->string.n; i++)
-            whole = whole && (llm__jinja_is_digit(v->string.at[i]) || v->string.at[i] == '-');
-        return whole ? llm__jinja_int((int64_t)v->number) : llm__jinja_float(v->number);
-    }
+    case LLM__JSON_NUMBER: return llm__jinja_number_of(v);
     case LLM__JSON_ARRAY:
         value = llm__jinja_new_list(r);
         for (const llm__json *item = v->first; item; item = item->next)
@@ -16904,13 +16933,15 @@ enum {
     LLM__GRAM_MOST_DEPTH = 100,     /* of groups inside groups */
     LLM__GRAM_MOST_KEY = 200,       /* characters of a property's name beside others that are not named */
     LLM__GRAM_MOST_ITEMS = 1 << 14, /* items of a state */
-    LLM__GRAM_MOST_BYTES = 1 << 27, /* of all states while one mask is made */
     LLM__GRAM_KEPT_BYTES = 1 << 25, /* of all states; if they take more, the next mask begins without any */
     LLM__GRAM_KEPT_MASKS = 256,     /* masks that are stored; the oldest makes room */
     LLM__GRAM_MOST_PLAIN = 20,      /* characters of a plain token */
     LLM__GRAM_INLINED = 60          /* rules of fewer expressions that call no others are copied, not called */
 };
 
+#ifndef LLM__GRAM_MOST_BYTES
+#define LLM__GRAM_MOST_BYTES ((size_t)128 << 20) /* of all states while one mask is made */
+#endif
 #define LLM__GRAM_NONE UINT32_MAX
 #define LLM__GRAM_ENDLESS UINT32_MAX /* a repetition without a maximum */
 
@@ -17805,7 +17836,7 @@ static int32_t llm__gram_intern_state(llm__env *env, llm_grammar *g) {
     }
     if (llm__gram_state_bytes(g) > LLM__GRAM_MOST_BYTES)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the grammar is too ambiguous: its states take more than %d MB",
-                  LLM__GRAM_MOST_BYTES >> 20);
+                  (int)(LLM__GRAM_MOST_BYTES >> 20));
     size_t state = g->n_states, n_classes = (size_t)g->n_classes;
     g->states = (llm__gram_state *)llm__alloc_grow(env, g->states, state, &g->states_room, sizeof s);
     g->rows = (int32_t *)llm__alloc_grow(env, g->rows, state, &g->rows_room, n_classes * sizeof *g->rows);
@@ -18098,13 +18129,24 @@ typedef struct llm__gram_args {
     int n_vocab;
     llm__str text;
     int32_t state;
+    llm_token *forced; /* [most] */
+    int n_forced, most;
 } llm__gram_args;
 
-/* Forbids those of eight tokens whose bits are not set. */
-static void llm__gram_forbid(float *logits, unsigned allowed) {
-    if (!allowed)
-        for (int i = 0; i < 8; i++) logits[i] = -INFINITY;
-    for (unsigned left = allowed ? ~allowed & 255 : 0; left; left &= left - 1) logits[__builtin_ctz(left)] = -INFINITY;
+/* Forbids those of 64 tokens whose bits are not set: most often all of them, or few. */
+static void llm__gram_forbid(float *logits, uint64_t allowed) {
+    enum { FEW = 16 };
+    uint64_t left = ~allowed;
+    if (__builtin_popcountll(left) <= FEW) {
+        for (; left; left &= left - 1) logits[__builtin_ctzll(left)] = -INFINITY;
+        return;
+    }
+    for (int i = 0; i < 64; i += 8) {
+        unsigned forbidden = (unsigned)(left >> i) & 255;
+        for (int j = 0; j < 8 && forbidden == 255; j++) logits[i + j] = -INFINITY;
+        for (; forbidden && forbidden != 255; forbidden &= forbidden - 1)
+            logits[i + __builtin_ctz(forbidden)] = -INFINITY;
+    }
 }
 
 static void llm__gram_apply_body(llm__env *env, void *arg) {
@@ -18122,8 +18164,7 @@ static void llm__gram_apply_body(llm__env *env, void *arg) {
         if (ends && word < g->n_words) allowed |= g->trie.end_bits[word];
         if (n == 64 && !allowed)
             for (size_t i = 0; i < 64; i++) a->logits[first + i] = -INFINITY;
-        for (size_t i = 0; n == 64 && allowed && i < 64; i += 8)
-            llm__gram_forbid(a->logits + first + i, (unsigned)(allowed >> i) & 255);
+        if (n == 64 && allowed) llm__gram_forbid(a->logits + first, allowed);
         for (size_t i = 0; n < 64 && i < n; i++)
             if (!(allowed >> i & 1)) a->logits[first + i] = -INFINITY;
     }
@@ -18164,7 +18205,7 @@ static void llm__gram_run_body(llm__env *env, void *arg) {
 }
 
 /* Whether the text is whole once this token is added, and nothing can follow. */
-static bool llm__gram_is_finished(llm_grammar *g, llm_token token) {
+static bool llm__gram_is_finished(llm__env *env, llm_grammar *g, llm_token token) {
     llm__gram_args args;
     if (!g) return false;
     memset(&args, 0, sizeof args);
@@ -18172,8 +18213,50 @@ static bool llm__gram_is_finished(llm_grammar *g, llm_token token) {
     args.n = (int)g->n_text;
     args.text.at = llm_token_bytes(g->tokenizer, token, &args.text.n);
     args.state = LLM__GRAM_DEAD;
-    if (llm__gram_guard(g, llm__gram_run_body, &args, NULL) || args.state < 0) return false;
+    llm__env_check(env, llm__gram_guard(g, llm__gram_run_body, &args, env->err));
+    if (args.state < 0) return false;
     return g->states[args.state].accepts && !g->states[args.state].n_scan;
+}
+
+/* The only token that fits after a state, or -1: there are none or several, or the text may end. */
+static llm_token llm__gram_only_token(llm__env *env, llm_grammar *g, int32_t state, int n_vocab) {
+    llm_token only = -1;
+    if (g->states[state].accepts && g->with_ends) return -1;
+    const uint64_t *bits = llm__gram_mask_of(env, g, state);
+    for (size_t word = 0; word < g->n_words; word++) {
+        if (!bits[word]) continue;
+        if (only >= 0 || (bits[word] & (bits[word] - 1))) return -1;
+        only = (llm_token)(word * 64 + (size_t)__builtin_ctzll(bits[word]));
+    }
+    return only < n_vocab ? only : -1;
+}
+
+static void llm__gram_forced_body(llm__env *env, void *arg) {
+    llm__gram_args *a = (llm__gram_args *)arg;
+    llm_grammar *g = a->g;
+    int32_t state = llm__gram_read(env, g, a->tokens + g->begin, (size_t)(a->n - g->begin));
+    while (a->n_forced < a->most) {
+        llm_token only = llm__gram_only_token(env, g, state, a->n_vocab);
+        if (only < 0) return;
+        a->forced[a->n_forced++] = only;
+        state = llm__gram_run(env, g, state, llm__vocab_piece(g->tokenizer, only));
+    }
+}
+
+/* Finds the tokens after the first n that the grammar forces, each being the only one that fits; at most `most`. */
+static llm_status llm__gram_find_forced(llm_grammar *g, const llm_token *tokens, int n, int n_vocab, llm_token *forced,
+                                        int most, int *n_forced, llm_error *err) {
+    llm__gram_args args;
+    memset(&args, 0, sizeof args);
+    args.g = g;
+    args.tokens = tokens;
+    args.n = n;
+    args.n_vocab = n_vocab;
+    args.forced = forced;
+    args.most = most;
+    llm_status status = llm__gram_guard(g, llm__gram_forced_body, &args, err);
+    *n_forced = status ? 0 : args.n_forced;
+    return status;
 }
 
 /* The text begins after n tokens. with_ends: end tokens may follow once it is whole. */
@@ -18741,10 +18824,12 @@ enum {
     LLM__GRAM_IS_ARRAY = 32,
     LLM__GRAM_IS_OBJECT = 64,
     LLM__GRAM_IS_ANY = 127,
-    LLM__GRAM_MOST_MEMBERS = 200,   /* of a conjunction */
-    LLM__GRAM_MOST_LEVELS = 300,    /* of schemas inside schemas, alternatives included */
-    LLM__GRAM_MOST_SPENT = 1 << 26, /* comparisons of values, and of names */
-    LLM__GRAM_MOST_ONE_OF = 64      /* alternatives of oneOf */
+    LLM__GRAM_MOST_MEMBERS = 200,    /* of a conjunction */
+    LLM__GRAM_MOST_LEVELS = 300,     /* of schemas inside schemas, alternatives included */
+    LLM__GRAM_MOST_SPENT = 1 << 26,  /* comparisons of values, and of names */
+    LLM__GRAM_MOST_ONE_OF = 64,      /* alternatives of oneOf */
+    LLM__GRAM_MOST_DIVISOR = 1000,   /* in multipleOf */
+    LLM__GRAM_MOST_COUNTED = 1 << 14 /* places in an object, times the number of properties before them */
 };
 
 static uint32_t llm__gram_rule_expr(llm__gram_builder *b, uint32_t rule) {
@@ -18793,7 +18878,11 @@ static bool llm__gram_check_keywords(llm__gram_schema *s, const llm__json *schem
                                         "exclusiveMaximum",
                                         "anyOf",
                                         "oneOf",
-                                        "additionalProperties"};
+                                        "additionalProperties",
+                                        "multipleOf",
+                                        "patternProperties",
+                                        "minProperties",
+                                        "maxProperties"};
     bool says = false;
     for (const llm__json *m = schema->first; m; m = m->next) {
         bool found = m->key.n > 1 && m->key.at[0] == 'x' && m->key.at[1] == '-';
@@ -18871,16 +18960,6 @@ static llm__gram_conj llm__gram_conj_of(void) {
     llm__gram_conj c;
     memset(&c, 0, sizeof c);
     return c;
-}
-
-/* Joins a member of each schema in a conjunction, where there is one. */
-static llm__gram_conj llm__gram_conj_of_members(llm__gram_schema *s, const llm__gram_conj *c, const char *key) {
-    llm__gram_conj inner = llm__gram_conj_of();
-    for (size_t i = 0; i < c->n; i++) {
-        const llm__json *m = llm__json_find(c->members[i].schema, key);
-        if (m) llm__gram_join(s, &inner, m, SIZE_MAX);
-    }
-    return inner;
 }
 
 /* Follows references and allOf. Members that say nothing themselves go; *c is as if they had never been there. */
@@ -18971,10 +19050,29 @@ static size_t llm__gram_count_chars(llm__str s) {
     return n;
 }
 
+/* The schema's multipleOf; 0: there is none. */
+static double llm__gram_divisor(llm__gram_schema *s, const llm__json *schema) {
+    const llm__json *v = llm__json_get_type(s->b->env, schema, "multipleOf", LLM__JSON_NUMBER);
+    if (!v) return 0;
+    if (!(v->number > 0)) llm__fail(s->b->env, LLM_ERROR_FORMAT, "the JSON schema: multipleOf must be above 0");
+    if (v->number != floor(v->number) || v->number > (int)LLM__GRAM_MOST_DIVISOR)
+        llm__gram_refuse(s, schema, "multipleOf that is not a whole number up to 1000 is not supported");
+    return v->number;
+}
+
+static bool llm__gram_is_multiple(llm__gram_schema *s, const llm__json *schema, double number) {
+    double divisor = llm__gram_divisor(s, schema);
+    if (divisor && fabs(number) >= 9007199254740992.0)
+        llm__gram_refuse(s, schema, "multipleOf beside an enum or const of such large numbers is not supported");
+    return !divisor || fmod(number, divisor) == 0;
+}
+
 /* Whether a value fits one schema, whose combinations of others are dealt with elsewhere. */
 static bool llm__gram_fits(llm__gram_schema *s, const llm__json *schema, const llm__json *v) {
     static const char *const inner[] = {
-        "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems", "pattern"};
+        "properties",    "required", "additionalProperties", "patternProperties", "minProperties",
+        "maxProperties", "items",    "prefixItems",          "minItems",          "maxItems",
+        "pattern"};
     llm__env *env = s->b->env;
     unsigned type = llm__gram_type_of(v);
     llm__gram_spend(s, schema, 1);
@@ -18989,13 +19087,14 @@ static bool llm__gram_fits(llm__gram_schema *s, const llm__json *schema, const l
         double all = HUGE_VAL;
         if (v->number < llm__json_get_number(env, schema, "minimum", -all, -all, all)) return false;
         if (v->number > llm__json_get_number(env, schema, "maximum", all, -all, all)) return false;
+        if (!llm__gram_is_multiple(s, schema, v->number)) return false;
         const llm__json *above = llm__json_get_type(env, schema, "exclusiveMinimum", LLM__JSON_NUMBER);
         const llm__json *below = llm__json_get_type(env, schema, "exclusiveMaximum", LLM__JSON_NUMBER);
         return !(above && v->number <= above->number) && !(below && v->number >= below->number);
     }
     for (size_t i = 0; i < sizeof inner / sizeof *inner; i++)
-        if (llm__json_find(schema, inner[i]) && type == (i == 7  ? LLM__GRAM_IS_STRING
-                                                         : i < 3 ? LLM__GRAM_IS_OBJECT
+        if (llm__json_find(schema, inner[i]) && type == (i == 10 ? LLM__GRAM_IS_STRING
+                                                         : i < 6 ? LLM__GRAM_IS_OBJECT
                                                                  : LLM__GRAM_IS_ARRAY)) {
             char what[100];
             snprintf(what, sizeof what, "\"%s\" beside enum or const is not supported", inner[i]);
@@ -19269,6 +19368,89 @@ static uint32_t llm__gram_sizes(llm__gram_builder *b, const llm__gram_decimal *l
     return alt;
 }
 
+/* Whole numbers that `divisor` divides. Rules say which digits may follow by the remainder of those before: of exactly
+   n digits, n up to 31, and of n or more. */
+typedef struct llm__gram_multiples {
+    llm__gram_builder *b;
+    uint32_t divisor;
+    uint32_t *rules[2]; /* [32][divisor] LLM__GRAM_NONE: not made yet */
+} llm__gram_multiples;
+
+/* n more digits behind some with this remainder; `endless`: or more. */
+static uint32_t llm__gram_more_digits(llm__gram_multiples *m, int n, uint32_t remainder, bool endless) {
+    llm__gram_builder *b = m->b;
+    uint32_t *rule = &m->rules[endless][(uint32_t)n * m->divisor + remainder];
+    if (*rule != LLM__GRAM_NONE) return llm__gram_rule_expr(b, *rule);
+    uint32_t made = *rule = llm__gram_new_rule(b), after[10];
+    for (uint32_t d = 0; d < 10 && (n || endless); d++)
+        after[d] = llm__gram_more_digits(m, n ? n - 1 : 0, (10 * remainder + d) % m->divisor, endless);
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    if (!n && !remainder) llm__gram_add(b, alt, llm__gram_new(b, LLM__GRAM_EMPTY, 0, 0));
+    for (int d = 0; d < 10 && (n || endless); d++)
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, d, d, 1, 1), after[d], 0, 0));
+    llm__gram_define(b, made, alt, 0);
+    return llm__gram_rule_expr(b, made);
+}
+
+/* As llm__gram_whole, behind digits with this remainder. */
+static uint32_t llm__gram_multiple(llm__gram_multiples *m, const llm__gram_decimal *lo, const llm__gram_decimal *hi,
+                                   int at, int n, uint32_t remainder) {
+    llm__gram_builder *b = m->b;
+    if ((!lo && !hi && at) || at == n) return llm__gram_more_digits(m, n - at, remainder, false);
+    int low = lo ? lo->whole[at] - '0' : !at && n > 1, high = hi ? hi->whole[at] - '0' : 9;
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    for (int d = low; d <= high; d++) {
+        uint32_t after = (10 * remainder + (uint32_t)d) % m->divisor;
+        uint32_t rest = llm__gram_multiple(m, d == low ? lo : NULL, d == high ? hi : NULL, at + 1, n, after);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, d, d, 1, 1), rest, 0, 0));
+    }
+    return alt;
+}
+
+/* As llm__gram_sizes. */
+static uint32_t llm__gram_multiple_sizes(llm__gram_multiples *m, const llm__gram_decimal *lo,
+                                         const llm__gram_decimal *hi) {
+    llm__gram_builder *b = m->b;
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    for (int n = lo->n_whole; n <= (hi ? hi->n_whole : lo->n_whole); n++)
+        llm__gram_add(b, alt,
+                      llm__gram_multiple(m, n == lo->n_whole ? lo : NULL, hi && n == hi->n_whole ? hi : NULL, 0, n, 0));
+    for (int d = 1; d < 10 && !hi; d++) {
+        uint32_t more = llm__gram_more_digits(m, lo->n_whole, (uint32_t)d % m->divisor, true);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, d, d, 1, 1), more, 0, 0));
+    }
+    return alt;
+}
+
+/* What all multipleOf of a conjunction have in common; 0: there is none. */
+static uint32_t llm__gram_common_divisor(llm__gram_schema *s, const llm__gram_conj *c) {
+    uint32_t common = 0;
+    for (size_t i = 0; i < c->n; i++) {
+        uint32_t own = (uint32_t)llm__gram_divisor(s, c->members[i].schema), x = common, y = own;
+        if (!own) continue;
+        while (x) { /* Euclid's algorithm: y becomes the greatest common divisor */
+            uint32_t rest = y % x;
+            y = x;
+            x = rest;
+        }
+        common = common ? common / y * own : own;
+        if (common > LLM__GRAM_MOST_DIVISOR)
+            llm__gram_refuse(s, c->members[i].schema,
+                             "several multipleOf that have in common more than 1000 are not "
+                             "supported");
+    }
+    return common;
+}
+
+static llm__gram_multiples llm__gram_multiples_of(llm__gram_schema *s, uint32_t divisor) {
+    llm__gram_multiples m = {s->b, divisor, {NULL, NULL}};
+    for (int i = 0; i < 2; i++) {
+        m.rules[i] = (uint32_t *)llm__alloc(s->b->env, 32 * (size_t)divisor, sizeof(uint32_t));
+        memset(m.rules[i], 0xFF, 32 * (size_t)divisor * sizeof(uint32_t));
+    }
+    return m;
+}
+
 /* A number. With bounds it is written without an exponent. */
 static uint32_t llm__gram_number(llm__gram_schema *s, const llm__gram_conj *c, bool whole) {
     static const char *const keys[] = {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"};
@@ -19283,7 +19465,10 @@ static uint32_t llm__gram_number(llm__gram_schema *s, const llm__gram_conj *c, b
             llm__gram_decimal d = llm__gram_decimal_of(s, schema, v->string, k & 1);
             llm__gram_tighten(&bounds[k >> 1], &d, k < 2 ? 1 : -1);
         }
-    if (!bounds[0].given && !bounds[1].given) {
+    uint32_t divisor = llm__gram_common_divisor(s, c);
+    llm__gram_multiples multiples = llm__gram_multiples_of(s, divisor);
+    if (divisor) whole = true;
+    if (!bounds[0].given && !bounds[1].given && !divisor) {
         static const char integer[] = "-?(?:0|[1-9][0-9]*)",
                           number[] = "-?(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?(?:[eE][+\\-]?[0-9]+)?";
         llm__str text = {whole ? integer : number, whole ? sizeof integer - 1 : sizeof number - 1};
@@ -19298,12 +19483,16 @@ static uint32_t llm__gram_number(llm__gram_schema *s, const llm__gram_conj *c, b
         zero = llm__gram_decimal_of(s, s->root, nought, !whole);
         if (whole) zero.whole[0] = '1';
         largest = bounds[0];
-        uint32_t sizes = llm__gram_sizes(b, hi && hi->negative ? hi : &zero, lo ? &largest : NULL, whole);
+        const llm__gram_decimal *least = hi && hi->negative ? hi : &zero, *most = lo ? &largest : NULL;
+        uint32_t sizes =
+            divisor ? llm__gram_multiple_sizes(&multiples, least, most) : llm__gram_sizes(b, least, most, whole);
         llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "-"), sizes, 0, 0));
     }
     if (hi && hi->negative) return alt;
     zero = llm__gram_decimal_of(s, s->root, nought, false);
-    llm__gram_add(b, alt, llm__gram_sizes(b, lo && !lo->negative ? lo : &zero, hi, whole));
+    const llm__gram_decimal *least = lo && !lo->negative ? lo : &zero;
+    llm__gram_add(b, alt,
+                  divisor ? llm__gram_multiple_sizes(&multiples, least, hi) : llm__gram_sizes(b, least, hi, whole));
     return alt;
 }
 
@@ -19462,10 +19651,33 @@ static uint32_t llm__gram_other_names(llm__gram_builder *b, const llm__str *name
     return alt;
 }
 
+/* The pattern of the only patternProperties; NULL: there is none. What its properties must be joins *inner. Names that
+   fit and names that do not cannot be told apart, so there must not be any others. */
+static const llm__json *llm__gram_name_pattern(llm__gram_schema *s, const llm__gram_conj *c, llm__gram_conj *inner,
+                                               size_t n_names) {
+    const llm__json *pattern = NULL;
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *schema = c->members[i].schema, *others = llm__json_find(schema, "additionalProperties");
+        const llm__json *list = llm__json_get_type(s->b->env, schema, "patternProperties", LLM__JSON_OBJECT);
+        if (!list || !list->n) {
+            if (others) llm__gram_join(s, inner, others, SIZE_MAX);
+            continue;
+        }
+        if (pattern || list->n > 1 || n_names || !others || others->type != LLM__JSON_FALSE)
+            llm__gram_refuse(s, schema,
+                             "patternProperties is supported only with one pattern, beside additionalProperties false "
+                             "and without properties and required");
+        pattern = list->first;
+        llm__gram_join(s, inner, pattern, SIZE_MAX);
+    }
+    return pattern;
+}
+
 /* A property that the schema does not name, as a rule. */
 static uint32_t llm__gram_other_property(llm__gram_schema *s, const llm__gram_conj *c, llm__str *names, size_t n) {
     llm__gram_builder *b = s->b;
-    llm__gram_conj inner = llm__gram_conj_of_members(s, c, "additionalProperties");
+    llm__gram_conj inner = llm__gram_conj_of();
+    const llm__json *pattern = llm__gram_name_pattern(s, c, &inner, n);
     uint32_t rule = llm__gram_new_rule(b), any = llm__gram_new_rule(b), name;
     for (size_t i = 0; i < n; i++) {
         const uint8_t *p = (const uint8_t *)names[i].at;
@@ -19479,7 +19691,9 @@ static uint32_t llm__gram_other_property(llm__gram_schema *s, const llm__gram_co
     llm__gram_add_range(b, 0, 0x10FFFF);
     uint32_t chars = llm__gram_repeat_of(b, llm__gram_json_chars(b, ranges), 0, LLM__GRAM_ENDLESS);
     llm__gram_define(b, any, chars, first);
-    name = n ? llm__gram_quoted(b, llm__gram_other_names(b, names, n, 0, any)) : llm__gram_rule_expr(b, s->string);
+    if (pattern) name = llm__gram_quoted(b, llm__gram_regex(b, pattern->key, true));
+    else if (n) name = llm__gram_quoted(b, llm__gram_other_names(b, names, n, 0, any));
+    else name = llm__gram_rule_expr(b, s->string);
     name = llm__gram_colon(s, name);
     first = 0;
     llm__gram_define(b, rule, llm__gram_list(b, LLM__GRAM_SEQ, name, llm__gram_conj_expr(s, &inner), 0, 0), first);
@@ -19545,50 +19759,102 @@ static llm__gram_conj llm__gram_property(llm__gram_schema *s, const llm__gram_co
         const llm__json *schema = c->members[i].schema;
         const llm__json *named = llm__json_get(schema, "properties"), *own = llm__gram_member_of(named, name);
         if (named) llm__gram_spend(s, schema, named->n);
-        if (!own) own = llm__json_find(schema, "additionalProperties");
+        if (!own && !llm__json_find(schema, "patternProperties")) own = llm__json_find(schema, "additionalProperties");
         if (own) llm__gram_join(s, &inner, own, SIZE_MAX);
     }
     return inner;
 }
 
-/* An object. Rules for what comes from property i on are made from the last to the first: where another property stands
+/* How many properties an object may have. */
+typedef struct llm__gram_counts {
+    uint32_t min, max;
+    uint32_t n; /* counts of named properties up to n are told apart; more than n count as n, if there is no max */
+} llm__gram_counts;
+
+static llm__gram_counts llm__gram_counts_of(llm__gram_schema *s, const llm__gram_conj *c, size_t n_names) {
+    llm__gram_counts counts = {0, LLM__GRAM_ENDLESS, 0};
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *schema = c->members[i].schema;
+        uint32_t least = (uint32_t)llm__json_get_int(s->b->env, schema, "minProperties", 0, 0, INT32_MAX);
+        uint32_t most = (uint32_t)llm__json_get_int(s->b->env, schema, "maxProperties", INT32_MAX, 0, INT32_MAX);
+        if (least > counts.min) counts.min = least;
+        if (llm__json_get(schema, "maxProperties") && most < counts.max) counts.max = most;
+    }
+    if (counts.min > n_names + 1)
+        llm__gram_refuse(s, s->root,
+                         "minProperties that needs several properties without a name in the schema is not "
+                         "supported");
+    counts.n = counts.max == LLM__GRAM_ENDLESS ? counts.min : counts.max;
+    if (counts.n > n_names) counts.n = (uint32_t)n_names;
+    if ((uint64_t)(counts.n + 1) * (n_names + 1) > LLM__GRAM_MOST_COUNTED)
+        llm__gram_refuse(s, s->root, "minProperties or maxProperties beside so many properties is not supported");
+    return counts;
+}
+
+/* What follows `count` named properties: others, and the last bracket. Two others may have the same name, so for the
+   minimum they count as one. */
+static uint32_t llm__gram_object_end(llm__gram_schema *s, const llm__gram_counts *counts, uint32_t count,
+                                     uint32_t other, bool begins) {
+    llm__gram_builder *b = s->b;
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    if (count >= counts->min && count <= counts->max) llm__gram_add(b, alt, llm__gram_close(s, "}"));
+    if (count >= counts->max || count + 1 < counts->min) return alt;
+    uint32_t most = counts->max == LLM__GRAM_ENDLESS ? counts->max : counts->max - count - 1;
+    uint32_t more = llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_comma(s), llm__gram_rule_expr(b, other), 0, 0);
+    more = llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_repeat_of(b, more, 0, most), llm__gram_close(s, "}"), 0, 0);
+    uint32_t comma = begins ? llm__gram_new(b, LLM__GRAM_EMPTY, 0, 0) : llm__gram_comma(s);
+    llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, comma, llm__gram_rule_expr(b, other), more, 0));
+    return alt;
+}
+
+static uint32_t llm__gram_define_new(llm__gram_builder *b, uint32_t expr) {
+    uint32_t rule = llm__gram_new_rule(b);
+    llm__gram_define(b, rule, expr, 0);
+    return rule;
+}
+
+/* An object. Rules for what comes from property i on are made from the last to the first: where `count` others stand
    before it, and where none does. */
 static uint32_t llm__gram_object(llm__gram_schema *s, const llm__gram_conj *c) {
     llm__gram_builder *b = s->b;
-    size_t n, first;
+    size_t n;
     llm__str *names = llm__gram_names_of(s, c, &n);
     llm__str *sorted = (llm__str *)llm__alloc(b->env, n + 1, sizeof *sorted);
     memcpy(sorted, names, n * sizeof *names);
-    uint32_t other = llm__gram_rule_expr(b, llm__gram_other_property(s, c, sorted, n));
-    uint32_t other_rule = b->exprs[other].a, more, alt;
-    uint32_t after = llm__gram_new_rule(b), begins = llm__gram_new_rule(b);
-    more = llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_comma(s), other, 0, 0);
-    more = llm__gram_repeat_of(b, more, 0, LLM__GRAM_ENDLESS);
-    llm__gram_define(b, after, llm__gram_list(b, LLM__GRAM_SEQ, more, llm__gram_close(s, "}"), 0, 0), 0);
-    alt = llm__gram_list(b, LLM__GRAM_ALT, llm__gram_close(s, "}"), 0, 0, 0);
-    llm__gram_add(
-        b, alt,
-        llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_rule_expr(b, other_rule), llm__gram_rule_expr(b, after), 0, 0));
-    llm__gram_define(b, begins, alt, 0);
+    llm__gram_counts counts = llm__gram_counts_of(s, c, n);
+    uint32_t other = llm__gram_other_property(s, c, sorted, n), alt;
+    uint32_t *after = (uint32_t *)llm__alloc(b->env, counts.n + 1, sizeof *after);
+    for (uint32_t count = 0; count <= counts.n; count++)
+        after[count] = llm__gram_define_new(b, llm__gram_object_end(s, &counts, count, other, false));
+    uint32_t begins = llm__gram_define_new(b, llm__gram_object_end(s, &counts, 0, other, true));
     for (size_t i = n; i-- > 0;) {
         llm__gram_conj inner = llm__gram_property(s, c, names[i]);
         bool required = llm__gram_is_required(s, c, names[i]);
-        uint32_t own = llm__gram_new_rule(b);
         uint32_t name = llm__gram_colon(s, llm__gram_quoted(b, llm__gram_string_text(b, names[i])));
-        uint32_t value = llm__gram_conj_expr(s, &inner);
-        llm__gram_define(b, own, llm__gram_list(b, LLM__GRAM_SEQ, name, value, llm__gram_rule_expr(b, after), 0), 0);
+        uint32_t value = llm__gram_conj_expr(s, &inner), first = 0;
+        uint32_t pair = llm__gram_list(b, LLM__GRAM_SEQ, name, value, 0, 0);
+        uint32_t pair_rule = counts.n ? llm__gram_define_new(b, pair) : LLM__GRAM_NONE;
+        for (uint32_t count = 0; count <= counts.n; count++) { /* after[count + 1] is still that of the next property */
+            uint32_t next = count < counts.n ? count + 1 : count, own = LLM__GRAM_NONE;
+            bool fits = count < counts.max;
+            if (fits && counts.n) pair = llm__gram_rule_expr(b, pair_rule);
+            if (fits)
+                own = llm__gram_define_new(
+                    b, llm__gram_list(b, LLM__GRAM_SEQ, pair, llm__gram_rule_expr(b, after[next]), 0, 0));
+            if (!count) first = own;
+            alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+            if (fits)
+                llm__gram_add(b, alt,
+                              llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_comma(s), llm__gram_rule_expr(b, own), 0, 0));
+            if (!required) llm__gram_add(b, alt, llm__gram_rule_expr(b, after[count]));
+            after[count] = llm__gram_define_new(b, alt);
+        }
         alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
-        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_comma(s), llm__gram_rule_expr(b, own), 0, 0));
-        if (!required) llm__gram_add(b, alt, llm__gram_rule_expr(b, after));
-        after = llm__gram_new_rule(b);
-        llm__gram_define(b, after, alt, 0);
-        alt = llm__gram_list(b, LLM__GRAM_ALT, llm__gram_rule_expr(b, own), 0, 0, 0);
+        if (first != LLM__GRAM_NONE) llm__gram_add(b, alt, llm__gram_rule_expr(b, first));
         if (!required) llm__gram_add(b, alt, llm__gram_rule_expr(b, begins));
-        begins = llm__gram_new_rule(b);
-        llm__gram_define(b, begins, alt, 0);
+        begins = llm__gram_define_new(b, alt);
     }
-    first = llm__gram_text(b, "{");
-    return llm__gram_list(b, LLM__GRAM_SEQ, (uint32_t)first, llm__gram_rule_expr(b, s->blank),
+    return llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "{"), llm__gram_rule_expr(b, s->blank),
                           llm__gram_rule_expr(b, begins), 0);
 }
 
@@ -20324,6 +20590,8 @@ typedef struct llm__spec {
     float *q[LLM_DRAFT_MAX]; /* memory for guesses.q, or NULL */
     int n_checked;           /* number of guesses that the current pass checks */
     llm_draft_stats *stats;
+    bool is_forced; /* the guesses of this pass are the tokens that the grammar forces */
+    bool is_blind;  /* and there are no logits to check them by, since nothing needs those */
 } llm__spec;
 
 /* Decides how many guesses of each kind to request. Returns false if guessing has not paid off so far. Then it is still
@@ -20386,14 +20654,35 @@ static llm_status llm__spec_call_draft(llm__spec *sp, llm_token last, const int 
     return LLM_OK;
 }
 
+static void llm__spec_forget_guesses(llm__spec *sp) {
+    sp->n_checked = 0;
+    sp->is_forced = sp->is_blind = false;
+    memset(&sp->guesses, 0, sizeof sp->guesses);
+}
+
+/* Makes the tokens that the grammar forces after `last` the guesses of the next pass, at most `most`. */
+static llm_status llm__spec_force(llm__spec *sp, llm_token last, int most, bool is_blind, llm_error *err) {
+    llm_context *ctx = sp->ctx;
+    int length = ctx->cache.lengths[sp->seq];
+    llm_token *text = llm__cache_tokens(&ctx->cache, sp->seq);
+    llm__spec_forget_guesses(sp);
+    if (most < 1) return LLM_OK;
+    text[length] = last; /* there is room; the pass will store it there anyway */
+    llm_status status = llm__gram_find_forced(sp->grammar, text, length + 1, ctx->model->shape.n_vocab,
+                                              sp->guesses.tokens, most, &sp->guesses.n, err);
+    sp->n_checked = sp->guesses.n;
+    sp->is_forced = sp->n_checked > 0;
+    sp->is_blind = sp->is_forced && is_blind;
+    return status;
+}
+
 /* Lets the draft guess what follows `last`, the token after the sequence, and sets n_checked: how many guesses the
    next pass checks, at most `most`. */
 static llm_status llm__spec_guess(llm__spec *sp, llm_token last, int most, llm_error *err) {
     int wanted[LLM_DRAFT_KINDS];
     double pass_seconds[LLM_DRAFT_LEARNT_SIZES], start = llm__clock_now();
     bool trial;
-    sp->n_checked = 0;
-    memset(&sp->guesses, 0, sizeof sp->guesses);
+    llm__spec_forget_guesses(sp);
     if (!sp->draft) return LLM_OK;
     llm_draft_learnt *s = &sp->draft->learnt;
     for (int i = 0; i < LLM_DRAFT_LEARNT_SIZES; i++)
@@ -20469,6 +20758,13 @@ static llm_status llm__spec_draw_checked(llm__spec *sp, const llm__sampler_scrat
     const llm_draft_guesses *g = &sp->guesses;
     bool guessed = row < g->n;
     llm_token guess = guessed ? g->tokens[row] : -1;
+    if (sp->is_blind && row < sp->n_checked) {
+        if (!llm__sampler_is_greedy(sp->sampler)) sp->sampler->n_drawn++; /* the number that the draw would use */
+        *token = guess;
+        *right = true;
+        int n_more; /* this only lets the grammar read the text */
+        return llm__gram_find_forced(sp->grammar, llm_seq_tokens(sp->ctx, sp->seq), length, 0, NULL, 0, &n_more, err);
+    }
     llm__sampler_choice choice =
         llm__sampler_choose(sp->ctx, scratch, llm_logits(sp->ctx, first + row), llm_seq_tokens(sp->ctx, sp->seq),
                             length, sp->answer_begin, sp->sampler, sp->grammar, err);
@@ -20480,7 +20776,7 @@ static llm_status llm__spec_draw_checked(llm__spec *sp, const llm__sampler_scrat
         *token = llm__sampler_draw_choice(&choice, sp->sampler);
         *right = guessed && *token == guess;
     }
-    if (guessed && sp->draft) {
+    if (guessed && sp->draft && !sp->is_forced) {
         float *n_right = &sp->draft->learnt.n_right[g->kind][row], *n_known = &sp->draft->learnt.n_known[g->kind][row];
         *n_right = 0.95f * *n_right + (*right ? 1.0f : 0.0f);
         *n_known = 0.95f * *n_known + 1.0f;
@@ -21054,7 +21350,7 @@ static bool llm__gen_show_token(llm__env *env, llm_stream *s, llm_token token) {
         stats->stop_index = box->stop_index;
     } else if (box->refused) {
         stats->stop = LLM_STOP_CALLBACK;
-    } else if (llm__gram_is_finished(s->desc.grammar, token)) {
+    } else if (llm__gram_is_finished(env, s->desc.grammar, token)) {
         stats->stop = LLM_STOP_END;
     } else if (stats->n_generated == s->desc.max_tokens) {
         stats->stop = LLM_STOP_LENGTH;
@@ -21254,6 +21550,7 @@ typedef struct llm__stream_pass {
     llm_stream *only; /* NULL: all streams take part */
     int n, most;      /* tokens in the batch, and the most */
     int n_spare;      /* rows with logits that guesses may have */
+    int n_room;       /* rows that tokens which the grammar forces may have */
     int n_promised;   /* blocks that streams take in this pass, or will take for the rest of their prompts */
     bool has_prompt;  /* some of the tokens are of prompts */
     int n_sampled;    /* streams in ctx->sampled, whose rows are sampled at the same time */
@@ -21471,6 +21768,7 @@ static void llm__stream_give_tickets(llm__stream_pass *p) {
     llm_context *ctx = p->ctx;
     llm_stream *start = ctx->turn && !p->only ? ctx->turn : ctx->streams, *s = start;
     int left = ctx->desc.n_logits < p->most ? ctx->desc.n_logits : p->most;
+    int room = (p->most < ctx->desc.n_batch ? p->most : ctx->desc.n_batch) - left;
     for (bool around = false; s && !(around && s == start);) {
         s->has_ticket = false;
         if (llm__stream_takes_part(p, s) && !(llm__stream_is_reading(s) && llm__stream_waits(s))) {
@@ -21484,6 +21782,7 @@ static void llm__stream_give_tickets(llm__stream_pass *p) {
     }
     if (left >= 0 && !p->only) ctx->turn = NULL;
     p->n_spare = left > 0 ? left : 0;
+    p->n_room = p->n_spare + room > 0 ? p->n_spare + room : 0;
 }
 
 static void llm__stream_push(llm__stream_pass *p, llm_stream *s, llm_token token, bool logits) {
@@ -21494,31 +21793,55 @@ static void llm__stream_push(llm__stream_pass *p, llm_stream *s, llm_token token
     ctx->step_logits[p->n++] = logits;
 }
 
+/* Whether the tokens that a text's grammar forces are taken without their logits: nothing shows or changes those. */
+static bool llm__stream_is_blind(const llm_stream *s) {
+    return s->desc.grammar && !s->sampler->mask && !s->sampler->n_biases && !s->desc.on_log_probs;
+}
+
+/* Whether it may need rows with logits for guesses. */
+static bool llm__stream_may_guess(const llm_stream *s) {
+    return s->speculation.draft || (s->desc.grammar && !llm__stream_is_blind(s));
+}
+
+/* Makes the tokens that a text's grammar forces, or else the draft's guesses, part of the pass. n_free: blocks that it
+   may take. n_spare: rows with logits. */
+static llm_status llm__stream_guess(llm__stream_pass *p, llm_stream *s, int n_spare, int n_free) {
+    llm__spec *sp = &s->speculation;
+    bool is_blind = llm__stream_is_blind(s);
+    if (n_spare > p->n_room) n_spare = p->n_room;
+    if (sp->grammar) {
+        int most = llm__gen_most_guesses(s, is_blind ? p->n_room : n_spare, n_free);
+        llm_status status = llm__spec_force(sp, s->token, most, is_blind, &s->err);
+        if (status || sp->is_forced) return status;
+    }
+    return llm__spec_guess(sp, s->token, sp->draft ? llm__gen_most_guesses(s, n_spare, n_free) : 0, &s->err);
+}
+
 /* The last tokens of the texts, with guesses where rows are to spare. */
 static void llm__stream_push_texts(llm__stream_pass *p) {
     llm_context *ctx = p->ctx;
-    int n_drafted = 0;
+    int n_guessing = 0;
     for (llm_stream *s = ctx->streams; s; s = s->next)
-        n_drafted += s->has_ticket && !llm__stream_is_reading(s) && s->speculation.draft;
+        n_guessing += s->has_ticket && !llm__stream_is_reading(s) && llm__stream_may_guess(s);
     for (llm_stream *s = ctx->streams; s; s = s->next) {
         llm__spec *sp = &s->speculation;
         if (!s->has_ticket || s->freed || llm__stream_is_reading(s)) continue;
-        bool drafted = sp->draft != NULL;
+        bool guesses = llm__stream_may_guess(s);
         int n_free = ctx->cache.n_free - p->n_promised + llm__cache_needs(&ctx->cache, s->desc.seq, 1);
-        int most = drafted ? llm__gen_most_guesses(s, p->n_spare / n_drafted, n_free) : 0;
-        n_drafted -= drafted;
         ctx->acting = s;
-        llm_status status = llm__spec_guess(sp, s->token, most, &s->err);
+        llm_status status = llm__stream_guess(p, s, guesses ? p->n_spare / n_guessing : 0, n_free);
+        n_guessing -= guesses;
         ctx->acting = NULL;
         if (status == LLM_ERROR_CANCELLED) llm__stream_finish(s, LLM_STOP_CALLBACK);
         else if (status) llm__stream_stop(s, status);
         if (status || s->freed) continue;
         p->n_promised += llm__cache_needs(&ctx->cache, s->desc.seq, 1 + sp->n_checked) -
                          llm__cache_needs(&ctx->cache, s->desc.seq, 1);
-        p->n_spare -= sp->n_checked;
+        if (!sp->is_blind) p->n_spare -= sp->n_checked;
+        p->n_room -= sp->n_checked;
         s->first = p->n;
-        llm__stream_push(p, s, s->token, true);
-        for (int i = 0; i < sp->n_checked; i++) llm__stream_push(p, s, sp->guesses.tokens[i], true);
+        for (int i = 0; i <= sp->n_checked; i++)
+            llm__stream_push(p, s, i ? sp->guesses.tokens[i - 1] : s->token, !sp->is_blind || i == sp->n_checked);
     }
 }
 
@@ -21635,6 +21958,12 @@ static void llm__stream_sample(llm__stream_pass *p) {
     } else llm__stream_sample_task(p, 0);
 }
 
+/* Asks a stream's `cancel` between two tokens that one pass computed. */
+static bool llm__stream_is_cancelled(llm_stream *s) {
+    const llm_backend_desc *d = &s->ctx->backend_desc;
+    return llm__ranks_any(d->tensor, d->pipeline, llm__gen_poll_cancel(s));
+}
+
 /* Shows the token that was drawn, and another for each guess that was right. False if something ends the text. */
 static bool llm__stream_take_tokens(llm__env *env, llm_stream *s) {
     llm__spec *sp = &s->speculation;
@@ -21651,6 +21980,10 @@ static bool llm__stream_take_tokens(llm__env *env, llm_stream *s) {
         if (goes_on || s->desc.log_probs_of_end) llm__gen_show_log_probs(s, s->token, row);
         if (goes_on) goes_on = llm__gen_show_token(env, s, s->token);
         row += s->right;
+        if (goes_on && s->right && sp->is_forced && llm__stream_is_cancelled(s)) {
+            s->stats.stop = LLM_STOP_CALLBACK;
+            goes_on = false;
+        }
     } while (s->right && goes_on);
     if (s->freed) return false;
     llm__spec_count_pass(sp, row);

@@ -104,6 +104,24 @@ static void test_errors(void **state) {
     refuses(CHATML, nobody, 1, LLM_ERROR_ARGUMENT, "messages[0] has no role or no content");
 }
 
+/* Integers of JSON keep all their digits, as in Python. */
+static void test_large_integers(void **state) {
+    static const char list[] = "[9007199254740993, -9223372036854775808, 9223372036854775807, 9223372036854775808, "
+                               "-123456789012345678901234567890, 0, 1.5]";
+    llm_tokenizer *tokenizer = small_tokenizer("{{ n }}|{{ n|tojson }}|{{ n[4] is integer }}{{ n[3] is float }}");
+    llm_message messages[1] = {{"user", "a"}};
+    llm_chat_desc chat = {.messages = messages, .n_messages = 1};
+    llm_error err;
+    char variables[300], text[500], expected[500];
+    (void)state;
+    snprintf(variables, sizeof variables, "{\"n\": %s}", list);
+    snprintf(expected, sizeof expected, "%s|%s|TrueFalse", list, list);
+    chat.variables_json = variables;
+    if (llm_chat_render(tokenizer, &chat, text, sizeof text, &err) < 0) fail_msg("%s", err.message);
+    assert_string_equal(text, expected);
+    llm_tokenizer_free(tokenizer);
+}
+
 static void test_small_buffer(void **state) {
     (void)state;
     llm_tokenizer *tokenizer = small_tokenizer(CHATML);
@@ -202,8 +220,8 @@ static void test_default_model(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_golden),  cmocka_unit_test(test_errors),        cmocka_unit_test(test_small_buffer),
-        cmocka_unit_test(test_forging), cmocka_unit_test(test_default_model),
+        cmocka_unit_test(test_golden),       cmocka_unit_test(test_errors),  cmocka_unit_test(test_large_integers),
+        cmocka_unit_test(test_small_buffer), cmocka_unit_test(test_forging), cmocka_unit_test(test_default_model),
     };
     return cmocka_run_group_tests_name("chat", tests, NULL, NULL);
 }

@@ -1,5 +1,6 @@
 /* Grammars: which texts a regular expression or a JSON Schema allows, as Python's re and jsonschema say (grammar.py), and GBNF;
-   answers with a grammar are whole and valid, with streams and drafts, too; masks of a whole vocabulary; a mask of the
+   answers with a grammar are whole and valid, with streams and drafts, too; tokens that a grammar forces take few passes
+   and change nothing; masks of a whole vocabulary; a mask of the
    host; bad grammars are refused in words.
    Variants: asan */
 #include "tests/check.h"
@@ -197,6 +198,285 @@ static void test_streams(void **state) {
     llm_context_free(ctx);
 }
 
+/* ---- Forced tokens ---- */
+
+static const char *const FORCED =
+    "{\"type\":\"object\",\"properties\":{\"first_name\":{\"type\":\"string\",\"maxLength\":3},\"is_a_long_name\":"
+    "{\"type\":\"boolean\"},\"kind\":{\"enum\":[\"one of the kinds that there are\"]}},\"required\":[\"first_name\","
+    "\"is_a_long_name\",\"kind\"],\"additionalProperties\":false}";
+
+enum { MOST_TOKENS = 400 };
+
+typedef struct told {
+    llm_token ids[MOST_TOKENS];
+    char text[2 * MOST_TOKENS];
+    float chosen[MOST_TOKENS];
+    llm_log_prob top[MOST_TOKENS][2];
+    int n, n_log_probs, refuse_at, cancel_at; /* 0: it is not refused, not cancelled */
+    size_t n_text;
+    uint64_t n_drawn;
+} told;
+
+static bool tell_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
+    told *t = (told *)user;
+    (void)bytes;
+    (void)n_bytes;
+    assert_true(t->n < MOST_TOKENS);
+    t->ids[t->n++] = token;
+    return t->n != t->refuse_at;
+}
+
+static bool tell_text(void *user, const char *text, size_t n) {
+    told *t = (told *)user;
+    assert_true(t->n_text + n < sizeof t->text);
+    memcpy(t->text + t->n_text, text, n + 1);
+    t->n_text += n;
+    return true;
+}
+
+static void tell_log_probs(void *user, llm_log_prob chosen, const llm_log_prob *top, int n_top) {
+    told *t = (told *)user;
+    assert_int_equal(n_top, 2);
+    assert_int_equal(t->n_log_probs, t->n);
+    t->chosen[t->n_log_probs] = chosen.log_prob;
+    memcpy(t->top[t->n_log_probs++], top, 2 * sizeof *top);
+}
+
+static bool told_enough(void *user) {
+    const told *t = (const told *)user;
+    return t->cancel_at && t->n >= t->cancel_at;
+}
+
+/* What comes out if each token takes a pass of its own. */
+static void tell_one_by_one(llm_grammar *g, const char *prompt, llm_sampler sampler, told *t) {
+    llm_context *ctx = create_context(model, NULL);
+    const llm_tokenizer *tokenizer = llm_model_tokenizer(model);
+    llm_text_stream stream = {.started = true};
+    llm_token ids[64], token;
+    llm_error err;
+    int n = (int)llm_encode(tokenizer, prompt, strlen(prompt), LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, ids, 64, &err);
+    assert_in_range(n, 1, 64);
+    llm_batch batch = {.n_tokens = n, .tokens = ids};
+    memset(t, 0, sizeof *t);
+    llm_grammar_begin(g, n);
+    sampler.mask = llm_grammar_mask;
+    sampler.mask_user = g;
+    sampler.answer_begin = n;
+    for (bool goes_on = true; goes_on;) {
+        if (llm_forward(ctx, &batch, &err)) fail_msg("%s", err.message);
+        token = llm_sample(ctx, batch.n_tokens - 1, 0, &sampler);
+        assert_true(token >= 0 && t->n < MOST_TOKENS);
+        llm_log_probs(ctx, batch.n_tokens - 1, token, &t->chosen[t->n], t->top[t->n], 2);
+        t->ids[t->n++] = token;
+        t->n_text += llm_stream_token(tokenizer, &stream, token, t->text + t->n_text, sizeof t->text - t->n_text);
+        goes_on = llm_grammar_check(g, t->text, t->n_text) != 1; /* here nothing can follow a whole answer */
+        batch.n_tokens = 1;
+        batch.tokens = &token;
+    }
+    t->n_drawn = sampler.n_drawn;
+    llm_context_free(ctx);
+}
+
+/* The answer is the first n tokens of `all`, and the sequence has all of it but the last token. */
+static void assert_told(const told *t, const told *all, int n, const llm_context *ctx, const llm_stats *stats) {
+    assert_int_equal(t->n, n);
+    assert_int_equal(stats->n_generated, n);
+    assert_memory_equal(t->ids, all->ids, (size_t)n * sizeof *t->ids);
+    /* An answer that ends inside a character ends with U+FFFD. */
+    size_t n_whole = t->n_text;
+    while (n_whole >= 3 && !memcmp(t->text + n_whole - 3, "\xEF\xBF\xBD", 3)) n_whole -= 3;
+    if (strncmp(t->text, all->text, n_whole)) fail_msg("'%s' is not '%s'", t->text, all->text);
+    assert_int_equal(llm_seq_length(ctx, stats->seq), stats->n_prompt + n - 1);
+    assert_memory_equal(llm_seq_tokens(ctx, stats->seq) + stats->n_prompt, all->ids, (size_t)(n - 1) * sizeof *t->ids);
+    if (!t->n_log_probs) return;
+    assert_memory_equal(t->chosen, all->chosen, (size_t)n * sizeof *t->chosen);
+    assert_memory_equal(t->top, all->top, (size_t)n * sizeof *t->top);
+}
+
+static llm_stats tell(llm_context *ctx, llm_generate_desc *desc, told *t, int refuse_at, int cancel_at) {
+    llm_stats stats;
+    llm_error err;
+    memset(t, 0, sizeof *t);
+    t->refuse_at = refuse_at;
+    t->cancel_at = cancel_at;
+    desc->user = t;
+    desc->sampler->n_drawn = 0;
+    if (llm_generate(ctx, desc, &stats, &err)) fail_msg("%s", err.message);
+    return stats;
+}
+
+/* Everything that can end an answer, after each of its tokens. */
+static void end_everywhere(llm_context *ctx, const llm_generate_desc *desc, const told *all) {
+    static told t;
+    for (int k = 2; k < all->n; k += 3) {
+        llm_generate_desc d = *desc;
+        const char *stop = t.text;
+        d.max_tokens = k;
+        llm_stats stats = tell(ctx, &d, &t, 0, 0);
+        assert_int_equal(stats.stop, LLM_STOP_LENGTH);
+        assert_told(&t, all, k, ctx, &stats);
+        if (d.sampler->temperature > 0) assert_int_equal(d.sampler->n_drawn, k);
+        d = *desc;
+        stats = tell(ctx, &d, &t, k, 0);
+        assert_int_equal(stats.stop, LLM_STOP_CALLBACK);
+        assert_told(&t, all, k, ctx, &stats);
+        d.cancel = told_enough;
+        stats = tell(ctx, &d, &t, 0, k);
+        assert_int_equal(stats.stop, LLM_STOP_CALLBACK);
+        assert_told(&t, all, k, ctx, &stats);
+        d = *desc;
+        d.stop_tokens = &all->ids[k];
+        d.n_stop_tokens = 1;
+        stats = tell(ctx, &d, &t, 0, 0);
+        assert_int_equal(stats.stop, LLM_STOP_TOKEN);
+        assert_int_equal(t.ids[t.n - 1] == all->ids[k], 0);
+        assert_int_equal(llm_seq_length(ctx, 0), stats.n_prompt + t.n);
+        assert_memory_equal(t.ids, all->ids, (size_t)t.n * sizeof *t.ids);
+        assert_int_equal(all->ids[t.n], all->ids[k]);
+        stop = "of the kinds";
+        d = *desc;
+        d.stop_strings = &stop;
+        d.n_stop_strings = 1;
+        stats = tell(ctx, &d, &t, 0, 0);
+        assert_int_equal(stats.stop, LLM_STOP_STRING);
+        assert_int_equal(t.n_text, strstr(all->text, stop) - all->text);
+        size_t shown = strlen(stop) + t.n_text, n_bytes;
+        int n = 0;
+        for (size_t end = 0; end < shown; end += n_bytes)
+            llm_token_bytes(llm_model_tokenizer(model), all->ids[n++], &n_bytes);
+        assert_told(&t, all, n, ctx, &stats);
+    }
+}
+
+static void test_forced(void **state) {
+    llm_grammar *g = grammar_of(llm_grammar_from_json_schema, FORCED);
+    static told all, t;
+    (void)state;
+    for (int kind = 0; kind < 12; kind++) {
+        bool log_probs = kind & 1, drafted = kind >> 1 & 1;
+        int n_logits = kind < 4 ? LLM_DRAFT_MAX + 1 : kind < 8 ? 5 : 2, n_batch = kind < 4 ? 0 : kind < 8 ? 8 : 3;
+        llm_context_desc desc = {.n_threads = 1, .n_logits = log_probs || drafted ? n_logits : 1, .n_batch = n_batch};
+        llm_context *ctx = create_context(model, &desc);
+        for (uint64_t seed = 0; seed < 6; seed++) {
+            llm_draft draft = llm_draft_lookup();
+            llm_sampler sampler = {.temperature = seed % 3 ? 3 : 0, .seed = seed, .presence_penalty = 0.5f};
+            llm_generate_desc text = {.prompt = "abc",
+                                      .sampler = &sampler,
+                                      .grammar = g,
+                                      .draft = drafted ? &draft : NULL,
+                                      .draft_keeps_text = true,
+                                      .on_text = tell_text,
+                                      .on_token = tell_token,
+                                      .on_log_probs = log_probs ? tell_log_probs : NULL,
+                                      .n_top_log_probs = 2};
+            tell_one_by_one(g, text.prompt, sampler, &all);
+            llm_stats stats = tell(ctx, &text, &t, 0, 0);
+            assert_int_equal(stats.stop, LLM_STOP_END);
+            assert_told(&t, &all, all.n, ctx, &stats);
+            assert_string_equal(t.text, all.text);
+            assert_int_equal(sampler.n_drawn, all.n_drawn);
+            assert_true(stats.n_decode_passes < stats.n_generated * 3 / 4);
+            assert_true(stats.draft.n_accepted >= stats.n_generated / 4);
+            if (!drafted) {
+                assert_int_equal(stats.draft.n_accepted, stats.draft.n_proposed);
+                /* the answer's last token may be a guess, too */
+                assert_in_range(stats.n_decode_passes + stats.draft.n_accepted, stats.n_generated - 1,
+                                stats.n_generated);
+            }
+            if (kind == 0) assert_true(stats.n_decode_passes < stats.n_generated / 2);
+            if (seed < 2) end_everywhere(ctx, &text, &all);
+            llm_draft_free(&draft);
+        }
+        llm_context_free(ctx);
+    }
+    llm_grammar_free(g);
+}
+
+/* Full sequences and caches, and biases, a mask and a NaN that a forced token must not hide. */
+static void test_forced_limits(void **state) {
+    llm_grammar *g = grammar_of(llm_grammar_from_json_schema, FORCED);
+    llm_sampler sampler = {.temperature = 3, .seed = 5};
+    static told all, t;
+    llm_error err;
+    (void)state;
+    tell_one_by_one(g, "abc", sampler, &all);
+    for (int n_ctx = 8; n_ctx < 100; n_ctx += 5) {
+        llm_context_desc desc = {.n_threads = 1, .n_ctx = n_ctx};
+        llm_context *ctx = create_context(model, &desc);
+        llm_generate_desc text = {.prompt = "abc", .sampler = &sampler, .grammar = g, .on_token = tell_token};
+        llm_stats stats = tell(ctx, &text, &t, 0, 0);
+        int room = n_ctx - stats.n_prompt + 1;
+        assert_int_equal(stats.stop, room < all.n ? LLM_STOP_CONTEXT : LLM_STOP_END);
+        assert_told(&t, &all, room < all.n ? room : all.n, ctx, &stats);
+        llm_context_free(ctx);
+    }
+    llm_context_desc desc = {.n_threads = 1, .n_ctx = 512, .n_cache = LLM_CACHE_BLOCK};
+    llm_context *ctx = create_context(model, &desc);
+    llm_generate_desc text = {.prompt = "abc", .sampler = &sampler, .grammar = g, .on_token = tell_token};
+    llm_stats stats = tell(ctx, &text, &t, 0, 0);
+    assert_int_equal(stats.stop, LLM_STOP_CACHE);
+    assert_told(&t, &all, LLM_CACHE_BLOCK - stats.n_prompt + 1, ctx, &stats);
+    llm_context_free(ctx);
+    ctx = create_context(model, NULL);
+    llm_logit_bias bias = {'k', -INFINITY}; /* of "kind" */
+    sampler.biases = &bias;
+    sampler.n_biases = 1;
+    sampler.n_drawn = 0;
+    memset(&t, 0, sizeof t);
+    text.user = &t;
+    assert_int_equal(llm_generate(ctx, &text, &stats, &err), LLM_ERROR_ARGUMENT);
+    assert_non_null(strstr(err.message, "forbidden"));
+    llm_context_free(ctx);
+    llm_grammar_free(g);
+}
+
+/* Streams with forced tokens beside streams that read long prompts, in passes of a few tokens. */
+static void test_forced_streams(void **state) {
+    enum { N = 4 };
+    static told all[N], t[N];
+    static const char *const prompts[N] = {"abc", "a longer prompt, of which only a part is read", "x", "abcd"};
+    (void)state;
+    for (int n_tokens = 1; n_tokens < 40; n_tokens = 2 * n_tokens + 1) {
+        llm_context_desc desc = {.n_threads = 2, .n_seq = N, .n_logits = n_tokens % 4 ? N : 2, .n_batch = 32};
+        llm_context *ctx = create_context(model, &desc);
+        llm_stream *streams[N];
+        llm_grammar *grammars[N];
+        llm_sampler samplers[N];
+        llm_error err;
+        int n_running = 1, n_steps = 0, n_all = 0;
+        for (int i = 0; i < N; i++) {
+            grammars[i] = grammar_of(llm_grammar_from_json_schema, FORCED);
+            samplers[i] = (llm_sampler){.temperature = 3, .seed = (uint64_t)i};
+            tell_one_by_one(grammars[i], prompts[i], samplers[i], &all[i]);
+            n_all += all[i].n;
+            memset(&t[i], 0, sizeof t[i]);
+            llm_generate_desc text = {.prompt = prompts[i],
+                                      .seq = LLM_SEQ_ANY,
+                                      .sampler = &samplers[i],
+                                      .grammar = grammars[i],
+                                      .on_text = tell_text,
+                                      .on_token = tell_token,
+                                      .on_log_probs = i == 2 ? tell_log_probs : NULL,
+                                      .n_top_log_probs = 2,
+                                      .user = &t[i]};
+            if (llm_stream_begin(&streams[i], ctx, &text, &err)) fail_msg("%s", err.message);
+        }
+        for (; n_running; n_steps++)
+            if (llm_step(ctx, n_tokens, &n_running, &err)) fail_msg("%s", err.message);
+        for (int i = 0; i < N; i++) {
+            llm_stats stats;
+            if (llm_stream_result(streams[i], &stats, &err)) fail_msg("%s", err.message);
+            assert_int_equal(stats.stop, LLM_STOP_END);
+            assert_told(&t[i], &all[i], all[i].n, ctx, &stats);
+            assert_int_equal(samplers[i].n_drawn, all[i].n_drawn);
+            llm_stream_free(streams[i]);
+            llm_grammar_free(grammars[i]);
+        }
+        if (n_tokens >= 15) assert_true(n_steps < n_all / N);
+        llm_context_free(ctx);
+    }
+}
+
 /* ---- Masks ---- */
 
 /* The mask of a whole vocabulary is what llm_grammar_check says of the text with each token behind it. */
@@ -329,6 +609,20 @@ static void test_bad(void **state) {
     assert_refused(llm_grammar_from_json_schema, "{\"not\":{}}", LLM_ERROR_UNSUPPORTED, "not");
     assert_refused(llm_grammar_from_json_schema, "{\"$ref\":\"http://x/y\"}", LLM_ERROR_UNSUPPORTED, "");
     assert_refused(llm_grammar_from_json_schema, "{\"enum\":[]}", LLM_ERROR_ARGUMENT, "");
+    assert_refused(llm_grammar_from_json_schema, "{\"multipleOf\":0.01}", LLM_ERROR_UNSUPPORTED, "multipleOf");
+    assert_refused(llm_grammar_from_json_schema, "{\"multipleOf\":1001}", LLM_ERROR_UNSUPPORTED, "multipleOf");
+    assert_refused(llm_grammar_from_json_schema, "{\"multipleOf\":0}", LLM_ERROR_FORMAT, "multipleOf");
+    assert_refused(llm_grammar_from_json_schema, "{\"minProperties\":2}", LLM_ERROR_UNSUPPORTED, "minProperties");
+    assert_refused(llm_grammar_from_json_schema,
+                   "{\"type\":\"object\",\"minProperties\":2,\"maxProperties\":1,"
+                   "\"properties\":{\"a\":{},\"b\":{}}}",
+                   LLM_ERROR_ARGUMENT, "");
+    assert_refused(llm_grammar_from_json_schema, "{\"patternProperties\":{\"a\":{}}}", LLM_ERROR_UNSUPPORTED,
+                   "patternProperties");
+    assert_refused(llm_grammar_from_json_schema,
+                   "{\"patternProperties\":{\"a\":{},\"b\":{}},"
+                   "\"additionalProperties\":false}",
+                   LLM_ERROR_UNSUPPORTED, "patternProperties");
     memset(deep, '(', sizeof deep - 1);
     assert_refused(llm_grammar_from_regex, deep, LLM_ERROR_FORMAT, "deeper");
     memset(deep, '[', sizeof deep - 1);
@@ -339,6 +633,7 @@ typedef struct starved {
     make_grammar *make;
     const char *text;
     llm_host host;
+    llm_context *ctx;
 } starved;
 
 static llm_status make_starved(void *user, llm_error *err) {
@@ -353,20 +648,41 @@ static llm_status make_starved(void *user, llm_error *err) {
     return status;
 }
 
+/* The same, with an answer. */
+static llm_status answer_starved(void *user, llm_error *err) {
+    starved *job = (starved *)user;
+    llm_grammar *g = NULL;
+    llm_sampler sampler = {.temperature = 3, .seed = 1};
+    llm_status status = job->make(&g, llm_model_tokenizer(model), job->text, &job->host, err);
+    if (!status) {
+        llm_generate_desc desc = {.prompt = "abc", .sampler = &sampler, .grammar = g};
+        status = llm_generate(job->ctx, &desc, NULL, err);
+    }
+    llm_grammar_free(g);
+    return status;
+}
+
 /* Memory may run out at any allocation. */
 static void test_memory(void **state) {
     heap h = {0};
-    starved job = {llm_grammar_from_regex, "[a-e]{3,40}(-[0-9]{2})*", heap_host(&h)};
+    starved job = {llm_grammar_from_regex, "[a-e]{3,40}(-[0-9]{2})*", heap_host(&h), create_context(model, NULL)};
     (void)state;
     starve(&h, make_starved, &job, 1, "a grammar");
+    job.make = llm_grammar_from_json_schema;
+    job.text = FORCED;
+    starve(&h, answer_starved, &job, 7, "an answer with a grammar");
+    llm_context_free(job.ctx);
     assert_all_returned(&h);
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_golden),  cmocka_unit_test(test_gbnf),   cmocka_unit_test(test_answers),
-        cmocka_unit_test(test_streams), cmocka_unit_test(test_masks),  cmocka_unit_test(test_mask),
-        cmocka_unit_test(test_bad),     cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_golden),         cmocka_unit_test(test_gbnf),
+        cmocka_unit_test(test_answers),        cmocka_unit_test(test_streams),
+        cmocka_unit_test(test_forced),         cmocka_unit_test(test_forced_limits),
+        cmocka_unit_test(test_forced_streams), cmocka_unit_test(test_masks),
+        cmocka_unit_test(test_mask),           cmocka_unit_test(test_bad),
+        cmocka_unit_test(test_memory),
     };
     return cmocka_run_group_tests(tests, start, stop);
 }

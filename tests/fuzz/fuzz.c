@@ -8,9 +8,11 @@
      tokenizer.json   tokenizer.json, NUL, tokenizer_config.json or nothing
      tokenizer.model  tokenizer_config.json or nothing, NUL, tokenizer.model
      chat             a chat template, NUL, a message, NUL, a message ...
+     grammar          a byte for the kind, a byte for the draws, a regular expression, GBNF or JSON Schema
      round-trip       a byte for flags, a byte for one of the tokenizers of tests/golden, a text */
 #define LLM_IMPLEMENTATION
 #define LLM__JINJA_MEMORY ((size_t)8 << 20) /* so that rendering ends early enough */
+#define LLM__GRAM_MOST_BYTES ((size_t)16 << 20)
 #include "llm.h"
 
 #include <jansson.h>
@@ -539,6 +541,95 @@ static void fuzz_round_trip(const uint8_t *data, size_t size) {
     check_text(tokenizers[family], data + 2, size - 2, flags, exact);
 }
 
+/* ---- Grammars ---- */
+
+static uint32_t draw(uint32_t *state) { return (*state = *state * 1664525 + 1013904223) >> 8; }
+
+/* The state of a text; it may be too ambiguous to be known. */
+static llm_status read_text(llm_grammar *g, const char *text, size_t n, llm_error *err) {
+    llm__gram_args args;
+    memset(&args, 0, sizeof args);
+    args.g = g;
+    args.text.at = text;
+    args.text.n = n;
+    return llm__gram_guard(g, llm__gram_run_body, &args, err);
+}
+
+/* Writes a text of tokens that the mask allows, drawn at random. The text must fit after each of them. */
+static void write_at_random(llm_grammar *g, const llm_tokenizer *t, uint32_t seed) {
+    enum { MOST_STEPS = 24 };
+    int n_vocab = llm_tokenizer_n_vocab(t);
+    float *logits = (float *)malloc((size_t)n_vocab * sizeof *logits);
+    llm_token *allowed = (llm_token *)malloc((size_t)n_vocab * sizeof *allowed), ids[MOST_STEPS];
+    char text[MOST_STEPS * 256];
+    size_t n_text = 0, n_bytes;
+    llm_error err;
+    CHECK(logits && allowed);
+    llm_grammar_begin(g, 0);
+    for (int n = 0; n < MOST_STEPS; n++) {
+        int n_allowed = 0;
+        memset(logits, 0, (size_t)n_vocab * sizeof *logits);
+        llm_status status = llm__gram_apply(g, ids, n, logits, n_vocab, &err);
+        if (status) {
+            CHECK(status == LLM_ERROR_UNSUPPORTED);
+            check_error(status, &err);
+            break;
+        }
+        for (int id = 0; id < n_vocab; id++)
+            if (logits[id] == 0) allowed[n_allowed++] = id;
+        int whole = llm_grammar_check(g, text, n_text);
+        CHECK(whole >= 0 || read_text(g, text, n_text, &err));
+        if (!n_allowed) {
+            CHECK(whole);
+            break;
+        }
+        ids[n] = allowed[draw(&seed) % (uint32_t)n_allowed];
+        if (llm_token_is_end(t, ids[n])) {
+            CHECK(whole);
+            break;
+        }
+        const char *bytes = llm_token_bytes(t, ids[n], &n_bytes);
+        CHECK(!llm_token_is_special(t, ids[n]) && n_bytes && n_bytes < 256);
+        memcpy(text + n_text, bytes, n_bytes);
+        n_text += n_bytes;
+    }
+    free(logits);
+    free(allowed);
+}
+
+static llm_tokenizer *grammar_tokenizer;
+
+static void load_grammar_tokenizer(void) {
+    llm_error err;
+    if (!llm_tokenizer_load(&grammar_tokenizer, "tests/golden/tokenizers/smollm", NULL, &err)) return;
+    fprintf(stderr, "%s\n", err.message);
+    exit(1);
+}
+
+static void fuzz_grammar(const uint8_t *data, size_t size) {
+    if (size < 2) return;
+    char *text = (char *)malloc(size - 1);
+    llm_grammar *g;
+    llm_error err;
+    CHECK(text);
+    memcpy(text, data + 2, size - 2);
+    text[size - 2] = 0;
+    allowed += (size_t)96 << 20; /* for the limits on expressions and states, which do not depend on the text */
+    memset(&err, 0xEE, sizeof err);
+    llm_status status = data[0] % 3 == 0   ? llm_grammar_from_regex(&g, grammar_tokenizer, text, &counting, &err)
+                        : data[0] % 3 == 1 ? llm_grammar_from_gbnf(&g, grammar_tokenizer, text, &counting, &err)
+                                           : llm_grammar_from_json_schema(&g, grammar_tokenizer, text, &counting, &err);
+    if (status) {
+        check_refusal(status, &err);
+        CHECK(!g);
+    } else {
+        for (uint32_t i = 0; i < 2; i++) write_at_random(g, grammar_tokenizer, data[1] + 256 * i);
+        for (size_t n = size - 2; n > 0; n /= 2) llm_grammar_check(g, text, n);
+        llm_grammar_free(g);
+    }
+    free(text);
+}
+
 /* ---- Mutations that keep what surrounds them right ---- */
 
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);
@@ -731,6 +822,7 @@ static const struct {
     {"tokenizer.json", fuzz_tokenizer_json, NULL},
     {"tokenizer.model", fuzz_tokenizer_model, mutate_model},
     {"chat", fuzz_chat, mutate_chat},
+    {"grammar", fuzz_grammar, NULL},
     {"round-trip", fuzz_round_trip, NULL},
 };
 
@@ -747,6 +839,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     }
     all_good = getenv("FUZZ_ALL_GOOD") != NULL;
     if (targets[target].run == fuzz_round_trip) load_families();
+    if (targets[target].run == fuzz_grammar) load_grammar_tokenizer();
     if (targets[target].run == fuzz_chat) build_chat_tokenizer();
     if (!mkdtemp(folder) || atexit(remove_folder)) exit(1);
     return 0;

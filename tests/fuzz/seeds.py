@@ -219,6 +219,17 @@ def write_texts():
     write("round-trip", "long", b"\0\0" + b"ab" * 300 + b" " * 100 + b"\n" * 50)
 
 
+def write_grammars():
+    kinds = {"regex": b"\0", "schema": b"\2"}
+    for i, line in enumerate((GOLDEN / "grammar.jsonl").read_text().splitlines()):
+        kind, grammar, _ = json.loads(line)
+        write("grammar", i, kinds[kind] + bytes([i]) + grammar.encode())
+    for i, text in enumerate(['root ::= "a" | "b" root', 'root ::= (item ",")* item\nitem ::= [a-z]+ # a comment',
+                              'root ::= root "+" num | num\nnum ::= [0-9]{1,3}', 'root ::= "(" root? ")"',
+                              'root ::= . [^x] "\\x41\\n"?', 'root ::= root root | "a" | ""']):
+        write("grammar", f"gbnf-{i}", b"\1" + bytes([i]) + text.encode())
+
+
 def write_json():
     for i, text in enumerate(['{"a":[1,-2.5e3,0.1E-2,true,false,null],"\\u00e9\\ud83d\\ude00\\n":{"b":""}}', "[" * 64 + "]" * 64, "1e308",
                               "0.30000000000000004", "123456789012345678901234567890", "5e-324", '"\\ud800"', " [ ] "]):
@@ -263,6 +274,7 @@ def write_dictionaries():
     write_dictionary("json", words + JSON)
     write_dictionary("tokenizer.json", words + JSON + [in_json(w) for w in REGEX])
     write_dictionary("tokenizer.model", words + JSON + ["\0"])
+    write_dictionary("grammar", literals(21, 21) + JSON + REGEX + ["root ::= ", '"$ref":"#/$defs/', '"minimum":-', '"type":"', "{0,10000}"])
     write_dictionary("chat", literals(8, 8) + JINJA)
     write_dictionary("round-trip", ["<s>", "</s>", "<|im_start|>", "<|endoftext|>", "'ll", "\r\n", "  ", "\xE2\x96\x81", "\xCC\x81", "\0",
                                     "\xEA\xB0\x80", "\xED\x95\x9C", "\xF0\x9F\x98\x80", "\xC2\xA0", "\xEF\xBF\xBD", "\xED\xA0\x80", "123"])
@@ -274,4 +286,5 @@ write_tokenizers()
 write_chats()
 write_texts()
 write_json()
+write_grammars()
 write_dictionaries()

@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""JSON schemas as grammars, on one thread, beside xgrammar and llguidance: the time to compile each schema, and of each mask while a
+valid answer is read token by token. The vocabulary is Qwen's (151,646 tokens), from the package dashscope. Here a mask is applied to
+floats, as the sampler needs it; the others fill bits, so applying them comes on top. Each schema begins without any stored masks. Times
+are those of the processor, so that other programs do not count.
+
+    make bench-grammar        or, with the packages named in the Makefile:  bench/grammar.py build/libllm.so
+"""
+
+import base64
+import ctypes
+import importlib.metadata
+import json
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+
+if hasattr(os, "sched_setaffinity"): # before the libraries count the cores
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+import llguidance  # noqa: E402
+import llguidance.numpy  # noqa: E402
+import numpy  # noqa: E402
+import xgrammar  # noqa: E402
+
+TOP = pathlib.Path(__file__).parent.parent
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXT = "A longer text with commas, digits 0123456789, \u00e9\u00e8 and \u65e5\u672c\u8a9e: nothing in it needs an escape."
+
+STRING, WHOLE, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
+
+
+def record(**properties):
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+PERSON = record(first_name={"type": "string", "maxLength": 30}, last_name=STRING, age={"type": "integer", "minimum": 0, "maximum": 130},
+                email={"type": "string", "pattern": "^[\\w.]+@[\\w.]+\\.[a-z]{2,8}$"}, registered=FLAG)
+CASES = { # schema, answer
+    "person": (PERSON, {"first_name": "Anna", "last_name": "Huber", "age": 34, "email": "anna.huber@example.org", "registered": True}),
+    "people": ({"type": "array", "items": PERSON, "minItems": 1, "maxItems": 5},
+               [{"first_name": f"Name {i}", "last_name": TEXT, "age": i, "email": f"a{i}@b.com", "registered": False} for i in range(3)]),
+    "order": (record(id={"type": "string", "pattern": "^[A-Z]{3}-\\d{6}$"}, state={"enum": ["open", "paid", "sent", "returned"]},
+                     lines={"type": "array", "items": record(article=STRING, count={"type": "integer", "minimum": 1, "maximum": 999},
+                                                             price={"type": "number", "minimum": 0})}),
+              {"id": "ABC-123456", "state": "sent", "lines": [{"article": "Chair", "count": 4, "price": 49.95},
+                                                              {"article": "Table, oak", "count": 1, "price": 399.5}]}),
+    "any JSON": ({}, {"a": [1, 2.5e3, None, {"b": TEXT}], "c d": {"e": [True, False, "\u00e9\n"]}}),
+    "tree": ({"$ref": "#/$defs/node", "$defs": {"node": {"type": "object", "properties": {
+        "name": STRING, "children": {"type": "array", "items": {"$ref": "#/$defs/node"}}}, "required": ["name"],
+        "additionalProperties": False}}}, {"name": "root", "children": [{"name": "left"}, {"name": "right", "children": [{"name": "x"}]}]}),
+    "call": ({"anyOf": [record(name={"const": "search"}, arguments=record(query=STRING, limit=WHOLE)),
+                        record(name={"const": "weather"}, arguments=record(city=STRING, days={"enum": [1, 3, 7]}))]},
+             {"name": "weather", "arguments": {"city": "Z\u00fcrich", "days": 3}}),
+    "optional": ({"type": "object", "properties": {f"field_{i}": STRING if i % 2 else WHOLE for i in range(20)}},
+                 {f"field_{i}": TEXT if i % 2 else i * i for i in range(0, 20, 3)}),
+    "map": ({"type": "object", "additionalProperties": {"type": "array", "items": {"type": "number"}}},
+            {f"key {i}": [i / 4, i, -i] for i in range(6)}),
+}
+
+
+def qwen_ranks():
+    """The bytes of each token, in the order of their ids."""
+    lines = importlib.metadata.distribution("dashscope").locate_file("dashscope/resources/qwen.tiktoken").read_text().splitlines()
+    return [base64.b64decode(line.split()[0]) for line in lines if line]
+
+
+def byte_alphabet():
+    """The character that stands for each byte in byte-level pieces."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def split_of(token, ranks):
+    """The two pieces whose merge made a token: what is left when all merges of lower rank are done."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    own = ranks[token]
+    while len(parts) > 2:
+        found = [(ranks.get(a + b, own), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+        rank, i = min(found)
+        if rank >= own:
+            return None
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def tokenizer_json(tokens):
+    """tokenizer.json as that of Qwen 2.5; the words are split as the one in tests/golden does."""
+    made = json.loads((TOP / "tests/golden/tokenizers/qwen2/tokenizer.json").read_text())
+    ranks, alphabet = {token: i for i, token in enumerate(tokens)}, byte_alphabet()
+    written = ["".join(alphabet[b] for b in token) for token in tokens]
+    merges = [split_of(token, ranks) for token in tokens if len(token) > 1]
+    made["model"]["vocab"] = {piece: i for i, piece in enumerate(written)}
+    made["model"]["merges"] = [" ".join("".join(alphabet[b] for b in part) for part in pair) for pair in merges if pair]
+    made["added_tokens"] = [{"id": len(tokens) + i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+                             "normalized": False, "special": True} for i, text in enumerate(SPECIALS)]
+    return json.dumps(made)
+
+
+class Ours:
+    name = "llm.h"
+
+    def __init__(self, library, folder):
+        self.library, self.tokenizer = library, ctypes.c_void_p()
+        self.message = ctypes.create_string_buffer(504)
+        self.check(library.llm_tokenizer_load(ctypes.byref(self.tokenizer), os.fsencode(folder), None, self.message))
+        self.n_vocab = library.llm_tokenizer_n_vocab(self.tokenizer)
+        self.logits = numpy.zeros(self.n_vocab, numpy.float32)
+
+    def check(self, status):
+        if status:
+            sys.exit(self.message.raw[4:].split(b"\0")[0].decode())
+
+    def encode(self, text):
+        data = text.encode()
+        ids = (ctypes.c_int32 * (len(data) + 8))()
+        n = self.library.llm_encode(self.tokenizer, data, ctypes.c_size_t(len(data)), 0, ids, ctypes.c_size_t(len(ids)), None)
+        return ids[:n]
+
+    def compile(self, schema):
+        grammar, text = ctypes.c_void_p(), schema.encode()
+        begin = time.process_time()
+        status = self.library.llm_grammar_from_json_schema(ctypes.byref(grammar), self.tokenizer, text, None, self.message)
+        took = time.process_time() - begin
+        self.check(status)
+        return took, grammar
+
+    def masks(self, grammar, ids):
+        """Seconds of each mask; each must allow the next token."""
+        tokens, times = (ctypes.c_int32 * len(ids))(*ids), []
+        self.library.llm_grammar_begin(grammar, 0)
+        address = self.logits.ctypes.data_as(ctypes.c_void_p)
+        for i, token in enumerate(ids):
+            self.logits[:] = 0
+            begin = time.process_time()
+            self.library.llm_grammar_mask(grammar, tokens, i, address, self.n_vocab)
+            times.append(time.process_time() - begin)
+            if self.logits[token] != 0:
+                sys.exit(f"token {i} of the answer is not allowed")
+        self.library.llm_grammar_free(grammar)
+        return times
+
+
+class XGrammar:
+    name = "xgrammar"
+
+    def __init__(self, pieces):
+        self.info = xgrammar.TokenizerInfo(pieces, vocab_type=xgrammar.VocabType.RAW, vocab_size=len(pieces),
+                                           stop_token_ids=[len(pieces) - 3, len(pieces) - 1])
+
+    def compile(self, schema):
+        compiler = xgrammar.GrammarCompiler(self.info, max_threads=1, cache_enabled=False)
+        begin = time.process_time()
+        grammar = compiler.compile_json_schema(schema)
+        return time.process_time() - begin, grammar
+
+    def masks(self, grammar, ids):
+        matcher, times = xgrammar.GrammarMatcher(grammar), []
+        bits = xgrammar.allocate_token_bitmask(1, self.info.vocab_size)
+        for token in ids:
+            begin = time.process_time()
+            matcher.fill_next_token_bitmask(bits)
+            accepted = matcher.accept_token(token)
+            times.append(time.process_time() - begin)
+            if not accepted:
+                sys.exit("xgrammar does not allow the answer")
+        return times
+
+
+class LLGuidance:
+    name = "llguidance"
+
+    def __init__(self, text):
+        self.tokenizer = llguidance.LLTokenizer(text)
+
+    def compile(self, schema):
+        begin = time.process_time()
+        matcher = llguidance.LLMatcher(self.tokenizer, llguidance.LLMatcher.grammar_from_json_schema(schema))
+        took = time.process_time() - begin
+        if matcher.is_error():
+            sys.exit(matcher.get_error())
+        return took, matcher
+
+    def masks(self, matcher, ids):
+        bits, times = llguidance.numpy.allocate_token_bitmask(1, self.tokenizer.vocab_size), []
+        for token in ids:
+            begin = time.process_time()
+            llguidance.numpy.fill_next_token_bitmask(matcher, bits, 0)
+            accepted = matcher.consume_token(token)
+            times.append(time.process_time() - begin)
+            if not accepted:
+                sys.exit("llguidance does not allow the answer")
+        return times
+
+
+def load_library(path):
+    library = ctypes.CDLL(os.path.abspath(path))
+    library.llm_encode.restype = ctypes.c_int64
+    for name in ("llm_grammar_begin", "llm_grammar_free"):
+        getattr(library, name).restype = None
+    return library
+
+
+def percentile(values, part):
+    return sorted(values)[min(len(values) - 1, int(part * len(values)))]
+
+
+def main():
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    tokens = qwen_ranks()
+    text = tokenizer_json(tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "tokenizer.json").write_text(text)
+        ours = Ours(load_library(sys.argv[1]), folder)
+    pieces = tokens + [special.encode() for special in SPECIALS]
+    contestants = [ours, XGrammar(pieces), LLGuidance(text)]
+    compiled, times = {c.name: [] for c in contestants}, {c.name: [] for c in contestants}
+    for _ in range(3):
+        for schema, answer in CASES.values():
+            schema, ids = json.dumps(schema), ours.encode(json.dumps(answer, ensure_ascii=False))
+            for contestant in contestants:
+                took, grammar = contestant.compile(schema)
+                compiled[contestant.name].append(took)
+                times[contestant.name] += contestant.masks(grammar, ids)
+    print(f"{len(pieces)} tokens, {len(CASES)} schemas, {len(times['llm.h'])} masks\n")
+    print("| one thread | compile, ms: median | max | mask, us: median | p99 | max |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name in compiled:
+        ms, us = [1e3 * t for t in compiled[name]], [1e6 * t for t in times[name]]
+        version = "" if name == "llm.h" else f" {importlib.metadata.version(name)}"
+        print(f"| {name}{version} | {statistics.median(ms):.1f} | {max(ms):.1f} | {statistics.median(us):.0f} | "
+              f"{percentile(us, 0.99):.0f} | {max(us):.0f} |")
+
+
+main()
