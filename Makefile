@@ -59,8 +59,8 @@ vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster fuzz bench-tokenizer bench-grammar bench-peers size model deps format \
-        clean help \
+.PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster test-templates fuzz bench-tokenizer bench-grammar \
+        bench-peers size model deps format clean help \
         walkthrough walkthrough-programs walkthrough-diff
 all:
 	.ci/need $(NEEDED_TO_BUILD)
@@ -293,15 +293,28 @@ build/peers/venv/ready: Makefile
 	build/peers/venv/bin/pip install -q openvino-genai matplotlib
 	touch $@
 
-build/peers/llama/bin/llama-bench:
-	.ci/need cmake:cmake ninja-build:ninja g++:g++
-	mkdir -p $(@D)
+# llama.cpp's source.
+build/peers/$(LLAMA)/ready:
+	mkdir -p build/peers
 	python3 -m pip download -q --no-deps --no-binary :all: -d build/peers llama-cpp-python==$(LLAMA:llama_cpp_python-%=%)
 	tar -xzf build/peers/$(LLAMA).tar.gz -C build/peers
+	touch $@
+
+build/peers/llama/bin/llama-bench: build/peers/$(LLAMA)/ready
+	.ci/need cmake:cmake ninja-build:ninja g++:g++
 	cmake -G Ninja -S build/peers/$(LLAMA)/vendor/llama.cpp -B build/peers/llama -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF \
 		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
 		$$(! command -v clang++-19 >/dev/null || echo -DCMAKE_C_COMPILER=clang-19 -DCMAKE_CXX_COMPILER=clang++-19)
 	cmake --build build/peers/llama --target llama-bench llama-quantize
+
+# Chat templates beside jinja2: those of llama.cpp's models/templates, with random conversations, and those of its tests.
+test-templates: build/libllm.so build/peers/$(LLAMA)/ready build/venv/jinja2
+	build/venv/bin/python tests/templates.py build/libllm.so build/peers/$(LLAMA)/vendor/llama.cpp
+
+build/venv/jinja2: Makefile
+	python3 -m venv build/venv
+	build/venv/bin/pip install -q jinja2
+	touch $@
 
 # ---- Walkthrough ----------------------------------------------------------------------------------------------------
 
@@ -374,6 +387,7 @@ help:
 	echo "make bench-peers       the CPU beside llama.cpp and OpenVINO GenAI; the first time builds or fetches these (1 GB)"
 	echo "make walkthrough       the course in examples/walkthrough: runs every step, updates its table and pictures (about 7 minutes)"
 	echo "make walkthrough-diff N=3   what step 3 changes"
+	echo "make test-templates    chat templates beside jinja2: llama.cpp's, which come from PyPI (80 MB), with random conversations"
 	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine; T=name as above"
 	echo "make test-cluster  jobs under Slurm, a killed node, and ranks over a slow network, on this machine (root)"
 	echo "make size        the size of the library in a program, and how long it takes to compile"

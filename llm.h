@@ -2210,8 +2210,7 @@ static size_t llm__json_digits(llm__json_reader *r) {
     return (size_t)(r->at - start);
 }
 
-/* Converts a well-formed number. Exact if its digits and its power of ten fit a double, otherwise within a few
-   roundings. The largest doubles may become infinite, and the smallest keep fewer digits. */
+/* Converts a well-formed number. Correctly rounded if it has up to 18 digits; further digits are dropped. */
 static double llm__json_value(llm__str s) {
     uint64_t digits = 0;
     int power = 0, written = 0;
@@ -2236,15 +2235,14 @@ static double llm__json_value(llm__str s) {
         power += negative ? -written : written;
     }
     double value = (double)digits;
-    bool down = power < 0;
-    int left = down ? -power : power;
-    while (left && value > 0 && value < HUGE_VAL) {
-        int step = left < 256 ? left : 256; /* so that no power of ten is infinite */
-        double factor = 1, ten = 10;
-        for (int p = step; p; p >>= 1, ten *= ten)
-            if (p & 1) factor *= ten;
-        value = down ? value / factor : value * factor;
-        left -= step;
+    if (digits > (uint64_t)1 << 53 || power < -22 || power > 22) {
+        char text[40]; /* without a point, since which character strtod takes for that depends on the host's locale */
+        snprintf(text, sizeof text, "%llue%d", (unsigned long long)digits, power);
+        value = strtod(text, NULL);
+    } else { /* the digits and the power of ten are doubles, so one rounding is left */
+        double factor = 1;
+        for (int i = 0; i < power || i < -power; i++) factor *= 10;
+        value = power < 0 ? value / factor : value * factor;
     }
     return s.at[0] == '-' ? -value : value;
 }
@@ -4581,7 +4579,8 @@ typedef enum llm__jinja_type {
     LLM__J_DICT,
     LLM__J_LOOP,
     LLM__J_MACRO,
-    LLM__J_FUNCTION /* one of llm__jinja_functions */
+    LLM__J_FUNCTION, /* one of llm__jinja_functions */
+    LLM__J_METHOD    /* a method that is not called; u.name is its name */
 } llm__jinja_type;
 
 typedef struct llm__jinja_value {
@@ -4607,7 +4606,7 @@ typedef struct llm__jinja_value {
         struct llm__jinja_dict *dict;
         struct llm__jinja_loop *loop;
         const struct llm__jinja_node *macro;
-        llm__str name; /* LLM__J_UNDEFINED: the name that is undefined, for messages */
+        llm__str name; /* LLM__J_UNDEFINED: the name that is undefined, for messages; LLM__J_METHOD */
     } u;
 } llm__jinja_value;
 
@@ -5767,6 +5766,7 @@ static bool llm__jinja_equal(llm__jinja_run *r, const llm__jinja_value *a, const
         }
         return true;
     case LLM__J_MACRO: return a->u.macro == b->u.macro;
+    case LLM__J_METHOD: return false;
     default: return a->u.i == b->u.i;
     }
 }
@@ -5809,8 +5809,9 @@ static bool llm__jinja_truth(const llm__jinja_value *v) {
 }
 
 static const char *llm__jinja_type_name(const llm__jinja_value *v) {
-    static const char *const names[] = {"undefined", "none",         "a boolean", "an integer", "a float",   "a string",
-                                        "a list",    "a dictionary", "a loop",    "a macro",    "a function"};
+    static const char *const names[] = {"undefined", "none",     "a boolean",  "an integer",
+                                        "a float",   "a string", "a list",     "a dictionary",
+                                        "a loop",    "a macro",  "a function", "a method"};
     return names[v->type];
 }
 
@@ -5941,8 +5942,15 @@ static llm__jinja_value llm__jinja_replace(llm__jinja_run *r, const llm__jinja_v
                                            const llm__jinja_value *to, int64_t most) {
     llm__jinja_buffer b = {NULL, NULL, 0, 0};
     size_t at = 0;
-    if (!from->u.s.n) llm__jinja_error(r, "replacing the empty string is not supported");
-    for (; most != 0; most--) {
+    for (size_t end = 0; !from->u.s.n && most != 0 && at <= s->u.s.n; at = end, most--) { /* before each character */
+        llm__jinja_put_part(r, &b, to, 0, to->u.s.n);
+        if (at == s->u.s.n) return llm__jinja_finish(&b);
+        const uint8_t *next;
+        llm__utf8_decode((const uint8_t *)s->u.s.at + at, &next);
+        end = (size_t)(next - (const uint8_t *)s->u.s.at);
+        llm__jinja_put_part(r, &b, s, at, end);
+    }
+    for (; from->u.s.n && most != 0; most--) {
         size_t found = llm__jinja_search(r, s, from, at);
         if (found == SIZE_MAX) break;
         llm__jinja_put_part(r, &b, s, at, found);
@@ -6047,20 +6055,25 @@ static void llm__jinja_put_int(llm__jinja_run *r, llm__jinja_buffer *b, int64_t 
     llm__jinja_put_text(r, b, text);
 }
 
-/* Python's repr of a string. */
+/* Python's repr of a string. It escapes white space other than ' ', and what is no letter, mark, number, punctuation or
+   symbol. */
 static void llm__jinja_put_repr(llm__jinja_run *r, llm__jinja_buffer *b, const llm__jinja_value *s) {
     bool single = memchr(s->u.s.at, '\'', s->u.s.n) && !memchr(s->u.s.at, '"', s->u.s.n);
     const char *quote = single ? "\"" : "'";
+    const uint8_t *begin = (const uint8_t *)s->u.s.at, *end = begin + s->u.s.n, *next;
     llm__jinja_put_text(r, b, quote);
-    for (size_t i = 0; i < s->u.s.n; i++) {
-        char c = s->u.s.at[i], text[8];
-        if (c == '\\' || c == *quote) snprintf(text, sizeof text, "\\%c", c);
+    for (const uint8_t *p = begin; p < end; p = next) {
+        char text[16];
+        unsigned is = llm__unicode_class_at(r->classes, p, &next);
+        uint32_t c = llm__utf8_decode(p, &next);
+        if (c == '\\' || c == (uint8_t)*quote) snprintf(text, sizeof text, "\\%c", (char)c);
         else if (c == '\n') snprintf(text, sizeof text, "\\n");
         else if (c == '\r') snprintf(text, sizeof text, "\\r");
         else if (c == '\t') snprintf(text, sizeof text, "\\t");
-        else if ((uint8_t)c < 0x20 || c == 0x7F) snprintf(text, sizeof text, "\\x%02x", (unsigned)c);
+        else if (c != ' ' && (!is || is == LLM__SPACE))
+            snprintf(text, sizeof text, c < 0x100 ? "\\x%02x" : c < 0x10000 ? "\\u%04x" : "\\U%08x", (unsigned)c);
         else {
-            llm__jinja_put_part(r, b, s, i, i + 1);
+            llm__jinja_put_part(r, b, s, (size_t)(p - begin), (size_t)(next - begin));
             continue;
         }
         llm__jinja_put_text(r, b, text);
@@ -6315,12 +6328,37 @@ static llm__jinja_value llm__jinja_loop_attribute(const llm__jinja_loop *loop, l
     }
 }
 
+/* The method of that name, or undefined if Python's type has none or jinja2's sandbox hides it. */
+static llm__jinja_value llm__jinja_method(const llm__jinja_value *v, llm__str name) {
+    static const char *const dict[] = {"copy", "fromkeys", "get", "items", "keys", "values", NULL};
+    static const char *const list[] = {"count", "index", "copy", NULL};
+    static const char *const str[] = {
+        "capitalize",   "casefold",     "center",     "count",      "encode",    "endswith",    "expandtabs",
+        "find",         "format",       "index",      "isalnum",    "isalpha",   "isascii",     "isdecimal",
+        "isdigit",      "isidentifier", "islower",    "isspace",    "isnumeric", "isprintable", "istitle",
+        "isupper",      "join",         "ljust",      "lower",      "lstrip",    "partition",   "removeprefix",
+        "removesuffix", "replace",      "rfind",      "rindex",     "rjust",     "rsplit",      "rstrip",
+        "rpartition",   "split",        "splitlines", "startswith", "strip",     "swapcase",    "title",
+        "translate",    "upper",        "zfill",      "format_map", "maketrans", NULL};
+    llm__jinja_value method = llm__jinja_undefined(name);
+    int found = v->type == LLM__J_STR                        ? llm__jinja_find(str, name)
+                : v->type == LLM__J_LIST && !v->is_lazy      ? llm__jinja_find(list, name)
+                : v->type == LLM__J_DICT && !v->is_namespace ? llm__jinja_find(dict, name)
+                                                             : -1;
+    if (found >= 0 && !(v->is_tuple && found == 2)) method.type = LLM__J_METHOD; /* a tuple has no copy() */
+    return method;
+}
+
+/* v.name. As in Python, a dictionary's methods come before its keys: d.items is the method, and d['items'] the item. */
 static llm__jinja_value llm__jinja_attribute(llm__jinja_run *r, const llm__jinja_value *v, llm__str name) {
+    static const char *const hidden[] = {"clear", "pop", "popitem", "setdefault", "update", NULL};
     llm__jinja_value key = llm__jinja_text(name.at, name.n);
     if (v->type == LLM__J_UNDEFINED) llm__jinja_type_error(r, "an attribute", v);
     if (v->type == LLM__J_LOOP) return llm__jinja_loop_attribute(v->u.loop, name);
-    llm__jinja_value *found = v->type == LLM__J_DICT ? llm__jinja_lookup(r, v->u.dict, &key) : NULL;
-    return found ? *found : llm__jinja_undefined(name);
+    llm__jinja_value method = llm__jinja_method(v, name);
+    if (v->type != LLM__J_DICT || method.type == LLM__J_METHOD) return method;
+    llm__jinja_value *found = llm__jinja_lookup(r, v->u.dict, &key);
+    return found && (v->is_namespace || llm__jinja_find(hidden, name) < 0) ? *found : method;
 }
 
 /* v[key]. */
@@ -6330,7 +6368,8 @@ static llm__jinja_value llm__jinja_item(llm__jinja_run *r, const llm__jinja_valu
     if (key->type == LLM__J_STR && v->type != LLM__J_DICT) return llm__jinja_attribute(r, v, llm__jinja_str(key));
     if (v->type == LLM__J_DICT) {
         llm__jinja_value *found = llm__jinja_lookup(r, v->u.dict, key);
-        return found ? *found : llm__jinja_undefined(key->type == LLM__J_STR ? llm__jinja_str(key) : nothing);
+        if (found) return *found;
+        return key->type == LLM__J_STR ? llm__jinja_method(v, llm__jinja_str(key)) : llm__jinja_undefined(nothing);
     }
     if (key->type != LLM__J_INT && key->type != LLM__J_BOOL) return llm__jinja_undefined(nothing);
     if ((v->type != LLM__J_LIST || v->is_lazy) && v->type != LLM__J_STR) return llm__jinja_undefined(nothing);
@@ -6465,8 +6504,14 @@ static llm__jinja_value llm__jinja_call_function(llm__jinja_run *r, int number, 
         llm__jinja_value d = llm__jinja_new_dict(r);
         const llm__jinja_value *from = llm__jinja_arg(a, 0, NULL);
         d.is_namespace = number == LLM__JG_namespace;
-        if (from && from->type != LLM__J_DICT) llm__jinja_type_error(r, "dict", from);
-        for (size_t i = 0; from && i < from->u.dict->n; i += 2)
+        if (from && from->type != LLM__J_DICT && from->type != LLM__J_LIST) llm__jinja_type_error(r, "dict", from);
+        for (size_t i = 0; from && from->type == LLM__J_LIST && i < from->u.list->n; i++) {
+            const llm__jinja_value *pair = &from->u.list->items[i];
+            if (pair->type != LLM__J_LIST || pair->u.list->n != 2)
+                llm__jinja_error(r, "dict takes a list of pairs, and item %llu is not a pair", (unsigned long long)i);
+            llm__jinja_store(r, d.u.dict, pair->u.list->items[0], pair->u.list->items[1]);
+        }
+        for (size_t i = 0; from && from->type == LLM__J_DICT && i < from->u.dict->n; i += 2)
             llm__jinja_store(r, d.u.dict, from->u.dict->items[i], from->u.dict->items[i + 1]);
         for (int i = a->n_positional; i < a->n; i++) {
             a->used |= 1u << i;
@@ -6508,6 +6553,20 @@ static llm__jinja_value llm__jinja_format(llm__jinja_run *r, const llm__jinja_va
     }
     a->used = ~0u;
     return llm__jinja_finish(&b);
+}
+
+/* Where the line that begins at byte `at` ends, by Python's rules, and in *next where the line after it begins. */
+static size_t llm__jinja_line_end(const llm__jinja_value *s, size_t at, size_t *next) {
+    const uint8_t *begin = (const uint8_t *)s->u.s.at, *p = begin + at, *end = begin + s->u.s.n, *after = p;
+    for (; p < end; p = after) {
+        uint32_t c = llm__utf8_decode(p, &after);
+        if ((c >= '\n' && c <= '\r') || (c >= 0x1C && c <= 0x1E) || c == 0x85 || c == 0x2028 || c == 0x2029) {
+            after += c == '\r' && after < end && *after == '\n';
+            break;
+        }
+    }
+    *next = (size_t)(after - begin);
+    return (size_t)(p - begin);
 }
 
 static llm__jinja_value llm__jinja_string_method(llm__jinja_run *r, int number, const llm__jinja_value *s,
@@ -6575,13 +6634,9 @@ static llm__jinja_value llm__jinja_string_method(llm__jinja_run *r, int number, 
     case LLM__JM_splitlines: {
         llm__jinja_value list = llm__jinja_new_list(r);
         bool keep = llm__jinja_flag_arg(a, 0, "keepends", false);
-        for (size_t at = 0; at < s->u.s.n;) {
-            size_t end = at;
-            while (end < s->u.s.n && s->u.s.at[end] != '\n' && s->u.s.at[end] != '\r') end++;
-            size_t next =
-                end + (end < s->u.s.n) + (end + 1 < s->u.s.n && s->u.s.at[end] == '\r' && s->u.s.at[end + 1] == '\n');
+        for (size_t at = 0, next; at < s->u.s.n; at = next) {
+            size_t end = llm__jinja_line_end(s, at, &next);
             llm__jinja_add(r, list.u.list, llm__jinja_part(s, at, keep ? next : end));
-            at = next;
         }
         return list;
     }
@@ -6650,8 +6705,11 @@ static llm__jinja_value llm__jinja_path(llm__jinja_run *r, const llm__jinja_valu
     for (size_t from = 0; from <= path->u.s.n;) {
         size_t to = from;
         while (to < path->u.s.n && path->u.s.at[to] != '.') to++;
-        llm__jinja_value key = llm__jinja_part(path, from, to);
-        if (key.u.s.n && llm__jinja_is_digit(*key.u.s.at)) key = llm__jinja_int(*key.u.s.at - '0');
+        llm__jinja_value key = llm__jinja_part(path, from, to), index = llm__jinja_int(0);
+        size_t i = from;
+        for (; i < to && i - from < 18 && llm__jinja_is_digit(path->u.s.at[i]); i++)
+            index.u.i = index.u.i * 10 + (path->u.s.at[i] - '0');
+        if (i == to && to > from) key = index;
         at = llm__jinja_item(r, &at, &key);
         from = to + 1;
     }
@@ -6699,9 +6757,9 @@ static bool llm__jinja_run_test(llm__jinja_run *r, int number, const llm__jinja_
         if (v->type != LLM__J_INT || x->type != LLM__J_INT || !x->u.i)
             llm__jinja_error(r, "divisibleby needs two integers");
         return x->u.i == -1 || v->u.i % x->u.i == 0;
-    case LLM__JT_callable: return v->type == LLM__J_MACRO || v->type == LLM__J_FUNCTION;
+    case LLM__JT_callable: return v->type == LLM__J_MACRO || v->type == LLM__J_FUNCTION || v->type == LLM__J_METHOD;
     case LLM__JT_sameas:
-        if (v->type != x->type) return false;
+        if (v->type != x->type || v->type == LLM__J_UNDEFINED) return false;
         if (v->type == LLM__J_LIST || v->type == LLM__J_DICT) return (const void *)v->u.list == (const void *)x->u.list;
         return llm__jinja_equal(r, v, x, 0);
     default: { /* lower, upper: as str.islower and str.isupper */
@@ -6851,12 +6909,13 @@ static llm__jinja_value llm__jinja_indent(llm__jinja_run *r, const llm__jinja_va
             llm__jinja_error(r, "indent takes a width from 0 to 64");
         fill.u.s.n = (size_t)width->u.i;
     }
-    for (size_t at = 0, line = 0; at <= s->u.s.n; line++) {
-        size_t end = at;
-        while (end < s->u.s.n && s->u.s.at[end] != '\n') end++;
+    bool more = true; /* a line follows: the text does not end yet, or ends with a line's end */
+    for (size_t at = 0, line = 0, next; more; at = next, line++) {
+        size_t end = llm__jinja_line_end(s, at, &next);
+        more = next > end;
         if (line ? end > at || blank : first) llm__jinja_put_part(r, &b, &fill, 0, fill.u.s.n);
-        llm__jinja_put_part(r, &b, s, at, end < s->u.s.n ? end + 1 : end);
-        at = end + 1;
+        llm__jinja_put_part(r, &b, s, at, end);
+        if (more) llm__jinja_put_text(r, &b, "\n");
     }
     return llm__jinja_finish(&b);
 }
@@ -7004,7 +7063,7 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
     }
     case LLM__JF_reverse: {
         llm__jinja_value bounds[3] = {llm__jinja_make(LLM__J_NONE), llm__jinja_make(LLM__J_NONE), llm__jinja_int(-1)};
-        s = llm__jinja_slice(r, v, bounds);
+        s = v->type == LLM__J_UNDEFINED ? llm__jinja_new_list(r) : llm__jinja_slice(r, v, bounds);
         break;
     }
     case LLM__JF_indent:

@@ -1,5 +1,4 @@
-/* Chat templates against the text that jinja2 renders (tokenizer/chat.py), and that a message cannot forge special
-   tokens.
+/* Chat templates give the text that jinja2 renders (tokenizer/chat.py), and a message cannot forge special tokens.
    Variants: asan cross */
 #define LLM_IMPLEMENTATION
 #define LLM_NO_SIMD /* nothing is computed here */
@@ -122,6 +121,24 @@ static void test_large_integers(void **state) {
     llm_tokenizer_free(tokenizer);
 }
 
+/* The numbers of a JSON text, as Python's json reads and writes them. */
+static void test_numbers(void **state) {
+    (void)state;
+    static const char numbers[] = "1.5e+300, 5e-324, 1.7976931348623157e+308, 0.30000000000000004, 9007199254740993, "
+                                  "-123456789012345678, 999999999999999999, 1e+23, 0.1, 123456.78901234567";
+    llm_tokenizer *tokenizer = small_tokenizer("{{ x }}");
+    llm_message message = {"user", ""};
+    llm_chat_desc chat = {.messages = &message, .n_messages = 1};
+    llm_error err;
+    char json[300], text[300], expected[300];
+    snprintf(json, sizeof json, "{\"x\": [%s]}", numbers);
+    snprintf(expected, sizeof expected, "[%s]", numbers);
+    chat.variables_json = json;
+    if (llm_chat_render(tokenizer, &chat, text, sizeof text, &err) < 0) fail_msg("%s", err.message);
+    assert_string_equal(text, expected);
+    llm_tokenizer_free(tokenizer);
+}
+
 static void test_small_buffer(void **state) {
     (void)state;
     llm_tokenizer *tokenizer = small_tokenizer(CHATML);
@@ -220,8 +237,10 @@ static void test_default_model(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_golden),       cmocka_unit_test(test_errors),  cmocka_unit_test(test_large_integers),
-        cmocka_unit_test(test_small_buffer), cmocka_unit_test(test_forging), cmocka_unit_test(test_default_model),
+        cmocka_unit_test(test_golden),         cmocka_unit_test(test_errors),
+        cmocka_unit_test(test_large_integers), cmocka_unit_test(test_numbers),
+        cmocka_unit_test(test_small_buffer),   cmocka_unit_test(test_forging),
+        cmocka_unit_test(test_default_model),
     };
     return cmocka_run_group_tests_name("chat", tests, NULL, NULL);
 }

@@ -1,4 +1,5 @@
-/* Ranks that are threads of one process: exchanges, messages, and that no rank hangs when another fails.
+/* Ranks that are threads of one process: the tests check their exchanges and messages, and that no rank hangs when
+   another fails.
    Variants: asan tsan */
 #include "tests/check.h"
 #include "llm.h"

@@ -1,6 +1,5 @@
 /* The default number of threads: one for each core that the process may use, but not more than its control groups
-   allow. Tested with invented trees of files, with a mask of this process, and in a real group where one can be
-   made. */
+   allow. The tests use invented trees of files, a mask of this process, and a real group where one can be made. */
 #define _GNU_SOURCE
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION

@@ -1,5 +1,6 @@
-/* The default model against independent references: logits of a float64 forward pass, greedy text of llama.cpp, and the
-   perplexity and divergence of the other types from f32. tests/golden/README.md says where the data come from. */
+/* The default model is compared with independent references: the logits of a float64 forward pass and the greedy text
+   of llama.cpp. The perplexity of the other types, and their divergence from f32, have limits.
+   tests/golden/README.md says where the data come from. */
 #include "tests/check.h"
 #include "llm.h"
 #include "tests/common.h"

@@ -1,4 +1,4 @@
-/* The sampler against a plain reference in double: which tokens can be drawn, and how often.
+/* The sampler is compared with a plain reference in double: which tokens can be drawn, and how often.
    Variants: asan */
 #include "tests/check.h"
 #include "llm.h"

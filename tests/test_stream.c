@@ -1,5 +1,5 @@
-/* Streams: every text is the one that llm_generate alone gives, whatever else is going on; nobody waits for long; what goes
-   wrong in one stream is the end of that one alone; prefixes are computed once.
+/* Streams: every text is the one that llm_generate alone gives, whatever other streams do. No stream waits for long. An
+   error in one stream ends only that stream. A common prefix is computed once.
    Variants: asan tsan cross */
 #include "tests/check.h"
 #include "llm.h"

@@ -1,5 +1,6 @@
-/* tokenizer.json and tokenizer.model: small ones of each kind against the ids of Hugging Face's tokenizers and of
-   sentencepiece (tokenizer/families.py); the files beside them; hostile files; failing allocations.
+/* tokenizer.json and tokenizer.model: small files of each kind give the ids that Hugging Face's tokenizers and
+   sentencepiece give (tokenizer/families.py). The files beside them, hostile files and failing allocations are tested,
+   too.
    Variants: asan cross */
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION

@@ -444,6 +444,8 @@ d | items | list|{'b': 1, 'a': 2} | dictsort|{'b': 1, 'a': 2} | dictsort(by='val
 list | reverse | list|'abc' | reverse|'a\\nb\\n\\nc' | indent|'a\\nb' | indent(2, true)|'a\\n\\nb' | indent(2, blank=true)|m | abs|2.567 | round|2.567 | round(2)|2.1 | round(method='ceil')|list | sum|people | sum(attribute='age')|list | min|list | max|names | min
 d | tojson|d | tojson(indent=2)|list | tojson|u | tojson|u | tojson(ensure_ascii=true)|'a"b\\\\c\\n<&>' | tojson|{'b': 1.0, 'a': 1e20, 'c': none, 'd': true} | tojson(sort_keys=true)|d | tojson(separators=(',', ':'))|[] | tojson(indent=2)|{} | tojson|5 | tojson|-0.0 | tojson
 x is defined|z is defined|x is undefined|z is none|s is string|d is mapping|list is sequence|s is sequence|list is iterable|5 is iterable|n is number|n is integer|f is float|yes is boolean|yes is true|0 is false|n is not odd|n is even|n is divisibleby 7|n is divisibleby(2)|n is eq 7|n is gt(3)|n is in [7]|'a' is lower|'A' is upper|none is none|n is sameas n
+['\\xa0\\u200b\\u2028\\x85', '\\U000e0001'] | string|d.items is defined|d.keys is callable|d['items'] is callable|{'items': 1}.items is callable|{'items': 1}['items']|{'pop': 1}.pop is defined|''.strip is callable
+x is sameas x|dict([['a', 1], ('b', 2)])|dict([1])|'h\\xe9y'.replace('', '-')|'h\\xe9y'.replace('', '-', 2)|x | reverse | list|'a\\u2028b\\x0bc\\r\\nd' | indent|'a\\n' | indent(blank=true)|'' | indent(2, true)|'a\\x85b\\x1cc'.splitlines()|[[[7]]] | map(attribute='0.00') | list
 loop is defined|namespace(a=1).a|x.y|1 / 0|list | nothing_like_it|raise_exception('no')|5 + 'a'|'a' < 1|list.append(1)|none | length|5 | join
 """
 STATEMENTS = [
@@ -491,13 +493,18 @@ def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def environment():
+    """Jinja with the settings of transformers, except for the date."""
+    settings = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    settings.globals["raise_exception"] = refuse
+    settings.filters["tojson"] = to_json
+    return settings
+
+
 def render(template, **variables):
-    """Renders like transformers, except for the date. Returns None if that fails."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = to_json
+    """Renders a conversation. Returns None if that fails."""
     try:
-        return environment.from_string(template).render(tools=None, documents=None, bos_token="<s>", eos_token="</s>", **variables)
+        return environment().from_string(template).render(tools=None, documents=None, bos_token="<s>", eos_token="</s>", **variables)
     except (TemplateError, TypeError, ValueError, ZeroDivisionError):
         return None
 

@@ -1,5 +1,4 @@
-/*  cublas_v2.h - the one product of cuBLAS that llm_cuda.cu uses, in plain loops. See cuda_runtime.h beside this file.
-    */
+/*  cublas_v2.h - the one product of cuBLAS that llm_cuda.cu uses, in plain loops. cuda_runtime.h explains the rest. */
 #ifndef CUDA_HOST_CUBLAS_H
 #define CUDA_HOST_CUBLAS_H
 
