@@ -590,6 +590,14 @@ LLM_API llm_status llm_model_read_info_callback(llm_read_fn read, void *user, ui
    is copied. Loaded as int8, `to` gives the same bits as `from`. A failure may leave a part of `to` behind. */
 LLM_API llm_status llm_quantize_directory(const char *from, const char *to, const llm_host *host, llm_error *err);
 
+/* The same, with half of these weights made zero: of each four side by side in a row, the two of smaller magnitude; of
+   equal ones the later. (2:4 sparsity by magnitude, Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021. A
+   model that was not trained further with the zeros is much worse.) dtype is LLM_DTYPE_BF16 or LLM_DTYPE_INT8. The zeros
+   are stored, so all that read such a directory can read this one. Fails if the number of columns of a matrix is no
+   multiple of 4, or a weight is NaN or too large for bf16. */
+LLM_API llm_status llm_prune_directory(const char *from, const char *to, llm_dtype dtype, const llm_host *host,
+                                       llm_error *err);
+
 typedef struct llm_quantize_desc {
     const char *type; /* "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K",
                          "Q4_K_M", "Q5_K_M"; NULL is an error                                                 */
@@ -3076,6 +3084,8 @@ typedef struct llm__tensor {
     uint64_t offset;                  /* in the file */
     const uint8_t *data;              /* NULL if the bytes are not in memory; see llm__tensor_bytes */
     const struct llm__tensor *scales; /* int8 tensors: one scale per row; NULL for other types */
+    /* A matrix of which half the weights are stored: these weights, and the mask of their columns; otherwise NULL. */
+    const struct llm__tensor *kept, *mask;
 } llm__tensor;
 
 enum llm__gguf_type {
@@ -3148,7 +3158,7 @@ static void llm__tensor_place(llm__env *env, llm__tensor *t, const llm__file *fi
     t->file = file;
     t->offset = offset;
     t->data = offset + bytes <= file->have ? file->data + offset : NULL;
-    t->scales = NULL;
+    t->scales = t->kept = t->mask = NULL;
 }
 
 static int llm__tensor_compare_names(const void *a, const void *b) {
@@ -3161,6 +3171,13 @@ static int llm__tensor_compare_places(const void *a, const void *b) {
     return (x->offset > y->offset) - (x->offset < y->offset);
 }
 
+static void llm__tensor_sort_names(llm__env *env, llm__checkpoint *ck) {
+    qsort(ck->tensors, ck->n_tensors, sizeof *ck->tensors, llm__tensor_compare_names);
+    for (size_t i = 1; i < ck->n_tensors; i++)
+        if (llm__str_equal(ck->tensors[i - 1].name, ck->tensors[i].name))
+            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s occurs twice", LLM__SHOW(ck->tensors[i].name));
+}
+
 static void llm__tensor_sort(llm__env *env, llm__checkpoint *ck) {
     ck->used = (bool *)llm__alloc_zero(env, ck->n_tensors + 1, sizeof *ck->used);
     if (!ck->n_tensors) return;
@@ -3171,10 +3188,7 @@ static void llm__tensor_sort(llm__env *env, llm__checkpoint *ck) {
             llm__fail(env, LLM_ERROR_FORMAT, "tensors %.*s and %.*s overlap at offset %llu", LLM__SHOW(a->name),
                       LLM__SHOW(b->name), (unsigned long long)b->offset);
     }
-    qsort(ck->tensors, ck->n_tensors, sizeof *ck->tensors, llm__tensor_compare_names);
-    for (size_t i = 1; i < ck->n_tensors; i++)
-        if (llm__str_equal(ck->tensors[i - 1].name, ck->tensors[i].name))
-            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s occurs twice", LLM__SHOW(ck->tensors[i].name));
+    llm__tensor_sort_names(env, ck);
 }
 
 static const llm__tensor *llm__tensor_find(const llm__checkpoint *ck, const char *name) {
@@ -3244,10 +3258,36 @@ static void llm__tensor_refuse_unused(llm__env *env, const llm__checkpoint *ck) 
     }
 }
 
+/* All weights of a matrix of which half are stored, in new memory. */
+static uint8_t *llm__tensor_fill_zeros(llm__env *env, const llm__tensor *t) {
+    const size_t size = t->type->block_bytes;
+    uint8_t *bytes = (uint8_t *)llm__alloc_zero(env, (size_t)(t->rows * t->cols), size), *to = bytes;
+    const uint8_t *kept = t->kept->data;
+    for (uint64_t r = 0; r < t->rows; r++) {
+        const uint8_t *mask = t->mask->data + r * t->mask->cols;
+        for (uint64_t i = 0; i < t->mask->cols * 8; i += 4) {
+            const unsigned bits = mask[i / 8] >> (i % 8) & 15u, count = (0x4332322132212110u >> 4 * bits) & 15u;
+            if (count != (i < t->cols ? 2 : 0))
+                llm__fail(env, LLM_ERROR_FORMAT,
+                          "tensor %.*s: row %llu has %u weights at columns %llu to %llu of %llu; of each four columns "
+                          "there must be 2",
+                          LLM__SHOW(t->mask->name), (unsigned long long)r, count, (unsigned long long)i,
+                          (unsigned long long)i + 3, (unsigned long long)t->cols);
+            for (unsigned j = 0; j < 4 && count; j++, to += size)
+                if (bits >> j & 1) {
+                    memcpy(to, kept, size);
+                    kept += size;
+                }
+        }
+    }
+    return bytes;
+}
+
 /* A tensor's bytes, read into new memory if they are not in memory already. The caller frees them in that case. */
 static uint8_t *llm__tensor_bytes(llm__env *env, llm__tensor *t) {
     if (t->data) return NULL;
-    uint8_t *bytes = llm__file_read(env, t->file, t->offset, t->rows * t->row_bytes);
+    uint8_t *bytes =
+        t->kept ? llm__tensor_fill_zeros(env, t) : llm__file_read(env, t->file, t->offset, t->rows * t->row_bytes);
     t->data = bytes;
     return bytes;
 }
@@ -3610,6 +3650,88 @@ static void llm__safetensors_read_shards(llm__env *env, llm__checkpoint *ck, con
     }
 }
 
+/* The name of a tensor that ends in `end`, with another end; at is NULL if it does not end so. */
+static llm__str llm__tensor_rename(llm__env *env, llm__str name, const char *end, const char *other) {
+    const size_t n_end = strlen(end), n_other = strlen(other), n = name.n - n_end;
+    llm__str renamed = {NULL, 0};
+    if (name.n < n_end || memcmp(name.at + n, end, n_end)) return renamed;
+    char *text = (char *)llm__alloc(env, n + n_other + 1, 1);
+    memcpy(text, name.at, n);
+    memcpy(text + n, other, n_other + 1);
+    renamed.at = text;
+    renamed.n = n + n_other;
+    return renamed;
+}
+
+/* compressed-tensors' "sparse-24-bitmask" stores a matrix NAME.weight of which each four columns have two weights as
+   three tensors:
+     NAME.compressed  [rows][cols / 2]        the weights, without the zeros between them
+     NAME.bitmask     U8 [rows][cols / 8]     bit i % 8 of byte i / 8: is there a weight at column i? Rounded up.
+     NAME.shape       I64 [2][1]              rows and cols
+   Here they become one tensor. llm__tensor_bytes makes its bytes. */
+static void llm__sparse_join(llm__env *env, llm__checkpoint *ck) {
+    size_t n = 0;
+    llm__tensor *all = (llm__tensor *)llm__alloc(env, ck->n_tensors + 1, sizeof *all); /* as they were */
+    llm__file *nowhere = (llm__file *)llm__alloc_zero(env, 1, sizeof *nowhere);
+    llm__checkpoint before = *ck;
+    before.tensors = all;
+    if (ck->n_tensors) memcpy(all, ck->tensors, ck->n_tensors * sizeof *all);
+    for (size_t i = 0; i < ck->n_tensors; i++) {
+        static const char *const ends[] = {".bitmask", ".shape"};
+        const llm__tensor *found[2] = {NULL, NULL}, *kept = &all[i];
+        llm__tensor t = all[i];
+        t.name = llm__tensor_rename(env, kept->name, ".compressed", ".weight");
+        if (!t.name.at) continue;
+        for (int j = 0; j < 2; j++) {
+            const llm__str name = llm__tensor_rename(env, kept->name, ".compressed", ends[j]);
+            found[j] = llm__tensor_find(&before, name.at);
+            if (!found[j])
+                llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s is there, but not %.*s", LLM__SHOW(kept->name),
+                          LLM__SHOW(name));
+            ck->used[found[j] - all] = true;
+        }
+        const llm__tensor *mask = found[0], *shape = found[1];
+        if (strcmp(shape->type->name, "I64") || shape->rows * shape->cols != 2 || strcmp(mask->type->name, "U8"))
+            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s is not two numbers of type I64, or %.*s is not of type U8",
+                      LLM__SHOW(shape->name), LLM__SHOW(mask->name));
+        t.rows = llm__bytes_u64(shape->data);
+        t.cols = llm__bytes_u64(shape->data + 8);
+        if (kept->type->block_weights != 1 || t.cols % 4 || kept->rows != t.rows || kept->cols != t.cols / 2 ||
+            mask->rows != t.rows || mask->cols != t.cols / 8 + (t.cols % 8 != 0))
+            llm__fail(env, LLM_ERROR_FORMAT,
+                      "tensor %.*s says %llu x %llu, of which %.*s must be the half and %.*s the eighth; they are "
+                      "%llu x %llu and %llu x %llu",
+                      LLM__SHOW(shape->name), (unsigned long long)t.rows, (unsigned long long)t.cols,
+                      LLM__SHOW(kept->name), LLM__SHOW(mask->name), (unsigned long long)kept->rows,
+                      (unsigned long long)kept->cols, (unsigned long long)mask->rows, (unsigned long long)mask->cols);
+        t.row_bytes = llm__tensor_mul(env, t.name, t.cols, t.type->block_bytes);
+        llm__tensor_mul(env, t.name, t.rows, t.row_bytes);
+        t.file = nowhere;
+        t.data = NULL;
+        t.kept = kept;
+        t.mask = mask;
+        ck->used[i] = true;
+        ck->tensors[i] = t;
+    }
+    for (size_t i = 0; i < ck->n_tensors; i++)
+        if (!ck->used[i] || ck->tensors[i].kept) ck->tensors[n++] = ck->tensors[i];
+    memset(ck->used, 0, ck->n_tensors * sizeof *ck->used);
+    ck->n_tensors = n;
+    llm__tensor_sort_names(env, ck);
+}
+
+/* Does config.json say that some matrices are stored so? */
+static bool llm__sparse_is_said(llm__env *env, const llm__json *config) {
+    static const char *const keys[] = {"quantization_config", "compression_config"};
+    bool said = false;
+    for (int i = 0; i < 2; i++) {
+        const llm__json *q = llm__json_get_type(env, config, keys[i], LLM__JSON_OBJECT);
+        const llm__json *s = q ? llm__json_get_type(env, q, "sparsity_config", LLM__JSON_OBJECT) : NULL;
+        said = said || (s && llm__str_is(llm__json_get_str(env, s, "format"), "sparse-24-bitmask"));
+    }
+    return said;
+}
+
 static llm__checkpoint *llm__hf_open(llm__env *env, const char *directory) {
     const char *path = env->file;
     llm__checkpoint *ck = (llm__checkpoint *)llm__alloc_zero(env, 1, sizeof *ck);
@@ -3630,6 +3752,7 @@ static llm__checkpoint *llm__hf_open(llm__env *env, const char *directory) {
     }
     env->file = path;
     llm__tensor_sort(env, ck);
+    if (llm__sparse_is_said(env, ck->config)) llm__sparse_join(env, ck);
     return ck;
 }
 
@@ -3884,6 +4007,17 @@ static const llm__hparams_architecture *llm__config_architecture(llm__env *env, 
 static void llm__config_check_quantization(llm__env *env, const llm__json *q) {
     if (!q) return;
     llm__str method = llm__json_get_str(env, q, "quant_method"), format = llm__json_get_str(env, q, "format");
+    const llm__json *s = llm__json_get_type(env, q, "sparsity_config", LLM__JSON_OBJECT);
+    const llm__json *groups = llm__json_get_type(env, q, "config_groups", LLM__JSON_OBJECT);
+    llm__str zeros = {"", 0};
+    if (s) zeros = llm__json_get_str(env, s, "format");
+    if (zeros.n && !llm__str_is(zeros, "dense") && !llm__str_is(zeros, "sparse-24-bitmask"))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "%.*s.sparsity_config.format is \"%.*s\"; this library supports dense and sparse-24-bitmask",
+                  LLM__SHOW(q->key), LLM__SHOW(zeros));
+    if (llm__str_is(method, "compressed-tensors") && zeros.n && (!format.n || llm__str_is(format, "dense")) &&
+        !(groups && groups->first))
+        return; /* zeros, but no int8 */
     if (!llm__str_is(method, "compressed-tensors") ||
         (!llm__str_is(format, "int-quantized") && !llm__str_is(format, "naive-quantized")))
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
@@ -3893,7 +4027,6 @@ static void llm__config_check_quantization(llm__env *env, const llm__json *q) {
     if (llm__json_get(q, "kv_cache_scheme"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s.kv_cache_scheme is set, which this library does not support",
                   LLM__SHOW(q->key));
-    const llm__json *groups = llm__json_get_type(env, q, "config_groups", LLM__JSON_OBJECT);
     for (const llm__json *g = groups ? groups->first : NULL; g; g = g->next) {
         const llm__json *w = llm__json_get_type(env, g, "weights", LLM__JSON_OBJECT);
         llm__str own = llm__json_get_str(env, g, "format");
@@ -4012,8 +4145,8 @@ static bool llm__config_tied_head(llm__env *env, const llm__checkpoint *ck) {
     if (!tied && !head)
         llm__fail(env, LLM_ERROR_FORMAT, "tie_word_embeddings is false, but there is no tensor lm_head.weight");
     if (!tied || !head) return tied;
-    if (!embedding || head->type != embedding->type || head->rows != embedding->rows || head->cols != embedding->cols ||
-        memcmp(head->data, embedding->data, (size_t)(head->rows * head->row_bytes)))
+    if (!embedding || head->kept || embedding->kept || head->type != embedding->type || head->rows != embedding->rows ||
+        head->cols != embedding->cols || memcmp(head->data, embedding->data, (size_t)(head->rows * head->row_bytes)))
         llm__fail(env, LLM_ERROR_FORMAT,
                   "tie_word_embeddings is true, but tensor lm_head.weight is not model.embed_tokens.weight");
     llm__tensor_use(ck, head);
@@ -14991,7 +15124,7 @@ static void llm__model_part_rows(const llm__hparams *h, llm_backend_weight_kind 
 /* A bias is a row in the file. Here it is a column, with one number for each row of its matrix. */
 static llm__tensor llm__model_get_column(llm__env *env, const llm__checkpoint *ck, const char *name, uint64_t rows) {
     llm__tensor t = llm__tensor_get(env, ck, name, 1, rows);
-    if (t.type->block_weights != 1 || t.scales)
+    if (t.type->block_weights != 1 || t.scales || t.kept)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %s is of type %s; no bias is read from that", name, t.type->name);
     t.rows = rows;
     t.cols = 1;
@@ -15580,6 +15713,8 @@ LLM_API llm_status llm_model_read_info_callback(llm_read_fn read, void *user, ui
 typedef struct llm__quantize_args {
     const char *from, *to;
     const llm__checkpoint *ck;
+    llm_dtype dtype; /* of the matrices: int8 or bf16 */
+    bool prune;      /* make two of each four weights zero */
 } llm__quantize_args;
 
 /* A file that is being written. If it is still open when its memory is freed, it is closed. */
@@ -15664,6 +15799,10 @@ static void llm__quantize_config(llm__env *env, const llm__quantize_args *a) {
         "\"output_activations\": null, \"weights\": {\"num_bits\": 8, \"type\": \"int\", \"symmetric\": true, "
         "\"strategy\": \"channel\", \"dynamic\": false, \"group_size\": null, \"block_structure\": null, "
         "\"actorder\": null, \"observer\": \"minmax\", \"observer_kwargs\": {}}}}},";
+    if (a->dtype != LLM_DTYPE_INT8) {
+        llm__quantize_copy(env, a, "config.json");
+        return;
+    }
     llm__file *file = llm__file_open(env, a->ck->config_path);
     const uint8_t *brace = (const uint8_t *)memchr(file->data, '{', (size_t)file->size);
     if (!brace) llm__fail(env, LLM_ERROR_IO, "%s is no longer the JSON object that it was", a->ck->config_path);
@@ -15680,23 +15819,27 @@ static bool llm__quantize_chooses(const llm__tensor *t) {
     return t->rows > 1 && t->name.n > n && !memcmp(t->name.at + t->name.n - n, end, n);
 }
 
-/* The file has three parts, so that everything stays aligned: scales, copied tensors, int8 tensors. */
-enum { LLM__QUANTIZE_SCALES, LLM__QUANTIZE_COPIES, LLM__QUANTIZE_INT8, LLM__QUANTIZE_PARTS };
+/* The file has three parts, so that everything stays aligned: scales, copied tensors, int8 or bf16 tensors. */
+enum { LLM__QUANTIZE_SCALES, LLM__QUANTIZE_COPIES, LLM__QUANTIZE_MATRICES, LLM__QUANTIZE_PARTS };
 
-static bool llm__quantize_is_in(const llm__tensor *t, int part) {
+static bool llm__quantize_is_in(const llm__quantize_args *a, const llm__tensor *t, int part) {
+    if (part == LLM__QUANTIZE_SCALES && a->dtype != LLM_DTYPE_INT8) return false;
     return llm__quantize_chooses(t) == (part != LLM__QUANTIZE_COPIES);
 }
 
 /* Writes a tensor's entry of the header and returns the entry's length. *at is the offset of the tensor's bytes; it is
    increased by their number. */
-static size_t llm__quantize_describe(char *to, size_t room, const llm__tensor *t, int part, uint64_t *at) {
+static size_t llm__quantize_describe(const llm__quantize_args *a, char *to, size_t room, const llm__tensor *t, int part,
+                                     uint64_t *at) {
+    const bool int8 = a->dtype == LLM_DTYPE_INT8;
     uint64_t rows = t->rows, cols = part == LLM__QUANTIZE_SCALES ? 1 : t->cols, bytes = t->rows * t->row_bytes;
     if (part == LLM__QUANTIZE_SCALES) bytes = 4 * rows;
-    if (part == LLM__QUANTIZE_INT8) bytes = rows * cols;
+    if (part == LLM__QUANTIZE_MATRICES) bytes = rows * cols * (int8 ? 1 : 2);
     char shape[64];
     if (rows > 1) snprintf(shape, sizeof shape, "%llu, %llu", (unsigned long long)rows, (unsigned long long)cols);
     else snprintf(shape, sizeof shape, "%llu", (unsigned long long)cols);
-    const char *type = part == LLM__QUANTIZE_SCALES ? "F32" : part == LLM__QUANTIZE_INT8 ? "I8" : t->type->name;
+    const char *type = part == LLM__QUANTIZE_SCALES ? "F32" : part == LLM__QUANTIZE_COPIES ? t->type->name : "BF16";
+    if (part == LLM__QUANTIZE_MATRICES && int8) type = "I8";
     int n = snprintf(to, room, "%s\"%.*s%s\": {\"dtype\": \"%s\", \"shape\": [%s], \"data_offsets\": [%llu, %llu]}",
                      *at ? ", " : "", (int)t->name.n, t->name.at, part == LLM__QUANTIZE_SCALES ? "_scale" : "", type,
                      shape, (unsigned long long)*at, (unsigned long long)(*at + bytes));
@@ -15704,7 +15847,8 @@ static size_t llm__quantize_describe(char *to, size_t room, const llm__tensor *t
     return (size_t)n;
 }
 
-static void llm__quantize_header(llm__env *env, llm__out *out, const llm__checkpoint *ck) {
+static void llm__quantize_header(llm__env *env, llm__out *out, const llm__quantize_args *a) {
+    const llm__checkpoint *ck = a->ck;
     size_t room = 16, n = 1;
     uint64_t at = 0;
     for (size_t i = 0; i < ck->n_tensors; i++) room += 2 * (ck->tensors[i].name.n + 160);
@@ -15712,8 +15856,8 @@ static void llm__quantize_header(llm__env *env, llm__out *out, const llm__checkp
     text[0] = '{';
     for (int part = 0; part < LLM__QUANTIZE_PARTS; part++)
         for (size_t i = 0; i < ck->n_tensors; i++)
-            if (llm__quantize_is_in(&ck->tensors[i], part))
-                n += llm__quantize_describe(text + n, room - n, &ck->tensors[i], part, &at);
+            if (llm__quantize_is_in(a, &ck->tensors[i], part))
+                n += llm__quantize_describe(a, text + n, room - n, &ck->tensors[i], part, &at);
     text[n++] = '}';
     while (n % 8) text[n++] = ' ';
     uint64_t size = n;
@@ -15722,12 +15866,45 @@ static void llm__quantize_header(llm__env *env, llm__out *out, const llm__checkp
     llm__free(env->pool, text);
 }
 
-/* Writes a tensor's rows as int8, or the scales of its rows. */
-static void llm__quantize_rows(llm__env *env, llm__out *out, const llm__tensor *t, bool scales) {
+/* Makes two of each four weights of row r zero. Magnitudes are compared as integers, which no flag of a compiler
+   changes. */
+static void llm__quantize_prune(llm__env *env, const llm__tensor *t, uint64_t r, float *row) {
+    for (uint64_t i = 0; i < t->cols; i += 4) {
+        uint32_t size[4];
+        for (uint64_t j = 0; j < 4; j++) {
+            size[j] = llm__f32_bits(row[i + j]) & 0x7FFFFFFF;
+            if (size[j] >= 0x7F7F8000)
+                llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s: the weight in row %llu, column %llu is NaN or too large",
+                          LLM__SHOW(t->name), (unsigned long long)r, (unsigned long long)(i + j));
+        }
+        for (int j = 0; j < 4; j++) {
+            int larger = 0;
+            for (int o = 0; o < 4; o++) larger += size[o] > size[j] || (size[o] == size[j] && o < j);
+            if (larger >= 2 || !size[j]) row[i + (uint64_t)j] = 0; /* -0 becomes 0, too */
+        }
+    }
+}
+
+static void llm__quantize_bf16(llm__env *env, llm__out *out, const float *row, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint16_t w = llm__f32_to_bf16(row[i]);
+        if (!(w & 0x7FFF)) w = 0; /* of a negative denormal */
+        llm__out_put(env, out, &w, sizeof w);
+    }
+}
+
+/* Writes a tensor's rows as int8 or bf16, or the scales of its rows. */
+static void llm__quantize_rows(llm__env *env, llm__out *out, const llm__quantize_args *a, const llm__tensor *t,
+                               bool scales) {
     float *row = (float *)llm__alloc(env, (size_t)t->cols, sizeof *row);
     int8_t *q = (int8_t *)llm__alloc(env, (size_t)t->cols, 1);
     for (uint64_t r = 0; r < t->rows; r++) {
         t->type->decode(t->data + r * t->row_bytes, (size_t)t->cols, row);
+        if (a->prune) llm__quantize_prune(env, t, r, row);
+        if (a->dtype == LLM_DTYPE_BF16) {
+            llm__quantize_bf16(env, out, row, (size_t)t->cols);
+            continue;
+        }
         float scale = llm__pack_quantize_row(row, (size_t)t->cols, q, 1);
         if (scales) llm__out_put(env, out, &scale, sizeof scale);
         else llm__out_put(env, out, q, (size_t)t->cols);
@@ -15738,13 +15915,13 @@ static void llm__quantize_rows(llm__env *env, llm__out *out, const llm__tensor *
 
 static void llm__quantize_tensors(llm__env *env, const llm__quantize_args *a) {
     llm__out *out = llm__out_create(env, a->to, "model.safetensors");
-    llm__quantize_header(env, out, a->ck);
+    llm__quantize_header(env, out, a);
     for (int part = 0; part < LLM__QUANTIZE_PARTS; part++)
         for (size_t i = 0; i < a->ck->n_tensors; i++) {
             const llm__tensor *t = &a->ck->tensors[i];
-            if (!llm__quantize_is_in(t, part)) continue;
+            if (!llm__quantize_is_in(a, t, part)) continue;
             if (part == LLM__QUANTIZE_COPIES) llm__out_put(env, out, t->data, (size_t)(t->rows * t->row_bytes));
-            else llm__quantize_rows(env, out, t, part == LLM__QUANTIZE_SCALES);
+            else llm__quantize_rows(env, out, a, t, part == LLM__QUANTIZE_SCALES);
         }
     llm__out_close(env, out);
 }
@@ -15768,6 +15945,9 @@ static void llm__quantize_body(llm__env *env, void *arg) {
         if (t->type->type != LLM__F32 && t->type->type != LLM__F16 && t->type->type != LLM__BF16)
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s is of type %s; only F32, F16 and BF16 can be quantized",
                       LLM__SHOW(t->name), t->type->name);
+        if (a->prune && llm__quantize_chooses(t) && t->cols % 4)
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s has %llu columns, which is no multiple of 4",
+                      LLM__SHOW(t->name), (unsigned long long)t->cols);
     }
     if (llm__json_get(a->ck->config, "quantization_config") || llm__json_get(a->ck->config, "compression_config"))
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the weights are quantized already");
@@ -15777,15 +15957,14 @@ static void llm__quantize_body(llm__env *env, void *arg) {
     llm__quantize_tensors(env, a);
 }
 
-LLM_API llm_status llm_quantize_directory(const char *from, const char *to, const llm_host *host, llm_error *err) {
-    llm__quantize_args args = {from, to, NULL};
+static llm_status llm__quantize_run(llm__quantize_args args, const llm_host *host, llm_error *err) {
     llm__pool pool;
     llm__env env;
-    if (!from || !to) return llm__error(err, LLM_ERROR_ARGUMENT, "from or to is NULL");
+    if (!args.from || !args.to) return llm__error(err, LLM_ERROR_ARGUMENT, "from or to is NULL");
     llm_status status = llm__host_check(host, err);
     if (status) return status;
     llm__pool_init(&pool, host);
-    llm__env_init(&env, &pool, err, from);
+    llm__env_init(&env, &pool, err, args.from);
     status = llm__env_run(&env, llm__quantize_body, &args);
     llm__pool_free(&pool);
     return llm__error_done(err, status);
@@ -16145,6 +16324,19 @@ LLM_API llm_status llm_quantize_gguf_callback(llm_read_fn read, void *user, uint
                                               const llm_quantize_desc *desc, llm_error *err) {
     llm__file_source source = {NULL, NULL, read, user, size};
     return llm__quantize_gguf(&source, to, desc, err);
+}
+
+LLM_API llm_status llm_quantize_directory(const char *from, const char *to, const llm_host *host, llm_error *err) {
+    llm__quantize_args args = {from, to, NULL, LLM_DTYPE_INT8, false};
+    return llm__quantize_run(args, host, err);
+}
+
+LLM_API llm_status llm_prune_directory(const char *from, const char *to, llm_dtype dtype, const llm_host *host,
+                                       llm_error *err) {
+    llm__quantize_args args = {from, to, NULL, dtype, true};
+    if (dtype != LLM_DTYPE_BF16 && dtype != LLM_DTYPE_INT8)
+        return llm__error(err, LLM_ERROR_ARGUMENT, "dtype is %d; bf16 and int8 weights can be pruned", (int)dtype);
+    return llm__quantize_run(args, host, err);
 }
 
 /* ==== 20 Contexts and sequences =================================================================================

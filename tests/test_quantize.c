@@ -1,5 +1,6 @@
 /* llm_quantize_directory: its directory, loaded as int8, has the same bits as the original directory loaded as int8.
    llm_quantize_gguf: the blocks have the bytes of ggml's reference quantisers, and the rest of the file is copied.
+   llm_prune_directory and directories in compressed-tensors' sparse-24-bitmask, against golden/sparse.py.
    Variants: asan */
 #include "tests/check.h"
 #include "tests/tiny.h"
@@ -30,9 +31,9 @@ static void refuses(const char *from, const char *to, llm_status expected, const
     assert_all_returned(&h);
 }
 
-/* The bytes of a model's matrices as int8. */
-static uint64_t hash_model(const char *path, uint64_t *file_bytes) {
-    llm_model_desc desc = {.dtype = LLM_DTYPE_INT8, .n_threads = 1};
+/* The bytes of a model's matrices. */
+static uint64_t hash_model_as(const char *path, llm_dtype dtype, uint64_t *file_bytes) {
+    llm_model_desc desc = {.dtype = dtype, .n_threads = 1};
     llm_model *model = NULL;
     llm_error err;
     if (llm_model_load(&model, path, &desc, &err)) fail_msg("%s", err.message);
@@ -48,6 +49,10 @@ static uint64_t hash_model(const char *path, uint64_t *file_bytes) {
     *file_bytes = llm_model_get_info(model).weight_bytes;
     llm_model_free(model);
     return hash;
+}
+
+static uint64_t hash_model(const char *path, uint64_t *file_bytes) {
+    return hash_model_as(path, LLM_DTYPE_INT8, file_bytes);
 }
 
 static void test_same_weights(void **state) {
@@ -90,6 +95,166 @@ static void test_files_that_cannot_be_read(void **state) {
     refuses(in, out, LLM_ERROR_IO, "merges.txt");
 }
 
+static const char *golden_sparse(const char *name) {
+    char inner[200];
+    snprintf(inner, sizeof inner, "sparse/%s", name);
+    return golden_path(inner);
+}
+
+/* As NumPy prunes and quantises, in all bits of the matrices. */
+static void test_pruned(void **state) {
+    static const llm_dtype dtypes[] = {LLM_DTYPE_BF16, LLM_DTYPE_INT8};
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        char out[128];
+        uint64_t bytes;
+        llm_error err;
+        snprintf(out, sizeof out, "%s/pruned-%s", folder, llm_dtype_name(dtypes[i]));
+        if (llm_prune_directory(golden_sparse("dense"), out, dtypes[i], NULL, &err)) fail_msg("%s", err.message);
+        assert_true(hash_model_as(out, LLM_DTYPE_F32, &bytes) ==
+                    hash_model_as(golden_sparse(llm_dtype_name(dtypes[i])), LLM_DTYPE_F32, &bytes));
+        assert_true(hash_model_as(out, LLM_DTYPE_FILE, &bytes) ==
+                    hash_model_as(golden_sparse(llm_dtype_name(dtypes[i])), LLM_DTYPE_FILE, &bytes));
+    }
+    assert_int_equal(llm_prune_directory("a", "b", LLM_DTYPE_INT4, NULL, NULL), LLM_ERROR_ARGUMENT);
+}
+
+static uint8_t *find_bytes(bytes b, const void *what, size_t n) {
+    for (size_t i = 0; i + n <= b.n; i++)
+        if (!memcmp(b.at + i, what, n)) return b.at + i;
+    fail_msg("not found");
+    return NULL;
+}
+
+/* The place of a tensor's data in a safetensors file. */
+static uint8_t *find_data(bytes file, const char *name) {
+    uint64_t header;
+    memcpy(&header, file.at, 8);
+    const char *entry = (const char *)find_bytes(file, name, strlen(name));
+    return file.at + 8 + header + strtoull(strstr(entry, "offsets\":[") + 10, NULL, 10);
+}
+
+/* Makes a copy of a golden directory whose model.safetensors is `tensors`. */
+static void copy_with(const char *from, const char *to, bytes tensors) {
+    char command[1100], path[200];
+    snprintf(command, sizeof command, "rm -rf %s && cp -r %s %s", to, from, to);
+    assert_int_equal(system(command), 0);
+    snprintf(path, sizeof path, "%s/model.safetensors", to);
+    write_file(path, tensors.at, tensors.n);
+}
+
+/* Weights that are no numbers are refused, and so are rows that four does not divide. */
+static void test_not_pruned(void **state) {
+    static const uint32_t bad[] = {0x7FC00000, 0xFF800000, 0x7F7FFFFF}; /* NaN, -infinity, the largest f32 */
+    char in[128], out[128];
+    (void)state;
+    snprintf(in, sizeof in, "%s/bad", folder);
+    bytes file = read_file(golden_sparse("dense/model.safetensors"));
+    for (size_t i = 0; i < 3; i++) {
+        snprintf(out, sizeof out, "%s/bad-out%d", folder, (int)i);
+        memcpy(find_data(file, "down_proj.weight") + (64 * 3 + 5) * 4, &bad[i], 4);
+        copy_with(golden_sparse("dense"), in, file);
+        heap h = {0};
+        llm_host host = heap_host(&h);
+        llm_error err;
+        assert_int_equal(llm_prune_directory(in, out, LLM_DTYPE_BF16, &host, &err), LLM_ERROR_FORMAT);
+        if (!strstr(err.message, "down_proj.weight: the weight in row 3, column 5")) fail_msg("%s", err.message);
+        assert_all_returned(&h);
+    }
+    free(file.at);
+}
+
+static void test_bitmasks(void **state) {
+    static const char *const names[] = {"bf16", "int8"};
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        char mask[100];
+        uint64_t a, b;
+        snprintf(mask, sizeof mask, "%s-bitmask", names[i]);
+        for (int dtype = LLM_DTYPE_F32; dtype <= LLM_DTYPE_FILE; dtype++) {
+            assert_true(hash_model_as(golden_sparse(names[i]), (llm_dtype)dtype, &a) ==
+                        hash_model_as(golden_sparse(mask), (llm_dtype)dtype, &b));
+            assert_true(a == b);
+        }
+        refuses(golden_sparse(mask), "never", LLM_ERROR_UNSUPPORTED, i ? "only F32" : "quantized already");
+    }
+}
+
+static void refuses_to_load(const char *path, const char *words) {
+    heap h = {0};
+    llm_model_desc desc = {.host = heap_host(&h), .n_threads = 1};
+    llm_model *model;
+    llm_error err;
+    if (!llm_model_load(&model, path, &desc, &err)) fail_msg("loaded, where \"%s\" was expected", words);
+    if (!strstr(err.message, words)) fail_msg("\"%s\" does not say \"%s\"", err.message, words);
+    assert_all_returned(&h);
+}
+
+static void test_bad_bitmasks(void **state) {
+    static const struct {
+        const char *old, *new_text, *words; /* in the header, of the same length */
+    } names[] = {
+        {"down_proj.bitmask", "down_proj.bitmasx",
+         "down_proj.compressed is there, but not model.layers.0.mlp.down_proj.b"},
+        {"down_proj.shape", "down_proj.shapx",
+         "down_proj.compressed is there, but not model.layers.0.mlp.down_proj.shape"},
+        {"down_proj.compressed", "down_proj.compressex", "down_proj.weight is missing"},
+        {"U8", "I8", "is not of type U8"},
+        {"I64", "F64", "is not two numbers of type I64"},
+        {"lm_head.weight", "lm_head.bitmas", "there is no tensor lm_head.weight"},
+    };
+    static const struct {
+        const char *tensor;
+        int at;
+        uint8_t value;
+        const char *words;
+    } values[] = {
+        {"down_proj.bitmask", 9, 0xFF, "down_proj.bitmask: row 1 has 4 weights at columns 8 to 11 of 64"},
+        {"down_proj.bitmask", 7, 0x03, "row 0 has 0 weights at columns 60 to 63 of 64"},
+        {"down_proj.shape", 0, 31, "down_proj.shape says 31 x 64"},
+        {"down_proj.shape", 7, 0x80, "down_proj.shape says 9223372036854775840 x 64"},
+        {"down_proj.shape", 8, 62, "says 32 x 62"},
+        {"down_proj.shape", 8, 68, "says 32 x 68"},
+        {"down_proj.shape", 15, 0xFF, "down_proj.shape says 32 x 18374686479671623744"},
+    };
+    static const struct {
+        const char *old, *new_text, *words;
+    } configs[] = {
+        {"\"sparse-24-bitmask\"", "\"sparse-bitmask\"", "sparsity_config.format is \"sparse-bitmask\""},
+        {"\"sparse-24-bitmask\"", "\"dense\"", "q_proj.weight is missing"},
+        {"\"sparse-24-bitmask\"", "24", "sparsity_config.format is a number"},
+        {"\"sparsity_config\": {", "\"sparsity_config\": 1, \"x\": {", "sparsity_config is a number"},
+        {"\"compressed-tensors\"", "\"other\"", "quant_method is \"other\""},
+    };
+    char in[128], path[200];
+    (void)state;
+    snprintf(in, sizeof in, "%s/bad-mask", folder);
+    for (size_t i = 0; i < sizeof names / sizeof *names + sizeof values / sizeof *values; i++) {
+        const size_t n_names = sizeof names / sizeof *names;
+        bytes file = read_file(golden_sparse("bf16-bitmask/model.safetensors"));
+        if (i < n_names)
+            memcpy(find_bytes(file, names[i].old, strlen(names[i].old)), names[i].new_text, strlen(names[i].old));
+        else find_data(file, values[i - n_names].tensor)[values[i - n_names].at] = values[i - n_names].value;
+        copy_with(golden_sparse("bf16-bitmask"), in, file);
+        refuses_to_load(in, i < n_names ? names[i].words : values[i - n_names].words);
+        free(file.at);
+    }
+    bytes file = read_file(golden_sparse("bf16-bitmask/model.safetensors"));
+    bytes config = read_file(golden_sparse("bf16-bitmask/config.json"));
+    copy_with(golden_sparse("bf16-bitmask"), in, file);
+    snprintf(path, sizeof path, "%s/config.json", in);
+    for (size_t i = 0; i < sizeof configs / sizeof *configs; i++) {
+        char *at = strstr((char *)config.at, configs[i].old), text[4096];
+        assert_non_null(at);
+        snprintf(text, sizeof text, "%.*s%s%s", (int)(at - (char *)config.at), (char *)config.at, configs[i].new_text,
+                 at + strlen(configs[i].old));
+        write_file(path, text, strlen(text));
+        refuses_to_load(in, configs[i].words);
+    }
+    free(config.at);
+    free(file.at);
+}
+
 static void copy_config(llm__env *env, void *arg) { llm__quantize_config(env, (const llm__quantize_args *)arg); }
 
 /* A config.json that is no object any more when it is copied. */
@@ -99,7 +264,7 @@ static void test_config_that_changes(void **state) {
     llm_error err;
     llm__checkpoint ck;
     char path[160];
-    llm__quantize_args args = {folder, folder, &ck};
+    llm__quantize_args args = {folder, folder, &ck, LLM_DTYPE_INT8, false};
     (void)state;
     snprintf(path, sizeof path, "%s/config.json", folder);
     write_file(path, "[]", 2);
@@ -487,6 +652,10 @@ int main(void) {
                                        cmocka_unit_test(test_refusals),
                                        cmocka_unit_test(test_files_that_cannot_be_read),
                                        cmocka_unit_test(test_config_that_changes),
+                                       cmocka_unit_test(test_pruned),
+                                       cmocka_unit_test(test_not_pruned),
+                                       cmocka_unit_test(test_bitmasks),
+                                       cmocka_unit_test(test_bad_bitmasks),
                                        cmocka_unit_test(test_starved),
                                        cmocka_unit_test(test_blocks),
                                        cmocka_unit_test(test_extreme_blocks),
