@@ -1234,8 +1234,9 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
    first GPU. Otherwise rank r (tensor rank + number of tensor ranks * pipeline rank) takes GPU r modulo the number of
    GPUs that its process sees. In passes of up to 16 rows the bits are the same for any number of ranks.
 
-   Up to 8 tensor ranks that are threads of one process exchange their data in their GPUs' memory, if each has a GPU of
-   its own and these reach each other's memory. All other ranks exchange it through the host's memory. Then several GPUs
+   Up to 8 tensor ranks on one machine, threads or processes, exchange their data in their GPUs' memory, if each has a
+   GPU of its own and these reach each other's memory. (Processes need Linux, and contexts of such ranks are freed by all
+   ranks at the same time: each waits for the others.) All other ranks use the host's memory. Then several GPUs
    hold larger models, and a pipeline scores faster than one GPU, but tensor parallel decodes slower than one GPU that
    has room for the whole model. With LLM_CUDA_RANKS=host in the environment they always use the host's memory; the
    results are the same. host.log tells which way is used. */

@@ -34,6 +34,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <thread>
+#include <unistd.h>
 
 namespace llm__cuda { /* names here may equal names in llm.h, which may be compiled in the same source file */
 
@@ -2087,9 +2088,10 @@ static __device__ void llm__meet_copy_parts(const llm__meet_run &m, size_t half,
     }
 }
 
-/* Waits until this block of rank `other` has come. Gives up if it does not come in time, or if a rank has failed. */
-static __device__ void llm__meet_await(const llm__meet_run &m, llm__meet_box *own, unsigned meeting, int other) {
-    uint64_t start = llm__chip_nanoseconds();
+/* Waits until this block of rank `other` has come. Gives up if it does not come in time after `start`, or if a rank has
+   failed. */
+static __device__ void llm__meet_await(const llm__meet_run &m, llm__meet_box *own, unsigned meeting, int other,
+                                       uint64_t start) {
     while ((int)(llm__chip_get_flag(&own->flags[blockIdx.x][other]) - meeting) < 0) {
         unsigned ended = llm__chip_get_flag(&own->ended);
         if (!ended && llm__chip_nanoseconds() - start < m.patience) continue;
@@ -2114,11 +2116,14 @@ static __global__ void llm__meet_ranks(llm__meet_run m) {
     int n_rows = m.count ? *m.count : m.n_rows;
     llm__meet_copy_parts(m, half, n_rows, true);
     __syncthreads();
-    if (thread < m.size && thread != m.rank) {
+    bool meets = thread < m.size && thread != m.rank;
+    if (meets) {
         llm__meet_box *box = (llm__meet_box *)(void *)m.boxes[thread];
         llm__chip_set_flag(&box->flags[blockIdx.x][m.rank], meeting);
-        llm__meet_await(m, own, meeting, thread);
     }
+    uint64_t start = llm__chip_nanoseconds();
+    __syncthreads(); /* all have been told before this rank waits for any */
+    if (meets) llm__meet_await(m, own, meeting, thread, start);
     __syncthreads();
     llm__meet_copy_parts(m, half, n_rows, false);
     __syncthreads();
@@ -2566,6 +2571,7 @@ typedef struct llm__sizes {
 typedef struct llm__meet_memory {
     uint8_t *data;
     int device, n_users; /* n_users is atomic */
+    bool opened;         /* it belongs to another process, and is closed instead of freed */
 } llm__meet_memory;
 
 typedef struct llm__gpu_context {
@@ -2604,6 +2610,7 @@ typedef struct llm__gpu_context {
     bool looked_for_peers, has_peers;         /* has_peers: ranks meet in the GPUs' memory                 */
     int n_sent;
     bool cancelled, stopped; /* this pass; also the rest of the call, so that all stages end it together */
+    bool is_box_open;        /* another process may have opened this rank's mailbox */
 } llm__gpu_context;
 
 /* Elements that are widened at a time: the whole of the largest matrix, or as many rows as fit into 64 MB, at least
@@ -2763,15 +2770,34 @@ static llm_status llm__meet_create(llm__gpu_context *c, llm_error *err) {
     return LLM_OK;
 }
 
-static void llm__meet_free(llm__gpu_context *c) {
+/* This rank uses a mailbox no longer. */
+static void llm__meet_leave(llm__meet_memory **box) {
     const llm_host none = {};
-    for (llm__meet_memory *&box : c->boxes) {
-        if (!box || __atomic_sub_fetch(&box->n_users, 1, __ATOMIC_ACQ_REL)) continue;
-        llm__on_device on(box->device);
-        cudaFree(box->data);
-        llm__host_free(&none, box);
-    }
-    memset(c->boxes, 0, sizeof c->boxes);
+    llm__meet_memory *left = *box;
+    *box = NULL;
+    if (!left || __atomic_sub_fetch(&left->n_users, 1, __ATOMIC_ACQ_REL)) return;
+    llm__on_device on(left->device);
+    if (left->opened) cudaIpcCloseMemHandle(left->data);
+    else cudaFree(left->data);
+    llm__host_free(&none, left);
+}
+
+/* Leaves the mailboxes of the other ranks. */
+static void llm__meet_leave_others(llm__gpu_context *c) {
+    for (int i = 0; c->desc.tensor && i < LLM__MEET_RANKS; i++)
+        if (i != c->desc.tensor->rank) llm__meet_leave(&c->boxes[i]);
+}
+
+/* Memory must not be freed while another process has opened it. So the ranks first wait until all have closed the
+   mailboxes of the others. If a rank does not come to that, this rank's mailbox stays until its process ends. */
+static void llm__meet_free(llm__gpu_context *c) {
+    llm_comm *tensor = c->desc.tensor;
+    unsigned flags = 0;
+    if (!tensor || !c->sizes.half) return;
+    const llm_exchange nothing = {NULL, 0, 0, 0, 0, tensor->size, NULL, 0};
+    llm__meet_leave_others(c);
+    if (c->is_box_open && (c->queue.parted.code || tensor->exchange(tensor, &nothing, &flags, NULL))) return;
+    llm__meet_leave(&c->boxes[tensor->rank]);
 }
 
 static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
@@ -2986,28 +3012,82 @@ static llm__attention_fn llm__choose_tile_attention(int head_stride) {
    may choose another kernel for a matrix of another size.) The fused kernels need the residual stream only in the form
    in which the next product reads it: in bf16, with the sums of squares of its tiles.
 
-   If ranks are threads of one process and their GPUs reach each other's memory, they exchange data there, see section
-   7b. Otherwise the data goes through the host and the comm. That works across processes and machines, but an exchange
-   costs two copies and two waits. Stages of a pipeline send each other the residual stream through the host. */
+   If the ranks run on one machine and their GPUs reach each other's memory, they exchange data there, see section 7b. A
+   rank opens the mailboxes of ranks in other processes by CUDA's IPC handles. Otherwise the data goes through the host
+   and the comm. That works across machines, too, but an exchange costs two copies and two waits. Stages of a pipeline
+   send each other the residual stream through the host. */
 
 /* What a rank tells the others about itself. */
 typedef struct llm__meet_address {
-    uint64_t process; /* a random number */
-    llm__meet_memory *box;
-    int device;
-    char bus[32]; /* the GPU's PCI bus id */
+    uint64_t process;      /* a random number, which differs between processes           */
+    llm__meet_memory *box; /* an address of that process                                 */
+    int device;            /* its number in that process                                 */
+    bool has_handle;       /* of the mailbox, which other processes can open             */
+    char bus[32];          /* the GPU's PCI bus id                                       */
+    char machine[40];      /* Linux's random number of the machine's start; "": unknown  */
+    cudaIpcMemHandle_t handle;
 } llm__meet_address;
 
-/* Lets this rank's GPU use the memory of another rank's GPU. Returns false if it cannot. */
-static bool llm__meet_reach(const llm__gpu_context *c, const llm__meet_address *own, const llm__meet_address *other) {
+static void llm__meet_describe_self(const llm__gpu_context *c, llm__meet_address *own) {
+    static const uint64_t number = (uint64_t)std::random_device()() << 32 | std::random_device()();
+    own->process = number + (uint64_t)getpid(); /* a forked process has the same number */
+    own->box = c->boxes[c->desc.tensor->rank];
+    own->device = c->model->device;
+    own->has_handle = cudaIpcGetMemHandle(&own->handle, own->box->data) == cudaSuccess;
+    if (cudaDeviceGetPCIBusId(own->bus, (int)sizeof own->bus, own->device) != cudaSuccess) own->bus[0] = 0;
+    (void)cudaGetLastError();
+    FILE *file = fopen("/proc/sys/kernel/random/boot_id", "r");
+    if (!file) return;
+    if (!fgets(own->machine, (int)sizeof own->machine, file)) own->machine[0] = 0;
+    fclose(file);
+}
+
+/* Lets this rank's GPU use the memory of another GPU of this process. Returns false if it cannot. */
+static bool llm__meet_reach(const llm__gpu_context *c, int device) {
     int can = 0;
-    if (own->process != other->process || !other->box || strcmp(own->bus, other->bus) == 0) return false;
-    if (cudaDeviceCanAccessPeer(&can, c->model->device, other->device) == cudaSuccess && can) {
-        cudaError_t result = cudaDeviceEnablePeerAccess(other->device, 0);
+    if (cudaDeviceCanAccessPeer(&can, c->model->device, device) == cudaSuccess && can) {
+        cudaError_t result = cudaDeviceEnablePeerAccess(device, 0);
         can = result == cudaSuccess || result == cudaErrorPeerAccessAlreadyEnabled;
     }
     (void)cudaGetLastError(); /* it is not an error if access was enabled already */
     return can;
+}
+
+/* Opens a mailbox of another process. That process's GPU may be hidden from this one, which then cannot ask whether
+   access is possible, and only tries it. Returns NULL if it is not possible. */
+static llm__meet_memory *llm__meet_open(const llm__gpu_context *c, const llm__meet_address *other) {
+    const llm_host none = {};
+    int device = 0, can = 1;
+    void *data = NULL;
+    if (cudaDeviceGetByPCIBusId(&device, other->bus) == cudaSuccess &&
+        cudaDeviceCanAccessPeer(&can, c->model->device, device) != cudaSuccess)
+        can = 0;
+    llm__meet_memory *box = can ? (llm__meet_memory *)llm__host_zero(&none, sizeof *box, NULL) : NULL;
+    if (box && cudaIpcOpenMemHandle(&data, other->handle, cudaIpcMemLazyEnablePeerAccess) != cudaSuccess) {
+        llm__host_free(&none, box);
+        box = NULL;
+    }
+    (void)cudaGetLastError();
+    if (!box) return NULL;
+    box->data = (uint8_t *)data;
+    box->device = c->model->device;
+    box->n_users = 1;
+    box->opened = true;
+    return box;
+}
+
+/* Finds the mailbox of another rank. Returns NULL if this rank's GPU cannot use it. Two ranks on one GPU do not meet in
+   its memory, because their kernels may not run at the same time. */
+static llm__meet_memory *llm__meet_find(const llm__gpu_context *c, const llm__meet_address *own,
+                                        const llm__meet_address *other) {
+    if (!own->bus[0] || !other->bus[0] || strcmp(own->bus, other->bus) == 0) return NULL;
+    if (own->process != other->process) {
+        bool same_machine = own->machine[0] && memcmp(own->machine, other->machine, sizeof own->machine) == 0;
+        return same_machine && other->has_handle ? llm__meet_open(c, other) : NULL;
+    }
+    if (!llm__meet_reach(c, other->device)) return NULL;
+    __atomic_add_fetch(&other->box->n_users, 1, __ATOMIC_ACQ_REL);
+    return other->box;
 }
 
 static void llm__meet_log(const llm__gpu_context *c) {
@@ -3022,7 +3102,6 @@ static void llm__meet_log(const llm__gpu_context *c) {
 /* Before the first pass all ranks find out whether each of them can reach all others' memory. LLM_CUDA_RANKS=host in
    the environment of any rank forbids it. */
 static void llm__meet_find_peers(llm__gpu_context *c) {
-    static const uint64_t process = (uint64_t)std::random_device()() << 32 | std::random_device()();
     llm_comm *tensor = c->desc.tensor;
     llm__meet_address all[LLM__MEET_RANKS] = {};
     if (!tensor || c->looked_for_peers || !c->sizes.half || c->queue.parted.code) return;
@@ -3033,20 +3112,18 @@ static void llm__meet_find_peers(llm__gpu_context *c) {
     unsigned flags = way && strcmp(way, "host") == 0;
     llm__meet_address *own = &all[tensor->rank];
     c->looked_for_peers = true;
-    own->process = process;
-    own->box = c->boxes[tensor->rank];
-    own->device = c->model->device;
-    if (cudaDeviceGetPCIBusId(own->bus, (int)sizeof own->bus, own->device) != cudaSuccess) flags = 1;
+    llm__meet_describe_self(c, own);
     if (tensor->exchange(tensor, &addresses, &flags, &c->queue.parted)) return;
+    for (int i = 0; i < tensor->size && !flags; i++) c->is_box_open = c->is_box_open || all[i].process != own->process;
     for (int i = 0; i < tensor->size && !flags; i++) {
         if (i == tensor->rank) continue;
-        flags = !llm__meet_reach(c, own, &all[i]);
-        if (flags) continue;
-        c->boxes[i] = all[i].box;
-        __atomic_add_fetch(&c->boxes[i]->n_users, 1, __ATOMIC_ACQ_REL);
+        c->boxes[i] = llm__meet_find(c, own, &all[i]);
+        flags = !c->boxes[i];
     }
     if (tensor->exchange(tensor, &nothing, &flags, &c->queue.parted)) return;
     c->has_peers = !flags;
+    if (flags) llm__meet_leave_others(c);
+    if (flags) c->is_box_open = false; /* once the other ranks have begun the pass, whose exchanges follow */
     llm__meet_log(c);
 }
 

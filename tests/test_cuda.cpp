@@ -13,6 +13,7 @@
 extern "C" {
 #include "tests/common.h"
 #include "tests/ranks.h"
+#include "tests/processes.h"
 }
 
 enum { N_SEQ = 6, N_CTX = 256, N_BATCH = 100, N_VOCAB = 299 };
@@ -1053,6 +1054,172 @@ static void test_dead_gpu(void **state) {
     }
 }
 
+/* ---- Ranks that are processes ---- */
+
+/* A job in memory that the processes share. */
+typedef struct process_job {
+    ranked_job job;
+    bool each_sees_one; /* every process has one device, of another bus                     */
+    int refusing;       /* this rank cannot open the memory of the others; -1: none         */
+    double seconds[4];  /* that a rank took to notice the end of another                    */
+} process_job;
+
+static void begin_process(process_job *p, llm_comm *comm) {
+    cuda_host.has_ipc = true;
+    cuda_host.n_devices = p->each_sees_one ? 1 : 4;
+    cuda_host.first_bus = p->each_sees_one ? comm->rank : 0;
+    cuda_host.n_refused_handles = p->refusing == comm->rank ? 100 : 0;
+    p->job.tensor[comm->rank] = comm;
+}
+
+static void run_process(llm_comm *comm, void *arg) {
+    process_job *p = (process_job *)arg;
+    begin_process(p, comm);
+    p->job.work(&p->job, comm->rank);
+    RANK_CHECK(cuda_host.n_live == 0, "something was not released");
+}
+
+static process_job *make_process_job(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype, int n,
+                                     void (*work)(ranked_job *job, int rank)) {
+    process_job *p = (process_job *)shared_by_processes(sizeof *p);
+    p->job = ranked_job{spec, mode, dtype, n, 1, {}, {}, {}, work, 0, 0};
+    p->refusing = -1;
+    return p;
+}
+
+static void compare_findings(const findings *f, const findings *expected) {
+    assert_memory_equal(f->logits, expected->logits, sizeof f->logits);
+    assert_int_equal(f->saved, expected->saved);
+    assert_memory_equal(f->texts, expected->texts, sizeof f->texts);
+    assert_memory_equal(f->scores, expected->scores, sizeof f->scores);
+    assert_int_equal(f->cancelled, LLM_ERROR_CANCELLED);
+    assert_int_equal(f->refused, LLM_ERROR_UNSUPPORTED);
+}
+
+/* n processes come to the same as one GPU. They meet in the GPUs' memory, unless `in_host`. */
+static void same_in_processes(process_job *p, bool in_host) {
+    ranked_job one = {p->job.spec, p->job.mode, p->job.dtype, 1, 1, {}, {}, {}, run_rank, 0, 0};
+    run_job(&one);
+    on_processes(p->job.n_shards, 8, run_process, p, NULL);
+    check_meetings(&p->job, in_host);
+    for (int rank = 0; rank < p->job.n_shards; rank++) compare_findings(&p->job.found[rank], &one.found[0]);
+    munmap(p, sizeof *p);
+}
+
+static void test_processes(void **state) {
+    (void)state;
+    for (int n = 2; n <= 4; n++)
+        same_in_processes(make_process_job(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, n, run_rank), false);
+    process_job *p = make_process_job(&FOUR_BITS, LLM_CUDA_FUSED, LLM_DTYPE_INT4, 2, run_rank);
+    p->each_sees_one = true;
+    same_in_processes(p, false);
+}
+
+/* If one rank cannot open the memory of another, all use the host's. */
+static void test_processes_through_host(void **state) {
+    (void)state;
+    process_job *p = make_process_job(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, run_rank);
+    p->refusing = 1;
+    same_in_processes(p, true);
+}
+
+/* Rank 1 is gone after five tokens of a text, in the middle of a burst: the others' kernels wait for it. */
+static bool leave_burst(void *user, llm_token, const char *, size_t) {
+    double *left = (double *)user; /* tokens until it is gone, 0: it stays; and when the last one came */
+    left[1] = seconds_now();
+    if (left[0] > 0 && --left[0] == 0) raise(SIGKILL);
+    return true;
+}
+
+static void lose_process(ranked_job *job, int rank) {
+    process_job *p = (process_job *)job;
+    llm_context *ctx = NULL;
+    const llm_token tokens[3] = {};
+    llm_generate_desc text = {};
+    llm_error err;
+    double left[2] = {rank == 1 ? 5.0 : 0, 0};
+    llm_model *model = load_rank(job, rank, &err);
+    RANK_CHECK(model, err.message);
+    RANK_CHECK(llm_context_create(&ctx, model, NULL, &err) == LLM_OK, err.message);
+    text.tokens = tokens;
+    text.n_tokens = 3;
+    text.max_tokens = 40;
+    text.ignore_end = true;
+    text.on_token = leave_burst;
+    text.user = left;
+    job->found[rank].refused = llm_generate(ctx, &text, NULL, &err);
+    p->seconds[rank] = seconds_now() - left[1];
+    RANK_CHECK(strstr(err.message, "rank 1"), err.message);
+    RANK_CHECK(cuda_host.n_graph_launches > 0, "the ranks waited in no graph");
+    RANK_CHECK(llm_generate(ctx, &text, NULL, &err) == LLM_ERROR_DEVICE, "the ranks are parted for ever");
+    llm_context_free(ctx);
+    llm_model_free(model);
+    cuda_host.n_live = 0; /* mailboxes that others may have opened are not released */
+}
+
+/* With less than the usual patience: the stand-in's streams only work while the host waits for them, so a rank waits for the
+   comm first and for its kernels after that. On a GPU it waits for both at the same time. */
+static void test_dead_process(void **state) {
+    process_job *p = make_process_job(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, lose_process);
+    int statuses[4];
+    (void)state;
+    on_processes(3, 3, run_process, p, statuses);
+    check_meetings(&p->job, false);
+    assert_true(WIFSIGNALED(statuses[1]));
+    for (int rank = 0; rank < 3; rank += 2) {
+        assert_int_equal(statuses[rank], 0);
+        assert_int_equal(p->job.found[rank].refused, LLM_ERROR_DEVICE);
+        assert_true(p->seconds[rank] < 10);
+    }
+    munmap(p, sizeof *p);
+}
+
+/* Memory of another process is none of this one's before it is opened, and not after it is closed. */
+static void use_foreign_memory(llm_comm *comm, void *arg) {
+    cudaIpcMemHandle_t *handle = (cudaIpcMemHandle_t *)arg;
+    void *own = NULL, *there = NULL;
+    cudaStream_t stream = NULL;
+    unsigned flags = 0;
+    const llm_exchange nothing = {NULL, 0, 0, 0, 0, comm->size, NULL, 0};
+    cuda_host.has_ipc = true;
+    cuda_host.n_devices = 2;
+    cuda_host_device = comm->rank;
+    RANK_CHECK(cudaMalloc(&own, 64) == cudaSuccess && cudaStreamCreateWithFlags(&stream, 1) == cudaSuccess, "memory");
+    if (comm->rank == 0) {
+        RANK_CHECK(cudaIpcGetMemHandle(handle, own) == cudaSuccess, "a handle");
+        RANK_CHECK(cudaIpcOpenMemHandle(&there, *handle, 1) != cudaSuccess, "a process opens its own memory");
+    }
+    comm->exchange(comm, &nothing, &flags, NULL);
+    if (comm->rank == 1) {
+        int sent = 42;
+        RANK_CHECK(cudaIpcOpenMemHandle(&there, *handle, 0) != cudaSuccess, "another device's, without access");
+        RANK_CHECK(cudaIpcOpenMemHandle(&there, *handle, cudaIpcMemLazyEnablePeerAccess) == cudaSuccess, "opening");
+        RANK_CHECK(cudaMemcpyAsync(there, &sent, 4, cudaMemcpyHostToDevice, stream) == cudaSuccess, "copying");
+        RANK_CHECK(cudaStreamSynchronize(stream) == cudaSuccess, "copying");
+    }
+    comm->exchange(comm, &nothing, &flags, NULL);
+    cuda_host.keeps_faults = true;
+    if (comm->rank == 0) {
+        RANK_CHECK(*(int *)own == 42, "something else was written");
+        cudaFree(own);
+        RANK_CHECK(cuda_host.faults.size() == 1, "memory is freed that is open");
+    }
+    comm->exchange(comm, &nothing, &flags, NULL);
+    if (comm->rank == 1) {
+        RANK_CHECK(cudaIpcCloseMemHandle(there) == cudaSuccess, "closing");
+        RANK_CHECK(cudaIpcCloseMemHandle(there) != cudaSuccess, "closing twice");
+        RANK_CHECK(cudaIpcOpenMemHandle(&there, *handle, 1) != cudaSuccess, "it is no longer there");
+    }
+    cudaStreamDestroy(stream);
+}
+
+static void test_foreign_memory(void **state) {
+    void *handle = shared_by_processes(sizeof(cudaIpcMemHandle_t));
+    (void)state;
+    on_processes(2, 8, use_foreign_memory, handle, NULL);
+    munmap(handle, sizeof(cudaIpcMemHandle_t));
+}
+
 /* Waits for the other ranks of a tensor group. */
 static void await_ranks(llm_comm *tensor) {
     unsigned flags = 0;
@@ -1327,6 +1494,10 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_dead_rank),
 #ifdef CUDA_HOST_RUNTIME_H
         cmocka_unit_test(test_dead_gpu),
+        cmocka_unit_test(test_processes),
+        cmocka_unit_test(test_processes_through_host),
+        cmocka_unit_test(test_dead_process),
+        cmocka_unit_test(test_foreign_memory),
         cmocka_unit_test(test_rank_memory),
         cmocka_unit_test(test_launches),
         cmocka_unit_test(test_other_device),

@@ -1,9 +1,9 @@
 /*  cuda_runtime.h - enough of CUDA for a C++ compiler to build llm_cuda.cu and run its kernels on the CPU.
 
     It stands in for the toolkit's header of that name. Memory "on the GPU" is the host's, filled with NaN when it is
-    allocated. Each device has its own memory, which another device must not use before it was given access. Streams
-    are queues of closures that run when somebody waits for them, so that a host which reuses a buffer too early is
-    caught. Graphs are recorded queues. A kernel's blocks run one after the other. The threads of a block are fibers of
+    allocated. Each device has its own memory, which another device must not use before it was given access, and which
+    another process must not use before it has opened it. Streams are queues of closures that run when somebody waits
+    for them, so that a host which reuses a buffer too early is caught. Graphs are recorded queues. A kernel's blocks run one after the other. The threads of a block are fibers of
     the calling thread, which change at barriers and warp operations only. A fiber waits there until all other threads
     of that barrier have arrived. If no fiber can go on, the program ends with a message. Tests can let the n-th call
     fail, run the threads of a block in the opposite order, and count what was not released. */
@@ -12,6 +12,7 @@
 
 #include <boost/context/detail/fcontext.hpp>
 #include <chrono>
+#include <fcntl.h>
 #include <functional>
 #include <map>
 #include <math.h>
@@ -23,7 +24,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <string>
+#include <sys/mman.h>
 #include <thread>
+#include <unistd.h>
 #include <utility>
 #include <vector>
 
@@ -106,6 +109,9 @@ struct cuda_host_settings {
     int refusing_device = -1;      /* launches no kernel and no graph                                      */
     bool can_record = true;        /* false: streams cannot be captured                                         */
     bool failed_recording = false; /* the call that was to fail was one of those that record a graph      */
+    bool has_ipc = false;      /* memory of the GPUs that is allocated from now on has handles for other processes */
+    int first_bus = 0;         /* of the machine's GPUs, the one that this process knows as device 0          */
+    int n_refused_handles = 0; /* so many handles cannot be opened                                    */
 };
 
 inline cuda_host_settings cuda_host;
@@ -354,6 +360,8 @@ struct cuda_host_memory {
     size_t size = 0;
     int device = CUDA_HOST_PINNED;
     unsigned *writers = nullptr;
+    int file = -1;       /* of memory that has a handle, or was opened                          */
+    bool opened = false; /* it is another process's                                             */
 };
 
 inline std::map<uintptr_t, cuda_host_memory> cuda_host_memories; /* by address, under cuda_host_lock */
@@ -370,10 +378,12 @@ CUDA_HOST_SWITCH const cuda_host_memory *cuda_host_find_memory(uintptr_t at) {
     return &last;
 }
 
-static inline void cuda_host_add_memory(void *begin, size_t size, int device) {
+static inline void cuda_host_add_memory(void *begin, size_t size, int device, int file = -1, bool opened = false) {
     std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     cuda_host_memory memory;
     memory.device = device;
+    memory.file = file;
+    memory.opened = opened;
     memory.begin = (uintptr_t)begin;
     memory.size = size;
 #ifdef CUDA_HOST_WATCH
@@ -383,14 +393,16 @@ static inline void cuda_host_add_memory(void *begin, size_t size, int device) {
     cuda_host.n_bytes += size;
 }
 
-static inline void cuda_host_remove_memory(void *begin) {
+static inline cuda_host_memory cuda_host_remove_memory(void *begin) {
     std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     auto found = cuda_host_memories.find((uintptr_t)begin);
-    if (found == cuda_host_memories.end()) return;
-    free(found->second.writers);
-    cuda_host.n_bytes -= found->second.size;
+    if (found == cuda_host_memories.end()) return cuda_host_memory();
+    cuda_host_memory removed = found->second;
+    free(removed.writers);
+    cuda_host.n_bytes -= removed.size;
     cuda_host_memories.erase(found);
     cuda_host_last_memory = cuda_host_memory();
+    return removed;
 }
 
 inline std::set<std::pair<int, int>> cuda_host_peers; /* (a, b): device a may use memory of device b */
@@ -596,8 +608,17 @@ static inline cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned) {
 }
 
 static inline cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device) {
-    snprintf(id, (size_t)size, "0000:%02X:00.0", (unsigned)device);
+    snprintf(id, (size_t)size, "0000:%02X:00.0", (unsigned)(cuda_host.first_bus + device));
     return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+static inline cudaError_t cudaDeviceGetByPCIBusId(int *device, const char *id) {
+    unsigned bus = 0;
+    if (cuda_host_fails() || sscanf(id, "0000:%2X:00.0", &bus) != 1) return cudaErrorInvalidValue;
+    if ((int)bus < cuda_host.first_bus || (int)bus >= cuda_host.first_bus + cuda_host.n_devices)
+        return cudaErrorInvalidValue;
+    *device = (int)bus - cuda_host.first_bus;
+    return cudaSuccess;
 }
 
 struct cudaFuncAttributes {
@@ -616,14 +637,53 @@ static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attr
     return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
 }
 
+/* ---- Memory that other processes can open ----
+
+   It is a file without a name that another process finds in /proc while its owner has it open. Its first page counts
+   the processes that have opened it. */
+
+enum { CUDA_HOST_PAGE = 4096, CUDA_IPC_HANDLE_SIZE = 64, cudaIpcMemLazyEnablePeerAccess = 1 };
+
+struct cudaIpcMemHandle_t {
+    char reserved[CUDA_IPC_HANDLE_SIZE];
+};
+
+struct cuda_host_handle {
+    int process, file, bus;
+    size_t size;
+};
+static_assert(sizeof(cuda_host_handle) <= CUDA_IPC_HANDLE_SIZE, "a handle");
+
+static inline void *cuda_host_map(int file, size_t size) {
+    void *page = mmap(NULL, CUDA_HOST_PAGE + size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    return page == MAP_FAILED ? NULL : (uint8_t *)page + CUDA_HOST_PAGE;
+}
+
+static inline int *cuda_host_openers(const cuda_host_memory &memory) { return (int *)(memory.begin - CUDA_HOST_PAGE); }
+
+static inline void cuda_host_unmap(const cuda_host_memory &memory) {
+    munmap((void *)(memory.begin - CUDA_HOST_PAGE), CUDA_HOST_PAGE + memory.size);
+    close(memory.file);
+}
+
+static inline void *cuda_host_make_shared(size_t size, int *file) {
+    *file = memfd_create("cuda_host", MFD_CLOEXEC);
+    if (*file < 0) return NULL;
+    void *memory = ftruncate(*file, (off_t)(CUDA_HOST_PAGE + size)) ? NULL : cuda_host_map(*file, size);
+    if (!memory) close(*file);
+    return memory;
+}
+
 static inline cudaError_t cuda_host_allocate(void **out, size_t size, int device) {
+    int file = -1;
     if (cuda_host_records) return cudaErrorStreamCaptureUnsupported;
     if (cuda_host_fails()) return cudaErrorMemoryAllocation;
-    *out = aligned_alloc(256, (size + 255) / 256 * 256);
+    if (cuda_host.has_ipc && device != CUDA_HOST_PINNED) *out = cuda_host_make_shared(size, &file);
+    else *out = aligned_alloc(256, (size + 255) / 256 * 256);
     if (!*out) return cudaErrorMemoryAllocation;
     memset(*out, 0xFF, size);
     cuda_host_count(1);
-    cuda_host_add_memory(*out, size, device);
+    cuda_host_add_memory(*out, size, device, file);
     return cudaSuccess;
 }
 
@@ -633,8 +693,57 @@ static inline cudaError_t cudaMalloc(void **out, size_t size) {
 
 static inline cudaError_t cudaFree(void *ptr) {
     if (ptr) cuda_host_count(-1);
-    cuda_host_remove_memory(ptr);
-    free(ptr);
+    cuda_host_memory memory = cuda_host_remove_memory(ptr);
+    if (memory.file < 0) {
+        free(ptr);
+        return cudaSuccess;
+    }
+    if (__atomic_load_n(cuda_host_openers(memory), __ATOMIC_ACQUIRE))
+        cuda_host_fault("memory is freed that another process has opened");
+    cuda_host_unmap(memory);
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *out, void *ptr) {
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
+    const cuda_host_memory *memory = cuda_host_find_memory((uintptr_t)ptr);
+    memset(out, 0, sizeof *out);
+    if (cuda_host_fails() || !memory || memory->begin != (uintptr_t)ptr || memory->file < 0 || memory->opened)
+        return cudaErrorInvalidValue;
+    cuda_host_handle handle = {(int)getpid(), memory->file, cuda_host.first_bus + memory->device, memory->size};
+    memcpy(out, &handle, sizeof handle);
+    return cudaSuccess;
+}
+
+/* Only the device that opens memory may use it. */
+static inline cudaError_t cudaIpcOpenMemHandle(void **out, cudaIpcMemHandle_t from, unsigned flags) {
+    cuda_host_handle handle;
+    char path[64];
+    memcpy(&handle, &from, sizeof handle);
+    bool other = handle.bus != cuda_host.first_bus + cuda_host_device;
+    if (cuda_host_fails() || handle.process == (int)getpid()) return cudaErrorInvalidValue;
+    if (other && (!cuda_host.has_peers || flags != cudaIpcMemLazyEnablePeerAccess)) return cudaErrorInvalidValue;
+    if (cuda_host.n_refused_handles && cuda_host.n_refused_handles--) return cudaErrorInvalidValue;
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", handle.process, handle.file);
+    int file = open(path, O_RDWR | O_CLOEXEC);
+    void *ptr = file < 0 ? NULL : cuda_host_map(file, handle.size);
+    if (!ptr) {
+        if (file >= 0) close(file);
+        return cudaErrorInvalidValue;
+    }
+    cuda_host_count(1);
+    cuda_host_add_memory(ptr, handle.size, cuda_host_device, file, true);
+    __atomic_add_fetch(cuda_host_openers(*cuda_host_find_memory((uintptr_t)ptr)), 1, __ATOMIC_ACQ_REL);
+    *out = ptr;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaIpcCloseMemHandle(void *ptr) {
+    cuda_host_memory memory = cuda_host_remove_memory(ptr);
+    if (!memory.opened) return cudaErrorInvalidValue;
+    cuda_host_count(-1);
+    __atomic_sub_fetch(cuda_host_openers(memory), 1, __ATOMIC_ACQ_REL);
+    cuda_host_unmap(memory);
     return cudaSuccess;
 }
 

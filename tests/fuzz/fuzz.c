@@ -641,6 +641,9 @@ static void put_number(uint8_t *to, uint64_t x, int n) {
     for (int i = 0; i < n; i++) to[i] = (uint8_t)(x >> 8 * i);
 }
 
+/* By how many bytes an input may grow. libFuzzer also passes inputs that are longer than `most` already. */
+static size_t room_to_grow(size_t size, size_t most) { return size < most ? most - size : 0; }
+
 /* Mutates the n bytes at `at`, which may grow into `room` more, and moves what is behind; returns their new number. */
 static size_t mutate_part(uint8_t *data, size_t *size, size_t at, size_t n, size_t room) {
     uint8_t *part = (uint8_t *)malloc(n + room + 1);
@@ -744,7 +747,7 @@ static size_t mutate_gguf(uint8_t *data, size_t size, size_t most, unsigned seed
     w.data = data;
     w.size = size;
     walk_header(&w);
-    size_t end_of_header = (w.at + 31) / 32 * 32, room = most - size;
+    size_t end_of_header = (w.at + 31) / 32 * 32, room = room_to_grow(size, most);
     if (!w.n_fields || end_of_header > size) return LLVMFuzzerMutate(data, size, most);
     field f = w.fields[seed / 8 % (unsigned)w.n_fields];
     uint64_t old = 0;
@@ -768,7 +771,7 @@ static size_t mutate_gguf(uint8_t *data, size_t size, size_t most, unsigned seed
 static size_t mutate_safetensors(uint8_t *data, size_t size, size_t most, unsigned seed) {
     bytes rest = {data, size}, config = cut(&rest), index = cut(&rest), chosen = seed / 8 % 4 ? config : index;
     uint64_t n = rest.n < 8 ? 0 : llm__bytes_u64(rest.at);
-    size_t room = most - size < 64 ? most - size : 64;
+    size_t room = room_to_grow(size, most) < 64 ? room_to_grow(size, most) : 64;
     if (rest.n < 8 || n > rest.n - 8 || seed / 8 % 4 == 3) {
         mutate_part(data, &size, (size_t)(chosen.at - data), chosen.n, room);
     } else {
@@ -790,7 +793,7 @@ static size_t mutate_model(uint8_t *data, size_t size, size_t most, unsigned see
         starts[n_starts++] = at;
         at += 2 + two + n;
     }
-    if (!n_starts || most - size < 32) return LLVMFuzzerMutate(data, size, most);
+    if (!n_starts || room_to_grow(size, most) < 32) return LLVMFuzzerMutate(data, size, most);
     at = starts[seed / 8 % n_starts];
     bool two = data[at + 1] & 128;
     size_t n = (size_t)(two ? (data[at + 1] & 127) + data[at + 2] * 128 : data[at + 1]);
@@ -805,7 +808,7 @@ static size_t mutate_chat(uint8_t *data, size_t size, size_t most, unsigned seed
     bytes rest = {data, size};
     (void)seed;
     if (cut(&rest).n == size) return LLVMFuzzerMutate(data, size, most);
-    mutate_part(data, &size, (size_t)(rest.at - data), rest.n, most - size);
+    mutate_part(data, &size, (size_t)(rest.at - data), rest.n, room_to_grow(size, most));
     return size;
 }
 
