@@ -2733,7 +2733,8 @@ static const llm__file_type_info *llm__file_type_find_plain(llm__str name) {
 
 /* ---- Writing rows ----
    The blocks that ggml's reference quantisers make (quantize_row_*_ref in ggml-quants.c), with the same bytes. So each
-   float operation below is one of theirs, in their order. All weights are finite; those of blocks are at most 65504. */
+   float operation below is one of theirs, in their order. (clang with -ffast-math for a machine with FMA fuses some of
+   them; then a few blocks differ.) All weights are finite; those of blocks are at most 65504. */
 
 static void llm__encode_u16(uint8_t *to, uint16_t x) {
     to[0] = (uint8_t)(x & 255);
@@ -16175,11 +16176,11 @@ typedef struct llm__gguf_rows {
 
 enum { LLM__GGUF_CHUNK = 1 << 22 }; /* weights that are converted before they are written; at least one row */
 
-/* Whether a type's blocks can hold these weights. */
+/* Whether a type's blocks can hold these weights. Compares the bits, since compiler flags may remove checks for NaN. */
 static bool llm__gguf_can_hold(const llm__file_type_info *type, const float *row, size_t n) {
-    const float limit = type->type == LLM__F32 || type->type == LLM__BF16 ? FLT_MAX : 65504.0f;
+    const uint32_t limit = llm__f32_bits(type->type == LLM__F32 || type->type == LLM__BF16 ? FLT_MAX : 65504.0f);
     size_t n_bad = 0;
-    for (size_t i = 0; i < n; i++) n_bad += !(fabsf(row[i]) <= limit);
+    for (size_t i = 0; i < n; i++) n_bad += (llm__f32_bits(row[i]) & 0x7FFFFFFF) > limit;
     return !n_bad;
 }
 

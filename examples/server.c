@@ -135,7 +135,7 @@ typedef struct request {
     prompt *prompts; /* [n_prompts] */
     int n_prompts, max_tokens, n_stops;
     const char *stops[MOST_STOPS];
-    int n_log_probs; /* of the likeliest tokens beside each one; -1: none are wanted */
+    int n_log_probs;     /* of the likeliest tokens beside each one; -1: none are wanted */
     llm_sampler sampler; /* each prompt has a copy */
     llm_logit_bias biases[MOST_BIASES];
     llm_grammar *grammar;

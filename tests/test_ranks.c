@@ -542,7 +542,7 @@ static void test_left(void **state) {
         d.staged = i / (CALLBACKS * SEQUELS) % 2;
         d.rank = i % 5 % n;
         d.at = 2 + 7 * (i % 4);
-        if (d.callback == FROM_QUESTION && i % 4 == 3) d.at = N_QUESTIONS; /* then the others have all results */
+        if (d.callback == FROM_QUESTION && i % 4 == 3) d.at = N_QUESTIONS;  /* then the others have all results */
         if (d.sequel == DOES_NOTHING && d.callback != FROM_TOKEN) continue; /* it takes a second */
         on_ranks(n, NULL, depart, &d);
         assert_int_equal(d.n_told, n - (d.sequel != CALLS_AGAIN));
