@@ -592,9 +592,9 @@ LLM_API llm_status llm_quantize_directory(const char *from, const char *to, cons
 
 /* The same, with half of these weights made zero: of each four side by side in a row, the two of smaller magnitude; of
    equal ones the later. (2:4 sparsity by magnitude, Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021. A
-   model that was not trained further with the zeros is much worse.) dtype is LLM_DTYPE_BF16 or LLM_DTYPE_INT8. The zeros
-   are stored, so all that read such a directory can read this one. Fails if the number of columns of a matrix is no
-   multiple of 4, or a weight is NaN or too large for bf16. */
+   model that was not trained further with the zeros is much worse.) dtype is LLM_DTYPE_BF16 or LLM_DTYPE_INT8. The
+   zeros are stored, so all that read such a directory can read this one. Fails if the number of columns of a matrix is
+   no multiple of 4, or a weight is NaN or too large for bf16. */
 LLM_API llm_status llm_prune_directory(const char *from, const char *to, llm_dtype dtype, const llm_host *host,
                                        llm_error *err);
 
@@ -606,14 +606,14 @@ typedef struct llm_quantize_desc {
 } llm_quantize_desc;
 
 /* Writes a model as a GGUF file whose matrices, the embedding and the output among them, have the type desc->type.
-   `from` is a GGUF file (of a split model the first part) that llm_model_load can load. Weights in blocks are decoded to
-   f32 first; a matrix that has the type already is copied. The blocks have the bytes that ggml's reference quantisers
-   (quantize_row_*_ref) make, and the same matrices are converted as by llama.cpp's `llama-quantize --pure`. Q4_K_M and
-   Q5_K_M are its mixes: some matrices are Q6_K. If a matrix's rows are not whole blocks of 256, it becomes Q5_0, Q5_1 or
-   Q8_0 in place of Q4_K, Q5_K or Q6_K; if they are not whole blocks of 32, F16. Vectors and metadata are copied; only general.file_type and
-   general.quantization_version are set, and the keys of a split model are left out. Fails if a weight is not finite, or
-   above 65504 where the type holds f16 numbers. `to` must not exist yet: the file is written as `to`.tmp, then renamed.
-   After a failure neither is left. */
+   `from` is a GGUF file (of a split model the first part) that llm_model_load can load. Weights in blocks are decoded
+   to f32 first; a matrix that has the type already is copied. The blocks have the bytes that ggml's reference
+   quantisers (quantize_row_*_ref) make, and the same matrices are converted as by llama.cpp's `llama-quantize --pure`.
+   Q4_K_M and Q5_K_M are its mixes: some matrices are Q6_K. If a matrix's rows are not whole blocks of 256, it becomes
+   Q5_0, Q5_1 or Q8_0 in place of Q4_K, Q5_K or Q6_K; if they are not whole blocks of 32, F16. Vectors and metadata are
+   copied. Only general.file_type and general.quantization_version are set, and the keys of a split model are left out.
+   Fails if a weight is not finite, or above 65504 where the type holds f16 numbers. `to` must not exist yet: the file
+   is written as `to`.tmp, then renamed. After a failure neither file is left. */
 LLM_API llm_status llm_quantize_gguf(const char *from, const char *to, const llm_quantize_desc *desc, llm_error *err);
 
 /* The same for a GGUF file in memory, or from a function; see llm_model_load_memory, llm_model_load_callback. */
@@ -846,10 +846,10 @@ typedef struct llm_generate_desc {
     void (*on_log_probs)(void *user, llm_log_prob chosen, const llm_log_prob *top, int n_top);
     int n_top_log_probs;
 
-    /* Above 0: before the answer, on_log_probs is called for the prompt's tokens from this position on, in order. Nothing
-       predicts the first token, at position 0, so 1 means all the others. The numbers are those of llm_score; on the
-       CPU they have the same bits. These tokens are computed even if a sequence holds them, at most n_logits of them in
-       a pass: so a context with a larger n_logits is faster. 0: none */
+    /* Above 0: before the answer, on_log_probs is called for the prompt's tokens from this position on, in order.
+       Nothing predicts the first token, at position 0, so 1 means all the others. The numbers are those of llm_score;
+       on the CPU they have the same bits. These tokens are computed even if a sequence holds them, at most n_logits of
+       them in a pass: so a context with a larger n_logits is faster. 0: none */
     int log_probs_from;
     bool prompt_only;      /* the text ends after the prompt, with LLM_STOP_LENGTH; nothing is generated */
     bool log_probs_of_end; /* on_log_probs is also called for the token that ends the text */
@@ -1235,11 +1235,11 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
    GPUs that its process sees. In passes of up to 16 rows the bits are the same for any number of ranks.
 
    Up to 8 tensor ranks on one machine, threads or processes, exchange their data in their GPUs' memory, if each has a
-   GPU of its own and these reach each other's memory. (Processes need Linux, and contexts of such ranks are freed by all
-   ranks at the same time: each waits for the others.) All other ranks use the host's memory. Then several GPUs
-   hold larger models, and a pipeline scores faster than one GPU, but tensor parallel decodes slower than one GPU that
-   has room for the whole model. With LLM_CUDA_RANKS=host in the environment they always use the host's memory; the
-   results are the same. host.log tells which way is used. */
+   GPU of its own and these reach each other's memory. (Processes need Linux, and contexts of such ranks are freed by
+   all ranks at the same time: each waits for the others.) All other ranks use the host's memory. Then several GPUs hold
+   larger models, and a pipeline scores faster than one GPU, but tensor parallel decodes slower than one GPU that has
+   room for the whole model. With LLM_CUDA_RANKS=host in the environment they always use the host's memory; the results
+   are the same. host.log tells which way is used. */
 typedef enum llm_cuda_mode {
     LLM_CUDA_GRAPH = 0, /* passes of up to 16 rows run the fused kernels, launched as one recorded graph          */
     LLM_CUDA_FUSED,     /* the same kernels, launched one by one                                                  */
@@ -3788,8 +3788,7 @@ typedef enum llm__hparams_window_rule {
 
 typedef struct llm__hparams_architecture {
     const char *gguf, *hugging_face, *class_name; /* gguf is NULL if GGUF files use another architecture's name */
-    bool
-        interleaved_rope; /* GGUF stores the rows of Q and K so that RoPE pairs are (2i, 2i + 1) instead of (i, i + rope_dim / 2) */
+    bool interleaved_rope; /* in GGUF's order of Q's and K's rows: RoPE pairs (2i, 2i + 1), not (i, i + rope_dim / 2) */
     bool qkv_bias, qk_norm;
     llm__hparams_window_rule window;
 } llm__hparams_architecture;
@@ -3808,7 +3807,8 @@ enum { LLM__N_ARCHITECTURES = sizeof llm__hparams_architectures / sizeof *llm__h
    fast pairs are left alone:
      linear   all pairs are slowed down
      llama3   between the two, a blend that is linear in the number of turns
-     yarn     between the two, a blend that is linear in the pair's index (arXiv:2309.00071); also scales sines and cosines */
+     yarn     between the two, a blend that is linear in the pair's index (arXiv:2309.00071); also scales sines and
+              cosines */
 typedef enum llm__hparams_rope_kind {
     LLM__ROPE_PLAIN,
     LLM__ROPE_LINEAR,
@@ -8619,8 +8619,8 @@ static inline void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w)
 }
 
 /* Encodes words of the last rule from p on as long as blocks show their ends, and returns the end of the last one. The
-   words of a block are first found, then looked up, so that the memory they are looked up in is there by then. Where the
-   next bytes are not all ASCII, a block would probably show nothing. */
+   words of a block are first found, then looked up, so that the memory they are looked up in is there by then. Where
+   the next bytes are not all ASCII, a block would probably show nothing. */
 static const uint8_t *llm__enc_blocks(llm__enc_job *job, const llm__pre_rule *rule, const uint8_t *p,
                                       const uint8_t *end) {
     llm__enc_seen words[LLM__BLOCK];
@@ -8736,8 +8736,8 @@ static const uint8_t *llm__special_control_end(const llm__enc_job *job, const ui
     return at >= job->plain[*span].begin ? p : job->text + job->plain[*span].begin;
 }
 
-/* The first byte from p on with which a special token of these kinds starts, or end. There are few such bytes, so we let
-   memchr find them, in pieces of the text that bound the time for a byte that never comes. */
+/* The first byte from p on with which a special token of these kinds starts, or end. There are few such bytes, so we
+   let memchr find them, in pieces of the text that bound the time for a byte that never comes. */
 static const uint8_t *llm__special_start(const llm__special_set *set, unsigned wanted, const uint8_t *p,
                                          const uint8_t *end) {
     while (set->n_firsts <= LLM__FEW_FIRSTS && p < end) {
@@ -11271,8 +11271,8 @@ static llm_backend_range llm__ranks_key_heads(const llm_comm *tensor, const llm_
     return keys;
 }
 
-/* The layers of a stage of the pipeline. The last stage also has the head. A weight of the head counts 0.7 times as much
-   as one of a layer, because only some rows go through the head: 70 % for HellaSwag. */
+/* The layers of a stage of the pipeline. The last stage also has the head. A weight of the head counts 0.7 times as
+   much as one of a layer, because only some rows go through the head: 70 % for HellaSwag. */
 static llm_backend_range llm__ranks_layers_of(const llm_backend_shape *s, int stage, int n_stages) {
     double q = (double)s->n_heads * s->head_dim, kv = (double)s->n_kv_heads * s->head_dim,
            layer = s->n_embd * (2 * q + 2 * kv + 3.0 * s->n_ff), head = 0.7 * s->n_vocab * s->n_embd,
@@ -15974,8 +15974,8 @@ static llm_status llm__quantize_run(llm__quantize_args args, const llm_host *hos
 
 /* ---- Writing GGUF files ---- */
 
-/* What desc.type may be: the type of the matrices, and general.file_type. With `mixed` the matrices that matter most are
-   Q6_K, chosen as llama.cpp does. */
+/* What desc.type may be: the type of the matrices, and general.file_type. With `mixed` the matrices that matter most
+   are Q6_K, chosen as llama.cpp does. */
 typedef struct llm__gguf_recipe {
     const char *name;
     llm__file_type type;
@@ -16115,8 +16115,8 @@ static bool llm__str_ends(llm__str s, const char *end) {
     return s.n >= n && !memcmp(s.at + s.n - n, end, n);
 }
 
-/* The rule of llama.cpp's mixes (llama_tensor_get_type_impl in llama-quant.cpp): Q6_K for what makes the logits, and for
-   the values and the last matrix of the first and last eighth of the layers and of every third one between them. */
+/* The rule of llama.cpp's mixes (llama_tensor_get_type_impl in llama-quant.cpp): Q6_K for what makes the logits, and
+   for the values and the last matrix of the first and last eighth of the layers and of every third one between them. */
 static llm__file_type llm__gguf_mixed_type(const llm__gguf_out *g, const llm__gguf_out_tensor *t) {
     const int n = g->h->n_layers, i = t->layer;
     const llm__str name = t->from->name;
@@ -17169,11 +17169,11 @@ LLM__SMALL_END
    repetition is a return with a number, so that {0,10000} is no larger than {0,2}.
 
    The mask of a state says of each token whether its bytes lead to another state. The tokens are a trie: one walk
-   through it finds all masks' bits. Most tokens are plain: whole characters that need no escape in JSON. Where all plain
-   characters lead to one and the same state, as they do within a string, the plain tokens are taken as a whole, and only
-   the rest is walked; so is the part of the trie below a node after which all plain characters may follow. If most of
-   them fit, only those that do not are searched. Masks are stored with their states. A byte is looked at, never a
-   character, so tokens may end inside a character.
+   through it finds all masks' bits. Most tokens are plain: whole characters that need no escape in JSON. Where all
+   plain characters lead to one and the same state, as they do within a string, the plain tokens are taken as a whole,
+   and only the rest is walked; so is the part of the trie below a node after which all plain characters may follow. If
+   most of them fit, only those that do not are searched. Masks are stored with their states. A byte is looked at, never
+   a character, so tokens may end inside a character.
 
    Related: XGrammar (Dong et al. 2024, arXiv:2411.15100), llguidance, and the grammars of llama.cpp, whose GBNF this
    reads. */
@@ -17641,8 +17641,8 @@ typedef struct llm__gram_plain {
     uint64_t *bits; /* [i][n_words], i up to longest: those of at most i characters */
 } llm__gram_plain;
 
-/* The nodes of a trie stand in the order of a walk that goes deep first. Each kind of tokens has a trie of its own; they
-   stand one behind the other. */
+/* The nodes of a trie stand in the order of a walk that goes deep first. Each kind of tokens has a trie of its own;
+   they stand one behind the other. */
 typedef struct llm__gram_trie {
     size_t n_nodes, ends[3]; /* ends: where the tries of each kind end */
     uint8_t *bytes;          /* [n_nodes] */
@@ -21537,7 +21537,7 @@ static int llm__gen_first_logits(const llm_stream *s) {
     return s->desc.log_probs_from ? s->desc.log_probs_from - 1 : s->n_ids - 1;
 }
 
-/* Lets the sequence begin with what is already computed of the prompt, up to the first token whose logits are needed. */
+/* The sequence begins with what is already computed of the prompt, up to the first token whose logits are needed. */
 static void llm__gen_reuse(llm_stream *s) {
     int own;
     s->n_read = llm__seq_start(s->ctx, s->desc.seq, s->ids, llm__gen_first_logits(s), &own);
@@ -22110,8 +22110,8 @@ static llm_stream *llm__stream_shortest_prompt(const llm_context *ctx, int *n) {
     return shortest;
 }
 
-/* Parts of the prompts, which share the room that is left, and the rows with logits. What a short one does not need goes
-   to the others. */
+/* Parts of the prompts, which share the room that is left, and the rows with logits. What a short one does not need
+   goes to the others. */
 static void llm__stream_push_prompts(llm__stream_pass *p) {
     int n_left;
     for (llm_stream *s; p->n < p->most && (s = llm__stream_shortest_prompt(p->ctx, &n_left));) {
@@ -22192,9 +22192,9 @@ static void llm__stream_sample_task(void *arg, int index) {
         llm__stream_draw(ctx->sampled[i], &ctx->scratch[index], 0, ctx->cache.lengths[ctx->sampled[i]->desc.seq]);
 }
 
-/* Draws the next token of the streams without guesses, a mask or a grammar. Guesses are checked one after the other, since
-   each depends on the one before; a mask is the host's, so it is called on the host's thread; and a grammar remembers
-   its text. */
+/* Draws the next token of the streams without guesses, a mask or a grammar. Guesses are checked one after the other,
+   since each depends on the one before; a mask is the host's, so it is called on the host's thread; and a grammar
+   remembers its text. */
 static void llm__stream_sample(llm__stream_pass *p) {
     llm_context *ctx = p->ctx;
     for (llm_stream *s = ctx->streams; s; s = s->next) {

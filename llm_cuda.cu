@@ -2023,8 +2023,8 @@ static __global__ void llm__fill(uint16_t *to, size_t n) {
 
    Blocks of the same number meet, and write their flags before they wait. So no block waits for a later one, and the
    kernel cannot block itself if the GPU holds only some of its blocks. A mailbox has two halves that meetings use in
-   turn: a rank begins meeting n + 2 after it has seen all flags of meeting n + 1, and the others wrote these after their
-   kernel of meeting n was done, which read the half. */
+   turn: a rank begins meeting n + 2 after it has seen all flags of meeting n + 1, and the others wrote these after
+   their kernel of meeting n was done, which read the half. */
 
 enum { LLM__MEET_RANKS = 8, LLM__MEET_BLOCKS = 32, LLM__MEET_PARTS = 3, LLM__MEET_HEAD = 2048 };
 
