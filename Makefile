@@ -60,7 +60,7 @@ vpath %.sh tests
 
 .SECONDARY:
 .PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster test-templates fuzz bench-tokenizer bench-grammar \
-        bench-peers size model deps format clean help \
+        bench-peers bench-serve size model deps format clean help \
         walkthrough walkthrough-programs walkthrough-diff
 all:
 	.ci/need $(NEEDED_TO_BUILD)
@@ -288,6 +288,11 @@ bench-peers: build/bench build/peers/venv/ready $(LLAMA_BENCH)
 	build/peers/venv/bin/python bench/peers/cpu.py $(RESULTS) --model $(SMOLLM2) --llama-bench $(LLAMA_BENCH)
 	build/peers/venv/bin/python bench/peers/report.py $(RESULTS) $(RESULTS:.csv=.png)
 
+# The server with 1, 8 and 32 clients. LLAMA_SERVER=path measures llama.cpp's server beside it.
+bench-serve: $(SMOLLM2)
+	$(MAKE) server
+	bench/serve_beside.py $(MODEL) $(LLAMA_SERVER)
+
 build/peers/venv/ready: Makefile
 	python3 -m venv build/peers/venv
 	build/peers/venv/bin/pip install -q openvino-genai matplotlib
@@ -385,6 +390,7 @@ help:
 	echo "make bench-tokenizer   MB/s beside gigatoken, quicktok, Hugging Face's tokenizers and tiktoken"
 	echo "make bench-grammar     JSON schemas beside xgrammar and llguidance (the first time fetches these and PyTorch, 5 GB)"
 	echo "make bench-peers       the CPU beside llama.cpp and OpenVINO GenAI; the first time builds or fetches these (1 GB)"
+	echo "make bench-serve       the server with 1, 8 and 32 clients, LLAMA_SERVER=path beside it"
 	echo "make walkthrough       the course in examples/walkthrough: runs every step, updates its table and pictures (about 7 minutes)"
 	echo "make walkthrough-diff N=3   what step 3 changes"
 	echo "make test-templates    chat templates beside jinja2: llama.cpp's, which come from PyPI (80 MB), with random conversations"
