@@ -446,7 +446,7 @@ typedef struct llm_host {
    same arguments in the same order, and all get the same results: on the CPU the same bits as one rank alone. Every
    rank calls its own callbacks, so a host should print on one rank only.
 
-   If one rank fails, is cancelled, has left, or makes another call than the others, the call fails on all ranks. */
+   If one rank fails, is cancelled, has left, or makes a different call than the others, the call fails on all ranks. */
 
 /* Rows that the ranks exchange in place: before the call each rank has its own share of every row, afterwards all have
    the whole rows. A row consists of n_units units, the last of which may be shorter. Rank i has the units u with
@@ -2060,9 +2060,9 @@ typedef struct llm__cursor {
 
 static const uint8_t *llm__cursor_bytes(llm__cursor *r, uint64_t n) {
     if (n > r->size - r->at)
-        llm__fail(r->env, LLM_ERROR_FORMAT, "the file ends inside %s%.*s: %llu bytes wanted at offset %llu of %llu",
-                  r->what, LLM__SHOW(r->name), (unsigned long long)n, (unsigned long long)r->at,
-                  (unsigned long long)r->size);
+        llm__fail(r->env, LLM_ERROR_FORMAT,
+                  "the file ends inside %s%.*s: it needs %llu bytes at offset %llu, but the file has %llu", r->what,
+                  LLM__SHOW(r->name), (unsigned long long)n, (unsigned long long)r->at, (unsigned long long)r->size);
     if (n > r->have - r->at)
         llm__fail(r->env, LLM_ERROR_UNSUPPORTED,
                   "%s%.*s goes on at offset %llu: longer headers are only read from files by path", r->what,
@@ -3255,8 +3255,8 @@ static void llm__tensor_refuse_unused(llm__env *env, const llm__checkpoint *ck) 
             ignored = name.n >= n && !memcmp(name.at + name.n - n, known[j], n);
         }
         if (!ignored)
-            llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                      "tensor %.*s is there, which is no part of the models this library runs", LLM__SHOW(name));
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s is not part of any model that this library runs",
+                      LLM__SHOW(name));
     }
 }
 
@@ -3316,7 +3316,7 @@ static llm__str llm__gguf_read_name(llm__cursor *r, const char *anonymous, const
 /* Checks that the file is long enough for `count` items of at least `size` bytes each. */
 static void llm__gguf_check_count(llm__cursor *r, uint64_t count, uint64_t size) {
     if (count > (r->size - r->at) / size)
-        llm__fail(r->env, LLM_ERROR_FORMAT, "%s%.*s is to have %llu entries at offset %llu, but the file ends at %llu",
+        llm__fail(r->env, LLM_ERROR_FORMAT, "%s%.*s has %llu entries at offset %llu, but the file ends at %llu",
                   r->what, LLM__SHOW(r->name), (unsigned long long)count, (unsigned long long)r->at,
                   (unsigned long long)r->size);
 }
@@ -3478,8 +3478,7 @@ static void llm__gguf_read_tensors(llm__cursor *r, llm__checkpoint *ck, const ll
 static void llm__gguf_read_part(llm__env *env, llm__checkpoint *ck, const llm__file *file) {
     llm__cursor r = {env, file->data, file->size, file->have, 0, "the header", {"", 0}};
     if (memcmp(llm__cursor_bytes(&r, 4), "GGUF", 4))
-        llm__fail(env, LLM_ERROR_FORMAT,
-                  "this is not a GGUF file (what Hugging Face publishes is loaded by its directory)");
+        llm__fail(env, LLM_ERROR_FORMAT, "this is not a GGUF file; to load a Hugging Face model, give its directory");
     uint32_t version = llm__cursor_u32(&r);
     if (version != 2 && version != 3)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is GGUF version %lu; versions 2 and 3 are supported",
@@ -3512,8 +3511,8 @@ static llm__checkpoint *llm__gguf_read_whole(llm__env *env, const llm__file *fil
     llm__checkpoint *ck = llm__gguf_read_first(env, file);
     int count = (int)llm__gguf_int(env, ck, "split.count", 1, 0, 65535);
     if (count > 1)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is one of the %d parts of a split file, which is loaded by path",
-                  count);
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "this is one of the %d parts of a split file; load such a file by its path", count);
     return ck;
 }
 
@@ -3536,8 +3535,8 @@ static llm__checkpoint *llm__gguf_open(llm__env *env, const char *path) {
     int no = (int)llm__gguf_int(env, ck, "split.no", 0, 0, 65535);
     if (count > 1 && (no || !llm__gguf_split_path(env, path, 1, count)))
         llm__fail(env, LLM_ERROR_ARGUMENT,
-                  "this is part %d of %d: the first is to be loaded, its name ends in -00001-of-%05d.gguf", no + 1,
-                  count, count);
+                  "this is part %d of %d: load the first part, whose name ends in -00001-of-%05d.gguf", no + 1, count,
+                  count);
     for (int i = 1; i < count; i++) {
         llm__checkpoint part;
         memset(&part, 0, sizeof part);
@@ -3608,7 +3607,8 @@ static void llm__safetensors_read(llm__env *env, llm__checkpoint *ck) {
     const llm__file *file = llm__file_open(env, env->file);
     uint64_t n = file->size < 8 ? 0 : llm__bytes_u64(file->data);
     if (file->size < 8 || n > file->size - 8)
-        llm__fail(env, LLM_ERROR_FORMAT, "the header is said to be %llu bytes long, but the file has %llu",
+        llm__fail(env, LLM_ERROR_FORMAT,
+                  "by its first 8 bytes the file has a header of %llu bytes, but the file has %llu",
                   (unsigned long long)n, (unsigned long long)file->size);
     const llm__json *header = llm__json_parse(env, file->data + 8, (size_t)n);
     if (header->type != LLM__JSON_OBJECT) llm__fail(env, LLM_ERROR_FORMAT, "the header is not a JSON object");
@@ -3688,7 +3688,7 @@ static void llm__sparse_join(llm__env *env, llm__checkpoint *ck) {
             const llm__str name = llm__tensor_rename(env, kept->name, ".compressed", ends[j]);
             found[j] = llm__tensor_find(&before, name.at);
             if (!found[j])
-                llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s is there, but not %.*s", LLM__SHOW(kept->name),
+                llm__fail(env, LLM_ERROR_FORMAT, "there is a tensor %.*s, but no %.*s", LLM__SHOW(kept->name),
                           LLM__SHOW(name));
             ck->used[found[j] - all] = true;
         }
@@ -3700,12 +3700,13 @@ static void llm__sparse_join(llm__env *env, llm__checkpoint *ck) {
         t.cols = llm__bytes_u64(shape->data + 8);
         if (kept->type->block_weights != 1 || t.cols % 4 || kept->rows != t.rows || kept->cols != t.cols / 2 ||
             mask->rows != t.rows || mask->cols != t.cols / 8 + (t.cols % 8 != 0))
-            llm__fail(env, LLM_ERROR_FORMAT,
-                      "tensor %.*s says %llu x %llu, of which %.*s must be the half and %.*s the eighth; they are "
-                      "%llu x %llu and %llu x %llu",
-                      LLM__SHOW(shape->name), (unsigned long long)t.rows, (unsigned long long)t.cols,
-                      LLM__SHOW(kept->name), LLM__SHOW(mask->name), (unsigned long long)kept->rows,
-                      (unsigned long long)kept->cols, (unsigned long long)mask->rows, (unsigned long long)mask->cols);
+            llm__fail(
+                env, LLM_ERROR_FORMAT,
+                "tensor %.*s gives %llu x %llu, so %.*s must have half and %.*s an eighth of the columns; they are "
+                "%llu x %llu and %llu x %llu",
+                LLM__SHOW(shape->name), (unsigned long long)t.rows, (unsigned long long)t.cols, LLM__SHOW(kept->name),
+                LLM__SHOW(mask->name), (unsigned long long)kept->rows, (unsigned long long)kept->cols,
+                (unsigned long long)mask->rows, (unsigned long long)mask->cols);
         t.row_bytes = llm__tensor_mul(env, t.name, t.cols, t.type->block_bytes);
         llm__tensor_mul(env, t.name, t.rows, t.row_bytes);
         t.file = nowhere;
@@ -12889,8 +12890,9 @@ static llm_status llm__hub_copy(llm_comm *comm, int other, const llm_exchange *x
     llm__hub *hub = (llm__hub *)comm->user;
     const llm_exchange *y = &hub->seats[other].exchange;
     if (!llm__comm_same_call(x, y))
-        return llm__hub_break(comm, err, "rank %d makes another call than rank %d; all ranks must make the same calls",
-                              other, comm->rank);
+        return llm__hub_break(comm, err,
+                              "rank %d makes a different call than rank %d; all ranks must make the same calls", other,
+                              comm->rank);
     bool allowed = llm__hub_read_begins(hub, other);
     for (size_t row = 0, from; row < x->n_rows && allowed; row++) {
         size_t end = llm__comm_part(x, other, comm->size, row, &from);
@@ -13108,7 +13110,7 @@ static llm_status llm__mpi_check(llm__mpi *m, int code, llm_error *err) {
     MPI_Error_class(code, &class_of);
     if (class_of == MPI_ERR_TRUNCATE)
         return llm__mpi_break(m, err,
-                              "some rank makes another call than rank %d; all ranks must make the same calls (MPI "
+                              "some rank makes a different call than rank %d; all ranks must make the same calls (MPI "
                               "error %d)",
                               m->comm.rank, code);
     MPI_Error_string(code, text, &n);
@@ -13219,8 +13221,9 @@ static llm_status llm__mpi_exchange(llm_comm *comm, const llm_exchange *x, unsig
         const uint8_t *got = m->received + (size_t)i * m->room;
         memcpy(&other, got, sizeof other);
         if (other.call != head.call || other.n != head.n)
-            return llm__mpi_break(m, err, "rank %d makes another call than rank %d; all ranks must make the same calls",
-                                  i, comm->rank);
+            return llm__mpi_break(m, err,
+                                  "rank %d makes a different call than rank %d; all ranks must make the same calls", i,
+                                  comm->rank);
         *flags |= other.flags;
         llm__mpi_pack(x, i, comm->size, m->received + (size_t)i * m->room + sizeof head, true);
     }
@@ -13347,7 +13350,8 @@ static llm_status llm__mpi_create(llm__mpi_args *args, MPI_Comm ranks, double pa
     MPI_Request request = MPI_REQUEST_NULL;
     *args->out = NULL;
     if (MPI_Comm_rank(ranks, &args->rank) != MPI_SUCCESS || MPI_Comm_size(ranks, &args->size) != MPI_SUCCESS)
-        return llm__error(err, LLM_ERROR_ARGUMENT, "comm is no MPI communicator, or MPI_Init_thread was not called");
+        return llm__error(err, LLM_ERROR_ARGUMENT,
+                          "comm is not an MPI communicator, or MPI_Init_thread was not called");
     if (args->size > LLM__RANKS_MOST)
         return llm__error(err, LLM_ERROR_ARGUMENT, "there are %d ranks; the maximum is %d", args->size,
                           (int)LLM__RANKS_MOST);
@@ -15358,7 +15362,7 @@ static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *d
     if (!llm__kernels_choose(d.isa))
         llm__fail(env, LLM_ERROR_ARGUMENT, "the instruction set \"%s\" is unknown, or not on this machine", d.isa);
     if (!llm_dtype_name(d.dtype))
-        llm__fail(env, LLM_ERROR_ARGUMENT, "desc.dtype is %d, which is no type to run in", (int)d.dtype);
+        llm__fail(env, LLM_ERROR_ARGUMENT, "desc.dtype is %d, which is not a type of weights", (int)d.dtype);
     if (d.n_threads < 0 || d.n_threads > 1024) llm__fail(env, LLM_ERROR_ARGUMENT, "desc.n_threads is %d", d.n_threads);
     if (d.n_threads == 0) d.n_threads = llm__team_default_threads();
     return d;
@@ -17030,8 +17034,8 @@ static llm_status llm__ctx_check_batch(llm_context *ctx, const llm_batch *batch,
     for (int seq = 0; seq < ctx->desc.n_seq; seq++)
         if ((int64_t)cache->lengths[seq] + ctx->n_new[seq] > ctx->desc.n_ctx)
             return llm__error(err, LLM_ERROR_CONTEXT_FULL,
-                              "sequence %d has %d tokens and is to get %d more, but holds %d (n_ctx)", seq,
-                              cache->lengths[seq], ctx->n_new[seq], ctx->desc.n_ctx);
+                              "sequence %d has %d tokens; with %d more it would have more than it can hold, %d (n_ctx)",
+                              seq, cache->lengths[seq], ctx->n_new[seq], ctx->desc.n_ctx);
     int64_t blocks = llm__ctx_blocks_needed(ctx);
     if (!llm__seq_make_room(ctx, blocks))
         return llm__error(err, LLM_ERROR_CONTEXT_FULL,
@@ -17039,7 +17043,7 @@ static llm_status llm__ctx_check_batch(llm_context *ctx, const llm_batch *batch,
                           (long long)blocks * LLM_CACHE_BLOCK, cache->n_free * LLM_CACHE_BLOCK);
     if (n_logits > ctx->desc.n_logits && !ctx->targets)
         return llm__error(err, LLM_ERROR_ARGUMENT,
-                          "the logits of %d tokens are wanted; the context holds %d (n_logits)", n_logits,
+                          "logits are requested for %d tokens, but the context holds those of %d (n_logits)", n_logits,
                           ctx->desc.n_logits);
     return LLM_OK;
 }
@@ -21487,8 +21491,7 @@ static llm_token *llm__gen_prompt_tokens(llm__env *env, llm_stream *s, int *n) {
     if ((d->prompt != NULL) + (d->messages != NULL) + (d->chat != NULL) + (d->tokens != NULL) != 1)
         llm__fail(env, LLM_ERROR_ARGUMENT, "exactly one of prompt, messages, chat and tokens must be given");
     if (d->keep_free < 0 || (d->keep_free && !d->messages && !(d->chat && d->chat->messages)))
-        llm__fail(env, LLM_ERROR_ARGUMENT,
-                  "keep_free is negative, or there are no messages of which some can be left out");
+        llm__fail(env, LLM_ERROR_ARGUMENT, "keep_free is negative, or there are no messages that could be left out");
     if (d->tokens) {
         if (d->n_tokens <= 0)
             llm__fail(env, LLM_ERROR_ARGUMENT, "the prompt has no tokens: n_tokens is %d", d->n_tokens);
@@ -23042,7 +23045,7 @@ static llm_score_desc llm__score_defaults(llm__env *env, const llm_score_desc *d
     memset(&d, 0, sizeof d);
     if (desc) d = *desc;
     if (d.schedule < LLM_SCHEDULE_PACKED || d.schedule > LLM_SCHEDULE_DP)
-        llm__fail(env, LLM_ERROR_ARGUMENT, "desc.schedule is %d, which is none", (int)d.schedule);
+        llm__fail(env, LLM_ERROR_ARGUMENT, "desc.schedule is %d, which is not a schedule", (int)d.schedule);
     if (d.batch < 0 || d.batch_context < 0 || d.min_tokens < 0 || d.min_context_tokens < 0 || d.mini_batch < 0)
         llm__fail(env, LLM_ERROR_ARGUMENT, "a number in llm_score_desc is negative");
     if (!d.batch && d.schedule == LLM_SCHEDULE_FIXED) d.batch = 32;

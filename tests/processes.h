@@ -109,7 +109,7 @@ static inline llm_status process_exchange(llm_comm *comm, const llm_exchange *x,
         if (!process_await(comm, i, &seats[i].n_begun, n)) return process_fail(comm, err);
         const llm_exchange *y = &seats[i].call;
         if (y->n_rows != x->n_rows || y->row_bytes != x->row_bytes || y->unit_bytes != x->unit_bytes)
-            process_abort(comm, "a rank makes another call");
+            process_abort(comm, "a rank makes a different call");
         else if (i != comm->rank) process_copy(comm, i, x, false);
         *flags |= seats[i].flags;
     }

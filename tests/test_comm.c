@@ -104,8 +104,8 @@ typedef struct trouble {
     int n_done;       /* atomic */
 } trouble;
 
-static const char *const WORDS[TROUBLES] = {"has left",     "in time",    "enough of this",
-                                            "another call", "wrong size", "in time"};
+static const char *const WORDS[TROUBLES] = {"has left",       "in time",    "enough of this",
+                                            "different call", "wrong size", "in time"};
 
 /* The last rank does something wrong in the third round; all others are told, none reads what is no longer there. */
 static void go_wrong(llm_comm *comm, void *arg) {

@@ -633,7 +633,7 @@ static void bad_safetensors_are_refused(void **state) {
     static const uint64_t lengths[] = {67, 1u << 31, 0xFFFFFFFFu, (uint64_t)1 << 63, UINT64_MAX};
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
         write_safetensors(in_folder("model.safetensors"), "{}", (size_t)lengths[i], 64);
-        expect_failure(folder, "the header is said to be", "model.safetensors");
+        expect_failure(folder, "by its first 8 bytes the file has a header of", "model.safetensors");
     }
     write_file(in_folder("model.safetensors"), "1234567", 7);
     expect_failure(folder, "but the file has 7", "model.safetensors");
@@ -692,7 +692,8 @@ static void bad_indexes_are_refused(void **state) {
         {"{\"weight_map\": {\"a\": \"\"}}", "which is not the name of a file"},
         {"{\"weight_map\": {\"a\": \"absent.safetensors\"}}", "absent.safetensors: the file cannot be read"},
         {"{\"weight_map\": {\"a\": \"a.safetensors\"}}", "tensor lm_head.weight"},
-        {"{\"weight_map\": {\"a\": \"model.safetensors.index.json\"}}", "the header is said to be"}, /* itself */
+        {"{\"weight_map\": {\"a\": \"model.safetensors.index.json\"}}",
+         "by its first 8 bytes the file has a header of"}, /* itself */
     };
     bytes config = read_file(golden("llama/config.json"));
     (void)state;

@@ -194,10 +194,8 @@ static void test_bad_bitmasks(void **state) {
     static const struct {
         const char *old, *new_text, *words; /* in the header, of the same length */
     } names[] = {
-        {"down_proj.bitmask", "down_proj.bitmasx",
-         "down_proj.compressed is there, but not model.layers.0.mlp.down_proj.b"},
-        {"down_proj.shape", "down_proj.shapx",
-         "down_proj.compressed is there, but not model.layers.0.mlp.down_proj.shape"},
+        {"down_proj.bitmask", "down_proj.bitmasx", "down_proj.compressed, but no model.layers.0.mlp.down_proj.b"},
+        {"down_proj.shape", "down_proj.shapx", "down_proj.compressed, but no model.layers.0.mlp.down_proj.shape"},
         {"down_proj.compressed", "down_proj.compressex", "down_proj.weight is missing"},
         {"U8", "I8", "is not of type U8"},
         {"I64", "F64", "is not two numbers of type I64"},

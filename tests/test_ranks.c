@@ -386,7 +386,7 @@ typedef struct trouble {
 } trouble;
 
 static const char *const WORDS[TROUBLES] = {"file",   "type",     "instruction set", "rank 1", "llm_context_desc",
-                                            "memory", "has left", "another call"};
+                                            "memory", "has left", "different call"};
 
 /* Rank 1 is the odd one. */
 static llm_status go_wrong_here(llm_comm *comm, trouble *t, heap *h, llm_error *err) {
