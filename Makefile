@@ -34,6 +34,7 @@ LIBS_tokenize             = -ljansson
 LIBS_fuzz                 = -ljansson
 LIBS_test_chat            = -ljansson
 LIBS_test_grammar         = -ljansson
+LIBS_test_samplers        = -ljansson
 LIBS_test_score           = -ljansson
 LIBS_test_tokenizer       = -ljansson
 LIBS_test_tokenizer_files = -ljansson

@@ -1011,14 +1011,35 @@ struct llm_sampler {
     float frequency_penalty;
     int answer_begin; /* for llm_sample: how many tokens of the sequence come before the answer. llm_generate does not
                          read it: there the answer begins behind the prompt                                        */
+
+    /* More rules that cut unlikely or all too likely tokens. Where they are off, the random numbers are as without. */
+    float top_n_sigma;  /* keep logits at most n standard deviations of all logits below the best; 0: all         */
+    float typical_p;    /* keep those of the most usual surprise, until their sum exceeds p; 0: all                 */
+    float mirostat_tau; /* mirostat 2: the surprise per token to aim at, in bits, such as 5; 0: off               */
+    float mirostat_eta; /* how fast it corrects itself; 0: 0.1                                                    */
+    double mirostat_shift; /* the state: the greatest surprise that is allowed, less 2 * mirostat_tau; begins at 0 */
+    float xtc_probability; /* how often, from 0 to 1, XTC drops the best tokens; 0: never                         */
+    float xtc_threshold;   /* drops those that have this probability or more, but the last of them; above 0.5: none */
+    /* DRY: if the last tokens, n of them, stood in the text before, the token that followed there loses
+       dry_multiplier * dry_base ^ (n - dry_allowed_length), if n is at least dry_allowed_length. Of several places the
+       one with the largest n counts. A repetition does not reach back over a breaker, which is a text such as "\n". */
+    float dry_multiplier;            /* 0: off; usual: 0.8                                                        */
+    float dry_base;                  /* 0: 1.75; below 1: DRY is off                                              */
+    int dry_allowed_length;          /* 0: 2                                                                      */
+    int dry_last_n;                  /* how many of the sequence's last tokens count; 0: all                      */
+    const char *const *dry_breakers; /* the host's, like biases; NULL: "\n", ":", "\"" and "*"                    */
+    int n_dry_breakers;              /* with dry_breakers not NULL, 0 means none                                  */
 };
 
 /* Picks a token by the logits of the batch's i-th token, which belongs to sequence `seq`: its last tokens are the
-   recent ones. The order is: biases, repetition penalty, presence and frequency penalties, mask, temperature, top-k,
-   top-p, min-p. The same seed gives the same tokens on every machine. Ties go to the lower id. A NULL sampler is
-   greedy. Returns -1 if there is nothing to pick: logits i were not wanted, one of them is NaN, all tokens are
-   forbidden, n_biases is above 0 but biases is NULL, or ctx is inside one of its callbacks. To constrain the text, use
-   a grammar or a mask. The host may also change the biases between calls and in on_token; on a GPU this only works if
+   recent ones. The order is: biases, repetition penalty, presence and frequency penalties, DRY, mask, temperature,
+   top-n-sigma, top-k, typical, top-p, min-p, XTC. It is llama.cpp's, except that temperature comes first. Mirostat
+   takes the place of all that follow temperature. At temperature 0 only what comes before temperature has an effect.
+   The same seed gives the same tokens on every machine. Ties go to the lower id. A NULL sampler is greedy. Returns -1
+   if there is nothing to pick: logits i were not wanted, one of them is NaN, all tokens are forbidden, n_biases is
+   above 0 but biases is NULL (or dry_breakers, or one of them), or ctx is inside one of its callbacks. A draw changes
+   n_drawn and mirostat_shift alone, so a copy of the sampler draws the same. To constrain the text, use a grammar or a
+   mask. The host may also change the biases between calls and in on_token; on a GPU this only works if
    n_biases is above 0 from the start. */
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler);
 
@@ -1227,7 +1248,8 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
 #ifdef LLM_CUDA
 /* In llm_cuda.cu: compile that with nvcc, link with -lcublas, and set llm_model_desc.backend to one of these. Without a
    usable GPU llm_model_load fails with LLM_ERROR_DEVICE or LLM_ERROR_UNSUPPORTED; the host may then load for the CPU.
-   In llm_generate the GPU picks the tokens itself, unless the sampler has biases or a penalty. A seed then gives the
+   In llm_generate the GPU picks the tokens itself, unless the sampler has biases, a penalty, or a rule that llm_sampler
+   names after answer_begin. A seed then gives the
    same text on every run on that GPU, and llm_logits returns NULL afterwards. With LLM_CUDA_EAGER the host picks.
 
    A model is loaded to the GPU that is current in the calling thread. With ranks, this holds only if that is not the
@@ -1356,7 +1378,7 @@ typedef struct llm_backend_burst {
     int n;             /* tokens, at most LLM_BACKEND_BURST                                                      */
     int position;      /* of the first of them                                                           */
     const int *blocks; /* the sequence's, with room for all                                              */
-    const llm_sampler *sampler; /* without biases, penalty and mask; draws go on from n_drawn                     */
+    const llm_sampler *sampler; /* without biases, penalty, mask and what follows answer_begin; goes on from n_drawn */
     bool (*on_token)(void *user, llm_token token); /* as soon as each is known; false: no more are wanted         */
     void *user;
 } llm_backend_burst;
@@ -16354,6 +16376,7 @@ typedef struct llm__sampler_scratch {
     float *probabilities;  /* [n_vocab padded to 16] */
     llm_token *candidates; /* [n_vocab] */
     float *maxima;         /* [n_vocab / LLM__MAX_RUN, rounded up] */
+    int *repeats;          /* [n_ctx] for DRY */
 } llm__sampler_scratch;
 
 /* The tokens that a scored batch predicts. Those after token i of the batch are the targets first[i] to
@@ -16530,6 +16553,7 @@ static void llm__ctx_body(llm__env *env, void *arg) {
             (float *)llm__alloc(env, (size_t)llm__math_round_up((int)n_vocab, 16), sizeof(float));
         ctx->scratch[i].candidates = (llm_token *)llm__alloc(env, n_vocab, sizeof(llm_token));
         ctx->scratch[i].maxima = (float *)llm__alloc(env, n_vocab / LLM__MAX_RUN + 1, sizeof(float));
+        ctx->scratch[i].repeats = (int *)llm__alloc(env, (size_t)d.n_ctx, sizeof(int));
     }
     ctx->picked_at = (uint64_t *)llm__alloc_zero(env, n_seq, sizeof *ctx->picked_at);
     ctx->runs = (bool *)llm__alloc_zero(env, n_seq, sizeof *ctx->runs);
@@ -20398,10 +20422,13 @@ LLM__SMALL_END
 /* ==== 22 Sampler ================================================================================================
 
    Logits become a probability distribution, from which one token is drawn. The order is: biases, repetition penalty,
-   presence and frequency penalties, mask and grammar, temperature, top-k, top-p, min-p. All arithmetic is fixed, so a
-   seed gives the same text everywhere. Top-p is from Holtzman et al. 2019 (arXiv:1904.09751), min-p from Nguyen et al.
-   2024 (2407.01082), the repetition penalty from Keskar et al. 2019 (1909.05858); the presence and frequency penalties
-   are those of OpenAI's API reference. */
+   presence and frequency penalties, DRY, mask and grammar, temperature, top-n-sigma, top-k, typical, top-p, min-p, XTC;
+   with mirostat, nothing but mirostat follows temperature. All arithmetic is fixed, so a seed gives the same text
+   everywhere. Top-p is from Holtzman et al. 2019 (arXiv:1904.09751), min-p from Nguyen et al. 2024 (2407.01082), the
+   repetition penalty from Keskar et al. 2019 (1909.05858), top-n-sigma from Tang et al. 2024 (2411.07641), locally
+   typical sampling from Meister et al. 2022 (2202.00666), mirostat 2 from Basu et al. 2020 (2007.14966, algorithm 2);
+   DRY and XTC are p-e-w's, from pull requests 5677 and 6335 of oobabooga/text-generation-webui. What their edge cases
+   do is as in llama.cpp. The presence and frequency penalties are those of OpenAI's API reference. */
 
 static void llm__sampler_apply_biases(float *logits, int n_vocab, const llm_sampler *s) {
     for (int i = 0; i < s->n_biases; i++)
@@ -20414,8 +20441,43 @@ static bool llm__sampler_has_counts(const llm_sampler *s) {
     return s->presence_penalty != 0 || s->frequency_penalty != 0;
 }
 
+static bool llm__sampler_has_dry(const llm_sampler *s) {
+    return s->dry_multiplier > 0 && (s->dry_base >= 1 || s->dry_base == 0);
+}
+
 static bool llm__sampler_has_penalty(const llm_sampler *s) {
-    return llm__sampler_has_repeat(s) || llm__sampler_has_counts(s);
+    return llm__sampler_has_repeat(s) || llm__sampler_has_counts(s) || llm__sampler_has_dry(s);
+}
+
+static bool llm__sampler_has_mirostat(const llm_sampler *s) { return s->mirostat_tau > 0; }
+static bool llm__sampler_has_sigma(const llm_sampler *s) { return s->top_n_sigma > 0 && !llm__sampler_has_mirostat(s); }
+static bool llm__sampler_has_typical(const llm_sampler *s) { return s->typical_p > 0 && s->typical_p < 1; }
+static bool llm__sampler_has_xtc(const llm_sampler *s) { return s->xtc_probability > 0 && s->xtc_threshold <= 0.5f; }
+
+/* Rules that a device that picks tokens itself does not know. */
+static bool llm__sampler_has_rare_rules(const llm_sampler *s) {
+    return s->top_n_sigma > 0 || llm__sampler_has_typical(s) || llm__sampler_has_mirostat(s) || llm__sampler_has_xtc(s);
+}
+
+/* The sampler's n-th breaker of repetitions; NULL after the last. */
+static const char *llm__sampler_breaker(const llm_sampler *s, int n) {
+    static const char *const usual[] = {"\n", ":", "\"", "*"};
+    if (s->dry_breakers) return n < s->n_dry_breakers ? s->dry_breakers[n] : NULL;
+    return n < 4 ? usual[n] : NULL;
+}
+
+/* Explains lists that are NULL. */
+static llm_status llm__sampler_check_lists(const llm_sampler *s, llm_error *err) {
+    if (s->n_biases > 0 && !s->biases)
+        return llm__error(err, LLM_ERROR_ARGUMENT, "the sampler's n_biases is %d, but its biases are NULL",
+                          s->n_biases);
+    if (s->n_dry_breakers > 0 && !s->dry_breakers)
+        return llm__error(err, LLM_ERROR_ARGUMENT, "the sampler's n_dry_breakers is %d, but its dry_breakers are NULL",
+                          s->n_dry_breakers);
+    for (int i = 0; i < s->n_dry_breakers; i++)
+        if (!s->dry_breakers[i] || !*s->dry_breakers[i])
+            return llm__error(err, LLM_ERROR_ARGUMENT, "the sampler's dry_breakers[%d] is NULL or empty", i);
+    return LLM_OK;
 }
 
 /* Penalises each token once, however often it occurs in the window. `seen` [n_vocab] is scratch. */
@@ -20440,6 +20502,98 @@ static void llm__sampler_apply_counts(float *logits, const llm_token *tokens, in
         if (*count) logits[tokens[i]] -= s->presence_penalty + (float)*count * s->frequency_penalty;
         *count = 0;
     }
+}
+
+/* Does a breaker end at byte `at` of the last of n tokens? It may begin in an earlier one. */
+static bool llm__sampler_breaks_at(const llm_tokenizer *tokenizer, const llm_token *tokens, int n, size_t at,
+                                   const char *breaker) {
+    size_t n_bytes, left = strlen(breaker);
+    const char *bytes = llm_token_bytes(tokenizer, tokens[n - 1], &n_bytes);
+    for (at++;; at--) {
+        while (!at) {
+            if (--n == 0) return false;
+            bytes = llm_token_bytes(tokenizer, tokens[n - 1], &at);
+        }
+        if (bytes[at - 1] != breaker[left - 1]) return false;
+        if (!--left) return true;
+    }
+}
+
+/* How many tokens come after the last one in which a breaker ends; n if there is none. */
+static int llm__sampler_count_unbroken(const llm_tokenizer *tokenizer, const llm_token *tokens, int n,
+                                       const llm_sampler *s) {
+    const char *breaker;
+    for (int i = 0; i < n; i++) {
+        size_t n_bytes;
+        llm_token_bytes(tokenizer, tokens[n - 1 - i], &n_bytes);
+        for (size_t at = 0; at < n_bytes; at++)
+            for (int b = 0; (breaker = llm__sampler_breaker(s, b)) != NULL; b++)
+                if (llm__sampler_breaks_at(tokenizer, tokens, n - i, at, breaker)) return i;
+    }
+    return n;
+}
+
+/* multiplier * base ^ n, at most the largest float: a token may become unlikely, but is not forbidden. */
+static float llm__sampler_dry_penalty(double multiplier, double base, int n) {
+    double penalty = multiplier;
+    for (; n > 0; n >>= 1, base *= base)
+        if (n & 1) penalty *= base;
+    return penalty < FLT_MAX ? (float)penalty : FLT_MAX;
+}
+
+/* Penalises tokens that would continue a repetition. repeats [n_ctx] and longest [n_vocab] are scratch. repeats[k]
+   becomes how many of the last tokens also stand k tokens earlier: the Z function (Gusfield 1997) of the tokens, read
+   backwards, which takes time linear in n. */
+static void llm__sampler_apply_dry(float *logits, const llm_tokenizer *tokenizer, const llm_token *tokens, int n,
+                                   const llm_sampler *s, int *repeats, llm_token *longest) {
+    int allowed = s->dry_allowed_length > 0 ? s->dry_allowed_length : 2, begin = 0, end = 0;
+    if (s->dry_last_n > 0 && n > s->dry_last_n) {
+        tokens += n - s->dry_last_n;
+        n = s->dry_last_n;
+    }
+    if (n <= allowed) return;
+    int most = llm__sampler_count_unbroken(tokenizer, tokens, n, s);
+    if (most < allowed) return;
+    const llm_token *last = tokens + n - 1;
+    for (int k = 1; k < n; k++) { /* the last end - begin tokens also stand `begin` tokens earlier */
+        int same = k < end ? (repeats[k - begin] < end - k ? repeats[k - begin] : end - k) : 0;
+        while (k + same < n && last[-same] == last[-k - same]) same++;
+        if (k + same > end) {
+            begin = k;
+            end = k + same;
+        }
+        repeats[k] = same;
+    }
+    for (int k = 1; k < n; k++) longest[last[1 - k]] = 0;
+    for (int k = 1; k < n; k++) {
+        int same = repeats[k] < most ? repeats[k] : most;
+        if (same > longest[last[1 - k]]) longest[last[1 - k]] = same;
+    }
+    for (int k = 1; k < n; k++) {
+        llm_token token = last[1 - k];
+        if (longest[token] >= allowed)
+            logits[token] -= llm__sampler_dry_penalty(s->dry_multiplier, s->dry_base > 0 ? s->dry_base : 1.75,
+                                                      longest[token] - allowed);
+        longest[token] = 0;
+    }
+}
+
+/* Forbids the tokens whose logit is more than n standard deviations below the best. Forbidden ones do not count. */
+static void llm__sampler_apply_sigma(float *logits, int n_vocab, double best, double n) {
+    double sum = 0, squares = 0;
+    int count = 0;
+    for (int i = 0; i < n_vocab; i++) {
+        if (logits[i] == -INFINITY) continue;
+        sum += logits[i];
+        count++;
+    }
+    for (int i = 0; i < n_vocab; i++) {
+        double off = logits[i] - sum / count;
+        if (logits[i] != -INFINITY) squares += off * off;
+    }
+    double least = best - n * sqrt(squares / count);
+    for (int i = 0; i < n_vocab; i++)
+        if (logits[i] < least) logits[i] = -INFINITY;
 }
 
 /* The token with the largest logit, the lower id of equals. Returns -1 if a logit is NaN. */
@@ -20585,7 +20739,22 @@ static double llm__sampler_total_of(const float *p, int n) {
     return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-/* Reduces a choice of all tokens, whose p sum to `sum`, to those that may be drawn. */
+/* Reduces a choice to those of the last n ids that top-p and min-p leave; top-p applies to the mass `sum`. */
+static void llm__sampler_cut_gathered(llm__sampler_choice *c, const llm_sampler *s, int n, double sum) {
+    const float *p = c->p, best = p[c->best];
+    int n_vocab = c->n_vocab;
+    if (s->top_p > 0 && s->top_p < 1) n = llm__sampler_keep_likeliest(p, c->ids, n_vocab, n, n, (double)s->top_p * sum);
+    c->n = 0;
+    c->total = 0;
+    for (int i = 1; i <= n; i++) {
+        float next = p[c->ids[n_vocab - i]];
+        if (s->min_p > 0 && next < (double)s->min_p * best && c->n) continue;
+        c->total += next;
+        llm__sampler_swap_ids(c->ids, n_vocab - i, n_vocab - ++c->n);
+    }
+}
+
+/* Reduces a choice of all tokens, whose p sum to `sum`, to those that top-k, top-p and min-p leave. */
 static void llm__sampler_cut_candidates(llm__sampler_choice *c, const llm_sampler *s, double sum) {
     const float *p = c->p, best = p[c->best];
     int n_vocab = c->n_vocab;
@@ -20605,15 +20774,118 @@ static void llm__sampler_cut_candidates(llm__sampler_choice *c, const llm_sample
         sum = 0;
         for (int i = 1; i <= n; i++) sum += p[c->ids[n_vocab - i]];
     }
-    if (by_p) n = llm__sampler_keep_likeliest(p, c->ids, n_vocab, n, n, (double)s->top_p * sum);
-    c->n = 0;
+    llm__sampler_cut_gathered(c, s, n, sum);
+}
+
+/* Makes the tokens with p >= `least` the candidates, if the choice still holds all tokens. */
+static void llm__sampler_gather_all(llm__sampler_choice *c, float least) {
+    if (c->n == c->n_vocab) c->n = llm__sampler_gather(c, least < FLT_MIN ? FLT_MIN : least);
+}
+
+/* Swaps the best candidate to the end, and sums up the candidates' p. */
+static void llm__sampler_close_candidates(llm__sampler_choice *c) {
+    int end = c->n_vocab, at = end - c->n;
     c->total = 0;
-    for (int i = 1; i <= n; i++) {
-        float next = p[c->ids[n_vocab - i]];
-        if (by_min && next < (double)s->min_p * best && c->n) continue;
-        c->total += next;
-        llm__sampler_swap_ids(c->ids, n_vocab - i, n_vocab - ++c->n);
+    for (int i = end - c->n; i < end; i++) {
+        c->total += c->p[c->ids[i]];
+        if (llm__sampler_key(c->p, c->ids[i]) > llm__sampler_key(c->p, c->ids[at])) at = i;
     }
+    llm__sampler_swap_ids(c->ids, at, end - 1);
+    c->best = c->ids[end - 1];
+}
+
+/* Sorts n ids, the least likely first (heapsort, which needs no memory). */
+static void llm__sampler_sort(const float *p, llm_token *ids, int n) {
+    for (int root = n / 2, end = n; end > 1;) {
+        if (root > 0) root--;
+        else llm__sampler_swap_ids(ids, 0, --end);
+        for (int at = root, child; (child = 2 * at + 1) < end; at = child) {
+            if (child + 1 < end && llm__sampler_key(p, ids[child + 1]) > llm__sampler_key(p, ids[child])) child++;
+            if (llm__sampler_key(p, ids[child]) <= llm__sampler_key(p, ids[at])) break;
+            llm__sampler_swap_ids(ids, at, child);
+        }
+    }
+}
+
+/* The entropy of the candidates, in bits. */
+static double llm__sampler_entropy(const llm__sampler_choice *c) {
+    double sum = 0;
+    for (int i = 0; i < c->n; i++) {
+        double p = c->p[llm__sampler_choice_id(c, i)] / c->total;
+        if (p > 0) sum -= p * llm__math_log2(p);
+    }
+    return sum;
+}
+
+/* Keeps the candidates whose surprise, -log2 p, is nearest to the entropy, until their sum exceeds typical_p. In the
+   order of p they are neighbours. Most tokens of a vocabulary are far too unlikely to be among them, so the search
+   starts with the others. */
+static void llm__sampler_cut_typical(llm__sampler_choice *c, double typical_p) {
+    double entropy = llm__sampler_entropy(c), total = c->total, sum;
+    float least = (float)(llm__math_exp2(-entropy) * total / 16);
+    bool all = c->n < c->n_vocab, enough = false;
+    int begin = 0, end = 0, first = c->n_vocab - c->n;
+    while (!enough) {
+        if (least < FLT_MIN) least = FLT_MIN;
+        if (!all) first = c->n_vocab - llm__sampler_gather(c, least);
+        bool last = all || least == FLT_MIN;
+        llm_token *ids = c->ids + first;
+        int n = c->n_vocab - first;
+        llm__sampler_sort(c->p, ids, n);
+        for (begin = n; begin > 0 && -llm__math_log2(c->p[ids[begin - 1]] / total) < entropy;) begin--;
+        for (end = begin, sum = 0; !(sum > typical_p * total) && (begin > 0 || end < n);) {
+            double above = end < n ? entropy + llm__math_log2(c->p[ids[end]] / total) : INFINITY;
+            double below = begin > 0 ? -llm__math_log2(c->p[ids[begin - 1]] / total) - entropy : INFINITY;
+            if (begin == 0 && !last) break; /* the next one below may be nearer */
+            sum += c->p[above <= below ? ids[end++] : ids[--begin]];
+        }
+        enough = last || sum > typical_p * total;
+        least /= 1024;
+    }
+    c->n = end - begin;
+    memmove(c->ids + c->n_vocab - c->n, c->ids + first + begin, (size_t)c->n * sizeof *c->ids);
+    llm__sampler_close_candidates(c);
+}
+
+/* Drops the candidates that have at least the probability `threshold`, but the least likely of them. */
+static void llm__sampler_cut_xtc(llm__sampler_choice *c, double threshold) {
+    llm_token last = -1;
+    int n = 0;
+    llm__sampler_gather_all(c, 0);
+    for (int i = c->n_vocab - c->n; i < c->n_vocab; i++) {
+        llm_token id = c->ids[i];
+        bool is_last = last < 0 || llm__sampler_key(c->p, id) < llm__sampler_key(c->p, last);
+        if (c->p[id] >= threshold * c->total && is_last) last = id;
+    }
+    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--)
+        if (c->ids[i] == last || c->p[c->ids[i]] < threshold * c->total)
+            llm__sampler_swap_ids(c->ids, i, c->n_vocab - ++n);
+    c->n = n;
+    llm__sampler_close_candidates(c);
+}
+
+/* Keeps the tokens whose surprise, -log2 p, is at most that of the sampler's state, and the best in any case. */
+static void llm__sampler_cut_mirostat(llm__sampler_choice *c, const llm_sampler *s) {
+    c->total = llm__sampler_total_of(c->p, c->n_vocab);
+    double least = llm__math_log2(c->total) - (2 * (double)s->mirostat_tau + s->mirostat_shift);
+    int n = 0;
+    if (!(least <= 0)) least = least > 0 ? 1 : -150; /* the best has a p of 1; the state may be NaN */
+    llm__sampler_gather_all(c, least > -126 ? (float)ldexp(least > 0 ? 0.5 : 1, (int)floor(least)) : 0);
+    for (int i = c->n_vocab - 1; i >= c->n_vocab - c->n; i--)
+        if (c->ids[i] == c->best || llm__math_log2(c->p[c->ids[i]]) >= least)
+            llm__sampler_swap_ids(c->ids, i, c->n_vocab - ++n);
+    c->n = n;
+    llm__sampler_close_candidates(c);
+}
+
+/* Corrects mirostat's state after a token was drawn from a choice. */
+static void llm__sampler_observe(llm_sampler *s, const llm__sampler_choice *c, llm_token token) {
+    if (!llm__sampler_has_mirostat(s)) return;
+    uint64_t mode = llm__fpu_enter();
+    double surprise = llm__math_log2(c->total) - llm__math_log2(c->p[token]);
+    double eta = s->mirostat_eta != 0 ? (double)s->mirostat_eta : 0.1;
+    s->mirostat_shift -= eta * (surprise - s->mirostat_tau);
+    llm__fpu_leave(mode);
 }
 
 /* A number in [0, 1) from the seed and a counter (splitmix64: Steele, Lea and Flood 2014). */
@@ -20632,6 +20904,23 @@ static llm_token llm__sampler_draw(const llm__sampler_choice *c, double at) {
     return kept ? c->ids[c->n_vocab - kept] : c->best; /* rounding left a little over */
 }
 
+/* Reduces a choice of all tokens, whose p sum to `sum`, to those that may be drawn. */
+static void llm__sampler_cut(llm__sampler_choice *c, llm_sampler *s, double sum) {
+    if (llm__sampler_has_mirostat(s)) {
+        llm__sampler_cut_mirostat(c, s);
+        return;
+    }
+    llm_sampler first = *s;
+    if (llm__sampler_has_typical(s)) first.top_p = first.min_p = 0; /* these follow */
+    llm__sampler_cut_candidates(c, &first, sum);
+    if (llm__sampler_has_typical(s)) {
+        llm__sampler_cut_typical(c, s->typical_p);
+        llm__sampler_cut_gathered(c, s, c->n, c->total);
+    }
+    if (llm__sampler_has_xtc(s) && llm__sampler_random(s) < s->xtc_probability)
+        llm__sampler_cut_xtc(c, s->xtc_threshold);
+}
+
 static bool llm__sampler_is_greedy(const llm_sampler *sampler) { return !(sampler->temperature >= 1e-30f); }
 
 /* A choice with this token alone. */
@@ -20644,21 +20933,19 @@ static llm__sampler_choice llm__sampler_choose_one(llm__sampler_choice c, llm_to
 }
 
 /* The choice for the token after `tokens`, from its logits. The first answer_begin tokens are no part of the answer.
-   Valid until the next choice with this scratch. */
+   XTC uses one of the sampler's random numbers here. Valid until the next choice with this scratch. */
 static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const llm__sampler_scratch *scratch,
                                                const float *logits, const llm_token *tokens, int n_tokens,
-                                               int answer_begin, const llm_sampler *sampler, llm_grammar *grammar,
+                                               int answer_begin, llm_sampler *sampler, llm_grammar *grammar,
                                                llm_error *err) {
     const llm__kernels *kernels = ctx->model->kernels;
     int n_vocab = ctx->model->shape.n_vocab;
     float *p = scratch->probabilities;
     llm__sampler_choice choice = {p, scratch->candidates, scratch->maxima, n_vocab, 0, 0, 0, LLM_OK};
-    if (sampler->n_biases > 0 && !sampler->biases) {
-        choice.status = llm__error(err, LLM_ERROR_ARGUMENT, "the sampler's n_biases is %d, but its biases are NULL",
-                                   sampler->n_biases);
-        return choice;
-    }
-    if (sampler->n_biases > 0 || llm__sampler_has_penalty(sampler) || sampler->mask || grammar) {
+    bool greedy = llm__sampler_is_greedy(sampler), sigma = llm__sampler_has_sigma(sampler) && !greedy;
+    choice.status = llm__sampler_check_lists(sampler, err);
+    if (choice.status) return choice;
+    if (sampler->n_biases > 0 || llm__sampler_has_penalty(sampler) || sigma || sampler->mask || grammar) {
         logits = (const float *)memcpy(p, logits, (size_t)n_vocab * sizeof *p);
         llm__sampler_apply_biases(p, n_vocab, sampler);
         if (llm__sampler_has_repeat(sampler))
@@ -20667,6 +20954,11 @@ static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const llm__samp
         if (answer_begin < 0) answer_begin = 0;
         if (llm__sampler_has_counts(sampler))
             llm__sampler_apply_counts(p, tokens + answer_begin, n_tokens - answer_begin, sampler, scratch->candidates);
+        if (llm__sampler_has_dry(sampler)) {
+            int n = n_tokens < ctx->desc.n_ctx ? n_tokens : ctx->desc.n_ctx;
+            llm__sampler_apply_dry(p, ctx->model->tokenizer, tokens + n_tokens - n, n, sampler, scratch->repeats,
+                                   scratch->candidates);
+        }
         if (sampler->mask) {
             llm__ctx_begin_callback(ctx);
             sampler->mask(sampler->mask_user, tokens, n_tokens, p, n_vocab);
@@ -20687,18 +20979,21 @@ static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const llm__samp
             err, LLM_ERROR_ARGUMENT,
             "all tokens are forbidden after %d tokens, by the sampler's biases, its mask or the grammar", n_tokens);
     if (choice.status) return choice;
-    if (llm__sampler_is_greedy(sampler) || top == INFINITY) return llm__sampler_choose_one(choice, choice.best);
+    if (greedy || top == INFINITY) return llm__sampler_choose_one(choice, choice.best);
     uint64_t mode = llm__fpu_enter();
+    if (sigma) llm__sampler_apply_sigma(p, n_vocab, top, sampler->top_n_sigma);
     float sum = kernels->odds(logits, n_vocab, top, LLM__LOG2_E / sampler->temperature, p, scratch->maxima);
-    llm__fpu_leave(mode);
     choice.n = n_vocab;
-    llm__sampler_cut_candidates(&choice, sampler, sum);
+    llm__sampler_cut(&choice, sampler, sum);
+    llm__fpu_leave(mode);
     return choice;
 }
 
 static llm_token llm__sampler_draw_choice(const llm__sampler_choice *c, llm_sampler *sampler) {
     if (llm__sampler_is_greedy(sampler)) return c->best;
-    return llm__sampler_draw(c, llm__sampler_random(sampler));
+    llm_token token = llm__sampler_draw(c, llm__sampler_random(sampler));
+    llm__sampler_observe(sampler, c, token);
+    return token;
 }
 
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler) {
@@ -21029,6 +21324,7 @@ static llm_status llm__spec_draw_checked(llm__spec *sp, const llm__sampler_scrat
     if (row < sp->n_checked && g->has_q && !llm__sampler_is_greedy(sp->sampler)) {
         *right = llm__sampler_random(sp->sampler) * g->q[row][guess] < llm__spec_choice_p(&choice, guess);
         *token = *right ? guess : llm__spec_draw_rest(&choice, g->q[row], sp->sampler);
+        llm__sampler_observe(sp->sampler, &choice, *token);
     } else {
         *token = llm__sampler_draw_choice(&choice, sp->sampler);
         *right = guessed && *token == guess;
@@ -21347,7 +21643,8 @@ struct llm_stream {
     llm_token drawn;      /* the next token */
     llm_status drawing;   /* why there is none */
     uint64_t n_drawn;     /* the sampler's, before the pass */
-    bool has_ticket;      /* one row of logits may be its */
+    double mirostat_shift;
+    bool has_ticket; /* one row of logits may be its */
 };
 
 /* Number of bytes at the end of the held text that may be the start of a stop string. */
@@ -21667,6 +21964,7 @@ static void llm__gen_check_arrays(llm__env *env, const llm_generate_desc *d, con
                        : sampler->n_biases > 0 && !sampler->biases ? "biases"
                                                                    : NULL;
     if (name) llm__fail(env, LLM_ERROR_ARGUMENT, "n_%s is above 0, but %s is NULL", name, name);
+    llm__env_check(env, llm__sampler_check_lists(sampler, env->err));
     if (d->n_top_log_probs < 0 || d->n_top_log_probs > LLM_LOG_PROBS_MAX)
         llm__fail(env, LLM_ERROR_ARGUMENT, "n_top_log_probs is %d; it may be 0 to %d", d->n_top_log_probs,
                   LLM_LOG_PROBS_MAX);
@@ -21718,7 +22016,7 @@ static int llm__gen_burst_size(const llm_stream *s) {
     const llm_sampler *sampler = s->sampler;
     int seq = s->desc.seq, left = s->desc.max_tokens - s->stats.n_generated, n = LLM_BACKEND_BURST;
     bool plain = sampler->n_biases == 0 && !llm__sampler_has_penalty(sampler) && !sampler->mask && !s->desc.grammar &&
-                 !s->desc.on_log_probs;
+                 !s->desc.on_log_probs && !llm__sampler_has_rare_rules(sampler);
     if (!s->bursts || s->speculation.draft || ctx->backend_desc.pipeline || !ctx->model->backend->burst || !plain)
         return 0;
     if (s->desc.max_tokens > 0 && left < n) n = left;
@@ -21796,7 +22094,7 @@ static void llm__gen_run_burst(llm__env *env, llm_stream *s, int n) {
 
    After the pass the rows are sampled, on all threads, and then each stream in turn shows its token and may call the
    host. If a callback does not return, what the others have computed in that pass is forgotten and will be computed
-   again: their sequences are cut to old_lengths, and their samplers go back to n_drawn. */
+   again: their sequences are cut to old_lengths, and their samplers go back to n_drawn and mirostat_shift. */
 
 enum { LLM__STREAM_PASS = 128 }; /* default bound on the tokens of a pass while some text is being written */
 
@@ -21858,7 +22156,10 @@ static void llm__stream_settle(llm_context *ctx) {
         llm__stream_stop(ctx->acting, LLM_OK);
     }
     for (llm_stream *s = ctx->streams; s; s = s->next) {
-        if (s->n_rows && !s->freed && s != ctx->own) s->sampler->n_drawn = s->n_drawn;
+        if (s->n_rows && !s->freed && s != ctx->own) {
+            s->sampler->n_drawn = s->n_drawn;
+            s->sampler->mirostat_shift = s->mirostat_shift;
+        }
         s->n_rows = 0;
     }
     if (ctx->own) llm__stream_unlink(ctx->own);
@@ -22043,7 +22344,10 @@ static void llm__stream_give_tickets(llm__stream_pass *p) {
 
 static void llm__stream_push(llm__stream_pass *p, llm_stream *s, llm_token token, bool logits) {
     llm_context *ctx = p->ctx;
-    if (!s->n_rows++) s->n_drawn = s->sampler->n_drawn;
+    if (!s->n_rows++) {
+        s->n_drawn = s->sampler->n_drawn;
+        s->mirostat_shift = s->sampler->mirostat_shift;
+    }
     ctx->step_tokens[p->n] = token;
     ctx->step_seqs[p->n] = s->desc.seq;
     ctx->step_logits[p->n++] = logits;

@@ -42,6 +42,8 @@ typedef struct options {
     llm_dtype dtype;
     llm_sampler sampler;
     int tp, pp;
+    bool mirostat;
+    const char *breakers[16]; /* the sampler's dry_breakers */
 } options;
 
 enum {
@@ -61,7 +63,19 @@ enum {
     KEY_DRAFT_MAX,
     KEY_JSON_SCHEMA,
     KEY_GRAMMAR,
-    KEY_REGEX
+    KEY_REGEX,
+    KEY_TOP_N_SIGMA,
+    KEY_TYPICAL,
+    KEY_MIROSTAT,
+    KEY_MIROSTAT_TAU,
+    KEY_MIROSTAT_ETA,
+    KEY_XTC_PROBABILITY,
+    KEY_XTC_THRESHOLD,
+    KEY_DRY_MULTIPLIER,
+    KEY_DRY_BASE,
+    KEY_DRY_ALLOWED_LENGTH,
+    KEY_DRY_LAST_N,
+    KEY_DRY_BREAKER
 };
 
 static const struct argp_option option_list[] = {
@@ -75,6 +89,22 @@ static const struct argp_option option_list[] = {
     {"top-k", KEY_TOP_K, "K", 0, "choose from the K most likely tokens, 0 from all (default: 40)", 2},
     {"top-p", KEY_TOP_P, "P", 0, "choose from the most likely whose sum reaches P (default: 0.95)", 2},
     {"min-p", KEY_MIN_P, "P", 0, "drop tokens less likely than P times the best (default: 0.05)", 2},
+    {"top-n-sigma", KEY_TOP_N_SIGMA, "N", 0, "drop logits more than N standard deviations below the best", 2},
+    {"typical", KEY_TYPICAL, "P", 0, "choose from the tokens of usual surprise whose sum exceeds P", 2},
+    {"mirostat", KEY_MIROSTAT, NULL, 0, "mirostat 2 in place of the other rules that drop tokens", 2},
+    {"mirostat-tau", KEY_MIROSTAT_TAU, "BITS", 0, "the surprise per token that mirostat aims at (default: 5)", 2},
+    {"mirostat-eta", KEY_MIROSTAT_ETA, "ETA", 0, "how fast mirostat corrects itself (default: 0.1)", 2},
+    {"xtc-probability", KEY_XTC_PROBABILITY, "P", 0, "how often, from 0 to 1, the likeliest tokens are dropped", 2},
+    {"xtc-threshold", KEY_XTC_THRESHOLD, "P", 0,
+     "those that have at least this probability, but the last of them (default: 0.1)", 2},
+    {"dry-multiplier", KEY_DRY_MULTIPLIER, "M", 0,
+     "penalise tokens that continue a repetition of N tokens by M * B^(N-L)", 2},
+    {"dry-base", KEY_DRY_BASE, "B", 0, "(default: 1.75)", 2},
+    {"dry-allowed-length", KEY_DRY_ALLOWED_LENGTH, "L", 0, "shorter repetitions are free (default: 2)", 2},
+    {"dry-last-n", KEY_DRY_LAST_N, "N", 0, "look at the last N tokens only (default: all)", 2},
+    {"dry-breaker", KEY_DRY_BREAKER, "TEXT", 0,
+     "no repetition reaches back over this text; may be given up to 16 times (default: a line break, ':', '\"', '*')",
+     2},
     {"seed", KEY_SEED, "S", 0, "same seed, same text (default: from the clock)", 2},
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
     {"dtype", KEY_DTYPE, "TYPE", 0,
@@ -127,6 +157,9 @@ static void finish_options(struct argp_state *state, options *opt) {
     if (!opt->model) argp_error(state, "which model? Name its file with -m");
     if (opt->raw && opt->system) argp_error(state, "--system needs the chat template that --raw leaves out");
     if (opt->draft_max && !opt->draft) argp_error(state, "--draft-max needs a --draft");
+    if (opt->mirostat && opt->sampler.mirostat_tau == 0) opt->sampler.mirostat_tau = 5;
+    if (!opt->mirostat && (opt->sampler.mirostat_tau > 0 || opt->sampler.mirostat_eta > 0))
+        argp_error(state, "--mirostat-tau and --mirostat-eta need --mirostat");
     if (!opt->temp_given && (opt->prompt || opt->raw)) opt->sampler.temperature = 0;
     if (!opt->seed_given) opt->sampler.seed = (uint64_t)time(NULL);
 }
@@ -151,6 +184,25 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_SEED:
         opt->sampler.seed = (uint64_t)parse_integer(state, "--seed", arg, 0, LLONG_MAX);
         opt->seed_given = true;
+        break;
+    case KEY_TOP_N_SIGMA: opt->sampler.top_n_sigma = parse_real(state, "--top-n-sigma", arg, 1e6); break;
+    case KEY_TYPICAL: opt->sampler.typical_p = parse_real(state, "--typical", arg, 1); break;
+    case KEY_MIROSTAT: opt->mirostat = true; break;
+    case KEY_MIROSTAT_TAU: opt->sampler.mirostat_tau = parse_real(state, "--mirostat-tau", arg, 100); break;
+    case KEY_MIROSTAT_ETA: opt->sampler.mirostat_eta = parse_real(state, "--mirostat-eta", arg, 100); break;
+    case KEY_XTC_PROBABILITY: opt->sampler.xtc_probability = parse_real(state, "--xtc-probability", arg, 1); break;
+    case KEY_XTC_THRESHOLD: opt->sampler.xtc_threshold = parse_real(state, "--xtc-threshold", arg, 1); break;
+    case KEY_DRY_MULTIPLIER: opt->sampler.dry_multiplier = parse_real(state, "--dry-multiplier", arg, 1e6); break;
+    case KEY_DRY_BASE: opt->sampler.dry_base = parse_real(state, "--dry-base", arg, 1e6); break;
+    case KEY_DRY_ALLOWED_LENGTH:
+        opt->sampler.dry_allowed_length = (int)parse_integer(state, "--dry-allowed-length", arg, 1, INT_MAX);
+        break;
+    case KEY_DRY_LAST_N: opt->sampler.dry_last_n = (int)parse_integer(state, "--dry-last-n", arg, 1, INT_MAX); break;
+    case KEY_DRY_BREAKER:
+        if (!*arg || opt->sampler.n_dry_breakers == 16)
+            argp_error(state, "--dry-breaker: up to 16, none of them empty");
+        opt->breakers[opt->sampler.n_dry_breakers++] = arg;
+        opt->sampler.dry_breakers = opt->breakers;
         break;
     case KEY_TP: opt->tp = (int)parse_integer(state, "--tp", arg, 1, 1024); break;
     case KEY_PP: opt->pp = (int)parse_integer(state, "--pp", arg, 1, 1024); break;
@@ -533,7 +585,7 @@ static void close_repl(repl *r) {
 }
 
 int main(int argc, char **argv) {
-    repl r = {.opt.sampler = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f}};
+    repl r = {.opt.sampler = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .xtc_threshold = 0.1f}};
     llm_error err;
     argp_err_exit_status = 2;
     argp_parse(&option_parser, argc, argv, 0, NULL, &r.opt);

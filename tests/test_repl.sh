@@ -30,7 +30,7 @@ differ() { ! cmp -s "$1" "$2"; }
 
 bare --help
 check "--help succeeds" code_is 0
-for option in model prompt system raw tokens ids temp top-k top-p min-p seed threads dtype ctx draft draft-max json-schema grammar regex; do
+for option in model prompt system raw tokens ids temp top-k top-p min-p seed threads dtype ctx draft draft-max json-schema grammar regex top-n-sigma typical mirostat mirostat-tau mirostat-eta xtc-probability xtc-threshold dry-multiplier dry-base dry-allowed-length dry-last-n dry-breaker; do
     check "--help tells of --$option" out_has "--$option"
 done
 
@@ -40,7 +40,7 @@ check "no model is explained on standard error" err_has "-m"
 check "no model gives no text" no_text
 
 for wrong in "-n 0" "-n ten" "-t 0" "--temp hot" "--temp -1" "--temp nan" "--top-k -1" "--top-p 1.5" "--min-p x" \
-    "--seed -1" "--seed 99999999999999999999" "--dtype q4" "--ctx 0" "--draft self:f32" "--draft-max 3" "--draft lookup --draft-max 16" "--nonsense" "stray" "--raw --system S"; do
+    "--seed -1" "--seed 99999999999999999999" "--dtype q4" "--ctx 0" "--draft self:f32" "--draft-max 3" "--draft lookup --draft-max 16" "--mirostat-tau 3" "--typical 2" "--xtc-probability x" "--dry-last-n 0" "--nonsense" "stray" "--raw --system S"; do
     run -p hello $wrong
     check "$wrong is a wrong use" code_is 2
 done
