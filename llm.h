@@ -335,7 +335,7 @@
                tokenizer
         10 Tokenizer files: The pre-tokenizers that are known . Tokenizers in GGUF files . tokenizer.json .
                tokenizer.model . Directories as published on Hugging Face . Tokenizers alone
-        11 Chat templates
+        11 Chat templates: Tool calls
         12 CPU kernels
         13 Weights
         14 The CPU backend: threads and weights: How many cores there are . The model on the CPU
@@ -721,6 +721,35 @@ LLM_API int64_t llm_chat_render(const llm_tokenizer *tokenizer, const llm_chat_d
 
 /* The template's text; NULL if the model's file has none. Valid as long as the tokenizer. */
 LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer);
+
+/* A call of a tool that the model asks for. */
+typedef struct llm_tool_call {
+    const char *name;
+    const char *arguments; /* a JSON object, as the model wrote it                                                */
+    const char *id;        /* the model's; NULL if it gave none                                                   */
+} llm_tool_call;
+
+typedef struct llm_tool_calls {
+    const char *text; /* [n_bytes] and a NUL: the answer before the first call; all of it if there is none        */
+    size_t n_bytes;
+    const llm_tool_call *calls; /* [n_calls]                                                                      */
+    int n_calls;
+} llm_tool_calls;
+
+/* Finds the calls of tools in an answer of n_bytes bytes. It knows these forms, each of them also several times:
+       <tool_call>{"name": ..., "arguments": {...}}</tool_call>             Hermes, Qwen
+       <|python_tag|>{"name": ..., "parameters": {...}}                     Llama 3, several with ; between them
+       {"name": ..., "parameters": {...}}                                   the same, if it is the whole answer
+       [TOOL_CALLS][{"name": ..., "arguments": {...}, "id": ...}, ...]      Mistral
+       [TOOL_CALLS]name[ARGS]{...}                                          Mistral, later
+   "parameters" and "arguments" mean the same. The first of the marks decides on the form. If what follows a mark is not
+   of its form, is cut off or has other text after it, that is LLM_ERROR_FORMAT, and the message says where; nothing is
+   guessed. Without a mark, what is not of the form is text. The marks may be control tokens, which on_text does not
+   show: then collect the bytes that on_token gives. *out is NULL after a failure. Free it with llm_tool_calls_free; it
+   does not need the answer any more. The arguments are valid JSON, but need not be what the tool's schema demands. */
+LLM_API llm_status llm_tool_calls_read(llm_tool_calls **out, const char *answer, size_t n_bytes, const llm_host *host,
+                                       llm_error *err);
+LLM_API void llm_tool_calls_free(llm_tool_calls *calls);
 
 /* ---- Context ------------------------------------------------------------------------------------------------- */
 
@@ -10805,6 +10834,213 @@ LLM_API int64_t llm_chat_render(const llm_tokenizer *tokenizer, const llm_chat_d
 }
 
 LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer) { return tokenizer->chat_template; }
+
+/* ---- Tool calls ---- */
+
+typedef struct llm__calls_link {
+    llm_tool_call call;
+    struct llm__calls_link *next;
+} llm__calls_link;
+
+typedef struct llm__calls_job {
+    const char *answer;
+    size_t n_bytes;
+    llm__json_reader r;
+    llm__calls_link *first, **last;
+    int n;
+    struct llm__calls *out;
+} llm__calls_job;
+
+/* What llm_tool_calls_read gives, with its memory. */
+typedef struct llm__calls {
+    llm_tool_calls seen; /* first, so that a pointer to it is one to all */
+    llm__pool pool;
+} llm__calls;
+
+/* Skips white space, and then `mark` if it comes next. */
+static bool llm__calls_skip(llm__json_reader *r, const char *mark) {
+    llm__json_peek(r);
+    size_t n = strlen(mark);
+    if ((size_t)(r->end - r->at) < n || memcmp(r->at, mark, n)) return false;
+    r->at += n;
+    return true;
+}
+
+static const char *llm__calls_copy(llm__json_reader *r, const char *at, size_t n) {
+    if (n && memchr(at, 0, n)) llm__json_fail(r, "a NUL in a tool call");
+    return llm__str_copy(r->env, at, n);
+}
+
+/* Reads a JSON object and returns its text. */
+static const char *llm__calls_read_object(llm__json_reader *r) {
+    llm__json v;
+    memset(&v, 0, sizeof v);
+    if (llm__json_peek(r) != '{') llm__json_fail(r, "a tool call's arguments must be an object");
+    const char *start = r->at;
+    llm__json_read(r, &v, 1);
+    return llm__calls_copy(r, start, (size_t)(r->at - start));
+}
+
+static void llm__calls_add(llm__calls_job *job, llm_tool_call call) {
+    llm__calls_link *link = (llm__calls_link *)llm__alloc_zero(job->r.env, 1, sizeof *link);
+    if (!call.name || !*call.name || !call.arguments) llm__json_fail(&job->r, "a tool call without name or arguments");
+    link->call = call;
+    *job->last = link;
+    job->last = &link->next;
+    job->n++;
+}
+
+/* Reads {"name": ..., "arguments": {...}}. */
+static void llm__calls_read_call(llm__calls_job *job) {
+    llm__json_reader *r = &job->r;
+    llm_tool_call call = {NULL, NULL, NULL};
+    llm__json_expect(r, '{', "a tool call must be an object");
+    do {
+        llm__str key = llm__json_string(r);
+        llm__json_expect(r, ':', "a colon is expected");
+        bool is_name = llm__str_is(key, "name"), is_id = llm__str_is(key, "id");
+        if (is_name || is_id) {
+            const char **at = is_name ? &call.name : &call.id;
+            llm__str value = llm__json_string(r);
+            if (*at) llm__json_fail(r, "a tool call has a member twice");
+            *at = llm__calls_copy(r, value.at, value.n);
+        } else if (llm__str_is(key, "arguments") || llm__str_is(key, "parameters")) {
+            if (call.arguments) llm__json_fail(r, "a tool call has arguments twice");
+            call.arguments = llm__calls_read_object(r);
+        } else if (!llm__str_is(key, "type") || !llm__str_is(llm__json_string(r), "function")) {
+            llm__json_fail(r, "a tool call has name, arguments or parameters, id, and the type function; nothing else");
+        }
+    } while (llm__calls_skip(r, ","));
+    llm__json_expect(r, '}', "a comma or } is expected in a tool call");
+    llm__calls_add(job, call);
+}
+
+static void llm__calls_read_hermes(llm__calls_job *job) {
+    while (llm__calls_skip(&job->r, "<tool_call>")) {
+        llm__calls_read_call(job);
+        if (!llm__calls_skip(&job->r, "</tool_call>")) llm__json_fail(&job->r, "</tool_call> is expected");
+    }
+}
+
+static void llm__calls_read_llama(llm__calls_job *job) {
+    llm__calls_skip(&job->r, "<|python_tag|>");
+    do llm__calls_read_call(job);
+    while (llm__calls_skip(&job->r, ";"));
+}
+
+/* Reads name[ARGS]{...}. */
+static void llm__calls_read_named(llm__calls_job *job) {
+    llm__json_reader *r = &job->r;
+    const char *start = r->at;
+    llm_tool_call call = {NULL, NULL, NULL};
+    while (r->at < r->end && *r->at != '[' && *r->at != '{' && (unsigned char)*r->at > 0x20) r->at++;
+    call.name = llm__calls_copy(r, start, (size_t)(r->at - start));
+    if (!llm__calls_skip(r, "[ARGS]")) llm__json_fail(r, "a tool's name and [ARGS] are expected");
+    call.arguments = llm__calls_read_object(r);
+    llm__calls_add(job, call);
+}
+
+static void llm__calls_read_mistral(llm__calls_job *job) {
+    while (llm__calls_skip(&job->r, "[TOOL_CALLS]")) {
+        if (llm__json_peek(&job->r) != '[') {
+            llm__calls_read_named(job);
+            continue;
+        }
+        job->r.at++;
+        do llm__calls_read_call(job);
+        while (llm__calls_skip(&job->r, ","));
+        llm__json_expect(&job->r, ']', "a comma or ] is expected after a tool call");
+    }
+}
+
+static void llm__calls_start(llm__env *env, llm__calls_job *job, const char *at) {
+    memset(&job->r, 0, sizeof job->r);
+    job->r.env = env;
+    job->r.start = job->answer;
+    job->r.end = job->answer + job->n_bytes;
+    job->r.at = at;
+    job->first = NULL;
+    job->last = &job->first;
+    job->n = 0;
+}
+
+static void llm__calls_check_end(llm__calls_job *job) {
+    llm__json_peek(&job->r);
+    if (job->r.at < job->r.end) llm__json_fail(&job->r, "text follows a tool call");
+}
+
+/* An answer without a mark. */
+static void llm__calls_read_bare(llm__env *env, void *arg) {
+    llm__calls_job *job = (llm__calls_job *)arg;
+    llm__calls_start(env, job, job->answer);
+    llm__calls_read_llama(job);
+    llm__calls_check_end(job);
+}
+
+static void llm__calls_body(llm__env *env, void *arg) {
+    static const char *const marks[] = {"<tool_call>", "<|python_tag|>", "[TOOL_CALLS]"};
+    llm__calls_job *job = (llm__calls_job *)arg;
+    const char *end = job->answer + job->n_bytes, *at = job->answer;
+    int form = -1;
+    for (; at < end && form < 0; at++)
+        for (int i = 0; i < 3; i++) {
+            size_t n = strlen(marks[i]);
+            if ((size_t)(end - at) >= n && !memcmp(at, marks[i], n)) form = i;
+        }
+    if (form >= 0) at--;
+    llm__calls_start(env, job, at);
+    if (form == 0) llm__calls_read_hermes(job);
+    else if (form == 1) llm__calls_read_llama(job);
+    else if (form == 2) llm__calls_read_mistral(job);
+    else {
+        llm__env attempt;
+        job->r.at = job->answer;
+        bool object = llm__json_peek(&job->r) == '{';
+        llm__env_init(&attempt, env->pool, object ? env->err : NULL, NULL);
+        llm_status status = object ? llm__env_run(&attempt, llm__calls_read_bare, job) : LLM_OK;
+        if (status && status != LLM_ERROR_FORMAT) llm__env_check(env, status);
+        if (status) llm__calls_start(env, job, end);
+        if (job->n) at = job->answer;
+    }
+    if (form >= 0) llm__calls_check_end(job);
+    job->out = (llm__calls *)llm__alloc_zero(env, 1, sizeof *job->out);
+    job->out->seen.n_bytes = (size_t)(at - job->answer);
+    job->out->seen.text = llm__str_copy(env, job->answer, job->out->seen.n_bytes);
+    llm_tool_call *calls = (llm_tool_call *)llm__alloc(env, (size_t)job->n, sizeof *calls);
+    job->out->seen.calls = calls;
+    job->out->seen.n_calls = job->n;
+    for (const llm__calls_link *link = job->first; link; link = link->next) *calls++ = link->call;
+}
+
+LLM_API llm_status llm_tool_calls_read(llm_tool_calls **out, const char *answer, size_t n_bytes, const llm_host *host,
+                                       llm_error *err) {
+    llm__pool pool;
+    llm__env env;
+    llm__calls_job job;
+    if (out) *out = NULL;
+    if (!out || (!answer && n_bytes)) return llm__error(err, LLM_ERROR_ARGUMENT, "out or the answer is NULL");
+    llm_status status = llm__host_check(host, err);
+    if (status) return status;
+    memset(&job, 0, sizeof job);
+    job.answer = answer ? answer : "";
+    job.n_bytes = n_bytes;
+    llm__pool_init(&pool, host);
+    llm__env_init(&env, &pool, err, NULL);
+    status = llm__env_run(&env, llm__calls_body, &job);
+    if (status) {
+        llm__pool_free(&pool);
+        return status;
+    }
+    job.out->pool = pool;
+    *out = &job.out->seen;
+    return llm__error_done(err, LLM_OK);
+}
+
+LLM_API void llm_tool_calls_free(llm_tool_calls *calls) {
+    if (!calls) return;
+    llm__pool pool = ((llm__calls *)calls)->pool; /* a copy, since the calls lie in it */
+    llm__pool_free(&pool);
+}
 
 LLM__SMALL_END
 

@@ -44,6 +44,9 @@ typedef struct options {
     int tp, pp;
     bool mirostat;
     const char *breakers[16]; /* the sampler's dry_breakers */
+    const char *tools;        /* a file */
+    const char *sets[32];     /* [n_sets] NAME=VALUE */
+    int n_sets;
 } options;
 
 enum {
@@ -75,13 +78,18 @@ enum {
     KEY_DRY_BASE,
     KEY_DRY_ALLOWED_LENGTH,
     KEY_DRY_LAST_N,
-    KEY_DRY_BREAKER
+    KEY_DRY_BREAKER,
+    KEY_TOOLS,
+    KEY_SET
 };
 
 static const struct argp_option option_list[] = {
     {"model", 'm', "MODEL", 0, "the model's file (GGUF)", 1},
     {"prompt", 'p', "TEXT", 0, "answer this and end; without it, chat", 1},
     {"system", KEY_SYSTEM, "TEXT", 0, "the system message (default: that of the model's file)", 1},
+    {"tools", KEY_TOOLS, "FILE", 0, "tell the model of these tools: a JSON list for the chat template", 1},
+    {"set", KEY_SET, "NAME=VALUE", 0,
+     "a variable of the chat template, as enable_thinking=false; VALUE is JSON, or else a text; may be repeated", 1},
     {"raw", KEY_RAW, NULL, 0, "continue the text as it is, without a chat template", 1},
     {"tokens", 'n', "N", 0, "generate at most N tokens (default: until the model ends)", 1},
     {"ids", KEY_IDS, NULL, 0, "print token ids instead of text", 1},
@@ -156,6 +164,8 @@ static const char *check_draft(struct argp_state *state, const char *draft) {
 static void finish_options(struct argp_state *state, options *opt) {
     if (!opt->model) argp_error(state, "which model? Name its file with -m");
     if (opt->raw && opt->system) argp_error(state, "--system needs the chat template that --raw leaves out");
+    if (opt->raw && (opt->tools || opt->n_sets))
+        argp_error(state, "--tools and --set need the chat template that --raw leaves out");
     if (opt->draft_max && !opt->draft) argp_error(state, "--draft-max needs a --draft");
     if (opt->mirostat && opt->sampler.mirostat_tau == 0) opt->sampler.mirostat_tau = 5;
     if (!opt->mirostat && (opt->sampler.mirostat_tau > 0 || opt->sampler.mirostat_eta > 0))
@@ -184,6 +194,12 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_SEED:
         opt->sampler.seed = (uint64_t)parse_integer(state, "--seed", arg, 0, LLONG_MAX);
         opt->seed_given = true;
+        break;
+    case KEY_TOOLS: opt->tools = arg; break;
+    case KEY_SET:
+        if (*arg == '=' || !strchr(arg, '=')) argp_error(state, "--set: '%s' is not NAME=VALUE", arg);
+        if (opt->n_sets == 32) argp_error(state, "--set: more than 32");
+        opt->sets[opt->n_sets++] = arg;
         break;
     case KEY_TOP_N_SIGMA: opt->sampler.top_n_sigma = parse_real(state, "--top-n-sigma", arg, 1e6); break;
     case KEY_TYPICAL: opt->sampler.typical_p = parse_real(state, "--typical", arg, 1); break;
@@ -246,6 +262,8 @@ typedef struct repl {
     double load_seconds;
     double bandwidth;      /* bytes per second; 0 until it is measured                            */
     llm_message *messages; /* stb_ds array: the conversation; owns the contents                   */
+    char *tools;           /* JSON for the chat template, or NULL                                 */
+    char *variables;       /* likewise; an stb_ds array                                           */
     char *answer;          /* stb_ds array: the text of the last answer                           */
     llm_stats stats;       /* of the last answer                                                  */
     const char *echo;      /* shown on standard error before the answer                           */
@@ -332,6 +350,55 @@ static llm_status load_grammar(repl *r, llm_error *err) {
     return status;
 }
 
+static void put_text(repl *r, const char *text, size_t n) { memcpy(arraddnptr(r->variables, n), text, n); }
+
+/* Adds a text as a JSON string. */
+static void put_string(repl *r, const char *text, size_t n) {
+    char escape[8];
+    put_text(r, "\"", 1);
+    for (size_t i = 0; i < n; i++) {
+        bool plain = (unsigned char)text[i] >= 0x20 && text[i] != '"' && text[i] != '\\';
+        if (plain) put_text(r, text + i, 1);
+        else put_text(r, escape, (size_t)snprintf(escape, sizeof escape, "\\u%04x", (unsigned char)text[i]));
+    }
+    put_text(r, "\"", 1);
+}
+
+/* Is this text valid between `before` and `after` in the arguments of a tool call? */
+static bool is_argument(const char *before, const char *text, const char *after) {
+    static const char form[] = "<tool_call>{\"name\": \"f\", \"arguments\": {\"x\": %s%s%s}}</tool_call>";
+    size_t room = sizeof form + strlen(text) + 8;
+    llm_tool_calls *calls = NULL;
+    char *call = malloc(room);
+    if (call) snprintf(call, room, form, before, text, after);
+    bool valid = call && !llm_tool_calls_read(&calls, call, strlen(call), NULL, NULL);
+    llm_tool_calls_free(calls);
+    free(call);
+    return valid;
+}
+
+/* Is it one JSON value? The library reads JSON as a call's arguments. More than one value is valid either in an object,
+   with a name before each, or in a list, without. */
+static bool is_json(const char *text) { return is_argument("", text, "") && is_argument("[", text, "]"); }
+
+/* Makes --tools and --set what the chat template gets. */
+static llm_status load_template_values(repl *r, llm_error *err) {
+    if (r->opt.tools && !(r->tools = read_text(r->opt.tools))) {
+        snprintf(err->message, sizeof err->message, "%s cannot be read as text of at most 16 MB", r->opt.tools);
+        return err->code = LLM_ERROR_IO;
+    }
+    for (int i = 0; i < r->opt.n_sets; i++) {
+        const char *name = r->opt.sets[i], *value = strchr(name, '=') + 1;
+        put_text(r, i ? ", " : "{", i ? 2 : 1);
+        put_string(r, name, (size_t)(value - 1 - name));
+        put_text(r, ": ", 2);
+        if (is_json(value)) put_text(r, value, strlen(value));
+        else put_string(r, value, strlen(value));
+    }
+    if (r->opt.n_sets) put_text(r, "}", 2);
+    return LLM_OK;
+}
+
 static llm_status load(repl *r, llm_error *err) {
     bool watched = isatty(STDERR_FILENO) && !r->ranks.rank;
     llm_model_desc model_desc = {.dtype = r->opt.dtype,
@@ -347,6 +414,7 @@ static llm_status load(repl *r, llm_error *err) {
     if (status == LLM_OK) status = llm_context_create(&r->ctx, r->model, &context_desc, err);
     if (status == LLM_OK && r->opt.draft) status = load_draft(r, model_desc, err);
     if (status == LLM_OK && r->opt.constraint_key) status = load_grammar(r, err);
+    if (status == LLM_OK) status = load_template_values(r, err);
     if (watched) fputs("\r\033[K", stderr);
     r->load_seconds = now() - start;
     return status;
@@ -412,7 +480,13 @@ static llm_status generate(repl *r, const char *text, llm_error *err) {
                               .draft_max = r->opt.draft_max,
                               .draft_keeps_text = true,
                               .user = r};
+    llm_chat_desc chat = {.messages = r->messages,
+                          .n_messages = (int)arrlen(r->messages),
+                          .tools_json = r->tools,
+                          .variables_json = r->variables,
+                          .open_answer = true};
     if (r->opt.raw) desc.prompt = text;
+    else if (r->tools || r->variables) desc.chat = &chat;
     else desc.messages = r->messages;
     desc.n_messages = (int)arrlen(r->messages);
     r->echo = r->opt.raw && !r->opt.ids ? text : NULL;
@@ -576,6 +650,8 @@ static void close_repl(repl *r) {
     while (arrlen(r->messages) > 0) pop_message(r);
     arrfree(r->messages);
     arrfree(r->answer);
+    arrfree(r->variables);
+    free(r->tools);
     free(r->line);
     llm_draft_free(&r->draft);
     llm_context_free(r->ctx);

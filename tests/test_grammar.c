@@ -322,8 +322,10 @@ static void end_everywhere(llm_context *ctx, const llm_generate_desc *desc, cons
         assert_told(&t, all, k, ctx, &stats);
         d.cancel = told_enough;
         stats = tell(ctx, &d, &t, 0, k);
-        assert_int_equal(stats.stop, LLM_STOP_CALLBACK);
-        assert_told(&t, all, k, ctx, &stats);
+        assert_true(stats.stop == LLM_STOP_CALLBACK || (d.draft && stats.stop == LLM_STOP_END));
+        /* Guesses of a draft that one pass checks are all told before `cancel` is asked again. */
+        if (d.draft) assert_in_range(t.n, k, k + LLM_DRAFT_MAX);
+        assert_told(&t, all, d.draft ? t.n : k, ctx, &stats);
         d = *desc;
         d.stop_tokens = &all->ids[k];
         d.n_stop_tokens = 1;

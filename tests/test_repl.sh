@@ -30,7 +30,7 @@ differ() { ! cmp -s "$1" "$2"; }
 
 bare --help
 check "--help succeeds" code_is 0
-for option in model prompt system raw tokens ids temp top-k top-p min-p seed threads dtype ctx draft draft-max json-schema grammar regex top-n-sigma typical mirostat mirostat-tau mirostat-eta xtc-probability xtc-threshold dry-multiplier dry-base dry-allowed-length dry-last-n dry-breaker; do
+for option in model prompt system raw tokens ids temp top-k top-p min-p seed threads dtype ctx draft draft-max json-schema grammar regex top-n-sigma typical mirostat mirostat-tau mirostat-eta xtc-probability xtc-threshold dry-multiplier dry-base dry-allowed-length dry-last-n dry-breaker tools set; do
     check "--help tells of --$option" out_has "--$option"
 done
 
@@ -40,9 +40,24 @@ check "no model is explained on standard error" err_has "-m"
 check "no model gives no text" no_text
 
 for wrong in "-n 0" "-n ten" "-t 0" "--temp hot" "--temp -1" "--temp nan" "--top-k -1" "--top-p 1.5" "--min-p x" \
-    "--seed -1" "--seed 99999999999999999999" "--dtype q4" "--ctx 0" "--draft self:f32" "--draft-max 3" "--draft lookup --draft-max 16" "--mirostat-tau 3" "--typical 2" "--xtc-probability x" "--dry-last-n 0" "--nonsense" "stray" "--raw --system S"; do
+    "--seed -1" "--seed 99999999999999999999" "--dtype q4" "--ctx 0" "--draft self:f32" "--draft-max 3" "--draft lookup --draft-max 16" "--mirostat-tau 3" "--typical 2" "--xtc-probability x" "--dry-last-n 0" "--set x" "--set =1" "--raw --tools F" "--raw --set x=1" "--nonsense" "stray" "--raw --system S"; do
     run -p hello $wrong
     check "$wrong is a wrong use" code_is 2
+done
+
+# The template of the default model knows no tools; they are read all the same.
+run -p hello -n 4 --tools "$tmp/absent.json"
+check "a missing file of tools is an error" both err_has absent.json code_is 1
+echo '[{"type": "function"' >"$tmp/tools.json"
+run -p hello -n 4 --tools "$tmp/tools.json"
+check "tools that are not JSON are an error" both err_has "tools_json: line" code_is 1
+echo '[{"type": "function", "function": {"name": "add"}}]' >"$tmp/tools.json"
+run -p hello -n 4 --tools "$tmp/tools.json"
+check "--tools is a right use" both err_has "prompt 31 tokens" code_is 0
+for set in "add_generation_prompt=false:27" "add_generation_prompt=:27" "add_generation_prompt=x:31" "add_generation_prompt=[]:27" \
+    'add_generation_prompt=[1,"x":2]:31' 'add_generation_prompt=0,"x":1:31' 'x={"a":"}"}:31' 'x="\:31'; do
+    run -p hello -n 4 --set "${set%:*}"
+    check "--set ${set%:*} gives a prompt of ${set##*:} tokens" both err_has "prompt ${set##*:} tokens" code_is 0
 done
 
 bare -m "$tmp/absent.gguf" -p hello

@@ -1,5 +1,5 @@
-/* The rules of llm_sampler after answer_begin: which tokens are drawn and how often, against samplers.jsonl, which NumPy
-   makes in double; bad settings; the state; texts with drafts and in streams are those of plain decoding.
+/* The rules of llm_sampler after answer_begin: which tokens are drawn and how often, against samplers.jsonl, which
+   NumPy makes in double; bad settings; the state; texts with drafts and in streams are those of plain decoding.
    Variants: asan */
 #include "tests/check.h"
 #include <jansson.h>
@@ -208,7 +208,7 @@ static void test_strange(void **state) {
     }
 }
 
-/* With one token in the vocabulary's place of all, and with 200,000. */
+/* A vocabulary of 200,000 tokens. */
 static void test_large(void **state) {
     enum { LARGE = 200000 };
     llm_model *large = NULL;

@@ -87,19 +87,41 @@ def distribution(x, tokens, s):
 
 TEXT = list(b"one two three. one two three; one two")
 SETTINGS = [
-    {"top_n_sigma": 0.5}, {"top_n_sigma": 1}, {"top_n_sigma": 0.01}, {"top_n_sigma": 1.2, "temperature": 2.5},
-    {"top_n_sigma": 1, "top_k": 12, "min_p": 0.05}, {"typical_p": 0.2}, {"typical_p": 0.5}, {"typical_p": 0.9},
-    {"typical_p": 0.6, "temperature": 0.7}, {"typical_p": 0.3, "top_k": 20}, {"typical_p": 0.7, "top_p": 0.8, "min_p": 0.1},
-    {"top_n_sigma": 1, "typical_p": 0.8}, {"mirostat_tau": 1}, {"mirostat_tau": 2.5}, {"mirostat_tau": 5},
-    {"mirostat_tau": 2, "mirostat_eta": 0.5, "mirostat_shift": -1.5}, {"mirostat_tau": 1, "mirostat_shift": -9},
-    {"mirostat_tau": 2, "top_k": 1, "typical_p": 0.1, "temperature": 0.8}, {"mirostat_tau": 3, "mirostat_shift": 100},
-    {"xtc_probability": 1, "xtc_threshold": 0.05}, {"xtc_probability": 0.5, "xtc_threshold": 0.05},
-    {"xtc_probability": 0.3, "xtc_threshold": 0.02, "top_k": 30}, {"xtc_probability": 1, "xtc_threshold": 0.51},
-    {"xtc_probability": 1, "xtc_threshold": 0}, {"xtc_probability": 1, "xtc_threshold": 0.1, "typical_p": 0.5, "min_p": 0.02},
-    {"dry_multiplier": 0.8}, {"dry_multiplier": 0.5, "dry_base": 1.2, "dry_allowed_length": 4}, {"dry_multiplier": 0.8, "dry_last_n": 20},
-    {"dry_multiplier": 0.3, "dry_allowed_length": 1, "dry_base": 1}, {"dry_multiplier": 0.8, "dry_breakers": []},
-    {"dry_multiplier": 0.8, "dry_breakers": ["; o", "x"]}, {"dry_multiplier": 0.8, "dry_breakers": ["e t"]},
-    {"dry_multiplier": 0.01, "dry_base": 1e30}, {"dry_multiplier": 0.8, "dry_breakers": [" "]}, {"dry_multiplier": 0.8, "dry_allowed_length": 8, "dry_breakers": ["."]},
+    {"top_n_sigma": 0.5},
+    {"top_n_sigma": 1},
+    {"top_n_sigma": 0.01},
+    {"top_n_sigma": 1.2, "temperature": 2.5},
+    {"top_n_sigma": 1, "top_k": 12, "min_p": 0.05},
+    {"typical_p": 0.2},
+    {"typical_p": 0.5},
+    {"typical_p": 0.9},
+    {"typical_p": 0.6, "temperature": 0.7},
+    {"typical_p": 0.3, "top_k": 20},
+    {"typical_p": 0.7, "top_p": 0.8, "min_p": 0.1},
+    {"top_n_sigma": 1, "typical_p": 0.8},
+    {"mirostat_tau": 1},
+    {"mirostat_tau": 2.5},
+    {"mirostat_tau": 5},
+    {"mirostat_tau": 2, "mirostat_eta": 0.5, "mirostat_shift": -1.5},
+    {"mirostat_tau": 1, "mirostat_shift": -9},
+    {"mirostat_tau": 2, "top_k": 1, "typical_p": 0.1, "temperature": 0.8},
+    {"mirostat_tau": 3, "mirostat_shift": 100},
+    {"xtc_probability": 1, "xtc_threshold": 0.05},
+    {"xtc_probability": 0.5, "xtc_threshold": 0.05},
+    {"xtc_probability": 0.3, "xtc_threshold": 0.02, "top_k": 30},
+    {"xtc_probability": 1, "xtc_threshold": 0.51},
+    {"xtc_probability": 1, "xtc_threshold": 0},
+    {"xtc_probability": 1, "xtc_threshold": 0.1, "typical_p": 0.5, "min_p": 0.02},
+    {"dry_multiplier": 0.8},
+    {"dry_multiplier": 0.5, "dry_base": 1.2, "dry_allowed_length": 4},
+    {"dry_multiplier": 0.8, "dry_last_n": 20},
+    {"dry_multiplier": 0.3, "dry_allowed_length": 1, "dry_base": 1},
+    {"dry_multiplier": 0.8, "dry_breakers": []},
+    {"dry_multiplier": 0.8, "dry_breakers": ["; o", "x"]},
+    {"dry_multiplier": 0.8, "dry_breakers": ["e t"]},
+    {"dry_multiplier": 0.01, "dry_base": 1e30},
+    {"dry_multiplier": 0.8, "dry_breakers": [" "]},
+    {"dry_multiplier": 0.8, "dry_allowed_length": 8, "dry_breakers": ["."]},
     {"dry_multiplier": 0.5, "top_n_sigma": 1, "top_k": 30, "typical_p": 0.9, "top_p": 0.95, "min_p": 0.02, "xtc_probability": 0.5, "xtc_threshold": 0.1},
 ]
 
@@ -115,6 +137,7 @@ for number, settings in enumerate(SETTINGS):
             "p": {str(i): float("%.6g" % p[i]) for i in np.flatnonzero(p > 1e-9)}}
     if "mirostat_tau" in s:
         eta = exact.get("mirostat_eta", float(np.float32(0.1)))
-        line["shifts"] = {str(i): float("%.6g" % (exact.get("mirostat_shift", 0) - eta * (-np.log2(p[i]) - exact["mirostat_tau"])))
+        shift = exact.get("mirostat_shift", 0)
+        line["shifts"] = {str(i): float("%.6g" % (shift - eta * (-np.log2(p[i]) - exact["mirostat_tau"])))
                           for i in np.flatnonzero(p > 1e-9)}
     print(json.dumps(line))
