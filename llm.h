@@ -327,7 +327,7 @@
          2 Files
          3 JSON reader: Members of objects
          4 Number formats: Writing rows
-         5 Checkpoints: GGUF . Hugging Face directories
+         5 Checkpoints: GGUF . Hugging Face directories . Meta's directories
          6 Hyperparameters: GGUF . config.json
          7 Unicode: Normalisation form C
          8 Jinja: Lexer . Parser . Values . Strings . Values as text . Functions . Running
@@ -3139,6 +3139,9 @@ typedef struct llm__tensor {
     const struct llm__tensor *scales; /* int8 tensors: one scale per row; NULL for other types */
     /* A matrix of which half the weights are stored: these weights, and the mask of their columns; otherwise NULL. */
     const struct llm__tensor *kept, *mask;
+    const struct llm__tensor *shards; /* a matrix in n_shards files: its parts; otherwise NULL */
+    int n_shards;
+    bool by_columns; /* each part has some columns of all rows; otherwise some rows */
 } llm__tensor;
 
 enum llm__gguf_type {
@@ -3178,6 +3181,7 @@ typedef struct llm__checkpoint {
     llm__tensor *tensors; /* sorted by name */
     size_t n_tensors, tensor_room;
     bool *used; /* [n_tensors] true for those that llm__tensor_get has returned */
+    bool meta;  /* a directory as Meta publishes them; its tensors have Hugging Face's names here */
 } llm__checkpoint;
 
 static void llm__tensor_add(llm__env *env, llm__checkpoint *ck, const llm__tensor *t) {
@@ -3211,7 +3215,7 @@ static void llm__tensor_place(llm__env *env, llm__tensor *t, const llm__file *fi
     t->file = file;
     t->offset = offset;
     t->data = offset + bytes <= file->have ? file->data + offset : NULL;
-    t->scales = t->kept = t->mask = NULL;
+    t->scales = t->kept = t->mask = t->shards = NULL;
 }
 
 static int llm__tensor_compare_names(const void *a, const void *b) {
@@ -3336,11 +3340,30 @@ static uint8_t *llm__tensor_fill_zeros(llm__env *env, const llm__tensor *t) {
     return bytes;
 }
 
+/* All weights of a matrix that is in several files, in new memory. */
+static uint8_t *llm__tensor_join_shards(llm__env *env, const llm__tensor *t) {
+    const uint64_t bytes = llm__tensor_mul(env, t->name, t->rows, t->row_bytes);
+    if (bytes > SIZE_MAX) llm__fail(env, LLM_ERROR_MEMORY, "tensor %.*s is too large", LLM__SHOW(t->name));
+    uint8_t *joined = (uint8_t *)llm__alloc(env, (size_t)bytes, 1), *to = joined;
+    const uint64_t n_rounds = t->by_columns ? t->rows : 1;
+    for (uint64_t r = 0; r < n_rounds; r++)
+        for (int i = 0; i < t->n_shards; i++) {
+            const llm__tensor *part = &t->shards[i];
+            const size_t n = (size_t)(t->by_columns ? part->row_bytes : part->rows * part->row_bytes);
+            memcpy(to, part->data + r * n, n);
+            to += n;
+        }
+    for (int i = 0; i < t->n_shards; i++) /* the parts need not stay in memory beside the matrix */
+        llm__file_advise(t->shards[i].file, t->shards[i].data, t->shards[i].rows * t->shards[i].row_bytes, true);
+    return joined;
+}
+
 /* A tensor's bytes, read into new memory if they are not in memory already. The caller frees them in that case. */
 static uint8_t *llm__tensor_bytes(llm__env *env, llm__tensor *t) {
     if (t->data) return NULL;
-    uint8_t *bytes =
-        t->kept ? llm__tensor_fill_zeros(env, t) : llm__file_read(env, t->file, t->offset, t->rows * t->row_bytes);
+    uint8_t *bytes = t->kept     ? llm__tensor_fill_zeros(env, t)
+                     : t->shards ? llm__tensor_join_shards(env, t)
+                                 : llm__file_read(env, t->file, t->offset, t->rows * t->row_bytes);
     t->data = bytes;
     return bytes;
 }
@@ -3810,6 +3833,486 @@ static llm__checkpoint *llm__hf_open(llm__env *env, const char *directory) {
     return ck;
 }
 
+/* ---- Meta's directories ----
+   params.json and consolidated.00.pth, consolidated.01.pth, ... A .pth file is a ZIP archive as torch.save writes it:
+   PREFIX/data.pkl is a pickle that describes the tensors, and PREFIX/data/KEY has the numbers of a storage. We run the
+   few instructions of pickles that describe dictionaries of tensors. Names of functions are only compared; nothing in
+   the file is executed. */
+
+typedef struct llm__zip_entry {
+    llm__str name;
+    uint64_t offset, size; /* of the entry's bytes in the file */
+} llm__zip_entry;
+
+typedef struct llm__zip {
+    const llm__file *file;
+    llm__zip_entry *entries; /* sorted by name */
+    size_t n;
+} llm__zip;
+
+static int llm__zip_compare(const void *a, const void *b) {
+    return llm__str_compare(((const llm__zip_entry *)a)->name, ((const llm__zip_entry *)b)->name);
+}
+
+static void llm__zip_need(llm__env *env, bool holds, const char *what) {
+    if (!holds) llm__fail(env, LLM_ERROR_FORMAT, "the ZIP archive is damaged: %s", what);
+}
+
+/* Reads an entry of the directory at *at, and moves *at behind it. Sizes and offsets of 4 bytes that are all ones are
+   in the extra field 1, as 8 bytes. */
+static llm__zip_entry llm__zip_read_entry(llm__env *env, const llm__file *file, uint64_t *at, uint64_t end) {
+    llm__zip_entry e;
+    const uint8_t *p = file->data + *at;
+    llm__zip_need(env, end - *at >= 46 && llm__bytes_u32(p) == 0x02014b50, "an entry of its directory is cut off");
+    uint64_t n_name = llm__bytes_u16(p + 28), n_extra = llm__bytes_u16(p + 30), n_comment = llm__bytes_u16(p + 32);
+    llm__zip_need(env, end - *at - 46 >= n_name + n_extra + n_comment, "an entry of its directory is cut off");
+    e.name.at = (const char *)p + 46;
+    e.name.n = (size_t)n_name;
+    if (llm__bytes_u16(p + 8) & 1 || llm__bytes_u16(p + 10))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s is compressed or encrypted, which torch.save does not do",
+                  LLM__SHOW(e.name));
+    uint64_t fields[3] = {llm__bytes_u32(p + 24), llm__bytes_u32(p + 20), llm__bytes_u32(p + 42)};
+    const uint8_t *x = p + 46 + n_name, *x_end = x + n_extra;
+    while (x_end - x >= 4) {
+        const uint8_t *next = x + 4;
+        const unsigned id = llm__bytes_u16(x), n = llm__bytes_u16(x + 2);
+        llm__zip_need(env, (size_t)(x_end - next) >= n, "an extra field is cut off");
+        for (int i = 0, used = 0; i < 3 && id == 1; i++)
+            if (fields[i] == 0xFFFFFFFFu) {
+                llm__zip_need(env, n - (unsigned)used >= 8, "a 64-bit size is missing");
+                fields[i] = llm__bytes_u64(next + used);
+                used += 8;
+            }
+        x = next + n;
+    }
+    llm__zip_need(env, fields[0] == fields[1], "a stored entry has two sizes");
+    const uint64_t local = fields[2];
+    llm__zip_need(env, local <= file->size && file->size - local >= 30, "an entry begins behind the file's end");
+    p = file->data + local;
+    llm__zip_need(env, llm__bytes_u32(p) == 0x04034b50, "an entry has no header");
+    e.offset = local + 30 + llm__bytes_u16(p + 26) + llm__bytes_u16(p + 28);
+    e.size = fields[0];
+    llm__zip_need(env, e.offset <= file->size && e.size <= file->size - e.offset,
+                  "an entry ends behind the file's end");
+    *at += 46 + n_name + n_extra + n_comment;
+    return e;
+}
+
+static llm__zip llm__zip_open(llm__env *env, const llm__file *file) {
+    llm__zip z;
+    memset(&z, 0, sizeof z);
+    z.file = file;
+    if (file->size < 22 || llm__bytes_u32(file->data) != 0x04034b50)
+        llm__fail(env, LLM_ERROR_FORMAT, "this is not a ZIP archive, as torch.save writes them");
+    uint64_t end = file->size - 22, least = end > 65535 ? end - 65535 : 0;
+    while (end > least && llm__bytes_u32(file->data + end) != 0x06054b50) end--;
+    const uint8_t *p = file->data + end;
+    llm__zip_need(env, llm__bytes_u32(p) == 0x06054b50, "it has no directory");
+    uint64_t n = llm__bytes_u16(p + 10), size = llm__bytes_u32(p + 12), at = llm__bytes_u32(p + 16);
+    if (end >= 20 && llm__bytes_u32(p - 20) == 0x07064b50) {
+        const uint64_t wide = llm__bytes_u64(p - 12);
+        llm__zip_need(env, wide <= end && end - wide >= 56 && llm__bytes_u32(file->data + wide) == 0x06064b50,
+                      "its 64-bit directory is not where it is said to be");
+        n = llm__bytes_u64(file->data + wide + 32);
+        size = llm__bytes_u64(file->data + wide + 40);
+        at = llm__bytes_u64(file->data + wide + 48);
+    }
+    llm__zip_need(env, at <= end && size <= end - at && n <= size / 46, "its directory is larger than the file");
+    z.entries = (llm__zip_entry *)llm__alloc(env, (size_t)n + 1, sizeof *z.entries);
+    for (const uint64_t stop = at + size; z.n < n; z.n++) z.entries[z.n] = llm__zip_read_entry(env, file, &at, stop);
+    qsort(z.entries, z.n, sizeof *z.entries, llm__zip_compare);
+    return z;
+}
+
+static const llm__zip_entry *llm__zip_find(const llm__zip *z, llm__str name) {
+    llm__zip_entry wanted;
+    memset(&wanted, 0, sizeof wanted);
+    wanted.name = name;
+    return (const llm__zip_entry *)bsearch(&wanted, z->entries, z->n, sizeof wanted, llm__zip_compare);
+}
+
+typedef enum llm__pickle_kind {
+    LLM__PICKLE_OTHER, /* None, True, False */
+    LLM__PICKLE_MARK,
+    LLM__PICKLE_NUMBER,
+    LLM__PICKLE_TEXT,
+    LLM__PICKLE_NAME, /* of a class or function */
+    LLM__PICKLE_TUPLE,
+    LLM__PICKLE_DICT,
+    LLM__PICKLE_STORAGE,
+    LLM__PICKLE_TENSOR
+} llm__pickle_kind;
+
+typedef struct llm__pickle_value {
+    llm__pickle_kind kind;
+    int64_t number;
+    llm__str text;                    /* of a text or name; the key of a storage */
+    struct llm__pickle_value **items; /* of a tuple; of a dictionary: keys and values in turn */
+    size_t n, room;
+    const llm__file_type_info *type; /* of a storage */
+    llm__tensor tensor;
+} llm__pickle_value;
+
+typedef struct llm__pickle {
+    llm__env *env;
+    const llm__zip *zip;
+    llm__str prefix; /* of the archive's names, with the slash */
+    const uint8_t *at, *end;
+    llm__pickle_value **stack, **memo;
+    size_t n_stack, stack_room, n_memo;
+} llm__pickle;
+
+static void llm__pickle_need(llm__pickle *p, bool holds, const char *what) {
+    if (!holds) llm__fail(p->env, LLM_ERROR_FORMAT, "data.pkl: %s", what);
+}
+
+static const uint8_t *llm__pickle_take(llm__pickle *p, size_t n) {
+    llm__pickle_need(p, (size_t)(p->end - p->at) >= n, "it is cut off");
+    p->at += n;
+    return p->at - n;
+}
+
+static llm__pickle_value *llm__pickle_push(llm__pickle *p, llm__pickle_kind kind) {
+    llm__pickle_value *v = (llm__pickle_value *)llm__alloc_zero(p->env, 1, sizeof *v);
+    v->kind = kind;
+    p->stack = (llm__pickle_value **)llm__alloc_grow(p->env, p->stack, p->n_stack, &p->stack_room, sizeof *p->stack);
+    p->stack[p->n_stack++] = v;
+    return v;
+}
+
+static llm__pickle_value *llm__pickle_pop(llm__pickle *p, llm__pickle_kind kind) {
+    llm__pickle_need(p, p->n_stack && p->stack[p->n_stack - 1]->kind == kind,
+                     "a value is missing, or not of the kind that dictionaries of tensors have");
+    return p->stack[--p->n_stack];
+}
+
+/* The number of values above the last mark. */
+static size_t llm__pickle_count(llm__pickle *p) {
+    size_t n = 0;
+    while (n < p->n_stack && p->stack[p->n_stack - 1 - n]->kind != LLM__PICKLE_MARK) n++;
+    llm__pickle_need(p, n < p->n_stack, "a mark is missing");
+    return n;
+}
+
+static void llm__pickle_append(llm__pickle *p, llm__pickle_value *to, llm__pickle_value *v) {
+    to->items = (llm__pickle_value **)llm__alloc_grow(p->env, to->items, to->n, &to->room, sizeof *to->items);
+    to->items[to->n++] = v;
+}
+
+/* Replaces the last n values, and a mark before them if there is one, by a tuple. */
+static void llm__pickle_tuple(llm__pickle *p, size_t n, bool mark) {
+    llm__pickle_need(p, p->n_stack >= n + mark, "a tuple lacks values");
+    llm__pickle_value *tuple = llm__pickle_push(p, LLM__PICKLE_TUPLE);
+    const size_t first = p->n_stack - 1 - n;
+    for (size_t i = 0; i < n; i++) {
+        llm__pickle_need(p, p->stack[first + i]->kind != LLM__PICKLE_MARK, "a tuple lacks values");
+        llm__pickle_append(p, tuple, p->stack[first + i]);
+    }
+    p->n_stack = first - mark;
+    p->stack[p->n_stack++] = tuple;
+}
+
+/* Adds the last n values, keys and values in turn, to the dictionary before them (and before a mark). */
+static void llm__pickle_set(llm__pickle *p, size_t n, bool mark) {
+    llm__pickle_need(p, n % 2 == 0 && p->n_stack > n + mark, "a dictionary lacks values");
+    llm__pickle_value **first = p->stack + p->n_stack - n, *dict = first[-1 - (int)mark];
+    llm__pickle_need(p, dict->kind == LLM__PICKLE_DICT, "values are added to what is no dictionary");
+    for (size_t i = 0; i < n; i++) llm__pickle_append(p, dict, first[i]);
+    p->n_stack -= n + mark;
+}
+
+/* ("storage", class, key, device, number of items) */
+static void llm__pickle_storage(llm__pickle *p) {
+    static const char *const classes[][2] = {
+        {"torch.FloatStorage", "F32"}, {"torch.HalfStorage", "F16"}, {"torch.BFloat16Storage", "BF16"}};
+    const llm__pickle_value *t = llm__pickle_pop(p, LLM__PICKLE_TUPLE);
+    llm__pickle_need(p,
+                     t->n == 5 && t->items[0]->kind == LLM__PICKLE_TEXT && t->items[1]->kind == LLM__PICKLE_NAME &&
+                         t->items[2]->kind == LLM__PICKLE_TEXT && llm__str_is(t->items[0]->text, "storage"),
+                     "a storage is not described as torch.save does");
+    llm__pickle_value *s = llm__pickle_push(p, LLM__PICKLE_STORAGE);
+    s->text = t->items[2]->text;
+    for (int i = 0; i < 3; i++) {
+        llm__str name = {classes[i][1], strlen(classes[i][1])};
+        if (llm__str_is(t->items[1]->text, classes[i][0])) s->type = llm__file_type_find_plain(name);
+    }
+    if (!s->type)
+        llm__fail(p->env, LLM_ERROR_UNSUPPORTED,
+                  "data.pkl has a storage of class %.*s; this library reads FloatStorage, HalfStorage and "
+                  "BFloat16Storage",
+                  LLM__SHOW(t->items[1]->text));
+}
+
+/* (storage, offset, shape, strides, requires_grad, hooks) */
+static void llm__pickle_tensor(llm__pickle *p, const llm__pickle_value *a) {
+    llm__env *env = p->env;
+    llm__pickle_need(p,
+                     a->n >= 4 && a->items[0]->kind == LLM__PICKLE_STORAGE && a->items[1]->kind == LLM__PICKLE_NUMBER &&
+                         a->items[1]->number >= 0 && a->items[2]->kind == LLM__PICKLE_TUPLE &&
+                         a->items[3]->kind == LLM__PICKLE_TUPLE && a->items[2]->n == a->items[3]->n,
+                     "a tensor is not described as torch.save does");
+    const llm__pickle_value *storage = a->items[0], *shape = a->items[2], *strides = a->items[3];
+    const llm__str key = storage->text;
+    llm__tensor t;
+    memset(&t, 0, sizeof t);
+    t.name = key;
+    t.type = storage->type;
+    t.rows = t.cols = 1;
+    uint64_t stride = 1;
+    for (size_t i = shape->n; i-- > 0;) {
+        const llm__pickle_value *d = shape->items[i], *s = strides->items[i];
+        llm__pickle_need(p, d->kind == LLM__PICKLE_NUMBER && s->kind == LLM__PICKLE_NUMBER && d->number > 0,
+                         "a tensor's shape is not of positive numbers");
+        if (d->number != 1 && (s->number < 0 || (uint64_t)s->number != stride))
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "the tensor in storage %.*s is not contiguous", LLM__SHOW(key));
+        stride = llm__tensor_mul(env, key, stride, (uint64_t)d->number);
+        if (i + 1 == shape->n) t.cols = (uint64_t)d->number;
+        else t.rows = llm__tensor_mul(env, key, t.rows, (uint64_t)d->number);
+    }
+    t.row_bytes = llm__tensor_mul(env, key, t.cols, t.type->block_bytes);
+    char *path = (char *)llm__alloc(env, p->prefix.n + 5 + key.n, 1);
+    memcpy(path, p->prefix.at, p->prefix.n);
+    memcpy(path + p->prefix.n, "data/", 5);
+    if (key.n) memcpy(path + p->prefix.n + 5, key.at, key.n);
+    const llm__str name = {path, p->prefix.n + 5 + key.n};
+    const llm__zip_entry *e = llm__zip_find(p->zip, name);
+    if (!e) llm__fail(env, LLM_ERROR_FORMAT, "the archive has no entry %.*s", LLM__SHOW(name));
+    const uint64_t skip = llm__tensor_mul(env, key, (uint64_t)a->items[1]->number, t.type->block_bytes);
+    const uint64_t bytes = llm__tensor_mul(env, key, t.rows, t.row_bytes);
+    if (skip > e->size || bytes > e->size - skip)
+        llm__fail(env, LLM_ERROR_FORMAT, "entry %.*s has %llu bytes, but a tensor needs %llu from byte %llu",
+                  LLM__SHOW(name), (unsigned long long)e->size, (unsigned long long)bytes, (unsigned long long)skip);
+    llm__tensor_place(env, &t, p->zip->file, e->offset + skip);
+    llm__pickle_push(p, LLM__PICKLE_TENSOR)->tensor = t;
+}
+
+static void llm__pickle_reduce(llm__pickle *p) {
+    const llm__pickle_value *args = llm__pickle_pop(p, LLM__PICKLE_TUPLE), *f = llm__pickle_pop(p, LLM__PICKLE_NAME);
+    if (llm__str_is(f->text, "torch._utils._rebuild_tensor_v2")) llm__pickle_tensor(p, args);
+    else if (llm__str_is(f->text, "collections.OrderedDict") && !args->n) llm__pickle_push(p, LLM__PICKLE_DICT);
+    else
+        llm__fail(p->env, LLM_ERROR_UNSUPPORTED, "data.pkl calls %.*s; only tensors are read, and nothing is executed",
+                  LLM__SHOW(f->text));
+}
+
+/* "MODULE\nNAME\n" becomes "MODULE.NAME". */
+static void llm__pickle_name(llm__pickle *p) {
+    const uint8_t *start = p->at, *line = (const uint8_t *)memchr(start, '\n', (size_t)(p->end - start));
+    const uint8_t *stop = line ? (const uint8_t *)memchr(line + 1, '\n', (size_t)(p->end - line - 1)) : NULL;
+    llm__pickle_need(p, stop, "a name is cut off");
+    char *text = llm__str_copy(p->env, (const char *)start, (size_t)(stop - start));
+    text[line - start] = '.';
+    llm__pickle_value *v = llm__pickle_push(p, LLM__PICKLE_NAME);
+    v->text.at = text;
+    v->text.n = (size_t)(stop - start);
+    p->at = stop + 1;
+}
+
+static void llm__pickle_memo_put(llm__pickle *p, uint64_t i) {
+    llm__pickle_need(p, p->n_stack && i < p->n_memo, "it remembers nothing, or under too large a number");
+    p->memo[i] = p->stack[p->n_stack - 1];
+}
+
+static void llm__pickle_memo_get(llm__pickle *p, uint64_t i) {
+    llm__pickle_need(p, i < p->n_memo && p->memo[i], "it uses a value that it has not remembered");
+    llm__pickle_push(p, LLM__PICKLE_OTHER);
+    p->stack[p->n_stack - 1] = p->memo[i];
+}
+
+static void llm__pickle_number(llm__pickle *p, size_t n_bytes, bool is_signed) {
+    const uint8_t *b = llm__pickle_take(p, n_bytes);
+    uint64_t x = 0;
+    llm__pickle_need(p, n_bytes <= 8, "a number has more than 64 bits");
+    for (size_t i = 0; i < n_bytes; i++) x |= (uint64_t)b[i] << 8 * i;
+    if (is_signed && n_bytes && n_bytes < 8 && b[n_bytes - 1] & 128) x |= UINT64_MAX << 8 * n_bytes;
+    llm__pickle_push(p, LLM__PICKLE_NUMBER)->number = (int64_t)x;
+}
+
+/* Runs one instruction. Returns false at the end. */
+static bool llm__pickle_step(llm__pickle *p) {
+    const uint8_t op = *llm__pickle_take(p, 1);
+    switch (op) {
+    case 0x80: llm__pickle_need(p, *llm__pickle_take(p, 1) == 2, "this is not version 2 of the format"); break;
+    case '}': llm__pickle_push(p, LLM__PICKLE_DICT); break;
+    case ')': llm__pickle_push(p, LLM__PICKLE_TUPLE); break;
+    case '(': llm__pickle_push(p, LLM__PICKLE_MARK); break;
+    case 'N':
+    case 0x88:
+    case 0x89: llm__pickle_push(p, LLM__PICKLE_OTHER); break;
+    case 'K': llm__pickle_number(p, 1, false); break;
+    case 'M': llm__pickle_number(p, 2, false); break;
+    case 'J': llm__pickle_number(p, 4, true); break;
+    case 0x8a: llm__pickle_number(p, *llm__pickle_take(p, 1), true); break;
+    case 'X': {
+        const uint32_t n = llm__bytes_u32(llm__pickle_take(p, 4));
+        const uint8_t *text = llm__pickle_take(p, n);
+        llm__pickle_value *v = llm__pickle_push(p, LLM__PICKLE_TEXT);
+        v->text.at = (const char *)text;
+        v->text.n = n;
+        break;
+    }
+    case 'c': llm__pickle_name(p); break;
+    case 'q': llm__pickle_memo_put(p, *llm__pickle_take(p, 1)); break;
+    case 'r': llm__pickle_memo_put(p, llm__bytes_u32(llm__pickle_take(p, 4))); break;
+    case 'h': llm__pickle_memo_get(p, *llm__pickle_take(p, 1)); break;
+    case 'j': llm__pickle_memo_get(p, llm__bytes_u32(llm__pickle_take(p, 4))); break;
+    case 't': llm__pickle_tuple(p, llm__pickle_count(p), true); break;
+    case 0x85:
+    case 0x86:
+    case 0x87: llm__pickle_tuple(p, op - 0x84u, false); break;
+    case 'Q': llm__pickle_storage(p); break;
+    case 'R': llm__pickle_reduce(p); break;
+    case 's': llm__pickle_set(p, 2, false); break;
+    case 'u': llm__pickle_set(p, llm__pickle_count(p), true); break;
+    case 'b': /* attributes of an OrderedDict, which name versions of the model's parts */
+        llm__pickle_pop(p, LLM__PICKLE_DICT);
+        llm__pickle_need(p, p->n_stack && p->stack[p->n_stack - 1]->kind == LLM__PICKLE_DICT,
+                         "something other than a dictionary gets attributes");
+        break;
+    case '.': return false;
+    default:
+        llm__fail(p->env, LLM_ERROR_UNSUPPORTED,
+                  "data.pkl has instruction 0x%02X, which no dictionary of tensors needs", op);
+    }
+    return true;
+}
+
+/* The tensors of one file, whose path is env->file, under their own names. */
+static llm__checkpoint llm__pth_read(llm__env *env) {
+    enum { MOST = 1 << 20 }; /* bytes of a pickle; those of the largest models have some 100 KiB */
+    llm__checkpoint ck;
+    llm__pickle p;
+    memset(&ck, 0, sizeof ck);
+    memset(&p, 0, sizeof p);
+    const llm__zip zip = llm__zip_open(env, llm__file_open(env, env->file));
+    const llm__zip_entry *e = NULL;
+    for (size_t i = 0; i < zip.n; i++) {
+        const llm__str name = zip.entries[i].name;
+        if (name.n >= 9 && !memcmp(name.at + name.n - 9, "/data.pkl", 9)) e = &zip.entries[i];
+    }
+    if (!e || e->size > MOST)
+        llm__fail(env, LLM_ERROR_FORMAT, "the archive has no data.pkl, or one that is larger than 1 MiB");
+    p.env = env;
+    p.zip = &zip;
+    p.prefix.at = e->name.at;
+    p.prefix.n = e->name.n - 8;
+    p.at = zip.file->data + e->offset;
+    p.end = p.at + e->size;
+    p.n_memo = (size_t)e->size;
+    p.memo = (llm__pickle_value **)llm__alloc_zero(env, p.n_memo + 1, sizeof *p.memo);
+    while (llm__pickle_step(&p)) {}
+    const llm__pickle_value *dict = llm__pickle_pop(&p, LLM__PICKLE_DICT);
+    for (size_t i = 0; i < dict->n; i += 2) {
+        const llm__pickle_value *key = dict->items[i], *v = dict->items[i + 1];
+        llm__pickle_need(&p, key->kind == LLM__PICKLE_TEXT, "a key of the dictionary is not a text");
+        if (v->kind != LLM__PICKLE_TENSOR)
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "data.pkl: %.*s is not a tensor", LLM__SHOW(key->text));
+        llm__tensor t = v->tensor;
+        t.name.at = llm__str_copy(env, key->text.at, key->text.n);
+        t.name.n = key->text.n;
+        llm__tensor_add(env, &ck, &t);
+    }
+    llm__tensor_sort(env, &ck);
+    return ck;
+}
+
+typedef enum llm__meta_split { LLM__META_COPIED, LLM__META_ROWS, LLM__META_COLUMNS, LLM__META_EITHER } llm__meta_split;
+
+typedef struct llm__meta_name {
+    const char *meta, *hugging_face; /* the name, or what follows the layer's number */
+    llm__meta_split split;           /* among the files */
+} llm__meta_name;
+
+static const llm__meta_name llm__meta_names[] = {
+    {"tok_embeddings.weight", "model.embed_tokens.weight", LLM__META_EITHER},
+    {"norm.weight", "model.norm.weight", LLM__META_COPIED},
+    {"output.weight", "lm_head.weight", LLM__META_ROWS},
+    {"attention.wq.weight", "self_attn.q_proj.weight", LLM__META_ROWS},
+    {"attention.wk.weight", "self_attn.k_proj.weight", LLM__META_ROWS},
+    {"attention.wv.weight", "self_attn.v_proj.weight", LLM__META_ROWS},
+    {"attention.wo.weight", "self_attn.o_proj.weight", LLM__META_COLUMNS},
+    {"feed_forward.w1.weight", "mlp.gate_proj.weight", LLM__META_ROWS},
+    {"feed_forward.w2.weight", "mlp.down_proj.weight", LLM__META_COLUMNS},
+    {"feed_forward.w3.weight", "mlp.up_proj.weight", LLM__META_ROWS},
+    {"attention_norm.weight", "input_layernorm.weight", LLM__META_COPIED},
+    {"ffn_norm.weight", "post_attention_layernorm.weight", LLM__META_COPIED},
+};
+
+/* Adds one tensor, of which files[0 .. n_files) have a part each. */
+static void llm__meta_join(llm__env *env, llm__checkpoint *ck, const llm__checkpoint *files, int n_files,
+                           const llm__tensor *first, uint64_t n_embd) {
+    const char *rest = first->name.at, *dot;
+    const bool in_layer = !strncmp(rest, "layers.", 7) && (dot = strchr(rest + 7, '.')) != NULL;
+    const size_t n_layer = in_layer ? (size_t)(dot + 1 - rest) : 0;
+    const size_t n_names = sizeof llm__meta_names / sizeof *llm__meta_names;
+    size_t at = in_layer ? 3 : 0;
+    while (at < (in_layer ? n_names : 3) && strcmp(rest + n_layer, llm__meta_names[at].meta)) at++;
+    if (at == (in_layer ? n_names : 3))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s is not part of any model that this library runs",
+                  LLM__SHOW(first->name));
+    const llm__meta_name *name = &llm__meta_names[at];
+    const size_t room = n_layer + strlen(name->hugging_face) + 7;
+    char *text = (char *)llm__alloc(env, room, 1);
+    snprintf(text, room, "%s%.*s%s", in_layer ? "model." : "", (int)n_layer, rest, name->hugging_face);
+    llm__tensor t = *first, *parts = (llm__tensor *)llm__alloc(env, (size_t)n_files, sizeof *parts);
+    for (int i = 0; i < n_files; i++) {
+        const llm__tensor *part = llm__tensor_find(&files[i], first->name.at);
+        if (!part || part->type != first->type || part->rows != first->rows || part->cols != first->cols)
+            llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s differs in type or shape between the files, or one lacks it",
+                      LLM__SHOW(first->name));
+        parts[i] = *part;
+    }
+    t.name.at = text;
+    t.name.n = strlen(text);
+    if (n_files > 1 && name->split != LLM__META_COPIED) {
+        t.by_columns = name->split == LLM__META_COLUMNS || (name->split == LLM__META_EITHER && first->cols != n_embd);
+        if (t.by_columns) t.cols = llm__tensor_mul(env, t.name, t.cols, (uint64_t)n_files);
+        else t.rows = llm__tensor_mul(env, t.name, t.rows, (uint64_t)n_files);
+        t.row_bytes = llm__tensor_mul(env, t.name, t.cols, t.type->block_bytes);
+        llm__tensor_mul(env, t.name, t.rows, t.row_bytes);
+        t.file = (llm__file *)llm__alloc_zero(env, 1, sizeof *t.file);
+        t.data = NULL;
+        t.shards = parts;
+        t.n_shards = n_files;
+    }
+    llm__tensor_add(env, ck, &t);
+}
+
+static llm__checkpoint *llm__meta_open(llm__env *env, const char *directory) {
+    enum { MOST = 64 }; /* files; the largest published model has 16 */
+    const char *path = env->file;
+    llm__checkpoint *ck = (llm__checkpoint *)llm__alloc_zero(env, 1, sizeof *ck);
+    llm__checkpoint *files = (llm__checkpoint *)llm__alloc(env, MOST, sizeof *files);
+    int n = 0;
+    ck->format = LLM__HUGGING_FACE;
+    ck->meta = true;
+    ck->directory = directory;
+    ck->config = llm__hf_open_json(env, directory, "params.json");
+    ck->config_path = env->file;
+    const uint64_t n_embd = (uint64_t)llm__json_get_int(env, ck->config, "dim", -1, 1, 1 << 20);
+    for (; n < MOST; n++) {
+        char name[32];
+        snprintf(name, sizeof name, "consolidated.%02d.pth", n);
+        env->file = llm__path_join(env, directory, name);
+        if (llm__path_find(env->file) != LLM__REGULAR) break;
+        files[n] = llm__pth_read(env);
+    }
+    env->file = path;
+    for (size_t i = 0; i < files[0].n_tensors; i++)
+        if (!llm__str_is(files[0].tensors[i].name, "rope.freqs")) /* a table that nothing needs */
+            llm__meta_join(env, ck, files, n, &files[0].tensors[i], n_embd);
+    ck->used = (bool *)llm__alloc_zero(env, ck->n_tensors + 1, sizeof *ck->used);
+    if (ck->n_tensors) llm__tensor_sort_names(env, ck);
+    return ck;
+}
+
+/* Is this a directory as Meta publishes them? Some have config.json, too; then that and its tensors are read. */
+static bool llm__meta_is(llm__env *env, const char *directory) {
+    return llm__path_find(llm__path_join(env, directory, "config.json")) != LLM__REGULAR &&
+           llm__path_find(llm__path_join(env, directory, "params.json")) == LLM__REGULAR &&
+           llm__path_find(llm__path_join(env, directory, "consolidated.00.pth")) == LLM__REGULAR;
+}
+
 /* If path is a directory, or the config.json in one, returns that directory; otherwise NULL. */
 static const char *llm__hf_directory(llm__env *env, const char *path) {
     const char *name = llm__path_name(path);
@@ -3821,6 +4324,7 @@ static const char *llm__hf_directory(llm__env *env, const char *path) {
 static llm__checkpoint *llm__checkpoint_open(llm__env *env, const llm__file_source *source) {
     if (!source->path) return llm__gguf_read_whole(env, llm__file_open_source(env, source));
     const char *directory = llm__hf_directory(env, source->path);
+    if (directory && llm__meta_is(env, directory)) return llm__meta_open(env, directory);
     return directory ? llm__hf_open(env, directory) : llm__gguf_open(env, source->path);
 }
 
@@ -4199,8 +4703,9 @@ static bool llm__config_tied_head(llm__env *env, const llm__checkpoint *ck) {
     if (!tied && !head)
         llm__fail(env, LLM_ERROR_FORMAT, "tie_word_embeddings is false, but there is no tensor lm_head.weight");
     if (!tied || !head) return tied;
-    if (!embedding || head->kept || embedding->kept || head->type != embedding->type || head->rows != embedding->rows ||
-        head->cols != embedding->cols || memcmp(head->data, embedding->data, (size_t)(head->rows * head->row_bytes)))
+    if (!embedding || !head->data || !embedding->data || head->type != embedding->type ||
+        head->rows != embedding->rows || head->cols != embedding->cols ||
+        memcmp(head->data, embedding->data, (size_t)(head->rows * head->row_bytes)))
         llm__fail(env, LLM_ERROR_FORMAT,
                   "tie_word_embeddings is true, but tensor lm_head.weight is not model.embed_tokens.weight");
     llm__tensor_use(ck, head);
@@ -4237,7 +4742,85 @@ static llm__hparams llm__hparams_from_config(llm__env *env, const llm__checkpoin
     return h;
 }
 
+/* ---- params.json ----
+   As https://github.com/meta-llama/llama-models reads it. The file does not say the context length. */
+
+static llm__hparams llm__hparams_from_params(llm__env *env, const llm__checkpoint *ck) {
+    static const char *const known[] = {
+        "dim",           "n_layers",   "n_heads",         "n_kv_heads",          "multiple_of", "ffn_dim_multiplier",
+        "norm_eps",      "rope_theta", "use_scaled_rope", "rope_scaling_factor", "vocab_size",  "max_seq_len",
+        "max_batch_size"};
+    llm__hparams h;
+    const llm__json *config = ck->config;
+    const char *path = env->file;
+    const llm__tensor *embedding = llm__tensor_find(ck, "model.embed_tokens.weight");
+    const llm__tensor *gate = llm__tensor_find(ck, "model.layers.0.mlp.gate_proj.weight");
+    memset(&h, 0, sizeof h);
+    if (!embedding || !gate)
+        llm__fail(env, LLM_ERROR_FORMAT, "tensor tok_embeddings.weight or layers.0.feed_forward.w1.weight is missing");
+    env->file = ck->config_path;
+    for (const llm__json *m = config->first; m; m = m->next) {
+        size_t i = 0;
+        while (i < sizeof known / sizeof *known && !llm__str_is(m->key, known[i])) i++;
+        if (i == sizeof known / sizeof *known)
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "%.*s is set, which this library does not support",
+                      LLM__SHOW(m->key));
+    }
+    h.architecture.at = "llama";
+    h.architecture.n = 5;
+    h.interleaved_rope = true;
+    h.n_embd = llm__json_get_int(env, config, "dim", -1, 1, 1 << 20);
+    h.n_layers = llm__json_get_int(env, config, "n_layers", -1, 1, 4096);
+    h.n_heads = llm__json_get_int(env, config, "n_heads", -1, 1, 4096);
+    h.n_kv_heads = llm__json_get_int(env, config, "n_kv_heads", h.n_heads, 1, 4096);
+    if (h.n_embd % h.n_heads || h.n_embd / h.n_heads > LLM__MOST_HEAD)
+        llm__fail(env, LLM_ERROR_FORMAT, "%d heads cannot share %d dimensions", h.n_heads, h.n_embd);
+    h.head_dim = h.rope_dim = h.n_embd / h.n_heads;
+    const double many = (double)h.n_embd * 8 / 3;
+    const double factor = llm__json_get_number(env, config, "ffn_dim_multiplier", 1, 1e-3, 1e3);
+    const int64_t multiple = llm__json_get_int(env, config, "multiple_of", 256, 1, 1 << 22);
+    const int64_t n_ff = ((int64_t)(factor * (double)(int64_t)many) + multiple - 1) / multiple * multiple;
+    if (n_ff < 1 || n_ff > 1 << 22 || gate->rows != (uint64_t)n_ff)
+        llm__fail(env, LLM_ERROR_FORMAT,
+                  "multiple_of and ffn_dim_multiplier give %lld dimensions of the feed-forward network, but tensor "
+                  "layers.0.feed_forward.w1.weight has %llu",
+                  (long long)n_ff, (unsigned long long)gate->rows);
+    h.n_ff = (int)n_ff;
+    h.n_vocab = llm__json_get_int(env, config, "vocab_size", -1, -1, 1 << 24);
+    if (h.n_vocab < 0) {
+        if (embedding->rows > 1 << 24) llm__fail(env, LLM_ERROR_FORMAT, "the vocabulary is too large");
+        h.n_vocab = (int)embedding->rows;
+    }
+    h.rms_eps = (float)llm__json_get_number(env, config, "norm_eps", 1e-5, 1e-12, 1);
+    h.rope.scale = 1;
+    h.rope.base = llm__json_get_number(env, config, "rope_theta", 10000, LLM__LEAST_BASE, LLM__MOST_BASE);
+    const bool scaled = llm__json_get_bool(env, config, "use_scaled_rope", false);
+    if (scaled) {
+        h.rope.kind = LLM__ROPE_LLAMA3;
+        if (!llm__json_get(config, "rope_scaling_factor"))
+            llm__fail(
+                env, LLM_ERROR_UNSUPPORTED,
+                "use_scaled_rope is true, but rope_scaling_factor is missing, which the file must say: it is 8 for "
+                "Llama 3.1 and 3.3, and 32 for the small models of Llama 3.2");
+        h.rope.factor = llm__json_get_number(env, config, "rope_scaling_factor", 8, 1e-3, 1e6);
+        h.rope.n_original = 8192;
+        h.rope.few_turns = 1;
+        h.rope.many_turns = 4;
+    }
+    /* Llama 3.1 and later, Llama 3, Llama 2 */
+    h.n_ctx_train = llm__json_get_int(env, config, "max_seq_len",
+                                      scaled               ? 131072
+                                      : h.rope.base >= 5e5 ? 8192
+                                                           : 4096,
+                                      1, 1 << 28);
+    h.tied_head = !llm__tensor_find(ck, "lm_head.weight");
+    llm__hparams_check(env, &h);
+    env->file = path;
+    return h;
+}
+
 static llm__hparams llm__hparams_read(llm__env *env, const llm__checkpoint *ck) {
+    if (ck->meta) return llm__hparams_from_params(env, ck);
     if (ck->format == LLM__HUGGING_FACE) return llm__hparams_from_config(env, ck);
     llm__hparams h = llm__hparams_from_gguf(env, ck);
     llm__hparams_check(env, &h);
@@ -16203,6 +16786,9 @@ static void llm__quantize_body(llm__env *env, void *arg) {
     llm__quantize_args *a = (llm__quantize_args *)arg;
     if (llm__path_find(a->from) != LLM__DIRECTORY)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is not a directory as Hugging Face publishes them");
+    if (llm__meta_is(env, a->from))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "this directory is as Meta publishes them; only Hugging Face's can be converted");
     a->ck = llm__hf_open(env, a->from);
     for (size_t i = 0; i < a->ck->n_tensors; i++) {
         const llm__tensor *t = &a->ck->tensors[i];

@@ -426,7 +426,7 @@ static void bad_configs_are_refused(void **state) {
         {"qwen3", "\"model_type\": \"qwen3\"", "\"model_type\": \"qwen3\", \"layer_types\": [\"linear_attention\"]",
          "layer_types names \"linear_attention\""},
         {"qwen2", "\"model_type\": \"qwen2\"", "\"model_type\": \"llama\", \"architectures\": [\"LlamaForCausalLM\"]",
-         "self_attn.k_proj.bias is there"},
+         "self_attn.k_proj.bias is not part of any model"},
         {"qwen2", "\"model_type\": \"qwen2\"", "\"model_type\": \"qwen3\", \"architectures\": [], \"head_dim\": 16",
          "self_attn.q_norm.weight is missing"},
         {"int8", "\"quant_method\": \"compressed-tensors\"", "\"quant_method\": \"gptq\"", "quant_method is \"gptq\""},
@@ -815,7 +815,7 @@ static void other_names_are_refused(void **state) {
         const char *model, *old, *new_text, *words; /* old and new_text are equally long */
     } table[] = {
         {"qwen2.gguf", "qwen2", "gemma", "the architecture is \"gemma\""},
-        {"llama3.gguf", "rope_freqs.weight", "rope_freqz.weight", "tensor rope_freqz.weight is there"},
+        {"llama3.gguf", "rope_freqs.weight", "rope_freqz.weight", "tensor rope_freqz.weight is not part of any model"},
         {"qwen3.gguf", "blk.0.attn_q_norm", "blk.0.attn_q_nork", "blk.0.attn_q_norm.weight is missing"},
         {"qwen2.gguf", "blk.0.attn_k.bias", "blk.0.attn_z.bias", "blk.0.attn_k.bias is missing"},
     };
@@ -840,7 +840,7 @@ static void split_files_need_all_their_parts(void **state) {
         parts[i] = read_file(golden(name));
     }
     write_file(in_folder("m.gguf"), parts[0].at, parts[0].n);
-    expect_failure(in_folder("m.gguf"), "its name ends in -00001-of-00003.gguf", "m.gguf");
+    expect_failure(in_folder("m.gguf"), "whose name ends in -00001-of-00003.gguf", "m.gguf");
     write_file(in_folder("s-00001-of-00003.gguf"), parts[0].at, parts[0].n);
     write_file(in_folder("s-00002-of-00003.gguf"), parts[1].at, parts[1].n);
     expect_failure(in_folder("s-00001-of-00003.gguf"), "the file cannot be read", "s-00003-of-00003.gguf");
