@@ -17596,10 +17596,11 @@ LLM_API llm_status llm_memory_estimate(const llm_model_info *info, const llm_con
     own.n_kv_heads = info->n_own_kv_heads;
     out->weights = info->weight_bytes;
     out->cache = (uint64_t)b.n_cache_blocks * info->backend->block_bytes(&own, b.cache_dtype);
-    out->scratch = info->backend->scratch_bytes(&shape, &b) +
-                   (uint64_t)shape.n_vocab * 8 * (uint64_t)llm__ctx_count_scratch(&c, info->backend) +
-                   (uint64_t)llm__ctx_step_room(&c) * (sizeof(llm_token) + sizeof(int) + sizeof(bool)) +
-                   (uint64_t)c.n_seq * ((uint64_t)c.n_ctx * 4 + (uint64_t)llm__cache_blocks_for(c.n_ctx) * 4);
+    out->scratch =
+        info->backend->scratch_bytes(&shape, &b) +
+        ((uint64_t)shape.n_vocab * 8 + (uint64_t)c.n_ctx * 4) * (uint64_t)llm__ctx_count_scratch(&c, info->backend) +
+        (uint64_t)llm__ctx_step_room(&c) * (sizeof(llm_token) + sizeof(int) + sizeof(bool)) +
+        (uint64_t)c.n_seq * ((uint64_t)c.n_ctx * 4 + (uint64_t)llm__cache_blocks_for(c.n_ctx) * 4);
     return llm__error_done(err, LLM_OK);
 }
 

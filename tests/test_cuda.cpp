@@ -480,14 +480,26 @@ static llm_context *create_for_text(const llm_model *model, int n_ctx) {
     return ctx;
 }
 
-/* Temperature, top-k, top-p, min-p. */
-static const llm_sampler SAMPLERS[] = {{0.0f, 0, 0, 0, 0, 0, NULL, 0, NULL, NULL, 1, 0, 0, 0, 0},
-                                       {1.0f, 0, 0, 0, 0, 0, NULL, 0, NULL, NULL, 2, 0, 0, 0, 0},
-                                       {0.8f, 20, 0.9f, 0, 0, 0, NULL, 0, NULL, NULL, 3, 5, 0, 0, 0},
-                                       {2.0f, 0, 0.7f, 0, 0, 0, NULL, 0, NULL, NULL, 4, 0, 0, 0, 0},
-                                       {1.5f, 5, 0, 0, 0, 0, NULL, 0, NULL, NULL, 5, 0, 0, 0, 0},
-                                       {1.2f, 0, 0, 0.1f, 0, 0, NULL, 0, NULL, NULL, 6, 0, 0, 0, 0},
-                                       {1.0f, 1000, 0.999f, 0.01f, 1, 0, NULL, 0, NULL, NULL, 7, 0, 0, 0, 0}};
+static llm_sampler sampler_of(float temperature, uint64_t seed, int top_k = 0, float top_p = 0, float min_p = 0,
+                              float repeat_penalty = 0, uint64_t n_drawn = 0) {
+    llm_sampler sampler = {};
+    sampler.temperature = temperature;
+    sampler.top_k = top_k;
+    sampler.top_p = top_p;
+    sampler.min_p = min_p;
+    sampler.repeat_penalty = repeat_penalty;
+    sampler.seed = seed;
+    sampler.n_drawn = n_drawn;
+    return sampler;
+}
+
+static const llm_sampler SAMPLERS[] = {sampler_of(0, 1),
+                                       sampler_of(1, 2),
+                                       sampler_of(0.8f, 3, 20, 0.9f, 0, 0, 5),
+                                       sampler_of(2, 4, 0, 0.7f),
+                                       sampler_of(1.5f, 5, 5),
+                                       sampler_of(1.2f, 6, 0, 0, 0.1f),
+                                       sampler_of(1, 7, 1000, 0.999f, 0.01f, 1)};
 
 static void test_bursts(void **state) {
     llm_model *model = load(&SMALL, llm_cuda_backend());
@@ -1471,6 +1483,11 @@ static void test_every_failure(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
+#ifdef CUDA_HOST_RUNTIME_H /* these fork, so they come while the process is small */
+        cmocka_unit_test(test_processes),
+        cmocka_unit_test(test_processes_through_host),
+        cmocka_unit_test(test_dead_process),
+#endif
         cmocka_unit_test(test_eager),
         cmocka_unit_test(test_fused),
         cmocka_unit_test(test_halves),
@@ -1494,9 +1511,6 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_dead_rank),
 #ifdef CUDA_HOST_RUNTIME_H
         cmocka_unit_test(test_dead_gpu),
-        cmocka_unit_test(test_processes),
-        cmocka_unit_test(test_processes_through_host),
-        cmocka_unit_test(test_dead_process),
         cmocka_unit_test(test_foreign_memory),
         cmocka_unit_test(test_rank_memory),
         cmocka_unit_test(test_launches),

@@ -146,7 +146,13 @@ static void use(const tiny_spec *spec, llm_dtype dtype, llm_cuda_mode mode) {
     llm_model *model = NULL;
     llm_context *ctx = NULL;
     llm_generate_desc text = {};
-    llm_sampler sampler = {0.8f, 20, 0.9f, 0.01f, 0, 0, NULL, 0, NULL, NULL, 3, 5, 0, 0, 0};
+    llm_sampler sampler = {};
+    sampler.temperature = 0.8f;
+    sampler.top_k = 20;
+    sampler.top_p = 0.9f;
+    sampler.min_p = 0.01f;
+    sampler.seed = 3;
+    sampler.n_drawn = 5;
     llm_error err;
     model_desc.dtype = dtype;
     model_desc.backend = llm_cuda_backend_mode(mode);

@@ -3,10 +3,11 @@
     It stands in for the toolkit's header of that name. Memory "on the GPU" is the host's, filled with NaN when it is
     allocated. Each device has its own memory, which another device must not use before it was given access, and which
     another process must not use before it has opened it. Streams are queues of closures that run when somebody waits
-    for them, so that a host which reuses a buffer too early is caught. Graphs are recorded queues. A kernel's blocks run one after the other. The threads of a block are fibers of
-    the calling thread, which change at barriers and warp operations only. A fiber waits there until all other threads
-    of that barrier have arrived. If no fiber can go on, the program ends with a message. Tests can let the n-th call
-    fail, run the threads of a block in the opposite order, and count what was not released. */
+    for them, so that a host which reuses a buffer too early is caught. Graphs are recorded queues. A kernel's blocks
+    run one after the other. The threads of a block are fibers of the calling thread, which change at barriers and warp
+    operations only. A fiber waits there until all other threads of that barrier have arrived. If no fiber can go on,
+    the program ends with a message. Tests can let the n-th call fail, run the threads of a block in the opposite order,
+    and count what was not released. */
 #ifndef CUDA_HOST_RUNTIME_H
 #define CUDA_HOST_RUNTIME_H
 
