@@ -16211,7 +16211,7 @@ static llm_model_desc llm__model_defaults(llm__env *env, const llm_model_desc *d
 
 static void llm__model_copy_name(char *to, size_t size, llm__str from) {
     size_t n = from.n < size - 1 ? from.n : size - 1;
-    memcpy(to, from.at, n);
+    if (n) memcpy(to, from.at, n);
     to[n] = 0;
     llm__utf8_trim(to);
 }

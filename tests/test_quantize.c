@@ -212,7 +212,7 @@ static void test_bad_bitmasks(void **state) {
         {"down_proj.shape", 0, 31, "down_proj.shape gives 31 x 64"},
         {"down_proj.shape", 7, 0x80, "down_proj.shape gives 9223372036854775840 x 64"},
         {"down_proj.shape", 8, 62, "gives 32 x 62"},
-        {"down_proj.shape", 8, 68, "says 32 x 68"},
+        {"down_proj.shape", 8, 68, "gives 32 x 68"},
         {"down_proj.shape", 15, 0xFF, "down_proj.shape gives 32 x 18374686479671623744"},
     };
     static const struct {
