@@ -328,7 +328,7 @@
          3 JSON reader: Members of objects
          4 Number formats: Writing rows
          5 Checkpoints: GGUF . Hugging Face directories . Meta's directories
-         6 Hyperparameters: GGUF . config.json
+         6 Hyperparameters: GGUF . config.json . params.json
          7 Unicode: Normalisation form C
          8 Jinja: Lexer . Parser . Values . Strings . Values as text . Functions . Running
          9 Tokenizer: Hash tables . Merging . Pre-tokenizers . Words of ASCII . Encoding . Decoding . Building a

@@ -174,7 +174,7 @@ def hf_tensors(kind, qwen2=False, qwen3=False, untied=False):
 
 def write_safetensors():
     kinds = {"llama": "F32", "gqa": "BF16", "int8": "I8"}
-    for folder in sorted(p.name for p in (GOLDEN / "hf").iterdir() if p.is_dir()):
+    for folder in sorted(p.name for p in (GOLDEN / "hf").iterdir() if (p / "config.json").exists()):
         config = json.loads((GOLDEN / "hf" / folder / "config.json").read_text())
         config |= {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 2,
                    "num_hidden_layers": LAYERS, "vocab_size": HF_VOCAB}
