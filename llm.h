@@ -590,11 +590,12 @@ LLM_API llm_status llm_model_read_info_callback(llm_read_fn read, void *user, ui
    is copied. Loaded as int8, `to` gives the same bits as `from`. A failure may leave a part of `to` behind. */
 LLM_API llm_status llm_quantize_directory(const char *from, const char *to, const llm_host *host, llm_error *err);
 
-/* The same, with half of these weights made zero: of each four side by side in a row, the two of smaller magnitude; of
-   equal ones the later. (2:4 sparsity by magnitude, Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021. A
-   model that was not trained further with the zeros is much worse.) dtype is LLM_DTYPE_BF16 or LLM_DTYPE_INT8. The
-   zeros are stored, so all that read such a directory can read this one. Fails if the number of columns of a matrix is
-   no multiple of 4, or a weight is NaN or too large for bf16. */
+/* Writes such a directory with 2:4 sparsity: of each four neighbours in a row of these matrices, the two of smaller
+   magnitude become zero. If two are equal, the later one does. (Mishra et al., "Accelerating Sparse Deep Neural
+   Networks", 2021. A model that was not trained again with the zeros is much worse.) dtype is LLM_DTYPE_BF16 or
+   LLM_DTYPE_INT8. The zeros are written like other weights, so every program that reads the first directory can read
+   the new one. Fails if the number of columns of a matrix is not a multiple of 4, or if a weight is NaN or too large
+   for bf16. */
 LLM_API llm_status llm_prune_directory(const char *from, const char *to, llm_dtype dtype, const llm_host *host,
                                        llm_error *err);
 
@@ -722,7 +723,7 @@ LLM_API int64_t llm_chat_render(const llm_tokenizer *tokenizer, const llm_chat_d
 /* The template's text; NULL if the model's file has none. Valid as long as the tokenizer. */
 LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer);
 
-/* A call of a tool that the model asks for. */
+/* One tool that the model wants to call. */
 typedef struct llm_tool_call {
     const char *name;
     const char *arguments; /* a JSON object, as the model wrote it                                                */
@@ -1041,7 +1042,7 @@ struct llm_sampler {
     int answer_begin; /* for llm_sample: how many tokens of the sequence come before the answer. llm_generate does not
                          read it: there the answer begins behind the prompt                                        */
 
-    /* More rules that cut unlikely or all too likely tokens. Where they are off, the random numbers are as without. */
+    /* More rules, which remove unlikely tokens or too likely ones. A rule that is off changes no random number. */
     float top_n_sigma;  /* keep logits at most n standard deviations of all logits below the best; 0: all         */
     float typical_p;    /* keep those of the most usual surprise, until their sum exceeds p; 0: all                 */
     float mirostat_tau; /* mirostat 2: the surprise per token to aim at, in bits, such as 5; 0: off               */
@@ -1087,7 +1088,8 @@ LLM_API int llm_log_probs(llm_context *ctx, int i, llm_token token, float *chose
    Control tokens match nothing. If no token of the vocabulary can follow, that is an error.
    Where only one token is allowed, it is not computed alone: up to LLM_DRAFT_MAX such tokens and the next one that is
    drawn take one pass. The text is the same. In llm_stats.draft they count as guesses that were right. Their logits are
-   computed only if on_log_probs, a mask or biases need them; the context's n_logits then limits how many a pass has.
+   computed only if on_log_probs, a mask, biases, XTC or mirostat need them; the context's n_logits then limits how many
+   a pass has.
 
    A grammar remembers where its text is, so it can serve one text at a time. The tokenizer must outlive it. A NULL host
    means the tokenizer's. Errors: LLM_ERROR_FORMAT if the regular expression or the GBNF has a mistake or uses what is
@@ -1277,9 +1279,9 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
 #ifdef LLM_CUDA
 /* In llm_cuda.cu: compile that with nvcc, link with -lcublas, and set llm_model_desc.backend to one of these. Without a
    usable GPU llm_model_load fails with LLM_ERROR_DEVICE or LLM_ERROR_UNSUPPORTED; the host may then load for the CPU.
-   In llm_generate the GPU picks the tokens itself, unless the sampler has biases, a penalty, or a rule that llm_sampler
-   names after answer_begin. A seed then gives the
-   same text on every run on that GPU, and llm_logits returns NULL afterwards. With LLM_CUDA_EAGER the host picks.
+   In llm_generate the GPU picks the tokens itself, unless the sampler has biases, a penalty, or one of the rules from
+   top_n_sigma on. A seed then gives the same text on every run on that GPU, and llm_logits returns NULL afterwards.
+   With LLM_CUDA_EAGER the host picks.
 
    A model is loaded to the GPU that is current in the calling thread. With ranks, this holds only if that is not the
    first GPU. Otherwise rank r (tensor rank + number of tensor ranks * pipeline rank) takes GPU r modulo the number of
@@ -1407,7 +1409,8 @@ typedef struct llm_backend_burst {
     int n;             /* tokens, at most LLM_BACKEND_BURST                                                      */
     int position;      /* of the first of them                                                           */
     const int *blocks; /* the sequence's, with room for all                                              */
-    const llm_sampler *sampler; /* without biases, penalty, mask and what follows answer_begin; goes on from n_drawn */
+    const llm_sampler
+        *sampler; /* without biases, penalties, mask, and rules from top_n_sigma on; goes on from n_drawn */
     bool (*on_token)(void *user, llm_token token); /* as soon as each is known; false: no more are wanted         */
     void *user;
 } llm_backend_burst;
@@ -15643,7 +15646,7 @@ static void llm__cpu_scratch_create(llm__cpu_buffers *b, llm__cpu_context *c, co
     c->last_queries = (llm__fwd_queries *)llm__cpu_buffer(b, n_batch, sizeof(llm__fwd_queries));
 }
 
-/* Bytes of these buffers. With a pipeline, those of a stage that sends. */
+/* The number of bytes in these buffers. In a pipeline it counts those of a stage that sends, which has the most. */
 static uint64_t llm__cpu_scratch_bytes(const llm_backend_shape *s, const llm_backend_desc *d) {
     llm__cpu_sizes z = llm__cpu_find_sizes(s, d, llm__kernels_choose(d->isa));
     llm__cpu_buffers counted = {NULL, 0};
@@ -23176,9 +23179,12 @@ static void llm__stream_push(llm__stream_pass *p, llm_stream *s, llm_token token
     ctx->step_logits[p->n++] = logits;
 }
 
-/* Whether the tokens that a text's grammar forces are taken without their logits: nothing shows or changes those. */
+/* Can tokens that the grammar forces be taken without their logits? Not if the host sees or changes the logits, nor if
+   each draw changes the sampler's state: with XTC and mirostat. */
 static bool llm__stream_is_blind(const llm_stream *s) {
-    return s->desc.grammar && !s->sampler->mask && !s->sampler->n_biases && !s->desc.on_log_probs;
+    const llm_sampler *sampler = s->sampler;
+    return s->desc.grammar && !sampler->mask && !sampler->n_biases && !s->desc.on_log_probs &&
+           !llm__sampler_has_xtc(sampler) && !llm__sampler_has_mirostat(sampler);
 }
 
 /* Whether it may need rows with logits for guesses. */

@@ -395,6 +395,31 @@ static void test_forced(void **state) {
 }
 
 /* Full sequences and caches, and biases, a mask and a NaN that a forced token must not hide. */
+/* XTC and mirostat have a state that each token changes, a forced one, too. */
+static void test_forced_states(void **state) {
+    llm_grammar *g = grammar_of(llm_grammar_from_json_schema, FORCED);
+    static told all, t;
+    (void)state;
+    for (int n_logits = 1; n_logits <= LLM_DRAFT_MAX + 1; n_logits += LLM_DRAFT_MAX) {
+        llm_context_desc desc = {.n_threads = 1, .n_logits = n_logits};
+        llm_context *ctx = create_context(model, &desc);
+        for (uint64_t seed = 0; seed < 6; seed++) {
+            llm_sampler sampler = {.temperature = 3, .seed = seed};
+            llm_generate_desc text = {
+                .prompt = "abc", .sampler = &sampler, .grammar = g, .on_text = tell_text, .on_token = tell_token};
+            if (seed % 2) sampler.mirostat_tau = 1;
+            else sampler.xtc_probability = 0.5f, sampler.xtc_threshold = 0.01f;
+            tell_one_by_one(g, text.prompt, sampler, &all);
+            llm_stats stats = tell(ctx, &text, &t, 0, 0);
+            assert_told(&t, &all, all.n, ctx, &stats);
+            assert_string_equal(t.text, all.text);
+            assert_int_equal(sampler.n_drawn, all.n_drawn);
+        }
+        llm_context_free(ctx);
+    }
+    llm_grammar_free(g);
+}
+
 static void test_forced_limits(void **state) {
     llm_grammar *g = grammar_of(llm_grammar_from_json_schema, FORCED);
     llm_sampler sampler = {.temperature = 3, .seed = 5};
@@ -679,12 +704,12 @@ static void test_memory(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_golden),         cmocka_unit_test(test_gbnf),
-        cmocka_unit_test(test_answers),        cmocka_unit_test(test_streams),
-        cmocka_unit_test(test_forced),         cmocka_unit_test(test_forced_limits),
-        cmocka_unit_test(test_forced_streams), cmocka_unit_test(test_masks),
-        cmocka_unit_test(test_mask),           cmocka_unit_test(test_bad),
-        cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_golden),        cmocka_unit_test(test_gbnf),
+        cmocka_unit_test(test_answers),       cmocka_unit_test(test_streams),
+        cmocka_unit_test(test_forced),        cmocka_unit_test(test_forced_states),
+        cmocka_unit_test(test_forced_limits), cmocka_unit_test(test_forced_streams),
+        cmocka_unit_test(test_masks),         cmocka_unit_test(test_mask),
+        cmocka_unit_test(test_bad),           cmocka_unit_test(test_memory),
     };
     return cmocka_run_group_tests(tests, start, stop);
 }
