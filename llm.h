@@ -1044,7 +1044,7 @@ struct llm_sampler {
 
     /* More rules, which remove unlikely tokens or too likely ones. A rule that is off changes no random number. */
     float top_n_sigma;  /* keep logits at most n standard deviations of all logits below the best; 0: all         */
-    float typical_p;    /* keep those of the most usual surprise, until their sum exceeds p; 0: all                 */
+    float typical_p;    /* keep those of the most usual surprise, until their sum exceeds p; 0: all               */
     float mirostat_tau; /* mirostat 2: the surprise per token to aim at, in bits, such as 5; 0: off               */
     float mirostat_eta; /* how fast it corrects itself; 0: 0.1                                                    */
     double mirostat_shift; /* the state: the greatest surprise that is allowed, less 2 * mirostat_tau; begins at 0 */
@@ -16867,7 +16867,7 @@ typedef struct llm__gguf_out {
     const llm__hparams *h;
     llm__gguf_out_tensor *tensors;
     size_t n_tensors;
-    uint64_t alignment, tensor_bytes;
+    uint64_t alignment, file_bytes;
     llm__out *out;
     uint64_t at; /* bytes written so far */
 } llm__gguf_out;
@@ -16943,6 +16943,7 @@ static void llm__gguf_put_header(llm__env *env, llm__gguf_out *g) {
         offset += (t->bytes + g->alignment - 1) / g->alignment * g->alignment;
     }
     llm__gguf_pad(env, g);
+    g->file_bytes = g->at + offset;
 }
 
 /* The layer of a tensor that is named blk.N.something; -1 for others. */
@@ -17010,7 +17011,6 @@ static void llm__gguf_plan_tensors(llm__env *env, llm__gguf_out *g) {
         uint64_t row_bytes =
             llm__tensor_mul(env, t->from->name, t->from->cols / t->type->block_weights, t->type->block_bytes);
         t->bytes = llm__tensor_mul(env, t->from->name, t->from->rows, row_bytes);
-        g->tensor_bytes += t->bytes;
     }
 }
 
@@ -17075,7 +17075,7 @@ static void llm__gguf_put_tensor(llm__env *env, llm__gguf_out *g, llm__team *tea
     }
     for (uint64_t first = 0; first < from->rows; first += n_rows) {
         const llm_host *host = &env->pool->host;
-        if (host->progress && !host->progress(host->user, (float)((double)g->at / (double)g->tensor_bytes)))
+        if (host->progress && !host->progress(host->user, (float)((double)g->at / (double)g->file_bytes)))
             llm__fail(env, LLM_ERROR_CANCELLED, "the conversion was cancelled");
         rows.n = (int)(from->rows - first < n_rows ? from->rows - first : n_rows);
         rows.from = llm__gguf_read_rows(env, from, first, (size_t)rows.n, room);

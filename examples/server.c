@@ -143,7 +143,7 @@ typedef struct request {
     char id[48];
     int64_t created;
     int n_begun, n_ended;                /* prompts that have or had a stream; whose answer is complete */
-    int n_prompt, n_reused, n_generated; /* tokens of these */
+    int n_prompt, n_reused, n_generated; /* tokens of the complete ones */
     int code;                            /* of HTTP, if it is not streamed */
     buffer out;                          /* of which n_sent bytes are sent */
     size_t n_sent;

@@ -112,7 +112,7 @@ struct cuda_host_settings {
     bool failed_recording = false; /* the call that was to fail was one of those that record a graph      */
     bool has_ipc = false;      /* memory of the GPUs that is allocated from now on has handles for other processes */
     int first_bus = 0;         /* of the machine's GPUs, the one that this process knows as device 0          */
-    int n_refused_handles = 0; /* so many handles cannot be opened                                    */
+    int n_refused_handles = 0; /* how many handles cannot be opened                                   */
 };
 
 inline cuda_host_settings cuda_host;
