@@ -1043,10 +1043,10 @@ struct llm_sampler {
                          read it: there the answer begins behind the prompt                                        */
 
     /* More rules, which remove unlikely tokens or too likely ones. A rule that is off changes no random number. */
-    float top_n_sigma;  /* keep logits at most n standard deviations of all logits below the best; 0: all         */
-    float typical_p;    /* keep those of the most usual surprise, until their sum exceeds p; 0: all               */
-    float mirostat_tau; /* mirostat 2: the surprise per token to aim at, in bits, such as 5; 0: off               */
-    float mirostat_eta; /* how fast it corrects itself; 0: 0.1                                                    */
+    float top_n_sigma;     /* keep logits at most n standard deviations of all logits below the best; 0: all         */
+    float typical_p;       /* keep those of the most usual surprise, until their sum exceeds p; 0: all               */
+    float mirostat_tau;    /* mirostat 2: the surprise per token to aim at, in bits, such as 5; 0: off               */
+    float mirostat_eta;    /* how fast it corrects itself; 0: 0.1                                                    */
     double mirostat_shift; /* the state: the greatest surprise that is allowed, less 2 * mirostat_tau; begins at 0 */
     float xtc_probability; /* how often, from 0 to 1, XTC drops the best tokens; 0: never                         */
     float xtc_threshold;   /* drops those that have this probability or more, but the last of them; above 0.5: none */
