@@ -123,10 +123,12 @@ build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 
 # On an NVIDIA GPU, for programs that have a place for LLM_CUDA.
 CUDA = /usr/local/cuda
-build/gpu/hellaswag: build/gpu/%: %.c llm.h build/gpu/llm_cuda.o
+build/gpu/repl: build/llm.o
+build/gpu/repl: private CPPFLAGS += -DLLM__IMPLEMENTED
+build/gpu/hellaswag build/gpu/repl: build/gpu/%: %.c llm.h build/gpu/llm_cuda.o
 	echo "  compile $@"
 	$(CC) $(CFLAGS) -std=c99 $(WARNINGS) -DLLM_CUDA -I. $(CPPFLAGS) -o $@ $(filter %.c %.o,$^) -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 $(LDFLAGS) \
-		-lcublas -lcudart -lstdc++ $(LDLIBS)
+		-lcublas -lcudart_static -ldl -lrt -lstdc++ $(LDLIBS)
 
 # All that bench/gpu.sh needs on a machine with a GPU and no network: programs, cmocka, a tokenizer and HellaSwag's questions.
 gpu-bundle:

@@ -80,7 +80,7 @@ typedef struct llm__queue {
 
 enum { LLM__SERIAL = 0, LLM__OVERLAP = 1 };
 
-/* What a kernel does. A measurement can leave out kernels of kinds up to LLM__KIND_HEAD, see llm__cuda_vary. */
+/* What a kernel does. A measurement can leave out those before LLM__KIND_READ, see llm__cuda_vary. */
 typedef enum llm__kernel_kind {
     LLM__KIND_QKV,
     LLM__KIND_ROPE,
@@ -469,16 +469,17 @@ static __device__ float llm__chip_warp_max(float x) {
 static_assert(LLM_CUDA_PIECE == 64 || LLM_CUDA_PIECE == 128, "a piece is one turn or two");
 
 enum {
-    LLM__MAX_ROWS = 65535,  /* of a pass: the limit of a grid's second dimension                     */
-    LLM__FUSED_ROWS = 16,   /* max rows of the fused kernels                                         */
-    LLM__WARPS = 8,         /* of a block of a fused product; each has every eighth part of k        */
-    LLM__PAIRS = 8,         /* pairs of outputs in a tile of a fused product, see section 4          */
-    LLM__ATTEND_WARPS = 4,  /* of a block of attention                                               */
-    LLM__STEP = 64,         /* keys that a block of attention reads at a time                        */
-    LLM__MIN_STEPS = 3,     /* min steps in a span: shorter ones are not worth joining               */
-    LLM__MAX_SPANS = 64,    /* max spans into which the keys of one query are cut                    */
-    LLM__MAX_GROUP = 32,    /* query heads that share a key head                                     */
-    LLM__TILE_QUERIES = 64, /* queries in a tile of a long pass; a warp has 16                       */
+    LLM__MAX_ROWS = 65535,    /* of a pass: the limit of a grid's second dimension                     */
+    LLM__FUSED_ROWS = 16,     /* max rows of the fused kernels                                         */
+    LLM__WARPS = 8,           /* of a block of a fused product; each has every eighth part of k        */
+    LLM__HELD_INPUTS = 18432, /* that a block of a fused product can hold in shared memory          */
+    LLM__PAIRS = 8,           /* pairs of outputs in a tile of a fused product, see section 4          */
+    LLM__ATTEND_WARPS = 4,    /* of a block of attention                                               */
+    LLM__STEP = 64,           /* keys that a block of attention reads at a time                        */
+    LLM__MIN_STEPS = 3,       /* min steps in a span: shorter ones are not worth joining               */
+    LLM__MAX_SPANS = 64,      /* max spans into which the keys of one query are cut                    */
+    LLM__MAX_GROUP = 32,      /* query heads that share a key head                                     */
+    LLM__TILE_QUERIES = 64,   /* queries in a tile of a long pass; a warp has 16                       */
     LLM__MAX_HEAD_DIM = 256,
     LLM__PAD = 128 /* rows of activations are padded to a multiple of this                  */
 };
@@ -631,6 +632,10 @@ static __device__ void llm__store_pair(const llm__qkv_store &s, llm__cell cell, 
    of 16 rows at a time, and each warp has several such loads in flight. The loads never stop: the last turns of a tile
    start the first loads of the next tile, which arrive while this tile's sums are added up. The first loads start
    before the earlier kernels are done, and the bytes after them are prefetched into the L2 cache.
+
+   The inputs are copied to shared memory if they fit, as those of one row do in nearly all models. A warp reads each of
+   them once for a tile, so the L1 cache would not help, and while weights arrive at full speed, a load from the L2 cache
+   takes about 1 us. That would be too long for the few turns in flight.
 
    A row's sums are added in the same order for any number of rows. int8 is widened in registers, exactly; each output
    has a scale, which is applied to its sum. f16 is split into two bf16 in registers, and each part is multiplied by the
@@ -882,6 +887,8 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
     constexpr bool EARLY_END = !GROUPS || TILES == 1;                    /* otherwise there are no registers for it */
     __shared__ float parts[2][LLM__WARPS][COLUMNS][20], scales[COLUMNS]; /* 20: warps write without bank conflicts */
     __shared__ llm__cell cells[COLUMNS];
+    constexpr int HELD = TILES == 1 ? LLM__HELD_INPUTS : FORMAT == LLM__INT4_GROUPS ? 0 : LLM__HELD_INPUTS * 2 / 3;
+    __shared__ uint4 held[HELD ? HELD / 8 : 1]; /* two tiles of int4 have no registers left for it */
     int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4,
         n_turns = p.weight.k / TURN;
     int n_columns = __ldcg(p.rows.counts + p.count), tile = (int)blockIdx.x;
@@ -904,20 +911,31 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
     if (ENDING == LLM__QKV && (int)threadIdx.x < n_columns)
         cells[threadIdx.x] = llm__rows_cell(p.rows, (int)threadIdx.x);
     llm__chip_wait_for_previous();
-    unsigned x_at[TILES];
-#pragma unroll
-    for (int j = 0; j < TILES; j++) {
-        int column = 8 * j + g < n_columns
-                         ? 8 * j + g
-                         : 0; /* columns that do not exist repeat the first one; the end of a tile skips them */
-        unsigned row = (unsigned)(p.gather ? __ldcg(p.gather + column) : column);
-        x_at[j] = row * (unsigned)llm__matrix_input_stride(p.weight) + (GROUPS ? 8u : TURN / 4u) * (unsigned)t;
+    /* 32 more inputs a row: no bank conflicts. */
+    int held_stride = p.weight.k + 32, x_stride = llm__matrix_input_stride(p.weight);
+    bool holds = HELD && n_columns * held_stride <= HELD;
+    for (int column = 0; column < n_columns && holds; column++) {
+        const uint16_t *from = p.x + (size_t)(p.gather ? __ldcg(p.gather + column) : column) * (size_t)x_stride;
+        for (int i = (int)threadIdx.x * 8; i < p.weight.k; i += LLM__WARPS * 32 * 8)
+            llm__chip_copy_16(held + (column * held_stride + i) / 8, from + i, 16);
     }
     if (ENDING != LLM__RESIDUAL)
         for (int column = warp; column < n_columns; column += LLM__WARPS) {
             float scale = llm__product_inverse_norm(p, p.gather ? __ldcg(p.gather + column) : column);
             if (lane == 0) scales[column] = scale;
         }
+    const uint16_t *x = holds ? (const uint16_t *)held : p.x;
+    unsigned x_at[TILES];
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        int column = 8 * j + g < n_columns
+                         ? 8 * j + g
+                         : 0; /* columns that do not exist repeat the first one; the end of a tile skips them */
+        int row = holds || !p.gather ? column : __ldcg(p.gather + column);
+        x_at[j] = (unsigned)row * (unsigned)(holds ? held_stride : x_stride) + (GROUPS ? 8u : TURN / 4u) * (unsigned)t;
+    }
+    llm__chip_wait_for_copies();
+    __syncthreads();
     for (int round = 0; tile < p.n_tiles; round ^= 1) {
         int next_tile = tile + (int)gridDim.x;
         bool goes_on = next_tile < p.n_tiles;
@@ -932,7 +950,7 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
 #pragma unroll
                 for (int j = 0; j < TILES; j++)
                     llm__product_multiply_turn<FORMAT>(sums[j], in.upper[i], in.lower[i], in.upper_scales[i],
-                                                       in.lower_scales[i], p.x + (x_at[j] + (unsigned)(turn * TURN)));
+                                                       in.lower_scales[i], x + (x_at[j] + (unsigned)(turn * TURN)));
                 bool same_tile = next < n_turns;
                 if (!same_tile && !goes_on) continue;
                 unsigned start = (unsigned)(warp * PIECE + llm__product_turn(PIECE, i));
@@ -4119,8 +4137,8 @@ LLM_API const llm_backend *llm_cuda_backend(void) { return llm_cuda_backend_mode
 /* ---- For bench/gpu.cpp, which declares these itself ---- */
 
 /* Changes how a context decodes from now on: the bytes that a block prefetches (-1: as built), whether kernels overlap,
-   and which kinds of kernels are launched. `kinds` has a bit for each of the first kinds of llm__kernel_kind, and bit
-   31 for the exchanges between ranks. If some kinds are left out, the results are meaningless, but the times of the
+   and which kinds of kernels are launched. `kinds` has a bit for each kind of llm__kernel_kind that a pass launches, and
+   bit 31 for the exchanges between ranks. If some kinds are left out, the results are meaningless, but the times of the
    others are still right. */
 LLM_API void llm__cuda_vary(void *context, int prefetch, bool overlap, unsigned kinds) {
     using namespace llm__cuda;
@@ -4128,22 +4146,25 @@ LLM_API void llm__cuda_vary(void *context, int prefetch, bool overlap, unsigned 
     llm__on_device on(c->model->device);
     c->prefetch = prefetch < 0 ? LLM_CUDA_PREFETCH << 10 : prefetch;
     c->queue.can_overlap = overlap && c->model->can_overlap;
-    c->queue.left_out = (~kinds & ((1u << LLM__KIND_EMBED) - 1)) | (~kinds >> 31) << LLM__KIND_MEET;
+    c->queue.left_out = (~kinds & ((1u << LLM__KIND_READ) - 1)) | (~kinds >> 31) << LLM__KIND_MEET;
     cudaStreamSynchronize(c->queue.stream);
     llm__forget_graphs(c);
 }
 
 LLM_API int llm__cuda_piece(void) { return LLM_CUDA_PIECE; }
 
-/* Returns the name of such a kind, or NULL after the last. *n_kernels: how many of its kernels run per token. *bytes:
-   how many bytes of weights these read. */
+/* Returns the name of such a kind, or NULL after the last. *n_kernels: how many of its kernels run in each token between
+   the embedding and the choice of the next token. *bytes: how many bytes of weights these read. */
 LLM_API const char *llm__cuda_kind(void *context, int kind, int *n_kernels, double *bytes) {
     using namespace llm__cuda;
     const llm__gpu_model *m = ((llm__gpu_context *)context)->model;
     const llm__gpu_layer *l = m->layers;
     const llm__gpu_matrix none = {};
     const llm__gpu_matrix matrices[] = {l->qkv, none, none, l->attention_out, l->gate_up, l->down, m->head};
-    if (kind < 0 || kind > LLM__KIND_HEAD) return NULL;
+    *n_kernels = 0;
+    *bytes = 0;
+    if (kind < 0 || kind >= LLM__KIND_READ) return NULL;
+    if (kind > LLM__KIND_HEAD) return llm__kind_name(kind);
     *n_kernels = kind == LLM__KIND_HEAD ? 1 : kind == LLM__KIND_ROPE && !m->shape.qk_norm ? 0 : m->shape.n_layers;
     llm__gpu_matrix matrix = matrices[kind];
     *bytes = matrix.n == 0 ? 0

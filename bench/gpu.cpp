@@ -6,7 +6,7 @@
         bench --hellaswag SHAPE MODEL TEXTS [QUESTIONS]    scoring HellaSwag's texts, with MODEL's tokenizer
         bench --ranks N SHAPE TYPE decoding by N GPUs in tensor parallel, and without their meetings
         bench --gpus               how many GPUs there are
-        bench --same MODEL         does a real model say the same on the GPU as on the CPU?
+        bench --same MODEL TYPE    does a real model say the same on the GPU as on the CPU?
         bench --device             the GPU
         bench --help               the shapes
 
@@ -46,7 +46,7 @@ static const shape SHAPES[] = {
     {"smallest", 2, 64, 96, 4, 2, 16, 300, 320},               /* to try this program without a GPU */
 };
 
-enum { PROMPT = 6, DEEP = 3800, NEW_TOKENS = 200, SOME_TOKENS = 64 };
+enum { PROMPT = 6, DEEP = 3800, NEW_TOKENS = 200, SOME_TOKENS = 64, SOME_PROMPT = 2048 };
 
 /* llm_cuda.cu has these for this program alone. */
 LLM_API void llm__cuda_vary(void *context, int prefetch, bool overlap, unsigned kinds);
@@ -322,6 +322,8 @@ static double vary(bench *b, const char *what, int prefetch, bool overlap, unsig
     return each;
 }
 
+static const unsigned ALWAYS = ~0u << 7; /* the embedding, the choice of a token, and what is not part of decoding */
+
 /* Each kind of kernel: how long one takes when only they run, one layer's after the other's, and what leaving them out
    saves. */
 static void bench_kinds(bench *b, int depth, double whole) {
@@ -329,14 +331,14 @@ static void bench_kinds(bench *b, int depth, double whole) {
     const char *name;
     double bytes;
     int n;
-    llm__cuda_vary(b->context, -1, true, 0);
+    llm__cuda_vary(b->context, -1, true, ALWAYS);
     double empty = token_seconds(b, depth);
     for (int kind = 0; (name = llm__cuda_kind(b->context, kind, &n, &bytes)) != NULL; kind++) {
         char what[128];
         if (n == 0) continue;
         if (bytes == 0) /* attention reads no weights, but the keys and values */
             bytes = 4.0 * s->n_layers * s->n_kv_heads * s->head_dim * (depth + 4 + SOME_TOKENS / 2);
-        llm__cuda_vary(b->context, -1, true, 1u << kind);
+        llm__cuda_vary(b->context, -1, true, ALWAYS | 1u << kind);
         double alone = (token_seconds(b, depth) - empty) / n;
         llm__cuda_vary(b->context, -1, true, ~(1u << kind));
         double saved = (whole - token_seconds(b, depth)) / n;
@@ -347,6 +349,31 @@ static void bench_kinds(bench *b, int depth, double whole) {
         fflush(stdout);
     }
     llm__cuda_vary(b->context, -1, true, ~0u);
+}
+
+static double prefill_seconds(bench *b) {
+    prefill(b, SOME_PROMPT);
+    double start = seconds();
+    for (int i = 0; i < 3; i++) prefill(b, SOME_PROMPT);
+    return (seconds() - start) / 3;
+}
+
+/* What leaving out each kind of kernel saves in the prefill of a prompt. cuBLAS's products cannot be left out. */
+static void bench_prefill_kinds(bench *b) {
+    const char *name;
+    double bytes, whole = prefill_seconds(b), rest = whole;
+    int n;
+    for (int kind = 0; (name = llm__cuda_kind(b->context, kind, &n, &bytes)) != NULL; kind++) {
+        char what[128];
+        llm__cuda_vary(b->context, -1, true, ~(1u << kind));
+        double saved = whole - prefill_seconds(b);
+        if (saved < 0.001 * whole) continue;
+        rest -= saved;
+        snprintf(what, sizeof what, "prefill %d: %s: ms saved without", SOME_PROMPT, name);
+        print_row(b, what, saved * 1e3, saved / whole);
+    }
+    llm__cuda_vary(b->context, -1, true, ~0u);
+    print_row(b, "prefill 2048: the rest: ms", rest * 1e3, rest / whole);
 }
 
 static int bench_why(const shape *s, llm_dtype dtype) {
@@ -366,6 +393,7 @@ static int bench_why(const shape *s, llm_dtype dtype) {
     }
     bench_kinds(&b, PROMPT, whole);
     if (DEEP + SOME_TOKENS + 8 <= s->n_ctx) bench_kinds(&b, DEEP, token_seconds(&b, DEEP));
+    if (SOME_PROMPT <= s->n_ctx) bench_prefill_kinds(&b);
     return close_bench(&b);
 }
 
@@ -554,11 +582,12 @@ static bool keep_token(void *user, llm_token token, const char *bytes, size_t n_
     return true;
 }
 
-static llm_context *open_real(const char *path, const llm_backend *backend) {
+static llm_context *open_real(const char *path, llm_dtype dtype, const llm_backend *backend) {
     llm_model_desc desc = {};
     llm_model *model;
     llm_context *ctx;
     llm_error err;
+    desc.dtype = dtype;
     desc.backend = backend;
     check(llm_model_load(&model, path, &desc, &err), &err);
     check(llm_context_create(&ctx, model, NULL, &err), &err);
@@ -588,26 +617,29 @@ static double gap(llm_context *ctx, int n, llm_token a, llm_token b) {
     return fabs((double)llm_logits(ctx, 0)[a] - (double)llm_logits(ctx, 0)[b]);
 }
 
-/* Greedy text on the CPU and on the GPU: equal, or parted by logits that are as good as equal. */
-static int same_text(const char *path) {
-    llm_context *cpu = open_real(path, NULL), *gpu = open_real(path, llm_cuda_backend());
+/* Greedy text on the CPU and on the GPU, both with weights of the same type: equal, or parted by logits that are as good
+   as equal. */
+static int same_text(const char *path, llm_dtype dtype) {
+    llm_context *cpu = open_real(path, dtype, NULL), *gpu = open_real(path, dtype, llm_cuda_backend());
+    const char *type = llm_dtype_name(dtype);
     text expected = continue_text(cpu), got = continue_text(gpu);
     size_t n = 0;
     while (n < NEW_TOKENS && expected.tokens[n] == got.tokens[n]) n++;
     llm_model_info info = llm_model_get_info(llm_context_model(gpu));
     fprintf(stderr, "%s\n", got.words.c_str());
     if (n == NEW_TOKENS) {
-        printf("%s,bf16,graph,greedy tokens as on the CPU,%d,\n", info.name, (int)n);
+        printf("%s,%s,graph,greedy tokens as on the CPU,%d,\n", info.name, type, (int)n);
         return 0;
     }
     double apart = gap(cpu, expected.stats.n_prompt + (int)n, expected.tokens[n], got.tokens[n]);
-    printf("%s,bf16,graph,greedy tokens as on the CPU until two logits are %.4f apart,%d,\n", info.name, apart, (int)n);
+    printf("%s,%s,graph,greedy tokens as on the CPU until two logits are %.4f apart,%d,\n", info.name, type, apart,
+           (int)n);
     return apart < 0.01 ? 0 : 1;
 }
 
 static int usage(FILE *out) {
     fprintf(out, "bench SHAPE TYPE MODE | --why SHAPE TYPE | --few SHAPE TYPE | --hellaswag SHAPE MODEL TEXTS "
-                 "[QUESTIONS] | --ranks N SHAPE TYPE | --same MODEL | --device | --gpus\n"
+                 "[QUESTIONS] | --ranks N SHAPE TYPE | --same MODEL TYPE | --device | --gpus\n"
                  "SHAPE:");
     for (const shape &s : SHAPES) fprintf(out, " %s", s.name);
     fprintf(out, "\nTYPE: bf16 f16 int8 int4\nMODE: graph fused eager\n");
@@ -634,7 +666,7 @@ int main(int argc, char **argv) {
     if (!strcmp(what, "--gpus")) return printf("%d\n", count_gpus()) < 0;
     if (!strcmp(what, "--ranks") && argc == 5 && find_shape(argv[3]) && find_dtype(argv[4], &dtype))
         return bench_ranks(atoi(argv[2]), find_shape(argv[3]), dtype);
-    if (!strcmp(what, "--same") && argc == 3) return same_text(argv[2]);
+    if (!strcmp(what, "--same") && argc == 4 && find_dtype(argv[3], &dtype)) return same_text(argv[2], dtype);
     const shape *s = argc > 2 ? find_shape(what[0] == '-' ? argv[2] : what) : NULL;
     if (s && !strcmp(what, "--hellaswag") && argc >= 5)
         return score_hellaswag(s, argv[3], argv[4], argc > 5 ? strtoul(argv[5], NULL, 10) : (size_t)SOME_QUESTIONS);

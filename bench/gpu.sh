@@ -365,7 +365,9 @@ step_same() {
         echo "Left out: $model is not here"
         return
     fi
-    has_bench && rows "the comparison with the CPU" 60 $bin/bench --same "$model"
+    has_bench && for type in bf16 int8; do
+        rows "the comparison with the CPU in $type" 60 $bin/bench --same "$model" $type
+    done
 }
 
 step_hellaswag() {

@@ -406,6 +406,9 @@ static llm_status load(repl *r, llm_error *err) {
                                  .isa = getenv("LLM_ISA"),
                                  .tensor = r->ranks.tensor,
                                  .pipeline = r->ranks.pipeline};
+#ifdef LLM_CUDA
+    model_desc.backend = llm_cuda_backend();
+#endif
     llm_context_desc context_desc = {.n_ctx = r->opt.n_ctx, .n_threads = r->opt.n_threads};
     if (watched) model_desc.host.progress = show_progress;
     if (r->opt.draft) context_desc.n_logits = LLM_DRAFT_MAX + 1;

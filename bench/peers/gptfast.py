@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The gpt-fast technique in PyTorch, as a peer to measure beside llm_cuda.cu: random weights, batch 1, a static KV cache,
-the one-token pass compiled with torch.compile(mode="reduce-overhead", fullgraph=True), which records it as a CUDA graph,
-and int8 per output channel. The settings are those of gpt-fast's generate.py: coordinate_descent_tuning, without which the
+the one-token pass as it is (eager), then compiled with torch.compile(mode="reduce-overhead", fullgraph=True), which records
+it as a CUDA graph, and int8 per output channel. The settings are those of gpt-fast's generate.py: coordinate_descent_tuning, without which the
 compiler does not fuse int8's widening into the product; unique kernel names; the cache of compiled graphs; and attention as
 plain mathematics, which the compiler fuses better than a library's kernel. The products are gpt-fast's, too: queries, keys
 and values in one, gates and ups in two. The next token is the likeliest one, where gpt-fast draws one of the best 200, which
@@ -138,9 +138,8 @@ def build(shape, weights, n_ctx, device):
 
 
 @torch.no_grad()
-def measure(model, depth, device):
-    """Tokens per second after the first ones, in which the pass is compiled and recorded."""
-    step = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+def measure(step, depth, device):
+    """Tokens per second after the first ones, in which a compiled pass is compiled and recorded."""
     token, position = torch.ones(1, dtype=torch.long, device=device), torch.tensor([depth - 6], device=device)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
@@ -173,10 +172,12 @@ def main():
             print(f"{args.shape},{weights},gpt-fast on an A100,decode at 6 (published),{PUBLISHED[args.shape, weights]:.1f},", flush=True)
         start = time.perf_counter()
         model = build(args.shape, weights, args.depth + NEW_TOKENS + 10, args.device)
-        rate = measure(model, args.depth, args.device)
         read = weight_bytes(model) + 4 * n_layers * n_kv_heads * head_dim * (args.depth + NEW_TOKENS // 2)
-        share = f"{100 * read * rate / (args.read_gbs * 1e9):.1f}" if args.read_gbs else ""
-        print(f"{args.shape},{weights},torch.compile,decode at {args.depth},{rate:.1f},{share}", flush=True)
+        for mode in ("torch eager", "torch.compile"):
+            step = model if mode == "torch eager" else torch.compile(model, mode="reduce-overhead", fullgraph=True)
+            rate = measure(step, args.depth, args.device)
+            share = f"{100 * read * rate / (args.read_gbs * 1e9):.1f}" if args.read_gbs else ""
+            print(f"{args.shape},{weights},{mode},decode at {args.depth},{rate:.1f},{share}", flush=True)
         print(f"gptfast.py: {weights} took {time.perf_counter() - start:.0f} s, most of it compiling", file=sys.stderr, flush=True)
         del model
         torch.compiler.reset()
