@@ -151,12 +151,12 @@ build/gpu/llm_cuda.o: llm_cuda.cu llm.h
 build/test_hellaswag_text build/asan/test_hellaswag_text: examples/hellaswag.c
 build/test_amx build/asan/test_amx: tests/test_kernels.c tests/test_hash.c
 
-# The GPU's kernels, run on the CPU. asan's read a row's weights in pieces of 128 bytes, so that both sizes are tested.
+# The GPU's kernels, run on the CPU.
 $(foreach dir,build build/asan,$(eval $(dir)/test_cuda: $(dir)/llm.o))
 $(foreach dir,build build/asan,$(dir)/test_cuda): tests/test_cuda.cpp llm_cuda.cu llm.h $(wildcard tests/*.h tests/cuda_host/*)
 	mkdir -p $(@D)
 	echo "  compile $@"
-	$(if $(filter build/asan/%,$@),$(subst clang,clang++,$(COMPILE_asan)) -DLLM_CUDA_PIECE=128,$(CXX) $(CXXFLAGS)) -std=c++17 $(WARNINGS) -Wno-unknown-pragmas -fno-strict-aliasing \
+	$(if $(filter build/asan/%,$@),$(subst clang,clang++,$(COMPILE_asan)),$(CXX) $(CXXFLAGS)) -std=c++17 $(WARNINGS) -Wno-unknown-pragmas -fno-strict-aliasing \
 		-Itests/cuda_host -I. $(CPPFLAGS) -o $@ -x c++ $(filter %.cpp %.cu,$^) -x none $(filter %.o,$^) $(LDFLAGS) $(LDLIBS)
 
 # The same with every access of a kernel looked at: the compiler's calls to ThreadSanitizer go to tests/cuda_host/cuda_watch.h.

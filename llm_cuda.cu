@@ -146,8 +146,8 @@ static bool llm__queue_failed(const llm__queue *queue) {
    which is launched with LLM__SERIAL. A block may return without waiting if another block of its kernel always waits.
    If no block waited, the next kernel could begin too early. */
 template <typename... Parameters, typename... Arguments>
-static void llm__queue_launch(llm__queue *queue, int overlap, llm__kernel_kind kind, dim3 grid, int threads,
-                              void (*kernel)(Parameters...), Arguments... arguments) {
+static void llm__queue_launch_with(llm__queue *queue, int overlap, llm__kernel_kind kind, dim3 grid, int threads,
+                                   size_t shared_bytes, void (*kernel)(Parameters...), Arguments... arguments) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute = {};
     if (llm__queue_failed(queue) || queue->left_out >> kind & 1 || !grid.x || !grid.y || !grid.z) return;
@@ -155,11 +155,19 @@ static void llm__queue_launch(llm__queue *queue, int overlap, llm__kernel_kind k
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid;
     config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = queue->stream;
     config.attrs = &attribute;
     config.numAttrs = overlap == LLM__OVERLAP && queue->can_overlap ? 1 : 0;
     llm__queue_note(queue, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
                     llm__kind_name(kind));
+}
+
+/* The same for a kernel whose shared memory has the size that it declares. */
+template <typename... Parameters, typename... Arguments>
+static void llm__queue_launch(llm__queue *queue, int overlap, llm__kernel_kind kind, dim3 grid, int threads,
+                              void (*kernel)(Parameters...), Arguments... arguments) {
+    llm__queue_launch_with(queue, overlap, kind, grid, threads, 0, kernel, arguments...);
 }
 
 static llm_status llm__queue_status(llm__queue *queue, llm_error *err) {
@@ -216,10 +224,11 @@ static __device__ void llm__chip_prefetch_line(const void *at) {
 #endif
 }
 
-/* Starts copying the first `bytes` of 16 bytes to shared memory. The others become zero. */
+/* Starts copying the first `bytes` of 16 bytes to shared memory. The others become zero. The L1 cache has no part in
+   it, neither its content nor its room. */
 static __device__ void llm__chip_copy_16(void *to, const void *from, int bytes) {
 #ifdef __CUDA_ARCH__
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
                  "l"(from), "r"(bytes)
                  : "memory");
 #else
@@ -229,10 +238,28 @@ static __device__ void llm__chip_copy_16(void *to, const void *from, int bytes) 
 #endif
 }
 
-/* Waits until this thread's copies are done. */
-static __device__ void llm__chip_wait_for_copies(void) {
+/* The same for 8 bytes. */
+static __device__ void llm__chip_copy_8(void *to, const void *from) {
 #ifdef __CUDA_ARCH__
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from)
+                 : "memory");
+#else
+    memcpy(to, from, 8);
+#endif
+}
+
+/* Makes a group of the copies that this thread has started since the last group. */
+static __device__ void llm__chip_group_copies(void) {
+#ifdef __CUDA_ARCH__
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+/* Waits until this thread's copies are done, but for those of the last N groups. */
+template <int N> static __device__ void llm__chip_wait_for_copies(void) {
+#ifdef __CUDA_ARCH__
+    if (N == 0) asm volatile("cp.async.wait_all;" ::: "memory");
+    else asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 #endif
 }
 
@@ -455,31 +482,18 @@ static __device__ float llm__chip_warp_max(float x) {
 
 /* ==== 3 Parameters of kernels =================================================================================== */
 
-/* Kilobytes of weights that a block of a fused product prefetches into the L2 cache before it waits for earlier
-   kernels. */
-#ifndef LLM_CUDA_PREFETCH
-#define LLM_CUDA_PREFETCH 48
-#endif
-
-/* Consecutive bytes of a row that one warp of a fused product reads: 64, or 128, which is a line of the L2 cache.
-   Weights in groups always use 64, because they have no registers left. `bench/gpu.sh why` measures both. */
-#ifndef LLM_CUDA_PIECE
-#define LLM_CUDA_PIECE 64
-#endif
-static_assert(LLM_CUDA_PIECE == 64 || LLM_CUDA_PIECE == 128, "a piece is one turn or two");
-
 enum {
-    LLM__MAX_ROWS = 65535,    /* of a pass: the limit of a grid's second dimension                     */
-    LLM__FUSED_ROWS = 16,     /* max rows of the fused kernels                                         */
-    LLM__WARPS = 8,           /* of a block of a fused product; each has every eighth part of k        */
-    LLM__HELD_INPUTS = 18432, /* that a block of a fused product can hold in shared memory          */
-    LLM__PAIRS = 8,           /* pairs of outputs in a tile of a fused product, see section 4          */
-    LLM__ATTEND_WARPS = 4,    /* of a block of attention                                               */
-    LLM__STEP = 64,           /* keys that a block of attention reads at a time                        */
-    LLM__MIN_STEPS = 3,       /* min steps in a span: shorter ones are not worth joining               */
-    LLM__MAX_SPANS = 64,      /* max spans into which the keys of one query are cut                    */
-    LLM__MAX_GROUP = 32,      /* query heads that share a key head                                     */
-    LLM__TILE_QUERIES = 64,   /* queries in a tile of a long pass; a warp has 16                       */
+    LLM__MAX_ROWS = 65535,  /* of a pass: the limit of a grid's second dimension                     */
+    LLM__FUSED_ROWS = 16,   /* max rows of the fused kernels                                         */
+    LLM__WARPS = 8,         /* of a block of a fused product; each has every eighth part of k        */
+    LLM__SLOTS = 6,         /* of a warp, for turns of weights that are on their way */
+    LLM__PAIRS = 8,         /* pairs of outputs in a tile of a fused product, see section 4          */
+    LLM__ATTEND_WARPS = 4,  /* of a block of attention                                               */
+    LLM__STEP = 64,         /* keys that a block of attention reads at a time                        */
+    LLM__MIN_STEPS = 3,     /* min steps in a span: shorter ones are not worth joining               */
+    LLM__MAX_SPANS = 64,    /* max spans into which the keys of one query are cut                    */
+    LLM__MAX_GROUP = 32,    /* query heads that share a key head                                     */
+    LLM__TILE_QUERIES = 64, /* queries in a tile of a long pass; a warp has 16                       */
     LLM__MAX_HEAD_DIM = 256,
     LLM__PAD = 128 /* rows of activations are padded to a multiple of this                  */
 };
@@ -629,13 +643,13 @@ static __device__ void llm__store_pair(const llm__qkv_store &s, llm__cell cell, 
    A tile is 16 outputs, as 8 pairs (a, b). One thread gets both sums of a pair: the two dimensions that RoPE rotates
    together, a gate and its up, or two neighbours. A block computes tiles blockIdx.x, blockIdx.x + gridDim.x, ...; the
    GPU holds all blocks at once. The 8 warps of a block take k in turns of 64 bytes, so a block reads 512 bytes of each
-   of 16 rows at a time, and each warp has several such loads in flight. The loads never stop: the last turns of a tile
-   start the first loads of the next tile, which arrive while this tile's sums are added up. The first loads start
-   before the earlier kernels are done, and the bytes after them are prefetched into the L2 cache.
+   of 16 rows at a time. A warp copies its weights to its own slots of shared memory, several turns before it multiplies
+   them. The copies never stop: the last turns of a tile start those of the next tile, which arrive while this tile's
+   sums are added up. The first copies start before the earlier kernels are done. (Loads into registers were slower:
+   fewer fit, and on their way they need room in the L1 cache, which shared memory is cut from.)
 
-   The inputs are copied to shared memory if they fit, as those of one row do in nearly all models. A warp reads each of
-   them once for a tile, so the L1 cache would not help, and while weights arrive at full speed, a load from the L2 cache
-   takes about 1 us. That would be too long for the few turns in flight.
+   The inputs are kept in shared memory too, if they fit. A warp reads each of them once for a tile, so the L1 cache
+   would not help, and while weights arrive at full speed, a load from the L2 cache takes about 1 us.
 
    A row's sums are added in the same order for any number of rows. int8 is widened in registers, exactly; each output
    has a scale, which is applied to its sum. f16 is split into two bf16 in registers, and each part is multiplied by the
@@ -654,7 +668,7 @@ typedef struct llm__product {
     int n, n_tiles;       /* outputs (LLM__SWIGLU: n_ff), and tiles of 16                      */
     int count;            /* index into rows.counts of the number of columns                   */
     const int *gather;    /* the rows of x that are the columns; NULL: the first ones          */
-    int prefetch;         /* bytes of a row of weights to prefetch, a multiple of 16           */
+    int n_held;           /* inputs for which a block has shared memory                        */
     const uint16_t *x;    /* [rows][llm__matrix_input_stride(weight)]                                 */
     const float *squares; /* [rows][n_squares] sums of squares of the residual stream          */
     int n_squares, n_embd;
@@ -816,25 +830,22 @@ static __device__ void llm__product_multiply_turn(float sums[4], uint4 upper, ui
     }
 }
 
-/* Loads a lane's 16 bytes of a turn, and the scales and minimums of its groups. Turns are counted through all rows. */
-template <int FORMAT>
-static __device__ void llm__product_load_turn(const llm__gpu_matrix &m, unsigned turn, int t, uint4 *numbers,
-                                              uint4 *scales) {
-    *numbers = llm__chip_load_once(m.data + (size_t)turn * 64 + 16 * t);
-    if (FORMAT == LLM__INT4_GROUPS) *scales = llm__chip_load_once(m.scales + (size_t)turn * 4);
-    if (FORMAT != LLM__INT8_GROUPS) return;
-    uint2 v = *(const uint2 *)(m.scales + (size_t)turn * 2);
-    *scales = make_uint4(v.x, v.y, 0, 0);
+/* Bytes of a warp's slot: a turn's numbers, [2][lane], and the scales of its 16 rows. */
+static __host__ __device__ constexpr int llm__product_slot_bytes(int format) {
+    return 1024 + (format == LLM__INT4_GROUPS ? 256 : format == LLM__INT8_GROUPS ? 128 : 0);
 }
 
-/* The distance of a warp's load number i from its first one, in turns. A warp reads `piece` consecutive turns, then
-   skips those of the other warps. */
-static __device__ constexpr int llm__product_turn(int piece, int i) {
-    return i / piece * piece * LLM__WARPS + i % piece;
-}
+/* The shared memory of a block, before the warps' slots and the inputs. */
+template <int COLUMNS> struct alignas(16) llm__product_memory {
+    float parts[2][LLM__WARPS][COLUMNS][20], scales[COLUMNS]; /* 20: warps write without bank conflicts */
+    llm__cell cells[COLUMNS];
+};
 
-/* The warps' loads in flight. */
-template <int N> struct llm__flight { uint4 upper[N], lower[N], upper_scales[N], lower_scales[N]; };
+#ifdef __CUDACC__
+extern __shared__ uint4 llm__block_memory[]; /* of the size with which a kernel is launched */
+#else
+__shared__ uint4 llm__block_memory[227 << 6];
+#endif
 
 /* Where a tile's rows g and g + 8 begin, in turns. For an output that does not exist, the first row is used; the result
    is dropped. */
@@ -850,25 +861,53 @@ static __device__ llm__matrix_tile_rows llm__product_find_rows(const llm__produc
     return rows;
 }
 
-/* Prefetches p.prefetch bytes of each of the 16 rows of this block's tiles, after the bytes of the first loads. One
-   thread per row. */
+/* What a warp copies next: a turn of the tile of which it has the rows. */
+typedef struct llm__fetch {
+    llm__matrix_tile_rows rows;
+    int tile, turn;
+} llm__fetch;
+
+/* Starts copying a warp's next turn to a slot. The copies of a call are a group, even if there is nothing left. */
 template <int ENDING, int FORMAT>
-static __device__ void llm__product_prefetch_tiles(const llm__product &p, int n_turns, int turns_in_flight) {
-    int row = (int)threadIdx.x, skipped = llm__min(turns_in_flight, n_turns), left = p.prefetch / 64;
-    for (int tile = (int)blockIdx.x; tile < p.n_tiles && left > 0; tile += (int)gridDim.x) {
-        int turns = llm__min(n_turns - skipped, left), output = llm__product_output<ENDING>(p, tile, row % 8, row / 8);
-        size_t first = (size_t)output * (size_t)n_turns + (size_t)skipped;
-        if (output >= 0 && FORMAT == LLM__INT8) llm__chip_prefetch_line(p.weight.scales + output);
-        if (output >= 0 && ENDING == LLM__RESIDUAL) llm__chip_prefetch_line(p.next_norm + output);
-        if (output >= 0 && ENDING == LLM__QKV && p.store.bias) llm__chip_prefetch_line(p.store.bias + output);
-        if (turns > 0 && output >= 0) {
-            llm__chip_prefetch(p.weight.data + first * 64, (unsigned)turns * 64);
-            if (FORMAT == LLM__INT4_GROUPS) llm__chip_prefetch(p.weight.scales + first * 4, (unsigned)turns * 16);
-            if (FORMAT == LLM__INT8_GROUPS && turns > 2) /* the scales of a turn are 8 bytes */
-                llm__chip_prefetch(p.weight.scales + (first + 1) / 2 * 4, (unsigned)(turns - 1) / 2 * 16);
-        }
-        left -= turns;
-        skipped = 0;
+static __device__ void llm__product_fetch_turn(const llm__product &p, int n_turns, llm__fetch *fetch, uint4 *slot) {
+    int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    if (fetch->tile < p.n_tiles && fetch->turn < n_turns) {
+        size_t upper = fetch->rows.upper + (unsigned)fetch->turn, lower = fetch->rows.lower + (unsigned)fetch->turn;
+        llm__chip_copy_16(slot + lane, p.weight.data + upper * 64 + 16 * t, 16);
+        llm__chip_copy_16(slot + 32 + lane, p.weight.data + lower * 64 + 16 * t, 16);
+        if (FORMAT == LLM__INT4_GROUPS && t < 2)
+            llm__chip_copy_16(slot + 64 + 8 * t + g, p.weight.scales + (t ? lower : upper) * 4, 16);
+        if (FORMAT == LLM__INT8_GROUPS && t < 2)
+            llm__chip_copy_8((uint2 *)(slot + 64) + 8 * t + g, p.weight.scales + (t ? lower : upper) * 2);
+    }
+    llm__chip_group_copies();
+    fetch->turn += LLM__WARPS;
+    if (fetch->turn < n_turns) return;
+    fetch->turn = warp;
+    fetch->tile += (int)gridDim.x;
+    if (fetch->tile < p.n_tiles) fetch->rows = llm__product_find_rows<ENDING>(p, fetch->tile, g, n_turns);
+}
+
+/* Prefetches what the ends of this block's tiles need from memory that no kernel writes. A thread has a row of a
+   tile. */
+template <int ENDING, int FORMAT> static __device__ void llm__product_prefetch_ends(const llm__product &p) {
+    int row = (int)threadIdx.x % 16, tile = (int)(blockIdx.x + threadIdx.x / 16 * gridDim.x);
+    int output = tile < p.n_tiles ? llm__product_output<ENDING>(p, tile, row % 8, row / 8) : -1;
+    if (output < 0) return;
+    if (FORMAT == LLM__INT8) llm__chip_prefetch_line(p.weight.scales + output);
+    if (ENDING == LLM__RESIDUAL) llm__chip_prefetch_line(p.next_norm + output);
+    if (ENDING == LLM__QKV && p.store.bias) llm__chip_prefetch_line(p.store.bias + output);
+}
+
+/* Copies the inputs of all columns to shared memory. 32 more inputs a column: no bank conflicts. */
+static __device__ void llm__product_hold_inputs(const llm__product &p, int n_columns, uint16_t *held) {
+    for (int column = 0; column < n_columns; column++) {
+        size_t row = (size_t)(p.gather ? __ldcg(p.gather + column) : column);
+        const uint16_t *from = p.x + row * (size_t)llm__matrix_input_stride(p.weight);
+        uint16_t *to = held + column * (p.weight.k + 32);
+#pragma unroll 4
+        for (int i = (int)threadIdx.x * 8; i < p.weight.k; i += LLM__WARPS * 32 * 8)
+            *(uint4 *)(to + i) = __ldcg((const uint4 *)(from + i));
     }
 }
 
@@ -882,106 +921,87 @@ template <int ENDING, int TILES, int FORMAT>
 static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_per_processor(FORMAT, TILES))
     llm__fused_product(llm__product p) {
     constexpr bool GROUPS = FORMAT >= LLM__INT8_GROUPS;
-    constexpr int IN_FLIGHT = !GROUPS ? 4 : TILES == 1 ? 3 : 1, COLUMNS = TILES * 8, TURN = llm__matrix_turn(FORMAT);
-    constexpr int PIECE = GROUPS ? 1 : LLM_CUDA_PIECE / 64;
-    constexpr bool EARLY_END = !GROUPS || TILES == 1;                    /* otherwise there are no registers for it */
-    __shared__ float parts[2][LLM__WARPS][COLUMNS][20], scales[COLUMNS]; /* 20: warps write without bank conflicts */
-    __shared__ llm__cell cells[COLUMNS];
-    constexpr int HELD = TILES == 1 ? LLM__HELD_INPUTS : FORMAT == LLM__INT4_GROUPS ? 0 : LLM__HELD_INPUTS * 2 / 3;
-    __shared__ uint4 held[HELD ? HELD / 8 : 1]; /* two tiles of int4 have no registers left for it */
+    constexpr int COLUMNS = TILES * 8, TURN = llm__matrix_turn(FORMAT), SLOT = llm__product_slot_bytes(FORMAT) / 16;
+    llm__product_memory<COLUMNS> *m = (llm__product_memory<COLUMNS> *)llm__block_memory;
     int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4,
         n_turns = p.weight.k / TURN;
+    uint4 *slots = (uint4 *)(m + 1) + warp * LLM__SLOTS * SLOT;
+    uint16_t *held = (uint16_t *)((uint4 *)(m + 1) + LLM__WARPS * LLM__SLOTS * SLOT);
     int n_columns = __ldcg(p.rows.counts + p.count), tile = (int)blockIdx.x;
     if (ENDING == LLM__LOGITS && n_columns == 0) { /* a pass without logits does not read the head */
         llm__chip_let_next_start();
         llm__chip_wait_for_previous();
         return;
     }
-    llm__matrix_tile_rows rows = llm__product_find_rows<ENDING>(p, tile, g, n_turns);
-    llm__flight<IN_FLIGHT> in = {};
-#pragma unroll
-    for (int i = 0; i < IN_FLIGHT; i++) {
-        int turn = warp * PIECE + llm__product_turn(PIECE, i);
-        if (turn >= n_turns) continue;
-        llm__product_load_turn<FORMAT>(p.weight, rows.upper + (unsigned)turn, t, &in.upper[i], &in.upper_scales[i]);
-        llm__product_load_turn<FORMAT>(p.weight, rows.lower + (unsigned)turn, t, &in.lower[i], &in.lower_scales[i]);
-    }
+    llm__fetch fetch = {llm__product_find_rows<ENDING>(p, tile, g, n_turns), tile, warp};
+#pragma unroll 1
+    for (int i = 0; i < LLM__SLOTS - 1; i++)
+        llm__product_fetch_turn<ENDING, FORMAT>(p, n_turns, &fetch, slots + i * SLOT);
     llm__chip_let_next_start();
-    if (threadIdx.x < 16) llm__product_prefetch_tiles<ENDING, FORMAT>(p, n_turns, IN_FLIGHT * LLM__WARPS);
+    llm__product_prefetch_ends<ENDING, FORMAT>(p);
     if (ENDING == LLM__QKV && (int)threadIdx.x < n_columns)
-        cells[threadIdx.x] = llm__rows_cell(p.rows, (int)threadIdx.x);
+        m->cells[threadIdx.x] = llm__rows_cell(p.rows, (int)threadIdx.x);
     llm__chip_wait_for_previous();
-    /* 32 more inputs a row: no bank conflicts. */
-    int held_stride = p.weight.k + 32, x_stride = llm__matrix_input_stride(p.weight);
-    bool holds = HELD && n_columns * held_stride <= HELD;
-    for (int column = 0; column < n_columns && holds; column++) {
-        const uint16_t *from = p.x + (size_t)(p.gather ? __ldcg(p.gather + column) : column) * (size_t)x_stride;
-        for (int i = (int)threadIdx.x * 8; i < p.weight.k; i += LLM__WARPS * 32 * 8)
-            llm__chip_copy_16(held + (column * held_stride + i) / 8, from + i, 16);
-    }
+    bool holds = n_columns * (p.weight.k + 32) <= p.n_held;
+    if (holds) llm__product_hold_inputs(p, n_columns, held);
     if (ENDING != LLM__RESIDUAL)
         for (int column = warp; column < n_columns; column += LLM__WARPS) {
             float scale = llm__product_inverse_norm(p, p.gather ? __ldcg(p.gather + column) : column);
-            if (lane == 0) scales[column] = scale;
+            if (lane == 0) m->scales[column] = scale;
         }
-    const uint16_t *x = holds ? (const uint16_t *)held : p.x;
+    const uint16_t *x = holds ? held : p.x;
     unsigned x_at[TILES];
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
         int column = 8 * j + g < n_columns
                          ? 8 * j + g
                          : 0; /* columns that do not exist repeat the first one; the end of a tile skips them */
-        int row = holds || !p.gather ? column : __ldcg(p.gather + column);
-        x_at[j] = (unsigned)row * (unsigned)(holds ? held_stride : x_stride) + (GROUPS ? 8u : TURN / 4u) * (unsigned)t;
+        unsigned row = (unsigned)(holds || !p.gather ? column : __ldcg(p.gather + column));
+        x_at[j] = row * (unsigned)(holds ? p.weight.k + 32 : llm__matrix_input_stride(p.weight)) +
+                  (GROUPS ? 8u : TURN / 4u) * (unsigned)t;
     }
-    llm__chip_wait_for_copies();
     __syncthreads();
-    for (int round = 0; tile < p.n_tiles; round ^= 1) {
-        int next_tile = tile + (int)gridDim.x;
-        bool goes_on = next_tile < p.n_tiles;
-        llm__matrix_tile_rows next_rows = llm__product_find_rows<ENDING>(p, goes_on ? next_tile : tile, g, n_turns);
+    for (int round = 0, at = 0; tile < p.n_tiles; round ^= 1, tile += (int)gridDim.x) {
         float sums[TILES][4] = {};
 #pragma unroll 1
-        for (int first = warp * PIECE; first < n_turns; first += IN_FLIGHT * LLM__WARPS) {
-#pragma unroll
-            for (int i = 0; i < IN_FLIGHT; i++) {
-                int turn = first + llm__product_turn(PIECE, i), next = turn + IN_FLIGHT * LLM__WARPS;
-                if (turn >= n_turns) continue;
-#pragma unroll
-                for (int j = 0; j < TILES; j++)
-                    llm__product_multiply_turn<FORMAT>(sums[j], in.upper[i], in.lower[i], in.upper_scales[i],
-                                                       in.lower_scales[i], x + (x_at[j] + (unsigned)(turn * TURN)));
-                bool same_tile = next < n_turns;
-                if (!same_tile && !goes_on) continue;
-                unsigned start = (unsigned)(warp * PIECE + llm__product_turn(PIECE, i));
-                unsigned upper = same_tile ? rows.upper + (unsigned)next : next_rows.upper + start;
-                unsigned lower = same_tile ? rows.lower + (unsigned)next : next_rows.lower + start;
-                llm__product_load_turn<FORMAT>(p.weight, upper, t, &in.upper[i], &in.upper_scales[i]);
-                llm__product_load_turn<FORMAT>(p.weight, lower, t, &in.lower[i], &in.lower_scales[i]);
+        for (int turn = warp; turn < n_turns; turn += LLM__WARPS) {
+            const uint4 *slot = slots + at * SLOT;
+            llm__chip_wait_for_copies<LLM__SLOTS - 2>();
+            if (GROUPS) __syncwarp(); /* the scales were copied by other lanes */
+            /* To the slot of the turn before, of which no lane needs anything any more. */
+            llm__product_fetch_turn<ENDING, FORMAT>(p, n_turns, &fetch, slots + (at ? at - 1 : LLM__SLOTS - 1) * SLOT);
+            at = at == LLM__SLOTS - 1 ? 0 : at + 1;
+            uint4 upper_scales = make_uint4(0, 0, 0, 0), lower_scales = upper_scales;
+            if (FORMAT == LLM__INT4_GROUPS) upper_scales = slot[64 + g], lower_scales = slot[72 + g];
+            if (FORMAT == LLM__INT8_GROUPS) {
+                uint2 a = ((const uint2 *)(slot + 64))[g], b = ((const uint2 *)(slot + 64))[8 + g];
+                upper_scales = make_uint4(a.x, a.y, 0, 0);
+                lower_scales = make_uint4(b.x, b.y, 0, 0);
             }
+#pragma unroll
+            for (int j = 0; j < TILES; j++)
+                llm__product_multiply_turn<FORMAT>(sums[j], slot[lane], slot[32 + lane], upper_scales, lower_scales,
+                                                   x + (x_at[j] + (unsigned)(turn * TURN)));
         }
 #pragma unroll
         for (int j = 0; j < TILES; j++)
-            for (int i = 0; i < 4; i++) parts[round][warp][8 * j + 2 * t + i % 2][g + i / 2 * 8] = sums[j][i];
+            for (int i = 0; i < 4; i++) m->parts[round][warp][8 * j + 2 * t + i % 2][g + i / 2 * 8] = sums[j][i];
         int column = (int)threadIdx.x / LLM__PAIRS, pair = (int)threadIdx.x % LLM__PAIRS;
         bool wanted = column < n_columns, ends = column < COLUMNS; /* whole warps end the tile */
         llm__end_inputs end = {};
-        if (wanted && EARLY_END) end = llm__product_load_end<ENDING, FORMAT>(p, tile, column, pair);
+        if (wanted) end = llm__product_load_end<ENDING, FORMAT>(p, tile, column, pair);
         /* The only barrier of a tile: the half of `parts` that is read now is written again after the next barrier. */
         __syncthreads();
         if (ends) {
             float sum_a = 0, sum_b = 0;
 #pragma unroll
             for (int i = 0; i < LLM__WARPS; i++) {
-                sum_a += parts[round][i][column][pair];
-                sum_b += parts[round][i][column][pair + 8];
+                sum_a += m->parts[round][i][column][pair];
+                sum_b += m->parts[round][i][column][pair + 8];
             }
-            if (wanted && !EARLY_END) end = llm__product_load_end<ENDING, FORMAT>(p, tile, column, pair);
-            llm__product_end_tile<ENDING>(p, end, cells[column], tile, column, wanted, pair, scales[column], sum_a,
-                                          sum_b);
+            llm__product_end_tile<ENDING>(p, end, m->cells[column], tile, column, wanted, pair, m->scales[column],
+                                          sum_a, sum_b);
         }
-        tile = next_tile;
-        rows = next_rows;
     }
 }
 
@@ -1494,7 +1514,7 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, CHUNKS == 8 ? 1
     }
     llm__attend_copy_keys<CHUNKS, KEYS>(a, m.keys, table, begin, end);
     for (int key = begin; key < end; key += KEYS) {
-        llm__chip_wait_for_copies();
+        llm__chip_wait_for_copies<0>();
         __syncthreads(); /* the keys have arrived, and no thread still reads the values of the previous step */
         llm__attend_copy_values<CHUNKS, KEYS>(a, m.values, table, key, end);
         float scores[KEYS / 8][4] = {};
@@ -1517,7 +1537,7 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, CHUNKS == 8 ? 1
             }
             shrink = llm__attend_weigh_queries<KEYS>(a, &q, scores, key);
         }
-        llm__chip_wait_for_copies();
+        llm__chip_wait_for_copies<0>();
         __syncthreads(); /* the values have arrived, and no thread still reads this step's keys */
         if (key + KEYS < end) llm__attend_copy_keys<CHUNKS, KEYS>(a, m.keys, table, key + KEYS, end);
         if (!works) continue;
@@ -1862,6 +1882,19 @@ static __device__ float llm__wide_at(const llm__wide &w, int row, int i) {
     return w.scales ? x * __uint_as_float(w.scales[i]) : x;
 }
 
+/* The same for eight neighbours. */
+static __device__ void llm__wide_8(const llm__wide &w, int row, int i, float to[8]) {
+    size_t at = (size_t)row * w.n + i;
+    bool whole = w.is_bf16 && at % 8 == 0;
+    uint4 v = whole ? *(const uint4 *)((const uint16_t *)w.data + at) : make_uint4(0, 0, 0, 0);
+    const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        float x = __uint_as_float(j % 2 ? pairs[j / 2] & 0xFFFF0000u : pairs[j / 2] << 16);
+        to[j] = !whole ? llm__wide_at(w, row, i + j) : w.scales ? x * __uint_as_float(w.scales[i + j]) : x;
+    }
+}
+
 /* One head's query, key or value before RoPE. */
 typedef struct llm__head {
     int row, first;           /* where it is in llm__wide */
@@ -1957,12 +1990,24 @@ static __global__ void llm__plain_attention(llm__attn_run a) {
         a.out[(size_t)row * a.out_stride + head * a.head_dim + dim] = llm__chip_to_bf16(answer[dim] / sum);
 }
 
-/* out[row][i] = silu(gate) * up. A row of w has all gates, then all ups. */
+/* out[row][i] = silu(gate) * up. A row of w has all gates, then all ups. A thread has eight neighbours. */
 static __global__ void llm__swiglu(llm__wide w, int n_ff, uint16_t *out, int stride) {
-    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x), row = (int)blockIdx.y;
-    if (i < n_ff)
-        out[(size_t)row * stride + i] =
-            llm__chip_to_bf16(llm__chip_silu(llm__wide_at(w, row, i)) * llm__wide_at(w, row, n_ff + i));
+    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x) * 8, row = (int)blockIdx.y;
+    out += (size_t)row * stride + i;
+    if (i + 8 <= n_ff && (uintptr_t)out % 16 == 0) {
+        float gates[8], ups[8];
+        llm__wide_8(w, row, i, gates);
+        llm__wide_8(w, row, n_ff + i, ups);
+        uint32_t pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            pairs[j] = llm__chip_pack_bf16(llm__chip_silu(gates[2 * j]) * ups[2 * j],
+                                           llm__chip_silu(gates[2 * j + 1]) * ups[2 * j + 1]);
+        *(uint4 *)out = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        return;
+    }
+    for (int j = 0; j < 8 && i + j < n_ff; j++)
+        out[j] = llm__chip_to_bf16(llm__chip_silu(llm__wide_at(w, row, i + j)) * llm__wide_at(w, row, n_ff + i + j));
 }
 
 /* Copies the rows that need logits into consecutive rows. After the attention of the last layer no others are
@@ -2171,7 +2216,8 @@ typedef struct llm__gpu_model {
     llm_cuda_mode mode;
     llm_dtype dtype;
     int n_threads, n_processors;
-    int device; /* the GPU that all calls of this model and its contexts use, see llm__on_device */
+    int shared_bytes, block_bytes; /* shared memory of a multiprocessor, and the most that a block can have */
+    int device;                    /* the GPU that all calls of this model and its contexts use, see llm__on_device */
     bool can_overlap;
     double *frequencies; /* on the GPU */
     llm__gpu_layer *layers;
@@ -2255,6 +2301,8 @@ static llm_status llm__find_gpu(llm__gpu_model *m, const llm_model_desc *desc, l
     LLM__TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, m->device));
     LLM__TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, m->device));
     LLM__TRY(cudaDeviceGetAttribute(&m->n_processors, cudaDevAttrMultiProcessorCount, m->device));
+    LLM__TRY(cudaDeviceGetAttribute(&m->shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, m->device));
+    LLM__TRY(cudaDeviceGetAttribute(&m->block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, m->device));
     if (major < 8)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED,
                                "the GPU has compute capability %d.%d; 8.0 or newer is needed", major, minor);
@@ -2604,7 +2652,6 @@ typedef struct llm__gpu_context {
     float *cosines, *sines;   /* [n_batch][rope_dim / 2]                                   */
     float *x, *kept_x, *wide; /* [n_batch][n_embd], the same, [n_batch][n_wide]            */
     llm__region *regions;     /* [4 * n_layers + 1] all matrices of weights                */
-    int prefetch;             /* bytes of weights a block prefetches                       */
     uint16_t *normed, *q, *attention, *kept_attention, *ffn; /* [n_batch][padded]                 */
     float *squares; /* [fused_rows][n_squares]                                   */
     float *partial; /* see llm__attn_run                                           */
@@ -2831,7 +2878,6 @@ static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     LLM__TRY(cudaStreamSynchronize(c->model->stream)); /* wait for the weights */
     LLM__TRY(cudaStreamCreateWithFlags(&c->queue.stream, cudaStreamNonBlocking));
     c->queue.can_overlap = c->model->can_overlap;
-    c->prefetch = LLM_CUDA_PREFETCH << 10;
     for (int i = 0; i <= LLM__AHEAD; i++) LLM__TRY(cudaEventCreateWithFlags(&c->picked[i], cudaEventDisableTiming));
     c->sizes = llm__find_sizes(&c->model->whole, &c->desc);
     llm__lay_out(c, s, c->model->group);
@@ -3425,20 +3471,36 @@ template <int ENDING, int TILES> static llm__product_fn llm__choose_format(llm__
     }
 }
 
-/* The number of blocks of a fused product: at most as many as the GPU holds at once. Their numbers of tiles differ by
-   at most one. */
-static int llm__product_blocks(const llm__gpu_context *c, llm__gpu_matrix m, int n_tiles, int bucket) {
-    int most = c->model->n_processors * llm__product_blocks_per_processor(m.format, bucket <= 8 ? 1 : 2);
-    if (n_tiles == 0) return 0;
-    return llm__divide_up(n_tiles, llm__divide_up(n_tiles, most));
+static size_t llm__product_bytes(llm__matrix_format format, int tiles, int n_held) {
+    size_t memory = tiles == 1 ? sizeof(llm__product_memory<8>) : sizeof(llm__product_memory<16>);
+    return memory + (size_t)(LLM__WARPS * LLM__SLOTS * llm__product_slot_bytes(format)) + (size_t)n_held * 2;
 }
 
+/* How many such blocks a multiprocessor holds. Each takes 1 KB of shared memory more than it asks for. */
+static int llm__product_blocks(const llm__gpu_context *c, llm__matrix_format format, int tiles, int n_held) {
+    size_t most = (size_t)c->model->shared_bytes / (llm__product_bytes(format, tiles, n_held) + 1024);
+    return llm__min((int)most, llm__product_blocks_per_processor(format, tiles));
+}
+
+/* There are at most as many blocks as the GPU holds at once. Their numbers of tiles differ by at most one. They hold the
+   inputs if two blocks still fit a multiprocessor. */
 template <int ENDING>
-static void llm__run_product(llm__gpu_context *c, llm__kernel_kind kind, int bucket, const llm__product &p) {
-    llm__product_fn kernel =
-        bucket <= 8 ? llm__choose_format<ENDING, 1>(p.weight.format) : llm__choose_format<ENDING, 2>(p.weight.format);
-    int n_blocks = llm__product_blocks(c, p.weight, p.n_tiles, bucket);
-    llm__queue_launch(&c->queue, LLM__OVERLAP, kind, dim3((unsigned)n_blocks), LLM__WARPS * 32, kernel, p);
+static void llm__run_product(llm__gpu_context *c, llm__kernel_kind kind, int bucket, llm__product p) {
+    llm__matrix_format format = p.weight.format;
+    int tiles = bucket <= 8 ? 1 : 2, n_held = bucket * (p.weight.k + 32);
+    llm__product_fn kernel = tiles == 1 ? llm__choose_format<ENDING, 1>(format) : llm__choose_format<ENDING, 2>(format);
+    if (p.n_tiles == 0) return;
+    int blocks = llm__product_blocks(c, format, tiles, 0), holding = llm__product_blocks(c, format, tiles, n_held);
+    if (holding >= llm__min(blocks, 2)) {
+        blocks = holding;
+        p.n_held = n_held;
+    }
+    int n_blocks = llm__divide_up(p.n_tiles, llm__divide_up(p.n_tiles, c->model->n_processors * blocks));
+    llm__queue_note(&c->queue,
+                    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c->model->block_bytes),
+                    llm__kind_name(kind));
+    llm__queue_launch_with(&c->queue, LLM__OVERLAP, kind, dim3((unsigned)n_blocks), LLM__WARPS * 32,
+                           llm__product_bytes(format, tiles, p.n_held), kernel, p);
 }
 
 /* The rows of a pass that a fused product multiplies: all, or only those with logits. */
@@ -3453,7 +3515,6 @@ static llm__product llm__make_product(const llm__gpu_context *c, llm__rows rows,
     p.n = matrix.n;
     p.n_tiles = llm__divide_up(matrix.n, 16);
     p.count = columns;
-    p.prefetch = llm__pad(c->prefetch / 16, 64);
     p.x = x;
     p.out_stride = matrix.n;
     p.squares = c->squares;
@@ -3659,7 +3720,9 @@ static void llm__widened_product(llm__gpu_context *c, llm__gpu_matrix m, const u
         llm__blas_product(c, m, m.data, 0, m.n, x, rows, y);
         return;
     }
-    int some = llm__min((int)(c->sizes.widened / (size_t)m.k), m.n);
+    /* Equal pieces, because a small one fills fewer multiprocessors; whole tiles of cuBLAS's. */
+    int most = (int)(c->sizes.widened / (size_t)m.k), n_pieces = llm__divide_up(m.n, llm__min(most, m.n));
+    int some = llm__min(llm__pad(llm__divide_up(m.n, n_pieces), 128), llm__min(most, m.n));
     for (int first = 0; first < m.n; first += some) {
         int n = llm__min(m.n - first, some);
         unsigned n_blocks = (unsigned)(((size_t)n * (size_t)m.k + 2047) / 2048);
@@ -3744,7 +3807,7 @@ static void llm__plain_ffn(llm__gpu_context *c, const llm__gpu_layer *l, int n, 
     const llm_backend_range ff = c->model->own.ff;
     llm__plain_norm(c, x, l->ffn_norm, n);
     llm__wide wide = llm__wide_product(c, l->gate_up, c->normed, n, true);
-    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_SWIGLU, dim3((unsigned)llm__divide_up(ff.n, 256), (unsigned)n),
+    llm__queue_launch(&c->queue, LLM__SERIAL, LLM__KIND_SWIGLU, dim3((unsigned)llm__divide_up(ff.n, 2048), (unsigned)n),
                       256, llm__swiglu, wide, ff.n, c->ffn + ff.first, c->sizes.ffn);
     llm__meet_ffn(c, llm__meet_all(n));
     llm__plain_residual(c, l->down, c->ffn, n, x);
@@ -4136,22 +4199,18 @@ LLM_API const llm_backend *llm_cuda_backend(void) { return llm_cuda_backend_mode
 
 /* ---- For bench/gpu.cpp, which declares these itself ---- */
 
-/* Changes how a context decodes from now on: the bytes that a block prefetches (-1: as built), whether kernels overlap,
-   and which kinds of kernels are launched. `kinds` has a bit for each kind of llm__kernel_kind that a pass launches, and
+/* Changes how a context decodes from now on: whether kernels overlap, and which kinds of kernels are launched. `kinds` has a bit for each kind of llm__kernel_kind that a pass launches, and
    bit 31 for the exchanges between ranks. If some kinds are left out, the results are meaningless, but the times of the
    others are still right. */
-LLM_API void llm__cuda_vary(void *context, int prefetch, bool overlap, unsigned kinds) {
+LLM_API void llm__cuda_vary(void *context, bool overlap, unsigned kinds) {
     using namespace llm__cuda;
     llm__gpu_context *c = (llm__gpu_context *)context;
     llm__on_device on(c->model->device);
-    c->prefetch = prefetch < 0 ? LLM_CUDA_PREFETCH << 10 : prefetch;
     c->queue.can_overlap = overlap && c->model->can_overlap;
     c->queue.left_out = (~kinds & ((1u << LLM__KIND_READ) - 1)) | (~kinds >> 31) << LLM__KIND_MEET;
     cudaStreamSynchronize(c->queue.stream);
     llm__forget_graphs(c);
 }
-
-LLM_API int llm__cuda_piece(void) { return LLM_CUDA_PIECE; }
 
 /* Returns the name of such a kind, or NULL after the last. *n_kernels: how many of its kernels run in each token between
    the embedding and the choice of the next token. *bytes: how many bytes of weights these read. */

@@ -49,9 +49,8 @@ static const shape SHAPES[] = {
 enum { PROMPT = 6, DEEP = 3800, NEW_TOKENS = 200, SOME_TOKENS = 64, SOME_PROMPT = 2048 };
 
 /* llm_cuda.cu has these for this program alone. */
-LLM_API void llm__cuda_vary(void *context, int prefetch, bool overlap, unsigned kinds);
+LLM_API void llm__cuda_vary(void *context, bool overlap, unsigned kinds);
 LLM_API const char *llm__cuda_kind(void *context, int kind, int *n_kernels, double *bytes);
-LLM_API int llm__cuda_piece(void);
 
 typedef struct bench {
     const shape *s;
@@ -273,7 +272,7 @@ static bench make_bench(const shape *s, llm_dtype dtype, llm_cuda_mode mode, llm
     b.tensor = tensor;
     b.s = s;
     b.backend = llm_cuda_backend_mode(mode);
-    b.mode = llm__cuda_piece() == 64 ? MODES[mode] : "128-byte pieces";
+    b.mode = MODES[mode];
     b.dtype = llm_dtype_name(dtype);
     double start = seconds();
     open_model(&b, dtype);
@@ -315,8 +314,8 @@ static double token_seconds(bench *b, int depth) {
     return (seconds() - start) / SOME_TOKENS;
 }
 
-static double vary(bench *b, const char *what, int prefetch, bool overlap, unsigned kinds) {
-    llm__cuda_vary(b->context, prefetch, overlap, kinds);
+static double vary(bench *b, const char *what, bool overlap, unsigned kinds) {
+    llm__cuda_vary(b->context, overlap, kinds);
     double each = token_seconds(b, PROMPT);
     print_row(b, what, 1 / each, b->weight_bytes / each / b->bandwidth);
     return each;
@@ -331,16 +330,16 @@ static void bench_kinds(bench *b, int depth, double whole) {
     const char *name;
     double bytes;
     int n;
-    llm__cuda_vary(b->context, -1, true, ALWAYS);
+    llm__cuda_vary(b->context, true, ALWAYS);
     double empty = token_seconds(b, depth);
     for (int kind = 0; (name = llm__cuda_kind(b->context, kind, &n, &bytes)) != NULL; kind++) {
         char what[128];
         if (n == 0) continue;
         if (bytes == 0) /* attention reads no weights, but the keys and values */
             bytes = 4.0 * s->n_layers * s->n_kv_heads * s->head_dim * (depth + 4 + SOME_TOKENS / 2);
-        llm__cuda_vary(b->context, -1, true, ALWAYS | 1u << kind);
+        llm__cuda_vary(b->context, true, ALWAYS | 1u << kind);
         double alone = (token_seconds(b, depth) - empty) / n;
-        llm__cuda_vary(b->context, -1, true, ~(1u << kind));
+        llm__cuda_vary(b->context, true, ~(1u << kind));
         double saved = (whole - token_seconds(b, depth)) / n;
         snprintf(what, sizeof what, "at %d: %s: us each alone; GB/s; us saved without", depth, name);
         printf("%s,%s,%s,%s,%.2f; %.0f; %.2f,%.1f\n", s->name, b->dtype, b->mode, what, alone * 1e6,
@@ -348,7 +347,7 @@ static void bench_kinds(bench *b, int depth, double whole) {
                alone > 0 ? bytes / n / alone / b->bandwidth * 100 : 0);
         fflush(stdout);
     }
-    llm__cuda_vary(b->context, -1, true, ~0u);
+    llm__cuda_vary(b->context, true, ~0u);
 }
 
 static double prefill_seconds(bench *b) {
@@ -365,32 +364,22 @@ static void bench_prefill_kinds(bench *b) {
     int n;
     for (int kind = 0; (name = llm__cuda_kind(b->context, kind, &n, &bytes)) != NULL; kind++) {
         char what[128];
-        llm__cuda_vary(b->context, -1, true, ~(1u << kind));
+        llm__cuda_vary(b->context, true, ~(1u << kind));
         double saved = whole - prefill_seconds(b);
         if (saved < 0.001 * whole) continue;
         rest -= saved;
         snprintf(what, sizeof what, "prefill %d: %s: ms saved without", SOME_PROMPT, name);
         print_row(b, what, saved * 1e3, saved / whole);
     }
-    llm__cuda_vary(b->context, -1, true, ~0u);
+    llm__cuda_vary(b->context, true, ~0u);
     print_row(b, "prefill 2048: the rest: ms", rest * 1e3, rest / whole);
 }
 
 static int bench_why(const shape *s, llm_dtype dtype) {
-    static const int prefetches[] = {0, 16, 48, 96};
     bench b = make_bench(s, dtype, LLM_CUDA_GRAPH);
     b.bandwidth = b.backend->measure_bandwidth(b.context);
-    double whole = vary(&b, "as it is", -1, true, ~0u);
-    if (llm__cuda_piece() != 64) { /* only what there is to compare */
-        bench_kinds(&b, PROMPT, whole);
-        return close_bench(&b);
-    }
-    vary(&b, "kernels do not overlap", -1, false, ~0u);
-    for (int kb : prefetches) {
-        char what[64];
-        snprintf(what, sizeof what, "%d KB prefetched", kb);
-        vary(&b, what, kb << 10, true, ~0u);
-    }
+    double whole = vary(&b, "as it is", true, ~0u);
+    vary(&b, "kernels do not overlap", false, ~0u);
     bench_kinds(&b, PROMPT, whole);
     if (DEEP + SOME_TOKENS + 8 <= s->n_ctx) bench_kinds(&b, DEEP, token_seconds(&b, DEEP));
     if (SOME_PROMPT <= s->n_ctx) bench_prefill_kinds(&b);
@@ -437,7 +426,7 @@ static void bench_rank(const shape *s, llm_dtype dtype, llm_comm *tensor) {
     b.bandwidth = b.backend->measure_bandwidth(b.context);
     double each[2];
     for (unsigned meets = 0; meets < 2; meets++) {
-        llm__cuda_vary(b.context, -1, true, ~0u >> (1 - meets));
+        llm__cuda_vary(b.context, true, ~0u >> (1 - meets));
         each[meets] = token_seconds(&b, PROMPT);
     }
     double cache = 4.0 * s->n_layers * own.key_heads.n * s->head_dim * (PROMPT + 4 + SOME_TOKENS / 2),

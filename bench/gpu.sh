@@ -138,12 +138,10 @@ build() {
     fi
     local device=(nvcc -O3 -std=c++17 -t 0 "${flags[@]}" "-I$blas_headers")
     "${device[@]}" -c -o $bin/llm_cuda.o llm_cuda.cu & pids+=($!)
-    "${device[@]}" -DLLM_CUDA_PIECE=128 -c -o $bin/llm_cuda_128.o llm_cuda.cu & pids+=($!)
     running=${pids[*]}
     for pid in "${pids[@]}"; do wait "$pid" || { echo "Not built: the compiler failed"; return 1; }; done
     running=
     g++ -s -o $bin/bench $bin/bench.o $bin/llm_cuda.o "${link[@]}" || return 1
-    g++ -s -o $bin/bench_128 $bin/bench.o $bin/llm_cuda_128.o "${link[@]}" || return 1
     if [ -n "$tests" ]; then
         g++ -s -o $bin/test_cuda $bin/test_cuda.o $bin/llm.o $bin/llm_cuda.o "${link[@]}" -lcmocka || return 1
     fi
@@ -230,10 +228,6 @@ step_why() {
     say "What the time is made of"
     has_bench && bench 60 --why Llama-2-7B bf16
     has_bench && bench 45 --why Llama-2-7B int4
-    # The same program, but a warp reads 128 neighbouring bytes of a row instead of 64.
-    [ -x $bin/bench_128 ] || { echo "Left out: $bin/bench_128 could not be built"; return; }
-    rows "bench_128 --why Llama-2-7B bf16" 30 $bin/bench_128 --why Llama-2-7B bf16
-    clocks
 }
 
 step_types() {
@@ -421,9 +415,6 @@ verdicts() {
             all = rate["LLaMA-33B", "bf16", "packed", "HellaSwag: seconds for all 10042"]
             judge("LLaMA-33B, all of HellaSwag, seconds", all, 250, "", 1)
             judge("tests that failed", n == "" ? "" : n - passed, 0, "", 1)
-            pieces = ratio(rate[m, "bf16", "128-byte pieces", "as it is"], rate[m, "bf16", g, "as it is"])
-            printf "  %-52s %s\n", "7B bf16, 128-byte pieces of rows",
-                pieces == "" ? "not measured" : sprintf("%.3f times the speed of 64", pieces)
         }' "$csv"
 }
 

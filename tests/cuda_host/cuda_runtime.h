@@ -100,7 +100,7 @@ struct cuda_host_settings {
     bool reverse = false; /* the threads of a block begin with the last                                 */
     size_t n_bytes = 0;   /* of memory that was not released, on the GPUs and pinned                     */
     int n_live = 0;       /* allocations, streams, events, graphs that were not released                */
-    int n_devices = 1, major = 9, ptx_version = 90;
+    int n_devices = 1, major = 9, ptx_version = 90, shared_bytes = 228 << 10;
     int n_launches = 0, n_graph_launches = 0; /* by hand; of graphs                                      */
     int n_overlapping = 0;     /* launches that may begin before the kernel ahead of them is done            */
     bool keeps_faults = false; /* faults of kernels are kept, and do not end the program                  */
@@ -496,7 +496,9 @@ enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMemoryClockRate,
     cudaDevAttrGlobalMemoryBusWidth,
-    cudaDevAttrL2CacheSize
+    cudaDevAttrL2CacheSize,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
@@ -631,10 +633,18 @@ template <typename Kernel> static inline cudaError_t cudaFuncGetAttributes(cudaF
     return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
 }
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+template <typename Kernel> static inline cudaError_t cudaFuncSetAttribute(Kernel *, cudaFuncAttribute, int bytes) {
+    return cuda_host_fails() || bytes > cuda_host.shared_bytes ? cudaErrorInvalidValue : cudaSuccess;
+}
+
 static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrComputeCapabilityMajor   ? cuda_host.major
-             : attribute == cudaDevAttrComputeCapabilityMinor ? 0
-                                                              : 3;
+    *value = attribute == cudaDevAttrComputeCapabilityMajor             ? cuda_host.major
+             : attribute == cudaDevAttrComputeCapabilityMinor           ? 0
+             : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? cuda_host.shared_bytes
+             : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin     ? cuda_host.shared_bytes - 1024
+                                                                        : 3;
     return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
 }
 
@@ -861,6 +871,7 @@ static inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, v
     if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !n || n > 1024)
         return cudaErrorInvalidValue;
     if (config->stream->device == cuda_host.refusing_device) return cudaErrorInvalidValue;
+    if (config->dynamicSmemBytes + 1024 > (size_t)cuda_host.shared_bytes) return cudaErrorInvalidValue;
     if (!cuda_host_may_launch((const void *)kernel, config->stream->recording))
         return cudaErrorStreamCaptureUnsupported;
     if (!config->stream->recording) cuda_host_count_launch(&cuda_host.n_launches);
