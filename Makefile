@@ -33,6 +33,7 @@ LIBS_hellaswag            = -lbz2 -ljansson
 LIBS_tokenize             = -ljansson
 LIBS_fuzz                 = -ljansson
 LIBS_test_chat            = -ljansson
+LIBS_test_convert         = -ljansson
 LIBS_test_grammar         = -ljansson
 LIBS_test_samplers        = -ljansson
 LIBS_test_score           = -ljansson

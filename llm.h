@@ -334,7 +334,8 @@
          9 Tokenizer: Hash tables . Merging . Pre-tokenizers . Words of ASCII . Encoding . Decoding . Building a
                tokenizer
         10 Tokenizer files: The pre-tokenizers that are known . Tokenizers in GGUF files . tokenizer.json .
-               tokenizer.model . Directories as published on Hugging Face . Tokenizers alone
+               tokenizer.model, as SentencePiece writes it . tokenizer.model, as tiktoken writes it .
+               Directories as published on Hugging Face . Tokenizers alone
         11 Chat templates: Tool calls
         12 CPU kernels
         13 Weights
@@ -343,8 +344,8 @@
         16 KV cache
         17 Forward pass
         18 The CPU context: The limit of decoding
-        19 Models: Metadata as text . Loading . What a file's header says . A directory with int8 weights . Writing
-               GGUF files
+        19 Models: Metadata as text . Loading . What a file's header says . A directory with int8 weights . A
+               Hugging Face directory as GGUF . Writing GGUF files
         20 Contexts and sequences: Calls of the host . Sequences . llm_forward
         21 Grammars: Expressions . The automaton . Tokens as a trie . States . Masks . The text so far . Regular
                expressions . GBNF . JSON Schema . Values . Numbers . Strings, arrays and objects . Conjunctions .
@@ -607,12 +608,16 @@ typedef struct llm_quantize_desc {
 } llm_quantize_desc;
 
 /* Writes a model as a GGUF file whose matrices, the embedding and the output among them, have the type desc->type.
-   `from` is a GGUF file (of a split model the first part) that llm_model_load can load. Weights in blocks are decoded
-   to f32 first; a matrix that has the type already is copied. The blocks have the bytes that ggml's reference
-   quantisers (quantize_row_*_ref) make, and the same matrices are converted as by llama.cpp's `llama-quantize --pure`.
-   Q4_K_M and Q5_K_M are its mixes: some matrices are Q6_K. If a matrix's rows are not whole blocks of 256, it becomes
-   Q5_0, Q5_1 or Q8_0 in place of Q4_K, Q5_K or Q6_K; if they are not whole blocks of 32, F16. Vectors and metadata are
-   copied. Only general.file_type and general.quantization_version are set, and the keys of a split model are left out.
+   `from` is a GGUF file (of a split model the first part), or a Hugging Face directory, that llm_model_load can load.
+   Weights in blocks are decoded to f32 first; a matrix that has the type already is copied. The blocks have the bytes
+   that ggml's reference quantisers (quantize_row_*_ref) make, and the same matrices are converted as by llama.cpp's
+   `llama-quantize --pure`. Q4_K_M and Q5_K_M are its mixes: some matrices are Q6_K. If a matrix's rows are not whole
+   blocks of 256, it becomes Q5_0, Q5_1 or Q8_0 in place of Q4_K, Q5_K or Q6_K; if they are not whole blocks of 32, F16.
+   From a GGUF file, vectors and metadata are copied. Only general.file_type and general.quantization_version are set,
+   and the keys of a split model are left out. From a directory, whose weights must be F32, F16 or BF16, the keys, names
+   and orders of rows are those of llama.cpp's convert_hf_to_gguf.py, and vectors become F32. A directory is refused if
+   GGUF cannot say exactly what it does, mostly because of special cases of its tokenizer. A sliding window is written,
+   but llama.cpp knows none for Mistral and Qwen.
    Fails if a weight is not finite, or above 65504 where the type holds f16 numbers. `to` must not exist yet: the file
    is written as `to`.tmp, then renamed. After a failure neither file is left. */
 LLM_API llm_status llm_quantize_gguf(const char *from, const char *to, const llm_quantize_desc *desc, llm_error *err);
@@ -638,7 +643,9 @@ enum {
 };
 
 /* Loads a tokenizer alone: from a GGUF file, which needs no weights; from a directory with tokenizer.json or
-   tokenizer.model as published on Hugging Face; or from one of these files, which is read with those beside it. */
+   tokenizer.model as published on Hugging Face or by Meta; or from one of these files, which is read with those beside
+   it. Llama 3's tokenizer.model, a list of tokens and ranks, is read only beside Meta's params.json: it does not say
+   itself how texts are split and which special tokens there are. */
 LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, const llm_host *host, llm_error *err);
 
 /* The same from a GGUF file in memory, or from a function; see llm_model_load_memory, llm_model_load_callback. */
@@ -4263,6 +4270,12 @@ static void llm__meta_join(llm__env *env, llm__checkpoint *ck, const llm__checkp
         if (!part || part->type != first->type || part->rows != first->rows || part->cols != first->cols)
             llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s differs in type or shape between the files, or one lacks it",
                       LLM__SHOW(first->name));
+        if (name->split == LLM__META_COPIED && memcmp(part->data, first->data, (size_t)(part->rows * part->row_bytes)))
+            llm__fail(
+                env, LLM_ERROR_FORMAT,
+                "tensor %.*s has other numbers in consolidated.%02d.pth than in consolidated.00.pth, but each file "
+                "must have a copy of it",
+                LLM__SHOW(first->name), i);
         parts[i] = *part;
     }
     t.name.at = text;
@@ -8395,8 +8408,8 @@ LLM__SMALL_END
    piece, since no merge can cross there. Short words are merged by scanning, long ones with a heap, so the time is O(n
    log n) for any text.
 
-   A vocabulary comes from GGUF, from tokenizer.json (Hugging Face) or from tokenizer.model (SentencePiece). Each
-   reader fills in an llm__vocab_source, from which the tokenizer is built.
+   A vocabulary comes from GGUF, from tokenizer.json (Hugging Face) or from tokenizer.model (SentencePiece, or tiktoken
+   for Llama 3). Each reader fills in an llm__vocab_source, from which the tokenizer is built.
 
    SentencePiece writes a space as U+2581 in its pieces. Here they are stored with plain spaces, and U+2581 in a text
    counts as a space. Text need not be valid UTF-8: each byte that is not part of a well-formed sequence (table 3-7 of
@@ -9942,8 +9955,8 @@ static int llm__bpe_compare_scores(const void *a, const void *b) { /* highest sc
     return (x < y) - (x > y);
 }
 
-/* SentencePiece merges any two neighbours whose concatenation is a piece, the highest score first. So every way to cut
-   a piece into two pieces is a merge; equal scores have the same rank. */
+/* SentencePiece and tiktoken merge any two neighbours whose concatenation is a piece, the highest score first. So every
+   way to cut a piece into two pieces is a merge; equal scores have the same rank. */
 static void llm__bpe_build_scored(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
     llm__bpe_scored *order = (llm__bpe_scored *)llm__alloc(env, v->n_pieces, sizeof *order);
     size_t n = 0;
@@ -9960,7 +9973,10 @@ static void llm__bpe_build_scored(llm__env *env, llm_tokenizer *t, const llm__vo
         if (i && order[i].score != order[i - 1].score) t->n_ranks++;
         llm__str s = llm__vocab_piece(t, order[i].id);
         const uint8_t *p = (const uint8_t *)s.at, *end = p + s.n, *q = p;
-        while (llm__utf8_decode(q, &q), q < end) {
+        for (;;) {
+            if (v->sentencepiece) llm__utf8_decode(q, &q);
+            else q++;
+            if (q >= end) break;
             llm_token left = llm__vocab_find(t, p, (size_t)(q - p)), right = llm__vocab_find(t, q, (size_t)(end - q));
             if (left != LLM__NONE && right != LLM__NONE)
                 llm__bpe_add_pair(env, t, left, right, order[i].id, t->n_ranks);
@@ -10043,7 +10059,8 @@ static void llm__special_build(llm__env *env, llm_tokenizer *t, const llm__vocab
     }
 }
 
-static void llm__vocab_build_ends(llm_tokenizer *t, const llm__vocab_source *v) {
+/* Texts of special tokens that end a text or a turn in whatever model. */
+static bool llm__vocab_text_ends(llm__str s) {
     static const char *const texts[] = {"<|im_end|>",
                                         "<|eot_id|>",
                                         "<|eom_id|>",
@@ -10058,11 +10075,16 @@ static void llm__vocab_build_ends(llm_tokenizer *t, const llm__vocab_source *v) 
                                         "</s>",
                                         "<|EOT|>",
                                         "<\xEF\xBD\x9C\x65nd\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"};
+    bool ends = false;
+    for (size_t k = 0; k < sizeof texts / sizeof *texts; k++) ends = ends || llm__str_is(s, texts[k]);
+    return ends;
+}
+
+static void llm__vocab_build_ends(llm_tokenizer *t, const llm__vocab_source *v) {
     if (v->eos != LLM__NONE) t->flags[v->eos] |= LLM__END;
     for (int i = 0; i < t->raw.n; i++) {
         llm_token id = t->raw.items[i].id;
-        for (size_t k = 0; k < sizeof texts / sizeof *texts; k++)
-            if (llm_token_is_special(t, id) && llm__str_is(v->pieces[id], texts[k])) t->flags[id] |= LLM__END;
+        if (llm_token_is_special(t, id) && llm__vocab_text_ends(v->pieces[id])) t->flags[id] |= LLM__END;
     }
 }
 
@@ -10281,31 +10303,33 @@ static bool llm__pre_add_rule(llm__env *env, llm__vocab_source *v, llm__str rege
     return true;
 }
 
+/* The pre-tokenizers' names in GGUF, the first of each being the usual one, and what they stand for. */
+static const struct {
+    const char *names; /* a comma after each */
+    const char *rules[6];
+    bool nfc, ignore_merges;
+} llm__pre_known[] = {
+    {"gpt-2,phi-2,olmo,jais,mellum,exaone4,", {LLM__RE_GPT2}, false, false},
+    {"mpt,", {LLM__RE_GPT2}, true, false},
+    {"smollm,starcoder,refact,codeshell,exaone,minerva-7b,", {LLM__RE_NUMBERS, LLM__RE_GPT2}, false, false},
+    {"command-r,", {LLM__RE_NUMBERS, LLM__RE_GPT2}, true, false},
+    {"llama-bpe,llama3,llama-v3,falcon3,falcon-h1,pixtral,", {LLM__RE_LLAMA3("\\p{N}{1,3}")}, false, true},
+    {"dbrx,smaug-bpe,", {LLM__RE_LLAMA3("\\p{N}{1,3}")}, false, false},
+    {"qwen2,deepseek-r1-qwen,megrez,stablelm2,", {LLM__RE_LLAMA3("\\p{N}")}, true, false},
+    {"gpt-4o,llama4,", {LLM__RE_CASED(LLM__RE_FOLDED "?", "\\p{N}{1,3}")}, false, false},
+    {"tekken,", {LLM__RE_CASED("", "\\p{N}")}, false, true},
+    {"falcon,", {LLM__RE_PUNCTUATION "+", LLM__RE_GPT2, LLM__RE_THOUSANDS}, false, false},
+    {"deepseek-coder,", {"[\\r\\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", LLM__RE_CJK, LLM__RE_NUMBERS}, false, false}};
+
 /* Sets the rules and the normalisation that a pre-tokenizer's name in GGUF stands for. */
 static void llm__pre_use(llm__env *env, llm__vocab_source *v, llm__str name) {
-    static const struct {
-        const char *names; /* a comma after each */
-        const char *rules[6];
-        bool nfc, ignore_merges;
-    } known[] = {
-        {"gpt-2,phi-2,olmo,jais,mellum,exaone4,", {LLM__RE_GPT2}, false, false},
-        {"mpt,", {LLM__RE_GPT2}, true, false},
-        {"smollm,starcoder,refact,codeshell,exaone,minerva-7b,", {LLM__RE_NUMBERS, LLM__RE_GPT2}, false, false},
-        {"command-r,", {LLM__RE_NUMBERS, LLM__RE_GPT2}, true, false},
-        {"llama-bpe,llama3,llama-v3,falcon3,falcon-h1,pixtral,", {LLM__RE_LLAMA3("\\p{N}{1,3}")}, false, true},
-        {"dbrx,smaug-bpe,", {LLM__RE_LLAMA3("\\p{N}{1,3}")}, false, false},
-        {"qwen2,deepseek-r1-qwen,megrez,stablelm2,", {LLM__RE_LLAMA3("\\p{N}")}, true, false},
-        {"gpt-4o,llama4,", {LLM__RE_CASED(LLM__RE_FOLDED "?", "\\p{N}{1,3}")}, false, false},
-        {"tekken,", {LLM__RE_CASED("", "\\p{N}")}, false, true},
-        {"falcon,", {LLM__RE_PUNCTUATION "+", LLM__RE_GPT2, LLM__RE_THOUSANDS}, false, false},
-        {"deepseek-coder,", {"[\\r\\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", LLM__RE_CJK, LLM__RE_NUMBERS}, false, false}};
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
-        for (const char *p = known[i].names, *comma; (comma = strchr(p, ',')) != NULL; p = comma + 1) {
+    for (size_t i = 0; i < sizeof llm__pre_known / sizeof *llm__pre_known; i++) {
+        for (const char *p = llm__pre_known[i].names, *comma; (comma = strchr(p, ',')) != NULL; p = comma + 1) {
             if (name.n != (size_t)(comma - p) || memcmp(name.at, p, name.n)) continue;
-            v->nfc = known[i].nfc;
-            v->ignore_merges = known[i].ignore_merges;
-            for (int k = 0; k < 6 && known[i].rules[k]; k++) {
-                llm__str regex = {known[i].rules[k], strlen(known[i].rules[k])};
+            v->nfc = llm__pre_known[i].nfc;
+            v->ignore_merges = llm__pre_known[i].ignore_merges;
+            for (int k = 0; k < 6 && llm__pre_known[i].rules[k]; k++) {
+                llm__str regex = {llm__pre_known[i].rules[k], strlen(llm__pre_known[i].rules[k])};
                 llm__pre_add_rule(env, v, regex);
             }
             return;
@@ -10313,6 +10337,29 @@ static void llm__pre_use(llm__env *env, llm__vocab_source *v, llm__str name) {
     }
     llm__fail(env, LLM_ERROR_UNSUPPORTED, "tokenizer.ggml.pre is \"%.*s\", which is not a supported pre-tokenizer",
               LLM__SHOW(name));
+}
+
+static bool llm__pre_rules_equal(const llm__pre_rule *a, const llm__pre_rule *b) {
+    return a->kind == b->kind && a->classes == b->classes && a->least == b->least && a->most == b->most &&
+           a->space == b->space && a->to_end == b->to_end && a->contractions == b->contractions &&
+           a->n_ranges == b->n_ranges &&
+           (!a->n_ranges || !memcmp(a->ranges, b->ranges, 2 * a->n_ranges * sizeof *a->ranges));
+}
+
+/* The name in GGUF of what llm__pre_use sets. */
+static llm__str llm__pre_name(llm__env *env, const llm__vocab_source *v) {
+    for (size_t i = 0; i < sizeof llm__pre_known / sizeof *llm__pre_known; i++) {
+        llm__vocab_source other;
+        const char *names = llm__pre_known[i].names;
+        const llm__str name = {names, (size_t)(strchr(names, ',') - names)};
+        memset(&other, 0, sizeof other);
+        llm__pre_use(env, &other, name);
+        bool same = v->nfc == other.nfc && v->ignore_merges == other.ignore_merges && v->n_rules == other.n_rules;
+        for (int k = 0; same && k < v->n_rules; k++) same = llm__pre_rules_equal(&v->rules[k], &other.rules[k]);
+        if (same) return name;
+    }
+    llm__fail(env, LLM_ERROR_UNSUPPORTED,
+              "the tokenizer splits or normalises texts by rules for which GGUF has no name");
 }
 
 /* ---- Tokenizers in GGUF files ---- */
@@ -10465,6 +10512,16 @@ static llm_token llm__json_id(llm__env *env, const llm__json *v, const char *wha
         llm__fail(env, LLM_ERROR_FORMAT, "%s \"%.*s\" has the id %.*s, not a whole number from 0 to 16777215", what,
                   LLM__SHOW(name), LLM__SHOW(v->string));
     return (llm_token)v->number;
+}
+
+/* A number of up to 8 digits, or LLM__NONE. */
+static llm_token llm__vocab_id_of(llm__str s) {
+    llm_token id = 0;
+    for (size_t i = 0; i < s.n; i++) {
+        if (s.at[i] < '0' || s.at[i] > '9' || i > 7) return LLM__NONE;
+        id = 10 * id + (s.at[i] - '0');
+    }
+    return s.n ? id : LLM__NONE;
 }
 
 /* Makes room for token `id`. Ids may come in any order, but a file cannot claim much more room than it fills. */
@@ -10930,6 +10987,157 @@ static void llm__proto_read(llm__env *env, const llm__file *file, llm__vocab_par
     v->strip_prefix = v->prefix == LLM__PREFIX_STRETCH;
 }
 
+/* ---- tokenizer.model, as tiktoken writes it ----
+   Llama 3's file of that name. Each line has the bytes of a token in base64, a space and the token's rank, which is its
+   id. Any two neighbours whose concatenation is a token merge, the lowest rank first. The rule that splits texts and
+   the 256 special tokens, which follow the others, are those of
+   https://github.com/meta-llama/llama-models/blob/main/models/llama3/tokenizer.py
+   That program also cuts texts after 400,000 characters, which tiktoken cannot take at once; here they stay whole.
+   Other models' files look the same, and have other rules. So the file must lie beside Meta's params.json, and the
+   tokens must be as many as that says. */
+
+enum { LLM__TIK_SPECIAL = 256, LLM__TIK_MOST_BYTES = 256 }; /* special tokens; bytes of a token, Llama 3's have 128 */
+
+/* SentencePiece's files begin with a byte that is no letter, digit or sign of base64. */
+static int llm__tik_digit(uint8_t c) {
+    return c >= 'A' && c <= 'Z'   ? c - 'A'
+           : c >= 'a' && c <= 'z' ? c - 'a' + 26
+           : c >= '0' && c <= '9' ? c - '0' + 52
+           : c == '+'             ? 62
+           : c == '/'             ? 63
+                                  : -1;
+}
+
+static bool llm__tik_is(const llm__file *file) { return file->size && llm__tik_digit(file->data[0]) >= 0; }
+
+/* Decodes base64 with its padding. Returns the number of bytes, at most LLM__TIK_MOST_BYTES, or 0 if it is none. */
+static size_t llm__tik_decode(llm__str s, uint8_t *out) {
+    size_t n = 0, n_pad = 0;
+    while (n_pad < 2 && n_pad < s.n && s.at[s.n - 1 - n_pad] == '=') n_pad++;
+    if (s.n % 4 || s.n / 4 > LLM__TIK_MOST_BYTES / 3 + 1) return 0;
+    for (size_t i = 0; i < s.n; i += 4) {
+        const size_t pad = i + 4 == s.n ? n_pad : 0;
+        uint32_t bits = 0;
+        for (size_t k = 0; k < 4; k++) {
+            const int digit = k < 4 - pad ? llm__tik_digit((uint8_t)s.at[i + k]) : 0;
+            if (digit < 0) return 0;
+            bits = bits << 6 | (uint32_t)digit;
+        }
+        if (n + 3 - pad > LLM__TIK_MOST_BYTES || bits & ((1u << 8 * pad) - 1)) return 0;
+        for (size_t k = 0; k < 3 - pad; k++) out[n++] = (uint8_t)(bits >> (16 - 8 * k));
+    }
+    return n;
+}
+
+/* The next line that is not empty, without its end. False at the end of the file. */
+static bool llm__tik_line(const llm__file *file, size_t *at, llm__str *line) {
+    for (line->n = 0; !line->n && *at < file->size;) {
+        const uint8_t *from = file->data + *at, *end = (const uint8_t *)memchr(from, '\n', (size_t)file->size - *at);
+        line->at = (const char *)from;
+        line->n = end ? (size_t)(end - from) : (size_t)file->size - *at;
+        *at += line->n + (end != NULL);
+        if (line->n && line->at[line->n - 1] == '\r') line->n--;
+    }
+    return line->n > 0;
+}
+
+/* Bytes as byte-level vocabularies write them. `out` has room for 2 * n. */
+static llm__str llm__vocab_map_bytes(const uint8_t *p, size_t n, char *out) {
+    llm__str s = {out, 0};
+    for (size_t i = 0; i < n; i++) {
+        uint32_t code = p[i];
+        if (code <= 32) code += 256;
+        else if (code >= 127 && code <= 160) code += 256 + 33 - 127;
+        else if (code == 173) code = 323;
+        if (code >= 0x80) out[s.n++] = (char)(0xC0 | code >> 6);
+        out[s.n++] = (char)(code < 0x80 ? code : 0x80 | (code & 0x3F));
+    }
+    return s;
+}
+
+/* Reads the tokens and their ranks, which must be those from 0 on. */
+static void llm__tik_read_ranks(llm__env *env, const llm__file *file, llm__vocab_parts *parts) {
+    uint8_t bytes[LLM__TIK_MOST_BYTES];
+    bool byte_seen[256] = {false};
+    llm__str line;
+    size_t n = 0, at = 0;
+    while (llm__tik_line(file, &at, &line)) n++;
+    if (n > 1 << 23) llm__fail(env, LLM_ERROR_UNSUPPORTED, "there are more than %d tokens", 1 << 23);
+    char *text = (char *)llm__alloc(env, (size_t)file->size, 2);
+    llm__vocab_reserve(env, parts, (llm_token)n - 1, n);
+    for (size_t i = at = 0; llm__tik_line(file, &at, &line); i++) {
+        const char *space = (const char *)memchr(line.at, ' ', line.n);
+        llm__str token = {line.at, space ? (size_t)(space - line.at) : line.n}, rank = {"", 0};
+        if (space) {
+            rank.at = space + 1;
+            rank.n = line.n - token.n - 1;
+        }
+        const llm_token id = llm__vocab_id_of(rank);
+        const size_t n_bytes = llm__tik_decode(token, bytes);
+        if (!n_bytes || id == LLM__NONE)
+            llm__fail(env, LLM_ERROR_FORMAT,
+                      "the token number %llu, \"%.*s\", is not up to %d bytes in base64, a space and a rank",
+                      (unsigned long long)i, LLM__SHOW(line), LLM__TIK_MOST_BYTES);
+        if ((size_t)id >= n)
+            llm__fail(env, LLM_ERROR_FORMAT, "a token has the rank %ld, but the %llu tokens must have those from 0 on",
+                      (long)id, (unsigned long long)n);
+        if (parts->types[id]) llm__fail(env, LLM_ERROR_FORMAT, "two tokens have the rank %ld", (long)id);
+        const llm__str piece = llm__vocab_map_bytes(bytes, n_bytes, text);
+        llm__vocab_put(env, parts, id, piece, LLM__TYPE_NORMAL, n);
+        text += piece.n;
+        if (n_bytes == 1) byte_seen[bytes[0]] = true;
+    }
+    for (int i = 0; i < 256; i++)
+        if (!byte_seen[i])
+            llm__fail(env, LLM_ERROR_FORMAT,
+                      "there is no token of the single byte 0x%02X, so some texts have no tokens", i);
+}
+
+/* n_wanted: the size of the vocabulary as params.json has it. */
+static void llm__tik_read(llm__env *env, const llm__file *file, size_t n_wanted, llm__vocab_parts *parts,
+                          llm__vocab_source *v) {
+    static const char *const names[] = {"<|begin_of_text|>",
+                                        "<|end_of_text|>",
+                                        "<|reserved_special_token_0|>",
+                                        "<|reserved_special_token_1|>",
+                                        "<|finetune_right_pad_id|>",
+                                        "<|step_id|>",
+                                        "<|start_header_id|>",
+                                        "<|end_header_id|>",
+                                        "<|eom_id|>",
+                                        "<|eot_id|>",
+                                        "<|python_tag|>",
+                                        "<|image|>"};
+    enum { N_NAMES = sizeof names / sizeof *names };
+    const llm__str rule = {"llama3", 6};
+    llm__tik_read_ranks(env, file, parts);
+    const size_t n = parts->n;
+    if (n + LLM__TIK_SPECIAL != n_wanted)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "there are %llu tokens, with Llama 3's %d special ones %llu, but vocab_size in params.json is %llu: "
+                  "this is another model's tokenizer",
+                  (unsigned long long)n, LLM__TIK_SPECIAL, (unsigned long long)n + LLM__TIK_SPECIAL,
+                  (unsigned long long)n_wanted);
+    for (int i = 0; i < LLM__TIK_SPECIAL; i++) {
+        char name[40];
+        if (i < N_NAMES) snprintf(name, sizeof name, "%s", names[i]);
+        else snprintf(name, sizeof name, "<|reserved_special_token_%d|>", i - N_NAMES + 2);
+        const llm__str text = {llm__str_copy(env, name, strlen(name)), strlen(name)};
+        llm__vocab_put(env, parts, (llm_token)n + i, text, LLM__TYPE_CONTROL, n + LLM__TIK_SPECIAL);
+    }
+    float *scores = (float *)llm__alloc(env, parts->n, sizeof *scores);
+    for (size_t i = 0; i < parts->n; i++) scores[i] = -(float)i;
+    v->pieces_name = "tokens";
+    v->scores_name = "ranks";
+    v->types_name = "types";
+    v->merges_name = "merges";
+    v->scores = scores;
+    v->ignore_merges = v->add_bos = true;
+    v->bos = (llm_token)n;
+    v->eos = (llm_token)n + 1;
+    llm__pre_use(env, v, rule);
+}
+
 /* ---- Directories as published on Hugging Face ----
    The vocabulary is in tokenizer.json or tokenizer.model. The files beside it name the tokens that begin and end a
    text. */
@@ -10938,6 +11146,19 @@ static void llm__proto_read(llm__env *env, const llm__file *file, llm__vocab_par
 static const llm__json *llm__hf_find_json(llm__env *env, const char *directory, const char *name) {
     env->file = llm__path_join(env, directory, name);
     return llm__path_find(env->file) == LLM__REGULAR ? llm__hf_open_json(env, directory, name) : NULL;
+}
+
+/* vocab_size in Meta's params.json. */
+static size_t llm__meta_vocab_size(llm__env *env, const char *directory) {
+    const char *path = env->file;
+    const llm__json *params = llm__hf_find_json(env, directory, "params.json");
+    const int n = params ? llm__json_get_int(env, params, "vocab_size", -1, 1, 1 << 24) : 0;
+    env->file = path;
+    if (!params)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "this is a list of tokens and ranks, which does not say how texts are split; it is read as Llama 3's "
+                  "beside Meta's params.json only");
+    return (size_t)n;
 }
 
 /* A token's text, given as a string or as the "content" of an object; empty if there is none. */
@@ -11033,13 +11254,8 @@ static llm__str llm__hf_chat_template(llm__env *env, const llm__json *config) {
 }
 
 static llm_token llm__hf_added_token_id(llm__env *env, llm__str key) {
-    llm_token id = 0;
-    for (size_t i = 0; i < key.n; i++) {
-        char digit = key.at[i];
-        if (digit < '0' || digit > '9' || i > 7)
-            llm__fail(env, LLM_ERROR_FORMAT, "added_tokens_decoder has the id \"%.*s\"", LLM__SHOW(key));
-        id = 10 * id + (digit - '0');
-    }
+    llm_token id = llm__vocab_id_of(key);
+    if (id == LLM__NONE) llm__fail(env, LLM_ERROR_FORMAT, "added_tokens_decoder has the id \"%.*s\"", LLM__SHOW(key));
     return id;
 }
 
@@ -11140,29 +11356,36 @@ static void llm__vocab_finish(llm__env *env, llm__vocab_parts *parts, llm__vocab
     }
 }
 
-/* Reads path, which is a tokenizer.json or tokenizer.model, and the files beside it. */
+/* Reads path, which is a tokenizer.json or tokenizer.model, and the files beside it. What *v points to is in the pool;
+   later messages name the path. */
+static void llm__vocab_read_file(llm__env *env, const char *directory, const char *path, llm__vocab_parts *parts,
+                                 llm__vocab_source *v) {
+    memset(v, 0, sizeof *v);
+    memset(parts, 0, sizeof *parts);
+    v->bos = v->eos = v->unk = LLM__NONE;
+    env->file = path;
+    const llm__file *file = llm__file_open(env, path);
+    size_t n = strlen(path);
+    if (n > 6 && !strcmp(path + n - 6, ".model")) {
+        if (llm__tik_is(file)) llm__tik_read(env, file, llm__meta_vocab_size(env, directory), parts, v);
+        else llm__proto_read(env, file, parts, v);
+    } else {
+        const llm__json *root = llm__json_parse(env, file->data, (size_t)file->size);
+        llm__hftok_read(env, root, parts, v);
+    }
+    v->n_pieces = parts->n;
+    llm__hf_read_configs(env, directory, parts, v);
+    llm__vocab_finish(env, parts, v);
+    env->file = path;
+}
+
 static llm_tokenizer *llm__tokenizer_from_file(llm__env *env, const char *directory, const char *path) {
     llm__pool *outer = env->pool, *inner = llm__pool_inner(env);
     const char *file_before = env->file;
     llm__vocab_source v;
     llm__vocab_parts parts;
-    memset(&v, 0, sizeof v);
-    memset(&parts, 0, sizeof parts);
-    v.bos = v.eos = v.unk = LLM__NONE;
     env->pool = inner;
-    env->file = path;
-    const llm__file *file = llm__file_open(env, path);
-    size_t n = strlen(path);
-    if (n > 6 && !strcmp(path + n - 6, ".model")) {
-        llm__proto_read(env, file, &parts, &v);
-    } else {
-        const llm__json *root = llm__json_parse(env, file->data, (size_t)file->size);
-        llm__hftok_read(env, root, &parts, &v);
-    }
-    v.n_pieces = parts.n;
-    llm__hf_read_configs(env, directory, &parts, &v);
-    llm__vocab_finish(env, &parts, &v);
-    env->file = path;
+    llm__vocab_read_file(env, directory, path, &parts, &v);
     env->pool = outer;
     llm_tokenizer *t = llm__tokenizer_build(env, &v);
     env->file = file_before;
@@ -11170,13 +11393,18 @@ static llm_tokenizer *llm__tokenizer_from_file(llm__env *env, const char *direct
     return t;
 }
 
-static llm_tokenizer *llm__tokenizer_from_directory(llm__env *env, const char *directory) {
+/* The file of a directory that has the vocabulary. */
+static const char *llm__vocab_find_file(llm__env *env, const char *directory) {
     const char *json = llm__path_join(env, directory, "tokenizer.json"),
                *model = llm__path_join(env, directory, "tokenizer.model");
     const char *path = llm__path_find(json) == LLM__REGULAR ? json : model;
     if (llm__path_find(path) != LLM__REGULAR)
         llm__fail(env, LLM_ERROR_IO, "there is neither tokenizer.json nor tokenizer.model in this directory");
-    return llm__tokenizer_from_file(env, directory, path);
+    return path;
+}
+
+static llm_tokenizer *llm__tokenizer_from_directory(llm__env *env, const char *directory) {
+    return llm__tokenizer_from_file(env, directory, llm__vocab_find_file(env, directory));
 }
 
 /* ---- Tokenizers alone ---- */
@@ -16776,6 +17004,23 @@ static void llm__quantize_tensors(llm__env *env, const llm__quantize_args *a) {
     llm__out_close(env, out);
 }
 
+/* Only weights that nothing has quantized are taken. */
+static void llm__quantize_check_weights(llm__env *env, const llm__checkpoint *ck) {
+    for (size_t i = 0; i < ck->n_tensors; i++) {
+        const llm__tensor *t = &ck->tensors[i];
+        if (t->type->type != LLM__F32 && t->type->type != LLM__F16 && t->type->type != LLM__BF16)
+            llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s is of type %s; only F32, F16 and BF16 can be quantized",
+                      LLM__SHOW(t->name), t->type->name);
+    }
+    if (llm__json_get(ck->config, "quantization_config") || llm__json_get(ck->config, "compression_config"))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the weights are quantized already");
+}
+
+static void llm__meta_refuse(llm__env *env) {
+    llm__fail(env, LLM_ERROR_UNSUPPORTED,
+              "this directory is as Meta publishes them; only Hugging Face's can be converted");
+}
+
 static void llm__quantize_body(llm__env *env, void *arg) {
     static const char *const copied[] = {"tokenizer.json",
                                          "tokenizer.model",
@@ -16789,21 +17034,15 @@ static void llm__quantize_body(llm__env *env, void *arg) {
     llm__quantize_args *a = (llm__quantize_args *)arg;
     if (llm__path_find(a->from) != LLM__DIRECTORY)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is not a directory as Hugging Face publishes them");
-    if (llm__meta_is(env, a->from))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "this directory is as Meta publishes them; only Hugging Face's can be converted");
+    if (llm__meta_is(env, a->from)) llm__meta_refuse(env);
     a->ck = llm__hf_open(env, a->from);
+    llm__quantize_check_weights(env, a->ck);
     for (size_t i = 0; i < a->ck->n_tensors; i++) {
         const llm__tensor *t = &a->ck->tensors[i];
-        if (t->type->type != LLM__F32 && t->type->type != LLM__F16 && t->type->type != LLM__BF16)
-            llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s is of type %s; only F32, F16 and BF16 can be quantized",
-                      LLM__SHOW(t->name), t->type->name);
         if (a->prune && llm__quantize_chooses(t) && t->cols % 4)
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s has %llu columns, which is no multiple of 4",
                       LLM__SHOW(t->name), (unsigned long long)t->cols);
     }
-    if (llm__json_get(a->ck->config, "quantization_config") || llm__json_get(a->ck->config, "compression_config"))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the weights are quantized already");
     llm__path_create_directory(env, a->to);
     llm__quantize_config(env, a);
     for (size_t i = 0; i < sizeof copied / sizeof *copied; i++) llm__quantize_copy(env, a, copied[i]);
@@ -16821,6 +17060,369 @@ static llm_status llm__quantize_run(llm__quantize_args args, const llm_host *hos
     status = llm__env_run(&env, llm__quantize_body, &args);
     llm__pool_free(&pool);
     return llm__error_done(err, status);
+}
+
+/* ---- A Hugging Face directory as GGUF ----
+   The keys, names and orders of rows that llama.cpp's convert_hf_to_gguf.py gives a model. What GGUF cannot say is
+   refused. For the tokenizer this is tested: the one that the keys stand for must do what the directory's does. */
+
+typedef struct llm__as_gguf {
+    llm__env *env;
+    llm__checkpoint *ck; /* in the format GGUF */
+    const char *architecture;
+} llm__as_gguf;
+
+/* Adds a value. A key that begins with a dot gets the architecture in front. The data are not copied. */
+static void llm__as_gguf_put(llm__as_gguf *m, const char *key, uint32_t type, bool is_array, size_t count,
+                             const void *data) {
+    enum { ROOM = 64 }; /* values; fewer are made */
+    const char *prefix = key[0] == '.' ? m->architecture : "";
+    const size_t n = strlen(prefix) + strlen(key);
+    char *name = (char *)llm__alloc(m->env, n + 1, 1);
+    snprintf(name, n + 1, "%s%s", prefix, key);
+    if (!m->ck->values) m->ck->values = (llm__gguf_value *)llm__alloc_zero(m->env, ROOM, sizeof *m->ck->values);
+    llm__gguf_value *v = &m->ck->values[m->ck->n_values++];
+    v->key.at = name;
+    v->key.n = n;
+    v->type = type;
+    v->is_array = is_array;
+    v->count = count;
+    v->data = (const uint8_t *)data;
+}
+
+static void llm__as_gguf_put_int(llm__as_gguf *m, const char *key, int x) {
+    uint32_t u = (uint32_t)x;
+    llm__as_gguf_put(m, key, LLM__GGUF_U32, false, 1, memcpy(llm__alloc(m->env, sizeof u, 1), &u, sizeof u));
+}
+
+static void llm__as_gguf_put_number(llm__as_gguf *m, const char *key, double x) {
+    float f = (float)x;
+    llm__as_gguf_put(m, key, LLM__GGUF_F32, false, 1, memcpy(llm__alloc(m->env, sizeof f, 1), &f, sizeof f));
+}
+
+static void llm__as_gguf_put_bool(llm__as_gguf *m, const char *key, bool x) {
+    llm__as_gguf_put(m, key, LLM__GGUF_BOOL, false, 1, x ? "\1" : "\0");
+}
+
+/* Texts of which each may have a second part, after a space. */
+static void llm__as_gguf_put_texts(llm__as_gguf *m, const char *key, bool is_array, size_t n, const llm__str *texts,
+                                   const llm__bpe_merge_text *pairs) {
+    size_t size = 1;
+    for (size_t i = 0; i < n; i++) size += 8 + (pairs ? pairs[i].left.n + 1 + pairs[i].right.n : texts[i].n);
+    uint8_t *data = (uint8_t *)llm__alloc(m->env, size, 1), *to = data;
+    for (size_t i = 0; i < n; i++) {
+        const llm__str first = pairs ? pairs[i].left : texts[i];
+        const uint64_t length = first.n + (pairs ? 1 + pairs[i].right.n : 0);
+        memcpy(to, &length, 8);
+        if (first.n) memcpy(to + 8, first.at, first.n);
+        if (pairs) {
+            to[8 + first.n] = ' ';
+            memcpy(to + 8 + first.n + 1, pairs[i].right.at, pairs[i].right.n);
+        }
+        to += 8 + length;
+    }
+    llm__as_gguf_put(m, key, LLM__GGUF_STRING, is_array, n, data);
+}
+
+static void llm__as_gguf_put_text(llm__as_gguf *m, const char *key, const char *text, size_t n) {
+    const llm__str s = {text, n};
+    llm__as_gguf_put_texts(m, key, false, 1, &s, NULL);
+}
+
+static void llm__as_gguf_put_rope(llm__as_gguf *m, const llm__hparams *h) {
+    const llm__hparams_rope *r = &h->rope;
+    llm__as_gguf_put_number(m, ".rope.freq_base", r->base);
+    if (r->kind != LLM__ROPE_LINEAR && r->kind != LLM__ROPE_YARN) return; /* llama3: see llm__as_gguf_rope_freqs */
+    const char *type = r->kind == LLM__ROPE_YARN ? "yarn" : "linear";
+    llm__as_gguf_put_text(m, ".rope.scaling.type", type, strlen(type));
+    llm__as_gguf_put_number(m, ".rope.scaling.factor", r->factor);
+    if (r->kind == LLM__ROPE_LINEAR) return;
+    if (!r->whole_pairs || (r->scale == 0 && (r->growth != 1 || r->growth_below != 0)))
+        llm__fail(m->env, LLM_ERROR_UNSUPPORTED,
+                  "the model scales RoPE by yarn with truncate, mscale or mscale_all_dim, which GGUF cannot say");
+    llm__as_gguf_put_int(m, ".rope.scaling.original_context_length", (int)r->n_original);
+    llm__as_gguf_put_number(m, ".rope.scaling.yarn_beta_slow", r->few_turns);
+    llm__as_gguf_put_number(m, ".rope.scaling.yarn_beta_fast", r->many_turns);
+    if (r->scale != 0) llm__as_gguf_put_number(m, ".rope.scaling.yarn_attn_factor", r->scale);
+}
+
+static void llm__as_gguf_hparams(llm__as_gguf *m, const llm__hparams *h, const char *directory) {
+    const bool llama = !strcmp(m->architecture, "llama");
+    llm__str name = {llm__path_name(directory), 0};
+    name.n = strlen(name.at);
+    if (h->name.n) name = h->name;
+    if (!name.n) name = h->architecture;
+    llm__as_gguf_put_text(m, "general.architecture", m->architecture, strlen(m->architecture));
+    llm__as_gguf_put_text(m, "general.type", "model", 5);
+    llm__as_gguf_put_text(m, "general.name", name.at, name.n);
+    llm__as_gguf_put_int(m, ".block_count", h->n_layers);
+    llm__as_gguf_put_int(m, ".context_length", h->n_ctx_train);
+    llm__as_gguf_put_int(m, ".embedding_length", h->n_embd);
+    llm__as_gguf_put_int(m, ".feed_forward_length", h->n_ff);
+    llm__as_gguf_put_int(m, ".attention.head_count", h->n_heads);
+    llm__as_gguf_put_int(m, ".attention.head_count_kv", h->n_kv_heads);
+    llm__as_gguf_put_int(m, ".attention.key_length", h->head_dim);
+    llm__as_gguf_put_int(m, ".attention.value_length", h->head_dim);
+    llm__as_gguf_put_number(m, ".attention.layer_norm_rms_epsilon", (double)h->rms_eps);
+    if (h->window) llm__as_gguf_put_int(m, ".attention.sliding_window", h->window);
+    llm__as_gguf_put_int(m, ".vocab_size", h->n_vocab);
+    if (llama) llm__as_gguf_put_int(m, ".rope.dimension_count", h->rope_dim);
+    llm__as_gguf_put_rope(m, h);
+}
+
+/* The scores of SentencePiece's pieces. tokenizer.json has merges instead; then tokenizer.model must lie beside it. */
+static const float *llm__as_gguf_scores(llm__as_gguf *m, const llm__vocab_source *v, const char *directory) {
+    llm__env *env = m->env;
+    llm__vocab_source other;
+    llm__vocab_parts parts;
+    const float *from = v->scores;
+    size_t n = v->n_pieces;
+    if (!from) {
+        const char *path = env->file, *model = llm__path_join(env, directory, "tokenizer.model");
+        if (llm__path_find(model) != LLM__REGULAR)
+            llm__fail(
+                env, LLM_ERROR_UNSUPPORTED,
+                "GGUF needs the scores of these pieces, which tokenizer.model has; there is none in the directory");
+        memset(&other, 0, sizeof other);
+        memset(&parts, 0, sizeof parts);
+        env->file = model;
+        llm__proto_read(env, llm__file_open(env, model), &parts, &other);
+        env->file = path;
+        from = other.scores;
+        n = parts.n;
+        for (size_t i = 0; i < n; i++)
+            if (i >= v->n_pieces || !llm__str_equal(v->pieces[i], parts.pieces[i]))
+                llm__fail(env, LLM_ERROR_UNSUPPORTED, "piece %llu of tokenizer.model is another one than in this file",
+                          (unsigned long long)i);
+    }
+    float *scores = (float *)llm__alloc(env, v->n_pieces, sizeof *scores);
+    for (size_t i = 0; i < v->n_pieces; i++)
+        scores[i] = i < n && (v->types[i] == LLM__TYPE_NORMAL || v->types[i] == LLM__TYPE_BYTE) ? from[i] : -1000;
+    return scores;
+}
+
+/* Fills *v up to one piece for each row of the embedding. The new ones are named as llama.cpp does. */
+static void llm__as_gguf_pad(llm__env *env, llm__vocab_source *v, size_t n) {
+    llm__str *pieces = (llm__str *)llm__alloc(env, n, sizeof *pieces);
+    int32_t *types = (int32_t *)llm__alloc(env, n, sizeof *types);
+    for (size_t i = 0; i < n; i++) {
+        char name[32];
+        types[i] = i < v->n_pieces ? v->types[i] : LLM__TYPE_UNUSED;
+        if (i < v->n_pieces) pieces[i] = v->pieces[i];
+        if (types[i] != LLM__TYPE_UNUSED || (i < v->n_pieces && pieces[i].n)) continue;
+        pieces[i].n = (size_t)snprintf(name, sizeof name, "[PAD%llu]", (unsigned long long)i);
+        pieces[i].at = llm__str_copy(env, name, pieces[i].n);
+    }
+    v->pieces = pieces;
+    v->types = types;
+}
+
+static void llm__as_gguf_put_token(llm__as_gguf *m, const char *key, llm_token id) {
+    if (id != LLM__NONE) llm__as_gguf_put_int(m, key, id);
+}
+
+/* The tokens that end a text or a turn, besides EOS and those whose text says it. GGUF has a place for two. */
+static void llm__as_gguf_put_ends(llm__as_gguf *m, const llm__vocab_source *v) {
+    static const char *const keys[] = {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
+    int n = 0;
+    for (size_t i = 0; i < v->n_pieces && n < 2; i++)
+        if ((v->traits[i] & LLM__END) && (llm_token)i != v->eos && !llm__vocab_text_ends(v->pieces[i]))
+            llm__as_gguf_put_token(m, keys[n++], (llm_token)i);
+}
+
+static void llm__as_gguf_vocab(llm__as_gguf *m, const char *directory, size_t n_vocab) {
+    llm__env *env = m->env;
+    llm__vocab_source v;
+    llm__vocab_parts parts;
+    const char *path = env->file;
+    llm__vocab_read_file(env, directory, llm__vocab_find_file(env, directory), &parts, &v);
+    if (v.n_pieces > n_vocab)
+        llm__fail(env, LLM_ERROR_FORMAT, "the vocabulary has %llu tokens, but the embedding only %llu rows",
+                  (unsigned long long)v.n_pieces, (unsigned long long)n_vocab);
+    llm__as_gguf_put_text(m, "tokenizer.ggml.model", v.sentencepiece ? "llama" : "gpt2", v.sentencepiece ? 5 : 4);
+    const llm__str pre = {"default", 7}, known = v.sentencepiece ? pre : llm__pre_name(env, &v);
+    llm__as_gguf_put_text(m, "tokenizer.ggml.pre", known.at, known.n);
+    const float *scores = v.sentencepiece ? llm__as_gguf_scores(m, &v, directory) : NULL;
+    float *all = scores ? (float *)llm__alloc(env, n_vocab, sizeof *all) : NULL;
+    for (size_t i = 0; all && i < n_vocab; i++) all[i] = i < v.n_pieces ? scores[i] : -10000;
+    llm__as_gguf_pad(env, &v, n_vocab);
+    llm__as_gguf_put_texts(m, "tokenizer.ggml.tokens", true, n_vocab, v.pieces, NULL);
+    if (all) llm__as_gguf_put(m, "tokenizer.ggml.scores", LLM__GGUF_F32, true, n_vocab, all);
+    llm__as_gguf_put(m, "tokenizer.ggml.token_type", LLM__GGUF_I32, true, n_vocab, v.types);
+    if (!all) llm__as_gguf_put_texts(m, "tokenizer.ggml.merges", true, v.n_merges, NULL, v.merges);
+    llm__as_gguf_put_token(m, "tokenizer.ggml.bos_token_id", v.bos);
+    llm__as_gguf_put_token(m, "tokenizer.ggml.eos_token_id", v.eos);
+    const llm__json *config = llm__hf_find_json(env, directory, "tokenizer_config.json");
+    if (config && v.unk == LLM__NONE) v.unk = llm__hf_named_token(env, config, "unk_token", &parts);
+    llm__as_gguf_put_token(m, "tokenizer.ggml.unknown_token_id", v.unk);
+    const llm_token pad = config ? llm__hf_named_token(env, config, "pad_token", &parts) : LLM__NONE;
+    llm__as_gguf_put_token(m, "tokenizer.ggml.padding_token_id", pad);
+    llm__as_gguf_put_ends(m, &v);
+    if (all) llm__as_gguf_put_bool(m, "tokenizer.ggml.add_space_prefix", v.prefix != LLM__NO_PREFIX);
+    llm__as_gguf_put_bool(m, "tokenizer.ggml.add_bos_token", v.add_bos);
+    llm__as_gguf_put_bool(m, "tokenizer.ggml.add_eos_token", v.add_eos);
+    if (v.chat_template.n) llm__as_gguf_put_text(m, "tokenizer.chat_template", v.chat_template.at, v.chat_template.n);
+    env->file = path;
+}
+
+typedef struct llm__as_gguf_rank {
+    uint32_t ranks[2];
+} llm__as_gguf_rank;
+
+static int llm__as_gguf_compare_ranks(const void *a, const void *b) {
+    const llm__as_gguf_rank *x = (const llm__as_gguf_rank *)a, *y = (const llm__as_gguf_rank *)b;
+    if (x->ranks[0] != y->ranks[0]) return x->ranks[0] < y->ranks[0] ? -1 : 1;
+    return (x->ranks[1] > y->ranks[1]) - (x->ranks[1] < y->ranks[1]);
+}
+
+/* Do both merge the same pairs in the same order? */
+static bool llm__as_gguf_merges_equal(llm__env *env, const llm_tokenizer *a, const llm_tokenizer *b) {
+    llm__as_gguf_rank *list = (llm__as_gguf_rank *)llm__alloc(env, a->n_pairs + 1, sizeof *list);
+    size_t n = 0;
+    if (a->n_pairs != b->n_pairs) return false;
+    for (size_t i = 0; i <= a->pair_mask; i++) {
+        const llm__bpe_pair_slot *p = &a->pairs[i];
+        if (p->left == LLM__NONE) continue;
+        const llm__bpe_merge_to other = llm__bpe_find_pair(b, p->left, p->right);
+        if (other.rank == LLM__NO_RANK || other.merged != p->merged) return false;
+        list[n].ranks[0] = p->rank;
+        list[n++].ranks[1] = other.rank;
+    }
+    qsort(list, n, sizeof *list, llm__as_gguf_compare_ranks);
+    for (size_t i = 1; i < n; i++)
+        if (list[i].ranks[1] < list[i - 1].ranks[1]) return false;
+    llm__free(env->pool, list);
+    return true;
+}
+
+static bool llm__as_gguf_specials_equal(const llm__special_set *a, const llm__special_set *b) {
+    bool same = a->n == b->n;
+    for (int i = 0; same && i < a->n; i++)
+        same = a->items[i].id == b->items[i].id && llm__str_equal(a->items[i].text, b->items[i].text);
+    return same;
+}
+
+/* What GGUF would change in a tokenizer a, if b is what it makes of it; NULL: nothing. */
+static const char *llm__as_gguf_difference(llm__env *env, const llm_tokenizer *a, const llm_tokenizer *b) {
+    bool all_bytes = true, rules = true;
+    for (int i = 0; i < 256; i++) all_bytes = all_bytes && a->byte_tokens[i] != LLM__NONE;
+    for (int i = 0; i < LLM__MAX_RULES; i++) rules = rules && llm__pre_rules_equal(&a->rules[i], &b->rules[i]);
+    if (a->bos != b->bos || a->eos != b->eos || a->add_bos != b->add_bos || a->add_eos != b->add_eos)
+        return "the tokens that begin and end a text";
+    if (a->prefix != b->prefix || a->strip_prefix != b->strip_prefix) return "where spaces are put in front of a text";
+    if (!rules || a->ignore_merges != b->ignore_merges || !a->nfc != !b->nfc) return "how texts are split";
+    if (!all_bytes && (a->unk != b->unk || (a->unk != LLM__NONE && a->fuse_unk != b->fuse_unk)))
+        return "what becomes of unknown characters";
+    if (!llm__as_gguf_merges_equal(env, a, b)) return "which pieces are merged";
+    if (!llm__as_gguf_specials_equal(&a->raw, &b->raw) || !llm__as_gguf_specials_equal(&a->normalized, &b->normalized))
+        return "how special tokens are recognised";
+    return NULL;
+}
+
+/* Is the text of a token, as a text without special tokens, that token? */
+static bool llm__as_gguf_is_word(llm__env *env, const llm_tokenizer *t, llm_token id) {
+    const llm__str s = llm__vocab_piece(t, id);
+    llm_token one = LLM__NONE;
+    llm_error err;
+    const int64_t n = llm_encode(t, s.at, s.n, 0, &one, 1, &err);
+    if (n < 0) llm__fail(env, err.code, "%s", err.message);
+    return n == 1 && one == id;
+}
+
+/* A token that is not the same in both; LLM__NONE: there is none. A special token that is also in the model's own
+   vocabulary is no difference if merges do not make it (llm__as_gguf_merges_equal) and no word is it as a whole. */
+static llm_token llm__as_gguf_find_other(llm__env *env, const llm_tokenizer *a, const llm_tokenizer *b) {
+    for (llm_token id = 0; id < a->n_vocab; id++) {
+        const llm__str x = llm__vocab_piece(a, id), y = llm__vocab_piece(b, id);
+        if ((a->flags[id] ^ b->flags[id]) & ~LLM__IN_MODEL) return id;
+        if (llm__vocab_type_of(a, id) != LLM__TYPE_UNUSED && !llm__str_equal(x, y)) return id;
+        if ((a->flags[id] & LLM__IN_MODEL) && a->ignore_merges && llm__as_gguf_is_word(env, a, id)) return id;
+    }
+    return LLM__NONE;
+}
+
+static void llm__as_gguf_check_tokenizer(llm__as_gguf *m, const char *directory) {
+    llm__env *env = m->env;
+    const llm_tokenizer *a = llm__tokenizer_from_directory(env, directory), *b = llm__tokenizer_from_gguf(env, m->ck);
+    const char *what = llm__as_gguf_difference(env, a, b);
+    if (what) llm__fail(env, LLM_ERROR_UNSUPPORTED, "GGUF cannot say exactly what this tokenizer does: %s", what);
+    const llm_token id = llm__as_gguf_find_other(env, a, b);
+    if (id != LLM__NONE)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "GGUF cannot say exactly what this tokenizer does: with token %ld, \"%.*s\"", (long)id,
+                  LLM__SHOW(llm__vocab_piece(a, id)));
+}
+
+/* The name of a tensor in GGUF; empty if it has none. */
+static llm__str llm__as_gguf_name(llm__env *env, llm__str name) {
+    static const char layers[] = "model.layers.";
+    const size_t n_prefix = sizeof layers - 1,
+                 n_kinds = sizeof llm__model_tensor_names / sizeof *llm__model_tensor_names;
+    const bool in_layer = name.n > n_prefix && !memcmp(name.at, layers, n_prefix);
+    llm__str rest = name, made = {"", 0};
+    if (in_layer) {
+        const char *dot = (const char *)memchr(name.at + n_prefix, '.', name.n - n_prefix);
+        if (!dot) return made;
+        rest.at = dot + 1;
+        rest.n = name.n - (size_t)(rest.at - name.at);
+    }
+    for (size_t k = 0; k < n_kinds; k++)
+        for (int i = 0; i < 3; i++) {
+            const char *const *both[2] = {llm__model_tensor_names[k][0], llm__model_tensor_names[k][1]};
+            if (!both[1][i] || !llm__str_is(rest, both[1][i])) continue;
+            const size_t n = strlen(both[0][i]) + name.n;
+            char *text = (char *)llm__alloc(env, n, 1);
+            if (in_layer)
+                made.n = (size_t)snprintf(text, n, "blk.%.*s%s", (int)(rest.at - name.at - (ptrdiff_t)n_prefix),
+                                          name.at + n_prefix, both[0][i]);
+            else made.n = (size_t)snprintf(text, n, "%s", both[0][i]);
+            made.at = text;
+        }
+    return made;
+}
+
+/* llama3's scaling as a tensor of divisors of the frequencies. */
+static void llm__as_gguf_rope_freqs(llm__as_gguf *m, const llm__hparams *h) {
+    const int half = h->rope_dim / 2;
+    float *divisors = (float *)llm__alloc(m->env, (size_t)half, sizeof *divisors);
+    llm__hparams plain = *h;
+    llm__tensor t;
+    memset(&t, 0, sizeof t);
+    plain.rope.kind = LLM__ROPE_PLAIN;
+    for (int i = 0; i < half; i++) divisors[i] = (float)(llm__rope_frequency(&plain, i) / llm__rope_frequency(h, i));
+    t.name.at = "rope_freqs.weight";
+    t.name.n = strlen(t.name.at);
+    t.type = llm__file_type_find(LLM__F32);
+    t.rows = 1;
+    t.cols = (uint64_t)half;
+    t.row_bytes = t.cols * sizeof *divisors;
+    t.data = (const uint8_t *)divisors;
+    llm__tensor_add(m->env, m->ck, &t);
+}
+
+static void llm__as_gguf_tensors(llm__as_gguf *m, const llm__checkpoint *ck, const llm__hparams *h) {
+    for (size_t i = 0; i < ck->n_tensors; i++) {
+        llm__tensor t = ck->tensors[i];
+        t.name = llm__as_gguf_name(m->env, t.name);
+        if (t.name.n && !(h->tied_head && llm__str_is(t.name, "output.weight"))) llm__tensor_add(m->env, m->ck, &t);
+    }
+    if (h->rope.kind == LLM__ROPE_LLAMA3) llm__as_gguf_rope_freqs(m, h);
+    llm__tensor_sort_names(m->env, m->ck);
+}
+
+/* The directory's checkpoint in the format GGUF. Q's and K's rows are as in the directory, still. */
+static llm__checkpoint *llm__as_gguf_from_directory(llm__env *env, const llm__checkpoint *ck, llm__hparams *h) {
+    const llm__hparams_architecture *a = llm__config_architecture(env, ck->config, h->architecture);
+    llm__as_gguf m = {env, (llm__checkpoint *)llm__alloc_zero(env, 1, sizeof *m.ck), a->gguf ? a->gguf : "llama"};
+    m.ck->format = LLM__GGUF;
+    h->architecture.at = m.architecture;
+    h->architecture.n = strlen(m.architecture);
+    h->interleaved_rope = a->interleaved_rope;
+    llm__as_gguf_hparams(&m, h, ck->directory);
+    llm__as_gguf_vocab(&m, ck->directory, (size_t)h->n_vocab);
+    llm__as_gguf_check_tokenizer(&m, ck->directory);
+    llm__as_gguf_tensors(&m, ck, h);
+    return m.ck;
 }
 
 /* ---- Writing GGUF files ---- */
@@ -16858,6 +17460,7 @@ typedef struct llm__gguf_out_tensor {
     const llm__tensor *from;
     const llm__file_type_info *type;
     int layer; /* -1 if it is in no layer */
+    int head;  /* rows of a head whose order changes: i and i + head / 2 become neighbours; 0: the order stays */
     uint64_t bytes;
 } llm__gguf_out_tensor;
 
@@ -16865,6 +17468,7 @@ typedef struct llm__gguf_out {
     const llm__gguf_recipe *recipe;
     const llm__checkpoint *ck;
     const llm__hparams *h;
+    bool from_directory;
     llm__gguf_out_tensor *tensors;
     size_t n_tensors;
     uint64_t alignment, file_bytes;
@@ -17007,7 +17611,11 @@ static void llm__gguf_plan_tensors(llm__env *env, llm__gguf_out *g) {
     qsort(g->tensors, g->n_tensors, sizeof *g->tensors, llm__gguf_compare_tensors);
     for (size_t i = 0; i < g->n_tensors; i++) {
         llm__gguf_out_tensor *t = &g->tensors[i];
-        t->type = t->from->rows > 1 ? llm__gguf_matrix_type(g, t) : t->from->type;
+        const bool rotated =
+            llm__str_ends(t->from->name, ".attn_q.weight") || llm__str_ends(t->from->name, ".attn_k.weight");
+        t->head = g->from_directory && g->h->interleaved_rope && rotated ? g->h->head_dim : 0;
+        const llm__file_type_info *vector = g->from_directory ? llm__file_type_find(LLM__F32) : t->from->type;
+        t->type = t->from->rows > 1 ? llm__gguf_matrix_type(g, t) : vector;
         uint64_t row_bytes =
             llm__tensor_mul(env, t->from->name, t->from->cols / t->type->block_weights, t->type->block_bytes);
         t->bytes = llm__tensor_mul(env, t->from->name, t->from->rows, row_bytes);
@@ -17018,9 +17626,10 @@ static void llm__gguf_plan_tensors(llm__env *env, llm__gguf_out *g) {
 typedef struct llm__gguf_rows {
     llm__team *team;
     const llm__gguf_out_tensor *tensor;
-    const uint8_t *from;
+    const uint8_t *from; /* the n rows; if their order changes, the first of the tensor */
     uint8_t *to;
     float *scratch; /* [team->n][cols] */
+    uint64_t first;
     int n;
     int bad; /* atomic: a row that cannot be converted; -1: there is none */
 } llm__gguf_rows;
@@ -17035,6 +17644,12 @@ static bool llm__gguf_can_hold(const llm__file_type_info *type, const float *row
     return !n_bad;
 }
 
+/* Where the i-th of the rows that are written is in the file. */
+static const uint8_t *llm__gguf_source_row(const llm__gguf_rows *a, int i) {
+    const uint64_t head = (uint64_t)a->tensor->head, row = a->first + (uint64_t)i, at = head ? row % head : 0;
+    return a->from + (head ? row - at + at % 2 * (head / 2) + at / 2 : (uint64_t)i) * a->tensor->from->row_bytes;
+}
+
 static void llm__gguf_convert_task(void *arg, int index) {
     llm__gguf_rows *a = (llm__gguf_rows *)arg;
     const llm__tensor *from = a->tensor->from;
@@ -17043,8 +17658,14 @@ static void llm__gguf_convert_task(void *arg, int index) {
     float *row = a->scratch + (size_t)index * cols;
     llm__team_worker w = {a->team, index, 0, 0};
     for (int i; (i = llm__team_take(&w, a->n)) >= 0;) {
-        from->type->decode(a->from + (size_t)i * (size_t)from->row_bytes, cols, row);
-        if (llm__gguf_can_hold(type, row, cols)) llm__encode_find(type->type)(row, cols, a->to + (size_t)i * row_bytes);
+        const uint8_t *source = llm__gguf_source_row(a, i);
+        uint8_t *to = a->to + (size_t)i * row_bytes;
+        if (from->type == type) {
+            memcpy(to, source, row_bytes);
+            continue;
+        }
+        from->type->decode(source, cols, row);
+        if (llm__gguf_can_hold(type, row, cols)) llm__encode_find(type->type)(row, cols, to);
         else __atomic_store_n(&a->bad, i, __ATOMIC_RELAXED);
     }
 }
@@ -17065,11 +17686,11 @@ static void llm__gguf_put_tensor(llm__env *env, llm__gguf_out *g, llm__team *tea
     const size_t cols = (size_t)from->cols, row_bytes = (size_t)(t->bytes / from->rows);
     const size_t most = cols < LLM__GGUF_CHUNK ? LLM__GGUF_CHUNK / cols : 1;
     const size_t n_rows = from->rows < most ? (size_t)from->rows : most;
-    llm__gguf_rows rows = {team, t, NULL, NULL, NULL, 0, -1};
+    llm__gguf_rows rows = {team, t, NULL, NULL, NULL, 0, 0, -1};
     llm__pool *outer = env->pool;
     env->pool = llm__pool_inner(env);
     uint8_t *room = from->data ? NULL : (uint8_t *)llm__alloc(env, n_rows, (size_t)from->row_bytes);
-    if (from->type != t->type) {
+    if (from->type != t->type || t->head) {
         rows.to = (uint8_t *)llm__alloc(env, n_rows, row_bytes);
         rows.scratch = (float *)llm__alloc(env, (size_t)team->n * cols, sizeof *rows.scratch);
     }
@@ -17078,7 +17699,8 @@ static void llm__gguf_put_tensor(llm__env *env, llm__gguf_out *g, llm__team *tea
         if (host->progress && !host->progress(host->user, (float)((double)g->at / (double)g->file_bytes)))
             llm__fail(env, LLM_ERROR_CANCELLED, "the conversion was cancelled");
         rows.n = (int)(from->rows - first < n_rows ? from->rows - first : n_rows);
-        rows.from = llm__gguf_read_rows(env, from, first, (size_t)rows.n, room);
+        rows.first = first;
+        rows.from = t->head ? from->data : llm__gguf_read_rows(env, from, first, (size_t)rows.n, room);
         if (rows.to) llm__team_run(team, llm__gguf_convert_task, &rows);
         if (rows.bad >= 0)
             llm__fail(env, LLM_ERROR_UNSUPPORTED,
@@ -17124,11 +17746,15 @@ static void llm__gguf_out_body(llm__env *env, void *arg) {
     desc = llm__model_defaults(env, &desc);
     if (llm__path_find(a->to) != LLM__NOTHING)
         llm__fail(env, LLM_ERROR_IO, "%s exists already, and is not replaced", a->to);
-    if (a->source->path && llm__hf_directory(env, a->source->path))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is a directory; only GGUF files become GGUF files");
     llm__model_make_plan(env, a->source, &desc, &plan);
     g.ck = plan.ck;
     g.h = &plan.h;
+    g.from_directory = plan.ck->format == LLM__HUGGING_FACE;
+    if (g.from_directory) {
+        if (plan.ck->meta) llm__meta_refuse(env);
+        llm__quantize_check_weights(env, plan.ck);
+        g.ck = llm__as_gguf_from_directory(env, plan.ck, &plan.h);
+    }
     g.alignment = (uint64_t)llm__gguf_int(env, g.ck, "general.alignment", 32, 1, 1 << 20);
     llm__gguf_plan_tensors(env, &g);
     llm__team *team = llm__team_create(env, desc.n_threads, NULL, NULL);

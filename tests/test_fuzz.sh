@@ -5,13 +5,14 @@
 . tests/tap.sh
 here=$(dirname "$0")/fuzz
 seconds=${FUZZ_SECONDS:-30}
-targets="gguf safetensors json tokenizer.json tokenizer.model chat grammar round-trip"
+targets="gguf safetensors json tokenizer.json tokenizer.model pth chat grammar round-trip"
 export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
 
 most_bytes() {
     case $1 in
     gguf | tokenizer.json) echo 24000 ;;
     round-trip | grammar) echo 4000 ;;
+    pth) echo 12000 ;;
     *) echo 8000 ;;
     esac
 }
@@ -46,7 +47,7 @@ mkdir -p "$here/corpus" "$here/findings"
 for target in $targets; do ln -sf fuzz "$here/$target"; done
 check "the seeds are made" python3 tests/fuzz/seeds.py "$here/corpus"
 export FUZZ_ALL_GOOD=1
-for target in gguf safetensors tokenizer.json tokenizer.model grammar; do
+for target in gguf safetensors tokenizer.json tokenizer.model pth grammar; do
     check "the seeds are good: $target" tries "$target" "$here/corpus/$target"/seed-*
 done
 unset FUZZ_ALL_GOOD

@@ -1,6 +1,6 @@
-/* tokenizer.json and tokenizer.model: small files of each kind give the ids that Hugging Face's tokenizers and
-   sentencepiece give (tokenizer/families.py). The files beside them, hostile files and failing allocations are tested,
-   too.
+/* tokenizer.json and tokenizer.model: small files of each kind give the ids that Hugging Face's tokenizers,
+   sentencepiece and tiktoken give (tokenizer/families.py, tokenizer/meta.py). The files beside them, hostile files and
+   failing allocations are tested, too.
    Variants: asan cross */
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION
@@ -98,10 +98,11 @@ static int compare_lines(const char *name) {
 
 static void test_golden(void **state) {
     (void)state;
-    static const char *const names[] = {"gpt-2",   "mpt",          "smollm",        "llama-3",        "qwen2",
-                                        "gpt-4o",  "tekken",       "falcon",        "deepseek-coder", "prefix-space",
-                                        "added",   "llama-2",      "llama-2-added", "llama-2-first",  "metaspace",
-                                        "unknown", "unknown-each", "spm",           "spm-symbols",    "spm-plain"};
+    static const char *const names[] = {
+        "gpt-2",         "mpt",           "smollm",         "llama-3",      "qwen2",        "gpt-4o",
+        "tekken",        "falcon",        "deepseek-coder", "prefix-space", "added",        "llama-2",
+        "llama-2-added", "llama-2-first", "metaspace",      "unknown",      "unknown-each", "spm",
+        "spm-symbols",   "spm-plain",     "llama-3-meta"};
     int n = 0;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) n += compare_lines(names[i]);
     assert_true(n >= 2000);
@@ -121,9 +122,9 @@ static int make_directory(void **state) {
 }
 
 static void remove_files(void) {
-    static const char *const names[] = {"tokenizer.json",          "tokenizer.model",        "tokenizer_config.json",
-                                        "special_tokens_map.json", "generation_config.json", "config.json",
-                                        "chat_template.jinja"};
+    static const char *const names[] = {
+        "tokenizer.json",         "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+        "generation_config.json", "config.json",     "chat_template.jinja",   "params.json"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) remove(in_directory(names[i]));
 }
 
@@ -337,6 +338,7 @@ static void shake(const char *name, const char *golden_name, size_t step) {
     llm_error err;
     llm_tokenizer *t;
     remove_files();
+    write_text("params.json", "{\"vocab_size\":679}"); /* for llama-3-meta */
     for (size_t i = 0; i < file.n; i += step) {
         write_file(in_directory(name), file.at, i);
         if (!llm_tokenizer_load(&t, directory, NULL, &err)) llm_tokenizer_free(t);
@@ -359,6 +361,7 @@ static void test_shaken(void **state) {
     shake("tokenizer.json", "llama-2-added/tokenizer.json", 61);
     shake("tokenizer.json", "added/tokenizer.json", 67);
     shake("tokenizer.model", "spm-symbols/tokenizer.model", 23);
+    shake("tokenizer.model", "llama-3-meta/tokenizer.model", 41);
 }
 
 static void refuses_model(const char *what, const void *tail, size_t n_tail, const char *words) {
@@ -390,11 +393,118 @@ static void test_hostile_model(void **state) {
     refuses_model("no text", "\x0A\x00", 2, "is empty");
 }
 
+/* ---- Llama 3's tokenizer.model ---- */
+
+enum { N_RANKS = 423 }; /* of tokenizers/llama-3-meta */
+
+static void test_special_tokens_of_llama_3(void **state) {
+    static const struct {
+        const char *text;
+        int at;
+        bool ends;
+    } some[] = {{"<|begin_of_text|>", 0, false},
+                {"<|end_of_text|>", 1, true},
+                {"<|finetune_right_pad_id|>", 4, false},
+                {"<|eom_id|>", 8, true},
+                {"<|eot_id|>", 9, true},
+                {"<|image|>", 11, false},
+                {"<|reserved_special_token_2|>", 12, false},
+                {"<|reserved_special_token_245|>", 255, false}};
+    (void)state;
+    llm_tokenizer *t = load(golden("llama-3-meta/tokenizer.model"));
+    assert_int_equal(llm_tokenizer_n_vocab(t), N_RANKS + 256);
+    assert_int_equal(llm_tokenizer_bos(t), N_RANKS);
+    assert_int_equal(llm_tokenizer_eos(t), N_RANKS + 1);
+    for (size_t i = 0; i < sizeof some / sizeof *some; i++) {
+        llm_token id;
+        assert_int_equal(llm_encode(t, some[i].text, strlen(some[i].text), LLM_TOKENS_SPECIAL, &id, 1, NULL), 1);
+        assert_int_equal(id, N_RANKS + some[i].at);
+        assert_int_equal(llm_token_is_end(t, id), some[i].ends);
+    }
+    for (llm_token id = 0; id < N_RANKS + 256; id++) assert_int_equal(llm_token_is_special(t, id), id >= N_RANKS);
+    llm_tokenizer_free(t);
+}
+
+/* Loads the file of Llama 3's form with one text exchanged for another. */
+static llm_status load_ranks(const char *from, const char *to, llm_tokenizer **t, llm_error *err) {
+    bytes file = read_file(golden("llama-3-meta/tokenizer.model"));
+    char *text = (char *)calloc(file.n + strlen(to) + 1, 1);
+    assert_non_null(text);
+    memcpy(text, file.at, file.n);
+    char *at = strstr(text, from);
+    if (!at) fail_msg("%s is not there", from);
+    const size_t before = (size_t)(at - text), after = before + strlen(from);
+    memcpy(at, to, strlen(to));
+    memcpy(at + strlen(to), file.at + after, file.n - after);
+    write_file(in_directory("tokenizer.model"), text, file.n - strlen(from) + strlen(to));
+    free(text);
+    free(file.at);
+    return llm_tokenizer_load(t, directory, NULL, err);
+}
+
+static void test_hostile_ranks(void **state) {
+    static const char *const cases[][3] = {
+        {"AQ== 1\n", "A$== 1\n", "the token number 1, \"A$== 1\", is not up to 256 bytes in base64"},
+        {"AQ== 1\n", "AQ= 1\n", "the token number 1"},
+        {"AQ== 1\n", "AQ==AQ== 1\n", "the token number 1"},
+        {"AQ== 1\n", "AR== 1\n", "the token number 1"}, /* bits of a byte that is not there */
+        {"AQ== 1\n", "==== 1\n", "the token number 1"},
+        {"AQ== 1\n", " 1\n", "the token number 1"},
+        {"AQ== 1\n", "AQ==\n", "the token number 1"},
+        {"AQ== 1\n", "AQ== \n", "the token number 1"},
+        {"AQ== 1\n", "AQ== 1 \n", "the token number 1"},
+        {"AQ== 1\n", "AQ== -1\n", "the token number 1"},
+        {"AQ== 1\n", "AQ== 1.0\n", "the token number 1"},
+        {"AQ== 1\n", "AQ== 123456789\n", "the token number 1"},
+        {"AQ== 1\n", "AQ== 423\n", "has the rank 423, but the 423 tokens must have those from 0 on"},
+        {"AQ== 1\n", "AQ== 99999999\n", "has the rank 99999999"},
+        {"AQ== 1\n", "AQ== 2\n", "two tokens have the rank 2"},
+        {"AQ== 1\n", "AQ== 1\nAQ== 1\n", "two tokens have the rank 1"},
+        {"cXU= 422\n", "anVtcHM= 422\n", "tokens[421] and [422] are the same piece"},
+        {"AQ== 1\n", "ICAgICAg 1\n", "there is no token of the single byte 0x01"},
+        {"AQ== 1\n", "AQ== 1\nICAgICAg 423\n",
+         "with Llama 3's 256 special ones 680, but vocab_size in params.json is 679"},
+    };
+    llm_tokenizer *t;
+    llm_error err;
+    bytes params = read_file(golden("llama-3-meta/params.json"));
+    (void)state;
+    remove_files();
+    write_file(in_directory("params.json"), params.at, params.n);
+    free(params.at);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        assert_int_not_equal(load_ranks(cases[i][0], cases[i][1], &t, &err), LLM_OK);
+        if (!strstr(err.message, cases[i][2]))
+            fail_msg("%s: \"%s\" does not say \"%s\"", cases[i][1], err.message, cases[i][2]);
+        assert_non_null(strstr(err.message, "tokenizer.model"));
+    }
+    /* A token of more than 256 bytes, and a line of a megabyte. */
+    for (size_t n = 344; n < 2000000; n = n == 344 ? 1 << 20 : 2000000) {
+        char *line = (char *)malloc(n + 10);
+        assert_non_null(line);
+        memset(line, 'A', n);
+        memcpy(line + n, " 1\n", 4);
+        assert_int_not_equal(load_ranks("AQ== 1\n", line, &t, &err), LLM_OK);
+        assert_non_null(strstr(err.message, "the token number 1"));
+        free(line);
+    }
+    /* Empty lines, the ends of lines on Windows, and ranks in any order are no harm. */
+    assert_int_equal(load_ranks("AQ== 1\nAg== 2\n", "Ag== 2\r\n\n\r\nAQ== 1\n", &t, &err), LLM_OK);
+    llm_tokenizer_free(t);
+    write_text("params.json", "{\"dim\":8}");
+    assert_int_not_equal(load_ranks("AQ== 1", "AQ== 1", &t, &err), LLM_OK);
+    assert_non_null(strstr(err.message, "params.json"));
+    assert_non_null(strstr(err.message, "vocab_size is missing"));
+    remove(in_directory("params.json"));
+    assert_int_equal(load_ranks("AQ== 1", "AQ== 1", &t, &err), LLM_ERROR_UNSUPPORTED);
+    assert_non_null(strstr(err.message, "beside Meta's params.json only"));
+}
+
 /* ---- Failing allocations ---- */
 
 static void test_allocation(void **state) {
     (void)state;
-    static const char *const names[] = {"llama-2-added", "added", "spm"};
+    static const char *const names[] = {"llama-2-added", "added", "spm", "llama-3-meta"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         load_job job;
         memset(&job, 0, sizeof job);
@@ -408,7 +518,8 @@ int main(void) {
         cmocka_unit_test(test_golden),        cmocka_unit_test(test_beside),
         cmocka_unit_test(test_tokens_beside), cmocka_unit_test(test_added_to_model),
         cmocka_unit_test(test_hostile_json),  cmocka_unit_test(test_shaken),
-        cmocka_unit_test(test_hostile_model), cmocka_unit_test(test_allocation),
+        cmocka_unit_test(test_hostile_model), cmocka_unit_test(test_special_tokens_of_llama_3),
+        cmocka_unit_test(test_hostile_ranks), cmocka_unit_test(test_allocation),
     };
     return cmocka_run_group_tests_name("tokenizer files", tests, make_directory, remove_directory);
 }

@@ -7,6 +7,7 @@
      json             a JSON text; jansson reads it too
      tokenizer.json   tokenizer.json, NUL, tokenizer_config.json or nothing
      tokenizer.model  tokenizer_config.json or nothing, NUL, tokenizer.model
+     pth              a byte of PTH_ flags, params.json, NUL, consolidated.00.pth or its data.pkl alone
      chat             a chat template, NUL, a message, NUL, a message ...
      grammar          a byte for the kind, a byte for the draws, a regular expression, GBNF or JSON Schema
      round-trip       a byte for flags, a byte for one of the tokenizers of tests/golden, a text */
@@ -258,9 +259,10 @@ static void write_file(const char *name, bytes content) {
 }
 
 static void remove_folder(void) {
-    static const char *const names[] = {"config.json",          "model.safetensors", "model.safetensors.index.json",
-                                        "a.safetensors",        "tokenizer.json",    "tokenizer.model",
-                                        "tokenizer_config.json"};
+    static const char *const names[] = {"config.json",           "model.safetensors", "model.safetensors.index.json",
+                                        "a.safetensors",         "tokenizer.json",    "tokenizer.model",
+                                        "tokenizer_config.json", "params.json",       "consolidated.00.pth",
+                                        "consolidated.01.pth"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) remove(in_folder(names[i]));
     rmdir(folder);
 }
@@ -316,8 +318,15 @@ static void fuzz_tokenizer_json(const uint8_t *data, size_t size) {
     try_tokenizer();
 }
 
+/* A list of ranks has as many tokens as params.json says. */
 static void fuzz_tokenizer_model(const uint8_t *data, size_t size) {
     bytes rest = {data, size}, config = cut(&rest);
+    char params[64];
+    size_t n_lines = 0;
+    for (size_t i = 0; i < rest.n; i++) n_lines += rest.at[i] == '\n';
+    bytes text = {(const uint8_t *)params,
+                  (size_t)snprintf(params, sizeof params, "{\"vocab_size\":%zu}", n_lines + 256)};
+    write_file("params.json", text);
     write_file("tokenizer.model", rest);
     write_file("tokenizer_config.json", config);
     if (!config.n) remove(in_folder("tokenizer_config.json"));
@@ -515,11 +524,12 @@ static void fuzz_chat(const uint8_t *data, size_t size) {
 /* ---- Round trips ---- */
 
 /* The first are byte-level without a prefix, the others SentencePiece with all bytes: they give back what they took. */
-static const char *const families[] = {"gpt-2",         "mpt",     "smollm",       "llama-3",        "qwen2",
-                                       "gpt-4o",        "tekken",  "falcon",       "deepseek-coder", "llama-2",
-                                       "spm",           "added",   "prefix-space", "metaspace",      "llama-2-added",
-                                       "llama-2-first", "unknown", "unknown-each", "spm-symbols",    "spm-plain"};
-enum { N_FAMILIES = sizeof families / sizeof *families, N_EXACT = 9 };
+static const char *const families[] = {"gpt-2",         "mpt",           "smollm",  "llama-3",        "qwen2",
+                                       "gpt-4o",        "tekken",        "falcon",  "deepseek-coder", "llama-3-meta",
+                                       "llama-2",       "spm",           "added",   "prefix-space",   "metaspace",
+                                       "llama-2-added", "llama-2-first", "unknown", "unknown-each",   "spm-symbols",
+                                       "spm-plain"};
+enum { N_FAMILIES = sizeof families / sizeof *families, N_EXACT = 10 };
 static llm_tokenizer *tokenizers[N_FAMILIES];
 
 static void load_families(void) {
@@ -812,6 +822,76 @@ static size_t mutate_chat(uint8_t *data, size_t size, size_t most, unsigned seed
     return size;
 }
 
+/* ---- Meta's directories ---- */
+
+enum {
+    PTH_PICKLE = 1, /* the bytes are data.pkl; all tensors are parts of a storage "0", which has PTH_DATA bytes */
+    PTH_TWO = 2,    /* the file is there twice, as two parts of a model */
+    PTH_DATA = 8192
+};
+
+/* Writes a file as torch.save does, with this pickle. */
+static void write_pth(const char *name, bytes pickle) {
+    enum { LOCAL = 30, ENTRY = 46, END = 22, NAME = 10 };
+    static const char *const names[] = {"a/data.pkl", "a/data/0"};
+    static uint8_t numbers[PTH_DATA];
+    for (size_t i = 0; i < PTH_DATA; i++) numbers[i] = (uint8_t)((0x11 + 37 * i) % 64);
+    const bytes contents[] = {pickle, {numbers, PTH_DATA}};
+    uint8_t *zip = (uint8_t *)calloc(pickle.n + PTH_DATA + 2 * (LOCAL + ENTRY + 2 * NAME) + END, 1);
+    size_t at = 0, starts[2];
+    CHECK(zip);
+    for (int i = 0; i < 2; i++) {
+        const size_t n = strlen(names[i]);
+        starts[i] = at;
+        put_number(zip + at, 0x04034b50, 4);
+        put_number(zip + at + 26, n, 2);
+        memcpy(zip + at + LOCAL, names[i], n);
+        if (contents[i].n) memcpy(zip + at + LOCAL + n, contents[i].at, contents[i].n);
+        at += LOCAL + n + contents[i].n;
+    }
+    const size_t directory = at;
+    for (int i = 0; i < 2; i++) {
+        const size_t n = strlen(names[i]);
+        put_number(zip + at, 0x02014b50, 4);
+        put_number(zip + at + 20, contents[i].n, 4);
+        put_number(zip + at + 24, contents[i].n, 4);
+        put_number(zip + at + 28, n, 2);
+        put_number(zip + at + 42, starts[i], 4);
+        memcpy(zip + at + ENTRY, names[i], n);
+        at += ENTRY + n;
+    }
+    put_number(zip + at, 0x06054b50, 4);
+    put_number(zip + at + 10, 2, 2);
+    put_number(zip + at + 12, at - directory, 4);
+    put_number(zip + at + 16, directory, 4);
+    bytes all = {zip, at + END};
+    write_file(name, all);
+    free(zip);
+}
+
+static void fuzz_pth(const uint8_t *data, size_t size) {
+    if (!size) return;
+    const char *const names[] = {"consolidated.00.pth", "consolidated.01.pth"};
+    bytes rest = {data + 1, size - 1}, params = cut(&rest);
+    llm__file_source source = {folder, NULL, NULL, NULL, 0};
+    write_file("params.json", params);
+    for (int i = 0; i < 2; i++)
+        if (i && !(data[0] & PTH_TWO)) remove(in_folder(names[i]));
+        else if (data[0] & PTH_PICKLE) write_pth(names[i], rest);
+        else write_file(names[i], rest);
+    try_model(source, (llm_dtype)(LLM_DTYPE_F32 + size % 4));
+}
+
+/* The tokenizer of all these models. */
+static void write_pth_tokenizer(void) {
+    static uint8_t text[4096];
+    FILE *file = fopen("tests/golden/tokenizers/spm-plain/tokenizer.model", "rb");
+    CHECK(file);
+    bytes all = {text, fread(text, 1, sizeof text, file)};
+    CHECK(all.n < sizeof text && !fclose(file));
+    write_file("tokenizer.model", all);
+}
+
 /* ---- Targets ---- */
 
 static const struct {
@@ -824,6 +904,7 @@ static const struct {
     {"json", fuzz_json, NULL},
     {"tokenizer.json", fuzz_tokenizer_json, NULL},
     {"tokenizer.model", fuzz_tokenizer_model, mutate_model},
+    {"pth", fuzz_pth, NULL},
     {"chat", fuzz_chat, mutate_chat},
     {"grammar", fuzz_grammar, NULL},
     {"round-trip", fuzz_round_trip, NULL},
@@ -845,6 +926,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     if (targets[target].run == fuzz_grammar) load_grammar_tokenizer();
     if (targets[target].run == fuzz_chat) build_chat_tokenizer();
     if (!mkdtemp(folder) || atexit(remove_folder)) exit(1);
+    if (targets[target].run == fuzz_pth) write_pth_tokenizer();
     return 0;
 }
 

@@ -5,11 +5,16 @@ A folder for each target of fuzz.c, in the form that is described there: small m
 scale RoPE made here, and what tests/golden has of tokenizers and chat templates. Beside each folder a dictionary, TARGET.dict:
 the words that llm.h itself looks for."""
 
+import collections
+import io
 import json
 import pathlib
+import pickle
 import re
 import struct
 import sys
+import types
+import zipfile
 
 TESTS = pathlib.Path(__file__).parent.parent
 GOLDEN = TESTS / "golden"
@@ -187,6 +192,68 @@ def write_safetensors():
         write("json", f"config-{folder}", json.dumps(config))
 
 
+# ---- Meta's directories ----
+
+PTH_VOCAB = 220  # of the tokenizer in fuzz.c
+PTH_PICKLE, PTH_TWO = 1, 2
+torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+for storage in ("FloatStorage", "HalfStorage", "BFloat16Storage"):  # only their names go into a pickle
+    setattr(torch, storage, type(storage, (), {"__module__": "torch"}))
+exec("def _rebuild_tensor_v2(): pass", utils.__dict__)
+sys.modules |= {"torch": torch, "torch._utils": utils}
+
+
+class Tensor:
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return utils._rebuild_tensor_v2, self.arguments
+
+
+class Storage(str):
+    """Its text is its key."""
+
+
+def pth_pickle(tensors, kind, together):
+    """tensors: name, shape. `together`: all are parts of one storage. Returns the pickle and the sizes of the storages."""
+    state, sizes = collections.OrderedDict(), [0] if together else []
+    for name, shape in tensors:
+        n = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        begin = sizes[0] if together else 0
+        sizes = [begin + n] if together else sizes + [n]
+        state[name] = Tensor(Storage(len(sizes) - 1), begin, shape, (shape[1], 1) if len(shape) > 1 else (1,), False, collections.OrderedDict())
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, 2)
+    pickler.persistent_id = lambda x: ("storage", getattr(torch, kind), str(x), "cpu", 1) if isinstance(x, Storage) else None
+    pickler.dump(state)
+    return file.getvalue(), sizes
+
+
+def pth_tensors(parts):
+    shapes = {"tok_embeddings": (PTH_VOCAB // parts, 4), "output": (PTH_VOCAB // parts, 4), "norm": (4,), "layers.0.attention_norm": (4,),
+              "layers.0.ffn_norm": (4,), "layers.0.feed_forward.w2": (4, 12 // parts), "layers.0.attention.wo": (4, 4 // parts)}
+    shapes |= {f"layers.0.attention.w{x}": (4 // parts, 4) for x in "qkv"} | {f"layers.0.feed_forward.w{i}": (12 // parts, 4) for i in (1, 3)}
+    return [(name + ".weight", shape) for name, shape in shapes.items()]
+
+
+def write_pth():
+    params = {"dim": 4, "n_layers": 1, "n_heads": 2, "multiple_of": 4, "norm_eps": 1e-5, "vocab_size": -1}
+    llama3 = {**params, "vocab_size": PTH_VOCAB, "rope_theta": 5e5, "use_scaled_rope": True, "rope_scaling_factor": 8, "max_seq_len": 64}
+    for i, (kind, size) in enumerate((("FloatStorage", 4), ("HalfStorage", 2), ("BFloat16Storage", 2))):
+        for flags in (0, PTH_TWO):
+            head = json.dumps(llama3 if i == 1 else params).encode() + b"\0"
+            tensors = pth_tensors(2 if flags else 1)
+            write("pth", f"pickle-{kind}-{flags}", bytes([flags | PTH_PICKLE]) + head + pth_pickle(tensors, kind, True)[0])
+            data, sizes = pth_pickle(tensors, kind, i == 2)
+            file = io.BytesIO()
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.writestr("a/data.pkl", data)
+                for key, n in enumerate(sizes):
+                    archive.writestr(f"a/data/{key}", noise(n * size))
+            write("pth", f"zip-{kind}-{flags}", bytes([flags]) + head + file.getvalue())
+
+
 # ---- Tokenizers, templates, texts ----
 
 def write_tokenizers():
@@ -197,6 +264,8 @@ def write_tokenizers():
         write("tokenizer.json", path.parent.name, path.read_bytes() + (b"\0" + beside.read_bytes() if beside.exists() else b""))
     for path in sorted((GOLDEN / "tokenizers").glob("*/tokenizer.model")):
         write("tokenizer.model", path.parent.name, b"\0" + path.read_bytes())
+        if path.with_name("params.json").exists():
+            continue
         write("tokenizer.model", f"{path.parent.name}-added", b'{"legacy":false,"add_bos_token":true,"added_tokens_decoder":'
               b'{"480":{"content":"<|x|>","special":true,"rstrip":true}}}\0' + path.read_bytes())
 
@@ -273,7 +342,8 @@ def write_dictionaries():
     write_dictionary("safetensors", words + JSON)
     write_dictionary("json", words + JSON)
     write_dictionary("tokenizer.json", words + JSON + [in_json(w) for w in REGEX])
-    write_dictionary("tokenizer.model", words + JSON + ["\0"])
+    write_dictionary("tokenizer.model", words + JSON + ["\0", "AQ== 1\n", "AAA= 256\n"])
+    write_dictionary("pth", words + JSON + ["PK\1\2", "PK\3\4", "PK\5\6", "PK\6\6", "PK\6\7", "ctorch\nHalfStorage\n", "(tQ", "\x85R", "\x86R", "\x87R", "r\xFF\xFF\xFF\xFF"])
     write_dictionary("grammar", literals(21, 21) + JSON + REGEX + ["root ::= ", '"$ref":"#/$defs/', '"minimum":-', '"type":"', "{0,10000}"])
     write_dictionary("chat", literals(8, 8) + JINJA)
     write_dictionary("round-trip", ["<s>", "</s>", "<|im_start|>", "<|endoftext|>", "'ll", "\r\n", "  ", "\xE2\x96\x81", "\xCC\x81", "\0",
@@ -282,6 +352,7 @@ def write_dictionaries():
 
 write_gguf()
 write_safetensors()
+write_pth()
 write_tokenizers()
 write_chats()
 write_texts()
