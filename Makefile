@@ -61,7 +61,7 @@ vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster test-templates fuzz bench-tokenizer bench-grammar \
+.PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster test-templates test-schema fuzz bench-tokenizer bench-grammar \
         bench-peers bench-serve size model deps format clean help \
         walkthrough walkthrough-programs walkthrough-diff
 all:
@@ -325,6 +325,17 @@ build/venv/jinja2: Makefile
 	build/venv/bin/pip install -q jinja2
 	touch $@
 
+# JSON Schemas beside jsonschema. SUITE is a checkout of https://github.com/json-schema-org/JSON-Schema-Test-Suite.
+SUITE = $(LLM_DATA)/JSON-Schema-Test-Suite
+test-schema: build/libllm.so build/venv/jsonschema
+	test -d $(SUITE)/tests || { echo "no tests in $(SUITE); give the suite's folder as SUITE=FOLDER (see tests/schemas.py)"; exit 1; }
+	build/venv/bin/python tests/schemas.py build/libllm.so $(SUITE)
+
+build/venv/jsonschema: Makefile
+	python3 -m venv build/venv
+	build/venv/bin/pip install -q jsonschema==4.23.0
+	touch $@
+
 # ---- Walkthrough ----------------------------------------------------------------------------------------------------
 
 # examples/walkthrough: one program a step, for this machine's own instructions. Without mpicc step 7 is left out.
@@ -398,6 +409,7 @@ help:
 	echo "make walkthrough       the course in examples/walkthrough: runs every step, updates its table and pictures (about 7 minutes)"
 	echo "make walkthrough-diff N=3   what step 3 changes"
 	echo "make test-templates    chat templates beside jinja2: llama.cpp's, which come from PyPI (80 MB), with random conversations"
+	echo "make test-schema       JSON schemas beside jsonschema, with SUITE=FOLDER of the JSON-Schema-Test-Suite (by default under LLM_DATA)"
 	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine; T=name as above"
 	echo "make test-cluster  jobs under Slurm, a killed node, and ranks over a slow network, on this machine (root)"
 	echo "make size        the size of the library in a program, and how long it takes to compile"

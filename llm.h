@@ -348,8 +348,8 @@
                Hugging Face directory as GGUF . Writing GGUF files
         20 Contexts and sequences: Calls of the host . Sequences . llm_forward
         21 Grammars: Expressions . The automaton . Tokens as a trie . States . Masks . The text so far . Regular
-               expressions . GBNF . JSON Schema . Values . Numbers . Strings, arrays and objects . Conjunctions .
-               Grammars
+               expressions . GBNF . JSON Schema . Schemas made from others . Sets of strings . Values . What is
+               derived . Numbers . Strings, arrays and objects . Conjunctions . Grammars
         22 Sampler
         23 Speculative decoding: How many guesses are worth it . A generation's rounds . Prompt lookup . A model as
                the draft
@@ -1113,11 +1113,15 @@ LLM_API llm_status llm_grammar_from_regex(llm_grammar **out, const llm_tokenizer
 LLM_API llm_status llm_grammar_from_gbnf(llm_grammar **out, const llm_tokenizer *tokenizer, const char *grammar,
                                          const llm_host *host, llm_error *err);
 
-/* JSON that is valid by a JSON Schema, draft 2020-12. Supported keywords: type, enum, const, properties, required,
-   additionalProperties, prefixItems, items, minItems, maxItems, minLength, maxLength, pattern, minimum, maximum,
-   exclusiveMinimum, exclusiveMaximum, multipleOf (a whole number up to 1000), minProperties, maxProperties,
-   patternProperties (one pattern, beside additionalProperties false and without properties), anyOf, oneOf (if no value
-   can match two), allOf, and $ref within the schema.
+/* JSON that is valid by a JSON Schema, draft 2020-12 or an older one that $schema names. Supported keywords: type,
+   enum, const, properties, required, additionalProperties, patternProperties (up to 6 patterns), propertyNames,
+   minProperties, maxProperties, dependentRequired, dependentSchemas, dependencies, prefixItems, items, additionalItems,
+   minItems, maxItems, contains (up to 3 of one array), minContains, maxContains, uniqueItems (if the items can have up
+   to 10 values), minLength, maxLength, pattern, minimum, maximum, exclusiveMinimum, exclusiveMaximum, multipleOf (a
+   whole number up to 1000), allOf, anyOf, oneOf, not, if, then, else, and $ref within the schema.
+   In `not`, in `if`, and in alternatives of oneOf that a value could fit together, these are not supported: multipleOf,
+   uniqueItems, patternProperties, propertyNames, additionalProperties, and an enum or const with an array or object.
+   Other keywords are refused by name, and so is what would need too many alternatives.
    Annotations such as title and format have no effect. A value can be written in one way only: properties in the order
    of the schema, then those that it does not name (unless additionalProperties is false); numbers with bounds without
    an exponent, integers without a point; white space is at most one blank, or a line break and up to 40 blanks. A name
@@ -20028,7 +20032,8 @@ typedef struct llm__gram_reader {
     const uint8_t *start, *at, *end;
     const char *what; /* for messages */
     int depth;
-    bool json;               /* of a regular expression: what it matches is written as in a JSON string */
+    bool anywhere;           /* of a regular expression: what it matches may stand anywhere in the text */
+    bool escaped;            /* it is written as in a JSON string */
     bool from_start, to_end; /* of an alternative: it began with ^, ended with $ */
 } llm__gram_reader;
 
@@ -20049,14 +20054,13 @@ LLM__NORETURN LLM__PRINTF(2, 3) static void llm__gram_fail(llm__gram_reader *r, 
               (unsigned long long)column, r->what, problem);
 }
 
-static llm__gram_reader llm__gram_reader_of(llm__gram_builder *b, llm__str text, const char *what, bool json) {
+static llm__gram_reader llm__gram_reader_of(llm__gram_builder *b, llm__str text, const char *what) {
     llm__gram_reader r;
     memset(&r, 0, sizeof r);
     r.b = b;
     r.start = r.at = (const uint8_t *)text.at;
     r.end = r.start + text.n;
     r.what = what;
-    r.json = json;
     if (text.n > LLM__GRAM_MOST_TEXT) llm__fail(b->env, LLM_ERROR_UNSUPPORTED, "the %s is longer than 16 MB", what);
     r.at = llm__utf8_check(r.start, r.end);
     if (r.at < r.end) llm__gram_fail(&r, "this is not UTF-8");
@@ -20172,7 +20176,7 @@ static uint32_t llm__gram_json_chars(llm__gram_builder *b, size_t first) {
 
 /* A character of the ranges from `first` on. Surrogates are none. */
 static uint32_t llm__gram_regex_chars(llm__gram_reader *r, size_t first) {
-    return r->json ? llm__gram_json_chars(r->b, first) : llm__gram_chars(r->b, first);
+    return r->escaped ? llm__gram_json_chars(r->b, first) : llm__gram_chars(r->b, first);
 }
 
 static uint32_t llm__gram_regex_char(llm__gram_reader *r, uint32_t c) {
@@ -20343,7 +20347,7 @@ static uint32_t llm__gram_regex_alternatives(llm__gram_reader *r) {
     uint32_t alt = llm__gram_new(r->b, LLM__GRAM_ALT, 0, 0);
     do {
         uint32_t seq = llm__gram_regex_sequence(r);
-        if (!r->depth && r->json) { /* a pattern may match anywhere in the string */
+        if (!r->depth && r->anywhere) {
             llm__gram_builder *b = r->b;
             uint32_t before = 0, after = 0;
             if (!r->from_start) before = llm__gram_repeat_of(b, llm__gram_regex_any(r, true), 0, LLM__GRAM_ENDLESS);
@@ -20355,12 +20359,23 @@ static uint32_t llm__gram_regex_alternatives(llm__gram_reader *r) {
     return alt;
 }
 
-/* What a regular expression matches; `json`: within a JSON string, anywhere in it. */
-static uint32_t llm__gram_regex(llm__gram_builder *b, llm__str text, bool json) {
-    llm__gram_reader r = llm__gram_reader_of(b, text, json ? "pattern" : "regular expression", json);
-    uint32_t alt = llm__gram_regex_alternatives(&r);
-    if (r.at < r.end) llm__gram_fail(&r, "this ) closes no group");
+static uint32_t llm__gram_whole_regex(llm__gram_reader *r) {
+    uint32_t alt = llm__gram_regex_alternatives(r);
+    if (r->at < r->end) llm__gram_fail(r, "this ) closes no group");
     return alt;
+}
+
+static uint32_t llm__gram_regex(llm__gram_builder *b, llm__str text) {
+    llm__gram_reader r = llm__gram_reader_of(b, text, "regular expression");
+    return llm__gram_whole_regex(&r);
+}
+
+/* Strings in which a pattern matches somewhere; `escaped`: as JSON writes them, without quotation marks. */
+static uint32_t llm__gram_pattern(llm__gram_builder *b, llm__str text, bool escaped) {
+    llm__gram_reader r = llm__gram_reader_of(b, text, "pattern");
+    r.anywhere = true;
+    r.escaped = escaped;
+    return llm__gram_whole_regex(&r);
 }
 
 /* ---- GBNF ---- */
@@ -20484,7 +20499,7 @@ static uint32_t llm__gram_gbnf_alternatives(llm__gram_reader *r, llm__gram_table
 }
 
 static void llm__gram_gbnf(llm__gram_builder *b, llm__str text) {
-    llm__gram_reader r = llm__gram_reader_of(b, text, "grammar", false);
+    llm__gram_reader r = llm__gram_reader_of(b, text, "grammar");
     llm__gram_table names;
     llm__str root = {"root", 4};
     memset(&names, 0, sizeof names);
@@ -20538,12 +20553,27 @@ typedef struct llm__gram_memo {
     uint32_t rule;
 } llm__gram_memo;
 
+/* A schema that is made from another. */
+typedef struct llm__gram_derived {
+    const llm__json *from, *made;
+    bool opposite; /* what does not fit the other; else what the other's `not`, `if` and the like say */
+} llm__gram_derived;
+
+/* A pattern of the schema, as an automaton. */
+typedef struct llm__gram_matcher {
+    llm__str pattern;
+    struct llm__gram_strings *strings;
+} llm__gram_matcher;
+
 typedef struct llm__gram_schema {
     llm__gram_builder *b;
     const llm__json *root;
     llm__gram_memo *memos; /* conjunctions that are rules; those from n_built on have to be compiled */
-    size_t n_memos, memos_room, n_built;
+    llm__gram_derived *derived;
+    llm__gram_matcher *matchers;
+    size_t n_memos, memos_room, n_built, n_derived, derived_room, n_matchers, matchers_room;
     uint32_t blank, string; /* rules: white space; any string */
+    int draft;              /* see llm__gram_draft_of */
     int depth;
     size_t spent;
 } llm__gram_schema;
@@ -20562,6 +20592,13 @@ enum {
     LLM__GRAM_MOST_SPENT = 1 << 26,  /* comparisons of values, and of names */
     LLM__GRAM_MOST_ONE_OF = 64,      /* alternatives of oneOf */
     LLM__GRAM_MOST_DIVISOR = 1000,   /* in multipleOf */
+    LLM__GRAM_MOST_PATTERNS = 32,    /* that say together which strings are meant */
+    LLM__GRAM_MOST_CASES = 8,        /* alternatives in propertyNames */
+    LLM__GRAM_MOST_KINDS = 6,        /* patterns that tell properties apart */
+    LLM__GRAM_MOST_PLACES = 1 << 14, /* in the automaton of these patterns */
+    LLM__GRAM_MOST_SETS = 1 << 12,   /* states of such an automaton, and of an array */
+    LLM__GRAM_MOST_CONTAINS = 3,     /* different `contains` of an array */
+    LLM__GRAM_MOST_UNIQUE = 10,      /* values of the items of an array with uniqueItems */
     LLM__GRAM_MOST_COUNTED = 1 << 14 /* places in an object, times the number of properties before them */
 };
 
@@ -20586,53 +20623,225 @@ static void llm__gram_spend(llm__gram_schema *s, const llm__json *schema, size_t
     if (s->spent > LLM__GRAM_MOST_SPENT) llm__gram_refuse(s, schema, "its parts take too long to compare");
 }
 
+/* Keywords that are supported, and the drafts that have them: 3 to 7, 2019 and 2020. Notes say nothing about the value
+   themselves, but other schemas that are derived from them may. */
+typedef struct llm__gram_keyword {
+    const char *name;
+    int16_t first, last;
+    bool note;
+    uint8_t kind; /* LLM__GRAM_OF_: of its value */
+} llm__gram_keyword;
+
+enum {
+    LLM__GRAM_OF_ANY,
+    LLM__GRAM_OF_BOOL,
+    LLM__GRAM_OF_SCHEMA,
+    LLM__GRAM_OF_NUMBER = LLM__JSON_NUMBER,
+    LLM__GRAM_OF_STRING = LLM__JSON_STRING,
+    LLM__GRAM_OF_ARRAY = LLM__JSON_ARRAY,
+    LLM__GRAM_OF_OBJECT = LLM__JSON_OBJECT
+};
+
+static const llm__gram_keyword llm__gram_keywords[] = {
+    {"title", 3, 2020, true, LLM__GRAM_OF_ANY},
+    {"description", 3, 2020, true, LLM__GRAM_OF_ANY},
+    {"default", 3, 2020, true, LLM__GRAM_OF_ANY},
+    {"examples", 3, 2020, true, LLM__GRAM_OF_ANY},
+    {"deprecated", 3, 2020, true, LLM__GRAM_OF_ANY},
+    {"readOnly", 3, 2020, true, LLM__GRAM_OF_ANY},
+    {"writeOnly", 3, 2020, true, LLM__GRAM_OF_ANY},
+    {"$comment", 3, 2020, true, LLM__GRAM_OF_ANY},
+    {"$schema", 3, 2020, true, LLM__GRAM_OF_STRING},
+    {"$defs", 3, 2020, true, LLM__GRAM_OF_ANY},
+    {"definitions", 3, 2020, true, LLM__GRAM_OF_ANY},
+    {"format", 3, 2020, true, LLM__GRAM_OF_ANY},
+    {"contentEncoding", 3, 2020, true, LLM__GRAM_OF_ANY},
+    {"contentMediaType", 3, 2020, true, LLM__GRAM_OF_ANY},
+    {"contentSchema", 2019, 2020, true, LLM__GRAM_OF_ANY},
+    {"$anchor", 2019, 2020, true, LLM__GRAM_OF_ANY},
+    {"$ref", 3, 2020, true, LLM__GRAM_OF_STRING},
+    {"allOf", 4, 2020, true, LLM__GRAM_OF_ARRAY},
+    {"not", 4, 2020, true, LLM__GRAM_OF_SCHEMA},
+    {"if", 7, 2020, true, LLM__GRAM_OF_SCHEMA},
+    {"then", 7, 2020, true, LLM__GRAM_OF_SCHEMA},
+    {"else", 7, 2020, true, LLM__GRAM_OF_SCHEMA},
+    {"dependencies", 3, 2020, true, LLM__GRAM_OF_OBJECT},
+    {"dependentRequired", 2019, 2020, true, LLM__GRAM_OF_OBJECT},
+    {"dependentSchemas", 2019, 2020, true, LLM__GRAM_OF_OBJECT},
+    {"type", 3, 2020, false, LLM__GRAM_OF_ANY},
+    {"enum", 3, 2020, false, LLM__GRAM_OF_ARRAY},
+    {"const", 6, 2020, false, LLM__GRAM_OF_ANY},
+    {"properties", 3, 2020, false, LLM__GRAM_OF_OBJECT},
+    {"required", 4, 2020, false, LLM__GRAM_OF_ARRAY},
+    {"items", 3, 2020, false, LLM__GRAM_OF_ANY},
+    {"additionalItems", 3, 2019, false, LLM__GRAM_OF_SCHEMA},
+    {"prefixItems", 2020, 2020, false, LLM__GRAM_OF_ARRAY},
+    {"minItems", 3, 2020, false, LLM__GRAM_OF_NUMBER},
+    {"maxItems", 3, 2020, false, LLM__GRAM_OF_NUMBER},
+    {"minLength", 3, 2020, false, LLM__GRAM_OF_NUMBER},
+    {"maxLength", 3, 2020, false, LLM__GRAM_OF_NUMBER},
+    {"pattern", 3, 2020, false, LLM__GRAM_OF_STRING},
+    {"minimum", 3, 2020, false, LLM__GRAM_OF_NUMBER},
+    {"maximum", 3, 2020, false, LLM__GRAM_OF_NUMBER},
+    {"exclusiveMinimum", 6, 2020, false, LLM__GRAM_OF_NUMBER},
+    {"exclusiveMaximum", 6, 2020, false, LLM__GRAM_OF_NUMBER},
+    {"anyOf", 4, 2020, false, LLM__GRAM_OF_ARRAY},
+    {"oneOf", 4, 2020, false, LLM__GRAM_OF_ARRAY},
+    {"additionalProperties", 3, 2020, false, LLM__GRAM_OF_SCHEMA},
+    {"multipleOf", 4, 2020, false, LLM__GRAM_OF_NUMBER},
+    {"patternProperties", 3, 2020, false, LLM__GRAM_OF_OBJECT},
+    {"minProperties", 4, 2020, false, LLM__GRAM_OF_NUMBER},
+    {"maxProperties", 4, 2020, false, LLM__GRAM_OF_NUMBER},
+    {"contains", 6, 2020, false, LLM__GRAM_OF_SCHEMA},
+    {"minContains", 2019, 2020, false, LLM__GRAM_OF_NUMBER},
+    {"maxContains", 2019, 2020, false, LLM__GRAM_OF_NUMBER},
+    {"uniqueItems", 3, 2020, false, LLM__GRAM_OF_BOOL},
+    {"propertyNames", 6, 2020, false, LLM__GRAM_OF_SCHEMA},
+};
+
+static void llm__gram_check_kind(llm__gram_schema *s, const llm__json *value, int kind) {
+    bool fits = (int)value->type == kind, flag = value->type == LLM__JSON_TRUE || value->type == LLM__JSON_FALSE;
+    if (kind == LLM__GRAM_OF_BOOL) fits = flag;
+    if (kind == LLM__GRAM_OF_SCHEMA) fits = flag || value->type == LLM__JSON_OBJECT;
+    if (!fits && kind != LLM__GRAM_OF_ANY)
+        llm__fail(s->b->env, LLM_ERROR_FORMAT, "the JSON schema: \"%.*s\" must not be %s", LLM__SHOW(value->key),
+                  llm__json_type_name(value->type));
+}
+
+/* The draft that the schema's $schema names; 2020 if it has none. */
+static int llm__gram_draft_of(llm__gram_schema *s, const llm__json *schema) {
+    static const struct {
+        const char *name;
+        int draft;
+    } drafts[] = {{"json-schema.org/draft/2020-12/schema", 2020},
+                  {"json-schema.org/draft/2019-09/schema", 2019},
+                  {"json-schema.org/draft-07/schema", 7},
+                  {"json-schema.org/draft-06/schema", 6},
+                  {"json-schema.org/draft-04/schema", 4},
+                  {"json-schema.org/draft-03/schema", 3},
+                  {"json-schema.org/schema", 2020}};
+    const llm__json *named = llm__json_get_type(s->b->env, schema, "$schema", LLM__JSON_STRING);
+    if (!named) return 2020;
+    llm__str uri = named->string;
+    size_t scheme = 0;
+    if (uri.n > 7 && !memcmp(uri.at, "http://", 7)) scheme = 7;
+    if (uri.n > 8 && !memcmp(uri.at, "https://", 8)) scheme = 8;
+    uri.at += scheme;
+    uri.n -= scheme;
+    if (scheme && uri.at[uri.n - 1] == '#') uri.n--;
+    for (size_t i = 0; i < sizeof drafts / sizeof *drafts && scheme; i++)
+        if (llm__str_is(uri, drafts[i].name)) return drafts[i].draft;
+    llm__gram_refuse(s, schema, "a $schema that is not a draft from 3 to 2020-12 is not supported");
+}
+
+/* Until draft 7, what stands beside a $ref does not count. */
+static bool llm__gram_is_only_ref(const llm__gram_schema *s, const llm__json *schema) {
+    return s->draft <= 7 && llm__json_find(schema, "$ref");
+}
+
+/* ---- Schemas made from others ----
+   `not`, `if`, dependencies and oneOf become schemas with the keywords that the grammar knows. A value that does not
+   fit a schema does not fit one of its keywords, so these are alternatives. Such schemas are made as JSON, and only
+   once for each schema that they come from, so that equal conjunctions can be recognised. A made schema may contain
+
+   an alias          instead of a schema; it stands for one elsewhere,
+   "not enum"        strings that the value must not be,
+   "not pattern"     a pattern that it must not match,
+   "type"            as a number: a set of LLM__GRAM_IS_,
+   "contains"        with a number: that of the first items, which do not count. */
+
+static const char llm__gram_made[] = "made", llm__gram_alias[] = "alias";
+
+static llm__json *llm__gram_make(llm__gram_schema *s, llm__json_type type) {
+    llm__json *made = (llm__json *)llm__alloc_zero(s->b->env, 1, sizeof *made);
+    made->type = type;
+    made->string.at = llm__gram_made;
+    return made;
+}
+
+static bool llm__gram_is_made(const llm__json *schema) { return schema->string.at == llm__gram_made; }
+
+/* Adds what was made to what was made; in an array the key is NULL. */
+static void llm__gram_put(llm__gram_schema *s, llm__json *parent, const char *key, llm__json *child) {
+    llm__json **end = &parent->first;
+    llm__gram_spend(s, s->root, parent->n / 4);
+    while (*end) end = &(*end)->next;
+    child->key.at = key;
+    child->key.n = key ? strlen(key) : 0;
+    *end = child;
+    parent->n++;
+}
+
+static llm__json *llm__gram_make_in(llm__gram_schema *s, llm__json *parent, const char *key, llm__json_type type) {
+    llm__json *made = llm__gram_make(s, type);
+    llm__gram_put(s, parent, key, made);
+    return made;
+}
+
+static void llm__gram_put_number(llm__gram_schema *s, llm__json *parent, const char *key, double number) {
+    llm__gram_make_in(s, parent, key, LLM__JSON_NUMBER)->number = number;
+}
+
+/* Adds a value, whose parts are shared. */
+static void llm__gram_put_value(llm__gram_schema *s, llm__json *parent, const char *key, const llm__json *value) {
+    llm__json *copy = llm__gram_make(s, value->type);
+    *copy = *value;
+    copy->next = NULL;
+    llm__gram_put(s, parent, key, copy);
+}
+
+/* Adds a schema as a part of another. */
+static llm__json *llm__gram_put_schema(llm__gram_schema *s, llm__json *parent, const char *key,
+                                       const llm__json *schema) {
+    llm__json *alias = llm__gram_make_in(s, parent, key, LLM__JSON_OBJECT);
+    alias->string.at = llm__gram_alias;
+    alias->first = (llm__json *)schema;
+    return alias;
+}
+
+/* Adds what does not fit a schema. */
+static llm__json *llm__gram_put_not(llm__gram_schema *s, llm__json *parent, const char *key, const llm__json *schema) {
+    llm__json *made = llm__gram_make_in(s, parent, key, LLM__JSON_OBJECT);
+    llm__gram_put_schema(s, made, "not", schema);
+    return made;
+}
+
+/* An alternative: of one type; 0: of any. */
+static llm__json *llm__gram_put_case(llm__gram_schema *s, llm__json *list, unsigned types) {
+    llm__json *made = llm__gram_make_in(s, list, NULL, LLM__JSON_OBJECT);
+    if (types) llm__gram_put_number(s, made, "type", types);
+    return made;
+}
+
+static const llm__json *llm__gram_meant(const llm__json *schema) {
+    while (schema->string.at == llm__gram_alias) schema = schema->first;
+    return schema;
+}
+
 /* Refuses keywords that are not supported. Returns whether one of those that are says anything about the value itself,
    $ref and allOf aside. */
 static bool llm__gram_check_keywords(llm__gram_schema *s, const llm__json *schema) {
-    static const char *const notes[] = {
-        "title",           "description",      "default",       "examples", "deprecated",  "readOnly",
-        "writeOnly",       "$comment",         "$schema",       "$defs",    "definitions", "format",
-        "contentEncoding", "contentMediaType", "contentSchema", "$anchor",  "$ref",        "allOf"};
-    static const char *const known[] = {"type",
-                                        "enum",
-                                        "const",
-                                        "properties",
-                                        "required",
-                                        "items",
-                                        "prefixItems",
-                                        "minItems",
-                                        "maxItems",
-                                        "minLength",
-                                        "maxLength",
-                                        "pattern",
-                                        "minimum",
-                                        "maximum",
-                                        "exclusiveMinimum",
-                                        "exclusiveMaximum",
-                                        "anyOf",
-                                        "oneOf",
-                                        "additionalProperties",
-                                        "multipleOf",
-                                        "patternProperties",
-                                        "minProperties",
-                                        "maxProperties"};
     bool says = false;
+    if (llm__gram_is_only_ref(s, schema)) return false;
     for (const llm__json *m = schema->first; m; m = m->next) {
-        bool found = m->key.n > 1 && m->key.at[0] == 'x' && m->key.at[1] == '-';
-        for (size_t i = 0; i < sizeof notes / sizeof *notes && !found; i++) found = llm__str_is(m->key, notes[i]);
-        bool at_home = m->type == LLM__JSON_STRING && m->string.n > 24 &&
-                       (!memcmp(m->string.at, "http://json-schema.org/", 23) ||
-                        !memcmp(m->string.at, "https://json-schema.org/", 24));
-        if (llm__str_is(m->key, "$schema") && !at_home)
-            llm__gram_refuse(s, schema, "a $schema that is not of json-schema.org is not supported");
-        if (found || (schema == s->root && llm__str_is(m->key, "$id"))) continue;
-        for (size_t i = 0; i < sizeof known / sizeof *known && !found; i++) found = llm__str_is(m->key, known[i]);
-        says = true;
-        if (found || (llm__str_is(m->key, "uniqueItems") && m->type == LLM__JSON_FALSE)) continue;
+        const llm__gram_keyword *k = llm__gram_keywords, *end = k + sizeof llm__gram_keywords / sizeof *k;
+        bool extra = m->key.n > 1 && m->key.at[0] == 'x' && m->key.at[1] == '-';
+        bool named = schema == s->root && llm__str_is(m->key, s->draft <= 4 ? "id" : "$id");
+        if (extra || named) continue;
+        while (k < end && !llm__str_is(m->key, k->name)) k++;
+        says |= k == end || !k->note;
+        if (llm__gram_is_made(schema)) continue;
+        if (k < end && s->draft >= k->first && s->draft <= k->last) {
+            llm__gram_check_kind(s, m, k->kind);
+            continue;
+        }
         char what[160];
-        snprintf(what, sizeof what, "the keyword \"%.*s\" is not supported", LLM__SHOW(m->key));
+        snprintf(what, sizeof what, "the keyword \"%.*s\" is not supported%s", LLM__SHOW(m->key),
+                 k < end ? " in the draft that $schema names" : "");
         llm__gram_refuse(s, schema, what);
     }
+    if (schema != s->root && llm__json_find(schema, "$schema") && llm__gram_draft_of(s, schema) != s->draft)
+        llm__gram_refuse(s, schema, "a $schema that differs from that of the whole schema is not supported");
     return says;
 }
 
@@ -20659,6 +20868,8 @@ static const llm__json *llm__gram_resolve(llm__gram_schema *s, const llm__json *
         const llm__json *inner = NULL;
         size_t index = 0;
         name[key.n] = 0;
+        if (at != s->root && llm__json_find(at, s->draft <= 4 ? "id" : "$id"))
+            llm__gram_refuse(s, schema, "a $ref into a schema with an $id is not supported");
         llm__gram_spend(s, schema, at->n);
         bool object = at->type == LLM__JSON_OBJECT, number = key.n && key.n < 10 && strspn(name, "0123456789") == key.n;
         size_t wanted = !object && number && (*name != '0' || key.n == 1) ? (size_t)atol(name) : SIZE_MAX;
@@ -20676,6 +20887,7 @@ static const llm__json *llm__gram_resolve(llm__gram_schema *s, const llm__json *
 
 /* Adds a schema, unless it is there. */
 static void llm__gram_join(llm__gram_schema *s, llm__gram_conj *c, const llm__json *schema, size_t parent) {
+    schema = llm__gram_meant(schema);
     for (size_t i = 0; i < c->n; i++) {
         if (c->members[i].schema != schema) continue;
         for (size_t up = parent; up != SIZE_MAX; up = c->members[up].parent)
@@ -20695,7 +20907,10 @@ static llm__gram_conj llm__gram_conj_of(void) {
     return c;
 }
 
-/* Follows references and allOf. Members that say nothing themselves go; *c is as if they had never been there. */
+static const llm__json *llm__gram_derive(llm__gram_schema *s, const llm__json *schema, bool opposite);
+
+/* Follows references, allOf and what is derived. Members that say nothing themselves go; *c is as if they had never
+   been there. */
 static void llm__gram_flatten(llm__gram_schema *s, llm__gram_conj *c) {
     llm__env *env = s->b->env;
     for (size_t i = c->n_flat; i < c->n; i++) {
@@ -20706,11 +20921,16 @@ static void llm__gram_flatten(llm__gram_schema *s, llm__gram_conj *c) {
         llm__gram_check_keywords(s, schema);
         const llm__json *ref = llm__json_get_type(env, schema, "$ref", LLM__JSON_STRING);
         const llm__json *all = llm__json_get_type(env, schema, "allOf", LLM__JSON_ARRAY);
+        if (llm__gram_is_only_ref(s, schema)) all = NULL;
         if (ref) {
             c->refers = true;
             llm__gram_join(s, c, llm__gram_resolve(s, schema, ref->string), i);
         }
         for (const llm__json *m = all ? all->first : NULL; m; m = m->next) llm__gram_join(s, c, m, i);
+        const llm__json *derived = llm__gram_derive(s, schema, false);
+        if (!derived) continue;
+        c->refers = true;
+        llm__gram_join(s, c, derived, i);
     }
     size_t kept = 0;
     for (size_t i = 0; i < c->n; i++) {
@@ -20726,6 +20946,335 @@ static bool llm__gram_same_conj(const llm__gram_conj *a, const llm__gram_conj *b
     for (size_t i = 0; i < a->n; i++)
         if (a->members[i].schema != b->members[i].schema || a->members[i].done != b->members[i].done) return false;
     return true;
+}
+
+/* ---- Sets of strings ----
+   Strings that match some patterns, do not match others, and have a certain length. The patterns are one
+   nondeterministic automaton over characters. Sets of its places, with the number of characters so far, are the states
+   of a deterministic one. Each of these becomes a rule. */
+
+typedef struct llm__gram_place {
+    uint8_t kind; /* LLM__GRAM_CHARS takes one of the ranges from a on, b of them, and goes on at `next`; LLM__GRAM_ALT
+                      takes nothing and goes on at `next` and at a; LLM__GRAM_EMPTY is a pattern's end */
+    uint32_t a, b;
+    uint32_t next;
+} llm__gram_place;
+
+typedef struct llm__gram_set {
+    uint32_t first, n; /* in members: places, in their order */
+    uint32_t count;    /* characters so far; without a maximum, at most the minimum */
+    uint32_t rule;
+} llm__gram_set;
+
+typedef struct llm__gram_strings {
+    llm__gram_schema *s;
+    const llm__json *schema; /* for messages */
+    llm__gram_place *places;
+    uint32_t *members, *found, *stack, *stamps, *edges;
+    llm__gram_set *sets;
+    llm__gram_table table;
+    size_t n_places, places_room, n_members, members_room, n_found, n_sets, sets_room, n_edges;
+    uint32_t stamp, min, max;
+    int n_patterns;
+    struct {
+        uint32_t first; /* of its places; this one is its end */
+        uint32_t start; /* the place where a string begins */
+        bool out;       /* it must not match */
+    } patterns[LLM__GRAM_MOST_PATTERNS];
+} llm__gram_strings;
+
+static llm__gram_strings *llm__gram_strings_of(llm__gram_schema *s, const llm__json *schema) {
+    llm__gram_strings *st = (llm__gram_strings *)llm__alloc_zero(s->b->env, 1, sizeof *st);
+    st->s = s;
+    st->schema = schema;
+    st->max = LLM__GRAM_ENDLESS;
+    return st;
+}
+
+static uint32_t llm__gram_place_of(llm__gram_strings *st, llm__gram_kind kind, uint32_t next, uint32_t a, uint32_t b) {
+    if (st->n_places >= LLM__GRAM_MOST_PLACES)
+        llm__gram_refuse(st->s, st->schema, "its pattern, with what it is combined with, is too long");
+    st->places = (llm__gram_place *)llm__alloc_grow(st->s->b->env, st->places, st->n_places, &st->places_room,
+                                                    sizeof *st->places);
+    llm__gram_place *place = &st->places[st->n_places];
+    place->kind = (uint8_t)kind;
+    place->a = a;
+    place->b = b;
+    place->next = next;
+    return (uint32_t)st->n_places++;
+}
+
+/* The place from which an expression leads to `next`. */
+static uint32_t llm__gram_places(llm__gram_strings *st, uint32_t expr, uint32_t next) {
+    llm__gram_builder *b = st->s->b;
+    llm__gram_expr e = b->exprs[expr];
+    uint32_t place = LLM__GRAM_NONE;
+    switch ((llm__gram_kind)e.kind) {
+    case LLM__GRAM_CHARS: return llm__gram_place_of(st, LLM__GRAM_CHARS, next, e.a, e.b);
+    case LLM__GRAM_SEQ:
+        for (uint32_t child = e.last; child; child = b->exprs[child].before) next = llm__gram_places(st, child, next);
+        return next;
+    case LLM__GRAM_ALT:
+        for (uint32_t child = e.last; child; child = b->exprs[child].before) {
+            uint32_t other = llm__gram_places(st, child, next);
+            place = place == LLM__GRAM_NONE ? other : llm__gram_place_of(st, LLM__GRAM_ALT, place, other, 0);
+        }
+        return place == LLM__GRAM_NONE ? llm__gram_place_of(st, LLM__GRAM_CHARS, next, 0, 0) : place;
+    case LLM__GRAM_REPEAT:
+        place = next;
+        if (e.b == LLM__GRAM_ENDLESS) {
+            place = llm__gram_place_of(st, LLM__GRAM_ALT, next, next, 0);
+            uint32_t body = llm__gram_places(st, e.last, place);
+            st->places[place].a = body;
+        }
+        for (uint32_t i = e.a; i < e.b && e.b != LLM__GRAM_ENDLESS; i++) {
+            uint32_t body = llm__gram_places(st, e.last, place);
+            if (body == place) break; /* it takes nothing */
+            place = llm__gram_place_of(st, LLM__GRAM_ALT, next, body, 0);
+        }
+        for (uint32_t i = 0; i < e.a; i++) {
+            uint32_t body = llm__gram_places(st, e.last, place);
+            if (body == place) break;
+            place = body;
+        }
+        return place;
+    case LLM__GRAM_BYTES: {
+        const uint8_t *text = (const uint8_t *)b->bytes + e.a, *at = text + e.b;
+        while (at > text) {
+            const uint8_t *after;
+            at = llm__utf8_before(at);
+            uint32_t c = llm__utf8_decode(at, &after);
+            llm__gram_add_range(b, c, c);
+            next = llm__gram_place_of(st, LLM__GRAM_CHARS, next, (uint32_t)b->n_ranges - 1, 1);
+        }
+        return next;
+    }
+    default: return next; /* the empty text; patterns have no rules */
+    }
+}
+
+/* Adds strings that must, or must not, be matched as a whole. */
+static void llm__gram_strings_add(llm__gram_strings *st, uint32_t expr, bool out) {
+    if (st->n_patterns == LLM__GRAM_MOST_PATTERNS)
+        llm__gram_refuse(st->s, st->schema, "more than 32 patterns at once are not supported");
+    int p = st->n_patterns++;
+    st->patterns[p].out = out;
+    st->patterns[p].first = llm__gram_place_of(st, LLM__GRAM_EMPTY, 0, 0, 0);
+    uint32_t start = llm__gram_places(st, expr, st->patterns[p].first);
+    st->patterns[p].start = start;
+}
+
+/* Strings of a list. */
+static uint32_t llm__gram_literals(llm__gram_builder *b, const llm__str *strings, size_t n) {
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    for (size_t i = 0; i < n; i++) {
+        const uint8_t *p = (const uint8_t *)strings[i].at, *end = p + strings[i].n;
+        if (llm__utf8_check(p, end) < end) llm__fail(b->env, LLM_ERROR_FORMAT, "the JSON schema is not UTF-8");
+        llm__gram_add(b, alt, llm__gram_bytes(b, strings[i].at, strings[i].n));
+    }
+    return alt;
+}
+
+/* Adds the places that are reached from one without a character. */
+static void llm__gram_reach(llm__gram_strings *st, uint32_t place) {
+    size_t n = 0;
+    st->stack[n++] = place;
+    while (n) {
+        place = st->stack[--n];
+        if (st->stamps[place] == st->stamp) continue;
+        st->stamps[place] = st->stamp;
+        const llm__gram_place *p = &st->places[place];
+        if (p->kind != LLM__GRAM_ALT) {
+            st->found[st->n_found++] = place;
+            continue;
+        }
+        st->stack[n++] = p->next;
+        st->stack[n++] = p->a;
+    }
+}
+
+static int llm__gram_compare_numbers(const void *a, const void *b) {
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* The places at the start. */
+static void llm__gram_strings_begin(llm__gram_strings *st) {
+    llm__env *env = st->s->b->env;
+    if (!st->stack) {
+        st->stack = (uint32_t *)llm__alloc(env, 2 * st->n_places + 2, sizeof *st->stack);
+        st->found = (uint32_t *)llm__alloc(env, st->n_places + 1, sizeof *st->found);
+        st->stamps = (uint32_t *)llm__alloc_zero(env, st->n_places + 1, sizeof *st->stamps);
+        st->members = (uint32_t *)llm__alloc_grow(env, NULL, 0, &st->members_room, sizeof *st->members);
+    }
+    st->stamp++;
+    st->n_found = 0;
+    for (int p = 0; p < st->n_patterns; p++) llm__gram_reach(st, st->patterns[p].start);
+}
+
+static bool llm__gram_takes(const llm__gram_strings *st, uint32_t place, uint32_t c) {
+    const llm__gram_place *p = &st->places[place];
+    if (p->kind != LLM__GRAM_CHARS) return false;
+    for (uint32_t i = 0; i < p->b; i++)
+        if (c >= st->s->b->ranges[p->a + i].lo && c <= st->s->b->ranges[p->a + i].hi) return true;
+    return false;
+}
+
+/* The places after a character. */
+static void llm__gram_strings_step(llm__gram_strings *st, const uint32_t *places, size_t n, uint32_t c) {
+    st->stamp++;
+    st->n_found = 0;
+    for (size_t i = 0; i < n; i++) {
+        llm__gram_spend(st->s, st->schema, st->places[places[i]].b + 1);
+        if (llm__gram_takes(st, places[i], c)) llm__gram_reach(st, st->places[places[i]].next);
+    }
+}
+
+/* Whether strings that lead to these places match what they must, and nothing else. */
+static bool llm__gram_strings_accept(const llm__gram_strings *st, const uint32_t *places, size_t n) {
+    for (int p = 0; p < st->n_patterns; p++) {
+        bool matches = false;
+        for (size_t i = 0; i < n && !matches; i++) matches = places[i] == st->patterns[p].first;
+        if (matches == st->patterns[p].out) return false;
+    }
+    return true;
+}
+
+static bool llm__gram_strings_match(llm__gram_strings *st, llm__str text) {
+    const uint8_t *at = (const uint8_t *)text.at, *end = at + text.n;
+    uint32_t *places = (uint32_t *)llm__alloc(st->s->b->env, st->n_places + 1, sizeof *places);
+    size_t n;
+    for (llm__gram_strings_begin(st);;) {
+        n = st->n_found;
+        memcpy(places, st->found, n * sizeof *places);
+        if (at == end) break;
+        llm__gram_strings_step(st, places, n, llm__utf8_decode(at, &at));
+    }
+    bool matches = llm__gram_strings_accept(st, places, n);
+    llm__free(st->s->b->env->pool, places);
+    return matches;
+}
+
+/* The number of the set that was found; LLM__GRAM_NONE: a pattern that must match cannot any more. */
+static uint32_t llm__gram_strings_intern(llm__gram_strings *st, uint32_t count) {
+    llm__env *env = st->s->b->env;
+    if (st->n_found > 1) qsort(st->found, st->n_found, sizeof *st->found, llm__gram_compare_numbers);
+    for (int p = 0; p < st->n_patterns; p++) {
+        uint32_t end = p + 1 < st->n_patterns ? st->patterns[p + 1].first : (uint32_t)st->n_places;
+        bool alive = st->patterns[p].out;
+        for (size_t i = 0; i < st->n_found && !alive; i++)
+            alive = st->found[i] >= st->patterns[p].first && st->found[i] < end;
+        if (!alive) return LLM__GRAM_NONE;
+    }
+    if (!st->table.slots) llm__gram_table_resize(env, &st->table, 2 * LLM__GRAM_MOST_SETS);
+    size_t n_bytes = st->n_found * sizeof *st->found;
+    uint64_t hash = llm__gram_hash(llm__hash_bytes((const uint8_t *)st->found, n_bytes), count, 0);
+    size_t slot = hash & st->table.mask;
+    for (; st->table.slots[slot] != LLM__GRAM_NONE; slot = (slot + 1) & st->table.mask) {
+        const llm__gram_set *set = &st->sets[st->table.slots[slot]];
+        if (set->n == st->n_found && set->count == count && !memcmp(st->members + set->first, st->found, n_bytes))
+            return st->table.slots[slot];
+    }
+    if (st->n_sets == LLM__GRAM_MOST_SETS)
+        llm__gram_refuse(st->s, st->schema, "its patterns and lengths are too complicated together");
+    st->sets = (llm__gram_set *)llm__alloc_grow(env, st->sets, st->n_sets, &st->sets_room, sizeof *st->sets);
+    llm__gram_set *set = &st->sets[st->n_sets];
+    set->first = (uint32_t)st->n_members;
+    set->n = (uint32_t)st->n_found;
+    set->count = count;
+    set->rule = llm__gram_new_rule(st->s->b);
+    for (size_t i = 0; i < st->n_found; i++) {
+        st->members =
+            (uint32_t *)llm__alloc_grow(env, st->members, st->n_members, &st->members_room, sizeof *st->members);
+        st->members[st->n_members++] = st->found[i];
+    }
+    st->table.slots[slot] = (uint32_t)st->n_sets;
+    return (uint32_t)st->n_sets++;
+}
+
+/* Finds the characters from which on others are alike to all places, in their order, and the end of them all. */
+static void llm__gram_find_edges(llm__gram_strings *st) {
+    llm__gram_builder *b = st->s->b;
+    size_t n = 2, kept = 0;
+    for (size_t i = 0; i < st->n_places; i++) n += st->places[i].kind == LLM__GRAM_CHARS ? 2 * st->places[i].b : 0;
+    st->edges = (uint32_t *)llm__alloc(b->env, n, sizeof *st->edges);
+    st->edges[0] = 0;
+    st->edges[1] = 0x110000;
+    n = 2;
+    for (size_t i = 0; i < st->n_places; i++)
+        for (uint32_t k = 0; st->places[i].kind == LLM__GRAM_CHARS && k < st->places[i].b; k++) {
+            st->edges[n++] = b->ranges[st->places[i].a + k].lo;
+            st->edges[n++] = b->ranges[st->places[i].a + k].hi + 1;
+        }
+    qsort(st->edges, n, sizeof *st->edges, llm__gram_compare_numbers);
+    for (size_t i = 0; i < n; i++)
+        if (!i || st->edges[i] != st->edges[kept - 1]) st->edges[kept++] = st->edges[i];
+    st->n_edges = kept;
+}
+
+/* The rest of a string from set i on. */
+static uint32_t llm__gram_set_expr(llm__gram_strings *st, size_t i, uint32_t *targets) {
+    llm__gram_builder *b = st->s->b;
+    llm__gram_set set = st->sets[i];
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    size_t n = set.count < st->max ? st->n_edges - 1 : 0;
+    if (set.count >= st->min && llm__gram_strings_accept(st, st->members + set.first, set.n))
+        llm__gram_add(b, alt, llm__gram_new(b, LLM__GRAM_EMPTY, 0, 0));
+    uint32_t count = set.count + 1;
+    if (st->max == LLM__GRAM_ENDLESS && count > st->min) count = st->min;
+    for (size_t k = 0; k < n; k++) {
+        llm__gram_strings_step(st, st->members + set.first, set.n, st->edges[k]);
+        targets[k] = llm__gram_strings_intern(st, count);
+    }
+    for (size_t k = 0; k < n; k++) {
+        uint32_t target = targets[k];
+        size_t first = b->n_ranges;
+        if (target == LLM__GRAM_NONE) continue;
+        llm__gram_spend(st->s, st->schema, n - k);
+        for (size_t j = k; j < n; j++) {
+            if (targets[j] != target) continue;
+            llm__gram_add_range(b, st->edges[j], st->edges[j + 1] - 1);
+            targets[j] = LLM__GRAM_NONE;
+        }
+        uint32_t chars = llm__gram_json_chars(b, first), rest = llm__gram_rule_expr(b, st->sets[target].rule);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, chars, rest, 0, 0));
+    }
+    return alt;
+}
+
+/* The strings as JSON writes them, without quotation marks. */
+static uint32_t llm__gram_strings_expr(llm__gram_strings *st) {
+    llm__gram_builder *b = st->s->b;
+    llm__gram_strings_begin(st);
+    if (st->min > st->max || llm__gram_strings_intern(st, 0) == LLM__GRAM_NONE)
+        return llm__gram_new(b, LLM__GRAM_NEVER, 0, 0);
+    llm__gram_find_edges(st);
+    uint32_t *targets = (uint32_t *)llm__alloc(b->env, st->n_edges, sizeof *targets);
+    for (size_t i = 0; i < st->n_sets; i++) {
+        uint32_t expr = llm__gram_set_expr(st, i, targets);
+        llm__gram_define(b, st->sets[i].rule, expr, 0);
+    }
+    llm__free(b->env->pool, targets);
+    return llm__gram_rule_expr(b, st->sets[0].rule);
+}
+
+/* Whether a pattern of the schema matches a string, which is UTF-8. */
+static bool llm__gram_matches(llm__gram_schema *s, const llm__json *schema, llm__str pattern, llm__str text) {
+    size_t i = 0;
+    while (i < s->n_matchers && !llm__str_equal(s->matchers[i].pattern, pattern)) i++;
+    llm__gram_spend(s, schema, i);
+    if (i == s->n_matchers) {
+        llm__gram_strings *st = llm__gram_strings_of(s, schema);
+        llm__gram_strings_add(st, llm__gram_pattern(s->b, pattern, false), false);
+        s->matchers =
+            (llm__gram_matcher *)llm__alloc_grow(s->b->env, s->matchers, i, &s->matchers_room, sizeof *s->matchers);
+        s->matchers[i].pattern = pattern;
+        s->matchers[s->n_matchers++].strings = st;
+    }
+    const uint8_t *p = (const uint8_t *)text.at;
+    if (llm__utf8_check(p, p + text.n) < p + text.n)
+        llm__fail(s->b->env, LLM_ERROR_FORMAT, "the JSON schema is not UTF-8");
+    return llm__gram_strings_match(s->matchers[i].strings, text);
 }
 
 /* ---- Values ---- */
@@ -20760,6 +21309,7 @@ static unsigned llm__gram_types(llm__gram_schema *s, const llm__json *schema) {
     const llm__json *v = llm__json_find(schema, "type");
     unsigned mask = 0;
     if (!v) return LLM__GRAM_IS_ANY;
+    if (llm__gram_is_made(v) && v->type == LLM__JSON_NUMBER) return (unsigned)v->number;
     for (const llm__json *m = v->type == LLM__JSON_ARRAY ? v->first : v; m;
          m = v->type == LLM__JSON_ARRAY ? m->next : NULL) {
         unsigned found = 0;
@@ -20800,43 +21350,166 @@ static bool llm__gram_is_multiple(llm__gram_schema *s, const llm__json *schema, 
     return !divisor || fmod(number, divisor) == 0;
 }
 
-/* Whether a value fits one schema, whose combinations of others are dealt with elsewhere. */
-static bool llm__gram_fits(llm__gram_schema *s, const llm__json *schema, const llm__json *v) {
-    static const char *const inner[] = {
-        "properties",    "required", "additionalProperties", "patternProperties", "minProperties",
-        "maxProperties", "items",    "prefixItems",          "minItems",          "maxItems",
-        "pattern"};
+/* The member of this name. The last of equal names counts. */
+static const llm__json *llm__gram_member_of(const llm__json *object, llm__str key) {
+    const llm__json *found = NULL;
+    for (const llm__json *m = object ? object->first : NULL; m; m = m->next)
+        if (llm__str_equal(m->key, key)) found = m;
+    return found;
+}
+
+/* The schemas of an array's first items; NULL: it gives none. */
+static const llm__json *llm__gram_first_items(llm__gram_schema *s, const llm__json *schema) {
+    const llm__json *items = llm__json_find(schema, "items");
+    if (s->draft >= 2020 || llm__gram_is_made(schema))
+        return llm__json_get_type(s->b->env, schema, "prefixItems", LLM__JSON_ARRAY);
+    return items && items->type == LLM__JSON_ARRAY ? items : NULL;
+}
+
+/* The schema of the items after those. */
+static const llm__json *llm__gram_more_items(llm__gram_schema *s, const llm__json *schema) {
+    const llm__json *items = llm__json_find(schema, "items");
+    if (!items || items->type != LLM__JSON_ARRAY) return items;
+    if (s->draft >= 2020)
+        llm__gram_refuse(s, schema,
+                         "items is an array, which draft 2020-12 calls prefixItems; $schema names the draft");
+    return llm__json_find(schema, "additionalItems");
+}
+
+static bool llm__gram_is_valid(llm__gram_schema *s, const llm__json *schema, const llm__json *v, int depth);
+
+static bool llm__gram_is_valid_number(llm__gram_schema *s, const llm__json *schema, double number) {
     llm__env *env = s->b->env;
-    unsigned type = llm__gram_type_of(v);
-    llm__gram_spend(s, schema, 1);
+    double all = HUGE_VAL;
+    if (number < llm__json_get_number(env, schema, "minimum", -all, -all, all)) return false;
+    if (number > llm__json_get_number(env, schema, "maximum", all, -all, all)) return false;
+    if (!llm__gram_is_multiple(s, schema, number)) return false;
+    const llm__json *above = llm__json_get_type(env, schema, "exclusiveMinimum", LLM__JSON_NUMBER);
+    const llm__json *below = llm__json_get_type(env, schema, "exclusiveMaximum", LLM__JSON_NUMBER);
+    return !(above && number <= above->number) && !(below && number >= below->number);
+}
+
+static bool llm__gram_is_valid_string(llm__gram_schema *s, const llm__json *schema, llm__str text) {
+    llm__env *env = s->b->env;
+    const llm__json *pattern = llm__json_get_type(env, schema, "pattern", LLM__JSON_STRING);
+    const llm__json *other = llm__json_get_type(env, schema, "not pattern", LLM__JSON_STRING);
+    const llm__json *list = llm__json_find(schema, "not enum");
+    int length = (int)llm__gram_count_chars(text);
+    if (length < llm__json_get_int(env, schema, "minLength", 0, 0, INT32_MAX)) return false;
+    if (length > llm__json_get_int(env, schema, "maxLength", INT32_MAX, 0, INT32_MAX)) return false;
+    if (list) llm__gram_spend(s, schema, list->n);
+    for (const llm__json *m = list ? list->first : NULL; m; m = m->next)
+        if (llm__str_equal(m->string, text)) return false;
+    if (pattern && !llm__gram_matches(s, schema, pattern->string, text)) return false;
+    return !other || !llm__gram_matches(s, schema, other->string, text);
+}
+
+static bool llm__gram_is_valid_array(llm__gram_schema *s, const llm__json *schema, const llm__json *v, int depth) {
+    llm__env *env = s->b->env;
+    const llm__json *own = llm__gram_first_items(s, schema), *more = llm__gram_more_items(s, schema);
+    const llm__json *contains = llm__json_find(schema, "contains"), *unique = llm__json_find(schema, "uniqueItems");
+    uint32_t index = 0, n_found = 0, n = (uint32_t)v->n;
+    if (n < (uint32_t)llm__json_get_int(env, schema, "minItems", 0, 0, INT32_MAX)) return false;
+    if (n > (uint32_t)llm__json_get_int(env, schema, "maxItems", INT32_MAX, 0, INT32_MAX)) return false;
+    if (own) own = own->first;
+    for (const llm__json *m = v->first; m; m = m->next, index++) {
+        const llm__json *item = own ? own : more;
+        if (item && !llm__gram_is_valid(s, item, m, depth + 1)) return false;
+        if (own) own = own->next;
+        if (contains && index >= (uint32_t)contains->number && llm__gram_is_valid(s, contains, m, depth + 1)) n_found++;
+        for (const llm__json *x = v->first; x != m && unique && unique->type == LLM__JSON_TRUE; x = x->next) {
+            llm__gram_spend(s, schema, 1);
+            if (llm__gram_equal(x, m)) return false;
+        }
+    }
+    if (!contains) return true;
+    return n_found >= (uint32_t)llm__json_get_int(env, schema, "minContains", 1, 0, INT32_MAX) &&
+           n_found <= (uint32_t)llm__json_get_int(env, schema, "maxContains", INT32_MAX, 0, INT32_MAX);
+}
+
+/* Whether names fit propertyNames. */
+static bool llm__gram_is_valid_name(llm__gram_schema *s, const llm__json *schema, llm__str name, int depth) {
+    const llm__json *names = llm__json_find(schema, "propertyNames");
+    llm__json text;
+    memset(&text, 0, sizeof text);
+    text.type = LLM__JSON_STRING;
+    text.string = name;
+    return !names || llm__gram_is_valid(s, names, &text, depth + 1);
+}
+
+static bool llm__gram_is_valid_object(llm__gram_schema *s, const llm__json *schema, const llm__json *v, int depth) {
+    llm__env *env = s->b->env;
+    const llm__json *named = llm__json_get_type(env, schema, "properties", LLM__JSON_OBJECT);
+    const llm__json *required = llm__json_get_type(env, schema, "required", LLM__JSON_ARRAY);
+    const llm__json *patterns = llm__json_get_type(env, schema, "patternProperties", LLM__JSON_OBJECT);
+    const llm__json *others = llm__json_find(schema, "additionalProperties");
+    uint32_t n = (uint32_t)v->n;
+    if (n < (uint32_t)llm__json_get_int(env, schema, "minProperties", 0, 0, INT32_MAX)) return false;
+    if (n > (uint32_t)llm__json_get_int(env, schema, "maxProperties", INT32_MAX, 0, INT32_MAX)) return false;
+    llm__gram_spend(s, schema, v->n * ((named ? named->n : 0) + (required ? required->n : 0) + 1));
+    for (const llm__json *m = required ? required->first : NULL; m; m = m->next)
+        if (m->type == LLM__JSON_STRING && !llm__gram_member_of(v, m->string)) return false;
+    for (const llm__json *m = v->first; m; m = m->next) {
+        const llm__json *own = llm__gram_member_of(named, m->key);
+        bool found = own != NULL;
+        if (own && !llm__gram_is_valid(s, own, m, depth + 1)) return false;
+        if (!llm__gram_is_valid_name(s, schema, m->key, depth)) return false;
+        for (const llm__json *p = patterns ? patterns->first : NULL; p; p = p->next) {
+            if (!llm__gram_matches(s, schema, p->key, m->key)) continue;
+            found = true;
+            if (!llm__gram_is_valid(s, p, m, depth + 1)) return false;
+        }
+        if (!found && others && !llm__gram_is_valid(s, others, m, depth + 1)) return false;
+    }
+    return true;
+}
+
+/* Whether a value fits a member of a conjunction, those that it brought there aside. */
+static bool llm__gram_is_valid_member(llm__gram_schema *s, const llm__gram_member *member, const llm__json *v,
+                                      int depth) {
+    static const char *const kinds[] = {"anyOf", "oneOf"};
+    llm__env *env = s->b->env;
+    const llm__json *schema = member->schema;
+    for (unsigned kind = 0; kind < 2; kind++) {
+        const llm__json *list = llm__json_get_type(env, schema, kinds[kind], LLM__JSON_ARRAY);
+        size_t n_valid = 0;
+        if (!list || member->done >> kind & 1) continue;
+        for (const llm__json *m = list->first; m; m = m->next) n_valid += llm__gram_is_valid(s, m, v, depth + 1);
+        if (kind ? n_valid != 1 : !n_valid) return false;
+    }
     const llm__json *constant = llm__json_find(schema, "const");
     const llm__json *list = llm__json_get_type(env, schema, "enum", LLM__JSON_ARRAY);
-    if (!(llm__gram_types(s, schema) & type) || (constant && !llm__gram_equal(constant, v))) return false;
+    if (!(llm__gram_types(s, schema) & llm__gram_type_of(v))) return false;
+    if (constant && !llm__gram_equal(constant, v)) return false;
     bool found = !list;
     if (list) llm__gram_spend(s, schema, list->n);
     for (const llm__json *m = list ? list->first : NULL; m && !found; m = m->next) found = llm__gram_equal(m, v);
     if (!found) return false;
-    if (v->type == LLM__JSON_NUMBER) {
-        double all = HUGE_VAL;
-        if (v->number < llm__json_get_number(env, schema, "minimum", -all, -all, all)) return false;
-        if (v->number > llm__json_get_number(env, schema, "maximum", all, -all, all)) return false;
-        if (!llm__gram_is_multiple(s, schema, v->number)) return false;
-        const llm__json *above = llm__json_get_type(env, schema, "exclusiveMinimum", LLM__JSON_NUMBER);
-        const llm__json *below = llm__json_get_type(env, schema, "exclusiveMaximum", LLM__JSON_NUMBER);
-        return !(above && v->number <= above->number) && !(below && v->number >= below->number);
-    }
-    for (size_t i = 0; i < sizeof inner / sizeof *inner; i++)
-        if (llm__json_find(schema, inner[i]) && type == (i == 10 ? LLM__GRAM_IS_STRING
-                                                         : i < 6 ? LLM__GRAM_IS_OBJECT
-                                                                 : LLM__GRAM_IS_ARRAY)) {
-            char what[100];
-            snprintf(what, sizeof what, "\"%s\" beside enum or const is not supported", inner[i]);
-            llm__gram_refuse(s, schema, what);
-        }
-    if (v->type != LLM__JSON_STRING) return true;
-    int length = (int)llm__gram_count_chars(v->string);
-    return length >= llm__json_get_int(env, schema, "minLength", 0, 0, INT32_MAX) &&
-           length <= llm__json_get_int(env, schema, "maxLength", INT32_MAX, 0, INT32_MAX);
+    if (v->type == LLM__JSON_NUMBER) return llm__gram_is_valid_number(s, schema, v->number);
+    if (v->type == LLM__JSON_STRING) return llm__gram_is_valid_string(s, schema, v->string);
+    if (v->type == LLM__JSON_ARRAY) return llm__gram_is_valid_array(s, schema, v, depth);
+    return v->type != LLM__JSON_OBJECT || llm__gram_is_valid_object(s, schema, v, depth);
+}
+
+/* Whether a value fits a schema. */
+static bool llm__gram_is_valid(llm__gram_schema *s, const llm__json *schema, const llm__json *v, int depth) {
+    llm__env *env = s->b->env;
+    schema = llm__gram_meant(schema);
+    llm__gram_spend(s, schema, 32);
+    if (schema->type == LLM__JSON_TRUE || schema->type == LLM__JSON_FALSE) return schema->type == LLM__JSON_TRUE;
+    if (schema->type != LLM__JSON_OBJECT) llm__gram_refuse(s, schema, "a schema must be an object, true or false");
+    if (depth > LLM__GRAM_MOST_LEVELS) llm__gram_refuse(s, schema, "it refers to itself without anything in between");
+    llm__gram_check_keywords(s, schema);
+    const llm__json *ref = llm__json_get_type(env, schema, "$ref", LLM__JSON_STRING);
+    if (ref && !llm__gram_is_valid(s, llm__gram_resolve(s, schema, ref->string), v, depth + 1)) return false;
+    if (llm__gram_is_only_ref(s, schema)) return true;
+    const llm__json *derived = llm__gram_derive(s, schema, false);
+    if (derived && !llm__gram_is_valid(s, derived, v, depth + 1)) return false;
+    const llm__json *list = llm__json_get_type(env, schema, "allOf", LLM__JSON_ARRAY);
+    for (const llm__json *m = list ? list->first : NULL; m; m = m->next)
+        if (!llm__gram_is_valid(s, m, v, depth + 1)) return false;
+    llm__gram_member whole = {schema, 0, SIZE_MAX};
+    return llm__gram_is_valid_member(s, &whole, v, depth);
 }
 
 /* The characters of a string as JSON writes them, without quotation marks. */
@@ -20896,6 +21569,312 @@ static uint32_t llm__gram_value(llm__gram_schema *s, const llm__json *v) {
     if (v->first) llm__gram_add(b, seq, llm__gram_rule_expr(b, s->blank));
     llm__gram_add(b, seq, llm__gram_text(b, object ? "}" : "]"));
     return seq;
+}
+
+/* ---- What is derived ---- */
+
+static int llm__gram_compare_values(const void *a, const void *b) {
+    double x = (*(const llm__json *const *)a)->number, y = (*(const llm__json *const *)b)->number;
+    return (x > y) - (x < y);
+}
+
+/* Adds the cases in which a value is none of a list; `constant`: is not the first. */
+static void llm__gram_put_others(llm__gram_schema *s, llm__json *cases, const llm__json *schema, const llm__json *first,
+                                 bool constant) {
+    unsigned types = 0, numbers = LLM__GRAM_IS_WHOLE | LLM__GRAM_IS_OTHER;
+    llm__json *strings = llm__gram_make(s, LLM__JSON_ARRAY), *made;
+    size_t n = 0, n_listed = 0;
+    bool listed[2] = {false, false}; /* false, true */
+    for (const llm__json *v = first; v; v = constant ? NULL : v->next) n_listed++;
+    const llm__json **sorted = (const llm__json **)llm__alloc(s->b->env, n_listed + 1, sizeof *sorted);
+    for (const llm__json *v = first; v; v = constant ? NULL : v->next) {
+        if (v->type >= LLM__JSON_ARRAY)
+            llm__gram_refuse(s, schema,
+                             "an enum or const with an array or object is not supported in not, if and oneOf");
+        types |= v->type == LLM__JSON_NUMBER ? numbers : llm__gram_type_of(v);
+        if (v->type == LLM__JSON_STRING) llm__gram_put_value(s, strings, NULL, v);
+        if (v->type == LLM__JSON_NUMBER) sorted[n++] = v;
+        if (v->type == LLM__JSON_FALSE || v->type == LLM__JSON_TRUE) listed[v->type == LLM__JSON_TRUE] = true;
+    }
+    llm__gram_put_case(s, cases, LLM__GRAM_IS_ANY & ~types);
+    if (listed[0] != listed[1])
+        llm__gram_make_in(s, llm__gram_put_case(s, cases, 0), "const", listed[0] ? LLM__JSON_TRUE : LLM__JSON_FALSE);
+    if (strings->n) llm__gram_put(s, llm__gram_put_case(s, cases, LLM__GRAM_IS_STRING), "not enum", strings);
+    if (n) qsort(sorted, n, sizeof *sorted, llm__gram_compare_values);
+    for (size_t i = 0; i <= n && n; i++) { /* the numbers between them */
+        made = llm__gram_put_case(s, cases, numbers);
+        if (i) llm__gram_put_value(s, made, "exclusiveMinimum", sorted[i - 1]);
+        if (i < n) llm__gram_put_value(s, made, "exclusiveMaximum", sorted[i]);
+    }
+    llm__free(s->b->env->pool, (void *)sorted);
+}
+
+/* Adds the names that must be there. */
+static void llm__gram_put_required(llm__gram_schema *s, llm__json *made, llm__str name, const llm__json *more) {
+    llm__json *required = llm__gram_make_in(s, made, "required", LLM__JSON_ARRAY);
+    llm__gram_make_in(s, required, NULL, LLM__JSON_STRING)->string = name;
+    for (const llm__json *m = more ? more->first : NULL; m; m = m->next) llm__gram_put_value(s, required, NULL, m);
+}
+
+/* Adds what a property must not be; NULL: it must not be there. */
+static void llm__gram_put_property_not(llm__gram_schema *s, llm__json *made, llm__str name, const llm__json *schema) {
+    llm__json *properties = llm__gram_make_in(s, made, "properties", LLM__JSON_OBJECT), *property;
+    if (schema) property = llm__gram_put_not(s, properties, "", schema);
+    else property = llm__gram_make_in(s, properties, "", LLM__JSON_FALSE);
+    property->key = name;
+}
+
+/* Adds the case in which all schemas of a list do not fit, or all of them fit. */
+static void llm__gram_put_all(llm__gram_schema *s, llm__json *cases, const llm__json *list, bool fit) {
+    llm__json *all = llm__gram_make_in(s, llm__gram_put_case(s, cases, 0), "allOf", LLM__JSON_ARRAY);
+    for (const llm__json *m = list->first; m; m = m->next) {
+        if (fit) llm__gram_put_schema(s, all, NULL, m);
+        else llm__gram_put_not(s, all, NULL, m);
+    }
+}
+
+/* Adds the case in which x fits and y does, or does not. */
+static void llm__gram_put_both(llm__gram_schema *s, llm__json *cases, const llm__json *x, bool x_fits,
+                               const llm__json *y, bool y_fits) {
+    llm__json *all = llm__gram_make_in(s, llm__gram_put_case(s, cases, 0), "allOf", LLM__JSON_ARRAY);
+    for (int i = 0; i < 2; i++) {
+        const llm__json *schema = i ? y : x;
+        if (!schema) continue;
+        if (i ? y_fits : x_fits) llm__gram_put_schema(s, all, NULL, schema);
+        else llm__gram_put_not(s, all, NULL, schema);
+    }
+}
+
+/* Adds the cases in which a limit of a number is missed: a value, or a count. */
+static bool llm__gram_put_missed_limit(llm__gram_schema *s, llm__json *cases, const llm__json *schema,
+                                       const llm__json *limit) {
+    static const struct {
+        const char *key, *opposite;
+        int step; /* 0: of a value */
+        unsigned types;
+    } limits[] = {{"minimum", "exclusiveMaximum", 0, LLM__GRAM_IS_WHOLE | LLM__GRAM_IS_OTHER},
+                  {"maximum", "exclusiveMinimum", 0, LLM__GRAM_IS_WHOLE | LLM__GRAM_IS_OTHER},
+                  {"exclusiveMinimum", "maximum", 0, LLM__GRAM_IS_WHOLE | LLM__GRAM_IS_OTHER},
+                  {"exclusiveMaximum", "minimum", 0, LLM__GRAM_IS_WHOLE | LLM__GRAM_IS_OTHER},
+                  {"minLength", "maxLength", -1, LLM__GRAM_IS_STRING},
+                  {"maxLength", "minLength", 1, LLM__GRAM_IS_STRING},
+                  {"minItems", "maxItems", -1, LLM__GRAM_IS_ARRAY},
+                  {"maxItems", "minItems", 1, LLM__GRAM_IS_ARRAY},
+                  {"minProperties", "maxProperties", -1, LLM__GRAM_IS_OBJECT},
+                  {"maxProperties", "minProperties", 1, LLM__GRAM_IS_OBJECT}};
+    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++) {
+        if (!llm__str_is(limit->key, limits[i].key)) continue;
+        if (limits[i].step) llm__json_get_int(s->b->env, schema, limits[i].key, 0, 0, INT32_MAX);
+        double moved = limit->number + limits[i].step;
+        if (limits[i].step && moved < 0) return true;
+        llm__json *made = llm__gram_put_case(s, cases, limits[i].types);
+        if (limits[i].step) llm__gram_put_number(s, made, limits[i].opposite, moved);
+        else llm__gram_put_value(s, made, limits[i].opposite, limit);
+        return true;
+    }
+    return false;
+}
+
+/* Adds the cases in which the items of an array do not fit. */
+static void llm__gram_put_bad_items(llm__gram_schema *s, llm__json *cases, const llm__json *schema) {
+    const llm__json *own = llm__gram_first_items(s, schema), *more = llm__gram_more_items(s, schema);
+    size_t n = own ? own->n : 0, index = 0;
+    for (const llm__json *m = own ? own->first : NULL; m; m = m->next, index++) {
+        llm__gram_spend(s, schema, index);
+        llm__json *made = llm__gram_put_case(s, cases, LLM__GRAM_IS_ARRAY);
+        llm__gram_put_number(s, made, "minItems", (double)index + 1);
+        llm__json *items = llm__gram_make_in(s, made, "prefixItems", LLM__JSON_ARRAY);
+        for (size_t i = 0; i < index; i++) llm__gram_make_in(s, items, NULL, LLM__JSON_TRUE);
+        llm__gram_put_not(s, items, NULL, m);
+    }
+    if (!more) return;
+    llm__json *made = llm__gram_put_case(s, cases, LLM__GRAM_IS_ARRAY);
+    if (more->type == LLM__JSON_FALSE) llm__gram_put_number(s, made, "minItems", (double)n + 1);
+    else llm__gram_put_not(s, made, "contains", more)->number = (double)n;
+}
+
+/* Adds the cases in which too few or too many items fit `contains`. */
+static void llm__gram_put_bad_contains(llm__gram_schema *s, llm__json *cases, const llm__json *schema) {
+    llm__env *env = s->b->env;
+    const llm__json *contains = llm__json_find(schema, "contains");
+    int least = llm__json_get_int(env, schema, "minContains", 1, 0, INT32_MAX);
+    int most = llm__json_get_int(env, schema, "maxContains", INT32_MAX, 0, INT32_MAX);
+    for (int side = 0; side < 2; side++) {
+        if (side ? !llm__json_get(schema, "maxContains") || most == INT32_MAX : !least) continue;
+        llm__json *made = llm__gram_put_case(s, cases, LLM__GRAM_IS_ARRAY);
+        llm__gram_put_schema(s, made, "contains", contains)->number = contains->number;
+        llm__gram_put_number(s, made, "minContains", side ? most + 1.0 : 0);
+        if (!side) llm__gram_put_number(s, made, "maxContains", least - 1);
+    }
+}
+
+static void llm__gram_check_names(llm__gram_schema *s, const llm__json *schema, const llm__json *names) {
+    for (const llm__json *m = names->first; m; m = m->next)
+        if (m->type != LLM__JSON_STRING)
+            llm__gram_refuse(s, schema, "required, and each list of dependencies, must be a list of strings");
+}
+
+/* Adds the cases in which an object has a property and not what that needs. */
+static void llm__gram_put_missed_needs(llm__gram_schema *s, llm__json *cases, const llm__json *schema,
+                                       const llm__json *needs) {
+    for (const llm__json *m = needs->first; m; m = m->next) {
+        if (m->type == LLM__JSON_ARRAY) llm__gram_check_names(s, schema, m);
+        for (const llm__json *name = m->type == LLM__JSON_ARRAY ? m->first : NULL; name; name = name->next) {
+            llm__json *made = llm__gram_put_case(s, cases, LLM__GRAM_IS_OBJECT);
+            llm__gram_put_required(s, made, m->key, NULL);
+            llm__gram_put_property_not(s, made, name->string, NULL);
+        }
+        if (m->type == LLM__JSON_ARRAY) continue;
+        llm__json *made = llm__gram_put_case(s, cases, LLM__GRAM_IS_OBJECT);
+        llm__gram_put_required(s, made, m->key, NULL);
+        llm__gram_put_not(s, llm__gram_make_in(s, made, "allOf", LLM__JSON_ARRAY), NULL, m);
+    }
+}
+
+/* Whether a keyword says nothing that a value could fail. */
+static bool llm__gram_is_always_met(const llm__json *keyword) {
+    static const char *const inner[] = {"additionalProperties", "propertyNames", "uniqueItems"};
+    static const char *const beside[] = {"additionalItems", "minContains", "maxContains"};
+    bool nothing = keyword->type == LLM__JSON_TRUE || (keyword->type == LLM__JSON_OBJECT && !keyword->n);
+    for (size_t i = 0; i < sizeof inner / sizeof *inner; i++)
+        if (llm__str_is(keyword->key, inner[i])) return i == 2 ? keyword->type == LLM__JSON_FALSE : nothing;
+    for (size_t i = 0; i < sizeof beside / sizeof *beside; i++) /* dealt with by the keyword that they belong to */
+        if (llm__str_is(keyword->key, beside[i])) return true;
+    for (size_t i = 0; i < sizeof llm__gram_keywords / sizeof *llm__gram_keywords; i++)
+        if (llm__str_is(keyword->key, llm__gram_keywords[i].name)) return llm__gram_keywords[i].note;
+    return true; /* of a host */
+}
+
+/* Adds the cases in which a value does not fit a keyword of a schema. */
+static void llm__gram_put_opposite(llm__gram_schema *s, llm__json *cases, const llm__json *schema, const llm__json *m) {
+    llm__env *env = s->b->env;
+    llm__str key = m->key;
+    if (llm__str_is(key, "$ref")) {
+        llm__json *all = llm__gram_make_in(s, llm__gram_put_case(s, cases, 0), "allOf", LLM__JSON_ARRAY);
+        const llm__json *ref = llm__json_need(env, schema, "$ref", LLM__JSON_STRING);
+        llm__gram_put_not(s, all, NULL, llm__gram_resolve(s, schema, ref->string));
+    } else if (llm__str_is(key, "allOf")) {
+        for (const llm__json *x = m->first; x; x = x->next) llm__gram_put_both(s, cases, x, false, NULL, false);
+    } else if (llm__str_is(key, "anyOf") || llm__str_is(key, "oneOf")) {
+        llm__gram_put_all(s, cases, m, false);
+        for (const llm__json *x = m->first; x && llm__str_is(key, "oneOf"); x = x->next)
+            for (const llm__json *y = x->next; y; y = y->next) {
+                llm__gram_spend(s, schema, 8);
+                llm__gram_put_both(s, cases, x, true, y, true);
+            }
+    } else if (llm__str_is(key, "not")) {
+        llm__gram_put_both(s, cases, m, true, NULL, false);
+    } else if (llm__str_is(key, "if")) {
+        const llm__json *then = llm__json_find(schema, "then"), *other = llm__json_find(schema, "else");
+        if (then) llm__gram_put_both(s, cases, m, true, then, false);
+        if (other) llm__gram_put_both(s, cases, m, false, other, false);
+    } else if (llm__str_is(key, "type")) {
+        unsigned types = LLM__GRAM_IS_ANY & ~llm__gram_types(s, schema);
+        if (types) llm__gram_put_case(s, cases, types);
+    } else if (llm__str_is(key, "enum") || llm__str_is(key, "const")) {
+        bool constant = llm__str_is(key, "const");
+        llm__gram_put_others(s, cases, schema, constant ? m : m->first, constant);
+    } else if (llm__str_is(key, "pattern") || llm__str_is(key, "not pattern")) {
+        llm__json *made = llm__gram_put_case(s, cases, LLM__GRAM_IS_STRING);
+        llm__gram_put_value(s, made, llm__str_is(key, "pattern") ? "not pattern" : "pattern", m);
+    } else if (llm__str_is(key, "not enum")) {
+        llm__gram_put_value(s, llm__gram_put_case(s, cases, 0), "enum", m);
+    } else if (llm__str_is(key, "required")) {
+        llm__gram_check_names(s, schema, m);
+        for (const llm__json *x = m->first; x; x = x->next)
+            llm__gram_put_property_not(s, llm__gram_put_case(s, cases, LLM__GRAM_IS_OBJECT), x->string, NULL);
+    } else if (llm__str_is(key, "properties")) {
+        for (const llm__json *x = m->first; x; x = x->next) {
+            llm__json *made = llm__gram_put_case(s, cases, LLM__GRAM_IS_OBJECT);
+            llm__gram_put_required(s, made, x->key, NULL);
+            llm__gram_put_property_not(s, made, x->key, x);
+        }
+    } else if (llm__str_is(key, "items") || llm__str_is(key, "prefixItems")) {
+        if (llm__str_is(key, "prefixItems") && llm__json_find(schema, "items")) return; /* items does both */
+        llm__gram_put_bad_items(s, cases, schema);
+    } else if (llm__str_is(key, "contains")) {
+        llm__gram_put_bad_contains(s, cases, schema);
+    } else if (llm__str_is(key, "dependencies") || llm__str_is(key, "dependentRequired") ||
+               llm__str_is(key, "dependentSchemas")) {
+        llm__gram_put_missed_needs(s, cases, schema, m);
+    } else if (!llm__gram_put_missed_limit(s, cases, schema, m) && !llm__gram_is_always_met(m)) {
+        char what[100];
+        snprintf(what, sizeof what, "\"%.*s\" is not supported in not, if and oneOf", LLM__SHOW(key));
+        llm__gram_refuse(s, schema, what);
+    }
+}
+
+/* What does not fit a schema. */
+static const llm__json *llm__gram_opposite(llm__gram_schema *s, const llm__json *schema) {
+    if (schema->type == LLM__JSON_TRUE || schema->type == LLM__JSON_FALSE)
+        return llm__gram_make(s, schema->type == LLM__JSON_TRUE ? LLM__JSON_FALSE : LLM__JSON_TRUE);
+    if (schema->type != LLM__JSON_OBJECT) llm__gram_refuse(s, schema, "a schema must be an object, true or false");
+    llm__json *made = llm__gram_make(s, LLM__JSON_OBJECT), *cases = llm__gram_make(s, LLM__JSON_ARRAY);
+    bool only_ref = llm__gram_is_only_ref(s, schema);
+    llm__gram_check_keywords(s, schema);
+    llm__gram_spend(s, schema, schema->n * schema->n);
+    for (const llm__json *m = schema->first; m; m = m->next)
+        if ((!only_ref || llm__str_is(m->key, "$ref")) && llm__gram_member_of(schema, m->key) == m)
+            llm__gram_put_opposite(s, cases, schema, m);
+    if (!cases->n) return llm__gram_make(s, LLM__JSON_FALSE);
+    if (cases->n == 1) return cases->first;
+    llm__gram_put(s, made, "anyOf", cases);
+    return made;
+}
+
+/* Adds what an object needs if it has a property: other properties, or to fit a schema. */
+static void llm__gram_put_needs(llm__gram_schema *s, llm__json *all, const llm__json *schema, const llm__json *needs) {
+    for (const llm__json *m = needs->first; m; m = m->next) {
+        llm__json *cases = llm__gram_make(s, LLM__JSON_ARRAY), *made;
+        llm__gram_put(s, llm__gram_make_in(s, all, NULL, LLM__JSON_OBJECT), "anyOf", cases);
+        llm__gram_put_property_not(s, llm__gram_put_case(s, cases, 0), m->key, NULL);
+        made = llm__gram_put_case(s, cases, LLM__GRAM_IS_OBJECT);
+        bool names = m->type == LLM__JSON_ARRAY;
+        if (names) llm__gram_check_names(s, schema, m);
+        llm__gram_put_required(s, made, m->key, names ? m : NULL);
+        if (!names) llm__gram_put_schema(s, llm__gram_make_in(s, made, "allOf", LLM__JSON_ARRAY), NULL, m);
+    }
+}
+
+/* What the schema's `not`, `if` and dependencies say; NULL: nothing. */
+static const llm__json *llm__gram_consequences(llm__gram_schema *s, const llm__json *schema) {
+    static const char *const needs[] = {"dependencies", "dependentRequired", "dependentSchemas"};
+    const llm__json *opposite = llm__json_find(schema, "not"), *first = llm__json_find(schema, "if");
+    const llm__json *then = llm__json_find(schema, "then"), *other = llm__json_find(schema, "else");
+    llm__json *all = llm__gram_make(s, LLM__JSON_ARRAY);
+    if (opposite) llm__gram_put_schema(s, all, NULL, llm__gram_derive(s, llm__gram_meant(opposite), true));
+    if (first && (then || other)) {
+        llm__json *cases = llm__gram_make(s, LLM__JSON_ARRAY);
+        llm__gram_put(s, llm__gram_make_in(s, all, NULL, LLM__JSON_OBJECT), "anyOf", cases);
+        llm__gram_put_both(s, cases, first, true, then, true);
+        llm__gram_put_both(s, cases, first, false, other, true);
+    }
+    for (size_t i = 0; i < sizeof needs / sizeof *needs; i++) {
+        const llm__json *list = llm__json_get_type(s->b->env, schema, needs[i], LLM__JSON_OBJECT);
+        if (list) llm__gram_put_needs(s, all, schema, list);
+    }
+    if (!all->n) return NULL;
+    llm__json *made = llm__gram_make(s, LLM__JSON_OBJECT);
+    llm__gram_put(s, made, "allOf", all);
+    return made;
+}
+
+/* What does not fit a schema, or what its `not`, `if` and dependencies say; NULL: nothing. */
+static const llm__json *llm__gram_derive(llm__gram_schema *s, const llm__json *schema, bool opposite) {
+    static const char *const keys[] = {"not", "if", "dependencies", "dependentRequired", "dependentSchemas"};
+    bool any = opposite;
+    for (size_t i = 0; i < sizeof keys / sizeof *keys && !any; i++) any = llm__json_find(schema, keys[i]);
+    if (!any || (!opposite && llm__gram_is_only_ref(s, schema))) return NULL;
+    for (size_t i = 0; i < s->n_derived; i++)
+        if (s->derived[i].from == schema && s->derived[i].opposite == opposite) return s->derived[i].made;
+    llm__gram_spend(s, schema, s->n_derived);
+    const llm__json *made = opposite ? llm__gram_opposite(s, schema) : llm__gram_consequences(s, schema);
+    s->derived =
+        (llm__gram_derived *)llm__alloc_grow(s->b->env, s->derived, s->n_derived, &s->derived_room, sizeof *s->derived);
+    s->derived[s->n_derived].from = schema;
+    s->derived[s->n_derived].opposite = opposite;
+    s->derived[s->n_derived++].made = made;
+    return made;
 }
 
 /* ---- Numbers ---- */
@@ -21043,13 +22022,20 @@ static uint32_t llm__gram_part(llm__gram_builder *b, const llm__gram_decimal *lo
     return alt;
 }
 
-/* What may follow the last digit before the point. */
+/* What may follow the last digit before the point of numbers of these types. */
 static uint32_t llm__gram_point(llm__gram_builder *b, const llm__gram_decimal *lo, const llm__gram_decimal *hi,
-                                bool whole) {
-    bool none = (!lo || (!lo->n_part && !lo->exclusive)) && (!hi || hi->n_part || !hi->exclusive);
+                                unsigned types) {
+    llm__gram_decimal zero;
+    bool none = (types & LLM__GRAM_IS_WHOLE) && (!lo || (!lo->n_part && !lo->exclusive)) &&
+                (!hi || hi->n_part || !hi->exclusive);
     uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
     if (none) llm__gram_add(b, alt, llm__gram_new(b, LLM__GRAM_EMPTY, 0, 0));
-    if (whole) return alt;
+    if (!(types & LLM__GRAM_IS_OTHER)) return alt;
+    if (!(types & LLM__GRAM_IS_WHOLE) && !(lo && lo->n_part)) { /* the part is above 0 */
+        memset(&zero, 0, sizeof zero);
+        zero.exclusive = true;
+        lo = &zero;
+    }
     uint32_t part = llm__gram_part(b, lo, hi, 0, true);
     llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "."), part, 0, 0));
     return alt;
@@ -21057,47 +22043,47 @@ static uint32_t llm__gram_point(llm__gram_builder *b, const llm__gram_decimal *l
 
 /* The digits from place `at` on, of n before the point, of numbers of which llm__gram_part knows the same. */
 static uint32_t llm__gram_whole(llm__gram_builder *b, const llm__gram_decimal *lo, const llm__gram_decimal *hi, int at,
-                                int n, bool whole) {
-    if (at == n) return llm__gram_point(b, lo, hi, whole);
+                                int n, unsigned types) {
+    if (at == n) return llm__gram_point(b, lo, hi, types);
     if (!lo && !hi && at) {
         uint32_t digits = llm__gram_digits(b, 0, 9, (uint32_t)(n - at), (uint32_t)(n - at));
-        return llm__gram_list(b, LLM__GRAM_SEQ, digits, llm__gram_point(b, NULL, NULL, whole), 0, 0);
+        return llm__gram_list(b, LLM__GRAM_SEQ, digits, llm__gram_point(b, NULL, NULL, types), 0, 0);
     }
     int low = lo ? lo->whole[at] - '0' : !at && n > 1, high = hi ? hi->whole[at] - '0' : 9;
     uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0), rest;
     if (lo && hi && low == high) {
-        rest = llm__gram_whole(b, lo, hi, at + 1, n, whole);
+        rest = llm__gram_whole(b, lo, hi, at + 1, n, types);
         llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, low, low, 1, 1), rest, 0, 0));
         return alt;
     }
     if (low > high) return alt;
     if (lo) {
-        rest = llm__gram_whole(b, lo, NULL, at + 1, n, whole);
+        rest = llm__gram_whole(b, lo, NULL, at + 1, n, types);
         llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, low, low, 1, 1), rest, 0, 0));
         low++;
     }
     if (hi) {
-        rest = llm__gram_whole(b, NULL, hi, at + 1, n, whole);
+        rest = llm__gram_whole(b, NULL, hi, at + 1, n, types);
         llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, high, high, 1, 1), rest, 0, 0));
         high--;
     }
     if (low > high) return alt;
-    rest = llm__gram_whole(b, NULL, NULL, at + 1, n, whole);
+    rest = llm__gram_whole(b, NULL, NULL, at + 1, n, types);
     llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_digits(b, low, high, 1, 1), rest, 0, 0));
     return alt;
 }
 
 /* Numbers from lo to hi without their signs; hi NULL: without an end. */
 static uint32_t llm__gram_sizes(llm__gram_builder *b, const llm__gram_decimal *lo, const llm__gram_decimal *hi,
-                                bool whole) {
+                                unsigned types) {
     uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
     for (int n = lo->n_whole; n <= (hi ? hi->n_whole : lo->n_whole); n++)
         llm__gram_add(
-            b, alt, llm__gram_whole(b, n == lo->n_whole ? lo : NULL, hi && n == hi->n_whole ? hi : NULL, 0, n, whole));
+            b, alt, llm__gram_whole(b, n == lo->n_whole ? lo : NULL, hi && n == hi->n_whole ? hi : NULL, 0, n, types));
     if (hi) return alt;
     uint32_t first = llm__gram_digits(b, 1, 9, 1, 1);
     uint32_t more = llm__gram_digits(b, 0, 9, (uint32_t)lo->n_whole, LLM__GRAM_ENDLESS);
-    llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, first, more, llm__gram_point(b, NULL, NULL, whole), 0));
+    llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, first, more, llm__gram_point(b, NULL, NULL, types), 0));
     return alt;
 }
 
@@ -21184,11 +22170,12 @@ static llm__gram_multiples llm__gram_multiples_of(llm__gram_schema *s, uint32_t 
     return m;
 }
 
-/* A number. With bounds it is written without an exponent. */
-static uint32_t llm__gram_number(llm__gram_schema *s, const llm__gram_conj *c, bool whole) {
+/* A number of these types. With bounds it is written without an exponent. */
+static uint32_t llm__gram_number(llm__gram_schema *s, const llm__gram_conj *c, unsigned types) {
     static const char *const keys[] = {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"};
     llm__gram_builder *b = s->b;
     llm__gram_decimal bounds[2], zero, largest;
+    types &= LLM__GRAM_IS_WHOLE | LLM__GRAM_IS_OTHER;
     memset(bounds, 0, sizeof bounds);
     for (size_t i = 0; i < c->n; i++)
         for (int k = 0; k < 4; k++) {
@@ -21200,12 +22187,14 @@ static uint32_t llm__gram_number(llm__gram_schema *s, const llm__gram_conj *c, b
         }
     uint32_t divisor = llm__gram_common_divisor(s, c);
     llm__gram_multiples multiples = llm__gram_multiples_of(s, divisor);
-    if (divisor) whole = true;
-    if (!bounds[0].given && !bounds[1].given && !divisor) {
+    if (divisor && !(types & LLM__GRAM_IS_WHOLE)) return llm__gram_new(b, LLM__GRAM_NEVER, 0, 0);
+    if (divisor) types = LLM__GRAM_IS_WHOLE;
+    bool whole = types == LLM__GRAM_IS_WHOLE;
+    if (!bounds[0].given && !bounds[1].given && !divisor && (types & LLM__GRAM_IS_WHOLE)) {
         static const char integer[] = "-?(?:0|[1-9][0-9]*)",
                           number[] = "-?(?:0|[1-9][0-9]*)(?:\\.[0-9]+)?(?:[eE][+\\-]?[0-9]+)?";
         llm__str text = {whole ? integer : number, whole ? sizeof integer - 1 : sizeof number - 1};
-        return llm__gram_regex(b, text, false);
+        return llm__gram_regex(b, text);
     }
     if (whole) llm__gram_round_bound(s, &bounds[0], 1);
     if (whole) llm__gram_round_bound(s, &bounds[1], -1);
@@ -21218,14 +22207,14 @@ static uint32_t llm__gram_number(llm__gram_schema *s, const llm__gram_conj *c, b
         largest = bounds[0];
         const llm__gram_decimal *least = hi && hi->negative ? hi : &zero, *most = lo ? &largest : NULL;
         uint32_t sizes =
-            divisor ? llm__gram_multiple_sizes(&multiples, least, most) : llm__gram_sizes(b, least, most, whole);
+            divisor ? llm__gram_multiple_sizes(&multiples, least, most) : llm__gram_sizes(b, least, most, types);
         llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "-"), sizes, 0, 0));
     }
     if (hi && hi->negative) return alt;
     zero = llm__gram_decimal_of(s, s->root, nought, false);
     const llm__gram_decimal *least = lo && !lo->negative ? lo : &zero;
     llm__gram_add(b, alt,
-                  divisor ? llm__gram_multiple_sizes(&multiples, least, hi) : llm__gram_sizes(b, least, hi, whole));
+                  divisor ? llm__gram_multiple_sizes(&multiples, least, hi) : llm__gram_sizes(b, least, hi, types));
     return alt;
 }
 
@@ -21237,35 +22226,67 @@ static uint32_t llm__gram_any_char(llm__gram_builder *b) {
         "[^\"\\\\\\x00-\\x1F]|\\\\(?:[\"\\\\/bfnrt]|u(?:[0-9A-Ca-cE-Fe-f][0-9A-Fa-f]{3}|[Dd][0-7]"
         "[0-9A-Fa-f]{2}|[Dd][89ABab][0-9A-Fa-f]{2}\\\\u[Dd][C-Fc-f][0-9A-Fa-f]{2}))";
     llm__str regex = {text, sizeof text - 1};
-    return llm__gram_regex(b, regex, false);
+    return llm__gram_regex(b, regex);
+}
+
+/* Adds what a conjunction says about strings. Returns whether that is more than a length. */
+static bool llm__gram_add_strings(llm__gram_schema *s, const llm__gram_conj *c, llm__gram_strings *st) {
+    static const char *const keys[] = {"pattern", "not pattern"};
+    llm__gram_builder *b = s->b;
+    int n_before = st->n_patterns;
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *schema = c->members[i].schema;
+        uint32_t least = (uint32_t)llm__json_get_int(b->env, schema, "minLength", 0, 0, INT32_MAX);
+        uint32_t most = (uint32_t)llm__json_get_int(b->env, schema, "maxLength", INT32_MAX, 0, INT32_MAX);
+        if (least > st->min) st->min = least;
+        if (llm__json_get(schema, "maxLength") && most < st->max) st->max = most;
+        for (int out = 0; out < 2; out++) {
+            const llm__json *own = llm__json_get_type(b->env, schema, keys[out], LLM__JSON_STRING);
+            bool repeated = false;
+            for (size_t j = 0; own && j < i && !repeated; j++) {
+                const llm__json *other = llm__json_get(c->members[j].schema, keys[out]);
+                repeated = other && llm__str_equal(other->string, own->string);
+            }
+            if (own && !repeated) llm__gram_strings_add(st, llm__gram_pattern(b, own->string, false), out);
+        }
+    }
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *list = llm__json_find(c->members[i].schema, "not enum");
+        if (!list) continue;
+        size_t n = 0;
+        llm__str *texts = (llm__str *)llm__alloc(b->env, list->n + 1, sizeof *texts);
+        for (const llm__json *m = list->first; m; m = m->next) { /* without those that something else forbids, too */
+            bool fits = true;
+            for (size_t j = 0; j < c->n && fits; j++) {
+                bool after = j >= i && llm__json_find(c->members[j].schema, "not enum");
+                fits = after || llm__gram_is_valid_string(s, c->members[j].schema, m->string);
+            }
+            if (fits) texts[n++] = m->string;
+        }
+        if (n) llm__gram_strings_add(st, llm__gram_literals(b, texts, n), true);
+    }
+    return st->n_patterns > n_before;
 }
 
 static uint32_t llm__gram_string(llm__gram_schema *s, const llm__gram_conj *c) {
     llm__gram_builder *b = s->b;
-    uint32_t min = 0, max = LLM__GRAM_ENDLESS;
-    const llm__json *pattern = NULL, *from = NULL;
-    for (size_t i = 0; i < c->n; i++) {
-        const llm__json *schema = c->members[i].schema;
-        const llm__json *own = llm__json_get_type(b->env, schema, "pattern", LLM__JSON_STRING);
-        uint32_t least = (uint32_t)llm__json_get_int(b->env, schema, "minLength", 0, 0, INT32_MAX);
-        uint32_t most = (uint32_t)llm__json_get_int(b->env, schema, "maxLength", INT32_MAX, 0, INT32_MAX);
-        if (least > min) min = least;
-        if (llm__json_get(schema, "maxLength") && most < max) max = most;
-        if (own && pattern && !llm__str_equal(own->string, pattern->string))
-            llm__gram_refuse(s, schema, "two patterns at once are not supported");
-        if (own) pattern = own, from = schema;
-    }
+    llm__gram_strings *st = llm__gram_strings_of(s, c->n ? c->members[0].schema : s->root);
+    bool patterns = llm__gram_add_strings(s, c, st);
+    uint32_t min = st->min, max = st->max;
     if (min > max) return llm__gram_new(b, LLM__GRAM_NEVER, 0, 0);
-    if (!pattern && !min && max == LLM__GRAM_ENDLESS) return llm__gram_rule_expr(b, s->string);
-    if (!pattern) return llm__gram_quoted(b, llm__gram_repeat_of(b, llm__gram_any_char(b), min, max));
-    uint32_t regex = llm__gram_regex(b, pattern->string, true);
+    if (!patterns && !min && max == LLM__GRAM_ENDLESS) return llm__gram_rule_expr(b, s->string);
+    if (!patterns) return llm__gram_quoted(b, llm__gram_repeat_of(b, llm__gram_any_char(b), min, max));
+    const llm__json *pattern = NULL;
+    for (size_t i = 0; i < c->n && !pattern; i++) pattern = llm__json_get(c->members[i].schema, "pattern");
+    if (st->n_patterns > 1 || !pattern) return llm__gram_quoted(b, llm__gram_strings_expr(st));
+    uint32_t regex = llm__gram_pattern(b, pattern->string, true);
     if (b->exprs[regex].min >= min && b->exprs[regex].max <= max) return llm__gram_quoted(b, regex);
-    /* The lengths say more than the pattern does. That can be joined if it is one kind of character, repeated. */
+    /* The lengths say more than the pattern does. If that is one kind of character, repeated, it can be counted. */
     uint32_t seq = b->exprs[regex].last, repeat = b->exprs[seq].last;
     const llm__gram_expr *r = &b->exprs[repeat];
     bool one = repeat && !b->exprs[seq].before && !r->before && r->kind == LLM__GRAM_REPEAT &&
                b->exprs[r->last].min == 1 && b->exprs[r->last].max == 1;
-    if (!one) llm__gram_refuse(s, from, "minLength or maxLength beside such a pattern is not supported");
+    if (!one) return llm__gram_quoted(b, llm__gram_strings_expr(st));
     if (r->a > min) min = r->a;
     if (r->b < max) max = r->b;
     if (min > max) return llm__gram_new(b, LLM__GRAM_NEVER, 0, 0);
@@ -21288,6 +22309,254 @@ static uint32_t llm__gram_close(llm__gram_schema *s, const char *bracket) {
                           0);
 }
 
+/* Whether a value fits all schemas of a conjunction. */
+static bool llm__gram_fits(llm__gram_schema *s, const llm__gram_conj *c, const llm__json *v) {
+    bool fits = !c->never;
+    for (size_t i = 0; i < c->n && fits; i++) fits = llm__gram_is_valid_member(s, &c->members[i], v, 0);
+    return fits;
+}
+
+/* The first value of the enum or const of a conjunction, and whether there is one. The others follow it. */
+static bool llm__gram_find_list(llm__gram_schema *s, const llm__gram_conj *c, const llm__json **first, bool *constant) {
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *list = llm__json_get_type(s->b->env, c->members[i].schema, "enum", LLM__JSON_ARRAY);
+        *first = llm__json_find(c->members[i].schema, "const");
+        *constant = *first != NULL;
+        if (!*first && list) *first = list->first;
+        if (*constant || list) return true;
+    }
+    return false;
+}
+
+/* The values that enum and const leave; 0 if there is none of these. */
+static uint32_t llm__gram_listed(llm__gram_schema *s, const llm__gram_conj *c) {
+    llm__gram_builder *b = s->b;
+    const llm__json *first;
+    bool constant;
+    if (!llm__gram_find_list(s, c, &first, &constant)) return 0;
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    for (const llm__json *v = first; v; v = constant ? NULL : v->next)
+        if (llm__gram_fits(s, c, v)) llm__gram_add(b, alt, llm__gram_value(s, v));
+    return alt;
+}
+
+/* How the items of an array are told apart: by the `contains` that they fit, and where they must differ, by their
+   values. */
+typedef struct llm__gram_array_kinds {
+    struct {
+        const llm__json *schema;
+        uint32_t from, min, max; /* items before `from` do not count */
+    } contains[LLM__GRAM_MOST_CONTAINS];
+    int n;
+    bool unique;
+} llm__gram_array_kinds;
+
+static llm__gram_array_kinds llm__gram_array_kinds_of(llm__gram_schema *s, const llm__gram_conj *c, uint32_t max) {
+    llm__gram_array_kinds kinds;
+    llm__env *env = s->b->env;
+    memset(&kinds, 0, sizeof kinds);
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *schema = c->members[i].schema, *contains = llm__json_find(schema, "contains");
+        const llm__json *unique = llm__json_find(schema, "uniqueItems");
+        uint32_t least = (uint32_t)llm__json_get_int(env, schema, "minContains", 1, 0, INT32_MAX);
+        uint32_t most = (uint32_t)llm__json_get_int(env, schema, "maxContains", INT32_MAX, 0, INT32_MAX);
+        if (unique && unique->type == LLM__JSON_TRUE && max > 1) kinds.unique = true;
+        if (!contains || (!least && !llm__json_get(schema, "maxContains"))) continue;
+        if (kinds.n == LLM__GRAM_MOST_CONTAINS)
+            llm__gram_refuse(s, schema, "more than 3 \"contains\" of one array are not supported");
+        kinds.contains[kinds.n].schema = contains;
+        kinds.contains[kinds.n].from = (uint32_t)contains->number;
+        kinds.contains[kinds.n].min = least;
+        kinds.contains[kinds.n++].max = llm__json_get(schema, "maxContains") ? most : LLM__GRAM_ENDLESS;
+    }
+    return kinds;
+}
+
+/* What must hold of item n. */
+static llm__gram_conj llm__gram_item_of(llm__gram_schema *s, const llm__gram_conj *c, uint32_t n) {
+    llm__gram_conj item = llm__gram_conj_of();
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *at = llm__gram_first_items(s, c->members[i].schema);
+        at = at ? at->first : NULL;
+        for (uint32_t skipped = 0; at && skipped < n; skipped++) at = at->next;
+        if (!at) at = llm__gram_more_items(s, c->members[i].schema);
+        if (at) llm__gram_join(s, &item, at, SIZE_MAX);
+    }
+    return item;
+}
+
+/* What may follow some items. */
+typedef struct llm__gram_array_state {
+    uint32_t n; /* items so far; without a maximum, `last` at most */
+    /* Of those that fit each `contains`; without a maximum, at most the minimum. */
+    uint32_t counts[LLM__GRAM_MOST_CONTAINS];
+    uint32_t used; /* a bit for each value that may occur once */
+    uint32_t rule;
+} llm__gram_array_state;
+
+typedef struct llm__gram_array_builder {
+    llm__gram_schema *s;
+    const llm__gram_conj *c;
+    const llm__gram_array_kinds *kinds;
+    uint32_t min, max, n_first, last;
+    llm__gram_array_state *states;
+    size_t n_states, states_room;
+    uint32_t *items; /* [n_first + 1][8] rules for items that fit some `contains`; LLM__GRAM_NONE: not made yet */
+    const llm__json *values[LLM__GRAM_MOST_UNIQUE];
+    int n_values;
+} llm__gram_array_builder;
+
+/* Adds the values that an item may have. */
+static void llm__gram_add_values(llm__gram_array_builder *a, llm__gram_conj *item) {
+    static const llm__json_type words[] = {LLM__JSON_NULL, LLM__JSON_FALSE, LLM__JSON_TRUE};
+    llm__gram_schema *s = a->s;
+    const llm__json *v;
+    bool constant = false;
+    llm__gram_flatten(s, item);
+    if (!llm__gram_find_list(s, item, &v, &constant)) {
+        if (llm__gram_conj_types(s, item) & ~(unsigned)(LLM__GRAM_IS_NULL | LLM__GRAM_IS_BOOL))
+            llm__gram_refuse(
+                s, a->c->members[0].schema,
+                "uniqueItems is supported only if the items have an enum or const, or are boolean or null");
+        llm__json *list = llm__gram_make(s, LLM__JSON_ARRAY);
+        for (int i = 0; i < 3; i++) llm__gram_make_in(s, list, NULL, words[i]);
+        v = list->first;
+    }
+    for (; v; v = constant ? NULL : v->next) {
+        int i = 0;
+        while (i < a->n_values && !llm__gram_equal(a->values[i], v)) i++;
+        if (i < a->n_values || !llm__gram_fits(s, item, v)) continue;
+        if (a->n_values == LLM__GRAM_MOST_UNIQUE)
+            llm__gram_refuse(s, a->c->members[0].schema, "uniqueItems of more than 10 values is not supported");
+        a->values[a->n_values++] = v;
+    }
+}
+
+static uint32_t llm__gram_array_state_of(llm__gram_array_builder *a, llm__gram_array_state state) {
+    llm__gram_builder *b = a->s->b;
+    size_t size = sizeof state.n + sizeof state.counts + sizeof state.used;
+    llm__gram_spend(a->s, a->c->members[0].schema, a->n_states);
+    for (size_t i = 0; i < a->n_states; i++)
+        if (!memcmp(&a->states[i], &state, size)) return llm__gram_rule_expr(b, a->states[i].rule);
+    if (a->n_states == LLM__GRAM_MOST_SETS)
+        llm__gram_refuse(a->s, a->c->members[0].schema,
+                         "such numbers beside contains or uniqueItems are not supported");
+    a->states =
+        (llm__gram_array_state *)llm__alloc_grow(b->env, a->states, a->n_states, &a->states_room, sizeof *a->states);
+    state.rule = llm__gram_new_rule(b);
+    a->states[a->n_states++] = state;
+    return llm__gram_rule_expr(b, state.rule);
+}
+
+/* Adds one more item: it fits the `contains` of which bits are set. */
+static bool llm__gram_count_item(const llm__gram_array_builder *a, llm__gram_array_state *state, unsigned fits) {
+    for (int k = 0; k < a->kinds->n; k++) {
+        uint32_t most = a->kinds->contains[k].max, enough = a->kinds->contains[k].min;
+        if (!(fits >> k & 1) || state->n < a->kinds->contains[k].from) continue;
+        if (most != LLM__GRAM_ENDLESS && state->counts[k] == most) return false;
+        if (most != LLM__GRAM_ENDLESS || state->counts[k] < enough) state->counts[k]++;
+    }
+    if (state->n < a->last) state->n++;
+    return true;
+}
+
+/* A rule for item n that fits some `contains`, and not the others that have a maximum. */
+static uint32_t llm__gram_item_rule(llm__gram_array_builder *a, uint32_t n, unsigned fits) {
+    uint32_t *rule = &a->items[(size_t)n << LLM__GRAM_MOST_CONTAINS | fits];
+    if (*rule != LLM__GRAM_NONE) return *rule;
+    llm__gram_conj item = llm__gram_item_of(a->s, a->c, n);
+    for (int k = 0; k < a->kinds->n; k++) {
+        const llm__json *schema = llm__gram_meant(a->kinds->contains[k].schema);
+        bool fitting = fits >> k & 1, counted = n >= a->kinds->contains[k].from;
+        if (fitting) llm__gram_join(a->s, &item, schema, SIZE_MAX);
+        else if (counted && a->kinds->contains[k].max != LLM__GRAM_ENDLESS)
+            llm__gram_join(a->s, &item, llm__gram_derive(a->s, schema, true), SIZE_MAX);
+    }
+    item.refers = true;
+    *rule = llm__gram_conj_rule(a->s, &item);
+    return *rule;
+}
+
+/* Adds to alternatives that an item follows, and then what may follow that. */
+static void llm__gram_put_item(llm__gram_array_builder *a, uint32_t alt, llm__gram_array_state state, uint32_t item,
+                               unsigned fits) {
+    uint32_t comma = state.n ? llm__gram_comma(a->s) : 0;
+    if (!llm__gram_count_item(a, &state, fits)) return;
+    uint32_t rest = llm__gram_array_state_of(a, state);
+    llm__gram_add(a->s->b, alt, llm__gram_list(a->s->b, LLM__GRAM_SEQ, comma, item, rest, 0));
+}
+
+static uint32_t llm__gram_array_state_expr(llm__gram_array_builder *a, llm__gram_array_state state) {
+    llm__gram_schema *s = a->s;
+    llm__gram_builder *b = s->b;
+    uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0), at = state.n < a->n_first ? state.n : a->n_first;
+    bool whole = state.n >= a->min && state.n <= a->max;
+    for (int k = 0; k < a->kinds->n && whole; k++) whole = state.counts[k] >= a->kinds->contains[k].min;
+    if (whole) llm__gram_add(b, alt, llm__gram_close(s, "]"));
+    if (state.n >= a->max) return alt;
+    if (a->kinds->unique) {
+        llm__gram_conj item = llm__gram_item_of(s, a->c, at);
+        llm__gram_flatten(s, &item);
+        for (int i = 0; i < a->n_values; i++) {
+            llm__gram_array_state after = state;
+            unsigned fits = 0;
+            if (state.used >> i & 1 || !llm__gram_fits(s, &item, a->values[i])) continue;
+            for (int k = 0; k < a->kinds->n; k++)
+                fits |= (unsigned)llm__gram_is_valid(s, a->kinds->contains[k].schema, a->values[i], 0) << k;
+            after.used |= 1u << i;
+            llm__gram_put_item(a, alt, after, llm__gram_value(s, a->values[i]), fits);
+        }
+        return alt;
+    }
+    for (unsigned fits = 0; fits >> a->kinds->n == 0; fits++) {
+        bool useful = true;
+        for (int k = 0; k < a->kinds->n && useful; k++) {
+            bool enough =
+                a->kinds->contains[k].max == LLM__GRAM_ENDLESS && state.counts[k] >= a->kinds->contains[k].min;
+            useful = !(fits >> k & 1) || (state.n >= a->kinds->contains[k].from && !enough);
+        }
+        if (!useful) continue;
+        llm__gram_put_item(a, alt, state, llm__gram_rule_expr(b, llm__gram_item_rule(a, at, fits)), fits);
+    }
+    return alt;
+}
+
+/* An array with `contains` or uniqueItems: a rule for each number of items, of those that fit, and values that have
+   occurred. */
+static uint32_t llm__gram_array_by_states(llm__gram_schema *s, const llm__gram_conj *c,
+                                          const llm__gram_array_kinds *kinds, uint32_t min, uint32_t max,
+                                          uint32_t n_first) {
+    llm__gram_builder *b = s->b;
+    llm__gram_array_builder a;
+    llm__gram_array_state begin;
+    memset(&a, 0, sizeof a);
+    memset(&begin, 0, sizeof begin);
+    a.s = s;
+    a.c = c;
+    a.kinds = kinds;
+    a.min = min;
+    a.max = max;
+    a.n_first = n_first;
+    a.last = min > n_first ? min : n_first;
+    if (!a.last) a.last = 1;
+    if (max != LLM__GRAM_ENDLESS) a.last = max;
+    size_t n_items = ((size_t)n_first + 1) << LLM__GRAM_MOST_CONTAINS;
+    a.items = (uint32_t *)llm__alloc(b->env, n_items, sizeof *a.items);
+    memset(a.items, 0xFF, n_items * sizeof *a.items);
+    for (uint32_t n = 0; n <= n_first && n < max && kinds->unique; n++) {
+        llm__gram_conj item = llm__gram_item_of(s, c, n);
+        llm__gram_add_values(&a, &item);
+    }
+    uint32_t root = llm__gram_array_state_of(&a, begin);
+    for (size_t i = 0; i < a.n_states; i++) {
+        llm__gram_array_state state = a.states[i];
+        llm__gram_define(b, state.rule, llm__gram_array_state_expr(&a, state), 0);
+    }
+    llm__free(b->env->pool, a.items);
+    llm__free(b->env->pool, a.states);
+    return llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "["), llm__gram_rule_expr(b, s->blank), root, 0);
+}
+
 /* An array. The rule for what comes after i items is made from that for i + 1. */
 static uint32_t llm__gram_array(llm__gram_schema *s, const llm__gram_conj *c) {
     llm__gram_builder *b = s->b;
@@ -21295,19 +22564,18 @@ static uint32_t llm__gram_array(llm__gram_schema *s, const llm__gram_conj *c) {
     llm__gram_conj inner = llm__gram_conj_of();
     for (size_t i = 0; i < c->n; i++) {
         const llm__json *schema = c->members[i].schema;
-        const llm__json *first = llm__json_get_type(b->env, schema, "prefixItems", LLM__JSON_ARRAY);
-        const llm__json *items = llm__json_find(schema, "items");
+        const llm__json *first = llm__gram_first_items(s, schema), *items = llm__gram_more_items(s, schema);
         uint32_t least = (uint32_t)llm__json_get_int(b->env, schema, "minItems", 0, 0, INT32_MAX);
         uint32_t most = (uint32_t)llm__json_get_int(b->env, schema, "maxItems", INT32_MAX, 0, INT32_MAX);
         if (least > min) min = least;
         if (llm__json_get(schema, "maxItems") && most < max) max = most;
         if (first && first->n > n_first) n_first = (uint32_t)first->n;
         if (first) llm__gram_spend(s, schema, first->n * first->n);
-        if (items && items->type == LLM__JSON_ARRAY)
-            llm__gram_refuse(s, schema, "items is an array, which draft 2020-12 calls prefixItems");
         if (items) llm__gram_join(s, &inner, items, SIZE_MAX);
     }
     if (min > max) return llm__gram_new(b, LLM__GRAM_NEVER, 0, 0);
+    llm__gram_array_kinds kinds = llm__gram_array_kinds_of(s, c, max);
+    if (kinds.n || kinds.unique) return llm__gram_array_by_states(s, c, &kinds, min, max, n_first);
     uint32_t rule = LLM__GRAM_NONE, rest = llm__gram_conj_rule(s, &inner);
     for (uint32_t n = n_first + 1; n-- > 0;) {
         uint32_t after = rule, item;
@@ -21327,14 +22595,7 @@ static uint32_t llm__gram_array(llm__gram_schema *s, const llm__gram_conj *c) {
             item = llm__gram_rule_expr(b, rest);
             llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, item, more, llm__gram_close(s, "]"), 0));
         } else if (n < max) {
-            llm__gram_conj own = llm__gram_conj_of();
-            for (size_t i = 0; i < c->n; i++) {
-                const llm__json *at = llm__json_get(c->members[i].schema, "prefixItems");
-                at = at ? at->first : NULL;
-                for (uint32_t skipped = 0; at && skipped < n; skipped++) at = at->next;
-                if (!at) at = llm__json_find(c->members[i].schema, "items");
-                if (at) llm__gram_join(s, &own, at, SIZE_MAX);
-            }
+            llm__gram_conj own = llm__gram_item_of(s, c, n);
             item = llm__gram_conj_expr(s, &own);
             llm__gram_add(
                 b, alt,
@@ -21384,95 +22645,110 @@ static uint32_t llm__gram_other_names(llm__gram_builder *b, const llm__str *name
     return alt;
 }
 
-/* The pattern of the only patternProperties; NULL: there is none. What its properties must be joins *inner. Names that
-   fit and names that do not cannot be told apart, so there must not be any others. */
-static const llm__json *llm__gram_name_pattern(llm__gram_schema *s, const llm__gram_conj *c, llm__gram_conj *inner,
-                                               size_t n_names) {
-    const llm__json *pattern = NULL;
+/* A copy in which a member's alternatives count as chosen, and one of them has joined. */
+static llm__gram_conj llm__gram_choose(llm__gram_schema *s, const llm__gram_conj *c, size_t member, unsigned done,
+                                       const llm__json *alternative) {
+    llm__gram_conj copy = *c;
+    llm__gram_spend(s, alternative, 8 * (c->n + 8));
+    copy.room = c->n + 8;
+    copy.members = (llm__gram_member *)llm__alloc(s->b->env, copy.room, sizeof *copy.members);
+    memcpy(copy.members, c->members, c->n * sizeof *c->members);
+    copy.members[member].done |= done;
+    copy.refers = false;
+    llm__gram_join(s, &copy, alternative, member);
+    return copy;
+}
+
+/* What the schemas say about names, as alternatives. */
+typedef struct llm__gram_about_names {
+    llm__gram_conj cases[LLM__GRAM_MOST_CASES];
+    int n;
+} llm__gram_about_names;
+
+static void llm__gram_add_case(llm__gram_schema *s, llm__gram_about_names *about, llm__gram_conj *c) {
+    llm__gram_flatten(s, c);
+    if (!llm__gram_conj_types(s, c)) return;
     for (size_t i = 0; i < c->n; i++) {
-        const llm__json *schema = c->members[i].schema, *others = llm__json_find(schema, "additionalProperties");
-        const llm__json *list = llm__json_get_type(s->b->env, schema, "patternProperties", LLM__JSON_OBJECT);
-        if (!list || !list->n) {
-            if (others) llm__gram_join(s, inner, others, SIZE_MAX);
-            continue;
+        const llm__json *schema = c->members[i].schema, *list = llm__json_find(schema, "anyOf");
+        if (llm__json_find(schema, "oneOf")) llm__gram_refuse(s, schema, "oneOf in propertyNames is not supported");
+        if (!list || c->members[i].done & 1) continue;
+        for (const llm__json *m = list->first; m; m = m->next) {
+            llm__gram_conj chosen = llm__gram_choose(s, c, i, 1, m);
+            llm__gram_add_case(s, about, &chosen);
         }
-        if (pattern || list->n > 1 || n_names || !others || others->type != LLM__JSON_FALSE)
-            llm__gram_refuse(s, schema,
-                             "patternProperties is supported only with one pattern, beside additionalProperties false "
-                             "and without properties and required");
-        pattern = list->first;
-        llm__gram_join(s, inner, pattern, SIZE_MAX);
+        return;
     }
-    return pattern;
+    if (about->n == LLM__GRAM_MOST_CASES)
+        llm__gram_refuse(s, c->members[0].schema, "propertyNames of more than 8 alternatives is not supported");
+    about->cases[about->n++] = *c;
 }
 
-/* A property that the schema does not name, as a rule. */
-static uint32_t llm__gram_other_property(llm__gram_schema *s, const llm__gram_conj *c, llm__str *names, size_t n) {
-    llm__gram_builder *b = s->b;
-    llm__gram_conj inner = llm__gram_conj_of();
-    const llm__json *pattern = llm__gram_name_pattern(s, c, &inner, n);
-    uint32_t rule = llm__gram_new_rule(b), any = llm__gram_new_rule(b), name;
-    for (size_t i = 0; i < n; i++) {
-        const uint8_t *p = (const uint8_t *)names[i].at;
-        if (llm__utf8_check(p, p + names[i].n) < p + names[i].n)
-            llm__fail(b->env, LLM_ERROR_FORMAT, "the JSON schema is not UTF-8");
-        if (llm__gram_count_chars(names[i]) > LLM__GRAM_MOST_KEY)
-            llm__gram_refuse(s, s->root, "a name of more than 200 characters needs additionalProperties false");
+static llm__gram_about_names llm__gram_about_names_of(llm__gram_schema *s, const llm__gram_conj *c) {
+    llm__gram_about_names about;
+    llm__gram_conj names = llm__gram_conj_of();
+    memset(&about, 0, sizeof about);
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *own = llm__json_find(c->members[i].schema, "propertyNames");
+        if (own) llm__gram_join(s, &names, own, SIZE_MAX);
     }
-    if (n) qsort(names, n, sizeof *names, llm__gram_compare_names);
-    size_t first = b->n_exprs, ranges = b->n_ranges;
-    llm__gram_add_range(b, 0, 0x10FFFF);
-    uint32_t chars = llm__gram_repeat_of(b, llm__gram_json_chars(b, ranges), 0, LLM__GRAM_ENDLESS);
-    llm__gram_define(b, any, chars, first);
-    if (pattern) name = llm__gram_quoted(b, llm__gram_regex(b, pattern->key, true));
-    else if (n) name = llm__gram_quoted(b, llm__gram_other_names(b, names, n, 0, any));
-    else name = llm__gram_rule_expr(b, s->string);
-    name = llm__gram_colon(s, name);
-    first = 0;
-    llm__gram_define(b, rule, llm__gram_list(b, LLM__GRAM_SEQ, name, llm__gram_conj_expr(s, &inner), 0, 0), first);
-    return rule;
+    if (names.n) {
+        llm__json *string = llm__gram_make(s, LLM__JSON_OBJECT);
+        llm__gram_put_number(s, string, "type", LLM__GRAM_IS_STRING);
+        llm__gram_join(s, &names, string, SIZE_MAX);
+    }
+    llm__gram_add_case(s, &about, &names);
+    return about;
 }
 
-/* The names that the schemas give, each once, in their order; *n_named of them under `properties`, the others are only
-   required. */
+typedef struct llm__gram_names {
+    llm__str *list;
+    size_t n, room;
+    llm__gram_table seen;
+} llm__gram_names;
+
+/* Adds a name, unless it is there. */
+static void llm__gram_add_name(llm__env *env, llm__gram_names *names, llm__str name) {
+    if (!names->seen.slots || 2 * names->n >= names->seen.mask) {
+        llm__gram_table_resize(env, &names->seen, llm__hash_slots(4 * names->n + 16));
+        for (size_t i = 0; i < names->n; i++) {
+            size_t slot = llm__hash_bytes((const uint8_t *)names->list[i].at, names->list[i].n) & names->seen.mask;
+            while (names->seen.slots[slot] != LLM__GRAM_NONE) slot = (slot + 1) & names->seen.mask;
+            names->seen.slots[slot] = (uint32_t)i;
+        }
+    }
+    size_t slot = llm__hash_bytes((const uint8_t *)name.at, name.n) & names->seen.mask;
+    for (; names->seen.slots[slot] != LLM__GRAM_NONE; slot = (slot + 1) & names->seen.mask)
+        if (llm__str_equal(names->list[names->seen.slots[slot]], name)) return;
+    names->seen.slots[slot] = (uint32_t)names->n;
+    names->list = (llm__str *)llm__alloc_grow(env, names->list, names->n, &names->room, sizeof *names->list);
+    names->list[names->n++] = name;
+}
+
+/* The names that the schemas give, each once: those of properties in their order, those that are required, and those
+   that propertyNames lists. */
 static llm__str *llm__gram_names_of(llm__gram_schema *s, const llm__gram_conj *c, size_t *n) {
     llm__env *env = s->b->env;
-    size_t room = 0;
+    llm__gram_names names;
+    llm__gram_about_names about = llm__gram_about_names_of(s, c);
+    memset(&names, 0, sizeof names);
     for (size_t i = 0; i < c->n; i++) {
-        const llm__json *named = llm__json_get_type(env, c->members[i].schema, "properties", LLM__JSON_OBJECT);
-        const llm__json *required = llm__json_get_type(env, c->members[i].schema, "required", LLM__JSON_ARRAY);
-        room += (named ? named->n : 0) + (required ? required->n : 0);
+        const llm__json *list = llm__json_get_type(env, c->members[i].schema, "properties", LLM__JSON_OBJECT);
+        for (const llm__json *m = list ? list->first : NULL; m; m = m->next) llm__gram_add_name(env, &names, m->key);
     }
-    llm__str *names = (llm__str *)llm__alloc(env, room + 1, sizeof *names);
-    llm__gram_table seen;
-    memset(&seen, 0, sizeof seen);
-    llm__gram_table_resize(env, &seen, llm__hash_slots(2 * room + 2));
-    *n = 0;
-    for (int pass = 0; pass < 2; pass++)
-        for (size_t i = 0; i < c->n; i++) {
-            const llm__json *list = llm__json_get(c->members[i].schema, pass ? "required" : "properties");
-            for (const llm__json *m = list ? list->first : NULL; m; m = m->next) {
-                if (pass && m->type != LLM__JSON_STRING)
-                    llm__gram_refuse(s, c->members[i].schema, "required must be a list of strings");
-                llm__str name = pass ? m->string : m->key;
-                size_t slot = llm__hash_bytes((const uint8_t *)name.at, name.n) & seen.mask;
-                bool found = false;
-                for (; seen.slots[slot] != LLM__GRAM_NONE && !found; slot = (slot + 1) & seen.mask)
-                    found = llm__str_equal(names[seen.slots[slot]], name);
-                if (found) continue;
-                seen.slots[slot] = (uint32_t)*n;
-                names[(*n)++] = name;
-            }
-        }
-    return names;
-}
-
-/* The member of this name. The last of equal names counts. */
-static const llm__json *llm__gram_member_of(const llm__json *object, llm__str key) {
-    const llm__json *found = NULL;
-    for (const llm__json *m = object ? object->first : NULL; m; m = m->next)
-        if (llm__str_equal(m->key, key)) found = m;
-    return found;
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *list = llm__json_get_type(env, c->members[i].schema, "required", LLM__JSON_ARRAY);
+        if (list) llm__gram_check_names(s, c->members[i].schema, list);
+        for (const llm__json *m = list ? list->first : NULL; m; m = m->next) llm__gram_add_name(env, &names, m->string);
+    }
+    for (int i = 0; i < about.n; i++) {
+        const llm__json *v = NULL;
+        bool constant = false;
+        llm__gram_find_list(s, &about.cases[i], &v, &constant);
+        for (; v; v = constant ? NULL : v->next)
+            if (v->type == LLM__JSON_STRING) llm__gram_add_name(env, &names, v->string);
+    }
+    *n = names.n;
+    return names.list;
 }
 
 static bool llm__gram_is_required(llm__gram_schema *s, const llm__gram_conj *c, llm__str name) {
@@ -21485,17 +22761,120 @@ static bool llm__gram_is_required(llm__gram_schema *s, const llm__gram_conj *c, 
     return false;
 }
 
+/* Whether nothing can have the types that a conjunction allows. */
+static bool llm__gram_is_never(llm__gram_schema *s, llm__gram_conj *c) {
+    llm__gram_flatten(s, c);
+    return !llm__gram_conj_types(s, c);
+}
+
 /* What must hold of the property of this name. */
 static llm__gram_conj llm__gram_property(llm__gram_schema *s, const llm__gram_conj *c, llm__str name) {
     llm__gram_conj inner = llm__gram_conj_of();
     for (size_t i = 0; i < c->n; i++) {
         const llm__json *schema = c->members[i].schema;
         const llm__json *named = llm__json_get(schema, "properties"), *own = llm__gram_member_of(named, name);
+        const llm__json *patterns = llm__json_get_type(s->b->env, schema, "patternProperties", LLM__JSON_OBJECT);
+        bool found = own != NULL;
         if (named) llm__gram_spend(s, schema, named->n);
-        if (!own && !llm__json_find(schema, "patternProperties")) own = llm__json_find(schema, "additionalProperties");
         if (own) llm__gram_join(s, &inner, own, SIZE_MAX);
+        for (const llm__json *p = patterns ? patterns->first : NULL; p; p = p->next) {
+            if (!llm__gram_matches(s, schema, p->key, name)) continue;
+            llm__gram_join(s, &inner, p, SIZE_MAX);
+            found = true;
+        }
+        own = llm__json_find(schema, "additionalProperties");
+        if (!found && own) llm__gram_join(s, &inner, own, SIZE_MAX);
+        if (!llm__gram_is_valid_name(s, schema, name, 0)) inner.never = true;
     }
     return inner;
+}
+
+/* The different patterns of patternProperties. */
+static int llm__gram_kinds_of(llm__gram_schema *s, const llm__gram_conj *c, llm__str *kinds) {
+    int n = 0, k;
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *schema = c->members[i].schema;
+        const llm__json *list = llm__json_get_type(s->b->env, schema, "patternProperties", LLM__JSON_OBJECT);
+        for (const llm__json *p = list ? list->first : NULL; p; p = p->next) {
+            for (k = 0; k < n && !llm__str_equal(kinds[k], p->key);) k++;
+            if (k < n) continue;
+            if (n == LLM__GRAM_MOST_KINDS)
+                llm__gram_refuse(s, schema, "more than 6 patterns in patternProperties are not supported");
+            kinds[n++] = p->key;
+        }
+    }
+    return n;
+}
+
+/* What must hold of other properties whose names match some of n patterns, one bit each, and not the others. */
+static llm__gram_conj llm__gram_other_value(llm__gram_schema *s, const llm__gram_conj *c, const llm__str *kinds, int n,
+                                            unsigned matching) {
+    llm__gram_conj inner = llm__gram_conj_of();
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *schema = c->members[i].schema, *others = llm__json_find(schema, "additionalProperties");
+        const llm__json *list = llm__json_get(schema, "patternProperties");
+        bool found = false;
+        for (int k = 0; k < n; k++) {
+            const llm__json *own = matching >> k & 1 ? llm__gram_member_of(list, kinds[k]) : NULL;
+            if (own) llm__gram_join(s, &inner, own, SIZE_MAX);
+            found |= own != NULL;
+        }
+        if (!found && others) llm__gram_join(s, &inner, others, SIZE_MAX);
+    }
+    return inner;
+}
+
+/* The names of those properties, which are none of n_names. */
+static uint32_t llm__gram_other_name(llm__gram_schema *s, const llm__gram_conj *about, const llm__str *kinds, int n,
+                                     unsigned matching, llm__str *names, size_t n_names) {
+    llm__gram_builder *b = s->b;
+    llm__gram_strings *st = llm__gram_strings_of(s, s->root);
+    bool about_any = !llm__gram_add_strings(s, about, st) && !st->min && st->max == LLM__GRAM_ENDLESS;
+    if (about_any && n == 1 && matching && !n_names) return llm__gram_quoted(b, llm__gram_pattern(b, kinds[0], true));
+    if (about_any && !n && !n_names) return llm__gram_rule_expr(b, s->string);
+    for (size_t i = 0; i < n_names; i++) {
+        const uint8_t *p = (const uint8_t *)names[i].at;
+        if (llm__utf8_check(p, p + names[i].n) < p + names[i].n)
+            llm__fail(b->env, LLM_ERROR_FORMAT, "the JSON schema is not UTF-8");
+        if (llm__gram_count_chars(names[i]) > LLM__GRAM_MOST_KEY)
+            llm__gram_refuse(s, s->root, "a name of more than 200 characters needs additionalProperties false");
+    }
+    if (about_any && !n) {
+        uint32_t any = llm__gram_new_rule(b);
+        size_t first = b->n_exprs, ranges = b->n_ranges;
+        llm__gram_add_range(b, 0, 0x10FFFF);
+        uint32_t chars = llm__gram_repeat_of(b, llm__gram_json_chars(b, ranges), 0, LLM__GRAM_ENDLESS);
+        llm__gram_define(b, any, chars, first);
+        qsort(names, n_names, sizeof *names, llm__gram_compare_names);
+        return llm__gram_quoted(b, llm__gram_other_names(b, names, n_names, 0, any));
+    }
+    for (int k = 0; k < n; k++) llm__gram_strings_add(st, llm__gram_pattern(b, kinds[k], false), !(matching >> k & 1));
+    if (n_names) llm__gram_strings_add(st, llm__gram_literals(b, names, n_names), true);
+    return llm__gram_quoted(b, llm__gram_strings_expr(st));
+}
+
+/* A property that the schema does not name, as a rule. */
+static uint32_t llm__gram_other_property(llm__gram_schema *s, const llm__gram_conj *c, llm__str *names, size_t n) {
+    llm__gram_builder *b = s->b;
+    llm__str kinds[LLM__GRAM_MOST_KINDS];
+    const llm__json *listed;
+    bool constant;
+    llm__gram_about_names about = llm__gram_about_names_of(s, c);
+    int n_kinds = llm__gram_kinds_of(s, c, kinds);
+    uint32_t rule = llm__gram_new_rule(b), alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    for (unsigned matching = 0; matching >> n_kinds == 0; matching++) {
+        llm__gram_conj inner = llm__gram_other_value(s, c, kinds, n_kinds, matching);
+        if (llm__gram_is_never(s, &inner)) continue;
+        uint32_t name = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+        for (int i = 0; i < about.n; i++) { /* names that are listed are not among the others */
+            if (llm__gram_find_list(s, &about.cases[i], &listed, &constant)) continue;
+            llm__gram_add(b, name, llm__gram_other_name(s, &about.cases[i], kinds, n_kinds, matching, names, n));
+        }
+        name = llm__gram_colon(s, name);
+        llm__gram_add(b, alt, llm__gram_list(b, LLM__GRAM_SEQ, name, llm__gram_conj_expr(s, &inner), 0, 0));
+    }
+    llm__gram_define(b, rule, alt, 0);
+    return rule;
 }
 
 /* How many properties an object may have. */
@@ -21553,7 +22932,7 @@ static uint32_t llm__gram_object(llm__gram_schema *s, const llm__gram_conj *c) {
     size_t n;
     llm__str *names = llm__gram_names_of(s, c, &n);
     llm__str *sorted = (llm__str *)llm__alloc(b->env, n + 1, sizeof *sorted);
-    memcpy(sorted, names, n * sizeof *names);
+    if (n) memcpy(sorted, names, n * sizeof *names);
     llm__gram_counts counts = llm__gram_counts_of(s, c, n);
     uint32_t other = llm__gram_other_property(s, c, sorted, n), alt;
     uint32_t *after = (uint32_t *)llm__alloc(b->env, counts.n + 1, sizeof *after);
@@ -21593,19 +22972,6 @@ static uint32_t llm__gram_object(llm__gram_schema *s, const llm__gram_conj *c) {
 
 /* ---- Conjunctions ---- */
 
-/* A copy in which a member's alternatives count as chosen, and one of them has joined. */
-static llm__gram_conj llm__gram_choose(llm__gram_schema *s, const llm__gram_conj *c, size_t member, unsigned done,
-                                       const llm__json *alternative) {
-    llm__gram_conj copy = *c;
-    copy.room = c->n + 8;
-    copy.members = (llm__gram_member *)llm__alloc(s->b->env, copy.room, sizeof *copy.members);
-    memcpy(copy.members, c->members, c->n * sizeof *c->members);
-    copy.members[member].done |= done;
-    copy.refers = false;
-    llm__gram_join(s, &copy, alternative, member);
-    return copy;
-}
-
 /* Whether it is certain that no value fits both. */
 static bool llm__gram_are_disjoint(llm__gram_schema *s, llm__gram_conj *a, llm__gram_conj *b, int depth) {
     llm__gram_flatten(s, a);
@@ -21614,21 +22980,11 @@ static bool llm__gram_are_disjoint(llm__gram_schema *s, llm__gram_conj *a, llm__
     if (!types) return true;
     for (int side = 0; side < 2; side++) { /* the values of one do not fit the other */
         llm__gram_conj *values = side ? b : a, *others = side ? a : b;
-        for (size_t i = 0; i < values->n; i++) {
-            const llm__json *constant = llm__json_find(values->members[i].schema, "const");
-            const llm__json *list = llm__json_get(values->members[i].schema, "enum");
-            bool none = constant || list;
-            if (constant) list = NULL;
-            for (const llm__json *v = constant ? constant
-                                      : list   ? list->first
-                                               : NULL;
-                 v && none; v = constant ? NULL : v->next) {
-                bool fits = true;
-                for (size_t j = 0; j < others->n && fits; j++) fits = llm__gram_fits(s, others->members[j].schema, v);
-                none = !fits;
-            }
-            if (none) return true;
-        }
+        const llm__json *v;
+        bool constant, none = llm__gram_find_list(s, values, &v, &constant);
+        for (; none && v; v = constant ? NULL : v->next)
+            none = !llm__gram_fits(s, values, v) || !llm__gram_fits(s, others, v);
+        if (none) return true;
     }
     if (types != LLM__GRAM_IS_OBJECT || depth > 4) return false;
     for (int side = 0; side < 2; side++) { /* what a property must be in one does not fit the other */
@@ -21643,64 +22999,82 @@ static bool llm__gram_are_disjoint(llm__gram_schema *s, llm__gram_conj *a, llm__
     return false;
 }
 
-/* One of the alternatives of a member. */
+/* One of the alternatives of a member. Where a value may fit two of oneOf, it must not fit the other. */
 static uint32_t llm__gram_alternatives(llm__gram_schema *s, const llm__gram_conj *c, size_t member, bool one) {
     llm__gram_builder *b = s->b;
     const llm__json *schema = c->members[member].schema;
     const llm__json *list = llm__json_need(b->env, schema, one ? "oneOf" : "anyOf", LLM__JSON_ARRAY);
     unsigned done = one ? 2 : 1;
+    uint64_t others[LLM__GRAM_MOST_ONE_OF] = {0}; /* a bit for each other that a value may fit, too */
     uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    size_t i = 0, j;
     if (one && list->n > LLM__GRAM_MOST_ONE_OF) llm__gram_refuse(s, schema, "oneOf of more than 64 is not supported");
-    for (const llm__json *x = list->first; x && one; x = x->next)
-        for (const llm__json *y = x->next; y; y = y->next) {
+    for (const llm__json *x = list->first; x && one; x = x->next, i++) {
+        j = i + 1;
+        for (const llm__json *y = x->next; y; y = y->next, j++) {
             llm__gram_conj first = llm__gram_choose(s, c, member, done, x);
             llm__gram_conj second = llm__gram_choose(s, c, member, done, y);
-            if (!llm__gram_are_disjoint(s, &first, &second, 0))
-                llm__gram_refuse(s, schema,
-                                 "oneOf is supported only if no value can fit two of its schemas, which "
-                                 "is not certain here; anyOf allows that");
+            if (llm__gram_are_disjoint(s, &first, &second, 0)) continue;
+            others[i] |= (uint64_t)1 << j;
+            others[j] |= (uint64_t)1 << i;
         }
-    for (const llm__json *m = list->first; m; m = m->next) {
+    }
+    i = 0;
+    for (const llm__json *m = list->first; m; m = m->next, i++) {
         llm__gram_conj chosen = llm__gram_choose(s, c, member, done, m);
+        j = 0;
+        for (const llm__json *y = list->first; y && one; y = y->next, j++) {
+            if (!(others[i] >> j & 1)) continue;
+            llm__gram_join(s, &chosen, llm__gram_derive(s, llm__gram_meant(y), true), member);
+            chosen.refers = true;
+        }
         llm__gram_add(b, alt, llm__gram_conj_expr(s, &chosen));
     }
     return alt;
 }
 
-/* The values that enum and const leave; 0 if there is none of these. */
-static uint32_t llm__gram_listed(llm__gram_schema *s, const llm__gram_conj *c) {
-    llm__gram_builder *b = s->b;
-    for (size_t i = 0; i < c->n; i++) {
-        const llm__json *constant = llm__json_find(c->members[i].schema, "const");
-        const llm__json *list = llm__json_get_type(b->env, c->members[i].schema, "enum", LLM__JSON_ARRAY);
-        if (!constant && !list) continue;
-        uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
-        for (const llm__json *v = constant ? constant : list->first; v; v = constant ? NULL : v->next) {
-            bool fits = true;
-            for (size_t j = 0; j < c->n && fits; j++) fits = llm__gram_fits(s, c->members[j].schema, v);
-            if (fits) llm__gram_add(b, alt, llm__gram_value(s, v));
-        }
-        return alt;
+/* Whether a conjunction is certain to allow nothing. */
+static bool llm__gram_is_impossible(llm__gram_schema *s, llm__gram_conj *c, int depth) {
+    const llm__json *v;
+    bool constant, fits = false;
+    if (llm__gram_is_never(s, c)) return true;
+    if (llm__gram_find_list(s, c, &v, &constant)) {
+        for (; v && !fits; v = constant ? NULL : v->next) fits = llm__gram_fits(s, c, v);
+        return !fits;
     }
-    return 0;
+    if (llm__gram_conj_types(s, c) != LLM__GRAM_IS_OBJECT || depth == 2) return false;
+    for (size_t i = 0; i < c->n; i++) {
+        const llm__json *list = llm__json_get_type(s->b->env, c->members[i].schema, "required", LLM__JSON_ARRAY);
+        if (list) llm__gram_check_names(s, c->members[i].schema, list);
+        for (const llm__json *m = list ? list->first : NULL; m; m = m->next) {
+            llm__gram_conj inner = llm__gram_property(s, c, m->string);
+            if (llm__gram_is_impossible(s, &inner, depth + 1)) return true;
+        }
+    }
+    return false;
 }
 
-/* What a conjunction without references allows. */
-static uint32_t llm__gram_conj_body(llm__gram_schema *s, const llm__gram_conj *c) {
+/* What a conjunction without references allows. Of many alternatives most can be impossible, such as two values of one
+   property, so that is looked for before the next are chosen. */
+static uint32_t llm__gram_conj_body(llm__gram_schema *s, llm__gram_conj *c) {
     llm__gram_builder *b = s->b;
+    bool chosen = false;
+    for (size_t i = 0; i < c->n && !chosen; i++) chosen = c->members[i].done != 0;
+    if (chosen && llm__gram_is_impossible(s, c, 0)) return llm__gram_new(b, LLM__GRAM_NEVER, 0, 0);
+    unsigned types = llm__gram_conj_types(s, c);
+    if (!types) return llm__gram_new(b, LLM__GRAM_NEVER, 0, 0);
+    uint32_t listed = llm__gram_listed(s, c);
+    if (listed) return listed;
     for (size_t i = 0; i < c->n; i++) {
         const llm__json *schema = c->members[i].schema;
         if (llm__json_find(schema, "anyOf") && !(c->members[i].done & 1)) return llm__gram_alternatives(s, c, i, false);
         if (llm__json_find(schema, "oneOf") && !(c->members[i].done & 2)) return llm__gram_alternatives(s, c, i, true);
     }
-    uint32_t listed = llm__gram_listed(s, c);
-    if (listed) return listed;
-    unsigned types = llm__gram_conj_types(s, c);
     uint32_t alt = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
     if (types & LLM__GRAM_IS_OBJECT) llm__gram_add(b, alt, llm__gram_object(s, c));
     if (types & LLM__GRAM_IS_ARRAY) llm__gram_add(b, alt, llm__gram_array(s, c));
     if (types & LLM__GRAM_IS_STRING) llm__gram_add(b, alt, llm__gram_string(s, c));
-    if (types & LLM__GRAM_IS_WHOLE) llm__gram_add(b, alt, llm__gram_number(s, c, !(types & LLM__GRAM_IS_OTHER)));
+    if (types & (LLM__GRAM_IS_WHOLE | LLM__GRAM_IS_OTHER)) llm__gram_add(b, alt, llm__gram_number(s, c, types));
     if (types & LLM__GRAM_IS_BOOL) {
         llm__gram_add(b, alt, llm__gram_text(b, "true"));
         llm__gram_add(b, alt, llm__gram_text(b, "false"));
@@ -21739,13 +23113,14 @@ static void llm__gram_json_schema(llm__gram_builder *b, llm__str text) {
     uint32_t root = llm__gram_new_rule(b);
     size_t first = b->n_exprs;
     s.blank = llm__gram_new_rule(b);
-    llm__gram_define(b, s.blank, llm__gram_regex(b, regex, false), first);
+    llm__gram_define(b, s.blank, llm__gram_regex(b, regex), first);
     s.string = llm__gram_new_rule(b);
     first = b->n_exprs;
     uint32_t chars = llm__gram_repeat_of(b, llm__gram_any_char(b), 0, LLM__GRAM_ENDLESS);
     llm__gram_define(b, s.string, llm__gram_quoted(b, chars), first);
     if (text.n > LLM__GRAM_MOST_TEXT) llm__fail(b->env, LLM_ERROR_UNSUPPORTED, "the JSON schema is longer than 16 MB");
     s.root = llm__json_parse(b->env, text.at, text.n);
+    s.draft = llm__gram_draft_of(&s, s.root);
     llm__gram_join(&s, &whole, s.root, SIZE_MAX);
     llm__gram_define(b, root, llm__gram_conj_expr(&s, &whole), 0);
     for (; s.n_built < s.n_memos; s.n_built++) {
@@ -21767,7 +23142,7 @@ typedef struct llm__gram_build_args {
 static void llm__gram_parse_regex(llm__gram_builder *b, llm__str text) {
     llm__str unnamed = {"", 0};
     uint32_t rule = llm__gram_add_rule(b, unnamed);
-    llm__gram_define(b, rule, llm__gram_regex(b, text, false), 0);
+    llm__gram_define(b, rule, llm__gram_regex(b, text), 0);
 }
 
 /* Bytes are of one class if no node tells them apart. */

@@ -633,7 +633,30 @@ static void test_bad(void **state) {
     assert_refused(llm_grammar_from_gbnf, "root ::= root", LLM_ERROR_ARGUMENT, "");
     assert_refused(llm_grammar_from_json_schema, "{\"type\":", LLM_ERROR_FORMAT, "");
     assert_refused(llm_grammar_from_json_schema, "{\"type\":\"colour\"}", LLM_ERROR_UNSUPPORTED, "type");
-    assert_refused(llm_grammar_from_json_schema, "{\"not\":{}}", LLM_ERROR_UNSUPPORTED, "not");
+    assert_refused(llm_grammar_from_json_schema, "{\"not\":{}}", LLM_ERROR_ARGUMENT, "");
+    assert_refused(llm_grammar_from_json_schema, "{\"not\":{\"$ref\":\"#\"}}", LLM_ERROR_UNSUPPORTED, "itself");
+    assert_refused(llm_grammar_from_json_schema, "{\"not\":{\"multipleOf\":2}}", LLM_ERROR_UNSUPPORTED, "multipleOf");
+    assert_refused(llm_grammar_from_json_schema, "{\"not\":{\"uniqueItems\":true}}", LLM_ERROR_UNSUPPORTED,
+                   "uniqueItems");
+    assert_refused(llm_grammar_from_json_schema, "{\"not\":{\"const\":[1]}}", LLM_ERROR_UNSUPPORTED, "const");
+    assert_refused(llm_grammar_from_json_schema, "{\"uniqueItems\":true}", LLM_ERROR_UNSUPPORTED, "uniqueItems");
+    assert_refused(llm_grammar_from_json_schema,
+                   "{\"uniqueItems\":true,\"items\":{\"enum\":[1,2,3,4,5,6,7,8,9,10,11]}}", LLM_ERROR_UNSUPPORTED,
+                   "uniqueItems");
+    assert_refused(llm_grammar_from_json_schema, "{\"contains\":{\"const\":1},\"minContains\":5000}",
+                   LLM_ERROR_UNSUPPORTED, "contains");
+    assert_refused(llm_grammar_from_json_schema, "{\"propertyNames\":{\"oneOf\":[{\"maxLength\":1}]}}",
+                   LLM_ERROR_UNSUPPORTED, "propertyNames");
+    assert_refused(llm_grammar_from_json_schema, "{\"pattern\":\"^((a{100}){100}){100}$\",\"maxLength\":9}",
+                   LLM_ERROR_UNSUPPORTED, "pattern");
+    assert_refused(llm_grammar_from_json_schema, "{\"pattern\":\"^(a|b)*a(a|b){15}$\",\"not\":{\"pattern\":\"b$\"}}",
+                   LLM_ERROR_UNSUPPORTED, "pattern");
+    assert_refused(llm_grammar_from_json_schema, "{\"not\":{\"enum\":5}}", LLM_ERROR_FORMAT, "enum");
+    assert_refused(llm_grammar_from_json_schema, "{\"not\":{\"required\":[5]}}", LLM_ERROR_UNSUPPORTED, "required");
+    assert_refused(llm_grammar_from_json_schema, "{\"contains\":-1}", LLM_ERROR_FORMAT, "contains");
+    assert_refused(llm_grammar_from_json_schema, "{\"maxLength\":null}", LLM_ERROR_FORMAT, "maxLength");
+    assert_refused(llm_grammar_from_json_schema, "{\"unevaluatedItems\":false}", LLM_ERROR_UNSUPPORTED,
+                   "unevaluatedItems");
     assert_refused(llm_grammar_from_json_schema, "{\"$ref\":\"http://x/y\"}", LLM_ERROR_UNSUPPORTED, "");
     assert_refused(llm_grammar_from_json_schema, "{\"enum\":[]}", LLM_ERROR_ARGUMENT, "");
     assert_refused(llm_grammar_from_json_schema, "{\"multipleOf\":0.01}", LLM_ERROR_UNSUPPORTED, "multipleOf");
@@ -644,12 +667,21 @@ static void test_bad(void **state) {
                    "{\"type\":\"object\",\"minProperties\":2,\"maxProperties\":1,"
                    "\"properties\":{\"a\":{},\"b\":{}}}",
                    LLM_ERROR_ARGUMENT, "");
-    assert_refused(llm_grammar_from_json_schema, "{\"patternProperties\":{\"a\":{}}}", LLM_ERROR_UNSUPPORTED,
-                   "patternProperties");
     assert_refused(llm_grammar_from_json_schema,
-                   "{\"patternProperties\":{\"a\":{},\"b\":{}},"
-                   "\"additionalProperties\":false}",
+                   "{\"patternProperties\":{\"a\":{},\"b\":{},\"c\":{},\"d\":{},\"e\":{},\"f\":{},\"g\":{}}}",
                    LLM_ERROR_UNSUPPORTED, "patternProperties");
+    assert_refused(llm_grammar_from_json_schema, "{\"items\":[{}]}", LLM_ERROR_UNSUPPORTED, "prefixItems");
+    assert_refused(llm_grammar_from_json_schema, "{\"$schema\":\"https://x.org/schema\"}", LLM_ERROR_UNSUPPORTED,
+                   "$schema");
+    assert_refused(llm_grammar_from_json_schema,
+                   "{\"$schema\":\"http://json-schema.org/draft-07/schema#\",\"prefixItems\":[{}]}",
+                   LLM_ERROR_UNSUPPORTED, "prefixItems");
+    assert_refused(llm_grammar_from_json_schema,
+                   "{\"properties\":{\"a\":{\"$schema\":\"http://json-schema.org/draft-07/schema#\"}}}",
+                   LLM_ERROR_UNSUPPORTED, "$schema");
+    assert_refused(llm_grammar_from_json_schema,
+                   "{\"$ref\":\"#/$defs/a/$defs/b\",\"$defs\":{\"a\":{\"$id\":\"x\",\"$defs\":{\"b\":true}}}}",
+                   LLM_ERROR_UNSUPPORTED, "$id");
     memset(deep, '(', sizeof deep - 1);
     assert_refused(llm_grammar_from_regex, deep, LLM_ERROR_FORMAT, "deeper");
     memset(deep, '[', sizeof deep - 1);
@@ -658,7 +690,7 @@ static void test_bad(void **state) {
 
 typedef struct starved {
     make_grammar *make;
-    const char *text;
+    const char *text, *answer; /* the beginning of an answer */
     llm_host host;
     llm_context *ctx;
 } starved;
@@ -667,7 +699,7 @@ static llm_status make_starved(void *user, llm_error *err) {
     starved *job = (starved *)user;
     llm_grammar *g = NULL;
     llm_status status = job->make(&g, llm_model_tokenizer(model), job->text, &job->host, err);
-    if (!status && llm_grammar_check(g, "abc", 3) < 0) { /* its states need memory, too */
+    if (!status && llm_grammar_check(g, job->answer, strlen(job->answer)) < 0) { /* its states need memory, too */
         status = err->code = LLM_ERROR_MEMORY;
         snprintf(err->message, sizeof err->message, "the states ran out of memory");
     }
@@ -689,13 +721,27 @@ static llm_status answer_starved(void *user, llm_error *err) {
     return status;
 }
 
+static const char *const EVERYTHING = "{\"type\":\"object\",\"if\":{\"properties\":{\"a\":{\"const\":1}},\"required\":["
+                                      "\"a\"]},\"then\":{\"required\":[\"b\"]},"
+                                      "\"patternProperties\":{\"^b\":{\"type\":\"array\",\"contains\":{\"type\":"
+                                      "\"null\"},\"maxContains\":2}},\"propertyNames\":"
+                                      "{\"pattern\":\"^[a-c]+$\",\"maxLength\":3,\"not\":{\"const\":\"aa\"}},"
+                                      "\"dependentRequired\":{\"b\":[\"c\"]},\"properties\":"
+                                      "{\"c\":{\"uniqueItems\":true,\"items\":{\"enum\":[1,2,\"x\"]}},\"ac\":{"
+                                      "\"oneOf\":[{\"minLength\":2},{\"maxLength\":3},"
+                                      "{\"$ref\":\"#/properties/ac/oneOf/0\"}]}}}";
+
 /* Memory may run out at any allocation. */
 static void test_memory(void **state) {
     heap h = {0};
-    starved job = {llm_grammar_from_regex, "[a-e]{3,40}(-[0-9]{2})*", heap_host(&h), create_context(model, NULL)};
+    starved job = {llm_grammar_from_regex, "[a-e]{3,40}(-[0-9]{2})*", "abc", heap_host(&h),
+                   create_context(model, NULL)};
     (void)state;
     starve(&h, make_starved, &job, 1, "a grammar");
     job.make = llm_grammar_from_json_schema;
+    job.text = EVERYTHING;
+    job.answer = "{\"c\":[1,2],\"b\":";
+    starve(&h, make_starved, &job, 5, "a grammar from a schema");
     job.text = FORCED;
     starve(&h, answer_starved, &job, 7, "an answer with a grammar");
     llm_context_free(job.ctx);

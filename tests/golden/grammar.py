@@ -25,6 +25,7 @@ VALUES = [
     {"b": True, "c": 1}, {"a": 1, "c": 1}, {"b": True, "d": 1}, {"a": 1, "b": True, "d": 1}, {"a": 1, "b": True, "c": 1, "d": 1},
     {"c": 1, "d": 2}, {"ab": 1}, {"ba": 1, "b": 2},
 ]
+DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 AB = {"a": {"type": "integer"}, "b": {"type": "boolean"}}
 SCHEMAS = [
     True, {}, {"type": "integer", "multipleOf": 3}, {"type": "number", "multipleOf": 5}, {"multipleOf": 2.0, "type": ["integer", "null"]},
@@ -56,6 +57,30 @@ SCHEMAS = [
     {"$defs": {"x": {"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}, "b": {"type": "array"}}}}, "$ref": "#/$defs/x"},
     {"anyOf": [{"type": "object", "properties": {"kind": {"const": "n"}, "n": {"type": "integer"}}, "required": ["kind", "n"]},
                {"type": "object", "properties": {"kind": {"const": "s"}, "s": {"type": "string"}}, "required": ["kind", "s"]}]},
+    {"not": {"type": "string"}}, {"not": {"enum": [1, 2.5, "ab", None, True]}}, {"type": "integer", "not": {"minimum": 2, "maximum": 12}},
+    {"allOf": [{"not": {"const": "ab"}}, {"not": {"enum": ["ab", "a"]}}]}, {"type": "string", "not": {"pattern": "b"}}, {"type": "string", "pattern": "a", "maxLength": 2}, {"not": {"type": "integer"}},
+    {"type": "number", "not": {"type": "integer"}, "minimum": -2.5, "exclusiveMaximum": 4.5}, {"not": {"type": "integer"}, "minimum": 1.5},
+    {"type": "string", "allOf": [{"pattern": "^a"}, {"pattern": "b"}]}, {"not": {"required": ["a"]}}, {"not": {"properties": {"a": {"type": "integer"}}}},
+    {"type": "array", "not": {"items": {"type": "integer"}}}, {"type": "array", "contains": {"type": "integer"}},
+    {"type": "array", "contains": {"type": "integer"}, "minContains": 2}, {"type": "array", "contains": {"type": "integer"}, "maxContains": 1},
+    {"type": "array", "contains": {"const": 1}, "minContains": 0, "maxContains": 0}, {"items": {"enum": [1, 2, 3, "a"]}, "uniqueItems": True},
+    {"items": {"type": "integer"}, "uniqueItems": True, "maxItems": 1}, {"uniqueItems": False}, {"propertyNames": {"maxLength": 1}},
+    {"propertyNames": {"enum": ["a", "c"]}, "additionalProperties": {"type": "integer"}}, {"propertyNames": {"pattern": "^[ab]"}},
+    {"patternProperties": {"^a": {"type": "integer"}, "b": True}, "additionalProperties": {"type": "boolean"}},
+    {"properties": {"a": {"minimum": 1}}, "patternProperties": {"a": {"type": "integer"}}}, {"dependentRequired": {"a": ["b"]}},
+    {"properties": {"a": True, "b": True}, "dependentSchemas": {"a": {"properties": {"b": {"const": True}}, "required": ["b"]}},
+     "additionalProperties": False},
+    {"if": {"properties": {"a": {"const": 1}}, "required": ["a"]}, "then": {"required": ["b"]}, "else": {"properties": {"b": {"const": True}}}},
+    {"if": {"type": "string"}, "then": {"minLength": 2}}, {"if": {"minimum": 3}, "else": {"maximum": 0}},
+    {"oneOf": [{"type": "integer"}, {"minimum": 2}]},
+    {"oneOf": [{"required": ["a"]}, {"required": ["b"]}, {"type": "string"}], "properties": {"a": True, "b": True}, "additionalProperties": False},
+    {"oneOf": [{"pattern": "a"}, {"pattern": "b"}, {"type": "null"}]}, {"enum": [1, 2, "ab", {"a": 1}], "not": {"type": "integer"}},
+    {"not": {"$ref": "#/$defs/t"}, "$defs": {"t": {"type": ["array", "integer"], "items": {"$ref": "#/$defs/t"}}}},
+    {"$schema": DRAFT_7, "dependencies": {"a": ["b"], "c": {"required": ["d"]}}},
+    {"$schema": DRAFT_7, "type": "array", "items": [{"type": "string"}], "additionalItems": {"type": "integer"}},
+    {"$schema": DRAFT_7, "type": "array", "items": {"type": "integer"}, "additionalItems": False},
+    {"$schema": DRAFT_7, "type": "array", "items": [True, {"type": "integer"}], "minItems": 1},
+    {"$schema": DRAFT_7, "definitions": {"x": {"type": "integer"}}, "properties": {"a": {"$ref": "#/definitions/x", "maximum": 0}}},
 ]
 
 
@@ -72,7 +97,7 @@ def main():
         compiled = re.compile(regex, re.ASCII)  # \d and \w as in ECMAScript
         line("regex", regex, [[text, compiled.fullmatch(text) is not None] for text in sorted(texts)])
     for schema in SCHEMAS:
-        validator = jsonschema.Draft202012Validator(schema)
+        validator = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)(schema)
         cases = [[json.dumps(v, ensure_ascii=False, separators=(",", ":")), validator.is_valid(v)] for v in VALUES]
         line("schema", json.dumps(schema, ensure_ascii=False), cases)
 
