@@ -61,7 +61,7 @@ vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster test-templates test-schema fuzz bench-tokenizer bench-grammar \
+.PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster test-templates test-schema test-openai fuzz bench-tokenizer bench-grammar \
         bench-peers bench-serve size model deps format clean help \
         walkthrough walkthrough-programs walkthrough-diff
 all:
@@ -336,6 +336,16 @@ build/venv/jsonschema: Makefile
 	build/venv/bin/pip install -q jsonschema==4.23.0
 	touch $@
 
+# The server with OpenAI's own client, which goes into build/venv.
+test-openai: build/venv/openai
+	$(MAKE) server $(filter $(SMOLLM2),$(MODEL))
+	build/venv/bin/python tests/openai_client.py build/server $(MODEL)
+
+build/venv/openai: Makefile
+	python3 -m venv build/venv
+	build/venv/bin/pip install -q openai
+	touch $@
+
 # ---- Walkthrough ----------------------------------------------------------------------------------------------------
 
 # examples/walkthrough: one program a step, for this machine's own instructions. Without mpicc step 7 is left out.
@@ -410,6 +420,7 @@ help:
 	echo "make walkthrough-diff N=3   what step 3 changes"
 	echo "make test-templates    chat templates beside jinja2: llama.cpp's, which come from PyPI (80 MB), with random conversations"
 	echo "make test-schema       JSON schemas beside jsonschema, with SUITE=FOLDER of the JSON-Schema-Test-Suite (by default under LLM_DATA)"
+	echo "make test-openai       the server with OpenAI's own client, which comes from PyPI"
 	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine; T=name as above"
 	echo "make test-cluster  jobs under Slurm, a killed node, and ranks over a slow network, on this machine (root)"
 	echo "make size        the size of the library in a program, and how long it takes to compile"

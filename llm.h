@@ -302,7 +302,7 @@
         images or sound, no encoders, no embeddings, no LoRA adapters, no training. If a file needs something that this
         library lacks, loading fails and the message names it.
         Chat templates: the part of Jinja that published templates use. A template that needs more is refused, and the
-        message names it. Tool calls in an answer are not parsed.
+        message names it. Tool calls in other forms than those of llm_tool_calls_read stay text.
         JSON Schema: the keywords under Grammars. A schema with another keyword is refused, and the message names it.
         A full sequence cannot be shifted: after old messages were left out (keep_free), the others are computed again.
 
@@ -349,14 +349,14 @@
         20 Contexts and sequences: Calls of the host . Sequences . llm_forward
         21 Grammars: Expressions . The automaton . Tokens as a trie . States . Masks . The text so far . Regular
                expressions . GBNF . JSON Schema . Schemas made from others . Sets of strings . Values . What is
-               derived . Numbers . Strings, arrays and objects . Conjunctions . Grammars
+               derived . Numbers . Strings, arrays and objects . Conjunctions . Calls of tools . Grammars
         22 Sampler
         23 Speculative decoding: How many guesses are worth it . A generation's rounds . Prompt lookup . A model as
                the draft
         24 Generation: Bursts
         25 Streams: Beginning . A pass . After the pass . What hosts call
         26 Scoring: Text . The batch being filled . The packed schedule . Rectangles . llm_score
-        27 Kernel text: Products of many rows . Products with groups . Products on the matrix unit
+        27 Kernel text: Products of many rows . Products with groups . Products with 2:4 . Products on the matrix unit
 */
 #ifndef LLM_H
 #define LLM_H
@@ -513,6 +513,10 @@ typedef enum llm_dtype {
     LLM_DTYPE_FILE  /* as in the file; the same as bf16 if no tensor is in blocks or int8                  */
 } llm_dtype;
 
+/* If at least two of each four neighbours in the rows of a matrix are zero (2:4 sparsity), and it would be held as
+   bf16 or int8, the CPU does not hold these zeros. The matrix takes 9/16 of bf16's memory or 5/8 of int8's, so decoding
+   reads less. The results are the same bits. Loading finds such matrices by looking at the weights. */
+
 /* "f32", "bf16", "int8", "int4", "f16", "file". NULL or LLM_DTYPE_DEFAULT if there is no such type. */
 LLM_API const char *llm_dtype_name(llm_dtype dtype);
 LLM_API llm_dtype llm_dtype_from_name(const char *name);
@@ -526,6 +530,7 @@ typedef struct llm_model_desc {
        no others. Both must outlive the model. With ranks, create contexts one at a time, in the same order on all
        ranks. */
     llm_comm *tensor, *pipeline;
+    bool keep_zeros; /* hold matrices with 2:4 sparsity like all others                                       */
     llm_host host;
 } llm_model_desc;
 
@@ -533,7 +538,8 @@ typedef struct llm_model_info {
     char name[64];         /* from the file, may be empty                                                     */
     char architecture[32]; /* "llama", ...                                                                    */
     llm_dtype dtype; /* LLM_DTYPE_FILE if weights are in blocks, or have several types, as in the file            */
-    char held[96];   /* the types of the matrices in memory: "bf16", "Q4_K 71 %, Q6_K 29 %" (of the parameters)   */
+    char held[96];   /* the types of the matrices in memory: "bf16", "Q4_K 71 %, Q6_K 29 %" (of the parameters),
+                        "bf16 2:4 79 %, bf16 21 %" */
     const char *isa; /* the instruction set in use                                                            */
     const llm_backend *backend;
     int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim, n_ctx_train;
@@ -577,7 +583,7 @@ LLM_API const char *llm_model_meta_key(const llm_model *model, int i);
 
 /* These read only the file's header, and tell what llm_model_load, llm_model_load_memory and llm_model_load_callback
    would load. Like those they fail if the model is damaged or not supported, but do not read the weights and the
-   tokenizer. */
+   tokenizer. So they count a matrix with 2:4 sparsity like any other one: once it is loaded it may take less memory. */
 LLM_API llm_status llm_model_read_info(const char *path, const llm_model_desc *desc, llm_model_info *info,
                                        llm_error *err);
 LLM_API llm_status llm_model_read_info_memory(const void *data, size_t size, const llm_model_desc *desc,
@@ -753,11 +759,25 @@ typedef struct llm_tool_calls {
    "parameters" and "arguments" mean the same. The first of the marks decides on the form. If what follows a mark is not
    of its form, is cut off or has other text after it, that is LLM_ERROR_FORMAT, and the message says where; nothing is
    guessed. Without a mark, what is not of the form is text. The marks may be control tokens, which on_text does not
-   show: then collect the bytes that on_token gives. *out is NULL after a failure. Free it with llm_tool_calls_free; it
-   does not need the answer any more. The arguments are valid JSON, but need not be what the tool's schema demands. */
+   show: then set text_has_marks, or collect the bytes that on_token gives. *out is NULL after a failure. Free it with
+   llm_tool_calls_free; it does not need the answer any more. The arguments are valid JSON; what the tool's schema
+   demands of them only llm_grammar_from_tools ensures. */
 LLM_API llm_status llm_tool_calls_read(llm_tool_calls **out, const char *answer, size_t n_bytes, const llm_host *host,
                                        llm_error *err);
 LLM_API void llm_tool_calls_free(llm_tool_calls *calls);
+
+/* The forms of llm_tool_calls_read. */
+typedef enum llm_tool_form {
+    LLM_TOOL_FORM_NONE = 0, /* none of them                       */
+    LLM_TOOL_FORM_HERMES,   /* <tool_call>...</tool_call>         */
+    LLM_TOOL_FORM_LLAMA,    /* {"name": ..., "parameters": {...}} */
+    LLM_TOOL_FORM_MISTRAL,  /* [TOOL_CALLS][{...}, ...]           */
+    LLM_TOOL_FORM_NAMED     /* [TOOL_CALLS]name[ARGS]{...}        */
+} llm_tool_form;
+
+/* The form that the chat template asks for, by the words that it has. LLM_TOOL_FORM_NONE if there is no template, or it
+   takes no tools, or wants calls in another form. */
+LLM_API llm_tool_form llm_tool_form_of(const llm_tokenizer *tokenizer);
 
 /* ---- Context ------------------------------------------------------------------------------------------------- */
 
@@ -872,6 +892,7 @@ typedef struct llm_generate_desc {
     bool draft_keeps_text;
 
     bool (*on_text)(void *user, const char *text, size_t n_bytes); /* whole UTF-8 characters, NUL-terminated      */
+    bool text_has_marks; /* on_text also gets the control tokens that mark tool calls, see llm_tool_calls_read */
     bool (*on_token)(void *user, llm_token token, const char *bytes, size_t n_bytes); /* raw, as they come        */
     bool (*cancel)(void *user); /* polled between layers, so also within a long prompt; NULL: the context's */
     void *user;
@@ -1092,7 +1113,8 @@ LLM_API int llm_log_probs(llm_context *ctx, int i, llm_token token, float *chose
 /* A grammar says which answers are allowed. With one, llm_generate draws only tokens after which the answer can still
    be completed, and the end of text only once the answer is whole. It stops with LLM_STOP_END once nothing can follow.
    So an answer that ends with LLM_STOP_END is whole and valid; one that ends for another reason may be incomplete.
-   Control tokens match nothing. If no token of the vocabulary can follow, that is an error.
+   Control tokens match nothing (but see llm_grammar_from_tools). If no token of the vocabulary can follow, that is an
+   error.
    Where only one token is allowed, it is not computed alone: up to LLM_DRAFT_MAX such tokens and the next one that is
    drawn take one pass. The text is the same. In llm_stats.draft they count as guesses that were right. Their logits are
    computed only if on_log_probs, a mask, biases, XTC or mirostat need them; the context's n_logits then limits how many
@@ -1128,6 +1150,23 @@ LLM_API llm_status llm_grammar_from_gbnf(llm_grammar **out, const llm_tokenizer 
    that the schema does not have may occur twice; so for minProperties all such names count as one property. */
 LLM_API llm_status llm_grammar_from_json_schema(llm_grammar **out, const llm_tokenizer *tokenizer, const char *schema,
                                                 const llm_host *host, llm_error *err);
+
+typedef struct llm_tools_desc {
+    llm_tool_form form;        /* how the model calls them, see llm_tool_form_of                                  */
+    const char *tools_json;    /* as in OpenAI's API: [{"type": "function", "function": {"name": ..., "parameters":
+                                  SCHEMA}}, ...]; without parameters the arguments are {}                         */
+    const char *name;          /* the only tool that may be called; NULL: any of them                             */
+    bool one;                  /* one call at most                                                                */
+    bool text;                 /* a text may come before the calls, or instead of them; it has no marks           */
+    const char *answer_schema; /* without `text`: the JSON Schema of an answer without calls; NULL: there must be a
+                                  call                                                                            */
+} llm_tools_desc;
+
+/* Calls of tools that llm_tool_calls_read can read, with arguments that are valid by the tools' schemas. In the form of
+   Llama 3, where a call is the whole answer, a text cannot begin with {. Here control tokens that are marks of the
+   forms, as [TOOL_CALLS], match their text. */
+LLM_API llm_status llm_grammar_from_tools(llm_grammar **out, const llm_tokenizer *tokenizer, const llm_tools_desc *desc,
+                                          const llm_host *host, llm_error *err);
 
 LLM_API void llm_grammar_free(llm_grammar *grammar);
 
@@ -1375,6 +1414,7 @@ typedef struct llm_backend_weight {
     float (*row_scale)(const struct llm_backend_weight *weight,
                        int row); /* by which a raw row of type I8 is multiplied     */
     bool has_q8_0;               /* some of its rows are of that type                                               */
+    bool is_2_4; /* all are finite, and of each four neighbours in a row at least two are 0; false: it is not known */
     /* The functions work until the model is closed, so the backend need not hold the weight. Else they work during
        upload. */
     bool stays;
@@ -11675,6 +11715,17 @@ typedef struct llm__calls {
     llm__pool pool;
 } llm__calls;
 
+/* The first three begin a call. */
+static const char *const llm__calls_marks[] = {"<tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "</tool_call>",
+                                               "[ARGS]"};
+enum { LLM__CALLS_BEGINS = 3, LLM__CALLS_MARKS = 5 };
+
+static bool llm__calls_is_mark(llm__str text) {
+    for (int i = 0; i < LLM__CALLS_MARKS; i++)
+        if (llm__str_is(text, llm__calls_marks[i])) return true;
+    return false;
+}
+
 /* Skips white space, and then `mark` if it comes next. */
 static bool llm__calls_skip(llm__json_reader *r, const char *mark) {
     llm__json_peek(r);
@@ -11796,14 +11847,13 @@ static void llm__calls_read_bare(llm__env *env, void *arg) {
 }
 
 static void llm__calls_body(llm__env *env, void *arg) {
-    static const char *const marks[] = {"<tool_call>", "<|python_tag|>", "[TOOL_CALLS]"};
     llm__calls_job *job = (llm__calls_job *)arg;
     const char *end = job->answer + job->n_bytes, *at = job->answer;
     int form = -1;
     for (; at < end && form < 0; at++)
-        for (int i = 0; i < 3; i++) {
-            size_t n = strlen(marks[i]);
-            if ((size_t)(end - at) >= n && !memcmp(at, marks[i], n)) form = i;
+        for (int i = 0; i < LLM__CALLS_BEGINS; i++) {
+            size_t n = strlen(llm__calls_marks[i]);
+            if ((size_t)(end - at) >= n && !memcmp(at, llm__calls_marks[i], n)) form = i;
         }
     if (form >= 0) at--;
     llm__calls_start(env, job, at);
@@ -11860,6 +11910,21 @@ LLM_API void llm_tool_calls_free(llm_tool_calls *calls) {
     llm__pool_free(&pool);
 }
 
+/* Other models put other things between <tool_call> and its end. */
+LLM_API llm_tool_form llm_tool_form_of(const llm_tokenizer *tokenizer) {
+    const char *t = tokenizer->chat_template;
+    if (!t || !strstr(t, "tools")) return LLM_TOOL_FORM_NONE;
+    if (strstr(t, "[TOOL_CALLS]")) {
+        if (strstr(t, "[CALL_ID]")) return LLM_TOOL_FORM_NONE;
+        return strstr(t, "[ARGS]") ? LLM_TOOL_FORM_NAMED : LLM_TOOL_FORM_MISTRAL;
+    }
+    bool names = strstr(t, "\"name\": ") || strstr(t, "\\\"name\\\": ");
+    if (strstr(t, "<tool_call>"))
+        return names && strstr(t, "arguments") && !strstr(t, "<tool_calls>") ? LLM_TOOL_FORM_HERMES
+                                                                             : LLM_TOOL_FORM_NONE;
+    return strstr(t, "\"parameters\": dictionary") ? LLM_TOOL_FORM_LLAMA : LLM_TOOL_FORM_NONE;
+}
+
 LLM__SMALL_END
 
 #endif
@@ -11876,6 +11941,9 @@ LLM__SMALL_END
      bf16   as the matrix unit's instruction TDPBF16PS sums: x and w are bf16; for each 32 consecutive k,
                 e = fma(x[k], w[k], e) over the even k,  o likewise over the odd k,  both from 0;   y = y + (e + o).
      int8   the same sums over integers, which bf16 holds exactly, and at the end  y = y + sum * scale[output].
+     2:4    bf16 or int8 weights of which at least two in each four consecutive k are zero: the same bits as above. With
+                few rows the terms with zeros are left out. That changes at most the sign of a sum that is zero, and
+                y is never -0. If an activation is infinite or NaN, no term is left out.
      groups x, rounded to bf16 as above, becomes integers in groups of 32: s = max|x| / 127, x = s * a. Weights are
                 d * q + m; 32 or 16 consecutive k share d and m. Then  y = fma(d * s, sum of q * a, y),  and if
                 there are minimums  y = fma(m, s * sum of a, y).  Sums of integers are exact in any order.
@@ -11884,6 +11952,9 @@ LLM__SMALL_END
    of 16 outputs, and each lane computes one output in exactly this order:
 
      f32, f16  [k][16]          bf16   [k/2][16][2]            int8   [k][16], then f32 scale[16]
+     2:4       two of each four k are stored. For each 32 k: their places, which are k % 4, as words [16] of 16 times 2
+               bits; then their values, bf16 [8][16][2] or int8 [8][2][16]. At the end int8's scale[16]. The lower
+               place comes first, but the values in bf16's words are in the other order
      groups    see llm__kernel_forms
 
    A block of the KV cache consists of such tiles: keys with k along the head, values with k along the positions. In an
@@ -11906,6 +11977,8 @@ typedef enum llm__weight_type {
     LLM__W_BF16,
     LLM__W_INT8,
     LLM__W_F16,
+    LLM__W_BF16_2_4,
+    LLM__W_INT8_2_4,
     LLM__W_Q4, /* this one and all below are in groups */
     LLM__W_Q4_MIN,
     LLM__W_Q4_K,
@@ -11934,11 +12007,12 @@ typedef struct llm__kernel_form {
 } llm__kernel_form;
 
 static const llm__kernel_form llm__kernel_forms[LLM__W_KINDS] = {
-    {0, 0, false, false, false, false}, {0, 0, false, false, false, false}, {0, 0, false, false, false, false},
-    {0, 0, false, false, false, false}, {4, 8, false, false, false, false}, {4, 0, true, false, false, false},
-    {4, 0, true, true, false, false},   {4, 0, true, true, true, false},    {5, 16, false, false, false, false},
-    {5, 0, true, false, false, false},  {5, 0, true, true, false, false},   {6, 32, false, true, true, false},
-    {8, 0, false, false, false, false}, {4, 0, false, false, false, true},  {4, 0, false, true, false, true},
+    {0, 0, false, false, false, false}, {0, 0, false, false, false, false},  {0, 0, false, false, false, false},
+    {0, 0, false, false, false, false}, {0, 0, false, false, false, false},  {0, 0, false, false, false, false},
+    {4, 8, false, false, false, false}, {4, 0, true, false, false, false},   {4, 0, true, true, false, false},
+    {4, 0, true, true, true, false},    {5, 16, false, false, false, false}, {5, 0, true, false, false, false},
+    {5, 0, true, true, false, false},   {6, 32, false, true, true, false},   {8, 0, false, false, false, false},
+    {4, 0, false, false, false, true},  {4, 0, false, true, false, true},
 };
 
 /* Bytes of a tile: of a group's numbers, of its scales, and of the d and m of 8 groups. */
@@ -11950,11 +12024,16 @@ static const llm__kernel_form llm__kernel_forms[LLM__W_KINDS] = {
 
 static int llm__math_round_up(int n, int step) { return (n + step - 1) / step * step; }
 
+/* Bytes of 32 k of a tile, for kinds without groups. */
+static const uint16_t llm__kernel_block_bytes[LLM__W_Q4] = {2048, 1024, 512, 1024, 576, 320};
+
+static bool llm__matrix_has_row_scales(llm__weight_type kind) { return kind == LLM__W_INT8 || kind == LLM__W_INT8_2_4; }
+static bool llm__matrix_is_2_4(llm__weight_type kind) { return kind == LLM__W_BF16_2_4 || kind == LLM__W_INT8_2_4; }
+
 /* Bytes of a tile with k inputs. */
 static size_t llm__matrix_tile_bytes(llm__weight_type kind, int k) {
-    static const size_t block_bytes[LLM__W_Q4] = {2048, 1024, 512, 1024};
     size_t n = (size_t)llm__math_round_up(k, 32) / 32;
-    if (kind < LLM__W_Q4) return n * block_bytes[kind] + (kind == LLM__W_INT8 ? 64 : 0);
+    if (kind < LLM__W_Q4) return n * llm__kernel_block_bytes[kind] + (llm__matrix_has_row_scales(kind) ? 64 : 0);
     size_t bytes = n * (LLM__NUMBER_BYTES(kind) + LLM__SCALE_BYTES(kind)) + (n + 7) / 8 * LLM__K_BYTES(kind);
     return (bytes + 63) / 64 * 64;
 }
@@ -12037,7 +12116,10 @@ enum {
     LLM__PANEL_LEAST = 36, /* min rows for which widening two tiles to pairs of bf16 pays (Zen 4) */
     LLM__PANEL_TILES = 16, /* tiles, and rows, of a panel: its sums and activations stay in the L2 cache */
     LLM__PANEL_ROWS = 512,
-    LLM__MAX_RUN = 128 /* tokens of the vocabulary that share one maximum in the sampler; a multiple of 16 */
+    LLM__BLOCKS_2_4 = 16,  /* blocks of a 2:4 tile that are unpacked at once for many rows: 16 KB */
+    LLM__AHEAD_2_4 = 2048, /* bytes of a 2:4 tile by which it is prefetched */
+    LLM__UNPACK_2_4 = 5,   /* min rows for which that is done */
+    LLM__MAX_RUN = 128     /* tokens of the vocabulary that share one maximum in the sampler; a multiple of 16 */
 };
 
 /* A row of activations for products of many rows. It consists of lines of 32 bf16, `step` bytes apart. The order
@@ -12063,8 +12145,8 @@ typedef struct llm__kernels {
     void (*group_product)(llm__weight_type kind, const llm__kernel_group *x, size_t x_stride, int rows,
                           const uint8_t *tiles, int n, int k, float *y, size_t y_stride);
     void (*quantize)(const float *x, int k, llm__kernel_group *lines);
-    void (*unpack)(const uint8_t *w, int n_blocks,
-                   uint8_t *to); /* converts int8 blocks to bf16, in the order of the kind's tiles */
+    /* Converts blocks of an int8 or 2:4 tile to bf16, in the order of bf16's tiles. */
+    void (*unpack)(llm__weight_type kind, const uint8_t *w, int n_blocks, uint8_t *to);
     /* RMSNorm: factor = 1 / sqrt(mean(x * x) + eps); y = x * factor * w for n values, zeros up to a multiple of 32,
        rounded to bf16 if `round`. */
     float (*norm_factor)(const float *x, int n, float eps);
@@ -12101,7 +12183,7 @@ typedef struct llm__kernels {
     size_t line_step;
     int panel_rows;
     void (*tile_product)(const llm__kernel_tile_product *p);
-    void (*panel)(const llm__kernel_panel *p); /* bf16 and int8 */
+    void (*panel)(const llm__kernel_panel *p); /* bf16 and int8, 2:4 or not */
     /* The functions above, with rounded results written into a packed row from `column` on (a multiple of 16): x *
        factor for n values, and zeros up to n_padded; a norm, with zeros up to the end of its last line; a softmax of n
        scores, with zeros up to `padded`, a multiple of 32. */
@@ -12606,6 +12688,18 @@ static void llm__kernel_group_scales(llm__weight_type kind, const uint8_t *s, co
     if (form->k) *least *= -(float)small[form->sixteen ? 32 : 16];
 }
 
+/* Weight i of output `lane` in a tile that is 2:4; without the scale of int8. */
+static float llm__matrix_2_4_weight(llm__weight_type kind, const uint8_t *tile, size_t i, size_t lane) {
+    const uint8_t *block = tile + i / 32 * llm__kernel_block_bytes[kind], *values = block + 64;
+    const size_t four = i % 32 / 4;
+    for (size_t p = 0; p < 2; p++) {
+        if ((llm__bytes_u32(block + 4 * lane) >> (4 * four + 2 * p) & 3) != i % 4) continue;
+        if (kind == LLM__W_INT8_2_4) return (int8_t)values[four * 32 + p * 16 + lane];
+        return llm__bf16_to_f32(llm__bytes_u16(values + four * 64 + lane * 4 + (1 - p) * 2));
+    }
+    return 0;
+}
+
 /* The weights of one output as floats. */
 static void llm__matrix_get_row(const llm__matrix *m, size_t output, float *out) {
     const llm__kernel_tiles t = llm__matrix_tiles(m, (int)(output / 16), 1);
@@ -12621,6 +12715,11 @@ static void llm__matrix_get_row(const llm__matrix *m, size_t output, float *out)
         case LLM__W_F16: out[i] = llm__f16_to_f32(halves[at]); continue;
         case LLM__W_BF16: out[i] = llm__bf16_to_f32(halves[at]); continue;
         case LLM__W_INT8: out[i] = (float)((const int8_t *)t.at)[at] * floats[k * 4 + lane]; continue;
+        case LLM__W_BF16_2_4: out[i] = llm__matrix_2_4_weight(t.kind, t.at, i, lane); continue;
+        case LLM__W_INT8_2_4:
+            memcpy(&scale, t.at + t.tile_bytes - 64 + 4 * lane, sizeof scale);
+            out[i] = llm__matrix_2_4_weight(t.kind, t.at, i, lane) * scale;
+            continue;
         default:
             llm__kernel_group_scales(t.kind, scales + g * LLM__SCALE_BYTES(t.kind), ds + g / 8 * LLM__K_BYTES(t.kind),
                                      i % 32, lane, &scale, &least);
@@ -12638,7 +12737,7 @@ static llm__matrix llm__matrix_init(llm__weight_type kind, int n, int k) {
     m.n = n;
     m.k = k;
     m.tile_bytes = llm__matrix_tile_bytes(kind, k);
-    m.panels = kind == LLM__W_BF16 || kind == LLM__W_INT8;
+    m.panels = kind == LLM__W_BF16 || kind == LLM__W_INT8 || llm__matrix_is_2_4(kind);
     m.groups = llm__matrix_has_groups(kind);
     return m;
 }
@@ -12657,6 +12756,8 @@ static llm__matrix llm__matrix_describe(llm_dtype dtype, const llm_backend_weigh
         m.ends[i] = llm__math_round_up(rows, 16) / 16;
         alike = alike && m.kinds[i] == m.kind;
     }
+    if (alike && weight->is_2_4 && (m.kind == LLM__W_BF16 || m.kind == LLM__W_INT8))
+        return llm__matrix_init(m.kind == LLM__W_BF16 ? LLM__W_BF16_2_4 : LLM__W_INT8_2_4, n, weight->cols);
     if (alike) return m;
     if (!whole) return llm__matrix_init(LLM__W_BF16, n, weight->cols);
     m.n_kinds = weight->n_parts;
@@ -13046,10 +13147,47 @@ static void llm__pack_copy_bf16_tile(uint8_t *tile, const uint8_t *const raw[16]
         }
 }
 
-/* Packs the rows of one tile; `rows` is scratch for 16 rows. Absent rows (-1) are zero. */
+/* Makes a tile 2:4 from one that has all weights. Two weights are stored of each four, zeros if fewer are not zero. */
+static void llm__pack_2_4_tile(llm__weight_type kind, const uint8_t *dense, size_t k, uint8_t *tile) {
+    const bool bf16 = kind == LLM__W_BF16_2_4;
+    for (size_t i = 0; i < k; i += 32, tile += llm__kernel_block_bytes[kind]) {
+        uint8_t *values = tile + 64;
+        for (size_t lane = 0; lane < 16; lane++) {
+            uint32_t places = 0;
+            for (size_t four = 0; four < 8; four++)
+                for (size_t j = 0, p = 0; j < 4 && p < 2; j++) {
+                    const size_t at = i + four * 4 + j;
+                    const uint8_t *weight =
+                        dense + (bf16 ? 2 * llm__matrix_tile_index(LLM__W_BF16, lane, at, k) : at * 16 + lane);
+                    const bool zero = bf16 ? !(llm__bytes_u16(weight) & 0x7FFF) : !*weight;
+                    if (zero && j < 2 + p) continue;
+                    places |= (uint32_t)j << (4 * four + 2 * p);
+                    if (bf16) memcpy(values + four * 64 + lane * 4 + (1 - p) * 2, weight, 2);
+                    else values[four * 32 + p * 16 + lane] = *weight;
+                    p++;
+                }
+            memcpy(tile + 4 * lane, &places, sizeof places);
+        }
+    }
+    if (!bf16) memcpy(tile, dense + k * 16, 64);
+}
+
+/* The scratch that llm__pack_tile needs: 16 rows and, if the matrix is 2:4, a bf16 tile. */
+static size_t llm__pack_floats(const llm__matrix *m) {
+    return (llm__matrix_is_2_4(m->kind) ? 16 + 8 : 16) * (size_t)llm__math_round_up(m->k, 32);
+}
+
+/* Packs the rows of one tile. `rows` is scratch. Absent rows (-1) are zero. */
 static void llm__pack_tile(const llm__kernels *kernels, const llm__matrix *m, int tile,
                            const llm_backend_weight *weight, const int numbers[16], float *rows) {
     const llm__kernel_tiles t = llm__matrix_tiles(m, tile, 1);
+    if (llm__matrix_is_2_4(t.kind)) {
+        llm__matrix dense = llm__matrix_init(t.kind == LLM__W_BF16_2_4 ? LLM__W_BF16 : LLM__W_INT8, 16, m->k);
+        dense.data = (uint8_t *)(rows + 16 * (size_t)llm__math_round_up(m->k, 32));
+        llm__pack_tile(kernels, &dense, 0, weight, numbers, rows);
+        llm__pack_2_4_tile(t.kind, dense.data, (size_t)llm__math_round_up(m->k, 32), t.at);
+        return;
+    }
     size_t k = (size_t)llm__math_round_up(m->k, 32);
     const uint8_t *raw[16];
     int types[16];
@@ -13644,13 +13782,13 @@ typedef struct llm__cpu_upload_args {
     llm__cpu_model *model;
     const llm_backend_weight *weight;
     llm__matrix *matrix;
-    float *rows; /* scratch: 16 rows for each thread */
+    float *rows; /* scratch for each thread, see llm__pack_tile */
 } llm__cpu_upload_args;
 
 static void llm__cpu_pack_task(void *arg, int index) {
     llm__cpu_upload_args *a = (llm__cpu_upload_args *)arg;
     int n_tiles = llm__math_round_up(a->matrix->n, 16) / 16, numbers[16];
-    float *rows = a->rows + (size_t)index * 16 * (size_t)llm__math_round_up(a->matrix->k, 32);
+    float *rows = a->rows + (size_t)index * llm__pack_floats(a->matrix);
     llm__team_worker w = {a->model->team, index, 0, 0};
     for (int tile; (tile = llm__team_take(&w, n_tiles)) >= 0;) {
         llm__matrix_tile_rows(a->weight, tile, numbers);
@@ -13667,8 +13805,7 @@ static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const l
         matrix->data = model->room;
         model->room += bytes;
     } else matrix->data = (uint8_t *)llm__alloc(env, bytes, 1);
-    args.rows = (float *)llm__alloc(env, (size_t)model->team->n * 16 * (size_t)llm__math_round_up(weight->cols, 32),
-                                    sizeof(float));
+    args.rows = (float *)llm__alloc(env, (size_t)model->team->n * llm__pack_floats(matrix), sizeof(float));
     llm__team_run(model->team, llm__cpu_pack_task, &args);
     llm__free(env->pool, args.rows);
 }
@@ -16229,6 +16366,8 @@ typedef struct llm__model_walk {
     uint64_t n_params, weight_bytes, weight_bytes_per_token;
     uint64_t fingerprint;      /* the same for every dtype */
     llm__weight_source *stays; /* the weight that is left in the file, or NULL */
+    bool *are_2_4;             /* [n_layers][LLM_WEIGHT_HEAD + 1] which weights are 2:4; NULL: none counts as 2:4 */
+    bool looks;                /* this walk reads weights to fill are_2_4 */
     struct {
         const char *name;
         uint64_t n_params;
@@ -16295,7 +16434,7 @@ static int llm__model_weight_cols(const llm__hparams *h, llm_backend_weight_kind
 /* The name of the type that part i of a matrix has in memory: the file's type if the numbers are unchanged, otherwise
    the type that they were converted to. */
 static const char *llm__model_held_name(const llm__model_walk *walk, const llm_backend_weight *weight, int i) {
-    static const char *const names[LLM__W_Q4] = {"f32", "bf16", "int8", "f16"};
+    static const char *const names[LLM__W_Q4] = {"f32", "bf16", "int8", "f16", "bf16 2:4", "int8 2:4"};
     if (walk->backend != &llm__cpu_backend) return llm_dtype_name(walk->dtype);
     llm__matrix m = llm__matrix_describe(walk->dtype, weight);
     llm__weight_type kind = m.n_kinds ? m.kinds[i] : m.kind;
@@ -16363,6 +16502,55 @@ static bool llm__model_leaves_in_file(const llm__model_walk *walk, const llm_bac
            !t->scales;
 }
 
+/* Are the weights finite, and is of each four at least two 0? Numbers that bf16 rounds to an infinity are not finite.
+   Integers tell this, as some compilers' flags assume that there are no NaNs. */
+static bool llm__model_row_is_2_4(const float *row, size_t n) {
+    for (size_t i = 0; i < n; i += 4) {
+        int n_kept = 0;
+        for (size_t j = i; j < n && j < i + 4; j++) {
+            const uint32_t size = llm__f32_bits(row[j]) & 0x7FFFFFFF;
+            if (size >= 0x7F7F8000) return false;
+            n_kept += size != 0;
+        }
+        if (n_kept > 2) return false;
+    }
+    return true;
+}
+
+/* The same for a row of a tensor. If it is int8, its scale does not count. */
+static bool llm__model_tensor_row_is_2_4(const llm__tensor *t, uint64_t r, float *scratch) {
+    t->type->decode(t->data + r * t->row_bytes, (size_t)t->cols, scratch);
+    return llm__model_row_is_2_4(scratch, (size_t)t->cols);
+}
+
+/* Is the first row of a tensor 2:4? It is read alone if the tensor is not in memory. */
+static bool llm__model_begins_2_4(llm__env *env, const llm__tensor *t, float *scratch) {
+    llm__tensor first = t->shards ? t->shards[0] : *t;
+    first.rows = 1;
+    if (t->kept) return true;
+    uint8_t *bytes = llm__tensor_bytes(env, &first);
+    const bool is_2_4 = llm__model_tensor_row_is_2_4(&first, 0, scratch);
+    llm__free(env->pool, bytes);
+    return is_2_4;
+}
+
+/* Is a matrix 2:4? Any other one shows it in its first row, as a rule, so that little is read in vain. */
+static bool llm__model_weight_is_2_4(llm__model_walk *walk, const llm__weight_source *source) {
+    llm__env *env = walk->env;
+    float *scratch = (float *)llm__alloc(env, (size_t)source->parts[0].cols, sizeof *scratch);
+    bool is_2_4 = true;
+    for (int i = 0; i < source->n_parts && is_2_4; i++) is_2_4 = llm__model_begins_2_4(env, &source->parts[i], scratch);
+    for (int i = 0; i < source->n_parts && is_2_4; i++) {
+        llm__tensor t = source->parts[i];
+        uint8_t *bytes = llm__tensor_bytes(env, &t);
+        for (uint64_t r = 0; r < t.rows && is_2_4; r++) is_2_4 = llm__model_tensor_row_is_2_4(&t, r, scratch);
+        if (!bytes) llm__file_advise(t.file, t.data, t.rows * t.row_bytes, true);
+        llm__free(env->pool, bytes);
+    }
+    llm__free(env->pool, scratch);
+    return is_2_4;
+}
+
 static void llm__model_walk_weight(llm__model_walk *walk, llm_backend_weight_kind kind, int layer) {
     llm__env *env = walk->env;
     llm__weight_source source;
@@ -16372,11 +16560,18 @@ static void llm__model_walk_weight(llm__model_walk *walk, llm_backend_weight_kin
     uint64_t rows = 0; /* of all ranks together */
     for (int i = 0; i < source.n_parts; i++) rows += source.parts[i].rows;
     bool vector = rows == 1 || w.cols == 1;
+    w.stays = llm__model_leaves_in_file(walk, &w);
+    if (walk->are_2_4 && !vector && !w.stays) {
+        bool *known = &walk->are_2_4[layer * (LLM_WEIGHT_HEAD + 1) + kind];
+        w.is_2_4 = true;
+        llm__matrix m = llm__matrix_describe(walk->dtype, &w);
+        if (walk->looks) *known = llm__matrix_is_2_4(m.kind) && llm__model_weight_is_2_4(walk, &source);
+        w.is_2_4 = *known;
+    }
     uint64_t bytes = vector ? (uint64_t)w.rows * (uint64_t)w.cols * 4 : walk->backend->weight_bytes(walk->dtype, &w);
     bool own = llm__model_has_weight(walk, kind, layer),
          tied = walk->h->tied_head && llm__ranks_is_last_stage(walk->pipeline);
     walk->n_params += rows * (uint64_t)w.cols;
-    w.stays = llm__model_leaves_in_file(walk, &w);
     if (!vector) llm__model_count_held(walk, &w);
     if (own && !w.stays) walk->weight_bytes += bytes;
     if (own && (kind != LLM_WEIGHT_EMBEDDING || tied)) walk->weight_bytes_per_token += bytes;
@@ -16590,6 +16785,7 @@ typedef struct llm__model_plan {
     llm__hparams h;
     llm_backend_shape shape;
     llm_dtype dtype;      /* desc.dtype, but bf16 instead of LLM_DTYPE_FILE if that would hold all weights as bf16 */
+    bool *are_2_4;        /* see llm__model_walk */
     llm__model_walk walk; /* totals of the weights */
 } llm__model_plan;
 
@@ -16599,13 +16795,18 @@ static llm_dtype llm__model_plan_dtype(const llm__checkpoint *ck, llm_dtype dtyp
     return dtype == LLM_DTYPE_FILE ? LLM_DTYPE_BF16 : dtype;
 }
 
-static void llm__model_make_plan(llm__env *env, const llm__file_source *source, const llm_model_desc *desc,
+/* `loads`: the model is to be loaded, so its weights may be read. */
+static void llm__model_make_plan(llm__env *env, const llm__file_source *source, const llm_model_desc *desc, bool loads,
                                  llm__model_plan *plan) {
     llm__pool *outer = env->pool;
     plan->pool = llm__pool_inner(env);
     env->pool = plan->pool;
     plan->ck = llm__checkpoint_open(env, source);
     plan->h = llm__hparams_read(env, plan->ck);
+    plan->are_2_4 = NULL;
+    if (loads && desc->backend == &llm__cpu_backend && !desc->keep_zeros)
+        plan->are_2_4 =
+            (bool *)llm__alloc_zero(env, (size_t)plan->h.n_layers * (LLM_WEIGHT_HEAD + 1), sizeof *plan->are_2_4);
     env->pool = outer;
     plan->shape = llm__model_find_shape(env, &plan->h, plan->ck);
     if (llm__ranks_count(desc->pipeline) > plan->shape.n_layers)
@@ -16614,6 +16815,8 @@ static void llm__model_make_plan(llm__env *env, const llm__file_source *source, 
     plan->dtype = llm__model_plan_dtype(plan->ck, desc->dtype);
     plan->walk = llm__model_start_walk(env, plan->ck, &plan->h, &plan->shape, desc);
     plan->walk.dtype = plan->dtype;
+    plan->walk.are_2_4 = plan->are_2_4;
+    plan->walk.looks = true;
     llm__model_walk_weights(&plan->walk);
     llm__tensor_refuse_unused(env, plan->ck);
 }
@@ -16624,7 +16827,7 @@ static void llm__model_load_body(llm__env *env, void *arg) {
     llm_model *model = (llm_model *)llm__alloc_zero(env, 1, sizeof *model);
     llm_model_desc desc = llm__model_defaults(env, &args->desc);
     llm__model_plan plan;
-    llm__model_make_plan(env, args->source, &desc, &plan);
+    llm__model_make_plan(env, args->source, &desc, true, &plan);
     const llm__checkpoint *ck = plan.ck;
     desc.dtype = plan.dtype;
     model->backend = args->backend = desc.backend;
@@ -16639,6 +16842,7 @@ static void llm__model_load_body(llm__env *env, void *arg) {
     walk.fingerprint = llm__model_hash_shape(&model->shape);
     llm__env_check(env, model->backend->open(&args->device, &model->shape, &desc, env->err));
     walk.device = args->device;
+    walk.are_2_4 = plan.are_2_4;
     walk.visit = llm__model_upload_weight;
     llm__model_walk_weights(&walk);
     model->info = llm__model_info(&plan.h, &walk, &model->shape, &desc);
@@ -16746,7 +16950,7 @@ static void llm__model_info_body(llm__env *env, void *arg) {
     llm__model_info_args *args = (llm__model_info_args *)arg;
     llm_model_desc desc = llm__model_defaults(env, args->desc);
     llm__model_plan plan;
-    llm__model_make_plan(env, args->source, &desc, &plan);
+    llm__model_make_plan(env, args->source, &desc, false, &plan);
     desc.dtype = plan.dtype;
     *args->out = llm__model_info(&plan.h, &plan.walk, &plan.shape, &desc);
 }
@@ -17750,7 +17954,7 @@ static void llm__gguf_out_body(llm__env *env, void *arg) {
     desc = llm__model_defaults(env, &desc);
     if (llm__path_find(a->to) != LLM__NOTHING)
         llm__fail(env, LLM_ERROR_IO, "%s exists already, and is not replaced", a->to);
-    llm__model_make_plan(env, a->source, &desc, &plan);
+    llm__model_make_plan(env, a->source, &desc, false, &plan);
     g.ck = plan.ck;
     g.h = &plan.h;
     g.from_directory = plan.ck->format == LLM__HUGGING_FACE;
@@ -18739,6 +18943,7 @@ typedef struct llm__gram_repeat {
 /* A grammar being built. Expression 0 is none. */
 typedef struct llm__gram_builder {
     llm__env *env;
+    const llm_tools_desc *tools; /* what llm_grammar_from_tools is given, or NULL */
     llm__gram_expr *exprs;
     llm__gram_range *ranges;
     char *bytes;
@@ -19231,8 +19436,16 @@ static void llm__gram_list_plain(llm__env *env, llm__gram_plain *plain, const ll
     for (size_t i = n_words; i < n_bits; i++) plain->bits[i] |= plain->bits[i - n_words];
 }
 
-/* Makes the trie of all tokens that are text. Control tokens are not: they match nothing. */
-static void llm__gram_make_trie(llm__env *env, llm__gram_trie *trie, const llm_tokenizer *t) {
+/* Can this token match? Control tokens cannot, but for marks of tool calls. */
+static bool llm__gram_is_text(const llm_tokenizer *t, llm_token id, bool marks) {
+    if (llm_token_is_end(t, id)) return false;
+    int type = llm__vocab_type_of(t, id);
+    return type == LLM__TYPE_NORMAL || type == LLM__TYPE_USER_DEFINED || type == LLM__TYPE_BYTE ||
+           (marks && type == LLM__TYPE_CONTROL && llm__calls_is_mark(llm__vocab_piece(t, id)));
+}
+
+/* Makes the trie of all tokens that are text. */
+static void llm__gram_make_trie(llm__env *env, llm__gram_trie *trie, const llm_tokenizer *t, bool marks) {
     size_t n_vocab = (size_t)t->n_vocab, n = 0, n_bytes = 0, counts[3] = {0, 0, 0}, begins[4] = {0, 0, 0, 0};
     llm__pool *own = env->pool;
     env->pool = llm__pool_inner(env);
@@ -19243,10 +19456,8 @@ static void llm__gram_make_trie(llm__env *env, llm__gram_trie *trie, const llm_t
     trie->end_bits = (uint64_t *)llm__alloc_zero(env, n_vocab / 64 + 1, sizeof *trie->end_bits);
     for (size_t id = 0; id < n_vocab; id++) {
         llm__str s = llm__vocab_piece(t, (llm_token)id);
-        int type = llm__vocab_type_of(t, (llm_token)id);
         if (t->flags[id] & LLM__END) trie->end_bits[id >> 6] |= (uint64_t)1 << (id & 63);
-        bool text = type == LLM__TYPE_NORMAL || type == LLM__TYPE_USER_DEFINED || type == LLM__TYPE_BYTE;
-        if (!text || !s.n || (t->flags[id] & LLM__END)) continue;
+        if (!s.n || !llm__gram_is_text(t, (llm_token)id, marks)) continue;
         keys[n].head = 0;
         for (size_t i = 0; i < 8 && i < s.n; i++) keys[n].head |= (uint64_t)(uint8_t)s.at[i] << (56 - 8 * i);
         llm__gram_find_kind(&keys[n], s);
@@ -19348,6 +19559,7 @@ struct llm_grammar {
     /* The text so far: its tokens, and the state after each. */
     int begin;      /* tokens of the sequence before it */
     bool with_ends; /* end tokens may follow once it is whole */
+    bool marks;     /* control tokens may be marks of tool calls */
     llm_token *text;
     int32_t *after;
     size_t n_text, text_room, after_room;
@@ -19844,7 +20056,8 @@ static int32_t llm__gram_read(llm__env *env, llm_grammar *g, const llm_token *to
     for (size_t i = same; i < n; i++) {
         llm__str s = {NULL, 0};
         bool known = tokens[i] >= 0 && tokens[i] < g->tokenizer->n_vocab;
-        if (known && !llm_token_is_special(g->tokenizer, tokens[i])) s = llm__vocab_piece(g->tokenizer, tokens[i]);
+        if (known && llm__gram_is_text(g->tokenizer, tokens[i], g->marks))
+            s = llm__vocab_piece(g->tokenizer, tokens[i]);
         state = s.n ? llm__gram_run(env, g, state, s) : LLM__GRAM_DEAD;
         if (state == LLM__GRAM_DEAD)
             llm__fail(env, LLM_ERROR_ARGUMENT, "token %llu of the answer, %ld (\"%.*s\"), does not fit the grammar",
@@ -20568,6 +20781,7 @@ typedef struct llm__gram_matcher {
 typedef struct llm__gram_schema {
     llm__gram_builder *b;
     const llm__json *root;
+    llm__str tool;         /* whose arguments it describes, or empty */
     llm__gram_memo *memos; /* conjunctions that are rules; those from n_built on have to be compiled */
     llm__gram_derived *derived;
     llm__gram_matcher *matchers;
@@ -20612,9 +20826,10 @@ static uint32_t llm__gram_new_rule(llm__gram_builder *b) {
 }
 
 LLM__NORETURN static void llm__gram_refuse(llm__gram_schema *s, const llm__json *schema, const char *what) {
-    bool named = schema->key.n > 0;
-    llm__fail(s->b->env, LLM_ERROR_UNSUPPORTED, "the JSON schema%s%.*s%s: %s", named ? " \"" : "",
-              LLM__SHOW(schema->key), named ? "\"" : "", what);
+    bool named = schema->key.n > 0, tool = s->tool.n > 0;
+    llm__fail(s->b->env, LLM_ERROR_UNSUPPORTED, "the JSON schema%s%.*s%s%s%.*s%s: %s", tool ? " of the tool \"" : "",
+              LLM__SHOW(s->tool), tool ? "\"" : "", named ? " \"" : "", LLM__SHOW(schema->key), named ? "\"" : "",
+              what);
 }
 
 /* Counts comparisons, which a schema could be made to need too many of. */
@@ -23103,14 +23318,12 @@ static uint32_t llm__gram_conj_expr(llm__gram_schema *s, llm__gram_conj *c) {
     return llm__gram_rule_expr(b, s->memos[s->n_memos++].rule);
 }
 
-static void llm__gram_json_schema(llm__gram_builder *b, llm__str text) {
+static llm__gram_schema llm__gram_schema_of(llm__gram_builder *b) {
     static const char blank[] = "(?: |\\n[ \\t]{0,40})?";
     llm__gram_schema s;
     llm__str regex = {blank, sizeof blank - 1};
-    llm__gram_conj whole = llm__gram_conj_of();
     memset(&s, 0, sizeof s);
     s.b = b;
-    uint32_t root = llm__gram_new_rule(b);
     size_t first = b->n_exprs;
     s.blank = llm__gram_new_rule(b);
     llm__gram_define(b, s.blank, llm__gram_regex(b, regex), first);
@@ -23118,16 +23331,194 @@ static void llm__gram_json_schema(llm__gram_builder *b, llm__str text) {
     first = b->n_exprs;
     uint32_t chars = llm__gram_repeat_of(b, llm__gram_any_char(b), 0, LLM__GRAM_ENDLESS);
     llm__gram_define(b, s.string, llm__gram_quoted(b, chars), first);
-    if (text.n > LLM__GRAM_MOST_TEXT) llm__fail(b->env, LLM_ERROR_UNSUPPORTED, "the JSON schema is longer than 16 MB");
-    s.root = llm__json_parse(b->env, text.at, text.n);
-    s.draft = llm__gram_draft_of(&s, s.root);
-    llm__gram_join(&s, &whole, s.root, SIZE_MAX);
-    llm__gram_define(b, root, llm__gram_conj_expr(&s, &whole), 0);
-    for (; s.n_built < s.n_memos; s.n_built++) {
-        llm__gram_conj conj = s.memos[s.n_built].conj;
-        uint32_t rule = s.memos[s.n_built].rule;
-        llm__gram_define(b, rule, llm__gram_conj_body(&s, &conj), 0);
+    return s;
+}
+
+/* Makes a rule of a schema, and of `also` unless that is NULL. */
+static void llm__gram_define_schema(llm__gram_schema *s, uint32_t rule, const llm__json *schema,
+                                    const llm__json *also) {
+    llm__gram_builder *b = s->b;
+    llm__gram_conj whole = llm__gram_conj_of();
+    s->root = schema;
+    s->draft = llm__gram_draft_of(s, schema);
+    s->n_memos = s->n_built = 0;
+    llm__gram_join(s, &whole, schema, SIZE_MAX);
+    if (also) llm__gram_join(s, &whole, also, SIZE_MAX);
+    llm__gram_define(b, rule, llm__gram_conj_expr(s, &whole), 0);
+    for (; s->n_built < s->n_memos; s->n_built++) {
+        llm__gram_conj conj = s->memos[s->n_built].conj;
+        uint32_t memo_rule = s->memos[s->n_built].rule;
+        llm__gram_define(b, memo_rule, llm__gram_conj_body(s, &conj), 0);
     }
+}
+
+static const llm__json *llm__gram_parse_json(llm__gram_builder *b, llm__str text) {
+    if (text.n > LLM__GRAM_MOST_TEXT) llm__fail(b->env, LLM_ERROR_UNSUPPORTED, "the JSON schema is longer than 16 MB");
+    return llm__json_parse(b->env, text.at, text.n);
+}
+
+static void llm__gram_json_schema(llm__gram_builder *b, llm__str text) {
+    uint32_t root = llm__gram_new_rule(b);
+    llm__gram_schema s = llm__gram_schema_of(b);
+    llm__gram_define_schema(&s, root, llm__gram_parse_json(b, text), NULL);
+}
+
+/* ---- Calls of tools ---- */
+
+/* What a function's arguments may be, as a rule. */
+static uint32_t llm__gram_tool_arguments(llm__gram_schema *s, const llm__json *function) {
+    static const char object[] = "{\"type\":\"object\"}";
+    llm__gram_builder *b = s->b;
+    const llm__json *schema = llm__json_get(function, "parameters");
+    uint32_t rule = llm__gram_new_rule(b);
+    if (schema) llm__gram_define_schema(s, rule, schema, llm__json_parse(b->env, object, sizeof object - 1));
+    else llm__gram_define(b, rule, llm__gram_text(b, "{}"), 0);
+    return llm__gram_rule_expr(b, rule);
+}
+
+/* One call, without the marks around it. */
+static uint32_t llm__gram_tool_call(llm__gram_schema *s, const llm__json *function) {
+    llm__gram_builder *b = s->b;
+    llm_tool_form form = b->tools->form;
+    const char *word = form == LLM_TOOL_FORM_LLAMA ? ", \"parameters\": " : ", \"arguments\": ";
+    llm__str name = llm__json_need(b->env, function, "name", LLM__JSON_STRING)->string;
+    s->tool = name;
+    uint32_t arguments = llm__gram_tool_arguments(s, function);
+    s->tool.n = 0;
+    if (!name.n || memchr(name.at, 0, name.n))
+        llm__fail(b->env, LLM_ERROR_FORMAT, "the name of a tool is empty, or has a NUL");
+    if (form == LLM_TOOL_FORM_NAMED) {
+        for (size_t i = 0; i < name.n; i++)
+            if ((unsigned char)name.at[i] <= 0x20 || name.at[i] == '[' || name.at[i] == '{')
+                llm__fail(b->env, LLM_ERROR_UNSUPPORTED,
+                          "the name of the tool \"%.*s\" cannot be written before [ARGS]", LLM__SHOW(name));
+        return llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_bytes(b, name.at, name.n), llm__gram_text(b, "[ARGS]"),
+                              arguments, 0);
+    }
+    uint32_t head = llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "{\"name\": "),
+                                   llm__gram_quoted(b, llm__gram_string_text(b, name)), llm__gram_text(b, word), 0);
+    return llm__gram_list(b, LLM__GRAM_SEQ, head, arguments, llm__gram_text(b, "}"), 0);
+}
+
+/* `first`, and unless only one is allowed, any number of `next`. */
+static uint32_t llm__gram_tool_list(llm__gram_builder *b, uint32_t first, uint32_t next) {
+    if (b->tools->one) return first;
+    return llm__gram_list(b, LLM__GRAM_SEQ, first, llm__gram_repeat_of(b, next, 0, LLM__GRAM_ENDLESS), 0, 0);
+}
+
+static uint32_t llm__gram_maybe(llm__gram_builder *b, const char *text) {
+    return llm__gram_repeat_of(b, llm__gram_text(b, text), 0, 1);
+}
+
+/* A call with its marks: <tool_call>, or for NAMED [TOOL_CALLS]. */
+static uint32_t llm__gram_marked_call(llm__gram_builder *b, uint32_t call) {
+    uint32_t expr = llm__gram_rule_expr(b, call);
+    if (b->tools->form == LLM_TOOL_FORM_NAMED)
+        return llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "[TOOL_CALLS]"), expr, 0, 0);
+    uint32_t begin = llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "<tool_call>"), llm__gram_maybe(b, "\n"), 0, 0);
+    return llm__gram_list(b, LLM__GRAM_SEQ, begin, expr, llm__gram_maybe(b, "\n"), llm__gram_text(b, "</tool_call>"));
+}
+
+/* Calls of the rule `call`, with their marks. */
+static uint32_t llm__gram_tool_calls(llm__gram_builder *b, uint32_t call) {
+    switch (b->tools->form) {
+    case LLM_TOOL_FORM_LLAMA:
+        return llm__gram_tool_list(b, llm__gram_rule_expr(b, call),
+                                   llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, ";"), llm__gram_maybe(b, " "),
+                                                  llm__gram_rule_expr(b, call), 0));
+    case LLM_TOOL_FORM_MISTRAL: {
+        uint32_t begin = llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, "[TOOL_CALLS]"), llm__gram_maybe(b, " "),
+                                        llm__gram_text(b, "["), 0);
+        uint32_t next = llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_text(b, ", "), llm__gram_rule_expr(b, call), 0, 0);
+        return llm__gram_list(b, LLM__GRAM_SEQ, begin, llm__gram_tool_list(b, llm__gram_rule_expr(b, call), next),
+                              llm__gram_text(b, "]"), 0);
+    }
+    default: {
+        uint32_t next = llm__gram_marked_call(b, call);
+        if (b->tools->form == LLM_TOOL_FORM_HERMES)
+            next = llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_maybe(b, "\n"), next, 0, 0);
+        return llm__gram_tool_list(b, llm__gram_marked_call(b, call), next);
+    }
+    }
+}
+
+/* One character that is not among these. */
+static uint32_t llm__gram_other_char(llm__gram_builder *b, const char *chars) {
+    size_t first = b->n_ranges;
+    for (; *chars; chars++) llm__gram_add_range(b, (uint8_t)*chars, (uint8_t)*chars);
+    llm__gram_join_ranges(b, first);
+    llm__gram_invert_ranges(b, first);
+    return llm__gram_chars(b, first);
+}
+
+/* Any characters that begin no mark of a call. */
+static uint32_t llm__gram_plain_text(llm__gram_builder *b) {
+    return llm__gram_repeat_of(b, llm__gram_other_char(b, "<["), 0, LLM__GRAM_ENDLESS);
+}
+
+/* Beginnings of the marks < and [, each followed by a character that does not continue it and by plain text, or by
+   another beginning, or by the end. So no mark is among them. */
+static uint32_t llm__gram_begun_marks(llm__gram_builder *b) {
+    uint32_t rule = llm__gram_new_rule(b), begun = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    for (int i = 0; i < LLM__CALLS_BEGINS; i++)
+        for (size_t n = 1; llm__calls_marks[i][n]; n++) {
+            char chars[3 + LLM__CALLS_BEGINS] = "<[", *end = chars + 2;
+            bool known = false; /* another mark begins in the same way */
+            for (int j = 0; j < LLM__CALLS_BEGINS; j++) {
+                if (strncmp(llm__calls_marks[j], llm__calls_marks[i], n)) continue;
+                known = known || j < i;
+                *end++ = llm__calls_marks[j][n];
+            }
+            *end = 0;
+            if (known) continue;
+            uint32_t wrong =
+                llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_other_char(b, chars), llm__gram_plain_text(b), 0, 0);
+            uint32_t begin = llm__gram_bytes(b, llm__calls_marks[i], n);
+            llm__gram_add(b, begun, llm__gram_list(b, LLM__GRAM_SEQ, begin, llm__gram_repeat_of(b, wrong, 0, 1), 0, 0));
+        }
+    llm__gram_define(b, rule, llm__gram_repeat_of(b, begun, 0, LLM__GRAM_ENDLESS), 0);
+    return llm__gram_rule_expr(b, rule);
+}
+
+/* `calls`, perhaps with a text before them, or a text alone. A text has no marks. */
+static uint32_t llm__gram_calls_or_text(llm__gram_builder *b, uint32_t calls) {
+    uint32_t begun = llm__gram_begun_marks(b), text;
+    if (b->tools->form != LLM_TOOL_FORM_LLAMA) {
+        text = llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_plain_text(b), begun, 0, 0);
+        return llm__gram_list(b, LLM__GRAM_SEQ, text, llm__gram_repeat_of(b, calls, 0, 1), 0, 0);
+    }
+    uint32_t first =
+        llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_other_char(b, "<[{ \t\n\r"), llm__gram_plain_text(b), 0, 0);
+    llm__str blanks = {"[ \\t\\n\\r]*", 10};
+    text = llm__gram_list(b, LLM__GRAM_SEQ, llm__gram_regex(b, blanks), llm__gram_repeat_of(b, first, 0, 1), begun, 0);
+    return llm__gram_list(b, LLM__GRAM_ALT, calls, text, 0, 0);
+}
+
+static void llm__gram_tools(llm__gram_builder *b, llm__str text) {
+    const llm_tools_desc *desc = b->tools;
+    uint32_t root = llm__gram_new_rule(b), call = llm__gram_new_rule(b), any = llm__gram_new(b, LLM__GRAM_ALT, 0, 0);
+    llm__gram_schema s = llm__gram_schema_of(b);
+    const llm__json *list = llm__gram_parse_json(b, text);
+    if (list->type != LLM__JSON_ARRAY) llm__fail(b->env, LLM_ERROR_FORMAT, "tools_json is no list");
+    for (const llm__json *tool = list->first; tool; tool = tool->next) {
+        if (tool->type != LLM__JSON_OBJECT) llm__fail(b->env, LLM_ERROR_FORMAT, "a tool is no object");
+        const llm__json *function = llm__json_need(b->env, tool, "function", LLM__JSON_OBJECT);
+        if (desc->name && !llm__str_is(llm__json_get_str(b->env, function, "name"), desc->name)) continue;
+        llm__gram_add(b, any, llm__gram_tool_call(&s, function));
+    }
+    if (!b->exprs[any].last)
+        llm__fail(b->env, LLM_ERROR_ARGUMENT, "there is no tool%s%s%s", desc->name ? " \"" : "",
+                  desc->name ? desc->name : "", desc->name ? "\"" : "");
+    llm__gram_define(b, call, any, 0);
+    uint32_t calls = llm__gram_tool_calls(b, call);
+    if (desc->text) calls = llm__gram_calls_or_text(b, calls);
+    else if (desc->answer_schema) {
+        llm__str schema = {desc->answer_schema, strlen(desc->answer_schema)};
+        uint32_t answer = llm__gram_new_rule(b);
+        llm__gram_define_schema(&s, answer, llm__gram_parse_json(b, schema), NULL);
+        calls = llm__gram_list(b, LLM__GRAM_ALT, calls, llm__gram_rule_expr(b, answer), 0, 0);
+    }
+    llm__gram_define(b, root, calls, 0);
 }
 
 /* ---- Grammars ---- */
@@ -23137,6 +23528,7 @@ typedef struct llm__gram_build_args {
     const llm_tokenizer *tokenizer;
     llm__str text;
     void (*parse)(llm__gram_builder *b, llm__str text);
+    const llm_tools_desc *tools;
 } llm__gram_build_args;
 
 static void llm__gram_parse_regex(llm__gram_builder *b, llm__str text) {
@@ -23175,6 +23567,7 @@ static void llm__gram_build_body(llm__env *env, void *arg) {
     llm__pool *work = env->pool;
     memset(&b, 0, sizeof b);
     b.env = env;
+    b.tools = a->tools;
     llm__gram_new(&b, LLM__GRAM_NEVER, 0, 0); /* number 0 is none */
     a->parse(&b, a->text);
     llm__gram_compile_all(&b);
@@ -23185,7 +23578,8 @@ static void llm__gram_build_body(llm__env *env, void *arg) {
     g->repeats = (llm__gram_repeat *)llm__gram_keep(env, b.repeats, b.n_repeats, sizeof *b.repeats);
     llm__gram_find_classes(g, b.n_nodes);
     llm__free(own, work);
-    llm__gram_make_trie(env, &g->trie, a->tokenizer);
+    g->marks = a->tools != NULL;
+    llm__gram_make_trie(env, &g->trie, a->tokenizer, g->marks);
     g->n_words = (size_t)a->tokenizer->n_vocab / 64 + 1;
     g->masks = (uint64_t *)llm__alloc(env, LLM__GRAM_KEPT_MASKS * g->n_words, sizeof *g->masks);
     g->path = (int32_t *)llm__alloc(env, g->trie.longest + 1, sizeof *g->path);
@@ -23202,8 +23596,8 @@ static void llm__gram_build_body(llm__env *env, void *arg) {
 }
 
 static llm_status llm__gram_build(llm_grammar **out, const llm_tokenizer *tokenizer, const char *text,
-                                  void (*parse)(llm__gram_builder *b, llm__str text), const llm_host *host,
-                                  llm_error *err) {
+                                  void (*parse)(llm__gram_builder *b, llm__str text), const llm_tools_desc *tools,
+                                  const llm_host *host, llm_error *err) {
     llm__gram_build_args args;
     llm__pool pool;
     llm__env env;
@@ -23216,6 +23610,7 @@ static llm_status llm__gram_build(llm_grammar **out, const llm_tokenizer *tokeni
     args.text.at = text;
     args.text.n = strlen(text);
     args.parse = parse;
+    args.tools = tools;
     llm__pool_init(&pool, host ? host : &tokenizer->host);
     llm__env_init(&env, &pool, err, NULL);
     status = llm__env_run(&env, llm__gram_build_body, &args);
@@ -23225,17 +23620,25 @@ static llm_status llm__gram_build(llm_grammar **out, const llm_tokenizer *tokeni
 
 LLM_API llm_status llm_grammar_from_regex(llm_grammar **out, const llm_tokenizer *tokenizer, const char *regex,
                                           const llm_host *host, llm_error *err) {
-    return llm__gram_build(out, tokenizer, regex, llm__gram_parse_regex, host, err);
+    return llm__gram_build(out, tokenizer, regex, llm__gram_parse_regex, NULL, host, err);
 }
 
 LLM_API llm_status llm_grammar_from_gbnf(llm_grammar **out, const llm_tokenizer *tokenizer, const char *grammar,
                                          const llm_host *host, llm_error *err) {
-    return llm__gram_build(out, tokenizer, grammar, llm__gram_gbnf, host, err);
+    return llm__gram_build(out, tokenizer, grammar, llm__gram_gbnf, NULL, host, err);
 }
 
 LLM_API llm_status llm_grammar_from_json_schema(llm_grammar **out, const llm_tokenizer *tokenizer, const char *schema,
                                                 const llm_host *host, llm_error *err) {
-    return llm__gram_build(out, tokenizer, schema, llm__gram_json_schema, host, err);
+    return llm__gram_build(out, tokenizer, schema, llm__gram_json_schema, NULL, host, err);
+}
+
+LLM_API llm_status llm_grammar_from_tools(llm_grammar **out, const llm_tokenizer *tokenizer, const llm_tools_desc *desc,
+                                          const llm_host *host, llm_error *err) {
+    if (out) *out = NULL;
+    if (!desc || desc->form <= LLM_TOOL_FORM_NONE || desc->form > LLM_TOOL_FORM_NAMED)
+        return llm__error(err, LLM_ERROR_ARGUMENT, "the form in which tools are called is not known");
+    return llm__gram_build(out, tokenizer, desc->tools_json, llm__gram_tools, desc, host, err);
 }
 
 LLM_API void llm_grammar_free(llm_grammar *grammar) {
@@ -24516,9 +24919,9 @@ static void llm__gen_show(llm_stream *s, size_t n) {
 static void llm__gen_outbox_add(llm__env *env, llm_stream *s, llm_token token) {
     const llm_tokenizer *tokenizer = s->ctx->model->tokenizer;
     llm__gen_outbox *box = &s->box;
-    size_t n_bytes = 0;
-    llm_token_bytes(tokenizer, token, &n_bytes);
-    size_t wanted = box->n + 3 * n_bytes + 32; /* each invalid byte may become three */
+    llm__str bytes = {NULL, 0};
+    bytes.at = llm_token_bytes(tokenizer, token, &bytes.n);
+    size_t wanted = box->n + 3 * bytes.n + 32; /* each invalid byte may become three */
     if (wanted > box->capacity) {
         char *grown = (char *)llm__alloc(env, wanted * 2, 1);
         if (box->n) memcpy(grown, box->text, box->n);
@@ -24526,6 +24929,7 @@ static void llm__gen_outbox_add(llm__env *env, llm_stream *s, llm_token token) {
         box->text = grown;
         box->capacity = wanted * 2;
     }
+    box->stream.flags = s->desc.text_has_marks && llm__calls_is_mark(bytes) ? LLM_TOKENS_SPECIAL : 0;
     box->n += llm_stream_token(tokenizer, &box->stream, token, box->text + box->n, box->capacity - box->n);
     size_t safe = llm__gen_find_stop(s);
     if (safe == box->n && token >= 0) safe -= llm__gen_possible_stop(s);
@@ -26371,6 +26775,10 @@ SOFTWARE.
 #define v_high LLM__FN(v_high)
 #define v_above LLM__FN(v_above)
 #define v_look_up LLM__FN(v_look_up)
+#define v_load_ints LLM__FN(v_load_ints)
+#define v_next_places LLM__FN(v_next_places)
+#define v_four LLM__FN(v_four)
+#define v_pick LLM__FN(v_pick)
 #define v_splat_int LLM__FN(v_splat_int)
 #define v_dot_bytes LLM__FN(v_dot_bytes)
 #define v_of_ints LLM__FN(v_of_ints)
@@ -26442,6 +26850,12 @@ LLM__INLINE v_bytes v_look_up(v_bytes a) {
     const __m128i numbers = _mm_loadu_si128((const __m128i *)(const void *)llm__iq4_numbers);
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(numbers), a);
 }
+LLM__INLINE v_ints v_load_ints(const uint8_t *p) { return _mm512_loadu_si512((const void *)p); }
+LLM__INLINE v_ints v_next_places(v_ints a) { return _mm512_srli_epi32(a, 2); }
+LLM__INLINE V v_four(const bool ODD, const float *p) {
+    return _mm512_maskz_broadcast_f32x4(ODD ? 0xAAAA : 0x5555, _mm_loadu_ps(p));
+}
+LLM__INLINE V v_pick(V four, v_ints places) { return _mm512_permutevar_ps(four, places); }
 LLM__INLINE v_ints v_splat_int(int32_t x) { return _mm512_set1_epi32(x); }
 LLM__INLINE V v_of_ints(v_ints a) { return _mm512_cvtepi32_ps(a); }
 LLM__INLINE v_ints v_dot_bytes(const bool SIGNED, v_ints sum, v_bytes w, int32_t x) {
@@ -26570,6 +26984,16 @@ LLM__INLINE v_bytes v_look_up(v_bytes a) {
         _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)llm__iq4_numbers));
     LLM__BOTH_INTS(_mm256_shuffle_epi8(numbers, a.lo), _mm256_shuffle_epi8(numbers, a.hi));
 }
+LLM__INLINE v_ints v_load_ints(const uint8_t *p) { return v_load_bytes(p); }
+LLM__INLINE v_ints v_next_places(v_ints a) { LLM__BOTH_INTS(_mm256_srli_epi32(a.lo, 2), _mm256_srli_epi32(a.hi, 2)); }
+LLM__INLINE V v_four(const bool ODD, const float *p) {
+    const __m256 all = _mm256_broadcast_ps((const __m128 *)(const void *)p), zero = _mm256_setzero_ps(),
+                 four = ODD ? _mm256_blend_ps(zero, all, 0xAA) : _mm256_blend_ps(zero, all, 0x55);
+    LLM__BOTH(four, four);
+}
+LLM__INLINE V v_pick(V four, v_ints places) {
+    LLM__BOTH(_mm256_permutevar_ps(four.lo, places.lo), _mm256_permutevar_ps(four.hi, places.hi));
+}
 LLM__INLINE v_ints v_splat_int(int32_t x) { LLM__BOTH_INTS(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
 LLM__INLINE V v_of_ints(v_ints a) { LLM__BOTH(_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)); }
 LLM__INLINE __m256i LLM__FN(half_dot)(const bool SIGNED, __m256i sum, __m256i w, __m256i x) {
@@ -26662,11 +27086,23 @@ LLM__INLINE v_bytes v_look_up(v_bytes a) {
     const uint8x16_t numbers = vreinterpretq_u8_s8(vld1q_s8(llm__iq4_numbers));
     LLM__QUARTER_BYTES(vqtbl1q_u8(numbers, a.q[i]));
 }
-LLM__INLINE v_ints v_splat_int(int32_t x) {
-    v_ints r;
-    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) r.q[i] = vdupq_n_s32(x);
-    return r;
+#define LLM__QUARTER_INTS(expression)                                          \
+    v_ints r;                                                                  \
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) r.q[i] = (expression); \
+    return r
+LLM__INLINE v_ints v_load_ints(const uint8_t *p) { LLM__QUARTER_INTS(vreinterpretq_s32_u8(vld1q_u8(p + 16 * i))); }
+LLM__INLINE v_ints v_next_places(v_ints a) { LLM__QUARTER_INTS(vshrq_n_s32(a.q[i], 2)); }
+LLM__INLINE V v_four(const bool ODD, const float *p) {
+    const uint64x2_t mask = vdupq_n_u64(ODD ? 0xFFFFFFFF00000000 : 0xFFFFFFFF);
+    LLM__QUARTERS(vreinterpretq_f32_u64(vandq_u64(vreinterpretq_u64_f32(vld1q_f32(p)), mask)));
 }
+LLM__INLINE V v_pick(V four, v_ints places) { /* the bytes of number n are 4 n, 4 n + 1, 4 n + 2, 4 n + 3 */
+    const int32x4_t three = vdupq_n_s32(3), times = vdupq_n_s32(0x04040404), bytes = vdupq_n_s32(0x03020100);
+    LLM__QUARTERS(
+        vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(four.q[i]),
+                                        vreinterpretq_u8_s32(vmlaq_s32(bytes, vandq_s32(places.q[i], three), times)))));
+}
+LLM__INLINE v_ints v_splat_int(int32_t x) { LLM__QUARTER_INTS(vdupq_n_s32(x)); }
 LLM__INLINE V v_of_ints(v_ints a) { LLM__QUARTERS(vcvtq_f32_s32(a.q[i])); }
 LLM__INLINE v_ints v_dot_bytes(const bool SIGNED, v_ints sum, v_bytes w, int32_t x) {
     const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(x));
@@ -26743,6 +27179,10 @@ LLM__INLINE v_bytes v_above(v_bytes a, v_bytes bits, const int MASK, const int A
     LLM__LANES_OF(v_bytes, 64, b, (uint8_t)(a.b[i] | (bits.b[i] >> AT & MASK) << 4));
 }
 LLM__INLINE v_bytes v_look_up(v_bytes a) { LLM__LANES_OF(v_bytes, 64, b, (uint8_t)llm__iq4_numbers[a.b[i]]); }
+LLM__INLINE v_ints v_load_ints(const uint8_t *p) { LLM__LANES_OF(v_ints, 16, i, (int32_t)llm__bytes_u32(p + 4 * i)); }
+LLM__INLINE v_ints v_next_places(v_ints a) { LLM__LANES_OF(v_ints, 16, i, a.i[i] >> 2); }
+LLM__INLINE V v_four(const bool ODD, const float *p) { LLM__LANES(i % 2 == ODD ? p[i % 4] : 0); }
+LLM__INLINE V v_pick(V four, v_ints places) { LLM__LANES(four.f[places.i[i] & 3]); }
 LLM__INLINE v_ints v_splat_int(int32_t x) { LLM__LANES_OF(v_ints, 16, i, x); }
 LLM__INLINE V v_of_ints(v_ints a) { LLM__LANES((float)a.i[i]); }
 LLM__INLINE v_ints v_dot_bytes(const bool SIGNED, v_ints sum, v_bytes w, int32_t x) {
@@ -26763,7 +27203,9 @@ LLM__INLINE V v_guess_inverse(V a) { LLM__LANES(llm__f32_from_bits(LLM__INVERSE 
 
 /* V has 16 floats, v_ints 16 integers, v_bytes [16][4] bytes. v_above moves the bits of MASK, from bit AT on, above the
    low four bits of a number. v_look_up replaces indexes by the values of llm__iq4_numbers. v_dot_bytes adds four
-   products of bytes with the four integers x to each sum. v_store_bytes stores the lowest byte of each of 16 words. The
+   products of bytes with the four integers x to each sum. v_four has four floats, of which those at odd (or at even)
+   places are replaced by zeros; v_pick picks one of the four for each lane, by the lowest two bits of `places`, and
+   v_next_places moves the next two bits there. v_store_bytes stores the lowest byte of each of 16 words. The
    input of v_round_bf16 must not be a NaN or a denormal. v_times_pow2 multiplies by 2^n, where n is given as n +
    LLM__WHOLE; neither n nor the result may be out of range. v_guess_inverse is within 5.1 % of 1 / a. */
 
@@ -26833,23 +27275,32 @@ LLM__INLINE float v_hmax(V a) {
 
 #endif
 
-/* MOST_ROWS: rows whose sums fit the registers. Sets with few registers compute many rows in strips of STRIP_ROWS. */
+/* MOST_ROWS: rows whose sums fit the registers. Sets with few registers compute many rows in strips of STRIP_ROWS. With
+   2:4 it is ROWS_2_4 times TILES_2_4 sums; one tile alone would wait for its sums where the registers allow two. */
 #if defined(LLM__USE_AVX512)
 #define LLM__MOST_ROWS 8
+#define LLM__ROWS_2_4 4
+#define LLM__TILES_2_4 2
 #define LLM__GROUP_ROWS 4
 #define LLM__GROUP_TILES 2
 #elif defined(LLM__USE_AVX2)
 #define LLM__MOST_ROWS 4
+#define LLM__ROWS_2_4 2
+#define LLM__TILES_2_4 1
 #define LLM__STRIP_ROWS 6
 #define LLM__GROUP_ROWS 4
 #define LLM__GROUP_TILES 1
 #elif defined(LLM__USE_NEON)
 #define LLM__MOST_ROWS 2
+#define LLM__ROWS_2_4 2
+#define LLM__TILES_2_4 1
 #define LLM__STRIP_ROWS 6
 #define LLM__GROUP_ROWS 4
 #define LLM__GROUP_TILES 1
 #else
 #define LLM__MOST_ROWS 1
+#define LLM__ROWS_2_4 1
+#define LLM__TILES_2_4 1
 #define LLM__GROUP_ROWS 1
 #define LLM__GROUP_TILES 1
 #endif
@@ -26874,9 +27325,6 @@ LLM__INLINE V LLM__FN(weight)(const llm__weight_type KIND, const uint8_t *w, con
     return J % 2 ? v_odd((const uint16_t *)w + J / 2 * 32) : v_even((const uint16_t *)w + J / 2 * 32);
 }
 
-/* Bytes of a block: 32 k of a tile. */
-LLM__INLINE size_t LLM__FN(block_bytes)(const llm__weight_type KIND) { return KIND == LLM__W_BF16 ? 1024 : 512; }
-
 /* 16 words of two bf16: a in the lower halves, b in the upper. */
 LLM__INLINE void LLM__FN(store_words)(V a, V b, uint8_t *to) {
 #if defined(LLM__USE_BF16)
@@ -26894,10 +27342,40 @@ LLM__INLINE void LLM__FN(store_words)(V a, V b, uint8_t *to) {
 #endif
 }
 
-LLM__TARGET static void LLM__FN(unpack)(const uint8_t *w, int n_blocks, uint8_t *to) {
-    for (int i = 0; i < n_blocks * 4; i++, w += 128) {
-        LLM__UNROLL for (int j = 0; j < 8; j += 2, to += 64)
-            LLM__FN(store_words)(LLM__FN(weight)(LLM__W_INT8, w, j), LLM__FN(weight)(LLM__W_INT8, w, j + 1), to);
+/* The first or the second (P) of the two weights that are stored of four. */
+LLM__INLINE V LLM__FN(stored)(const llm__weight_type KIND, const uint8_t *w, const int P) {
+    if (KIND == LLM__W_INT8_2_4) return v_int8((const int8_t *)w + P * 16);
+    return P ? v_even((const uint16_t *)w) : v_odd((const uint16_t *)w);
+}
+
+/* Weight J of four, of which two are stored: `low` and `high` at these places. */
+LLM__INLINE V LLM__FN(one_of_four)(const int J, V low, v_ints low_places, V high, v_ints high_places) {
+    float four[4] = {0};
+    four[J] = 1;
+    const V one = v_four(J % 2 == 1, four);
+    return v_fma(v_pick(one, low_places), low, v_mul(v_pick(one, high_places), high));
+}
+
+LLM__INLINE void LLM__FN(unpack_2_4)(const llm__weight_type KIND, const uint8_t *w, uint8_t *to) {
+    const size_t four_bytes = KIND == LLM__W_BF16_2_4 ? 64 : 32;
+    v_ints places = v_load_ints(w);
+    w += 64;
+    for (int four = 0; four < 8; four++, w += four_bytes) {
+        const v_ints later = v_next_places(places);
+        const V low = LLM__FN(stored)(KIND, w, 0), high = LLM__FN(stored)(KIND, w, 1);
+        LLM__UNROLL for (int j = 0; j < 4; j += 2, to += 64)
+            LLM__FN(store_words)(LLM__FN(one_of_four)(j, low, places, high, later),
+                                 LLM__FN(one_of_four)(j + 1, low, places, high, later), to);
+        places = v_next_places(later);
+    }
+}
+
+LLM__TARGET static void LLM__FN(unpack)(llm__weight_type kind, const uint8_t *w, int n_blocks, uint8_t *to) {
+    for (int i = 0; i < n_blocks; i++, w += llm__kernel_block_bytes[kind], to += 1024) {
+        if (kind == LLM__W_BF16_2_4) LLM__FN(unpack_2_4)(LLM__W_BF16_2_4, w, to);
+        if (kind == LLM__W_INT8_2_4) LLM__FN(unpack_2_4)(LLM__W_INT8_2_4, w, to);
+        for (int j = 0; j < 16 && kind == LLM__W_INT8; j++) LLM__FN(store_words)
+        (LLM__FN(weight)(LLM__W_INT8, w + j * 32, 0), LLM__FN(weight)(LLM__W_INT8, w + j * 32, 1), to + j * 64);
     }
 }
 
@@ -26974,7 +27452,7 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weig
                                 const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
-    const size_t bytes = WIDE ? 1024 : LLM__FN(block_bytes)(KIND), quarter = bytes / 256 * 64,
+    const size_t bytes = WIDE ? 1024 : llm__kernel_block_bytes[KIND], quarter = bytes / 256 * 64,
                  fetched = WIDE ? 0 : quarter, later = KIND == LLM__W_BF16 ? 16384 : 8192;
     for (const uint8_t *end = w + 4 * quarter; w < end; w += quarter, x += LLM__FN(inputs) / 4) {
         LLM__UNROLL for (size_t line = 0; line < fetched; line += 64) {
@@ -26997,7 +27475,7 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weig
 /* Adds the sums over n blocks to totals[ROWS][TILES]. */
 LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE,
                                  const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, int n, V *totals) {
-    const size_t bytes = WIDE ? 1024 : LLM__FN(block_bytes)(KIND);
+    const size_t bytes = WIDE ? 1024 : llm__kernel_block_bytes[KIND];
     V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) total[i] = totals[i];
     for (int b = 0; b < n; b++, x += LLM__FN(inputs), w += bytes) {
@@ -27010,7 +27488,7 @@ LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__wei
 /* Up to LLM__RUN_TILES tiles. */
 LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__weight_type KIND, const float *x, size_t x_stride,
                                      const uint8_t *w, size_t tile_bytes, int n, int k, float *y, size_t y_stride) {
-    const size_t bytes = LLM__FN(block_bytes)(KIND);
+    const size_t bytes = llm__kernel_block_bytes[KIND];
     V total[LLM__RUN_TILES][LLM__MOST_ROWS];
     for (int t = 0; t < n; t++) {
         LLM__UNROLL for (int r = 0; r < ROWS; r++) total[t][r] =
@@ -27044,7 +27522,7 @@ LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__weight_type KIND
 LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__weight_type KIND, const float *x, size_t x_stride,
                                     const uint8_t *w, int n, int k, float *y, size_t y_stride) {
     const bool FLOATS = KIND == LLM__W_F32 || KIND == LLM__W_F16;
-    const size_t block_bytes = LLM__FN(block_bytes)(KIND), end_bytes = KIND == LLM__W_INT8 ? 64 : 0;
+    const size_t block_bytes = llm__kernel_block_bytes[KIND], end_bytes = KIND == LLM__W_INT8 ? 64 : 0;
     const size_t float_bytes = KIND == LLM__W_F16 ? 32 : 64;
     const size_t tile_bytes = FLOATS ? (size_t)k * float_bytes : (size_t)k / 32 * block_bytes + end_bytes;
     const int STEP = FLOATS ? 1 : LLM__RUN_TILES;
@@ -27064,7 +27542,7 @@ LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__weight_type KIND,
 
 /* Converts a block to floats: its even k, then its odd k. */
 LLM__INLINE void LLM__FN(strip_weights)(const llm__weight_type KIND, const uint8_t *w, float *to) {
-    for (int i = 0; i < 4; i++, w += LLM__FN(block_bytes)(KIND) / 4, to += 64) {
+    for (int i = 0; i < 4; i++, w += llm__kernel_block_bytes[KIND] / 4, to += 64) {
         LLM__UNROLL for (int j = 0; j < 4; j++) {
             v_store(to + j * 16, LLM__FN(weight)(KIND, w, 2 * j));
             v_store(to + 256 + j * 16, LLM__FN(weight)(KIND, w, 2 * j + 1));
@@ -27110,7 +27588,7 @@ LLM__FN(strip_blocks)(const float *x, size_t x_stride, int rows, const float *w,
 LLM__INLINE void LLM__FN(strip_tile)(llm__weight_type kind, const float *x, size_t x_stride, int rows, const uint8_t *w,
                                      int k, float *y, size_t y_stride) {
     float wide[LLM__STRIP_BLOCKS * 512] __attribute__((aligned(64)));
-    const size_t bytes = LLM__FN(block_bytes)(kind);
+    const size_t bytes = llm__kernel_block_bytes[kind];
     for (int left = k / 32, n; left; left -= n, x += n * 32) {
         n = left < LLM__STRIP_BLOCKS ? left : LLM__STRIP_BLOCKS;
         for (int b = 0; b < n; b++, w += bytes) {
@@ -27126,7 +27604,7 @@ LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_product)(llm__we
                                                                          size_t x_stride, int rows, const uint8_t *w,
                                                                          int n, int k, float *y, size_t y_stride) {
     const bool scaled = kind == LLM__W_INT8;
-    const size_t tile_bytes = (size_t)k / 32 * LLM__FN(block_bytes)(kind) + (scaled ? 64 : 0);
+    const size_t tile_bytes = (size_t)k / 32 * llm__kernel_block_bytes[kind] + (scaled ? 64 : 0);
     float sums[LLM__STRIP_MOST][16] __attribute__((aligned(64)));
     for (int t = 0; t < n; t++, w += tile_bytes, y += 16) {
         if (scaled) memset(sums, 0, (size_t)rows * sizeof *sums);
@@ -27638,8 +28116,186 @@ LLM__TARGET static uint32_t LLM__FN(read)(const void *p, size_t n) {
     return llm__f32_bits(v_hmax(v_max(v_max(a, b), v_max(c, d))));
 }
 
+/* Are all activations finite? */
+LLM__TARGET static bool LLM__FN(are_finite)(const float *x, size_t x_stride, int rows, int k) {
+    const V zero = v_splat(0);
+    V all = zero;
+    for (int r = 0; r < rows; r++, x += x_stride)
+        for (int i = 0; i < k; i += 16) all = v_fma(v_load(x + i), zero, all);
+    return !(llm__f32_bits(v_sum(all)) & 0x7FFFFFFF);
+}
+
 #endif
 #undef LLM__PRODUCT
+
+/* ---- Products with 2:4 ---- Floor: 2 permutations and 2 FMAs for each stored weight of 16 rows, or for two of them
+   with VDPBF16PS. A permutation of four activations gives each weight its own. The term belongs to the sum of the even
+   or of the odd k, so for each sum there are four activations of which those of the other sum are 0: both sums get a
+   term for every weight, and one of the two terms is 0. */
+
+#if defined(LLM__USE_BF16)
+
+/* All pairs of two of four activations, as VDPBF16PS takes them: word p + 4 q has number p in its upper half and
+   number q in the lower one. Numbers at odd (or at even) places are 0. */
+LLM__INLINE v_ints LLM__FN(pairs_of_four)(const bool ODD, const float *x) {
+    static const uint8_t even[64] = {2,   3,   2, 3, 2,   3,   128, 128, 2,   3,   10, 11, 2,   3,   128, 128,
+                                     128, 128, 2, 3, 128, 128, 128, 128, 128, 128, 10, 11, 128, 128, 128, 128,
+                                     10,  11,  2, 3, 10,  11,  128, 128, 10,  11,  10, 11, 10,  11,  128, 128,
+                                     128, 128, 2, 3, 128, 128, 128, 128, 128, 128, 10, 11, 128, 128, 128, 128},
+                         odd[64] = {128, 128, 128, 128, 128, 128, 6, 7, 128, 128, 128, 128, 128, 128, 14, 15,
+                                    6,   7,   128, 128, 6,   7,   6, 7, 6,   7,   128, 128, 6,   7,   14, 15,
+                                    128, 128, 128, 128, 128, 128, 6, 7, 128, 128, 128, 128, 128, 128, 14, 15,
+                                    14,  15,  128, 128, 14,  15,  6, 7, 14,  15,  128, 128, 14,  15,  14, 15};
+    const __m512i from = _mm512_loadu_si512((const void *)(ODD ? odd : even));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)x)), from);
+}
+
+LLM__INLINE v_ints LLM__FN(stored_pair)(const llm__weight_type KIND, const uint8_t *w) {
+    if (KIND == LLM__W_BF16_2_4) return v_load_ints(w);
+    return _mm512_castps_si512(v_pair(LLM__FN(stored)(KIND, w, 0), LLM__FN(stored)(KIND, w, 1)));
+}
+
+/* Adds the terms of four k to the sums. */
+LLM__INLINE void LLM__FN(four_2_4)(const int ROWS, const int TILES, const llm__weight_type KIND, const float *x,
+                                   size_t x_stride, const uint8_t *w, size_t w_next, v_ints *places, V *even, V *odd) {
+    v_ints es[LLM__ROWS_2_4], os[LLM__ROWS_2_4];
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) {
+        es[r] = LLM__FN(pairs_of_four)(false, x + (size_t)r * x_stride);
+        os[r] = LLM__FN(pairs_of_four)(true, x + (size_t)r * x_stride);
+    }
+    LLM__UNROLL for (int t = 0; t < TILES; t++) {
+        const __m512bh pair = (__m512bh)LLM__FN(stored_pair)(KIND, w + (size_t)t * w_next);
+        LLM__UNROLL for (int r = 0; r < ROWS; r++) {
+            V *e = &even[r * TILES + t], *o = &odd[r * TILES + t];
+            *e = _mm512_dpbf16_ps(*e, pair, (__m512bh)_mm512_permutexvar_epi32(places[t], es[r]));
+            *o = _mm512_dpbf16_ps(*o, pair, (__m512bh)_mm512_permutexvar_epi32(places[t], os[r]));
+        }
+        places[t] = _mm512_srli_epi32(places[t], 4);
+    }
+}
+
+#else
+
+LLM__INLINE void LLM__FN(four_2_4)(const int ROWS, const int TILES, const llm__weight_type KIND, const float *x,
+                                   size_t x_stride, const uint8_t *w, size_t w_next, v_ints *places, V *even, V *odd) {
+    LLM__UNROLL for (int t = 0; t < TILES; t++) LLM__UNROLL for (int p = 0; p < 2; p++) {
+        const V weight = LLM__FN(stored)(KIND, w + (size_t)t * w_next, p);
+        LLM__UNROLL for (int r = 0; r < ROWS; r++) {
+            const float *xr = x + (size_t)r * x_stride;
+            V *e = &even[r * TILES + t], *o = &odd[r * TILES + t];
+            *e = v_fma(v_pick(v_four(false, xr), places[t]), weight, *e);
+            *o = v_fma(v_pick(v_four(true, xr), places[t]), weight, *o);
+        }
+        places[t] = v_next_places(places[t]);
+    }
+}
+
+#endif
+
+/* The sums over one block of TILES tiles, which are w_next bytes apart. Prefetches what is `ahead` bytes further. */
+LLM__INLINE void LLM__FN(block_2_4)(const int ROWS, const int TILES, const llm__weight_type KIND, const float *x,
+                                    size_t x_stride, const uint8_t *w, size_t w_next, size_t ahead, V *sum) {
+    const size_t four_bytes = KIND == LLM__W_BF16_2_4 ? 64 : 32;
+    V even[LLM__ROWS_2_4 * LLM__TILES_2_4], odd[LLM__ROWS_2_4 * LLM__TILES_2_4];
+    v_ints places[LLM__TILES_2_4];
+    LLM__UNROLL for (int t = 0; t < TILES; t++) places[t] = v_load_ints(w + (size_t)t * w_next);
+    LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
+    w += 64;
+    for (const uint8_t *end = w + 8 * four_bytes; w < end; w += four_bytes, x += 4) {
+        LLM__UNROLL for (int t = 0; t < TILES; t++) __builtin_prefetch(w + (size_t)t * w_next + ahead);
+        LLM__FN(four_2_4)(ROWS, TILES, KIND, x, x_stride, w, w_next, places, even, odd);
+    }
+    LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) sum[i] = v_add(even[i], odd[i]);
+}
+
+/* TILES tiles. Towards their end it prefetches the tiles after them. */
+LLM__INLINE void LLM__FN(rows_2_4)(const int ROWS, const int TILES, const llm__weight_type KIND, const float *x,
+                                   size_t x_stride, const uint8_t *w, size_t tile_bytes, int k, float *y,
+                                   size_t y_stride) {
+    const bool SCALED = KIND == LLM__W_INT8_2_4;
+    const uint8_t *scales = w + tile_bytes - 64;
+    V total[LLM__ROWS_2_4 * LLM__TILES_2_4], sum[LLM__ROWS_2_4 * LLM__TILES_2_4];
+    LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) total[i] =
+        SCALED ? v_splat(0) : v_load(y + (size_t)(i / TILES) * y_stride + i % TILES * 16);
+    for (int i = 0; i < k; i += 32, w += llm__kernel_block_bytes[KIND]) {
+        const size_t skipped = w + LLM__AHEAD_2_4 < scales ? 0 : (size_t)(TILES - 1) * tile_bytes;
+        LLM__FN(block_2_4)(ROWS, TILES, KIND, x + i, x_stride, w, tile_bytes, LLM__AHEAD_2_4 + skipped, sum);
+        LLM__UNROLL for (int j = 0; j < ROWS * TILES; j++) total[j] = v_add(total[j], sum[j]);
+    }
+    LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
+        float *to = y + (size_t)(i / TILES) * y_stride + i % TILES * 16;
+        const V scale = v_load((const float *)(const void *)(scales + (size_t)(i % TILES) * tile_bytes));
+        v_store(to, SCALED ? v_add(v_load(to), v_mul(total[i], scale)) : total[i]);
+    }
+}
+
+LLM__INLINE void LLM__FN(tiles_2_4)(const int ROWS, const llm__weight_type KIND, const float *x, size_t x_stride,
+                                    const uint8_t *w, int n, int k, float *y, size_t y_stride) {
+    const size_t bytes = llm__matrix_tile_bytes(KIND, k);
+    for (; n >= LLM__TILES_2_4; n -= LLM__TILES_2_4, w += LLM__TILES_2_4 * bytes, y += LLM__TILES_2_4 * 16)
+        LLM__FN(rows_2_4)(ROWS, LLM__TILES_2_4, KIND, x, x_stride, w, bytes, k, y, y_stride);
+    if (LLM__TILES_2_4 > 1 && n) LLM__FN(rows_2_4)(ROWS, 1, KIND, x, x_stride, w, bytes, k, y, y_stride);
+}
+
+#define LLM__FEW_ROWS(name, KIND)                                                                                     \
+    LLM__TARGET static void LLM__FN(name)(const float *x, size_t x_stride, int rows, const void *tiles, int n, int k, \
+                                          float *y, size_t y_stride) {                                                \
+        enum { SOME = LLM__ROWS_2_4 };                                                                                \
+        for (; rows >= SOME; rows -= SOME, x += SOME * x_stride, y += SOME * y_stride)                                \
+            LLM__FN(tiles_2_4)(SOME, KIND, x, x_stride, (const uint8_t *)tiles, n, k, y, y_stride);                   \
+        for (; rows > 0; rows--, x += x_stride, y += y_stride)                                                        \
+            LLM__FN(tiles_2_4)(1, KIND, x, x_stride, (const uint8_t *)tiles, n, k, y, y_stride);                      \
+    }
+LLM__FEW_ROWS(few_rows_bf16_2_4, LLM__W_BF16_2_4)
+LLM__FEW_ROWS(few_rows_int8_2_4, LLM__W_INT8_2_4)
+#undef LLM__FEW_ROWS
+
+/* Multiplies many rows: a few blocks at a time become bf16 with all zeros. */
+LLM__TARGET static void LLM__FN(many_rows_2_4)(llm__weight_type kind, const float *x, size_t x_stride, int rows,
+                                               const uint8_t *w, int n, int k, float *y, size_t y_stride) {
+    const bool scaled = kind == LLM__W_INT8_2_4;
+    uint8_t wide[LLM__BLOCKS_2_4 * 1024] __attribute__((aligned(64)));
+    float sums[LLM__STRIP_MOST][16] __attribute__((aligned(64)));
+    for (int t = 0; t < n; t++, y += 16) {
+        if (scaled) memset(sums, 0, (size_t)rows * sizeof *sums);
+        for (int i = 0, some; i < k; i += some) {
+            some = k - i < LLM__BLOCKS_2_4 * 32 ? k - i : LLM__BLOCKS_2_4 * 32;
+            LLM__FN(unpack)(kind, w, some / 32, wide);
+            w += (size_t)some / 32 * llm__kernel_block_bytes[kind];
+            LLM__FN(product_bf16)(x + i, x_stride, rows, wide, 1, some, scaled ? sums[0] : y, scaled ? 16 : y_stride);
+        }
+        if (!scaled) continue;
+        const V scale = v_load((const float *)(const void *)w);
+        w += 64;
+        for (int r = 0; r < rows; r++) {
+            float *yr = y + (size_t)r * y_stride;
+            v_store(yr, v_add(v_load(yr), v_mul(v_load(sums[r]), scale)));
+        }
+    }
+}
+
+LLM__TARGET static void LLM__FN(product_2_4)(llm__weight_type kind, const float *x, size_t x_stride, int rows,
+                                             const void *tiles, int n, int k, float *y, size_t y_stride) {
+    if (rows < LLM__UNPACK_2_4 && LLM__SHARED(are_finite)(x, x_stride, rows, k)) {
+        if (kind == LLM__W_BF16_2_4) LLM__FN(few_rows_bf16_2_4)(x, x_stride, rows, tiles, n, k, y, y_stride);
+        else LLM__FN(few_rows_int8_2_4)(x, x_stride, rows, tiles, n, k, y, y_stride);
+        return;
+    }
+    for (int some; rows > 0; rows -= some, x += (size_t)some * x_stride, y += (size_t)some * y_stride) {
+        some = rows < LLM__STRIP_MOST ? rows : (int)LLM__STRIP_MOST;
+        LLM__FN(many_rows_2_4)(kind, x, x_stride, some, (const uint8_t *)tiles, n, k, y, y_stride);
+    }
+}
+
+LLM__TARGET static void LLM__FN(product_bf16_2_4)(const float *x, size_t x_stride, int rows, const void *tiles, int n,
+                                                  int k, float *y, size_t y_stride) {
+    LLM__FN(product_2_4)(LLM__W_BF16_2_4, x, x_stride, rows, tiles, n, k, y, y_stride);
+}
+
+LLM__TARGET static void LLM__FN(product_int8_2_4)(const float *x, size_t x_stride, int rows, const void *tiles, int n,
+                                                  int k, float *y, size_t y_stride) {
+    LLM__FN(product_2_4)(LLM__W_INT8_2_4, x, x_stride, rows, tiles, n, k, y, y_stride);
+}
 
 /* The values do not matter, but the lanes must differ. Otherwise the compiler computes only half of them. */
 LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
@@ -27721,7 +28377,7 @@ LLM__TARGET static void LLM__FN(end_rows)(const llm__kernel_panel *p, int tile, 
                                           float *sums) {
     const int width = p->width - tile * 16 < n_cols * 16 ? p->width - tile * 16 : n_cols * 16;
     const float *end = sums + n * 32;
-    if (p->kind == LLM__W_INT8) LLM__FN(scale_rows)(p, tile, n_cols, n, sums);
+    if (llm__matrix_has_row_scales(p->kind)) LLM__FN(scale_rows)(p, tile, n_cols, n, sums);
     if (p->ending == LLM__SWIGLU) {
         for (; sums < end; sums += 32, row++) {
             llm__kernel_lines to = llm__kernel_packed_row(p->line_step, p->packed, p->packed_k, (size_t)row);
@@ -27824,7 +28480,7 @@ LLM__TARGET static void LLM__FN(pair_product)(const llm__kernel_tile_product *p)
 /* Describes the blocks [first, first + n) of two tiles (or of the last one) for all rows. */
 LLM__INLINE llm__kernel_tile_product LLM__FN(panel_product)(const llm__kernel_panel *p, int tile, int first, int n,
                                                             const uint8_t **b) {
-    const size_t bytes = LLM__FN(block_bytes)(p->kind);
+    const size_t bytes = llm__kernel_block_bytes[p->kind];
     const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes;
     llm__kernel_tile_product product;
     product.a = p->a + (size_t)first * p->line_step;
@@ -27847,7 +28503,7 @@ LLM__INLINE llm__kernel_tile_product LLM__FN(panel_product)(const llm__kernel_pa
     product.ahead_next = tile + 3 == p->n_tiles || p->n_tiles == 1 ? 0 : p->tile_bytes;
     for (int i = 0; i < n; i++) b[i] = p->kind == LLM__W_BF16 ? w + i * 1024 : p->unpacked + i * 1024;
     for (int i = 0; i < product.n_cols && p->kind != LLM__W_BF16; i++)
-        LLM__FN(unpack)(w + (size_t)i * p->tile_bytes, n, p->unpacked + (size_t)i * product.b_next);
+        LLM__FN(unpack)(p->kind, w + (size_t)i * p->tile_bytes, n, p->unpacked + (size_t)i * product.b_next);
     return product;
 }
 
@@ -27998,12 +28654,13 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #endif
 
 /* FN is LLM__FN, or LLM__SHARED if the set uses the products of another set. */
-#define LLM__KERNEL_TABLE(FN)                                                                                         \
-    {LLM__SHARED(product_f32), FN(product_bf16), FN(product_int8), LLM__SHARED(product_f16)}, LLM__FN(group_product), \
-        LLM__FN(quantize), LLM__FN(unpack), LLM__SHARED(norm_factor), LLM__SHARED(norm), LLM__SHARED(swiglu),         \
-        LLM__SHARED(softmax), LLM__SHARED(maxima), LLM__SHARED(odds), LLM__SHARED(merge), LLM__SHARED(scale),         \
-        LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope), LLM__SHARED(read), LLM__SHARED(multiply),            \
-        LLM__FN(multiply_bytes), LLM__MULTIPLY_PAIRS
+#define LLM__KERNEL_TABLE(FN)                                                                                    \
+    {LLM__SHARED(product_f32), FN(product_bf16),          FN(product_int8),                                      \
+     LLM__SHARED(product_f16), LLM__FN(product_bf16_2_4), LLM__FN(product_int8_2_4)},                            \
+        LLM__FN(group_product), LLM__FN(quantize), LLM__FN(unpack), LLM__SHARED(norm_factor), LLM__SHARED(norm), \
+        LLM__SHARED(swiglu), LLM__SHARED(softmax), LLM__SHARED(maxima), LLM__SHARED(odds), LLM__SHARED(merge),   \
+        LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope), LLM__SHARED(read),          \
+        LLM__SHARED(multiply), LLM__FN(multiply_bytes), LLM__MULTIPLY_PAIRS
 
 static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_BF16)
@@ -28065,6 +28722,10 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef v_high
 #undef v_above
 #undef v_look_up
+#undef v_load_ints
+#undef v_next_places
+#undef v_four
+#undef v_pick
 #undef v_splat_int
 #undef v_dot_bytes
 #undef v_of_ints
@@ -28087,6 +28748,8 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef LLM__UNROLL
 #undef LLM__MOST_ROWS
 #undef LLM__STRIP_ROWS
+#undef LLM__ROWS_2_4
+#undef LLM__TILES_2_4
 #undef LLM__GROUP_ROWS
 #undef LLM__GROUP_TILES
 #undef LLM__SIGN

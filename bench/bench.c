@@ -6,10 +6,10 @@
     Measures each type, thread count and depth: the median rates of prefill (p tokens after d others), of decode (n
     tokens after d others, one llm_forward each) and of llm_generate, which also picks and shows the tokens, interleaved
     over r rounds. Without -t the thread counts are one per physical core, and one more, which shows the cost of too
-    many threads. With --temp it picks at that temperature, with top-k 40, top-p 0.95 and min-p 0.05. The limits are
-    measured in the same run with the same threads: the bytes per second at which they only read the weights (MBU is the
-    share of it that decoding reaches, the cache included), and the operations per second on data in the nearest cache
-    (MFU is the share of it that prefill reaches).
+    many threads. With --temp it picks at that temperature, with top-k 40, top-p 0.95 and min-p 0.05. --keep-zeros holds
+    matrices with 2:4 sparsity like all others. The limits are measured in the same run with the same threads: the bytes
+    per second at which they only read the weights (MBU is the share of it that decoding reaches, the cache included),
+    and the operations per second on data in the nearest cache (MFU is the share of it that prefill reaches).
 
     build/bench -m MODEL --draft lookup,self:int4 TEXT...      (bench/prompts has some)
 
@@ -50,6 +50,8 @@ enum {
     MOST_STREAMS = 256,
     KEY_DTYPE = 256,
     KEY_RANDOM,
+    KEY_SPARSE,
+    KEY_KEEP_ZEROS,
     KEY_DRAFT,
     KEY_DRAFT_MAX,
     KEY_TEMP,
@@ -61,6 +63,7 @@ enum {
 
 typedef struct options {
     const char *model, *random, *format;
+    bool sparse, keep_zeros;
     int flops_table; /* max tokens in a batch; 0: no table */
     int n_prefill, n_decode, n_rounds;
     int depths[MOST], n_depths, threads[MOST], n_threads;
@@ -85,6 +88,8 @@ static const struct argp_option OPTIONS[] = {
     {"model", 'm', "FILE", 0, "the model", 0},
     {"random", KEY_RANDOM, "SHAPE", 0,
      "instead: random weights of a published shape: llama2-7b, tinyllama-1.1b, llama3.2-1b or smollm2-135m", 0},
+    {"sparse", KEY_SPARSE, 0, 0, "with --random: 2:4 sparsity in the layers", 0},
+    {"keep-zeros", KEY_KEEP_ZEROS, 0, 0, "hold matrices with 2:4 sparsity like all others", 2},
     {"prefill", 'p', "N", 0, "tokens of a prompt (512; of each stream: 32)", 1},
     {"decode", 'n', "N", 0, "tokens decoded after it (128)", 1},
     {"depth", 'd', "LIST", 0, "tokens in the cache before that (0)", 1},
@@ -138,6 +143,8 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     switch (key) {
     case 'm': opt->model = arg; break;
     case KEY_RANDOM: opt->random = arg; break;
+    case KEY_SPARSE: opt->sparse = true; break;
+    case KEY_KEEP_ZEROS: opt->keep_zeros = true; break;
     case KEY_FLOPS_TABLE: opt->flops_table = arg ? parse_number(state, arg, 1) : 1 << 20; break;
     case 'p': opt->n_prefill = parse_number(state, arg, 1); break;
     case 'n': opt->n_decode = parse_number(state, arg, 1); break;
@@ -174,6 +181,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
             opt->n_threads = opt->n_drafts || opt->n_rows || opt->n_streams || opt->flops_table ? 1 : 2;
         if (!opt->n_prefill) opt->n_prefill = opt->n_streams ? 32 : 512;
         if (!opt->model == !opt->random) argp_error(state, "give either -m or --random");
+        if (opt->sparse && !opt->random) argp_error(state, "--sparse needs --random");
         if (!opt->n_drafts != !opt->n_texts)
             argp_error(state, "--draft needs texts to continue, and texts need --draft");
         if (opt->n_drafts && !opt->model) argp_error(state, "random weights do not continue texts: --draft needs -m");
@@ -238,6 +246,13 @@ static void random_row(const llm_backend_weight *weight, int row, float *out) {
     for (int i = 0; i < weight->cols; i++, at = (at + 1) % RANDOM_RUN) out[i] = weight->rows == 1 ? 1 : run[at];
 }
 
+/* The same with 2:4 sparsity. */
+static void random_sparse_row(const llm_backend_weight *weight, int row, float *out) {
+    random_row(weight, row, out);
+    for (int i = 0; i < weight->cols && weight->rows > 1; i++)
+        if ((i + i / 4 + row) % 4 < 2) out[i] = 0;
+}
+
 static const void *no_raw_row(const llm_backend_weight *weight, int row, int *type) {
     (void)weight, (void)row;
     *type = LLM__F32;
@@ -247,6 +262,7 @@ static const void *no_raw_row(const llm_backend_weight *weight, int row, int *ty
 typedef struct random_args {
     const shape *shape;
     llm_model_desc desc;
+    bool sparse;
     const float *run;
     llm_model *model;
 } random_args;
@@ -268,6 +284,10 @@ static void random_weight(llm__env *env, random_args *a, llm_backend_weight_kind
                             .read_row = random_row,
                             .raw_row = no_raw_row};
     int parts[3] = {1, 0, 0};
+    if (a->sparse && kind != LLM_WEIGHT_EMBEDDING && kind != LLM_WEIGHT_HEAD) {
+        w.read_row = random_sparse_row;
+        w.is_2_4 = !a->desc.keep_zeros;
+    }
     if (kind == LLM_WEIGHT_EMBEDDING || kind == LLM_WEIGHT_HEAD) parts[0] = s->n_vocab;
     if (kind == LLM_WEIGHT_QKV) parts[0] = q, parts[1] = parts[2] = kv;
     if (kind == LLM_WEIGHT_GATE_UP) parts[0] = parts[1] = s->n_ff;
@@ -331,8 +351,9 @@ static void random_body(llm__env *env, void *arg) {
     m->pool = *env->pool;
 }
 
-static llm_status load_random(llm_model **out, const char *name, const llm_model_desc *desc, llm_error *err) {
-    random_args args = {NULL, *desc, NULL, NULL};
+static llm_status load_random(llm_model **out, const options *opt, const llm_model_desc *desc, llm_error *err) {
+    random_args args = {NULL, *desc, opt->sparse, NULL, NULL};
+    const char *name = opt->random;
     llm__pool pool = {desc->host, NULL};
     llm__env env;
     float *run = (float *)malloc(RANDOM_RUN * sizeof *run);
@@ -500,8 +521,7 @@ static void measure(llm_context *ctx, const options *opt, const memory *mem, dou
 
 static void load_model(const options *opt, const llm_model_desc *desc, llm_model **model) {
     llm_error err;
-    if (opt->random ? load_random(model, opt->random, desc, &err) : llm_model_load(model, opt->model, desc, &err))
-        fail(&err);
+    if (opt->random ? load_random(model, opt, desc, &err) : llm_model_load(model, opt->model, desc, &err)) fail(&err);
 }
 
 static char *read_text(const char *path) {
@@ -705,7 +725,8 @@ static void compare_streams(llm_context *ctx, const options *opt) {
 
 /* Runs --draft, --rows and -b for one type and number of threads. */
 static void compare(const options *opt, llm_dtype dtype, int n_threads) {
-    llm_model_desc desc = {.dtype = dtype, .n_threads = n_threads, .isa = getenv("LLM_ISA")};
+    llm_model_desc desc = {
+        .dtype = dtype, .n_threads = n_threads, .isa = getenv("LLM_ISA"), .keep_zeros = opt->keep_zeros};
     llm_context_desc context_desc = {.n_logits = opt->n_rows ? MOST_ROWS : LLM_DRAFT_MAX + 1, .n_threads = n_threads};
     for (int i = 0; i < opt->n_streams; i++)
         if (opt->streams[i] > context_desc.n_seq) context_desc.n_logits = context_desc.n_seq = opt->streams[i];
@@ -790,6 +811,7 @@ static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
         llm_model_desc desc = {.dtype = dtype,
                                .n_threads = opt->threads[t],
                                .isa = getenv("LLM_ISA"),
+                               .keep_zeros = opt->keep_zeros,
                                .host = {.alloc = count_alloc, .free = count_free, .user = &mem},
                                .tensor = opt->ranks.tensor,
                                .pipeline = opt->ranks.pipeline};
@@ -885,15 +907,15 @@ static void print_flops_table(const options *opt, double rates[LENGTHS][BATCHES]
 }
 
 static void run_flops_table(const options *opt) {
-    llm_model_desc desc = {.dtype = opt->dtypes[0], .n_threads = opt->threads[0], .isa = getenv("LLM_ISA")};
+    llm_model_desc desc = {
+        .dtype = opt->dtypes[0], .n_threads = opt->threads[0], .isa = getenv("LLM_ISA"), .keep_zeros = opt->keep_zeros};
     llm_context_desc context_desc = {
         .n_ctx = 192, .n_seq = 32, .n_batch = 32 * 170, .n_logits = 1, .n_threads = opt->threads[0]};
     double rates[LENGTHS][BATCHES] = {{0}}; /* 0: not measured */
     llm_model *model = NULL;
     llm_context *ctx = NULL;
     llm_error err;
-    if (opt->random ? load_random(&model, opt->random, &desc, &err) : llm_model_load(&model, opt->model, &desc, &err))
-        fail(&err);
+    load_model(opt, &desc, &model);
     if (llm_context_create(&ctx, model, &context_desc, &err)) fail(&err);
     double limit = llm_measure_flops(ctx);
     for (int l = 0; l < LENGTHS; l++)

@@ -2,10 +2,16 @@
 """Measures build/server beside llama.cpp's server, on the same model, in alternating rounds.
 
     bench/serve_beside.py MODEL [LLAMA_SERVER]
+    bench/serve_beside.py MODEL --real-time
 
 Prints the medians of three rounds for 1, 8 and 32 clients; see serve.py for what a client does. The last column counts
 answers that differ from an earlier answer to the same prompt in that round. LLAMA_SERVER is any program that takes
 llama-server's options -m, --port, --parallel, -c and -t. Without it only build/server is measured.
+
+Below the table is how much of the cores other programs used meanwhile. Such a program keeps a core for some milliseconds
+at a time, which lengthens the p99 of the gaps. With --real-time (for root) build/server and the clients go before all other
+programs: first the clients, then the thread that sends, then those that compute. The kernel still takes 5 % of each second
+for the others, in one piece, which is the longest gap.
 """
 import argparse, os, statistics, subprocess, sys, time, types, urllib.request
 
@@ -42,11 +48,39 @@ def measure(port, clients):
     return figures, changed, [problem for problem in load.problems if not problem.startswith("another text")]
 
 
+def seconds_of_all():
+    """What all programs have used of the cores; steal, which is what other virtual machines have, counts too."""
+    with open("/proc/stat") as stat:
+        user, nice, system, _, _, irq, softirq, steal = map(int, stat.readline().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def seconds_of(processes):
+    """What these processes and this one have used."""
+    used = sum(os.times()[:2])
+    for process in processes:
+        with open(f"/proc/{process.pid}/stat") as stat:
+            used += sum(map(int, stat.read().rsplit(")", 1)[1].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+    return used
+
+
+def go_first(process):
+    """Lets this program and build/server go before all others."""
+    for task in os.listdir(f"/proc/{process.pid}/task"):
+        with open(f"/proc/{process.pid}/task/{task}/comm") as name:
+            sends = name.read().startswith("MHD")
+        os.sched_setscheduler(int(task), os.SCHED_FIFO, os.sched_param(2 if sends else 1))
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(3))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("llama_server", nargs="?")
+    parser.add_argument("--real-time", action="store_true")
     args = parser.parse_args()
+    if args.real_time and args.llama_server:
+        parser.error("--real-time knows the threads of build/server alone")
     n = str(max(CLIENTS))
     cores = str(len(os.sched_getaffinity(0)))
     commands = {"llm.h": ["build/server", "-m", args.model, "-p", "18080", "--parallel", n]}
@@ -59,6 +93,9 @@ def main():
         for name, command in commands.items():
             processes.append(start(command, ports[name]))
             measure(ports[name], 1)  # reads the weights once
+        if args.real_time:
+            go_first(processes[0])
+        begin, all_before, own_before = time.monotonic(), seconds_of_all(), seconds_of(processes)
         print("| clients | server | requests/s | tokens/s | first token ms, p50 | p99 | gap ms, p50 | p99 | p99/p50 | changed texts |")
         print("| ---: | --- |" + " ---: |" * 8)
         for clients in CLIENTS:
@@ -73,6 +110,8 @@ def main():
                 f = [statistics.median(column) for column in zip(*all_figures)]
                 print(f"| {clients} | {name} | {f[0]:.1f} | {f[1]:.0f} | " + " | ".join(f"{x:.1f}" for x in f[2:]) +
                       f" | {f[5] / f[4]:.1f} | {changed[name]} |", flush=True)
+        others = seconds_of_all() - all_before - (seconds_of(processes) - own_before)
+        print(f"Other programs used {100 * max(others, 0) / (os.cpu_count() * (time.monotonic() - begin)):.0f} % of the cores.")
     finally:
         for process in processes:
             process.terminate()

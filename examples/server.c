@@ -14,7 +14,11 @@
     A plain text may have several prompts: each is a stream of its own and takes a place of its own. With "echo" and
     "logprobs" the prompt's tokens are in the answer with their log-probabilities, as programs that evaluate models need.
 
-    What would change the answer and is not there (tools, several choices) is refused by name. Without --key anybody
+    A chat may have tools. If tool_choice demands a call, a tool is "strict", or response_format says what the answer is
+    otherwise, a grammar ensures that calls can be read and that their arguments fit the tools' schemas; by itself the model
+    may err. What cannot be read as calls stays text. In a stream calls come whole, at the end of the answer.
+
+    What would change the answer and is not there (pictures, several choices) is refused by name. Without --key anybody
     who reaches the port may ask. There is no encryption: outside of one machine put a proxy before it.
 */
 #define LLM_IMPLEMENTATION
@@ -100,7 +104,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
 
 /* ---- What the threads share ----------------------------------------------------------------------------------- */
 
-enum { MOST_STOPS = 16, MOST_BIASES = 1024, MOST_PROMPTS = 1024 };
+enum { MOST_STOPS = 16, MOST_BIASES = 1024, MOST_PROMPTS = 1024, MOST_TOOLS = 128 };
 
 typedef struct buffer {
     char *at; /* [n] of [room] */
@@ -117,10 +121,11 @@ typedef struct prompt {
     int n_ids;
     llm_sampler sampler;
     llm_stream *stream; /* the main thread's */
-    buffer text;        /* of the answer; if it is streamed, since the last piece */
+    buffer text;        /* of the answer; if it is streamed, what was not sent yet */
     json_t *log_probs;  /* of the tokens since the last piece, as add_log_prob makes them */
     json_t *choice;     /* the whole answer, if it is not streamed */
     bool said_role;     /* the first piece of a chat was sent */
+    bool said_text;     /* some of the text was sent */
 } prompt;
 
 typedef struct request {
@@ -131,7 +136,10 @@ typedef struct request {
     /* What is asked: */
     json_t *json;
     bool is_chat, streams, wants_usage, echoes;
-    char *messages;  /* JSON */
+    char *messages;     /* JSON */
+    char *tools;        /* JSON, or NULL */
+    llm_tool_form form; /* how tools are called; LLM_TOOL_FORM_NONE: they are not */
+    bool one_call;
     prompt *prompts; /* [n_prompts] */
     int n_prompts, max_tokens, n_stops;
     const char *stops[MOST_STOPS];
@@ -163,7 +171,7 @@ typedef struct server {
     prompt *running;
     int n_queued, n_running, n_live; /* live: accepted, and not closed or not finished */
     int n_signals;
-    uint64_t n_ids;
+    uint64_t n_ids, n_call_ids;
     /* Counters for /metrics: */
     uint64_t n_answers, n_refused, n_hung_up, n_failed, n_prompt, n_reused, n_generated;
 } server;
@@ -194,6 +202,7 @@ static void let_go(request *r) {
     free(r->prompts);
     free(r->body.at);
     free(r->messages);
+    free(r->tools);
     free(r->out.at);
     free(r);
 }
@@ -222,10 +231,16 @@ static void suspend(request *r) {
     MHD_suspend_connection(r->connection);
 }
 
+/* A value as text. 15 digits are what a number with a point keeps of the text that it was read from. */
+static char *write_json(const json_t *value) {
+    char *text = value ? json_dumps(value, JSON_COMPACT | JSON_REAL_PRECISION(15)) : NULL;
+    if (!text) out_of_memory();
+    return text;
+}
+
 /* Under the lock. Adds a value and lets it go: an event of a stream, or a whole answer. */
 static void put_json(request *r, json_t *value, bool event) {
-    char *text = value ? json_dumps(value, JSON_COMPACT) : NULL;
-    if (!text) out_of_memory();
+    char *text = write_json(value);
     if (event) put(&r->out, "data: ", 6);
     put(&r->out, text, strlen(text));
     put(&r->out, event ? "\n\n" : "\n", event ? 2 : 1);
@@ -337,22 +352,49 @@ static json_t *take_log_probs(prompt *p) {
     return json_null();
 }
 
-/* Under the lock: a piece of a streamed answer, with the text since the last one. reason may be NULL. */
-static void put_piece(prompt *p, const char *reason) {
+/* Under the lock: a piece of a streamed answer, with the next n bytes of its text. calls and reason may be NULL. */
+static void put_piece(prompt *p, size_t n, json_t *calls, const char *reason) {
     request *r = p->request;
     json_t *choice =
         json_pack("{s:i, s:o, s:s?}", "index", p->index, "logprobs", take_log_probs(p), "finish_reason", reason);
-    json_t *string = p->text.n ? json_stringn(p->text.at, p->text.n) : NULL;
-    p->text.n = 0;
+    json_t *string = n ? json_stringn(p->text.at, n) : NULL;
+    p->text.n -= n;
+    if (n) memmove(p->text.at, p->text.at + n, p->text.n);
+    p->said_text = p->said_text || n;
     if (r->is_chat) {
         json_t *delta = json_object();
         if (!p->said_role) json_object_set_new(delta, "role", json_string("assistant"));
         p->said_role = true;
         if (string) json_object_set_new(delta, "content", string);
+        if (calls) json_object_set_new(delta, "tool_calls", calls);
         json_object_set_new(choice, "delta", delta);
     } else json_object_set_new(choice, "text", string ? string : json_string(""));
     put_json(r, answer_json(r, r->is_chat ? "chat.completion.chunk" : "text_completion", json_pack("[o]", choice)),
              true);
+}
+
+static bool is_blank(char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; }
+
+/* How many bytes are left without the white space at the end. */
+static size_t trim(const char *text, size_t n) {
+    while (n && is_blank(text[n - 1])) n--;
+    return n;
+}
+
+/* How much of the text surely comes before the first call. What may be the beginning of a call's mark does not. If
+   there is no mark, that is all, white space at the end included. */
+static size_t find_calls(const prompt *p) {
+    static const char *const marks[] = {"<tool_call>", "<|python_tag|>", "[TOOL_CALLS]"};
+    const char *text = p->text.at;
+    size_t n = p->text.n, at = 0;
+    while (at < n && is_blank(text[at])) at++;
+    if (p->request->form == LLM_TOOL_FORM_LLAMA && !p->said_text && at < n && text[at] == '{') return at;
+    for (; at < n; at++)
+        for (int i = 0; i < 3; i++) {
+            size_t length = strlen(marks[i]);
+            if (!memcmp(text + at, marks[i], length < n - at ? length : n - at)) return at;
+        }
+    return n;
 }
 
 static bool on_text(void *user, const char *text, size_t n) {
@@ -360,8 +402,11 @@ static bool on_text(void *user, const char *text, size_t n) {
     request *r = p->request;
     pthread_mutex_lock(&r->server->lock);
     put(&p->text, text, n);
-    if (r->streams) put_piece(p, NULL);
-    if (r->streams) wake(r);
+    if (r->streams) {
+        n = r->form ? trim(p->text.at, find_calls(p)) : p->text.n;
+        if (n) put_piece(p, n, NULL, NULL);
+        if (n) wake(r);
+    }
     bool wanted = !r->closed;
     pthread_mutex_unlock(&r->server->lock);
     return wanted;
@@ -382,23 +427,57 @@ static void fail(request *r, int code, const char *message) {
     finish(r, code);
 }
 
+/* Under the lock: the calls that a complete answer has; NULL if there are none, or they cannot be read. *n_before
+   becomes how much of the text is shown before them. */
+static json_t *read_calls(prompt *p, size_t *n_before) {
+    request *r = p->request;
+    server *s = r->server;
+    llm_tool_calls *read = NULL;
+    if (!r->form || find_calls(p) == p->text.n) return NULL;
+    if (llm_tool_calls_read(&read, p->text.at, p->text.n, NULL, NULL)) return NULL;
+    json_t *calls = read->n_calls ? json_array() : NULL;
+    for (int i = 0; i < read->n_calls && (!i || !r->one_call); i++) {
+        const llm_tool_call *call = &read->calls[i];
+        char id[10]; /* nine letters and digits, as Mistral's templates want them; none twice in years */
+        uint64_t number = (uint64_t)r->created << 20 | (s->n_call_ids++ & 0xFFFFF);
+        for (int j = 0; j < 9; j++, number /= 36) id[j] = "0123456789abcdefghijklmnopqrstuvwxyz"[number % 36];
+        id[9] = 0;
+        json_t *one = json_pack("{s:s, s:s, s:{s:s, s:s}}", "id", call->id ? call->id : id, "type", "function",
+                                "function", "name", call->name, "arguments", call->arguments);
+        if (one && r->streams) json_object_set_new(one, "index", json_integer(i));
+        if (json_array_append_new(calls, one)) { /* it is not UTF-8 */
+            json_decref(calls);
+            calls = NULL;
+            break;
+        }
+    }
+    if (calls) *n_before = trim(read->text, read->n_bytes);
+    llm_tool_calls_free(read);
+    return calls;
+}
+
 /* Under the lock: the text of one prompt is complete. */
 static void end_text(prompt *p, const llm_stats *stats) {
     request *r = p->request;
-    const char *reason = finish_reason(stats->stop);
+    size_t n = p->text.n;
+    json_t *calls = read_calls(p, &n);
+    const char *reason = calls ? "tool_calls" : finish_reason(stats->stop);
     r->n_ended++;
     r->n_prompt += stats->n_prompt;
     r->n_reused += stats->n_reused;
     r->n_generated += stats->n_generated;
     if (r->streams) {
-        put_piece(p, reason);
+        if (calls) put_piece(p, n, calls, NULL);
+        put_piece(p, calls ? 0 : n, NULL, reason);
         wake(r);
         return;
     }
-    json_t *text = json_stringn(p->text.at ? p->text.at : "", p->text.n);
+    json_t *text = calls && !n ? json_null() : json_stringn(p->text.at ? p->text.at : "", n);
     p->choice = json_pack("{s:i, s:o, s:s}", "index", p->index, "logprobs", take_log_probs(p), "finish_reason", reason);
     if (!r->is_chat) json_object_set_new(p->choice, "text", text);
-    else json_object_set_new(p->choice, "message", json_pack("{s:s, s:o}", "role", "assistant", "content", text));
+    else
+        json_object_set_new(p->choice, "message",
+                            json_pack("{s:s, s:o, s:o*}", "role", "assistant", "content", text, "tool_calls", calls));
 }
 
 /* Under the lock: all texts of a request are complete. */
@@ -427,9 +506,13 @@ static void complete(request *r) {
 
 /* ---- The main thread: it computes ------------------------------------------------------------------------------ */
 
+static llm_chat_desc chat_of(const request *r) {
+    return (llm_chat_desc){.messages_json = r->messages, .tools_json = r->tools, .open_answer = true};
+}
+
 static llm_status begin(prompt *p, llm_error *err) {
     request *r = p->request;
-    llm_chat_desc chat = {.messages_json = r->messages, .open_answer = true};
+    llm_chat_desc chat = chat_of(r);
     bool tells = r->n_log_probs >= 0;
     llm_generate_desc desc = {.chat = r->is_chat ? &chat : NULL,
                               .tokens = p->ids,
@@ -442,6 +525,7 @@ static llm_status begin(prompt *p, llm_error *err) {
                               .n_stop_strings = r->n_stops,
                               .grammar = r->grammar,
                               .on_text = on_text,
+                              .text_has_marks = r->form != LLM_TOOL_FORM_NONE,
                               .on_log_probs = tells ? on_log_probs : NULL,
                               .n_top_log_probs = tells ? r->n_log_probs : 0,
                               .log_probs_from = tells && r->echoes,
@@ -592,18 +676,59 @@ static prompt *add_prompts(request *r, size_t n) {
     return r->prompts;
 }
 
-static const char *read_messages(request *r, llm_error *err) {
-    json_t *messages = json_object_get(r->json, "messages"), *message;
-    size_t i;
-    if (!json_array_size(messages)) return "messages must be a list with at least one message";
-    json_array_foreach(messages, i, message) {
-        if (!json_is_string(json_object_get(message, "role"))) return "each message needs a role";
-        const char *why = join_parts(message);
-        if (why) return why;
+/* A call in an earlier answer. Templates want its arguments as an object. */
+static const char *read_earlier_call(json_t *call) {
+    json_t *function = json_object_get(call, "function"), *arguments = json_object_get(function, "arguments");
+    const char *type = json_string_value(json_object_get(call, "type"));
+    json_error_t where;
+    if (!json_is_string(json_object_get(call, "id"))) return "each of tool_calls needs an id";
+    if (!type || strcmp(type, "function")) return "each of tool_calls must have the type function";
+    if (!json_is_string(json_object_get(function, "name"))) return "each of tool_calls needs a function with a name";
+    if (!json_is_string(arguments)) return "the arguments of tool_calls must be text";
+    json_t *object =
+        json_loadb(json_string_value(arguments), json_string_length(arguments), JSON_REJECT_DUPLICATES, &where);
+    if (!json_is_object(object)) {
+        json_decref(object);
+        return "the arguments of tool_calls must be a JSON object";
     }
-    r->messages = json_dumps(messages, JSON_COMPACT);
-    if (!r->messages) out_of_memory();
-    llm_chat_desc desc = {.messages_json = r->messages, .open_answer = true};
+    json_object_set_new(function, "arguments", object);
+    return NULL;
+}
+
+/* One of the messages; `ids` has the ids of the calls before it. */
+static const char *read_message(json_t *message, json_t *ids) {
+    const char *role = json_string_value(json_object_get(message, "role"));
+    json_t *calls = json_object_get(message, "tool_calls"), *call;
+    size_t i;
+    if (!role) return "each message needs a role";
+    if (!strcmp(role, "tool")) {
+        const char *id = json_string_value(json_object_get(message, "tool_call_id"));
+        if (!id || !json_object_get(ids, id))
+            return "the tool_call_id of a tool's message is that of no call before it";
+        if (json_is_null(json_object_get(message, "content")) || !json_object_get(message, "content"))
+            return "a tool's message needs content";
+    }
+    if (calls && !json_is_null(calls) && (!json_is_array(calls) || strcmp(role, "assistant")))
+        return "tool_calls must be a list, in an assistant's message";
+    json_array_foreach(calls, i, call) {
+        const char *why = read_earlier_call(call);
+        if (why) return why;
+        json_object_set_new(ids, json_string_value(json_object_get(call, "id")), json_true());
+    }
+    return join_parts(message);
+}
+
+static const char *read_messages(request *r, llm_error *err) {
+    json_t *messages = json_object_get(r->json, "messages"), *message, *ids = json_object();
+    size_t i;
+    const char *why = json_array_size(messages) ? NULL : "messages must be a list with at least one message";
+    json_array_foreach(messages, i, message) {
+        if (!why) why = read_message(message, ids);
+    }
+    json_decref(ids);
+    if (why) return why;
+    r->messages = write_json(messages);
+    llm_chat_desc desc = chat_of(r);
     int64_t n = llm_chat_encode(llm_model_tokenizer(r->server->model), &desc, NULL, 0, err);
     add_prompts(r, 1)->n_ids = n > INT32_MAX ? INT32_MAX : (int)n;
     return n < 0 ? err->message : NULL;
@@ -694,30 +819,101 @@ static const char *read_log_probs(request *r) {
     return why;
 }
 
-/* {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}} */
-static const char *read_format(request *r, llm_error *err) {
+/* {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}. *schema becomes
+   the schema as text, to be freed, or NULL. */
+static const char *read_format(const request *r, char **schema) {
     const json_t *format = json_object_get(r->json, "response_format"),
-                 *schema = json_object_get(json_object_get(format, "json_schema"), "schema");
+                 *given = json_object_get(json_object_get(format, "json_schema"), "schema");
     const char *type = json_string_value(json_object_get(format, "type"));
     if (!format || json_is_null(format) || (type && !strcmp(type, "text"))) return NULL;
     bool any = type && !strcmp(type, "json_object");
     if (!any && (!type || strcmp(type, "json_schema")))
         return "the type of response_format must be text, json_object or json_schema";
-    if (!any && !json_is_object(schema)) return "response_format has no schema in json_schema";
-    char *text = any ? NULL : json_dumps(schema, JSON_COMPACT);
-    if (!any && !text) out_of_memory();
-    llm_status status = llm_grammar_from_json_schema(&r->grammar, llm_model_tokenizer(r->server->model),
-                                                     any ? "{\"type\":\"object\"}" : text, NULL, err);
-    free(text);
-    return status ? err->message : NULL;
+    if (!any && !json_is_object(given)) return "response_format has no schema in json_schema";
+    json_t *object = any ? json_pack("{s:s}", "type", "object") : NULL;
+    *schema = write_json(any ? object : given);
+    json_decref(object);
+    return NULL;
+}
+
+/* {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}} */
+static const char *check_tool(const json_t *tool, json_t *names, bool *strict) {
+    const json_t *function = json_object_get(tool, "function"), *name = json_object_get(function, "name"),
+                 *parameters = json_object_get(function, "parameters"),
+                 *description = json_object_get(function, "description"), *exact = json_object_get(function, "strict");
+    static const char chars[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-";
+    const char *type = json_string_value(json_object_get(tool, "type")), *text = json_string_value(name);
+    if (!type || strcmp(type, "function")) return "each of tools must have the type function";
+    if (!text || !*text || strlen(text) > 64 || json_string_length(name) != strspn(text, chars))
+        return "each of tools needs a function with a name of up to 64 letters, digits, _ and -";
+    if (json_object_get(names, text)) return "two tools have the same name";
+    if (description && !json_is_null(description) && !json_is_string(description))
+        return "the description of a tool must be text";
+    if (parameters && !json_is_null(parameters) && !json_is_object(parameters))
+        return "the parameters of a tool must be a JSON schema";
+    if (exact && !json_is_null(exact) && !json_is_boolean(exact)) return "strict must be true or false";
+    *strict = *strict || json_is_true(exact);
+    json_object_set_new(names, text, json_true());
+    return NULL;
+}
+
+/* Tools, and what the model may do with them. `schema` is that of an answer without calls, or NULL. */
+static const char *read_tools(request *r, const char *schema, llm_error *err) {
+    const llm_tokenizer *tokenizer = llm_model_tokenizer(r->server->model);
+    const json_t *tools = json_object_get(r->json, "tools"), *choice = json_object_get(r->json, "tool_choice"),
+                 *parallel = json_object_get(r->json, "parallel_tool_calls"), *tool;
+    const char *word = json_string_value(choice), *type = json_string_value(json_object_get(choice, "type")),
+               *name = json_string_value(json_object_get(json_object_get(choice, "function"), "name")), *why = NULL;
+    bool required = word && !strcmp(word, "required"), none = word && !strcmp(word, "none");
+    bool strict = false, is_free = !choice || json_is_null(choice) || (word && !strcmp(word, "auto"));
+    size_t i;
+    if (tools && !json_is_null(tools) && !json_is_array(tools)) return "tools must be a list";
+    if (json_array_size(tools) > MOST_TOOLS) return "tools has more than 128 tools";
+    if (parallel && !json_is_null(parallel) && !json_is_boolean(parallel))
+        return "parallel_tool_calls must be true or false";
+    if (!is_free && !none && !required && !(type && !strcmp(type, "function") && name))
+        return "tool_choice must be none, auto, required, or a function with its name";
+    json_t *names = json_object();
+    json_array_foreach(tools, i, tool) {
+        if (!why) why = check_tool(tool, names, &strict);
+    }
+    if (!why && name && !json_object_get(names, name)) why = "tool_choice names a function that is not among the tools";
+    json_decref(names);
+    if (why) return why;
+    if (!json_array_size(tools)) return required ? "tool_choice needs tools" : NULL;
+    if (none) return NULL; /* the model is not told of them */
+    r->form = llm_tool_form_of(tokenizer);
+    if (!r->form) return "the model's chat template takes no tools, or wants calls in a form that is not known";
+    r->tools = write_json(tools);
+    r->one_call = json_is_false(parallel);
+    if (is_free && !schema && !strict) return NULL;
+    llm_tools_desc desc = {.form = r->form,
+                           .tools_json = r->tools,
+                           .name = name,
+                           .one = r->one_call,
+                           .text = is_free && !schema,
+                           .answer_schema = is_free ? schema : NULL};
+    return llm_grammar_from_tools(&r->grammar, tokenizer, &desc, NULL, err) ? err->message : NULL;
+}
+
+/* What the answer must be. */
+static const char *read_form(request *r, llm_error *err) {
+    char *schema = NULL;
+    const char *why = read_format(r, &schema);
+    if (!why && r->is_chat) why = read_tools(r, schema, err);
+    if (!why && schema && !r->grammar &&
+        llm_grammar_from_json_schema(&r->grammar, llm_model_tokenizer(r->server->model), schema, NULL, err))
+        why = err->message;
+    free(schema);
+    return why;
 }
 
 /* What would change the answer, unless it has the value that changes nothing. */
-static const char *refuse_others(const json_t *json) {
-    static const char *const names[] = {"tools", "functions", "suffix", "best_of", "n", "modalities", "audio"};
+static const char *refuse_others(const request *r) {
+    static const char *const names[] = {"functions", "suffix", "best_of", "n", "modalities", "audio", "tools"};
     static __thread char why[100];
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        const json_t *given = json_object_get(json, names[i]);
+    for (size_t i = 0; i < sizeof names / sizeof *names - (r->is_chat ? 1 : 0); i++) {
+        const json_t *given = json_object_get(r->json, names[i]);
         bool one = !strcmp(names[i], "n") || !strcmp(names[i], "best_of");
         bool nothing = !given || json_is_null(given) || json_is_false(given) ||
                        (json_is_number(given) && json_number_value(given) == (one ? 1 : 0)) ||
@@ -737,7 +933,7 @@ static const char *read_request(request *r, llm_error *err) {
     if (!json_is_object(r->json)) return "the body is no JSON object";
     clock_gettime(CLOCK_REALTIME, &now);
     const json_t *echo = json_object_get(r->json, "echo");
-    const char *why = refuse_others(r->json);
+    const char *why = refuse_others(r);
     if (!why) why = read_number(r->json, "temperature", 0, 100, &temperature);
     if (!why) why = read_number(r->json, "top_p", 0, 1, &top_p);
     if (!why) why = read_number(r->json, "top_k", 0, 1e6, &top_k);
@@ -752,7 +948,7 @@ static const char *read_request(request *r, llm_error *err) {
     if (!why) why = read_stops(r);
     if (!why) why = read_biases(r);
     if (!why) why = read_log_probs(r);
-    if (!why) why = read_format(r, err);
+    if (!why) why = read_form(r, err);
     if (!why) why = r->is_chat ? read_messages(r, err) : read_prompts(r, err);
     if (why) return why;
     r->sampler.temperature = (float)temperature;
@@ -968,7 +1164,7 @@ static struct MHD_Daemon *listen_on(server *s, llm_error *err) {
         snprintf(err->message, sizeof err->message, "'%s' is no address", s->opt.host);
         return NULL;
     }
-    unsigned flags = MHD_USE_INTERNAL_POLLING_THREAD | MHD_ALLOW_SUSPEND_RESUME |
+    unsigned flags = MHD_USE_POLL | MHD_USE_INTERNAL_POLLING_THREAD | MHD_ALLOW_SUSPEND_RESUME |
                      (address->ai_family == AF_INET6 ? MHD_USE_IPv6 : 0u);
     struct MHD_Daemon *daemon = MHD_start_daemon(
         flags, 0, NULL, NULL, handle, s, MHD_OPTION_SOCK_ADDR, address->ai_addr, MHD_OPTION_NOTIFY_COMPLETED, completed,

@@ -25,6 +25,8 @@ static const expected EXPECTED[] = {
     {LLM_DTYPE_BF16, LLM_DTYPE_F32, &TINY_ODD, 0x58765bbb4d8752e9, 0xe792122691ca1235},
     {LLM_DTYPE_BF16, LLM_DTYPE_INT8, &TINY_ODD, 0xcb45b2d27860d649, 0x3ab86aed28c7d761},
     {LLM_DTYPE_FILE, LLM_DTYPE_DEFAULT, &TINY_IQ4_TYPES, 0x2f5afcd619def71c, 0},
+    {LLM_DTYPE_BF16, LLM_DTYPE_DEFAULT, &TINY_2_4, 0x9f3d973d7ac98ce6, 0},
+    {LLM_DTYPE_INT8, LLM_DTYPE_DEFAULT, &TINY_2_4, 0x059ee17ea7acbbfb, 0},
 };
 
 static inline llm_token token_at(int seq, int i) {

@@ -381,6 +381,23 @@ static void test_incomplete_end(void **state) {
     close_context(ctx);
 }
 
+/* Control tokens are not shown, but for marks of tool calls if the host wants them. */
+static void test_marks(void **state) {
+    llm_logit_bias only = {END + 1, 1000};
+    llm_sampler sampler = {.biases = &only, .n_biases = 1};
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        llm_generate_desc desc = {.prompt = "abc", .max_tokens = 2, .sampler = &sampler, .text_has_marks = i & 1};
+        tiny_start = i & 2 ? "[ARGS]" : "<|start|>";
+        llm_context *ctx = open_tiny(64, 1);
+        answer *a = fresh(ctx, desc);
+        assert_string_equal(a->text, i == 3 ? "[ARGS][ARGS]" : "");
+        free(a);
+        close_context(ctx);
+    }
+    tiny_start = "<|start|>";
+}
+
 /* ---- When it stops ---- */
 
 static void test_end(void **state) {
@@ -843,29 +860,19 @@ static void test_prefill(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_one_source),
-                                       cmocka_unit_test(test_prompt_is_its_tokens),
-                                       cmocka_unit_test(test_reuse),
-                                       cmocka_unit_test(test_goes_on),
-                                       cmocka_unit_test(test_two_sequences),
-                                       cmocka_unit_test(test_oldest_turns),
-                                       cmocka_unit_test(test_characters),
-                                       cmocka_unit_test(test_stop_strings),
-                                       cmocka_unit_test(test_waiting_text),
-                                       cmocka_unit_test(test_incomplete_end),
-                                       cmocka_unit_test(test_end),
-                                       cmocka_unit_test(test_stop_tokens),
-                                       cmocka_unit_test(test_context_end),
-                                       cmocka_unit_test(test_cache_end),
-                                       cmocka_unit_test(test_refused_text),
-                                       cmocka_unit_test(test_cancelled),
-                                       cmocka_unit_test(test_context_cancel),
-                                       cmocka_unit_test(test_one_bos),
-                                       cmocka_unit_test(test_first_space),
-                                       cmocka_unit_test(test_message_is_text),
-                                       cmocka_unit_test(test_context_inside_callbacks),
-                                       cmocka_unit_test(test_careless),
-                                       cmocka_unit_test(test_no_error),
-                                       cmocka_unit_test(test_prefill)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_one_source),      cmocka_unit_test(test_prompt_is_its_tokens),
+        cmocka_unit_test(test_reuse),           cmocka_unit_test(test_goes_on),
+        cmocka_unit_test(test_two_sequences),   cmocka_unit_test(test_oldest_turns),
+        cmocka_unit_test(test_characters),      cmocka_unit_test(test_stop_strings),
+        cmocka_unit_test(test_waiting_text),    cmocka_unit_test(test_incomplete_end),
+        cmocka_unit_test(test_marks),           cmocka_unit_test(test_end),
+        cmocka_unit_test(test_stop_tokens),     cmocka_unit_test(test_context_end),
+        cmocka_unit_test(test_cache_end),       cmocka_unit_test(test_refused_text),
+        cmocka_unit_test(test_cancelled),       cmocka_unit_test(test_context_cancel),
+        cmocka_unit_test(test_one_bos),         cmocka_unit_test(test_first_space),
+        cmocka_unit_test(test_message_is_text), cmocka_unit_test(test_context_inside_callbacks),
+        cmocka_unit_test(test_careless),        cmocka_unit_test(test_no_error),
+        cmocka_unit_test(test_prefill)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -106,6 +106,35 @@ static void test_types(void **state) {
     assert_true(off > 0 && off < 0.02f * most);
 }
 
+/* A 2:4 matrix gives the bits that it gives with its zeros; it takes 9/16 of the memory, or 5/8 with int8. */
+static void test_2_4(void **state) {
+    static const char *const names[] = {"bf16 2:4", "int8 2:4"};
+    (void)state;
+    for (size_t i = 0; i < sizeof EXPECTED / sizeof *EXPECTED; i++) {
+        if (EXPECTED[i].spec != &TINY_2_4) continue;
+        const bool int8 = EXPECTED[i].dtype == LLM_DTYPE_INT8;
+        llm_model_desc desc = {.dtype = EXPECTED[i].dtype, .n_threads = 2, .keep_zeros = true};
+        llm_model *model = NULL;
+        llm_error err;
+        if (try_tiny(&model, &TINY_2_4, desc, &err)) fail_msg("%s", err.message);
+        const llm_model_info all = llm_model_get_info(model);
+        llm_context *ctx = create(model, LLM_DTYPE_DEFAULT, 2, 0);
+        assert_int_equal(in_chunks(ctx, 1), EXPECTED[i].tiny);
+        assert_int_equal(in_chunks(ctx, LENGTH), EXPECTED[i].tiny);
+        close_context(ctx);
+        llm_model *thin = load(&EXPECTED[i], "scalar", NULL, NULL);
+        const llm_model_info held = llm_model_get_info(thin);
+        llm_model_free(thin);
+        print_message("%s instead of %s\n", held.held, all.held);
+        assert_string_equal(all.held, llm_dtype_name(EXPECTED[i].dtype));
+        assert_true(!strncmp(held.held, names[int8], strlen(names[int8])));
+        assert_int_equal(held.fingerprint, all.fingerprint);
+        /* Padded to tiles of 16 rows and 32 columns, the matrices of a layer have this many weights. */
+        const uint64_t weights = 2 * (208 * 96 + 80 * 128 + 224 * 96 + 80 * 128);
+        assert_int_equal(all.weight_bytes - held.weight_bytes, int8 ? weights * 3 / 8 : weights * 14 / 16);
+    }
+}
+
 static void test_default_model(void **state) {
     (void)state;
     for (size_t i = 0; i < sizeof EXPECTED / sizeof *EXPECTED; i++)
@@ -126,6 +155,7 @@ int main(void) {
         cmocka_unit_test(hash_amx),
 #endif
         cmocka_unit_test(test_types),
+        cmocka_unit_test(test_2_4),
         cmocka_unit_test(test_default_model)
     };
 #ifdef TILES_H /* the matrix unit is in plain C: the other sets are as they always are */

@@ -34,10 +34,36 @@ static void check_same(const char *what, const void *a, const void *b, size_t n)
 }
 
 static float x[PRODUCT_ROWS * (32 * PRODUCT_BLOCKS + 8)], w[ROOM], a[PRODUCT_ROWS * 100], b[PRODUCT_ROWS * 100];
-static uint8_t tile[(LLM__RUN_K + 192) * 64], tiles[2 * sizeof tile];
+static uint8_t tile[(LLM__RUN_K + 192) * 64], tiles[2 * sizeof tile], full[sizeof tile], full_tiles[sizeof tiles];
 
-/* A tile of random weights: whole numbers with scales, or floats. */
+/* The kind that has the zeros of a 2:4 kind, too; the same for other kinds. */
+static llm__weight_type full_kind(llm__weight_type kind) {
+    return kind == LLM__W_BF16_2_4 ? LLM__W_BF16 : kind == LLM__W_INT8_2_4 ? LLM__W_INT8 : kind;
+}
+
+/* Makes two or more of each four weights of a tile zero. Some zeros are negative. */
+static void thin_out(llm__weight_type kind, int k) {
+    for (size_t lane = 0; lane < 16; lane++)
+        for (size_t i = 0; i < (size_t)k; i++) {
+            static const uint8_t kept[] = {3, 5, 6, 9, 10, 12, 0, 1, 4, 8};
+            static uint8_t places;
+            if (i % 4 == 0) places = kept[random_int(sizeof kept)];
+            if (places >> i % 4 & 1) continue;
+            size_t at = llm__matrix_tile_index(LLM__W_BF16, lane, i, (size_t)k);
+            if (kind == LLM__W_INT8) tile[i * 16 + lane] = 0;
+            else llm__matrix_tile_set(LLM__W_BF16, tile, at, random_int(2) ? 0 : -0.0f);
+        }
+}
+
+/* A tile of random weights: whole numbers with scales, or floats. If it is 2:4, `full` has the zeros, too. */
 static void random_tile(llm__weight_type kind, int k) {
+    if (llm__matrix_is_2_4(kind)) {
+        random_tile(full_kind(kind), k);
+        thin_out(full_kind(kind), k);
+        memcpy(full, tile, sizeof full);
+        llm__pack_2_4_tile(kind, full, (size_t)k, tile);
+        return;
+    }
     size_t bytes = llm__matrix_tile_bytes(kind, k), n = (size_t)k / 32;
     for (size_t i = 0; i < bytes; i++) tile[i] = (uint8_t)random_int(256);
     bool floats = kind == LLM__W_F32 || kind == LLM__W_F16 || kind == LLM__W_BF16;
@@ -98,16 +124,45 @@ static void check_product(const llm__kernels *k, llm__weight_type kind) {
     int n = 32 * (1 + (int)random_int(many ? PRODUCT_BLOCKS : 6) + (deep ? LLM__RUN_K / 32 : 0)),
         stride = n + (int)random_int(9), y_stride = 16 * n_tiles + (int)random_int(5);
     random_floats(x, rows * stride);
+    const size_t bytes = llm__matrix_tile_bytes(kind, n), full_bytes = llm__matrix_tile_bytes(full_kind(kind), n);
     for (int i = n_tiles; i--;) {
         random_tile(kind, n);
-        memcpy(tiles + (size_t)i * llm__matrix_tile_bytes(kind, n), tile, llm__matrix_tile_bytes(kind, n));
+        memcpy(tiles + (size_t)i * bytes, tile, bytes);
+        memcpy(full_tiles + (size_t)i * full_bytes, llm__matrix_is_2_4(kind) ? full : tile, full_bytes);
     }
     random_floats(a, rows * y_stride);
     memcpy(b, a, sizeof a);
     for (int i = 0; i < rows * stride && kind != LLM__W_F32; i++) x[i] = llm__bf16_to_f32(llm__f32_to_bf16(x[i]));
-    scalar->product[kind](x, (size_t)stride, rows, tiles, n_tiles, n, a, (size_t)y_stride);
+    bool finite = !llm__matrix_is_2_4(kind) || random_int(8) > 0;
+    if (!finite)
+        x[(int)random_int((uint32_t)rows) * stride + (int)random_int((uint32_t)n)] = random_int(2) ? NAN : INFINITY;
+    scalar->product[full_kind(kind)](x, (size_t)stride, rows, full_tiles, n_tiles, n, a, (size_t)y_stride);
     k->product[kind](x, (size_t)stride, rows, tiles, n_tiles, n, b, (size_t)y_stride);
+    for (int i = 0; i < rows * y_stride && !finite; i++) /* a NaN is not always the same one */
+        if (a[i] != a[i] && b[i] != b[i]) b[i] = a[i];
     check_same("product", a, b, sizeof a);
+}
+
+/* A 2:4 tile holds the numbers of the tile that it was made of, and becomes the same bf16 blocks as that. */
+static void check_2_4(const llm__kernels *k, llm__weight_type kind) {
+    static uint8_t wide[sizeof tile], expected[sizeof tile];
+    int n = 32 * (1 + (int)random_int(40));
+    float got[32 * 40], exact[32 * 40];
+    random_tile(kind, n);
+    llm__matrix m = llm__matrix_init(kind, 16, n), all = llm__matrix_init(full_kind(kind), 16, n);
+    m.data = tile;
+    all.data = full;
+    for (size_t lane = 0; lane < 16; lane++) {
+        llm__matrix_get_row(&m, lane, got);
+        llm__matrix_get_row(&all, lane, exact);
+        for (int i = 0; i < n; i++) assert_true(got[i] == exact[i]);
+    }
+    if (kind == LLM__W_INT8_2_4) scalar->unpack(LLM__W_INT8, full, n / 32, expected);
+    else memcpy(expected, full, (size_t)n * 32);
+    k->unpack(kind, tile, n / 32, wide);
+    for (int i = 0; i < n * 16; i++)
+        assert_true(llm__bf16_to_f32(((uint16_t *)(void *)wide)[i]) ==
+                    llm__bf16_to_f32(((uint16_t *)(void *)expected)[i]));
 }
 
 static void check_rows(const llm__kernels *k) {
@@ -252,8 +307,8 @@ static void check_panel(const llm__kernels *k, llm__weight_type kind) {
     for (int i = 0; i < n_tiles; i++) {
         const uint8_t *from = tiles + (size_t)i * bytes;
         if (kind == LLM__W_INT8) {
-            scalar->unpack(from, n / 32, wide);
-            k->unpack(from, n / 32, one);
+            scalar->unpack(kind, from, n / 32, wide);
+            k->unpack(kind, from, n / 32, one);
             check_same("unpack", wide, one, (size_t)n * 32);
         }
         scalar->product[kind](px, (size_t)n, rows, from, 1, n, sums + 16 * i, (size_t)n_tiles * 16);
@@ -311,12 +366,17 @@ static void check_set(const char *isa) {
         check_packs(k);
         check_tile_product(k);
         if (i % 8 == 0) /* the larger they are, the fewer */
-            for (int kind = LLM__W_BF16; kind <= LLM__W_INT8; kind++) check_panel(k, (llm__weight_type)kind);
+            for (int kind = 0; kind < LLM__W_Q4; kind++)
+                if (kind != LLM__W_F32 && kind != LLM__W_F16) check_panel(k, (llm__weight_type)kind);
     }
     if (k->tiles_leave) k->tiles_leave();
     for (int i = 0; i < ROUNDS; i++) {
-        for (int kind = 0; kind < LLM__W_Q4; kind++) check_product(k, (llm__weight_type)kind);
+        for (int kind = 0; kind < LLM__W_Q4; kind++) {
+            bool plain = llm__matrix_is_2_4((llm__weight_type)kind) && i % 4 == 0;
+            check_product(plain ? scalar : k, (llm__weight_type)kind);
+        }
         for (int kind = LLM__W_Q4; kind < LLM__W_KINDS; kind++) check_group_product(k, (llm__weight_type)kind);
+        for (int kind = LLM__W_BF16_2_4; kind <= LLM__W_INT8_2_4; kind++) check_2_4(k, (llm__weight_type)kind);
         check_quantize(k);
         check_rows(k);
     }

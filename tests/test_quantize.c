@@ -190,6 +190,90 @@ static void refuses_to_load(const char *path, const char *words) {
     assert_all_returned(&h);
 }
 
+/* Files with 2:4 sparsity are held so, however they store it. What only the weights tell, read_info does not know. */
+static void test_held(void **state) {
+    static const struct {
+        const char *name, *held, *known;
+        llm_dtype dtype;
+    } cases[] = {{"bf16", "bf16 2:4", "bf16", LLM_DTYPE_DEFAULT},
+                 {"bf16-bitmask", "bf16 2:4", "bf16", LLM_DTYPE_DEFAULT},
+                 {"bf16", "int8 2:4", "int8", LLM_DTYPE_INT8},
+                 {"int8", "int8 2:4", "int8", LLM_DTYPE_DEFAULT},
+                 {"int8-bitmask", "int8 2:4", "int8", LLM_DTYPE_DEFAULT},
+                 {"int8", "bf16 2:4", "bf16", LLM_DTYPE_BF16},
+                 {"bf16", "f32", "f32", LLM_DTYPE_F32},
+                 {"dense", "bf16", "bf16", LLM_DTYPE_DEFAULT}};
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        llm_model_desc desc = {.dtype = cases[i].dtype, .n_threads = 1};
+        llm_model_info before;
+        llm_model *model = NULL;
+        llm_error err;
+        if (llm_model_read_info(golden_sparse(cases[i].name), &desc, &before, &err)) fail_msg("%s", err.message);
+        if (llm_model_load(&model, golden_sparse(cases[i].name), &desc, &err)) fail_msg("%s", err.message);
+        const llm_model_info info = llm_model_get_info(model);
+        const bool is_2_4 = strcmp(cases[i].held, cases[i].known);
+        llm_model_free(model);
+        if (!strstr(info.held, cases[i].held) || !strstr(info.held, "2:4") == is_2_4 || strstr(before.held, "2:4") ||
+            !strstr(before.held, cases[i].known))
+            fail_msg("%s: held as %s; read_info says %s", cases[i].name, info.held, before.held);
+        assert_true(is_2_4 ? info.weight_bytes < before.weight_bytes : info.weight_bytes == before.weight_bytes);
+    }
+}
+
+/* Weights that are not finite keep a matrix from being held as 2:4, and so does a third weight of four in its last row. */
+static void test_not_held(void **state) {
+    static const uint16_t weights[] = {0x7FC0, 0xFF80, 0x3F80};
+    char in[128];
+    (void)state;
+    snprintf(in, sizeof in, "%s/not-held", folder);
+    for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) {
+        bytes file = read_file(golden_sparse("bf16/model.safetensors"));
+        llm_model *model = NULL;
+        llm_error err;
+        char name[] = "model.layers.0.mlp.down_proj.weight";
+        uint8_t *header = find_bytes(file, name, sizeof name - 1);
+        unsigned long first, end;
+        const char *offsets = strstr((const char *)header, "\"data_offsets\":[");
+        assert_non_null(offsets);
+        assert_int_equal(sscanf(offsets + strlen("\"data_offsets\":["), "%lu,%lu", &first, &end), 2);
+        uint64_t n_header;
+        memcpy(&n_header, file.at, 8);
+        uint16_t *last = (uint16_t *)(void *)(file.at + 8 + n_header + end) - 4; /* the last four weights */
+        for (int j = 0; j < 4; j++) {
+            if (weights[i] == 0x3F80 && j < 3) last[j] = weights[i];
+            if (weights[i] != 0x3F80 && last[j]) last[j] = weights[i];
+        }
+        copy_with(golden_sparse("bf16"), in, file);
+        if (llm_model_load(&model, in, NULL, &err)) fail_msg("%s", err.message);
+        const llm__cpu_model *m = (const llm__cpu_model *)model->device;
+        assert_int_equal(m->layers[0].down.kind, LLM__W_BF16);
+        assert_int_equal(m->layers[0].qkv.kind, LLM__W_BF16_2_4);
+        llm_model_free(model);
+        free(file.at);
+    }
+}
+
+static bool read_at(void *user, uint64_t offset, void *to, size_t n) {
+    const bytes *file = (const bytes *)user;
+    if (offset > file->n || n > file->n - offset) return false;
+    memcpy(to, file->at + offset, n);
+    return true;
+}
+
+/* A GGUF file through a callback is read in parts, and held the same way. */
+static void test_held_from_callback(void **state) {
+    llm_model *model = NULL;
+    llm_error err;
+    bytes file;
+    (void)state;
+    file.at = tiny_model(&TINY_2_4, &file.n);
+    if (llm_model_load_callback(&model, read_at, &file, file.n, NULL, &err)) fail_msg("%s", err.message);
+    assert_non_null(strstr(llm_model_get_info(model).held, "bf16 2:4"));
+    llm_model_free(model);
+    free(file.at);
+}
+
 static void test_bad_bitmasks(void **state) {
     static const struct {
         const char *old, *new_text, *words; /* in the header, of the same length */
@@ -293,6 +377,13 @@ static void test_starved(void **state) {
     starved s = {{0}, 0};
     (void)state;
     starve(&s.h, quantize_starved, &s, 1, "llm_quantize_directory");
+    static const char *const names[] = {"bf16", "int8-bitmask"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        load_job job;
+        memset(&job, 0, sizeof job);
+        job.path = golden_sparse(names[i]);
+        starve(&job.h, load_model_starved, &job, 1, names[i]);
+    }
 }
 
 /* ---- GGUF files ---- */
@@ -651,6 +742,9 @@ int main(void) {
                                        cmocka_unit_test(test_pruned),
                                        cmocka_unit_test(test_not_pruned),
                                        cmocka_unit_test(test_bitmasks),
+                                       cmocka_unit_test(test_held),
+                                       cmocka_unit_test(test_not_held),
+                                       cmocka_unit_test(test_held_from_callback),
                                        cmocka_unit_test(test_bad_bitmasks),
                                        cmocka_unit_test(test_starved),
                                        cmocka_unit_test(test_blocks),

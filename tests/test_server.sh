@@ -14,6 +14,7 @@ trap '[ -z "$pid" ] || kill -9 $pid 2>/dev/null; rm -rf "$tmp"' EXIT
 out=$tmp/out
 
 start() {
+    : >"$tmp/log" # of the server before
     "$server" -m "$model" -p 0 "$@" 2>"$tmp/log" &
     pid=$!
     wait_until grep -q listens "$tmp/log"
@@ -131,7 +132,7 @@ check "penalties change the answer" differs
 check "refuses what is no JSON" refuses 400 JSON $chat '{"messages":'
 check "refuses no messages" refuses 400 messages $chat '{"messages":[]}'
 check "refuses a picture" refuses 400 text $chat '{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}'
-check "refuses tools" refuses 400 tools $chat "{$question,\"tools\":[{}]}"
+check "refuses tools that the template does not take" refuses 400 template $chat "{$question,\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"a\"}}]}"
 check "refuses an unknown format" refuses 400 response_format $chat "{$question,\"response_format\":{\"type\":\"xml\"}}"
 check "refuses a format without a schema" refuses 400 schema $chat "{$question,\"response_format\":{\"type\":\"json_schema\"}}"
 check "refuses a wrong schema" refuses 400 type $chat "{$question,\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"schema\":{\"type\":7}}}}"
@@ -200,6 +201,32 @@ get /health
 check "/health needs none" test "$code" = 200
 kill $pid
 wait $pid
+
+# Tools need a template that takes them. The second one has its mark as a control token.
+python3 tests/with_template.py "$model" tests/tools.jinja "$tmp/model.gguf"
+check "starts with another template" start --model "$tmp/model.gguf"
+for case in $(python3 tests/server_tools.py); do check "tools: $case" python3 tests/server_tools.py "$url" "$case"; done
+kill $pid
+wait $pid
+python3 tests/with_template.py "$model" tests/tools-mistral.jinja "$tmp/model.gguf" '<|im_start|>=[TOOL_CALLS]' '<issue_start>=[INST]' '<issue_comment>=[/INST]'
+check "starts with Mistral's marks" start --model "$tmp/model.gguf"
+check "tools: mistral" python3 tests/server_tools.py "$url" mistral
+kill $pid
+wait $pid
+
+# More connections than select() has room for: each is answered.
+if ulimit -n 3000 2>/dev/null; then
+    check "starts for many connections" start --queue 2000
+    many() { python3 -c 'import socket, sys
+all = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(1200)]
+all[-1].sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"); all[-1].settimeout(60)
+assert b"200 OK" in all[-1].recv(100)' "${url##*:}"; }
+    check "the 1200th connection is answered" many
+    files() { test "$(find /proc/$pid/fd -mindepth 1 | wc -l)" -le "$1"; }
+    check "and all are closed" wait_until files 20
+    kill $pid
+    wait $pid
+fi
 
 check "explains a missing model" eval '! "$server" -m "$tmp/absent" 2>"$out" && out_has absent'
 check "explains a wrong address" eval '! "$server" -m "$model" --host nowhere.invalid 2>"$out" && out_has nowhere'

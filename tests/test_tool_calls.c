@@ -1,8 +1,9 @@
 /* Tool calls read out of answers: each form that published models use, answers cut off at every byte, mistakes, and
-   allocations that fail.
+   allocations that fail. The form that a chat template asks for, and grammars that allow nothing but calls.
    Variants: asan */
 #include "tests/check.h"
 #include "llm.h"
+#include "tests/tiny.h"
 #include "tests/common.h"
 
 /* In `calls`, each call is name, tab, arguments, tab, id or -, newline. NULL: the answer is an error that has `text`. */
@@ -173,9 +174,337 @@ static void test_memory(void **state) {
     assert_all_returned(&h);
 }
 
+/* ---- Grammars of calls ---- */
+
+/* A vocabulary of all bytes, the marks and <|end|>. Most marks are control tokens, as in published models. */
+static llm_tokenizer *load_marks(const char *chat_template) {
+    static const char *const marks[] = {"[TOOL_CALLS]", "[ARGS]",       "<|python_tag|>", "[INST]",
+                                        "<tool_call>",  "</tool_call>", "<|end|>"};
+    enum { MARKS = sizeof marks / sizeof *marks, VOCAB = 256 + MARKS };
+    tiny_file f;
+    llm_tokenizer *tokenizer;
+    llm_error err;
+    char piece[3];
+    memset(&f, 0, sizeof f);
+    tiny_put(&f, "GGUF", 4);
+    tiny_u32(&f, 3);
+    tiny_u64(&f, 0);
+    tiny_u64(&f, 7);
+    tiny_key_str(&f, "tokenizer.ggml.model", "gpt2");
+    tiny_key_str(&f, "tokenizer.ggml.pre", "gpt-2");
+    tiny_key_array(&f, "tokenizer.ggml.tokens", 8, VOCAB);
+    for (int i = 0; i < 256; i++) {
+        tiny_byte_piece(i, piece);
+        tiny_str(&f, piece);
+    }
+    for (int i = 0; i < MARKS; i++) tiny_str(&f, marks[i]);
+    tiny_key_array(&f, "tokenizer.ggml.token_type", 5, VOCAB);
+    for (int i = 0; i < VOCAB; i++) tiny_u32(&f, i < 256 ? 1 : i == 260 || i == 261 ? 4 : 3);
+    tiny_key_array(&f, "tokenizer.ggml.merges", 8, 0);
+    tiny_key_u32(&f, "tokenizer.ggml.eos_token_id", VOCAB - 1);
+    tiny_key_str(&f, "tokenizer.chat_template", chat_template);
+    if (llm_tokenizer_load_memory(&tokenizer, f.data, f.size, NULL, &err)) fail_msg("%s", err.message);
+    free(f.data);
+    return tokenizer;
+}
+
+static void test_form_of(void **state) {
+    static const struct {
+        const char *chat_template;
+        llm_tool_form form;
+    } cases[] = {
+        {"{{ messages[0].content }}", LLM_TOOL_FORM_NONE},
+        {"{% if tools %}{{ tools | tojson }}{% endif %}", LLM_TOOL_FORM_NONE},
+        {"{% if tools %}{{ '<tool_call>\n{\"name\": \"f\", \"arguments\": {}}' }}{% endif %}", LLM_TOOL_FORM_HERMES},
+        {"{% if tools %}{{ \"<tool_call>{\\\"name\\\": <name>, \\\"arguments\\\": <object>}\" }}{% endif %}",
+         LLM_TOOL_FORM_HERMES},
+        {"{{ '<tool_call>{\"name\": \"f\", \"arguments\": {}}' }}", LLM_TOOL_FORM_NONE},
+        {"{% if tools %}{{ '<tool_call><function=f><parameter=a>arguments' }}{% endif %}", LLM_TOOL_FORM_NONE},
+        {"{% if tools %}{{ '<tool_calls>[{\"name\": 1, \"arguments\": 2}] in <tool_call>' }}{% endif %}",
+         LLM_TOOL_FORM_NONE},
+        {"{% if tools %}{{ 'Respond with {\"name\": function name, \"parameters\": dictionary of arguments}' }}{% "
+         "endif %}",
+         LLM_TOOL_FORM_LLAMA},
+        {"{% if tools %}{{ '[TOOL_CALLS][' }}{% endif %}", LLM_TOOL_FORM_MISTRAL},
+        {"{% if tools %}{{ '[TOOL_CALLS]f[ARGS]{}' }}{% endif %}", LLM_TOOL_FORM_NAMED},
+        {"{% if tools %}{{ '[TOOL_CALLS]f[CALL_ID]1[ARGS]{}' }}{% endif %}", LLM_TOOL_FORM_NONE},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        llm_tokenizer *tokenizer = load_marks(cases[i].chat_template);
+        if (llm_tool_form_of(tokenizer) != cases[i].form) fail_msg("%s", cases[i].chat_template);
+        llm_tokenizer_free(tokenizer);
+    }
+}
+
+static const char TOOLS[] =
+    "[{\"type\":\"function\",\"function\":{\"name\":\"add\",\"parameters\":{\"properties\":{\"a\":{\"$ref\":\"#/$defs/"
+    "digit\"},\"b\":{\"$ref\":\"#/$defs/digit\"}},\"required\":[\"a\"],\"additionalProperties\":false,\"$defs\":{"
+    "\"digit\":{\"enum\":[1,2]}}}}},"
+    "{\"type\":\"function\",\"function\":{\"name\":\"say \\\"it\\\"\",\"description\":\"Says "
+    "it.\",\"parameters\":{\"type\":"
+    "\"object\",\"properties\":{\"it\":{\"type\":\"string\",\"maxLength\":3}},\"required\":[\"it\"],"
+    "\"additionalProperties\""
+    ":false}}},"
+    "{\"type\":\"function\",\"function\":{\"name\":\"now\"}}]";
+/* [TOOL_CALLS]name[ARGS] has no way to write a name with blanks. */
+static const char NAMED_TOOLS[] = "[{\"function\":{\"name\":\"add\",\"parameters\":{\"type\":\"object\",\"properties\":"
+                                  "{\"a\":{\"enum\":[1]}},\"required\":["
+                                  "\"a\"],\"additionalProperties\":false}}},{\"function\":{\"name\":\"now\"}}]";
+
+static llm_grammar *tools_grammar(const llm_tokenizer *tokenizer, llm_tools_desc desc) {
+    llm_grammar *g;
+    llm_error err;
+    if (llm_grammar_from_tools(&g, tokenizer, &desc, NULL, &err)) fail_msg("%s", err.message);
+    return g;
+}
+
+/* Texts: after their first character, which is what llm_grammar_check says: 1 or 0, or - for -1. */
+static void test_tools(void **state) {
+    static const struct {
+        llm_tool_form form;
+        const char *name, *answer_schema;
+        bool one, text;
+        const char *texts[9];
+    } cases[] = {
+        {LLM_TOOL_FORM_HERMES,
+         NULL,
+         NULL,
+         false,
+         false,
+         {"1<tool_call>\n{\"name\": \"add\", \"arguments\": {\"a\": 1}}\n</tool_call>",
+          "1<tool_call>{\"name\": \"now\", \"arguments\": {}}</tool_call>\n<tool_call>{\"name\": \"say \\\"it\\\"\", "
+          "\"arguments\": {\"it\":\"</\"}}</tool_call>",
+          "0<tool_call>{\"name\": \"add\", \"arguments\": {\"a\": 2,\"b\":", "0", "-{",
+          "-<tool_call>{\"name\": \"sub\"", "-<tool_call>{\"name\": \"add\", \"arguments\": 1",
+          "-<tool_call>{\"name\": \"now\", \"arguments\": {\""}},
+        {LLM_TOOL_FORM_HERMES,
+         "now",
+         NULL,
+         true,
+         false,
+         {"1<tool_call>{\"name\": \"now\", \"arguments\": {}}</tool_call>", "-<tool_call>{\"name\": \"a",
+          "-<tool_call>{\"name\": \"now\", \"arguments\": {}}</tool_call>\n<"}},
+        {LLM_TOOL_FORM_HERMES,
+         NULL,
+         "{\"enum\":[\"yes\",{\"x\":1}]}",
+         false,
+         false,
+         {"1\"yes\"", "1{\"x\":1}", "0\"y", "-no", "1<tool_call>{\"name\": \"now\", \"arguments\": {}}</tool_call>"}},
+        {LLM_TOOL_FORM_LLAMA,
+         NULL,
+         NULL,
+         false,
+         false,
+         {"1{\"name\": \"add\", \"parameters\": {\"a\":1}}", "0{\"name\": \"now\", \"parameters\": {}}; {",
+          "1{\"name\": \"now\", \"parameters\": {}};{\"name\": \"now\", \"parameters\": {}}", "-<"}},
+        {LLM_TOOL_FORM_LLAMA,
+         NULL,
+         "{\"type\":\"object\"}",
+         true,
+         false,
+         {"1{\"name\": \"add\", \"parameters\": {\"a\":1}}", "1{\"name\": 7}",
+          "-{\"name\": \"now\", \"parameters\": {}};"}},
+        {LLM_TOOL_FORM_MISTRAL,
+         NULL,
+         NULL,
+         false,
+         false,
+         {"1[TOOL_CALLS][{\"name\": \"add\", \"arguments\": {\"a\":1,\"b\":2}}]",
+          "1[TOOL_CALLS] [{\"name\": \"now\", \"arguments\": {}}, {\"name\": \"now\", \"arguments\": {}}]",
+          "-[TOOL_CALLS][]"}},
+        {LLM_TOOL_FORM_MISTRAL,
+         NULL,
+         NULL,
+         true,
+         false,
+         {"1[TOOL_CALLS][{\"name\": \"now\", \"arguments\": {}}]",
+          "-[TOOL_CALLS][{\"name\": \"now\", \"arguments\": {}},"}},
+        {LLM_TOOL_FORM_HERMES,
+         NULL,
+         NULL,
+         true,
+         true,
+         {"1", "1Hello < <t\xC3\xA9 <tool_<tool_cal", "1<<tool_callx{\"name\"", "0<tool_call>",
+          "1Yes.\n<tool_call>{\"name\": \"now\", \"arguments\": {}}</tool_call>", "-<<tool_call>x",
+          "-a <tool_ca<tool_call>{}", "-<tool_call>{\"name\": \"now\", \"arguments\": {}}</tool_call>.",
+          "-<tool_call>{\"name\": \"sub\""}},
+        {LLM_TOOL_FORM_LLAMA,
+         NULL,
+         NULL,
+         false,
+         true,
+         {"1", "1 \n", "1 a {\"name\"", "1{\"name\": \"now\", \"parameters\": {}}", "-{\"a\"", "-\n{"}},
+        {LLM_TOOL_FORM_MISTRAL,
+         NULL,
+         NULL,
+         false,
+         true,
+         {"1[TOOL_[TOOL_CALLS", "1a[TOOL_CALLS][{\"name\": \"now\", \"arguments\": {}}]", "-[TOOL_CALLS]a"}},
+        {LLM_TOOL_FORM_NAMED,
+         NULL,
+         NULL,
+         false,
+         false,
+         {"1[TOOL_CALLS]add[ARGS]{\"a\": 1}", "1[TOOL_CALLS]now[ARGS]{}[TOOL_CALLS]now[ARGS]{}", "-[TOOL_CALLS]nov"}},
+    };
+    llm_tokenizer *tokenizer = load_marks("");
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        bool named = cases[i].form == LLM_TOOL_FORM_NAMED;
+        llm_tools_desc desc = {.form = cases[i].form,
+                               .tools_json = named ? NAMED_TOOLS : TOOLS,
+                               .name = cases[i].name,
+                               .one = cases[i].one,
+                               .text = cases[i].text,
+                               .answer_schema = cases[i].answer_schema};
+        llm_grammar *g = tools_grammar(tokenizer, desc);
+        for (int j = 0; j < 9 && cases[i].texts[j]; j++) {
+            const char *text = cases[i].texts[j];
+            int expected = *text == '-' ? -1 : *text - '0', found = llm_grammar_check(g, text + 1, strlen(text + 1));
+            if (found != expected) fail_msg("case %d: %d for %s", (int)i, found, text);
+        }
+        llm_grammar_free(g);
+    }
+    llm_tokenizer_free(tokenizer);
+}
+
+/* Texts of tokens that the mask allows, drawn at random: each can be read as calls, and of one kind of control token
+   the marks alone were allowed. */
+static void test_random_calls(void **state) {
+    llm_tokenizer *tokenizer = load_marks("");
+    int n_vocab = llm_tokenizer_n_vocab(tokenizer);
+    uint32_t random = 1;
+    int n_after_text = 0;
+    bool marked[3] = {false, false, false}; /* [TOOL_CALLS], [ARGS] and <tool_call> were drawn as tokens */
+    (void)state;
+    for (int round = 0; round < 200; round++) {
+        llm_tool_form form = (llm_tool_form)(1 + round % 4);
+        llm_tools_desc desc = {.form = form,
+                               .tools_json = form == LLM_TOOL_FORM_NAMED ? NAMED_TOOLS : TOOLS,
+                               .one = round % 8 < 4,
+                               .text = round % 16 < 8};
+        llm_grammar *g = tools_grammar(tokenizer, desc);
+        llm_token ids[2000];
+        char answer[8000];
+        size_t n_answer = 0;
+        int n = 0;
+        llm_grammar_begin(g, 0);
+        for (;; n++) {
+            float logits[300];
+            llm_token allowed[300];
+            int n_allowed = 0;
+            memset(logits, 0, sizeof logits);
+            assert_true(n < 2000 && n_vocab <= 300);
+            llm_grammar_mask(g, ids, n, logits, n_vocab);
+            for (int id = 0; id < n_vocab; id++)
+                if (logits[id] == 0) allowed[n_allowed++] = id;
+            assert_true(n_allowed > 0);
+            random = random * 1664525 + 1013904223;
+            llm_token token = allowed[(random >> 8) % (uint32_t)n_allowed];
+            bool may_end = llm_token_is_end(tokenizer, allowed[n_allowed - 1]);
+            if (may_end && (!desc.text || random >> 28 == 0)) token = allowed[n_allowed - 1];
+            if (llm_token_is_end(tokenizer, token)) break;
+            size_t n_bytes;
+            const char *bytes = llm_token_bytes(tokenizer, token, &n_bytes);
+            assert_true(n_answer + n_bytes < sizeof answer);
+            memcpy(answer + n_answer, bytes, n_bytes);
+            n_answer += n_bytes;
+            assert_true(token != 259); /* [INST] */
+            if (token == 256 || token == 257) marked[token - 256] = true;
+            if (token == 260) marked[2] = true;
+            ids[n] = token;
+        }
+        llm_tool_calls *read;
+        llm_error err;
+        if (llm_tool_calls_read(&read, answer, n_answer, NULL, &err))
+            fail_msg("%.*s: %s", (int)n_answer, answer, err.message);
+        assert_in_range(read->n_calls, desc.text ? 0 : 1, desc.one ? 1 : 1000);
+        assert_true(desc.text || !read->n_bytes);
+        n_after_text += desc.text && read->n_calls;
+        llm_tool_calls_free(read);
+        llm_grammar_free(g);
+    }
+    assert_true(marked[0] && marked[1] && marked[2] && n_after_text);
+    llm_tokenizer_free(tokenizer);
+}
+
+static void test_bad_tools(void **state) {
+    static const struct {
+        llm_tool_form form;
+        const char *tools, *name, *answer_schema;
+        llm_status status;
+        const char *words;
+    } cases[] = {
+        {LLM_TOOL_FORM_NONE, TOOLS, NULL, NULL, LLM_ERROR_ARGUMENT, "form"},
+        {(llm_tool_form)9, TOOLS, NULL, NULL, LLM_ERROR_ARGUMENT, "form"},
+        {LLM_TOOL_FORM_HERMES, NULL, NULL, NULL, LLM_ERROR_ARGUMENT, "NULL"},
+        {LLM_TOOL_FORM_HERMES, "[", NULL, NULL, LLM_ERROR_FORMAT, "line"},
+        {LLM_TOOL_FORM_HERMES, "{}", NULL, NULL, LLM_ERROR_FORMAT, "no list"},
+        {LLM_TOOL_FORM_HERMES, "[7]", NULL, NULL, LLM_ERROR_FORMAT, "no object"},
+        {LLM_TOOL_FORM_HERMES, "[]", NULL, NULL, LLM_ERROR_ARGUMENT, "there is no tool"},
+        {LLM_TOOL_FORM_HERMES, "[{}]", NULL, NULL, LLM_ERROR_FORMAT, "function is missing"},
+        {LLM_TOOL_FORM_HERMES, "[{\"function\":{}}]", NULL, NULL, LLM_ERROR_FORMAT, "function.name is missing"},
+        {LLM_TOOL_FORM_HERMES, "[{\"function\":{\"name\":\"\"}}]", NULL, NULL, LLM_ERROR_FORMAT, "empty"},
+        {LLM_TOOL_FORM_HERMES, "[{\"function\":{\"name\":\"a\\u0000\"}}]", NULL, NULL, LLM_ERROR_FORMAT, "NUL"},
+        {LLM_TOOL_FORM_HERMES, TOOLS, "nothing", NULL, LLM_ERROR_ARGUMENT, "no tool \"nothing\""},
+        {LLM_TOOL_FORM_NAMED, TOOLS, NULL, NULL, LLM_ERROR_UNSUPPORTED, "before [ARGS]"},
+        {LLM_TOOL_FORM_HERMES, TOOLS, NULL, "{\"nonsense\":1}", LLM_ERROR_UNSUPPORTED, "the JSON schema: "},
+        {LLM_TOOL_FORM_HERMES, "[{\"function\":{\"name\":\"f\",\"parameters\":{\"nonsense\":1}}}]", NULL, NULL,
+         LLM_ERROR_UNSUPPORTED, "of the tool \"f\""},
+        {LLM_TOOL_FORM_HERMES, "[{\"function\":{\"name\":\"f\",\"parameters\":{\"type\":\"string\"}}}]", NULL, NULL,
+         LLM_ERROR_ARGUMENT, "no text fits"},
+    };
+    llm_tokenizer *tokenizer = load_marks("");
+    llm_error err;
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        llm_tools_desc desc = {.form = cases[i].form,
+                               .tools_json = cases[i].tools,
+                               .name = cases[i].name,
+                               .answer_schema = cases[i].answer_schema};
+        llm_grammar *g = (llm_grammar *)(uintptr_t)1;
+        llm_status status = llm_grammar_from_tools(&g, tokenizer, &desc, NULL, &err);
+        if (status != cases[i].status || g || !strstr(err.message, cases[i].words))
+            fail_msg("case %d: status %d, %s", (int)i, status, err.message);
+        assert_explained(status, &err);
+    }
+    llm_grammar *g = (llm_grammar *)(uintptr_t)1;
+    assert_int_equal(llm_grammar_from_tools(&g, tokenizer, NULL, NULL, &err), LLM_ERROR_ARGUMENT);
+    assert_null(g);
+    llm_tokenizer_free(tokenizer);
+}
+
+typedef struct tools_job {
+    heap h;
+    const llm_tokenizer *tokenizer;
+} tools_job;
+
+static llm_status build_starved(void *user, llm_error *err) {
+    tools_job *job = (tools_job *)user;
+    llm_host host = heap_host(&job->h);
+    llm_tools_desc desc = {.form = LLM_TOOL_FORM_HERMES, .tools_json = TOOLS, .answer_schema = "{\"type\":\"string\"}"};
+    llm_grammar *g;
+    llm_status status = llm_grammar_from_tools(&g, job->tokenizer, &desc, &host, err);
+    if (status) assert_null(g);
+    llm_grammar_free(g);
+    return status;
+}
+
+static void test_tools_memory(void **state) {
+    llm_tokenizer *tokenizer = load_marks("");
+    tools_job job = {{0}, tokenizer};
+    (void)state;
+    starve(&job.h, build_starved, &job, 1, "a grammar of tools");
+    assert_all_returned(&job.h);
+    llm_tokenizer_free(tokenizer);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_forms), cmocka_unit_test(test_cut),
-                                       cmocka_unit_test(test_changed), cmocka_unit_test(test_arguments),
-                                       cmocka_unit_test(test_memory)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_forms),     cmocka_unit_test(test_cut),
+                                       cmocka_unit_test(test_changed),   cmocka_unit_test(test_arguments),
+                                       cmocka_unit_test(test_memory),    cmocka_unit_test(test_form_of),
+                                       cmocka_unit_test(test_tools),     cmocka_unit_test(test_random_calls),
+                                       cmocka_unit_test(test_bad_tools), cmocka_unit_test(test_tools_memory)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

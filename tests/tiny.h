@@ -13,13 +13,14 @@ typedef struct tiny_spec {
     int n_extra;   /* tokens after the 256 bytes; the last two are <|end|> (EOS) and <|start|> (BOS) */
     int untied;    /* 1: the file has output.weight */
     uint32_t type; /* of the matrices: 0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 6 Q5_0, 7 Q5_1, 8 Q8_0, 10 to 14 Q2_K to Q6_K,
-                      20 IQ4_NL, 23 IQ4_XS, 30 BF16, or TINY_MIXED or TINY_IQ4; blocks need dims of 32, those of K types
-                      and of IQ4_XS of 256 */
+                      20 IQ4_NL, 23 IQ4_XS, 30 BF16, or TINY_MIXED, TINY_IQ4 or TINY_SPARSE; blocks need dims of 32,
+                      those of K types and of IQ4_XS of 256 */
     uint32_t seed;
 } tiny_spec;
 
-/* TINY_MIXED: the matrices of two layers have different types, see tiny_mixed_type. */
-enum { TINY_MIXED = 99, TINY_IQ4 = 98 };
+/* TINY_MIXED: the matrices of two layers have different types, see tiny_mixed_type. TINY_SPARSE: F32, and at least two of
+   each four weights of the layers' matrices are zero. */
+enum { TINY_MIXED = 99, TINY_IQ4 = 98, TINY_SPARSE = 97 };
 static const tiny_spec TINY_ALL_TYPES = {2, 256, 256, 4, 2, 64, 512, 43, 1, TINY_MIXED, 1};
 
 /* IQ4_NL and IQ4_XS, mixed in queries, keys and values, and in gates and ups. */
@@ -27,6 +28,9 @@ static const tiny_spec TINY_IQ4_TYPES = {2, 256, 256, 4, 2, 64, 512, 43, 1, TINY
 
 /* Dimensions that are not multiples of 16. */
 static const tiny_spec TINY_ODD = {2, 72, 100, 6, 2, 20, 512, 43, 0, 0, 1};
+
+/* The same, with 2:4 sparsity. */
+static const tiny_spec TINY_2_4 = {2, 72, 100, 6, 2, 20, 512, 43, 0, TINY_SPARSE, 1};
 
 typedef struct tiny_file {
     uint8_t *data;
@@ -102,6 +106,8 @@ static void tiny_byte_piece(int byte, char out[3]) {
     }
 }
 
+static const char *tiny_start = "<|start|>"; /* the text of BOS; a test may set another */
+
 static void tiny_vocabulary(tiny_file *f, const tiny_spec *s) {
     int n = 256 + s->n_extra;
     char piece[32];
@@ -111,7 +117,7 @@ static void tiny_vocabulary(tiny_file *f, const tiny_spec *s) {
     for (int i = 0; i < n; i++) {
         if (i < 256) tiny_byte_piece(i, piece);
         else if (i == n - 2) strcpy(piece, "<|end|>");
-        else if (i == n - 1) strcpy(piece, "<|start|>");
+        else if (i == n - 1) snprintf(piece, sizeof piece, "%s", tiny_start);
         else if (i == 256) strcpy(piece, "aa");
         else snprintf(piece, sizeof piece, "a%c%c", 'a' + (i - 256) / 26 % 26, 'a' + (i - 256) % 26);
         tiny_str(f, piece);
@@ -169,6 +175,7 @@ static uint32_t tiny_mixed_type(const char *name) {
 static uint32_t tiny_type(const tiny_spec *s, const char *name, int rows) {
     if (rows == 1) return 0;
     if (s->type == TINY_IQ4) return strstr(name, "attn_k") || strstr(name, "ffn_gate") ? 20 : 23;
+    if (s->type == TINY_SPARSE) return 0;
     return s->type == TINY_MIXED ? tiny_mixed_type(name) : s->type;
 }
 
@@ -232,6 +239,13 @@ static void tiny_other_block(tiny_file *f, uint32_t type, float scale) {
     }
 }
 
+/* Is weight i one of those that TINY_SPARSE makes zero? */
+static int tiny_is_zero(const tiny_spec *s, const char *name, int rows, int i) {
+    static const uint8_t kept[] = {3, 5, 6, 9, 10, 12, 8, 0};
+    if (s->type != TINY_SPARSE || rows == 1 || strncmp(name, "blk.", 4)) return 0;
+    return !(kept[(i / 4 * 5 + i / 36) % 8] >> i % 4 & 1);
+}
+
 static void tiny_tensor(tiny_file *f, const tiny_spec *s, const char *name, int rows, int cols) {
     uint32_t type = tiny_type(s, name, rows);
     float scale = 1.7f / 10.0f;
@@ -240,6 +254,7 @@ static void tiny_tensor(tiny_file *f, const tiny_spec *s, const char *name, int 
     for (int i = 0; i < rows * cols && (type < 2 || type == 30); i++) {
         float x = rows == 1 ? 1.0f + 0.2f * tiny_random(f) : scale * tiny_random(f);
         uint32_t bits;
+        if (tiny_is_zero(s, name, rows, i)) x = 0;
         memcpy(&bits, &x, 4);
         uint16_t bf16 = (uint16_t)(bits >> 16);
         uint16_t f16 =

@@ -9,7 +9,7 @@
      tokenizer.model  tokenizer_config.json or nothing, NUL, tokenizer.model
      pth              a byte of PTH_ flags, params.json, NUL, consolidated.00.pth or its data.pkl alone
      chat             a chat template, NUL, a message, NUL, a message ...
-     grammar          a byte for the kind, a byte for the draws, a regular expression, GBNF or JSON Schema
+     grammar          a byte for the kind, a byte for the draws, a regular expression, GBNF, JSON Schema or tools
      round-trip       a byte for flags, a byte for one of the tokenizers of tests/golden, a text */
 #define LLM_IMPLEMENTATION
 #define LLM__JINJA_MEMORY ((size_t)8 << 20) /* so that rendering ends early enough */
@@ -626,9 +626,12 @@ static void fuzz_grammar(const uint8_t *data, size_t size) {
     text[size - 2] = 0;
     allowed += (size_t)96 << 20; /* for the limits on expressions and states, which do not depend on the text */
     memset(&err, 0xEE, sizeof err);
-    llm_status status = data[0] % 3 == 0   ? llm_grammar_from_regex(&g, grammar_tokenizer, text, &counting, &err)
-                        : data[0] % 3 == 1 ? llm_grammar_from_gbnf(&g, grammar_tokenizer, text, &counting, &err)
-                                           : llm_grammar_from_json_schema(&g, grammar_tokenizer, text, &counting, &err);
+    llm_tools_desc tools = {
+        .form = (llm_tool_form)(1 + data[1] % 4), .tools_json = text, .one = data[1] & 4, .text = data[1] & 8};
+    llm_status status = data[0] % 4 == 0   ? llm_grammar_from_regex(&g, grammar_tokenizer, text, &counting, &err)
+                        : data[0] % 4 == 1 ? llm_grammar_from_gbnf(&g, grammar_tokenizer, text, &counting, &err)
+                        : data[0] % 4 == 2 ? llm_grammar_from_json_schema(&g, grammar_tokenizer, text, &counting, &err)
+                                           : llm_grammar_from_tools(&g, grammar_tokenizer, &tools, &counting, &err);
     if (status) {
         check_refusal(status, &err);
         CHECK(!g);

@@ -297,6 +297,10 @@ def write_grammars():
                               'root ::= root "+" num | num\nnum ::= [0-9]{1,3}', 'root ::= "(" root? ")"',
                               'root ::= . [^x] "\\x41\\n"?', 'root ::= root root | "a" | ""']):
         write("grammar", f"gbnf-{i}", b"\1" + bytes([i]) + text.encode())
+    tool = {"name": "f", "parameters": {"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"enum": [1, "x"]}}}}
+    for i in range(16):
+        tools = [{"type": "function", "function": tool}, {"function": {"name": "g"}}][i % 2:]
+        write("grammar", f"tools-{i}", b"\3" + bytes([i]) + json.dumps(tools).encode())
 
 
 def write_json():
