@@ -114,7 +114,7 @@ $(eval $(call program,build/windows,.exe))
 build/repl build/tokenize build/server: build/llm.o
 $(addprefix build/asan/,repl hello tokenize): build/asan/llm.o
 $(addprefix build/,repl tokenize server asan/repl asan/hello asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
-$(addprefix build/asan/test_,hf quantize hellaswag_text) build/test_hellaswag_text build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
+$(addprefix build/asan/test_,hf quantize packed hellaswag_text) build/test_hellaswag_text build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
 $(addprefix build/asan/test_,quantize chat tokenizer_files): private CPPFLAGS += -O0
 
 build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
@@ -208,7 +208,7 @@ build/test_server: tests/test_server.sh examples/server.c build/llm.o
 build/test_valgrind: tests/test_valgrind.sh build/hello build/test_hf
 	install $< $@
 
-build/test_fuzz: tests/test_fuzz.sh build/fuzz/fuzz
+build/test_fuzz: tests/test_fuzz.sh build/fuzz/fuzz build/quantize
 	install $< $@
 
 build/aarch64/%: %.sh

@@ -33,7 +33,8 @@
 
     1. Get a model: a .gguf file, or a directory with config.json, *.safetensors and tokenizer.json, as published on
        Hugging Face. README.md lists the architectures and types. llm_model_read_info says what a file holds and
-       llm_memory_estimate how much memory it would take, without loading it.
+       llm_memory_estimate how much memory it would take, without loading it. llm_model_save_packed makes a file of a
+       model that loads in a few milliseconds.
 
     2. Load it with llm_model_load. The weights stay as the file has them: a quantised file keeps its numbers and about
        its size, and F32, F16 and BF16 become bf16. llm_model_desc.dtype converts all of them to one type instead:
@@ -327,7 +328,7 @@
          2 Files
          3 JSON reader: Members of objects
          4 Number formats: Writing rows
-         5 Checkpoints: GGUF . Hugging Face directories . Meta's directories
+         5 Checkpoints: GGUF . Hugging Face directories . Meta's directories . Packed files
          6 Hyperparameters: GGUF . config.json . params.json
          7 Unicode: Normalisation form C
          8 Jinja: Lexer . Parser . Values . Strings . Values as text . Functions . Running
@@ -335,7 +336,7 @@
                tokenizer
         10 Tokenizer files: The pre-tokenizers that are known . Tokenizers in GGUF files . tokenizer.json .
                tokenizer.model, as SentencePiece writes it . tokenizer.model, as tiktoken writes it .
-               Directories as published on Hugging Face . Tokenizers alone
+               Directories as published on Hugging Face . Tokenizers in packed files . Tokenizers alone
         11 Chat templates: Tool calls
         12 CPU kernels
         13 Weights
@@ -345,7 +346,7 @@
         17 Forward pass
         18 The CPU context: The limit of decoding
         19 Models: Metadata as text . Loading . What a file's header says . A directory with int8 weights . A
-               Hugging Face directory as GGUF . Writing GGUF files
+               Hugging Face directory as GGUF . Writing GGUF files . Writing packed files
         20 Contexts and sequences: Calls of the host . Sequences . llm_forward
         21 Grammars: Expressions . The automaton . Tokens as a trie . States . Masks . The text so far . Regular
                expressions . GBNF . JSON Schema . Schemas made from others . Sets of strings . Values . What is
@@ -531,6 +532,7 @@ typedef struct llm_model_desc {
        ranks. */
     llm_comm *tensor, *pipeline;
     bool keep_zeros; /* hold matrices with 2:4 sparsity like all others                                       */
+    bool check;      /* of a packed file: read all of it and compare its checksum. An error for other files         */
     llm_host host;
 } llm_model_desc;
 
@@ -555,17 +557,19 @@ typedef struct llm_model_info {
 /* Copies n_bytes at `offset` of a file to `to`; returns false if it cannot. */
 typedef bool (*llm_read_fn)(void *user, uint64_t offset, void *to, size_t n_bytes);
 
-/* Loads a model from a GGUF file (for a split model, its first part), or from a Hugging Face directory (or its
-   config.json) with safetensors. If the file needs a feature this library lacks, loading fails and the message names
-   the feature. *out is NULL after a failure. Free it after its contexts. The file is not used after this returns, but
-   for one case: the first stage of a pipeline on the CPU reads rows of the embedding from it, so do not change it. */
+/* Loads a model from a GGUF file (for a split model, its first part), from a Hugging Face directory (or its
+   config.json) with safetensors, or from a packed file. If the file needs a feature this library lacks, loading fails
+   and the message names the feature. *out is NULL after a failure. Free it after its contexts. The file is not used
+   after this returns, but for two cases in which it must not change: a packed file, and the first stage of a pipeline
+   on the CPU, which reads rows of the embedding from it. */
 LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_model_desc *desc, llm_error *err);
 
-/* The same for a whole GGUF file in memory. The memory is not used after this returns. */
+/* The same for a whole GGUF or packed file in memory. The memory is not used after this returns. */
 LLM_API llm_status llm_model_load_memory(llm_model **out, const void *data, size_t size, const llm_model_desc *desc,
                                          llm_error *err);
 
-/* The same for a GGUF file of `size` bytes that `read` provides: first the header, then each tensor. */
+/* The same for a file of `size` bytes that `read` provides: of a GGUF file first the header, then each tensor; a packed
+   file is read as a whole. */
 LLM_API llm_status llm_model_load_callback(llm_model **out, llm_read_fn read, void *user, uint64_t size,
                                            const llm_model_desc *desc, llm_error *err);
 
@@ -634,6 +638,15 @@ LLM_API llm_status llm_quantize_gguf_memory(const void *data, size_t size, const
 LLM_API llm_status llm_quantize_gguf_callback(llm_read_fn read, void *user, uint64_t size, const char *to,
                                               const llm_quantize_desc *desc, llm_error *err);
 
+/* Writes a loaded model as a packed file: its weights as they lie in memory, which is the same for every instruction
+   set, and its tokenizer with all tables. llm_model_load maps such a file and computes on it as it lies: it loads in a
+   few milliseconds whatever its size, and processes that load it share its memory. It has the same logits, bit for bit.
+   The file must not change while a model uses it. It is for the CPU and one rank, holds the weights in one type
+   (llm_model_desc.dtype is that or zero), and is written again for a version of this library that reads another one.
+   Loading compares a checksum of the header; llm_model_desc.check does that for the weights. Afterwards progress is 1.
+   `to` must not exist yet: the file is written as `to`.tmp, then renamed. After a failure neither file is left. */
+LLM_API llm_status llm_model_save_packed(const llm_model *model, const char *to, const llm_host *host, llm_error *err);
+
 /* ---- Tokenizer ----------------------------------------------------------------------------------------------- */
 
 typedef int32_t llm_token;
@@ -648,13 +661,14 @@ enum {
     LLM_TOKENS_SPECIAL = 2
 };
 
-/* Loads a tokenizer alone: from a GGUF file, which needs no weights; from a directory with tokenizer.json or
-   tokenizer.model as published on Hugging Face or by Meta; or from one of these files, which is read with those beside
-   it. Llama 3's tokenizer.model, a list of tokens and ranks, is read only beside Meta's params.json: it does not say
-   itself how texts are split and which special tokens there are. */
+/* Loads a tokenizer alone: from a GGUF file, which needs no weights; from a packed file, which must not change as long
+   as the tokenizer exists; from a directory with tokenizer.json or tokenizer.model as published on Hugging Face or by
+   Meta; or from one of these files, which is read with those beside it. Llama 3's tokenizer.model, a list of tokens and
+   ranks, is read only beside Meta's params.json: it does not say itself how texts are split and which special tokens
+   there are. */
 LLM_API llm_status llm_tokenizer_load(llm_tokenizer **out, const char *path, const llm_host *host, llm_error *err);
 
-/* The same from a GGUF file in memory, or from a function; see llm_model_load_memory, llm_model_load_callback. */
+/* The same from such a file in memory, or from a function; see llm_model_load_memory, llm_model_load_callback. */
 LLM_API llm_status llm_tokenizer_load_memory(llm_tokenizer **out, const void *data, size_t size, const llm_host *host,
                                              llm_error *err);
 LLM_API llm_status llm_tokenizer_load_callback(llm_tokenizer **out, llm_read_fn read, void *user, uint64_t size,
@@ -1418,6 +1432,9 @@ typedef struct llm_backend_weight {
     /* The functions work until the model is closed, so the backend need not hold the weight. Else they work during
        upload. */
     bool stays;
+    /* For the CPU: the weight as it lies in memory, until the model is closed. Then the functions above are NULL, and
+       part_types are the CPU's own. Otherwise NULL. */
+    const void *packed;
     int n_parts, part_rows[3], part_types[3]; /* the tensors it is made of, one after the other; GGUF's types */
 } llm_backend_weight;
 
@@ -1944,6 +1961,37 @@ static double llm__clock_now(void) {
 static uint16_t llm__bytes_u16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
 static uint32_t llm__bytes_u32(const uint8_t *p) { return llm__bytes_u16(p) | (uint32_t)llm__bytes_u16(p + 2) << 16; }
 static uint64_t llm__bytes_u64(const uint8_t *p) { return llm__bytes_u32(p) | (uint64_t)llm__bytes_u32(p + 4) << 32; }
+
+/* A checksum of 64 bits over lines of 64 bytes. Each step is one-to-one in both arguments, so a change of one number of
+   8 bytes always changes the sum. Four sums at a time, of every fourth number, keep up with the memory. */
+typedef struct llm__checksum {
+    uint64_t sums[4], n_bytes;
+} llm__checksum;
+
+static inline uint64_t llm__checksum_step(uint64_t sum, uint64_t x) {
+    sum = (sum ^ x) * 0x9E3779B97F4A7C15u;
+    return sum ^ sum >> 32;
+}
+
+/* n is a multiple of 64. */
+static void llm__checksum_add(llm__checksum *c, const uint8_t *p, size_t n) {
+    uint64_t a = c->sums[0], b = c->sums[1], d = c->sums[2], e = c->sums[3], x[4];
+    c->n_bytes += n;
+    for (const uint8_t *end = p + n; p < end; p += sizeof x) {
+        memcpy(x, p, sizeof x);
+        a = llm__checksum_step(a, x[0]);
+        b = llm__checksum_step(b, x[1]);
+        d = llm__checksum_step(d, x[2]);
+        e = llm__checksum_step(e, x[3]);
+    }
+    c->sums[0] = a, c->sums[1] = b, c->sums[2] = d, c->sums[3] = e;
+}
+
+static uint64_t llm__checksum_end(const llm__checksum *c) {
+    uint64_t sum = llm__checksum_step(0, c->n_bytes);
+    for (int i = 0; i < 4; i++) sum = llm__checksum_step(sum, c->sums[i]);
+    return sum;
+}
 
 /* ==== 2 Files ===================================================================================================
 
@@ -3223,6 +3271,9 @@ typedef struct llm__gguf_value {
     const uint8_t *data; /* the first item; a string is its length in 8 bytes, then its bytes */
 } llm__gguf_value;
 
+/* Of packed files. A transfer as text damages it. */
+static const uint8_t llm__packed_magic[8] = {0x89, 'L', 'L', 'M', '\r', '\n', 0x1A, '\n'};
+
 typedef enum llm__checkpoint_format { LLM__GGUF, LLM__HUGGING_FACE } llm__checkpoint_format;
 
 typedef struct llm__checkpoint {
@@ -3605,7 +3656,10 @@ static void llm__gguf_read_tensors(llm__cursor *r, llm__checkpoint *ck, const ll
 /* Reads one file and adds its values and tensors to the checkpoint. */
 static void llm__gguf_read_part(llm__env *env, llm__checkpoint *ck, const llm__file *file) {
     llm__cursor r = {env, file->data, file->size, file->have, 0, "the header", {"", 0}};
-    if (memcmp(llm__cursor_bytes(&r, 4), "GGUF", 4))
+    const uint8_t *magic = llm__cursor_bytes(&r, 4);
+    if (!memcmp(magic, llm__packed_magic, 4))
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is a packed file; it can be loaded, but not converted");
+    if (memcmp(magic, "GGUF", 4))
         llm__fail(env, LLM_ERROR_FORMAT, "this is not a GGUF file; to load a Hugging Face model, give its directory");
     uint32_t version = llm__cursor_u32(&r);
     if (version != 2 && version != 3)
@@ -4379,6 +4433,214 @@ static const char *llm__hf_directory(llm__env *env, const char *path) {
     if (llm__path_find(path) == LLM__DIRECTORY) return path;
     if (strcmp(name, "config.json")) return NULL;
     return name == path ? "." : llm__str_copy(env, path, (size_t)(name - path));
+}
+
+/* ---- Packed files ----
+   A packed file holds a model as it lies in memory on a CPU, which is the same for every instruction set: first a
+   header, then the weights. Numbers are little-endian, and arrays begin at multiples of 64 bytes. The header begins
+   with
+
+      0  the magic number         8  0x01020304 (4 bytes), version (4 bytes)     16  bytes of the file
+     24  bytes of the header     32  checksum of the header; 0 while it is computed
+     40  checksum of the rest    48  fingerprint of the weights                  56  where the tokenizer begins
+
+   Then follow, as the functions llm__packed_... read and write them: hyperparameters, the list of weights, the
+   tokenizer with its hash tables, and metadata. Each function does both, so that the two cannot differ. */
+
+enum { LLM__PACKED_VERSION = 1, LLM__PACKED_START = 64 };
+
+typedef struct llm__packed_piece {
+    const void *data;
+    size_t n;
+} llm__packed_piece;
+
+typedef struct llm__packed {
+    llm__cursor r;         /* at: bytes of the header that were read, or written, so far */
+    const llm__file *file; /* that is read; NULL: a file is written, with these: */
+    uint8_t *header;
+    size_t room;
+    llm__packed_piece *pieces; /* [n_pieces] what follows the header */
+    size_t n_pieces, piece_room;
+    uint64_t n_data;                    /* bytes of the weights so far, each padded to a multiple of 64 */
+    uint64_t fingerprint, tokenizer_at; /* from the header's first 64 bytes */
+} llm__packed;
+
+static uint64_t llm__packed_checksum(const uint8_t *header, size_t n) {
+    uint8_t start[LLM__PACKED_START];
+    llm__checksum sum;
+    memset(&sum, 0, sizeof sum);
+    memcpy(start, header, sizeof start);
+    memset(start + 32, 0, 8);
+    llm__checksum_add(&sum, start, sizeof start);
+    llm__checksum_add(&sum, header + sizeof start, n - sizeof start);
+    return llm__checksum_end(&sum);
+}
+
+static void llm__packed_bytes(llm__packed *p, void *bytes, size_t n) {
+    if (!n) return;
+    if (p->file) {
+        memcpy(bytes, llm__cursor_bytes(&p->r, n), n);
+        return;
+    }
+    if (n > p->room - p->r.at) {
+        uint8_t *grown = (uint8_t *)llm__alloc(p->r.env, p->room + n, 2);
+        if (p->header) memcpy(grown, p->header, (size_t)p->r.at);
+        llm__free(p->r.env->pool, p->header);
+        p->header = grown;
+        p->room = 2 * (p->room + n);
+    }
+    memcpy(p->header + p->r.at, bytes, n);
+    p->r.at += n;
+}
+
+static void llm__packed_u64(llm__packed *p, uint64_t *x) { llm__packed_bytes(p, x, sizeof *x); }
+
+static void llm__packed_int(llm__packed *p, const char *what, int *x, int least, int most) {
+    int32_t number = *x;
+    llm__packed_bytes(p, &number, sizeof number);
+    if (number < least || number > most)
+        llm__fail(p->r.env, LLM_ERROR_FORMAT, "%s is %ld, not from %d to %d", what, (long)number, least, most);
+    *x = number;
+}
+
+static void llm__packed_bool(llm__packed *p, const char *what, bool *x) {
+    int number = *x;
+    llm__packed_int(p, what, &number, 0, 1);
+    *x = number;
+}
+
+static void llm__packed_float(llm__packed *p, const char *what, float *x, float least, float most) {
+    llm__packed_bytes(p, x, sizeof *x);
+    if (!(*x >= least && *x <= most))
+        llm__fail(p->r.env, LLM_ERROR_FORMAT, "%s is %g, not from %g to %g", what, (double)*x, (double)least,
+                  (double)most);
+}
+
+/* A string that was read points into the file. */
+static void llm__packed_str(llm__packed *p, llm__str *s) {
+    uint64_t n = s->n;
+    llm__packed_u64(p, &n);
+    if (p->file) s->at = (const char *)llm__cursor_bytes(&p->r, n);
+    else llm__packed_bytes(p, (void *)(uintptr_t)s->at, s->n);
+    s->n = (size_t)n;
+}
+
+static void llm__packed_align(llm__packed *p) {
+    uint8_t zeros[LLM__ALIGN] = {0};
+    llm__packed_bytes(p, zeros, (size_t)(-p->r.at % sizeof zeros));
+}
+
+/* Returns where the array is: in the file, or `items`. */
+static void *llm__packed_array(llm__packed *p, const void *items, size_t n, size_t size) {
+    void *at = (void *)(uintptr_t)items;
+    llm__packed_align(p);
+    if (p->file) return (void *)(uintptr_t)llm__cursor_bytes(&p->r, (uint64_t)n * size);
+    llm__packed_bytes(p, at, n * size);
+    return at;
+}
+
+/* The next n bytes behind the header; the header has their place. Returns where they are. */
+static const void *llm__packed_data(llm__packed *p, const void *data, uint64_t n) {
+    uint64_t offset = p->n_data, stored = n;
+    llm__packed_u64(p, &offset);
+    llm__packed_u64(p, &stored);
+    if (p->file) {
+        const uint64_t size = p->file->size - p->r.size;
+        if (offset != p->n_data || stored != n || offset > size || n > size - offset)
+            llm__fail(p->r.env, LLM_ERROR_FORMAT,
+                      "a weight of %llu bytes at %llu is expected, but the header has %llu bytes at %llu of %llu",
+                      (unsigned long long)n, (unsigned long long)p->n_data, (unsigned long long)stored,
+                      (unsigned long long)offset, (unsigned long long)size);
+        p->n_data += (n + LLM__ALIGN - 1) / LLM__ALIGN * LLM__ALIGN;
+        return p->file->data + p->r.size + offset;
+    }
+    p->pieces =
+        (llm__packed_piece *)llm__alloc_grow(p->r.env, p->pieces, p->n_pieces, &p->piece_room, sizeof *p->pieces);
+    p->pieces[p->n_pieces].data = data;
+    p->pieces[p->n_pieces++].n = (size_t)n;
+    p->n_data += (n + LLM__ALIGN - 1) / LLM__ALIGN * LLM__ALIGN;
+    return data;
+}
+
+/* Checks the first 64 bytes of a file of `size` bytes. Returns the header's length. */
+static uint64_t llm__packed_check_start(llm__env *env, const uint8_t *start, uint64_t size) {
+    if (size < LLM__PACKED_START)
+        llm__fail(env, LLM_ERROR_FORMAT, "this packed file was cut off: it has only %llu bytes",
+                  (unsigned long long)size);
+    const uint32_t order = llm__bytes_u32(start + 8), version = llm__bytes_u32(start + 12);
+    const uint64_t file_bytes = llm__bytes_u64(start + 16), n = llm__bytes_u64(start + 24);
+    if (memcmp(start, llm__packed_magic, sizeof llm__packed_magic))
+        llm__fail(env, LLM_ERROR_FORMAT, "this packed file is damaged at its beginning, as if it was copied as text");
+    if (order == 0x04030201)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "this packed file was written for big-endian machines");
+    if (order != 0x01020304) llm__fail(env, LLM_ERROR_FORMAT, "the header of this packed file is damaged");
+    if (version != LLM__PACKED_VERSION)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "this is version %lu of packed files, and this library reads version %d; write the file again from "
+                  "the model it was made of",
+                  (unsigned long)version, (int)LLM__PACKED_VERSION);
+    if (file_bytes != size)
+        llm__fail(env, LLM_ERROR_FORMAT, "the file has %llu bytes, but its header says %llu%s",
+                  (unsigned long long)size, (unsigned long long)file_bytes,
+                  size < file_bytes ? ": it was cut off" : "");
+    if (n % LLM__ALIGN || n < LLM__PACKED_START || n > size)
+        llm__fail(env, LLM_ERROR_FORMAT, "the header of this packed file has %llu bytes, the file %llu",
+                  (unsigned long long)n, (unsigned long long)size);
+    return n;
+}
+
+/* Opens a packed file; of one that is not mapped only the header unless `whole`. NULL: the source is something else. */
+static llm__file *llm__packed_open(llm__env *env, const llm__file_source *source, bool whole) {
+    uint8_t start[LLM__PACKED_START] = {0};
+    llm__file *file;
+    if (source->path) {
+        if (llm__path_find(source->path) == LLM__DIRECTORY) return NULL;
+        file = llm__file_open(env, source->path);
+        if (file->size >= 4 && !memcmp(file->data, llm__packed_magic, 4)) return file;
+        llm__free(env->pool, file);
+        return NULL;
+    }
+    const size_t n_start = source->size < sizeof start ? (size_t)source->size : sizeof start;
+    if (source->data) memcpy(start, source->data, n_start);
+    else if (!source->read(source->user, 0, start, n_start)) return NULL;
+    if (memcmp(start, llm__packed_magic, 4)) return NULL;
+    const uint64_t n = llm__packed_check_start(env, start, source->size);
+    file = llm__file_memory(env, NULL, (size_t)source->size);
+    file->read = source->read;
+    file->user = source->user;
+    file->have = whole ? source->size : n;
+    if (source->read) file->data = llm__file_read(env, file, 0, file->have);
+    else file->data = (uint8_t *)memcpy(llm__alloc(env, (size_t)file->have, 1), source->data, (size_t)file->have);
+    return file;
+}
+
+/* Begins to read a file's header, and checks the weights too if `check`. */
+static llm__packed llm__packed_begin(llm__env *env, const llm__file *file, bool check) {
+    llm__cursor r = {env, file->data, file->size, file->have, 0, "the header of this packed file", {"", 0}};
+    llm__packed p;
+    memset(&p, 0, sizeof p);
+    const uint8_t *start = file->data;
+    r.size = r.have = llm__packed_check_start(env, start, file->size);
+    if (llm__packed_checksum(file->data, (size_t)r.size) != llm__bytes_u64(start + 32))
+        llm__fail(env, LLM_ERROR_FORMAT, "the header of this packed file was altered: its checksum is wrong");
+    p.r = r;
+    p.file = file;
+    p.fingerprint = llm__bytes_u64(start + 48);
+    p.tokenizer_at = llm__bytes_u64(start + 56);
+    if (p.tokenizer_at < LLM__PACKED_START || p.tokenizer_at > r.size)
+        llm__fail(env, LLM_ERROR_FORMAT, "the header of this packed file has no tokenizer");
+    if (!check) return p;
+    const uint64_t n = (file->size - r.size) / LLM__ALIGN * LLM__ALIGN;
+    llm__checksum sum;
+    memset(&sum, 0, sizeof sum);
+    for (uint64_t at = 0, step = 1 << 24; at < n; at += step) {
+        if (step > n - at) step = n - at;
+        llm__checksum_add(&sum, file->data + r.size + at, (size_t)step);
+        llm__env_progress(env, (float)((double)at / (double)n));
+    }
+    if (n != file->size - r.size || llm__checksum_end(&sum) != llm__bytes_u64(start + 40))
+        llm__fail(env, LLM_ERROR_FORMAT, "the weights of this packed file were altered: their checksum is wrong");
+    return p;
 }
 
 static llm__checkpoint *llm__checkpoint_open(llm__env *env, const llm__file_source *source) {
@@ -9840,6 +10102,13 @@ static bool llm__vocab_store_piece(llm__env *env, llm_tokenizer *t, const llm__v
     return in_words;
 }
 
+static void llm__vocab_find_ascii(llm_tokenizer *t) {
+    for (int i = 0; i < 128; i++) {
+        uint8_t c = (uint8_t)i;
+        t->ascii_tokens[i] = llm__vocab_find(t, &c, 1);
+    }
+}
+
 static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
     uint64_t total = 0;
     t->flags = (uint16_t *)llm__alloc_zero(env, v->n_pieces, sizeof *t->flags);
@@ -9871,10 +10140,7 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
         for (size_t i = 0; i < n; i++)
             if (in_words[i]) llm__vocab_index_piece(env, t, v, (llm_token)(first + i));
     }
-    for (int i = 0; i < 128; i++) {
-        uint8_t c = (uint8_t)i;
-        t->ascii_tokens[i] = llm__vocab_find(t, &c, 1);
-    }
+    llm__vocab_find_ascii(t);
 }
 
 static void llm__bpe_pairs_resize(llm__env *env, llm_tokenizer *t, size_t room) {
@@ -10072,35 +10338,41 @@ static llm__str llm__special_text(llm__env *env, const llm_tokenizer *t, const l
     return text;
 }
 
+/* Makes everything else of a set from its texts and ids. */
+static void llm__special_index(const llm_tokenizer *t, llm__special_set *set) {
+    qsort(set->items, (size_t)set->n, sizeof *set->items, llm__special_compare);
+    for (int i = 0; i < set->n; i++) {
+        llm__special *s = &set->items[i];
+        const int kind = llm__vocab_type_of(t, s->id) == LLM__TYPE_USER_DEFINED ? 1 : 2;
+        const uint8_t start = (uint8_t)s->text.at[0];
+        if (!set->starts[start]) set->firsts[set->n_firsts++] = start;
+        set->starts[start] |= (uint8_t)kind;
+        set->kinds |= (uint8_t)kind;
+        s->prefix = i - 1;
+        while (s->prefix != LLM__NONE &&
+               (set->items[s->prefix].text.n > s->text.n ||
+                memcmp(set->items[s->prefix].text.at, s->text.at, set->items[s->prefix].text.n)))
+            s->prefix = set->items[s->prefix].prefix;
+    }
+}
+
 static void llm__special_build(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, llm__special_set *set,
                                bool normalized) {
     for (int pass = 0; pass < 2; pass++) {
         if (pass) set->items = (llm__special *)llm__alloc(env, (size_t)set->n, sizeof *set->items);
         set->n = 0;
         for (llm_token id = 0; id < t->n_vocab; id++) {
-            int type = llm__vocab_type_of(t, id), kind = type == LLM__TYPE_USER_DEFINED ? 1 : 2;
-            if (kind == 2 && type != LLM__TYPE_CONTROL && type != LLM__TYPE_UNKNOWN) continue;
+            const int type = llm__vocab_type_of(t, id);
+            if (type != LLM__TYPE_USER_DEFINED && type != LLM__TYPE_CONTROL && type != LLM__TYPE_UNKNOWN) continue;
             if (((t->flags[id] & LLM__NORMALIZED) != 0) != normalized) continue;
             llm__special *s = pass ? &set->items[set->n] : NULL;
             set->n++;
             if (!s) continue;
             s->text = llm__special_text(env, t, v, id);
             s->id = id;
-            uint8_t start = (uint8_t)s->text.at[0];
-            if (!set->starts[start]) set->firsts[set->n_firsts++] = start;
-            set->starts[start] |= (uint8_t)kind;
-            set->kinds |= (uint8_t)kind;
         }
     }
-    qsort(set->items, (size_t)set->n, sizeof *set->items, llm__special_compare);
-    for (int i = 0; i < set->n; i++) {
-        llm__str text = set->items[i].text;
-        int32_t prefix = i - 1;
-        while (prefix != LLM__NONE && (set->items[prefix].text.n > text.n ||
-                                       memcmp(set->items[prefix].text.at, text.at, set->items[prefix].text.n)))
-            prefix = set->items[prefix].prefix;
-        set->items[i].prefix = prefix;
-    }
+    llm__special_index(t, set);
 }
 
 /* Texts of special tokens that end a text or a turn in whatever model. */
@@ -11451,6 +11723,166 @@ static llm_tokenizer *llm__tokenizer_from_directory(llm__env *env, const char *d
     return llm__tokenizer_from_file(env, directory, llm__vocab_find_file(env, directory));
 }
 
+/* ---- Tokenizers in packed files ----
+   The tables are used as they lie in the file, so all that encoding relies on is checked here. */
+
+/* The number of slots of a hash table; 0 is not possible. */
+static size_t llm__packed_slots(llm__packed *p, const char *what, size_t mask) {
+    int n = (int)(mask + 1);
+    llm__packed_int(p, what, &n, 16, 1 << 28);
+    if (n & (n - 1)) llm__fail(p->r.env, LLM_ERROR_FORMAT, "%s is %d, not a power of two", what, n);
+    return (size_t)n;
+}
+
+/* A table in which a search may take too long, or never end, is refused. Slot i ends a row of `used` slots that are not
+   free. */
+static void llm__packed_check_used(llm__env *env, size_t i, size_t used) {
+    if (used > LLM__MAX_PROBES || used == i + 1)
+        llm__fail(env, LLM_ERROR_FORMAT, "a hash table of the tokenizer has too many slots in a row that are not free");
+}
+
+static void llm__packed_check_id(llm__env *env, const llm_tokenizer *t, llm_token id) {
+    if (id < LLM__NONE || id >= t->n_vocab)
+        llm__fail(env, LLM_ERROR_FORMAT, "token %ld of the tokenizer is not one of its %d", (long)id, t->n_vocab);
+}
+
+static void llm__packed_check_tables(llm__env *env, llm_tokenizer *t, size_t n_bytes) {
+    const size_t n = (size_t)t->n_vocab;
+    for (size_t i = 0; i < n; i++)
+        if (t->offsets[i] > t->offsets[i + 1])
+            llm__fail(env, LLM_ERROR_FORMAT, "the text of token %lu ends before it begins", (unsigned long)i);
+    if (t->offsets[0] || t->offsets[n] != n_bytes)
+        llm__fail(env, LLM_ERROR_FORMAT, "the texts of the tokens have %lu bytes, not %lu",
+                  (unsigned long)t->offsets[n], (unsigned long)n_bytes);
+    size_t used = 0;
+    for (size_t i = 0; i <= t->piece_mask; i++) {
+        const llm__vocab_piece_slot *slot = &t->pieces[i];
+        used = slot->id == LLM__NONE ? 0 : used + 1;
+        if (used > LLM__MAX_PROBES || i == t->piece_mask) llm__packed_check_used(env, i, used);
+        if (!used) continue;
+        llm__packed_check_id(env, t, slot->id);
+        const llm__str s = llm__vocab_piece(t, slot->id);
+        const uint8_t *end = (const uint8_t *)s.at + s.n;
+        if (slot->n != s.n || !s.n || (t->sentencepiece && llm__utf8_check((const uint8_t *)s.at, end) != end))
+            llm__fail(env, LLM_ERROR_FORMAT, "token %ld of the tokenizer has the wrong text", (long)slot->id);
+        if (s.n > t->longest_piece) t->longest_piece = s.n;
+    }
+    used = 0;
+    for (size_t i = 0; i <= t->pair_mask; i++) {
+        const llm__bpe_pair_slot *slot = &t->pairs[i];
+        used = slot->left == LLM__NONE ? 0 : used + 1;
+        if (used > LLM__MAX_PROBES || i == t->pair_mask) llm__packed_check_used(env, i, used);
+        if (!used) continue;
+        if (slot->merged == LLM__NONE || slot->rank == LLM__NO_RANK)
+            llm__fail(env, LLM_ERROR_FORMAT, "two tokens of the tokenizer merge to none");
+        llm__packed_check_id(env, t, slot->left);
+        llm__packed_check_id(env, t, slot->right);
+        llm__packed_check_id(env, t, slot->merged);
+    }
+    for (int i = 0; i < 256; i++) llm__packed_check_id(env, t, t->byte_tokens[i]);
+}
+
+static void llm__packed_specials(llm__packed *p, const llm_tokenizer *t, llm__special_set *set) {
+    llm__env *env = p->r.env;
+    llm__packed_int(p, "the number of special tokens", &set->n, 0, t->n_vocab);
+    if (p->file) {
+        llm__gguf_check_count(&p->r, (uint64_t)set->n, 8);
+        set->items = (llm__special *)llm__alloc(env, (size_t)set->n, sizeof *set->items);
+    }
+    for (int i = 0; i < set->n; i++) {
+        llm__special s = {{NULL, 0}, 0, 0};
+        if (!p->file) s = set->items[i];
+        llm__packed_int(p, "a special token", &s.id, 0, t->n_vocab - 1);
+        llm__packed_str(p, &s.text);
+        const uint8_t *text = (const uint8_t *)s.text.at, *end = text + s.text.n;
+        if (text == end || s.text.n > LLM__MAX_SPECIAL + 1 || llm__utf8_check(text, end) != end)
+            llm__fail(env, LLM_ERROR_FORMAT, "special token %ld is empty, too long or not UTF-8", (long)s.id);
+        if (p->file) set->items[i] = s;
+    }
+    if (p->file) llm__special_index(t, set);
+}
+
+static void llm__packed_rules(llm__packed *p, llm__pre_rule *rules) {
+    int n = 0;
+    while (rules[n].kind) n++;
+    llm__packed_int(p, "the number of rules", &n, 0, LLM__MAX_RULES);
+    for (int i = 0; i < n; i++) {
+        llm__pre_rule *rule = &rules[i];
+        int kind = (int)rule->kind, classes = (int)rule->classes, n_ranges = (int)rule->n_ranges;
+        llm__packed_int(p, "the kind of a rule", &kind, LLM__NO_RULE + 1, LLM__RULE_METASPACE);
+        const bool run = kind == LLM__RULE_RUN, counts = kind == LLM__RULE_LLAMA3 || kind == LLM__RULE_CASED;
+        llm__packed_int(p, "the classes of a rule", &classes, 0, 255);
+        llm__packed_int(p, "the least length of a rule's run", &rule->least, run, INT32_MAX);
+        llm__packed_int(p, "the greatest length of a rule's run", &rule->most, run ? rule->least : counts, INT32_MAX);
+        llm__packed_bool(p, "a rule's space", &rule->space);
+        llm__packed_bool(p, "a rule's end", &rule->to_end);
+        llm__packed_bool(p, "a rule's contractions", &rule->contractions);
+        llm__packed_int(p, "the number of a rule's ranges", &n_ranges, 0, LLM__MAX_RANGES);
+        rule->kind = (llm__pre_rule_kind)kind;
+        rule->classes = (unsigned)classes;
+        rule->n_ranges = (size_t)n_ranges;
+        rule->ranges = (const uint32_t *)llm__packed_array(p, rule->ranges, 2 * (size_t)n_ranges, sizeof *rule->ranges);
+    }
+}
+
+/* Writes t, or fills it in. */
+static void llm__packed_vocabulary(llm__packed *p, llm_tokenizer *t) {
+    int prefix = (int)t->prefix, n_bytes = t->offsets ? (int)t->offsets[t->n_vocab] : 0;
+    bool nfc = t->nfc != NULL;
+    llm__str chat = {t->chat_template ? t->chat_template : "", t->chat_template ? strlen(t->chat_template) : 0};
+    llm__packed_int(p, "the number of tokens", &t->n_vocab, 1, 1 << 24);
+    llm__packed_int(p, "the token that begins a text", &t->bos, LLM__NONE, t->n_vocab - 1);
+    llm__packed_int(p, "the token that ends a text", &t->eos, LLM__NONE, t->n_vocab - 1);
+    llm__packed_int(p, "the token for unknown text", &t->unk, LLM__NONE, t->n_vocab - 1);
+    llm__packed_int(p, "the way to add a space", &prefix, LLM__NO_PREFIX, LLM__PREFIX_FIRST);
+    llm__packed_bool(p, "the tokenizer's sentencepiece", &t->sentencepiece);
+    llm__packed_bool(p, "the tokenizer's nfc", &nfc);
+    llm__packed_bool(p, "the tokenizer's add_bos", &t->add_bos);
+    llm__packed_bool(p, "the tokenizer's add_eos", &t->add_eos);
+    llm__packed_bool(p, "the tokenizer's ignore_merges", &t->ignore_merges);
+    llm__packed_bool(p, "the tokenizer's fuse_unk", &t->fuse_unk);
+    llm__packed_bool(p, "the tokenizer's strip_prefix", &t->strip_prefix);
+    llm__packed_str(p, &chat);
+    llm__packed_rules(p, t->rules);
+    llm__packed_bytes(p, t->byte_tokens, sizeof t->byte_tokens);
+    llm__packed_bytes(p, t->joined, sizeof t->joined);
+    llm__packed_int(p, "the length of the tokens' texts", &n_bytes, 0, INT32_MAX);
+    const size_t n_pieces = llm__packed_slots(p, "the number of slots for tokens", t->piece_mask),
+                 n_pairs = llm__packed_slots(p, "the number of slots for merges", t->pair_mask), n = (size_t)t->n_vocab;
+    t->flags = (uint16_t *)llm__packed_array(p, t->flags, n, sizeof *t->flags);
+    t->offsets = (uint32_t *)llm__packed_array(p, t->offsets, n + 1, sizeof *t->offsets);
+    t->bytes = (uint8_t *)llm__packed_array(p, t->bytes, (size_t)n_bytes, 1);
+    t->pieces = (llm__vocab_piece_slot *)llm__packed_array(p, t->pieces, n_pieces, sizeof *t->pieces);
+    t->pairs = (llm__bpe_pair_slot *)llm__packed_array(p, t->pairs, n_pairs, sizeof *t->pairs);
+    t->pair_filter = (uint8_t *)llm__packed_array(p, t->pair_filter, n_pairs, 1);
+    if (p->file) {
+        t->prefix = (llm__vocab_prefix)prefix;
+        t->piece_mask = n_pieces - 1;
+        t->pair_mask = n_pairs - 1;
+        if (nfc) t->nfc = llm__nfc_build(p->r.env);
+        if (chat.n) t->chat_template = llm__str_copy(p->r.env, chat.at, chat.n);
+        llm__packed_check_tables(p->r.env, t, (size_t)n_bytes);
+    }
+    llm__packed_specials(p, t, &t->raw);
+    llm__packed_specials(p, t, &t->normalized);
+}
+
+/* The tokenizer of a packed file, which must stay as long. */
+static llm_tokenizer *llm__tokenizer_from_packed(llm__packed *p) {
+    llm__env *env = p->r.env;
+    llm_tokenizer *t = (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *t);
+    p->r.at = p->tokenizer_at;
+    llm__packed_vocabulary(p, t);
+    t->host = env->pool->host;
+    t->classes = llm__unicode_build_classes(env);
+    t->whole = (uint8_t *)llm__alloc_zero(env, (size_t)t->n_vocab, 1);
+    llm__tokenizer_parse_chat(env, t);
+    llm__vocab_find_ascii(t);
+    llm__bpe_build_byte_pairs(env, t);
+    llm__bpe_find_cuts(t);
+    return t;
+}
+
 /* ---- Tokenizers alone ---- */
 
 typedef struct llm__tokenizer_load_job {
@@ -11458,7 +11890,12 @@ typedef struct llm__tokenizer_load_job {
     llm_tokenizer *tokenizer;
 } llm__tokenizer_load_job;
 
-static llm_tokenizer *llm__tokenizer_load_gguf(llm__env *env, const llm__file_source *source) {
+static llm_tokenizer *llm__tokenizer_load_single(llm__env *env, const llm__file_source *source) {
+    llm__file *packed = llm__packed_open(env, source, false);
+    if (packed) {
+        llm__packed p = llm__packed_begin(env, packed, false);
+        return llm__tokenizer_from_packed(&p);
+    }
     llm__pool *outer = env->pool, *inner = llm__pool_inner(env);
     env->pool = inner;
     const llm__checkpoint *ck = llm__gguf_read_first(env, llm__file_open_source(env, source));
@@ -11477,7 +11914,7 @@ static void llm__tokenizer_load_body(llm__env *env, void *arg) {
         const char *directory = name == path ? "." : llm__str_copy(env, path, (size_t)(name - path));
         job->tokenizer = llm__tokenizer_from_file(env, directory, path);
     } else {
-        job->tokenizer = llm__tokenizer_load_gguf(env, &job->source);
+        job->tokenizer = llm__tokenizer_load_single(env, &job->source);
     }
 }
 
@@ -12729,6 +13166,12 @@ static void llm__matrix_get_row(const llm__matrix *m, size_t output, float *out)
     }
 }
 
+/* The names of the kinds of tiles in packed files. */
+static const char *const llm__packed_kinds[LLM__W_KINDS] = {
+    "f32",    "bf16", "int8",   "f16",  "bf16_2_4", "int8_2_4", "q4",  "q4_min", "q4_k",
+    "q4_k16", "q5",   "q5_min", "q5_k", "q6_k16",   "q8",       "iq4", "iq4_k",
+};
+
 /* A matrix without memory. */
 static llm__matrix llm__matrix_init(llm__weight_type kind, int n, int k) {
     llm__matrix m;
@@ -12742,15 +13185,21 @@ static llm__matrix llm__matrix_init(llm__weight_type kind, int n, int k) {
     return m;
 }
 
+/* The kind of a weight's part in memory. */
+static llm__weight_type llm__weight_part_kind(llm_dtype dtype, const llm_backend_weight *weight, int part) {
+    const int type = weight->part_types[part];
+    return weight->packed ? (llm__weight_type)type : llm__weight_type_for(dtype, type);
+}
+
 /* Describes the matrix of a weight. If one tile would hold rows of several kinds, the whole matrix is bf16. Gates and
    ups each fill whole tiles, so both are padded. */
 static llm__matrix llm__matrix_describe(llm_dtype dtype, const llm_backend_weight *weight) {
     bool in_turns = weight->kind == LLM_WEIGHT_GATE_UP;
     int n = in_turns ? 2 * llm__math_round_up(weight->rows / 2, 16) : weight->rows, rows = 0;
-    llm__matrix m = llm__matrix_init(llm__weight_type_for(dtype, weight->part_types[0]), n, weight->cols);
+    llm__matrix m = llm__matrix_init(llm__weight_part_kind(dtype, weight, 0), n, weight->cols);
     bool alike = true, whole = true;
     for (int i = 0; i < weight->n_parts; i++) {
-        m.kinds[i] = llm__weight_type_for(dtype, weight->part_types[i]);
+        m.kinds[i] = llm__weight_part_kind(dtype, weight, i);
         whole = whole && (in_turns || rows % 16 == 0);
         rows += weight->part_rows[i];
         m.ends[i] = llm__math_round_up(rows, 16) / 16;
@@ -13800,6 +14249,10 @@ static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const l
                                    llm__matrix *matrix) {
     llm__cpu_upload_args args = {model, weight, matrix, NULL};
     *matrix = llm__matrix_describe(model->dtype, weight);
+    if (weight->packed) {
+        matrix->data = (uint8_t *)(uintptr_t)weight->packed;
+        return;
+    }
     size_t bytes = llm__matrix_bytes(matrix); /* a multiple of LLM__ALIGN */
     if (bytes <= (size_t)(model->end - model->room)) {
         matrix->data = model->room;
@@ -13812,9 +14265,38 @@ static void llm__cpu_upload_matrix(llm__env *env, llm__cpu_model *model, const l
 
 /* Copies a weight that is a single row or a single column. */
 static float *llm__cpu_upload_vector(llm__env *env, const llm_backend_weight *weight) {
+    if (weight->packed) return (float *)(uintptr_t)weight->packed;
     float *v = (float *)llm__alloc(env, (size_t)weight->rows * (size_t)weight->cols, sizeof *v);
     for (int i = 0; i < weight->rows; i++) weight->read_row(weight, i, v + (size_t)i * (size_t)weight->cols);
     return v;
+}
+
+/* Is a weight held as a matrix in tiles? The others are vectors of floats. */
+static bool llm__cpu_has_matrix(llm_backend_weight_kind kind) {
+    return kind == LLM_WEIGHT_EMBEDDING || kind == LLM_WEIGHT_QKV || kind == LLM_WEIGHT_ATTENTION_OUT ||
+           kind == LLM_WEIGHT_GATE_UP || kind == LLM_WEIGHT_DOWN || kind == LLM_WEIGHT_HEAD;
+}
+
+static llm__matrix *llm__cpu_find_matrix(llm__cpu_model *m, llm_backend_weight_kind kind, int layer) {
+    switch (kind) {
+    case LLM_WEIGHT_EMBEDDING: return &m->embedding;
+    case LLM_WEIGHT_QKV: return &m->layers[layer].qkv;
+    case LLM_WEIGHT_ATTENTION_OUT: return &m->layers[layer].attention_out;
+    case LLM_WEIGHT_GATE_UP: return &m->layers[layer].gate_up;
+    case LLM_WEIGHT_DOWN: return &m->layers[layer].down;
+    default: return &m->head;
+    }
+}
+
+static float **llm__cpu_find_vector(llm__cpu_model *m, llm_backend_weight_kind kind, int layer) {
+    switch (kind) {
+    case LLM_WEIGHT_ATTENTION_NORM: return &m->layers[layer].attention_norm;
+    case LLM_WEIGHT_QKV_BIAS: return &m->layers[layer].qkv_bias;
+    case LLM_WEIGHT_Q_NORM: return &m->layers[layer].q_norm;
+    case LLM_WEIGHT_K_NORM: return &m->layers[layer].k_norm;
+    case LLM_WEIGHT_FFN_NORM: return &m->layers[layer].ffn_norm;
+    default: return &m->output_norm;
+    }
 }
 
 static void llm__cpu_upload_body(llm__env *env, void *arg) {
@@ -13822,29 +14304,16 @@ static void llm__cpu_upload_body(llm__env *env, void *arg) {
     llm__cpu_model *m = a->model;
     const llm_backend_weight *w = a->weight;
     llm__cpu_layer *layer = &m->layers[w->layer];
-    switch (w->kind) {
-    case LLM_WEIGHT_EMBEDDING:
-        if (w->stays) {
-            m->embedding = llm__matrix_describe(m->dtype, w);
-            m->embedding_rows = *w;
-        } else llm__cpu_upload_matrix(env, m, w, &m->embedding);
-        break;
-    case LLM_WEIGHT_ATTENTION_NORM: layer->attention_norm = llm__cpu_upload_vector(env, w); break;
-    case LLM_WEIGHT_QKV: llm__cpu_upload_matrix(env, m, w, &layer->qkv); break;
-    case LLM_WEIGHT_QKV_BIAS: layer->qkv_bias = llm__cpu_upload_vector(env, w); break;
-    case LLM_WEIGHT_Q_NORM: layer->q_norm = llm__cpu_upload_vector(env, w); break;
-    case LLM_WEIGHT_K_NORM: layer->k_norm = llm__cpu_upload_vector(env, w); break;
-    case LLM_WEIGHT_ATTENTION_OUT: llm__cpu_upload_matrix(env, m, w, &layer->attention_out); break;
-    case LLM_WEIGHT_FFN_NORM: layer->ffn_norm = llm__cpu_upload_vector(env, w); break;
-    case LLM_WEIGHT_GATE_UP: llm__cpu_upload_matrix(env, m, w, &layer->gate_up); break;
-    case LLM_WEIGHT_DOWN:
-        llm__cpu_upload_matrix(env, m, w, &layer->down);
-        /* The panels of gate_up write packed rows, which only the panels of down can read. */
-        if (!layer->down.panels) layer->gate_up.panels = false;
-        break;
-    case LLM_WEIGHT_OUTPUT_NORM: m->output_norm = llm__cpu_upload_vector(env, w); break;
-    case LLM_WEIGHT_HEAD: llm__cpu_upload_matrix(env, m, w, &m->head); break;
+    if (w->stays) {
+        m->embedding = llm__matrix_describe(m->dtype, w);
+        m->embedding_rows = *w;
+    } else if (llm__cpu_has_matrix(w->kind)) {
+        llm__cpu_upload_matrix(env, m, w, llm__cpu_find_matrix(m, w->kind, w->layer));
+    } else {
+        *llm__cpu_find_vector(m, w->kind, w->layer) = llm__cpu_upload_vector(env, w);
     }
+    /* The panels of gate_up write packed rows, which only the panels of down can read. */
+    if (w->kind == LLM_WEIGHT_DOWN && !layer->down.panels) layer->gate_up.panels = false;
     if (w->kind == LLM_WEIGHT_EMBEDDING && m->shape.tied_head && m->is_last_stage) m->head = m->embedding;
     llm_backend_weight_kind last = !m->is_last_stage    ? LLM_WEIGHT_DOWN
                                    : m->shape.tied_head ? LLM_WEIGHT_OUTPUT_NORM
@@ -16281,8 +16750,10 @@ static float llm__rope_scale(const llm__hparams_rope *r) {
     return (float)((1 + r->growth * grown) / (1 + r->growth_below * grown));
 }
 
-static llm_backend_shape llm__model_find_shape(llm__env *env, const llm__hparams *h, const llm__checkpoint *ck) {
+/* Everything but the frequencies and the scale of RoPE. */
+static llm_backend_shape llm__model_plain_shape(const llm__hparams *h) {
     llm_backend_shape s;
+    memset(&s, 0, sizeof s);
     s.n_vocab = h->n_vocab;
     s.n_layers = h->n_layers;
     s.n_embd = h->n_embd;
@@ -16292,12 +16763,17 @@ static llm_backend_shape llm__model_find_shape(llm__env *env, const llm__hparams
     s.head_dim = h->head_dim;
     s.rope_dim = h->rope_dim;
     s.rms_eps = h->rms_eps;
-    s.rope_frequencies = llm__rope_frequencies(env, h, ck);
-    s.rope_scale = llm__rope_scale(&h->rope);
     s.window = h->window;
     s.tied_head = h->tied_head;
     s.qkv_bias = h->qkv_bias;
     s.qk_norm = h->qk_norm;
+    return s;
+}
+
+static llm_backend_shape llm__model_find_shape(llm__env *env, const llm__hparams *h, const llm__checkpoint *ck) {
+    llm_backend_shape s = llm__model_plain_shape(h);
+    s.rope_frequencies = llm__rope_frequencies(env, h, ck);
+    s.rope_scale = llm__rope_scale(&h->rope);
     return s;
 }
 
@@ -16363,6 +16839,7 @@ typedef struct llm__model_walk {
     llm_dtype dtype;
     const llm_backend_shape *shape;
     const llm_comm *tensor, *pipeline; /* the ranks that share each weight; the ranks that have other layers; or NULL */
+    struct llm__packed *packed;        /* reads or writes the list of weights of a packed file; otherwise NULL */
     uint64_t n_params, weight_bytes, weight_bytes_per_token;
     uint64_t fingerprint;      /* the same for every dtype */
     llm__weight_source *stays; /* the weight that is left in the file, or NULL */
@@ -16599,18 +17076,60 @@ static void llm__model_walk_weight(llm__model_walk *walk, llm_backend_weight_kin
     }
 }
 
+/* The name of a matrix's kind: writes it, or reads it. */
+static llm__weight_type llm__packed_kind(llm__packed *p, llm__weight_type kind) {
+    llm__str name = {llm__packed_kinds[kind], strlen(llm__packed_kinds[kind])};
+    llm__packed_str(p, &name);
+    for (int i = 0; i < LLM__W_KINDS; i++)
+        if (llm__str_is(name, llm__packed_kinds[i])) return (llm__weight_type)i;
+    llm__fail(p->r.env, LLM_ERROR_UNSUPPORTED,
+              "a weight of this packed file is held as \"%.*s\", which this library does not know", LLM__SHOW(name));
+}
+
+/* Writes one weight of walk->device, or reads where it is in the file. */
+static void llm__packed_walk_weight(llm__model_walk *walk, llm_backend_weight_kind kind, int layer) {
+    llm__packed *p = walk->packed;
+    llm__cpu_model *from = p->file ? NULL : (llm__cpu_model *)walk->device;
+    const bool matrix = llm__cpu_has_matrix(kind);
+    const llm__matrix *m = from && matrix ? llm__cpu_find_matrix(from, kind, layer) : NULL;
+    const void *data = m ? m->data : NULL;
+    int rows[3];
+    llm_backend_weight w;
+    memset(&w, 0, sizeof w);
+    if (from && !matrix) data = *llm__cpu_find_vector(from, kind, layer);
+    w.kind = kind;
+    w.layer = layer;
+    w.cols = llm__model_weight_cols(walk->h, kind);
+    w.packed = p; /* until its place is known */
+    llm__model_part_rows(walk->h, kind, rows);
+    for (int i = 0; i < 3 && rows[i]; i++) {
+        const llm__weight_type held = !m ? LLM__W_F32 : m->n_kinds ? m->kinds[i] : m->kind;
+        w.part_rows[w.n_parts] = rows[i];
+        w.part_types[w.n_parts++] = matrix ? (int)llm__packed_kind(p, held) : (int)held;
+        w.rows += rows[i];
+    }
+    const uint64_t bytes = matrix ? llm__cpu_weight_bytes(walk->dtype, &w) : (uint64_t)w.rows * (uint64_t)w.cols * 4;
+    w.packed = llm__packed_data(p, data, bytes);
+    walk->n_params += (uint64_t)w.rows * (uint64_t)w.cols;
+    walk->weight_bytes += bytes;
+    if (kind != LLM_WEIGHT_EMBEDDING || walk->h->tied_head) walk->weight_bytes_per_token += bytes;
+    if (walk->visit) walk->visit(walk, &w);
+}
+
 static void llm__model_walk_weights(llm__model_walk *walk) {
     const llm__hparams *h = walk->h;
-    llm__model_walk_weight(walk, LLM_WEIGHT_EMBEDDING, 0);
+    void (*visit)(llm__model_walk * walk, llm_backend_weight_kind kind, int layer) =
+        walk->packed ? llm__packed_walk_weight : llm__model_walk_weight;
+    visit(walk, LLM_WEIGHT_EMBEDDING, 0);
     for (int i = 0; i < h->n_layers; i++) {
         for (int kind = LLM_WEIGHT_ATTENTION_NORM; kind <= LLM_WEIGHT_DOWN; kind++) {
             if (kind == LLM_WEIGHT_QKV_BIAS && !h->qkv_bias) continue;
             if ((kind == LLM_WEIGHT_Q_NORM || kind == LLM_WEIGHT_K_NORM) && !h->qk_norm) continue;
-            llm__model_walk_weight(walk, (llm_backend_weight_kind)kind, i);
+            visit(walk, (llm_backend_weight_kind)kind, i);
         }
     }
-    llm__model_walk_weight(walk, LLM_WEIGHT_OUTPUT_NORM, 0);
-    if (!h->tied_head) llm__model_walk_weight(walk, LLM_WEIGHT_HEAD, 0);
+    visit(walk, LLM_WEIGHT_OUTPUT_NORM, 0);
+    if (!h->tied_head) visit(walk, LLM_WEIGHT_HEAD, 0);
 }
 
 static void llm__model_upload_weight(llm__model_walk *walk, const llm_backend_weight *weight) {
@@ -16821,37 +17340,162 @@ static void llm__model_make_plan(llm__env *env, const llm__file_source *source, 
     llm__tensor_refuse_unused(env, plan->ck);
 }
 
+/* What a packed file says of a model before its weights. */
+typedef struct llm__packed_model {
+    llm__hparams h;
+    llm_backend_shape shape;
+    llm_dtype dtype;
+    llm__str held;
+} llm__packed_model;
+
+/* Writes m, or fills it in, with limits like those of the other formats. */
+static void llm__packed_hparams(llm__packed *p, llm__packed_model *m) {
+    llm__env *env = p->r.env;
+    llm__hparams *h = &m->h;
+    int dtype = (int)m->dtype;
+    llm__packed_str(p, &h->name);
+    llm__packed_str(p, &h->architecture);
+    llm__packed_str(p, &m->held);
+    llm__packed_int(p, "the type of the weights", &dtype, LLM_DTYPE_F32, LLM_DTYPE_FILE);
+    llm__packed_int(p, "n_vocab", &h->n_vocab, 1, 1 << 24);
+    llm__packed_int(p, "n_layers", &h->n_layers, 1, 4096);
+    llm__packed_int(p, "n_embd", &h->n_embd, 1, 1 << 20);
+    llm__packed_int(p, "n_ff", &h->n_ff, 1, 1 << 22);
+    llm__packed_int(p, "n_heads", &h->n_heads, 1, 4096);
+    llm__packed_int(p, "n_kv_heads", &h->n_kv_heads, 1, 4096);
+    llm__packed_int(p, "head_dim", &h->head_dim, 1, LLM__MOST_HEAD);
+    llm__packed_int(p, "rope_dim", &h->rope_dim, 0, LLM__MOST_HEAD);
+    llm__packed_int(p, "n_ctx_train", &h->n_ctx_train, 1, 1 << 28);
+    llm__packed_int(p, "window", &h->window, 0, 1 << 28);
+    llm__packed_bool(p, "tied_head", &h->tied_head);
+    llm__packed_bool(p, "qkv_bias", &h->qkv_bias);
+    llm__packed_bool(p, "qk_norm", &h->qk_norm);
+    llm__packed_float(p, "rms_eps", &h->rms_eps, 1e-12f, 1);
+    if (p->file) m->shape = llm__model_plain_shape(h);
+    llm__packed_float(p, "rope_scale", &m->shape.rope_scale, 1e-6f, 1e6f);
+    const size_t n = (size_t)(h->rope_dim / 2);
+    const double *frequencies = m->shape.rope_frequencies;
+    m->shape.rope_frequencies = frequencies = (double *)llm__packed_array(p, frequencies, n, sizeof *frequencies);
+    for (size_t i = 0; i < n; i++)
+        if (!(frequencies[i] >= 0 && frequencies[i] <= 1e100))
+            llm__fail(env, LLM_ERROR_FORMAT, "a frequency of RoPE is %g", frequencies[i]);
+    m->dtype = (llm_dtype)dtype;
+    llm__hparams_check(env, h);
+}
+
+/* Begins to read a packed file, and refuses what cannot be done with it. */
+static llm__packed_model llm__packed_begin_model(llm__env *env, const llm__file *file, const llm_model_desc *desc,
+                                                 llm__packed *p) {
+    llm__packed_model m;
+    memset(&m, 0, sizeof m);
+    if (desc->backend != &llm__cpu_backend)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "a packed file runs on the CPU only; load the model it was made of");
+    if (llm__ranks_count(desc->tensor) > 1 || llm__ranks_count(desc->pipeline) > 1)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "ranks cannot share a packed file; load the model it was made of");
+    *p = llm__packed_begin(env, file, desc->check);
+    p->r.at = LLM__PACKED_START;
+    llm__packed_hparams(p, &m);
+    if (desc->dtype != LLM_DTYPE_FILE && desc->dtype != m.dtype)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "this packed file holds its weights as %s, and is not converted to %s; load the model it was made of",
+                  llm_dtype_name(m.dtype), llm_dtype_name(desc->dtype));
+    return m;
+}
+
+static void llm__packed_meta(llm__packed *p, llm_model *model) {
+    llm__env *env = p->r.env;
+    uint64_t n = model->n_meta;
+    llm__packed_u64(p, &n);
+    if (p->file) llm__gguf_check_count(&p->r, n, 16);
+    for (uint64_t i = 0; i < n; i++) {
+        llm__str key = {"", 0}, value = key;
+        if (!p->file) {
+            key.at = model->meta[i].key, key.n = strlen(key.at);
+            value.at = model->meta[i].value, value.n = strlen(value.at);
+        }
+        llm__packed_str(p, &key);
+        llm__packed_str(p, &value);
+        if (p->file) llm__meta_add(env, model, key, value);
+    }
+}
+
+/* Opens the source if it is a packed file. Other files have no checksum. */
+static const llm__file *llm__packed_find(llm__env *env, const llm__file_source *source, const llm_model_desc *desc,
+                                         bool whole) {
+    const llm__file *file = llm__packed_open(env, source, whole || desc->check);
+    if (!file && desc->check)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "desc.check is set, but this is not a packed file; others have no checksum");
+    return file;
+}
+
+static void llm__model_check_vocab(llm__env *env, const llm_model *model) {
+    const int n = llm_tokenizer_n_vocab(model->tokenizer);
+    if (n > model->shape.n_vocab)
+        llm__fail(env, LLM_ERROR_FORMAT, "the vocabulary has %d tokens, but the embedding only %d rows", n,
+                  model->shape.n_vocab);
+}
+
+/* Loads a model from a packed file, which stays open as long as the model. */
+static void llm__packed_load(llm__env *env, llm__model_load_args *args, const llm__file *file, llm_model *model,
+                             llm_model_desc *desc) {
+    llm__packed p;
+    llm__packed_model m = llm__packed_begin_model(env, file, desc, &p);
+    llm_model_desc one = *desc; /* nothing is converted, so one thread is enough */
+    one.n_threads = 1;
+    one.dtype = desc->dtype = m.dtype;
+    model->backend = args->backend = desc->backend;
+    model->shape = m.shape;
+    llm__env_check(env, model->backend->open(&args->device, &model->shape, &one, env->err));
+    llm__model_walk walk = llm__model_start_walk(env, NULL, &m.h, &model->shape, desc);
+    walk.packed = &p;
+    walk.device = args->device;
+    walk.visit = llm__model_upload_weight;
+    llm__model_walk_weights(&walk);
+    model->tokenizer = llm__tokenizer_from_packed(&p);
+    llm__model_check_vocab(env, model);
+    llm__packed_meta(&p, model);
+    model->info = llm__model_info(&m.h, &walk, &model->shape, desc);
+    llm__model_copy_name(model->info.held, sizeof model->info.held, m.held);
+    model->source = p.fingerprint;
+}
+
+/* Loads a model from any other file, or from a directory. */
+static void llm__model_convert(llm__env *env, llm__model_load_args *args, llm_model *model, llm_model_desc *desc) {
+    llm__model_plan plan;
+    llm__model_make_plan(env, args->source, desc, true, &plan);
+    const llm__checkpoint *ck = plan.ck;
+    desc->dtype = plan.dtype;
+    model->backend = args->backend = desc->backend;
+    model->shape = plan.shape;
+    model->shape.weight_bytes = plan.walk.weight_bytes;
+    model->tokenizer =
+        ck->format == LLM__GGUF ? llm__tokenizer_from_gguf(env, ck) : llm__tokenizer_from_directory(env, ck->directory);
+    llm__model_check_vocab(env, model);
+    llm__model_walk walk = llm__model_start_walk(env, ck, &plan.h, &model->shape, desc);
+    walk.fingerprint = llm__model_hash_shape(&model->shape);
+    llm__env_check(env, model->backend->open(&args->device, &model->shape, desc, env->err));
+    walk.device = args->device;
+    walk.are_2_4 = plan.are_2_4;
+    walk.visit = llm__model_upload_weight;
+    llm__model_walk_weights(&walk);
+    model->info = llm__model_info(&plan.h, &walk, &model->shape, desc);
+    model->source = walk.fingerprint;
+    llm__meta_read(env, model, ck);
+    if (walk.stays) walk.stays->parts[0].file = llm__file_take(env, walk.stays->parts[0].file);
+    llm__free(env->pool, plan.pool); /* everything else has been converted */
+}
+
 static void llm__model_load_body(llm__env *env, void *arg) {
     llm__model_load_args *args = (llm__model_load_args *)arg;
     double start = llm__clock_now();
     llm_model *model = (llm_model *)llm__alloc_zero(env, 1, sizeof *model);
     llm_model_desc desc = llm__model_defaults(env, &args->desc);
-    llm__model_plan plan;
-    llm__model_make_plan(env, args->source, &desc, true, &plan);
-    const llm__checkpoint *ck = plan.ck;
-    desc.dtype = plan.dtype;
-    model->backend = args->backend = desc.backend;
-    model->shape = plan.shape;
-    model->shape.weight_bytes = plan.walk.weight_bytes;
-    model->tokenizer =
-        ck->format == LLM__GGUF ? llm__tokenizer_from_gguf(env, ck) : llm__tokenizer_from_directory(env, ck->directory);
-    if (llm_tokenizer_n_vocab(model->tokenizer) > plan.h.n_vocab)
-        llm__fail(env, LLM_ERROR_FORMAT, "the vocabulary has %d tokens, but the embedding only %d rows",
-                  llm_tokenizer_n_vocab(model->tokenizer), plan.h.n_vocab);
-    llm__model_walk walk = llm__model_start_walk(env, ck, &plan.h, &model->shape, &desc);
-    walk.fingerprint = llm__model_hash_shape(&model->shape);
-    llm__env_check(env, model->backend->open(&args->device, &model->shape, &desc, env->err));
-    walk.device = args->device;
-    walk.are_2_4 = plan.are_2_4;
-    walk.visit = llm__model_upload_weight;
-    llm__model_walk_weights(&walk);
-    model->info = llm__model_info(&plan.h, &walk, &model->shape, &desc);
-    model->info.fingerprint = llm__hash_fnv(walk.fingerprint, &desc.dtype, sizeof desc.dtype);
-    model->source = walk.fingerprint;
+    const llm__file *packed = llm__packed_find(env, args->source, &desc, true);
+    if (packed) llm__packed_load(env, args, packed, model, &desc);
+    else llm__model_convert(env, args, model, &desc);
+    model->info.fingerprint = llm__hash_fnv(model->source, &desc.dtype, sizeof desc.dtype);
     model->kernels = llm__kernels_choose(desc.isa);
-    llm__meta_read(env, model, ck);
-    if (walk.stays) walk.stays->parts[0].file = llm__file_take(env, walk.stays->parts[0].file);
-    llm__free(env->pool, plan.pool); /* everything else has been converted */
     model->device = args->device;
     model->desc = desc;
     model->pool = *env->pool;
@@ -16859,8 +17503,8 @@ static void llm__model_load_body(llm__env *env, void *arg) {
     llm__env_progress(env, 1);
     llm__log(&desc.host, "loaded %s: %s, %llu parameters as %s, %.0f MB, %s, in %.2f s",
              args->source->path ? args->source->path : "a model", model->info.architecture,
-             (unsigned long long)walk.n_params, model->info.held, (double)walk.weight_bytes / 1e6, model->info.isa,
-             llm__clock_now() - start);
+             (unsigned long long)model->info.n_params, model->info.held, (double)model->info.weight_bytes / 1e6,
+             model->info.isa, llm__clock_now() - start);
 }
 
 /* All ranks must have the same weights and hyperparameters. They must also use the same instruction set, because it
@@ -16949,6 +17593,18 @@ typedef struct llm__model_info_args {
 static void llm__model_info_body(llm__env *env, void *arg) {
     llm__model_info_args *args = (llm__model_info_args *)arg;
     llm_model_desc desc = llm__model_defaults(env, args->desc);
+    const llm__file *packed = llm__packed_find(env, args->source, &desc, false);
+    if (packed) {
+        llm__packed p;
+        llm__packed_model m = llm__packed_begin_model(env, packed, &desc, &p);
+        desc.dtype = m.dtype;
+        llm__model_walk walk = llm__model_start_walk(env, NULL, &m.h, &m.shape, &desc);
+        walk.packed = &p;
+        llm__model_walk_weights(&walk);
+        *args->out = llm__model_info(&m.h, &walk, &m.shape, &desc);
+        llm__model_copy_name(args->out->held, sizeof args->out->held, m.held);
+        return;
+    }
     llm__model_plan plan;
     llm__model_make_plan(env, args->source, &desc, false, &plan);
     desc.dtype = plan.dtype;
@@ -17922,8 +18578,23 @@ static void llm__gguf_put_tensor(llm__env *env, llm__gguf_out *g, llm__team *tea
     llm__free(outer, inner);
 }
 
-/* Gives a finished file its name. */
-static void llm__out_rename(llm__env *env, llm__out *out, const char *to) {
+/* Creates `to`.tmp, which becomes `to` when it is finished; a failure removes it. `to` must not exist. */
+static llm__out *llm__out_begin(llm__env *env, const char *to) {
+    const size_t n = strlen(to);
+    char *path = (char *)llm__alloc(env, n + 5, 1);
+    if (llm__path_find(to) != LLM__NOTHING) llm__fail(env, LLM_ERROR_IO, "%s exists already, and is not replaced", to);
+    memcpy(path, to, n);
+    memcpy(path + n, ".tmp", 5);
+    llm__out *out = llm__out_open(env, path);
+    out->unfinished = path;
+    return out;
+}
+
+/* Closes a file and gives it its name. */
+static void llm__out_finish(llm__env *env, llm__out *out, const char *to) {
+    FILE *file = out->file;
+    out->file = NULL;
+    if (fclose(file)) llm__fail(env, LLM_ERROR_IO, "writing failed: %s", strerror(errno));
 #if defined(_WIN32)
     wchar_t wide[1024], wide_to[1024];
     bool moved = MultiByteToWideChar(CP_UTF8, 0, out->unfinished, -1, wide, 1024) &&
@@ -17966,18 +18637,10 @@ static void llm__gguf_out_body(llm__env *env, void *arg) {
     g.alignment = (uint64_t)llm__gguf_int(env, g.ck, "general.alignment", 32, 1, 1 << 20);
     llm__gguf_plan_tensors(env, &g);
     llm__team *team = llm__team_create(env, desc.n_threads, NULL, NULL);
-    const size_t n = strlen(a->to);
-    char *path = (char *)llm__alloc(env, n + 5, 1);
-    memcpy(path, a->to, n);
-    memcpy(path + n, ".tmp", 5);
-    g.out = llm__out_open(env, path);
-    g.out->unfinished = path;
+    g.out = llm__out_begin(env, a->to);
     llm__gguf_put_header(env, &g);
     for (size_t i = 0; i < g.n_tensors; i++) llm__gguf_put_tensor(env, &g, team, &g.tensors[i]);
-    FILE *file = g.out->file;
-    g.out->file = NULL;
-    if (fclose(file)) llm__fail(env, LLM_ERROR_IO, "writing failed: %s", strerror(errno));
-    llm__out_rename(env, g.out, a->to);
+    llm__out_finish(env, g.out, a->to);
 }
 
 static llm_status llm__quantize_gguf(const llm__file_source *source, const char *to, const llm_quantize_desc *desc,
@@ -18011,6 +18674,115 @@ LLM_API llm_status llm_quantize_gguf_callback(llm_read_fn read, void *user, uint
                                               const llm_quantize_desc *desc, llm_error *err) {
     llm__file_source source = {NULL, NULL, read, user, size};
     return llm__quantize_gguf(&source, to, desc, err);
+}
+
+/* ---- Writing packed files ---- */
+
+typedef struct llm__packed_save_args {
+    const llm_model *model;
+    const char *to;
+} llm__packed_save_args;
+
+/* Writes a piece, or adds it to the checksum, padded with zeros to whole lines. */
+static void llm__packed_put(llm__env *env, llm__out *out, llm__checksum *sum, const llm__packed_piece *piece) {
+    const uint8_t *data = (const uint8_t *)piece->data;
+    const size_t whole = piece->n / LLM__ALIGN * LLM__ALIGN, rest = piece->n - whole;
+    uint8_t last[LLM__ALIGN] = {0};
+    if (rest) memcpy(last, data + whole, rest);
+    if (sum) llm__checksum_add(sum, data, whole);
+    else llm__out_put(env, out, data, whole);
+    if (sum && rest) llm__checksum_add(sum, last, sizeof last);
+    else if (rest) llm__out_put(env, out, last, sizeof last);
+}
+
+static void llm__packed_seal(uint8_t *header, uint64_t n) {
+    const uint64_t sum = llm__packed_checksum(header, (size_t)n);
+    memcpy(header + 32, &sum, sizeof sum);
+}
+
+/* Makes the header; the weights stay where they are in memory. */
+static void llm__packed_make_header(llm__env *env, const llm_model *model, llm__packed *p) {
+    const llm_model_info *info = &model->info;
+    llm_tokenizer tokenizer = *model->tokenizer;
+    llm_model shown = *model;
+    uint8_t start[LLM__PACKED_START] = {0};
+    llm__packed_model m;
+    llm__checksum sum;
+    memset(&sum, 0, sizeof sum);
+    memset(&m, 0, sizeof m);
+    m.shape = model->shape;
+    m.dtype = model->desc.dtype;
+    m.held.at = info->held, m.held.n = strlen(info->held);
+    m.h.name.at = info->name, m.h.name.n = strlen(info->name);
+    m.h.architecture.at = info->architecture, m.h.architecture.n = strlen(info->architecture);
+    m.h.n_vocab = m.shape.n_vocab;
+    m.h.n_layers = m.shape.n_layers;
+    m.h.n_embd = m.shape.n_embd;
+    m.h.n_ff = m.shape.n_ff;
+    m.h.n_heads = m.shape.n_heads;
+    m.h.n_kv_heads = m.shape.n_kv_heads;
+    m.h.head_dim = m.shape.head_dim;
+    m.h.rope_dim = m.shape.rope_dim;
+    m.h.n_ctx_train = info->n_ctx_train;
+    m.h.window = m.shape.window;
+    m.h.rms_eps = m.shape.rms_eps;
+    m.h.qkv_bias = m.shape.qkv_bias;
+    m.h.qk_norm = m.shape.qk_norm;
+    m.h.tied_head = m.shape.tied_head;
+    p->r.env = env;
+    llm__packed_bytes(p, start, sizeof start);
+    llm__packed_hparams(p, &m);
+    llm__model_walk walk = llm__model_start_walk(env, NULL, &m.h, &m.shape, &model->desc);
+    walk.packed = p;
+    walk.device = model->device;
+    llm__model_walk_weights(&walk);
+    const uint64_t tokenizer_at = p->r.at;
+    llm__packed_vocabulary(p, &tokenizer);
+    llm__packed_meta(p, &shown);
+    llm__packed_align(p);
+    for (size_t i = 0; i < p->n_pieces; i++) llm__packed_put(env, NULL, &sum, &p->pieces[i]);
+    const uint32_t order = 0x01020304, version = LLM__PACKED_VERSION;
+    const uint64_t numbers[] = {p->r.at + p->n_data, p->r.at, 0, llm__checksum_end(&sum), model->source, tokenizer_at};
+    memcpy(p->header, llm__packed_magic, sizeof llm__packed_magic);
+    memcpy(p->header + 8, &order, sizeof order);
+    memcpy(p->header + 12, &version, sizeof version);
+    memcpy(p->header + 16, numbers, sizeof numbers);
+    llm__packed_seal(p->header, p->r.at);
+}
+
+static void llm__packed_save_body(llm__env *env, void *arg) {
+    const llm__packed_save_args *a = (const llm__packed_save_args *)arg;
+    const llm_model *model = a->model;
+    llm__packed p;
+    memset(&p, 0, sizeof p);
+    if (model->backend != &llm__cpu_backend)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "a packed file is written from a model on the CPU");
+    if (llm__ranks_count(model->desc.tensor) > 1 || llm__ranks_count(model->desc.pipeline) > 1)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "a packed file is written from a model that is not shared by ranks");
+    llm__out *out = llm__out_begin(env, a->to);
+    llm__packed_make_header(env, model, &p);
+    llm__out_put(env, out, p.header, (size_t)p.r.at);
+    for (size_t i = 0; i < p.n_pieces; i++) {
+        const llm_host *host = &env->pool->host;
+        if (host->progress && !host->progress(host->user, (float)i / (float)p.n_pieces))
+            llm__fail(env, LLM_ERROR_CANCELLED, "writing was cancelled");
+        llm__packed_put(env, out, NULL, &p.pieces[i]);
+    }
+    llm__out_finish(env, out, a->to);
+}
+
+LLM_API llm_status llm_model_save_packed(const llm_model *model, const char *to, const llm_host *host, llm_error *err) {
+    llm__packed_save_args args = {model, to};
+    llm__pool pool;
+    llm__env env;
+    if (!model || !to) return llm__error(err, LLM_ERROR_ARGUMENT, "model or to is NULL");
+    llm_status status = llm__host_check(host, err);
+    if (status) return status;
+    llm__pool_init(&pool, host);
+    llm__env_init(&env, &pool, err, NULL);
+    status = llm__env_run(&env, llm__packed_save_body, &args);
+    llm__pool_free(&pool);
+    return llm__error_done(err, status);
 }
 
 LLM_API llm_status llm_quantize_directory(const char *from, const char *to, const llm_host *host, llm_error *err) {

@@ -5,12 +5,13 @@
 . tests/tap.sh
 here=$(dirname "$0")/fuzz
 seconds=${FUZZ_SECONDS:-30}
-targets="gguf safetensors json tokenizer.json tokenizer.model pth chat grammar round-trip"
+targets="gguf packed safetensors json tokenizer.json tokenizer.model pth chat grammar round-trip"
 export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
 
 most_bytes() {
     case $1 in
     gguf | tokenizer.json) echo 24000 ;;
+    packed) echo 64000 ;;
     round-trip | grammar) echo 4000 ;;
     pth) echo 12000 ;;
     *) echo 8000 ;;
@@ -43,11 +44,19 @@ passed() {
     [ "$(cat "$here/$1.code")" -eq 0 ] || shows_why "$1"
 }
 
+# Packs the seeds of GGUF files.
+packs() {
+    mkdir -p "$1/packed"
+    rm -f "$1"/packed/seed-*
+    for seed in "$1"/gguf/seed-*; do "$here/../quantize" --pack "$seed" "$1/packed/${seed##*/}" || return 1; done
+}
+
 mkdir -p "$here/corpus" "$here/findings"
 for target in $targets; do ln -sf fuzz "$here/$target"; done
 check "the seeds are made" python3 tests/fuzz/seeds.py "$here/corpus"
+check "the seeds that are packed files" packs "$here/corpus"
 export FUZZ_ALL_GOOD=1
-for target in gguf safetensors tokenizer.json tokenizer.model pth grammar; do
+for target in gguf packed safetensors tokenizer.json tokenizer.model pth grammar; do
     check "the seeds are good: $target" tries "$target" "$here/corpus/$target"/seed-*
 done
 unset FUZZ_ALL_GOOD

@@ -3,6 +3,7 @@
    (see `targets` at the end):
 
      gguf             a GGUF file
+     packed           a packed file, but for its size and the checksum of its header, which are made right
      safetensors      config.json, NUL, model.safetensors.index.json or nothing, NUL, safetensors
      json             a JSON text; jansson reads it too
      tokenizer.json   tokenizer.json, NUL, tokenizer_config.json or nothing
@@ -241,6 +242,21 @@ static void fuzz_gguf(const uint8_t *data, size_t size) {
     bytes all = {data, size};
     llm__file_source memory = {NULL, data, NULL, NULL, size}, function = {NULL, NULL, read_bytes, &all, size};
     try_model(size % 2 ? function : memory, (llm_dtype)(LLM_DTYPE_F32 + size / 2 % 4));
+}
+
+static void fuzz_packed(const uint8_t *data, size_t size) {
+    uint8_t *file = (uint8_t *)malloc(size + 1);
+    CHECK(file);
+    if (size) memcpy(file, data, size);
+    if (size >= LLM__PACKED_START) {
+        const uint64_t n_file = size, n_header = llm__bytes_u64(file + 24);
+        memcpy(file + 16, &n_file, sizeof n_file);
+        if (n_header >= LLM__PACKED_START && n_header <= size && n_header % LLM__ALIGN == 0)
+            llm__packed_seal(file, n_header);
+    }
+    llm__file_source memory = {NULL, file, NULL, NULL, size};
+    try_model(memory, LLM_DTYPE_DEFAULT);
+    free(file);
 }
 
 /* ---- Directories ---- */
@@ -903,6 +919,7 @@ static const struct {
     size_t (*mutate)(uint8_t *data, size_t size, size_t most, unsigned seed); /* NULL: as libFuzzer does */
 } targets[] = {
     {"gguf", fuzz_gguf, mutate_gguf},
+    {"packed", fuzz_packed, NULL},
     {"safetensors", fuzz_safetensors, mutate_safetensors},
     {"json", fuzz_json, NULL},
     {"tokenizer.json", fuzz_tokenizer_json, NULL},

@@ -343,6 +343,7 @@ def in_json(word):
 def write_dictionaries():
     words = literals(5, 7) + [f"llama.{x}" for x in ("block_count", "rope.freq_base")]
     write_dictionary("gguf", words + REGEX + ["\0", "\xFF"])
+    write_dictionary("packed", literals(13, 13) + ["\x89LLM\r\n\x1A\n", "\0\0\0\0", "\xFF\xFF\xFF\xFF", "\1\0\0\0\0\0\0\0"])
     write_dictionary("safetensors", words + JSON)
     write_dictionary("json", words + JSON)
     write_dictionary("tokenizer.json", words + JSON + [in_json(w) for w in REGEX])
