@@ -19631,9 +19631,10 @@ LLM__SMALL_END
    The mask of a state says of each token whether its bytes lead to another state. The tokens are a trie: one walk
    through it finds all masks' bits. Most tokens are plain: whole characters that need no escape in JSON. Where all
    plain characters lead to one and the same state, as they do within a string, the plain tokens are taken as a whole,
-   and only the rest is walked; so is the part of the trie below a node after which all plain characters may follow. If
-   most of them fit, only those that do not are searched. Masks are stored with their states. A byte is looked at, never
-   a character, so tokens may end inside a character.
+   and only the rest is walked. The part of the trie below a node is taken as a whole, too, if all plain characters may
+   follow, or if all bytes below it lead back to the same state, as letters do within a word. If most of the plain
+   tokens fit, only those that do not are searched. Masks are stored with their states. A byte is looked at, never a
+   character, so tokens may end inside a character.
 
    Related: XGrammar (Dong et al. 2024, arXiv:2411.15100), llguidance, and the grammars of llama.cpp, whose GBNF this
    reads. */
@@ -20109,6 +20110,7 @@ typedef struct llm__gram_trie {
     uint8_t *bytes;          /* [n_nodes] */
     uint16_t *depths;        /* [n_nodes] bytes before this one */
     uint8_t *heights;        /* [n_nodes] bytes after this one, of the longest token below it; at most 255 */
+    uint16_t *below;         /* [n_nodes] the groups of the bytes after this one, see llm__gram_group_of */
     uint32_t *skips;         /* [n_nodes] the next node that is not below this one */
     uint32_t *firsts;        /* [n_nodes + 1] the tokens that end here are ids[firsts[i]] to ids[firsts[i + 1]] */
     llm_token *ids;
@@ -20164,10 +20166,24 @@ static void llm__gram_sort_tails(const llm_tokenizer *t, llm__gram_key *keys, si
         }
 }
 
+/* Bytes that expressions often allow or forbid together: a bit for each group. */
+static unsigned llm__gram_group_of(int byte) {
+    static const char alone[] = "_.- /:@+"; /* groups of one byte */
+    const char *found = byte ? strchr(alone, byte) : NULL;
+    if (found && byte < 128) return 1u << (found - alone);
+    if (byte < 0x20 || byte == '"' || byte == '\\' || byte == 0x7F) return 1u << 8;
+    if (byte >= '0' && byte <= '9') return 1u << 9;
+    if (byte >= 'A' && byte <= 'Z') return 1u << (byte <= 'F' ? 10 : 11);
+    if (byte >= 'a' && byte <= 'z') return 1u << (byte <= 'f' ? 12 : 13);
+    return 1u << (byte < 0x80 ? 14 : 15);
+}
+
 /* Adds the trie of n sorted tokens behind the nodes that there are. */
 static void llm__gram_add_trie(llm__env *env, llm__gram_trie *trie, const llm_tokenizer *t, const llm__gram_key *keys,
                                size_t n, size_t n_before) {
     llm__str last = {NULL, 0};
+    uint16_t groups[256];
+    for (int byte = 0; byte < 256; byte++) groups[byte] = (uint16_t)llm__gram_group_of(byte);
     uint32_t *open = (uint32_t *)llm__alloc(env, trie->longest + 1, sizeof *open); /* the node of each byte of it */
     for (size_t i = 0; i <= n; i++) {
         llm__str s = {NULL, 0};
@@ -20177,6 +20193,9 @@ static void llm__gram_add_trie(llm__env *env, llm__gram_trie *trie, const llm_to
         for (size_t depth = last.n; depth > same; depth--) {
             uint8_t height = trie->heights[open[depth - 1]];
             trie->skips[open[depth - 1]] = (uint32_t)trie->n_nodes;
+            if (depth > 1)
+                trie->below[open[depth - 2]] |=
+                    (uint16_t)(trie->below[open[depth - 1]] | groups[trie->bytes[open[depth - 1]]]);
             if (depth > 1 && height < 255 && height + 1 > trie->heights[open[depth - 2]])
                 trie->heights[open[depth - 2]] = (uint8_t)(height + 1);
         }
@@ -20185,6 +20204,7 @@ static void llm__gram_add_trie(llm__env *env, llm__gram_trie *trie, const llm_to
             trie->bytes[node] = (uint8_t)s.at[depth];
             trie->depths[node] = (uint16_t)depth;
             trie->heights[node] = 0;
+            trie->below[node] = 0;
             trie->firsts[node] = (uint32_t)(n_before + i);
             open[depth] = (uint32_t)node;
         }
@@ -20252,6 +20272,7 @@ static void llm__gram_make_trie(llm__env *env, llm__gram_trie *trie, const llm_t
     trie->bytes = (uint8_t *)llm__alloc(env, n_bytes + 1, 1);
     trie->depths = (uint16_t *)llm__alloc(env, n_bytes + 1, sizeof *trie->depths);
     trie->heights = (uint8_t *)llm__alloc(env, n_bytes + 1, 1);
+    trie->below = (uint16_t *)llm__alloc(env, n_bytes + 1, sizeof *trie->below);
     trie->skips = (uint32_t *)llm__alloc(env, n_bytes + 1, sizeof *trie->skips);
     trie->firsts = (uint32_t *)llm__alloc(env, n_bytes + 2, sizeof *trie->firsts);
     trie->ids = (llm_token *)llm__alloc(env, n + 1, sizeof *trie->ids);
@@ -20289,6 +20310,7 @@ typedef struct llm__gram_state {
     uint32_t first_wait, n_wait; /* in waits: the calls */
     int32_t plain[2];            /* the state after any plain character, of ASCII or not, or one of those below */
     int32_t room[2];             /* see llm__gram_plain_room, or LLM__GRAM_UNKNOWN */
+    int32_t loops;               /* the groups of bytes that lead back here, or LLM__GRAM_UNKNOWN */
     int32_t mask;                /* in masks, or -1 */
     bool accepts, expanded;
 } llm__gram_state;
@@ -20310,6 +20332,7 @@ struct llm_grammar {
     llm__gram_trie trie;
     uint8_t classes[256]; /* bytes of one class are alike to every node */
     uint8_t class_byte[256];
+    uint16_t class_groups[256]; /* of the bytes of each class, see llm__gram_group_of */
     int n_classes;
     /* The states so far. */
     llm__gram_state *states;
@@ -20535,7 +20558,7 @@ static int32_t llm__gram_intern_state(llm__env *env, llm_grammar *g) {
     s.accepts = llm__gram_find_core(env, g);
     llm__gram_sort_items(g, s.first_core);
     s.n_core = (uint32_t)(g->n_items - s.first_core);
-    s.plain[0] = s.plain[1] = s.room[0] = s.room[1] = LLM__GRAM_UNKNOWN;
+    s.plain[0] = s.plain[1] = s.room[0] = s.room[1] = s.loops = LLM__GRAM_UNKNOWN;
     s.mask = -1;
     if (!s.n_core && !s.accepts) return LLM__GRAM_DEAD;
     if (2 * g->n_states > table->mask) {
@@ -20672,29 +20695,34 @@ static int32_t llm__gram_step_all(llm__env *env, llm_grammar *g, int32_t state, 
     return to;
 }
 
+/* The first bytes of characters of several: from, to; how many follow; of these the first: from, to. */
+static const uint8_t llm__gram_leads[8][5] = {
+    {0xC2, 0xDF, 1, 0x80, 0xBF}, {0xE0, 0xE0, 2, 0xA0, 0xBF}, {0xE1, 0xEC, 2, 0x80, 0xBF}, {0xED, 0xED, 2, 0x80, 0x9F},
+    {0xEE, 0xEF, 2, 0x80, 0xBF}, {0xF0, 0xF0, 3, 0x90, 0xBF}, {0xF1, 0xF3, 3, 0x80, 0xBF}, {0xF4, 0xF4, 3, 0x80, 0x8F}};
+
+/* The state after the rest of a character, whichever it is; or LLM__GRAM_MIXED. */
+static int32_t llm__gram_finish_char(llm__env *env, llm_grammar *g, int32_t state, const uint8_t lead[5]) {
+    for (int n = lead[2], lo = lead[3], hi = lead[4]; n > 0 && state >= 0; n--) {
+        state = llm__gram_step_all(env, g, state, lo, hi, LLM__GRAM_UNKNOWN);
+        lo = 0x80;
+        hi = 0xBF;
+    }
+    return state;
+}
+
 /* The state after a plain character, if all lead to the same; else LLM__GRAM_MIXED. */
 static int32_t llm__gram_find_plain(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind) {
     static const uint8_t ascii[3][2] = {{0x20, 0x21}, {0x23, 0x5B}, {0x5D, 0x7E}};
-    static const uint8_t longer[8][5] = {/* from, to, continuation bytes, the first of them from, to */
-                                         {0xC2, 0xDF, 1, 0x80, 0xBF}, {0xE0, 0xE0, 2, 0xA0, 0xBF},
-                                         {0xE1, 0xEC, 2, 0x80, 0xBF}, {0xED, 0xED, 2, 0x80, 0x9F},
-                                         {0xEE, 0xEF, 2, 0x80, 0xBF}, {0xF0, 0xF0, 3, 0x90, 0xBF},
-                                         {0xF1, 0xF3, 3, 0x80, 0xBF}, {0xF4, 0xF4, 3, 0x80, 0x8F}};
     int32_t to = LLM__GRAM_UNKNOWN;
     for (int i = 0; i < 3; i++) {
         to = llm__gram_step_all(env, g, state, ascii[i][0], ascii[i][1], to);
         if (to == LLM__GRAM_MIXED) return to;
     }
     for (int i = 0; i < 8 && kind == LLM__GRAM_PLAIN; i++)
-        for (int byte = longer[i][0], last = -1; byte <= longer[i][1]; byte++) {
+        for (int byte = llm__gram_leads[i][0], last = -1; byte <= llm__gram_leads[i][1]; byte++) {
             if (g->classes[byte] == last) continue;
             last = g->classes[byte];
-            int32_t at = llm__gram_step(env, g, state, last);
-            for (int n = longer[i][2], lo = longer[i][3], hi = longer[i][4]; n > 0 && at >= 0; n--) {
-                at = llm__gram_step_all(env, g, at, lo, hi, LLM__GRAM_UNKNOWN);
-                lo = 0x80;
-                hi = 0xBF;
-            }
+            int32_t at = llm__gram_finish_char(env, g, llm__gram_step(env, g, state, last), llm__gram_leads[i]);
             if (at != to) return LLM__GRAM_MIXED;
         }
     return to;
@@ -20739,9 +20767,27 @@ static void llm__gram_clear_bits(uint64_t *bits, const llm_token *ids, size_t n)
     for (size_t i = 0; i < n; i++) bits[ids[i] >> 6] &= ~((uint64_t)1 << (ids[i] & 63));
 }
 
-/* Whether all tokens below a node of a plain kind fit, if it leads to this state. */
+/* The groups of which all bytes lead from a state to itself. */
+static unsigned llm__gram_loops(llm__env *env, llm_grammar *g, int32_t state) {
+    unsigned others = 0;
+    if (g->states[state].loops != LLM__GRAM_UNKNOWN) return (unsigned)g->states[state].loops;
+    for (int c = 0; c < g->n_classes; c++)
+        if ((g->class_groups[c] & ~others) && llm__gram_step(env, g, state, c) != state) others |= g->class_groups[c];
+    g->states[state].loops = (int32_t)(0xFFFF & ~others);
+    return 0xFFFF & ~others;
+}
+
+/* Whether it is certain that all tokens below a node fit, if it leads to this state. */
 static bool llm__gram_all_fit(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind, size_t node) {
-    return state >= 0 && llm__gram_plain_room(env, g, state, kind) >= g->trie.heights[node];
+    if (state < 0) return false;
+    if (kind != LLM__GRAM_REST && llm__gram_plain_room(env, g, state, kind) >= g->trie.heights[node]) return true;
+    if (!(g->trie.below[node] & ~llm__gram_loops(env, g, state))) return true;
+    for (int i = 0; i < 8 && kind == LLM__GRAM_PLAIN; i++)
+        if (g->trie.bytes[node] >= llm__gram_leads[i][0] && g->trie.bytes[node] <= llm__gram_leads[i][1]) {
+            state = llm__gram_finish_char(env, g, state, llm__gram_leads[i]);
+            return state >= 0 && llm__gram_plain_room(env, g, state, kind) >= g->trie.heights[node];
+        }
+    return false;
 }
 
 /* Whether most plain tokens of a kind begin with a byte after which all of them fit. */
@@ -20775,7 +20821,7 @@ static void llm__gram_walk(llm__env *env, llm_grammar *g, int32_t state, llm__gr
         }
         path[depth + 1] = to;
         size_t after = i + 1;
-        if (kind != LLM__GRAM_REST && skip > i + LARGE && llm__gram_all_fit(env, g, to, kind, i)) after = skip;
+        if (skip > i + LARGE && llm__gram_all_fit(env, g, to, kind, i)) after = skip;
         if (!all_set) llm__gram_set_bits(bits, trie->ids + first, trie->firsts[after] - first);
         i = after;
     }
@@ -24321,6 +24367,7 @@ static void llm__gram_find_classes(llm_grammar *g, size_t n_nodes) {
     for (int byte = 0; byte < 256; byte++) {
         if (byte && begins[byte]) g->class_byte[g->n_classes++] = (uint8_t)byte;
         g->classes[byte] = (uint8_t)(g->n_classes - 1);
+        g->class_groups[g->n_classes - 1] |= (uint16_t)llm__gram_group_of(byte);
     }
 }
 

@@ -231,10 +231,10 @@ static __device__ void llm__chip_copy_16(void *to, const void *from, int bytes) 
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
                  "l"(from), "r"(bytes)
                  : "memory");
+#elif !defined(__CUDACC__)
+    cuda_host_copy(to, from, bytes, 16);
 #else
-    uint4 copy = make_uint4(0, 0, 0, 0);
-    memcpy((void *)&copy, from, (size_t)bytes);
-    *(uint4 *)to = copy;
+    (void)to, (void)from, (void)bytes;
 #endif
 }
 
@@ -243,8 +243,10 @@ static __device__ void llm__chip_copy_8(void *to, const void *from) {
 #ifdef __CUDA_ARCH__
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from)
                  : "memory");
+#elif !defined(__CUDACC__)
+    cuda_host_copy(to, from, 8, 8);
 #else
-    memcpy(to, from, 8);
+    (void)to, (void)from;
 #endif
 }
 
@@ -252,6 +254,8 @@ static __device__ void llm__chip_copy_8(void *to, const void *from) {
 static __device__ void llm__chip_group_copies(void) {
 #ifdef __CUDA_ARCH__
     asm volatile("cp.async.commit_group;" ::: "memory");
+#elif !defined(__CUDACC__)
+    cuda_host_group_copies();
 #endif
 }
 
@@ -260,6 +264,8 @@ template <int N> static __device__ void llm__chip_wait_for_copies(void) {
 #ifdef __CUDA_ARCH__
     if (N == 0) asm volatile("cp.async.wait_all;" ::: "memory");
     else asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#elif !defined(__CUDACC__)
+    cuda_host_wait_for_copies(N);
 #endif
 }
 
@@ -3482,8 +3488,8 @@ static int llm__product_blocks(const llm__gpu_context *c, llm__matrix_format for
     return llm__min((int)most, llm__product_blocks_per_processor(format, tiles));
 }
 
-/* There are at most as many blocks as the GPU holds at once. Their numbers of tiles differ by at most one. They hold the
-   inputs if two blocks still fit a multiprocessor. */
+/* There are at most as many blocks as the GPU holds at once, and their numbers of tiles differ by at most one. They hold
+   the inputs if two blocks still fit a multiprocessor. */
 template <int ENDING>
 static void llm__run_product(llm__gpu_context *c, llm__kernel_kind kind, int bucket, llm__product p) {
     llm__matrix_format format = p.weight.format;
@@ -4199,9 +4205,9 @@ LLM_API const llm_backend *llm_cuda_backend(void) { return llm_cuda_backend_mode
 
 /* ---- For bench/gpu.cpp, which declares these itself ---- */
 
-/* Changes how a context decodes from now on: whether kernels overlap, and which kinds of kernels are launched. `kinds` has a bit for each kind of llm__kernel_kind that a pass launches, and
-   bit 31 for the exchanges between ranks. If some kinds are left out, the results are meaningless, but the times of the
-   others are still right. */
+/* Changes how a context decodes from now on: whether kernels overlap, and which kinds of kernels are launched. `kinds`
+   has a bit for each kind of llm__kernel_kind that a pass launches, and bit 31 for the exchanges between ranks. If some
+   kinds are left out, the results are meaningless, but the times of the others are still right. */
 LLM_API void llm__cuda_vary(void *context, bool overlap, unsigned kinds) {
     using namespace llm__cuda;
     llm__gpu_context *c = (llm__gpu_context *)context;
@@ -4212,7 +4218,7 @@ LLM_API void llm__cuda_vary(void *context, bool overlap, unsigned kinds) {
     llm__forget_graphs(c);
 }
 
-/* Returns the name of such a kind, or NULL after the last. *n_kernels: how many of its kernels run in each token between
+/* Returns the name of such a kind, or NULL after the last. *n_kernels: how many of its kernels run in each token, between
    the embedding and the choice of the next token. *bytes: how many bytes of weights these read. */
 LLM_API const char *llm__cuda_kind(void *context, int kind, int *n_kernels, double *bytes) {
     using namespace llm__cuda;

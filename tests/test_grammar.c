@@ -561,6 +561,7 @@ static void test_masks(void **state) {
          "{\"type\":\"object\",\"properties\":{\"title\":{\"type\":\"string\",\"maxLength\":9},\"kind\":"
          "{\"type\":\"string\",\"pattern\":\"^[\\\\w.]{2,5}-?$\"}},\"additionalProperties\":{\"type\":\"string\"}}",
          "{\"title\": \"nine é it\", \"kind\": \"ab.\", \"title2\": \"a long one\"}"},
+        {llm_grammar_from_regex, "[\\w.]+@[\\w.]+\\.[a-z]{2,8}|[a-fé日]*\\d", "ab.c_de@fed.cab.com"},
         {llm_grammar_from_regex, "[^x]{0,25}(x|é+|[ -~]{3})", "a text é of"},
         {llm_grammar_from_regex, "[A-Z].{0,3}|[a-z].{0,12}|-.{0,1}", "hello there"},
         {llm_grammar_from_regex, "([a-z]+ ?)*\\.", "lower case words."},

@@ -155,6 +155,13 @@ struct meeting { /* where threads wait for each other */
     int n_here = 0, round = 0;
 };
 
+/* A copy to shared memory that a thread has started, or with to == nullptr the end of a group of them. */
+struct copy {
+    void *to;
+    const void *from;
+    int bytes, all; /* the others of all become zero */
+};
+
 struct fiber {
     std::unique_ptr<uint8_t[]> memory;
     const void *stack = nullptr;
@@ -166,6 +173,7 @@ struct fiber {
     int n_syncs = 0;     /* __syncwarp calls that it has passed                              */
     bool waited = false; /* for the kernels ahead of this one                                */
     bool done = true;
+    std::vector<copy> copies; /* that it has not waited for */
 };
 
 struct block {
@@ -229,6 +237,12 @@ inline void fiber_main(transfer_t from) {
     block &b = here();
     for (;;) {
         (*b.body)();
+        for (const copy &c : b.fibers[b.current].copies)
+            if (c.to) {
+                fprintf(stderr, "cuda_host: a thread ends before a copy that it has started\n");
+                abort();
+            }
+        b.fibers[b.current].copies.clear();
         b.fibers[b.current].done = true;
         b.n_done++;
         wait(b);
@@ -424,6 +438,32 @@ static inline bool cuda_host_may_use(const void *at) {
 CUDA_HOST_SWITCH void cuda_host_wait() {
     cuda_host_fibers::here().fibers[cuda_host_fibers::here().current].waited = true;
     cuda_host_current.n_waits++;
+}
+
+/* Not CUDA's: copies to shared memory that go on while the thread does. What they replace is gone at once, and what they
+   bring is there at the last moment. */
+static inline void cuda_host_copy(void *to, const void *from, int bytes, int all) {
+    cuda_host_fibers::here().fibers[cuda_host_fibers::here().current].copies.push_back({to, from, bytes, all});
+    memset(to, 0xFF, (size_t)all);
+}
+
+static inline void cuda_host_group_copies() {
+    cuda_host_fibers::here().fibers[cuda_host_fibers::here().current].copies.push_back({nullptr, nullptr, 0, 0});
+}
+
+/* Waits for all copies (n_groups = 0), or for those before the last n_groups groups. */
+static inline void cuda_host_wait_for_copies(int n_groups) {
+    std::vector<cuda_host_fibers::copy> &copies =
+        cuda_host_fibers::here().fibers[cuda_host_fibers::here().current].copies;
+    size_t end = copies.size();
+    for (int ends = 0; end > 0 && n_groups > 0; end--)
+        if (!copies[end - 1].to && ++ends > n_groups) break;
+    for (size_t i = 0; i < end; i++) {
+        if (!copies[i].to) continue;
+        memcpy(copies[i].to, copies[i].from, (size_t)copies[i].bytes);
+        memset((uint8_t *)copies[i].to + copies[i].bytes, 0, (size_t)(copies[i].all - copies[i].bytes));
+    }
+    copies.erase(copies.begin(), copies.begin() + (std::ptrdiff_t)end);
 }
 
 static inline void cuda_host_prefetch(const void *from, size_t size) {
