@@ -641,10 +641,12 @@ LLM_API llm_status llm_quantize_gguf_callback(llm_read_fn read, void *user, uint
 /* Writes a loaded model as a packed file: its weights as they lie in memory, which is the same for every instruction
    set, and its tokenizer with all tables. llm_model_load maps such a file and computes on it as it lies: it loads in a
    few milliseconds whatever its size, and processes that load it share its memory. It has the same logits, bit for bit.
-   The file must not change while a model uses it. It is for the CPU and one rank, holds the weights in one type
-   (llm_model_desc.dtype is that or zero), and is written again for a version of this library that reads another one.
-   Loading compares a checksum of the header; llm_model_desc.check does that for the weights. Afterwards progress is 1.
-   `to` must not exist yet: the file is written as `to`.tmp, then renamed. After a failure neither file is left. */
+   The file must not change while a model uses it. Its weights are not in memory from host.alloc. It is for the CPU and
+   one rank, and its weights are not converted: llm_model_desc.dtype is zero, or the type that the model had. A version
+   of this library that does not know the file's version says so; then the file must be written again. Loading compares
+   a checksum of the header, and with llm_model_desc.check one of the weights. host may be NULL; its progress goes from
+   0 to 1, and if it returns false, nothing is written. `to` must not exist yet: the file is written as `to`.tmp, then
+   renamed. After a failure neither file is left. */
 LLM_API llm_status llm_model_save_packed(const llm_model *model, const char *to, const llm_host *host, llm_error *err);
 
 /* ---- Tokenizer ----------------------------------------------------------------------------------------------- */
@@ -17086,7 +17088,7 @@ static llm__weight_type llm__packed_kind(llm__packed *p, llm__weight_type kind) 
               "a weight of this packed file is held as \"%.*s\", which this library does not know", LLM__SHOW(name));
 }
 
-/* Writes one weight of walk->device, or reads where it is in the file. */
+/* Writes one weight of walk->device. Or reads where it is in the file, and gives it to walk->device if there is one. */
 static void llm__packed_walk_weight(llm__model_walk *walk, llm_backend_weight_kind kind, int layer) {
     llm__packed *p = walk->packed;
     llm__cpu_model *from = p->file ? NULL : (llm__cpu_model *)walk->device;
@@ -17113,7 +17115,7 @@ static void llm__packed_walk_weight(llm__model_walk *walk, llm_backend_weight_ki
     walk->n_params += (uint64_t)w.rows * (uint64_t)w.cols;
     walk->weight_bytes += bytes;
     if (kind != LLM_WEIGHT_EMBEDDING || walk->h->tied_head) walk->weight_bytes_per_token += bytes;
-    if (walk->visit) walk->visit(walk, &w);
+    if (p->file && walk->device) llm__env_check(walk->env, walk->backend->upload(walk->device, &w, walk->env->err));
 }
 
 static void llm__model_walk_weights(llm__model_walk *walk) {
@@ -17450,7 +17452,6 @@ static void llm__packed_load(llm__env *env, llm__model_load_args *args, const ll
     llm__model_walk walk = llm__model_start_walk(env, NULL, &m.h, &model->shape, desc);
     walk.packed = &p;
     walk.device = args->device;
-    walk.visit = llm__model_upload_weight;
     llm__model_walk_weights(&walk);
     model->tokenizer = llm__tokenizer_from_packed(&p);
     llm__model_check_vocab(env, model);
@@ -18762,11 +18763,11 @@ static void llm__packed_save_body(llm__env *env, void *arg) {
     llm__out *out = llm__out_begin(env, a->to);
     llm__packed_make_header(env, model, &p);
     llm__out_put(env, out, p.header, (size_t)p.r.at);
-    for (size_t i = 0; i < p.n_pieces; i++) {
-        const llm_host *host = &env->pool->host;
+    const llm_host *host = &env->pool->host;
+    for (size_t i = 0; i <= p.n_pieces; i++) {
         if (host->progress && !host->progress(host->user, (float)i / (float)p.n_pieces))
             llm__fail(env, LLM_ERROR_CANCELLED, "writing was cancelled");
-        llm__packed_put(env, out, NULL, &p.pieces[i]);
+        if (i < p.n_pieces) llm__packed_put(env, out, NULL, &p.pieces[i]);
     }
     llm__out_finish(env, out, a->to);
 }
