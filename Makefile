@@ -40,7 +40,7 @@ LIBS_test_score           = -ljansson
 LIBS_test_tokenizer       = -ljansson
 LIBS_test_tokenizer_files = -ljansson
 LIBS_test_hellaswag_text  = -lbz2 -ljansson
-LIBS_test_cuda            = -lboost_context
+LIBS_test_cuda            = -lboost_context -rdynamic
 LDLIBS = $(LIBS_$(basename $(@F))) $(if $(filter test_%,$(@F)),-lcmocka) -lm -lpthread
 
 # Debian packages, each with a command or file that shows that it is installed.
@@ -158,7 +158,14 @@ $(foreach dir,build build/asan,$(dir)/test_cuda): tests/test_cuda.cpp llm_cuda.c
 	mkdir -p $(@D)
 	echo "  compile $@"
 	$(if $(filter build/asan/%,$@),$(subst clang,clang++,$(COMPILE_asan)),$(CXX) $(CXXFLAGS)) -std=c++17 $(WARNINGS) -Wno-unknown-pragmas -fno-strict-aliasing \
-		-Itests/cuda_host -I. $(CPPFLAGS) -o $@ -x c++ $(filter %.cpp %.cu,$^) -x none $(filter %.o,$^) $(LDFLAGS) $(LDLIBS)
+		-Itests/cuda_host -I. $(CPPFLAGS) -o $@ -x c++ $(filter-out tests/cuda_host/%,$(filter %.cpp %.cu,$^)) -x none $(filter %.o,$^) $(LDFLAGS) $(LDLIBS)
+
+# A libnccl.so.2 for these tests, which they load by its name.
+$(foreach dir,build build/asan,$(eval $(dir)/test_cuda: build/cuda_host/libnccl.so.2))
+build/cuda_host/libnccl.so.2: tests/cuda_host/nccl.cpp tests/cuda_host/nccl_host.h
+	mkdir -p $(@D)
+	echo "  compile $@"
+	$(CXX) $(CXXFLAGS) -std=c++17 $(WARNINGS) -fPIC -shared -Wl,-soname,$(@F) $(CPPFLAGS) -o $@ $<
 
 # The same with every access of a kernel looked at: the compiler's calls to ThreadSanitizer go to tests/cuda_host/cuda_watch.h.
 build/test_cuda_access: tests/test_cuda_access.cpp llm_cuda.cu build/llm.o $(wildcard tests/*.h tests/cuda_host/*)

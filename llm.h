@@ -1353,12 +1353,20 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
    first GPU. Otherwise rank r (tensor rank + number of tensor ranks * pipeline rank) takes GPU r modulo the number of
    GPUs that its process sees. In passes of up to 16 rows the bits are the same for any number of ranks.
 
-   Up to 8 tensor ranks on one machine, threads or processes, exchange their data in their GPUs' memory, if each has a
-   GPU of its own and these reach each other's memory. (Processes need Linux, and contexts of such ranks are freed by
-   all ranks at the same time: each waits for the others.) All other ranks use the host's memory. Then several GPUs hold
-   larger models, and a pipeline scores faster than one GPU, but tensor parallel decodes slower than one GPU that has
-   room for the whole model. With LLM_CUDA_RANKS=host in the environment they always use the host's memory; the results
-   are the same. host.log tells which way is used. */
+   Tensor ranks exchange their data in one of three ways, with the same results. The first pass chooses the first way
+   that is possible, and host.log tells which it is. LLM_CUDA_RANKS=peer, nccl or host in the environment asks for one.
+   If that is not possible, creating the context or the first pass fails.
+   - peer: in the GPUs' memory. Up to 8 ranks on one machine, threads or processes, can do it if each has a GPU of its
+     own and these reach each other's memory.
+   - nccl: with NVIDIA's library NCCL, also between machines. Each rank needs a GPU of its own. libnccl.so.2 is loaded
+     then, version 2.18 or newer. If it is not asked for, it is used only if each rank is a process, because NCCL's
+     kernels in the recorded graphs of several threads may block each other. With threads, passes are not recorded. To
+     start, NCCL may take four times llm_comm.patience. Its buffers are not in llm_memory_estimate. Only one context of
+     a rank may work at a time.
+   - host: through the host's memory and the llm_comm. Several GPUs then hold larger models, but they decode slower than
+     one GPU that has room for the whole model.
+   With processes, or NCCL, contexts are freed by all ranks at the same time: each waits for the others. Processes need
+   Linux. */
 typedef enum llm_cuda_mode {
     LLM_CUDA_GRAPH = 0, /* passes of up to 16 rows run the fused kernels, launched as one recorded graph          */
     LLM_CUDA_FUSED,     /* the same kernels, launched one by one                                                  */

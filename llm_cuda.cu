@@ -24,8 +24,10 @@
 #endif
 #include "llm.h"
 
+#include <chrono>
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <initializer_list>
 #include <math.h>
 #include <random>
@@ -71,6 +73,7 @@ typedef struct llm__queue {
     cudaStream_t stream;
     cublasHandle_t blas;
     bool can_overlap;    /* a kernel may start while the one before it ends (programmatic dependent launch) */
+    bool is_after_nccl;  /* the next kernel does not overlap: the one before it is NCCL's                   */
     unsigned left_out;   /* kinds of kernels that are not launched: a bit for each */
     cudaError_t failure; /* the first failure */
     cublasStatus_t blas_failure;
@@ -101,6 +104,7 @@ typedef enum llm__kernel_kind {
     LLM__KIND_READ,
     LLM__KIND_FILL,
     LLM__KIND_MEET,
+    LLM__KIND_CLEAR,
     LLM__KINDS
 } llm__kernel_kind;
 
@@ -123,7 +127,8 @@ static const char *llm__kind_name(int kind) {
                                                   "scoring",
                                                   "reading all weights",
                                                   "filling with random numbers",
-                                                  "a meeting of ranks"};
+                                                  "a meeting of ranks",
+                                                  "clearing the other ranks' share"};
     return names[kind];
 }
 
@@ -158,7 +163,8 @@ static void llm__queue_launch_with(llm__queue *queue, int overlap, llm__kernel_k
     config.dynamicSmemBytes = shared_bytes;
     config.stream = queue->stream;
     config.attrs = &attribute;
-    config.numAttrs = overlap == LLM__OVERLAP && queue->can_overlap ? 1 : 0;
+    config.numAttrs = overlap == LLM__OVERLAP && queue->can_overlap && !queue->is_after_nccl ? 1 : 0;
+    queue->is_after_nccl = false;
     llm__queue_note(queue, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
                     llm__kind_name(kind));
 }
@@ -2202,6 +2208,123 @@ static __global__ void llm__meet_ranks(llm__meet_run m) {
     }
 }
 
+/* ---- NCCL ----
+
+   Where the GPUs cannot use each other's memory, and each rank is a process with a GPU of its own, NCCL exchanges the
+   rows. A kernel first clears what this rank does not have. Then NCCL adds up the rows of all ranks as integers. Only
+   one rank has a byte that is not zero, so the sums are exact, and the bits are those of the other ways. If there is
+   only one row and all shares are equal, nothing is cleared, and NCCL gathers the shares.
+
+   The library is loaded when it is needed, so that programs need it neither to be built nor to run. What is used of it
+   is declared here. A communicator is made such that no call waits for other ranks: a call that is not done returns
+   LLM__NCCL_IN_PROGRESS, and get_async_error tells when it is. */
+
+enum {
+    LLM__NCCL_OLDEST = 21800, /* version 2.18.0 */
+    LLM__NCCL_DONE = 0,
+    LLM__NCCL_IN_PROGRESS = 7,
+    LLM__NCCL_BYTES = 1,
+    LLM__NCCL_WORDS = 3, /* of 32 bits, without a sign */
+    LLM__NCCL_SUM = 0,
+    LLM__NCCL_START = 4 /* starting may take so many times as long as an exchange */
+};
+
+typedef struct llm__nccl_id {
+    char bytes[128];
+} llm__nccl_id;
+
+/* That of version 2.14; newer versions give their new members the usual values. */
+typedef struct llm__nccl_config {
+    size_t size;
+    unsigned magic, version;
+    int blocking;
+} llm__nccl_config;
+
+typedef struct llm__nccl_library {
+    char problem[300]; /* why it cannot be used; "": it can */
+    int version;
+    int (*get_version)(int *version);
+    int (*get_id)(llm__nccl_id *id);
+    int (*init)(void **comm, int size, llm__nccl_id id, int rank, llm__nccl_config *config);
+    int (*get_async_error)(void *comm, int *result);
+    int (*all_reduce)(const void *from, void *to, size_t n, int type, int operation, void *comm, cudaStream_t stream);
+    int (*all_gather)(const void *from, void *to, size_t n, int type, void *comm, cudaStream_t stream);
+    int (*group_start)(void);
+    int (*group_end)(void);
+    int (*finalize)(void *comm);
+    int (*destroy)(void *comm);
+    int (*abort)(void *comm);
+    const char *(*get_error_string)(int result);
+} llm__nccl_library;
+
+/* Returns false if the library has no such function. */
+template <typename Function> static bool llm__nccl_find(void *library, const char *name, Function **out) {
+    *out = (Function *)dlsym(library, name);
+    return *out != NULL;
+}
+
+static void llm__nccl_find_all(void *library, llm__nccl_library *n) {
+    const int v = LLM__NCCL_OLDEST;
+    if (!llm__nccl_find(library, "ncclGetVersion", &n->get_version) || n->get_version(&n->version)) n->version = 0;
+    int thousands = n->version < 10000 ? 1000 : 10000; /* until version 2.8, and since then */
+    if (n->version < v)
+        snprintf(n->problem, sizeof n->problem, "NCCL is too old: libnccl.so.2 is version %d.%d, and %d.%d is needed",
+                 n->version / thousands, n->version % thousands / 100, v / 10000, v % 10000 / 100);
+    else if (!llm__nccl_find(library, "ncclGetUniqueId", &n->get_id) ||
+             !llm__nccl_find(library, "ncclCommInitRankConfig", &n->init) ||
+             !llm__nccl_find(library, "ncclCommGetAsyncError", &n->get_async_error) ||
+             !llm__nccl_find(library, "ncclAllReduce", &n->all_reduce) ||
+             !llm__nccl_find(library, "ncclAllGather", &n->all_gather) ||
+             !llm__nccl_find(library, "ncclGroupStart", &n->group_start) ||
+             !llm__nccl_find(library, "ncclGroupEnd", &n->group_end) ||
+             !llm__nccl_find(library, "ncclCommFinalize", &n->finalize) ||
+             !llm__nccl_find(library, "ncclCommDestroy", &n->destroy) ||
+             !llm__nccl_find(library, "ncclCommAbort", &n->abort) ||
+             !llm__nccl_find(library, "ncclGetErrorString", &n->get_error_string))
+        snprintf(n->problem, sizeof n->problem, "libnccl.so.2 lacks functions of NCCL");
+}
+
+/* Loads the library, once for all. */
+static const llm__nccl_library *llm__nccl_load(void) {
+    static const llm__nccl_library loaded = [] {
+        llm__nccl_library n = {};
+        void *library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
+        const char *why = library ? NULL : dlerror();
+        if (library) llm__nccl_find_all(library, &n);
+        else snprintf(n.problem, sizeof n.problem, "NCCL cannot be loaded: %s", why ? why : "libnccl.so.2");
+        return n;
+    }();
+    return &loaded;
+}
+
+/* Clears the words of a row that this rank does not have. */
+template <typename Word>
+static __device__ void llm__meet_clear(const llm__meet_part &part, int row, bool is_whole, bool is_none) {
+    Word *data = (Word *)(void *)(part.data + (size_t)row * part.stride);
+    const Word zero = {};
+    unsigned step = gridDim.x * blockDim.x, words = is_whole ? 0 : part.row_bytes / (unsigned)sizeof(Word);
+    for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < words; i += step) {
+        unsigned byte = i * (unsigned)sizeof(Word);
+        if (is_none || byte < part.first || byte >= part.end) data[i] = zero;
+    }
+}
+
+/* Leaves of each row only what this rank has. Rows from the count on are nobody's. Blocks with the same y have a row.
+   *progress changes, so that the host sees that the GPU has not stopped. */
+static __global__ void llm__meet_clear_rows(llm__meet_run m, unsigned *progress) {
+    int row = (int)blockIdx.y;
+    llm__chip_wait_for_previous();
+    int n_rows = m.count ? *m.count : m.n_rows;
+    bool is_whole = m.tokens && row < n_rows && m.tokens[row] >= m.first_token && m.tokens[row] < m.end_token,
+         is_none = row >= n_rows || (m.tokens && !is_whole);
+    for (int i = 0; i < m.n_parts; i++) {
+        if (m.parts[i].word == 16) llm__meet_clear<uint4>(m.parts[i], row, is_whole, is_none);
+        else if (m.parts[i].word == 4) llm__meet_clear<uint32_t>(m.parts[i], row, is_whole, is_none);
+        else llm__meet_clear<uint16_t>(m.parts[i], row, is_whole, is_none);
+    }
+    if (row == 0 && blockIdx.x == 0 && threadIdx.x == 0) *progress = (unsigned)llm__chip_nanoseconds();
+}
+
 /* ==== 8 The model ===============================================================================================
 
    Matrices are stored row by row, as in the file. Threads of the host convert rows into one of two pinned buffers while
@@ -2638,6 +2761,9 @@ typedef struct llm__sizes {
     size_t half;                              /* bytes of half a mailbox; 0: there is none */
 } llm__sizes;
 
+/* How tensor ranks exchange rows. */
+typedef enum llm__meet_way { LLM__MEET_ANY, LLM__MEET_HOST, LLM__MEET_PEERS, LLM__MEET_NCCL } llm__meet_way;
+
 /* A mailbox. It is freed once neither its own rank nor other ranks of this process that have found it use it any
    more. */
 typedef struct llm__meet_memory {
@@ -2645,6 +2771,18 @@ typedef struct llm__meet_memory {
     int device, n_users; /* n_users is atomic */
     bool opened;         /* it belongs to another process, and is closed instead of freed */
 } llm__meet_memory;
+
+/* What a rank tells the others about itself. */
+typedef struct llm__meet_address {
+    uint64_t process;      /* a random number, which differs between processes           */
+    llm__meet_memory *box; /* an address of that process                                 */
+    int device;            /* its number in that process                                 */
+    llm__meet_way asked;   /* the way that is wanted                                     */
+    bool has_handle;       /* of the mailbox, which other processes can open             */
+    char bus[32];          /* the GPU's PCI bus id                                       */
+    char machine[40];      /* Linux's random number of the machine's start; "": unknown  */
+    cudaIpcMemHandle_t handle;
+} llm__meet_address;
 
 typedef struct llm__gpu_context {
     llm__gpu_model *model;
@@ -2678,7 +2816,12 @@ typedef struct llm__gpu_context {
     int *meeting_tokens;
     llm__meet_memory *boxes[LLM__MEET_RANKS]; /* of the tensor ranks; those of others once they are found  */
     unsigned *host_late;                      /* llm__meet_box.late, pinned                                */
+    llm__meet_address *addresses;             /* of all tensor ranks                                       */
+    llm__meet_way asked;                      /* the way that LLM_CUDA_RANKS asks for                      */
     bool looked_for_peers, has_peers;         /* has_peers: ranks meet in the GPUs' memory                 */
+    void *nccl;                               /* NCCL's communicator; NULL: NCCL is not used               */
+    unsigned *host_progress;                  /* see llm__meet_clear_rows, pinned                          */
+    bool can_record;                          /* NCCL's kernels may be recorded                            */
     int n_sent;
     bool cancelled, stopped; /* this pass; also the rest of the call, so that all stages end it together */
     bool is_box_open;        /* another process may have opened this rank's mailbox */
@@ -2795,6 +2938,10 @@ static void llm__lay_out(llm__gpu_context *c, const llm_backend_shape *s, int gr
     c->host_picked = (int *)llm__part(c->pinned, &used, LLM_BACKEND_BURST * sizeof *c->host_picked);
     c->meeting = (uint8_t *)llm__part(c->pinned, &used, z->meeting);
     c->meeting_tokens = (int *)llm__part(c->pinned, &used, z->meeting ? n * 4 : 0);
+    c->addresses =
+        !d->tensor ? NULL
+                   : (llm__meet_address *)llm__part(c->pinned, &used, (size_t)d->tensor->size * sizeof *c->addresses);
+    c->host_progress = d->tensor ? (unsigned *)llm__part(c->pinned, &used, sizeof *c->host_progress) : NULL;
     c->host_late = z->half ? (unsigned *)llm__part(c->pinned, &used, 2 * sizeof *c->host_late) : NULL;
     c->incoming = (uint8_t *)llm__part(c->pinned, &used, z->message);
     for (int i = 0; i < 2; i++) c->outgoing[i] = (uint8_t *)llm__part(c->pinned, &used, z->message);
@@ -2859,16 +3006,71 @@ static void llm__meet_leave_others(llm__gpu_context *c) {
         if (i != c->desc.tensor->rank) llm__meet_leave(&c->boxes[i]);
 }
 
-/* Memory must not be freed while another process has opened it. So the ranks first wait until all have closed the
-   mailboxes of the others. If a rank does not come to that, this rank's mailbox stays until its process ends. */
+static double llm__seconds(void) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+/* Waits until a call of NCCL is done, which returned `result`. Returns LLM__NCCL_IN_PROGRESS if it does not end in
+   time. */
+static int llm__nccl_settle(const llm__gpu_context *c, int result, double patience) {
+    double start = llm__seconds();
+    while (result == LLM__NCCL_IN_PROGRESS && llm__seconds() - start < patience) {
+        std::this_thread::yield();
+        int failure = llm__nccl_load()->get_async_error(c->nccl, &result);
+        if (failure) result = failure;
+    }
+    return result;
+}
+
+static void llm__forget_graphs(llm__gpu_context *c) {
+    for (int i = 0; i <= LLM__BUCKETS; i++) {
+        llm__recording *r = i < LLM__BUCKETS ? &c->passes[i] : &c->burst_pass;
+        if (r->graph) cudaGraphExecDestroy(r->graph);
+        memset(r, 0, sizeof *r);
+    }
+}
+
+/* Ends NCCL's communicator. Unless the ranks do it together, it is aborted: NCCL's kernels then end, even if they wait
+   for other ranks. NCCL waits until no graph has such kernels. */
+static void llm__nccl_end(llm__gpu_context *c, bool together) {
+    const llm__nccl_library *nccl = llm__nccl_load();
+    if (!c->nccl) return;
+    llm__forget_graphs(c);
+    together = together && llm__nccl_settle(c, nccl->finalize(c->nccl), c->desc.tensor->patience) == LLM__NCCL_DONE;
+    if (together) nccl->destroy(c->nccl);
+    else nccl->abort(c->nccl);
+    c->nccl = NULL;
+}
+
+/* Memory must not be freed while another process uses it. So the ranks first wait until all have closed the mailboxes
+   of the others, and until NCCL has no more work. If a rank does not come to that, this rank's mailbox stays until its
+   process ends. */
 static void llm__meet_free(llm__gpu_context *c) {
     llm_comm *tensor = c->desc.tensor;
     unsigned flags = 0;
-    if (!tensor || !c->sizes.half) return;
+    if (!tensor) return;
     const llm_exchange nothing = {NULL, 0, 0, 0, 0, tensor->size, NULL, 0};
     llm__meet_leave_others(c);
-    if (c->is_box_open && (c->queue.parted.code || tensor->exchange(tensor, &nothing, &flags, NULL))) return;
-    llm__meet_leave(&c->boxes[tensor->rank]);
+    bool together =
+        (c->is_box_open || c->nccl) && !c->queue.parted.code && !tensor->exchange(tensor, &nothing, &flags, NULL);
+    if (c->nccl) llm__nccl_end(c, together);
+    if (c->sizes.half && (!c->is_box_open || together)) llm__meet_leave(&c->boxes[tensor->rank]);
+}
+
+/* Which way LLM_CUDA_RANKS in the environment asks for. */
+static llm_status llm__meet_ask_way(llm__gpu_context *c, llm_error *err) {
+    static const struct {
+        const char *name;
+        llm__meet_way way;
+    } ways[] = {{"", LLM__MEET_ANY}, {"host", LLM__MEET_HOST}, {"peer", LLM__MEET_PEERS}, {"nccl", LLM__MEET_NCCL}};
+    const char *asked = getenv("LLM_CUDA_RANKS");
+    for (const auto &way : ways) {
+        if (strcmp(asked ? asked : "", way.name) != 0) continue;
+        c->asked = way.way;
+        if (c->asked != LLM__MEET_NCCL || !llm__nccl_load()->problem[0]) return LLM_OK;
+        return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "LLM_CUDA_RANKS is nccl, but %s", llm__nccl_load()->problem);
+    }
+    return llm__cuda_error(err, LLM_ERROR_ARGUMENT, "LLM_CUDA_RANKS is \"%s\"; it may be host, peer or nccl", asked);
 }
 
 static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
@@ -2881,6 +3083,8 @@ static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     if (c->desc.n_batch > LLM__MAX_ROWS)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "n_batch is %d; on the GPU a pass has at most %d rows",
                                c->desc.n_batch, (int)LLM__MAX_ROWS);
+    llm_status status = c->desc.tensor ? llm__meet_ask_way(c, err) : LLM_OK;
+    if (status) return status;
     LLM__TRY(cudaStreamSynchronize(c->model->stream)); /* wait for the weights */
     LLM__TRY(cudaStreamCreateWithFlags(&c->queue.stream, cudaStreamNonBlocking));
     c->queue.can_overlap = c->model->can_overlap;
@@ -2890,21 +3094,13 @@ static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     LLM__TRY(cudaMalloc((void **)&c->memory, c->memory_bytes));
     LLM__TRY(cudaMallocHost((void **)&c->pinned, c->pinned_bytes));
     llm__lay_out(c, s, c->model->group);
-    llm_status status = llm__meet_create(c, err);
+    status = llm__meet_create(c, err);
     if (status) return status;
     if (c->host_late) memset(c->host_late, 0, 2 * sizeof *c->host_late);
     /* Padding must be zero, and is never written. */
     LLM__TRY(cudaMemsetAsync(c->memory, 0, c->memory_bytes, c->queue.stream));
     LLM__TRY(cudaStreamSynchronize(c->queue.stream));
     return c->sizes.blas_bytes ? llm__create_blas(c, err) : LLM_OK;
-}
-
-static void llm__forget_graphs(llm__gpu_context *c) {
-    for (int i = 0; i <= LLM__BUCKETS; i++) {
-        llm__recording *r = i < LLM__BUCKETS ? &c->passes[i] : &c->burst_pass;
-        if (r->graph) cudaGraphExecDestroy(r->graph);
-        memset(r, 0, sizeof *r);
-    }
 }
 
 static void llm__gpu_context_free(void *context) {
@@ -3083,27 +3279,19 @@ static llm__attention_fn llm__choose_tile_attention(int head_stride) {
    in which the next product reads it: in bf16, with the sums of squares of its tiles.
 
    If the ranks run on one machine and their GPUs reach each other's memory, they exchange data there, see section 7b. A
-   rank opens the mailboxes of ranks in other processes by CUDA's IPC handles. Otherwise the data goes through the host
-   and the comm. That works across machines, too, but an exchange costs two copies and two waits. Stages of a pipeline
+   rank opens the mailboxes of ranks in other processes by CUDA's IPC handles. Otherwise NCCL exchanges the data, if it
+   is installed and each rank is a process with a GPU of its own. Otherwise the data goes through the host and the comm.
+   Both work across machines, too, but through the host an exchange costs two copies and two waits. Stages of a pipeline
    send each other the residual stream through the host. */
-
-/* What a rank tells the others about itself. */
-typedef struct llm__meet_address {
-    uint64_t process;      /* a random number, which differs between processes           */
-    llm__meet_memory *box; /* an address of that process                                 */
-    int device;            /* its number in that process                                 */
-    bool has_handle;       /* of the mailbox, which other processes can open             */
-    char bus[32];          /* the GPU's PCI bus id                                       */
-    char machine[40];      /* Linux's random number of the machine's start; "": unknown  */
-    cudaIpcMemHandle_t handle;
-} llm__meet_address;
 
 static void llm__meet_describe_self(const llm__gpu_context *c, llm__meet_address *own) {
     static const uint64_t number = (uint64_t)std::random_device()() << 32 | std::random_device()();
+    memset(own, 0, sizeof *own);
     own->process = number + (uint64_t)getpid(); /* a forked process has the same number */
-    own->box = c->boxes[c->desc.tensor->rank];
+    own->box = c->sizes.half ? c->boxes[c->desc.tensor->rank] : NULL;
     own->device = c->model->device;
-    own->has_handle = cudaIpcGetMemHandle(&own->handle, own->box->data) == cudaSuccess;
+    own->asked = c->asked;
+    own->has_handle = own->box && cudaIpcGetMemHandle(&own->handle, own->box->data) == cudaSuccess;
     if (cudaDeviceGetPCIBusId(own->bus, (int)sizeof own->bus, own->device) != cudaSuccess) own->bus[0] = 0;
     (void)cudaGetLastError();
     FILE *file = fopen("/proc/sys/kernel/random/boot_id", "r");
@@ -3160,41 +3348,128 @@ static llm__meet_memory *llm__meet_find(const llm__gpu_context *c, const llm__me
     return other->box;
 }
 
-static void llm__meet_log(const llm__gpu_context *c) {
+static void llm__meet_log(const llm__gpu_context *c, const char *why) {
     const llm_host *host = &c->desc.host;
-    char line[120];
+    const llm__nccl_library *nccl = c->nccl ? llm__nccl_load() : NULL;
+    char line[400], way[40] = "in the host's memory";
     if (!host->log || c->desc.tensor->rank) return;
-    snprintf(line, sizeof line, "CUDA: %d tensor ranks meet in %s memory", c->desc.tensor->size,
-             c->has_peers ? "the GPUs'" : "the host's");
+    if (c->has_peers) snprintf(way, sizeof way, "in the GPUs' memory");
+    if (nccl) snprintf(way, sizeof way, "through NCCL %d.%d", nccl->version / 10000, nccl->version % 10000 / 100);
+    snprintf(line, sizeof line, "CUDA: %d tensor ranks meet %s%s%s", c->desc.tensor->size, way, *why ? "; " : "", why);
     host->log(host->user, line);
 }
 
-/* Before the first pass all ranks find out whether each of them can reach all others' memory. LLM_CUDA_RANKS=host in
-   the environment of any rank forbids it. */
-static void llm__meet_find_peers(llm__gpu_context *c) {
+/* Returns true if any tensor rank says so. */
+static bool llm__meet_any(llm__gpu_context *c, bool here) {
     llm_comm *tensor = c->desc.tensor;
-    llm__meet_address all[LLM__MEET_RANKS] = {};
-    if (!tensor || c->looked_for_peers || !c->sizes.half || c->queue.parted.code) return;
-    const char *way = getenv("LLM_CUDA_RANKS");
-    size_t n = sizeof *all * (size_t)tensor->size;
-    const llm_exchange addresses = {all, 1, n, n, sizeof *all, tensor->size, NULL, 0},
-                       nothing = {NULL, 0, 0, 0, 0, tensor->size, NULL, 0};
-    unsigned flags = way && strcmp(way, "host") == 0;
-    llm__meet_address *own = &all[tensor->rank];
-    c->looked_for_peers = true;
-    llm__meet_describe_self(c, own);
-    if (tensor->exchange(tensor, &addresses, &flags, &c->queue.parted)) return;
-    for (int i = 0; i < tensor->size && !flags; i++) c->is_box_open = c->is_box_open || all[i].process != own->process;
-    for (int i = 0; i < tensor->size && !flags; i++) {
+    const llm_exchange nothing = {NULL, 0, 0, 0, 0, tensor->size, NULL, 0};
+    unsigned flags = here;
+    if (!c->queue.parted.code) tensor->exchange(tensor, &nothing, &flags, &c->queue.parted);
+    return flags || c->queue.parted.code;
+}
+
+/* All ranks find out whether each of them can reach all others' memory. */
+static void llm__meet_find_peers(llm__gpu_context *c) {
+    const llm_comm *tensor = c->desc.tensor;
+    const llm__meet_address *all = c->addresses, *own = &all[tensor->rank];
+    bool lacks = false;
+    for (int i = 0; i < tensor->size; i++) c->is_box_open = c->is_box_open || all[i].process != own->process;
+    for (int i = 0; i < tensor->size && !lacks; i++) {
         if (i == tensor->rank) continue;
         c->boxes[i] = llm__meet_find(c, own, &all[i]);
-        flags = !c->boxes[i];
+        lacks = !c->boxes[i];
     }
-    if (tensor->exchange(tensor, &nothing, &flags, &c->queue.parted)) return;
-    c->has_peers = !flags;
-    if (flags) llm__meet_leave_others(c);
-    if (flags) c->is_box_open = false; /* once the other ranks have begun the pass, whose exchanges follow */
-    llm__meet_log(c);
+    lacks = llm__meet_any(c, lacks);
+    if (c->queue.parted.code) return;
+    c->has_peers = !lacks;
+    if (lacks) llm__meet_leave_others(c);
+    if (lacks) c->is_box_open = false; /* once the other ranks have begun the pass, whose exchanges follow */
+}
+
+/* Do two ranks have the same GPU, as far as is known? */
+static bool llm__meet_share_gpu(const llm__meet_address *a, const llm__meet_address *b) {
+    if (a->machine[0] && b->machine[0] && strcmp(a->machine, b->machine) != 0) return false;
+    return !a->bus[0] || !b->bus[0] || strcmp(a->bus, b->bus) == 0;
+}
+
+/* Starts NCCL on all ranks. If any of them cannot, no rank uses it. Why this rank cannot goes to `why`. */
+static void llm__nccl_start(llm__gpu_context *c, char *why, size_t size) {
+    llm_comm *tensor = c->desc.tensor;
+    const llm__nccl_library *nccl = llm__nccl_load();
+    const int32_t first = 0;
+    llm__nccl_id id = {};
+    llm__nccl_config config = {sizeof config, 0xCAFEBEEF, 21400, 0};
+    const llm_exchange x = {&id, 1, sizeof id, sizeof id, sizeof id, tensor->size, &first, 1};
+    int result = LLM__NCCL_DONE;
+    unsigned flags = 0;
+    snprintf(why, size, "%s", nccl->problem);
+    if (!*why && tensor->rank == 0) result = nccl->get_id(&id);
+    flags = *why || result;
+    if (tensor->exchange(tensor, &x, &flags, &c->queue.parted)) return;
+    if (!flags) {
+        double patience = LLM__NCCL_START * tensor->patience, usual = tensor->patience;
+        result = nccl->init(&c->nccl, tensor->size, id, tensor->rank, &config);
+        if (c->nccl) result = llm__nccl_settle(c, result, patience);
+        tensor->patience = usual + patience; /* another rank may still wait for NCCL */
+        flags = llm__meet_any(c, result != LLM__NCCL_DONE);
+        tensor->patience = usual;
+    }
+    if (!flags) return;
+    if (result == LLM__NCCL_IN_PROGRESS) snprintf(why, size, "NCCL does not start in time");
+    else if (result) snprintf(why, size, "NCCL does not start: %s", nccl->get_error_string(result));
+    else if (!*why) snprintf(why, size, "NCCL does not start on another rank");
+    llm__nccl_end(c, false);
+}
+
+/* NCCL needs a GPU for each rank. It is used without being asked for only if each rank is a process. If a process has
+   several, recorded graphs of NCCL's kernels may block each other. */
+static void llm__meet_find_nccl(llm__gpu_context *c, llm__meet_way asked, char *why, size_t size) {
+    const llm__meet_address *all = c->addresses;
+    int n = c->desc.tensor->size;
+    bool apart = true;
+    c->can_record = true;
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < i; j++) {
+            apart = apart && !llm__meet_share_gpu(&all[i], &all[j]);
+            c->can_record = c->can_record && all[i].process != all[j].process;
+        }
+    if (!apart) snprintf(why, size, "NCCL needs a GPU for each rank");
+    else if (asked == LLM__MEET_NCCL || c->can_record) llm__nccl_start(c, why, size);
+}
+
+/* Before the first pass the ranks choose a way to exchange rows: the GPUs' memory, or NCCL, or the host's memory.
+   LLM_CUDA_RANKS in the environment of any rank asks for one of them. */
+static void llm__meet_choose_way(llm__gpu_context *c) {
+    llm_comm *tensor = c->desc.tensor;
+    char why[300] = "";
+    if (!tensor || c->looked_for_peers || c->queue.parted.code) return;
+    size_t n = sizeof *c->addresses * (size_t)tensor->size;
+    const llm_exchange addresses = {c->addresses, 1, n, n, sizeof *c->addresses, tensor->size, NULL, 0};
+    unsigned flags = 0;
+    c->looked_for_peers = true;
+    llm__meet_describe_self(c, &c->addresses[tensor->rank]);
+    if (tensor->exchange(tensor, &addresses, &flags, &c->queue.parted)) return;
+    llm__meet_way asked = LLM__MEET_ANY;
+    bool differs = false;
+    for (int i = 0; i < tensor->size; i++) {
+        llm__meet_way other = c->addresses[i].asked;
+        differs = differs || (asked && other && other != asked);
+        if (other) asked = other;
+    }
+    if (differs) {
+        llm__cuda_error(&c->queue.parted, LLM_ERROR_ARGUMENT, "the ranks have different values of LLM_CUDA_RANKS");
+        return;
+    }
+    if (c->sizes.half && (asked == LLM__MEET_ANY || asked == LLM__MEET_PEERS)) llm__meet_find_peers(c);
+    if (!c->queue.parted.code && !c->has_peers && (asked == LLM__MEET_ANY || asked == LLM__MEET_NCCL))
+        llm__meet_find_nccl(c, asked, why, sizeof why);
+    if (c->queue.parted.code) return;
+    if (asked == LLM__MEET_PEERS && !c->has_peers)
+        llm__cuda_error(&c->queue.parted, LLM_ERROR_UNSUPPORTED,
+                        "LLM_CUDA_RANKS is peer, but not every rank's GPU can use the memory of all others");
+    else if (asked == LLM__MEET_NCCL && !c->nccl)
+        llm__cuda_error(&c->queue.parted, LLM_ERROR_UNSUPPORTED, "LLM_CUDA_RANKS is nccl, but %s", why);
+    else llm__meet_log(c, why);
 }
 
 /* Rows of n numbers of `size` bytes. Each rank has whole units of every row. */
@@ -3227,13 +3502,26 @@ static llm__meet_part llm__meet_describe(const llm__gpu_context *c, const llm__s
     return part;
 }
 
+/* A meeting that has no parts so far. */
+static llm__meet_run llm__meet_begin(const llm__gpu_context *c, llm__meet_count n) {
+    const llm_comm *tensor = c->desc.tensor;
+    const llm_backend_range vocab = c->model->own.vocab;
+    llm__meet_run m = {};
+    m.n_rows = n.n;
+    m.count = n.at;
+    m.first_token = vocab.first;
+    m.end_token = vocab.first + vocab.n;
+    m.rank = tensor->rank;
+    m.size = tensor->size;
+    return m;
+}
+
 /* The kernel for rows [first, first + most) of all parts. */
 static void llm__meet_launch(llm__gpu_context *c, llm__meet_count n, std::initializer_list<llm__shared_rows> parts,
                              int first) {
     const llm_comm *tensor = c->desc.tensor;
-    const llm_backend_range vocab = c->model->own.vocab;
     size_t used = 0;
-    llm__meet_run m = {};
+    llm__meet_run m = llm__meet_begin(c, n);
     for (const llm__shared_rows &r : parts) {
         llm__meet_part *part = &m.parts[m.n_parts++];
         *part = llm__meet_describe(c, r, first);
@@ -3241,13 +3529,7 @@ static void llm__meet_launch(llm__gpu_context *c, llm__meet_count n, std::initia
         used += ((size_t)n.most * part->stride + 255) / 256 * 256;
         if (r.by_token) m.tokens = c->rows + 3 + first;
     }
-    m.n_rows = n.n;
-    m.count = n.at;
-    m.first_token = vocab.first;
-    m.end_token = vocab.first + vocab.n;
     for (int i = 0; i < tensor->size; i++) m.boxes[i] = c->boxes[i]->data;
-    m.rank = tensor->rank;
-    m.size = tensor->size;
     m.half = c->sizes.half;
     m.patience = (uint64_t)(tensor->patience * 1e9);
     int n_blocks = llm__min((int)(used / 4096) + 1, LLM__MEET_BLOCKS);
@@ -3265,6 +3547,87 @@ static void llm__meet_peers(llm__gpu_context *c, llm__meet_count n, std::initial
         int now = llm__min(n.n - first, some);
         llm__meet_launch(c, {now, NULL, now}, parts, first);
     }
+}
+
+/* Keeps what went wrong with NCCL. A result of LLM__NCCL_IN_PROGRESS means that the time was up. */
+static void llm__nccl_note(llm__gpu_context *c, int result) {
+    int rank = c->desc.tensor->rank;
+    if (result == LLM__NCCL_DONE || c->queue.parted.code) return;
+    if (result == LLM__NCCL_IN_PROGRESS)
+        llm__cuda_error(&c->queue.parted, LLM_ERROR_DEVICE,
+                        "another rank did not come to an exchange with rank %d; it has failed, hangs, or makes other "
+                        "calls",
+                        rank);
+    else
+        llm__cuda_error(&c->queue.parted, LLM_ERROR_DEVICE, "NCCL failed on rank %d: %s", rank,
+                        llm__nccl_load()->get_error_string(result));
+}
+
+/* Waits until an event has come, or with NULL until the stream is done. Meanwhile it looks for failures of NCCL. If
+   NCCL's kernels wait for longer than is allowed, it ends them. */
+static void llm__nccl_await(llm__gpu_context *c, cudaEvent_t event) {
+    double start = llm__seconds();
+    unsigned seen = 0;
+    while (c->nccl && (event ? cudaEventQuery(event) : cudaStreamQuery(c->queue.stream)) == cudaErrorNotReady) {
+        unsigned progress = *(volatile unsigned *)c->host_progress;
+        int failure = LLM__NCCL_DONE;
+        if (progress != seen) start = llm__seconds();
+        seen = progress;
+        (void)llm__nccl_load()->get_async_error(c->nccl, &failure);
+        if (failure != LLM__NCCL_IN_PROGRESS) llm__nccl_note(c, failure);
+        if (llm__seconds() - start > c->desc.tensor->patience) llm__nccl_note(c, LLM__NCCL_IN_PROGRESS);
+        if (c->queue.parted.code) llm__nccl_end(c, false);
+        std::this_thread::yield();
+    }
+    (void)cudaGetLastError(); /* it is no error that something is not done */
+}
+
+/* The same with and without NCCL. */
+static void llm__await(llm__gpu_context *c, cudaEvent_t event, const char *what) {
+    if (c->nccl) llm__nccl_await(c, event);
+    llm__queue_note(&c->queue, event ? cudaEventSynchronize(event) : cudaStreamSynchronize(c->queue.stream), what);
+}
+
+/* Are all ranks' shares of the rows equal, and there is only one row, so that the shares are one after the other? */
+static bool llm__nccl_gathers(const llm__gpu_context *c, const llm__shared_rows &r, llm__meet_count n) {
+    return n.most == 1 && !r.by_token && r.n % (r.unit * (size_t)c->desc.tensor->size) == 0;
+}
+
+/* Clears what this rank does not have, before NCCL adds up the rows of all ranks. */
+static void llm__nccl_clear(llm__gpu_context *c, llm__meet_count n, std::initializer_list<llm__shared_rows> parts) {
+    llm__meet_run m = llm__meet_begin(c, n);
+    int n_words = 0;
+    for (const llm__shared_rows &r : parts) {
+        if (llm__nccl_gathers(c, r, n)) continue;
+        llm__meet_part *part = &m.parts[m.n_parts++];
+        *part = llm__meet_describe(c, r, 0);
+        int words = (int)(part->row_bytes / part->word);
+        if (n_words < words) n_words = words;
+        if (r.by_token) m.tokens = c->rows + 3;
+    }
+    dim3 grid((unsigned)llm__divide_up(n_words, 1024), (unsigned)n.most); /* four words a thread */
+    llm__queue_launch(&c->queue, n.at ? LLM__OVERLAP : LLM__SERIAL, LLM__KIND_CLEAR, grid, 256, llm__meet_clear_rows, m,
+                      c->host_progress);
+}
+
+/* Exchanges rows with NCCL. A recorded graph exchanges as many rows as there can be. */
+static void llm__meet_nccl(llm__gpu_context *c, llm__meet_count n, std::initializer_list<llm__shared_rows> parts) {
+    const llm__nccl_library *nccl = llm__nccl_load();
+    if (n.most == 0 || llm__queue_failed(&c->queue)) return;
+    llm__nccl_clear(c, n, parts);
+    int result = nccl->group_start();
+    for (const llm__shared_rows &r : parts) {
+        const llm__meet_part part = llm__meet_describe(c, r, 0);
+        size_t share = part.end - part.first, bytes = (size_t)n.most * part.stride;
+        int more = llm__nccl_gathers(c, r, n) ? nccl->all_gather(part.data + part.first, part.data, share,
+                                                                 LLM__NCCL_BYTES, c->nccl, c->queue.stream)
+                                              : nccl->all_reduce(part.data, part.data, bytes / 4, LLM__NCCL_WORDS,
+                                                                 LLM__NCCL_SUM, c->nccl, c->queue.stream);
+        if (more != LLM__NCCL_IN_PROGRESS && !result) result = more;
+    }
+    int more = llm__nccl_settle(c, nccl->group_end(), c->desc.tensor->patience);
+    llm__nccl_note(c, result ? result : more);
+    c->queue.is_after_nccl = true;
 }
 
 /* Exchanges rows through the host. If that fails, the queue keeps the error and reports it at the end of the pass. */
@@ -3300,6 +3663,7 @@ static void llm__meet_host(llm__gpu_context *c, int n_rows, const llm__shared_ro
 static void llm__meet(llm__gpu_context *c, llm__meet_count n, std::initializer_list<llm__shared_rows> parts) {
     if (!c->desc.tensor || c->queue.left_out >> LLM__KIND_MEET & 1) return;
     if (c->has_peers) llm__meet_peers(c, n, parts);
+    else if (c->nccl) llm__meet_nccl(c, n, parts);
     else
         for (const llm__shared_rows &r : parts) llm__meet_host(c, n.n, r);
 }
@@ -3325,6 +3689,7 @@ static void llm__meet_check(llm__gpu_context *c) {
 
 /* Ends the waiting of the other ranks and tells them which rank failed, if this rank's GPU can still be used. */
 static void llm__meet_end(llm__gpu_context *c) {
+    llm__nccl_end(c, false);
     if (!c->has_peers) return;
     const llm_comm *tensor = c->desc.tensor;
     c->host_late[1] = *c->host_late ? *c->host_late : (unsigned)tensor->rank + 1;
@@ -3379,12 +3744,8 @@ static void llm__meet_embedded(llm__gpu_context *c, llm__meet_count count, bool 
 
 /* Returns true if any tensor rank wants to cancel. */
 static bool llm__poll_cancel(llm__gpu_context *c, const llm_backend_pass *pass) {
-    llm_comm *tensor = c->desc.tensor;
-    unsigned flags = pass->cancel && pass->cancel(pass->cancel_user);
-    if (!tensor) return flags;
-    llm_exchange nothing = {NULL, 0, 0, 0, 0, tensor->size, NULL, 0};
-    if (!c->queue.parted.code) tensor->exchange(tensor, &nothing, &flags, &c->queue.parted);
-    return flags || c->queue.parted.code;
+    bool cancel = pass->cancel && pass->cancel(pass->cancel_user);
+    return c->desc.tensor ? llm__meet_any(c, cancel) : cancel;
 }
 
 /* Bytes of a message to the next stage: a flag, the residual stream, and in a fused pass the sums of squares of its
@@ -3432,7 +3793,7 @@ static void llm__send_message(llm__gpu_context *c, int n, bool fused) {
     if (c->model->is_last_stage || llm__queue_failed(&c->queue)) return;
     if (pipeline->drain(pipeline, pipeline->rank + 1, 1, &c->queue.parted)) return;
     llm__copy_message(c, message, n, fused, true);
-    llm__queue_note(&c->queue, cudaStreamSynchronize(c->queue.stream), "computing a stage");
+    llm__await(c, NULL, "computing a stage");
     if (llm__queue_failed(&c->queue)) return;
     memcpy(message, &stop, sizeof stop);
     c->n_sent++;
@@ -3482,14 +3843,15 @@ static size_t llm__product_bytes(llm__matrix_format format, int tiles, int n_hel
     return memory + (size_t)(LLM__WARPS * LLM__SLOTS * llm__product_slot_bytes(format)) + (size_t)n_held * 2;
 }
 
-/* How many such blocks a multiprocessor holds. Each takes 1 KB of shared memory more than it asks for. */
+/* How many such blocks a multiprocessor holds. Each takes 1 KB of shared memory more than it asks for. If there is no
+   room for one, launching it fails. */
 static int llm__product_blocks(const llm__gpu_context *c, llm__matrix_format format, int tiles, int n_held) {
     size_t most = (size_t)c->model->shared_bytes / (llm__product_bytes(format, tiles, n_held) + 1024);
-    return llm__min((int)most, llm__product_blocks_per_processor(format, tiles));
+    return llm__min(most ? (int)most : 1, llm__product_blocks_per_processor(format, tiles));
 }
 
-/* There are at most as many blocks as the GPU holds at once, and their numbers of tiles differ by at most one. They hold
-   the inputs if two blocks still fit a multiprocessor. */
+/* There are at most as many blocks as the GPU holds at once, and their numbers of tiles differ by at most one. They
+   hold the inputs if two blocks still fit a multiprocessor. */
 template <int ENDING>
 static void llm__run_product(llm__gpu_context *c, llm__kernel_kind kind, int bucket, llm__product p) {
     llm__matrix_format format = p.weight.format;
@@ -3497,7 +3859,7 @@ static void llm__run_product(llm__gpu_context *c, llm__kernel_kind kind, int buc
     llm__product_fn kernel = tiles == 1 ? llm__choose_format<ENDING, 1>(format) : llm__choose_format<ENDING, 2>(format);
     if (p.n_tiles == 0) return;
     int blocks = llm__product_blocks(c, format, tiles, 0), holding = llm__product_blocks(c, format, tiles, n_held);
-    if (holding >= llm__min(blocks, 2)) {
+    if (holding >= llm__min(blocks, 2) && llm__product_bytes(format, tiles, n_held) <= (size_t)c->model->block_bytes) {
         blocks = holding;
         p.n_held = n_held;
     }
@@ -3531,7 +3893,8 @@ static llm__product llm__make_product(const llm__gpu_context *c, llm__rows rows,
 }
 
 static llm__meet_count llm__meet_some(const llm__gpu_context *c, llm__rows rows, llm__columns columns, int bucket) {
-    return {c->host_rows[columns], rows.counts + columns, bucket};
+    int most = columns == LLM__LOGIT_ROWS ? c->desc.n_logits : c->desc.n_batch;
+    return {c->host_rows[columns], rows.counts + columns, llm__min(bucket, most)};
 }
 
 static void llm__fused_residual(llm__gpu_context *c, llm__kernel_kind kind, llm__rows rows, llm__columns columns,
@@ -3634,7 +3997,7 @@ static void llm__run_picker(llm__gpu_context *c) {
 
 /* Exchanges through the host cannot be recorded. */
 static bool llm__uses_graphs(const llm__gpu_context *c) {
-    return c->model->mode == LLM_CUDA_GRAPH && (!c->desc.tensor || c->has_peers);
+    return c->model->mode == LLM_CUDA_GRAPH && (!c->desc.tensor || c->has_peers || (c->nccl && c->can_record));
 }
 
 static void llm__run_one_by_one(llm__gpu_context *c, int bucket, bool pick) {
@@ -3650,7 +4013,7 @@ static void llm__record_graph(llm__gpu_context *c, int bucket, bool pick, cudaGr
     if (llm__queue_failed(&c->queue)) return;
     llm__run_one_by_one(c, bucket, pick);
     llm__queue_note(&c->queue, cudaStreamEndCapture(c->queue.stream, &graph), "recording the pass");
-    if (c->queue.failure == cudaSuccess)
+    if (!llm__queue_failed(&c->queue))
         llm__queue_note(&c->queue, cudaGraphInstantiate(out, graph, 0), "making a graph of the pass");
     if (graph) cudaGraphDestroy(graph);
 }
@@ -3665,6 +4028,13 @@ static void llm__log_refusal(const llm__gpu_context *c) {
     host->log(host->user, line);
 }
 
+/* NCCL allows no rank to launch a recorded pass if another rank could not record it. */
+static void llm__refuse_recording(llm__recording *r) {
+    if (r->graph) cudaGraphExecDestroy(r->graph);
+    r->graph = NULL;
+    r->refused = true;
+}
+
 /* Runs a recorded pass. The first time, the kernels are launched one by one: that loads them, and loading may be
    forbidden while recording. The second time they are recorded. If that fails, they are always launched one by one. */
 static void llm__run_graph(llm__gpu_context *c, int bucket, bool pick, llm__recording *r) {
@@ -3674,6 +4044,8 @@ static void llm__run_graph(llm__gpu_context *c, int bucket, bool pick, llm__reco
         r->refused = c->queue.failure != cudaSuccess;
         if (r->refused) llm__log_refusal(c);
         c->queue.failure = cudaSuccess;
+        if (c->nccl && llm__meet_any(c, r->refused)) llm__refuse_recording(r);
+        if (llm__queue_failed(&c->queue)) return;
     }
     if (r->graph) {
         llm__queue_note(&c->queue, cudaGraphLaunch(r->graph, c->queue.stream), "launching the graph");
@@ -3722,6 +4094,7 @@ static void llm__blas_product(llm__gpu_context *c, llm__gpu_matrix m, const void
 
 /* The same for all formats. Weights are converted to bf16 piece by piece: int8 without its scales, f16 in two parts. */
 static void llm__widened_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, llm__target y) {
+    if (m.n == 0) return; /* this rank has no share of this matrix */
     if (m.format == LLM__BF16) {
         llm__blas_product(c, m, m.data, 0, m.n, x, rows, y);
         return;
@@ -3861,7 +4234,7 @@ static void llm__score_targets(llm__gpu_context *c, const llm_backend_pass *pass
         llm__queue_note(
             &c->queue, cudaMemcpyAsync(c->host_log_probs, c->log_probs, bytes, cudaMemcpyDeviceToHost, c->queue.stream),
             "fetching log-probabilities");
-        llm__queue_note(&c->queue, cudaStreamSynchronize(c->queue.stream), "scoring");
+        llm__await(c, NULL, "scoring");
         memcpy(pass->log_probs + first, c->host_log_probs, bytes);
     }
 }
@@ -3918,7 +4291,7 @@ static llm_status llm__gpu_forward(void *context, const llm_backend_pass *pass, 
     size_t n_vocab = (size_t)c->model->shape.n_vocab;
     bool has_next = c->desc.pipeline && pass->more,
          fused = pass->n_rows <= LLM__FUSED_ROWS && !pass->n_targets && c->model->mode != LLM_CUDA_EAGER;
-    llm__meet_find_peers(c);
+    llm__meet_choose_way(c);
     c->cancelled = llm__poll_cancel(c, pass) || c->stopped;
     llm__receive_message(c, pass->n_rows, fused);
     if (!c->cancelled && fused) llm__fused_forward(c, pass);
@@ -3931,7 +4304,7 @@ static llm_status llm__gpu_forward(void *context, const llm_backend_pass *pass, 
                                         c->queue.stream),
                         "fetching the logits");
     llm__meet_ask(c);
-    llm__queue_note(&c->queue, cudaStreamSynchronize(c->queue.stream), "computing the pass");
+    llm__await(c, NULL, "computing the pass");
     llm__meet_check(c);
     c->stopped = c->cancelled && has_next; /* all stages end the call together */
     if (pass->stopped) *pass->stopped = c->cancelled;
@@ -3998,13 +4371,13 @@ static llm_status llm__gpu_burst(void *context, const llm_backend_burst *burst, 
     llm__send_burst(c, burst);
     for (int i = 0, n_queued = 0; i < burst->n && wanted; i++) {
         for (; n_queued < burst->n && n_queued <= i + LLM__AHEAD; n_queued++) llm__queue_token(c, n_queued);
-        llm__queue_note(&c->queue, cudaEventSynchronize(c->picked[i % (LLM__AHEAD + 1)]), "awaiting a token");
+        llm__await(c, c->picked[i % (LLM__AHEAD + 1)], "awaiting a token");
         llm__meet_check(c);
         wanted = !llm__queue_failed(&c->queue);
         is_wrong = wanted && c->host_picked[i] < 0;
         wanted = wanted && !is_wrong && burst->on_token(burst->user, c->host_picked[i]);
     }
-    llm__queue_note(&c->queue, cudaStreamSynchronize(c->queue.stream), "ending the burst");
+    llm__await(c, NULL, "ending the burst");
     llm_status status = llm__end_call(c, err);
     if (status || !is_wrong) return status;
     return llm__cuda_error(
@@ -4218,8 +4591,8 @@ LLM_API void llm__cuda_vary(void *context, bool overlap, unsigned kinds) {
     llm__forget_graphs(c);
 }
 
-/* Returns the name of such a kind, or NULL after the last. *n_kernels: how many of its kernels run in each token, between
-   the embedding and the choice of the next token. *bytes: how many bytes of weights these read. */
+/* Returns the name of such a kind, or NULL after the last. *n_kernels: how many of its kernels run in each token,
+   between the embedding and the choice of the next token. *bytes: how many bytes of weights these read. */
 LLM_API const char *llm__cuda_kind(void *context, int kind, int *n_kernels, double *bytes) {
     using namespace llm__cuda;
     const llm__gpu_model *m = ((llm__gpu_context *)context)->model;

@@ -421,7 +421,7 @@ static void bench_rank(const shape *s, llm_dtype dtype, llm_comm *tensor) {
     const llm_backend_ranks own = llm_backend_find_ranks(&b.llm, tensor, NULL);
     char mode[32];
     const char *way = getenv("LLM_CUDA_RANKS");
-    snprintf(mode, sizeof mode, "tensor %d%s", tensor->size, way && !strcmp(way, "host") ? " by the host" : "");
+    snprintf(mode, sizeof mode, "tensor %d%s%s", tensor->size, way ? " by " : "", way ? way : "");
     b.mode = mode;
     b.bandwidth = b.backend->measure_bandwidth(b.context);
     double each[2];

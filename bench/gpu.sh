@@ -251,6 +251,7 @@ step_ranks() {
         bench 60 --ranks $n Llama-2-70B bf16
     done
     LLM_CUDA_RANKS=host bench 30 --ranks 2 Llama-2-7B bf16
+    LLM_CUDA_RANKS=nccl bench 45 --ranks 2 Llama-2-7B bf16 # its ranks are threads, so passes are not recorded
     awk -F, '
         BEGIN { split("104.9 168.8 254.0 328.4", seven, " "); split("none 21.3 38.0 62.5", seventy, " ") }
         $4 == "decode at 6" && $2 == "bf16" && ($3 == "graph" || $3 ~ /^tensor [248]$/) { rate[$1, $3] = $5 }

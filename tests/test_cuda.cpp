@@ -6,6 +6,7 @@
 #include "tests/tiny.h"
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <math.h>
 #include <string>
 #include <thread>
@@ -15,6 +16,9 @@ extern "C" {
 #include "tests/ranks.h"
 #include "tests/processes.h"
 }
+#ifdef CUDA_HOST_RUNTIME_H
+#include "nccl_host.h"
+#endif
 
 enum { N_SEQ = 6, N_CTX = 256, N_BATCH = 100, N_VOCAB = 299 };
 
@@ -790,7 +794,7 @@ static void set_devices(int n) {
 #else
 static const int RANK_BATCH = 16;
 static const double RANK_ERROR = 0.01;
-static void set_devices(int) {}                         /* ranks share those that there are */
+static void set_devices(int) {}                        /* ranks share those that there are */
 #endif
 
 /* What a rank came to; all ranks must come to the same as one GPU does. */
@@ -802,6 +806,9 @@ typedef struct findings {
     int n_passes;
 } findings;
 
+/* Where tensor ranks exchange their rows. */
+typedef enum way { IN_GPUS, IN_HOST, IN_NCCL, WAYS } way;
+
 /* Ranks are numbered with those of a tensor group side by side. */
 typedef struct ranked_job {
     const tiny_spec *spec;
@@ -811,15 +818,16 @@ typedef struct ranked_job {
     llm_comm *tensor[4], *pipeline[4];
     findings found[4];
     void (*work)(struct ranked_job *job, int rank);
-    int n_in_gpus, n_in_host; /* atomic: contexts whose ranks meet there */
+    int n_met[WAYS]; /* atomic: contexts whose ranks meet there */
 } ranked_job;
 
 /* What contexts with tensor ranks tell the log of their first. */
 static void count_meetings(void *user, const char *line) {
+    static const char *const words[WAYS] = {"meet in the GPUs' memory", "meet in the host's memory",
+                                            "meet through NCCL 2.27"};
     ranked_job *job = (ranked_job *)user;
-    if (strstr(line, "tensor ranks meet in the GPUs' memory")) __atomic_add_fetch(&job->n_in_gpus, 1, __ATOMIC_RELAXED);
-    if (strstr(line, "tensor ranks meet in the host's memory"))
-        __atomic_add_fetch(&job->n_in_host, 1, __ATOMIC_RELAXED);
+    for (int i = 0; i < WAYS; i++)
+        if (strstr(line, words[i])) __atomic_add_fetch(&job->n_met[i], 1, __ATOMIC_RELAXED);
 }
 
 static llm_model *load_rank(ranked_job *job, int rank, llm_error *err) {
@@ -910,13 +918,11 @@ static void run_rank(ranked_job *job, int rank) {
 }
 
 #ifdef CUDA_HOST_RUNTIME_H
-static void check_meetings(const ranked_job *job, bool in_host) {
-    if (job->n_shards == 1) return;
-    assert_int_equal(job->n_in_gpus == 0, in_host);
-    assert_int_equal(job->n_in_host > 0, in_host);
+static void check_meetings(const ranked_job *job, way expected) {
+    for (int i = 0; i < WAYS && job->n_shards > 1; i++) assert_int_equal(job->n_met[i] > 0, i == (int)expected);
 }
 #else
-static void check_meetings(const ranked_job *, bool) {} /* that depends on the machine */
+static void check_meetings(const ranked_job *, way) {} /* that depends on the machine */
 #endif
 
 /* Runs job->work on all ranks, each a thread that is given a device of its own. */
@@ -944,18 +950,18 @@ static void run_job(ranked_job *job) {
     set_devices(1);
 }
 
-/* The ranks of the stand-in's GPUs meet in their memory, unless `in_host` says that something forbids it. */
+/* The ranks of the stand-in's GPUs meet in their memory, unless something forbids it. */
 static void same_on_ranks(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype,
-                          std::vector<std::pair<int, int>> shapes, bool in_host = false) {
-    ranked_job job = {spec, mode, dtype, 1, 1, {}, {}, {}, run_rank, 0, 0};
+                          std::vector<std::pair<int, int>> shapes, way expected_way = IN_GPUS) {
+    ranked_job job = {spec, mode, dtype, 1, 1, {}, {}, {}, run_rank, {}};
     run_job(&job);
     findings expected = job.found[0];
     for (const auto &shape : shapes) {
         job.n_shards = shape.first;
         job.n_stages = shape.second;
-        job.n_in_gpus = job.n_in_host = 0;
+        memset(job.n_met, 0, sizeof job.n_met);
         run_job(&job);
-        check_meetings(&job, in_host);
+        check_meetings(&job, expected_way);
         for (int rank = 0; rank < job.n_shards * job.n_stages; rank++) {
             const findings *f = &job.found[rank];
             for (int i = 0; i < 7; i++)
@@ -975,11 +981,11 @@ static void same_on_ranks(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype d
 static void test_ranks_through_host(void **state) {
     (void)state;
     setenv("LLM_CUDA_RANKS", "host", 1);
-    same_on_ranks(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, {{3, 1}, {2, 2}}, true);
+    same_on_ranks(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, {{3, 1}, {2, 2}}, IN_HOST);
     unsetenv("LLM_CUDA_RANKS");
 #ifdef CUDA_HOST_RUNTIME_H
     cuda_host.has_peers = false;
-    same_on_ranks(&HALVES, LLM_CUDA_FUSED, LLM_DTYPE_F16, {{2, 1}}, true);
+    same_on_ranks(&HALVES, LLM_CUDA_FUSED, LLM_DTYPE_F16, {{2, 1}}, IN_HOST);
     cuda_host.has_peers = true;
 #endif
 }
@@ -1011,7 +1017,7 @@ static void leave_early(ranked_job *job, int rank) {
 }
 
 static void test_dead_rank(void **state) {
-    ranked_job job = {&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, 1, {}, {}, {}, leave_early, 0, 0};
+    ranked_job job = {&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, 1, {}, {}, {}, leave_early, {}};
     (void)state;
     run_job(&job);
     assert_int_equal(job.found[0].refused, LLM_ERROR_DEVICE);
@@ -1056,11 +1062,11 @@ static void refuse_launches(ranked_job *job, int rank) {
 static void test_dead_gpu(void **state) {
     (void)state;
     for (auto work : {lose_device, refuse_launches}) {
-        ranked_job job = {&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, 1, {}, {}, {}, work, 0, 0};
+        ranked_job job = {&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, 1, {}, {}, {}, work, {}};
         int before = cuda_host.n_graph_launches;
         run_job(&job);
         cuda_host.lost_device = cuda_host.refusing_device = -1;
-        assert_true(job.n_in_gpus);
+        check_meetings(&job, IN_GPUS);
         assert_true(cuda_host.n_graph_launches >= before + 3);
         for (int rank = 0; rank < 3; rank++) assert_int_equal(job.found[rank].refused, LLM_ERROR_DEVICE);
     }
@@ -1071,31 +1077,72 @@ static void test_dead_gpu(void **state) {
 /* A job in memory that the processes share. */
 typedef struct process_job {
     ranked_job job;
-    bool each_sees_one; /* every process has one device, of another bus                     */
-    int refusing;       /* this rank cannot open the memory of the others; -1: none         */
-    double seconds[4];  /* that a rank took to notice the end of another                    */
+    bool each_sees_one;              /* every process has one device, of another bus                     */
+    double patience;                 /* of the comm                                                      */
+    int refusing;                    /* this rank cannot open the memory of the others; -1: none         */
+    double seconds[4];               /* that a rank took to notice the end of another                    */
+    struct {                         /* of each rank                                                     */
+        const char *ways;            /* LLM_CUDA_RANKS; NULL: none                                       */
+        int version;                 /* of NCCL; 0: no stand-in                                          */
+        bool refuses, fails, shares; /* NCCL does not start; fails; the rank has the first rank's GPU    */
+        int n_reduced, n_gathered;   /* what NCCL did                                                    */
+        llm_status status;
+        char message[500];
+    } ranks[4];
 } process_job;
+
+/* The loader finds the stand-in by its name from now on. Without a version it finds what the machine has. */
+static nccl_host_settings *load_nccl(const process_job *p, int rank) {
+    const auto &r = p->ranks[rank];
+    void *library = r.version ? dlopen("build/cuda_host/libnccl.so.2", RTLD_NOW | RTLD_LOCAL) : NULL;
+    RANK_CHECK(library || !r.version, dlerror());
+    nccl_host_settings *settings = library ? (nccl_host_settings *)dlsym(library, "nccl_host") : NULL;
+    if (!settings) return NULL;
+    settings->version = r.version;
+    settings->refuses_start = r.refuses;
+    settings->fail_at = r.fails ? 50 : 0;
+    return settings;
+}
 
 static void begin_process(process_job *p, llm_comm *comm) {
     cuda_host.has_ipc = true;
+    cuda_host.n_graph_launches = 0;
     cuda_host.n_devices = p->each_sees_one ? 1 : 4;
-    cuda_host.first_bus = p->each_sees_one ? comm->rank : 0;
+    cuda_host.first_bus = p->each_sees_one && !p->ranks[comm->rank].shares ? comm->rank : 0;
     cuda_host.n_refused_handles = p->refusing == comm->rank ? 100 : 0;
     p->job.tensor[comm->rank] = comm;
 }
 
 static void run_process(llm_comm *comm, void *arg) {
     process_job *p = (process_job *)arg;
+    auto &r = p->ranks[comm->rank];
     begin_process(p, comm);
+    if (r.ways) setenv("LLM_CUDA_RANKS", r.ways, 1);
+    nccl_host_settings *nccl = load_nccl(p, comm->rank);
     p->job.work(&p->job, comm->rank);
     RANK_CHECK(cuda_host.n_live == 0, "something was not released");
+    if (!nccl) return;
+    RANK_CHECK(nccl->n_live == 0, "a communicator was not ended");
+    r.n_reduced = nccl->n_reduced;
+    r.n_gathered = nccl->n_gathered;
 }
 
 static process_job *make_process_job(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype, int n,
                                      void (*work)(ranked_job *job, int rank)) {
     process_job *p = (process_job *)shared_by_processes(sizeof *p);
-    p->job = ranked_job{spec, mode, dtype, n, 1, {}, {}, {}, work, 0, 0};
+    p->job = ranked_job{spec, mode, dtype, n, 1, {}, {}, {}, work, {}};
     p->refusing = -1;
+    p->patience = 8;
+    for (auto &r : p->ranks) r.version = 21499; /* too old, whatever the machine has */
+    return p;
+}
+
+/* Ranks whose processes have NCCL, and are told to use it. */
+static process_job *make_nccl_job(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype, int n,
+                                  void (*work)(ranked_job *job, int rank)) {
+    process_job *p = make_process_job(spec, mode, dtype, n, work);
+    p->each_sees_one = true;
+    for (auto &r : p->ranks) r.ways = "nccl", r.version = 22707;
     return p;
 }
 
@@ -1108,12 +1155,12 @@ static void compare_findings(const findings *f, const findings *expected) {
     assert_int_equal(f->refused, LLM_ERROR_UNSUPPORTED);
 }
 
-/* n processes come to the same as one GPU. They meet in the GPUs' memory, unless `in_host`. */
-static void same_in_processes(process_job *p, bool in_host) {
-    ranked_job one = {p->job.spec, p->job.mode, p->job.dtype, 1, 1, {}, {}, {}, run_rank, 0, 0};
+/* n processes come to the same as one GPU. */
+static void same_in_processes(process_job *p, way expected) {
+    ranked_job one = {p->job.spec, p->job.mode, p->job.dtype, 1, 1, {}, {}, {}, run_rank, {}};
     run_job(&one);
-    on_processes(p->job.n_shards, 8, run_process, p, NULL);
-    check_meetings(&p->job, in_host);
+    on_processes(p->job.n_shards, p->patience, run_process, p, NULL);
+    check_meetings(&p->job, expected);
     for (int rank = 0; rank < p->job.n_shards; rank++) compare_findings(&p->job.found[rank], &one.found[0]);
     munmap(p, sizeof *p);
 }
@@ -1121,10 +1168,10 @@ static void same_in_processes(process_job *p, bool in_host) {
 static void test_processes(void **state) {
     (void)state;
     for (int n = 2; n <= 4; n++)
-        same_in_processes(make_process_job(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, n, run_rank), false);
+        same_in_processes(make_process_job(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, n, run_rank), IN_GPUS);
     process_job *p = make_process_job(&FOUR_BITS, LLM_CUDA_FUSED, LLM_DTYPE_INT4, 2, run_rank);
     p->each_sees_one = true;
-    same_in_processes(p, false);
+    same_in_processes(p, IN_GPUS);
 }
 
 /* If one rank cannot open the memory of another, all use the host's. */
@@ -1132,7 +1179,7 @@ static void test_processes_through_host(void **state) {
     (void)state;
     process_job *p = make_process_job(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, run_rank);
     p->refusing = 1;
-    same_in_processes(p, true);
+    same_in_processes(p, IN_HOST);
 }
 
 /* Rank 1 is gone after five tokens of a text, in the middle of a burst: the others' kernels wait for it. */
@@ -1161,8 +1208,8 @@ static void lose_process(ranked_job *job, int rank) {
     text.user = left;
     job->found[rank].refused = llm_generate(ctx, &text, NULL, &err);
     p->seconds[rank] = seconds_now() - left[1];
-    RANK_CHECK(strstr(err.message, "rank 1"), err.message);
-    RANK_CHECK(cuda_host.n_graph_launches > 0, "the ranks waited in no graph");
+    RANK_CHECK(strstr(err.message, job->n_met[IN_NCCL] ? "another rank" : "rank 1"), err.message);
+    RANK_CHECK((job->mode == LLM_CUDA_GRAPH) == (cuda_host.n_graph_launches > 0), "do the ranks wait in a graph?");
     RANK_CHECK(llm_generate(ctx, &text, NULL, &err) == LLM_ERROR_DEVICE, "the ranks are parted for ever");
     llm_context_free(ctx);
     llm_model_free(model);
@@ -1171,12 +1218,10 @@ static void lose_process(ranked_job *job, int rank) {
 
 /* With less than the usual patience: the stand-in's streams only work while the host waits for them, so a rank waits for the
    comm first and for its kernels after that. On a GPU it waits for both at the same time. */
-static void test_dead_process(void **state) {
-    process_job *p = make_process_job(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, lose_process);
+static void dies_in_time(process_job *p, way expected) {
     int statuses[4];
-    (void)state;
     on_processes(3, 3, run_process, p, statuses);
-    check_meetings(&p->job, false);
+    check_meetings(&p->job, expected);
     assert_true(WIFSIGNALED(statuses[1]));
     for (int rank = 0; rank < 3; rank += 2) {
         assert_int_equal(statuses[rank], 0);
@@ -1184,6 +1229,233 @@ static void test_dead_process(void **state) {
         assert_true(p->seconds[rank] < 10);
     }
     munmap(p, sizeof *p);
+}
+
+static void test_dead_process(void **state) {
+    (void)state;
+    dies_in_time(make_process_job(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, lose_process), IN_GPUS);
+}
+
+/* ---- Ranks with NCCL ---- */
+
+/* To the bit, for all types and modes. TINY_ODD's shares are unequal. Most of the others' are equal for two ranks, so
+   that NCCL gathers a single row. */
+static void test_nccl(void **state) {
+    (void)state;
+    for (int n = 2; n <= 4; n++)
+        same_in_processes(make_nccl_job(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, n, run_rank), IN_NCCL);
+    same_in_processes(make_nccl_job(&USUAL_HEADS, LLM_CUDA_GRAPH, LLM_DTYPE_INT8, 2, run_rank), IN_NCCL);
+    same_in_processes(make_nccl_job(&FOUR_BITS, LLM_CUDA_FUSED, LLM_DTYPE_INT4, 2, run_rank), IN_NCCL);
+    same_in_processes(make_nccl_job(&HALVES, LLM_CUDA_GRAPH, LLM_DTYPE_F16, 3, run_rank), IN_NCCL);
+    same_in_processes(make_nccl_job(&SMALL, LLM_CUDA_EAGER, LLM_DTYPE_BF16, 2, run_rank), IN_NCCL);
+}
+
+/* Ranks that are threads of a process which has NCCL: their passes are not recorded. */
+static void run_threads(llm_comm *, void *arg) {
+    process_job *p = (process_job *)arg;
+    load_nccl(p, 0);
+    setenv("LLM_CUDA_RANKS", "nccl", 1);
+    run_job(&p->job);
+}
+
+static void test_nccl_threads(void **state) {
+    ranked_job one = {&SMALL, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 1, 1, {}, {}, {}, run_rank, {}};
+    process_job *p = make_nccl_job(&SMALL, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, run_rank);
+    (void)state;
+    run_job(&one);
+    on_processes(1, 8, run_threads, p, NULL);
+    check_meetings(&p->job, IN_NCCL);
+    for (int rank = 0; rank < 2; rank++) compare_findings(&p->job.found[rank], &one.found[0]);
+    munmap(p, sizeof *p);
+}
+
+/* Logits of a context whose arrays have fewer rows than a recorded pass could have. */
+static void run_few_rows(ranked_job *job, int rank) {
+    findings *f = &job->found[rank];
+    llm_context_desc desc = {};
+    llm_context *ctx = NULL;
+    llm_error err;
+    llm_model *model = load_rank(job, rank, &err);
+    RANK_CHECK(model, err.message);
+    desc.n_ctx = 100;
+    desc.n_batch = 5;
+    desc.n_logits = 1;
+    RANK_CHECK(llm_context_create(&ctx, model, &desc, &err) == LLM_OK, err.message);
+    for (int i = 0; i < 12; i++) {
+        llm_token tokens[5] = {1, 2, 3, 4, i};
+        const int n = i % 3 ? 1 : 5;
+        const llm_batch batch = {n, tokens, NULL, NULL};
+        RANK_CHECK(llm_forward(ctx, &batch, &err) == LLM_OK, err.message);
+        f->logits[0] = hash_logits(ctx, n - 1, f->logits[0]);
+    }
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+static void test_nccl_few_rows(void **state) {
+    ranked_job one = {&USUAL_HEADS, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 1, 1, {}, {}, {}, run_few_rows, {}};
+    process_job *p = make_nccl_job(&USUAL_HEADS, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, run_few_rows);
+    (void)state;
+    run_job(&one);
+    on_processes(2, 8, run_process, p, NULL);
+    for (int rank = 0; rank < 2; rank++) {
+        assert_int_equal(p->job.found[rank].logits[0], one.found[0].logits[0]);
+        assert_true(p->ranks[rank].n_gathered > 0 && p->ranks[rank].n_reduced > 0);
+    }
+    munmap(p, sizeof *p);
+}
+
+/* One rank cannot record a pass, so none launches a graph. */
+static void forbid_recording(ranked_job *job, int rank) {
+    cuda_host.can_record = rank != 1;
+    run_rank(job, rank);
+    RANK_CHECK(cuda_host.n_graph_launches == 0, "a graph, which another rank does not have");
+}
+
+static void test_nccl_without_recording(void **state) {
+    (void)state;
+    same_in_processes(make_nccl_job(&SMALL, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, forbid_recording), IN_NCCL);
+}
+
+/* Without being asked for, NCCL is used if the GPUs cannot use each other's memory. If it does not start on one rank,
+   the host's memory is used. */
+static void test_nccl_unasked(void **state) {
+    process_job *p;
+    (void)state;
+    for (int bad = 0; bad < 4; bad++) {
+        p = make_nccl_job(&SMALL, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, run_rank);
+        for (auto &r : p->ranks) r.ways = NULL;
+        p->refusing = 1;
+        if (bad == 1) p->ranks[1].version = 21499;
+        if (bad == 2) p->ranks[0].refuses = true;
+        if (bad == 3) p->ranks[1].refuses = true;
+        if (bad == 3) p->patience = 2; /* the other rank waits four times as long for NCCL to start */
+        same_in_processes(p, bad ? IN_HOST : IN_NCCL);
+    }
+    p = make_nccl_job(&SMALL, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, run_rank);
+    for (auto &r : p->ranks) r.ways = NULL;
+    same_in_processes(p, IN_GPUS);
+}
+
+/* Creates a context and runs a pass, and keeps what went wrong. */
+static void try_pass(ranked_job *job, int rank) {
+    auto &r = ((process_job *)job)->ranks[rank];
+    const llm_token tokens[3] = {};
+    const llm_batch batch = {3, tokens, NULL, NULL};
+    llm_context *ctx = NULL;
+    llm_error err = {};
+    llm_model *model = load_rank(job, rank, &err);
+    RANK_CHECK(model, err.message);
+    r.status = llm_context_create(&ctx, model, NULL, &err);
+    if (!r.status) r.status = llm_forward(ctx, &batch, &err);
+    memcpy(r.message, err.message, sizeof r.message);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+/* What is asked for and cannot be is an error in words, on all ranks. */
+static void refused(process_job *p, llm_status status, const char *words) {
+    on_processes(2, 8, run_process, p, NULL);
+    bool told = false;
+    for (int rank = 0; rank < 2; rank++) {
+        assert_int_equal(p->ranks[rank].status, status);
+        told = told || strstr(p->ranks[rank].message, words);
+    }
+    if (!told) fail_msg("\"%s\" and \"%s\"", p->ranks[0].message, p->ranks[1].message);
+    munmap(p, sizeof *p);
+}
+
+static bool machine_has_nccl(void) {
+    void *library = dlopen("libnccl.so.2", RTLD_LAZY | RTLD_LOCAL);
+    if (library) dlclose(library);
+    return library != NULL;
+}
+
+static void test_nccl_refusals(void **state) {
+    static const struct {
+        int version;
+        const char *words;
+    } versions[] = {{21299, "NCCL is too old: libnccl.so.2 is version 2.12, and 2.18 is needed"},
+                    {2803, "NCCL is too old: libnccl.so.2 is version 2.8, and 2.18 is needed"},
+                    {0, "NCCL cannot be loaded"}};
+    auto make = [] { return make_nccl_job(&SMALL, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, try_pass); };
+    process_job *p;
+    (void)state;
+    for (const auto &v : versions) {
+        if (v.version == 0 && machine_has_nccl()) continue;
+        p = make();
+        p->ranks[1].version = v.version;
+        refused(p, LLM_ERROR_UNSUPPORTED, v.words);
+        p = make();
+        p->ranks[0].version = v.version;
+        p->ranks[0].ways = NULL; /* only the other rank asks for it */
+        refused(p, LLM_ERROR_UNSUPPORTED, v.words);
+    }
+    p = make();
+    p->ranks[0].refuses = true;
+    refused(p, LLM_ERROR_UNSUPPORTED, "NCCL does not start: a system error");
+    p = make();
+    p->ranks[1].shares = true;
+    refused(p, LLM_ERROR_UNSUPPORTED, "NCCL needs a GPU for each rank");
+    p = make();
+    p->ranks[1].ways = "fast";
+    refused(p, LLM_ERROR_ARGUMENT, "LLM_CUDA_RANKS is \"fast\"; it may be host, peer or nccl");
+    p = make();
+    p->ranks[1].ways = "peer";
+    refused(p, LLM_ERROR_ARGUMENT, "different values of LLM_CUDA_RANKS");
+    p = make();
+    p->refusing = 1;
+    p->ranks[0].ways = p->ranks[1].ways = "peer";
+    refused(p, LLM_ERROR_UNSUPPORTED, "LLM_CUDA_RANKS is peer, but");
+}
+
+static void test_nccl_dead_process(void **state) {
+    (void)state;
+    dies_in_time(make_nccl_job(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, lose_process), IN_NCCL);
+    dies_in_time(make_nccl_job(&TINY_ODD, LLM_CUDA_FUSED, LLM_DTYPE_BF16, 3, lose_process), IN_NCCL);
+}
+
+/* Passes until one fails. If NCCL does not fail, rank 1 makes another call than the others after the fourth. */
+static void pass_until_failure(ranked_job *job, int rank) {
+    process_job *p = (process_job *)job;
+    auto &r = p->ranks[rank];
+    const llm_token tokens[3] = {};
+    llm_context *ctx = NULL;
+    llm_generate_desc text = {};
+    llm_error err = {};
+    llm_model *model = load_rank(job, rank, &err);
+    RANK_CHECK(model, err.message);
+    RANK_CHECK(llm_context_create(&ctx, model, NULL, &err) == LLM_OK, err.message);
+    text.tokens = tokens;
+    text.n_tokens = 3;
+    text.max_tokens = 20;
+    text.ignore_end = true;
+    for (int i = 0; i < 20 && !r.status; i++) {
+        const llm_batch batch = {3, tokens, NULL, NULL};
+        double start = seconds_now();
+        if (i == 4 && rank == 1 && !r.fails) r.status = llm_generate(ctx, &text, NULL, &err);
+        else r.status = llm_forward(ctx, &batch, &err);
+        p->seconds[rank] = seconds_now() - start;
+    }
+    memcpy(r.message, err.message, sizeof r.message);
+    RANK_CHECK(llm_forward(ctx, NULL, &err), "the ranks are parted for ever");
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+static void test_nccl_failures(void **state) {
+    (void)state;
+    for (bool fails : {false, true}) {
+        process_job *p = make_nccl_job(&SMALL, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, pass_until_failure);
+        p->ranks[1].fails = fails;
+        on_processes(2, 3, run_process, p, NULL);
+        for (int rank = 0; rank < 2; rank++) {
+            assert_int_equal(p->ranks[rank].status, LLM_ERROR_DEVICE);
+            assert_true(p->seconds[rank] < 10);
+        }
+        if (fails) assert_non_null(strstr(p->ranks[1].message, "NCCL failed on rank 1: a system error"));
+        munmap(p, sizeof *p);
+    }
 }
 
 /* Memory of another process is none of this one's before it is opened, and not after it is closed. */
@@ -1265,7 +1537,7 @@ static void compare_memory(ranked_job *job, int rank) {
 
 /* A context with ranks also has buffers for what they bring together. */
 static void test_rank_memory(void **state) {
-    ranked_job job = {&USUAL_HEADS, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, 1, {}, {}, {}, compare_memory, 0, 0};
+    ranked_job job = {&USUAL_HEADS, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, 1, {}, {}, {}, compare_memory, {}};
     (void)state;
     run_job(&job);
 }
@@ -1372,6 +1644,33 @@ static void test_other_device(void **state) {
     cudaFree(there);
     assert_int_equal(cuda_host.n_live, 0);
     cuda_host.n_devices = 1;
+}
+
+/* A chip without room for the inputs of products in shared memory computes the same bits. Its shared memory is the least
+   with which kernels can be launched. */
+static void test_little_shared_memory(void **state) {
+    (void)state;
+    for (llm_dtype dtype : {LLM_DTYPE_BF16, LLM_DTYPE_INT4}) {
+        llm_token token = 3;
+        llm_batch batch = {1, &token, NULL, NULL};
+        const int enough = cuda_host.shared_bytes;
+        uint64_t hashes[2] = {0, 0};
+        for (int i = 0; i < 2; i++) {
+            if (i) cuda_host.shared_bytes = 48 << 10;
+            llm_status status = LLM_OK;
+            do {
+                llm_context *ctx = create(load(&TINY_ODD, llm_cuda_backend(), dtype));
+                status = llm_forward(ctx, &batch, NULL);
+                if (!status) hashes[i] = in_company(ctx, 4);
+                close_context(ctx);
+                cuda_host.shared_bytes += 64;
+            } while (status && cuda_host.shared_bytes < enough);
+            assert_int_equal(status, LLM_OK);
+        }
+        assert_true(cuda_host.shared_bytes < 80 << 10);
+        cuda_host.shared_bytes = enough;
+        assert_int_equal(hashes[1], hashes[0]);
+    }
 }
 
 /* Kernels overlap only if chip and code can do it: code for older chips does not wait for the kernel ahead. */
@@ -1487,6 +1786,14 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_processes),
         cmocka_unit_test(test_processes_through_host),
         cmocka_unit_test(test_dead_process),
+        cmocka_unit_test(test_nccl),
+        cmocka_unit_test(test_nccl_threads),
+        cmocka_unit_test(test_nccl_few_rows),
+        cmocka_unit_test(test_nccl_without_recording),
+        cmocka_unit_test(test_nccl_unasked),
+        cmocka_unit_test(test_nccl_refusals),
+        cmocka_unit_test(test_nccl_dead_process),
+        cmocka_unit_test(test_nccl_failures),
 #endif
         cmocka_unit_test(test_eager),
         cmocka_unit_test(test_fused),
@@ -1515,6 +1822,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_rank_memory),
         cmocka_unit_test(test_launches),
         cmocka_unit_test(test_other_device),
+        cmocka_unit_test(test_little_shared_memory),
         cmocka_unit_test(test_overlap),
         cmocka_unit_test(test_no_recording),
         cmocka_unit_test(test_host_out_of_memory),

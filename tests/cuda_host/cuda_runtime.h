@@ -3,7 +3,8 @@
     It stands in for the toolkit's header of that name. Memory "on the GPU" is the host's, filled with NaN when it is
     allocated. Each device has its own memory, which another device must not use before it was given access, and which
     another process must not use before it has opened it. Streams are queues of closures that run when somebody waits
-    for them, so that a host which reuses a buffer too early is caught. Graphs are recorded queues. A kernel's blocks
+    for them, so that a host which reuses a buffer too early is caught. If somebody asks whether a stream is done, a
+    thread runs what is queued. Graphs are recorded queues. A kernel's blocks
     run one after the other. The threads of a block are fibers of the calling thread, which change at barriers and warp
     operations only. A fiber waits there until all other threads of that barrier have arrived. If no fiber can go on,
     the program ends with a message. Tests can let the n-th call fail, run the threads of a block in the opposite order,
@@ -11,6 +12,7 @@
 #ifndef CUDA_HOST_RUNTIME_H
 #define CUDA_HOST_RUNTIME_H
 
+#include <atomic>
 #include <boost/context/detail/fcontext.hpp>
 #include <chrono>
 #include <fcntl.h>
@@ -525,6 +527,7 @@ enum cudaError_t {
     cudaErrorMemoryAllocation,
     cudaErrorNoDevice,
     cudaErrorStreamCaptureUnsupported,
+    cudaErrorNotReady,
     cudaErrorPeerAccessAlreadyEnabled
 };
 
@@ -546,7 +549,9 @@ enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization 
 typedef std::vector<std::function<void()>> cuda_host_queue;
 
 struct cuda_host_stream {
-    cuda_host_queue queue;
+    cuda_host_queue queue, started, before; /* started: what the thread runs; before: queued before a recording */
+    std::thread thread;
+    std::atomic<bool> done{true}; /* the thread is */
     bool recording = false;
     int device = cuda_host_device;
 };
@@ -615,6 +620,37 @@ static inline void cuda_host_run(cuda_host_queue &queue) {
     std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     for (auto &work : queue) work();
 }
+
+/* Waits for the thread of a stream. */
+static inline void cuda_host_join(cudaStream_t stream) {
+    if (stream->thread.joinable()) stream->thread.join();
+}
+
+/* Starts to run what is queued. */
+static inline void cuda_host_start(cudaStream_t stream) {
+    cuda_host_join(stream);
+    stream->started.swap(stream->queue);
+    stream->done = false;
+    stream->thread = std::thread([stream] {
+        cuda_host_device = stream->device;
+        cuda_host_run(stream->started);
+        stream->started.clear();
+        stream->done = true;
+    });
+}
+
+/* For libraries, which find these by name: queues work(arg), which may be done several times. forget(arg) comes after
+   the last time. */
+extern "C" __attribute__((used)) inline int cuda_host_queue_work(cudaStream_t stream, void (*work)(void *arg),
+                                                                 void *arg, void (*forget)(void *arg)) {
+    std::shared_ptr<void> held(arg, forget);
+    return cuda_host_enqueue(stream, [=] { work(held.get()); });
+}
+
+extern "C" __attribute__((used)) inline bool cuda_host_is_recording() { return cuda_host_records; }
+
+/* Lets other threads use the GPUs for a while. */
+extern "C" __attribute__((used)) inline void cuda_host_yield() { cuda_host_lock.yield(); }
 
 static inline cudaError_t cudaGetLastError() { return cudaErrorNoDevice; }
 static inline const char *cudaGetErrorString(cudaError_t error) {
@@ -814,10 +850,22 @@ static inline cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cuda
 }
 
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) { return cuda_host_new(out); }
-static inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cuda_host_delete(stream); }
+static inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    cuda_host_join(stream);
+    return cuda_host_delete(stream);
+}
+
+static inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    if (cuda_host_records) return cudaErrorStreamCaptureUnsupported;
+    if (stream->device == cuda_host.lost_device) return cudaErrorNoDevice;
+    if (stream->done && !stream->queue.empty()) cuda_host_start(stream);
+    if (!stream->done) return cudaErrorNotReady;
+    return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
+}
 
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     if (cuda_host_records) return cudaErrorStreamCaptureUnsupported;
+    cuda_host_join(stream);
     std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     if (stream->device == cuda_host.lost_device) return cudaErrorNoDevice;
     cuda_host_run(stream->queue);
@@ -837,6 +885,10 @@ static inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     return event->stream ? cudaStreamSynchronize(event->stream) : cudaSuccess;
 }
 
+static inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+    return event->stream ? cudaStreamQuery(event->stream) : cudaSuccess;
+}
+
 static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t) {
     *ms = 1;
     return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
@@ -844,8 +896,7 @@ static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent
 
 static inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     if (cuda_host_fails(true) || !cuda_host.can_record) return cudaErrorStreamCaptureUnsupported;
-    cuda_host_run(stream->queue); /* what was queued before is not part of the graph */
-    stream->queue.clear();
+    stream->before.swap(stream->queue);
     stream->recording = cuda_host_records = true;
     return cudaSuccess;
 }
@@ -854,6 +905,7 @@ static inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t 
     stream->recording = cuda_host_records = false;
     cuda_host_queue recorded;
     recorded.swap(stream->queue);
+    stream->queue.swap(stream->before);
     cudaError_t result = cuda_host_new(out, true);
     if (result == cudaSuccess) (*out)->swap(recorded);
     return result;
@@ -871,7 +923,8 @@ static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return c
 static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
     if (stream->device == cuda_host.refusing_device) return cudaErrorInvalidValue;
     cuda_host_count_launch(&cuda_host.n_graph_launches);
-    return cuda_host_enqueue(stream, [=] { cuda_host_run(*graph); });
+    auto launched = std::make_shared<cuda_host_queue>(*graph); /* it may be destroyed before it has run */
+    return cuda_host_enqueue(stream, [=] { cuda_host_run(*launched); });
 }
 
 static inline void cuda_host_run_grid(dim3 grid, dim3 block, bool overlaps, const std::function<void()> &thread) {

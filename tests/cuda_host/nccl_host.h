@@ -1,0 +1,43 @@
+/* What tests may ask of the libnccl.so.2 that nccl.cpp is, and its functions. */
+#ifndef NCCL_HOST_H
+#define NCCL_HOST_H
+
+#include <stddef.h>
+
+struct nccl_host_settings {
+    int version = 22707;
+    bool refuses_start = false;
+    int fail_at = 0;                   /* it fails after so many operations; 0: never         */
+    int n_reduced = 0, n_gathered = 0; /* operations that were done                           */
+    int n_live = 0;                    /* communicators that were neither destroyed nor aborted */
+};
+
+struct ncclComm;
+
+struct ncclUniqueId {
+    char internal[128];
+};
+
+struct ncclConfig {
+    size_t size;
+    unsigned magic, version;
+    int blocking;
+};
+
+extern "C" {
+extern nccl_host_settings nccl_host;
+int ncclGetVersion(int *version);
+const char *ncclGetErrorString(int result);
+int ncclGetUniqueId(ncclUniqueId *id);
+int ncclCommInitRankConfig(ncclComm **comm, int size, ncclUniqueId id, int rank, ncclConfig *config);
+int ncclCommGetAsyncError(ncclComm *comm, int *result);
+int ncclGroupStart();
+int ncclGroupEnd();
+int ncclAllReduce(const void *from, void *to, size_t n, int type, int operation, ncclComm *comm, void *stream);
+int ncclAllGather(const void *from, void *to, size_t n, int type, ncclComm *comm, void *stream);
+int ncclCommFinalize(ncclComm *comm);
+int ncclCommDestroy(ncclComm *comm);
+int ncclCommAbort(ncclComm *comm);
+}
+
+#endif
