@@ -2,7 +2,7 @@
 
     Compile this file with nvcc, link it with your program and with cuBLAS, and name the backend when you load a model:
 
-        nvcc -O3 -std=c++17 -arch=sm_90 -c llm_cuda.cu           link with -lcublas -lcudart
+        nvcc -O3 -std=c++17 -arch=sm_90 -c llm_cuda.cu           link with -lcublas -lcudart -ldl
 
         #define LLM_CUDA
         #include "llm.h"
@@ -196,8 +196,7 @@ static llm_status llm__queue_status(llm__queue *queue, llm_error *err) {
 static __host__ __device__ int llm__min(int a, int b) { return a < b ? a : b; }
 static __host__ __device__ int llm__divide_up(int a, int b) { return (a + b - 1) / b; }
 
-/* Loads 16 bytes that are read once, bypassing the L1 cache. The load is volatile, so it stays before the kernel's
-   wait. */
+/* Loads 16 bytes that are read once, bypassing the L1 cache. */
 static __device__ uint4 llm__chip_load_once(const void *from) {
 #ifdef __CUDA_ARCH__
     uint4 v;
@@ -856,7 +855,7 @@ template <int COLUMNS> struct alignas(16) llm__product_memory {
 #ifdef __CUDACC__
 extern __shared__ uint4 llm__block_memory[]; /* of the size with which a kernel is launched */
 #else
-__shared__ uint4 llm__block_memory[227 << 6];
+alignas(16) __shared__ uint8_t llm__block_memory[227 << 10];
 #endif
 
 /* Where a tile's rows g and g + 8 begin, in turns. For an output that does not exist, the first row is used; the result
@@ -900,8 +899,8 @@ static __device__ void llm__product_fetch_turn(const llm__product &p, int n_turn
     if (fetch->tile < p.n_tiles) fetch->rows = llm__product_find_rows<ENDING>(p, fetch->tile, g, n_turns);
 }
 
-/* Prefetches what the ends of this block's tiles need from memory that no kernel writes. A thread has a row of a
-   tile. */
+/* Prefetches what the ends of this block's first 16 tiles need from memory that no kernel writes. A thread has a row of
+   a tile. */
 template <int ENDING, int FORMAT> static __device__ void llm__product_prefetch_ends(const llm__product &p) {
     int row = (int)threadIdx.x % 16, tile = (int)(blockIdx.x + threadIdx.x / 16 * gridDim.x);
     int output = tile < p.n_tiles ? llm__product_output<ENDING>(p, tile, row % 8, row / 8) : -1;
@@ -911,7 +910,7 @@ template <int ENDING, int FORMAT> static __device__ void llm__product_prefetch_e
     if (ENDING == LLM__QKV && p.store.bias) llm__chip_prefetch_line(p.store.bias + output);
 }
 
-/* Copies the inputs of all columns to shared memory. 32 more inputs a column: no bank conflicts. */
+/* Copies the inputs of all columns to shared memory. 32 more inputs a column: no bank conflicts, and with int8 few. */
 static __device__ void llm__product_hold_inputs(const llm__product &p, int n_columns, uint16_t *held) {
     for (int column = 0; column < n_columns; column++) {
         size_t row = (size_t)(p.gather ? __ldcg(p.gather + column) : column);
@@ -923,7 +922,8 @@ static __device__ void llm__product_hold_inputs(const llm__product &p, int n_col
     }
 }
 
-/* How many blocks of a fused product a multiprocessor holds at once: the registers are the limit. */
+/* The most blocks of a fused product that a multiprocessor holds at once, for their registers. Their shared memory may
+   leave room for fewer. */
 static __host__ __device__ constexpr int llm__product_blocks_per_processor(int format, int tiles) {
     return format >= LLM__INT8_GROUPS || tiles == 2 ? 2 : 3;
 }
@@ -954,7 +954,7 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
     if (ENDING == LLM__QKV && (int)threadIdx.x < n_columns)
         m->cells[threadIdx.x] = llm__rows_cell(p.rows, (int)threadIdx.x);
     llm__chip_wait_for_previous();
-    bool holds = n_columns * (p.weight.k + 32) <= p.n_held;
+    bool holds = p.n_held > 0;
     if (holds) llm__product_hold_inputs(p, n_columns, held);
     if (ENDING != LLM__RESIDUAL)
         for (int column = warp; column < n_columns; column += LLM__WARPS) {
@@ -3033,8 +3033,8 @@ static void llm__forget_graphs(llm__gpu_context *c) {
 /* Ends NCCL's communicator. Unless the ranks do it together, it is aborted: NCCL's kernels then end, even if they wait
    for other ranks. NCCL waits until no graph has such kernels. */
 static void llm__nccl_end(llm__gpu_context *c, bool together) {
-    const llm__nccl_library *nccl = llm__nccl_load();
     if (!c->nccl) return;
+    const llm__nccl_library *nccl = llm__nccl_load();
     llm__forget_graphs(c);
     together = together && llm__nccl_settle(c, nccl->finalize(c->nccl), c->desc.tensor->patience) == LLM__NCCL_DONE;
     if (together) nccl->destroy(c->nccl);
@@ -3851,7 +3851,7 @@ static int llm__product_blocks(const llm__gpu_context *c, llm__matrix_format for
 }
 
 /* There are at most as many blocks as the GPU holds at once, and their numbers of tiles differ by at most one. They
-   hold the inputs if two blocks still fit a multiprocessor. */
+   hold the inputs if there is still room for two blocks, or for as many as there are without inputs. */
 template <int ENDING>
 static void llm__run_product(llm__gpu_context *c, llm__kernel_kind kind, int bucket, llm__product p) {
     llm__matrix_format format = p.weight.format;
@@ -4100,8 +4100,9 @@ static void llm__widened_product(llm__gpu_context *c, llm__gpu_matrix m, const u
         return;
     }
     /* Equal pieces, because a small one fills fewer multiprocessors; whole tiles of cuBLAS's. */
-    int most = (int)(c->sizes.widened / (size_t)m.k), n_pieces = llm__divide_up(m.n, llm__min(most, m.n));
-    int some = llm__min(llm__pad(llm__divide_up(m.n, n_pieces), 128), llm__min(most, m.n));
+    int most = llm__min((int)(c->sizes.widened / (size_t)m.k), m.n);
+    if (most >= 128 && most < m.n) most -= most % 128;
+    int some = llm__min(llm__pad(llm__divide_up(m.n, llm__divide_up(m.n, most)), 128), most);
     for (int first = 0; first < m.n; first += some) {
         int n = llm__min(m.n - first, some);
         unsigned n_blocks = (unsigned)(((size_t)n * (size_t)m.k + 2047) / 2048);

@@ -168,7 +168,7 @@ def table(runs):
     limits = [run["limit"] for run in runs if run["limit"]]
     if limits:
         lines.append(f"\nMachine: {processor()}, {runs[0]['device']}. Bandwidth measured beside each step: {min(limits):.0f} to "
-                     f"{max(limits):.0f} GB/s. GPU: no device has run this yet, so there are no figures.")
+                     f"{max(limits):.0f} GB/s. The GPU's figures are in a table of their own below.")
     return "\n".join(lines)
 
 

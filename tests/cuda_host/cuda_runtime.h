@@ -442,10 +442,29 @@ CUDA_HOST_SWITCH void cuda_host_wait() {
     cuda_host_current.n_waits++;
 }
 
+static inline void cuda_host_prefetch(const void *from, size_t size) {
+    uintptr_t at = (uintptr_t)from;
+    const cuda_host_memory *memory = cuda_host_find_memory(at);
+    if (at % 16 || size % 16 || size == 0) cuda_host_fault("a prefetch is not of whole 16 bytes");
+    if (!memory || at - memory->begin + size > memory->size) cuda_host_fault("a prefetch reaches beyond its memory");
+}
+
+#ifdef CUDA_HOST_WATCH
+#include "cuda_watch.h"
+#else
+static inline void cuda_host_watch_block() {}
+static inline void cuda_host_watch_atomic(unsigned *) {}
+static inline void cuda_host_watch_access(const void *, size_t, bool) {}
+#endif
+
 /* Not CUDA's: copies to shared memory that go on while the thread does. What they replace is gone at once, and what they
    bring is there at the last moment. */
 static inline void cuda_host_copy(void *to, const void *from, int bytes, int all) {
+    cuda_host_check_alignment(to, (size_t)all);
+    cuda_host_check_alignment(from, (size_t)all);
     cuda_host_fibers::here().fibers[cuda_host_fibers::here().current].copies.push_back({to, from, bytes, all});
+    cuda_host_watch_access(from, (size_t)bytes, false);
+    cuda_host_watch_access(to, (size_t)all, true);
     memset(to, 0xFF, (size_t)all);
 }
 
@@ -464,23 +483,10 @@ static inline void cuda_host_wait_for_copies(int n_groups) {
         if (!copies[i].to) continue;
         memcpy(copies[i].to, copies[i].from, (size_t)copies[i].bytes);
         memset((uint8_t *)copies[i].to + copies[i].bytes, 0, (size_t)(copies[i].all - copies[i].bytes));
+        cuda_host_watch_access(copies[i].to, (size_t)copies[i].all, true);
     }
     copies.erase(copies.begin(), copies.begin() + (std::ptrdiff_t)end);
 }
-
-static inline void cuda_host_prefetch(const void *from, size_t size) {
-    uintptr_t at = (uintptr_t)from;
-    const cuda_host_memory *memory = cuda_host_find_memory(at);
-    if (at % 16 || size % 16 || size == 0) cuda_host_fault("a prefetch is not of whole 16 bytes");
-    if (!memory || at - memory->begin + size > memory->size) cuda_host_fault("a prefetch reaches beyond its memory");
-}
-
-#ifdef CUDA_HOST_WATCH
-#include "cuda_watch.h"
-#else
-static inline void cuda_host_watch_block() {}
-static inline void cuda_host_watch_atomic(unsigned *) {}
-#endif
 
 /* Not CUDA's: words by which devices tell each other something, and a clock. Who looks at a word lets others work. */
 static CUDA_HOST_SWITCH void cuda_host_set_flag(unsigned *at, unsigned value) {
@@ -712,7 +718,7 @@ template <typename Kernel> static inline cudaError_t cudaFuncGetAttributes(cudaF
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 template <typename Kernel> static inline cudaError_t cudaFuncSetAttribute(Kernel *, cudaFuncAttribute, int bytes) {
-    return cuda_host_fails() || bytes > cuda_host.shared_bytes ? cudaErrorInvalidValue : cudaSuccess;
+    return cuda_host_fails() || bytes > cuda_host.shared_bytes - 1024 ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
@@ -885,6 +891,7 @@ static inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     return event->stream ? cudaStreamSynchronize(event->stream) : cudaSuccess;
 }
 
+/* Asks about all work of the stream, also that after the event. */
 static inline cudaError_t cudaEventQuery(cudaEvent_t event) {
     return event->stream ? cudaStreamQuery(event->stream) : cudaSuccess;
 }

@@ -116,6 +116,9 @@ CUDA_HOST_SWITCH void look(const void *from, size_t size, bool writes, bool atom
 
 static inline void cuda_host_watch_block() { cuda_host_watch::n_blocks++; }
 CUDA_HOST_SWITCH void cuda_host_watch_atomic(unsigned *at) { cuda_host_watch::look(at, 4, true, true); }
+CUDA_HOST_SWITCH void cuda_host_watch_access(const void *at, size_t size, bool writes) {
+    for (size_t i = 0; i < size; i += 2) cuda_host_watch::look((const uint8_t *)at + i, 2, writes);
+}
 
 #define CUDA_HOST_CALLED extern "C" __attribute__((used, no_sanitize("thread"))) inline
 #define CUDA_HOST_ACCESS(n)                                                                           \
