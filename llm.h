@@ -17118,6 +17118,13 @@ static void llm__packed_walk_weight(llm__model_walk *walk, llm_backend_weight_ki
         w.part_types[w.n_parts++] = matrix ? (int)llm__packed_kind(p, held) : (int)held;
         w.rows += rows[i];
     }
+    /* The sizes of a context's buffers follow from the dtype. */
+    if (matrix && p->file && !llm__cpu_may_group(walk->dtype)) {
+        const llm__matrix made = llm__matrix_describe(walk->dtype, &w);
+        if (made.groups || made.n_kinds || made.panels != llm__cpu_rounds_rows(walk->dtype))
+            llm__fail(p->r.env, LLM_ERROR_FORMAT, "a weight of this packed file is not held as %s",
+                      llm_dtype_name(walk->dtype));
+    }
     const uint64_t bytes = matrix ? llm__cpu_weight_bytes(walk->dtype, &w) : (uint64_t)w.rows * (uint64_t)w.cols * 4;
     w.packed = llm__packed_data(p, data, bytes);
     walk->n_params += (uint64_t)w.rows * (uint64_t)w.cols;
