@@ -443,7 +443,8 @@ typedef struct llm_host {
 /* ---- Ranks --------------------------------------------------------------------------------------------------- */
 
 /* Several ranks can run one model together. They are threads of one process or, with LLM_MPI, processes on one machine
-   or many. Each loads its own part of the model and has its own contexts. In tensor parallel each rank has a share of
+   or many. Each loads its own part of the model and has its own contexts. (To find 2:4 sparsity, each also reads the
+   first row of the other matrices, and all of a model that is sparse.) In tensor parallel each rank has a share of
    the outputs of every matrix; in pipeline parallel it has some of the layers. All ranks make the same calls with the
    same arguments in the same order, and all get the same results: on the CPU the same bits as one rank alone. Every
    rank calls its own callbacks, so a host should print on one rank only.
@@ -531,7 +532,7 @@ typedef struct llm_model_desc {
        no others. Both must outlive the model. With ranks, create contexts one at a time, in the same order on all
        ranks. */
     llm_comm *tensor, *pipeline;
-    bool keep_zeros; /* hold matrices with 2:4 sparsity like all others                                       */
+    bool keep_zeros; /* hold matrices with 2:4 sparsity like all others. An error for a packed file that has such */
     bool check;      /* of a packed file: read all of it and compare its checksum. An error for other files         */
     llm_host host;
 } llm_model_desc;
@@ -558,18 +559,19 @@ typedef struct llm_model_info {
 typedef bool (*llm_read_fn)(void *user, uint64_t offset, void *to, size_t n_bytes);
 
 /* Loads a model from a GGUF file (for a split model, its first part), from a Hugging Face directory (or its
-   config.json) with safetensors, or from a packed file. If the file needs a feature this library lacks, loading fails
-   and the message names the feature. *out is NULL after a failure. Free it after its contexts. The file is not used
-   after this returns, but for two cases in which it must not change: a packed file, and the first stage of a pipeline
-   on the CPU, which reads rows of the embedding from it. */
+   config.json) with safetensors, from a directory as Meta publishes them (params.json, consolidated.*.pth), or from a
+   packed file. If the file needs a feature this library lacks, loading fails and the message names the feature. *out is
+   NULL after a failure. Free it after its contexts. The file is not used after this returns, but for two cases in which
+   it must not change: a packed file, and the first stage of a pipeline on the CPU, which reads rows of the embedding
+   from it. */
 LLM_API llm_status llm_model_load(llm_model **out, const char *path, const llm_model_desc *desc, llm_error *err);
 
 /* The same for a whole GGUF or packed file in memory. The memory is not used after this returns. */
 LLM_API llm_status llm_model_load_memory(llm_model **out, const void *data, size_t size, const llm_model_desc *desc,
                                          llm_error *err);
 
-/* The same for a file of `size` bytes that `read` provides: of a GGUF file first the header, then each tensor; a packed
-   file is read as a whole. */
+/* The same for a file of `size` bytes that `read` provides: of a GGUF file its first bytes, the header, then each
+   tensor, of which some may be read twice; a packed file is read as a whole. */
 LLM_API llm_status llm_model_load_callback(llm_model **out, llm_read_fn read, void *user, uint64_t size,
                                            const llm_model_desc *desc, llm_error *err);
 
@@ -639,14 +641,14 @@ LLM_API llm_status llm_quantize_gguf_callback(llm_read_fn read, void *user, uint
                                               const llm_quantize_desc *desc, llm_error *err);
 
 /* Writes a loaded model as a packed file: its weights as they lie in memory, which is the same for every instruction
-   set, and its tokenizer with all tables. llm_model_load maps such a file and computes on it as it lies: it loads in a
-   few milliseconds whatever its size, and processes that load it share its memory. It has the same logits, bit for bit.
-   The file must not change while a model uses it. Its weights are not in memory from host.alloc. It is for the CPU and
-   one rank, and its weights are not converted: llm_model_desc.dtype is zero, or the type that the model had. A version
-   of this library that does not know the file's version says so; then the file must be written again. Loading compares
-   a checksum of the header, and with llm_model_desc.check one of the weights. host may be NULL; its progress goes from
-   0 to 1, and if it returns false, nothing is written. `to` must not exist yet: the file is written as `to`.tmp, then
-   renamed. After a failure neither file is left. */
+   set, and its tokenizer with all tables. llm_model_load, given its path, maps such a file and computes on it as it
+   lies: it loads in a few milliseconds whatever its size, and processes that load it share its memory. It has the same
+   logits, bit for bit. The file must not change while a model uses it. Its weights are not in memory from host.alloc.
+   It is for the CPU and one rank, and its weights are not converted: llm_model_desc.dtype is zero, LLM_DTYPE_FILE, or
+   the type that the model had. A version of this library that does not know the file's version says so; then the file
+   must be written again. Loading compares a checksum of the header, and with llm_model_desc.check one of the weights.
+   host may be NULL; its progress goes from 0 to 1, and if it returns false, nothing is written. `to` must not exist
+   yet: the file is written as `to`.tmp, then renamed. After a failure neither file is left. */
 LLM_API llm_status llm_model_save_packed(const llm_model *model, const char *to, const llm_host *host, llm_error *err);
 
 /* ---- Tokenizer ----------------------------------------------------------------------------------------------- */
@@ -791,8 +793,8 @@ typedef enum llm_tool_form {
     LLM_TOOL_FORM_NAMED     /* [TOOL_CALLS]name[ARGS]{...}        */
 } llm_tool_form;
 
-/* The form that the chat template asks for, by the words that it has. LLM_TOOL_FORM_NONE if there is no template, or it
-   takes no tools, or wants calls in another form. */
+/* The form of tool calls that the model's chat template uses, found by the marks in its text. LLM_TOOL_FORM_NONE: there
+   is no template, it takes no tools, or it uses another form. */
 LLM_API llm_tool_form llm_tool_form_of(const llm_tokenizer *tokenizer);
 
 /* ---- Context ------------------------------------------------------------------------------------------------- */
@@ -845,8 +847,8 @@ typedef struct llm_memory {
     uint64_t weights, cache, scratch; /* bytes */
 } llm_memory;
 
-/* The memory that a model and one context take. *info comes from llm_model_read_info, which loads nothing, or from
-   llm_model_get_info. */
+/* The memory that a model and one context take. The weights of a packed file are counted in full, though processes
+   share them. *info comes from llm_model_read_info, which loads nothing, or from llm_model_get_info. */
 LLM_API llm_status llm_memory_estimate(const llm_model_info *info, const llm_context_desc *desc, llm_memory *out,
                                        llm_error *err);
 
@@ -3668,7 +3670,8 @@ static void llm__gguf_read_part(llm__env *env, llm__checkpoint *ck, const llm__f
     llm__cursor r = {env, file->data, file->size, file->have, 0, "the header", {"", 0}};
     const uint8_t *magic = llm__cursor_bytes(&r, 4);
     if (!memcmp(magic, llm__packed_magic, 4))
-        llm__fail(env, LLM_ERROR_UNSUPPORTED, "this is a packed file; it can be loaded, but not converted");
+        llm__fail(env, LLM_ERROR_UNSUPPORTED,
+                  "this is a packed file, which can only be loaded; convert the model it was made of");
     if (memcmp(magic, "GGUF", 4))
         llm__fail(env, LLM_ERROR_FORMAT, "this is not a GGUF file; to load a Hugging Face model, give its directory");
     uint32_t version = llm__cursor_u32(&r);
@@ -4457,6 +4460,8 @@ static const char *llm__hf_directory(llm__env *env, const char *path) {
    Then follow, as the functions llm__packed_... read and write them: hyperparameters, the list of weights, the
    tokenizer with its hash tables, and metadata. Each function does both, so that the two cannot differ. */
 
+/* Increase the version when anything changes that is stored as it is in memory: tiles, slots of hash tables, hash
+   functions, and the numbers of enums and flags. */
 enum { LLM__PACKED_VERSION = 1, LLM__PACKED_START = 64 };
 
 typedef struct llm__packed_piece {
@@ -4473,6 +4478,7 @@ typedef struct llm__packed {
     size_t n_pieces, piece_room;
     uint64_t n_data;                    /* bytes of the weights so far, each padded to a multiple of 64 */
     uint64_t fingerprint, tokenizer_at; /* from the header's first 64 bytes */
+    bool keep_zeros;                    /* of llm_model_desc: there must be no 2:4 matrix */
 } llm__packed;
 
 static uint64_t llm__packed_checksum(const uint8_t *header, size_t n) {
@@ -4612,7 +4618,8 @@ static llm__file *llm__packed_open(llm__env *env, const llm__file_source *source
     }
     const size_t n_start = source->size < sizeof start ? (size_t)source->size : sizeof start;
     if (source->data) memcpy(start, source->data, n_start);
-    else if (!source->read(source->user, 0, start, n_start)) return NULL;
+    else if (!source->read(source->user, 0, start, n_start))
+        llm__fail(env, LLM_ERROR_IO, "the read callback failed to read the first %lu bytes", (unsigned long)n_start);
     if (memcmp(start, llm__packed_magic, 4)) return NULL;
     const uint64_t n = llm__packed_check_start(env, start, source->size);
     file = llm__file_memory(env, NULL, (size_t)source->size);
@@ -4631,6 +4638,7 @@ static llm__packed llm__packed_begin(llm__env *env, const llm__file *file, bool 
     memset(&p, 0, sizeof p);
     const uint8_t *start = file->data;
     r.size = r.have = llm__packed_check_start(env, start, file->size);
+    if (r.size > file->have) llm__fail(env, LLM_ERROR_IO, "the header of this packed file changed while it was read");
     if (llm__packed_checksum(file->data, (size_t)r.size) != llm__bytes_u64(start + 32))
         llm__fail(env, LLM_ERROR_FORMAT, "the header of this packed file was altered: its checksum is wrong");
     p.r = r;
@@ -11758,25 +11766,33 @@ static void llm__packed_check_id(llm__env *env, const llm_tokenizer *t, llm_toke
 
 static void llm__packed_check_tables(llm__env *env, llm_tokenizer *t, size_t n_bytes) {
     const size_t n = (size_t)t->n_vocab;
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         if (t->offsets[i] > t->offsets[i + 1])
             llm__fail(env, LLM_ERROR_FORMAT, "the text of token %lu ends before it begins", (unsigned long)i);
+        if (t->offsets[i + 1] - t->offsets[i] > LLM__MAX_PIECE)
+            llm__fail(env, LLM_ERROR_FORMAT, "the text of token %lu has more than %d bytes", (unsigned long)i,
+                      LLM__MAX_PIECE);
+    }
     if (t->offsets[0] || t->offsets[n] != n_bytes)
         llm__fail(env, LLM_ERROR_FORMAT, "the texts of the tokens have %lu bytes, not %lu",
                   (unsigned long)t->offsets[n], (unsigned long)n_bytes);
     size_t used = 0;
+    uint8_t *seen = (uint8_t *)llm__alloc_zero(env, n, 1); /* a token twice would have its text looked at twice */
     for (size_t i = 0; i <= t->piece_mask; i++) {
         const llm__vocab_piece_slot *slot = &t->pieces[i];
         used = slot->id == LLM__NONE ? 0 : used + 1;
         if (used > LLM__MAX_PROBES || i == t->piece_mask) llm__packed_check_used(env, i, used);
         if (!used) continue;
         llm__packed_check_id(env, t, slot->id);
+        if (seen[slot->id]++)
+            llm__fail(env, LLM_ERROR_FORMAT, "token %ld of the tokenizer is listed twice", (long)slot->id);
         const llm__str s = llm__vocab_piece(t, slot->id);
         const uint8_t *end = (const uint8_t *)s.at + s.n;
         if (slot->n != s.n || !s.n || (t->sentencepiece && llm__utf8_check((const uint8_t *)s.at, end) != end))
             llm__fail(env, LLM_ERROR_FORMAT, "token %ld of the tokenizer has the wrong text", (long)slot->id);
         if (s.n > t->longest_piece) t->longest_piece = s.n;
     }
+    llm__free(env->pool, seen);
     used = 0;
     for (size_t i = 0; i <= t->pair_mask; i++) {
         const llm__bpe_pair_slot *slot = &t->pairs[i];
@@ -17029,6 +17045,7 @@ static bool llm__model_weight_is_2_4(llm__model_walk *walk, const llm__weight_so
     for (int i = 0; i < source->n_parts && is_2_4; i++) is_2_4 = llm__model_begins_2_4(env, &source->parts[i], scratch);
     for (int i = 0; i < source->n_parts && is_2_4; i++) {
         llm__tensor t = source->parts[i];
+        llm__env_progress(env, 0); /* a host may cancel, since all of a sparse model is read here */
         uint8_t *bytes = llm__tensor_bytes(env, &t);
         for (uint64_t r = 0; r < t.rows && is_2_4; r++) is_2_4 = llm__model_tensor_row_is_2_4(&t, r, scratch);
         if (!bytes) llm__file_advise(t.file, t.data, t.rows * t.row_bytes, true);
@@ -17090,8 +17107,15 @@ static void llm__model_walk_weight(llm__model_walk *walk, llm_backend_weight_kin
 static llm__weight_type llm__packed_kind(llm__packed *p, llm__weight_type kind) {
     llm__str name = {llm__packed_kinds[kind], strlen(llm__packed_kinds[kind])};
     llm__packed_str(p, &name);
-    for (int i = 0; i < LLM__W_KINDS; i++)
-        if (llm__str_is(name, llm__packed_kinds[i])) return (llm__weight_type)i;
+    for (int i = 0; i < LLM__W_KINDS; i++) {
+        if (!llm__str_is(name, llm__packed_kinds[i])) continue;
+        if (p->keep_zeros && llm__matrix_is_2_4((llm__weight_type)i))
+            llm__fail(
+                p->r.env, LLM_ERROR_UNSUPPORTED,
+                "desc.keep_zeros is set, but this packed file has no zeros of 2:4 matrices; load the model it was "
+                "made of");
+        return (llm__weight_type)i;
+    }
     llm__fail(p->r.env, LLM_ERROR_UNSUPPORTED,
               "a weight of this packed file is held as \"%.*s\", which this library does not know", LLM__SHOW(name));
 }
@@ -17411,11 +17435,13 @@ static llm__packed_model llm__packed_begin_model(llm__env *env, const llm__file 
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "ranks cannot share a packed file; load the model it was made of");
     *p = llm__packed_begin(env, file, desc->check);
     p->r.at = LLM__PACKED_START;
+    p->keep_zeros = desc->keep_zeros;
     llm__packed_hparams(p, &m);
     if (desc->dtype != LLM_DTYPE_FILE && desc->dtype != m.dtype)
-        llm__fail(env, LLM_ERROR_UNSUPPORTED,
-                  "this packed file holds its weights as %s, and is not converted to %s; load the model it was made of",
-                  llm_dtype_name(m.dtype), llm_dtype_name(desc->dtype));
+        llm__fail(
+            env, LLM_ERROR_UNSUPPORTED,
+            "this packed file holds its weights as %.*s, and is not converted to %s; load the model it was made of",
+            LLM__SHOW(m.held), llm_dtype_name(desc->dtype));
     return m;
 }
 
@@ -17884,7 +17910,7 @@ static void llm__quantize_tensors(llm__env *env, const llm__quantize_args *a) {
     llm__out_close(env, out);
 }
 
-/* Only weights that nothing has quantized are taken. */
+/* Refuses weights that are quantized already. */
 static void llm__quantize_check_weights(llm__env *env, const llm__checkpoint *ck) {
     for (size_t i = 0; i < ck->n_tensors; i++) {
         const llm__tensor *t = &ck->tensors[i];
@@ -18594,11 +18620,15 @@ static void llm__gguf_put_tensor(llm__env *env, llm__gguf_out *g, llm__team *tea
     llm__free(outer, inner);
 }
 
+static void llm__out_check(llm__env *env, const char *to) {
+    if (llm__path_find(to) != LLM__NOTHING) llm__fail(env, LLM_ERROR_IO, "%s exists already, and is not replaced", to);
+}
+
 /* Creates `to`.tmp, which becomes `to` when it is finished; a failure removes it. `to` must not exist. */
 static llm__out *llm__out_begin(llm__env *env, const char *to) {
     const size_t n = strlen(to);
     char *path = (char *)llm__alloc(env, n + 5, 1);
-    if (llm__path_find(to) != LLM__NOTHING) llm__fail(env, LLM_ERROR_IO, "%s exists already, and is not replaced", to);
+    llm__out_check(env, to);
     memcpy(path, to, n);
     memcpy(path + n, ".tmp", 5);
     llm__out *out = llm__out_open(env, path);
@@ -18639,8 +18669,7 @@ static void llm__gguf_out_body(llm__env *env, void *arg) {
     g.recipe = llm__gguf_recipe_find(env, a->desc->type);
     desc.n_threads = a->desc->n_threads;
     desc = llm__model_defaults(env, &desc);
-    if (llm__path_find(a->to) != LLM__NOTHING)
-        llm__fail(env, LLM_ERROR_IO, "%s exists already, and is not replaced", a->to);
+    llm__out_check(env, a->to); /* before any work */
     llm__model_make_plan(env, a->source, &desc, false, &plan);
     g.ck = plan.ck;
     g.h = &plan.h;
@@ -18716,6 +18745,13 @@ static void llm__packed_seal(uint8_t *header, uint64_t n) {
     memcpy(header + 32, &sum, sizeof sum);
 }
 
+/* Saving goes over all pieces twice: for their checksum, and to write them. */
+static void llm__packed_progress(llm__env *env, const llm__packed *p, size_t n_done) {
+    const llm_host *host = &env->pool->host;
+    if (host->progress && !host->progress(host->user, (float)n_done / (float)(2 * p->n_pieces)))
+        llm__fail(env, LLM_ERROR_CANCELLED, "writing was cancelled");
+}
+
 /* Makes the header; the weights stay where they are in memory. */
 static void llm__packed_make_header(llm__env *env, const llm_model *model, llm__packed *p) {
     const llm_model_info *info = &model->info;
@@ -18756,7 +18792,10 @@ static void llm__packed_make_header(llm__env *env, const llm_model *model, llm__
     llm__packed_vocabulary(p, &tokenizer);
     llm__packed_meta(p, &shown);
     llm__packed_align(p);
-    for (size_t i = 0; i < p->n_pieces; i++) llm__packed_put(env, NULL, &sum, &p->pieces[i]);
+    for (size_t i = 0; i < p->n_pieces; i++) {
+        llm__packed_progress(env, p, i);
+        llm__packed_put(env, NULL, &sum, &p->pieces[i]);
+    }
     const uint32_t order = 0x01020304, version = LLM__PACKED_VERSION;
     const uint64_t numbers[] = {p->r.at + p->n_data, p->r.at, 0, llm__checksum_end(&sum), model->source, tokenizer_at};
     memcpy(p->header, llm__packed_magic, sizeof llm__packed_magic);
@@ -18778,12 +18817,11 @@ static void llm__packed_save_body(llm__env *env, void *arg) {
     llm__out *out = llm__out_begin(env, a->to);
     llm__packed_make_header(env, model, &p);
     llm__out_put(env, out, p.header, (size_t)p.r.at);
-    const llm_host *host = &env->pool->host;
-    for (size_t i = 0; i <= p.n_pieces; i++) {
-        if (host->progress && !host->progress(host->user, (float)i / (float)p.n_pieces))
-            llm__fail(env, LLM_ERROR_CANCELLED, "writing was cancelled");
-        if (i < p.n_pieces) llm__packed_put(env, out, NULL, &p.pieces[i]);
+    for (size_t i = 0; i < p.n_pieces; i++) {
+        llm__packed_progress(env, &p, p.n_pieces + i);
+        llm__packed_put(env, out, NULL, &p.pieces[i]);
     }
+    llm__packed_progress(env, &p, 2 * p.n_pieces);
     llm__out_finish(env, out, a->to);
 }
 
@@ -20711,7 +20749,8 @@ static int32_t llm__gram_step_all(llm__env *env, llm_grammar *g, int32_t state, 
     return to;
 }
 
-/* The first bytes of characters of several: from, to; how many follow; of these the first: from, to. */
+/* UTF-8 characters of several bytes. A row has the min and max of the first byte, how many bytes follow it, and the min
+   and max of the second byte. */
 static const uint8_t llm__gram_leads[8][5] = {
     {0xC2, 0xDF, 1, 0x80, 0xBF}, {0xE0, 0xE0, 2, 0xA0, 0xBF}, {0xE1, 0xEC, 2, 0x80, 0xBF}, {0xED, 0xED, 2, 0x80, 0x9F},
     {0xEE, 0xEF, 2, 0x80, 0xBF}, {0xF0, 0xF0, 3, 0x90, 0xBF}, {0xF1, 0xF3, 3, 0x80, 0xBF}, {0xF4, 0xF4, 3, 0x80, 0x8F}};
@@ -21643,7 +21682,7 @@ enum {
     LLM__GRAM_MOST_PATTERNS = 32,    /* that say together which strings are meant */
     LLM__GRAM_MOST_CASES = 8,        /* alternatives in propertyNames */
     LLM__GRAM_MOST_KINDS = 6,        /* patterns that tell properties apart */
-    LLM__GRAM_MOST_PLACES = 1 << 14, /* in the automaton of these patterns */
+    LLM__GRAM_MOST_PLACES = 1 << 14, /* positions in the patterns, of which a state is a set */
     LLM__GRAM_MOST_SETS = 1 << 12,   /* states of such an automaton, and of an array */
     LLM__GRAM_MOST_CONTAINS = 3,     /* different `contains` of an array */
     LLM__GRAM_MOST_UNIQUE = 10,      /* values of the items of an array with uniqueItems */
@@ -23071,7 +23110,7 @@ static uint32_t llm__gram_part(llm__gram_builder *b, const llm__gram_decimal *lo
     return alt;
 }
 
-/* What may follow the last digit before the point of numbers of these types. */
+/* The grammar of what follows a number's digits before the point: a fraction, or nothing. */
 static uint32_t llm__gram_point(llm__gram_builder *b, const llm__gram_decimal *lo, const llm__gram_decimal *hi,
                                 unsigned types) {
     llm__gram_decimal zero;
@@ -23219,7 +23258,7 @@ static llm__gram_multiples llm__gram_multiples_of(llm__gram_schema *s, uint32_t 
     return m;
 }
 
-/* A number of these types. With bounds it is written without an exponent. */
+/* The grammar of integers, or of all numbers. If they have bounds, they are written without an exponent. */
 static uint32_t llm__gram_number(llm__gram_schema *s, const llm__gram_conj *c, unsigned types) {
     static const char *const keys[] = {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"};
     llm__gram_builder *b = s->b;
@@ -23377,7 +23416,7 @@ static bool llm__gram_find_list(llm__gram_schema *s, const llm__gram_conj *c, co
     return false;
 }
 
-/* The values that enum and const leave; 0 if there is none of these. */
+/* The grammar of the values that enum and const allow; 0 if the schema has neither. */
 static uint32_t llm__gram_listed(llm__gram_schema *s, const llm__gram_conj *c) {
     llm__gram_builder *b = s->b;
     const llm__json *first;

@@ -2226,7 +2226,7 @@ enum {
     LLM__NCCL_BYTES = 1,
     LLM__NCCL_WORDS = 3, /* of 32 bits, without a sign */
     LLM__NCCL_SUM = 0,
-    LLM__NCCL_START = 4 /* starting may take so many times as long as an exchange */
+    LLM__NCCL_START = 4 /* starting NCCL may take this many times the patience of an exchange */
 };
 
 typedef struct llm__nccl_id {

@@ -5,7 +5,8 @@
     build/quantize --sparse 2:4 IN OUT [bf16|int8]    a Hugging Face directory to one in which, of each four weights, the
                                                       two of smaller magnitude are zero
     build/quantize --pack IN OUT [DTYPE]    any model to a packed file, which loads in a few milliseconds; DTYPE is the
-                                            type of the weights in memory, for example int8; without it IN's
+                                            type of the weights in memory (f32, f16, bf16, int8, int4 or file);
+                                            without it IN's
     build/quantize --check FILE             is a packed file as it was written?
 
     See llm_quantize_directory, llm_quantize_gguf, llm_prune_directory and llm_model_save_packed in llm.h for what is
@@ -51,6 +52,7 @@ int main(int argc, char **argv) {
     llm_status status;
     if (!strcmp(option, "--sparse") && (argc == 5 || argc == 6) && !strcmp(argv[2], "2:4")) {
         llm_dtype dtype = argc == 6 ? llm_dtype_from_name(argv[5]) : LLM_DTYPE_BF16;
+        if (!dtype) return usage(argv[0]);
         status = llm_prune_directory(argv[3], argv[4], dtype, NULL, &err);
     } else if (!strcmp(option, "--pack") && (argc == 4 || argc == 5)) {
         llm_dtype dtype = argc == 5 ? llm_dtype_from_name(argv[4]) : LLM_DTYPE_DEFAULT;

@@ -910,9 +910,11 @@ static const char *read_form(request *r, llm_error *err) {
 
 /* What would change the answer, unless it has the value that changes nothing. */
 static const char *refuse_others(const request *r) {
-    static const char *const names[] = {"functions", "suffix", "best_of", "n", "modalities", "audio", "tools"};
+    static const char *const names[] = {"functions",  "function_call", "suffix", "best_of",     "n",
+                                        "modalities", "audio",         "tools",  "tool_choice", "parallel_tool_calls"};
+    enum { LAST_OF_CHATS = 7 }; /* chats take the others */
     static __thread char why[100];
-    for (size_t i = 0; i < sizeof names / sizeof *names - (r->is_chat ? 1 : 0); i++) {
+    for (size_t i = 0; i < (r->is_chat ? (size_t)LAST_OF_CHATS : sizeof names / sizeof *names); i++) {
         const json_t *given = json_object_get(r->json, names[i]);
         bool one = !strcmp(names[i], "n") || !strcmp(names[i], "best_of");
         bool nothing = !given || json_is_null(given) || json_is_false(given) ||

@@ -186,9 +186,9 @@ static void test_types(void **state) {
 }
 
 static void test_formats(void **state) {
-    static const char *const names[] = {"llama",   "gqa",        "linear",      "llama3", "mistral",     "qwen2",
-                                        "qwen3",   "qwen2-yarn", "yarn-mscale", "int8",   "llama3.gguf", "yarn.gguf",
-                                        "sharded", "qwen3.gguf", "int8.gguf",   "meta-2", "mistral.gguf"};
+    static const char *const names[] = {"llama",   "gqa",        "linear",      "llama3", "mistral",      "qwen2",
+                                        "qwen3",   "qwen2-yarn", "yarn-mscale", "int8",   "llama3.gguf",  "yarn.gguf",
+                                        "sharded", "qwen3.gguf", "int8.gguf",   "meta-2", "mistral.gguf", "meta-3"};
     (void)state;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) round_trip(load_model(golden(names[i]), NULL));
     round_trip(load_model(golden_path("sparse/bf16"), NULL));
@@ -282,7 +282,7 @@ static void test_refusals(void **state) {
         llm_model_free(load_memory(file.at, file.n, NULL));
         file.at[at] = first[at];
     }
-    refuses(file.at, file.n, &bf16, LLM_ERROR_UNSUPPORTED, "holds its weights as file, and is not converted to bf16");
+    refuses(file.at, file.n, &bf16, LLM_ERROR_UNSUPPORTED, "holds its weights as Q8_0, and is not converted to bf16");
     memcpy(file.at + 8, "\1\2\3\4", 4);
     refuses(file.at, file.n, NULL, LLM_ERROR_UNSUPPORTED, "big-endian");
     memcpy(file.at + 8, first + 8, 4);
@@ -303,6 +303,79 @@ static void test_refusals(void **state) {
     free(gguf);
     free(first);
     free(file.at);
+}
+
+/* A header with the right checksum that names another type for the weights than theirs is refused, or the model computes.
+   A context's buffers depend on the type. */
+static void test_other_types(void **state) {
+    (void)state;
+    for (int held = LLM_DTYPE_F32; held <= LLM_DTYPE_FILE; held++) {
+        const char *path = new_path();
+        llm_model *model = load_tiny(held == LLM_DTYPE_FILE ? &TINY_ALL_TYPES : &TINY_ODD, (llm_dtype)held);
+        assert_int_equal(llm_model_get_info(model).dtype, held);
+        save(model, path);
+        llm_model_free(model);
+        bytes file = read_file(path);
+        size_t at = 64;
+        for (int i = 0; i < 3; i++) at += 8 + (size_t)llm__bytes_u64(file.at + at); /* strings */
+        assert_int_equal(llm__bytes_u32(file.at + at), held);
+        for (int named = LLM_DTYPE_F32; named <= LLM_DTYPE_FILE; named++) {
+            llm_error err;
+            file.at[at] = (uint8_t)named;
+            seal(file);
+            llm_status status = llm_model_load_memory(&model, file.at, file.n, NULL, &err);
+            assert_true(!status || named != held);
+            if (status) assert_non_null(strstr(err.message, "a weight of this packed file is not held as"));
+            else free(logits_of(model));
+            llm_model_free(model);
+        }
+        free(file.at);
+        assert_int_equal(remove(path), 0);
+    }
+}
+
+/* A 2:4 matrix has no zeros in the file, so they cannot be kept. */
+static void test_keep_zeros(void **state) {
+    const char *path = new_path();
+    llm_model *model = load_model(golden_path("sparse/bf16"), NULL);
+    const llm_model_desc keep = {.n_threads = 1, .keep_zeros = true};
+    (void)state;
+    assert_non_null(strstr(llm_model_get_info(model).held, "2:4"));
+    save(model, path);
+    llm_model_free(model);
+    bytes file = read_file(path);
+    refuses(file.at, file.n, &keep, LLM_ERROR_UNSUPPORTED, "keep_zeros");
+    free(file.at);
+    assert_int_equal(remove(path), 0);
+    file = small_file();
+    llm_model_free(load_memory(file.at, file.n, &keep)); /* it has none */
+    free(file.at);
+}
+
+/* The second time that the beginning is read, the header is longer. */
+static bool read_changing(void *user, uint64_t offset, void *to, size_t n) {
+    reader *r = (reader *)user;
+    memcpy(to, r->file.at + offset, n);
+    if (offset == 0 && r->n_read++ && n >= 32) ((uint8_t *)to)[24] += 64;
+    return true;
+}
+
+static bool read_nothing(void *user, uint64_t offset, void *to, size_t n) {
+    (void)user, (void)offset, (void)to, (void)n;
+    return false;
+}
+
+static void test_bad_callbacks(void **state) {
+    reader r = {small_file(), 0};
+    llm_model_info info;
+    llm_error err;
+    (void)state;
+    assert_true(r.file.at[24] < 192);
+    assert_int_equal(llm_model_read_info_callback(read_changing, &r, r.file.n, NULL, &info, &err), LLM_ERROR_IO);
+    assert_non_null(strstr(err.message, "changed while it was read"));
+    assert_int_equal(llm_model_read_info_callback(read_nothing, &r, r.file.n, NULL, &info, &err), LLM_ERROR_IO);
+    assert_non_null(strstr(err.message, "the read callback failed"));
+    free(r.file.at);
 }
 
 /* Headers with the right checksum, but with bytes of no sense: an error in words, or a model that works. */
@@ -424,7 +497,7 @@ static void test_starved(void **state) {
     assert_int_equal(remove(path), 0);
 }
 
-/* Ranks are refused, on each of them. */
+/* A model that is shared by ranks is refused. */
 static void test_ranks(void **state) {
     const char *path = new_path();
     llm_model *model = load_tiny(&TINY_ODD, LLM_DTYPE_FILE);
@@ -521,6 +594,9 @@ int main(void) {
         cmocka_unit_test(test_formats),
         cmocka_unit_test(test_same_file),
         cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_other_types),
+        cmocka_unit_test(test_keep_zeros),
+        cmocka_unit_test(test_bad_callbacks),
         cmocka_unit_test(test_damaged),
         cmocka_unit_test(test_saving),
         cmocka_unit_test(test_cancelled),
