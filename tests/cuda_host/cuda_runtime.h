@@ -185,6 +185,9 @@ struct block {
     int parity[MOST_THREADS];
     const std::function<void()> *body = nullptr;
     int n = 0, n_done = 0, current = 0;
+    bool closing = false; /* the fibers end, instead of going on with the next block */
+
+    ~block();
 };
 
 CUDA_HOST_SWITCH block &here() {
@@ -210,6 +213,15 @@ CUDA_HOST_SWITCH void go(fiber &self, const fiber &next) {
     __sanitizer_start_switch_fiber(&self.fake_stack, next.stack, next.stack_size);
 #endif
     arrive(boost::context::detail::jump_fcontext(next.context, &self), self.fake_stack);
+}
+
+/* The same for the last time: `self` ends. */
+[[noreturn]] CUDA_HOST_SWITCH void leave(fiber &self, const fiber &next) {
+#ifdef CUDA_HOST_ASAN
+    __sanitizer_start_switch_fiber(nullptr, next.stack, next.stack_size);
+#endif
+    boost::context::detail::jump_fcontext(next.context, &self);
+    abort(); /* nobody goes back to it */
 }
 
 /* Goes on with the first thread of the warp that can, beginning with this lane; if none can, with the scheduler. */
@@ -248,7 +260,16 @@ inline void fiber_main(transfer_t from) {
         b.fibers[b.current].done = true;
         b.n_done++;
         wait(b);
+        if (b.closing) leave(b.fibers[b.current], b.scheduler);
     }
+}
+
+/* The address sanitizer keeps memory for each fiber until the fiber ends. Without this, a few hundred threads that launched
+   kernels and ended would hold all memory there is. */
+inline block::~block() {
+    closing = true;
+    for (int i = 0; i < MOST_THREADS; i++)
+        if (fibers[i].memory) current = i, go(scheduler, fibers[i]);
 }
 
 /* Waits until n threads are here. */
