@@ -35,8 +35,8 @@ static inline int rename_utf8(const char *old_path, const char *new_path) {
 #define rename_utf8 rename
 #endif
 
-/* Under a sanitizer everything takes many times as long. So large cases run only in the plain build, and tests leave
-   out most work in a single thread under the thread sanitizer. */
+/* Sanitizers make tests many times slower. So large cases run only in the plain build, and the thread sanitizer skips
+   most single-threaded work. */
 #if defined(__SANITIZE_ADDRESS__)
 #define SANITIZED true
 #elif defined(__SANITIZE_THREAD__)

@@ -60,7 +60,7 @@ static inline void write_file(const char *path, const void *data, size_t n) {
     assert_int_equal(fclose(file), 0);
 }
 
-/* ---- Models and contexts: if one of these functions fails, the test fails ---- */
+/* ---- Models and contexts: if a call fails, the test fails ---- */
 
 /* desc may be NULL. */
 static inline llm_model *load_model(const char *path, const llm_model_desc *desc) {
@@ -145,7 +145,7 @@ static inline json_t *next_line(FILE *file) {
         return NULL;
     }
     json_t *value = json_loads(line, JSON_ALLOW_NUL, NULL);
-    if (!value) fail_msg("this line is no JSON: %.60s", line);
+    if (!value) fail_msg("this line is not JSON: %.60s", line);
     return value;
 }
 #endif
@@ -199,7 +199,7 @@ static inline void assert_all_returned(const heap *h) {
 static inline void assert_explained(llm_status status, const llm_error *err) {
     assert_int_equal(err->code, status);
     assert_non_null(memchr(err->message, 0, sizeof err->message));
-    if (strlen(err->message) < 10) fail_msg("status %d comes with the message \"%s\"", status, err->message);
+    if (strlen(err->message) < 10) fail_msg("status %d has the message \"%s\"", status, err->message);
     if (!is_utf8(err->message, strlen(err->message))) fail_msg("the message is not UTF-8: %s", err->message);
 }
 
@@ -231,7 +231,7 @@ typedef struct load_job {
     const char *path;
 } load_job;
 
-/* This function and the next are for `starve`; the job is a load_job. */
+/* This function and the next are passed to `starve`; the job is a load_job. */
 static inline llm_status load_model_starved(void *job, llm_error *err) {
     load_job *j = (load_job *)job;
     llm_model *model;

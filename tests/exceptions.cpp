@@ -1,6 +1,7 @@
-// Callbacks that leave llm_generate by a C++ exception: at every poll of cancel, which other threads wait for, and at every
-// piece of text. The next call must give what it always gives. The same for llm_step: the other stream's text goes on. If
-// one of two ranks is left in this way, the other, and this one in its next call, must get an error that says so.
+// Callbacks that leave llm_generate by a C++ exception: from each poll of `cancel`, while other threads wait, and from
+// each piece of text. The next call must give the usual text. The same holds for llm_step, where the other stream must
+// continue. If an exception leaves one of two ranks, the other rank and the next call of this one must get an error
+// that says so.
 // For tests/test_builds.sh:  exceptions MODEL
 #define LLM_IMPLEMENTATION
 #include "llm.h"
@@ -13,7 +14,7 @@
 
 struct host {
     std::string text;
-    int calls, last; // of the callback that throws; 0: never
+    int calls, last; // calls so far; the call that throws (0: none)
 };
 
 static void count(host *h) {
@@ -32,7 +33,7 @@ static bool on_text(void *user, const char *text, size_t size) {
     return true;
 }
 
-// Two streams, one of which throws at its last'th call; returns the text of the other.
+// Runs two streams, one of which throws at call number `last`. Returns the text of the other.
 static std::string beside_a_thrower(llm_context *ctx, int last, bool by_cancel, int *n_thrown, llm_error *err) {
     host hosts[2] = {{"", 0, last}, {"", 0, 0}};
     llm_stream *streams[2];
@@ -60,14 +61,14 @@ static std::string beside_a_thrower(llm_context *ctx, int last, bool by_cancel, 
     return hosts[1].text;
 }
 
-// One of two ranks, whose callback throws at its call number `last`. The rank then calls again, or frees what it has.
+// One of two ranks, whose callback throws at call number `last`. The rank then calls again, or frees everything.
 struct rank {
     const char *file;
     llm_comm *comm;
     bool staged, by_cancel, calls_again; // staged: a pipeline; else tensor parallel
     int last;
     bool thrown;
-    llm_status status; // of the last call, which is 0 after an exception if there was no other
+    llm_status status; // of the last call that returned
     llm_error err;
 };
 

@@ -13,8 +13,8 @@ typedef struct expected {
 /* A small model with weights in Q4_1. */
 static const tiny_spec FOUR_BITS = {2, 96, 128, 6, 2, 32, 512, 43, 1, 3, 1};
 
-/* Hashes of the small model's logits at all positions, and of the default model's logits at 32 positions. 0: another
-   row has the hash of the default model. */
+/* Hashes of the small model's logits at all positions, and of the default model's logits at 32 positions (0: not
+   tested in this row). */
 static const expected EXPECTED[] = {
     {LLM_DTYPE_F32, LLM_DTYPE_DEFAULT, &TINY_ODD, 0x7341783e55522002, 0x8edd79e970583c6d},
     {LLM_DTYPE_BF16, LLM_DTYPE_DEFAULT, &TINY_ODD, 0xa2c2d316d6e4273d, 0x242236317cf1af6e},
@@ -63,7 +63,7 @@ static inline llm_model *load(const expected *e, const char *isa, llm_comm *tens
     llm_model *model = NULL;
     llm_error err;
     llm_status status = try_tiny(&model, e->spec, desc, &err);
-    /* Only an instruction set that this machine lacks is a reason to skip. */
+    /* The only reason to skip is an instruction set that this machine lacks. */
     bool absent = status == LLM_ERROR_ARGUMENT && strstr(err.message, "not on this machine");
     if (status && (!absent || must_run(isa))) fail_msg("%s", err.message);
     return model;
@@ -100,7 +100,7 @@ static inline uint64_t in_chunks(llm_context *ctx, int size) {
     return hash;
 }
 
-/* The text runs together with seven sequences of other lengths, in batches that alternate between their tokens. */
+/* Computes the text together with seven sequences of other lengths, in batches that mix their tokens. */
 static inline uint64_t in_a_crowd(llm_context *ctx) {
     llm_token tokens[8 * LENGTH];
     int seqs[8 * LENGTH];
@@ -123,7 +123,7 @@ static inline uint64_t in_a_crowd(llm_context *ctx) {
     return hash;
 }
 
-/* The text continues in forks, each at an odd position, while their parents continue with other tokens. */
+/* Computes the text in a chain of forks, while their parents continue with other tokens. */
 static inline uint64_t through_forks(llm_context *ctx) {
     static const int cuts[] = {0, 45, 64, 131, 257, LENGTH};
     uint64_t hash = 0;
@@ -151,8 +151,8 @@ static inline uint64_t restored(llm_context *ctx, llm_context *other) {
     return append(other, 5, 100, LENGTH, hash);
 }
 
-/* Ways of computing the logits. The first four run with one thread, the others with two or more; `small` takes at most
-   37 tokens in a pass. */
+/* Ways to compute the logits. The first four run with one thread, the others with two or more. `small` takes at most 37
+   tokens per pass. */
 enum { WAYS = 9, WAYS_OF_ONE = 4 };
 
 static inline uint64_t go(int way, llm_context *ctx, llm_context *small) {

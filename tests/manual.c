@@ -1,5 +1,5 @@
-/* Runs the recipes of llm.h's title comment, which test_manual.sh puts into recipes.h: each with the model that is named on
-   the command line. Says what went wrong; exits with 1. */
+/* Runs the recipes of llm.h's title comment, which test_manual.sh extracts into recipes.h, with the model named on the
+   command line. Prints what failed; exits with 1 if anything did. */
 #include "llm.h"
 
 #include <pthread.h>
@@ -39,12 +39,12 @@ static void try_chat(const llm_model *model) {
     llm_context_free(ctx);
 }
 
-/* The loop's tokens are those of llm_generate. */
+/* The loop must give the same tokens as llm_generate. */
 static void try_loop(const llm_model *model) {
     llm_context *ctx = create(model, 1, 1), *plain = create(model, 1, 1), *copied = create(model, 1, 1);
     llm_generate_desc desc = {.prompt = "The quick brown fox", .max_tokens = 50};
     llm_sampler sampler;
-    llm_error err = {LLM_OK, "other tokens than llm_generate's"};
+    llm_error err = {LLM_OK, "the tokens differ from llm_generate's"};
     memset(&sampler, 0, sizeof sampler);
     check(!llm_generate(plain, &desc, NULL, &err), "llm_generate", &err);
     const llm_token *tokens = llm_seq_tokens(plain, 0);
@@ -66,7 +66,7 @@ static void try_users(const llm_model *model) {
                                                "One two three", "Paris is"};
     static char answers[USERS][4096], alone[4096];
     llm_context *ctx = create(model, USERS, USERS), *plain = create(model, 1, 1);
-    llm_error err = {LLM_OK, "other texts than llm_generate's"};
+    llm_error err = {LLM_OK, "the texts differ from llm_generate's"};
     check(!answer_all(ctx, prompts, answers, USERS, &err), "several users", &err);
     for (int u = 0; u < USERS; u++) {
         llm_generate_desc desc = {.prompt = prompts[u], .max_tokens = 50, .on_text = append, .user = alone};
@@ -131,7 +131,7 @@ static void try_full_cache(const llm_model *model) {
     llm_context *ctx = NULL;
     llm_generate_desc first = {.prompt = "Once upon a time", .max_tokens = 40},
                       second = {.prompt = "Once upon a time", .seq = 1, .max_tokens = 40};
-    llm_error err = {LLM_OK, "no room was made"};
+    llm_error err = {LLM_OK, "no cache was freed"};
     check(!llm_context_create(&ctx, model, &desc, &err), "a small context", &err);
     check(!llm_generate(ctx, &first, NULL, &err) && !answer(ctx, &second, 0, &err), "a full cache", &err);
     check(llm_seq_length(ctx, 0) == 0 && llm_seq_length(ctx, 1) > 4, "a full cache", &err);
@@ -140,7 +140,7 @@ static void try_full_cache(const llm_model *model) {
 
 int main(int argc, char **argv) {
     llm_model *model = NULL;
-    llm_model_desc desc = {.dtype = LLM_DTYPE_INT8}; /* one that largest_type tries */
+    llm_model_desc desc = {.dtype = LLM_DTYPE_INT8}; /* a type that largest_type tries */
     llm_error err = {LLM_OK, "another type"};
     if (argc != 2 || llm_model_load(&model, argv[1], &desc, &err)) {
         printf("%s\n", err.message);

@@ -1,5 +1,5 @@
-/* The matrix unit's kernels, with that unit in plain C, on machines without one: runs test_kernels.c, and the small
-   models of test_hash.c, which must give the same bits as with other kernels.
+/* Tests the kernels for the matrix unit (AMX) on machines without one, by simulating the unit in plain C. Runs
+   test_kernels.c and the small models of test_hash.c, which must give the same bits as with other kernels.
    Variants: asan */
 #include "tests/tiles.h"
 #define LLM_IMPLEMENTATION

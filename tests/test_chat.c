@@ -37,7 +37,7 @@ static void check_case(const llm_tokenizer *tokenizer, const char *name, const j
     }
     int64_t n_bytes = llm_chat_render(tokenizer, &chat, text, sizeof text, &err);
     if (json_is_null(expected)) {
-        if (n_bytes >= 0) fail_msg("%s: jinja2 refuses this, here it gave \"%s\"", name, text);
+        if (n_bytes >= 0) fail_msg("%s: jinja2 refuses this, but here the result is \"%s\"", name, text);
         assert_true(err.code == LLM_ERROR_ARGUMENT || err.code == LLM_ERROR_UNSUPPORTED);
         return;
     }
@@ -103,7 +103,7 @@ static void test_errors(void **state) {
     refuses(CHATML, nobody, 1, LLM_ERROR_ARGUMENT, "messages[0] has no role or no content");
 }
 
-/* Integers of JSON keep all their digits, as in Python. */
+/* JSON integers keep all their digits, as in Python. */
 static void test_large_integers(void **state) {
     static const char list[] = "[9007199254740993, -9223372036854775808, 9223372036854775807, 9223372036854775808, "
                                "-123456789012345678901234567890, 0, 1.5]";
@@ -121,7 +121,7 @@ static void test_large_integers(void **state) {
     llm_tokenizer_free(tokenizer);
 }
 
-/* The numbers of a JSON text, as Python's json reads and writes them. */
+/* JSON numbers are read and written as Python's json module does. */
 static void test_numbers(void **state) {
     (void)state;
     static const char numbers[] = "1.5e+300, 5e-324, 1.7976931348623157e+308, 0.30000000000000004, 9007199254740993, "
@@ -157,7 +157,7 @@ static void test_small_buffer(void **state) {
     llm_tokenizer_free(tokenizer);
 }
 
-/* ---- A message is no template ---- */
+/* ---- A message cannot contain special tokens ---- */
 
 typedef struct forge_job {
     const llm_tokenizer *tokenizer;

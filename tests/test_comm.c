@@ -1,5 +1,4 @@
-/* Ranks that are threads of one process: the tests check their exchanges and messages, and that no rank hangs when
-   another fails.
+/* Ranks that are threads of one process: their exchanges and messages are right, and no rank hangs when another fails.
    Variants: asan tsan */
 #include "tests/check.h"
 #include "llm.h"
@@ -10,7 +9,7 @@ enum { ROWS = 5, STRIDE = 70, WIDTH = 61, ROUNDS = 200 };
 
 static unsigned char byte_of(int round, int row, int column) { return (unsigned char)(round * 31 + row * 7 + column); }
 
-/* The rank that has a column, whose unit is 6 columns. */
+/* The rank that holds a column. A unit has 6 columns. */
 static int owner_of(int column, int size) {
     int n_units = (WIDTH + 5) / 6, rank = 0;
     while (column / 6 >= n_units * (rank + 1) / size) rank++;
@@ -30,11 +29,10 @@ static void check_exchange(llm_comm *comm, int round) {
     RANK_CHECK(flags == 4, "a flag was lost");
     for (int row = 0; row < ROWS; row++)
         for (int i = 0; i < STRIDE; i++)
-            RANK_CHECK(data[row][i] == (i < WIDTH ? byte_of(round, row, i) : 0xEE),
-                       "an exchange brought something else");
+            RANK_CHECK(data[row][i] == (i < WIDTH ? byte_of(round, row, i) : 0xEE), "an exchange gave the wrong value");
 }
 
-/* Rows that are whole on one rank. */
+/* Exchanges rows that each lie on one rank only. */
 static void check_tokens(llm_comm *comm, int round) {
     int32_t tokens[ROWS], rows[ROWS];
     llm_error err;
@@ -48,7 +46,7 @@ static void check_tokens(llm_comm *comm, int round) {
     }
     RANK_CHECK(comm->exchange(comm, &x, &flags, &err) == LLM_OK, err.message);
     for (int row = 0; row < ROWS; row++)
-        RANK_CHECK(rows[row] == 1000 * round + tokens[row], "a row came from another rank");
+        RANK_CHECK(rows[row] == 1000 * round + tokens[row], "a row came from the wrong rank");
 }
 
 static void exchange(llm_comm *comm, void *arg) {
@@ -56,7 +54,7 @@ static void exchange(llm_comm *comm, void *arg) {
     llm_error err;
     (void)arg;
     RANK_CHECK(comm->duplicate(comm, &other, &err) == LLM_OK, err.message);
-    RANK_CHECK(other->rank == comm->rank && other->size == comm->size, "the duplicate has another rank");
+    RANK_CHECK(other->rank == comm->rank && other->size == comm->size, "the duplicate has the wrong rank or size");
     for (int round = 0; round < ROUNDS; round++) {
         check_exchange(round % 3 ? comm : other, round);
         check_tokens(comm, round);
@@ -69,7 +67,7 @@ static void test_exchange(void **state) {
     for (int n = 1; n <= MOST_RANKS; n++) on_ranks(n, NULL, exchange, NULL);
 }
 
-/* A ring in which two messages are on their way at any time. */
+/* Passes messages around a ring. Two messages are in transit at any time. */
 static void ring(llm_comm *comm, void *arg) {
     int next = (comm->rank + 1) % comm->size, before = (comm->rank + comm->size - 1) % comm->size;
     int buffers[2][100], got[100];
@@ -80,7 +78,7 @@ static void ring(llm_comm *comm, void *arg) {
         RANK_CHECK(comm->drain(comm, next, 1, &err) == LLM_OK, err.message);
         for (int i = 0; i < n; i++) buffers[round % 2][i] = comm->rank * 100000 + round * 100 + i;
         RANK_CHECK(comm->send(comm, next, buffers[round % 2], (size_t)n * sizeof(int), &err) == LLM_OK, err.message);
-        if (round == 0) continue; /* what arrives is from the round before */
+        if (round == 0) continue; /* messages arrive one round later */
         n = 1 + (round - 1) % 100;
         RANK_CHECK(comm->receive(comm, before, got, (size_t)n * sizeof(int), &err) == LLM_OK, err.message);
         for (int i = 0; i < n; i++)
@@ -95,19 +93,19 @@ static void test_messages(void **state) {
     for (int n = 2; n <= MOST_RANKS; n++) on_ranks(n, NULL, ring, NULL);
 }
 
-/* ---- What goes wrong ---- */
+/* ---- Failures ---- */
 
 typedef struct trouble {
     enum { LEAVES, HANGS, ABORTS, OTHER_CALL, LONG_MESSAGE, NEVER_RECEIVES, TROUBLES } kind;
-    const char *word; /* in the message of the others */
-    int n_told;       /* atomic */
+    const char *word; /* expected in the error message of the other ranks */
+    int n_told;       /* ranks that got an error; atomic */
     int n_done;       /* atomic */
 } trouble;
 
 static const char *const WORDS[TROUBLES] = {"has left",       "in time",    "enough of this",
                                             "different call", "wrong size", "in time"};
 
-/* The last rank does something wrong in the third round; all others are told, none reads what is no longer there. */
+/* The last rank does something wrong in round 3. All others must get an error, and none may read freed memory. */
 static void go_wrong(llm_comm *comm, void *arg) {
     trouble *t = (trouble *)arg;
     int *data = (int *)calloc((size_t)comm->size * 3000, sizeof *data);
@@ -138,15 +136,15 @@ static void go_wrong(llm_comm *comm, void *arg) {
         assert_explained(status, &err);
         RANK_CHECK(strstr(err.message, WORDS[t->kind]) != NULL, err.message);
         __atomic_add_fetch(&t->n_told, 1, __ATOMIC_ACQ_REL);
-        /* Whatever is called afterwards says the same, at once. */
+        /* All later calls fail at once with the same status. */
         RANK_CHECK(comm->send(comm, 0, NULL, 0, &err) == status && comm->receive(comm, 0, NULL, 0, &err) == status,
-                   "the failure is forgotten");
+                   "a later call does not fail");
     }
     RANK_CHECK(seconds_now() - start < 10, "a rank waited for too long");
     __atomic_add_fetch(&t->n_done, 1, __ATOMIC_ACQ_REL);
 }
 
-static void test_trouble(void **state) {
+static void test_failures(void **state) {
     (void)state;
     for (int kind = 0; kind < TROUBLES; kind++)
         for (int n = 2; n <= 4; n++) {
@@ -174,7 +172,7 @@ static void test_arguments(void **state) {
     assert_all_returned(&h);
 }
 
-/* Where allocating fails, all ranks hear of it. */
+/* If an allocation fails on one rank, all ranks get an error. */
 static void duplicate_starved(llm_comm *comm, void *arg) {
     heap *h = (heap *)arg;
     llm_comm *other;
@@ -185,7 +183,7 @@ static void duplicate_starved(llm_comm *comm, void *arg) {
         if (comm->rank == 0) h->n_calls = 0, h->fail_at = k;
         RANK_CHECK(comm->exchange(comm, &meet, &flags, &err) == LLM_OK, err.message);
         llm_status status = comm->duplicate(comm, &other, &err);
-        RANK_CHECK(status == (k < 5 ? LLM_ERROR_MEMORY : LLM_OK), "a failed allocation is not told");
+        RANK_CHECK(status == (k < 5 ? LLM_ERROR_MEMORY : LLM_OK), "a failed allocation is not reported");
         if (!status) llm_comm_free(other);
     }
 }
@@ -199,8 +197,8 @@ static void test_starved(void **state) {
     assert_all_returned(&h);
 }
 
-/* Prints how long an exchange of two ranks takes if each has a core. The sanitizers only check that it works. */
-static void many_meetings(llm_comm *comm, void *arg) {
+/* Measures how long an exchange of two ranks takes if each has a core. With sanitizers it only checks that it works. */
+static void many_exchanges(llm_comm *comm, void *arg) {
     char data[8192];
     llm_exchange x = {data, 1, 0, sizeof data, 16, sizeof data / 16, NULL, 0};
     double best = 1, start;
@@ -216,16 +214,16 @@ static void many_meetings(llm_comm *comm, void *arg) {
     if (comm->rank == 0) *(double *)arg = best * 1e3;
 }
 
-static void test_meeting(void **state) {
+static void test_exchange_time(void **state) {
     double microseconds = 0;
     (void)state;
-    on_ranks(2, NULL, many_meetings, &microseconds);
+    on_ranks(2, NULL, many_exchanges, &microseconds);
     print_message("an exchange of 8 KB between 2 ranks: %.2f us\n", microseconds);
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_exchange), cmocka_unit_test(test_messages),
-                                       cmocka_unit_test(test_trouble),  cmocka_unit_test(test_arguments),
-                                       cmocka_unit_test(test_starved),  cmocka_unit_test(test_meeting)};
+                                       cmocka_unit_test(test_failures), cmocka_unit_test(test_arguments),
+                                       cmocka_unit_test(test_starved),  cmocka_unit_test(test_exchange_time)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

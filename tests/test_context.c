@@ -1,4 +1,4 @@
-/* Sequences in a context: bad calls are refused before any work; forks, truncation, saving, cancelling, free cache.
+/* Sequences in a context: bad calls are refused before any work; forks, truncation, saving, cancelling, free positions.
    Variants: asan tsan */
 #include "tests/check.h"
 #include "llm.h"
@@ -13,7 +13,7 @@ static llm_model *load_changed(const tiny_spec *spec, llm_dtype dtype, const cha
     size_t size, n = key ? strlen(key) : 0;
     uint8_t *data = tiny_model(spec, &size);
     for (size_t at = 0; key && at + n + 8 < size; at++)
-        if (!memcmp(data + at, key, n)) memcpy(data + at + n + 4, &value, 4); /* behind the value's type */
+        if (!memcmp(data + at, key, n)) memcpy(data + at + n + 4, &value, 4); /* the value follows its type */
     llm_model *model = load_memory(data, size, &desc);
     free(data);
     return model;
@@ -29,7 +29,8 @@ static llm_token token_at(int text, int i) {
     return (llm_token)((uint32_t)(text * 7919 + i * 104729 + 1) * 2654435761u % N_VOCAB);
 }
 
-/* Appends tokens [from, to) of a text to a sequence; all their logits if there is room for them, or the last. */
+/* Appends tokens [from, to) of a text to a sequence. Computes the logits of all of them if they fit, otherwise of the
+   last. */
 static llm_status append(llm_context *ctx, int seq, int text, int from, int to, llm_error *err) {
     llm_token tokens[512];
     int seqs[512];
@@ -46,7 +47,7 @@ static void must_append(llm_context *ctx, int seq, int text, int from, int to) {
     if (append(ctx, seq, text, from, to, &err)) fail_msg("%s", err.message);
 }
 
-/* The last logits of a text, computed in a context that holds nothing else. Every other context must give the same
+/* Computes the last logits of a text in a context that holds nothing else. All other contexts must give the same
    bits. */
 static const float *reference(llm_context *own, const llm_token *tokens, int n) {
     llm_batch batch = {n, tokens, NULL, NULL};
@@ -62,7 +63,7 @@ static void assert_logits(llm_context *ctx, int i, int seq, llm_context *own) {
     assert_memory_equal(got, expected, N_VOCAB * sizeof *got);
 }
 
-/* ---- What is refused ---- */
+/* ---- Refused calls ---- */
 
 static void assert_refused(llm_context *ctx, const llm_batch *batch, llm_status status, const char *first,
                            const char *second) {
@@ -72,7 +73,7 @@ static void assert_refused(llm_context *ctx, const llm_batch *batch, llm_status 
     assert_int_equal(llm_forward(ctx, batch, &err), status);
     assert_int_equal(err.code, status);
     if (!strstr(err.message, first) || !strstr(err.message, second))
-        fail_msg("the message has no \"%s\" and \"%s\": %s", first, second, err.message);
+        fail_msg("the message lacks \"%s\" or \"%s\": %s", first, second, err.message);
     for (int i = 0; i < 4; i++) assert_int_equal(llm_seq_length(ctx, i), lengths[i]);
 }
 
@@ -103,11 +104,11 @@ static void test_refused(void **state) {
     assert_refused(ctx, &(llm_batch){91, tokens, NULL, NULL}, LLM_ERROR_CONTEXT_FULL, "91", "100");
     for (int i = 0; i < 200; i++) seqs[i] = 1 + i % 2;
     assert_refused(ctx, &(llm_batch){198, tokens, seqs, NULL}, LLM_ERROR_CONTEXT_FULL, "256",
-                   "160"); /* 99 each, in blocks of 32 */
+                   "160"); /* 99 positions each, in blocks of 32 */
     assert_int_equal(llm_forward(ctx, NULL, NULL), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_forward(NULL, NULL, NULL), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_seq_length(ctx, 0), 10);
-    must_append(ctx, 0, 0, 10, 100); /* to the brim */
+    must_append(ctx, 0, 0, 10, 100); /* fills the sequence */
     llm_context_free(ctx);
     llm_model_free(model);
 }
@@ -134,7 +135,7 @@ static void test_sequence_arguments(void **state) {
     assert_int_equal(llm_seq_fork(ctx, 1, 0, 41, NULL), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_seq_fork(ctx, 1, 0, -1, NULL), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_seq_length(ctx, 0), 40);
-    assert_int_equal(llm_seq_fork(ctx, 0, 0, 30, NULL), LLM_OK); /* a fork of itself is a cut */
+    assert_int_equal(llm_seq_fork(ctx, 0, 0, 30, NULL), LLM_OK); /* a fork of itself truncates */
     assert_int_equal(llm_seq_length(ctx, 0), 30);
     llm_context_free(ctx);
     llm_model_free(model);
@@ -142,7 +143,7 @@ static void test_sequence_arguments(void **state) {
 
 /* ---- Logits ---- */
 
-static void test_logits_where_asked(void **state) {
+static void test_requested_logits(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = 64, .n_seq = 3, .n_batch = 4, .n_logits = 10, .n_threads = 1},
                      one = {.n_ctx = 64, .n_threads = 1};
@@ -165,7 +166,7 @@ static void test_logits_where_asked(void **state) {
     static const bool none[10] = {false};
     assert_int_equal(llm_forward(ctx, &(llm_batch){10, tokens, seqs, none}, NULL), LLM_OK);
     for (int i = 0; i < 10; i++) assert_null(llm_logits(ctx, i));
-    must_append(ctx, 1, 4, 0, 1); /* what the pass without logits stored is good */
+    must_append(ctx, 1, 4, 0, 1); /* the pass without logits must have filled the cache */
     assert_logits(ctx, 0, 1, own);
     llm_context_free(ctx);
     llm_context_free(own);
@@ -182,16 +183,16 @@ static void test_forks(void **state) {
     must_append(ctx, 0, 0, 0, 70);
     assert_int_equal(llm_seq_fork(ctx, 1, 0, 50, NULL), LLM_OK);
     assert_int_equal(llm_seq_fork(ctx, 2, 1, 45, NULL), LLM_OK); /* a fork of a fork */
-    assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK); /* the parent goes */
+    assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK); /* the parent is emptied */
     must_append(ctx, 1, 1, 0, 1);
     assert_logits(ctx, 0, 1, own);
-    must_append(ctx, 0, 2, 0, 100); /* and its blocks are written again */
+    must_append(ctx, 0, 2, 0, 100); /* the parent gets new text; its old blocks must stay for the forks */
     assert_logits(ctx, 99, 0, own);
     must_append(ctx, 2, 3, 0, 30);
     assert_logits(ctx, 29, 2, own);
     must_append(ctx, 1, 4, 0, 3);
     assert_logits(ctx, 2, 1, own);
-    assert_int_equal(llm_seq_fork(ctx, 1, 2, 64, NULL), LLM_OK); /* over what it held, at a block's end */
+    assert_int_equal(llm_seq_fork(ctx, 1, 2, 64, NULL), LLM_OK); /* replaces a fork, at the end of a block */
     must_append(ctx, 2, 5, 0, 1);
     assert_logits(ctx, 0, 2, own);
     must_append(ctx, 1, 6, 0, 1);
@@ -203,7 +204,7 @@ static void test_forks(void **state) {
     llm_model_free(model);
 }
 
-/* Of two sequences that share their last block only one needs a copy of it when both go on, and there is room for one. */
+/* Two sequences share their last block. If both continue, only one needs a copy of it; there is room for one copy. */
 static void test_last_copy(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = 96, .n_seq = 3, .n_cache = 64, .n_threads = 1},
@@ -220,15 +221,15 @@ static void test_last_copy(void **state) {
     assert_int_equal(llm_seq_fork(ctx, 1, 0, 10, NULL), LLM_OK);
     assert_int_equal(llm_seq_fork(ctx, 2, 0, 10, NULL), LLM_OK);
     assert_refused(ctx, &(llm_batch){3, tokens, seqs, NULL}, LLM_ERROR_CONTEXT_FULL, "64",
-                   "32"); /* two copies of three */
+                   "32"); /* three sequences need two copies */
     llm_context_free(ctx);
     llm_context_free(own);
     llm_model_free(model);
 }
 
-/* A fork inside a block takes one of its own when it goes on, and gives it back when it is cut back; whichever of the two
-   goes on. When the other has changed meanwhile, it keeps its own. */
-static void test_given_back(void **state) {
+/* A fork inside a block copies the block when it continues, and frees the copy when it is truncated again. The same
+   holds for its parent. If the other sequence has changed meanwhile, the copy stays. */
+static void test_copy_is_freed(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = 256, .n_seq = 9, .n_cache = 256, .n_threads = 1},
                      one = {.n_ctx = 256, .n_threads = 1};
@@ -242,9 +243,9 @@ static void test_given_back(void **state) {
             assert_logits(ctx, 0, seq, own);
             assert_int_equal(llm_seq_truncate(ctx, seq, length, NULL), LLM_OK);
         }
-        must_append(ctx, 8, 9, 0, 1); /* the parent, too */
+        must_append(ctx, 8, 9, 0, 1); /* the same with the parent */
         assert_int_equal(llm_seq_truncate(ctx, 8, length, NULL), LLM_OK);
-        for (int seq = 0; seq < 9; seq++) { /* all share what they did again */
+        for (int seq = 0; seq < 9; seq++) { /* all must share the block again, or the cache would be full */
             must_append(ctx, seq, 20, 0, 90);
             assert_logits(ctx, 89, seq, own);
             assert_int_equal(llm_seq_truncate(ctx, seq, length, NULL), LLM_OK);
@@ -255,7 +256,7 @@ static void test_given_back(void **state) {
     assert_int_equal(llm_seq_fork(ctx, 1, 0, 50, NULL), LLM_OK);
     must_append(ctx, 1, 1, 0, 3);
     assert_int_equal(llm_seq_truncate(ctx, 0, 40, NULL), LLM_OK);
-    must_append(ctx, 0, 2, 0, 20); /* over what the fork had copied */
+    must_append(ctx, 0, 2, 0, 20); /* overwrites positions that the fork has copied */
     assert_int_equal(llm_seq_truncate(ctx, 1, 50, NULL), LLM_OK);
     must_append(ctx, 1, 3, 0, 1);
     assert_logits(ctx, 0, 1, own);
@@ -308,7 +309,7 @@ static void test_saved(void **state) {
     assert_int_equal(llm_seq_length(other, 1), 70);
     must_append(other, 1, 2, 0, 5);
     assert_logits(other, 4, 1, own);
-    assert_int_equal(llm_seq_fork(ctx, 1, 0, 70, NULL), LLM_OK); /* restoring over a fork leaves the other one */
+    assert_int_equal(llm_seq_fork(ctx, 1, 0, 70, NULL), LLM_OK); /* restoring over a fork must not change its parent */
     assert_int_equal(llm_seq_restore(ctx, 1, buffer, size, NULL), LLM_OK);
     must_append(ctx, 0, 3, 0, 1);
     assert_logits(ctx, 0, 0, own);
@@ -383,7 +384,7 @@ static void test_saved_elsewhere(void **state) {
     must_append(contexts[2], 0, 0, 0, 40);
     assert_not_restored(contexts[2], buffer, size, LLM_ERROR_CONTEXT_FULL);
     for (int i = 0; i < 3; i++) llm_context_free(contexts[i]);
-    llm_model *same = load(1); /* loaded anew, the same model */
+    llm_model *same = load(1); /* the same model, loaded again */
     llm_context *again = create_context(same, &desc);
     assert_int_equal(llm_seq_restore(again, 0, buffer, size, NULL), LLM_OK);
     llm_context_free(again);
@@ -404,7 +405,7 @@ static bool cancel(void *user) {
     return ++c->n == c->stop_at;
 }
 
-/* At every poll of a pass over two sequences, one of them a fork in the middle of a block. */
+/* Cancels at every poll of a pass over two sequences, one of them a fork inside a block. */
 static void test_cancelled(void **state) {
     llm_model *model = load(1);
     canceller c = {0, 0};
@@ -449,7 +450,7 @@ static void test_cancelled(void **state) {
     llm_model_free(model);
 }
 
-/* Left by longjmp at every poll, as a C++ exception would, with other threads waiting for the one that called. */
+/* Leaves a pass by longjmp at every poll, as a C++ exception would, while other threads wait for the calling thread. */
 static jmp_buf left;
 
 static bool leave(void *user) {
@@ -458,7 +459,7 @@ static bool leave(void *user) {
     return false;
 }
 
-static void test_left(void **state) {
+static void test_longjmp(void **state) {
     llm_model *model = load(1);
     static canceller c;
     static volatile int stop_at, n_polls;
@@ -488,12 +489,12 @@ static void test_left(void **state) {
     c.n = 0;
     c.stop_at = 2;
     if (!setjmp(left)) append(ctx, 0, 2, 0, 40, NULL);
-    llm_context_free(ctx); /* also without another call */
+    llm_context_free(ctx); /* works without another call in between */
     llm_context_free(own);
     llm_model_free(model);
 }
 
-/* ---- What *err says ---- */
+/* ---- *err after a success ---- */
 
 static llm_error *stale(void) {
     static llm_error err;
@@ -502,8 +503,8 @@ static llm_error *stale(void) {
     return &err;
 }
 
-/* After a success it says so: also where an attempt before, inside, had failed. */
-static void test_success_is_told(void **state) {
+/* A successful call sets LLM_OK and an empty message, even if an attempt inside the call failed. */
+static void test_success_clears_error(void **state) {
     llm_model *model = NULL, *again = NULL;
     llm_context *ctx = NULL;
     llm_draft draft;
@@ -523,36 +524,36 @@ static void test_success_is_told(void **state) {
     size_t n_data;
     uint8_t *data = tiny_model(&SPEC, &n_data);
     (void)state;
-#define TOLD(call)                             \
+#define SUCCEEDS(call)                         \
     {                                          \
         llm_error *err = stale();              \
         assert_true((call) >= 0);              \
         assert_int_equal(err->code, LLM_OK);   \
         assert_string_equal(err->message, ""); \
     }
-    TOLD(-(int)llm_model_load_memory(&model, data, n_data, &desc, err))
-    TOLD(-(int)llm_model_load_memory(&again, data, n_data, &desc, err))
-    TOLD(-(int)llm_model_read_info_memory(data, n_data, &desc, &info, err))
-    TOLD(-(int)llm_memory_estimate(&info, NULL, &memory, err))
-    TOLD(-(int)llm_tokenizer_load_memory(&alone, data, n_data, NULL, err))
+    SUCCEEDS(-(int)llm_model_load_memory(&model, data, n_data, &desc, err))
+    SUCCEEDS(-(int)llm_model_load_memory(&again, data, n_data, &desc, err))
+    SUCCEEDS(-(int)llm_model_read_info_memory(data, n_data, &desc, &info, err))
+    SUCCEEDS(-(int)llm_memory_estimate(&info, NULL, &memory, err))
+    SUCCEEDS(-(int)llm_tokenizer_load_memory(&alone, data, n_data, NULL, err))
     tokenizer = llm_model_tokenizer(model);
-    TOLD(-(int)llm_context_create(&ctx, model, &(llm_context_desc){.n_ctx = 64, .n_seq = 2, .n_threads = 1}, err))
-    TOLD(llm_encode(tokenizer, "ab", 2, 0, ids, 8, err))
-    TOLD(llm_chat_encode(tokenizer, &chat, NULL, 0, err))
-    TOLD(llm_chat_render(tokenizer, &chat, NULL, 0, err))
-    TOLD(llm_encode_pair(tokenizer, "ab", "c", 0, ids, 8, &n_context, err))
-    TOLD(-(int)llm_forward(ctx, &(llm_batch){2, ids, NULL, NULL}, err))
-    TOLD(-(int)llm_seq_truncate(ctx, 0, 1, err))
-    TOLD(-(int)llm_seq_fork(ctx, 1, 0, 1, err))
-    TOLD(-(int)llm_seq_fork(ctx, 1, 1, 1, err))
+    SUCCEEDS(-(int)llm_context_create(&ctx, model, &(llm_context_desc){.n_ctx = 64, .n_seq = 2, .n_threads = 1}, err))
+    SUCCEEDS(llm_encode(tokenizer, "ab", 2, 0, ids, 8, err))
+    SUCCEEDS(llm_chat_encode(tokenizer, &chat, NULL, 0, err))
+    SUCCEEDS(llm_chat_render(tokenizer, &chat, NULL, 0, err))
+    SUCCEEDS(llm_encode_pair(tokenizer, "ab", "c", 0, ids, 8, &n_context, err))
+    SUCCEEDS(-(int)llm_forward(ctx, &(llm_batch){2, ids, NULL, NULL}, err))
+    SUCCEEDS(-(int)llm_seq_truncate(ctx, 0, 1, err))
+    SUCCEEDS(-(int)llm_seq_fork(ctx, 1, 0, 1, err))
+    SUCCEEDS(-(int)llm_seq_fork(ctx, 1, 1, 1, err))
     size_t size = llm_seq_save_size(ctx, 0);
     void *saved = malloc(size);
-    TOLD(-(int)llm_seq_save(ctx, 0, saved, size, err))
-    TOLD(-(int)llm_seq_restore(ctx, 1, saved, size, err))
-    TOLD(-(int)llm_draft_model(&draft, ctx, again, err))
-    TOLD(-(int)llm_generate(ctx, &(llm_generate_desc){.prompt = "abc", .max_tokens = 2}, NULL, err))
-    TOLD(-(int)llm_prefill(ctx, &(llm_generate_desc){.prompt = "abc"}, NULL, err))
-    TOLD(-(int)llm_score(ctx, &question, 1, NULL, &likelihood, NULL, err))
+    SUCCEEDS(-(int)llm_seq_save(ctx, 0, saved, size, err))
+    SUCCEEDS(-(int)llm_seq_restore(ctx, 1, saved, size, err))
+    SUCCEEDS(-(int)llm_draft_model(&draft, ctx, again, err))
+    SUCCEEDS(-(int)llm_generate(ctx, &(llm_generate_desc){.prompt = "abc", .max_tokens = 2}, NULL, err))
+    SUCCEEDS(-(int)llm_prefill(ctx, &(llm_generate_desc){.prompt = "abc"}, NULL, err))
+    SUCCEEDS(-(int)llm_score(ctx, &question, 1, NULL, &likelihood, NULL, err))
     free(saved);
     free(data);
     llm_tokenizer_free(alone);
@@ -562,7 +563,7 @@ static void test_success_is_told(void **state) {
     llm_model_free(model);
 }
 
-/* ---- The cache's accounts, against the simplest model of sequences ---- */
+/* ---- Random operations, compared with plain arrays of tokens ---- */
 
 enum { N_SEQ = 6, N_CTX = 320, N_CACHE = 640, N_STEPS = 10000 };
 
@@ -586,7 +587,7 @@ static void assert_shadow(const llm_context *ctx, const shadow *s) {
     }
 }
 
-/* Positions in whole blocks, as if nothing were shared. */
+/* Number of positions needed if no blocks were shared, rounded up to whole blocks. */
 static int unshared(const shadow *s, const int *more) {
     int n = 0;
     for (int i = 0; i < N_SEQ; i++)
@@ -594,7 +595,7 @@ static int unshared(const shadow *s, const int *more) {
     return n;
 }
 
-/* Tokens for one to three sequences, taking turns. */
+/* Appends random tokens to one to three sequences. */
 static void step_append(llm_context *ctx, llm_context *own, shadow *s, bool check) {
     llm_token tokens[120];
     int seqs[120], more[N_SEQ] = {0}, n = 1 + below(s, below(s, 4) ? 6 : 120), n_seqs = 1 + below(s, 3),
@@ -642,7 +643,7 @@ static void step_restore(llm_context *ctx, shadow *s) {
     free(buffer);
 }
 
-static void test_accounts(void **state) {
+static void test_random_operations(void **state) {
     llm_model *model = load(1);
     llm_context_desc desc = {.n_ctx = N_CTX, .n_seq = N_SEQ, .n_cache = N_CACHE, .n_batch = 50, .n_threads = 1},
                      one = {.n_ctx = N_CTX, .n_threads = 1};
@@ -660,7 +661,7 @@ static void test_accounts(void **state) {
         assert_shadow(ctx, s);
     }
     for (int i = 0; i < N_SEQ; i++) assert_int_equal(llm_seq_truncate(ctx, i, 0, NULL), LLM_OK);
-    for (int i = 0; i < N_CACHE / N_CTX; i++) must_append(ctx, i, i, 0, N_CTX); /* every block is there again */
+    for (int i = 0; i < N_CACHE / N_CTX; i++) must_append(ctx, i, i, 0, N_CTX); /* all blocks must be free again */
     assert_int_equal(append(ctx, 2, 0, 0, 1, NULL), LLM_ERROR_CONTEXT_FULL);
     free(s);
     llm_context_free(ctx);
@@ -668,7 +669,7 @@ static void test_accounts(void **state) {
     llm_model_free(model);
 }
 
-/* ---- What a context is ---- */
+/* ---- Getters ---- */
 
 static void test_getters(void **state) {
     llm_model *model = load(11);
@@ -680,7 +681,7 @@ static void test_getters(void **state) {
     assert_int_equal(llm_context_n_seq(plain), 1);
     assert_int_equal(llm_context_n_batch(plain), 512);
     assert_int_equal(llm_context_n_logits(plain), 1);
-    assert_int_equal(llm_context_n_cache(plain), 64); /* whole blocks */
+    assert_int_equal(llm_context_n_cache(plain), 64); /* rounded up to whole blocks */
     assert_ptr_equal(llm_context_model(ctx), model);
     assert_int_equal(llm_context_n_ctx(ctx), 100);
     assert_int_equal(llm_context_n_seq(ctx), 3);
@@ -701,7 +702,7 @@ static void test_getters(void **state) {
     close_context(ctx);
 }
 
-/* A sequence takes whole blocks; a fork from the middle of one takes its own when it grows. */
+/* A sequence uses whole blocks. A fork from the middle of a block needs a block of its own when it grows. */
 static void test_free_positions(void **state) {
     llm_context *ctx = create_context(load(11), &(llm_context_desc){.n_ctx = 96, .n_seq = 3, .n_threads = 1});
     (void)state;
@@ -712,7 +713,7 @@ static void test_free_positions(void **state) {
     assert_int_equal(llm_seq_fork(ctx, 1, 0, 33, NULL), LLM_OK);
     assert_int_equal(llm_seq_fork(ctx, 2, 0, 32, NULL), LLM_OK);
     assert_int_equal(llm_context_n_free(ctx), all - 2 * LLM_CACHE_BLOCK);
-    must_append(ctx, 1, 1, 33, 34); /* copies the block it shares the half of */
+    must_append(ctx, 1, 1, 33, 34); /* copies the block that it shares in part */
     assert_int_equal(llm_context_n_free(ctx), all - 3 * LLM_CACHE_BLOCK);
     must_append(ctx, 2, 2, 32, 33); /* begins a block */
     assert_int_equal(llm_context_n_free(ctx), all - 4 * LLM_CACHE_BLOCK);
@@ -724,20 +725,14 @@ static void test_free_positions(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_getters),
-                                       cmocka_unit_test(test_free_positions),
-                                       cmocka_unit_test(test_refused),
-                                       cmocka_unit_test(test_sequence_arguments),
-                                       cmocka_unit_test(test_logits_where_asked),
-                                       cmocka_unit_test(test_forks),
-                                       cmocka_unit_test(test_last_copy),
-                                       cmocka_unit_test(test_saved),
-                                       cmocka_unit_test(test_saved_damaged),
-                                       cmocka_unit_test(test_saved_elsewhere),
-                                       cmocka_unit_test(test_cancelled),
-                                       cmocka_unit_test(test_given_back),
-                                       cmocka_unit_test(test_left),
-                                       cmocka_unit_test(test_success_is_told),
-                                       cmocka_unit_test(test_accounts)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_getters),          cmocka_unit_test(test_free_positions),
+        cmocka_unit_test(test_refused),          cmocka_unit_test(test_sequence_arguments),
+        cmocka_unit_test(test_requested_logits), cmocka_unit_test(test_forks),
+        cmocka_unit_test(test_last_copy),        cmocka_unit_test(test_saved),
+        cmocka_unit_test(test_saved_damaged),    cmocka_unit_test(test_saved_elsewhere),
+        cmocka_unit_test(test_cancelled),        cmocka_unit_test(test_copy_is_freed),
+        cmocka_unit_test(test_longjmp),          cmocka_unit_test(test_success_clears_error),
+        cmocka_unit_test(test_random_operations)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

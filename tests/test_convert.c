@@ -1,5 +1,6 @@
-/* llm_quantize_gguf from Hugging Face directories: the file has the same logits, the keys and tensors of the files that
-   golden/hf.py made with the gguf package, and a tokenizer that gives the same ids; what GGUF cannot say is refused.
+/* llm_quantize_gguf from Hugging Face directories. The file must give the same logits and token ids as the directory,
+   and have the keys and tensors of the files that golden/hf.py made with the gguf package. Models that GGUF cannot
+   represent are refused.
    Variants: asan */
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION
@@ -41,7 +42,7 @@ static void convert(const char *from, const char *type) {
 
 /* ---- Models ---- */
 
-/* The logits [n][n_vocab] of n tokens, in new memory. */
+/* Returns the logits [n][n_vocab] of n tokens. Free them with free(). */
 static float *compute_logits(const char *path, llm_dtype dtype, int n, int *n_vocab) {
     llm_token tokens[300];
     bool all[300];
@@ -91,7 +92,7 @@ static void open_body(llm__env *env, void *arg) {
     job->ck = llm__gguf_open(env, job->path);
 }
 
-/* Two files as the library reads them, in one pool. */
+/* Opens two files with the library's reader. Both live in one pool. */
 static void open_both(llm__pool *pool, open_job jobs[2]) {
     llm__env env;
     llm_error err;
@@ -118,7 +119,7 @@ static void compare_tensors(const llm__checkpoint *a, const llm__checkpoint *b) 
     }
 }
 
-/* Each key of a is in b, but for its name, and those of a split file. */
+/* Each key of a must be in b with the same value, except the model's name and the keys of a split file. */
 static void compare_keys(const llm__checkpoint *a, const llm__checkpoint *b) {
     for (size_t i = 0; i < a->n_values; i++) {
         const llm__gguf_value *x = &a->values[i];
@@ -128,7 +129,7 @@ static void compare_keys(const llm__checkpoint *a, const llm__checkpoint *b) {
         const llm__gguf_value *y = llm__gguf_find(b, key);
         if (!y || x->type != y->type || x->is_array != y->is_array || x->count != y->count ||
             memcmp(x->data, y->data, llm__gguf_value_bytes(x)))
-            fail_msg("%s is not in the file, or another", key);
+            fail_msg("%s is missing or has another value", key);
     }
 }
 
@@ -159,8 +160,8 @@ static void models_stay_the_same(void **state) {
     }
 }
 
-/* A directory and the F32 file made of it become the same blocks. */
-static void types_are_those_of_a_file(void **state) {
+/* A directory and the F32 file made from it give the same quantized file. */
+static void types_match_those_from_a_file(void **state) {
     static const char *const types[] = {"F16", "BF16", "Q4_0", "Q5_1", "Q8_0", "Q4_K_M"};
     char f32[100];
     (void)state;
@@ -201,7 +202,8 @@ static void vocab_body(llm__env *env, void *arg) {
     llm__as_gguf_check_tokenizer(&m, job->directory);
 }
 
-/* Makes keys of a directory's tokenizer. What the words are about is refused; NULL: nothing is. */
+/* Converts a directory's tokenizer to GGUF keys. If words is not NULL, that must fail with a message that contains
+   them. */
 static void convert_tokenizer(const char *directory, const char *texts, const char *words) {
     vocab_job job = {directory, NULL, NULL};
     llm__pool pool;
@@ -211,7 +213,7 @@ static void convert_tokenizer(const char *directory, const char *texts, const ch
     llm__env_init(&env, &pool, &err, directory);
     const llm_status status = llm__env_run(&env, vocab_body, &job);
     if (status && (!words || !strstr(err.message, words))) fail_msg("%s: %s", directory, err.message);
-    if (!status && words) fail_msg("%s is taken", directory);
+    if (!status && words) fail_msg("%s is not refused", directory);
     FILE *file = words ? NULL : open_lines(texts);
     for (json_t *line; file && (line = next_line(file)) != NULL; json_decref(line)) {
         const json_t *text = json_array_get(line, 0);
@@ -262,11 +264,11 @@ static void add_special(json_t *list, const char *text, int id) {
 
 typedef struct json_job {
     const char *directory;
-    int change; /* 1: a piece is another one; 2: the first merge is the last one */
+    int change; /* 0: none; 1: one piece is changed; 2: the first merge becomes the last one */
 } json_job;
 
-/* Writes tokenizer.json as Hugging Face makes it from SentencePiece's file: each way to cut a piece is a merge, in the
-   order of the scores. */
+/* Writes tokenizer.json as Hugging Face makes it from SentencePiece's file: each split of a piece into two pieces is a
+   merge, ordered by score. */
 static void json_body(llm__env *env, void *arg) {
     const json_job *job = (const json_job *)arg;
     llm__vocab_source v;
@@ -309,8 +311,8 @@ static void json_body(llm__env *env, void *arg) {
     json_decref(root);
 }
 
-/* tokenizer.json has no scores: those of tokenizer.model are taken, if they mean the same merges. */
-static void scores_are_those_of_tokenizer_model(void **state) {
+/* tokenizer.json has no scores. Those of tokenizer.model are used if they give the same merges. */
+static void scores_come_from_tokenizer_model(void **state) {
     static const char *const words[] = {NULL, "piece 70 of tokenizer.model is another one", "which pieces are merged"};
     bytes model = read_file(golden("tokenizers", "spm", "/tokenizer.model"));
     (void)state;
@@ -335,7 +337,7 @@ static void scores_are_those_of_tokenizer_model(void **state) {
 
 /* ---- Refusals and failing allocations ---- */
 
-static void what_gguf_cannot_say_is_refused(void **state) {
+static void models_beyond_gguf_are_refused(void **state) {
     static const char *const all[][2] = {{"yarn-mscale", "truncate, mscale or mscale_all_dim, which GGUF cannot say"},
                                          {"int8", "only F32, F16 and BF16 can be quantized"},
                                          {"meta-1", "as Meta publishes them"}};
@@ -372,12 +374,9 @@ static void every_allocation_may_fail(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(models_stay_the_same),
-        cmocka_unit_test(types_are_those_of_a_file),
-        cmocka_unit_test(tokenizers_stay_the_same),
-        cmocka_unit_test(scores_are_those_of_tokenizer_model),
-        cmocka_unit_test(what_gguf_cannot_say_is_refused),
-        cmocka_unit_test(every_allocation_may_fail),
+        cmocka_unit_test(models_stay_the_same),           cmocka_unit_test(types_match_those_from_a_file),
+        cmocka_unit_test(tokenizers_stay_the_same),       cmocka_unit_test(scores_come_from_tokenizer_model),
+        cmocka_unit_test(models_beyond_gguf_are_refused), cmocka_unit_test(every_allocation_may_fail),
     };
     return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }

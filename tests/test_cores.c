@@ -1,5 +1,5 @@
-/* The default number of threads: one for each core that the process may use, but not more than its control groups
-   allow. The tests use invented trees of files, a mask of this process, and a real group where one can be made. */
+/* The default number of threads: one per core that the process may use, but not more than its control groups allow. The
+   tests use invented trees of files, this process's CPU mask, and a real control group if one can be made. */
 #define _GNU_SOURCE
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION
@@ -47,26 +47,27 @@ static int end(void **state) {
     return system(command);
 }
 
-/* With processors [from, to) allowed. */
+/* Counts cores with processors [from, to) allowed. */
 static int count(int from, int to) {
     uint8_t allowed[LLM__MOST_CPUS] = {0};
     for (int i = from; i < to; i++) allowed[i] = 1;
     return llm__cores_count(root, allowed);
 }
 
-/* Two packages of four cores of two hardware threads: processors 0 to 7 are the first ones, 8 to 15 the second ones. */
+/* Two packages of four cores with two hardware threads each. Processors 0 to 7 are the cores' first threads, 8 to 15
+   their second ones. */
 static void test_hardware_threads(void **state) {
     (void)state;
     for (int cpu = 0; cpu < 16; cpu++) put_cpu(cpu, cpu / 4 % 2, cpu % 4);
     assert_int_equal(count(0, 16), 8);
-    assert_int_equal(count(0, 8), 8); /* one hardware thread of each core: all cores */
+    assert_int_equal(count(0, 8), 8); /* one hardware thread of each core */
     assert_int_equal(count(8, 16), 8);
     assert_int_equal(count(0, 4), 4);
     assert_int_equal(count(4, 12), 8);
     assert_int_equal(count(5, 6), 1);
 }
 
-/* Eight large cores with two hardware threads each, side by side, then eight small ones with one. */
+/* Eight large cores with two hardware threads each (adjacent numbers), then eight small cores with one. */
 static void test_hybrid(void **state) {
     (void)state;
     for (int cpu = 0; cpu < 24; cpu++) put_cpu(cpu, 0, cpu < 16 ? cpu / 2 * 4 : 16 + cpu);
@@ -75,8 +76,8 @@ static void test_hybrid(void **state) {
     assert_int_equal(count(14, 18), 3);
 }
 
-/* Where nothing is told, each processor is a core. */
-static void test_nothing_told(void **state) {
+/* Without information about cores, each processor counts as a core. */
+static void test_unknown_cores(void **state) {
     (void)state;
     assert_int_equal(count(0, 6), 6);
     put_cpu(0, -1, -1);
@@ -90,9 +91,9 @@ static void test_version_2(void **state) {
     assert_int_equal(count(0, 64), 64);
     put("/sys/fs/cgroup/a/b/c/cpu.max", "max 100000\n");
     assert_int_equal(count(0, 64), 64);
-    put("/sys/fs/cgroup/a/cpu.max", "800000 100000\n"); /* above it */
+    put("/sys/fs/cgroup/a/cpu.max", "800000 100000\n"); /* the limit of a parent group */
     assert_int_equal(count(0, 64), 8);
-    put("/sys/fs/cgroup/a/b/c/cpu.max", "250000 100000\n"); /* a third thread would wait for half of its time */
+    put("/sys/fs/cgroup/a/b/c/cpu.max", "250000 100000\n"); /* 2.5 processors: a third thread would often wait */
     assert_int_equal(count(0, 64), 2);
     put("/sys/fs/cgroup/a/b/c/cpu.max", "20000 100000\n");
     assert_int_equal(count(0, 64), 1);
@@ -101,7 +102,7 @@ static void test_version_2(void **state) {
     assert_int_equal(count(0, 64), 8);
 }
 
-/* In a container the group is the root of the mount, whatever its name is outside. */
+/* In a container the group is the root of the mount, whatever its name outside. */
 static void test_container(void **state) {
     (void)state;
     put("/proc/self/cgroup", "0::/../../outside\n");
@@ -121,7 +122,7 @@ static void test_version_1(void **state) {
     assert_int_equal(count(0, 64), 3);
 }
 
-/* A program that the host starts meanwhile does not inherit the open files, neither these nor a model's. */
+/* Programs that the host starts do not inherit the files that the library has open. */
 static void test_not_inherited(void **state) {
     (void)state;
     int fd = llm__file_descriptor("/proc/self/status");
@@ -131,7 +132,7 @@ static void test_not_inherited(void **state) {
     assert_int_equal(llm__file_descriptor("/proc/self/absent"), -1);
 }
 
-/* On this machine's own files: a child may use one processor, the first that this process may use, as with taskset. */
+/* Uses this machine's files. A child is limited to one processor, as with taskset. */
 static void test_mask(void **state) {
     cpu_set_t all, one;
     int status, first = 0;
@@ -147,7 +148,7 @@ static void test_mask(void **state) {
     assert_int_equal(WEXITSTATUS(status), 1);
 }
 
-/* A control group, of version 2 or 1, gets time for one processor. Only root can make one, and not in every
+/* A control group (version 2 or 1) is limited to the time of one processor. Only root can make one, and not in every
    container. */
 static void test_group(void **state) {
     static const char *const makes[] = {
@@ -161,7 +162,7 @@ static void test_group(void **state) {
     assert_true(n > 0);
     self[n] = 0;
     if (llm__team_default_threads() < 2) {
-        print_message("skipped: this machine has one core, so a limit of one would show nothing\n");
+        print_message("skipped: this machine has one core, so a limit of one core would not matter\n");
         skip();
     }
     for (int i = 0; i < 2; i++) {
@@ -182,7 +183,7 @@ int main(int argc, char **argv) {
     if (argc == 2 && !strcmp(argv[1], "--count")) return 10 + llm__team_default_threads();
     const struct CMUnitTest tests[] = {cmocka_unit_test_setup_teardown(test_hardware_threads, begin, end),
                                        cmocka_unit_test_setup_teardown(test_hybrid, begin, end),
-                                       cmocka_unit_test_setup_teardown(test_nothing_told, begin, end),
+                                       cmocka_unit_test_setup_teardown(test_unknown_cores, begin, end),
                                        cmocka_unit_test_setup_teardown(test_version_2, begin, end),
                                        cmocka_unit_test_setup_teardown(test_container, begin, end),
                                        cmocka_unit_test_setup_teardown(test_version_1, begin, end),

@@ -1,8 +1,7 @@
-/* One arithmetic: the logits are the same bits however they are computed. Each weight type has one committed hash; every
-   instruction set, thread count, batch, chunking and fork must give it, in every build. To save time, some builds run
-   less:
+/* The logits have the same bits however they are computed. Each weight type has one committed hash, which every
+   instruction set, thread count, batch, chunking and fork must give in every build. To save time, some builds run less:
    - An emulator skips the runs with one thread, and runs the default model only with its usual type.
-   - An emulator, and the builds for other compilers (LLM_TEST_COMPILER), run a third of the ways of the scalar kernels.
+   - An emulator, and builds with other compilers (LLM_TEST_COMPILER), run a third of the ways of the scalar kernels.
    - The thread sanitizer runs one way per type and number of threads; more than 2 threads with one instruction set.
    Variants: matrix cross tsan */
 #include "tests/check.h"
@@ -17,8 +16,8 @@
 #define OTHER_COMPILER false
 #endif
 
-/* The first WAYS_OF_ONE ways run with one thread, the others with two, and a third of all with each larger number of
-   threads. `small` takes at most 37 tokens in a pass. */
+/* The first WAYS_OF_ONE ways run with one thread, the others with two. Each larger number of threads runs a third of
+   all ways. */
 enum { COUNTS = 5 };
 
 static const int THREADS[COUNTS] = {1, 2, 3, 5, 8};
@@ -27,7 +26,7 @@ static bool goes(int way, int count) {
     return count == 0 ? way < WAYS_OF_ONE : count == 1 ? way >= WAYS_OF_ONE : way % 3 == count - 2;
 }
 
-/* The way that the thread sanitizer runs, another one for each type. */
+/* The way that the thread sanitizer runs. It differs from type to type. */
 static int way_of(int type, int count) { return count == 1 ? 4 + type % 5 : count - 2 + 3 * ((type + 1) % 3); }
 
 static void check_tiny(int type, const char *isa) {
@@ -81,7 +80,7 @@ static void hash_amx(void **state) {
 }
 #endif
 
-/* The last logits of a small model of an F16 file. */
+/* Computes the last logits of a small model from an F16 file. */
 static void small_logits(llm_dtype dtype, llm_dtype cache, float *logits) {
     static const tiny_spec f16 = {2, 72, 100, 6, 2, 20, 512, 43, 0, 1, 1};
     llm_context *ctx = create(load_tiny(&f16, dtype), cache, 2, 0);
@@ -90,7 +89,7 @@ static void small_logits(llm_dtype dtype, llm_dtype cache, float *logits) {
     close_context(ctx);
 }
 
-/* F16 weights held as they are lose nothing against f32; an int8 cache, a little. */
+/* F16 weights kept as f16 give the same logits as f32. An int8 cache changes them a little. */
 static void test_types(void **state) {
     float f32[N_VOCAB], f16[N_VOCAB], int8[N_VOCAB], most = 0, off = 0;
     (void)state;
@@ -102,11 +101,11 @@ static void test_types(void **state) {
         most = fmaxf(most, fabsf(f32[i]));
         off = fmaxf(off, fabsf(f32[i] - int8[i]));
     }
-    print_message("logits up to %.3g; with an int8 cache off by %.3g\n", (double)most, (double)off);
+    print_message("largest logit %.3g; largest difference with an int8 cache %.3g\n", (double)most, (double)off);
     assert_true(off > 0 && off < 0.02f * most);
 }
 
-/* A 2:4 matrix gives the bits that it gives with its zeros; it takes 9/16 of the memory, or 5/8 with int8. */
+/* A 2:4 matrix gives the same bits as with its zeros stored. It needs 9/16 of the memory, or 5/8 with int8. */
 static void test_2_4(void **state) {
     static const char *const names[] = {"bf16 2:4", "int8 2:4"};
     (void)state;
@@ -158,7 +157,7 @@ int main(void) {
         cmocka_unit_test(test_2_4),
         cmocka_unit_test(test_default_model)
     };
-#ifdef TILES_H /* the matrix unit is in plain C: the other sets are as they always are */
+#ifdef TILES_H /* the matrix unit is simulated: only its kernels differ from the usual build */
     cmocka_set_test_filter("hash_amx");
 #endif
     return cmocka_run_group_tests(tests, NULL, NULL);

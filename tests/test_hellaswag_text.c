@@ -1,11 +1,11 @@
-/* hellaswag.c: it makes the same texts of questions as the LM evaluation harness, for all kinds of letters and white
-   space (golden/prepared.py).
+/* hellaswag.c prepares questions as the LM evaluation harness does, with all kinds of letters and white space
+   (golden/prepared.py).
    Variants: asan */
 #define main hellaswag_main
 #include "examples/hellaswag.c"
 #undef main
 
-/* Names that the tests have, too. */
+/* hellaswag.c uses these names, too. */
 #define read_file read_whole_file
 #define create_context make_context
 #include "tests/common.h"

@@ -1,5 +1,5 @@
-/* Models as published: Hugging Face directories and GGUF files of every architecture and type, against transformers and
-   the gguf package (golden/hf.py); other ways to load them; bad files.
+/* Published formats: Hugging Face directories and GGUF files of every architecture and type, compared with transformers
+   and the gguf package (golden/hf.py); other ways to load them; bad files.
    Variants: asan cross */
 #define LLM__FILE_START 5000 /* so that a small file is read in parts */
 #include "tests/check.h"
@@ -76,7 +76,7 @@ static llm_model *load(const char *path, llm_dtype dtype) {
     return model;
 }
 
-/* The logits of the reference's rows, in passes of n_batch tokens. */
+/* Computes the logits at the reference's positions, in passes of n_batch tokens. */
 static float *compute(const llm_model *model, const reference *r, int n_batch) {
     llm_context *ctx;
     llm_error err;
@@ -97,7 +97,7 @@ static float *compute(const llm_model *model, const reference *r, int n_batch) {
     return logits;
 }
 
-/* The largest difference, as a part of the largest logit. */
+/* The largest difference, divided by the largest logit. */
 static float difference(const reference *r, const float *logits) {
     float most = 0;
     for (int i = 0; i < r->n_rows * r->n_vocab; i++) {
@@ -112,7 +112,7 @@ static float difference_of(const char *path, const reference *r) {
     float *logits = compute(model, r, 512), *again = compute(model, r, 37);
     float d = difference(r, logits);
     if (memcmp(logits, again, (size_t)r->n_rows * (size_t)r->n_vocab * sizeof *logits))
-        fail_msg("%s: the logits depend on how the text was cut", path);
+        fail_msg("%s: the logits depend on the batch size", path);
     free(logits);
     free(again);
     llm_model_free(model);
@@ -121,7 +121,7 @@ static float difference_of(const char *path, const reference *r) {
 
 static void logits_are_those_of_transformers(void **state) {
     static const struct {
-        const char *name, *gguf; /* NULL: what it asks for cannot be said in GGUF */
+        const char *name, *gguf; /* gguf is NULL if GGUF cannot represent the model */
     } models[] = {
         {"llama", "llama.gguf"},
         {"gqa", "gqa.gguf"},
@@ -142,7 +142,7 @@ static void logits_are_those_of_transformers(void **state) {
         float directory = difference_of(golden(models[i].name), &r),
               gguf = models[i].gguf ? difference_of(golden(models[i].gguf), &r) : 0;
         print_message("  %-12s directory %.1e  GGUF %.1e\n", models[i].name, (double)directory, (double)gguf);
-        if (directory > 1e-4f || gguf > 1e-4f) fail_msg("%s is off", models[i].name);
+        if (directory > 1e-4f || gguf > 1e-4f) fail_msg("%s: the logits are wrong", models[i].name);
         free(r.file.at);
     }
 }
@@ -177,7 +177,7 @@ static void models_are_described(void **state) {
     assert_int_equal(info.n_ctx_train, 1024);
     if (llm_model_read_info(golden("qwen3"), &(llm_model_desc){.dtype = LLM_DTYPE_F32}, &header, &err))
         fail_msg("%s", err.message);
-    assert_int_equal(header.fingerprint, 0); /* for which the weights would have to be read */
+    assert_int_equal(header.fingerprint, 0); /* it would require reading the weights */
     header.fingerprint = info.fingerprint;
     assert_memory_equal(&header, &info, sizeof info);
     if (llm_memory_estimate(&info, NULL, &memory, &err)) fail_msg("%s", err.message);
@@ -198,7 +198,7 @@ static void all_types_are_named(void **state) {
     assert_string_equal(text, "Q5_0 50 %, Q4_K 25 %, Q6_K 25 %");
     llm__model_describe_held(&walk, little, sizeof little);
     assert_string_equal(little, "Q5_0 50 %, ");
-    walk.held[1].name = NULL; /* the first alone */
+    walk.held[1].name = NULL; /* only one type */
     llm__model_describe_held(&walk, text, sizeof text);
     assert_string_equal(text, "Q4_K");
 }
@@ -239,7 +239,7 @@ static bool read_only_the_start(void *user, uint64_t offset, void *to, size_t n)
     return offset == 0 && read_bytes(user, offset, to, n);
 }
 
-/* What the file says about itself, as text: of GGUF and of config.json. */
+/* The file's metadata as text, from GGUF and from config.json. */
 static void metadata_is_text(void **state) {
     llm_model *gguf = load(golden("qwen2.gguf"), LLM_DTYPE_F32), *directory = load(golden("llama3"), LLM_DTYPE_F32);
     int n = 0;
@@ -262,7 +262,7 @@ static void metadata_is_text(void **state) {
     llm_model_free(directory);
 }
 
-/* A tokenizer alone, from wherever a model may come. */
+/* A tokenizer loads from all sources from which a model loads. */
 static void tokenizers_load_alone(void **state) {
     bytes file = read_file(golden("qwen2.gguf"));
     llm_tokenizer *all[3];
@@ -300,7 +300,7 @@ static void functions_that_fail_are_reported(void **state) {
     free(file.at);
 }
 
-/* ---- Memory that runs out ---- */
+/* ---- Failing allocations ---- */
 
 static void every_allocation_may_fail(void **state) {
     static const char *const names[] = {"qwen3", "sharded", "sharded-00001-of-00003.gguf", "int8"};
@@ -327,7 +327,7 @@ static void a_hundred_loads_leave_nothing(void **state) {
 
 /* ---- Bad files ---- */
 
-static const char *folder; /* a directory of this run's own */
+static const char *folder; /* a temporary directory */
 
 static const char *in_folder(const char *name) { return joined(folder, name); }
 
@@ -355,12 +355,12 @@ static void expect_failure(const char *path, const char *words, const char *file
     llm_model *model;
     llm_error err;
     if (!llm_model_load(&model, path, NULL, &err)) fail_msg("loaded, where \"%s\" was expected", words);
-    if (model) fail_msg("a failed load gave a model");
+    if (model) fail_msg("a failed load returned a model");
     if (!strstr(err.message, words)) fail_msg("\"%s\" was expected, not \"%s\"", words, err.message);
     if (!strstr(err.message, file)) fail_msg("%s is not named in \"%s\"", file, err.message);
 }
 
-/* A copy of a text with one part replaced. */
+/* Returns a copy of a text with one part replaced. Free it with free(). */
 static char *replaced(const char *text, const char *old, const char *new_text) {
     const char *at = strstr(text, old);
     if (!at) fail_msg("\"%s\" is not in the text", old);
@@ -452,8 +452,9 @@ static void bad_configs_are_refused(void **state) {
     }
 }
 
-/* What transformers 5.24 makes of a config.json that says it twice (AutoConfig(...).rope_parameters). */
-static void rope_may_be_said_twice(void **state) {
+/* A config.json may give RoPE's parameters twice. The expected values are those of transformers 5.24
+   (AutoConfig(...).rope_parameters). */
+static void rope_may_be_given_twice(void **state) {
 #define PLAIN "\"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": 500.0}"
 #define SCALED "\"rope_scaling\": {\"rope_type\": \"linear\", \"factor\": 2.0}"
 #define EMPTY "\"rope_scaling\": {}"
@@ -496,7 +497,7 @@ static void rope_may_be_said_twice(void **state) {
     free(tensors.at);
 }
 
-/* The scales of an int8 tensor are found by its whole name, however long. */
+/* The scales of an int8 tensor are found by its full name, however long. */
 static void find_long_scales(llm__env *env, void *arg) {
     char names[2][200];
     llm__tensor tensors[2];
@@ -534,7 +535,7 @@ static void long_names_have_scales(void **state) {
     llm__pool_free(&pool);
 }
 
-/* Every number of a config.json at the ends of what integers hold: its key and the number are named. */
+/* Each number of a config.json is set to extreme values. The message must name the key and the value. */
 static void extreme_configs_are_refused(void **state) {
     static const char *const keys[] = {
         "vocab_size",          "num_hidden_layers",       "hidden_size", "intermediate_size", "num_attention_heads",
@@ -554,8 +555,7 @@ static void extreme_configs_are_refused(void **state) {
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         for (size_t j = 0; j < sizeof values / sizeof *values; j++) {
             char member[100], words[100];
-            bool taken =
-                !strcmp(keys[i], "rope_theta") && strchr(values[j].shown, '+'); /* up to 1e15, and others later */
+            bool taken = !strcmp(keys[i], "rope_theta") && strchr(values[j].shown, '+'); /* up to 1e15 is allowed */
             if (taken) continue;
             snprintf(member, sizeof member, "\"%s\": %s, \"_", keys[i], values[j].text);
             snprintf(words, sizeof words, "%s is %s, not ", keys[i], values[j].shown);
@@ -641,7 +641,7 @@ static void bad_safetensors_are_refused(void **state) {
 }
 
 #if !defined(_WIN32)
-/* A pipe that nobody writes to is not waited for. */
+/* Opening a pipe must not wait for a writer. */
 static void pipes_are_refused(void **state) {
     llm_tokenizer *tokenizer;
     llm_error err;
@@ -668,7 +668,7 @@ static void truncated_files_are_refused(void **state) {
         for (size_t percent = 0; percent < 100; percent++) {
             write_file(in_folder(places[i]), whole.at, whole.n * percent / 100);
             if (!llm_model_load(&model, i == 1 ? in_folder("m.gguf") : folder, NULL, &err))
-                fail_msg("%s at %d %%", names[i], (int)percent);
+                fail_msg("%s loads when cut to %d %%", names[i], (int)percent);
             assert_non_null(strstr(err.message, folder));
         }
         write_file(in_folder(places[i]), whole.at, whole.n);
@@ -746,7 +746,7 @@ static void put(uint8_t *to, size_t *at, uint64_t value, int n) {
     for (int i = 0; i < n; i++) to[(*at)++] = (uint8_t)(value >> 8 * i);
 }
 
-/* Writes a GGUF file with one more number, or string, among its values, and a string that keeps the data aligned. */
+/* Writes a GGUF file with one more value (a number or a string), and a string that keeps the data aligned. */
 static void write_with(const char *path, bytes file, const char *key, float number, const char *string) {
     uint8_t more[512];
     size_t n = 0;
@@ -776,7 +776,7 @@ static void what_gguf_asks_for_is_refused_by_name(void **state) {
     static const struct {
         const char *key;
         float number;
-        const char *string, *words; /* NULL: it does no harm */
+        const char *string, *words; /* words is NULL if the value is accepted */
     } table[] = {
         {"llama.expert_count", 8, NULL, "llama.expert_count is set"},
         {"llama.expert_count", 0, NULL, NULL},
@@ -865,7 +865,7 @@ int main(void) {
         cmocka_unit_test(every_allocation_may_fail),
         cmocka_unit_test(a_hundred_loads_leave_nothing),
         cmocka_unit_test(bad_configs_are_refused),
-        cmocka_unit_test(rope_may_be_said_twice),
+        cmocka_unit_test(rope_may_be_given_twice),
         cmocka_unit_test(long_names_have_scales),
         cmocka_unit_test(extreme_configs_are_refused),
         cmocka_unit_test(bad_safetensors_are_refused),

@@ -1,4 +1,4 @@
-/* Every kernel of every instruction set gives the same bits as the scalar one, which is the definition. Shapes are
+/* Every kernel of every instruction set gives the same bits as the scalar one, which defines the results. Shapes are
    random and mostly odd.
    Variants: cross */
 #define LLM_IMPLEMENTATION
@@ -36,12 +36,12 @@ static void check_same(const char *what, const void *a, const void *b, size_t n)
 static float x[PRODUCT_ROWS * (32 * PRODUCT_BLOCKS + 8)], w[ROOM], a[PRODUCT_ROWS * 100], b[PRODUCT_ROWS * 100];
 static uint8_t tile[(LLM__RUN_K + 192) * 64], tiles[2 * sizeof tile], full[sizeof tile], full_tiles[sizeof tiles];
 
-/* The kind that has the zeros of a 2:4 kind, too; the same for other kinds. */
+/* Of a 2:4 kind, the kind that stores the zeros, too; otherwise the kind itself. */
 static llm__weight_type full_kind(llm__weight_type kind) {
     return kind == LLM__W_BF16_2_4 ? LLM__W_BF16 : kind == LLM__W_INT8_2_4 ? LLM__W_INT8 : kind;
 }
 
-/* Makes two or more of each four weights of a tile zero. Some zeros are negative. */
+/* Sets at least two of each four weights of a tile to zero. Some zeros are negative. */
 static void thin_out(llm__weight_type kind, int k) {
     for (size_t lane = 0; lane < 16; lane++)
         for (size_t i = 0; i < (size_t)k; i++) {
@@ -55,7 +55,8 @@ static void thin_out(llm__weight_type kind, int k) {
         }
 }
 
-/* A tile of random weights: whole numbers with scales, or floats. If it is 2:4, `full` has the zeros, too. */
+/* Fills `tile` with random weights: integers with scales, or floats. For a 2:4 kind, `full` is the same tile with its
+   zeros. */
 static void random_tile(llm__weight_type kind, int k) {
     if (llm__matrix_is_2_4(kind)) {
         random_tile(full_kind(kind), k);
@@ -80,7 +81,7 @@ static void random_tile(llm__weight_type kind, int k) {
 
 static llm__kernel_group lines[2][PRODUCT_ROWS * (LLM__RUN_K / 32 + 6)];
 
-/* Activations become the same whole numbers, also where there are none, and where all are small. */
+/* Activations are quantized to the same integers, also with NaN, infinity, and blocks of zeros. */
 static void check_quantize(const llm__kernels *k) {
     int n = 32 * (1 + (int)random_int(6));
     random_floats(x, n);
@@ -88,12 +89,12 @@ static void check_quantize(const llm__kernels *k) {
     if (random_int(8) == 0) memset(x, 0, 32 * sizeof *x);
     scalar->quantize(x, n, lines[0]);
     k->quantize(x, n, lines[1]);
-    for (int i = 0; i < n / 32; i++) /* a NaN is not always the same one */
+    for (int i = 0; i < n / 32; i++) /* NaNs may have different bits */
         if (lines[0][0].scale != lines[0][0].scale) memcpy(&lines[1][i].scale, &lines[0][i].scale, 16);
     check_same("quantize", lines[0], lines[1], (size_t)(n / 32) * sizeof *lines[0]);
 }
 
-/* Rows against tiles in groups, as in check_product. */
+/* Products of rows with tiles of weights in groups; shapes as in check_product. */
 static void check_group_product(const llm__kernels *k, llm__weight_type kind) {
     bool deep = random_int(16) == 0, many = !deep && random_int(8) == 0;
     int rows = 1 + (int)random_int(deep ? 3 : many ? PRODUCT_ROWS : 8), n_tiles = 1 + (int)random_int(deep ? 2 : 6);
@@ -117,7 +118,8 @@ static void check_group_product(const llm__kernels *k, llm__weight_type kind) {
     check_same("group_product", a, b, sizeof a);
 }
 
-/* Mostly few k, which some rows and tiles meet; now and then many rows, or more k than meet a tile at once. */
+/* Products of rows with tiles. Mostly k and the number of rows are small; sometimes there are many rows, or more k than
+   one run (LLM__RUN_K). */
 static void check_product(const llm__kernels *k, llm__weight_type kind) {
     bool deep = random_int(16) == 0, many = !deep && random_int(8) == 0;
     int rows = 1 + (int)random_int(deep ? 3 : many ? PRODUCT_ROWS : 20), n_tiles = 1 + (int)random_int(deep ? 2 : 6);
@@ -138,12 +140,12 @@ static void check_product(const llm__kernels *k, llm__weight_type kind) {
         x[(int)random_int((uint32_t)rows) * stride + (int)random_int((uint32_t)n)] = random_int(2) ? NAN : INFINITY;
     scalar->product[full_kind(kind)](x, (size_t)stride, rows, full_tiles, n_tiles, n, a, (size_t)y_stride);
     k->product[kind](x, (size_t)stride, rows, tiles, n_tiles, n, b, (size_t)y_stride);
-    for (int i = 0; i < rows * y_stride && !finite; i++) /* a NaN is not always the same one */
+    for (int i = 0; i < rows * y_stride && !finite; i++) /* NaNs may have different bits */
         if (a[i] != a[i] && b[i] != b[i]) b[i] = a[i];
     check_same("product", a, b, sizeof a);
 }
 
-/* A 2:4 tile holds the numbers of the tile that it was made of, and becomes the same bf16 blocks as that. */
+/* A 2:4 tile holds the same numbers as the tile it was made from, and unpacks to the same bf16 blocks. */
 static void check_2_4(const llm__kernels *k, llm__weight_type kind) {
     static uint8_t wide[sizeof tile], expected[sizeof tile];
     int n = 32 * (1 + (int)random_int(40));
@@ -231,7 +233,8 @@ static void check_rows(const llm__kernels *k) {
     assert_true(!scalar->maxima(x, n, runs[0]) && !k->maxima(x, n, runs[1]));
 }
 
-/* A packed row as floats. Lines of pairs, which are not apart, have of each four values the third, first, fourth, second. */
+/* Unpacks a packed row to floats. If step is 64, each four values are stored in the order third, first, fourth,
+   second. */
 static void unpack_row(llm__kernel_lines row, int n, float *to) {
     static const int place[] = {1, 3, 0, 2};
     for (int i = 0; i < n; i++) {
@@ -247,7 +250,7 @@ static void pack_rows(const llm__kernels *k, const float *from, int rows, int n,
         k->pack_scale(from + r * n, 1, n, n, llm__kernel_packed_row(k->line_step, packed, (size_t)n, (size_t)r), 0);
 }
 
-/* What goes into packed rows, against the same as floats. */
+/* Kernels that write packed rows give the same values as those that write floats. */
 static void check_packs(const llm__kernels *k) {
     static uint8_t packed[32 * 1024 * 2];
     int n = 1 + (int)random_int(300), whole = llm__math_round_up(n, 16), padded = llm__math_round_up(n, 32),
@@ -262,7 +265,7 @@ static void check_packs(const llm__kernels *k) {
     k->pack_scale(x, factor, n, whole, row, column);
     unpack_row(row, column + whole, b);
     check_same("pack_scale", a, b + column, (size_t)n * 4);
-    for (int i = n; i < whole; i++) assert_true(b[column + i] == 0); /* of either sign */
+    for (int i = n; i < whole; i++) assert_true(b[column + i] == 0); /* +0 or -0 */
     memset(a, 0, sizeof a);
     scalar->norm(x, w, n, factor, true, a);
     k->pack_norm(x, w, n, factor, row);
@@ -278,7 +281,7 @@ static void check_packs(const llm__kernels *k) {
     assert_true(max[0] == max[1] && sum[0] == sum[1]);
 }
 
-/* A panel against the scalar products of its tiles, up to a hundred rows, and what becomes of their sums. */
+/* A panel of up to a hundred rows, and each ending of its sums, compared with scalar products of its tiles. */
 static void check_panel(const llm__kernels *k, llm__weight_type kind) {
     enum { MOST_ROWS = 112, MOST_TILES = 6, MOST_K = 1216, STRIDE = MOST_TILES * 16 + 5 };
     static float px[MOST_ROWS * MOST_K], scratch[MOST_ROWS * MOST_TILES * 16], y[MOST_ROWS * STRIDE],
@@ -326,7 +329,7 @@ static void check_panel(const llm__kernels *k, llm__weight_type kind) {
     check_same("panel", y, expected, (size_t)rows * STRIDE * 4);
 }
 
-/* One pair of tiles whose blocks lie apart, as those of a cache do. */
+/* One or two tiles whose blocks are not contiguous, as in a cache. */
 static void check_tile_product(const llm__kernels *k) {
     static uint8_t packed[112 * 256 * 2];
     const uint8_t *blocks[40];
@@ -365,7 +368,7 @@ static void check_set(const char *isa) {
     for (int i = 0; i < ROUNDS && k->panel; i++) {
         check_packs(k);
         check_tile_product(k);
-        if (i % 8 == 0) /* the larger they are, the fewer */
+        if (i % 8 == 0) /* panels are large, so fewer rounds */
             for (int kind = 0; kind < LLM__W_Q4; kind++)
                 if (kind != LLM__W_F32 && kind != LLM__W_F16) check_panel(k, (llm__weight_type)kind);
     }
@@ -407,7 +410,7 @@ static void test_amx(void **state) {
 }
 #endif
 
-/* The scalar 2^x against libm's in double. */
+/* The scalar 2^x compared with libm's in double. */
 static void test_exp2(void **state) {
     double worst = 0;
     (void)state;
@@ -423,8 +426,8 @@ static void test_exp2(void **state) {
     assert_true(worst < 2e-7);
 }
 
-/* The scalar silu against libm's in double, and where it ends. log2(e) g is rounded, which 2^x multiplies: the error grows
-   with the gate. */
+/* The scalar silu compared with libm's in double, and its limits. log2(e) * g is rounded before 2^x, so the error grows
+   with |g|. */
 static void test_silu(void **state) {
     double worst = 0;
     float pair[32] = {0}, y[16];
@@ -448,7 +451,7 @@ static void test_silu(void **state) {
     assert_true(y[0] == 3e38f);
 }
 
-/* Sine, cosine, 2^x, log2 and square root in fixed operations against libm's. */
+/* The library's own sine, cosine, 2^x, log2 and square root compared with libm's. */
 static void test_functions(void **state) {
     (void)state;
     for (int i = 0; i < 200000; i++) {
@@ -462,7 +465,8 @@ static void test_functions(void **state) {
     }
 }
 
-/* Rows that are bf16 in the file give the same tile as they do by way of floats: denormals are gone, absent rows zero. */
+/* Rows of bf16 in a file give the same tile whether they are copied or converted via floats: denormals and missing rows
+   become zero. */
 static void test_bf16_tile(void **state) {
     (void)state;
     for (int round = 0; round < 20; round++) {
@@ -484,7 +488,7 @@ static void test_bf16_tile(void **state) {
     }
 }
 
-/* Quantised weights stay within half a step of what they were, and files in groups are held exactly. */
+/* Quantized weights stay within half a step of the original; weights from files in groups are kept exactly. */
 static void test_packing(void **state) {
     static const struct {
         uint32_t type;
@@ -529,21 +533,21 @@ static void test_packing(void **state) {
     }
 }
 
-/* A row of k weights in blocks, random but for their f16 numbers, which are finite. */
+/* Fills a row of k weights with random blocks, whose f16 numbers are finite. */
 static void random_blocks(const llm__file_type_info *type, uint8_t *row, size_t k) {
     uint32_t id = type->type;
     size_t n = k / type->block_weights * type->block_bytes;
     for (size_t i = 0; i < n; i++) row[i] = (uint8_t)random_int(256);
     for (size_t at = 0; at < n; at += type->block_bytes) {
         size_t d = at + (id == LLM__Q2_K ? 80 : id == LLM__Q3_K ? 108 : id == LLM__Q6_K ? 208 : 0);
-        for (size_t i = 0; i < 2; i++) { /* d, and what may be m */
+        for (size_t i = 0; i < 2; i++) { /* d, and m in types that have one */
             uint16_t half = llm__f32_to_f16(random_float());
             if (d + 2 * i + 2 <= at + type->block_bytes) memcpy(&row[d + 2 * i], &half, 2);
         }
     }
 }
 
-/* A tile may hold rows of two types that are packed alike, with absent rows between them. */
+/* A tile may hold rows of two types with the same packed form, and missing rows between them. */
 static void test_mixed_blocks(void **state) {
     enum { ROWS = 16, K = 512 };
     static uint8_t file[ROWS][K];
@@ -566,13 +570,13 @@ static void test_mixed_blocks(void **state) {
         for (size_t i = 0; i < K; i++) assert_true(held[i] == exact[i]);
         raw[r] = NULL;
     }
-    llm__pack_groups(m.kind, tile, raw, types, NULL, K); /* no row at all */
+    llm__pack_groups(m.kind, tile, raw, types, NULL, K); /* all rows are missing */
     for (size_t i = 0; i < m.tile_bytes; i++) assert_int_equal(tile[i], 0);
     assert_int_equal(tile[m.tile_bytes], 1);
 }
 
-/* Random blocks of every type, with finite f16 numbers. The products must use exactly the weights that the file's type
-   defines, and the scalar product must be the sum of these times the integer activations. */
+/* Random blocks of every type, with finite f16 numbers. The packed weights must be exactly those that the file's type
+   defines, and the scalar product must be the sum of weights times integer activations. */
 static void test_blocks(void **state) {
     enum { ROWS = 16, K = 512 };
     static uint8_t file[ROWS][K * 4];
@@ -617,7 +621,7 @@ static void test_blocks(void **state) {
     llm__fpu_leave(mode);
 }
 
-/* Every f16 there and back, and rounding to nearest even in between. */
+/* Every f16 survives conversion to f32 and back, and values in between round to nearest even. */
 static void test_f16(void **state) {
     (void)state;
     for (uint32_t h = 0; h < 65536; h++) {

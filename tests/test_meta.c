@@ -1,5 +1,5 @@
-/* Models as Meta publishes them: logits against golden/meta.py, with one file and two, like Llama 2 and like Llama 3.1;
-   several ranks; files that are cut off or changed, or do not belong together; failing allocations.
+/* Models in Meta's format: logits compared with golden/meta.py, for one file and two, like Llama 2 and like Llama 3.1;
+   several ranks; files that are truncated, changed, or do not belong together; failing allocations.
    Variants: asan */
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION
@@ -45,10 +45,11 @@ typedef struct rank_job {
     const char *path;
     llm_dtype dtype;
     bool staged;                         /* a pipeline; else tensor parallel */
-    float logits[N_TOKENS * MOST_VOCAB]; /* of one rank */
+    float logits[N_TOKENS * MOST_VOCAB]; /* computed without ranks */
 } rank_job;
 
-/* Computes the logits of some tokens. Without ranks they are kept; with ranks they must be the same. */
+/* Computes the logits of some tokens. Without ranks they are stored in the job; with ranks they must equal the stored
+   ones. */
 static void run_rank(llm_comm *comm, void *arg) {
     static const llm_token tokens[N_TOKENS] = {1, 5, 9, 3, 7};
     static const bool all[N_TOKENS] = {true, true, true, true, true};
@@ -71,7 +72,9 @@ static void run_rank(llm_comm *comm, void *arg) {
     RANK_CHECK(llm_forward(ctx, &batch, &err) == LLM_OK, err.message);
     const int n = llm_tokenizer_n_vocab(llm_model_tokenizer(model));
     for (int i = 0; i < N_TOKENS; i++)
-        if (comm) RANK_CHECK(!memcmp(job->logits + i * n, llm_logits(ctx, i), (size_t)n * sizeof(float)), "other bits");
+        if (comm)
+            RANK_CHECK(!memcmp(job->logits + i * n, llm_logits(ctx, i), (size_t)n * sizeof(float)),
+                       "the logits have other bits");
         else memcpy(job->logits + i * n, llm_logits(ctx, i), (size_t)n * sizeof(float));
     llm_context_free(ctx);
     llm_model_free(model);
@@ -133,7 +136,7 @@ static void damaged_files_are_refused_or_read(void **state) {
     rmdir(copy);
 }
 
-/* A file of tensors as torch.save writes it: where the bytes of the storage with this key begin. */
+/* Finds where the bytes of a storage begin in a file written by torch.save. */
 static size_t find_storage(bytes file, const char *key) {
     char wanted[100];
     snprintf(wanted, sizeof wanted, "/data/%s", key);
@@ -144,11 +147,11 @@ static size_t find_storage(bytes file, const char *key) {
         if (!memcmp(p, "PK\3\4", 4) && n_name >= n && !memcmp(p + 30 + n_name - n, wanted, n))
             return at + 30 + n_name + n_extra;
     }
-    fail_msg("there is no storage %s", key);
+    fail_msg("storage %s is missing", key);
     return 0;
 }
 
-/* The parts of a model have a copy of the norms each, and something is wrong if these differ. */
+/* Each file of a model has a copy of the norms. If the copies differ, the files do not belong together. */
 static void norms_must_be_the_same_in_all_files(void **state) {
     static const char *const names[] = {"params.json", "tokenizer.model", "consolidated.00.pth", "consolidated.01.pth"};
     char file[1000], copy[] = "/tmp/llm-test-meta-XXXXXX", path[4][100];

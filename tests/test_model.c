@@ -83,7 +83,7 @@ static void test_logits_f32(void **state) {
     check_logits(LLM_DTYPE_F32, 1e-4, 64);
 }
 
-/* Rounding the weights alone to bf16 moves the float64 reference's logits by 1e-2. */
+/* Rounding only the weights to bf16 changes the float64 reference's logits by 1e-2. */
 static void test_logits_bf16(void **state) {
     (void)state;
     check_logits(LLM_DTYPE_BF16, 2e-2, 62);
@@ -121,7 +121,8 @@ static int read_texts(const char *data, text *texts) {
     return n;
 }
 
-/* All prompts run side by side in one batch; each token is the reference's, or the reference was nearly undecided. */
+/* All prompts run in one batch. Each token must be the reference's, unless the reference's top two logits were nearly
+   equal. */
 static void test_greedy(void **state) {
     bytes data = read_file(golden_path("greedy.txt"));
     text *texts = (text *)calloc(PROMPTS, sizeof *texts);
@@ -152,7 +153,7 @@ static void test_greedy(void **state) {
             llm_token got =
                 argmax(llm_logits(ctx, last[i]), llm_tokenizer_n_vocab(llm_model_tokenizer(llm_context_model(ctx))));
             if (got != t->new_tokens[t->n_done]) {
-                print_message("prompt %d, token %d: %d instead of %d, whose lead was %g\n", i, t->n_done, got,
+                print_message("prompt %d, token %d: %d instead of %d, which led by %g\n", i, t->n_done, got,
                               t->new_tokens[t->n_done], t->gaps[t->n_done]);
                 assert_true(t->gaps[t->n_done] < 1e-3);
                 t->over = true;
@@ -172,13 +173,13 @@ static void test_greedy(void **state) {
 
 enum { WINDOW = 512, READERS = 5, MOST_SCORED = 10000 };
 
-/* A type of weights, and what it made of the text. */
+/* A type of weights and its results on the text. */
 typedef struct reader {
     llm_dtype dtype;
     llm_context *ctx;
-    double loss;       /* sum of -log p of the tokens that came */
-    double perplexity; /* exp of its mean */
-    double mean, p99;  /* of the Kullback-Leibler divergence from the first reader, which is f32, in nats a token */
+    double loss;       /* sum of -log p of the text's tokens */
+    double perplexity; /* exp of the mean loss */
+    double mean, p99;  /* Kullback-Leibler divergence from the first reader (f32), in nats per token */
     double divergences[MOST_SCORED];
 } reader;
 
@@ -188,7 +189,7 @@ static double log_sum_exp(const float *row, int n) {
     return most + log(total);
 }
 
-/* Token i of the window in all readers' eyes; `p` is room for the first one's probabilities. */
+/* Scores the token after position i of the window with all readers. `p` is scratch for n_vocab probabilities. */
 static void score_position(reader *readers, int i, llm_token next, int n_vocab, int n_scored, double *p) {
     const float *first = llm_logits(readers[0].ctx, i);
     double first_log_sum = log_sum_exp(first, n_vocab);
@@ -217,7 +218,7 @@ static void summarize(reader *r, int n_scored) {
     r->p99 = r->divergences[n_scored * 99 / 100];
 }
 
-/* All readers side by side over the second half of each window of 512 tokens, as llama.cpp counts. */
+/* Runs all readers over the text. They score the second half of each window of 512 tokens, as llama.cpp does. */
 static void read_text_with(reader *readers, const char *data, size_t size) {
     const llm_tokenizer *tokenizer = llm_model_tokenizer(llm_context_model(readers[0].ctx));
     int n_vocab = llm_tokenizer_n_vocab(tokenizer), n_scored = 0;
@@ -262,19 +263,19 @@ static void test_perplexity(void **state) {
                       llm_dtype_name(r->dtype), r->perplexity, 100 * (r->perplexity / f32 - 1), r->mean, r->p99);
         close_context(r->ctx);
     }
-    assert_true(fabs(f32 / 28.8670 - 1) < 1e-3); /* llama.cpp's */
+    assert_true(fabs(f32 / 28.8670 - 1) < 1e-3); /* llama.cpp's result */
     assert_true(fabs(readers[1].perplexity / f32 - 1) < 2e-3);
     assert_true(fabs(readers[2].perplexity / f32 - 1) < 5e-3);
-    for (int i = 3; i < READERS; i++) /* the file's own weights, activations of 8 bits */
+    for (int i = 3; i < READERS; i++) /* the file's own weights, with activations of 8 bits */
         assert_true(fabs(readers[i].perplexity / f32 - 1) < 5e-3);
     static const double means[READERS] = {0, 0.0003, 0.006, 0.004, 0.004},
                         p99s[READERS] = {0, 0.0014, 0.026, 0.02, 0.02};
-    for (int i = 0; i < READERS; i++) /* half as much again as it is */
+    for (int i = 0; i < READERS; i++) /* limits are 1.5 times the measured values */
         assert_true(readers[i].mean <= means[i] && readers[i].p99 <= p99s[i] && (i == 0 || readers[i].mean > 0));
     free(data.at);
 }
 
-/* Kilobytes that the system names so in this process's status; 0 where it does not. */
+/* A value in kilobytes from /proc/self/status; 0 if it is missing. */
 static long status_kb(const char *name) {
     char line[128];
     long n = 0;
@@ -285,7 +286,7 @@ static long status_kb(const char *name) {
     return n;
 }
 
-/* While a model is loaded, memory does not hold the whole file beside the weights. The threads that load it end. */
+/* Loading a model does not need memory for the whole file in addition to the weights. Its threads end afterwards. */
 static void test_loading(void **state) {
     (void)state;
     FILE *file = fopen("/proc/self/clear_refs", "wb");
@@ -294,12 +295,12 @@ static void test_loading(void **state) {
         skip();
     }
     assert_non_null(file);
-    fputs("5", file); /* from here on the peak is counted anew */
+    fputs("5", file); /* resets the peak (VmHWM) */
     assert_int_equal(fclose(file), 0);
     long before = status_kb("VmRSS:"), threads = status_kb("Threads:");
     llm_model *model = load_model(model_path(), &(llm_model_desc){.dtype = LLM_DTYPE_INT4, .n_threads = 2});
     long weights = (long)(llm_model_get_info(model).weight_bytes >> 10), more = status_kb("VmHWM:") - before - weights;
-    print_message("loading takes %ld KB beside the weights' %ld\n", more, weights);
+    print_message("loading takes %ld KB in addition to %ld KB of weights\n", more, weights);
     assert_true(more < 64 << 10);
     assert_int_equal(status_kb("Threads:"), threads);
     llm_model_free(model);

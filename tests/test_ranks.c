@@ -23,7 +23,7 @@ static void hash_tiny(llm_comm *comm, void *arg) {
     if (!model) return; /* this machine does not have the instruction set */
     llm_context *ctx = create(model, e->cache, job->n_threads, 0), *small = create(model, e->cache, job->n_threads, 37);
     for (int way = job->n_threads == 1 && !SANITIZED ? 0 : WAYS_OF_ONE; way < WAYS; way++)
-        RANK_CHECK(go(way, ctx, small) == e->tiny, "other bits");
+        RANK_CHECK(go(way, ctx, small) == e->tiny, "the logits have other bits");
     llm_context_free(ctx);
     llm_context_free(small);
     llm_model_free(model);
@@ -49,14 +49,14 @@ static void hash_default(llm_comm *comm, void *arg) {
     const hash_job *job = (const hash_job *)arg;
     llm_comm *tensor = job->staged ? NULL : comm, *pipeline = job->staged ? comm : NULL;
     RANK_CHECK(hash_real(&EXPECTED[job->type], 32, job->n_threads, tensor, pipeline) == EXPECTED[job->type].real,
-               "other bits");
+               "the logits have other bits");
 }
 
 static void test_default_model(void **state) {
     (void)state;
     if (THREAD_SANITIZED) {
-        print_message(
-            "skipped: takes minutes here, and the small models above run the same code on the same threads\n");
+        print_message("skipped: takes minutes with the thread sanitizer; the small models run the same code on as many "
+                      "threads\n");
         skip();
     }
     for (int n = 2; n <= (SANITIZED ? 2 : 4); n++)
@@ -64,14 +64,14 @@ static void test_default_model(void **state) {
             hash_job job = {NULL, type, 1, false};
             if (SANITIZED && type != 1) continue;
             if (!EXPECTED[type].real || (type != 1 && n != 2 + type % 3))
-                continue; /* bf16 on all, each of the others on some */
+                continue; /* bf16 runs with each n, the other types with one n each */
             on_ranks(n, NULL, hash_default, &job);
             job.staged = true;
             on_ranks(n, NULL, hash_default, &job);
         }
 }
 
-/* ---- Scoring, generation, drafts, saved sequences: as on one rank ---- */
+/* ---- Scoring, generation, drafts and saved sequences give the results of one rank ---- */
 
 /* 856 tokens are 2 parts of a vocabulary; 14 heads share 2 key heads. */
 static const tiny_spec WIDE = {3, 96, 160, 14, 2, 16, 256, 600, 1, 0, 5};
@@ -93,14 +93,14 @@ static llm_context *open_wide(const llm_model *model, int n_threads) {
     return ctx;
 }
 
-/* What a rank came to, as bytes; all ranks must come to the same as one rank does. */
+/* The results of a rank. All ranks must get the same bytes as a single rank. */
 typedef struct findings {
     llm_dtype dtype;
     int n_threads;
     double scores[3][QUESTIONS * ENDINGS];
     llm_token texts[6][60];
     int lengths[6];
-    int n_told; /* questions of which callbacks told */
+    int n_told; /* calls of on_question */
 } findings;
 
 static bool count_question(void *user, int question, const double *log_likelihoods) {
@@ -109,7 +109,7 @@ static bool count_question(void *user, int question, const double *log_likelihoo
     return true;
 }
 
-/* Scores with three schedules; with `refuses` only the packed one, which that callback ends. */
+/* Scores with three schedules. If `refuses` is not NULL, scores only with the packed one, which that callback stops. */
 static void score(llm_context *ctx, findings *f,
                   bool (*refuses)(void *user, int question, const double *log_likelihoods)) {
     static const llm_schedule schedules[3] = {LLM_SCHEDULE_PACKED, LLM_SCHEDULE_FIXED, LLM_SCHEDULE_DP};
@@ -133,7 +133,7 @@ static void score(llm_context *ctx, findings *f,
     if (refuses) {
         llm_score_desc desc = {.on_question = refuses, .user = &f->n_told};
         RANK_CHECK(llm_score(ctx, questions, QUESTIONS, &desc, f->scores[0], NULL, &err) == LLM_ERROR_CANCELLED,
-                   "scoring went on");
+                   "scoring did not stop");
         assert_explained(LLM_ERROR_CANCELLED, &err);
         return;
     }
@@ -176,8 +176,8 @@ static llm_stats generate(llm_context *ctx, llm_generate_desc desc, writer *w) {
     return stats;
 }
 
-/* Greedy; drawn; with lookup; with the same weights in int8 as a draft on the same cache; with a draft that all ranks have
-   whole; and what a saved sequence goes on with. */
+/* Generates five texts: greedy; drawn; with lookup; with the same weights in int8 as a draft that is split over the
+   ranks like the model; with the same draft whole on each rank. */
 static void write_texts(llm_context *ctx, findings *f, llm_comm *tensor, llm_comm *pipeline) {
     llm_sampler warm = {.temperature = 1.2f, .top_p = 0.9f, .seed = 3};
     llm_draft lookup = llm_draft_lookup(), draft;
@@ -199,7 +199,7 @@ static void write_texts(llm_context *ctx, findings *f, llm_comm *tensor, llm_com
     }
 }
 
-/* Saved and restored, on the ranks that there are. */
+/* Saves a sequence, restores it, and generates from it. */
 static void save(llm_context *ctx, findings *f) {
     llm_error err;
     size_t size = llm_seq_save_size(ctx, 0);
@@ -222,7 +222,7 @@ static void save(llm_context *ctx, findings *f) {
     llm_stats stats;
     RANK_CHECK(length > 60, "the sequence is too short");
     RANK_CHECK(llm_generate(ctx, &desc, &stats, &err) == LLM_OK, err.message);
-    RANK_CHECK(stats.n_reused == 59, "the restored sequence was computed anew");
+    RANK_CHECK(stats.n_reused == 59, "the restored sequence was computed again");
     f->lengths[5] = stats.n_generated;
 }
 
@@ -242,10 +242,10 @@ static void find_the_same(const findings *expected, llm_comm *tensor, llm_comm *
     f.dtype = expected->dtype;
     f.n_threads = expected->n_threads;
     find(&f, tensor, pipeline);
-    RANK_CHECK(!memcmp(f.scores, expected->scores, sizeof f.scores), "other log-likelihoods");
-    RANK_CHECK(!memcmp(f.texts, expected->texts, sizeof f.texts), "other texts");
-    RANK_CHECK(!memcmp(f.lengths, expected->lengths, sizeof f.lengths), "texts of other lengths");
-    RANK_CHECK(f.n_told == expected->n_told, "another number of questions was told of");
+    RANK_CHECK(!memcmp(f.scores, expected->scores, sizeof f.scores), "the log-likelihoods differ");
+    RANK_CHECK(!memcmp(f.texts, expected->texts, sizeof f.texts), "the texts differ");
+    RANK_CHECK(!memcmp(f.lengths, expected->lengths, sizeof f.lengths), "the texts have other lengths");
+    RANK_CHECK(f.n_told == expected->n_told, "the number of on_question calls differs");
 }
 
 static void find_in_tensor_parallel(llm_comm *comm, void *arg) { find_the_same((const findings *)arg, comm, NULL); }
@@ -265,12 +265,12 @@ static void find_in_a_grid(llm_comm *comm, void *arg) {
     llm_comm_free(g->pipeline[shard][stage]);
 }
 
-static void test_everything(void **state) {
+static void test_same_results(void **state) {
     (void)state;
     for (int dtype = LLM_DTYPE_F32; dtype <= LLM_DTYPE_F16; dtype++) {
         static findings alone;
         if (dtype != LLM_DTYPE_BF16 && (dtype != LLM_DTYPE_INT8 || SANITIZED))
-            continue; /* the others differ in products alone */
+            continue; /* other types differ only in their products */
         memset(&alone, 0, sizeof alone);
         alone.dtype = (llm_dtype)dtype;
         alone.n_threads = 1;
@@ -290,7 +290,8 @@ static void test_everything(void **state) {
     }
 }
 
-/* A sequence saved by some ranks is that of one rank, byte for byte, so others can go on with it. */
+/* A sequence saved by several ranks has the same bytes as one saved by a single rank, so any number of ranks can
+   continue it. */
 typedef struct saved {
     uint8_t *bytes;
     size_t size;
@@ -313,7 +314,7 @@ static void save_sequence(llm_comm *comm, void *arg) {
         s->bytes = bytes;
         s->size = size;
     } else {
-        RANK_CHECK(size == s->size && !memcmp(bytes, s->bytes, size), "the saved sequence is another");
+        RANK_CHECK(size == s->size && !memcmp(bytes, s->bytes, size), "the saved sequence differs");
         free(bytes);
     }
     llm_context_free(ctx);
@@ -328,7 +329,7 @@ static void test_saved(void **state) {
     free(s.bytes);
 }
 
-/* ---- A rank stops, and all go on together afterwards ---- */
+/* ---- A rank stops a call, and the next calls work again ---- */
 
 static bool refuse_the_second(void *user, int question, const double *log_likelihoods) {
     (void)question, (void)log_likelihoods;
@@ -344,20 +345,20 @@ static void stop_and_go_on(const findings *expected, llm_comm *comm, llm_comm *t
            whole = {tokens, 0, 0, 0, 0};
     llm_stats stats = generate(ctx, (llm_generate_desc){.seq = 0}, &refuses);
     RANK_CHECK(stats.stop == LLM_STOP_CALLBACK && stats.n_generated == 20,
-               "a rank went on when another's callback refused");
+               "a rank continued when another's callback returned false");
     int length = llm_seq_length(ctx, 0);
-    RANK_CHECK(length == 17 + 19, "the sequence has another length");
+    RANK_CHECK(length == 17 + 19, "the sequence has the wrong length");
     stats = generate(ctx, (llm_generate_desc){.seq = 0}, &cancels);
-    RANK_CHECK(stats.stop == LLM_STOP_CALLBACK && stats.n_generated < 40, "a rank went on when another was cancelled");
+    RANK_CHECK(stats.stop == LLM_STOP_CALLBACK && stats.n_generated < 40, "a rank continued after another's cancel");
     stats = generate(ctx, (llm_generate_desc){.seq = 0}, &whole);
     RANK_CHECK(stats.n_generated == 60 && !memcmp(tokens, expected->texts[0], sizeof tokens),
-               "after that, another text");
+               "the text after a stop differs");
     for (int i = 0; i < 2; i++) {
         findings f;
         memset(&f, 0, sizeof f);
         score(ctx, &f, me ? refuse_the_second : count_question);
         score(ctx, &f, NULL);
-        RANK_CHECK(!memcmp(f.scores, expected->scores, sizeof f.scores), "after that, other log-likelihoods");
+        RANK_CHECK(!memcmp(f.scores, expected->scores, sizeof f.scores), "the log-likelihoods after a stop differ");
     }
     llm_context_free(ctx);
     llm_model_free(model);
@@ -378,7 +379,7 @@ static void test_stopping(void **state) {
     for (int n = 2; n <= WIDE.n_layers; n++) on_ranks(n, NULL, stop_in_a_pipeline, &alone);
 }
 
-/* ---- What goes wrong ---- */
+/* ---- Failures ---- */
 
 typedef struct trouble {
     enum { OTHER_FILE, OTHER_TYPE, OTHER_SET, NO_FILE, OTHER_NUMBERS, NO_MEMORY, LEAVES, OTHER_CALL, TROUBLES } kind;
@@ -388,7 +389,7 @@ typedef struct trouble {
 static const char *const WORDS[TROUBLES] = {"file",   "type",     "instruction set", "rank 1", "llm_context_desc",
                                             "memory", "has left", "different call"};
 
-/* Rank 1 is the odd one. */
+/* Rank 1 does something wrong. */
 static llm_status go_wrong_here(llm_comm *comm, trouble *t, heap *h, llm_error *err) {
     static const tiny_spec other = {3, 96, 160, 14, 2, 16, 256, 600, 1, 0, 6};
     bool odd = comm->rank == 1;
@@ -426,14 +427,14 @@ static void go_wrong(llm_comm *comm, void *arg) {
     double start = seconds_now();
     llm_status status = go_wrong_here(comm, t, &h, &err);
     RANK_CHECK(seconds_now() - start < 10, "a rank waited for too long");
-    RANK_CHECK(h.live == 0 && h.n_blocks == 0, "memory was left behind");
+    RANK_CHECK(h.live == 0 && h.n_blocks == 0, "memory leaked");
     if (!status) return;
     assert_explained(status, &err);
     RANK_CHECK(strstr(err.message, WORDS[t->kind]) || (comm->rank == 1 && t->kind == NO_FILE), err.message);
     __atomic_add_fetch(&t->n_told, 1, __ATOMIC_ACQ_REL);
 }
 
-static void test_trouble(void **state) {
+static void test_failures(void **state) {
     (void)state;
     for (int kind = 0; kind < TROUBLES; kind++)
         for (int n = 2; n <= 4; n++) {
@@ -450,12 +451,12 @@ typedef struct departure {
     enum { FROM_POLL, FROM_TOKEN, FROM_QUESTION, CALLBACKS } callback;
     enum { CALLS_AGAIN, FREES, DOES_NOTHING, SEQUELS } sequel;
     bool staged; /* a pipeline; else tensor parallel */
-    int rank;    /* that leaves */
-    int at;      /* ... its callback's call of that number */
+    int rank;    /* the rank whose callback leaves */
+    int at;      /* the number of the callback's call that leaves */
     int n_told;
 } departure;
 
-/* One rank's callbacks; without `back` they are usual ones. */
+/* One rank's callbacks. If `back` is NULL, they always return. */
 typedef struct leaver {
     jmp_buf *back;
     int n, at;
@@ -479,7 +480,7 @@ static bool leave_question(void *user, int question, const double *log_likelihoo
 
 enum { N_QUESTIONS = 40 };
 
-/* Ends with LLM_OK where a callback left it. */
+/* Returns LLM_OK if a callback left the call. */
 static llm_status call_to_be_left(llm_context *ctx, const departure *d, leaver *l, llm_error *err) {
     static const llm_token tokens[] = {1, 2, 3, 4, 5, 6, 7}, *endings[] = {tokens};
     static const int length = 7;
@@ -487,7 +488,7 @@ static llm_status call_to_be_left(llm_context *ctx, const departure *d, leaver *
     if (l->at) l->back = &back;
     if (setjmp(back)) return LLM_OK;
     if (d->callback == FROM_QUESTION) {
-        /* Contexts that begin alike would be computed once, in a single pass, and nothing would be left to wait for. */
+        /* Contexts with a common prefix would be computed once, in a single pass, and no rank would have to wait. */
         llm_token contexts[N_QUESTIONS][7];
         llm_question questions[N_QUESTIONS];
         double log_likelihoods[N_QUESTIONS];
@@ -516,7 +517,7 @@ static void depart(llm_comm *comm, void *arg) {
     llm_model *model = load_wide(LLM_DTYPE_BF16, d->staged ? NULL : comm, d->staged ? comm : NULL);
     llm_context *ctx = open_wide(model, comm->rank ? 1 : 2);
     llm_status status = call_to_be_left(ctx, d, &l, &err);
-    RANK_CHECK(!status == me, me ? "the callback did not leave" : "the call went on without a rank that had left it");
+    RANK_CHECK(!status == me, me ? "the callback did not leave" : "the call succeeded although a rank had left it");
     if (me && d->sequel == DOES_NOTHING)
         while (__atomic_load_n(&d->n_told, __ATOMIC_ACQUIRE) < comm->size - 1)
             nanosleep(&(struct timespec){0, 1000000}, NULL);
@@ -532,7 +533,7 @@ static void depart(llm_comm *comm, void *arg) {
     llm_model_free(model);
 }
 
-static void test_left(void **state) {
+static void test_longjmp(void **state) {
     (void)state;
     for (int i = 0; i < CALLBACKS * SEQUELS * 2 * 3; i++) {
         int n = 2 + i / (CALLBACKS * SEQUELS * 2) % 2;
@@ -542,14 +543,14 @@ static void test_left(void **state) {
         d.staged = i / (CALLBACKS * SEQUELS) % 2;
         d.rank = i % 5 % n;
         d.at = 2 + 7 * (i % 4);
-        if (d.callback == FROM_QUESTION && i % 4 == 3) d.at = N_QUESTIONS;  /* then the others have all results */
+        if (d.callback == FROM_QUESTION && i % 4 == 3) d.at = N_QUESTIONS;  /* the others already have all results */
         if (d.sequel == DOES_NOTHING && d.callback != FROM_TOKEN) continue; /* it takes a second */
         on_ranks(n, NULL, depart, &d);
         assert_int_equal(d.n_told, n - (d.sequel != CALLS_AGAIN));
     }
 }
 
-/* Queries, keys and values of different types, in heads that do not fill tiles. Another type is no trouble. */
+/* Ranks refuse queries, keys and values of different types if heads do not fill tiles. With one type they work. */
 static void refuse_mixed_heads(llm_comm *comm, void *arg) {
     static const tiny_spec spec = {2, 256, 256, 32, 2, 8, 512, 43, 1, TINY_MIXED, 1};
     llm_model *model = NULL;
@@ -569,7 +570,7 @@ static void test_mixed_heads(void **state) {
     on_ranks(2, NULL, refuse_mixed_heads, NULL);
 }
 
-/* ---- What a rank holds ---- */
+/* ---- Share of the weights on each rank ---- */
 
 typedef struct share_job {
     bool staged; /* a pipeline; else tensor parallel */
@@ -589,16 +590,17 @@ static void measure(llm_comm *comm, void *arg) {
     if (comm) desc.host = heap_host(&h);
     RANK_CHECK(llm_model_load(&model, model_path(), &desc, &err) == LLM_OK, err.message);
     double bytes = (double)llm_model_get_info(model).weight_bytes;
-    if (comm) RANK_CHECK(bytes / job->whole < 1.0 / comm->size + 0.05, "a rank's weights are too many");
+    if (comm) RANK_CHECK(bytes / job->whole < 1.0 / comm->size + 0.05, "a rank holds too many weights");
     if (comm && comm->rank == 0)
-        print_message("%d %s: %.1f %% of the weights on the first\n", comm->size, job->staged ? "stages" : "ranks",
+        print_message("%d %s: the first holds %.1f %% of the weights\n", comm->size, job->staged ? "stages" : "ranks",
                       100 * bytes / job->whole);
     if (!comm) job->whole = bytes;
     llm_model_free(model);
 }
 
-/* The default model's head is its embedding. The first stage reads rows of it from the file, the last one holds it. The
-   file has more bits in the head than in the layers, which are cut by time, so stages are judged by bf16. */
+/* The default model's head is its embedding. The first stage reads rows of it from the file; the last stage holds it.
+   Layers are assigned to stages by time. In the file, the head has more bits per weight than the layers, so stages are
+   checked with bf16, where bytes are proportional to weights. */
 static void test_shares(void **state) {
     share_job job = {false, LLM_DTYPE_DEFAULT, 0};
     (void)state;
@@ -611,8 +613,8 @@ static void test_shares(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_hashes), cmocka_unit_test(test_default_model), cmocka_unit_test(test_everything),
-        cmocka_unit_test(test_saved),  cmocka_unit_test(test_stopping),      cmocka_unit_test(test_trouble),
-        cmocka_unit_test(test_left),   cmocka_unit_test(test_mixed_heads),   cmocka_unit_test(test_shares)};
+        cmocka_unit_test(test_hashes),  cmocka_unit_test(test_default_model), cmocka_unit_test(test_same_results),
+        cmocka_unit_test(test_saved),   cmocka_unit_test(test_stopping),      cmocka_unit_test(test_failures),
+        cmocka_unit_test(test_longjmp), cmocka_unit_test(test_mixed_heads),   cmocka_unit_test(test_shares)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -30,14 +30,14 @@ static void tile_check(bool good, const char *what) {
 /* `config` has 64 bytes: palette, start row, 14 reserved bytes, 16 row lengths of 2 bytes, 16 numbers of rows. */
 static void tile_config(const void *config) {
     const uint8_t *c = (const uint8_t *)config;
-    tile_check(c[0] == 1, "ldtilecfg with another palette than 1");
+    tile_check(c[0] == 1, "ldtilecfg with a palette other than 1");
     for (int i = 1; i < 16; i++) tile_check(c[i] == 0, "ldtilecfg with a start row or reserved bytes");
     the_unit.configured = true;
     for (int t = 0; t < 16; t++) {
         int row_bytes = c[16 + 2 * t] | c[17 + 2 * t] << 8, rows = c[48 + t];
         if (t >= 8) tile_check(!row_bytes && !rows, "ldtilecfg of a tile beyond the eighth");
         else {
-            tile_check(row_bytes <= 64 && rows <= 16 && !row_bytes == !rows, "ldtilecfg of a shape that cannot be");
+            tile_check(row_bytes <= 64 && rows <= 16 && !row_bytes == !rows, "ldtilecfg of an impossible shape");
             memset(&the_unit.tile[t], 0, sizeof the_unit.tile[t]);
             the_unit.tile[t].row_bytes = row_bytes;
             the_unit.tile[t].rows = rows;
@@ -47,7 +47,7 @@ static void tile_config(const void *config) {
 
 static void tile_use(int t) {
     tile_check(the_unit.configured, "a tile is used without a configuration");
-    tile_check(the_unit.tile[t].rows > 0, "a tile is used that has no shape");
+    tile_check(the_unit.tile[t].rows > 0, "a tile without a shape is used");
 }
 
 static void tile_zero(int t) {

@@ -18,8 +18,8 @@ typedef struct tiny_spec {
     uint32_t seed;
 } tiny_spec;
 
-/* TINY_MIXED: the matrices of two layers have different types, see tiny_mixed_type. TINY_SPARSE: F32, and at least two of
-   each four weights of the layers' matrices are zero. */
+/* TINY_MIXED: the matrices of two layers have different types, see tiny_mixed_type. TINY_SPARSE: F32, and at least two
+   of each four weights of the layers' matrices are zero. */
 enum { TINY_MIXED = 99, TINY_IQ4 = 98, TINY_SPARSE = 97 };
 static const tiny_spec TINY_ALL_TYPES = {2, 256, 256, 4, 2, 64, 512, 43, 1, TINY_MIXED, 1};
 
@@ -90,7 +90,7 @@ static float tiny_random(tiny_file *f) {
     return (float)(int32_t)f->random / 2147483648.0f;
 }
 
-/* How the byte-level alphabet writes a byte: printable ones as themselves, the others from U+0100 on. */
+/* Writes a byte as the byte-level alphabet does: printable bytes as themselves, the others from U+0100 on. */
 static void tiny_byte_piece(int byte, char out[3]) {
     int code = 256;
     if ((byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174) code = byte;
@@ -202,7 +202,7 @@ static void tiny_block(tiny_file *f, uint32_t type, float scale) {
     }
 }
 
-/* A positive number from 2^-14 on as f16, rounded towards 0. */
+/* Converts x >= 2^-14 to f16, rounded towards 0. */
 static uint16_t tiny_half(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -239,7 +239,7 @@ static void tiny_other_block(tiny_file *f, uint32_t type, float scale) {
     }
 }
 
-/* Is weight i one of those that TINY_SPARSE makes zero? */
+/* True if TINY_SPARSE makes weight i zero. */
 static int tiny_is_zero(const tiny_spec *s, const char *name, int rows, int i) {
     static const uint8_t kept[] = {3, 5, 6, 9, 10, 12, 8, 0};
     if (s->type != TINY_SPARSE || rows == 1 || strncmp(name, "blk.", 4)) return 0;
@@ -290,7 +290,7 @@ static void tiny_tensors(tiny_file *f, const tiny_spec *s,
     if (s->untied) each(f, s, "output.weight", 256 + s->n_extra + f->n_padding, e);
 }
 
-/* Makes the whole file. The embedding has n_padding more rows than the vocabulary has tokens. Free it with free(). */
+/* Makes the file. The embedding has n_padding more rows than the vocabulary has tokens. Free the result with free(). */
 static uint8_t *tiny_padded(const tiny_spec *s, int n_padding, size_t *size) {
     tiny_file f;
     static const uint8_t zeros[32] = {0};
