@@ -270,9 +270,10 @@ bench-tokenizer: build/libllm.so build/venv/ready
 	$(MAKE) $(SMOLLM2)
 	build/venv/bin/python bench/tokenizer.py build/libllm.so $(SMOLLM2) $(TEXTS)
 
-# Beside xgrammar and llguidance, with Qwen's vocabulary from dashscope. xgrammar brings PyTorch with it.
+# Beside xgrammar and llguidance, with Qwen's vocabulary from dashscope. xgrammar brings PyTorch with it. SCHEMAS is a checkout of
+# https://github.com/guidance-ai/jsonschemabench.
 bench-grammar: build/libllm.so build/venv/grammar
-	build/venv/bin/python bench/grammar.py build/libllm.so
+	build/venv/bin/python bench/grammar.py build/libllm.so $(if $(SCHEMAS),--schemas $(SCHEMAS))
 
 build/libllm.so: llm.h
 	mkdir -p $(@D)
@@ -340,7 +341,7 @@ test-schema: build/libllm.so build/venv/jsonschema
 
 build/venv/jsonschema: Makefile
 	python3 -m venv build/venv
-	build/venv/bin/pip install -q jsonschema==4.23.0
+	build/venv/bin/pip install -q jsonschema==4.26.0
 	touch $@
 
 # The server with OpenAI's own client, which goes into build/venv.

@@ -349,8 +349,9 @@
                Hugging Face directory as GGUF . Writing GGUF files . Writing packed files
         20 Contexts and sequences: Calls of the host . Sequences . llm_forward
         21 Grammars: Expressions . The automaton . Tokens as a trie . States . Masks . The text so far . Regular
-               expressions . GBNF . JSON Schema . Schemas made from others . Sets of strings . Values . What is
-               derived . Numbers . Strings, arrays and objects . Conjunctions . Calls of tools . Grammars
+               expressions . GBNF . JSON Schema . Schemas made from others . References . Schemas that must all hold .
+               Sets of strings . Values . What is derived . What is unevaluated . Numbers . Strings, arrays and
+               objects . Conjunctions . Calls of tools . Grammars
         22 Sampler
         23 Speculative decoding: How many guesses are worth it . A generation's rounds . Prompt lookup . A model as
                the draft
@@ -1157,15 +1158,19 @@ LLM_API llm_status llm_grammar_from_gbnf(llm_grammar **out, const llm_tokenizer 
    enum, const, properties, required, additionalProperties, patternProperties (up to 6 patterns), propertyNames,
    minProperties, maxProperties, dependentRequired, dependentSchemas, dependencies, prefixItems, items, additionalItems,
    minItems, maxItems, contains (up to 3 of one array), minContains, maxContains, uniqueItems (if the items can have up
-   to 10 values), minLength, maxLength, pattern, minimum, maximum, exclusiveMinimum, exclusiveMaximum, multipleOf (a
-   whole number up to 1000), allOf, anyOf, oneOf, not, if, then, else, and $ref within the schema.
+   to 10 values), unevaluatedItems and unevaluatedProperties (beside up to 64 combinations of alternatives), minLength,
+   maxLength, pattern, minimum, maximum, exclusiveMinimum, exclusiveMaximum, multipleOf (a whole number up to 1000),
+   allOf, anyOf, oneOf, not, if, then, else, and references within the schema: $id, $anchor, $dynamicAnchor, $ref,
+   $dynamicRef (if one schema alone can be meant), $recursiveRef (without an $id).
    In `not`, in `if`, and in alternatives of oneOf that a value could fit together, these are not supported: multipleOf,
-   uniqueItems, patternProperties, propertyNames, additionalProperties, and an enum or const with an array or object.
+   uniqueItems, patternProperties, propertyNames, additionalProperties, unevaluatedItems, unevaluatedProperties, and an
+   enum or const with an array or object. Nor is minProperties, where several properties that the schema does not name
+   could be needed for it.
    Other keywords are refused by name, and so is what would need too many alternatives.
    Annotations such as title and format have no effect. A value can be written in one way only: properties in the order
    of the schema, then those that it does not name (unless additionalProperties is false); numbers with bounds without
    an exponent, integers without a point; white space is at most one blank, or a line break and up to 40 blanks. A name
-   that the schema does not have may occur twice; so for minProperties all such names count as one property. */
+   that the schema does not have may occur twice. */
 LLM_API llm_status llm_grammar_from_json_schema(llm_grammar **out, const llm_tokenizer *tokenizer, const char *schema,
                                                 const llm_host *host, llm_error *err);
 
@@ -21651,9 +21656,26 @@ typedef struct llm__gram_matcher {
     struct llm__gram_strings *strings;
 } llm__gram_matcher;
 
+/* A schema with an $id, or the whole one, which is the first. References inside begin from it. */
+typedef struct llm__gram_resource {
+    const llm__json *schema;
+    llm__str uri; /* without a fragment */
+} llm__gram_resource;
+
+/* A schema that has a name in its resource. */
+typedef struct llm__gram_anchor {
+    const llm__json *schema;
+    size_t resource;
+    llm__str name;
+    bool dynamic;
+} llm__gram_anchor;
+
 typedef struct llm__gram_schema {
     llm__gram_builder *b;
     const llm__json *root;
+    llm__gram_resource *resources;
+    llm__gram_anchor *anchors;
+    size_t n_resources, resources_room, n_anchors, anchors_room;
     llm__str tool;         /* whose arguments it describes, or empty */
     llm__gram_memo *memos; /* conjunctions that are rules; those from n_built on have to be compiled */
     llm__gram_derived *derived;
@@ -21682,6 +21704,7 @@ enum {
     LLM__GRAM_MOST_PATTERNS = 32,    /* that say together which strings are meant */
     LLM__GRAM_MOST_CASES = 8,        /* alternatives in propertyNames */
     LLM__GRAM_MOST_KINDS = 6,        /* patterns that tell properties apart */
+    LLM__GRAM_MOST_SEEN = 64,        /* ways in which parts can have been evaluated, for unevaluatedProperties */
     LLM__GRAM_MOST_PLACES = 1 << 14, /* positions in the patterns, of which a state is a set */
     LLM__GRAM_MOST_SETS = 1 << 12,   /* states of such an automaton, and of an array */
     LLM__GRAM_MOST_CONTAINS = 3,     /* different `contains` of an array */
@@ -21746,8 +21769,14 @@ static const llm__gram_keyword llm__gram_keywords[] = {
     {"contentEncoding", 3, 2020, true, LLM__GRAM_OF_ANY},
     {"contentMediaType", 3, 2020, true, LLM__GRAM_OF_ANY},
     {"contentSchema", 2019, 2020, true, LLM__GRAM_OF_ANY},
-    {"$anchor", 2019, 2020, true, LLM__GRAM_OF_ANY},
+    {"id", 3, 4, true, LLM__GRAM_OF_STRING},
+    {"$id", 6, 2020, true, LLM__GRAM_OF_STRING},
+    {"$anchor", 2019, 2020, true, LLM__GRAM_OF_STRING},
+    {"$dynamicAnchor", 2020, 2020, true, LLM__GRAM_OF_STRING},
+    {"$recursiveAnchor", 2019, 2019, true, LLM__GRAM_OF_BOOL},
     {"$ref", 3, 2020, true, LLM__GRAM_OF_STRING},
+    {"$dynamicRef", 2020, 2020, true, LLM__GRAM_OF_STRING},
+    {"$recursiveRef", 2019, 2019, true, LLM__GRAM_OF_STRING},
     {"allOf", 4, 2020, true, LLM__GRAM_OF_ARRAY},
     {"not", 4, 2020, true, LLM__GRAM_OF_SCHEMA},
     {"if", 7, 2020, true, LLM__GRAM_OF_SCHEMA},
@@ -21756,6 +21785,8 @@ static const llm__gram_keyword llm__gram_keywords[] = {
     {"dependencies", 3, 2020, true, LLM__GRAM_OF_OBJECT},
     {"dependentRequired", 2019, 2020, true, LLM__GRAM_OF_OBJECT},
     {"dependentSchemas", 2019, 2020, true, LLM__GRAM_OF_OBJECT},
+    {"unevaluatedItems", 2019, 2020, true, LLM__GRAM_OF_SCHEMA},
+    {"unevaluatedProperties", 2019, 2020, true, LLM__GRAM_OF_SCHEMA},
     {"type", 3, 2020, false, LLM__GRAM_OF_ANY},
     {"enum", 3, 2020, false, LLM__GRAM_OF_ARRAY},
     {"const", 6, 2020, false, LLM__GRAM_OF_ANY},
@@ -21906,41 +21937,205 @@ static const llm__json *llm__gram_meant(const llm__json *schema) {
     return schema;
 }
 
-/* Refuses keywords that are not supported. Returns whether one of those that are says anything about the value itself,
-   $ref and allOf aside. */
-static bool llm__gram_check_keywords(llm__gram_schema *s, const llm__json *schema) {
-    bool says = false;
-    if (llm__gram_is_only_ref(s, schema)) return false;
-    for (const llm__json *m = schema->first; m; m = m->next) {
-        const llm__gram_keyword *k = llm__gram_keywords, *end = k + sizeof llm__gram_keywords / sizeof *k;
-        bool extra = m->key.n > 1 && m->key.at[0] == 'x' && m->key.at[1] == '-';
-        bool named = schema == s->root && llm__str_is(m->key, s->draft <= 4 ? "id" : "$id");
-        if (extra || named) continue;
-        while (k < end && !llm__str_is(m->key, k->name)) k++;
-        says |= k == end || !k->note;
-        if (llm__gram_is_made(schema)) continue;
-        if (k < end && s->draft >= k->first && s->draft <= k->last) {
-            llm__gram_check_kind(s, m, k->kind);
-            continue;
-        }
-        char what[160];
-        snprintf(what, sizeof what, "the keyword \"%.*s\" is not supported%s", LLM__SHOW(m->key),
-                 k < end ? " in the draft that $schema names" : "");
-        llm__gram_refuse(s, schema, what);
-    }
-    if (schema != s->root && llm__json_find(schema, "$schema") && llm__gram_draft_of(s, schema) != s->draft)
-        llm__gram_refuse(s, schema, "a $schema that differs from that of the whole schema is not supported");
-    return says;
+/* ---- References ----
+   A schema with an $id is a resource: references inside are relative to its URI, as RFC 3986 says, and #/ begins at it.
+   A reference may name a resource of the whole schema by its URI, and a place there by names of members or by an
+   anchor. One more than the resource's number is kept in each schema's `string.n`, which objects do not use otherwise;
+   0: it stands where no schema should be, or is made. */
+
+static const char *llm__gram_id_key(const llm__gram_schema *s) { return s->draft <= 4 ? "id" : "$id"; }
+
+typedef struct llm__gram_uri {
+    llm__str scheme, authority, path, query; /* with the characters that mark them: "http:", "//x.org", "/a", "?b" */
+} llm__gram_uri;
+
+static llm__str llm__gram_take_until(llm__str *rest, const char *stops) {
+    llm__str taken = {rest->at, 0};
+    while (taken.n < rest->n && !strchr(stops, rest->at[taken.n])) taken.n++;
+    rest->at += taken.n;
+    rest->n -= taken.n;
+    return taken;
 }
 
-/* The place in the schema that a reference names: "#", or "#/" and the names of members, as in RFC 6901. */
-static const llm__json *llm__gram_resolve(llm__gram_schema *s, const llm__json *schema, llm__str ref) {
-    const llm__json *at = s->root;
-    const char *p = ref.at, *end = ref.at + ref.n;
-    char *name = (char *)llm__alloc(s->b->env, ref.n + 1, 1);
-    if (p == end || *p != '#' || (p + 1 < end && p[1] != '/'))
-        llm__gram_refuse(s, schema, "a $ref that does not begin with #/ is not supported");
-    for (p++; at && p < end;) {
+/* The parts of a URI without a fragment. */
+static llm__gram_uri llm__gram_split_uri(llm__str text) {
+    llm__gram_uri uri;
+    llm__str rest = text;
+    memset(&uri, 0, sizeof uri);
+    uri.scheme = llm__gram_take_until(&rest, ":/?");
+    if (rest.n && *rest.at == ':') {
+        uri.scheme.n++;
+        rest.at++;
+        rest.n--;
+    } else {
+        uri.scheme.n = 0;
+        rest = text;
+    }
+    uri.authority.at = rest.at;
+    if (rest.n > 1 && rest.at[0] == '/' && rest.at[1] == '/') {
+        rest.at += 2;
+        rest.n -= 2;
+        uri.authority.n = 2 + llm__gram_take_until(&rest, "/?").n;
+    }
+    uri.path = llm__gram_take_until(&rest, "?");
+    uri.query = rest;
+    return uri;
+}
+
+/* Takes the segments . and .. out of a path; returns its length. */
+static size_t llm__gram_remove_dots(char *path, size_t n) {
+    size_t out = 0;
+    for (size_t at = 0; at < n;) {
+        size_t end = at + 1; /* the segment is from `at`, usually a slash, to here */
+        while (end < n && path[end] != '/') end++;
+        size_t name = at + (path[at] == '/'), length = end - name;
+        bool up = length == 2 && path[name] == '.' && path[name + 1] == '.';
+        if (up)
+            while (out && path[--out] != '/') {}
+        if (up || (length == 1 && path[name] == '.')) {
+            if (end == n && path[at] == '/') path[out++] = '/'; /* a folder */
+        } else {
+            memmove(path + out, path + at, end - at);
+            out += end - at;
+        }
+        at = end;
+    }
+    return out;
+}
+
+/* What a reference means beside a base, both without fragments. */
+static llm__str llm__gram_resolve_uri(llm__env *env, llm__str base, llm__str text) {
+    llm__gram_uri from = llm__gram_split_uri(base), uri = llm__gram_split_uri(text);
+    char *made = (char *)llm__alloc(env, base.n + text.n + 2, 1);
+    llm__str folder = {"", 0}, result = {made, 0};
+    bool relative = !uri.scheme.n && !uri.authority.n && uri.path.n && *uri.path.at != '/', same = !text.n;
+    if (relative) {
+        folder = from.path;
+        while (folder.n && folder.at[folder.n - 1] != '/') folder.n--;
+        if (!folder.n && from.authority.n) {
+            folder.at = "/";
+            folder.n = 1;
+        }
+    }
+    if (!uri.scheme.n && !uri.authority.n && !uri.path.n) {
+        uri.path = from.path;
+        if (!uri.query.n) uri.query = from.query;
+    }
+    if (!uri.scheme.n && !uri.authority.n) uri.authority = from.authority;
+    if (!uri.scheme.n) uri.scheme = from.scheme;
+    const llm__str parts[] = {uri.scheme, uri.authority, folder, uri.path, uri.query};
+    size_t path = 0;
+    for (int i = 0; i < 5; i++) {
+        if (i == 2) path = result.n;
+        if (i == 4 && !same) result.n = path + llm__gram_remove_dots(made + path, result.n - path);
+        if (parts[i].n) memcpy(made + result.n, parts[i].at, parts[i].n);
+        result.n += parts[i].n;
+    }
+    return result;
+}
+
+/* Cuts a reference at #; returns what stands behind it. */
+static llm__str llm__gram_take_fragment(llm__str *ref) {
+    llm__str rest = *ref;
+    *ref = llm__gram_take_until(&rest, "#");
+    if (rest.n) {
+        rest.at++;
+        rest.n--;
+    }
+    return rest;
+}
+
+static void llm__gram_add_anchor(llm__gram_schema *s, const llm__json *schema, size_t resource, llm__str name,
+                                 bool dynamic) {
+    s->anchors =
+        (llm__gram_anchor *)llm__alloc_grow(s->b->env, s->anchors, s->n_anchors, &s->anchors_room, sizeof *s->anchors);
+    llm__gram_anchor *a = &s->anchors[s->n_anchors++];
+    a->schema = schema;
+    a->resource = resource;
+    a->name = name;
+    a->dynamic = dynamic;
+}
+
+/* Reads the $id of a schema in a resource, if it has one. Returns the resource that it is in. */
+static size_t llm__gram_read_id(llm__gram_schema *s, const llm__json *schema, size_t resource) {
+    llm__env *env = s->b->env;
+    const llm__json *id = llm__json_get(schema, llm__gram_id_key(s));
+    if (!id || id->type != LLM__JSON_STRING || llm__gram_is_only_ref(s, schema)) id = NULL;
+    llm__str uri = {"", 0}, name = {"", 0}, base = uri;
+    if (id) uri = id->string;
+    if (id) name = llm__gram_take_fragment(&uri);
+    if (name.n && s->draft >= 2019) llm__gram_refuse(s, schema, "an $id with a fragment is not supported");
+    if (uri.n || schema == s->root) {
+        if (s->n_resources) base = s->resources[resource].uri;
+        s->resources = (llm__gram_resource *)llm__alloc_grow(env, s->resources, s->n_resources, &s->resources_room,
+                                                             sizeof *s->resources);
+        s->resources[s->n_resources].schema = schema;
+        s->resources[s->n_resources].uri = llm__gram_resolve_uri(env, base, uri);
+        resource = s->n_resources++;
+    }
+    if (name.n) llm__gram_add_anchor(s, schema, resource, name, false);
+    return resource;
+}
+
+/* Finds the resources and anchors of a schema, and of those inside. JSON's reader limits its depth. */
+static void llm__gram_scan(llm__gram_schema *s, const llm__json *schema, size_t resource) {
+    static const char *const inner[] = {"not",
+                                        "if",
+                                        "then",
+                                        "else",
+                                        "items",
+                                        "contains",
+                                        "prefixItems",
+                                        "additionalItems",
+                                        "propertyNames",
+                                        "allOf",
+                                        "anyOf",
+                                        "oneOf",
+                                        "contentSchema",
+                                        "properties",
+                                        "$defs",
+                                        "definitions",
+                                        "dependencies",
+                                        "extends",
+                                        "unevaluatedItems",
+                                        "additionalProperties",
+                                        "unevaluatedProperties",
+                                        "patternProperties",
+                                        "dependentSchemas"};
+    static const char *const maps[] = {"properties",        "$defs",           "definitions", "dependencies",
+                                       "patternProperties", "dependentSchemas"};
+    static const char *const anchors[] = {"$anchor", "$dynamicAnchor"};
+    if (schema->type != LLM__JSON_OBJECT) return;
+    resource = llm__gram_read_id(s, schema, resource);
+    ((llm__json *)schema)->string.n = resource + 1;
+    for (int i = 0; i < 2 && s->draft >= 2019; i++) {
+        const llm__json *name = llm__json_get_type(s->b->env, schema, anchors[i], LLM__JSON_STRING);
+        if (name) llm__gram_add_anchor(s, schema, resource, name->string, i == 1);
+    }
+    for (const llm__json *m = schema->first; m; m = m->next) {
+        bool found = false, map = false;
+        for (size_t i = 0; i < sizeof inner / sizeof *inner && !found; i++) found = llm__str_is(m->key, inner[i]);
+        for (size_t i = 0; i < sizeof maps / sizeof *maps && found && !map; i++) map = llm__str_is(m->key, maps[i]);
+        if (found && m->type == LLM__JSON_OBJECT && !map) llm__gram_scan(s, m, resource);
+        if (!found || (m->type == LLM__JSON_OBJECT && !map)) continue;
+        for (const llm__json *x = m->first; x; x = x->next) llm__gram_scan(s, x, resource);
+    }
+}
+
+LLM__NORETURN static void llm__gram_refuse_ref(llm__gram_schema *s, const llm__json *schema, const char *what,
+                                               llm__str ref) {
+    char text[240];
+    snprintf(text, sizeof text, what, LLM__SHOW(ref));
+    llm__gram_refuse(s, schema, text);
+}
+
+/* The place in a resource that the names of members lead to, as in RFC 6901. */
+static const llm__json *llm__gram_follow(llm__gram_schema *s, const llm__json *schema, const llm__json *at,
+                                         llm__str path) {
+    const char *p = path.at, *end = path.at + path.n;
+    const llm__json *top = at;
+    char *name = (char *)llm__alloc(s->b->env, path.n + 1, 1);
+    while (at && p < end) {
         llm__str key = {name, 0};
         for (p++; p < end && *p != '/'; p++) {
             char c = *p;
@@ -21956,8 +22151,9 @@ static const llm__json *llm__gram_resolve(llm__gram_schema *s, const llm__json *
         const llm__json *inner = NULL;
         size_t index = 0;
         name[key.n] = 0;
-        if (at != s->root && llm__json_find(at, s->draft <= 4 ? "id" : "$id"))
-            llm__gram_refuse(s, schema, "a $ref into a schema with an $id is not supported");
+        bool scanned = at != top && at->type == LLM__JSON_OBJECT && at->string.n;
+        if (scanned && s->draft >= 2019 && s->resources[at->string.n - 1].schema == at)
+            llm__gram_refuse(s, schema, "a $ref through a schema with an $id is not supported");
         llm__gram_spend(s, schema, at->n);
         bool object = at->type == LLM__JSON_OBJECT, number = key.n && key.n < 10 && strspn(name, "0123456789") == key.n;
         size_t wanted = !object && number && (*name != '0' || key.n == 1) ? (size_t)atol(name) : SIZE_MAX;
@@ -21965,12 +22161,98 @@ static const llm__json *llm__gram_resolve(llm__gram_schema *s, const llm__json *
             if (object ? llm__str_equal(m->key, key) : index == wanted) inner = m;
         at = inner;
     }
-    if (!at) {
-        char what[200];
-        snprintf(what, sizeof what, "there is nothing at the $ref \"%.*s\"", LLM__SHOW(ref));
+    return at;
+}
+
+/* The schema that a $dynamicRef means, if it leads to an anchor. Of several $dynamicAnchor the outermost on the way to
+   the reference counts, and the whole schema is on every way. */
+static const llm__json *llm__gram_only_dynamic(llm__gram_schema *s, const llm__json *schema,
+                                               const llm__gram_anchor *anchor) {
+    const llm__gram_anchor *other = NULL;
+    for (size_t i = 0; i < s->n_anchors && anchor->dynamic; i++) {
+        const llm__gram_anchor *a = &s->anchors[i];
+        if (!a->dynamic || a == anchor || !llm__str_equal(a->name, anchor->name)) continue;
+        if (!a->resource) return a->schema;
+        other = a;
+    }
+    if (other && anchor->resource)
+        llm__gram_refuse_ref(s, schema, "a $dynamicRef that several \"%.*s\" could answer is not supported",
+                             anchor->name);
+    return anchor->schema;
+}
+
+/* What a reference of a schema names. */
+static const llm__json *llm__gram_resolve(llm__gram_schema *s, const llm__json *schema, const llm__json *ref) {
+    llm__str uri = ref->string, place = llm__gram_take_fragment(&uri);
+    size_t own = schema->string.n ? schema->string.n - 1 : 0, resource = SIZE_MAX, n_found = 0;
+    const llm__json *at = NULL;
+    bool dynamic = llm__str_is(ref->key, "$dynamicRef");
+    llm__gram_spend(s, schema, s->n_resources + s->n_anchors);
+    if (llm__str_is(ref->key, "$recursiveRef") && (ref->string.n != 1 || place.n || uri.n || s->n_resources > 1))
+        llm__gram_refuse(s, schema, "a $recursiveRef beside an $id is not supported");
+    if (!uri.n) {
+        resource = own;
+    } else {
+        uri = llm__gram_resolve_uri(s->b->env, s->resources[own].uri, uri);
+        for (size_t i = 0; i < s->n_resources; i++) {
+            if (!llm__str_equal(s->resources[i].uri, uri)) continue;
+            if (resource == SIZE_MAX) resource = i;
+            n_found++;
+        }
+        if (!n_found) llm__gram_refuse_ref(s, schema, "the $ref \"%.*s\" leads out of it, which is not supported", uri);
+        if (n_found > 1) llm__gram_refuse_ref(s, schema, "several of its schemas have the $id \"%.*s\"", uri);
+    }
+    if (!place.n || *place.at == '/') {
+        at = llm__gram_follow(s, schema, s->resources[resource].schema, place);
+    } else {
+        for (size_t i = 0; i < s->n_anchors && !at; i++) {
+            const llm__gram_anchor *a = &s->anchors[i];
+            if (a->resource != resource || !llm__str_equal(a->name, place)) continue;
+            at = dynamic ? llm__gram_only_dynamic(s, schema, a) : a->schema;
+        }
+    }
+    if (!at) llm__gram_refuse_ref(s, schema, "there is nothing at the $ref \"%.*s\"", ref->string);
+    return at;
+}
+
+static const char *const llm__gram_ref_keys[] = {"$ref", "$dynamicRef", "$recursiveRef"};
+enum { LLM__GRAM_REFS = 3 };
+
+/* What one of a schema's references names; NULL: it has none of that kind. */
+static const llm__json *llm__gram_referred(llm__gram_schema *s, const llm__json *schema, int kind) {
+    if (kind && llm__gram_is_only_ref(s, schema)) return NULL;
+    const llm__json *ref = llm__json_get_type(s->b->env, schema, llm__gram_ref_keys[kind], LLM__JSON_STRING);
+    return ref ? llm__gram_resolve(s, schema, ref) : NULL;
+}
+
+/* ---- Schemas that must all hold ---- */
+
+/* Refuses keywords that are not supported. Returns whether one of those that are says anything about the value itself,
+   $ref and allOf aside. */
+static bool llm__gram_check_keywords(llm__gram_schema *s, const llm__json *schema) {
+    bool says = false;
+    if (llm__gram_is_only_ref(s, schema)) return false;
+    for (const llm__json *m = schema->first; m; m = m->next) {
+        const llm__gram_keyword *k = llm__gram_keywords, *end = k + sizeof llm__gram_keywords / sizeof *k;
+        bool extra = m->key.n > 1 && m->key.at[0] == 'x' && m->key.at[1] == '-';
+        if (extra) continue;
+        if (llm__str_is(m->key, llm__gram_id_key(s)) && !schema->string.n)
+            llm__gram_refuse(s, schema, "an $id where no schema should be is not supported");
+        while (k < end && !llm__str_is(m->key, k->name)) k++;
+        says |= k == end || !k->note;
+        if (llm__gram_is_made(schema)) continue;
+        if (k < end && s->draft >= k->first && s->draft <= k->last) {
+            llm__gram_check_kind(s, m, k->kind);
+            continue;
+        }
+        char what[160];
+        snprintf(what, sizeof what, "the keyword \"%.*s\" is not supported%s", LLM__SHOW(m->key),
+                 k < end ? " in the draft that $schema names" : "");
         llm__gram_refuse(s, schema, what);
     }
-    return at;
+    if (schema != s->root && llm__json_find(schema, "$schema") && llm__gram_draft_of(s, schema) != s->draft)
+        llm__gram_refuse(s, schema, "a $schema that differs from that of the whole schema is not supported");
+    return says;
 }
 
 /* Adds a schema, unless it is there. */
@@ -22007,12 +22289,13 @@ static void llm__gram_flatten(llm__gram_schema *s, llm__gram_conj *c) {
         if (schema->type == LLM__JSON_FALSE || schema->type == LLM__JSON_TRUE) continue;
         if (schema->type != LLM__JSON_OBJECT) llm__gram_refuse(s, schema, "a schema must be an object, true or false");
         llm__gram_check_keywords(s, schema);
-        const llm__json *ref = llm__json_get_type(env, schema, "$ref", LLM__JSON_STRING);
         const llm__json *all = llm__json_get_type(env, schema, "allOf", LLM__JSON_ARRAY);
         if (llm__gram_is_only_ref(s, schema)) all = NULL;
-        if (ref) {
+        for (int k = 0; k < LLM__GRAM_REFS; k++) {
+            const llm__json *meant = llm__gram_referred(s, schema, k);
+            if (!meant) continue;
             c->refers = true;
-            llm__gram_join(s, c, llm__gram_resolve(s, schema, ref->string), i);
+            llm__gram_join(s, c, meant, i);
         }
         for (const llm__json *m = all ? all->first : NULL; m; m = m->next) llm__gram_join(s, c, m, i);
         const llm__json *derived = llm__gram_derive(s, schema, false);
@@ -22588,8 +22871,10 @@ static bool llm__gram_is_valid(llm__gram_schema *s, const llm__json *schema, con
     if (schema->type != LLM__JSON_OBJECT) llm__gram_refuse(s, schema, "a schema must be an object, true or false");
     if (depth > LLM__GRAM_MOST_LEVELS) llm__gram_refuse(s, schema, "it refers to itself without anything in between");
     llm__gram_check_keywords(s, schema);
-    const llm__json *ref = llm__json_get_type(env, schema, "$ref", LLM__JSON_STRING);
-    if (ref && !llm__gram_is_valid(s, llm__gram_resolve(s, schema, ref->string), v, depth + 1)) return false;
+    for (int k = 0; k < LLM__GRAM_REFS; k++) {
+        const llm__json *meant = llm__gram_referred(s, schema, k);
+        if (meant && !llm__gram_is_valid(s, meant, v, depth + 1)) return false;
+    }
     if (llm__gram_is_only_ref(s, schema)) return true;
     const llm__json *derived = llm__gram_derive(s, schema, false);
     if (derived && !llm__gram_is_valid(s, derived, v, depth + 1)) return false;
@@ -22821,7 +23106,8 @@ static void llm__gram_put_missed_needs(llm__gram_schema *s, llm__json *cases, co
 
 /* Whether a keyword says nothing that a value could fail. */
 static bool llm__gram_is_always_met(const llm__json *keyword) {
-    static const char *const inner[] = {"additionalProperties", "propertyNames", "uniqueItems"};
+    static const char *const inner[] = {"additionalProperties", "propertyNames", "uniqueItems", "unevaluatedProperties",
+                                        "unevaluatedItems"};
     static const char *const beside[] = {"additionalItems", "minContains", "maxContains"};
     bool nothing = keyword->type == LLM__JSON_TRUE || (keyword->type == LLM__JSON_OBJECT && !keyword->n);
     for (size_t i = 0; i < sizeof inner / sizeof *inner; i++)
@@ -22835,13 +23121,14 @@ static bool llm__gram_is_always_met(const llm__json *keyword) {
 
 /* Adds the cases in which a value does not fit a keyword of a schema. */
 static void llm__gram_put_opposite(llm__gram_schema *s, llm__json *cases, const llm__json *schema, const llm__json *m) {
-    llm__env *env = s->b->env;
     llm__str key = m->key;
-    if (llm__str_is(key, "$ref")) {
+    for (int k = 0; k < LLM__GRAM_REFS; k++) {
+        if (!llm__str_is(key, llm__gram_ref_keys[k])) continue;
         llm__json *all = llm__gram_make_in(s, llm__gram_put_case(s, cases, 0), "allOf", LLM__JSON_ARRAY);
-        const llm__json *ref = llm__json_need(env, schema, "$ref", LLM__JSON_STRING);
-        llm__gram_put_not(s, all, NULL, llm__gram_resolve(s, schema, ref->string));
-    } else if (llm__str_is(key, "allOf")) {
+        llm__gram_put_not(s, all, NULL, llm__gram_referred(s, schema, k));
+        return;
+    }
+    if (llm__str_is(key, "allOf")) {
         for (const llm__json *x = m->first; x; x = x->next) llm__gram_put_both(s, cases, x, false, NULL, false);
     } else if (llm__str_is(key, "anyOf") || llm__str_is(key, "oneOf")) {
         llm__gram_put_all(s, cases, m, false);
@@ -22924,7 +23211,206 @@ static void llm__gram_put_needs(llm__gram_schema *s, llm__json *all, const llm__
     }
 }
 
-/* What the schema's `not`, `if` and dependencies say; NULL: nothing. */
+/* ---- What is unevaluated ----
+   unevaluatedProperties speaks of the properties that no other keyword has looked at: of the schema, and of those that
+   hold at the same place and that the value fits. So there are several cases, one for each way in which a value can fit
+   them, and in each it is as additionalProperties beside the names and patterns of all those schemas. A case need not
+   name all that fit: with fewer, it only says more. So nothing needs to be ruled out. The same is true of items. */
+
+typedef struct llm__gram_seen {
+    const llm__json **must;  /* schemas that the value fits */
+    const llm__json **parts; /* schemas whose own keywords have looked at parts of the value */
+    size_t n_must, n_parts;
+} llm__gram_seen;
+
+typedef struct llm__gram_cases {
+    llm__gram_seen *list;
+    size_t n, room;
+} llm__gram_cases;
+
+static void llm__gram_add_seen(llm__gram_schema *s, llm__gram_cases *cases, const llm__gram_seen *a,
+                               const llm__gram_seen *b) {
+    llm__env *env = s->b->env;
+    if (cases->n == LLM__GRAM_MOST_SEEN)
+        llm__gram_refuse(s, s->root,
+                         "unevaluatedProperties or unevaluatedItems beside so many alternatives is not "
+                         "supported");
+    llm__gram_seen seen = {NULL, NULL, a->n_must + b->n_must, a->n_parts + b->n_parts};
+    llm__gram_spend(s, s->root, seen.n_must + seen.n_parts);
+    seen.must = (const llm__json **)llm__alloc(env, seen.n_must + 1, sizeof *seen.must);
+    seen.parts = (const llm__json **)llm__alloc(env, seen.n_parts + 1, sizeof *seen.parts);
+    for (size_t i = 0; i < seen.n_must; i++) seen.must[i] = i < a->n_must ? a->must[i] : b->must[i - a->n_must];
+    for (size_t i = 0; i < seen.n_parts; i++) seen.parts[i] = i < a->n_parts ? a->parts[i] : b->parts[i - a->n_parts];
+    cases->list = (llm__gram_seen *)llm__alloc_grow(env, cases->list, cases->n, &cases->room, sizeof *cases->list);
+    cases->list[cases->n++] = seen;
+}
+
+/* A case in which some schemas, or NULL, are fitted, and the keywords of `part`, or NULL, have looked. */
+static void llm__gram_add_seen_one(llm__gram_schema *s, llm__gram_cases *cases, const llm__json *must,
+                                   const llm__json *part) {
+    llm__gram_seen none = {NULL, NULL, 0, 0}, one = {&must, &part, must != NULL, part != NULL};
+    llm__gram_add_seen(s, cases, &one, &none);
+}
+
+/* Both one of the cases and one of the others. */
+static void llm__gram_combine(llm__gram_schema *s, llm__gram_cases *cases, const llm__gram_cases *others) {
+    llm__gram_cases made = {NULL, 0, 0};
+    for (size_t i = 0; i < cases->n; i++)
+        for (size_t j = 0; j < others->n; j++) llm__gram_add_seen(s, &made, &cases->list[i], &others->list[j]);
+    *cases = made;
+}
+
+/* Adds cases to others, which must also fit a schema. Returns whether anything has been looked at in them. */
+static bool llm__gram_add_cases(llm__gram_schema *s, llm__gram_cases *cases, const llm__gram_cases *others,
+                                const llm__json *must) {
+    llm__gram_seen fits = {&must, NULL, 1, 0};
+    bool any = false;
+    for (size_t i = 0; i < others->n; i++) any |= others->list[i].n_parts > 0;
+    for (size_t i = 0; i < others->n && any; i++) llm__gram_add_seen(s, cases, &fits, &others->list[i]);
+    return any;
+}
+
+/* Whether a schema's own keywords look at properties, or at items. */
+static bool llm__gram_looks(llm__gram_schema *s, const llm__json *schema, bool items, bool inner) {
+    static const char *const keys[2][5] = {
+        {"properties", "patternProperties", "additionalProperties", "unevaluatedProperties", NULL},
+        {"prefixItems", "items", "additionalItems", "unevaluatedItems", "contains"}};
+    for (int i = 0; i < 5 && keys[items][i]; i++) {
+        if ((i == 3 && !inner) || (i == 4 && s->draft < 2020)) continue;
+        if (llm__json_find(schema, keys[items][i])) return true;
+    }
+    return false;
+}
+
+/* The cases of a schema; `inner`: its own unevaluated keywords look at parts, too. */
+static llm__gram_cases llm__gram_cases_of(llm__gram_schema *s, const llm__json *schema, bool items, bool inner,
+                                          int depth) {
+    llm__env *env = s->b->env;
+    llm__gram_cases cases = {NULL, 0, 0}, own;
+    schema = llm__gram_meant(schema);
+    bool object = schema->type == LLM__JSON_OBJECT;
+    if (depth > LLM__GRAM_MOST_LEVELS) llm__gram_refuse(s, schema, "it refers to itself without anything in between");
+    llm__gram_spend(s, schema, 32);
+    llm__gram_add_seen_one(s, &cases, NULL, object && llm__gram_looks(s, schema, items, inner) ? schema : NULL);
+    if (!object) return cases;
+    llm__gram_check_keywords(s, schema);
+    for (int k = 0; k < LLM__GRAM_REFS; k++) {
+        const llm__json *meant = llm__gram_referred(s, schema, k);
+        if (!meant) continue;
+        own = llm__gram_cases_of(s, meant, items, true, depth + 1);
+        llm__gram_combine(s, &cases, &own);
+    }
+    const llm__json *list = llm__json_get_type(env, schema, "allOf", LLM__JSON_ARRAY);
+    for (const llm__json *m = list ? list->first : NULL; m; m = m->next) {
+        own = llm__gram_cases_of(s, m, items, true, depth + 1);
+        llm__gram_combine(s, &cases, &own);
+    }
+    list = llm__json_get_type(env, schema, "anyOf", LLM__JSON_ARRAY);
+    for (const llm__json *m = list ? list->first : NULL; m; m = m->next) {
+        llm__gram_cases fits = {NULL, 0, 0};
+        own = llm__gram_cases_of(s, m, items, true, depth + 1);
+        if (!llm__gram_add_cases(s, &fits, &own, m)) continue;
+        llm__gram_add_seen_one(s, &fits, NULL, NULL);
+        llm__gram_combine(s, &cases, &fits);
+    }
+    list = llm__json_get_type(env, schema, "oneOf", LLM__JSON_ARRAY);
+    if (list && list->n) {
+        llm__gram_cases fits = {NULL, 0, 0};
+        bool all = true;
+        for (const llm__json *m = list->first; m; m = m->next) {
+            own = llm__gram_cases_of(s, m, items, true, depth + 1);
+            all &= llm__gram_add_cases(s, &fits, &own, m);
+        }
+        if (!all) llm__gram_add_seen_one(s, &fits, NULL, NULL);
+        llm__gram_combine(s, &cases, &fits);
+    }
+    const llm__json *first = llm__json_find(schema, "if");
+    if (first) {
+        const llm__json *then = llm__json_find(schema, "then"), *other = llm__json_find(schema, "else");
+        llm__gram_cases fits = {NULL, 0, 0};
+        own = llm__gram_cases_of(s, first, items, true, depth + 1);
+        if (then) {
+            llm__gram_cases after = llm__gram_cases_of(s, then, items, true, depth + 1);
+            llm__gram_combine(s, &own, &after);
+        }
+        llm__gram_add_cases(s, &fits, &own, first);
+        bool all = false;
+        if (other) {
+            own = llm__gram_cases_of(s, other, items, true, depth + 1);
+            all = llm__gram_add_cases(s, &fits, &own,
+                                      llm__gram_put_not(s, llm__gram_make(s, LLM__JSON_ARRAY), NULL, first));
+        }
+        if (!all) llm__gram_add_seen_one(s, &fits, NULL, NULL);
+        llm__gram_combine(s, &cases, &fits);
+    }
+    list = llm__json_get_type(env, schema, "dependentSchemas", LLM__JSON_OBJECT);
+    for (const llm__json *m = list ? list->first : NULL; m; m = m->next) {
+        llm__gram_cases fits = {NULL, 0, 0};
+        llm__json *there = llm__gram_make(s, LLM__JSON_OBJECT);
+        own = llm__gram_cases_of(s, m, items, true, depth + 1);
+        llm__gram_put_number(s, there, "type", LLM__GRAM_IS_OBJECT);
+        llm__gram_put_required(s, there, m->key, NULL);
+        if (!llm__gram_add_cases(s, &fits, &own, there)) continue;
+        llm__gram_add_seen_one(s, &fits, NULL, NULL);
+        llm__gram_combine(s, &cases, &fits);
+    }
+    return cases;
+}
+
+/* Adds what a case says of properties that nothing has looked at; if all have been, nothing. */
+static void llm__gram_put_unseen_names(llm__gram_schema *s, llm__json *made, const llm__json *schema,
+                                       const llm__gram_seen *seen, const llm__json *others) {
+    static const char *const keys[] = {"properties", "patternProperties"};
+    for (size_t i = 0; i < seen->n_parts; i++) {
+        const llm__json *part = seen->parts[i];
+        if (llm__json_find(part, "additionalProperties")) return;
+        if (part != schema && llm__json_find(part, "unevaluatedProperties")) return;
+    }
+    for (int k = 0; k < 2; k++) {
+        llm__json *names = llm__gram_make_in(s, made, keys[k], LLM__JSON_OBJECT);
+        for (size_t i = 0; i < seen->n_parts; i++) {
+            const llm__json *list = llm__json_get_type(s->b->env, seen->parts[i], keys[k], LLM__JSON_OBJECT);
+            for (const llm__json *m = list ? list->first : NULL; m; m = m->next)
+                llm__gram_make_in(s, names, "", LLM__JSON_TRUE)->key = m->key;
+        }
+    }
+    llm__gram_put_schema(s, made, "additionalProperties", others);
+}
+
+static void llm__gram_put_unseen_items(llm__gram_schema *s, llm__json *made, const llm__json *schema,
+                                       const llm__gram_seen *seen, const llm__json *others) {
+    size_t n = 0;
+    llm__json *fits = llm__gram_make(s, LLM__JSON_ARRAY), *first = llm__gram_make(s, LLM__JSON_ARRAY);
+    for (size_t i = 0; i < seen->n_parts; i++) {
+        const llm__json *part = seen->parts[i], *own = llm__gram_first_items(s, part);
+        const llm__json *contains = s->draft >= 2020 ? llm__json_find(part, "contains") : NULL;
+        if (llm__gram_more_items(s, part)) return;
+        if (part != schema && llm__json_find(part, "unevaluatedItems")) return;
+        if (own && own->n > n) n = own->n;
+        if (contains) llm__gram_put_schema(s, fits, NULL, contains);
+    }
+    while (first->n < n) llm__gram_make_in(s, first, NULL, LLM__JSON_TRUE);
+    llm__gram_put(s, made, "prefixItems", first);
+    llm__gram_put_schema(s, fits, NULL, others);
+    llm__gram_put(s, llm__gram_make_in(s, made, "items", LLM__JSON_OBJECT), "anyOf", fits);
+}
+
+/* Adds what unevaluatedProperties or unevaluatedItems says. */
+static void llm__gram_put_unseen(llm__gram_schema *s, llm__json *all, const llm__json *schema, const llm__json *others,
+                                 bool items) {
+    llm__gram_cases cases = llm__gram_cases_of(s, schema, items, false, 0);
+    llm__json *list = llm__gram_make(s, LLM__JSON_ARRAY);
+    for (size_t i = 0; i < cases.n; i++) {
+        const llm__gram_seen *seen = &cases.list[i];
+        llm__json *made = llm__gram_put_case(s, list, 0), *must = llm__gram_make_in(s, made, "allOf", LLM__JSON_ARRAY);
+        for (size_t k = 0; k < seen->n_must; k++) llm__gram_put_schema(s, must, NULL, seen->must[k]);
+        if (items) llm__gram_put_unseen_items(s, made, schema, seen, others);
+        else llm__gram_put_unseen_names(s, made, schema, seen, others);
+    }
+    llm__gram_put(s, llm__gram_make_in(s, all, NULL, LLM__JSON_OBJECT), "anyOf", list);
+}
+
+/* What the schema's `not`, `if`, dependencies and unevaluated keywords say; NULL: nothing. */
 static const llm__json *llm__gram_consequences(llm__gram_schema *s, const llm__json *schema) {
     static const char *const needs[] = {"dependencies", "dependentRequired", "dependentSchemas"};
     const llm__json *opposite = llm__json_find(schema, "not"), *first = llm__json_find(schema, "if");
@@ -22941,15 +23427,25 @@ static const llm__json *llm__gram_consequences(llm__gram_schema *s, const llm__j
         const llm__json *list = llm__json_get_type(s->b->env, schema, needs[i], LLM__JSON_OBJECT);
         if (list) llm__gram_put_needs(s, all, schema, list);
     }
+    for (int items = 0; items < 2; items++) {
+        const llm__json *others = llm__json_find(schema, items ? "unevaluatedItems" : "unevaluatedProperties");
+        if (others && !llm__gram_is_always_met(others)) llm__gram_put_unseen(s, all, schema, others, items);
+    }
     if (!all->n) return NULL;
     llm__json *made = llm__gram_make(s, LLM__JSON_OBJECT);
     llm__gram_put(s, made, "allOf", all);
     return made;
 }
 
-/* What does not fit a schema, or what its `not`, `if` and dependencies say; NULL: nothing. */
+/* What does not fit a schema, or what its `not`, `if` and the like say; NULL: nothing. */
 static const llm__json *llm__gram_derive(llm__gram_schema *s, const llm__json *schema, bool opposite) {
-    static const char *const keys[] = {"not", "if", "dependencies", "dependentRequired", "dependentSchemas"};
+    static const char *const keys[] = {"not",
+                                       "if",
+                                       "dependencies",
+                                       "dependentRequired",
+                                       "dependentSchemas",
+                                       "unevaluatedItems",
+                                       "unevaluatedProperties"};
     bool any = opposite;
     for (size_t i = 0; i < sizeof keys / sizeof *keys && !any; i++) any = llm__json_find(schema, keys[i]);
     if (!any || (!opposite && llm__gram_is_only_ref(s, schema))) return NULL;
@@ -23971,7 +24467,10 @@ typedef struct llm__gram_counts {
     uint32_t n; /* counts of named properties up to n are told apart; more than n count as n, if there is no max */
 } llm__gram_counts;
 
-static llm__gram_counts llm__gram_counts_of(llm__gram_schema *s, const llm__gram_conj *c, size_t n_names) {
+/* `others`: there may be properties that the schema does not name. These may have the same name, so that they cannot be
+   counted, and the minimum must be certain with one of them. */
+static llm__gram_counts llm__gram_counts_of(llm__gram_schema *s, const llm__gram_conj *c, const llm__str *names,
+                                            size_t n_names, bool others) {
     llm__gram_counts counts = {0, LLM__GRAM_ENDLESS, 0};
     for (size_t i = 0; i < c->n; i++) {
         const llm__json *schema = c->members[i].schema;
@@ -23980,9 +24479,12 @@ static llm__gram_counts llm__gram_counts_of(llm__gram_schema *s, const llm__gram
         if (least > counts.min) counts.min = least;
         if (llm__json_get(schema, "maxProperties") && most < counts.max) counts.max = most;
     }
-    if (counts.min > n_names + 1)
+    size_t n_required = 0;
+    for (size_t i = 0; i < n_names && others && counts.min > 1; i++)
+        n_required += llm__gram_is_required(s, c, names[i]);
+    if (others && counts.min <= counts.max && counts.min > n_required + 1)
         llm__gram_refuse(s, s->root,
-                         "minProperties that needs several properties without a name in the schema is not "
+                         "minProperties that several properties without a name in the schema could meet is not "
                          "supported");
     counts.n = counts.max == LLM__GRAM_ENDLESS ? counts.min : counts.max;
     if (counts.n > n_names) counts.n = (uint32_t)n_names;
@@ -24021,8 +24523,9 @@ static uint32_t llm__gram_object(llm__gram_schema *s, const llm__gram_conj *c) {
     llm__str *names = llm__gram_names_of(s, c, &n);
     llm__str *sorted = (llm__str *)llm__alloc(b->env, n + 1, sizeof *sorted);
     if (n) memcpy(sorted, names, n * sizeof *names);
-    llm__gram_counts counts = llm__gram_counts_of(s, c, n);
     uint32_t other = llm__gram_other_property(s, c, sorted, n), alt;
+    bool others = b->exprs[b->rules[other].expr].last != 0;
+    llm__gram_counts counts = llm__gram_counts_of(s, c, names, n, others);
     uint32_t *after = (uint32_t *)llm__alloc(b->env, counts.n + 1, sizeof *after);
     for (uint32_t count = 0; count <= counts.n; count++)
         after[count] = llm__gram_define_new(b, llm__gram_object_end(s, &counts, count, other, false));
@@ -24214,7 +24717,8 @@ static void llm__gram_define_schema(llm__gram_schema *s, uint32_t rule, const ll
     llm__gram_conj whole = llm__gram_conj_of();
     s->root = schema;
     s->draft = llm__gram_draft_of(s, schema);
-    s->n_memos = s->n_built = 0;
+    s->n_memos = s->n_built = s->n_resources = s->n_anchors = 0;
+    llm__gram_scan(s, schema, 0);
     llm__gram_join(s, &whole, schema, SIZE_MAX);
     if (also) llm__gram_join(s, &whole, also, SIZE_MAX);
     llm__gram_define(b, rule, llm__gram_conj_expr(s, &whole), 0);

@@ -4,15 +4,24 @@ valid answer is read token by token. The vocabulary is Qwen's (151,646 tokens), 
 floats, as the sampler needs it; the others fill bits, so applying them comes on top. Each schema begins without any stored masks. Times
 are those of the processor, so that other programs do not count.
 
-    make bench-grammar        or, with the packages named in the Makefile:  bench/grammar.py build/libllm.so
+    make bench-grammar [SCHEMAS=FOLDER]      or, with the packages named in the Makefile:
+    bench/grammar.py build/libllm.so [--schemas FOLDER] [--sets Github_easy,Github_medium] [--sample 300] [--refused] [--slow]
+
+FOLDER is a checkout of https://github.com/guidance-ai/jsonschemabench. Then its schemas follow, with the values that its maskbench has
+for each: how many are accepted, how long they take, and which of the values are allowed. All schemas of a set are read by us, a sample
+by all three, so that the table has two lines for us. --refused lists why we refuse, --slow which schemas take us longest.
 """
 
+import argparse
 import base64
+import collections
 import ctypes
 import importlib.metadata
 import json
 import os
 import pathlib
+import random
+import re
 import statistics
 import sys
 import tempfile
@@ -101,6 +110,10 @@ def tokenizer_json(tokens):
     return json.dumps(made)
 
 
+class Refused(Exception):
+    """A schema is not accepted."""
+
+
 class Ours:
     name = "llm.h"
 
@@ -113,7 +126,7 @@ class Ours:
 
     def check(self, status):
         if status:
-            sys.exit(self.message.raw[4:].split(b"\0")[0].decode())
+            raise Refused(self.message.raw[4:].split(b"\0")[0].decode())
 
     def encode(self, text):
         data = text.encode()
@@ -130,7 +143,7 @@ class Ours:
         return took, grammar
 
     def masks(self, grammar, ids):
-        """Seconds of each mask; each must allow the next token."""
+        """Seconds of each mask, and whether each allowed the next token. It stops where one did not."""
         tokens, times = (ctypes.c_int32 * len(ids))(*ids), []
         self.library.llm_grammar_begin(grammar, 0)
         address = self.logits.ctypes.data_as(ctypes.c_void_p)
@@ -140,9 +153,11 @@ class Ours:
             self.library.llm_grammar_mask(grammar, tokens, i, address, self.n_vocab)
             times.append(time.process_time() - begin)
             if self.logits[token] != 0:
-                sys.exit(f"token {i} of the answer is not allowed")
+                return times, False
+        return times, True
+
+    def free(self, grammar):
         self.library.llm_grammar_free(grammar)
-        return times
 
 
 class XGrammar:
@@ -155,7 +170,10 @@ class XGrammar:
     def compile(self, schema):
         compiler = xgrammar.GrammarCompiler(self.info, max_threads=1, cache_enabled=False)
         begin = time.process_time()
-        grammar = compiler.compile_json_schema(schema)
+        try:
+            grammar = compiler.compile_json_schema(schema, strict_mode=False)
+        except Exception as err:  # of several types
+            raise Refused(str(err)) from err
         return time.process_time() - begin, grammar
 
     def masks(self, grammar, ids):
@@ -167,8 +185,11 @@ class XGrammar:
             accepted = matcher.accept_token(token)
             times.append(time.process_time() - begin)
             if not accepted:
-                sys.exit("xgrammar does not allow the answer")
-        return times
+                return times, False
+        return times, matcher.is_completed() or matcher.accept_token(self.info.stop_token_ids[0])
+
+    def free(self, grammar):
+        pass
 
 
 class LLGuidance:
@@ -179,22 +200,29 @@ class LLGuidance:
 
     def compile(self, schema):
         begin = time.process_time()
-        matcher = llguidance.LLMatcher(self.tokenizer, llguidance.LLMatcher.grammar_from_json_schema(schema))
+        try:
+            matcher = llguidance.LLMatcher(self.tokenizer, llguidance.LLMatcher.grammar_from_json_schema(schema), log_level=0)
+        except ValueError as err:
+            raise Refused(str(err)) from err
         took = time.process_time() - begin
         if matcher.is_error():
-            sys.exit(matcher.get_error())
+            raise Refused(matcher.get_error())
         return took, matcher
 
     def masks(self, matcher, ids):
         bits, times = llguidance.numpy.allocate_token_bitmask(1, self.tokenizer.vocab_size), []
+        matcher.reset()
         for token in ids:
             begin = time.process_time()
             llguidance.numpy.fill_next_token_bitmask(matcher, bits, 0)
             accepted = matcher.consume_token(token)
             times.append(time.process_time() - begin)
             if not accepted:
-                sys.exit("llguidance does not allow the answer")
-        return times
+                return times, False
+        return times, matcher.is_accepting()
+
+    def free(self, grammar):
+        pass
 
 
 def load_library(path):
@@ -209,31 +237,111 @@ def percentile(values, part):
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]
 
 
+def version_of(name):
+    return "" if name == "llm.h" else f" {importlib.metadata.version(name)}"
+
+
+def own_cases(contestants):
+    compiled, times = {c.name: [] for c in contestants}, {c.name: [] for c in contestants}
+    for _ in range(3):
+        for schema, answer in CASES.values():
+            schema, ids = json.dumps(schema), contestants[0].encode(json.dumps(answer, ensure_ascii=False))
+            for contestant in contestants:
+                took, grammar = contestant.compile(schema)
+                compiled[contestant.name].append(took)
+                masks, allowed = contestant.masks(grammar, ids)
+                contestant.free(grammar)
+                if not allowed:
+                    sys.exit(f"{contestant.name} does not allow an answer")
+                times[contestant.name] += masks
+    print(f"{len(CASES)} schemas, {len(times['llm.h'])} masks\n")
+    print("| one thread | compile, ms: median | max | mask, us: median | p99 | max |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name in compiled:
+        ms, us = [1e3 * t for t in compiled[name]], [1e6 * t for t in times[name]]
+        print(f"| {name}{version_of(name)} | {statistics.median(ms):.1f} | {max(ms):.1f} | {statistics.median(us):.0f} | "
+              f"{percentile(us, 0.99):.0f} | {max(us):.0f} |")
+
+
+class Tally:
+    """What one contestant does with some schemas."""
+
+    def __init__(self):
+        self.n, self.ms, self.us, self.refused, self.slow = collections.Counter(), [], [], collections.Counter(), []
+
+    def read(self, contestant, encode, path):
+        made = json.loads(path.read_text(encoding="utf-8"))
+        self.n["schemas"] += 1
+        try:
+            took, grammar = contestant.compile(json.dumps(made["schema"], ensure_ascii=False))
+        except Refused as err:
+            message = str(err).splitlines()[0]
+            self.refused[re.sub(r'^the JSON schema( ".*?")?: ', "", message)] += 1
+            return
+        self.ms.append(1e3 * took)
+        worst = 0
+        for test in made["tests"]:
+            times, allowed = contestant.masks(grammar, encode(json.dumps(test["data"], ensure_ascii=False)))
+            kind = "valid" if test["valid"] else "invalid"
+            self.n[kind] += 1
+            self.n[kind, allowed] += 1
+            self.us += [1e6 * t for t in times]
+            worst = max([worst, *times])
+        self.slow.append((1e3 * took, 1e3 * worst, path.name))
+        contestant.free(grammar)
+
+    def row(self, title):
+        n, ms, us = self.n, self.ms, self.us
+        return (f"| {title} | {n['schemas']} | {len(ms)} | {statistics.median(ms):.1f} | {percentile(ms, 0.99):.1f} | {max(ms):.1f} | "
+                f"{sum(t > 50 for t in ms)} | {statistics.median(us):.0f} | {percentile(us, 0.99):.0f} | {max(us) / 1e3:.1f} | "
+                f"{sum(t > 1000 for t in us)} of {len(us)} | {n['valid', True]} of {n['valid']} | "
+                f"{n['invalid', False]} of {n['invalid']} |")
+
+
+def published_cases(contestants, args):
+    ours = contestants[0]
+    print("\n| one thread | schemas | accepted | compile, ms: median | p99 | max | above 50 | mask, us: median | p99 | max, ms | "
+          "above 1 ms | valid values allowed | invalid values forbidden |\n" + "| --- |" + " ---: |" * 12)
+    for name in args.sets.split(","):
+        paths = sorted((args.schemas / "maskbench" / "data").glob(f"{name}---*.json"))
+        if not paths:
+            sys.exit(f"there are no schemas of {name} in {args.schemas}")
+        whole = Tally()
+        for path in paths:
+            whole.read(ours, ours.encode, path)
+        print(whole.row(f"{name}, {ours.name}"), flush=True)
+        sample = random.Random(1).sample(paths, min(args.sample, len(paths)))
+        for contestant in contestants if sample else []:
+            tally = Tally()
+            for path in sample:
+                tally.read(contestant, ours.encode, path)
+            print(tally.row(f"{name}, a sample, {contestant.name}{version_of(contestant.name)}"), flush=True)
+        for message, n in whole.refused.most_common() if args.refused else []:
+            print(f"# {n} refused: {message[:160]}")
+        for by in (0, 1) if args.slow else ():
+            for row in sorted(whole.slow, key=lambda r: -r[by])[:10]:
+                print(f"# compile {row[0]:.1f} ms, longest mask {row[1]:.2f} ms: {row[2]}")
+
+
 def main():
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library")
+    parser.add_argument("--schemas", type=pathlib.Path)
+    parser.add_argument("--sets", default="Github_easy,Github_medium")
+    parser.add_argument("--sample", type=int, default=300)
+    parser.add_argument("--refused", action="store_true")
+    parser.add_argument("--slow", action="store_true")
+    args = parser.parse_args()
     tokens = qwen_ranks()
     text = tokenizer_json(tokens)
     with tempfile.TemporaryDirectory() as folder:
         (pathlib.Path(folder) / "tokenizer.json").write_text(text)
-        ours = Ours(load_library(sys.argv[1]), folder)
+        ours = Ours(load_library(args.library), folder)
     pieces = tokens + [special.encode() for special in SPECIALS]
     contestants = [ours, XGrammar(pieces), LLGuidance(text)]
-    compiled, times = {c.name: [] for c in contestants}, {c.name: [] for c in contestants}
-    for _ in range(3):
-        for schema, answer in CASES.values():
-            schema, ids = json.dumps(schema), ours.encode(json.dumps(answer, ensure_ascii=False))
-            for contestant in contestants:
-                took, grammar = contestant.compile(schema)
-                compiled[contestant.name].append(took)
-                times[contestant.name] += contestant.masks(grammar, ids)
-    print(f"{len(pieces)} tokens, {len(CASES)} schemas, {len(times['llm.h'])} masks\n")
-    print("| one thread | compile, ms: median | max | mask, us: median | p99 | max |\n| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name in compiled:
-        ms, us = [1e3 * t for t in compiled[name]], [1e6 * t for t in times[name]]
-        version = "" if name == "llm.h" else f" {importlib.metadata.version(name)}"
-        print(f"| {name}{version} | {statistics.median(ms):.1f} | {max(ms):.1f} | {statistics.median(us):.0f} | "
-              f"{percentile(us, 0.99):.0f} | {max(us):.0f} |")
+    print(f"{len(pieces)} tokens")
+    own_cases(contestants)
+    if args.schemas:
+        published_cases(contestants, args)
 
 
 main()

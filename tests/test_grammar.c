@@ -656,14 +656,41 @@ static void test_bad(void **state) {
     assert_refused(llm_grammar_from_json_schema, "{\"not\":{\"required\":[5]}}", LLM_ERROR_UNSUPPORTED, "required");
     assert_refused(llm_grammar_from_json_schema, "{\"contains\":-1}", LLM_ERROR_FORMAT, "contains");
     assert_refused(llm_grammar_from_json_schema, "{\"maxLength\":null}", LLM_ERROR_FORMAT, "maxLength");
-    assert_refused(llm_grammar_from_json_schema, "{\"unevaluatedItems\":false}", LLM_ERROR_UNSUPPORTED,
+    assert_refused(llm_grammar_from_json_schema, "{\"not\":{\"unevaluatedItems\":false}}", LLM_ERROR_UNSUPPORTED,
                    "unevaluatedItems");
-    assert_refused(llm_grammar_from_json_schema, "{\"$ref\":\"http://x/y\"}", LLM_ERROR_UNSUPPORTED, "");
+    assert_refused(
+        llm_grammar_from_json_schema,
+        "{\"unevaluatedProperties\":false,\"anyOf\":[{\"properties\":{\"a\":true}},{\"properties\":{\"b\":true}},"
+        "{\"properties\":{\"c\":true}},{\"properties\":{\"d\":true}},{\"properties\":{\"e\":true}},"
+        "{\"properties\":{\"f\":true}},{\"properties\":{\"g\":true}}]}",
+        LLM_ERROR_UNSUPPORTED, "unevaluatedProperties");
+    assert_refused(llm_grammar_from_json_schema, "{\"$ref\":\"http://x/y\"}", LLM_ERROR_UNSUPPORTED, "leads out");
+    assert_refused(llm_grammar_from_json_schema, "{\"$ref\":\"#name\"}", LLM_ERROR_UNSUPPORTED, "nothing");
+    assert_refused(llm_grammar_from_json_schema, "{\"$id\":\"http://x/#a\"}", LLM_ERROR_UNSUPPORTED, "fragment");
+    assert_refused(llm_grammar_from_json_schema, "{\"$id\":5}", LLM_ERROR_FORMAT, "$id");
+    assert_refused(llm_grammar_from_json_schema,
+                   "{\"$ref\":\"a\",\"$defs\":{\"x\":{\"$id\":\"a\"},\"y\":{\"$id\":\"a\",\"type\":\"null\"}}}",
+                   LLM_ERROR_UNSUPPORTED, "$id");
+    assert_refused(llm_grammar_from_json_schema, "{\"$ref\":\"#/x\",\"x\":{\"$id\":\"a\"}}", LLM_ERROR_UNSUPPORTED,
+                   "x");
+    assert_refused(llm_grammar_from_json_schema,
+                   "{\"$ref\":\"a\",\"$defs\":{\"x\":{\"$id\":\"a\",\"$dynamicRef\":\"#n\",\"$defs\":{\"n\":{"
+                   "\"$dynamicAnchor\":\"n\"}}},\"y\":{\"$id\":\"b\",\"$dynamicAnchor\":\"n\"}}}",
+                   LLM_ERROR_UNSUPPORTED, "$dynamicRef");
+    assert_refused(llm_grammar_from_json_schema,
+                   "{\"$schema\":\"https://json-schema.org/draft/2019-09/schema\",\"$id\":\"http://x/\",\"properties\":"
+                   "{\"a\":{\"$id\":\"b\",\"$recursiveRef\":\"#\"}}}",
+                   LLM_ERROR_UNSUPPORTED, "$recursiveRef");
     assert_refused(llm_grammar_from_json_schema, "{\"enum\":[]}", LLM_ERROR_ARGUMENT, "");
     assert_refused(llm_grammar_from_json_schema, "{\"multipleOf\":0.01}", LLM_ERROR_UNSUPPORTED, "multipleOf");
     assert_refused(llm_grammar_from_json_schema, "{\"multipleOf\":1001}", LLM_ERROR_UNSUPPORTED, "multipleOf");
     assert_refused(llm_grammar_from_json_schema, "{\"multipleOf\":0}", LLM_ERROR_FORMAT, "multipleOf");
     assert_refused(llm_grammar_from_json_schema, "{\"minProperties\":2}", LLM_ERROR_UNSUPPORTED, "minProperties");
+    assert_refused(llm_grammar_from_json_schema, "{\"minProperties\":3,\"properties\":{\"a\":{},\"b\":{},\"c\":{}}}",
+                   LLM_ERROR_UNSUPPORTED, "minProperties");
+    assert_refused(llm_grammar_from_json_schema,
+                   "{\"type\":\"object\",\"minProperties\":2,\"properties\":{\"a\":{}},\"additionalProperties\":false}",
+                   LLM_ERROR_ARGUMENT, "");
     assert_refused(llm_grammar_from_json_schema,
                    "{\"type\":\"object\",\"minProperties\":2,\"maxProperties\":1,"
                    "\"properties\":{\"a\":{},\"b\":{}}}",
@@ -732,6 +759,13 @@ static const char *const EVERYTHING = "{\"type\":\"object\",\"if\":{\"properties
                                       "\"oneOf\":[{\"minLength\":2},{\"maxLength\":3},"
                                       "{\"$ref\":\"#/properties/ac/oneOf/0\"}]}}}";
 
+static const char *const REFERENCES =
+    "{\"$id\":\"http://x.org/a\",\"anyOf\":[{\"$ref\":\"b\"},{\"$ref\":\"#n\"}],\"unevaluatedProperties\":{\"type\":"
+    "\"null\"},\"$defs\":{\"x\":{\"$id\":\"b\",\"properties\":{\"a\":{\"type\":\"integer\"}},\"required\":[\"a\"]},"
+    "\"y\":{"
+    "\"$anchor\":\"n\",\"properties\":{\"c\":{\"prefixItems\":[true],\"unevaluatedItems\":false}},\"required\":[\"c\"]}"
+    "}}";
+
 /* Memory may run out at any allocation. */
 static void test_memory(void **state) {
     heap h = {0};
@@ -743,6 +777,9 @@ static void test_memory(void **state) {
     job.text = EVERYTHING;
     job.answer = "{\"c\":[1,2],\"b\":";
     starve(&h, make_starved, &job, 5, "a grammar from a schema");
+    job.text = REFERENCES;
+    job.answer = "{\"c\":[1],\"d\":";
+    starve(&h, make_starved, &job, 5, "a grammar from a schema with references");
     job.text = FORCED;
     starve(&h, answer_starved, &job, 7, "an answer with a grammar");
     llm_context_free(job.ctx);

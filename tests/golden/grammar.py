@@ -81,6 +81,30 @@ SCHEMAS = [
     {"$schema": DRAFT_7, "type": "array", "items": {"type": "integer"}, "additionalItems": False},
     {"$schema": DRAFT_7, "type": "array", "items": [True, {"type": "integer"}], "minItems": 1},
     {"$schema": DRAFT_7, "definitions": {"x": {"type": "integer"}}, "properties": {"a": {"$ref": "#/definitions/x", "maximum": 0}}},
+    {"$ref": "#n", "$defs": {"x": {"$anchor": "n", "type": "integer"}, "y": {"$id": "other", "$anchor": "n", "type": "string"}}},
+    {"$id": "http://x.org/a/b?q", "$ref": "../c/./d", "$defs": {"x": {"$id": "/c/d", "$ref": "e#/$defs/z", "$defs": {"y": {
+        "$id": "http://x.org/c/e", "$defs": {"z": {"type": ["array", "string"], "items": {"$ref": "//x.org/a/b?q#/$defs/w"}}}}}},
+        "w": {"minimum": 2}}},
+    {"$id": "urn:x:y", "type": ["integer", "array"], "items": {"$ref": "urn:x:y"}, "minItems": 1, "not": {"$ref": "#/$defs/a"},
+     "$defs": {"a": {"const": 7}}},
+    {"$schema": DRAFT_7, "properties": {"a": {"allOf": [{"$ref": "#n"}, {"$ref": "http://x.org/y"}]}},
+     "definitions": {"x": {"$id": "#n", "type": "integer"}, "y": {"$id": "http://x.org/y", "items": {"$ref": "#"}, "type": ["array", "integer"]}}},
+    {"$id": "http://x.org/t", "$ref": "list", "$defs": {"i": {"$dynamicAnchor": "item", "type": "integer"}, "l": {
+        "$id": "list", "type": "array", "items": {"$dynamicRef": "#item"}, "$defs": {"any": {"$dynamicAnchor": "item", "type": "string"}}}}},
+    {"properties": {"a": {"type": "integer"}}, "unevaluatedProperties": False},
+    {"allOf": [{"properties": {"a": True}}, {"$ref": "#/$defs/b"}], "unevaluatedProperties": {"type": "integer"}, "$defs": {"b": {
+        "properties": {"b": {"const": True}}}}},
+    {"anyOf": [{"properties": {"a": {"const": 1}}, "required": ["a"]}, {"properties": {"b": True}, "required": ["b"]},
+               {"patternProperties": {"^[cd]": True}, "required": ["c"]}], "unevaluatedProperties": False},
+    {"oneOf": [{"properties": {"a": True}, "required": ["a"]}, {"properties": {"b": True}, "required": ["b"]}, {"minimum": 3}],
+     "unevaluatedProperties": {"type": "integer"}},
+    {"if": {"properties": {"a": {"const": 1}}, "required": ["a"]}, "then": {"properties": {"b": True}}, "else": {"properties": {"c": True}},
+     "unevaluatedProperties": False},
+    {"properties": {"a": True}, "dependentSchemas": {"a": {"properties": {"b": True}}}, "unevaluatedProperties": False},
+    {"prefixItems": [True], "anyOf": [{"prefixItems": [True, {"const": 2}]}, {"contains": {"const": 3}}], "unevaluatedItems": False},
+    {"enum": [{"a": 1}, {"a": 1, "b": True}, [1], [1, 2], "ab"], "allOf": [{"properties": {"a": True}, "prefixItems": [True]}],
+     "unevaluatedProperties": False, "unevaluatedItems": False},
+    {"type": "object", "properties": AB, "required": ["a", "b"], "minProperties": 3},
 ]
 
 
