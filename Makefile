@@ -112,8 +112,8 @@ $(eval $(call program,build/windows,.exe))
 
 # These programs share it too. Some sanitizer builds leave out the vector kernels, which compile slowly there and have their own tests.
 build/repl build/tokenize build/server: build/llm.o
-$(addprefix build/asan/,repl hello tokenize): build/asan/llm.o
-$(addprefix build/,repl tokenize server asan/repl asan/hello asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
+$(addprefix build/asan/,repl tokenize): build/asan/llm.o
+$(addprefix build/,repl tokenize server asan/repl asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
 $(addprefix build/asan/test_,hf quantize packed hellaswag_text) build/test_hellaswag_text build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
 $(addprefix build/asan/test_,quantize chat tokenizer_files): private CPPFLAGS += -O0
 
@@ -197,7 +197,7 @@ RUNS   = $(call chosen,$(ALL_RUNS))
 build/%: %.sh $(PROGRAMS)
 	install $< $@
 
-build/asan/%: %.sh build/asan/repl build/asan/hello build/asan/tokenize
+build/asan/%: %.sh build/asan/repl build/asan/tokenize
 	install $< $@
 
 build/test_manual: tests/test_manual.sh tests/manual.c build/llm.o

@@ -310,7 +310,8 @@
     COMPILE-TIME OPTIONS, defined before the include
 
         LLM_IMPLEMENTATION      compile the implementation here
-        LLM_STATIC              make everything private to this source file (not with LLM_CUDA)
+        LLM_STATIC              make everything private to this source file, so that the compiler leaves out what the
+                                program does not use (not with LLM_CUDA)
         LLM_API                 put before each public function; default: extern. For a Windows DLL use
                                 __declspec(dllexport)
         LLM_HEADER_FILENAME     this file's name if it is not "llm.h" (it includes itself once per instruction set)
@@ -28683,6 +28684,20 @@ LLM__INLINE float v_hmax(V a) {
 #define LLM__GROUP_TILES 1
 #endif
 
+/* How far two loops are unrolled: over the weights of a quarter of a block (8, or 4 with VDPBF16PS), if there are four
+   rows or more, and over the 8 numbers of a widened group. Where registers are few, or a product of bytes takes three
+   instructions, the whole loop is a tenth slower than two steps at once (Zen 4, gcc 12). */
+#if defined(LLM__USE_AVX2)
+#define LLM__BLOCK_STEP 2
+#else
+#define LLM__BLOCK_STEP 8
+#endif
+#if defined(LLM__USE_AVX2) || (defined(LLM__USE_AVX512) && !defined(LLM__USE_BF16))
+#define LLM__GROUP_STEP 2
+#else
+#define LLM__GROUP_STEP 8
+#endif
+
 /* Multiplies ROWS rows at once, so that each weight is loaded once for all of them. ROWS is a constant after inlining.
    Names of such parameters are in capitals. */
 LLM__INLINE void LLM__FN(float_rows)(const int ROWS, const bool HALF, const float *x, size_t x_stride, const void *w,
@@ -28828,6 +28843,8 @@ enum { LLM__FN(inputs) = 32 };
    prefetch 8 KiB ahead, and 2 KiB ahead into the L1 cache (a tenth faster on Granite Rapids). */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE,
                                 const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
+    const int QUARTER = LLM__FN(inputs) / 4,
+              AT_ONCE = ROWS * TILES < 4 || LLM__BLOCK_STEP > QUARTER ? QUARTER : LLM__BLOCK_STEP;
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
     const size_t bytes = WIDE ? 1024 : llm__kernel_block_bytes[KIND], quarter = bytes / 256 * 64,
@@ -28837,15 +28854,16 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weig
             __builtin_prefetch(w + line + later, 0, 2);
             if (KIND != LLM__W_BF16) __builtin_prefetch(w + line + 2048);
         }
-        LLM__UNROLL for (int j = 0; j < LLM__FN(inputs) / 4; j += 2) {
-            LLM__UNROLL for (int t = 0; t < TILES; t++)
-                LLM__FN(weights)(KIND, WIDE, w + (size_t)t * w_next, j, &we[t], &wo[t]);
-            LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
-                const v_input *xj = x + (size_t)(i / TILES) * x_stride + j;
-                even[i] = v_dot(xj[0], we[i % TILES], even[i]);
-                odd[i] = v_dot(xj[1], wo[i % TILES], odd[i]);
+        for (int first = 0; first < QUARTER; first += AT_ONCE)
+            LLM__UNROLL for (int j = first; j < first + AT_ONCE; j += 2) {
+                LLM__UNROLL for (int t = 0; t < TILES; t++)
+                    LLM__FN(weights)(KIND, WIDE, w + (size_t)t * w_next, j, &we[t], &wo[t]);
+                LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
+                    const v_input *xj = x + (size_t)(i / TILES) * x_stride + j;
+                    even[i] = v_dot(xj[0], we[i % TILES], even[i]);
+                    odd[i] = v_dot(xj[1], wo[i % TILES], odd[i]);
+                }
             }
-        }
     }
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) sum[i] = v_add(even[i], odd[i]);
 }
@@ -29116,7 +29134,7 @@ LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weig
                                 const llm__kernel_group *const *x, const uint8_t *const *q, const uint8_t *const *s,
                                 const uint8_t *d, V *total) {
     const llm__kernel_form FORM = llm__kernel_forms[KIND];
-    const int STEP = FORM.sixteen ? 4 : 8;
+    const int STEP = FORM.sixteen ? 4 : 8, AT_ONCE = WIDE && LLM__GROUP_STEP < STEP ? LLM__GROUP_STEP : STEP;
     LLM__UNROLL for (int h = 0; h < 8 / STEP; h++) {
         v_ints sum[LLM__GROUP_ROWS * LLM__GROUP_TILES];
         V scale[LLM__GROUP_TILES], least[LLM__GROUP_TILES];
@@ -29124,16 +29142,17 @@ LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weig
             const llm__kernel_group *xi = x[i / TILES];
             sum[i] = v_splat_int(FORM.minimum ? 0 : -zero * (FORM.sixteen ? xi->halves[h] : xi->n));
         }
-        LLM__UNROLL for (int j = h * STEP; j < h * STEP + STEP; j++) {
-            v_bytes w[LLM__GROUP_TILES];
-            LLM__UNROLL for (int t = 0; t < TILES; t++) w[t] = LLM__FN(numbers)(KIND, WIDE, q[t], j);
-            LLM__UNROLL for (int r = 0; r < ROWS; r++) {
-                int32_t four;
-                memcpy(&four, x[r]->a + 4 * j, 4);
-                LLM__UNROLL for (int t = 0; t < TILES; t++) sum[r * TILES + t] =
-                    v_dot_bytes(LLM__FN(is_signed)(KIND), sum[r * TILES + t], w[t], four);
+        for (int first = h * STEP; first < h * STEP + STEP; first += AT_ONCE)
+            LLM__UNROLL for (int j = first; j < first + AT_ONCE; j++) {
+                v_bytes w[LLM__GROUP_TILES];
+                LLM__UNROLL for (int t = 0; t < TILES; t++) w[t] = LLM__FN(numbers)(KIND, WIDE, q[t], j);
+                LLM__UNROLL for (int r = 0; r < ROWS; r++) {
+                    int32_t four;
+                    memcpy(&four, x[r]->a + 4 * j, 4);
+                    LLM__UNROLL for (int t = 0; t < TILES; t++) sum[r * TILES + t] =
+                        v_dot_bytes(LLM__FN(is_signed)(KIND), sum[r * TILES + t], w[t], four);
+                }
             }
-        }
         LLM__UNROLL for (int t = 0; t < TILES; t++) LLM__FN(scales)(KIND, WIDE, s[t], d, h, &scale[t], &least[t]);
         LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
             const llm__kernel_group *xi = x[i / TILES];
@@ -30130,6 +30149,8 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef LLM__TILES_2_4
 #undef LLM__GROUP_ROWS
 #undef LLM__GROUP_TILES
+#undef LLM__BLOCK_STEP
+#undef LLM__GROUP_STEP
 #undef LLM__SIGN
 #undef LLM__KERNEL_TABLE
 #undef LLM__SHARED

@@ -3,6 +3,7 @@
     build/hello MODEL [PROMPT]
 */
 #define LLM_IMPLEMENTATION
+#define LLM_STATIC /* leave out what this program does not use */
 #include "llm.h"
 
 #include <stdio.h>
