@@ -1,5 +1,5 @@
-/* Nothing crashes the host: damaged files, allocations that fail at any point, cancelled loads, many threads. Every
-   failure gives a status and a message, and leaks nothing.
+/* Nothing crashes the host: damaged files, failing allocations, cancelled loads, many threads. Every failure gives a
+   status and a message, and leaks nothing.
    Variants: asan tsan cross */
 #include "tests/check.h"
 #include "llm.h"
@@ -10,12 +10,12 @@
 
 /* Small, so that thousands of loads take seconds. */
 static const tiny_spec SMALL = {1, 32, 40, 2, 1, 16, 64, 5, 0, 0, 3};
-/* Large enough for what an estimate leaves out to be seen. */
+/* Large enough that memory missing from an estimate would be noticed. */
 static const tiny_spec LARGE = {3, 256, 704, 8, 4, 32, 1024, 500, 1, 0, 5};
 
 /* ---- Loading ---- */
 
-/* Loads from memory; a failure must be explained and leave nothing. */
+/* Loads from memory. If that fails, there must be a message and no leak. */
 static llm_model *load(heap *h, const uint8_t *data, size_t size, llm_error *err) {
     llm_model_desc desc = {.dtype = LLM_DTYPE_F32, .n_threads = 1, .host = heap_host(h)};
     llm_model *model = (llm_model *)(uintptr_t)1;
@@ -31,7 +31,7 @@ static llm_model *load(heap *h, const uint8_t *data, size_t size, llm_error *err
     return NULL;
 }
 
-/* What a damaged file that still loads must be good for. */
+/* Generates with a model from a damaged file. This may fail, but only with a message. */
 static void use(const llm_model *model) {
     llm_context_desc desc = {.n_ctx = 40, .n_batch = 8, .n_threads = 1};
     llm_sampler sampler = {.temperature = 1, .top_p = 0.9f, .repeat_penalty = 1.1f};
@@ -44,7 +44,7 @@ static void use(const llm_model *model) {
     llm_context_free(ctx);
 }
 
-/* Loads, uses and frees a copy that ends where its memory ends; returns whether it loaded. */
+/* Loads, uses and frees a copy of the file in memory of exactly its size. Returns true if it loaded. */
 static bool try_file(const uint8_t *data, size_t size, llm_error *err) {
     heap h = {0};
     uint8_t *copy = (uint8_t *)malloc(size ? size : 1);
@@ -58,7 +58,7 @@ static bool try_file(const uint8_t *data, size_t size, llm_error *err) {
     return model != NULL;
 }
 
-/* A file of this run's own; the caller removes it. */
+/* Writes a temporary file and returns its path. The caller removes it. */
 static char *write_own(const void *data, size_t size) {
     static char path[64];
     strcpy(path, "/tmp/llm_test_XXXXXX");
@@ -79,18 +79,18 @@ static void test_truncated(void **state) {
     for (size_t n = 0; n < 600; n++) assert_false(try_file(data, n, &err));
     for (size_t percent = 1; percent < 100; percent++) {
         assert_false(try_file(data, size * percent / 100, &err));
-        if (!strstr(err.message, "the file ends")) fail_msg("at %d %%: %s", (int)percent, err.message);
+        if (!strstr(err.message, "the file ends")) fail_msg("cut to %d %%: %s", (int)percent, err.message);
     }
     assert_false(try_file(data, size - 32, &err));
     assert_true(try_file(data, size, &err));
     free(data);
 }
 
-/* Where the numbers of a file stand: counts, lengths, types, dimensions, offsets, and the values of the metadata. */
+/* A number in the file: a count, length, type, dimension, offset, or metadata value. */
 typedef struct field {
     size_t at;
     int bytes;
-    char owner[64]; /* what a message about it names */
+    char owner[64]; /* the name that an error message about this number must contain */
 } field;
 
 typedef struct walk {
@@ -115,7 +115,7 @@ static uint64_t walk_number(walk *w, int bytes) {
 
 static void walk_string(walk *w) { w->at += walk_number(w, 8); }
 
-/* A key or a tensor's name, which owns what follows. */
+/* Reads a key or a tensor's name. It is the owner of the numbers that follow. */
 static void walk_name(walk *w, const char *anonymous, char name[64]) {
     w->owner = anonymous;
     uint64_t n = walk_number(w, 8);
@@ -153,7 +153,7 @@ static walk *walk_file(uint8_t *data) {
         for (uint64_t j = 0; j < count; j++) {
             int n_fields = w->n_fields;
             walk_value(w, type);
-            if (j > 2 && j + 3 < count) w->n_fields = n_fields; /* the middle of an array is as its ends */
+            if (j > 2 && j + 3 < count) w->n_fields = n_fields; /* of arrays, test only the first and last elements */
         }
     }
     for (uint64_t i = 0; i < n_tensors; i++) {
@@ -166,7 +166,7 @@ static walk *walk_file(uint8_t *data) {
     return w;
 }
 
-/* As a whole number, or as the real number the field may hold. */
+/* True if the message shows the value, as an integer or as a float. */
 static bool shows_value(const char *message, uint64_t value, int bytes) {
     char shown[4][40];
     uint32_t bits = (uint32_t)value;
@@ -181,13 +181,13 @@ static bool shows_value(const char *message, uint64_t value, int bytes) {
     return false;
 }
 
-/* A number that cannot be: the message names the file, whose number it is, and the number. */
+/* An impossible number must be refused. The message must name the file, the owner and the number. */
 static void refuse_number(const uint8_t *data, size_t size, const field *f, uint64_t value) {
     char *path = write_own(data, size);
     llm_model *model;
     llm_error err;
     if (!llm_model_load(&model, path, NULL, &err))
-        fail_msg("%llu at %zu, of %s, was taken", (unsigned long long)value, f->at, f->owner);
+        fail_msg("%llu at %zu, of %s, was not refused", (unsigned long long)value, f->at, f->owner);
     unlink(path);
     if (!strstr(err.message, path) || !strstr(err.message, f->owner) ||
         (f->at && !shows_value(err.message, value, f->bytes)))
@@ -224,7 +224,7 @@ static uint32_t next_random(uint32_t *x) {
     return *x ^= *x << 5;
 }
 
-/* Two of three hit the header, where the harm is. */
+/* Changes random bytes. Two of three files are changed in the header only, where changes do most harm. */
 static void test_flips(void **state) {
     size_t size;
     llm_error err;
@@ -246,14 +246,14 @@ static void test_flips(void **state) {
         while (n--) data[at[n]] = kept[n];
     }
     print_message("%d of 5000 damaged files still loaded\n", n_loaded);
-    assert_in_range(n_loaded, 1000, 4000); /* most bytes are weights, which may be anything; a header may not */
+    assert_in_range(n_loaded, 1000, 4000); /* weights may have any value, most of the header may not */
     free(w);
     free(data);
 }
 
 /* ---- Files that contradict themselves ---- */
 
-/* Just behind the string `name` with its length before it. */
+/* Finds the string `name`, stored after its length, and returns the address after it. */
 static uint8_t *behind(uint8_t *data, size_t size, const char *name) {
     uint64_t n = strlen(name);
     for (size_t at = 0; at + 8 + n <= size; at++)
@@ -268,7 +268,7 @@ static void assert_refused(const uint8_t *data, size_t size, const char *named) 
     if (!strstr(err.message, named)) fail_msg("the message does not name %s: %s", named, err.message);
 }
 
-/* The value of a metadata key is a number in 4 bytes; `shown`: how the message shows it. */
+/* Changes a 4-byte metadata value, which must be refused. `shown` is the value as in the message. */
 static void refuse_value(const char *key, uint32_t bits, const char *shown) {
     size_t size;
     char words[100];
@@ -279,7 +279,7 @@ static void refuse_value(const char *key, uint32_t bits, const char *shown) {
     free(data);
 }
 
-/* The key itself goes. */
+/* Renames a key or a tensor, so that it is missing. */
 static void refuse_without(const char *name) {
     size_t size;
     uint8_t *data = tiny_model(&SMALL, &size);
@@ -333,7 +333,7 @@ static void test_shapes(void **state) {
             memcpy(&n, at, 8);
             n--;
             memcpy(at, &n, 8);
-            /* Fewer rows of the embedding are fewer tokens: the vocabulary no longer fits. */
+            /* With fewer rows of the embedding, the vocabulary no longer fits. */
             assert_refused(data, size, i == 0 && dim == 1 ? "vocabulary" : names[i]);
             free(data);
         }
@@ -346,7 +346,7 @@ static void test_places(void **state) {
     uint64_t offset;
     (void)state;
     memcpy(kept, k + 24, 8);
-    memcpy(k + 24, q + 24, 8); /* behind the dimensions and the type */
+    memcpy(k + 24, q + 24, 8); /* the offset, which follows the dimensions and the type */
     assert_refused(data, size, "overlap");
     memcpy(&offset, kept, 8);
     offset -= 32;
@@ -361,7 +361,7 @@ static void test_places(void **state) {
     free(data);
 }
 
-/* A merge of what is in the vocabulary into what is not. */
+/* A merge whose result is not in the vocabulary is refused. */
 static void test_merge(void **state) {
     size_t size;
     uint8_t *data = tiny_model(&SMALL, &size), *merge = behind(data, size, "tokenizer.ggml.merges") + 4 + 4 + 8 + 8;
@@ -378,7 +378,7 @@ static void test_merge(void **state) {
     free(data);
 }
 
-/* A file on disk is named in every message. */
+/* Messages about a file on disk name it. */
 static void refuse_path(const char *path, llm_status expected) {
     heap h = {0};
     llm_model_desc desc = {.host = heap_host(&h)};
@@ -482,7 +482,7 @@ static void test_arguments(void **state) {
     assert_int_equal(llm_model_load_callback(&other, NULL, NULL, 9, NULL, &err), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_model_read_info(NULL, NULL, &info, &err), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_model_read_info("x", NULL, NULL, &err), LLM_ERROR_ARGUMENT);
-    assert_int_equal(llm_memory_estimate(&info, NULL, &memory, &err), LLM_ERROR_ARGUMENT); /* it was not filled */
+    assert_int_equal(llm_memory_estimate(&info, NULL, &memory, &err), LLM_ERROR_ARGUMENT); /* `info` is empty */
     assert_int_equal(llm_memory_estimate(NULL, NULL, &memory, &err), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_tokenizer_load(&tokenizer, NULL, NULL, &err), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_model_load(NULL, "x", NULL, &err), LLM_ERROR_ARGUMENT);
@@ -498,7 +498,7 @@ static void test_arguments(void **state) {
     free(data);
 }
 
-/* ---- Memory that runs out ---- */
+/* ---- Failing allocations ---- */
 
 typedef struct starved {
     heap h;
@@ -644,10 +644,10 @@ static void test_forward_allocates_nothing(void **state) {
     free(data);
 }
 
-/* ---- Many times ---- */
+/* ---- Repeated loads ---- */
 
-/* Resident memory in pages. Returns 0 where it would mean nothing: sanitizers keep freed memory, and an emulator has
-   memory of its own. */
+/* Resident memory in pages. Returns 0 where it would be meaningless: sanitizers keep freed memory, and an emulator uses
+   memory itself. */
 static long resident(void) {
     long total = 0, pages = 0;
     if (SANITIZED || emulated()) return 0;
@@ -674,7 +674,7 @@ static void test_a_hundred_times(void **state) {
         assert_all_returned(&h);
         if (i == 20) warm = resident();
     }
-    if (resident() - warm > 256) fail_msg("80 loads left %ld pages behind", resident() - warm);
+    if (resident() - warm > 256) fail_msg("80 loads leaked %ld pages", resident() - warm);
     unlink(path);
     free(data);
 }
@@ -689,7 +689,7 @@ static llm_model *load_shared(const tiny_spec *spec) {
 
 typedef struct job {
     const llm_model *model;
-    const tiny_spec *spec; /* its model, or that of this path, is loaded for the job */
+    const tiny_spec *spec; /* if spec or path is not NULL, the job loads its own model */
     const char *path;
     int n_threads;
     bool drafts; /* the model is its own draft */
@@ -707,7 +707,7 @@ static bool keep_token(void *user, llm_token token, const char *bytes, size_t n_
     return true;
 }
 
-/* No assertions here: cmocka's leave by longjmp, which only its own thread may. A failure shows in `length`. */
+/* No assertions here: cmocka's use longjmp, which only works on the main thread. After a failure, length is wrong. */
 static void *run_job(void *arg) {
     job *j = (job *)arg;
     llm_context_desc desc = {.n_ctx = 96,
@@ -765,7 +765,7 @@ static void test_eight_contexts(void **state) {
     llm_model_free(model);
 }
 
-/* Two of each kind of file. */
+/* Four threads load models at the same time: two from memory, two from a directory. */
 static void test_loads_at_once(void **state) {
     job alone[2] = {{.spec = &TINY_ODD, .n_threads = 1}, {.path = golden_path("hf/qwen3"), .n_threads = 1}}, jobs[4];
     (void)state;
@@ -820,7 +820,7 @@ static void test_host_threads(void **state) {
 typedef struct progress {
     int n, stop_at;
     float last;
-    bool forward; /* it never went back */
+    bool forward; /* progress never decreased */
 } progress;
 
 static bool on_progress(void *user, float done) {
@@ -830,7 +830,7 @@ static bool on_progress(void *user, float done) {
     return ++p->n != p->stop_at;
 }
 
-/* The allocator of the same host is then the library's own: its user is taken. */
+/* Loads with a progress callback, and cancels at each call. The host has no allocator: `user` is the callback's. */
 static void test_progress(void **state) {
     size_t size;
     uint8_t *data = tiny_model(&TINY_ODD, &size);
@@ -877,8 +877,8 @@ static void check_estimate(const tiny_spec *spec, llm_dtype dtype, const char *i
     double loaded = (double)h.live;
     assert_int_equal(llm_context_create(&ctx, model, context_desc, NULL), LLM_OK);
     double estimate = (double)(memory.weights + memory.cache + memory.scratch);
-    print_message("estimated %.2f MB; the model took %.2f MB, with a context %.2f MB, at most %.2f MB\n",
-                  estimate / 1e6, loaded / 1e6, (double)h.live / 1e6, (double)h.peak / 1e6);
+    print_message("estimated %.2f MB; the model takes %.2f MB, with a context %.2f MB, peak %.2f MB\n", estimate / 1e6,
+                  loaded / 1e6, (double)h.live / 1e6, (double)h.peak / 1e6);
     assert_true(fabs((double)h.live - estimate) <= 0.1 * estimate + 1e6);
     assert_true(fabs((double)h.peak - estimate) <= 0.1 * estimate + 1e6);
     llm_context_free(ctx);
@@ -899,10 +899,10 @@ static void test_estimate(void **state) {
         for (int dtype = LLM_DTYPE_F32; dtype <= LLM_DTYPE_BF16; dtype++)
             check_estimate(&LARGE, (llm_dtype)dtype, NULL, &descs[i]);
     check_estimate(&TINY_ODD, LLM_DTYPE_F32, NULL, NULL);
-    check_estimate(&LARGE, LLM_DTYPE_BF16, "scalar", &descs[3]); /* it has no panels, but more floats */
+    check_estimate(&LARGE, LLM_DTYPE_BF16, "scalar", &descs[3]); /* no panels, but more floats */
 }
 
-/* ---- Silence ---- */
+/* ---- No output ---- */
 
 static int redirect(int fd, int to) {
     fflush(NULL);
@@ -915,8 +915,8 @@ static void count_line(void *user, const char *line) {
     if (*line) ++*(int *)user;
 }
 
-/* Loads, fails, generates: not a byte on standard output or error. The log callback hears of it. */
-static void test_silent(void **state) {
+/* Loading, failing and generating write nothing to standard output or standard error, but call the log callback. */
+static void test_no_output(void **state) {
     size_t size;
     int n_lines = 0;
     uint8_t *data = tiny_model(&SMALL, &size);
@@ -956,7 +956,7 @@ int main(void) {
                                        cmocka_unit_test(test_starved),
                                        cmocka_unit_test(test_forward_allocates_nothing),
                                        cmocka_unit_test(test_estimate),
-                                       cmocka_unit_test(test_silent)};
+                                       cmocka_unit_test(test_no_output)};
     const struct CMUnitTest with_threads[] = {
         cmocka_unit_test(test_a_hundred_times), cmocka_unit_test(test_eight_contexts),
         cmocka_unit_test(test_loads_at_once), cmocka_unit_test(test_host_threads), cmocka_unit_test(test_progress)};

@@ -1,16 +1,16 @@
-/* The sampler is compared with a plain reference in double: which tokens can be drawn, and how often.
+/* The sampler compared with a plain reference in double: which tokens can be drawn, and how often.
    Variants: asan */
 #include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"
 
 static const tiny_spec SPEC = {1, 32, 32, 2, 2, 16, 64, 5, 0, 0, 1};
-enum { N = 261 }; /* of SPEC's vocabulary */
+enum { N = 261 }; /* size of SPEC's vocabulary */
 
 typedef struct fixture {
     llm_model *model;
     llm_context *ctx;
-    float *logits; /* the context's own, for the tests to write; those of batch token 0 */
+    float *logits; /* the context's logits of batch token 0; the tests write them */
 } fixture;
 
 static int open_isa(fixture *f, const char *isa) {
@@ -56,7 +56,7 @@ static void fill_random(fixture *f, uint32_t seed, float scale) {
     }
 }
 
-/* Makes the sequence these tokens, without losing the logits: what the pass computed is overwritten by the tests. */
+/* Sets the sequence to these tokens and keeps the logits that the test has written. */
 static void set_sequence(fixture *f, const llm_token *tokens, int n) {
     float kept[N];
     memcpy(kept, f->logits, sizeof kept);
@@ -87,7 +87,7 @@ static void test_ties(void **state) {
     }
 }
 
-static void test_not_asked_for(void **state) {
+static void test_not_computed(void **state) {
     fixture *f = (fixture *)*state;
     llm_sampler s = {0};
     assert_int_equal(llm_sample(f->ctx, 1, 0, &s), -1);
@@ -109,9 +109,9 @@ static void test_biases(void **state) {
     assert_int_equal(sample(f, s), 11);
     s.n_biases = 2;
     assert_int_equal(sample(f, s), 13);
-    s.n_biases = 7; /* 6 + 1 + 1.5 is most; ids outside the vocabulary are left alone */
+    s.n_biases = 7; /* 6 + 1 + 1.5 is the largest; ids outside the vocabulary are ignored */
     assert_int_equal(sample(f, s), 12);
-    assert_true(f->logits[12] == 6); /* the context's logits stay as they were */
+    assert_true(f->logits[12] == 6); /* the context's logits do not change */
     s.temperature = 5;
     for (s.n_drawn = 0; s.n_drawn < 5000;) assert_int_not_equal(llm_sample(f->ctx, 0, 0, &s), 10);
 }
@@ -138,9 +138,9 @@ static void test_penalty(void **state) {
     set_sequence(f, tokens, 7);
     f->logits[5] = 3;
     f->logits[6] = 2;
-    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1.4f}), 5); /* 3 / 1.4, once for the four */
+    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1.4f}), 5); /* 3 / 1.4, only once */
     assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1.6f}), 6);
-    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1.6f, .repeat_window = 2}), 5); /* only 7 is so recent */
+    assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1.6f, .repeat_window = 2}), 5); /* 5 is not recent */
     assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1.6f, .repeat_window = 3}), 6);
     assert_int_equal(sample(f, (llm_sampler){.repeat_penalty = 1}), 5);
     f->logits[5] = -1;
@@ -182,12 +182,12 @@ static void test_counts(void **state) {
     assert_int_equal(
         sample(f, (llm_sampler){.answer_begin = BEGIN, .frequency_penalty = 0.4f, .presence_penalty = 0.5f}), 9);
     f->logits[9] = 4.5f;
-    assert_int_equal(sample(f, (llm_sampler){.answer_begin = BEGIN, .presence_penalty = -1}), 5); /* likelier */
-    assert_int_equal(sample(f, (llm_sampler){.answer_begin = 7, .presence_penalty = -1}), 9);     /* it has none yet */
+    assert_int_equal(sample(f, (llm_sampler){.answer_begin = BEGIN, .presence_penalty = -1}), 5); /* < 0: more likely */
+    assert_int_equal(sample(f, (llm_sampler){.answer_begin = 7, .presence_penalty = -1}), 9);     /* no answer yet */
     assert_int_equal(sample(f, (llm_sampler){.answer_begin = INT32_MAX, .presence_penalty = -1}), 9);
     assert_int_equal(sample(f, (llm_sampler){.answer_begin = INT32_MIN, .presence_penalty = -1}), 9); /* 5, 4, 5.5 */
     llm_sampler drawn = {.temperature = 1, .answer_begin = BEGIN, .presence_penalty = 200};
-    for (int i = 0; i < 1000; i++) { /* no rounding makes a penalised token likely */
+    for (int i = 0; i < 1000; i++) { /* a penalized token must not become likely by rounding */
         llm_token token = llm_sample(f->ctx, 6, 0, &drawn);
         assert_true(token != 5 && token != 6);
     }
@@ -228,7 +228,7 @@ static void test_log_probs(void **state) {
     }
     float chosen;
     llm_log_prob top[1];
-    assert_int_equal(llm_log_probs(f->ctx, 1, 0, &chosen, top, 1), -1); /* not wanted */
+    assert_int_equal(llm_log_probs(f->ctx, 1, 0, &chosen, top, 1), -1); /* no logits were requested */
     assert_int_equal(llm_log_probs(f->ctx, 0, N, &chosen, top, 1), -1);
     assert_int_equal(llm_log_probs(f->ctx, 0, -1, &chosen, top, 1), -1);
     assert_int_equal(llm_log_probs(f->ctx, 0, 0, &chosen, NULL, 1), -1);
@@ -238,34 +238,34 @@ static void test_log_probs(void **state) {
     assert_int_equal(llm_log_probs(f->ctx, 0, 0, &chosen, top, 1), -1);
 }
 
-typedef struct told {
+typedef struct reported {
     llm_log_prob chosen[64], top[64][3];
     llm_token tokens[64];
     int n, n_tokens;
-} told;
+} reported;
 
 static void on_log_probs(void *user, llm_log_prob chosen, const llm_log_prob *top, int n_top) {
-    told *t = (told *)user;
+    reported *t = (reported *)user;
     assert_int_equal(n_top, 3);
-    assert_int_equal(t->n, t->n_tokens); /* it comes before the token */
+    assert_int_equal(t->n, t->n_tokens); /* on_log_probs is called before on_token */
     t->chosen[t->n] = chosen;
     memcpy(t->top[t->n++], top, sizeof t->top[0]);
 }
 
 static bool on_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
-    told *t = (told *)user;
+    reported *t = (reported *)user;
     (void)bytes, (void)n_bytes;
     t->tokens[t->n_tokens++] = token;
     return true;
 }
 
-/* A text with guesses tells the same as one without, and that is what the logits of its tokens say. */
-static void test_told(void **state) {
+/* With and without a draft, on_log_probs gets the same values, and they match the logits of the tokens. */
+static void test_on_log_probs(void **state) {
     fixture *f = (fixture *)*state;
     llm_context_desc context_desc = {.n_threads = 1, .n_logits = LLM_DRAFT_MAX + 1};
     llm_context *ctx = NULL;
     static const llm_token prompt[] = {7, 8, 7, 8};
-    told tells[2];
+    reported reports[2];
     assert_int_equal(llm_context_create(&ctx, f->model, &context_desc, NULL), LLM_OK);
     for (int drafted = 0; drafted < 2; drafted++) {
         llm_draft draft = llm_draft_lookup();
@@ -280,15 +280,15 @@ static void test_told(void **state) {
                                   .on_token = on_token,
                                   .on_log_probs = on_log_probs,
                                   .n_top_log_probs = 3,
-                                  .user = &tells[drafted]};
-        memset(&tells[drafted], 0, sizeof tells[drafted]);
+                                  .user = &reports[drafted]};
+        memset(&reports[drafted], 0, sizeof reports[drafted]);
         assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_OK);
-        assert_int_equal(tells[drafted].n, 40);
+        assert_int_equal(reports[drafted].n, 40);
         llm_draft_free(&draft);
         desc.n_top_log_probs = LLM_LOG_PROBS_MAX + 1;
         assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_ERROR_ARGUMENT);
     }
-    assert_memory_equal(&tells[0], &tells[1], sizeof tells[0]);
+    assert_memory_equal(&reports[0], &reports[1], sizeof reports[0]);
     assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
     assert_int_equal(llm_forward(ctx, &(llm_batch){4, prompt, NULL, NULL}, NULL), LLM_OK);
     llm_sampler own = {
@@ -296,13 +296,13 @@ static void test_told(void **state) {
     for (int i = 0, row = 3; i < 40; i++, row = 0) {
         llm_log_prob top[3];
         float chosen;
-        llm_token token = tells[0].tokens[i];
+        llm_token token = reports[0].tokens[i];
         assert_int_equal(llm_sample(ctx, row, 0, &own), token);
-        assert_int_equal(tells[0].chosen[i].token, token);
+        assert_int_equal(reports[0].chosen[i].token, token);
         assert_int_equal(llm_log_probs(ctx, row, token, &chosen, top, 3), 3);
-        assert_true(chosen == tells[0].chosen[i].log_prob);
+        assert_true(chosen == reports[0].chosen[i].log_prob);
         for (int j = 0; j < 3; j++)
-            assert_true(top[j].token == tells[0].top[i][j].token && top[j].log_prob == tells[0].top[i][j].log_prob);
+            assert_true(top[j].token == reports[0].top[i][j].token && top[j].log_prob == reports[0].top[i][j].log_prob);
         assert_int_equal(llm_forward(ctx, &(llm_batch){1, &token, NULL, NULL}, NULL), LLM_OK);
     }
     llm_context_free(ctx);
@@ -321,7 +321,7 @@ static int compare(const void *a, const void *b) {
     return x->id - y->id;
 }
 
-/* The candidates that are left, most likely first, their p made to sum to 1; returns how many. */
+/* Lists the remaining candidates, most likely first, with p normalized to sum to 1. Returns their number. */
 static int reference(const float *logits, const llm_sampler *s, candidate *list) {
     double most = logits[0], sum = 0, seen = 0;
     int n = N;
@@ -359,7 +359,7 @@ static void check_set(fixture *f, llm_sampler s) {
         seen[list[i].id] = 0;
     }
     for (int i = 0; i < N; i++)
-        if (seen[i]) fail_msg("token %d is no candidate (k %d, p %g, min %g)", i, s.top_k, s.top_p, s.min_p);
+        if (seen[i]) fail_msg("token %d is not a candidate (k %d, p %g, min %g)", i, s.top_k, s.top_p, s.min_p);
 }
 
 static void test_sets(void **state) {
@@ -390,7 +390,7 @@ static void test_sets(void **state) {
     }
 }
 
-/* ---- How often ---- */
+/* ---- How often tokens are drawn ---- */
 
 static void check_distribution(fixture *f, llm_sampler s) {
     enum { DRAWS = 50000 };
@@ -405,8 +405,8 @@ static void check_distribution(fixture *f, llm_sampler s) {
         chi += off * off / expected;
     }
     double k = n - 1,
-           z = (pow(chi / k, 1.0 / 3) - 1 + 2 / (9 * k)) / sqrt(2 / (9 * k)); /* Wilson and Hilferty: normal */
-    print_message("%d candidates: chi-square %.1f, %.2f deviations from the mean\n", n, chi, z);
+           z = (pow(chi / k, 1.0 / 3) - 1 + 2 / (9 * k)) / sqrt(2 / (9 * k)); /* normal, by Wilson and Hilferty */
+    print_message("%d candidates: chi-square %.1f, %.2f standard deviations from its mean\n", n, chi, z);
     assert_true(fabs(z) < 3.3);
 }
 
@@ -436,7 +436,7 @@ static void test_seeds(void **state) {
     draw(f, &first, a, 100);
     other = s;
     draw(f, &other, b, 40);
-    llm_sampler copy = other; /* goes on where the other is */
+    llm_sampler copy = other; /* continues where `other` is */
     draw(f, &copy, b + 40, 60);
     assert_memory_equal(a, b, sizeof a);
     s.seed = 124;
@@ -453,7 +453,7 @@ static void test_seeds(void **state) {
 
 /* ---- Extremes ---- */
 
-/* The colder, the surer; at no temperature anything but a token comes out. */
+/* Very low temperatures always draw the best token. Very high ones draw nearly all tokens. */
 static void test_temperatures(void **state) {
     fixture *f = (fixture *)*state;
     static const float cold[] = {1e-3f, 1e-6f, 1e-20f, 1e-37f, 1e-38f, 1e-42f, 1e-45f},
@@ -466,13 +466,13 @@ static void test_temperatures(void **state) {
         for (size_t i = 0; i < sizeof cold / sizeof *cold; i++)
             for (uint64_t seed = 0; seed < 20; seed++) {
                 llm_token token = sample(f, (llm_sampler){.temperature = cold[i], .seed = seed});
-                if (token != best) fail_msg("at temperature %g token %d comes instead of %d", cold[i], token, best);
+                if (token != best) fail_msg("temperature %g draws token %d instead of %d", cold[i], token, best);
             }
         for (size_t i = 0; i < sizeof hot / sizeof *hot; i++) {
             int seen[N] = {0}, n = 0;
             llm_sampler s = {.temperature = hot[i]};
             for (int j = 0; j < 5000; j++) n += seen[llm_sample(f->ctx, 0, 0, &s)]++ == 0;
-            if (n < N - 5) fail_msg("at temperature %g only %d tokens come", hot[i], n);
+            if (n < N - 5) fail_msg("temperature %g draws only %d different tokens", hot[i], n);
         }
     }
 }
@@ -499,7 +499,7 @@ static void test_strange_logits(void **state) {
                     else assert_in_range(token, 0, N - 1);
                 }
             }
-    fill(f, -INFINITY); /* one token is left */
+    fill(f, -INFINITY); /* only one token remains */
     f->logits[30] = -3;
     for (uint64_t seed = 0; seed < 50; seed++) {
         assert_int_equal(sample(f, (llm_sampler){.temperature = 1, .seed = seed}), 30);
@@ -508,7 +508,7 @@ static void test_strange_logits(void **state) {
     assert_int_equal(sample(f, (llm_sampler){0}), 30);
 }
 
-/* A NaN is seen wherever it stands, however sure another token is; no random number is used up. */
+/* A NaN is found at any position, however likely another token is. No random number is drawn. */
 static void test_nan(void **state) {
     fixture *f = (fixture *)*state;
     fill_random(f, 1, 5);
@@ -527,7 +527,8 @@ static void test_nan(void **state) {
     assert_int_equal(sample(f, (llm_sampler){0}), 100);
 }
 
-/* A forced token comes at any temperature, a forbidden one never does, and where all are forbidden there is none. */
+/* At any temperature, a forced token is always drawn and a forbidden one never. If all are forbidden, the result is
+   -1. */
 static void test_forced_and_forbidden(void **state) {
     fixture *f = (fixture *)*state;
     static const float temperatures[] = {0, 0.01f, 1, 1e6f, INFINITY};
@@ -553,7 +554,7 @@ static void test_forced_and_forbidden(void **state) {
     }
 }
 
-static void test_careless(void **state) {
+static void test_bad_settings(void **state) {
     fixture *f = (fixture *)*state;
     fill_random(f, 5, 20);
     assert_int_equal(llm_sample(f->ctx, 0, 0, NULL), sample(f, (llm_sampler){0})); /* greedy */
@@ -563,7 +564,8 @@ static void test_careless(void **state) {
 
 /* ---- A large vocabulary ---- */
 
-/* What was drawn when every token went through every step: the same comes out of the few that matter. */
+/* Draws from a large vocabulary. The hashes come from a sampler that ran every step on all tokens; running it only on
+   the likely tokens must not change them. */
 static void test_large_vocabulary(void **state) {
     enum { LARGE = 151936, DRAWS = 100 };
     static const llm_sampler samplers[] = {
@@ -598,8 +600,7 @@ static void test_large_vocabulary(void **state) {
     assert_int_equal(llm_forward(ctx, &(llm_batch){3, tokens, NULL, NULL}, NULL), LLM_OK);
     free(data);
     float *logits = (float *)(uintptr_t)llm_logits(ctx, 2);
-    for (int shape = 0; shape < 4;
-         shape++) { /* like a text's, with a few likely ones; even; with many ties; nearly flat */
+    for (int shape = 0; shape < 4; shape++) { /* a few likely tokens, as in a text; uniform; many ties; nearly flat */
         uint32_t x = 1 + (uint32_t)shape;
         for (int i = 0; i < LARGE; i++) {
             float sum = 0;
@@ -630,13 +631,13 @@ static void test_large_vocabulary(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {TEST(test_ties),
-                                       TEST(test_not_asked_for),
+                                       TEST(test_not_computed),
                                        TEST(test_biases),
                                        TEST(test_all_but_one_forbidden),
                                        TEST(test_penalty),
                                        TEST(test_counts),
                                        TEST(test_log_probs),
-                                       TEST(test_told),
+                                       TEST(test_on_log_probs),
                                        TEST(test_sets),
                                        TEST(test_distribution),
                                        TEST(test_seeds),
@@ -644,7 +645,7 @@ int main(void) {
                                        TEST(test_strange_logits),
                                        TEST(test_nan),
                                        TEST(test_forced_and_forbidden),
-                                       TEST(test_careless),
+                                       TEST(test_bad_settings),
                                        cmocka_unit_test(test_large_vocabulary)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,5 +1,5 @@
-/* The rules of llm_sampler after answer_begin: which tokens are drawn and how often, against samplers.jsonl, which
-   NumPy makes in double; bad settings; the state; texts with drafts and in streams are those of plain decoding.
+/* The samplers declared after answer_begin in llm_sampler: which tokens are drawn and how often, compared with
+   samplers.jsonl (NumPy, in double); bad settings; the state; drafts and streams give the texts of plain decoding.
    Variants: asan */
 #include "tests/check.h"
 #include <jansson.h>
@@ -8,12 +8,12 @@
 #include "tests/common.h"
 
 static const tiny_spec SPEC = {1, 32, 32, 2, 2, 16, 512, 5, 0, 0, 1};
-enum { N = 261 }; /* of SPEC's vocabulary: 256 bytes and five more */
+enum { N = 261 }; /* size of SPEC's vocabulary: 256 bytes and five more */
 
 static llm_model *model;
 static llm_context *ctx;
-static float *logits; /* those after the text, for the tests to write */
-static int row;       /* theirs */
+static float *logits; /* the logits after the text; the tests write them */
+static int row;       /* the row of these logits */
 
 static int start(void **state) {
     llm_context_desc desc = {.n_threads = 2, .n_logits = LLM_DRAFT_MAX + 1, .n_seq = 4};
@@ -81,7 +81,7 @@ static double number_at(const json_t *object, int id) {
     return json_number_value(json_object_get(object, name));
 }
 
-/* Draws are checked by a chi-square test; tokens that are expected less than 10 times count as one. */
+/* Checks draws with a chi-square test. Tokens expected less than 10 times are counted together. */
 static void check_line(const json_t *line, int number) {
     enum { DRAWS = 40000 };
     const char *breakers[8];
@@ -124,8 +124,8 @@ static void check_line(const json_t *line, int number) {
         k++;
     }
     if (k < 1) return;
-    double z = (pow(chi / k, 1.0 / 3) - 1 + 2.0 / (9 * k)) / sqrt(2.0 / (9 * k)); /* Wilson and Hilferty: normal */
-    if (z > 3.8) fail_msg("line %d: chi-square %.1f of %d, %.2f deviations above the mean", number, chi, k, z);
+    double z = (pow(chi / k, 1.0 / 3) - 1 + 2.0 / (9 * k)) / sqrt(2.0 / (9 * k)); /* normal, by Wilson and Hilferty */
+    if (z > 3.8) fail_msg("line %d: chi-square %.1f of %d, %.2f standard deviations above its mean", number, chi, k, z);
 }
 
 static void test_golden(void **state) {
@@ -172,7 +172,7 @@ static void test_refused(void **state) {
     for (int i = 0; i < N; i++) logits[i] = -INFINITY;
     assert_int_equal(sample(all), -1);
     assert_int_equal(sample(s), -1);
-    logits[9] = -4; /* one is left */
+    logits[9] = -4; /* only one token remains */
     for (uint64_t seed = 0; seed < 20; seed++) {
         llm_sampler one = all;
         one.seed = s.seed = seed;
@@ -184,7 +184,7 @@ static void test_refused(void **state) {
     assert_int_equal(sample(s), 7);
 }
 
-/* Equal logits, strange settings: a token of the vocabulary is drawn, or the rule is off. */
+/* With strange settings and logits, the result is always a token of the vocabulary. */
 static void test_strange(void **state) {
     static const float values[] = {0, 1e-30f, 0.3f, 0.5f, 1, 2, 1e30f, -1, INFINITY, -INFINITY, NAN};
     enum { VALUES = sizeof values / sizeof *values };
@@ -226,13 +226,13 @@ static void test_large(void **state) {
     for (int i = 0; i < LARGE; i++) wide[i] = 0;
     double mean = 0;
     int typical = 0;
-    for (int i = 0; i < 50; i++) { /* even: all are typical, and XTC knows none with 0.1 */
+    for (int i = 0; i < 50; i++) { /* uniform: all tokens are typical, and none reaches XTC's threshold */
         llm_sampler s = {.temperature = 1, .typical_p = 0.99f, .xtc_probability = 1, .xtc_threshold = 0.1f};
         s.seed = (uint64_t)i;
         mean += llm_sample(own, 7, 0, &s) / 50.0 / LARGE;
     }
     assert_true(mean > 0.3 && mean < 0.7);
-    for (int i = 0; i < 100; i++) wide[2000 * i] = 12 + 0.01f * (float)i; /* half of all is in these */
+    for (int i = 0; i < 100; i++) wide[2000 * i] = 12 + 0.01f * (float)i; /* these have about half of the probability */
     for (int i = 0; i < 200; i++) {
         llm_sampler s = {.temperature = 1, .typical_p = 0.5f, .seed = (uint64_t)i};
         typical += llm_sample(own, 7, 0, &s) % 2000 == 0;
@@ -248,13 +248,13 @@ static void test_large(void **state) {
 
 /* ---- Texts ---- */
 
-typedef struct told {
+typedef struct answer {
     llm_token tokens[64];
     int n;
-} told;
+} answer;
 
 static bool on_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
-    told *t = (told *)user;
+    answer *t = (answer *)user;
     (void)bytes, (void)n_bytes;
     t->tokens[t->n++] = token;
     return true;
@@ -268,10 +268,10 @@ static const llm_sampler SAMPLERS[] = {
     {.temperature = 0.5f, .dry_multiplier = 0.8f, .xtc_probability = 0.4f, .xtc_threshold = 0.1f, .seed = 5}};
 enum { SAMPLER_COUNT = sizeof SAMPLERS / sizeof *SAMPLERS };
 
-/* Plain, with a draft, as streams beside each other and in a loop of the host's, the same tokens come, and the state is
-   the same afterwards. */
+/* Plain generation, generation with a draft, concurrent streams, and a host's own loop give the same tokens and the
+   same state of the sampler. */
 static void test_texts(void **state) {
-    told plain[SAMPLER_COUNT], beside[SAMPLER_COUNT];
+    answer plain[SAMPLER_COUNT], beside[SAMPLER_COUNT];
     llm_sampler ends[SAMPLER_COUNT], own[SAMPLER_COUNT];
     llm_stream *streams[SAMPLER_COUNT];
     llm_context_desc wide = {.n_threads = 2, .n_seq = SAMPLER_COUNT, .n_logits = SAMPLER_COUNT};
@@ -285,7 +285,7 @@ static void test_texts(void **state) {
         desc.on_token = on_token;
         for (int drafted = 0; drafted < 2; drafted++) {
             llm_draft draft = llm_draft_lookup();
-            told t = {{0}, 0};
+            answer t = {{0}, 0};
             llm_sampler s = SAMPLERS[i];
             desc.sampler = &s;
             desc.user = &t;
@@ -324,8 +324,8 @@ static void test_texts(void **state) {
     llm_context_free(many);
 }
 
-/* Rejection sampling keeps the distribution: the second token's, over many texts, is that without a draft. The draft is
-   the model itself with coarser weights. */
+/* Rejection sampling keeps the distribution: over many texts, the second token is distributed as without a draft. The
+   draft is the same model with int8 weights. */
 static void test_rejection(void **state) {
     enum { TEXTS = 3000, KINDS = 16 };
     llm_model *coarse = load_tiny(&SPEC, LLM_DTYPE_INT8);
@@ -336,7 +336,7 @@ static void test_rejection(void **state) {
         assert_int_equal(llm_draft_model(&draft, ctx, coarse, NULL), LLM_OK);
         for (int drafted = 0; drafted < 2; drafted++)
             for (int j = 0; j < TEXTS / (SANITIZED ? 10 : 1); j++) {
-                told t = {{0}, 0};
+                answer t = {{0}, 0};
                 llm_stats stats;
                 llm_sampler s = SAMPLERS[i];
                 s.seed = (uint64_t)(2 * j + drafted);

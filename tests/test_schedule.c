@@ -1,5 +1,4 @@
-/* Scoring's dynamic programming: of all ways to cut a list of texts into batches, it finds one with the least
-   padding. */
+/* Scoring's dynamic programming finds a way to cut a list of texts into batches with the least waste. */
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION
 #define LLM_NO_SIMD /* nothing is computed here */
@@ -10,7 +9,7 @@ static uint32_t draw(uint32_t *state, uint32_t n) {
     return (uint32_t)((uint64_t)*state * n >> 32);
 }
 
-/* The least possible waste, found by trying all cuts. */
+/* Finds the least waste by trying all cuts. */
 static int64_t least_waste(const llm__score_text *texts, int n, bool to_shortest, int theta,
                            const llm__score_room *room) {
     int64_t least = n ? INT64_MAX : 0;

@@ -1,5 +1,5 @@
-/* Scoring: log-likelihoods against logits and against independent references, the same bits in every schedule, the
-   number of tokens computed, and bad input. tests/golden/README.md says where the references come from.
+/* Scoring: log-likelihoods compared with logits and with independent references; the same bits in every schedule; the
+   number of computed tokens; bad input. tests/golden/README.md says where the references come from.
    Variants: asan */
 #include "tests/check.h"
 #include "llm.h"
@@ -25,7 +25,7 @@ static uint32_t draw(uint32_t *state, uint32_t n) {
     return (uint32_t)((uint64_t)*state * n >> 32);
 }
 
-/* Contexts and endings of all lengths; endings that begin alike, that are one token, that are equal. */
+/* Makes contexts and endings of many lengths. Some endings begin alike, are equal, or have one token. */
 static void make_quiz(quiz *z) {
     uint32_t random = 7;
     z->n_results = 0;
@@ -59,7 +59,7 @@ static llm_model *load(llm_dtype dtype, const char *isa) {
     return model;
 }
 
-/* ---- Against logits ---- */
+/* ---- Compared with logits ---- */
 
 static double log_prob(const float *logits, int n, llm_token token) {
     double most = -INFINITY, sum = 0;
@@ -68,7 +68,7 @@ static double log_prob(const float *logits, int n, llm_token token) {
     return logits[token] - most - log(sum);
 }
 
-/* A text alone, with all logits. */
+/* Computes the log-likelihood of one ending from the logits of a plain pass. */
 static double log_likelihood(llm_context *ctx, const llm_question *q, int ending) {
     llm_token tokens[2 * MOST_TOKENS];
     bool logits[2 * MOST_TOKENS];
@@ -109,7 +109,7 @@ static void test_logits(void **state) {
     }
 }
 
-/* The probabilities of all tokens that can come next sum to 1. */
+/* The probabilities of all possible next tokens sum to 1. */
 static void test_sum(void **state) {
     static double results[N_VOCAB];
     llm_token context[3] = {1, 2, 3};
@@ -139,7 +139,7 @@ static const llm_score_desc SCHEDULES[] = {{.schedule = LLM_SCHEDULE_PACKED},
                                            {.schedule = LLM_SCHEDULE_DP}};
 enum { N_SCHEDULES = sizeof SCHEDULES / sizeof *SCHEDULES };
 
-/* What must be computed at least: every prefix once, every ending once without its last token. */
+/* The minimum number of tokens to compute: each prefix once, and each ending once without its last token. */
 static int64_t tokens_needed(const llm_question *questions, int n) {
     int64_t needed = 0;
     for (int i = 0; i < n; i++) {
@@ -154,11 +154,11 @@ static int64_t tokens_needed(const llm_question *questions, int n) {
     return needed;
 }
 
-/* Every position of the cache can be taken. */
+/* All positions of the cache must be free. */
 static void assert_cache_is_free(llm_context *ctx, const llm_context_desc *desc) {
     static llm_token tokens[4000];
     static int seqs[4000];
-    int most = desc->n_cache ? desc->n_ctx / 32 * 32 : desc->n_ctx; /* of a sequence: whole blocks */
+    int most = desc->n_cache ? desc->n_ctx / 32 * 32 : desc->n_ctx; /* positions per sequence, in whole blocks */
     int n = desc->n_cache ? desc->n_cache : desc->n_seq * desc->n_ctx;
     llm_error err;
     assert_in_range(n, 1, 4000);
@@ -177,7 +177,7 @@ static void check_schedules(const llm_model *model, const llm_context_desc *desc
         llm_score_stats stats, counted;
         if (llm_score(ctx, questions, n, &SCHEDULES[i], results, &stats, &err)) fail_msg("%s", err.message);
         if (expected[0] == 0) memcpy(expected, results, (size_t)n_results * sizeof *results);
-        if (memcmp(results, expected, (size_t)n_results * sizeof *results)) fail_msg("schedule %d has other bits", i);
+        if (memcmp(results, expected, (size_t)n_results * sizeof *results)) fail_msg("schedule %d gives other bits", i);
         assert_int_equal(stats.n_questions, n);
         assert_int_equal(stats.n_computed - stats.n_padded - stats.n_redundant + stats.n_shared,
                          tokens_needed(questions, n));
@@ -215,7 +215,7 @@ static void test_schedules(void **state) {
     }
 }
 
-/* Questions with one instruction, which is computed once where there is room for it, and changes no bit. */
+/* Questions with a common instruction. It is computed once if the cache has room, and the results keep their bits. */
 static void test_shared_prefix(void **state) {
     static const struct {
         llm_context_desc desc;
@@ -255,7 +255,7 @@ static void test_shared_prefix(void **state) {
     }
 }
 
-/* Passes of the packed schedule are full but for the last few. */
+/* All passes of the packed schedule are full, except the last few. */
 static void test_full_passes(void **state) {
     static quiz z;
     llm_model *model = load(LLM_DTYPE_F32, NULL);
@@ -269,9 +269,9 @@ static void test_full_passes(void **state) {
     close_context(ctx);
 }
 
-/* ---- What is refused, and stopping ---- */
+/* ---- Refused input, and stopping ---- */
 
-static bool stop_if_told(void *user) { return *(bool *)user; }
+static bool stop_if_set(void *user) { return *(bool *)user; }
 
 typedef struct answers {
     int n, most;
@@ -316,7 +316,7 @@ static void test_refusals(void **state) {
     llm_score_desc wrong_desc = {.schedule = (llm_schedule)3}, negative = {.min_tokens = -1};
     assert_int_equal(llm_score(ctx, &q, 1, &wrong_desc, results, NULL, &err), LLM_ERROR_ARGUMENT);
     assert_int_equal(llm_score(ctx, &q, 1, &negative, results, NULL, &err), LLM_ERROR_ARGUMENT);
-    assert_int_equal(llm_seq_length(ctx, 0), 1); /* what is refused has touched nothing */
+    assert_int_equal(llm_seq_length(ctx, 0), 1); /* a refused call changes nothing */
     assert_int_equal(llm_score(ctx, NULL, 0, NULL, results, NULL, &err), LLM_OK);
 
     answers a = {0, 4, results};
@@ -333,7 +333,7 @@ static void test_refusals(void **state) {
     short_ctx.n_ctx = 20;
     few.n_seq = 1;
     small.n_cache = 32;
-    cancelled.cancel = stop_if_told;
+    cancelled.cancel = stop_if_set;
     cancelled.cancel_user = &told;
     const llm_context_desc *full[] = {&short_ctx, &few, &small};
     for (int i = 0; i < 3; i++) {
@@ -399,7 +399,7 @@ typedef struct golden {
     double expected[GOLDEN * ENDINGS];
 } golden;
 
-/* The ids of context and ending in the file are those of llm_encode_pair. */
+/* llm_encode_pair must give the file's ids of context and ending. */
 static void encode_like(const llm_tokenizer *tokenizer, json_t *line, int ending, llm_token *ids, int *n_context,
                         int *n_ending) {
     char text[1024];

@@ -1,4 +1,4 @@
-/* Speculative decoding: with any draft, the text is the one that the model gives alone.
+/* Speculative decoding: with any draft, the text is the same as without one.
    Variants: asan */
 #include "tests/check.h"
 #include "llm.h"
@@ -20,10 +20,10 @@ static llm_draft draft_model(llm_context *ctx, const llm_model *model) {
     return draft;
 }
 
-/* ---- Drafts of all sorts ---- */
+/* ---- Drafts with all kinds of behaviour ---- */
 
 typedef struct oracle {
-    const llm_token *text; /* what will come, from the beginning of the prompt */
+    const llm_token *text; /* the prompt and the text that the model will generate */
     int n, n_calls;
     enum { RIGHT, WRONG, HALF, OUTSIDE, TOO_MANY, TOO_FEW, FAILS, CANCELS, ODD_KIND, LIES } habit;
 } oracle;
@@ -51,19 +51,19 @@ static llm_status oracle_propose(void *user, const llm_draft_request *r, llm_dra
     if (o->habit == TOO_MANY) g->n = INT32_MAX;
     if (o->habit == TOO_FEW) g->n = g->n > 1 ? g->n - 1 : o->n_calls % 2 ? 0 : -5;
     if (o->habit == ODD_KIND) g->kind = o->n_calls % 2 ? -3 : 1 << 20;
-    if (o->habit == LIES) g->has_q = true; /* q may be NULL */
+    if (o->habit == LIES) g->has_q = true; /* but q is not filled, and may be NULL */
     return LLM_OK;
 }
 
-/* What one generation showed. */
+/* The output of one generation. */
 typedef struct answer {
     char text[ROOM];
     size_t n_bytes;
     llm_token tokens[1024];
     int n_tokens;
-    int last_token;         /* on_token refuses this one; 0: none */
-    int n_polls, last_poll; /* cancel says so at this one */
-    int length;             /* of the sequence afterwards */
+    int last_token;         /* on_token returns false at this call; 0: never */
+    int n_polls, last_poll; /* cancel returns true at this poll; 0: no cancel callback */
+    int length;             /* length of the sequence afterwards */
     uint64_t n_drawn;
     llm_stats stats;
 } answer;
@@ -134,7 +134,7 @@ static void assert_draft_stats(const llm_stats *s) {
     if (s->stop != LLM_STOP_CALLBACK) assert_true(s->n_decode_passes + d->n_accepted >= s->n_generated - 1);
 }
 
-/* The same with and without a draft. */
+/* Generates with and without the draft. The results must be the same. */
 static void check_draft(llm_context *ctx, llm_generate_desc desc, const llm_sampler *sampler, llm_draft *draft) {
     answer *plain = generate(ctx, desc, sampler, 0, 0);
     desc.draft = draft;
@@ -145,7 +145,7 @@ static void check_draft(llm_context *ctx, llm_generate_desc desc, const llm_samp
     free(quick);
 }
 
-/* The prompt and all that comes after it. */
+/* Writes the prompt and the generated tokens to `text`. Returns their number. */
 static int whole_text(llm_context *ctx, const char *prompt, const llm_sampler *sampler, int n, llm_token *text) {
     answer *a =
         generate(ctx, (llm_generate_desc){.prompt = prompt, .max_tokens = n, .ignore_end = true}, sampler, 0, 0);
@@ -157,7 +157,8 @@ static int whole_text(llm_context *ctx, const char *prompt, const llm_sampler *s
     return n_prompt;
 }
 
-/* As if plain passes took for ever and others no time, so that guesses are checked until the true times are known. */
+/* Sets the measured times as if passes of one token were very slow and longer passes very fast, so that guesses pay off
+   until real times are known. */
 static void encourage(llm_draft *draft) {
     memset(&draft->learnt, 0, sizeof draft->learnt);
     for (int i = 0; i < LLM_DRAFT_LEARNT_SIZES; i++) {
@@ -244,10 +245,10 @@ static void test_statistics(void **state) {
 
 /* ---- The library's own drafts ---- */
 
-/* The model's own weights in another type, on its own cache; another model; prompt lookup. */
+/* Drafts: the model's own weights in several types, on the same cache; another model; prompt lookup. */
 static void test_own_drafts(void **state) {
     llm_context *ctx = open_tiny(200, 2);
-    tiny_spec small = {1, 16, 24, 2, 1, 8, 64, 9, 0, 0, 3}; /* with a context shorter than the text */
+    tiny_spec small = {1, 16, 24, 2, 1, 8, 64, 9, 0, 0, 3}; /* its context is shorter than the text */
     llm_model *models[] = {load_tiny(&SPEC, LLM_DTYPE_F32), load_tiny(&SPEC, LLM_DTYPE_INT8),
                            load_tiny(&SPEC, LLM_DTYPE_INT4), load_tiny(&small, LLM_DTYPE_BF16)};
     static const llm_sampler samplers[] = {{0}, {.temperature = 1, .top_k = 30, .seed = 3}};
@@ -272,7 +273,7 @@ static void test_own_drafts(void **state) {
             NULL, 0, 0);
         if (!a->stats.draft.n_proposed || a->stats.draft.failed)
             fail_msg("draft %d: %d guesses", i, a->stats.draft.n_proposed);
-        if (i == 0) assert_int_equal(a->stats.draft.n_accepted, a->stats.draft.n_proposed); /* it is the model itself */
+        if (i == 0) assert_int_equal(a->stats.draft.n_accepted, a->stats.draft.n_proposed); /* the same model */
         if (i == 1) assert_true(a->stats.draft.n_accepted > a->stats.draft.n_proposed / 2);
         free(a);
         llm_draft_free(&draft);
@@ -282,7 +283,7 @@ static void test_own_drafts(void **state) {
     close_context(ctx);
 }
 
-/* Two sequences in turn, with one draft each or one for both; a fork, and a sequence saved and restored. */
+/* Two sequences that alternate and share a draft; a fork; a sequence that is saved and restored. */
 static void test_sequences(void **state) {
     llm_context *ctx = open_tiny(200, 3);
     llm_model *model = load_tiny(&SPEC, LLM_DTYPE_INT8);
@@ -377,8 +378,8 @@ static void test_stops(void **state) {
     close_context(ctx);
 }
 
-/* The end of the context, and of a cache that another sequence shares. */
-static void test_ends_of_room(void **state) {
+/* The text ends at the end of the context, or when a cache shared with another sequence is full. */
+static void test_full(void **state) {
     llm_context *wide = open_tiny(256, 1);
     llm_model *int8 = load_tiny(&SPEC, LLM_DTYPE_INT8);
     llm_token ids[40] = {1, 2, 3};
@@ -407,8 +408,8 @@ static void test_ends_of_room(void **state) {
     close_context(wide);
 }
 
-/* Cancelled at every poll, the draft's own included: what was shown is a beginning of the text, the sequence holds what
-   was computed on, and all goes on. */
+/* Cancels at every poll, including those in the draft's passes. The shown text must be a prefix of the full text, the
+   sequence must hold the tokens computed so far, and the next call must give the full text. */
 static void test_cancelled(void **state) {
     llm_context *ctx = open_tiny(128, 1);
     llm_model *int8 = load_tiny(&SPEC, LLM_DTYPE_INT8);
@@ -420,7 +421,7 @@ static void test_cancelled(void **state) {
     for (int poll = 1; poll <= all->n_polls; poll++) {
         encourage(&draft);
         answer *a = generate(ctx, desc, NULL, 0, poll);
-        if (a->n_polls < poll) { /* how many passes there are follows from what they were measured to take */
+        if (a->n_polls < poll) { /* the number of passes depends on measured times */
             assert_same(a, all);
             free(a);
             continue;
@@ -456,7 +457,7 @@ static void test_refused(void **state) {
     llm_error err;
     llm_draft draft, none;
     (void)state;
-    other.n_extra = 40; /* the special tokens stand elsewhere */
+    other.n_extra = 40; /* the special tokens get other ids */
     llm_model *model = load_tiny(&other, LLM_DTYPE_F32), *same = load_tiny(&SPEC, LLM_DTYPE_INT8);
     assert_int_equal(llm_draft_model(&draft, ctx, model, &err), LLM_ERROR_ARGUMENT);
     assert_true(strstr(err.message, "token 263") && strstr(err.message, "<|end|>"));
@@ -478,7 +479,7 @@ static void test_refused(void **state) {
     desc.draft = &none;
     assert_int_equal(llm_generate(ctx, &desc, NULL, &err), LLM_ERROR_ARGUMENT);
 
-    /* Made for another context: it fails, the text comes all the same. */
+    /* A draft made for another context fails, but the text is generated. */
     llm_context *second =
         create_context(llm_context_model(ctx), &(llm_context_desc){.n_ctx = 64, .n_logits = 8, .n_threads = 1});
     llm_stats stats;
@@ -495,7 +496,7 @@ static void test_refused(void **state) {
     close_context(ctx);
 }
 
-/* A padded vocabulary is the same vocabulary: what the draft knows more of is never guessed. */
+/* A draft may have a padded vocabulary. Its extra ids are never guessed. */
 static void test_padded(void **state) {
     llm_context *ctx = open_tiny(200, 1);
     llm_model_desc desc = {.dtype = LLM_DTYPE_BF16, .n_threads = 1};
@@ -524,17 +525,17 @@ static void test_padded(void **state) {
 
 /* ---- The distribution ---- */
 
-/* Only these tokens are allowed by bias, so that all texts of three tokens can be counted. */
+/* Biases allow only these tokens, so that all texts of three tokens can be counted. */
 enum { FEW = 6, CELLS = FEW * FEW * FEW };
 static const llm_token allowed[FEW] = {'a', 'b', 'c', 'd', 'e', 'f'};
 
 typedef struct gambler {
     uint64_t random;
-    enum { STEADY, STOPS, STOPS_LATE, PICKS_KIND } habit; /* what follows from its guesses */
+    enum { STEADY, STOPS, STOPS_LATE, PICKS_KIND } habit; /* how earlier guesses change what it does */
 } gambler;
 
-/* Guesses each from a distribution that has nothing to do with the model's: probabilities 1, 2 .. FEW over their sum. It may
-   stop after a guess, or call its guesses another kind, because of what it drew. */
+/* Draws guesses from a distribution unrelated to the model's: probabilities 1, 2 .. FEW divided by their sum. Depending
+   on the drawn token, it may stop or change the kind of its guesses. */
 static llm_status gamble(void *user, const llm_draft_request *r, llm_draft_guesses *g, llm_error *err) {
     gambler *own = (gambler *)user;
     bool stop = false;
@@ -552,7 +553,7 @@ static llm_status gamble(void *user, const llm_draft_request *r, llm_draft_guess
     return LLM_OK;
 }
 
-/* Probabilities of the allowed tokens after a text, in double and from the logits alone. */
+/* Computes the probabilities of the allowed tokens after a text from its logits, in double. */
 static void reference(llm_context *ctx, const llm_token *text, int n, const llm_sampler *s, double *p) {
     double logits[FEW], sum = 0, kept = 0;
     int order[FEW], left = FEW;
@@ -607,14 +608,14 @@ static void check_distribution(llm_context *ctx, llm_sampler sampler, llm_draft 
             biases[sampler.n_biases++].bias = -INFINITY;
         }
     encourage(draft);
-    draft->learnt.guess.n = 1; /* costs nothing, and is always right: three are checked at once */
+    draft->learnt.guess.n = 1; /* as if guesses cost nothing and were always right: many are checked at once */
     for (int i = 0; i < LLM_DRAFT_MAX; i++) draft->learnt.n_right[0][i] = draft->learnt.n_known[0][i] = 100;
     const llm_draft_learnt willing = draft->learnt;
     for (int t = 0; t < n_texts; t++) {
         answer a;
         memset(&a.stats, 0, sizeof a.stats);
         a.n_tokens = a.last_token = 0;
-        /* The context's first token is 'b' again, so nothing of the prompt is computed anew but its last token. */
+        /* The prompt is a single 'b' each time, so only this token is computed again. */
         llm_generate_desc desc = {.tokens = text,
                                   .n_tokens = 1,
                                   .max_tokens = 5,
@@ -630,7 +631,7 @@ static void check_distribution(llm_context *ctx, llm_sampler sampler, llm_draft 
         n_accepted += a.stats.draft.n_accepted;
     }
     double rest_expected = 0, rest_seen = 0;
-    for (int i = 0; i <= CELLS; i++) { /* rare texts count together */
+    for (int i = 0; i <= CELLS; i++) { /* rare texts are counted together */
         bool rare = i < CELLS && expected[i] < 20;
         if (rare && expected[i] == 0) assert_int_equal(seen[i], 0);
         if (rare) rest_expected += expected[i];
@@ -641,10 +642,10 @@ static void check_distribution(llm_context *ctx, llm_sampler sampler, llm_draft 
         n_cells++;
     }
     double k = n_cells - 1,
-           z = (pow(chi / k, 1.0 / 3) - 1 + 2 / (9 * k)) / sqrt(2 / (9 * k)); /* Wilson and Hilferty: normal */
-    print_message(
-        "%d texts by %s, %.0f %% of %d guesses right: %d cells, chi-square %.1f, %.2f deviations from the mean\n",
-        n_texts, draft->name, 100.0 * n_accepted / n_proposed, n_proposed, n_cells, chi, z);
+           z = (pow(chi / k, 1.0 / 3) - 1 + 2 / (9 * k)) / sqrt(2 / (9 * k)); /* normal, by Wilson and Hilferty */
+    print_message("%d texts by %s, %.0f %% of %d guesses right: %d cells, chi-square %.1f, %.2f standard deviations "
+                  "from its mean\n",
+                  n_texts, draft->name, 100.0 * n_accepted / n_proposed, n_proposed, n_cells, chi, z);
     assert_true(n_cells > 10 && fabs(z) < 3.3);
     assert_true(n_proposed > 2 * n_texts && n_accepted > n_texts / 10 && n_accepted < n_proposed);
 }
@@ -657,7 +658,7 @@ static void check_distribution(llm_context *ctx, llm_sampler sampler, llm_draft 
 #if defined(__SANITIZE_THREAD__) || defined(SLOW)
 enum { TEXTS = 3000 };
 #else
-enum { TEXTS = 40000 }; /* of five tokens */
+enum { TEXTS = 40000 }; /* texts of five tokens */
 #endif
 
 static void test_distribution(void **state) {
@@ -687,7 +688,7 @@ static void test_distribution(void **state) {
     close_context(ctx);
 }
 
-/* Guesses with probabilities in memory of its own, wherever room for them was offered or not. */
+/* Guesses with probabilities in the draft's own memory, whether or not the library offers memory for them. */
 static llm_status propose_own_q(void *user, const llm_draft_request *r, llm_draft_guesses *g, llm_error *err) {
     static float even[N_VOCAB];
     uint32_t *random = (uint32_t *)user;
@@ -716,13 +717,13 @@ static void test_keeps_text(void **state) {
     close_context(ctx);
 }
 
-/* ---- A call that ends in the middle ---- */
+/* ---- Calls that end early ---- */
 
 typedef struct breaker {
     jmp_buf back;
     heap h;
     llm_context *ctx;
-    int n_tokens, last_token, n_polls, last_poll; /* where it leaves; 0: nowhere */
+    int n_tokens, last_token, n_polls, last_poll; /* the call at which it leaves; 0: none */
 } breaker;
 
 static bool break_token(void *user, llm_token token, const char *bytes, size_t n_bytes) {
@@ -753,7 +754,7 @@ static llm_status break_generate(void *user, llm_error *err) {
                         NULL, err);
 }
 
-/* Wherever memory runs out, the sequence holds no guess that was not accepted. */
+/* Wherever an allocation fails, the sequence must not hold guesses that were not accepted. */
 static void test_starved(void **state) {
     breaker b;
     llm_context *plain = open_tiny(128, 1);
@@ -781,8 +782,8 @@ static void test_starved(void **state) {
     close_context(plain);
 }
 
-/* Callbacks that leave by longjmp, as a C++ exception would: wherever that is, also in a draft's own pass, the next call
-   goes on from what is sure, nothing hangs and nothing leaks. */
+/* Callbacks leave by longjmp, as a C++ exception would, also during a draft's pass. The next call must continue from
+   the accepted tokens; nothing may hang or leak. */
 static void test_left_by_longjmp(void **state) {
     llm_context *plain = open_tiny(128, 1);
     llm_model *int8 = load_tiny(&SPEC, LLM_DTYPE_INT8);
@@ -833,7 +834,7 @@ static void test_left_by_longjmp(void **state) {
         }
         assert_int_equal(llm_seq_truncate(b.ctx, 0, 0, NULL), LLM_OK);
         free(generate(b.ctx, (llm_generate_desc){.prompt = "abc", .ignore_end = true}, NULL, 0,
-                      0)); /* every block is there */
+                      0)); /* no block of the cache is lost */
         assert_int_equal(llm_seq_length(b.ctx, 0), 128);
         llm_draft_free(&draft);
         llm_context_free(b.ctx);
@@ -846,7 +847,7 @@ static void test_left_by_longjmp(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_any_draft),   cmocka_unit_test(test_statistics), cmocka_unit_test(test_own_drafts),
-        cmocka_unit_test(test_sequences),   cmocka_unit_test(test_stops),      cmocka_unit_test(test_ends_of_room),
+        cmocka_unit_test(test_sequences),   cmocka_unit_test(test_stops),      cmocka_unit_test(test_full),
         cmocka_unit_test(test_cancelled),   cmocka_unit_test(test_refused),    cmocka_unit_test(test_padded),
         cmocka_unit_test(test_keeps_text),  cmocka_unit_test(test_starved),    cmocka_unit_test(test_left_by_longjmp),
         cmocka_unit_test(test_distribution)};

@@ -1,6 +1,6 @@
-/* Each compiler makes fast kernels: the products of every instruction set reach a share of the multiplication rate that
-   is measured beside them, in one thread. A compiler that ignores a pragma reaches a fifth of it or less. The best of
-   several tries counts, so a busy machine only makes the test take longer.
+/* Each compiler makes fast kernels: the products of every instruction set reach a minimum share of the machine's
+   multiplication rate, which is measured at the same time, in one thread. With a compiler that ignores a pragma, they
+   would reach a fifth or less. The best of several tries counts, so a busy machine only makes the test take longer.
    Variants: matrix */
 #include "tests/check.h"
 #include "llm.h"
@@ -19,7 +19,8 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Of the products alone. The last layer makes queries, its feed-forward part and logits for a single token. */
+/* Counts the operations of the products only. The last layer computes queries, feed-forward part and logits for one
+   token. */
 static double operations(void) {
     double q = SPEC.n_heads * SPEC.head_dim, kv = SPEC.n_kv_heads * SPEC.head_dim, ffn = 3.0 * SPEC.n_ff;
     return 2.0 * SPEC.n_embd * (N_TOKENS * ((SPEC.n_layers - 1) * (2 * q + 2 * kv + ffn) + 2 * kv) + 2 * q + ffn);

@@ -1,4 +1,4 @@
-/* Streams: every text is the one that llm_generate alone gives, whatever other streams do. No stream waits for long. An
+/* Streams: each text is the same as from llm_generate alone, whatever other streams do. No stream waits for long. An
    error in one stream ends only that stream. A common prefix is computed once.
    Variants: asan tsan cross */
 #include "tests/check.h"
@@ -14,10 +14,10 @@ static uint32_t draw(uint32_t *state, uint32_t n) {
     return (uint32_t)((uint64_t)*state * n >> 32);
 }
 
-/* A user's request, and what has been shown of the answer. */
+/* A user's request, and the answer so far. */
 typedef struct job {
     llm_token prompt[MOST_PROMPT];
-    int n_prompt, max_tokens, last_token; /* on_token refuses this one; 0: none */
+    int n_prompt, max_tokens, last_token; /* on_token returns false at this one; 0: never */
     llm_sampler sampler;
     const char *stop;
     llm_draft draft;
@@ -28,7 +28,7 @@ typedef struct job {
     llm_token tokens[MOST_TEXT];
     int n_tokens;
     llm_stats stats;
-    /* Another stream's callback may do this to the context: */
+    /* on_token calls act when the answer has act_at tokens. */
     void (*act)(struct job *j);
     llm_context *ctx;
     int act_at;
@@ -67,7 +67,7 @@ static llm_generate_desc describe(job *j, int seq) {
                                .user = j};
 }
 
-/* Some prompts begin alike, some are the same. */
+/* Makes a random request. Some prompts begin alike, some are the same. */
 static void make_job(job *j, uint32_t seed) {
     static const char *const stops[] = {NULL, "e", "ab", "\xEF\xBF\xBD"};
     uint32_t random = seed * 7919, same = draw(&random, 4);
@@ -87,7 +87,7 @@ static void make_job(job *j, uint32_t seed) {
     j->draft = llm_draft_lookup();
 }
 
-/* What llm_generate makes of it in a context of its own. */
+/* Answers with llm_generate in a separate context. */
 static void answer_alone(const llm_model *model, job *j) {
     llm_context *ctx = create_context(model, &(llm_context_desc){.n_ctx = 200, .n_threads = 1});
     llm_generate_desc desc = describe(j, 0);
@@ -113,7 +113,7 @@ static int step(llm_context *ctx, int n_tokens) {
     return n_running;
 }
 
-/* The stream's result; it is freed. */
+/* Gets the stream's result and frees the stream. */
 static void end(job *j) {
     llm_error err;
     if (llm_stream_result(j->stream, &j->stats, &err)) fail_msg("%s", err.message);
@@ -138,11 +138,12 @@ static void assert_begins_like(const job *j, const job *alone) {
     assert_memory_equal(j->text, alone->text, j->n_text);
 }
 
-/* ---- Any mix ---- */
+/* ---- Random mixes ---- */
 
 enum { JOBS = 24, AT_ONCE = 7 };
 
-/* Jobs come and go at random; some are freed before their end; the host forks sequences, and generates beside them. */
+/* Streams begin at random times, and some are freed early. Meanwhile the host forks and truncates a sequence of its
+   own. */
 static void run_mix(const llm_model *model, const llm_context_desc *desc, const job *alone, uint32_t seed) {
     static job jobs[JOBS];
     llm_context *ctx = create_context(model, desc);
@@ -171,7 +172,7 @@ static void run_mix(const llm_model *model, const llm_context_desc *desc, const 
             job *j = &jobs[i];
             if (!j->stream || (llm_stream_is_running(j->stream) && draw(&random, 200))) continue;
             bool ran = llm_stream_is_running(j->stream);
-            /* The host's forks may have taken the room of a prompt. */
+            /* The host's forks may have used positions that a prompt needs. */
             if (desc->n_cache && llm_stream_result(j->stream, NULL, NULL) == LLM_ERROR_CONTEXT_FULL) {
                 assert_int_equal(j->n_tokens, 0);
                 llm_stream_free(j->stream);
@@ -208,8 +209,7 @@ static void test_any_mix(void **state) {
     }
 }
 
-/* A draft model that several streams share, with the same weights in another type. Returns how many guesses were
-   right. */
+/* Several streams share a draft model: the same weights in another type. Returns the number of right guesses. */
 static int share_draft(llm_model *model, llm_model *small) {
     llm_context *ctx =
         create_context(model, &(llm_context_desc){.n_ctx = 200, .n_seq = 4, .n_logits = 20, .n_threads = 2});
@@ -239,7 +239,7 @@ static int share_draft(llm_model *model, llm_model *small) {
     return n_accepted;
 }
 
-/* How many guesses are worth it depends on measured times, so on a busy machine it may be none for a while. */
+/* The number of guesses depends on measured times, so on a busy machine there may be none for a while. */
 static void test_shared_draft(void **state) {
     llm_model *model = load_tiny(&SPEC, LLM_DTYPE_F32), *small = load_tiny(&SPEC, LLM_DTYPE_INT8);
     int n_accepted = 0;
@@ -250,7 +250,7 @@ static void test_shared_draft(void **state) {
     llm_model_free(model);
 }
 
-/* ---- Nobody waits ---- */
+/* ---- No stream waits for long ---- */
 
 static void test_long_prompt_beside_a_text(void **state) {
     llm_model *model = load_tiny(&SPEC, LLM_DTYPE_F32);
@@ -267,8 +267,8 @@ static void test_long_prompt_beside_a_text(void **state) {
     begin(ctx, &shorter, 2);
     for (int i = 2; i <= 9; i++) {
         assert_true(step(ctx, 16) > 0);
-        assert_int_equal(text.n_tokens, i);         /* one in every pass */
-        assert_int_equal(shorter.n_tokens, i >= 3); /* 8 of the 16 are its share */
+        assert_int_equal(text.n_tokens, i);         /* one in each pass */
+        assert_int_equal(shorter.n_tokens, i >= 3); /* it gets 8 of the 16 tokens of a pass */
         assert_int_equal(longer.n_tokens, i >= 9);
         if (i < 9) assert_true(llm_seq_length(ctx, 1) <= 15 * (i - 1));
     }
@@ -276,7 +276,7 @@ static void test_long_prompt_beside_a_text(void **state) {
     close_context(ctx);
 }
 
-/* More streams than rows of logits: all get on. */
+/* If there are more streams than rows of logits, all make equal progress. */
 static void test_turns(void **state) {
     llm_model *model = load_tiny(&SPEC, LLM_DTYPE_F32);
     llm_context *ctx =
@@ -308,7 +308,7 @@ static void plain_job(job *j, int n_prompt, int max_tokens) {
     for (int i = 0; i < MOST_PROMPT; i++) j->prompt[i] = i * 7 % 250;
 }
 
-/* Streams that begin together and alike wait for one that computes what they share. */
+/* If streams with a common prefix begin together, one computes the prefix and the others wait for it. */
 static void test_prefix_is_computed_once(void **state) {
     llm_model *model = load_tiny(&SPEC, LLM_DTYPE_F32);
     llm_context *ctx = create_context(model, &(llm_context_desc){.n_ctx = 200, .n_seq = 6, .n_threads = 1});
@@ -328,7 +328,7 @@ static void test_prefix_is_computed_once(void **state) {
         assert_int_equal(jobs[i].stats.n_shared, jobs[i].stats.n_reused);
         assert_int_equal(jobs[i].stats.n_reused, i ? 90 : 0);
     }
-    /* A conversation goes on in its own sequence, and another one that begins alike takes a copy. */
+    /* A conversation continues in its own sequence. Another one with the same beginning copies it. */
     plain_job(&later, 100, 5);
     later.prompt[92] = 200;
     memcpy(later.prompt + 100, jobs[2].tokens, 12 * sizeof *later.prompt);
@@ -347,8 +347,9 @@ static void test_prefix_is_computed_once(void **state) {
     close_context(ctx);
 }
 
-/* What is left behind makes room, the oldest first; what the host has named stays. */
-static void test_oldest_goes(void **state) {
+/* If the cache is full, sequences of ended streams are dropped, the oldest first. Sequences that the host named
+   stay. */
+static void test_oldest_is_dropped(void **state) {
     llm_model *model = load_tiny(&SPEC, LLM_DTYPE_F32);
     llm_context *ctx =
         create_context(model, &(llm_context_desc){.n_ctx = 200, .n_seq = 6, .n_cache = 320, .n_threads = 1});
@@ -374,7 +375,7 @@ static void test_oldest_goes(void **state) {
     assert_int_equal(big.stats.seq, 4);
     static const int lengths[] = {0, 32, 60, 60, 90, 40};
     for (int seq = 0; seq < 6; seq++) assert_int_equal(llm_seq_length(ctx, seq), lengths[seq]);
-    /* What cannot be is refused before anything goes: the host's sequence leaves 8 of 10 blocks. */
+    /* A prompt larger than the cache is refused before anything is dropped. */
     assert_int_equal(llm_seq_truncate(ctx, 5, 33, NULL), LLM_OK);
     llm_token many[200] = {77};
     llm_context *small =
@@ -391,7 +392,7 @@ static void test_oldest_goes(void **state) {
     close_context(ctx);
 }
 
-/* ---- One ends, the others go on ---- */
+/* ---- One stream ends, the others continue ---- */
 
 static void test_refusals(void **state) {
     llm_model *model = load_tiny(&SPEC, LLM_DTYPE_F32);
@@ -443,11 +444,11 @@ static void test_refusals(void **state) {
     while (step(ctx, 0)) {}
     end(&a);
     assert_int_equal(a.n_tokens, 40);
-    begin(ctx, &a, 0); /* a context takes its streams along */
+    begin(ctx, &a, 0); /* freeing the context frees its streams */
     close_context(ctx);
 }
 
-/* A logit that is NaN, a sequence that is full, a cache that is full, memory that runs out: each ends one of two. */
+/* A NaN logit, a full sequence, a full cache, or a failing allocation ends only one of two streams. */
 static void test_failures(void **state) {
     llm_model *model = load_tiny(&SPEC, LLM_DTYPE_F32);
     static job good, alone;
@@ -466,7 +467,7 @@ static void test_failures(void **state) {
         if (kind == 0) bad.sampler.biases = &nan, bad.sampler.n_biases = 1;
         begin(ctx, &good, kind % 2);
         begin(ctx, &bad, 1 - kind % 2);
-        if (kind == 3) h.fail_at = h.n_calls + 1; /* the next is for its text */
+        if (kind == 3) h.fail_at = h.n_calls + 1; /* the next allocation */
         llm_error err;
         while (step(ctx, 8)) {}
         llm_status expected = kind == 0 ? LLM_ERROR_FORMAT : kind == 3 ? LLM_ERROR_MEMORY : LLM_OK;
@@ -488,7 +489,7 @@ static void test_failures(void **state) {
     llm_model_free(model);
 }
 
-/* Every allocation of beginning and stepping fails once: nothing leaks, and the context goes on. */
+/* Each allocation of llm_stream_begin and llm_step fails once. Nothing may leak, and the context must stay usable. */
 static llm_status answer_starved(void *user, llm_error *err) {
     llm_context *ctx = (llm_context *)user;
     static const char *const stops[] = {"never"};
@@ -565,7 +566,7 @@ static llm_status leaves_guessing(void *user, const llm_draft_request *r, llm_dr
     return LLM_OK;
 }
 
-/* The first, second or third of three does something at its fourth token; the two others say what they say alone. */
+/* One of three streams does something special in a callback. The others must give their usual texts. */
 static void test_callbacks(void **state) {
     llm_model *model = load_tiny(&SPEC, LLM_DTYPE_F32);
     static job jobs[3], alone[3];
@@ -614,7 +615,7 @@ static void test_callbacks(void **state) {
     llm_model_free(model);
 }
 
-/* One of two is cancelled in the middle of a pass, which goes on for the other; then both, which ends it. */
+/* If one of two streams is cancelled during a pass, the pass continues for the other. If both are, it ends. */
 static bool cancels(void *user) {
     job *j = (job *)user;
     return ++j->act_at >= 15;
@@ -652,7 +653,7 @@ static void test_cancelled(void **state) {
 
 typedef struct told {
     llm_log_prob chosen[MOST_PROMPT + 8];
-    int n, n_top, last; /* it acts at the last; 0: never */
+    int n, n_top, last; /* act is called when n reaches last; 0: never */
     void (*act)(struct told *t);
     llm_stream *stream;
 } told;
@@ -680,7 +681,7 @@ static void leave_told(told *t) {
     longjmp(outside, 1);
 }
 
-/* log_probs[i]: how likely llm_score finds token i after those before it. */
+/* log_probs[i] is set to llm_score's log-likelihood of token i after the previous tokens. */
 static void score_tokens(const llm_model *model, const llm_token *tokens, int n, double *log_probs) {
     llm_context *ctx = create_context(model, &(llm_context_desc){.n_ctx = 200, .n_seq = 3, .n_threads = 2});
     const llm_token *endings[MOST_PROMPT + 8];
@@ -694,8 +695,9 @@ static void score_tokens(const llm_model *model, const llm_token *tokens, int n,
     llm_context_free(ctx);
 }
 
-/* They have the bits of llm_score, however the prompt is cut into passes, and beside others; whose texts do not change.
-   What a sequence already holds is computed again only where it is needed. */
+/* Log-probabilities have the same bits as from llm_score, however the prompt is split into passes and whatever other
+   streams run. The texts of other streams do not change. Cached tokens are computed again only if their logits are
+   needed. */
 static void test_log_probs(void **state) {
     static const struct { int n_logits, n_tokens; } sizes[] = {{4, 7}, {4, 64}, {5, 1}, {300, 0}, {40, 33}};
     static const int froms[] = {1, 2, 50, MOST_PROMPT};
@@ -718,7 +720,7 @@ static void test_log_probs(void **state) {
             plain_job(&beside, MOST_PROMPT, 6);
             begin(ctx, &beside, 4);
             if (sizes[i / 2].n_tokens == 33)
-                while (step(ctx, 0)) {} /* so that its tokens are there to be reused */
+                while (step(ctx, 0)) {} /* so that its tokens can be reused */
             for (int k = 0; k < 4; k++) {
                 llm_generate_desc desc = describe(&alone, k);
                 tells[k] = (told){.n_top = k};
@@ -749,7 +751,7 @@ static void test_log_probs(void **state) {
     }
 }
 
-/* llm_generate does the same with one row of logits; what is wrong is refused; and a callback may free the stream or not
+/* llm_generate gives the same with one row of logits. Bad values are refused. A callback may free the stream, or not
    return. */
 static void test_log_probs_end(void **state) {
     llm_model *model = load_tiny(&SPEC, LLM_DTYPE_F32);
@@ -767,7 +769,7 @@ static void test_log_probs_end(void **state) {
     llm_generate_desc desc = describe(&alone, 0);
     desc.on_text = NULL, desc.on_token = NULL, desc.user = &t;
     desc.on_log_probs = on_log_probs, desc.log_probs_from = 30, desc.max_tokens = 1;
-    for (int ends = 0; ends < 2; ends++) { /* the token that ends a text is told if that is wanted */
+    for (int ends = 0; ends < 2; ends++) { /* log_probs_of_end also reports the token that ends the text */
         t = (told){.n = 0};
         stop = alone.tokens[0];
         desc.stop_tokens = &stop, desc.n_stop_tokens = 1, desc.log_probs_of_end = ends;
@@ -808,13 +810,18 @@ static void test_log_probs_end(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_any_mix),      cmocka_unit_test(test_shared_draft),
-        cmocka_unit_test(test_turns),        cmocka_unit_test(test_long_prompt_beside_a_text),
-        cmocka_unit_test(test_oldest_goes),  cmocka_unit_test(test_prefix_is_computed_once),
-        cmocka_unit_test(test_refusals),     cmocka_unit_test(test_failures),
-        cmocka_unit_test(test_memory),       cmocka_unit_test(test_callbacks),
-        cmocka_unit_test(test_cancelled),    cmocka_unit_test(test_log_probs),
-        cmocka_unit_test(test_log_probs_end)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_any_mix),
+                                       cmocka_unit_test(test_shared_draft),
+                                       cmocka_unit_test(test_turns),
+                                       cmocka_unit_test(test_long_prompt_beside_a_text),
+                                       cmocka_unit_test(test_oldest_is_dropped),
+                                       cmocka_unit_test(test_prefix_is_computed_once),
+                                       cmocka_unit_test(test_refusals),
+                                       cmocka_unit_test(test_failures),
+                                       cmocka_unit_test(test_memory),
+                                       cmocka_unit_test(test_callbacks),
+                                       cmocka_unit_test(test_cancelled),
+                                       cmocka_unit_test(test_log_probs),
+                                       cmocka_unit_test(test_log_probs_end)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
