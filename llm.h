@@ -519,7 +519,9 @@ typedef enum llm_dtype {
 
 /* If at least two of each four neighbours in the rows of a matrix are zero (2:4 sparsity), and it would be held as
    bf16 or int8, the CPU does not hold these zeros. The matrix takes 9/16 of bf16's memory or 5/8 of int8's, so decoding
-   reads less. The results are the same bits. Loading finds such matrices by looking at the weights. */
+   reads less. The results are the same bits. Loading finds such matrices by looking at the weights. The GPU does the
+   same, but it holds a matrix of short rows (up to 256 columns in bf16, 512 in int8) like any other one, and in a pass
+   of more than 16 rows cuBLAS may add up the sums of bf16 in another order. */
 
 /* "f32", "bf16", "int8", "int4", "f16", "file". NULL or LLM_DTYPE_DEFAULT if there is no such type. */
 LLM_API const char *llm_dtype_name(llm_dtype dtype);
@@ -1446,7 +1448,9 @@ typedef struct llm_backend_weight {
     float (*row_scale)(const struct llm_backend_weight *weight,
                        int row); /* by which a raw row of type I8 is multiplied     */
     bool has_q8_0;               /* some of its rows are of that type                                               */
-    bool is_2_4; /* all are finite, and of each four neighbours in a row at least two are 0; false: it is not known */
+    /* All are finite, and of each four neighbours in a row at least two are 0. false: this is not known. Weights are
+       looked at only if the backend's weight_bytes is smaller with it. */
+    bool is_2_4;
     /* The functions work until the model is closed, so the backend need not hold the weight. Else they work during
        upload. */
     bool stays;
@@ -16944,6 +16948,8 @@ static int llm__model_weight_cols(const llm__hparams *h, llm_backend_weight_kind
    the type that they were converted to. */
 static const char *llm__model_held_name(const llm__model_walk *walk, const llm_backend_weight *weight, int i) {
     static const char *const names[LLM__W_Q4] = {"f32", "bf16", "int8", "f16", "bf16 2:4", "int8 2:4"};
+    if (walk->backend != &llm__cpu_backend && weight->is_2_4)
+        return names[walk->dtype == LLM_DTYPE_INT8 ? LLM__W_INT8_2_4 : LLM__W_BF16_2_4];
     if (walk->backend != &llm__cpu_backend) return llm_dtype_name(walk->dtype);
     llm__matrix m = llm__matrix_describe(walk->dtype, weight);
     llm__weight_type kind = m.n_kinds ? m.kinds[i] : m.kind;
@@ -17061,6 +17067,14 @@ static bool llm__model_weight_is_2_4(llm__model_walk *walk, const llm__weight_so
     return is_2_4;
 }
 
+/* Would the backend hold a matrix of so many rows in less memory if it were 2:4? Its ranks answer alike. */
+static bool llm__model_gains_by_2_4(const llm__model_walk *walk, const llm_backend_weight *weight, int rows) {
+    llm_backend_weight dense = *weight, sparse = *weight;
+    dense.rows = sparse.rows = rows;
+    sparse.is_2_4 = true;
+    return walk->backend->weight_bytes(walk->dtype, &sparse) < walk->backend->weight_bytes(walk->dtype, &dense);
+}
+
 static void llm__model_walk_weight(llm__model_walk *walk, llm_backend_weight_kind kind, int layer) {
     llm__env *env = walk->env;
     llm__weight_source source;
@@ -17073,9 +17087,8 @@ static void llm__model_walk_weight(llm__model_walk *walk, llm_backend_weight_kin
     w.stays = llm__model_leaves_in_file(walk, &w);
     if (walk->are_2_4 && !vector && !w.stays) {
         bool *known = &walk->are_2_4[layer * (LLM_WEIGHT_HEAD + 1) + kind];
-        w.is_2_4 = true;
-        llm__matrix m = llm__matrix_describe(walk->dtype, &w);
-        if (walk->looks) *known = llm__matrix_is_2_4(m.kind) && llm__model_weight_is_2_4(walk, &source);
+        if (walk->looks)
+            *known = llm__model_gains_by_2_4(walk, &w, (int)rows) && llm__model_weight_is_2_4(walk, &source);
         w.is_2_4 = *known;
     }
     uint64_t bytes = vector ? (uint64_t)w.rows * (uint64_t)w.cols * 4 : walk->backend->weight_bytes(walk->dtype, &w);
@@ -17370,7 +17383,7 @@ static void llm__model_make_plan(llm__env *env, const llm__file_source *source, 
     plan->ck = llm__checkpoint_open(env, source);
     plan->h = llm__hparams_read(env, plan->ck);
     plan->are_2_4 = NULL;
-    if (loads && desc->backend == &llm__cpu_backend && !desc->keep_zeros)
+    if (loads && !desc->keep_zeros)
         plan->are_2_4 =
             (bool *)llm__alloc_zero(env, (size_t)plan->h.n_layers * (LLM_WEIGHT_HEAD + 1), sizeof *plan->are_2_4);
     env->pool = outer;

@@ -9,9 +9,10 @@
         llm_model_desc desc = {.backend = llm_cuda_backend()};
 
     It runs every architecture that llm.h runs and needs compute capability 8.0 (Ampere) or newer. Weights are bf16,
-    f16, int8 or int4 in groups. The KV cache is bf16. The residual stream, sums, softmax and logits are f32. In a pass
-    of up to 16 rows, the bits of a row's logits depend neither on the other rows nor on the number of ranks. They
-    differ from the CPU's logits by about the rounding error of bf16.
+    f16, int8 or int4 in groups; of bf16 and int8 with 2:4 sparsity only half is held. The KV cache is bf16. The
+    residual stream, sums, softmax and logits are f32. In a pass of up to 16 rows, the bits of a row's logits depend
+    neither on the other rows nor on the number of ranks. They differ from the CPU's logits by about the rounding error
+    of bf16.
 
     CONTENTS
         1 errors and launches    2 the chip's own instructions    3 parameters of kernels    4 fused products
@@ -420,6 +421,40 @@ static __device__ uint4 llm__chip_widen_8(uint32_t a, uint32_t b) {
 
 static __host__ __device__ int llm__chip_byte_place(int i) { return (i & ~3) | (i & 1) << 1 | (i >> 1 & 1); }
 
+/* Four of the eight bytes of a (0 .. 3) and b (4 .. 7): the four low nibbles of `which` are their numbers. */
+static __device__ uint32_t llm__chip_pick_bytes(uint32_t a, uint32_t b, uint32_t which) {
+    uint32_t bytes = 0;
+#ifdef __CUDACC__
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(which));
+#else
+    for (int i = 0; i < 4; i++) {
+        uint32_t n = which >> 4 * i & 7;
+        bytes |= ((n < 4 ? a : b) >> n % 4 * 8 & 0xFFu) << 8 * i;
+    }
+#endif
+    return bytes;
+}
+
+/* Puts two of each four numbers (bf16) in their places, the others are zero. A word of `pairs` has the two of a four. A
+   nibble of `patterns` says where they belong: 0 .. 5 are the places 01, 02, 03, 12, 13 and 23. `first` gets the fours
+   of the first two words. */
+static __device__ void llm__chip_spread_pairs(uint4 pairs, uint32_t patterns, uint4 *first, uint4 *second) {
+    /* A byte for each four: which bytes of its pair its number 0 .. 3 consists of. 0x10 is the pair's first number,
+       0x32 the second, 0x44 is zero. The constants have a byte for each pattern. */
+    uint32_t n0 = llm__chip_pick_bytes(0x44101010u, 0x4444u, patterns),
+             n1 = llm__chip_pick_bytes(0x10444432u, 0x4410u, patterns),
+             n2 = llm__chip_pick_bytes(0x32443244u, 0x1044u, patterns),
+             n3 = llm__chip_pick_bytes(0x44324444u, 0x3232u, patterns);
+    first->x = llm__chip_pick_bytes(pairs.x, 0, llm__chip_pick_bytes(n0, n1, 0x40));
+    first->y = llm__chip_pick_bytes(pairs.x, 0, llm__chip_pick_bytes(n2, n3, 0x40));
+    first->z = llm__chip_pick_bytes(pairs.y, 0, llm__chip_pick_bytes(n0, n1, 0x51));
+    first->w = llm__chip_pick_bytes(pairs.y, 0, llm__chip_pick_bytes(n2, n3, 0x51));
+    second->x = llm__chip_pick_bytes(pairs.z, 0, llm__chip_pick_bytes(n0, n1, 0x62));
+    second->y = llm__chip_pick_bytes(pairs.z, 0, llm__chip_pick_bytes(n2, n3, 0x62));
+    second->z = llm__chip_pick_bytes(pairs.w, 0, llm__chip_pick_bytes(n0, n1, 0x73));
+    second->w = llm__chip_pick_bytes(pairs.w, 0, llm__chip_pick_bytes(n2, n3, 0x73));
+}
+
 /* Eight numbers of four bits as bf16. Each is 128 too large, because the bits are put into the mantissa of 2^7. Nibbles
    i and i + 4 are neighbours in k. */
 static __device__ uint4 llm__chip_widen_nibbles(uint32_t v) {
@@ -514,25 +549,67 @@ typedef enum llm__matrix_format {
     LLM__F16,
     LLM__INT8,        /* a scale for each output                                                       */
     LLM__INT8_GROUPS, /* scale and minimum for each 32 inputs of an output, as with LLM__INT4_GROUPS   */
-    LLM__INT4_GROUPS
+    LLM__INT4_GROUPS,
+    LLM__BF16_2_4, /* two of each four numbers of LLM__BF16, the others are zero                    */
+    LLM__INT8_2_4  /* the same of LLM__INT8                                                         */
 } llm__matrix_format;
 
+static __host__ __device__ constexpr bool llm__matrix_is_2_4(int format) { return format >= LLM__BF16_2_4; }
+static __host__ __device__ constexpr bool llm__matrix_has_groups(int format) {
+    return format == LLM__INT8_GROUPS || format == LLM__INT4_GROUPS;
+}
+static __host__ __device__ constexpr bool llm__matrix_has_row_scales(int format) {
+    return format == LLM__INT8 || format == LLM__INT8_2_4;
+}
+
 /* [n][k] numbers. k is padded with zeros to whole turns of 64 bytes. In a turn, groups are stored as [t][group], so
-   that each of four lanes (t) loads its inputs 8t .. 8t+7 of all groups as 16 bytes. */
+   that each of four lanes (t) loads its inputs 8t .. 8t+7 of all groups as 16 bytes.
+
+   A turn of a 2:4 matrix has the numbers of two turns of the same matrix with its zeros: turn 8 i + j those of 16 i + j
+   and of 16 i + j + 8. So a warp multiplies the same numbers in the same order, see section 4. If there is no second
+   turn, its half is zero. A lane's 16 bytes have pairs of numbers from the first turn, then from the second, and
+   `places` has a nibble for each pair, see llm__chip_spread_pairs. */
 typedef struct llm__gpu_matrix {
     llm__matrix_format format;
     uint8_t *data;
+    uint8_t *places;  /* 2:4: [n][turns][4] nibbles of each of the four lanes' pairs, in the same memory as the data */
     uint32_t *scales; /* LLM__INT8: [n] floats; groups: [n][k / 32] pairs of f16, the scale in the low half */
     int n, k;
 } llm__gpu_matrix;
 
 /* Numbers in 64 bytes of a row. */
 static __host__ __device__ constexpr int llm__matrix_turn(int format) {
-    return format <= LLM__F16 ? 32 : format == LLM__INT4_GROUPS ? 128 : 64;
+    return format <= LLM__F16 ? 32 : format == LLM__INT4_GROUPS || format == LLM__INT8_2_4 ? 128 : 64;
+}
+
+/* Turns of a row. */
+static __host__ __device__ constexpr int llm__matrix_turns(int format, int k) {
+    int turn = llm__matrix_turn(format), n = 2 * k / turn;
+    return !llm__matrix_is_2_4(format) ? k / turn : n / 16 * 8 + (n % 16 < 8 ? n % 16 : 8);
+}
+
+/* The first number of a turn. The other half of a turn of a 2:4 matrix begins four times llm__matrix_turn after it. */
+static __host__ __device__ constexpr int llm__matrix_turn_start(int format, int turn) {
+    return llm__matrix_is_2_4(format) ? (turn + turn / 8 * 8) * (llm__matrix_turn(format) / 2)
+                                      : turn * llm__matrix_turn(format);
 }
 
 static __host__ __device__ size_t llm__matrix_row_bytes(llm__gpu_matrix m) {
-    return (size_t)(m.k / llm__matrix_turn(m.format)) * 64;
+    return (size_t)llm__matrix_turns(m.format, m.k) * 64;
+}
+
+/* Bytes of a row's places. */
+static __host__ __device__ size_t llm__matrix_row_places(llm__gpu_matrix m) {
+    int turn_bytes = m.format == LLM__INT8_2_4 ? 16 : m.format == LLM__BF16_2_4 ? 8 : 0;
+    return (size_t)(llm__matrix_turns(m.format, m.k) * turn_bytes);
+}
+
+/* Which pair of a row of a 2:4 matrix has the numbers of a four. Fours 2i and 2i + 1 have neighbouring pairs. Pair i is
+   numbers 2i and 2i + 1 of the row. */
+static __host__ __device__ int llm__matrix_pair(int format, int four) {
+    unsigned bits = format == LLM__BF16_2_4 ? 1 : 2, own = 1u << bits; /* a lane's fours of a turn with zeros */
+    unsigned turn = (unsigned)four >> (bits + 2), lane = (unsigned)four >> bits & 3, i = (unsigned)four & (own - 1);
+    return (int)((((turn / 16 * 8 + turn % 8) * 4 + lane) * 2 + turn / 8 % 2) * own + i);
 }
 
 static __host__ __device__ int llm__pad(int n, int step) { return (n + step - 1) / step * step; }
@@ -667,6 +744,10 @@ static __device__ void llm__store_pair(const llm__qkv_store &s, llm__cell cell, 
    inputs. For weights in groups the tensor core multiplies the integers by 32 inputs at a time, and also a matrix of
    ones by the same inputs: sum += scale * (q . x) + minimum * (1 . x).
 
+   The numbers of a 2:4 matrix get their zeros back in registers, and a warp multiplies the same numbers in the same
+   order as those of the matrix with its zeros. So the sums are the same bits. (A zero is 0 even if it was -0. That
+   changes no sum, since all sums begin with 0.) The tensor core could multiply them as they are, but in another order.
+
    RMSNorm is fused, too. The kernel that writes the residual stream x also writes bf16(x * norm weight), which the next
    product reads, and the sum of squares of its 16 outputs. That product divides its results by the root of their
    mean. */
@@ -723,7 +804,7 @@ template <int ENDING, int FORMAT>
 static __device__ llm__end_inputs llm__product_load_end(const llm__product &p, int tile, int column, int pair) {
     llm__end_inputs in = {1, 1, 0, 0, 0, 0, {1, 0}};
     int a = llm__product_output<ENDING>(p, tile, pair, 0), b = llm__product_output<ENDING>(p, tile, pair, 1);
-    if (FORMAT == LLM__INT8) {
+    if (llm__matrix_has_row_scales(FORMAT)) {
         if (a >= 0) in.scale_a = __uint_as_float(p.weight.scales[a]);
         if (b >= 0) in.scale_b = __uint_as_float(p.weight.scales[b]);
     }
@@ -841,9 +922,41 @@ static __device__ void llm__product_multiply_turn(float sums[4], uint4 upper, ui
     }
 }
 
-/* Bytes of a warp's slot: a turn's numbers, [2][lane], and the scales of its 16 rows. */
+/* The same for 2:4. The numbers are spread out, so the tensor core gets what it gets of the matrix with its zeros.
+   `x` are the inputs of the first half, `x_second` those of the second half, NULL if there is none. */
+template <int FORMAT>
+static __device__ void llm__product_multiply_2_4(float sums[4], uint4 upper, uint4 lower, uint32_t upper_places,
+                                                 uint32_t lower_places, const uint16_t *x, const uint16_t *x_second) {
+    uint4 a, b, a_next, b_next;
+    if (FORMAT == LLM__BF16_2_4) {
+        llm__chip_spread_pairs(upper, upper_places, &a, &a_next);
+        llm__chip_spread_pairs(lower, lower_places, &b, &b_next);
+        llm__chip_multiply_32(sums, a, b, *(const uint4 *)x);
+        if (x_second) llm__chip_multiply_32(sums, a_next, b_next, *(const uint4 *)x_second);
+        return;
+    }
+    llm__chip_spread_pairs(llm__chip_widen_8(upper.x, upper.y), upper_places, &a, &a_next);
+    llm__chip_spread_pairs(llm__chip_widen_8(lower.x, lower.y), lower_places, &b, &b_next);
+    llm__chip_multiply_32(sums, a, b, *(const uint4 *)x);
+    llm__chip_multiply_32(sums, a_next, b_next, *(const uint4 *)(x + 8));
+    if (!x_second) return;
+    llm__chip_spread_pairs(llm__chip_widen_8(upper.z, upper.w), upper_places >> 16, &a, &a_next);
+    llm__chip_spread_pairs(llm__chip_widen_8(lower.z, lower.w), lower_places >> 16, &b, &b_next);
+    llm__chip_multiply_32(sums, a, b, *(const uint4 *)x_second);
+    llm__chip_multiply_32(sums, a_next, b_next, *(const uint4 *)(x_second + 8));
+}
+
+/* Bytes of a warp's slot: a turn's numbers, [2][lane], and the scales or places of its 16 rows. */
 static __host__ __device__ constexpr int llm__product_slot_bytes(int format) {
-    return 1024 + (format == LLM__INT4_GROUPS ? 256 : format == LLM__INT8_GROUPS ? 128 : 0);
+    return 1024 + (format == LLM__INT4_GROUPS || format == LLM__INT8_2_4   ? 256
+                   : format == LLM__INT8_GROUPS || format == LLM__BF16_2_4 ? 128
+                                                                           : 0);
+}
+
+/* The nibbles for the pairs in 16 bytes of a slot. */
+template <int FORMAT> static __device__ uint32_t llm__product_get_places(const uint4 *slot, int i) {
+    if (FORMAT == LLM__INT8_2_4) return ((const uint32_t *)(slot + 64))[i];
+    return ((const uint16_t *)(slot + 64))[i];
 }
 
 /* The shared memory of a block, before the warps' slots and the inputs. */
@@ -890,6 +1003,10 @@ static __device__ void llm__product_fetch_turn(const llm__product &p, int n_turn
             llm__chip_copy_16(slot + 64 + 8 * t + g, p.weight.scales + (t ? lower : upper) * 4, 16);
         if (FORMAT == LLM__INT8_GROUPS && t < 2)
             llm__chip_copy_8((uint2 *)(slot + 64) + 8 * t + g, p.weight.scales + (t ? lower : upper) * 2);
+        if (FORMAT == LLM__INT8_2_4 && t < 2)
+            llm__chip_copy_16(slot + 64 + 8 * t + g, p.weight.places + (t ? lower : upper) * 16, 16);
+        if (FORMAT == LLM__BF16_2_4 && t < 2)
+            llm__chip_copy_8((uint2 *)(slot + 64) + 8 * t + g, p.weight.places + (t ? lower : upper) * 8);
     }
     llm__chip_group_copies();
     fetch->turn += LLM__WARPS;
@@ -905,7 +1022,7 @@ template <int ENDING, int FORMAT> static __device__ void llm__product_prefetch_e
     int row = (int)threadIdx.x % 16, tile = (int)(blockIdx.x + threadIdx.x / 16 * gridDim.x);
     int output = tile < p.n_tiles ? llm__product_output<ENDING>(p, tile, row % 8, row / 8) : -1;
     if (output < 0) return;
-    if (FORMAT == LLM__INT8) llm__chip_prefetch_line(p.weight.scales + output);
+    if (llm__matrix_has_row_scales(FORMAT)) llm__chip_prefetch_line(p.weight.scales + output);
     if (ENDING == LLM__RESIDUAL) llm__chip_prefetch_line(p.next_norm + output);
     if (ENDING == LLM__QKV && p.store.bias) llm__chip_prefetch_line(p.store.bias + output);
 }
@@ -925,18 +1042,18 @@ static __device__ void llm__product_hold_inputs(const llm__product &p, int n_col
 /* The most blocks of a fused product that a multiprocessor holds at once, for their registers. Their shared memory may
    leave room for fewer. */
 static __host__ __device__ constexpr int llm__product_blocks_per_processor(int format, int tiles) {
-    return format >= LLM__INT8_GROUPS || tiles == 2 ? 2 : 3;
+    return llm__matrix_has_groups(format) || tiles == 2 ? 2 : 3;
 }
 
 /* The kernel of a fused product, for TILES * 8 columns. */
 template <int ENDING, int TILES, int FORMAT>
 static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_per_processor(FORMAT, TILES))
     llm__fused_product(llm__product p) {
-    constexpr bool GROUPS = FORMAT >= LLM__INT8_GROUPS;
+    constexpr bool GROUPS = llm__matrix_has_groups(FORMAT), IS_2_4 = llm__matrix_is_2_4(FORMAT);
     constexpr int COLUMNS = TILES * 8, TURN = llm__matrix_turn(FORMAT), SLOT = llm__product_slot_bytes(FORMAT) / 16;
     llm__product_memory<COLUMNS> *m = (llm__product_memory<COLUMNS> *)llm__block_memory;
     int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4,
-        n_turns = p.weight.k / TURN;
+        n_turns = llm__matrix_turns(FORMAT, p.weight.k);
     uint4 *slots = (uint4 *)(m + 1) + warp * LLM__SLOTS * SLOT;
     uint16_t *held = (uint16_t *)((uint4 *)(m + 1) + LLM__WARPS * LLM__SLOTS * SLOT);
     int n_columns = __ldcg(p.rows.counts + p.count), tile = (int)blockIdx.x;
@@ -970,7 +1087,7 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
                          : 0; /* columns that do not exist repeat the first one; the end of a tile skips them */
         unsigned row = (unsigned)(holds || !p.gather ? column : __ldcg(p.gather + column));
         x_at[j] = row * (unsigned)(holds ? p.weight.k + 32 : llm__matrix_input_stride(p.weight)) +
-                  (GROUPS ? 8u : TURN / 4u) * (unsigned)t;
+                  (GROUPS ? 8u : TURN / (IS_2_4 ? 8u : 4u)) * (unsigned)t;
     }
     __syncthreads();
     for (int round = 0, at = 0; tile < p.n_tiles; round ^= 1, tile += (int)gridDim.x) {
@@ -979,7 +1096,7 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
         for (int turn = warp; turn < n_turns; turn += LLM__WARPS) {
             const uint4 *slot = slots + at * SLOT;
             llm__chip_wait_for_copies<LLM__SLOTS - 2>();
-            if (GROUPS) __syncwarp(); /* the scales were copied by other lanes */
+            if (GROUPS || IS_2_4) __syncwarp(); /* the scales or places were copied by other lanes */
             /* To the slot of the turn before, of which no lane needs anything any more. */
             llm__product_fetch_turn<ENDING, FORMAT>(p, n_turns, &fetch, slots + (at ? at - 1 : LLM__SLOTS - 1) * SLOT);
             at = at == LLM__SLOTS - 1 ? 0 : at + 1;
@@ -990,10 +1107,19 @@ static __global__ void __launch_bounds__(LLM__WARPS * 32, llm__product_blocks_pe
                 upper_scales = make_uint4(a.x, a.y, 0, 0);
                 lower_scales = make_uint4(b.x, b.y, 0, 0);
             }
+            int start = llm__matrix_turn_start(FORMAT, turn);
 #pragma unroll
-            for (int j = 0; j < TILES; j++)
-                llm__product_multiply_turn<FORMAT>(sums[j], slot[lane], slot[32 + lane], upper_scales, lower_scales,
-                                                   x + (x_at[j] + (unsigned)(turn * TURN)));
+            for (int j = 0; j < TILES; j++) {
+                const uint16_t *inputs = x + (x_at[j] + (unsigned)start);
+                if constexpr (IS_2_4)
+                    llm__product_multiply_2_4<FORMAT>(sums[j], slot[lane], slot[32 + lane],
+                                                      llm__product_get_places<FORMAT>(slot, lane),
+                                                      llm__product_get_places<FORMAT>(slot, 32 + lane), inputs,
+                                                      start + 4 * TURN < p.weight.k ? inputs + 4 * TURN : NULL);
+                else
+                    llm__product_multiply_turn<FORMAT>(sums[j], slot[lane], slot[32 + lane], upper_scales, lower_scales,
+                                                       inputs);
+            }
         }
 #pragma unroll
         for (int j = 0; j < TILES; j++)
@@ -1049,6 +1175,16 @@ static __device__ float llm__matrix_element(llm__gpu_matrix m, int row, int i) {
     if (m.format == LLM__F16) return llm__chip_half(((const uint16_t *)from)[i]);
     if (m.format == LLM__INT8)
         return (float)((const int8_t *)from)[llm__chip_byte_place(i)] * __uint_as_float(m.scales[row]);
+    if (llm__matrix_is_2_4(m.format)) {
+        int pair = llm__matrix_pair(m.format, i / 4), at = 2 * pair;
+        int pattern = m.places[row * llm__matrix_row_places(m) + (size_t)(pair / 2)] >> pair % 2 * 4 & 15;
+        int first = pattern / 3 + pattern / 5; /* its places, see llm__chip_spread_pairs */
+        int second = pattern < 3 ? pattern + 1 : pattern - first;
+        if (i % 4 != first && i % 4 != second) return 0;
+        if (i % 4 == second) at++;
+        if (m.format == LLM__BF16_2_4) return llm__chip_from_bf16(((const uint16_t *)from)[at]);
+        return (float)((const int8_t *)from)[llm__chip_byte_place(at)] * __uint_as_float(m.scales[row]);
+    }
     const uint8_t *eight = from + llm__matrix_group_place(m.format, i / 8 * 8);
     uint32_t d = m.scales[(size_t)row * (m.k / 32) + i / 32];
     int q = m.format == LLM__INT8_GROUPS ? ((const int8_t *)eight)[llm__chip_byte_place(i % 8)]
@@ -1848,6 +1984,17 @@ static __global__ void llm__widen(llm__gpu_matrix m, int first, int n, bool low,
     } else if (m.format == LLM__INT8) {
         uint2 bytes = *(const uint2 *)(from + i);
         out = llm__chip_widen_8(bytes.x, bytes.y);
+    } else if (llm__matrix_is_2_4(m.format)) {
+        int pair = llm__matrix_pair(m.format, i / 4);
+        uint32_t patterns = m.places[row * llm__matrix_row_places(m) + (size_t)(pair / 2)];
+        uint4 pairs = make_uint4(0, 0, 0, 0), none;
+        if (m.format == LLM__BF16_2_4) {
+            uint2 words = *(const uint2 *)(from + 4 * pair);
+            pairs.x = words.x, pairs.y = words.y;
+        } else {
+            pairs = llm__chip_widen_8(*(const uint32_t *)(from + 2 * pair), 0);
+        }
+        llm__chip_spread_pairs(pairs, patterns, &out, &none);
     } else {
         const uint8_t *place = from + llm__matrix_group_place(m.format, i);
         uint32_t d = m.scales[(size_t)row * (m.k / 32) + i / 32], pairs[4];
@@ -2385,7 +2532,17 @@ static void *llm__host_zero(const llm_host *host, size_t size, llm_error *err) {
     return NULL;
 }
 
-/* Describes a matrix. Its memory is not allocated yet. */
+/* Number of scales of a row. */
+static size_t llm__matrix_row_scales(llm__gpu_matrix m) {
+    return llm__matrix_has_groups(m.format) ? (size_t)m.k / 32 : llm__matrix_has_row_scales(m.format) ? 1 : 0;
+}
+
+/* Bytes that are read of a row: its numbers, places and scales. */
+static size_t llm__matrix_all_bytes(llm__gpu_matrix m) {
+    return llm__matrix_row_bytes(m) + llm__matrix_row_places(m) + llm__matrix_row_scales(m) * 4;
+}
+
+/* Describes a matrix. Its memory is not allocated yet. A short row can be longer as 2:4, and then it is not used. */
 static llm__gpu_matrix llm__matrix_describe(llm_dtype dtype, const llm_backend_weight *weight) {
     llm__gpu_matrix m;
     memset(&m, 0, sizeof m);
@@ -2394,17 +2551,15 @@ static llm__gpu_matrix llm__matrix_describe(llm_dtype dtype, const llm_backend_w
     if (dtype == LLM_DTYPE_INT4) m.format = weight->has_q8_0 ? LLM__INT8_GROUPS : LLM__INT4_GROUPS;
     m.n = weight->rows;
     m.k = llm__pad(weight->cols, dtype == LLM_DTYPE_INT4 ? 128 : 64);
-    return m;
-}
-
-/* Number of scales of a row. */
-static size_t llm__matrix_row_scales(llm__gpu_matrix m) {
-    return m.format <= LLM__F16 ? 0 : m.format == LLM__INT8 ? 1 : (size_t)m.k / 32;
+    llm__gpu_matrix pairs = m;
+    if (m.format == LLM__BF16) pairs.format = LLM__BF16_2_4;
+    if (m.format == LLM__INT8) pairs.format = LLM__INT8_2_4;
+    return weight->is_2_4 && llm__matrix_all_bytes(pairs) < llm__matrix_all_bytes(m) ? pairs : m;
 }
 
 static uint64_t llm__gpu_weight_bytes(llm_dtype dtype, const llm_backend_weight *weight) {
     llm__gpu_matrix m = llm__matrix_describe(dtype, weight);
-    return (uint64_t)m.n * (llm__matrix_row_bytes(m) + llm__matrix_row_scales(m) * 4);
+    return (uint64_t)m.n * llm__matrix_all_bytes(m);
 }
 
 /* The GPU for a rank. If the calling thread's current GPU is not GPU 0, the host has chosen it. Otherwise ranks are
@@ -2561,14 +2716,15 @@ typedef struct llm__conversion {
     const llm_backend_weight *weight;
     llm__gpu_matrix matrix; /* with n rows, in the buffer */
     int first, n_threads;
-    size_t scratch_bytes; /* per thread: a row of floats and a row of groups, see llm__conversion_bytes */
+    size_t scratch_bytes; /* per thread, see llm__conversion_bytes */
     uint8_t *scratch;
 } llm__conversion;
 
-/* Bytes of scratch memory per thread: a row of floats, then a row of groups. */
+/* Bytes of scratch memory per thread: a row of floats, then a row of groups, or one of bf16 or int8. */
 static size_t llm__conversion_bytes(const llm_backend_weight *weight) {
-    size_t n_groups = (size_t)llm__pad(weight->cols, 32) / 32;
-    return n_groups * 32 * sizeof(float) + n_groups * sizeof(llm_backend_group);
+    size_t n = (size_t)llm__pad(weight->cols, 64);
+    static_assert(sizeof(llm_backend_group) <= 32 * 2, "a row of bf16 is longer than one of groups");
+    return n * sizeof(float) + n * 2;
 }
 
 static void llm__bf16_row(const float *row, int n, uint16_t *out) {
@@ -2617,25 +2773,51 @@ static void llm__group_row(int format, const llm_backend_group *groups, int n_gr
     }
 }
 
+/* Makes a row 2:4 that has its zeros. If more than two of a four are zero, so are numbers of its pair. */
+static void llm__pair_row(llm__gpu_matrix m, const uint8_t *dense, uint8_t *out, uint8_t *places) {
+    bool is_bf16 = m.format == LLM__BF16_2_4;
+    for (int four = 0; four < m.k / 4; four++) {
+        int pair = llm__matrix_pair(m.format, four), from[2] = {0, 0}, n = 0;
+        for (int j = 0; j < 4 && n < 2; j++) {
+            int i = 4 * four + j;
+            uint16_t number = dense[llm__chip_byte_place(i)];
+            if (is_bf16) memcpy(&number, dense + 2 * i, 2);
+            if (number & 0x7FFF || j == 2 + n) from[n++] = j;
+        }
+        for (int j = 0; j < 2; j++) {
+            int i = 4 * four + from[j], to = 2 * pair + j;
+            if (is_bf16) memcpy(out + 2 * to, dense + 2 * i, 2);
+            else out[llm__chip_byte_place(to)] = dense[llm__chip_byte_place(i)];
+        }
+        int pattern = from[0] == 0 ? from[1] - 1 : from[0] + from[1];
+        places[pair / 2] |= (uint8_t)(pattern << pair % 2 * 4);
+    }
+}
+
 /* Thread `index` takes every n_threads-th row. */
 static void llm__convert_rows(const llm__conversion *c, int index) {
     const llm__gpu_matrix *m = &c->matrix;
-    size_t row_bytes = llm__matrix_row_bytes(*m), row_scales = llm__matrix_row_scales(*m);
-    int n_groups = llm__pad(c->weight->cols, 32) / 32;
+    size_t row_bytes = llm__matrix_row_bytes(*m), row_places = llm__matrix_row_places(*m),
+           row_scales = llm__matrix_row_scales(*m);
+    int n_groups = llm__pad(c->weight->cols, 32) / 32, k = llm__pad(c->weight->cols, 64);
+    bool is_2_4 = llm__matrix_is_2_4(m->format);
     float *row = (float *)(void *)(c->scratch + (size_t)index * c->scratch_bytes);
-    llm_backend_group *groups = (llm_backend_group *)(void *)(row + 32 * n_groups);
+    llm_backend_group *groups = (llm_backend_group *)(void *)(row + k);
     for (int r = index; r < m->n; r += c->n_threads) {
-        uint8_t *to = m->data + r * row_bytes;
+        uint8_t *held = m->data + r * row_bytes, *places = m->places + r * row_places,
+                *to = is_2_4 ? (uint8_t *)(row + k) : held;
         uint32_t *scales = m->scales + r * row_scales;
-        memset(to, 0, row_bytes);
+        memset(held, 0, row_bytes);
+        memset(places, 0, row_places);
         memset(scales, 0, row_scales * 4);
-        if (m->format >= LLM__INT8_GROUPS) {
+        if (is_2_4) memset(to, 0, (size_t)k * 2);
+        if (llm__matrix_has_groups(m->format)) {
             llm_backend_weight_groups(c->weight, c->first + r, row, groups);
             llm__group_row(m->format, groups, n_groups, to, scales);
             continue;
         }
         c->weight->read_row(c->weight, c->first + r, row);
-        if (m->format == LLM__BF16) {
+        if (m->format == LLM__BF16 || m->format == LLM__BF16_2_4) {
             llm__bf16_row(row, c->weight->cols, (uint16_t *)(void *)to);
         } else if (m->format == LLM__F16) {
             for (int i = 0; i < c->weight->cols; i++) ((uint16_t *)(void *)to)[i] = llm__round_to_f16(row[i]);
@@ -2643,6 +2825,7 @@ static void llm__convert_rows(const llm__conversion *c, int index) {
             float scale = llm__int8_row(row, c->weight->cols, (int8_t *)to);
             memcpy(scales, &scale, 4);
         }
+        if (is_2_4) llm__pair_row(*m, to, held, places);
     }
 }
 
@@ -2662,23 +2845,28 @@ static void llm__convert(llm__conversion *c, int n_threads) {
     for (int i = 1; i < n_started; i++) threads[i].join();
 }
 
-/* A buffer holds rows, then their scales. */
+/* A buffer holds rows, then their scales, then their places. */
 static llm_status llm__upload_rows(llm__gpu_model *m, const llm_backend_weight *weight, uint8_t *scratch,
                                    llm__gpu_matrix matrix, llm_error *err) {
-    size_t row_bytes = llm__matrix_row_bytes(matrix), scale_bytes = llm__matrix_row_scales(matrix) * 4;
-    int some = (int)(llm__staging_bytes(&m->whole) / (row_bytes + scale_bytes));
+    size_t row_bytes = llm__matrix_row_bytes(matrix), scale_bytes = llm__matrix_row_scales(matrix) * 4,
+           place_bytes = llm__matrix_row_places(matrix);
+    int some = (int)(llm__staging_bytes(&m->whole) / llm__matrix_all_bytes(matrix));
     llm__conversion c = {weight, matrix, 0, 0, llm__conversion_bytes(weight), scratch};
     for (; c.first < weight->rows; c.first += some, m->turn ^= 1) {
         size_t n = (size_t)llm__min(weight->rows - c.first, some), first = (size_t)c.first;
         c.matrix.n = (int)n;
         c.matrix.data = m->staging[m->turn];
         c.matrix.scales = (uint32_t *)(void *)(c.matrix.data + n * row_bytes);
+        c.matrix.places = c.matrix.data + n * (row_bytes + scale_bytes);
         LLM__TRY(cudaEventSynchronize(m->sent[m->turn]));
         llm__convert(&c, m->n_threads);
         LLM__TRY(cudaMemcpyAsync(matrix.data + first * row_bytes, c.matrix.data, n * row_bytes, cudaMemcpyHostToDevice,
                                  m->stream));
         if (scale_bytes)
             LLM__TRY(cudaMemcpyAsync(matrix.scales + first * (scale_bytes / 4), c.matrix.scales, n * scale_bytes,
+                                     cudaMemcpyHostToDevice, m->stream));
+        if (place_bytes)
+            LLM__TRY(cudaMemcpyAsync(matrix.places + first * place_bytes, c.matrix.places, n * place_bytes,
                                      cudaMemcpyHostToDevice, m->stream));
         LLM__TRY(cudaEventRecord(m->sent[m->turn], m->stream));
     }
@@ -2688,10 +2876,12 @@ static llm_status llm__upload_rows(llm__gpu_model *m, const llm_backend_weight *
 static llm_status llm__upload_matrix(llm__gpu_model *m, const llm_backend_weight *weight, llm__gpu_matrix *matrix,
                                      llm_error *err) {
     *matrix = llm__matrix_describe(m->dtype, weight);
-    size_t n = (size_t)matrix->n, scale_bytes = n * llm__matrix_row_scales(*matrix) * 4;
+    size_t n = (size_t)matrix->n, scale_bytes = n * llm__matrix_row_scales(*matrix) * 4,
+           row_bytes = n * llm__matrix_row_bytes(*matrix);
     if (n == 0) return LLM_OK; /* this rank has no share of this matrix */
     if (scale_bytes) LLM__TRY(cudaMalloc((void **)&matrix->scales, scale_bytes));
-    LLM__TRY(cudaMalloc((void **)&matrix->data, n * llm__matrix_row_bytes(*matrix)));
+    LLM__TRY(cudaMalloc((void **)&matrix->data, row_bytes + n * llm__matrix_row_places(*matrix)));
+    matrix->places = matrix->data + row_bytes;
     uint8_t *scratch = (uint8_t *)llm__host_zero(&m->host, (size_t)m->n_threads * llm__conversion_bytes(weight), err);
     if (!scratch) return LLM_ERROR_MEMORY;
     llm_status status = llm__upload_rows(m, weight, scratch, *matrix, err);
@@ -3834,6 +4024,8 @@ template <int ENDING, int TILES> static llm__product_fn llm__choose_format(llm__
     case LLM__INT8: return llm__fused_product<ENDING, TILES, LLM__INT8>;
     case LLM__INT8_GROUPS: return llm__fused_product<ENDING, TILES, LLM__INT8_GROUPS>;
     case LLM__INT4_GROUPS: return llm__fused_product<ENDING, TILES, LLM__INT4_GROUPS>;
+    case LLM__BF16_2_4: return llm__fused_product<ENDING, TILES, LLM__BF16_2_4>;
+    case LLM__INT8_2_4: return llm__fused_product<ENDING, TILES, LLM__INT8_2_4>;
     default: return llm__fused_product<ENDING, TILES, LLM__BF16>;
     }
 }
@@ -4127,7 +4319,7 @@ static void llm__eager_product(llm__gpu_context *c, llm__gpu_matrix m, const uin
    it goes to c->wide first. That has room for it, because only residual streams are added to. */
 static void llm__plain_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows, float *y,
                                int stride, bool add) {
-    bool scales = m.format == LLM__INT8 && llm__has_blas(c), apart = scales && add;
+    bool scales = llm__matrix_has_row_scales(m.format) && llm__has_blas(c), apart = scales && add;
     const llm__target to = {apart ? c->wide : y, apart ? m.n : stride, false, add && !apart};
     if (!llm__has_blas(c)) llm__eager_product(c, m, x, rows, to);
     else llm__widened_product(c, m, x, rows, to);
@@ -4141,7 +4333,7 @@ static void llm__plain_product(llm__gpu_context *c, llm__gpu_matrix m, const uin
 static llm__wide llm__wide_product(llm__gpu_context *c, llm__gpu_matrix m, const uint16_t *x, int rows,
                                    bool may_round) {
     llm__wide wide = {c->wide, may_round && llm__has_blas(c) && m.format != LLM__F16,
-                      llm__has_blas(c) && m.format == LLM__INT8 ? m.scales : NULL, m.n};
+                      llm__has_blas(c) && llm__matrix_has_row_scales(m.format) ? m.scales : NULL, m.n};
     const llm__target to = {c->wide, m.n, wide.is_bf16, false};
     if (llm__has_blas(c)) llm__widened_product(c, m, x, rows, to);
     else llm__eager_product(c, m, x, rows, to);
@@ -4465,7 +4657,7 @@ static llm_status llm__gpu_write_block(void *context, int block, const void *byt
 }
 
 static void llm__add_region(llm__region *regions, int *n, llm__gpu_matrix m) {
-    llm__region region = {m.data, (size_t)m.n * llm__matrix_row_bytes(m) / 16};
+    llm__region region = {m.data, (size_t)m.n * (llm__matrix_row_bytes(m) + llm__matrix_row_places(m)) / 16};
     regions[(*n)++] = region;
 }
 
@@ -4606,9 +4798,7 @@ LLM_API const char *llm__cuda_kind(void *context, int kind, int *n_kernels, doub
     if (kind > LLM__KIND_HEAD) return llm__kind_name(kind);
     *n_kernels = kind == LLM__KIND_HEAD ? 1 : kind == LLM__KIND_ROPE && !m->shape.qk_norm ? 0 : m->shape.n_layers;
     llm__gpu_matrix matrix = matrices[kind];
-    *bytes = matrix.n == 0 ? 0
-                           : (double)*n_kernels * matrix.n *
-                                 (double)(llm__matrix_row_bytes(matrix) + llm__matrix_row_scales(matrix) * 4);
+    *bytes = matrix.n == 0 ? 0 : (double)*n_kernels * matrix.n * (double)llm__matrix_all_bytes(matrix);
     return llm__kind_name(kind);
 }
 

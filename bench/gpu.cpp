@@ -10,7 +10,8 @@
         bench --device             the GPU
         bench --help               the shapes
 
-    TYPE is bf16, f16, int8 or int4; MODE is graph, fused or eager.
+    TYPE is bf16, f16, int8, int4, bf16-2:4 or int8-2:4; MODE is graph, fused or eager. With 2:4, two of each four
+    weights of the layers are zero, but none of the embedding, which is also the head.
 
     It drives the backend itself, so models need no files. Each line is one measurement: model, weights, mode, what, the
     rate per second, and its share of the limit measured on the same GPU. Decoding is held against the bandwidth of
@@ -46,6 +47,16 @@ static const shape SHAPES[] = {
     {"smallest", 2, 64, 96, 4, 2, 16, 300, 320},               /* to try this program without a GPU */
 };
 
+typedef struct weight_type {
+    const char *name;
+    llm_dtype dtype;
+    bool is_2_4;
+} weight_type;
+
+static const weight_type TYPES[] = {{"bf16", LLM_DTYPE_BF16, false},    {"f16", LLM_DTYPE_F16, false},
+                                    {"int8", LLM_DTYPE_INT8, false},    {"int4", LLM_DTYPE_INT4, false},
+                                    {"bf16-2:4", LLM_DTYPE_BF16, true}, {"int8-2:4", LLM_DTYPE_INT8, true}};
+
 enum { PROMPT = 6, DEEP = 3800, NEW_TOKENS = 200, SOME_TOKENS = 64, SOME_PROMPT = 2048 };
 
 /* llm_cuda.cu has these for this program alone. */
@@ -57,7 +68,8 @@ typedef struct bench {
     llm_backend_shape llm;
     const llm_backend *backend;
     void *model, *context;
-    const char *mode, *dtype;
+    const weight_type *type;
+    const char *mode;
     double weight_bytes, bandwidth, flops;
     std::vector<int> table, positions, seqs, logit_rows;
     std::vector<llm_token> tokens;
@@ -75,12 +87,17 @@ static void check(llm_status status, const llm_error *err) {
     exit(1);
 }
 
-/* Cheap numbers of about the right size; each row begins elsewhere in a short list. */
+/* Cheap numbers of about the right size; each row begins elsewhere in a short list. With 2:4, each four loses two. */
 static void random_row(const llm_backend_weight *weight, int row, float *out) {
     unsigned x = (unsigned)row * 2654435761u + (unsigned)weight->kind * 40503u + 12345u;
     for (int i = 0; i < weight->cols; i++) {
         x = x * 1664525u + 1013904223u;
         out[i] = weight->rows == 1 ? 1.0f : (float)(int)x * (0.03f / 2147483648.0f);
+    }
+    for (int i = 0; weight->is_2_4 && i + 4 <= weight->cols; i += 4) {
+        static const unsigned char places[6][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}};
+        x = x * 1664525u + 1013904223u;
+        for (unsigned char place : places[(x >> 16) % 6]) out[i + place] = 0;
     }
 }
 
@@ -90,7 +107,7 @@ static const void *no_raw_row(const llm_backend_weight *, int, int *type) {
     return NULL;
 }
 
-static void upload(bench *b, llm_dtype dtype, llm_backend_weight_kind kind, int layer, int rows, int cols) {
+static void upload(bench *b, llm_backend_weight_kind kind, int layer, int rows, int cols) {
     llm_backend_weight w = {};
     llm_error err;
     w.kind = kind;
@@ -99,27 +116,29 @@ static void upload(bench *b, llm_dtype dtype, llm_backend_weight_kind kind, int 
     w.cols = cols;
     w.read_row = random_row;
     w.raw_row = no_raw_row;
-    if (rows > 1) b->weight_bytes += (double)b->backend->weight_bytes(dtype, &w); /* the embedding is the head */
+    w.is_2_4 = b->type->is_2_4 && rows > 1 && kind != LLM_WEIGHT_EMBEDDING;
+    if (rows > 1)
+        b->weight_bytes += (double)b->backend->weight_bytes(b->type->dtype, &w); /* the embedding is the head */
     check(b->backend->upload(b->model, &w, &err), &err);
 }
 
-static void upload_all(bench *b, llm_dtype dtype) {
+static void upload_all(bench *b) {
     const shape *s = b->s;
     const llm_backend_ranks own = llm_backend_find_ranks(&b->llm, b->tensor, NULL);
     int q = own.heads.n * s->head_dim, kv = own.key_heads.n * s->head_dim;
-    upload(b, dtype, LLM_WEIGHT_EMBEDDING, 0, own.vocab.n, s->n_embd);
+    upload(b, LLM_WEIGHT_EMBEDDING, 0, own.vocab.n, s->n_embd);
     for (int i = 0; i < s->n_layers; i++) {
-        upload(b, dtype, LLM_WEIGHT_ATTENTION_NORM, i, 1, s->n_embd);
-        upload(b, dtype, LLM_WEIGHT_QKV, i, q + 2 * kv, s->n_embd);
-        upload(b, dtype, LLM_WEIGHT_ATTENTION_OUT, i, own.embd.n, s->n_heads * s->head_dim);
-        upload(b, dtype, LLM_WEIGHT_FFN_NORM, i, 1, s->n_embd);
-        upload(b, dtype, LLM_WEIGHT_GATE_UP, i, 2 * own.ff.n, s->n_embd);
-        upload(b, dtype, LLM_WEIGHT_DOWN, i, own.embd.n, s->n_ff);
+        upload(b, LLM_WEIGHT_ATTENTION_NORM, i, 1, s->n_embd);
+        upload(b, LLM_WEIGHT_QKV, i, q + 2 * kv, s->n_embd);
+        upload(b, LLM_WEIGHT_ATTENTION_OUT, i, own.embd.n, s->n_heads * s->head_dim);
+        upload(b, LLM_WEIGHT_FFN_NORM, i, 1, s->n_embd);
+        upload(b, LLM_WEIGHT_GATE_UP, i, 2 * own.ff.n, s->n_embd);
+        upload(b, LLM_WEIGHT_DOWN, i, own.embd.n, s->n_ff);
     }
-    upload(b, dtype, LLM_WEIGHT_OUTPUT_NORM, 0, 1, s->n_embd);
+    upload(b, LLM_WEIGHT_OUTPUT_NORM, 0, 1, s->n_embd);
 }
 
-static void open_model(bench *b, llm_dtype dtype) {
+static void open_model(bench *b) {
     const shape *s = b->s;
     llm_backend_shape &shape = b->llm;
     llm_model_desc desc = {};
@@ -136,11 +155,11 @@ static void open_model(bench *b, llm_dtype dtype) {
     shape.tied_head = true;
     b->frequencies.assign((size_t)s->head_dim / 2, 0.01);
     shape.rope_frequencies = b->frequencies.data();
-    desc.dtype = dtype;
+    desc.dtype = b->type->dtype;
     desc.n_threads = b->tensor ? 16 / b->tensor->size : 16;
     desc.tensor = b->tensor;
     check(b->backend->open(&b->model, &shape, &desc, &err), &err);
-    upload_all(b, dtype);
+    upload_all(b);
 }
 
 /* Keys and values of about the size of real ones, all over the cache. */
@@ -217,7 +236,7 @@ static llm_token best_token(bench *b) {
 }
 
 static void print_row(const bench *b, const char *what, double rate, double share) {
-    printf("%s,%s,%s,%s,%.1f,%.1f\n", b->s->name, b->dtype, b->mode, what, rate, share * 100);
+    printf("%s,%s,%s,%s,%.1f,%.1f\n", b->s->name, b->type->name, b->mode, what, rate, share * 100);
     fflush(stdout);
 }
 
@@ -267,17 +286,17 @@ static void bench_prefill(bench *b, int n) {
 
 static const char *const MODES[] = {"graph", "fused", "eager"};
 
-static bench make_bench(const shape *s, llm_dtype dtype, llm_cuda_mode mode, llm_comm *tensor = NULL) {
+static bench make_bench(const shape *s, const weight_type *type, llm_cuda_mode mode, llm_comm *tensor = NULL) {
     bench b = {};
     b.tensor = tensor;
     b.s = s;
     b.backend = llm_cuda_backend_mode(mode);
     b.mode = MODES[mode];
-    b.dtype = llm_dtype_name(dtype);
+    b.type = type;
     double start = seconds();
-    open_model(&b, dtype);
+    open_model(&b);
     open_context(&b);
-    fprintf(stderr, "gpu: %s in %s was made in %.1f s\n", s->name, b.dtype, seconds() - start);
+    fprintf(stderr, "gpu: %s in %s was made in %.1f s\n", s->name, type->name, seconds() - start);
     return b;
 }
 
@@ -287,8 +306,8 @@ static int close_bench(bench *b) {
     return 0;
 }
 
-static int bench_model(const shape *s, llm_dtype dtype, llm_cuda_mode mode) {
-    bench b = make_bench(s, dtype, mode);
+static int bench_model(const shape *s, const weight_type *type, llm_cuda_mode mode) {
+    bench b = make_bench(s, type, mode);
     double sheet = sheet_bandwidth();
     b.bandwidth = b.backend->measure_bandwidth(b.context);
     print_row(&b, "read GB/s", b.bandwidth / 1e9, sheet > 0 ? b.bandwidth / 1e9 / sheet : 0);
@@ -342,7 +361,7 @@ static void bench_kinds(bench *b, int depth, double whole) {
         llm__cuda_vary(b->context, true, ~(1u << kind));
         double saved = (whole - token_seconds(b, depth)) / n;
         snprintf(what, sizeof what, "at %d: %s: us each alone; GB/s; us saved without", depth, name);
-        printf("%s,%s,%s,%s,%.2f; %.0f; %.2f,%.1f\n", s->name, b->dtype, b->mode, what, alone * 1e6,
+        printf("%s,%s,%s,%s,%.2f; %.0f; %.2f,%.1f\n", s->name, b->type->name, b->mode, what, alone * 1e6,
                alone > 0 ? bytes / n / alone / 1e9 : 0, saved * 1e6,
                alone > 0 ? bytes / n / alone / b->bandwidth * 100 : 0);
         fflush(stdout);
@@ -378,8 +397,8 @@ static void bench_prefill_kinds(bench *b) {
     print_row(b, what, rest * 1e3, rest / whole);
 }
 
-static int bench_why(const shape *s, llm_dtype dtype) {
-    bench b = make_bench(s, dtype, LLM_CUDA_GRAPH);
+static int bench_why(const shape *s, const weight_type *type) {
+    bench b = make_bench(s, type, LLM_CUDA_GRAPH);
     b.bandwidth = b.backend->measure_bandwidth(b.context);
     double whole = vary(&b, "as it is", true, ~0u);
     vary(&b, "kernels do not overlap", false, ~0u);
@@ -389,8 +408,8 @@ static int bench_why(const shape *s, llm_dtype dtype) {
     return close_bench(&b);
 }
 
-static int run_few(const shape *s, llm_dtype dtype) {
-    bench b = make_bench(s, dtype, LLM_CUDA_FUSED);
+static int run_few(const shape *s, const weight_type *type) {
+    bench b = make_bench(s, type, LLM_CUDA_FUSED);
     for (int i = 0; i < 4; i++) forward(&b, PROMPT + i, 1);
     return close_bench(&b);
 }
@@ -419,8 +438,8 @@ static int count_gpus() {
 /* One rank, a thread. The first one prints: tokens per second, a GPU's GB/s, both beside the bandwidth at which it reads
    its own weights, and which share of the time the meetings of the ranks take. A rank's bytes are its weights and its
    share of the cache. */
-static void bench_rank(const shape *s, llm_dtype dtype, llm_comm *tensor) {
-    bench b = make_bench(s, dtype, LLM_CUDA_GRAPH, tensor);
+static void bench_rank(const shape *s, const weight_type *type, llm_comm *tensor) {
+    bench b = make_bench(s, type, LLM_CUDA_GRAPH, tensor);
     const llm_backend_ranks own = llm_backend_find_ranks(&b.llm, tensor, NULL);
     char mode[32];
     const char *way = getenv("LLM_CUDA_RANKS");
@@ -443,7 +462,7 @@ static void bench_rank(const shape *s, llm_dtype dtype, llm_comm *tensor) {
     close_bench(&b);
 }
 
-static int bench_ranks(int n, const shape *s, llm_dtype dtype) {
+static int bench_ranks(int n, const shape *s, const weight_type *type) {
     llm_comm *comms[64];
     std::vector<std::thread> threads;
     llm_error err;
@@ -454,7 +473,7 @@ static int bench_ranks(int n, const shape *s, llm_dtype dtype) {
     check(llm_comm_threads(comms, n, NULL, &err), &err);
     for (int i = 0; i < n; i++)
         threads.emplace_back([=] {
-            bench_rank(s, dtype, comms[i]);
+            bench_rank(s, type, comms[i]);
             llm_comm_free(comms[i]);
         });
     for (std::thread &thread : threads) thread.join();
@@ -533,8 +552,8 @@ static int score_hellaswag(const shape *s, const char *tokenizer, const char *pa
     b.s = s;
     b.backend = llm_cuda_backend();
     b.mode = "packed";
-    b.dtype = "bf16";
-    open_model(&b, LLM_DTYPE_BF16);
+    b.type = &TYPES[0];
+    open_model(&b);
     model.backend = b.backend;
     model.device = b.model;
     model.shape = b.llm;
@@ -553,7 +572,7 @@ static int score_hellaswag(const shape *s, const char *tokenizer, const char *pa
     print_row(&b, what, (double)stats.n_computed / stats.seconds,
               useful_operations(s, &stats) / stats.seconds / llm_measure_flops(ctx));
     snprintf(what, sizeof what, "HellaSwag: seconds for all %d", ALL_QUESTIONS);
-    printf("%s,%s,%s,%s,%.1f,\n", s->name, b.dtype, b.mode, what, stats.seconds / n * ALL_QUESTIONS);
+    printf("%s,%s,%s,%s,%.1f,\n", s->name, b.type->name, b.mode, what, stats.seconds / n * ALL_QUESTIONS);
     llm_context_free(ctx);
     b.backend->close(b.model);
     return 0;
@@ -611,21 +630,20 @@ static double gap(llm_context *ctx, int n, llm_token a, llm_token b) {
 
 /* Greedy text on the CPU and on the GPU, both with weights of the same type: equal, or parted by logits that are as good
    as equal. */
-static int same_text(const char *path, llm_dtype dtype) {
-    llm_context *cpu = open_real(path, dtype, NULL), *gpu = open_real(path, dtype, llm_cuda_backend());
-    const char *type = llm_dtype_name(dtype);
+static int same_text(const char *path, const weight_type *type) {
+    llm_context *cpu = open_real(path, type->dtype, NULL), *gpu = open_real(path, type->dtype, llm_cuda_backend());
     text expected = continue_text(cpu), got = continue_text(gpu);
     size_t n = 0;
     while (n < NEW_TOKENS && expected.tokens[n] == got.tokens[n]) n++;
     llm_model_info info = llm_model_get_info(llm_context_model(gpu));
     fprintf(stderr, "%s\n", got.words.c_str());
     if (n == NEW_TOKENS) {
-        printf("%s,%s,graph,greedy tokens as on the CPU,%d,\n", info.name, type, (int)n);
+        printf("%s,%s,graph,greedy tokens as on the CPU,%d,\n", info.name, type->name, (int)n);
         return 0;
     }
     double apart = gap(cpu, expected.stats.n_prompt + (int)n, expected.tokens[n], got.tokens[n]);
-    printf("%s,%s,graph,greedy tokens as on the CPU until two logits are %.4f apart,%d,\n", info.name, type, apart,
-           (int)n);
+    printf("%s,%s,graph,greedy tokens as on the CPU until two logits are %.4f apart,%d,\n", info.name, type->name,
+           apart, (int)n);
     return apart < 0.01 ? 0 : 1;
 }
 
@@ -634,7 +652,9 @@ static int usage(FILE *out) {
                  "[QUESTIONS] | --ranks N SHAPE TYPE | --same MODEL TYPE | --device | --gpus\n"
                  "SHAPE:");
     for (const shape &s : SHAPES) fprintf(out, " %s", s.name);
-    fprintf(out, "\nTYPE: bf16 f16 int8 int4\nMODE: graph fused eager\n");
+    fprintf(out, "\nTYPE:");
+    for (const weight_type &t : TYPES) fprintf(out, " %s", t.name);
+    fprintf(out, "\nMODE: graph fused eager\n");
     return out == stdout ? 0 : 2;
 }
 
@@ -644,28 +664,28 @@ static const shape *find_shape(const char *name) {
     return NULL;
 }
 
-static bool find_dtype(const char *name, llm_dtype *out) {
-    for (llm_dtype dtype : {LLM_DTYPE_BF16, LLM_DTYPE_F16, LLM_DTYPE_INT8, LLM_DTYPE_INT4})
-        if (!strcmp(llm_dtype_name(dtype), name)) return *out = dtype, true;
-    return false;
+static const weight_type *find_type(const char *name) {
+    for (const weight_type &t : TYPES)
+        if (!strcmp(t.name, name)) return &t;
+    return NULL;
 }
 
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "";
-    llm_dtype dtype = LLM_DTYPE_BF16;
+    const weight_type *t = NULL;
     if (!strcmp(what, "--help")) return usage(stdout);
     if (!strcmp(what, "--device")) return print_device();
     if (!strcmp(what, "--gpus")) return printf("%d\n", count_gpus()) < 0;
-    if (!strcmp(what, "--ranks") && argc == 5 && find_shape(argv[3]) && find_dtype(argv[4], &dtype))
-        return bench_ranks(atoi(argv[2]), find_shape(argv[3]), dtype);
-    if (!strcmp(what, "--same") && argc == 4 && find_dtype(argv[3], &dtype)) return same_text(argv[2], dtype);
+    if (!strcmp(what, "--ranks") && argc == 5 && find_shape(argv[3]) && (t = find_type(argv[4])) != NULL)
+        return bench_ranks(atoi(argv[2]), find_shape(argv[3]), t);
+    if (!strcmp(what, "--same") && argc == 4 && (t = find_type(argv[3])) != NULL) return same_text(argv[2], t);
     const shape *s = argc > 2 ? find_shape(what[0] == '-' ? argv[2] : what) : NULL;
     if (s && !strcmp(what, "--hellaswag") && argc >= 5)
         return score_hellaswag(s, argv[3], argv[4], argc > 5 ? strtoul(argv[5], NULL, 10) : (size_t)SOME_QUESTIONS);
-    if (!s || argc != 4 || !find_dtype(what[0] == '-' ? argv[3] : argv[2], &dtype)) return usage(stderr);
-    if (!strcmp(what, "--why")) return bench_why(s, dtype);
-    if (!strcmp(what, "--few")) return run_few(s, dtype);
+    if (!s || argc != 4 || (t = find_type(what[0] == '-' ? argv[3] : argv[2])) == NULL) return usage(stderr);
+    if (!strcmp(what, "--why")) return bench_why(s, t);
+    if (!strcmp(what, "--few")) return run_few(s, t);
     for (int mode = LLM_CUDA_GRAPH; mode <= LLM_CUDA_EAGER; mode++)
-        if (!strcmp(argv[3], MODES[mode])) return bench_model(s, dtype, (llm_cuda_mode)mode);
+        if (!strcmp(argv[3], MODES[mode])) return bench_model(s, t, (llm_cuda_mode)mode);
     return usage(stderr);
 }

@@ -1,8 +1,8 @@
 #!/bin/bash
 # Tests and measures llm_cuda.cu on a machine with an NVIDIA GPU, and ends by itself before 560 seconds are over.
 #   bench/gpu.sh              all steps, the most wanted first
-#   bench/gpu.sh STEP...      these steps only: probe first why types ranks fused tests sanitizer ncu peer shapes same
-#                             hellaswag
+#   bench/gpu.sh STEP...      these steps only: probe first why types sparse ranks fused tests sanitizer ncu peer shapes
+#                             same hellaswag
 #   bench/gpu.sh --build      only builds build/gpu, which needs no GPU
 #   OUT=folder                where results go as they come: gpu.log, gpu.csv, clocks.csv and others; if it is not
 #                             set, build/gpu
@@ -20,7 +20,7 @@ out=${OUT:-build/gpu}
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
 seconds=540 # for everything
 failures=0
-steps="probe first why types ranks fused tests sanitizer ncu peer shapes same hellaswag"
+steps="probe first why types sparse ranks fused tests sanitizer ncu peer shapes same hellaswag"
 mkdir -p $bin "$out"
 csv=$out/gpu.csv
 
@@ -235,6 +235,11 @@ step_types() {
     has_bench && for type in int8 int4; do bench 45 Llama-2-7B $type graph; done
 }
 
+step_sparse() {
+    say "2:4 sparsity"
+    has_bench && for type in bf16-2:4 int8-2:4; do bench 45 Llama-2-7B $type graph; done
+}
+
 # The model's weights are shared by 2, 4 and 8 GPUs, if there are that many. gpt-fast published figures for A100s.
 step_ranks() {
     local gpus n
@@ -408,6 +413,8 @@ verdicts() {
             judge("7B bf16, share of the measured read bandwidth", share[m, "bf16", g, d], 92, " %")
             judge("7B int8, share of the measured read bandwidth", share[m, "int8", g, d], 88, " %")
             judge("7B int4, share of the measured read bandwidth", share[m, "int4", g, d], 80, " %")
+            judge("7B bf16 2:4, times bf16", ratio(rate[m, "bf16-2:4", g, d], rate[m, "bf16", g, d]), 1.5, "x")
+            judge("7B int8 2:4, times int8", ratio(rate[m, "int8-2:4", g, d], rate[m, "int8", g, d]), 1.35, "x")
             peer = ", times the torch.compile peer"
             judge("7B bf16" peer, ratio(rate[m, "bf16", g, d], rate[m, "bf16", t, d]), 1.25, "x")
             judge("7B int8" peer, ratio(rate[m, "int8", g, d], rate[m, "int8", t, d]), 1.6, "x")

@@ -135,6 +135,7 @@ static const tiny_spec WIDE_HEADS = {1, 96, 130, 2, 2, 136, 512, 43, 0, 0, 3};
 static const tiny_spec LONG_HEADS = {2, 128, 300, 2, 1, 128, 512, 43, 0, 30, 6};
 static const tiny_spec FOUR_BITS = {1, 96, 160, 6, 2, 32, 512, 43, 1, 3, 7};
 static const tiny_spec EIGHT_BITS = {1, 160, 96, 5, 1, 32, 512, 43, 0, 8, 9};
+static const tiny_spec PAIRS = {1, 301, 790, 5, 1, 68, 512, 43, 0, TINY_ALL_SPARSE, 11};
 
 /* A long pass, short ones of one row and of several, a burst, scoring. */
 static void use(const tiny_spec *spec, llm_dtype dtype, llm_cuda_mode mode) {
@@ -194,6 +195,8 @@ static void test_kernels_have_none(void **state) {
     use(&LONG_HEADS, LLM_DTYPE_BF16, LLM_CUDA_GRAPH);
     use(&FOUR_BITS, LLM_DTYPE_INT4, LLM_CUDA_GRAPH);
     use(&EIGHT_BITS, LLM_DTYPE_INT4, LLM_CUDA_GRAPH);
+    use(&PAIRS, LLM_DTYPE_BF16, LLM_CUDA_GRAPH);
+    use(&PAIRS, LLM_DTYPE_INT8, LLM_CUDA_GRAPH);
 }
 
 /* Ranks on GPUs of their own, which meet in each other's memory: embeddings, short and long passes, logits. */

@@ -13,14 +13,14 @@ typedef struct tiny_spec {
     int n_extra;   /* tokens after the 256 bytes; the last two are <|end|> (EOS) and <|start|> (BOS) */
     int untied;    /* 1: the file has output.weight */
     uint32_t type; /* of the matrices: 0 F32, 1 F16, 2 Q4_0, 3 Q4_1, 6 Q5_0, 7 Q5_1, 8 Q8_0, 10 to 14 Q2_K to Q6_K,
-                      20 IQ4_NL, 23 IQ4_XS, 30 BF16, or TINY_MIXED, TINY_IQ4 or TINY_SPARSE; blocks need dims of 32,
-                      those of K types and of IQ4_XS of 256 */
+                      20 IQ4_NL, 23 IQ4_XS, 30 BF16, or TINY_MIXED, TINY_IQ4, TINY_SPARSE or TINY_ALL_SPARSE; blocks
+                      need dims of 32, those of K types and of IQ4_XS of 256 */
     uint32_t seed;
 } tiny_spec;
 
-/* TINY_MIXED: the matrices of two layers have different types, see tiny_mixed_type. TINY_SPARSE: F32, and at least two
-   of each four weights of the layers' matrices are zero. */
-enum { TINY_MIXED = 99, TINY_IQ4 = 98, TINY_SPARSE = 97 };
+/* TINY_MIXED: the matrices of two layers have different types, see tiny_mixed_type. TINY_SPARSE: F32, and at least two of
+   each four weights of the layers' matrices are zero. TINY_ALL_SPARSE: the same of all matrices. */
+enum { TINY_MIXED = 99, TINY_IQ4 = 98, TINY_SPARSE = 97, TINY_ALL_SPARSE = 96 };
 static const tiny_spec TINY_ALL_TYPES = {2, 256, 256, 4, 2, 64, 512, 43, 1, TINY_MIXED, 1};
 
 /* IQ4_NL and IQ4_XS, mixed in queries, keys and values, and in gates and ups. */
@@ -175,7 +175,7 @@ static uint32_t tiny_mixed_type(const char *name) {
 static uint32_t tiny_type(const tiny_spec *s, const char *name, int rows) {
     if (rows == 1) return 0;
     if (s->type == TINY_IQ4) return strstr(name, "attn_k") || strstr(name, "ffn_gate") ? 20 : 23;
-    if (s->type == TINY_SPARSE) return 0;
+    if (s->type == TINY_SPARSE || s->type == TINY_ALL_SPARSE) return 0;
     return s->type == TINY_MIXED ? tiny_mixed_type(name) : s->type;
 }
 
@@ -239,11 +239,12 @@ static void tiny_other_block(tiny_file *f, uint32_t type, float scale) {
     }
 }
 
-/* True if TINY_SPARSE makes weight i zero. */
-static int tiny_is_zero(const tiny_spec *s, const char *name, int rows, int i) {
+/* True if TINY_SPARSE or TINY_ALL_SPARSE makes weight i zero. */
+static int tiny_is_zero(const tiny_spec *s, const char *name, int rows, int cols, int i) {
     static const uint8_t kept[] = {3, 5, 6, 9, 10, 12, 8, 0};
-    if (s->type != TINY_SPARSE || rows == 1 || strncmp(name, "blk.", 4)) return 0;
-    return !(kept[(i / 4 * 5 + i / 36) % 8] >> i % 4 & 1);
+    int place = i % cols % 4, first = i - place;
+    if (rows == 1 || (s->type != TINY_ALL_SPARSE && (s->type != TINY_SPARSE || strncmp(name, "blk.", 4)))) return 0;
+    return !(kept[(first / 4 * 5 + first / 36) % 8] >> place & 1);
 }
 
 static void tiny_tensor(tiny_file *f, const tiny_spec *s, const char *name, int rows, int cols) {
@@ -254,7 +255,7 @@ static void tiny_tensor(tiny_file *f, const tiny_spec *s, const char *name, int 
     for (int i = 0; i < rows * cols && (type < 2 || type == 30); i++) {
         float x = rows == 1 ? 1.0f + 0.2f * tiny_random(f) : scale * tiny_random(f);
         uint32_t bits;
-        if (tiny_is_zero(s, name, rows, i)) x = 0;
+        if (tiny_is_zero(s, name, rows, cols, i)) x = 0;
         memcpy(&bits, &x, 4);
         uint16_t bf16 = (uint16_t)(bits >> 16);
         uint16_t f16 =
