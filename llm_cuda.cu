@@ -551,7 +551,8 @@ typedef enum llm__matrix_format {
     LLM__INT8_GROUPS, /* scale and minimum for each 32 inputs of an output, as with LLM__INT4_GROUPS   */
     LLM__INT4_GROUPS,
     LLM__BF16_2_4, /* two of each four numbers of LLM__BF16, the others are zero                    */
-    LLM__INT8_2_4  /* the same of LLM__INT8                                                         */
+    LLM__INT8_2_4, /* the same of LLM__INT8                                                         */
+    LLM__FORMATS
 } llm__matrix_format;
 
 static __host__ __device__ constexpr bool llm__matrix_is_2_4(int format) { return format >= LLM__BF16_2_4; }
@@ -752,7 +753,14 @@ static __device__ void llm__store_pair(const llm__qkv_store &s, llm__cell cell, 
    product reads, and the sum of squares of its 16 outputs. That product divides its results by the root of their
    mean. */
 
-typedef enum llm__product_ending { LLM__QKV, LLM__PLAIN, LLM__RESIDUAL, LLM__SWIGLU, LLM__LOGITS } llm__product_ending;
+typedef enum llm__product_ending {
+    LLM__QKV,
+    LLM__PLAIN,
+    LLM__RESIDUAL,
+    LLM__SWIGLU,
+    LLM__LOGITS,
+    LLM__ENDINGS
+} llm__product_ending;
 
 typedef struct llm__product {
     llm__rows rows;
@@ -2969,6 +2977,8 @@ typedef struct llm__meet_address {
     int device;            /* its number in that process                                 */
     llm__meet_way asked;   /* the way that is wanted                                     */
     bool has_handle;       /* of the mailbox, which other processes can open             */
+    bool has_gpu;          /* the next member is known                                   */
+    cudaUUID_t gpu;        /* the GPU's number, which no other GPU in the world has      */
     char bus[32];          /* the GPU's PCI bus id                                       */
     char machine[40];      /* Linux's random number of the machine's start; "": unknown  */
     cudaIpcMemHandle_t handle;
@@ -3004,14 +3014,15 @@ typedef struct llm__gpu_context {
        two messages to the next stage, used in turn. */
     uint8_t *meeting, *incoming, *outgoing[2];
     int *meeting_tokens;
-    llm__meet_memory *boxes[LLM__MEET_RANKS]; /* of the tensor ranks; those of others once they are found  */
-    unsigned *host_late;                      /* llm__meet_box.late, pinned                                */
-    llm__meet_address *addresses;             /* of all tensor ranks                                       */
-    llm__meet_way asked;                      /* the way that LLM_CUDA_RANKS asks for                      */
-    bool looked_for_peers, has_peers;         /* has_peers: ranks meet in the GPUs' memory                 */
-    void *nccl;                               /* NCCL's communicator; NULL: NCCL is not used               */
-    unsigned *host_progress;                  /* see llm__meet_clear_rows, pinned                          */
-    bool can_record;                          /* NCCL's kernels may be recorded                            */
+    llm__meet_memory *boxes[LLM__MEET_RANKS];     /* of the tensor ranks; those of others once they are found  */
+    unsigned *host_late;                          /* llm__meet_box.late, pinned                                */
+    llm__meet_address *addresses;                 /* of all tensor ranks                                       */
+    llm__meet_way asked;                          /* the way that LLM_CUDA_RANKS asks for                      */
+    bool looked_for_peers, has_peers;             /* has_peers: ranks meet in the GPUs' memory                 */
+    void *nccl;                                   /* NCCL's communicator; NULL: NCCL is not used               */
+    unsigned *host_progress;                      /* see llm__meet_clear_rows, pinned                          */
+    bool can_record;                              /* NCCL's kernels may be recorded                            */
+    bool has_room[LLM__ENDINGS][2][LLM__FORMATS]; /* products, by tiles - 1, that may have much shared memory */
     int n_sent;
     bool cancelled, stopped; /* this pass; also the rest of the call, so that all stages end it together */
     bool is_box_open;        /* another process may have opened this rank's mailbox */
@@ -3220,15 +3231,34 @@ static void llm__forget_graphs(llm__gpu_context *c) {
     }
 }
 
-/* Ends NCCL's communicator. Unless the ranks do it together, it is aborted: NCCL's kernels then end, even if they wait
-   for other ranks. NCCL waits until no graph has such kernels. */
+/* Aborts NCCL's communicator. Its kernels then end, even if they wait for other ranks. Destroying a graph may wait for
+   its kernels, and so for the abort; and the abort waits until no graph has such kernels. So they are done side by
+   side. */
+static void llm__nccl_abort(llm__gpu_context *c) {
+    const llm__nccl_library *nccl = llm__nccl_load();
+    std::thread aborting;
+    try {
+        aborting = std::thread([=] {
+            llm__on_device on(c->model->device);
+            nccl->abort(c->nccl);
+        });
+    } catch (...) {
+        llm__forget_graphs(c); /* which waits for no kernel in newer versions of CUDA */
+        nccl->abort(c->nccl);
+        return;
+    }
+    llm__forget_graphs(c);
+    aborting.join();
+}
+
+/* Ends NCCL's communicator. Unless the ranks do it together, and none of its kernels runs any more, it is aborted. */
 static void llm__nccl_end(llm__gpu_context *c, bool together) {
     if (!c->nccl) return;
     const llm__nccl_library *nccl = llm__nccl_load();
-    llm__forget_graphs(c);
+    if (together) llm__forget_graphs(c);
     together = together && llm__nccl_settle(c, nccl->finalize(c->nccl), c->desc.tensor->patience) == LLM__NCCL_DONE;
     if (together) nccl->destroy(c->nccl);
-    else nccl->abort(c->nccl);
+    else llm__nccl_abort(c);
     c->nccl = NULL;
 }
 
@@ -3483,6 +3513,9 @@ static void llm__meet_describe_self(const llm__gpu_context *c, llm__meet_address
     own->asked = c->asked;
     own->has_handle = own->box && cudaIpcGetMemHandle(&own->handle, own->box->data) == cudaSuccess;
     if (cudaDeviceGetPCIBusId(own->bus, (int)sizeof own->bus, own->device) != cudaSuccess) own->bus[0] = 0;
+    cudaDeviceProp properties;
+    own->has_gpu = cudaGetDeviceProperties(&properties, own->device) == cudaSuccess;
+    if (own->has_gpu) own->gpu = properties.uuid;
     (void)cudaGetLastError();
     FILE *file = fopen("/proc/sys/kernel/random/boot_id", "r");
     if (!file) return;
@@ -3524,11 +3557,16 @@ static llm__meet_memory *llm__meet_open(const llm__gpu_context *c, const llm__me
     return box;
 }
 
+/* Do two ranks have the same GPU? True also if that is not known. */
+static bool llm__meet_share_gpu(const llm__meet_address *a, const llm__meet_address *b) {
+    return !a->has_gpu || !b->has_gpu || memcmp(&a->gpu, &b->gpu, sizeof a->gpu) == 0;
+}
+
 /* Finds the mailbox of another rank. Returns NULL if this rank's GPU cannot use it. Two ranks on one GPU do not meet in
    its memory, because their kernels may not run at the same time. */
 static llm__meet_memory *llm__meet_find(const llm__gpu_context *c, const llm__meet_address *own,
                                         const llm__meet_address *other) {
-    if (!own->bus[0] || !other->bus[0] || strcmp(own->bus, other->bus) == 0) return NULL;
+    if (!own->bus[0] || !other->bus[0] || llm__meet_share_gpu(own, other)) return NULL;
     if (own->process != other->process) {
         bool same_machine = own->machine[0] && memcmp(own->machine, other->machine, sizeof own->machine) == 0;
         return same_machine && other->has_handle ? llm__meet_open(c, other) : NULL;
@@ -3576,10 +3614,27 @@ static void llm__meet_find_peers(llm__gpu_context *c) {
     if (lacks) c->is_box_open = false; /* once the other ranks have begun the pass, whose exchanges follow */
 }
 
-/* Do two ranks have the same GPU, as far as is known? */
-static bool llm__meet_share_gpu(const llm__meet_address *a, const llm__meet_address *b) {
-    if (a->machine[0] && b->machine[0] && strcmp(a->machine, b->machine) != 0) return false;
-    return !a->bus[0] || !b->bus[0] || strcmp(a->bus, b->bus) == 0;
+/* The first exchange, of zeros. Since version 2.22, NCCL connects the ranks only when they exchange something, which
+   takes long and must not be recorded. Returns LLM__NCCL_IN_PROGRESS if it is not done in time. */
+static int llm__nccl_connect(llm__gpu_context *c, double patience) {
+    const llm__nccl_library *nccl = llm__nccl_load();
+    int rank = c->desc.tensor->rank, size = c->desc.tensor->size;
+    double start = llm__seconds();
+    float *data = c->wide; /* zero before the first pass */
+    int result = nccl->group_start();
+    int more = nccl->all_gather(data + rank, data, sizeof *data, LLM__NCCL_BYTES, c->nccl, c->queue.stream);
+    if (more != LLM__NCCL_IN_PROGRESS && !result) result = more;
+    more = nccl->all_reduce(data, data, (size_t)size, LLM__NCCL_WORDS, LLM__NCCL_SUM, c->nccl, c->queue.stream);
+    if (more != LLM__NCCL_IN_PROGRESS && !result) result = more;
+    more = llm__nccl_settle(c, nccl->group_end(), patience);
+    if (!result) result = more;
+    while (result == LLM__NCCL_DONE && cudaStreamQuery(c->queue.stream) == cudaErrorNotReady) {
+        std::this_thread::yield();
+        (void)nccl->get_async_error(c->nccl, &result);
+        if (llm__seconds() - start > patience) result = LLM__NCCL_IN_PROGRESS;
+    }
+    (void)cudaGetLastError(); /* it is no error that something is not done */
+    return result;
 }
 
 /* Starts NCCL on all ranks. If any of them cannot, no rank uses it. Why this rank cannot goes to `why`. */
@@ -3600,7 +3655,8 @@ static void llm__nccl_start(llm__gpu_context *c, char *why, size_t size) {
         double patience = LLM__NCCL_START * tensor->patience, usual = tensor->patience;
         result = nccl->init(&c->nccl, tensor->size, id, tensor->rank, &config);
         if (c->nccl) result = llm__nccl_settle(c, result, patience);
-        tensor->patience = usual + patience; /* another rank may still wait for NCCL */
+        if (result == LLM__NCCL_DONE) result = llm__nccl_connect(c, patience);
+        tensor->patience = usual + 2 * patience; /* another rank may still wait for NCCL */
         flags = llm__meet_any(c, result != LLM__NCCL_DONE);
         tensor->patience = usual;
     }
@@ -4042,6 +4098,15 @@ static int llm__product_blocks(const llm__gpu_context *c, llm__matrix_format for
     return llm__min(most ? (int)most : 1, llm__product_blocks_per_processor(format, tiles));
 }
 
+/* Allows a kernel as much shared memory as a block can have. Once is enough. */
+static void llm__allow_shared(llm__gpu_context *c, llm__kernel_kind kind, llm__product_fn kernel, bool *allowed) {
+    if (*allowed) return;
+    cudaError_t result =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c->model->block_bytes);
+    llm__queue_note(&c->queue, result, llm__kind_name(kind));
+    *allowed = result == cudaSuccess;
+}
+
 /* There are at most as many blocks as the GPU holds at once, and their numbers of tiles differ by at most one. They
    hold the inputs if there is still room for two blocks, or for as many as there are without inputs. */
 template <int ENDING>
@@ -4056,9 +4121,7 @@ static void llm__run_product(llm__gpu_context *c, llm__kernel_kind kind, int buc
         p.n_held = n_held;
     }
     int n_blocks = llm__divide_up(p.n_tiles, llm__divide_up(p.n_tiles, c->model->n_processors * blocks));
-    llm__queue_note(&c->queue,
-                    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c->model->block_bytes),
-                    llm__kind_name(kind));
+    llm__allow_shared(c, kind, kernel, &c->has_room[ENDING][tiles - 1][format]);
     llm__queue_launch_with(&c->queue, LLM__OVERLAP, kind, dim3((unsigned)n_blocks), LLM__WARPS * 32,
                            llm__product_bytes(format, tiles, p.n_held), kernel, p);
 }

@@ -287,11 +287,10 @@ static uint64_t in_company(llm_context *ctx, int n_rows) {
 }
 
 /* To the bit, up to 16 rows. */
-static void test_rows_do_not_meet(void **state) {
-    llm_model *model = load(&TINY_ODD, llm_cuda_backend());
+static void check_rows_do_not_meet(const tiny_spec *spec, llm_dtype dtype) {
+    llm_model *model = load(spec, llm_cuda_backend(), dtype);
     llm_context_desc desc = {};
     llm_context *ctx = NULL;
-    (void)state;
     desc.n_ctx = 1024; /* the other texts are long */
     desc.n_seq = N_SEQ;
     desc.n_logits = 16;
@@ -306,6 +305,14 @@ static void test_rows_do_not_meet(void **state) {
     cuda_host.reverse = false;
 #endif
     close_context(ctx);
+}
+
+static void test_rows_do_not_meet(void **state) {
+    (void)state;
+    check_rows_do_not_meet(&TINY_ODD, LLM_DTYPE_BF16);
+    check_rows_do_not_meet(&HALVES, LLM_DTYPE_INT8);
+    check_rows_do_not_meet(&FOUR_BITS, LLM_DTYPE_INT4);
+    check_rows_do_not_meet(&EIGHT_BITS, LLM_DTYPE_INT4);
 }
 
 /* Loads a model of 2:4 matrices, or of the same with their zeros. */

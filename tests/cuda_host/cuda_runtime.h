@@ -718,6 +718,20 @@ static inline cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device) 
     return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
 }
 
+struct cudaUUID_t {
+    char bytes[16];
+};
+
+struct cudaDeviceProp {
+    cudaUUID_t uuid;
+};
+
+static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int device) {
+    memset(out, 0, sizeof *out);
+    out->uuid.bytes[0] = (char)(1 + cuda_host.first_bus + device);
+    return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
+}
+
 static inline cudaError_t cudaDeviceGetByPCIBusId(int *device, const char *id) {
     unsigned bus = 0;
     if (cuda_host_fails() || sscanf(id, "0000:%2X:00.0", &bus) != 1) return cudaErrorInvalidValue;
