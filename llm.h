@@ -8797,7 +8797,7 @@ typedef struct llm__pre_rule {
     size_t n_ranges;
 } llm__pre_rule;
 
-enum { LLM__MAX_RULES = 8, LLM__MAX_RANGES = 256, LLM__NONE = -1 };
+enum { LLM__MAX_RULES = 8, LLM__MAX_RANGES = 256, LLM__NONE = -1, LLM__PIECE_COPY = 16 };
 
 typedef struct llm__bpe_merge_text {
     llm__str left, right;
@@ -9331,10 +9331,11 @@ static const uint8_t *llm__pre_find_word(const llm__unicode_classes *c, const ll
 /* The kinds of 64 bytes of text: bit i of a mask is about byte i. */
 typedef struct llm__pre_block {
     uint64_t letters, upper, digits, spaces, blanks, newlines; /* of ASCII; some are parts of others; blank: ' ' */
+    uint64_t quotes, slashes;                                  /* ' and / */
     uint64_t high;                                             /* bytes of other characters */
 } llm__pre_block;
 
-enum { LLM__BLOCK = 64, LLM__BLOCK_READ = LLM__BLOCK + 16, LLM__BLOCK_LAST = LLM__BLOCK - 2 };
+enum { LLM__BLOCK = 64, LLM__BLOCK_READ = LLM__BLOCK + 16 };
 
 #if defined(__SSE2__) && !defined(LLM_NO_SIMD)
 static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
@@ -9342,7 +9343,7 @@ static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
     _mm_cmpeq_epi8(_mm_min_epu8(_mm_sub_epi8(c, _mm_set1_epi8(first)), _mm_set1_epi8((n)-1)), \
                    _mm_sub_epi8(c, _mm_set1_epi8(first)))
 #define LLM__BITS(mask) ((uint64_t)(unsigned)_mm_movemask_epi8(mask) << i)
-    llm__pre_block b = {0, 0, 0, 0, 0, 0, 0};
+    llm__pre_block b = {0, 0, 0, 0, 0, 0, 0, 0, 0};
     for (int i = 0; i < LLM__BLOCK; i += 16) {
         __m128i c = _mm_loadu_si128((const __m128i *)(const void *)(p + i));
         __m128i folded = _mm_or_si128(c, _mm_set1_epi8(32));
@@ -9353,6 +9354,8 @@ static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
         b.spaces |= LLM__BITS(_mm_or_si128(_mm_cmpeq_epi8(c, _mm_set1_epi8(' ')), LLM__IN(c, '\t', 5)));
         b.newlines |= LLM__BITS(_mm_cmpeq_epi8(c, _mm_set1_epi8('\n')));
         b.newlines |= LLM__BITS(_mm_cmpeq_epi8(c, _mm_set1_epi8('\r')));
+        b.quotes |= LLM__BITS(_mm_cmpeq_epi8(c, _mm_set1_epi8('\'')));
+        b.slashes |= LLM__BITS(_mm_cmpeq_epi8(c, _mm_set1_epi8('/')));
         b.high |= LLM__BITS(c);
     }
     return b;
@@ -9371,7 +9374,7 @@ static inline uint64_t llm__pre_bits(const uint8x16_t m[4]) {
 }
 static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
 #define LLM__IN(c, first, n) vcltq_u8(vsubq_u8(c, vdupq_n_u8(first)), vdupq_n_u8(n))
-    uint8x16_t letters[4], upper[4], digits[4], spaces[4], blanks[4], newlines[4], high[4];
+    uint8x16_t letters[4], upper[4], digits[4], spaces[4], blanks[4], newlines[4], quotes[4], slashes[4], high[4];
     for (int i = 0; i < 4; i++) {
         uint8x16_t c = vld1q_u8(p + 16 * i);
         letters[i] = LLM__IN(vorrq_u8(c, vdupq_n_u8(32)), 'a', 26);
@@ -9380,16 +9383,19 @@ static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
         blanks[i] = vceqq_u8(c, vdupq_n_u8(' '));
         spaces[i] = vorrq_u8(blanks[i], LLM__IN(c, '\t', 5));
         newlines[i] = vorrq_u8(vceqq_u8(c, vdupq_n_u8('\n')), vceqq_u8(c, vdupq_n_u8('\r')));
+        quotes[i] = vceqq_u8(c, vdupq_n_u8('\''));
+        slashes[i] = vceqq_u8(c, vdupq_n_u8('/'));
         high[i] = vcgeq_u8(c, vdupq_n_u8(0x80));
     }
-    llm__pre_block b = {llm__pre_bits(letters), llm__pre_bits(upper),    llm__pre_bits(digits), llm__pre_bits(spaces),
-                        llm__pre_bits(blanks),  llm__pre_bits(newlines), llm__pre_bits(high)};
+    llm__pre_block b = {llm__pre_bits(letters), llm__pre_bits(upper),   llm__pre_bits(digits),
+                        llm__pre_bits(spaces),  llm__pre_bits(blanks),  llm__pre_bits(newlines),
+                        llm__pre_bits(quotes),  llm__pre_bits(slashes), llm__pre_bits(high)};
     return b;
 #undef LLM__IN
 }
 #else
 static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
-    llm__pre_block b = {0, 0, 0, 0, 0, 0, 0};
+    llm__pre_block b = {0, 0, 0, 0, 0, 0, 0, 0, 0};
     for (int i = 0; i < LLM__BLOCK; i++) {
         unsigned c = p[i];
         b.letters |= (uint64_t)((c | 32) - 'a' < 26) << i;
@@ -9398,6 +9404,8 @@ static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
         b.spaces |= (uint64_t)(c == ' ' || c - '\t' < 5) << i;
         b.blanks |= (uint64_t)(c == ' ') << i;
         b.newlines |= (uint64_t)(c == '\n' || c == '\r') << i;
+        b.quotes |= (uint64_t)(c == '\'') << i;
+        b.slashes |= (uint64_t)(c == '/') << i;
         b.high |= (uint64_t)(c >= 0x80) << i;
     }
     return b;
@@ -9409,47 +9417,91 @@ static inline unsigned llm__pre_ones_end(uint64_t mask, unsigned i) {
     return i + (unsigned)__builtin_ctzll(~(mask >> i) | (uint64_t)1 << (63 - i));
 }
 
-/* The characters that a word of letters may begin with, besides letters. */
-static inline uint64_t llm__pre_before(const llm__pre_rule *rule, const llm__pre_block *b) {
-    return rule->kind == LLM__RULE_GPT2 ? b->blanks : ~(b->letters | b->digits | b->newlines | b->high);
+/* The masks below are about a block that begins where a word begins. */
+
+/* \p{N}{1,most}: the digits at which a number begins. */
+static inline uint64_t llm__pre_number_starts(uint64_t digits, int most) {
+    if (most == 1) return digits;
+    uint64_t starts = digits & ~(digits << 1);
+    for (uint64_t run = starts; run; run &= run - 1) {
+        unsigned i = (unsigned)__builtin_ctzll(run), end = llm__pre_ones_end(digits, i);
+        for (i += (unsigned)most; i < end; i += (unsigned)most) starts |= (uint64_t)1 << i;
+    }
+    return starts;
 }
 
-/* The end of the word at p[i], in a block at p of which LLM__BLOCK_READ bytes can be read, by the same rules as
-   llm__pre_find_word. Returns i if the block does not show the end: the word has other characters, or is too long.
-   `before` is from llm__pre_before. */
-static inline unsigned llm__pre_block_word(const llm__pre_rule *rule, const llm__pre_block *b, uint64_t before,
-                                           const uint8_t *p, unsigned i) {
+/* The words of ` ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`. With `single`, each digit is cut out of the
+   text first; white space before it is then at the end of a text. */
+static inline uint64_t llm__pre_gpt2_starts(const llm__pre_block *b, bool single) {
+    uint64_t same = (b->letters & b->letters << 1) | (b->digits & b->digits << 1);
+    uint64_t marks = ~(b->letters | b->digits | b->spaces), split = single ? b->digits : 0;
+    same |= (marks & marks << 1) | b->blanks << 1;
+    uint64_t words = ~b->spaces & ~same, last = ~((b->spaces | split) >> 1);
+    return words | split | (b->spaces & (~(b->spaces << 1) | last)) | 1;
+}
+
+/* The words of `[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,most}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`, with
+   \p{Lu}*\p{Ll}+|\p{Lu}+\p{Ll}* in place of \p{L}+ if `cased`. */
+static inline uint64_t llm__pre_llama3_starts(const llm__pre_block *b, int most, bool cased) {
+    uint64_t marks = ~(b->letters | b->digits | b->spaces), gaps = b->spaces & ~b->newlines;
+    uint64_t eaten = b->newlines & marks << 1; /* the first of the newlines that belong to the marks before them */
+    eaten = b->newlines & ~(b->newlines + eaten);
+    uint64_t mark_starts = marks & ~((marks | b->blanks) << 1);
+    uint64_t letters = b->letters & ~((b->letters | gaps | mark_starts) << 1);
+    if (cased) letters |= b->upper & (b->letters & ~b->upper) << 1;
+    uint64_t starts = letters | mark_starts | llm__pre_number_starts(b->digits, most) | 1;
+    starts |= b->newlines & ~eaten & ~(b->spaces << 1); /* a run of white space up to its last newline */
+    starts |= b->newlines & ~eaten & eaten << 1;
+    starts |= gaps & ~(b->spaces << 1);
+    starts |= gaps & eaten << 1;
+    starts |= gaps & ~(b->spaces >> 1); /* the last character belongs to the next word */
+    for (uint64_t lines = gaps & (b->newlines & ~eaten) << 1; lines; lines &= lines - 1) {
+        unsigned from = (unsigned)__builtin_ctzll(lines), end = llm__pre_ones_end(gaps, from);
+        if (!(b->newlines >> end & 1)) starts |= (uint64_t)1 << from;
+    }
+    return starts;
+}
+
+/* Contractions, which the masks above do not know: each is a word, or, if `cased`, belongs to the letters before it. */
+static inline uint64_t llm__pre_contractions(const llm__pre_block *b, uint64_t starts, const uint8_t *p, bool folded,
+                                             bool cased) {
+    uint64_t found = b->quotes & (cased ? b->letters << 1 : starts);
+    unsigned end = 0;
+    for (; found; found &= found - 1) {
+        unsigned i = (unsigned)__builtin_ctzll(found);
+        unsigned n = (unsigned)llm__pre_contraction(p + i, p + LLM__BLOCK_READ, folded);
+        if (!n || (cased && i == end)) continue;
+        end = i + n;
+        uint64_t inside = (((uint64_t)1 << n) - 1) << i;
+        starts &= ~(cased ? inside : inside & (inside - 1));
+        if (!cased) starts |= (uint64_t)1 << i;
+        if (end < LLM__BLOCK) starts |= (uint64_t)1 << end;
+    }
+    return starts;
+}
+
+/* The places in a block at p, where a word begins, at which other words begin, by the same rules as
+   llm__pre_find_word; bit 0 is set. LLM__BLOCK_READ bytes can be read. Words at the end of which other characters
+   stand, or the block ends, are left out. `single`: a rule before this one cuts out each digit. */
+static inline uint64_t llm__pre_block_starts(const llm__pre_rule *rule, bool single, const uint8_t *p) {
     const bool gpt2 = rule->kind == LLM__RULE_GPT2, cased = rule->kind == LLM__RULE_CASED;
-    const uint64_t marks = ~(b->letters | b->digits | b->spaces | b->high);
-    unsigned from = i + (unsigned)(before >> i & 1), end;
-    if (p[i] == '\'' && !cased) {
-        size_t n = llm__pre_contraction(p + i, p + LLM__BLOCK_READ, !gpt2);
-        if (n) return i + (unsigned)n;
+    llm__pre_block b = llm__pre_classify(p);
+    uint64_t starts = gpt2 ? llm__pre_gpt2_starts(&b, single) : llm__pre_llama3_starts(&b, rule->most, cased);
+    if (b.quotes && (!cased || rule->contractions)) starts = llm__pre_contractions(&b, starts, p, !gpt2, cased);
+    /* Where the next word begins depends on the character after white space, or after the newlines that marks take. */
+    unsigned end = LLM__BLOCK - 1;
+    if (b.high) end = (unsigned)__builtin_ctzll(b.high);
+    if (cased && (b.slashes & b.newlines << 1)) {
+        unsigned slash = (unsigned)__builtin_ctzll(b.slashes & b.newlines << 1);
+        end = slash < end ? slash : end;
     }
-    if (b->letters >> from & 1) {
-        end = cased ? llm__pre_ones_end(b->letters & ~b->upper, llm__pre_ones_end(b->upper, from))
-                    : llm__pre_ones_end(b->letters, from);
-        if (end > LLM__BLOCK_LAST || (b->high >> end & 1)) return i;
-        if (cased && rule->contractions) end += (unsigned)llm__pre_contraction(p + end, p + LLM__BLOCK_READ, true);
-        return end;
+    uint64_t known = ((uint64_t)1 << end) - 1, open = b.spaces & known;
+    if (end && open >> (end - 1) & 1) {
+        uint64_t others = ~b.spaces & known;
+        unsigned run = others ? 64 - (unsigned)__builtin_clzll(others) : 0;
+        known = ((uint64_t)2 << run) - 1;
     }
-    from = i + (p[i] == ' ');
-    if (marks >> from & 1) {
-        end = llm__pre_ones_end(marks, from);
-        while (!gpt2 && end <= LLM__BLOCK_LAST && (p[end] == '\n' || p[end] == '\r' || (cased && p[end] == '/'))) end++;
-        return end > LLM__BLOCK_LAST || (b->high >> end & 1) ? i : end;
-    }
-    if (!gpt2) from = i;
-    if (b->digits >> from & 1) {
-        end = llm__pre_ones_end(b->digits, from);
-        if (!gpt2 && end - from > (unsigned)rule->most) return from + (unsigned)rule->most;
-        return end > LLM__BLOCK_LAST || (b->high >> end & 1) ? i : end;
-    }
-    end = llm__pre_ones_end(b->spaces, i);
-    if (end == i || end > LLM__BLOCK_LAST || (b->high >> end & 1)) return i;
-    uint64_t newlines = gpt2 ? 0 : b->newlines >> i & (((uint64_t)1 << (end - i)) - 1);
-    if (newlines) return i + 64 - (unsigned)__builtin_clzll(newlines);
-    return end == i + 1 ? end : end - 1;
+    return (starts & known) | 1;
 }
 
 /* ---- Encoding ---- */
@@ -9565,111 +9617,172 @@ typedef struct llm__enc_seen {
     llm__enc_known *set; /* NULL: the word is not looked up */
 } llm__enc_seen;
 
-/* Prepares the look-up of the word of n bytes at p, where 16 bytes can be read. */
-static inline llm__enc_seen llm__enc_see(const llm__enc_job *job, const uint8_t *p, size_t n) {
+/* Words that are encoded together: first all are found, then all are looked up, then their tokens are stored. So the
+   memory they are looked up in is there by then. */
+enum { LLM__ENC_BATCH = 192 };
+
+typedef struct llm__enc_batch {
+    int n;
+    llm__enc_seen words[LLM__ENC_BATCH + LLM__BLOCK];
+} llm__enc_batch;
+
+/* Prepares the look-up of the word of n bytes at p, where 16 bytes can be read, in a table of 2^(64 - shift) sets. */
+static inline void llm__enc_see(llm__enc_seen *w, llm__enc_known *known, int shift, const uint8_t *p, size_t n) {
     static const uint8_t ones[32] = {255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
-    llm__enc_seen w = {p, n, {0, 0}, NULL};
-    uint64_t mask[2];
-    if (n > LLM__KNOWN_LENGTH || !job->known) return w;
-    memcpy(w.key, p, 16);
-    memcpy(mask, ones + 16 - n, 16);
-    w.key[0] &= mask[0];
-    w.key[1] = (w.key[1] & mask[1]) | (uint64_t)n << 56;
-    uint64_t hash = (w.key[0] ^ w.key[1] * 0xD6E8FEB86659FD93u) * 0x9E3779B97F4A7C15u;
-    w.set = &job->known[hash >> (64 - job->known_bits) << 1];
-    __builtin_prefetch(w.set);
-    return w;
+    bool looked_up = n <= LLM__KNOWN_LENGTH && known;
+    uint64_t key[2], mask[2];
+    memcpy(key, p, 16);
+    memcpy(mask, ones + 16 - (looked_up ? n : 0), 16);
+    key[0] &= mask[0];
+    key[1] = (key[1] & mask[1]) | (uint64_t)n << 56;
+    uint64_t hash = (key[0] ^ key[1] * 0xD6E8FEB86659FD93u) * 0x9E3779B97F4A7C15u;
+    llm__enc_known *set = looked_up ? &known[hash >> shift << 1] : NULL;
+    __builtin_prefetch(set);
+    w->p = p;
+    w->n = n;
+    w->key[0] = key[0];
+    w->key[1] = key[1];
+    w->set = set;
 }
 
-static inline void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w) {
-    if (!w->set) {
-        llm__enc_word(job, w->p, w->p + w->n);
-        return;
-    }
-    llm__enc_known *slot = w->set;
+/* The slot that holds the word, or NULL. */
+static inline const llm__enc_known *llm__enc_lookup(const llm__enc_seen *w) {
+    const llm__enc_known *slot = w->set;
     slot += ((slot->key[0] ^ w->key[0]) | (slot->key[1] ^ w->key[1])) != 0;
-    if ((slot->key[0] ^ w->key[0]) | (slot->key[1] ^ w->key[1])) {
-        llm__enc_new_word(job, w->p, w->p + w->n, w->set, w->key);
-        return;
-    }
-    size_t count = (size_t)slot->count;
-    if (job->after_bos || job->count + 3 > job->capacity) {
-        for (size_t i = 0; i < count; i++) llm__enc_emit(job, slot->ids[i]);
-        return;
-    }
-    /* We copy all 3, which takes no branch. The next word overwrites those that do not count. */
-    memcpy(job->ids + job->count, slot->ids, sizeof slot->ids);
-    job->count += count;
-    job->last = slot->ids[count - 1];
+    return (slot->key[0] ^ w->key[0]) | (slot->key[1] ^ w->key[1]) ? NULL : slot;
 }
 
-/* Encodes words of the last rule from p on as long as blocks show their ends, and returns the end of the last one. The
-   words of a block are first found, then looked up, so that the memory they are looked up in is there by then. Where
+/* Stores the tokens of the words from the i-th on, as long as they are known and fit. Returns the number of words.
+   We copy 3 tokens of each, which takes no branch. The next word overwrites those that do not count. */
+static int llm__enc_store_known(llm__enc_job *job, const llm__enc_batch *batch, int i) {
+    const int from = i;
+    const llm__enc_known *slot;
+    if (!job->ids || job->after_bos || job->count > job->capacity) return 0;
+    llm_token *ids = job->ids + job->count;
+    const llm_token *last = job->ids + job->capacity;
+    for (; i < batch->n && last - ids >= 3; i++) {
+        if (!batch->words[i].set || !(slot = llm__enc_lookup(&batch->words[i]))) break;
+        memcpy(ids, slot->ids, sizeof slot->ids);
+        ids += slot->count;
+    }
+    if (i == from) return 0;
+    job->last = ids[-1];
+    job->count = (size_t)(ids - job->ids);
+    return i - from;
+}
+
+static void llm__enc_flush(llm__enc_job *job, llm__enc_batch *batch) {
+    for (int i = 0; (i += llm__enc_store_known(job, batch, i)) < batch->n; i++) {
+        const llm__enc_seen *w = &batch->words[i];
+        const llm__enc_known *slot = w->set ? llm__enc_lookup(w) : NULL;
+        if (!w->set) llm__enc_word(job, w->p, w->p + w->n);
+        else if (!slot) llm__enc_new_word(job, w->p, w->p + w->n, w->set, w->key);
+        else
+            for (llm_token k = 0; k < slot->count; k++) llm__enc_emit(job, slot->ids[k]);
+    }
+    batch->n = 0;
+}
+
+/* Finds words of the last rule from p on as long as blocks show their ends, and returns the end of the last one. Where
    the next bytes are not all ASCII, a block would probably show nothing. */
-static const uint8_t *llm__enc_blocks(llm__enc_job *job, const llm__pre_rule *rule, const uint8_t *p,
-                                      const uint8_t *end) {
-    llm__enc_seen words[LLM__BLOCK];
+static const uint8_t *llm__enc_blocks(llm__enc_job *job, llm__enc_batch *batch, const llm__pre_rule *rule, bool single,
+                                      const uint8_t *p, const uint8_t *end) {
+    llm__enc_known *const known = job->known;
+    const int shift = 64 - job->known_bits;
     uint64_t eight;
     while (end - p >= LLM__BLOCK_READ && (memcpy(&eight, p, 8), !(eight & 0x8080808080808080u))) {
-        llm__pre_block b = llm__pre_classify(p);
-        uint64_t before = llm__pre_before(rule, &b);
-        unsigned i = 0, to, n = 0;
-        for (; i < LLM__BLOCK_LAST && (to = llm__pre_block_word(rule, &b, before, p, i)) != i; i = to)
-            words[n++] = llm__enc_see(job, p + i, to - i);
-        if (!n) break;
-        for (unsigned k = 0; k < n; k++) llm__enc_seen_word(job, &words[k]);
+        uint64_t starts = llm__pre_block_starts(rule, single, p) & ~(uint64_t)1;
+        unsigned i = 0;
+        if (!starts) break;
+        if (batch->n > LLM__ENC_BATCH) llm__enc_flush(job, batch);
+        llm__enc_seen *w = &batch->words[batch->n];
+        for (; starts; starts &= starts - 1) {
+            unsigned to = (unsigned)__builtin_ctzll(starts);
+            llm__enc_see(w++, known, shift, p + i, to - i);
+            i = to;
+        }
+        batch->n = (int)(w - batch->words);
         p += i;
     }
     return p;
 }
 
-static void llm__enc_one_word(llm__enc_job *job, const uint8_t *p, const uint8_t *to, const uint8_t *end) {
-    if (end - p < 16) {
-        llm__enc_word(job, p, to);
+/* Adds a word that no block shows. */
+static void llm__enc_one_word(llm__enc_job *job, llm__enc_batch *batch, const uint8_t *p, const uint8_t *to,
+                              const uint8_t *end) {
+    if (batch->n > LLM__ENC_BATCH) llm__enc_flush(job, batch);
+    llm__enc_seen *w = &batch->words[batch->n++];
+    if (end - p >= 16) {
+        llm__enc_see(w, job->known, 64 - job->known_bits, p, (size_t)(to - p));
         return;
     }
-    llm__enc_seen word = llm__enc_see(job, p, (size_t)(to - p));
-    llm__enc_seen_word(job, &word);
+    w->p = p;
+    w->n = (size_t)(to - p);
+    w->set = NULL;
 }
 
 /* Encodes a text that needs no rules, where no merge crosses the front of the first space in a run. It is cut there, so
    that words can be remembered. */
-static void llm__enc_spaced(llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
-    llm__enc_seen words[LLM__BLOCK];
+static void llm__enc_spaced(llm__enc_job *job, llm__enc_batch *batch, const uint8_t *p, const uint8_t *end) {
     const uint8_t *from = p;
     for (; end - p >= LLM__BLOCK_READ; p += LLM__BLOCK) {
-        unsigned n = 0;
         uint64_t blanks = llm__pre_classify(p).blanks, cuts = blanks & ~(blanks << 1);
         if (p == from || p[-1] == ' ') cuts &= ~(uint64_t)1;
         for (; cuts; cuts &= cuts - 1) {
             const uint8_t *to = p + __builtin_ctzll(cuts);
-            words[n++] = llm__enc_see(job, from, (size_t)(to - from));
+            llm__enc_see(&batch->words[batch->n++], job->known, 64 - job->known_bits, from, (size_t)(to - from));
             from = to;
         }
-        for (unsigned k = 0; k < n; k++) llm__enc_seen_word(job, &words[k]);
+        if (batch->n > LLM__ENC_BATCH) llm__enc_flush(job, batch);
     }
     for (const uint8_t *to = p > from ? p : from + 1; to < end; to++) {
         if (*to != ' ' || to[-1] == ' ') continue;
-        llm__enc_one_word(job, from, to, end);
+        llm__enc_one_word(job, batch, from, to, end);
         from = to;
     }
-    llm__enc_one_word(job, from, end, end);
+    llm__enc_one_word(job, batch, from, end, end);
 }
 
-static void llm__enc_split(llm__enc_job *job, const llm__pre_rule *rule, const uint8_t *p, const uint8_t *end) {
+/* A rule that cuts out each digit, before the last rule. Both are applied at once. */
+static bool llm__pre_is_digit_rule(const llm__pre_rule *rule) {
+    return rule->kind == LLM__RULE_RUN && rule->classes == LLM__NUMBER && rule->least == 1 && rule->most == 1 &&
+           !rule->space && !rule->to_end && !rule->n_ranges && rule[1].kind == LLM__RULE_GPT2 &&
+           rule[2].kind == LLM__NO_RULE;
+}
+
+/* Encodes a text by such a pair of rules. */
+static void llm__enc_split_digits(llm__enc_job *job, llm__enc_batch *batch, const llm__pre_rule *rule, const uint8_t *p,
+                                  const uint8_t *end) {
+    const llm__unicode_classes *c = job->t->classes;
+    const uint8_t *number = p, *to = p; /* the next number, and its end */
+    while (p < end) {
+        if ((p = llm__enc_blocks(job, batch, rule + 1, true, p, end)) == end) break;
+        if (p >= to) to = llm__pre_find_run(c, rule, p, end, &number);
+        const uint8_t *word = p < number ? llm__pre_gpt2_word(c, p, number) : to;
+        llm__enc_one_word(job, batch, p, word, end);
+        p = word;
+    }
+}
+
+static void llm__enc_split(llm__enc_job *job, llm__enc_batch *batch, const llm__pre_rule *rule, const uint8_t *p,
+                           const uint8_t *end) {
     if (rule->kind == LLM__NO_RULE && job->t->spaces_cut) {
-        llm__enc_spaced(job, p, end);
+        llm__enc_spaced(job, batch, p, end);
+        return;
+    }
+    if (llm__pre_is_digit_rule(rule)) {
+        llm__enc_split_digits(job, batch, rule, p, end);
         return;
     }
     bool is_last = rule[0].kind == LLM__NO_RULE || rule[1].kind == LLM__NO_RULE;
     bool blocks = is_last && rule->kind >= LLM__RULE_GPT2 && rule->kind <= LLM__RULE_CASED;
     while (p < end) {
-        if (blocks && (p = llm__enc_blocks(job, rule, p, end)) == end) break;
+        if (blocks && (p = llm__enc_blocks(job, batch, rule, false, p, end)) == end) break;
         const uint8_t *from, *to = llm__pre_find_word(job->t->classes, rule, p, end, &from);
-        if (from > p) llm__enc_split(job, rule + 1, p, from);
+        if (from > p) llm__enc_split(job, batch, rule + 1, p, from);
         if (to == from) break; /* the text ends */
-        if (!is_last) llm__enc_split(job, rule + 1, from, to);
-        else llm__enc_one_word(job, from, to, end);
+        if (!is_last) llm__enc_split(job, batch, rule + 1, from, to);
+        else llm__enc_one_word(job, batch, from, to, end);
         p = to;
     }
 }
@@ -9777,7 +9890,10 @@ static void llm__enc_plain(llm__enc_job *job, const uint8_t *p, const uint8_t *e
         p--;
         *(uint8_t *)(uintptr_t)p = ' ';
     }
-    llm__enc_split(job, job->t->rules, p, end);
+    llm__enc_batch batch;
+    batch.n = 0;
+    llm__enc_split(job, &batch, job->t->rules, p, end);
+    llm__enc_flush(job, &batch);
 }
 
 static void llm__enc_normalized(llm__enc_job *job, const uint8_t *p, const uint8_t *end, bool first) {
@@ -9936,7 +10052,9 @@ LLM_API size_t llm_decode(const llm_tokenizer *tokenizer, const llm_token *ids, 
         llm__str s = llm__dec_text(tokenizer, ids[i], flags, begins);
         if (!s.at) continue;
         begins = false;
-        if (n < capacity) memcpy(text + n, s.at, s.n < capacity - n ? s.n : capacity - n);
+        if (n < capacity && capacity - n >= LLM__PIECE_COPY && s.n <= LLM__PIECE_COPY)
+            memcpy(text + n, s.at, LLM__PIECE_COPY); /* most pieces are short, and a copy of one size is fast */
+        else if (n < capacity) memcpy(text + n, s.at, s.n < capacity - n ? s.n : capacity - n);
         n += s.n;
     }
     if (capacity) text[n < capacity ? n : capacity - 1] = 0;
@@ -10150,7 +10268,8 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s has %llu bytes", v->pieces_name, (unsigned long long)total);
     size_t room = llm__hash_slots(v->n_pieces + v->n_pieces / 2);
     t->offsets = (uint32_t *)llm__alloc_zero(env, v->n_pieces + 1, sizeof *t->offsets);
-    t->bytes = (uint8_t *)llm__alloc(env, (size_t)total, 1);
+    t->bytes = (uint8_t *)llm__alloc(env, (size_t)total + LLM__PIECE_COPY, 1);
+    memset(t->bytes + total, 0, LLM__PIECE_COPY);
     t->pieces = (llm__vocab_piece_slot *)llm__alloc(env, room, sizeof *t->pieces);
     t->piece_mask = room - 1;
     memset(t->pieces, 0xFF, room * sizeof *t->pieces);

@@ -811,25 +811,40 @@ static void check_block(const char *text) {
         assert_int_equal(b.spaces >> i & 1, c == ' ' || (c >= 9 && c <= 13));
         assert_int_equal(b.blanks >> i & 1, c == ' ');
         assert_int_equal(b.newlines >> i & 1, newline);
+        assert_int_equal(b.quotes >> i & 1, c == '\'');
+        assert_int_equal(b.slashes >> i & 1, c == '/');
         assert_int_equal(b.high >> i & 1, c >= 0x80);
     }
 }
 
-/* Every rule cuts the words that the code for one word at a time cuts. */
-static void check_words(const llm_tokenizer *t, const llm__pre_rule *rule, const char *text, size_t n) {
-    const uint8_t *p = (const uint8_t *)text, *end = p + n, *from;
+/* The end of the word at p, by the code for one word at a time. `digits` is a rule that is applied before, or NULL. */
+static const uint8_t *word_end(const llm_tokenizer *t, const llm__pre_rule *digits, const llm__pre_rule *rule,
+                               const uint8_t *p, const uint8_t *end) {
+    const uint8_t *from = end, *to = digits ? llm__pre_find_word(t->classes, digits, p, end, &from) : end;
+    return from == p ? to : llm__pre_find_word(t->classes, rule, p, from, &from);
+}
+
+/* Every rule cuts the words that the code for one word at a time cuts. Returns how many blocks showed. */
+static int check_words(const llm_tokenizer *t, const llm__pre_rule *digits, const llm__pre_rule *rule, const char *text,
+                       size_t n) {
+    const uint8_t *p = (const uint8_t *)text, *end = p + n;
+    int n_shown = 0;
     while (end - p >= LLM__BLOCK_READ) {
-        llm__pre_block b = llm__pre_classify(p);
-        uint64_t before = llm__pre_before(rule, &b);
-        unsigned i = 0, to;
-        for (; i < LLM__BLOCK_LAST && (to = llm__pre_block_word(rule, &b, before, p, i)) != i; i = to) {
-            const uint8_t *expected = llm__pre_find_word(t->classes, rule, p + i, end, &from);
+        uint64_t starts = llm__pre_block_starts(rule, digits != NULL, p);
+        unsigned i = 0;
+        assert_true(starts & 1);
+        for (starts &= ~(uint64_t)1; starts; starts &= starts - 1) {
+            unsigned to = (unsigned)__builtin_ctzll(starts);
+            const uint8_t *expected = word_end(t, digits, rule, p + i, end);
             if (p + to != expected)
                 fail_msg("rule %d, \"%.20s\": %d bytes, not %d", rule->kind, text + (p - (const uint8_t *)text) + i,
                          (int)(to - i), (int)(expected - p) - (int)i);
+            i = to;
+            n_shown++;
         }
-        p = i ? p + i : llm__pre_find_word(t->classes, rule, p, end, &from);
+        p = i ? p + i : word_end(t, digits, rule, p, end);
     }
+    return n_shown;
 }
 
 static void test_words(void **state) {
@@ -854,7 +869,16 @@ static void test_words(void **state) {
                 rule.kind = (llm__pre_rule_kind)kind;
                 rule.most = most;
                 rule.contractions = most == 3;
-                check_words(t, &rule, r.text, n);
+                assert_true(check_words(t, NULL, &rule, r.text, n) > N_WORDS / 20);
+                if (kind != LLM__RULE_GPT2) continue;
+                llm__pre_rule digits[3];
+                memset(digits, 0, sizeof digits);
+                digits[0].kind = LLM__RULE_RUN;
+                digits[0].classes = LLM__NUMBER;
+                digits[0].least = digits[0].most = 1;
+                digits[1] = rule;
+                assert_true(llm__pre_is_digit_rule(digits));
+                assert_true(check_words(t, &digits[0], &digits[1], r.text, n) > N_WORDS / 20);
             }
         int64_t counts[3];
         for (int k = 0; k < 3; k++) { /* with words remembered, without, and without room for the last ids */
