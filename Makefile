@@ -114,8 +114,8 @@ $(eval $(call program,build/windows,.exe))
 build/repl build/tokenize build/server: build/llm.o
 $(addprefix build/asan/,repl tokenize): build/asan/llm.o
 $(addprefix build/,repl tokenize server asan/repl asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
-$(addprefix build/asan/test_,hf quantize packed hellaswag_text) build/test_hellaswag_text build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
-$(addprefix build/asan/test_,quantize chat tokenizer_files): private CPPFLAGS += -O0
+$(addprefix build/asan/test_,hf quantize packed calibrate hellaswag_text) build/test_hellaswag_text build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
+$(addprefix build/asan/test_,quantize calibrate chat tokenizer_files): private CPPFLAGS += -O0
 
 build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 	mkdir -p $(@D)

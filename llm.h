@@ -323,12 +323,13 @@
     CONTENTS, in the order of the file. Search for "---- NAME" in the declarations, "==== NUMBER" in the implementation.
 
         declarations: Errors . Host callbacks . Ranks . Model . Tokenizer . Chat . Context . Generation . Streams
-               . Sequences . Forward pass . Sampler . Grammars . Speculative decoding . Scoring . NVIDIA GPU
+               . Sequences . Forward pass . Sampler . Grammars . Speculative decoding . Scoring . Calibration
+               . NVIDIA GPU
         BACKENDS: NOT FOR HOSTS
          1 Base
          2 Files
          3 JSON reader: Members of objects
-         4 Number formats: Writing rows
+         4 Number formats: Writing rows . Rounding by importance
          5 Checkpoints: GGUF . Hugging Face directories . Meta's directories . Packed files
          6 Hyperparameters: GGUF . config.json . params.json
          7 Unicode: Normalisation form C
@@ -346,9 +347,9 @@
         16 KV cache
         17 Forward pass
         18 The CPU context: The limit of decoding
-        19 Models: Metadata as text . Loading . What a file's header says . A directory with int8 weights . A
-               Hugging Face directory as GGUF . Writing GGUF files . Writing packed files
-        20 Contexts and sequences: Calls of the host . Sequences . llm_forward
+        19 Models: Metadata as text . Loading . What a file's header says . Importance . A directory with int8
+               weights . A Hugging Face directory as GGUF . Writing GGUF files . Writing packed files
+        20 Contexts and sequences: Calls of the host . Sequences . llm_forward . llm_calibrate
         21 Grammars: Expressions . The automaton . Tokens as a trie . States . Masks . The text so far . Regular
                expressions . GBNF . JSON Schema . Schemas made from others . References . Schemas that must all hold .
                Sets of strings . Values . What is derived . What is unevaluated . Numbers . Strings, arrays and
@@ -607,20 +608,27 @@ LLM_API llm_status llm_model_read_info_callback(llm_read_fn read, void *user, ui
    is copied. Loaded as int8, `to` gives the same bits as `from`. A failure may leave a part of `to` behind. */
 LLM_API llm_status llm_quantize_directory(const char *from, const char *to, const llm_host *host, llm_error *err);
 
+/* How large the inputs of each matrix are when a model reads a text: llm_calibrate measures it, see Calibration. An
+   error of a weight whose input is large changes the output more than another one. */
+typedef struct llm_importance llm_importance;
+
 /* Writes such a directory with 2:4 sparsity: of each four neighbours in a row of these matrices, the two of smaller
    magnitude become zero. If two are equal, the later one does. (Mishra et al., "Accelerating Sparse Deep Neural
-   Networks", 2021. A model that was not trained again with the zeros is much worse.) dtype is LLM_DTYPE_BF16 or
-   LLM_DTYPE_INT8. The zeros are written like other weights, so every program that reads the first directory can read
-   the new one. Fails if the number of columns of a matrix is not a multiple of 4, or if a weight is NaN or too large
-   for bf16. */
-LLM_API llm_status llm_prune_directory(const char *from, const char *to, llm_dtype dtype, const llm_host *host,
-                                       llm_error *err);
+   Networks", 2021. A model that was not trained again with the zeros is much worse.) With an importance of this model,
+   each magnitude is multiplied by the root of its input's mean square first (Sun et al., "A Simple and Effective
+   Pruning Approach for Large Language Models", 2023), which is less bad; NULL: there is none. dtype is LLM_DTYPE_BF16
+   or LLM_DTYPE_INT8. The zeros are written like other weights, so every program that reads the first directory can read
+   the new one. Fails if the number of columns of a matrix is not a multiple of 4, if a weight is NaN or too large for
+   bf16, or if the importance is of a model of another shape. */
+LLM_API llm_status llm_prune_directory(const char *from, const char *to, llm_dtype dtype,
+                                       const llm_importance *importance, const llm_host *host, llm_error *err);
 
 typedef struct llm_quantize_desc {
     const char *type; /* "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K",
                          "Q4_K_M", "Q5_K_M"; NULL is an error                                                 */
     int n_threads;    /* 0: one per physical core                                                             */
     llm_host host;    /* progress goes from 0 to 1; if it returns false, nothing is written                   */
+    const llm_importance *importance; /* of a model of the same shape, for types with blocks; or NULL         */
 } llm_quantize_desc;
 
 /* Writes a model as a GGUF file whose matrices, the embedding and the output among them, have the type desc->type.
@@ -629,6 +637,10 @@ typedef struct llm_quantize_desc {
    that ggml's reference quantisers (quantize_row_*_ref) make, and the same matrices are converted as by llama.cpp's
    `llama-quantize --pure`. Q4_K_M and Q5_K_M are its mixes: some matrices are Q6_K. If a matrix's rows are not whole
    blocks of 256, it becomes Q5_0, Q5_1 or Q8_0 in place of Q4_K, Q5_K or Q6_K; if they are not whole blocks of 32, F16.
+   With desc->importance, the scales of each block are searched for that make the sum of importance * error^2 small. It
+   is never larger than that of ggml's block. The file has the same format and size, and runs as fast, but is better.
+   Matrices whose inputs were not measured (an embedding that is not the head, too) or were all zero are rounded as
+   without it.
    From a GGUF file, vectors and metadata are copied. Only general.file_type and general.quantization_version are set,
    and the keys of a split model are left out. From a directory, whose weights must be F32, F16 or BF16, the keys, names
    and orders of rows are those of llama.cpp's convert_hf_to_gguf.py, and vectors become F32. A directory is refused if
@@ -1350,6 +1362,32 @@ LLM_API llm_status llm_score(llm_context *ctx, const llm_question *questions, in
                              const llm_score_desc *desc, double *log_likelihoods, llm_score_stats *stats,
                              llm_error *err);
 
+/* ---- Calibration --------------------------------------------------------------------------------------------- */
+
+typedef struct llm_calibrate_desc {
+    int n_ctx;     /* tokens in a piece of the text; 0: 512, or what the model was trained with if that is less  */
+    int n_threads; /* 0: one per physical core                                                                   */
+    llm_host host; /* all zero: the model's. progress goes from 0 to 1; if it returns false, the call fails      */
+} llm_calibrate_desc;
+
+/* Lets a model read a text, and measures for each column of each matrix the mean square of its input over all tokens.
+   llm_quantize_gguf and llm_prune_directory use this to choose which weights matter. The text should be like what the
+   model will be used for; some 50 kB suffice. It is UTF-8 without NUL, and text like "<|im_end|>" becomes the special
+   token, so it may also be conversations. It is cut into pieces of n_ctx tokens, which the model reads one by one, each
+   behind a BOS token if its texts begin with one. It must fill one piece at least. The model is on the CPU and not
+   shared by ranks. It may have any dtype, and be quantised already: its importance also serves a file of the same model
+   with other types. The result does not depend on n_threads. *out is NULL after a failure. Free it with
+   llm_importance_free; it does not need the model any more. */
+LLM_API llm_status llm_calibrate(llm_importance **out, const llm_model *model, const char *text, size_t n_bytes,
+                                 const llm_calibrate_desc *desc, llm_error *err);
+LLM_API void llm_importance_free(llm_importance *importance);
+LLM_API int64_t llm_importance_n_tokens(const llm_importance *importance); /* that were read, with BOS tokens       */
+
+/* The mean squares of a matrix's inputs, one for each of its *n_columns columns, by the matrix's name in GGUF or in a
+   Hugging Face directory, such as "blk.0.attn_q.weight" or "model.layers.0.self_attn.q_proj.weight". NULL if there is
+   no such matrix or its inputs are not measured. They belong to the importance. n_columns may be NULL. */
+LLM_API const float *llm_importance_get(const llm_importance *importance, const char *tensor, int *n_columns);
+
 /* ---- NVIDIA GPU ---------------------------------------------------------------------------------------------- */
 
 #ifdef LLM_CUDA
@@ -1491,6 +1529,10 @@ typedef struct llm_backend_pass {
     /* Not NULL while a batch is scored in a pipeline. Then only the last stage has the results, and it sets *stopped if
        a stage wants to stop. */
     bool *stopped;
+    /* Not NULL if the context has sums_squares: then no logits are wanted. The squares of all products' inputs are
+       added to [n_layers][n_embd of QKV, n_heads * head_dim of ATTENTION_OUT, n_embd of GATE_UP, n_ff of DOWN], and
+       behind them [n_embd of HEAD], in order of the rows. */
+    double *squares;
 } llm_backend_pass;
 
 /* Tokens of one sequence that the device picks itself: the first from the logits of the last pass, which had one row
@@ -1519,6 +1561,7 @@ typedef struct llm_backend_desc {
     void *lender;
     bool share_cache;
     llm_comm *tensor, *pipeline; /* of this context, or NULL                                                    */
+    bool sums_squares;           /* every pass has `squares`. Only for the CPU, without ranks                   */
 } llm_backend_desc;
 
 struct llm_backend {
@@ -2967,6 +3010,12 @@ static void llm__encode_u32(uint8_t *to, uint32_t x) {
     llm__encode_u16(to + 2, (uint16_t)(x >> 16));
 }
 
+/* Writes 32 numbers of 4 or 5 bits behind the scale, and the minimum, of a block. */
+static void llm__encode_numbers(const unsigned *q, int bits, uint8_t *to) {
+    const uint32_t high = llm__encode_halves(q, to + (bits == 5 ? 4 : 0));
+    if (bits == 5) llm__encode_u32(to, high);
+}
+
 /* Q4_0 and Q5_0: the scale maps the largest magnitude to -8 or -16, so that one of the ends is exact. */
 static void llm__encode_signed(const float *src, size_t n, uint8_t *dst, int bits) {
     const int half = 1 << (bits - 1);
@@ -2978,8 +3027,7 @@ static void llm__encode_signed(const float *src, size_t n, uint8_t *dst, int bit
             float x = src[i] * inverse;
             q[i] = llm__encode_trunc(x + ((float)half + 0.5f), (unsigned)(2 * half - 1));
         }
-        uint32_t high = llm__encode_halves(q, dst + (bits == 5 ? 6 : 2));
-        if (bits == 5) llm__encode_u32(dst + 2, high);
+        llm__encode_numbers(q, bits, dst + 2);
     }
 }
 
@@ -2997,8 +3045,7 @@ static void llm__encode_unsigned(const float *src, size_t n, uint8_t *dst, int b
             float x = (src[i] - low) * inverse;
             q[i] = llm__encode_trunc(x + 0.5f, (unsigned)most);
         }
-        uint32_t fifth = llm__encode_halves(q, dst + (bits == 5 ? 8 : 4));
-        if (bits == 5) llm__encode_u32(dst + 4, fifth);
+        llm__encode_numbers(q, bits, dst + 4);
     }
 }
 
@@ -3104,25 +3151,14 @@ static float llm__encode_group(const float *x, const llm__encode_search *search,
     return scale;
 }
 
-/* The first 16 bytes of Q4_K and Q5_K: d, m, and 6 bits for each scale and minimum. Finds them and all 256 q. */
-static void llm__encode_k_block(const float *x, const llm__encode_search *search, uint8_t *to, uint8_t *q) {
-    float scales[8], minimums[8], most_scale = 0, most_minimum = 0;
-    for (int j = 0; j < 8; j++) {
-        scales[j] = llm__encode_group(x + 32 * j, search, q + 32 * j, &minimums[j]);
-        if (scales[j] > most_scale) most_scale = scales[j];
-        if (minimums[j] > most_minimum) most_minimum = minimums[j];
-    }
-    const float inverse_scale = most_scale > 0 ? 63.0f / most_scale : 0;
-    const float inverse_minimum = most_minimum > 0 ? 63.0f / most_minimum : 0;
-    const uint16_t half_d = llm__f32_to_f16(most_scale / 63.0f), half_m = llm__f32_to_f16(most_minimum / 63.0f);
+/* Writes the first 16 bytes of Q4_K and Q5_K: d, m, and 6 bits for each scale and minimum. */
+static void llm__encode_k_scales(uint16_t half_d, uint16_t half_m, const uint8_t *scales, const uint8_t *minimums,
+                                 uint8_t *to) {
     uint8_t *s = to + 4;
     llm__encode_u16(to, half_d);
     llm__encode_u16(to + 2, half_m);
     for (int j = 0; j < 8; j++) {
-        unsigned scale = (uint8_t)llm__encode_round(inverse_scale * scales[j]);
-        unsigned minimum = (uint8_t)llm__encode_round(inverse_minimum * minimums[j]);
-        if (scale > 63) scale = 63;
-        if (minimum > 63) minimum = 63;
+        const unsigned scale = scales[j], minimum = minimums[j];
         if (j < 4) {
             s[j] = (uint8_t)scale;
             s[j + 4] = (uint8_t)minimum;
@@ -3132,12 +3168,44 @@ static void llm__encode_k_block(const float *x, const llm__encode_search *search
             s[j] = (uint8_t)(s[j] | minimum >> 4 << 6);
         }
     }
+}
+
+/* Finds and writes them, and finds all 256 q. */
+static void llm__encode_k_block(const float *x, const llm__encode_search *search, uint8_t *to, uint8_t *q) {
+    uint8_t whole_scales[8], whole_minimums[8];
+    float scales[8], minimums[8], most_scale = 0, most_minimum = 0;
+    for (int j = 0; j < 8; j++) {
+        scales[j] = llm__encode_group(x + 32 * j, search, q + 32 * j, &minimums[j]);
+        if (scales[j] > most_scale) most_scale = scales[j];
+        if (minimums[j] > most_minimum) most_minimum = minimums[j];
+    }
+    const float inverse_scale = most_scale > 0 ? 63.0f / most_scale : 0;
+    const float inverse_minimum = most_minimum > 0 ? 63.0f / most_minimum : 0;
+    const uint16_t half_d = llm__f32_to_f16(most_scale / 63.0f), half_m = llm__f32_to_f16(most_minimum / 63.0f);
+    for (int j = 0; j < 8; j++) {
+        unsigned scale = (uint8_t)llm__encode_round(inverse_scale * scales[j]);
+        unsigned minimum = (uint8_t)llm__encode_round(inverse_minimum * minimums[j]);
+        whole_scales[j] = scale > 63 ? 63 : (uint8_t)scale;
+        whole_minimums[j] = minimum > 63 ? 63 : (uint8_t)minimum;
+    }
+    llm__encode_k_scales(half_d, half_m, whole_scales, whole_minimums, to);
     for (int j = 0, scale, minimum; j < 8; j++) {
-        llm__decode_k_scale(s, j, &scale, &minimum);
+        llm__decode_k_scale(to + 4, j, &scale, &minimum);
         const float d = llm__f16_to_f32(half_d) * (float)scale, m = llm__f16_to_f32(half_m) * (float)minimum;
         for (int i = 32 * j; i < 32 * j + 32 && d != 0; i++)
             q[i] = (uint8_t)llm__encode_clamp(llm__encode_round((x[i] + m) / d), 0, search->most);
     }
+}
+
+/* Writes the numbers of Q4_K, or of Q5_K, behind its scales. */
+static void llm__encode_k_numbers(const uint8_t *q, int bits, uint8_t *to) {
+    if (bits == 5) {
+        memset(to, 0, 32);
+        for (int i = 0; i < 256; i++) to[i % 32] = (uint8_t)(to[i % 32] | q[i] >> 4 << i / 32);
+        to += 32;
+    }
+    for (int i = 0; i < 128; i++)
+        to[i] = (uint8_t)((q[i / 32 * 64 + i % 32] & 15) | (q[i / 32 * 64 + i % 32 + 32] & 15) << 4);
 }
 
 static void llm__encode_q4_k(const float *src, size_t n, uint8_t *dst) {
@@ -3145,8 +3213,7 @@ static void llm__encode_q4_k(const float *src, size_t n, uint8_t *dst) {
     for (; n; n -= 256, src += 256, dst += 144) {
         uint8_t q[256];
         llm__encode_k_block(src, &search, dst, q);
-        for (int i = 0; i < 128; i++)
-            dst[16 + i] = (uint8_t)(q[i / 32 * 64 + i % 32] | q[i / 32 * 64 + i % 32 + 32] << 4);
+        llm__encode_k_numbers(q, 4, dst + 16);
     }
 }
 
@@ -3155,10 +3222,7 @@ static void llm__encode_q5_k(const float *src, size_t n, uint8_t *dst) {
     for (; n; n -= 256, src += 256, dst += 176) {
         uint8_t q[256];
         llm__encode_k_block(src, &search, dst, q);
-        memset(dst + 16, 0, 32);
-        for (int i = 0; i < 256; i++) dst[16 + i % 32] = (uint8_t)(dst[16 + i % 32] | q[i] >> 4 << i / 32);
-        for (int i = 0; i < 128; i++)
-            dst[48 + i] = (uint8_t)((q[i / 32 * 64 + i % 32] & 15) | (q[i / 32 * 64 + i % 32 + 32] & 15) << 4);
+        llm__encode_k_numbers(q, 5, dst + 16);
     }
 }
 
@@ -3195,10 +3259,23 @@ static float llm__encode_signed_group(const float *x, int8_t *q) {
     return scale;
 }
 
+/* Writes a block of Q6_K from its scale d, 16 whole scales and 256 numbers q = -32 .. 31. */
+static void llm__encode_q6_k_block(uint16_t half, const int8_t *scales, const int8_t *q, uint8_t *dst) {
+    memset(dst, 0, 210);
+    llm__encode_u16(dst + 208, half);
+    for (int j = 0; j < 16; j++) dst[192 + j] = (uint8_t)scales[j];
+    for (int i = 0; i < 256; i++) {
+        unsigned u = (unsigned)(q[i] + 32);
+        uint8_t *low = &dst[i / 128 * 64 + i % 64], *high = &dst[128 + i / 128 * 32 + i % 32];
+        *low = (uint8_t)(*low | (u & 15) << (i / 64 % 2 * 4));
+        *high = (uint8_t)(*high | u >> 4 << (i / 32 % 4 * 2));
+    }
+}
+
 static void llm__encode_q6_k(const float *src, size_t n, uint8_t *dst) {
     for (; n; n -= 256, src += 256, dst += 210) {
         float scales[16], largest = 0;
-        int8_t q[256];
+        int8_t whole[16], q[256];
         for (int j = 0; j < 16; j++) {
             scales[j] = llm__encode_signed_group(src + 16 * j, q + 16 * j);
             if (fabsf(scales[j]) > fabsf(largest)) largest = scales[j];
@@ -3207,20 +3284,13 @@ static void llm__encode_q6_k(const float *src, size_t n, uint8_t *dst) {
         if (fabsf(largest) < 1e-15f) continue;
         const float inverse = -128.0f / largest;
         const uint16_t half = llm__f32_to_f16(1 / inverse);
-        llm__encode_u16(dst + 208, half);
         for (int j = 0; j < 16; j++) {
-            int scale = llm__encode_clamp(llm__encode_round(inverse * scales[j]), -128, 127);
-            const float d = llm__f16_to_f32(half) * (float)scale;
-            dst[192 + j] = (uint8_t)scale;
+            whole[j] = (int8_t)llm__encode_clamp(llm__encode_round(inverse * scales[j]), -128, 127);
+            const float d = llm__f16_to_f32(half) * (float)whole[j];
             for (int i = 16 * j; i < 16 * j + 16 && d != 0; i++)
                 q[i] = (int8_t)llm__encode_clamp(llm__encode_round(src[i] / d), -32, 31);
         }
-        for (int i = 0; i < 256; i++) {
-            unsigned u = (unsigned)(q[i] + 32);
-            uint8_t *low = &dst[i / 128 * 64 + i % 64], *high = &dst[128 + i / 128 * 32 + i % 32];
-            *low = (uint8_t)(*low | (u & 15) << (i / 64 % 2 * 4));
-            *high = (uint8_t)(*high | u >> 4 << (i / 32 % 4 * 2));
-        }
+        llm__encode_q6_k_block(half, whole, q, dst);
     }
 }
 
@@ -3241,6 +3311,332 @@ static llm__encode_fn *llm__encode_find(uint32_t type) {
     case LLM__Q5_K: return llm__encode_q5_k;
     case LLM__Q6_K: return llm__encode_q6_k;
     default: return NULL;
+    }
+}
+
+/* ---- Rounding by importance ----
+   A weight's error counts with the importance h of its column, which is the mean square of the input that the weight
+   is multiplied by: for a matrix W, made W', the mean of |Wx - W'x|^2 over the inputs x is about the sum of
+   h (w - w')^2, if the inputs are independent. So the numbers q, scale and minimum of each block are searched for that
+   make this sum small. Some ranges of the weights are tried. For each, the weights are rounded; then the best scale and
+   minimum for these q follow from linear equations; then the weights are rounded again. The best try is refined by
+   repeating this. The block that is made without importance is kept if it is not worse. */
+
+/* A group of 16 or 32 weights: x is about scale * q + minimum with q from `least` to `most`. */
+typedef struct llm__weigh_group {
+    const float *x, *h;
+    int n;
+    float least, most;
+    bool minimum;    /* without it the minimum is 0 */
+    bool below_zero; /* the minimum is at most 0 */
+    bool halves;     /* scale and minimum are f16 numbers */
+    double sum_h, sum_hx, sum_hxx;
+} llm__weigh_group;
+
+typedef struct llm__weigh_fit {
+    float scale, minimum, error;
+    double sum_hq, sum_hqq, sum_hqx;
+    float q[32];
+} llm__weigh_fit;
+
+/* Four lanes, which every compiler and machine has. */
+typedef float llm__weigh_vector __attribute__((vector_size(16)));
+typedef int32_t llm__weigh_mask __attribute__((vector_size(16)));
+
+#define LLM__WEIGH_SELECT(mask, a, b) \
+    ((llm__weigh_vector)(((mask) & (llm__weigh_mask)(a)) | (~(mask) & (llm__weigh_mask)(b))))
+
+/* Rounds the weights of g to whole q with the scale and minimum of f. Finds the error, and sums for llm__weigh_solve.
+   NaN, of 0 * infinity, becomes g->least. */
+static void llm__weigh_round(const llm__weigh_group *g, llm__weigh_fit *f) {
+    const float inverse = llm__encode_inverse(f->scale), scale = f->scale, minimum = f->minimum;
+    const llm__weigh_vector zero = {0, 0, 0, 0}, least = zero + g->least, most = zero + g->most;
+    llm__weigh_vector sums[4] = {zero, zero, zero, zero};
+    for (int i = 0; i < g->n; i += 4) {
+        llm__weigh_vector x, h, u, e;
+        memcpy(&x, g->x + i, sizeof x);
+        memcpy(&h, g->h + i, sizeof h);
+        u = (x - minimum) * inverse;
+        u = LLM__WEIGH_SELECT(u > least, u, least);
+        u = LLM__WEIGH_SELECT(u < most, u, most);
+        u = u + 12582912.0f - 12582912.0f; /* see llm__encode_round */
+        memcpy(f->q + i, &u, sizeof u);
+        e = scale * u + minimum - x;
+        sums[0] += h * (e * e);
+        e = h * u;
+        sums[1] += e;
+        sums[2] += e * u;
+        sums[3] += e * x;
+    }
+    f->error = sums[0][0] + sums[0][1] + sums[0][2] + sums[0][3];
+    f->sum_hq = (double)sums[1][0] + (double)sums[1][1] + (double)sums[1][2] + (double)sums[1][3];
+    f->sum_hqq = (double)sums[2][0] + (double)sums[2][1] + (double)sums[2][2] + (double)sums[2][3];
+    f->sum_hqx = (double)sums[3][0] + (double)sums[3][1] + (double)sums[3][2] + (double)sums[3][3];
+}
+
+/* The scale and minimum with the least error for the q of f. False if the equations have no solution. *error: about
+   what the error would be. */
+static bool llm__weigh_solve(const llm__weigh_group *g, llm__weigh_fit *f, double *error) {
+    const double w = g->sum_h, x = g->sum_hx, l = f->sum_hq, l2 = f->sum_hqq, xl = f->sum_hqx;
+    const double determinant = w * l2 - l * l;
+    if (!(l2 > 0)) return false;
+    double scale = xl / l2, minimum = 0;
+    if (g->minimum) {
+        if (!(determinant > 1e-6 * w * l2)) return false; /* all q are equal, up to rounding */
+        minimum = (l2 * x - l * xl) / determinant;
+        if (g->below_zero && minimum > 0) minimum = 0;
+        else scale = (w * xl - x * l) / determinant;
+    }
+    *error = g->sum_hxx - scale * xl - minimum * x;
+    f->scale = (float)scale;
+    f->minimum = (float)minimum;
+    if (!g->halves) return true;
+    if (!(fabsf(f->scale) <= 65504.0f && fabsf(f->minimum) <= 65504.0f)) return false;
+    f->scale = llm__f16_to_f32(llm__f32_to_f16(f->scale));
+    f->minimum = llm__f16_to_f32(llm__f32_to_f16(f->minimum));
+    return true;
+}
+
+/* Solves and rounds again. True if that is better than *best, which then becomes it. */
+static bool llm__weigh_improve(const llm__weigh_group *g, llm__weigh_fit *f, llm__weigh_fit *best) {
+    double error;
+    /* The sums have seven digits. Rounding again gains little, so a try that is clearly worse ends here. */
+    if (!llm__weigh_solve(g, f, &error) || error > 1.1 * (double)best->error + 1e-6 * g->sum_hxx) return false;
+    llm__weigh_round(g, f);
+    if (!(f->error < best->error)) return false;
+    *best = *f;
+    return true;
+}
+
+/* Tries a scale and a minimum. */
+static void llm__weigh_try(const llm__weigh_group *g, float scale, float minimum, llm__weigh_fit *best) {
+    llm__weigh_fit f;
+    f.scale = scale;
+    f.minimum = minimum;
+    llm__weigh_round(g, &f);
+    llm__weigh_improve(g, &f, best);
+}
+
+/* Weights whose h is 0 do not count, so they are left out of the range. */
+static llm__weigh_fit llm__weigh_search(llm__weigh_group *g) {
+    enum { STEPS = 20, N_CUTS = 8 };
+    static const float cuts[N_CUTS] = {-0.03f, 0, 0.03f, 0.07f, 0.12f, 0.2f, 0.3f, 0.4f}; /* parts of the range */
+    llm__weigh_fit best, next;
+    float low = 0, high = 0, largest = 0;
+    bool first = true;
+    memset(&best, 0, sizeof best);
+    for (int i = 0; i < g->n; i++) {
+        const float x = g->x[i];
+        g->sum_h += (double)g->h[i];
+        g->sum_hx += (double)g->h[i] * (double)x;
+        g->sum_hxx += (double)g->h[i] * ((double)x * (double)x);
+        if (!(g->h[i] > 0)) continue;
+        if (first || x < low) low = x;
+        if (first || x > high) high = x;
+        if (fabsf(x) > fabsf(largest)) largest = x;
+        first = false;
+    }
+    if (g->below_zero && low > 0) low = 0;
+    best.minimum = g->minimum ? low : 0;
+    if (g->halves) best.minimum = llm__f16_to_f32(llm__f32_to_f16(best.minimum));
+    llm__weigh_round(g, &best);
+    const float range = high - low, levels = g->most - g->least;
+    for (int i = 0; i < N_CUTS && g->minimum && range > 0; i++)
+        for (int j = 0; j < N_CUTS; j++) {
+            const float from = low + cuts[i] * range, to = high - cuts[j] * range;
+            if (from < to) llm__weigh_try(g, (to - from) / levels, g->below_zero && from > 0 ? 0 : from, &best);
+        }
+    /* Then ranges near the best one so far. */
+    for (float step = 0.015f * range; step > 0.005f * range && g->minimum; step *= 0.5f)
+        for (int i = 0; i < 9; i++) {
+            const float from = best.minimum + step * (float)(i % 3 - 1),
+                        to = best.minimum + best.scale * levels + step * (float)(i / 3 - 1);
+            if (from < to) llm__weigh_try(g, (to - from) / levels, g->below_zero && from > 0 ? 0 : from, &best);
+        }
+    for (int i = -STEPS / 4; i < STEPS && !g->minimum && largest != 0; i++) {
+        const float end = largest * (1 - (float)i * (0.3f / levels));
+        llm__weigh_try(g, end / g->least, 0, &best);
+        llm__weigh_try(g, end / g->most, 0, &best);
+    }
+    next = best;
+    for (int i = 0; i < 8 && llm__weigh_improve(g, &next, &best); i++) continue;
+    return best;
+}
+
+/* Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0. */
+static void llm__weigh_block(llm__file_type type, const float *x, const float *h, uint8_t *to) {
+    const int bits = type == LLM__Q8_0 ? 8 : type == LLM__Q5_0 || type == LLM__Q5_1 ? 5 : 4;
+    const bool minimum = type == LLM__Q4_1 || type == LLM__Q5_1;
+    const float half = (float)(1 << (bits - 1));
+    llm__weigh_group g = {x, h, 32, bits == 8 ? -127 : -half, half - 1, minimum, false, true, 0, 0, 0};
+    unsigned q[32];
+    if (minimum) g.least = 0, g.most = 2 * half - 1;
+    const llm__weigh_fit f = llm__weigh_search(&g);
+    llm__encode_u16(to, llm__f32_to_f16(f.scale));
+    if (minimum) llm__encode_u16(to + 2, llm__f32_to_f16(f.minimum));
+    for (int i = 0; i < 32; i++) {
+        if (bits == 8) to[2 + i] = (uint8_t)(int8_t)f.q[i];
+        q[i] = (unsigned)(f.q[i] - (minimum ? 0 : g.least));
+    }
+    if (bits < 8) llm__encode_numbers(q, bits, to + (minimum ? 4 : 2));
+}
+
+/* A block of 256 weights in groups, whose scales and minimums are whole numbers times d and m. */
+typedef struct llm__weigh_k {
+    llm__weigh_group groups[16];
+    int n_groups, least_scale, most_scale;
+    float d, m; /* f16 numbers */
+    int scales[16], minimums[16];
+    float error, q[256];
+} llm__weigh_k;
+
+/* Finds the q of group j for its whole scale and minimum. */
+static llm__weigh_fit llm__weigh_k_round(const llm__weigh_k *k, int j, int scale, int minimum) {
+    llm__weigh_fit f;
+    f.scale = k->d * (float)scale;
+    f.minimum = k->m * (float)-minimum;
+    llm__weigh_round(&k->groups[j], &f);
+    return f;
+}
+
+/* Of the whole scales and minimums near those of each group, finds the best, and the q. */
+static void llm__weigh_k_choose(llm__weigh_k *k) {
+    k->error = 0;
+    for (int j = 0; j < k->n_groups; j++) {
+        const llm__weigh_group *g = &k->groups[j];
+        const int scale = k->scales[j], minimum = k->minimums[j], off = g->minimum ? 1 : 0;
+        llm__weigh_fit best = llm__weigh_k_round(k, j, scale, minimum);
+        for (int a = scale - 1; a <= scale + 1; a++)
+            for (int b = minimum - off; b <= minimum + off; b++) {
+                if (a < k->least_scale || a > k->most_scale || b < 0 || b > 63) continue;
+                const llm__weigh_fit f = llm__weigh_k_round(k, j, a, b);
+                if (!(f.error < best.error)) continue;
+                best = f;
+                k->scales[j] = a;
+                k->minimums[j] = b;
+            }
+        memcpy(k->q + j * g->n, best.q, (size_t)g->n * sizeof *best.q);
+        k->error += best.error;
+    }
+}
+
+/* The d and m with the least error for the q and the whole scales and minimums. */
+static bool llm__weigh_k_solve(llm__weigh_k *k) {
+    double aa = 0, ab = 0, bb = 0, ax = 0, bx = 0;
+    for (int j = 0; j < k->n_groups; j++) {
+        const llm__weigh_group *g = &k->groups[j];
+        for (int i = 0; i < g->n; i++) {
+            const double h = (double)g->h[i], x = (double)g->x[i], a = (double)k->q[j * g->n + i] * k->scales[j],
+                         b = -k->minimums[j];
+            aa += h * a * a;
+            ab += h * a * b;
+            bb += h * b * b;
+            ax += h * a * x;
+            bx += h * b * x;
+        }
+    }
+    const double determinant = aa * bb - ab * ab;
+    double d = aa > 0 ? ax / aa : 0, m = k->m;
+    if (bb > 0 && determinant > 1e-9 * aa * bb) {
+        d = (bb * ax - ab * bx) / determinant;
+        m = (aa * bx - ab * ax) / determinant;
+    }
+    if (!(fabs(d) <= 65504 && m >= 0 && m <= 65504)) return false;
+    k->d = llm__f16_to_f32(llm__f32_to_f16((float)d));
+    k->m = llm__f16_to_f32(llm__f32_to_f16((float)m));
+    return true;
+}
+
+/* Searches each group alone, then chooses d, m and whole numbers for all together. */
+static void llm__weigh_k_search(llm__weigh_k *k) {
+    llm__weigh_fit fits[16];
+    float scale = 0, minimum = 0;
+    for (int j = 0; j < k->n_groups; j++) {
+        fits[j] = llm__weigh_search(&k->groups[j]);
+        if (fabsf(fits[j].scale) > fabsf(scale)) scale = fits[j].scale;
+        if (-fits[j].minimum > minimum) minimum = -fits[j].minimum;
+    }
+    /* Scales of both signs reach one further below 0. */
+    const float most = (float)(k->least_scale < 0 ? k->least_scale : k->most_scale);
+    k->d = llm__f16_to_f32(llm__f32_to_f16(scale / most));
+    k->m = llm__f16_to_f32(llm__f32_to_f16(minimum / 63.0f));
+    for (int j = 0; j < k->n_groups; j++) {
+        const float a = fits[j].scale * llm__encode_inverse(k->d), b = -fits[j].minimum * llm__encode_inverse(k->m);
+        const float limit = a > 127 ? 127 : a < -128 ? -128 : a; /* the inverse of a denormal may be infinite */
+        k->scales[j] = llm__encode_clamp(llm__encode_round(limit), k->least_scale, k->most_scale);
+        k->minimums[j] = llm__encode_clamp(llm__encode_round(b < 63 ? b : 63), 0, 63);
+    }
+    llm__weigh_k_choose(k);
+    for (int i = 0; i < 4; i++) {
+        llm__weigh_k next = *k;
+        if (!llm__weigh_k_solve(&next)) return;
+        llm__weigh_k_choose(&next);
+        if (!(next.error < k->error)) return;
+        *k = next;
+    }
+}
+
+/* Q4_K, Q5_K and Q6_K. */
+static void llm__weigh_k_block(llm__file_type type, const float *x, const float *h, uint8_t *to) {
+    const bool is_signed = type == LLM__Q6_K;
+    const int n = is_signed ? 16 : 32;
+    llm__weigh_k k;
+    uint8_t scales[16], minimums[16], q[256];
+    int8_t signed_scales[16], signed_q[256];
+    memset(&k, 0, sizeof k);
+    k.n_groups = 256 / n;
+    k.least_scale = is_signed ? -128 : 0;
+    k.most_scale = is_signed ? 127 : 63;
+    for (int j = 0; j < k.n_groups; j++) {
+        llm__weigh_group *g = &k.groups[j];
+        g->x = x + j * n;
+        g->h = h + j * n;
+        g->n = n;
+        g->least = is_signed ? -32.0f : 0.0f;
+        g->most = type == LLM__Q4_K ? 15.0f : 31.0f;
+        g->minimum = g->below_zero = !is_signed;
+    }
+    llm__weigh_k_search(&k);
+    for (int j = 0; j < k.n_groups; j++) {
+        scales[j] = (uint8_t)k.scales[j];
+        minimums[j] = (uint8_t)k.minimums[j];
+        signed_scales[j] = (int8_t)k.scales[j];
+    }
+    for (int i = 0; i < 256; i++) {
+        signed_q[i] = (int8_t)k.q[i];
+        q[i] = (uint8_t)signed_q[i];
+    }
+    if (is_signed) {
+        llm__encode_q6_k_block(llm__f32_to_f16(k.d), signed_scales, signed_q, to);
+        return;
+    }
+    llm__encode_k_scales(llm__f32_to_f16(k.d), llm__f32_to_f16(k.m), scales, minimums, to);
+    llm__encode_k_numbers(q, type == LLM__Q4_K ? 4 : 5, to + 16);
+}
+
+/* The error of a block; NaN if it holds a scale that is none. */
+static double llm__weigh_error(const llm__file_type_info *type, const float *x, const float *h, const uint8_t *block) {
+    float made[256];
+    double error = 0;
+    type->decode(block, type->block_weights, made);
+    for (size_t i = 0; i < type->block_weights; i++) {
+        const double e = (double)made[i] - (double)x[i];
+        error += (double)h[i] * (e * e);
+    }
+    return error;
+}
+
+/* Writes a row of n weights. h: [n] the importances, at most 1; NULL, or all 0 in a block: it is made without. */
+static void llm__weigh_row(const llm__file_type_info *type, const float *x, const float *h, size_t n, uint8_t *to) {
+    llm__encode_find(type->type)(x, n, to);
+    if (!h || type->block_weights == 1) return;
+    for (size_t i = 0; i < n; i += type->block_weights, to += type->block_bytes) {
+        uint8_t tried[256];
+        const double plain = llm__weigh_error(type, x + i, h + i, to);
+        if (!(plain > 0)) continue;
+        if (type->block_weights == 32) llm__weigh_block((llm__file_type)type->type, x + i, h + i, tried);
+        else llm__weigh_k_block((llm__file_type)type->type, x + i, h + i, tried);
+        if (llm__weigh_error(type, x + i, h + i, tried) < plain) memcpy(to, tried, type->block_bytes);
     }
 }
 
@@ -15569,6 +15965,31 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
     }
 }
 
+/* Where a pass's sums of the squares of a product's inputs begin. *n: how many they are. The head counts as if it were
+   in a layer behind the last one. */
+static size_t llm__fwd_squares_at(const llm_backend_shape *s, llm_backend_weight_kind kind, int layer, int *n) {
+    const int out = s->n_heads * s->head_dim;
+    const size_t embd = (size_t)s->n_embd, at = (2 * embd + (size_t)out + (size_t)s->n_ff) * (size_t)layer;
+    *n = kind == LLM_WEIGHT_ATTENTION_OUT ? out : kind == LLM_WEIGHT_DOWN ? s->n_ff : s->n_embd;
+    if (kind == LLM_WEIGHT_ATTENTION_OUT) return at + embd;
+    if (kind == LLM_WEIGHT_GATE_UP) return at + embd + (size_t)out;
+    return kind == LLM_WEIGHT_DOWN ? at + 2 * embd + (size_t)out : at;
+}
+
+/* Adds these squares, if they are wanted. Each thread has columns of its own, so none waits for another, and the sums
+   do not depend on the number of threads. */
+static void llm__fwd_add_squares(const llm__team_worker *w, const llm__cpu_context *c, llm_backend_weight_kind kind,
+                                 int layer, const llm__fwd_rows *in, int rows) {
+    int n;
+    if (!c->pass->squares) return;
+    double *sums = c->pass->squares + llm__fwd_squares_at(&c->model->shape, kind, layer, &n);
+    const int first = (int)((int64_t)n * w->index / w->team->n), end = (int)((int64_t)n * (w->index + 1) / w->team->n);
+    for (int row = 0; row < rows; row++) {
+        const float *x = in->x + (size_t)row * in->stride;
+        for (int i = first; i < end; i++) sums[i] += (double)x[i] * (double)x[i];
+    }
+}
+
 /* Into how many parts the rows of a product are cut. Panels: at most one part a thread, each of LLM__PART_ROWS or more.
    Each thread then reads all weights, but its activations and outputs stay in its cache. Otherwise parts of LLM__ROWS.
    All of these use a group of tiles before the next group is loaded. */
@@ -16352,8 +16773,9 @@ static void llm__fwd_task(void *arg, int index) {
     llm__fwd_receive_rows(w, c, n);
     for (int i = 0; i < m->shape.n_layers && n && !c->cancelled; i++) {
         const llm__cpu_layer *layer = &m->layers[i];
-        bool last = m->is_last_stage && i == m->shape.n_layers - 1;
+        bool last = m->is_last_stage && i == m->shape.n_layers - 1 && !c->pass->squares;
         llm__fwd_rows in = llm__fwd_norm_rows(w, c, layer->attention_norm, &layer->qkv, n);
+        llm__fwd_add_squares(w, c, LLM_WEIGHT_QKV, i, &in, n);
         if (last && c->pass->n_logits < n) {
             llm__fwd_keep_rows(w, c, i, &in);
             rows = c->pass->logit_rows;
@@ -16367,12 +16789,15 @@ static void llm__fwd_task(void *arg, int index) {
         bool packs = llm__fwd_in_panels(c, &layer->attention_out, n) && llm__attn_packs_heads(c);
         llm__fwd_meet_rows(w, c, &c->attention, n, m->whole.n_heads * head_dim, head_dim, packs);
         in = llm__fwd_prepare_rows(w, c, &layer->attention_out, &c->attention, n, llm__attn_packs_heads(c));
+        llm__fwd_add_squares(w, c, LLM_WEIGHT_ATTENTION_OUT, i, &in, n);
         llm__linear(w, c, &layer->attention_out, &in, n, LLM__ADD, x, c->x_stride);
         llm__fwd_meet_floats(w, c, c->x, n, c->x_stride, n_embd, LLM__EMBD_UNIT);
         in = llm__fwd_norm_rows(w, c, layer->ffn_norm, &layer->gate_up, n);
+        llm__fwd_add_squares(w, c, LLM_WEIGHT_GATE_UP, i, &in, n);
         llm__linear(w, c, &layer->gate_up, &in, n, LLM__SWIGLU, c->ffn.x + m->ff.first, c->ffn.stride);
         llm__fwd_meet_rows(w, c, &c->ffn, n, m->shape.n_ff, LLM__FF_UNIT, llm__fwd_in_panels(c, &layer->gate_up, n));
         in = llm__fwd_prepare_rows(w, c, &layer->down, &c->ffn, n, true);
+        llm__fwd_add_squares(w, c, LLM_WEIGHT_DOWN, i, &in, n);
         llm__fwd_poll_cancel(w, c, mode);
         llm__linear(w, c, &layer->down, &in, n, LLM__ADD, x, c->x_stride);
         llm__fwd_meet_floats(w, c, c->x, n, c->x_stride, n_embd, LLM__EMBD_UNIT);
@@ -16383,7 +16808,10 @@ static void llm__fwd_task(void *arg, int index) {
         int n_vocab = m->shape.n_vocab;
         float *logits = c->logits + (size_t)c->pass->first_logits * (size_t)n_vocab;
         llm__fwd_rows in = llm__fwd_norm_rows(w, c, m->output_norm, &m->head, n);
-        if (c->pass->n_targets) {
+        llm__fwd_add_squares(w, c, LLM_WEIGHT_HEAD, m->shape.n_layers, &in, n);
+        if (c->pass->squares) {
+            /* The head is not computed. */
+        } else if (c->pass->n_targets) {
             llm__fwd_score_rows(w, c, n);
         } else {
             llm__linear(w, c, &m->head, &in, n, LLM__STORE, logits + m->vocab.first, (size_t)n_vocab);
@@ -16558,7 +16986,7 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_backend_shape *s, const llm_
     int few = LLM__SPLIT_ROWS * group < LLM__QUERY_ROWS ? LLM__SPLIT_ROWS * group : most;
     z.partial_floats = (size_t)llm__attn_padded_queries(few) * (size_t)(z.head_stride + 2);
     z.n_partials = d->n_threads > 1 && chunks > 1 ? chunks * s->n_kv_heads : 0;
-    z.panels = kernels->panel && llm__cpu_rounds_rows(d->dtype);
+    z.panels = kernels->panel && llm__cpu_rounds_rows(d->dtype) && !d->sums_squares; /* squares are of floats */
     z.panel_rows = kernels->panel_rows;
     z.ffn_floats = (size_t)(z.panels && !z.n_lines && z.panel_rows <= d->n_batch ? z.panel_rows - 1 : d->n_batch);
     z.n_rows = (size_t)(d->n_batch > d->n_threads ? d->n_batch : d->n_threads);
@@ -17828,6 +18256,96 @@ LLM_API llm_status llm_model_read_info_callback(llm_read_fn read, void *user, ui
     return llm__model_read_info(&source, desc, info, err);
 }
 
+/* ---- Importance ---- */
+
+struct llm_importance {
+    llm__pool pool;
+    llm_backend_shape shape; /* its pointer is NULL */
+    size_t n;
+    double *squares; /* [n] sums, see llm_backend_pass */
+    float *means;    /* [n] */
+    int64_t n_tokens;
+};
+
+/* The kind of the matrix that a tensor's name stands for, in either format, and its layer. LLM_WEIGHT_ATTENTION_NORM if
+   no product has it on its right side. */
+static llm_backend_weight_kind llm__importance_kind(const llm_importance *m, llm__str name, int *layer) {
+    static const char *const prefixes[] = {"blk.", "model.layers."};
+    llm__str rest = name;
+    *layer = -1;
+    for (int f = 0; f < 2; f++) {
+        const size_t n = strlen(prefixes[f]);
+        size_t i = n;
+        if (name.n <= n || memcmp(name.at, prefixes[f], n)) continue;
+        for (*layer = 0; i < name.n && name.at[i] >= '0' && name.at[i] <= '9' && *layer < 100000; i++)
+            *layer = *layer * 10 + (name.at[i] - '0');
+        if (i == n || i >= name.n || name.at[i] != '.') return LLM_WEIGHT_ATTENTION_NORM;
+        rest.at = name.at + i + 1;
+        rest.n = name.n - i - 1;
+    }
+    for (int kind = 0; kind <= LLM_WEIGHT_HEAD; kind++)
+        for (int i = 0; i < 6; i++) {
+            const char *known = llm__model_tensor_names[kind][i / 3][i % 3];
+            const bool in_layer = kind != LLM_WEIGHT_HEAD && kind != LLM_WEIGHT_EMBEDDING;
+            const bool multiplied = kind == LLM_WEIGHT_QKV || kind == LLM_WEIGHT_ATTENTION_OUT ||
+                                    kind == LLM_WEIGHT_GATE_UP || kind == LLM_WEIGHT_DOWN || kind == LLM_WEIGHT_HEAD ||
+                                    (kind == LLM_WEIGHT_EMBEDDING && m->shape.tied_head);
+            if (!multiplied || !known || in_layer != (*layer >= 0) || !llm__str_is(rest, known)) continue;
+            if (in_layer) return (llm_backend_weight_kind)kind;
+            *layer = m->shape.n_layers;
+            return LLM_WEIGHT_HEAD;
+        }
+    return LLM_WEIGHT_ATTENTION_NORM;
+}
+
+/* The mean squares of a matrix's inputs, or NULL; *n: how many. */
+static const float *llm__importance_find(const llm_importance *m, llm__str name, int *n) {
+    int layer;
+    const llm_backend_weight_kind kind = llm__importance_kind(m, name, &layer);
+    *n = 0;
+    if (kind == LLM_WEIGHT_ATTENTION_NORM || layer > m->shape.n_layers) return NULL;
+    if (layer == m->shape.n_layers && kind != LLM_WEIGHT_HEAD) return NULL;
+    return m->means + llm__fwd_squares_at(&m->shape, kind, layer, n);
+}
+
+/* Refuses an importance of a model of another shape than that of these tensors. */
+static void llm__importance_check(llm__env *env, const llm_importance *m, const llm__checkpoint *ck) {
+    int n_down = 0;
+    for (size_t i = 0; m && i < ck->n_tensors; i++) {
+        const llm__tensor *t = &ck->tensors[i];
+        int n, layer;
+        const llm_backend_weight_kind kind = llm__importance_kind(m, t->name, &layer);
+        const float *known = llm__importance_find(m, t->name, &n);
+        if (kind == LLM_WEIGHT_ATTENTION_NORM) continue;
+        n_down += kind == LLM_WEIGHT_DOWN;
+        if (!known || (uint64_t)n != t->cols)
+            llm__fail(env, LLM_ERROR_ARGUMENT,
+                      "the importance is of another model: tensor %.*s has %llu columns, there it has %d",
+                      LLM__SHOW(t->name), (unsigned long long)t->cols, n);
+    }
+    if (m && n_down != m->shape.n_layers)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "the importance is of another model: that has %d layers, this one %d",
+                  m->shape.n_layers, n_down);
+}
+
+LLM_API void llm_importance_free(llm_importance *importance) {
+    if (!importance) return;
+    llm__pool pool = importance->pool;
+    llm__pool_free(&pool);
+}
+
+LLM_API int64_t llm_importance_n_tokens(const llm_importance *importance) {
+    return importance ? importance->n_tokens : 0;
+}
+
+LLM_API const float *llm_importance_get(const llm_importance *importance, const char *tensor, int *n_columns) {
+    int n = 0;
+    const llm__str name = {tensor, tensor ? strlen(tensor) : 0};
+    const float *means = importance && tensor ? llm__importance_find(importance, name, &n) : NULL;
+    if (n_columns) *n_columns = n;
+    return means;
+}
+
 /* ---- A directory with int8 weights ----
    The format is compressed-tensors "int-quantized": config.json describes it, and each matrix NAME is int8 with an f32
    scale per row in NAME_scale. */
@@ -17837,6 +18355,7 @@ typedef struct llm__quantize_args {
     const llm__checkpoint *ck;
     llm_dtype dtype; /* of the matrices: int8 or bf16 */
     bool prune;      /* make two of each four weights zero */
+    const llm_importance *importance;
 } llm__quantize_args;
 
 /* A file that is being written. If it is still open when its memory is freed, it is closed. */
@@ -17988,23 +18507,44 @@ static void llm__quantize_header(llm__env *env, llm__out *out, const llm__quanti
     llm__free(env->pool, text);
 }
 
-/* Makes two of each four weights of row r zero. Magnitudes are compared as integers, which no flag of a compiler
-   changes. */
-static void llm__quantize_prune(llm__env *env, const llm__tensor *t, uint64_t r, float *row) {
+/* Does the first of two weights matter more, by score, then by magnitude? */
+static bool llm__quantize_outweighs(const float *scores, const uint32_t *sizes, int a, int b) {
+    return scores[a] > scores[b] ||
+           (scores[a] == scores[b] && (sizes[a] > sizes[b] || (sizes[a] == sizes[b] && a < b)));
+}
+
+/* Makes two of each four weights of row r zero. A weight's score is its magnitude times the norm of its input. Without
+   norms all scores are equal. Magnitudes are compared as integers, which no flag of a compiler changes. */
+static void llm__quantize_prune(llm__env *env, const llm__tensor *t, uint64_t r, const float *norms, float *row) {
     for (uint64_t i = 0; i < t->cols; i += 4) {
-        uint32_t size[4];
+        uint32_t sizes[4];
+        float scores[4] = {0, 0, 0, 0};
         for (uint64_t j = 0; j < 4; j++) {
-            size[j] = llm__f32_bits(row[i + j]) & 0x7FFFFFFF;
-            if (size[j] >= 0x7F7F8000)
+            sizes[j] = llm__f32_bits(row[i + j]) & 0x7FFFFFFF;
+            if (sizes[j] >= 0x7F7F8000)
                 llm__fail(env, LLM_ERROR_FORMAT, "tensor %.*s: the weight in row %llu, column %llu is NaN or too large",
                           LLM__SHOW(t->name), (unsigned long long)r, (unsigned long long)(i + j));
+            if (norms) scores[j] = fabsf(row[i + j]) * norms[i + j];
         }
         for (int j = 0; j < 4; j++) {
             int larger = 0;
-            for (int o = 0; o < 4; o++) larger += size[o] > size[j] || (size[o] == size[j] && o < j);
-            if (larger >= 2 || !size[j]) row[i + (uint64_t)j] = 0; /* -0 becomes 0, too */
+            for (int o = 0; o < 4; o++) larger += o != j && llm__quantize_outweighs(scores, sizes, o, j);
+            if (larger >= 2 || !sizes[j]) row[i + (uint64_t)j] = 0; /* -0 becomes 0, too */
         }
     }
+}
+
+/* The roots of the mean squares of a matrix's inputs, for llm__quantize_prune; NULL without an importance. The largest
+   is made 1, so that no score overflows. If all are zero they say nothing. */
+static float *llm__quantize_norms(llm__env *env, const llm__quantize_args *a, const llm__tensor *t) {
+    int n;
+    const float *means = a->importance ? llm__importance_find(a->importance, t->name, &n) : NULL;
+    if (!means) return NULL;
+    float *norms = (float *)llm__alloc(env, (size_t)n, sizeof *norms);
+    double most = 0;
+    for (int i = 0; i < n; i++) most = means[i] > most ? means[i] : most;
+    for (int i = 0; i < n; i++) norms[i] = most > 0 ? (float)llm__math_sqrt(means[i] / most) : 0;
+    return norms;
 }
 
 static void llm__quantize_bf16(llm__env *env, llm__out *out, const float *row, size_t n) {
@@ -18019,10 +18559,11 @@ static void llm__quantize_bf16(llm__env *env, llm__out *out, const float *row, s
 static void llm__quantize_rows(llm__env *env, llm__out *out, const llm__quantize_args *a, const llm__tensor *t,
                                bool scales) {
     float *row = (float *)llm__alloc(env, (size_t)t->cols, sizeof *row);
+    float *norms = llm__quantize_norms(env, a, t);
     int8_t *q = (int8_t *)llm__alloc(env, (size_t)t->cols, 1);
     for (uint64_t r = 0; r < t->rows; r++) {
         t->type->decode(t->data + r * t->row_bytes, (size_t)t->cols, row);
-        if (a->prune) llm__quantize_prune(env, t, r, row);
+        if (a->prune) llm__quantize_prune(env, t, r, norms, row);
         if (a->dtype == LLM_DTYPE_BF16) {
             llm__quantize_bf16(env, out, row, (size_t)t->cols);
             continue;
@@ -18032,6 +18573,7 @@ static void llm__quantize_rows(llm__env *env, llm__out *out, const llm__quantize
         else llm__out_put(env, out, q, (size_t)t->cols);
     }
     llm__free(env->pool, q);
+    llm__free(env->pool, norms);
     llm__free(env->pool, row);
 }
 
@@ -18087,6 +18629,7 @@ static void llm__quantize_body(llm__env *env, void *arg) {
             llm__fail(env, LLM_ERROR_UNSUPPORTED, "tensor %.*s has %llu columns, which is no multiple of 4",
                       LLM__SHOW(t->name), (unsigned long long)t->cols);
     }
+    llm__importance_check(env, a->importance, a->ck);
     llm__path_create_directory(env, a->to);
     llm__quantize_config(env, a);
     for (size_t i = 0; i < sizeof copied / sizeof *copied; i++) llm__quantize_copy(env, a, copied[i]);
@@ -18510,6 +19053,7 @@ typedef struct llm__gguf_out_tensor {
 
 typedef struct llm__gguf_out {
     const llm__gguf_recipe *recipe;
+    const llm_importance *importance; /* or NULL */
     const llm__checkpoint *ck;
     const llm__hparams *h;
     bool from_directory;
@@ -18672,7 +19216,8 @@ typedef struct llm__gguf_rows {
     const llm__gguf_out_tensor *tensor;
     const uint8_t *from; /* the n rows; if their order changes, the first of the tensor */
     uint8_t *to;
-    float *scratch; /* [team->n][cols] */
+    float *scratch;    /* [team->n][cols] */
+    float *importance; /* [cols] of the columns, the largest 1; NULL: all count alike */
     uint64_t first;
     int n;
     int bad; /* atomic: a row that cannot be converted; -1: there is none */
@@ -18709,7 +19254,7 @@ static void llm__gguf_convert_task(void *arg, int index) {
             continue;
         }
         from->type->decode(source, cols, row);
-        if (llm__gguf_can_hold(type, row, cols)) llm__encode_find(type->type)(row, cols, to);
+        if (llm__gguf_can_hold(type, row, cols)) llm__weigh_row(type, row, a->importance, cols, to);
         else __atomic_store_n(&a->bad, i, __ATOMIC_RELAXED);
     }
 }
@@ -18725,18 +19270,30 @@ static const uint8_t *llm__gguf_read_rows(llm__env *env, const llm__tensor *t, u
     return room;
 }
 
+/* How much errors in each column of a tensor count, the largest 1; NULL if that is not known, or does not matter. */
+static float *llm__gguf_importance(llm__env *env, const llm__gguf_out *g, const llm__gguf_out_tensor *t) {
+    int n;
+    const float *means = g->importance ? llm__importance_find(g->importance, t->from->name, &n) : NULL;
+    if (!means || t->type->block_weights == 1) return NULL;
+    float most = 0, *importance = (float *)llm__alloc(env, (size_t)n, sizeof *importance);
+    for (int i = 0; i < n; i++) most = means[i] > most ? means[i] : most;
+    for (int i = 0; i < n; i++) importance[i] = most > 0 ? means[i] / most : 0;
+    return most > 0 ? importance : NULL;
+}
+
 static void llm__gguf_put_tensor(llm__env *env, llm__gguf_out *g, llm__team *team, const llm__gguf_out_tensor *t) {
     const llm__tensor *from = t->from;
     const size_t cols = (size_t)from->cols, row_bytes = (size_t)(t->bytes / from->rows);
     const size_t most = cols < LLM__GGUF_CHUNK ? LLM__GGUF_CHUNK / cols : 1;
     const size_t n_rows = from->rows < most ? (size_t)from->rows : most;
-    llm__gguf_rows rows = {team, t, NULL, NULL, NULL, 0, 0, -1};
+    llm__gguf_rows rows = {team, t, NULL, NULL, NULL, NULL, 0, 0, -1};
     llm__pool *outer = env->pool;
     env->pool = llm__pool_inner(env);
     uint8_t *room = from->data ? NULL : (uint8_t *)llm__alloc(env, n_rows, (size_t)from->row_bytes);
     if (from->type != t->type || t->head) {
         rows.to = (uint8_t *)llm__alloc(env, n_rows, row_bytes);
         rows.scratch = (float *)llm__alloc(env, (size_t)team->n * cols, sizeof *rows.scratch);
+        rows.importance = llm__gguf_importance(env, g, t);
     }
     for (uint64_t first = 0; first < from->rows; first += n_rows) {
         const llm_host *host = &env->pool->host;
@@ -18805,6 +19362,7 @@ static void llm__gguf_out_body(llm__env *env, void *arg) {
     memset(&desc, 0, sizeof desc);
     memset(&g, 0, sizeof g);
     g.recipe = llm__gguf_recipe_find(env, a->desc->type);
+    g.importance = a->desc->importance;
     desc.n_threads = a->desc->n_threads;
     desc = llm__model_defaults(env, &desc);
     llm__out_check(env, a->to); /* before any work */
@@ -18817,6 +19375,7 @@ static void llm__gguf_out_body(llm__env *env, void *arg) {
         llm__quantize_check_weights(env, plan.ck);
         g.ck = llm__as_gguf_from_directory(env, plan.ck, &plan.h);
     }
+    llm__importance_check(env, g.importance, g.ck);
     g.alignment = (uint64_t)llm__gguf_int(env, g.ck, "general.alignment", 32, 1, 1 << 20);
     llm__gguf_plan_tensors(env, &g);
     llm__team *team = llm__team_create(env, desc.n_threads, NULL, NULL);
@@ -18978,13 +19537,13 @@ LLM_API llm_status llm_model_save_packed(const llm_model *model, const char *to,
 }
 
 LLM_API llm_status llm_quantize_directory(const char *from, const char *to, const llm_host *host, llm_error *err) {
-    llm__quantize_args args = {from, to, NULL, LLM_DTYPE_INT8, false};
+    llm__quantize_args args = {from, to, NULL, LLM_DTYPE_INT8, false, NULL};
     return llm__quantize_run(args, host, err);
 }
 
-LLM_API llm_status llm_prune_directory(const char *from, const char *to, llm_dtype dtype, const llm_host *host,
-                                       llm_error *err) {
-    llm__quantize_args args = {from, to, NULL, dtype, true};
+LLM_API llm_status llm_prune_directory(const char *from, const char *to, llm_dtype dtype,
+                                       const llm_importance *importance, const llm_host *host, llm_error *err) {
+    llm__quantize_args args = {from, to, NULL, dtype, true, importance};
     if (dtype != LLM_DTYPE_BF16 && dtype != LLM_DTYPE_INT8)
         return llm__error(err, LLM_ERROR_ARGUMENT, "dtype is %d; bf16 and int8 weights can be pruned", (int)dtype);
     return llm__quantize_run(args, host, err);
@@ -19032,6 +19591,7 @@ struct llm_context {
     int *logits_of;                /* [n_logits or n_batch] the batch's token that each row of logits belongs to */
     int n_logits;                  /* number of valid rows of logits */
     llm__ctx_targets *targets;     /* of a scored batch, which is a single pass; NULL: compute logits */
+    double *squares;               /* of llm_calibrate, see llm_backend_pass; otherwise NULL */
     llm__sampler_scratch *scratch; /* [n_scratch] one for each row that can be sampled at the same time */
     int n_scratch;
     /* Sequences that the library picks, and streams; see section 25. */
@@ -19139,6 +19699,7 @@ typedef struct llm__ctx_args {
     llm_context_desc desc;
     const llm_context *lender; /* lends its threads, and its cache if share_cache; see llm_backend_desc */
     bool share_cache;
+    bool sums_squares; /* see llm_backend_desc */
     llm_comm *tensor, *pipeline;
     void *device;
 } llm__ctx_args;
@@ -19156,6 +19717,7 @@ static void llm__ctx_body(llm__env *env, void *arg) {
     ctx->backend_desc = llm__ctx_backend_desc(&d, model->info.dtype, model->info.isa);
     ctx->backend_desc.lender = args->lender ? args->lender->device : NULL;
     ctx->backend_desc.share_cache = args->share_cache;
+    ctx->backend_desc.sums_squares = args->sums_squares;
     ctx->backend_desc.tensor = args->tensor;
     ctx->backend_desc.pipeline = args->pipeline;
     if (!args->share_cache) llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
@@ -19197,7 +19759,7 @@ static uint64_t llm__ctx_hash(const llm_context_desc *d) {
 }
 
 static llm_status llm__ctx_create(llm_context **out, const llm_model *model, const llm_context_desc *desc,
-                                  const llm_context *lender, bool share_cache, llm_error *err) {
+                                  const llm_context *lender, bool share_cache, bool sums_squares, llm_error *err) {
     llm__ctx_args args;
     llm__pool pool;
     llm__env env;
@@ -19207,6 +19769,7 @@ static llm_status llm__ctx_create(llm_context **out, const llm_model *model, con
     args.model = model;
     args.lender = lender;
     args.share_cache = share_cache;
+    args.sums_squares = sums_squares;
     llm__pool_init(&pool, &model->desc.host);
     llm__env_init(&env, &pool, err, NULL);
     llm__ctx_defaults_args defaults = {&args.desc, &model->info, model->backend, &model->desc.host, desc};
@@ -19237,7 +19800,7 @@ LLM_API llm_status llm_context_create(llm_context **out, const llm_model *model,
     if (!out || !model) return llm__error(err, LLM_ERROR_ARGUMENT, "out or model is NULL");
     *out = NULL;
     llm_status status = desc ? llm__host_check(&desc->host, err) : LLM_OK;
-    if (!status) status = llm__ctx_create(out, model, desc, NULL, false, err);
+    if (!status) status = llm__ctx_create(out, model, desc, NULL, false, false, err);
     return llm__error_done(err, status);
 }
 
@@ -19761,6 +20324,7 @@ static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *bat
         pass.cancel = ctx->cancel ? llm__ctx_poll_host : NULL;
         pass.cancel_user = ctx;
         pass.more = first + n < batch->n_tokens;
+        pass.squares = ctx->squares;
         if (ctx->targets) llm__ctx_place_targets(ctx, &pass);
         if (ctx->targets && ctx->targets->count_only) continue;
         llm_status status = backend->forward(ctx->device, &pass, err);
@@ -19801,6 +20365,132 @@ LLM_API const float *llm_logits(const llm_context *ctx, int i) {
     for (int j = 0; j < ctx->n_logits; j++)
         if (ctx->logits_of[j] == i) return ctx->model->backend->logits(ctx->device, j);
     return NULL;
+}
+
+/* ---- llm_calibrate ---- */
+
+typedef struct llm__calibration {
+    const llm_model *model;
+    const char *text;
+    size_t n_bytes;
+    llm_calibrate_desc desc;
+    llm_importance *made;
+    llm_context *ctx; /* freed with or without success */
+    size_t n_pieces, n_done;
+} llm__calibration;
+
+static bool llm__calibrate_cancel(void *user) {
+    const llm__calibration *c = (const llm__calibration *)user;
+    return !c->desc.host.progress(c->desc.host.user, (float)((double)c->n_done / (double)c->n_pieces));
+}
+
+static void llm__calibrate_check_text(llm__env *env, const llm__calibration *c) {
+    const uint8_t *p = (const uint8_t *)c->text, *end = p + c->n_bytes;
+    if (!c->n_bytes) llm__fail(env, LLM_ERROR_ARGUMENT, "the text to calibrate with is empty");
+    for (size_t n; p < end; p += n) {
+        n = *p ? llm__utf8_length(p, end) : 0;
+        if (!n)
+            llm__fail(env, LLM_ERROR_ARGUMENT, "the text to calibrate with is not UTF-8: byte %llu is 0x%02X",
+                      (unsigned long long)(p - (const uint8_t *)c->text), (unsigned)*p);
+    }
+}
+
+static llm_token *llm__calibrate_encode(llm__env *env, const llm__calibration *c, size_t *n) {
+    const llm_tokenizer *t = c->model->tokenizer;
+    *n = llm__enc_spans(env, t, c->text, c->n_bytes, LLM_TOKENS_SPECIAL, NULL, 0, NULL, 0);
+    llm_token *tokens = (llm_token *)llm__alloc(env, *n + 1, sizeof *tokens);
+    llm__enc_spans(env, t, c->text, c->n_bytes, LLM_TOKENS_SPECIAL, NULL, 0, tokens, *n);
+    return tokens;
+}
+
+/* Runs the model over a text, one piece at a time. */
+static void llm__calibrate_run(llm__env *env, llm__calibration *c, const llm_token *tokens, size_t n) {
+    const llm_tokenizer *t = c->model->tokenizer;
+    const bool has_bos = t->add_bos && t->bos != LLM__NONE;
+    const size_t piece = (size_t)c->ctx->desc.n_ctx, step = piece - has_bos;
+    llm_token *ids = (llm_token *)llm__alloc(env, piece, sizeof *ids);
+    if (n < step)
+        llm__fail(env, LLM_ERROR_ARGUMENT,
+                  "the text to calibrate with is too short: it has %llu tokens, a piece needs %llu (n_ctx)",
+                  (unsigned long long)n, (unsigned long long)step);
+    c->n_pieces = (n + step - 1) / step;
+    c->ctx->squares = c->made->squares;
+    for (size_t first = 0; first < n; first += step, c->n_done++) {
+        const size_t some = n - first < step ? n - first : step;
+        llm_batch batch = {(int)(some + has_bos), ids, NULL, NULL};
+        ids[0] = t->bos;
+        memcpy(ids + has_bos, tokens + first, some * sizeof *ids);
+        llm__env_check(env, llm__ctx_forward(c->ctx, &batch, false,
+                                             c->desc.host.progress ? llm__calibrate_cancel : NULL, c, env->err));
+        llm__cache_truncate(&c->ctx->cache, 0, 0);
+        c->made->n_tokens += batch.n_tokens;
+    }
+}
+
+static void llm__calibrate_body(llm__env *env, void *arg) {
+    llm__calibration *c = (llm__calibration *)arg;
+    const llm_model *model = c->model;
+    llm_context_desc desc;
+    size_t n_tokens;
+    int n;
+    if (model->backend != &llm__cpu_backend || llm__ranks_count(model->desc.tensor) > 1 ||
+        llm__ranks_count(model->desc.pipeline) > 1)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "only a model on the CPU that is not shared by ranks can be calibrated");
+    llm__calibrate_check_text(env, c);
+    llm_importance *m = (llm_importance *)llm__alloc_zero(env, 1, sizeof *m);
+    m->shape = model->shape;
+    m->shape.rope_frequencies = NULL;
+    m->n = llm__fwd_squares_at(&m->shape, LLM_WEIGHT_HEAD, m->shape.n_layers, &n) + (size_t)m->shape.n_embd;
+    m->squares = (double *)llm__alloc_zero(env, m->n, sizeof *m->squares);
+    m->means = (float *)llm__alloc(env, m->n, sizeof *m->means);
+    c->made = m;
+    llm__pool *outer = env->pool;
+    env->pool = llm__pool_inner(env);
+    const llm_token *tokens = llm__calibrate_encode(env, c, &n_tokens);
+    memset(&desc, 0, sizeof desc);
+    desc.n_ctx = c->desc.n_ctx ? c->desc.n_ctx : model->info.n_ctx_train < 512 ? model->info.n_ctx_train : 512;
+    desc.n_batch = desc.n_ctx < 512 ? desc.n_ctx : 512;
+    desc.n_threads = c->desc.n_threads;
+    desc.host = c->desc.host;
+    llm__env_check(env, llm__ctx_create(&c->ctx, model, &desc, NULL, false, true, env->err));
+    llm__calibrate_run(env, c, tokens, n_tokens);
+    for (size_t i = 0; i < m->n; i++) {
+        m->means[i] = (float)(m->squares[i] / (double)m->n_tokens);
+        if ((llm__f32_bits(m->means[i]) & 0x7FFFFFFF) >= 0x7F800000)
+            llm__fail(env, LLM_ERROR_FORMAT, "with this text the model computes numbers that are not finite");
+    }
+    llm__pool *inner = env->pool;
+    env->pool = outer;
+    llm__free(outer, inner);
+    m->pool = *outer;
+}
+
+LLM_API llm_status llm_calibrate(llm_importance **out, const llm_model *model, const char *text, size_t n_bytes,
+                                 const llm_calibrate_desc *desc, llm_error *err) {
+    llm__calibration c;
+    llm__pool pool;
+    llm__env env;
+    if (out) *out = NULL;
+    if (!out || !model || (n_bytes && !text)) return llm__error(err, LLM_ERROR_ARGUMENT, "out, model or text is NULL");
+    memset(&c, 0, sizeof c);
+    c.model = model;
+    c.text = text;
+    c.n_bytes = n_bytes;
+    if (desc) c.desc = *desc;
+    llm_host *h = &c.desc.host;
+    if (!h->alloc && !h->free && !h->log && !h->progress && !h->user) *h = model->desc.host;
+    llm_status status = llm__host_check(h, err);
+    if (status) return status;
+    if (c.desc.n_ctx < 0 || c.desc.n_ctx == 1 || c.desc.n_threads < 0)
+        return llm__error(err, LLM_ERROR_ARGUMENT, "n_ctx is %d, n_threads %d; pieces have 2 tokens or more",
+                          c.desc.n_ctx, c.desc.n_threads);
+    llm__pool_init(&pool, h);
+    llm__env_init(&env, &pool, err, NULL);
+    status = llm__env_run(&env, llm__calibrate_body, &c);
+    llm_context_free(c.ctx);
+    if (status) llm__pool_free(&pool);
+    else *out = c.made;
+    return llm__error_done(err, status);
 }
 
 LLM__SMALL_END
@@ -26293,10 +26983,10 @@ static llm_status llm__draft_model_context(llm__draft_model_args *a, bool *share
         desc.n_cache = 0;
         if (model->info.n_ctx_train > 0 && model->info.n_ctx_train < desc.n_ctx) desc.n_ctx = model->info.n_ctx_train;
     }
-    if (same_backend) status = llm__ctx_create(&a->ctx, model, &desc, a->target, *shares_cache, err);
+    if (same_backend) status = llm__ctx_create(&a->ctx, model, &desc, a->target, *shares_cache, false, err);
     if (status != LLM_ERROR_UNSUPPORTED) return status;
     *shares_cache = false;
-    return llm__ctx_create(&a->ctx, model, &desc, NULL, false, err);
+    return llm__ctx_create(&a->ctx, model, &desc, NULL, false, false, err);
 }
 
 static void llm__draft_model_body(llm__env *env, void *arg) {

@@ -1,31 +1,97 @@
 /*  quantize.c - write a model with weights of another type.
 
     build/quantize IN OUT              a Hugging Face directory to one with int8 weights
-    build/quantize IN OUT.gguf TYPE    a GGUF file, or a Hugging Face directory, to a GGUF file; TYPE is for example Q8_0
-    build/quantize --sparse 2:4 IN OUT [bf16|int8]    a Hugging Face directory to one in which, of each four weights, the
-                                                      two of smaller magnitude are zero
+    build/quantize [--calibrate TEXT] IN OUT.gguf TYPE
+                                       a GGUF file, or a Hugging Face directory, to a GGUF file; TYPE is for example
+                                       Q8_0
+    build/quantize --sparse 2:4 [--calibrate TEXT] IN OUT [bf16|int8]
+                                       a Hugging Face directory to one in which, of each four weights, the two of
+                                       smaller magnitude are zero
     build/quantize --pack IN OUT [DTYPE]    any model to a packed file, which loads in a few milliseconds; DTYPE is the
                                             type of the weights in memory (f32, f16, bf16, int8, int4 or file);
                                             without it IN's
     build/quantize --check FILE             is a packed file as it was written?
 
-    See llm_quantize_directory, llm_quantize_gguf, llm_prune_directory and llm_model_save_packed in llm.h for what is
-    written. */
+    With --calibrate the model first reads a text file, in UTF-8. Then rounding favours the weights whose inputs were
+    large, and --sparse multiplies magnitudes by the size of the inputs. Use a text like those that the model is for, of
+    some 50 kB.
+
+    See llm_quantize_directory, llm_quantize_gguf, llm_prune_directory, llm_calibrate and llm_model_save_packed in llm.h
+    for what is written. */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 static int usage(const char *name) {
     fprintf(stderr,
             "usage: %s IN OUT\n"
-            "       %s IN OUT.gguf TYPE\n"
-            "       %s --sparse 2:4 IN OUT [bf16|int8]\n"
+            "       %s [--calibrate TEXT] IN OUT.gguf TYPE\n"
+            "       %s --sparse 2:4 [--calibrate TEXT] IN OUT [bf16|int8]\n"
             "       %s --pack IN OUT [DTYPE]\n"
             "       %s --check FILE\n",
             name, name, name, name, name);
     return 1;
+}
+
+static llm_status explain(llm_error *err, llm_status code, const char *what, const char *path) {
+    snprintf(err->message, sizeof err->message, "%s: %s", path, what);
+    return err->code = code;
+}
+
+/* Reads a whole file. Free *text. */
+static llm_status read_text(const char *path, char **text, size_t *n, llm_error *err) {
+    FILE *file = fopen(path, "rb");
+    size_t room = 1 << 16, got = 1;
+    *text = (char *)malloc(room);
+    *n = 0;
+    while (file && *text && got) {
+        got = fread(*text + *n, 1, room - *n, file);
+        *n += got;
+        if (*n < room) continue;
+        char *more = (char *)realloc(*text, room *= 2);
+        if (!more) free(*text);
+        *text = more;
+    }
+    const bool failed = !file || ferror(file);
+    if (file) fclose(file);
+    if (failed) return explain(err, LLM_ERROR_IO, "this file cannot be read", path);
+    return *text ? LLM_OK : explain(err, LLM_ERROR_MEMORY, "there is no memory for this file", path);
+}
+
+/* Lets the model at `from` read the text at `path`. Without a path there is no importance. */
+static llm_status calibrate(llm_importance **out, const char *from, const char *path, llm_error *err) {
+    llm_model *model = NULL;
+    char *text = NULL;
+    size_t n = 0;
+    *out = NULL;
+    if (!path) return LLM_OK;
+    llm_status status = read_text(path, &text, &n, err);
+    if (!status) status = llm_model_load(&model, from, NULL, err);
+    if (!status) status = llm_calibrate(out, model, text, n, NULL, err);
+    if (!status) printf("calibrated with %lld tokens of %s\n", (long long)llm_importance_n_tokens(*out), path);
+    llm_model_free(model);
+    free(text);
+    return status;
+}
+
+static llm_status prune(const char *from, const char *to, llm_dtype dtype, const char *text, llm_error *err) {
+    llm_importance *importance;
+    llm_status status = calibrate(&importance, from, text, err);
+    if (!status) status = llm_prune_directory(from, to, dtype, importance, NULL, err);
+    llm_importance_free(importance);
+    return status;
+}
+
+static llm_status write_gguf(const char *from, const char *to, const char *type, const char *text, llm_error *err) {
+    llm_importance *importance;
+    llm_status status = calibrate(&importance, from, text, err);
+    llm_quantize_desc desc = {.type = type, .importance = importance};
+    if (!status) status = llm_quantize_gguf(from, to, &desc, err);
+    llm_importance_free(importance);
+    return status;
 }
 
 static llm_status pack(const char *from, const char *to, llm_dtype dtype, llm_error *err) {
@@ -47,26 +113,31 @@ static llm_status check(const char *path, llm_error *err) {
 }
 
 int main(int argc, char **argv) {
-    const char *option = argc > 1 && !strncmp(argv[1], "--", 2) ? argv[1] : "";
+    const char *name = argv[0], *option = argc > 1 && !strncmp(argv[1], "--", 2) ? argv[1] : "", *text = NULL;
+    const bool sparse = argc > 2 && !strcmp(option, "--sparse") && !strcmp(argv[2], "2:4");
     llm_error err;
     llm_status status;
-    if (!strcmp(option, "--sparse") && (argc == 5 || argc == 6) && !strcmp(argv[2], "2:4")) {
-        llm_dtype dtype = argc == 6 ? llm_dtype_from_name(argv[5]) : LLM_DTYPE_BF16;
-        if (!dtype) return usage(argv[0]);
-        status = llm_prune_directory(argv[3], argv[4], dtype, NULL, &err);
+    if (sparse) argc -= 2, argv += 2;
+    if ((sparse || !strcmp(option, "--calibrate")) && argc > 2 && !strcmp(argv[1], "--calibrate")) {
+        text = argv[2];
+        argc -= 2, argv += 2;
+    }
+    if (sparse && (argc == 3 || argc == 4)) {
+        llm_dtype dtype = argc == 4 ? llm_dtype_from_name(argv[3]) : LLM_DTYPE_BF16;
+        if (!dtype) return usage(name);
+        status = prune(argv[1], argv[2], dtype, text, &err);
     } else if (!strcmp(option, "--pack") && (argc == 4 || argc == 5)) {
         llm_dtype dtype = argc == 5 ? llm_dtype_from_name(argv[4]) : LLM_DTYPE_DEFAULT;
-        if (argc == 5 && !dtype) return usage(argv[0]);
+        if (argc == 5 && !dtype) return usage(name);
         status = pack(argv[2], argv[3], dtype, &err);
     } else if (!strcmp(option, "--check") && argc == 3) {
         status = check(argv[2], &err);
     } else if (!*option && argc == 3) {
         status = llm_quantize_directory(argv[1], argv[2], NULL, &err);
-    } else if (!*option && argc == 4) {
-        llm_quantize_desc desc = {.type = argv[3]};
-        status = llm_quantize_gguf(argv[1], argv[2], &desc, &err);
+    } else if ((!*option || text) && argc == 4) {
+        status = write_gguf(argv[1], argv[2], argv[3], text, &err);
     } else {
-        return usage(argv[0]);
+        return usage(name);
     }
     if (status) fprintf(stderr, "quantize: %s\n", err.message);
     return status != LLM_OK;

@@ -110,13 +110,13 @@ static void test_pruned(void **state) {
         uint64_t bytes;
         llm_error err;
         snprintf(out, sizeof out, "%s/pruned-%s", folder, llm_dtype_name(dtypes[i]));
-        if (llm_prune_directory(golden_sparse("dense"), out, dtypes[i], NULL, &err)) fail_msg("%s", err.message);
+        if (llm_prune_directory(golden_sparse("dense"), out, dtypes[i], NULL, NULL, &err)) fail_msg("%s", err.message);
         assert_true(hash_model_as(out, LLM_DTYPE_F32, &bytes) ==
                     hash_model_as(golden_sparse(llm_dtype_name(dtypes[i])), LLM_DTYPE_F32, &bytes));
         assert_true(hash_model_as(out, LLM_DTYPE_FILE, &bytes) ==
                     hash_model_as(golden_sparse(llm_dtype_name(dtypes[i])), LLM_DTYPE_FILE, &bytes));
     }
-    assert_int_equal(llm_prune_directory("a", "b", LLM_DTYPE_INT4, NULL, NULL), LLM_ERROR_ARGUMENT);
+    assert_int_equal(llm_prune_directory("a", "b", LLM_DTYPE_INT4, NULL, NULL, NULL), LLM_ERROR_ARGUMENT);
 }
 
 static uint8_t *find_bytes(bytes b, const void *what, size_t n) {
@@ -157,7 +157,7 @@ static void test_not_pruned(void **state) {
         heap h = {0};
         llm_host host = heap_host(&h);
         llm_error err;
-        assert_int_equal(llm_prune_directory(in, out, LLM_DTYPE_BF16, &host, &err), LLM_ERROR_FORMAT);
+        assert_int_equal(llm_prune_directory(in, out, LLM_DTYPE_BF16, NULL, &host, &err), LLM_ERROR_FORMAT);
         if (!strstr(err.message, "down_proj.weight: the weight in row 3, column 5")) fail_msg("%s", err.message);
         assert_all_returned(&h);
     }
@@ -346,7 +346,7 @@ static void test_config_that_changes(void **state) {
     llm_error err;
     llm__checkpoint ck;
     char path[160];
-    llm__quantize_args args = {folder, folder, &ck, LLM_DTYPE_INT8, false};
+    llm__quantize_args args = {folder, folder, &ck, LLM_DTYPE_INT8, false, NULL};
     (void)state;
     snprintf(path, sizeof path, "%s/config.json", folder);
     write_file(path, "[]", 2);
