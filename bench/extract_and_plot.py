@@ -8,7 +8,7 @@ tokens/sec", "Bandwidth achieved" and "Memory used", which gpt-fast and the prog
 name that Slurm made, such as gpt-fast-compile-488364.out, gives the name "compile".
 
 --to draws PREFIX-bars (memory, bandwidth and tokens per second, with the change from the first run), PREFIX-pairs (each
-run beside the one before it) and, if the files tell bytes and operations, PREFIX-roofline: as .png, or as .svg with --svg.
+run next to the previous one) and, if the files have bytes and operations, PREFIX-roofline: as .png, or as .svg with --svg.
 It needs matplotlib (pip install matplotlib). --readme writes the table and the figures in the headings into that file."""
 import argparse
 import os
@@ -18,7 +18,7 @@ import sys
 
 COLOURS = ["#30638e", "#4a8f5b", "#d1495b", "#8661a5", "#e08e45", "#3a9fa5", "#8d99ae", "#b5838d"]
 NUMBER = r":?\s*([0-9.]+)"
-LINES = {  # name of a figure: the words before the number, and how several numbers become one
+LINES = {  # name of a figure: the words before the number, and the function that combines several numbers
     "speed": (r"Average tokens/sec", statistics.mean),
     "bandwidth": (r"Bandwidth achieved", statistics.mean),
     "memory": (r"Memory used", max),
@@ -49,7 +49,7 @@ def read(path):
 
 
 def share(run):
-    """The share of the measured bandwidth that reading the bytes of a token used; None if that is not known."""
+    """Returns the share of the measured bandwidth that the run used, or None if it is not known."""
     if not (run["bytes"] and run["speed"] and run["limit"]):
         return None
     return run["bytes"] * run["speed"] / (run["limit"] * 1e9)
@@ -82,7 +82,7 @@ def bars(plt, runs, name):
 
 
 def couples_of(runs, readme):
-    """Pairs (old, new): those that the README's chapters compare, or each run with the one before it."""
+    """Returns pairs (old, new): those that the README's chapters compare, or each run with the previous one."""
     if not readme:
         return list(zip(runs, runs[1:]))
     by_key = {run["key"]: run for run in runs}
@@ -92,7 +92,7 @@ def couples_of(runs, readme):
 
 
 def pairs(plt, couples, name):
-    """Each run beside the one it is compared with, in a panel of its own."""
+    """Draws a panel for each pair of runs."""
     columns = min(4, len(couples))
     lines = -(-len(couples) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(3 * columns, 2.6 * lines), squeeze=False)
@@ -112,7 +112,7 @@ def pairs(plt, couples, name):
 
 
 def roofline(plt, runs, name):
-    """Operations per second over operations per byte read. Under the slope a run is limited by memory, under the flat roof
+    """Draws operations per second over operations per byte. Below the slope, a run is limited by memory; below the flat roof,
     by arithmetic."""
     known = [run for run in runs if share(run) and run["operations"]]
     if not known:
@@ -132,7 +132,7 @@ def roofline(plt, runs, name):
     axis.set_yscale("log")
     axis.set_xlim(left, right)
     axis.set_ylim(min(y for x, y in places) / 2, rate * 2)
-    labels = []  # where letters stand, in points: one that would cover another moves to the right
+    labels = []  # positions of the letters in points; a letter that would cover another moves to the right
     for i, (run, (x, y)) in enumerate(zip(known, places)):
         letter = chr(ord("a") + i) if i < 26 else str(i)
         axis.plot(x, y, "o", markersize=5, color=COLOURS[i % len(COLOURS)], label=f"{letter}  {run['label']}: {share(run):.0%}")
@@ -181,7 +181,7 @@ def processor():
 
 
 def heading(match, runs):
-    """Puts the figures of two runs after the colon in '## 3 Name: ...', which stands under '<!-- step NEW after OLD -->'."""
+    """Writes the figures of two runs after the colon of '## 3 Name: ...', the line after '<!-- step NEW after OLD -->'."""
     new, old = runs.get(match.group(2)), runs.get(match.group(3))
     if not (new and new["speed"]):
         return match.group(0)
@@ -214,9 +214,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="A.out")
     parser.add_argument("--to", metavar="PREFIX", help="draw PREFIX-bars, PREFIX-pairs and PREFIX-roofline")
-    parser.add_argument("--svg", action="store_true", help="draw .svg files in the place of .png")
+    parser.add_argument("--svg", action="store_true", help="draw .svg files instead of .png")
     parser.add_argument("--readme", metavar="FILE", help="write the table and the headings' figures into this file")
-    parser.add_argument("--scoring", metavar="FILE", help="a table from bench/hellaswag.sh, which --readme writes as well")
+    parser.add_argument("--scoring", metavar="FILE", help="a table from bench/hellaswag.sh, which --readme also inserts")
     options = parser.parse_args()
     runs = [read(path) for path in options.files]
     missing = [run["key"] for run in runs if not run["speed"]]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws what `build/bench -m MODEL --flops-table -o csv` prints as a heat map.
+"""Draws the output of `build/bench -m MODEL --flops-table -o csv` as a heat map.
 
     pip install matplotlib
     python3 bench/flops-table.py TABLE.csv TABLE.png
@@ -29,7 +29,7 @@ def main(source, target):
     axes.set_xticks(range(len(batches)), batches)
     axes.set_yticks(range(len(lengths)), lengths)
     axes.set_xlabel("sequences in the batch")
-    axes.set_ylabel("tokens of each")
+    axes.set_ylabel("tokens per sequence")
     axes.set_title(f"GFLOP/s of the layers; the limit is {float(rows[0]['limit_gflop_s']):.0f}")
     figure.colorbar(image, label="GFLOP/s")
     figure.tight_layout()

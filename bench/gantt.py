@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""When the stages of a pipeline wait:  bench/gantt.py TRACE [PICTURE]
+"""Shows when the stages of a pipeline wait:  bench/gantt.py TRACE [PICTURE]
 
-TRACE is what build/mpi/hellaswag --trace wrote: lines of rank, begin and end of a wait in seconds, and what it was for (rows
-of the stage before, results of the last stage, or room to send). Prints how long each stage waits. Stages of unequal work must
-wait, so the bubbles are those of the busiest: filling and draining the pipeline alone would leave (p - 1) / (m + p - 1) of the
-time idle, for p stages and m equal passes. Draws a Gantt chart if a picture is named, which needs matplotlib."""
+TRACE is a file written by build/mpi/hellaswag --trace. Its lines have the rank, the begin and end of a wait in seconds, and the
+reason (rows of the previous stage, results of the last stage, or room to send). Prints how long each stage waits. Stages with
+less work must wait for others, so the bubbles of the pipeline are the waits of the busiest stage. Filling and draining alone
+would leave it idle for (p - 1) / (m + p - 1) of the time, with p stages and m equal passes. Given PICTURE, draws a Gantt chart,
+which needs matplotlib."""
 import csv
 import sys
 
 
 def read(path):
-    """{rank: [(begin, end), ...]} in seconds from the first wait, the end of the last, and the number of passes."""
+    """Returns {rank: [(begin, end), ...]} in seconds since the first wait, the end of the last wait, and the number of passes."""
     waits, passes = {}, {}
     with open(path, newline="") as file:
         for rank, begin, end, what in csv.reader(file):
@@ -22,7 +23,7 @@ def read(path):
 
 
 def idle(waits, begin, end):
-    """The share of the time from begin to end that is waits."""
+    """Returns the share of the time from begin to end that is spent waiting."""
     return sum(max(0.0, min(e, end) - max(b, begin)) for b, e in waits) / (end - begin)
 
 
@@ -51,10 +52,10 @@ def main():
     p = len(waits)
     shares = {rank: idle(spans, 0, end) for rank, spans in waits.items()}
     for rank, spans in waits.items():
-        print(f"stage {rank}: idle {100 * shares[rank]:.1f} %, in the middle {100 * idle(spans, 0.1 * end, 0.9 * end):.1f} %")
+        print(f"stage {rank}: idle {100 * shares[rank]:.1f} %, in the middle 80 % of the time {100 * idle(spans, 0.1 * end, 0.9 * end):.1f} %")
     least, fill = min(shares.values()), (p - 1) / (m + p - 1)
-    print(f"{m} passes: the busiest stage is idle for {100 * least:.2f} %; filling and draining are {100 * fill:.2f} %, "
-          f"beyond them {100 * (least - fill):+.2f} %")
+    print(f"{m} passes: the busiest stage is idle for {100 * least:.2f} %; filling and draining take {100 * fill:.2f} %, "
+          f"the difference is {100 * (least - fill):+.2f} %")
     if len(sys.argv) == 3:
         draw(waits, end, sys.argv[2])
 

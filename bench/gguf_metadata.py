@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""gguf_metadata.py MODEL OUT: copies the metadata of a GGUF file, without its tensors. OUT is enough to load the tokenizer."""
+"""gguf_metadata.py MODEL OUT: copies the metadata of a GGUF file, without its tensors. The tokenizer can be loaded from OUT."""
 import struct
 import sys
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""JSON schemas as grammars, on one thread, beside xgrammar and llguidance: the time to compile each schema, and of each mask while a
-valid answer is read token by token. The vocabulary is Qwen's (151,646 tokens), from the package dashscope. Here a mask is applied to
-floats, as the sampler needs it; the others fill bits, so applying them comes on top. Each schema begins without any stored masks. Times
-are those of the processor, so that other programs do not count.
+"""Compares JSON schemas as grammars with xgrammar and llguidance, on one thread: the time to compile each schema, and the time of each
+mask while a valid answer is read token by token. The vocabulary is Qwen's (151,646 tokens), from the package dashscope. llm.h applies
+the mask to floats, as the sampler needs it; the others only fill bits, so the time to apply them would have to be added. Each schema
+begins without stored masks. Times are CPU times, so other programs do not count.
 
     make bench-grammar [SCHEMAS=FOLDER]      or, with the packages named in the Makefile:
     bench/grammar.py build/libllm.so [--schemas FOLDER] [--sets Github_easy,Github_medium] [--sample 300] [--refused] [--slow]
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 
-if hasattr(os, "sched_setaffinity"): # before the libraries count the cores
+if hasattr(os, "sched_setaffinity"): # must come before the libraries count the cores
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 import llguidance  # noqa: E402
@@ -72,20 +72,20 @@ CASES = { # schema, answer
 
 
 def qwen_ranks():
-    """The bytes of each token, in the order of their ids."""
+    """Returns the bytes of each token, in the order of their ids."""
     lines = importlib.metadata.distribution("dashscope").locate_file("dashscope/resources/qwen.tiktoken").read_text().splitlines()
     return [base64.b64decode(line.split()[0]) for line in lines if line]
 
 
 def byte_alphabet():
-    """The character that stands for each byte in byte-level pieces."""
+    """Returns the character that represents each byte in byte-level pieces."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
 def split_of(token, ranks):
-    """The two pieces whose merge made a token: what is left when all merges of lower rank are done."""
+    """Returns the two pieces whose merge makes a token: those that remain after all merges of lower rank."""
     parts = [token[i:i + 1] for i in range(len(token))]
     own = ranks[token]
     while len(parts) > 2:
@@ -98,7 +98,7 @@ def split_of(token, ranks):
 
 
 def tokenizer_json(tokens):
-    """tokenizer.json as that of Qwen 2.5; the words are split as the one in tests/golden does."""
+    """Makes a tokenizer.json like that of Qwen 2.5. The pre-tokenizer is that of the file in tests/golden."""
     made = json.loads((TOP / "tests/golden/tokenizers/qwen2/tokenizer.json").read_text())
     ranks, alphabet = {token: i for i, token in enumerate(tokens)}, byte_alphabet()
     written = ["".join(alphabet[b] for b in token) for token in tokens]
@@ -143,7 +143,7 @@ class Ours:
         return took, grammar
 
     def masks(self, grammar, ids):
-        """Seconds of each mask, and whether each allowed the next token. It stops where one did not."""
+        """Returns the seconds of each mask, and whether each allowed the next token. Stops at the first that did not."""
         tokens, times = (ctypes.c_int32 * len(ids))(*ids), []
         self.library.llm_grammar_begin(grammar, 0)
         address = self.logits.ctypes.data_as(ctypes.c_void_p)

@@ -1,10 +1,11 @@
 #!/bin/sh
-# HellaSwag in every schedule, as one table:  bench/hellaswag.sh MODEL [--limit N] [other options of build/hellaswag]
-# From the baseline to the packed schedule. MFU is of the operations that had to be done, waste of the tokens computed. The
-# last column tells whether every log-likelihood has the same bits as in the packed schedule.
+# Runs HellaSwag with every schedule and prints a table:  bench/hellaswag.sh MODEL [--limit N] [other options of build/hellaswag]
+# The rows go from the baseline to the packed schedule. MFU counts only the necessary operations. Waste is the share of the
+# computed tokens that were not needed. The last column says whether all log-likelihoods have the same bits as with the packed
+# schedule.
 set -eu
 cd "$(dirname "$0")/.."
-[ $# -gt 0 ] || { echo "Which model?  bench/hellaswag.sh MODEL [--limit N]" >&2; exit 1; }
+[ $# -gt 0 ] || { echo "usage: bench/hellaswag.sh MODEL [--limit N]" >&2; exit 1; }
 model=$1
 shift
 dir=$(mktemp -d)

@@ -1,26 +1,26 @@
 #!/usr/bin/env python3
-"""How fast ranks will be: a model of a pass, compared with what was measured, and what it says of larger models and clusters.
+"""Predicts the speed of ranks: a model of a pass, compared with measurements, and predictions for larger models and clusters.
 
     scale.py RESULTS.csv                                          prints the tables
-    scale.py RESULTS.csv --measure MODEL [--rounds 3]             measures on this machine first, with build/bench, build/hellaswag
-                                                                  and those in build/mpi; LLM_DATA has HellaSwag's questions
+    scale.py RESULTS.csv --measure MODEL [--rounds 3]             first measures on this machine, with build/bench, build/hellaswag
+                                                                  and the same in build/mpi; LLM_DATA has HellaSwag's questions
 
-A rank is a process of one thread. The parameters come from single processes: what one does with one thread and with a thread on
-each core, what two programs do that run at the same time, and what build/bench measures of the ranks' exchanges, of one byte and of
-long messages. The speed of several ranks is used only for REPLICATED.
+A rank is a process with one thread. The parameters come from single processes: the speeds of one process with one thread and with
+a thread on each core, the speeds of two programs at the same time, and build/bench's times of the ranks' exchanges, of one byte and
+of long messages. Speeds of several ranks are only used for REPLICATED.
 
-DECODING A TOKEN takes one core the time t1, and all cores of one process tC.
+DECODING A TOKEN takes the time t1 with one core, and tC with one process on all cores.
     tensor parallel    tC + own t1 + (4 L + 2) meetings, for L layers; own is the part that each rank does itself
     pipeline           t1 + R meetings + the time in which the last of R stages sends the logits to the others
 
-SCORING. Passes of 512 rows; t is the time for one of a core whose neighbours are busy, too.
-    tensor parallel    t (own + (1 - own) / R) + bytes that a rank gets / link + meetings
+SCORING. Passes have 512 rows; t is the time of a pass on one core while the other cores are busy, too.
+    tensor parallel    t (own + (1 - own) / R) + bytes that a rank receives / link + meetings
     pipeline           t times the share of the busiest stage, times (m + R - 1) / m to fill and drain it, for m passes
-    data parallel      t / R for each of m passes, and half a pass at the end, when some have no questions left
+    data parallel      t / R for each of m passes, and half a pass at the end, when some copies have no questions left
 
-MORE RANKS THAN CORES. In tensor parallel ranks meet after each phase, so a phase takes ceil(R / cores) turns. A rank that has the
-last turn alone decodes its part at the speed of one core alone. Stages and copies of the model do not wait for each other in this
-way: they share the cores evenly."""
+MORE RANKS THAN CORES. In tensor parallel, ranks meet after each phase, so a phase takes ceil(R / cores) turns. A rank that is alone
+in the last turn decodes its part at the speed of one core alone. Stages and copies of the model do not wait for each other in this
+way; they share the cores evenly."""
 import argparse
 import csv
 import math
@@ -31,9 +31,9 @@ import subprocess
 from extract_and_plot import processor
 
 CORES = 2
-# The part of a pass that each rank of a tensor group does itself: norms, and rounding of activations. The numbers are of SMALL, for
-# one row and for many. Larger models have less, because this work grows with n_embd and the rest with its square. They were chosen
-# so that 2 ranks of SMALL fit; all else is predicted.
+# The part of a pass that each rank of a tensor group repeats: norms, and rounding of activations. The numbers are for SMALL, with one
+# row and with many. For larger models the part is smaller, because this work grows with n_embd and the rest with its square. The
+# numbers were fitted to 2 ranks of SMALL; everything else is predicted.
 REPLICATED = {"decode": 0.03, "score": 0.2}
 SMALL, LARGE = "smollm2-135m", "tinyllama-1.1b"
 SHAPES = {  # n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim
@@ -49,7 +49,7 @@ COLUMNS = ["round", "model", "work", "form", "ranks", "threads", "tok_s", "bandw
 
 
 def run(program, form, ranks, options):
-    """The last line of a program's csv output as {column: text}. Form "one": one process of `ranks` threads."""
+    """Returns the last line of a program's csv output as {column: text}. Form "one": one process with `ranks` threads."""
     command = [f"build/{program}", "-t", str(ranks)]
     if form != "one":
         command = ["mpirun", "--oversubscribe", "-n", str(ranks), f"build/mpi/{program}", "-t", "1", f"--{form}", str(ranks)]
@@ -60,7 +60,7 @@ def run(program, form, ranks, options):
 
 
 def measure_twins(model):
-    """Tokens per second of two programs together that know nothing of each other, each on a core of its own."""
+    """Returns the tokens per second of two independent programs together, each on its own core."""
     command = ["build/hellaswag", "-t", "1", "-m", model, "--limit", "150", "-o", "csv"]
     twins = [subprocess.Popen(["taskset", "-c", str(core)] + command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
              for core in range(CORES)]
@@ -92,8 +92,8 @@ def measure(path, model, rounds):
 
 # ---- The model ----------------------------------------------------------------------------------------------------------
 
-ROWS = 512  # of a pass when texts are scored
-HEAD_ROWS = 0.65  # part of them that goes through the head, of HellaSwag's
+ROWS = 512  # rows of a pass when texts are scored
+HEAD_ROWS = 0.65  # the part of HellaSwag's rows that goes through the head
 
 
 def layer_weights(shape):
@@ -106,17 +106,17 @@ def head_weights(shape):
 
 
 def score_weights(shape):
-    """Weights that a row is multiplied by, on average."""
+    """Returns the number of weights by which a row is multiplied, on average."""
     return SHAPES[shape][1] * layer_weights(shape) + HEAD_ROWS * head_weights(shape)
 
 
 def exchanges(shape):
-    """Meetings of a pass of tensor parallel: the embedding's rows, four in each layer, and the logits."""
+    """Returns the number of meetings in a tensor parallel pass: one for the embedding's rows, four per layer, one for the logits."""
     return 4 * SHAPES[shape][1] + 2
 
 
 def exchanged(shape, ranks):
-    """Bytes that a rank gets for each row of a pass, from all others: attention, half of the network, the stream twice."""
+    """Returns the bytes that a rank receives per row of a pass from all others: attention, half of the network, the stream twice."""
     _, layers, embd, ff, heads, _, dim = SHAPES[shape]
     return 4 * layers * (heads * dim + ff + 2 * embd) * (ranks - 1) / ranks
 
@@ -126,7 +126,7 @@ def replicated(shape, work):
 
 
 def busiest(shape, stages):
-    """The largest share of the work that a stage has. The library cuts with half the head's weights."""
+    """Returns the largest share of the work that a stage has. For its cuts the library counts half of the head's weights."""
     layers = SHAPES[shape][1]
     layer, head = layer_weights(shape), head_weights(shape)
     share = (layers + head / 2 / layer) / stages
@@ -137,12 +137,12 @@ def busiest(shape, stages):
 
 
 def decode(m, model, form, ranks):
-    """Tokens per second; m is what best() returns."""
-    one, both = (1 / m[model, "decode", "one", n]["tok_s"] for n in (1, CORES))  # seconds of a token
+    """Returns tokens per second. m is the result of best()."""
+    one, both = (1 / m[model, "decode", "one", n]["tok_s"] for n in (1, CORES))  # seconds per token
     r = m[model, "decode", form, ranks]
     if form == "pp":
         return 1 / (one + ranks * r["meeting_us"] * 1e-6 + 4e-9 * SHAPES[model][0] * (ranks - 1) / r["link_gb_s"])
-    turns, left = divmod(ranks, CORES)  # with two cores at most one rank is left
+    turns, left = divmod(ranks, CORES)  # with two cores at most one rank remains
     own = (turns + left) * replicated(model, "decode") * one
     return 1 / ((turns * CORES * both + left * one) / ranks + own + exchanges(model) * r["meeting_us"] * 1e-6)
 
@@ -169,8 +169,8 @@ PARAMETERS = {"one": "1 process, threads: {}", "twins": "{} programs at the same
 
 
 def best(path):
-    """{(model, work, form, ranks): {column: median}}, but of speeds and bandwidths the best of all rounds: other machines on
-    the same hardware only slow this one down."""
+    """Returns {(model, work, form, ranks): {column: median}}. Of speeds and bandwidths it takes the best of all rounds, because
+    other machines on the same hardware only slow this one down."""
     groups, result = {}, {}
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(line for line in file if not line.startswith("#")):
@@ -197,21 +197,21 @@ def compare(m):
 
 
 BIG = "llama2-70b"
-BYTES_PER_WEIGHT = 5 / 8  # 4 bits, and two numbers of 16 bits for 32 weights
-CLUSTERS = {  # cores, bytes/s of memory, bytes/s of the link, seconds of a meeting, and for each further rank in it
+BYTES_PER_WEIGHT = 5 / 8  # 4 bits, and two 16-bit numbers per 32 weights
+CLUSTERS = {  # cores, bytes/s of memory, bytes/s of the link, seconds per meeting, and for each further rank in it
     "2 cores as here, 10 Gbit/s, 30 us": (2, None, 1.25e9, 30e-6, 2e-6),
     "64 cores, 400 GB/s, 100 Gbit/s, 3 us": (64, 400e9, 12.5e9, 3e-6, 0.5e-6),
 }
 
 
 def predict(m):
-    """What Llama-2-70B does on clusters. Reading a weight takes its bytes / bandwidth; the rest of the work for it in decoding
-    is that of LARGE, in scoring that of SMALL."""
+    """Predicts Llama-2-70B on clusters. Reading a weight takes its bytes / bandwidth. The other work per weight is that of LARGE in
+    decoding, and that of SMALL in scoring."""
     weights = SHAPES[BIG][1] * layer_weights(BIG) + head_weights(BIG)
     one = m[LARGE, "decode", "one", 1]
     per_weight = (1 / one["tok_s"] - one["mb_per_token"] * 1e-3 / one["bandwidth_gb_s"]) / (
         SHAPES[LARGE][1] * layer_weights(LARGE) + head_weights(LARGE))
-    row = score_weights(BIG) / score_weights(SMALL) / m[SMALL, "score", "one", 1]["tok_s"]  # seconds of a core
+    row = score_weights(BIG) / score_weights(SMALL) / m[SMALL, "score", "one", 1]["tok_s"]  # seconds on one core
     for name, (cores, bandwidth, link, latency, message) in CLUSTERS.items():
         bandwidth = bandwidth or m[LARGE, "decode", "one", 2]["bandwidth_gb_s"] * 1e9
         alone = weights * (BYTES_PER_WEIGHT / bandwidth + per_weight / cores)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Measures a server that speaks OpenAI's API, and checks that it loses nothing.
+"""Measures a server with OpenAI's API, and checks that all answers are complete.
 
     build/server -m MODEL -p 8080 --parallel 8 &
     bench/serve.py http://127.0.0.1:8080 --clients 1,8,32 --requests 200
     bench/serve.py http://127.0.0.1:8080 --clients 16 --requests 10000 --tokens 4 --cancel 0.1 --pid PID
 
-Each client sends one request after the other over its own connection, streamed, at temperature 0. The same prompt must
-give the same text each time. With --cancel that share of the requests hangs up after the first piece. With --pid the
-memory of the server is read from /proc before and after. Any OpenAI-compatible server can be measured, llama-server too.
-Only Python's own library is needed.
+Each client sends one request after the other over its own connection, streamed, at temperature 0. The same prompt must give
+the same text each time. --cancel is the share of requests that hang up after the first piece. With --pid, the script reads
+the memory of the server from /proc before and after. It can measure any OpenAI-compatible server, also llama-server, and
+only needs Python's standard library.
 """
 import argparse, http.client, json, random, threading, time, urllib.parse
 
@@ -21,7 +21,7 @@ class Load:
         self.args, self.clients = args, clients
         self.lock = threading.Lock()
         self.left = args.requests
-        self.texts = {}  # by prompt: all must be the same
+        self.texts = {}  # the text for each prompt, which must always be the same
         self.first, self.gaps, self.problems = [], [], []
         self.tokens = self.answered = self.cancelled = 0
 
@@ -73,9 +73,9 @@ class Load:
         answer.read()
         with self.lock:
             if reason is None:
-                self.problems.append(f"no reason for the end of: {prompt}")
+                self.problems.append(f"no finish_reason for: {prompt}")
             if self.texts.setdefault(prompt, text) != text:
-                self.problems.append(f"another text: {prompt} {text!r} instead of {self.texts[prompt]!r}")
+                self.problems.append(f"a different text: {prompt} {text!r} instead of {self.texts[prompt]!r}")
             self.answered += 1
             self.tokens += pieces
             if first is not None:
@@ -116,13 +116,13 @@ def resident(pid):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
-    parser.add_argument("--model", default="any", help="its name in requests")
-    parser.add_argument("--clients", default="1,8,32", help="how many at the same time, one row for each number")
-    parser.add_argument("--requests", type=int, default=200, help="of all clients together")
-    parser.add_argument("--tokens", type=int, default=64, help="of an answer at most")
+    parser.add_argument("--model", default="any", help="the model's name in requests")
+    parser.add_argument("--clients", default="1,8,32", help="numbers of concurrent clients, one row for each")
+    parser.add_argument("--requests", type=int, default=200, help="requests of all clients together")
+    parser.add_argument("--tokens", type=int, default=64, help="max tokens of an answer")
     parser.add_argument("--cancel", type=float, default=0, help="share of the requests that hang up after the first piece")
-    parser.add_argument("--ignore-end", action="store_true", help="ask for answers of full length (llama-server's ignore_eos)")
-    parser.add_argument("--pid", type=int, help="of the server, to watch its memory")
+    parser.add_argument("--ignore-end", action="store_true", help="request answers of full length (llama-server's ignore_eos)")
+    parser.add_argument("--pid", type=int, help="the server's process id, to measure its memory")
     args = parser.parse_args()
     problems = 0
     print("| clients | requests | cancelled | requests/s | tokens/s | first token ms, p50 | p99 | gap ms, p50 | p99 | problems |"

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Measures build/server beside llama.cpp's server, on the same model, in alternating rounds.
+"""Measures build/server and llama.cpp's server with the same model, in alternating rounds.
 
     bench/serve_beside.py MODEL [LLAMA_SERVER]
     bench/serve_beside.py MODEL --real-time
 
-Prints the medians of three rounds for 1, 8 and 32 clients; see serve.py for what a client does. The last column counts
-answers that differ from an earlier answer to the same prompt in that round. LLAMA_SERVER is any program that takes
-llama-server's options -m, --port, --parallel, -c and -t. Without it only build/server is measured.
+Prints the medians of three rounds for 1, 8 and 32 clients, which serve.py describes. The last column counts answers that
+differ from an earlier answer to the same prompt in the same round. LLAMA_SERVER is a program with llama-server's options
+-m, --port, --parallel, -c and -t. Without it, only build/server is measured.
 
-Below the table is how much of the cores other programs used meanwhile. Such a program keeps a core for some milliseconds
-at a time, which lengthens the p99 of the gaps. With --real-time (for root) build/server and the clients go before all other
-programs: first the clients, then the thread that sends, then those that compute. The kernel still takes 5 % of each second
-for the others, in one piece, which is the longest gap.
+The last line shows how much of the cores other programs used during the measurement. Such a program keeps a core for some
+milliseconds at a time, which increases the p99 of the gaps. With --real-time (needs root), build/server and the clients get
+priority over all other programs: first the clients, then the sending thread, then the computing threads. The kernel still
+gives 5 % of each second to other programs, in one piece, which is the longest gap.
 """
 import argparse, os, statistics, subprocess, sys, time, types, urllib.request
 
@@ -23,7 +23,7 @@ REQUESTS = {1: 6, 8: 32, 32: 64}
 
 
 def start(command, port):
-    """A server that runs and answers /health."""
+    """Starts a server and waits until it answers /health."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(600):
         try:
@@ -49,14 +49,14 @@ def measure(port, clients):
 
 
 def seconds_of_all():
-    """What all programs have used of the cores; steal, which is what other virtual machines have, counts too."""
+    """Returns the CPU time of all programs, including steal, the time that other virtual machines used."""
     with open("/proc/stat") as stat:
         user, nice, system, _, _, irq, softirq, steal = map(int, stat.readline().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def seconds_of(processes):
-    """What these processes and this one have used."""
+    """Returns the CPU time of these processes and of this one."""
     used = sum(os.times()[:2])
     for process in processes:
         with open(f"/proc/{process.pid}/stat") as stat:
@@ -65,7 +65,7 @@ def seconds_of(processes):
 
 
 def go_first(process):
-    """Lets this program and build/server go before all others."""
+    """Gives this program and build/server priority over all others."""
     for task in os.listdir(f"/proc/{process.pid}/task"):
         with open(f"/proc/{process.pid}/task/{task}/comm") as name:
             sends = name.read().startswith("MHD")
@@ -80,7 +80,7 @@ def main():
     parser.add_argument("--real-time", action="store_true")
     args = parser.parse_args()
     if args.real_time and args.llama_server:
-        parser.error("--real-time knows the threads of build/server alone")
+        parser.error("--real-time only works with build/server")
     n = str(max(CLIENTS))
     cores = str(len(os.sched_getaffinity(0)))
     commands = {"llm.h": ["build/server", "-m", args.model, "-p", "18080", "--parallel", n]}

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Sends a server random small requests, a part of them wrong or broken off, and looks for leaks.
+"""Sends a server random small requests, some of them invalid or aborted, and looks for leaks.
 
     build/server -m MODEL -p 8080 & bench/soak.py http://127.0.0.1:8080 --pid $!
 
-Chats and texts, whole and streamed, with stops, seeds, log-probabilities, schemas, echo, several prompts and tools; what
-is refused (no JSON, wrong values, wrong addresses, large bodies); clients that hang up within the request, before the
-answer or within it. Prints how often each kind was sent and each status came, and a line for the server's memory and
-open files after each tenth. Fails if a request got no answer or a status of 500 and above, if requests or files stay
-behind, or if the memory grows by more than 5 % in the second half. Only Python's own library is needed.
+Sends chats and texts, whole and streamed, with stops, seeds, log-probabilities, schemas, echo, several prompts and tools;
+requests that must be refused (no JSON, wrong values, wrong addresses, large bodies); and clients that hang up during the
+request, before the answer or during it. Prints how often each kind was sent and each status was received, and the server's
+memory and open files after each tenth. Fails if a request gets no answer or a status of 500 or above, if requests or files
+remain open, or if the memory grows by more than 5 % in the second half. Only needs Python's standard library.
 """
 import argparse, collections, http.client, json, os, random, socket, threading, time, urllib.parse
 
@@ -22,7 +22,7 @@ WRONG = [b"{", b"[]", b'{"prompt":7}', b'{"prompt":"a","stop":[1]}', b'{"message
 
 
 def some_request(rng):
-    """The kind, the path and the body."""
+    """Returns the kind, the path and the body."""
     body = {"model": "any", "max_tokens": rng.randint(1, 6), "stream": rng.random() < .5, "temperature": rng.choice([0, 1])}
     words = " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
     more = rng.choice(["", "stop", "seed", "logprobs", "response_format", "special"])
@@ -63,7 +63,7 @@ class Soak:
             return self.left >= 0
 
     def hang_up(self, rng):
-        """A request that is cut off, or whose answer is not read, or not to its end."""
+        """Sends an incomplete request, or does not read the answer or only its beginning."""
         kind, path, body = some_request(rng)
         body["max_tokens"] = 40
         data = json.dumps(body).encode()
@@ -110,7 +110,7 @@ class Soak:
         connection.close()
 
     def state(self):
-        """Memory in MiB and open files."""
+        """Returns the server's memory in MiB and number of open files."""
         with open(f"/proc/{self.args.pid}/status") as status:
             memory = next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
         return memory, len(os.listdir(f"/proc/{self.args.pid}/fd"))
@@ -146,9 +146,9 @@ class Soak:
         print(*(f"{n} {kind}" for kind, n in sorted(self.kinds.items())), sep=", ")
         print("statuses:", *(f"{n} {status}," for status, n in sorted(self.statuses.items(), key=str)))
         if waits:
-            self.problems.append(f"{waits} requests stay behind")
+            self.problems.append(f"{waits} requests remain")
         if end[1] > begin[1]:
-            self.problems.append(f"{end[1] - begin[1]} files stay open")
+            self.problems.append(f"{end[1] - begin[1]} files remain open")
         if end[0] > 1.05 * states[4][0]:
             self.problems.append("the memory grows")
         for problem in self.problems[:10]:
@@ -159,11 +159,11 @@ class Soak:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
-    parser.add_argument("--pid", type=int, required=True, help="of the server")
+    parser.add_argument("--pid", type=int, required=True, help="the server's process id")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=10000)
     parser.add_argument("--cancel", type=float, default=.1, help="share of the clients that hang up")
-    parser.add_argument("--wrong", type=float, default=.2, help="share of wrong requests")
+    parser.add_argument("--wrong", type=float, default=.2, help="share of invalid requests")
     raise SystemExit(1 if Soak(parser.parse_args()).run() else 0)
 
 

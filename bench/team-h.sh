@@ -1,12 +1,12 @@
 #!/bin/sh
-# Table 2 of Team H's report (Samsung Computer Engineering Challenge 2023, round 1), row by row, on N processes, and then our
-# own schedule:  bench/team-h.sh MODEL N [--limit QUESTIONS] [other options of build/mpi/hellaswag]
-# Theirs is LLaMA-30B on 4 V100; their seconds stand beside ours. A ratio is to row A. The idle share is the mean over the
-# stages of the time in which a stage waits for another. --threads 1 gives each process one core. The pipeline of row 1 is
-# drawn to build/team-h.png if there is matplotlib.
+# Repeats Table 2 of Team H's report (Samsung Computer Engineering Challenge 2023, round 1) with N processes, and adds our own
+# schedules:  bench/team-h.sh MODEL N [--limit QUESTIONS] [other options of build/mpi/hellaswag]
+# Team H used LLaMA-30B on 4 V100; the table has their seconds and ours. Ratios are relative to row A. Idle is the mean over the
+# stages of the share of time in which a stage waits for another. --threads 1 gives each process one core. If matplotlib is
+# installed, the pipeline of row 1 is drawn to build/team-h.png.
 set -eu
 cd "$(dirname "$0")/.."
-[ $# -ge 2 ] || { echo "Which model, and how many processes?  bench/team-h.sh MODEL N [--limit QUESTIONS]" >&2; exit 1; }
+[ $# -ge 2 ] || { echo "usage: bench/team-h.sh MODEL N [--limit QUESTIONS]" >&2; exit 1; }
 model=$1 n=$2
 shift 2
 dir=$(mktemp -d)
@@ -26,7 +26,7 @@ row() { # ID THEIR_SECONDS WHAT OPTIONS...
     [ -f "$dir/first" ] || cp "$dir/sorted" "$dir/first"
     same=yes
     cmp -s "$dir/sorted" "$dir/first" || same=no
-    [ "$id" != G ] || same=- # other texts
+    [ "$id" != G ] || same=- # without labels the texts differ
     awk -F, -v id="$id" -v theirs="$theirs" -v what="$what" -v same="$same" -v idle="$idle" 'NR == 2 {
         printf "%s;%s;%s;%.1f;%s;%.1f;%.2f;%s\n", id, what, theirs, $4, idle, 100 * ($7 + $8) / $6, $3, same
     }' "$dir/csv" >>"$dir/table"

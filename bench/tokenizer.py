@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Tokenizers on one thread of one core: MB/s of this library beside gigatoken, quicktok, Hugging Face's `tokenizers` and `tiktoken`,
-taking turns, on HellaSwag's text and other files; then a megabyte of what makes slow tokenizers slow beside a megabyte of prose.
-gigatoken keeps what it has seen between calls, so its first call has a line of its own; this library starts every call anew.
+"""Compares tokenizers on one thread of one core: MB/s of this library, gigatoken, quicktok, Hugging Face's `tokenizers` and `tiktoken`,
+in alternating rounds, on HellaSwag's text and other files. Then compares a megabyte of texts that slow tokenizers down with a megabyte
+of prose. gigatoken keeps a cache between calls, so its first call has its own line; this library keeps nothing between calls.
 
     make bench-tokenizer        or, with the packages named in the Makefile:  bench/tokenizer.py build/libllm.so MODEL.gguf [TEXT ...]
 """
@@ -17,7 +17,7 @@ import time
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAYON_NUM_THREADS"] = "1"
-if hasattr(os, "sched_setaffinity"): # before the libraries count the cores
+if hasattr(os, "sched_setaffinity"): # must come before the libraries count the cores
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 TOP = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(TOP / "tokenizer"))
@@ -74,18 +74,19 @@ def timed(encode, text):
 
 
 def tiktoken_of(vocabulary):
-    """The same merges and words; pieces are ranked by their ids, which the merges have to come in."""
+    """Makes a tiktoken encoding with the same merges and words. Pieces are ranked by their ids, which must be in the order of the
+    merges."""
     byte_of = {c: b for b, c in enumerate(reference_alphabet())}
     specials = set(vocabulary.of_type(reference.CONTROL, reference.UNKNOWN))
     ranks = {bytes(byte_of[c] for c in token): i for i, token in enumerate(vocabulary.tokens) if token not in specials}
     words = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-    for byte in range(256): # bytes that the vocabulary lacks: tiktoken wants them all
+    for byte in range(256): # tiktoken needs all bytes, also those that the vocabulary lacks
         ranks.setdefault(bytes([byte]), len(vocabulary.tokens) + byte)
     return tiktoken.Encoding("model", pat_str=words, mergeable_ranks=ranks, special_tokens={})
 
 
 def reference_alphabet():
-    """The character that stands for each byte in byte-level pieces."""
+    """Returns the character that represents each byte in byte-level pieces."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
@@ -106,7 +107,7 @@ def quicktok_of(path, folder):
 
 
 def others(vocabulary, theirs):
-    """What the other tokenizers call encode, by name. Some cannot read every vocabulary."""
+    """Returns the encode functions of the other tokenizers, by name. Some cannot read every vocabulary."""
     made = {}
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "tokenizer.json")
@@ -158,7 +159,7 @@ def best(ours, text):
 
 
 def linear(library, model, prose):
-    """1 MB of one thing over and over, in times of what 1 MB of prose takes."""
+    """Prints the time for 1 MB of one repeated text, relative to 1 MB of prose."""
     folders = [path.parent for path in sorted((TOP / "tests/golden/tokenizers").glob("*/tokenizer.*"))]
     rows, worst = [["tokenizer", "prose, ms"] + [f'"{unit}"' for unit in UNITS]], 0
     for path in [model, *folders]:
@@ -167,10 +168,10 @@ def linear(library, model, prose):
         ratios = [best(ours, (unit.encode() * len(prose))[: len(prose)]) / base for unit in UNITS]
         worst = max(worst, *ratios)
         rows.append([os.path.basename(path), f"{1e3 * base:.1f}"] + [f"{ratio:.2f}" for ratio in ratios])
-    print(f"1 MB of one thing, in times of 1 MB of prose (at most {MOST_RATIO})\n")
+    print(f"Time for 1 MB of one repeated text, relative to 1 MB of prose (at most {MOST_RATIO})\n")
     table(rows)
     if worst > MOST_RATIO:
-        sys.exit(f"{worst:.2f} times is too much.")
+        sys.exit(f"{worst:.2f} times the time of prose is too much.")
 
 
 def main():

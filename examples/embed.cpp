@@ -1,4 +1,4 @@
-/*  embed.cpp - llm.h in a C++17 program: owners that free, errors as exceptions, an answer as a std::string.
+/*  embed.cpp - llm.h in a C++17 program: RAII, errors as exceptions, an answer as a std::string.
 
     build/embed MODEL [QUESTION]
 

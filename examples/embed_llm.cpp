@@ -1,3 +1,3 @@
-/*  embed_llm.cpp - the one file of a C++ program that holds the library; nothing else goes in here. */
+/*  embed_llm.cpp - the only file of the C++ program that contains the implementation of llm.h. */
 #define LLM_IMPLEMENTATION
 #include "llm.h"

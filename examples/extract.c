@@ -1,4 +1,5 @@
-/*  extract.c - reads a person's name and age out of a text into a C struct: the answer must match a regular expression.
+/*  extract.c - extracts a person's name and age from a text into a C struct. The answer must match a regular
+    expression.
 
     cc -O2 -I. extract.c -o extract -lm -lpthread
     ./extract model.gguf "Ada Lovelace wrote the first program. She died when she was 36." */
@@ -14,7 +15,7 @@ typedef struct person {
 
 static bool append(void *user, const char *text, size_t n_bytes) {
     (void)n_bytes;
-    strcat((char *)user, text); /* the expression allows no more than fits */
+    strcat((char *)user, text); /* the regular expression limits the length, so it fits */
     return true;
 }
 

@@ -2,27 +2,27 @@
 
     build/hellaswag -m MODEL [--data FILE] [--limit N] [--results FILE]
     build/hellaswag --help           all options
-    make build/gpu/hellaswag         the same on an NVIDIA GPU (LLM_CUDA), where passes should have some thousand
-                                     tokens: --batch 4096
+    make build/gpu/hellaswag         the same on an NVIDIA GPU (LLM_CUDA); use passes of thousands of tokens there:
+                                     --batch 4096
     mpirun -n 4 build/mpi/hellaswag --pp 2 --dp 2 ...    several processes: see --tp, --pp and --dp
 
-    A question is a context and four endings, of which one is right. The model's answer is the ending with the largest
-    log-likelihood (acc), or the largest for each of the ending's characters (acc_norm). The result goes to standard
-    output, progress to standard error. With --results each answer is written to the file at once. After an
-    interruption of any kind the same command resumes.
+    A question is a context and four endings, one of which is right. The model's answer is the ending with the largest
+    log-likelihood (acc), or the largest log-likelihood per character (acc_norm). The result goes to standard output,
+    progress to standard error. With --results each answer is written to the file at once. After any interruption, the
+    same command resumes.
 
-    TEXT AND TOKENS, as the LM evaluation harness (0.4.13) has them:
+    TEXT AND TOKENS are those of the LM evaluation harness (0.4.13):
 
-    A .jsonl file is the data set as its authors publish it. From it comes
+    A .jsonl file is the data set as its authors publish it. From it come
         context  clean(activity_label + ": " + ctx_a + " " + Capitalised(ctx_b))       without the label: --no-label
         ending   clean(ending)
-    where clean strips white space, turns " [title]" into ". ", drops what is in [brackets], and makes one space of two.
-    A .txt file is the one that llama.cpp uses: six lines a question, namely "label: context", the number of the right
-    ending, and four endings. They are cleaned already, with ctx_b as it is, and are used unchanged. Both kinds of file
-    may be compressed (.bz2).
+    where clean strips white space, replaces " [title]" by ". ", removes text in [brackets], and replaces double spaces
+    by single ones. A .txt file is the one that llama.cpp uses, with six lines per question: "label: context", the
+    number of the right ending, and four endings. Its texts are cleaned already (ctx_b is not capitalised) and are used
+    unchanged. Both kinds of file may be compressed (.bz2).
 
-    The model sees context + " " + ending. The context's tokens are those of the context alone, without white space at
-    its end, n of them. The ending's tokens are those of the whole text without its first n. See llm_encode_pair. An
+    The model sees context + " " + ending. The context's tokens are the n tokens of the context alone, without white
+    space at its end. The ending's tokens are those of the whole text after the first n. See llm_encode_pair. An
     ending's characters are its code points without the space. If two endings are equally likely, the first wins.
 */
 #define LLM_IMPLEMENTATION
@@ -70,37 +70,36 @@ enum {
 static const struct argp_option option_list[] = {
     {"model", 'm', "MODEL", 0, "the model's file or directory", 1},
     {"data", 'd', "FILE", 0,
-     "the questions (default: hellaswag_val.jsonl or hellaswag_val_full.txt, perhaps .bz2, in $LLM_DATA)", 1},
-    {"limit", KEY_LIMIT, "N", 0, "the first N questions only", 1},
+     "the questions (default: hellaswag_val.jsonl or hellaswag_val_full.txt in $LLM_DATA; may be .bz2)", 1},
+    {"limit", KEY_LIMIT, "N", 0, "only use the first N questions", 1},
     {"no-label", KEY_NO_LABEL, NULL, 0, "leave the activity label out", 1},
-    {"results", KEY_RESULTS, "FILE", 0, "write answers to this file; resume if it has some", 1},
+    {"results", KEY_RESULTS, "FILE", 0, "write answers to this file; if it has answers, resume", 1},
     {"schedule", KEY_SCHEDULE, "NAME", 0,
-     "packed (default); fixed:N or fixed:N,CONTEXTS texts at a time; dp, dp:TOKENS or dp:TOKENS,CONTEXT_TOKENS: tokens "
-     "in a batch of endings, of contexts",
+     "packed (default); fixed:N or fixed:N,CONTEXTS: N endings and CONTEXTS contexts per batch; dp, dp:TOKENS or "
+     "dp:TOKENS,CONTEXT_TOKENS: min tokens in a batch of endings and of contexts",
      2},
     {"ending-batch", KEY_ENDING_BATCH, "N", 0, "with dp: N endings at a time", 2},
     {"no-share", KEY_NO_SHARE, NULL, 0, "compute the context again for each ending", 2},
-    {"batch", KEY_BATCH, "N", 0, "tokens in one pass (default: 512)", 2},
-    {"count", KEY_COUNT, NULL, 0, "only count the tokens this would compute", 2},
+    {"batch", KEY_BATCH, "N", 0, "max tokens in a pass (default: 512)", 2},
+    {"count", KEY_COUNT, NULL, 0, "only count the tokens to compute", 2},
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
-    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, bf16, int8 or int4 (default: file, as the file has them)",
-     3},
+    {"dtype", KEY_DTYPE, "TYPE", 0, "hold the weights as f32, bf16, int8 or int4 (default: file, the file's types)", 3},
     {"output", 'o', "FORMAT", 0, "text or csv (default: text)", 3},
     {"tp", KEY_TP, "N", 0, "processes that share each layer", 4},
-    {"pp", KEY_PP, "N", 0, "processes each of which has some of the layers", 4},
-    {"dp", KEY_DP, "N", 0, "copies of the model, which share the questions", 4},
+    {"pp", KEY_PP, "N", 0, "groups of processes that share the layers", 4},
+    {"dp", KEY_DP, "N", 0, "copies of the model that share the questions", 4},
     {"mini-batch", KEY_MINI_BATCH, "N", 0,
      "tokens of contexts in one pass of fixed:N and dp, so that in a pipeline they take as long as endings do "
      "(default: --batch)",
      4},
-    {"trace", KEY_TRACE, "FILE", 0, "write down when each stage of the pipeline waits; bench/gantt.py draws it", 4},
+    {"trace", KEY_TRACE, "FILE", 0, "record when each stage of the pipeline waits; bench/gantt.py draws it", 4},
     {0}};
 
 static int parse_number(struct argp_state *state, const char *text, const char **end) {
     char *after;
     long value = strtol(text, &after, 10);
     if (after == text || value < 1 || value > 1 << 30)
-        argp_error(state, "'%s' does not begin with a number from 1", text);
+        argp_error(state, "'%s' does not begin with a positive integer", text);
     *end = after;
     return (int)value;
 }
@@ -108,7 +107,7 @@ static int parse_number(struct argp_state *state, const char *text, const char *
 static int parse_whole(struct argp_state *state, const char *text) {
     const char *end;
     int value = parse_number(state, text, &end);
-    if (*end) argp_error(state, "'%s' is not a whole number", text);
+    if (*end) argp_error(state, "'%s' is not an integer", text);
     return value;
 }
 
@@ -127,7 +126,7 @@ static void parse_schedule(struct argp_state *state, const char *text, llm_score
         if (*end == ',') d->min_context_tokens = parse_whole(state, end + 1);
         else if (*end) argp_error(state, "'%s' is not dp:TOKENS,CONTEXT_TOKENS", text);
     } else {
-        argp_error(state, "--schedule: '%s' is none of packed, fixed:N, dp", text);
+        argp_error(state, "--schedule: '%s' is not one of packed, fixed:N, dp", text);
     }
 }
 
@@ -138,7 +137,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case 'd': opt->data = arg; break;
     case 't': opt->n_threads = parse_whole(state, arg); break;
     case 'o':
-        if (strcmp(arg, "text") && strcmp(arg, "csv")) argp_error(state, "'%s' is none of text, csv", arg);
+        if (strcmp(arg, "text") && strcmp(arg, "csv")) argp_error(state, "'%s' is not text or csv", arg);
         opt->format = arg;
         break;
     case KEY_TP:
@@ -156,11 +155,11 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_COUNT: opt->count = true; break;
     case KEY_DTYPE:
         opt->dtype = llm_dtype_from_name(arg);
-        if (!opt->dtype) argp_error(state, "--dtype: '%s' is none of f32, bf16, int8, int4, file", arg);
+        if (!opt->dtype) argp_error(state, "--dtype: '%s' is not one of f32, bf16, int8, int4, file", arg);
         break;
     case ARGP_KEY_ARG: argp_error(state, "'%s' is not an option", arg); break;
     case ARGP_KEY_END:
-        if (!opt->model) argp_error(state, "which model? Name its file with -m");
+        if (!opt->model) argp_error(state, "no model: name its file with -m");
         break;
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -175,7 +174,7 @@ static const struct argp option_parser = {
            "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl\n\n"
            "LLM_ISA in the environment forces an instruction set."};
 
-/* Ends the program. */
+/* Prints an error and ends the program. */
 static void give_up(const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -195,11 +194,11 @@ static void *must_alloc(size_t size) {
 /* ---- The data -------------------------------------------------------------------------------------------------- */
 
 typedef struct question {
-    char *context, *endings[ENDINGS]; /* as the model reads them */
+    char *context, *endings[ENDINGS]; /* the texts that the model reads */
     int label;
     llm_token *tokens[ENDINGS]; /* the context's, then the ending's */
     int n_context, n_ending[ENDINGS], n_characters[ENDINGS];
-    bool known; /* answered, now or by an earlier run; then these are set: */
+    bool known; /* true: answered, now or by an earlier run; then these are set: */
     double log_likelihoods[ENDINGS];
 } question;
 
@@ -212,15 +211,15 @@ typedef struct task {
     int next;    /* atomic: the next question to tokenize */
     bool failed; /* atomic: tokenizing failed */
     llm_error err;
-    /* the questions that are not answered yet */
+    /* questions that are not answered yet */
     int *left, n_left;
     llm_question *to_score;
     FILE *results;
-    int64_t n_tokens, n_done; /* tokens of these questions; of those answered by now */
+    int64_t n_tokens, n_done; /* tokens of all these questions, and of those answered so far */
     double start, shown;
     ranks ranks;
     work work;
-    int first; /* index in to_score of the first question that is being scored */
+    int first; /* index in to_score of the first question of the current llm_score call */
 } task;
 
 /* A result from another copy of the model. */
@@ -261,7 +260,7 @@ static void replace(char *text, const char *from, const char *to) {
     }
 }
 
-/* The number of bytes of white space at the beginning of a text. White space is that of Python's str.strip. */
+/* Returns the number of bytes of white space at the beginning of a text, as defined by Python's str.strip. */
 static size_t leading_space(const char *text) {
     size_t n = 0;
     for (size_t length = 1; length && text[n]; n += length) {
@@ -271,7 +270,7 @@ static size_t leading_space(const char *text) {
     return n;
 }
 
-/* Does the same as the harness's `preprocess`. */
+/* The same as the harness's `preprocess`. */
 static char *clean(char *text) {
     size_t n = strlen(text);
     text[n - llm__pair_trailing_space(text, n)] = 0;
@@ -287,7 +286,7 @@ static char *clean(char *text) {
     return text;
 }
 
-/* Some letters become several in title case: returns those, up to a 0. Returns NULL for all other letters. */
+/* For a letter that becomes several letters in title case, returns them with a 0 at the end. Otherwise returns NULL. */
 static const uint16_t *several_letters(uint32_t letter) {
     /* clang-format off */
     static const uint16_t titles[][5] = {
@@ -312,10 +311,11 @@ static const uint16_t *several_letters(uint32_t letter) {
 
 static bool has_case(uint32_t c) { return towlower(c) != c || towupper(c) != c || iswupper(c) || iswlower(c); }
 
-/* The next functions need the letters of all languages. */
+/* Sets a UTF-8 locale, so that the next functions know the letters of all languages. */
 static void know_letters(void) {
     if (!setlocale(LC_CTYPE, "C.UTF-8") && !setlocale(LC_CTYPE, "en_US.UTF-8"))
-        give_up("neither the locale C.UTF-8 nor en_US.UTF-8 is installed; one of them is needed for large and small "
+        give_up("neither the locale C.UTF-8 nor en_US.UTF-8 is installed; one of them is needed for upper-case and "
+                "lower-case "
                 "letters");
 }
 
@@ -339,12 +339,12 @@ static bool ends_word(const uint32_t *text, size_t n, size_t i) {
     return before && has_case(text[before - 1]) && !(behind < n && has_case(text[behind]));
 }
 
-/* Python's capitalize, as a new string: the first letter in title case, the others in lower case. */
+/* Python's capitalize: returns a new string with the first letter in title case and the others in lower case. */
 static char *capitalised(const char *text) {
     size_t n_bytes = strlen(text), n = 0, n_out = 0;
     const uint8_t *p = (const uint8_t *)text, *end = p + n_bytes;
     uint32_t *letters = (uint32_t *)must_alloc((n_bytes + 1) * sizeof *letters);
-    char *out = (char *)must_alloc(6 * n_bytes + 1); /* no letter becomes more than 6 bytes */
+    char *out = (char *)must_alloc(6 * n_bytes + 1); /* a letter becomes at most 6 bytes */
     while (p < end) letters[n++] = llm__utf8_decode(p, &p);
     for (size_t i = 0; i < n; i++) {
         static const uint16_t dotted_i[] = {'i', 0x307, 0};
@@ -386,14 +386,14 @@ static void read_json_question(const char *path, int number, const char *text, s
                                         : -1;
     for (size_t e = 0; e < ENDINGS; e++) {
         const char *ending = json_string_value(json_array_get(endings, e));
-        if (!ending) give_up("%s, line %d has no four endings", path, number);
+        if (!ending) give_up("%s, line %d does not have four endings", path, number);
         q->endings[e] = clean(must_copy(ending));
     }
     free(b);
     json_decref(line);
 }
 
-/* The next line, without its newline; NULL at the end of the text. */
+/* Returns the next line without its newline, or NULL at the end of the text. */
 static char *take_line(char **at) {
     char *line = *at, *end = strchr(line, '\n');
     if (!*line) return NULL;
@@ -407,7 +407,7 @@ static bool read_text_question(const char *path, int number, char **at, bool no_
     for (int i = 0; i < 2 + ENDINGS; i++) {
         lines[i] = take_line(at);
         if (!lines[0]) return false;
-        if (!lines[i]) give_up("%s: question %d has not its six lines", path, number);
+        if (!lines[i]) give_up("%s: question %d does not have six lines", path, number);
     }
     char *label_end = no_label ? strstr(lines[0], ": ") : NULL;
     q->context = must_copy(label_end ? label_end + 2 : lines[0]);
@@ -435,7 +435,8 @@ static void read_questions(task *t) {
         } else if (!read_text_question(t->data, t->n + 1, &at, t->opt.no_label, q)) {
             break;
         }
-        if (q->label < 0 || q->label >= ENDINGS) give_up("%s: question %d has no right ending", t->data, t->n + 1);
+        if (q->label < 0 || q->label >= ENDINGS)
+            give_up("%s: question %d does not say which ending is right", t->data, t->n + 1);
         t->n++;
     }
     free(text);
@@ -453,7 +454,7 @@ static const char *find_data(const options *opt) {
         if (!access(path, R_OK)) return path;
     }
     give_up("no data. Fetch https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl\n"
-            "and name it with --data, or put it into a directory and that into $LLM_DATA.");
+            "and name it with --data, or put it into a directory and set LLM_DATA to that directory.");
     return NULL;
 }
 
@@ -495,9 +496,11 @@ static void *tokenize(void *arg) {
     return NULL;
 }
 
-/* ---- Results in a file -------------------------------------------------------------------------------------------- */
+/* ---- Results in a file
+   -------------------------------------------------------------------------------------------- */
 
-/* A hash of all that the answers depend on: the model, its types in memory, and the tokens of the questions. */
+/* Writes a line that identifies everything the answers depend on: the model, its types in memory, and the tokens of the
+   questions. */
 static void describe_run(const task *t, const llm_model_info *info, char *line, size_t size) {
     uint64_t hash = 0;
     for (int i = 0; i < t->n; i++)
@@ -508,7 +511,7 @@ static void describe_run(const task *t, const llm_model_info *info, char *line, 
              llm_dtype_name(info->dtype), t->n, (unsigned long long)hash);
 }
 
-/* Parses a complete line, "17 -0x1.8p+4 ...". Numbers are hexadecimal, so that reading them gives the same bits. */
+/* Parses a complete line, "17 -0x1.8p+4 ...". Hexadecimal numbers keep all bits. */
 static bool read_answer(const char *line, task *t) {
     char *at;
     long i = strtol(line, &at, 10);
@@ -520,7 +523,7 @@ static bool read_answer(const char *line, task *t) {
     return true;
 }
 
-/* Reads the answers that the file has. If its last line is incomplete, since a run was killed, that line is removed. */
+/* Reads the answers in the file. If its last line is incomplete because a run was killed, removes that line. */
 static void open_results(task *t, const llm_model_info *info) {
     char wanted[200];
     const char *path = t->opt.results;
@@ -535,9 +538,7 @@ static void open_results(task *t, const llm_model_info *info) {
     size_t size;
     char *text = read_file(path, &size), *at = text + strlen(wanted), *end;
     if (strncmp(text, wanted, strlen(wanted)))
-        give_up(
-            "%s is not of this model, with this type of weights, and these questions; remove it or name another file",
-            path);
+        give_up("%s is not of this model, type of weights, and questions; remove it or name another file", path);
     for (int number = 2; (end = strchr(at, '\n')); at = end + 1, number++) {
         *end = 0;
         if (!read_answer(at, t)) give_up("%s, line %d is damaged; remove it", path, number);
@@ -555,7 +556,7 @@ static void on_signal(int sig) {
     stopped = 1;
 }
 
-/* The tokens of a question's context and endings: a measure of the work. */
+/* Returns the number of tokens of a question's context and endings, as a measure of work. */
 static int64_t tokens_of(const question *q) {
     int64_t n = q->n_context;
     for (int e = 0; e < ENDINGS; e++) n += q->n_ending[e];
@@ -574,7 +575,7 @@ static void show_progress(task *t) {
     if (t->n_done == t->n_tokens) fprintf(stderr, "\n");
 }
 
-/* Keeps an answer, and writes it to the file if there is one. Returns false if that fails. */
+/* Stores an answer, and writes it to the results file if there is one. Returns false if writing fails. */
 static bool take_answer(task *t, int index, const double *log_likelihoods) {
     question *q = &t->questions[t->left[index]];
     memcpy(q->log_likelihoods, log_likelihoods, sizeof q->log_likelihoods);
@@ -595,7 +596,7 @@ static void on_answer(void *user, const void *result) {
     if (!take_answer((task *)user, a.question, a.log_likelihoods)) stopped = 1;
 }
 
-/* Called between layers: there rank 0 serves the other copies of the model. */
+/* The context's cancel callback, called between layers. Rank 0 also serves the other copies of the model here. */
 static bool is_stopped(void *user) {
     task *t = (task *)user;
     if (!t->ranks.rank) ranks_serve(&t->ranks, &t->work, sizeof(answer), on_answer, t);
@@ -632,7 +633,7 @@ static void list_questions(task *t) {
     }
 }
 
-/* Room for a few hundred sequences and some thousand tokens: batches of every schedule. */
+/* Creates a context for 256 sequences and thousands of tokens, large enough for batches of every schedule. */
 static llm_context *create_context(const task *t, const llm_model *model) {
     llm_context_desc desc = {.n_seq = 256,
                              .n_batch = t->opt.n_batch,
@@ -681,9 +682,9 @@ static void rate_answers(const task *t, result *r) {
     r->acc_norm *= 100.0 / r->n_known;
 }
 
-/* Operations of what had to be computed, padding and repetitions not counted: the products of the layers and the head.
-   In the last layer only the rows that go through the head have more than keys and values. Attention, 3 % at these
-   lengths, is left out. */
+/* Counts the necessary operations, without padding and repetitions: the products of the layers and the head. In the
+   last layer, rows that do not go through the head only count with their queries, keys and values. Attention, 3 % at
+   these lengths, is not counted. */
 static double useful_operations(const llm_model_info *m, const llm_score_stats *s) {
     double needed = (double)(s->n_computed - s->n_padded - s->n_redundant), q = m->n_heads * m->head_dim,
            kv = m->n_kv_heads * m->head_dim;
@@ -714,18 +715,19 @@ static void print_result(const task *t, const llm_model_info *info, const result
                100 * r->mfu);
 }
 
-/* Counts the tokens of the texts. Two kinds need not be computed: the last of an ending, and first ones that all
-   endings share. */
+/* Prints the number of tokens. Two kinds need not be computed: the last token of an ending, and first tokens that all
+   endings share (except once). */
 static void print_count(const task *t, const llm_score_stats *s) {
     int64_t contexts = 0, endings = 0, needed = s->n_computed - s->n_padded - s->n_redundant;
     for (int i = 0; i < t->n; i++) {
         contexts += t->questions[i].n_context;
         endings += tokens_of(&t->questions[i]) - t->questions[i].n_context;
     }
-    printf("%lld tokens: %lld of contexts, %lld of endings. Of the latter %lld are the last of an ending, from which\n"
-           "nothing is predicted, and %lld are first ones that other endings of the question have, too\n",
-           (long long)(contexts + endings), (long long)contexts, (long long)endings, (long long)t->n * ENDINGS,
-           (long long)(contexts + endings - needed) - (long long)t->n * ENDINGS);
+    printf(
+        "%lld tokens: %lld of contexts, %lld of endings. Of the endings' tokens, %lld are the last of an ending, from\n"
+        "which nothing is predicted, and %lld are first tokens that the question's endings have in common\n",
+        (long long)(contexts + endings), (long long)contexts, (long long)endings, (long long)t->n * ENDINGS,
+        (long long)(contexts + endings - needed) - (long long)t->n * ENDINGS);
 }
 
 /* ---- Main ------------------------------------------------------------------------------------------------------- */
@@ -754,16 +756,16 @@ static llm_model *prepare(task *t) {
     return model;
 }
 
-/* Opens a file for all ranks, each of which appends whole lines. */
+/* Opens one file on all ranks. Each rank appends whole lines. */
 static void open_trace(task *t) {
     if (!t->ranks.rank) remove(t->opt.trace);
-    ranks_share(&t->ranks, &t->n, sizeof t->n); /* the others wait until the old file is removed */
+    ranks_share(&t->ranks, &t->n, sizeof t->n); /* the other ranks wait until the old file is removed */
     FILE *file = fopen(t->opt.trace, "a");
     if (!file || setvbuf(file, NULL, _IOLBF, BUFSIZ)) give_up("%s: %s", t->opt.trace, strerror(errno));
     ranks_trace(&t->ranks, file);
 }
 
-/* Scores the remaining questions, piece by piece if there are several copies of the model. */
+/* Scores the remaining questions, in pieces if there are several copies of the model. */
 static llm_status score(task *t, llm_context *ctx, llm_score_stats *stats, llm_error *err) {
     double *log_likelihoods = t->opt.count ? NULL : (double *)must_alloc((size_t)t->n * ENDINGS * sizeof(double));
     llm_status status = LLM_OK;
@@ -821,7 +823,7 @@ int main(int argc, char **argv) {
     signal(SIGTERM, on_signal);
     llm_status status = score(&t, ctx, &r.stats, &err);
     if (status == LLM_ERROR_CANCELLED && stopped && !t.ranks.rank)
-        fprintf(stderr, "\nStopped.%s\n", t.opt.results ? " The same command goes on from here." : "");
+        fprintf(stderr, "\nStopped.%s\n", t.opt.results ? " Run the same command to resume." : "");
     if (status && status != LLM_ERROR_CANCELLED) give_up("%s", err.message);
     if (!status) {
         double flops = t.opt.count || !t.n_left ? 0 : llm_measure_flops(ctx) * t.ranks.tp * t.ranks.pp * t.ranks.dp;

@@ -1,23 +1,22 @@
-/*  quantize.c - write a model with weights of another type.
+/*  quantize.c - converts a model to another type of weights.
 
     build/quantize IN OUT              a Hugging Face directory to one with int8 weights
     build/quantize [--calibrate TEXT] IN OUT.gguf TYPE
-                                       a GGUF file, or a Hugging Face directory, to a GGUF file; TYPE is for example
-                                       Q8_0
+                                       a GGUF file or Hugging Face directory to a GGUF file; TYPE is for example Q8_0
     build/quantize --sparse 2:4 [--calibrate TEXT] IN OUT [bf16|int8]
                                        a Hugging Face directory to one in which, of each four weights, the two of
                                        smaller magnitude are zero
     build/quantize --pack IN OUT [DTYPE]    any model to a packed file, which loads in a few milliseconds; DTYPE is the
                                             type of the weights in memory (f32, f16, bf16, int8, int4 or file);
-                                            without it IN's
-    build/quantize --check FILE             is a packed file as it was written?
+                                            default: that of IN
+    build/quantize --check FILE             checks that a packed file is unchanged since it was written
 
-    With --calibrate the model first reads a text file, in UTF-8. Then rounding favours the weights whose inputs were
-    large, and --sparse multiplies magnitudes by the size of the inputs. Use a text like those that the model is for, of
-    some 50 kB.
+    With --calibrate, the model first reads a text file in UTF-8. Rounding then favours the weights whose inputs were
+    large, and --sparse multiplies magnitudes by the size of the inputs. Use about 50 kB of text of the kind that the
+    model is for.
 
-    See llm_quantize_directory, llm_quantize_gguf, llm_prune_directory, llm_calibrate and llm_model_save_packed in llm.h
-    for what is written. */
+    For the written files, see llm_quantize_directory, llm_quantize_gguf, llm_prune_directory, llm_calibrate and
+    llm_model_save_packed in llm.h. */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
@@ -107,7 +106,7 @@ static llm_status check(const char *path, llm_error *err) {
     llm_model_desc desc = {.check = true};
     llm_model *model = NULL;
     llm_status status = llm_model_load(&model, path, &desc, err);
-    if (!status) printf("%s is as it was written: %s\n", path, llm_model_get_info(model).held);
+    if (!status) printf("%s is unchanged since it was written: %s\n", path, llm_model_get_info(model).held);
     llm_model_free(model);
     return status;
 }

@@ -1,4 +1,4 @@
-/*  ranks.h - several processes run one model: what the programs share.
+/*  ranks.h - several processes run one model: functions for the programs.
 
     mpirun -n 2 build/mpi/repl -m MODEL --tp 2        or  srun -n 2 ...
 
@@ -12,18 +12,18 @@
 #include <time.h>
 
 typedef struct ranks {
-    int tp, pp, dp;              /* ranks that share each layer; that have the other layers; copies of the model */
-    int rank, replica;           /* of all ranks; which copy of the model this one belongs to                    */
-    llm_comm *tensor, *pipeline; /* NULL where there is one rank                                       */
+    int tp, pp, dp;              /* ranks that share each layer; groups that share the layers; copies of the model */
+    int rank, replica;           /* this rank's number among all ranks; number of its copy of the model            */
+    llm_comm *tensor, *pipeline; /* NULL if they would have one rank                                               */
 #ifdef LLM_MPI
-    MPI_Comm world, group; /* all ranks; those of this copy of the model */
+    MPI_Comm world, group; /* all ranks; the ranks of this copy of the model */
 #endif
 } ranks;
 
-/* ---- How long a rank waits for others ---- */
+/* ---- A trace of waits ---- */
 
-/* Writes down how long a rank waits: one line for each wait with rank, begin and end in seconds, and its reason. Every
-   message has a line; waits for room to send have one only if they are longer than LEAST_WAIT. */
+/* The trace has one line per wait: rank, begin and end in seconds, and the reason. Each received message has a line.
+   Waits before sending have a line only if they are longer than LEAST_WAIT. */
 static const double LEAST_WAIT = 20e-6; /* seconds */
 
 typedef struct trace {
@@ -34,7 +34,7 @@ typedef struct trace {
     llm_status (*duplicate)(llm_comm *comm, llm_comm **out, llm_error *err);
 } trace;
 
-static trace waits; /* of this process */
+static trace waits; /* this process's trace */
 
 static inline double clock_seconds(void) {
     struct timespec t;
@@ -45,7 +45,7 @@ static inline double clock_seconds(void) {
 static inline llm_status traced_receive(llm_comm *comm, int from, void *data, size_t n, llm_error *err) {
     double begin = clock_seconds();
     llm_status status = waits.receive(comm, from, data, n, err);
-    const char *what = from < comm->rank ? "rows" : "results"; /* of the layers before; of the last stage */
+    const char *what = from < comm->rank ? "rows" : "results"; /* from the previous stage; from the last stage */
     fprintf(waits.file, "%d,%.6f,%.6f,%s\n", waits.rank, begin, clock_seconds(), what);
     return status;
 }
@@ -67,7 +67,7 @@ static inline llm_status traced_duplicate(llm_comm *comm, llm_comm **out, llm_er
     return status;
 }
 
-/* From now on, contexts write down each wait for a message of the pipeline. */
+/* From now on, waits for messages of the pipeline are written to the file. */
 static inline void ranks_trace(ranks *r, FILE *file) {
     if (!r->pipeline || !file) return;
     waits.file = file;
@@ -113,7 +113,8 @@ static llm_status ranks_open(ranks *r, llm_error *err) {
     return status ? status : ranks_split(r, r->replica * r->tp + r->rank % r->tp, r->pp, &r->pipeline, err);
 }
 
-/* Copies n bytes from rank 0 to all. It sleeps while it waits, since rank 0 may wait for a user to type. */
+/* Copies n bytes from rank 0 to all ranks. It sleeps while it waits, because rank 0 may be waiting for a user to
+   type. */
 static inline void ranks_share(ranks *r, void *data, size_t n) {
     MPI_Request request;
     int done = 0;
@@ -134,17 +135,16 @@ enum {
     RANKS_ASK = 1, /* tags of messages */
     RANKS_WORK,
     RANKS_RESULT,
-    RANKS_LEAST = 8 /* items in a piece, if there are so many: questions that fill a pass */
+    RANKS_LEAST = 8 /* min items in a piece, if that many are left: enough questions to fill a pass */
 };
 
 typedef struct work {
-    int next, end;    /* items that no copy has taken yet                        */
-    int n_unfinished; /* other copies that do not know yet that there are no more */
+    int next, end;    /* [next, end): items that no copy has taken yet             */
+    int n_unfinished; /* other copies that have not been told that no work is left */
 } work;
 
-/* Takes the next items: few enough to leave each copy some pieces of work, so that none waits long for another at the
-   end. The last batches of a piece are small, and in a pipeline the stages wait there, so a single copy takes all at
-   once. */
+/* Takes the next items. Pieces are small enough that no copy waits long for another at the end. But the last batches of
+   a piece are small, and stages of a pipeline wait there, so a single copy takes all items at once. */
 static inline int ranks_take(const ranks *r, work *w, int *first) {
     int n = (w->end - w->next) / (2 * r->dp);
     if (n < RANKS_LEAST) n = RANKS_LEAST;
@@ -175,7 +175,7 @@ static inline void ranks_serve(const ranks *r, work *w, size_t size, void (*on_r
     }
 }
 
-/* Gets more work for this copy. All its ranks call it, and get the number of items, from *first on; 0: none are
+/* Gets more work for this copy. All its ranks call this. Returns the number of items, from *first on; 0: none are
    left. */
 static inline int ranks_ask(ranks *r, work *w, int *first) {
     int piece[2] = {0, 0};
@@ -190,7 +190,7 @@ static inline int ranks_ask(ranks *r, work *w, int *first) {
     return piece[1];
 }
 
-/* Sends a result from the first rank of another copy to rank 0. */
+/* Sends a result to rank 0, from the first rank of another copy. */
 static inline void ranks_tell(const ranks *r, const void *result, size_t size) {
     MPI_Send(result, (int)size, MPI_BYTE, 0, RANKS_RESULT, r->world);
 }
@@ -209,7 +209,7 @@ static inline void ranks_sum(const ranks *r, double *values, int n) {
     MPI_Reduce(own, values, n, MPI_DOUBLE, MPI_SUM, 0, r->world);
 }
 
-/* With `failed` it ends all ranks at once instead of waiting for them. */
+/* If `failed`, ends all ranks at once instead of waiting for them. */
 static void ranks_close(ranks *r, bool failed) {
     llm_comm_free(r->tensor);
     llm_comm_free(r->pipeline);

@@ -6,8 +6,8 @@
     mpirun -n 2 build/mpi/repl --tp 2 ...    a model shared by two processes; the first reads and prints
 
     The model's text goes to standard output and everything else to standard error. Ctrl-C stops an answer; a second
-    one, before the first took effect, ends the program. The exit code is 1 after an error, 2 after a wrong option and
-    130 if the one answer of -p was stopped.
+    one, before the first takes effect, ends the program. The exit code is 1 after an error, 2 after a wrong option and
+    130 if the answer of -p was stopped.
 */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
@@ -35,7 +35,7 @@
 
 typedef struct options {
     const char *model, *prompt, *system, *draft;
-    const char *constraint; /* a file, or with KEY_REGEX the expression */
+    const char *constraint; /* a file; with KEY_REGEX the expression itself */
     int constraint_key;     /* KEY_JSON_SCHEMA, KEY_GRAMMAR or KEY_REGEX; 0: the answer may be anything */
     bool raw, ids, temp_given, seed_given;
     int max_tokens, n_threads, n_ctx, draft_max;
@@ -86,48 +86,47 @@ enum {
 static const struct argp_option option_list[] = {
     {"model", 'm', "MODEL", 0, "the model's file (GGUF)", 1},
     {"prompt", 'p', "TEXT", 0, "answer this and end; without it, chat", 1},
-    {"system", KEY_SYSTEM, "TEXT", 0, "the system message (default: that of the model's file)", 1},
-    {"tools", KEY_TOOLS, "FILE", 0, "tell the model of these tools: a JSON list for the chat template", 1},
+    {"system", KEY_SYSTEM, "TEXT", 0, "the system message (default: the one in the model's chat template, if any)", 1},
+    {"tools", KEY_TOOLS, "FILE", 0, "a JSON list of tools for the chat template", 1},
     {"set", KEY_SET, "NAME=VALUE", 0,
-     "a variable of the chat template, as enable_thinking=false; VALUE is JSON, or else a text; may be repeated", 1},
+     "a variable of the chat template, e.g. enable_thinking=false; VALUE is JSON or a text; may be repeated", 1},
     {"raw", KEY_RAW, NULL, 0, "continue the text as it is, without a chat template", 1},
     {"tokens", 'n', "N", 0, "generate at most N tokens (default: until the model ends)", 1},
     {"ids", KEY_IDS, NULL, 0, "print token ids instead of text", 1},
     {"temp", KEY_TEMP, "T", 0, "temperature; 0 is greedy (default: 0.8 in a chat, 0 with -p or --raw)", 2},
     {"top-k", KEY_TOP_K, "K", 0, "choose from the K most likely tokens, 0 from all (default: 40)", 2},
-    {"top-p", KEY_TOP_P, "P", 0, "choose from the most likely whose sum reaches P (default: 0.95)", 2},
+    {"top-p", KEY_TOP_P, "P", 0, "choose from the most likely tokens whose sum reaches P (default: 0.95)", 2},
     {"min-p", KEY_MIN_P, "P", 0, "drop tokens less likely than P times the best (default: 0.05)", 2},
     {"top-n-sigma", KEY_TOP_N_SIGMA, "N", 0, "drop logits more than N standard deviations below the best", 2},
-    {"typical", KEY_TYPICAL, "P", 0, "choose from the tokens of usual surprise whose sum exceeds P", 2},
-    {"mirostat", KEY_MIROSTAT, NULL, 0, "mirostat 2 in place of the other rules that drop tokens", 2},
-    {"mirostat-tau", KEY_MIROSTAT_TAU, "BITS", 0, "the surprise per token that mirostat aims at (default: 5)", 2},
+    {"typical", KEY_TYPICAL, "P", 0, "choose from the tokens of typical surprise whose sum exceeds P", 2},
+    {"mirostat", KEY_MIROSTAT, NULL, 0, "use mirostat 2 instead of the other rules that drop tokens", 2},
+    {"mirostat-tau", KEY_MIROSTAT_TAU, "BITS", 0, "mirostat's target surprise per token (default: 5)", 2},
     {"mirostat-eta", KEY_MIROSTAT_ETA, "ETA", 0, "how fast mirostat corrects itself (default: 0.1)", 2},
-    {"xtc-probability", KEY_XTC_PROBABILITY, "P", 0, "how often, from 0 to 1, the likeliest tokens are dropped", 2},
+    {"xtc-probability", KEY_XTC_PROBABILITY, "P", 0, "the probability of dropping the most likely tokens", 2},
     {"xtc-threshold", KEY_XTC_THRESHOLD, "P", 0,
-     "those that have at least this probability, but the last of them (default: 0.1)", 2},
+     "drop tokens of at least this probability, except the least likely of them (default: 0.1)", 2},
     {"dry-multiplier", KEY_DRY_MULTIPLIER, "M", 0,
-     "penalise tokens that continue a repetition of N tokens by M * B^(N-L)", 2},
+     "penalize tokens that continue a repetition of N tokens by M * B^(N-L)", 2},
     {"dry-base", KEY_DRY_BASE, "B", 0, "(default: 1.75)", 2},
-    {"dry-allowed-length", KEY_DRY_ALLOWED_LENGTH, "L", 0, "shorter repetitions are free (default: 2)", 2},
-    {"dry-last-n", KEY_DRY_LAST_N, "N", 0, "look at the last N tokens only (default: all)", 2},
+    {"dry-allowed-length", KEY_DRY_ALLOWED_LENGTH, "L", 0, "no penalty for shorter repetitions (default: 2)", 2},
+    {"dry-last-n", KEY_DRY_LAST_N, "N", 0, "only check the last N tokens (default: all)", 2},
     {"dry-breaker", KEY_DRY_BREAKER, "TEXT", 0,
-     "no repetition reaches back over this text; may be given up to 16 times (default: a line break, ':', '\"', '*')",
-     2},
+     "repetitions end at this text; may be given up to 16 times (default: a line break, ':', '\"', '*')", 2},
     {"seed", KEY_SEED, "S", 0, "same seed, same text (default: from the clock)", 2},
     {"threads", 't', "N", 0, "threads (default: one per core)", 3},
     {"dtype", KEY_DTYPE, "TYPE", 0,
-     "hold the weights as f32, f16, bf16, int8 or int4 (default: file, as the file has them)", 3},
-    {"json-schema", KEY_JSON_SCHEMA, "FILE", 0, "each answer is JSON that is valid by this JSON Schema", 2},
+     "hold the weights as f32, f16, bf16, int8 or int4 (default: file, the file's types)", 3},
+    {"json-schema", KEY_JSON_SCHEMA, "FILE", 0, "each answer is JSON that matches this JSON Schema", 2},
     {"grammar", KEY_GRAMMAR, "FILE", 0, "each answer matches this grammar in GBNF", 2},
     {"regex", KEY_REGEX, "REGEX", 0, "each answer matches this regular expression", 2},
     {"draft", KEY_DRAFT, "DRAFT", 0,
-     "guess tokens and check several at once: lookup (in the text so far), self:int8 or self:int4 (the model in that "
+     "guess tokens and check several at once: lookup (in the text so far), self:int8 or self:int4 (the model with that "
      "type), or another model's file; the text stays the same",
      3},
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "check at most N guesses at once (default: 15)", 3},
     {"ctx", KEY_CTX, "N", 0, "tokens a conversation can hold (default: the model's limit, at most 4096)", 3},
     {"tp", KEY_TP, "N", 0, "N processes share each layer", 4},
-    {"pp", KEY_PP, "N", 0, "N groups of processes, each of which has some of the layers", 4},
+    {"pp", KEY_PP, "N", 0, "N groups of processes share the layers", 4},
     {0}};
 
 static long long parse_integer(struct argp_state *state, const char *name, const char *text, long long min,
@@ -136,7 +135,7 @@ static long long parse_integer(struct argp_state *state, const char *name, const
     errno = 0;
     long long value = strtoll(text, &end, 10);
     if (end == text || *end || errno || value < min || value > max)
-        argp_error(state, "%s: '%s' is not a whole number from %lld to %lld", name, text, min, max);
+        argp_error(state, "%s: '%s' is not an integer from %lld to %lld", name, text, min, max);
     return value;
 }
 
@@ -150,7 +149,7 @@ static float parse_real(struct argp_state *state, const char *name, const char *
 
 static llm_dtype parse_dtype(struct argp_state *state, const char *text) {
     llm_dtype dtype = llm_dtype_from_name(text);
-    if (!dtype) argp_error(state, "--dtype: '%s' is none of f32, f16, bf16, int8, int4, file", text);
+    if (!dtype) argp_error(state, "--dtype: '%s' is not one of f32, f16, bf16, int8, int4, file", text);
     return dtype;
 }
 
@@ -162,10 +161,10 @@ static const char *check_draft(struct argp_state *state, const char *draft) {
 }
 
 static void finish_options(struct argp_state *state, options *opt) {
-    if (!opt->model) argp_error(state, "which model? Name its file with -m");
-    if (opt->raw && opt->system) argp_error(state, "--system needs the chat template that --raw leaves out");
+    if (!opt->model) argp_error(state, "no model: name its file with -m");
+    if (opt->raw && opt->system) argp_error(state, "--system needs the chat template, which --raw does not use");
     if (opt->raw && (opt->tools || opt->n_sets))
-        argp_error(state, "--tools and --set need the chat template that --raw leaves out");
+        argp_error(state, "--tools and --set need the chat template, which --raw does not use");
     if (opt->draft_max && !opt->draft) argp_error(state, "--draft-max needs a --draft");
     if (opt->mirostat && opt->sampler.mirostat_tau == 0) opt->sampler.mirostat_tau = 5;
     if (!opt->mirostat && (opt->sampler.mirostat_tau > 0 || opt->sampler.mirostat_eta > 0))
@@ -198,7 +197,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_TOOLS: opt->tools = arg; break;
     case KEY_SET:
         if (*arg == '=' || !strchr(arg, '=')) argp_error(state, "--set: '%s' is not NAME=VALUE", arg);
-        if (opt->n_sets == 32) argp_error(state, "--set: more than 32");
+        if (opt->n_sets == 32) argp_error(state, "--set: at most 32 are possible");
         opt->sets[opt->n_sets++] = arg;
         break;
     case KEY_TOP_N_SIGMA: opt->sampler.top_n_sigma = parse_real(state, "--top-n-sigma", arg, 1e6); break;
@@ -216,7 +215,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_DRY_LAST_N: opt->sampler.dry_last_n = (int)parse_integer(state, "--dry-last-n", arg, 1, INT_MAX); break;
     case KEY_DRY_BREAKER:
         if (!*arg || opt->sampler.n_dry_breakers == 16)
-            argp_error(state, "--dry-breaker: up to 16, none of them empty");
+            argp_error(state, "--dry-breaker: at most 16 are possible, and none may be empty");
         opt->breakers[opt->sampler.n_dry_breakers++] = arg;
         opt->sampler.dry_breakers = opt->breakers;
         break;
@@ -228,7 +227,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_JSON_SCHEMA:
     case KEY_GRAMMAR:
     case KEY_REGEX:
-        if (opt->constraint_key) argp_error(state, "only one of --json-schema, --grammar and --regex can be given");
+        if (opt->constraint_key) argp_error(state, "--json-schema, --grammar and --regex cannot be combined");
         opt->constraint_key = key;
         opt->constraint = arg;
         break;
@@ -244,7 +243,7 @@ static const struct argp option_parser = {
     .options = option_list,
     .parser = parse_option,
     .args_doc = "-m MODEL",
-    .doc = "Talks to a language model: a chat, or with -p one answer.\vText goes to standard output, all else to "
+    .doc = "Chat with a language model, or get one answer with -p.\vText goes to standard output, everything else to "
            "standard error. Ctrl-C stops the answer. In a chat, /help lists the commands.\n\n"
            "LLM_ISA in the environment forces an instruction set: scalar, avx2, avx512, avx512_bf16, amx, neon.",
 };
@@ -282,7 +281,7 @@ static void on_interrupt(int sig) {
     raise(sig);
 }
 
-/* Without SA_RESTART, so that the signal also ends waiting for input. */
+/* Without SA_RESTART, so that the signal also interrupts waiting for input. */
 static void catch_interrupts(void) {
     struct sigaction action = {0};
     action.sa_handler = on_interrupt;
@@ -308,7 +307,7 @@ static bool show_progress(void *user, float done) {
     return true;
 }
 
-/* Loads the draft's model: for self:TYPE the same file again, else another file. */
+/* Loads the draft's model: for self:TYPE the same file with another type, otherwise another file. */
 static llm_status load_draft(repl *r, llm_model_desc desc, llm_error *err) {
     bool self = !strncmp(r->opt.draft, "self:", 5);
     r->draft = llm_draft_lookup();
@@ -318,7 +317,7 @@ static llm_status load_draft(repl *r, llm_model_desc desc, llm_error *err) {
     return status ? status : llm_draft_model(&r->draft, r->ctx, r->draft_model, err);
 }
 
-/* Reads a file of at most 16 MB as text in memory of its own; NULL on failure. */
+/* Reads a text file of at most 16 MB. Returns new memory, or NULL on failure. */
 static char *read_text(const char *path) {
     enum { MOST = 1 << 24 };
     FILE *file = fopen(path, "rb");
@@ -364,7 +363,7 @@ static void put_string(repl *r, const char *text, size_t n) {
     put_text(r, "\"", 1);
 }
 
-/* Is this text valid between `before` and `after` in the arguments of a tool call? */
+/* True if this text is valid between `before` and `after` in the arguments of a tool call. */
 static bool is_argument(const char *before, const char *text, const char *after) {
     static const char form[] = "<tool_call>{\"name\": \"f\", \"arguments\": {\"x\": %s%s%s}}</tool_call>";
     size_t room = sizeof form + strlen(text) + 8;
@@ -377,11 +376,11 @@ static bool is_argument(const char *before, const char *text, const char *after)
     return valid;
 }
 
-/* Is it one JSON value? The library reads JSON as a call's arguments. More than one value is valid either in an object,
-   with a name before each, or in a list, without. */
+/* True if the text is one JSON value. The check uses the library's parser for arguments of calls: several values could
+   be valid as a member of an object ("1, \"y\": 2") or in a list ("1, 2"), but not as both. */
 static bool is_json(const char *text) { return is_argument("", text, "") && is_argument("[", text, "]"); }
 
-/* Makes --tools and --set what the chat template gets. */
+/* Converts --tools and --set to JSON for the chat template. */
 static llm_status load_template_values(repl *r, llm_error *err) {
     if (r->opt.tools && !(r->tools = read_text(r->opt.tools))) {
         snprintf(err->message, sizeof err->message, "%s cannot be read as text of at most 16 MB", r->opt.tools);
@@ -425,7 +424,7 @@ static llm_status load(repl *r, llm_error *err) {
 
 static void greet(const repl *r) {
     llm_model_info info = llm_model_get_info(r->model);
-    fprintf(stderr, "%s: %.0f M parameters in %s, %s, %d threads, room for %d tokens. /help lists commands.\n",
+    fprintf(stderr, "%s: %.0f M parameters in %s, %s, %d threads, context of %d tokens. /help lists commands.\n",
             info.name[0] ? info.name : r->opt.model, (double)info.n_params * 1e-6, info.held, info.isa,
             llm_context_n_threads(r->ctx), llm_context_n_ctx(r->ctx));
 }
@@ -499,13 +498,13 @@ static llm_status generate(repl *r, const char *text, llm_error *err) {
     return llm_generate(r->ctx, &desc, &r->stats, err);
 }
 
-/* Ends the last line of the answer. If the answer was cut, says why. */
+/* Ends the last line of the answer. If the context is full, says so. */
 static void close_answer(repl *r) {
     bool ended = !r->opt.ids && arrlen(r->answer) && arrlast(r->answer) == '\n';
     if (r->started && !ended) print(r, "\n", 1);
     if (r->stats.stop == LLM_STOP_CONTEXT)
-        fprintf(stderr, "The answer stops here: all %d positions of the context are taken; %s.\n",
-                llm_context_n_ctx(r->ctx), r->opt.prompt ? "--ctx gives more" : "/reset empties it");
+        fprintf(stderr, "The answer stops here: all %d positions of the context are used; %s.\n",
+                llm_context_n_ctx(r->ctx), r->opt.prompt ? "increase --ctx" : "/reset clears it");
 }
 
 /* Answers one input. Returns 0, or 1 after a failure, which leaves the conversation unchanged. */
@@ -527,7 +526,7 @@ static int answer(repl *r, const char *text) {
 
 static double ratio(double a, double b) { return b > 0 ? a / b : 0; }
 
-/* The prompt's pass gives the first token, so n tokens take n - 1 passes of decoding. */
+/* The prompt's pass gives the first token, so n tokens need n - 1 decoding passes. */
 static void print_figures(repl *r) {
     const llm_stats *stats = &r->stats;
     int n_passes = stats->n_generated > 1 ? stats->n_generated - 1 : 0;
@@ -580,7 +579,7 @@ static char *edit_line(repl *r) {
     return r->line = strdup(typed);
 }
 
-/* Gives the line that the first rank has read to all ranks. */
+/* Sends the line that the first rank has read to all ranks. */
 static char *share_line(repl *r, char *line) {
     size_t n = line ? strlen(line) + 1 : 0;
     ranks_share(&r->ranks, &n, sizeof n);
@@ -614,7 +613,7 @@ static bool command(repl *r, const char *line) {
     if (!strcmp(line, "/reset")) reset(r);
     else if (r->ranks.rank && strcmp(line, "/stats")) return true;
     else if (!strcmp(line, "/help")) fputs(help, stderr);
-    else if (strcmp(line, "/stats")) fprintf(stderr, "There is no command %s; /help lists them.\n", line);
+    else if (strcmp(line, "/stats")) fprintf(stderr, "Unknown command %s; /help lists the commands.\n", line);
     else if (r->stats.n_prompt == 0) fputs("Nothing has been answered yet.\n", stderr);
     else print_figures(r);
     return true;
@@ -641,7 +640,7 @@ static int answer_once(repl *r) {
 
 /* ---- Main ---------------------------------------------------------------------------------------------------- */
 
-/* The editor counts characters by the locale, which must be UTF-8 even if the machine has none set. */
+/* The line editor counts characters according to the locale, so it must be UTF-8, even if none is set. */
 static void set_locale(void) {
     setlocale(LC_CTYPE, "");
     if (strcmp(nl_langinfo(CODESET), "UTF-8")) setlocale(LC_CTYPE, "C.UTF-8");

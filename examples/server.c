@@ -1,4 +1,4 @@
-/*  server.c - answers many users at once, in the way of OpenAI's API.
+/*  server.c - answers many users at once through an API like OpenAI's.
 
     build/server -m MODEL            listens on 127.0.0.1:8080
     build/server --help              all options
@@ -6,20 +6,22 @@
     POST /v1/chat/completions, POST /v1/completions    with or without "stream"
     GET  /v1/models, GET /health, GET /metrics         the last for Prometheus
 
-    Two threads work: libmicrohttpd's reads requests and sends answers, the main one computes. What they share is under one
-    lock. A request waits in a queue until one of the --parallel places is free; its stream of llm.h then takes part in every
-    pass until it ends. A client that hangs up loses its place. SIGTERM lets accepted requests finish and takes no more;
-    a second one ends the program at once.
+    There are two threads: libmicrohttpd's thread reads requests and sends answers, the main thread computes. One lock
+    protects the data that they share. A request waits in a queue until one of the --parallel places is free. Then its
+    stream takes part in every pass until the answer ends. A client that hangs up loses its place. After SIGTERM,
+    accepted requests finish and new ones are refused; a second SIGTERM ends the program at once.
 
-    A plain text may have several prompts: each is a stream of its own and takes a place of its own. With "echo" and
-    "logprobs" the prompt's tokens are in the answer with their log-probabilities, as programs that evaluate models need.
+    A request to /v1/completions may have several prompts. Each has its own stream and place. With "echo" and
+    "logprobs", the answer has the prompt's tokens with their log-probabilities, for programs that evaluate models.
 
-    A chat may have tools. If tool_choice demands a call, a tool is "strict", or response_format says what the answer is
-    otherwise, a grammar ensures that calls can be read and that their arguments fit the tools' schemas; by itself the model
-    may err. What cannot be read as calls stays text. In a stream calls come whole, at the end of the answer.
+    A chat may have tools. A grammar ensures that calls can be parsed and that their arguments match the tools' schemas
+    if tool_choice demands a call, if a tool is "strict", or if response_format is given. Without a grammar the model
+    may make mistakes; text that cannot be parsed as calls is returned as text. A stream gets whole calls at the end of
+    the answer.
 
-    What would change the answer and is not there (pictures, several choices) is refused by name. Without --key anybody
-    who reaches the port may ask. There is no encryption: outside of one machine put a proxy before it.
+    Unsupported options that would change the answer (pictures, several choices) are refused, and the error names them.
+    Without --key, everyone who can reach the port can use the server. There is no encryption: to serve other machines,
+    put a proxy in front of it.
 */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
@@ -54,23 +56,25 @@ static const struct argp_option OPTIONS[] = {
     {"model", 'm', "FILE", 0, "the model", 0},
     {"name", KEY_NAME, "NAME", 0, "what /v1/models calls it (the file's name)", 0},
     {"dtype", KEY_DTYPE, "TYPE", 0, "type of the weights: f32, f16, bf16, int8, int4, file (file)", 0},
-    {"threads", 't', "N", 0, "threads that compute (one per physical core)", 0},
-    {"host", KEY_HOST, "ADDRESS", 0, "address to listen on (127.0.0.1: this machine alone)", 1},
+    {"threads", 't', "N", 0, "compute threads (one per physical core)", 0},
+    {"host", KEY_HOST, "ADDRESS", 0, "address to listen on (127.0.0.1: only this machine)", 1},
     {"port", 'p', "N", 0, "port; 0: a free one, which is printed (8080)", 1},
     {"key", KEY_KEY, "KEY", 0, "clients must send 'Authorization: Bearer KEY'", 1},
-    {"parallel", KEY_PARALLEL, "N", 0, "answers that are written at the same time (8)", 2},
-    {"queue", KEY_QUEUE, "N", 0, "requests that may wait beside them; more get 429 (64)", 2},
-    {"max-body", KEY_BODY, "BYTES", 0, "size of a request; larger ones get 413 (1048576)", 2},
-    {"ctx", KEY_CTX, "N", 0, "tokens of a prompt and its answer (the model's, at most 4096)", 3},
-    {"cache", KEY_CACHE, "N", 0, "tokens of all answers together, and of prefixes that are kept (ctx * parallel)", 3},
-    {"step", KEY_STEP, "N", 0, "tokens of a pass: fewer make answers flow evenly, more read prompts faster (128)", 3},
+    {"parallel", KEY_PARALLEL, "N", 0, "answers generated at the same time (8)", 2},
+    {"queue", KEY_QUEUE, "N", 0, "requests that may wait; more get error 429 (64)", 2},
+    {"max-body", KEY_BODY, "BYTES", 0, "max size of a request; larger ones get error 413 (1048576)", 2},
+    {"ctx", KEY_CTX, "N", 0, "max tokens of a prompt and its answer (the model's limit, at most 4096)", 3},
+    {"cache", KEY_CACHE, "N", 0,
+     "max tokens of all prompts and answers together, and of kept prefixes (ctx * parallel)", 3},
+    {"step", KEY_STEP, "N", 0, "max tokens per pass: small values give smooth answers, large ones fast prompts (128)",
+     3},
     {0}};
 
 static int parse_number(struct argp_state *state, const char *text, int least, int most) {
     char *end;
     long value = strtol(text, &end, 10);
     if (end == text || *end || value < least || value > most)
-        argp_error(state, "'%s' is no whole number from %d to %d", text, least, most);
+        argp_error(state, "'%s' is not an integer from %d to %d", text, least, most);
     return (int)value;
 }
 
@@ -91,7 +95,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_STEP: o->step = parse_number(state, arg, 1, 1 << 16); break;
     case KEY_DTYPE:
         o->dtype = llm_dtype_from_name(arg);
-        if (!o->dtype) argp_error(state, "'%s' is none of f32, f16, bf16, int8, int4, file", arg);
+        if (!o->dtype) argp_error(state, "'%s' is not one of f32, f16, bf16, int8, int4, file", arg);
         break;
     case ARGP_KEY_END:
         if (!o->model) argp_error(state, "give a model with -m");
@@ -102,7 +106,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     return 0;
 }
 
-/* ---- What the threads share ----------------------------------------------------------------------------------- */
+/* ---- Shared data ---------------------------------------------------------------------------------------------- */
 
 enum { MOST_STOPS = 16, MOST_BIASES = 1024, MOST_PROMPTS = 1024, MOST_TOOLS = 128 };
 
@@ -113,19 +117,19 @@ typedef struct buffer {
 
 /* One prompt of a request, and its answer. */
 typedef struct prompt {
-    struct prompt *next; /* among those that run */
+    struct prompt *next; /* in the list of running prompts */
     struct request *request;
-    int index;           /* which of the request's */
-    const json_t *given; /* as the client has sent it */
-    llm_token *ids;      /* [n_ids] of a plain prompt; of a chat there is only the number */
+    int index;           /* number of the prompt in the request */
+    const json_t *given; /* as sent by the client */
+    llm_token *ids;      /* [n_ids]; NULL for a chat, which only has n_ids */
     int n_ids;
     llm_sampler sampler;
-    llm_stream *stream; /* the main thread's */
-    buffer text;        /* of the answer; if it is streamed, what was not sent yet */
-    json_t *log_probs;  /* of the tokens since the last piece, as add_log_prob makes them */
-    json_t *choice;     /* the whole answer, if it is not streamed */
+    llm_stream *stream; /* used by the main thread only */
+    buffer text;        /* the answer's text; if streaming, the part not sent yet */
+    json_t *log_probs;  /* of the tokens since the last piece, see add_log_prob */
+    json_t *choice;     /* the complete answer, if not streaming */
     bool said_role;     /* the first piece of a chat was sent */
-    bool said_text;     /* some of the text was sent */
+    bool said_text;     /* some text was sent */
 } prompt;
 
 typedef struct request {
@@ -133,32 +137,32 @@ typedef struct request {
     struct server *server;
     struct MHD_Connection *connection;
     buffer body;
-    /* What is asked: */
+    /* The request: */
     json_t *json;
     bool is_chat, streams, wants_usage, echoes;
     char *messages;     /* JSON */
     char *tools;        /* JSON, or NULL */
-    llm_tool_form form; /* how tools are called; LLM_TOOL_FORM_NONE: they are not */
+    llm_tool_form form; /* how tools are called; LLM_TOOL_FORM_NONE: no tools */
     bool one_call;
     prompt *prompts; /* [n_prompts] */
     int n_prompts, max_tokens, n_stops;
     const char *stops[MOST_STOPS];
-    int n_log_probs;     /* of the likeliest tokens beside each one; -1: none are wanted */
+    int n_log_probs;     /* number of most likely tokens to report with each token; -1: no log-probabilities */
     llm_sampler sampler; /* each prompt has a copy */
     llm_logit_bias biases[MOST_BIASES];
     llm_grammar *grammar;
     /* The answer: */
     char id[48];
     int64_t created;
-    int n_begun, n_ended;                /* prompts that have or had a stream; whose answer is complete */
-    int n_prompt, n_reused, n_generated; /* tokens of the complete ones */
-    int code;                            /* of HTTP, if it is not streamed */
-    buffer out;                          /* of which n_sent bytes are sent */
+    int n_begun, n_ended;                /* prompts whose streams have begun; prompts whose answers are complete */
+    int n_prompt, n_reused, n_generated; /* tokens of the complete answers */
+    int code;                            /* HTTP status, if not streaming */
+    buffer out;                          /* the first n_sent bytes are sent */
     size_t n_sent;
-    bool accepted;  /* the main thread has it */
+    bool accepted;  /* the request was passed to the main thread */
     bool finished;  /* nothing will be added to `out` */
-    bool suspended; /* the connection waits for more */
-    bool closed;    /* the connection is at its end */
+    bool suspended; /* the connection waits for more output */
+    bool closed;    /* the connection is closed */
 } request;
 
 typedef struct server {
@@ -169,7 +173,7 @@ typedef struct server {
     pthread_cond_t work;
     request *queue;
     prompt *running;
-    int n_queued, n_running, n_live; /* live: accepted, and not closed or not finished */
+    int n_queued, n_running, n_live; /* n_live: accepted requests that are not both closed and finished */
     int n_signals;
     uint64_t n_ids, n_call_ids;
     /* Counters for /metrics: */
@@ -187,7 +191,7 @@ static void *resize(void *at, size_t n) {
     return at;
 }
 
-/* Under the lock. Frees a request once both threads are done with it. */
+/* With the lock held. Frees a request if both threads are done with it. */
 static void let_go(request *r) {
     if (!r->closed || (r->accepted && !r->finished)) return;
     if (r->accepted && !--r->server->n_live) pthread_cond_signal(&r->server->work);
@@ -207,7 +211,7 @@ static void let_go(request *r) {
     free(r);
 }
 
-/* Room for n more bytes and a NUL, at the end. */
+/* Makes room for n more bytes and a NUL at the end, and returns a pointer to it. */
 static char *reserve(buffer *b, size_t n) {
     if (b->n + n + 1 > b->room) b->at = (char *)resize(b->at, b->room = 2 * (b->n + n + 1));
     return b->at + b->n;
@@ -218,27 +222,27 @@ static void put(buffer *b, const char *text, size_t n) {
     b->n += n;
 }
 
-/* Under the lock: the connection can go on. */
+/* With the lock held. Resumes the connection. */
 static void wake(request *r) {
     if (!r->suspended) return;
     r->suspended = false;
     MHD_resume_connection(r->connection);
 }
 
-/* Under the lock: until the main thread has more. */
+/* With the lock held. Suspends the connection until the main thread has more output. */
 static void suspend(request *r) {
     r->suspended = true;
     MHD_suspend_connection(r->connection);
 }
 
-/* A value as text. 15 digits are what a number with a point keeps of the text that it was read from. */
+/* Returns a value as text. 15 digits are what a double surely keeps of a decimal number. */
 static char *write_json(const json_t *value) {
     char *text = value ? json_dumps(value, JSON_COMPACT | JSON_REAL_PRECISION(15)) : NULL;
     if (!text) out_of_memory();
     return text;
 }
 
-/* Under the lock. Adds a value and lets it go: an event of a stream, or a whole answer. */
+/* With the lock held. Adds a value to the output, as an event of a stream or as a complete answer, and frees it. */
 static void put_json(request *r, json_t *value, bool event) {
     char *text = write_json(value);
     if (event) put(&r->out, "data: ", 6);
@@ -273,7 +277,7 @@ static json_t *answer_json(const request *r, const char *object, json_t *choices
                      "model", r->server->opt.name, "choices", choices);
 }
 
-/* {"token", "logprob", "bytes"}. A token that is not whole characters is named by its bytes. */
+/* Makes {"token", "logprob", "bytes"}. The name of a token with incomplete characters shows its bytes. */
 static json_t *log_prob_json(const llm_tokenizer *tokenizer, llm_log_prob of) {
     static const char digits[] = "0123456789abcdef";
     size_t n = 0;
@@ -286,11 +290,11 @@ static json_t *log_prob_json(const llm_tokenizer *tokenizer, llm_log_prob of) {
         memcpy(end, byte, 4);
     }
     if (!text) text = json_stringn(name, (size_t)(end - name));
-    double value = isfinite(of.log_prob) ? of.log_prob : -9999; /* which is what OpenAI's API says for "never" */
+    double value = isfinite(of.log_prob) ? of.log_prob : -9999; /* OpenAI's value for impossible tokens */
     return json_pack("{s:o, s:f, s:o}", "token", text, "logprob", value, "bytes", list);
 }
 
-/* Under the lock. Remembers how likely a token was, for the next piece of the answer. */
+/* With the lock held. Keeps a token's log-probability for the next piece of the answer. */
 static void add_log_prob(prompt *p, json_t *entry, json_t *top) {
     json_object_set_new(entry, "top_logprobs", top);
     if (!p->log_probs) p->log_probs = json_array();
@@ -308,8 +312,8 @@ static void on_log_probs(void *user, llm_log_prob chosen, const llm_log_prob *to
     pthread_mutex_unlock(&r->server->lock);
 }
 
-/* Under the lock: the answer begins with the prompt. Nothing predicts its first token, which has null instead of a
-   log-probability. */
+/* With the lock held. Begins the answer with the prompt. Its first token has null instead of a log-probability, because
+   nothing predicts it. */
 static void put_echo(prompt *p) {
     const request *r = p->request;
     const llm_tokenizer *tokenizer = llm_model_tokenizer(r->server->model);
@@ -326,8 +330,8 @@ static void put_echo(prompt *p) {
     add_log_prob(p, entry, json_null());
 }
 
-/* Under the lock: the tokens since the last piece, as a chat has them, or as lists for a plain text; null if they are
-   not wanted. */
+/* With the lock held. Returns the log-probabilities since the last piece, in the form of a chat or as lists for a plain
+   text; null if none were requested. */
 static json_t *take_log_probs(prompt *p) {
     const request *r = p->request;
     json_t *entries = p->log_probs ? p->log_probs : json_array(), *entry;
@@ -352,7 +356,8 @@ static json_t *take_log_probs(prompt *p) {
     return json_null();
 }
 
-/* Under the lock: a piece of a streamed answer, with the next n bytes of its text. calls and reason may be NULL. */
+/* With the lock held. Sends a piece of a streamed answer with the next n bytes of its text. calls and reason may be
+   NULL. */
 static void put_piece(prompt *p, size_t n, json_t *calls, const char *reason) {
     request *r = p->request;
     json_t *choice =
@@ -375,14 +380,14 @@ static void put_piece(prompt *p, size_t n, json_t *calls, const char *reason) {
 
 static bool is_blank(char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; }
 
-/* How many bytes are left without the white space at the end. */
+/* Returns the length without white space at the end. */
 static size_t trim(const char *text, size_t n) {
     while (n && is_blank(text[n - 1])) n--;
     return n;
 }
 
-/* How much of the text surely comes before the first call. What may be the beginning of a call's mark does not. If
-   there is no mark, that is all, white space at the end included. */
+/* Returns the length of the text before the first tool call. An incomplete mark at the end counts as the beginning of a
+   call. Without a mark, returns the length of the whole text. */
 static size_t find_calls(const prompt *p) {
     static const char *const marks[] = {"<tool_call>", "<|python_tag|>", "[TOOL_CALLS]"};
     const char *text = p->text.at;
@@ -412,7 +417,7 @@ static bool on_text(void *user, const char *text, size_t n) {
     return wanted;
 }
 
-/* Under the lock: nothing more comes. */
+/* With the lock held. Ends the output of a request. */
 static void finish(request *r, int code) {
     r->code = code;
     r->finished = true;
@@ -420,15 +425,15 @@ static void finish(request *r, int code) {
     let_go(r);
 }
 
-/* Under the lock: ends a request by an error that the client is told. */
+/* With the lock held. Ends a request with an error, which is sent to the client. */
 static void fail(request *r, int code, const char *message) {
     r->server->n_failed++;
     put_json(r, error_json(code, message), r->streams);
     finish(r, code);
 }
 
-/* Under the lock: the calls that a complete answer has; NULL if there are none, or they cannot be read. *n_before
-   becomes how much of the text is shown before them. */
+/* With the lock held. Returns the calls in a complete answer; NULL if there are none or they cannot be parsed.
+   *n_before is set to the length of the text before them. */
 static json_t *read_calls(prompt *p, size_t *n_before) {
     request *r = p->request;
     server *s = r->server;
@@ -438,14 +443,14 @@ static json_t *read_calls(prompt *p, size_t *n_before) {
     json_t *calls = read->n_calls ? json_array() : NULL;
     for (int i = 0; i < read->n_calls && (!i || !r->one_call); i++) {
         const llm_tool_call *call = &read->calls[i];
-        char id[10]; /* nine letters and digits, as Mistral's templates want them; none twice in years */
+        char id[10]; /* nine letters and digits, as Mistral's templates require */
         uint64_t number = (uint64_t)r->created << 20 | (s->n_call_ids++ & 0xFFFFF);
         for (int j = 0; j < 9; j++, number /= 36) id[j] = "0123456789abcdefghijklmnopqrstuvwxyz"[number % 36];
         id[9] = 0;
         json_t *one = json_pack("{s:s, s:s, s:{s:s, s:s}}", "id", call->id ? call->id : id, "type", "function",
                                 "function", "name", call->name, "arguments", call->arguments);
         if (one && r->streams) json_object_set_new(one, "index", json_integer(i));
-        if (json_array_append_new(calls, one)) { /* it is not UTF-8 */
+        if (json_array_append_new(calls, one)) { /* fails if the text is not UTF-8 */
             json_decref(calls);
             calls = NULL;
             break;
@@ -456,7 +461,7 @@ static json_t *read_calls(prompt *p, size_t *n_before) {
     return calls;
 }
 
-/* Under the lock: the text of one prompt is complete. */
+/* With the lock held. Called when the text of one prompt is complete. */
 static void end_text(prompt *p, const llm_stats *stats) {
     request *r = p->request;
     size_t n = p->text.n;
@@ -480,7 +485,7 @@ static void end_text(prompt *p, const llm_stats *stats) {
                             json_pack("{s:s, s:o, s:o*}", "role", "assistant", "content", text, "tool_calls", calls));
 }
 
-/* Under the lock: all texts of a request are complete. */
+/* With the lock held. Called when all texts of a request are complete. */
 static void complete(request *r) {
     server *s = r->server;
     s->n_answers++;
@@ -504,7 +509,7 @@ static void complete(request *r) {
     finish(r, 200);
 }
 
-/* ---- The main thread: it computes ------------------------------------------------------------------------------ */
+/* ---- The main thread ------------------------------------------------------------------------------------------- */
 
 static llm_chat_desc chat_of(const request *r) {
     return (llm_chat_desc){.messages_json = r->messages, .tools_json = r->tools, .open_answer = true};
@@ -534,7 +539,8 @@ static llm_status begin(prompt *p, llm_error *err) {
     return llm_stream_begin(&p->stream, r->server->ctx, &desc, err);
 }
 
-/* Under the lock. A client that waits for a whole answer is not heard of until that is sent, so we look. */
+/* With the lock held. While a connection is suspended, libmicrohttpd does not notice that the client hangs up, so this
+   function checks the socket. */
 static bool has_hung_up(const request *r) {
     if (r->closed || !r->suspended) return r->closed;
     const union MHD_ConnectionInfo *info = MHD_get_connection_info(r->connection, MHD_CONNECTION_INFO_CONNECTION_FD);
@@ -542,7 +548,7 @@ static bool has_hung_up(const request *r) {
     return at.fd >= 0 && poll(&at, 1, 0) > 0 && (at.revents & (POLLRDHUP | POLLHUP | POLLERR));
 }
 
-/* Under the lock: ends the streams of a request, and takes it from the queue. */
+/* With the lock held. Frees the streams of a request and removes it from the queue. */
 static void drop(server *s, const request *r) {
     for (prompt **at = &s->running; *at;) {
         prompt *p = *at;
@@ -560,7 +566,8 @@ static void drop(server *s, const request *r) {
         }
 }
 
-/* Under the lock: gives free places to those that wait. A request waits until the last of its prompts has a place. */
+/* With the lock held. Gives free places to waiting prompts. A request stays in the queue until its last prompt has a
+   place. */
 static void take_from_queue(server *s) {
     while (s->queue && s->n_running < s->opt.parallel) {
         request *r = s->queue;
@@ -573,7 +580,7 @@ static void take_from_queue(server *s) {
             continue;
         }
         llm_status status = begin(p, &err);
-        if (status == LLM_ERROR_CONTEXT_FULL && s->n_running) return; /* until one ends */
+        if (status == LLM_ERROR_CONTEXT_FULL && s->n_running) return; /* try again when an answer ends */
         if (status) {
             drop(s, r);
             fail(r, status == LLM_ERROR_MEMORY ? 500 : 400, err.message);
@@ -589,7 +596,7 @@ static void take_from_queue(server *s) {
     }
 }
 
-/* Under the lock: ends what is at its end. */
+/* With the lock held. Handles streams that have ended and clients that have hung up. */
 static void settle(server *s) {
     for (prompt **at = &s->running, *p; (p = *at);) {
         request *r = p->request;
@@ -606,7 +613,7 @@ static void settle(server *s) {
             s->n_hung_up += gone;
             if (gone) finish(r, 499);
             else fail(r, 500, err.message);
-            at = &s->running; /* others may be gone from the list, too */
+            at = &s->running; /* drop may have removed other prompts, too */
             continue;
         }
         *at = p->next;
@@ -626,7 +633,7 @@ static void work(server *s) {
             continue;
         }
         pthread_mutex_unlock(&s->lock);
-        llm_step(s->ctx, s->opt.step, NULL, NULL); /* what went wrong is found in each stream's result */
+        llm_step(s->ctx, s->opt.step, NULL, NULL); /* errors are in the streams' results */
         pthread_mutex_lock(&s->lock);
         settle(s);
     }
@@ -635,7 +642,7 @@ static void work(server *s) {
 
 /* ---- Reading a request ----------------------------------------------------------------------------------------- */
 
-/* Each returns NULL, or in words what is wrong. */
+/* These functions return NULL, or an error message. */
 
 static const char *read_number(const json_t *json, const char *name, double least, double most, double *value) {
     static __thread char why[120];
@@ -647,7 +654,7 @@ static const char *read_number(const json_t *json, const char *name, double leas
     return why;
 }
 
-/* Content in parts becomes one text. */
+/* Joins content that comes in parts to one text. */
 static const char *join_parts(json_t *message) {
     json_t *content = json_object_get(message, "content"), *part;
     size_t i, n = 0;
@@ -655,7 +662,7 @@ static const char *join_parts(json_t *message) {
     json_array_foreach(content, i, part) {
         const char *type = json_string_value(json_object_get(part, "type"));
         if (!type || strcmp(type, "text") || !json_is_string(json_object_get(part, "text")))
-            return "content may have parts of type text alone";
+            return "content may only have parts of type text";
         n += json_string_length(json_object_get(part, "text"));
     }
     char *text = (char *)resize(NULL, n + 1), *at = text;
@@ -676,14 +683,15 @@ static prompt *add_prompts(request *r, size_t n) {
     return r->prompts;
 }
 
-/* A call in an earlier answer. Templates want its arguments as an object. */
+/* Reads a call in an earlier answer. Templates expect its arguments as an object. */
 static const char *read_earlier_call(json_t *call) {
     json_t *function = json_object_get(call, "function"), *arguments = json_object_get(function, "arguments");
     const char *type = json_string_value(json_object_get(call, "type"));
     json_error_t where;
-    if (!json_is_string(json_object_get(call, "id"))) return "each of tool_calls needs an id";
-    if (!type || strcmp(type, "function")) return "each of tool_calls must have the type function";
-    if (!json_is_string(json_object_get(function, "name"))) return "each of tool_calls needs a function with a name";
+    if (!json_is_string(json_object_get(call, "id"))) return "each entry of tool_calls needs an id";
+    if (!type || strcmp(type, "function")) return "each entry of tool_calls must have the type function";
+    if (!json_is_string(json_object_get(function, "name")))
+        return "each entry of tool_calls needs a function with a name";
     if (!json_is_string(arguments)) return "the arguments of tool_calls must be text";
     json_t *object =
         json_loadb(json_string_value(arguments), json_string_length(arguments), JSON_REJECT_DUPLICATES, &where);
@@ -695,7 +703,7 @@ static const char *read_earlier_call(json_t *call) {
     return NULL;
 }
 
-/* One of the messages; `ids` has the ids of the calls before it. */
+/* Reads one message. `ids` holds the ids of earlier calls. */
 static const char *read_message(json_t *message, json_t *ids) {
     const char *role = json_string_value(json_object_get(message, "role"));
     json_t *calls = json_object_get(message, "tool_calls"), *call;
@@ -704,7 +712,7 @@ static const char *read_message(json_t *message, json_t *ids) {
     if (!strcmp(role, "tool")) {
         const char *id = json_string_value(json_object_get(message, "tool_call_id"));
         if (!id || !json_object_get(ids, id))
-            return "the tool_call_id of a tool's message is that of no call before it";
+            return "the tool_call_id of a tool's message does not match an earlier call";
         if (json_is_null(json_object_get(message, "content")) || !json_object_get(message, "content"))
             return "a tool's message needs content";
     }
@@ -754,7 +762,7 @@ static const char *read_one_prompt(const request *r, const json_t *given, prompt
         const json_t *id = json_array_get(given, i);
         if (!json_is_integer(id) || json_integer_value(id) < 0 ||
             json_integer_value(id) >= llm_tokenizer_n_vocab(tokenizer))
-            return "prompt has something that is not a token id";
+            return "prompt contains an element that is not a token id";
         p->ids[i] = (llm_token)json_integer_value(id);
     }
     p->n_ids = (int)n;
@@ -766,7 +774,7 @@ static const char *read_prompts(request *r, llm_error *err) {
     bool several = json_is_string(first) || json_is_array(first);
     size_t n = several ? json_array_size(given) : 1;
     if (n > MOST_PROMPTS) return "prompt has more than 1024 prompts";
-    if (n > 1 && r->grammar) return "with response_format there can be only one prompt";
+    if (n > 1 && r->grammar) return "response_format allows only one prompt";
     add_prompts(r, n);
     for (size_t i = 0; i < n; i++) {
         const char *why = read_one_prompt(r, several ? json_array_get(given, i) : given, &r->prompts[i], err);
@@ -797,8 +805,8 @@ static const char *read_biases(request *r) {
         char *end;
         long token = strtol(key, &end, 10);
         if (!*key || *end || token < 0 || token >= llm_tokenizer_n_vocab(llm_model_tokenizer(r->server->model)))
-            return "a key of logit_bias is no token id";
-        if (!json_is_number(bias)) return "logit_bias must give numbers";
+            return "a key of logit_bias is not a token id";
+        if (!json_is_number(bias)) return "the values of logit_bias must be numbers";
         r->biases[r->sampler.n_biases].token = (llm_token)token;
         r->biases[r->sampler.n_biases++].bias = (float)json_number_value(bias);
     }
@@ -806,7 +814,7 @@ static const char *read_biases(request *r) {
     return NULL;
 }
 
-/* A chat says {"logprobs": true, "top_logprobs": 5}, a plain text {"logprobs": 5}. */
+/* A chat has {"logprobs": true, "top_logprobs": 5}, a plain text {"logprobs": 5}. */
 static const char *read_log_probs(request *r) {
     const json_t *given = json_object_get(r->json, "logprobs");
     double n_top = 0;
@@ -819,8 +827,8 @@ static const char *read_log_probs(request *r) {
     return why;
 }
 
-/* {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}. *schema becomes
-   the schema as text, to be freed, or NULL. */
+/* Reads {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}. *schema
+   is set to the schema as text, which the caller frees, or to NULL. */
 static const char *read_format(const request *r, char **schema) {
     const json_t *format = json_object_get(r->json, "response_format"),
                  *given = json_object_get(json_object_get(format, "json_schema"), "schema");
@@ -843,9 +851,9 @@ static const char *check_tool(const json_t *tool, json_t *names, bool *strict) {
                  *description = json_object_get(function, "description"), *exact = json_object_get(function, "strict");
     static const char chars[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-";
     const char *type = json_string_value(json_object_get(tool, "type")), *text = json_string_value(name);
-    if (!type || strcmp(type, "function")) return "each of tools must have the type function";
+    if (!type || strcmp(type, "function")) return "each tool must have the type function";
     if (!text || !*text || strlen(text) > 64 || json_string_length(name) != strspn(text, chars))
-        return "each of tools needs a function with a name of up to 64 letters, digits, _ and -";
+        return "each tool needs a function with a name of up to 64 letters, digits, _ and -";
     if (json_object_get(names, text)) return "two tools have the same name";
     if (description && !json_is_null(description) && !json_is_string(description))
         return "the description of a tool must be text";
@@ -857,7 +865,8 @@ static const char *check_tool(const json_t *tool, json_t *names, bool *strict) {
     return NULL;
 }
 
-/* Tools, and what the model may do with them. `schema` is that of an answer without calls, or NULL. */
+/* Reads the tools, and whether the model may or must call them. `schema` is the schema of an answer without calls, or
+   NULL. */
 static const char *read_tools(request *r, const char *schema, llm_error *err) {
     const llm_tokenizer *tokenizer = llm_model_tokenizer(r->server->model);
     const json_t *tools = json_object_get(r->json, "tools"), *choice = json_object_get(r->json, "tool_choice"),
@@ -877,13 +886,13 @@ static const char *read_tools(request *r, const char *schema, llm_error *err) {
     json_array_foreach(tools, i, tool) {
         if (!why) why = check_tool(tool, names, &strict);
     }
-    if (!why && name && !json_object_get(names, name)) why = "tool_choice names a function that is not among the tools";
+    if (!why && name && !json_object_get(names, name)) why = "tool_choice names a function that is not in tools";
     json_decref(names);
     if (why) return why;
     if (!json_array_size(tools)) return required ? "tool_choice needs tools" : NULL;
-    if (none) return NULL; /* the model is not told of them */
+    if (none) return NULL; /* the prompt does not mention the tools */
     r->form = llm_tool_form_of(tokenizer);
-    if (!r->form) return "the model's chat template takes no tools, or wants calls in a form that is not known";
+    if (!r->form) return "the model's chat template takes no tools, or its form of calls is unknown";
     r->tools = write_json(tools);
     r->one_call = json_is_false(parallel);
     if (is_free && !schema && !strict) return NULL;
@@ -896,7 +905,7 @@ static const char *read_tools(request *r, const char *schema, llm_error *err) {
     return llm_grammar_from_tools(&r->grammar, tokenizer, &desc, NULL, err) ? err->message : NULL;
 }
 
-/* What the answer must be. */
+/* Reads the required form of the answer: response_format and tools. */
 static const char *read_form(request *r, llm_error *err) {
     char *schema = NULL;
     const char *why = read_format(r, &schema);
@@ -908,11 +917,11 @@ static const char *read_form(request *r, llm_error *err) {
     return why;
 }
 
-/* What would change the answer, unless it has the value that changes nothing. */
+/* Refuses unsupported options, unless their value changes nothing. */
 static const char *refuse_others(const request *r) {
     static const char *const names[] = {"functions",  "function_call", "suffix", "best_of",     "n",
                                         "modalities", "audio",         "tools",  "tool_choice", "parallel_tool_calls"};
-    enum { LAST_OF_CHATS = 7 }; /* chats take the others */
+    enum { LAST_OF_CHATS = 7 }; /* the number of names that a chat refuses; it accepts the others */
     static __thread char why[100];
     for (size_t i = 0; i < (r->is_chat ? (size_t)LAST_OF_CHATS : sizeof names / sizeof *names); i++) {
         const json_t *given = json_object_get(r->json, names[i]);
@@ -932,7 +941,7 @@ static const char *read_request(request *r, llm_error *err) {
     double temperature = 1, top_p = 1, top_k = 0, min_p = 0, presence = 0, frequency = 0, most = -1, seed = -1;
     struct timespec now;
     r->json = json_loadb(r->body.at ? r->body.at : "", r->body.n, JSON_REJECT_DUPLICATES, &where);
-    if (!json_is_object(r->json)) return "the body is no JSON object";
+    if (!json_is_object(r->json)) return "the body is not a JSON object";
     clock_gettime(CLOCK_REALTIME, &now);
     const json_t *echo = json_object_get(r->json, "echo");
     const char *why = refuse_others(r);
@@ -954,7 +963,7 @@ static const char *read_request(request *r, llm_error *err) {
     if (!why) why = r->is_chat ? read_messages(r, err) : read_prompts(r, err);
     if (why) return why;
     r->sampler.temperature = (float)temperature;
-    r->sampler.top_p = top_p > 0 ? (float)top_p : FLT_MIN; /* the best alone; llm.h's 0 means all */
+    r->sampler.top_p = top_p > 0 ? (float)top_p : FLT_MIN; /* only the best; 0 would mean all */
     r->sampler.top_k = (int)top_k;
     r->sampler.min_p = (float)min_p;
     r->sampler.presence_penalty = (float)presence;
@@ -973,7 +982,7 @@ static const char *read_request(request *r, llm_error *err) {
         p->sampler = r->sampler;
         if (!seeded) p->sampler.seed += (uint64_t)i;
         if (p->n_ids <= llm_context_n_ctx(r->server->ctx)) continue;
-        snprintf(err->message, sizeof err->message, "the prompt has %d tokens, but there is room for %d", p->n_ids,
+        snprintf(err->message, sizeof err->message, "the prompt has %d tokens; the limit is %d", p->n_ids,
                  llm_context_n_ctx(r->server->ctx));
         return err->message;
     }
@@ -1015,15 +1024,16 @@ static enum MHD_Result send_metrics(server *s, struct MHD_Connection *c) {
     const struct {
         const char *name, *type, *help;
         uint64_t value;
-    } all[] = {{"requests_answered_total", "counter", "requests that got their answer", s->n_answers},
-               {"requests_refused_total", "counter", "requests that were wrong, or too many", s->n_refused},
-               {"requests_failed_total", "counter", "requests that failed later", s->n_failed},
-               {"requests_hung_up_total", "counter", "clients that hung up before the end", s->n_hung_up},
-               {"requests_running", "gauge", "answers that are being written", (uint64_t)s->n_running},
-               {"requests_waiting", "gauge", "requests in the queue", (uint64_t)s->n_queued},
-               {"prompt_tokens_total", "counter", "tokens of prompts", s->n_prompt},
-               {"prompt_tokens_reused_total", "counter", "those of them that were not computed again", s->n_reused},
-               {"generated_tokens_total", "counter", "tokens of answers", s->n_generated}};
+    } all[] = {
+        {"requests_answered_total", "counter", "requests that were answered", s->n_answers},
+        {"requests_refused_total", "counter", "requests that were invalid or too many", s->n_refused},
+        {"requests_failed_total", "counter", "requests that failed after they were accepted", s->n_failed},
+        {"requests_hung_up_total", "counter", "clients that hung up before the end", s->n_hung_up},
+        {"requests_running", "gauge", "answers being generated", (uint64_t)s->n_running},
+        {"requests_waiting", "gauge", "requests in the queue", (uint64_t)s->n_queued},
+        {"prompt_tokens_total", "counter", "tokens of prompts", s->n_prompt},
+        {"prompt_tokens_reused_total", "counter", "tokens of prompts that were reused from the cache", s->n_reused},
+        {"generated_tokens_total", "counter", "tokens of answers", s->n_generated}};
     int n = 0;
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         n +=
@@ -1033,7 +1043,7 @@ static enum MHD_Result send_metrics(server *s, struct MHD_Connection *c) {
     return send_text(c, 200, "text/plain; version=0.0.4", text, (size_t)n);
 }
 
-/* What libmicrohttpd sends of a stream. */
+/* libmicrohttpd calls this to get the next bytes of a stream. */
 static ssize_t read_stream(void *user, uint64_t at, char *to, size_t most) {
     request *r = (request *)user;
     pthread_mutex_lock(&r->server->lock);
@@ -1058,7 +1068,7 @@ static enum MHD_Result send_stream(request *r) {
     return queued;
 }
 
-/* The body is complete. */
+/* Called when the body is complete. */
 static enum MHD_Result accept_request(request *r) {
     server *s = r->server;
     llm_error err;
@@ -1079,11 +1089,11 @@ static enum MHD_Result accept_request(request *r) {
         pthread_cond_signal(&s->work);
     }
     pthread_mutex_unlock(&s->lock);
-    if (code) return send_error(r, code, code == 429 ? "too many requests are waiting" : "the server is ending");
+    if (code) return send_error(r, code, code == 429 ? "too many requests are waiting" : "the server is shutting down");
     return r->streams ? send_stream(r) : MHD_YES;
 }
 
-/* Takes as long for a key that is almost right as for any other. */
+/* The time of the comparison does not depend on where the keys differ. */
 static bool has_key(const server *s, struct MHD_Connection *c) {
     const char *given = MHD_lookup_connection_value(c, MHD_HEADER_KIND, "Authorization"), *key = s->opt.key;
     unsigned char differs = 0;
@@ -1101,10 +1111,11 @@ static enum MHD_Result answer_get(server *s, struct MHD_Connection *c, const cha
         return send_json(c, 200,
                          json_pack("{s:s, s:[{s:s, s:s, s:i, s:s}]}", "object", "list", "data", "id", s->opt.name,
                                    "object", "model", "created", 0, "owned_by", "local"));
-    return send_json(c, 404, error_json(404, "there is no such address"));
+    return send_json(c, 404, error_json(404, "unknown address"));
 }
 
-/* Called when the head is there, then for each part of the body, at its end, and when a connection goes on. */
+/* libmicrohttpd calls this after the headers, for each part of the body, after the body, and when a connection is
+   resumed. */
 static enum MHD_Result handle(void *user, struct MHD_Connection *c, const char *url, const char *method,
                               const char *version, const char *data, size_t *n_data, void **state) {
     server *s = (server *)user;
@@ -1120,14 +1131,14 @@ static enum MHD_Result handle(void *user, struct MHD_Connection *c, const char *
         *state = r;
         return MHD_YES;
     }
-    if (*n_data) { /* of what is too long the rest is read and forgotten */
+    if (*n_data) { /* the rest of a body that is too long is ignored */
         size_t n = *n_data;
         *n_data = 0;
         if (r->body.n + n > (size_t)s->opt.most_body) r->body.n = (size_t)s->opt.most_body + 1;
         if (r->body.n <= (size_t)s->opt.most_body) put(&r->body, data, n);
         return MHD_YES;
     }
-    if (r->accepted) { /* the whole answer is there */
+    if (r->accepted) { /* the connection was resumed: the complete answer is ready */
         pthread_mutex_lock(&s->lock);
         bool finished = r->finished;
         pthread_mutex_unlock(&s->lock);
@@ -1135,16 +1146,16 @@ static enum MHD_Result handle(void *user, struct MHD_Connection *c, const char *
     }
     const char *type = MHD_lookup_connection_value(c, MHD_HEADER_KIND, "Content-Type");
     if (!has_key(s, c)) return send_error(r, 401, "the key is missing or wrong");
-    if (!r->is_chat && strcmp(url, "/v1/completions")) return send_error(r, 404, "there is no such address");
-    if (strcmp(method, "POST")) return send_error(r, 405, "this address takes POST");
-    /* A web page that the user looks at cannot send this type to another site without asking. */
+    if (!r->is_chat && strcmp(url, "/v1/completions")) return send_error(r, 404, "unknown address");
+    if (strcmp(method, "POST")) return send_error(r, 405, "this address requires POST");
+    /* A web page in a user's browser cannot send this type to another site without its permission. */
     if (!type || strncasecmp(type, "application/json", 16))
         return send_error(r, 415, "the type must be application/json");
     if (r->body.n > (size_t)s->opt.most_body) return send_error(r, 413, "the request is too large");
     return accept_request(r);
 }
 
-/* The connection's request is over: answered, or the client has hung up. */
+/* libmicrohttpd calls this when a request is answered or its client has hung up. */
 static void completed(void *user, struct MHD_Connection *c, void **state, enum MHD_RequestTerminationCode why) {
     server *s = (server *)user;
     request *r = (request *)*state;
@@ -1163,7 +1174,7 @@ static struct MHD_Daemon *listen_on(server *s, llm_error *err) {
     char port[8];
     snprintf(port, sizeof port, "%d", s->opt.port);
     if (getaddrinfo(s->opt.host, port, &hints, &address)) {
-        snprintf(err->message, sizeof err->message, "'%s' is no address", s->opt.host);
+        snprintf(err->message, sizeof err->message, "'%s' is not an address", s->opt.host);
         return NULL;
     }
     unsigned flags = MHD_USE_POLL | MHD_USE_INTERNAL_POLLING_THREAD | MHD_ALLOW_SUSPEND_RESUME |
@@ -1177,7 +1188,7 @@ static struct MHD_Daemon *listen_on(server *s, llm_error *err) {
     return daemon;
 }
 
-/* ---- Beginning and end ----------------------------------------------------------------------------------------- */
+/* ---- Start and end --------------------------------------------------------------------------------------------- */
 
 static void *wait_for_signals(void *user) {
     server *s = (server *)user;
@@ -1198,7 +1209,7 @@ static void *wait_for_signals(void *user) {
 
 int main(int argc, char **argv) {
     static const struct argp argp = {
-        OPTIONS, parse_option, NULL, "Answers many users at once, in the way of OpenAI's API.", NULL, NULL, NULL};
+        OPTIONS, parse_option, NULL, "Answers many users at once through an API like OpenAI's.", NULL, NULL, NULL};
     static server s = {.opt = {.host = "127.0.0.1", .port = 8080, .parallel = 8, .queue = 64, .most_body = 1 << 20},
                        .lock = PTHREAD_MUTEX_INITIALIZER,
                        .work = PTHREAD_COND_INITIALIZER};
@@ -1210,12 +1221,12 @@ int main(int argc, char **argv) {
     sigemptyset(&set);
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &set, NULL); /* in all threads: one of them waits for them */
+    pthread_sigmask(SIG_BLOCK, &set, NULL); /* in all threads; wait_for_signals receives them */
     signal(SIGPIPE, SIG_IGN);
     llm_model_desc model = {.dtype = s.opt.dtype, .n_threads = s.opt.n_threads};
-    /* As many rows of logits as a pass has tokens: with "echo" and "logprobs" those of a prompt are wanted. */
+    /* n_logits: with "echo" and "logprobs" all tokens of a pass need logits. */
     int step = s.opt.step ? s.opt.step : 128;
-    /* Twice as many sequences as places: those that are not in use keep prefixes. */
+    /* n_seq: twice the number of places, because unused sequences keep prefixes. */
     llm_context_desc desc = {.n_ctx = s.opt.n_ctx,
                              .n_seq = 2 * s.opt.parallel,
                              .n_cache = s.opt.n_cache,

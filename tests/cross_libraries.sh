@@ -1,7 +1,7 @@
 #!/bin/sh
-# Builds the libraries that tests need, from Debian's sources, for machines that Debian's packages do not serve:
-#   tests/cross_libraries.sh DIRECTORY    leaves DIRECTORY/aarch64 and DIRECTORY/windows with include and lib in each
-# Package lists are kept in DIRECTORY: nothing changes for the apt of this machine.
+# Builds the libraries for cross-compiled tests from Debian's sources:
+#   tests/cross_libraries.sh DIRECTORY    makes DIRECTORY/aarch64 and DIRECTORY/windows, each with include and lib
+# Package lists are kept in DIRECTORY, so this machine's apt does not change.
 set -eu
 mkdir -p "$1/apt/lists/partial" "$1/apt/cache/archives/partial" "$1/apt/sources"
 cd "$1"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""OpenAI's own client with build/server: openai_client.py SERVER MODEL. The model gets the template tests/tools.jinja.
+"""Tests build/server with OpenAI's own client: openai_client.py SERVER MODEL. The model gets the template tests/tools.jinja.
 
     pip install openai
 """
@@ -67,7 +67,7 @@ def tools(client):
     args = {"model": "any", "temperature": 0, "max_tokens": 100, "tools": [WEATHER, TIME], "parallel_tool_calls": False}
     forced = client.chat.completions.create(**args, messages=QUESTION, tool_choice="required")
     call = forced.choices[0].message.tool_calls[0]
-    check("a call that is demanded", forced.choices[0].finish_reason == "tool_calls" and json.loads(call.function.arguments))
+    check("a required call", forced.choices[0].finish_reason == "tool_calls" and json.loads(call.function.arguments))
     messages = HISTORY + QUESTION
     answer = client.chat.completions.create(**args, messages=messages).choices[0]
     call = answer.message.tool_calls[0]
@@ -78,7 +78,7 @@ def tools(client):
         done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
         final = stream.get_final_completion().choices[0]
     check("a call in a stream", len(done) == 1 and json.loads(done[0].arguments) == {"city": "Paris"})
-    check("put together by the client", final.finish_reason == "tool_calls" and final.message.tool_calls[0].function.name == "weather")
+    check("the client joins its pieces", final.finish_reason == "tool_calls" and final.message.tool_calls[0].function.name == "weather")
     strict = openai.pydantic_function_tool(GetWeather)
     parsed = client.chat.completions.parse(model="any", messages=QUESTION, tools=[strict], tool_choice="required",
                                            parallel_tool_calls=False, temperature=0, max_tokens=100)
@@ -90,7 +90,7 @@ def errors(client, url):
     check("a bad request", raises(openai.BadRequestError, "tool_choice", create, model="any", messages=QUESTION, tool_choice="required"))
     check("a bad schema", raises(openai.BadRequestError, "bad", create, model="any", messages=QUESTION, tool_choice="required", tools=[
         {"type": "function", "function": {"name": "bad", "parameters": {"nonsense": 1}}}]))
-    check("what is not there", raises(openai.NotFoundError, "address", client.embeddings.create, model="any", input="a"))
+    check("an unknown address", raises(openai.NotFoundError, "address", client.embeddings.create, model="any", input="a"))
     stranger = openai.OpenAI(base_url=url + "/v1", api_key="wrong", max_retries=0)
     check("a wrong key", raises(openai.AuthenticationError, "key", stranger.chat.completions.create, model="any", messages=QUESTION))
 

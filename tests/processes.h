@@ -1,5 +1,6 @@
-/* Ranks as processes: fork, memory that all of them share, and a comm for exchanges through that memory. Include it
-   after llm.h, tests/check.h and tests/ranks.h. A failed check on a rank ends its process, which the parent reports. */
+/* Ranks as processes: fork, memory that they share, and a comm that exchanges data through that memory. Include it
+   after llm.h, tests/check.h and tests/ranks.h. A failed check on a rank ends its process, and the parent reports
+   it. */
 #ifndef TESTS_PROCESSES_H
 #define TESTS_PROCESSES_H
 
@@ -9,16 +10,16 @@
 
 enum { PROCESS_COMMS = 16, PROCESS_ROOM = 8 << 20, PROCESS_SECONDS = 300 };
 
-/* Zero at first. */
+/* Allocates memory that processes forked later share. It is zeroed. */
 static inline void *shared_by_processes(size_t size) {
     void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) fail_msg("no memory that processes share");
+    if (memory == MAP_FAILED) fail_msg("shared memory cannot be allocated");
     return memory;
 }
 
-/* What one rank gives the others. n_begun and n_read are atomic. */
+/* The data that one rank gives to the others. n_begun and n_read are atomic. */
 typedef struct process_seat {
-    int n_begun, n_read; /* exchanges that it has begun; in which it has read all */
+    int n_begun, n_read; /* exchanges the rank has begun; exchanges in which it has read all other ranks' data */
     unsigned flags;
     llm_exchange call;
     unsigned char bytes[PROCESS_ROOM]; /* its rows without gaps */
@@ -34,7 +35,7 @@ typedef struct process_hub {
 typedef struct process_comm {
     llm_comm comm;
     process_hub *hubs;
-    int hub, *n_hubs; /* n_hubs: that this process has used */
+    int hub, *n_hubs; /* n_hubs: number of hubs this process has used */
 } process_comm;
 
 static inline process_hub *hub_of(llm_comm *comm) {
@@ -72,7 +73,7 @@ static inline bool process_await(llm_comm *comm, int other, const int *counter, 
     return true;
 }
 
-/* The bytes [*from, returned end) of a row that a rank has, see llm_exchange. */
+/* The bytes [*from, returned end) of a row that a rank holds, see llm_exchange. */
 static inline size_t process_part(const llm_exchange *x, int rank, int size, size_t row, size_t *from) {
     size_t n = (size_t)x->n_units, begin = n * (size_t)rank / (size_t)size, end = n * ((size_t)rank + 1) / (size_t)size;
     *from = 0;
@@ -122,7 +123,7 @@ static inline llm_status process_exchange(llm_comm *comm, const llm_exchange *x,
 static inline void process_close(llm_comm *comm) { free(comm->user); }
 static inline llm_status process_duplicate(llm_comm *comm, llm_comm **out, llm_error *err);
 
-/* Tensor ranks only exchange, so there is nothing to send and receive messages. */
+/* Tensor ranks only exchange, so this comm cannot send or receive messages. */
 static inline llm_comm *make_process_comm(process_hub *hubs, int *n_hubs, int rank, int size, double patience) {
     process_comm *p = (process_comm *)calloc(1, sizeof *p);
     RANK_CHECK(p && *n_hubs < PROCESS_COMMS, "no more comms");
@@ -147,8 +148,9 @@ static inline llm_status process_duplicate(llm_comm *comm, llm_comm **out, llm_e
     return LLM_OK;
 }
 
-/* Calls run(comm, arg) in n processes at the same time. `arg` should be shared_by_processes. statuses[i] becomes what
-   waitpid says of rank i; without it, all must end well. Ranks that take too long are killed. */
+/* Calls run(comm, arg) in n processes at the same time. To return results, `arg` must be memory from
+   shared_by_processes. statuses[i] is set to the wait status of rank i; if statuses is NULL, the test fails unless all
+   ranks exit with 0. Ranks that take too long are killed. */
 static inline void on_processes(int n, double patience, void (*run)(llm_comm *comm, void *arg), void *arg,
                                 int *statuses) {
     process_hub *hubs = (process_hub *)shared_by_processes(PROCESS_COMMS * sizeof *hubs);
@@ -167,7 +169,8 @@ static inline void on_processes(int n, double patience, void (*run)(llm_comm *co
     }
     for (int i = 0; i < n; i++) {
         int status = -1;
-        if (pids[i] < 0 || waitpid(pids[i], &status, 0) != pids[i]) fail_msg("rank %d is no process", i);
+        if (pids[i] < 0 || waitpid(pids[i], &status, 0) != pids[i])
+            fail_msg("rank %d cannot be started or waited for", i);
         if (statuses) statuses[i] = status;
         else if (status) fail_msg("rank %d ended with status %d", i, status);
     }

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Runs test programs that speak TAP, as many at once as there are processors, and sums up:  tests/run.sh PROGRAM...
+# Runs test programs that print TAP, one per processor at a time, and prints totals:  tests/run.sh PROGRAM...
 # A program that is missing, crashes, hangs or stops early counts as failed.
 set -u
 export CMOCKA_MESSAGE_OUTPUT=TAP
 export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
-[ $# -gt 0 ] || { echo "There is no such test." >&2; exit 2; }
+[ $# -gt 0 ] || { echo "No test has this name." >&2; exit 2; }
 
 # Prints "passed failed skipped" of a program's TAP output and exit code.
 count() {
@@ -22,7 +22,7 @@ count() {
         }' "$1"
 }
 
-# What is for other machines is emulated. The thread sanitizer cannot map its shadow where addresses are too random.
+# Programs for other machines are emulated. setarch -R: the thread sanitizer fails if addresses are randomized too much.
 launch() {
     case $1 in
     */test_builds) timeout -k 5 900 "$1" ;;
@@ -33,7 +33,7 @@ launch() {
     esac
 }
 
-# Runs one program and leaves "passed failed skipped" in PROGRAM.count.
+# Runs one program and writes "passed failed skipped" to PROGRAM.count.
 run() {
     log=$1.log start=$(date +%s)
     launch "$1" >"$log" 2>&1 </dev/null
@@ -48,7 +48,7 @@ run() {
 }
 
 if [ "$1" = --one ]; then
-    text=$(run "$2") # whole, so that two programs' lines do not mix
+    text=$(run "$2") # printed at once, so that lines of two programs do not mix
     echo "$text"
     exit
 fi

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""JSON Schemas as grammars against the JSON-Schema-Test-Suite and Python's jsonschema. A schema that the library accepts must allow
-exactly the valid values; another must be refused in words that name a keyword of it, or, if no value is valid, as such. The values are
-those of the suite, each also for the other schemas of its file, and random answers that the grammar allows. Then come random schemas.
-Prints a table, and TAP.
+"""Compares JSON Schemas as grammars with the JSON-Schema-Test-Suite and Python's jsonschema. A schema that the library accepts must
+allow exactly the valid values. Other schemas must be refused with a message that names one of their keywords, or says that no value is
+valid. The values are those of the suite, each also with the other schemas of its file, and random answers that the grammar allows.
+After the suite, random schemas are tested. Prints TAP and a table.
 
     make test-schema SUITE=FOLDER      or, with jsonschema 4 installed:
     tests/schemas.py build/libllm.so SUITE [--draft draft7] [--optional] [--refused] [--beside] [--answers 20] [--random 500] [--seed 1]
 
 SUITE is a checkout of https://github.com/json-schema-org/JSON-Schema-Test-Suite, or an unpacked archive of it. By default make takes
-$LLM_DATA/JSON-Schema-Test-Suite. --optional adds the suite's optional tests; --refused lists why schemas are refused; --beside also
-counts how xgrammar and llguidance do, if they are installed: they have no part in the result.
+$LLM_DATA/JSON-Schema-Test-Suite. --optional adds the suite's optional tests; --refused prints why schemas are refused; --beside also
+prints the counts of xgrammar and llguidance, if they are installed; they do not affect the result.
 
-A grammar allows one order of an object's properties. So a value counts as allowed if one of its orders is."""
+A grammar allows only one order of an object's properties. So a value counts as allowed if one of its orders is allowed."""
 
 import argparse
 import collections
@@ -30,7 +30,7 @@ import jsonschema
 
 
 def check_pattern(_validator, pattern, value, _schema):
-    """As ECMAScript reads \\d and \\w."""
+    """Checks a pattern with ECMAScript's meaning of \\d and \\w."""
     if isinstance(value, str) and not re.search(pattern, value, re.ASCII):
         yield jsonschema.ValidationError(f"{value!r} does not match {pattern!r}")
 
@@ -48,7 +48,7 @@ END = "<|end|>"
 
 
 def number_forms(value):
-    """The ways to write a number that a grammar may insist on: without a point, without an exponent."""
+    """Returns the ways to write a number that a grammar may require: without a point, without an exponent."""
     found = [json.dumps(value)]
     if isinstance(value, float) and value == int(value):
         found.append(str(int(value)))
@@ -58,7 +58,7 @@ def number_forms(value):
 
 
 def forms(value):
-    """The texts of a value, in all orders of its objects' properties."""
+    """Yields the texts of a value, with all orders of its objects' properties."""
     if isinstance(value, dict):
         for order in itertools.permutations(value.items()):
             keys = [write(key) for key, _ in order]
@@ -79,14 +79,15 @@ def write(value):
 
 
 def unique_pairs(pairs):
-    """A name that the schema does not have may occur twice, as the manual says. No validator sees that, so such answers do not count."""
+    """Fails for duplicate names. A name that is not in the schema may occur twice, as the manual says. Validators do not notice that,
+    so such answers are not counted."""
     if len(dict(pairs)) != len(pairs):
         raise ValueError("a name occurs twice")
     return dict(pairs)
 
 
 def read_number(text):
-    """As a float, unless that is an integer and the number is not."""
+    """Returns a float, except if rounding made it an integer."""
     if re.search("[eE]", text):
         return float(text)
     exact = decimal.Decimal(text)
@@ -97,14 +98,14 @@ def read_number(text):
 
 
 def byte_alphabet():
-    """The character that stands for each byte in byte-level pieces."""
+    """Returns the character that represents each byte in byte-level pieces."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
 def tokenizer_json():
-    """A token for each byte, and one that ends the text."""
+    """Makes a vocabulary with one token per byte and one that ends the text."""
     vocab = {piece: i for i, piece in enumerate(byte_alphabet())}
     return json.dumps({"added_tokens": [{"id": 256, "content": END, "single_word": False, "lstrip": False, "rstrip": False,
                                          "normalized": False, "special": True}],
@@ -202,7 +203,7 @@ COMMON = b'"' * 12 + b"}]" * 20 + b'{[:,tfn0123456789-.aboruebarfoxAB_ \\eEsl'
 
 
 def random_answer(ours, grammar, draw):
-    """A text that the grammar allows, made a byte at a time; None if it does not end soon."""
+    """Draws a text that the grammar allows, byte by byte. Returns None if it becomes too long."""
     text = b""
     while len(text) < 300:
         code = ours.check(grammar, text)
@@ -225,7 +226,7 @@ PATTERNS = ["^a", "b$", "^[ab]*$", "^$", "a|c", "^.{2}$", "[^a]"]
 
 
 class Draw(random.Random):
-    """Random schemas and values, so few different ones that they often fit."""
+    """Makes random schemas and values, with so few variants that values often match."""
 
     def chance(self, part):
         return self.random() < part
@@ -283,7 +284,7 @@ KEYWORDS = ["type", "const", "enum", "limit", "limit", "multipleOf", "length", "
 
 
 def same_place(schema, root):
-    """Schemas that say something about the same value."""
+    """Returns the schemas that apply to the same value."""
     if not isinstance(schema, dict):
         return []
     found = [s for key in ("allOf", "anyOf", "oneOf") for s in schema.get(key, [])] + list(schema.get("dependentSchemas", {}).values())
@@ -294,7 +295,7 @@ def same_place(schema, root):
 
 
 def is_endless(schema, root, above=()):
-    """Whether a schema refers to itself without anything in between, which validators cannot bear."""
+    """True if a schema refers to itself for the same value, which makes validators recurse forever."""
     if any(schema is s for s in above):
         return True
     return any(is_endless(s, root, (*above, schema)) for s in same_place(schema, root))
@@ -308,7 +309,7 @@ def subschemas(schema):
 
 
 def random_group(draw):
-    """A schema as one of the suite's, with values."""
+    """Makes a random schema with values, in the form of the suite."""
     schema = draw.schema()
     if not isinstance(schema, dict):
         return None
@@ -330,7 +331,7 @@ class Counts:
 
 
 def check_group(engine, counts, draft, group, values, args, draw):
-    """One schema of the suite with its values, and with those of its file."""
+    """Checks one schema of the suite with its own values and with all values of its file."""
     n, (uri, validator) = counts.n, DRAFTS[draft]
     schema = group["schema"]
     if isinstance(schema, dict) and "$schema" not in schema:
@@ -396,7 +397,7 @@ def check_suite(engine, draft, args):
     folder = args.suite / "tests" / draft
     paths = sorted(folder.glob("*.json")) + (sorted(folder.glob("optional/*.json")) if args.optional else [])
     if not paths:
-        sys.exit(f"there are no tests in {folder}")
+        sys.exit(f"no tests found in {folder}")
     for path in paths:
         groups = json.loads(path.read_text(encoding="utf-8"))
         values = [test["data"] for group in groups for test in group["tests"]]

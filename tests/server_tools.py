@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Tools in chats with build/server. Without arguments: the names of the cases. server_tools.py URL CASE runs one; the
-model's template must be tests/tools.jinja. server_tools.py URL mistral: the model's template is tests/tools-mistral.jinja."""
+"""Tests tools in chats with build/server. Without arguments it prints the names of the cases. server_tools.py URL CASE runs
+one; the model's template must be tests/tools.jinja (for the case "mistral", tests/tools-mistral.jinja)."""
 import json
 import re
 import sys
@@ -24,7 +24,7 @@ def call(id, city):
     return {"id": id, "type": "function", "function": {"name": "weather", "arguments": json.dumps({"city": city})}}
 
 
-# After these the model calls by itself.
+# After these messages, the model calls a tool without being required to.
 HISTORY = [message for id, city in (("a", "Rome"), ("b", "Oslo"), ("c", "Berlin")) for message in (
     {"role": "user", "content": f"How is the weather in {city}?"},
     {"role": "assistant", "content": None, "tool_calls": [call(id, city)]},
@@ -49,7 +49,7 @@ def choice(body):
 
 
 def streamed(body):
-    """The pieces of a stream put together as a choice."""
+    """Joins the pieces of a stream to one choice."""
     code, text = post(body | {"stream": True})
     assert code == 200, text
     events = [line[6:] for line in text.splitlines() if line]
@@ -69,7 +69,7 @@ def streamed(body):
 
 
 def calls_of(choice, content=None):
-    """The calls as a list of name and arguments."""
+    """Returns the calls as a list of (name, arguments)."""
     message = choice["message"]
     assert choice["finish_reason"] == "tool_calls" and message["content"] == content and message["role"] == "assistant", choice
     ids = [c["id"] for c in message["tool_calls"]]
@@ -79,7 +79,7 @@ def calls_of(choice, content=None):
 
 
 def both(body, content=None):
-    """The same calls in a whole answer and in a stream."""
+    """Checks that a whole answer and a stream have the same calls, and returns them."""
     calls = calls_of(choice(body), content)
     assert calls == calls_of(streamed(body), content)
     return calls
@@ -105,7 +105,7 @@ def named():
 
 
 def random_answers():
-    """At a high temperature only the grammar makes calls valid."""
+    """At a high temperature, calls are only valid because of the grammar."""
     for seed in range(8):
         body = {"messages": QUESTION, "tools": [TIME, NOW], "tool_choice": "required", "parallel_tool_calls": False,
                 "temperature": 5, "seed": seed}
@@ -120,7 +120,7 @@ def auto():
 
 
 def strict():
-    """Without a demand the model may answer by a text, but each call is valid."""
+    """If no call is required, the model may answer with a text, but each call is valid."""
     exact = {"type": "function", "function": tool("weather", {"city": {"enum": ["Oslo", "Bern"]}})["function"] | {"strict": True}}
     body = {"tools": [exact], "max_tokens": 60}
     assert both(body | {"messages": HISTORY + QUESTION})[0][1]["city"] in ("Oslo", "Bern")
@@ -142,7 +142,7 @@ def answer_after_call():
 
 
 def text():
-    """An answer without calls is the same, streamed or not; white space at its end is not lost."""
+    """An answer without calls is the same whether it is streamed or not, including white space at its end."""
     body = {"messages": QUESTION, "tools": [WEATHER], "max_tokens": 30}
     for stop in {}, {"stop": [" is"]}:
         whole, pieces = choice(body | stop), streamed(body | stop)
@@ -151,7 +151,7 @@ def text():
 
 
 def no_choice():
-    """Of tools that may not be called the model is not told."""
+    """With tool_choice none, the prompt does not mention the tools."""
     body = {"messages": QUESTION, "max_tokens": 20}
     without = choice(body)["message"]
     assert choice(body | {"tools": [WEATHER], "tool_choice": "none"})["message"] == without
@@ -159,7 +159,7 @@ def no_choice():
 
 
 def cut():
-    """A call that is cut off stays text."""
+    """An incomplete call is returned as text."""
     body = {"messages": HISTORY + QUESTION, "tools": [WEATHER], "max_tokens": 12}
     for tool_choice in "auto", "required":
         whole, pieces = (f(body | {"tool_choice": tool_choice}) for f in (choice, streamed))
@@ -168,7 +168,7 @@ def cut():
 
 
 def format_and_tools():
-    """The answer is calls or what the format says; a call that is demanded comes all the same."""
+    """The answer is calls or matches response_format; a required call is made despite response_format."""
     schema = {"type": "object", "properties": {"sky": {"enum": ["blue", "grey"]}}, "required": ["sky"], "additionalProperties": False}
     body = {"tools": [WEATHER], "parallel_tool_calls": False, "response_format": {"type": "json_schema", "json_schema": {"name": "sky", "schema": schema}}}
     for seed in range(6):
@@ -200,8 +200,8 @@ def refusals():
     refuses("tool_choice must", {"tools": [WEATHER], "tool_choice": "any"})
     refuses("tool_choice must", {"tools": [WEATHER], "tool_choice": {"type": "function"}})
     refuses("tool_choice must", {"tools": [WEATHER], "tool_choice": {"function": {"name": "weather"}}})
-    refuses("not among the tools", {"tools": [TIME], "tool_choice": function})
-    refuses("not among the tools", {"tool_choice": function})
+    refuses("not in tools", {"tools": [TIME], "tool_choice": function})
+    refuses("not in tools", {"tool_choice": function})
     refuses("needs tools", {"tool_choice": "required"})
     refuses("parallel_tool_calls", {"tools": [WEATHER], "parallel_tool_calls": 1})
     refuses("strict", {"tools": [{"type": "function", "function": {"name": "a", "strict": 1}}]})
@@ -216,8 +216,8 @@ def refusals():
         refuses(words, {"messages": QUESTION + [{"role": "assistant", "tool_calls": [call("a", "Rome") | wrong]}]})
     refuses("assistant's", {"messages": [{"role": "user", "content": "a", "tool_calls": [call("a", "Rome")]}]})
     refuses("assistant's", {"messages": [{"role": "assistant", "content": "a", "tool_calls": {}}]})
-    refuses("no call before", {"messages": HISTORY[:2] + [{"role": "tool", "tool_call_id": "b", "content": "a"}]})
-    refuses("no call before", {"messages": [{"role": "tool", "content": "a"}]})
+    refuses("does not match an earlier call", {"messages": HISTORY[:2] + [{"role": "tool", "tool_call_id": "b", "content": "a"}]})
+    refuses("does not match an earlier call", {"messages": [{"role": "tool", "content": "a"}]})
     refuses("needs content", {"messages": HISTORY[:2] + [{"role": "tool", "tool_call_id": "a"}]})
 
 

@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# For test scripts: `check NAME COMMAND...` is one test, passed if the command succeeds; `finish` ends the script.
+# For test scripts: `check NAME COMMAND...` is one test, which passes if the command succeeds; `finish` ends the script.
 n_tests=0 n_failed=0
 
 check() {

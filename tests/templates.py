@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Chat templates against jinja2 with the settings of Hugging Face transformers. The templates are those of llama.cpp: the published
-ones in its models/templates, with random conversations, and the small ones in its tests, with the variables that they have there.
+"""Compares chat templates with jinja2, which uses the settings of Hugging Face transformers. The templates are those of llama.cpp: the
+published ones in its models/templates, with random conversations, and the small ones in its tests, with the variables of these tests.
 The library and jinja2 must give the same text, or both must refuse the conversation. Prints TAP.
 
     make test-templates         or, with jinja2 installed:  tests/templates.py build/libllm.so LLAMA.CPP [CONVERSATIONS [SEED]]
 
-LLAMA.CPP is the folder of llama.cpp's source. CONVERSATIONS is their number for each published template.
+LLAMA.CPP is the folder of llama.cpp's source. CONVERSATIONS is the number of conversations for each published template.
 """
 
 import ctypes
@@ -73,7 +73,7 @@ class Ours:
             text = ctypes.create_string_buffer(n + 1)
 
     def refusal(self):
-        """What the template needs and the library lacks, in words; None if the template can run."""
+        """Returns the library's message if it does not support the template; None if it does."""
         _, err = self.render([{"role": "user", "content": "a"}], None, {}, False)
         found = re.match(r"the chat template, line \d+: (.*)", err[1]) if err and err[0] == UNSUPPORTED else None
         return found and found[1]
@@ -190,7 +190,7 @@ class Random(random.Random):
         return function if self.chance(0.01) else call
 
     def answer(self):
-        """The assistant's message, and the answers of the tools that it calls."""
+        """Returns an assistant's message and the answers of the tools that it calls."""
         message = {"role": "assistant", "content": self.content()}
         messages = [message]
         if self.chance(0.25):
@@ -326,7 +326,7 @@ class Cxx:
 
     @staticmethod
     def braces(items):
-        """As nlohmann's library reads a list in braces: pairs that begin with a string are an object."""
+        """Converts a list in braces like nlohmann's library: pairs that begin with a string make an object."""
         if items and all(isinstance(i, list) and len(i) == 2 and isinstance(i[0], str) for i in items):
             return dict(items)
         return items
@@ -353,7 +353,8 @@ def chat_templates(path):
 
 # ---- The comparison ------------------------------------------------------------------------------------------------------------
 
-# What the library refuses when it loads a template, and what jinja2 says when a conversation gets there; "" if it renders the template.
+# The library's message when it refuses to load a template, and jinja2's message when a conversation reaches that place ("": jinja2
+# renders it).
 APPEND = ("the method append is not supported", "access to attribute 'append' of 'list' object is unsafe")
 FROM_JSON = ("the filter from_json is not supported", "No filter named 'from_json' found")
 POP = ("the method pop is not supported", "access to attribute 'pop' of 'list' object is unsafe")
@@ -378,13 +379,13 @@ REFUSED = {
     "undefined|truncate": ("the filter truncate is not supported", ""),
     "undefined|wordcount": ("the filter wordcount is not supported", ""),
 }
-# What it refuses only when a conversation gets there.
+# The library's messages when it refuses a template only while it renders a conversation.
 REFUSED_LATER = re.compile(r"the chat template, line \d+: (the other case of a letter in .* is not supported|the argument 'base' is not supported)$", re.S)
 
 
 def difference(ours, theirs, question):
-    """Asks both. Returns "text", "error" or "refused later" if they agree, otherwise both results in words."""
-    for _ in range(2):  # twice, since the date may change between the two
+    """Renders with both. Returns "text", "error" or "refused later" if they agree, otherwise a description of both results."""
+    for _ in range(2):  # twice, because the date may change between the two programs
         text, err = ours.render(*question)
         expected, error = theirs.render(*question)
         if text == expected:
@@ -399,7 +400,7 @@ def difference(ours, theirs, question):
 
 
 def check(ours, theirs, questions, expected_refusal, counts):
-    """Returns whether the template passes, and a remark."""
+    """Returns whether the template passes, and an explanation."""
     refusal, at_run_time = expected_refusal
     found = ours.refusal()
     if (found or "") != refusal:
@@ -409,7 +410,7 @@ def check(ours, theirs, questions, expected_refusal, counts):
         errors = [str(error) for _, error in (theirs.render(*question) for question in questions) if error]
         if at_run_time and not any(at_run_time in error for error in errors):
             return False, f"refused: {refusal}; but jinja2 does not say: {at_run_time}"
-        return True, f"refused: {refusal}; jinja2: " + (f"{at_run_time!r} in the conversations that get there" if at_run_time else "renders it")
+        return True, f"refused: {refusal}; jinja2: " + (f"{at_run_time!r} when a conversation reaches it" if at_run_time else "renders it")
     before = counts["text"]
     for question in questions:
         result = difference(ours, theirs, question)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# bench.c: programs can read what it prints, and bad options are refused.
+# bench.c: its output formats are right, and bad options are refused.
 . tests/tap.sh
 bench=$(dirname "$0")/bench
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
@@ -15,14 +15,14 @@ fields() {
 refuses() { ! "$bench" "$@" >"$out" 2>&1 && [ -s "$out" ]; }
 
 check "measures types, threads and depths" measure -m "$model" --dtype bf16,int8,int4 -t 1,2 -d 0,40 -o json
-check "prints a JSON object for each" fields 12
-check "csv has a header, and a line for each thread count" eval 'measure -m "$model" -o csv && [ "$(wc -l <"$out")" -eq 3 ]'
-check "by default one thread per core, then one more" awk -F, 'NR > 1 { n[NR] = $3 } END { exit n[2] < 1 || n[3] != n[2] + 1 }' "$out"
+check "prints one JSON object for each combination" fields 12
+check "csv has a header and one line per thread count" eval 'measure -m "$model" -o csv && [ "$(wc -l <"$out")" -eq 3 ]'
+check "defaults to one thread per core, then one more" awk -F, 'NR > 1 { n[NR] = $3 } END { exit n[2] < 1 || n[3] != n[2] + 1 }' "$out"
 check "prints a table" eval 'measure -m "$model" -o md -t 2 && [ "$(grep -c "^|" "$out")" -eq 3 ]'
 check "measures random weights of a published shape" measure --random smollm2-135m
 printf 'one two three one two three one' >"$out.txt"
 check "compares drafts" eval 'measure -m "$model" -n 8 --draft lookup,self:int4 "$out.txt" && [ "$(grep -c "^| " "$out")" -eq 4 ]'
-check "compares passes of some rows" eval 'measure --random smollm2-135m --rows 1,2,4 && [ "$(grep -c "^| bf16" "$out")" -eq 3 ]'
+check "compares passes of different numbers of rows" eval 'measure --random smollm2-135m --rows 1,2,4 && [ "$(grep -c "^| bf16" "$out")" -eq 3 ]'
 check "compares numbers of streams" eval 'measure -m "$model" --dtype int4 -n 4 -b 1,3 && [ "$(grep -c "^| [a-z0-9]* | [0-9]* | [13] |" "$out")" -eq 2 ]'
 check "refuses too many streams" refuses -m "$model" -b 1000
 check "refuses a draft without texts" refuses -m "$model" --draft lookup
@@ -33,5 +33,5 @@ check "prints a table of batches and lengths" eval '"$bench" -m "$model" --flops
 check "refuses an unknown shape" refuses --random gpt5
 check "refuses an unknown type" refuses -m "$model" --dtype int5
 check "refuses a bad list" refuses -m "$model" -d 0,,1
-check "refuses no model" refuses -p 8
+check "refuses to run without a model" refuses -p 8
 finish

@@ -1,5 +1,6 @@
 #!/bin/sh
-# The header compiles without a warning in every supported way, and so does the code in the documentation.
+# llm.h compiles without warnings in all supported languages, compilers and configurations, and so does the code in the
+# documentation.
 . tests/tap.sh
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
@@ -16,7 +17,7 @@ cat >"$tmp/late.c" <<'END'
 END
 for file in whole declarations static late; do cp "$tmp/$file.c" "$tmp/$file.cpp"; done
 
-# The same for another machine, if the script lies among its programs; there the examples run, too.
+# In build/aarch64 or build/windows, the script tests that machine's compiler, and also runs the examples.
 case $0 in
 */aarch64/*) machine=aarch64-linux-gnu- emulator=qemu-aarch64-static ;;
 */windows/*) machine=x86_64-w64-mingw32- emulator="env WINEPREFIX=$PWD/build/windows/wine WINEDEBUG=-all /usr/lib/wine/wine64" ;;
@@ -46,8 +47,8 @@ refuses() { # WORDS FLAGS...
     ! "${machine}gcc" -std=c99 -fsyntax-only -I. "$@" "$tmp/whole.c" 2>"$tmp/errors" && grep -q "#error $words" "$tmp/errors"
 }
 check "LLM_API" "${machine}gcc" -std=c99 -O0 $strict '-DLLM_API=extern __attribute__((visibility("default")))' "$tmp/whole.c"
-check "LLM_STATIC beside LLM_API is refused" refuses '"define LLM_STATIC or LLM_API' -DLLM_STATIC -DLLM_API=extern
-check "LLM_STATIC beside LLM_CUDA is refused" refuses '"llm_cuda.cu calls' -DLLM_STATIC -DLLM_CUDA
+check "LLM_STATIC with LLM_API is refused" refuses '"define LLM_STATIC or LLM_API' -DLLM_STATIC -DLLM_API=extern
+check "LLM_STATIC with LLM_CUDA is refused" refuses '"llm_cuda.cu calls' -DLLM_STATIC -DLLM_CUDA
 check "a big-endian machine is refused" refuses '"llm.h is for little-endian' -U__BYTE_ORDER__ -D__BYTE_ORDER__=4321
 check "LLM_STATIC" "${machine}gcc" -std=c99 -O0 $strict "$tmp/static.c"
 check "LLM_STATIC, C++" "${machine}g++" -std=c++17 -O0 $strict "$tmp/static.cpp"
@@ -62,12 +63,12 @@ if [ "$machine" ]; then
     check "examples/hello.c" "${machine}gcc" -std=c99 -O0 $strict examples/hello.c -lm -lpthread
     check "hello continues a text" says '^yatatononon' tests/golden/hf/gqa.gguf "a b"
     check "examples/embed.cpp" "${machine}g++" -std=c++17 -O0 $strict examples/embed.cpp examples/embed_llm.cpp -lm -lpthread
-    check "embed explains what is missing" says 'no chat template' tests/golden/hf/gqa.gguf "a b"
+    check "embed explains a missing chat template" says 'no chat template' tests/golden/hf/gqa.gguf "a b"
     finish
 fi
 check "LLM_STATIC, clang" clang -std=c99 -O0 $strict "$tmp/static.c"
 
-# A callback may leave by an exception, if llm.h is compiled as C++.
+# If llm.h is compiled as C++, callbacks may leave by exceptions.
 check "tests/exceptions.cpp" g++ -std=c++17 -O1 -Wall -Wextra -pedantic -Werror -I. -DLLM_NO_SIMD -o "$tmp/exceptions" tests/exceptions.cpp \
     -lm -lpthread
 check "callbacks leave by exceptions" timeout -k 5 300 "$tmp/exceptions" tests/golden/hf/gqa.gguf
@@ -80,7 +81,7 @@ for compiler in g++ clang++; do
     check "examples/embed.cpp, $compiler" "$compiler" -std=c++17 -O0 $strict examples/embed.cpp
 done
 
-# The first code block of a language in a Markdown file.
+# Prints the first code block of a language in a Markdown file.
 code_block() { awk -v fence="^\`\`\`$1\$" '$0 ~ fence { inside = 1; next } /^```/ && inside { exit } inside' "$2"; }
 code_block c README.md >"$tmp/readme.c"
 sed '1,/\*\//d' examples/hello.c >"$tmp/hello.c"

@@ -1,5 +1,6 @@
-/* How the kernels of llm_cuda.cu use memory: no races in shared memory, no misaligned access, and no read before its
-   data are written. tests/cuda_host/cuda_watch.h checks every access. Faulty kernels prove that it finds faults. */
+/* The kernels of llm_cuda.cu use memory correctly: no races in shared memory, no misaligned access, no access before
+   earlier kernels are done. tests/cuda_host/cuda_watch.h checks every access. Faulty kernels prove that it finds
+   faults. */
 #define LLM_CUDA
 #include "llm.h"
 #include "llm_cuda.cu"
@@ -9,7 +10,7 @@ extern "C" {
 #include "tests/common.h"
 }
 
-/* ---- Kernels with a fault each ---- */
+/* ---- Kernels with one fault each, except the first ---- */
 
 enum { N = 64 };
 
@@ -22,7 +23,7 @@ static __global__ void fault_none(unsigned *memory, unsigned *out) {
     __syncthreads();
     unsigned other = shared[N - 1 - thread];
     __syncwarp();
-    shared[N - 1 - thread] = other + 1; /* its own reading; the other warp's bytes are not these */
+    shared[N - 1 - thread] = other + 1; /* only this thread has read this element */
     __syncthreads();
     out[thread] = shared[thread];
 }
@@ -31,14 +32,14 @@ static __global__ void fault_race(unsigned *memory, unsigned *out) {
     __shared__ unsigned shared[N];
     llm__cuda::llm__chip_wait_for_previous();
     shared[threadIdx.x] = memory[threadIdx.x];
-    out[threadIdx.x] = shared[(threadIdx.x + 32) % N]; /* of the other warp, without a barrier */
+    out[threadIdx.x] = shared[(threadIdx.x + 32) % N]; /* written by the other warp; no barrier */
 }
 
 static __global__ void fault_race_in_warp(unsigned *memory, unsigned *out) {
     __shared__ unsigned shared[N];
     llm__cuda::llm__chip_wait_for_previous();
     shared[threadIdx.x] = memory[threadIdx.x];
-    out[threadIdx.x] = shared[threadIdx.x ^ 1]; /* of the neighbour, without __syncwarp */
+    out[threadIdx.x] = shared[threadIdx.x ^ 1]; /* written by a neighbour; no __syncwarp */
 }
 
 static __global__ void fault_overwritten(unsigned *memory, unsigned *out) {
@@ -47,7 +48,7 @@ static __global__ void fault_overwritten(unsigned *memory, unsigned *out) {
     shared[threadIdx.x] = memory[threadIdx.x];
     __syncthreads();
     out[threadIdx.x] = shared[N - 1 - threadIdx.x];
-    shared[threadIdx.x] = 0; /* others may not have read it */
+    shared[threadIdx.x] = 0; /* another thread may not have read it yet */
 }
 
 static __global__ void fault_early_read(unsigned *memory, unsigned *out) {
@@ -77,8 +78,7 @@ static __global__ void fault_prefetch(unsigned *memory, unsigned *out) {
     out[threadIdx.x] = 0;
 }
 
-/* Runs fault_none, and after it the kernel in question, overlapping, on memory of a device. Returns the only fault, or
-   "". */
+/* Runs fault_none and then `kernel`, which overlaps it. `device` holds the output. Returns the only fault, or "". */
 static std::string fault_of(void (*kernel)(unsigned *, unsigned *), int device = 0) {
     llm__cuda::llm__queue queue = {};
     unsigned *memory = NULL, *out = NULL;
@@ -112,14 +112,14 @@ static void test_faults_are_found(void **state) {
     finds(fault_race, "race");
     finds(fault_race_in_warp, "race");
     finds(fault_overwritten, "race");
-    finds(fault_early_read, "reads what one ahead");
+    finds(fault_early_read, "reads an earlier kernel's output");
     finds(fault_early_write, "writes before");
     finds(fault_no_wait, "no block");
     finds(fault_alignment, "aligned");
     finds(fault_prefetch, "beyond");
     std::string fault = fault_of(fault_none, 1);
     if (fault.find("another device") == std::string::npos) fail_msg("found \"%s\"", fault.c_str());
-    assert_int_equal(cudaDeviceEnablePeerAccess(1, 0), cudaErrorInvalidValue); /* there is no such device */
+    assert_int_equal(cudaDeviceEnablePeerAccess(1, 0), cudaErrorInvalidValue); /* device 1 does not exist */
     cuda_host.n_devices = 2;
     assert_int_equal(cudaDeviceEnablePeerAccess(1, 0), cudaSuccess);
     assert_string_equal(fault_of(fault_none, 1).c_str(), "");
@@ -129,7 +129,7 @@ static void test_faults_are_found(void **state) {
 
 /* ---- The kernels of llm_cuda.cu ---- */
 
-/* As in test_cuda.cpp. */
+/* The same specs as in test_cuda.cpp. */
 static const tiny_spec MANY_GROUPS = {2, 64, 96, 12, 1, 32, 512, 43, 1, 30, 2};
 static const tiny_spec WIDE_HEADS = {1, 96, 130, 2, 2, 136, 512, 43, 0, 0, 3};
 static const tiny_spec LONG_HEADS = {2, 128, 300, 2, 1, 128, 512, 43, 0, 30, 6};
@@ -137,7 +137,7 @@ static const tiny_spec FOUR_BITS = {1, 96, 160, 6, 2, 32, 512, 43, 1, 3, 7};
 static const tiny_spec EIGHT_BITS = {1, 160, 96, 5, 1, 32, 512, 43, 0, 8, 9};
 static const tiny_spec PAIRS = {1, 301, 790, 5, 1, 68, 512, 43, 0, TINY_ALL_SPARSE, 11};
 
-/* A long pass, short ones of one row and of several, a burst, scoring. */
+/* Runs a long pass, short passes of one and of several rows, a burst, and scoring. */
 static void use(const tiny_spec *spec, llm_dtype dtype, llm_cuda_mode mode) {
     static llm_token tokens[300];
     static int seqs[300];
@@ -185,7 +185,7 @@ static void use(const tiny_spec *spec, llm_dtype dtype, llm_cuda_mode mode) {
     llm_model_free(model);
 }
 
-static void test_kernels_have_none(void **state) {
+static void test_kernels_have_no_faults(void **state) {
     (void)state;
     use(&TINY_ODD, LLM_DTYPE_BF16, LLM_CUDA_GRAPH);
     use(&MANY_GROUPS, LLM_DTYPE_F16, LLM_CUDA_FUSED);
@@ -199,7 +199,7 @@ static void test_kernels_have_none(void **state) {
     use(&PAIRS, LLM_DTYPE_INT8, LLM_CUDA_GRAPH);
 }
 
-/* Ranks on GPUs of their own, which meet in each other's memory: embeddings, short and long passes, logits. */
+/* Ranks on separate GPUs, which exchange data in each other's memory: embeddings, short and long passes, logits. */
 static void use_rank(int rank, llm_comm *tensor) {
     static const llm_token tokens[40] = {3, 1, 4, 1, 5, 9, 2, 6};
     llm_model_desc model_desc = {};
@@ -225,7 +225,7 @@ static void use_rank(int rank, llm_comm *tensor) {
     llm_comm_free(tensor);
 }
 
-static void test_ranks_have_none(void **state) {
+static void test_ranks_have_no_faults(void **state) {
     llm_comm *comms[3];
     std::vector<std::thread> threads;
     (void)state;
@@ -233,13 +233,13 @@ static void test_ranks_have_none(void **state) {
     assert_int_equal(llm_comm_threads(comms, 3, NULL, NULL), LLM_OK);
     for (int i = 0; i < 3; i++) threads.emplace_back(use_rank, i, comms[i]);
     for (std::thread &thread : threads) thread.join();
-    assert_false(cuda_host_peers.empty()); /* they did meet there */
+    assert_false(cuda_host_peers.empty()); /* they did use each other's memory */
     cuda_host.n_devices = 1;
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_faults_are_found),
-                                       cmocka_unit_test(test_kernels_have_none),
-                                       cmocka_unit_test(test_ranks_have_none)};
+                                       cmocka_unit_test(test_kernels_have_no_faults),
+                                       cmocka_unit_test(test_ranks_have_no_faults)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

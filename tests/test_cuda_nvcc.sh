@@ -1,14 +1,14 @@
 #!/bin/sh
-# nvcc compiles llm_cuda.cu for the supported chips without a warning. The kernels in which speed counts spill no registers,
-# and use so few that a multiprocessor holds the number of blocks that the host assumes. Products start to copy weights before
-# they wait for earlier kernels. That check needs nvdisasm, on the PATH or from PyPI's nvidia-cuda-nvdisasm.
+# nvcc compiles llm_cuda.cu without warnings for the supported chips. Kernels that must be fast spill no registers, and use
+# few enough that a multiprocessor can hold as many blocks as the host assumes. Products start to copy weights before they
+# wait for earlier kernels; this check needs nvdisasm, on the PATH or from PyPI's nvidia-cuda-nvdisasm.
 . tests/tap.sh
 PATH=$PATH:/usr/local/cuda/bin
 for folder in $(python3 -c 'import site; print(*site.getsitepackages())' 2>/dev/null); do
     PATH=$PATH:$folder/nvidia/cu13/bin
 done
 if ! command -v nvcc >/dev/null; then
-    echo "ok 1 - llm_cuda.cu compiles # SKIP there is no nvcc on this machine"
+    echo "ok 1 - llm_cuda.cu compiles # SKIP nvcc is not installed"
     echo "1..1"
     exit 0
 fi
@@ -21,15 +21,16 @@ compile() { # ARCHITECTURE
         --keep --keep-dir "$tmp/$1" -c -o "$tmp/llm_cuda.o" llm_cuda.cu >"$tmp/$1.log" 2>&1 || { cat "$tmp/$1.log"; return 1; }
 }
 
-# What ptxas reports of each kernel: its name in one line, its spills in the next, its registers after that.
+# ptxas prints a kernel's name in one line, its spills in the next, and its registers after that.
 no_spills() { # ARCHITECTURE
     awk '/Function properties for/ { kernel = $NF }
          /spill stores/ && kernel ~ /fused|tile|embed|rope|pick|score|widen|values/ { n++; if (!/ 0 bytes spill stores, 0 bytes spill loads/) { print kernel ":" $0; bad = 1 } }
          END { exit bad || n < 60 }' "$tmp/$1.log"
 }
 
-# 65,536 registers: three blocks of 256 threads have 80 each, two 128; four of 128 threads 128, two 255. llm__fused_product has its
-# ending, the tiles of columns, and the format as parameters, llm__fused_attention columns and dimensions.
+# A multiprocessor has 65,536 registers. With 3 blocks of 256 threads, each thread can have 80 registers, with 2 blocks 128;
+# with 4 blocks of 128 threads 128, with 2 blocks 255. The template parameters of llm__fused_product are its ending, the tiles
+# of columns, and the format; those of llm__fused_attention are columns and dimensions.
 few_registers() { # ARCHITECTURE
     awk '/Function properties for/ { kernel = $NF; most = 0 }
          /Used [0-9]+ registers/ {
@@ -42,8 +43,9 @@ few_registers() { # ARCHITECTURE
          END { exit bad || n != 79 }' "$tmp/$1.log"
 }
 
-# Each fused product has a wait before which instructions stand that copy to shared memory (two for the numbers of two rows, one for
-# the scales of groups or the places of 2:4), and after which the loop's stand. (The product of the logits has another wait, where it ends early.)
+# In each fused product, instructions that copy to shared memory come before a wait (two for the numbers of two rows, one for
+# the scales of groups or the places of 2:4), and those of the loop after it. (The product of the logits has a second wait,
+# where it ends early.)
 early_copies() { # ARCHITECTURE
     nvdisasm -c "$tmp/$1"/*.cubin >"$tmp/$1.sass" || return 1
     awk 'function judge(  i, good) {
@@ -60,13 +62,13 @@ early_copies() { # ARCHITECTURE
 
 for arch in 80 90 100; do
     check "llm_cuda.cu compiles for sm_$arch" compile $arch
-    check "its kernels keep to their registers on sm_$arch" no_spills $arch
-    check "there is room for as many blocks as are counted on, on sm_$arch" few_registers $arch
+    check "its fast kernels spill no registers on sm_$arch" no_spills $arch
+    check "its fused kernels use few enough registers on sm_$arch" few_registers $arch
     [ $arch = 80 ] && continue # kernels do not overlap there
     if command -v nvdisasm >/dev/null; then
         check "copies of weights start before the wait on sm_$arch" early_copies $arch
     else
-        check "copies of weights start before the wait on sm_$arch # SKIP there is no nvdisasm" true
+        check "copies of weights start before the wait on sm_$arch # SKIP nvdisasm is not installed" true
     fi
 done
 finish

@@ -1,5 +1,5 @@
 #!/bin/sh
-# hello.c, loop.c, extract.c and embed.cpp: they answer, and explain errors.
+# hello.c, loop.c, extract.c and embed.cpp give answers and explain errors.
 . tests/tap.sh
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT

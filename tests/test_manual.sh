@@ -1,5 +1,5 @@
 #!/bin/sh
-# The manual in llm.h: its recipes compile as C and C++ and do what they say, and its CONTENTS lists all sections.
+# The manual in llm.h: its recipes compile as C and C++ and work, and its CONTENTS lists all sections.
 . tests/tap.sh
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
@@ -14,12 +14,12 @@ check "the recipes compile, clang C99" clang -std=c99 $strict -c -o /dev/null te
 for compiler in g++ clang++; do
     check "the recipes compile, $compiler C++20" $compiler -std=c++20 $strict -Wno-missing-field-initializers -c -o /dev/null -x c++ tests/manual.c
 done
-check "with the library" gcc -std=c99 $strict -o "$tmp/manual" tests/manual.c "$(dirname "$0")/llm.o" -lm -lpthread
+check "the recipes link with the library" gcc -std=c99 $strict -o "$tmp/manual" tests/manual.c "$(dirname "$0")/llm.o" -lm -lpthread
 "$tmp/manual" "$model" >"$tmp/said" 2>&1
-check "the recipes do what they say" test $? -eq 0
+check "the recipes work" test $? -eq 0
 sed 's/^/# /' "$tmp/said"
 
-# "13 The CPU backend" and the names of the parts up to the first : or , of every heading.
+# Checks headings such as "13 The CPU backend" and the names of parts, each up to the first : or , of the heading.
 manual | sed -n '/^    CONTENTS/,$p' | tr -s ' \n' ' ' >"$tmp/contents"
 missing=0
 sed -n '/^#ifndef LLM_H/,$ s,^/\* \(====\|----\) \(.*\),\2,p' llm.h | sed 's/ *\(----*\|====*\).*//; s/ *\*\/$//; /^[0-9]/! s/[:,].*//' >"$tmp/headings"

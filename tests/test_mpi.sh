@@ -1,10 +1,10 @@
 #!/bin/sh
-# Several processes: the programs give the same texts and answers as one process, and explain errors. Without MPI the test
-# is skipped.
+# With several processes, the programs give the same texts and answers as with one, and explain errors. Without MPI the
+# test is skipped.
 . tests/tap.sh
 if ! command -v mpirun >/dev/null || ! command -v mpicc >/dev/null; then
-    echo "1..0 # SKIP there is no MPI: packages openmpi-bin and libopenmpi-dev"
-    echo "ok 1 # SKIP no MPI"
+    echo "1..0 # SKIP MPI is not installed (packages openmpi-bin and libopenmpi-dev)"
+    echo "ok 1 # SKIP MPI is not installed"
     exit 0
 fi
 programs=$(dirname "$0")/mpi
@@ -35,9 +35,9 @@ score() { # FILE N OPTIONS...
     ranks "$n" hellaswag -d tests/hellaswag.jsonl -o csv --results "$dir/$file" "$@" >"$dir/csv"
 }
 same_answers() { rm -f "$dir/answers" && score answers "$@" && [ "$(sort "$dir/answers")" = "$(sort "$dir/scored")" ]; }
-goes_on() { head -n 9 "$dir/scored" >"$dir/answers" && score answers 2 --dp 2 && [ "$(sort "$dir/answers")" = "$(sort "$dir/scored")" ]; }
+resumes() { head -n 9 "$dir/scored" >"$dir/answers" && score answers 2 --dp 2 && [ "$(sort "$dir/answers")" = "$(sort "$dir/scored")" ]; }
 measures() { ranks 2 bench --tp 2 -p 16 -n 4 -r 1 -o csv >"$dir/csv" && [ "$(wc -l <"$dir/csv")" -eq 2 ]; }
-# With random weights of the default model's shape a rank reads as many bytes for a token as with its file.
+# With random weights of the default model's shape, a rank reads as many bytes per token as with the model's file.
 same_bytes() { # OPTIONS...
     ranks 2 bench "$@" -d 64 -p 16 -n 4 -r 1 -o csv >"$dir/csv" &&
         timeout 120 mpirun --oversubscribe -n 2 "$programs/bench" --random smollm2-135m -t 1 "$@" -d 64 -p 16 -n 4 -r 1 -o csv >"$dir/random" 2>"$dir/log" &&
@@ -48,7 +48,7 @@ refuses() { # WORD N PROGRAM OPTIONS...
     shift
     ! ranks "$@" >"$dir/text" 2>&1 && grep -q -- "$word" "$dir/log"
 }
-# One process of three is killed in the midst of its work: the others end within ten seconds.
+# If one of three processes is killed while it works, the others end within ten seconds.
 dies() {
     timeout 120 mpirun --oversubscribe -n 3 "$programs/hellaswag" -m "$model" -t 1 -d tests/hellaswag.jsonl --batch 32 --tp 3 --results "$dir/dying" >"$dir/text" 2>&1 &
     job=$!
@@ -61,7 +61,7 @@ dies() {
 answer one 1
 check "two processes share every layer" same_text 2 --tp 2
 check "three processes share every layer" same_text 3 --tp 3
-check "each of two processes has some of the layers" same_text 2 --pp 2
+check "two processes with half of the layers each" same_text 2 --pp 2
 check "two groups of two processes" same_text 4 --tp 2 --pp 2
 check "two processes with a draft" same_text 2 --tp 2 --draft lookup
 check "a chat with two processes" chats
@@ -71,7 +71,7 @@ check "scoring in a pipeline" same_answers 3 --pp 3
 check "scoring in a pipeline, in mini-batches" same_answers 2 --pp 2 --schedule dp --mini-batch 64
 check "two copies share the questions" same_answers 2 --dp 2
 check "two copies of two stages" same_answers 4 --pp 2 --dp 2
-check "another number of processes resumes" goes_on
+check "another number of processes can resume" resumes
 check "a benchmark of two processes" measures
 case $model in *SmolLM2-135M*)
     check "a benchmark with random weights, in tensor parallel" same_bytes --tp 2
@@ -79,7 +79,7 @@ case $model in *SmolLM2-135M*)
     ;;
 esac
 check "too few processes" refuses "need 3 processes" 2 repl --tp 3 -p a
-check "no such model" refuses "cannot be read" 2 repl --tp 2 -p a -m "$dir/none"
+check "a missing model" refuses "cannot be read" 2 repl --tp 2 -p a -m "$dir/none"
 check "more stages than layers" refuses "cannot share" 31 repl --pp 31 -p a
 check "a process that is killed" dies
 finish

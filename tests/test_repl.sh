@@ -1,5 +1,5 @@
 #!/bin/sh
-# The REPL: options, errors, what goes to which stream, the chat and its commands, Ctrl-C.  Variants: asan
+# The REPL: options, errors, use of standard output and standard error, the chat and its commands, Ctrl-C.  Variants: asan
 . tests/tap.sh
 repl=$(dirname "$0")/repl
 tokenize=$(dirname "$0")/tokenize
@@ -8,12 +8,12 @@ tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 out=$tmp/out err=$tmp/err
 
-# Runs the REPL with the default model (`bare` without); leaves $out, $err and $code. Lines to chat with come in $input.
+# `run` runs the REPL with the default model, `bare` without a model. They set $out, $err and $code. $input is the input.
 bare() {
     printf "$input" | "$repl" "$@" >"$out" 2>"$err"
     code=$?
 }
-run() { bare -m "$model" --dtype int4 "$@"; } # the type of the file, which loads at once
+run() { bare -m "$model" --dtype int4 "$@"; } # the type of the file, which loads fast
 input=
 
 code_is() { [ "$code" -eq "$1" ] || { show; return 1; }; }
@@ -31,21 +31,21 @@ differ() { ! cmp -s "$1" "$2"; }
 bare --help
 check "--help succeeds" code_is 0
 for option in model prompt system raw tokens ids temp top-k top-p min-p seed threads dtype ctx draft draft-max json-schema grammar regex top-n-sigma typical mirostat mirostat-tau mirostat-eta xtc-probability xtc-threshold dry-multiplier dry-base dry-allowed-length dry-last-n dry-breaker tools set; do
-    check "--help tells of --$option" out_has "--$option"
+    check "--help lists --$option" out_has "--$option"
 done
 
 bare -p hello
 check "without a model it exits with 2" code_is 2
-check "no model is explained on standard error" err_has "-m"
-check "no model gives no text" no_text
+check "without a model it prints an error" err_has "-m"
+check "without a model it prints no text" no_text
 
 for wrong in "-n 0" "-n ten" "-t 0" "--temp hot" "--temp -1" "--temp nan" "--top-k -1" "--top-p 1.5" "--min-p x" \
     "--seed -1" "--seed 99999999999999999999" "--dtype q4" "--ctx 0" "--draft self:f32" "--draft-max 3" "--draft lookup --draft-max 16" "--mirostat-tau 3" "--typical 2" "--xtc-probability x" "--dry-last-n 0" "--set x" "--set =1" "--raw --tools F" "--raw --set x=1" "--nonsense" "stray" "--raw --system S"; do
     run -p hello $wrong
-    check "$wrong is a wrong use" code_is 2
+    check "$wrong is refused" code_is 2
 done
 
-# The template of the default model knows no tools; they are read all the same.
+# The default model's template does not use tools, but --tools is still read.
 run -p hello -n 4 --tools "$tmp/absent.json"
 check "a missing file of tools is an error" both err_has absent.json code_is 1
 echo '[{"type": "function"' >"$tmp/tools.json"
@@ -53,7 +53,7 @@ run -p hello -n 4 --tools "$tmp/tools.json"
 check "tools that are not JSON are an error" both err_has "tools_json: line" code_is 1
 echo '[{"type": "function", "function": {"name": "add"}}]' >"$tmp/tools.json"
 run -p hello -n 4 --tools "$tmp/tools.json"
-check "--tools is a right use" both err_has "prompt 31 tokens" code_is 0
+check "--tools works" both err_has "prompt 31 tokens" code_is 0
 for set in "add_generation_prompt=false:27" "add_generation_prompt=:27" "add_generation_prompt=x:31" "add_generation_prompt=[]:27" \
     'add_generation_prompt=[1,"x":2]:31' 'add_generation_prompt=0,"x":1:31' 'x={"a":"}"}:31' 'x="\:31'; do
     run -p hello -n 4 --set "${set%:*}"
@@ -62,20 +62,20 @@ done
 
 bare -m "$tmp/absent.gguf" -p hello
 check "a missing file is an error" code_is 1
-check "a missing file is one line on standard error" both err_lines_are 1 err_has absent.gguf
+check "a missing file gives one line on standard error" both err_lines_are 1 err_has absent.gguf
 check "a missing file gives no text" no_text
 
 LLM_ISA=abacus bare -m "$model" -p hello
 check "LLM_ISA is obeyed" both code_is 1 err_has abacus
 
 bare -m "$0" -p hello
-check "a file that is no model is an error" code_is 1
-check "a file that is no model is one line on standard error" err_lines_are 1
+check "a file that is not a model is an error" code_is 1
+check "a file that is not a model gives one line on standard error" err_lines_are 1
 
 "$repl" -m "$model" -p hello -n 4 >/dev/full 2>"$err"
 code=$?
 check "a full disk is an error" code_is 1
-check "a full disk is named" err_has "standard output"
+check "the error of a full disk names standard output" err_has "standard output"
 
 # ---- One answer
 
@@ -94,10 +94,10 @@ check "--dtype f32 answers" both code_is 0 out_has .
 
 run --raw -p "Hello, my name is" -n 20
 check "--raw continues the text" both code_is 0 out_has .
-check "--raw shows the beginning on standard error only" err_has "^Hello, my name is"
+check "--raw prints the prompt on standard error" err_has "^Hello, my name is"
 cp "$out" "$tmp/text"
 run --raw -p "Hello, my name is" -n 20 --ids
-check "--ids prints as many ids" [ "$(wc -w <"$out")" -eq 20 ]
+check "--ids prints one id per token" [ "$(wc -w <"$out")" -eq 20 ]
 check "--ids prints one line of numbers" grep -qxE '[0-9]+( [0-9]+){19}' "$out"
 decoded=$("$tokenize" -m "$model" -d <"$out")
 check "--ids gives the ids of the text" [ "$decoded" = "$(cat "$tmp/text")" ]
@@ -119,7 +119,7 @@ run --raw -p "one two three one two three one two" -n 24 --ids
 cp "$out" "$tmp/plain"
 for draft in lookup self:int8 self:int4 "self:int4 --draft-max 1" "$model"; do
     run --raw -p "one two three one two three one two" -n 24 --ids --draft $draft
-    check "--draft $draft says the same" same "$tmp/plain" "$out"
+    check "--draft $draft gives the same text" same "$tmp/plain" "$out"
     check "--draft $draft shows its figures" err_has "guesses right"
 done
 run -p "Tell me a story." -n 16 --temp 1 --seed 7 --draft self:int4
@@ -131,10 +131,10 @@ check "a missing draft is an error" both code_is 1 err_has absent.gguf
 
 run --raw -p "one two three four five six seven eight nine ten eleven twelve thirteen fourteen" --ctx 8
 check "a prompt that does not fit is an error" code_is 1
-check "a prompt that does not fit is one line on standard error" err_lines_are 1
+check "a prompt that does not fit gives one line on standard error" err_lines_are 1
 check "a prompt that does not fit gives no text" no_text
 run --raw -p "Hello, my name is" --ctx 12
-check "an answer ends where the context does" both code_is 0 err_has "12 positions"
+check "an answer ends at the end of the context" both code_is 0 err_has "12 positions"
 
 # ---- Chat without a terminal
 
@@ -146,8 +146,8 @@ check "a closed input ends the chat" both code_is 0 no_text
 
 input='/stats\n/nonsense\n/help\n\n/quit\nnot answered\n' run
 check "commands give no text" both code_is 0 no_text
-check "/stats before an answer" err_has "Nothing has been answered"
-check "an unknown command" err_has "no command /nonsense"
+check "/stats before the first answer" err_has "Nothing has been answered"
+check "an unknown command is reported" err_has "Unknown command /nonsense"
 check "/help lists /reset" err_has "/reset"
 
 hello='Hello, I am Ada.\n'
@@ -160,14 +160,14 @@ input=$hello$question/reset'\n'$hello$question run --temp 0 -n 12
 cat "$tmp/chat" "$tmp/chat" >"$tmp/twice"
 check "/reset starts over" same "$tmp/twice" "$out"
 input=$hello$long'\n'$question run --temp 0 -n 12 --ctx 200
-check "a line that does not fit loses nothing" same "$tmp/chat" "$out"
+check "a line that does not fit leaves the chat unchanged" same "$tmp/chat" "$out"
 check "a line that does not fit suggests /reset" err_has "/reset"
 input=$hello'/stats\n' run -n 4
 check "/stats prints the figures" err_has "generated 4, .* tok/s"
 
 # ---- Ctrl-C
 
-: >"$out" # now, not when the program behind has started: it catches the signal only once it writes
+: >"$out" # emptied here: after this, text in $out means that the program runs and catches the signal
 "$repl" -m "$model" --raw -p "Once upon a time" --ids >>"$out" 2>"$err" &
 pid=$!
 wait_until [ -s "$out" ]
@@ -177,7 +177,7 @@ code=$?
 check "Ctrl-C stops the answer of -p" code_is 130
 check "Ctrl-C still prints the figures" err_has "tok/s"
 
-# A terminal: keys are typed when the screen shows what they answer.
+# A terminal: each key is typed when the screen shows the expected text.
 screen=$tmp/screen
 shows() { [ "$(grep -ac "$1" "$screen")" -ge "$2" ]; }
 longer_than() { [ "$(wc -c <"$screen")" -gt "$1" ]; }
@@ -198,6 +198,6 @@ type_keys() {
 type_keys | TERM=xterm script -qefc "exec $repl -m $model --temp 0 -n 2000" /dev/null >"$screen" 2>"$err"
 code=$?
 cp "$screen" "$out"
-check "on a terminal, Ctrl-C stops the answer, clears a line, and the chat goes on" shows 'MBU' 1
+check "on a terminal, Ctrl-C stops the answer or clears a line, and the chat continues" shows 'MBU' 1
 check "on a terminal, Ctrl-D ends the chat" code_is 0
 finish

@@ -1,10 +1,10 @@
 #!/bin/sh
-# server.c: what OpenAI's API promises, limits, clients that hang up, and the end. Without libmicrohttpd or curl it is skipped.
+# server.c: OpenAI's API, limits, clients that hang up, and shutdown. Without libmicrohttpd or curl the test is skipped.
 . tests/tap.sh
 server=$(dirname "$0")/server
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
 if [ ! -x "$server" ] || ! command -v curl >/dev/null; then
-    echo "ok 1 # SKIP libmicrohttpd, jansson or curl cannot be had"
+    echo "ok 1 # SKIP libmicrohttpd, jansson or curl is not installed"
     echo "1..1"
     exit
 fi
@@ -14,13 +14,13 @@ trap '[ -z "$pid" ] || kill -9 $pid 2>/dev/null; rm -rf "$tmp"' EXIT
 out=$tmp/out
 
 start() {
-    : >"$tmp/log" # of the server before
+    : >"$tmp/log" # removes the log of the previous server
     "$server" -m "$model" -p 0 "$@" 2>"$tmp/log" &
     pid=$!
     wait_until grep -q listens "$tmp/log"
     url=$(sed -n 's/.*\(http:.*\)/\1/p' "$tmp/log")
 }
-# POST PATH BODY [CURL OPTIONS]: the answer goes to $out, the code to $code.
+# post PATH BODY [CURL OPTIONS]: the answer goes to $out, the HTTP status to $code.
 post() {
     path=$1 body=$2
     shift 2
@@ -56,9 +56,9 @@ done
 whole=$(sed 's/.*"content":"\([^"]*\)".*/\1/' "$out")
 post $chat "{$question,\"temperature\":0,\"stream\":true,\"stream_options\":{\"include_usage\":true}}"
 check "a streamed answer ends with [DONE]" test "$(grep . "$out" | tail -n 1)" = "data: [DONE]"
-check "it tells the usage, and what was reused" out_has '"completion_tokens":12'
-check "it is the same text" test "$(sed -n 's/.*"content":"\([^"]*\)".*/\1/p' "$out" | tr -d '\n')" = "$whole"
-check "the first piece alone has the role" test "$(grep -c '"role"' "$out")" = 1
+check "it reports the usage" out_has '"completion_tokens":12'
+check "it has the same text" test "$(sed -n 's/.*"content":"\([^"]*\)".*/\1/p' "$out" | tr -d '\n')" = "$whole"
+check "only the first piece has the role" test "$(grep -c '"role"' "$out")" = 1
 post $text '{"prompt":"one two three one two three one two","temperature":0,"stop":[" way","xyz"]}'
 check "a text ends at a stop string" out_has '"finish_reason":"stop"'
 check "which is not shown" test "$(grep -c way "$out")" = 0
@@ -74,31 +74,31 @@ schema='{"type":"object","properties":{"city":{"enum":["Paris","Rome"]},"people"
 post $chat "{${question%,*},\"max_tokens\":60,\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"a\",\"schema\":$schema}}}"
 fits() { python3 -c 'import json, sys; a = json.loads(json.load(open(sys.argv[1]))["choices"][0]["message"]["content"]); assert list(a) == ["city", "people"] and a["city"] in ("Paris", "Rome") and 1 <= a["people"] <= 9' "$out"; }
 check "an answer matches its schema" fits
-check "and ends by itself" out_has '"finish_reason":"stop"'
+check "and ends when it is complete" out_has '"finish_reason":"stop"'
 post $chat "{$question,\"temperature\":0,\"logprobs\":true,\"top_logprobs\":3}"
-# log_probs PROGRAM: runs it with c, the first choice of the answer
+# log_probs CODE: runs Python code in which c is the first choice of the answer
 log_probs() { python3 -c "import json, math, sys; c = json.load(open(sys.argv[1]))['choices'][0]; $1" "$out"; }
 check "logprobs of a chat" log_probs 'e = c["logprobs"]["content"]; assert len(e) == 12 and "".join(x["token"] for x in e) == c["message"]["content"]'
-check "the likeliest token was taken" log_probs 'e = c["logprobs"]["content"]; assert all(len(x["top_logprobs"]) == 3 and x["top_logprobs"][0]["token"] == x["token"] and x["top_logprobs"][0]["logprob"] == x["logprob"] <= 0 for x in e)'
+check "the most likely token was chosen" log_probs 'e = c["logprobs"]["content"]; assert all(len(x["top_logprobs"]) == 3 and x["top_logprobs"][0]["token"] == x["token"] and x["top_logprobs"][0]["logprob"] == x["logprob"] <= 0 for x in e)'
 check "its bytes are its text" log_probs 'e = c["logprobs"]["content"]; assert all(bytes(x["bytes"]).decode() == x["token"] for x in e)'
 post $chat "{$question,\"temperature\":0,\"logprobs\":true,\"stream\":true}"
 check "logprobs come with the pieces of a stream" test "$(grep -o '"logprob":' "$out" | wc -l)" = 12
 post $text '{"prompt":"one two three","temperature":0,"logprobs":2,"max_tokens":4}'
 check "logprobs of a text are lists" log_probs 'l = c["logprobs"]; assert len(l["tokens"]) == len(l["token_logprobs"]) == len(l["top_logprobs"]) == 4 and "".join(l["tokens"]) == c["text"]'
-# The prompt in the answer, with the log-probabilities of its tokens. Those behind "one two" and " three" are the same.
+# The answer begins with the prompt, and has the log-probabilities of its tokens.
 post $text '{"prompt":"one two three four five","temperature":0,"echo":true,"logprobs":2,"max_tokens":1}'
 check "echo: the answer begins with the prompt" log_probs 'assert c["text"].startswith("one two three four five") and c["text"] == "".join(c["logprobs"]["tokens"])'
-check "its tokens have log-probabilities, but not the first" log_probs 'l = c["logprobs"]; assert len(l["tokens"]) == 6 and l["token_logprobs"][0] is None and l["top_logprobs"][0] is None and all(v < 0 and max(t.values()) >= v and len(t) == 2 for v, t in zip(l["token_logprobs"][1:], l["top_logprobs"][1:]))'
+check "its tokens have log-probabilities, except the first" log_probs 'l = c["logprobs"]; assert len(l["tokens"]) == 6 and l["token_logprobs"][0] is None and l["top_logprobs"][0] is None and all(v < 0 and max(t.values()) >= v and len(t) == 2 for v, t in zip(l["token_logprobs"][1:], l["top_logprobs"][1:]))'
 cp "$out" "$tmp/echo"
 post $text '{"prompt":"one two three four five","temperature":0,"echo":true,"logprobs":2,"max_tokens":0}'
 same_start() { python3 -c 'import json, sys; a, b = (json.load(open(x))["choices"][0]["logprobs"]["token_logprobs"][:5] for x in sys.argv[1:]); sys.exit(a != b)' "$out" "$tmp/echo"; }
-check "they are the same again" same_start
+check "they are the same in the next request" same_start
 check "max_tokens 0 generates nothing" log_probs 'assert c["text"] == "one two three four five" and len(c["logprobs"]["tokens"]) == 5 and c["finish_reason"] == "length"'
 post $text '{"prompt":"one two three four five","temperature":0,"echo":true,"logprobs":2,"max_tokens":1,"stream":true}'
 check "echo in a stream" eval 'test "$(sed -n "s/.*\"text\":\"\([^\"]*\)\".*/\1/p" "$out" | tr -d "\n")" = "$(python3 -c "import json; print(json.load(open(\"$tmp/echo\"))[\"choices\"][0][\"text\"])")"'
 post $text '{"prompt":[504,253,216],"echo":true,"max_tokens":0}'
 check "echo of ids is their text" log_probs 'assert c["text"] and c["logprobs"] is None'
-# Several prompts: each gets the answer that it gets alone.
+# Several prompts: each gets the same answer as alone.
 for prompt in '"one two three"' '[504,253,216]'; do
     post $text "{\"prompt\":$prompt,\"temperature\":0,\"max_tokens\":9}"
     cp "$out" "$tmp/alone${prompt%%[!\[]*}"
@@ -109,7 +109,7 @@ assert [c["index"] for c in got["choices"]] == list(range(len(alone)))
 assert [c["text"] for c in got["choices"]] == [a["choices"][0]["text"] for a in alone]
 assert got["usage"]["completion_tokens"] == sum(a["usage"]["completion_tokens"] for a in alone)' "$out" "$@"; }
 post $text '{"prompt":["one two three","one two three","one two three","one two three","one two three"],"temperature":0,"max_tokens":9}'
-check "five texts, though there are two places" several "$tmp/alone" "$tmp/alone" "$tmp/alone" "$tmp/alone" "$tmp/alone"
+check "five texts with two places" several "$tmp/alone" "$tmp/alone" "$tmp/alone" "$tmp/alone" "$tmp/alone"
 post $text '{"prompt":[[504,253,216],[504,253,216]],"temperature":0,"max_tokens":9}'
 check "two lists of ids" several "$tmp/alone[" "$tmp/alone["
 post $text '{"prompt":["one two three",[504,253,216]],"temperature":0,"max_tokens":9}'
@@ -129,8 +129,8 @@ post $text '{"prompt":"a a a a a a a a","temperature":0,"max_tokens":8,"frequenc
 differs() { ! python3 -c 'import json, sys; a, b = (json.load(open(x))["choices"][0]["text"] for x in sys.argv[1:]); sys.exit(a != b)' "$out" "$tmp/repeated"; }
 check "penalties change the answer" differs
 
-check "refuses what is no JSON" refuses 400 JSON $chat '{"messages":'
-check "refuses no messages" refuses 400 messages $chat '{"messages":[]}'
+check "refuses a body that is not JSON" refuses 400 JSON $chat '{"messages":'
+check "refuses an empty list of messages" refuses 400 messages $chat '{"messages":[]}'
 check "refuses a picture" refuses 400 text $chat '{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}'
 check "refuses tools that the template does not take" refuses 400 template $chat "{$question,\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"a\"}}]}"
 check "refuses an unknown format" refuses 400 response_format $chat "{$question,\"response_format\":{\"type\":\"xml\"}}"
@@ -139,13 +139,13 @@ check "refuses a wrong schema" refuses 400 type $chat "{$question,\"response_for
 check "refuses echo in a chat" refuses 400 echo $chat "{$question,\"echo\":true}"
 check "refuses a wrong echo" refuses 400 echo $text '{"prompt":"a","echo":1}'
 check "refuses a wrong number of logprobs" refuses 400 logprobs $text '{"prompt":"a","logprobs":21}'
-check "refuses top_logprobs alone" refuses 400 needs $chat "{$question,\"top_logprobs\":2}"
+check "refuses top_logprobs without logprobs" refuses 400 needs $chat "{$question,\"top_logprobs\":2}"
 check "refuses a wrong penalty" refuses 400 presence $chat "{$question,\"presence_penalty\":3}"
 check "refuses two choices" refuses 400 "n is not" $chat "{$question,\"n\":2}"
 check "refuses a wrong temperature" refuses 400 temperature $chat "{$question,\"temperature\":\"hot\"}"
 check "refuses a wrong stop" refuses 400 stop $chat "{$question,\"stop\":[1]}"
-check "refuses an id outside of the vocabulary" refuses 400 token $text '{"prompt":[1,99999999]}'
-check "refuses no prompt" refuses 400 prompt $text '{}'
+check "refuses an id outside the vocabulary" refuses 400 token $text '{"prompt":[1,99999999]}'
+check "refuses a missing prompt" refuses 400 prompt $text '{}'
 check "refuses a number as a prompt" refuses 400 prompt $text '{"prompt":7}'
 check "refuses an empty list" refuses 400 "no tokens" $text '{"prompt":[]}'
 check "refuses an empty list among others" refuses 400 "no tokens" $text '{"prompt":[[1],[]]}'
@@ -155,17 +155,17 @@ check "refuses a text among ids" refuses 400 "token id" $text '{"prompt":[7,"a"]
 check "refuses a text among ids of a list" refuses 400 "token id" $text '{"prompt":[[7,"a"]]}'
 check "refuses too many prompts" refuses 400 1024 $text "{\"prompt\":[$(yes '[5],' | head -n 1024 | tr -d '\n')[5]]}"
 check "refuses a schema for several prompts" refuses 400 response_format $text '{"prompt":["a","b"],"response_format":{"type":"json_object"}}'
-check "refuses a text of which one prompt is too long" refuses 400 3000 $text "{\"prompt\":[[1],[$(yes 5, | head -n 3001 | tr -d '\n')5]]}"
+check "refuses several prompts if one is too long" refuses 400 3000 $text "{\"prompt\":[[1],[$(yes 5, | head -n 3001 | tr -d '\n')5]]}"
 check "refuses max_tokens of 0 in a chat" refuses 400 max_tokens $chat "{${question%,*},\"max_tokens\":0}"
 check "refuses a long prompt" refuses 400 3000 $text "{\"prompt\":[$(yes 5, | head -n 3001 | tr -d '\n')5]}"
 check "refuses a large body" refuses 413 large $text "{\"prompt\":\"$(head -c 30000 /dev/zero | tr '\0' a)\"}"
 type=text/plain
-check "refuses another type, which a web page could send" refuses 415 json $text '{"prompt":"a"}'
+check "refuses a content type that a web page could send" refuses 415 json $text '{"prompt":"a"}'
 type=
 check "refuses another address" refuses 404 address /v1/embeddings '{}'
 check "refuses another method" refuses 405 POST $chat '{}' -X PUT
 
-# Two places and one to wait: the fourth is refused; those that hang up free theirs, streamed or not.
+# Two requests run and one waits, so the fourth is refused. Clients that hang up free their places, streaming or not.
 for streams in true false true; do
     curl -sN -o /dev/null -H 'Content-Type: application/json' -d "{$long,\"stream\":$streams}" "$url$chat" &
     users="$users $!"
@@ -174,35 +174,35 @@ check "two are answered" wait_until metric_is requests_running 2
 check "one waits" wait_until metric_is requests_waiting 1
 check "one more is refused" refuses 429 many $chat "{$question}"
 kill $users
-check "who hangs up frees the place" wait_until metric_is requests_running 0
-check "and leaves the queue" metric_is requests_waiting 0
-check "that is counted" metric_is requests_hung_up_total 3
+check "clients that hang up free their places" wait_until metric_is requests_running 0
+check "and leave the queue" metric_is requests_waiting 0
+check "and are counted" metric_is requests_hung_up_total 3
 post $chat "{$question,\"temperature\":0}"
-check "the next answer is the same as ever" out_has "$whole"
+check "the next answer is the usual one" out_has "$whole"
 
-# The end: a running answer is completed.
+# Shutdown completes a running answer.
 curl -sN -o "$tmp/last" -H 'Content-Type: application/json' -d "{${question%,*},\"max_tokens\":300,\"stream\":true}" "$url$chat" &
 user=$!
 wait_until metric_is requests_running 1
 kill -TERM $pid
 wait $user
-check "SIGTERM lets a running answer end" grep -q DONE "$tmp/last"
+check "after SIGTERM a running answer is completed" grep -q DONE "$tmp/last"
 wait $pid
-check "and then the server ends well" test $? -eq 0
+check "and then the server exits with 0" test $? -eq 0
 pid=
 
 check "starts with a key" start --key secret
 post $chat "{$question}"
-check "no key is refused" test "$code" = 401
+check "a missing key is refused" test "$code" = 401
 post $chat "{$question}" -H 'Authorization: Bearer secret'
-check "the key is taken" test "$code" = 200
+check "the right key is accepted" test "$code" = 200
 check "a wrong key is refused" refuses 401 key $chat "{$question}" -H 'Authorization: Bearer secreT'
 get /health
-check "/health needs none" test "$code" = 200
+check "/health needs no key" test "$code" = 200
 kill $pid
 wait $pid
 
-# Tools need a template that takes them. The second one has its mark as a control token.
+# Tools need a template that takes them. In the second template, the mark of a call is a control token.
 python3 tests/with_template.py "$model" tests/tools.jinja "$tmp/model.gguf"
 check "starts with another template" start --model "$tmp/model.gguf"
 for case in $(python3 tests/server_tools.py); do check "tools: $case" python3 tests/server_tools.py "$url" "$case"; done
@@ -214,7 +214,7 @@ check "tools: mistral" python3 tests/server_tools.py "$url" mistral
 kill $pid
 wait $pid
 
-# More connections than select() has room for: each is answered.
+# The server answers more connections than select() can handle.
 if ulimit -n 3000 2>/dev/null; then
     check "starts for many connections" start --queue 2000
     many() { python3 -c 'import socket, sys

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Valgrind finds no error while small models of every kind are loaded, run and refused, and while texts are generated.
+# Valgrind finds no errors while small models of every kind are loaded and run, bad ones are refused, and texts are generated.
 . tests/tap.sh
 here=$(dirname "$0")
 log=$(mktemp)

@@ -1,15 +1,15 @@
 #!/bin/sh
-# The walkthrough: its programs compile without a warning and give the library's text, and that of the step before if
-# the weights are the same. Its script also reads gpt-fast's output.
+# The walkthrough: its programs compile without warnings. Steps with the same weights give the same text, which is also the
+# library's. The plotting script also reads gpt-fast's output.
 . tests/tap.sh
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
 programs=$(dirname "$0")/walkthrough
 steps=examples/walkthrough
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-export OMP_WAIT_POLICY=passive # other tests run beside this one
+export OMP_WAIT_POLICY=passive # other tests run at the same time
 
-says() { # FILE PROGRAM OPTIONS...: its ids
+says() { # FILE PROGRAM OPTIONS...    writes the ids to FILE
     to=$1 program=$2
     shift 2
     "$programs/$program" -m "$model" -n 40 --samples 1 --ids "$dir/$to" "$@" >"$dir/$to.out" && [ -s "$dir/$to" ]
@@ -48,33 +48,33 @@ if [ -x "$programs/07-tensor-parallel" ]; then
             mpirun --oversubscribe --bind-to none --mca mpi_yield_when_idle 1 -n $n "$programs/07-tensor-parallel" -m "$model" -n 40 --samples 1 --ids "$dir/7" >"$dir/7.out" 2>&1
         }
         check "step 7 runs in $n processes" ranks
-        check "and says the same" same 0 7
+        check "and gives the same text" same 0 7
     done
     unset OMP_NUM_THREADS
 else
-    check "step 7 is left out: there is no mpicc" true
+    check "step 7 is skipped: mpicc is not installed" true
 fi
 check "step 3 runs with weights rounded to int8" says 3int8 03-online-softmax --weights int8
 check "step 4 gives the same text as these weights in floats" says_as 3int8 4 04-int8
 for weights in bf16 int8 "bf16 2:4" "int8 2:4"; do
     check "step 3 with weights $weights" says dense 03-online-softmax --weights "$weights"
-    check "step 8 says what these say in floats" says_as dense 8 08-sparse --weights "$weights"
+    check "step 8 gives the same text as these weights in floats" says_as dense 8 08-sparse --weights "$weights"
 done
-# A damaged model's text could agree by chance, so the perplexity, which depends on every bit, is compared, too.
+# The text of a damaged model could agree by chance, so the perplexity, which depends on every bit, is compared, too.
 judges() { # FILE WEIGHTS
     "$programs/08-sparse" -m "$model" -n 40 --samples 1 --ids "$dir/$1" --weights "$2" --text tests/golden/heldout.txt \
         --perplexity 96 >"$dir/$1.out" && grep '^Perplexity' "$dir/$1.out" >"$dir/$1.perplexity"
 }
 for weights in bf16 int8; do
     check "step 8 runs with weights $weights 2:4" judges sparse "$weights 2:4"
-    check "and with the same weights, their zeros stored" judges whole "$weights 2:4 dense"
+    check "and with the same weights and stored zeros" judges whole "$weights 2:4 dense"
     check "which gives the same text" same sparse whole
     check "and the same perplexity" same sparse.perplexity whole.perplexity
 done
 
 for n in 1 2 3 4 5 6 7 8; do
     diff_is_short() { [ "$($steps/diff.sh $n | wc -l)" -lt 400 ] && $steps/diff.sh $n | grep -q '^+'; }
-    check "what step $n changes can be shown" diff_is_short
+    check "the changes of step $n can be shown" diff_is_short
 done
 
 # The script: gpt-fast's lines from a Slurm file, and a README.
@@ -96,5 +96,5 @@ writes_readme() {
 refuses() { ! $plot "$dir/0" >/dev/null 2>"$dir/log" && grep -q "Average tokens/sec" "$dir/log"; }
 check "the script reads what gpt-fast wrote under Slurm" says_table
 check "the script writes the table and the headings" writes_readme
-check "the script names a file without figures" refuses
+check "the script reports a file without figures" refuses
 finish

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""with_template.py MODEL TEMPLATE OUT [OLD=NEW ...]: copies a GGUF file with another chat template, read from a file, and
-with other texts for tokens."""
+"""with_template.py MODEL TEMPLATE OUT [OLD=NEW ...]: copies a GGUF file, replaces its chat template by the one in the file
+TEMPLATE, and renames tokens."""
 import struct
 import sys
 

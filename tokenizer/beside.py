@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/beside.jsonl: how transformers uses the tokens in a tokenizer_config.json beside a tokenizer.json.
+"""Writes tests/golden/beside.jsonl: how transformers uses the tokens in tokenizer_config.json together with tokenizer.json.
 
     pip install transformers==5.24.0
     python3 tokenizer/beside.py tests/golden/beside.jsonl
 
-The first line is the tokenizer.json. Each other line has a tokenizer_config.json, and texts with their ids."""
+The first line is the tokenizer.json. Each other line has a tokenizer_config.json and texts with their ids."""
 
 import json
 import pathlib

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/chat.jsonl: conversations as Jinja renders them with models' chat templates, and small templates
-that use every construct of the language.
+"""Writes tests/golden/chat.jsonl: conversations that Jinja renders with models' chat templates, and small templates that use
+every construct of the language.
 
     pip install jinja2
     python3 tokenizer/chat.py tests/golden/chat.jsonl [DIRECTORY]
 
-The templates are as published, except that in long templates the branches for tools only contain "...". With a directory
-of the published templates (such as models/templates of llama.cpp), it checks that these render the same.
+The templates are the published ones, except that branches for tools in long templates only contain "...". If a directory of
+published templates is given (such as llama.cpp's models/templates), the script checks that these render the same.
 """
 
 import json
@@ -339,8 +339,7 @@ LLAMA2_FIRST = (
     "{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 
-# Templates that have the tokens of a known template but render differently: variations of the above, each with a small
-# difference.
+# Templates with the tokens of a known template that render differently: variations of the above, each with a small change.
 ODD = {
     "Yi": "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|im_start|>user\n' + message['content'] + '<|im_end|>\n<|im_start|>assistant\n' }}"
     "{% else %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}",
@@ -420,7 +419,7 @@ CONVERSATIONS = [
 ]
 
 
-# Templates that use the language itself, each with variables.
+# Templates that test the language, each with variables.
 V = {
     "s": "  Hello, World \n", "t": "a,b,,c", "u": "é Ünï 漢字 😀", "n": 7, "m": -3, "f": 2.5, "z": None, "yes": True,
     "list": [3, 1, 2], "names": ["b", "A", "c", "a"], "d": {"x": 1, "y": [1, {"z": None}], "k": "v"}, "empty": [],
@@ -476,7 +475,7 @@ def refuse(message):
 
 
 class Generation(Extension):
-    """{% generation %}, which transformers defines to mark what the assistant said."""
+    """{% generation %}, which transformers defines to mark the assistant's text."""
 
     tags = {"generation"}
 
@@ -494,7 +493,7 @@ def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 
 def environment():
-    """Jinja with the settings of transformers, except for the date."""
+    """Returns Jinja with the settings of transformers, except for the date."""
     settings = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     settings.globals["raise_exception"] = refuse
     settings.filters["tojson"] = to_json

@@ -3,12 +3,12 @@
 
     python3 tokenizer/compare.py [-n 20000] [--as WHAT] [--pre NAME] FILE.gguf ...
 
---as gguf           build/tokenize reads the GGUF file itself; SentencePiece vocabularies are compared with Hugging Face's
-     sentencepiece  ... with sentencepiece, which knows no special tokens in texts
-     json           it reads the tokenizer.json that Hugging Face's tokenizers save
-     first, split   the same, of a SentencePiece vocabulary with Metaspace "first" or "split" instead of a normalizer
-     model          it reads a tokenizer.model, compared with sentencepiece
---pre               another pre-tokenizer than the file's own, for --as json
+--as gguf           build/tokenize reads the GGUF file; SentencePiece vocabularies are compared with Hugging Face's tokenizers
+     sentencepiece  the same, but compared with sentencepiece, which does not recognise special tokens in texts
+     json           build/tokenize reads the tokenizer.json saved by Hugging Face's tokenizers
+     first, split   the same for a SentencePiece vocabulary with Metaspace "first" or "split" instead of a normalizer
+     model          build/tokenize reads a tokenizer.model, compared with sentencepiece
+--pre               for --as json: a pre-tokenizer other than the file's
 """
 
 import argparse

@@ -1,14 +1,18 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/tokenizers: small vocabularies of each kind as Hugging Face's `tokenizers` and `sentencepiece` save
-them, and what these make of texts.
+"""Writes tests/golden/tokenizers: small vocabularies of each kind, saved by Hugging Face's `tokenizers` and `sentencepiece`,
+and texts with the ids that these programs give.
 
     python3 tokenizer/families.py tests/golden/tokenizers
 
-NAME/ is a directory as published with a model. NAME.jsonl has lines [text, ids, plain ids, whole ids, decoded, shown]:
-the ids with special tokens recognised (null: not known); without, as `encode_special_tokens` (null: the same); with what
-the file's post-processor adds (null: nothing); the text of the ids without special tokens (null: the first text) and
-with them (null: the same). The last two are false where the reference shows a character that was not in the text: for
-an unknown token, or an added token that could be mistaken for bytes.
+NAME/ is a directory in the form in which it is published with a model. NAME.jsonl has lines
+[text, ids, plain ids, whole ids, decoded, shown]:
+    ids         with special tokens recognised (null: not known)
+    plain ids   without (`encode_special_tokens`; null: the same)
+    whole ids   with the tokens that the file's post-processor adds (null: the same)
+    decoded     the text of the ids without special tokens (null: equal to text)
+    shown       the text of the ids with special tokens (null: equal to decoded)
+decoded and shown are false if the reference shows a character that was not in the text: for an unknown token, or an added
+token that could be mistaken for bytes.
 """
 
 import io

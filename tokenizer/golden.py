@@ -4,10 +4,10 @@ tests/golden/unicode.json: hashes of the classes and of the normalised forms of 
 
 A line is [text, ids], or [text, ids, plain ids] if the ids differ without special tokens. For a long text it is
 {"unit", "times", "count", "hash"}: the text is `unit` repeated `times` times, `count` is the number of its ids, and `hash`
-is FNV-1a over them, as 32-bit numbers.
+is FNV-1a over the ids as 32-bit numbers.
 
-The hashes are FNV-1a over the class of each code point, as in reference.BITS, and over the code points that the
-normaliser NFC of `tokenizers` makes of each code point between two others (NFC_FRAMES).
+The hashes are FNV-1a over the class of each code point (see reference.BITS), and over the code points that the NFC
+normaliser of `tokenizers` gives for each code point between two others (NFC_FRAMES).
 
     python3 tokenizer/golden.py models/SmolLM2-135M-Instruct.Q4_1.gguf tests/golden
 """

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/tokenizers/llama-3-meta: a small tokenizer.model as Meta publishes it for Llama 3, learned by
-`tiktoken`, and what `tiktoken` makes of texts with the rule and the special tokens of
+"""Writes tests/golden/tokenizers/llama-3-meta: a small tokenizer.model in the format of Meta's Llama 3, trained by
+`tiktoken`, and texts with the ids of `tiktoken`, which uses the rule and the special tokens of
 https://github.com/meta-llama/llama-models/blob/main/models/llama3/tokenizer.py
 
     pip install tiktoken==0.14.0 tokenizers sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
     python3 tokenizer/meta.py tests/golden/tokenizers
 
-llama-3-meta.jsonl has lines as families.py describes them.
+families.py describes the lines of llama-3-meta.jsonl.
 """
 import base64
 import json

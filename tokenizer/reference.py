@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Punctuation,
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
-# ---- Classes of code points, as llm.h has them ----
+# ---- Classes of code points, as in llm.h ----
 
 BITS = {"Lu": 1, "Lt": 1, "Ll": 2, "Lm": 4, "Lo": 4, "M": 8, "N": 16, "P": 32, "S": 64}
 WHITE_SPACE = 128
@@ -109,7 +109,7 @@ def byte_level(vocabulary, pre=None):
 
 
 def scored_merges(vocabulary):
-    """The merges of a SentencePiece vocabulary, as transformers makes them: every way to cut a piece into two."""
+    """Returns the merges of a SentencePiece vocabulary, as transformers makes them: every split of a piece into two pieces."""
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
     merges = []
     for id_, (token, score, type_) in enumerate(zip(vocabulary.tokens, vocabulary.scores, vocabulary.types)):
@@ -121,7 +121,7 @@ def scored_merges(vocabulary):
 
 
 def characters(vocabulary, how="legacy"):
-    """The Hugging Face tokenizer that a SentencePiece vocabulary is converted to."""
+    """Converts a SentencePiece vocabulary to a Hugging Face tokenizer."""
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
     model = models.BPE(ids, scored_merges(vocabulary), unk_token=vocabulary.tokens[vocabulary.unk], fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)

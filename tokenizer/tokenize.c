@@ -1,7 +1,7 @@
 /* tokenize -m MODEL: text to token ids and back.
 
    Standard input is one text or, with --json, a JSON string per line. Ids are separated by spaces, one line per text.
-   With -d each line of ids becomes text again: plain text, or with --json a JSON string per line. */
+   With -d each line of ids is converted back to text: plain text, or with --json a JSON string per line. */
 #define LLM_IMPLEMENTATION
 #include "../llm.h"
 
@@ -37,7 +37,7 @@ static error_t parse_option(int key, char *value, struct argp_state *state) {
     }
 }
 
-/* ---- The two directions ---- */
+/* ---- Encoding and decoding ---- */
 
 static void *need(void *ptr) {
     if (ptr) return ptr;
@@ -62,7 +62,7 @@ static int encode(const llm_tokenizer *tokenizer, const options *o, const char *
     return n < 0;
 }
 
-/* JSON holds whole characters only: the others become U+FFFD, as a stream of tokens shows them. */
+/* JSON can only hold whole characters. Other bytes become U+FFFD, as in a stream of tokens. */
 static char *decode_characters(const llm_tokenizer *tokenizer, const llm_token *ids, size_t n_ids, unsigned flags,
                                size_t *n_bytes) {
     llm_text_stream stream = {0, false, {0}, 0};
@@ -117,7 +117,8 @@ static int decode(const llm_tokenizer *tokenizer, const options *o, const char *
 
 /* ---- Standard input ---- */
 
-/* Reads up to and with a newline, or to the end if `all`; NULL at the end. Bytes may be anything, also 0. */
+/* Reads a line with its newline, or everything if `all`. Returns NULL at the end. The text may contain any bytes, also
+   0. */
 static char *read_input(int all, size_t *n) {
     size_t capacity = 1 << 16;
     char *text = (char *)need(malloc(capacity));
@@ -160,10 +161,10 @@ static int run(const llm_tokenizer *tokenizer, const options *o) {
 
 int main(int argc, char **argv) {
     static const struct argp_option list[] = {
-        {"model", 'm', "FILE", 0, "the model, its directory, or a file with its vocabulary alone", 0},
+        {"model", 'm', "FILE", 0, "the model, its directory, or a file with only its vocabulary", 0},
         {"decode", 'd', NULL, 0, "lines of ids in, text out", 0},
         {"json", OPTION_JSON, NULL, 0, "texts are JSON strings, one per line", 0},
-        {"bos", OPTION_BOS, NULL, 0, "begin and end as the model's file asks for", 0},
+        {"bos", OPTION_BOS, NULL, 0, "add BOS and EOS as the model's file says", 0},
         {"special", OPTION_SPECIAL, NULL, 0, "recognise special tokens in the text, and show them with -d", 0},
         {0}};
     static const struct argp argp = {list, parse_option, NULL, "Text to token ids and back.", NULL, NULL, NULL};

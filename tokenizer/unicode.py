@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints the Unicode tables of llm.h, section 7: paste the output over the ones there.
+"""Prints the Unicode tables of llm.h, section 7. Replace the tables there by the output.
 
 The classes are those of Unicode 16.0, and normalisation is that of Unicode 9.0, because the regular expressions and the
 normaliser of Hugging Face `tokenizers` use these versions:
@@ -35,7 +35,7 @@ def lengths(items):
 
 
 def class_words():
-    """Each class's letter, and the number of code points that have it if it is not one. "A3" means "UlUlUl"."""
+    """Run-length encodes the classes: a class's letter, and the number of code points if it is not one. "A3" means "UlUlUl"."""
     runs = lengths(symbol_class(code) for code in range(0x110000))
     words, i = [], 0
     while i < len(runs):
@@ -52,7 +52,8 @@ DIGITS = [chr(c) for c in range(35, 127) if chr(c) not in "?\\"]
 
 
 def number(value):
-    """Base 45, lowest digit first; all digits but the last are from the second half of the 90 characters."""
+    """Writes a number in base 45, lowest digit first. All digits except the last are from the second half of the 90
+    characters."""
     text = ""
     while value >= 45:
         text += DIGITS[45 + value % 45]
@@ -71,8 +72,9 @@ def normalised(code):
 
 
 def decomposition_words():
-    """Per canonical decomposition code -> first second: how far from the last code (doubled, odd if it is never
-    composed again), how far `first` is from the last one, `second` (0 if there is none, else counted from U+0300)."""
+    """Encodes each canonical decomposition code -> first second as three numbers: the difference from the previous code
+    (doubled; odd if it is never composed again), the difference of `first` from the previous one, and `second` (counted from
+    U+0300; 0 if there is none)."""
     words, last_code, last_first = [], 0, 0
     for code in range(0x110000):
         mapping = unicode.decomposition(chr(code)) if normalised(code) else ""
@@ -87,7 +89,7 @@ def decomposition_words():
 
 
 def combining_words():
-    """Runs of code points with the same combining class other than 0: the gap before, the length, the class."""
+    """Encodes runs of code points with the same combining class other than 0: the gap before, the length, the class."""
     words, gap = [], 0
     for value, n in lengths(unicode.combining(chr(code)) if normalised(code) else 0 for code in range(0x110000)):
         if value:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""A table and a picture of bench/cluster/network.sh:  draw.py network.csv [network.png]
+"""Makes a table and a picture from the results of bench/cluster/network.sh:  draw.py network.csv [network.png]
 
-The table goes to standard output. The picture, which needs matplotlib, has tokens per second over the network's delay, and a
-line for one host alone: where a curve falls below it, more hosts are slower than one."""
+The table goes to standard output. The picture, which needs matplotlib, shows tokens per second over the network's delay, and a
+line for one host alone. Where a curve is below this line, two hosts are slower than one."""
 import csv
 import sys
 
@@ -11,7 +11,7 @@ NAMES = {"tp": "tensor parallel", "pp": "pipeline"}
 
 
 def read(path):
-    """Rates of one host alone, and {(delay, mbit): {"trip": us, "tp": (decode, prefill), "pp": ...}}."""
+    """Returns the rates of one host alone, and {(delay, mbit): {"trip": us, "tp": (decode, prefill), "pp": ...}}."""
     alone, settings = (0.0, 0.0), {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):

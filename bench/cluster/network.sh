@@ -1,28 +1,28 @@
 #!/bin/sh
-# Three hosts with a network of a delay and a rate between them, on this machine: what tensor and pipeline parallel make of it.
-#     bench/cluster/network.sh MODEL FOLDER        (make test-cluster does it)
-#     bench/cluster/network.sh tinyllama-1.1b FOLDER        random weights of a shape that build/bench knows, as int8
-# Hosts are network namespaces with names of their own; bench/cluster/wire.c is the network; MPI goes over TCP. FOLDER gets
-# network.csv, network.md and, if there is matplotlib, network.png. It needs root, namespaces and /dev/net/tun; without them it
-# says so and ends well. MBITS, DELAYS, PROMPT, TOKENS and ROUNDS choose what is measured.
+# Measures tensor and pipeline parallel on three simulated hosts of this machine, connected by a network with a given delay and rate.
+#     bench/cluster/network.sh MODEL FOLDER        (run by make test-cluster)
+#     bench/cluster/network.sh tinyllama-1.1b FOLDER        random int8 weights of a shape that build/bench knows
+# Hosts are network namespaces with their own host names; bench/cluster/wire.c simulates the network; MPI uses TCP. Writes network.csv,
+# network.md and, if matplotlib is installed, network.png to FOLDER. Needs root, namespaces and /dev/net/tun; without them it prints
+# "skipped" and exits with 0. MBITS, DELAYS, PROMPT, TOKENS and ROUNDS select the measurements.
 set -eu
 cd "$(dirname "$0")/../.."
 model=$1 folder=$2
 mkdir -p "$folder"
 if [ -z "${IN_NAMESPACE:-}" ]; then
     for what in 'ip -V' 'test -c /dev/net/tun' 'unshare --net --mount true'; do
-        $what >/dev/null 2>&1 || { echo "skipped: '$what' fails here, so there can be no hosts with a network between them"; exit 0; }
+        $what >/dev/null 2>&1 || { echo "skipped: '$what' fails, but it is needed to simulate hosts with a network"; exit 0; }
     done
-    # Devices, mounts and processes end with these namespaces.
+    # Devices, mounts and processes disappear with these namespaces.
     IN_NAMESPACE=1 exec unshare --net --mount --pid --fork --mount-proc "$0" "$@"
 fi
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-mount -t tmpfs none /run # where ip keeps the names of namespaces
+mount -t tmpfs none /run # ip stores the names of namespaces there
 cc -O2 -o "$dir/wire" bench/cluster/wire.c
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 
-# mpirun calls this in the place of ssh:  HOST COMMAND...
+# mpirun calls this instead of ssh:  HOST COMMAND...
 cat >"$dir/reach" <<'END'
 #!/bin/sh
 while [ "${1#-}" != "$1" ]; do shift; done
@@ -59,7 +59,7 @@ on_hosts() { # N COMMAND...
         --mca plm rsh --mca plm_rsh_agent "$dir/reach" --mca oob_tcp_if_include 10.9.0.0/24 --mca btl self,tcp \
         --mca btl_tcp_if_include 10.9.0.0/24 --mca pml ob1 --mca mpi_yield_when_idle 1 "$@"
 }
-# Microseconds there and back, as ping measures them; the least of 20.
+# Prints the round trip time in microseconds, the minimum of 20 pings.
 round_trip() {
     ip netns exec h1 ping -q -c 20 -i 0.01 10.9.0.2 2>/dev/null | sed -n 's/.*= \([0-9.]*\)\/.*/\1/p' | awk '{ printf "%.0f", 1000 * $1 }'
 }

@@ -1,12 +1,12 @@
 #!/bin/sh
-# Slurm with three nodes on this one machine, and the jobs of bench/slurm on it: each prints its figures, and one goes on after a
-# node has been killed.    bench/cluster/slurm.sh        (make test-cluster does it; prints TAP)
-# It needs root, and the packages slurmctld, slurmd, slurm-client, munge and openmpi-bin. All daemons and their files are in
-# namespaces of their own and end with the script. QUICK=1: short jobs.
+# Runs the jobs of bench/slurm on a Slurm cluster of three nodes, all on this machine. Each job must print its figures, and one must
+# resume after a node is killed.    bench/cluster/slurm.sh        (run by make test-cluster; prints TAP)
+# Needs root, and the packages slurmctld, slurmd, slurm-client, munge and openmpi-bin. All daemons and their files are in separate
+# namespaces and disappear with the script.
 set -eu
 cd "$(dirname "$0")/../.."
 if [ -z "${IN_NAMESPACE:-}" ]; then
-    unshare --net --mount true 2>/dev/null || { echo "1..0 # SKIP unshare fails here: it needs root, and a kernel with namespaces"; exit 0; }
+    unshare --net --mount true 2>/dev/null || { echo "1..0 # SKIP unshare fails: it needs root, and a kernel with namespaces"; exit 0; }
     IN_NAMESPACE=1 exec unshare --net --mount --uts --pid --fork --mount-proc "$0" "$@"
 fi
 . tests/tap.sh
@@ -63,7 +63,7 @@ all_idle() { is_idle n1 && is_idle n2 && is_idle n3; }
 
 # ---- Jobs ----
 
-# srun's MPI does not reach over nodes that share a host, so mpirun starts the processes, through Slurm.
+# srun's MPI does not work with several nodes on one host, so mpirun starts the processes through Slurm.
 export LAUNCH="mpirun --oversubscribe --bind-to none --mca btl self,tcp --mca btl_tcp_if_include 10.9.0.0/24 --mca oob_tcp_if_include 10.9.0.0/24"
 export MODEL="$model" SAMPLES=1 TOKENS=16
 submit() { job=$(sbatch --parsable --exclusive "$@"); }
@@ -83,7 +83,7 @@ each_rank() { # N NAME
 
 has_answers() { grep -q '^[0-9]' "$answers" 2>/dev/null; }
 was_restarted() { is_there 'started 2 times'; }
-# A node with all that runs on it. Slurm's processes of a node have its name in their commands; what they started is below them.
+# Kills a node with all its processes. Slurm's daemons of a node have its name in their commands; the jobs are their children.
 kill_node() { # NAME
     for daemon in $(pgrep -f "slurmd -N $1\$") $(pgrep -f "slurmstepd: .*") $(pgrep -x orted); do
         node=$(tr '\0' '\n' <"/proc/$daemon/environ" | sed -n 's/^SLURMD_NODENAME=//p')
@@ -106,12 +106,12 @@ same_answers() {
 }
 comes_back() { slurmd -N n2 && wait_until is_idle n2; }
 
-check "three nodes are there" wait_until all_idle
+check "three nodes start" wait_until all_idle
 for name in baseline compile quantize speculative; do check "job $name" prints_figures $name; done
 check "tensor parallel over two nodes" each_rank 2 tp
 check "a pipeline over three nodes" each_rank 3 pp
 export HELLASWAG="-d tests/hellaswag.jsonl --batch 16"
-check "a node is killed: the job goes on, on another" node_dies
-check "its answers are those of one process" same_answers
+check "after a node is killed, the job resumes on another" node_dies
+check "its answers are the same as from one process" same_answers
 check "the node comes back" comes_back
 finish

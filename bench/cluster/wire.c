@@ -1,10 +1,10 @@
-/*  wire.c - a network between hosts that are network namespaces of one machine, with a delay and a rate.
+/*  wire.c - simulates a network with a delay and a rate between network namespaces of one machine.
 
     wire DELAY_US MBIT_S N
 
-    Makes N network devices wire1 to wireN, to be moved into the namespaces, and prints a line when they are there. What one
-    host sends reaches the others after it has gone through the host's link, at MBIT_S, and DELAY_US more. Runs until it is
-    stopped. It needs /dev/net/tun and root, but not the kernel's sch_netem, which many kernels are built without. */
+    Makes N network devices wire1 to wireN, which the caller moves into the namespaces, and prints a line when they
+    exist. A frame passes the sending host's link at MBIT_S, and reaches the other host DELAY_US later. Runs until it is
+    stopped. Needs /dev/net/tun and root, but not the kernel's sch_netem, which many kernels lack. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/if.h>
@@ -20,11 +20,11 @@
 
 enum { MOST_HOSTS = 8, MOST_FRAMES = 4096, FRAME = 9216 };
 
-/* Frames on their way from one host, in order; more than MOST_FRAMES are lost, as in a full switch. */
+/* Frames in transit from one host, in order. Frames beyond MOST_FRAMES are lost, as in a full switch. */
 typedef struct host {
     int fd;
-    unsigned char mac[6]; /* of the last frame that it sent: later ones to it need not go to all */
-    double free_at;       /* when its link has sent what it has                                  */
+    unsigned char mac[6]; /* sender address of its last frame, to which later frames are delivered */
+    double free_at;       /* time at which its link has sent everything                            */
     int first, n;
     struct frame {
         double due;
@@ -57,7 +57,7 @@ static int open_device(int number) {
     return fd;
 }
 
-/* Takes what a host sends. A link that is busy sends it later. */
+/* Reads the frames that a host sends. If the link is busy, they are sent later. */
 static void take(host *h, double delay, double bytes_per_second) {
     while (h->n < MOST_FRAMES) {
         struct frame *f = &h->frames[(h->first + h->n) % MOST_FRAMES];
@@ -73,14 +73,14 @@ static void take(host *h, double delay, double bytes_per_second) {
     }
 }
 
-/* Brings a frame to the host whose address it bears, or where that is not known, to all others. */
+/* Delivers a frame to the host with its destination address or, if that is unknown, to all other hosts. */
 static void deliver(const host *from, const struct frame *f) {
     const host *known = NULL;
     for (int i = 0; i < n_hosts; i++)
         if (!memcmp(hosts[i].mac, f->bytes, 6)) known = &hosts[i];
     for (host *to = hosts; to < hosts + n_hosts; to++)
         if (to != from && (!known || to == known) && write(to->fd, f->bytes, (size_t)f->size) < 0)
-            continue; /* its device is down, or its queue full: lost */
+            continue; /* the device is down or its queue is full: the frame is lost */
 }
 
 int main(int argc, char **argv) {
@@ -91,7 +91,7 @@ int main(int argc, char **argv) {
         fprintf(stderr, "wire DELAY_US MBIT_S N: N hosts, 2 to %d\n", MOST_HOSTS);
         return 1;
     }
-    prctl(PR_SET_TIMERSLACK, 1UL); /* else the kernel wakes it up to 50 us late */
+    prctl(PR_SET_TIMERSLACK, 1UL); /* otherwise the kernel may wake it 50 us late */
     for (int i = 0; i < n_hosts; i++) {
         hosts[i].fd = waits[i].fd = open_device(i + 1);
         waits[i].events = POLLIN;

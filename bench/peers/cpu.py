@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""The same work done by build/bench, llama.cpp's llama-bench and OpenVINO GenAI, in turns: prefill of a prompt, and decode
-from an empty cache. Each measurement is appended to RESULTS.csv as a row; bench/peers/report.py draws that file.
+"""Measures the same work with build/bench, llama.cpp's llama-bench and OpenVINO GenAI, in alternating rounds: prefill of a
+prompt, and decode from an empty cache. Appends each measurement to RESULTS.csv; bench/peers/report.py draws that file.
 
     cpu.py RESULTS.csv --model MODEL.Q4_1.gguf --llama-bench PATH [--prompt 512] [--new 128] [--threads 2] [--rounds 5]
            [--weights bf16,q8_0,q4_1,q4_0]
 
-llama-quantize, which is beside llama-bench, makes files of the other types from MODEL, in build/peers/models. Every program
-reads the file with the same weights, with two exceptions: OpenVINO reads F16 for bf16 (it computes in bf16 where the
-processor can), and Q4_0 for Q4_1, which it cannot read. The prompts of llama-bench are random; those of OpenVINO begin
-differently each time. LLM_ISA=avx512 (or avx2) prevents that llm.h uses the matrix unit.
+llama-quantize, which must be in the same folder as llama-bench, makes files of the other types from MODEL, in
+build/peers/models. All programs read the same file, with two exceptions: OpenVINO reads F16 instead of bf16 (it computes in
+bf16 if the processor can), and Q4_0 instead of Q4_1, which it cannot read. The prompts of llama-bench are random; those of
+OpenVINO begin differently each time. LLM_ISA=avx512 (or avx2) prevents llm.h from using the matrix unit.
 """
 import argparse
 import csv
@@ -31,7 +31,7 @@ OPENVINO = {"bf16": "F16", "q8_0": "Q8_0", "q4_1": "Q4_0", "q4_0": "Q4_0"}
 
 
 def machine():
-    """What the figures depend on, in one line."""
+    """Returns a line that describes the machine."""
     about = dict(re.findall(r"(.+?):\s+(.+)", run(["lscpu"])))
     flags = about.get("Flags", "").split()
     kinds = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16") if flag in flags]
@@ -50,7 +50,7 @@ def run(command):
 
 
 def model_file(args, kind):
-    """The model's file of a type; llama-quantize makes it if it is not there."""
+    """Returns the model's file with a type. llama-quantize makes it if it is missing."""
     if not kind:
         return args.model
     to = FOLDER / "models" / re.sub(r"(\.Q4_1)?\.gguf$", f".{kind}.gguf", args.model.name)
@@ -84,7 +84,7 @@ def openvino(args, weights):
 
 
 def open_results(path):
-    """The file to append to; a new one begins with the machine and the columns."""
+    """Opens the file for appending. A new file begins with the machine and the columns."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a", newline="", encoding="utf-8")
@@ -108,7 +108,7 @@ def main():
     args = parser.parse_args()
     kinds = args.weights.split(",")
     if not set(kinds) <= set(FILES):
-        parser.error(f"--weights: '{args.weights}' is no list of {', '.join(FILES)}")
+        parser.error(f"--weights: '{args.weights}' is not a list of {', '.join(FILES)}")
     file, writer = open_results(args.results)
     with file:
         for round_ in range(args.rounds):

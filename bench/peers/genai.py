@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""OpenVINO GenAI on the CPU, as a peer: prints, as JSON, its rates of prefill and of decode with a GGUF file.
+"""Measures OpenVINO GenAI on the CPU: prints its rates of prefill and decode with a GGUF file, as JSON.
 
     genai.py MODEL.gguf --prompt 512 --new 128 --threads 2 --rounds 1
 """
@@ -13,7 +13,7 @@ import openvino_genai
 
 
 def tokens(n, first):
-    """n tokens; the first differs from run to run, for the pipeline keeps the cache of prompts that begin alike."""
+    """Returns n tokens. The first differs from run to run, because the pipeline reuses the cache of common prefixes."""
     ids = [(i * 37) % 5000 + 10 for i in range(n)]
     ids[0] = first
     ids = numpy.array([ids], dtype=numpy.int64)
@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     pipe = openvino_genai.LLMPipeline(args.model, "CPU", INFERENCE_NUM_THREADS=args.threads)
-    run(pipe, args.prompt, 8, 9000)  # warms up
+    run(pipe, args.prompt, 8, 9000)  # warm-up
     prefill, decode = [], []
     for i in range(args.rounds):
         prefill.append(args.prompt / run(pipe, args.prompt, 1, 9001 + 2 * i).get_ttft().mean * 1e3)

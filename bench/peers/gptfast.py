@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""The gpt-fast technique in PyTorch, as a peer to measure beside llm_cuda.cu: random weights, batch 1, a static KV cache,
-the one-token pass as it is (eager), then compiled with torch.compile(mode="reduce-overhead", fullgraph=True), which records
-it as a CUDA graph, and int8 per output channel. The settings are those of gpt-fast's generate.py: coordinate_descent_tuning, without which the
-compiler does not fuse int8's widening into the product; unique kernel names; the cache of compiled graphs; and attention as
-plain mathematics, which the compiler fuses better than a library's kernel. The products are gpt-fast's, too: queries, keys
-and values in one, gates and ups in two. The next token is the likeliest one, where gpt-fast draws one of the best 200, which
-takes longer. For comparison, gpt-fast's README gives 104.9 tokens per second (bf16) and 155.6 (int8) for Llama-2-7B on an
-A100 with 80 GB and a power limit of 330 W.
+"""Measures gpt-fast's technique in PyTorch, for comparison with llm_cuda.cu: random weights, batch 1, a static KV cache, a
+pass of one token without compilation (eager) and compiled with torch.compile(mode="reduce-overhead", fullgraph=True), which
+records it as a CUDA graph, and int8 per output channel. The settings are those of gpt-fast's generate.py:
+coordinate_descent_tuning, without which the compiler does not fuse the conversion of int8 into the product; unique kernel
+names; the cache of compiled graphs; and attention in plain operations, which the compiler fuses better than a library's
+kernel. The products are also gpt-fast's: one for queries, keys and values, two for gates and ups. The next token is the most
+likely one, whereas gpt-fast draws one of the best 200, which takes longer. For comparison, gpt-fast's README reports 104.9
+tokens per second (bf16) and 155.6 (int8) for Llama-2-7B on an A100 with 80 GB and a power limit of 330 W.
 
     gptfast.py [--shape Llama-2-7B] [--weights bf16 int8] [--depth 6] [--read-gbs 4000]
 
 Prints lines like bench/gpu.cpp: model, weights, mode, what, tokens per second, % of the limit. The limit is --read-gbs, the
-bandwidth bench/gpu.cpp measured on the same GPU; without it the share is left out. --device cpu --shape smallest tries the
-program without a GPU. Needs PyTorch 2.3 or newer and nothing from the network."""
+bandwidth that bench/gpu.cpp measured on the same GPU; without it the percentage is omitted. To try the program without a GPU,
+use --device cpu --shape smallest. Needs PyTorch 2.3 or newer, and no network."""
 import argparse
 import sys
 import time
@@ -31,7 +31,7 @@ torch._inductor.config.fx_graph_cache = True
 # Tokens per second that gpt-fast's README reports for an A100.
 PUBLISHED = {("Llama-2-7B", "bf16"): 104.9, ("Llama-2-7B", "int8"): 155.58}
 
-# Layers, n_embd, n_ff, heads, key heads, head_dim, n_vocab: those of bench/gpu.cpp.
+# Layers, n_embd, n_ff, heads, key heads, head_dim, n_vocab, as in bench/gpu.cpp.
 SHAPES = {
     "Llama-2-7B": (32, 4096, 11008, 32, 32, 128, 32000),
     "Llama-3.1-8B": (32, 4096, 14336, 32, 8, 128, 128256),
@@ -53,7 +53,7 @@ class Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """The same with int8 and a scale for each output."""
+    """The same with int8 weights and one scale per output."""
 
     def __init__(self, n, k):
         super().__init__()
@@ -123,7 +123,7 @@ class Model(nn.Module):
 
 
 def weight_bytes(model):
-    """What one token reads of the weights: not the embedding, of which it takes a row."""
+    """Returns the bytes of weights that a token reads. The embedding does not count, because a token only reads one row of it."""
     return sum(b.numel() * b.element_size() for m in model.modules() if isinstance(m, (Linear, Int8Linear)) for b in m.buffers())
 
 
@@ -139,7 +139,7 @@ def build(shape, weights, n_ctx, device):
 
 @torch.no_grad()
 def measure(step, depth, device):
-    """Tokens per second after the first ones, in which a compiled pass is compiled and recorded."""
+    """Returns tokens per second, without the first tokens, during which the pass is compiled and recorded."""
     token, position = torch.ones(1, dtype=torch.long, device=device), torch.tensor([depth - 6], device=device)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
@@ -178,7 +178,7 @@ def main():
             rate = measure(step, args.depth, args.device)
             share = f"{100 * read * rate / (args.read_gbs * 1e9):.1f}" if args.read_gbs else ""
             print(f"{args.shape},{weights},{mode},decode at {args.depth},{rate:.1f},{share}", flush=True)
-        print(f"gptfast.py: {weights} took {time.perf_counter() - start:.0f} s, most of it compiling", file=sys.stderr, flush=True)
+        print(f"gptfast.py: {weights} took {time.perf_counter() - start:.0f} s, most of it for compilation", file=sys.stderr, flush=True)
         del model
         torch.compiler.reset()
 

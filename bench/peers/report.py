@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The medians of what bench/peers/cpu.py measured, as a Markdown table and as bars beside the machine's limits.
+"""Prints the medians of bench/peers/cpu.py's measurements as a Markdown table, and draws them as bars with the machine's limits.
 
     pip install matplotlib
     report.py RESULTS.csv PLOT.png
@@ -19,8 +19,8 @@ COLOURS = {"llm.h": "#d1495b", "llama.cpp": "#30638e", "OpenVINO GenAI": "#8d99a
 
 
 def read(path):
-    """The machine, and {column: {(program, weights): median}}. Limits are what llm.h would reach with the machine's whole
-    bandwidth, or rate of multiplication, which build/bench measures in the same run."""
+    """Returns the machine, and {column: {(program, weights): median}}. Limits are the rates that llm.h would reach with the
+    machine's full bandwidth or multiplication rate, which build/bench measures in the same run."""
     with open(path, encoding="utf-8") as file:
         lines = file.read().splitlines()
     values = collections.defaultdict(lambda: collections.defaultdict(list))

@@ -1,14 +1,14 @@
 /*  cuda_runtime.h - enough of CUDA for a C++ compiler to build llm_cuda.cu and run its kernels on the CPU.
 
-    It stands in for the toolkit's header of that name. Memory "on the GPU" is the host's, filled with NaN when it is
-    allocated. Each device has its own memory, which another device must not use before it was given access, and which
-    another process must not use before it has opened it. Streams are queues of closures that run when somebody waits
-    for them, so that a host which reuses a buffer too early is caught. If somebody asks whether a stream is done, a
-    thread runs what is queued. Graphs are recorded queues. A kernel's blocks
-    run one after the other. The threads of a block are fibers of the calling thread, which change at barriers and warp
-    operations only. A fiber waits there until all other threads of that barrier have arrived. If no fiber can go on,
-    the program ends with a message. Tests can let the n-th call fail, run the threads of a block in the opposite order,
-    and count what was not released. */
+    It replaces the toolkit's header of that name. Memory "on the GPU" is host memory, filled with NaN when it is
+    allocated. Each device has its own memory. Another device needs access to it first, and another process must open it
+    first. Streams are queues of closures that run when somebody waits for them, so a host that reuses a buffer too
+    early is caught. A query of a stream starts a thread that runs the queue. Graphs are recorded queues.
+
+    A kernel's blocks run one after the other. The threads of a block are fibers of the calling thread, which switch
+    only at barriers and warp operations. There a fiber waits until all other threads of the barrier have arrived. If no
+    fiber can continue, the program ends with a message. Tests can make the n-th call fail, run the threads of a block
+    in reverse order, and count what was not freed. */
 #ifndef CUDA_HOST_RUNTIME_H
 #define CUDA_HOST_RUNTIME_H
 
@@ -44,7 +44,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-/* What is not looked at by the sanitizers: only what changes from thread to thread, most often of all. */
+/* For functions that the sanitizers skip: they switch fibers, or are called very often. */
 #define CUDA_HOST_SWITCH __attribute__((no_sanitize("address", "undefined", "thread"))) inline
 
 #define __host__
@@ -58,7 +58,7 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-/* Vectors are copied from and to addresses that are multiples of their size. */
+/* Vectors may only be copied from and to addresses that are multiples of their size. */
 static inline void cuda_host_check_alignment(const void *at, size_t size);
 
 struct alignas(8) uint2 {
@@ -95,33 +95,33 @@ static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-/* ---- What tests may ask for ---- */
+/* ---- Settings and counters for tests ---- */
 
 struct cuda_host_settings {
-    int fail_at = 0;      /* the call of this number from now on fails; 0: none does                    */
-    bool reverse = false; /* the threads of a block begin with the last                                 */
-    size_t n_bytes = 0;   /* of memory that was not released, on the GPUs and pinned                     */
-    int n_live = 0;       /* allocations, streams, events, graphs that were not released                */
+    int fail_at = 0;      /* n: the n-th call from now on fails; 0: none does             */
+    bool reverse = false; /* true: the threads of a block run in reverse order            */
+    size_t n_bytes = 0;   /* bytes not yet freed, on the GPUs and pinned                  */
+    int n_live = 0;       /* allocations, streams, events and graphs not yet freed        */
     int n_devices = 1, major = 9, ptx_version = 90, shared_bytes = 228 << 10;
-    int n_launches = 0, n_graph_launches = 0; /* by hand; of graphs                                      */
-    int n_overlapping = 0;     /* launches that may begin before the kernel ahead of them is done            */
-    bool keeps_faults = false; /* faults of kernels are kept, and do not end the program                  */
+    int n_launches = 0, n_graph_launches = 0; /* kernels launched outside graphs; graphs launched   */
+    int n_overlapping = 0;                    /* launches that may begin before the previous kernel ends      */
+    bool keeps_faults = false;                /* true: faults of kernels go to `faults`; false: they abort    */
     std::set<std::string> faults;
-    bool has_peers = true;         /* devices can be given access to each other's memory                  */
-    int lost_device = -1;          /* its streams do nothing any more, and waiting for them is an error    */
-    int refusing_device = -1;      /* launches no kernel and no graph                                      */
-    bool can_record = true;        /* false: streams cannot be captured                                         */
-    bool failed_recording = false; /* the call that was to fail was one of those that record a graph      */
-    bool has_ipc = false;      /* memory of the GPUs that is allocated from now on has handles for other processes */
-    int first_bus = 0;         /* of the machine's GPUs, the one that this process knows as device 0          */
-    int n_refused_handles = 0; /* how many handles cannot be opened                                   */
+    bool has_peers = true;         /* devices can be given access to each other's memory              */
+    int lost_device = -1;          /* this device's streams stop; waiting for them is an error        */
+    int refusing_device = -1;      /* this device fails to launch kernels and graphs                  */
+    bool can_record = true;        /* false: streams cannot be captured                               */
+    bool failed_recording = false; /* the call that `fail_at` made fail was recording a graph         */
+    bool has_ipc = false;          /* GPU memory allocated from now on has handles for other processes */
+    int first_bus = 0;             /* the GPU of the machine that is this process's device 0           */
+    int n_refused_handles = 0;     /* the next so many attempts to open a handle fail                  */
 };
 
 inline cuda_host_settings cuda_host;
-inline thread_local bool cuda_host_records = false; /* this thread, so some calls are forbidden it                    */
-inline thread_local int cuda_host_device = 0;       /* this thread's                                                  */
+inline thread_local bool cuda_host_records = false; /* this thread is recording, so some calls are forbidden */
+inline thread_local int cuda_host_device = 0;       /* this thread's current device                          */
 
-/* One thread at a time uses the GPUs. A kernel that waits for another device lets go of the lock for a while. */
+/* One thread at a time uses the GPUs. A kernel that waits for another device releases the lock for a while. */
 struct cuda_host_mutex {
     std::recursive_mutex mutex;
     static inline thread_local int depth = 0; /* how many times this thread has locked it */
@@ -150,42 +150,42 @@ namespace cuda_host_fibers {
 using boost::context::detail::fcontext_t;
 using boost::context::detail::transfer_t;
 
-/* Stacks end at different places of a page, else all would meet in the same few lines of the caches. */
+/* STAGGER: stacks end at different offsets in a page. Otherwise they would all compete for the same few cache lines. */
 enum { MOST_THREADS = 1024, STACK = 192 << 10, STAGGER = 192, LANE = 48 };
 
 struct meeting { /* where threads wait for each other */
     int n_here = 0, round = 0;
 };
 
-/* A copy to shared memory that a thread has started, or with to == nullptr the end of a group of them. */
+/* A copy to shared memory that a thread has started. to == nullptr marks the end of a group of copies. */
 struct copy {
     void *to;
     const void *from;
-    int bytes, all; /* the others of all become zero */
+    int bytes, all; /* of `all` bytes, the first `bytes` are copied and the rest zeroed */
 };
 
 struct fiber {
     std::unique_ptr<uint8_t[]> memory;
     const void *stack = nullptr;
     size_t stack_size = 0;
-    fcontext_t context = nullptr; /* where it goes on */
+    fcontext_t context = nullptr; /* where it continues */
     void *fake_stack = nullptr;
-    const meeting *awaited = nullptr; /* to be past this round */
+    const meeting *awaited = nullptr; /* the fiber waits until this meeting is past `round` */
     int round = 0;
-    int n_syncs = 0;     /* __syncwarp calls that it has passed                              */
-    bool waited = false; /* for the kernels ahead of this one                                */
+    int n_syncs = 0;     /* number of __syncwarp calls passed                    */
+    bool waited = false; /* the fiber has waited for the kernels before this one */
     bool done = true;
-    std::vector<copy> copies; /* that it has not waited for */
+    std::vector<copy> copies; /* copies it has not waited for yet */
 };
 
 struct block {
     fiber scheduler, fibers[MOST_THREADS];
     meeting all, warps[MOST_THREADS / 32];
-    alignas(16) uint8_t lanes[2][MOST_THREADS / 32][32 * LANE]; /* what warp operations exchange; the two take turns */
+    alignas(16) uint8_t lanes[2][MOST_THREADS / 32][32 * LANE]; /* data of warp operations, double-buffered */
     int parity[MOST_THREADS];
     const std::function<void()> *body = nullptr;
     int n = 0, n_done = 0, current = 0;
-    bool closing = false; /* the fibers end, instead of going on with the next block */
+    bool closing = false; /* fibers end instead of waiting for the next block */
 
     ~block();
 };
@@ -196,7 +196,7 @@ CUDA_HOST_SWITCH block &here() {
     return *b;
 }
 
-/* On the fiber that was gone to. */
+/* Runs on a fiber after a switch to it. Saves the context of the fiber that was left. */
 CUDA_HOST_SWITCH void arrive(transfer_t from, void *fake_stack) {
     fiber &left = *(fiber *)from.data;
     left.context = from.fctx;
@@ -207,7 +207,7 @@ CUDA_HOST_SWITCH void arrive(transfer_t from, void *fake_stack) {
 #endif
 }
 
-/* Returns when somebody goes back to `self`, which is the one that runs. */
+/* Switches from `self`, the running fiber, to `next`. Returns when something switches back to `self`. */
 CUDA_HOST_SWITCH void go(fiber &self, const fiber &next) {
 #ifdef CUDA_HOST_ASAN
     __sanitizer_start_switch_fiber(&self.fake_stack, next.stack, next.stack_size);
@@ -215,16 +215,16 @@ CUDA_HOST_SWITCH void go(fiber &self, const fiber &next) {
     arrive(boost::context::detail::jump_fcontext(next.context, &self), self.fake_stack);
 }
 
-/* The same for the last time: `self` ends. */
+/* Switches to `next` for good: `self` ends. */
 [[noreturn]] CUDA_HOST_SWITCH void leave(fiber &self, const fiber &next) {
 #ifdef CUDA_HOST_ASAN
     __sanitizer_start_switch_fiber(nullptr, next.stack, next.stack_size);
 #endif
     boost::context::detail::jump_fcontext(next.context, &self);
-    abort(); /* nobody goes back to it */
+    abort(); /* not reached: nothing switches back to `self` */
 }
 
-/* Goes on with the first thread of the warp that can, beginning with this lane; if none can, with the scheduler. */
+/* Switches to the first thread of the warp that can run, starting at this lane; if none can, to the scheduler. */
 CUDA_HOST_SWITCH void go_on(block &b, fiber &self, int warp, int lane) {
     int first = warp * 32, lanes = b.n - first < 32 ? b.n - first : 32, step = cuda_host.reverse ? lanes - 1 : 1;
     for (int j = 0; j < lanes; j++, lane = (lane + step) % lanes) {
@@ -239,13 +239,13 @@ CUDA_HOST_SWITCH void go_on(block &b, fiber &self, int warp, int lane) {
     if (&self != &b.scheduler) go(self, b.scheduler);
 }
 
-/* Lets others run until somebody comes back. */
+/* Lets other fibers run. Returns when something switches back. */
 CUDA_HOST_SWITCH void wait(block &b) {
     int i = b.current, lanes = b.n - i / 32 * 32 < 32 ? b.n - i / 32 * 32 : 32;
     go_on(b, b.fibers[i], i / 32, (i % 32 + (cuda_host.reverse ? lanes - 1 : 1)) % lanes);
 }
 
-/* A fiber lives on from block to block. */
+/* A fiber is reused from block to block. */
 inline void fiber_main(transfer_t from) {
     arrive(from, nullptr);
     block &b = here();
@@ -253,7 +253,7 @@ inline void fiber_main(transfer_t from) {
         (*b.body)();
         for (const copy &c : b.fibers[b.current].copies)
             if (c.to) {
-                fprintf(stderr, "cuda_host: a thread ends before a copy that it has started\n");
+                fprintf(stderr, "cuda_host: a thread ends without waiting for its copies\n");
                 abort();
             }
         b.fibers[b.current].copies.clear();
@@ -264,15 +264,15 @@ inline void fiber_main(transfer_t from) {
     }
 }
 
-/* The address sanitizer keeps memory for each fiber until the fiber ends. Without this, a few hundred threads that launched
-   kernels and ended would hold all memory there is. */
+/* Ends all fibers. The address sanitizer keeps memory for each fiber until the fiber ends, so without this a few
+   hundred threads that launch kernels and end would use up all memory. */
 inline block::~block() {
     closing = true;
     for (int i = 0; i < MOST_THREADS; i++)
         if (fibers[i].memory) current = i, go(scheduler, fibers[i]);
 }
 
-/* Waits until n threads are here. */
+/* Waits until n threads have arrived. */
 CUDA_HOST_SWITCH void meet(block &b, meeting &m, int n) {
     fiber &f = b.fibers[b.current];
     if (++m.n_here == n) {
@@ -298,7 +298,7 @@ inline void begin(fiber &f, int i) {
     f.done = false;
 }
 
-/* Warp by warp, as the stacks of one fit into the first cache. */
+/* Runs a block of n threads, warp by warp, since the stacks of one warp fit into the L1 cache. */
 inline void run_block(const std::function<void()> &body, int n) {
     block &b = here();
     b.body = &body;
@@ -315,15 +315,15 @@ inline void run_block(const std::function<void()> &body, int n) {
         fprintf(stderr, "cuda_host: the threads of a block wait for each other for ever\n");
         abort();
     }
-    b.current = -1; /* what follows is the host's */
+    b.current = -1; /* no thread of a block runs: what follows is host code */
 }
 
-/* What the lanes of this warp bring to the same operation, all 32 of which take part. It can be read until the next
-   one. */
+/* Exchanges one value per lane. All lanes of the warp must take part. Returns the values, valid until the next exchange
+   of this warp. */
 template <typename T> CUDA_HOST_SWITCH const T *warp_values(const T &value) {
     block &b = here();
     int i = b.current, warp = i / 32, parity = b.parity[i] ^= 1, lanes = b.n - warp * 32 < 32 ? b.n - warp * 32 : 32;
-    static_assert(sizeof(T) <= LANE, "some registers");
+    static_assert(sizeof(T) <= LANE, "a value must fit into LANE bytes");
     T *values = (T *)(void *)b.lanes[parity][warp];
     values[i % 32] = value;
     meet(b, b.warps[warp], lanes);
@@ -357,23 +357,23 @@ template <typename T> static CUDA_HOST_SWITCH T __shfl_up_sync(unsigned, T value
     return cuda_host_fibers::exchange(value, lane < step ? lane : lane - step);
 }
 
-/* Not CUDA's: for the C twins of operations that a whole warp does at once. */
+/* Not in CUDA: for the C versions of operations that a whole warp executes together. */
 template <typename T> static CUDA_HOST_SWITCH const T *cuda_host_warp(const T &value) {
     return cuda_host_fibers::warp_values(value);
 }
 
-/* The kernel that runs. Kernels are numbered; what those from `first_ahead` on have written may not be there before it
-   waits. */
+/* The running kernel. Kernels are numbered. Until this one waits, the output of kernels from `first_ahead` on may be
+   missing. */
 struct cuda_host_kernel {
     unsigned number = 0, first_ahead = 0;
     bool overlaps = false, runs = false;
     int n_waits = 0; /* threads that have waited */
 };
 
-inline thread_local cuda_host_kernel cuda_host_current; /* this thread's      */
-inline unsigned cuda_host_n_kernels = 0;                /* under cuda_host_lock */
+inline thread_local cuda_host_kernel cuda_host_current; /* this thread's kernel       */
+inline unsigned cuda_host_n_kernels = 0;                /* protected by cuda_host_lock */
 
-/* What a kernel does wrong ends the program, or is kept for a test that does it on purpose. */
+/* A fault of a kernel ends the program, or is recorded for a test that causes it on purpose. */
 CUDA_HOST_SWITCH void cuda_host_fault(const char *what) {
     if (cuda_host.keeps_faults) {
         cuda_host.faults.insert(what);
@@ -385,12 +385,12 @@ CUDA_HOST_SWITCH void cuda_host_fault(const char *what) {
 
 static inline void cuda_host_check_alignment(const void *at, size_t size) {
     uintptr_t address = (uintptr_t)at;
-    __asm__("" : "+r"(address)); /* the compiler would rely on the type */
+    __asm__("" : "+r"(address)); /* else the compiler assumes the type's alignment and drops the check */
     if (address % size) cuda_host_fault("an access is not aligned");
 }
 
-/* Memory on a GPU, or pinned memory of the host's, which all devices may use, and who wrote it: of each two bytes the
-   last kernel, if anybody watches. */
+/* Memory on a GPU, or pinned host memory, which all devices may use. With CUDA_HOST_WATCH, writers[i] is the number of
+   the last kernel that wrote bytes 2 i and 2 i + 1. */
 enum { CUDA_HOST_PINNED = -1 };
 
 struct cuda_host_memory {
@@ -398,12 +398,12 @@ struct cuda_host_memory {
     size_t size = 0;
     int device = CUDA_HOST_PINNED;
     unsigned *writers = nullptr;
-    int file = -1;       /* of memory that has a handle, or was opened                          */
-    bool opened = false; /* it is another process's                                             */
+    int file = -1;       /* the file that holds memory with a handle, or opened memory; -1: none */
+    bool opened = false; /* the memory belongs to another process                                */
 };
 
-inline std::map<uintptr_t, cuda_host_memory> cuda_host_memories; /* by address, under cuda_host_lock */
-inline cuda_host_memory cuda_host_last_memory;                   /* the one that was found last       */
+inline std::map<uintptr_t, cuda_host_memory> cuda_host_memories; /* by address; protected by cuda_host_lock */
+inline cuda_host_memory cuda_host_last_memory;                   /* result of the last lookup               */
 
 CUDA_HOST_SWITCH const cuda_host_memory *cuda_host_find_memory(uintptr_t at) {
     cuda_host_memory &last = cuda_host_last_memory;
@@ -450,23 +450,24 @@ CUDA_HOST_SWITCH bool cuda_host_reaches(const cuda_host_memory &memory) {
            cuda_host_peers.count(std::make_pair(cuda_host_device, memory.device)) > 0;
 }
 
-/* May this thread's device use this memory? Memory that is not registered is the host's. */
+/* True if this thread's device may use this memory. Unregistered memory is host memory. */
 static inline bool cuda_host_may_use(const void *at) {
     std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     const cuda_host_memory *memory = cuda_host_find_memory((uintptr_t)at);
     return !memory || cuda_host_reaches(*memory);
 }
 
-/* Not CUDA's: where a kernel waits for those ahead of it, and what it prefetches. */
+/* Not in CUDA: a kernel waits for the kernels before it. */
 CUDA_HOST_SWITCH void cuda_host_wait() {
     cuda_host_fibers::here().fibers[cuda_host_fibers::here().current].waited = true;
     cuda_host_current.n_waits++;
 }
 
+/* Not in CUDA: checks a prefetch. */
 static inline void cuda_host_prefetch(const void *from, size_t size) {
     uintptr_t at = (uintptr_t)from;
     const cuda_host_memory *memory = cuda_host_find_memory(at);
-    if (at % 16 || size % 16 || size == 0) cuda_host_fault("a prefetch is not of whole 16 bytes");
+    if (at % 16 || size % 16 || size == 0) cuda_host_fault("a prefetch is not aligned to 16 bytes");
     if (!memory || at - memory->begin + size > memory->size) cuda_host_fault("a prefetch reaches beyond its memory");
 }
 
@@ -478,8 +479,8 @@ static inline void cuda_host_watch_atomic(unsigned *) {}
 static inline void cuda_host_watch_access(const void *, size_t, bool) {}
 #endif
 
-/* Not CUDA's: copies to shared memory that go on while the thread does. What they replace is gone at once, and what they
-   bring is there at the last moment. */
+/* Not in CUDA: starts an asynchronous copy to shared memory. To catch wrong uses, the old data are destroyed at once
+   and the new data appear as late as possible: when the thread waits for the copy. */
 static inline void cuda_host_copy(void *to, const void *from, int bytes, int all) {
     cuda_host_check_alignment(to, (size_t)all);
     cuda_host_check_alignment(from, (size_t)all);
@@ -509,7 +510,8 @@ static inline void cuda_host_wait_for_copies(int n_groups) {
     copies.erase(copies.begin(), copies.begin() + (std::ptrdiff_t)end);
 }
 
-/* Not CUDA's: words by which devices tell each other something, and a clock. Who looks at a word lets others work. */
+/* Not in CUDA: flags through which devices signal each other, and a clock. Reading a flag lets other threads use the
+   GPUs. */
 static CUDA_HOST_SWITCH void cuda_host_set_flag(unsigned *at, unsigned value) {
     const cuda_host_memory *memory = cuda_host_find_memory((uintptr_t)at);
     if (memory && !cuda_host_reaches(*memory)) cuda_host_fault("a kernel uses memory of another device");
@@ -576,9 +578,9 @@ enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization 
 typedef std::vector<std::function<void()>> cuda_host_queue;
 
 struct cuda_host_stream {
-    cuda_host_queue queue, started, before; /* started: what the thread runs; before: queued before a recording */
+    cuda_host_queue queue, started, before; /* started: the thread runs it; before: was queued before recording began */
     std::thread thread;
-    std::atomic<bool> done{true}; /* the thread is */
+    std::atomic<bool> done{true}; /* the thread has finished */
     bool recording = false;
     int device = cuda_host_device;
 };
@@ -606,7 +608,7 @@ struct cudaLaunchConfig_t {
     unsigned numAttrs;
 };
 
-/* Every call that can fail asks here first. */
+/* Every call that can fail calls this first. True: fail_at says that it must fail. */
 static inline bool cuda_host_fails(bool records = cuda_host_records) {
     std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     bool fails = cuda_host.fail_at && --cuda_host.fail_at == 0;
@@ -653,7 +655,7 @@ static inline void cuda_host_join(cudaStream_t stream) {
     if (stream->thread.joinable()) stream->thread.join();
 }
 
-/* Starts to run what is queued. */
+/* Starts a thread that runs the queue. */
 static inline void cuda_host_start(cudaStream_t stream) {
     cuda_host_join(stream);
     stream->started.swap(stream->queue);
@@ -666,8 +668,8 @@ static inline void cuda_host_start(cudaStream_t stream) {
     });
 }
 
-/* For libraries, which find these by name: queues work(arg), which may be done several times. forget(arg) comes after
-   the last time. */
+/* Shared libraries find these functions by name. This one queues work(arg), which may run several times. After the last
+   time it calls forget(arg). */
 extern "C" __attribute__((used)) inline int cuda_host_queue_work(cudaStream_t stream, void (*work)(void *arg),
                                                                  void *arg, void (*forget)(void *arg)) {
     std::shared_ptr<void> held(arg, forget);
@@ -767,8 +769,8 @@ static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attr
 
 /* ---- Memory that other processes can open ----
 
-   It is a file without a name that another process finds in /proc while its owner has it open. Its first page counts
-   the processes that have opened it. */
+   Such memory is an unnamed file. While its owner has it open, other processes find it in /proc. Its first page holds
+   the number of processes that have opened it. */
 
 enum { CUDA_HOST_PAGE = 4096, CUDA_IPC_HANDLE_SIZE = 64, cudaIpcMemLazyEnablePeerAccess = 1 };
 
@@ -926,7 +928,7 @@ static inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     return event->stream ? cudaStreamSynchronize(event->stream) : cudaSuccess;
 }
 
-/* Asks about all work of the stream, also that after the event. */
+/* Queries all work of the stream, including work queued after the event. */
 static inline cudaError_t cudaEventQuery(cudaEvent_t event) {
     return event->stream ? cudaStreamQuery(event->stream) : cudaSuccess;
 }
@@ -965,7 +967,7 @@ static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return c
 static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
     if (stream->device == cuda_host.refusing_device) return cudaErrorInvalidValue;
     cuda_host_count_launch(&cuda_host.n_graph_launches);
-    auto launched = std::make_shared<cuda_host_queue>(*graph); /* it may be destroyed before it has run */
+    auto launched = std::make_shared<cuda_host_queue>(*graph); /* the graph may be destroyed before this runs */
     return cuda_host_enqueue(stream, [=] { cuda_host_run(*launched); });
 }
 
@@ -990,7 +992,7 @@ static inline void cuda_host_run_grid(dim3 grid, dim3 block, bool overlaps, cons
         cuda_host_fault("no block of a kernel waits, so the next one could begin too early");
 }
 
-/* A kernel is loaded when it is launched for the first time, which is not to be while recording. */
+/* A kernel is loaded at its first launch, which must not happen while recording. */
 static inline bool cuda_host_may_launch(const void *kernel, bool recording) {
     static std::set<const void *> loaded;
     std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);

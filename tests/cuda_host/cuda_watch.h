@@ -1,13 +1,13 @@
-/*  cuda_watch.h - looks at every access of a kernel that runs on the CPU, see cuda_runtime.h beside this file.
+/*  cuda_watch.h - checks every memory access of kernels that run on the CPU with cuda_runtime.h.
 
-    The compiler's -fsanitize=thread calls a function for each access to memory; these are the functions, in the place
-    of the ThreadSanitizer's own library. Faults are
+    With -fsanitize=thread, the compiler inserts a function call for each memory access. This file defines these
+    functions, instead of ThreadSanitizer's own library. They report these faults:
 
-    - a race in shared memory: two threads use the same byte, one of them writes it, and there is no __syncthreads
-      between them, nor, in one warp, a __syncwarp;
-    - before the kernel waits for those ahead of it: reading what one of them has written, or writing anything;
-    - an access to memory of another device;
-    - an access to memory of the GPU that is not aligned as its size is (uint2 and uint4: in cuda_runtime.h). */
+    - a race in shared memory: two threads access the same byte, at least one writes it, and no __syncthreads (or, in
+      one warp, no __syncwarp) lies between the accesses;
+    - an access too early: before it waits for the kernels before it, a kernel writes, or reads data that they wrote;
+    - an access to memory of another device that this device has no access to;
+    - a misaligned access to memory of the GPU (for uint2 and uint4, cuda_runtime.h checks this). */
 #ifndef CUDA_HOST_WATCH_H
 #define CUDA_HOST_WATCH_H
 
@@ -15,19 +15,20 @@
 
 namespace cuda_host_watch {
 
-/* An access: the thread, and what it has passed. */
+/* An access: the thread that made it, and the number of barriers the thread had passed. */
 struct access {
-    unsigned block = 0; /* counts the blocks that have run; 0: none */
+    unsigned block = 0; /* number of the block, over all kernels; 0: no access yet */
     int thread = 0, barriers = 0, syncs = 0;
     bool atomic = false;
 };
 
-/* The last accesses to a byte of shared memory; of the readers, two different threads. */
+/* The last accesses to a byte of shared memory: the last writer, and the last two threads that read it. */
 struct shared_byte {
     access writer, readers[2];
 };
 
-/* Shared memory is what the program's threads have of their own, which lies below the thread pointer. */
+/* __shared__ variables are thread_local here, so shared memory is the program's thread-local storage. It lies below the
+   thread pointer. */
 struct shared_memory {
     uintptr_t begin = 0, end = 0;
     shared_byte *bytes = nullptr;
@@ -42,7 +43,7 @@ inline int find_segment(dl_phdr_info *info, size_t, void *size) {
     return 1; /* the program itself comes first */
 }
 
-inline bool is_on = true; /* off while the functions below work */
+inline bool is_on = true; /* false while the functions below run, so that their own accesses are not checked */
 inline thread_local unsigned n_blocks = 1;
 
 CUDA_HOST_SWITCH shared_memory &shared() {
@@ -59,7 +60,7 @@ CUDA_HOST_SWITCH shared_memory &shared() {
     return m;
 }
 
-/* Whether two accesses, of which the first came before in this run, could have come in either order. */
+/* True if nothing orders two accesses. In this run, `before` happened first. */
 CUDA_HOST_SWITCH bool unordered(const access &before, const access &now) {
     if (before.block != now.block || before.thread == now.thread || before.barriers != now.barriers) return false;
     if (before.thread / 32 == now.thread / 32 && before.syncs < now.syncs) return false;
@@ -84,10 +85,10 @@ CUDA_HOST_SWITCH void look_at_global(const cuda_host_memory &memory, uintptr_t o
                                      bool waited) {
     const cuda_host_kernel &kernel = cuda_host_current;
     bool early = kernel.overlaps && !waited;
-    if (early && writes) cuda_host_fault("a kernel writes before it waits for those ahead of it");
+    if (early && writes) cuda_host_fault("a kernel writes before it waits for earlier kernels");
     for (size_t i = offset / 2; (early || writes) && i <= (offset + size - 1) / 2 && 2 * i < memory.size; i++) {
         if (early && !writes && memory.writers[i] >= kernel.first_ahead)
-            cuda_host_fault("a kernel reads what one ahead of it writes before it waits");
+            cuda_host_fault("a kernel reads an earlier kernel's output before it waits");
         if (writes) memory.writers[i] = kernel.number;
     }
 }

@@ -1,9 +1,9 @@
-/*  nccl.cpp - a libnccl.so.2 for tests, whose ranks exchange their data through memory that processes share.
+/*  nccl.cpp - a libnccl.so.2 for tests, whose ranks exchange data through memory shared by processes.
 
-    It has what llm_cuda.cu uses of NCCL. Its work runs on the streams of cuda_runtime.h beside it, whose functions the
-    program must export (-rdynamic). As with NCCL, a communicator that is not blocking does nothing before it is asked
-    often enough whether it is done, ranks that make different calls wait for ever, and aborting ends the waiting. What
-    NCCL does not forgive ends the program with a message. Tests find `nccl_host` by name. */
+    It implements the part of NCCL that llm_cuda.cu uses. Its work runs on the streams of cuda_runtime.h; the program
+    must export that header's functions (-rdynamic). It behaves like NCCL: a non-blocking communicator finishes a call
+    only after it has been polled several times, ranks that make different calls wait forever, and an abort ends the
+    wait. Wrong uses that would crash or hang NCCL end the program with a message. Tests find `nccl_host` by name. */
 #include <atomic>
 #include <chrono>
 #include <fcntl.h>
@@ -31,9 +31,9 @@ namespace {
 enum { DONE = 0, CUDA_ERROR = 1, SYSTEM_ERROR = 2, INVALID_ARGUMENT = 4, IN_PROGRESS = 7 };
 enum { BYTES = 1, WORDS = 3, SUM = 0, MOST_RANKS = 8, ROOM = 4 << 20, POLLS = 3 };
 
-/* What one rank gives the others. Counters are atomic. */
+/* The data that one rank gives to the others. Counters are atomic. */
 struct seat {
-    int n_begun, n_read; /* operations that it has begun; in which it has read all */
+    int n_begun, n_read; /* operations the rank has begun; operations in which it has read all other ranks' data */
     int gathers;
     size_t size;
     uint8_t bytes[ROOM];
@@ -64,7 +64,7 @@ struct operation {
     bool gathers, recorded;
     const void *from;
     void *to;
-    size_t size; /* of what a rank gives */
+    size_t size; /* bytes that each rank gives */
     void *stream;
 };
 
@@ -118,8 +118,8 @@ thread_local std::vector<operation> grouped;
 
 struct ncclComm {
     std::shared_ptr<communicator> state;
-    task now = NOTHING; /* what is in progress */
-    int polls = 0;      /* so many more before it is done */
+    task now = NOTHING; /* the call in progress */
+    int polls = 0;      /* polls left until it is done */
     std::vector<operation> operations;
 };
 
@@ -128,7 +128,7 @@ namespace {
 thread_local ncclComm *grouped_for = nullptr;
 
 int begin(ncclComm *c, task what) {
-    if (c->now != NOTHING) fault("a call, while another one is in progress");
+    if (c->now != NOTHING) fault("a call begins while another one is in progress");
     c->now = what;
     c->polls = POLLS;
     return IN_PROGRESS;
@@ -168,7 +168,7 @@ int ncclGetVersion(int *version) {
 
 const char *ncclGetErrorString(int result) { return result == SYSTEM_ERROR ? "a system error" : "a failure"; }
 
-/* An id is a process, and its file of memory. */
+/* The id is the path of a memory file of this process. */
 int ncclGetUniqueId(ncclUniqueId *id) {
     int file = memfd_create("nccl", MFD_CLOEXEC);
     if (nccl_host.refuses_start || file < 0 || ftruncate(file, sizeof(hub))) return SYSTEM_ERROR;
@@ -179,7 +179,7 @@ int ncclGetUniqueId(ncclUniqueId *id) {
 
 int ncclCommInitRankConfig(ncclComm **out, int size, ncclUniqueId id, int rank, ncclConfig *config) {
     if (config->size != sizeof *config || config->magic != 0xCAFEBEEF || config->version < 21400 || config->blocking)
-        fault("a strange configuration");
+        fault("the configuration is invalid");
     if (size < 1 || size > MOST_RANKS || rank < 0 || rank >= size) return INVALID_ARGUMENT;
     *out = nullptr;
     if (nccl_host.refuses_start) return SYSTEM_ERROR;
@@ -221,7 +221,7 @@ int ncclGroupStart() {
 }
 
 int ncclGroupEnd() {
-    if (depth == 0) fault("a group ends that was not begun");
+    if (depth == 0) fault("a group ends that did not begin");
     if (--depth || grouped.empty()) return DONE;
     ncclComm *c = grouped_for;
     grouped_for = nullptr;
@@ -257,7 +257,7 @@ int ncclCommAbort(ncclComm *c) {
     c->state->aborted = true;
     while (c->state->n_recorded) {
         if (std::chrono::steady_clock::now() - start > std::chrono::seconds(5))
-            fault("a communicator is aborted before its graphs are destroyed, which waits for ever");
+            fault("a communicator is aborted before its graphs are destroyed, so the abort waits forever");
         std::this_thread::yield();
     }
     release(c);

@@ -1,4 +1,4 @@
-/* What tests may ask of the libnccl.so.2 that nccl.cpp is, and its functions. */
+/* Settings and functions of the libnccl.so.2 that nccl.cpp builds. */
 #ifndef NCCL_HOST_H
 #define NCCL_HOST_H
 
@@ -7,9 +7,9 @@
 struct nccl_host_settings {
     int version = 22707;
     bool refuses_start = false;
-    int fail_at = 0;                   /* it fails after so many operations; 0: never         */
-    int n_reduced = 0, n_gathered = 0; /* operations that were done                           */
-    int n_live = 0;                    /* communicators that were neither destroyed nor aborted */
+    int fail_at = 0;                   /* reports an error after this many operations; 0: never */
+    int n_reduced = 0, n_gathered = 0; /* operations completed                                  */
+    int n_live = 0;                    /* communicators neither destroyed nor aborted           */
 };
 
 struct ncclComm;

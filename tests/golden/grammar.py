@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Makes grammar.jsonl: which texts match a regular expression by Python's re, or a JSON Schema by jsonschema 4.
+"""Writes grammar.jsonl: texts that match or do not match a regular expression (by Python's re) or a JSON Schema (by jsonschema 4).
 
     pip install jsonschema; tests/golden/grammar.py >tests/golden/grammar.jsonl
 
-A line is [kind, grammar, [[text, matches], ...]]. Values are written as llm_grammar_from_json_schema allows them: properties
-in the order of the schema, and no white space."""
+A line is [kind, grammar, [[text, matches], ...]]. Values are written in the form that llm_grammar_from_json_schema allows:
+properties in the order of the schema, without white space."""
 import itertools
 import json
 import random

@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""Greedy continuations of 20 texts by llama.cpp, for comparison token by token.
+"""Writes greedy continuations of 20 texts by llama.cpp, for comparison token by token.
 
     pip install llama-cpp-python numpy
     python3 greedy.py MODEL.gguf greedy.txt
 
-The weights are expanded to float32 first, the KV cache is float32 and flash attention is off, so that only the
-order of additions is left to differ. A text goes in as it is: no chat template, no special tokens read from it,
-and a first BOS only where the file's metadata asks for one.
+The weights are expanded to float32, the KV cache is float32 and flash attention is off, so that only the order of
+additions can differ. The text is used unchanged: without a chat template, without recognising special tokens, and
+with BOS only if the file's metadata says so.
 
-greedy.txt has lines that begin with '#', to be skipped (the one before each prompt shows its text as a JSON
-string), and for each prompt one line of numbers parted by single spaces:
+greedy.txt has comments, which begin with '#' (the one before each prompt shows its text as a JSON string), and for
+each prompt one line of numbers separated by single spaces:
 
     n_prompt id ... id   n_new id gap ... id gap
 
-An id is a decimal integer. A gap is a decimal fraction: the largest logit less the second largest at the step
-that chose the id before it. Where it is tiny, another sound implementation may choose the other token, and from
-there on the two texts have nothing in common. n_new is 100, or less where the model ended its text: the token
-that ended it is then the last one.
+An id is a decimal integer. A gap is a decimal fraction: the difference between the two largest logits at the step
+that chose the preceding id. If it is tiny, another correct implementation may choose the other token, and from then
+on the two texts differ. n_new is 100, or less if the model ended its text; then the last token is the one that ended
+it.
 """
 import ctypes
 import json

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Makes heldout.txt: 50 kB of English prose in the public domain, to measure perplexity on.
+"""Writes heldout.txt: 50 kB of English prose in the public domain, for measuring perplexity.
 
     python3 heldout.py alice29.txt lcet10.txt jargon.txt heldout.txt
 
-A third each of a novel, of the report of a conference and of an essay on how programmers write. README.md says
-where the three files are from. A paragraph becomes one line, an empty line stands between two, and each third
-ends with a paragraph.
+One third each is from a novel, the report of a conference, and an essay on how programmers write. README.md says
+where the three files are from. Each paragraph becomes one line, with an empty line between two paragraphs, and each
+third ends with a complete paragraph.
 """
 import re
 import sys
 
 TOTAL = 51200
 
-# Where in its file each third begins, beyond the title pages and lists of contents.
+# The text at which each third begins in its file, after title pages and tables of contents.
 STARTS = ["CHAPTER VII\n", "SESSION I.  CONTENT IN A NEW FORM", "Hacker Writing Style\n\n   We"]
 
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Reference for scoring: the questions of tests/hellaswag.jsonl as the LM evaluation harness prepares and tokenizes them,
-and the log-likelihoods a float64 forward pass gives their endings.
+"""Reference for scoring: the questions of tests/hellaswag.jsonl, prepared and tokenized by the LM evaluation harness, and
+the log-likelihoods of their endings from a float64 forward pass.
 
     pip install --no-deps lm-eval==0.4.13
     pip install numpy tqdm jinja2 pyyaml tokenizers sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
     python3 hellaswag.py MODEL.gguf ../hellaswag.jsonl hellaswag.golden
 
-Texts come from the harness's own process_docs, ids from its own _encode_pair around Hugging Face `tokenizers`, and
+The texts come from the harness's process_docs, the ids from its _encode_pair with Hugging Face `tokenizers`, and the
 probabilities from logits.py. Each line of the file is a question,
 
     {"query", "choices", "gold", "context": [ids], "endings": [[ids] * 4], "log_likelihoods": [4]}
 
-and the last one says how many were answered right: {"acc", "acc_norm"} in percent, as the harness computes them.
+and the last line has the accuracies as the harness computes them: {"acc", "acc_norm"} in percent.
 """
 import importlib.util
 import json
@@ -25,7 +25,7 @@ import logits
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, "..", "..", "tokenizer"))
-sys.modules["datasets"] = types.ModuleType("datasets")  # the harness only names one of its types
+sys.modules["datasets"] = types.ModuleType("datasets")  # the harness only mentions one of its types
 sys.modules["datasets"].Dataset = list
 
 from lm_eval.api.model import TemplateLM  # noqa: E402
@@ -33,7 +33,7 @@ import reference  # noqa: E402
 
 
 class Documents(list):
-    """As much of a Hugging Face data set as process_docs asks for."""
+    """The part of a Hugging Face data set that process_docs needs."""
 
     def map(self, function):
         return [function(document) for document in self]
@@ -48,7 +48,7 @@ def harness_task():
 
 
 class Encoder:
-    """As much of a model as _encode_pair asks for."""
+    """The part of a model that _encode_pair needs."""
 
     backend = "causal"
 

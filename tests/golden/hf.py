@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Small random models as Hugging Face directories and as GGUF files, and what transformers computes with them.
+"""Writes small random models as Hugging Face directories and as GGUF files, and the logits that transformers computes.
 
     python3 hf.py hf          writes hf/NAME/, hf/NAME.gguf and hf/NAME.logits for every model, and hf/blocks.bin
 
-Each directory comes from save_pretrained, and the logits from the model that from_pretrained makes of it, in float32.
-The GGUF file is written with the gguf package: tensors are named, permuted and completed (rope_freqs) as llama.cpp's
-convert_hf_to_gguf.py does. Weights are whole numbers of -7 to 7 times a power of two, so every type holds them exactly
-and both files mean the same model.
+Each directory is written by save_pretrained. The logits are computed in float32 by the model that from_pretrained loads
+from it. The GGUF file is written with the gguf package: tensors are named, permuted and completed (rope_freqs) as in
+llama.cpp's convert_hf_to_gguf.py. Weights are integers from -7 to 7 times a power of two, so every type represents them
+exactly and both files are the same model.
 
 NAME.logits, little-endian, four bytes a field:
     i32 n_tokens, n_rows, n_vocab
@@ -48,7 +48,7 @@ YARN_GIVEN = rope("yarn", 1000.0, factor=4.0, original_max_position_embeddings=2
 YARN_MSCALE = rope("yarn", 1000.0, factor=4.0, original_max_position_embeddings=256, mscale=0.7, mscale_all_dim=1.3, truncate=False)
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
 
-# name: configuration, type of the safetensors, type of the GGUF (None: what differs there has no name), what else
+# name: configuration, type of the safetensors, type of the GGUF (None: GGUF cannot represent it), further settings
 MODELS = {
     "llama": (LlamaConfig(**{**COMMON, "num_key_value_heads": 2}), "float32", Type.Q4_1, {}),
     "gqa": (LlamaConfig(**{**COMMON, **HEADS, "num_hidden_layers": 2}, tie_word_embeddings=True), "bfloat16", Type.F16, {}),
@@ -78,7 +78,7 @@ def fill(model, rng):
 
 
 def quantized(state, rng):
-    """int8 weights with a scale for each output, as compressed-tensors stores them; all of them exact in bf16."""
+    """Makes int8 weights with one scale per output, as compressed-tensors stores them. All are exact in bf16."""
     out = {}
     for name, tensor in state.items():
         if name.endswith("_proj.weight"):
@@ -126,7 +126,7 @@ def write_tokenizer(folder):
 
 
 def old_config(folder):
-    """The way transformers wrote it before version 5: as most published models have it."""
+    """Rewrites config.json in the form before transformers 5, which most published models have."""
     with open(f"{folder}/config.json") as f:
         config = json.load(f)
     scaling = config.pop("rope_parameters")
@@ -161,7 +161,7 @@ def write_directory(folder, config, dtype, more, rng):
 
 
 def permute(weight, n_heads):
-    """Rows that pair dimension i with i + half into rows that pair 2i with 2i + 1, as llama.cpp wants them of Llamas."""
+    """Reorders rows that pair dimension i with i + half, so that they pair 2i with 2i + 1, as llama.cpp expects for Llama."""
     return weight.reshape(n_heads, 2, len(weight) // n_heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -186,7 +186,7 @@ def halves(codes):
 
 
 def encode(kind, weight):
-    """Blocks that mean exactly these weights, which are whole numbers of -7 to 7 times 1/16."""
+    """Encodes weights exactly in blocks. The weights are integers from -7 to 7 times 1/16."""
     if kind == Type.F32:
         return weight.astype(np.float32)
     if kind == Type.F16:

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Reference logits of a Llama-family GGUF file, computed in float64 with NumPy alone.
+"""Computes reference logits of a Llama-family GGUF file in float64, only with NumPy.
 
     python3 logits.py MODEL.gguf logits.bin
 
-The forward pass is written from the papers (RMSNorm, rotary embedding, grouped-query attention, SwiGLU) and
-shares no code with any other implementation. The text below is read in one go, and what the model says after
-each of its 64 tokens is kept: all of it would be 12 MB, so each position keeps its peak, the logits of 256
-vocabulary entries drawn once, and its 16 largest.
+The forward pass is written from the papers (RMSNorm, rotary embedding, grouped-query attention, SwiGLU) and shares no
+code with any other implementation. It computes the logits after each of the 64 tokens of the text below. All of them
+would be 12 MB, so the file holds, for each position, the peak, the logits of 256 vocabulary entries (the same for all
+positions), and the 16 largest.
 
-logits.bin is little-endian, every field is four bytes wide, nothing is padded:
+logits.bin is little-endian. Every field has four bytes, and there is no padding:
 
     char[4] "LGT1"
     u32     n_pos, n_vocab, n_probe, n_top      (64, 49152, 256, 16)
-    i32     token[n_pos]                        what goes in, at positions 0, 1, 2, ...
+    i32     token[n_pos]                        input tokens at positions 0, 1, 2, ...
     i32     probe[n_probe]                      vocabulary ids, ascending
     then n_pos times, one record for each position:
         f32 peak                                max |logit| over the whole vocabulary
@@ -21,7 +21,7 @@ logits.bin is little-endian, every field is four bytes wide, nothing is padded:
         i32 top_id[n_top]                       the largest logits first
         f32 top_logit[n_top]
 
-A sensible comparison is max |ours - reference| / peak at each position.
+To compare, use max |ours - reference| / peak at each position.
 """
 import struct
 import sys
@@ -30,8 +30,7 @@ import numpy as np
 
 # "The lighthouse keeper wrote down the weather every evening: wind from the north, 14 knots, rain before
 # midnight. Nobody had asked him to do it, but after thirty years the notebooks filled a whole wall, and last
-# spring a young woman from the university came to ask if she could read them. He said yes" -- and what comes next
-# is the model's to say.
+# spring a young woman from the university came to ask if she could read them. He said yes"
 TOKENS = [
     504, 33059, 40061, 4150, 1187, 260, 3947, 897, 9053, 42, 2251, 429, 260, 4081, 28, 216, 33, 36, 25035, 28,
     5249, 1092, 25232, 30, 32304, 761, 3413, 1272, 288, 536, 357, 28, 564, 990, 11591, 929, 260, 31837, 4412,
@@ -75,7 +74,7 @@ class Reader:
 
 
 def read_gguf(path):
-    """Returns the metadata, and for each tensor (type, shape with rows first, its bytes up to the file's end)."""
+    """Returns the metadata, and for each tensor (type, shape with rows first, the bytes from its data to the file's end)."""
     data = np.memmap(path, np.uint8, "r")
     r = Reader(data)
     if data[:4].tobytes() != b"GGUF":
@@ -104,7 +103,7 @@ BYTES_PER_BLOCK = {F32: (4, 1), F16: (2, 1), BF16: (2, 1), Q4_0: (18, 32), Q4_1:
 
 
 def half(blocks, at):
-    """The f16 at byte `at` of every block, as a column."""
+    """Returns the f16 at byte `at` of every block, as a column."""
     return blocks[:, at:at + 2].copy().view("<f2").astype(np.float64)
 
 
@@ -128,8 +127,8 @@ def decode(kind, raw):
         weights = half(blocks, 0) * (nibbles(blocks, 2) - 8)
     else:
         weights = half(blocks, 0) * nibbles(blocks, 4) + half(blocks, 2)
-    # Products and sums of numbers this short are exact in float64, so this is the only rounding: the weight an
-    # implementation in float32 gets from one fused multiply-add.
+    # In float64, products and sums of such short numbers are exact. So this is the only rounding, the same as in a float32
+    # implementation that uses one fused multiply-add per weight.
     return weights.astype(np.float32).astype(np.float64)
 
 
@@ -147,7 +146,7 @@ def rms_norm(x, weight, eps):
 
 
 def rope(x, base, n_rot):
-    """Turns pairs (2i, 2i + 1) of x [pos, head, dim] by pos * base^(-2i / n_rot).
+    """Rotates pairs (2i, 2i + 1) of x [pos, head, dim] by pos * base^(-2i / n_rot).
 
     GGUF files of the architecture "llama" have the rows of Q and K reordered so that a pair's two halves are
     neighbours; Hugging Face's order would pair i with i + n_rot / 2.
@@ -167,7 +166,7 @@ def softmax(x):
 
 
 def attention(q, k, v):
-    """q [pos, head, dim], k and v [pos, kv_head, dim]: each key head serves a run of neighbouring query heads."""
+    """q [pos, head, dim], k and v [pos, kv_head, dim]. Consecutive query heads share a key head."""
     n, n_head, dim = q.shape
     k = np.repeat(k, n_head // k.shape[1], axis=1)
     v = np.repeat(v, n_head // v.shape[1], axis=1)
@@ -230,7 +229,7 @@ def main():
         sys.exit(__doc__)
     meta, tensors = read_gguf(sys.argv[1])
     if meta["general.architecture"] != "llama":
-        sys.exit("this reference knows the architecture \"llama\" only")
+        sys.exit("this script only supports the architecture \"llama\"")
     write_golden(sys.argv[2], TOKENS, forward(meta, tensors, TOKENS))
 
 

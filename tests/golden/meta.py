@@ -1,7 +1,7 @@
-"""Writes hf/meta-1, hf/meta-2 and hf/meta-3: tiny models as Meta publishes them, saved by torch.save. The first two are
-like Llama 2, in one and two files; the third is like Llama 3.1, with grouped heads, scaled RoPE and a tokenizer of that
-kind. logits.bin has the tokens' count, the vocabulary's size (int32), the tokens (int32) and logits (float32) of a NumPy
-float64 forward pass. Needs torch. Usage: python meta.py"""
+"""Writes hf/meta-1, hf/meta-2 and hf/meta-3: tiny models in the format of Meta's checkpoints, saved by torch.save. The first
+two are like Llama 2, in one and two files; the third is like Llama 3.1, with grouped heads, scaled RoPE and Llama 3's kind
+of tokenizer. logits.bin has the number of tokens and the vocabulary's size (int32), the tokens (int32), and the logits
+(float32) of a NumPy float64 forward pass. Needs torch. Usage: python meta.py"""
 import json
 import pathlib
 import shutil
@@ -14,7 +14,7 @@ EPS = 1e-5
 
 
 def scaled(frequencies, factor):
-    """As llama-models' apply_scaling."""
+    """The same as apply_scaling of llama-models."""
     wave = 2 * np.pi / frequencies
     smooth = (8192 / wave - 1) / (4 - 1)
     between = (1 - smooth) * frequencies / factor + smooth * frequencies
@@ -22,7 +22,7 @@ def scaled(frequencies, factor):
 
 
 def forward(w, tokens, params):
-    """Logits of all positions. w: name -> float64 array. RoPE turns the pairs (2i, 2i + 1)."""
+    """Returns the logits of all positions. w: name -> float64 array. RoPE rotates the pairs (2i, 2i + 1)."""
     x = w["tok_embeddings.weight"][tokens]
     n, d = len(tokens), DIM // HEADS
     frequencies = params.get("rope_theta", 10000.0) ** (-np.arange(0, d, 2) / d)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes prepared.jsonl: what the LM evaluation harness makes of HellaSwag's questions in all kinds of letters.
+"""Writes prepared.jsonl: questions with all kinds of letters, prepared by the LM evaluation harness as for HellaSwag.
 
     pip install --no-deps lm-eval==0.4.13
     python3 prepared.py prepared.jsonl
 
-Each line is a question as the data set has it, with the harness's "query" and "choices" (its own process_docs).
+Each line is a question in the form of the data set, with the "query" and "choices" from the harness's process_docs.
 """
 import importlib.util
 import json
@@ -13,12 +13,12 @@ import random
 import sys
 import types
 
-sys.modules["datasets"] = types.ModuleType("datasets")  # the harness only names one of its types
+sys.modules["datasets"] = types.ModuleType("datasets")  # the harness only mentions one of its types
 sys.modules["datasets"].Dataset = list
 
 
 class Documents(list):
-    """As much of a Hugging Face data set as process_docs asks for."""
+    """The part of a Hugging Face data set that process_docs needs."""
 
     def map(self, function):
         return [function(document) for document in self]

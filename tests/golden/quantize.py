@@ -1,9 +1,9 @@
-"""Writes quantize.bin: weights, and the blocks that ggml's reference quantisers make of them.
+"""Writes quantize.bin: weights, and the blocks that ggml's reference quantisers make from them.
 
     python quantize.py quantize.bin [libggml-base.so]
 
-The `gguf` package (0.19.0) makes the types of 16 and 32 bits and those with blocks of 32. The K types are made by the
-library's quantize_row_*_ref; without the library they are left out. If it is there, both must agree.
+The `gguf` package (0.19.0) makes the types of 16 and 32 bits and those with blocks of 32. The library's quantize_row_*_ref
+makes the K types, which are omitted without the library. For types that both can make, the results must agree.
 The file: int32 n, n float32 weights, then for each type int32 type, int32 n_bytes and the bytes.
 """
 

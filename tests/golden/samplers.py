@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Makes samplers.jsonl: the distribution that a sampler draws from, in float64 by the formulas of the papers.
+"""Writes samplers.jsonl: the distributions of samplers, computed in float64 from the formulas in the papers.
 
     tests/golden/samplers.py >tests/golden/samplers.jsonl
 
 A line has the logits' seed and scale (see `logits`), the text's tokens, the settings that are not 0, the probability of
-each token that can be drawn, and for mirostat its state after each of them."""
+each token that can be drawn and, for mirostat, the state after each of these tokens."""
 import json
 import numpy as np
 
@@ -31,7 +31,7 @@ def keep(p, ids):
 
 
 def dry(x, tokens, s):
-    """The penalty of a token is that of the longest end of the text that stood before it already."""
+    """Penalizes each token by the length of the longest end of the text after which the token has come before."""
     breakers = [b.encode() for b in s.get("dry_breakers", ["\n", ":", '"', "*"])]
     allowed, base, mult = s.get("dry_allowed_length") or 2, s.get("dry_base") or 1.75, s["dry_multiplier"]
     text = tokens[-s["dry_last_n"]:] if s.get("dry_last_n") else tokens
@@ -131,7 +131,7 @@ for number, settings in enumerate(SETTINGS):
     seed = 100 + number
     exact = {name: float(np.float32(v)) if isinstance(v, float) else v for name, v in s.items()}
     x = logits(seed, scale)
-    x[[ord(c) for c in " t"]] = x.max() - 0.25  # what the repetition would go on with is likely
+    x[[ord(c) for c in " t"]] = x.max() - 0.25  # the token that would continue the repetition is likely
     p = distribution(x, TEXT, exact)
     line = {"seed": seed, "scale": scale, "text": TEXT, "sampler": s,
             "p": {str(i): float("%.6g" % p[i]) for i in np.flatnonzero(p > 1e-9)}}

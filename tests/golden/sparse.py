@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""A small random model as a Hugging Face directory, the same with two of each four weights zero, and the latter in
-compressed-tensors' sparse-24-bitmask.
+"""Writes a small random model as a Hugging Face directory, the same with two of each four weights zero, and the latter in
+compressed-tensors' sparse-24-bitmask format.
 
     python3 sparse.py hf sparse      writes sparse/NAME/ for every NAME below; hf/ has the configurations and the tokenizer
 
-dense           the matrices inside the layers are F32: random weights with ties, zeros of both signs and denormals
-bf16            its weights pruned by NumPy and rounded to bf16 by torch
-int8            its weights pruned and quantised by NumPy, q = floor(127 w / max|row| + 0.5)
-bf16-bitmask    bf16 and int8, in the tensors that compressed-tensors makes of them, which are decompressed again here
+dense           F32 matrices in the layers: random weights with ties, zeros of both signs and denormals
+bf16            dense, pruned by NumPy and rounded to bf16 by torch
+int8            dense, pruned and quantised by NumPy, q = floor(127 w / max|row| + 0.5)
+bf16-bitmask    bf16 and int8, compressed by compressed-tensors; the script checks that they decompress to the same
 int8-bitmask
 """
 import json
@@ -39,7 +39,7 @@ def random_weights(shape, rng):
 
 
 def prune(w):
-    """The two largest of each four stay; of equal ones the first."""
+    """Keeps the two largest of each four weights; of equal ones, the first."""
     fours = w.reshape(-1, 4)
     order = np.argsort(-np.abs(fours), axis=1, kind="stable")
     out = np.zeros_like(fours)
@@ -57,7 +57,7 @@ def to_int8(w):
 def to_bf16(w):
     out = torch.from_numpy(w).to(torch.bfloat16)
     tiny = out.abs() < torch.finfo(torch.bfloat16).smallest_normal
-    return torch.where(tiny, torch.zeros_like(out), out)  # denormals count as zero in llm.h
+    return torch.where(tiny, torch.zeros_like(out), out)  # llm.h treats denormals as zero
 
 
 def compressed(state):
